@@ -1,0 +1,51 @@
+//! flexnbd serves a disk image or block device over NBD.
+//!
+//! # The house
+//!
+//! Rooms are modules; floors say who may lean on whom. `tests/house.rs` keeps it so.
+//!
+//! ```text
+//! 6   cli  main                         may use everything below
+//! 5   daemon                            may use everything below
+//! 4   control                           may use server and client through what daemon hands it
+//! 3   server                            may use floors 0 to 2
+//! 2   client                            may use floors 0 and 1
+//! 1   nbd  disk  net  systemd           may use range; never each other
+//! 0   range
+//! ```
+//!
+//! * [`range`]: a span of the disk that can neither overflow nor leave the disk.
+//! * [`nbd`]: the language. Bytes in, values out; pure.
+//! * [`disk`]: the bytes being served, and who may touch them now.
+//! * [`net`]: sockets as NBD wants them.
+//! * [`systemd`]: what the service manager gives and wants to hear.
+//! * [`client`]: one connection to somebody else's export.
+//! * [`server`]: serving clients.
+//! * [`control`]: orders from operators.
+//! * [`daemon`]: one process: opens the rooms, waits for events, closes them in order.
+//! * [`cli`]: one struct per command.
+//!
+//! `client` has a floor of its own because the command line, a migration and a proxy all speak
+//! to other servers, and must do it with one voice.
+//!
+//! # The life of a request
+//!
+//! ```text
+//! systemd/sockets ─▶ daemon ─▶ server ─▶ session ─▶ nbd ─▶ disk ─▶ nbd ─▶ the client
+//!   (once)           (once)    accept,   reads      parse  gate,   encode
+//!                              acl       a batch           bytes
+//! ```
+//!
+//! Each room is entered once and nothing goes back up. What decides is pure; what does is thin.
+//! Trouble that belongs to a peer ends the peer; trouble that belongs to us goes up to `main`.
+
+pub mod cli;
+pub mod client;
+pub mod control;
+pub mod daemon;
+pub mod disk;
+pub mod nbd;
+pub mod net;
+pub mod range;
+pub mod server;
+pub mod systemd;
