@@ -143,7 +143,7 @@ impl Dialect {
         if !self.chunks(to) {
             return Head::Simple { cookie: to.cookie, error: code.number() }.encode(out);
         }
-        let message = &message.as_bytes()[..message.floor_char_boundary(STRING_LENGTH_MAX)];
+        let message = &message.as_bytes()[..message.len().min(STRING_LENGTH_MAX)];
         let kind = at.map_or(ChunkKind::Error, |_| ChunkKind::ErrorOffset);
         let length = 6 + message.len() + at.map_or(0, |_| 8);
         self.chunk(to, true, kind, length as u64, out);
@@ -363,7 +363,10 @@ mod tests {
     fn a_failure_says_what_and_where_in_as_many_words_as_the_dialect_has() {
         let mut out = Vec::new();
         Dialect::Simple.failure(TO, ErrorCode::Io, Some(9), "gone", &mut out);
-        assert_eq!(Head::decode(&out).unwrap().unwrap().0, Head::Simple { cookie: TO.cookie, error: 5 });
+        assert_eq!(
+            Head::decode(&out).unwrap().unwrap().0,
+            Head::Simple { cookie: TO.cookie, error: 5 }
+        );
         for dialect in [Dialect::Structured, Dialect::Extended] {
             for at in [None, Some(600)] {
                 let mut out = Vec::new();
@@ -407,9 +410,8 @@ mod tests {
 
     #[test]
     fn payloads_that_contradict_their_kind_are_malformed() {
-        let refused = |kind: u16, payload: &[u8]| {
-            Chunk::decode(kind, payload.len() as u64, payload).is_err()
-        };
+        let refused =
+            |kind: u16, payload: &[u8]| Chunk::decode(kind, payload.len() as u64, payload).is_err();
         assert!(refused(ChunkKind::None.number(), &[0]));
         assert!(refused(ChunkKind::OffsetData.number(), &[0; 8]));
         assert!(refused(ChunkKind::OffsetHole.number(), &[0; 12]));
@@ -425,15 +427,14 @@ mod tests {
     fn heads() -> impl Strategy<Value = Head> {
         prop_oneof![
             (any::<u64>(), any::<u32>()).prop_map(|(cookie, error)| Head::Simple { cookie, error }),
-            (any::<u64>(), any::<bool>(), any::<u16>(), any::<u64>(), any::<Option<u64>>()).prop_map(
-                |(cookie, done, kind, length, offset)| Head::Chunk {
+            (any::<u64>(), any::<bool>(), any::<u16>(), any::<u64>(), any::<Option<u64>>())
+                .prop_map(|(cookie, done, kind, length, offset)| Head::Chunk {
                     cookie,
                     done,
                     kind,
                     length: if offset.is_some() { length } else { length >> 32 },
                     offset,
-                }
-            ),
+                }),
         ]
     }
 

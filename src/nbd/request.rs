@@ -3,9 +3,7 @@
 
 use super::bytes::Reader;
 use super::reply::Dialect;
-use super::wire::{
-    CommandFlags, CommandKind, EXTENDED_REQUEST_MAGIC, ErrorCode, REQUEST_MAGIC,
-};
+use super::wire::{CommandFlags, CommandKind, EXTENDED_REQUEST_MAGIC, ErrorCode, REQUEST_MAGIC};
 use super::{Decoded, Malformed};
 use crate::range::Range;
 
@@ -113,8 +111,9 @@ impl Header {
         {
             return Err(Refusal::new(ErrorCode::Invalid, "longer than the largest payload"));
         }
-        let range = Range::within(terms.size, self.offset, self.length)
-            .ok_or_else(|| Refusal::new(beyond_the_end(kind, terms), "beyond the end of the disk"))?;
+        let range = Range::within(terms.size, self.offset, self.length).ok_or_else(|| {
+            Refusal::new(beyond_the_end(kind, terms), "beyond the end of the disk")
+        })?;
         if kind == CommandKind::BlockStatus && !terms.allocation_selected {
             return Err(Refusal::new(ErrorCode::Invalid, "no metadata context was selected"));
         }
@@ -332,7 +331,8 @@ mod tests {
             let payload = header(CommandKind::Write, CommandFlags::PAYLOAD_LEN, 0, 1);
             assert_eq!(code(payload, &terms), Some(ErrorCode::Invalid));
         }
-        let unknown = Header { flags: 1 << 9, ..header(CommandKind::Flush, CommandFlags::empty(), 0, 0) };
+        let unknown =
+            Header { flags: 1 << 9, ..header(CommandKind::Flush, CommandFlags::empty(), 0, 0) };
         assert_eq!(code(unknown, &terms(Dialect::Simple)), Some(ErrorCode::Invalid));
     }
 

@@ -1,0 +1,303 @@
+//! The client's side of the handshake: bytes that arrived in, bytes to send out.
+//! Asks for what its user wishes, takes what the server has, and never asks the user again.
+
+use super::super::Malformed;
+use super::super::bytes::Reader;
+use super::super::reply::Dialect;
+use super::super::wire::{
+    CONTEXT_ALLOCATION, ClientFlags, HandshakeFlags, InfoKind, OptionKind, OptionReplyKind,
+    RESERVED_ZEROES, TransmissionFlags,
+};
+use super::option::{InfoRequest, MetaContextRequest, OptionReply, encode_option};
+use super::{Agreement, BlockSizes, Greeting, encode_client_flags};
+
+/// What the user of a connection would like; only the export is insisted on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// Name of the export; empty for the default one.
+    pub export: String,
+    /// Replies in chunks.
+    pub structured: bool,
+    /// 64-bit lengths; implies chunks.
+    pub extended: bool,
+    /// The allocation context; needs chunks.
+    pub allocation: bool,
+}
+
+/// Why there will be no transmission phase.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The first bytes are no NBD greeting.
+    NotNbd,
+    /// The server broke the protocol.
+    Malformed(Malformed),
+    /// The server answered something else than what was asked.
+    Unexpected(&'static str),
+    /// An export was named, but the server is of the old style and has only one, without a name.
+    NoExportNames,
+    /// The server refused the export.
+    Refused {
+        /// Number of the error.
+        number: u32,
+        /// The server's words, perhaps none.
+        message: String,
+    },
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::NotNbd => f.write_str("what answers there is not an NBD server"),
+            Self::Malformed(what) => write!(f, "the server broke the NBD protocol: {what}"),
+            Self::Unexpected(what) => write!(f, "the server broke the NBD protocol: {what}"),
+            Self::NoExportNames => {
+                f.write_str("the server speaks the old style of NBD, which has no export names")
+            }
+            Self::Refused { number, message } => {
+                f.write_str(reason(*number))?;
+                if message.is_empty() { Ok(()) } else { write!(f, " ({})", message.escape_debug()) }
+            }
+        }
+    }
+}
+
+impl std::error::Error for Failure {}
+
+fn reason(number: u32) -> &'static str {
+    match OptionReplyKind::try_from(number) {
+        Ok(OptionReplyKind::ErrUnknown) => "the server has no export of that name",
+        Ok(OptionReplyKind::ErrPolicy) => "the server does not permit it",
+        Ok(OptionReplyKind::ErrTlsRequired) => "the server requires TLS",
+        Ok(OptionReplyKind::ErrShutdown) => "the server is shutting down",
+        _ => "the server refused the export",
+    }
+}
+
+/// Where the handshake goes after some input was used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// More input is needed.
+    More,
+    /// The handshake is over; requests may be sent.
+    Transmission(Agreement),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Greeting,
+    Answer(OptionKind),
+    /// Waiting for what follows `NBD_OPT_EXPORT_NAME`, with this many zero bytes at its end.
+    Export {
+        zeroes: usize,
+    },
+}
+
+/// A handshake under way with one server.
+#[derive(Debug)]
+pub struct Handshake {
+    wish: Wish,
+    stage: Stage,
+    no_zeroes: bool,
+    dialect: Dialect,
+    allocation_context: Option<u32>,
+    export: Option<(u64, TransmissionFlags)>,
+    block_sizes: Option<BlockSizes>,
+}
+
+impl Handshake {
+    /// A handshake that waits for the server's greeting.
+    #[must_use]
+    pub fn new(wish: Wish) -> Self {
+        Self {
+            wish,
+            stage: Stage::Greeting,
+            no_zeroes: false,
+            dialect: Dialect::Simple,
+            allocation_context: None,
+            export: None,
+            block_sizes: None,
+        }
+    }
+
+    /// Uses up the front of `input`, appends to `out` what is to be sent, and says how much was
+    /// used and what comes next. What was not used must be at the front of the next call's input.
+    ///
+    /// # Errors
+    /// When there is no way to the transmission phase; the connection is to be closed.
+    pub fn advance(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Next), Failure> {
+        let mut used = 0;
+        loop {
+            let (step, next) = match self.stage {
+                Stage::Greeting => self.greeting(&input[used..], out)?,
+                Stage::Answer(asked) => self.answer(asked, &input[used..], out)?,
+                Stage::Export { zeroes } => self.export_reply(zeroes, &input[used..]),
+            };
+            used += step;
+            if step == 0 || next != Next::More {
+                return Ok((used, next));
+            }
+        }
+    }
+
+    fn greeting(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Next), Failure> {
+        let Some((greeting, used)) = Greeting::decode(input).map_err(|_| Failure::NotNbd)? else {
+            return Ok((0, Next::More));
+        };
+        match greeting {
+            Greeting::Oldstyle { .. } if !self.wish.export.is_empty() => {
+                Err(Failure::NoExportNames)
+            }
+            Greeting::Oldstyle { size, flags } => {
+                self.export = Some((size, flags));
+                Ok((used, Next::Transmission(self.agreement(size, flags, true))))
+            }
+            Greeting::Newstyle { flags } => {
+                self.no_zeroes = flags.contains(HandshakeFlags::NO_ZEROES);
+                let fixed = flags.contains(HandshakeFlags::FIXED_NEWSTYLE);
+                let mut client = ClientFlags::empty();
+                client.set(ClientFlags::NO_ZEROES, self.no_zeroes);
+                client.set(ClientFlags::FIXED_NEWSTYLE, fixed);
+                encode_client_flags(client, out);
+                let first = if !fixed {
+                    OptionKind::ExportName
+                } else if self.wish.extended {
+                    OptionKind::ExtendedHeaders
+                } else {
+                    self.after_extended_headers()
+                };
+                self.ask(first, out);
+                Ok((used, Next::More))
+            }
+        }
+    }
+
+    fn ask(&mut self, kind: OptionKind, out: &mut Vec<u8>) {
+        let mut data = Vec::new();
+        let export = self.wish.export.clone();
+        match kind {
+            OptionKind::Go => {
+                let wanted = vec![InfoKind::BlockSize.number()];
+                InfoRequest { export, wanted }.encode(&mut data);
+            }
+            OptionKind::SetMetaContext => {
+                let queries = vec![CONTEXT_ALLOCATION.to_owned()];
+                MetaContextRequest { export, queries }.encode(&mut data);
+            }
+            OptionKind::ExportName => data.extend_from_slice(export.as_bytes()),
+            _ => {}
+        }
+        encode_option(kind.number(), &data, out);
+        self.stage = if kind == OptionKind::ExportName {
+            Stage::Export { zeroes: if self.no_zeroes { 0 } else { RESERVED_ZEROES } }
+        } else {
+            Stage::Answer(kind)
+        };
+    }
+
+    fn answer(
+        &mut self,
+        asked: OptionKind,
+        input: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, Next), Failure> {
+        let decoded = OptionReply::decode(input).map_err(Failure::Malformed)?;
+        let Some(((option, reply), used)) = decoded else { return Ok((0, Next::More)) };
+        if option != asked.number() {
+            return Err(Failure::Unexpected("it answered another option than the one asked"));
+        }
+        let then = match (asked, reply) {
+            (_, OptionReply::Export { size, flags }) => {
+                self.export = Some((size, flags));
+                return Ok((used, Next::More));
+            }
+            (_, OptionReply::BlockSize(sizes)) => {
+                self.block_sizes = Some(sizes);
+                return Ok((used, Next::More));
+            }
+            (_, OptionReply::MetaContext { id, name }) => {
+                if name == CONTEXT_ALLOCATION {
+                    self.allocation_context = Some(id);
+                }
+                return Ok((used, Next::More));
+            }
+            (OptionKind::Go, OptionReply::Ack) => {
+                let missing = Failure::Unexpected("it did not say how large the export is");
+                let (size, flags) = self.export.ok_or(missing)?;
+                return Ok((used, Next::Transmission(self.agreement(size, flags, false))));
+            }
+            (_, OptionReply::Ack) => self.accepted(asked),
+            (_, OptionReply::Error { number, message }) => self.declined(asked, number, message)?,
+            _ => return Ok((used, Next::More)),
+        };
+        self.ask(then, out);
+        Ok((used, Next::More))
+    }
+
+    /// What to ask after the server accepted an option.
+    fn accepted(&mut self, asked: OptionKind) -> OptionKind {
+        match asked {
+            OptionKind::ExtendedHeaders => {
+                self.dialect = Dialect::Extended;
+                self.after_replies()
+            }
+            OptionKind::StructuredReply => {
+                self.dialect = Dialect::Structured;
+                self.after_replies()
+            }
+            _ => OptionKind::Go,
+        }
+    }
+
+    /// What to ask after the server declined an option; only the export itself must be had.
+    fn declined(
+        &mut self,
+        asked: OptionKind,
+        number: u32,
+        message: String,
+    ) -> Result<OptionKind, Failure> {
+        match asked {
+            OptionKind::ExtendedHeaders => Ok(self.after_extended_headers()),
+            OptionKind::Go if number == OptionReplyKind::ErrUnsupported.number() => {
+                Ok(OptionKind::ExportName)
+            }
+            OptionKind::Go => Err(Failure::Refused { number, message }),
+            OptionKind::SetMetaContext => {
+                self.allocation_context = None;
+                Ok(OptionKind::Go)
+            }
+            _ => Ok(OptionKind::Go),
+        }
+    }
+
+    fn after_extended_headers(&self) -> OptionKind {
+        let wanted = self.wish.structured || self.wish.extended || self.wish.allocation;
+        if wanted { OptionKind::StructuredReply } else { OptionKind::Go }
+    }
+
+    fn after_replies(&self) -> OptionKind {
+        if self.wish.allocation { OptionKind::SetMetaContext } else { OptionKind::Go }
+    }
+
+    fn export_reply(&mut self, zeroes: usize, input: &[u8]) -> (usize, Next) {
+        let mut reader = Reader::new(input);
+        let reply = (|| {
+            let size = reader.u64()?;
+            let flags = TransmissionFlags::from_bits_truncate(reader.u16()?);
+            reader.take(zeroes)?;
+            Some((size, flags))
+        })();
+        let Some((size, flags)) = reply else { return (0, Next::More) };
+        (reader.used(), Next::Transmission(self.agreement(size, flags, false)))
+    }
+
+    fn agreement(&self, size: u64, flags: TransmissionFlags, oldstyle: bool) -> Agreement {
+        Agreement {
+            size,
+            flags,
+            dialect: self.dialect,
+            allocation_context: self.allocation_context,
+            block_sizes: self.block_sizes,
+            oldstyle,
+        }
+    }
+}

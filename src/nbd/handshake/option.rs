@@ -1,0 +1,444 @@
+//! Options and the replies to them ⇄ bytes ("Option haggling").
+//! Knows their layout and what lengths they may have, not what they lead to.
+
+use super::super::bytes::Reader;
+use super::super::wire::{
+    InfoKind, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionKind, OptionReplyKind, STRING_LENGTH_MAX,
+    TransmissionFlags,
+};
+use super::super::{Decoded, Malformed};
+use super::BlockSizes;
+
+/// Length of what precedes the data of every option.
+pub const OPTION_HEAD_LENGTH: usize = 16;
+/// Length of what precedes the data of every reply to an option.
+pub const OPTION_REPLY_HEAD_LENGTH: usize = 20;
+/// Longest data of an option that is looked at; more is read past and answered with an error.
+pub const OPTION_LENGTH_MAX: u32 = 64 << 10;
+/// Longest data of an option that is read past; more ends the session.
+pub const OPTION_LENGTH_ABSURD: u32 = 32 << 20;
+/// Longest data of a reply to an option that a client accepts.
+pub const OPTION_REPLY_LENGTH_MAX: u32 = 64 << 10;
+
+/// Number and data length of an option.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OptionHead {
+    /// Number, also an unknown one.
+    pub number: u32,
+    /// Of the data that follows, in bytes.
+    pub length: u32,
+}
+
+impl OptionHead {
+    /// The head at the front of `bytes`.
+    ///
+    /// # Errors
+    /// When the bytes begin with another magic number.
+    pub fn decode(bytes: &[u8]) -> Decoded<Self> {
+        let mut reader = Reader::new(bytes);
+        let Some(magic) = reader.u64() else { return Ok(None) };
+        if magic != OPTION_MAGIC {
+            return Err(Malformed::Magic(magic));
+        }
+        let head = (|| Some(Self { number: reader.u32()?, length: reader.u32()? }))();
+        Ok(head.map(|head| (head, reader.used())))
+    }
+}
+
+/// Appends an option of any number.
+pub fn encode_option(number: u32, data: &[u8], out: &mut Vec<u8>) {
+    out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
+    out.extend_from_slice(&number.to_be_bytes());
+    // Our options are short; one that was not would be cut consistently.
+    let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
+    out.extend_from_slice(&length.to_be_bytes());
+    out.extend_from_slice(&data[..length as usize]);
+}
+
+/// Why the data of a known option cannot be used; how it is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OptionFault {
+    /// Lengths that do not add up, or text that is none: `NBD_REP_ERR_INVALID`.
+    Invalid(&'static str),
+    /// A string over 4096 bytes: `NBD_REP_ERR_TOO_BIG`.
+    TooBig,
+}
+
+/// Data of `NBD_OPT_INFO` and `NBD_OPT_GO`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InfoRequest {
+    /// Name of the export.
+    pub export: String,
+    /// Numbers of what is asked for, also unknown ones.
+    pub wanted: Vec<u16>,
+}
+
+impl InfoRequest {
+    /// Appends the data.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        encode_string(&self.export, out);
+        out.extend_from_slice(&(self.wanted.len() as u16).to_be_bytes());
+        for number in &self.wanted {
+            out.extend_from_slice(&number.to_be_bytes());
+        }
+    }
+
+    /// The request that is all of `data`.
+    ///
+    /// # Errors
+    /// How the option is to be refused.
+    pub fn decode(data: &[u8]) -> Result<Self, OptionFault> {
+        let mut reader = Reader::new(data);
+        let export = string(&mut reader)?;
+        let short = OptionFault::Invalid("the option's length does not fit what it holds");
+        let count = reader.u16().ok_or(short)?;
+        if reader.rest().len() != usize::from(count) * 2 {
+            return Err(short);
+        }
+        let wanted = (0..count).map_while(|_| reader.u16()).collect();
+        Ok(Self { export, wanted })
+    }
+}
+
+/// Data of `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MetaContextRequest {
+    /// Name of the export.
+    pub export: String,
+    /// Names of contexts, or patterns.
+    pub queries: Vec<String>,
+}
+
+impl MetaContextRequest {
+    /// Appends the data.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        encode_string(&self.export, out);
+        out.extend_from_slice(&(self.queries.len() as u32).to_be_bytes());
+        for query in &self.queries {
+            encode_string(query, out);
+        }
+    }
+
+    /// The request that is all of `data`.
+    ///
+    /// # Errors
+    /// How the option is to be refused.
+    pub fn decode(data: &[u8]) -> Result<Self, OptionFault> {
+        let mut reader = Reader::new(data);
+        let export = string(&mut reader)?;
+        let short = OptionFault::Invalid("the option's length does not fit what it holds");
+        let count = reader.u32().ok_or(short)?;
+        let mut queries = Vec::new();
+        for _ in 0..count {
+            queries.push(string(&mut reader)?);
+        }
+        if reader.rest().is_empty() { Ok(Self { export, queries }) } else { Err(short) }
+    }
+}
+
+/// The text that is all of `data`, as `NBD_OPT_EXPORT_NAME` has it.
+///
+/// # Errors
+/// When it is too long, not UTF-8, or has a NUL.
+pub fn decode_text(data: &[u8]) -> Result<String, OptionFault> {
+    if data.len() > STRING_LENGTH_MAX {
+        return Err(OptionFault::TooBig);
+    }
+    match std::str::from_utf8(data) {
+        Ok(text) if !text.contains('\0') => Ok(text.to_owned()),
+        _ => Err(OptionFault::Invalid("a string is not valid UTF-8 without NUL")),
+    }
+}
+
+fn string(reader: &mut Reader<'_>) -> Result<String, OptionFault> {
+    let short = OptionFault::Invalid("the option's length does not fit what it holds");
+    let length = reader.u32().ok_or(short)? as usize;
+    if length > reader.rest().len() {
+        return Err(short);
+    }
+    decode_text(reader.take(length).ok_or(short)?)
+}
+
+fn encode_string(text: &str, out: &mut Vec<u8>) {
+    out.extend_from_slice(&(text.len() as u32).to_be_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
+/// One reply to an option.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OptionReply {
+    /// Done.
+    Ack,
+    /// One export.
+    Server {
+        /// Its name.
+        name: String,
+        /// Words for people.
+        description: String,
+    },
+    /// What the export is.
+    Export {
+        /// In bytes.
+        size: u64,
+        /// What it can do.
+        flags: TransmissionFlags,
+    },
+    /// Its canonical name.
+    Name(String),
+    /// Words for people.
+    Description(String),
+    /// Its block sizes.
+    BlockSize(BlockSizes),
+    /// Information of a kind we do not know.
+    OtherInfo(u16),
+    /// A metadata context.
+    MetaContext {
+        /// Under which id it is reported.
+        id: u32,
+        /// Its name.
+        name: String,
+    },
+    /// The option failed.
+    Error {
+        /// Number of the error, also an unknown one.
+        number: u32,
+        /// The server's words.
+        message: String,
+    },
+    /// A reply of a kind we do not know, with its data.
+    Other {
+        /// Number of the kind.
+        number: u32,
+        /// Its data.
+        data: Vec<u8>,
+    },
+}
+
+impl OptionReply {
+    /// An error of a kind we know.
+    #[must_use]
+    pub fn error(kind: OptionReplyKind, message: &str) -> Self {
+        Self::Error { number: kind.number(), message: message.to_owned() }
+    }
+
+    /// Appends the reply to the option of this number.
+    pub fn encode(&self, option: u32, out: &mut Vec<u8>) {
+        let (number, data) = self.parts();
+        out.extend_from_slice(&OPTION_REPLY_MAGIC.to_be_bytes());
+        out.extend_from_slice(&option.to_be_bytes());
+        out.extend_from_slice(&number.to_be_bytes());
+        out.extend_from_slice(&(data.len() as u32).to_be_bytes());
+        out.extend_from_slice(&data);
+    }
+
+    fn parts(&self) -> (u32, Vec<u8>) {
+        match self {
+            Self::Ack => (OptionReplyKind::Ack.number(), Vec::new()),
+            Self::Server { name, description } => {
+                let mut data = Vec::new();
+                encode_string(name, &mut data);
+                data.extend_from_slice(description.as_bytes());
+                (OptionReplyKind::Server.number(), data)
+            }
+            Self::Export { size, flags } => {
+                let data = [&size.to_be_bytes()[..], &flags.bits().to_be_bytes()].concat();
+                info(InfoKind::Export.number(), &data)
+            }
+            Self::Name(name) => info(InfoKind::Name.number(), name.as_bytes()),
+            Self::Description(text) => info(InfoKind::Description.number(), text.as_bytes()),
+            Self::BlockSize(sizes) => {
+                let fields = [sizes.minimum, sizes.preferred, sizes.maximum];
+                info(InfoKind::BlockSize.number(), &fields.map(u32::to_be_bytes).concat())
+            }
+            Self::OtherInfo(number) => info(*number, &[]),
+            Self::MetaContext { id, name } => {
+                let data = [&id.to_be_bytes()[..], name.as_bytes()].concat();
+                (OptionReplyKind::MetaContext.number(), data)
+            }
+            Self::Error { number, message } => (*number, message.clone().into_bytes()),
+            Self::Other { number, data } => (*number, data.clone()),
+        }
+    }
+
+    /// The reply at the front of `bytes`, and the number of the option it answers.
+    ///
+    /// # Errors
+    /// When it is no reply to an option, is too long, or contradicts its kind.
+    pub fn decode(bytes: &[u8]) -> Decoded<(u32, Self)> {
+        let mut reader = Reader::new(bytes);
+        let Some(magic) = reader.u64() else { return Ok(None) };
+        if magic != OPTION_REPLY_MAGIC {
+            return Err(Malformed::Magic(magic));
+        }
+        let head = (|| Some((reader.u32()?, reader.u32()?, reader.u32()?)))();
+        let Some((option, number, length)) = head else { return Ok(None) };
+        if length > OPTION_REPLY_LENGTH_MAX {
+            return Err(Malformed::Length(u64::from(length)));
+        }
+        let Some(data) = reader.take(length as usize) else { return Ok(None) };
+        let reply = Self::from_parts(number, data)?;
+        Ok(Some(((option, reply), reader.used())))
+    }
+
+    fn from_parts(number: u32, data: &[u8]) -> Result<Self, Malformed> {
+        let wrong = Malformed::Length(data.len() as u64);
+        if OptionReplyKind::is_error(number) {
+            return Ok(Self::Error { number, message: lossy(data) });
+        }
+        let mut reader = Reader::new(data);
+        match OptionReplyKind::try_from(number) {
+            Ok(OptionReplyKind::Ack) if data.is_empty() => Ok(Self::Ack),
+            Ok(OptionReplyKind::Ack) => Err(wrong),
+            Ok(OptionReplyKind::Server) => {
+                let length = reader.u32().ok_or(wrong)? as usize;
+                let name = text(reader.take(length).ok_or(wrong)?)?;
+                Ok(Self::Server { name, description: lossy(reader.rest()) })
+            }
+            Ok(OptionReplyKind::Info) => Self::information(&mut reader).ok_or(wrong)?,
+            Ok(OptionReplyKind::MetaContext) => {
+                let id = reader.u32().ok_or(wrong)?;
+                Ok(Self::MetaContext { id, name: text(reader.rest())? })
+            }
+            _ => Ok(Self::Other { number, data: data.to_vec() }),
+        }
+    }
+
+    fn information(reader: &mut Reader<'_>) -> Option<Result<Self, Malformed>> {
+        let number = reader.u16()?;
+        let reply = match InfoKind::try_from(number) {
+            Ok(InfoKind::Export) if reader.rest().len() == 10 => Self::Export {
+                size: reader.u64()?,
+                flags: TransmissionFlags::from_bits_truncate(reader.u16()?),
+            },
+            Ok(InfoKind::BlockSize) if reader.rest().len() == 12 => Self::BlockSize(BlockSizes {
+                minimum: reader.u32()?,
+                preferred: reader.u32()?,
+                maximum: reader.u32()?,
+            }),
+            Ok(InfoKind::Export | InfoKind::BlockSize) => return None,
+            Ok(InfoKind::Name) => return Some(text(reader.rest()).map(Self::Name)),
+            Ok(InfoKind::Description) => Self::Description(lossy(reader.rest())),
+            Err(_) => Self::OtherInfo(number),
+        };
+        Some(Ok(reply))
+    }
+}
+
+fn info(number: u16, data: &[u8]) -> (u32, Vec<u8>) {
+    (OptionReplyKind::Info.number(), [&number.to_be_bytes()[..], data].concat())
+}
+
+fn text(data: &[u8]) -> Result<String, Malformed> {
+    decode_text(data).map_err(|_| Malformed::Text)
+}
+
+fn lossy(data: &[u8]) -> String {
+    String::from_utf8_lossy(data).into_owned()
+}
+
+/// The number of an option that has a name.
+impl From<OptionKind> for u32 {
+    fn from(kind: OptionKind) -> Self {
+        kind.number()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn replies() -> impl Strategy<Value = OptionReply> {
+        let name = "[a-zé]{0,20}";
+        prop_oneof![
+            Just(OptionReply::Ack),
+            (name, name).prop_map(|(name, description)| OptionReply::Server { name, description }),
+            (any::<u64>(), any::<u16>()).prop_map(|(size, bits)| OptionReply::Export {
+                size,
+                flags: TransmissionFlags::from_bits_truncate(bits),
+            }),
+            name.prop_map(OptionReply::Name),
+            name.prop_map(OptionReply::Description),
+            any::<(u32, u32, u32)>().prop_map(|(minimum, preferred, maximum)| {
+                OptionReply::BlockSize(BlockSizes { minimum, preferred, maximum })
+            }),
+            (4u16..).prop_map(OptionReply::OtherInfo),
+            (any::<u32>(), name).prop_map(|(id, name)| OptionReply::MetaContext { id, name }),
+            ((1u32 << 31).., name)
+                .prop_map(|(number, message)| OptionReply::Error { number, message }),
+            (5u32..1 << 31, any::<Vec<u8>>())
+                .prop_map(|(number, data)| OptionReply::Other { number, data }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn option_replies_round_trip_and_every_prefix_is_incomplete(reply in replies(), option: u32) {
+            let mut bytes = Vec::new();
+            reply.encode(option, &mut bytes);
+            for end in 0..bytes.len() {
+                prop_assert_eq!(OptionReply::decode(&bytes[..end]), Ok(None));
+            }
+            let whole = OptionReply::decode(&bytes);
+            prop_assert_eq!(whole, Ok(Some(((option, reply), bytes.len()))));
+        }
+
+        #[test]
+        fn option_requests_round_trip(
+            export in "[a-zé/]{0,50}", wanted: Vec<u16>, queries in prop::collection::vec(".{0,20}", 0..9),
+        ) {
+            let queries: Vec<String> = queries.iter().map(|q| q.replace('\0', "")).collect();
+            let info = InfoRequest { export: export.clone(), wanted };
+            let mut data = Vec::new();
+            info.encode(&mut data);
+            prop_assert_eq!(InfoRequest::decode(&data), Ok(info));
+            for end in 0..data.len() {
+                prop_assert!(InfoRequest::decode(&data[..end]).is_err());
+            }
+            let meta = MetaContextRequest { export, queries };
+            let mut data = Vec::new();
+            meta.encode(&mut data);
+            prop_assert_eq!(MetaContextRequest::decode(&data), Ok(meta));
+            data.push(0);
+            prop_assert!(MetaContextRequest::decode(&data).is_err());
+        }
+
+        #[test]
+        fn option_heads_round_trip_and_every_prefix_is_incomplete(number: u32, data: Vec<u8>) {
+            let mut bytes = Vec::new();
+            encode_option(number, &data, &mut bytes);
+            for end in 0..OPTION_HEAD_LENGTH {
+                prop_assert_eq!(OptionHead::decode(&bytes[..end]), Ok(None));
+            }
+            let head = OptionHead { number, length: data.len() as u32 };
+            prop_assert_eq!(OptionHead::decode(&bytes), Ok(Some((head, OPTION_HEAD_LENGTH))));
+        }
+
+        #[test]
+        fn no_bytes_make_a_decoder_panic(data: Vec<u8>, number: u32) {
+            let _ = InfoRequest::decode(&data);
+            let _ = MetaContextRequest::decode(&data);
+            let _ = OptionReply::from_parts(number % 8, &data);
+        }
+    }
+
+    #[test]
+    fn a_string_of_the_longest_length_is_text_and_one_byte_more_is_too_big() {
+        assert!(decode_text(&[b'a'; STRING_LENGTH_MAX]).is_ok());
+        assert_eq!(decode_text(&[b'a'; STRING_LENGTH_MAX + 1]), Err(OptionFault::TooBig));
+        assert!(matches!(decode_text(b"a\0b"), Err(OptionFault::Invalid(_))));
+        assert!(matches!(decode_text(&[0xff]), Err(OptionFault::Invalid(_))));
+    }
+
+    #[test]
+    fn a_reply_over_the_limit_is_refused_before_its_data_arrives() {
+        for (length, incomplete) in
+            [(OPTION_REPLY_LENGTH_MAX, true), (OPTION_REPLY_LENGTH_MAX + 1, false)]
+        {
+            let mut bytes = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
+            bytes.extend_from_slice(&[0; 8]);
+            bytes.extend_from_slice(&length.to_be_bytes());
+            assert_eq!(OptionReply::decode(&bytes) == Ok(None), incomplete);
+        }
+    }
+}

@@ -1,0 +1,403 @@
+//! The server's side of the handshake: bytes that arrived in, bytes to send out.
+//! Changes nothing outside itself, so that a client may vanish at any byte of it.
+
+use super::super::reply::Dialect;
+use super::super::wire::{
+    CONTEXT_ALLOCATION, CONTEXT_NAMESPACE, ClientFlags, HandshakeFlags, InfoKind, OptionKind,
+    OptionReplyKind, RESERVED_ZEROES, STRING_LENGTH_MAX, TransmissionFlags,
+};
+use super::option::{
+    InfoRequest, MetaContextRequest, OPTION_LENGTH_ABSURD, OPTION_LENGTH_MAX, OptionFault,
+    OptionHead, OptionReply, decode_text,
+};
+use super::{ALLOCATION_CONTEXT_ID, Agreement, BlockSizes, Greeting};
+
+/// What a server offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Export {
+    /// Its name; clients reach it under the empty name as well.
+    pub name: String,
+    /// Words for people; may be empty.
+    pub description: String,
+    /// In bytes.
+    pub size: u64,
+    /// Without [`TransmissionFlags::SEND_DF`], which depends on the client.
+    pub flags: TransmissionFlags,
+    /// What clients should keep to.
+    pub block_sizes: BlockSizes,
+}
+
+/// How a client broke the handshake so that the session must end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Misbehaviour {
+    /// It sent flags that do not exist.
+    UnknownClientFlags(u32),
+    /// An option did not begin as one: framing is lost.
+    NoOption(u64),
+    /// An option said it was this long.
+    AbsurdOption(u32),
+    /// `NBD_OPT_EXPORT_NAME` for an export that does not exist, or a name that is none.
+    NoSuchExport,
+    /// `NBD_OPT_EXPORT_NAME` after extended headers were agreed on.
+    ExportNameAfterExtendedHeaders,
+    /// An option that must be answered, from a client that does not know answers.
+    OptionBeforeFixedNewstyle(u32),
+}
+
+impl std::fmt::Display for Misbehaviour {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::UnknownClientFlags(flags) => write!(f, "it sent unknown client flags {flags:#x}"),
+            Self::NoOption(magic) => write!(f, "it sent {magic:#x} where an option should begin"),
+            Self::AbsurdOption(length) => write!(f, "it announced an option of {length} bytes"),
+            Self::NoSuchExport => f.write_str("it asked for an export that does not exist"),
+            Self::ExportNameAfterExtendedHeaders => {
+                f.write_str("it sent NBD_OPT_EXPORT_NAME after extended headers")
+            }
+            Self::OptionBeforeFixedNewstyle(number) => {
+                write!(f, "it sent option {number} without knowing fixed newstyle")
+            }
+        }
+    }
+}
+
+/// Where the handshake goes after some input was used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// More input is needed.
+    More,
+    /// The handshake is over; requests follow.
+    Transmission(Agreement),
+    /// The client gave up: send what there is to send, then close.
+    Goodbye,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    ClientFlags,
+    Options,
+    /// Reading past the data of an option that was answered already.
+    Skipping(u32),
+}
+
+/// A handshake under way with one client, in newstyle.
+#[derive(Debug)]
+pub struct Handshake {
+    export: Export,
+    stage: Stage,
+    client: ClientFlags,
+    dialect: Dialect,
+    /// Name of the export for which the allocation context was selected.
+    allocation_for: Option<String>,
+}
+
+impl Handshake {
+    /// A handshake in which nothing has been said.
+    #[must_use]
+    pub fn new(export: Export) -> Self {
+        Self {
+            export,
+            stage: Stage::ClientFlags,
+            client: ClientFlags::empty(),
+            dialect: Dialect::Simple,
+            allocation_for: None,
+        }
+    }
+
+    /// What to say first.
+    pub fn greet(&self, out: &mut Vec<u8>) {
+        let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
+        Greeting::Newstyle { flags }.encode(out);
+    }
+
+    /// All there is to the old style: what to say, and what it means.
+    pub fn greet_oldstyle(export: &Export, out: &mut Vec<u8>) -> Agreement {
+        Greeting::Oldstyle { size: export.size, flags: export.flags }.encode(out);
+        Agreement {
+            size: export.size,
+            flags: export.flags,
+            dialect: Dialect::Simple,
+            allocation_context: None,
+            block_sizes: None,
+            oldstyle: true,
+        }
+    }
+
+    /// Uses up the front of `input`, appends answers to `out`, and says how much was used and what
+    /// comes next. What was not used must be at the front of the next call's input.
+    ///
+    /// # Errors
+    /// When the session must end; what is in `out` need not be sent.
+    pub fn advance(
+        &mut self,
+        input: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, Next), Misbehaviour> {
+        let mut used = 0;
+        loop {
+            let rest = &input[used..];
+            let before = used;
+            match self.stage {
+                Stage::ClientFlags => used += self.client_flags(rest)?,
+                Stage::Skipping(left) => used += self.skip(left, rest),
+                Stage::Options => {
+                    let (step, next) = self.option(rest, out)?;
+                    used += step;
+                    if next != Next::More {
+                        return Ok((used, next));
+                    }
+                }
+            }
+            if used == before {
+                return Ok((used, Next::More));
+            }
+        }
+    }
+
+    fn client_flags(&mut self, input: &[u8]) -> Result<usize, Misbehaviour> {
+        let Some(field) = input.first_chunk::<4>() else { return Ok(0) };
+        let number = u32::from_be_bytes(*field);
+        self.client =
+            ClientFlags::from_bits(number).ok_or(Misbehaviour::UnknownClientFlags(number))?;
+        self.stage = Stage::Options;
+        Ok(field.len())
+    }
+
+    fn skip(&mut self, left: u32, input: &[u8]) -> usize {
+        let step = input.len().min(left as usize);
+        let left = left - step as u32;
+        self.stage = if left == 0 { Stage::Options } else { Stage::Skipping(left) };
+        step
+    }
+
+    fn option(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Next), Misbehaviour> {
+        let head = match OptionHead::decode(input) {
+            Ok(Some((head, _))) => head,
+            Ok(None) => return Ok((0, Next::More)),
+            Err(_) => {
+                let magic = input.first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
+                return Err(Misbehaviour::NoOption(magic));
+            }
+        };
+        let kind = OptionKind::try_from(head.number);
+        if !self.client.contains(ClientFlags::FIXED_NEWSTYLE) && kind != Ok(OptionKind::ExportName)
+        {
+            return Err(Misbehaviour::OptionBeforeFixedNewstyle(head.number));
+        }
+        let after_head = super::option::OPTION_HEAD_LENGTH;
+        if let Some(answer) = Self::answer_unread(kind, head)? {
+            answer.encode(head.number, out);
+            self.forget_contexts_on_failed_set(kind);
+            self.stage = Stage::Skipping(head.length);
+            return Ok((after_head, Next::More));
+        }
+        let end = after_head + head.length as usize;
+        let Some(data) = input.get(after_head..end) else { return Ok((0, Next::More)) };
+        // Only known kinds get here: unknown ones were answered unread.
+        let next = kind.map_or(Ok(Next::More), |kind| self.obey(kind, data, out))?;
+        Ok((end, next))
+    }
+
+    /// The answer to an option whose data need not, or must not, be kept.
+    fn answer_unread(
+        kind: Result<OptionKind, u32>,
+        head: OptionHead,
+    ) -> Result<Option<OptionReply>, Misbehaviour> {
+        if head.length > OPTION_LENGTH_ABSURD {
+            return Err(Misbehaviour::AbsurdOption(head.length));
+        }
+        match kind {
+            Ok(OptionKind::ExportName) if head.length as usize > STRING_LENGTH_MAX => {
+                Err(Misbehaviour::NoSuchExport)
+            }
+            Ok(OptionKind::StartTls) => {
+                Ok(Some(refuse(OptionReplyKind::ErrUnsupported, "TLS is not supported")))
+            }
+            Err(_) => Ok(Some(refuse(OptionReplyKind::ErrUnsupported, "unknown option"))),
+            Ok(OptionKind::Abort) => Ok(None),
+            Ok(_) if head.length > OPTION_LENGTH_MAX => {
+                Ok(Some(refuse(OptionReplyKind::ErrTooBig, "the option is too long")))
+            }
+            Ok(_) => Ok(None),
+        }
+    }
+
+    fn obey(
+        &mut self,
+        kind: OptionKind,
+        data: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<Next, Misbehaviour> {
+        let number = kind.number();
+        match kind {
+            OptionKind::ExportName => return self.export_name(data, out),
+            OptionKind::Abort => {
+                OptionReply::Ack.encode(number, out);
+                return Ok(Next::Goodbye);
+            }
+            OptionKind::Info | OptionKind::Go => return Ok(self.info(kind, data, out)),
+            OptionKind::List => self.list(data, out),
+            OptionKind::StructuredReply => self.structured_reply(data).encode(number, out),
+            OptionKind::ExtendedHeaders => self.extended_headers(data).encode(number, out),
+            OptionKind::ListMetaContext | OptionKind::SetMetaContext => {
+                self.meta_context(kind, data, out);
+            }
+            OptionKind::StartTls => {}
+        }
+        Ok(Next::More)
+    }
+
+    fn export_name(&mut self, data: &[u8], out: &mut Vec<u8>) -> Result<Next, Misbehaviour> {
+        if self.dialect == Dialect::Extended {
+            return Err(Misbehaviour::ExportNameAfterExtendedHeaders);
+        }
+        let name = decode_text(data).map_err(|_| Misbehaviour::NoSuchExport)?;
+        if !self.has(&name) {
+            return Err(Misbehaviour::NoSuchExport);
+        }
+        let agreement = self.agreement(&name);
+        out.extend_from_slice(&agreement.size.to_be_bytes());
+        out.extend_from_slice(&agreement.flags.bits().to_be_bytes());
+        if !self.client.contains(ClientFlags::NO_ZEROES) {
+            out.extend_from_slice(&[0; RESERVED_ZEROES]);
+        }
+        Ok(Next::Transmission(agreement))
+    }
+
+    fn list(&self, data: &[u8], out: &mut Vec<u8>) {
+        let number = OptionKind::List.number();
+        if !data.is_empty() {
+            return no_data().encode(number, out);
+        }
+        let name = self.export.name.clone();
+        let description = self.export.description.clone();
+        OptionReply::Server { name, description }.encode(number, out);
+        OptionReply::Ack.encode(number, out);
+    }
+
+    fn structured_reply(&mut self, data: &[u8]) -> OptionReply {
+        if !data.is_empty() {
+            return no_data();
+        }
+        if self.dialect == Dialect::Extended {
+            let kind = OptionReplyKind::ErrExtendedHeadersRequired;
+            return refuse(kind, "extended headers were agreed on already");
+        }
+        self.dialect = Dialect::Structured;
+        OptionReply::Ack
+    }
+
+    fn extended_headers(&mut self, data: &[u8]) -> OptionReply {
+        if !data.is_empty() {
+            return no_data();
+        }
+        self.dialect = Dialect::Extended;
+        OptionReply::Ack
+    }
+
+    fn info(&mut self, kind: OptionKind, data: &[u8], out: &mut Vec<u8>) -> Next {
+        let number = kind.number();
+        let request = match InfoRequest::decode(data) {
+            Ok(request) => request,
+            Err(fault) => {
+                fault_reply(fault).encode(number, out);
+                return Next::More;
+            }
+        };
+        if !self.has(&request.export) {
+            no_such_export().encode(number, out);
+            return Next::More;
+        }
+        let agreement = self.agreement(&request.export);
+        let wants = |info: InfoKind| request.wanted.contains(&info.number());
+        OptionReply::Export { size: agreement.size, flags: agreement.flags }.encode(number, out);
+        if wants(InfoKind::Name) {
+            OptionReply::Name(self.export.name.clone()).encode(number, out);
+        }
+        if wants(InfoKind::Description) {
+            OptionReply::Description(self.export.description.clone()).encode(number, out);
+        }
+        if wants(InfoKind::BlockSize) {
+            OptionReply::BlockSize(self.export.block_sizes).encode(number, out);
+        }
+        OptionReply::Ack.encode(number, out);
+        if kind == OptionKind::Go { Next::Transmission(agreement) } else { Next::More }
+    }
+
+    fn meta_context(&mut self, kind: OptionKind, data: &[u8], out: &mut Vec<u8>) {
+        let number = kind.number();
+        self.forget_contexts_on_failed_set(Ok(kind));
+        if self.dialect == Dialect::Simple {
+            let message = "structured replies must be agreed on first";
+            return refuse(OptionReplyKind::ErrInvalid, message).encode(number, out);
+        }
+        let request = match MetaContextRequest::decode(data) {
+            Ok(request) => request,
+            Err(fault) => return fault_reply(fault).encode(number, out),
+        };
+        if !self.has(&request.export) {
+            return no_such_export().encode(number, out);
+        }
+        let listing = kind == OptionKind::ListMetaContext;
+        if selects_allocation(&request.queries, listing) {
+            // In a listing the id means nothing and is zero.
+            let id = if listing { 0 } else { ALLOCATION_CONTEXT_ID };
+            let name = CONTEXT_ALLOCATION.to_owned();
+            OptionReply::MetaContext { id, name }.encode(number, out);
+            if !listing {
+                self.allocation_for = Some(request.export);
+            }
+        }
+        OptionReply::Ack.encode(number, out);
+    }
+
+    /// A new selection replaces the earlier one even when it fails.
+    fn forget_contexts_on_failed_set(&mut self, kind: Result<OptionKind, u32>) {
+        if kind == Ok(OptionKind::SetMetaContext) {
+            self.allocation_for = None;
+        }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        name.is_empty() || name == self.export.name
+    }
+
+    fn agreement(&self, name: &str) -> Agreement {
+        let mut flags = self.export.flags;
+        flags.set(TransmissionFlags::SEND_DF, self.dialect != Dialect::Simple);
+        let selected = self.allocation_for.as_deref() == Some(name);
+        Agreement {
+            size: self.export.size,
+            flags,
+            dialect: self.dialect,
+            allocation_context: selected.then_some(ALLOCATION_CONTEXT_ID),
+            block_sizes: Some(self.export.block_sizes),
+            oldstyle: false,
+        }
+    }
+}
+
+fn selects_allocation(queries: &[String], listing: bool) -> bool {
+    let whole_namespace = |query: &String| listing && query == CONTEXT_NAMESPACE;
+    (listing && queries.is_empty())
+        || queries.iter().any(|query| query == CONTEXT_ALLOCATION || whole_namespace(query))
+}
+
+fn refuse(kind: OptionReplyKind, message: &str) -> OptionReply {
+    OptionReply::error(kind, message)
+}
+
+fn no_data() -> OptionReply {
+    refuse(OptionReplyKind::ErrInvalid, "this option has no data")
+}
+
+fn no_such_export() -> OptionReply {
+    refuse(OptionReplyKind::ErrUnknown, "there is no export of that name")
+}
+
+fn fault_reply(fault: OptionFault) -> OptionReply {
+    match fault {
+        OptionFault::Invalid(why) => refuse(OptionReplyKind::ErrInvalid, why),
+        OptionFault::TooBig => refuse(OptionReplyKind::ErrTooBig, "a string is too long"),
+    }
+}

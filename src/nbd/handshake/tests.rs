@@ -1,0 +1,392 @@
+//! Both roles of the handshake against each other and against hand-made bytes.
+
+use super::super::reply::Dialect;
+use super::super::wire::*;
+use super::client::{self, Failure, Wish};
+use super::option::*;
+use super::server::{self, Export, Misbehaviour};
+use super::*;
+use proptest::prelude::*;
+
+fn export() -> Export {
+    Export {
+        name: "disk".into(),
+        description: "a disk".into(),
+        size: 1 << 20,
+        flags: TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH,
+        block_sizes: BlockSizes { minimum: 1, preferred: 4096, maximum: 32 << 20 },
+    }
+}
+
+/// A server in conversation: feed it bytes, get replies.
+struct Talk {
+    server: server::Handshake,
+    pending: Vec<u8>,
+}
+
+impl Talk {
+    fn with_flags(flags: u32) -> Self {
+        Self { server: server::Handshake::new(export()), pending: flags.to_be_bytes().to_vec() }
+    }
+
+    fn fixed() -> Self {
+        Self::with_flags(3)
+    }
+
+    fn say(&mut self, bytes: &[u8]) -> Result<(Vec<u8>, server::Next), Misbehaviour> {
+        self.pending.extend_from_slice(bytes);
+        let mut out = Vec::new();
+        let (used, next) = self.server.advance(&self.pending, &mut out)?;
+        self.pending.drain(..used);
+        Ok((out, next))
+    }
+
+    fn option(&mut self, number: u32, data: &[u8]) -> (Vec<OptionReply>, server::Next) {
+        let mut bytes = Vec::new();
+        encode_option(number, data, &mut bytes);
+        let (out, next) = self.say(&bytes).unwrap();
+        (replies(number, &out), next)
+    }
+
+    fn ask(&mut self, kind: OptionKind, data: &[u8]) -> Vec<OptionReply> {
+        self.option(kind.number(), data).0
+    }
+
+    fn refusal(&mut self, kind: OptionKind, data: &[u8]) -> Option<OptionReplyKind> {
+        match self.ask(kind, data).last() {
+            Some(OptionReply::Error { number, .. }) => OptionReplyKind::try_from(*number).ok(),
+            _ => None,
+        }
+    }
+}
+
+fn replies(option: u32, mut bytes: &[u8]) -> Vec<OptionReply> {
+    let mut all = Vec::new();
+    while let Some(((answered, reply), used)) = OptionReply::decode(bytes).unwrap() {
+        assert_eq!(answered, option);
+        all.push(reply);
+        bytes = &bytes[used..];
+    }
+    assert!(bytes.is_empty(), "half a reply");
+    all
+}
+
+fn go(name: &str) -> Vec<u8> {
+    let mut data = Vec::new();
+    InfoRequest { export: name.into(), wanted: vec![3, 3, 99, 1] }.encode(&mut data);
+    data
+}
+
+fn contexts(name: &str, queries: &[&str]) -> Vec<u8> {
+    let queries = queries.iter().map(|&query| query.to_owned()).collect();
+    let mut data = Vec::new();
+    MetaContextRequest { export: name.into(), queries }.encode(&mut data);
+    data
+}
+
+#[test]
+fn unknown_client_flags_end_the_session() {
+    assert_eq!(Talk::with_flags(4).say(&[]), Err(Misbehaviour::UnknownClientFlags(4)));
+}
+
+#[test]
+fn zeros_follow_an_export_name_unless_both_sides_do_without() {
+    for (flags, zeroes) in [(0, 124), (1, 124), (2, 0), (3, 0)] {
+        let mut option = Vec::new();
+        encode_option(OptionKind::ExportName.number(), b"disk", &mut option);
+        let (out, next) = Talk::with_flags(flags).say(&option).unwrap();
+        assert_eq!(out.len(), 10 + zeroes, "client flags {flags}");
+        assert!(matches!(next, server::Next::Transmission(_)));
+    }
+}
+
+#[test]
+fn a_client_of_plain_newstyle_may_only_name_an_export() {
+    let mut option = Vec::new();
+    encode_option(OptionKind::List.number(), &[], &mut option);
+    let refused = Talk::with_flags(0).say(&option);
+    assert_eq!(refused, Err(Misbehaviour::OptionBeforeFixedNewstyle(3)));
+}
+
+#[test]
+fn unknown_options_of_sane_length_are_read_and_answered() {
+    let mut talk = Talk::fixed();
+    for length in [0, 5, OPTION_LENGTH_MAX as usize + 7] {
+        let (answers, next) = talk.option(4711, &vec![1; length]);
+        assert!(matches!(&answers[..], [OptionReply::Error { number, .. }]
+            if *number == OptionReplyKind::ErrUnsupported.number()));
+        assert_eq!(next, server::Next::More);
+    }
+    assert_eq!(talk.ask(OptionKind::StructuredReply, &[]), [OptionReply::Ack]);
+}
+
+#[test]
+fn an_absurd_length_ends_the_session_before_its_data_arrives() {
+    for (length, ends) in [(OPTION_LENGTH_ABSURD, false), (OPTION_LENGTH_ABSURD + 1, true)] {
+        let mut head = OPTION_MAGIC.to_be_bytes().to_vec();
+        head.extend_from_slice(&4711u32.to_be_bytes());
+        head.extend_from_slice(&length.to_be_bytes());
+        assert_eq!(Talk::fixed().say(&head).is_err(), ends);
+    }
+}
+
+#[test]
+fn a_known_option_of_the_longest_length_is_looked_at_and_a_longer_one_is_too_big() {
+    let filler = "x".repeat(OPTION_LENGTH_MAX as usize);
+    let too_big = Some(OptionReplyKind::ErrTooBig);
+    let invalid = Some(OptionReplyKind::ErrInvalid);
+    let mut talk = Talk::fixed();
+    assert_eq!(talk.refusal(OptionKind::List, filler.as_bytes()), invalid);
+    assert_eq!(talk.refusal(OptionKind::List, format!("{filler}x").as_bytes()), too_big);
+}
+
+#[test]
+fn names_up_to_4096_bytes_are_looked_up_and_longer_ones_refused() {
+    let mut talk = Talk::fixed();
+    let unknown = go(&"n".repeat(STRING_LENGTH_MAX));
+    assert_eq!(talk.refusal(OptionKind::Info, &unknown), Some(OptionReplyKind::ErrUnknown));
+    let longer = go(&"n".repeat(STRING_LENGTH_MAX + 1));
+    assert_eq!(talk.refusal(OptionKind::Info, &longer), Some(OptionReplyKind::ErrTooBig));
+    assert_eq!(talk.refusal(OptionKind::Go, &go("a\0")), Some(OptionReplyKind::ErrInvalid));
+}
+
+#[test]
+fn options_without_data_refuse_data() {
+    let mut talk = Talk::fixed();
+    for kind in [OptionKind::List, OptionKind::StructuredReply, OptionKind::ExtendedHeaders] {
+        assert_eq!(talk.refusal(kind, b"x"), Some(OptionReplyKind::ErrInvalid), "{kind:?}");
+    }
+}
+
+#[test]
+fn lengths_inside_an_option_must_add_up() {
+    let mut talk = Talk::fixed();
+    talk.ask(OptionKind::StructuredReply, &[]);
+    for data in [go("disk"), contexts("disk", &["base:allocation"])] {
+        let kind = if data == go("disk") { OptionKind::Info } else { OptionKind::SetMetaContext };
+        let short = &data[..data.len() - 1];
+        let long = [&data[..], &[0]].concat();
+        assert_eq!(talk.refusal(kind, short), Some(OptionReplyKind::ErrInvalid));
+        assert_eq!(talk.refusal(kind, &long), Some(OptionReplyKind::ErrInvalid));
+    }
+}
+
+#[test]
+fn info_and_go_say_the_same() {
+    let mut talk = Talk::fixed();
+    let info = talk.ask(OptionKind::Info, &go("disk"));
+    let (answers, next) = talk.option(OptionKind::Go.number(), &go("disk"));
+    assert_eq!(info, answers);
+    assert_eq!(info.iter().filter(|r| matches!(r, OptionReply::BlockSize(_))).count(), 1);
+    assert!(matches!(info[0], OptionReply::Export { size: 1_048_576, .. }));
+    assert!(matches!(next, server::Next::Transmission(_)));
+}
+
+#[test]
+fn contexts_are_listed_generously_and_selected_strictly() {
+    let mut talk = Talk::fixed();
+    let all = contexts("disk", &[]);
+    assert_eq!(talk.refusal(OptionKind::ListMetaContext, &all), Some(OptionReplyKind::ErrInvalid));
+    talk.ask(OptionKind::StructuredReply, &[]);
+    let told = |talk: &mut Talk, kind, queries: &[&str]| {
+        talk.ask(kind, &contexts("disk", queries)).len() - 1
+    };
+    for (queries, listed, set) in [
+        (&[][..], 1, 0),
+        (&["base:"], 1, 0),
+        (&["base:allocation", "base:allocation"], 1, 1),
+        (&["qemu:dirty-bitmap:x", "base:other"], 0, 0),
+    ] {
+        assert_eq!(told(&mut talk, OptionKind::ListMetaContext, queries), listed, "{queries:?}");
+        assert_eq!(told(&mut talk, OptionKind::SetMetaContext, queries), set, "{queries:?}");
+    }
+}
+
+fn agreed(talk: &mut Talk, name: &str) -> Agreement {
+    match talk.option(OptionKind::Go.number(), &go(name)).1 {
+        server::Next::Transmission(agreement) => agreement,
+        next => panic!("no agreement but {next:?}"),
+    }
+}
+
+#[test]
+fn a_selection_is_bound_to_its_export_name_and_lost_by_a_failed_one() {
+    for (then, name, kept) in [
+        (None, "disk", true),
+        (None, "", false),
+        (Some(contexts("other", &["base:allocation"])), "disk", false),
+        (Some(vec![1]), "disk", false),
+        (Some(vec![1; OPTION_LENGTH_MAX as usize + 1]), "disk", false),
+    ] {
+        let mut talk = Talk::fixed();
+        talk.ask(OptionKind::StructuredReply, &[]);
+        talk.ask(OptionKind::SetMetaContext, &contexts("disk", &["base:allocation"]));
+        if let Some(then) = then {
+            talk.ask(OptionKind::SetMetaContext, &then);
+        }
+        assert_eq!(agreed(&mut talk, name).allocation_context.is_some(), kept);
+    }
+}
+
+#[test]
+fn extended_headers_imply_structured_replies_and_exclude_export_name() {
+    let mut talk = Talk::fixed();
+    assert_eq!(talk.ask(OptionKind::ExtendedHeaders, &[]), [OptionReply::Ack]);
+    let required = Some(OptionReplyKind::ErrExtendedHeadersRequired);
+    assert_eq!(talk.refusal(OptionKind::StructuredReply, &[]), required);
+    let mut option = Vec::new();
+    encode_option(OptionKind::ExportName.number(), b"disk", &mut option);
+    assert_eq!(talk.say(&option), Err(Misbehaviour::ExportNameAfterExtendedHeaders));
+}
+
+#[test]
+fn abort_is_acknowledged() {
+    let (answers, next) = Talk::fixed().option(OptionKind::Abort.number(), &[]);
+    assert_eq!((&answers[..], next), (&[OptionReply::Ack][..], server::Next::Goodbye));
+}
+
+#[test]
+fn dont_fragment_is_offered_only_with_structured_replies() {
+    for structured in [false, true] {
+        let mut talk = Talk::fixed();
+        if structured {
+            talk.ask(OptionKind::StructuredReply, &[]);
+        }
+        let flags = agreed(&mut talk, "").flags;
+        assert_eq!(flags.contains(TransmissionFlags::SEND_DF), structured);
+    }
+}
+
+/// Runs our client against our server, `step` bytes at a time.
+fn converse(wish: Wish, step: usize) -> Result<(Agreement, Agreement), Failure> {
+    let mut server = server::Handshake::new(export());
+    let mut client = client::Handshake::new(wish);
+    let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
+    server.greet(&mut to_client);
+    let (mut at_client, mut at_server) = (Vec::new(), Vec::new());
+    let (mut ours, mut theirs) = (None, None);
+    while ours.is_none() || theirs.is_none() {
+        let n = step.min(to_client.len());
+        at_client.extend(to_client.drain(..n));
+        let (used, next) = client.advance(&at_client, &mut to_server)?;
+        at_client.drain(..used);
+        if let client::Next::Transmission(agreement) = next {
+            ours = Some(agreement);
+        }
+        let n = step.min(to_server.len());
+        at_server.extend(to_server.drain(..n));
+        let (used, next) = server.advance(&at_server, &mut to_client).unwrap();
+        at_server.drain(..used);
+        if let server::Next::Transmission(agreement) = next {
+            theirs = Some(agreement);
+        }
+    }
+    Ok((ours.unwrap(), theirs.unwrap()))
+}
+
+proptest! {
+    #[test]
+    fn both_roles_agree_however_the_bytes_are_cut(
+        step in 1usize..200, structured: bool, extended: bool, allocation: bool, named: bool,
+    ) {
+        let export = if named { "disk".to_owned() } else { String::new() };
+        let wish = Wish { export, structured, extended, allocation };
+        let (client, server) = converse(wish, step).unwrap();
+        prop_assert_eq!(&client, &server);
+        let dialect = match (extended, structured || allocation) {
+            (true, _) => Dialect::Extended,
+            (false, true) => Dialect::Structured,
+            (false, false) => Dialect::Simple,
+        };
+        prop_assert_eq!(client.dialect, dialect);
+        prop_assert_eq!(client.allocation_context.is_some(), allocation);
+    }
+
+    #[test]
+    fn no_bytes_make_either_role_panic(bytes: Vec<u8>, greeted: bool) {
+        let mut server = server::Handshake::new(export());
+        let _ = server.advance(&bytes, &mut Vec::new());
+        let mut input = Vec::new();
+        if greeted {
+            Greeting::Newstyle { flags: HandshakeFlags::all() }.encode(&mut input);
+        }
+        input.extend_from_slice(&bytes);
+        let _ = client::Handshake::new(Wish::default()).advance(&input, &mut Vec::new());
+    }
+}
+
+#[test]
+fn a_client_is_told_why_it_cannot_have_an_export() {
+    let wish = Wish { export: "other".into(), ..Wish::default() };
+    let failure = converse(wish, 1000).unwrap_err();
+    assert!(failure.to_string().starts_with("the server has no export of that name"));
+}
+
+#[test]
+fn a_client_takes_the_old_style_as_it_comes() {
+    let mut greeting = Vec::new();
+    let agreement = server::Handshake::greet_oldstyle(&export(), &mut greeting);
+    assert_eq!(greeting.len(), 152);
+    let mut out = Vec::new();
+    let mut client = client::Handshake::new(Wish::default());
+    let (used, next) = client.advance(&greeting, &mut out).unwrap();
+    assert_eq!(next, client::Next::Transmission(Agreement { block_sizes: None, ..agreement }));
+    assert_eq!((used, out.len()), (152, 0));
+    let named = Wish { export: "disk".into(), ..Wish::default() };
+    let refused = client::Handshake::new(named).advance(&greeting, &mut out);
+    assert_eq!(refused, Err(Failure::NoExportNames));
+}
+
+#[test]
+fn a_client_falls_back_where_the_server_knows_less() {
+    // A server that answers every option but EXPORT_NAME with ERR_UNSUP.
+    let wish = Wish { export: "disk".into(), structured: true, extended: true, allocation: true };
+    let mut client = client::Handshake::new(wish);
+    let mut input = Vec::new();
+    Greeting::Newstyle { flags: HandshakeFlags::FIXED_NEWSTYLE }.encode(&mut input);
+    let mut asked = Vec::new();
+    loop {
+        let mut out = Vec::new();
+        let (used, next) = client.advance(&input, &mut out).unwrap();
+        input.drain(..used);
+        if let client::Next::Transmission(agreement) = next {
+            assert_eq!(agreement.dialect, Dialect::Simple);
+            break;
+        }
+        let option =
+            &out[out.len().saturating_sub(out.len() - if asked.is_empty() { 4 } else { 0 })..];
+        let head = OptionHead::decode(option).unwrap().unwrap().0;
+        asked.push(OptionKind::try_from(head.number).unwrap());
+        if head.number == OptionKind::ExportName.number() {
+            input.extend_from_slice(&[0; 10 + RESERVED_ZEROES]);
+        } else {
+            OptionReply::error(OptionReplyKind::ErrUnsupported, "").encode(head.number, &mut input);
+        }
+    }
+    use OptionKind::*;
+    assert_eq!(asked, [ExtendedHeaders, StructuredReply, Go, ExportName]);
+}
+
+proptest! {
+    #[test]
+    fn greetings_round_trip_and_every_prefix_is_incomplete(old: bool, size: u64, bits: u16) {
+        let greeting = if old {
+            Greeting::Oldstyle { size, flags: TransmissionFlags::from_bits_truncate(bits) }
+        } else {
+            Greeting::Newstyle { flags: HandshakeFlags::from_bits_truncate(bits) }
+        };
+        let mut bytes = Vec::new();
+        greeting.encode(&mut bytes);
+        for end in 0..bytes.len() {
+            prop_assert_eq!(Greeting::decode(&bytes[..end]), Ok(None));
+        }
+        prop_assert_eq!(Greeting::decode(&bytes), Ok(Some((greeting, bytes.len()))));
+    }
+}
+
+#[test]
+fn what_is_no_greeting_is_refused_at_its_eighth_byte() {
+    assert_eq!(Greeting::decode(b"HTTP/1."), Ok(None));
+    assert!(Greeting::decode(b"HTTP/1.1").is_err());
+    assert!(Greeting::decode(b"NBDMAGICHTTP/1.1").is_err());
+}
