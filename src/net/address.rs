@@ -1,0 +1,301 @@
+//! Where to listen or to connect: parsed once, afterwards it is an address.
+//! Only [`resolve`] asks anybody anything (the host's resolver); the rest is pure.
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+
+/// A place to listen on or to connect to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// An IP address and a TCP port.
+    Tcp(SocketAddr),
+    /// The path of a unix socket.
+    Unix(PathBuf),
+}
+
+/// A place to connect to, whose host may still be a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remote {
+    /// A host name or IP address (without brackets) and a TCP port.
+    Host {
+        /// Name or address.
+        host: String,
+        /// TCP port, never 0.
+        port: u16,
+    },
+    /// The path of a unix socket.
+    Unix(PathBuf),
+}
+
+/// What is wrong with an address that was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AddressError {
+    /// Neither an IP address nor a path.
+    NotAnAddress(String),
+    /// Not a host name, an IP address or a path.
+    NotAHost(String),
+    /// An IP address with a port in it.
+    PortInAddress(String),
+    /// An IP address or a host, but no port.
+    PortMissing(String),
+    /// A path, and a port.
+    PortWithPath(String),
+    /// Not a number from 0 (here: any free one) to 65535.
+    NotAPort(String),
+    /// Port 0 to connect to.
+    PortZero,
+}
+
+impl Address {
+    /// An address to listen on: an IPv4 or IPv6 address (brackets allowed) with a port, or a path
+    /// beginning with `/` without one. Port 0 lets the kernel choose.
+    ///
+    /// # Errors
+    /// Says which of the two is missing, too much, or no address at all.
+    pub fn parse(address: &str, port: Option<u16>) -> Result<Self, AddressError> {
+        if address.starts_with('/') {
+            return match port {
+                None => Ok(Self::Unix(address.into())),
+                Some(_) => Err(AddressError::PortWithPath(address.to_owned())),
+            };
+        }
+        let ip: IpAddr = unbracket(address).parse().map_err(|_| not_an_ip(address))?;
+        let port = port.ok_or_else(|| AddressError::PortMissing(address.to_owned()))?;
+        Ok(Self::Tcp(SocketAddr::new(ip, port)))
+    }
+}
+
+impl Remote {
+    /// An address to connect to: as [`Address::parse`], and the host may be a name.
+    ///
+    /// # Errors
+    /// Says which of the two is missing, too much, or no address at all.
+    pub fn parse(host: &str, port: Option<u16>) -> Result<Self, AddressError> {
+        if host.starts_with('/') {
+            return match port {
+                None => Ok(Self::Unix(host.into())),
+                Some(_) => Err(AddressError::PortWithPath(host.to_owned())),
+            };
+        }
+        let host = host_of(host)?;
+        match port {
+            None => Err(AddressError::PortMissing(host)),
+            Some(0) => Err(AddressError::PortZero),
+            Some(port) => Ok(Self::Host { host, port }),
+        }
+    }
+
+    /// The addresses behind it, at least one, in the order in which they should be tried.
+    ///
+    /// # Errors
+    /// When the host is not known; the error names it.
+    pub fn resolve(&self) -> io::Result<Vec<Address>> {
+        match self {
+            Self::Unix(path) => Ok(vec![Address::Unix(path.clone())]),
+            Self::Host { host, port } => {
+                Ok(resolve(host, *port)?.into_iter().map(Address::Tcp).collect())
+            }
+        }
+    }
+}
+
+/// The addresses of `host`, a name or an IP address (brackets allowed), each with `port`; at least
+/// one. This may ask the network and take as long as the resolver takes.
+///
+/// # Errors
+/// When the host is not known; the error names it.
+pub fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    let unknown = |kind, reason: String| {
+        io::Error::new(kind, format!("cannot find the address of host `{host}`: {reason}"))
+    };
+    let found: Vec<_> = (unbracket(host), port)
+        .to_socket_addrs()
+        .map_err(|error| unknown(error.kind(), error.to_string()))?
+        .collect();
+    if found.is_empty() {
+        return Err(unknown(io::ErrorKind::NotFound, "it has none".to_owned()));
+    }
+    Ok(found)
+}
+
+/// A TCP port in decimal.
+///
+/// # Errors
+/// [`AddressError::NotAPort`].
+pub fn parse_port(text: &str) -> Result<u16, AddressError> {
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    match text.parse() {
+        Ok(port) if digits => Ok(port),
+        _ => Err(AddressError::NotAPort(text.to_owned())),
+    }
+}
+
+/// `[::1]` as `::1`; anything else as it is.
+#[must_use]
+pub fn unbracket(text: &str) -> &str {
+    text.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(text)
+}
+
+fn not_an_ip(address: &str) -> AddressError {
+    if address.parse::<SocketAddr>().is_ok() {
+        AddressError::PortInAddress(address.to_owned())
+    } else {
+        AddressError::NotAnAddress(address.to_owned())
+    }
+}
+
+/// The host without brackets, if it can be one: an IP address, or a name without odd characters.
+fn host_of(text: &str) -> Result<String, AddressError> {
+    let inner = unbracket(text);
+    if inner.parse::<IpAddr>().is_ok() {
+        return Ok(inner.to_owned());
+    }
+    if text.rsplit_once(':').is_some_and(|(_, port)| parse_port(port).is_ok()) {
+        return Err(AddressError::PortInAddress(text.to_owned()));
+    }
+    let fits = |c: char| c.is_alphanumeric() || matches!(c, '.' | '-' | '_');
+    if text.is_empty() || text.starts_with('-') || !text.chars().all(fits) {
+        return Err(AddressError::NotAHost(text.to_owned()));
+    }
+    Ok(text.to_owned())
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+impl fmt::Display for Remote {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Host { host, port } => write!(f, "{host}:{port}"),
+            Self::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+impl fmt::Display for AddressError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAnAddress(text) => {
+                write!(f, "`{text}` is neither an IPv4 or IPv6 address nor a path beginning with /")
+            }
+            Self::NotAHost(text) => {
+                write!(f, "`{text}` is not a host name, an IP address, or a path beginning with /")
+            }
+            Self::PortInAddress(text) => {
+                write!(f, "`{text}` has a port in it; give the port by itself")
+            }
+            Self::PortMissing(text) => write!(f, "address {text} needs a port"),
+            Self::PortWithPath(path) => {
+                write!(f, "{path} is the path of a unix socket, which has no port")
+            }
+            Self::NotAPort(text) => write!(f, "`{text}` is not a port, a number up to 65535"),
+            Self::PortZero => write!(f, "port 0 is not a port to connect to"),
+        }
+    }
+}
+
+impl std::error::Error for AddressError {}
+
+#[cfg(test)]
+mod tests {
+    use super::{Address, AddressError, Remote, parse_port, resolve};
+
+    fn shown(address: &str, port: Option<u16>) -> String {
+        match Address::parse(address, port) {
+            Ok(address) => address.to_string(),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn ipv4_ipv6_and_paths_are_addresses() {
+        assert_eq!(shown("127.0.0.1", Some(4777)), "127.0.0.1:4777");
+        assert_eq!(shown("::", Some(4777)), "[::]:4777");
+        assert_eq!(shown("::1", Some(0)), "[::1]:0");
+        assert_eq!(shown("[::1]", Some(65535)), "[::1]:65535");
+        assert_eq!(shown("/run/disk.sock", None), "/run/disk.sock");
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused_by_name() {
+        for text in ["", "localhost", "[::1", "127.1", "run/disk.sock", "1.2.3.4/24", "[localhost]"]
+        {
+            let error = Address::parse(text, Some(1)).unwrap_err();
+            assert_eq!(error, AddressError::NotAnAddress(text.to_owned()));
+            assert!(error.to_string().contains(&format!("`{text}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_port_belongs_to_ip_addresses_and_to_them_only() {
+        let path = || "/run/x".to_owned();
+        assert_eq!(Address::parse("::1", None), Err(AddressError::PortMissing("::1".to_owned())));
+        assert_eq!(Address::parse("/run/x", Some(1)), Err(AddressError::PortWithPath(path())));
+        assert_eq!(Remote::parse("/run/x", Some(1)), Err(AddressError::PortWithPath(path())));
+        for text in ["127.0.0.1:80", "[::1]:80"] {
+            let expected = AddressError::PortInAddress(text.to_owned());
+            assert_eq!(Address::parse(text, Some(80)), Err(expected.clone()));
+            assert_eq!(Remote::parse(text, Some(80)), Err(expected));
+        }
+    }
+
+    #[test]
+    fn a_port_is_a_number_up_to_65535() {
+        assert_eq!(parse_port("0"), Ok(0));
+        assert_eq!(parse_port("65535"), Ok(65535));
+        for text in ["65536", "", "-1", "+1", "nbd", "10 ", "0x10"] {
+            assert_eq!(parse_port(text), Err(AddressError::NotAPort(text.to_owned())));
+        }
+    }
+
+    #[test]
+    fn a_remote_may_be_a_name_and_its_port_is_never_zero() {
+        let host = |host: &str| Remote::Host { host: host.to_owned(), port: 7 };
+        assert_eq!(Remote::parse("localhost", Some(7)), Ok(host("localhost")));
+        assert_eq!(Remote::parse("disk-1.example", Some(7)), Ok(host("disk-1.example")));
+        assert_eq!(Remote::parse("[::1]", Some(7)), Ok(host("::1")));
+        assert_eq!(Remote::parse("/x", None), Ok(Remote::Unix("/x".into())));
+        assert_eq!(Remote::parse("localhost", Some(0)), Err(AddressError::PortZero));
+        assert_eq!(
+            Remote::parse("localhost", None),
+            Err(AddressError::PortMissing("localhost".to_owned()))
+        );
+        for text in ["", "a b", "a/b", "-a", "user@host", "[a"] {
+            let expected = AddressError::NotAHost(text.to_owned());
+            assert_eq!(Remote::parse(text, Some(7)), Err(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_remote_is_shown_as_it_would_be_typed_in_a_uri() {
+        assert_eq!(Remote::parse("::1", Some(7)).unwrap().to_string(), "[::1]:7");
+        assert_eq!(Remote::parse("localhost", Some(7)).unwrap().to_string(), "localhost:7");
+        assert_eq!(Remote::Unix("/x".into()).to_string(), "/x");
+    }
+
+    #[test]
+    fn an_ip_address_resolves_to_itself() {
+        assert_eq!(resolve("127.0.0.1", 9).unwrap(), ["127.0.0.1:9".parse().unwrap()]);
+        assert_eq!(resolve("[::1]", 9).unwrap(), ["[::1]:9".parse().unwrap()]);
+        let remote = Remote::parse("::1", Some(9)).unwrap();
+        assert_eq!(remote.resolve().unwrap(), [Address::Tcp("[::1]:9".parse().unwrap())]);
+        let unix = Remote::Unix("/x".into());
+        assert_eq!(unix.resolve().unwrap(), [Address::Unix("/x".into())]);
+    }
+
+    #[test]
+    fn a_host_that_does_not_resolve_is_named() {
+        // An empty label is refused by every resolver without asking the network.
+        let error = resolve("a..b", 9).unwrap_err();
+        assert!(error.to_string().contains("`a..b`"), "{error}");
+    }
+}

@@ -1,0 +1,260 @@
+//! Connects to an address within a given time.
+//! Tries once: whether to try again, and where, is for the caller.
+
+use super::wait::{happened, poll_until};
+use super::{Address, Stream};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, UnixAddr, sockopt};
+use nix::sys::socket::{bind, connect as connect_socket, setsockopt, socket};
+use nix::sys::time::{TimeVal, TimeValLike};
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Connects to `address`, from the local address `from` if given, within `timeout`.
+///
+/// # Errors
+/// `TimedOut` after `timeout`, `InvalidInput` when `from` cannot be meant (an address of the other
+/// family, or any for a unix socket), and what the kernel says; the text names what was tried.
+pub fn connect(address: &Address, from: Option<IpAddr>, timeout: Duration) -> io::Result<Stream> {
+    let stream = match (address, from) {
+        (Address::Tcp(to), None) => connect_tcp(*to, None, timeout),
+        (Address::Tcp(to), Some(ip)) => match local_for(ip, *to) {
+            Ok(local) => connect_tcp(*to, Some(local), timeout),
+            Err(error) => Err(error),
+        },
+        (Address::Unix(path), None) => connect_unix(path, timeout),
+        (Address::Unix(_), Some(_)) => Err(impossible("a unix socket has no local address")),
+    };
+    stream.map_err(|error| explained(&error, address, from))
+}
+
+fn connect_tcp(to: SocketAddr, from: Option<SocketAddr>, timeout: Duration) -> io::Result<Stream> {
+    let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(family, SockType::Stream, flags, None)?;
+    if let Some(from) = from {
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(from)).map_err(not_ours)?;
+    }
+    let stream = TcpStream::from(fd);
+    match connect_socket(stream.as_raw_fd(), &SockaddrStorage::from(to)) {
+        Ok(()) => {}
+        Err(Errno::EINPROGRESS | Errno::EINTR) => finish(&stream, timeout)?,
+        Err(errno) => return Err(errno.into()),
+    }
+    stream.set_nonblocking(false)?;
+    Ok(Stream::Tcp(stream))
+}
+
+/// Waits for the outcome of a connect that was begun.
+fn finish(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
+    let deadline = Instant::now().checked_add(timeout);
+    if !poll_until(&mut fds, deadline)? || happened(&fds[0]).is_empty() {
+        return Err(io::Error::new(io::ErrorKind::TimedOut, no_answer(timeout)));
+    }
+    stream.take_error()?.map_or(Ok(()), Err)
+}
+
+/// A unix socket cannot be connected in the background; the kernel keeps the time instead.
+fn connect_unix(path: &Path, timeout: Duration) -> io::Result<Stream> {
+    let address = UnixAddr::new(path)?;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&fd, sockopt::SendTimeout, &time_value(timeout))?;
+    loop {
+        match connect_socket(fd.as_raw_fd(), &address) {
+            Ok(()) => break,
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, no_answer(timeout)));
+            }
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    setsockopt(&fd, sockopt::SendTimeout, &TimeVal::microseconds(0))?;
+    Ok(Stream::Unix(UnixStream::from(fd)))
+}
+
+/// At least a microsecond, since zero would mean for ever.
+fn time_value(timeout: Duration) -> TimeVal {
+    TimeVal::microseconds(i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX).max(1))
+}
+
+/// Pure: the local address to bind to, of the family that the destination needs.
+fn local_for(ip: IpAddr, to: SocketAddr) -> io::Result<SocketAddr> {
+    match (ip.to_canonical(), to) {
+        (ip @ IpAddr::V4(_), SocketAddr::V4(_)) | (ip @ IpAddr::V6(_), SocketAddr::V6(_)) => {
+            Ok(SocketAddr::new(ip, 0))
+        }
+        (IpAddr::V4(_), _) => Err(impossible("an IPv4 address cannot reach an IPv6 one")),
+        (IpAddr::V6(_), _) => Err(impossible("an IPv6 address cannot reach an IPv4 one")),
+    }
+}
+
+fn impossible(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+fn not_ours(errno: Errno) -> io::Error {
+    match errno {
+        Errno::EADDRNOTAVAIL => io::Error::new(
+            io::ErrorKind::AddrNotAvailable,
+            "no interface of this host has the local address",
+        ),
+        other => other.into(),
+    }
+}
+
+fn no_answer(timeout: Duration) -> String {
+    format!("no answer within {} s", timeout.as_secs_f32())
+}
+
+fn explained(error: &io::Error, address: &Address, from: Option<IpAddr>) -> io::Error {
+    let from = from.map_or_else(String::new, |ip| format!(" from {ip}"));
+    io::Error::new(error.kind(), format!("cannot connect to {address}{from}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{connect, local_for, time_value};
+    use crate::net::{Address, Listener, Stream};
+    use nix::sys::socket::{getsockopt, sockopt};
+    use nix::sys::time::TimeValLike;
+    use std::io::ErrorKind;
+    use std::net::TcpListener;
+    use std::os::unix::net::UnixListener;
+    use std::time::Duration;
+
+    const LONG: Duration = Duration::from_secs(20);
+    const SHORT: Duration = Duration::from_millis(20);
+
+    fn tcp(text: &str) -> Address {
+        Address::Tcp(text.parse().unwrap())
+    }
+
+    #[test]
+    fn a_connection_comes_from_the_address_asked_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = Address::Tcp(listener.local_addr().unwrap());
+        let _stream = connect(&to, Some("127.0.0.9".parse().unwrap()), LONG).unwrap();
+        assert_eq!(listener.accept().unwrap().1.ip().to_string(), "127.0.0.9");
+    }
+
+    #[test]
+    fn a_connected_descriptor_is_left_blocking_and_without_a_timeout() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = Address::Tcp(listener.local_addr().unwrap());
+        let stream = connect(&to, None, LONG).unwrap();
+        let flags = nix::fcntl::fcntl(&stream, nix::fcntl::FcntlArg::F_GETFL).unwrap();
+        assert_eq!(flags & nix::libc::O_NONBLOCK, 0);
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let Stream::Unix(stream) = connect(&Address::Unix(path), None, LONG).unwrap() else {
+            panic!("a unix address gives a unix stream")
+        };
+        assert_eq!(getsockopt(&stream, sockopt::SendTimeout).unwrap().num_microseconds(), 0);
+    }
+
+    #[test]
+    fn a_refused_connection_says_where_to_and_from() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap();
+        drop(listener);
+        let from = Some("127.0.0.9".parse().unwrap());
+        let error = connect(&Address::Tcp(to), from, LONG).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        let text = error.to_string();
+        assert!(text.contains(&format!("cannot connect to {to} from 127.0.0.9: ")), "{text}");
+    }
+
+    #[test]
+    fn a_missing_or_abandoned_unix_socket_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let error = connect(&Address::Unix(path.clone()), None, LONG).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        drop(UnixListener::bind(&path).unwrap());
+        let error = connect(&Address::Unix(path), None, LONG).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    }
+
+    #[test]
+    fn a_server_whose_queue_is_full_is_waited_for_no_longer_than_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let to = Address::Unix(path);
+        let mut waiting = Vec::new();
+        let error = loop {
+            match connect(&to, None, SHORT) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        assert!(error.to_string().contains("no answer within 0.02 s"), "{error}");
+    }
+
+    #[test]
+    fn a_tcp_server_whose_queue_is_full_is_waited_for_no_longer_than_asked() {
+        let listener = tiny_queue();
+        let to = Address::Tcp(listener.local_addr().unwrap());
+        let mut waiting = Vec::new();
+        let error = loop {
+            match connect(&to, None, SHORT) {
+                Ok(stream) => waiting.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+    }
+
+    /// A listener that nobody accepts from and whose backlog is as small as it can be.
+    fn tiny_queue() -> TcpListener {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+        listener
+    }
+
+    #[test]
+    fn a_local_address_that_cannot_be_meant_is_refused() {
+        let v4 = "127.0.0.1".parse().unwrap();
+        let v6 = "::1".parse().unwrap();
+        let unix = Address::Unix("/nowhere".into());
+        for (to, from) in [(tcp("[::1]:1"), v4), (tcp("127.0.0.1:1"), v6), (unix, v4)] {
+            let error = connect(&to, Some(from), LONG).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+        }
+        let mapped = "::ffff:127.0.0.1".parse().unwrap();
+        let local = local_for(mapped, "127.0.0.1:1".parse().unwrap()).unwrap();
+        assert_eq!(local.to_string(), "127.0.0.1:0");
+    }
+
+    #[test]
+    fn a_local_address_of_another_host_is_refused() {
+        let from = Some("192.0.2.1".parse().unwrap());
+        let error = connect(&tcp("127.0.0.1:1"), from, LONG).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::AddrNotAvailable);
+        assert!(error.to_string().contains("from 192.0.2.1: no interface"), "{error}");
+    }
+
+    #[test]
+    fn no_timeout_is_mistaken_for_for_ever() {
+        assert_eq!(time_value(Duration::ZERO).num_microseconds(), 1);
+        assert_eq!(time_value(Duration::from_secs(2)).num_microseconds(), 2_000_000);
+    }
+
+    #[test]
+    fn connecting_to_our_own_listener_works_over_ipv6_too() {
+        let listener = Listener::bind(&tcp("[::1]:0")).unwrap();
+        let stream = connect(&listener.local_address().unwrap(), None, LONG).unwrap();
+        assert!(matches!(stream, Stream::Tcp(_)));
+    }
+}
