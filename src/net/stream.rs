@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn sending_to_a_peer_that_has_gone_is_an_error_and_no_signal() {
+    fn sending_to_a_peer_that_has_gone_is_an_error() {
         for (near, far) in both_kinds() {
             drop(far);
             let error = loop {
@@ -399,6 +399,14 @@ mod tests {
                 }
             };
             assert!(matches!(error, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset));
+        }
+    }
+
+    #[test]
+    fn sending_never_waits_never_signals_and_says_when_more_follows() {
+        for (more, expected) in [(false, 0), (true, libc::MSG_MORE)] {
+            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | expected;
+            assert_eq!(send_flags(more).bits(), flags);
         }
     }
 
