@@ -1,8 +1,30 @@
 //! The bytes being served, and who may touch them now.
 //! Knows no network, no protocol and no log; errors go to the caller as `io::Error`.
+//!
+//! [`Disk`] is the door: [`Disk::enter`] passes the gate and yields a [`Visit`], and all work on
+//! the bytes is done through a visit. Hold one while you work on the disk, never while you wait
+//! for a peer: whoever closes the gate waits for it.
+
+mod extents;
+mod gate;
+mod image;
+#[cfg(test)]
+pub(crate) mod memory;
+#[cfg(test)]
+mod model_tests;
+mod open;
+mod syscalls;
+mod zeros;
+
+pub use gate::{Gate, NoEntry, Pass, StillBusy};
+pub use image::FileImage;
+pub use open::{Access, OpenError, SECTOR};
 
 use crate::range::Range;
+use nix::errno::Errno;
 use std::io;
+use std::sync::atomic::{AtomicI32, Ordering};
+use zeros::{Failure, Written};
 
 /// What a disk's bytes are kept in: a file, a block device, or memory in tests.
 ///
@@ -44,4 +66,396 @@ pub struct Extent {
     pub range: Range,
     /// False for a hole, which reads as zeros.
     pub allocated: bool,
+}
+
+/// A disk: an image behind a gate.
+#[derive(Debug)]
+pub struct Disk {
+    image: Box<dyn Image>,
+    gate: Gate,
+    read_only: bool,
+    /// The errno of the first flush that failed; 0 as long as none has.
+    flush_failure: AtomicI32,
+}
+
+/// Permission to touch the disk now, and the way to do it; dropping it ends the visit.
+///
+/// Every offset and range is checked against the disk once more: beyond its end is `EINVAL`.
+/// Nothing to do (a length of 0) always succeeds.
+#[derive(Debug)]
+pub struct Visit<'a> {
+    disk: &'a Disk,
+    /// Only held, so that the gate knows of us.
+    _pass: gate::Pass<'a>,
+}
+
+impl Disk {
+    /// A disk made of `image`; with `read_only` nothing can change it.
+    #[must_use]
+    pub fn new(image: Box<dyn Image>, read_only: bool) -> Self {
+        Self { image, gate: Gate::default(), read_only, flush_failure: AtomicI32::new(0) }
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.image.size()
+    }
+
+    /// Whether changes are refused (`EPERM`).
+    #[must_use]
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The gate, for those who close it.
+    #[must_use]
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// Waits until the gate is open and goes in. For `give_up` see [`Gate::enter`].
+    ///
+    /// # Errors
+    /// [`NoEntry`]: the disk is gone for good, or `give_up` ended the waiting.
+    pub fn enter(&self, give_up: &dyn Fn() -> bool) -> Result<Visit<'_>, NoEntry> {
+        Ok(Visit { disk: self, _pass: self.gate.enter(give_up)? })
+    }
+
+    fn range(&self, offset: u64, length: u64) -> io::Result<Range> {
+        Range::within(self.size(), offset, length).ok_or_else(|| Errno::EINVAL.into())
+    }
+
+    /// Fails as the first failed flush did, if there was one: the kernel reports lost data once,
+    /// forgets it, and would call the next flush a success.
+    fn check_flushes(&self) -> io::Result<()> {
+        match self.flush_failure.load(Ordering::Acquire) {
+            0 => Ok(()),
+            errno => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+
+    /// Remembers that data may be lost, and returns what every later flush will say.
+    fn flush_failed(&self, error: &io::Error) -> io::Error {
+        let (new, all) = (errno_of(error), Ordering::AcqRel);
+        let first = match self.flush_failure.compare_exchange(0, new, all, Ordering::Acquire) {
+            Ok(_) => new,
+            Err(first) => first,
+        };
+        io::Error::from_raw_os_error(first)
+    }
+}
+
+impl Visit<'_> {
+    /// Fills `into` from `offset` on.
+    ///
+    /// # Errors
+    /// `EINVAL` beyond the end; what the image says (`UnexpectedEof` for a file cut short).
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let range = self.disk.range(offset, into.len() as u64)?;
+        if range.is_empty() { Ok(()) } else { self.disk.image.read(offset, into) }
+    }
+
+    /// Writes `data` to `offset`; zeros that would go into a hole leave it one. With `durable`,
+    /// returns only once all of it is on stable storage (`NBD_CMD_FLAG_FUA`).
+    ///
+    /// # Errors
+    /// `EPERM` on a read-only disk; `EINVAL` beyond the end; with `durable` as [`Visit::flush`];
+    /// what the image says, and then any part of `data` may have been written.
+    pub fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        self.change(self.disk.range(offset, data.len() as u64)?, durable, |image| {
+            zeros::write_around_holes(image, offset, data, durable)
+        })
+    }
+
+    /// Makes `range` read as zeros, to the byte; for `durable` see [`Visit::write`].
+    ///
+    /// # Errors
+    /// As [`Visit::write`]; `EOPNOTSUPP`, with nothing changed, for what cannot be fast and must.
+    pub fn zero(&self, range: Range, how: Zeroing, durable: bool) -> io::Result<()> {
+        self.change(range, durable, |image| {
+            image.zero(range, how)?;
+            Ok(Written::to_be_flushed_if(durable))
+        })
+    }
+
+    /// Gives back what can be given back of `range`, of which the bytes may then read as anything;
+    /// for `durable` see [`Visit::write`].
+    ///
+    /// # Errors
+    /// As [`Visit::write`]. That the image cannot trim is no error.
+    pub fn trim(&self, range: Range, durable: bool) -> io::Result<()> {
+        self.change(range, durable, |image| {
+            image.trim(range)?;
+            Ok(Written::to_be_flushed_if(durable))
+        })
+    }
+
+    /// Returns once everything that any visit wrote before this call is on stable storage.
+    ///
+    /// # Errors
+    /// What the image says. From then on every flush and every durable change fails with the same
+    /// error until the disk is opened anew, since some data may have been lost for good.
+    pub fn flush(&self) -> io::Result<()> {
+        self.disk.check_flushes()?;
+        self.disk.image.flush().map_err(|error| self.disk.flush_failed(&error))?;
+        // Another thread may have heard meanwhile what was meant for us, too.
+        self.disk.check_flushes()
+    }
+
+    /// Hints that `range` will be read soon (`NBD_CMD_CACHE`).
+    ///
+    /// # Errors
+    /// `EINVAL` beyond the end; what the image says.
+    pub fn prefetch(&self, range: Range) -> io::Result<()> {
+        let range = self.disk.range(range.offset(), range.length())?;
+        if range.is_empty() { Ok(()) } else { self.disk.image.prefetch(range) }
+    }
+
+    /// The extents of `range` in order, equal neighbours merged, clipped to it: at most `limit`,
+    /// but at least one unless the range is empty.
+    ///
+    /// # Errors
+    /// `EINVAL` beyond the end; what the image says.
+    pub fn extents(&self, range: Range, limit: usize) -> io::Result<Vec<Extent>> {
+        let range = self.disk.range(range.offset(), range.length())?;
+        extents::extents(self.disk.image.as_ref(), range, limit)
+    }
+
+    /// The image's extent that the byte at `offset` lies in, from there on. The next one may be of
+    /// the same kind.
+    ///
+    /// # Errors
+    /// `EINVAL` at or beyond the end; what the image says.
+    pub fn extent(&self, offset: u64) -> io::Result<Extent> {
+        self.disk.range(offset, 1)?;
+        extents::extent_at(self.disk.image.as_ref(), offset)
+    }
+
+    /// The one way in which bytes change: checked, done, and durable if they have to be.
+    ///
+    /// After `work`, whether it succeeded or failed half-way, is the moment when the bytes are
+    /// there and nobody has been told.
+    fn change(
+        &self,
+        range: Range,
+        durable: bool,
+        work: impl FnOnce(&dyn Image) -> Result<Written, Failure>,
+    ) -> io::Result<()> {
+        let range = self.disk.range(range.offset(), range.length())?;
+        if self.disk.read_only {
+            return Err(Errno::EPERM.into());
+        }
+        if durable {
+            self.disk.check_flushes()?;
+        }
+        if range.is_empty() {
+            return Ok(());
+        }
+        match work(self.disk.image.as_ref()) {
+            Ok(Written::ToBeFlushed) => self.flush(),
+            Ok(Written::AsAsked) if durable => self.disk.check_flushes(),
+            Ok(Written::AsAsked) => Ok(()),
+            Err(Failure::NotMade(error)) => Err(error),
+            Err(Failure::NotDurable(error)) => Err(self.disk.flush_failed(&error)),
+        }
+    }
+}
+
+/// The number of an error, for those who hand it on as a number: the kernel's own, or `EIO`.
+#[must_use]
+pub fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(Errno::EIO as i32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::memory::{FailingImage, Faults, MemoryImage, Op};
+    use super::*;
+    use nix::libc::{EINVAL, EIO, ENOSPC, EPERM};
+    use std::sync::Arc;
+
+    const SIZE: u64 = 64 * 1024;
+
+    fn disk(read_only: bool) -> (Disk, MemoryImage, Arc<Faults>) {
+        let (memory, faults) = (MemoryImage::new(SIZE), Arc::new(Faults::default()));
+        let image = FailingImage::new(memory.clone(), faults.clone());
+        (Disk::new(Box::new(image), read_only), memory, faults)
+    }
+
+    fn visit(disk: &Disk) -> Visit<'_> {
+        disk.enter(&|| true).unwrap()
+    }
+
+    fn range(offset: u64, length: u64) -> Range {
+        Range::within(2 * SIZE, offset, length).unwrap()
+    }
+
+    fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
+        errno_of(&result.unwrap_err())
+    }
+
+    type Job = (&'static str, fn(&Visit<'_>) -> io::Result<()>);
+
+    /// Everything that can be asked of a visit, each of which is one operation of the image.
+    const READS: [Job; 4] = [
+        ("read", |visit| visit.read(0, &mut [0; 8])),
+        ("extent", |visit| visit.extent(0).map(drop)),
+        ("extents", |visit| visit.extents(range(0, SIZE), 9).map(drop)),
+        ("prefetch", |visit| visit.prefetch(range(0, 8))),
+    ];
+    const CHANGES: [Job; 3] = [
+        ("write", |visit| visit.write(0, &[1; 8], false)),
+        ("zero", |visit| visit.zero(range(0, 8), Zeroing::default(), false)),
+        ("trim", |visit| visit.trim(range(0, 8), false)),
+    ];
+    const DURABLE: [Job; 4] = [
+        ("flush", |visit| visit.flush()),
+        ("durable write", |visit| visit.write(0, &[1; 8], true)),
+        ("durable zero", |visit| visit.zero(range(0, 8), Zeroing::default(), true)),
+        ("durable trim", |visit| visit.trim(range(0, 8), true)),
+    ];
+
+    #[test]
+    fn every_error_of_the_image_reaches_whoever_asked() {
+        for (name, job) in READS.iter().chain(&CHANGES).chain(&DURABLE) {
+            let (disk, _, faults) = disk(false);
+            faults.fail_nth(1, ENOSPC);
+            assert_eq!(errno(job(&visit(&disk))), ENOSPC, "{name}");
+            faults.heal();
+        }
+    }
+
+    #[test]
+    fn the_nth_failing_operation_fails_the_nth_job_and_no_other() {
+        for nth in 1..=3 {
+            let (disk, _, faults) = disk(false);
+            faults.fail_nth(nth, EIO);
+            for (at, (name, job)) in (1..).zip(CHANGES) {
+                assert_eq!(job(&visit(&disk)).is_err(), at == nth, "{name}, {nth}th");
+            }
+        }
+    }
+
+    #[test]
+    fn a_failed_flush_fails_everything_durable_from_then_on() {
+        for (first, job) in DURABLE {
+            let (disk, _, faults) = disk(false);
+            faults.fail_every(Op::Flush, EIO);
+            faults.fail_every(Op::DurableWrite, EIO);
+            assert_eq!(errno(job(&visit(&disk))), EIO, "{first}");
+            faults.heal();
+            for (name, job) in DURABLE {
+                assert_eq!(errno(job(&visit(&disk))), EIO, "{name} after {first}");
+            }
+            for (name, job) in READS.iter().chain(&CHANGES) {
+                assert!(job(&visit(&disk)).is_ok(), "{name} after {first}");
+            }
+        }
+    }
+
+    #[test]
+    fn later_flushes_say_what_the_first_one_said() {
+        let (disk, _, faults) = disk(false);
+        faults.fail_every(Op::Flush, ENOSPC);
+        assert_eq!(errno(visit(&disk).flush()), ENOSPC);
+        faults.fail_every(Op::Flush, EIO);
+        assert_eq!(errno(visit(&disk).flush()), ENOSPC);
+        assert_eq!(faults.count(Op::Flush), 1, "the kernel is not asked again");
+    }
+
+    #[test]
+    fn a_full_file_system_is_no_failed_flush() {
+        let (disk, _, faults) = disk(false);
+        faults.fail_every(Op::Write, ENOSPC);
+        faults.fail_every(Op::DurableWrite, ENOSPC);
+        assert_eq!(errno(visit(&disk).write(0, &[1; 8], true)), ENOSPC);
+        faults.heal();
+        assert!(visit(&disk).flush().is_ok());
+        assert!(visit(&disk).write(0, &[1; 8], true).is_ok());
+    }
+
+    #[test]
+    fn what_failed_for_lack_of_durability_is_written_all_the_same() {
+        let (disk, memory, faults) = disk(false);
+        faults.fail_every(Op::DurableWrite, EIO);
+        assert!(visit(&disk).write(0, &[5; 3], true).is_err());
+        assert_eq!(memory.contents()[..4], [5, 5, 5, 0]);
+    }
+
+    #[test]
+    fn a_durable_change_that_left_zeros_out_flushes_before_it_succeeds() {
+        let (disk, memory, faults) = disk(false);
+        visit(&disk).write(0, &[0; 100], true).unwrap();
+        assert_eq!((faults.count(Op::Flush), faults.count(Op::DurableWrite)), (1, 0));
+        assert_eq!(memory.allocated_blocks(), 0);
+        visit(&disk).write(0, &[1; 100], true).unwrap();
+        assert_eq!((faults.count(Op::Flush), faults.count(Op::DurableWrite)), (1, 1));
+        visit(&disk).zero(range(0, 9), Zeroing::default(), true).unwrap();
+        visit(&disk).trim(range(0, 9), true).unwrap();
+        assert_eq!(faults.count(Op::Flush), 3);
+        visit(&disk).zero(range(0, 9), Zeroing::default(), false).unwrap();
+        visit(&disk).trim(range(0, 9), false).unwrap();
+        visit(&disk).write(0, &[0; 9], false).unwrap();
+        assert_eq!(faults.count(Op::Flush), 3);
+    }
+
+    #[test]
+    fn a_read_only_disk_can_be_read_and_flushed_but_not_changed() {
+        let (disk, _, faults) = disk(true);
+        assert!(disk.read_only());
+        for (name, job) in READS {
+            assert!(job(&visit(&disk)).is_ok(), "{name}");
+        }
+        let before = faults.total();
+        for (name, job) in CHANGES.iter().chain(&DURABLE[1..]) {
+            assert_eq!(errno(job(&visit(&disk))), EPERM, "{name}");
+        }
+        assert_eq!(faults.total(), before);
+        assert!(visit(&disk).flush().is_ok());
+    }
+
+    #[test]
+    fn the_last_byte_can_be_reached_and_the_one_after_it_not() {
+        let (disk, _, faults) = disk(false);
+        let visit = visit(&disk);
+        let byte = &mut [1];
+        assert!(visit.read(SIZE - 1, byte).is_ok() && visit.write(SIZE - 1, byte, false).is_ok());
+        assert!(visit.extent(SIZE - 1).is_ok());
+        let before = faults.total();
+        assert_eq!(errno(visit.read(SIZE, byte)), EINVAL);
+        assert_eq!(errno(visit.read(u64::MAX, byte)), EINVAL);
+        assert_eq!(errno(visit.write(SIZE, byte, false)), EINVAL);
+        assert_eq!(errno(visit.extent(SIZE)), EINVAL);
+        let beyond = range(SIZE - 1, 2);
+        assert_eq!(errno(visit.extents(beyond, 9)), EINVAL);
+        assert_eq!(errno(visit.prefetch(beyond)), EINVAL);
+        assert_eq!(errno(visit.trim(beyond, false)), EINVAL);
+        assert_eq!(errno(visit.zero(beyond, Zeroing::default(), false)), EINVAL);
+        assert_eq!(faults.total(), before);
+    }
+
+    #[test]
+    fn nothing_to_do_touches_nothing() {
+        let (disk, _, faults) = disk(false);
+        let (visit, none) = (visit(&disk), range(SIZE, 0));
+        assert!(visit.read(SIZE, &mut []).is_ok() && visit.write(SIZE, &[], true).is_ok());
+        assert!(visit.zero(none, Zeroing::default(), true).is_ok());
+        assert!(visit.trim(none, true).is_ok() && visit.prefetch(none).is_ok());
+        assert!(visit.extents(none, 9).unwrap().is_empty());
+        assert_eq!(faults.total(), 0);
+    }
+
+    #[test]
+    fn the_gate_waits_for_a_visit_and_keeps_others_out() {
+        let (disk, ..) = disk(false);
+        let inside = visit(&disk);
+        let now = std::time::Instant::now();
+        assert_eq!(disk.gate().close_and_drain(now), Err(StillBusy { visits: 1 }));
+        drop(inside);
+        assert_eq!(disk.gate().close_and_drain(now), Ok(()));
+        assert_eq!(disk.enter(&|| true).map(drop), Err(NoEntry::GaveUp));
+        disk.gate().retire();
+        assert_eq!(disk.enter(&|| true).map(drop), Err(NoEntry::Gone));
+    }
 }

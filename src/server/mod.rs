@@ -1,1 +1,181 @@
-//! (being built)
+//! Serving clients: who may come in, and a session for each.
+//! Never decides whose the disk is, and never ends the process.
+//!
+//! [`Server`] is the handle that the daemon holds. Behind it one thread accepts clients
+//! (`accept`), the roster knows them all, and each has a thread with a [`session`] of its own:
+//! handshake, then transmission, which fills an inbox, lets the worker answer on the disk, and
+//! empties an outbox.
+
+mod accept;
+pub mod acl;
+mod end;
+mod inbox;
+mod orders;
+mod outbox;
+mod roster;
+pub mod session;
+mod stall;
+#[cfg(test)]
+mod tests;
+mod transmission;
+mod work;
+
+use crate::disk::Disk;
+use crate::nbd::handshake::BlockSizes;
+use crate::nbd::handshake::server::Export;
+use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
+use crate::net::Listener;
+use acl::{Acl, BadEntry};
+use roster::{Capacity, Roster};
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Clients at once, unless the operator says otherwise (`--max-clients`).
+pub const CLIENTS_MAX: usize = 128;
+/// Of those, in the handshake at once.
+pub const HANDSHAKES_MAX: usize = 16;
+/// How long a handshake may take.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a handshake keeps its place while there are [`HANDSHAKES_MAX`] and more clients wait.
+pub const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a request or reply may stand still with `--killswitch`.
+pub const STALL_LIMIT: Duration = Duration::from_secs(120);
+
+/// How the server speaks first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Style {
+    /// With options.
+    #[default]
+    Newstyle,
+    /// Without (`--oldstyle`).
+    Oldstyle,
+}
+
+/// What applies to every session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// How to greet.
+    pub style: Style,
+    /// How long the greeting may take.
+    pub handshake_timeout: Duration,
+    /// How long a request or reply may stand still; without, for ever.
+    pub stall_limit: Option<Duration>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let style = Style::default();
+        Self { style, handshake_timeout: HANDSHAKE_TIMEOUT, stall_limit: None }
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    disk: Arc<Disk>,
+    export: Export,
+    settings: Settings,
+    roster: Arc<Roster>,
+}
+
+/// A server that runs until it is told to stop.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Serves `disk` under `name` to whoever connects to `listeners` and is admitted by `acl`.
+    ///
+    /// # Errors
+    /// When there is no descriptor or thread left.
+    pub fn start(
+        listeners: Vec<Listener>,
+        disk: Arc<Disk>,
+        name: &str,
+        acl: Acl,
+        clients_max: usize,
+        settings: Settings,
+    ) -> io::Result<Self> {
+        let capacity = Capacity {
+            sessions: clients_max,
+            handshakes: HANDSHAKES_MAX,
+            patience: HANDSHAKE_PATIENCE,
+        };
+        let export = export(&disk, name);
+        let roster = Roster::new(capacity, acl)?;
+        let shared = Arc::new(Shared { disk, export, settings, roster });
+        let for_acceptor = Arc::clone(&shared);
+        let acceptor = thread::Builder::new()
+            .name("serve".into())
+            .spawn(move || accept::accept_clients(&for_acceptor, &listeners))?;
+        Ok(Self { shared, acceptor: Some(acceptor) })
+    }
+
+    /// How many clients are connected.
+    #[must_use]
+    pub fn clients(&self) -> usize {
+        self.shared.roster.count()
+    }
+
+    /// Whether clients are let in.
+    #[must_use]
+    pub fn accepts(&self) -> bool {
+        !self.shared.roster.is_stopping()
+    }
+
+    /// Replaces the entries of the access control list; sessions that the new ones do not admit
+    /// end at once.
+    ///
+    /// # Errors
+    /// The first entry that is none; then nothing has changed.
+    pub fn set_acl<S: AsRef<str>>(&self, entries: &[S]) -> Result<(), BadEntry> {
+        self.shared.roster.set_acl(entries)
+    }
+
+    /// Replaces the whole access control list, also how an empty one is treated.
+    pub fn replace_acl(&self, acl: Acl) {
+        self.shared.roster.replace_acl(acl);
+    }
+
+    /// Lets nobody in any more, lets sessions answer what they have received, and ends those that
+    /// have not done so within `grace`. Returns when all have ended, or `grace` has passed twice.
+    pub fn stop(&mut self, grace: Duration) {
+        let roster = &self.shared.roster;
+        roster.stop();
+        self.shared.disk.gate().nudge();
+        if let Some(acceptor) = self.acceptor.take() {
+            // It panicked if this fails, which has been reported where it happened.
+            let _ = acceptor.join();
+        }
+        if !roster.wait_until_empty(Instant::now() + grace) {
+            roster.clear();
+            self.shared.disk.gate().nudge();
+            roster.wait_until_empty(Instant::now() + grace);
+        }
+    }
+}
+
+fn export(disk: &Disk, name: &str) -> Export {
+    let mut flags = TransmissionFlags::HAS_FLAGS
+        | TransmissionFlags::SEND_FLUSH
+        | TransmissionFlags::SEND_FUA
+        | TransmissionFlags::SEND_CACHE
+        | TransmissionFlags::CAN_MULTI_CONN;
+    flags |= if disk.read_only() {
+        TransmissionFlags::READ_ONLY
+    } else {
+        TransmissionFlags::SEND_TRIM
+            | TransmissionFlags::SEND_WRITE_ZEROES
+            | TransmissionFlags::SEND_FAST_ZERO
+    };
+    Export {
+        name: name.to_owned(),
+        description: String::new(),
+        size: disk.size(),
+        flags,
+        block_sizes: BlockSizes { minimum: 1, preferred: 4096, maximum: PAYLOAD_LENGTH_DEFAULT },
+    }
+}

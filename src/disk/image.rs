@@ -1,0 +1,519 @@
+//! The backing file or block device: the calls that read, write, zero, trim and flush it.
+//! Never changes its size, never touches a byte outside the ranges it is given, and never logs.
+
+use super::open::{self, Access, Kind, OpenError, SECTOR};
+use super::{Extent, Image, Zeroing, extents, syscalls};
+use crate::range::Range;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::unistd::{Whence, lseek};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// How many zeros are written at a time where the kernel does not do it for us, in bytes.
+const ZEROS_LENGTH: usize = 256 * 1024;
+static ZEROS: [u8; ZEROS_LENGTH] = [0; ZEROS_LENGTH];
+
+/// How far data is believed to reach when the kernel says that it is there but not how far, in
+/// bytes: to the end of such a block.
+const BLOCK: u64 = 4096;
+
+/// An image in a regular file or on a block device.
+#[derive(Debug)]
+pub struct FileImage {
+    file: File,
+    path: PathBuf,
+    kind: Kind,
+    /// Whole sectors, in bytes.
+    size: u64,
+    unserved_tail: u64,
+    lacks: Lacks,
+}
+
+/// What file system or device were seen not to support, so that it is not tried each time.
+#[derive(Debug, Default)]
+struct Lacks {
+    punch_hole: AtomicBool,
+    zero_range: AtomicBool,
+    durable_write: AtomicBool,
+    seek_data: AtomicBool,
+}
+
+/// A way to let the kernel do the zeroing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Gives the space back. On a block device: unmaps, or asks the device for zeros; never slow.
+    PunchHole,
+    /// Keeps the space. On a block device the kernel may write the zeros itself.
+    ZeroRange,
+}
+
+impl FileImage {
+    /// Opens and locks the image at `path`: exclusively, or shared with other readers when
+    /// `access` is read-only. The lock ends with the last descriptor of this opening.
+    ///
+    /// # Errors
+    /// One variant of [`OpenError`] for each way in which it cannot be served.
+    pub fn open(path: &Path, access: Access) -> Result<Self, OpenError> {
+        let opened = open::open(path, access)?;
+        let unserved_tail = opened.full_size % SECTOR;
+        Ok(Self {
+            file: opened.file,
+            path: path.to_owned(),
+            kind: opened.kind,
+            size: opened.full_size - unserved_tail,
+            unserved_tail,
+            lacks: Lacks::default(),
+        })
+    }
+
+    /// Opens the image at `path` for writing, after making it as a sparse file of `size` bytes
+    /// with mode 0600 if nothing has that name. What exists is opened as it is, of whatever size.
+    ///
+    /// # Errors
+    /// [`OpenError::CannotCreate`], [`OpenError::TooSmall`], or what [`FileImage::open`] says.
+    pub fn create(path: &Path, size: u64) -> Result<Self, OpenError> {
+        open::create_if_missing(path, size)?;
+        Self::open(path, Access { read_only: false })
+    }
+
+    /// How many bytes after the last whole sector of 512 are not served; the caller may want to
+    /// warn of them.
+    #[must_use]
+    pub fn unserved_tail(&self) -> u64 {
+        self.unserved_tail
+    }
+
+    /// The part of `range` that the kernel can zero or trim: for a device, its whole sectors.
+    fn whole_sectors(&self, range: Range) -> Range {
+        match self.kind {
+            Kind::File => range,
+            Kind::BlockDevice { sector } => range.aligned_within(sector),
+        }
+    }
+
+    /// What to try, best first.
+    fn ways(&self, how: Zeroing) -> &'static [Way] {
+        match (self.kind, how.keep_allocated, how.only_if_fast) {
+            (Kind::File, false, _) => &[Way::PunchHole],
+            (Kind::File, true, _) => &[Way::ZeroRange],
+            (Kind::BlockDevice { .. }, false, true) => &[Way::PunchHole],
+            (Kind::BlockDevice { .. }, false, false) => &[Way::PunchHole, Way::ZeroRange],
+            (Kind::BlockDevice { .. }, true, false) => &[Way::ZeroRange],
+            // The kernel might write zeros itself, and does not tell.
+            (Kind::BlockDevice { .. }, true, true) => &[],
+        }
+    }
+
+    /// Lets the kernel zero `range`; false if it does not know how, and then nothing has changed.
+    fn try_way(&self, way: Way, range: Range) -> io::Result<bool> {
+        let (lacks, mode) = match way {
+            Way::PunchHole => (&self.lacks.punch_hole, FallocateFlags::FALLOC_FL_PUNCH_HOLE),
+            Way::ZeroRange => (&self.lacks.zero_range, FallocateFlags::FALLOC_FL_ZERO_RANGE),
+        };
+        if lacks.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let (offset, length) =
+            (syscalls::to_off_t(range.offset())?, syscalls::to_off_t(range.length())?);
+        loop {
+            match fallocate(&self.file, mode, offset, length) {
+                Ok(()) => return Ok(true),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                    lacks.store(true, Ordering::Relaxed);
+                    return Ok(false);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Lets the kernel zero `range` in the first way that works; false if none does.
+    fn zero_by_kernel(&self, range: Range, how: Zeroing) -> io::Result<bool> {
+        for way in self.ways(how) {
+            if self.try_way(*way, range)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Writes zeros over all of `range`, or over what is not a hole already.
+    fn zero_by_hand(&self, range: Range, keep_allocated: bool) -> io::Result<()> {
+        if keep_allocated {
+            return self.write_zeros(range);
+        }
+        let mut rest = range;
+        while !rest.is_empty() {
+            let extent = extents::extent_at(self, rest.offset())?;
+            let (part, after) = rest.split(extent.range.length());
+            if extent.allocated {
+                self.write_zeros(part)?;
+            }
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn write_zeros(&self, range: Range) -> io::Result<()> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let (part, after) = rest.split(ZEROS.len() as u64);
+            self.file.write_all_at(&ZEROS[..part.length() as usize], part.offset())?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// Writes as much as the kernel takes with `RWF_DSYNC`, and returns how much is left.
+    fn write_durably<'a>(&self, offset: u64, data: &'a [u8]) -> io::Result<&'a [u8]> {
+        let mut rest = data;
+        while !rest.is_empty() && !self.lacks.durable_write.load(Ordering::Relaxed) {
+            let at = offset + (data.len() - rest.len()) as u64;
+            match syscalls::write_durably(&self.file, at, rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => rest = &rest[written..],
+                Err(error) => self.after_durable_error(error)?,
+            }
+        }
+        Ok(rest)
+    }
+
+    /// Whether to go on after `error`: to try again, or to do without durable writes.
+    fn after_durable_error(&self, error: io::Error) -> io::Result<()> {
+        match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EINTR) => Ok(()),
+            Some(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                self.lacks.durable_write.store(true, Ordering::Relaxed);
+                Ok(())
+            }
+            _ => Err(error),
+        }
+    }
+
+    /// Where the data that begins at `offset` ends.
+    fn end_of_data(&self, offset: u64) -> io::Result<u64> {
+        match seek(&self.file, offset, Whence::SeekHole) {
+            Ok(hole) if hole > offset => Ok(hole),
+            // It was punched since we saw data. To call a hole data does no harm.
+            Ok(_) | Err(Errno::ENXIO) => Ok((offset / BLOCK + 1) * BLOCK),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// No data to the end is a hole, but only if the end is still where it was.
+    fn check_not_shortened(&self) -> io::Result<()> {
+        if self.file.metadata()?.len() < self.size { Err(self.shortened()) } else { Ok(()) }
+    }
+
+    fn shortened(&self) -> io::Error {
+        let (path, size) = (self.path.display(), self.size);
+        let message = format!("{path} has become shorter than the {size} bytes that are served");
+        io::Error::new(io::ErrorKind::UnexpectedEof, message)
+    }
+}
+
+impl Image for FileImage {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, offset).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => self.shortened(),
+            _ => error,
+        })
+    }
+
+    fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        if !durable {
+            return self.file.write_all_at(data, offset);
+        }
+        let rest = self.write_durably(offset, data)?;
+        if rest.is_empty() {
+            return Ok(());
+        }
+        self.file.write_all_at(rest, offset + (data.len() - rest.len()) as u64)?;
+        self.flush()
+    }
+
+    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
+        let inner = self.whole_sectors(range);
+        // The kernel's part first: if it cannot be done fast, nothing has been touched.
+        if inner.is_empty() || self.zero_by_kernel(inner, how)? {
+            self.write_zeros(range.until(inner.offset()))?;
+            return self.write_zeros(range.from(inner.end()));
+        }
+        if how.only_if_fast {
+            return Err(Errno::EOPNOTSUPP.into());
+        }
+        self.zero_by_hand(range, how.keep_allocated)
+    }
+
+    fn trim(&self, range: Range) -> io::Result<()> {
+        let inner = self.whole_sectors(range);
+        if inner.is_empty() {
+            return Ok(());
+        }
+        match self.kind {
+            Kind::File => self.try_way(Way::PunchHole, inner).map(drop),
+            Kind::BlockDevice { .. } => match syscalls::discard(&self.file, inner) {
+                Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(()),
+                result => result,
+            },
+        }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        // The size never changes: what else fsync would write is of no use to the data.
+        self.file.sync_data()
+    }
+
+    fn prefetch(&self, range: Range) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(()); // To the kernel a length of 0 means "to the end".
+        }
+        let (offset, length) =
+            (syscalls::to_off_t(range.offset())?, syscalls::to_off_t(range.length())?);
+        let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+        posix_fadvise(&self.file, offset, length, advice).map_err(io::Error::from)
+    }
+
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        let rest = Range::whole(self.size).from(offset);
+        let allocated = |range| Ok(Extent { range, allocated: true });
+        let hole = |range| Ok(Extent { range, allocated: false });
+        if self.kind != Kind::File || self.lacks.seek_data.load(Ordering::Relaxed) {
+            return allocated(rest);
+        }
+        match seek(&self.file, offset, Whence::SeekData) {
+            Ok(data) if data > offset => hole(rest.until(data)),
+            Ok(_) => allocated(rest.until(self.end_of_data(offset)?)),
+            Err(Errno::ENXIO) => self.check_not_shortened().and_then(|()| hole(rest)),
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                self.lacks.seek_data.store(true, Ordering::Relaxed);
+                allocated(rest)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// `lseek(2)` to data or a hole. It moves the file's position, which nothing else uses.
+fn seek(file: &File, offset: u64, whence: Whence) -> nix::Result<u64> {
+    let offset = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+    lseek(file, offset, whence).map(i64::unsigned_abs)
+}
+
+#[cfg(test)]
+impl FileImage {
+    /// As on a file system that supports none of what is nice to have.
+    pub(super) fn without_support(self) -> Self {
+        for lack in [&self.lacks.punch_hole, &self.lacks.zero_range, &self.lacks.durable_write] {
+            lack.store(true, Ordering::Relaxed);
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+    use tempfile::TempDir;
+
+    const SIZE: u64 = 1 << 20;
+    const HOLE: Zeroing = Zeroing { keep_allocated: false, only_if_fast: false };
+    const NO_HOLE: Zeroing = Zeroing { keep_allocated: true, only_if_fast: false };
+
+    fn image() -> (TempDir, FileImage) {
+        image_in(&std::env::temp_dir())
+    }
+
+    fn image_in(parent: &Path) -> (TempDir, FileImage) {
+        let folder = tempfile::tempdir_in(parent).unwrap();
+        let image = FileImage::create(&folder.path().join("disk.img"), SIZE).unwrap();
+        (folder, image)
+    }
+
+    /// Bytes that the file system has really set aside.
+    fn allocated(image: &FileImage) -> u64 {
+        image.flush().unwrap();
+        image.file.metadata().unwrap().blocks() * 512
+    }
+
+    fn read(image: &FileImage, offset: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0xAA; length];
+        image.read(offset, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn range(offset: u64, length: u64) -> Range {
+        Range::within(SIZE, offset, length).unwrap()
+    }
+
+    fn fill(image: &FileImage) {
+        image.write(0, &vec![7; SIZE as usize], false).unwrap();
+    }
+
+    #[test]
+    fn the_tail_beyond_the_last_whole_sector_is_not_served() {
+        for (length, size, tail) in [(1023, 512, 511), (1024, 1024, 0), (1025, 1024, 1)] {
+            let folder = tempfile::tempdir().unwrap();
+            let image = FileImage::create(&folder.path().join("disk"), length).unwrap();
+            assert_eq!((image.size(), image.unserved_tail()), (size, tail));
+        }
+    }
+
+    #[test]
+    fn a_hole_gives_its_space_back() {
+        let (_folder, image) = image();
+        fill(&image);
+        let full = allocated(&image);
+        image.zero(range(0, SIZE / 2), HOLE).unwrap();
+        assert!(allocated(&image) <= full - SIZE / 2);
+        image.trim(range(SIZE / 2, SIZE / 2)).unwrap();
+        assert!(allocated(&image) <= full - SIZE);
+    }
+
+    #[test]
+    fn zeroing_that_keeps_the_space_allocates_it() {
+        let (_folder, image) = image();
+        image.zero(range(0, SIZE), NO_HOLE).unwrap();
+        assert!(allocated(&image) >= SIZE);
+        assert_eq!(read(&image, 0, SIZE as usize), vec![0; SIZE as usize]);
+    }
+
+    #[test]
+    fn zeroing_is_exact_at_odd_edges_with_and_without_the_kernels_help() {
+        for how in [HOLE, NO_HOLE] {
+            for plain in [false, true] {
+                let (_folder, mut image) = image();
+                if plain {
+                    image = image.without_support();
+                }
+                fill(&image);
+                image.zero(range(4095, 300_003), how).unwrap();
+                let mut expected = vec![7; SIZE as usize];
+                expected[4095..304_098].fill(0);
+                assert!(read(&image, 0, SIZE as usize) == expected, "{how:?}, {plain}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_fast_and_must_fails_before_it_touches_a_byte() {
+        let (_folder, image) = image();
+        let image = image.without_support();
+        fill(&image);
+        for keep_allocated in [false, true] {
+            let how = Zeroing { keep_allocated, only_if_fast: true };
+            let error = image.zero(range(100, 5000), how).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(Errno::EOPNOTSUPP as i32));
+        }
+        assert!(read(&image, 0, SIZE as usize).iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_tried_once() {
+        let Some((_folder, image)) = super::super::model_tests::in_shared_memory(image_in) else {
+            return;
+        };
+        fill(&image);
+        let fast = Zeroing { keep_allocated: true, only_if_fast: true };
+        assert!(image.zero(range(0, 4096), fast).is_err());
+        assert!(image.lacks.zero_range.load(Ordering::Relaxed));
+        assert!(!image.lacks.punch_hole.load(Ordering::Relaxed));
+        assert!(image.zero(range(0, 4096), fast).is_err());
+        assert_eq!(read(&image, 0, 1), [7]);
+        image.zero(range(0, 4096), NO_HOLE).unwrap();
+        assert_eq!(read(&image, 0, 4097)[4095..], [0, 7]);
+    }
+
+    #[test]
+    fn zeros_written_by_hand_leave_holes_alone() {
+        let (_folder, image) = image();
+        let image = image.without_support();
+        image.write(65536, &[1; 4096], false).unwrap();
+        let before = allocated(&image);
+        image.zero(range(0, SIZE), HOLE).unwrap();
+        assert_eq!(allocated(&image), before);
+        assert_eq!(read(&image, 65536, 4096), [0; 4096]);
+    }
+
+    #[test]
+    fn trimming_where_it_is_not_possible_is_no_error() {
+        let (_folder, image) = image();
+        let image = image.without_support();
+        fill(&image);
+        image.trim(range(0, SIZE)).unwrap();
+    }
+
+    #[test]
+    fn a_durable_write_is_written_with_and_without_the_kernels_help() {
+        let (_folder, mut image) = image();
+        for round in 1..=2 {
+            image.write(511, &[round; 70_000], true).unwrap();
+            assert_eq!(read(&image, 511, 70_000), [round; 70_000]);
+            image = image.without_support();
+        }
+    }
+
+    #[test]
+    fn extents_tell_data_from_holes_up_to_the_end() {
+        let (_folder, image) = image();
+        image.write(65536, &[1; 65536], false).unwrap();
+        let all = extents::extents(&image, range(0, SIZE), 9).unwrap();
+        let seen: Vec<_> = all.iter().map(|e| (e.range.offset(), e.allocated)).collect();
+        assert_eq!(seen, [(0, false), (65536, true), (131_072, false)]);
+        assert_eq!(all[2].range.end(), SIZE);
+        assert_eq!(image.extent(70_000).unwrap().range, range(70_000, 131_072 - 70_000));
+    }
+
+    #[test]
+    fn data_at_the_very_end_and_in_the_unserved_tail_does_not_lead_beyond_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = FileImage::create(&folder.path().join("disk"), SIZE + 100).unwrap();
+        image.file.write_all_at(&[1; 100], SIZE).unwrap();
+        let last = image.extent(SIZE / 2).unwrap();
+        assert_eq!((last.range.end(), last.allocated), (SIZE, false));
+        image.write(SIZE - 1, &[1], false).unwrap();
+        assert_eq!(image.extent(SIZE - 1).unwrap().range.end(), SIZE);
+    }
+
+    #[test]
+    fn a_file_that_became_shorter_is_an_error_and_no_hole() {
+        let (folder, image) = image();
+        image.file.set_len(SIZE / 2).unwrap();
+        let name = folder.path().display().to_string();
+        let read = image.read(SIZE / 2 - 1, &mut [0; 2]).unwrap_err();
+        let extent = image.extent(SIZE / 2).unwrap_err();
+        for error in [read, extent] {
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+            assert_eq!(super::super::errno_of(&error), Errno::EIO as i32);
+            assert!(error.to_string().contains(&name), "{error}");
+        }
+        assert!(image.read(SIZE / 2 - 1, &mut [0; 1]).is_ok());
+    }
+
+    #[test]
+    fn a_file_system_that_cannot_tell_holes_holds_data_everywhere() {
+        let (_folder, image) = image();
+        image.lacks.seek_data.store(true, Ordering::Relaxed);
+        let all = image.extent(5).unwrap();
+        assert_eq!((all.range, all.allocated), (range(5, SIZE - 5), true));
+    }
+
+    #[test]
+    fn reading_ahead_is_possible_anywhere() {
+        let (_folder, image) = image();
+        for at in [range(0, SIZE), range(511, 3), range(SIZE, 0)] {
+            image.prefetch(at).unwrap();
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! Images for the tests of the whole crate: one in memory, and one that fails when told to.
+//! Never in a released program.
+
+use super::{Extent, Image, Zeroing};
+use crate::range::Range;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex};
+
+/// What is allocated or not, in bytes.
+const BLOCK: u64 = 4096;
+
+type Block = Box<[u8; BLOCK as usize]>;
+
+/// A sparse disk in memory; a clone is the same disk, so that a test can look inside one that it
+/// has given away.
+#[derive(Clone, Debug)]
+pub(crate) struct MemoryImage {
+    size: u64,
+    blocks: Arc<Mutex<BTreeMap<u64, Block>>>,
+}
+
+impl MemoryImage {
+    /// A disk of `size` bytes, all of it a hole.
+    pub(crate) fn new(size: u64) -> Self {
+        Self { size, blocks: Arc::default() }
+    }
+
+    /// How many blocks of 4 KiB are not holes.
+    pub(crate) fn allocated_blocks(&self) -> usize {
+        self.blocks.lock().unwrap().len()
+    }
+
+    /// All bytes.
+    pub(crate) fn contents(&self) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(self.size).unwrap()];
+        self.read(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// Cuts a range into what lies in each block: the block, and from where to where in it.
+    fn parts(range: Range) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
+        let mut rest = range;
+        std::iter::from_fn(move || {
+            let (part, after) = rest.split(BLOCK - rest.offset() % BLOCK);
+            rest = after;
+            let start = (part.offset() % BLOCK) as usize;
+            let place = start..start + part.length() as usize;
+            (!part.is_empty()).then_some((part.offset() / BLOCK, place))
+        })
+    }
+
+    fn range(&self, offset: u64, length: usize) -> Range {
+        Range::within(self.size, offset, length as u64).expect("tests stay within the disk")
+    }
+}
+
+impl Image for MemoryImage {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let blocks = self.blocks.lock().unwrap();
+        let mut rest = &mut into[..];
+        for (block, place) in Self::parts(self.range(offset, rest.len())) {
+            let (part, after) = rest.split_at_mut(place.len());
+            match blocks.get(&block) {
+                Some(bytes) => part.copy_from_slice(&bytes[place]),
+                None => part.fill(0),
+            }
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8], _durable: bool) -> io::Result<()> {
+        let mut blocks = self.blocks.lock().unwrap();
+        let mut rest = data;
+        for (block, place) in Self::parts(self.range(offset, rest.len())) {
+            let (part, after) = rest.split_at(place.len());
+            let bytes = blocks.entry(block).or_insert_with(|| Box::new([0; BLOCK as usize]));
+            bytes[place].copy_from_slice(part);
+            rest = after;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
+        if how.keep_allocated {
+            return self.write(range.offset(), &vec![0; range.length() as usize], false);
+        }
+        let mut blocks = self.blocks.lock().unwrap();
+        for (block, place) in Self::parts(range) {
+            if place.len() as u64 == BLOCK {
+                blocks.remove(&block);
+            } else if let Some(bytes) = blocks.get_mut(&block) {
+                bytes[place].fill(0);
+            }
+        }
+        Ok(())
+    }
+
+    fn trim(&self, range: Range) -> io::Result<()> {
+        self.zero(range, Zeroing::default())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn prefetch(&self, _range: Range) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        let allocated = self.blocks.lock().unwrap().contains_key(&(offset / BLOCK));
+        let end = (offset / BLOCK + 1) * BLOCK;
+        Ok(Extent { range: Range::whole(self.size).from(offset).until(end), allocated })
+    }
+}
+
+/// What an image is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Op {
+    Read,
+    /// A write that need not be durable.
+    Write,
+    DurableWrite,
+    Zero,
+    Trim,
+    Flush,
+    Prefetch,
+    Extent,
+}
+
+/// What is to fail in a [`FailingImage`], and how much it was asked so far.
+#[derive(Debug, Default)]
+pub(crate) struct Faults {
+    plan: Mutex<Plan>,
+}
+
+#[derive(Debug, Default)]
+struct Plan {
+    counts: BTreeMap<Op, u64>,
+    /// Operations to go until one fails, that one included; and with what.
+    nth: Option<(u64, i32)>,
+    every: BTreeMap<Op, i32>,
+}
+
+impl Faults {
+    /// The `n`-th operation from now, of any kind and counted from 1, fails once with `errno`.
+    pub(crate) fn fail_nth(&self, n: u64, errno: i32) {
+        self.plan.lock().unwrap().nth = Some((n, errno));
+    }
+
+    /// Every operation of this kind fails with `errno`, until healed.
+    pub(crate) fn fail_every(&self, op: Op, errno: i32) {
+        self.plan.lock().unwrap().every.insert(op, errno);
+    }
+
+    /// Nothing fails any more; the counts go on.
+    pub(crate) fn heal(&self) {
+        let mut plan = self.plan.lock().unwrap();
+        plan.nth = None;
+        plan.every.clear();
+    }
+
+    /// How many operations of this kind were asked for, failed ones included.
+    pub(crate) fn count(&self, op: Op) -> u64 {
+        self.plan.lock().unwrap().counts.get(&op).copied().unwrap_or(0)
+    }
+
+    /// How many operations were asked for, failed ones included.
+    pub(crate) fn total(&self) -> u64 {
+        self.plan.lock().unwrap().counts.values().sum()
+    }
+
+    /// Counts one, and fails if it is to fail.
+    fn pass(&self, op: Op) -> io::Result<()> {
+        let mut plan = self.plan.lock().unwrap();
+        *plan.counts.entry(op).or_insert(0) += 1;
+        let nth = plan.nth.take();
+        plan.nth = nth.filter(|(left, _)| *left > 1).map(|(left, errno)| (left - 1, errno));
+        let now = nth.filter(|(left, _)| *left == 1).map(|(_, errno)| errno);
+        match now.or_else(|| plan.every.get(&op).copied()) {
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// An image that fails when its [`Faults`] say so, before it has done anything.
+#[derive(Debug)]
+pub(crate) struct FailingImage {
+    image: Box<dyn Image>,
+    faults: Arc<Faults>,
+}
+
+impl FailingImage {
+    /// Wraps `image`; `faults` stays with the test.
+    pub(crate) fn new(image: impl Image + 'static, faults: Arc<Faults>) -> Self {
+        Self { image: Box::new(image), faults }
+    }
+}
+
+impl Image for FailingImage {
+    fn size(&self) -> u64 {
+        self.image.size()
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.faults.pass(Op::Read)?;
+        self.image.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        self.faults.pass(if durable { Op::DurableWrite } else { Op::Write })?;
+        self.image.write(offset, data, durable)
+    }
+
+    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
+        self.faults.pass(Op::Zero)?;
+        self.image.zero(range, how)
+    }
+
+    fn trim(&self, range: Range) -> io::Result<()> {
+        self.faults.pass(Op::Trim)?;
+        self.image.trim(range)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.faults.pass(Op::Flush)?;
+        self.image.flush()
+    }
+
+    fn prefetch(&self, range: Range) -> io::Result<()> {
+        self.faults.pass(Op::Prefetch)?;
+        self.image.prefetch(range)
+    }
+
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        self.faults.pass(Op::Extent)?;
+        self.image.extent(offset)
+    }
+}

@@ -1,0 +1,321 @@
+//! Random work on every kind of image, compared with plain bytes in memory.
+//! Whatever an image does behind the scenes, a disk reads back what was written.
+
+use super::memory::MemoryImage;
+use super::{Access, Disk, FileImage, Image, OpenError, Visit, Zeroing};
+use crate::range::Range;
+use nix::errno::Errno;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tempfile::TempDir;
+
+const SIZE: usize = 80 * 1024;
+/// What follows the disk in its file and must never change.
+const TAIL: [u8; 100] = [0xEE; 100];
+/// How often work of up to [`STEPS`] steps is tried, for each kind of image.
+const CASES: u32 = 40;
+const STEPS: usize = 40;
+
+/// One thing a client may ask for.
+#[derive(Clone, Debug)]
+struct Step {
+    offset: usize,
+    length: usize,
+    durable: bool,
+    work: Work,
+}
+
+#[derive(Clone, Debug)]
+enum Work {
+    /// Fills with this byte, which is often zero.
+    Fill(u8),
+    /// Writes zeros with one other byte somewhere.
+    Speckle(usize),
+    Zero(Zeroing),
+    Trim,
+    Flush,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let zeroing = any::<(bool, bool)>()
+        .prop_map(|(keep_allocated, only_if_fast)| Zeroing { keep_allocated, only_if_fast });
+    let work = prop_oneof![
+        4 => (0u8..3).prop_map(Work::Fill),
+        2 => (0..SIZE).prop_map(Work::Speckle),
+        3 => zeroing.prop_map(Work::Zero),
+        1 => Just(Work::Trim),
+        1 => Just(Work::Flush),
+    ];
+    // Often at the edges of blocks and sectors, as clients do; often anywhere.
+    let place = prop_oneof![0..SIZE, (0..SIZE / 512).prop_map(|at| at * 512)];
+    let length = prop_oneof![0usize..600, 0usize..20_000, (0usize..9).prop_map(|n| n * 4096)];
+    (place, length, any::<bool>(), work).prop_map(|(offset, length, durable, work)| Step {
+        offset,
+        length: length.min(SIZE - offset),
+        durable,
+        work,
+    })
+}
+
+/// Does one step to the disk and to the bytes that it must equal.
+fn take(visit: &Visit<'_>, model: &mut [u8], step: &Step) -> io::Result<()> {
+    let (offset, length, durable) = (step.offset as u64, step.length as u64, step.durable);
+    let range = Range::within(SIZE as u64, offset, length).unwrap();
+    let bytes = &mut model[step.offset..][..step.length];
+    match step.work {
+        Work::Flush => return visit.flush(),
+        Work::Fill(byte) => bytes.fill(byte),
+        Work::Speckle(at) => {
+            bytes.fill(0);
+            if !bytes.is_empty() {
+                bytes[at % step.length] = 9;
+            }
+        }
+        Work::Zero(how) => match visit.zero(range, how, durable) {
+            Err(error) if how.only_if_fast => {
+                assert_eq!(error.raw_os_error(), Some(Errno::EOPNOTSUPP as i32));
+                return Ok(());
+            }
+            result => {
+                bytes.fill(0);
+                return result;
+            }
+        },
+        Work::Trim => {
+            visit.trim(range, durable)?;
+            // Anything may be there now, but then it stays.
+            return visit.read(offset, bytes);
+        }
+    }
+    visit.write(offset, bytes, durable)
+}
+
+/// Takes all steps, and compares all bytes after each; in the end holes must be zero.
+fn check(image: Box<dyn Image>, steps: &[Step]) -> Result<(), TestCaseError> {
+    let disk = Disk::new(image, false);
+    let (mut model, mut found) = (vec![0; SIZE], vec![0; SIZE]);
+    let visit = disk.enter(&|| true).unwrap();
+    visit.read(0, &mut model).unwrap();
+    for (at, step) in steps.iter().enumerate() {
+        let result = take(&visit, &mut model, step);
+        prop_assert!(result.is_ok(), "step {} ({:?}): {:?}", at, step, result);
+        visit.read(0, &mut found).unwrap();
+        let differ = found.iter().zip(&model).position(|(found, model)| found != model);
+        if let Some(d) = differ {
+            let n = found[d..].iter().zip(&model[d..]).take_while(|(a, b)| a != b).count();
+            let mut again = vec![0; SIZE];
+            visit.read(0, &mut again).unwrap();
+            eprintln!(
+                "at {d} for {n}: found {} model {} again {} step {at} {:?}",
+                found[d], model[d], again[d], step
+            );
+        }
+        prop_assert_eq!(differ, None, "the disk differs after step {} ({:?})", at, step);
+    }
+    let extents = visit.extents(Range::whole(SIZE as u64), usize::MAX).unwrap();
+    for hole in extents.iter().filter(|extent| !extent.allocated) {
+        let bytes = &model[hole.range.offset() as usize..hole.range.end() as usize];
+        prop_assert!(bytes.iter().all(|byte| *byte == 0), "{:?} is not zero", hole);
+    }
+    Ok(())
+}
+
+/// Runs random work on images that `make` makes; `after` looks at what is left.
+fn run(
+    cases: u32,
+    make: impl Fn() -> Box<dyn Image>,
+    after: impl Fn() -> Result<(), TestCaseError>,
+) {
+    let config = Config { cases, failure_persistence: None, ..Config::default() };
+    let steps = prop::collection::vec(step(), 1..STEPS);
+    let outcome = TestRunner::new(config).run(&steps, |steps| {
+        check(make(), &steps)?;
+        after()
+    });
+    outcome.unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// Runs random work on a file in `folder`, anew for each case.
+fn run_on_files(folder: &Path, as_wanted: impl Fn(FileImage) -> FileImage) {
+    let path = folder.join("disk.img");
+    let make = || {
+        let file = File::create(&path).unwrap();
+        file.write_all_at(&TAIL, SIZE as u64).unwrap();
+        drop(file);
+        let image = FileImage::open(&path, Access { read_only: false }).unwrap();
+        assert_eq!((image.size(), image.unserved_tail()), (SIZE as u64, 100));
+        Box::new(as_wanted(image)) as Box<dyn Image>
+    };
+    run(CASES, make, || {
+        let bytes = std::fs::read(&path).unwrap();
+        prop_assert!(bytes[SIZE..] == TAIL, "the unserved tail was touched");
+        Ok(())
+    });
+}
+
+/// Says on the real stderr, which the test harness does not catch, that something is not tested.
+fn skip(what: &str) {
+    let _ = writeln!(io::stderr(), "SKIP {what}");
+}
+
+/// Calls `test` with `/dev/shm`, where there is one.
+pub(super) fn in_shared_memory<T>(test: impl FnOnce(&Path) -> T) -> Option<T> {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() {
+        return Some(test(memory));
+    }
+    skip("files in shared memory: there is no /dev/shm");
+    None
+}
+
+#[test]
+fn a_disk_in_memory_reads_back_what_was_written() {
+    run(CASES, || Box::new(MemoryImage::new(SIZE as u64)), || Ok(()));
+}
+
+#[test]
+fn a_file_reads_back_what_was_written() {
+    run_on_files(tempfile::tempdir().unwrap().path(), |image| image);
+}
+
+#[test]
+fn a_file_in_shared_memory_reads_back_what_was_written() {
+    in_shared_memory(|memory| {
+        run_on_files(tempfile::tempdir_in(memory).unwrap().path(), |image| image);
+    });
+}
+
+#[test]
+fn a_file_on_a_poor_file_system_reads_back_what_was_written() {
+    run_on_files(tempfile::tempdir().unwrap().path(), FileImage::without_support);
+}
+
+#[test]
+fn zeros_written_into_holes_of_a_file_allocate_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.img");
+    let disk = Disk::new(Box::new(FileImage::create(&path, 1 << 30).unwrap()), false);
+    let visit = disk.enter(&|| true).unwrap();
+    let blocks = || std::fs::metadata(&path).unwrap().blocks();
+    visit.write(12_345, &vec![0; 8 << 20], false).unwrap();
+    visit.write(1 << 29, &vec![0; 1 << 20], true).unwrap();
+    assert_eq!(blocks(), 0);
+    // One byte of data among the zeros costs what the file system gives at least, not the lot.
+    let mut speckled = vec![0; 8 << 20];
+    speckled[4 << 20] = 1;
+    visit.write(0, &speckled, true).unwrap();
+    assert!((1..=2048).contains(&blocks()), "{} blocks", blocks());
+}
+
+/// A file as a block device; it is detached when dropped.
+struct Loop {
+    device: PathBuf,
+}
+
+impl Loop {
+    /// Attaches `file`, or says why not. On a machine for tests the tool must not be missing.
+    fn attach(file: &Path, sector: &str) -> Option<Self> {
+        let root = nix::unistd::geteuid().is_root();
+        if !root || !Path::new("/dev/loop-control").exists() {
+            skip("block devices: needs root and /dev/loop-control");
+            return None;
+        }
+        let mut losetup = Command::new("losetup");
+        losetup.args(["--find", "--show", "--sector-size", sector]).arg(file);
+        let output = match losetup.output() {
+            Ok(output) => output,
+            Err(error) => {
+                let must = std::env::var("CI").is_ok_and(|value| value == "true");
+                assert!(!must, "losetup must be there under CI: {error}");
+                skip(&format!("block devices: losetup: {error}"));
+                return None;
+            }
+        };
+        if !output.status.success() {
+            skip(&format!("block devices: {}", String::from_utf8_lossy(&output.stderr).trim()));
+            return None;
+        }
+        let device = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
+        Some(Self { device })
+    }
+
+    fn open(&self) -> Result<FileImage, OpenError> {
+        FileImage::open(&self.device, Access { read_only: false })
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
+    }
+}
+
+/// A folder with a file of [`SIZE`] bytes, full of data, and its block device.
+fn loop_device(parent: &Path, sector: &str) -> Option<(TempDir, PathBuf, Loop)> {
+    let folder = tempfile::tempdir_in(parent).unwrap();
+    let file = folder.path().join("backing");
+    std::fs::write(&file, vec![7; SIZE]).unwrap();
+    let device = Loop::attach(&file, sector)?;
+    Some((folder, file, device))
+}
+
+#[test]
+fn a_block_device_reads_back_what_was_written() {
+    let places = ["/dev/shm".into(), std::env::temp_dir()];
+    for (parent, sector) in places.iter().filter(|place| place.is_dir()).zip(["512", "4096"]) {
+        let Some((_folder, _file, device)) = loop_device(parent, sector) else { return };
+        eprintln!("on {parent:?} sector {sector}");
+        run(CASES / 4, || Box::new(device.open().unwrap()), || Ok(()));
+    }
+}
+
+#[test]
+fn a_block_device_is_opened_like_a_file_and_locked_like_one() {
+    let Some((_folder, _file, device)) = loop_device(&std::env::temp_dir(), "512") else { return };
+    let image = device.open().unwrap();
+    assert_eq!((image.size(), image.unserved_tail()), (SIZE as u64, 0));
+    assert!(matches!(device.open(), Err(OpenError::AlreadyServed { .. })));
+    let extent = image.extent(512).unwrap();
+    assert!(extent.allocated && extent.range.end() == SIZE as u64);
+}
+
+#[test]
+fn a_block_device_is_zeroed_to_the_byte_and_gives_space_back() {
+    let Some((_folder, file, device)) = loop_device(&std::env::temp_dir(), "512") else { return };
+    let image = device.open().unwrap();
+    let blocks = || {
+        image.flush().unwrap();
+        File::open(&file).unwrap().sync_all().unwrap();
+        std::fs::metadata(&file).unwrap().blocks()
+    };
+    let before = blocks();
+    let fast = Zeroing { only_if_fast: true, ..Zeroing::default() };
+    let range = |offset, length| Range::within(SIZE as u64, offset, length).unwrap();
+    image.zero(range(100, 40_000), fast).unwrap();
+    let mut expected = vec![7; SIZE];
+    expected[100..40_100].fill(0);
+    let mut found = vec![0; SIZE];
+    image.read(0, &mut found).unwrap();
+    assert!(found == expected);
+    let after_zero = blocks();
+    assert!(after_zero < before, "{after_zero} of {before} blocks");
+    image.trim(range(41_000, SIZE as u64 - 41_000)).unwrap();
+    assert!(blocks() < after_zero);
+}
+
+#[test]
+fn a_block_device_promises_no_speed_where_the_kernel_may_write_zeros_itself() {
+    let Some((_folder, _file, device)) = loop_device(&std::env::temp_dir(), "512") else { return };
+    let image = device.open().unwrap();
+    let how = Zeroing { keep_allocated: true, only_if_fast: true };
+    let error = image.zero(Range::whole(SIZE as u64), how).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(Errno::EOPNOTSUPP as i32));
+    let mut found = vec![0; SIZE];
+    image.read(0, &mut found).unwrap();
+    assert!(found.iter().all(|byte| *byte == 7));
+}

@@ -1,0 +1,58 @@
+//! The few system calls that have no safe wrapper elsewhere, each wrapped once.
+//! Decides nothing: what to retry, and what to do instead, is the caller's business.
+
+use crate::range::Range;
+use nix::libc;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// Takes the advisory lock of `flock(2)`, shared or exclusive, without waiting.
+///
+/// It belongs to the open file, not to the process: it ends when the last descriptor that was
+/// made from this one is closed. `WouldBlock` means that somebody else holds it.
+pub(super) fn lock(file: &File, exclusive: bool) -> io::Result<()> {
+    let kind = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+    // SAFETY: takes a descriptor, open as long as `file`, and an integer; touches no memory.
+    let result = unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Writes at most all of `data` and returns when that much is on stable storage (`RWF_DSYNC`,
+/// `pwritev2(2)`). Returns how many bytes those were.
+pub(super) fn write_durably(file: &File, offset: u64, data: &[u8]) -> io::Result<usize> {
+    let part = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
+    let offset = to_off_t(offset)?;
+    // SAFETY: one iovec, which describes `data`; the kernel only reads from it, and both outlive
+    // the call.
+    let written =
+        unsafe { libc::pwritev2(file.as_raw_fd(), &raw const part, 1, offset, libc::RWF_DSYNC) };
+    usize::try_from(written).map_err(|_| io::Error::last_os_error())
+}
+
+/// The logical sector size of a block device, in bytes (`BLKSSZGET`).
+pub(super) fn sector_size(device: &File) -> io::Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: BLKSSZGET writes one int, and is given the address of one.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::BLKSSZGET as _, &raw mut bytes) };
+    if result == 0 {
+        u64::try_from(bytes).map_err(io::Error::other)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Tells a block device that the bytes of `range`, whole sectors, are not needed (`BLKDISCARD`).
+pub(super) fn discard(device: &File, range: Range) -> io::Result<()> {
+    const BLKDISCARD: u64 = nix::request_code_none!(0x12, 119) as u64;
+    let span = [range.offset(), range.length()];
+    // SAFETY: BLKDISCARD reads two u64, offset and length in bytes, and is given the address of
+    // two.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKDISCARD as _, &raw const span) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// An offset or a length as the kernel takes it.
+pub(super) fn to_off_t(bytes: u64) -> io::Result<libc::off_t> {
+    libc::off_t::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))
+}

@@ -1,0 +1,357 @@
+//! Writing without filling holes: zeros that would be written into a hole are there already.
+//! Never turns data into a hole, and never makes more writes than there are holes to go around.
+
+use super::extents::extent_at;
+use super::{Extent, Image};
+use std::io;
+
+/// How fine zeros are told from data, in bytes: the block of common file systems.
+pub(super) const BLOCK: u64 = 4096;
+
+/// So much zero, to compare with.
+static ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
+
+/// A part of a write whose blocks are all zero, or all not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run<'a> {
+    /// Where on the disk it begins, in bytes.
+    pub(super) offset: u64,
+    /// Its bytes; never none.
+    pub(super) data: &'a [u8],
+    /// Whether every one of them is zero.
+    pub(super) zero: bool,
+}
+
+/// Splits a write of `data` to `offset` into runs, at multiples of [`BLOCK`] on the disk.
+///
+/// A block that the write covers only in part counts by that part. A run of data may hold zeros,
+/// but no whole block of them.
+pub(super) fn runs(offset: u64, data: &[u8]) -> Runs<'_> {
+    Runs { offset, data, next_is_zero: None }
+}
+
+/// What [`runs`] returns.
+#[derive(Clone, Debug)]
+pub(super) struct Runs<'a> {
+    offset: u64,
+    data: &'a [u8],
+    /// The first block of `data`, when it has been looked at already.
+    next_is_zero: Option<bool>,
+}
+
+impl<'a> Iterator for Runs<'a> {
+    type Item = Run<'a>;
+
+    fn next(&mut self) -> Option<Run<'a>> {
+        let (offset, data) = (self.offset, self.data);
+        let mut length = block_length(offset, data);
+        if length == 0 {
+            return None;
+        }
+        let zero = self.next_is_zero.take().unwrap_or_else(|| is_zero(&data[..length]));
+        while self.next_is_zero.is_none() && length < data.len() {
+            let rest = &data[length..];
+            let block = &rest[..block_length(offset + length as u64, rest)];
+            if is_zero(block) == zero {
+                length += block.len();
+            } else {
+                self.next_is_zero = Some(!zero);
+            }
+        }
+        (self.offset, self.data) = (offset + length as u64, &data[length..]);
+        Some(Run { offset, data: &data[..length], zero })
+    }
+}
+
+/// How much of `data` lies in the block that `offset` lies in.
+fn block_length(offset: u64, data: &[u8]) -> usize {
+    let to_edge = BLOCK - offset % BLOCK;
+    data.len().min(to_edge as usize)
+}
+
+/// Whether a block, or a part of one, is zero. Data is nearly always told by its first or its last
+/// word, before the rest is looked at.
+fn is_zero(block: &[u8]) -> bool {
+    const NOTHING: [u8; 8] = [0; 8];
+    let may_be = |word: Option<&[u8; 8]>| word.is_none_or(|word| *word == NOTHING);
+    may_be(block.first_chunk())
+        && may_be(block.last_chunk())
+        && ZEROS.get(..block.len()).is_some_and(|zeros| block == zeros)
+}
+
+/// What a durable write still needs to be durable.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Written {
+    /// Nothing: it is on stable storage, or was not asked to be.
+    AsAsked,
+    /// A flush: some of it was found on the disk as zeros, and these may not be durable yet. The
+    /// hole may be a fresh one, and the old bytes would come back after a power cut.
+    ToBeFlushed,
+}
+
+impl Written {
+    /// For changes that are never durable by themselves.
+    pub(super) fn to_be_flushed_if(durable: bool) -> Self {
+        if durable { Self::ToBeFlushed } else { Self::AsAsked }
+    }
+}
+
+/// Why a change has failed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// It could not be made, or only a part of it. That has been told with this, and may pass.
+    NotMade(io::Error),
+    /// It was made, and could not be made durable: data may be lost for good.
+    NotDurable(io::Error),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::NotMade(error)
+    }
+}
+
+/// Writes `data` to `offset`, but for zeros where the image has a hole.
+///
+/// What lies between two holes is one write, however many runs it has, and all of it is one when
+/// nothing can be left out.
+pub(super) fn write_around_holes(
+    image: &dyn Image,
+    offset: u64,
+    data: &[u8],
+    durable: bool,
+) -> Result<Written, Failure> {
+    let mut map = Map { image, known: None };
+    let mut rest = Piece { offset, data };
+    for run in runs(offset, data).filter(|run| run.zero) {
+        let end = run.offset + run.data.len() as u64;
+        let mut at = run.offset;
+        while at < end {
+            let extent = map.extent(at)?;
+            let next = extent.range.end().min(end);
+            if !extent.allocated {
+                rest.until(at).write(image)?;
+                rest = rest.from(next);
+            }
+            at = next;
+        }
+    }
+    let skipped = rest.offset != offset;
+    if durable && !skipped {
+        rest.write_durably(image)?
+    } else {
+        rest.write(image)?
+    }
+    Ok(Written::to_be_flushed_if(durable && skipped))
+}
+
+/// Bytes and where they belong.
+#[derive(Clone, Copy)]
+struct Piece<'a> {
+    offset: u64,
+    data: &'a [u8],
+}
+
+impl Piece<'_> {
+    /// What lies before `end`, a place on the disk within this piece.
+    fn until(self, end: u64) -> Self {
+        Self { data: &self.data[..(end - self.offset) as usize], ..self }
+    }
+
+    /// What lies from `start` on, a place on the disk within this piece.
+    fn from(self, start: u64) -> Self {
+        Self { offset: start, data: &self.data[(start - self.offset) as usize..] }
+    }
+
+    fn write(self, image: &dyn Image) -> io::Result<()> {
+        if self.data.is_empty() { Ok(()) } else { image.write(self.offset, self.data, false) }
+    }
+
+    /// When it fails: was it to write, or to make durable? Written once more without, it shows.
+    fn write_durably(self, image: &dyn Image) -> Result<(), Failure> {
+        image.write(self.offset, self.data, true).or_else(|error| {
+            self.write(image)?;
+            Err(Failure::NotDurable(error))
+        })
+    }
+}
+
+/// The image's extents, the last one remembered: most zeros of one write lie in the same.
+struct Map<'a> {
+    image: &'a dyn Image,
+    known: Option<Extent>,
+}
+
+impl Map<'_> {
+    /// The extent that `offset` lies in.
+    fn extent(&mut self, offset: u64) -> io::Result<Extent> {
+        let holds =
+            |extent: &Extent| extent.range.offset() <= offset && offset < extent.range.end();
+        match self.known.filter(holds) {
+            Some(extent) => Ok(extent),
+            None => Ok(*self.known.insert(extent_at(self.image, offset)?)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::FileImage;
+    use super::super::memory::{FailingImage, Faults, MemoryImage, Op};
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::Arc;
+
+    const ONE: usize = BLOCK as usize;
+
+    fn kinds(offset: u64, data: &[u8]) -> Vec<(u64, usize, bool)> {
+        runs(offset, data).map(|run| (run.offset, run.data.len(), run.zero)).collect()
+    }
+
+    /// A memory disk that counts what is done to it.
+    fn counted(blocks: u64) -> (MemoryImage, FailingImage, Arc<Faults>) {
+        let image = MemoryImage::new(blocks * BLOCK);
+        let faults = Arc::new(Faults::default());
+        (image.clone(), FailingImage::new(image, faults.clone()), faults)
+    }
+
+    #[test]
+    fn a_write_is_split_at_the_blocks_of_the_disk_not_of_the_buffer() {
+        let mut data = vec![0; 2 * ONE];
+        data[ONE] = 1;
+        assert_eq!(kinds(BLOCK, &data), [(BLOCK, ONE, true), (2 * BLOCK, ONE, false)]);
+        assert_eq!(
+            kinds(100, &data),
+            [(100, ONE - 100, true), (BLOCK, ONE, false), (2 * BLOCK, 100, true)]
+        );
+    }
+
+    #[test]
+    fn a_single_byte_anywhere_makes_a_block_data() {
+        for length in [1, 7, 8, 9, 16, 511, 512, ONE - 1, ONE] {
+            assert!(is_zero(&vec![0; length]), "length {length}");
+            for at in [0, 1, length / 2, length.saturating_sub(9), length - 1] {
+                let mut block = vec![0; length];
+                block[at.min(length - 1)] = 1;
+                assert!(!is_zero(&block), "length {length}, byte {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_into_a_hole_allocate_nothing() {
+        let (memory, image, faults) = counted(8);
+        assert!(write_around_holes(&image, 0, &vec![0; 8 * ONE], false).is_ok());
+        assert_eq!(memory.allocated_blocks(), 0);
+        assert_eq!(faults.count(Op::Write), 0);
+    }
+
+    #[test]
+    fn a_few_zeros_that_cover_only_part_of_a_hole_allocate_nothing() {
+        let (memory, image, _) = counted(2);
+        assert!(write_around_holes(&image, 4000, &[0; 200], false).is_ok());
+        assert_eq!(memory.allocated_blocks(), 0);
+    }
+
+    #[test]
+    fn zeros_over_data_are_written() {
+        let (memory, image, _) = counted(2);
+        memory.write(0, &vec![9; 2 * ONE], false).unwrap();
+        assert!(write_around_holes(&image, 100, &vec![0; ONE], false).is_ok());
+        let mut expected = vec![9; 2 * ONE];
+        expected[100..ONE + 100].fill(0);
+        assert!(memory.contents() == expected);
+    }
+
+    #[test]
+    fn where_nothing_can_be_left_out_there_is_one_write_and_one_question() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = FileImage::create(&folder.path().join("disk"), 64 * BLOCK).unwrap();
+        file.write(0, &vec![9; 64 * ONE], false).unwrap();
+        let faults = Arc::new(Faults::default());
+        let image = FailingImage::new(file, faults.clone());
+        let mut striped = vec![0; 64 * ONE];
+        striped.chunks_mut(2 * ONE).for_each(|two| two[0] = 1);
+        assert_eq!(write_around_holes(&image, 0, &striped, true).unwrap(), Written::AsAsked);
+        assert_eq!((faults.count(Op::DurableWrite), faults.count(Op::Write)), (1, 0));
+        assert_eq!(faults.count(Op::Extent), 1);
+        let mut found = vec![5; 64 * ONE];
+        image.read(0, &mut found).unwrap();
+        assert!(found == striped);
+    }
+
+    #[test]
+    fn data_asks_for_no_extent() {
+        let (_, image, faults) = counted(4);
+        assert!(write_around_holes(&image, 5, &vec![1; 3 * ONE], false).is_ok());
+        assert_eq!((faults.count(Op::Extent), faults.count(Op::Write)), (0, 1));
+    }
+
+    #[test]
+    fn a_durable_write_that_left_something_out_asks_for_a_flush() {
+        let (_, image, faults) = counted(4);
+        let mut data = vec![0; 3 * ONE];
+        data[2 * ONE] = 1;
+        assert_eq!(write_around_holes(&image, 0, &data, true).unwrap(), Written::ToBeFlushed);
+        assert_eq!(faults.count(Op::DurableWrite), 0);
+        assert_eq!(write_around_holes(&image, 0, &data, false).unwrap(), Written::AsAsked);
+        assert_eq!(write_around_holes(&image, 0, &[], true).unwrap(), Written::AsAsked);
+    }
+
+    proptest! {
+        #[test]
+        fn runs_lose_no_byte_and_call_zero_what_is_zero(
+            offset in 0u64..3 * BLOCK, length in 0..5 * ONE,
+            marks in prop::collection::vec(0..5 * ONE, 0..4),
+        ) {
+            let mut data = vec![0u8; length];
+            marks.iter().filter(|at| **at < length).for_each(|at| data[*at] = 1);
+            let mut at = offset;
+            let mut last = None;
+            for run in runs(offset, &data) {
+                prop_assert!(run.offset == at && !run.data.is_empty());
+                prop_assert_ne!(last, Some(run.zero));
+                let start = (at - offset) as usize;
+                prop_assert_eq!(run.data.as_ptr(), data[start..].as_ptr());
+                at += run.data.len() as u64;
+                last = Some(run.zero);
+                prop_assert!(at == offset + length as u64 || at % BLOCK == 0);
+                for block in run.data[..].chunks(ONE).filter(|_| run.zero) {
+                    prop_assert!(block.iter().all(|byte| *byte == 0));
+                }
+            }
+            prop_assert_eq!(at, offset + length as u64);
+            for mark in marks.iter().filter(|at| **at < length) {
+                let place = offset + *mark as u64;
+                let run = runs(offset, &data).find(|run| place < run.offset + run.data.len() as u64);
+                prop_assert!(run.is_some_and(|run| !run.zero));
+            }
+        }
+
+        #[test]
+        fn what_is_written_around_holes_reads_back_and_fills_none_with_zeros(
+            before in prop::collection::vec(any::<bool>(), 6),
+            filled in prop::collection::vec(any::<bool>(), 6),
+            offset in 0u64..2 * BLOCK, length in 0..4 * ONE,
+        ) {
+            let (memory, image, _) = counted(6);
+            for block in before.iter().enumerate().filter(|(_, data)| **data).map(|(at, _)| at) {
+                memory.write(block as u64 * BLOCK, &vec![9; ONE], false).unwrap();
+            }
+            let mut expected = memory.contents();
+            let data: Vec<u8> = (0..length)
+                .map(|at| u8::from(filled[(offset as usize + at) / ONE]))
+                .collect();
+            prop_assert!(write_around_holes(&image, offset, &data, false).is_ok());
+            expected[offset as usize..][..length].copy_from_slice(&data);
+            prop_assert!(memory.contents() == expected);
+            for (block, bytes) in expected.chunks(ONE).enumerate() {
+                let at = block as u64 * BLOCK;
+                let is_hole = !memory.extent(at).unwrap().allocated;
+                let may_be_hole = !before[block] && bytes.iter().all(|byte| *byte == 0);
+                prop_assert_eq!(is_hole, may_be_hole, "block {}", block);
+            }
+        }
+    }
+}

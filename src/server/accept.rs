@@ -1,0 +1,103 @@
+//! Lets clients in, one thread for each.
+//! Waits for them on all listening sockets at once, and knows nothing of what they say.
+
+use super::Shared;
+use super::end::SessionEnd;
+use super::roster::{Refused, Seat};
+use super::session::Session;
+use crate::net::{Listener, Peer, Stream, wait_readable};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+use tracing::{error, info, warn};
+
+/// Stack of a session's thread in bytes; its buffers are elsewhere.
+const STACK: usize = 256 << 10;
+/// How long to wait for a descriptor to become free when there is none.
+const SCARCITY: Duration = Duration::from_secs(1);
+
+/// Lets clients in until the roster is told to stop.
+pub(super) fn accept_clients(shared: &Arc<Shared>, listeners: &[Listener]) {
+    let mut scarce_until: Option<Instant> = None;
+    while !shared.roster.is_stopping() {
+        let now = Instant::now();
+        let pause = shared.roster.full_until().max(scarce_until).filter(|until| now < *until);
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![shared.roster.bell.as_fd()];
+        if pause.is_none() {
+            descriptors.extend(listeners.iter().map(AsFd::as_fd));
+        }
+        let ready = match wait_readable(&descriptors, pause) {
+            Ok(ready) => ready,
+            Err(error) => return error!("no longer accepting clients: {error}"),
+        };
+        if ready[0] {
+            shared.roster.bell.clear();
+        }
+        for (listener, _) in listeners.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
+            scarce_until = accept(shared, listener);
+        }
+    }
+}
+
+/// Lets one client in. Returns until when to wait, if the process has no descriptor left.
+fn accept(shared: &Arc<Shared>, listener: &Listener) -> Option<Instant> {
+    match listener.accept() {
+        Ok((stream, peer)) => {
+            let now = Instant::now();
+            shared.roster.make_room(now);
+            match shared.roster.admit(peer.clone(), now) {
+                Ok(seat) => start(shared, stream, peer, seat),
+                Err(why) => refuse(&peer, why),
+            }
+            None
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+        Err(error) => {
+            warn!("cannot accept a client: {error}; trying again when a session has ended");
+            Some(Instant::now() + SCARCITY)
+        }
+    }
+}
+
+fn refuse(peer: &Peer, why: Refused) {
+    warn!("flexnbd.client" = %peer, "refused {peer}: {why}");
+}
+
+fn start(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat) {
+    let (name, shared) = (format!("client-{}", seat.id), Arc::clone(shared));
+    let who = peer.to_string();
+    let thread = thread::Builder::new().name(name).stack_size(STACK);
+    if let Err(error) = thread.spawn(move || serve(&shared, stream, peer, seat)) {
+        warn!(
+            "flexnbd.client" = who,
+            "cannot start a thread for {who}: {error}; connection closed"
+        );
+    }
+}
+
+fn serve(shared: &Shared, stream: Stream, peer: Peer, seat: Seat) {
+    let id = seat.id;
+    info!("flexnbd.client" = %peer, "flexnbd.session" = id, "{peer} connected");
+    // A connection that takes no options is on its way out, which the session will see.
+    let _ = stream.tune();
+    let session = Session {
+        stream,
+        peer,
+        seat,
+        disk: &shared.disk,
+        export: shared.export.clone(),
+        settings: shared.settings,
+    };
+    let end = session.run();
+    log_end(&session.peer, id, &end);
+}
+
+fn log_end(peer: &Peer, id: u64, end: &SessionEnd) {
+    if end.is_trouble() {
+        warn!("flexnbd.client" = %peer, "flexnbd.session" = id, "closed the session of {peer}: {end}");
+    } else {
+        info!("flexnbd.client" = %peer, "flexnbd.session" = id, "closed the session of {peer}: {end}");
+    }
+}

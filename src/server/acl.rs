@@ -1,0 +1,142 @@
+//! Which addresses may come in (flexnbd(1), "Access control").
+//! Pure. Knows addresses, not sockets; unix sockets are governed by their permissions instead.
+
+use ipnet::IpNet;
+use std::net::IpAddr;
+
+/// Who may connect.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Acl {
+    entries: Vec<IpNet>,
+    default_deny: bool,
+}
+
+/// An entry that is neither an address nor an address with a prefix length.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadEntry(pub String);
+
+impl std::fmt::Display for BadEntry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "'{}' is not an access control entry; give an IPv4 or IPv6 address, or one with a \
+             prefix length, such as 192.0.2.0/24",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for BadEntry {}
+
+impl Acl {
+    /// The list of these entries. An empty one admits everybody, or nobody with `default_deny`.
+    ///
+    /// # Errors
+    /// The first entry that is none.
+    pub fn parse<S: AsRef<str>>(entries: &[S], default_deny: bool) -> Result<Self, BadEntry> {
+        let entries =
+            entries.iter().map(|entry| parse(entry.as_ref())).collect::<Result<_, _>>()?;
+        Ok(Self { entries, default_deny })
+    }
+
+    /// The same way of treating an empty list, with other entries.
+    ///
+    /// # Errors
+    /// The first entry that is none.
+    pub fn replaced<S: AsRef<str>>(&self, entries: &[S]) -> Result<Self, BadEntry> {
+        Self::parse(entries, self.default_deny)
+    }
+
+    /// Whether a client at this address may come in. An IPv4 client of a dual-stack socket is one
+    /// of IPv4.
+    #[must_use]
+    pub fn admits(&self, client: IpAddr) -> bool {
+        let client = client.to_canonical();
+        if self.entries.is_empty() {
+            return !self.default_deny;
+        }
+        self.entries.iter().any(|entry| entry.contains(&client))
+    }
+}
+
+fn parse(entry: &str) -> Result<IpNet, BadEntry> {
+    let bad = || BadEntry(entry.to_owned());
+    let (address, prefix) = match entry.split_once('/') {
+        Some((address, prefix)) => (address, Some(prefix)),
+        None => (entry, None),
+    };
+    let given: IpAddr = address.parse().map_err(|_| bad())?;
+    let canonical = given.to_canonical();
+    let width = if canonical.is_ipv4() { 32 } else { 128 };
+    let length = match prefix {
+        None => width,
+        // A mapped IPv4 address counts its prefix from the start of its IPv6 form.
+        Some(prefix) if given.is_ipv6() && canonical.is_ipv4() => {
+            digits(prefix).and_then(|length| length.checked_sub(96)).ok_or_else(bad)?
+        }
+        Some(prefix) => digits(prefix).ok_or_else(bad)?,
+    };
+    IpNet::new(canonical, length).map_err(|_| bad())
+}
+
+fn digits(prefix: &str) -> Option<u8> {
+    let plain = prefix.bytes().all(|byte| byte.is_ascii_digit());
+    if plain { prefix.parse().ok() } else { None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn admits(entries: &[&str], default_deny: bool, client: &str) -> bool {
+        Acl::parse(entries, default_deny).unwrap().admits(client.parse().unwrap())
+    }
+
+    #[test]
+    fn an_empty_list_admits_everybody_or_nobody_as_told() {
+        assert!(admits(&[], false, "192.0.2.1"));
+        assert!(!admits(&[], true, "192.0.2.1"));
+    }
+
+    #[test]
+    fn only_those_listed_come_in_whatever_the_default() {
+        for default_deny in [false, true] {
+            assert!(admits(&["192.0.2.1"], default_deny, "192.0.2.1"));
+            assert!(!admits(&["192.0.2.1"], default_deny, "192.0.2.2"));
+            assert!(admits(&["10.0.0.1", "2001:db8::/32"], default_deny, "2001:db8:1::7"));
+            assert!(!admits(&["2001:db8::/32"], default_deny, "2001:db9::1"));
+        }
+    }
+
+    #[test]
+    fn prefixes_cover_their_network_and_bits_behind_them_do_not_count() {
+        assert!(admits(&["192.0.2.77/24"], false, "192.0.2.255"));
+        assert!(!admits(&["192.0.2.0/24"], false, "192.0.3.0"));
+        assert!(admits(&["0.0.0.0/0"], false, "8.8.8.8"));
+        assert!(!admits(&["0.0.0.0/0"], false, "::1"));
+        assert!(admits(&["::ffff:192.0.2.0/120"], false, "192.0.2.9"));
+    }
+
+    #[test]
+    fn an_ipv4_client_of_a_dual_stack_socket_matches_ipv4_entries() {
+        assert!(admits(&["192.0.2.1"], false, "::ffff:192.0.2.1"));
+    }
+
+    #[test]
+    fn what_is_no_entry_is_named() {
+        for entry in [
+            "",
+            "localhost",
+            "1.2.3",
+            "1.2.3.4/33",
+            "::1/129",
+            "1.2.3.4/",
+            "1.2.3.4/+8",
+            "1.2.3.4/24/8",
+            "::ffff:1.2.3.4/95",
+        ] {
+            assert_eq!(Acl::parse(&["::1", entry], false), Err(BadEntry(entry.to_owned())));
+        }
+        assert!(Acl::parse(&["1.2.3.4/32", "::1/128"], false).is_ok());
+    }
+}

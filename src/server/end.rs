@@ -1,0 +1,99 @@
+//! Why a session ended, for the one line in the log that says so.
+//! One variant for each way, so that a test can name exactly what it provokes.
+
+use super::orders::Order;
+use crate::disk::NoEntry;
+use crate::nbd::handshake::server::Misbehaviour;
+use std::io;
+
+/// Why a session ended.
+#[derive(Debug)]
+pub(super) enum SessionEnd {
+    /// The client said goodbye (`NBD_CMD_DISC`).
+    Goodbye,
+    /// The client gave up during the handshake (`NBD_OPT_ABORT`).
+    Aborted,
+    /// The client closed the connection between requests.
+    Left,
+    /// The client closed the connection in the middle of something.
+    Vanished,
+    /// The client did not finish the handshake in time.
+    HandshakeTimeout,
+    /// The client broke the handshake.
+    Misbehaved(Misbehaviour),
+    /// A request did not begin as one: framing is lost.
+    NoRequest(u32),
+    /// A request announced more payload than anybody waits for.
+    AbsurdPayload(u64),
+    /// `--killswitch`: a request or a reply made no progress.
+    Stalled,
+    /// The connection broke.
+    Connection(io::Error),
+    /// The disk failed after a part of a reply was sent that cannot be taken back.
+    ReadBrokeOff(io::Error),
+    /// The disk is not ours any more.
+    DiskGone,
+    /// We were told to end it.
+    Ordered(Order),
+}
+
+impl SessionEnd {
+    /// Whether it is worth an operator's attention.
+    pub(super) fn is_trouble(&self) -> bool {
+        !matches!(
+            self,
+            Self::Goodbye | Self::Aborted | Self::Left | Self::Ordered(_) | Self::DiskGone
+        )
+    }
+
+    /// Whether replies may be on their way that the client is still to read.
+    pub(super) fn leaves_replies(&self) -> bool {
+        matches!(self, Self::Aborted | Self::NoRequest(_) | Self::Ordered(Order::Finish))
+    }
+}
+
+impl From<NoEntry> for SessionEnd {
+    fn from(no: NoEntry) -> Self {
+        match no {
+            NoEntry::Gone => Self::DiskGone,
+            NoEntry::GaveUp => Self::Ordered(Order::Leave),
+        }
+    }
+}
+
+impl std::fmt::Display for SessionEnd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Goodbye => f.write_str("the client said goodbye"),
+            Self::Aborted => f.write_str("the client gave up the handshake"),
+            Self::Left => f.write_str("the client closed the connection"),
+            Self::Vanished => f.write_str("the client vanished in the middle of a message"),
+            Self::HandshakeTimeout => {
+                f.write_str("the client did not finish the handshake in time")
+            }
+            Self::Misbehaved(how) => write!(f, "the client broke the handshake: {how}"),
+            Self::NoRequest(magic) => {
+                write!(f, "the client sent {magic:#x} where a request should begin")
+            }
+            Self::AbsurdPayload(length) => {
+                write!(f, "the client announced a payload of {length} bytes")
+            }
+            Self::Stalled => f.write_str("killswitch: the client made no progress for too long"),
+            Self::Connection(error) => write!(f, "the connection broke: {error}"),
+            Self::ReadBrokeOff(error) => {
+                write!(
+                    f,
+                    "the disk failed in the middle of a reply that could not be taken back: {error}"
+                )
+            }
+            Self::DiskGone => f.write_str("the disk is no longer served here"),
+            Self::Ordered(Order::NotAdmitted) => {
+                f.write_str("the access control list no longer admits the client")
+            }
+            Self::Ordered(Order::GiveWay) => {
+                f.write_str("the client was slow to greet and another one was waiting")
+            }
+            Self::Ordered(_) => f.write_str("the server is stopping"),
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Bytes that a client sent and that were not used yet.
+//! Never asks for more than its buffer holds, so that a client cannot make it grow.
+
+use crate::net::Stream;
+use std::io;
+
+/// How much is received at once, in bytes. Large enough for a whole piece of a write behind the
+/// end of another one.
+pub(super) const CAPACITY: usize = 320 << 10;
+
+/// A buffer between the socket and the parser.
+#[derive(Debug, Default)]
+pub(super) struct Inbox {
+    /// Empty while nothing is held, so that an idle session costs no memory.
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+}
+
+impl Inbox {
+    /// What arrived and was not used.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// Marks the first `count` bytes as used.
+    pub(super) fn consume(&mut self, count: usize) {
+        self.start += count.min(self.end - self.start);
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+    }
+
+    /// Takes what the client has sent, as far as there is room; 0 is the end of the stream.
+    ///
+    /// # Errors
+    /// `WouldBlock` when nothing has arrived; otherwise the connection is broken.
+    pub(super) fn receive(&mut self, from: &Stream) -> io::Result<usize> {
+        if self.buffer.is_empty() {
+            self.buffer = vec![0; CAPACITY];
+        }
+        if self.start > 0 && self.end == CAPACITY {
+            self.buffer.copy_within(self.start.., 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let count = from.try_recv(&mut self.buffer[self.end..])?;
+        self.end += count;
+        Ok(count)
+    }
+
+    /// Whether nothing more can be received before something is used.
+    pub(super) fn is_full(&self) -> bool {
+        self.end - self.start == CAPACITY
+    }
+
+    /// Gives the memory back if nothing is held.
+    pub(super) fn relax(&mut self) {
+        if self.start == self.end {
+            self.buffer = Vec::new();
+        }
+    }
+
+    /// Whether there is memory to give back.
+    pub(super) fn is_relaxed(&self) -> bool {
+        self.buffer.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (UnixStream, Stream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (ours, Stream::Unix(theirs))
+    }
+
+    #[test]
+    fn bytes_come_out_in_the_order_they_came_in_however_they_are_used() {
+        let (mut client, stream) = pair();
+        let mut inbox = Inbox::default();
+        let mut expected = 0u32;
+        let mut sent = 0u32;
+        for round in 1..2000usize {
+            for _ in 0..round % 50 {
+                client.write_all(&sent.to_be_bytes()).unwrap();
+                sent += 1;
+            }
+            if sent > expected {
+                let _ = inbox.receive(&stream);
+            }
+            for _ in 0..round % 41 {
+                let Some(field) = inbox.bytes().first_chunk::<4>() else { break };
+                assert_eq!(u32::from_be_bytes(*field), expected);
+                expected += 1;
+                inbox.consume(4);
+            }
+        }
+        assert!(expected > 20_000);
+    }
+
+    #[test]
+    fn a_full_inbox_asks_for_no_more_and_an_empty_one_costs_nothing() {
+        let (mut client, stream) = pair();
+        let mut inbox = Inbox::default();
+        while !inbox.is_full() {
+            client.write_all(&[7; 4096]).unwrap();
+            inbox.receive(&stream).unwrap();
+        }
+        assert_eq!(inbox.bytes().len(), CAPACITY);
+        inbox.relax();
+        assert!(!inbox.is_relaxed());
+        inbox.consume(CAPACITY);
+        inbox.relax();
+        assert!(inbox.is_relaxed());
+    }
+}

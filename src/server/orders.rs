@@ -1,0 +1,73 @@
+//! What the server tells a session while that is busy or waiting.
+//! One order at a time, and never a milder one after a harsher.
+
+use crate::net::Wake;
+use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// What a session is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(super) enum Order {
+    /// Go on.
+    Serve = 0,
+    /// Answer what has been received, then close.
+    Finish = 1,
+    /// Close now: the client is no longer admitted.
+    NotAdmitted = 2,
+    /// Close now: somebody else waits to greet, and this client has not in all its time.
+    GiveWay = 3,
+    /// Close now: the server ends.
+    Leave = 4,
+}
+
+/// The way from the server to one session.
+#[derive(Debug)]
+pub(super) struct Orders {
+    current: AtomicU8,
+    /// Set whenever there is a new order.
+    pub(super) wake: Wake,
+}
+
+impl Orders {
+    /// The way to a session that is to serve.
+    ///
+    /// # Errors
+    /// When there is no descriptor left.
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self { current: AtomicU8::new(Order::Serve as u8), wake: Wake::new()? })
+    }
+
+    /// Gives an order, unless a harsher one was given.
+    pub(super) fn give(&self, order: Order) {
+        self.current.fetch_max(order as u8, Ordering::AcqRel);
+        self.wake.wake();
+    }
+
+    /// The order that holds now.
+    pub(super) fn current(&self) -> Order {
+        match self.current.load(Ordering::Acquire) {
+            0 => Order::Serve,
+            1 => Order::Finish,
+            2 => Order::NotAdmitted,
+            3 => Order::GiveWay,
+            _ => Order::Leave,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_milder_order_does_not_take_back_a_harsher_one() {
+        let orders = Orders::new().unwrap();
+        assert_eq!(orders.current(), Order::Serve);
+        for order in [Order::Finish, Order::NotAdmitted, Order::GiveWay, Order::Leave] {
+            orders.give(order);
+            orders.give(Order::Finish);
+            assert_eq!(orders.current(), order);
+        }
+    }
+}

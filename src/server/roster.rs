@@ -1,0 +1,301 @@
+//! Who is connected, who may be, and how to reach them all.
+//! Decides under one lock, so that a client cannot slip in between a new list and its enforcement.
+
+use super::acl::{Acl, BadEntry};
+use super::orders::{Order, Orders};
+use crate::net::{Peer, Wake};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How many clients there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Capacity {
+    /// In all.
+    pub(super) sessions: usize,
+    /// Of those, in the handshake.
+    pub(super) handshakes: usize,
+    /// For how long a handshake keeps its place when somebody waits.
+    pub(super) patience: Duration,
+}
+
+/// Everybody who is connected.
+#[derive(Debug)]
+pub(super) struct Roster {
+    capacity: Capacity,
+    inner: Mutex<Inner>,
+    emptied: Condvar,
+    /// Rung whenever somebody leaves, finishes the handshake, or the server is to stop.
+    pub(super) bell: Wake,
+}
+
+#[derive(Debug)]
+struct Inner {
+    acl: Acl,
+    stopping: bool,
+    next_id: u64,
+    /// By id, so that the oldest comes first.
+    entries: BTreeMap<u64, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    peer: Peer,
+    orders: Arc<Orders>,
+    /// Since when it is in the handshake, if it is.
+    greeting_since: Option<Instant>,
+}
+
+/// Why a client was sent away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refused {
+    /// The access control list does not admit it.
+    Acl,
+    /// There are as many as there may be.
+    Full(usize),
+    /// No more clients are taken.
+    Stopping,
+    /// No descriptors are left.
+    NoDescriptors,
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Acl => f.write_str("the access control list does not admit it"),
+            Self::Full(limit) => write!(f, "{limit} clients are connected, which is the limit"),
+            Self::Stopping => f.write_str("the server is stopping"),
+            Self::NoDescriptors => f.write_str("no file descriptors are left"),
+        }
+    }
+}
+
+/// A client's place. It is free again when this is dropped.
+#[derive(Debug)]
+pub(super) struct Seat {
+    roster: Arc<Roster>,
+    /// Number of the session; never used twice.
+    pub(super) id: u64,
+    /// What the session is told.
+    pub(super) orders: Arc<Orders>,
+}
+
+impl Roster {
+    pub(super) fn new(capacity: Capacity, acl: Acl) -> io::Result<Arc<Self>> {
+        let inner = Inner { acl, stopping: false, next_id: 1, entries: BTreeMap::new() };
+        let (inner, emptied) = (Mutex::new(inner), Condvar::new());
+        Ok(Arc::new(Self { capacity, inner, emptied, bell: Wake::new()? }))
+    }
+
+    /// A place for this client, or why there is none.
+    pub(super) fn admit(self: &Arc<Self>, peer: Peer, now: Instant) -> Result<Seat, Refused> {
+        let mut inner = self.lock();
+        if inner.stopping {
+            return Err(Refused::Stopping);
+        }
+        if !peer.ip().is_none_or(|ip| inner.acl.admits(ip)) {
+            return Err(Refused::Acl);
+        }
+        if inner.entries.len() >= self.capacity.sessions {
+            return Err(Refused::Full(self.capacity.sessions));
+        }
+        let orders = Arc::new(Orders::new().map_err(|_| Refused::NoDescriptors)?);
+        let id = inner.next_id;
+        inner.next_id += 1;
+        let entry = Entry { peer, orders: Arc::clone(&orders), greeting_since: Some(now) };
+        inner.entries.insert(id, entry);
+        Ok(Seat { roster: Arc::clone(self), id, orders })
+    }
+
+    /// Until when no further client should be accepted, if the handshakes are as many as there
+    /// may be. At that time the oldest of them gives way.
+    pub(super) fn full_until(&self) -> Option<Instant> {
+        let inner = self.lock();
+        let greeting = inner.entries.values().filter_map(|entry| entry.greeting_since);
+        if greeting.clone().count() < self.capacity.handshakes {
+            return None;
+        }
+        greeting.min().map(|oldest| oldest + self.capacity.patience)
+    }
+
+    /// Tells the client that has been in the handshake for longest to make room, if that is due.
+    pub(super) fn make_room(&self, now: Instant) {
+        if self.full_until().is_none_or(|until| now < until) {
+            return;
+        }
+        let mut inner = self.lock();
+        let greeting = inner.entries.values_mut().filter(|entry| entry.greeting_since.is_some());
+        if let Some(entry) = greeting.min_by_key(|entry| entry.greeting_since) {
+            entry.orders.give(Order::GiveWay);
+            entry.greeting_since = None;
+        }
+    }
+
+    /// Replaces the list; sessions that it does not admit are told to end.
+    pub(super) fn set_acl<S: AsRef<str>>(&self, entries: &[S]) -> Result<(), BadEntry> {
+        let mut inner = self.lock();
+        inner.acl = inner.acl.replaced(entries)?;
+        inner.expel();
+        Ok(())
+    }
+
+    /// Replaces the list and how an empty one is treated.
+    pub(super) fn replace_acl(&self, acl: Acl) {
+        let mut inner = self.lock();
+        inner.acl = acl;
+        inner.expel();
+    }
+
+    /// Takes no more clients, and tells those who are here to finish.
+    pub(super) fn stop(&self) {
+        let mut inner = self.lock();
+        inner.stopping = true;
+        inner.entries.values().for_each(|entry| entry.orders.give(Order::Finish));
+        drop(inner);
+        self.bell.wake();
+    }
+
+    /// Tells everybody to leave at once.
+    pub(super) fn clear(&self) {
+        self.lock().entries.values().for_each(|entry| entry.orders.give(Order::Leave));
+    }
+
+    /// Waits until everybody has left; false if somebody has not by `deadline`.
+    pub(super) fn wait_until_empty(&self, deadline: Instant) -> bool {
+        let mut inner = self.lock();
+        while !inner.entries.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let woken = self.emptied.wait_timeout(inner, left);
+            inner = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.lock().stopping
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.lock().entries.len()
+    }
+
+    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn expel(&self) {
+        for entry in self.entries.values() {
+            if !entry.peer.ip().is_none_or(|ip| self.acl.admits(ip)) {
+                entry.orders.give(Order::NotAdmitted);
+            }
+        }
+    }
+}
+
+impl Seat {
+    /// The handshake is over: its place is free for another client.
+    pub(super) fn greeted(&self) {
+        if let Some(entry) = self.roster.lock().entries.get_mut(&self.id) {
+            entry.greeting_since = None;
+        }
+        self.roster.bell.wake();
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut inner = self.roster.lock();
+        inner.entries.remove(&self.id);
+        let empty = inner.entries.is_empty();
+        drop(inner);
+        if empty {
+            self.roster.emptied.notify_all();
+        }
+        self.roster.bell.wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn roster(sessions: usize, handshakes: usize, entries: &[&str]) -> Arc<Roster> {
+        let capacity = Capacity { sessions, handshakes, patience: Duration::from_secs(1) };
+        Roster::new(capacity, Acl::parse(entries, false).unwrap()).unwrap()
+    }
+
+    fn peer(address: &str) -> Peer {
+        Peer::Tcp(format!("{address}:4711").parse().unwrap())
+    }
+
+    #[test]
+    fn there_is_room_for_as_many_as_the_limit_and_not_one_more() {
+        let roster = roster(2, 16, &[]);
+        let now = Instant::now();
+        let first = roster.admit(peer("192.0.2.1"), now).unwrap();
+        let _second = roster.admit(peer("192.0.2.1"), now).unwrap();
+        assert_eq!(roster.admit(peer("192.0.2.1"), now).unwrap_err(), Refused::Full(2));
+        drop(first);
+        let third = roster.admit(peer("192.0.2.1"), now).unwrap();
+        assert_eq!((roster.count(), third.id), (2, 3));
+    }
+
+    #[test]
+    fn as_many_handshakes_as_the_limit_keep_others_waiting_until_one_gives_way() {
+        let roster = roster(9, 2, &[]);
+        let now = Instant::now();
+        let first = roster.admit(peer("192.0.2.1"), now).unwrap();
+        assert_eq!(roster.full_until(), None);
+        let second = roster.admit(peer("192.0.2.1"), now + Duration::from_millis(5)).unwrap();
+        let until = now + Duration::from_secs(1);
+        assert_eq!(roster.full_until(), Some(until));
+        roster.make_room(until - Duration::from_millis(1));
+        assert_eq!(first.orders.current(), Order::Serve);
+        roster.make_room(until);
+        assert_eq!(
+            (first.orders.current(), second.orders.current()),
+            (Order::GiveWay, Order::Serve)
+        );
+        let _third = roster.admit(peer("192.0.2.1"), until).unwrap();
+        assert_eq!(roster.full_until(), Some(until + Duration::from_millis(5)));
+        second.greeted();
+        assert_eq!(roster.full_until(), None);
+    }
+
+    #[test]
+    fn a_new_list_ends_the_sessions_it_does_not_admit_and_a_bad_one_changes_nothing() {
+        let roster = roster(9, 9, &[]);
+        let now = Instant::now();
+        let stays = roster.admit(peer("192.0.2.1"), now).unwrap();
+        let goes = roster.admit(peer("192.0.2.2"), now).unwrap();
+        let unix = roster.admit(Peer::Unix { pid: None, uid: None }, now).unwrap();
+        assert!(roster.set_acl(&["192.0.2.1", "nonsense"]).is_err());
+        assert_eq!(goes.orders.current(), Order::Serve);
+        roster.set_acl(&["192.0.2.1"]).unwrap();
+        assert_eq!(goes.orders.current(), Order::NotAdmitted);
+        assert_eq!((stays.orders.current(), unix.orders.current()), (Order::Serve, Order::Serve));
+        assert_eq!(roster.admit(peer("192.0.2.2"), now).unwrap_err(), Refused::Acl);
+    }
+
+    #[test]
+    fn stopping_takes_nobody_in_and_waits_for_the_last() {
+        let roster = roster(9, 9, &[]);
+        let seat = roster.admit(peer("192.0.2.1"), Instant::now()).unwrap();
+        roster.stop();
+        assert_eq!(seat.orders.current(), Order::Finish);
+        assert_eq!(roster.admit(peer("192.0.2.1"), Instant::now()).unwrap_err(), Refused::Stopping);
+        assert!(!roster.wait_until_empty(Instant::now()));
+        roster.clear();
+        assert_eq!(seat.orders.current(), Order::Leave);
+        let leaving = std::thread::spawn(move || drop(seat));
+        assert!(roster.wait_until_empty(Instant::now() + Duration::from_secs(10)));
+        leaving.join().unwrap();
+    }
+}

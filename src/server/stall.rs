@@ -1,0 +1,56 @@
+//! Whether something that should move has stood still for too long (`--killswitch`).
+//! Pure: time is an argument.
+
+use std::time::{Duration, Instant};
+
+/// Watches one count that should grow while something is pending.
+#[derive(Debug, Default)]
+pub(super) struct Stall {
+    /// The count when it last moved, and when that was; nothing while nothing is pending.
+    last: Option<(u64, Instant)>,
+}
+
+impl Stall {
+    /// Until when the count must have moved, if anything is `pending`.
+    pub(super) fn deadline(
+        &mut self,
+        pending: bool,
+        count: u64,
+        now: Instant,
+        limit: Duration,
+    ) -> Option<Instant> {
+        self.last = match self.last {
+            _ if !pending => None,
+            Some((before, since)) if before == count => Some((before, since)),
+            _ => Some((count, now)),
+        };
+        self.last.map(|(_, since)| since + limit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(120);
+
+    #[test]
+    fn every_step_forward_starts_the_clock_anew() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut stall = Stall::default();
+        assert_eq!(stall.deadline(true, 5, at(0), LIMIT), Some(at(120)));
+        assert_eq!(stall.deadline(true, 5, at(100), LIMIT), Some(at(120)));
+        assert_eq!(stall.deadline(true, 6, at(110), LIMIT), Some(at(230)));
+    }
+
+    #[test]
+    fn time_in_which_nothing_was_pending_does_not_count() {
+        let start = Instant::now();
+        let later = start + Duration::from_secs(1000);
+        let mut stall = Stall::default();
+        assert!(stall.deadline(true, 5, start, LIMIT).is_some());
+        assert_eq!(stall.deadline(false, 5, start, LIMIT), None);
+        assert_eq!(stall.deadline(true, 5, later, LIMIT), Some(later + LIMIT));
+    }
+}

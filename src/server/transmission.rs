@@ -1,0 +1,344 @@
+//! The transmission phase of one session: requests in, replies out, in batches.
+//!
+//! Reading requests and sending replies never wait for each other. While the client takes no
+//! replies, reads wait in a queue, everything else is still done, and only when the queue or the
+//! held replies reach their limits does the session stop receiving: back-pressure in bounded
+//! memory, so that a client may send a long row of requests before it reads the first reply.
+
+use super::end::SessionEnd;
+use super::inbox::Inbox;
+use super::orders::Order;
+use super::outbox::Outbox;
+use super::stall::Stall;
+use super::work::{Read, Worker, piece_length};
+use crate::nbd::Malformed;
+use crate::nbd::reply::{Dialect, Origin};
+use crate::nbd::request::{self, Header, Request, Terms};
+use crate::nbd::wire::{CommandKind, ErrorCode};
+use crate::net::{Interest, Stream};
+use crate::range::Range;
+use std::collections::VecDeque;
+use std::io;
+use std::time::{Duration, Instant};
+
+/// How many reads may wait for the client to take replies.
+pub(super) const READS_MAX: usize = 1024;
+/// After this time without anything to do, a session gives its buffers back.
+const IDLE: Duration = Duration::from_secs(1);
+/// Longest payload of a refused request that is read past.
+const PAYLOAD_ABSURD: u64 = 1 << 32;
+
+/// One session's transmission phase.
+#[derive(Debug)]
+pub(super) struct Transmission<'a> {
+    pub(super) stream: &'a Stream,
+    pub(super) worker: Worker<'a>,
+    pub(super) terms: Terms,
+    /// Answer bytes that are no request with an error before closing, as the original did.
+    pub(super) answers_nonsense: bool,
+    pub(super) stall_limit: Option<Duration>,
+    pub(super) inbox: Inbox,
+    pub(super) outbox: Outbox,
+    pub(super) progress: Progress,
+}
+
+/// How far a session has come.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    payload: Option<Payload>,
+    reads: VecDeque<Read>,
+    /// Why the session ends once everything has been answered and sent.
+    leaving: Option<SessionEnd>,
+    received: u64,
+    sent: u64,
+    request_stall: Stall,
+    reply_stall: Stall,
+}
+
+/// A payload of which not everything has arrived.
+#[derive(Debug)]
+struct Payload {
+    to: Origin,
+    left: u64,
+    purpose: Purpose,
+}
+
+#[derive(Debug)]
+enum Purpose {
+    /// To be written to the rest of this range.
+    Write { range: Range, rest: Range, durable: bool },
+    /// To be read past; the reply is in the outbox or will be made at the end.
+    Skip { failed: Option<(Range, io::Error)> },
+}
+
+impl Transmission<'_> {
+    /// Serves until the session ends.
+    pub(super) fn run(mut self) -> SessionEnd {
+        loop {
+            if let Err(end) = self.turn() {
+                return end;
+            }
+        }
+    }
+
+    fn turn(&mut self) -> Result<(), SessionEnd> {
+        self.work()?;
+        let before = self.outbox.waiting();
+        let sent_all = self.outbox.send(self.stream).map_err(SessionEnd::Connection)?;
+        self.progress.sent += (before - self.outbox.waiting()) as u64;
+        if sent_all && !self.progress.reads.is_empty() {
+            return Ok(());
+        }
+        if sent_all && let Some(end) = self.progress.leaving.take() {
+            return Err(end);
+        }
+        if self.receives() && self.receive()? {
+            return Ok(());
+        }
+        self.wait()
+    }
+
+    /// Does everything that can be done without waiting for the client.
+    fn work(&mut self) -> Result<(), SessionEnd> {
+        loop {
+            while !self.outbox.is_full()
+                && let Some(read) = self.progress.reads.front_mut()
+            {
+                if self.worker.advance(read, &mut self.outbox)? {
+                    self.progress.reads.pop_front();
+                }
+            }
+            if self.is_blocked() || self.has_said_goodbye() || !self.take()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Whether nothing more may be taken on before the client takes replies.
+    fn is_blocked(&self) -> bool {
+        self.outbox.is_overfull() || self.progress.reads.len() >= READS_MAX
+    }
+
+    /// Whether nothing that the client sends counts any more. After the order to finish, what has
+    /// been received still does.
+    fn has_said_goodbye(&self) -> bool {
+        !matches!(self.progress.leaving, None | Some(SessionEnd::Ordered(_)))
+    }
+
+    fn receives(&self) -> bool {
+        self.progress.leaving.is_none() && !self.is_blocked() && !self.inbox.is_full()
+    }
+
+    /// Receives what has arrived; false if nothing has.
+    fn receive(&mut self) -> Result<bool, SessionEnd> {
+        match self.inbox.receive(self.stream) {
+            Ok(0) => {
+                let half = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
+                let end = if half { SessionEnd::Vanished } else { SessionEnd::Left };
+                self.progress.leaving = Some(end);
+                Ok(true)
+            }
+            Ok(count) => {
+                self.progress.received += count as u64;
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(SessionEnd::Connection(error)),
+        }
+    }
+
+    /// Takes the next request, or piece of a payload, out of the inbox; false if it is not all
+    /// there.
+    fn take(&mut self) -> Result<bool, SessionEnd> {
+        match self.progress.payload.take() {
+            None => self.take_request(),
+            Some(payload) => self.take_payload(payload),
+        }
+    }
+
+    fn take_request(&mut self) -> Result<bool, SessionEnd> {
+        let dialect = self.terms.dialect;
+        let (header, used) = match Header::decode(dialect, self.inbox.bytes()) {
+            Ok(Some(decoded)) => decoded,
+            Ok(None) => return Ok(false),
+            Err(malformed) => return self.take_nonsense(malformed),
+        };
+        self.inbox.consume(used);
+        let chunked = [CommandKind::Read.number(), CommandKind::BlockStatus.number()];
+        let to = Origin {
+            cookie: header.cookie,
+            offset: header.offset,
+            chunked: chunked.contains(&header.kind),
+        };
+        let length = header.payload_length(dialect);
+        match header.check(&self.terms) {
+            Ok(request) => self.begin(to, request)?,
+            Err(refusal) => {
+                if length > PAYLOAD_ABSURD {
+                    return Err(SessionEnd::AbsurdPayload(length));
+                }
+                self.worker.refuse(to, refusal.code, refusal.why, &mut self.outbox);
+                if length > 0 {
+                    let purpose = Purpose::Skip { failed: None };
+                    self.progress.payload = Some(Payload { to, left: length, purpose });
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn begin(&mut self, to: Origin, request: Request) -> Result<(), SessionEnd> {
+        match request {
+            Request::Read { range, whole } => {
+                let read = self.worker.read(to, range, whole, &mut self.outbox);
+                self.progress.reads.extend(read);
+            }
+            Request::Write { range, durable: _ } if range.is_empty() => {
+                self.worker.conclude(to, Ok(()), request, &mut self.outbox);
+            }
+            Request::Write { range, durable } => {
+                let purpose = Purpose::Write { range, rest: range, durable };
+                self.progress.payload = Some(Payload { to, left: range.length(), purpose });
+            }
+            Request::Disconnect => self.progress.leaving = Some(SessionEnd::Goodbye),
+            _ => self.worker.answer(to, request, &mut self.outbox)?,
+        }
+        Ok(())
+    }
+
+    fn take_payload(&mut self, payload: Payload) -> Result<bool, SessionEnd> {
+        let Payload { to, left, purpose } = payload;
+        match purpose {
+            Purpose::Skip { failed } => Ok(self.skip(to, left, failed)),
+            Purpose::Write { range, rest, durable } => self.write(to, range, rest, durable),
+        }
+    }
+
+    /// Writes the next piece of a payload, if all of the piece has arrived: the disk is not
+    /// visited while the client takes its time.
+    fn write(
+        &mut self,
+        to: Origin,
+        range: Range,
+        rest: Range,
+        durable: bool,
+    ) -> Result<bool, SessionEnd> {
+        let (piece, then) = rest.split(piece_length(rest));
+        // It fits: a piece is at most 256 KiB.
+        let length = piece.length() as usize;
+        let Some(data) = self.inbox.bytes().get(..length) else {
+            let purpose = Purpose::Write { range, rest, durable };
+            self.progress.payload = Some(Payload { to, left: rest.length(), purpose });
+            return Ok(false);
+        };
+        let visit = self.worker.visit()?;
+        // One piece is written durably; of several, all are made durable after the last.
+        let alone = piece == range;
+        let mut outcome = visit.write(piece.offset(), data, durable && alone);
+        if durable && !alone && then.is_empty() && outcome.is_ok() {
+            outcome = visit.flush();
+        }
+        drop(visit);
+        self.inbox.consume(length);
+        match outcome {
+            Ok(()) if !then.is_empty() => {
+                let purpose = Purpose::Write { range, rest: then, durable };
+                self.progress.payload = Some(Payload { to, left: then.length(), purpose });
+            }
+            Err(error) if !then.is_empty() => {
+                let purpose = Purpose::Skip { failed: Some((range, error)) };
+                self.progress.payload = Some(Payload { to, left: then.length(), purpose });
+            }
+            outcome => {
+                let what = Request::Write { range, durable };
+                self.worker.conclude(to, outcome, what, &mut self.outbox);
+            }
+        }
+        Ok(true)
+    }
+
+    fn skip(&mut self, to: Origin, left: u64, failed: Option<(Range, io::Error)>) -> bool {
+        let step = left.min(self.inbox.bytes().len() as u64);
+        // It fits: no more than what is in the inbox.
+        self.inbox.consume(step as usize);
+        let left = left - step;
+        if left > 0 {
+            self.progress.payload = Some(Payload { to, left, purpose: Purpose::Skip { failed } });
+        } else if let Some((range, error)) = failed {
+            let what = format_args!("write of {range:?}").to_string();
+            self.worker.conclude(to, Err(error), what, &mut self.outbox);
+        }
+        step > 0
+    }
+
+    /// Bytes that are no request: framing is lost, and the session with it. In old style they are
+    /// answered first, once there are as many as a request has.
+    fn take_nonsense(&mut self, malformed: Malformed) -> Result<bool, SessionEnd> {
+        let magic = match malformed {
+            Malformed::Magic(magic) => magic as u32,
+            _ => 0,
+        };
+        let end = SessionEnd::NoRequest(magic);
+        if !self.answers_nonsense {
+            return Err(end);
+        }
+        let bytes = self.inbox.bytes();
+        if bytes.len() < request::header_length(Dialect::Simple) {
+            return Ok(false);
+        }
+        let cookie = bytes[8..].first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
+        let to = Origin { cookie, offset: 0, chunked: false };
+        self.worker.refuse(to, ErrorCode::Invalid, "no request at all", &mut self.outbox);
+        self.progress.leaving = Some(end);
+        Ok(true)
+    }
+
+    /// Waits until the client, the server, or the clock wants something.
+    fn wait(&mut self) -> Result<(), SessionEnd> {
+        let interest = Interest { readable: self.receives(), writable: self.outbox.has_bytes() };
+        let now = Instant::now();
+        let stalled = self.stalled_at(now);
+        let idle = !interest.writable && !(self.inbox.is_relaxed() && self.outbox.is_relaxed());
+        let deadline = match (stalled, idle) {
+            (Some(at), _) => Some(at),
+            (None, true) => Some(now + IDLE),
+            (None, false) => None,
+        };
+        let wake = &self.worker.orders.wake;
+        let ready =
+            self.stream.wait(interest, Some(wake), deadline).map_err(SessionEnd::Connection)?;
+        if ready.woken {
+            wake.clear();
+            return self.obey();
+        }
+        if ready.timed_out && stalled.is_some() {
+            return Err(SessionEnd::Stalled);
+        }
+        if ready.timed_out {
+            self.inbox.relax();
+            self.outbox.relax();
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self) -> Result<(), SessionEnd> {
+        match self.worker.orders.current() {
+            Order::Serve => Ok(()),
+            Order::Finish => {
+                self.progress.leaving.get_or_insert(SessionEnd::Ordered(Order::Finish));
+                Ok(())
+            }
+            order => Err(SessionEnd::Ordered(order)),
+        }
+    }
+
+    /// When `--killswitch` strikes, unless something moves before.
+    fn stalled_at(&mut self, now: Instant) -> Option<Instant> {
+        let limit = self.stall_limit?;
+        let half = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
+        let Progress { request_stall, reply_stall, received, sent, .. } = &mut self.progress;
+        let request = request_stall.deadline(half, *received, now, limit);
+        let reply = reply_stall.deadline(self.outbox.has_bytes(), *sent, now, limit);
+        request.into_iter().chain(reply).min()
+    }
+}

@@ -1,0 +1,301 @@
+//! Carrying out requests on the disk and putting their replies into the outbox.
+//! Never waits for the client: the gate is held over disk work only.
+
+use super::end::SessionEnd;
+use super::orders::{Order, Orders};
+use super::outbox::Outbox;
+use crate::disk::{Disk, Extent, Visit, Zeroing, errno_of};
+use crate::nbd::handshake::ALLOCATION_CONTEXT_ID;
+use crate::nbd::reply::{Dialect, Origin, StatusExtent};
+use crate::nbd::request::Request;
+use crate::nbd::wire::{Allocation, ErrorCode};
+use crate::range::Range;
+use std::io;
+use tracing::warn;
+
+/// How many bytes are read from, or written to, the disk at once.
+pub(super) const PIECE: u64 = 256 << 10;
+/// Longest read that is answered in one chunk because the client wants it so (`DF`).
+pub(super) const WHOLE_READ_MAX: u64 = 1 << 20;
+/// From this length on it is worth asking whether a read is of a hole.
+pub(super) const HOLE_WORTH_ASKING: u64 = 64 << 10;
+/// Most extents in one reply; the client asks again for the rest. The specification's limit is
+/// 2^20, which would take 16 MiB.
+pub(super) const EXTENTS_MAX: usize = 16 << 10;
+/// Pieces end at multiples of this, so that the disk sees whole blocks.
+const BLOCK: u64 = 4096;
+/// How many failed requests of one session are logged.
+const COMPLAINTS_MAX: u32 = 10;
+
+/// A read that is not completely answered.
+#[derive(Debug)]
+pub(super) struct Read {
+    to: Origin,
+    /// What is still to be answered.
+    rest: Range,
+    whole: bool,
+    begun: bool,
+}
+
+/// What a session needs to work for its client.
+#[derive(Debug)]
+pub(super) struct Worker<'a> {
+    pub(super) disk: &'a Disk,
+    pub(super) orders: &'a Orders,
+    pub(super) dialect: Dialect,
+    /// For the log.
+    pub(super) client: String,
+    pub(super) session: u64,
+    complaints: u32,
+    /// Part of the disk that was seen to be allocated. It may have become a hole since; then zeros
+    /// are sent as data, which costs time but is true.
+    allocated: Range,
+}
+
+impl<'a> Worker<'a> {
+    pub(super) fn new(
+        disk: &'a Disk,
+        orders: &'a Orders,
+        dialect: Dialect,
+        client: String,
+        session: u64,
+    ) -> Self {
+        let allocated = Range::whole(0);
+        Self { disk, orders, dialect, client, session, complaints: 0, allocated }
+    }
+
+    /// Permission to touch the disk; waits while the gate is closed.
+    pub(super) fn visit(&self) -> Result<Visit<'a>, SessionEnd> {
+        let orders = self.orders;
+        Ok(self.disk.enter(&|| orders.current() != Order::Serve)?)
+    }
+
+    /// Answers everything but reads and writes, which take several steps.
+    pub(super) fn answer(
+        &mut self,
+        to: Origin,
+        request: Request,
+        out: &mut Outbox,
+    ) -> Result<(), SessionEnd> {
+        let visit = self.visit()?;
+        let outcome = match request {
+            Request::Flush => visit.flush(),
+            Request::Trim { range, durable } => visit.trim(range, durable),
+            Request::Cache { range } => visit.prefetch(range),
+            Request::WriteZeroes { range, no_hole, fast, durable } => {
+                let how = Zeroing { keep_allocated: no_hole, only_if_fast: fast };
+                visit.zero(range, how, durable)
+            }
+            Request::BlockStatus { range, one } => {
+                let limit = if one { 1 } else { EXTENTS_MAX };
+                match visit.extents(range, limit) {
+                    Ok(extents) if !extents.is_empty() => {
+                        drop(visit);
+                        self.report(to, &extents, out);
+                        return Ok(());
+                    }
+                    outcome => outcome.map(drop),
+                }
+            }
+            // These have steps of their own, or no answer.
+            Request::Read { .. } | Request::Write { .. } | Request::Disconnect => Ok(()),
+        };
+        drop(visit);
+        self.conclude(to, outcome, request, out);
+        Ok(())
+    }
+
+    /// Success or failure of a request, as its reply.
+    pub(super) fn conclude(
+        &mut self,
+        to: Origin,
+        outcome: io::Result<()>,
+        request: impl std::fmt::Debug,
+        out: &mut Outbox,
+    ) {
+        match outcome {
+            Ok(()) => out.reply(|out| self.dialect.success(to, out)),
+            Err(error) => {
+                let code = self.complain(&request, &error);
+                out.reply(|out| self.dialect.failure(to, code, None, "", out));
+            }
+        }
+    }
+
+    /// A request that cannot be carried out as it stands.
+    pub(super) fn refuse(&mut self, to: Origin, code: ErrorCode, why: &str, out: &mut Outbox) {
+        self.log(format_args!("refused a request: {why}; answered {code}"));
+        out.reply(|out| self.dialect.failure(to, code, None, why, out));
+    }
+
+    /// A read to be answered, or its refusal.
+    pub(super) fn read(
+        &mut self,
+        to: Origin,
+        range: Range,
+        whole: bool,
+        out: &mut Outbox,
+    ) -> Option<Read> {
+        if whole && range.length() > WHOLE_READ_MAX {
+            self.refuse(to, ErrorCode::Overflow, "too long for one chunk", out);
+            return None;
+        }
+        if range.is_empty() {
+            out.reply(|out| self.dialect.success(to, out));
+            return None;
+        }
+        Some(Read { to, rest: range, whole, begun: false })
+    }
+
+    /// Answers the next piece of a read; true when it is answered completely.
+    pub(super) fn advance(
+        &mut self,
+        read: &mut Read,
+        out: &mut Outbox,
+    ) -> Result<bool, SessionEnd> {
+        if self.dialect == Dialect::Simple {
+            self.advance_simple(read, out)
+        } else {
+            self.advance_in_chunks(read, out)
+        }
+    }
+
+    fn advance_simple(&mut self, read: &mut Read, out: &mut Outbox) -> Result<bool, SessionEnd> {
+        let visit = self.visit()?;
+        let (piece, rest) = read.rest.split(piece_length(read.rest));
+        // It fits: a piece is at most 256 KiB and a block.
+        let length = piece.length() as usize;
+        let fill = |data: &mut [u8]| visit.read(piece.offset(), data);
+        if read.begun {
+            out.more_data(length, fill).map_err(SessionEnd::ReadBrokeOff)?;
+        } else {
+            let head = |out: &mut Vec<u8>| {
+                self.dialect.data_head(read.to, piece.offset(), length as u32, false, out);
+            };
+            if let Err(error) = out.reply_with_data(head, length, fill) {
+                self.fail_read(read, piece, &error, out);
+                return Ok(true);
+            }
+            read.begun = true;
+        }
+        read.rest = rest;
+        if rest.is_empty() {
+            out.release();
+        } else {
+            out.hold();
+        }
+        Ok(rest.is_empty())
+    }
+
+    fn advance_in_chunks(&mut self, read: &mut Read, out: &mut Outbox) -> Result<bool, SessionEnd> {
+        let visit = self.visit()?;
+        let (piece, rest, hole) = match self.next_chunk(&visit, read) {
+            Ok(chunk) => chunk,
+            Err(error) => {
+                self.fail_read(read, read.rest, &error, out);
+                return Ok(true);
+            }
+        };
+        let (at, length, done) = (piece.offset(), piece.length() as u32, rest.is_empty());
+        if hole {
+            out.reply(|out| self.dialect.hole(read.to, at, length, done, out));
+        } else {
+            let fill = |data: &mut [u8]| visit.read(at, data);
+            let head = |out: &mut Vec<u8>| self.dialect.data_head(read.to, at, length, done, out);
+            if let Err(error) = out.reply_with_data(head, length as usize, fill) {
+                self.fail_read(read, piece, &error, out);
+                return Ok(true);
+            }
+        }
+        (read.rest, read.begun) = (rest, true);
+        Ok(done)
+    }
+
+    /// The next part of a read that is sent as one chunk, what remains, and whether the part is a
+    /// hole.
+    fn next_chunk(&mut self, visit: &Visit<'_>, read: &Read) -> io::Result<(Range, Range, bool)> {
+        if read.whole {
+            return Ok((read.rest, read.rest.split(u64::MAX).1, false));
+        }
+        let rest = read.rest;
+        let known =
+            self.allocated.offset() <= rest.offset() && rest.offset() < self.allocated.end();
+        if rest.length() < HOLE_WORTH_ASKING || known {
+            let (piece, rest) = rest.split(piece_length(rest));
+            return Ok((piece, rest, false));
+        }
+        let Extent { range, allocated } = visit.extent(rest.offset())?;
+        let within = rest.until(range.end());
+        if allocated {
+            self.allocated = range;
+            let (piece, rest) = rest.split(piece_length(within));
+            Ok((piece, rest, false))
+        } else {
+            let (hole, rest) = rest.split(within.length());
+            Ok((hole, rest, true))
+        }
+    }
+
+    fn fail_read(&mut self, read: &Read, piece: Range, error: &io::Error, out: &mut Outbox) {
+        let code = self.complain(&format_args!("read of {piece:?}"), error);
+        // Where, only if a part was answered before: that part then is true.
+        let at = read.begun.then_some(piece.offset());
+        out.reply(|out| self.dialect.failure(read.to, code, at, "", out));
+    }
+
+    fn report(&self, to: Origin, extents: &[Extent], out: &mut Outbox) {
+        let hole = (Allocation::HOLE | Allocation::ZERO).bits();
+        let told: Vec<StatusExtent> = extents
+            .iter()
+            .map(|extent| (extent.range.length(), if extent.allocated { 0 } else { hole }))
+            .collect();
+        out.reply(|out| self.dialect.status(to, ALLOCATION_CONTEXT_ID, &told, out));
+    }
+
+    fn complain(&mut self, what: &impl std::fmt::Debug, error: &io::Error) -> ErrorCode {
+        let code = ErrorCode::from_errno(errno_of(error));
+        self.log(format_args!("{what:?} failed: {error}; answered {code}"));
+        code
+    }
+
+    /// Logs a failed request, unless this client has had enough of them logged.
+    fn log(&mut self, what: std::fmt::Arguments<'_>) {
+        self.complaints = self.complaints.saturating_add(1);
+        let (client, session) = (self.client.as_str(), self.session);
+        if self.complaints <= COMPLAINTS_MAX {
+            warn!("flexnbd.client" = client, "flexnbd.session" = session, "{client}: {what}");
+        }
+        if self.complaints == COMPLAINTS_MAX {
+            warn!(
+                "flexnbd.client" = client,
+                "flexnbd.session" = session,
+                "{client}: further failed requests are not logged"
+            );
+        }
+    }
+}
+
+/// How much of `range` to do at once: a piece, ending between two blocks unless it is the last.
+pub(super) fn piece_length(range: Range) -> u64 {
+    if range.length() <= PIECE {
+        return range.length();
+    }
+    PIECE - (range.offset() % BLOCK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_end_between_blocks_and_are_never_empty() {
+        for offset in [0, 1, 4095, 4096, 5000] {
+            let long = Range::within(1 << 40, offset, 1 << 30).unwrap();
+            let length = piece_length(long);
+            assert!(length > 0 && length <= PIECE);
+            assert_eq!((offset + length) % BLOCK, 0);
+            let short = Range::within(1 << 40, offset, 100).unwrap();
+            assert_eq!(piece_length(short), 100);
+        }
+    }
+}
