@@ -1,1 +1,322 @@
-//! (being built)
+//! One connection to somebody else's export, one request at a time.
+//! Never reconnects and never guesses: what went wrong goes to the caller.
+//!
+//! [`Connection`] is the handshake of [`crate::nbd`] done over a [`Stream`], and requests in the
+//! simple dialect after it, in which the bytes of a read come in order and can be streamed.
+
+use crate::nbd::Malformed;
+use crate::nbd::handshake::Agreement;
+use crate::nbd::handshake::client::{Failure, Handshake, Next, Wish};
+use crate::nbd::reply::{Dialect, Head};
+use crate::nbd::request::Header;
+use crate::nbd::wire::{
+    CommandFlags, CommandKind, ErrorCode, PAYLOAD_LENGTH_DEFAULT, TransmissionFlags,
+};
+use crate::net::Stream;
+use std::io;
+use std::time::Duration;
+
+/// How much of a read is handed on at once, in bytes.
+const PORTION: usize = 256 << 10;
+/// Length of a simple reply without data, in bytes.
+const REPLY_LENGTH: usize = 16;
+
+/// A connection that is ready for requests.
+#[derive(Debug)]
+pub struct Connection {
+    stream: Stream,
+    agreement: Agreement,
+    patience: Duration,
+    cookie: u64,
+}
+
+/// What went wrong between us and the server.
+#[derive(Debug)]
+pub enum ClientError {
+    /// The handshake failed.
+    Handshake(Failure),
+    /// The connection broke, or stood still for too long.
+    Connection(io::Error),
+    /// The server carried a request out with an error.
+    Refused(ErrorCode),
+    /// The server broke the protocol.
+    Protocol(&'static str),
+    /// The request does not fit the server's smallest block, in bytes.
+    Unaligned(u32),
+    /// What was read could not be handed on.
+    Sink(io::Error),
+}
+
+impl std::fmt::Display for ClientError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Handshake(failure) => failure.fmt(f),
+            Self::Connection(error) => write!(f, "the connection broke: {error}"),
+            Self::Refused(code) => write!(f, "the server answered: {code}"),
+            Self::Protocol(what) => write!(f, "the server broke the NBD protocol: {what}"),
+            Self::Unaligned(block) => {
+                write!(f, "the server takes only offsets and lengths that are multiples of {block}")
+            }
+            Self::Sink(error) => write!(f, "cannot hand on what was read: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for ClientError {}
+
+impl From<Malformed> for ClientError {
+    fn from(_: Malformed) -> Self {
+        Self::Protocol("a reply does not begin as one")
+    }
+}
+
+impl Connection {
+    /// Does the handshake over a connected stream, for the export of this name. Every message may
+    /// take up to `patience`, here and later.
+    ///
+    /// # Errors
+    /// When the server does not give us the export.
+    pub fn open(stream: Stream, export: &str, patience: Duration) -> Result<Self, ClientError> {
+        let wish = Wish { export: export.to_owned(), ..Wish::default() };
+        let agreement = shake_hands(&stream, wish, patience)?;
+        Ok(Self { stream, agreement, patience, cookie: 0 })
+    }
+
+    /// What the server said of itself and the export.
+    #[must_use]
+    pub fn agreement(&self) -> &Agreement {
+        &self.agreement
+    }
+
+    /// The longest read or write that the server takes, in bytes.
+    #[must_use]
+    pub fn payload_length_max(&self) -> u32 {
+        let advertised = self.agreement.block_sizes.map(|sizes| sizes.maximum);
+        // Whatever the server takes, this is enough to be fast.
+        advertised.unwrap_or(PAYLOAD_LENGTH_DEFAULT).clamp(1, PAYLOAD_LENGTH_DEFAULT)
+    }
+
+    /// Whether offset and length fit the server's smallest block.
+    ///
+    /// # Errors
+    /// [`ClientError::Unaligned`] if not.
+    pub fn check_alignment(&self, offset: u64, length: u64) -> Result<(), ClientError> {
+        let block = self.agreement.block_sizes.map_or(1, |sizes| sizes.minimum.max(1));
+        let fits =
+            offset.is_multiple_of(u64::from(block)) && length.is_multiple_of(u64::from(block));
+        if fits { Ok(()) } else { Err(ClientError::Unaligned(block)) }
+    }
+
+    /// Reads `length` bytes from `offset` on, handing them to `sink` in order.
+    ///
+    /// # Errors
+    /// What the server answered, or how the connection or the sink failed. Only after
+    /// [`ClientError::Refused`] can the connection be used again.
+    pub fn read(
+        &mut self,
+        offset: u64,
+        length: u32,
+        sink: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), ClientError> {
+        self.request(CommandKind::Read, offset, length, &[])?;
+        let mut left = length as usize;
+        let mut portion = vec![0; left.min(PORTION)];
+        while left > 0 {
+            let step = left.min(PORTION);
+            self.receive(&mut portion[..step])?;
+            sink(&portion[..step]).map_err(ClientError::Sink)?;
+            left -= step;
+        }
+        Ok(())
+    }
+
+    /// Writes `data` to `offset`.
+    ///
+    /// # Errors
+    /// What the server answered, or how the connection failed.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), ClientError> {
+        let too_long = ClientError::Refused(ErrorCode::Invalid);
+        let length = u32::try_from(data.len()).map_err(|_| too_long)?;
+        self.request(CommandKind::Write, offset, length, data)
+    }
+
+    /// Makes what was written durable, where the server has a word for that.
+    ///
+    /// # Errors
+    /// What the server answered, or how the connection failed.
+    pub fn flush(&mut self) -> Result<(), ClientError> {
+        if self.agreement.flags.contains(TransmissionFlags::SEND_FLUSH) {
+            self.request(CommandKind::Flush, 0, 0, &[])?;
+        }
+        Ok(())
+    }
+
+    /// Says goodbye to a newstyle server. One of old style is just left: it may be the original's
+    /// `listen`, which takes a goodbye for the end of a migration.
+    pub fn close(self) {
+        if self.agreement.oldstyle {
+            return;
+        }
+        let mut goodbye = Vec::new();
+        header(CommandKind::Disconnect, 0, 0, 0).encode(Dialect::Simple, &mut goodbye);
+        // Everything has been answered; a server that has gone already needs no goodbye.
+        let _ = self.stream.send_all(&goodbye, self.patience);
+    }
+
+    fn request(
+        &mut self,
+        kind: CommandKind,
+        offset: u64,
+        length: u32,
+        payload: &[u8],
+    ) -> Result<(), ClientError> {
+        self.cookie += 1;
+        let mut bytes = Vec::new();
+        header(kind, self.cookie, offset, length).encode(Dialect::Simple, &mut bytes);
+        self.send(&bytes)?;
+        self.send(payload)?;
+        let mut reply = [0; REPLY_LENGTH];
+        self.receive(&mut reply)?;
+        match Head::decode(&reply)? {
+            Some((Head::Simple { cookie, .. }, _)) if cookie != self.cookie => {
+                Err(ClientError::Protocol("a reply has another request's cookie"))
+            }
+            Some((Head::Simple { error: 0, .. }, _)) => Ok(()),
+            Some((Head::Simple { error, .. }, _)) => {
+                Err(ClientError::Refused(ErrorCode::from_wire(error)))
+            }
+            _ => Err(ClientError::Protocol("a structured reply, which was not agreed on")),
+        }
+    }
+
+    fn send(&self, bytes: &[u8]) -> Result<(), ClientError> {
+        self.stream.send_all(bytes, self.patience).map_err(ClientError::Connection)
+    }
+
+    fn receive(&self, into: &mut [u8]) -> Result<(), ClientError> {
+        self.stream.recv_exact(into, self.patience).map_err(ClientError::Connection)
+    }
+}
+
+fn header(kind: CommandKind, cookie: u64, offset: u64, length: u32) -> Header {
+    let flags = CommandFlags::empty().bits();
+    Header { flags, kind: kind.number(), cookie, offset, length: u64::from(length) }
+}
+
+/// Takes the server's bytes one at a time where it must, so that nothing of what follows the
+/// handshake is taken with it. A handshake is short.
+fn shake_hands(stream: &Stream, wish: Wish, patience: Duration) -> Result<Agreement, ClientError> {
+    let mut handshake = Handshake::new(wish);
+    let mut input = Vec::new();
+    loop {
+        let mut byte = [0];
+        stream.recv_exact(&mut byte, patience).map_err(ClientError::Connection)?;
+        input.push(byte[0]);
+        let mut out = Vec::new();
+        let (used, next) = handshake.advance(&input, &mut out).map_err(ClientError::Handshake)?;
+        input.drain(..used);
+        stream.send_all(&out, patience).map_err(ClientError::Connection)?;
+        if let Next::Transmission(agreement) = next {
+            return Ok(agreement);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nbd::handshake::BlockSizes;
+    use crate::nbd::handshake::server::{self, Export};
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn export(minimum: u32, maximum: u32) -> Export {
+        Export {
+            name: String::new(),
+            description: String::new(),
+            size: 1 << 20,
+            flags: TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH,
+            block_sizes: BlockSizes { minimum, preferred: 4096, maximum },
+        }
+    }
+
+    /// A server that shakes hands, swallows one request, and then says `answer`.
+    fn against(export: Export, oldstyle: bool, answer: Vec<u8>) -> Connection {
+        let (mut server, client) = UnixStream::pair().unwrap();
+        thread::spawn(move || {
+            let mut handshake = server::Handshake::new(export.clone());
+            let mut out = Vec::new();
+            if oldstyle {
+                server::Handshake::greet_oldstyle(&export, &mut out);
+            } else {
+                handshake.greet(&mut out);
+            }
+            let (mut input, mut agreed) = (Vec::new(), oldstyle);
+            loop {
+                server.write_all(&out).unwrap();
+                out.clear();
+                if agreed {
+                    break;
+                }
+                let mut some = [0; 100];
+                let count = server.read(&mut some).unwrap();
+                input.extend_from_slice(&some[..count]);
+                let (used, next) = handshake.advance(&input, &mut out).unwrap();
+                input.drain(..used);
+                agreed = matches!(next, server::Next::Transmission(_));
+            }
+            server.read_exact(&mut [0; 28]).unwrap();
+            server.write_all(&answer).unwrap();
+        });
+        Connection::open(Stream::Unix(client), "", PATIENCE).unwrap()
+    }
+
+    fn reply(cookie: u64, error: u32) -> Vec<u8> {
+        let mut out = Vec::new();
+        Head::Simple { cookie, error }.encode(&mut out);
+        out
+    }
+
+    #[test]
+    fn an_error_of_the_server_is_told_by_its_name() {
+        let mut connection = against(export(1, 4096), false, reply(1, 28));
+        let error = connection.flush().unwrap_err();
+        assert!(matches!(error, ClientError::Refused(ErrorCode::NoSpace)), "{error}");
+    }
+
+    #[test]
+    fn a_reply_with_another_cookie_or_none_is_a_broken_protocol() {
+        for answer in [reply(2, 0), b"HTTP/1.1 400 Bad".to_vec()] {
+            let mut connection = against(export(1, 4096), false, answer);
+            assert!(matches!(connection.flush(), Err(ClientError::Protocol(_))));
+        }
+    }
+
+    #[test]
+    fn a_server_that_leaves_in_the_middle_of_data_is_a_broken_connection() {
+        let answer = [reply(1, 0), vec![7; 100]].concat();
+        let mut connection = against(export(1, 4096), true, answer);
+        let mut read = Vec::new();
+        let outcome = connection.read(0, 512, &mut |data| {
+            read.extend_from_slice(data);
+            Ok(())
+        });
+        assert!(matches!(outcome, Err(ClientError::Connection(_))));
+    }
+
+    #[test]
+    fn the_servers_block_sizes_are_kept() {
+        let connection = against(export(512, 1 << 20), false, Vec::new());
+        assert_eq!(connection.payload_length_max(), 1 << 20);
+        assert!(connection.check_alignment(1024, 512).is_ok());
+        assert!(connection.check_alignment(1, 512).is_err());
+        assert!(connection.check_alignment(0, 100).is_err());
+        let greedy = against(export(1, u32::MAX), false, Vec::new());
+        assert_eq!(greedy.payload_length_max(), PAYLOAD_LENGTH_DEFAULT);
+        let old = against(export(1, 1), true, Vec::new());
+        assert_eq!(old.payload_length_max(), PAYLOAD_LENGTH_DEFAULT);
+    }
+}

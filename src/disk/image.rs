@@ -45,7 +45,7 @@ struct Lacks {
 /// A way to let the kernel do the zeroing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// Gives the space back. On a block device: unmaps, or asks the device for zeros; never slow.
+    /// Gives the space back. On a block device: unmaps it, or lets the device make the zeros.
     PunchHole,
     /// Keeps the space. On a block device the kernel may write the zeros itself.
     ZeroRange,
@@ -100,15 +100,16 @@ impl FileImage {
         match (self.kind, how.keep_allocated, how.only_if_fast) {
             (Kind::File, false, _) => &[Way::PunchHole],
             (Kind::File, true, _) => &[Way::ZeroRange],
-            (Kind::BlockDevice { .. }, false, true) => &[Way::PunchHole],
             (Kind::BlockDevice { .. }, false, false) => &[Way::PunchHole, Way::ZeroRange],
             (Kind::BlockDevice { .. }, true, false) => &[Way::ZeroRange],
-            // The kernel might write zeros itself, and does not tell.
-            (Kind::BlockDevice { .. }, true, true) => &[],
+            // To be asked is not free: the kernel drops what it has cached of the range, written
+            // back or not, before it finds that the device cannot, or writes the zeros itself.
+            (Kind::BlockDevice { .. }, _, true) => &[],
         }
     }
 
-    /// Lets the kernel zero `range`; false if it does not know how, and then nothing has changed.
+    /// Lets the kernel zero `range`; false if it does not know how. Then nothing in a file has
+    /// changed, but on a block device the range is to be written anew.
     fn try_way(&self, way: Way, range: Range) -> io::Result<bool> {
         let (lacks, mode) = match way {
             Way::PunchHole => (&self.lacks.punch_hole, FallocateFlags::FALLOC_FL_PUNCH_HOLE),

@@ -44,11 +44,11 @@ pub(super) fn sector_size(device: &File) -> io::Result<u64> {
 
 /// Tells a block device that the bytes of `range`, whole sectors, are not needed (`BLKDISCARD`).
 pub(super) fn discard(device: &File, range: Range) -> io::Result<()> {
-    const BLKDISCARD: u64 = nix::request_code_none!(0x12, 119) as u64;
+    const REQUEST: nix::sys::ioctl::ioctl_num_type = nix::request_code_none!(0x12, 119);
     let span = [range.offset(), range.length()];
     // SAFETY: BLKDISCARD reads two u64, offset and length in bytes, and is given the address of
     // two.
-    let result = unsafe { libc::ioctl(device.as_raw_fd(), BLKDISCARD as _, &raw const span) };
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), REQUEST, &raw const span) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

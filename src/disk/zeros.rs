@@ -139,9 +139,9 @@ pub(super) fn write_around_holes(
     }
     let skipped = rest.offset != offset;
     if durable && !skipped {
-        rest.write_durably(image)?
+        rest.write_durably(image)?;
     } else {
-        rest.write(image)?
+        rest.write(image)?;
     }
     Ok(Written::to_be_flushed_if(durable && skipped))
 }

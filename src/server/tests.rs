@@ -1,1 +1,384 @@
+//! A whole server over real sockets, on disks in memory that fail when told to.
 
+use super::*;
+use crate::client::{ClientError, Connection};
+use crate::disk::memory::{FailingImage, Faults, MemoryImage};
+use crate::nbd::handshake::client::{Handshake, Next, Wish};
+use crate::nbd::reply::{Chunk, Dialect, Head};
+use crate::nbd::request::Header;
+use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
+use crate::net::{Address, Stream, connect};
+use nix::libc::{EIO, ENOSPC};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+const SIZE: u64 = 8 << 20;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Fixture {
+    server: Server,
+    address: Address,
+    disk: Arc<Disk>,
+    memory: MemoryImage,
+    faults: Arc<Faults>,
+}
+
+fn serve(settings: Settings, clients_max: usize) -> Fixture {
+    let (memory, faults) = (MemoryImage::new(SIZE), Arc::new(Faults::default()));
+    let image = FailingImage::new(memory.clone(), Arc::clone(&faults));
+    let disk = Arc::new(Disk::new(Box::new(image), false));
+    let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
+    let address = listener.local_address().unwrap();
+    let (for_server, acl) = (Arc::clone(&disk), Acl::default());
+    let server =
+        Server::start(vec![listener], for_server, "disk", acl, clients_max, settings).unwrap();
+    Fixture { server, address, disk, memory, faults }
+}
+
+fn plain() -> Fixture {
+    serve(Settings::default(), 4)
+}
+
+impl Fixture {
+    fn stream(&self) -> Stream {
+        connect(&self.address, None, PATIENCE).unwrap()
+    }
+
+    fn client(&self) -> Connection {
+        Connection::open(self.stream(), "", PATIENCE).unwrap()
+    }
+
+    fn raw(&self) -> TcpStream {
+        let Address::Tcp(address) = self.address else { panic!("not TCP") };
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    fn chunked(&self, extended: bool) -> Chunked {
+        let mut stream = self.raw();
+        let wish = Wish { structured: true, extended, allocation: true, ..Wish::default() };
+        let mut handshake = Handshake::new(wish);
+        let mut input = Vec::new();
+        loop {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).unwrap();
+            input.push(byte[0]);
+            let mut out = Vec::new();
+            let (used, next) = handshake.advance(&input, &mut out).unwrap();
+            input.drain(..used);
+            stream.write_all(&out).unwrap();
+            if let Next::Transmission(agreement) = next {
+                return Chunked { stream, dialect: agreement.dialect };
+            }
+        }
+    }
+
+    fn wait_for_clients(&self, count: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.server.clients() != count {
+            assert!(Instant::now() < deadline, "{} clients", self.server.clients());
+            thread::yield_now();
+        }
+    }
+}
+
+/// A client that speaks structured or extended replies by hand.
+struct Chunked {
+    stream: TcpStream,
+    dialect: Dialect,
+}
+
+impl Chunked {
+    fn ask(&mut self, kind: CommandKind, flags: CommandFlags, offset: u64, length: u64) {
+        let header = Header { flags: flags.bits(), kind: kind.number(), cookie: 7, offset, length };
+        let mut bytes = Vec::new();
+        header.encode(self.dialect, &mut bytes);
+        self.stream.write_all(&bytes).unwrap();
+    }
+
+    fn head(&mut self) -> Head {
+        let mut bytes = Vec::new();
+        loop {
+            if let Some((head, _)) = Head::decode(&bytes).unwrap() {
+                return head;
+            }
+            let mut byte = [0];
+            self.stream.read_exact(&mut byte).unwrap();
+            bytes.push(byte[0]);
+        }
+    }
+
+    /// All chunks of the next reply, and the data of each.
+    fn reply(&mut self) -> Vec<(Chunk, Vec<u8>)> {
+        let mut all = Vec::new();
+        loop {
+            let Head::Chunk { done, kind, length, .. } = self.head() else { panic!("no chunk") };
+            let needed = Chunk::needed(kind, length) as usize;
+            let mut payload = vec![0; length as usize];
+            self.stream.read_exact(&mut payload).unwrap();
+            let chunk = Chunk::decode(kind, length, &payload[..needed]).unwrap();
+            all.push((chunk, payload.split_off(needed)));
+            if done {
+                return all;
+            }
+        }
+    }
+}
+
+fn bytes_of(client: &mut Connection, offset: u64, length: u32) -> Result<Vec<u8>, ClientError> {
+    let mut all = Vec::new();
+    client.read(offset, length, &mut |data| {
+        all.extend_from_slice(data);
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+#[test]
+fn what_was_written_is_read_back_at_any_offset_and_length() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    for (offset, length) in
+        [(0, 1), (511, 4097), (4096, 300_000), (1 << 20, 3 << 20), (SIZE - 1, 1)]
+    {
+        let data: Vec<u8> = (0..length).map(|n: u32| (n % 251) as u8 + 1).collect();
+        client.write(offset, &data).unwrap();
+        assert!(bytes_of(&mut client, offset, length).unwrap() == data, "{length} at {offset}");
+    }
+    client.flush().unwrap();
+    client.close();
+    fixture.wait_for_clients(0);
+}
+
+#[test]
+fn zeros_written_into_holes_allocate_nothing() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    client.write(4096, &vec![0; 1 << 20]).unwrap();
+    assert_eq!(fixture.memory.allocated_blocks(), 0);
+    client.write(4096, &[1; 4096]).unwrap();
+    assert_eq!(fixture.memory.allocated_blocks(), 1);
+}
+
+#[test]
+fn the_nth_failing_operation_is_an_error_at_the_client_and_the_session_goes_on() {
+    for n in 1..=4u64 {
+        let fixture = plain();
+        let mut client = fixture.client();
+        fixture.faults.fail_nth(n, ENOSPC);
+        let mut outcomes = Vec::new();
+        outcomes.push(client.write(0, &[1; 4096]));
+        outcomes.push(bytes_of(&mut client, 0, 4096).map(drop));
+        outcomes.push(client.write(8192, &[2; 100]));
+        outcomes.push(client.flush());
+        for (index, outcome) in outcomes.iter().enumerate() {
+            let fails = index as u64 + 1 == n;
+            let told = matches!(outcome, Err(ClientError::Refused(ErrorCode::NoSpace)));
+            assert_eq!(told, fails, "operation {index} with fault {n}: {outcome:?}");
+        }
+        assert!(bytes_of(&mut client, 0, 512).is_ok());
+    }
+}
+
+#[test]
+fn a_failed_flush_is_told_to_every_later_flush() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    fixture.faults.fail_nth(1, EIO);
+    for _ in 0..3 {
+        assert!(matches!(client.flush(), Err(ClientError::Refused(ErrorCode::Io))));
+    }
+    assert!(matches!(fixture.client().flush(), Err(ClientError::Refused(ErrorCode::Io))));
+}
+
+#[test]
+fn a_simple_read_that_fails_half_way_ends_the_session_and_a_structured_one_says_where() {
+    let fixture = plain();
+    let length = 1 << 20;
+    fixture.client().write(0, &vec![1; length as usize]).unwrap();
+    fixture.faults.fail_nth(2, EIO);
+    let simple = bytes_of(&mut fixture.client(), 0, length);
+    assert!(matches!(simple, Err(ClientError::Connection(_))), "{simple:?}");
+    for extended in [false, true] {
+        let mut client = fixture.chunked(extended);
+        // The first asks for the extent, the second reads, the third reads the second piece.
+        fixture.faults.fail_nth(3, EIO);
+        client.ask(CommandKind::Read, CommandFlags::empty(), 0, u64::from(length));
+        let reply = client.reply();
+        let at = Some(u64::try_from(reply[0].1.len()).unwrap());
+        let error = Chunk::Error { code: ErrorCode::Io, message: String::new(), at };
+        assert_eq!(reply.last().unwrap().0, error);
+        client.ask(CommandKind::Read, CommandFlags::empty(), 0, 512);
+        assert_eq!(client.reply()[0].1, [1; 512]);
+    }
+}
+
+#[test]
+fn structured_reads_tell_holes_as_holes_unless_told_not_to_fragment() {
+    let fixture = plain();
+    fixture.client().write(1 << 20, &[9; 4096]).unwrap();
+    for extended in [false, true] {
+        let mut client = fixture.chunked(extended);
+        client.ask(CommandKind::Read, CommandFlags::empty(), 0, 2 << 20);
+        let reply = client.reply();
+        assert!(matches!(reply[0].0, Chunk::Hole { offset: 0, .. }));
+        assert!(reply.iter().all(|(_, bytes)| bytes.len() <= 2 * 4096), "holes sent as data");
+        let mut data = vec![0; 2 << 20];
+        for (chunk, bytes) in reply {
+            if let Chunk::Data { offset } = chunk {
+                data[offset as usize..][..bytes.len()].copy_from_slice(&bytes);
+            }
+        }
+        assert!(data[1 << 20..][..4096] == [9; 4096]);
+        client.ask(CommandKind::Read, CommandFlags::DF, 512 << 10, work::WHOLE_READ_MAX);
+        let reply = client.reply();
+        assert_eq!((reply.len(), reply[0].1.len()), (1, 1 << 20));
+        client.ask(CommandKind::Read, CommandFlags::DF, 0, work::WHOLE_READ_MAX + 1);
+        assert!(matches!(client.reply()[0].0, Chunk::Error { code: ErrorCode::Overflow, .. }));
+    }
+}
+
+#[test]
+fn one_extent_is_told_when_one_is_asked_for() {
+    let fixture = plain();
+    fixture.client().write(1 << 20, &[9; 4096]).unwrap();
+    for extended in [false, true] {
+        let mut client = fixture.chunked(extended);
+        client.ask(CommandKind::BlockStatus, CommandFlags::REQ_ONE, 512, 1 << 20);
+        let one = Chunk::Status { context: 1, extents: vec![((1 << 20) - 512, 3)] };
+        assert_eq!(client.reply()[0].0, one);
+        client.ask(CommandKind::BlockStatus, CommandFlags::empty(), 0, SIZE);
+        let tail = SIZE - (1 << 20) - 4096;
+        let all = vec![(1 << 20, 3), (4096, 0), (tail, 3)];
+        assert_eq!(client.reply()[0].0, Chunk::Status { context: 1, extents: all });
+        client.ask(CommandKind::BlockStatus, CommandFlags::empty(), 0, 0);
+        assert_eq!(client.reply()[0].0, Chunk::None);
+    }
+}
+
+#[test]
+fn two_hundred_requests_before_the_first_reply_is_read_do_not_deadlock() {
+    let fixture = plain();
+    let mut client = fixture.raw();
+    // The default export by name, without options that have answers.
+    client.read_exact(&mut [0; 18]).unwrap();
+    client.write_all(&[0, 0, 0, 3]).unwrap();
+    client.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+    client.read_exact(&mut [0; 10]).unwrap();
+    let ask = |kind: CommandKind, cookie, length| {
+        let header = Header { flags: 0, kind: kind.number(), cookie, offset: 0, length };
+        let mut bytes = Vec::new();
+        header.encode(Dialect::Simple, &mut bytes);
+        bytes
+    };
+    for cookie in 0..100 {
+        client.write_all(&ask(CommandKind::Read, cookie, 1 << 20)).unwrap();
+        client.write_all(&ask(CommandKind::Write, 1000 + cookie, 64 << 10)).unwrap();
+        client.write_all(&vec![1; 64 << 10]).unwrap();
+    }
+    let mut answered = std::collections::BTreeSet::new();
+    for _ in 0..200 {
+        let mut head = [0; 16];
+        client.read_exact(&mut head).unwrap();
+        let Some((Head::Simple { cookie, error: 0 }, _)) = Head::decode(&head).unwrap() else {
+            panic!("not a success: {head:?}")
+        };
+        if cookie < 1000 {
+            client.read_exact(&mut vec![0; 1 << 20]).unwrap();
+        }
+        assert!(answered.insert(cookie));
+    }
+    assert_eq!(answered.len(), 200);
+}
+
+#[test]
+fn clients_up_to_the_limit_are_served_and_the_next_is_closed_without_a_word() {
+    let fixture = serve(Settings::default(), 3);
+    let clients: Vec<_> = (0..3).map(|_| fixture.client()).collect();
+    let mut said = Vec::new();
+    fixture.raw().read_to_end(&mut said).unwrap();
+    assert!(said.is_empty());
+    drop(clients);
+    fixture.wait_for_clients(0);
+    bytes_of(&mut fixture.client(), 0, 512).unwrap();
+}
+
+#[test]
+fn a_handshake_that_takes_too_long_is_ended() {
+    let handshake_timeout = Duration::from_millis(50);
+    let fixture = serve(Settings { handshake_timeout, ..Settings::default() }, 3);
+    let mut said = Vec::new();
+    fixture.raw().read_to_end(&mut said).unwrap();
+    assert_eq!(said.len(), 18);
+    fixture.wait_for_clients(0);
+}
+
+#[test]
+fn the_killswitch_ends_a_client_in_the_middle_of_a_request_and_not_an_idle_one() {
+    let stall_limit = Some(Duration::from_millis(50));
+    let fixture = serve(Settings { stall_limit, ..Settings::default() }, 3);
+    let mut idle = fixture.client();
+    let mut half = fixture.chunked(false);
+    half.ask(CommandKind::Write, CommandFlags::empty(), 0, 4096);
+    half.stream.write_all(&[1; 100]).unwrap();
+    let mut rest = Vec::new();
+    half.stream.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty());
+    bytes_of(&mut idle, 0, 512).unwrap();
+}
+
+#[test]
+fn a_new_list_ends_sessions_that_it_does_not_admit_at_once() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    fixture.server.set_acl(&["127.0.0.1"]).unwrap();
+    bytes_of(&mut client, 0, 512).unwrap();
+    fixture.server.set_acl(&["192.0.2.1"]).unwrap();
+    assert!(matches!(bytes_of(&mut client, 0, 512), Err(ClientError::Connection(_))));
+    fixture.wait_for_clients(0);
+}
+
+#[test]
+fn a_closed_gate_makes_requests_wait_and_a_session_end_when_the_server_stops() {
+    let mut fixture = plain();
+    let mut client = fixture.client();
+    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+    let waiting = thread::spawn(move || (bytes_of(&mut client, 0, 512).is_ok(), client));
+    let mut other = fixture.chunked(false);
+    fixture.wait_for_clients(2);
+    fixture.disk.gate().reopen();
+    let (answered, _client) = waiting.join().unwrap();
+    assert!(answered);
+    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+    other.ask(CommandKind::Read, CommandFlags::empty(), 0, 512);
+    fixture.server.stop(PATIENCE);
+    let mut rest = Vec::new();
+    other.stream.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty());
+}
+
+#[test]
+fn stopping_answers_what_was_received_and_closes_without_an_error_reply() {
+    let mut fixture = plain();
+    let mut client = fixture.chunked(false);
+    for _ in 0..50 {
+        client.ask(CommandKind::Read, CommandFlags::empty(), 0, 512);
+    }
+    client.reply();
+    fixture.server.stop(PATIENCE);
+    let mut rest = Vec::new();
+    client.stream.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest.len() % (20 + 8 + 512), 0);
+    let Address::Tcp(address) = fixture.address else { panic!("not TCP") };
+    assert!(TcpStream::connect(address).is_err());
+}
+
+#[test]
+fn a_disk_that_is_gone_closes_sessions_without_an_answer() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    fixture.disk.gate().retire();
+    assert!(matches!(client.flush(), Err(ClientError::Connection(_))));
+    fixture.wait_for_clients(0);
+}

@@ -82,6 +82,8 @@ impl Transmission<'_> {
     }
 
     fn turn(&mut self) -> Result<(), SessionEnd> {
+        // Before anything that arrived after the order is answered.
+        self.obey()?;
         self.work()?;
         let before = self.outbox.waiting();
         let sent_all = self.outbox.send(self.stream).map_err(SessionEnd::Connection)?;
@@ -309,7 +311,7 @@ impl Transmission<'_> {
             self.stream.wait(interest, Some(wake), deadline).map_err(SessionEnd::Connection)?;
         if ready.woken {
             wake.clear();
-            return self.obey();
+            return Ok(());
         }
         if ready.timed_out && stalled.is_some() {
             return Err(SessionEnd::Stalled);

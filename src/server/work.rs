@@ -220,7 +220,7 @@ impl<'a> Worker<'a> {
         let rest = read.rest;
         let known =
             self.allocated.offset() <= rest.offset() && rest.offset() < self.allocated.end();
-        if rest.length() < HOLE_WORTH_ASKING || known {
+        if known || (rest.length() < HOLE_WORTH_ASKING && !read.begun) {
             let (piece, rest) = rest.split(piece_length(rest));
             return Ok((piece, rest, false));
         }
