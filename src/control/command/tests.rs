@@ -1,0 +1,225 @@
+//! What `command.rs` promises.
+
+use super::*;
+use proptest::prelude::*;
+
+fn parse(wire: &[u8]) -> Result<Option<Command>, Refusal> {
+    Incoming::default().feed(wire)
+}
+
+fn at_end(wire: &[u8]) -> Result<Command, Refusal> {
+    let mut incoming = Incoming::default();
+    assert_eq!(incoming.feed(wire), Ok(None));
+    incoming.end()
+}
+
+fn mirror(to: &str) -> Mirror {
+    Mirror { to: to.parse().unwrap(), action: Action::Exit, bind: None, max_bps: None }
+}
+
+fn acl(entries: &[&str]) -> Command {
+    Command::Acl { entries: entries.iter().map(|&entry| entry.to_owned()).collect() }
+}
+
+#[test]
+fn what_the_originals_client_sends_is_understood() {
+    let bound = Mirror {
+        action: Action::Unlink,
+        bind: Some("10.0.0.9".parse().unwrap()),
+        ..mirror("10.0.0.1:4777")
+    };
+    let cases: [(&[u8], Command); 7] = [
+        (b"status\n\n", Command::Status),
+        (b"break\n\n", Command::Break),
+        (b"acl\n\n", acl(&[])),
+        (b"acl\n127.0.0.1\n10.0.0.0/8\n\n", acl(&["127.0.0.1", "10.0.0.0/8"])),
+        // The bind address was not given: its empty line ends the command, one more follows.
+        (b"mirror\n10.0.0.1\n4777\nexit\n\n\n", Command::Mirror(mirror("10.0.0.1:4777"))),
+        (b"mirror\n10.0.0.1\n4777\nunlink\n10.0.0.9\n\n", Command::Mirror(bound)),
+        (b"mirror_max_bps\n1048576\n\n", Command::MirrorMaxBps(1_048_576)),
+    ];
+    for (wire, command) in cases {
+        assert_eq!(parse(wire), Ok(Some(command)), "{}", wire.escape_ascii());
+    }
+}
+
+#[test]
+fn what_we_send_is_what_the_originals_server_expects() {
+    let limited = Mirror { max_bps: Some(7), ..mirror("[::1]:4777") };
+    let cases: [(Command, &[u8]); 5] = [
+        (Command::Status, b"status\n\n"),
+        (acl(&["::1"]), b"acl\n::1\n\n"),
+        (Command::Mirror(mirror("10.0.0.1:4777")), b"mirror\n10.0.0.1\n4777\nexit\n\n"),
+        // No empty line may stand in for the bind address, or the limit would be lost.
+        (Command::Mirror(limited), b"mirror\n::1\n4777\nexit\n::\n7\n\n"),
+        (Command::MirrorMaxBps(0), b"mirror_max_bps\n0\n\n"),
+    ];
+    for (command, wire) in cases {
+        assert_eq!(command.to_wire().unwrap().escape_ascii().to_string(), {
+            wire.escape_ascii().to_string()
+        });
+    }
+}
+
+#[test]
+fn mirror_without_an_action_exits_when_done() {
+    assert_eq!(parse(b"mirror\n10.0.0.1\n1\n\n"), Ok(Some(Command::Mirror(mirror("10.0.0.1:1")))));
+}
+
+#[test]
+fn every_wrong_argument_has_its_own_refusal() {
+    let cases: [(&[u8], Refusal); 17] = [
+        (b"\n", Refusal::MissingCommand),
+        (b"dance\n\n", Refusal::UnknownCommand),
+        (b"STATUS\n\n", Refusal::UnknownCommand),
+        (b"mirror\n\n", Refusal::MirrorWithoutDestination),
+        (b"mirror\n10.0.0.1\n\n", Refusal::MirrorWithoutDestination),
+        (b"mirror\nten\n1\n\n", Refusal::BadAddress),
+        (b"mirror\n10.0.0.1\n0\n\n", Refusal::BadPort),
+        (b"mirror\n10.0.0.1\n65536\n\n", Refusal::BadPort),
+        (b"mirror\n10.0.0.1\n1\nstay\n\n", Refusal::BadAction),
+        (b"mirror\n10.0.0.1\n1\nexit\nhere\n\n", Refusal::BadBindAddress),
+        (b"mirror\n10.0.0.1\n1\nexit\n::1\nfast\n\n", Refusal::MaxBpsNotANumber),
+        (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nmore\n\n", Refusal::MirrorWithTooMuch),
+        (b"mirror_max_bps\n\n", Refusal::MaxBpsMissing),
+        (b"mirror_max_bps\n-1\n\n", Refusal::MaxBpsNotANumber),
+        (b"mirror_max_bps\n1.5\n\n", Refusal::MaxBpsNotANumber),
+        (b"mirror_max_bps\n18446744073709551616\n\n", Refusal::MaxBpsTooLarge),
+        (b"\xff\n\n", Refusal::NotText),
+    ];
+    for (wire, refusal) in cases {
+        assert_eq!(parse(wire), Err(refusal), "{}", wire.escape_ascii());
+    }
+}
+
+#[test]
+fn numbers_at_their_limits_are_understood() {
+    assert!(parse(b"mirror\n10.0.0.1\n1\n\n").is_ok());
+    assert!(parse(b"mirror\n10.0.0.1\n65535\n\n").is_ok());
+    assert_eq!(
+        parse(b"mirror_max_bps\n18446744073709551615\n\n"),
+        Ok(Some(Command::MirrorMaxBps(u64::MAX)))
+    );
+}
+
+#[test]
+fn missing_and_unknown_commands_have_numbers_of_their_own() {
+    assert_eq!(Reply::from(Refusal::MissingCommand).to_wire(), b"9: missing command\n");
+    assert_eq!(Reply::from(Refusal::UnknownCommand).to_wire(), b"10: unknown command\n");
+    assert_eq!(Reply::from(Refusal::BadAddress).to_wire(), b"1: bad IP address\n");
+}
+
+#[test]
+fn a_line_may_be_256_bytes_and_not_one_more() {
+    let entry = "1".repeat(LINE_BYTES_MAX);
+    assert_eq!(parse(format!("acl\n{entry}\n\n").as_bytes()), Ok(Some(acl(&[&entry]))));
+    assert_eq!(parse(format!("acl\n{entry}1").as_bytes()), Err(Refusal::LineTooLong));
+}
+
+#[test]
+fn a_command_may_be_4096_lines_and_not_one_more() {
+    let full = format!("acl\n{}", "::1\n".repeat(LINES_MAX - 1));
+    let Ok(Some(Command::Acl { entries })) = parse(format!("{full}\n").as_bytes()) else {
+        panic!("a command of {LINES_MAX} lines must be understood");
+    };
+    assert_eq!(entries.len(), LINES_MAX - 1);
+    assert_eq!(parse(format!("{full}:").as_bytes()), Err(Refusal::TooManyLines));
+}
+
+#[test]
+fn an_acl_that_does_not_fit_the_wire_is_refused_before_it_is_sent() {
+    let longest = "1".repeat(LINE_BYTES_MAX);
+    assert!(acl(&[&longest]).to_wire().is_ok());
+    for bad in ["", "a\nb", &format!("{longest}1")] {
+        assert_eq!(acl(&[bad]).to_wire(), Err(NoWireForm::BadEntry(bad.to_owned())));
+    }
+    assert!(acl(&vec!["::1"; LINES_MAX - 1]).to_wire().is_ok());
+    assert_eq!(acl(&vec!["::1"; LINES_MAX]).to_wire(), Err(NoWireForm::TooManyEntries(LINES_MAX)));
+}
+
+#[test]
+fn a_connection_that_ends_after_whole_lines_has_given_its_command() {
+    assert_eq!(at_end(b"status\n"), Ok(Command::Status));
+    assert_eq!(at_end(b"acl\n::1\n"), Ok(acl(&["::1"])));
+    assert_eq!(at_end(b""), Err(Refusal::MissingCommand));
+}
+
+#[test]
+fn a_connection_that_ends_inside_a_line_has_not() {
+    assert_eq!(at_end(b"status"), Err(Refusal::CutShort));
+    assert_eq!(at_end(b"mirror\n10.0.0.1\n80"), Err(Refusal::CutShort));
+}
+
+#[test]
+fn what_follows_the_empty_line_is_not_looked_at() {
+    assert_eq!(parse(b"status\n\nmirror\n\xff"), Ok(Some(Command::Status)));
+}
+
+#[test]
+fn a_log_shows_the_order_and_shortens_a_long_acl() {
+    assert_eq!(acl(&["::1", "::2"]).to_string(), "acl ::1 ::2");
+    assert_eq!(acl(&["::1"; 8]).to_string(), format!("acl{}", " ::1".repeat(8)));
+    assert_eq!(acl(&["::1"; 9]).to_string(), format!("acl{} and 1 more", " ::1".repeat(8)));
+}
+
+fn any_ip() -> impl Strategy<Value = IpAddr> {
+    prop_oneof![any::<Ipv4Addr>().prop_map(IpAddr::V4), any::<Ipv6Addr>().prop_map(IpAddr::V6)]
+}
+
+fn any_mirror() -> impl Strategy<Value = Mirror> {
+    let bind = any_ip().prop_filter("unspecified means none", |ip| !ip.is_unspecified());
+    let action = proptest::sample::select(&Action::ALL[..]);
+    (any_ip(), 1u16.., action, proptest::option::of(bind), any::<Option<u64>>()).prop_map(
+        |(ip, port, action, bind, max_bps)| Mirror {
+            to: SocketAddr::new(ip, port),
+            action,
+            bind,
+            max_bps,
+        },
+    )
+}
+
+fn any_command() -> impl Strategy<Value = Command> {
+    prop_oneof![
+        Just(Command::Status),
+        Just(Command::Break),
+        Just(Command::Reload),
+        any::<u64>().prop_map(Command::MirrorMaxBps),
+        any_mirror().prop_map(Command::Mirror),
+        proptest::collection::vec("[^\n]{1,64}", 0..20)
+            .prop_map(|entries| Command::Acl { entries }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn every_command_round_trips(command in any_command()) {
+        prop_assert_eq!(parse(&command.to_wire().unwrap()), Ok(Some(command)));
+    }
+
+    #[test]
+    fn every_prefix_of_a_command_is_incomplete(command in any_command(), cut: prop::sample::Index) {
+        let wire = command.to_wire().unwrap();
+        prop_assert_eq!(parse(&wire[..cut.index(wire.len())]), Ok(None));
+    }
+
+    #[test]
+    fn it_does_not_matter_how_the_bytes_are_cut(command in any_command(), step in 1usize..9) {
+        let wire = command.to_wire().unwrap();
+        let mut incoming = Incoming::default();
+        let mut got = Ok(None);
+        for chunk in wire.chunks(step) {
+            prop_assert_eq!(&got, &Ok(None));
+            got = incoming.feed(chunk);
+        }
+        prop_assert_eq!(got, Ok(Some(command)));
+    }
+
+    #[test]
+    fn no_bytes_make_reading_a_command_panic(bytes: Vec<u8>) {
+        let mut incoming = Incoming::default();
+        if incoming.feed(&bytes) == Ok(None) {
+            let _ = incoming.end();
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! Answers on the control socket: hears an order, has it obeyed, sends the reply.
+//! Never decides what an order means, and never lets a slow or talkative client hold up others.
+//!
+//! One thread accepts, one thread serves each connection. All of them wait in `poll` for their
+//! socket or for the order to stop, whichever comes first.
+
+use super::command::{Command, Incoming, Refusal};
+use super::reply::Reply;
+use super::socket::ControlSocket;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle, Scope};
+use std::time::{Duration, Instant};
+
+/// Most connections served at once; more wait until one of these ends.
+pub const CONNECTIONS_MAX: usize = 16;
+/// How long a connection may make no progress.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to let connections wait after one could not be accepted.
+const REST: Duration = Duration::from_secs(1);
+/// How many bytes that came after the command to take before closing, so that closing does not
+/// look like a failure to the client.
+const LEFTOVER_BYTES_MAX: usize = 1 << 20;
+
+/// Who carries out what operators order.
+pub trait Operator: Send + Sync {
+    /// Carries out `command` and says how that went. Called from many threads at once; may take
+    /// its time, but must return promptly once the server is stopping, since
+    /// [`Handle::stop`] waits for it.
+    fn obey(&self, command: Command, from: Credentials) -> Reply;
+}
+
+/// Who is at the other end, as the kernel knows it (`SO_PEERCRED` of unix(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Credentials {
+    /// Process id, at the time of connecting.
+    pub pid: i32,
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+impl Credentials {
+    fn of(stream: &UnixStream) -> io::Result<Self> {
+        let peer = getsockopt(stream, PeerCredentials)?;
+        Ok(Self { pid: peer.pid(), uid: peer.uid(), gid: peer.gid() })
+    }
+}
+
+impl fmt::Display for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "uid {}, pid {}", self.uid, self.pid)
+    }
+}
+
+impl ControlSocket {
+    /// Begins to answer, until the handle is stopped or dropped.
+    ///
+    /// # Errors
+    ///
+    /// The system has no thread or descriptor left.
+    pub fn start(self, operator: Arc<dyn Operator>) -> io::Result<Handle> {
+        self.start_with_patience(operator, PATIENCE)
+    }
+
+    fn start_with_patience(
+        self,
+        operator: Arc<dyn Operator>,
+        patience: Duration,
+    ) -> io::Result<Handle> {
+        self.listener().set_nonblocking(true)?;
+        let shared = Arc::new(Shared {
+            operator,
+            patience,
+            stopping: event()?,
+            freed: event()?,
+            connections: AtomicUsize::new(0),
+        });
+        let for_thread = Arc::clone(&shared);
+        let thread = thread::Builder::new()
+            .name("control".to_owned())
+            .spawn(move || accept_until_stopped(&self, &for_thread))?;
+        Ok(Handle { shared, thread: Some(thread) })
+    }
+}
+
+/// A control socket that answers. Dropping it is the same as [`Handle::stop`].
+#[derive(Debug)]
+pub struct Handle {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Handle {
+    /// Stops answering: waits for orders that are being obeyed, ends all other connections, and
+    /// removes the socket if it is ours.
+    pub fn stop(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        signal(&self.shared.stopping);
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("control socket: a thread panicked; its client got no answer");
+        }
+    }
+}
+
+/// What all threads of one control socket know.
+struct Shared {
+    operator: Arc<dyn Operator>,
+    patience: Duration,
+    /// Signalled once and never reset: stop.
+    stopping: EventFd,
+    /// Signalled whenever a connection ends.
+    freed: EventFd,
+    connections: AtomicUsize,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("connections", &self.connections).finish_non_exhaustive()
+    }
+}
+
+fn event() -> nix::Result<EventFd> {
+    EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+}
+
+fn signal(event: &EventFd) {
+    // Fails only when the counter is full, and then it is signalled already.
+    let _ = event.write(1);
+}
+
+/// One of the connections that may be served at once; dropping it makes room for another.
+struct Seat<'a>(&'a Shared);
+
+impl<'a> Seat<'a> {
+    fn take(shared: &'a Shared) -> Self {
+        shared.connections.fetch_add(1, Ordering::SeqCst);
+        Self(shared)
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::SeqCst);
+        signal(&self.0.freed);
+    }
+}
+
+fn accept_until_stopped(socket: &ControlSocket, shared: &Shared) {
+    thread::scope(|scope| {
+        let mut resting = false;
+        loop {
+            match wait_for_arrival(socket, shared, resting) {
+                Ok(Wake::Stop) => return,
+                Ok(Wake::LookAgain) => resting = false,
+                Ok(Wake::Arrival) => resting = !welcome(scope, socket, shared),
+                Err(errno) => {
+                    tracing::error!("control socket: cannot wait: {errno}; no longer answering");
+                    return;
+                }
+            }
+        }
+    });
+}
+
+enum Wake {
+    Stop,
+    Arrival,
+    LookAgain,
+}
+
+/// Waits for a connection, but only while there is a seat for it and we are not resting.
+fn wait_for_arrival(socket: &ControlSocket, shared: &Shared, resting: bool) -> nix::Result<Wake> {
+    let is_full = shared.connections.load(Ordering::SeqCst) >= CONNECTIONS_MAX;
+    let arrivals = if is_full || resting { PollFlags::empty() } else { PollFlags::POLLIN };
+    let mut sources = [
+        PollFd::new(shared.stopping.as_fd(), PollFlags::POLLIN),
+        PollFd::new(shared.freed.as_fd(), PollFlags::POLLIN),
+        PollFd::new(socket.listener().as_fd(), arrivals),
+    ];
+    let timeout = if resting { in_poll_time(REST) } else { PollTimeout::NONE };
+    match poll(&mut sources, timeout) {
+        Ok(_) => {}
+        Err(Errno::EINTR) => return Ok(Wake::LookAgain),
+        Err(errno) => return Err(errno),
+    }
+    let [stopping, freed, arrived] = sources.map(|source| source.any().unwrap_or(false));
+    if freed {
+        let _ = shared.freed.read();
+    }
+    Ok(match (stopping, arrived) {
+        (true, _) => Wake::Stop,
+        (false, true) => Wake::Arrival,
+        (false, false) => Wake::LookAgain,
+    })
+}
+
+/// Accepts one connection and gives it a thread. False when the system could not do that.
+fn welcome<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    socket: &'scope ControlSocket,
+    shared: &'scope Shared,
+) -> bool {
+    let stream = match socket.listener().accept() {
+        Ok((stream, _)) => stream,
+        Err(error) if went_away(&error) => return true,
+        Err(error) => {
+            tracing::warn!("control socket: cannot accept: {error}; trying again in {REST:?}");
+            return false;
+        }
+    };
+    let seat = Seat::take(shared);
+    let spawned =
+        thread::Builder::new().name("control-client".to_owned()).spawn_scoped(scope, move || {
+            serve(stream, shared);
+            drop(seat);
+        });
+    if let Err(error) = &spawned {
+        tracing::warn!("control socket: no thread for a client: {error}; closing its connection");
+    }
+    spawned.is_ok()
+}
+
+/// The connection that was to be accepted is not there any more.
+fn went_away(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
+}
+
+/// One connection, from its first byte to its end.
+fn serve(mut stream: UnixStream, shared: &Shared) {
+    let ended = Credentials::of(&stream).and_then(|from| {
+        let reply = match hear(&mut stream, shared)? {
+            Heard::Order(command) => obey(command, from, shared),
+            Heard::Nothing => Refusal::MissingCommand.into(),
+            Heard::Nonsense(refusal) => {
+                tracing::warn!("control socket: {refusal} ({from}), closing the connection");
+                refusal.into()
+            }
+            Heard::Silence => {
+                let reason = format!("no progress for {:?}", shared.patience);
+                tracing::warn!("control socket: {reason} ({from}), closing the connection");
+                Reply::refused(reason)
+            }
+            Heard::Stop => Reply::refused("the server is stopping"),
+        };
+        answer(&mut stream, &reply, shared.patience)
+    });
+    if let Err(error) = ended {
+        tracing::debug!("control socket: a client went away: {error}");
+    }
+}
+
+/// What came of listening to a client.
+enum Heard {
+    Order(Command),
+    /// It closed without a byte, as one does who only wants to know whether we are here.
+    Nothing,
+    Nonsense(Refusal),
+    Silence,
+    Stop,
+}
+
+fn hear(stream: &mut UnixStream, shared: &Shared) -> io::Result<Heard> {
+    stream.set_nonblocking(true)?;
+    let mut incoming = Incoming::default();
+    let mut buffer = [0; 4096];
+    loop {
+        match wait_for_bytes(stream, shared)? {
+            Some(Interruption::Stop) => return Ok(Heard::Stop),
+            Some(Interruption::Silence) => return Ok(Heard::Silence),
+            None => {}
+        }
+        match stream.read(&mut buffer) {
+            Ok(0) if incoming.is_empty() => return Ok(Heard::Nothing),
+            Ok(0) => return Ok(incoming.end().map_or_else(Heard::Nonsense, Heard::Order)),
+            Ok(count) => match incoming.feed(&buffer[..count]) {
+                Ok(None) => {}
+                Ok(Some(command)) => return Ok(Heard::Order(command)),
+                Err(refusal) => return Ok(Heard::Nonsense(refusal)),
+            },
+            Err(error) if went_away(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+enum Interruption {
+    Stop,
+    Silence,
+}
+
+fn wait_for_bytes(stream: &UnixStream, shared: &Shared) -> io::Result<Option<Interruption>> {
+    let deadline = Instant::now() + shared.patience;
+    loop {
+        let mut sources = [
+            PollFd::new(shared.stopping.as_fd(), PollFlags::POLLIN),
+            PollFd::new(stream.as_fd(), PollFlags::POLLIN),
+        ];
+        let left = deadline.saturating_duration_since(Instant::now());
+        match poll(&mut sources, in_poll_time(left)) {
+            Ok(0) => return Ok(Some(Interruption::Silence)),
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+            Ok(_) => {}
+        }
+        let [stopping, arrived] = sources.map(|source| source.any().unwrap_or(false));
+        match (stopping, arrived) {
+            (true, _) => return Ok(Some(Interruption::Stop)),
+            (false, true) => return Ok(None),
+            (false, false) => {}
+        }
+    }
+}
+
+/// Rounded up, so that a wait is never shorter than asked for.
+fn in_poll_time(duration: Duration) -> PollTimeout {
+    let milliseconds = duration.as_micros().div_ceil(1000);
+    i32::try_from(milliseconds).ok().and_then(|ms| ms.try_into().ok()).unwrap_or(PollTimeout::MAX)
+}
+
+fn obey(command: Command, from: Credentials, shared: &Shared) -> Reply {
+    let order = command.changes_something().then(|| command.to_string());
+    let reply = shared.operator.obey(command, from);
+    if let Some(order) = order {
+        tracing::info!("{}", account(&order, from, &reply));
+    }
+    reply
+}
+
+/// The line in the log for an order that changes something.
+fn account(order: &str, from: Credentials, reply: &Reply) -> String {
+    format!("control socket: {order:?} from {from}: answered {:?}", reply.to_string())
+}
+
+/// Sends the reply, takes what the client may still have sent, and is done.
+fn answer(stream: &mut UnixStream, reply: &Reply, patience: Duration) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(patience))?;
+    stream.write_all(&reply.to_wire())?;
+    stream.shutdown(Shutdown::Write)?;
+    stream.set_nonblocking(true)?;
+    let leftovers = (&*stream).take(LEFTOVER_BYTES_MAX as u64);
+    // Unread bytes would make the client see a reset connection after the reply.
+    match io::copy(&mut { leftovers }, &mut io::sink()) {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

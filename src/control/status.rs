@@ -1,0 +1,359 @@
+//! How a server is doing: [`Status`] ⇄ the line of `key=value` pairs that `status` answers.
+//! Knows no server and measures nothing; the numbers are given to it.
+//!
+//! No key or value holds a space: white space, control characters and `%` (and `=` in a key) are
+//! written as `%` and two hexadecimal digits for each byte, and read back so. A reader that knows
+//! nothing of this can still split at spaces and at the first `=`.
+
+use std::fmt;
+
+/// Everything `status` tells, in this order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// The server's process id.
+    pub pid: u32,
+    /// Size of the disk, in bytes.
+    pub size: u64,
+    /// Whether new clients are let in.
+    pub clients_allowed: bool,
+    /// How many clients are connected.
+    pub num_clients: u64,
+    /// Whether the disk is this server's: false for `listen` until the disk has arrived.
+    pub has_control: bool,
+    /// The running migration; its presence is what `is_mirroring` tells.
+    pub migration: Option<Migration>,
+    /// Newer keys and their values, in the order they are shown, after all others.
+    pub extra: Vec<(String, String)>,
+}
+
+/// How a running migration is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Migration {
+    /// Bytes per second.
+    pub speed: u64,
+    /// Seconds since it began.
+    pub duration: u64,
+    /// Seconds until it ends, as far as can be told.
+    pub seconds_left: u64,
+    /// Bytes still to be sent.
+    pub bytes_left: u64,
+    /// The speed limit in bytes per second, if there is one.
+    pub speed_limit: Option<u64>,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_mirroring = self.migration.is_some();
+        write!(f, "pid={} size={} is_mirroring={is_mirroring}", self.pid, self.size)?;
+        write!(f, " clients_allowed={}", self.clients_allowed)?;
+        write!(f, " num_clients={} has_control={}", self.num_clients, self.has_control)?;
+        if let Some(migration) = &self.migration {
+            write!(f, " {migration}")?;
+        }
+        for (key, value) in &self.extra {
+            write!(f, " {}={}", escaped(key, true), escaped(value, false))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Migration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "migration_speed={} migration_duration={}", self.speed, self.duration)?;
+        write!(f, " migration_seconds_left={}", self.seconds_left)?;
+        write!(f, " migration_bytes_left={}", self.bytes_left)?;
+        self.speed_limit.map_or(Ok(()), |limit| write!(f, " migration_speed_limit={limit}"))
+    }
+}
+
+impl Status {
+    /// Reads a server's line. Keys may come in any order; those not known end up in
+    /// [`Status::extra`].
+    ///
+    /// # Errors
+    ///
+    /// A word that is no pair, a known key that is missing or whose value is not what it must be.
+    pub fn from_line(line: &str) -> Result<Self, StatusError> {
+        let mut pairs = Pairs(pairs(line)?);
+        let is_mirroring: bool = pairs.take("is_mirroring")?;
+        Ok(Self {
+            pid: pairs.take("pid")?,
+            size: pairs.take("size")?,
+            clients_allowed: pairs.take("clients_allowed")?,
+            num_clients: pairs.take("num_clients")?,
+            has_control: pairs.take("has_control")?,
+            migration: is_mirroring.then(|| Migration::take(&mut pairs)).transpose()?,
+            extra: pairs.0,
+        })
+    }
+}
+
+impl Migration {
+    fn take(pairs: &mut Pairs) -> Result<Self, StatusError> {
+        Ok(Self {
+            speed: pairs.take("migration_speed")?,
+            duration: pairs.take("migration_duration")?,
+            seconds_left: pairs.take("migration_seconds_left")?,
+            bytes_left: pairs.take("migration_bytes_left")?,
+            speed_limit: pairs.take_if_there("migration_speed_limit")?,
+        })
+    }
+}
+
+/// The pairs of a line, in its order.
+///
+/// # Errors
+///
+/// [`StatusError::NotAPair`] for a word without `=`.
+pub fn pairs(line: &str) -> Result<Vec<(String, String)>, StatusError> {
+    line.split_ascii_whitespace()
+        .map(|word| match word.split_once('=') {
+            Some((key, value)) => Ok((unescaped(key), unescaped(value))),
+            None => Err(StatusError::NotAPair(word.to_owned())),
+        })
+        .collect()
+}
+
+/// A server's line as a JSON object, keys in the line's order: whole and decimal numbers become
+/// numbers, `true` and `false` booleans, all else strings. Of a key that comes twice the first
+/// counts.
+///
+/// # Errors
+///
+/// [`StatusError::NotAPair`] for a word without `=`.
+pub fn to_json(line: &str) -> Result<String, StatusError> {
+    let pairs = pairs(line)?;
+    let mut members: Vec<String> = Vec::new();
+    for (position, (key, value)) in pairs.iter().enumerate() {
+        if !pairs[..position].iter().any(|(earlier, _)| earlier == key) {
+            members.push(format!("{}:{}", json_string(key), json_value(value)));
+        }
+    }
+    Ok(format!("{{{}}}", members.join(",")))
+}
+
+fn json_string(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
+fn json_value(text: &str) -> String {
+    let is_bare = text == "true" || text == "false" || is_number(text);
+    if is_bare { text.to_owned() } else { json_string(text) }
+}
+
+/// Only what is a number beyond doubt: an identifier such as `007`, `1e5` or one of 32 digits is
+/// none.
+fn is_number(text: &str) -> bool {
+    let is_whole = |text: &str| text.parse().is_ok_and(|number: u64| number.to_string() == text);
+    let unsigned = text.strip_prefix('-').unwrap_or(text);
+    match unsigned.split_once('.') {
+        None => is_whole(unsigned),
+        Some((whole, decimals)) => {
+            is_whole(whole)
+                && !decimals.is_empty()
+                && decimals.bytes().all(|digit| digit.is_ascii_digit())
+        }
+    }
+}
+
+fn escaped(text: &str, is_key: bool) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_whitespace() || c.is_control() || c == '%' || (is_key && c == '=') {
+            let mut utf8 = [0; 4];
+            out.extend(c.encode_utf8(&mut utf8).bytes().map(|byte| format!("%{byte:02X}")));
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// Lenient: a `%` that no two hexadecimal digits follow stands for itself.
+fn unescaped(text: &str) -> String {
+    let mut out = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        match (first, escaped_byte(tail)) {
+            (b'%', Some(byte)) => {
+                out.push(byte);
+                rest = &tail[2..];
+            }
+            _ => {
+                out.push(first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+fn escaped_byte(digits: &[u8]) -> Option<u8> {
+    let digit = |n: usize| digits.get(n).and_then(|&digit| char::from(digit).to_digit(16));
+    u8::try_from(digit(0)? * 16 + digit(1)?).ok()
+}
+
+/// What is left of a line while a [`Status`] is made of it.
+struct Pairs(Vec<(String, String)>);
+
+impl Pairs {
+    fn take<T: std::str::FromStr>(&mut self, key: &'static str) -> Result<T, StatusError> {
+        self.take_if_there(key)?.ok_or(StatusError::Missing(key))
+    }
+
+    fn take_if_there<T: std::str::FromStr>(
+        &mut self,
+        key: &'static str,
+    ) -> Result<Option<T>, StatusError> {
+        let Some(position) = self.0.iter().position(|(name, _)| name == key) else {
+            return Ok(None);
+        };
+        let (_, value) = self.0.remove(position);
+        value.parse().map(Some).map_err(|_| StatusError::BadValue { key, value })
+    }
+}
+
+/// Why a line is no status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StatusError {
+    /// This word has no `=`.
+    NotAPair(String),
+    /// This key is not there.
+    Missing(&'static str),
+    /// This key's value is not of its kind.
+    BadValue {
+        /// The key.
+        key: &'static str,
+        /// What it was set to.
+        value: String,
+    },
+}
+
+impl fmt::Display for StatusError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the server's status cannot be read: ")?;
+        match self {
+            Self::NotAPair(word) => write!(f, "{word:?} is not key=value"),
+            Self::Missing(key) => write!(f, "{key} is missing"),
+            Self::BadValue { key, value } => write!(f, "{key} cannot be {value:?}"),
+        }
+    }
+}
+
+impl std::error::Error for StatusError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn serving() -> Status {
+        Status {
+            pid: 9635,
+            size: 4096,
+            clients_allowed: true,
+            num_clients: 2,
+            has_control: true,
+            ..Status::default()
+        }
+    }
+
+    #[test]
+    fn keys_come_in_the_order_operators_know() {
+        let line = "pid=9635 size=4096 is_mirroring=false clients_allowed=true num_clients=2 \
+                    has_control=true";
+        assert_eq!(serving().to_string(), line);
+    }
+
+    #[test]
+    fn a_migration_tells_its_progress_and_its_limit_only_if_it_has_one() {
+        let migration = Migration { speed: 5, duration: 6, seconds_left: 7, ..Default::default() };
+        let mut status = Status { migration: Some(migration), ..serving() };
+        let line = "pid=9635 size=4096 is_mirroring=true clients_allowed=true num_clients=2 \
+                    has_control=true migration_speed=5 migration_duration=6 \
+                    migration_seconds_left=7 migration_bytes_left=0";
+        assert_eq!(status.to_string(), line);
+        status.migration.as_mut().unwrap().speed_limit = Some(9);
+        status.extra.push(("export".into(), "a b".into()));
+        assert_eq!(status.to_string(), format!("{line} migration_speed_limit=9 export=a%20b"));
+    }
+
+    #[test]
+    fn json_keeps_order_and_kinds_and_reads_an_older_servers_line() {
+        assert_eq!(
+            to_json("pid=9 is_mirroring=false rate=1.5 off=-3 name=a%20\"b\" id=007 pid=10")
+                .unwrap(),
+            r#"{"pid":9,"is_mirroring":false,"rate":1.5,"off":-3,"name":"a \"b\"","id":"007"}"#
+        );
+        for text in ["", "1e5", ".5", "5.", "-", "--1", "+1", "18446744073709551616", "0x1"] {
+            assert_eq!(json_value(text), format!("{text:?}"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_line_that_is_no_status_says_why() {
+        assert_eq!(Status::from_line("pid"), Err(StatusError::NotAPair("pid".into())));
+        assert_eq!(Status::from_line("pid=1"), Err(StatusError::Missing("is_mirroring")));
+        let bad = StatusError::BadValue { key: "is_mirroring", value: "yes".into() };
+        assert_eq!(Status::from_line("is_mirroring=yes"), Err(bad));
+    }
+
+    #[test]
+    fn a_percent_sign_that_escapes_nothing_stands_for_itself() {
+        assert_eq!(
+            pairs("a=100% b=%zz c=%4").unwrap(),
+            [
+                ("a".to_owned(), "100%".to_owned()),
+                ("b".to_owned(), "%zz".to_owned()),
+                ("c".to_owned(), "%4".to_owned()),
+            ]
+        );
+    }
+
+    prop_compose! {
+        fn any_migration()(
+            speed: u64, duration: u64, seconds_left: u64, bytes_left: u64, limit: Option<u64>,
+        ) -> Migration {
+            Migration { speed, duration, seconds_left, bytes_left, speed_limit: limit }
+        }
+    }
+
+    prop_compose! {
+        fn any_status()(
+            pid: u32, size: u64, clients_allowed: bool, num_clients: u64, has_control: bool,
+            migration in proptest::option::of(any_migration()),
+            extra: Vec<(String, String)>,
+        ) -> Status {
+            // A prefix keeps the made-up keys apart from the known ones.
+            let extra = extra.into_iter().map(|(key, value)| (format!("x{key}"), value)).collect();
+            Status { pid, size, clients_allowed, num_clients, has_control, migration, extra }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_status_round_trips(status in any_status()) {
+            prop_assert_eq!(Status::from_line(&status.to_string()), Ok(status));
+        }
+
+        #[test]
+        fn no_key_or_value_holds_white_space_or_a_line_break(status in any_status()) {
+            let line = status.to_string();
+            prop_assert!(line.split(' ').all(|word| word.contains('=')));
+            prop_assert!(!line.chars().any(|c| c != ' ' && (c.is_whitespace() || c.is_control())));
+        }
+
+        #[test]
+        fn every_status_becomes_json_with_the_same_values(status in any_status()) {
+            let json = to_json(&status.to_string()).unwrap();
+            let object: serde_json::Value = serde_json::from_str(&json).unwrap();
+            prop_assert_eq!(&object["size"], &serde_json::json!(status.size));
+            prop_assert_eq!(&object["has_control"], &serde_json::json!(status.has_control));
+        }
+
+        #[test]
+        fn no_line_makes_reading_a_status_panic(line: String) {
+            let _ = (Status::from_line(&line), to_json(&line));
+        }
+    }
+}
