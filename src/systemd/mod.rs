@@ -1,1 +1,15 @@
-//! (being built)
+//! What the service manager gives us and wants to hear: sockets, notifications, the journal.
+//!
+//! Knows no other room and nothing of NBD. Without a service manager everything here still works:
+//! there are no sockets, nobody is notified, and the log goes to stderr.
+
+#[cfg(test)]
+mod child;
+pub mod journal;
+pub mod line;
+pub mod notify;
+pub mod sockets;
+
+pub use journal::Verbosity;
+pub use notify::Notifier;
+pub use sockets::{Inherited, Listener};

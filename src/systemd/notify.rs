@@ -1,0 +1,156 @@
+//! Tells the service manager how we are (sd_notify(3)).
+//! Never decides when; and says nothing to nobody when there is no service manager.
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use sd_notify::NotifyState;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+/// The variable that says where to.
+const SOCKET_VARIABLE: &str = "NOTIFY_SOCKET";
+
+/// The line to the service manager. Every message fails with the system's error when it could not
+/// be sent, and succeeds without doing anything when there is no service manager.
+#[derive(Clone, Debug)]
+pub struct Notifier {
+    is_connected: bool,
+    watchdog: Option<Duration>,
+}
+
+impl Notifier {
+    /// Reads from the environment whether somebody listens and whether there is a watchdog.
+    #[must_use]
+    pub fn from_env() -> Self {
+        Self {
+            is_connected: std::env::var_os(SOCKET_VARIABLE).is_some(),
+            watchdog: sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()),
+        }
+    }
+
+    /// One that never says anything.
+    #[must_use]
+    pub fn silent() -> Self {
+        Self { is_connected: false, watchdog: None }
+    }
+
+    /// Whether a service manager listens.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.is_connected
+    }
+
+    /// We are up, or done reloading.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent.
+    pub fn ready(&self) -> io::Result<()> {
+        self.send(&[NotifyState::Ready])
+    }
+
+    /// What we are doing, for people; one line.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent.
+    pub fn status(&self, text: &str) -> io::Result<()> {
+        self.send(&[NotifyState::Status(&one_line(text))])
+    }
+
+    /// We are reading our configuration again; [`Notifier::ready`] must follow.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent.
+    pub fn reloading(&self) -> io::Result<()> {
+        self.send(&[NotifyState::Reloading, NotifyState::monotonic_usec_now()?])
+    }
+
+    /// We are about to end.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent.
+    pub fn stopping(&self) -> io::Result<()> {
+        self.send(&[NotifyState::Stopping])
+    }
+
+    /// The error number that we end with.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent.
+    pub fn errno(&self, number: i32) -> io::Result<()> {
+        u32::try_from(number).map_or(Ok(()), |number| self.send(&[NotifyState::Errno(number)]))
+    }
+
+    /// Starting, reloading or stopping takes up to this long from now. At most 71 minutes can be
+    /// asked for; longer is cut to that.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent.
+    pub fn extend_timeout(&self, by: Duration) -> io::Result<()> {
+        let microseconds = u32::try_from(by.as_micros()).unwrap_or(u32::MAX);
+        self.send(&[NotifyState::ExtendTimeoutUsec(microseconds)])
+    }
+
+    /// How often to call [`Notifier::watchdog`]: twice as often as the service manager demands.
+    /// `None` when it demands nothing.
+    #[must_use]
+    pub fn watchdog_interval(&self) -> Option<Duration> {
+        self.watchdog.map(|limit| limit / 2)
+    }
+
+    /// We are making progress.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent.
+    pub fn watchdog(&self) -> io::Result<()> {
+        self.send(&[NotifyState::Watchdog])
+    }
+
+    /// Waits until the service manager has taken in everything said before, at most for `limit`.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent, or `TimedOut`.
+    pub fn barrier(&self, limit: Duration) -> io::Result<()> {
+        if !self.is_connected {
+            return Ok(());
+        }
+        let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
+        // It is passed on by now; the service manager closes the last copy when it gets to it.
+        drop(theirs);
+        wait_until_closed(&ours, limit)
+    }
+
+    fn send(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
+        if self.is_connected { sd_notify::notify(states) } else { Ok(()) }
+    }
+}
+
+/// A line break would begin another message.
+fn one_line(text: &str) -> String {
+    text.replace(['\n', '\r'], " ")
+}
+
+fn wait_until_closed(pipe: &OwnedFd, limit: Duration) -> io::Result<()> {
+    let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+    loop {
+        let mut sources = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
+        match poll(&mut sources, timeout) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => return Ok(()),
+            // A signal; waiting anew may take longer than asked for, which does no harm.
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,194 @@
+//! The sockets that the service manager made for us, by name (sd_listen_fds(3)).
+//! Never goes by their order, which changes, and never accepts a connection.
+
+use listenfd::ListenFd;
+use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
+use std::fmt;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+
+/// The name of the control socket (`FileDescriptorName=` of systemd.socket(5)).
+pub const CONTROL_NAME: &str = "control";
+/// The name of a socket that NBD clients connect to.
+pub const NBD_NAME: &str = "nbd";
+/// What sd_listen_fds(3) calls a socket that was given no name.
+const UNNAMED: &str = "unknown";
+/// The variable that holds the names, divided by colons.
+const NAMES_VARIABLE: &str = "LISTEN_FDNAMES";
+
+/// A socket that NBD clients connect to.
+#[derive(Debug)]
+pub enum Listener {
+    /// Over IPv4 or IPv6.
+    Tcp(TcpListener),
+    /// Over a unix stream socket.
+    Unix(UnixListener),
+}
+
+/// What we were handed.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// For NBD clients, in the order they came; none when nobody handed us any.
+    pub nbd: Vec<Listener>,
+    /// For operators.
+    pub control: Option<UnixListener>,
+    /// Names that mean nothing here. Their sockets were taken to be for NBD clients; whoever
+    /// starts the log says so once.
+    pub unfamiliar: Vec<String>,
+}
+
+impl Inherited {
+    /// Takes over every descriptor that was handed to this process, and sets it to be closed on
+    /// exec.
+    ///
+    /// Changes the environment, so call it once and before any thread starts.
+    ///
+    /// # Errors
+    ///
+    /// One of the descriptors is not what its name promises. Those before it are closed.
+    pub fn from_env() -> Result<Self, BadDescriptor> {
+        // Before `ListenFd`, which knows no names.
+        let names = std::env::var(NAMES_VARIABLE).unwrap_or_default();
+        let mut descriptors = ListenFd::from_env();
+        let mut inherited = Self::default();
+        for (index, name) in names_of(&names, descriptors.len()).into_iter().enumerate() {
+            inherited.adopt(&mut descriptors, index, &name).map_err(|trouble| BadDescriptor {
+                index,
+                name,
+                trouble,
+            })?;
+        }
+        Ok(inherited)
+    }
+
+    fn adopt(
+        &mut self,
+        descriptors: &mut ListenFd,
+        index: usize,
+        name: &str,
+    ) -> Result<(), Trouble> {
+        match Role::of(name) {
+            Role::Control if self.control.is_some() => return Err(Trouble::SecondControl),
+            Role::Control => {
+                let listener = take_unix(descriptors, index).ok_or(Trouble::NotUnix)?;
+                self.control = Some(accepting(listener)?);
+            }
+            Role::Nbd { is_familiar } => {
+                self.nbd.push(take_any(descriptors, index)?);
+                if !is_familiar {
+                    self.unfamiliar.push(name.to_owned());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a socket of some name is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Control,
+    Nbd { is_familiar: bool },
+}
+
+impl Role {
+    /// Whatever is not the control socket is for NBD clients: a socket unit that gives no name
+    /// passes its own (`foo.socket`), other launchers pass `unknown` or `LISTEN_FD`.
+    fn of(name: &str) -> Self {
+        match name {
+            CONTROL_NAME => Self::Control,
+            NBD_NAME | UNNAMED | "LISTEN_FD" => Self::Nbd { is_familiar: true },
+            _ => Self::Nbd { is_familiar: name.ends_with(".socket") },
+        }
+    }
+}
+
+/// One name for each of `count` descriptors; surplus names are dropped, missing and empty ones are
+/// `unknown`.
+fn names_of(names: &str, count: usize) -> Vec<String> {
+    let given = names.split(':').map(|name| if name.is_empty() { UNNAMED } else { name });
+    given.chain(std::iter::repeat(UNNAMED)).take(count).map(str::to_owned).collect()
+}
+
+fn take_any(descriptors: &mut ListenFd, index: usize) -> Result<Listener, Trouble> {
+    if let Some(listener) = take_unix(descriptors, index) {
+        return Ok(Listener::Unix(accepting(listener)?));
+    }
+    match descriptors.take_tcp_listener(index) {
+        Ok(Some(listener)) => Ok(Listener::Tcp(accepting(listener)?)),
+        _ => Err(Trouble::NotAStream),
+    }
+}
+
+/// `None` when it is something else; it can then still be taken as that.
+fn take_unix(descriptors: &mut ListenFd, index: usize) -> Option<UnixListener> {
+    descriptors.take_unix_listener(index).ok().flatten()
+}
+
+fn accepting<L: AsFd>(listener: L) -> Result<L, Trouble> {
+    match getsockopt(&listener, AcceptConn) {
+        Ok(true) => Ok(listener),
+        Ok(false) => Err(Trouble::NotListening),
+        Err(errno) => Err(Trouble::Io(errno.into())),
+    }
+}
+
+/// A descriptor that cannot be used. Its `Display` is for the operator.
+#[derive(Debug)]
+pub struct BadDescriptor {
+    /// Which one, counting from 0.
+    pub index: usize,
+    /// Its name.
+    pub name: String,
+    /// What is wrong with it.
+    pub trouble: Trouble,
+}
+
+/// What can be wrong with a descriptor.
+#[derive(Debug)]
+pub enum Trouble {
+    /// It is no TCP and no unix stream socket.
+    NotAStream,
+    /// It is for operators and no unix stream socket.
+    NotUnix,
+    /// There is another for operators already.
+    SecondControl,
+    /// It is a connection, not a socket that takes connections.
+    NotListening,
+    /// The system would not tell.
+    Io(io::Error),
+}
+
+impl fmt::Display for BadDescriptor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { index, name, trouble } = self;
+        write!(f, "inherited socket {name:?} (number {index} of LISTEN_FDS): {trouble}")
+    }
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAStream => f.write_str(
+                "this is neither a TCP nor a unix stream socket; use ListenStream= in its unit",
+            ),
+            Self::NotUnix => f.write_str(
+                "the control socket must be a unix stream socket; give ListenStream= a path",
+            ),
+            Self::SecondControl => {
+                f.write_str("there can be only one control socket; remove one ListenStream=")
+            }
+            Self::NotListening => {
+                f.write_str("it does not take connections; its unit must say Accept=no")
+            }
+            Self::Io(error) => write!(f, "cannot find out what it is: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for BadDescriptor {}
+
+#[cfg(test)]
+mod tests;
