@@ -71,8 +71,8 @@ fn exactly_the_wire_form_is_sent() {
 #[test]
 fn a_reply_may_arrive_in_pieces_or_without_its_line_break() {
     let in_pieces = asking(&Command::Status, LONG, |mut stream| {
-        for byte in b"0: pid=1\nmore" {
-            stream.write_all(&[*byte]).unwrap();
+        for piece in ["0", ": pi", "d=1\nmore"] {
+            stream.write_all(piece.as_bytes()).unwrap();
         }
     });
     assert_eq!(in_pieces.unwrap(), Reply::success("pid=1"));
