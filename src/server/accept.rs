@@ -47,7 +47,7 @@ fn accept(shared: &Arc<Shared>, listener: &Listener) -> Option<Instant> {
         Ok((stream, peer)) => {
             let now = Instant::now();
             shared.roster.make_room(now);
-            match shared.roster.admit(peer.clone(), now) {
+            match shared.roster.admit(peer, now) {
                 Ok(seat) => start(shared, stream, peer, seat),
                 Err(why) => refuse(&peer, why),
             }

@@ -135,9 +135,10 @@ impl Server {
         self.shared.roster.set_acl(entries)
     }
 
-    /// Replaces the whole access control list, also how an empty one is treated.
-    pub fn replace_acl(&self, acl: Acl) {
-        self.shared.roster.replace_acl(acl);
+    /// Replaces the whole access control list, also how an empty one is treated, and the number of
+    /// clients there may be; those who are connected stay unless the list does not admit them.
+    pub fn readmit(&self, acl: Acl, clients_max: usize) {
+        self.shared.roster.readmit(acl, clients_max);
     }
 
     /// Lets nobody in any more, lets sessions answer what they have received, and ends those that

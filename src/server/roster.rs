@@ -33,6 +33,7 @@ pub(super) struct Roster {
 #[derive(Debug)]
 struct Inner {
     acl: Acl,
+    sessions_max: usize,
     stopping: bool,
     next_id: u64,
     /// By id, so that the oldest comes first.
@@ -83,7 +84,9 @@ pub(super) struct Seat {
 
 impl Roster {
     pub(super) fn new(capacity: Capacity, acl: Acl) -> io::Result<Arc<Self>> {
-        let inner = Inner { acl, stopping: false, next_id: 1, entries: BTreeMap::new() };
+        let sessions_max = capacity.sessions;
+        let entries = BTreeMap::new();
+        let inner = Inner { acl, sessions_max, stopping: false, next_id: 1, entries };
         let (inner, emptied) = (Mutex::new(inner), Condvar::new());
         Ok(Arc::new(Self { capacity, inner, emptied, bell: Wake::new()? }))
     }
@@ -97,8 +100,8 @@ impl Roster {
         if !peer.ip().is_none_or(|ip| inner.acl.admits(ip)) {
             return Err(Refused::Acl);
         }
-        if inner.entries.len() >= self.capacity.sessions {
-            return Err(Refused::Full(self.capacity.sessions));
+        if inner.entries.len() >= inner.sessions_max {
+            return Err(Refused::Full(inner.sessions_max));
         }
         let orders = Arc::new(Orders::new().map_err(|_| Refused::NoDescriptors)?);
         let id = inner.next_id;
@@ -140,10 +143,11 @@ impl Roster {
         Ok(())
     }
 
-    /// Replaces the list and how an empty one is treated.
-    pub(super) fn replace_acl(&self, acl: Acl) {
+    /// Replaces the list, how an empty one is treated, and how many there may be. Of those who are
+    /// here, only the ones that the list does not admit are told to end.
+    pub(super) fn readmit(&self, acl: Acl, sessions_max: usize) {
         let mut inner = self.lock();
-        inner.acl = acl;
+        (inner.acl, inner.sessions_max) = (acl, sessions_max);
         inner.expel();
     }
 
@@ -245,6 +249,10 @@ mod tests {
         drop(first);
         let third = roster.admit(peer("192.0.2.1"), now).unwrap();
         assert_eq!((roster.count(), third.id), (2, 3));
+        roster.readmit(Acl::default(), 3);
+        assert!(roster.admit(peer("192.0.2.1"), now).is_ok());
+        roster.readmit(Acl::default(), 1);
+        assert_eq!(roster.admit(peer("192.0.2.1"), now).unwrap_err(), Refused::Full(1));
     }
 
     #[test]

@@ -167,11 +167,12 @@ fn the_nth_failing_operation_is_an_error_at_the_client_and_the_session_goes_on()
         let fixture = plain();
         let mut client = fixture.client();
         fixture.faults.fail_nth(n, ENOSPC);
-        let mut outcomes = Vec::new();
-        outcomes.push(client.write(0, &[1; 4096]));
-        outcomes.push(bytes_of(&mut client, 0, 4096).map(drop));
-        outcomes.push(client.write(8192, &[2; 100]));
-        outcomes.push(client.flush());
+        let outcomes = [
+            client.write(0, &[1; 4096]),
+            bytes_of(&mut client, 0, 4096).map(drop),
+            client.write(8192, &[2; 100]),
+            client.flush(),
+        ];
         for (index, outcome) in outcomes.iter().enumerate() {
             let fails = index as u64 + 1 == n;
             let told = matches!(outcome, Err(ClientError::Refused(ErrorCode::NoSpace)));

@@ -300,7 +300,8 @@ impl Transmission<'_> {
         let interest = Interest { readable: self.receives(), writable: self.outbox.has_bytes() };
         let now = Instant::now();
         let stalled = self.stalled_at(now);
-        let idle = !interest.writable && !(self.inbox.is_relaxed() && self.outbox.is_relaxed());
+        let relaxed = self.inbox.is_relaxed() && self.outbox.is_relaxed();
+        let idle = !interest.writable && !relaxed;
         let deadline = match (stalled, idle) {
             (Some(at), _) => Some(at),
             (None, true) => Some(now + IDLE),
