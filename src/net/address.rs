@@ -4,7 +4,8 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 /// A place to listen on or to connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +14,15 @@ pub enum Address {
     Tcp(SocketAddr),
     /// The path of a unix socket.
     Unix(PathBuf),
+}
+
+/// An address without its port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Host {
+    /// An IP address, which needs a port.
+    Ip(IpAddr),
+    /// The path of a unix socket, which has none.
+    Path(PathBuf),
 }
 
 /// A place to connect to, whose host may still be a name.
@@ -55,15 +65,35 @@ impl Address {
     /// # Errors
     /// Says which of the two is missing, too much, or no address at all.
     pub fn parse(address: &str, port: Option<u16>) -> Result<Self, AddressError> {
-        if address.starts_with('/') {
-            return match port {
-                None => Ok(Self::Unix(address.into())),
-                Some(_) => Err(AddressError::PortWithPath(address.to_owned())),
-            };
+        address.parse::<Host>()?.with_port(port)
+    }
+}
+
+impl Host {
+    /// The address to listen on.
+    ///
+    /// # Errors
+    /// [`AddressError::PortMissing`] for an IP address without a port,
+    /// [`AddressError::PortWithPath`] for a path with one.
+    pub fn with_port(self, port: Option<u16>) -> Result<Address, AddressError> {
+        match (self, port) {
+            (Self::Ip(ip), Some(port)) => Ok(Address::Tcp(SocketAddr::new(ip, port))),
+            (Self::Path(path), None) => Ok(Address::Unix(path)),
+            (Self::Ip(ip), None) => Err(AddressError::PortMissing(ip.to_string())),
+            (Self::Path(path), Some(_)) => Err(AddressError::PortWithPath(shown(&path))),
         }
-        let ip: IpAddr = unbracket(address).parse().map_err(|_| not_an_ip(address))?;
-        let port = port.ok_or_else(|| AddressError::PortMissing(address.to_owned()))?;
-        Ok(Self::Tcp(SocketAddr::new(ip, port)))
+    }
+}
+
+/// An IPv4 or IPv6 address, brackets allowed, or a path beginning with `/`.
+impl FromStr for Host {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        if text.starts_with('/') {
+            return Ok(Self::Path(text.into()));
+        }
+        unbracket(text).parse().map(Self::Ip).map_err(|_| not_an_ip(text))
     }
 }
 
@@ -136,6 +166,10 @@ pub fn parse_port(text: &str) -> Result<u16, AddressError> {
 #[must_use]
 pub fn unbracket(text: &str) -> &str {
     text.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(text)
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
 }
 
 fn not_an_ip(address: &str) -> AddressError {

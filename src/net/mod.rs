@@ -19,7 +19,7 @@ mod stream;
 mod wait;
 mod wake;
 
-pub use address::{Address, AddressError, Remote, parse_port, resolve, unbracket};
+pub use address::{Address, AddressError, Host, Remote, parse_port, resolve, unbracket};
 pub use bind_error::{BindError, BindReason};
 pub use connect::connect;
 pub use listener::{BACKLOG, Listener};
