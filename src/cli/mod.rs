@@ -1,7 +1,273 @@
-//! (being built)
+//! The command line: one struct per command, one file per kind.
+//! Decides what was meant and says what was not understood; never does the work itself.
 
-/// Runs one command.
+pub mod config;
+pub mod operate;
+mod output;
+pub mod serve;
+pub mod settings;
+pub mod size;
+#[cfg(test)]
+mod tests;
+pub mod transfer;
+pub mod uri;
+pub mod usage;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
+use operate::Order;
+use serve::{NoPlan, Serve};
+use std::ffi::OsString;
+use std::process::ExitCode;
+use transfer::Transfer;
+use usage::Misuse;
+
+/// The modes, in the order in which they are shown.
+pub const MODES: [&str; 7] = ["serve", "read", "write", "acl", "status", "reload", "help"];
+
+/// A command line that can be meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invocation {
+    /// How much to log.
+    pub verbosity: Verbosity,
+    /// What to do.
+    pub command: Command,
+}
+
+/// How much goes to the log (flexnbd(1), LOGGING).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verbosity {
+    /// Only what ends the program.
+    Quiet,
+    /// What goes wrong.
+    #[default]
+    Normal,
+    /// Everything.
+    Verbose,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Serve a disk.
+    Serve(Serve),
+    /// Copy from a server to standard output.
+    Read(Transfer),
+    /// Copy from standard input to a server.
+    Write(Transfer),
+    /// Tell a running server something.
+    Operate(Order),
+    /// Show this text.
+    Help(String),
+}
+
+/// Why nothing is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Only help or the version was asked for; this is it.
+    Answer(String),
+    /// It cannot be meant.
+    Misuse(Misuse),
+}
+
+/// Runs one command; `arguments` begin with the program's own name.
 #[must_use]
-pub fn run(_arguments: impl Iterator<Item = std::ffi::OsString>) -> std::process::ExitCode {
-    std::process::ExitCode::from(2)
+pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    match parse(arguments) {
+        Ok(invocation) => invocation.run(),
+        Err(Stop::Answer(text)) => output::say(&text),
+        Err(Stop::Misuse(misuse)) => output::complain(&misuse.to_string(), output::EXIT_USAGE),
+    }
+}
+
+/// What a command line means; `arguments` begin with the program's own name. Pure.
+///
+/// # Errors
+/// [`Stop`]: help was asked for, or it cannot be meant.
+pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Stop> {
+    let arguments: Vec<OsString> = arguments.collect();
+    let line = CommandLine::try_parse_from(&arguments)
+        .map_err(|error| stopped(&error, mode_of(&arguments)))?;
+    let (within_mode, command) = line.mode.checked()?;
+    // What comes after the mode comes last, and the last one wins.
+    let verbosity = within_mode.verbosity().or(line.loudness.verbosity()).unwrap_or_default();
+    Ok(Invocation { verbosity, command })
+}
+
+/// The parser itself, for whoever wants to know every option: the manual's test does.
+#[must_use]
+pub fn command() -> clap::Command {
+    CommandLine::command()
+}
+
+impl Invocation {
+    fn run(self) -> ExitCode {
+        match self.command {
+            Command::Serve(serve) => match serve.plan() {
+                Ok(plan) => crate::daemon::serve(plan),
+                Err(NoPlan::Misuse(sentence)) => {
+                    let misuse = misuse(Some("serve"), sentence);
+                    output::complain(&misuse.to_string(), output::EXIT_USAGE)
+                }
+                Err(NoPlan::Config(sentence)) => {
+                    output::complain(&format!("flexnbd serve: {sentence}"), output::EXIT_CONFIG)
+                }
+            },
+            Command::Read(transfer) => transfer::read(&transfer),
+            Command::Write(transfer) => transfer::write(&transfer),
+            Command::Operate(order) => operate::run(&order),
+            Command::Help(text) => output::say(&text),
+        }
+    }
+}
+
+/// Serve a disk image or block device over NBD
+#[derive(Parser, Debug)]
+#[command(
+    name = "flexnbd",
+    version,
+    override_usage = "flexnbd MODE [OPTION]...",
+    subcommand_value_name = "MODE",
+    subcommand_help_heading = "Modes",
+    disable_help_subcommand = true,
+    args_override_self = true
+)]
+struct CommandLine {
+    #[command(flatten)]
+    loudness: Loudness,
+    #[command(subcommand)]
+    mode: Mode,
+}
+
+/// Options that may stand before and after the mode.
+#[derive(clap::Args, Clone, Copy, Debug)]
+struct Loudness {
+    /// Log everything; the last of -v and -q wins
+    #[arg(short, long, overrides_with = "quiet")]
+    verbose: bool,
+    /// Log only what ends the program
+    #[arg(short, long, overrides_with = "verbose")]
+    quiet: bool,
+}
+
+/// The options of a mode, and those of all modes.
+#[derive(clap::Args, Debug)]
+struct With<T: clap::Args> {
+    #[command(flatten)]
+    flags: T,
+    #[command(flatten)]
+    loudness: Loudness,
+}
+
+#[derive(Subcommand, Debug)]
+enum Mode {
+    /// Serve a disk
+    #[command(
+        override_usage = "flexnbd serve --file FILE [--addr ADDR --port PORT] [OPTION]... [ACL_ENTRY]..."
+    )]
+    Serve(With<Serve>),
+    /// Copy bytes from a server to standard output
+    #[command(
+        override_usage = "flexnbd read --addr ADDR --port PORT --from OFFSET --size SIZE [OPTION]..."
+    )]
+    Read(With<transfer::Flags>),
+    /// Copy bytes from standard input to a server
+    #[command(
+        override_usage = "flexnbd write --addr ADDR --port PORT --from OFFSET --size SIZE [OPTION]..."
+    )]
+    Write(With<transfer::Flags>),
+    /// Replace the access control list of a running server
+    #[command(override_usage = "flexnbd acl --sock SOCK [OPTION]... ACL_ENTRY...")]
+    Acl(With<operate::AclFlags>),
+    /// Show how a running server is doing
+    #[command(override_usage = "flexnbd status --sock SOCK [OPTION]...")]
+    Status(With<operate::StatusFlags>),
+    /// Make a running server read its configuration file again
+    #[command(override_usage = "flexnbd reload --sock SOCK [OPTION]...")]
+    Reload(With<operate::ReloadFlags>),
+    /// Show help, for all modes or for one
+    #[command(override_usage = "flexnbd help [MODE] [OPTION]...")]
+    Help(With<HelpFlags>),
+}
+
+#[derive(clap::Args, Debug)]
+struct HelpFlags {
+    /// Mode to show help for
+    #[arg(value_name = "MODE")]
+    mode: Option<String>,
+}
+
+impl Loudness {
+    fn verbosity(self) -> Option<Verbosity> {
+        match (self.verbose, self.quiet) {
+            (true, _) => Some(Verbosity::Verbose),
+            (false, true) => Some(Verbosity::Quiet),
+            (false, false) => None,
+        }
+    }
+}
+
+impl Mode {
+    fn checked(self) -> Result<(Loudness, Command), Stop> {
+        let wrong = |mode| move |sentence| Stop::Misuse(misuse(Some(mode), sentence));
+        Ok(match self {
+            Self::Serve(With { flags, loudness }) => (loudness, Command::Serve(flags)),
+            Self::Read(With { flags, loudness }) => {
+                (loudness, Command::Read(flags.checked().map_err(wrong("read"))?))
+            }
+            Self::Write(With { flags, loudness }) => {
+                (loudness, Command::Write(flags.checked().map_err(wrong("write"))?))
+            }
+            Self::Acl(With { flags, loudness }) => {
+                (loudness, Command::Operate(flags.checked().map_err(wrong("acl"))?))
+            }
+            Self::Status(With { flags, loudness }) => {
+                (loudness, Command::Operate(flags.checked().map_err(wrong("status"))?))
+            }
+            Self::Reload(With { flags, loudness }) => {
+                (loudness, Command::Operate(flags.checked().map_err(wrong("reload"))?))
+            }
+            Self::Help(With { flags, loudness }) => {
+                (loudness, Command::Help(help(flags.mode.as_deref()).map_err(wrong("help"))?))
+            }
+        })
+    }
+}
+
+/// What `flexnbd help [MODE]` shows.
+fn help(mode: Option<&str>) -> Result<String, String> {
+    let mut whole = command();
+    whole.build();
+    let Some(mode) = mode else { return Ok(whole.render_help().to_string()) };
+    match whole.find_subcommand_mut(mode) {
+        Some(command) => Ok(command.render_help().to_string()),
+        None => Err(usage::unknown_mode(mode)),
+    }
+}
+
+/// The parser's error in our words; help and version are no errors.
+fn stopped(error: &clap::Error, mode: Option<&'static str>) -> Stop {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            Stop::Answer(error.render().to_string())
+        }
+        _ => Stop::Misuse(misuse(mode, usage::sentence(error))),
+    }
+}
+
+fn misuse(mode: Option<&'static str>, sentence: String) -> Misuse {
+    let mut whole = command();
+    let usage = match mode.and_then(|mode| whole.find_subcommand_mut(mode)) {
+        Some(command) => command.render_usage(),
+        None => whole.render_usage(),
+    };
+    let usage = usage.to_string().trim_start_matches("Usage:").trim().to_owned();
+    Misuse { mode, sentence, usage }
+}
+
+/// The first argument that is no option is the mode: none of the options before it has a value.
+fn mode_of(arguments: &[OsString]) -> Option<&'static str> {
+    let is_option = |argument: &OsString| argument.as_encoded_bytes().starts_with(b"-");
+    let first = arguments.iter().skip(1).find(|argument| !is_option(argument))?;
+    MODES.into_iter().find(|mode| first == mode)
 }

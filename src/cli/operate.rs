@@ -1,0 +1,219 @@
+//! `flexnbd acl`, `status` and `reload`: one order to a running server, and its answer.
+//! Decides nothing about either; the answer's number is the exit status.
+
+use super::output;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+
+/// Where the service's instances have their control sockets.
+const RUN_DIRECTORY: &str = "/run/flexnbd";
+/// Longest name of an instance, in bytes, so that `/run/flexnbd/NAME.sock` fits into a socket
+/// address (107 bytes).
+pub const INSTANCE_BYTES_MAX: usize = 89;
+
+/// Which server is meant: by the path of its control socket, or by the name of its instance.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Server {
+    /// Control socket of the server
+    #[arg(short, long, value_name = "SOCK", conflicts_with = "instance")]
+    sock: Option<PathBuf>,
+
+    /// Name of the service's instance, for the control socket /run/flexnbd/NAME.sock
+    #[arg(long, value_name = "NAME")]
+    instance: Option<Instance>,
+}
+
+/// The name of an instance: a file name that cannot lead elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance(String);
+
+/// What is wrong with the name of an instance; holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InstanceError {
+    /// Empty, hidden, or with a slash, space or control character in it.
+    NotAName(String),
+    /// Longer than [`INSTANCE_BYTES_MAX`].
+    TooLong(String),
+}
+
+/// The flags of `acl`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct AclFlags {
+    #[command(flatten)]
+    server: Server,
+
+    /// Addresses of clients to admit, IPv4 or IPv6, each with an optional /PREFIX
+    #[arg(value_name = "ACL_ENTRY")]
+    entries: Vec<String>,
+}
+
+/// The flags of `status`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct StatusFlags {
+    #[command(flatten)]
+    server: Server,
+
+    /// Print a JSON object rather than key=value pairs
+    #[arg(long)]
+    json: bool,
+}
+
+/// The flags of `reload`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ReloadFlags {
+    #[command(flatten)]
+    server: Server,
+}
+
+/// An order for the server behind a control socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// The control socket.
+    pub socket: PathBuf,
+    /// What to do.
+    pub kind: Kind,
+}
+
+/// What can be ordered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Replace the access control list by these entries, at least one.
+    Acl(Vec<String>),
+    /// Tell how things are.
+    Status {
+        /// As JSON.
+        json: bool,
+    },
+    /// Read the configuration file again.
+    Reload,
+}
+
+/// What the server answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Answer {
+    status: u8,
+    text: String,
+}
+
+impl Kind {
+    /// The mode of the command line that gives it.
+    fn mode(&self) -> &'static str {
+        match self {
+            Self::Acl(_) => "acl",
+            Self::Status { .. } => "status",
+            Self::Reload => "reload",
+        }
+    }
+}
+
+impl AclFlags {
+    /// What is meant by them.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub fn checked(self) -> Result<Order, String> {
+        let socket = self.server.socket()?;
+        if self.entries.is_empty() {
+            return Err("an ACL_ENTRY is missing; 0.0.0.0/0 and ::/0 admit everybody".to_owned());
+        }
+        Ok(Order { socket, kind: Kind::Acl(self.entries) })
+    }
+}
+
+impl StatusFlags {
+    /// What is meant by them.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub fn checked(self) -> Result<Order, String> {
+        Ok(Order { socket: self.server.socket()?, kind: Kind::Status { json: self.json } })
+    }
+}
+
+impl ReloadFlags {
+    /// What is meant by them.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub fn checked(self) -> Result<Order, String> {
+        Ok(Order { socket: self.server.socket()?, kind: Kind::Reload })
+    }
+}
+
+impl Server {
+    fn socket(self) -> Result<PathBuf, String> {
+        match (self.sock, self.instance) {
+            (Some(path), _) => Ok(path),
+            (None, Some(instance)) => Ok(instance.socket()),
+            (None, None) => {
+                Err("the server is missing: give --sock SOCK or --instance NAME".to_owned())
+            }
+        }
+    }
+}
+
+impl Instance {
+    /// Where its control socket is.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        Path::new(RUN_DIRECTORY).join(format!("{}.sock", self.0))
+    }
+}
+
+impl FromStr for Instance {
+    type Err = InstanceError;
+
+    fn from_str(text: &str) -> Result<Self, InstanceError> {
+        let odd = |c: char| c == '/' || c.is_whitespace() || c.is_control();
+        if text.is_empty() || text.starts_with('.') || text.contains(odd) {
+            return Err(InstanceError::NotAName(text.to_owned()));
+        }
+        if text.len() > INSTANCE_BYTES_MAX {
+            return Err(InstanceError::TooLong(text.to_owned()));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// Gives the order and tells the answer: on standard output when it was carried out, else on
+/// standard error. The exit status is the answer's number, or 1 when there is none.
+#[must_use]
+pub fn run(order: &Order) -> ExitCode {
+    match ask(order).and_then(|answer| presented(answer, &order.kind)) {
+        Ok(Answer { status: 0, text }) => output::say(&text),
+        Ok(Answer { status, text }) => output::complain(&text, status),
+        Err(why) => {
+            let mode = order.kind.mode();
+            output::complain(&format!("flexnbd {mode}: {why}"), output::EXIT_FAILURE)
+        }
+    }
+}
+
+/// The one place where the control socket's client is called.
+fn ask(order: &Order) -> Result<Answer, String> {
+    Err(format!("{}: not connected yet", order.socket.display()))
+}
+
+/// The answer in the form that was asked for.
+fn presented(answer: Answer, _kind: &Kind) -> Result<Answer, String> {
+    Ok(answer)
+}
+
+impl fmt::Display for InstanceError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAName(text) => write!(
+                f,
+                "`{text}` is not the name of an instance, which is a word without / and without \
+                 a dot at its beginning"
+            ),
+            Self::TooLong(text) => {
+                write!(f, "`{text}` is longer than the {INSTANCE_BYTES_MAX} bytes of a name")
+            }
+        }
+    }
+}
+
+impl std::error::Error for InstanceError {}
