@@ -23,7 +23,7 @@ use tracing::{info, warn};
 const GRACE: Duration = Duration::from_secs(10);
 
 /// Everything that was decided before serving begins.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServePlan {
     /// Where to listen; not needed when sockets are inherited.
     pub address: Option<Address>,
@@ -43,8 +43,6 @@ pub struct ServePlan {
     pub killswitch: bool,
     /// Who may connect.
     pub admission: Admission,
-    /// How to learn the admission anew, if it came from a configuration file.
-    pub reread: Option<Reread>,
 }
 
 /// Who may connect, as far as that can change while serving.
@@ -107,11 +105,12 @@ enum Event {
     Stop(Signal),
 }
 
-/// Serves until a signal ends it.
+/// Serves until a signal ends it. `reread` is how to learn the admission anew, if it came from a
+/// configuration file.
 ///
 /// # Errors
 /// Before serving began, when it cannot.
-pub fn serve(plan: ServePlan) -> Result<(), Refusal> {
+pub fn serve(plan: ServePlan, reread: Option<Reread>) -> Result<(), Refusal> {
     // Before any thread starts: the environment is read and changed, and threads inherit the mask.
     let inherited = Inherited::from_env().map_err(|error| Refusal::Inherited(error.to_string()))?;
     let notifier = Notifier::from_env();
@@ -122,7 +121,7 @@ pub fn serve(plan: ServePlan) -> Result<(), Refusal> {
     let (listeners, control) = sockets(&plan, inherited)?;
     let told = addresses(&listeners);
     info!("serving {} ({} bytes) on {told}", plan.image.display(), disk.size());
-    let service = start(plan, disk, listeners)?;
+    let service = start(plan, reread, disk, listeners)?;
     let control = answer_operators(control, &service)?;
     watch_signals(signals, events)?;
     tell(notifier.ready());
@@ -205,6 +204,7 @@ fn listeners(
 
 fn start(
     plan: ServePlan,
+    reread: Option<Reread>,
     disk: Arc<Disk>,
     listeners: Vec<Listener>,
 ) -> Result<Arc<Service>, Refusal> {
@@ -217,7 +217,7 @@ fn start(
     let Admission { acl, clients_max } = plan.admission;
     let server = Server::start(listeners, disk, &plan.export, acl, clients_max, settings)
         .map_err(|error| Refusal::System("start serving", error))?;
-    Ok(Arc::new(Service { size, server: Mutex::new(server), reread: plan.reread }))
+    Ok(Arc::new(Service { size, server: Mutex::new(server), reread }))
 }
 
 fn answer_operators(

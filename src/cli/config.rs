@@ -13,7 +13,7 @@
 //! Space around keys and values does not count. A value may stand in `'` or `"`, which are taken
 //! off; nothing inside is special. Switches are `yes true on 1` or `no false off 0`.
 
-use super::settings::{Settings, parse_max_clients};
+use super::settings::{Settings, parse_acl_entry, parse_max_clients};
 use super::size::parse_create;
 use super::uri::parse_export;
 use crate::net::parse_port;
@@ -135,7 +135,7 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "EXPORT" => settings.export = Some(parse_export(value).map_err(said)?),
         "OLDSTYLE" => settings.oldstyle = switch(value)?,
         "MAX_CLIENTS" => settings.max_clients = Some(parse_max_clients(value)?),
-        "ACL" => settings.acl = entries(value),
+        "ACL" => settings.acl = entries(value)?,
         // A test holds this list against KEYS.
         _ => return Err("the key has no meaning".to_owned()),
     }
@@ -159,9 +159,9 @@ fn switch(value: &str) -> Result<bool, String> {
 }
 
 /// Separated by spaces or commas, or both.
-fn entries(value: &str) -> Vec<String> {
+fn entries(value: &str) -> Result<Vec<String>, String> {
     let separator = |c: char| c == ',' || c.is_whitespace();
-    value.split(separator).filter(|entry| !entry.is_empty()).map(str::to_owned).collect()
+    value.split(separator).filter(|entry| !entry.is_empty()).map(parse_acl_entry).collect()
 }
 
 /// The key that may be meant.

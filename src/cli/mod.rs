@@ -13,6 +13,8 @@ pub mod transfer;
 pub mod uri;
 pub mod usage;
 
+use crate::fatal;
+use crate::systemd::{Verbosity, journal};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use operate::Order;
@@ -32,18 +34,6 @@ pub struct Invocation {
     pub verbosity: Verbosity,
     /// What to do.
     pub command: Command,
-}
-
-/// How much goes to the log (flexnbd(1), LOGGING).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Verbosity {
-    /// Only what ends the program.
-    Quiet,
-    /// What goes wrong.
-    #[default]
-    Normal,
-    /// Everything.
-    Verbose,
 }
 
 /// What to do.
@@ -102,21 +92,35 @@ pub fn command() -> clap::Command {
 
 impl Invocation {
     fn run(self) -> ExitCode {
+        // Once in a process, and this is where it begins.
+        let _ = journal::init(self.verbosity);
         match self.command {
-            Command::Serve(serve) => match serve.plan() {
-                Ok(plan) => crate::daemon::serve(plan),
-                Err(NoPlan::Misuse(sentence)) => {
-                    let misuse = misuse(Some("serve"), sentence);
-                    output::complain(&misuse.to_string(), output::EXIT_USAGE)
-                }
-                Err(NoPlan::Config(sentence)) => {
-                    output::complain(&format!("flexnbd serve: {sentence}"), output::EXIT_CONFIG)
-                }
-            },
+            Command::Serve(serve) => run_serve(&serve),
             Command::Read(transfer) => transfer::read(&transfer),
             Command::Write(transfer) => transfer::write(&transfer),
             Command::Operate(order) => operate::run(&order),
             Command::Help(text) => output::say(&text),
+        }
+    }
+}
+
+fn run_serve(serve: &Serve) -> ExitCode {
+    let plan = match serve.plan() {
+        Ok(plan) => plan,
+        Err(NoPlan::Misuse(sentence)) => {
+            let misuse = misuse(Some("serve"), sentence);
+            return output::complain(&misuse.to_string(), output::EXIT_USAGE);
+        }
+        Err(NoPlan::Config(sentence)) => {
+            fatal!("{sentence}");
+            return ExitCode::from(output::EXIT_CONFIG);
+        }
+    };
+    match crate::daemon::serve(plan, serve.reread()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(refusal) => {
+            fatal!("{refusal}");
+            ExitCode::from(output::EXIT_CONFIG)
         }
     }
 }

@@ -2,6 +2,8 @@
 //! Decides nothing about either; the answer's number is the exit status.
 
 use super::output;
+use crate::control::status::to_json;
+use crate::control::{Command, Reply, ask};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -90,13 +92,6 @@ pub enum Kind {
     Reload,
 }
 
-/// What the server answered.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Answer {
-    status: u8,
-    text: String,
-}
-
 impl Kind {
     /// The mode of the command line that gives it.
     fn mode(&self) -> &'static str {
@@ -104,6 +99,25 @@ impl Kind {
             Self::Acl(_) => "acl",
             Self::Status { .. } => "status",
             Self::Reload => "reload",
+        }
+    }
+
+    /// What goes to the server.
+    fn command(&self) -> Command {
+        match self {
+            Self::Acl(entries) => Command::Acl { entries: entries.clone() },
+            Self::Status { .. } => Command::Status,
+            Self::Reload => Command::Reload,
+        }
+    }
+
+    /// The answer in the form that was asked for.
+    fn presented(&self, reply: &Reply) -> Result<String, String> {
+        match self {
+            Self::Status { json: true } if reply.is_success() => {
+                to_json(reply.text()).map_err(|error| error.to_string())
+            }
+            _ => Ok(reply.text().to_owned()),
         }
     }
 }
@@ -181,24 +195,15 @@ impl FromStr for Instance {
 /// standard error. The exit status is the answer's number, or 1 when there is none.
 #[must_use]
 pub fn run(order: &Order) -> ExitCode {
-    match ask(order).and_then(|answer| presented(answer, &order.kind)) {
-        Ok(Answer { status: 0, text }) => output::say(&text),
-        Ok(Answer { status, text }) => output::complain(&text, status),
+    let answer = ask(&order.socket, &order.kind.command()).map_err(|error| error.to_string());
+    match answer.and_then(|reply| Ok((reply.exit_status(), order.kind.presented(&reply)?))) {
+        Ok((0, text)) => output::say(&text),
+        Ok((status, text)) => output::complain(&text, status),
         Err(why) => {
             let mode = order.kind.mode();
             output::complain(&format!("flexnbd {mode}: {why}"), output::EXIT_FAILURE)
         }
     }
-}
-
-/// The one place where the control socket's client is called.
-fn ask(order: &Order) -> Result<Answer, String> {
-    Err(format!("{}: not connected yet", order.socket.display()))
-}
-
-/// The answer in the form that was asked for.
-fn presented(answer: Answer, _kind: &Kind) -> Result<Answer, String> {
-    Ok(answer)
 }
 
 impl fmt::Display for InstanceError {

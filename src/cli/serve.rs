@@ -3,13 +3,12 @@
 
 use super::config;
 use super::settings::Settings;
-use crate::daemon::ServePlan;
+use crate::daemon::{Admission, Reread, ServePlan};
+use crate::server::CLIENTS_MAX;
+use crate::server::acl::Acl;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-
-/// How many clients are admitted at once unless `--max-clients` says otherwise.
-pub const MAX_CLIENTS_DEFAULT: usize = 128;
 
 /// The flags of `serve`.
 #[derive(clap::Args, Clone, Debug, PartialEq, Eq)]
@@ -43,6 +42,17 @@ impl Serve {
         self.plan_with(text.as_deref())
     }
 
+    /// How to learn later what the configuration file then says, if there is one.
+    #[must_use]
+    pub fn reread(&self) -> Option<Reread> {
+        self.config.as_ref()?;
+        let serve = self.clone();
+        Some(Reread(Box::new(move || match serve.plan() {
+            Ok(plan) => Ok(plan.admission),
+            Err(NoPlan::Misuse(sentence) | NoPlan::Config(sentence)) => Err(sentence),
+        })))
+    }
+
     /// [`Serve::plan`] with the text of the configuration file.
     fn plan_with(&self, text: Option<&str>) -> Result<ServePlan, NoPlan> {
         let file = match (&self.config, text) {
@@ -52,6 +62,9 @@ impl Serve {
             _ => Settings::default(),
         };
         let settings = self.settings.clone().over(file);
+        let acl = Acl::parse(&settings.acl, settings.default_deny)
+            .map_err(|bad| NoPlan::Misuse(bad.to_string()))?;
+        let clients_max = settings.max_clients.unwrap_or(CLIENTS_MAX);
         let address = settings.address().map_err(|error| NoPlan::Misuse(error.to_string()))?;
         let image = settings.file.ok_or_else(|| NoPlan::Misuse(self.image_missing()))?;
         Ok(ServePlan {
@@ -62,11 +75,8 @@ impl Serve {
             export: settings.export.unwrap_or_default(),
             oldstyle: settings.oldstyle,
             control: settings.sock,
-            acl: settings.acl,
-            default_deny: settings.default_deny,
             killswitch: settings.killswitch,
-            max_clients: settings.max_clients.unwrap_or(MAX_CLIENTS_DEFAULT),
-            config: self.config.clone(),
+            admission: Admission { acl, clients_max },
         })
     }
 
@@ -114,11 +124,8 @@ mod tests {
             export: String::new(),
             oldstyle: false,
             control: None,
-            acl: vec![],
-            default_deny: false,
             killswitch: false,
-            max_clients: 128,
-            config: None,
+            admission: Admission { acl: Acl::default(), clients_max: 128 },
         };
         assert_eq!(serve(file("/a"), None).plan(), Ok(expected));
     }
@@ -135,11 +142,8 @@ mod tests {
             export: "disk".to_owned(),
             oldstyle: true,
             control: Some("/b".into()),
-            acl: vec!["::1".to_owned()],
-            default_deny: true,
             killswitch: true,
-            max_clients: 3,
-            config: Some("disk.conf".into()),
+            admission: Admission { acl: Acl::parse(&["::1"], true).unwrap(), clients_max: 3 },
         };
         let asked = serve(Settings::default(), Some("disk.conf"));
         assert_eq!(asked.plan_with(Some(text)), Ok(expected));
@@ -201,7 +205,7 @@ mod tests {
         let asked = Serve { settings: file("/a"), config: Some(path.clone()) };
         for limit in [1, 2] {
             fs::write(&path, format!("MAX_CLIENTS={limit}\n")).unwrap();
-            assert_eq!(asked.plan().unwrap().max_clients, limit);
+            assert_eq!(asked.plan().unwrap().admission.clients_max, limit);
         }
     }
 }

@@ -4,6 +4,7 @@
 use super::size::parse_create;
 use super::uri::parse_export;
 use crate::net::{Address, AddressError, Host, parse_port};
+use crate::server::acl::Acl;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -62,7 +63,7 @@ pub struct Settings {
     pub max_clients: Option<usize>,
 
     /// Addresses of clients to admit, IPv4 or IPv6, each with an optional /PREFIX
-    #[arg(value_name = "ACL_ENTRY")]
+    #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
     pub acl: Vec<String>,
 }
 
@@ -109,6 +110,14 @@ impl Settings {
             (Some(host), port) => host.clone().with_port(port).map(Some).map_err(Nowhere::Unfit),
         }
     }
+}
+
+/// One entry of the access control list, unchanged if it is one.
+///
+/// # Errors
+/// A sentence for the operator.
+pub fn parse_acl_entry(text: &str) -> Result<String, String> {
+    Acl::parse(&[text], false).map(|_| text.to_owned()).map_err(|bad| bad.to_string())
 }
 
 /// `--max-clients`: a number within [`MAX_CLIENTS_RANGE`].

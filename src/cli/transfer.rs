@@ -1,11 +1,21 @@
 //! `flexnbd read` and `flexnbd write`: which bytes of which export.
-//! Connects to nobody; moving the bytes is the client room's part.
+//! Streams: holds one request's data at a time, whatever the size.
 
+use super::output;
 use super::size::{parse_from, parse_length};
 use super::uri::{self, Target, parse_export};
-use crate::net::{Remote, parse_port, unbracket};
+use crate::client::{ClientError, Connection};
+use crate::net::{Remote, Stream, connect, parse_port, unbracket};
+use crate::range::Range;
+use std::io::{self, Read, Write};
 use std::net::IpAddr;
 use std::process::ExitCode;
+use std::time::Duration;
+
+/// How long connecting may take, for each address of the server.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long the server may make no progress.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The flags of `read` and `write`.
 #[derive(clap::Args, Clone, Debug)]
@@ -80,14 +90,139 @@ impl Flags {
 
 /// Copies bytes of the export to standard output.
 #[must_use]
-pub fn read(_transfer: &Transfer) -> ExitCode {
-    ExitCode::FAILURE
+pub fn read(transfer: &Transfer) -> ExitCode {
+    told("read", transfer, transfer.read(&mut io::stdout().lock()))
 }
 
 /// Copies standard input to the export.
 #[must_use]
-pub fn write(_transfer: &Transfer) -> ExitCode {
-    ExitCode::FAILURE
+pub fn write(transfer: &Transfer) -> ExitCode {
+    told("write", transfer, transfer.write(&mut io::stdin().lock()))
+}
+
+/// Why not everything was moved.
+#[derive(Debug)]
+enum Failure {
+    /// No address of the server could be connected to.
+    Unreachable(io::Error),
+    /// The server, or the connection to it.
+    Server(ClientError),
+    /// The range is not within the export, which has this many bytes.
+    BeyondTheEnd(u64),
+    /// Standard input ended, or failed, after so many bytes; so many of them were written.
+    Input { had: u64, written: u64, error: Option<io::Error> },
+    /// Standard output failed.
+    Output(io::Error),
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Sink(error) => Self::Output(error),
+            error => Self::Server(error),
+        }
+    }
+}
+
+impl Transfer {
+    /// Streams from the server to `out`.
+    fn read(&self, out: &mut dyn Write) -> Result<(), Failure> {
+        let mut connection = self.connect()?;
+        for (offset, length) in self.requests(connection.payload_length_max()) {
+            connection.read(offset, length, &mut |data| out.write_all(data))?;
+        }
+        out.flush().map_err(Failure::Output)?;
+        connection.close();
+        Ok(())
+    }
+
+    /// Streams from `input` to the server. Every request is sent only when all of its data is at
+    /// hand, so that an input that ends too early leaves no half a request behind.
+    fn write(&self, input: &mut dyn Read) -> Result<(), Failure> {
+        let mut connection = self.connect()?;
+        let mut data = Vec::new();
+        for (offset, length) in self.requests(connection.payload_length_max()) {
+            data.clear();
+            let taken = input.take(u64::from(length)).read_to_end(&mut data);
+            if taken.is_err() || data.len() < length as usize {
+                let written = offset - self.from;
+                let had = written + data.len() as u64;
+                return Err(Failure::Input { had, written, error: taken.err() });
+            }
+            connection.write(offset, &data)?;
+        }
+        connection.flush()?;
+        connection.close();
+        Ok(())
+    }
+
+    fn connect(&self) -> Result<Connection, Failure> {
+        let stream = self.reach().map_err(Failure::Unreachable)?;
+        let connection = Connection::open(stream, &self.export, PATIENCE)?;
+        let size = connection.agreement().size;
+        if Range::within(size, self.from, self.size).is_none() {
+            connection.close();
+            return Err(Failure::BeyondTheEnd(size));
+        }
+        connection.check_alignment(self.from, self.size)?;
+        Ok(connection)
+    }
+
+    /// Tries every address of the server; the last failure counts.
+    fn reach(&self) -> io::Result<Stream> {
+        let mut outcome = Err(io::Error::other("the host has no address"));
+        for address in self.remote.resolve()? {
+            outcome = connect(&address, self.bind, CONNECT_TIMEOUT);
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        let stream = outcome?;
+        stream.tune()?;
+        Ok(stream)
+    }
+
+    /// The requests that move everything: one, where the server takes it.
+    fn requests(&self, length_max: u32) -> impl Iterator<Item = (u64, u32)> + use<> {
+        let end = self.from + self.size;
+        (self.from..end).step_by(length_max as usize).map(move |offset| {
+            // It fits: no more than the maximum, which has 32 bits.
+            (offset, (end - offset).min(u64::from(length_max)) as u32)
+        })
+    }
+}
+
+fn told(mode: &str, transfer: &Transfer, outcome: Result<(), Failure>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read it had enough; there is nobody to tell.
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            ExitCode::from(output::EXIT_FAILURE)
+        }
+        Err(failure) => {
+            let text = format!("flexnbd {mode}: {}", explained(transfer, &failure));
+            output::complain(&text, output::EXIT_FAILURE)
+        }
+    }
+}
+
+fn explained(transfer: &Transfer, failure: &Failure) -> String {
+    let Transfer { remote, from, size, .. } = transfer;
+    match failure {
+        Failure::Unreachable(error) => format!("cannot connect to {remote}: {error}"),
+        Failure::Server(error) => format!("{remote}: {error}"),
+        Failure::BeyondTheEnd(end) => {
+            format!("{remote}: {size} bytes from {from} on do not lie within its {end} bytes")
+        }
+        Failure::Input { had, written, error: None } => format!(
+            "standard input ended after {had} of {size} bytes; the first {written} were written"
+        ),
+        Failure::Input { had, written, error: Some(error) } => format!(
+            "cannot read standard input after {had} of {size} bytes: {error}; the first \
+             {written} were written"
+        ),
+        Failure::Output(error) => format!("cannot write to standard output: {error}"),
+    }
 }
 
 fn target(uri: Option<Target>, addr: Option<String>, port: Option<u16>) -> Result<Target, String> {
