@@ -5,7 +5,8 @@
 //! Rooms are modules; floors say who may lean on whom. `tests/house.rs` keeps it so.
 //!
 //! ```text
-//! 6   cli  main                         may use everything below
+//! 7   main                              may use everything below
+//! 6   cli                               may use everything below
 //! 5   daemon                            may use everything below
 //! 4   control                           may use server and client through what daemon hands it
 //! 3   server                            may use floors 0 to 2

@@ -303,9 +303,11 @@ mod tests {
 
     #[test]
     fn acl_entries_are_separated_by_spaces_or_commas() {
-        for value in ["a b c", "a,b,c", "a, b ,c", "\"a  b,,c,\""] {
-            assert_eq!(read(&format!("ACL={value}")).unwrap().acl, ["a", "b", "c"], "{value}");
+        for value in ["::1 ::2 10.0.0.0/8", "::1,::2,10.0.0.0/8", "\"::1  ::2,,10.0.0.0/8,\""] {
+            let acl = read(&format!("ACL={value}")).unwrap().acl;
+            assert_eq!(acl, ["::1", "::2", "10.0.0.0/8"], "{value}");
         }
+        assert!(refusal("ACL=::1 a").contains("ACL: 'a' is not an access control entry"));
         assert!(read("ACL=").unwrap().acl.is_empty());
     }
 

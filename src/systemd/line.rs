@@ -100,6 +100,9 @@ fn push_escaped(out: &mut String, text: &str) {
     }
 }
 
+/// How the names of fields begin that only the journal keeps.
+const JOURNAL_FIELD: &str = "flexnbd.";
+
 /// What an event says, taken down field by field.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Fields {
@@ -125,6 +128,8 @@ impl Fields {
         match name {
             MESSAGE => self.message = value,
             FATAL | MESSAGE_ID => {}
+            // The words say these; as fields they are for the journal.
+            _ if name.starts_with(JOURNAL_FIELD) => {}
             _ => self.others.push((name, value)),
         }
     }
@@ -181,11 +186,11 @@ mod tests {
     fn further_fields_follow_and_keep_their_names() {
         let fields = fields(
             "refused",
-            &[("flexnbd.client", "10.0.0.1:4"), ("reason", "not welcome"), ("empty", "")],
+            &[("client", "10.0.0.1:4"), ("reason", "not welcome"), ("empty", "")],
         );
         assert!(
             format(&ABOUT, &fields)
-                .ends_with("refused flexnbd.client=10.0.0.1:4 reason=\"not welcome\" empty=\"\"\n")
+                .ends_with("refused client=10.0.0.1:4 reason=\"not welcome\" empty=\"\"\n")
         );
     }
 
