@@ -29,9 +29,14 @@ pub struct Flags {
     #[arg(short, long, value_name = "PORT", value_parser = parse_port, conflicts_with = "uri")]
     port: Option<u16>,
 
-    /// Server and export as a URI: nbd://HOST[:PORT][/EXPORT] or
-    /// nbd+unix:///[EXPORT]?socket=PATH, instead of --addr and --port
-    #[arg(long, value_name = "URI", value_parser = uri::parse)]
+    /// Server and export as a URI, instead of `--addr` and `--port`.
+    #[arg(
+        long,
+        value_name = "URI",
+        value_parser = uri::parse,
+        help = "Server and export as a URI: nbd://HOST[:PORT][/EXPORT] or \
+                nbd+unix:///[EXPORT]?socket=PATH, instead of --addr and --port"
+    )]
     uri: Option<Target>,
 
     /// Name of the export [default: the server's default]
