@@ -20,6 +20,10 @@ pub use gate::{Gate, NoEntry, Pass, StillBusy};
 pub use image::FileImage;
 pub use open::{Access, OpenError, SECTOR};
 
+pub mod dirty;
+pub mod hold;
+pub mod ownership;
+
 use crate::range::Range;
 use nix::errno::Errno;
 use std::io;
