@@ -9,7 +9,7 @@
 //! 6   cli                               may use everything below
 //! 5   daemon                            may use everything below
 //! 4   control                           may use server and client through what daemon hands it
-//! 3   server                            may use floors 0 to 2
+//! 3   server  migration                 may use floors 0 to 2; never each other
 //! 2   client                            may use floors 0 and 1
 //! 1   nbd  disk  net  systemd           may use range; never each other
 //! 0   range
@@ -22,6 +22,7 @@
 //! * [`systemd`]: what the service manager gives and wants to hear.
 //! * [`client`]: one connection to somebody else's export.
 //! * [`server`]: serving clients.
+//! * [`migration`]: moving the disk to another server.
 //! * [`control`]: orders from operators.
 //! * [`daemon`]: one process: opens the rooms, waits for events, closes them in order.
 //! * [`cli`]: one struct per command.
@@ -45,6 +46,7 @@ pub mod client;
 pub mod control;
 pub mod daemon;
 pub mod disk;
+pub mod migration;
 pub mod nbd;
 pub mod net;
 pub mod range;

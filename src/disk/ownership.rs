@@ -89,6 +89,8 @@ pub enum Title {
     Native,
     /// It arrived with the migration of this id.
     Arrived(Id),
+    /// It arrived from a source that could not introduce itself.
+    Received,
     /// An operator said so.
     Adopted,
 }
@@ -184,6 +186,7 @@ fn encode_title(title: Title) -> String {
     match title {
         Title::Native => "native".to_owned(),
         Title::Adopted => "adopted".to_owned(),
+        Title::Received => "received".to_owned(),
         Title::Arrived(id) => id.to_string(),
     }
 }
@@ -192,6 +195,7 @@ fn decode_title(text: &str) -> Option<Title> {
     match text {
         "native" => Some(Title::Native),
         "adopted" => Some(Title::Adopted),
+        "received" => Some(Title::Received),
         id => Id::parse(id).map(Title::Arrived),
     }
 }
@@ -203,7 +207,7 @@ fn decode_body(body: &str) -> Option<Record> {
             "-" => Some(Record::Incoming { id: None }),
             id => Some(Record::Incoming { id: Some(Id::parse(id)?) }),
         },
-        "ours" => Some(Record::Ours(decode_title(rest.strip_prefix("title=")?)?)),
+        "ours" => decode_title(rest.strip_prefix("title=")?)?.record(),
         "departing" => {
             let (id, before, to) = decode_leaving(rest, "before=")?;
             Some(Record::Departing { id, before: decode_title(before)?, to })
@@ -306,8 +310,8 @@ pub enum ForListen {
         /// What to answer a source that asks about it.
         holds: Option<Id>,
     },
-    /// It is here already: say so, and exit with success.
-    AlreadyArrived(Id),
+    /// It is here already: say so, and exit with success. None when it came without an id.
+    AlreadyArrived(Option<Id>),
     /// No.
     Refuse(Refusal),
 }
@@ -321,7 +325,8 @@ pub fn for_listen(record: Option<&Record>, overwrite: bool) -> ForListen {
         }
         Some(Record::Incoming { id }) => ForListen::Accept { holds: *id },
         Some(Record::Ours(_)) if overwrite => ForListen::Accept { holds: None },
-        Some(Record::Ours(Title::Arrived(id))) => ForListen::AlreadyArrived(*id),
+        Some(Record::Ours(Title::Arrived(id))) => ForListen::AlreadyArrived(Some(*id)),
+        Some(Record::Ours(Title::Received)) => ForListen::AlreadyArrived(None),
         Some(Record::Ours(Title::Adopted)) => ForListen::Refuse(Refusal::Adopted),
         Some(Record::Departing { id, to, .. }) => {
             ForListen::Refuse(Refusal::Departing { id: *id, to: to.clone() })

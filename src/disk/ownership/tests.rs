@@ -34,7 +34,15 @@ fn an_incomplete_copy_is_not_served_and_starts_over() {
 fn a_disk_that_arrived_is_served_and_another_needs_overwrite() {
     let record = Record::Ours(Title::Arrived(ID));
     assert_eq!(for_serve(Some(&record)), ForServe::Serve(Title::Arrived(ID)));
-    assert_eq!(for_listen(Some(&record), false), ForListen::AlreadyArrived(ID));
+    assert_eq!(for_listen(Some(&record), false), ForListen::AlreadyArrived(Some(ID)));
+    assert_eq!(for_listen(Some(&record), true), ForListen::Accept { holds: None });
+}
+
+#[test]
+fn a_disk_that_arrived_without_an_id_has_arrived_all_the_same() {
+    let record = Record::Ours(Title::Received);
+    assert_eq!(for_serve(Some(&record)), ForServe::Serve(Title::Received));
+    assert_eq!(for_listen(Some(&record), false), ForListen::AlreadyArrived(None));
     assert_eq!(for_listen(Some(&record), true), ForListen::Accept { holds: None });
 }
 
@@ -107,6 +115,7 @@ fn what_we_would_not_write_ourselves_is_garbage() {
         "flexnbd 1\n".to_owned(),
         "flexnbd 1 ours\n".to_owned(),
         "flexnbd 1 ours title=someone\n".to_owned(),
+        "flexnbd 1 ours title=native\n".to_owned(),
         format!("flexnbd 1 ours title={id}"),
         format!("flexnbd 1 ours title={id}\n\n"),
         format!("flexnbd 1 ours title={}\n", id.to_uppercase()),
@@ -140,6 +149,7 @@ fn any_title() -> impl Strategy<Value = Title> {
     prop_oneof![
         Just(Title::Native),
         Just(Title::Adopted),
+        Just(Title::Received),
         any::<[u8; 16]>().prop_map(|id| Title::Arrived(Id(id))),
     ]
 }
@@ -149,7 +159,7 @@ fn any_record() -> impl Strategy<Value = Record> {
     let to = || "[ -~é]{1,60}".prop_filter_map("a place", |text| Place::new(&text));
     prop_oneof![
         proptest::option::of(id()).prop_map(|id| Record::Incoming { id }),
-        any_title().prop_map(Record::Ours),
+        any_title().prop_filter_map("a title on record", Title::record),
         (id(), any_title(), to()).prop_map(|(id, before, to)| Record::Departing { id, before, to }),
         (id(), any::<u64>(), to()).prop_map(|(id, when, to)| Record::Departed { id, when, to }),
     ]

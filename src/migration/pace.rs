@@ -1,0 +1,280 @@
+//! How fast: the speed limit, the measured rate, and when the copy has caught up with the writers.
+//! Never waits and never looks at a clock; every question brings the time with it, as the
+//! time since some fixed moment.
+
+use std::collections::VecDeque;
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Smallest request in bytes that a speed limit asks for.
+pub const CHUNK_MIN: u64 = 4096;
+
+/// Requests that a speed limit is spread over in a second, at least.
+const CHUNKS_PER_SECOND: u64 = 16;
+
+/// `--max-speed`: at most so many bytes on the wire over any second.
+///
+/// A limit below one request of [`CHUNK_MIN`] bytes a second cannot be kept over every second; it
+/// is then kept on average.
+#[derive(Debug, Default)]
+pub struct Speed {
+    limit: Option<NonZeroU64>,
+    /// When how much was sent, over the last second.
+    recent: VecDeque<(Duration, u64)>,
+    recent_bytes: u64,
+    last: Option<(Duration, u64)>,
+}
+
+impl Speed {
+    /// A limit in bytes per second; none is no limit.
+    #[must_use]
+    pub fn new(limit: Option<NonZeroU64>) -> Self {
+        Self { limit, ..Self::default() }
+    }
+
+    /// Replaces the limit; what was sent in the last second counts against the new one.
+    pub fn set_limit(&mut self, limit: Option<NonZeroU64>) {
+        self.limit = limit;
+    }
+
+    /// The limit in bytes per second.
+    #[must_use]
+    pub fn limit(&self) -> Option<NonZeroU64> {
+        self.limit
+    }
+
+    /// Longest request in bytes that keeps the flow even.
+    #[must_use]
+    pub fn chunk(&self) -> u64 {
+        let Some(limit) = self.limit else { return u64::MAX };
+        let share = limit.get() / CHUNKS_PER_SECOND;
+        (share / CHUNK_MIN).max(1) * CHUNK_MIN
+    }
+
+    /// When `bytes` may be sent; not after `now` means at once.
+    #[must_use]
+    pub fn ready_at(&self, now: Duration, bytes: u64) -> Duration {
+        let Some(limit) = self.limit else { return now };
+        let evenly = self.last.map_or(now, |(at, sent)| at + time_for(sent, limit));
+        let mut sum = self.recent_bytes;
+        let mut after = now;
+        for &(at, sent) in &self.recent {
+            let counts = at + SECOND > now;
+            if counts && sum + bytes <= limit.get() {
+                break;
+            }
+            sum -= sent;
+            after = after.max(at + SECOND);
+        }
+        evenly.max(after)
+    }
+
+    /// So many bytes are sent now.
+    pub fn sent(&mut self, now: Duration, bytes: u64) {
+        while let Some(&(at, old)) = self.recent.front() {
+            if at + SECOND > now {
+                break;
+            }
+            self.recent.pop_front();
+            self.recent_bytes -= old;
+        }
+        if self.limit.is_some() {
+            self.recent.push_back((now, bytes));
+            self.recent_bytes += bytes;
+            self.last = Some((now, bytes));
+        }
+    }
+}
+
+fn time_for(bytes: u64, rate: NonZeroU64) -> Duration {
+    let nanos = u128::from(bytes) * SECOND.as_nanos() / u128::from(rate.get());
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+}
+
+fn rate(bytes: u64, time: Duration) -> Option<NonZeroU64> {
+    let per_second = u128::from(bytes) * SECOND.as_nanos() / time.as_nanos().max(1);
+    NonZeroU64::new(u64::try_from(per_second).unwrap_or(u64::MAX))
+}
+
+/// One part of the time that [`Meter`] looks back on.
+const SLOT: Duration = Duration::from_millis(250);
+const SLOTS: usize = 8;
+
+/// How fast the destination acknowledges, over the last two seconds.
+#[derive(Debug)]
+pub struct Meter {
+    slots: [Slot; SLOTS],
+    /// Number of the newest slot since the beginning of time.
+    newest: u64,
+    started: Duration,
+    /// Since when requests have been in flight without a pause in the accounting.
+    busy_since: Option<Duration>,
+    link_rate: Option<NonZeroU64>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    payload: u64,
+    covered: u64,
+    busy: Duration,
+}
+
+impl Meter {
+    /// A meter that starts now.
+    #[must_use]
+    pub fn new(now: Duration) -> Self {
+        Self {
+            slots: [Slot::default(); SLOTS],
+            newest: slot_of(now),
+            started: now,
+            busy_since: None,
+            link_rate: None,
+        }
+    }
+
+    /// A request goes out.
+    pub fn sent(&mut self, now: Duration) {
+        self.busy_since.get_or_insert(now);
+    }
+
+    /// A request was acknowledged that carried `payload` bytes of data for `covered` bytes of the
+    /// disk; `more` says whether others are still in flight.
+    pub fn acknowledged(&mut self, now: Duration, payload: u64, covered: u64, more: bool) {
+        self.turn_to(now);
+        let busy = self.busy_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
+        let slot = &mut self.slots[(self.newest % SLOTS as u64) as usize];
+        slot.payload += payload;
+        slot.covered += covered;
+        slot.busy += busy;
+        self.busy_since = more.then_some(now);
+        let all = self.sum(now);
+        if all.payload > 0 {
+            self.link_rate = rate(all.payload, all.busy);
+        }
+    }
+
+    /// The link is gone; nothing is in flight any more.
+    pub fn lost(&mut self) {
+        self.busy_since = None;
+    }
+
+    /// Bytes of data per second that the link carries while it is used, however little a speed
+    /// limit lets through; none until data has been acknowledged.
+    #[must_use]
+    pub fn link_rate(&self) -> Option<NonZeroU64> {
+        self.link_rate
+    }
+
+    /// Bytes of data acknowledged per second.
+    #[must_use]
+    pub fn speed(&self, now: Duration) -> u64 {
+        rate(self.sum(now).payload, self.window(now)).map_or(0, NonZeroU64::get)
+    }
+
+    /// Seconds that `left` bytes of the disk will take, holes included; none when nothing moves.
+    #[must_use]
+    pub fn seconds_left(&self, now: Duration, left: u64) -> Option<u64> {
+        let covered = rate(self.sum(now).covered, self.window(now))?;
+        Some(left.div_ceil(covered.get()))
+    }
+
+    /// The part of the past that `sum` looks at.
+    fn window(&self, now: Duration) -> Duration {
+        let oldest = (slot_of(now) + 1).saturating_sub(SLOTS as u64);
+        let nanos = u64::try_from(SLOT.as_nanos()).unwrap_or(u64::MAX);
+        now.saturating_sub(Duration::from_nanos(oldest.saturating_mul(nanos)).max(self.started))
+    }
+
+    fn sum(&self, now: Duration) -> Slot {
+        let oldest = (slot_of(now) + 1).saturating_sub(SLOTS as u64);
+        let held = (self.newest + 1).saturating_sub(SLOTS as u64)..=self.newest;
+        held.filter(|slot| *slot >= oldest).fold(Slot::default(), |sum, number| {
+            let slot = self.slots[(number % SLOTS as u64) as usize];
+            Slot {
+                payload: sum.payload + slot.payload,
+                covered: sum.covered + slot.covered,
+                busy: sum.busy + slot.busy,
+            }
+        })
+    }
+
+    /// Forgets the slots that `now` leaves behind.
+    fn turn_to(&mut self, now: Duration) {
+        let now = slot_of(now).max(self.newest);
+        let stale = (now - self.newest).min(SLOTS as u64);
+        for number in now + 1 - stale..=now {
+            self.slots[(number % SLOTS as u64) as usize] = Slot::default();
+        }
+        self.newest = now;
+    }
+}
+
+fn slot_of(now: Duration) -> u64 {
+    u64::try_from(now.as_nanos() / SLOT.as_nanos()).unwrap_or(u64::MAX - 1)
+}
+
+/// How long writers are held per write at each step; the first step is not at all.
+const DELAYS_US: [u64; 9] = [0, 250, 500, 1000, 2000, 4000, 8000, 16_000, 32_000];
+
+/// Passes that may fail to shrink at the last step before the gate is closed all the same.
+const PATIENCE: u32 = 3;
+
+/// Passes are compared at most this often, so that short ones are not taken for a trend.
+const COMPARE_EVERY: Duration = SECOND;
+
+/// Whether the copy catches up with the writers, and what to do when it does not.
+#[derive(Debug)]
+pub struct Chase {
+    pause: Duration,
+    step: usize,
+    stubborn: u32,
+    before: Option<(Duration, u64)>,
+}
+
+impl Chase {
+    /// A chase that ends when what is left can be sent within `pause`.
+    #[must_use]
+    pub fn new(pause: Duration) -> Self {
+        Self { pause, step: 0, stubborn: 0, before: None }
+    }
+
+    /// Whether the gate may be closed with `left` bytes to go, at `link_rate` bytes per second.
+    #[must_use]
+    pub fn may_end(&self, left: u64, link_rate: Option<NonZeroU64>) -> bool {
+        left == 0
+            || self.stubborn >= PATIENCE
+            || link_rate.is_some_and(|rate| time_for(left, rate) <= self.pause)
+    }
+
+    /// A pass is over and left so many bytes. One that did not shrink by a quarter since the last
+    /// comparison holds the writers back a step more.
+    pub fn pass_ended(&mut self, now: Duration, left: u64) {
+        let Some((since, before)) = self.before else {
+            self.before = Some((now, left));
+            return;
+        };
+        if now.saturating_sub(since) < COMPARE_EVERY {
+            return;
+        }
+        self.before = Some((now, left));
+        if left <= before - before / 4 {
+            return;
+        }
+        if self.step + 1 < DELAYS_US.len() {
+            self.step += 1;
+        } else {
+            self.stubborn += 1;
+        }
+    }
+
+    /// How long every write is to be held back (within the bounds of [`crate::disk::hold`]).
+    #[must_use]
+    pub fn delay(&self) -> Duration {
+        Duration::from_micros(DELAYS_US[self.step])
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,170 @@
+//! Limits are kept over any second, rates are those of the link, and a chase always ends.
+
+use super::*;
+use proptest::prelude::*;
+
+const MS: Duration = Duration::from_millis(1);
+
+fn speed(limit: u64) -> Speed {
+    Speed::new(NonZeroU64::new(limit))
+}
+
+/// Sends chunks as early as allowed until `end`; what went when.
+fn send_until(speed: &mut Speed, mut now: Duration, end: Duration) -> Vec<(Duration, u64)> {
+    let mut sent = Vec::new();
+    while now < end {
+        let bytes = speed.chunk().min(1 << 20);
+        let ready = speed.ready_at(now, bytes);
+        if ready > now {
+            now = ready;
+            continue;
+        }
+        speed.sent(now, bytes);
+        sent.push((now, bytes));
+    }
+    sent
+}
+
+#[test]
+fn without_a_limit_everything_goes_at_once() {
+    let mut speed = speed(0);
+    speed.sent(MS, 1 << 40);
+    assert_eq!(speed.ready_at(MS, 1 << 40), MS);
+    assert_eq!(speed.chunk(), u64::MAX);
+}
+
+#[test]
+fn a_limit_is_used_nearly_in_full() {
+    let mut speed = speed(10 << 20);
+    let sent = send_until(&mut speed, SECOND, 11 * SECOND);
+    let bytes: u64 = sent.iter().map(|(_, bytes)| bytes).sum();
+    assert!(bytes >= 9 * (10 << 20), "only {bytes} bytes in ten seconds");
+}
+
+#[test]
+fn a_lower_limit_counts_what_was_just_sent() {
+    let mut speed = speed(1 << 20);
+    send_until(&mut speed, SECOND, 2 * SECOND);
+    speed.set_limit(NonZeroU64::new(64 << 10));
+    assert!(speed.ready_at(2 * SECOND, speed.chunk()) >= 2 * SECOND + 900 * MS);
+}
+
+#[test]
+fn a_limit_below_one_request_is_kept_on_average() {
+    let mut speed = speed(1000);
+    let sent = send_until(&mut speed, SECOND, 101 * SECOND);
+    let bytes: u64 = sent.iter().map(|(_, bytes)| bytes).sum();
+    assert!(bytes > 0 && bytes <= 100 * 1000 + CHUNK_MIN, "{bytes} bytes in 100 seconds");
+}
+
+#[test]
+fn the_rate_of_the_link_is_not_that_of_the_limit() {
+    let mut meter = Meter::new(SECOND);
+    let mut now = SECOND;
+    for _ in 0..20 {
+        meter.sent(now);
+        meter.acknowledged(now + MS, 100_000, 100_000, false);
+        now += 100 * MS;
+    }
+    assert_eq!(meter.link_rate().map(NonZeroU64::get), Some(100_000_000));
+    let speed = meter.speed(now);
+    assert!((900_000..1_300_000).contains(&speed), "{speed}");
+}
+
+#[test]
+fn a_rate_is_forgotten_after_two_seconds_of_silence_but_not_that_of_the_link() {
+    let mut meter = Meter::new(SECOND);
+    meter.sent(SECOND);
+    meter.acknowledged(SECOND + MS, 1000, 1000, false);
+    assert!(meter.speed(SECOND + 2 * MS) > 0);
+    assert_eq!(meter.speed(4 * SECOND), 0);
+    assert_eq!(meter.seconds_left(4 * SECOND, 5), None);
+    assert!(meter.link_rate().is_some());
+}
+
+#[test]
+fn holes_count_for_the_time_left_but_not_for_the_speed() {
+    let mut meter = Meter::new(SECOND);
+    meter.sent(SECOND);
+    meter.acknowledged(2 * SECOND, 0, 1 << 30, false);
+    assert_eq!((meter.speed(2 * SECOND), meter.link_rate()), (0, None));
+    assert_eq!(meter.seconds_left(2 * SECOND, 4 << 30), Some(4));
+}
+
+#[test]
+fn the_gate_closes_when_the_rest_fits_the_pause_and_not_a_byte_earlier() {
+    let chase = Chase::new(100 * MS);
+    let rate = NonZeroU64::new(1000);
+    assert!(chase.may_end(100, rate));
+    assert!(!chase.may_end(101, rate));
+    assert!(!chase.may_end(1, None), "nothing was measured");
+    assert!(chase.may_end(0, None));
+}
+
+#[test]
+fn passes_that_shrink_hold_nobody_back() {
+    let mut chase = Chase::new(100 * MS);
+    let mut left = 1 << 30;
+    for second in 1..20 {
+        chase.pass_ended(second * SECOND, left);
+        left -= left / 4;
+    }
+    assert_eq!(chase.delay(), Duration::ZERO);
+}
+
+#[test]
+fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
+    let mut chase = Chase::new(100 * MS);
+    let mut delays = vec![chase.delay()];
+    let mut second = 1;
+    while !chase.may_end(1 << 30, NonZeroU64::new(1)) {
+        chase.pass_ended(second * SECOND, 1 << 30);
+        delays.push(chase.delay());
+        second += 1;
+        assert!(second < 100, "the chase does not end");
+    }
+    assert!(delays.is_sorted());
+    assert_eq!(delays.last(), Some(&Duration::from_millis(32)));
+    assert!(*delays.last().unwrap() <= crate::disk::hold::DELAY_MAX);
+}
+
+#[test]
+fn short_passes_are_not_taken_for_a_trend() {
+    let mut chase = Chase::new(100 * MS);
+    for turn in 0..900 {
+        chase.pass_ended(SECOND + turn * MS, 1 << 30);
+    }
+    assert_eq!(chase.delay(), Duration::ZERO);
+}
+
+proptest! {
+    #[test]
+    fn no_second_carries_more_than_the_limit(
+        limit in 2 * CHUNK_MIN..1 << 30,
+        pauses in proptest::collection::vec(0u64..2_000_000, 0..40),
+    ) {
+        let mut speed = speed(limit);
+        let mut now = SECOND;
+        let mut sent = Vec::new();
+        for pause in pauses {
+            now += Duration::from_micros(pause);
+            let end = now + 300 * MS;
+            sent.extend(send_until(&mut speed, now, end));
+            now = end;
+        }
+        for (first, &(start, _)) in sent.iter().enumerate() {
+            let within = sent[first..].iter().take_while(|(at, _)| *at < start + SECOND);
+            prop_assert!(within.map(|(_, bytes)| bytes).sum::<u64>() <= limit);
+        }
+    }
+
+    #[test]
+    fn an_answer_that_says_wait_is_true_when_the_time_has_come(
+        limit in 1u64..1 << 24, bytes in 1u64..1 << 21, first in 1u64..1 << 21,
+    ) {
+        let mut speed = speed(limit);
+        speed.sent(SECOND, first);
+        let ready = speed.ready_at(SECOND, bytes);
+        prop_assert!(speed.ready_at(ready, bytes) <= ready);
+    }
+}

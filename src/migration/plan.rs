@@ -1,0 +1,284 @@
+//! Which range goes next: everything once, then what became dirty meanwhile, until nothing is left.
+//! Never reads the disk or the bitmap itself: it says what to look at, and is told what was found.
+//!
+//! Two rules keep the copy right:
+//!
+//! * A server may carry out requests in any order, so no two requests in flight ever overlap: a
+//!   block that became dirty while it is in flight waits for that request's reply.
+//! * Every range is looked at again each time before it is sent, and nothing is taken from the
+//!   bitmap between the look and the sending. A range found to be zeros that is written to
+//!   in between is marked later than it was looked at, so its new bytes follow.
+
+use super::spans::Spans;
+use crate::disk::dirty::BLOCK;
+use crate::range::Range;
+use std::collections::BTreeMap;
+
+/// How much is asked of the destination at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest WRITE in bytes.
+    pub data_max: u64,
+    /// Longest WRITE_ZEROES in bytes.
+    pub zero_max: u64,
+    /// Bytes of data in flight.
+    pub window: u64,
+    /// Requests in flight.
+    pub requests: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { data_max: 1 << 20, zero_max: 1 << 31, window: 32 << 20, requests: 128 }
+    }
+}
+
+/// Spans waiting for a request in flight, beyond which no more marks are taken.
+const WAITING_MAX: usize = 64;
+
+/// What the destination can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caps {
+    /// It knows WRITE_ZEROES; otherwise zeros are sent as data.
+    pub zeroes: bool,
+    /// Its requests start and end at multiples of this: a power of two, at most [`BLOCK`].
+    pub block_min: u64,
+    /// Longest payload in bytes.
+    pub data_max: u64,
+}
+
+/// What a range was found to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Bytes to be sent.
+    Data,
+    /// A hole, or bytes that are all zero.
+    Zeros,
+}
+
+/// What is to be done next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Say what the beginning of this range holds: answer with [`Plan::looked`].
+    Look(Range),
+    /// Take the next marks at or after `from`: answer with [`Plan::taken`].
+    Take {
+        /// Byte of the disk.
+        from: u64,
+        /// At most so many bytes.
+        longest: u64,
+    },
+    /// Send this range as data: answer with [`Plan::sent`].
+    Write(Range),
+    /// Send this range as zeros: answer with [`Plan::sent`].
+    Zero(Range),
+    /// Nothing, until a request in flight is acknowledged.
+    Idle,
+}
+
+/// A request that the destination has carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flight {
+    /// What of the disk it was about.
+    pub range: Range,
+    /// Bytes of data that it carried.
+    pub payload: u64,
+}
+
+/// What has been copied, what is on its way, and what is left.
+#[derive(Debug)]
+pub struct Plan {
+    disk: Range,
+    limits: Limits,
+    caps: Caps,
+    /// To be looked at and sent.
+    todo: Spans,
+    /// Looked at, and to be sent next.
+    ready: Option<(Range, Content)>,
+    flights: BTreeMap<u64, Flight>,
+    /// The ranges of `flights`.
+    busy: Spans,
+    payload_in_flight: u64,
+    /// Where the pass over the bitmap has come to.
+    cursor: u64,
+    /// Bytes marked when the bitmap was last asked.
+    dirty: u64,
+    /// The bitmap was empty when it was last asked, and nothing has happened since.
+    dry: bool,
+    passes: u64,
+}
+
+impl Plan {
+    /// The plan for a disk of `size` bytes of which nothing has been copied.
+    #[must_use]
+    pub fn new(size: u64, limits: Limits) -> Self {
+        let caps = Caps { zeroes: false, block_min: 1, data_max: limits.data_max };
+        let (todo, busy) = (Spans::all(size), Spans::none(size));
+        Self {
+            disk: Range::whole(size),
+            limits,
+            caps,
+            todo,
+            ready: None,
+            flights: BTreeMap::new(),
+            busy,
+            payload_in_flight: 0,
+            cursor: 0,
+            dirty: 0,
+            dry: false,
+            passes: 0,
+        }
+    }
+
+    /// Starts from the beginning, to a destination that has nothing.
+    pub fn restart(&mut self, caps: Caps) {
+        *self = Self { caps, ..Self::new(self.disk.length(), self.limits) };
+    }
+
+    /// Goes on, to the destination that has what it acknowledged and can do what it could: what
+    /// was in flight is to be sent again.
+    pub fn resume(&mut self) {
+        for flight in std::mem::take(&mut self.flights).values() {
+            self.todo.insert(flight.range);
+        }
+        if let Some((range, _)) = self.ready.take() {
+            self.todo.insert(range);
+        }
+        self.busy = Spans::none(self.disk.length());
+        (self.payload_in_flight, self.dry) = (0, false);
+    }
+
+    /// What is to be done next; `data_max` bounds a WRITE in bytes, as far as the destination's
+    /// smallest block allows. Asking again without doing it gives the same answer.
+    #[must_use]
+    pub fn next(&self, data_max: u64) -> Next {
+        if self.flights.len() >= self.limits.requests {
+            return Next::Idle;
+        }
+        match self.ready {
+            Some((range, content)) => self.cut(range, content, data_max),
+            None => match self.todo.first_outside(&self.busy) {
+                Some(range) if self.caps.zeroes => Next::Look(range),
+                Some(range) => self.cut(range, Content::Data, data_max),
+                None => self.more(),
+            },
+        }
+    }
+
+    /// The first request of a range that is known to hold `content`.
+    fn cut(&self, range: Range, content: Content, data_max: u64) -> Next {
+        let longest = |most: u64| {
+            let blocks = (most / self.caps.block_min).max(1) * self.caps.block_min;
+            range.split(blocks - range.offset() % blocks).0
+        };
+        if content == Content::Zeros {
+            return Next::Zero(longest(self.limits.zero_max));
+        }
+        let part = longest(data_max.min(self.limits.data_max).min(self.caps.data_max));
+        let fits = self.payload_in_flight + part.length() <= self.limits.window;
+        if fits || self.flights.is_empty() { Next::Write(part) } else { Next::Idle }
+    }
+
+    /// Nothing can be sent of what is known: are there marks?
+    fn more(&self) -> Next {
+        if self.dry || self.todo.count() >= WAITING_MAX {
+            return Next::Idle;
+        }
+        Next::Take { from: self.cursor, longest: self.limits.data_max }
+    }
+
+    /// The beginning of a [`Next::Look`], `range`, was found to hold `content`.
+    pub fn looked(&mut self, range: Range, content: Content) {
+        let Some(asked) = self.todo.first_outside(&self.busy) else { return };
+        let asked = asked.from(range.offset());
+        let block = self.caps.block_min;
+        let down =
+            if range.end() >= self.disk.end() { range.end() } else { down(range.end(), block) };
+        let up = range.end().checked_next_multiple_of(block).unwrap_or(u64::MAX);
+        let (known, content) = match content {
+            Content::Zeros if down > asked.offset() => (asked.until(down), Content::Zeros),
+            Content::Zeros | Content::Data => {
+                (asked.until(up.max(asked.offset() + 1)), Content::Data)
+            }
+        };
+        self.todo.remove(known);
+        self.ready = (!known.is_empty()).then_some((known, content));
+    }
+
+    /// The bitmap gave `run`, and `dirty` bytes are marked still. True when a pass is over.
+    pub fn taken(&mut self, run: Option<Range>, dirty: u64) -> bool {
+        self.dirty = dirty;
+        self.passes = self.passes.max(1);
+        if let Some(run) = run {
+            self.todo.insert(run);
+            self.cursor = run.end();
+            return false;
+        }
+        self.cursor = 0;
+        self.dry = dirty == 0;
+        self.passes += 1;
+        true
+    }
+
+    /// The request of a [`Next::Write`] or [`Next::Zero`] goes out under this cookie.
+    pub fn sent(&mut self, cookie: u64, flight: Flight) {
+        match self.ready.take() {
+            Some((range, content)) => {
+                let rest = range.from(flight.range.end());
+                self.ready = (!rest.is_empty()).then_some((rest, content));
+            }
+            None => self.todo.remove(flight.range),
+        }
+        self.busy.insert(flight.range);
+        self.payload_in_flight += flight.payload;
+        self.flights.insert(cookie, flight);
+    }
+
+    /// The destination has carried out that request; none when there is no such request.
+    pub fn acknowledged(&mut self, cookie: u64) -> Option<Flight> {
+        let flight = self.flights.remove(&cookie)?;
+        self.busy.remove(flight.range);
+        self.payload_in_flight -= flight.payload;
+        self.dry = false;
+        Some(flight)
+    }
+
+    /// Nobody can mark any more: what was found empty is to be asked once again.
+    pub fn gate_closed(&mut self) {
+        (self.cursor, self.dry) = (0, false);
+    }
+
+    /// Whether requests are in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> bool {
+        !self.flights.is_empty()
+    }
+
+    /// Whether every byte is acknowledged and no mark was left when the bitmap was last asked.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.dry && self.todo.is_empty() && self.ready.is_none() && self.flights.is_empty()
+    }
+
+    /// Bytes of the disk not acknowledged yet, as far as known.
+    #[must_use]
+    pub fn left(&self) -> u64 {
+        let ready = self.ready.map_or(0, |(range, _)| range.length());
+        self.todo.bytes() + ready + self.busy.bytes() + self.dirty
+    }
+
+    /// Passes completed; the first one covers the whole disk.
+    #[must_use]
+    pub fn passes(&self) -> u64 {
+        self.passes
+    }
+}
+
+/// The last multiple of `block` that is not beyond `value`.
+fn down(value: u64, block: u64) -> u64 {
+    debug_assert!(block.is_power_of_two() && block <= BLOCK);
+    value & !(block - 1)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,315 @@
+//! What two flexnbd say to each other beyond the NBD protocol, as bytes.
+//! Never sends anything and never decides: every message has one form, fixed in size.
+//!
+//! # The private option
+//!
+//! During option haggling, before `NBD_OPT_GO`, a source sends the option [`OPTION`] with a
+//! [`Question`] as its data. A server that does not know it answers `NBD_REP_ERR_UNSUP`, and
+//! the source goes on without. Ours answers with one reply of type [`REPLY`] holding an
+//! [`Answer`], then `NBD_REP_ACK`; or, while somebody else's migration is connected, with
+//! `NBD_REP_ERR_POLICY`.
+//!
+//! | `Question` | bytes | | `Answer` | bytes |
+//! |---|---|---|---|---|
+//! | version, 1 | 4 | | version, 1 | 4 |
+//! | disk size in bytes | 8 | | role: 1 listening, 2 serving | 1 |
+//! | migration id | 16 | | has: 0 nothing, 1 incomplete, 2 arrived | 1 |
+//! | | | | zero | 2 |
+//! | | | | arrival token (zeros when serving) | 16 |
+//!
+//! # The private command
+//!
+//! On a connection that was introduced so, the request type [`COMMAND`] carries a payload, as
+//! `NBD_CMD_WRITE` does: its length field is [`Handover::LENGTH`] (with extended headers
+//! `NBD_CMD_FLAG_PAYLOAD_LEN` is set), its offset is 0, and a [`Handover`] follows: version
+//! (4 bytes), migration id (16), arrival token (16). The reply has no payload. Success means: the disk
+//! is durable at the destination, and recorded there as its own.
+//!
+//! All numbers are big-endian, as everywhere in NBD.
+
+use crate::disk::ownership::Id;
+use std::fmt;
+
+/// Number of the private option.
+pub const OPTION: u32 = 0x464C_4558;
+/// Type of the private option reply that holds an [`Answer`].
+pub const REPLY: u32 = 0x464C_4558;
+/// Type of the private request that holds a [`Handover`].
+pub const COMMAND: u16 = 0x464C;
+/// Version of the three messages.
+pub const VERSION: u32 = 1;
+
+/// The name of one destination process: 128 random bits, drawn when it starts.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Token(pub [u8; 16]);
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token({:032x})", u128::from_be_bytes(self.0))
+    }
+}
+
+/// A source introduces itself, and asks what has become of its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// Bytes of the disk that is to be moved.
+    pub size: u64,
+    /// The migration asked about.
+    pub id: Id,
+}
+
+/// What the other side is, and what it has of the migration asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The token of a process that listens for a disk; none when it serves one.
+    pub listening: Option<Token>,
+    /// What it has.
+    pub has: Has,
+}
+
+/// What a destination has of a migration's disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Has {
+    /// It knows nothing of that migration.
+    Nothing,
+    /// An incomplete copy. Every earlier connection of that migration is closed for good: nothing
+    /// sent on it can make the disk arrive any more.
+    Incomplete,
+    /// The whole disk, durably, and it is the destination's own.
+    Arrived,
+}
+
+/// The disk is complete: make it yours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Handover {
+    /// The migration that is handed over.
+    pub id: Id,
+    /// The process it is handed over to.
+    pub token: Token,
+}
+
+/// Why bytes are not the message they should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WireError {
+    /// The message ends too early.
+    Incomplete,
+    /// More bytes than the message has.
+    TooLong,
+    /// A version that we do not know.
+    Version(u32),
+    /// A field holds what it cannot hold.
+    Value,
+}
+
+impl fmt::Display for WireError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Incomplete => f.write_str("a private message that ends too early"),
+            Self::TooLong => f.write_str("a private message that is too long"),
+            Self::Version(version) => {
+                write!(f, "a private message of version {version}; we know version {VERSION}")
+            }
+            Self::Value => f.write_str("a private message with a value that cannot be"),
+        }
+    }
+}
+
+impl std::error::Error for WireError {}
+
+impl Question {
+    /// Bytes of an encoded question.
+    pub const LENGTH: usize = 28;
+
+    /// The question as option data.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        bytes[..4].copy_from_slice(&VERSION.to_be_bytes());
+        bytes[4..12].copy_from_slice(&self.size.to_be_bytes());
+        bytes[12..].copy_from_slice(&self.id.0);
+        bytes
+    }
+
+    /// The question that option data is.
+    ///
+    /// # Errors
+    /// See [`WireError`]; the option is then to be answered with `NBD_REP_ERR_INVALID`.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields::versioned(bytes)?;
+        let size = u64::from_be_bytes(fields.take()?);
+        let id = Id(fields.take()?);
+        fields.end(Self { size, id })
+    }
+}
+
+impl Answer {
+    /// Bytes of an encoded answer.
+    pub const LENGTH: usize = 24;
+    const LISTENING: u8 = 1;
+    const SERVING: u8 = 2;
+
+    /// The answer as option reply data.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        bytes[..4].copy_from_slice(&VERSION.to_be_bytes());
+        bytes[4] = if self.listening.is_some() { Self::LISTENING } else { Self::SERVING };
+        bytes[5] = self.has as u8;
+        if let Some(token) = self.listening {
+            bytes[8..].copy_from_slice(&token.0);
+        }
+        bytes
+    }
+
+    /// The answer that option reply data is.
+    ///
+    /// # Errors
+    /// See [`WireError`]; whoever sent it cannot be trusted with a disk.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields::versioned(bytes)?;
+        let [role, has, zero, nil] = fields.take()?;
+        let token = Token(fields.take()?);
+        let has = match has {
+            0 => Has::Nothing,
+            1 => Has::Incomplete,
+            2 => Has::Arrived,
+            _ => return Err(WireError::Value),
+        };
+        let listening = match (role, token) {
+            (Self::LISTENING, token) => Some(token),
+            (Self::SERVING, Token(zeros)) if zeros == [0; 16] => None,
+            _ => return Err(WireError::Value),
+        };
+        if [zero, nil] != [0, 0] {
+            return Err(WireError::Value);
+        }
+        fields.end(Self { listening, has })
+    }
+}
+
+impl Handover {
+    /// Bytes of an encoded handover.
+    pub const LENGTH: usize = 36;
+
+    /// The handover as request payload.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        bytes[..4].copy_from_slice(&VERSION.to_be_bytes());
+        bytes[4..20].copy_from_slice(&self.id.0);
+        bytes[20..].copy_from_slice(&self.token.0);
+        bytes
+    }
+
+    /// The handover that a request payload is.
+    ///
+    /// # Errors
+    /// See [`WireError`]; the request is then to be answered with `EINVAL`.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields::versioned(bytes)?;
+        let id = Id(fields.take()?);
+        let token = Token(fields.take()?);
+        fields.end(Self { id, token })
+    }
+}
+
+/// What is left of a message being read.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    /// Starts at the version, which comes first in every message of any version.
+    fn versioned(bytes: &'a [u8]) -> Result<Self, WireError> {
+        let mut fields = Self(bytes);
+        match u32::from_be_bytes(fields.take()?) {
+            VERSION => Ok(fields),
+            other => Err(WireError::Version(other)),
+        }
+    }
+
+    fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let (first, rest) = self.0.split_first_chunk().ok_or(WireError::Incomplete)?;
+        self.0 = rest;
+        Ok(*first)
+    }
+
+    fn end<T>(self, value: T) -> Result<T, WireError> {
+        if self.0.is_empty() { Ok(value) } else { Err(WireError::TooLong) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn any_has() -> impl Strategy<Value = Has> {
+        prop_oneof![Just(Has::Nothing), Just(Has::Incomplete), Just(Has::Arrived)]
+    }
+
+    /// Reads back whole, is incomplete in every prefix, and too long with a byte more.
+    fn has_one_form<T: PartialEq + std::fmt::Debug>(
+        value: T,
+        bytes: &[u8],
+        decode: fn(&[u8]) -> Result<T, WireError>,
+    ) {
+        for keep in 0..bytes.len() {
+            assert_eq!(decode(&bytes[..keep]), Err(WireError::Incomplete), "first {keep} bytes");
+        }
+        assert_eq!(decode(bytes), Ok(value));
+        assert_eq!(decode(&[bytes, &[0]].concat()), Err(WireError::TooLong));
+    }
+
+    #[test]
+    fn a_message_of_another_version_is_told_apart() {
+        let mut bytes = Handover { id: Id([1; 16]), token: Token([2; 16]) }.encode();
+        bytes[3] = 2;
+        assert_eq!(Handover::decode(&bytes), Err(WireError::Version(2)));
+        assert_eq!(Handover::decode(&bytes[..9]), Err(WireError::Version(2)));
+    }
+
+    #[test]
+    fn an_answer_with_an_unknown_role_state_or_padding_is_refused() {
+        let good = Answer { listening: Some(Token([7; 16])), has: Has::Arrived }.encode();
+        for (at, value) in [(4, 0), (4, 3), (5, 3), (6, 1), (7, 1), (4, 2)] {
+            let mut bad = good;
+            bad[at] = value;
+            assert_eq!(Answer::decode(&bad), Err(WireError::Value), "byte {at} = {value}");
+        }
+    }
+
+    #[test]
+    fn the_bytes_are_those_of_the_description() {
+        let question = Question { size: 0x0102, id: Id([9; 16]) };
+        let expected = [&[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 2][..], &[9; 16]].concat();
+        assert_eq!(question.encode().as_slice(), expected);
+        let answer = Answer { listening: None, has: Has::Arrived };
+        assert_eq!(answer.encode()[..8], [0, 0, 0, 1, 2, 2, 0, 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn a_question_has_one_form(size: u64, id: [u8; 16]) {
+            let question = Question { size, id: Id(id) };
+            has_one_form(question, &question.encode(), Question::decode);
+        }
+
+        #[test]
+        fn an_answer_has_one_form(token: Option<[u8; 16]>, has in any_has()) {
+            let answer = Answer { listening: token.map(Token), has };
+            has_one_form(answer, &answer.encode(), Answer::decode);
+        }
+
+        #[test]
+        fn a_handover_has_one_form(id: [u8; 16], token: [u8; 16]) {
+            let handover = Handover { id: Id(id), token: Token(token) };
+            has_one_form(handover, &handover.encode(), Handover::decode);
+        }
+
+        #[test]
+        fn no_bytes_make_decoding_panic(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
+            let _ = Question::decode(&bytes);
+            let _ = Answer::decode(&bytes);
+            let _ = Handover::decode(&bytes);
+        }
+    }
+}
