@@ -3,8 +3,9 @@
 //! destination's; [`plan`] says which range goes next, [`pace`] how fast, [`wire`] how the two
 //! sides introduce themselves. None of it connects, reads a clock, touches a disk or logs.
 
-//ARR
-//MAC
+pub mod arrival;
+pub mod job;
+pub mod machine;
 pub mod pace;
 pub mod plan;
 pub mod spans;

@@ -105,6 +105,8 @@ pub struct Plan {
     dirty: u64,
     /// The bitmap was empty when it was last asked, and nothing has happened since.
     dry: bool,
+    /// Nothing has happened since the bitmap was last asked.
+    fresh: bool,
     passes: u64,
 }
 
@@ -126,6 +128,7 @@ impl Plan {
             cursor: 0,
             dirty: 0,
             dry: false,
+            fresh: false,
             passes: 0,
         }
     }
@@ -145,7 +148,8 @@ impl Plan {
             self.todo.insert(range);
         }
         self.busy = Spans::none(self.disk.length());
-        (self.payload_in_flight, self.dry) = (0, false);
+        self.payload_in_flight = 0;
+        self.look_again();
     }
 
     /// What is to be done next; `data_max` bounds a WRITE in bytes, as far as the destination's
@@ -207,7 +211,7 @@ impl Plan {
 
     /// The bitmap gave `run`, and `dirty` bytes are marked still. True when a pass is over.
     pub fn taken(&mut self, run: Option<Range>, dirty: u64) -> bool {
-        self.dirty = dirty;
+        (self.dirty, self.fresh) = (dirty, true);
         self.passes = self.passes.max(1);
         if let Some(run) = run {
             self.todo.insert(run);
@@ -229,6 +233,7 @@ impl Plan {
             }
             None => self.todo.remove(flight.range),
         }
+        self.fresh = false;
         self.busy.insert(flight.range);
         self.payload_in_flight += flight.payload;
         self.flights.insert(cookie, flight);
@@ -239,13 +244,25 @@ impl Plan {
         let flight = self.flights.remove(&cookie)?;
         self.busy.remove(flight.range);
         self.payload_in_flight -= flight.payload;
-        self.dry = false;
+        self.look_again();
         Some(flight)
     }
 
     /// Nobody can mark any more: what was found empty is to be asked once again.
     pub fn gate_closed(&mut self) {
-        (self.cursor, self.dry) = (0, false);
+        self.cursor = 0;
+        self.look_again();
+    }
+
+    /// Time has passed: there may be new marks.
+    pub fn look_again(&mut self) {
+        (self.dry, self.fresh) = (false, false);
+    }
+
+    /// Whether the whole disk was sent once and [`Plan::left`] is what it is right now.
+    #[must_use]
+    pub fn knows_what_is_left(&self) -> bool {
+        self.passes > 0 && self.fresh
     }
 
     /// Whether requests are in flight.

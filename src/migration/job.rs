@@ -1,0 +1,438 @@
+//! What goes into and comes out of the source's machine: the job, events, actions, news.
+//! Never decides anything but what a peer's answer means; see [`super::machine`] for the life.
+
+use super::plan::{Caps, Content, Limits};
+use super::wire::{Answer, Handover, Has, Question, Token};
+use crate::disk::dirty::BLOCK;
+use crate::disk::ownership::{Id, Place, Record, Title};
+use crate::range::Range;
+use std::fmt;
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+/// Disks smaller than this cannot be migrated (flexnbd(1), MIRROR MODE).
+pub const SIZE_MIN: u64 = 4096;
+
+/// One migration, as ordered.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Its name: random, and never used before.
+    pub id: Id,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Where to.
+    pub to: Place,
+    /// Delete the image once the destination has it.
+    pub unlink: bool,
+    /// What the disk is if the handover does not happen.
+    pub before: Title,
+    /// Most bytes per second on the wire, until the gate is closed.
+    pub speed: Option<NonZeroU64>,
+    /// How much is asked of the destination at once.
+    pub limits: Limits,
+    /// Close the gate when the rest can be sent in this time.
+    pub pause: Duration,
+    /// A destination that makes no progress for so long counts as lost.
+    pub patience: Duration,
+}
+
+impl Job {
+    /// A job with the usual limits: a pause of 100 ms, patience of 60 s.
+    #[must_use]
+    pub fn new(id: Id, size: u64, to: Place, before: Title) -> Self {
+        Self {
+            id,
+            size,
+            to,
+            unlink: false,
+            before,
+            speed: None,
+            limits: Limits::default(),
+            pause: Duration::from_millis(100),
+            patience: Duration::from_secs(60),
+        }
+    }
+
+    /// The question this job's source asks.
+    #[must_use]
+    pub fn question(&self) -> Question {
+        Question { size: self.size, id: self.id }
+    }
+
+    /// The record that a note stands for, `when` being seconds since 1970; none: no record at all.
+    #[must_use]
+    pub fn record(&self, note: Note, when: u64) -> Option<Record> {
+        let (id, before, to) = (self.id, self.before, self.to.clone());
+        match note {
+            Note::Before => before.record(),
+            Note::Departing => Some(Record::Departing { id, before, to }),
+            Note::Departed => Some(Record::Departed { id, when, to }),
+        }
+    }
+}
+
+/// Which ownership record to make durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// What there was before this migration.
+    Before,
+    /// The handover is about to be sent.
+    Departing,
+    /// The destination has the disk.
+    Departed,
+}
+
+/// Who answered, as far as a migration cares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Bytes of its export.
+    pub size: u64,
+    /// It takes no writes.
+    pub read_only: bool,
+    /// It knows FLUSH.
+    pub flush: bool,
+    /// What it takes.
+    pub caps: Caps,
+    /// Its answer to the private option; none when it does not know the option.
+    pub answer: Option<Answer>,
+}
+
+impl Peer {
+    /// The name of the process, when it is one of ours and listens.
+    #[must_use]
+    pub fn token(&self) -> Option<Token> {
+        self.answer.and_then(|answer| answer.listening)
+    }
+
+    /// Why this peer cannot take that disk.
+    pub(super) fn unfit(&self, job: &Job) -> Option<Trouble> {
+        match self.answer {
+            Some(Answer { listening: None, .. }) => return Some(Trouble::Serving),
+            Some(Answer { has: Has::Arrived, .. }) => {
+                return Some(Trouble::Confused("the destination claims to have the disk already"));
+            }
+            _ => {}
+        }
+        let block = self.caps.block_min;
+        let block_fits =
+            block.is_power_of_two() && block <= BLOCK && job.size.is_multiple_of(block);
+        if self.size != job.size {
+            Some(Trouble::Size { local: job.size, remote: self.size })
+        } else if self.read_only {
+            Some(Trouble::ReadOnly)
+        } else {
+            (!block_fits).then_some(Trouble::BlockSize(block))
+        }
+    }
+}
+
+/// What has become of a disk whose handover was sent, judged by an answer to the question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// The destination has it.
+    Arrived,
+    /// It has not arrived, and nothing that was sent so far can make it arrive.
+    NotArrived,
+    /// Whoever answered does not know.
+    Unknown,
+}
+
+/// What an answer says about a disk whose handover was sent to the process `token`; none when the
+/// source has been restarted and does not remember the token.
+///
+/// A listening process that knows nothing of the migration proves nothing, since it may be
+/// receiving into another image; only the process that the handover was sent to does.
+#[must_use]
+pub fn fate(answer: Option<&Answer>, token: Option<Token>) -> Fate {
+    match answer {
+        Some(Answer { has: Has::Arrived, .. }) => Fate::Arrived,
+        Some(Answer { has: Has::Incomplete, listening: Some(_) }) => Fate::NotArrived,
+        Some(Answer { listening: Some(same), .. }) if Some(*same) == token => Fate::NotArrived,
+        _ => Fate::Unknown,
+    }
+}
+
+/// What happened. Each is the result of the action before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The first event of all.
+    Begin,
+    /// `Connect` succeeded.
+    Greeted(Peer),
+    /// `Connect` failed; nothing is left of the connection.
+    Unreachable(Trouble),
+    /// `Look`: the beginning of the range holds this.
+    Looked {
+        /// Starts where the range asked about starts; not empty.
+        range: Range,
+        /// What it holds.
+        content: Content,
+    },
+    /// `TakeDirty`: the run taken, and the bytes still marked.
+    Taken {
+        /// None when nothing is marked from there on.
+        run: Option<Range>,
+        /// See [`crate::disk::dirty::Dirty::bytes`].
+        left: u64,
+    },
+    /// `Wait`: a reply came.
+    Reply {
+        /// The request it belongs to.
+        cookie: u64,
+        /// The NBD error, when it is one.
+        error: Option<u32>,
+    },
+    /// `Send` or `Wait`: the connection is no more, or never can be trusted again.
+    Lost(String),
+    /// `Wait` is over: the time has come, or there is an order.
+    Tick,
+    /// The action succeeded.
+    Done,
+    /// The action failed here, not at the peer: why.
+    Failed(String),
+}
+
+/// What the source is to do now; what comes of it is the next [`Event`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Connect, haggle, ask the private question. When the answer is that the disk has arrived
+    /// there is no need to go on to the transmission phase. → `Greeted`, `Unreachable`
+    Connect(Question),
+    /// Find out what the beginning of this range holds: a hole, zeros or data. The answer may be
+    /// about any part of it, from its start on. → `Looked`, `Failed`
+    Look(Range),
+    /// Take marks: [`crate::disk::dirty::Dirty::take_next`]. → `Taken`
+    TakeDirty {
+        /// From this byte on.
+        from: u64,
+        /// At most so many bytes.
+        longest: u64,
+    },
+    /// Send a request, reading the disk now. → `Done` (it is with the kernel), `Lost`; `Failed` when
+    /// the disk could not be read: the connection is closed then.
+    Send(Request),
+    /// Wait for a reply, an order or this time; a reply that is there comes first. → `Reply`, `Tick`, `Lost`
+    Wait {
+        /// On the clock of `now`.
+        until: Duration,
+    },
+    /// Close the gate and wait until every visit is over. → `Done`; `Failed` when one does not end
+    /// in time; the gate is open then.
+    CloseGate,
+    /// Open the gate; it may be open already. → `Done`
+    OpenGate,
+    /// From now on hold every write back for so long (zero: not at all). → `Done`
+    Hold(Duration),
+    /// Make the ownership record durable. → `Done`, `Failed`
+    Record(Note),
+    /// Delete the image, durably. → `Done`, `Failed`
+    Unlink,
+    /// The disk is somebody else's: end all sessions, without answering what they have in flight.
+    /// → `Done`
+    Retire,
+    /// Close the connection, if there is one, without a DISC: for some destinations it would mean
+    /// that the disk is complete. → `Done`
+    HangUp,
+    /// Send DISC, if the transmission phase was reached, and close the connection; errors do not matter any more. → `Done`
+    Disconnect,
+    /// Over: do not ask again.
+    End(Outcome),
+}
+
+/// A request to the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Never used twice in a migration.
+    pub cookie: u64,
+    /// What to do there.
+    pub work: Work,
+}
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// WRITE these bytes of the disk.
+    Write(Range),
+    /// WRITE_ZEROES, holes allowed.
+    Zero(Range),
+    /// FLUSH.
+    Flush,
+    /// The private HANDOVER.
+    Handover(Handover),
+    /// DISC to a peer that knows no HANDOVER; it has no reply, and the connection stays open.
+    /// `Lost` must mean that it did not go out as a whole.
+    Disconnect,
+}
+
+impl Work {
+    /// Bytes of payload.
+    #[must_use]
+    pub fn payload(&self) -> u64 {
+        match self {
+            Self::Write(range) => range.length(),
+            Self::Handover(_) => Handover::LENGTH as u64,
+            Self::Zero(_) | Self::Flush | Self::Disconnect => 0,
+        }
+    }
+}
+
+/// What an operator wants, at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// End the migration; clients keep their disk here.
+    Break,
+    /// From now on at most so many bytes per second; none is no limit.
+    Speed(Option<NonZeroU64>),
+}
+
+/// `break` came after the handover was sent: the disk is no longer ours to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLate;
+
+/// How a migration ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The destination has the disk.
+    Arrived {
+        /// It said so; otherwise it does not know how to.
+        acknowledged: bool,
+    },
+    /// As ordered; we keep the disk.
+    Broken,
+    /// The destination was never fit to take it; we keep the disk.
+    Failed(Trouble),
+}
+
+/// What went wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// No connection.
+    Connect(String),
+    /// It connected, and we were turned away.
+    Rejected(String),
+    /// It connected, and no NBD greeting came.
+    Silent(String),
+    /// Its export is not as large as our disk.
+    Size {
+        /// Bytes of ours.
+        local: u64,
+        /// Bytes of theirs.
+        remote: u64,
+    },
+    /// It takes no writes.
+    ReadOnly,
+    /// It serves a disk of its own.
+    Serving,
+    /// Its smallest block does not divide our disk.
+    BlockSize(u64),
+    /// The connection broke.
+    Lost(String),
+    /// No progress for so long.
+    Stuck(Duration),
+    /// It answered a request with this NBD error.
+    ErrorReply(u32),
+    /// It answered a request that we did not send.
+    Cookie(u64),
+    /// Something failed here.
+    Local(String),
+    /// Something happened that cannot.
+    Confused(&'static str),
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Connect(why) => write!(f, "cannot connect: {why}"),
+            Self::Rejected(why) => write!(f, "the destination turned us away: {why}"),
+            Self::Silent(why) => write!(f, "the destination did not greet us: {why}"),
+            Self::Size { local, remote } => write!(
+                f,
+                "the destination's disk has {remote} bytes, ours has {local}; make them equal"
+            ),
+            Self::ReadOnly => f.write_str("the destination's disk is read-only"),
+            Self::Serving => f.write_str(
+                "the destination serves a disk of its own; start `flexnbd listen` there instead",
+            ),
+            Self::BlockSize(block) => {
+                write!(
+                    f,
+                    "the destination wants blocks of {block} bytes, which our disk is not made of"
+                )
+            }
+            Self::Lost(why) => write!(f, "the connection broke: {why}"),
+            Self::Stuck(time) => {
+                write!(f, "the destination made no progress for {} s", time.as_secs())
+            }
+            Self::ErrorReply(error) => {
+                write!(f, "the destination answered with NBD error {error}; see its log")
+            }
+            Self::Cookie(cookie) => {
+                write!(f, "the destination answered request {cookie}, which is not outstanding")
+            }
+            Self::Local(why) => f.write_str(why),
+            Self::Confused(what) => f.write_str(what),
+        }
+    }
+}
+
+/// What is worth telling the operator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// The destination greeted us for the first time: `mirror` may answer.
+    Started,
+    /// The copy failed; it is tried again every second.
+    Retrying(Trouble),
+    /// The same destination process is back: only what is missing is sent.
+    Resumed,
+    /// Another destination process is there: from the beginning.
+    Restarted,
+    /// Writers are held back for so long per write, since the copy cannot catch up.
+    HeldBack(Duration),
+    /// Clients did not leave the disk in time; the gate is open and closed again in a second.
+    GateBusy(String),
+    /// The handover was sent and not acknowledged: the gate stays closed until the destination
+    /// says what has become of the disk.
+    InDoubt(Trouble),
+    /// The destination says that the disk has not arrived: handing over again.
+    HandingOverAgain,
+    /// An ownership record could not be written, or the image not deleted.
+    RecordFailed(String),
+}
+
+/// Where a migration is, for `status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Getting in touch.
+    Connecting,
+    /// Copying while clients write.
+    Copying,
+    /// Copying the rest while clients wait.
+    Closing,
+    /// The handover is under way.
+    Parting,
+    /// The handover was sent, and nobody knows whether it arrived.
+    InDoubt,
+    /// The destination has the disk; leaving.
+    Leaving,
+    /// Over.
+    Ended,
+}
+
+/// How far a migration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Where it is.
+    pub stage: Stage,
+    /// Bytes of data per second, over the last two seconds.
+    pub bytes_per_second: u64,
+    /// None when nothing moves.
+    pub seconds_left: Option<u64>,
+    /// Bytes of the disk not acknowledged yet.
+    pub bytes_left: u64,
+    /// `--max-speed`, bytes per second.
+    pub speed_limit: Option<NonZeroU64>,
+    /// Passes completed.
+    pub passes: u64,
+    /// How long every write is held back.
+    pub hold: Duration,
+}
