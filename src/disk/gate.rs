@@ -201,7 +201,7 @@ mod tests {
     use std::time::Duration;
 
     /// Long enough for any machine; only a defect waits this long.
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const PATIENCE: Duration = Duration::from_secs(20);
 
     fn never() -> bool {
         false
