@@ -55,7 +55,7 @@ fn connect(path: &Path, deadline: Instant) -> Result<UnixStream, Trouble> {
         let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
         let stream = UnixStream::from(socket);
         // Also bounds the wait for a place in the server's backlog.
-        stream.set_write_timeout(Some(time_until(deadline)))?;
+        stream.set_write_timeout(Some(time_until(deadline)?))?;
         socket::connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
         Ok(stream)
     };
@@ -81,7 +81,7 @@ fn read_line(stream: &mut UnixStream, deadline: Instant) -> Result<Vec<u8>, Trou
     let mut line = Vec::new();
     let mut buffer = [0; 4096];
     loop {
-        stream.set_read_timeout(Some(time_until(deadline)))?;
+        stream.set_read_timeout(Some(time_until(deadline)?))?;
         let count = match stream.read(&mut buffer) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -101,8 +101,9 @@ fn read_line(stream: &mut UnixStream, deadline: Instant) -> Result<Vec<u8>, Trou
 }
 
 /// Never zero, which sockets take to mean for ever.
-fn time_until(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
+fn time_until(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
 /// Why a server gave no reply. Its `Display` is for the operator.

@@ -299,6 +299,13 @@ mod tests {
     }
 
     #[test]
+    fn a_percent_sign_in_a_value_is_not_taken_for_an_escape() {
+        let status = Status { extra: vec![("done".into(), "100%20".into())], ..serving() };
+        assert!(status.to_string().ends_with(" done=100%2520"));
+        assert_eq!(Status::from_line(&status.to_string()), Ok(status));
+    }
+
+    #[test]
     fn a_percent_sign_that_escapes_nothing_stands_for_itself() {
         assert_eq!(
             pairs("a=100% b=%zz c=%4").unwrap(),

@@ -131,6 +131,16 @@ fn a_server_that_does_not_answer_in_time_is_given_up() {
 }
 
 #[test]
+fn a_server_that_answers_ever_so_slowly_is_given_up() {
+    let slow = asking(&Command::Status, SHORT, |mut stream| {
+        while stream.write_all(b"0").is_ok() {
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    assert!(matches!(slow, Err(Trouble::TooSlow)), "{slow:?}");
+}
+
+#[test]
 fn a_server_that_does_not_even_accept_is_given_up() {
     let directory = directory();
     let path = directory.path().join("control.sock");
