@@ -222,3 +222,27 @@ impl fmt::Display for InstanceError {
 }
 
 impl std::error::Error for InstanceError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_order_is_said_in_its_own_words() {
+        let entries = vec!["::1".to_owned()];
+        assert_eq!(Kind::Acl(entries.clone()).command(), Command::Acl { entries });
+        assert_eq!(Kind::Status { json: true }.command(), Command::Status);
+        assert_eq!(Kind::Reload.command(), Command::Reload);
+    }
+
+    #[test]
+    fn a_status_is_shown_as_it_came_or_as_json() {
+        let reply = Reply::success("pid=9 is_mirroring=false");
+        let shown = |json| Kind::Status { json }.presented(&reply).unwrap();
+        assert_eq!(shown(false), "pid=9 is_mirroring=false");
+        assert_eq!(shown(true), r#"{"pid":9,"is_mirroring":false}"#);
+        let json = Kind::Status { json: true };
+        assert!(json.presented(&Reply::success("who?")).is_err());
+        assert_eq!(json.presented(&Reply::refused("not now")), Ok("not now".to_owned()));
+    }
+}

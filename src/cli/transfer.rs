@@ -214,7 +214,8 @@ fn told(mode: &str, transfer: &Transfer, outcome: Result<(), Failure>) -> ExitCo
 fn explained(transfer: &Transfer, failure: &Failure) -> String {
     let Transfer { remote, from, size, .. } = transfer;
     match failure {
-        Failure::Unreachable(error) => format!("cannot connect to {remote}: {error}"),
+        // It says itself what was tried: the host may have several addresses.
+        Failure::Unreachable(error) => error.to_string(),
         Failure::Server(error) => format!("{remote}: {error}"),
         Failure::BeyondTheEnd(end) => {
             format!("{remote}: {size} bytes from {from} on do not lie within its {end} bytes")
@@ -247,3 +248,6 @@ fn target(uri: Option<Target>, addr: Option<String>, port: Option<u16>) -> Resul
 fn parse_ip(text: &str) -> Result<IpAddr, String> {
     unbracket(text).parse().map_err(|_| format!("`{text}` is not an IPv4 or IPv6 address"))
 }
+
+#[cfg(test)]
+mod tests;

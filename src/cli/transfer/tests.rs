@@ -1,0 +1,184 @@
+//! Bytes moved from and to a real server on a disk in memory, and what is said when they are not.
+
+use super::*;
+use crate::disk::Disk;
+use crate::disk::memory::{FailingImage, Faults, MemoryImage, Op};
+use crate::nbd::wire::PAYLOAD_LENGTH_DEFAULT;
+use crate::net::{Address, Listener};
+use crate::server::acl::Acl;
+use crate::server::{Server, Settings, Style};
+use nix::libc::EIO;
+use std::sync::Arc;
+
+const DISK_SIZE: u64 = 40 << 20;
+
+struct Fixture {
+    server: Server,
+    remote: Remote,
+    memory: MemoryImage,
+    faults: Arc<Faults>,
+}
+
+fn serve(style: Style) -> Fixture {
+    let (memory, faults) = (MemoryImage::new(DISK_SIZE), Arc::new(Faults::default()));
+    let image = FailingImage::new(memory.clone(), Arc::clone(&faults));
+    let disk = Arc::new(Disk::new(Box::new(image), false));
+    let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
+    let Address::Tcp(address) = listener.local_address().unwrap() else { panic!("not TCP") };
+    let settings = Settings { style, ..Settings::default() };
+    let server = Server::start(vec![listener], disk, "disk", Acl::default(), 4, settings).unwrap();
+    let remote = Remote::Host { host: address.ip().to_string(), port: address.port() };
+    Fixture { server, remote, memory, faults }
+}
+
+impl Fixture {
+    fn transfer(&self, from: u64, size: u64) -> Transfer {
+        let (remote, export) = (self.remote.clone(), String::new());
+        Transfer { remote, export, from, size, bind: None }
+    }
+
+    fn stop(mut self) {
+        self.server.stop(PATIENCE);
+    }
+}
+
+/// What an operator is told of a failure.
+fn told_of<T>(transfer: &Transfer, outcome: Result<T, Failure>) -> String {
+    match outcome {
+        Ok(_) => panic!("it worked"),
+        Err(failure) => explained(transfer, &failure),
+    }
+}
+
+fn noise(size: usize) -> Vec<u8> {
+    (0..size).map(|i| (i % 251) as u8).collect()
+}
+
+#[test]
+fn what_is_written_is_read_back_in_either_style() {
+    for style in [Style::Newstyle, Style::Oldstyle] {
+        let fixture = serve(style);
+        // More than one request's worth, at an odd place.
+        let data = noise(PAYLOAD_LENGTH_DEFAULT as usize + 12345);
+        let transfer = fixture.transfer(777, data.len() as u64);
+        transfer.write(&mut data.as_slice()).unwrap();
+        assert!(fixture.memory.contents()[777..777 + data.len()] == data, "the disk differs");
+        let mut read = Vec::new();
+        transfer.read(&mut read).unwrap();
+        assert!(read == data, "what was read differs");
+        fixture.stop();
+    }
+}
+
+#[test]
+fn one_request_moves_what_fits_into_one() {
+    let fixture = serve(Style::Newstyle);
+    let most = u64::from(PAYLOAD_LENGTH_DEFAULT);
+    let requests = |size| fixture.transfer(5, size).requests(PAYLOAD_LENGTH_DEFAULT).count();
+    assert_eq!(requests(1), 1);
+    assert_eq!(requests(most), 1);
+    assert_eq!(requests(most + 1), 2);
+    let all: Vec<_> = fixture.transfer(5, 25).requests(10).collect();
+    assert_eq!(all, [(5, 10), (15, 10), (25, 5)]);
+    fixture.stop();
+}
+
+#[test]
+fn written_data_is_durable_before_success_is_told() {
+    let fixture = serve(Style::Newstyle);
+    fixture.transfer(0, 3).write(&mut b"abc".as_slice()).unwrap();
+    assert!(fixture.faults.count(Op::Flush) > 0, "nothing was flushed");
+    fixture.faults.fail_every(Op::Flush, EIO);
+    let transfer = fixture.transfer(0, 3);
+    let told = told_of(&transfer, transfer.write(&mut b"abc".as_slice()));
+    assert!(told.ends_with("the server answered: input/output error (EIO)"), "{told}");
+    fixture.stop();
+}
+
+#[test]
+fn input_beyond_the_size_is_left_where_it_is() {
+    let fixture = serve(Style::Newstyle);
+    let mut input = b"abcdef".as_slice();
+    fixture.transfer(0, 4).write(&mut input).unwrap();
+    assert_eq!(input, b"ef");
+    assert_eq!(&fixture.memory.contents()[..5], b"abcd\0");
+    fixture.stop();
+}
+
+#[test]
+fn an_input_that_ends_too_early_says_how_much_was_written() {
+    let fixture = serve(Style::Newstyle);
+    let data = noise(PAYLOAD_LENGTH_DEFAULT as usize + 9);
+    let transfer = fixture.transfer(0, data.len() as u64 + 1);
+    let told = told_of(&transfer, transfer.write(&mut data.as_slice()));
+    assert_eq!(
+        told,
+        "standard input ended after 33554441 of 33554442 bytes; the first 33554432 were written"
+    );
+    let contents = fixture.memory.contents();
+    assert!(contents[..33_554_432] == data[..33_554_432], "the disk differs");
+    assert_eq!(contents[33_554_432..33_554_442], [0; 10]);
+    fixture.stop();
+}
+
+#[test]
+fn a_range_beyond_the_end_is_refused_with_the_size() {
+    let fixture = serve(Style::Newstyle);
+    fixture.transfer(DISK_SIZE - 1, 1).read(&mut Vec::new()).unwrap();
+    let transfer = fixture.transfer(DISK_SIZE, 1);
+    let told = told_of(&transfer, transfer.read(&mut Vec::new()));
+    assert!(told.ends_with("1 bytes from 41943040 on do not lie within its 41943040 bytes"));
+    let told = told_of(&transfer, transfer.write(&mut b"x".as_slice()));
+    assert!(told.ends_with("do not lie within its 41943040 bytes"), "{told}");
+    fixture.stop();
+}
+
+#[test]
+fn a_disk_that_fails_is_told_as_the_server_tells_it() {
+    let fixture = serve(Style::Newstyle);
+    fixture.faults.fail_every(Op::Write, EIO);
+    let transfer = fixture.transfer(0, 1);
+    let told = told_of(&transfer, transfer.write(&mut b"x".as_slice()));
+    let expected = format!("{}: the server answered: input/output error (EIO)", fixture.remote);
+    assert_eq!(told, expected);
+    fixture.stop();
+}
+
+#[test]
+fn an_export_that_is_not_there_is_told_by_the_server() {
+    let fixture = serve(Style::Newstyle);
+    let transfer = Transfer { export: "none".to_owned(), ..fixture.transfer(0, 1) };
+    let told = told_of(&transfer, transfer.read(&mut Vec::new()));
+    assert!(told.contains("the server has no export of that name"), "{told}");
+    fixture.stop();
+}
+
+#[test]
+fn an_output_that_fails_is_told_as_such() {
+    struct Full;
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::StorageFull.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let fixture = serve(Style::Newstyle);
+    let transfer = fixture.transfer(0, 1);
+    let told = told_of(&transfer, transfer.read(&mut Full));
+    assert!(told.starts_with("cannot write to standard output: "), "{told}");
+    fixture.stop();
+}
+
+#[test]
+fn a_server_that_cannot_be_reached_is_named_once() {
+    let unused = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
+    let Address::Tcp(address) = unused.local_address().unwrap() else { panic!("not TCP") };
+    drop(unused);
+    let remote = Remote::Host { host: "127.0.0.1".to_owned(), port: address.port() };
+    let transfer = Transfer { remote, export: String::new(), from: 0, size: 1, bind: None };
+    let told = told_of(&transfer, transfer.read(&mut Vec::new()));
+    assert!(told.starts_with(&format!("cannot connect to {address}: ")), "{told}");
+    assert_eq!(told.matches("cannot connect").count(), 1, "{told}");
+}
