@@ -13,6 +13,7 @@ pub mod transfer;
 pub mod uri;
 pub mod usage;
 
+use crate::daemon::{self, Ending, Refusal};
 use crate::fatal;
 use crate::systemd::{Verbosity, journal};
 use clap::error::ErrorKind;
@@ -116,8 +117,16 @@ fn run_serve(serve: &Serve) -> ExitCode {
             return ExitCode::from(output::EXIT_CONFIG);
         }
     };
-    match crate::daemon::serve(plan, serve.reread()) {
-        Ok(()) => ExitCode::SUCCESS,
+    match daemon::run(plan, serve.reread()) {
+        Ok(Ending::Well) => ExitCode::SUCCESS,
+        Ok(Ending::Badly(why)) => {
+            fatal!("{why}");
+            ExitCode::from(output::EXIT_FAILURE)
+        }
+        Err(refusal @ Refusal::NoAddress) => {
+            let misuse = misuse(Some("serve"), refusal.to_string());
+            output::complain(&misuse.to_string(), output::EXIT_USAGE)
+        }
         Err(refusal) => {
             fatal!("{refusal}");
             ExitCode::from(output::EXIT_CONFIG)

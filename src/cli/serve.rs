@@ -3,7 +3,7 @@
 
 use super::config;
 use super::settings::Settings;
-use crate::daemon::{Admission, Reread, ServePlan};
+use crate::daemon::{Admission, Plan, Reread, Role};
 use crate::server::CLIENTS_MAX;
 use crate::server::acl::Acl;
 use std::fs;
@@ -37,7 +37,7 @@ impl Serve {
     ///
     /// # Errors
     /// [`NoPlan`].
-    pub fn plan(&self) -> Result<ServePlan, NoPlan> {
+    pub fn plan(&self) -> Result<Plan, NoPlan> {
         let text = self.config.as_deref().map(read).transpose().map_err(NoPlan::Config)?;
         self.plan_with(text.as_deref())
     }
@@ -54,7 +54,7 @@ impl Serve {
     }
 
     /// [`Serve::plan`] with the text of the configuration file.
-    fn plan_with(&self, text: Option<&str>) -> Result<ServePlan, NoPlan> {
+    fn plan_with(&self, text: Option<&str>) -> Result<Plan, NoPlan> {
         let file = match (&self.config, text) {
             (Some(path), Some(text)) => {
                 config::parse(path, text).map_err(|error| NoPlan::Config(error.to_string()))?
@@ -67,7 +67,8 @@ impl Serve {
         let clients_max = settings.max_clients.unwrap_or(CLIENTS_MAX);
         let address = settings.address().map_err(|error| NoPlan::Misuse(error.to_string()))?;
         let image = settings.file.ok_or_else(|| NoPlan::Misuse(self.image_missing()))?;
-        Ok(ServePlan {
+        Ok(Plan {
+            role: Role::Serve,
             address,
             image,
             create: settings.create,
@@ -116,7 +117,8 @@ mod tests {
 
     #[test]
     fn what_is_not_said_has_its_default() {
-        let expected = ServePlan {
+        let expected = Plan {
+            role: Role::Serve,
             address: None,
             image: "/a".into(),
             create: None,
@@ -134,7 +136,8 @@ mod tests {
     fn everything_said_is_in_the_plan() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
             READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nMAX_CLIENTS=3\nACL=::1\n";
-        let expected = ServePlan {
+        let expected = Plan {
+            role: Role::Serve,
             address: Some(Address::Tcp("[::]:7".parse().unwrap())),
             image: "/a".into(),
             create: Some(1 << 20),

@@ -78,7 +78,7 @@ impl Connection {
     /// When the server does not give us the export.
     pub fn open(stream: Stream, export: &str, patience: Duration) -> Result<Self, ClientError> {
         let wish = Wish { export: export.to_owned(), ..Wish::default() };
-        let agreement = shake_hands(&stream, wish, patience)?;
+        let agreement = shake_hands(&stream, wish, patience).1?;
         Ok(Self { stream, agreement, patience, cookie: 0 })
     }
 
@@ -203,10 +203,26 @@ fn header(kind: CommandKind, cookie: u64, offset: u64, length: u32) -> Header {
     Header { flags, kind: kind.number(), cookie, offset, length: u64::from(length) }
 }
 
-/// Takes the server's bytes one at a time where it must, so that nothing of what follows the
-/// handshake is taken with it. A handshake is short.
-fn shake_hands(stream: &Stream, wish: Wish, patience: Duration) -> Result<Agreement, ClientError> {
+/// Does the client's side of a handshake over a connected stream. Returns the answer to the
+/// private option, if there was one, and what was agreed on; the one is worth something without
+/// the other. Every message may take up to `patience`.
+pub fn shake_hands(
+    stream: &Stream,
+    wish: Wish,
+    patience: Duration,
+) -> (Option<Vec<u8>>, Result<Agreement, ClientError>) {
     let mut handshake = Handshake::new(wish);
+    let agreed = converse(stream, &mut handshake, patience);
+    (handshake.private_answer().map(<[u8]>::to_vec), agreed)
+}
+
+/// Takes the server's bytes one at a time, so that nothing of what follows the handshake is taken
+/// with it. A handshake is short.
+fn converse(
+    stream: &Stream,
+    handshake: &mut Handshake,
+    patience: Duration,
+) -> Result<Agreement, ClientError> {
     let mut input = Vec::new();
     loop {
         let mut byte = [0];

@@ -6,9 +6,12 @@ use super::{Extent, Image, Zeroing, extents, syscalls};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::sys::sendfile::sendfile;
 use nix::unistd::{Whence, lseek};
+
 use std::fs::File;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -283,6 +286,16 @@ impl Image for FileImage {
             (syscalls::to_off_t(range.offset())?, syscalls::to_off_t(range.length())?);
         let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
         posix_fadvise(&self.file, offset, length, advice).map_err(io::Error::from)
+    }
+
+    fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut from = syscalls::to_off_t(offset)?;
+        match sendfile(to, &self.file, Some(&mut from), length) {
+            Ok(0) => Err(self.shortened()),
+            Ok(count) => Ok(count),
+            Err(Errno::EINVAL | Errno::ENOSYS) => Err(io::ErrorKind::Unsupported.into()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {

@@ -5,29 +5,34 @@
 //! the bytes is done through a visit. Hold one while you work on the disk, never while you wait
 //! for a peer: whoever closes the gate waits for it.
 
+pub mod dirty;
 mod extents;
 mod gate;
+pub mod hold;
 mod image;
+pub mod ledger;
 #[cfg(test)]
 pub(crate) mod memory;
 #[cfg(test)]
 mod model_tests;
 mod open;
+pub mod ownership;
 mod syscalls;
 mod zeros;
 
 pub use gate::{Gate, NoEntry, Pass, StillBusy};
 pub use image::FileImage;
 pub use open::{Access, OpenError, SECTOR};
-
-pub mod dirty;
-pub mod hold;
-pub mod ownership;
+pub use zeros::is_zero;
 
 use crate::range::Range;
+use dirty::Dirty;
 use nix::errno::Errno;
 use std::io;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 use zeros::{Failure, Written};
 
 /// What a disk's bytes are kept in: a file, a block device, or memory in tests.
@@ -51,6 +56,12 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     fn prefetch(&self, range: Range) -> io::Result<()>;
     /// The extent that `offset` lies in, from `offset` on.
     fn extent(&self, offset: u64) -> io::Result<Extent>;
+    /// Hands at most `length` bytes from `offset` on to a socket without copying them through
+    /// this process; returns how many. `Unsupported` where that cannot be done.
+    fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+        let _ = (offset, length, to);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// How to make a range read as zeros (NBD specification, `NBD_CMD_WRITE_ZEROES`).
@@ -80,6 +91,17 @@ pub struct Disk {
     read_only: bool,
     /// The errno of the first flush that failed; 0 as long as none has.
     flush_failure: AtomicI32,
+    /// What changed since a migration's copier last looked, while there is one.
+    dirty: RwLock<Option<Arc<Dirty>>>,
+    /// How long every write is to be held back, in microseconds.
+    hold: AtomicU64,
+}
+
+/// The view of whoever moves the disk: reads without passing the gate, since it is the one that
+/// closes it.
+#[derive(Debug)]
+pub struct Copier<'a> {
+    image: &'a dyn Image,
 }
 
 /// Permission to touch the disk now, and the way to do it; dropping it ends the visit.
@@ -97,7 +119,14 @@ impl Disk {
     /// A disk made of `image`; with `read_only` nothing can change it.
     #[must_use]
     pub fn new(image: Box<dyn Image>, read_only: bool) -> Self {
-        Self { image, gate: Gate::default(), read_only, flush_failure: AtomicI32::new(0) }
+        Self {
+            image,
+            gate: Gate::default(),
+            read_only,
+            flush_failure: AtomicI32::new(0),
+            dirty: RwLock::new(None),
+            hold: AtomicU64::new(0),
+        }
     }
 
     /// Size in bytes.
@@ -126,6 +155,46 @@ impl Disk {
         Ok(Visit { disk: self, _pass: self.gate.enter(give_up)? })
     }
 
+    /// Begins to mark what changes, for one migration. Whatever is read after this call and not
+    /// marked is what it was read as.
+    ///
+    /// # Errors
+    /// When there is no memory for the marks.
+    pub fn track(&self) -> io::Result<Arc<Dirty>> {
+        let dirty = Arc::new(Dirty::new(self.size())?);
+        *self.dirty.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&dirty));
+        Ok(dirty)
+    }
+
+    /// Marks no more.
+    pub fn untrack(&self) {
+        *self.dirty.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// How long a session is to wait before each write, so that a migration can catch up.
+    #[must_use]
+    pub fn hold(&self) -> Duration {
+        Duration::from_micros(self.hold.load(Ordering::Relaxed))
+    }
+
+    /// Holds every write back for so long; zero lets them go.
+    pub fn set_hold(&self, hold: Duration) {
+        let micros = u64::try_from(hold.as_micros()).unwrap_or(u64::MAX);
+        self.hold.store(micros, Ordering::Relaxed);
+    }
+
+    /// The view of whoever moves the disk.
+    #[must_use]
+    pub fn copier(&self) -> Copier<'_> {
+        Copier { image: &*self.image }
+    }
+
+    fn mark(&self, range: Range) {
+        if let Some(dirty) = &*self.dirty.read().unwrap_or_else(PoisonError::into_inner) {
+            dirty.mark(range);
+        }
+    }
+
     fn range(&self, offset: u64, length: u64) -> io::Result<Range> {
         Range::within(self.size(), offset, length).ok_or_else(|| Errno::EINVAL.into())
     }
@@ -147,6 +216,32 @@ impl Disk {
             Err(first) => first,
         };
         io::Error::from_raw_os_error(first)
+    }
+}
+
+impl Copier<'_> {
+    /// Fills `into` from `offset` on.
+    ///
+    /// # Errors
+    /// What the image says.
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.image.read(offset, into)
+    }
+
+    /// The image's extent that the byte at `offset` lies in, from there on.
+    ///
+    /// # Errors
+    /// What the image says.
+    pub fn extent(&self, offset: u64) -> io::Result<Extent> {
+        extents::extent_at(self.image, offset)
+    }
+
+    /// See [`Image::send`].
+    ///
+    /// # Errors
+    /// What the image or the socket says; `WouldBlock` when the socket is full.
+    pub fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+        self.image.send(offset, length, to)
     }
 }
 
@@ -256,7 +351,11 @@ impl Visit<'_> {
         if range.is_empty() {
             return Ok(());
         }
-        match work(self.disk.image.as_ref()) {
+        let worked = work(self.disk.image.as_ref());
+        // Mark after writing, also after half of it: the copier takes the mark first and reads
+        // second, so that a change may be sent twice but never missed.
+        self.disk.mark(range);
+        match worked {
             Ok(Written::ToBeFlushed) => self.flush(),
             Ok(Written::AsAsked) if durable => self.disk.check_flushes(),
             Ok(Written::AsAsked) => Ok(()),

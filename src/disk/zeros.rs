@@ -71,7 +71,7 @@ fn block_length(offset: u64, data: &[u8]) -> usize {
 
 /// Whether a block, or a part of one, is zero. Data is nearly always told by its first or its last
 /// word, before the rest is looked at.
-fn is_zero(block: &[u8]) -> bool {
+pub fn is_zero(block: &[u8]) -> bool {
     const NOTHING: [u8; 8] = [0; 8];
     let may_be = |word: Option<&[u8; 8]>| word.is_none_or(|word| *word == NOTHING);
     may_be(block.first_chunk())

@@ -13,7 +13,7 @@
 //!                              clients never notice                point of no return
 //! ```
 //!
-//! * Left of the double line every failure ends in [`Machine::undo`], the one place that takes back
+//! * Left of the double line every failure ends in `Machine::undo`, the one place that takes back
 //!   what was done: the connection is dropped (without a DISC), the record put back, the
 //!   gate opened, writers let go; in this order, and then again from the start in a second, or over.
 //! * `Parting` means that HANDOVER may have reached the destination. The only ways out are its
@@ -216,6 +216,12 @@ impl Machine {
             Order::Break => return Err(TooLate),
         }
         Ok(())
+    }
+
+    /// Whether a `break` was ordered that has not been carried out yet.
+    #[must_use]
+    pub fn is_breaking(&self) -> bool {
+        self.breaking
     }
 
     /// The next thing worth telling, oldest first.

@@ -4,9 +4,12 @@
 //! sides introduce themselves. None of it connects, reads a clock, touches a disk or logs.
 
 pub mod arrival;
+pub mod destination;
 pub mod job;
+pub mod link;
 pub mod machine;
 pub mod pace;
 pub mod plan;
+pub mod source;
 pub mod spans;
 pub mod wire;

@@ -31,11 +31,11 @@ use crate::disk::ownership::Id;
 use std::fmt;
 
 /// Number of the private option.
-pub const OPTION: u32 = 0x464C_4558;
+pub const OPTION: u32 = crate::nbd::wire::PRIVATE_OPTION;
 /// Type of the private option reply that holds an [`Answer`].
-pub const REPLY: u32 = 0x464C_4558;
+pub const REPLY: u32 = OPTION;
 /// Type of the private request that holds a [`Handover`].
-pub const COMMAND: u16 = 0x464C;
+pub const COMMAND: u16 = crate::nbd::wire::PRIVATE_COMMAND;
 /// Version of the three messages.
 pub const VERSION: u32 = 1;
 

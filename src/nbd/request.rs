@@ -3,7 +3,10 @@
 
 use super::bytes::Reader;
 use super::reply::Dialect;
-use super::wire::{CommandFlags, CommandKind, EXTENDED_REQUEST_MAGIC, ErrorCode, REQUEST_MAGIC};
+use super::wire::{
+    CommandFlags, CommandKind, EXTENDED_REQUEST_MAGIC, ErrorCode, PRIVATE_COMMAND,
+    PRIVATE_PAYLOAD_MAX, REQUEST_MAGIC,
+};
 use super::{Decoded, Malformed};
 use crate::range::Range;
 
@@ -78,12 +81,16 @@ impl Header {
 
     /// How many bytes of payload follow the header, whether or not the request is a valid one.
     ///
-    /// Without extended headers only a write has any. With them the flag `PAYLOAD_LEN` alone
+    /// Without extended headers only a write has any, and the private command where it is
+    /// understood. With them the flag `PAYLOAD_LEN` alone
     /// decides, also for commands that are refused.
     #[must_use]
-    pub fn payload_length(&self, dialect: Dialect) -> u64 {
-        let has_payload = match dialect {
-            Dialect::Simple | Dialect::Structured => self.kind == CommandKind::Write.number(),
+    pub fn payload_length(&self, terms: &Terms) -> u64 {
+        let has_payload = match terms.dialect {
+            Dialect::Simple | Dialect::Structured => {
+                self.kind == CommandKind::Write.number()
+                    || (terms.private && self.kind == PRIVATE_COMMAND)
+            }
             Dialect::Extended => self.flags & CommandFlags::PAYLOAD_LEN.bits() != 0,
         };
         if has_payload { self.length } else { 0 }
@@ -94,6 +101,9 @@ impl Header {
     /// # Errors
     /// The code to answer with, and the reason for the log ("Error values", "Request types").
     pub fn check(&self, terms: &Terms) -> Result<Request, Refusal> {
+        if self.kind == PRIVATE_COMMAND {
+            return self.checked_private(terms);
+        }
         let kind = CommandKind::try_from(self.kind)
             .map_err(|_| Refusal::new(ErrorCode::Invalid, "unknown command"))?;
         if kind == CommandKind::Disconnect {
@@ -118,6 +128,19 @@ impl Header {
             return Err(Refusal::new(ErrorCode::Invalid, "no metadata context was selected"));
         }
         Ok(request(kind, flags, range))
+    }
+
+    /// The length is that of the payload, the offset zero, and there are no flags but the one
+    /// that says so.
+    fn checked_private(&self, terms: &Terms) -> Result<Request, Refusal> {
+        let payload = self.payload_length(terms);
+        let flags = self.flags & !CommandFlags::PAYLOAD_LEN.bits();
+        let fits = payload == self.length && payload <= PRIVATE_PAYLOAD_MAX;
+        if terms.private && fits && self.offset == 0 && flags == 0 {
+            Ok(Request::Private { length: payload })
+        } else {
+            Err(Refusal::new(ErrorCode::Invalid, "unknown command"))
+        }
     }
 
     fn checked_flags(&self, kind: CommandKind, terms: &Terms) -> Result<CommandFlags, Refusal> {
@@ -149,6 +172,8 @@ pub struct Terms {
     pub allocation_selected: bool,
     /// Largest payload of a read or write, in bytes.
     pub payload_length_max: u32,
+    /// Whether the private command is understood.
+    pub private: bool,
     /// Answer a read beyond the end with `ENOSPC`, as the original server did in old style.
     pub reads_beyond_end_are_no_space: bool,
 }
@@ -202,8 +227,21 @@ pub enum Request {
         /// `NBD_CMD_FLAG_REQ_ONE` was set.
         one: bool,
     },
+    /// The private command of a migration; the payload follows.
+    Private {
+        /// Of the payload in bytes.
+        length: u64,
+    },
     /// `NBD_CMD_DISC`.
     Disconnect,
+}
+
+impl Request {
+    /// Whether it changes the disk.
+    #[must_use]
+    pub const fn writes(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Trim { .. } | Self::WriteZeroes { .. })
+    }
 }
 
 /// Why a request is answered with an error.
@@ -279,6 +317,7 @@ mod tests {
             dialect,
             allocation_selected: true,
             payload_length_max: 1 << 16,
+            private: false,
             reads_beyond_end_are_no_space: false,
         }
     }
@@ -348,10 +387,10 @@ mod tests {
     #[test]
     fn an_extended_write_without_the_payload_flag_has_no_payload_and_is_refused() {
         let write = header(CommandKind::Write, CommandFlags::empty(), 0, 512);
-        assert_eq!(write.payload_length(Dialect::Extended), 0);
+        assert_eq!(write.payload_length(&terms(Dialect::Extended)), 0);
         assert_eq!(code(write, &terms(Dialect::Extended)), Some(ErrorCode::Invalid));
         let flagged = header(CommandKind::Write, CommandFlags::PAYLOAD_LEN, 0, 512);
-        assert_eq!(flagged.payload_length(Dialect::Extended), 512);
+        assert_eq!(flagged.payload_length(&terms(Dialect::Extended)), 512);
         assert_eq!(code(flagged, &terms(Dialect::Extended)), None);
     }
 
@@ -368,6 +407,18 @@ mod tests {
         assert_eq!(code(unknown, &terms(Dialect::Simple)), Some(ErrorCode::Invalid));
         let odd = Header { kind: CommandKind::Disconnect.number(), flags: 0xffff, ..unknown };
         assert_eq!(odd.check(&terms(Dialect::Simple)), Ok(Request::Disconnect));
+    }
+
+    #[test]
+    fn the_private_command_exists_only_where_it_is_understood_and_is_short() {
+        let ask = |length| Header { flags: 0, kind: PRIVATE_COMMAND, cookie: 1, offset: 0, length };
+        let knows = Terms { private: true, ..terms(Dialect::Simple) };
+        assert_eq!(code(ask(36), &terms(Dialect::Simple)), Some(ErrorCode::Invalid));
+        assert_eq!(ask(36).check(&knows), Ok(Request::Private { length: 36 }));
+        assert_eq!(code(ask(PRIVATE_PAYLOAD_MAX), &knows), None);
+        assert_eq!(code(ask(PRIVATE_PAYLOAD_MAX + 1), &knows), Some(ErrorCode::Invalid));
+        assert_eq!(ask(36).payload_length(&knows), 36);
+        assert_eq!(ask(36).payload_length(&terms(Dialect::Simple)), 0);
     }
 
     fn dialects() -> impl Strategy<Value = Dialect> {

@@ -30,6 +30,13 @@ pub const RESERVED_ZEROES: usize = 124;
 /// The largest payload a client may send to, or ask of, a server that advertised no block sizes
 /// ("Block size constraints").
 pub const PAYLOAD_LENGTH_DEFAULT: u32 = 32 << 20;
+/// Number of the private option with which a migration's source introduces itself, and of the
+/// reply to it; the specification leaves such numbers to whoever takes one.
+pub const PRIVATE_OPTION: u32 = 0x464C_4558;
+/// Type of the private request with which a source hands its disk over.
+pub const PRIVATE_COMMAND: u16 = 0x464C;
+/// Longest payload of a private request, in bytes.
+pub const PRIVATE_PAYLOAD_MAX: u64 = 256;
 /// The port registered for NBD.
 pub const PORT: u16 = 10809;
 /// The metadata context for holes and zeros.

@@ -87,10 +87,12 @@ fn serve(shared: &Shared, stream: Stream, peer: Peer, seat: Seat) {
         peer,
         seat,
         disk: &shared.disk,
+        reception: &*shared.reception,
         export: shared.export.clone(),
         settings: shared.settings,
     };
     let end = session.run();
+    shared.reception.closed(id);
     log_end(&session.peer, id, &end);
 }
 

@@ -12,6 +12,7 @@ mod end;
 mod inbox;
 mod orders;
 mod outbox;
+pub mod reception;
 mod roster;
 pub mod session;
 mod stall;
@@ -26,6 +27,7 @@ use crate::nbd::handshake::server::Export;
 use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
 use crate::net::Listener;
 use acl::{Acl, BadEntry};
+use reception::Reception;
 use roster::{Capacity, Roster};
 use std::io;
 use std::sync::Arc;
@@ -76,6 +78,7 @@ struct Shared {
     disk: Arc<Disk>,
     export: Export,
     settings: Settings,
+    reception: Arc<dyn Reception>,
     roster: Arc<Roster>,
 }
 
@@ -87,16 +90,17 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves `disk` under `name` to whoever connects to `listeners` and is admitted by `acl`.
+    /// Serves `disk` under `name` to whoever connects to `listeners` and is admitted by `acl`, as
+    /// far as `reception` lets them.
     ///
     /// # Errors
     /// When there is no descriptor or thread left.
     pub fn start(
         listeners: Vec<Listener>,
         disk: Arc<Disk>,
+        reception: Arc<dyn Reception>,
         name: &str,
-        acl: Acl,
-        clients_max: usize,
+        (acl, clients_max): (Acl, usize),
         settings: Settings,
     ) -> io::Result<Self> {
         let capacity = Capacity {
@@ -106,7 +110,7 @@ impl Server {
         };
         let export = export(&disk, name);
         let roster = Roster::new(capacity, acl)?;
-        let shared = Arc::new(Shared { disk, export, settings, roster });
+        let shared = Arc::new(Shared { disk, export, settings, reception, roster });
         let for_acceptor = Arc::clone(&shared);
         let acceptor = thread::Builder::new()
             .name("serve".into())
@@ -139,6 +143,14 @@ impl Server {
     /// clients there may be; those who are connected stay unless the list does not admit them.
     pub fn readmit(&self, acl: Acl, clients_max: usize) {
         self.shared.roster.readmit(acl, clients_max);
+    }
+
+    /// Lets nobody in any more and ends all sessions, without answering what they have in flight:
+    /// the disk is gone, and a client that connects again finds it elsewhere. The disk's gate must
+    /// have been retired before.
+    pub fn leave(&self) {
+        self.shared.roster.stop();
+        self.shared.roster.clear();
     }
 
     /// Lets nobody in any more, lets sessions answer what they have received, and ends those that

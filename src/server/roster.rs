@@ -25,7 +25,8 @@ pub(super) struct Capacity {
 pub(super) struct Roster {
     capacity: Capacity,
     inner: Mutex<Inner>,
-    emptied: Condvar,
+    /// Whenever somebody has left.
+    left: Condvar,
     /// Rung whenever somebody leaves, finishes the handshake, or the server is to stop.
     pub(super) bell: Wake,
 }
@@ -87,8 +88,8 @@ impl Roster {
         let sessions_max = capacity.sessions;
         let entries = BTreeMap::new();
         let inner = Inner { acl, sessions_max, stopping: false, next_id: 1, entries };
-        let (inner, emptied) = (Mutex::new(inner), Condvar::new());
-        Ok(Arc::new(Self { capacity, inner, emptied, bell: Wake::new()? }))
+        let (inner, left) = (Mutex::new(inner), Condvar::new());
+        Ok(Arc::new(Self { capacity, inner, left, bell: Wake::new()? }))
     }
 
     /// A place for this client, or why there is none.
@@ -160,6 +161,15 @@ impl Roster {
         self.bell.wake();
     }
 
+    /// Tells one session to leave at once and waits until it has.
+    pub(super) fn dismiss(&self, id: u64) {
+        let mut inner = self.lock();
+        while let Some(entry) = inner.entries.get(&id) {
+            entry.orders.give(Order::Leave);
+            inner = self.left.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     /// Tells everybody to leave at once.
     pub(super) fn clear(&self) {
         self.lock().entries.values().for_each(|entry| entry.orders.give(Order::Leave));
@@ -173,7 +183,7 @@ impl Roster {
             if left.is_zero() {
                 return false;
             }
-            let woken = self.emptied.wait_timeout(inner, left);
+            let woken = self.left.wait_timeout(inner, left);
             inner = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
         true
@@ -204,6 +214,11 @@ impl Inner {
 }
 
 impl Seat {
+    /// Tells another session to leave and waits until it has.
+    pub(super) fn dismiss(&self, other: u64) {
+        self.roster.dismiss(other);
+    }
+
     /// The handshake is over: its place is free for another client.
     pub(super) fn greeted(&self) {
         if let Some(entry) = self.roster.lock().entries.get_mut(&self.id) {
@@ -217,11 +232,8 @@ impl Drop for Seat {
     fn drop(&mut self) {
         let mut inner = self.roster.lock();
         inner.entries.remove(&self.id);
-        let empty = inner.entries.is_empty();
         drop(inner);
-        if empty {
-            self.roster.emptied.notify_all();
-        }
+        self.roster.left.notify_all();
         self.roster.bell.wake();
     }
 }

@@ -5,12 +5,14 @@ use super::end::SessionEnd;
 use super::inbox::Inbox;
 use super::orders::Order;
 use super::outbox::Outbox;
+use super::reception::{Introduction, Reception};
 use super::roster::Seat;
 use super::transmission::{Progress, Transmission};
 use super::work::Worker;
 use super::{Settings, Style};
 use crate::disk::Disk;
 use crate::nbd::handshake::Agreement;
+use crate::nbd::handshake::option::OptionReply;
 use crate::nbd::handshake::server::{Export, Handshake, Next};
 use crate::nbd::request::Terms;
 use crate::net::{Interest, Peer, Stream};
@@ -33,6 +35,7 @@ pub(super) struct Session<'a> {
     pub(super) peer: Peer,
     pub(super) seat: Seat,
     pub(super) disk: &'a Disk,
+    pub(super) reception: &'a dyn Reception,
     pub(super) export: Export,
     pub(super) settings: Settings,
 }
@@ -68,19 +71,51 @@ impl Session<'_> {
             return Ok(agreement);
         }
         let mut handshake = Handshake::new(self.export.clone());
+        handshake.understand_private();
         outbox.reply(|out| handshake.greet(out));
         loop {
             self.send_greeting(outbox, deadline)?;
             self.receive_greeting(inbox, deadline)?;
+            if let Some(agreement) = self.advance(&mut handshake, inbox, outbox)? {
+                return Ok(agreement);
+            }
+        }
+    }
+
+    /// Takes the handshake as far as it can be taken with what has arrived.
+    fn advance(
+        &self,
+        handshake: &mut Handshake,
+        inbox: &mut Inbox,
+        outbox: &mut Outbox,
+    ) -> Result<Option<Agreement>, SessionEnd> {
+        loop {
+            handshake.set_closed(self.reception.admit(self.seat.id).err());
             let mut step = Ok((0, Next::More));
             outbox.reply(|out| step = handshake.advance(inbox.bytes(), out));
             let (used, next) = step.map_err(SessionEnd::Misbehaved)?;
             inbox.consume(used);
             match next {
-                Next::More => {}
+                Next::More => return Ok(None),
+                Next::Asked(data) => {
+                    let answer = self.introduce(&data);
+                    outbox.reply(|out| handshake.answer_private(answer, out));
+                }
                 Next::Goodbye => return Err(SessionEnd::Aborted),
-                Next::Transmission(agreement) => return Ok(agreement),
+                Next::Transmission(agreement) => return Ok(Some(agreement)),
             }
+        }
+    }
+
+    fn introduce(&self, data: &[u8]) -> Result<Vec<u8>, OptionReply> {
+        match self.reception.introduced(self.seat.id, data) {
+            Introduction::Answer { data, retire } => {
+                if let Some(earlier) = retire {
+                    self.seat.dismiss(earlier);
+                }
+                Ok(data)
+            }
+            Introduction::Refuse(refusal) => Err(refusal),
         }
     }
 
@@ -126,14 +161,21 @@ impl Session<'_> {
             read_only: self.disk.read_only(),
             dialect: agreed.dialect,
             allocation_selected: agreed.allocation_context.is_some(),
+            private: !oldstyle,
             payload_length_max: if oldstyle { PAYLOAD_MAX_OLDSTYLE } else { PAYLOAD_MAX },
             reads_beyond_end_are_no_space: oldstyle,
         };
         let client = self.peer.to_string();
-        let (orders, id) = (&*self.seat.orders, self.seat.id);
+        let orders = &*self.seat.orders;
         Transmission {
             stream: &self.stream,
-            worker: Worker::new(self.disk, orders, agreed.dialect, client, id),
+            worker: Worker::new(
+                self.disk,
+                orders,
+                self.reception,
+                agreed.dialect,
+                (client, self.seat.id),
+            ),
             terms,
             answers_nonsense: oldstyle,
             stall_limit: self.settings.stall_limit,

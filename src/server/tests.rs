@@ -29,9 +29,10 @@ fn serve(settings: Settings, clients_max: usize) -> Fixture {
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
-    let (for_server, acl) = (Arc::clone(&disk), Acl::default());
+    let (for_server, admission) = (Arc::clone(&disk), (Acl::default(), clients_max));
+    let anybody = Arc::new(reception::Anybody);
     let server =
-        Server::start(vec![listener], for_server, "disk", acl, clients_max, settings).unwrap();
+        Server::start(vec![listener], for_server, anybody, "disk", admission, settings).unwrap();
     Fixture { server, address, disk, memory, faults }
 }
 

@@ -9,11 +9,12 @@ use super::end::SessionEnd;
 use super::inbox::Inbox;
 use super::orders::Order;
 use super::outbox::Outbox;
+use super::reception::Conclusion;
 use super::stall::Stall;
 use super::work::{Read, Worker, piece_length};
 use crate::nbd::Malformed;
 use crate::nbd::reply::{Dialect, Origin};
-use crate::nbd::request::{self, Header, Request, Terms};
+use crate::nbd::request::{self, Header, Refusal, Request, Terms};
 use crate::nbd::wire::{CommandKind, ErrorCode};
 use crate::net::{Interest, Stream};
 use crate::range::Range;
@@ -68,7 +69,9 @@ enum Purpose {
     /// To be written to the rest of this range.
     Write { range: Range, rest: Range, durable: bool },
     /// To be read past; the reply is in the outbox or will be made at the end.
-    Skip { failed: Option<(Range, io::Error)> },
+    Skip { failed: Option<(Request, io::Error)> },
+    /// To be understood by the reception, once all of it is here.
+    Private { data: Vec<u8> },
 }
 
 impl Transmission<'_> {
@@ -172,8 +175,8 @@ impl Transmission<'_> {
             offset: header.offset,
             chunked: chunked.contains(&header.kind),
         };
-        let length = header.payload_length(dialect);
-        match header.check(&self.terms) {
+        let length = header.payload_length(&self.terms);
+        match self.checked(&header) {
             Ok(request) => self.begin(to, request)?,
             Err(refusal) => {
                 if length > PAYLOAD_ABSURD {
@@ -189,6 +192,16 @@ impl Transmission<'_> {
         Ok(true)
     }
 
+    /// What the client wants, or why it cannot have it, by the protocol or by whose disk it is.
+    fn checked(&self, header: &Header) -> Result<Request, Refusal> {
+        let request = header.check(&self.terms)?;
+        if request.writes() {
+            let permitted = self.worker.reception.permit(self.worker.session);
+            permitted.map_err(|(code, why)| Refusal { code, why })?;
+        }
+        Ok(request)
+    }
+
     fn begin(&mut self, to: Origin, request: Request) -> Result<(), SessionEnd> {
         match request {
             Request::Read { range, whole } => {
@@ -202,7 +215,14 @@ impl Transmission<'_> {
                 let purpose = Purpose::Write { range, rest: range, durable };
                 self.progress.payload = Some(Payload { to, left: range.length(), purpose });
             }
-            Request::Disconnect => self.progress.leaving = Some(SessionEnd::Goodbye),
+            Request::Private { length } => {
+                let purpose = Purpose::Private { data: Vec::new() };
+                self.progress.payload = Some(Payload { to, left: length, purpose });
+            }
+            Request::Disconnect => {
+                self.worker.reception.said_goodbye(self.worker.session);
+                self.progress.leaving = Some(SessionEnd::Goodbye);
+            }
             _ => self.worker.answer(to, request, &mut self.outbox)?,
         }
         Ok(())
@@ -213,6 +233,7 @@ impl Transmission<'_> {
         match purpose {
             Purpose::Skip { failed } => Ok(self.skip(to, left, failed)),
             Purpose::Write { range, rest, durable } => self.write(to, range, rest, durable),
+            Purpose::Private { data } => self.private(to, left, data),
         }
     }
 
@@ -248,7 +269,8 @@ impl Transmission<'_> {
                 self.progress.payload = Some(Payload { to, left: then.length(), purpose });
             }
             Err(error) if !then.is_empty() => {
-                let purpose = Purpose::Skip { failed: Some((range, error)) };
+                let what = Request::Write { range, durable };
+                let purpose = Purpose::Skip { failed: Some((what, error)) };
                 self.progress.payload = Some(Payload { to, left: then.length(), purpose });
             }
             outcome => {
@@ -259,18 +281,41 @@ impl Transmission<'_> {
         Ok(true)
     }
 
-    fn skip(&mut self, to: Origin, left: u64, failed: Option<(Range, io::Error)>) -> bool {
+    fn skip(&mut self, to: Origin, left: u64, failed: Option<(Request, io::Error)>) -> bool {
         let step = left.min(self.inbox.bytes().len() as u64);
         // It fits: no more than what is in the inbox.
         self.inbox.consume(step as usize);
         let left = left - step;
         if left > 0 {
             self.progress.payload = Some(Payload { to, left, purpose: Purpose::Skip { failed } });
-        } else if let Some((range, error)) = failed {
-            let what = format_args!("write of {range:?}").to_string();
+        } else if let Some((what, error)) = failed {
             self.worker.conclude(to, Err(error), what, &mut self.outbox);
         }
         step > 0
+    }
+
+    /// The private command: everything before it is done, so that it can be obeyed at once.
+    fn private(&mut self, to: Origin, left: u64, mut data: Vec<u8>) -> Result<bool, SessionEnd> {
+        // It fits: no more than what is in the inbox.
+        let step = left.min(self.inbox.bytes().len() as u64) as usize;
+        data.extend_from_slice(&self.inbox.bytes()[..step]);
+        self.inbox.consume(step);
+        let left = left - step as u64;
+        if left > 0 {
+            self.progress.payload = Some(Payload { to, left, purpose: Purpose::Private { data } });
+            return Ok(step > 0);
+        }
+        match self.worker.reception.handed_over(self.worker.session, &data) {
+            Conclusion::Acknowledge => {
+                self.outbox.reply(|out| self.worker.dialect.success(to, out));
+            }
+            Conclusion::Refuse(code) => {
+                let why = "not a handover of the migration that is under way";
+                self.worker.refuse(to, code, why, &mut self.outbox);
+            }
+            Conclusion::Silence => return Err(SessionEnd::Ordered(Order::Leave)),
+        }
+        Ok(true)
     }
 
     /// Bytes that are no request: framing is lost, and the session with it. In old style they are

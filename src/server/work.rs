@@ -4,6 +4,7 @@
 use super::end::SessionEnd;
 use super::orders::{Order, Orders};
 use super::outbox::Outbox;
+use super::reception::{Reception, SessionId};
 use crate::disk::{Disk, Extent, Visit, Zeroing, errno_of};
 use crate::nbd::handshake::ALLOCATION_CONTEXT_ID;
 use crate::nbd::reply::{Dialect, Origin, StatusExtent};
@@ -42,6 +43,7 @@ pub(super) struct Read {
 pub(super) struct Worker<'a> {
     pub(super) disk: &'a Disk,
     pub(super) orders: &'a Orders,
+    pub(super) reception: &'a dyn Reception,
     pub(super) dialect: Dialect,
     /// For the log.
     pub(super) client: String,
@@ -56,12 +58,12 @@ impl<'a> Worker<'a> {
     pub(super) fn new(
         disk: &'a Disk,
         orders: &'a Orders,
+        reception: &'a dyn Reception,
         dialect: Dialect,
-        client: String,
-        session: u64,
+        (client, session): (String, SessionId),
     ) -> Self {
         let allocated = Range::whole(0);
-        Self { disk, orders, dialect, client, session, complaints: 0, allocated }
+        Self { disk, orders, reception, dialect, client, session, complaints: 0, allocated }
     }
 
     /// Permission to touch the disk; waits while the gate is closed.
@@ -98,7 +100,10 @@ impl<'a> Worker<'a> {
                 }
             }
             // These have steps of their own, or no answer.
-            Request::Read { .. } | Request::Write { .. } | Request::Disconnect => Ok(()),
+            Request::Read { .. }
+            | Request::Write { .. }
+            | Request::Private { .. }
+            | Request::Disconnect => Ok(()),
         };
         drop(visit);
         self.conclude(to, outcome, request, out);
@@ -110,12 +115,15 @@ impl<'a> Worker<'a> {
         &mut self,
         to: Origin,
         outcome: io::Result<()>,
-        request: impl std::fmt::Debug,
+        request: Request,
         out: &mut Outbox,
     ) {
         match outcome {
             Ok(()) => out.reply(|out| self.dialect.success(to, out)),
             Err(error) => {
+                if request.writes() && !is_not_fast(request, &error) {
+                    self.reception.write_failed(self.session, &error);
+                }
                 let code = self.complain(&request, &error);
                 out.reply(|out| self.dialect.failure(to, code, None, "", out));
             }
@@ -273,6 +281,12 @@ impl<'a> Worker<'a> {
             );
         }
     }
+}
+
+/// Whether a request was not carried out only because it cannot be done as fast as it must.
+fn is_not_fast(request: Request, error: &io::Error) -> bool {
+    let code = ErrorCode::from_errno(errno_of(error));
+    matches!(request, Request::WriteZeroes { fast: true, .. }) && code == ErrorCode::NotSupported
 }
 
 /// How much of `range` to do at once: a piece, ending between two blocks unless it is the last.

@@ -6,7 +6,7 @@ use super::super::bytes::Reader;
 use super::super::reply::Dialect;
 use super::super::wire::{
     CONTEXT_ALLOCATION, ClientFlags, HandshakeFlags, InfoKind, OptionKind, OptionReplyKind,
-    RESERVED_ZEROES, TransmissionFlags,
+    PRIVATE_OPTION, RESERVED_ZEROES, TransmissionFlags,
 };
 use super::option::{InfoRequest, MetaContextRequest, OptionReply, encode_option};
 use super::{Agreement, BlockSizes, Greeting, encode_client_flags};
@@ -22,6 +22,8 @@ pub struct Wish {
     pub extended: bool,
     /// The allocation context; needs chunks.
     pub allocation: bool,
+    /// The private option, with this data.
+    pub private: Option<Vec<u8>>,
 }
 
 /// Why there will be no transmission phase.
@@ -63,6 +65,8 @@ impl std::fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
+const OTHER_OPTION: &str = "it answered another option than the one asked";
+
 fn reason(number: u32) -> &'static str {
     match OptionReplyKind::try_from(number) {
         Ok(OptionReplyKind::ErrUnknown) => "the server has no export of that name",
@@ -85,6 +89,7 @@ pub enum Next {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Greeting,
+    Private,
     Answer(OptionKind),
     /// Waiting for what follows `NBD_OPT_EXPORT_NAME`, with this many zero bytes at its end.
     Export {
@@ -102,6 +107,7 @@ pub struct Handshake {
     allocation_context: Option<u32>,
     export: Option<(u64, TransmissionFlags)>,
     block_sizes: Option<BlockSizes>,
+    private_answer: Option<Vec<u8>>,
 }
 
 impl Handshake {
@@ -116,7 +122,15 @@ impl Handshake {
             allocation_context: None,
             export: None,
             block_sizes: None,
+            private_answer: None,
         }
+    }
+
+    /// What the server answered to the private option, if it knows it; also when the handshake
+    /// failed later.
+    #[must_use]
+    pub fn private_answer(&self) -> Option<&[u8]> {
+        self.private_answer.as_deref()
     }
 
     /// Uses up the front of `input`, appends to `out` what is to be sent, and says how much was
@@ -129,6 +143,7 @@ impl Handshake {
         loop {
             let (step, next) = match self.stage {
                 Stage::Greeting => self.greeting(&input[used..], out)?,
+                Stage::Private => self.private_reply(&input[used..], out)?,
                 Stage::Answer(asked) => self.answer(asked, &input[used..], out)?,
                 Stage::Export { zeroes } => self.export_reply(zeroes, &input[used..]),
             };
@@ -158,17 +173,44 @@ impl Handshake {
                 client.set(ClientFlags::NO_ZEROES, self.no_zeroes);
                 client.set(ClientFlags::FIXED_NEWSTYLE, fixed);
                 encode_client_flags(client, out);
-                let first = if !fixed {
-                    OptionKind::ExportName
-                } else if self.wish.extended {
-                    OptionKind::ExtendedHeaders
-                } else {
-                    self.after_extended_headers()
-                };
-                self.ask(first, out);
+                match &self.wish.private {
+                    Some(data) if fixed => {
+                        encode_option(PRIVATE_OPTION, data, out);
+                        self.stage = Stage::Private;
+                    }
+                    _ if fixed => self.ask(self.first(), out),
+                    _ => self.ask(OptionKind::ExportName, out),
+                }
                 Ok((used, Next::More))
             }
         }
+    }
+
+    /// The first option of the specification to ask for.
+    fn first(&self) -> OptionKind {
+        if self.wish.extended { OptionKind::ExtendedHeaders } else { self.after_extended_headers() }
+    }
+
+    fn private_reply(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Next), Failure> {
+        let decoded = OptionReply::decode(input).map_err(Failure::Malformed)?;
+        let Some(((option, reply), used)) = decoded else { return Ok((0, Next::More)) };
+        if option != PRIVATE_OPTION {
+            return Err(Failure::Unexpected(OTHER_OPTION));
+        }
+        match reply {
+            OptionReply::Other { number: PRIVATE_OPTION, data } => self.private_answer = Some(data),
+            OptionReply::Ack => self.ask(self.first(), out),
+            OptionReply::Error { number, .. }
+                if number == OptionReplyKind::ErrUnsupported.number() =>
+            {
+                self.ask(self.first(), out);
+            }
+            OptionReply::Error { number, message } => {
+                return Err(Failure::Refused { number, message });
+            }
+            _ => {}
+        }
+        Ok((used, Next::More))
     }
 
     fn ask(&mut self, kind: OptionKind, out: &mut Vec<u8>) {
@@ -203,7 +245,7 @@ impl Handshake {
         let decoded = OptionReply::decode(input).map_err(Failure::Malformed)?;
         let Some(((option, reply), used)) = decoded else { return Ok((0, Next::More)) };
         if option != asked.number() {
-            return Err(Failure::Unexpected("it answered another option than the one asked"));
+            return Err(Failure::Unexpected(OTHER_OPTION));
         }
         let then = match (asked, reply) {
             (_, OptionReply::Export { size, flags }) => {

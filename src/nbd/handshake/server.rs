@@ -4,7 +4,7 @@
 use super::super::reply::Dialect;
 use super::super::wire::{
     CONTEXT_ALLOCATION, CONTEXT_NAMESPACE, ClientFlags, HandshakeFlags, InfoKind, OptionKind,
-    OptionReplyKind, RESERVED_ZEROES, STRING_LENGTH_MAX, TransmissionFlags,
+    OptionReplyKind, PRIVATE_OPTION, RESERVED_ZEROES, STRING_LENGTH_MAX, TransmissionFlags,
 };
 use super::option::{
     InfoRequest, MetaContextRequest, OPTION_LENGTH_ABSURD, OPTION_LENGTH_MAX, OptionFault,
@@ -42,6 +42,8 @@ pub enum Misbehaviour {
     ExportNameAfterExtendedHeaders,
     /// An option that must be answered, from a client that does not know answers.
     OptionBeforeFixedNewstyle(u32),
+    /// `NBD_OPT_EXPORT_NAME` while nobody is let in.
+    NotAdmitted(&'static str),
 }
 
 impl std::fmt::Display for Misbehaviour {
@@ -57,6 +59,7 @@ impl std::fmt::Display for Misbehaviour {
             Self::OptionBeforeFixedNewstyle(number) => {
                 write!(f, "it sent option {number} without knowing fixed newstyle")
             }
+            Self::NotAdmitted(why) => write!(f, "it is not let in: {why}"),
         }
     }
 }
@@ -68,6 +71,9 @@ pub enum Next {
     More,
     /// The handshake is over; requests follow.
     Transmission(Agreement),
+    /// The client sent the private option, with this data: go on with
+    /// [`Handshake::answer_private`].
+    Asked(Vec<u8>),
     /// The client gave up: send what there is to send, then close.
     Goodbye,
 }
@@ -89,6 +95,10 @@ pub struct Handshake {
     dialect: Dialect,
     /// Name of the export for which the allocation context was selected.
     allocation_for: Option<String>,
+    /// Whether the private option is known.
+    private: bool,
+    /// Why nobody is let in now, if so.
+    closed: Option<&'static str>,
 }
 
 impl Handshake {
@@ -101,6 +111,30 @@ impl Handshake {
             client: ClientFlags::empty(),
             dialect: Dialect::Simple,
             allocation_for: None,
+            private: false,
+            closed: None,
+        }
+    }
+
+    /// From now on the private option is understood.
+    pub fn understand_private(&mut self) {
+        self.private = true;
+    }
+
+    /// From now on nobody gets at the export, for this reason (`NBD_REP_ERR_POLICY`); or, without
+    /// one, everybody does.
+    pub fn set_closed(&mut self, why: Option<&'static str>) {
+        self.closed = why;
+    }
+
+    /// Answers the private option, after [`Next::Asked`].
+    pub fn answer_private(&self, answer: Result<Vec<u8>, OptionReply>, out: &mut Vec<u8>) {
+        match answer {
+            Ok(data) => {
+                OptionReply::Other { number: PRIVATE_OPTION, data }.encode(PRIVATE_OPTION, out);
+                OptionReply::Ack.encode(PRIVATE_OPTION, out);
+            }
+            Err(refusal) => refusal.encode(PRIVATE_OPTION, out),
         }
     }
 
@@ -185,6 +219,11 @@ impl Handshake {
             return Err(Misbehaviour::OptionBeforeFixedNewstyle(head.number));
         }
         let after_head = super::option::OPTION_HEAD_LENGTH;
+        if self.private && head.number == PRIVATE_OPTION && head.length <= OPTION_LENGTH_MAX {
+            let end = after_head + head.length as usize;
+            let data = input.get(after_head..end).map(|data| Next::Asked(data.to_vec()));
+            return Ok(data.map_or((0, Next::More), |next| (end, next)));
+        }
         if let Some(answer) = Self::answer_unread(kind, head)? {
             answer.encode(head.number, out);
             self.forget_contexts_on_failed_set(kind);
@@ -251,6 +290,9 @@ impl Handshake {
         if self.dialect == Dialect::Extended {
             return Err(Misbehaviour::ExportNameAfterExtendedHeaders);
         }
+        if let Some(why) = self.closed {
+            return Err(Misbehaviour::NotAdmitted(why));
+        }
         let name = decode_text(data).map_err(|_| Misbehaviour::NoSuchExport)?;
         if !self.has(&name) {
             return Err(Misbehaviour::NoSuchExport);
@@ -306,6 +348,10 @@ impl Handshake {
         };
         if !self.has(&request.export) {
             no_such_export().encode(number, out);
+            return Next::More;
+        }
+        if let Some(why) = self.closed {
+            refuse(OptionReplyKind::ErrPolicy, why).encode(number, out);
             return Next::More;
         }
         let agreement = self.agreement(&request.export);

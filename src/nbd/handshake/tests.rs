@@ -290,7 +290,7 @@ proptest! {
         step in 1usize..200, structured: bool, extended: bool, allocation: bool, named: bool,
     ) {
         let export = if named { "disk".to_owned() } else { String::new() };
-        let wish = Wish { export, structured, extended, allocation };
+        let wish = Wish { export, structured, extended, allocation, private: None };
         let (client, server) = converse(wish, step).unwrap();
         prop_assert_eq!(&client, &server);
         let dialect = match (extended, structured || allocation) {
@@ -340,7 +340,13 @@ fn a_client_takes_the_old_style_as_it_comes() {
 #[test]
 fn a_client_falls_back_where_the_server_knows_less() {
     // A server that answers every option but EXPORT_NAME with ERR_UNSUP.
-    let wish = Wish { export: "disk".into(), structured: true, extended: true, allocation: true };
+    let wish = Wish {
+        export: "disk".into(),
+        structured: true,
+        extended: true,
+        allocation: true,
+        private: Some(vec![1]),
+    };
     let mut client = client::Handshake::new(wish);
     let mut input = Vec::new();
     Greeting::Newstyle { flags: HandshakeFlags::FIXED_NEWSTYLE }.encode(&mut input);
@@ -353,10 +359,10 @@ fn a_client_falls_back_where_the_server_knows_less() {
             assert_eq!(agreement.dialect, Dialect::Simple);
             break;
         }
-        let option =
-            &out[out.len().saturating_sub(out.len() - if asked.is_empty() { 4 } else { 0 })..];
+        // The first answer has the client flags in front of its option.
+        let option = &out[if asked.is_empty() { 4 } else { 0 }..];
         let head = OptionHead::decode(option).unwrap().unwrap().0;
-        asked.push(OptionKind::try_from(head.number).unwrap());
+        asked.push(head.number);
         if head.number == OptionKind::ExportName.number() {
             input.extend_from_slice(&[0; 10 + RESERVED_ZEROES]);
         } else {
@@ -364,7 +370,9 @@ fn a_client_falls_back_where_the_server_knows_less() {
         }
     }
     use OptionKind::*;
-    assert_eq!(asked, [ExtendedHeaders, StructuredReply, Go, ExportName]);
+    let options = [ExtendedHeaders, StructuredReply, Go, ExportName].map(OptionKind::number);
+    assert_eq!(asked, [&[PRIVATE_OPTION], &options[..]].concat());
+    assert_eq!(client.private_answer(), None);
 }
 
 proptest! {
@@ -389,4 +397,44 @@ fn what_is_no_greeting_is_refused_at_its_eighth_byte() {
     assert_eq!(Greeting::decode(b"HTTP/1."), Ok(None));
     assert!(Greeting::decode(b"HTTP/1.1").is_err());
     assert!(Greeting::decode(b"NBDMAGICHTTP/1.1").is_err());
+}
+
+#[test]
+fn the_private_option_is_answered_by_whoever_understands_it() {
+    let introduced = |understands: bool| {
+        let mut talk = Talk::fixed();
+        if understands {
+            talk.server.understand_private();
+        }
+        talk.option(PRIVATE_OPTION, b"who am I")
+    };
+    assert_eq!(introduced(true), (vec![], server::Next::Asked(b"who am I".to_vec())));
+    let unsupported = OptionReplyKind::ErrUnsupported.number();
+    assert!(matches!(&introduced(false).0[..], [OptionReply::Error { number, .. }]
+        if *number == unsupported));
+}
+
+#[test]
+fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export() {
+    let mut server = server::Handshake::new(export());
+    server.understand_private();
+    server.set_closed(Some("not now"));
+    let wish = Wish { private: Some(b"who".to_vec()), ..Wish::default() };
+    let mut client = client::Handshake::new(wish);
+    let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
+    server.greet(&mut to_client);
+    let failure = loop {
+        match client.advance(&to_client, &mut to_server) {
+            Ok((used, _)) => drop(to_client.drain(..used)),
+            Err(failure) => break failure,
+        }
+        let (used, next) = server.advance(&to_server, &mut to_client).unwrap();
+        to_server.drain(..used);
+        if let server::Next::Asked(data) = next {
+            server.answer_private(Ok([&data[..], b"?"].concat()), &mut to_client);
+        }
+    };
+    let policy = OptionReplyKind::ErrPolicy.number();
+    assert_eq!(failure, Failure::Refused { number: policy, message: "not now".into() });
+    assert_eq!(client.private_answer(), Some(&b"who?"[..]));
 }

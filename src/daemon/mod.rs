@@ -1,0 +1,346 @@
+//! One process that serves or receives a disk: opens the rooms, waits for events, closes them in
+//! order. The only one who knows all rooms. Never talks to a client and never parses a command
+//! line.
+//!
+//! ```text
+//! plan ─▶ sockets, image, title ─▶ server, control ─▶ ready ─▶ one Event after another ─▶ stop
+//! ```
+
+mod moving;
+mod operator;
+mod plan;
+mod reception;
+mod title;
+
+pub use plan::{Admission, Ending, Plan, Refusal, Reread, Role};
+
+use crate::control::{ControlSocket, Handle, Operator};
+use crate::disk::ledger::Ledger;
+use crate::disk::ownership::ForListen;
+use crate::disk::{Access, Disk, FileImage};
+use crate::migration::destination::{Destination, Fate};
+use crate::migration::job::Outcome;
+use crate::migration::wire::Token;
+use crate::net::Listener;
+use crate::server::reception::Reception;
+use crate::server::{STALL_LIMIT, Server, Settings, Style};
+use crate::systemd::{Inherited, Notifier, sockets};
+use moving::Ground;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use operator::{Departures, Service};
+use reception::{Receiving, Serving};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+use tracing::{info, warn};
+
+/// How long sessions may take to answer what they have received when the server stops.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// What the process has to react to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Event {
+    /// Somebody wants the process to end.
+    Stop(Signal),
+    /// The disk is another server's now: its sessions are to end unanswered.
+    Retired,
+    /// A migration away from here is over.
+    Migrated(Outcome),
+    /// What has become of the incoming disk.
+    Incoming(Fate),
+}
+
+/// Everything that is open while the process runs.
+struct House {
+    service: Arc<Service>,
+    control: Option<Handle>,
+    notifier: Notifier,
+}
+
+/// Does what the plan says until a signal, or the disk's moving, ends it. `reread` is how to learn
+/// the admission anew, if it came from a configuration file.
+///
+/// # Errors
+/// Before it began, when it cannot.
+pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
+    // Before any thread starts: the environment is read and changed, and threads inherit the mask.
+    let inherited = Inherited::from_env().map_err(|error| Refusal::Inherited(error.to_string()))?;
+    let notifier = Notifier::from_env();
+    let (events, arrivals) = mpsc::channel();
+    let signals = block_signals()?;
+    raise_descriptor_limit();
+    let disk = open(&plan)?;
+    let ledger = title::ledger(&plan)?;
+    let (reception, departures) = match plan.role {
+        Role::Serve => to_serve(&plan, &ledger, &disk, &events)?,
+        Role::Listen { overwrite } => match to_listen(&plan, ledger, &disk, overwrite, &events)? {
+            Some(reception) => (reception, None),
+            None => return Ok(Ending::Well),
+        },
+    };
+    let (listeners, control) = sockets(&plan, inherited)?;
+    let told = addresses(&listeners);
+    let doing = if departures.is_some() { "serving" } else { "receiving" };
+    info!("{doing} {} ({} bytes) on {told}", plan.image.display(), disk.size());
+    let server = start(&plan, &disk, reception, listeners)?;
+    let size = disk.size();
+    let service = Arc::new(Service { size, server: Mutex::new(server), reread, departures });
+    let control = answer_operators(control, &service)?;
+    watch_signals(signals, events)?;
+    tell(notifier.ready());
+    tell(notifier.status(&format!("{doing} on {told}")));
+    let house = House { service, control, notifier };
+    let ending = house.wait(&arrivals, plan.role);
+    house.close();
+    Ok(ending)
+}
+
+impl House {
+    /// Waits for the event that ends the process.
+    fn wait(&self, arrivals: &Receiver<Event>, role: Role) -> Ending {
+        loop {
+            // The channel cannot close: the thread that watches signals has its other end.
+            match arrivals.recv() {
+                Ok(Event::Stop(signal)) => return self.interrupted(signal, role),
+                Ok(Event::Retired) => self.service.server().leave(),
+                Ok(Event::Migrated(outcome)) => {
+                    if let Some(ending) = migrated(&outcome) {
+                        return ending;
+                    }
+                }
+                Ok(Event::Incoming(Fate::Arrived)) => {
+                    info!("the disk has arrived");
+                    return Ending::Well;
+                }
+                Ok(Event::Incoming(Fate::Failed(why))) => return Ending::Badly(why),
+                Err(_) => return Ending::Well,
+            }
+        }
+    }
+
+    fn interrupted(&self, signal: Signal, role: Role) -> Ending {
+        info!("stopping: received {signal}");
+        let migrating = self.service.desk().is_some_and(|desk| desk.outcome().is_none());
+        match role {
+            Role::Listen { .. } => Ending::Badly(format!(
+                "received {signal} before the disk has arrived; what is here is incomplete"
+            )),
+            Role::Serve if migrating => {
+                Ending::Badly(format!("received {signal} while the disk was being migrated"))
+            }
+            Role::Serve => Ending::Well,
+        }
+    }
+
+    fn close(self) {
+        tell(self.notifier.stopping());
+        drop(self.control);
+        self.service.server().stop(GRACE);
+    }
+}
+
+/// How the process ends after a migration; it goes on if the disk stayed.
+fn migrated(outcome: &Outcome) -> Option<Ending> {
+    match outcome {
+        Outcome::Arrived { acknowledged } => {
+            let how = if *acknowledged { "acknowledged" } else { "complete, as far as we know" };
+            info!("migration over: the disk is at its destination ({how})");
+            Some(Ending::Well)
+        }
+        Outcome::Broken => {
+            info!("migration broken off as ordered; the disk stays here");
+            None
+        }
+        Outcome::Failed(trouble) => {
+            warn!("migration failed: {trouble}; the disk stays here");
+            None
+        }
+    }
+}
+
+fn to_serve(
+    plan: &Plan,
+    ledger: &Ledger,
+    disk: &Arc<Disk>,
+    events: &Sender<Event>,
+) -> Result<(Arc<dyn Reception>, Option<Departures>), Refusal> {
+    let title = title::to_serve(plan, ledger, disk.size())?;
+    let ground =
+        Ground { disk: Arc::clone(disk), image: plan.image.clone(), title, events: events.clone() };
+    let for_ledger = plan.clone();
+    let departures = Departures {
+        ground,
+        ledger: Box::new(move || title::ledger(&for_ledger).ok().and_then(title::usable)),
+        desk: Mutex::new(None),
+        beginning: Mutex::new(()),
+    };
+    Ok((Arc::new(Serving(title)), Some(departures)))
+}
+
+/// Whoever answers for the incoming disk; none if it has arrived already.
+fn to_listen(
+    plan: &Plan,
+    ledger: Ledger,
+    disk: &Arc<Disk>,
+    overwrite: bool,
+    events: &Sender<Event>,
+) -> Result<Option<Arc<dyn Reception>>, Refusal> {
+    let holds = match title::to_listen(plan, &ledger, overwrite)? {
+        ForListen::Accept { holds } => holds,
+        _ => {
+            info!("{}: the disk has arrived already", plan.image.display());
+            return Ok(None);
+        }
+    };
+    let token = moving::random()
+        .map(Token)
+        .map_err(|error| Refusal::System("draw random numbers", io::Error::other(error)))?;
+    let events = Mutex::new(events.clone());
+    let told = Box::new(move |fate| {
+        // The process is ending already if nobody hears it.
+        let _ = lock(&events).send(Event::Incoming(fate));
+    });
+    let ledger = title::usable(ledger);
+    let disk = Arc::clone(disk);
+    let destination = Destination::new(disk, ledger, plan.oldstyle, (token, holds), told);
+    Ok(Some(Arc::new(Receiving(destination))))
+}
+
+fn open(plan: &Plan) -> Result<Arc<Disk>, Refusal> {
+    let image = match plan.create {
+        Some(size) => FileImage::create(&plan.image, size),
+        None => FileImage::open(&plan.image, Access { read_only: plan.read_only }),
+    };
+    let image = image.map_err(Refusal::Image)?;
+    let tail = image.unserved_tail();
+    if tail > 0 {
+        warn!(
+            "{}: the last {tail} bytes are not served, since they do not fill a sector of 512",
+            plan.image.display()
+        );
+    }
+    Ok(Arc::new(Disk::new(Box::new(image), plan.read_only)))
+}
+
+/// The sockets to serve on and the control socket: those we were handed, else those of the plan.
+///
+/// The control socket comes last: whoever sees it knows that clients can connect.
+fn sockets(
+    plan: &Plan,
+    inherited: Inherited,
+) -> Result<(Vec<Listener>, Option<ControlSocket>), Refusal> {
+    for name in &inherited.unfamiliar {
+        warn!("a socket named '{name}' was handed over; taking it for one to serve on");
+    }
+    let listeners = listeners(plan, inherited.nbd)?;
+    let control = match (inherited.control, &plan.control) {
+        (Some(socket), given) => {
+            if let Some(path) = given {
+                warn!("not opening {}: the control socket handed over wins", path.display());
+            }
+            Some(ControlSocket::from_listener(socket))
+        }
+        (None, Some(path)) => Some(ControlSocket::bind(path).map_err(Refusal::Control)?),
+        (None, None) => None,
+    };
+    Ok((listeners, control))
+}
+
+fn listeners(plan: &Plan, inherited: Vec<sockets::Listener>) -> Result<Vec<Listener>, Refusal> {
+    if inherited.is_empty() {
+        let address = plan.address.as_ref().ok_or(Refusal::NoAddress)?;
+        return Ok(vec![Listener::bind(address).map_err(Refusal::Listen)?]);
+    }
+    if let Some(address) = &plan.address {
+        warn!("not listening on {address}: the sockets handed over by the service manager win");
+    }
+    let listeners = inherited.into_iter().map(|listener| {
+        let descriptor: OwnedFd = match listener {
+            sockets::Listener::Tcp(listener) => listener.into(),
+            sockets::Listener::Unix(listener) => listener.into(),
+        };
+        Listener::inherited(descriptor).map_err(|error| Refusal::Inherited(error.to_string()))
+    });
+    listeners.collect()
+}
+
+fn start(
+    plan: &Plan,
+    disk: &Arc<Disk>,
+    reception: Arc<dyn Reception>,
+    listeners: Vec<Listener>,
+) -> Result<Server, Refusal> {
+    let settings = Settings {
+        style: if plan.oldstyle { Style::Oldstyle } else { Style::Newstyle },
+        stall_limit: plan.killswitch.then_some(STALL_LIMIT),
+        ..Settings::default()
+    };
+    let Admission { acl, clients_max } = plan.admission.clone();
+    let disk = Arc::clone(disk);
+    Server::start(listeners, disk, reception, &plan.export, (acl, clients_max), settings)
+        .map_err(|error| Refusal::System("start serving", error))
+}
+
+fn answer_operators(
+    socket: Option<ControlSocket>,
+    service: &Arc<Service>,
+) -> Result<Option<Handle>, Refusal> {
+    let Some(socket) = socket else { return Ok(None) };
+    let operator: Arc<dyn Operator> = Arc::clone(service) as _;
+    let started = socket.start(operator);
+    started.map(Some).map_err(|error| Refusal::System("answer on the control socket", error))
+}
+
+/// The addresses listened on, for people.
+fn addresses(listeners: &[Listener]) -> String {
+    let told = listeners.iter().filter_map(|listener| listener.local_address().ok());
+    told.map(|address| address.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// Blocks the signals that end the process, so that they can be waited for.
+fn block_signals() -> Result<SigSet, Refusal> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
+        signals.add(signal);
+    }
+    let blocked = signals.thread_block();
+    blocked.map_err(|errno| Refusal::System("block signals", errno.into()))?;
+    Ok(signals)
+}
+
+fn watch_signals(signals: SigSet, events: Sender<Event>) -> Result<(), Refusal> {
+    let watch = move || {
+        while let Ok(signal) = signals.wait() {
+            if events.send(Event::Stop(signal)).is_err() {
+                return;
+            }
+        }
+    };
+    let thread = thread::Builder::new().name("signals".into()).spawn(watch);
+    thread.map(drop).map_err(|error| Refusal::System("start a thread", error))
+}
+
+/// Every client takes two descriptors, and the usual limit is 1024.
+fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        warn!("cannot raise the limit of {soft} file descriptors: {error}");
+    }
+}
+
+fn tell(told: io::Result<()>) {
+    if let Err(error) = told {
+        warn!("cannot notify the service manager: {error}");
+    }
+}
+
+/// A panic elsewhere leaves nothing half done under these locks, so that it does not count.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,228 @@
+//! Migrations away from here: begun by an operator, carried out on a thread of their own.
+//! Tells the log what happens and the daemon how it ended.
+
+use super::Event;
+use crate::control::command::{Action, Mirror};
+use crate::control::status::Migration;
+use crate::control::{Reply, Status};
+use crate::disk::Disk;
+use crate::disk::ledger::Ledger;
+use crate::disk::ownership::{Id, Place, Title};
+use crate::migration::job::{Job, News, Order, Outcome, Progress, Stage, Trouble};
+use crate::migration::link::Route;
+use crate::migration::source::{Departure, Desk, NoStart, Source, Witness};
+use crate::net::Address;
+use std::env;
+use std::num::NonZeroU64;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+use std::time::Duration;
+use tracing::{error, info, warn};
+
+/// How long a destination may make no progress, in seconds, unless this variable says otherwise.
+const PATIENCE_VARIABLE: &str = "FLEXNBD_MS_REQUEST_LIMIT_SECS";
+
+/// What a migration needs of the process it runs in.
+pub(super) struct Ground {
+    pub(super) disk: Arc<Disk>,
+    pub(super) image: PathBuf,
+    pub(super) title: Title,
+    pub(super) events: Sender<Event>,
+}
+
+/// What is heard of a migration until `mirror` can be answered.
+enum First {
+    Started,
+    Ended(Outcome),
+}
+
+/// Begins a migration. The reply comes when the destination has greeted us, or did not.
+pub(super) fn begin(
+    ground: &Ground,
+    ledger: Option<Ledger>,
+    order: &Mirror,
+) -> Result<(Arc<Desk>, Reply), Reply> {
+    if order.action == Action::Nothing {
+        let why = "the action nothing would leave two copies that both are served";
+        return Err(Reply::refused(why));
+    }
+    let (first, heard) = mpsc::channel();
+    let job = job(ground, order)?;
+    let id = job.id;
+    let witness = Box::new(Reporter {
+        id,
+        to: order.to.to_string(),
+        first: first.clone(),
+        events: ground.events.clone(),
+    });
+    let (source, desk) = Source::new(Departure {
+        disk: Arc::clone(&ground.disk),
+        ledger,
+        image: ground.image.clone(),
+        route: Route { to: Address::Tcp(order.to), bind: order.bind },
+        job,
+        witness,
+    })
+    .map_err(cannot_start)?;
+    let events = ground.events.clone();
+    let thread = thread::Builder::new().name("mirror".into()).spawn(move || {
+        let outcome = source.run();
+        // Nobody waits for it any more if it has started.
+        let _ = first.send(First::Ended(outcome.clone()));
+        let _ = events.send(Event::Migrated(outcome));
+    });
+    thread.map_err(|error| Reply::refused(format!("cannot start a thread: {error}")))?;
+    match heard.recv() {
+        Ok(First::Started) => Ok((desk, Reply::success("Mirror started"))),
+        Ok(First::Ended(Outcome::Failed(trouble))) => Err(refused(&trouble)),
+        Ok(First::Ended(_)) | Err(_) => Err(Reply::refused("Mirroring abandoned")),
+    }
+}
+
+/// `break`.
+pub(super) fn break_off(desk: Option<&Arc<Desk>>) -> Reply {
+    match desk.filter(|desk| desk.outcome().is_none()) {
+        None => Reply::refused("not mirroring"),
+        Some(desk) => match desk.order(Order::Break) {
+            Ok(()) => Reply::success("mirror stopped"),
+            Err(_) => Reply::refused("mirror completed"),
+        },
+    }
+}
+
+/// `mirror_max_bps`.
+pub(super) fn set_speed(desk: Option<&Arc<Desk>>, limit: u64) -> Reply {
+    match desk.filter(|desk| desk.outcome().is_none()) {
+        None => Reply::refused("Not currently mirroring"),
+        Some(desk) => match desk.order(Order::Speed(NonZeroU64::new(limit))) {
+            Ok(()) => Reply::success("updated"),
+            Err(_) => Reply::refused("Not currently mirroring"),
+        },
+    }
+}
+
+/// What `status` tells of a migration under way.
+pub(super) fn describe(desk: Option<&Arc<Desk>>, status: &mut Status) {
+    let Some(desk) = desk.filter(|desk| desk.outcome().is_none()) else { return };
+    let Some(progress) = desk.progress() else { return };
+    status.migration = Some(Migration {
+        speed: progress.bytes_per_second,
+        duration: desk.duration().as_secs(),
+        seconds_left: progress.seconds_left.unwrap_or(0),
+        bytes_left: progress.bytes_left,
+        speed_limit: progress.speed_limit.map(NonZeroU64::get),
+    });
+    status.extra.push(("migration_stage".to_owned(), stage(&progress).to_owned()));
+    status.extra.push(("migration_passes".to_owned(), progress.passes.to_string()));
+}
+
+fn stage(progress: &Progress) -> &'static str {
+    match progress.stage {
+        Stage::Connecting => "connecting",
+        Stage::Copying => "copying",
+        Stage::Closing => "closing",
+        Stage::Parting => "parting",
+        Stage::InDoubt => "in-doubt",
+        Stage::Leaving => "leaving",
+        Stage::Ended => "ended",
+    }
+}
+
+fn job(ground: &Ground, order: &Mirror) -> Result<Job, Reply> {
+    let id = random().map(Id).map_err(|error| Reply::refused(error.to_string()))?;
+    let to = Place::new(&order.to.to_string())
+        .ok_or_else(|| Reply::refused("the destination's address is too long"))?;
+    let mut job = Job::new(id, ground.disk.size(), to, ground.title);
+    job.unlink = order.action == Action::Unlink;
+    job.speed = order.max_bps.and_then(NonZeroU64::new);
+    let patience = env::var(PATIENCE_VARIABLE).ok().and_then(|seconds| seconds.parse().ok());
+    if let Some(seconds) = patience.filter(|seconds| *seconds > 0) {
+        job.patience = Duration::from_secs(seconds);
+    }
+    Ok(job)
+}
+
+/// 128 random bits.
+pub(super) fn random() -> Result<[u8; 16], getrandom::Error> {
+    let mut bits = [0; 16];
+    getrandom::fill(&mut bits)?;
+    Ok(bits)
+}
+
+fn cannot_start(why: NoStart) -> Reply {
+    Reply::refused(match why {
+        NoStart::TooSmall(_) => {
+            "the disk is smaller than 4096 bytes, which cannot be mirrored".to_owned()
+        }
+        NoStart::System(error) => format!("cannot start a migration: {error}"),
+    })
+}
+
+/// The original's words first, then what exactly happened.
+fn refused(trouble: &Trouble) -> Reply {
+    let words = match trouble {
+        Trouble::Connect(_) => "Mirror failed to connect",
+        Trouble::Silent(_) => "Remote server failed to respond",
+        Trouble::Size { .. } => "Remote size does not match local size",
+        _ => "Mirror was rejected",
+    };
+    Reply::refused(format!("{words} ({trouble})"))
+}
+
+/// Tells the log, the operator who waits, and the daemon.
+struct Reporter {
+    id: Id,
+    to: String,
+    first: Sender<First>,
+    events: Sender<Event>,
+}
+
+impl Witness for Reporter {
+    fn news(&self, news: &News) {
+        let (id, to) = (self.id, self.to.as_str());
+        if *news == News::Started {
+            let _ = self.first.send(First::Started);
+        }
+        match news {
+            News::Started | News::Resumed | News::Restarted | News::HandingOverAgain => info!(
+                "flexnbd.migration" = %id, "flexnbd.destination" = to,
+                "migration to {to}: {}", told(news)
+            ),
+            News::InDoubt(_) | News::RecordFailed(_) => error!(
+                "flexnbd.migration" = %id, "flexnbd.destination" = to,
+                "migration to {to}: {}", told(news)
+            ),
+            News::Retrying(_) | News::HeldBack(_) | News::GateBusy(_) => warn!(
+                "flexnbd.migration" = %id, "flexnbd.destination" = to,
+                "migration to {to}: {}", told(news)
+            ),
+        }
+    }
+
+    fn retire(&self) {
+        let _ = self.events.send(Event::Retired);
+    }
+}
+
+fn told(news: &News) -> String {
+    match news {
+        News::Started => "started".to_owned(),
+        News::Resumed => "resumed where it was".to_owned(),
+        News::Restarted => "another process listens there, starting from the beginning".to_owned(),
+        News::Retrying(trouble) => format!("{trouble}; trying again every second"),
+        News::HeldBack(hold) => format!(
+            "clients write faster than the copy catches up; holding each write back for {} µs",
+            hold.as_micros()
+        ),
+        News::GateBusy(why) => format!("{why}; trying again in a second"),
+        News::InDoubt(trouble) => format!(
+            "the handover was not acknowledged ({trouble}); clients wait until the destination \
+             says whether the disk has arrived. If it is lost for good, stop this process and run \
+             `flexnbd adopt --force`"
+        ),
+        News::HandingOverAgain => "the disk has not arrived, handing over again".to_owned(),
+        News::RecordFailed(why) => why.clone(),
+    }
+}

@@ -1,0 +1,115 @@
+//! What a process is to do, decided before it begins, and why it may refuse to.
+//! Only data: carrying it out is for its neighbours.
+
+use crate::disk::OpenError;
+use crate::disk::ledger::LedgerError;
+use crate::net::{Address, BindError};
+use crate::server::acl::Acl;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+/// Everything that was decided before a disk is served or received.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// What the process is there for.
+    pub role: Role,
+    /// Where to listen; not needed when sockets are inherited.
+    pub address: Option<Address>,
+    /// The image file or block device.
+    pub image: PathBuf,
+    /// Size in bytes to create the image with if it does not exist.
+    pub create: Option<u64>,
+    /// Refuse writing.
+    pub read_only: bool,
+    /// Name of the export; clients reach it under the empty name as well.
+    pub export: String,
+    /// Greet in old style.
+    pub oldstyle: bool,
+    /// Where to open a control socket; not needed when one is inherited.
+    pub control: Option<PathBuf>,
+    /// End clients that make no progress.
+    pub killswitch: bool,
+    /// Who may connect.
+    pub admission: Admission,
+}
+
+/// What a process is there for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// To serve a disk (`flexnbd serve`).
+    #[default]
+    Serve,
+    /// To receive one (`flexnbd listen`).
+    Listen {
+        /// Even into an image that holds a disk that has arrived or was adopted.
+        overwrite: bool,
+    },
+}
+
+/// Who may connect, as far as that can change while serving.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// From where.
+    pub acl: Acl,
+    /// How many at once.
+    pub clients_max: usize,
+}
+
+/// Reads the configuration again; the error is for the operator.
+pub struct Reread(pub Box<dyn Fn() -> Result<Admission, String> + Send + Sync>);
+
+impl fmt::Debug for Reread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reread")
+    }
+}
+
+/// Why a process did not begin. An operator has to change something first.
+#[derive(Debug)]
+pub enum Refusal {
+    /// The image cannot be served.
+    Image(OpenError),
+    /// The image's record cannot be used.
+    Record(LedgerError),
+    /// The image's record says that it is not to be served or received into.
+    Ownership(String),
+    /// The address cannot be listened on.
+    Listen(BindError),
+    /// The control socket cannot be opened.
+    Control(crate::control::BindError),
+    /// Nobody said where to listen.
+    NoAddress,
+    /// A socket that was handed to us is not what it should be.
+    Inherited(String),
+    /// The system refused something that every process needs.
+    System(&'static str, io::Error),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Image(error) => error.fmt(f),
+            Self::Record(error) => error.fmt(f),
+            Self::Ownership(why) | Self::Inherited(why) => f.write_str(why),
+            Self::Listen(error) => error.fmt(f),
+            Self::Control(error) => error.fmt(f),
+            Self::NoAddress => f.write_str(
+                "no address to listen on: give --addr and --port, or start it through a socket \
+                 unit",
+            ),
+            Self::System(doing, error) => write!(f, "cannot {doing}: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// As it should.
+    Well,
+    /// Not as it should, for this reason.
+    Badly(String),
+}

@@ -1,0 +1,94 @@
+//! Whose disk an image is, before anything is done with it.
+//! Reads the record, asks the other host where only that knows, and puts the record right.
+
+use super::plan::{Plan, Refusal};
+use crate::disk::ledger::{Ledger, state_directory};
+use crate::disk::ownership::{
+    self, ForListen, ForServe, Id, Place, Record, Refusal as Denial, Title, for_listen, for_serve,
+};
+use crate::migration::job::{Fate, fate};
+use crate::migration::link::Route;
+use crate::migration::source;
+use crate::migration::wire::Question;
+use crate::net::Address;
+use std::env;
+use std::time::SystemTime;
+use tracing::{info, warn};
+
+/// The ledger of the plan's image.
+pub(super) fn ledger(plan: &Plan) -> Result<Ledger, Refusal> {
+    let state = state_directory(env::var("STATE_DIRECTORY").ok().as_deref());
+    Ledger::open(&plan.image, &state).map_err(Refusal::Record)
+}
+
+/// By what title the image, of `size` bytes, may be served.
+pub(super) fn to_serve(plan: &Plan, ledger: &Ledger, size: u64) -> Result<Title, Refusal> {
+    let record = ledger.read().map_err(Refusal::Record)?;
+    match for_serve(record.as_ref()) {
+        ForServe::Serve(title) => Ok(title),
+        ForServe::Refuse(denial) => Err(denied(plan, &denial)),
+        ForServe::Ask { id, to, before, unless } => match what_became_of(id, size, &to) {
+            Fate::NotArrived => {
+                info!("{to} says that the disk has not arrived there: serving it here again");
+                ledger.write(before.record().as_ref()).map_err(Refusal::Record)?;
+                Ok(before)
+            }
+            Fate::Arrived => {
+                let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+                let departed = Record::Departed { id, when, to: to.clone() };
+                ledger.write(Some(&departed)).map_err(Refusal::Record)?;
+                Err(denied(plan, &Denial::Departed { id, when, to }))
+            }
+            Fate::Unknown => Err(denied(plan, &unless)),
+        },
+    }
+}
+
+/// Whether the image may be received into.
+pub(super) fn to_listen(
+    plan: &Plan,
+    ledger: &Ledger,
+    overwrite: bool,
+) -> Result<ForListen, Refusal> {
+    let record = ledger.read().map_err(Refusal::Record)?;
+    match for_listen(record.as_ref(), overwrite) {
+        ForListen::Refuse(denial) => Err(denied(plan, &denial)),
+        verdict => Ok(verdict),
+    }
+}
+
+/// The ledger, if it can keep records; else a warning that the handover is not protected by one.
+pub(super) fn usable(ledger: Ledger) -> Option<Ledger> {
+    let same = ledger.read().and_then(|record| ledger.write(record.as_ref()));
+    match same {
+        Ok(()) => Some(ledger),
+        Err(error) => {
+            warn!(
+                "{error}; the migration goes on without: after a crash nobody can tell which copy \
+                 of the disk is the right one"
+            );
+            None
+        }
+    }
+}
+
+fn what_became_of(id: Id, size: u64, to: &Place) -> Fate {
+    let Some(address) = address_of(to) else { return Fate::Unknown };
+    info!("asking {to} whether the disk has arrived there");
+    let route = Route { to: address, bind: None };
+    match source::ask(&route, &Question { size, id }) {
+        Ok(answer) => fate(answer.as_ref(), None),
+        Err(trouble) => {
+            warn!("{to} does not say whether the disk has arrived there: {trouble}");
+            Fate::Unknown
+        }
+    }
+}
+
+fn address_of(place: &Place) -> Option<Address> {
+    place.as_str().parse().ok().map(Address::Tcp)
+}
+
+fn denied(plan: &Plan, denial: &ownership::Refusal) -> Refusal {
+    Refusal::Ownership(denial.explain(&plan.image.display().to_string()))
+}

@@ -1,0 +1,272 @@
+//! Where the ownership record of an image is kept, durably: beside its bytes, or in a file.
+//! Only keeps it; what it means is decided in [`super::ownership`].
+//!
+//! A regular file carries its record as the extended attribute `user.flexnbd`, so that it moves
+//! and dies with the file. Where that is impossible (block devices, some file systems) it is a
+//! file in the state directory, named after the image's absolute path with every byte but
+//! letters, digits, `.`, `-` and `_` written as `%` and two hexadecimal digits.
+
+use super::ownership::{BadRecord, RECORD_MAX, Record};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use xattr::FileExt;
+
+/// Name of the extended attribute.
+pub const ATTRIBUTE: &str = "user.flexnbd";
+/// Where records are kept that cannot be attributes, unless the service manager says otherwise.
+pub const STATE_DIRECTORY: &str = "/var/lib/flexnbd";
+/// What a record's file name shows as it is.
+const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'.').remove(b'-').remove(b'_');
+
+/// The record of one image.
+#[derive(Debug)]
+pub struct Ledger {
+    image: File,
+    /// The image's absolute path.
+    path: PathBuf,
+    /// Where the record is, if it is not an attribute.
+    file: PathBuf,
+}
+
+/// Why a record cannot be used.
+#[derive(Debug)]
+pub enum LedgerError {
+    /// It cannot be read or written.
+    Io {
+        /// The image or the record's file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It is damaged, or from a newer flexnbd.
+    Bad {
+        /// The image.
+        image: PathBuf,
+        /// What is wrong with it.
+        why: BadRecord,
+    },
+}
+
+impl fmt::Display for LedgerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Io { path, source } => {
+                write!(f, "cannot keep the ownership record at {}: {source}", path.display())
+            }
+            Self::Bad { image, why } => write!(f, "{}: {why}", image.display()),
+        }
+    }
+}
+
+impl std::error::Error for LedgerError {}
+
+impl Ledger {
+    /// The ledger of the image at `path`; `state` is the directory for records that cannot be
+    /// attributes, and need not exist yet.
+    ///
+    /// # Errors
+    /// When there is no such image, or it cannot be read.
+    pub fn open(path: &Path, state: &Path) -> Result<Self, LedgerError> {
+        let failed = |source| LedgerError::Io { path: path.to_owned(), source };
+        let absolute = fs::canonicalize(path).map_err(failed)?;
+        let image = OpenOptions::new().read(true).open(&absolute).map_err(failed)?;
+        let name = percent_encode(absolute.as_os_str().as_bytes(), PLAIN).to_string();
+        Ok(Self { image, path: absolute, file: state.join(name) })
+    }
+
+    /// The record, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is none that we understand.
+    pub fn read(&self) -> Result<Option<Record>, LedgerError> {
+        let attribute = match self.image.get_xattr(ATTRIBUTE) {
+            Ok(attribute) => attribute,
+            Err(error) if is_impossible(&error) => None,
+            Err(source) => return Err(LedgerError::Io { path: self.path.clone(), source }),
+        };
+        let bytes = match attribute {
+            Some(bytes) => Some(bytes),
+            None => self.read_file()?,
+        };
+        let decoded = bytes.as_deref().map(Record::decode).transpose();
+        decoded.map_err(|why| LedgerError::Bad { image: self.path.clone(), why })
+    }
+
+    /// Makes `record` the record, durably; none removes it.
+    ///
+    /// # Errors
+    /// When it cannot be kept in either place. What is kept then is the old record or the new.
+    pub fn write(&self, record: Option<&Record>) -> Result<(), LedgerError> {
+        match self.write_attribute(record) {
+            Ok(()) => self.remove_file(),
+            Err(error) if is_impossible(&error) => match record {
+                Some(record) => self.write_file(record),
+                None => self.remove_file(),
+            },
+            Err(source) => Err(LedgerError::Io { path: self.path.clone(), source }),
+        }
+    }
+
+    /// Deletes the image, durably, with its record.
+    ///
+    /// # Errors
+    /// What the kernel says; a missing image counts as deleted.
+    pub fn unlink_image(&self) -> Result<(), LedgerError> {
+        remove_durably(&self.path)?;
+        self.remove_file()
+    }
+
+    fn write_attribute(&self, record: Option<&Record>) -> io::Result<()> {
+        match record {
+            Some(record) => self.image.set_xattr(ATTRIBUTE, record.encode().as_bytes())?,
+            None if self.image.get_xattr(ATTRIBUTE)?.is_some() => {
+                self.image.remove_xattr(ATTRIBUTE)?;
+            }
+            None => {}
+        }
+        self.image.sync_all()
+    }
+
+    fn read_file(&self) -> Result<Option<Vec<u8>>, LedgerError> {
+        let failed = |source| LedgerError::Io { path: self.file.clone(), source };
+        let file = match File::open(&self.file) {
+            Ok(file) => file,
+            Err(error) if is_missing(&error) => return Ok(None),
+            Err(source) => return Err(failed(source)),
+        };
+        let mut bytes = Vec::new();
+        // One byte more than a record has, so that a longer one is seen to be damaged.
+        file.take(RECORD_MAX as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+        Ok(Some(bytes))
+    }
+
+    /// Under another name first: a crash leaves the old record or the new one, never half of one.
+    fn write_file(&self, record: &Record) -> Result<(), LedgerError> {
+        let failed = |source| LedgerError::Io { path: self.file.clone(), source };
+        let directory = self.file.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(directory).map_err(failed)?;
+        let mut name = self.file.clone().into_os_string();
+        name.push(".new");
+        let written = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&name)
+            .and_then(|mut file| {
+                file.write_all(record.encode().as_bytes())?;
+                file.sync_all()
+            });
+        written.and_then(|()| fs::rename(&name, &self.file)).map_err(failed)?;
+        sync_directory(directory).map_err(failed)
+    }
+
+    fn remove_file(&self) -> Result<(), LedgerError> {
+        if self.file.exists() { remove_durably(&self.file) } else { Ok(()) }
+    }
+}
+
+/// Where records are kept that cannot be attributes: what the service manager says, or the usual
+/// place. `variable` is the value of `STATE_DIRECTORY`, which may name several.
+#[must_use]
+pub fn state_directory(variable: Option<&str>) -> PathBuf {
+    let first = variable.and_then(|several| several.split(':').find(|one| !one.is_empty()));
+    first.unwrap_or(STATE_DIRECTORY).into()
+}
+
+fn remove_durably(path: &Path) -> Result<(), LedgerError> {
+    let failed = |source| LedgerError::Io { path: path.to_owned(), source };
+    match fs::remove_file(path) {
+        Err(error) if !is_missing(&error) => return Err(failed(error)),
+        _ => {}
+    }
+    sync_directory(path.parent().unwrap_or(Path::new("/"))).map_err(failed)
+}
+
+fn sync_directory(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+/// Whether this kind of image cannot have attributes at all.
+fn is_impossible(error: &io::Error) -> bool {
+    use nix::libc::{EOPNOTSUPP, EPERM};
+    matches!(error.raw_os_error(), Some(EOPNOTSUPP | EPERM))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::ownership::Title;
+
+    fn image() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = directory.path().join("disk.img");
+        fs::write(&path, [0; 4096]).unwrap();
+        (directory, path)
+    }
+
+    const OURS: Record = Record::Ours(Title::Adopted);
+    const INCOMING: Record = Record::Incoming { id: None };
+
+    #[test]
+    fn a_record_is_read_back_by_whoever_opens_the_image_next() {
+        let (directory, path) = image();
+        let ledger = Ledger::open(&path, directory.path()).unwrap();
+        assert_eq!(ledger.read().unwrap(), None);
+        for record in [Some(&OURS), Some(&INCOMING), None] {
+            ledger.write(record).unwrap();
+            let other = Ledger::open(&path, directory.path()).unwrap();
+            assert_eq!(other.read().unwrap().as_ref(), record);
+        }
+    }
+
+    #[test]
+    fn a_record_in_a_file_counts_where_there_is_no_attribute_and_is_replaced_whole() {
+        let (directory, path) = image();
+        let state = directory.path().join("state/flexnbd");
+        let ledger = Ledger::open(&path, &state).unwrap();
+        ledger.write_file(&INCOMING).unwrap();
+        assert_eq!(ledger.read().unwrap(), Some(INCOMING));
+        ledger.write_file(&OURS).unwrap();
+        assert_eq!(ledger.read().unwrap(), Some(OURS));
+        assert_eq!(fs::read_dir(&state).unwrap().count(), 1);
+        ledger.remove_file().unwrap();
+        assert_eq!(ledger.read().unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_no_record_is_an_error_and_not_none() {
+        let (directory, path) = image();
+        let ledger = Ledger::open(&path, directory.path()).unwrap();
+        fs::write(&ledger.file, "nonsense").unwrap();
+        assert!(matches!(ledger.read(), Err(LedgerError::Bad { .. })));
+        fs::write(&ledger.file, [b'x'; RECORD_MAX + 9]).unwrap();
+        assert!(matches!(ledger.read(), Err(LedgerError::Bad { .. })));
+    }
+
+    #[test]
+    fn an_unlinked_image_is_gone_with_its_record() {
+        let (directory, path) = image();
+        let ledger = Ledger::open(&path, directory.path()).unwrap();
+        ledger.write_file(&OURS).unwrap();
+        ledger.unlink_image().unwrap();
+        assert!(!path.exists() && !ledger.file.exists());
+        ledger.unlink_image().unwrap();
+    }
+
+    #[test]
+    fn the_first_state_directory_counts() {
+        assert_eq!(state_directory(None), Path::new(STATE_DIRECTORY));
+        assert_eq!(state_directory(Some("")), Path::new(STATE_DIRECTORY));
+        assert_eq!(state_directory(Some("/a:/b")), Path::new("/a"));
+    }
+}

@@ -1,0 +1,188 @@
+//! The receiving side of a migration: carries out what [`super::arrival`] decides.
+//! Knows no socket: whoever serves the incoming disk asks it, and it answers.
+
+use super::arrival::{Arrival, Connection, Denied, Ending, Guest, Introduction, Permission};
+use super::wire::{Handover, Question, Token, WireError};
+use crate::disk::Disk;
+use crate::disk::ledger::Ledger;
+use crate::disk::ownership::{Id, Record};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What becomes of an incoming disk, told once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is complete, durable, and ours.
+    Arrived,
+    /// It cannot be received here, for this reason. The process ends with an error.
+    Failed(String),
+}
+
+/// What to do after a HANDOVER.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handed {
+    /// It is ours: acknowledge.
+    Acknowledge,
+    /// It was not meant for us.
+    Refuse,
+    /// Nobody can tell whether it is durable: say nothing at all.
+    Silence,
+}
+
+/// One `listen` process and the disk it waits for.
+pub struct Destination {
+    disk: Arc<Disk>,
+    /// None where no record can be kept.
+    ledger: Option<Ledger>,
+    oldstyle: bool,
+    state: Mutex<State>,
+    told: Box<dyn Fn(Fate) + Send + Sync>,
+}
+
+#[derive(Debug)]
+struct State {
+    arrival: Arrival,
+    /// The migrations that connections introduced themselves with.
+    introduced: BTreeMap<Connection, Id>,
+}
+
+impl std::fmt::Debug for Destination {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Destination").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl Destination {
+    /// A destination of this name. `holds` is the migration of which the image has an incomplete
+    /// copy; `told` hears what becomes of the disk, and must not wait.
+    #[must_use]
+    pub fn new(
+        disk: Arc<Disk>,
+        ledger: Option<Ledger>,
+        oldstyle: bool,
+        (token, holds): (Token, Option<Id>),
+        told: Box<dyn Fn(Fate) + Send + Sync>,
+    ) -> Self {
+        let arrival = Arrival::new(token, holds);
+        let state = Mutex::new(State { arrival, introduced: BTreeMap::new() });
+        Self { disk, ledger, oldstyle, state, told }
+    }
+
+    /// A source introduces itself with this data.
+    ///
+    /// # Errors
+    /// When it is no question.
+    pub fn introduced(
+        &self,
+        connection: Connection,
+        data: &[u8],
+    ) -> Result<Introduction, WireError> {
+        let question = Question::decode(data)?;
+        let mut state = self.lock();
+        let introduction = state.arrival.introduced(connection, &question);
+        if matches!(introduction, Introduction::Answer { .. }) {
+            state.introduced.insert(connection, question.id);
+        }
+        Ok(introduction)
+    }
+
+    /// Whether this connection may come in.
+    ///
+    /// # Errors
+    /// While somebody else's migration is connected, and once the disk is complete.
+    pub fn admit(&self, connection: Connection) -> Result<(), Denied> {
+        let state = self.lock();
+        if state.introduced.contains_key(&connection) { Ok(()) } else { state.arrival.admit() }
+    }
+
+    /// Whether this connection may change the disk, now. Makes the record *incoming* durable
+    /// before the first change.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn permit(&self, connection: Connection) -> Result<(), Denied> {
+        let mut state = self.lock();
+        let guest = self.guest(&state, connection);
+        loop {
+            match state.arrival.wants_to_write(connection, guest) {
+                Permission::Go => return Ok(()),
+                Permission::Refuse(denied) => return Err(denied),
+                Permission::RecordFirst(record) => {
+                    let kept = self.keep(&record);
+                    state.arrival.recorded(guest, kept.is_ok());
+                    if let Err(why) = kept {
+                        (self.told)(Fate::Failed(why));
+                    }
+                }
+            }
+        }
+    }
+
+    /// HANDOVER arrived with this payload.
+    pub fn handed_over(&self, connection: Connection, payload: &[u8]) -> Handed {
+        let Ok(handover) = Handover::decode(payload) else { return Handed::Refuse };
+        let mut state = self.lock();
+        match state.arrival.handed_over(connection, &handover) {
+            Ending::Settle(record) if self.settle(&mut state, &record) => Handed::Acknowledge,
+            Ending::Settle(_) => Handed::Silence,
+            Ending::Refuse | Ending::Nothing => Handed::Refuse,
+        }
+    }
+
+    /// DISC arrived.
+    pub fn said_goodbye(&self, connection: Connection) {
+        let mut state = self.lock();
+        if let Ending::Settle(record) = state.arrival.said_goodbye(connection) {
+            self.settle(&mut state, &record);
+        }
+    }
+
+    /// The connection is gone, and none of its requests is under way.
+    pub fn closed(&self, connection: Connection) {
+        let mut state = self.lock();
+        state.introduced.remove(&connection);
+        state.arrival.closed(connection);
+    }
+
+    /// A request that changes the disk failed: this image cannot be written, so that waiting for
+    /// the source to try again would be in vain (flexnbd(1), LISTEN MODE).
+    pub fn failed(&self, why: &str) {
+        (self.told)(Fate::Failed(why.to_owned()));
+    }
+
+    /// The data first, then the record: only then is the disk ours.
+    fn settle(&self, state: &mut State, record: &Record) -> bool {
+        let settled = self.flush().and_then(|()| self.keep(record));
+        let ours = state.arrival.settled(settled.is_ok());
+        (self.told)(match settled {
+            Ok(()) => Fate::Arrived,
+            Err(why) => Fate::Failed(why),
+        });
+        ours
+    }
+
+    fn flush(&self) -> Result<(), String> {
+        let visit = self.disk.enter(&|| true).map_err(|error| error.to_string())?;
+        visit.flush().map_err(|error| format!("cannot make the disk durable: {error}"))
+    }
+
+    fn keep(&self, record: &Record) -> Result<(), String> {
+        match &self.ledger {
+            Some(ledger) => ledger.write(Some(record)).map_err(|error| error.to_string()),
+            None => Ok(()),
+        }
+    }
+
+    fn guest(&self, state: &State, connection: Connection) -> Guest {
+        match state.introduced.get(&connection) {
+            Some(id) => Guest::Ours(*id),
+            None if self.oldstyle => Guest::OldStyle,
+            None => Guest::Plain,
+        }
+    }
+
+    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,287 @@
+//! The connection to a destination: requests out, many in flight, replies in as they come.
+//! Never decides what to send or what a reply means.
+
+use super::job::{Peer, Request, Trouble, Work};
+use super::plan::Caps;
+use super::wire::{Answer, COMMAND, Handover, Question};
+use crate::client::{ClientError, shake_hands};
+use crate::disk::Copier;
+use crate::nbd::handshake::Agreement;
+use crate::nbd::handshake::client::Wish;
+use crate::nbd::reply::{Dialect, Head};
+use crate::nbd::request::Header;
+use crate::nbd::wire::{CommandKind, PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
+use crate::net::{Address, Interest, Stream, Wake, connect};
+use crate::range::Range;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+/// How long connecting may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long every message of the handshake may take; with connecting, `mirror` answers within
+/// some 15 s.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the goodbye may take.
+const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
+/// How much is sent at once where the kernel cannot send straight from the image.
+const PORTION: usize = 256 << 10;
+/// Length of a simple reply in bytes.
+const REPLY_LENGTH: usize = 16;
+
+/// How to get to a destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Where it listens.
+    pub to: Address,
+    /// The local address to connect from.
+    pub bind: Option<IpAddr>,
+}
+
+/// Why a request did not go out as a whole.
+#[derive(Debug)]
+pub(super) enum SendError {
+    /// The connection is no more.
+    Link(String),
+    /// The disk could not be read; the connection cannot be used any more.
+    Disk(io::Error),
+}
+
+/// A connection in its transmission phase.
+#[derive(Debug)]
+pub(super) struct Link {
+    stream: Stream,
+    received: Vec<u8>,
+}
+
+impl Link {
+    /// Connects and shakes hands, with the private question if there is one. There is no link if
+    /// the server answered the question and then did not let us in.
+    pub(super) fn open(
+        route: &Route,
+        question: Option<&Question>,
+    ) -> Result<(Option<Self>, Peer), Trouble> {
+        let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
+            .map_err(|error| Trouble::Connect(error.to_string()))?;
+        // A connection that takes no options is on its way out, which the handshake will see.
+        let _ = stream.tune();
+        let private = question.map(|question| question.encode().to_vec());
+        let wish = Wish { private, ..Wish::default() };
+        let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);
+        let answer = answer
+            .map(|data| Answer::decode(&data))
+            .transpose()
+            .map_err(|_| Trouble::Confused("the destination's answer is of another version"))?;
+        match (agreed, answer) {
+            (Ok(agreement), answer) => {
+                let peer = peer(&agreement, answer);
+                Ok((Some(Self { stream, received: Vec::new() }), peer))
+            }
+            (Err(_), Some(answer)) => Ok((None, told_only(answer))),
+            (Err(error), None) => Err(trouble(error)),
+        }
+    }
+
+    /// Sends a request, reading the disk for it. While the destination does not take it, orders
+    /// are heard: `give_up` is asked whenever `wake` is set.
+    pub(super) fn send(
+        &mut self,
+        request: &Request,
+        copier: &Copier<'_>,
+        patience: Duration,
+        wake: &Wake,
+        give_up: &mut dyn FnMut() -> bool,
+    ) -> Result<(), SendError> {
+        let mut sending = Sending { stream: &self.stream, patience, wake, give_up };
+        let mut head = Vec::new();
+        header(request).encode(Dialect::Simple, &mut head);
+        match request.work {
+            Work::Write(range) => {
+                sending.bytes(&head, true)?;
+                sending.data(copier, range)
+            }
+            Work::Handover(handover) => {
+                head.extend_from_slice(&handover.encode());
+                sending.bytes(&head, false)
+            }
+            Work::Zero(_) | Work::Flush | Work::Disconnect => sending.bytes(&head, false),
+        }
+    }
+
+    /// The next reply, with its error if it is one; none when the deadline or `wake` came first.
+    pub(super) fn next_reply(
+        &mut self,
+        deadline: Instant,
+        wake: &Wake,
+    ) -> Result<Option<(u64, Option<u32>)>, String> {
+        loop {
+            match Head::decode(&self.received) {
+                Ok(Some((Head::Simple { cookie, error }, used))) => {
+                    self.received.drain(..used);
+                    return Ok(Some((cookie, (error != 0).then_some(error))));
+                }
+                Ok(None) => {}
+                _ => return Err("it sent something that is no reply".to_owned()),
+            }
+            let mut some = [0; 64 * REPLY_LENGTH];
+            match self.stream.try_recv(&mut some) {
+                Ok(0) => return Err("the destination closed it".to_owned()),
+                Ok(count) => self.received.extend_from_slice(&some[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let interest = Interest { readable: true, writable: false };
+                    let ready = self.stream.wait(interest, Some(wake), Some(deadline));
+                    let ready = ready.map_err(|error| error.to_string())?;
+                    if ready.woken {
+                        wake.clear();
+                    }
+                    if !ready.readable {
+                        return Ok(None);
+                    }
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+
+    /// DISC, and closed.
+    pub(super) fn say_goodbye(self) {
+        let mut goodbye = Vec::new();
+        header(&Request { cookie: 0, work: Work::Disconnect })
+            .encode(Dialect::Simple, &mut goodbye);
+        // Everything that matters has been answered.
+        let _ = self.stream.send_all(&goodbye, GOODBYE_PATIENCE);
+    }
+}
+
+/// One request on its way out.
+struct Sending<'a> {
+    stream: &'a Stream,
+    patience: Duration,
+    wake: &'a Wake,
+    give_up: &'a mut dyn FnMut() -> bool,
+}
+
+impl Sending<'_> {
+    fn bytes(&mut self, bytes: &[u8], more: bool) -> Result<(), SendError> {
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            match self.stream.try_send(rest, more) {
+                Ok(count) => rest = &rest[count..],
+                Err(error) => self.wait_for_room(error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of the disk, straight from the page cache where the kernel can do that.
+    fn data(&mut self, copier: &Copier<'_>, range: Range) -> Result<(), SendError> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            // It fits: a request's payload has 32 bits.
+            let length = rest.length() as usize;
+            match self.send_file(copier, rest.offset(), length) {
+                Ok(count) => rest = rest.split(count as u64).1,
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                    return self.copied(copier, rest);
+                }
+                Err(error) if is_disks(&error) => return Err(SendError::Disk(error)),
+                Err(error) => self.wait_for_room(error)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn send_file(&self, copier: &Copier<'_>, offset: u64, length: usize) -> io::Result<usize> {
+        copier.send(offset, length, self.stream.as_fd())
+    }
+
+    fn copied(&mut self, copier: &Copier<'_>, range: Range) -> Result<(), SendError> {
+        let mut portion = vec![0; PORTION.min(range.length() as usize)];
+        let mut rest = range;
+        while !rest.is_empty() {
+            let (piece, then) = rest.split(portion.len() as u64);
+            let data = &mut portion[..piece.length() as usize];
+            copier.read(piece.offset(), data).map_err(SendError::Disk)?;
+            self.bytes(data, !then.is_empty())?;
+            rest = then;
+        }
+        Ok(())
+    }
+
+    fn wait_for_room(&mut self, error: io::Error) -> Result<(), SendError> {
+        if error.kind() != io::ErrorKind::WouldBlock {
+            return Err(SendError::Link(error.to_string()));
+        }
+        let deadline = Instant::now() + self.patience;
+        let interest = Interest { readable: false, writable: true };
+        let ready = self.stream.wait(interest, Some(self.wake), Some(deadline));
+        let ready = ready.map_err(|error| SendError::Link(error.to_string()))?;
+        if ready.woken {
+            self.wake.clear();
+            if (self.give_up)() {
+                return Err(SendError::Link("broken off".to_owned()));
+            }
+        }
+        if ready.timed_out {
+            let seconds = self.patience.as_secs();
+            return Err(SendError::Link(format!("nothing was taken for {seconds} s")));
+        }
+        Ok(())
+    }
+}
+
+/// Whether `sendfile(2)` failed on the disk's side rather than the socket's.
+fn is_disks(error: &io::Error) -> bool {
+    use nix::libc::{EIO, ENOMEM, EOVERFLOW};
+    error.kind() == io::ErrorKind::UnexpectedEof
+        || matches!(error.raw_os_error(), Some(EIO | ENOMEM | EOVERFLOW))
+}
+
+fn header(request: &Request) -> Header {
+    let (kind, range) = match request.work {
+        Work::Write(range) => (CommandKind::Write.number(), Some(range)),
+        Work::Zero(range) => (CommandKind::WriteZeroes.number(), Some(range)),
+        Work::Flush => (CommandKind::Flush.number(), None),
+        Work::Disconnect => (CommandKind::Disconnect.number(), None),
+        Work::Handover(_) => (COMMAND, None),
+    };
+    let offset = range.map_or(0, |range| range.offset());
+    let length = match request.work {
+        Work::Handover(_) => Handover::LENGTH as u64,
+        _ => range.map_or(0, |range| range.length()),
+    };
+    Header { flags: 0, kind, cookie: request.cookie, offset, length }
+}
+
+fn peer(agreement: &Agreement, answer: Option<Answer>) -> Peer {
+    let has = |flag| agreement.flags.contains(flag);
+    let sizes = agreement.block_sizes;
+    let data_max = sizes.map_or(PAYLOAD_LENGTH_DEFAULT, |sizes| sizes.maximum);
+    Peer {
+        size: agreement.size,
+        read_only: has(TransmissionFlags::READ_ONLY),
+        flush: has(TransmissionFlags::SEND_FLUSH),
+        caps: Caps {
+            zeroes: has(TransmissionFlags::SEND_WRITE_ZEROES),
+            block_min: sizes.map_or(1, |sizes| u64::from(sizes.minimum.max(1))),
+            data_max: u64::from(data_max.min(PAYLOAD_LENGTH_DEFAULT)),
+        },
+        answer,
+    }
+}
+
+/// A server of which nothing is known but its answer.
+fn told_only(answer: Answer) -> Peer {
+    let caps = Caps { zeroes: false, block_min: 1, data_max: u64::from(PAYLOAD_LENGTH_DEFAULT) };
+    Peer { size: 0, read_only: true, flush: false, caps, answer: Some(answer) }
+}
+
+fn trouble(error: ClientError) -> Trouble {
+    match error {
+        ClientError::Connection(error) if error.kind() == io::ErrorKind::TimedOut => {
+            Trouble::Silent(error.to_string())
+        }
+        error => Trouble::Rejected(error.to_string()),
+    }
+}

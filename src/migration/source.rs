@@ -1,0 +1,397 @@
+//! The source's hands: carries out what [`super::machine`] decides, one action after another.
+//! Never decides: every result goes back as the next event.
+
+use super::job::{
+    Action, Event, Job, News, Note, Order, Outcome, Peer, Progress, Request, TooLate, Trouble,
+};
+use super::link::{Link, Route};
+use super::machine::{Machine, TooSmall};
+use super::plan::Content;
+use super::wire::{Answer, Question};
+use crate::disk::dirty::Dirty;
+use crate::disk::ledger::Ledger;
+use crate::disk::{Disk, is_zero};
+use crate::net::{Wake, wait_readable};
+use crate::range::Range;
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+/// How long visits to the disk may take to end when the gate is closed.
+const DRAIN: Duration = Duration::from_secs(10);
+/// How often the progress is written down for whoever asks.
+const PROGRESS_EVERY: Duration = Duration::from_millis(50);
+/// Data is looked at for zeros in blocks of this size.
+const LOOK_BLOCK: u64 = 64 << 10;
+/// Of each such block this much is read first; only if it is all zero is the rest worth reading.
+const LOOK_SAMPLE: usize = 4096;
+/// How much of an extent is looked at before something is sent.
+const LOOK_MAX: u64 = 8 << 20;
+
+/// What the source reports to whoever started it. Must not wait.
+pub trait Witness: Send {
+    /// Something worth telling has happened.
+    fn news(&self, news: &News);
+    /// The disk is somebody else's: end all sessions without answering them.
+    fn retire(&self);
+}
+
+/// What is needed to move a disk.
+pub struct Departure {
+    /// The disk; its gate is the source's from now on.
+    pub disk: Arc<Disk>,
+    /// Where its record is kept; none if it cannot be.
+    pub ledger: Option<Ledger>,
+    /// The image, to be deleted if that is ordered.
+    pub image: PathBuf,
+    /// How to get there.
+    pub route: Route,
+    /// What is ordered.
+    pub job: Job,
+    /// Who is told.
+    pub witness: Box<dyn Witness>,
+}
+
+/// An order, and where to say whether it was taken.
+type Pending = (Order, Sender<Result<(), TooLate>>);
+
+/// The way from operators to a running migration, and what they see of it.
+#[derive(Debug)]
+pub struct Desk {
+    orders: Mutex<VecDeque<Pending>>,
+    progress: Mutex<Option<Progress>>,
+    outcome: Mutex<Option<Outcome>>,
+    wake: Wake,
+    began: Instant,
+}
+
+impl Desk {
+    fn new() -> io::Result<Arc<Self>> {
+        Ok(Arc::new(Self {
+            orders: Mutex::default(),
+            progress: Mutex::default(),
+            outcome: Mutex::default(),
+            wake: Wake::new()?,
+            began: Instant::now(),
+        }))
+    }
+
+    /// Gives an order and waits until it is taken, or the migration is over.
+    ///
+    /// # Errors
+    /// [`TooLate`] for a `break` when the disk is no longer ours to keep.
+    pub fn order(&self, order: Order) -> Result<(), TooLate> {
+        let (taken, answer) = mpsc::channel();
+        lock(&self.orders).push_back((order, taken));
+        self.wake.wake();
+        // The sender is dropped when the migration ends before it takes the order.
+        answer.recv().unwrap_or(Err(TooLate))
+    }
+
+    /// How far the migration was a moment ago.
+    #[must_use]
+    pub fn progress(&self) -> Option<Progress> {
+        *lock(&self.progress)
+    }
+
+    /// How long it has been going on.
+    #[must_use]
+    pub fn duration(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// How it ended, if it has.
+    #[must_use]
+    pub fn outcome(&self) -> Option<Outcome> {
+        lock(&self.outcome).clone()
+    }
+
+    fn close(&self, outcome: &Outcome) {
+        *lock(&self.outcome) = Some(outcome.clone());
+        lock(&self.orders).clear();
+    }
+}
+
+/// Why a migration cannot even begin.
+#[derive(Debug)]
+pub enum NoStart {
+    /// The disk is too small.
+    TooSmall(TooSmall),
+    /// The system has no memory or descriptor left.
+    System(io::Error),
+}
+
+/// A migration under way.
+pub struct Source {
+    machine: Machine,
+    disk: Arc<Disk>,
+    dirty: Arc<Dirty>,
+    ledger: Option<Ledger>,
+    image: PathBuf,
+    route: Route,
+    witness: Box<dyn Witness>,
+    desk: Arc<Desk>,
+    clock: Instant,
+    link: Option<Link>,
+    gate_closed: bool,
+    progress_at: Duration,
+}
+
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Source").field("machine", &self.machine).finish_non_exhaustive()
+    }
+}
+
+impl Source {
+    /// A migration that begins when it is run, and the desk it is reached at. From now on the
+    /// disk's changes are marked.
+    ///
+    /// # Errors
+    /// When it cannot begin.
+    pub fn new(departure: Departure) -> Result<(Self, Arc<Desk>), NoStart> {
+        let Departure { disk, ledger, image, route, job, witness } = departure;
+        let machine = Machine::new(job, Duration::ZERO).map_err(NoStart::TooSmall)?;
+        let desk = Desk::new().map_err(NoStart::System)?;
+        let dirty = disk.track().map_err(NoStart::System)?;
+        let source = Self {
+            machine,
+            disk,
+            dirty,
+            ledger,
+            image,
+            route,
+            witness,
+            desk: Arc::clone(&desk),
+            clock: Instant::now(),
+            link: None,
+            gate_closed: false,
+            progress_at: Duration::ZERO,
+        };
+        Ok((source, desk))
+    }
+
+    /// Moves the disk. Returns when that is done, broken off, or was never possible.
+    #[must_use]
+    pub fn run(mut self) -> Outcome {
+        let mut event = Event::Begin;
+        loop {
+            self.take_orders();
+            let now = self.clock.elapsed();
+            let action = self.machine.step(now, event);
+            self.report(now);
+            event = match action {
+                Action::End(outcome) => {
+                    self.disk.untrack();
+                    self.disk.set_hold(Duration::ZERO);
+                    self.desk.close(&outcome);
+                    return outcome;
+                }
+                action => self.carry_out(action),
+            };
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) -> Event {
+        match action {
+            Action::Connect(question) => self.connect(&question),
+            Action::Look(range) => self.look(range),
+            Action::TakeDirty { from, longest } => {
+                let run = self.dirty.take_next(from, longest);
+                Event::Taken { run, left: self.dirty.bytes() }
+            }
+            Action::Send(request) => self.send(&request),
+            Action::Wait { until } => self.wait(until),
+            Action::CloseGate => self.close_gate(),
+            Action::OpenGate => self.open_gate(),
+            Action::Hold(hold) => {
+                self.disk.set_hold(hold);
+                Event::Done
+            }
+            Action::Record(note) => self.record(note),
+            Action::Unlink => self.unlink(),
+            Action::Retire => {
+                self.disk.gate().retire();
+                self.witness.retire();
+                Event::Done
+            }
+            Action::HangUp => {
+                self.link = None;
+                Event::Done
+            }
+            Action::Disconnect => {
+                if let Some(link) = self.link.take() {
+                    link.say_goodbye();
+                }
+                Event::Done
+            }
+            // `run` has taken this one.
+            Action::End(_) => Event::Done,
+        }
+    }
+
+    fn connect(&mut self, question: &Question) -> Event {
+        match Link::open(&self.route, Some(question)) {
+            Ok((link, peer)) => {
+                self.link = link;
+                Event::Greeted(peer)
+            }
+            Err(trouble) => Event::Unreachable(trouble),
+        }
+    }
+
+    /// What the beginning of `range` holds. In data, blocks of zeros are found by a sample first,
+    /// so that what is not zero is hardly read twice.
+    fn look(&self, range: Range) -> Event {
+        match self.look_at(range) {
+            Ok((range, content)) => Event::Looked { range, content },
+            Err(error) => Event::Failed(format!("cannot read the disk: {error}")),
+        }
+    }
+
+    fn look_at(&self, range: Range) -> io::Result<(Range, Content)> {
+        let extent = self.disk.copier().extent(range.offset())?;
+        let same = range.until(extent.range.end());
+        if !extent.allocated {
+            return Ok((same, Content::Zeros));
+        }
+        let mut rest = same.split(LOOK_MAX).0;
+        let zero = self.first_block_is_zero(rest)?;
+        let start = rest;
+        while !rest.is_empty() && self.first_block_is_zero(rest)? == zero {
+            rest = rest.split(first_block(rest)).1;
+        }
+        let content = if zero { Content::Zeros } else { Content::Data };
+        Ok((start.until(rest.offset()), content))
+    }
+
+    fn first_block_is_zero(&self, range: Range) -> io::Result<bool> {
+        let copier = self.disk.copier();
+        let length = first_block(range) as usize;
+        let mut sample = [0; LOOK_SAMPLE];
+        let sample = &mut sample[..length.min(LOOK_SAMPLE)];
+        copier.read(range.offset(), sample)?;
+        if !is_zero(sample) {
+            return Ok(false);
+        }
+        let mut block = vec![0; length];
+        copier.read(range.offset(), &mut block)?;
+        Ok(is_zero(&block))
+    }
+
+    fn send(&mut self, request: &Request) -> Event {
+        let Some(link) = &mut self.link else {
+            return Event::Lost("there is no connection".to_owned());
+        };
+        let (disk, desk, machine) = (&self.disk, &self.desk, &mut self.machine);
+        let patience = machine.job().patience;
+        let mut give_up = || {
+            take_orders(desk, machine);
+            machine.is_breaking()
+        };
+        let sent = link.send(request, &disk.copier(), patience, &desk.wake, &mut give_up);
+        match sent {
+            Ok(()) => Event::Done,
+            Err(super::link::SendError::Link(why)) => Event::Lost(why),
+            Err(super::link::SendError::Disk(error)) => {
+                self.link = None;
+                Event::Failed(format!("cannot read the disk: {error}"))
+            }
+        }
+    }
+
+    fn wait(&mut self, until: Duration) -> Event {
+        let deadline = self.clock + until;
+        let wake = &self.desk.wake;
+        let Some(link) = &mut self.link else {
+            // Whatever ends the waiting, the machine looks at the time again.
+            let _ = wait_readable(&[wake.as_fd()], Some(deadline));
+            wake.clear();
+            return Event::Tick;
+        };
+        match link.next_reply(deadline, wake) {
+            Ok(Some((cookie, error))) => Event::Reply { cookie, error },
+            Ok(None) => Event::Tick,
+            Err(why) => Event::Lost(why),
+        }
+    }
+
+    fn close_gate(&mut self) -> Event {
+        match self.disk.gate().close_and_drain(Instant::now() + DRAIN) {
+            Ok(()) => {
+                self.gate_closed = true;
+                Event::Done
+            }
+            Err(busy) => Event::Failed(busy.to_string()),
+        }
+    }
+
+    fn open_gate(&mut self) -> Event {
+        if std::mem::take(&mut self.gate_closed) {
+            self.disk.gate().reopen();
+        }
+        Event::Done
+    }
+
+    fn record(&self, note: Note) -> Event {
+        let Some(ledger) = &self.ledger else { return Event::Done };
+        let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+        let record = self.machine.job().record(note, when);
+        match ledger.write(record.as_ref()) {
+            Ok(()) => Event::Done,
+            Err(error) => Event::Failed(error.to_string()),
+        }
+    }
+
+    fn unlink(&self) -> Event {
+        let unlinked = match &self.ledger {
+            Some(ledger) => ledger.unlink_image().map_err(|error| error.to_string()),
+            None => std::fs::remove_file(&self.image).map_err(|error| error.to_string()),
+        };
+        unlinked.map_or_else(Event::Failed, |()| Event::Done)
+    }
+
+    fn take_orders(&mut self) {
+        take_orders(&self.desk, &mut self.machine);
+    }
+
+    fn report(&mut self, now: Duration) {
+        while let Some(news) = self.machine.news() {
+            self.witness.news(&news);
+        }
+        if now >= self.progress_at {
+            self.progress_at = now + PROGRESS_EVERY;
+            *lock(&self.desk.progress) = Some(self.machine.progress(now));
+        }
+    }
+}
+
+/// Asks whoever is there what has become of a disk.
+///
+/// # Errors
+/// When nobody answers who could know.
+pub fn ask(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble> {
+    let (_, Peer { answer, .. }) = Link::open(route, Some(question))?;
+    Ok(answer)
+}
+
+fn take_orders(desk: &Desk, machine: &mut Machine) {
+    while let Some((order, taken)) = lock(&desk.orders).pop_front() {
+        // Whoever gave it may have gone away.
+        let _ = taken.send(machine.order(order));
+    }
+}
+
+fn first_block(range: Range) -> u64 {
+    range.length().min(LOOK_BLOCK - range.offset() % LOOK_BLOCK)
+}
+
+/// A panic elsewhere leaves nothing half done under these locks, so that it does not count.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
