@@ -279,9 +279,6 @@ impl Image for FileImage {
     }
 
     fn prefetch(&self, range: Range) -> io::Result<()> {
-        if range.is_empty() {
-            return Ok(()); // To the kernel a length of 0 means "to the end".
-        }
         let (offset, length) =
             (syscalls::to_off_t(range.offset())?, syscalls::to_off_t(range.length())?);
         let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
@@ -526,7 +523,7 @@ mod tests {
     #[test]
     fn reading_ahead_is_possible_anywhere() {
         let (_folder, image) = image();
-        for at in [range(0, SIZE), range(511, 3), range(SIZE, 0)] {
+        for at in [range(0, SIZE), range(511, 3), range(SIZE - 1, 1)] {
             image.prefetch(at).unwrap();
         }
     }

@@ -308,6 +308,7 @@ impl Visit<'_> {
     /// `EINVAL` beyond the end; what the image says.
     pub fn prefetch(&self, range: Range) -> io::Result<()> {
         let range = self.disk.range(range.offset(), range.length())?;
+        // To the kernel a length of 0 would mean "to the end".
         if range.is_empty() { Ok(()) } else { self.disk.image.prefetch(range) }
     }
 
@@ -448,9 +449,11 @@ mod tests {
             faults.fail_every(Op::DurableWrite, EIO);
             assert_eq!(errno(job(&visit(&disk))), EIO, "{first}");
             faults.heal();
+            let before = faults.total();
             for (name, job) in DURABLE {
                 assert_eq!(errno(job(&visit(&disk))), EIO, "{name} after {first}");
             }
+            assert_eq!(faults.total(), before, "what cannot be made durable is not begun");
             for (name, job) in READS.iter().chain(&CHANGES) {
                 assert!(job(&visit(&disk)).is_ok(), "{name} after {first}");
             }
