@@ -1,0 +1,248 @@
+//! man/flexnbd.1 and the program, in both directions: what the program knows is in the page, and
+//! what is in the page the program knows.
+
+use super::roff::{Page, arguments_of, plain};
+use super::{installed, must_be_meant, ours, read};
+use clap::{Arg, Command};
+use flexnbd::cli::{self, MODES, config, operate, settings, size, uri};
+use flexnbd::control::Status;
+use flexnbd::{control, net, server};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+const PAGE: &str = "man/flexnbd.1";
+
+fn page() -> Page {
+    Page::parse(&read(PAGE))
+}
+
+/// The parser with everything that it adds by itself.
+fn program() -> Command {
+    let mut command = cli::command();
+    command.build();
+    command
+}
+
+fn mode(name: &str) -> Command {
+    let program = program();
+    program.find_subcommand(name).unwrap_or_else(|| panic!("no mode {name}")).clone()
+}
+
+/// An argument as the page shows it: `-f, --file FILE`.
+fn shown(arg: &Arg) -> String {
+    let short = arg.get_short().map(|short| format!("-{short}"));
+    let long = arg.get_long().map(|long| format!("--{long}"));
+    let names: Vec<String> = short.into_iter().chain(long).collect();
+    let takes_value = arg.get_num_args().is_none_or(|count| count.takes_values());
+    let value = arg.get_value_names().filter(|_| takes_value).map(|names| names.join(" "));
+    [names.join(", "), value.unwrap_or_default()].join(" ").trim().to_owned()
+}
+
+fn arguments(command: &Command) -> BTreeSet<String> {
+    command.get_arguments().map(shown).collect()
+}
+
+/// The options that every mode has.
+fn global() -> BTreeSet<String> {
+    let version = "-V, --version";
+    arguments(&program()).into_iter().filter(|option| option != version).collect()
+}
+
+/// Those items of a place that are arguments, as opposed to keys.
+fn documented(page: &Page, place: &str) -> BTreeSet<String> {
+    let items = page.items(place).into_iter().filter(|item| !item.starts_with("Va "));
+    items.map(plain).collect()
+}
+
+/// The keys that a place describes, in order.
+fn keys<'a>(page: &'a Page, place: &str) -> Vec<&'a str> {
+    page.items(place).into_iter().filter_map(|item| item.strip_prefix("Va ")).collect()
+}
+
+#[test]
+fn every_mode_has_its_place_and_there_is_no_other() {
+    assert_eq!(page().subsections("MODES"), MODES);
+    let known: Vec<String> =
+        program().get_subcommands().map(|mode| mode.get_name().to_owned()).collect();
+    assert_eq!(known, MODES);
+}
+
+#[test]
+fn every_argument_is_described_where_it_belongs_and_no_other_is() {
+    let page = page();
+    for name in MODES {
+        let all = arguments(&mode(name));
+        assert!(all.is_superset(&global()), "{name} does not take the global options");
+        let own: BTreeSet<String> = all.difference(&global()).cloned().collect();
+        assert_eq!(documented(&page, &format!("MODES/{name}")), own, "{name}");
+    }
+}
+
+#[test]
+fn the_global_options_are_described_in_their_own_section() {
+    assert_eq!(documented(&page(), "GLOBAL OPTIONS"), arguments(&program()));
+}
+
+/// Every option and argument that the synopsis shows for a mode: bundles such as `-qv` as `-q` and
+/// `-v`.
+fn in_synopsis(page: &Page, name: &str) -> BTreeSet<String> {
+    let lines: Vec<&str> = page.at("SYNOPSIS").collect();
+    let uses = lines.split(|line| *line == ".Nm");
+    let with_name = format!(".Cm {name}");
+    let mut uses = uses.filter(|lines| lines.first() == Some(&with_name.as_str()));
+    let usage = uses.next().unwrap_or_else(|| panic!("the synopsis lacks {name}"));
+    assert!(uses.next().is_none(), "the synopsis shows {name} twice");
+    let mut found = BTreeSet::new();
+    for line in usage {
+        for flag in arguments_of("Fl", line) {
+            if flag.starts_with('-') {
+                found.insert(format!("-{flag}"));
+            } else {
+                found.extend(flag.chars().map(|short| format!("-{short}")));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn the_synopsis_shows_each_option_of_each_mode_once_and_no_other() {
+    let page = page();
+    for name in MODES {
+        let shown = in_synopsis(&page, name);
+        for arg in mode(name).get_arguments() {
+            let short = arg.get_short().map(|short| format!("-{short}"));
+            let long = arg.get_long().map(|long| format!("--{long}"));
+            let names: Vec<&String> = short.iter().chain(&long).collect();
+            let count = names.iter().filter(|option| shown.contains(**option)).count();
+            let expected = usize::from(!names.is_empty() && long.as_deref() != Some("--help"));
+            assert_eq!(count, expected, "{name} {names:?} in the synopsis");
+        }
+        let known = arguments(&mode(name)).into_iter().collect::<Vec<_>>().join(" ");
+        let is_known = |option: &str| known.split([' ', ',']).any(|word| word == option);
+        let unknown: Vec<_> = shown.iter().filter(|option| !is_known(option)).collect();
+        assert!(unknown.is_empty(), "the synopsis of {name} shows {unknown:?}");
+    }
+}
+
+#[test]
+fn options_that_the_text_mentions_exist() {
+    let all: Vec<String> = MODES.iter().flat_map(|name| arguments(&mode(name))).collect();
+    let all = [all, arguments(&program()).into_iter().collect()].concat().join(" ");
+    let exists = |option: &&String| all.split([' ', ',']).any(|word| word == option.as_str());
+    let mentioned = page().options();
+    assert!(mentioned.len() > 20, "only {} options found", mentioned.len());
+    let unknown: Vec<_> = mentioned.iter().filter(|option| !exists(option)).collect();
+    assert!(unknown.is_empty(), "the page mentions {unknown:?}");
+}
+
+#[test]
+fn every_key_of_the_configuration_file_is_described_and_no_other_is() {
+    let described: BTreeSet<String> =
+        keys(&page(), "CONFIGURATION FILE").into_iter().map(str::to_owned).collect();
+    assert_eq!(described, BTreeSet::from(config::KEYS.map(str::to_owned)));
+}
+
+#[test]
+fn the_status_keys_are_those_that_a_server_tells_in_its_order() {
+    let line = Status::default().to_string();
+    let told: Vec<String> =
+        control::status::pairs(&line).unwrap().into_iter().map(|(key, _)| key).collect();
+    assert_eq!(keys(&page(), "MODES/status"), told);
+}
+
+#[test]
+fn commands_in_examples_can_be_meant() {
+    let mut count = 0;
+    for line in page().literal() {
+        for part in line.strip_prefix("$ ").unwrap_or("").split('|') {
+            let part = part.trim().trim_end_matches('&');
+            if part.starts_with("flexnbd ") {
+                must_be_meant(part);
+                count += 1;
+            }
+        }
+    }
+    assert!(count >= 6, "only {count} commands found");
+}
+
+#[test]
+fn the_configuration_file_in_the_examples_is_one() {
+    let is_setting = |line: &&String| {
+        line.split_once('=').is_some_and(|(key, _)| key.chars().all(|c| c.is_ascii_uppercase()))
+    };
+    let lines: Vec<String> = page().literal().iter().filter(is_setting).cloned().collect();
+    assert!(lines.len() >= 4, "only {} lines found", lines.len());
+    config::parse(Path::new("disk.conf"), &lines.join("\n")).unwrap();
+}
+
+/// The whole numbers of a text, in order.
+fn numbers(text: &str) -> Vec<u64> {
+    let digits = text.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
+    digits.map(|part| part.parse().unwrap()).collect()
+}
+
+#[test]
+fn the_limits_and_timeouts_are_those_of_the_program() {
+    const MIB: u64 = 1 << 20;
+    let page = page();
+    let told = |item: &str| numbers(&page.item_text("LIMITS AND TIMEOUTS", item));
+    let newstyle = u64::from(server::session::PAYLOAD_MAX) / MIB;
+    let oldstyle = u64::from(server::session::PAYLOAD_MAX_OLDSTYLE) / (MIB << 10);
+    assert_eq!(told("Clients at once"), [server::CLIENTS_MAX as u64]);
+    let patience = server::HANDSHAKE_PATIENCE.as_secs();
+    assert_eq!(told("Clients in the handshake"), [server::HANDSHAKES_MAX as u64, patience]);
+    assert_eq!(told("Handshake"), [server::HANDSHAKE_TIMEOUT.as_secs()]);
+    assert_eq!(told("Killswitch"), [server::STALL_LIMIT.as_secs()]);
+    assert_eq!(told("Payload"), [newstyle, oldstyle]);
+    let (idle, every) = (net::KEEPALIVE_IDLE.as_secs(), net::KEEPALIVE_INTERVAL.as_secs());
+    assert_eq!(told("TCP keepalive"), [idle, every, u64::from(net::KEEPALIVE_PROBES_MAX)]);
+    let (most, patience) = (control::listener::CONNECTIONS_MAX, control::listener::PATIENCE);
+    assert_eq!(told("Control connections"), [most as u64, patience.as_secs()]);
+    let (length, lines) = (control::command::LINE_BYTES_MAX, control::command::LINES_MAX);
+    assert_eq!(told("Control commands"), [length as u64, lines as u64]);
+    assert_eq!(told("Orders"), [control::client::ANSWER_TIME_MAX.as_secs()]);
+}
+
+#[test]
+fn the_ranges_of_options_are_those_of_the_program() {
+    let page = page();
+    let serve = |item: &str| numbers(&page.item_text("MODES/serve", item));
+    let (least, most) = (*settings::MAX_CLIENTS_RANGE.start(), *settings::MAX_CLIENTS_RANGE.end());
+    let clients = [least, most, server::CLIENTS_MAX].map(|number| number as u64);
+    assert_eq!(serve("Fl -max-clients Ar N"), clients);
+    assert_eq!(serve("Fl -create Ar SIZE"), [*size::CREATE_RANGE.start()]);
+    for mode in ["MODES/read", "MODES/write"] {
+        let told = |item: &str| numbers(&page.item_text(mode, item));
+        let from = *size::FROM_RANGE.end();
+        assert_eq!((told("Fl F , Fl -from Ar OFFSET"), from), (vec![2, 62], 1 << 62));
+        let most = *size::LENGTH_RANGE.end();
+        assert_eq!((told("Fl S , Fl -size Ar SIZE"), most), (vec![1, 2, 30], 1 << 30));
+    }
+    let port = page.at("ADDRESSES").find(|line| line.starts_with("The port is ")).unwrap();
+    assert_eq!(numbers(port), [u64::from(uri::DEFAULT_PORT)]);
+}
+
+#[test]
+fn an_instance_is_where_the_page_says() {
+    let name: operate::Instance = "NAME".parse().unwrap();
+    assert_eq!(page().items("FILES"), [format!("Pa {}", name.socket().display())]);
+}
+
+#[test]
+fn formatters_have_nothing_to_complain_of() {
+    let complaints = |program: &str, arguments: &[&str]| {
+        let mut command = std::process::Command::new(program);
+        command.args(arguments).arg(ours(PAGE)).env("LC_ALL", "C.UTF-8").env("MANWIDTH", "80");
+        let output = command.output().unwrap_or_else(|error| panic!("{program}: {error}"));
+        assert!(output.status.success(), "{program} ended with {}", output.status);
+        assert!(output.stdout.len() > 10_000, "{program} has formatted almost nothing");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    if installed(&["man"]) {
+        assert_eq!(complaints("man", &["--warnings", "-l"]), "");
+    }
+    if installed(&["groff"]) {
+        assert_eq!(complaints("groff", &["-man", "-Tutf8", "-ww"]), "");
+    }
+}

@@ -1,0 +1,109 @@
+//! Reads as much mdoc(7) as flexnbd.1 uses: sections, list items, and what is in them.
+//! Never renders anything.
+
+use std::collections::BTreeSet;
+
+/// A manual page in its source form.
+pub(crate) struct Page(Vec<Line>);
+
+/// A line and where it is.
+struct Line {
+    /// `SECTION`, or `SECTION/subsection`.
+    place: String,
+    /// With `\-` and `\e` as what they print.
+    text: String,
+    /// Within `.Bd` and `.Ed`.
+    is_literal: bool,
+}
+
+impl Page {
+    pub(crate) fn parse(source: &str) -> Self {
+        let (mut section, mut place, mut is_literal) = (String::new(), String::new(), false);
+        let mut lines = Vec::new();
+        for text in source.lines().filter(|line| !line.starts_with(r#".\""#)) {
+            let text = text.replace(r"\-", "-").replace(r"\e", r"\").replace(r"\ ", " ");
+            match text.split_once(' ').unwrap_or((&text, "")) {
+                (".Sh", name) => (section, place) = (name.to_owned(), name.to_owned()),
+                (".Ss", name) => place = format!("{section}/{name}"),
+                (".Bd", _) => is_literal = true,
+                (".Ed", _) => is_literal = false,
+                _ => lines.push(Line { place: place.clone(), text, is_literal }),
+            }
+        }
+        Self(lines)
+    }
+
+    /// The subsections of a section, in order.
+    pub(crate) fn subsections(&self, section: &str) -> Vec<&str> {
+        let prefix = format!("{section}/");
+        let mut found: Vec<&str> =
+            self.0.iter().filter_map(|line| line.place.strip_prefix(&prefix)).collect();
+        found.dedup();
+        found
+    }
+
+    /// The items of the lists at a place, each without its macro and its text.
+    pub(crate) fn items(&self, place: &str) -> Vec<&str> {
+        self.at(place).filter_map(|line| line.strip_prefix(".It ")).collect()
+    }
+
+    /// An item's text, on one line.
+    pub(crate) fn item_text(&self, place: &str, item: &str) -> String {
+        let heading = format!(".It {item}");
+        let mut after = self.at(place).skip_while(|line| *line != heading);
+        assert!(after.next().is_some(), "{place} has no item `{item}`");
+        let text = after.take_while(|line| !line.starts_with(".It ") && *line != ".El");
+        let words = text.map(|line| match line.strip_prefix('.') {
+            Some(macros) => macros.split_once(' ').map_or("", |(_, arguments)| arguments),
+            None => line,
+        });
+        words.collect::<Vec<_>>().join(" ")
+    }
+
+    /// The lines at a place that are not shown as they are.
+    pub(crate) fn at(&self, place: &str) -> impl Iterator<Item = &str> {
+        self.0
+            .iter()
+            .filter(move |line| !line.is_literal && line.place == place)
+            .map(|line| line.text.as_str())
+    }
+
+    /// The lines that are shown as they are, those that end in `\` joined with the next one.
+    pub(crate) fn literal(&self) -> Vec<String> {
+        let text: Vec<&str> =
+            self.0.iter().filter(|line| line.is_literal).map(|line| line.text.as_str()).collect();
+        text.join("\n").replace("\\\n", " ").lines().map(str::to_owned).collect()
+    }
+
+    /// Every option that is named outside of the synopsis, where they come in bundles.
+    pub(crate) fn options(&self) -> BTreeSet<String> {
+        let lines = self.0.iter().filter(|line| line.place != "SYNOPSIS" && !line.is_literal);
+        lines
+            .flat_map(|line| arguments_of("Fl", &line.text))
+            .map(|name| format!("-{name}"))
+            .collect()
+    }
+}
+
+/// The arguments of a macro such as `Fl`, of those that take one word, in a line of macros.
+pub(crate) fn arguments_of(name: &str, line: &str) -> Vec<String> {
+    let Some(line) = line.strip_prefix('.') else { return Vec::new() };
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let follows = words.windows(2).filter(|pair| pair[0] == name);
+    follows.map(|pair| pair[1].to_owned()).collect()
+}
+
+/// `Fl f , Fl -file Ar FILE` as `-f, --file FILE`.
+pub(crate) fn plain(item: &str) -> String {
+    let mut text = String::new();
+    let mut words = item.split_whitespace();
+    while let Some(word) = words.next() {
+        match word {
+            "," => text.push(','),
+            "Fl" => text.push_str(&format!(" -{}", words.next().unwrap())),
+            "Ar" | "Va" | "Ic" => text.push_str(&format!(" {}", words.next().unwrap())),
+            other => text.push_str(&format!(" {other}")),
+        }
+    }
+    text.trim().to_owned()
+}
