@@ -1,0 +1,314 @@
+//! One `flexnbd serve` process for the length of a test: started, waited for, watched, ended.
+//! Never waits by connecting: the server under test sees only the clients that the test sends.
+
+use super::{DEADLINE, LOOK_AGAIN, comes_true, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
+use std::io::Read as _;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// Where a server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+impl Target {
+    /// The place as an NBD URI of the default export.
+    pub(crate) fn uri(&self) -> String {
+        match self {
+            Target::Tcp(address) => format!("nbd://{address}"),
+            Target::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
+        }
+    }
+}
+
+/// A server that is about to be started.
+pub(crate) struct Builder {
+    arguments: Vec<OsString>,
+    wrapper: Vec<OsString>,
+    environment: Vec<(OsString, OsString)>,
+    socket: Option<PathBuf>,
+}
+
+impl Builder {
+    /// `flexnbd serve --file IMAGE` on a free port of 127.0.0.1.
+    pub(crate) fn serve(image: &Path) -> Builder {
+        Builder::mode("serve", image)
+    }
+
+    /// The same for another mode that listens, such as `listen`.
+    pub(crate) fn mode(mode: &str, image: &Path) -> Builder {
+        let arguments = vec![mode.into(), "--file".into(), image.into()];
+        Builder { arguments, wrapper: Vec::new(), environment: Vec::new(), socket: None }
+    }
+
+    /// Listens on this unix socket instead of a TCP port.
+    pub(crate) fn unix(mut self, socket: &Path) -> Builder {
+        self.socket = Some(socket.to_owned());
+        self
+    }
+
+    /// Adds command line arguments.
+    pub(crate) fn args<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    /// Runs the server through another program that must `exec` its arguments (so that the
+    /// process id stays), for limits and the like.
+    pub(crate) fn through<S: AsRef<OsStr>>(mut self, wrapper: impl IntoIterator<Item = S>) -> Self {
+        self.wrapper = wrapper.into_iter().map(|a| a.as_ref().to_owned()).collect();
+        self
+    }
+
+    /// Adds a variable to the server's environment.
+    pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Builder {
+        self.environment.push((name.into(), value.as_ref().to_owned()));
+        self
+    }
+
+    /// Starts the server and returns when it listens. Another process may grab the free port
+    /// between our finding it and the server's binding it; then another port is tried.
+    #[track_caller]
+    pub(crate) fn start(self) -> Server {
+        let mut last = String::new();
+        for _ in 0..3 {
+            let target = match &self.socket {
+                Some(path) => Target::Unix(path.clone()),
+                None => Target::Tcp((Ipv4Addr::LOCALHOST, free_port()).into()),
+            };
+            let mut server = self.spawn(target);
+            if server.comes_up() {
+                return server;
+            }
+            last = server.failure();
+        }
+        panic!("the server does not come up: {last}");
+    }
+
+    fn spawn(&self, target: Target) -> Server {
+        let mut words: Vec<OsString> = self.wrapper.clone();
+        words.push(env!("CARGO_BIN_EXE_flexnbd").into());
+        words.extend(self.arguments.iter().cloned());
+        words.push("--addr".into());
+        match &target {
+            Target::Tcp(address) => {
+                words.push(address.ip().to_string().into());
+                words.push("--port".into());
+                words.push(address.port().to_string().into());
+            }
+            Target::Unix(path) => words.push(path.into()),
+        }
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]).envs(self.environment.iter().cloned());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("cannot start {words:?}: {e}"));
+        let (stderr, reader) = collect_stderr(&mut child);
+        Server { child, target, stderr, reader: Some(reader) }
+    }
+}
+
+/// Reads the child's stderr to its end on a thread, so that it never blocks on a full pipe.
+fn collect_stderr(child: &mut Child) -> (Arc<Mutex<String>>, JoinHandle<()>) {
+    let mut pipe = child.stderr.take().unwrap();
+    let text = Arc::new(Mutex::new(String::new()));
+    let copy = Arc::clone(&text);
+    let reader = std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = pipe.read(&mut buffer) {
+            copy.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..n]));
+        }
+    });
+    (text, reader)
+}
+
+/// A running server. Dropping it kills it; a failing test then shows what it said.
+pub(crate) struct Server {
+    child: Child,
+    target: Target,
+    stderr: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    pub(crate) fn target(&self) -> &Target {
+        &self.target
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The TCP port; fails for a unix socket.
+    pub(crate) fn port(&self) -> u16 {
+        match &self.target {
+            Target::Tcp(address) => address.port(),
+            Target::Unix(path) => panic!("{} has no port", path.display()),
+        }
+    }
+
+    pub(crate) fn uri(&self) -> String {
+        self.target.uri()
+    }
+
+    /// What it has printed to stderr so far.
+    pub(crate) fn stderr(&self) -> String {
+        self.stderr.lock().unwrap().clone()
+    }
+
+    #[track_caller]
+    pub(crate) fn wait_for_stderr(&self, part: &str) {
+        let found = comes_true(DEADLINE, || self.stderr().contains(part));
+        assert!(found, "waited in vain for {part:?} on stderr, which says: {}", self.stderr());
+    }
+
+    #[track_caller]
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid().cast_signed()), signal).unwrap();
+    }
+
+    /// Waits for the process to end by itself.
+    #[track_caller]
+    pub(crate) fn wait_for_end(&mut self) -> ExitStatus {
+        let mut status = None;
+        wait_until("the server to end", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+        status.unwrap()
+    }
+
+    /// SIGTERM, then how it ended.
+    #[track_caller]
+    pub(crate) fn stop(&mut self) -> ExitStatus {
+        self.signal(Signal::SIGTERM);
+        self.wait_for_end()
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    pub(crate) fn resources(&self) -> Resources {
+        Resources::of(self.pid())
+    }
+
+    /// Whether it listens before it ends.
+    fn comes_up(&mut self) -> bool {
+        let start = Instant::now();
+        while !self.listens() {
+            if !self.is_running() {
+                return false;
+            }
+            assert!(start.elapsed() < DEADLINE, "it neither listens nor ends: {}", self.stderr());
+            std::thread::sleep(LOOK_AGAIN);
+        }
+        true
+    }
+
+    fn listens(&self) -> bool {
+        let inodes = listening_inodes(&self.target);
+        !inodes.is_empty() && descriptors(self.pid()).iter().any(|d| inodes.contains(d))
+    }
+
+    fn failure(&mut self) -> String {
+        let status = self.wait_for_end();
+        format!("it ended with {status} and said: {}", self.stderr())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("the server said:\n{}", self.stderr());
+        }
+    }
+}
+
+/// The listening sockets at `target`, named as `/proc/PID/fd` names them.
+fn listening_inodes(target: &Target) -> HashSet<String> {
+    let (table, wanted): (_, Box<dyn Fn(&[&str]) -> Option<usize>>) = match target {
+        Target::Tcp(address) => {
+            let port = format!(":{:04X}", address.port());
+            let is_ours = move |f: &[&str]| {
+                (f.get(3) == Some(&"0A") && f.get(1)?.ends_with(&port)).then_some(9)
+            };
+            (if address.is_ipv4() { "tcp" } else { "tcp6" }, Box::new(is_ours))
+        }
+        Target::Unix(path) => {
+            let path = path.display().to_string();
+            let is_ours = move |f: &[&str]| {
+                (f.get(3) == Some(&"00010000") && f.last() == Some(&path.as_str())).then_some(6)
+            };
+            ("unix", Box::new(is_ours))
+        }
+    };
+    let text = std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default();
+    let inode = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        wanted(&fields).and_then(|i| Some(format!("socket:[{}]", fields.get(i)?)))
+    };
+    text.lines().filter_map(inode).collect()
+}
+
+/// What each open descriptor of a process refers to; empty when the process is gone.
+fn descriptors(pid: u32) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    let link = |entry: std::fs::DirEntry| std::fs::read_link(entry.path()).ok();
+    entries.flatten().filter_map(link).map(|l| l.to_string_lossy().into_owned()).collect()
+}
+
+/// What a process holds at one moment.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Resources {
+    pub(crate) descriptors: usize,
+    pub(crate) threads: u64,
+    pub(crate) rss_bytes: u64,
+    /// The most memory it ever had at once.
+    pub(crate) rss_bytes_peak: u64,
+}
+
+impl Resources {
+    pub(crate) fn of(pid: u32) -> Resources {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let number = |key: &str| -> u64 {
+            let line = status.lines().find_map(|l| l.strip_prefix(key)).unwrap_or("0");
+            line.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or(0)
+        };
+        Resources {
+            descriptors: descriptors(pid).len(),
+            threads: number("Threads:"),
+            rss_bytes: number("VmRSS:") * 1024,
+            rss_bytes_peak: number("VmHWM:") * 1024,
+        }
+    }
+}
+
+/// A TCP port of 127.0.0.1 that nobody uses now, and that this test process has not been given
+/// before.
+pub(crate) fn free_port() -> u16 {
+    static GIVEN: Mutex<Vec<u16>> = Mutex::new(Vec::new());
+    let mut given = GIVEN.lock().unwrap();
+    loop {
+        let probe = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = probe.local_addr().unwrap().port();
+        if !given.contains(&port) {
+            given.push(port);
+            return port;
+        }
+    }
+}

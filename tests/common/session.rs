@@ -1,0 +1,438 @@
+//! The transmission phase from a client's side, in all three dialects, checking every reply against
+//! what the specification says a reply must be, whatever the test is about.
+//! Never uses the library under test.
+
+use super::raw::*;
+use super::server::Target;
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// How replies (and requests) look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Simple,
+    Structured,
+    Extended,
+}
+
+pub(crate) const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
+
+/// A request as a test means it.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) command: u16,
+    pub(crate) flags: u16,
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) payload: Vec<u8>,
+}
+
+impl Request {
+    /// Any command; a WRITE gets a payload of zeroes.
+    pub(crate) fn new(command: u16, offset: u64, length: u64) -> Request {
+        let payload = if command == WRITE { vec![0; length as usize] } else { Vec::new() };
+        Request { command, flags: 0, offset, length, payload }
+    }
+
+    pub(crate) fn write(offset: u64, data: &[u8]) -> Request {
+        let payload = data.to_vec();
+        Request { command: WRITE, flags: 0, offset, length: data.len() as u64, payload }
+    }
+
+    pub(crate) fn flags(mut self, flags: u16) -> Request {
+        self.flags = flags;
+        self
+    }
+
+    fn end(&self) -> u64 {
+        self.offset.saturating_add(self.length)
+    }
+}
+
+/// One chunk of a structured or extended reply.
+#[derive(Clone, Debug)]
+pub(crate) struct Chunk {
+    pub(crate) done: bool,
+    pub(crate) kind: u16,
+    pub(crate) payload: Vec<u8>,
+}
+
+impl Chunk {
+    pub(crate) fn is_content(&self) -> bool {
+        self.kind == CHUNK_DATA || self.kind == CHUNK_HOLE
+    }
+
+    fn u32_at(&self, at: usize) -> u32 {
+        u32::from_be_bytes(self.payload[at..at + 4].try_into().unwrap())
+    }
+
+    fn u64_at(&self, at: usize) -> u64 {
+        u64::from_be_bytes(self.payload[at..at + 8].try_into().unwrap())
+    }
+}
+
+/// A complete reply.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Answer {
+    /// Zero for success.
+    pub(crate) error: u32,
+    /// What a READ gave, assembled.
+    pub(crate) data: Vec<u8>,
+    /// What BLOCK_STATUS gave: length in bytes and flags.
+    pub(crate) extents: Vec<(u64, u64)>,
+    /// Empty for a simple reply.
+    pub(crate) chunks: Vec<Chunk>,
+}
+
+/// One connection in the transmission phase.
+pub(crate) struct Session {
+    pub(crate) wire: Wire,
+    pub(crate) mode: Mode,
+    /// Size of the export in bytes.
+    pub(crate) size: u64,
+    /// The transmission flags.
+    pub(crate) flags: u16,
+    /// The id of `base:allocation`, when it was granted.
+    pub(crate) context: Option<u32>,
+    requests: u64,
+    unfinished: HashMap<u64, Vec<Chunk>>,
+}
+
+impl Session {
+    /// Connects to the default export. `None`: the server does not speak this dialect.
+    #[track_caller]
+    pub(crate) fn open(target: &Target, mode: Mode) -> Option<Session> {
+        let mut wire = Wire::haggle(target, FIXED_NEWSTYLE | NO_ZEROES);
+        let dialect = match mode {
+            Mode::Simple => return Some(Session::go(wire, mode, None, b"")),
+            Mode::Structured => OPT_STRUCTURED_REPLY,
+            Mode::Extended => OPT_EXTENDED_HEADERS,
+        };
+        if wire.ask_final(dialect, &[]) != REP_ACK {
+            return None;
+        }
+        let query = encode_meta(b"", &[ALLOCATION.as_bytes()]);
+        let (contexts, _) = wire.ask(OPT_SET_META_CONTEXT, &query);
+        let id = contexts.first().map(|c| u32::from_be_bytes(c.data[..4].try_into().unwrap()));
+        Some(Session::go(wire, mode, id, b""))
+    }
+
+    /// Ends the haggling with GO.
+    #[track_caller]
+    pub(crate) fn go(mut wire: Wire, mode: Mode, context: Option<u32>, name: &[u8]) -> Session {
+        let (infos, last) = wire.ask(OPT_GO, &encode_go(name, &[]));
+        assert_eq!(last, REP_ACK, "GO succeeds");
+        let export = infos.iter().find(|i| i.data[..2] == INFO_EXPORT.to_be_bytes());
+        let data = &export.expect("GO always gives INFO_EXPORT").data;
+        let size = u64::from_be_bytes(data[2..10].try_into().unwrap());
+        let flags = u16::from_be_bytes(data[10..12].try_into().unwrap());
+        Session::resume(wire, mode, context, size, flags)
+    }
+
+    /// The old style: no haggling at all.
+    #[track_caller]
+    pub(crate) fn open_old_style(target: &Target) -> Session {
+        let mut wire = Wire::connect(target);
+        assert_eq!(wire.recv_u64(), GREETING, "the greeting begins with NBDMAGIC");
+        assert_eq!(wire.recv_u64(), OLD_STYLE, "an old style greeting goes on with its magic");
+        let size = wire.recv_u64();
+        let flags = wire.recv_u32();
+        assert_eq!(flags >> 16, 0, "old style has no handshake flags");
+        assert_eq!(wire.recv(ZEROES), [0; ZEROES], "the reserved bytes are zero");
+        Session::resume(wire, Mode::Simple, None, size, flags as u16)
+    }
+
+    /// Wraps a connection whose transmission phase has just begun.
+    pub(crate) fn resume(
+        wire: Wire,
+        mode: Mode,
+        context: Option<u32>,
+        size: u64,
+        flags: u16,
+    ) -> Session {
+        Session { wire, mode, size, flags, context, requests: 0, unfinished: HashMap::new() }
+    }
+
+    /// Whether the server said that it knows this command in this session.
+    pub(crate) fn offers(&self, command: u16) -> bool {
+        match command {
+            FLUSH => self.flags & SEND_FLUSH != 0,
+            TRIM => self.flags & SEND_TRIM != 0,
+            CACHE => self.flags & SEND_CACHE != 0,
+            WRITE_ZEROES => self.flags & SEND_WRITE_ZEROES != 0,
+            BLOCK_STATUS => self.context.is_some(),
+            _ => true,
+        }
+    }
+
+    /// The bytes of a request with its payload, and its cookie. An extended WRITE gets the flag
+    /// that announces its payload.
+    pub(crate) fn encode(&mut self, request: &Request) -> (u64, Vec<u8>) {
+        let extended = self.mode == Mode::Extended;
+        let announced = if extended && request.command == WRITE { PAYLOAD_LEN } else { 0 };
+        let flags = request.flags | announced;
+        let (cookie, mut bytes) =
+            self.encode_header(request.command, flags, request.offset, request.length);
+        bytes.extend(&request.payload);
+        (cookie, bytes)
+    }
+
+    /// Exactly this header, in the session's dialect, and its cookie.
+    pub(crate) fn encode_header(
+        &mut self,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        length: u64,
+    ) -> (u64, Vec<u8>) {
+        self.requests += 1;
+        let cookie = self.requests.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let bytes = match self.mode {
+            Mode::Extended => encode_extended_request(command, flags, cookie, offset, length),
+            _ => encode_request(command, flags, cookie, offset, length.try_into().unwrap()),
+        };
+        (cookie, bytes)
+    }
+
+    #[track_caller]
+    pub(crate) fn send(&mut self, request: &Request) -> u64 {
+        let (cookie, bytes) = self.encode(request);
+        self.wire.send(&bytes);
+        cookie
+    }
+
+    /// Sends one request and takes its whole reply.
+    #[track_caller]
+    pub(crate) fn ask(&mut self, request: Request) -> Answer {
+        let cookie = self.send(&request);
+        self.recv_answer(&HashMap::from([(cookie, request)])).1
+    }
+
+    /// The same, for a request that must succeed.
+    #[track_caller]
+    pub(crate) fn ok(&mut self, request: Request) -> Answer {
+        let shown = show(self.mode, &request);
+        let answer = self.ask(request);
+        assert_eq!(answer.error, 0, "error of {shown}");
+        answer
+    }
+
+    /// The same, for a request that must fail with one of these errors; the session must go on.
+    #[track_caller]
+    pub(crate) fn refused(&mut self, request: Request, errors: &[u32]) {
+        let shown = show(self.mode, &request);
+        let answer = self.ask(request);
+        assert!(errors.contains(&answer.error), "{shown}: {} is not of {errors:?}", answer.error);
+        assert!(!answer.chunks.iter().any(Chunk::is_content), "{shown}: content of a refusal");
+        self.goes_on();
+    }
+
+    /// Sends every request before it takes the first reply, then hands each reply to `check`.
+    #[track_caller]
+    pub(crate) fn pipeline(
+        &mut self,
+        requests: impl IntoIterator<Item = Request>,
+        mut check: impl FnMut(&Request, &Answer),
+    ) {
+        let mut pending = HashMap::new();
+        for request in requests {
+            let cookie = self.send(&request);
+            pending.insert(cookie, request);
+        }
+        while !pending.is_empty() {
+            let (cookie, answer) = self.recv_answer(&pending);
+            check(&pending.remove(&cookie).unwrap(), &answer);
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
+        self.ok(Request::new(READ, offset, length)).data
+    }
+
+    /// Fails unless the next request is understood: the framing is intact.
+    #[track_caller]
+    pub(crate) fn goes_on(&mut self) {
+        self.read(0, 1);
+    }
+
+    /// Takes the next reply that becomes complete, to any of the pending requests.
+    #[track_caller]
+    pub(crate) fn recv_answer(&mut self, pending: &HashMap<u64, Request>) -> (u64, Answer) {
+        loop {
+            let magic = self.wire.recv_u32();
+            let (cookie, answer) = match (self.mode, magic) {
+                (Mode::Simple | Mode::Structured, SIMPLE_REPLY) => self.recv_simple(pending),
+                (Mode::Structured, STRUCTURED_REPLY) => self.recv_chunk(pending),
+                (Mode::Extended, EXTENDED_REPLY) => self.recv_chunk(pending),
+                (mode, magic) => panic!("a reply of magic {magic:#x} in a {mode:?} session"),
+            };
+            if let Some(answer) = answer {
+                let known = answer.error == 0 || LISTED_ERRORS.contains(&answer.error);
+                assert!(known, "error {} is not for the wire", answer.error);
+                return (cookie, answer);
+            }
+        }
+    }
+
+    #[track_caller]
+    fn recv_simple(&mut self, pending: &HashMap<u64, Request>) -> (u64, Option<Answer>) {
+        let error = self.wire.recv_u32();
+        let cookie = self.wire.recv_u64();
+        let request = asked(pending, cookie);
+        let mut answer = Answer { error, ..Answer::default() };
+        if self.mode != Mode::Simple {
+            assert_ne!(request.command, READ, "a READ is always answered with chunks here");
+            assert!(request.command != BLOCK_STATUS || error != 0, "no extents came");
+        } else if request.command == READ && error == 0 {
+            answer.data = self.wire.recv(request.length as usize);
+        }
+        (cookie, Some(answer))
+    }
+
+    #[track_caller]
+    fn recv_chunk(&mut self, pending: &HashMap<u64, Request>) -> (u64, Option<Answer>) {
+        let flags = self.wire.recv_u16();
+        assert_eq!(flags & !CHUNK_DONE, 0, "unknown chunk flags {flags:#x}");
+        let kind = self.wire.recv_u16();
+        let cookie = self.wire.recv_u64();
+        let request = asked(pending, cookie);
+        let length = if self.mode == Mode::Extended {
+            assert_eq!(self.wire.recv_u64(), request.offset, "a chunk repeats the offset");
+            self.wire.recv_u64()
+        } else {
+            u64::from(self.wire.recv_u32())
+        };
+        assert!(length <= 128 << 20, "a chunk of {length} bytes");
+        let payload = self.wire.recv(length as usize);
+        let done = flags & CHUNK_DONE != 0;
+        self.unfinished.entry(cookie).or_default().push(Chunk { done, kind, payload });
+        let complete = done.then(|| self.unfinished.remove(&cookie).unwrap());
+        (cookie, complete.map(|chunks| assemble(self.mode, self.context, request, chunks)))
+    }
+}
+
+#[track_caller]
+fn asked(pending: &HashMap<u64, Request>, cookie: u64) -> &Request {
+    pending.get(&cookie).unwrap_or_else(|| panic!("a reply to {cookie:#x}, which nobody asked"))
+}
+
+fn show(mode: Mode, r: &Request) -> String {
+    let (command, flags, offset, length) = (r.command, r.flags, r.offset, r.length);
+    format!("command {command} flags {flags:#x} offset {offset:#x} length {length:#x} ({mode:?})")
+}
+
+/// Checks the chunks of one reply against each other and the request, and joins them.
+#[track_caller]
+fn assemble(mode: Mode, context: Option<u32>, request: &Request, chunks: Vec<Chunk>) -> Answer {
+    let mut answer = Answer::default();
+    let mut covered: Vec<Range<u64>> = Vec::new();
+    for chunk in &chunks {
+        match chunk.kind {
+            CHUNK_NONE => {
+                assert!(chunk.done && chunk.payload.is_empty(), "NONE is empty and last");
+            }
+            CHUNK_DATA | CHUNK_HOLE => place(request, chunk, &mut answer.data, &mut covered),
+            CHUNK_BLOCK_STATUS | CHUNK_BLOCK_STATUS_EXT => {
+                assert!(answer.extents.is_empty(), "one chunk for one context");
+                answer.extents = extents(mode, context, request, chunk);
+            }
+            kind if kind >> 15 == 1 => answer.error = error_of(request, chunk),
+            kind => panic!("unknown chunk type {kind:#x}"),
+        }
+    }
+    if answer.error == 0 && request.command == READ {
+        let sum: u64 = covered.iter().map(|r| r.end - r.start).sum();
+        assert_eq!(sum, request.length, "a READ that succeeds is covered entirely");
+    }
+    if request.flags & DF != 0 {
+        let content = chunks.iter().filter(|c| c.is_content()).count();
+        assert!(content <= 1, "{content} content chunks in spite of DF");
+    }
+    answer.chunks = chunks;
+    answer
+}
+
+/// Puts a content chunk where it belongs.
+#[track_caller]
+fn place(request: &Request, chunk: &Chunk, data: &mut Vec<u8>, covered: &mut Vec<Range<u64>>) {
+    assert_eq!(request.command, READ, "only a READ has content");
+    let start = chunk.u64_at(0);
+    let length = if chunk.kind == CHUNK_HOLE {
+        assert_eq!(chunk.payload.len(), 12, "length of a hole chunk");
+        u64::from(chunk.u32_at(8))
+    } else {
+        chunk.payload.len() as u64 - 8
+    };
+    let span = start..start.checked_add(length).expect("a chunk's end does not wrap");
+    assert!(length > 0, "a content chunk is not empty");
+    assert!(span.start >= request.offset && span.end <= request.end(), "{span:?} was not asked");
+    let apart = covered.iter().all(|c| c.end <= span.start || span.end <= c.start);
+    assert!(apart, "{span:?} overlaps one of {covered:?}");
+    covered.push(span);
+    data.resize(request.length as usize, 0);
+    if chunk.kind == CHUNK_DATA {
+        let at = (start - request.offset) as usize;
+        data[at..at + length as usize].copy_from_slice(&chunk.payload[8..]);
+    }
+}
+
+/// The extents of a BLOCK_STATUS chunk, as lengths and flags.
+#[track_caller]
+fn extents(mode: Mode, context: Option<u32>, request: &Request, chunk: &Chunk) -> Vec<(u64, u64)> {
+    assert_eq!(request.command, BLOCK_STATUS, "only BLOCK_STATUS has extents");
+    assert_eq!(Some(chunk.u32_at(0)), context, "the context that was granted");
+    let (head, width, kind) = match mode {
+        Mode::Extended => (8, 16, CHUNK_BLOCK_STATUS_EXT),
+        _ => (4, 8, CHUNK_BLOCK_STATUS),
+    };
+    assert_eq!(chunk.kind, kind, "the form of BLOCK_STATUS that belongs to {mode:?}");
+    let count = (chunk.payload.len() - head) / width;
+    assert_eq!(chunk.payload.len(), head + count * width, "whole descriptors");
+    let all: Vec<(u64, u64)> = (0..count)
+        .map(|i| head + i * width)
+        .map(|at| match mode {
+            Mode::Extended => (chunk.u64_at(at), chunk.u64_at(at + 8)),
+            _ => (u64::from(chunk.u32_at(at)), u64::from(chunk.u32_at(at + 4))),
+        })
+        .collect();
+    if mode == Mode::Extended {
+        assert_eq!(chunk.u32_at(4) as usize, count, "the count of descriptors");
+    }
+    check_extents(request, &all);
+    all
+}
+
+#[track_caller]
+fn check_extents(request: &Request, extents: &[(u64, u64)]) {
+    let (last, others) = extents.split_last().expect("at least one extent");
+    assert!(extents.len() <= 1 << 20, "{} extents", extents.len());
+    assert!(extents.iter().all(|(length, _)| *length > 0), "no extent is empty: {extents:?}");
+    let before: u64 = others.iter().map(|(length, _)| length).sum();
+    assert!(before < request.length, "only the last extent may run past the request");
+    if request.flags & REQ_ONE != 0 {
+        assert!(others.is_empty(), "REQ_ONE: one extent");
+        assert!(last.0 <= request.length, "REQ_ONE: not longer than asked");
+    }
+}
+
+/// The error of an error chunk.
+#[track_caller]
+fn error_of(request: &Request, chunk: &Chunk) -> u32 {
+    let tail = match chunk.kind {
+        CHUNK_ERROR => 0,
+        CHUNK_ERROR_OFFSET => 8,
+        kind => panic!("unknown error chunk {kind:#x}"),
+    };
+    let error = chunk.u32_at(0);
+    assert_ne!(error, 0, "an error chunk holds an error");
+    let message = usize::from(u16::from_be_bytes(chunk.payload[4..6].try_into().unwrap()));
+    assert!(message <= STRING_MAX, "an error message of {message} bytes");
+    assert_eq!(chunk.payload.len(), 6 + message + tail, "the length of an error chunk");
+    assert!(std::str::from_utf8(&chunk.payload[6..6 + message]).is_ok(), "a message is UTF-8");
+    if chunk.kind == CHUNK_ERROR_OFFSET {
+        let offset = chunk.u64_at(6 + message);
+        assert!(request.offset <= offset && offset < request.end(), "an offset that was asked");
+    }
+    error
+}

@@ -1,0 +1,161 @@
+//! Points 18 to 21: how sessions end, and how they do not.
+
+use crate::common::raw::*;
+use crate::common::session::{MODES, Mode, Request, Session};
+use crate::common::{KIB, MIB, noise, read_at};
+use crate::subject::{Ours, Subject};
+use std::collections::HashMap;
+
+#[test]
+fn point_18_disc_ends_the_session_after_every_reply_and_means_nothing_else() {
+    let subject = Subject::any();
+    let mut bystander = subject.session(Mode::Simple).unwrap();
+    for mut session in subject.sessions() {
+        let mut pending = HashMap::new();
+        let mut bytes = Vec::new();
+        for i in 0..50 {
+            let data = noise(4096, i);
+            let requests =
+                [Request::new(READ, i * 4096, 64 * KIB), Request::write(4 * MIB + i * 4096, &data)];
+            for request in requests {
+                let (cookie, encoded) = session.encode(&request);
+                bytes.extend(encoded);
+                pending.insert(cookie, request);
+            }
+        }
+        bytes.extend(session.encode_header(DISC, 0, 0, 0).1);
+        session.wire.send(&bytes);
+        while !pending.is_empty() {
+            let (cookie, answer) = session.recv_answer(&pending);
+            assert_eq!(answer.error, 0, "what was asked before DISC is done");
+            pending.remove(&cookie);
+        }
+        session.wire.expect_closed("after DISC");
+        for i in 0..50 {
+            let data = bystander.read(4 * MIB + i * 4096, 4096);
+            assert!(data == noise(4096, i), "write {i} before DISC has happened");
+        }
+        bystander.ok(Request::new(WRITE_ZEROES, 4 * MIB, MIB));
+    }
+    subject.still_serves();
+}
+
+#[test]
+fn point_19_a_bad_request_magic_ends_the_session() {
+    let subject = Subject::any();
+    for mode in MODES {
+        let wrong_dialect = if mode == Mode::Extended { REQUEST } else { EXTENDED_REQUEST };
+        for magic in [0, u32::MAX, 0x1256_0953, 0x2560_9514, SIMPLE_REPLY, wrong_dialect] {
+            let Some(mut session) = subject.session(mode) else { continue };
+            session.goes_on();
+            let (_, mut bytes) = session.encode_header(READ, 0, 0, 512);
+            bytes[..4].copy_from_slice(&magic.to_be_bytes());
+            session.wire.send(&bytes);
+            let why = format!("magic {magic:#x} ({mode:?})");
+            if subject.is_ours() {
+                session.wire.expect_closed(&why);
+            } else {
+                let last_words = session.wire.recv_to_end();
+                assert!(last_words.len() < 512, "{why}: no data in answer to it");
+            }
+        }
+    }
+    subject.still_serves();
+    old_style_says_so_first();
+}
+
+/// The original answers before it closes, and its clients may count on it.
+fn old_style_says_so_first() {
+    let Some(ours) = Ours::start("a bad magic in old style", MIB, &["--oldstyle"]) else { return };
+    let mut session = Session::open_old_style(ours.target());
+    let (cookie, mut bytes) = session.encode_header(READ, 0, 0, 512);
+    bytes[0] ^= 0xff;
+    session.wire.send(&bytes);
+    assert_eq!(session.wire.recv_u32(), SIMPLE_REPLY);
+    assert_eq!(session.wire.recv_u32(), EINVAL);
+    assert_eq!(session.wire.recv_u64(), cookie);
+    session.wire.expect_closed("a bad magic in old style");
+}
+
+#[test]
+fn point_20_a_client_may_send_200_requests_before_it_reads() {
+    /// More in all than the kernel's socket buffers swallow: the server has to take it.
+    const LENGTH: u64 = 256 * KIB;
+    let subject = Subject::any();
+    for mut session in subject.sessions() {
+        let data = noise(MIB as usize, 20);
+        session.ok(Request::write(0, &data));
+        let patch = noise(LENGTH as usize, 21);
+        let mix = (0..200).map(|i| match i % 2 {
+            0 => Request::new(READ, 0, MIB),
+            _ => Request::write(2 * MIB + (i / 2 % 16) * LENGTH, &patch),
+        });
+        let mut answered = 0;
+        session.pipeline(mix, |request, answer| {
+            assert_eq!(answer.error, 0);
+            assert!(request.command == WRITE || answer.data == data, "the data of a READ");
+            answered += 1;
+        });
+        assert_eq!(answered, 200);
+        assert!(session.read(2 * MIB, LENGTH) == patch);
+    }
+}
+
+#[test]
+fn point_21_a_planned_end_finishes_what_is_in_flight_and_never_says_eshutdown() {
+    const LENGTH: u64 = 4 * MIB;
+    for mode in MODES {
+        let what = "a planned end";
+        let Some(mut ours) = Ours::start(what, 16 * MIB, &[]) else { return };
+        let mut idle = ours.session(mode);
+        let mut session = ours.session(mode);
+        session.ok(Request::write(0, &noise(LENGTH as usize, 22)));
+        let before: u64 = 8;
+        let mut bytes = Vec::new();
+        for _ in 0..before {
+            bytes.extend(session.encode(&Request::new(READ, 0, LENGTH)).1);
+        }
+        session.wire.send(&bytes);
+        let mut stream = session.wire.recv(4);
+        ours.server.signal(nix::sys::signal::Signal::SIGTERM);
+        let (rest, end) = session.wire.recv_until_it_ends();
+        assert!(end.is_ok(), "replies on their way are not thrown away: {end:?}");
+        stream.extend(rest);
+        let complete = complete_replies(mode, &stream, LENGTH);
+        assert!((1..=before as usize).contains(&complete), "{complete} replies ({mode:?})");
+        idle.wire.expect_closed("an idle session when the server ends");
+        assert_eq!(ours.server.wait_for_end().code(), Some(0), "a planned end is a success");
+        assert_eq!(read_at(&ours.image, 0, 4096), noise(4096, 22), "the image is as it was left");
+    }
+}
+
+/// How many whole, successful replies to READs of `length` bytes make up the stream.
+#[track_caller]
+fn complete_replies(mode: Mode, stream: &[u8], length: u64) -> usize {
+    let mut at = 0;
+    let mut complete = 0;
+    let mut last_is_done = true;
+    while at < stream.len() {
+        let head = &stream[at..stream.len().min(at + 32)];
+        assert!(head.len() >= 16, "the last reply is torn within its header");
+        let (size, done) = match mode {
+            Mode::Simple => (16 + length, true),
+            Mode::Structured => (20 + big_endian(&head[16..20]), head[5] == 1),
+            Mode::Extended => (32 + big_endian(&head[24..32]), head[5] == 1),
+        };
+        let failed = match mode {
+            Mode::Simple => big_endian(&head[4..8]) != 0,
+            _ => head[6] & 0x80 != 0,
+        };
+        assert!(!failed, "a request in flight fails: {head:02x?}");
+        at += size as usize;
+        complete += usize::from(done);
+        last_is_done = done;
+    }
+    assert!(at == stream.len() && last_is_done, "the last reply is torn: {at}, {}", stream.len());
+    complete
+}
+
+fn big_endian(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
+}
