@@ -67,7 +67,7 @@ impl Victim {
 
     /// Fails unless another client is served, and everything that was taken is given back.
     #[track_caller]
-    fn is_as_before(mut self) {
+    fn must_be_as_before(mut self) {
         let mut session = self.session(Mode::Structured);
         session.ok(Request::write(0, &noise(4096, 1)));
         assert!(session.read(0, 4096) == noise(4096, 1), "others are served");
@@ -126,7 +126,7 @@ fn survives_a_client_that_reads_late(victim: Victim) {
     let peak = victim.server.resources().rss_bytes_peak;
     let grown = peak - victim.before.rss_bytes;
     assert!(grown < MEMORY_BUSY_MAX, "{grown} bytes more for one client that did not read");
-    victim.is_as_before();
+    victim.must_be_as_before();
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn a_client_that_never_reads_is_held_back_and_others_are_served() {
     for session in deaf {
         session.wire.vanish();
     }
-    victim.is_as_before();
+    victim.must_be_as_before();
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn a_client_that_vanishes_at_any_byte_of_its_handshake_leaves_nothing_behind() {
         }
     }
     drop(Wire::connect(victim.target()));
-    victim.is_as_before();
+    victim.must_be_as_before();
 }
 
 #[test]
@@ -196,7 +196,7 @@ fn a_client_that_vanishes_at_any_byte_of_a_write_leaves_nothing_behind() {
     let (start, end) = (AT as usize, AT as usize + LENGTH);
     assert!(after[..start] == around[..start] && after[end..] == around[end..], "the neighbours");
     drop(bystander);
-    victim.is_as_before();
+    victim.must_be_as_before();
 }
 
 /// A session with a server that may just be busy with burying others.
@@ -274,7 +274,7 @@ fn a_client_that_trickles_its_handshake_is_cut_at_the_deadline_and_others_are_se
             std::thread::park_timeout(Duration::from_millis(100));
         }
     });
-    victim.is_as_before();
+    victim.must_be_as_before();
 }
 
 #[test]
@@ -301,5 +301,5 @@ fn the_129th_client_is_closed_without_a_greeting_and_128_are_served() {
     wait_until("the sessions to end", || {
         victim.server.resources().threads == victim.before.threads
     });
-    victim.is_as_before();
+    victim.must_be_as_before();
 }

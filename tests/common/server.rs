@@ -241,28 +241,32 @@ impl Drop for Server {
 
 /// The listening sockets at `target`, named as `/proc/PID/fd` names them.
 fn listening_inodes(target: &Target) -> HashSet<String> {
-    let (table, wanted): (_, Box<dyn Fn(&[&str]) -> Option<usize>>) = match target {
-        Target::Tcp(address) => {
-            let port = format!(":{:04X}", address.port());
-            let is_ours = move |f: &[&str]| {
-                (f.get(3) == Some(&"0A") && f.get(1)?.ends_with(&port)).then_some(9)
-            };
-            (if address.is_ipv4() { "tcp" } else { "tcp6" }, Box::new(is_ours))
-        }
-        Target::Unix(path) => {
-            let path = path.display().to_string();
-            let is_ours = move |f: &[&str]| {
-                (f.get(3) == Some(&"00010000") && f.last() == Some(&path.as_str())).then_some(6)
-            };
-            ("unix", Box::new(is_ours))
-        }
+    let table = match target {
+        Target::Tcp(address) if address.is_ipv4() => "tcp",
+        Target::Tcp(_) => "tcp6",
+        Target::Unix(_) => "unix",
     };
     let text = std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default();
     let inode = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        wanted(&fields).and_then(|i| Some(format!("socket:[{}]", fields.get(i)?)))
+        listening_inode(target, &fields).map(|inode| format!("socket:[{inode}]"))
     };
     text.lines().filter_map(inode).collect()
+}
+
+/// The inode in one line of such a table, when it is a listening socket at `target`.
+fn listening_inode<'a>(target: &Target, fields: &[&'a str]) -> Option<&'a str> {
+    let field = |i: usize| fields.get(i).copied();
+    match target {
+        Target::Tcp(address) => {
+            let port = format!(":{:04X}", address.port());
+            (field(3)? == "0A" && field(1)?.ends_with(&port)).then(|| field(9)).flatten()
+        }
+        Target::Unix(path) => {
+            let here = field(7).is_some_and(|p| path == Path::new(p));
+            (field(3)? == "00010000" && here).then(|| field(6)).flatten()
+        }
+    }
 }
 
 /// What each open descriptor of a process refers to; empty when the process is gone.
