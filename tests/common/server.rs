@@ -205,6 +205,23 @@ impl Server {
         Resources::of(self.pid())
     }
 
+    /// What it holds at rest: the same for a while. A server that listens may still be starting
+    /// threads, and one whose client has gone may still be ending some.
+    #[track_caller]
+    pub(crate) fn resources_at_rest(&self) -> Resources {
+        const LOOKS: u32 = 20;
+        let mut last = self.resources();
+        let mut same = 0;
+        wait_until("the server to come to rest", || {
+            let now = self.resources();
+            let still = now.descriptors == last.descriptors && now.threads == last.threads;
+            same = if still { same + 1 } else { 0 };
+            last = now;
+            same >= LOOKS
+        });
+        last
+    }
+
     /// Whether it listens before it ends.
     fn comes_up(&mut self) -> bool {
         let start = Instant::now();
