@@ -277,6 +277,48 @@ fn a_client_that_trickles_its_handshake_is_cut_at_the_deadline_and_others_are_se
     victim.must_be_as_before();
 }
 
+/// Options without end, as fast as they are taken; whether the answers are read makes no
+/// difference.
+#[track_caller]
+fn floods_until_cut(target: &Target, reads: bool) {
+    let mut wire = Wire::connect_patiently(target);
+    wire.send(&(FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
+    let mut ear = wire.second_hand();
+    let options = encode_option(OPT_LIST, &[]).repeat(1000);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        if reads {
+            let mut buffer = vec![0; 1 << 16];
+            scope.spawn(move || while matches!(ear.try_recv(&mut buffer), Ok(1..)) {});
+        }
+        while wire.try_send(&options).is_ok() {
+            let endless = start.elapsed() > DEADLINE;
+            if endless {
+                wire.finish_sending();
+            }
+            assert!(!endless, "after {DEADLINE:?} still not cut, reading: {reads}");
+        }
+    });
+}
+
+#[test]
+fn a_client_that_haggles_without_end_is_cut_at_the_deadline_and_others_are_served() {
+    let victim = Victim::over_tcp();
+    let target = victim.target();
+    std::thread::scope(|scope| {
+        let floods: Vec<_> =
+            [true, false].map(|reads| scope.spawn(move || floods_until_cut(target, reads))).into();
+        let mut other = victim.session(Mode::Structured);
+        while !floods.iter().all(|thread| thread.is_finished()) {
+            other.ok(Request::write(0, &[1; 4096]));
+            std::thread::park_timeout(Duration::from_millis(100));
+        }
+    });
+    let grown = victim.server.resources().rss_bytes_peak - victim.before.rss_bytes;
+    assert!(grown < MEMORY_KEPT_MAX, "{grown} bytes more for two clients that only haggle");
+    victim.must_be_as_before();
+}
+
 #[test]
 fn the_129th_client_is_closed_without_a_greeting_and_128_are_served() {
     let victim = Victim::over_tcp();

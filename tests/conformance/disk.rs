@@ -120,6 +120,7 @@ fn point_17_flush_and_fua_wait_for_the_disk_and_a_failure_is_not_forgotten() {
     }
     durable_before_it_is_answered();
     a_failed_sync_stays_failed();
+    a_failed_fua_stays_failed_too();
 }
 
 /// A server of our own with `failing_fsync.c` in it; the directory that steers it.
@@ -160,6 +161,21 @@ fn durable_before_it_is_answered() {
             session.ok(request);
             assert!(syncs() > before, "command {command} is answered before the disk has it");
         }
+    }
+}
+
+/// A write that wanted to be durable and was not leaves the disk as doubtful as a failed FLUSH.
+fn a_failed_fua_stays_failed_too() {
+    let write = Request::write(4096, &[3; 4096]).flags(FUA);
+    for request in [write, Request::new(WRITE_ZEROES, 4096, 4096).flags(FUA)] {
+        let Some((ours, steering)) = with_steered_sync("a failing FUA") else { return };
+        let mut session = ours.session(Mode::Extended);
+        let mut other = ours.session(Mode::Simple);
+        other.ok(Request::write(4096, &[2; 4096]));
+        File::create(steering.join("fail")).unwrap();
+        session.refused(request, &[EIO]);
+        std::fs::remove_file(steering.join("fail")).unwrap();
+        other.refused(Request::new(FLUSH, 0, 0), &[EIO]);
     }
 }
 

@@ -124,9 +124,10 @@ fn point_03_options_without_data_refuse_data_and_abort_is_acknowledged() {
     the_list_names_the_default_export(&mut wire);
     Session::go(wire, Mode::Simple, None, b"").goes_on();
 
-    for data in [&b""[..], b"goodbye"] {
+    for length in [0, 7, 64 << 10, 1 << 20] {
         let mut wire = subject.haggle();
-        assert_eq!(wire.ask_final(OPT_ABORT, data), REP_ACK, "ABORT with {} bytes", data.len());
+        let answer = wire.ask_final(OPT_ABORT, &vec![b'!'; length]);
+        assert_eq!(answer, REP_ACK, "ABORT with {length} bytes");
         wire.expect_closed("after ABORT");
     }
     let mut impatient = subject.haggle();
