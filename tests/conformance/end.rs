@@ -101,54 +101,60 @@ fn point_20_a_client_may_send_200_requests_before_it_reads() {
     }
 }
 
+/// Requests that are in flight when the server is told to end: a few whose replies fill every buffer,
+/// and behind them more than the server will have received, so that its closing finds them unread.
+const LONG: (u64, u64) = (8, 4 * MIB);
+const SHORT: (u64, u64) = (40_000, 1);
+
 #[test]
 fn point_21_a_planned_end_finishes_what_is_in_flight_and_never_says_eshutdown() {
-    const LENGTH: u64 = 4 * MIB;
     for mode in MODES {
-        let what = "a planned end";
-        let Some(mut ours) = Ours::start(what, 16 * MIB, &[]) else { return };
+        let Some(mut ours) = Ours::start("a planned end", 16 * MIB, &[]) else { return };
         let mut idle = ours.session(mode);
         let mut session = ours.session(mode);
-        session.ok(Request::write(0, &noise(LENGTH as usize, 22)));
-        let before: u64 = 8;
+        session.ok(Request::write(0, &noise(LONG.1 as usize, 22)));
         let mut bytes = Vec::new();
-        for _ in 0..before {
-            bytes.extend(session.encode(&Request::new(READ, 0, LENGTH)).1);
+        let mut lengths = HashMap::new();
+        for (count, length) in [LONG, SHORT] {
+            for _ in 0..count {
+                let (cookie, encoded) = session.encode(&Request::new(READ, 0, length));
+                bytes.extend(encoded);
+                lengths.insert(cookie, length);
+            }
         }
         session.wire.send(&bytes);
         let mut stream = session.wire.recv(4);
         ours.server.signal(nix::sys::signal::Signal::SIGTERM);
         let (rest, end) = session.wire.recv_until_it_ends();
-        assert!(end.is_ok(), "replies on their way are not thrown away: {end:?}");
+        assert!(end.is_ok(), "replies on their way are not thrown away ({mode:?}): {end:?}");
         stream.extend(rest);
-        let complete = complete_replies(mode, &stream, LENGTH);
-        assert!((1..=before as usize).contains(&complete), "{complete} replies ({mode:?})");
+        let complete = complete_replies(mode, &stream, &lengths);
+        assert!((1..=lengths.len()).contains(&complete), "{complete} replies ({mode:?})");
+        drop(session);
         idle.wire.expect_closed("an idle session when the server ends");
         assert_eq!(ours.server.wait_for_end().code(), Some(0), "a planned end is a success");
-        assert_eq!(read_at(&ours.image, 0, 4096), noise(4096, 22), "the image is as it was left");
+        assert!(read_at(&ours.image, 0, 4096) == noise(4096, 22), "the image is as it was left");
     }
 }
 
-/// How many whole, successful replies to READs of `length` bytes make up the stream.
+/// How many whole, successful replies to READs of these lengths make up the stream.
 #[track_caller]
-fn complete_replies(mode: Mode, stream: &[u8], length: u64) -> usize {
+fn complete_replies(mode: Mode, stream: &[u8], lengths: &HashMap<u64, u64>) -> usize {
     let mut at = 0;
     let mut complete = 0;
     let mut last_is_done = true;
     while at < stream.len() {
         let head = &stream[at..stream.len().min(at + 32)];
-        assert!(head.len() >= 16, "the last reply is torn within its header");
-        let (size, done) = match mode {
-            Mode::Simple => (16 + length, true),
-            Mode::Structured => (20 + big_endian(&head[16..20]), head[5] == 1),
-            Mode::Extended => (32 + big_endian(&head[24..32]), head[5] == 1),
-        };
-        let failed = match mode {
-            Mode::Simple => big_endian(&head[4..8]) != 0,
-            _ => head[6] & 0x80 != 0,
+        let header = [16, 20, 32][mode as usize];
+        assert!(head.len() >= header, "the last reply is torn within its header");
+        let length = lengths[&big_endian(&head[8..16])];
+        let (payload, done, failed) = match mode {
+            Mode::Simple => (length, true, big_endian(&head[4..8]) != 0),
+            Mode::Structured => (big_endian(&head[16..20]), head[5] == 1, head[6] & 0x80 != 0),
+            Mode::Extended => (big_endian(&head[24..32]), head[5] == 1, head[6] & 0x80 != 0),
         };
         assert!(!failed, "a request in flight fails: {head:02x?}");
-        at += size as usize;
+        at += header + payload as usize;
         complete += usize::from(done);
         last_is_done = done;
     }

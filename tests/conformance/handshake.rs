@@ -1,8 +1,8 @@
 //! Points 1 to 7: the haggling, up to the first request.
 
-use crate::common::MIB;
 use crate::common::raw::*;
 use crate::common::session::{Mode, Request, Session};
+use crate::common::{MIB, wait_until};
 use crate::subject::{Ours, Subject};
 
 /// An option that nobody has defined.
@@ -71,6 +71,11 @@ fn absurd_lengths_end_the_session(subject: &Subject) {
             let last_words = wire.recv_to_end();
             let lies = last_words.len() > 20 + STRING_MAX;
             assert!(!lies, "option {option} of {length} bytes is answered at length");
+            let mut wire = subject.haggle();
+            wire.send(&encode_option_of_length(option, length, &[]));
+            let filler = vec![0; MIB as usize];
+            let swallowed = (0..64).all(|_| wire.try_send(&filler).is_ok());
+            assert!(!swallowed, "option {option} of {length} bytes does not end the session");
         }
     }
     let grown = memory_peak(subject).saturating_sub(before);
@@ -480,11 +485,21 @@ fn point_07_a_client_that_vanishes_at_any_byte_of_the_handshake_changes_nothing(
     let subject = Subject::any();
     let mut bystander = subject.session(Mode::Simple).unwrap();
     bystander.ok(Request::write(4096, b"as it was"));
+    let held = match &subject {
+        Subject::Ours(ours) => Some((ours, ours.server.resources_at_rest())),
+        Subject::Foreign { .. } => None,
+    };
     let handshake = typical_handshake();
     for length in 0..=handshake.len() {
         let mut wire = Wire::connect_patiently(subject.target());
         wire.send(&handshake[..length]);
         if length % 2 == 0 { wire.vanish() } else { drop(wire) }
+    }
+    if let Some((ours, before)) = held {
+        wait_until("the sessions of the vanished to end", || {
+            let now = ours.server.resources();
+            now.threads <= before.threads && now.descriptors <= before.descriptors
+        });
     }
     assert_eq!(bystander.read(4096, 9), b"as it was");
     let mut plain = subject.session(Mode::Simple).unwrap();
