@@ -34,7 +34,8 @@ impl Inbox {
     /// Takes what the client has sent, as far as there is room; 0 is the end of the stream.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing has arrived; otherwise the connection is broken.
+    /// `WouldBlock` when nothing has arrived; `OutOfMemory` when there is no room at all;
+    /// otherwise the connection is broken.
     pub(super) fn receive(&mut self, from: &Stream) -> io::Result<usize> {
         if self.buffer.is_empty() {
             self.buffer = vec![0; CAPACITY];
@@ -42,6 +43,9 @@ impl Inbox {
         if self.start > 0 && self.end == CAPACITY {
             self.buffer.copy_within(self.start.., 0);
             (self.start, self.end) = (0, self.end - self.start);
+        }
+        if self.is_full() {
+            return Err(io::ErrorKind::OutOfMemory.into());
         }
         let count = from.try_recv(&mut self.buffer[self.end..])?;
         self.end += count;
@@ -110,6 +114,8 @@ mod tests {
             inbox.receive(&stream).unwrap();
         }
         assert_eq!(inbox.bytes().len(), CAPACITY);
+        let more = inbox.receive(&stream).unwrap_err();
+        assert_eq!(more.kind(), io::ErrorKind::OutOfMemory);
         inbox.relax();
         assert!(!inbox.is_relaxed());
         inbox.consume(CAPACITY);

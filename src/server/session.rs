@@ -76,6 +76,10 @@ impl Session<'_> {
         loop {
             self.send_greeting(outbox, deadline)?;
             self.receive_greeting(inbox, deadline)?;
+            // A client that always has something to say never makes us wait.
+            if Instant::now() >= deadline {
+                return Err(SessionEnd::HandshakeTimeout);
+            }
             if let Some(agreement) = self.advance(&mut handshake, inbox, outbox)? {
                 return Ok(agreement);
             }

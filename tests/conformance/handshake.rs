@@ -2,7 +2,7 @@
 
 use crate::common::raw::*;
 use crate::common::session::{Mode, Request, Session};
-use crate::common::{MIB, noise};
+use crate::common::{MIB, noise, wait_until};
 use crate::subject::{Ours, Subject};
 use std::collections::HashMap;
 

@@ -224,6 +224,11 @@ impl Handshake {
             let data = input.get(after_head..end).map(|data| Next::Asked(data.to_vec()));
             return Ok(data.map_or((0, Next::More), |next| (end, next)));
         }
+        if kind == Ok(OptionKind::Abort) {
+            // Whatever data it has does not matter any more.
+            OptionReply::Ack.encode(head.number, out);
+            return Ok((after_head, Next::Goodbye));
+        }
         if let Some(answer) = Self::answer_unread(kind, head)? {
             answer.encode(head.number, out);
             self.forget_contexts_on_failed_set(kind);
@@ -253,7 +258,6 @@ impl Handshake {
                 Ok(Some(refuse(OptionReplyKind::ErrUnsupported, "TLS is not supported")))
             }
             Err(_) => Ok(Some(refuse(OptionReplyKind::ErrUnsupported, "unknown option"))),
-            Ok(OptionKind::Abort) => Ok(None),
             Ok(_) if head.length > OPTION_LENGTH_MAX => {
                 Ok(Some(refuse(OptionReplyKind::ErrTooBig, "the option is too long")))
             }
@@ -270,10 +274,6 @@ impl Handshake {
         let number = kind.number();
         match kind {
             OptionKind::ExportName => return self.export_name(data, out),
-            OptionKind::Abort => {
-                OptionReply::Ack.encode(number, out);
-                return Ok(Next::Goodbye);
-            }
             OptionKind::Info | OptionKind::Go => return Ok(self.info(kind, data, out)),
             OptionKind::List => self.list(data, out),
             OptionKind::StructuredReply => self.structured_reply(data).encode(number, out),
@@ -281,7 +281,8 @@ impl Handshake {
             OptionKind::ListMetaContext | OptionKind::SetMetaContext => {
                 self.meta_context(kind, data, out);
             }
-            OptionKind::StartTls => {}
+            // Answered before their data was looked at.
+            OptionKind::Abort | OptionKind::StartTls => {}
         }
         Ok(Next::More)
     }
