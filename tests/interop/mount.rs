@@ -1,0 +1,120 @@
+//! Mounting: an export as a file (nbdfuse), a file as a device (loop), a device as a directory.
+//! Never leaves anything mounted, whether or not the test succeeds.
+
+use crate::common::{DEADLINE, comes_true, require_tool, skip};
+use crate::more::{Peer, Place, Program};
+use std::path::{Path, PathBuf};
+
+/// An export as one file.
+pub(crate) struct NbdFile {
+    pub(crate) file: PathBuf,
+    point: PathBuf,
+    nbdfuse: Option<Peer>,
+}
+
+/// Mounts the export at `uri` as a file in the directory `point`, which it makes. `None`, and a
+/// visible skip, where that is not permitted.
+#[track_caller]
+pub(crate) fn mount_nbd_as_file(uri: &str, point: &Path) -> Option<NbdFile> {
+    if !require_tool("nbdfuse") {
+        return None;
+    }
+    if std::fs::File::options().read(true).write(true).open("/dev/fuse").is_err() {
+        skip("what needs nbdfuse", "/dev/fuse may not be opened");
+        return None;
+    }
+    std::fs::create_dir_all(point).unwrap();
+    let file = point.join("disk");
+    let place = Place::File(file.clone());
+    let nbdfuse = Program::new("nbdfuse").args([&file]).args([uri]).serve_at(place);
+    Some(NbdFile { file, point: point.to_owned(), nbdfuse: Some(nbdfuse) })
+}
+
+impl NbdFile {
+    /// Unmounts it; nbdfuse then ends by itself.
+    #[track_caller]
+    pub(crate) fn end(mut self) {
+        unmount_fuse(&self.point);
+        self.nbdfuse.take().unwrap().ends();
+    }
+}
+
+impl Drop for NbdFile {
+    fn drop(&mut self) {
+        if self.nbdfuse.is_some() {
+            let _ = Program::new("umount").words("-l").args([&self.point]).run();
+        }
+    }
+}
+
+/// Somebody (a scanner of new mounts) may just be looking into it.
+#[track_caller]
+fn unmount_fuse(point: &Path) {
+    let unmount = || Program::new("fusermount3").words("-u").args([point]).run();
+    let mut last = unmount();
+    let gone = comes_true(DEADLINE, || {
+        let gone = last.status.success();
+        if !gone {
+            last = unmount();
+        }
+        gone
+    });
+    assert!(gone, "{} cannot be unmounted: {}", point.display(), last.stderr);
+}
+
+/// A loop device over a file.
+pub(crate) struct Loop {
+    device: Option<String>,
+}
+
+impl Loop {
+    /// `None` where that is not permitted.
+    pub(crate) fn over(file: &Path) -> Option<Loop> {
+        let outcome = Program::new("losetup").words("--show -f").args([file]).run();
+        let device = outcome.status.success().then(|| outcome.text().trim().to_owned());
+        device.map(|device| Loop { device: Some(device) })
+    }
+
+    #[track_caller]
+    pub(crate) fn end(mut self) {
+        let device = self.device.take().unwrap();
+        Program::new("losetup").words("-d").args([device]).ok();
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        if let Some(device) = self.device.take() {
+            let _ = Program::new("losetup").words("-d").args([device]).run();
+        }
+    }
+}
+
+/// A file system in the tree.
+pub(crate) struct Mount {
+    point: PathBuf,
+    mounted: bool,
+}
+
+impl Mount {
+    #[track_caller]
+    pub(crate) fn of(device: &Loop, point: &Path) -> Mount {
+        let device = device.device.as_deref().unwrap();
+        Program::new("mount").words("-t ext4").args([Path::new(device), point]).ok();
+        Mount { point: point.to_owned(), mounted: true }
+    }
+
+    #[track_caller]
+    pub(crate) fn end(mut self) {
+        self.mounted = false;
+        Program::new("umount").args([&self.point]).ok();
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        if self.mounted {
+            let _ = Program::new("umount").words("-l").args([&self.point]).run();
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! Real input: an ext4 file system made from a directory tree, served, copied, mapped and worked on.
+//! Never judges a copy by our own server's word: other programs and the file itself tell.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests, too: what cannot go on fails the test"
+)]
+
+mod common;
+#[path = "common/more.rs"]
+mod more;
+#[path = "interop/mount.rs"]
+mod mount;
+
+use common::{MIB, TempDir, noise, require_tool, run, skip, sparse_image, temp_dir};
+use more::{Program, Served, Style, Transport, allocated};
+use mount::{Loop, Mount, mount_nbd_as_file};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+const IMAGE_SIZE: u64 = 160 * MIB;
+
+/// What the image may take up more than its original, in bytes: block maps differ by file system.
+const ALLOCATION_SLACK: u64 = MIB;
+
+/// Puts a tree of some 40 MiB there: our own sources, and files of every kind of size.
+fn grow_tree(root: &Path) {
+    copy_tree(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &root.join("src"));
+    for (i, size) in [0, 1, 511, 512, 4095, 4096, 4097, 65_536, 1_000_003].iter().enumerate() {
+        for copy in 0..30 {
+            let folder = root.join(format!("sizes/{copy}"));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join(size.to_string()), noise(*size, (i * 100 + copy) as u64))
+                .unwrap();
+        }
+    }
+    fs::write(root.join("big"), noise(8 << 20, 1)).unwrap();
+    let sparse = sparse_image(root, "sparse", 32 * MIB);
+    common::write_at(&sparse, 17 * MIB, &noise(10_000, 2));
+    std::os::unix::fs::symlink("big", root.join("link")).unwrap();
+}
+
+fn copy_tree(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_tree(&entry.path(), &target);
+        } else {
+            fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+/// A directory with an ext4 file system of such a tree in `image`, and the tree in `tree`.
+fn ext4() -> (TempDir, PathBuf) {
+    let dir = temp_dir();
+    let tree = dir.path().join("tree");
+    grow_tree(&tree);
+    let image = sparse_image(dir.path(), "image", IMAGE_SIZE);
+    let make = Program::new("mke2fs").words("-q -F -t ext4 -E lazy_itable_init=1 -d");
+    make.args([&tree, &image]).ok();
+    assert!(allocated(&image) < IMAGE_SIZE * 3 / 4, "the image is sparse");
+    (dir, image)
+}
+
+fn have_tools(names: &[&str]) -> bool {
+    names.iter().all(|name| require_tool(name))
+}
+
+#[track_caller]
+fn assert_clean(image: &Path) {
+    run("e2fsck", &["-f", "-n", image.to_str().unwrap()]);
+}
+
+#[track_caller]
+fn assert_same(left: &str, right: &str) {
+    let compare = Program::new("qemu-img").words("compare -f raw -F raw");
+    assert_eq!(compare.args([left, right]).ok(), "Images are identical.\n");
+}
+
+#[track_caller]
+fn assert_as_sparse(copy: &Path, original: &Path) {
+    let (has, had) = (allocated(copy), allocated(original));
+    assert!(has <= had + ALLOCATION_SLACK, "{has} bytes are allocated of the copy, {had} before");
+}
+
+/// Copies the image out, and the copy into another served image; then all are compared.
+fn out_and_back_in(transport: Transport, style: Style) {
+    if !have_tools(&["mke2fs", "e2fsck", "nbdcopy", "qemu-img"]) {
+        return;
+    }
+    let (dir, image) = ext4();
+    let served = Served::image(dir, image, transport, style, &[]);
+    let out = served.path("out");
+    Program::new("nbdcopy").words("--connections=4").args([&served.uri()]).args([&out]).ok();
+    assert_same(&served.uri(), out.to_str().unwrap());
+    assert_clean(&out);
+    assert_as_sparse(&out, &served.image);
+
+    let back_dir = temp_dir();
+    let back = sparse_image(back_dir.path(), "back", IMAGE_SIZE);
+    let mut into = Served::image(back_dir, back, transport, style, &[]);
+    Program::new("nbdcopy").words("--connections=4 --flush").args([&out]).args([into.uri()]).ok();
+    assert_same(&into.uri(), out.to_str().unwrap());
+    assert!(into.server.stop().success());
+    assert_same(into.image.to_str().unwrap(), served.image.to_str().unwrap());
+    assert_clean(&into.image);
+    assert_as_sparse(&into.image, &served.image);
+}
+
+#[test]
+fn a_file_system_goes_out_and_back_in_unharmed_and_as_sparse_as_it_was() {
+    out_and_back_in(Transport::Unix, Style::New);
+}
+
+#[test]
+fn a_file_system_goes_out_and_back_in_over_old_style_as_well() {
+    out_and_back_in(Transport::Tcp, Style::Old);
+}
+
+/// A span of the map: offset, length, and whether it holds data.
+type Span = (u64, u64, bool);
+
+/// The file's own extents, from SEEK_DATA and SEEK_HOLE.
+fn own_extents(image: &Path) -> Vec<Span> {
+    use nix::unistd::{Whence, lseek64};
+    let file = File::open(image).unwrap();
+    let size = i64::try_from(file.metadata().unwrap().len()).unwrap();
+    let (mut spans, mut at) = (Vec::new(), 0);
+    while at < size {
+        // ENXIO: no data any more.
+        let data = lseek64(&file, at, Whence::SeekData).unwrap_or(size);
+        if data > at {
+            spans.push((at as u64, (data - at) as u64, false));
+        }
+        if data < size {
+            at = lseek64(&file, data, Whence::SeekHole).unwrap();
+            spans.push((data as u64, (at - data) as u64, true));
+        } else {
+            at = size;
+        }
+    }
+    spans
+}
+
+/// Joins neighbours of one kind: a client that asks in pieces need not.
+fn merged(spans: Vec<Span>) -> Vec<Span> {
+    let mut all: Vec<Span> = Vec::new();
+    for (offset, length, data) in spans {
+        match all.last_mut() {
+            Some((start, size, kind)) if *start + *size == offset && *kind == data => {
+                *size += length
+            }
+            _ => all.push((offset, length, data)),
+        }
+    }
+    all
+}
+
+fn spans_of(json: &str, start: &str, is_data: impl Fn(&serde_json::Value) -> bool) -> Vec<Span> {
+    let map: serde_json::Value = serde_json::from_str(json).unwrap();
+    let number = |entry: &serde_json::Value, key: &str| entry[key].as_u64().unwrap();
+    let span = |e| (number(e, start), number(e, "length"), is_data(e));
+    merged(map.as_array().unwrap().iter().map(span).collect())
+}
+
+#[test]
+fn the_map_of_a_disk_equals_the_files_own_extents() {
+    if !have_tools(&["mke2fs", "nbdinfo", "qemu-img"]) {
+        return;
+    }
+    let (dir, image) = ext4();
+    let extents = own_extents(&image);
+    assert!(extents.len() > 2, "there is something to map: {extents:?}");
+    let served = Served::image(dir, image, Transport::Tcp, Style::New, &[]);
+    let told = Program::new("nbdinfo").words("--map --json").args([served.uri()]).ok();
+    // base:allocation: 0 is data, 3 a hole that reads as zero.
+    let map = spans_of(&told, "offset", |e| match e["type"].as_u64() {
+        Some(0) => true,
+        Some(3) => false,
+        other => panic!("a span of type {other:?}"),
+    });
+    assert_eq!(map, extents, "as nbdinfo has it");
+    let told = Program::new("qemu-img").words("map -f raw --output=json").args([served.uri()]).ok();
+    let map = spans_of(&told, "start", |e| e["data"] == true);
+    assert_eq!(map, extents, "as qemu-img has it");
+}
+
+#[test]
+fn a_file_system_worked_on_through_nbdfuse_is_clean_afterwards() {
+    if !have_tools(&["mke2fs", "e2fsck", "nbdfuse", "losetup"]) {
+        return;
+    }
+    let (dir, image) = ext4();
+    let mut served = Served::image(dir, image, Transport::Unix, Style::New, &[]);
+    let (point, root) = (served.path("fuse"), served.path("root"));
+    fs::create_dir_all(&root).unwrap();
+    let Some(disk) = mount_nbd_as_file(&served.uri(), &point) else { return };
+    let Some(device) = Loop::over(&disk.file) else {
+        skip("a workload on a mounted file system", "loop devices need root");
+        return;
+    };
+    let mounted = Mount::of(&device, &root);
+    let written = workload(&root, &served.path("tree"));
+    mounted.end();
+    device.end();
+    disk.end();
+    assert!(served.server.stop().success());
+    assert_eq!(served.server.stderr(), "");
+    assert_clean(&served.image);
+    let debugfs = Program::new("debugfs").words("-R").args(["cat /new/4"]);
+    assert!(debugfs.args([&served.image]).run().stdout == written, "what was written is there");
+}
+
+/// Reads all, writes new files, deletes and truncates old ones, and syncs; returns what it wrote to
+/// `new/4`.
+fn workload(root: &Path, tree: &Path) -> Vec<u8> {
+    assert!(fs::read(root.join("big")).unwrap() == fs::read(tree.join("big")).unwrap());
+    assert!(fs::read(root.join("sparse")).unwrap() == fs::read(tree.join("sparse")).unwrap());
+    copy_tree(&tree.join("sizes"), &root.join("copies"));
+    fs::remove_dir_all(root.join("sizes")).unwrap();
+    fs::create_dir(root.join("new")).unwrap();
+    let mut last = Vec::new();
+    for i in 0..5_u64 {
+        last = noise(300_000 * (i as usize + 1), i);
+        fs::write(root.join(format!("new/{i}")), &last).unwrap();
+        File::open(root.join(format!("new/{i}"))).unwrap().sync_all().unwrap();
+    }
+    fs::rename(root.join("big"), root.join("renamed")).unwrap();
+    File::options().write(true).open(root.join("renamed")).unwrap().set_len(5000).unwrap();
+    let copied = fs::read(root.join("copies/7/1000003")).unwrap();
+    assert!(copied == fs::read(tree.join("sizes/7/1000003")).unwrap());
+    last
+}
