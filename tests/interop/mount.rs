@@ -1,6 +1,8 @@
 //! Mounting: an export as a file (nbdfuse), a file as a device (loop), a device as a directory.
 //! Never leaves anything mounted, whether or not the test succeeds.
 
+#![allow(dead_code, reason = "not every test binary that compiles this file mounts everything")]
+
 use crate::common::{DEADLINE, comes_true, require_tool, skip};
 use crate::more::{Peer, Place, Program};
 use std::path::{Path, PathBuf};

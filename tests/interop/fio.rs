@@ -1,0 +1,30 @@
+//! fio with its NBD engine: random writes from four connections at once, each block verified.
+
+use crate::common::{require_tool, wait_until};
+use crate::more::{Program, in_every_way};
+
+#[test]
+fn fio_verifies_what_four_connections_wrote() {
+    if !require_tool("fio") {
+        return;
+    }
+    in_every_way(|served, _| {
+        let fio = Program::new("fio").words(
+            "--name=verify --ioengine=nbd --rw=randwrite --bsrange=512-64k --bs_unaligned=0 \
+             --size=12m --offset_increment=16m --numjobs=4 --iodepth=16 --verify=crc32c \
+             --verify_fatal=1 --randseed=7 --group_reporting --output-format=json",
+        );
+        let uri = format!("--uri={}", served.uri());
+        let text = fio.args([uri]).ok();
+        // fio may say something before its report.
+        let report: serde_json::Value =
+            serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
+        let job = &report["jobs"][0];
+        assert_eq!(job["error"], 0, "errors");
+        let bytes = |way: &str| job[way]["io_bytes"].as_u64().unwrap();
+        assert_eq!(bytes("write"), 4 * (12 << 20), "bytes written");
+        assert_eq!(bytes("read"), bytes("write"), "bytes verified");
+        wait_until("the sessions to end", || served.server.resources().threads < 8);
+        assert_eq!(served.server.stderr(), "");
+    });
+}

@@ -1,0 +1,175 @@
+//! libnbd's programs: nbdinfo, nbdcopy, nbdsh and nbdfuse.
+
+use crate::common::{MIB, noise, read_at, require_tool};
+use crate::more::{Program, Served, Style, Transport, in_every_way};
+use crate::mount::mount_nbd_as_file;
+use crate::{assert_same_files, sprinkled_image};
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+
+/// What nbdinfo's `--can` and `--is` can ask, and what we answer: in newstyle, in old style.
+const ABILITIES: [(&str, bool, bool); 14] = [
+    ("--can connect", true, true),
+    ("--can read", true, true),
+    ("--can write", true, true),
+    ("--can trim", true, true),
+    ("--can flush", true, true),
+    ("--can fua", true, true),
+    ("--can zero", true, true),
+    ("--can fast-zero", true, true),
+    ("--can cache", true, true),
+    ("--can multi-conn", true, true),
+    ("--can df", true, false),
+    ("--can structured-reply", true, false),
+    ("--is read-only", false, false),
+    ("--is tls", false, false),
+];
+
+fn nbdinfo(arguments: &str, served: &Served) -> Program {
+    Program::new("nbdinfo").words(arguments).args([served.uri()])
+}
+
+#[test]
+fn nbdinfo_sees_what_the_export_can_do() {
+    if !require_tool("nbdinfo") {
+        return;
+    }
+    in_every_way(|served, style| {
+        assert_eq!(nbdinfo("--size", served).ok(), "67108864\n");
+        for (question, new, old) in ABILITIES {
+            let yes = if style == Style::New { new } else { old };
+            nbdinfo(question, served).run().ended_with(if yes { 0 } else { 2 }).silently();
+        }
+        let json = nbdinfo("--json", served).ok();
+        let told: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let protocol = if style == Style::New { "newstyle-fixed" } else { "oldstyle" };
+        assert_eq!(told["protocol"], protocol);
+        let export = &told["exports"][0];
+        assert_eq!(export["export-size"], 64 * MIB);
+        if style == Style::New {
+            let sizes =
+                ["minimum", "preferred", "maximum"].map(|s| &export[format!("block_size_{s}")]);
+            assert_eq!(sizes, [1, 4096, 32 << 20]);
+            assert_eq!(export["contexts"][0], "base:allocation");
+        }
+    });
+}
+
+#[test]
+fn nbdinfo_lists_the_export_by_its_name_and_reaches_it_without() {
+    if !require_tool("nbdinfo") {
+        return;
+    }
+    let served = Served::with(&["--export", "a disk/ä", "--read-only"]);
+    let told = nbdinfo("--list --json", &served).ok();
+    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
+    let exports = told["exports"].as_array().unwrap();
+    let names: Vec<_> = exports.iter().map(|e| e["export-name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["a disk/ä"]);
+    let by_name = format!("{}/a%20disk/%C3%A4", served.uri());
+    for uri in [by_name, served.uri()] {
+        Program::new("nbdinfo").words("--is read-only").args([&uri]).run().ended_with(0);
+        Program::new("nbdinfo").words("--can write").args([&uri]).run().ended_with(2);
+    }
+    let unknown = format!("{}/another", served.uri());
+    Program::new("nbdinfo").args([unknown]).run().ended_with(1);
+}
+
+#[test]
+fn nbdcopy_with_four_connections_brings_a_disk_in_and_out() {
+    if !require_tool("nbdcopy") {
+        return;
+    }
+    in_every_way(|served, _| {
+        let original = sprinkled_image(served.dir.path(), "original");
+        let copy = || Program::new("nbdcopy").words("--connections=4 --requests=64 --flush");
+        copy().args([&original]).args([served.uri()]).ok();
+        assert_same_files(&original, &served.image);
+        let out = served.path("out");
+        copy().args([served.uri()]).args([&out]).ok();
+        assert_same_files(&original, &out);
+    });
+}
+
+/// Requests that no well-behaved client sends, and what must come back; the session goes on.
+const NONSENSE: &str = r#"
+h.set_strict_mode(0)
+size = h.get_size()
+old = h.get_protocol() == "oldstyle"
+
+def refused(code, what, *arguments, **flags):
+    try:
+        getattr(h, what)(*arguments, **flags)
+    except nbd.Error as error:
+        assert error.errno == code, (what, arguments, flags, error)
+    else:
+        raise AssertionError((what, arguments, flags))
+    assert h.pread(512, 0) == bytearray(512)
+
+for offset in size - 511, size, 2**63, 2**64 - 512:
+    refused("ENOSPC" if old else "EINVAL", "pread", 512, offset)
+    refused("ENOSPC", "pwrite", b"x" * 512, offset)
+    refused("ENOSPC", "zero", 512, offset)
+    refused("EINVAL", "trim", 512, offset)
+    refused("EINVAL", "cache", 512, offset)
+for flags in 0x8000, nbd.CMD_FLAG_REQ_ONE, nbd.CMD_FLAG_FAST_ZERO:
+    refused("EINVAL", "pread", 512, 0, flags=flags)
+    refused("EINVAL", "pwrite", b"x" * 512, 0, flags=flags)
+    refused("EINVAL", "trim", 512, 0, flags=flags)
+    refused("EINVAL", "flush", flags=flags)
+if old:
+    refused("EINVAL", "pread", 512, 0, flags=nbd.CMD_FLAG_DF)
+h.pread(0, 0)
+h.zero(0, 0)
+h.trim(0, 0)
+h.pread(512, 0, flags=nbd.CMD_FLAG_FUA)
+h.pwrite(b"odd" * 333, 1000001)
+assert h.pread(999, 1000001) == b"odd" * 333
+h.flush(flags=nbd.CMD_FLAG_FUA)
+h.shutdown()
+"#;
+
+#[test]
+fn nbdsh_sends_nonsense_and_is_refused_each_time_by_the_right_error() {
+    if !require_tool("nbdsh") {
+        return;
+    }
+    in_every_way(|served, _| {
+        // Its module belongs to the system's Python, not to one that may come first in PATH.
+        let nbdsh = Program::new("env").args(["PATH=/usr/bin:/bin", "nbdsh"]);
+        let nbdsh = nbdsh.args(["-u", &served.uri(), "-c", NONSENSE]);
+        nbdsh.run().succeeded().silently();
+        assert_eq!(read_at(&served.image, 1_000_001, 999), b"odd".repeat(333));
+    });
+}
+
+#[test]
+fn a_disk_is_a_file_through_nbdfuse() {
+    in_every_way(|served, _| {
+        let Some(disk) = mount_nbd_as_file(&served.uri(), &served.path("fuse")) else { return };
+        assert_eq!(disk.file.metadata().unwrap().len(), 64 * MIB);
+        let mut file = File::options().read(true).write(true).open(&disk.file).unwrap();
+        let data = noise(1_234_567, 5);
+        file.seek(SeekFrom::Start(4321)).unwrap();
+        file.write_all(&data).unwrap();
+        file.sync_all().unwrap();
+        assert!(read_at(&served.image, 4321, data.len()) == data, "what was written is there");
+        let mut back = vec![0; data.len()];
+        file.seek(SeekFrom::Start(4321)).unwrap();
+        file.read_exact(&mut back).unwrap();
+        assert!(back == data, "what was written is read");
+        drop(file);
+        disk.end();
+    });
+}
+
+#[test]
+fn nbdinfo_says_that_old_style_has_no_map_and_no_list() {
+    if !require_tool("nbdinfo") {
+        return;
+    }
+    let served = Served::start(Transport::Tcp, Style::Old);
+    nbdinfo("--map", &served).run().refused(1, &["base:allocation"]);
+    assert!(!nbdinfo("--list", &served).run().status.success());
+    assert_eq!(nbdinfo("--size", &served).ok(), "67108864\n");
+}

@@ -1,0 +1,68 @@
+//! nbdkit: as a source of known bytes, as a judge of what we give back, and as our client.
+
+use crate::common::{MIB, require_tool};
+use crate::more::{Place, Program, Served, allocated, in_every_way};
+use crate::{assert_same_files, sprinkled_image};
+
+fn have_tools() -> bool {
+    require_tool("nbdkit") && require_tool("nbdcopy")
+}
+
+/// Runs nbdkit with these arguments, and nbdcopy from it to us (`to_us`) or the other way.
+#[track_caller]
+fn copy(nbdkit: &str, served: &Served, to_us: bool) {
+    let ours = served.uri();
+    let (from, to) = if to_us { ("$uri", ours.as_str()) } else { (ours.as_str(), "$uri") };
+    let script = format!("nbdcopy --connections=4 --flush \"{from}\" \"{to}\"");
+    Program::new("nbdkit").words("-U -").words(nbdkit).args(["--run", &script]).ok();
+}
+
+#[test]
+fn nbdkits_pattern_arrives_byte_for_byte() {
+    if !have_tools() {
+        return;
+    }
+    in_every_way(|served, _| {
+        copy("pattern size=48M", served, true);
+        let bytes = std::fs::read(&served.image).unwrap();
+        let (head, tail) = bytes.split_at(48 << 20);
+        // Each eight bytes hold their own offset.
+        let fits = |(i, eight): (usize, &[u8])| eight == (i as u64 * 8).to_be_bytes();
+        assert!(head.chunks(8).enumerate().all(fits), "the pattern");
+        assert!(tail.iter().all(|byte| *byte == 0), "nothing behind it");
+    });
+}
+
+#[test]
+fn nbdkit_finds_its_sparse_random_disk_unchanged_when_it_comes_back() {
+    if !have_tools() {
+        return;
+    }
+    in_every_way(|served, _| {
+        let disk = "sparse-random size=64M seed=42 percent=20";
+        copy(disk, served, true);
+        assert!(allocated(&served.image) < 40 * MIB, "sparse stays sparse");
+        copy(&format!("--filter=checkwrite {disk}"), served, false);
+    });
+}
+
+#[test]
+fn nbdkit_passes_our_disk_on() {
+    if !have_tools() {
+        return;
+    }
+    in_every_way(|served, _| {
+        let socket = served.path("nbdkit.sock");
+        let nbdkit = Program::new("nbdkit").words("-f -U").args([&socket]).args(["nbd"]);
+        let nbdkit = nbdkit.args([format!("uri={}", served.uri())]);
+        let upstream = nbdkit.serve_at(Place::Unix(socket));
+        let original = sprinkled_image(served.dir.path(), "original");
+        let out = served.path("out");
+        let copy = || Program::new("nbdcopy").words("--flush");
+        copy().args([&original]).args([upstream.uri()]).ok();
+        copy().args([upstream.uri()]).args([&out]).ok();
+        upstream.end();
+        assert_same_files(&original, &served.image);
+        assert_same_files(&original, &out);
+    });
+}
