@@ -5,6 +5,7 @@ use super::output;
 use super::size::{parse_from, parse_length};
 use super::uri::{self, Target, parse_export};
 use crate::client::{ClientError, Connection};
+use crate::nbd::wire::ErrorCode;
 use crate::net::{Remote, Stream, connect, parse_port, unbracket};
 use crate::range::Range;
 use std::io::{self, Read, Write};
@@ -156,7 +157,7 @@ impl Transfer {
             }
             connection.write(offset, &data)?;
         }
-        connection.flush()?;
+        flush(&mut connection)?;
         connection.close();
         Ok(())
     }
@@ -194,6 +195,15 @@ impl Transfer {
             // It fits: no more than the maximum, which has 32 bits.
             (offset, (end - offset).min(u64::from(length_max)) as u32)
         })
+    }
+}
+
+/// Makes durable what was written, where the server can do that. nbdkit (seen in 1.32) announces
+/// FLUSH in old style, too, but calls it invalid there.
+fn flush(connection: &mut Connection) -> Result<(), ClientError> {
+    match connection.flush() {
+        Err(ClientError::Refused(ErrorCode::Invalid)) if connection.agreement().oldstyle => Ok(()),
+        outcome => outcome,
     }
 }
 
