@@ -31,13 +31,15 @@ impl Error for Misuse {}
 /// What the parser's error says, as one sentence.
 pub(super) fn sentence(error: &clap::Error) -> String {
     let argument = shown(error, ContextKind::InvalidArg);
+    // `[ACL_ENTRY]...` is its place in the usage; it is called ACL_ENTRY.
+    let argument = argument.trim_start_matches('[').trim_end_matches("]...");
     let value = shown(error, ContextKind::InvalidValue);
     match error.kind() {
         ErrorKind::MissingSubcommand | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             format!("a mode is missing; {}", the_modes())
         }
         ErrorKind::InvalidSubcommand => unknown_mode(&shown(error, ContextKind::InvalidSubcommand)),
-        ErrorKind::UnknownArgument => unknown_argument(error, &argument),
+        ErrorKind::UnknownArgument => unknown_argument(error, argument),
         ErrorKind::MissingRequiredArgument if argument.contains(" and ") => {
             format!("{argument} are missing")
         }
