@@ -97,20 +97,27 @@ impl Program {
     /// Starts it as a server, and returns when somebody can connect to it there.
     #[track_caller]
     pub(crate) fn serve_at(self, place: Place) -> Peer {
+        let there = place.clone();
+        self.serve_when(move || there.answers(), place)
+    }
+
+    /// The same, for a server that is there when `up` says so.
+    #[track_caller]
+    pub(crate) fn serve_when(self, up: impl Fn() -> bool, place: Place) -> Peer {
         let mut child = self.start(Stdio::null(), Stdio::null());
         let shown = show(&self.words);
         let stderr = drain(child.stderr.take().unwrap());
         let mut ended = None;
-        let up = comes_true(DEADLINE, || {
+        let ready = comes_true(DEADLINE, || {
             ended = child.try_wait().unwrap();
-            ended.is_some() || place.answers()
+            ended.is_some() || up()
         });
         let peer = Peer { child, place };
         if let Some(status) = ended {
             let said = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
             panic!("{shown} ended with {status} and said: {said}");
         }
-        assert!(up, "{shown} does not answer");
+        assert!(ready, "{shown} does not answer");
         peer
     }
 }

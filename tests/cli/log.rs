@@ -1,0 +1,123 @@
+//! The log on stderr: the manual's line format and levels, and that a lost log disturbs nobody.
+
+use crate::common::raw::Wire;
+use crate::common::{Builder, Server, sparse_image, temp_dir};
+use crate::more::{Place, Program, Served};
+use crate::{flags_of, read};
+use std::process::Stdio;
+
+/// One line of the log, taken apart: `MS:LEVEL:PID THREAD FILE:LINE: MESSAGE`.
+#[track_caller]
+fn level_of(line: &str, pid: u32) -> char {
+    let parts = || {
+        let (milliseconds, rest) = line.split_once(':')?;
+        let (level, rest) = rest.split_once(':')?;
+        let (process, rest) = rest.split_once(' ')?;
+        let (thread, rest) = rest.split_once(' ')?;
+        let (file, rest) = rest.split_once(':')?;
+        let (number, message) = rest.split_once(": ")?;
+        let numbers = milliseconds.parse::<u64>().is_ok() && number.parse::<u32>().is_ok();
+        let here = process == pid.to_string() && file.ends_with(".rs");
+        let level = level.parse().ok().filter(|l| "DIWEF".contains(*l))?;
+        (numbers && here && !thread.is_empty() && !message.is_empty()).then_some(level)
+    };
+    parts().unwrap_or_else(|| panic!("not a line of the log: {line}"))
+}
+
+/// Refuses a client, serves one, and is asked nonsense by another; returns what was logged.
+#[track_caller]
+fn eventful_life(flags: &[&str]) -> (Server, String) {
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", 4096);
+    let mut server = Builder::serve(&image).args(flags).args(["127.0.0.1"]).start();
+    read(&flags_of(&server), 0, 512).run().succeeded();
+    read(&flags_of(&server), 0, 512).words("--bind 127.0.0.2").run().ended_with(1);
+    let mut wire = Wire::connect(server.target());
+    wire.recv(18);
+    wire.send(&[0xff; 4]);
+    wire.expect_closed("unknown client flags");
+    assert!(server.stop().success());
+    let log = server.stderr();
+    (server, log)
+}
+
+fn levels(flags: &[&str]) -> String {
+    let (server, log) = eventful_life(flags);
+    let mut levels: Vec<char> = log.lines().map(|line| level_of(line, server.pid())).collect();
+    levels.sort_unstable();
+    levels.dedup();
+    levels.into_iter().collect()
+}
+
+#[test]
+fn each_level_of_loudness_lets_through_what_the_manual_says() {
+    assert_eq!(levels(&["--quiet"]), "");
+    assert_eq!(levels(&[]), "W");
+    let verbose = levels(&["--verbose"]);
+    let expected: &[&str] = if cfg!(debug_assertions) { &["IW", "DIW"] } else { &["IW"] };
+    assert!(expected.contains(&verbose.as_str()), "{verbose}");
+}
+
+#[test]
+fn the_last_of_quiet_and_verbose_wins() {
+    assert_eq!(levels(&["-v", "-q"]), "");
+    assert!(levels(&["-q", "-v"]).contains('I'));
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", 4096);
+    let before_the_mode =
+        Program::flexnbd("-q serve -f").args([&image]).words("-l 192.0.2.1 -p 1 -v");
+    assert!(before_the_mode.run().stderr.contains(":F:"));
+}
+
+#[test]
+fn each_failure_of_a_client_is_logged_once_with_its_address() {
+    let (_, log) = eventful_life(&[]);
+    let lines: Vec<&str> = log.lines().collect();
+    assert_eq!(lines.len(), 2, "{log}");
+    assert!(lines[0].contains("refused 127.0.0.2:"), "{log}");
+    assert!(lines[1].contains("closed the session of 127.0.0.1:"), "{log}");
+}
+
+#[test]
+fn what_ends_the_program_is_said_even_when_quiet() {
+    let outcome = Program::flexnbd("--quiet serve --file /no/such/disk -l 127.0.0.1 -p 1").run();
+    outcome.refused(78, &[":F:", "/no/such/disk does not exist"]);
+}
+
+#[test]
+fn a_debug_build_says_more_when_verbose() {
+    if !cfg!(debug_assertions) {
+        return;
+    }
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", 4096);
+    let sock = dir.path().join("control.sock");
+    let server = Builder::serve(&image).args(["-v", "--sock"]).args([&sock]).start();
+    crate::common::wait_until("the control socket", || sock.exists());
+    // Asks, and does not stay for the answer.
+    let stream = std::os::unix::net::UnixStream::connect(&sock).unwrap();
+    drop(stream);
+    server.wait_for_stderr(":D:");
+}
+
+#[test]
+fn a_server_goes_on_when_nobody_reads_its_log_any_more() {
+    let served = Served::with(&[]);
+    drop(served.server);
+    let port = crate::common::free_port();
+    let place = Place::Tcp(port);
+    let serve = Program::flexnbd("serve -v --file").args([&served.image]).words(&place.flags());
+    let mut child = serve.start(Stdio::null(), Stdio::null());
+    drop(child.stderr.take());
+    let up = crate::common::comes_true(crate::common::DEADLINE, || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
+    let outcomes = [(); 3].map(|()| read(&place.flags(), 0, 512).run());
+    let still_there = child.try_wait().unwrap().is_none();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(up && still_there);
+    for outcome in outcomes {
+        outcome.succeeded();
+    }
+}

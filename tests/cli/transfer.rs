@@ -1,0 +1,146 @@
+//! `read` and `write` against every server there is: ours, nbdkit's and QEMU's.
+
+use crate::common::{MIB, free_port, noise, read_at, require_tool, sparse_image, temp_dir};
+use crate::more::{Peer, Place, Program, Served, Transport, in_every_way};
+use crate::{flags_of, read, write};
+use std::path::Path;
+
+/// Odd in every way: no block begins or ends there.
+const FROM: u64 = 12_345;
+const LENGTH: usize = 1_000_003;
+
+/// Writes, reads back, and looks into the image.
+#[track_caller]
+fn goes_there_and_back(place: &str, image: &Path) {
+    let data = noise(LENGTH, 6);
+    write(place, FROM, &data).run().succeeded().silently();
+    let outcome = read(place, FROM, LENGTH as u64).run();
+    assert_eq!(outcome.succeeded().stderr, "");
+    assert!(outcome.stdout == data, "what was written is read");
+    assert!(read_at(image, FROM, LENGTH) == data, "what was written is in the image");
+    assert_eq!(read_at(image, FROM - 1, 1), [0], "the byte before");
+    assert_eq!(read_at(image, FROM + LENGTH as u64, 1), [0], "the byte after");
+}
+
+#[test]
+fn bytes_go_to_our_server_and_back_in_every_way() {
+    in_every_way(|served, _| {
+        goes_there_and_back(&flags_of(&served.server), &served.image);
+        let by_uri = format!("--uri {}", served.uri());
+        goes_there_and_back(&by_uri, &served.image);
+        assert_eq!(served.server.stderr(), "");
+    });
+}
+
+fn place(transport: Transport, dir: &Path) -> Place {
+    match transport {
+        Transport::Tcp => Place::Tcp(free_port()),
+        Transport::Unix => Place::Unix(dir.join("peer.sock")),
+    }
+}
+
+/// nbdkit with these arguments, over either kind of socket.
+#[track_caller]
+pub(crate) fn nbdkit(place: Place, arguments: &[&str]) -> Peer {
+    let nbdkit = Program::new("nbdkit").words("-f");
+    let nbdkit = match &place {
+        Place::Tcp(port) => nbdkit.words(&format!("-i 127.0.0.1 -p {port}")),
+        Place::Unix(path) | Place::File(path) => nbdkit.args(["-U"]).args([path]),
+    };
+    nbdkit.args(arguments).serve_at(place)
+}
+
+#[test]
+fn bytes_go_to_nbdkit_and_back_in_every_way() {
+    if !require_tool("nbdkit") {
+        return;
+    }
+    for transport in [Transport::Tcp, Transport::Unix] {
+        for style in ["--newstyle", "--oldstyle"] {
+            let dir = temp_dir();
+            let image = sparse_image(dir.path(), "image", 8 * MIB);
+            let place = place(transport, dir.path());
+            let peer = nbdkit(place, &[style, "file", image.to_str().unwrap()]);
+            goes_there_and_back(&peer.place.flags(), &image);
+            peer.end();
+        }
+    }
+}
+
+/// qemu-nbd over either kind of socket, with the export named `disk`.
+#[track_caller]
+pub(crate) fn qemu_nbd(place: Place, image: &Path) -> Peer {
+    let qemu_nbd = Program::new("qemu-nbd").words("-f raw -t -e 8 -x disk");
+    let qemu_nbd = match &place {
+        Place::Tcp(port) => qemu_nbd.words(&format!("-b 127.0.0.1 -p {port}")),
+        Place::Unix(path) | Place::File(path) => qemu_nbd.args(["-k"]).args([path]),
+    };
+    qemu_nbd.args([image]).serve_at(place)
+}
+
+#[test]
+fn bytes_go_to_qemu_nbd_and_back_in_every_way() {
+    if !require_tool("qemu-nbd") {
+        return;
+    }
+    for transport in [Transport::Tcp, Transport::Unix] {
+        let dir = temp_dir();
+        let image = sparse_image(dir.path(), "image", 8 * MIB);
+        let peer = qemu_nbd(place(transport, dir.path()), &image);
+        goes_there_and_back(&format!("{} --export disk", peer.place.flags()), &image);
+        let uri = match &peer.place {
+            Place::Tcp(port) => format!("nbd://127.0.0.1:{port}/disk"),
+            Place::Unix(path) | Place::File(path) => {
+                format!("nbd+unix:///disk?socket={}", path.display())
+            }
+        };
+        goes_there_and_back(&format!("--uri {uri}"), &image);
+        let unknown = format!("{} --export other", peer.place.flags());
+        read(&unknown, 0, 512).run().refused(1, &["no export of that name"]);
+    }
+}
+
+#[test]
+fn an_export_is_reached_by_its_name_and_by_none_but_not_by_another() {
+    let served = Served::with(&["--export", "my disk"]);
+    let place = flags_of(&served.server);
+    let named = |name: &str| read(&place, 0, 512).args(["--export", name]).run();
+    named("my disk").succeeded();
+    named("").succeeded();
+    read(&place, 0, 512).run().succeeded();
+    let refused = named("yours");
+    refused.refused(1, &["flexnbd read: 127.0.0.1:", "no export of that name"]);
+    assert!(refused.stdout.is_empty());
+    let by_uri = |uri: &str| read("", 0, 512).args(["--uri", uri]).run();
+    by_uri(&format!("{}/my%20disk", served.uri())).succeeded();
+    by_uri(&format!("{}/yours", served.uri())).refused(1, &["no export of that name"]);
+    let both = read("", 0, 512).args(["--uri", &served.uri(), "--export", "my disk"]);
+    both.run().succeeded();
+}
+
+#[test]
+fn bind_chooses_the_address_that_the_server_sees() {
+    let served = Served::with(&["127.0.0.2"]);
+    let place = flags_of(&served.server);
+    let from = |address: &str| read(&place, 0, 512).args(["--bind", address]).run();
+    from("127.0.0.2").succeeded();
+    // Its door closes without a word.
+    from("127.0.0.1").refused(1, &["flexnbd read: 127.0.0.1:", "connection"]);
+    served.server.wait_for_stderr("refused 127.0.0.1:");
+    from("192.0.2.1").refused(1, &["192.0.2.1"]);
+    from("::1").refused(1, &["::1"]);
+}
+
+#[test]
+fn the_last_byte_can_be_written_and_the_one_after_it_not() {
+    let served = Served::with(&[]);
+    let place = flags_of(&served.server);
+    write(&place, 64 * MIB - 1, b"x").run().succeeded().silently();
+    assert_eq!(read_at(&served.image, 64 * MIB - 1, 1), b"x");
+    let size = (64 * MIB).to_string();
+    write(&place, 64 * MIB, b"x").run().refused(1, &["flexnbd write: ", &size, "1 bytes from"]);
+    write(&place, 64 * MIB - 1, b"xy").run().refused(1, &[&size]);
+    let read = read(&place, 64 * MIB - 1, 2).run();
+    assert!(read.refused(1, &["flexnbd read: ", &size]).stdout.is_empty());
+    assert_eq!(served.server.stderr(), "", "the client does not even ask");
+}

@@ -1,0 +1,140 @@
+//! What can keep `read` and `write` from doing their work, and what they then say.
+
+use crate::common::{KIB, MIB, free_port, noise, read_at, require_tool, sparse_image, temp_dir};
+use crate::more::{Place, Served, end_of};
+use crate::transfer::nbdkit;
+use crate::{flags_of, read, write};
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, TcpListener};
+use std::process::Stdio;
+
+#[test]
+fn nobody_listening_is_said_once_with_the_address() {
+    let place = Place::Tcp(free_port());
+    let outcome = read(&place.flags(), 0, 512).run();
+    outcome.refused(1, &["flexnbd read: cannot connect to 127.0.0.1:", "refused"]);
+    assert_eq!(outcome.stderr.matches("cannot connect").count(), 1, "{}", outcome.stderr);
+    let dir = temp_dir();
+    let missing = Place::Unix(dir.path().join("none.sock"));
+    let outcome = write(&missing.flags(), 0, b"x").run();
+    outcome.refused(1, &["flexnbd write: cannot connect to /", "none.sock"]);
+    assert_eq!(outcome.stderr.matches("cannot connect").count(), 1, "{}", outcome.stderr);
+}
+
+/// Says this to one client, and takes whatever it says.
+fn stranger(words: &'static [u8]) -> (Place, std::thread::JoinHandle<()>) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let thread = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(words).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let _ = stream.read(&mut [0; 512]);
+    });
+    (Place::Tcp(port), thread)
+}
+
+#[test]
+fn a_server_of_another_kind_is_recognised() {
+    let ssh = b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n";
+    let unknown_magic = b"NBDMAGICSOMETHNG and so on and on and on and on";
+    for words in [&ssh[..], unknown_magic] {
+        let (place, thread) = stranger(words);
+        read(&place.flags(), 0, 512).run().refused(1, &["flexnbd read: 127.0.0.1:", "NBD"]);
+        thread.join().unwrap();
+    }
+    for words in [&b""[..], b"NBDMAGIC", b"NBDM"] {
+        let (place, thread) = stranger(words);
+        read(&place.flags(), 0, 512).run().refused(1, &["flexnbd read: 127.0.0.1:", "closed"]);
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_server_that_insists_on_tls_is_left_with_the_reason() {
+    if !require_tool("nbdkit") {
+        return;
+    }
+    let dir = temp_dir();
+    let keys = dir.path().join("keys.psk");
+    std::fs::write(&keys, "me:00112233445566778899aabbccddeeff\n").unwrap();
+    let keys = format!("--tls-psk={}", keys.display());
+    let place = Place::Unix(dir.path().join("tls.sock"));
+    let peer = nbdkit(place, &["--tls=require", &keys, "memory", "size=1M"]);
+    read(&peer.place.flags(), 0, 512).run().refused(1, &["flexnbd read: /", "TLS"]);
+    write(&peer.place.flags(), 0, b"x").run().refused(1, &["flexnbd write: /", "TLS"]);
+}
+
+#[test]
+fn the_smallest_block_of_a_server_is_kept_to() {
+    if !require_tool("nbdkit") {
+        return;
+    }
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", MIB);
+    let place = Place::Unix(dir.path().join("nbdkit.sock"));
+    let policy = ["blocksize-minimum=512", "blocksize-preferred=4K", "blocksize-maximum=64K"];
+    let file = ["--filter=blocksize-policy", "file", image.to_str().unwrap()];
+    let strict = ["blocksize-error-policy=error"];
+    let peer = nbdkit(place, &[&file[..], &policy[..], &strict[..]].concat());
+    let place = peer.place.flags();
+    for (from, size) in [(0, 100), (1, 512), (512, 513)] {
+        let outcome = read(&place, from, size).run();
+        outcome.refused(1, &["flexnbd read: ", "multiples of 512"]);
+        assert!(outcome.stdout.is_empty());
+    }
+    // Longer than its longest: split.
+    let data = noise(300 * KIB as usize, 9);
+    write(&place, 512, &data).run().succeeded().silently();
+    assert!(read(&place, 512, 300 * KIB).run().succeeded().stdout == data);
+    assert!(read_at(&image, 512, data.len()) == data);
+}
+
+#[test]
+fn an_input_that_ends_early_leaves_nothing_half_written() {
+    let served = Served::with(&[]);
+    let place = flags_of(&served.server);
+    let short = |input: &[u8]| write(&place, 0, &[0; 1000]).input(input).run();
+    let said = "flexnbd write: standard input ended after 999 of 1000 bytes";
+    short(&[7; 999]).refused(1, &[said]);
+    short(b"").refused(1, &["after 0 of 1000 bytes"]);
+    assert_eq!(read_at(&served.image, 0, 1000), [0; 1000]);
+    short(&[7; 1001]).succeeded().silently();
+    assert_eq!(read_at(&served.image, 0, 1001), [vec![7; 1000], vec![0]].concat());
+}
+
+#[test]
+fn a_read_only_export_is_read_and_not_written() {
+    let served = Served::with(&["--read-only"]);
+    let place = flags_of(&served.server);
+    read(&place, 0, 512).run().succeeded();
+    write(&place, 0, b"x").run().refused(1, &["flexnbd write: 127.0.0.1:", "EPERM"]);
+    assert_eq!(read_at(&served.image, 0, 1), [0]);
+}
+
+#[test]
+fn an_output_that_nobody_reads_any_more_ends_it_without_a_word() {
+    let served = Served::with(&[]);
+    let mut child =
+        read(&flags_of(&served.server), 0, 16 * MIB).start(Stdio::null(), Stdio::piped());
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut [0; 10]).unwrap();
+    drop(stdout);
+    let status = end_of(&mut child, "flexnbd read");
+    assert_eq!(status.code(), Some(1), "{status}");
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "");
+}
+
+#[test]
+fn an_output_that_is_full_is_said() {
+    let served = Served::with(&[]);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let mut child = read(&flags_of(&served.server), 0, 512).start(Stdio::null(), full.into());
+    assert_eq!(end_of(&mut child, "flexnbd read").code(), Some(1));
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(said.contains("cannot write to standard output: No space left"), "{said}");
+}
