@@ -42,6 +42,12 @@ impl Id {
         let number = fits.then(|| u128::from_str_radix(text, 16).ok())??;
         Some(Self(number.to_be_bytes()))
     }
+
+    /// Another name, for the next copy of the same migration.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(u128::from_be_bytes(self.0).wrapping_add(1).to_be_bytes())
+    }
 }
 
 impl fmt::Display for Id {

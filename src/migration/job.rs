@@ -16,7 +16,8 @@ pub const SIZE_MIN: u64 = 4096;
 /// One migration, as ordered.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// Its name: random, and never used before.
+    /// Its name: random, and never used before. The machine counts it up for every copy that it
+    /// has to begin anew.
     pub id: Id,
     /// Bytes of the disk.
     pub size: u64,

@@ -308,6 +308,11 @@ impl Machine {
         let resume = has_copy && process.is_some() && process == self.copied_to;
         if resume {
             self.plan.resume();
+        } else if self.copied_to.take().is_some() {
+            // Another process may have another image: a name of its own for every copy keeps
+            // an answer about one from being taken for an answer about the other.
+            self.job.id = self.job.id.next();
+            return self.undo(now, Then::Retry);
         } else {
             self.plan.restart(peer.caps);
         }

@@ -185,7 +185,10 @@ impl Plan {
 
     /// Nothing can be sent of what is known: are there marks?
     fn more(&self) -> Next {
-        if self.dry || self.todo.count() >= WAITING_MAX {
+        // A new pass begins only when the last one's blocks are on their way: else a fast writer
+        // would keep us busy with marks while the replies that unblock us wait to be read.
+        let pass_waits = self.cursor == 0 && !self.todo.is_empty();
+        if self.dry || pass_waits || self.todo.count() >= WAITING_MAX {
             return Next::Idle;
         }
         Next::Take { from: self.cursor, longest: self.limits.data_max }

@@ -1,1 +1,571 @@
-//! One life after another of the source's machine, event by event.
+//! The source's life, phase by phase, with a destination that does what the test says.
+
+use super::*;
+use crate::disk::ownership::{Id, Place, Title};
+use crate::migration::job::{Event, Note, Request};
+use crate::migration::plan::Content;
+use crate::migration::wire::Answer;
+use crate::range::Range;
+use std::num::NonZeroU64;
+
+const SIZE: u64 = 4 << 20;
+const ID: Id = Id([7; 16]);
+const TOKEN: Token = Token([1; 16]);
+const OTHER: Token = Token([2; 16]);
+const MS: Duration = Duration::from_millis(1);
+
+fn ours(token: Token, has: Has) -> Peer {
+    Peer { answer: Some(Answer { listening: Some(token), has }), ..plain() }
+}
+
+fn plain() -> Peer {
+    let caps = Caps { zeroes: true, block_min: 512, data_max: 32 << 20 };
+    Peer { size: SIZE, read_only: false, flush: true, caps, answer: None }
+}
+
+fn job() -> Job {
+    Job::new(ID, SIZE, Place::new("host 4779").unwrap(), Title::Adopted)
+}
+
+/// Answers every action with success, until a test takes over.
+struct Rig {
+    machine: Machine,
+    now: Duration,
+    action: Action,
+    log: Vec<Action>,
+    /// Requests without a reply.
+    pending: VecDeque<u64>,
+    peer: Peer,
+    /// Marks to be found, run by run.
+    marks: VecDeque<Range>,
+}
+
+impl Rig {
+    fn new(job: Job, peer: Peer) -> Self {
+        let now = Duration::from_secs(1);
+        let mut machine = Machine::new(job, now).unwrap();
+        let action = machine.step(now, Event::Begin);
+        let log = vec![action.clone()];
+        Self { machine, now, action, log, pending: VecDeque::new(), peer, marks: VecDeque::new() }
+    }
+
+    fn give(&mut self, event: Event) -> &Action {
+        self.now += MS;
+        self.action = self.machine.step(self.now, event);
+        self.log.push(self.action.clone());
+        &self.action
+    }
+
+    /// What comes of the action when nothing goes wrong.
+    fn success(&mut self) -> Event {
+        match &self.action {
+            Action::Connect(_) => Event::Greeted(self.peer),
+            Action::Look(range) => Event::Looked { range: *range, content: Content::Data },
+            Action::TakeDirty { .. } => {
+                let run = self.marks.pop_front();
+                Event::Taken { run, left: self.marks.iter().map(Range::length).sum() }
+            }
+            Action::Send(request) => {
+                if request.work != Work::Disconnect {
+                    self.pending.push_back(request.cookie);
+                }
+                Event::Done
+            }
+            Action::Wait { until } => match self.pending.pop_front() {
+                Some(cookie) => Event::Reply { cookie, error: None },
+                None => {
+                    self.now = self.now.max(*until);
+                    Event::Tick
+                }
+            },
+            Action::HangUp => {
+                self.pending.clear();
+                Event::Done
+            }
+            _ => Event::Done,
+        }
+    }
+
+    /// Goes on until the action is the one looked for.
+    fn until(&mut self, wanted: impl Fn(&Action) -> bool) -> &mut Self {
+        for _ in 0..20_000 {
+            if wanted(&self.action) {
+                return self;
+            }
+            let event = self.success();
+            self.give(event);
+        }
+        panic!("never came to it; last: {:?}", self.log.iter().rev().take(9).collect::<Vec<_>>());
+    }
+
+    fn until_end(&mut self) -> Outcome {
+        self.until(|action| matches!(action, Action::End(_)));
+        match &self.action {
+            Action::End(outcome) => outcome.clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn news(&mut self) -> Vec<News> {
+        std::iter::from_fn(|| self.machine.news()).collect()
+    }
+
+    /// The actions that matter to somebody else than the copier.
+    fn milestones(&self) -> Vec<String> {
+        let name = |action: &Action| match action {
+            Action::Look(_) | Action::TakeDirty { .. } | Action::Wait { .. } => None,
+            Action::Send(Request { work: Work::Write(_) | Work::Zero(_), .. }) => None,
+            Action::Send(Request { work: Work::Handover(_), .. }) => Some("Handover".to_owned()),
+            Action::Send(Request { work, .. }) => Some(format!("{work:?}")),
+            Action::Connect(_) => Some("Connect".to_owned()),
+            Action::End(_) => Some("End".to_owned()),
+            other => Some(format!("{other:?}")),
+        };
+        self.log.iter().filter_map(name).collect()
+    }
+
+    fn written(&self) -> u64 {
+        let bytes = |action: &Action| match action {
+            Action::Send(request) => request.work.payload(),
+            _ => 0,
+        };
+        self.log.iter().map(bytes).sum()
+    }
+}
+
+fn is_handover(action: &Action) -> bool {
+    matches!(action, Action::Send(Request { work: Work::Handover(_), .. }))
+}
+
+fn is_write(action: &Action) -> bool {
+    matches!(action, Action::Send(Request { work: Work::Write(_), .. }))
+}
+
+fn lost() -> Event {
+    Event::Lost("reset".to_owned())
+}
+
+#[test]
+fn a_whole_life_goes_in_this_order() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    assert_eq!(
+        rig.milestones(),
+        [
+            "Connect",
+            "Flush",
+            "CloseGate",
+            "Flush",
+            "Record(Departing)",
+            "Handover",
+            "Retire",
+            "Record(Departed)",
+            "Disconnect",
+            "End"
+        ]
+    );
+    assert_eq!(rig.news(), [News::Started]);
+    assert_eq!(rig.machine.progress(rig.now).stage, Stage::Ended);
+}
+
+#[test]
+fn the_image_is_deleted_after_the_acknowledgement() {
+    let mut rig = Rig::new(Job { unlink: true, ..job() }, ours(TOKEN, Has::Nothing));
+    rig.until_end();
+    let tail = ["Handover", "Retire", "Unlink", "Disconnect", "End"];
+    assert!(rig.milestones().ends_with(&tail.map(str::to_owned)), "{:?}", rig.milestones());
+}
+
+#[test]
+fn an_image_that_cannot_be_deleted_is_recorded_as_departed() {
+    let mut rig = Rig::new(Job { unlink: true, ..job() }, ours(TOKEN, Has::Nothing));
+    rig.until(|action| *action == Action::Unlink);
+    assert_eq!(rig.give(Event::Failed("busy".to_owned())), &Action::Record(Note::Departed));
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    assert!(rig.news().contains(&News::RecordFailed("busy".to_owned())));
+}
+
+#[test]
+fn a_disk_below_the_manual_s_limit_cannot_be_migrated() {
+    let small = |size| Machine::new(Job { size, ..job() }, Duration::ZERO).err();
+    assert_eq!(small(SIZE_MIN - 1), Some(TooSmall));
+    assert_eq!(small(SIZE_MIN), None);
+}
+
+#[test]
+fn before_the_first_greeting_nothing_is_retried() {
+    let mut rig = Rig::new(job(), plain());
+    let refused = Trouble::Connect("refused".to_owned());
+    rig.give(Event::Unreachable(refused.clone()));
+    assert_eq!(rig.until_end(), Outcome::Failed(refused));
+    assert_eq!(rig.milestones(), ["Connect", "HangUp", "End"]);
+}
+
+#[test]
+fn a_destination_that_does_not_fit_is_told_apart_and_left_alone() {
+    let block = Caps { block_min: 1 << 17, ..plain().caps };
+    let odd_block = Caps { block_min: 3, ..plain().caps };
+    let serving = Answer { listening: None, has: Has::Nothing };
+    let unfit = [
+        (Peer { size: SIZE - 512, ..plain() }, Trouble::Size { local: SIZE, remote: SIZE - 512 }),
+        (Peer { size: SIZE + 512, ..plain() }, Trouble::Size { local: SIZE, remote: SIZE + 512 }),
+        (Peer { read_only: true, ..plain() }, Trouble::ReadOnly),
+        (Peer { answer: Some(serving), ..plain() }, Trouble::Serving),
+        (Peer { caps: block, ..plain() }, Trouble::BlockSize(1 << 17)),
+        (Peer { caps: odd_block, ..plain() }, Trouble::BlockSize(3)),
+    ];
+    for (peer, trouble) in unfit {
+        let mut rig = Rig::new(job(), peer);
+        assert_eq!(rig.until_end(), Outcome::Failed(trouble));
+        assert_eq!(rig.written(), 0);
+    }
+}
+
+#[test]
+fn trouble_after_the_greeting_is_retried_in_a_second_and_told_once() {
+    let troubles = [
+        (lost(), Trouble::Lost("reset".to_owned())),
+        (Event::Reply { cookie: 1, error: Some(28) }, Trouble::ErrorReply(28)),
+        (Event::Reply { cookie: 4711, error: None }, Trouble::Cookie(4711)),
+        (Event::Failed("bad sector".to_owned()), Trouble::Local("bad sector".to_owned())),
+    ];
+    for (event, trouble) in troubles {
+        let mut rig = Rig::new(job(), plain());
+        rig.until(|action| matches!(action, Action::Wait { .. }));
+        assert_eq!(rig.give(event), &Action::HangUp);
+        rig.until(|action| matches!(action, Action::Connect(_)));
+        rig.give(Event::Unreachable(Trouble::Connect("refused".to_owned())));
+        assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
+        let told = [News::Started, News::Retrying(trouble), News::Restarted];
+        assert_eq!(rig.news(), told);
+    }
+}
+
+#[test]
+fn the_next_attempt_comes_a_second_later_and_not_earlier() {
+    let mut rig = Rig::new(job(), plain());
+    rig.until(is_write).give(lost());
+    rig.give(Event::Done);
+    let Action::Wait { until } = rig.action else { panic!("{:?}", rig.action) };
+    assert_eq!(until, rig.now + RETRY_EVERY);
+    rig.now = until - 2 * MS;
+    assert_eq!(rig.give(Event::Tick), &Action::Wait { until });
+    assert!(matches!(rig.give(Event::Tick), Action::Connect(_)));
+}
+
+#[test]
+fn a_destination_that_hangs_after_a_write_counts_as_lost_after_sixty_seconds() {
+    let mut rig = Rig::new(job(), plain());
+    rig.until(|action| matches!(action, Action::Wait { .. }));
+    let Action::Wait { until } = rig.action else { panic!("{:?}", rig.action) };
+    rig.now = until - 2 * MS;
+    assert!(matches!(rig.give(Event::Tick), Action::TakeDirty { .. }), "it has a moment yet");
+    rig.until(|action| matches!(action, Action::Wait { .. }));
+    rig.now = until;
+    assert_eq!(rig.give(Event::Tick), &Action::HangUp);
+    assert!(rig.news().contains(&News::Retrying(Trouble::Stuck(Duration::from_secs(60)))));
+}
+
+#[test]
+fn a_destination_that_hangs_in_the_last_flush_counts_as_lost_and_the_gate_opens() {
+    let mut rig = Rig::new(job(), plain());
+    rig.until(|action| *action == Action::CloseGate);
+    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Flush, .. })));
+    rig.give(Event::Done);
+    rig.now += Duration::from_secs(60);
+    assert_eq!(rig.give(Event::Tick), &Action::HangUp);
+    assert_eq!(rig.give(Event::Done), &Action::OpenGate);
+}
+
+#[test]
+fn a_failure_behind_the_closed_gate_takes_back_link_record_and_gate_in_this_order() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| *action == Action::Record(Note::Departing));
+    assert_eq!(rig.give(Event::Failed("disk full".to_owned())), &Action::HangUp);
+    assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+    assert_eq!(rig.give(Event::Done), &Action::OpenGate);
+    assert!(matches!(rig.give(Event::Done), Action::Wait { .. }));
+}
+
+#[test]
+fn clients_that_do_not_leave_the_disk_put_the_closing_off_for_a_second() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| *action == Action::CloseGate);
+    let first = rig.now;
+    rig.give(Event::Failed("a visit does not end".to_owned()));
+    rig.until(|action| *action == Action::CloseGate);
+    assert!(rig.now >= first + RETRY_EVERY);
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    assert!(!rig.milestones().contains(&"HangUp".to_owned()), "the link was fine");
+}
+
+#[test]
+fn the_same_process_is_sent_only_what_it_did_not_acknowledge() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| matches!(action, Action::Wait { .. }));
+    rig.give(Event::Reply { cookie: 1, error: None });
+    rig.give(lost());
+    rig.peer = ours(TOKEN, Has::Incomplete);
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    assert!(rig.news().contains(&News::Resumed));
+    let handover = Handover::LENGTH as u64;
+    assert_eq!(rig.written() - handover, 2 * SIZE - (1 << 20));
+}
+
+#[test]
+fn a_process_that_was_written_into_by_others_is_sent_everything() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| matches!(action, Action::Wait { .. })).give(lost());
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    assert!(rig.news().contains(&News::Restarted));
+}
+
+#[test]
+fn another_process_is_sent_everything_under_another_name() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| matches!(action, Action::Wait { .. }));
+    rig.give(Event::Reply { cookie: 1, error: None });
+    rig.give(lost());
+    rig.peer = ours(OTHER, Has::Incomplete);
+    rig.until(is_handover);
+    let Action::Send(Request { work, .. }) = rig.action else { panic!("{:?}", rig.action) };
+    assert_eq!(work, Work::Handover(Handover { id: ID.next(), token: OTHER }));
+    assert_eq!(rig.machine.job().id, ID.next());
+    assert!(rig.news().contains(&News::Restarted));
+}
+
+#[test]
+fn an_acknowledgement_that_was_lost_is_asked_for() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(is_handover);
+    assert_eq!(rig.give(lost()), &Action::HangUp);
+    assert!(matches!(rig.give(Event::Done), Action::Connect(_)), "at once");
+    let serving = Answer { listening: None, has: Has::Arrived };
+    let arrived = Peer { answer: Some(serving), size: 0, ..plain() };
+    assert_eq!(rig.give(Event::Greeted(arrived)), &Action::Retire);
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    assert!(rig.log.contains(&Action::Record(Note::Departed)));
+}
+
+#[test]
+fn every_end_of_the_handover_but_its_acknowledgement_leads_to_doubt() {
+    let ends = [
+        lost(),
+        Event::Reply { cookie: 0, error: None },
+        Event::Reply { cookie: 0, error: Some(5) },
+        Event::Failed("no".to_owned()),
+        Event::Unreachable(Trouble::Connect("no".to_owned())),
+    ];
+    for end in ends {
+        let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+        rig.until(is_handover).give(Event::Done);
+        assert_eq!(rig.give(end), &Action::HangUp);
+        assert_eq!(rig.machine.progress(rig.now).stage, Stage::InDoubt);
+    }
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(is_handover).give(Event::Done);
+    rig.now += Duration::from_secs(60);
+    assert_eq!(rig.give(Event::Tick), &Action::HangUp, "no answer for a minute");
+}
+
+#[test]
+fn a_destination_that_still_has_the_copy_is_handed_it_again() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(is_handover).give(lost());
+    rig.give(Event::Done);
+    rig.give(Event::Greeted(ours(TOKEN, Has::Incomplete)));
+    assert!(is_handover(&rig.action));
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    assert!(rig.news().contains(&News::HandingOverAgain));
+}
+
+#[test]
+fn a_destination_that_has_lost_the_copy_gives_the_disk_back() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(is_handover).give(lost());
+    rig.give(Event::Done);
+    assert_eq!(rig.give(Event::Greeted(ours(OTHER, Has::Incomplete))), &Action::HangUp);
+    assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+    assert_eq!(rig.give(Event::Done), &Action::OpenGate);
+}
+
+#[test]
+fn in_doubt_the_gate_stays_closed_however_long_it_takes() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(is_handover).give(lost());
+    let since = rig.log.len();
+    let unknowing = [
+        Event::Unreachable(Trouble::Connect("refused".to_owned())),
+        Event::Greeted(ours(OTHER, Has::Nothing)),
+        Event::Greeted(plain()),
+        Event::Greeted(Peer {
+            answer: Some(Answer { listening: None, has: Has::Nothing }),
+            ..plain()
+        }),
+    ];
+    for attempt in 0..3600 {
+        rig.until(|action| matches!(action, Action::Connect(_)));
+        rig.give(unknowing[attempt % unknowing.len()].clone());
+    }
+    let harmless = |action: &Action| {
+        matches!(action, Action::Connect(_) | Action::Wait { .. } | Action::HangUp)
+    };
+    assert!(rig.log[since..].iter().all(harmless));
+    assert_eq!(rig.machine.order(Order::Break), Err(TooLate));
+    assert_eq!(rig.news().len(), 2, "it is told once, not every second");
+}
+
+#[test]
+fn only_who_knows_the_migration_can_say_no() {
+    let answer = |listening, has| Some(Answer { listening, has });
+    let restarted = |answer: Option<Answer>| fate(answer.as_ref(), None);
+    assert_eq!(restarted(None), Fate::Unknown);
+    assert_eq!(restarted(answer(Some(TOKEN), Has::Nothing)), Fate::Unknown);
+    assert_eq!(restarted(answer(Some(TOKEN), Has::Incomplete)), Fate::NotArrived);
+    assert_eq!(restarted(answer(None, Has::Incomplete)), Fate::Unknown);
+    assert_eq!(restarted(answer(None, Has::Nothing)), Fate::Unknown);
+    assert_eq!(restarted(answer(None, Has::Arrived)), Fate::Arrived);
+    assert_eq!(restarted(answer(Some(TOKEN), Has::Arrived)), Fate::Arrived);
+    let same = answer(Some(TOKEN), Has::Nothing);
+    assert_eq!(fate(same.as_ref(), Some(TOKEN)), Fate::NotArrived);
+    assert_eq!(fate(same.as_ref(), Some(OTHER)), Fate::Unknown);
+}
+
+#[test]
+fn a_destination_that_cannot_acknowledge_gets_a_disc_after_the_departing_record() {
+    let mut rig = Rig::new(job(), plain());
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
+    let tail = ["Flush", "Record(Departing)", "Disconnect", "Retire", "Record(Departed)", "HangUp"];
+    let milestones = rig.milestones();
+    assert_eq!(milestones[milestones.len() - 7..milestones.len() - 1], tail.map(str::to_owned));
+}
+
+#[test]
+fn to_a_destination_that_cannot_acknowledge_the_image_is_deleted_just_before_the_disc() {
+    let mut rig = Rig::new(Job { unlink: true, ..job() }, Peer { flush: false, ..plain() });
+    rig.until_end();
+    let tail =
+        ["CloseGate", "Record(Departing)", "Unlink", "Disconnect", "Retire", "HangUp", "End"];
+    assert_eq!(rig.milestones()[1..], tail.map(str::to_owned));
+}
+
+#[test]
+fn a_disc_that_did_not_go_out_is_taken_back() {
+    let mut rig = Rig::new(job(), plain());
+    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Disconnect, .. })));
+    assert_eq!(rig.give(lost()), &Action::HangUp);
+    assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+    assert_eq!(rig.give(Event::Done), &Action::OpenGate);
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
+}
+
+#[test]
+fn once_the_image_is_deleted_the_gate_stays_closed_and_the_copy_is_made_again() {
+    let mut rig = Rig::new(Job { unlink: true, ..job() }, plain());
+    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Disconnect, .. })));
+    let before = rig.written();
+    rig.give(lost());
+    assert_eq!(rig.machine.order(Order::Break), Err(TooLate));
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
+    assert!(!rig.log.contains(&Action::OpenGate));
+    assert_eq!(rig.written(), 2 * before);
+    assert_eq!(rig.log.iter().filter(|action| **action == Action::Unlink).count(), 1);
+}
+
+#[test]
+fn a_break_before_the_handover_ends_it_and_clients_keep_the_disk() {
+    let mut probe = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    probe.until(is_handover);
+    let steps = probe.log.len() - 1;
+    for stop in 0..steps {
+        let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+        for _ in 0..stop {
+            let event = rig.success();
+            rig.give(event);
+        }
+        assert_eq!(rig.machine.order(Order::Break), Ok(()), "after {stop} steps");
+        assert_eq!(rig.until_end(), Outcome::Broken, "after {stop} steps");
+        let last = |wanted: Action| rig.log.iter().rposition(|action| *action == wanted);
+        assert!(last(Action::CloseGate) <= last(Action::OpenGate), "after {stop} steps");
+        assert!(last(Action::Record(Note::Departing)) <= last(Action::Record(Note::Before)));
+        assert!(!rig.log.iter().any(is_handover));
+    }
+}
+
+#[test]
+fn a_break_while_waiting_for_the_next_attempt_ends_it() {
+    let mut rig = Rig::new(job(), plain());
+    rig.until(is_write).give(lost());
+    rig.give(Event::Done);
+    assert!(matches!(rig.action, Action::Wait { .. }));
+    rig.machine.order(Order::Break).unwrap();
+    assert_eq!(rig.give(Event::Tick), &Action::End(Outcome::Broken));
+}
+
+#[test]
+fn a_break_after_the_handover_is_too_late_at_every_step() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(is_handover);
+    while !matches!(rig.action, Action::End(_)) {
+        assert_eq!(rig.machine.order(Order::Break), Err(TooLate), "during {:?}", rig.action);
+        let event = rig.success();
+        rig.give(event);
+    }
+    assert_eq!(rig.action, Action::End(Outcome::Arrived { acknowledged: true }));
+}
+
+#[test]
+fn a_speed_limit_holds_the_copy_back_until_it_is_lifted() {
+    let limited = Job { speed: NonZeroU64::new(1 << 20), ..job() };
+    let mut rig = Rig::new(limited, ours(TOKEN, Has::Nothing));
+    rig.until(is_write).give(Event::Done);
+    rig.until(|action| matches!(action, Action::Wait { .. }));
+    let Action::Wait { until } = rig.action else { panic!("{:?}", rig.action) };
+    assert!(until < rig.now + Duration::from_secs(1), "it waits for its turn, not for a reply");
+    rig.machine.order(Order::Speed(None)).unwrap();
+    rig.give(Event::Tick);
+    assert!(is_write(&rig.action), "{:?}", rig.action);
+    assert_eq!(rig.machine.progress(rig.now).speed_limit, None);
+}
+
+#[test]
+fn writers_that_are_too_fast_are_held_back_and_let_go_in_the_end() {
+    let mut rig = Rig::new(Job { pause: Duration::ZERO, ..job() }, ours(TOKEN, Has::Nothing));
+    let disk = Range::whole(SIZE);
+    while !rig.log.contains(&Action::CloseGate) {
+        if let Action::TakeDirty { from: 0, .. } = rig.action {
+            // Whatever was copied is dirty again, and a pass takes longer than a second.
+            rig.now += Duration::from_secs(1);
+            rig.marks = (0..8).map(|part| disk.from(part << 19).split(1 << 19).0).collect();
+        }
+        if let Action::TakeDirty { from: 1.., .. } = rig.action
+            && rig.marks.is_empty()
+        {
+            rig.give(Event::Taken { run: None, left: SIZE });
+            continue;
+        }
+        let event = rig.success();
+        rig.give(event);
+        assert!(rig.log.len() < 20_000, "it never ends");
+    }
+    let held = rig.news().iter().filter(|news| matches!(news, News::HeldBack(_))).count();
+    assert!(held >= 5, "{held} steps");
+    rig.marks.clear();
+    rig.give(lost());
+    rig.until(|action| matches!(action, Action::Wait { .. }));
+    assert!(rig.log.contains(&Action::Hold(Duration::ZERO)));
+}
+
+#[test]
+fn a_long_flush_does_not_let_the_marks_pile_up() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Flush, .. })));
+    rig.give(Event::Done);
+    while !matches!(rig.action, Action::Wait { .. }) {
+        let event = rig.success();
+        rig.give(event);
+    }
+    let Action::Wait { until } = rig.action else { panic!("{:?}", rig.action) };
+    assert!(until <= rig.now + Duration::from_millis(100));
+    assert!(matches!(rig.give(Event::Tick), Action::TakeDirty { .. }));
+}

@@ -124,6 +124,18 @@ fn marks_are_not_hoarded_while_requests_in_flight_hold_them_up() {
 }
 
 #[test]
+fn a_new_pass_waits_until_the_last_one_is_on_its_way() {
+    let mut plan = plan(4 * MIB, Limits::default(), caps());
+    send_all(&mut plan);
+    plan.taken(Some(Range::whole(4 * MIB).until(BLOCK)), BLOCK);
+    assert!(matches!(plan.next(u64::MAX), Next::Take { from: BLOCK, .. }));
+    plan.taken(None, BLOCK);
+    assert_eq!(plan.next(u64::MAX), Next::Idle, "block 0 is in flight and dirty");
+    plan.acknowledged(0);
+    assert!(matches!(plan.next(u64::MAX), Next::Look(_)));
+}
+
+#[test]
 fn nothing_is_taken_between_the_look_and_the_sending() {
     let mut plan = plan(4 << 30, Limits::default(), caps());
     plan.looked(Range::whole(4 << 30), Content::Zeros);
