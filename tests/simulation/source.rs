@@ -1,0 +1,510 @@
+//! The source host: what `source.rs` and `serve` do around the machine, one action a turn.
+
+use super::Mutation;
+use super::medium::{Medium, Stamp, blocks};
+use super::net::{Down, Up};
+use super::world::{Host, World};
+use flexnbd::disk::dirty::{BLOCK, Dirty};
+use flexnbd::disk::ownership::{ForServe, Id, Place, Record, Title, for_serve};
+use flexnbd::migration::job::{
+    Action, Event, Fate, Job, News, Note, Order, Outcome, Peer, Request, Trouble, Work, fate,
+};
+use flexnbd::migration::machine::Machine;
+use flexnbd::migration::plan::{Caps, Content, Limits};
+use flexnbd::migration::wire::{Answer, Has, Question, Token};
+use flexnbd::range::Range;
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+#[derive(Debug)]
+pub(crate) struct Source {
+    pub(crate) medium: Medium,
+    pub(crate) role: Role,
+    pub(crate) gate_closed: bool,
+    /// Writes inside the gate.
+    pub(crate) visits: usize,
+    pub(crate) dirty: Option<Dirty>,
+}
+
+/// What its process does.
+#[derive(Debug)]
+pub(crate) enum Role {
+    Down,
+    Serving,
+    Migrating(Box<Run>),
+    /// Restarted with the record *departing*: serves nothing, asks the destination.
+    Asking(Ask),
+    /// Restarted with the record *departed*, or exited with success.
+    Moved,
+}
+
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) machine: Machine,
+    pub(crate) action: Action,
+    connection: Option<usize>,
+    /// The action is half done.
+    half: bool,
+    deadline: Duration,
+    first_token: Option<Token>,
+    /// For [`Mutation::ReadBeforeMark`]: what was read before the mark was taken.
+    early: Option<Vec<Stamp>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Ask {
+    id: Id,
+    before: Title,
+    connection: Option<usize>,
+    pub(crate) at: Duration,
+    verdict: Option<Fate>,
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+impl World {
+    /// Whether clients can write here.
+    pub(crate) fn source_serves(&self) -> bool {
+        matches!(self.source.role, Role::Serving | Role::Migrating(_)) && !self.source.gate_closed
+    }
+
+    fn size(&self) -> u64 {
+        self.known.len() as u64 * BLOCK
+    }
+
+    /// The process starts, as `serve`.
+    pub(crate) fn start_source(&mut self) {
+        if !self.source.medium.exists.now {
+            self.source.role = Role::Moved;
+            return;
+        }
+        if self.mutation != Mutation::TrustUnsyncedRecord {
+            self.source.medium.record.sync();
+        }
+        match for_serve(self.source.medium.record.now.as_ref()) {
+            ForServe::Serve(_) => self.serve_at_source(),
+            ForServe::Refuse(_) => self.source.role = Role::Moved,
+            ForServe::Ask { id, before, .. } => {
+                self.tally.asked_after_restart += 1;
+                let ask = Ask { id, before, connection: None, at: self.now, verdict: None };
+                self.source.role = Role::Asking(ask);
+            }
+        }
+    }
+
+    /// Serves what is there; a power cut may have taken writes that were not flushed.
+    fn serve_at_source(&mut self) {
+        self.source.role = Role::Serving;
+        self.source.gate_closed = false;
+        if std::mem::take(&mut self.source_lost_power) {
+            for (block, known) in self.known.iter_mut().enumerate() {
+                known.acknowledged = self.source.medium.stamp(block);
+                known.perhaps.clear();
+            }
+        }
+    }
+
+    /// An operator orders a migration.
+    pub(crate) fn start_migration(&mut self) {
+        self.migrations += 1;
+        let mut id = [0; 16];
+        id[0] = self.migrations;
+        let to = Place::new("destination 4779").expect("a place");
+        let before = match self.source.medium.record.now {
+            Some(Record::Ours(title)) => title,
+            _ => Title::Native,
+        };
+        let data_max = BLOCK << self.dice.below(2);
+        let job = Job {
+            unlink: self.dice.once_in(3),
+            speed: NonZeroU64::new(self.dice.below(3) * 40 * BLOCK),
+            limits: Limits { data_max, zero_max: 4 * BLOCK, window: 3 * BLOCK, requests: 4 },
+            pause: Duration::from_millis(self.dice.below(2) * 20),
+            patience: 3 * SECOND,
+            ..Job::new(Id(id), self.size(), to, before)
+        };
+        let mut machine = Machine::new(job, self.now).expect("large enough");
+        let action = machine.step(self.now, Event::Begin);
+        self.source.dirty = Some(Dirty::new(self.size()).expect("memory"));
+        self.source.role = Role::Migrating(Box::new(Run {
+            machine,
+            action,
+            connection: None,
+            half: false,
+            deadline: Duration::ZERO,
+            first_token: None,
+            early: None,
+        }));
+    }
+
+    /// When the source would do something if nothing came.
+    pub(crate) fn source_waits_until(&self) -> Option<Duration> {
+        match &self.source.role {
+            Role::Migrating(run) => match run.action {
+                Action::Wait { until } => Some(until),
+                Action::Connect(_) if run.half => Some(run.deadline),
+                _ => None,
+            },
+            Role::Asking(ask) => Some(ask.at),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn order(&mut self) {
+        let speed = NonZeroU64::new(self.dice.below(2) * 100 * BLOCK);
+        let order = if self.dice.once_in(3) { Order::Break } else { Order::Speed(speed) };
+        if let Role::Migrating(run) = &mut self.source.role {
+            let _ = run.machine.order(order);
+        }
+    }
+
+    pub(crate) fn source_turn(&mut self) -> Result<bool, String> {
+        match std::mem::replace(&mut self.source.role, Role::Down) {
+            Role::Migrating(run) => self.migrate(run),
+            Role::Asking(ask) => self.ask(ask),
+            Role::Serving if self.migrations < 3 && self.dice.once_in(4) => {
+                self.start_migration();
+                Ok(true)
+            }
+            role => {
+                self.source.role = role;
+                Ok(false)
+            }
+        }
+    }
+
+    fn migrate(&mut self, mut run: Box<Run>) -> Result<bool, String> {
+        let event = self.perform(&mut run)?;
+        let Some(event) = event else {
+            self.source.role = Role::Migrating(run);
+            return Ok(false);
+        };
+        run.half = false;
+        self.trace(|| format!("source: {event:?}"));
+        run.action = run.machine.step(self.now, event);
+        self.trace(|| format!("source: -> {:?}", run.action));
+        while let Some(news) = run.machine.news() {
+            self.hear(&news);
+        }
+        match &run.action {
+            Action::End(outcome) => self.migration_ended(outcome.clone())?,
+            _ => self.source.role = Role::Migrating(run),
+        }
+        Ok(true)
+    }
+
+    fn hear(&mut self, news: &News) {
+        match news {
+            News::InDoubt(_) => {
+                self.tally.in_doubt += 1;
+                if self.mutation == Mutation::ServeInDoubt {
+                    self.source.gate_closed = false;
+                }
+            }
+            News::Resumed => self.tally.resumed += 1,
+            News::Restarted => self.tally.restarted += 1,
+            News::HandingOverAgain => self.tally.handed_over_again += 1,
+            News::GateBusy(_) => self.tally.gate_busy += 1,
+            _ => {}
+        }
+    }
+
+    fn migration_ended(&mut self, outcome: Outcome) -> Result<(), String> {
+        self.source.dirty = None;
+        if outcome != (Outcome::Arrived { acknowledged: true }) {
+            self.tally.kept += 1;
+            self.source.role = Role::Serving;
+            return if self.source.gate_closed {
+                Err("(4) the migration ended, and clients are still waiting".to_owned())
+            } else {
+                Ok(())
+            };
+        }
+        self.tally.arrived += 1;
+        self.source.role = Role::Moved;
+        let Medium { record, exists, .. } = &self.source.medium;
+        let departed = matches!(record.safe, Some(Record::Departed { .. }));
+        if exists.safe && !departed {
+            return Err("(3) the source exited, and nothing durable says why".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Does the action, or a part of it; none when it is not over yet.
+    fn perform(&mut self, run: &mut Run) -> Result<Option<Event>, String> {
+        Ok(match run.action.clone() {
+            Action::Connect(question) => self.connect(run, question),
+            Action::Look(range) => Some(self.look(range)),
+            Action::TakeDirty { from, longest } => self.take_dirty(run, from, longest),
+            Action::Send(request) => Some(self.send(run, request)),
+            Action::Wait { until } => self.wait(run, until),
+            Action::CloseGate => self.close_gate(),
+            Action::OpenGate => {
+                self.source.gate_closed = false;
+                Some(Event::Done)
+            }
+            Action::Hold(_) => Some(Event::Done),
+            Action::Record(note) => self.write_record(run, note),
+            Action::Unlink => {
+                self.source.medium.exists.now = false;
+                self.in_two_turns(run, |medium| medium.exists.sync())
+            }
+            Action::Retire => {
+                self.check_arrived("sessions ended")?;
+                Some(Event::Done)
+            }
+            Action::HangUp | Action::Disconnect => {
+                self.hang_up(run.connection.take());
+                Some(Event::Done)
+            }
+            Action::End(_) => None,
+        })
+    }
+
+    /// The first turn does it, the second makes it durable: a power cut can come between.
+    fn in_two_turns(&mut self, run: &mut Run, finish: fn(&mut Medium)) -> Option<Event> {
+        if !std::mem::replace(&mut run.half, true) {
+            return None;
+        }
+        finish(&mut self.source.medium);
+        Some(Event::Done)
+    }
+
+    fn write_record(&mut self, run: &mut Run, note: Note) -> Option<Event> {
+        let skipped = match note {
+            Note::Departing => self.mutation == Mutation::HandoverBeforeDeparting,
+            Note::Departed => self.mutation == Mutation::ExitBeforeRecord,
+            Note::Before => false,
+        };
+        if skipped {
+            return Some(Event::Done);
+        }
+        if note == Note::Departing && self.faulty && self.dice.once_in(30) {
+            return Some(Event::Failed("no space for the record".to_owned()));
+        }
+        self.source.medium.record.now = run.machine.job().record(note, 1);
+        if note == Note::Departing && self.mutation == Mutation::DepartingNotDurable {
+            return Some(Event::Done);
+        }
+        self.in_two_turns(run, |medium| medium.record.sync())
+    }
+
+    fn close_gate(&mut self) -> Option<Event> {
+        self.source.gate_closed = true;
+        if self.source.visits == 0 {
+            return Some(Event::Done);
+        }
+        if self.dice.once_in(20) {
+            self.source.gate_closed = false;
+            return Some(Event::Failed("a visit does not end".to_owned()));
+        }
+        None
+    }
+
+    fn look(&mut self, range: Range) -> Event {
+        let all = blocks(range);
+        let medium = &self.source.medium;
+        let zero = medium.stamp(all.start) == 0;
+        let same =
+            all.clone().take_while(|block| (medium.stamp(*block) == 0) == zero).count() as u64;
+        let said = 1 + self.dice.below(same);
+        let content = if zero { Content::Zeros } else { Content::Data };
+        Event::Looked { range: range.split(said * BLOCK).0, content }
+    }
+
+    fn take_dirty(&mut self, run: &mut Run, from: u64, longest: u64) -> Option<Event> {
+        if self.mutation == Mutation::ReadBeforeMark && run.early.is_none() {
+            let cells = &self.source.medium.cells;
+            run.early = Some(cells.iter().map(|cell| cell.now.stamp).collect());
+            return None;
+        }
+        let dirty = self.source.dirty.as_ref()?;
+        let taken = dirty.take_next(from, longest);
+        if taken.is_none() {
+            run.early = None;
+        }
+        Some(Event::Taken { run: taken, left: dirty.bytes() })
+    }
+
+    fn send(&mut self, run: &mut Run, request: Request) -> Event {
+        let Some(at) = run.connection else { return Event::Lost("hung up".to_owned()) };
+        let cookie = request.cookie;
+        let message = match request.work {
+            Work::Write(range) => {
+                let early = run.early.take();
+                let read = |block: usize| match &early {
+                    Some(stamps) => stamps[block],
+                    None => self.source.medium.stamp(block),
+                };
+                self.tally.data_blocks += blocks(range).len() as u64;
+                Up::Write { cookie, range, stamps: blocks(range).map(read).collect() }
+            }
+            Work::Zero(range) => Up::Zero { cookie, range },
+            Work::Flush => Up::Flush { cookie },
+            Work::Handover(handover) => {
+                self.tally.handovers += 1;
+                if self.mutation == Mutation::UnlinkBeforeAcknowledgement {
+                    self.source.medium.exists = super::medium::Kept::new(false);
+                }
+                Up::Handover { cookie, handover }
+            }
+            Work::Disconnect => Up::Goodbye,
+        };
+        let connection = &mut self.net.all[at];
+        if connection.destination_closed && self.dice.once_in(2) {
+            return Event::Lost("broken pipe".to_owned());
+        }
+        connection.send_up(message);
+        Event::Done
+    }
+
+    fn wait(&mut self, run: &mut Run, until: Duration) -> Option<Event> {
+        if let Some(at) = run.connection {
+            if self.net.up
+                && let Some(Down::Reply { cookie, error }) = self.net.all[at].down.pop_front()
+            {
+                return Some(Event::Reply { cookie, error });
+            }
+            let connection = &self.net.all[at];
+            if connection.ended_for_source() || connection.dead && self.dice.once_in(8) {
+                return Some(Event::Lost("connection reset".to_owned()));
+            }
+        }
+        (self.now >= until).then_some(Event::Tick)
+    }
+
+    fn connect(&mut self, run: &mut Run, question: Question) -> Option<Event> {
+        if !run.half {
+            if !self.net.up || !self.destination_accepts() {
+                return Some(Event::Unreachable(Trouble::Connect("refused".to_owned())));
+            }
+            run.connection = Some(self.say_hello(question));
+            (run.half, run.deadline) = (true, self.now + SECOND);
+            return None;
+        }
+        let at = run.connection?;
+        let event = match self.hear_answer(at, run.deadline)? {
+            Ok(answer) => Event::Greeted(self.peer(run, answer)),
+            Err(trouble) => {
+                self.hang_up(run.connection.take());
+                Event::Unreachable(trouble)
+            }
+        };
+        Some(event)
+    }
+
+    fn peer(&self, run: &mut Run, mut answer: Answer) -> Peer {
+        if let (Mutation::ResumeAcrossTokens, Some(token)) = (self.mutation, answer.listening) {
+            let first = *run.first_token.get_or_insert(token);
+            if first != token {
+                answer = Answer { listening: Some(first), has: Has::Incomplete };
+            }
+        }
+        Peer {
+            size: self.size(),
+            read_only: false,
+            flush: self.flush,
+            caps: Caps { zeroes: true, block_min: BLOCK, data_max: 32 << 20 },
+            answer: Some(answer),
+        }
+    }
+
+    fn say_hello(&mut self, question: Question) -> usize {
+        let at = self.net.open();
+        self.net.all[at].send_up(Up::Hello(question));
+        at
+    }
+
+    /// The answer to a hello, or why there is none; none when it may yet come.
+    fn hear_answer(&mut self, at: usize, deadline: Duration) -> Option<Result<Answer, Trouble>> {
+        let connection = &mut self.net.all[at];
+        let message = if self.net.up { connection.down.pop_front() } else { None };
+        match message {
+            Some(Down::Welcome(answer)) => Some(Ok(answer)),
+            Some(_) => Some(Err(Trouble::Rejected("busy".to_owned()))),
+            None if connection.ended_for_source() || self.now >= deadline => {
+                Some(Err(Trouble::Silent("no greeting".to_owned())))
+            }
+            None => None,
+        }
+    }
+
+    pub(crate) fn hang_up(&mut self, at: Option<usize>) {
+        if let Some(at) = at {
+            self.net.all[at].source_closed = true;
+        }
+    }
+
+    /// A restarted source with the record *departing*.
+    fn ask(&mut self, mut ask: Ask) -> Result<bool, String> {
+        if let Some(verdict) = ask.verdict {
+            self.source.medium.record.sync();
+            match verdict {
+                Fate::Arrived => self.source.role = Role::Moved,
+                Fate::NotArrived | Fate::Unknown => self.serve_at_source(),
+            }
+            return Ok(true);
+        }
+        let progress = self.ask_on(&mut ask);
+        self.source.role = Role::Asking(ask);
+        Ok(progress)
+    }
+
+    fn ask_on(&mut self, ask: &mut Ask) -> bool {
+        let Some(at) = ask.connection else {
+            if self.now < ask.at {
+                return false;
+            }
+            ask.at = self.now + SECOND;
+            if self.net.up && self.destination_accepts() {
+                let question = Question { size: self.size(), id: ask.id };
+                ask.connection = Some(self.say_hello(question));
+            } else if self.mutation == Mutation::ServeOnUnreachable {
+                self.judge(ask, Fate::NotArrived);
+            }
+            return true;
+        };
+        let Some(answer) = self.hear_answer(at, ask.at) else { return false };
+        self.hang_up(ask.connection.take());
+        let mut fate = fate(answer.as_ref().ok(), None);
+        let ignorant = matches!(answer, Ok(Answer { has: Has::Nothing, .. }));
+        if self.mutation == Mutation::NothingMeansNo && ignorant {
+            fate = Fate::NotArrived;
+        }
+        self.trace(|| format!("source asks: {fate:?}"));
+        self.judge(ask, fate);
+        true
+    }
+
+    fn judge(&mut self, ask: &mut Ask, fate: Fate) {
+        let to = Place::new("destination 4779").expect("a place");
+        self.source.medium.record.now = match fate {
+            Fate::Arrived => Some(Record::Departed { id: ask.id, when: 1, to }),
+            Fate::NotArrived => ask.before.record(),
+            Fate::Unknown => return,
+        };
+        ask.verdict = Some(fate);
+    }
+
+    /// The process is gone; with `power`, so is what was not durable.
+    pub(crate) fn kill_source(&mut self, power: bool) {
+        let connection = match std::mem::replace(&mut self.source.role, Role::Down) {
+            Role::Migrating(run) => run.connection,
+            Role::Asking(ask) => ask.connection,
+            Role::Down | Role::Serving | Role::Moved => None,
+        };
+        if let Some(at) = connection {
+            if power {
+                self.net.all[at].cut(&mut self.dice);
+            }
+            self.net.all[at].source_closed = true;
+        }
+        self.source.dirty = None;
+        self.source.gate_closed = false;
+        self.abandon_writes(Host::Source);
+        if power {
+            self.source.medium.power_cut(&mut self.dice);
+            self.source_lost_power = true;
+        }
+    }
+}
