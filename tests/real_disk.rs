@@ -152,7 +152,7 @@ fn merged(spans: Vec<Span>) -> Vec<Span> {
     for (offset, length, data) in spans {
         match all.last_mut() {
             Some((start, size, kind)) if *start + *size == offset && *kind == data => {
-                *size += length
+                *size += length;
             }
             _ => all.push((offset, length, data)),
         }

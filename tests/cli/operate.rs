@@ -125,7 +125,8 @@ fn reload_reads_the_acl_and_the_limit_again() {
     std::fs::write(&config, "MAX_CLIENTS=2\n").unwrap();
     assert_eq!(operated.order("reload", "").ok(), "reloaded\n");
     let mut second = operated.client();
-    (client.goes_on(), second.goes_on());
+    client.goes_on();
+    second.goes_on();
     std::fs::write(&config, "MAX_CLIENTS=2\nACL=192.0.2.1\n").unwrap();
     operated.order("reload", "").ok();
     client.wire.expect_closed("no longer admitted");
