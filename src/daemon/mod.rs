@@ -19,7 +19,7 @@ use crate::disk::ledger::Ledger;
 use crate::disk::ownership::ForListen;
 use crate::disk::{Access, Disk, FileImage};
 use crate::migration::destination::{Destination, Fate};
-use crate::migration::job::Outcome;
+use crate::migration::job::{Order, Outcome};
 use crate::migration::wire::Token;
 use crate::net::Listener;
 use crate::server::reception::Reception;
@@ -124,7 +124,12 @@ impl House {
 
     fn interrupted(&self, signal: Signal, role: Role) -> Ending {
         info!("stopping: received {signal}");
-        let migrating = self.service.desk().is_some_and(|desk| desk.outcome().is_none());
+        let desk = self.service.desk().filter(|desk| desk.outcome().is_none());
+        let migrating = desk.is_some();
+        if let Some(desk) = desk {
+            // Too late for that means that the disk is going, or gone; the record says so.
+            let _ = desk.order(Order::Break);
+        }
         match role {
             Role::Listen { .. } => Ending::Badly(format!(
                 "received {signal} before the disk has arrived; what is here is incomplete"
@@ -211,9 +216,10 @@ fn to_listen(
 }
 
 fn open(plan: &Plan) -> Result<Arc<Disk>, Refusal> {
+    let access = Access { read_only: plan.read_only };
     let image = match plan.create {
-        Some(size) => FileImage::create(&plan.image, size),
-        None => FileImage::open(&plan.image, Access { read_only: plan.read_only }),
+        Some(size) => FileImage::create(&plan.image, size, access),
+        None => FileImage::open(&plan.image, access),
     };
     let image = image.map_err(Refusal::Image)?;
     let tail = image.unserved_tail();

@@ -73,14 +73,14 @@ impl FileImage {
         })
     }
 
-    /// Opens the image at `path` for writing, after making it as a sparse file of `size` bytes
-    /// with mode 0600 if nothing has that name. What exists is opened as it is, of whatever size.
+    /// Opens the image at `path`, after making it as a sparse file of `size` bytes with mode 0600
+    /// if nothing has that name. What exists is opened as it is, of whatever size.
     ///
     /// # Errors
     /// [`OpenError::CannotCreate`], [`OpenError::TooSmall`], or what [`FileImage::open`] says.
-    pub fn create(path: &Path, size: u64) -> Result<Self, OpenError> {
+    pub fn create(path: &Path, size: u64, access: Access) -> Result<Self, OpenError> {
         open::create_if_missing(path, size)?;
-        Self::open(path, Access { read_only: false })
+        Self::open(path, access)
     }
 
     /// How many bytes after the last whole sector of 512 are not served; the caller may want to
@@ -348,7 +348,8 @@ mod tests {
 
     fn image_in(parent: &Path) -> (TempDir, FileImage) {
         let folder = tempfile::tempdir_in(parent).unwrap();
-        let image = FileImage::create(&folder.path().join("disk.img"), SIZE).unwrap();
+        let image =
+            FileImage::create(&folder.path().join("disk.img"), SIZE, Access::default()).unwrap();
         (folder, image)
     }
 
@@ -376,7 +377,8 @@ mod tests {
     fn the_tail_beyond_the_last_whole_sector_is_not_served() {
         for (length, size, tail) in [(1023, 512, 511), (1024, 1024, 0), (1025, 1024, 1)] {
             let folder = tempfile::tempdir().unwrap();
-            let image = FileImage::create(&folder.path().join("disk"), length).unwrap();
+            let image =
+                FileImage::create(&folder.path().join("disk"), length, Access::default()).unwrap();
             assert_eq!((image.size(), image.unserved_tail()), (size, tail));
         }
     }
@@ -489,7 +491,8 @@ mod tests {
     #[test]
     fn data_at_the_very_end_and_in_the_unserved_tail_does_not_lead_beyond_the_disk() {
         let folder = tempfile::tempdir().unwrap();
-        let image = FileImage::create(&folder.path().join("disk"), SIZE + 100).unwrap();
+        let image =
+            FileImage::create(&folder.path().join("disk"), SIZE + 100, Access::default()).unwrap();
         image.file.write_all_at(&[1; 100], SIZE).unwrap();
         let last = image.extent(SIZE / 2).unwrap();
         assert_eq!((last.range.end(), last.allocated), (SIZE, false));

@@ -81,6 +81,9 @@ impl Ledger {
 
     /// The record, if there is one.
     ///
+    /// It is made durable before it is believed: whoever wrote it may have been killed before it
+    /// was, and what is done on the strength of it must not be taken back by a power cut.
+    ///
     /// # Errors
     /// When it cannot be read, or is none that we understand.
     pub fn read(&self) -> Result<Option<Record>, LedgerError> {
@@ -90,7 +93,10 @@ impl Ledger {
             Err(source) => return Err(LedgerError::Io { path: self.path.clone(), source }),
         };
         let bytes = match attribute {
-            Some(bytes) => Some(bytes),
+            Some(bytes) => {
+                self.settle()?;
+                Some(bytes)
+            }
             None => self.read_file()?,
         };
         let decoded = bytes.as_deref().map(Record::decode).transpose();
@@ -121,6 +127,16 @@ impl Ledger {
         self.remove_file()
     }
 
+    fn settle(&self) -> Result<(), LedgerError> {
+        match self.image.sync_all() {
+            // What cannot be written to cannot lose it either.
+            Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(()),
+            settled => {
+                settled.map_err(|source| LedgerError::Io { path: self.path.clone(), source })
+            }
+        }
+    }
+
     fn write_attribute(&self, record: Option<&Record>) -> io::Result<()> {
         match record {
             Some(record) => self.image.set_xattr(ATTRIBUTE, record.encode().as_bytes())?,
@@ -142,6 +158,8 @@ impl Ledger {
         let mut bytes = Vec::new();
         // One byte more than a record has, so that a longer one is seen to be damaged.
         file.take(RECORD_MAX as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+        // The bytes were durable before the file got its name.
+        sync_directory(self.file.parent().unwrap_or(Path::new("/"))).map_err(failed)?;
         Ok(Some(bytes))
     }
 
@@ -192,8 +210,10 @@ fn sync_directory(directory: &Path) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
+/// A name that is too long for the state directory cannot have been written there.
 fn is_missing(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+    use io::ErrorKind::{InvalidFilename, NotADirectory, NotFound};
+    matches!(error.kind(), NotFound | NotADirectory | InvalidFilename)
 }
 
 /// Whether this kind of image cannot have attributes at all.
@@ -261,6 +281,17 @@ mod tests {
         ledger.unlink_image().unwrap();
         assert!(!path.exists() && !ledger.file.exists());
         ledger.unlink_image().unwrap();
+    }
+
+    #[test]
+    fn a_path_too_long_for_a_record_has_none() {
+        let (directory, _) = image();
+        let long = directory.path().join("d".repeat(250));
+        fs::create_dir(&long).unwrap();
+        fs::write(long.join("disk.img"), [0; 4096]).unwrap();
+        let ledger = Ledger::open(&long.join("disk.img"), directory.path()).unwrap();
+        assert_eq!(ledger.read_file().unwrap(), None);
+        assert!(ledger.write_file(&OURS).is_err());
     }
 
     #[test]

@@ -190,7 +190,8 @@ fn a_file_on_a_poor_file_system_reads_back_what_was_written() {
 fn zeros_written_into_holes_of_a_file_allocate_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.img");
-    let disk = Disk::new(Box::new(FileImage::create(&path, 1 << 30).unwrap()), false);
+    let disk =
+        Disk::new(Box::new(FileImage::create(&path, 1 << 30, Access::default()).unwrap()), false);
     let visit = disk.enter(&|| true).unwrap();
     let blocks = || std::fs::metadata(&path).unwrap().blocks();
     visit.write(12_345, &vec![0; 8 << 20], false).unwrap();

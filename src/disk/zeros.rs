@@ -267,7 +267,12 @@ mod tests {
     #[test]
     fn where_nothing_can_be_left_out_there_is_one_write_and_one_question() {
         let folder = tempfile::tempdir().unwrap();
-        let file = FileImage::create(&folder.path().join("disk"), 64 * BLOCK).unwrap();
+        let file = FileImage::create(
+            &folder.path().join("disk"),
+            64 * BLOCK,
+            crate::disk::Access::default(),
+        )
+        .unwrap();
         file.write(0, &vec![9; 64 * ONE], false).unwrap();
         let faults = Arc::new(Faults::default());
         let image = FailingImage::new(file, faults.clone());

@@ -203,6 +203,9 @@ impl Transmission<'_> {
     }
 
     fn begin(&mut self, to: Origin, request: Request) -> Result<(), SessionEnd> {
+        if request.writes() {
+            self.worker.hold_back(self.stream)?;
+        }
         match request {
             Request::Read { range, whole } => {
                 let read = self.worker.read(to, range, whole, &mut self.outbox);

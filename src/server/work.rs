@@ -5,13 +5,16 @@ use super::end::SessionEnd;
 use super::orders::{Order, Orders};
 use super::outbox::Outbox;
 use super::reception::{Reception, SessionId};
+use crate::disk::hold::Held;
 use crate::disk::{Disk, Extent, Visit, Zeroing, errno_of};
 use crate::nbd::handshake::ALLOCATION_CONTEXT_ID;
 use crate::nbd::reply::{Dialect, Origin, StatusExtent};
 use crate::nbd::request::Request;
 use crate::nbd::wire::{Allocation, ErrorCode};
+use crate::net::{Interest, Stream};
 use crate::range::Range;
 use std::io;
+use std::time::Instant;
 use tracing::warn;
 
 /// How many bytes are read from, or written to, the disk at once.
@@ -49,6 +52,9 @@ pub(super) struct Worker<'a> {
     pub(super) client: String,
     pub(super) session: u64,
     complaints: u32,
+    /// How long its writes have been held back.
+    held: Held,
+    began: Instant,
     /// Part of the disk that was seen to be allocated. It may have become a hole since; then zeros
     /// are sent as data, which costs time but is true.
     allocated: Range,
@@ -63,13 +69,37 @@ impl<'a> Worker<'a> {
         (client, session): (String, SessionId),
     ) -> Self {
         let allocated = Range::whole(0);
-        Self { disk, orders, reception, dialect, client, session, complaints: 0, allocated }
+        Self {
+            disk,
+            orders,
+            reception,
+            dialect,
+            client,
+            session,
+            complaints: 0,
+            held: Held::default(),
+            began: Instant::now(),
+            allocated,
+        }
     }
 
     /// Permission to touch the disk; waits while the gate is closed.
     pub(super) fn visit(&self) -> Result<Visit<'a>, SessionEnd> {
         let orders = self.orders;
         Ok(self.disk.enter(&|| orders.current() != Order::Serve)?)
+    }
+
+    /// Makes a write wait, if a migration wants writers held back so that it can catch up.
+    pub(super) fn hold_back(&mut self, stream: &Stream) -> Result<(), SessionEnd> {
+        let wanted = self.disk.hold();
+        if wanted.is_zero() {
+            return Ok(());
+        }
+        let delay = self.held.delay(self.began.elapsed(), wanted);
+        let deadline = Some(Instant::now() + delay);
+        // An order ends the waiting; it stays set, and is obeyed at the next turn.
+        let waited = stream.wait(Interest::default(), Some(&self.orders.wake), deadline);
+        waited.map(drop).map_err(SessionEnd::Connection)
     }
 
     /// Answers everything but reads and writes, which take several steps.

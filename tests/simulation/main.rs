@@ -20,7 +20,7 @@ mod world;
 use world::World;
 
 /// Schedules that run when `FLEXNBD_SCHEDULES` does not say otherwise.
-const SCHEDULES: u64 = 10_000;
+const SCHEDULES: u64 = 6_000;
 
 /// Schedules within which every mutation has to be caught.
 const MUTANT_SCHEDULES: u64 = 20_000;
