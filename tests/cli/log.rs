@@ -104,7 +104,7 @@ fn a_debug_build_says_more_when_verbose() {
 fn a_server_goes_on_when_nobody_reads_its_log_any_more() {
     let served = Served::with(&[]);
     drop(served.server);
-    let port = crate::common::free_port();
+    let port = crate::more::quiet_port();
     let place = Place::Tcp(port);
     let serve = Program::flexnbd("serve -v --file").args([&served.image]).words(&place.flags());
     let mut child = serve.start(Stdio::null(), Stdio::null());

@@ -115,6 +115,14 @@ fn a_bad_acl_entry_is_named_and_changes_nothing() {
 }
 
 #[test]
+fn who_changed_something_is_logged() {
+    let operated = Operated::start(&["--verbose"]);
+    operated.order("acl", "127.0.0.1").ok();
+    let from = format!("\"acl 127.0.0.1\" from uid {}, pid ", nix::unistd::getuid());
+    operated.server.wait_for_stderr(&from);
+}
+
+#[test]
 fn reload_reads_the_acl_and_the_limit_again() {
     let dir = temp_dir();
     let config = dir.path().join("disk.conf");
@@ -159,7 +167,7 @@ fn without_a_server_behind_it_each_order_says_so() {
             order(sock, mode, arguments).run().refused(1, &[&start]);
         };
         told(&none, "no such socket; is the server running?");
-        told(&dead, "");
+        told(&dead, "nobody listens there");
         told(&file, "this is not a socket");
     }
     let instance = Program::flexnbd("status --instance no-such-disk").run();

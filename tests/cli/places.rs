@@ -1,7 +1,7 @@
 //! Where a server can listen, and how it ends: IPv4, IPv6, both at once, unix sockets, signals.
 
-use crate::common::{Builder, MIB, free_port, sparse_image, temp_dir};
-use crate::more::{Place, Program, Served, Style, Transport};
+use crate::common::{Builder, MIB, sparse_image, temp_dir};
+use crate::more::{Place, Program, Served, Style, Transport, quiet_port};
 use crate::{flags_of, read};
 use nix::sys::signal::Signal;
 use std::net::{Ipv6Addr, TcpListener};
@@ -19,7 +19,7 @@ fn ipv6() -> bool {
 fn answers(address: &str, entries: &str, places: &[&str]) -> Vec<bool> {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", MIB);
-    let port = free_port();
+    let port = quiet_port();
     let serve = Program::flexnbd("serve --file").args([&image]);
     let serve = serve.words(&format!("--addr {address} --port {port} {entries}"));
     // Any address that it may listen on is in the tables of the kernel.

@@ -1,8 +1,8 @@
 //! What an operator can get wrong when starting a server: status 78, a fatal log line that names
 //! the thing and the way out, and nothing left behind.
 
-use crate::common::{Builder, free_port, read_at, sparse_image, temp_dir};
-use crate::more::{Outcome, Place, Program, Served, Style, Transport, allocated};
+use crate::common::{Builder, read_at, sparse_image, temp_dir};
+use crate::more::{Outcome, Place, Program, Served, Style, Transport, allocated, quiet_port};
 use crate::{as_nobody, flags_of, permit, read};
 use nix::sys::stat::Mode;
 use std::net::{Ipv4Addr, TcpListener};
@@ -15,7 +15,7 @@ const EXIT_CONFIG: i32 = 78;
 /// `serve` of this image on a free port, refused with all of these words.
 #[track_caller]
 fn refused(image: &Path, parts: &[&str]) {
-    let serve = Program::flexnbd("serve").words(&Place::Tcp(free_port()).flags());
+    let serve = Program::flexnbd("serve").words(&Place::Tcp(quiet_port()).flags());
     is_fatal(&serve.args(["--file"]).args([image]).run(), parts);
 }
 
@@ -70,7 +70,7 @@ fn permissions_are_told_apart() {
     let image = sparse_image(dir.path(), "image", 4096);
     let serve = |flags: &str| {
         let nobody = as_nobody(dir.path())?.words("serve").words(flags).args(["--file"]);
-        Some(nobody.args([&image]).words(&Place::Tcp(free_port()).flags()))
+        Some(nobody.args([&image]).words(&Place::Tcp(quiet_port()).flags()))
     };
     permit(&image, 0o600);
     let Some(unreadable) = serve("") else { return };
@@ -78,7 +78,7 @@ fn permissions_are_told_apart() {
     is_fatal(&serve("--read-only").unwrap().run(), &["/image may not be read by user id 65534"]);
     permit(&image, 0o644);
     is_fatal(&serve("").unwrap().run(), &["/image may be read but not written", "--read-only"]);
-    let port = free_port();
+    let port = quiet_port();
     let reader = as_nobody(dir.path()).unwrap().words("serve --read-only --file").args([&image]);
     let peer = reader.words(&Place::Tcp(port).flags()).serve_at(Place::Tcp(port));
     read(&peer.place.flags(), 0, 512).run().succeeded();
@@ -133,7 +133,7 @@ fn a_control_socket_takes_no_place_that_is_taken() {
     let image = sparse_image(dir.path(), "image", 4096);
     let serve = |sock: &Path| {
         let serve = Program::flexnbd("serve --sock").args([sock]).args(["--file"]).args([&image]);
-        serve.words(&Place::Tcp(free_port()).flags()).run()
+        serve.words(&Place::Tcp(quiet_port()).flags()).run()
     };
     let file = dir.path().join("file");
     std::fs::write(&file, "precious").unwrap();

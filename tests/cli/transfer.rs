@@ -1,7 +1,7 @@
 //! `read` and `write` against every server there is: ours, nbdkit's and QEMU's.
 
-use crate::common::{MIB, free_port, noise, read_at, require_tool, sparse_image, temp_dir};
-use crate::more::{Peer, Place, Program, Served, Transport, in_every_way};
+use crate::common::{MIB, noise, read_at, require_tool, sparse_image, temp_dir};
+use crate::more::{Peer, Place, Program, Served, Transport, in_every_way, quiet_port};
 use crate::{flags_of, read, write};
 use std::path::Path;
 
@@ -34,7 +34,7 @@ fn bytes_go_to_our_server_and_back_in_every_way() {
 
 fn place(transport: Transport, dir: &Path) -> Place {
     match transport {
-        Transport::Tcp => Place::Tcp(free_port()),
+        Transport::Tcp => Place::Tcp(quiet_port()),
         Transport::Unix => Place::Unix(dir.join("peer.sock")),
     }
 }

@@ -1,7 +1,7 @@
 //! What can keep `read` and `write` from doing their work, and what they then say.
 
-use crate::common::{KIB, MIB, free_port, noise, read_at, require_tool, sparse_image, temp_dir};
-use crate::more::{Place, Served, end_of};
+use crate::common::{KIB, MIB, noise, read_at, require_tool, sparse_image, temp_dir};
+use crate::more::{Place, Served, end_of, quiet_port};
 use crate::transfer::nbdkit;
 use crate::{flags_of, read, write};
 use std::fs::File;
@@ -11,7 +11,7 @@ use std::process::Stdio;
 
 #[test]
 fn nobody_listening_is_said_once_with_the_address() {
-    let place = Place::Tcp(free_port());
+    let place = Place::Tcp(quiet_port());
     let outcome = read(&place.flags(), 0, 512).run();
     outcome.refused(1, &["flexnbd read: cannot connect to 127.0.0.1:", "refused"]);
     assert_eq!(outcome.stderr.matches("cannot connect").count(), 1, "{}", outcome.stderr);
