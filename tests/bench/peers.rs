@@ -53,7 +53,7 @@ fn measure(options: &Options) -> Result<(), Trouble> {
     }
     let servers = servers::installed(&options.servers, &options.also)?;
     let images = Images::new(options)?;
-    let cells: Vec<Cell> = cells.into_iter().filter(|cell| is_possible(cell, &images)).collect();
+    let cells = possible(cells, &images);
     let mut report = Report::begin(options, &servers, cells.len());
     for cell in &cells {
         let result = measure_cell(cell, options, &servers, &images);
@@ -67,19 +67,21 @@ fn measure(options: &Options) -> Result<(), Trouble> {
     report.finish(options.json.as_deref())
 }
 
-/// Whether a cell can be measured here; says so if not.
-fn is_possible(cell: &Cell, images: &Images) -> bool {
-    let mut obstacle = None;
-    if cell.temperature == Temperature::Cold {
-        obstacle = obstacle.or(images.why_never_cold());
-    }
-    if cell.source == Source::Fio {
-        obstacle = obstacle.or(fio::why_not());
-    }
-    if let Some(why) = obstacle {
-        println!("# skipped {cell}: {why}");
-    }
-    obstacle.is_none()
+/// The cells that can be measured here; says which others there are, and why they cannot.
+fn possible(mut cells: Vec<Cell>, images: &Images) -> Vec<Cell> {
+    let mut leave_out = |obstacle: Option<&str>, concerns: fn(&Cell) -> bool| {
+        let before = cells.len();
+        if let Some(why) = obstacle {
+            cells.retain(|cell| !concerns(cell));
+            let left_out = before - cells.len();
+            if left_out > 0 {
+                println!("# skipped {left_out} of {before} cells: {why}");
+            }
+        }
+    };
+    leave_out(images.why_never_cold(), |cell| cell.temperature == Temperature::Cold);
+    leave_out(fio::why_not(), |cell| cell.source == Source::Fio);
+    cells
 }
 
 /// All rounds of one cell. The servers take turns, and each round begins with another one, so

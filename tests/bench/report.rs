@@ -15,6 +15,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// A client that computes for more than this part of the time is likely to be what limits.
 const CLIENT_LIMITS: f64 = 0.95;
 
+/// With more load than this before we begin, others are using this machine.
+const LOAD_OF_OTHERS: f64 = 0.5;
+
 /// All of it.
 #[derive(Debug)]
 pub(super) struct Report {
@@ -56,6 +59,13 @@ impl Report {
         for (name, version) in &versions {
             println!("# {name}: {}", version.as_str().unwrap_or_default());
         }
+        let load = load_average();
+        if load > LOAD_OF_OTHERS {
+            println!(
+                "# others are using this machine (load {load}): processor time per request can \
+                 be trusted, rates and their ratios cannot"
+            );
+        }
         let runs = cells * servers.len() * options.rounds as usize;
         // Start, warm-up and stop take about half a second.
         let minutes = runs as f64 * (options.seconds.as_secs_f64() + 0.5) / 60.0;
@@ -66,6 +76,7 @@ impl Report {
             "kernel": read("/proc/sys/kernel/osrelease"),
             "processor": processor(),
             "versions": versions,
+            "load_before": load,
             "rounds": options.rounds,
             "seconds": options.seconds.as_secs_f64(),
             "image_mib": options.size,
@@ -222,6 +233,12 @@ fn sample_json(sample: &Sample) -> Value {
 
 fn read(path: &str) -> String {
     fs::read_to_string(path).unwrap_or_default().trim().to_owned()
+}
+
+/// The mean number of tasks that ran or wanted to, in the last minute.
+fn load_average() -> f64 {
+    let text = read("/proc/loadavg");
+    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or(0.0)
 }
 
 fn processor() -> String {
