@@ -59,8 +59,7 @@ pub(super) fn to_listen(
 
 /// The ledger, if it can keep records; else a warning that the handover is not protected by one.
 pub(super) fn usable(ledger: Ledger) -> Option<Ledger> {
-    let same = ledger.read().and_then(|record| ledger.write(record.as_ref()));
-    match same {
+    match ledger.check() {
         Ok(()) => Some(ledger),
         Err(error) => {
             warn!(

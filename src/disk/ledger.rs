@@ -18,6 +18,8 @@ use xattr::FileExt;
 
 /// Name of the extended attribute.
 pub const ATTRIBUTE: &str = "user.flexnbd";
+/// Name of an attribute that is set and removed again, to see whether that can be done.
+const PROBE: &str = "user.flexnbd.probe";
 /// Where records are kept that cannot be attributes, unless the service manager says otherwise.
 pub const STATE_DIRECTORY: &str = "/var/lib/flexnbd";
 /// What a record's file name shows as it is.
@@ -118,6 +120,24 @@ impl Ledger {
         }
     }
 
+    /// Whether a record can be kept at all, found out without making anything durable, which can
+    /// take long.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self) -> Result<(), LedgerError> {
+        let tried = self.image.set_xattr(PROBE, b"").and_then(|()| self.image.remove_xattr(PROBE));
+        match tried {
+            Err(error) if is_impossible(&error) => {
+                let failed = |source| LedgerError::Io { path: self.file.clone(), source };
+                fs::create_dir_all(self.directory()).map_err(failed)?;
+                let probe = self.beside(".probe");
+                File::create(&probe).and_then(|_| fs::remove_file(&probe)).map_err(failed)
+            }
+            tried => tried.map_err(|source| LedgerError::Io { path: self.path.clone(), source }),
+        }
+    }
+
     /// Deletes the image, durably, with its record.
     ///
     /// # Errors
@@ -159,17 +179,16 @@ impl Ledger {
         // One byte more than a record has, so that a longer one is seen to be damaged.
         file.take(RECORD_MAX as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
         // The bytes were durable before the file got its name.
-        sync_directory(self.file.parent().unwrap_or(Path::new("/"))).map_err(failed)?;
+        sync_directory(self.directory()).map_err(failed)?;
         Ok(Some(bytes))
     }
 
     /// Under another name first: a crash leaves the old record or the new one, never half of one.
     fn write_file(&self, record: &Record) -> Result<(), LedgerError> {
         let failed = |source| LedgerError::Io { path: self.file.clone(), source };
-        let directory = self.file.parent().unwrap_or(Path::new("/"));
+        let directory = self.directory();
         fs::create_dir_all(directory).map_err(failed)?;
-        let mut name = self.file.clone().into_os_string();
-        name.push(".new");
+        let name = self.beside(".new");
         let written = OpenOptions::new()
             .write(true)
             .create(true)
@@ -182,6 +201,17 @@ impl Ledger {
             });
         written.and_then(|()| fs::rename(&name, &self.file)).map_err(failed)?;
         sync_directory(directory).map_err(failed)
+    }
+
+    fn directory(&self) -> &Path {
+        self.file.parent().unwrap_or(Path::new("/"))
+    }
+
+    /// The name of the record's file with something appended.
+    fn beside(&self, suffix: &str) -> PathBuf {
+        let mut name = self.file.clone().into_os_string();
+        name.push(suffix);
+        name.into()
     }
 
     fn remove_file(&self) -> Result<(), LedgerError> {
@@ -271,6 +301,15 @@ mod tests {
         assert!(matches!(ledger.read(), Err(LedgerError::Bad { .. })));
         fs::write(&ledger.file, [b'x'; RECORD_MAX + 9]).unwrap();
         assert!(matches!(ledger.read(), Err(LedgerError::Bad { .. })));
+    }
+
+    #[test]
+    fn whether_a_record_can_be_kept_is_found_out_without_leaving_one() {
+        let (directory, path) = image();
+        let ledger = Ledger::open(&path, &directory.path().join("state")).unwrap();
+        ledger.check().unwrap();
+        assert_eq!(ledger.read().unwrap(), None);
+        assert_eq!(ledger.image.list_xattr().unwrap().count(), 0);
     }
 
     #[test]

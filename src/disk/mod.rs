@@ -183,6 +183,14 @@ impl Disk {
         self.hold.store(micros, Ordering::Relaxed);
     }
 
+    /// Writes back what is unwritten, without passing the gate.
+    ///
+    /// # Errors
+    /// As [`Visit::flush`]: the kernel tells a failure once, and later flushes have to hear of it.
+    pub fn write_back(&self) -> io::Result<()> {
+        self.image.flush().map_err(|error| self.flush_failed(&error))
+    }
+
     /// The view of whoever moves the disk.
     #[must_use]
     pub fn copier(&self) -> Copier<'_> {
@@ -297,7 +305,7 @@ impl Visit<'_> {
     /// error until the disk is opened anew, since some data may have been lost for good.
     pub fn flush(&self) -> io::Result<()> {
         self.disk.check_flushes()?;
-        self.disk.image.flush().map_err(|error| self.disk.flush_failed(&error))?;
+        self.disk.write_back()?;
         // Another thread may have heard meanwhile what was meant for us, too.
         self.disk.check_flushes()
     }

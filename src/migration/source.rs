@@ -24,6 +24,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// How long visits to the disk may take to end when the gate is closed.
 const DRAIN: Duration = Duration::from_secs(10);
+/// How often the image is flushed before the gate is closed, at most.
+const FLUSHES_MAX: usize = 3;
+/// A flush that is shorter than this has left little to write.
+const FLUSH_SHORT: Duration = Duration::from_millis(20);
 /// How often the progress is written down for whoever asks.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 /// Data is looked at for zeros in blocks of this size.
@@ -321,7 +325,17 @@ impl Source {
         }
     }
 
+    /// Behind the closed gate the record will be made durable, and with it, on most file systems,
+    /// whatever is unwritten of the image. So most of that is written before.
     fn close_gate(&mut self) -> Event {
+        for _ in 0..FLUSHES_MAX {
+            let begun = Instant::now();
+            // A failure is the clients' to hear, with their next flush.
+            let flushed = self.disk.write_back();
+            if flushed.is_err() || begun.elapsed() < FLUSH_SHORT {
+                break;
+            }
+        }
         match self.disk.gate().close_and_drain(Instant::now() + DRAIN) {
             Ok(()) => {
                 self.gate_closed = true;
