@@ -52,7 +52,8 @@ pub(super) fn sample(
         requests_per_sec: figures.requests_per_sec,
         mb_per_sec: figures.requests_per_sec * f64::from(cell.block) / 1e6,
         server_cpu_us_per_request: cpu * 1e6 / figures.requests.max(1.0),
-        client_busy: figures.busy,
+        // fio gives the mean of its jobs, which share one CPU.
+        client_busy: figures.busy * cell.sessions as f64,
         rss_peak_mib: usage::rss_peak_kib(server.pid) as f64 / 1024.0,
     })
 }

@@ -62,8 +62,8 @@ impl Report {
         let load = load_average();
         if load > LOAD_OF_OTHERS {
             println!(
-                "# others are using this machine (load {load}): processor time per request can \
-                 be trusted, rates and their ratios cannot"
+                "# others are using this machine (load {load}): rates and their ratios mean \
+                 little now, processor time per request a bit more"
             );
         }
         let runs = cells * servers.len() * options.rounds as usize;
