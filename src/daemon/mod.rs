@@ -73,6 +73,7 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
     let (events, arrivals) = mpsc::channel();
     let signals = block_signals()?;
     raise_descriptor_limit();
+    give_freed_memory_back();
     let disk = open(&plan)?;
     let ledger = title::ledger(&plan)?;
     let (reception, departures) = match plan.role {
@@ -337,6 +338,20 @@ fn raise_descriptor_limit() {
         && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     {
         warn!("cannot raise the limit of {soft} file descriptors: {error}");
+    }
+}
+
+/// Session buffers are large, and live only while their session is busy. Left to itself glibc
+/// takes the first one that is freed as a hint to keep such memory, in every thread's arena.
+fn give_freed_memory_back() {
+    #[cfg(target_env = "gnu")]
+    {
+        use nix::libc::{M_MMAP_THRESHOLD, mallopt};
+        /// What glibc begins with, in bytes; setting it keeps it from growing.
+        const THRESHOLD: i32 = 128 << 10;
+        // SAFETY: takes two integers and touches nothing but the allocator's own settings, for
+        // which it takes the allocator's lock.
+        unsafe { mallopt(M_MMAP_THRESHOLD, THRESHOLD) };
     }
 }
 
