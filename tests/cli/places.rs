@@ -5,6 +5,7 @@ use crate::more::{Place, Program, Served, Style, Transport, quiet_port};
 use crate::{flags_of, read};
 use nix::sys::signal::Signal;
 use std::net::{Ipv6Addr, TcpListener};
+use std::os::unix::net::UnixListener;
 
 fn ipv6() -> bool {
     let there = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
@@ -99,4 +100,17 @@ fn each_signal_that_ends_it_ends_it_well_and_leaves_no_sockets() {
         assert!(!nbd.exists() && !control.exists(), "{signal}: the sockets are gone");
         assert_eq!(server.stderr(), "");
     }
+}
+
+#[test]
+fn a_stale_socket_to_serve_on_is_replaced_and_a_live_one_left_alone() {
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", MIB);
+    let sock = dir.path().join("nbd.sock");
+    drop(UnixListener::bind(&sock).unwrap());
+    let served = Served::image(dir, image, Transport::Unix, Style::New, &[]);
+    let other = sparse_image(served.dir.path(), "other", MIB);
+    let second = Program::flexnbd("serve --file").args([&other]).words("--addr").args([&sock]);
+    second.run().refused(78, &["cannot listen on /", "another program answers there"]);
+    read(&flags_of(&served.server), 0, 512).run().succeeded();
 }
