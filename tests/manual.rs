@@ -1,5 +1,5 @@
-//! Holds what we tell people against the program: the manual page (`manual/page.rs`) and the README
-//! (`manual/readme.rs`).
+//! Holds what we tell people against the program: the manual pages (`manual/page.rs` and
+//! `manual/migration.rs`) and the README (`manual/readme.rs`).
 //! Never judges the words, only whether they are true.
 
 #![allow(
@@ -8,6 +8,8 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
+#[path = "manual/migration.rs"]
+mod migration;
 #[path = "manual/page.rs"]
 mod page;
 #[path = "manual/readme.rs"]

@@ -177,7 +177,7 @@ fn the_configuration_file_in_the_examples_is_one() {
 }
 
 /// The whole numbers of a text, in order.
-fn numbers(text: &str) -> Vec<u64> {
+pub(crate) fn numbers(text: &str) -> Vec<u64> {
     let digits = text.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
     digits.map(|part| part.parse().unwrap()).collect()
 }
@@ -231,9 +231,14 @@ fn an_instance_is_where_the_page_says() {
 
 #[test]
 fn formatters_have_nothing_to_complain_of() {
+    formatters_are_content_with(PAGE);
+}
+
+/// Formats a page by each of the formatters that are installed.
+pub(crate) fn formatters_are_content_with(page: &str) {
     let complaints = |program: &str, arguments: &[&str]| {
         let mut command = std::process::Command::new(program);
-        command.args(arguments).arg(ours(PAGE)).env("LC_ALL", "C.UTF-8").env("MANWIDTH", "80");
+        command.args(arguments).arg(ours(page)).env("LC_ALL", "C.UTF-8").env("MANWIDTH", "80");
         let output = command.output().unwrap_or_else(|error| panic!("{program}: {error}"));
         assert!(output.status.success(), "{program} ended with {}", output.status);
         assert!(output.stdout.len() > 10_000, "{program} has formatted almost nothing");

@@ -1,0 +1,440 @@
+//! man/flexnbd-migration.7 and the program: limits, records, verdicts, stages, messages, commands
+//! and the bytes on the wire.
+
+use super::page::{formatters_are_content_with, numbers};
+use super::roff::Page;
+use super::{must_be_meant, ours, read};
+use flexnbd::cli::MODES;
+use flexnbd::disk::ownership::{
+    self, BadRecord, ForListen, ForServe, Id, PLACE_MAX, Place, RECORD_MAX, Record, Title,
+    for_adopt, for_listen, for_serve,
+};
+use flexnbd::disk::{dirty, hold, ledger};
+use flexnbd::migration::job::{Job, SIZE_MIN, Trouble};
+use flexnbd::migration::machine::RETRY_EVERY;
+use flexnbd::migration::pace::{CHUNK_MIN, Chase};
+use flexnbd::migration::plan::Limits;
+use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
+use flexnbd::nbd::wire::{ErrorCode, PRIVATE_PAYLOAD_MAX};
+use std::time::Duration;
+
+const PAGE: &str = "man/flexnbd-migration.7";
+/// The modes that are about migration. One that the program does not have yet is not held against
+/// it.
+const MOVING: [&str; 5] = ["listen", "mirror", "mirror-speed", "break", "adopt"];
+const ID: Id = Id([0x11; 16]);
+const TOKEN: Token = Token([0x22; 16]);
+
+fn page() -> Page {
+    Page::parse(&read(PAGE))
+}
+
+fn place() -> Place {
+    Place::new("PLACE").unwrap()
+}
+
+/// A job with the usual limits.
+fn job() -> Job {
+    Job::new(ID, 1 << 30, place(), Title::Native)
+}
+
+/// All of the text at a place, on one line.
+fn text(page: &Page, place: &str) -> String {
+    page.at(place).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn formatters_have_nothing_to_complain_of() {
+    formatters_are_content_with(PAGE);
+}
+
+#[test]
+fn the_two_manuals_refer_to_each_other() {
+    let points = |from: &str, to: &str| {
+        let page = Page::parse(&read(from));
+        let found = page.at("SEE ALSO").any(|line| line.trim_end_matches(" ,") == to);
+        assert!(found, "{from} does not point to `{to}`");
+    };
+    points("man/flexnbd.1", ".Xr flexnbd-migration 7");
+    points(PAGE, ".Xr flexnbd 1");
+}
+
+#[test]
+fn the_limits_are_those_of_the_program() {
+    let page = page();
+    let told = |item: &str| numbers(&page.item_text("LIMITS", item));
+    let (usual, limits) = (job(), Limits::default());
+    let pause = u64::try_from(usual.pause.as_millis()).unwrap();
+    let (window, most) = (limits.window >> 20, limits.data_max >> 20);
+    let held = u64::try_from(hold::DELAY_MAX.as_millis()).unwrap();
+    assert_eq!(told("Smallest disk"), [SIZE_MIN]);
+    assert_eq!(told("Pause aimed at"), [pause]);
+    assert_eq!(told("Patience"), [usual.patience.as_secs()]);
+    assert_eq!(told("Trying again"), [RETRY_EVERY.as_secs()]);
+    assert_eq!(told("Requests in flight"), [window, limits.requests as u64, most]);
+    assert_eq!(told("Holding back"), [held]);
+    assert_eq!(told("Marks"), [dirty::BLOCK >> 10]);
+    assert_eq!(told("Record"), [RECORD_MAX as u64]);
+    assert_eq!(told("Private payload"), [PRIVATE_PAYLOAD_MAX, Handover::LENGTH as u64]);
+    assert_eq!(numbers(&text(&page, "SPEED/Limits")), [0, CHUNK_MIN]);
+}
+
+/// The steps by which a chase holds writers back when no pass shrinks, and how often a pass may
+/// fail to at the last of them.
+fn chased() -> (Vec<Duration>, u64) {
+    let mut chase = Chase::new(job().pause);
+    let (mut steps, mut at_the_last) = (Vec::new(), 0);
+    for second in 0..100 {
+        chase.pass_ended(Duration::from_secs(second), 1 << 30);
+        let delay = chase.delay();
+        if steps.last() != Some(&delay) {
+            steps.push(delay);
+            at_the_last = 0;
+        } else {
+            at_the_last += 1;
+        }
+        if chase.may_end(1 << 30, None) {
+            return (steps, at_the_last);
+        }
+    }
+    panic!("it never ends: {steps:?}");
+}
+
+#[test]
+fn writers_are_held_back_by_the_steps_that_are_told() {
+    let (steps, at_the_last) = chased();
+    let steps: Vec<u64> =
+        steps.iter().skip(1).map(|step| u64::try_from(step.as_micros()).unwrap()).collect();
+    assert!(steps.windows(2).all(|pair| pair[1] == 2 * pair[0]), "not doubled: {steps:?}");
+    let held = u64::try_from(hold::DELAY_MAX.as_millis()).unwrap();
+    let expected = [steps[0], steps[steps.len() - 1], held, at_the_last];
+    assert_eq!(numbers(&text(&page(), "SPEED/Convergence")), expected);
+}
+
+#[test]
+fn numbers_within_the_text_are_those_of_the_program() {
+    let page = page();
+    let (pause, patience) = (job().pause.as_millis(), job().patience.as_secs());
+    let catching_up = text(&page, "WHAT HAPPENS/Catching up");
+    assert_eq!(numbers(&catching_up), [u64::try_from(pause).unwrap()]);
+    let limit = page.item_text("ENVIRONMENT", "Ev FLEXNBD_MS_REQUEST_LIMIT_SECS");
+    assert_eq!(numbers(&limit), [patience, 1]);
+    let lost = "The connection is lost while copying, or the destination hangs";
+    let lost = text(&page, &format!("WHEN SOMETHING GOES WRONG/{lost}"));
+    assert_eq!(numbers(&lost), [patience]);
+    assert_eq!(numbers(&text(&page, "IN DOUBT"))[0], patience);
+    let records = text(&page, "RECORDS");
+    assert!(records.contains(&format!("at most {RECORD_MAX} bytes")), "{records}");
+    assert!(records.contains(&format!("at most {PLACE_MAX}")), "{records}");
+}
+
+/// Every record that there can be, by the name that the page gives it.
+fn records() -> [(&'static str, Option<Record>); 7] {
+    [
+        ("none", None),
+        ("incoming", Some(Record::Incoming { id: Some(ID) })),
+        ("ours (ID)", Some(Record::Ours(Title::Arrived(ID)))),
+        ("ours (received)", Some(Record::Ours(Title::Received))),
+        ("ours (adopted)", Some(Record::Ours(Title::Adopted))),
+        ("departing", Some(Record::Departing { id: ID, before: Title::Native, to: place() })),
+        ("departed", Some(Record::Departed { id: ID, when: 1, to: place() })),
+    ]
+}
+
+/// A row of the table of verdicts, as the program has it.
+fn verdicts(name: &str, record: Option<&Record>) -> String {
+    let serve = match for_serve(record) {
+        ForServe::Serve(_) => "serves",
+        ForServe::Ask { .. } => "asks",
+        ForServe::Refuse(_) => "refuses",
+    };
+    let listen = |overwrite| match for_listen(record, overwrite) {
+        ForListen::Accept { .. } => "accepts",
+        ForListen::AlreadyArrived(_) => "exits 0",
+        ForListen::Refuse(_) => "refuses",
+    };
+    assert!(for_adopt(record, true).is_ok(), "{name}: not even by force");
+    let adopt = if for_adopt(record, false).is_ok() { "yes" } else { "with --force" };
+    [name, serve, listen(false), listen(true), adopt].join(" Ta ")
+}
+
+#[test]
+fn the_table_of_records_says_what_the_program_does() {
+    let page = page();
+    let rows: Vec<&str> =
+        page.items("RECORDS").into_iter().filter(|item| item.contains(" Ta ")).skip(1).collect();
+    let expected = records().map(|(name, record)| verdicts(name, record.as_ref()));
+    assert_eq!(rows, expected);
+}
+
+#[test]
+fn the_records_shown_are_records_and_every_kind_is_shown() {
+    let digits = ID.to_string();
+    let shown: Vec<&str> = page()
+        .literal()
+        .iter()
+        .filter(|line| line.starts_with("flexnbd 1 "))
+        .map(|line| Record::decode(format!("{}\n", line.replace("ID", &digits)).as_bytes()))
+        .map(|record| record.unwrap().name())
+        .collect();
+    let mut kinds: Vec<&str> =
+        records().iter().flat_map(|(_, record)| record).map(Record::name).collect();
+    kinds.dedup();
+    assert_eq!(shown, kinds);
+}
+
+#[test]
+fn records_are_where_the_page_says() {
+    let page = page();
+    let attribute = format!("Va {}", ledger::ATTRIBUTE);
+    let directory = format!("Pa {}", ledger::STATE_DIRECTORY);
+    assert_eq!(page.items("FILES"), [attribute, directory]);
+    let asks = format!("getfattr --only-values -n {} disk.img", ledger::ATTRIBUTE);
+    assert!(page.literal().iter().any(|line| line.ends_with(&asks)), "nobody shows the record");
+}
+
+#[test]
+fn variables_of_the_environment_are_read() {
+    let sources = daemon();
+    for item in page().items("ENVIRONMENT") {
+        let variable = item.strip_prefix("Ev ").unwrap();
+        assert!(sources.contains(&format!("\"{variable}\"")), "nobody reads {variable}");
+    }
+}
+
+/// The source of the room that speaks to operators, where words are that no test can reach.
+fn daemon() -> String {
+    let directory = std::fs::read_dir(ours("src/daemon")).unwrap();
+    directory.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap()).collect()
+}
+
+#[test]
+fn the_stages_are_those_that_status_tells() {
+    let sources = daemon() + &read("src/control/status.rs");
+    let arms = sources.lines().filter_map(|line| line.trim().strip_prefix("Stage::"));
+    let named = arms.filter_map(|arm| arm.split_once("=> \""));
+    let names: Vec<&str> = named.map(|(_, name)| name.trim_end_matches("\",")).collect();
+    let page = page();
+    let items = page.items("STAGES");
+    assert_eq!(items, names.iter().map(|name| format!("Li {name}")).collect::<Vec<_>>());
+    for key in ["migration_stage", "migration_passes"] {
+        assert!(sources.contains(&format!("\"{key}\"")), "status has no {key}");
+    }
+}
+
+/// With `N` for every number.
+fn without_numbers(text: &str) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        match c {
+            '0'..='9' if out.ends_with('N') => {}
+            '0'..='9' => out.push('N'),
+            c => out.push(c),
+        }
+    }
+    out.replace("migration ID", "migration N")
+}
+
+/// Every reason for which a destination is not, or no longer, copied to.
+fn troubles() -> Vec<String> {
+    let reason = || "REASON".to_owned();
+    let troubles = [
+        Trouble::Connect(reason()),
+        Trouble::Rejected(reason()),
+        Trouble::Silent(reason()),
+        Trouble::Size { local: 1, remote: 2 },
+        Trouble::ReadOnly,
+        Trouble::Serving,
+        Trouble::BlockSize(512),
+        Trouble::Lost(reason()),
+        Trouble::Stuck(Duration::from_secs(1)),
+        Trouble::ErrorReply(5),
+        Trouble::Cookie(1),
+    ];
+    troubles.iter().map(|trouble| without_numbers(&trouble.to_string())).collect()
+}
+
+/// Whether the items are the beginnings of the messages, each of one, in the order of the page.
+fn begin_like(items: &[String], messages: &[String]) {
+    assert_eq!(items.len(), messages.len(), "{items:#?}\n{messages:#?}");
+    for (item, message) in items.iter().zip(messages) {
+        assert!(message.starts_with(item.as_str()), "`{item}` is not how `{message}` begins");
+    }
+}
+
+#[test]
+fn the_reasons_for_which_mirror_fails_are_told_in_the_words_of_the_program() {
+    let page = page();
+    let items = page.items("MESSAGES/Why mirror fails");
+    let items: Vec<String> = items.into_iter().map(without_numbers).collect();
+    let sources = without_numbers(&daemon());
+    let is_reply = |item: &&String| sources.contains(item.as_str());
+    let (replies, reasons): (Vec<_>, Vec<_>) = items.iter().partition(is_reply);
+    assert_eq!(replies.len(), 8, "not all of {replies:#?} are told, or more");
+    begin_like(&reasons.into_iter().cloned().collect::<Vec<_>>(), &troubles());
+}
+
+#[test]
+fn errors_of_the_wire_are_numbered_as_the_program_numbers_them() {
+    let item = "the destination answered with NBD error N; see its log";
+    let told = numbers(&page().item_text("MESSAGES/Why mirror fails", item));
+    let codes = [ErrorCode::NoSpace, ErrorCode::Io, ErrorCode::NotPermitted];
+    assert_eq!(told, codes.map(|code| u64::from(code.number())));
+}
+
+#[test]
+fn the_reasons_for_which_an_image_is_refused_are_told_in_the_words_of_the_program() {
+    let (id, to) = (ID, place());
+    let refusals = [
+        ownership::Refusal::Incomplete,
+        ownership::Refusal::Departing { id, to: to.clone() },
+        ownership::Refusal::Departed { id, when: 1, to },
+        ownership::Refusal::Adopted,
+    ];
+    let bad = [BadRecord::Garbage(String::new()), BadRecord::Version("2".to_owned())];
+    let messages = refusals.iter().map(|refusal| refusal.explain("IMAGE"));
+    let messages = messages.chain(bad.iter().map(ToString::to_string));
+    let page = page();
+    let items = page.items("MESSAGES/Why an image is refused");
+    begin_like(
+        &items.into_iter().map(without_numbers).collect::<Vec<_>>(),
+        &messages.map(|message| without_numbers(&message)).collect::<Vec<_>>(),
+    );
+}
+
+/// The tables of bytes at a place, as offset, length and name of each field.
+fn tables(page: &Page, place: &str) -> Vec<Vec<(usize, usize, String)>> {
+    let mut tables = Vec::new();
+    for item in page.items(place) {
+        let columns: Vec<&str> = item.split(" Ta ").collect();
+        match columns[..] {
+            ["Em offset", "Em length", "Em field"] => tables.push(Vec::new()),
+            [offset, length, name] => {
+                let (offset, length) = (offset.parse().unwrap(), length.parse().unwrap());
+                tables.last_mut().unwrap().push((offset, length, name.to_owned()));
+            }
+            _ => {}
+        }
+    }
+    tables
+}
+
+/// Whether a message consists of these fields, in this order and nothing between them.
+fn consists_of(bytes: &[u8], table: &[(usize, usize, String)], fields: &[(&str, &[u8])]) {
+    let names: Vec<&str> = table.iter().map(|(_, _, name)| name.as_str()).collect();
+    assert_eq!(names, fields.iter().map(|(name, _)| *name).collect::<Vec<_>>());
+    let mut end = 0;
+    for ((offset, length, name), (_, expected)) in table.iter().zip(fields) {
+        assert_eq!(*offset, end, "where {name} begins");
+        end += length;
+        assert_eq!(&bytes[*offset..end], *expected, "{name}");
+    }
+    assert_eq!(end, bytes.len(), "where the message ends");
+}
+
+#[test]
+fn the_private_messages_are_the_bytes_that_are_described() {
+    let page = page();
+    let option = tables(&page, "PROTOCOL/The private option");
+    let command = tables(&page, "PROTOCOL/The private command");
+    let ([question, answer], [handover]) = (&option[..], &command[..]) else {
+        panic!("there are not three tables");
+    };
+    let version = VERSION.to_be_bytes();
+    let size = 0x0102_0304_0506_0708_u64;
+    consists_of(
+        &Question { size, id: ID }.encode(),
+        question,
+        &[("version", &version), ("disk size", &size.to_be_bytes()), ("migration id", &ID.0)],
+    );
+    for (listening, has, role, state) in [
+        (Some(TOKEN), Has::Nothing, 1, 0),
+        (Some(TOKEN), Has::Incomplete, 1, 1),
+        (None, Has::Arrived, 2, 2),
+    ] {
+        let token = listening.map_or([0; 16], |token| token.0);
+        let rest: [(&str, &[u8]); 2] = [("zero", &[0, 0]), ("arrival token", &token)];
+        let start: [(&str, &[u8]); 3] =
+            [("version", &version), ("role", &[role]), ("state", &[state])];
+        consists_of(&Answer { listening, has }.encode(), answer, &[&start[..], &rest].concat());
+    }
+    consists_of(
+        &Handover { id: ID, token: TOKEN }.encode(),
+        handover,
+        &[("version", &version), ("migration id", &ID.0), ("arrival token", &TOKEN.0)],
+    );
+}
+
+#[test]
+fn the_private_option_and_command_have_the_numbers_that_are_told() {
+    let page = page();
+    let option = text(&page, "PROTOCOL/The private option");
+    let told = option.matches(&format!("0x{OPTION:08X}")).count();
+    assert_eq!((told, option.matches("0x").count()), (2, 2), "{option}");
+    let command = text(&page, "PROTOCOL/The private command");
+    let told = command.matches(&format!("0x{COMMAND:04X}")).count();
+    assert_eq!((told, command.matches("0x").count()), (1, 1), "{command}");
+    let version = format!("begins with its version, {VERSION}.");
+    assert!(text(&page, "PROTOCOL").contains(&version), "the version is not {VERSION}");
+    for (item, values) in [("role", vec![1, 2]), ("state", vec![0, 1, 2])] {
+        assert_eq!(numbers(&page.item_text("PROTOCOL/The private option", item)), values, "{item}");
+    }
+}
+
+/// The commands of the examples, as `flexnbd MODE ...`.
+fn commands() -> Vec<String> {
+    let text = page().literal();
+    let starts = text.iter().map(|line| line.strip_prefix("$ ").unwrap_or(line).trim());
+    let ours = starts.filter(|line| line.starts_with("flexnbd ") && !line.contains("flexnbd 1 "));
+    ours.map(|line| line.trim_end_matches("&&").trim().to_owned()).collect()
+}
+
+#[test]
+fn commands_in_examples_can_be_meant_and_every_mode_has_one() {
+    let commands = commands();
+    let mode = |line: &str| line.split_whitespace().nth(1).unwrap().to_owned();
+    for moving in MOVING {
+        assert!(commands.iter().any(|line| mode(line) == moving), "no example of {moving}");
+    }
+    for line in &commands {
+        if MODES.contains(&mode(line).as_str()) {
+            must_be_meant(line);
+        } else {
+            assert!(MOVING.contains(&mode(line).as_str()), "`{line}` has an unknown mode");
+        }
+    }
+}
+
+#[test]
+fn options_that_the_text_mentions_exist() {
+    let mut program = flexnbd::cli::command();
+    program.build();
+    let arguments = program.get_subcommands().flat_map(clap::Command::get_arguments);
+    let known: Vec<String> =
+        arguments.filter_map(|arg| arg.get_long()).map(|long| format!("--{long}")).collect();
+    let mentioned = page().options();
+    assert!(mentioned.len() >= 6, "only {mentioned:?} found");
+    let is_whole = MOVING.iter().all(|mode| MODES.contains(mode));
+    let to_come = ["--force", "--max-speed", "--overwrite", "--unlink", "--wait"];
+    let exists = |option: &&String| {
+        known.contains(option) || (!is_whole && to_come.contains(&option.as_str()))
+    };
+    let unknown: Vec<_> = mentioned.iter().filter(|option| !exists(option)).collect();
+    assert!(unknown.is_empty(), "the page mentions {unknown:?}");
+}
+
+#[test]
+fn sections_that_the_text_points_to_exist() {
+    let source = read(PAGE).replace(r"\-", "-");
+    let headings: Vec<&str> = source
+        .lines()
+        .filter_map(|line| line.strip_prefix(".Sh ").or(line.strip_prefix(".Ss ")))
+        .collect();
+    let mentioned = source.lines().filter_map(|line| line.strip_prefix(".Sx "));
+    let mentioned: Vec<&str> =
+        mentioned.map(|name| name.trim_end_matches([' ', '.', ';', ',', ')'])).collect();
+    assert!(mentioned.len() > 10, "only {mentioned:?} found");
+    for name in mentioned {
+        assert!(headings.contains(&name), "there is no section `{name}`");
+    }
+}
