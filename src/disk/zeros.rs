@@ -69,14 +69,15 @@ fn block_length(offset: u64, data: &[u8]) -> usize {
     data.len().min(to_edge as usize)
 }
 
-/// Whether a block, or a part of one, is zero. Data is nearly always told by its first or its last
+/// Whether bytes, of any length, are all zero. Data is nearly always told by its first or its last
 /// word, before the rest is looked at.
-pub fn is_zero(block: &[u8]) -> bool {
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
     const NOTHING: [u8; 8] = [0; 8];
     let may_be = |word: Option<&[u8; 8]>| word.is_none_or(|word| *word == NOTHING);
-    may_be(block.first_chunk())
-        && may_be(block.last_chunk())
-        && ZEROS.get(..block.len()).is_some_and(|zeros| block == zeros)
+    may_be(bytes.first_chunk())
+        && may_be(bytes.last_chunk())
+        && bytes.chunks(ZEROS.len()).all(|block| *block == ZEROS[..block.len()])
 }
 
 /// What a durable write still needs to be durable.
@@ -228,8 +229,8 @@ mod tests {
     }
 
     #[test]
-    fn a_single_byte_anywhere_makes_a_block_data() {
-        for length in [1, 7, 8, 9, 16, 511, 512, ONE - 1, ONE] {
+    fn a_single_byte_anywhere_makes_bytes_data_however_many_they_are() {
+        for length in [1, 7, 8, 9, 16, 511, 512, ONE - 1, ONE, ONE + 1, 16 * ONE, 16 * ONE + 5] {
             assert!(is_zero(&vec![0; length]), "length {length}");
             for at in [0, 1, length / 2, length.saturating_sub(9), length - 1] {
                 let mut block = vec![0; length];
