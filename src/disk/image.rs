@@ -285,6 +285,10 @@ impl Image for FileImage {
         posix_fadvise(&self.file, offset, length, advice).map_err(io::Error::from)
     }
 
+    fn sends(&self) -> bool {
+        true
+    }
+
     fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
         let mut from = syscalls::to_off_t(offset)?;
         match sendfile(to, &self.file, Some(&mut from), length) {

@@ -75,7 +75,8 @@ impl Ledger {
     /// When there is no such image, or it cannot be read.
     pub fn open(path: &Path, state: &Path) -> Result<Self, LedgerError> {
         let failed = |source| LedgerError::Io { path: path.to_owned(), source };
-        let absolute = fs::canonicalize(path).map_err(failed)?;
+        // Links are not followed: /dev/mapper/disk stays what it is when /dev/dm-3 does not.
+        let absolute = std::path::absolute(path).map_err(failed)?;
         let image = OpenOptions::new().read(true).open(&absolute).map_err(failed)?;
         let name = percent_encode(absolute.as_os_str().as_bytes(), PLAIN).to_string();
         Ok(Self { image, path: absolute, file: state.join(name) })

@@ -56,8 +56,13 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     fn prefetch(&self, range: Range) -> io::Result<()>;
     /// The extent that `offset` lies in, from `offset` on.
     fn extent(&self, offset: u64) -> io::Result<Extent>;
+    /// Whether [`Image::send`] can be used.
+    fn sends(&self) -> bool {
+        false
+    }
     /// Hands at most `length` bytes from `offset` on to a socket without copying them through
-    /// this process; returns how many. `Unsupported` where that cannot be done.
+    /// this process; returns how many, and never waits for the socket if that does not block.
+    /// `Unsupported` where that cannot be done.
     fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
         let _ = (offset, length, to);
         Err(io::ErrorKind::Unsupported.into())
@@ -139,6 +144,12 @@ impl Disk {
     #[must_use]
     pub fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether bytes can go from here to a socket without a copy in between.
+    #[must_use]
+    pub fn sends(&self) -> bool {
+        self.image.sends()
     }
 
     /// The gate, for those who close it.
@@ -308,6 +319,16 @@ impl Visit<'_> {
         self.disk.write_back()?;
         // Another thread may have heard meanwhile what was meant for us, too.
         self.disk.check_flushes()
+    }
+
+    /// Hands at most `length` bytes from `offset` on to a socket, as far as there is room there;
+    /// only if [`Disk::sends`].
+    ///
+    /// # Errors
+    /// `EINVAL` beyond the end; `WouldBlock` when the socket is full; what image or socket say.
+    pub fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+        self.disk.range(offset, length as u64)?;
+        self.disk.image.send(offset, length, to)
     }
 
     /// Hints that `range` will be read soon (`NBD_CMD_CACHE`).

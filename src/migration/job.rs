@@ -343,7 +343,7 @@ pub enum Trouble {
 impl fmt::Display for Trouble {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Connect(why) => write!(f, "cannot connect: {why}"),
+            Self::Connect(why) => f.write_str(why),
             Self::Rejected(why) => write!(f, "the destination turned us away: {why}"),
             Self::Silent(why) => write!(f, "the destination did not greet us: {why}"),
             Self::Size { local, remote } => write!(

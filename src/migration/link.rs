@@ -65,7 +65,7 @@ impl Link {
         let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
             .map_err(|error| Trouble::Connect(error.to_string()))?;
         // A connection that takes no options is on its way out, which the handshake will see.
-        let _ = stream.tune();
+        let _ = stream.tune().and_then(|()| stream.set_nonblocking());
         let private = question.map(|question| question.encode().to_vec());
         let wish = Wish { private, ..Wish::default() };
         let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);

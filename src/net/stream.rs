@@ -100,6 +100,17 @@ impl Stream {
         Ok(())
     }
 
+    /// Makes calls that know no `MSG_DONTWAIT`, as `sendfile(2)`, return instead of waiting.
+    ///
+    /// # Errors
+    /// None that an open socket gives.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.set_nonblocking(true),
+            Self::Unix(stream) => stream.set_nonblocking(true),
+        }
+    }
+
     /// Takes what has arrived, up to the length of `into`; 0 is the end of the stream (or an
     /// empty `into`).
     ///

@@ -12,6 +12,7 @@ mod end;
 mod inbox;
 mod orders;
 mod outbox;
+mod reading;
 pub mod reception;
 mod roster;
 pub mod session;

@@ -1,8 +1,10 @@
 //! Replies that a client has not taken yet.
 //! Keeps the replies in one piece each: what comes up while a simple read is being sent waits
-//! behind it.
+//! behind it. Data of a long read does not pass through here, but its place does: the part of the
+//! disk that the kernel is to send behind the bytes that are waiting.
 
 use crate::net::Stream;
+use crate::range::Range;
 use std::io;
 
 /// With this many bytes waiting, a session sends before it answers more.
@@ -11,7 +13,7 @@ pub(super) const FULL: usize = 256 << 10;
 pub(super) const HELD_MAX: usize = 64 << 10;
 
 /// A buffer between the session's work and the socket.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Outbox {
     /// Every byte of it has been written once: what lies beyond `end` is room, not garbage.
     buffer: Vec<u8>,
@@ -19,23 +21,32 @@ pub(super) struct Outbox {
     end: usize,
     /// While the data of a simple read is incomplete: what must come behind it.
     held: Option<Vec<u8>>,
+    /// What is to be sent from the disk behind the bytes that wait.
+    from_disk: Range,
     scratch: Vec<u8>,
+}
+
+impl Default for Outbox {
+    fn default() -> Self {
+        let (buffer, scratch, from_disk) = (Vec::new(), Vec::new(), Range::whole(0));
+        Self { buffer, start: 0, end: 0, held: None, from_disk, scratch }
+    }
 }
 
 impl Outbox {
     /// Whether everything was sent.
     pub(super) fn is_empty(&self) -> bool {
-        self.start == self.end && self.held.is_none()
+        !self.has_bytes() && self.held.is_none()
     }
 
     /// Whether something can be sent now.
     pub(super) fn has_bytes(&self) -> bool {
-        self.start < self.end
+        self.start < self.end || !self.from_disk.is_empty()
     }
 
     /// Whether to send before answering more reads.
     pub(super) fn is_full(&self) -> bool {
-        self.end - self.start >= FULL
+        self.end - self.start >= FULL || !self.from_disk.is_empty()
     }
 
     /// Whether to send before answering anything at all.
@@ -96,6 +107,36 @@ impl Outbox {
         Ok(())
     }
 
+    /// Behind all that waits, and before all that comes up later, this part of the disk is to be
+    /// sent.
+    pub(super) fn attach(&mut self, range: Range) {
+        debug_assert!(self.from_disk.is_empty(), "one part of the disk at a time");
+        self.from_disk = range;
+        self.hold();
+    }
+
+    /// The part of the disk that is to be sent now; empty while bytes wait before it.
+    pub(super) fn due_from_disk(&self) -> Range {
+        if self.start < self.end { Range::whole(0) } else { self.from_disk }
+    }
+
+    /// So many bytes of the part were sent.
+    pub(super) fn sent_from_disk(&mut self, count: u64) {
+        self.from_disk = self.from_disk.split(count).1;
+    }
+
+    /// Replaces what is left of the part by zeros, since the disk failed; the reply must say so.
+    pub(super) fn pad_from_disk(&mut self) {
+        let mut left = std::mem::replace(&mut self.from_disk, Range::whole(0)).length();
+        while left > 0 {
+            let step = left.min(FULL as u64);
+            // It fits: no more than the limit of the outbox.
+            self.room(step as usize).fill(0);
+            self.end += step as usize;
+            left -= step;
+        }
+    }
+
     /// From now on more data of the reply before will come: hold other replies back.
     pub(super) fn hold(&mut self) {
         self.held.get_or_insert_default();
@@ -109,13 +150,15 @@ impl Outbox {
         }
     }
 
-    /// Sends as much as the client takes now; false if something is left.
+    /// Sends as many bytes as the client takes now, not counting those from the disk; false if
+    /// some are left.
     ///
     /// # Errors
     /// When the connection is broken.
     pub(super) fn send(&mut self, to: &Stream) -> io::Result<bool> {
-        while self.has_bytes() {
-            match to.try_send(&self.buffer[self.start..self.end], false) {
+        let more = !self.from_disk.is_empty();
+        while self.start < self.end {
+            match to.try_send(&self.buffer[self.start..self.end], more) {
                 Ok(count) => self.start += count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) => return Err(error),
@@ -138,9 +181,9 @@ impl Outbox {
         self.buffer.is_empty()
     }
 
-    /// How many bytes wait at the front; changes whenever some are sent.
-    pub(super) fn waiting(&self) -> usize {
-        self.end - self.start
+    /// How many bytes wait, those from the disk included.
+    pub(super) fn waiting(&self) -> u64 {
+        (self.end - self.start) as u64 + self.from_disk.length()
     }
 
     fn room(&mut self, length: usize) -> &mut [u8] {
@@ -217,6 +260,24 @@ mod tests {
         outbox.release();
         outbox.more_data(FULL - HELD_MAX, fill(0)).unwrap();
         assert!(outbox.is_overfull());
+    }
+
+    #[test]
+    fn a_part_of_the_disk_has_its_place_among_the_replies() {
+        let mut outbox = Outbox::default();
+        let part = Range::within(1 << 30, 4096, 1 << 20).unwrap();
+        outbox.reply(|out| out.extend_from_slice(b"head"));
+        outbox.attach(part);
+        outbox.reply(|out| out.extend_from_slice(b"late"));
+        assert!(outbox.is_full() && outbox.due_from_disk().is_empty());
+        assert_eq!(sent(&mut outbox), b"head");
+        assert_eq!(outbox.due_from_disk(), part);
+        outbox.sent_from_disk((1 << 20) - 3);
+        assert!(outbox.has_bytes() && !outbox.is_empty());
+        outbox.pad_from_disk();
+        outbox.release();
+        assert_eq!(sent(&mut outbox), b"\0\0\0late");
+        assert!(outbox.is_empty());
     }
 
     #[test]

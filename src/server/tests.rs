@@ -233,10 +233,10 @@ fn structured_reads_tell_holes_as_holes_unless_told_not_to_fragment() {
             }
         }
         assert!(data[1 << 20..][..4096] == [9; 4096]);
-        client.ask(CommandKind::Read, CommandFlags::DF, 512 << 10, work::WHOLE_READ_MAX);
+        client.ask(CommandKind::Read, CommandFlags::DF, 512 << 10, reading::WHOLE_READ_MAX);
         let reply = client.reply();
         assert_eq!((reply.len(), reply[0].1.len()), (1, 1 << 20));
-        client.ask(CommandKind::Read, CommandFlags::DF, 0, work::WHOLE_READ_MAX + 1);
+        client.ask(CommandKind::Read, CommandFlags::DF, 0, reading::WHOLE_READ_MAX + 1);
         assert!(matches!(client.reply()[0].0, Chunk::Error { code: ErrorCode::Overflow, .. }));
     }
 }

@@ -9,9 +9,10 @@ use super::end::SessionEnd;
 use super::inbox::Inbox;
 use super::orders::Order;
 use super::outbox::Outbox;
+use super::reading::Read;
 use super::reception::Conclusion;
 use super::stall::Stall;
-use super::work::{Read, Worker, piece_length};
+use super::work::{Worker, piece_length};
 use crate::nbd::Malformed;
 use crate::nbd::reply::{Dialect, Origin};
 use crate::nbd::request::{self, Header, Refusal, Request, Terms};
@@ -88,9 +89,7 @@ impl Transmission<'_> {
         // Before anything that arrived after the order is answered.
         self.obey()?;
         self.work()?;
-        let before = self.outbox.waiting();
-        let sent_all = self.outbox.send(self.stream).map_err(SessionEnd::Connection)?;
-        self.progress.sent += (before - self.outbox.waiting()) as u64;
+        let sent_all = self.send()?;
         if sent_all && !self.progress.reads.is_empty() {
             return Ok(());
         }
@@ -101,6 +100,16 @@ impl Transmission<'_> {
             return Ok(());
         }
         self.wait()
+    }
+
+    /// Sends what waits; false if the client does not take all of it now.
+    fn send(&mut self) -> Result<bool, SessionEnd> {
+        let before = self.outbox.waiting();
+        let (stream, reads) = (self.stream, &mut self.progress.reads);
+        let sent_all = self.outbox.send(stream).map_err(SessionEnd::Connection)?
+            && self.worker.send_from_disk(stream, reads, &mut self.outbox)?;
+        self.progress.sent += before.saturating_sub(self.outbox.waiting());
+        Ok(sent_all)
     }
 
     /// Does everything that can be done without waiting for the client.

@@ -1,4 +1,5 @@
-//! Carrying out requests on the disk and putting their replies into the outbox.
+//! Carrying out requests on the disk and putting their replies into the outbox; reads have a file
+//! of their own, since they take several steps.
 //! Never waits for the client: the gate is held over disk work only.
 
 use super::end::SessionEnd;
@@ -19,10 +20,6 @@ use tracing::warn;
 
 /// How many bytes are read from, or written to, the disk at once.
 pub(super) const PIECE: u64 = 256 << 10;
-/// Longest read that is answered in one chunk because the client wants it so (`DF`).
-pub(super) const WHOLE_READ_MAX: u64 = 1 << 20;
-/// From this length on it is worth asking whether a read is of a hole.
-pub(super) const HOLE_WORTH_ASKING: u64 = 64 << 10;
 /// Most extents in one reply; the client asks again for the rest. The specification's limit is
 /// 2^20, which would take 16 MiB.
 pub(super) const EXTENTS_MAX: usize = 16 << 10;
@@ -30,16 +27,6 @@ pub(super) const EXTENTS_MAX: usize = 16 << 10;
 const BLOCK: u64 = 4096;
 /// How many failed requests of one session are logged.
 const COMPLAINTS_MAX: u32 = 10;
-
-/// A read that is not completely answered.
-#[derive(Debug)]
-pub(super) struct Read {
-    to: Origin,
-    /// What is still to be answered.
-    rest: Range,
-    whole: bool,
-    begun: bool,
-}
 
 /// What a session needs to work for its client.
 #[derive(Debug)]
@@ -57,7 +44,7 @@ pub(super) struct Worker<'a> {
     began: Instant,
     /// Part of the disk that was seen to be allocated. It may have become a hole since; then zeros
     /// are sent as data, which costs time but is true.
-    allocated: Range,
+    pub(super) allocated: Range,
 }
 
 impl<'a> Worker<'a> {
@@ -166,121 +153,6 @@ impl<'a> Worker<'a> {
         out.reply(|out| self.dialect.failure(to, code, None, why, out));
     }
 
-    /// A read to be answered, or its refusal.
-    pub(super) fn read(
-        &mut self,
-        to: Origin,
-        range: Range,
-        whole: bool,
-        out: &mut Outbox,
-    ) -> Option<Read> {
-        if whole && range.length() > WHOLE_READ_MAX {
-            self.refuse(to, ErrorCode::Overflow, "too long for one chunk", out);
-            return None;
-        }
-        if range.is_empty() {
-            out.reply(|out| self.dialect.success(to, out));
-            return None;
-        }
-        Some(Read { to, rest: range, whole, begun: false })
-    }
-
-    /// Answers the next piece of a read; true when it is answered completely.
-    pub(super) fn advance(
-        &mut self,
-        read: &mut Read,
-        out: &mut Outbox,
-    ) -> Result<bool, SessionEnd> {
-        if self.dialect == Dialect::Simple {
-            self.advance_simple(read, out)
-        } else {
-            self.advance_in_chunks(read, out)
-        }
-    }
-
-    fn advance_simple(&mut self, read: &mut Read, out: &mut Outbox) -> Result<bool, SessionEnd> {
-        let visit = self.visit()?;
-        let (piece, rest) = read.rest.split(piece_length(read.rest));
-        // It fits: a piece is at most 256 KiB and a block.
-        let length = piece.length() as usize;
-        let fill = |data: &mut [u8]| visit.read(piece.offset(), data);
-        if read.begun {
-            out.more_data(length, fill).map_err(SessionEnd::ReadBrokeOff)?;
-        } else {
-            let head = |out: &mut Vec<u8>| {
-                self.dialect.data_head(read.to, piece.offset(), length as u32, false, out);
-            };
-            if let Err(error) = out.reply_with_data(head, length, fill) {
-                self.fail_read(read, piece, &error, out);
-                return Ok(true);
-            }
-            read.begun = true;
-        }
-        read.rest = rest;
-        if rest.is_empty() {
-            out.release();
-        } else {
-            out.hold();
-        }
-        Ok(rest.is_empty())
-    }
-
-    fn advance_in_chunks(&mut self, read: &mut Read, out: &mut Outbox) -> Result<bool, SessionEnd> {
-        let visit = self.visit()?;
-        let (piece, rest, hole) = match self.next_chunk(&visit, read) {
-            Ok(chunk) => chunk,
-            Err(error) => {
-                self.fail_read(read, read.rest, &error, out);
-                return Ok(true);
-            }
-        };
-        let (at, length, done) = (piece.offset(), piece.length() as u32, rest.is_empty());
-        if hole {
-            out.reply(|out| self.dialect.hole(read.to, at, length, done, out));
-        } else {
-            let fill = |data: &mut [u8]| visit.read(at, data);
-            let head = |out: &mut Vec<u8>| self.dialect.data_head(read.to, at, length, done, out);
-            if let Err(error) = out.reply_with_data(head, length as usize, fill) {
-                self.fail_read(read, piece, &error, out);
-                return Ok(true);
-            }
-        }
-        (read.rest, read.begun) = (rest, true);
-        Ok(done)
-    }
-
-    /// The next part of a read that is sent as one chunk, what remains, and whether the part is a
-    /// hole.
-    fn next_chunk(&mut self, visit: &Visit<'_>, read: &Read) -> io::Result<(Range, Range, bool)> {
-        if read.whole {
-            return Ok((read.rest, read.rest.split(u64::MAX).1, false));
-        }
-        let rest = read.rest;
-        let known =
-            self.allocated.offset() <= rest.offset() && rest.offset() < self.allocated.end();
-        if known || (rest.length() < HOLE_WORTH_ASKING && !read.begun) {
-            let (piece, rest) = rest.split(piece_length(rest));
-            return Ok((piece, rest, false));
-        }
-        let Extent { range, allocated } = visit.extent(rest.offset())?;
-        let within = rest.until(range.end());
-        if allocated {
-            self.allocated = range;
-            let (piece, rest) = rest.split(piece_length(within));
-            Ok((piece, rest, false))
-        } else {
-            let (hole, rest) = rest.split(within.length());
-            Ok((hole, rest, true))
-        }
-    }
-
-    fn fail_read(&mut self, read: &Read, piece: Range, error: &io::Error, out: &mut Outbox) {
-        let code = self.complain(&format_args!("read of {piece:?}"), error);
-        // Where, only if a part was answered before: that part then is true.
-        let at = read.begun.then_some(piece.offset());
-        out.reply(|out| self.dialect.failure(read.to, code, at, "", out));
-    }
-
     fn report(&self, to: Origin, extents: &[Extent], out: &mut Outbox) {
         let hole = (Allocation::HOLE | Allocation::ZERO).bits();
         let told: Vec<StatusExtent> = extents
@@ -290,7 +162,7 @@ impl<'a> Worker<'a> {
         out.reply(|out| self.dialect.status(to, ALLOCATION_CONTEXT_ID, &told, out));
     }
 
-    fn complain(&mut self, what: &impl std::fmt::Debug, error: &io::Error) -> ErrorCode {
+    pub(super) fn complain(&mut self, what: &impl std::fmt::Debug, error: &io::Error) -> ErrorCode {
         let code = ErrorCode::from_errno(errno_of(error));
         self.log(format_args!("{what:?} failed: {error}; answered {code}"));
         code

@@ -1,0 +1,241 @@
+//! Answering reads: piece by piece, holes as holes, and long data straight from the page cache.
+//! Never waits for the client: what it does not take now is continued later.
+//!
+//! Short data is read into the outbox behind its head. Of long data only the head goes there, and
+//! the kernel is told to send the rest (`sendfile(2)`) when the head has been sent. That can still
+//! fail: then a simple reply cannot be completed and the session ends; a chunk is filled up with
+//! zeros, and an error chunk says from where on ("Structured reply types").
+
+use super::end::SessionEnd;
+use super::outbox::Outbox;
+use super::work::{Worker, piece_length};
+use crate::disk::{Extent, Visit};
+use crate::nbd::reply::{Dialect, Origin};
+use crate::nbd::wire::ErrorCode;
+use crate::net::Stream;
+use crate::range::Range;
+use std::io;
+use std::os::fd::AsFd;
+
+/// Longest read that is answered in one chunk because the client wants it so (`DF`).
+pub(super) const WHOLE_READ_MAX: u64 = 1 << 20;
+/// From this length on it is worth asking whether a read is of a hole.
+const HOLE_WORTH_ASKING: u64 = 64 << 10;
+/// From this length on the kernel sends data straight from the page cache: below, one copy costs
+/// less than the system calls that it would save.
+const ATTACH_MIN: u64 = 64 << 10;
+
+/// A read that is not completely answered.
+#[derive(Debug)]
+pub(super) struct Read {
+    to: Origin,
+    /// What is still to be answered.
+    rest: Range,
+    whole: bool,
+    begun: bool,
+    /// The kernel is sending a part of it; it goes on when that has been sent.
+    attached: bool,
+}
+
+impl Read {
+    /// Lets the kernel send `piece`, the beginning of what is left, behind its head.
+    fn attach(&mut self, piece: Range, out: &mut Outbox) {
+        out.attach(piece);
+        self.rest = self.rest.split(piece.length()).1;
+        (self.begun, self.attached) = (true, true);
+    }
+}
+
+/// What one chunk tells.
+struct Part {
+    range: Range,
+    hole: bool,
+}
+
+impl<'a> Worker<'a> {
+    /// A read to be answered, unless it is answered already, by its refusal perhaps.
+    pub(super) fn read(
+        &mut self,
+        to: Origin,
+        range: Range,
+        whole: bool,
+        out: &mut Outbox,
+    ) -> Option<Read> {
+        if whole && range.length() > WHOLE_READ_MAX {
+            self.refuse(to, ErrorCode::Overflow, "too long for one chunk", out);
+            return None;
+        }
+        if range.is_empty() {
+            out.reply(|out| self.dialect.success(to, out));
+            return None;
+        }
+        Some(Read { to, rest: range, whole, begun: false, attached: false })
+    }
+
+    /// Answers the next piece of a read; true when it is answered completely.
+    pub(super) fn advance(
+        &mut self,
+        read: &mut Read,
+        out: &mut Outbox,
+    ) -> Result<bool, SessionEnd> {
+        if std::mem::take(&mut read.attached) {
+            out.release();
+            if read.rest.is_empty() {
+                self.conclude_read(read, out);
+                return Ok(true);
+            }
+        }
+        if self.dialect == Dialect::Simple {
+            self.advance_simple(read, out)
+        } else {
+            self.advance_in_chunks(read, out)
+        }
+    }
+
+    /// Ends a reply whose last data could still fail when its head was sent.
+    fn conclude_read(&self, read: &Read, out: &mut Outbox) {
+        if self.dialect != Dialect::Simple {
+            out.reply(|out| self.dialect.success(read.to, out));
+        }
+    }
+
+    fn advance_simple(&mut self, read: &mut Read, out: &mut Outbox) -> Result<bool, SessionEnd> {
+        if self.is_worth_attaching(read.rest) && !read.begun {
+            out.reply(|out| self.dialect.data_head(read.to, 0, 0, false, out));
+            read.attach(read.rest, out);
+            return Ok(false);
+        }
+        let visit = self.visit()?;
+        let (piece, rest) = read.rest.split(piece_length(read.rest));
+        // It fits: a piece is at most 256 KiB.
+        let length = piece.length() as usize;
+        let fill = |data: &mut [u8]| visit.read(piece.offset(), data);
+        if read.begun {
+            out.more_data(length, fill).map_err(SessionEnd::ReadBrokeOff)?;
+        } else {
+            let head = |out: &mut Vec<u8>| self.dialect.data_head(read.to, 0, 0, false, out);
+            if let Err(error) = out.reply_with_data(head, length, fill) {
+                self.fail_read(read, piece, &error, out);
+                return Ok(true);
+            }
+            read.begun = true;
+        }
+        read.rest = rest;
+        if rest.is_empty() {
+            out.release();
+        } else {
+            out.hold();
+        }
+        Ok(rest.is_empty())
+    }
+
+    fn advance_in_chunks(&mut self, read: &mut Read, out: &mut Outbox) -> Result<bool, SessionEnd> {
+        let visit = self.visit()?;
+        let Part { range, hole } = match self.next_part(&visit, read) {
+            Ok(part) => part,
+            Err(error) => {
+                self.fail_read(read, read.rest, &error, out);
+                return Ok(true);
+            }
+        };
+        let rest = read.rest.split(range.length()).1;
+        // It fits: a read has no more than 32 bits, and less than 2^32 - 8 by its largest payload.
+        let (at, length, done) = (range.offset(), range.length() as u32, rest.is_empty());
+        if hole {
+            out.reply(|out| self.dialect.hole(read.to, at, length, done, out));
+        } else if !read.whole && self.is_worth_attaching(range) {
+            out.reply(|out| self.dialect.data_head(read.to, at, length, false, out));
+            read.attach(range, out);
+            return Ok(false);
+        } else {
+            let fill = |data: &mut [u8]| visit.read(at, data);
+            let head = |out: &mut Vec<u8>| self.dialect.data_head(read.to, at, length, done, out);
+            if let Err(error) = out.reply_with_data(head, length as usize, fill) {
+                self.fail_read(read, range, &error, out);
+                return Ok(true);
+            }
+        }
+        (read.rest, read.begun) = (rest, true);
+        Ok(done)
+    }
+
+    /// The next part of a read that is told in one chunk.
+    fn next_part(&mut self, visit: &Visit<'_>, read: &Read) -> io::Result<Part> {
+        let rest = read.rest;
+        if read.whole {
+            return Ok(Part { range: rest, hole: false });
+        }
+        let allocated = self.allocated;
+        if allocated.offset() <= rest.offset() && rest.offset() < allocated.end() {
+            return Ok(self.data_part(rest.until(allocated.end())));
+        }
+        if rest.length() < HOLE_WORTH_ASKING && !read.begun {
+            return Ok(self.data_part(rest));
+        }
+        let Extent { range, allocated } = visit.extent(rest.offset())?;
+        let within = rest.until(range.end());
+        if !allocated {
+            return Ok(Part { range: within, hole: true });
+        }
+        self.allocated = range;
+        Ok(self.data_part(within))
+    }
+
+    fn data_part(&self, data: Range) -> Part {
+        let worth = self.is_worth_attaching(data);
+        let length = if worth { data.length() } else { piece_length(data) };
+        Part { range: data.split(length).0, hole: false }
+    }
+
+    /// Whether data is so long that it is better not copied through this process.
+    fn is_worth_attaching(&self, data: Range) -> bool {
+        data.length() >= ATTACH_MIN && self.disk.sends()
+    }
+
+    /// Sends what is due from the disk, for the first of `reads`; false when the client takes no more now.
+    pub(super) fn send_from_disk(
+        &mut self,
+        stream: &Stream,
+        reads: &mut std::collections::VecDeque<Read>,
+        out: &mut Outbox,
+    ) -> Result<bool, SessionEnd> {
+        while !out.due_from_disk().is_empty() {
+            let due = out.due_from_disk();
+            let visit = self.visit()?;
+            // It fits: a read has no more than 32 bits.
+            match visit.send(due.offset(), due.length() as usize, stream.as_fd()) {
+                Ok(count) => out.sent_from_disk(count as u64),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if is_sockets(&error) => return Err(SessionEnd::Connection(error)),
+                Err(error) if self.dialect == Dialect::Simple => {
+                    return Err(SessionEnd::ReadBrokeOff(error));
+                }
+                Err(error) => {
+                    out.pad_from_disk();
+                    if let Some(read) = reads.pop_front() {
+                        self.fail_read(&read, due, &error, out);
+                    }
+                    out.release();
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn fail_read(&mut self, read: &Read, piece: Range, error: &io::Error, out: &mut Outbox) {
+        let code = self.complain(&format_args!("read of {piece:?}"), error);
+        // Where, only if a part was answered before: that part then is true.
+        let at = read.begun.then_some(piece.offset());
+        out.reply(|out| self.dialect.failure(read.to, code, at, "", out));
+    }
+}
+
+/// Whether sending from the disk failed because of the socket.
+fn is_sockets(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut};
+    matches!(
+        error.kind(),
+        BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | TimedOut
+    )
+}
