@@ -42,6 +42,7 @@ const PURE: &[&str] = &[
     "control/command.rs",
     "control/reply.rs",
     "control/status.rs",
+    "control/summary.rs",
     "cli/config.rs",
     "cli/settings.rs",
     "cli/size.rs",

@@ -1,5 +1,5 @@
 //! Asks on a control socket, ours or the original's: one command, one reply.
-//! Never waits without a deadline, and never interprets the reply.
+//! Never waits without a deadline but for the end of a migration, and never interprets the reply.
 
 use super::command::{Command, NoWireForm};
 use super::reply::{NotAReply, Reply};
@@ -29,12 +29,38 @@ pub fn ask(path: &Path, command: &Command) -> Result<Reply, AskError> {
     ask_within(path, command, ANSWER_TIME_MAX)
 }
 
-fn ask_within(path: &Path, command: &Command, limit: Duration) -> Result<Reply, AskError> {
-    converse(path, command, Instant::now() + limit)
-        .map_err(|trouble| AskError { path: path.to_owned(), trouble })
+/// As [`ask`], with `limit` in place of [`ANSWER_TIME_MAX`].
+///
+/// # Errors
+///
+/// As [`ask`].
+pub fn ask_within(path: &Path, command: &Command, limit: Duration) -> Result<Reply, AskError> {
+    let deadline = Instant::now() + limit;
+    converse(path, command, deadline, Some(deadline)).map_err(|trouble| at(path, trouble))
 }
 
-fn converse(path: &Path, command: &Command, deadline: Instant) -> Result<Reply, Trouble> {
+/// As [`ask`], for an order that is answered when it has been carried out, however long that takes
+/// ([`Command::MirrorWait`]): only until it has been given there is a limit.
+///
+/// # Errors
+///
+/// As [`ask`]; when the server dies meanwhile, [`Trouble::NoReply`].
+pub fn ask_and_wait(path: &Path, command: &Command) -> Result<Reply, AskError> {
+    let deadline = Instant::now() + ANSWER_TIME_MAX;
+    converse(path, command, deadline, None).map_err(|trouble| at(path, trouble))
+}
+
+fn at(path: &Path, trouble: Trouble) -> AskError {
+    AskError { path: path.to_owned(), trouble }
+}
+
+/// Gives the order until `deadline` and waits for the answer until `answer_by`, if there is such.
+fn converse(
+    path: &Path,
+    command: &Command,
+    deadline: Instant,
+    answer_by: Option<Instant>,
+) -> Result<Reply, Trouble> {
     let wire = command.to_wire().map_err(Trouble::CannotSay)?;
     let mut stream = connect(path, deadline)?;
     match stream.write_all(&wire) {
@@ -42,7 +68,7 @@ fn converse(path: &Path, command: &Command, deadline: Instant) -> Result<Reply, 
         Err(error) if is_hang_up(&error) => {}
         sent => sent.map_err(Trouble::from)?,
     }
-    let line = read_line(&mut stream, deadline)?;
+    let line = read_line(&mut stream, answer_by)?;
     if line.is_empty() {
         return Err(Trouble::NoReply);
     }
@@ -77,11 +103,11 @@ fn is_hang_up(error: &io::Error) -> bool {
 }
 
 /// What comes before the first line break or the end, whichever is first.
-fn read_line(stream: &mut UnixStream, deadline: Instant) -> Result<Vec<u8>, Trouble> {
+fn read_line(stream: &mut UnixStream, deadline: Option<Instant>) -> Result<Vec<u8>, Trouble> {
     let mut line = Vec::new();
     let mut buffer = [0; 4096];
     loop {
-        stream.set_read_timeout(Some(time_until(deadline)?))?;
+        stream.set_read_timeout(deadline.map(time_until).transpose()?)?;
         let count = match stream.read(&mut buffer) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,

@@ -32,6 +32,9 @@ pub enum Command {
     },
     /// Start a migration.
     Mirror(Mirror),
+    /// Start a migration, and answer only when it is over. In one command, because a migration may
+    /// be over, and its server gone, before a second one could ask for its end.
+    MirrorWait(Mirror),
     /// Change the speed limit of the running migration, in bytes per second.
     MirrorMaxBps(u64),
     /// Stop the running migration.
@@ -94,6 +97,7 @@ impl Command {
             Self::Status => "status",
             Self::Acl { .. } => "acl",
             Self::Mirror(_) => "mirror",
+            Self::MirrorWait(_) => "mirror_wait",
             Self::MirrorMaxBps(_) => "mirror_max_bps",
             Self::Break => "break",
             Self::Reload => "reload",
@@ -112,6 +116,7 @@ impl Command {
             "status" => Self::Status,
             "acl" => Self::Acl { entries: arguments.to_vec() },
             "mirror" => Self::Mirror(Mirror::from_arguments(arguments)?),
+            "mirror_wait" => Self::MirrorWait(Mirror::from_arguments(arguments)?),
             "mirror_max_bps" => {
                 Self::MirrorMaxBps(max_bps(arguments.first().ok_or(Refusal::MaxBpsMissing)?)?)
             }
@@ -148,7 +153,7 @@ impl Command {
         match self {
             Self::Status | Self::Break | Self::Reload => Vec::new(),
             Self::Acl { entries } => entries.clone(),
-            Self::Mirror(mirror) => mirror.to_arguments(),
+            Self::Mirror(mirror) | Self::MirrorWait(mirror) => mirror.to_arguments(),
             Self::MirrorMaxBps(limit) => vec![limit.to_string()],
         }
     }

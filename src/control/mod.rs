@@ -14,10 +14,12 @@ pub mod listener;
 pub mod reply;
 pub mod socket;
 pub mod status;
+pub mod summary;
 
-pub use client::{AskError, ask};
+pub use client::{AskError, ask, ask_and_wait, ask_within};
 pub use command::Command;
 pub use listener::{Credentials, Handle, Operator};
 pub use reply::Reply;
 pub use socket::{BindError, ControlSocket};
 pub use status::Status;
+pub use summary::Summary;

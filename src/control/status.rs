@@ -7,6 +7,13 @@
 
 use std::fmt;
 
+/// Key of [`Status::extra`]: where a running migration is, one word.
+pub const MIGRATION_STAGE: &str = "migration_stage";
+/// Key of [`Status::extra`]: how many passes over the disk a running migration has completed.
+pub const MIGRATION_PASSES: &str = "migration_passes";
+/// Key of [`Status::extra`]: the name of the image's ownership record, or `none`.
+pub const OWNERSHIP: &str = "ownership";
+
 /// Everything `status` tells, in this order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
@@ -67,6 +74,12 @@ impl fmt::Display for Migration {
 }
 
 impl Status {
+    /// The value of a newer key, if the server told it.
+    #[must_use]
+    pub fn extra(&self, key: &str) -> Option<&str> {
+        self.extra.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
+    }
+
     /// Reads a server's line. Keys may come in any order; those not known end up in
     /// [`Status::extra`].
     ///
@@ -193,15 +206,18 @@ fn escaped_byte(digits: &[u8]) -> Option<u8> {
     u8::try_from(digit(0)? * 16 + digit(1)?).ok()
 }
 
-/// What is left of a line while a [`Status`] is made of it.
-struct Pairs(Vec<(String, String)>);
+/// What is left of a line while a value is made of it.
+pub(super) struct Pairs(pub(super) Vec<(String, String)>);
 
 impl Pairs {
-    fn take<T: std::str::FromStr>(&mut self, key: &'static str) -> Result<T, StatusError> {
+    pub(super) fn take<T: std::str::FromStr>(
+        &mut self,
+        key: &'static str,
+    ) -> Result<T, StatusError> {
         self.take_if_there(key)?.ok_or(StatusError::Missing(key))
     }
 
-    fn take_if_there<T: std::str::FromStr>(
+    pub(super) fn take_if_there<T: std::str::FromStr>(
         &mut self,
         key: &'static str,
     ) -> Result<Option<T>, StatusError> {
@@ -231,7 +247,7 @@ pub enum StatusError {
 
 impl fmt::Display for StatusError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the server's status cannot be read: ")?;
+        f.write_str("what the server tells cannot be read: ")?;
         match self {
             Self::NotAPair(word) => write!(f, "{word:?} is not key=value"),
             Self::Missing(key) => write!(f, "{key} is missing"),

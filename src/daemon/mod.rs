@@ -28,7 +28,7 @@ use crate::systemd::{Inherited, Notifier, sockets};
 use moving::Ground;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
-use operator::{Departures, Service};
+use operator::{Departures, Service, Vigil};
 use reception::{Receiving, Serving};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -89,7 +89,10 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
     info!("{doing} {} ({} bytes) on {told}", plan.image.display(), disk.size());
     let server = start(&plan, &disk, reception, listeners)?;
     let size = disk.size();
-    let service = Arc::new(Service { size, server: Mutex::new(server), reread, departures });
+    let ownership = title::told(&plan, departures.as_ref().map(|moving| moving.ground.title));
+    let server = Mutex::new(server);
+    let vigil = Vigil::default();
+    let service = Arc::new(Service { size, server, reread, departures, ownership, vigil });
     let control = answer_operators(control, &service)?;
     watch_signals(signals, events)?;
     tell(notifier.ready());
@@ -109,6 +112,7 @@ impl House {
                 Ok(Event::Stop(signal)) => return self.interrupted(signal, role),
                 Ok(Event::Retired) => self.service.server().leave(),
                 Ok(Event::Migrated(outcome)) => {
+                    self.service.vigil.migration_over();
                     if let Some(ending) = migrated(&outcome) {
                         return ending;
                     }
@@ -144,6 +148,7 @@ impl House {
 
     fn close(self) {
         tell(self.notifier.stopping());
+        self.service.vigil.stop();
         drop(self.control);
         self.service.server().stop(GRACE);
     }

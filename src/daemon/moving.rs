@@ -3,14 +3,14 @@
 
 use super::Event;
 use crate::control::command::{Action, Mirror};
-use crate::control::status::Migration;
-use crate::control::{Reply, Status};
+use crate::control::status::{MIGRATION_PASSES, MIGRATION_STAGE, Migration};
+use crate::control::{Reply, Status, Summary};
 use crate::disk::Disk;
 use crate::disk::ledger::Ledger;
 use crate::disk::ownership::{Id, Place, Title};
 use crate::migration::job::{Job, News, Order, Outcome, Progress, Stage, Trouble};
 use crate::migration::link::Route;
-use crate::migration::source::{Departure, Desk, NoStart, Source, Witness};
+use crate::migration::source::{Departure, Desk, NoStart, Source, Tally, Witness};
 use crate::net::Address;
 use std::env;
 use std::num::NonZeroU64;
@@ -38,12 +38,13 @@ enum First {
     Ended(Outcome),
 }
 
-/// Begins a migration. The reply comes when the destination has greeted us, or did not.
+/// Begins a migration. Returns when the destination has greeted us, or did not; what to answer the
+/// operator then is the error.
 pub(super) fn begin(
     ground: &Ground,
     ledger: Option<Ledger>,
     order: &Mirror,
-) -> Result<(Arc<Desk>, Reply), Reply> {
+) -> Result<Arc<Desk>, Reply> {
     if order.action == Action::Nothing {
         let why = "the action nothing would leave two copies that both are served";
         return Err(Reply::refused(why));
@@ -75,7 +76,7 @@ pub(super) fn begin(
     });
     thread.map_err(|error| Reply::refused(format!("cannot start a thread: {error}")))?;
     match heard.recv() {
-        Ok(First::Started) => Ok((desk, Reply::success("Mirror started"))),
+        Ok(First::Started) => Ok(desk),
         Ok(First::Ended(Outcome::Failed(trouble))) => Err(refused(&trouble)),
         Ok(First::Ended(_)) | Err(_) => Err(Reply::refused("Mirroring abandoned")),
     }
@@ -103,10 +104,29 @@ pub(super) fn set_speed(desk: Option<&Arc<Desk>>, limit: u64) -> Reply {
     }
 }
 
-/// What `status` tells of a migration under way.
-pub(super) fn describe(desk: Option<&Arc<Desk>>, status: &mut Status) {
-    let Some(desk) = desk.filter(|desk| desk.outcome().is_none()) else { return };
-    let Some(progress) = desk.progress() else { return };
+/// What `mirror_wait` answers at the end.
+pub(super) fn account(outcome: &Outcome, tally: &Tally) -> Reply {
+    let &Tally { duration, bytes_sent, passes, pause } = tally;
+    match *outcome {
+        Outcome::Arrived { acknowledged } => {
+            let summary = Summary { acknowledged, duration, bytes_sent, passes, pause };
+            Reply::success(summary.to_string())
+        }
+        Outcome::Broken => {
+            Reply::refused("Mirroring abandoned (broken off as ordered; the disk stays here)")
+        }
+        Outcome::Failed(ref trouble) => refused(trouble),
+    }
+}
+
+/// What `status` tells of a migration under way. Returns the name of the image's record when the
+/// migration has changed it.
+pub(super) fn describe(desk: Option<&Arc<Desk>>, status: &mut Status) -> Option<&'static str> {
+    let desk = desk?;
+    if let Some(outcome) = desk.outcome() {
+        return matches!(outcome, Outcome::Arrived { .. }).then_some("departed");
+    }
+    let progress = desk.progress()?;
     status.migration = Some(Migration {
         speed: progress.bytes_per_second,
         duration: desk.duration().as_secs(),
@@ -114,8 +134,13 @@ pub(super) fn describe(desk: Option<&Arc<Desk>>, status: &mut Status) {
         bytes_left: progress.bytes_left,
         speed_limit: progress.speed_limit.map(NonZeroU64::get),
     });
-    status.extra.push(("migration_stage".to_owned(), stage(&progress).to_owned()));
-    status.extra.push(("migration_passes".to_owned(), progress.passes.to_string()));
+    status.extra.push((MIGRATION_STAGE.to_owned(), stage(&progress).to_owned()));
+    status.extra.push((MIGRATION_PASSES.to_owned(), progress.passes.to_string()));
+    match progress.stage {
+        Stage::Parting | Stage::InDoubt => Some("departing"),
+        Stage::Leaving => Some("departed"),
+        _ => None,
+    }
 }
 
 fn stage(progress: &Progress) -> &'static str {

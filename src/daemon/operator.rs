@@ -5,11 +5,12 @@ use super::lock;
 use super::moving::{self, Ground};
 use super::plan::{Admission, Reread};
 use crate::control::command::Mirror;
+use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
 use crate::disk::ledger::Ledger;
 use crate::migration::source::Desk;
 use crate::server::Server;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What orders are about.
 pub(super) struct Service {
@@ -18,6 +19,43 @@ pub(super) struct Service {
     pub(super) reread: Option<Reread>,
     /// Present when the disk is ours and can be moved away.
     pub(super) departures: Option<Departures>,
+    /// The name of the image's record while no migration changes it.
+    pub(super) ownership: Box<dyn Fn() -> &'static str + Send + Sync>,
+    pub(super) vigil: Vigil,
+}
+
+/// Lets operators wait for the end of a migration, but not beyond that of the process.
+#[derive(Debug, Default)]
+pub(super) struct Vigil {
+    is_stopping: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Vigil {
+    /// A migration is over.
+    pub(super) fn migration_over(&self) {
+        // Whoever waits holds the lock from looking until it sleeps, so that it misses nothing.
+        let _held = lock(&self.is_stopping);
+        self.changed.notify_all();
+    }
+
+    /// The process is stopping: nobody may wait any longer.
+    pub(super) fn stop(&self) {
+        *lock(&self.is_stopping) = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until there is `news`; none when the process stops without any.
+    fn wait<T>(&self, news: impl Fn() -> Option<T>) -> Option<T> {
+        let mut is_stopping = lock(&self.is_stopping);
+        loop {
+            let found = news();
+            if found.is_some() || *is_stopping {
+                return found;
+            }
+            is_stopping = self.changed.wait(is_stopping).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
 /// The migration away from here, if there is one.
@@ -53,7 +91,9 @@ impl Service {
                 ..Status::default()
             }
         };
-        moving::describe(desk.as_ref(), &mut status);
+        let record = moving::describe(desk.as_ref(), &mut status);
+        let record = record.unwrap_or_else(|| (self.ownership)());
+        status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
         status
     }
 
@@ -77,20 +117,27 @@ impl Service {
         }
     }
 
-    fn mirror(&self, order: &Mirror) -> Reply {
+    fn mirror(&self, order: &Mirror) -> Result<Arc<Desk>, Reply> {
         let Some(departures) = &self.departures else {
-            return Reply::refused("the disk has not arrived here, so it cannot be moved away");
+            let why = "the disk has not arrived here, so it cannot be moved away";
+            return Err(Reply::refused(why));
         };
-        let running = || Reply::refused("mirror already running");
+        let running = || Err(Reply::refused("mirror already running"));
         let Ok(_beginning) = departures.beginning.try_lock() else { return running() };
         if self.desk().is_some_and(|desk| desk.outcome().is_none()) {
             return running();
         }
-        match moving::begin(&departures.ground, (departures.ledger)(), order) {
-            Ok((desk, reply)) => {
-                *lock(&departures.desk) = Some(desk);
-                reply
-            }
+        let desk = moving::begin(&departures.ground, (departures.ledger)(), order)?;
+        *lock(&departures.desk) = Some(Arc::clone(&desk));
+        Ok(desk)
+    }
+
+    fn mirror_and_wait(&self, order: &Mirror) -> Reply {
+        match self.mirror(order) {
+            Ok(desk) => match self.vigil.wait(|| desk.account()) {
+                Some((outcome, tally)) => moving::account(&outcome, &tally),
+                None => Reply::refused("the server was stopped before the migration was over"),
+            },
             Err(reply) => reply,
         }
     }
@@ -104,7 +151,55 @@ impl Operator for Service {
             Command::Reload => self.reload(),
             Command::Break => moving::break_off(self.desk().as_ref()),
             Command::MirrorMaxBps(limit) => moving::set_speed(self.desk().as_ref(), limit),
-            Command::Mirror(order) => self.mirror(&order),
+            Command::Mirror(order) => match self.mirror(&order) {
+                Ok(_) => Reply::success("Mirror started"),
+                Err(reply) => reply,
+            },
+            Command::MirrorWait(order) => self.mirror_and_wait(&order),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::thread;
+
+    /// Whoever waits looks once and sleeps, then `happens`; what came of the waiting.
+    fn waiting(news: impl Fn() -> Option<u8> + Send, happens: impl FnOnce(&Vigil)) -> Option<u8> {
+        let vigil = Vigil::default();
+        let (looked, seen) = mpsc::channel();
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                vigil.wait(move || {
+                    let _ = looked.send(());
+                    news()
+                })
+            });
+            seen.recv().unwrap();
+            happens(&vigil);
+            waiter.join().unwrap()
+        })
+    }
+
+    #[test]
+    fn whoever_waits_for_a_migration_hears_of_its_end() {
+        let over = Mutex::new(None);
+        let news = || *lock(&over);
+        let found = waiting(news, |vigil| {
+            *lock(&over) = Some(1);
+            vigil.migration_over();
+        });
+        assert_eq!(found, Some(1));
+    }
+
+    #[test]
+    fn nobody_waits_beyond_the_end_of_the_process() {
+        assert_eq!(waiting(|| None, Vigil::stop), None);
+        let vigil = Vigil::default();
+        vigil.stop();
+        assert_eq!(vigil.wait(|| None::<u8>), None);
+        assert_eq!(vigil.wait(|| Some(1)), Some(1), "an end that is known is told all the same");
     }
 }

@@ -71,6 +71,31 @@ pub(super) fn usable(ledger: Ledger) -> Option<Ledger> {
     }
 }
 
+/// How to learn the name of the image's record while no migration away from here changes it: by
+/// the title that a disk is served by, or, while one is being received, by looking.
+pub(super) fn told(
+    plan: &Plan,
+    served_by: Option<Title>,
+) -> Box<dyn Fn() -> &'static str + Send + Sync> {
+    match served_by {
+        Some(title) => {
+            let name = name_of(title.record().as_ref());
+            Box::new(move || name)
+        }
+        None => {
+            let plan = plan.clone();
+            Box::new(move || {
+                let record = ledger(&plan).ok().and_then(|ledger| ledger.read().ok());
+                record.map_or("unknown", |record| name_of(record.as_ref()))
+            })
+        }
+    }
+}
+
+fn name_of(record: Option<&Record>) -> &'static str {
+    record.map_or("none", Record::name)
+}
+
 fn what_became_of(id: Id, size: u64, to: &Place) -> Fate {
     let Some(address) = address_of(to) else { return Fate::Unknown };
     info!("asking {to} whether the disk has arrived there");

@@ -2,7 +2,7 @@
 //! Never decides: every result goes back as the next event.
 
 use super::job::{
-    Action, Event, Job, News, Note, Order, Outcome, Peer, Progress, Request, TooLate, Trouble,
+    Action, Event, Job, News, Note, Order, Outcome, Peer, Progress, Request, TooLate, Trouble, Work,
 };
 use super::link::{Link, Route};
 use super::machine::{Machine, TooSmall};
@@ -69,7 +69,7 @@ type Pending = (Order, Sender<Result<(), TooLate>>);
 pub struct Desk {
     orders: Mutex<VecDeque<Pending>>,
     progress: Mutex<Option<Progress>>,
-    outcome: Mutex<Option<Outcome>>,
+    outcome: Mutex<Option<(Outcome, Tally)>>,
     wake: Wake,
     began: Instant,
 }
@@ -112,13 +112,33 @@ impl Desk {
     /// How it ended, if it has.
     #[must_use]
     pub fn outcome(&self) -> Option<Outcome> {
+        self.account().map(|(outcome, _)| outcome)
+    }
+
+    /// How it ended and what it took, if it has ended.
+    #[must_use]
+    pub fn account(&self) -> Option<(Outcome, Tally)> {
         lock(&self.outcome).clone()
     }
 
-    fn close(&self, outcome: &Outcome) {
-        *lock(&self.outcome) = Some(outcome.clone());
+    fn close(&self, outcome: &Outcome, tally: Tally) {
+        *lock(&self.outcome) = Some((outcome.clone(), tally));
         lock(&self.orders).clear();
     }
+}
+
+/// What a migration took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// From its beginning to its end.
+    pub duration: Duration,
+    /// Bytes of data sent, those that were sent again included.
+    pub bytes_sent: u64,
+    /// Passes over the disk.
+    pub passes: u64,
+    /// From the closing of the gate until the disk was known to be at the destination: how long
+    /// clients waited. Zero for a disk that stayed.
+    pub pause: Duration,
 }
 
 /// Why a migration cannot even begin.
@@ -142,8 +162,10 @@ pub struct Source {
     desk: Arc<Desk>,
     clock: Instant,
     link: Option<Link>,
-    gate_closed: bool,
+    /// Since when the gate is closed, if it is.
+    gate_closed: Option<Instant>,
     progress_at: Duration,
+    tally: Tally,
 }
 
 impl fmt::Debug for Source {
@@ -174,8 +196,9 @@ impl Source {
             desk: Arc::clone(&desk),
             clock: Instant::now(),
             link: None,
-            gate_closed: false,
+            gate_closed: None,
             progress_at: Duration::ZERO,
+            tally: Tally::default(),
         };
         Ok((source, desk))
     }
@@ -193,7 +216,7 @@ impl Source {
                 Action::End(outcome) => {
                     self.disk.untrack();
                     self.disk.set_hold(Duration::ZERO);
-                    self.desk.close(&outcome);
+                    self.desk.close(&outcome, self.tally(now));
                     return outcome;
                 }
                 action => self.carry_out(action),
@@ -220,6 +243,7 @@ impl Source {
             Action::Record(note) => self.record(note),
             Action::Unlink => self.unlink(),
             Action::Retire => {
+                self.tally.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
                 self.disk.gate().retire();
                 self.witness.retire();
                 Event::Done
@@ -300,7 +324,12 @@ impl Source {
         };
         let sent = link.send(request, &disk.copier(), patience, &desk.wake, &mut give_up);
         match sent {
-            Ok(()) => Event::Done,
+            Ok(()) => {
+                if let Work::Write(range) = request.work {
+                    self.tally.bytes_sent += range.length();
+                }
+                Event::Done
+            }
             Err(super::link::SendError::Link(why)) => Event::Lost(why),
             Err(super::link::SendError::Disk(error)) => {
                 self.link = None;
@@ -336,9 +365,10 @@ impl Source {
                 break;
             }
         }
-        match self.disk.gate().close_and_drain(Instant::now() + DRAIN) {
+        let since = Instant::now();
+        match self.disk.gate().close_and_drain(since + DRAIN) {
             Ok(()) => {
-                self.gate_closed = true;
+                self.gate_closed = Some(since);
                 Event::Done
             }
             Err(busy) => Event::Failed(busy.to_string()),
@@ -346,7 +376,7 @@ impl Source {
     }
 
     fn open_gate(&mut self) -> Event {
-        if std::mem::take(&mut self.gate_closed) {
+        if self.gate_closed.take().is_some() {
             self.disk.gate().reopen();
         }
         Event::Done
@@ -368,6 +398,10 @@ impl Source {
             None => std::fs::remove_file(&self.image).map_err(|error| error.to_string()),
         };
         unlinked.map_or_else(Event::Failed, |()| Event::Done)
+    }
+
+    fn tally(&self, now: Duration) -> Tally {
+        Tally { duration: now, passes: self.machine.progress(now).passes, ..self.tally }
     }
 
     fn take_orders(&mut self) {

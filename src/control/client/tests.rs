@@ -1,7 +1,7 @@
 //! What `client.rs` promises, over real sockets.
 
 use super::*;
-use crate::control::command::{LINE_BYTES_MAX, LINES_MAX};
+use crate::control::command::{Action, LINE_BYTES_MAX, LINES_MAX, Mirror};
 use crate::control::{ControlSocket, Credentials, Operator};
 use nix::sys::socket::Backlog;
 use std::os::unix::net::UnixListener;
@@ -128,6 +128,24 @@ fn a_server_that_does_not_answer_in_time_is_given_up() {
         io::copy(&mut stream, &mut io::sink()).unwrap();
     });
     assert!(matches!(silent, Err(Trouble::TooSlow)), "{silent:?}");
+}
+
+#[test]
+fn the_end_of_a_migration_is_heard_and_so_is_the_end_of_the_server_before_it() {
+    let to = "10.0.0.1:1".parse().unwrap();
+    let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None };
+    let asking = |talk: fn(UnixStream)| {
+        let directory = directory();
+        let path = directory.path().join("control.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(move || talk(listener.accept().unwrap().0));
+            ask_and_wait(&path, &Command::MirrorWait(order.clone())).map_err(|error| error.trouble)
+        })
+    };
+    let done = asking(|mut stream| stream.write_all(b"0: done\n").unwrap());
+    assert_eq!(done.unwrap(), Reply::success("done"));
+    assert!(matches!(asking(drop), Err(Trouble::NoReply)));
 }
 
 #[test]

@@ -46,8 +46,10 @@ fn what_the_originals_client_sends_is_understood() {
 #[test]
 fn what_we_send_is_what_the_originals_server_expects() {
     let limited = Mirror { max_bps: Some(7), ..mirror("[::1]:4777") };
-    let cases: [(Command, &[u8]); 5] = [
+    let cases: [(Command, &[u8]); 7] = [
         (Command::Status, b"status\n\n"),
+        (Command::Break, b"break\n\n"),
+        (Command::MirrorWait(mirror("[::1]:1")), b"mirror_wait\n::1\n1\nexit\n\n"),
         (acl(&["::1"]), b"acl\n::1\n\n"),
         (Command::Mirror(mirror("10.0.0.1:4777")), b"mirror\n10.0.0.1\n4777\nexit\n\n"),
         // No empty line may stand in for the bind address, or the limit would be lost.
@@ -186,6 +188,7 @@ fn any_command() -> impl Strategy<Value = Command> {
         Just(Command::Reload),
         any::<u64>().prop_map(Command::MirrorMaxBps),
         any_mirror().prop_map(Command::Mirror),
+        any_mirror().prop_map(Command::MirrorWait),
         proptest::collection::vec("[^\n]{1,64}", 0..20)
             .prop_map(|entries| Command::Acl { entries }),
     ]

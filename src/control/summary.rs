@@ -1,0 +1,90 @@
+//! What a migration came to: [`Summary`] ⇄ the `key=value` pairs that `mirror_wait` answers.
+//! Knows no migration and measures nothing; the numbers are given to it.
+
+use super::status::{Pairs, StatusError, pairs};
+use std::fmt;
+use std::time::Duration;
+
+/// A migration that has brought its disk to the destination. Times are told in whole milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// The destination said that the disk has arrived; otherwise it does not know how to.
+    pub acknowledged: bool,
+    /// From the order to the end.
+    pub duration: Duration,
+    /// Bytes of data sent, those that were sent again included.
+    pub bytes_sent: u64,
+    /// Passes over the disk.
+    pub passes: u64,
+    /// How long clients waited at the end.
+    pub pause: Duration,
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "acknowledged={}", self.acknowledged)?;
+        write!(f, " duration_ms={} bytes_sent={}", self.duration.as_millis(), self.bytes_sent)?;
+        write!(f, " passes={} pause_ms={}", self.passes, self.pause.as_millis())
+    }
+}
+
+impl Summary {
+    /// Reads a server's line. Keys may come in any order; those not known are passed over.
+    ///
+    /// # Errors
+    ///
+    /// A word that is no pair, a key that is missing or whose value is not what it must be.
+    pub fn from_line(line: &str) -> Result<Self, StatusError> {
+        let mut pairs = Pairs(pairs(line)?);
+        Ok(Self {
+            acknowledged: pairs.take("acknowledged")?,
+            duration: Duration::from_millis(pairs.take("duration_ms")?),
+            bytes_sent: pairs.take("bytes_sent")?,
+            passes: pairs.take("passes")?,
+            pause: Duration::from_millis(pairs.take("pause_ms")?),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_summary_is_told_in_pairs() {
+        let summary = Summary {
+            acknowledged: true,
+            duration: Duration::from_micros(1_234_567),
+            bytes_sent: 5,
+            passes: 2,
+            pause: Duration::from_micros(7_900),
+        };
+        let line = "acknowledged=true duration_ms=1234 bytes_sent=5 passes=2 pause_ms=7";
+        assert_eq!(summary.to_string(), line);
+    }
+
+    #[test]
+    fn a_line_that_is_no_summary_says_why() {
+        assert_eq!(Summary::from_line("done"), Err(StatusError::NotAPair("done".into())));
+        assert_eq!(Summary::from_line("acknowledged=true"), Err(missing("duration_ms")));
+        assert_eq!(Summary::from_line(""), Err(missing("acknowledged")));
+    }
+
+    fn missing(key: &'static str) -> StatusError {
+        StatusError::Missing(key)
+    }
+
+    proptest! {
+        #[test]
+        fn every_summary_round_trips(
+            acknowledged: bool, duration: u64, bytes_sent: u64, passes: u64, pause: u64,
+        ) {
+            let (duration, pause) = (Duration::from_millis(duration), Duration::from_millis(pause));
+            let summary = Summary { acknowledged, duration, bytes_sent, passes, pause };
+            prop_assert_eq!(Summary::from_line(&summary.to_string()), Ok(summary));
+            let newer = format!("{summary} newer=1");
+            prop_assert_eq!(Summary::from_line(&newer), Ok(summary));
+        }
+    }
+}
