@@ -1,32 +1,52 @@
 //! The command line: one struct per command, one file per kind.
 //! Decides what was meant and says what was not understood; never does the work itself.
 
+pub mod adopt;
 pub mod config;
+pub mod listen;
+pub mod mirror;
 pub mod operate;
 mod output;
+mod progress;
 pub mod serve;
 pub mod settings;
 pub mod size;
+pub mod start;
 #[cfg(test)]
 mod tests;
 pub mod transfer;
 pub mod uri;
 pub mod usage;
+mod wait;
 
 use crate::daemon::{self, Ending, Refusal};
 use crate::fatal;
 use crate::systemd::{Verbosity, journal};
+use adopt::Adopt;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
-use operate::Order;
-use serve::{NoPlan, Serve};
+use operate::{Kind, Order};
+use start::{NoPlan, Start};
 use std::ffi::OsString;
 use std::process::ExitCode;
 use transfer::Transfer;
 use usage::Misuse;
 
 /// The modes, in the order in which they are shown.
-pub const MODES: [&str; 7] = ["serve", "read", "write", "acl", "status", "reload", "help"];
+pub const MODES: [&str; 12] = [
+    "serve",
+    "listen",
+    "mirror",
+    "mirror-speed",
+    "break",
+    "read",
+    "write",
+    "acl",
+    "status",
+    "reload",
+    "adopt",
+    "help",
+];
 
 /// A command line that can be meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,14 +60,16 @@ pub struct Invocation {
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Serve a disk.
-    Serve(Serve),
+    /// Serve a disk, or receive one.
+    Start(Start),
     /// Copy from a server to standard output.
     Read(Transfer),
     /// Copy from standard input to a server.
     Write(Transfer),
     /// Tell a running server something.
     Operate(Order),
+    /// Declare a copy of a disk the canonical one.
+    Adopt(Adopt),
     /// Show this text.
     Help(String),
 }
@@ -96,20 +118,21 @@ impl Invocation {
         // Once in a process, and this is where it begins.
         let _ = journal::init(self.verbosity);
         match self.command {
-            Command::Serve(serve) => run_serve(&serve),
+            Command::Start(start) => run_start(&start),
             Command::Read(transfer) => transfer::read(&transfer),
             Command::Write(transfer) => transfer::write(&transfer),
             Command::Operate(order) => operate::run(&order),
+            Command::Adopt(adopt) => adopt::run(&adopt),
             Command::Help(text) => output::say(&text),
         }
     }
 }
 
-fn run_serve(serve: &Serve) -> ExitCode {
-    let plan = match serve.plan() {
+fn run_start(start: &Start) -> ExitCode {
+    let plan = match start.plan() {
         Ok(plan) => plan,
         Err(NoPlan::Misuse(sentence)) => {
-            let misuse = misuse(Some("serve"), sentence);
+            let misuse = misuse(Some(start.mode()), sentence);
             return output::complain(&misuse.to_string(), output::EXIT_USAGE);
         }
         Err(NoPlan::Config(sentence)) => {
@@ -117,14 +140,14 @@ fn run_serve(serve: &Serve) -> ExitCode {
             return ExitCode::from(output::EXIT_CONFIG);
         }
     };
-    match daemon::run(plan, serve.reread()) {
+    match daemon::run(plan, start.reread()) {
         Ok(Ending::Well) => ExitCode::SUCCESS,
         Ok(Ending::Badly(why)) => {
             fatal!("{why}");
             ExitCode::from(output::EXIT_FAILURE)
         }
         Err(refusal @ Refusal::NoAddress) => {
-            let misuse = misuse(Some("serve"), refusal.to_string());
+            let misuse = misuse(Some(start.mode()), refusal.to_string());
             output::complain(&misuse.to_string(), output::EXIT_USAGE)
         }
         Err(refusal) => {
@@ -178,7 +201,21 @@ enum Mode {
     #[command(
         override_usage = "flexnbd serve --file FILE [--addr ADDR --port PORT] [OPTION]... [ACL_ENTRY]..."
     )]
-    Serve(With<Serve>),
+    Serve(With<serve::ServeFlags>),
+    /// Receive a disk from another server, and end when it has arrived
+    #[command(
+        override_usage = "flexnbd listen --file FILE [--addr ADDR --port PORT] [OPTION]... [ACL_ENTRY]..."
+    )]
+    Listen(With<listen::ListenFlags>),
+    /// Move the disk of a running server to another server, while clients use it
+    #[command(override_usage = "flexnbd mirror --addr ADDR --port PORT --sock SOCK [OPTION]...")]
+    Mirror(With<mirror::MirrorFlags>),
+    /// Change the speed limit of a running migration
+    #[command(override_usage = "flexnbd mirror-speed --sock SOCK --max-speed RATE [OPTION]...")]
+    MirrorSpeed(With<mirror::SpeedFlags>),
+    /// Stop a running migration; the disk stays
+    #[command(override_usage = "flexnbd break --sock SOCK [OPTION]...")]
+    Break(With<operate::ServerFlags>),
     /// Copy bytes from a server to standard output
     #[command(
         override_usage = "flexnbd read --addr ADDR --port PORT --from OFFSET --size SIZE [OPTION]..."
@@ -197,7 +234,10 @@ enum Mode {
     Status(With<operate::StatusFlags>),
     /// Make a running server read its configuration file again
     #[command(override_usage = "flexnbd reload --sock SOCK [OPTION]...")]
-    Reload(With<operate::ReloadFlags>),
+    Reload(With<operate::ServerFlags>),
+    /// Declare this copy of a disk the canonical one
+    #[command(override_usage = "flexnbd adopt --file FILE [OPTION]...")]
+    Adopt(With<Adopt>),
     /// Show help, for all modes or for one
     #[command(override_usage = "flexnbd help [MODE] [OPTION]...")]
     Help(With<HelpFlags>),
@@ -222,24 +262,38 @@ impl Loudness {
 
 impl Mode {
     fn checked(self) -> Result<(Loudness, Command), Stop> {
+        let ordered = |mode, order: Result<Order, String>| {
+            order
+                .map(Command::Operate)
+                .map_err(|sentence| Stop::Misuse(misuse(Some(mode), sentence)))
+        };
         let wrong = |mode| move |sentence| Stop::Misuse(misuse(Some(mode), sentence));
         Ok(match self {
-            Self::Serve(With { flags, loudness }) => (loudness, Command::Serve(flags)),
+            Self::Serve(With { flags, loudness }) => (loudness, Command::Start(flags.start())),
+            Self::Listen(With { flags, loudness }) => (loudness, Command::Start(flags.start())),
             Self::Read(With { flags, loudness }) => {
                 (loudness, Command::Read(flags.checked().map_err(wrong("read"))?))
             }
             Self::Write(With { flags, loudness }) => {
                 (loudness, Command::Write(flags.checked().map_err(wrong("write"))?))
             }
-            Self::Acl(With { flags, loudness }) => {
-                (loudness, Command::Operate(flags.checked().map_err(wrong("acl"))?))
+            Self::Mirror(With { flags, loudness }) => {
+                (loudness, ordered("mirror", flags.checked())?)
             }
+            Self::MirrorSpeed(With { flags, loudness }) => {
+                (loudness, ordered("mirror-speed", flags.checked())?)
+            }
+            Self::Break(With { flags, loudness }) => {
+                (loudness, ordered("break", flags.checked(Kind::Break))?)
+            }
+            Self::Acl(With { flags, loudness }) => (loudness, ordered("acl", flags.checked())?),
             Self::Status(With { flags, loudness }) => {
-                (loudness, Command::Operate(flags.checked().map_err(wrong("status"))?))
+                (loudness, ordered("status", flags.checked())?)
             }
             Self::Reload(With { flags, loudness }) => {
-                (loudness, Command::Operate(flags.checked().map_err(wrong("reload"))?))
+                (loudness, ordered("reload", flags.checked(Kind::Reload))?)
             }
+            Self::Adopt(With { flags, loudness }) => (loudness, Command::Adopt(flags)),
             Self::Help(With { flags, loudness }) => {
                 (loudness, Command::Help(help(flags.mode.as_deref()).map_err(wrong("help"))?))
             }

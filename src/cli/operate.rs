@@ -1,7 +1,8 @@
-//! `flexnbd acl`, `status` and `reload`: one order to a running server, and its answer.
+//! `flexnbd acl`, `break`, `status` and so on: one order to a running server, and its answer.
 //! Decides nothing about either; the answer's number is the exit status.
 
-use super::output;
+use super::{output, wait};
+use crate::control::command::Mirror;
 use crate::control::status::to_json;
 use crate::control::{Command, Reply, ask};
 use std::fmt;
@@ -14,6 +15,9 @@ const RUN_DIRECTORY: &str = "/run/flexnbd";
 /// Longest name of an instance, in bytes, so that `/run/flexnbd/NAME.sock` fits into a socket
 /// address (107 bytes).
 pub const INSTANCE_BYTES_MAX: usize = 89;
+
+/// What `mirror` says when the migration has begun (flexnbd(1), MIRROR MODE).
+pub(super) const STARTED: &str = "Migration started";
 
 /// Which server is meant: by the path of its control socket, or by the name of its instance.
 #[derive(clap::Args, Clone, Debug)]
@@ -62,9 +66,9 @@ pub struct StatusFlags {
     json: bool,
 }
 
-/// The flags of `reload`.
+/// The flags of `reload` and `break`, which say nothing but whom they are for.
 #[derive(clap::Args, Clone, Debug)]
-pub struct ReloadFlags {
+pub struct ServerFlags {
     #[command(flatten)]
     server: Server,
 }
@@ -90,6 +94,17 @@ pub enum Kind {
     },
     /// Read the configuration file again.
     Reload,
+    /// Move the disk to another server.
+    Mirror {
+        /// Where and how.
+        order: Mirror,
+        /// Follow it until it ends.
+        wait: bool,
+    },
+    /// Let the running migration send at most so many bytes per second; 0 takes the limit off.
+    MirrorSpeed(u64),
+    /// Stop the running migration.
+    Break,
 }
 
 impl Kind {
@@ -99,6 +114,9 @@ impl Kind {
             Self::Acl(_) => "acl",
             Self::Status { .. } => "status",
             Self::Reload => "reload",
+            Self::Mirror { .. } => "mirror",
+            Self::MirrorSpeed(_) => "mirror-speed",
+            Self::Break => "break",
         }
     }
 
@@ -108,6 +126,10 @@ impl Kind {
             Self::Acl(entries) => Command::Acl { entries: entries.clone() },
             Self::Status { .. } => Command::Status,
             Self::Reload => Command::Reload,
+            Self::Mirror { order, wait: false } => Command::Mirror(order.clone()),
+            Self::Mirror { order, wait: true } => Command::MirrorWait(order.clone()),
+            Self::MirrorSpeed(limit) => Command::MirrorMaxBps(*limit),
+            Self::Break => Command::Break,
         }
     }
 
@@ -117,6 +139,7 @@ impl Kind {
             Self::Status { json: true } if reply.is_success() => {
                 to_json(reply.text()).map_err(|error| error.to_string())
             }
+            Self::Mirror { .. } if reply.is_success() => Ok(STARTED.to_owned()),
             _ => Ok(reply.text().to_owned()),
         }
     }
@@ -146,18 +169,19 @@ impl StatusFlags {
     }
 }
 
-impl ReloadFlags {
-    /// What is meant by them.
+impl ServerFlags {
+    /// What is meant by them, for an order that has no more to it than `kind`.
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self) -> Result<Order, String> {
-        Ok(Order { socket: self.server.socket()?, kind: Kind::Reload })
+    pub fn checked(self, kind: Kind) -> Result<Order, String> {
+        Ok(Order { socket: self.server.socket()?, kind })
     }
 }
 
 impl Server {
-    fn socket(self) -> Result<PathBuf, String> {
+    /// Its control socket.
+    pub(super) fn socket(self) -> Result<PathBuf, String> {
         match (self.sock, self.instance) {
             (Some(path), _) => Ok(path),
             (None, Some(instance)) => Ok(instance.socket()),
@@ -195,6 +219,9 @@ impl FromStr for Instance {
 /// standard error. The exit status is the answer's number, or 1 when there is none.
 #[must_use]
 pub fn run(order: &Order) -> ExitCode {
+    if let Kind::Mirror { wait: true, .. } = order.kind {
+        return wait::run(&order.socket, &order.kind.command());
+    }
     let answer = ask(&order.socket, &order.kind.command()).map_err(|error| error.to_string());
     match answer.and_then(|reply| Ok((reply.exit_status(), order.kind.presented(&reply)?))) {
         Ok((0, text)) => output::say(&text),
@@ -226,6 +253,7 @@ impl std::error::Error for InstanceError {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::command::Action;
 
     #[test]
     fn each_order_is_said_in_its_own_words() {
@@ -233,6 +261,23 @@ mod tests {
         assert_eq!(Kind::Acl(entries.clone()).command(), Command::Acl { entries });
         assert_eq!(Kind::Status { json: true }.command(), Command::Status);
         assert_eq!(Kind::Reload.command(), Command::Reload);
+        assert_eq!(Kind::Break.command(), Command::Break);
+        assert_eq!(Kind::MirrorSpeed(7).command(), Command::MirrorMaxBps(7));
+        let to = "[::1]:7".parse().unwrap();
+        let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None };
+        let mirror = |wait| Kind::Mirror { order: order.clone(), wait }.command();
+        assert_eq!(mirror(false), Command::Mirror(order.clone()));
+        assert_eq!(mirror(true), Command::MirrorWait(order.clone()));
+    }
+
+    #[test]
+    fn a_migration_that_has_begun_is_told_in_the_words_of_the_manual() {
+        let to = "[::1]:7".parse().unwrap();
+        let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None };
+        let shown = |reply| Kind::Mirror { order: order.clone(), wait: false }.presented(&reply);
+        assert_eq!(shown(Reply::success("Mirror started")), Ok("Migration started".to_owned()));
+        let why = "mirror already running";
+        assert_eq!(shown(Reply::refused(why)), Ok(why.to_owned()));
     }
 
     #[test]

@@ -1,214 +1,27 @@
-//! `flexnbd serve`: from flags and configuration file to one plan.
-//! Reads the file and nothing else; opening what the plan names is the daemon's part.
+//! `flexnbd serve`: its flags.
+//! Only says what they are called; what follows from them is decided in [`super::start`].
 
-use super::config;
 use super::settings::Settings;
-use crate::daemon::{Admission, Plan, Reread, Role};
-use crate::server::CLIENTS_MAX;
-use crate::server::acl::Acl;
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use super::start::Start;
+use crate::daemon::Role;
+use std::path::PathBuf;
 
 /// The flags of `serve`.
-#[derive(clap::Args, Clone, Debug, PartialEq, Eq)]
-pub struct Serve {
-    /// What the configuration file can say as well.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ServeFlags {
     #[command(flatten)]
-    pub settings: Settings,
+    settings: Settings,
 
     /// Read settings from this file: KEY=VALUE lines, keys named like the long options (PORT,
     /// READ_ONLY); flags win over it
     #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
+    config: Option<PathBuf>,
 }
 
-/// Why there is no plan; each holds a sentence for the operator.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NoPlan {
-    /// The command line cannot be meant.
-    Misuse(String),
-    /// The configuration file cannot be read or is wrong.
-    Config(String),
-}
-
-impl Serve {
-    /// Makes the plan, reading the configuration file as it is now.
-    ///
-    /// # Errors
-    /// [`NoPlan`].
-    pub fn plan(&self) -> Result<Plan, NoPlan> {
-        let text = self.config.as_deref().map(read).transpose().map_err(NoPlan::Config)?;
-        self.plan_with(text.as_deref())
-    }
-
-    /// How to learn later what the configuration file then says, if there is one.
+impl ServeFlags {
+    /// What is meant by them.
     #[must_use]
-    pub fn reread(&self) -> Option<Reread> {
-        self.config.as_ref()?;
-        let serve = self.clone();
-        Some(Reread(Box::new(move || match serve.plan() {
-            Ok(plan) => Ok(plan.admission),
-            Err(NoPlan::Misuse(sentence) | NoPlan::Config(sentence)) => Err(sentence),
-        })))
-    }
-
-    /// [`Serve::plan`] with the text of the configuration file.
-    fn plan_with(&self, text: Option<&str>) -> Result<Plan, NoPlan> {
-        let file = match (&self.config, text) {
-            (Some(path), Some(text)) => {
-                config::parse(path, text).map_err(|error| NoPlan::Config(error.to_string()))?
-            }
-            _ => Settings::default(),
-        };
-        let settings = self.settings.clone().over(file);
-        let acl = Acl::parse(&settings.acl, settings.default_deny)
-            .map_err(|bad| NoPlan::Misuse(bad.to_string()))?;
-        let clients_max = settings.max_clients.unwrap_or(CLIENTS_MAX);
-        let address = settings.address().map_err(|error| NoPlan::Misuse(error.to_string()))?;
-        let image = settings.file.ok_or_else(|| NoPlan::Misuse(self.image_missing()))?;
-        Ok(Plan {
-            role: Role::Serve,
-            address,
-            image,
-            create: settings.create,
-            read_only: settings.read_only,
-            export: settings.export.unwrap_or_default(),
-            oldstyle: settings.oldstyle,
-            control: settings.sock,
-            killswitch: settings.killswitch,
-            admission: Admission { acl, clients_max },
-        })
-    }
-
-    fn image_missing(&self) -> String {
-        match &self.config {
-            None => "--file FILE is missing".to_owned(),
-            Some(path) => format!("--file FILE is missing, and {} has no FILE=", path.display()),
-        }
-    }
-}
-
-fn read(path: &Path) -> Result<String, String> {
-    fs::read_to_string(path).map_err(|error| {
-        let why = match error.kind() {
-            io::ErrorKind::NotFound => "it does not exist".to_owned(),
-            io::ErrorKind::IsADirectory => "it is a directory".to_owned(),
-            io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
-            io::ErrorKind::InvalidData => "it is not UTF-8 text".to_owned(),
-            _ => error.to_string(),
-        };
-        format!("cannot read the configuration file {}: {why}", path.display())
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::net::Address;
-
-    fn serve(flags: Settings, config: Option<&str>) -> Serve {
-        Serve { settings: flags, config: config.map(PathBuf::from) }
-    }
-
-    fn file(path: &str) -> Settings {
-        Settings { file: Some(path.into()), ..Settings::default() }
-    }
-
-    #[test]
-    fn what_is_not_said_has_its_default() {
-        let expected = Plan {
-            role: Role::Serve,
-            address: None,
-            image: "/a".into(),
-            create: None,
-            read_only: false,
-            export: String::new(),
-            oldstyle: false,
-            control: None,
-            killswitch: false,
-            admission: Admission { acl: Acl::default(), clients_max: 128 },
-        };
-        assert_eq!(serve(file("/a"), None).plan(), Ok(expected));
-    }
-
-    #[test]
-    fn everything_said_is_in_the_plan() {
-        let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
-            READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nMAX_CLIENTS=3\nACL=::1\n";
-        let expected = Plan {
-            role: Role::Serve,
-            address: Some(Address::Tcp("[::]:7".parse().unwrap())),
-            image: "/a".into(),
-            create: Some(1 << 20),
-            read_only: true,
-            export: "disk".to_owned(),
-            oldstyle: true,
-            control: Some("/b".into()),
-            killswitch: true,
-            admission: Admission { acl: Acl::parse(&["::1"], true).unwrap(), clients_max: 3 },
-        };
-        let asked = serve(Settings::default(), Some("disk.conf"));
-        assert_eq!(asked.plan_with(Some(text)), Ok(expected));
-    }
-
-    #[test]
-    fn flags_win_over_the_file() {
-        let asked = serve(file("/flag"), Some("disk.conf"));
-        let plan = asked.plan_with(Some("FILE=/file\nEXPORT=file\n")).unwrap();
-        assert_eq!((plan.image, plan.export), ("/flag".into(), "file".to_owned()));
-    }
-
-    #[test]
-    fn without_an_image_there_is_no_plan() {
-        let misuse = |text: &str| Err(NoPlan::Misuse(text.to_owned()));
-        let asked = serve(Settings::default(), None);
-        assert_eq!(asked.plan(), misuse("--file FILE is missing"));
-        let asked = serve(Settings::default(), Some("disk.conf"));
-        let expected = misuse("--file FILE is missing, and disk.conf has no FILE=");
-        assert_eq!(asked.plan_with(Some("")), expected);
-    }
-
-    #[test]
-    fn an_address_that_does_not_fit_is_misuse_wherever_its_halves_come_from() {
-        let asked = serve(Settings { port: Some(7), ..file("/a") }, Some("disk.conf"));
-        let refused = asked.plan_with(Some("ADDR=/run/x\n")).unwrap_err();
-        assert!(matches!(refused, NoPlan::Misuse(text) if text.contains("/run/x is the path")));
-    }
-
-    #[test]
-    fn what_is_wrong_in_the_file_is_the_files_fault() {
-        let asked = serve(file("/a"), Some("disk.conf"));
-        let expected = "disk.conf, line 1: PORT: `x` is not a port, a number up to 65535";
-        let refused = asked.plan_with(Some("PORT=x\n"));
-        assert_eq!(refused, Err(NoPlan::Config(expected.to_owned())));
-    }
-
-    #[test]
-    fn a_file_that_cannot_be_read_is_named_with_the_reason() {
-        let dir = tempfile::tempdir().unwrap();
-        let binary = dir.path().join("binary");
-        fs::write(&binary, [0xff, 0xfe]).unwrap();
-        let missing = dir.path().join("missing");
-        for (path, why) in [
-            (missing.as_path(), "it does not exist"),
-            (dir.path(), "it is a directory"),
-            (&binary, "it is not UTF-8 text"),
-        ] {
-            let asked = Serve { settings: file("/a"), config: Some(path.to_owned()) };
-            let text = format!("cannot read the configuration file {}: {why}", path.display());
-            assert_eq!(asked.plan(), Err(NoPlan::Config(text)));
-        }
-    }
-
-    #[test]
-    fn the_file_is_read_again_for_each_plan() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("disk.conf");
-        let asked = Serve { settings: file("/a"), config: Some(path.clone()) };
-        for limit in [1, 2] {
-            fs::write(&path, format!("MAX_CLIENTS={limit}\n")).unwrap();
-            assert_eq!(asked.plan().unwrap().admission.clients_max, limit);
-        }
+    pub fn start(self) -> Start {
+        Start { role: Role::Serve, settings: self.settings, config: self.config }
     }
 }

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 /// How many clients `--max-clients` may admit. Each has a thread and a few descriptors.
 pub const MAX_CLIENTS_RANGE: RangeInclusive<usize> = 1..=65_536;
 
-/// Everything that both `serve`'s flags and its configuration file can say.
+/// Everything that both the flags of `serve` and a configuration file can say.
 ///
 /// Each long option is also a key of the file, in capitals and with `_` for `-`.
 #[derive(clap::Args, Clone, Debug, Default, PartialEq, Eq)]
@@ -97,6 +97,13 @@ impl Settings {
             max_clients: self.max_clients.or(below.max_clients),
             acl: if self.acl.is_empty() { below.acl } else { self.acl },
         }
+    }
+
+    /// These settings as far as `listen` heeds them. One file may feed both modes, so that the keys
+    /// that are about serving a disk that is ours are passed over, not refused.
+    #[must_use]
+    pub fn to_listen(self) -> Self {
+        Self { killswitch: false, read_only: false, max_clients: None, ..self }
     }
 
     /// Where to listen; none if neither address nor port is given.

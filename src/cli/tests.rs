@@ -3,6 +3,8 @@
 
 use super::operate::Kind;
 use super::*;
+use crate::control::command::{Action, Mirror};
+use crate::daemon::Role;
 use crate::net::Remote;
 
 fn parsed(line: &str) -> Result<Invocation, Stop> {
@@ -17,11 +19,15 @@ fn meant(line: &str) -> Command {
     }
 }
 
-fn settings(line: &str) -> settings::Settings {
+fn started(line: &str) -> Start {
     match meant(line) {
-        Command::Serve(serve) => serve.settings,
+        Command::Start(start) => start,
         other => panic!("{line}: {other:?}"),
     }
+}
+
+fn settings(line: &str) -> settings::Settings {
+    started(line).settings
 }
 
 fn refused(line: &str) -> Misuse {
@@ -50,7 +56,6 @@ const TRANSFER: &str = "--addr ::1 --port 7 --from 0 --size 1";
 fn every_long_option_of_serve_is_understood() {
     let line = "serve --addr 127.0.0.1 --port 4777 --file /a --sock /b --default-deny --killswitch \
         --create 1G --read-only --export disk --oldstyle --max-clients 5 --config /c 192.0.2.1 ::1";
-    let Command::Serve(serve) = meant(line) else { panic!("{line}") };
     let expected = settings::Settings {
         addr: Some("127.0.0.1".parse().unwrap()),
         port: Some(4777),
@@ -65,7 +70,145 @@ fn every_long_option_of_serve_is_understood() {
         max_clients: Some(5),
         acl: vec!["192.0.2.1".to_owned(), "::1".to_owned()],
     };
-    assert_eq!(serve, Serve { settings: expected, config: Some("/c".into()) });
+    let config = Some("/c".into());
+    assert_eq!(started(line), Start { role: Role::Serve, settings: expected, config });
+}
+
+#[test]
+fn every_option_of_listen_is_understood() {
+    let long = "listen --addr 127.0.0.1 --port 4777 --file /a --sock /b --default-deny \
+        --create 1G --overwrite --export disk --oldstyle --config /c 192.0.2.1 ::1";
+    let short = "listen -l 127.0.0.1 -p 4777 -f /a -s /b -d --create 1G --overwrite \
+        --export disk --oldstyle --config /c 192.0.2.1 ::1";
+    let expected = settings::Settings {
+        addr: Some("127.0.0.1".parse().unwrap()),
+        port: Some(4777),
+        file: Some("/a".into()),
+        create: Some(1 << 30),
+        sock: Some("/b".into()),
+        default_deny: true,
+        export: Some("disk".to_owned()),
+        oldstyle: true,
+        acl: vec!["192.0.2.1".to_owned(), "::1".to_owned()],
+        ..settings::Settings::default()
+    };
+    let role = Role::Listen { overwrite: true };
+    let expected = Start { role, settings: expected, config: Some("/c".into()) };
+    assert_eq!(started(long), expected);
+    assert_eq!(started(short), expected);
+    assert_eq!(started("listen -f /a").role, Role::Listen { overwrite: false });
+}
+
+#[test]
+fn what_makes_no_sense_for_an_incoming_disk_is_no_option_of_listen() {
+    for option in ["-k", "-r", "--killswitch", "--read-only", "--max-clients"] {
+        refuses(&format!("listen -f /a {option}"), &format!("unknown option `{option}`"));
+    }
+    refuses("serve -f /a --overwrite", "unknown option `--overwrite`");
+}
+
+fn ordered(line: &str) -> Kind {
+    match meant(line) {
+        Command::Operate(order) => {
+            assert_eq!(order.socket.to_str(), Some("/x"), "{line}");
+            order.kind
+        }
+        other => panic!("{line}: {other:?}"),
+    }
+}
+
+#[test]
+fn every_option_of_mirror_is_understood() {
+    let plain = |to: &str| Mirror {
+        to: to.parse().unwrap(),
+        action: Action::Exit,
+        bind: None,
+        max_bps: None,
+    };
+    let full = Mirror {
+        action: Action::Unlink,
+        bind: Some("192.0.2.9".parse().unwrap()),
+        max_bps: Some(10 << 20),
+        ..plain("192.0.2.1:7")
+    };
+    let long = "mirror --addr 192.0.2.1 --port 7 --sock /x --unlink --bind 192.0.2.9 \
+        --max-speed 10M --wait";
+    let short = "mirror -l 192.0.2.1 -p 7 -s /x -u -b 192.0.2.9 --max-speed 10485760 --wait";
+    for line in [long, short] {
+        assert_eq!(ordered(line), Kind::Mirror { order: full.clone(), wait: true }, "{line}");
+    }
+    for address in ["::1", "[::1]"] {
+        let order = ordered(&format!("mirror -l {address} -p 7 -s /x"));
+        assert_eq!(order, Kind::Mirror { order: plain("[::1]:7"), wait: false });
+    }
+    // No limit, and from anywhere: as if nothing had been said.
+    let order = ordered("mirror -l ::1 -p 7 -s /x --max-speed 0 -b ::");
+    assert_eq!(order, Kind::Mirror { order: plain("[::1]:7"), wait: false });
+}
+
+#[test]
+fn a_running_migration_can_be_slowed_and_stopped() {
+    assert_eq!(ordered("mirror-speed -s /x -m 4K"), Kind::MirrorSpeed(4096));
+    assert_eq!(ordered("mirror-speed --sock /x --max-speed 0"), Kind::MirrorSpeed(0));
+    assert_eq!(ordered("break --sock /x"), Kind::Break);
+    assert_eq!(
+        meant("break --instance a"),
+        Command::Operate(Order { socket: "/run/flexnbd/a.sock".into(), kind: Kind::Break })
+    );
+}
+
+#[test]
+fn a_migration_needs_to_know_where_from_and_where_to() {
+    refuses("mirror -s /x", "--addr ADDR and --port PORT are missing");
+    refuses("mirror -s /x -l ::1", "--port PORT is missing");
+    let missing = "the server is missing: give --sock SOCK or --instance NAME";
+    for line in ["mirror -l ::1 -p 7", "mirror-speed -m 1", "break"] {
+        refuses(line, missing);
+    }
+    refuses("mirror-speed -s /x", "--max-speed RATE is missing");
+    refuses("mirror -l ::1 -p 7 -s /x --instance a", "--sock SOCK cannot go with --instance NAME");
+}
+
+#[test]
+fn a_migration_goes_over_tcp_from_an_address_to_one_of_its_kind() {
+    refuses(
+        "mirror -l /run/x -p 7 -s /x",
+        "--addr ADDR: `/run/x` is a path, and disks are moved over TCP only",
+    );
+    refuses(
+        "mirror -l localhost -p 7 -s /x",
+        "--addr ADDR: `localhost` is not an IPv4 or IPv6 address",
+    );
+    refuses("mirror -l ::1 -p 0 -s /x", "--port PORT: port 0 is not a port to connect to");
+    refuses(
+        "mirror -l ::1 -p 65536 -s /x",
+        "--port PORT: `65536` is not a port, a number up to 65535",
+    );
+    refuses(
+        "mirror -l ::1 -p 7 -s /x -b eth0",
+        "--bind BIND_ADDR: `eth0` is not an IPv4 or IPv6 address",
+    );
+    refuses(
+        "mirror -l ::1 -p 7 -s /x -b 192.0.2.1",
+        "--addr ::1 cannot be reached from --bind 192.0.2.1",
+    );
+}
+
+#[test]
+fn a_speed_is_a_number_of_bytes() {
+    let sentence = "--max-speed RATE: `10M/s` is not a number of bytes, such as 4096, 4K, 100M, \
+        20G or 1T";
+    refuses("mirror-speed -s /x -m 10M/s", sentence);
+    refuses("mirror -l ::1 -p 7 -s /x --max-speed 10M/s", sentence);
+}
+
+#[test]
+fn a_copy_to_adopt_is_a_file() {
+    let adopt = |force| Command::Adopt(adopt::Adopt { file: "/a".into(), force });
+    assert_eq!(meant("adopt -f /a"), adopt(false));
+    assert_eq!(meant("adopt --file /a --force"), adopt(true));
+    refuses("adopt", "--file FILE is missing");
+    refuses("adopt /a", "`/a` has no meaning here");
 }
 
 #[test]
@@ -208,7 +351,8 @@ fn the_parser_is_sound() {
 
 #[test]
 fn without_a_mode_the_modes_are_listed() {
-    let modes = "the modes are serve, read, write, acl, status, reload and help";
+    let modes = "the modes are serve, listen, mirror, mirror-speed, break, read, write, acl, \
+        status, reload, adopt and help";
     for line in ["", "-q", "--verbose"] {
         refuses(line, &format!("a mode is missing; {modes}"));
     }
@@ -368,7 +512,7 @@ fn an_argument_that_is_not_utf8_is_refused_where_text_is_needed_and_taken_as_a_p
         let odd = OsString::from_vec(b"/\xff".to_vec());
         parse(["flexnbd", "serve", option].map(OsString::from).into_iter().chain([odd]))
     };
-    assert!(matches!(with("--file"), Ok(Invocation { command: Command::Serve(_), .. })));
+    assert!(matches!(with("--file"), Ok(Invocation { command: Command::Start(_), .. })));
     let Err(Stop::Misuse(misuse)) = with("--export") else { panic!("export") };
     assert_eq!(misuse.sentence, "an argument is not valid UTF-8");
 }

@@ -255,7 +255,8 @@ fn target(uri: Option<Target>, addr: Option<String>, port: Option<u16>) -> Resul
     }
 }
 
-fn parse_ip(text: &str) -> Result<IpAddr, String> {
+/// An IPv4 or IPv6 address, brackets allowed.
+pub(super) fn parse_ip(text: &str) -> Result<IpAddr, String> {
     unbracket(text).parse().map_err(|_| format!("`{text}` is not an IPv4 or IPv6 address"))
 }
 

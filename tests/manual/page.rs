@@ -6,6 +6,7 @@ use super::{installed, must_be_meant, ours, read};
 use clap::{Arg, Command};
 use flexnbd::cli::{self, MODES, config, operate, settings, size, uri};
 use flexnbd::control::Status;
+use flexnbd::control::status::{MIGRATION_PASSES, MIGRATION_STAGE, Migration, OWNERSHIP};
 use flexnbd::{control, net, server};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -145,7 +146,10 @@ fn every_key_of_the_configuration_file_is_described_and_no_other_is() {
 
 #[test]
 fn the_status_keys_are_those_that_a_server_tells_in_its_order() {
-    let line = Status::default().to_string();
+    let migration = Migration { speed_limit: Some(1), ..Migration::default() };
+    let newer = [MIGRATION_STAGE, MIGRATION_PASSES, OWNERSHIP];
+    let extra = newer.map(|key| (key.to_owned(), String::new())).to_vec();
+    let line = Status { migration: Some(migration), extra, ..Status::default() }.to_string();
     let told: Vec<String> =
         control::status::pairs(&line).unwrap().into_iter().map(|(key, _)| key).collect();
     assert_eq!(keys(&page(), "MODES/status"), told);

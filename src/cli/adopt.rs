@@ -1,0 +1,245 @@
+//! `flexnbd adopt`: declares this copy of a disk the canonical one, in its ownership record.
+//! Never touches the disk's bytes, and nothing at all while somebody uses the image.
+
+use super::output;
+use crate::disk::ledger::{Ledger, LedgerError, state_directory};
+use crate::disk::ownership::{BadRecord, Record, Title, for_adopt};
+use crate::disk::{Access, FileImage, OpenError};
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// The flags of `adopt`.
+#[derive(clap::Args, Clone, Debug, PartialEq, Eq)]
+pub struct Adopt {
+    /// File or block device that holds the copy
+    #[arg(short, long, value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// Adopt it even if it is incomplete, or may have moved to another host
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Why a copy was not adopted; each holds a sentence for the operator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Failure {
+    /// It is not fit to be, or not without `--force`.
+    Refused(String),
+    /// The system failed us.
+    Io(String),
+}
+
+/// Adopts the copy, and tells what it was and is.
+#[must_use]
+pub fn run(adopt: &Adopt) -> ExitCode {
+    let state = state_directory(env::var("STATE_DIRECTORY").ok().as_deref());
+    match adopt.carry_out(&state) {
+        Ok(told) => output::say(&told),
+        Err(Failure::Refused(why)) => {
+            output::complain(&format!("flexnbd adopt: {why}"), output::EXIT_CONFIG)
+        }
+        Err(Failure::Io(why)) => {
+            output::complain(&format!("flexnbd adopt: {why}"), output::EXIT_FAILURE)
+        }
+    }
+}
+
+impl Adopt {
+    fn carry_out(&self, state: &Path) -> Result<String, Failure> {
+        // Locked until the record is written, so that nobody serves it by the old one meanwhile.
+        let _image = FileImage::open(&self.file, Access { read_only: false })
+            .map_err(|error| unfit(&self.file, error))?;
+        let ledger = Ledger::open(&self.file, state).map_err(io)?;
+        let found = match ledger.read() {
+            Ok(found) => Found::Record(found),
+            Err(LedgerError::Bad { why: BadRecord::Garbage(_), .. }) if self.force => {
+                Found::Damaged
+            }
+            Err(error @ LedgerError::Bad { .. }) => {
+                return Err(Failure::Refused(error.to_string()));
+            }
+            Err(error) => return Err(io(error)),
+        };
+        let record = self.judge(&found)?;
+        let image = self.file.display();
+        if found == Found::Record(Some(record.clone())) {
+            return Ok(format!("{image} is {} already; nothing changed", describe(&record)));
+        }
+        ledger.write(Some(&record)).map_err(io)?;
+        Ok(format!("{image} was {} and is now {}", found.describe(), describe(&record)))
+    }
+
+    /// The record to write.
+    fn judge(&self, found: &Found) -> Result<Record, Failure> {
+        match found {
+            Found::Damaged => Ok(Record::Ours(Title::Adopted)),
+            Found::Record(record) => for_adopt(record.as_ref(), self.force).map_err(|refusal| {
+                Failure::Refused(refusal.explain(&self.file.display().to_string()))
+            }),
+        }
+    }
+}
+
+/// What lies beside the image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Found {
+    Record(Option<Record>),
+    /// Something that is no record.
+    Damaged,
+}
+
+impl Found {
+    fn describe(&self) -> String {
+        match self {
+            Self::Record(Some(record)) => describe(record),
+            Self::Record(None) => "without a record".to_owned(),
+            Self::Damaged => "with a damaged record".to_owned(),
+        }
+    }
+}
+
+/// A record for people: its name, and what there is to know of it.
+fn describe(record: &Record) -> String {
+    let more = match record {
+        Record::Incoming { id: None } => "from a source without a name".to_owned(),
+        Record::Incoming { id: Some(id) } => format!("migration {id}"),
+        Record::Ours(Title::Native) => "never moved".to_owned(),
+        Record::Ours(Title::Adopted) => "adopted".to_owned(),
+        Record::Ours(Title::Received) => "received from a source without a name".to_owned(),
+        Record::Ours(Title::Arrived(id)) => format!("arrived with migration {id}"),
+        Record::Departing { id, to, .. } | Record::Departed { id, to, .. } => {
+            format!("to {to}, migration {id}")
+        }
+    };
+    format!("{} ({more})", record.name())
+}
+
+fn unfit(file: &Path, error: OpenError) -> Failure {
+    match error {
+        OpenError::Missing { .. } => Failure::Refused(format!("{} does not exist", file.display())),
+        OpenError::AlreadyServed { .. } => Failure::Refused(format!(
+            "{} is in use: another process has locked it; stop that first",
+            file.display()
+        )),
+        OpenError::Other { .. } => Failure::Io(error.to_string()),
+        _ => Failure::Refused(error.to_string()),
+    }
+}
+
+fn io(error: LedgerError) -> Failure {
+    Failure::Io(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::ledger::ATTRIBUTE;
+    use crate::disk::ownership::{Id, Place};
+    use std::fs;
+
+    const ID: Id = Id([7; 16]);
+
+    /// An image in a directory of its own, on a file system that has attributes.
+    struct Copy {
+        directory: tempfile::TempDir,
+        file: PathBuf,
+    }
+
+    fn copy(record: Option<&Record>) -> Copy {
+        let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+        let file = directory.path().join("disk.img");
+        fs::write(&file, [0; 4096]).unwrap();
+        let copy = Copy { directory, file };
+        copy.ledger().write(record).unwrap();
+        copy
+    }
+
+    impl Copy {
+        fn ledger(&self) -> Ledger {
+            Ledger::open(&self.file, self.directory.path()).unwrap()
+        }
+
+        /// What adopting it says, without the path.
+        fn adopt(&self, force: bool) -> Result<String, Failure> {
+            let adopt = Adopt { file: self.file.clone(), force };
+            let told = adopt.carry_out(self.directory.path());
+            told.map(|told| told.replace(&format!("{} ", self.file.display()), ""))
+        }
+    }
+
+    fn departed() -> Record {
+        Record::Departed { id: ID, when: 1, to: Place::new("[::1]:7").unwrap() }
+    }
+
+    const ADOPTED: Record = Record::Ours(Title::Adopted);
+
+    #[test]
+    fn a_copy_without_a_record_is_adopted() {
+        let copy = copy(None);
+        assert_eq!(copy.adopt(false), Ok("was without a record and is now ours (adopted)".into()));
+        assert_eq!(copy.ledger().read().unwrap(), Some(ADOPTED));
+    }
+
+    #[test]
+    fn a_copy_that_may_be_elsewhere_is_adopted_by_force_only() {
+        let copy = copy(Some(&departed()));
+        let Err(Failure::Refused(why)) = copy.adopt(false) else { panic!("adopted") };
+        assert!(why.contains("has moved to [::1]:7") && why.contains("adopt --force"), "{why}");
+        assert_eq!(copy.ledger().read().unwrap(), Some(departed()));
+        let told = format!("was departed (to [::1]:7, migration {ID}) and is now ours (adopted)");
+        assert_eq!(copy.adopt(true), Ok(told));
+        assert_eq!(copy.ledger().read().unwrap(), Some(ADOPTED));
+    }
+
+    #[test]
+    fn an_incomplete_copy_is_adopted_by_force_only() {
+        let copy = copy(Some(&Record::Incoming { id: None }));
+        assert!(matches!(copy.adopt(false), Err(Failure::Refused(_))));
+        assert!(copy.adopt(true).unwrap().starts_with("was incoming (from a source without"));
+    }
+
+    #[test]
+    fn a_disk_that_has_arrived_keeps_the_migration_it_came_with() {
+        let record = Record::Ours(Title::Arrived(ID));
+        let copy = copy(Some(&record));
+        let told = format!("is ours (arrived with migration {ID}) already; nothing changed");
+        assert_eq!(copy.adopt(true), Ok(told));
+        assert_eq!(copy.ledger().read().unwrap(), Some(record));
+    }
+
+    #[test]
+    fn a_damaged_record_is_replaced_by_force_and_that_of_a_newer_flexnbd_never() {
+        let copy = copy(None);
+        xattr::set(&copy.file, ATTRIBUTE, b"nonsense").unwrap();
+        assert!(matches!(copy.adopt(false), Err(Failure::Refused(_))));
+        let told = "was with a damaged record and is now ours (adopted)";
+        assert_eq!(copy.adopt(true), Ok(told.into()));
+        xattr::set(&copy.file, ATTRIBUTE, b"flexnbd 2 ours\n").unwrap();
+        for force in [false, true] {
+            let Err(Failure::Refused(why)) = copy.adopt(force) else { panic!("adopted") };
+            assert!(why.contains("use the flexnbd that wrote it"), "{why}");
+        }
+    }
+
+    #[test]
+    fn an_image_in_use_is_left_alone() {
+        let copy = copy(Some(&departed()));
+        let server = FileImage::open(&copy.file, Access { read_only: true }).unwrap();
+        let Err(Failure::Refused(why)) = copy.adopt(true) else { panic!("adopted") };
+        assert!(why.contains("in use"), "{why}");
+        assert_eq!(copy.ledger().read().unwrap(), Some(departed()));
+        drop(server);
+        assert!(copy.adopt(true).is_ok());
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused() {
+        let nothing = Adopt { file: "/nowhere/disk.img".into(), force: true };
+        let refused = nothing.carry_out(Path::new("/nowhere"));
+        assert_eq!(refused, Err(Failure::Refused("/nowhere/disk.img does not exist".into())));
+        let directory = Adopt { file: "/".into(), force: true };
+        let refused = directory.carry_out(Path::new("/nowhere"));
+        assert!(matches!(refused, Err(Failure::Refused(why)) if why.contains("directory")));
+    }
+}

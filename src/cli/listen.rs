@@ -1,0 +1,85 @@
+//! `flexnbd listen`: its flags, which are those of `serve` that make sense while a disk arrives.
+//! Only says what they are called; what follows from them is decided in [`super::start`].
+
+use super::settings::{Settings, parse_acl_entry};
+use super::size::parse_create;
+use super::start::Start;
+use super::uri::parse_export;
+use crate::daemon::Role;
+use crate::net::{Host, parse_port};
+use std::path::PathBuf;
+
+/// The flags of `listen`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ListenFlags {
+    /// Address to listen on: IPv4, IPv6, or the path of a unix socket, which begins with / and
+    /// has no port. Not needed when the service manager hands over a listening socket
+    #[arg(short = 'l', long, value_name = "ADDR")]
+    addr: Option<Host>,
+
+    /// TCP port to listen on
+    #[arg(short, long, value_name = "PORT", value_parser = parse_port)]
+    port: Option<u16>,
+
+    /// File or block device to receive the disk into
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+
+    /// Make FILE if it does not exist: sparse, of SIZE bytes (K, M, G, T: powers of 1024)
+    #[arg(long, value_name = "SIZE", value_parser = parse_create)]
+    create: Option<u64>,
+
+    /// Receive even if FILE holds a disk that has arrived or was adopted, which is then lost
+    #[arg(long)]
+    overwrite: bool,
+
+    /// Open a control socket at this path
+    #[arg(short, long, value_name = "SOCK")]
+    sock: Option<PathBuf>,
+
+    /// Admit nobody when there are no ACL entries, rather than everybody
+    #[arg(short, long)]
+    default_deny: bool,
+
+    /// Name of the export
+    #[arg(long, value_name = "NAME", value_parser = parse_export)]
+    export: Option<String>,
+
+    /// Greet the old way, for a source that is the original flexnbd
+    #[arg(long)]
+    oldstyle: bool,
+
+    /// Read settings from this file, which may be that of `serve`.
+    #[arg(
+        long,
+        value_name = "FILE",
+        help = "Read settings from this file, which may be that of serve: KEY=VALUE lines; flags \
+                win over it; KILLSWITCH, MAX_CLIENTS and READ_ONLY mean nothing here"
+    )]
+    config: Option<PathBuf>,
+
+    /// Addresses to admit a source from, IPv4 or IPv6, each with an optional /PREFIX
+    #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
+    acl: Vec<String>,
+}
+
+impl ListenFlags {
+    /// What is meant by them.
+    #[must_use]
+    pub fn start(self) -> Start {
+        let settings = Settings {
+            addr: self.addr,
+            port: self.port,
+            file: self.file,
+            create: self.create,
+            sock: self.sock,
+            default_deny: self.default_deny,
+            export: self.export,
+            oldstyle: self.oldstyle,
+            acl: self.acl,
+            ..Settings::default()
+        };
+        let role = Role::Listen { overwrite: self.overwrite };
+        Start { role, settings, config: self.config }
+    }
+}

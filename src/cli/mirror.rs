@@ -1,0 +1,97 @@
+//! `flexnbd mirror` and `mirror-speed`: their flags.
+//! Decides what was meant; moving the disk is the running server's part.
+
+use super::operate::{Kind, Order, Server};
+use super::size::parse_size;
+use super::transfer::parse_ip;
+use crate::control::command::{Action, Mirror};
+use crate::net::{AddressError, parse_port};
+use std::net::{IpAddr, SocketAddr};
+
+/// The flags of `mirror`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct MirrorFlags {
+    /// Address of the server to move the disk to: IPv4 or IPv6
+    #[arg(short = 'l', long, value_name = "ADDR", value_parser = parse_destination)]
+    addr: IpAddr,
+
+    /// Its TCP port
+    #[arg(short, long, value_name = "PORT", value_parser = parse_destination_port)]
+    port: u16,
+
+    #[command(flatten)]
+    server: Server,
+
+    /// Delete the image here once the disk has moved
+    #[arg(short, long)]
+    unlink: bool,
+
+    /// Local address to connect from, for destinations that look at it
+    #[arg(short, long, value_name = "BIND_ADDR", value_parser = parse_ip)]
+    bind: Option<IpAddr>,
+
+    /// Send at most so many bytes per second (K, M, G: powers of 1024); 0 for no limit
+    #[arg(long, value_name = "RATE", value_parser = parse_size)]
+    max_speed: Option<u64>,
+
+    /// Show progress until the migration ends; the exit status tells how
+    #[arg(long)]
+    wait: bool,
+}
+
+/// The flags of `mirror-speed`.
+#[derive(clap::Args, Clone, Debug)]
+pub struct SpeedFlags {
+    #[command(flatten)]
+    server: Server,
+
+    /// Send at most so many bytes per second (K, M, G: powers of 1024); 0 for no limit
+    #[arg(short, long, value_name = "RATE", value_parser = parse_size)]
+    max_speed: u64,
+}
+
+impl MirrorFlags {
+    /// What is meant by them.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub fn checked(self) -> Result<Order, String> {
+        let Self { addr, port, bind, wait, .. } = self;
+        let bind = bind.filter(|bind| !bind.is_unspecified());
+        if let Some(bind) = bind.filter(|bind| bind.is_ipv4() != addr.is_ipv4()) {
+            return Err(format!("--addr {addr} cannot be reached from --bind {bind}"));
+        }
+        let order = Mirror {
+            to: SocketAddr::new(addr, port),
+            action: if self.unlink { Action::Unlink } else { Action::Exit },
+            bind,
+            max_bps: self.max_speed.filter(|limit| *limit > 0),
+        };
+        Ok(Order { socket: self.server.socket()?, kind: Kind::Mirror { order, wait } })
+    }
+}
+
+impl SpeedFlags {
+    /// What is meant by them.
+    ///
+    /// # Errors
+    /// A sentence for the operator.
+    pub fn checked(self) -> Result<Order, String> {
+        Ok(Order { socket: self.server.socket()?, kind: Kind::MirrorSpeed(self.max_speed) })
+    }
+}
+
+/// Where a disk can be moved to; the control socket knows no other addresses.
+fn parse_destination(text: &str) -> Result<IpAddr, String> {
+    if text.starts_with('/') {
+        return Err(format!("`{text}` is a path, and disks are moved over TCP only"));
+    }
+    parse_ip(text)
+}
+
+fn parse_destination_port(text: &str) -> Result<u16, AddressError> {
+    match parse_port(text)? {
+        0 => Err(AddressError::PortZero),
+        port => Ok(port),
+    }
+}

@@ -1,0 +1,327 @@
+//! How a migration under way is shown to people: as a bar on a terminal, as lines elsewhere.
+//! Never asks a server and never looks at a clock; what was seen, and when, is given to it.
+
+use crate::control::status::{MIGRATION_PASSES, MIGRATION_STAGE};
+use crate::control::{Status, Summary};
+use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::time::Duration;
+
+/// How many percent of the disk are worth a line.
+const LINE_PERCENT: u64 = 10;
+/// After how long without a line there is one all the same.
+const LINE_EVERY: Duration = Duration::from_secs(30);
+
+/// What one status tells of a running migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sight {
+    /// Bytes of the disk.
+    size: u64,
+    bytes_left: u64,
+    /// Bytes per second.
+    speed: u64,
+    /// 0 when nobody knows.
+    seconds_left: u64,
+    /// Passes completed.
+    passes: u64,
+    obstacle: Option<Obstacle>,
+}
+
+/// What keeps a migration from going on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Obstacle {
+    Unreachable,
+    InDoubt,
+}
+
+impl Sight {
+    /// None when the server tells of no migration.
+    pub(super) fn of(status: &Status) -> Option<Self> {
+        let migration = status.migration.as_ref()?;
+        Some(Self {
+            size: status.size,
+            bytes_left: migration.bytes_left,
+            speed: migration.speed,
+            seconds_left: migration.seconds_left,
+            passes: status.extra(MIGRATION_PASSES).and_then(|n| n.parse().ok()).unwrap_or(0),
+            obstacle: match status.extra(MIGRATION_STAGE) {
+                Some("connecting") => Some(Obstacle::Unreachable),
+                Some("in-doubt") => Some(Obstacle::InDoubt),
+                _ => None,
+            },
+        })
+    }
+
+    fn bytes_done(&self) -> u64 {
+        self.size.saturating_sub(self.bytes_left)
+    }
+
+    fn percent(&self) -> u64 {
+        let percent = u128::from(self.bytes_done()) * 100 / u128::from(self.size.max(1));
+        u64::try_from(percent).unwrap_or(100)
+    }
+
+    /// `40 %, 12.00 MiB/s, 1.20 GiB left, about 12 s, pass 2`, or what is in the way.
+    fn told(&self) -> String {
+        let left = HumanBytes(self.bytes_left);
+        match self.obstacle {
+            Some(Obstacle::Unreachable) => {
+                return format!("{left} left; the destination cannot be reached, trying again");
+            }
+            Some(Obstacle::InDoubt) => {
+                return "the destination does not say whether the disk has arrived; clients wait \
+                        until it does, see flexnbd-migration(7)"
+                    .to_owned();
+            }
+            None => {}
+        }
+        let time = match self.seconds_left {
+            0 => String::new(),
+            seconds => format!(", about {}", time(Duration::from_secs(seconds))),
+        };
+        let (percent, speed, pass) = (self.percent(), HumanBytes(self.speed), self.passes + 1);
+        format!("{percent} %, {speed}/s, {left} left{time}, pass {pass}")
+    }
+}
+
+/// A migration that is being shown.
+#[derive(Debug)]
+pub(super) enum Display {
+    /// On a terminal.
+    Bar(ProgressBar),
+    /// Elsewhere.
+    Lines(Lines),
+}
+
+impl Display {
+    /// On the terminal that standard error is, or line by line.
+    pub(super) fn new(on_terminal: bool) -> Self {
+        if !on_terminal {
+            return Self::Lines(Lines::default());
+        }
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        // A test reads the same template; were it wrong, the crate's own would do.
+        if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        Self::Bar(bar)
+    }
+
+    /// Shows what was seen `at` this time since the beginning. Returns the line to print, if one
+    /// is due.
+    pub(super) fn show(&mut self, at: Duration, sight: &Sight) -> Option<String> {
+        match self {
+            Self::Lines(lines) => lines.next(at, sight),
+            Self::Bar(bar) => {
+                bar.set_length(sight.size);
+                bar.set_position(sight.bytes_done());
+                bar.set_message(sight.told());
+                None
+            }
+        }
+    }
+
+    /// Takes the bar away; what comes now is printed.
+    pub(super) fn end(&self) {
+        if let Self::Bar(bar) = self {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+const TEMPLATE: &str = "[{wide_bar}] {msg}";
+
+/// Decides which sights are worth a line.
+#[derive(Debug, Default)]
+pub(super) struct Lines {
+    /// The percentage of the last line, rounded down to a whole step.
+    percent: u64,
+    last: Duration,
+    obstacle: Option<Obstacle>,
+}
+
+impl Lines {
+    fn next(&mut self, at: Duration, sight: &Sight) -> Option<String> {
+        let percent = sight.percent() / LINE_PERCENT * LINE_PERCENT;
+        let changed = sight.obstacle != self.obstacle;
+        if percent <= self.percent && at < self.last + LINE_EVERY && !changed {
+            return None;
+        }
+        // What clients write again takes percents back, which are not worth a second line.
+        self.percent = self.percent.max(percent);
+        (self.last, self.obstacle) = (at, sight.obstacle);
+        Some(sight.told())
+    }
+}
+
+/// The last line.
+pub(super) fn ended(summary: &Summary) -> String {
+    let &Summary { acknowledged, duration, bytes_sent, passes, pause } = summary;
+    let passes = if passes == 1 { "1 pass".to_owned() } else { format!("{passes} passes") };
+    let doubt = match acknowledged {
+        true => "",
+        false => "; the destination cannot tell whether the disk has arrived, look there",
+    };
+    format!(
+        "Migration finished: {} sent in {}, {passes}, clients paused for {}{doubt}",
+        HumanBytes(bytes_sent),
+        time(duration),
+        time(pause),
+    )
+}
+
+/// `812 ms`, `12.3 s`, `4 min 5 s`, `3 h 20 min`.
+fn time(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match seconds {
+        0 => format!("{} ms", time.as_millis()),
+        1..60 if time.subsec_millis() >= 100 => {
+            format!("{seconds}.{} s", time.subsec_millis() / 100)
+        }
+        1..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const START: Sight = Sight {
+        size: 100 << 20,
+        bytes_left: 100 << 20,
+        speed: 10 << 20,
+        seconds_left: 10,
+        passes: 0,
+        obstacle: None,
+    };
+
+    fn at(percent: u64) -> Sight {
+        Sight { bytes_left: (100 - percent) << 20, ..START }
+    }
+
+    const fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_sight_is_read_from_the_servers_line() {
+        let line = "pid=1 size=200 is_mirroring=true clients_allowed=true num_clients=0 \
+            has_control=true migration_speed=5 migration_duration=6 migration_seconds_left=7 \
+            migration_bytes_left=50 migration_stage=connecting migration_passes=2";
+        let expected = Sight {
+            size: 200,
+            bytes_left: 50,
+            speed: 5,
+            seconds_left: 7,
+            passes: 2,
+            obstacle: Some(Obstacle::Unreachable),
+        };
+        let sight = |line: &str| Sight::of(&Status::from_line(line).unwrap());
+        assert_eq!(sight(line), Some(expected));
+        // The original knows neither stages nor passes.
+        let (original, _) = line.split_once(" migration_stage").unwrap();
+        assert_eq!(sight(original), Some(Sight { passes: 0, obstacle: None, ..expected }));
+        let idle = "pid=1 size=2 is_mirroring=false clients_allowed=true num_clients=0 \
+            has_control=true";
+        assert_eq!(sight(idle), None);
+    }
+
+    #[test]
+    fn a_sight_tells_percent_rate_rest_time_and_pass() {
+        assert_eq!(at(40).told(), "40 %, 10.00 MiB/s, 60.00 MiB left, about 10 s, pass 1");
+        let stalled = Sight { speed: 0, seconds_left: 0, passes: 3, ..at(99) };
+        assert_eq!(stalled.told(), "99 %, 0 B/s, 1.00 MiB left, pass 4");
+        let unreachable = Sight { obstacle: Some(Obstacle::Unreachable), ..at(99) };
+        assert!(unreachable.told().contains("cannot be reached, trying again"));
+        let in_doubt = Sight { obstacle: Some(Obstacle::InDoubt), ..at(99) };
+        assert!(in_doubt.told().contains("does not say whether the disk has arrived"));
+    }
+
+    #[test]
+    fn no_size_makes_a_percentage_go_wrong() {
+        let percent = |size, bytes_left| Sight { size, bytes_left, ..START }.percent();
+        assert_eq!(percent(0, 0), 0);
+        assert_eq!(percent(u64::MAX, 0), 100);
+        assert_eq!(percent(100, 101), 0, "more is left than there is");
+        assert_eq!(percent(1000, 1), 99, "it is not done before it is");
+    }
+
+    #[test]
+    fn every_ten_percent_are_worth_one_line() {
+        let mut lines = Lines::default();
+        let mut told = |percent| lines.next(seconds(1), &at(percent)).is_some();
+        let due: Vec<u64> = (0..=35).filter(|percent| told(*percent)).collect();
+        assert_eq!(due, [10, 20, 30]);
+        assert!(told(70), "steps may be skipped");
+        assert!(!told(60) && !told(70), "what is done again is not told again");
+        assert!(told(80));
+    }
+
+    #[test]
+    fn thirty_seconds_are_worth_a_line() {
+        let mut lines = Lines::default();
+        let mut told = |time| lines.next(time, &START).is_some();
+        assert!(!told(LINE_EVERY - Duration::from_millis(1)));
+        assert!(told(LINE_EVERY));
+        assert!(!told(LINE_EVERY + seconds(29)));
+        assert!(told(LINE_EVERY + LINE_EVERY));
+    }
+
+    #[test]
+    fn an_obstacle_is_told_when_it_comes_and_when_it_goes() {
+        let mut lines = Lines::default();
+        let mut told = |obstacle| lines.next(seconds(1), &Sight { obstacle, ..START }).is_some();
+        assert!(told(Some(Obstacle::Unreachable)));
+        assert!(!told(Some(Obstacle::Unreachable)));
+        assert!(told(None));
+        assert!(!told(None));
+    }
+
+    #[test]
+    fn a_bar_shows_what_is_done_and_prints_nothing() {
+        let bar = ProgressBar::hidden();
+        let mut display = Display::Bar(bar.clone());
+        assert_eq!(display.show(seconds(60), &at(40)), None);
+        assert_eq!((bar.position(), bar.length()), (40 << 20, Some(100 << 20)));
+        assert_eq!(bar.message(), at(40).told());
+        display.end();
+        assert!(bar.is_finished());
+        assert!(ProgressStyle::with_template(TEMPLATE).is_ok());
+    }
+
+    #[test]
+    fn the_end_tells_bytes_time_and_pause_and_what_is_not_known() {
+        let summary = Summary {
+            acknowledged: true,
+            duration: Duration::from_millis(12_345),
+            bytes_sent: 100 << 20,
+            passes: 3,
+            pause: Duration::from_millis(12),
+        };
+        let told = "Migration finished: 100.00 MiB sent in 12.3 s, 3 passes, clients paused for \
+            12 ms";
+        assert_eq!(ended(&summary), told);
+        let plain = Summary { acknowledged: false, passes: 1, ..summary };
+        assert!(ended(&plain).contains(", 1 pass, "));
+        assert!(ended(&plain).ends_with("cannot tell whether the disk has arrived, look there"));
+    }
+
+    #[test]
+    fn times_are_as_exact_as_people_need() {
+        for (milliseconds, told) in [
+            (0, "0 ms"),
+            (999, "999 ms"),
+            (1000, "1 s"),
+            (1099, "1 s"),
+            (1100, "1.1 s"),
+            (59_999, "59.9 s"),
+            (60_000, "1 min 0 s"),
+            (3_599_000, "59 min 59 s"),
+            (3_600_000, "1 h 0 min"),
+            (90_060_000, "25 h 1 min"),
+        ] {
+            assert_eq!(time(Duration::from_millis(milliseconds)), told);
+        }
+    }
+}
