@@ -203,7 +203,8 @@ fn to_listen(
     let holds = match title::to_listen(plan, &ledger, overwrite)? {
         ForListen::Accept { holds } => holds,
         _ => {
-            info!("{}: the disk has arrived already", plan.image.display());
+            // Not what was asked for, though it is no failure either: to be seen by default.
+            warn!("{}: the disk has arrived already; not listening", plan.image.display());
             return Ok(None);
         }
     };

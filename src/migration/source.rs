@@ -409,12 +409,14 @@ impl Source {
     }
 
     fn report(&mut self, now: Duration) {
-        while let Some(news) = self.machine.news() {
-            self.witness.news(&news);
-        }
-        if now >= self.progress_at {
+        let news: Vec<_> = std::iter::from_fn(|| self.machine.news()).collect();
+        // First, since whoever hears the news may ask for the progress.
+        if !news.is_empty() || now >= self.progress_at {
             self.progress_at = now + PROGRESS_EVERY;
             *lock(&self.desk.progress) = Some(self.machine.progress(now));
+        }
+        for news in &news {
+            self.witness.news(news);
         }
     }
 }
