@@ -8,6 +8,7 @@ use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
 use crate::disk::ledger::Ledger;
+use crate::migration::job::Outcome;
 use crate::migration::source::Desk;
 use crate::server::Server;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -43,6 +44,10 @@ impl Vigil {
     pub(super) fn stop(&self) {
         *lock(&self.is_stopping) = true;
         self.changed.notify_all();
+    }
+
+    fn is_stopping(&self) -> bool {
+        *lock(&self.is_stopping)
     }
 
     /// Waits until there is `news`; none when the process stops without any.
@@ -133,12 +138,17 @@ impl Service {
     }
 
     fn mirror_and_wait(&self, order: &Mirror) -> Reply {
-        match self.mirror(order) {
-            Ok(desk) => match self.vigil.wait(|| desk.account()) {
-                Some((outcome, tally)) => moving::account(&outcome, &tally),
-                None => Reply::refused("the server was stopped before the migration was over"),
-            },
-            Err(reply) => reply,
+        let desk = match self.mirror(order) {
+            Ok(desk) => desk,
+            Err(reply) => return reply,
+        };
+        let account = self.vigil.wait(|| desk.account());
+        // A process that stops breaks its migration off, which nobody has ordered.
+        let is_ordered =
+            |(outcome, _): &_| *outcome != Outcome::Broken || !self.vigil.is_stopping();
+        match account.filter(is_ordered) {
+            Some((outcome, tally)) => moving::account(&outcome, &tally),
+            None => Reply::refused("the server was stopped before the migration was over"),
         }
     }
 }
