@@ -36,7 +36,7 @@ pub(crate) struct Builder {
     arguments: Vec<OsString>,
     wrapper: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
-    socket: Option<PathBuf>,
+    place: Option<Target>,
 }
 
 impl Builder {
@@ -48,12 +48,17 @@ impl Builder {
     /// The same for another mode that listens, such as `listen`.
     pub(crate) fn mode(mode: &str, image: &Path) -> Builder {
         let arguments = vec![mode.into(), "--file".into(), image.into()];
-        Builder { arguments, wrapper: Vec::new(), environment: Vec::new(), socket: None }
+        Builder { arguments, wrapper: Vec::new(), environment: Vec::new(), place: None }
     }
 
     /// Listens on this unix socket instead of a TCP port.
-    pub(crate) fn unix(mut self, socket: &Path) -> Builder {
-        self.socket = Some(socket.to_owned());
+    pub(crate) fn unix(self, socket: &Path) -> Builder {
+        self.at(Target::Unix(socket.to_owned()))
+    }
+
+    /// Listens exactly there.
+    pub(crate) fn at(mut self, place: Target) -> Builder {
+        self.place = Some(place);
         self
     }
 
@@ -82,17 +87,21 @@ impl Builder {
     pub(crate) fn start(self) -> Server {
         let mut last = String::new();
         for _ in 0..3 {
-            let target = match &self.socket {
-                Some(path) => Target::Unix(path.clone()),
-                None => Target::Tcp((Ipv4Addr::LOCALHOST, free_port()).into()),
-            };
-            let mut server = self.spawn(target);
+            let anywhere = || Target::Tcp((Ipv4Addr::LOCALHOST, free_port()).into());
+            let mut server = self.spawn(self.place.clone().unwrap_or_else(anywhere));
             if server.comes_up() {
                 return server;
             }
             last = server.failure();
         }
         panic!("the server does not come up: {last}");
+    }
+
+    /// Starts the server at its place and returns at once, whatever becomes of it.
+    #[track_caller]
+    pub(crate) fn launch(self) -> Server {
+        let place = self.place.clone().expect("`at` was called");
+        self.spawn(place)
     }
 
     fn spawn(&self, target: Target) -> Server {
@@ -197,6 +206,11 @@ impl Server {
         self.wait_for_end()
     }
 
+    /// How it ended, if it has.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
+    }
+
     pub(crate) fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
@@ -223,7 +237,7 @@ impl Server {
     }
 
     /// Whether it listens before it ends.
-    fn comes_up(&mut self) -> bool {
+    pub(crate) fn comes_up(&mut self) -> bool {
         let start = Instant::now();
         while !self.listens() {
             if !self.is_running() {
@@ -236,7 +250,7 @@ impl Server {
     }
 
     fn listens(&self) -> bool {
-        let inodes = listening_inodes(&self.target);
+        let inodes = listening_inodes(self.pid(), &self.target);
         !inodes.is_empty() && descriptors(self.pid()).iter().any(|d| inodes.contains(d))
     }
 
@@ -256,14 +270,15 @@ impl Drop for Server {
     }
 }
 
-/// The listening sockets at `target`, named as `/proc/PID/fd` names them.
-fn listening_inodes(target: &Target) -> HashSet<String> {
+/// The listening sockets at `target`, as that process sees them (it may live in a network
+/// namespace of its own), named as `/proc/PID/fd` names them.
+fn listening_inodes(pid: u32, target: &Target) -> HashSet<String> {
     let table = match target {
         Target::Tcp(address) if address.is_ipv4() => "tcp",
         Target::Tcp(_) => "tcp6",
         Target::Unix(_) => "unix",
     };
-    let text = std::fs::read_to_string(format!("/proc/net/{table}")).unwrap_or_default();
+    let text = std::fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
     let inode = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         listening_inode(target, &fields).map(|inode| format!("socket:[{inode}]"))

@@ -1,0 +1,378 @@
+//! Clients that write all the time, number every write, and remember what was acknowledged.
+//! They look for the disk wherever it may be served. Never uses the library.
+//!
+//! Every block belongs to one writer, which writes it in versions 1, 2, 3 …; some versions are
+//! WRITE_ZEROES. After a connection is lost the writes in flight may or may not have happened. So
+//! a block may hold any version from the last acknowledged to the last attempted, and no other.
+
+use super::image::{BLOCK, begins_as_data, stamped, unit};
+use crate::common::raw::{self, encode_request};
+use crate::common::{DEADLINE, comes_true};
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::FileExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Writes in flight on one connection.
+const DEPTH: usize = 8;
+/// How often a writer that waits for a reply looks whether it is to stop.
+const LOOK: Duration = Duration::from_millis(50);
+/// Pause between two tries to find the disk.
+const SEARCH: Duration = Duration::from_millis(2);
+/// The 124 bytes that end the old greetings.
+const OLD_TAIL: usize = 124;
+
+/// Where clients find a server.
+#[derive(Clone, Debug)]
+pub(crate) enum Door {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+/// What one block may hold.
+#[derive(Clone, Copy, Debug, Default)]
+struct Versions {
+    acknowledged: u64,
+    attempted: u64,
+}
+
+/// What all writers know together.
+#[derive(Debug)]
+struct Shared {
+    stop: AtomicBool,
+    source: Door,
+    /// Set once the destination serves.
+    destination: Mutex<Option<Door>>,
+    began: Instant,
+    acknowledged: AtomicU64,
+    connections: AtomicU64,
+    /// When the last write began that the source acknowledged, in nanoseconds.
+    source_last: AtomicU64,
+    /// When the first write ended that the destination acknowledged.
+    destination_first: AtomicU64,
+    trouble: Mutex<Vec<String>>,
+    pause: Duration,
+}
+
+/// Writers at work.
+pub(crate) struct Writers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<Vec<Versions>>>,
+    count: u64,
+}
+
+/// What was written, once nobody writes any more.
+pub(crate) struct Written {
+    blocks: Vec<Versions>,
+    pub(crate) acknowledged: u64,
+    /// How often a writer had to connect.
+    pub(crate) connections: u64,
+}
+
+impl Writers {
+    /// So many writers on a disk of `size` bytes at `source`, each pausing between two batches.
+    pub(crate) fn start(
+        source: Door,
+        size: u64,
+        (count, seed, pause): (u64, u64, Duration),
+    ) -> Writers {
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
+            source,
+            destination: Mutex::new(None),
+            began: Instant::now(),
+            acknowledged: AtomicU64::new(0),
+            connections: AtomicU64::new(0),
+            source_last: AtomicU64::new(0),
+            destination_first: AtomicU64::new(u64::MAX),
+            trouble: Mutex::default(),
+            pause,
+        });
+        let start = |number: u64| {
+            let shared = Arc::clone(&shared);
+            let own = (size / BLOCK - number).div_ceil(count);
+            let blocks = vec![Versions::default(); own as usize];
+            let random = Random(seed.wrapping_mul(count) + number + 1);
+            thread::spawn(move || Writer { shared, number, count, blocks, random }.run())
+        };
+        let threads = (0..count).map(start).collect();
+        Writers { shared, threads, count }
+    }
+
+    /// From now on the disk may be found there, too.
+    pub(crate) fn look_also_at(&self, destination: Door) {
+        *self.shared.destination.lock().unwrap() = Some(destination);
+    }
+
+    pub(crate) fn acknowledged(&self) -> u64 {
+        self.shared.acknowledged.load(Ordering::SeqCst)
+    }
+
+    /// Waits until `more` writes have been acknowledged from now on.
+    #[track_caller]
+    pub(crate) fn wait_for_writes(&self, more: u64) {
+        let until = self.acknowledged() + more;
+        let came = comes_true(DEADLINE, || self.acknowledged() >= until);
+        assert!(came, "{} writes of {until} were acknowledged", self.acknowledged());
+    }
+
+    /// Waits until the destination has acknowledged a write.
+    #[track_caller]
+    pub(crate) fn wait_for_destination(&self) {
+        let first = &self.shared.destination_first;
+        let came = comes_true(DEADLINE, || first.load(Ordering::SeqCst) != u64::MAX);
+        assert!(came, "no writer gets a write acknowledged at the destination");
+    }
+
+    /// Ends all writing. Fails when a writer saw anything but success and lost connections, or
+    /// when both sides served the disk.
+    #[track_caller]
+    pub(crate) fn stop(self) -> Written {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        let lists: Vec<_> = self.threads.into_iter().map(|t| t.join().unwrap()).collect();
+        let trouble = self.shared.trouble.lock().unwrap();
+        assert!(trouble.is_empty(), "writers saw: {trouble:?}");
+        let last = self.shared.source_last.load(Ordering::SeqCst);
+        let first = self.shared.destination_first.load(Ordering::SeqCst);
+        assert!(last < first, "two owners: the source took a write {} ns too late", last - first);
+        let total: usize = lists.iter().map(Vec::len).sum();
+        let of = |block: usize| lists[block % self.count as usize][block / self.count as usize];
+        Written {
+            blocks: (0..total).map(of).collect(),
+            acknowledged: self.shared.acknowledged.load(Ordering::SeqCst),
+            connections: self.shared.connections.load(Ordering::SeqCst),
+        }
+    }
+}
+
+impl Written {
+    /// Fails unless the image holds every write that was acknowledged, and nothing strange; blocks
+    /// never written must be as [`super::image::stamped_image`] made them.
+    #[track_caller]
+    pub(crate) fn assert_all_in(&self, image: &Path, context: &str) {
+        let file = std::fs::File::open(image).unwrap();
+        let mut data = vec![0; BLOCK as usize];
+        for (block, versions) in (0..).zip(&self.blocks) {
+            file.read_exact_at(&mut data, block * BLOCK).unwrap();
+            // A write that was never acknowledged may have been done in part.
+            for (index, found) in data.chunks(16).enumerate() {
+                assert!(
+                    versions.permit(block, found),
+                    "{context}: block {block}, unit {index}: found {found:02x?}, expected one of \
+                     {versions:?}"
+                );
+            }
+        }
+    }
+}
+
+impl Versions {
+    fn permit(self, block: u64, found: &[u8]) -> bool {
+        (self.acknowledged..=self.attempted)
+            .any(|version| if is_zero(block, version) { [0; 16] } else { unit(block, version) } == found)
+    }
+}
+
+/// Whether this version of this block is written by WRITE_ZEROES.
+fn is_zero(block: u64, version: u64) -> bool {
+    if version == 0 { !begins_as_data(block) } else { (block + 3 * version) % 11 == 0 }
+}
+
+struct Writer {
+    shared: Arc<Shared>,
+    number: u64,
+    count: u64,
+    blocks: Vec<Versions>,
+    random: Random,
+}
+
+impl Writer {
+    fn run(mut self) -> Vec<Versions> {
+        while !self.stopping() {
+            match self.find() {
+                Some((at_source, mut stream)) => {
+                    self.shared.connections.fetch_add(1, Ordering::SeqCst);
+                    // The connection is lost: look for the disk again.
+                    while !self.stopping() && self.batch(&mut stream, at_source).is_ok() {
+                        thread::sleep(self.shared.pause);
+                    }
+                }
+                None => thread::sleep(SEARCH),
+            }
+        }
+        self.blocks
+    }
+
+    fn stopping(&self) -> bool {
+        self.shared.stop.load(Ordering::SeqCst)
+    }
+
+    /// A connection to whoever serves the disk, and whether that is the source.
+    fn find(&self) -> Option<(bool, Stream)> {
+        let destination = self.shared.destination.lock().unwrap().clone();
+        let source = Stream::open(&self.shared.source).ok().map(|stream| (true, stream));
+        source.or_else(|| Some((false, Stream::open(&destination?).ok()?)))
+    }
+
+    /// Sends some writes and takes their replies.
+    fn batch(&mut self, stream: &mut Stream, at_source: bool) -> io::Result<()> {
+        let began = self.now();
+        let mut bytes = Vec::new();
+        let mut indexes = Vec::new();
+        while indexes.len() < DEPTH.min(self.blocks.len()) {
+            let index = self.random.next() as usize % self.blocks.len();
+            if !indexes.contains(&index) {
+                indexes.push(index);
+                self.attempt(index, &mut bytes);
+            }
+        }
+        stream.write_all(&bytes)?;
+        while !indexes.is_empty() {
+            let index = self.reply(stream)?;
+            let Some(at) = indexes.iter().position(|pending| *pending == index) else {
+                return self.complain(format!("a reply to {index}, which was not outstanding"));
+            };
+            indexes.swap_remove(at);
+            self.acknowledge(index, began, at_source);
+        }
+        Ok(())
+    }
+
+    fn attempt(&mut self, index: usize, bytes: &mut Vec<u8>) {
+        let block = index as u64 * self.count + self.number;
+        self.blocks[index].attempted += 1;
+        let version = self.blocks[index].attempted;
+        let zero = is_zero(block, version);
+        let command = if zero { raw::WRITE_ZEROES } else { raw::WRITE };
+        let (offset, length) = (block * BLOCK, BLOCK as u32);
+        bytes.extend(encode_request(command, 0, index as u64, offset, length));
+        if !zero {
+            bytes.extend(stamped(block, version));
+        }
+    }
+
+    fn acknowledge(&mut self, index: usize, began: u64, at_source: bool) {
+        self.blocks[index].acknowledged = self.blocks[index].attempted;
+        self.shared.acknowledged.fetch_add(1, Ordering::SeqCst);
+        if at_source {
+            self.shared.source_last.fetch_max(began, Ordering::SeqCst);
+        } else {
+            self.shared.destination_first.fetch_min(self.now(), Ordering::SeqCst);
+        }
+    }
+
+    /// The block index of the next reply.
+    fn reply(&self, stream: &mut Stream) -> io::Result<usize> {
+        let mut reply = [0; 16];
+        let mut have = 0;
+        while have < reply.len() {
+            match stream.read(&mut reply[have..]) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(count) => have += count,
+                Err(error) if !is_timeout(&error) || self.stopping() => return Err(error),
+                Err(_) => {}
+            }
+        }
+        let word = |at: usize| u32::from_be_bytes(reply[at..at + 4].try_into().unwrap());
+        if word(0) != raw::SIMPLE_REPLY || word(4) != 0 {
+            return self.complain(format!("the reply {reply:02x?}"));
+        }
+        Ok(u64::from_be_bytes(reply[8..].try_into().unwrap()) as usize)
+    }
+
+    fn complain<T>(&self, what: String) -> io::Result<T> {
+        self.shared.trouble.lock().unwrap().push(what);
+        Err(ErrorKind::InvalidData.into())
+    }
+
+    fn now(&self) -> u64 {
+        self.shared.began.elapsed().as_nanos() as u64
+    }
+}
+
+/// A connection whose handshake is over.
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    /// Connects and chooses the default export, in whichever style the server greets.
+    fn open(door: &Door) -> io::Result<Stream> {
+        let mut stream = match door {
+            Door::Tcp(address) => Stream::Tcp(TcpStream::connect(address)?),
+            Door::Unix(path) => Stream::Unix(UnixStream::connect(path)?),
+        };
+        stream.wait_at_most(DEADLINE)?;
+        let mut magics = [0; 16];
+        stream.read_exact(&mut magics)?;
+        if magics[8..] == raw::I_HAVE_OPT.to_be_bytes() {
+            stream.read_exact(&mut [0; 2])?;
+            stream.write_all(&(raw::FIXED_NEWSTYLE | raw::NO_ZEROES).to_be_bytes())?;
+            stream.write_all(&raw::encode_option(raw::OPT_EXPORT_NAME, b""))?;
+            stream.read_exact(&mut [0; 10])?;
+        } else {
+            stream.read_exact(&mut [0; 12 + OLD_TAIL])?;
+        }
+        stream.wait_at_most(LOOK)?;
+        Ok(stream)
+    }
+
+    fn wait_at_most(&self, time: Duration) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => {
+                stream.set_nodelay(true)?;
+                stream.set_read_timeout(Some(time))
+            }
+            Stream::Unix(stream) => stream.set_read_timeout(Some(time)),
+        }
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.write_all(bytes),
+            Stream::Unix(stream) => stream.write_all(bytes),
+        }
+    }
+
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Tcp(stream) => stream.read(bytes),
+            Stream::Unix(stream) => stream.read(bytes),
+        }
+    }
+
+    fn read_exact(&mut self, bytes: &mut [u8]) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.read_exact(bytes),
+            Stream::Unix(stream) => stream.read_exact(bytes),
+        }
+    }
+}
+
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+}
+
+/// Numbers that look random and are the same for the same seed (splitmix64).
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut value = self.0;
+        value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ (value >> 31)
+    }
+
+    /// A number below `limit`.
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
