@@ -4,27 +4,33 @@
 mod common;
 #[path = "migration/mod.rs"]
 mod fixture;
+#[path = "migration/qemu.rs"]
+mod qemu;
 
-use common::{GIB, MIB};
+use common::{GIB, MIB, comes_true, require_tool, skip};
 use fixture::image::{
-    assert_as_sparse, assert_same, empty_image, stamped_image, used_image,
+    allocated, assert_as_sparse, assert_same, empty_image, stamped_image, used_image,
 };
-use fixture::{Door, Host, NO_PAUSE, PLACES, Writers, directory};
+use fixture::{Door, Host, NO_PAUSE, PLACES, STARTED, Writers, directory};
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
+use std::time::Duration;
 
-const STARTED: &str = "0: Mirror started";
+/// Between two batches of a writer that the copy keeps up with.
+const PAUSE: Duration = Duration::from_millis(20);
+/// For what takes many passes, since writers are held back in steps of a pass.
+const LONG: Duration = Duration::from_secs(120);
 
-/// A disk of 256 MiB, a quarter of it data, moves under four writers to where old bytes lie.
+/// A disk of 128 MiB, a quarter of it data, moves under four writers to where old bytes lie.
 fn moves_under_writers(place: &str) {
-    const SIZE: u64 = 256 * MIB;
+    const SIZE: u64 = 128 * MIB;
     let dir = directory(place);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, SIZE);
     used_image(&destination.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
-    let writers = Writers::start(Door::Tcp(source.address), SIZE, (4, 1, NO_PAUSE));
-    writers.wait_for_writes(1000);
+    let writers = Writers::start(Door::Tcp(source.address), SIZE, (4, 1, PAUSE));
+    writers.wait_for_writes(200);
     assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
@@ -71,4 +77,334 @@ fn a_sparse_tebibyte_moves_as_fast_as_its_data() {
             }
         });
     }
+}
+
+#[test]
+fn a_disk_without_data_moves() {
+    moves(PLACES[0], 64 * MIB, |_| {});
+}
+
+#[test]
+fn the_smallest_disk_that_may_move_moves() {
+    moves(PLACES[0], 4096, |image| image.write_all_at(b"small", 4000).unwrap());
+}
+
+#[test]
+fn a_disk_below_4096_bytes_stays_and_is_served_on() {
+    let dir = directory(PLACES[0]);
+    let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
+    empty_image(&source.image, 3584);
+    empty_image(&destination.image, 3584);
+    let (mut serving, mut listening) = (source.serve(), destination.listen());
+    let reply = source.mirror_to(destination.address, &[]);
+    assert_eq!(reply, "1: the disk is smaller than 4096 bytes, which cannot be mirrored");
+    assert_eq!(source.status_of("is_mirroring"), "false");
+    assert!(serving.stop().success());
+    assert_eq!(listening.stop().code(), Some(1), "nothing has arrived");
+}
+
+#[test]
+fn zeros_that_take_disk_at_the_source_take_none_at_the_destination() {
+    let dir = directory(PLACES[0]);
+    let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
+    std::fs::write(&source.image, vec![0; 64 * MIB as usize]).unwrap();
+    used_image(&destination.image, 64 * MIB);
+    let (mut serving, mut listening) = (source.serve(), destination.listen());
+    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    assert_same(&source.image, &destination.image);
+    let (before, after) = (allocated(&source.image), allocated(&destination.image));
+    assert!(before >= 64 * MIB && after < MIB, "{before} bytes of disk became {after}");
+}
+
+/// The source must turn the operator away, serve on, and be able to move elsewhere afterwards.
+fn refuses_a_destination_of(size: u64) {
+    const SIZE: u64 = MIB;
+    let dir = directory(PLACES[0]);
+    let [source, wrong, right] = ["source", "wrong", "right"].map(|n| Host::new(dir.path(), n));
+    stamped_image(&source.image, SIZE);
+    empty_image(&wrong.image, size);
+    empty_image(&right.image, SIZE);
+    let (mut serving, mut listening) = (source.serve(), wrong.listen());
+    let writers = Writers::start(Door::Tcp(source.address), SIZE, (1, 1, PAUSE));
+    writers.wait_for_writes(10);
+    let reply = source.mirror_to(wrong.address, &[]);
+    assert!(reply.starts_with("1: Remote size does not match local size"), "{reply}");
+    writers.wait_for_writes(10);
+    assert_eq!(wrong.record(), "", "nothing was written there");
+    assert!(listening.is_running());
+    let mut listening = right.listen();
+    assert_eq!(source.mirror_to(right.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    let written = writers.stop();
+    assert_eq!(written.connections, 1);
+    written.assert_all_in(&right.image, "the second destination");
+}
+
+#[test]
+fn a_smaller_destination_is_refused_and_clients_do_not_notice() {
+    refuses_a_destination_of(MIB - 512);
+}
+
+#[test]
+fn a_larger_destination_is_refused_and_clients_do_not_notice() {
+    refuses_a_destination_of(MIB + 512);
+}
+
+#[test]
+fn a_second_mirror_is_refused_while_one_runs_and_break_ends_the_first() {
+    let dir = directory(PLACES[0]);
+    let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
+    stamped_image(&source.image, 16 * MIB);
+    empty_image(&destination.image, 16 * MIB);
+    let (mut serving, mut listening) = (source.serve(), destination.listen());
+    let writers = Writers::start(Door::Tcp(source.address), 16 * MIB, (2, 1, PAUSE));
+    let slowly = ["exit", "0.0.0.0", "100000"];
+    assert_eq!(source.mirror_to(destination.address, &slowly), STARTED);
+    assert_eq!(source.status_of("migration_speed_limit"), "100000");
+    assert_eq!(source.mirror_to(destination.address, &[]), "1: mirror already running");
+    assert_eq!(source.order(&["mirror_max_bps", "200000"]), "0: updated");
+    source.wait_for_status("migration_speed_limit", "200000");
+    assert_eq!(source.order(&["break"]), "0: mirror stopped");
+    source.wait_for_status("is_mirroring", "false");
+    assert_eq!(source.order(&["break"]), "1: not mirroring");
+    assert_eq!(source.order(&["mirror_max_bps", "1"]), "1: Not currently mirroring");
+    writers.wait_for_writes(10);
+    assert_eq!((source.record(), destination.record()), (String::new(), "incoming".into()));
+    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    let written = writers.stop();
+    assert_eq!(written.connections, 2);
+    written.assert_all_in(&destination.image, "after the second mirror");
+}
+
+#[test]
+fn writers_faster_than_the_link_are_caught_up_with() {
+    const SIZE: u64 = 4 * MIB;
+    let dir = directory(PLACES[1]);
+    let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
+    stamped_image(&source.image, SIZE);
+    empty_image(&destination.image, SIZE);
+    let (mut serving, mut listening) = (source.serve(), destination.listen());
+    let writers = Writers::start(Door::Tcp(source.address), SIZE, (4, 1, NO_PAUSE));
+    writers.wait_for_writes(1000);
+    let limit = (4 * MIB).to_string();
+    assert_eq!(source.mirror_to(destination.address, &["exit", "0.0.0.0", &limit]), STARTED);
+    let ended = comes_true(LONG, || !serving.is_running());
+    assert!(ended, "it does not converge; {:?}", source.status());
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    let written = writers.stop();
+    assert_eq!(written.connections, 4);
+    written.assert_all_in(&destination.image, "after convergence");
+    assert!(serving.stderr().contains("holding each write back"), "{}", serving.stderr());
+}
+
+#[test]
+fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() {
+    const SIZE: u64 = 32 * MIB;
+    if !nix::unistd::geteuid().is_root() {
+        return skip("a full destination", "only root may mount a small file system");
+    }
+    let dir = directory(PLACES[0]);
+    let small = dir.path().join("small");
+    std::fs::create_dir(&small).unwrap();
+    let [source, mut full, roomy] = ["source", "full", "roomy"].map(|n| Host::new(dir.path(), n));
+    full.image = small.join("dest.img");
+    let mount = format!(
+        "mount -t tmpfs -o size=4m tmpfs {0} && truncate -s {SIZE} {0}/dest.img && exec \"$@\"",
+        small.display()
+    );
+    let full = full.through(&["unshare", "--mount", "sh", "-c", &mount, "sh"]);
+    let roomy = roomy.at(full.address);
+    stamped_image(&source.image, SIZE);
+    empty_image(&roomy.image, SIZE);
+    let (mut serving, mut listening) = (source.serve(), full.listen());
+    let writers = Writers::start(Door::Tcp(source.address), SIZE, (2, 1, PAUSE));
+    assert_eq!(source.mirror_to(full.address, &[]), STARTED);
+    assert_eq!(listening.wait_for_end().code(), Some(1));
+    let said = listening.stderr();
+    assert!(said.contains("cannot write the incoming disk: No space left on device"), "{said}");
+    writers.wait_for_writes(50);
+    serving.wait_for_stderr("trying again every second");
+    let mut listening = roomy.listen();
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    let written = writers.stop();
+    assert_eq!(written.connections, 2);
+    written.assert_all_in(&roomy.image, "the destination with room");
+}
+
+/// Moves a disk under writers to somebody else's server, which cannot acknowledge.
+fn moves_to_a_plain_destination(start: impl FnOnce(&Host) -> qemu::Program) {
+    const SIZE: u64 = 32 * MIB;
+    let dir = directory(PLACES[0]);
+    let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
+    stamped_image(&source.image, SIZE);
+    used_image(&destination.image, SIZE);
+    let mut serving = source.serve();
+    let plain = start(&destination);
+    let writers = Writers::start(Door::Tcp(source.address), SIZE, (2, 1, PAUSE));
+    writers.wait_for_writes(50);
+    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(serving.stderr().contains("as far as we know"), "{}", serving.stderr());
+    drop(plain);
+    let written = writers.stop();
+    assert_eq!(written.connections, 2);
+    assert_same(&source.image, &destination.image);
+    written.assert_all_in(&destination.image, "a plain destination");
+    assert_as_sparse(&source.image, &destination.image);
+    assert_eq!(source.record(), "departed");
+}
+
+/// Whether somebody listens at that host's address. Does not connect: some servers take one
+/// client in their life.
+fn is_listening(host: &Host) -> bool {
+    let octets = match host.address.ip() {
+        std::net::IpAddr::V4(ip) => ip.octets(),
+        std::net::IpAddr::V6(_) => unreachable!("hosts have IPv4 addresses"),
+    };
+    let entry = format!("{:08X}:{:04X}", u32::from_le_bytes(octets), host.address.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    table.lines().any(|line| line.contains(&entry) && line.contains(" 0A "))
+}
+
+#[test]
+fn a_disk_moves_to_qemu_nbd() {
+    if !require_tool("qemu-nbd") {
+        return;
+    }
+    moves_to_a_plain_destination(|host| {
+        let (ip, port) = (host.address.ip().to_string(), host.address.port().to_string());
+        let image = host.image.to_str().unwrap();
+        let words =
+            ["qemu-nbd", "-f", "raw", "--discard=unmap", "-t", "-b", &ip, "-p", &port, image];
+        qemu::Program::start(&words, || is_listening(host))
+    });
+}
+
+#[test]
+fn a_disk_moves_to_nbdkit() {
+    if !require_tool("nbdkit") {
+        return;
+    }
+    moves_to_a_plain_destination(|host| {
+        let (ip, port) = (host.address.ip().to_string(), host.address.port().to_string());
+        let image = host.image.to_str().unwrap();
+        let words = ["nbdkit", "-f", "-i", &ip, "-p", &port, "file", image];
+        qemu::Program::start(&words, || is_listening(host))
+    });
+}
+
+#[test]
+fn a_read_only_destination_is_refused_and_the_source_serves_on() {
+    if !require_tool("nbdkit") {
+        return;
+    }
+    let dir = directory(PLACES[0]);
+    let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
+    stamped_image(&source.image, MIB);
+    let (ip, port) = (destination.address.ip().to_string(), destination.address.port().to_string());
+    let words = ["nbdkit", "-f", "-r", "-i", &ip, "-p", &port, "memory", "1M"];
+    let _plain = qemu::Program::start(&words, || is_listening(&destination));
+    let mut serving = source.serve();
+    let reply = source.mirror_to(destination.address, &[]);
+    assert_eq!(reply, "1: Mirror was rejected (the destination's disk is read-only)");
+    let writers = Writers::start(Door::Tcp(source.address), MIB, (1, 1, PAUSE));
+    writers.wait_for_writes(10);
+    writers.stop();
+    assert!(serving.stop().success());
+}
+
+#[test]
+fn qemu_mirrors_a_disk_onto_us() {
+    if !require_tool("qemu-storage-daemon") {
+        return;
+    }
+    const SIZE: u64 = 32 * MIB;
+    let dir = directory(PLACES[0]);
+    let (theirs, ours) = (dir.path().join("theirs.img"), Host::new(dir.path(), "ours"));
+    stamped_image(&theirs, SIZE);
+    used_image(&ours.image, SIZE);
+    let mut serving = ours.serve();
+    let socket = dir.path().join("monitor");
+    let chardev = format!("socket,id=c,path={},server=on,wait=off", socket.display());
+    let image = format!("driver=file,node-name=file,filename={},discard=unmap", theirs.display());
+    let words = [
+        "qemu-storage-daemon",
+        "--chardev",
+        &chardev,
+        "--monitor",
+        "chardev=c",
+        "--blockdev",
+        &image,
+        "--blockdev",
+        "driver=raw,node-name=disk,file=file",
+    ];
+    let program = qemu::Program::start(&words, || socket.exists());
+    let mut monitor = qemu::Monitor::connect(&socket);
+    let (ip, port) = (ours.address.ip(), ours.address.port());
+    monitor.execute(
+        &format!(
+            r#"{{"execute": "blockdev-add", "arguments": {{"driver": "nbd", "node-name": "there",
+        "discard": "unmap", "detect-zeroes": "unmap",
+        "server": {{"type": "inet", "host": "{ip}", "port": "{port}"}}}}}}"#
+        )
+        .replace('\n', ""),
+    );
+    monitor.execute(
+        r#"{"execute": "blockdev-mirror", "arguments": {"job-id": "move", "device": "disk", "target": "there", "sync": "full"}}"#,
+    );
+    monitor.wait_for("BLOCK_JOB_READY");
+    monitor.execute(r#"{"execute": "block-job-complete", "arguments": {"device": "move"}}"#);
+    monitor.wait_for("BLOCK_JOB_COMPLETED");
+    program.stop();
+    assert!(serving.stop().success());
+    assert_same(&theirs, &ours.image);
+    assert_as_sparse(&theirs, &ours.image);
+}
+
+#[test]
+fn a_guest_of_qemu_lives_through_a_migration_when_the_address_is_taken_over() {
+    if !require_tool("qemu-storage-daemon") {
+        return;
+    }
+    const SIZE: u64 = 32 * MIB;
+    let dir = directory(PLACES[0]);
+    let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
+    stamped_image(&source.image, SIZE);
+    empty_image(&destination.image, SIZE);
+    let (mut serving, mut listening) = (source.serve(), destination.listen());
+    let socket = dir.path().join("guest");
+    let (ip, port) = (source.address.ip(), source.address.port());
+    let disk = format!(
+        "driver=nbd,node-name=disk,server.type=inet,server.host={ip},server.port={port},\
+         reconnect-delay=60"
+    );
+    let door = format!("addr.type=unix,addr.path={}", socket.display());
+    let words = [
+        "qemu-storage-daemon",
+        "--blockdev",
+        &disk,
+        "--nbd-server",
+        &door,
+        "--export",
+        "type=nbd,id=guest,node-name=disk,writable=on,name=",
+    ];
+    let _program = qemu::Program::start(&words, || socket.exists());
+    let writers = Writers::start(Door::Unix(socket), SIZE, (2, 1, PAUSE));
+    writers.wait_for_writes(50);
+    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    let mut serving = destination.clone().at(source.address).serve();
+    writers.wait_for_writes(200);
+    let written = writers.stop();
+    assert_eq!(written.connections, 2, "the guest noticed nothing");
+    assert!(serving.stop().success());
+    written.assert_all_in(&destination.image, "what the guest wrote");
 }

@@ -22,6 +22,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tempfile::TempDir;
 
+/// What `mirror` is answered when the migration has begun.
+pub(crate) const STARTED: &str = "0: Mirror started";
+
 /// As fast as the writers can.
 pub(crate) const NO_PAUSE: Duration = Duration::ZERO;
 

@@ -173,8 +173,9 @@ impl Written {
 
 impl Versions {
     fn permit(self, block: u64, found: &[u8]) -> bool {
-        (self.acknowledged..=self.attempted)
-            .any(|version| if is_zero(block, version) { [0; 16] } else { unit(block, version) } == found)
+        (self.acknowledged..=self.attempted).any(
+            |version| if is_zero(block, version) { [0; 16] } else { unit(block, version) } == found,
+        )
     }
 }
 
