@@ -1,0 +1,44 @@
+//! A disk moves while processes are killed and the link is cut: who owns it afterwards, and what
+//! is in it. Each schedule is made from a seed, which every failure names.
+//!
+//! `FLEXNBD_KILLS` is how many schedules with kills there are, `FLEXNBD_SEED` where their seeds
+//! begin, and `FLEXNBD_CUT_SECONDS` how long the link stays cut.
+
+mod common;
+#[path = "migration/cuts.rs"]
+mod cuts;
+#[path = "migration/mod.rs"]
+mod fixture;
+#[path = "migration/lives.rs"]
+mod lives;
+
+use lives::Life;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Schedules, unless the environment says otherwise.
+const KILLS: u64 = 20;
+/// Schedules under way at once: mostly they wait for each other's seconds to pass.
+const AT_ONCE: u64 = 4;
+
+fn number(variable: &str, otherwise: u64) -> u64 {
+    std::env::var(variable).map_or(otherwise, |text| text.parse().unwrap())
+}
+
+#[test]
+fn whoever_is_killed_whenever_no_write_is_lost_and_nobody_owns_the_disk_twice() {
+    let (first, count) = (number("FLEXNBD_SEED", 1), number("FLEXNBD_KILLS", KILLS));
+    let next = AtomicU64::new(first);
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::SeqCst);
+                    if seed >= first + count {
+                        return;
+                    }
+                    Life::new(seed).run();
+                }
+            });
+        }
+    });
+}
