@@ -11,6 +11,8 @@ mod cuts;
 mod fixture;
 #[path = "migration/lives.rs"]
 mod lives;
+#[path = "migration/wire.rs"]
+mod wire;
 
 use lives::Life;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,1 +1,195 @@
-//! Cuts.
+//! Migrations over a link that is cut and mended: what the source and its clients make of it.
+
+use crate::common::{MIB, comes_true, skip};
+use crate::fixture::image::{assert_same, empty_image, stamped_image, used_image};
+use crate::fixture::{Door, Host, PLACES, STARTED, Writers, directory};
+use crate::number;
+use crate::wire::{FLUSH, HANDOVER, Trap, Wire};
+use std::process::Command;
+use std::time::Duration;
+
+/// A quarter of it is data.
+const SIZE: u64 = 128 * MIB;
+const DATA: u64 = SIZE / 4;
+/// The part of it that is written to.
+const BUSY: u64 = MIB;
+/// Bytes per second of the copy, so that little is in flight at a time.
+const SPEED: &str = "32000000";
+/// Between two batches of a writer.
+const PAUSE: Duration = Duration::from_millis(20);
+/// How much more than the data may go over the wire if nothing is sent twice: what was in flight,
+/// what the writers changed meanwhile, and the headers.
+const SLACK: u64 = 12 * MIB;
+/// After how many seconds without progress the source gives a connection up.
+const PATIENCE: (&str, &str) = ("FLEXNBD_MS_REQUEST_LIMIT_SECS", "1");
+
+/// How long the link stays cut.
+fn outage() -> Duration {
+    Duration::from_secs(number("FLEXNBD_CUT_SECONDS", 3))
+}
+
+/// A migration over a wire that is cut at some moment, and mended after a while.
+fn is_resumed_after_a_cut(trap: Trap, said: &str) {
+    let dir = directory(PLACES[0]);
+    let source = Host::new(dir.path(), "source").env(PATIENCE.0, PATIENCE.1);
+    let destination = Host::new(dir.path(), "dest");
+    stamped_image(&source.image, SIZE);
+    used_image(&destination.image, SIZE);
+    let (mut serving, mut listening) = (source.serve(), destination.listen());
+    let mut wire = Wire::to(destination.address, trap);
+    let writers = Writers::start(Door::Tcp(source.address), BUSY, (2, 1, PAUSE));
+    assert_eq!(source.mirror_to(wire.address, &["exit", "0.0.0.0", SPEED]), STARTED);
+    assert!(comes_true(Duration::from_secs(60), || wire.is_cut()), "{trap:?} never happened");
+    let before = wire.sent();
+    std::thread::sleep(outage());
+    assert!(serving.is_running() && listening.is_running());
+    wire.mend();
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    let written = writers.stop();
+    assert_eq!(written.connections, 2, "no client noticed more than a pause");
+    assert!(serving.stderr().contains(said), "{}", serving.stderr());
+    let sent = wire.sent();
+    let once = sent < DATA + SLACK;
+    assert!(once, "{DATA} bytes of data, {before} sent before the cut, {sent} in all");
+    assert_same(&source.image, &destination.image);
+    written.assert_all_in(&destination.image, &format!("{trap:?}"));
+}
+
+#[test]
+fn a_copy_that_is_cut_off_is_resumed_where_it_was() {
+    is_resumed_after_a_cut(Trap::Bytes(DATA * 3 / 4), "resumed where it was");
+}
+
+#[test]
+fn a_cut_before_the_gate_closes_is_made_good() {
+    is_resumed_after_a_cut(Trap::Before(FLUSH, 1), "resumed where it was");
+}
+
+#[test]
+fn a_cut_behind_the_closed_gate_opens_it_again() {
+    is_resumed_after_a_cut(Trap::Before(FLUSH, 2), "resumed where it was");
+}
+
+#[test]
+fn a_handover_that_does_not_get_through_is_made_again() {
+    is_resumed_after_a_cut(Trap::Before(HANDOVER, 1), "handing over again");
+}
+
+#[test]
+fn a_source_that_hears_no_acknowledgement_asks_until_somebody_knows() {
+    let dir = directory(PLACES[1]);
+    let source = Host::new(dir.path(), "source").env(PATIENCE.0, PATIENCE.1);
+    let destination = Host::new(dir.path(), "dest");
+    stamped_image(&source.image, MIB);
+    empty_image(&destination.image, MIB);
+    let (mut serving, mut listening) = (source.serve(), destination.listen());
+    let mut wire = Wire::to(destination.address, Trap::After(HANDOVER));
+    let writers = Writers::start(Door::Tcp(source.address), MIB, (2, 1, PAUSE));
+    writers.wait_for_writes(10);
+    assert_eq!(source.mirror_to(wire.address, &[]), STARTED);
+    source.wait_for_status("migration_stage", "in-doubt");
+    assert_eq!(source.record(), "departing");
+    assert_eq!(source.order(&["break"]), "1: mirror completed", "it is too late to keep the disk");
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    assert_eq!(destination.record(), "ours");
+    let mut arrived = destination.serve();
+    writers.look_also_at(Door::Tcp(destination.address));
+    std::thread::sleep(outage());
+    assert!(serving.is_running(), "it waits for somebody who knows");
+    wire.mend();
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    writers.wait_for_destination();
+    let written = writers.stop();
+    assert!(arrived.stop().success());
+    written.assert_all_in(&destination.image, "after an acknowledgement that was lost");
+    assert_eq!(source.record(), "departed");
+}
+
+/// Two network namespaces with a cable between them. Dropping it removes all of it.
+struct Cable {
+    near: String,
+    far: String,
+}
+
+impl Cable {
+    const NEAR_ADDRESS: &str = "10.209.0.1/24";
+    const FAR_ADDRESS: &str = "10.209.0.2/24";
+
+    fn new() -> Cable {
+        let name = |end| format!("flexnbd-{}-{end}", std::process::id());
+        let cable = Cable { near: name("near"), far: name("far") };
+        let ends = [(&cable.near, Self::NEAR_ADDRESS), (&cable.far, Self::FAR_ADDRESS)];
+        for (namespace, _) in ends {
+            ip(&["netns", "add", namespace]);
+        }
+        let pair = ["type", "veth", "peer", "name", "cable", "netns", &cable.far];
+        ip(&[&["-n", &cable.near, "link", "add", "cable"], &pair[..]].concat());
+        for (namespace, address) in ends {
+            ip(&["-n", namespace, "address", "add", address, "dev", "cable"]);
+            ip(&["-n", namespace, "link", "set", "cable", "up"]);
+            ip(&["-n", namespace, "link", "set", "lo", "up"]);
+        }
+        cable
+    }
+
+    /// Pulls it out at the far end, or puts it in again.
+    fn set(&self, state: &str) {
+        ip(&["-n", &self.far, "link", "set", "cable", state]);
+    }
+
+    /// Bytes that have left the near end.
+    fn sent(&self) -> u64 {
+        let file = "/sys/class/net/cable/statistics/tx_bytes";
+        let output =
+            Command::new("ip").args(["netns", "exec", &self.near, "cat", file]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim().parse().unwrap()
+    }
+}
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        for namespace in [&self.near, &self.far] {
+            let _ = Command::new("ip").args(["netns", "delete", namespace]).status();
+        }
+    }
+}
+
+#[track_caller]
+fn ip(arguments: &[&str]) {
+    crate::common::run("ip", arguments);
+}
+
+#[test]
+fn a_cable_that_is_pulled_and_put_in_again_costs_only_the_time() {
+    if !nix::unistd::geteuid().is_root() || !crate::common::require_tool("ip") {
+        return skip("pulling a cable", "only root may make network namespaces");
+    }
+    let cable = Cable::new();
+    let dir = directory(PLACES[0]);
+    let door = dir.path().join("door");
+    let source = Host::new(dir.path(), "source").env(PATIENCE.0, PATIENCE.1);
+    let source = source.through(&["ip", "netns", "exec", &cable.near]);
+    let destination = Host::new(dir.path(), "dest").at("10.209.0.2:10809".parse().unwrap());
+    let destination = destination.through(&["ip", "netns", "exec", &cable.far]);
+    stamped_image(&source.image, SIZE);
+    empty_image(&destination.image, SIZE);
+    let mut serving = source.mode("serve").unix(&door).start();
+    let mut listening = destination.listen();
+    let writers = Writers::start(Door::Unix(door), BUSY, (2, 1, PAUSE));
+    let order = ["exit", "0.0.0.0", SPEED];
+    assert_eq!(source.mirror_to(destination.address, &order), STARTED);
+    let half = comes_true(Duration::from_secs(60), || cable.sent() > DATA / 2);
+    assert!(half, "the copy does not get anywhere: {:?}", source.status());
+    cable.set("down");
+    std::thread::sleep(outage());
+    assert!(serving.is_running() && listening.is_running());
+    cable.set("up");
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    let (written, sent) = (writers.stop(), cable.sent());
+    assert_eq!(written.connections, 2);
+    assert!(sent < DATA + SLACK, "{DATA} bytes of data, {sent} bytes sent");
+    assert_same(&source.image, &destination.image);
+    written.assert_all_in(&destination.image, "after the cable was pulled");
+}

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The port of NBD. Every host has an address of its own, so that ports cannot collide.
+/// The port of NBD, and where it begins. Every host has an address of its own, so that ports cannot collide.
 const PORT: u16 = 10809;
 /// Where records are kept when they cannot be kept with the image.
 const STATE: &str = "STATE_DIRECTORY";
@@ -148,5 +148,6 @@ pub(crate) fn fresh_address() -> SocketAddr {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let process = std::process::id() % 0xff00 + 0x100;
     let [high, low] = u16::try_from(process).unwrap().to_be_bytes();
-    SocketAddr::from((Ipv4Addr::new(127, high, low, u8::try_from(number).unwrap()), PORT))
+    let (round, last) = (u16::try_from(number / 250).unwrap(), (number % 250 + 1) as u8);
+    SocketAddr::from((Ipv4Addr::new(127, high, low, last), PORT + round))
 }
