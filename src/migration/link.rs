@@ -65,7 +65,9 @@ impl Link {
         let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
             .map_err(|error| Trouble::Connect(error.to_string()))?;
         // A connection that takes no options is on its way out, which the handshake will see.
-        let _ = stream.tune().and_then(|()| stream.set_nonblocking());
+        let _ = stream.tune();
+        // `sendfile(2)` has no flag for it; without, a destination that hangs would hang us.
+        stream.never_block().map_err(|error| Trouble::Local(error.to_string()))?;
         let private = question.map(|question| question.encode().to_vec());
         let wish = Wish { private, ..Wish::default() };
         let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);
@@ -185,6 +187,7 @@ impl Sending<'_> {
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => {
                     return self.copied(copier, rest);
                 }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if is_disks(&error) => return Err(SendError::Disk(error)),
                 Err(error) => self.wait_for_room(error)?,
             }

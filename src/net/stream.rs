@@ -100,11 +100,12 @@ impl Stream {
         Ok(())
     }
 
-    /// Makes calls that know no `MSG_DONTWAIT`, as `sendfile(2)`, return instead of waiting.
+    /// Makes calls that others make on the descriptor itself, such as `sendfile(2)`, return rather
+    /// than wait, too. The methods here never wait by themselves.
     ///
     /// # Errors
-    /// None that an open socket gives.
-    pub fn set_nonblocking(&self) -> io::Result<()> {
+    /// When the kernel refuses it, which it does not for a connected socket.
+    pub fn never_block(&self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.set_nonblocking(true),
             Self::Unix(stream) => stream.set_nonblocking(true),

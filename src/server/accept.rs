@@ -81,7 +81,7 @@ fn serve(shared: &Shared, stream: Stream, peer: Peer, seat: Seat) {
     let id = seat.id;
     info!("flexnbd.client" = %peer, "flexnbd.session" = id, "{peer} connected");
     // A connection that takes no options is on its way out, which the session will see.
-    let _ = stream.tune().and_then(|()| stream.set_nonblocking());
+    let _ = stream.tune().and_then(|()| stream.never_block());
     let session = Session {
         stream,
         peer,

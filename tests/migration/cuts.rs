@@ -189,6 +189,7 @@ fn a_cable_that_is_pulled_and_put_in_again_costs_only_the_time() {
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let (written, sent) = (writers.stop(), cable.sent());
     assert_eq!(written.connections, 2);
+    assert!(serving.stderr().contains("resumed where it was"), "{}", serving.stderr());
     assert!(sent < DATA + SLACK, "{DATA} bytes of data, {sent} bytes sent");
     assert_same(&source.image, &destination.image);
     written.assert_all_in(&destination.image, "after the cable was pulled");
