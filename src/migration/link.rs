@@ -53,6 +53,8 @@ pub(super) enum SendError {
 pub(super) struct Link {
     stream: Stream,
     received: Vec<u8>,
+    /// Changes were sent, and no goodbye after them.
+    unfinished: bool,
 }
 
 impl Link {
@@ -78,7 +80,7 @@ impl Link {
         match (agreed, answer) {
             (Ok(agreement), answer) => {
                 let peer = peer(&agreement, answer);
-                Ok((Some(Self { stream, received: Vec::new() }), peer))
+                Ok((Some(Self { stream, received: Vec::new(), unfinished: false }), peer))
             }
             (Err(_), Some(answer)) => Ok((None, told_only(answer))),
             (Err(error), None) => Err(trouble(error)),
@@ -95,6 +97,7 @@ impl Link {
         wake: &Wake,
         give_up: &mut dyn FnMut() -> bool,
     ) -> Result<(), SendError> {
+        self.unfinished = request.work != Work::Disconnect;
         let mut sending = Sending { stream: &self.stream, patience, wake, give_up };
         let mut head = Vec::new();
         header(request).encode(Dialect::Simple, &mut head);
@@ -147,12 +150,24 @@ impl Link {
     }
 
     /// DISC, and closed.
-    pub(super) fn say_goodbye(self) {
+    pub(super) fn say_goodbye(mut self) {
+        self.unfinished = false;
         let mut goodbye = Vec::new();
         header(&Request { cookie: 0, work: Work::Disconnect })
             .encode(Dialect::Simple, &mut goodbye);
         // Everything that matters has been answered.
         let _ = self.stream.send_all(&goodbye, GOODBYE_PATIENCE);
+    }
+}
+
+impl Drop for Link {
+    /// What was sent over a connection that is given up must not arrive later than what is sent
+    /// over the next one: the kernel would go on delivering it once the network is back.
+    fn drop(&mut self) {
+        if self.unfinished {
+            // It cannot fail on a socket that is connected, and does not matter on another.
+            let _ = self.stream.close_abruptly();
+        }
     }
 }
 

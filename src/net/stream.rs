@@ -112,6 +112,17 @@ impl Stream {
         }
     }
 
+    /// Makes closing it throw away what the peer has not received yet, and tell the peer so.
+    /// Nothing to do on a unix socket, where what was sent has been received.
+    ///
+    /// # Errors
+    /// When the kernel refuses it, which it does not for a connected socket.
+    pub fn close_abruptly(&self) -> io::Result<()> {
+        let Self::Tcp(stream) = self else { return Ok(()) };
+        setsockopt(stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+        Ok(())
+    }
+
     /// Takes what has arrived, up to the length of `into`; 0 is the end of the stream (or an
     /// empty `into`).
     ///
