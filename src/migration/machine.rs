@@ -250,7 +250,9 @@ impl Machine {
         }
     }
 
-    fn stage(&self) -> Stage {
+    /// Where it is.
+    #[must_use]
+    pub fn stage(&self) -> Stage {
         match &self.phase {
             Phase::Start | Phase::Greeting | Phase::Resting { .. } | Phase::Undoing(_) => {
                 Stage::Connecting

@@ -2,7 +2,8 @@
 //! Never decides: every result goes back as the next event.
 
 use super::job::{
-    Action, Event, Job, News, Note, Order, Outcome, Peer, Progress, Request, TooLate, Trouble, Work,
+    Action, Event, Job, News, Note, Order, Outcome, Peer, Progress, Request, Stage, TooLate,
+    Trouble, Work,
 };
 use super::link::{Link, Route};
 use super::machine::{Machine, TooSmall};
@@ -165,6 +166,7 @@ pub struct Source {
     /// Since when the gate is closed, if it is.
     gate_closed: Option<Instant>,
     progress_at: Duration,
+    stage_told: Option<Stage>,
     tally: Tally,
 }
 
@@ -198,6 +200,7 @@ impl Source {
             link: None,
             gate_closed: None,
             progress_at: Duration::ZERO,
+            stage_told: None,
             tally: Tally::default(),
         };
         Ok((source, desk))
@@ -411,8 +414,10 @@ impl Source {
     fn report(&mut self, now: Duration) {
         let news: Vec<_> = std::iter::from_fn(|| self.machine.news()).collect();
         // First, since whoever hears the news may ask for the progress.
-        if !news.is_empty() || now >= self.progress_at {
-            self.progress_at = now + PROGRESS_EVERY;
+        // A stage may last: whoever asks must not be told the one before all the while.
+        let stage = Some(self.machine.stage());
+        if !news.is_empty() || now >= self.progress_at || stage != self.stage_told {
+            (self.progress_at, self.stage_told) = (now + PROGRESS_EVERY, stage);
             *lock(&self.desk.progress) = Some(self.machine.progress(now));
         }
         for news in &news {
