@@ -45,6 +45,9 @@ pub(crate) const REP_ACK: u32 = 1;
 pub(crate) const REP_SERVER: u32 = 2;
 pub(crate) const REP_INFO: u32 = 3;
 pub(crate) const REP_META_CONTEXT: u32 = 4;
+/// flexnbd's private option (flexnbd-migration(7)), and the type of its reply.
+pub(crate) const OPT_PRIVATE: u32 = 0x464c_4558;
+pub(crate) const REP_PRIVATE: u32 = OPT_PRIVATE;
 pub(crate) const REP_IS_ERROR: u32 = 1 << 31;
 pub(crate) const REP_ERR_UNSUP: u32 = REP_IS_ERROR + 1;
 pub(crate) const REP_ERR_POLICY: u32 = REP_IS_ERROR + 2;
@@ -379,6 +382,7 @@ fn check_option_reply(reply: &OptionReply) {
         }
         REP_SERVER | REP_META_CONTEXT => assert!(reply.data.len() >= 4),
         REP_INFO => assert!(reply.data.len() >= 2),
+        REP_PRIVATE => assert_eq!(reply.data.len(), 24, "the length of an answer"),
         kind => panic!("unknown option reply type {kind:#x}"),
     }
 }

@@ -1,0 +1,382 @@
+//! What rude sources, and others who happen by, do to our `listen`.
+
+use crate::common::raw::{
+    DISC, EINVAL, ENOSPC, EPERM, FIXED_NEWSTYLE, NO_ZEROES, OPT_EXPORT_NAME, OPT_GO, OPT_PRIVATE,
+    REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY, Wire, encode_go, encode_request,
+};
+use crate::common::server::{Server, Target};
+use crate::common::session::{Mode, Request, Session};
+use crate::common::{MIB, TempDir};
+use crate::fixture::image::{assert_same, empty_image, stamped_image};
+use crate::fixture::{Host, PLACES, STARTED, directory};
+use nix::sys::signal::Signal;
+
+const SIZE: u64 = MIB;
+/// Longest write of the sources here.
+const PIECE: usize = 64 << 10;
+
+/// The private command and its version (flexnbd-migration(7)).
+const HANDOVER: u16 = 0x464c;
+const VERSION: [u8; 4] = [0, 0, 0, 1];
+const MINE: [u8; 16] = [7; 16];
+const OTHERS: [u8; 16] = [8; 16];
+
+/// A process that listens for a disk.
+struct Listening {
+    host: Host,
+    server: Server,
+    _directory: TempDir,
+}
+
+impl Listening {
+    fn new(arguments: &[&str]) -> Listening {
+        let directory = directory(PLACES[1]);
+        let host = Host::new(directory.path(), "dest");
+        empty_image(&host.image, SIZE);
+        let server = host.mode("listen").args(arguments).start();
+        Listening { host, server, _directory: directory }
+    }
+
+    fn oldstyle() -> Listening {
+        Listening::new(&["--oldstyle"])
+    }
+
+    fn newstyle() -> Listening {
+        Listening::new(&[])
+    }
+
+    fn target(&self) -> Target {
+        self.server.target().clone()
+    }
+
+    /// A session of old style.
+    fn old(&self) -> Session {
+        Session::open_old_style(&self.target())
+    }
+
+    /// The haggling of newstyle, just begun.
+    fn haggle(&self) -> Wire {
+        Wire::haggle(&self.target(), FIXED_NEWSTYLE | NO_ZEROES)
+    }
+
+    /// Introduces itself with that migration, and goes on to transmission; also the token.
+    fn introduced(&self, id: [u8; 16]) -> (Session, Vec<u8>) {
+        let mut wire = self.haggle();
+        let (replies, last) = wire.ask(OPT_PRIVATE, &question(id));
+        assert_eq!(last, REP_ACK, "the question is answered");
+        let token = replies[0].data[8..24].to_vec();
+        (Session::go(wire, Mode::Simple, None, b""), token)
+    }
+
+    /// Nothing has arrived, and it waits for somebody who sends a whole disk, as the original does.
+    fn listens_on(mut self, record: &str) {
+        assert_eq!(self.host.record(), record);
+        assert!(self.server.is_running(), "{}", self.server.stderr());
+        assert_eq!(self.host.status_of("has_control"), "false");
+        self.server.signal(Signal::SIGTERM);
+        assert_eq!(self.server.wait_for_end().code(), Some(1), "nothing has arrived");
+        assert_eq!(self.host.record(), record);
+        // An incomplete copy is not served; what was never touched is.
+        let mut serving = self.host.mode("serve").launch();
+        assert_eq!(serving.comes_up(), record.is_empty());
+    }
+
+    /// Whoever comes next and behaves succeeds.
+    fn still_receives(mut self) {
+        let directory = directory(PLACES[1]);
+        let disk = directory.path().join("sent");
+        stamped_image(&disk, SIZE);
+        let bytes = std::fs::read(&disk).unwrap();
+        let mut session = self.old();
+        for (index, piece) in bytes.chunks(PIECE).enumerate() {
+            session.ok(Request::write((index * PIECE) as u64, piece));
+        }
+        session.send(&Request::new(DISC, 0, 0));
+        assert!(self.server.wait_for_end().success(), "{}", self.server.stderr());
+        assert_eq!(self.host.record(), "ours");
+        assert_same(&disk, &self.host.image);
+    }
+}
+
+fn question(id: [u8; 16]) -> Vec<u8> {
+    [&VERSION[..], &SIZE.to_be_bytes(), &id].concat()
+}
+
+/// Sends a HANDOVER and takes its reply: the error.
+fn hand_over(session: &mut Session, id: [u8; 16], token: &[u8]) -> u32 {
+    let payload = [&VERSION[..], &id, token].concat();
+    let header = encode_request(HANDOVER, 0, 77, 0, payload.len() as u32);
+    session.wire.send(&[header, payload].concat());
+    assert_eq!(session.wire.recv_u32(), crate::common::raw::SIMPLE_REPLY);
+    let error = session.wire.recv_u32();
+    assert_eq!(session.wire.recv_u64(), 77);
+    error
+}
+
+#[test]
+fn an_honest_source_of_old_style_is_received_from() {
+    let listening = Listening::oldstyle();
+    listening.still_receives();
+}
+
+#[test]
+fn connects_and_leaves() {
+    let listening = Listening::oldstyle();
+    Wire::connect(&listening.target()).vanish();
+    drop(Wire::connect(&listening.target()));
+    listening.still_receives();
+}
+
+#[test]
+fn says_goodbye_without_having_written() {
+    let listening = Listening::oldstyle();
+    let mut session = listening.old();
+    session.read(0, 512);
+    session.send(&Request::new(DISC, 0, 0));
+    session.wire.expect_closed("after a DISC");
+    listening.listens_on("");
+}
+
+#[test]
+fn leaves_without_goodbye_after_having_written() {
+    let listening = Listening::oldstyle();
+    let mut session = listening.old();
+    session.ok(Request::write(0, &[0xee; PIECE]));
+    drop(session);
+    listening.host.wait_for_status("num_clients", "0");
+    assert_eq!(listening.host.record(), "incoming");
+    listening.still_receives();
+}
+
+#[test]
+fn vanishes_after_a_write_and_another_one_starts_over() {
+    let listening = Listening::oldstyle();
+    let mut session = listening.old();
+    session.ok(Request::write(0, &[0xee; PIECE]));
+    session.wire.vanish();
+    listening.host.wait_for_status("num_clients", "0");
+    listening.still_receives();
+}
+
+#[test]
+fn an_incomplete_copy_is_never_served() {
+    let listening = Listening::oldstyle();
+    let mut session = listening.old();
+    session.ok(Request::write(0, &[0xee; 512]));
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn closes_in_the_middle_of_a_request() {
+    let listening = Listening::oldstyle();
+    let mut session = listening.old();
+    let (_, bytes) = session.encode(&Request::write(0, &[0xee; 512]));
+    session.wire.send(&bytes[..17]);
+    drop(session);
+    listening.host.wait_for_status("num_clients", "0");
+    listening.listens_on("");
+}
+
+#[test]
+fn closes_in_the_middle_of_the_data() {
+    let listening = Listening::oldstyle();
+    let mut session = listening.old();
+    let (_, bytes) = session.encode(&Request::write(0, &[0xee; PIECE]));
+    session.wire.send(&bytes[..PIECE / 2]);
+    drop(session);
+    listening.host.wait_for_status("num_clients", "0");
+    listening.still_receives();
+}
+
+#[test]
+fn writes_out_of_range_and_says_goodbye() {
+    let listening = Listening::oldstyle();
+    let mut session = listening.old();
+    session.refused(Request::write(SIZE - 512, &[0xee; 1024]), &[ENOSPC]);
+    session.refused(Request::write(u64::MAX - 511, &[0xee; 1024]), &[ENOSPC]);
+    session.send(&Request::new(DISC, 0, 0));
+    session.wire.expect_closed("after a DISC");
+    listening.listens_on("");
+}
+
+#[test]
+fn sends_what_is_no_request() {
+    let listening = Listening::oldstyle();
+    let mut session = listening.old();
+    session.ok(Request::write(0, &[0xee; 512]));
+    session.wire.send(&[0x47; 28]);
+    session.wire.recv_to_end();
+    listening.host.wait_for_status("num_clients", "0");
+    listening.still_receives();
+}
+
+#[test]
+fn a_second_source_may_neither_write_nor_end_what_the_first_has_begun() {
+    let listening = Listening::oldstyle();
+    let mut first = listening.old();
+    first.ok(Request::write(0, &[0xee; 512]));
+    let mut second = listening.old();
+    second.refused(Request::write(0, &[0xdd; 512]), &[EPERM]);
+    second.send(&Request::new(DISC, 0, 0));
+    second.wire.expect_closed("after a DISC");
+    first.ok(Request::write(512, &[0xee; 512]));
+    drop(first);
+    listening.host.wait_for_status("num_clients", "0");
+    listening.still_receives();
+}
+
+#[test]
+fn a_second_source_may_not_even_greet_where_it_could_be_told_so() {
+    let listening = Listening::newstyle();
+    let (mut first, _) = listening.introduced(MINE);
+    let mut wire = listening.haggle();
+    assert_eq!(wire.ask_final(OPT_GO, &encode_go(b"", &[])), REP_ERR_POLICY);
+    assert_eq!(wire.ask_final(OPT_PRIVATE, &question(OTHERS)), REP_ERR_POLICY);
+    wire.send_option(OPT_EXPORT_NAME, b"");
+    wire.expect_closed("an export that is taken");
+    first.ok(Request::write(0, &[0xee; 512]));
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn a_plain_client_that_writes_and_says_goodbye_has_not_sent_a_disk() {
+    let listening = Listening::newstyle();
+    let mut session = Session::open(&listening.target(), Mode::Simple).unwrap();
+    session.ok(Request::write(0, &[0xee; 512]));
+    session.send(&Request::new(DISC, 0, 0));
+    session.wire.expect_closed("after a DISC");
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn introduces_itself_with_nonsense() {
+    let listening = Listening::newstyle();
+    let mut wire = listening.haggle();
+    let good = question(MINE);
+    for bad in [&b""[..], &good[..27], &[&good[..], &[0]].concat(), &[&[9], &good[1..]].concat()] {
+        assert_eq!(wire.ask_final(OPT_PRIVATE, bad), REP_ERR_INVALID, "{bad:02x?}");
+    }
+    wire.still_haggles();
+    listening.listens_on("");
+}
+
+#[test]
+fn hands_over_without_an_introduction() {
+    let listening = Listening::newstyle();
+    let mut session = Session::open(&listening.target(), Mode::Simple).unwrap();
+    session.ok(Request::write(0, &[0xee; 512]));
+    assert_eq!(hand_over(&mut session, MINE, &[0; 16]), EINVAL);
+    session.goes_on();
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn hands_over_a_disk_that_it_has_not_sent() {
+    let listening = Listening::newstyle();
+    let (mut session, token) = listening.introduced(MINE);
+    assert_eq!(hand_over(&mut session, MINE, &token), EINVAL);
+    session.goes_on();
+    listening.listens_on("");
+}
+
+#[test]
+fn hands_over_to_another_process_or_another_migration() {
+    let listening = Listening::newstyle();
+    let (mut session, token) = listening.introduced(MINE);
+    session.ok(Request::write(0, &[0xee; 512]));
+    assert_eq!(hand_over(&mut session, MINE, &[0x55; 16]), EINVAL);
+    assert_eq!(hand_over(&mut session, OTHERS, &token), EINVAL);
+    session.goes_on();
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn a_handover_as_it_should_be_is_acknowledged_and_ends_it() {
+    let mut listening = Listening::newstyle();
+    let (mut session, token) = listening.introduced(MINE);
+    session.ok(Request::write(0, &[0xee; 512]));
+    assert_eq!(hand_over(&mut session, MINE, &token), 0);
+    assert!(listening.server.wait_for_end().success(), "{}", listening.server.stderr());
+    assert_eq!(listening.host.record(), "ours");
+    // A second `listen` says so; a `serve` answers the question that only it can answer.
+    let mut again = listening.host.mode("listen").launch();
+    assert!(!again.comes_up());
+    assert!(again.wait_for_end().success(), "{}", again.stderr());
+    let serving = listening.host.serve();
+    for (id, has) in [(MINE, 2), (OTHERS, 0)] {
+        let mut wire = Wire::haggle(serving.target(), FIXED_NEWSTYLE | NO_ZEROES);
+        let (replies, last) = wire.ask(OPT_PRIVATE, &question(id));
+        assert_eq!((last, &replies[0].data[4..6]), (REP_ACK, &[2, has][..]), "serving; has it");
+    }
+}
+
+#[test]
+fn comes_again_while_its_first_connection_is_still_there() {
+    let listening = Listening::newstyle();
+    let (mut first, token) = listening.introduced(MINE);
+    first.ok(Request::write(0, &[0xee; 512]));
+    let (mut second, same) = listening.introduced(MINE);
+    assert_eq!(token, same, "a token is the process's");
+    first.wire.recv_to_end();
+    second.ok(Request::write(512, &[0xee; 512]));
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn what_a_source_left_in_its_first_connection_is_not_carried_out_after_it_came_again() {
+    let listening = Listening::newstyle();
+    let (mut first, _) = listening.introduced(MINE);
+    first.ok(Request::write(0, &[0xee; 512]));
+    // Half a write stays on its way while the source comes again.
+    let (_, late) = first.encode(&Request::write(0, &[0xaa; PIECE]));
+    first.wire.send(&late[..PIECE]);
+    let (mut second, _) = listening.introduced(MINE);
+    second.ok(Request::write(0, &[0xbb; PIECE]));
+    let _ = first.wire.try_send(&late[PIECE..]);
+    first.wire.recv_to_end();
+    assert_eq!(second.read(0, PIECE as u64), vec![0xbb; PIECE]);
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn a_source_from_a_banned_address_is_refused_until_it_binds_one_that_is_not() {
+    let directory = directory(PLACES[1]);
+    let source = Host::new(directory.path(), "source");
+    let destination = Host::new(directory.path(), "dest");
+    stamped_image(&source.image, SIZE);
+    empty_image(&destination.image, SIZE);
+    let mut serving = source.serve();
+    let mut listening = destination.mode("listen").args(["127.0.0.9"]).start();
+    let reply = source.mirror_to(destination.address, &[]);
+    assert!(reply.starts_with("1: Mirror was rejected"), "{reply}");
+    assert_eq!(source.mirror_to(destination.address, &["exit", "127.0.0.9"]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    assert_same(&source.image, &destination.image);
+}
+
+#[test]
+fn a_disk_is_not_moved_onto_one_that_is_served() {
+    let directory = directory(PLACES[1]);
+    let [source, other] = ["source", "other"].map(|name| Host::new(directory.path(), name));
+    for host in [&source, &other] {
+        stamped_image(&host.image, SIZE);
+    }
+    let (mut serving, mut serving_too) = (source.serve(), other.serve());
+    let reply = source.mirror_to(other.address, &[]);
+    assert!(reply.starts_with("1: Mirror was rejected (the destination serves"), "{reply}");
+    for server in [&mut serving, &mut serving_too] {
+        assert!(server.stop().success());
+    }
+    assert_same(&source.image, &other.image);
+}
+
+#[test]
+fn sigterm_after_hello_ends_a_listen_with_an_error() {
+    let mut listening = Listening::newstyle();
+    let (mut session, _) = listening.introduced(MINE);
+    listening.server.signal(Signal::SIGTERM);
+    assert_eq!(listening.server.wait_for_end().code(), Some(1));
+    session.wire.recv_to_end();
+    assert_eq!(listening.host.record(), "");
+}

@@ -1,0 +1,13 @@
+//! Rude peers, one for each way to misbehave: destinations that our source meets, and sources that
+//! our destination meets. Whatever they do, clients do not notice, and nothing is lost.
+
+mod common;
+#[path = "migration/mod.rs"]
+mod fixture;
+#[path = "migration/rude.rs"]
+mod rude;
+
+#[path = "migration/destinations.rs"]
+mod destinations;
+#[path = "migration/sources.rs"]
+mod sources;
