@@ -6,6 +6,8 @@ mod common;
 mod fixture;
 #[path = "migration/qemu.rs"]
 mod qemu;
+#[path = "migration/wire.rs"]
+mod wire;
 
 use common::{GIB, MIB, comes_true, require_tool, skip};
 use fixture::image::{
@@ -191,8 +193,8 @@ fn writers_faster_than_the_link_are_caught_up_with() {
     let (mut serving, mut listening) = (source.serve(), destination.listen());
     let writers = Writers::start(Door::Tcp(source.address), SIZE, (4, 1, NO_PAUSE));
     writers.wait_for_writes(1000);
-    let limit = (4 * MIB).to_string();
-    assert_eq!(source.mirror_to(destination.address, &["exit", "0.0.0.0", &limit]), STARTED);
+    let link = wire::Wire::slow(destination.address, 2 * SIZE);
+    assert_eq!(source.mirror_to(link.address, &[]), STARTED);
     let ended = comes_true(LONG, || !serving.is_running());
     assert!(ended, "it does not converge; {:?}", source.status());
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());

@@ -1,6 +1,9 @@
-//! A link between source and destination that a test can cut: TCP forwarded from one to the other.
+//! A link between source and destination that a test can slow down or cut: TCP forwarded from one
+//! to the other.
 //! Cut means silence, as when a cable is pulled: nothing is forwarded any more, nobody is told, and
 //! what was connected stays half open for good. Never changes a byte.
+
+#![allow(dead_code, reason = "every test binary compiles this file and uses a part of it")]
 
 use crate::fixture::host::fresh_address;
 use std::io::{Read as _, Write as _};
@@ -34,6 +37,8 @@ struct Shared {
     era: AtomicU64,
     over: AtomicBool,
     sent: AtomicU64,
+    /// Bytes per second to the destination.
+    rate: Option<u64>,
 }
 
 /// A link. Dropping it closes everything.
@@ -46,6 +51,15 @@ pub(crate) struct Wire {
 impl Wire {
     /// A link to that address, which is reached at this one's own.
     pub(crate) fn to(to: SocketAddr, trap: Trap) -> Wire {
+        Wire::new(to, trap, None)
+    }
+
+    /// The same, never cut, which carries so many bytes per second.
+    pub(crate) fn slow(to: SocketAddr, rate: u64) -> Wire {
+        Wire::new(to, Trap::Never, Some(rate))
+    }
+
+    fn new(to: SocketAddr, trap: Trap, rate: Option<u64>) -> Wire {
         let shared = Arc::new(Shared {
             to,
             trap: Mutex::new(trap),
@@ -53,6 +67,7 @@ impl Wire {
             era: AtomicU64::new(0),
             over: AtomicBool::new(false),
             sent: AtomicU64::new(0),
+            rate,
         });
         let mut wire = Wire { address: fresh_address(), shared, acceptor: None };
         wire.open();
@@ -140,6 +155,9 @@ impl Shared {
             let through = snapped.unwrap_or(count);
             if to.write_all(&buffer[..through]).is_err() || snapped.is_some() {
                 break;
+            }
+            if let Some(rate) = self.rate.filter(|_| upstream) {
+                thread::sleep(Duration::from_secs(1) * through as u32 / rate as u32);
             }
         }
         while self.is_dead(era) && !self.over.load(Ordering::SeqCst) {
