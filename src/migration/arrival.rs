@@ -143,7 +143,8 @@ impl Arrival {
             State::Receiving(None) => self.seat(connection, id),
             State::Receiving(Some((old, Guest::Ours(same)))) if same == id => {
                 self.seat(connection, id);
-                Some(old)
+                // One that introduces itself twice has no earlier connection to wait for.
+                (old != connection).then_some(old)
             }
             state => return Introduction::Refuse(denied(state)),
         };
@@ -328,6 +329,13 @@ mod tests {
         arrival.closed(2);
         assert_eq!(arrival.wants_to_write(1, Guest::Ours(ID)), refused, "the seat stays lost");
         assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
+    }
+
+    #[test]
+    fn a_source_that_introduces_itself_twice_on_one_connection_does_not_wait_for_itself() {
+        let mut arrival = receiving(1, Guest::Ours(ID));
+        assert_eq!(arrival.introduced(1, &ask(ID)), listening(Has::Incomplete, None));
+        assert_eq!(arrival.wants_to_write(1, Guest::Ours(ID)), Permission::Go);
     }
 
     #[test]
