@@ -223,6 +223,14 @@ impl Arrival {
         durable
     }
 
+    /// A change that was permitted could not be made: the copy has a gap, whatever its sender says
+    /// next. The process exits with an error.
+    pub fn write_failed(&mut self) {
+        if matches!(self.state, State::Receiving(_)) {
+            self.state = State::Failed;
+        }
+    }
+
     /// `connection` is gone, and none of its requests is under way.
     pub fn closed(&mut self, connection: Connection) {
         if matches!(self.state, State::Receiving(Some((seat, _))) if seat == connection) {
@@ -336,6 +344,17 @@ mod tests {
         let mut arrival = receiving(1, Guest::Ours(ID));
         assert_eq!(arrival.introduced(1, &ask(ID)), listening(Has::Incomplete, None));
         assert_eq!(arrival.wants_to_write(1, Guest::Ours(ID)), Permission::Go);
+    }
+
+    #[test]
+    fn after_a_write_that_failed_neither_a_handover_nor_a_goodbye_makes_the_disk_ours() {
+        let mut arrival = receiving(1, Guest::Ours(ID));
+        arrival.write_failed();
+        assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
+        assert_eq!(arrival.introduced(2, &ask(ID)), Introduction::Refuse(Denied::Failed));
+        let mut arrival = receiving(1, Guest::OldStyle);
+        arrival.write_failed();
+        assert_eq!(arrival.said_goodbye(1), Ending::Nothing);
     }
 
     #[test]

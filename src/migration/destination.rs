@@ -144,9 +144,10 @@ impl Destination {
         state.arrival.closed(connection);
     }
 
-    /// A request that changes the disk failed: this image cannot be written, so that waiting for
-    /// the source to try again would be in vain (flexnbd(1), LISTEN MODE).
+    /// A request that changes the disk, or makes it durable, failed: this image cannot be written,
+    /// so that waiting for the source to try again would be in vain (flexnbd(1), LISTEN MODE).
     pub fn failed(&self, why: &str) {
+        self.lock().arrival.write_failed();
         (self.told)(Fate::Failed(why.to_owned()));
     }
 

@@ -47,7 +47,7 @@ pub trait Reception: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// What to answer instead, and why, for the log.
     fn permit(&self, session: SessionId) -> Result<(), (ErrorCode, &'static str)>;
-    /// A request that changes the disk failed for this reason.
+    /// A request that changes the disk, or makes it durable, failed for this reason.
     fn write_failed(&self, session: SessionId, error: &io::Error);
     /// The private command arrived, and every request before it has been carried out.
     fn handed_over(&self, session: SessionId, payload: &[u8]) -> Conclusion;

@@ -8,9 +8,11 @@ use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
 use crate::net::{Address, Stream, connect};
+use crate::server::reception::{Conclusion, Introduction, Reception, SessionId};
 use nix::libc::{EIO, ENOSPC};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::Mutex;
 
 const SIZE: u64 = 8 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,15 +26,18 @@ struct Fixture {
 }
 
 fn serve(settings: Settings, clients_max: usize) -> Fixture {
+    serve_with(Arc::new(reception::Anybody), settings, clients_max)
+}
+
+fn serve_with(reception: Arc<dyn Reception>, settings: Settings, clients_max: usize) -> Fixture {
     let (memory, faults) = (MemoryImage::new(SIZE), Arc::new(Faults::default()));
     let image = FailingImage::new(memory.clone(), Arc::clone(&faults));
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
     let (for_server, admission) = (Arc::clone(&disk), (Acl::default(), clients_max));
-    let anybody = Arc::new(reception::Anybody);
     let server =
-        Server::start(vec![listener], for_server, anybody, "disk", admission, settings).unwrap();
+        Server::start(vec![listener], for_server, reception, "disk", admission, settings).unwrap();
     Fixture { server, address, disk, memory, faults }
 }
 
@@ -192,6 +197,46 @@ fn a_failed_flush_is_told_to_every_later_flush() {
         assert!(matches!(client.flush(), Err(ClientError::Refused(ErrorCode::Io))));
     }
     assert!(matches!(fixture.client().flush(), Err(ClientError::Refused(ErrorCode::Io))));
+}
+
+/// Remembers what it was told of.
+#[derive(Debug, Default)]
+struct Hears(Mutex<Vec<String>>);
+
+impl Reception for Hears {
+    fn introduced(&self, _: SessionId, _: &[u8]) -> Introduction {
+        Introduction::Answer { data: Vec::new(), retire: None }
+    }
+    fn admit(&self, _: SessionId) -> Result<(), &'static str> {
+        Ok(())
+    }
+    fn permit(&self, _: SessionId) -> Result<(), (ErrorCode, &'static str)> {
+        Ok(())
+    }
+    fn write_failed(&self, _: SessionId, error: &io::Error) {
+        self.0.lock().unwrap().push(error.to_string());
+    }
+    fn handed_over(&self, _: SessionId, _: &[u8]) -> Conclusion {
+        Conclusion::Refuse(ErrorCode::Invalid)
+    }
+    fn said_goodbye(&self, _: SessionId) {}
+    fn closed(&self, _: SessionId) {}
+}
+
+#[test]
+fn a_write_that_fails_and_a_flush_that_fails_are_told_to_whoever_knows_whose_the_disk_is() {
+    let hears = Arc::new(Hears::default());
+    let fixture = serve_with(Arc::clone(&hears) as _, Settings::default(), 4);
+    let mut client = fixture.client();
+    fixture.faults.fail_nth(1, ENOSPC);
+    client.write(0, &[1; 4096]).unwrap_err();
+    assert_eq!(hears.0.lock().unwrap().len(), 1);
+    fixture.faults.fail_nth(1, EIO);
+    client.flush().unwrap_err();
+    assert_eq!(hears.0.lock().unwrap().len(), 2);
+    fixture.faults.fail_nth(1, EIO);
+    bytes_of(&mut client, 0, 4096).unwrap_err();
+    assert_eq!(hears.0.lock().unwrap().len(), 2, "a read changes nothing");
 }
 
 #[test]

@@ -138,7 +138,8 @@ impl<'a> Worker<'a> {
         match outcome {
             Ok(()) => out.reply(|out| self.dialect.success(to, out)),
             Err(error) => {
-                if request.writes() && !is_not_fast(request, &error) {
+                let concerns = request.writes() || request == Request::Flush;
+                if concerns && !is_not_fast(request, &error) {
                     self.reception.write_failed(self.session, &error);
                 }
                 let code = self.complain(&request, &error);
