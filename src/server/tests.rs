@@ -240,6 +240,22 @@ fn a_write_that_fails_and_a_flush_that_fails_are_told_to_whoever_knows_whose_the
 }
 
 #[test]
+fn whatever_was_sent_before_the_client_ended_its_side_is_answered() {
+    let fixture = plain();
+    let mut client = fixture.chunked(false);
+    const READS: usize = 6;
+    for _ in 0..READS {
+        client.ask(CommandKind::Read, CommandFlags::DF, 0, work::WHOLE_READ_MAX);
+    }
+    client.ask(CommandKind::Flush, CommandFlags::empty(), 0, 0);
+    client.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut all = Vec::new();
+    client.stream.read_to_end(&mut all).unwrap();
+    let (chunk, simple) = (20 + 8 + (1 << 20), 16);
+    assert_eq!(all.len(), READS * chunk + simple);
+}
+
+#[test]
 fn a_simple_read_that_fails_half_way_ends_the_session_and_a_structured_one_says_where() {
     let fixture = plain();
     let length = 1 << 20;

@@ -89,14 +89,16 @@ impl Transmission<'_> {
         // Before anything that arrived after the order is answered.
         self.obey()?;
         self.work()?;
+        let blocked = self.is_blocked();
         let sent_all = self.send()?;
-        if sent_all && !self.progress.reads.is_empty() {
+        if sent_all && (blocked || !self.progress.reads.is_empty()) {
             return Ok(());
         }
         if sent_all && let Some(end) = self.progress.leaving.take() {
             return Err(end);
         }
-        if self.receives() && self.receive()? {
+        // While requests that are here already wait, more of them, or their end, can wait, too.
+        if !blocked && self.receives() && self.receive()? {
             return Ok(());
         }
         self.wait()
