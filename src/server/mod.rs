@@ -137,13 +137,17 @@ impl Server {
     /// # Errors
     /// The first entry that is none; then nothing has changed.
     pub fn set_acl<S: AsRef<str>>(&self, entries: &[S]) -> Result<(), BadEntry> {
-        self.shared.roster.set_acl(entries)
+        let set = self.shared.roster.set_acl(entries);
+        // A session that waits at a closed gate has to look up.
+        self.shared.disk.gate().nudge();
+        set
     }
 
     /// Replaces the whole access control list, also how an empty one is treated, and the number of
     /// clients there may be; those who are connected stay unless the list does not admit them.
     pub fn readmit(&self, acl: Acl, clients_max: usize) {
         self.shared.roster.readmit(acl, clients_max);
+        self.shared.disk.gate().nudge();
     }
 
     /// Lets nobody in any more and ends all sessions, without answering what they have in flight:

@@ -403,6 +403,24 @@ fn a_new_list_ends_sessions_that_it_does_not_admit_at_once() {
 }
 
 #[test]
+fn a_new_list_ends_sessions_that_wait_at_a_closed_gate_too() {
+    for reload in [false, true] {
+        let fixture = plain();
+        let mut client = fixture.chunked(false);
+        fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+        client.ask(CommandKind::Read, CommandFlags::empty(), 0, 512);
+        // Let it get to the gate; if it does not in time, it ends all the same.
+        (0..1000).for_each(|_| thread::yield_now());
+        if reload {
+            fixture.server.readmit(Acl::parse(&["192.0.2.1"], false).unwrap(), 4);
+        } else {
+            fixture.server.set_acl(&["192.0.2.1"]).unwrap();
+        }
+        fixture.wait_for_clients(0);
+    }
+}
+
+#[test]
 fn a_closed_gate_makes_requests_wait_and_a_session_end_when_the_server_stops() {
     let mut fixture = plain();
     let mut client = fixture.client();
