@@ -93,6 +93,10 @@ impl Desk {
     pub fn order(&self, order: Order) -> Result<(), TooLate> {
         let (taken, answer) = mpsc::channel();
         lock(&self.orders).push_back((order, taken));
+        if self.outcome().is_some() {
+            // It ended just before, and nobody will look at orders any more.
+            lock(&self.orders).clear();
+        }
         self.wake.wake();
         // The sender is dropped when the migration ends before it takes the order.
         answer.recv().unwrap_or(Err(TooLate))
@@ -449,4 +453,18 @@ fn first_block(range: Range) -> u64 {
 /// A panic elsewhere leaves nothing half done under these locks, so that it does not count.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_order_that_comes_just_after_the_end_is_too_late_and_does_not_wait_for_ever() {
+        let desk = Desk::new().unwrap();
+        desk.close(&Outcome::Broken);
+        let (told, answer) = mpsc::channel();
+        std::thread::spawn(move || told.send(desk.order(Order::Break)));
+        assert_eq!(answer.recv_timeout(Duration::from_secs(20)), Ok(Err(TooLate)));
+    }
 }
