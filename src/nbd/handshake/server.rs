@@ -232,7 +232,9 @@ impl Handshake {
         if let Some(answer) = Self::answer_unread(kind, head)? {
             answer.encode(head.number, out);
             self.forget_contexts_on_failed_set(kind);
-            self.stage = Stage::Skipping(head.length);
+            if head.length > 0 {
+                self.stage = Stage::Skipping(head.length);
+            }
             return Ok((after_head, Next::More));
         }
         let end = after_head + head.length as usize;

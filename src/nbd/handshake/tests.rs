@@ -438,3 +438,14 @@ fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export()
     assert_eq!(failure, Failure::Refused { number: policy, message: "not now".into() });
     assert_eq!(client.private_answer(), Some(&b"who?"[..]));
 }
+
+#[test]
+fn what_follows_an_option_without_data_is_answered_without_further_bytes() {
+    for unread in [OptionKind::StartTls.number(), 4711] {
+        let mut bytes = Vec::new();
+        encode_option(unread, &[], &mut bytes);
+        encode_option(OptionKind::Go.number(), &go(""), &mut bytes);
+        let (_, next) = Talk::fixed().say(&bytes).unwrap();
+        assert!(matches!(next, server::Next::Transmission(_)), "option {unread}: {next:?}");
+    }
+}
