@@ -14,7 +14,7 @@ use crate::nbd::wire::{
 };
 use crate::net::Stream;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How much of a read is handed on at once, in bytes.
 const PORTION: usize = 256 << 10;
@@ -71,8 +71,8 @@ impl From<Malformed> for ClientError {
 }
 
 impl Connection {
-    /// Does the handshake over a connected stream, for the export of this name. Every message may
-    /// take up to `patience`, here and later.
+    /// Does the handshake over a connected stream, for the export of this name. All of it may take
+    /// up to `patience`, and so may every message later.
     ///
     /// # Errors
     /// When the server does not give us the export.
@@ -205,7 +205,7 @@ fn header(kind: CommandKind, cookie: u64, offset: u64, length: u32) -> Header {
 
 /// Does the client's side of a handshake over a connected stream. Returns the answer to the
 /// private option, if there was one, and what was agreed on; the one is worth something without
-/// the other. Every message may take up to `patience`.
+/// the other. All of it may take up to `patience`, however busily the server talks.
 pub fn shake_hands(
     stream: &Stream,
     wish: Wish,
@@ -223,10 +223,17 @@ fn converse(
     handshake: &mut Handshake,
     patience: Duration,
 ) -> Result<Agreement, ClientError> {
+    let deadline = Instant::now() + patience;
     let mut input = Vec::new();
     loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let text = format!("the handshake took longer than {} s", patience.as_secs_f32());
+            let late = io::Error::new(io::ErrorKind::TimedOut, text);
+            return Err(ClientError::Connection(late));
+        }
         let mut byte = [0];
-        stream.recv_exact(&mut byte, patience).map_err(ClientError::Connection)?;
+        stream.recv_exact(&mut byte, left).map_err(ClientError::Connection)?;
         input.push(byte[0]);
         let mut out = Vec::new();
         let (used, next) = handshake.advance(&input, &mut out).map_err(ClientError::Handshake)?;
@@ -242,9 +249,12 @@ fn converse(
 mod tests {
     use super::*;
     use crate::nbd::handshake::BlockSizes;
+    use crate::nbd::handshake::option::OptionReply;
     use crate::nbd::handshake::server::{self, Export};
+    use crate::nbd::wire::OptionKind;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
     use std::thread;
 
     const PATIENCE: Duration = Duration::from_secs(10);
@@ -308,6 +318,31 @@ mod tests {
         for answer in [reply(2, 0), b"HTTP/1.1 400 Bad".to_vec()] {
             let mut connection = against(export(1, 4096), false, answer);
             assert!(matches!(connection.flush(), Err(ClientError::Protocol(_))));
+        }
+    }
+
+    #[test]
+    fn a_server_that_haggles_without_end_is_given_up_on() {
+        let (mut server, client) = UnixStream::pair().unwrap();
+        thread::spawn(move || {
+            let mut greeting = Vec::new();
+            server::Handshake::new(export(1, 4096)).greet(&mut greeting);
+            server.write_all(&greeting).unwrap();
+            let mut reply = Vec::new();
+            OptionReply::OtherInfo(99).encode(OptionKind::Go.number(), &mut reply);
+            // Until the client has had enough.
+            while server.write_all(&reply).is_ok() {}
+        });
+        let (told, outcome) = mpsc::channel();
+        thread::spawn(move || {
+            let patience = Duration::from_millis(100);
+            told.send(Connection::open(Stream::Unix(client), "", patience).map(drop))
+        });
+        match outcome.recv_timeout(PATIENCE).expect("it goes on for ever") {
+            Err(ClientError::Connection(error)) => {
+                assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+            }
+            other => panic!("{other:?}"),
         }
     }
 
