@@ -13,8 +13,9 @@ use crate::migration::link::Route;
 use crate::migration::source::{Departure, Desk, NoStart, Source, Tally, Witness};
 use crate::net::Address;
 use std::env;
+use std::fs;
 use std::num::NonZeroU64;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread;
@@ -23,6 +24,9 @@ use tracing::{error, info, warn};
 
 /// How long a destination may make no progress, in seconds, unless this variable says otherwise.
 const PATIENCE_VARIABLE: &str = "FLEXNBD_MS_REQUEST_LIMIT_SECS";
+
+/// Longest such time.
+const PATIENCE_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// What a migration needs of the process it runs in.
 pub(super) struct Ground {
@@ -47,6 +51,11 @@ pub(super) fn begin(
 ) -> Result<Arc<Desk>, Reply> {
     if order.action == Action::Nothing {
         let why = "the action nothing would leave two copies that both are served";
+        return Err(Reply::refused(why));
+    }
+    if order.action == Action::Unlink && !can_be_unlinked(&ground.image) {
+        let why = "only a regular file can be unlinked: a block device would come back, without its \
+                   record";
         return Err(Reply::refused(why));
     }
     let (first, heard) = mpsc::channel();
@@ -162,11 +171,20 @@ fn job(ground: &Ground, order: &Mirror) -> Result<Job, Reply> {
     let mut job = Job::new(id, ground.disk.size(), to, ground.title);
     job.unlink = order.action == Action::Unlink;
     job.speed = order.max_bps.and_then(NonZeroU64::new);
-    let patience = env::var(PATIENCE_VARIABLE).ok().and_then(|seconds| seconds.parse().ok());
-    if let Some(seconds) = patience.filter(|seconds| *seconds > 0) {
-        job.patience = Duration::from_secs(seconds);
-    }
+    job.patience = patience(env::var(PATIENCE_VARIABLE).ok().as_deref()).unwrap_or(job.patience);
     Ok(job)
+}
+
+/// What the variable says, in seconds, if that is a number; never so long that the end of the
+/// waiting could not be told.
+fn patience(variable: Option<&str>) -> Option<Duration> {
+    let seconds = variable.and_then(|seconds| seconds.parse().ok());
+    seconds.filter(|seconds| *seconds > 0).map(|s| Duration::from_secs(s).min(PATIENCE_MAX))
+}
+
+/// Whether deleting the image's name deletes the disk.
+fn can_be_unlinked(image: &Path) -> bool {
+    fs::metadata(image).is_ok_and(|found| found.is_file())
 }
 
 /// 128 random bits.
@@ -249,5 +267,31 @@ fn told(news: &News) -> String {
         ),
         News::HandingOverAgain => "the disk has not arrived, handing over again".to_owned(),
         News::RecordFailed(why) => why.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_regular_file_can_be_unlinked() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(can_be_unlinked(file.path()));
+        for other in ["/dev/null", "/tmp", "/nowhere"] {
+            assert!(!can_be_unlinked(Path::new(other)), "{other}");
+        }
+    }
+
+    #[test]
+    fn patience_is_what_the_variable_says_up_to_the_longest() {
+        assert_eq!(patience(Some("7")), Some(Duration::from_secs(7)));
+        let most = PATIENCE_MAX.as_secs();
+        assert_eq!(patience(Some(&most.to_string())), Some(PATIENCE_MAX));
+        assert_eq!(patience(Some(&(most + 1).to_string())), Some(PATIENCE_MAX));
+        assert_eq!(patience(Some(&u64::MAX.to_string())), Some(PATIENCE_MAX));
+        for nothing in [None, Some("0"), Some("soon"), Some("-1")] {
+            assert_eq!(patience(nothing), None);
+        }
     }
 }
