@@ -4,6 +4,8 @@
 //! `FLEXNBD_KILLS` is how many schedules with kills there are, `FLEXNBD_SEED` where their seeds
 //! begin, and `FLEXNBD_CUT_SECONDS` how long the link stays cut.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod common;
 #[path = "migration/cuts.rs"]
 mod cuts;

@@ -1,6 +1,8 @@
 //! A disk moves from one process to another while clients use it: what is there afterwards.
 //! Never kills or cuts anything; that is for `handover.rs`.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
 mod common;
 #[path = "migration/mod.rs"]
 mod fixture;

@@ -462,7 +462,7 @@ mod tests {
     #[test]
     fn an_order_that_comes_just_after_the_end_is_too_late_and_does_not_wait_for_ever() {
         let desk = Desk::new().unwrap();
-        desk.close(&Outcome::Broken);
+        desk.close(&Outcome::Broken, Tally::default());
         let (told, answer) = mpsc::channel();
         std::thread::spawn(move || told.send(desk.order(Order::Break)));
         assert_eq!(answer.recv_timeout(Duration::from_secs(20)), Ok(Err(TooLate)));

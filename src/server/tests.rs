@@ -245,7 +245,7 @@ fn whatever_was_sent_before_the_client_ended_its_side_is_answered() {
     let mut client = fixture.chunked(false);
     const READS: usize = 6;
     for _ in 0..READS {
-        client.ask(CommandKind::Read, CommandFlags::DF, 0, work::WHOLE_READ_MAX);
+        client.ask(CommandKind::Read, CommandFlags::DF, 0, reading::WHOLE_READ_MAX);
     }
     client.ask(CommandKind::Flush, CommandFlags::empty(), 0, 0);
     client.stream.shutdown(std::net::Shutdown::Write).unwrap();

@@ -239,7 +239,7 @@ fn without_numbers(text: &str) -> String {
 fn troubles() -> Vec<String> {
     let reason = || "REASON".to_owned();
     let troubles = [
-        Trouble::Connect(reason()),
+        Trouble::Connect("cannot connect to ADDRESS: REASON".to_owned()),
         Trouble::Rejected(reason()),
         Trouble::Silent(reason()),
         Trouble::Size { local: 1, remote: 2 },

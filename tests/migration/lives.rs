@@ -188,7 +188,7 @@ impl Life {
     /// What a service manager does, once; true when there is nothing left to do.
     fn look_after(&mut self) -> bool {
         // In either order: which host comes back first is chance.
-        if self.schedule.seed % 2 == 0 {
+        if self.schedule.seed.is_multiple_of(2) {
             self.look_after_source();
             self.look_after_destination();
         } else {

@@ -181,7 +181,7 @@ impl Versions {
 
 /// Whether this version of this block is written by WRITE_ZEROES.
 fn is_zero(block: u64, version: u64) -> bool {
-    if version == 0 { !begins_as_data(block) } else { (block + 3 * version) % 11 == 0 }
+    if version == 0 { !begins_as_data(block) } else { (block + 3 * version).is_multiple_of(11) }
 }
 
 struct Writer {

@@ -1,0 +1,299 @@
+//! Streams against their other ends, over TCP and unix sockets.
+
+use super::*;
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpListener;
+use std::thread;
+
+const LONG: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_millis(20);
+const READ: Interest = Interest { readable: true, writable: false };
+const WRITE: Interest = Interest { readable: false, writable: true };
+const NEITHER: Interest = Interest { readable: false, writable: false };
+
+/// A connection of each kind: ours, and the other end as std has it.
+trait Far: Read + Write + Send {}
+impl<T: Read + Write + Send> Far for T {}
+
+fn both_kinds() -> [(Stream, Box<dyn Far>); 2] {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (near, _) = listener.accept().unwrap();
+    let (unix_near, unix_far) = UnixStream::pair().unwrap();
+    [(Stream::Tcp(near), Box::new(far)), (Stream::Unix(unix_near), Box::new(unix_far))]
+}
+
+fn soon() -> Option<Instant> {
+    Some(Instant::now() + SHORT)
+}
+
+fn later() -> Option<Instant> {
+    Some(Instant::now() + LONG)
+}
+
+fn fill(stream: &Stream) {
+    loop {
+        match stream.try_send(&[7; 65536], false) {
+            Ok(_) => {}
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                // Loopback TCP may still be moving bytes over; full is full for a while.
+                if stream.wait(WRITE, None, soon()).unwrap().timed_out {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn reading_from_a_silent_peer_would_block_even_on_a_blocking_descriptor() {
+    for (near, _far) in both_kinds() {
+        assert_eq!(near.try_recv(&mut [0; 8]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    }
+}
+
+#[test]
+fn reading_gives_what_there_is_and_then_the_end() {
+    for (near, mut far) in both_kinds() {
+        far.write_all(b"abc").unwrap();
+        assert!(near.wait(READ, None, later()).unwrap().readable);
+        let mut into = [0; 8];
+        assert_eq!(near.try_recv(&mut into).unwrap(), 3);
+        assert_eq!(&into[..3], b"abc");
+        drop(far);
+        assert!(near.wait(READ, None, later()).unwrap().readable);
+        assert_eq!(near.try_recv(&mut into).unwrap(), 0);
+    }
+}
+
+#[test]
+fn what_is_sent_in_pieces_arrives_in_order() {
+    for (near, mut far) in both_kinds() {
+        assert_eq!(near.try_send(b"he", true).unwrap(), 2);
+        let pieces = [IoSlice::new(b"l"), IoSlice::new(b""), IoSlice::new(b"lo")];
+        assert_eq!(near.try_send_vectored(&pieces).unwrap(), 3);
+        let mut into = [0; 5];
+        far.read_exact(&mut into).unwrap();
+        assert_eq!(&into, b"hello");
+    }
+}
+
+#[test]
+fn more_pieces_than_the_kernel_takes_are_sent_in_part() {
+    for (near, _far) in both_kinds() {
+        let pieces = vec![IoSlice::new(b"x"); SLICES_MAX + 1];
+        assert_eq!(near.try_send_vectored(&pieces[..SLICES_MAX]).unwrap(), SLICES_MAX);
+        assert_eq!(near.try_send_vectored(&pieces).unwrap(), SLICES_MAX);
+    }
+}
+
+#[test]
+fn a_peer_that_takes_nothing_makes_sending_block_and_time_out() {
+    for (near, _far) in both_kinds() {
+        fill(&near);
+        assert_eq!(near.try_send(b"x", false).unwrap_err().kind(), ErrorKind::WouldBlock);
+        let pieces = [IoSlice::new(b"x")];
+        assert_eq!(near.try_send_vectored(&pieces).unwrap_err().kind(), ErrorKind::WouldBlock);
+        assert_eq!(near.send_all(b"x", SHORT).unwrap_err().kind(), ErrorKind::TimedOut);
+    }
+}
+
+#[test]
+fn sending_to_a_peer_that_has_gone_is_an_error() {
+    for (near, far) in both_kinds() {
+        drop(far);
+        let error = loop {
+            match near.try_send(b"x", false) {
+                Ok(_) => thread::yield_now(),
+                Err(error) => break error.kind(),
+            }
+        };
+        assert!(matches!(error, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset));
+    }
+}
+
+#[test]
+fn sending_never_waits_never_signals_and_says_when_more_follows() {
+    for (more, expected) in [(false, 0), (true, libc::MSG_MORE)] {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | expected;
+        assert_eq!(send_flags(more).bits(), flags);
+    }
+}
+
+#[test]
+fn waiting_ends_at_the_deadline() {
+    for (near, _far) in both_kinds() {
+        let expected = Ready { timed_out: true, ..Ready::default() };
+        assert_eq!(near.wait(READ, None, soon()).unwrap(), expected);
+        assert_eq!(near.wait(READ, None, Some(Instant::now())).unwrap(), expected);
+    }
+}
+
+#[test]
+fn waiting_ends_when_woken_before_or_meanwhile() {
+    for (near, _far) in both_kinds() {
+        let wake = Wake::new().unwrap();
+        let expected = Ready { woken: true, ..Ready::default() };
+        thread::scope(|scope| {
+            scope.spawn(|| wake.wake());
+            assert_eq!(near.wait(READ, Some(&wake), later()).unwrap(), expected);
+        });
+        assert_eq!(near.wait(NEITHER, Some(&wake), later()).unwrap(), expected);
+        wake.clear();
+        assert!(near.wait(READ, Some(&wake), soon()).unwrap().timed_out);
+    }
+}
+
+#[test]
+fn an_idle_stream_is_writable_and_not_readable() {
+    for (near, _far) in both_kinds() {
+        let both = Interest { readable: true, writable: true };
+        let expected = Ready { writable: true, ..Ready::default() };
+        assert_eq!(near.wait(both, None, later()).unwrap(), expected);
+    }
+}
+
+#[test]
+fn without_interest_the_stream_is_not_looked_at() {
+    for (near, far) in both_kinds() {
+        drop(far);
+        assert!(near.wait(NEITHER, None, soon()).unwrap().timed_out);
+    }
+}
+
+#[test]
+fn a_hang_up_counts_as_readable_and_wakes_who_waits_to_write() {
+    let writing = ready(WRITE, PollFlags::POLLHUP);
+    assert!(writing.readable && writing.writable);
+    let reading = ready(READ, PollFlags::POLLHUP);
+    assert!(reading.readable && !reading.writable);
+    assert!(ready(READ, PollFlags::POLLERR).readable);
+    let [_, (near, far)] = both_kinds();
+    fill(&near);
+    drop(far);
+    assert!(near.wait(WRITE, None, later()).unwrap().writable);
+}
+
+#[test]
+fn receiving_goes_on_as_long_as_bytes_keep_coming() {
+    for (near, mut far) in both_kinds() {
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                for byte in b"a slow peer" {
+                    far.write_all(&[*byte]).unwrap();
+                    thread::yield_now();
+                }
+            });
+            let mut into = [0; 11];
+            near.recv_exact(&mut into, LONG).unwrap();
+            assert_eq!(&into, b"a slow peer");
+            assert_eq!(
+                near.recv_exact(&mut into, LONG).unwrap_err().kind(),
+                ErrorKind::UnexpectedEof
+            );
+        });
+    }
+}
+
+#[test]
+fn receiving_gives_up_on_a_peer_that_falls_silent() {
+    for (near, mut far) in both_kinds() {
+        far.write_all(b"half").unwrap();
+        let error = near.recv_exact(&mut [0; 8], SHORT).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        assert!(error.to_string().contains("receiving"), "{error}");
+    }
+}
+
+#[test]
+fn more_than_fits_is_sent_while_the_peer_reads() {
+    for (near, mut far) in both_kinds() {
+        let sent: Vec<u8> = (0..8_000_000u32).map(|i| (i % 251) as u8).collect();
+        thread::scope(|scope| {
+            let reader = scope.spawn(move || {
+                let mut all = Vec::new();
+                far.read_to_end(&mut all).unwrap();
+                all
+            });
+            near.send_all(&sent, LONG).unwrap();
+            near.shutdown_write().unwrap();
+            assert!(reader.join().unwrap() == sent, "the bytes differ");
+        });
+    }
+}
+
+#[test]
+fn after_ending_the_writing_side_the_other_can_still_be_read() {
+    for (near, mut far) in both_kinds() {
+        near.shutdown_write().unwrap();
+        assert_eq!(far.read(&mut [0; 1]).unwrap(), 0);
+        far.write_all(b"bye").unwrap();
+        near.recv_exact(&mut [0; 3], LONG).unwrap();
+    }
+}
+
+#[test]
+fn ending_both_sides_wakes_who_waits_here() {
+    for (near, _far) in both_kinds() {
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| near.wait(READ, None, later()).unwrap());
+            near.shutdown_both().unwrap();
+            assert!(waiting.join().unwrap().readable);
+        });
+        assert_eq!(near.try_recv(&mut [0; 1]).unwrap(), 0);
+    }
+}
+
+#[test]
+fn a_tuned_connection_sends_at_once_and_asks_after_its_peer() {
+    let [(near, _far), (unix, _unix_far)] = both_kinds();
+    near.tune().unwrap();
+    unix.tune().unwrap();
+    let Stream::Tcp(stream) = &near else { panic!("the first kind is TCP") };
+    assert!(stream.nodelay().unwrap());
+    assert!(getsockopt(stream, sockopt::KeepAlive).unwrap());
+    assert_eq!(getsockopt(stream, sockopt::TcpKeepIdle).unwrap(), 30);
+    assert_eq!(getsockopt(stream, sockopt::TcpKeepInterval).unwrap(), 10);
+    assert_eq!(getsockopt(stream, sockopt::TcpKeepCount).unwrap(), 3);
+}
+
+#[test]
+fn an_inherited_descriptor_becomes_the_stream_that_it_was() {
+    let [(near, mut far), (unix, mut unix_far)] = both_kinds();
+    let near = match near {
+        Stream::Tcp(stream) => Stream::inherited(stream.into()).unwrap(),
+        Stream::Unix(_) => panic!("the first kind is TCP"),
+    };
+    let unix = match unix {
+        Stream::Unix(stream) => Stream::inherited(stream.into()).unwrap(),
+        Stream::Tcp(_) => panic!("the second kind is unix"),
+    };
+    assert!(matches!(&near, Stream::Tcp(_)) && matches!(&unix, Stream::Unix(_)));
+    far.write_all(b"x").unwrap();
+    unix_far.write_all(b"x").unwrap();
+    near.recv_exact(&mut [0; 1], LONG).unwrap();
+    unix.recv_exact(&mut [0; 1], LONG).unwrap();
+}
+
+#[test]
+fn an_inherited_descriptor_closes_on_exec_and_must_be_a_socket() {
+    let (near, _far) = UnixStream::pair().unwrap();
+    fcntl(&near, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    let stream = Stream::inherited(near.into()).unwrap();
+    let flags = FdFlag::from_bits_retain(fcntl(&stream, FcntlArg::F_GETFD).unwrap());
+    assert!(flags.contains(FdFlag::FD_CLOEXEC));
+    let file = std::fs::File::open("/dev/null").unwrap();
+    assert!(Stream::inherited(file.into()).is_err());
+}
+
+#[test]
+fn each_stream_knows_its_peer() {
+    let [(near, _far), (unix, _unix_far)] = both_kinds();
+    assert!(near.peer().unwrap().to_string().starts_with("127.0.0.1:"));
+    let me = Peer::Unix {
+        pid: i32::try_from(std::process::id()).ok(),
+        uid: Some(nix::unistd::getuid().as_raw()),
+    };
+    assert_eq!(unix.peer().unwrap(), me);
+}
