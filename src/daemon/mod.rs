@@ -19,7 +19,8 @@ use crate::disk::ledger::Ledger;
 use crate::disk::ownership::ForListen;
 use crate::disk::{Access, Disk, FileImage};
 use crate::migration::destination::{Destination, Fate};
-use crate::migration::job::{Order, Outcome};
+use crate::migration::job::Outcome;
+use crate::migration::source::Desk;
 use crate::migration::wire::Token;
 use crate::net::Listener;
 use crate::server::reception::Reception;
@@ -35,7 +36,7 @@ use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 /// How long sessions may take to answer what they have received when the server stops.
@@ -100,7 +101,19 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
     let house = House { service, control, notifier };
     let ending = house.wait(&arrivals, plan.role);
     house.close();
-    Ok(ending)
+    Ok(last_word(ending, &arrivals))
+}
+
+/// What happened while everything was being closed: a disk that arrived or left all the same.
+fn last_word(ending: Ending, arrivals: &Receiver<Event>) -> Ending {
+    let moved = |event| {
+        matches!(event, Event::Incoming(Fate::Arrived) | Event::Migrated(Outcome::Arrived { .. }))
+    };
+    if arrivals.try_iter().any(moved) {
+        info!("the disk has been moved, as it was about to be when the signal came");
+        return Ending::Well;
+    }
+    ending
 }
 
 impl House {
@@ -109,7 +122,7 @@ impl House {
         loop {
             // The channel cannot close: the thread that watches signals has its other end.
             match arrivals.recv() {
-                Ok(Event::Stop(signal)) => return self.interrupted(signal, role),
+                Ok(Event::Stop(signal)) => return self.interrupted(signal, role, arrivals),
                 Ok(Event::Retired) => self.service.server().leave(),
                 Ok(Event::Migrated(outcome)) => {
                     self.service.vigil.migration_over();
@@ -127,22 +140,40 @@ impl House {
         }
     }
 
-    fn interrupted(&self, signal: Signal, role: Role) -> Ending {
+    fn interrupted(&self, signal: Signal, role: Role, arrivals: &Receiver<Event>) -> Ending {
         info!("stopping: received {signal}");
-        let desk = self.service.desk().filter(|desk| desk.outcome().is_none());
-        let migrating = desk.is_some();
-        if let Some(desk) = desk {
-            // Too late for that means that the disk is going, or gone; the record says so.
-            let _ = desk.order(Order::Break);
-        }
-        match role {
-            Role::Listen { .. } => Ending::Badly(format!(
+        if let Role::Listen { .. } = role {
+            return Ending::Badly(format!(
                 "received {signal} before the disk has arrived; what is here is incomplete"
-            )),
-            Role::Serve if migrating => {
-                Ending::Badly(format!("received {signal} while the disk was being migrated"))
+            ));
+        }
+        match self.service.desk().filter(|desk| desk.outcome().is_none()) {
+            None => Ending::Well,
+            Some(desk) => self.abandon(&desk, signal, arrivals),
+        }
+    }
+
+    /// Breaks a migration off and waits until everything is as it was before it; or, if it is too
+    /// late for that, until the disk has left. Not for ever: the record tells the next process.
+    fn abandon(&self, desk: &Desk, signal: Signal, arrivals: &Receiver<Event>) -> Ending {
+        desk.abandon();
+        let deadline = Instant::now() + GRACE;
+        loop {
+            match arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Event::Retired) => self.service.server().leave(),
+                Ok(Event::Migrated(outcome)) => {
+                    self.service.vigil.migration_over();
+                    let interrupted = format!("received {signal} while the disk was being moved");
+                    return migrated(&outcome).unwrap_or(Ending::Badly(interrupted));
+                }
+                Ok(Event::Stop(_) | Event::Incoming(_)) => {}
+                Err(_) => {
+                    return Ending::Badly(format!(
+                        "received {signal} while the disk was being handed over; its record tells \
+                         whether it has left"
+                    ));
+                }
             }
-            Role::Serve => Ending::Well,
         }
     }
 
@@ -185,7 +216,7 @@ fn to_serve(
     let for_ledger = plan.clone();
     let departures = Departures {
         ground,
-        ledger: Box::new(move || title::ledger(&for_ledger).ok().and_then(title::usable)),
+        ledger: Box::new(move || title::usable(title::ledger(&for_ledger))),
         desk: Mutex::new(None),
         beginning: Mutex::new(()),
     };
@@ -216,7 +247,7 @@ fn to_listen(
         // The process is ending already if nobody hears it.
         let _ = lock(&events).send(Event::Incoming(fate));
     });
-    let ledger = title::usable(ledger);
+    let ledger = title::usable(Ok(ledger));
     let disk = Arc::clone(disk);
     let destination = Destination::new(disk, ledger, plan.oldstyle, (token, holds), told);
     Ok(Some(Arc::new(Receiving(destination))))

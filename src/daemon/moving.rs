@@ -17,7 +17,7 @@ use std::fs;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
 use tracing::{error, info, warn};
@@ -42,13 +42,27 @@ enum First {
     Ended(Outcome),
 }
 
-/// Begins a migration. Returns when the destination has greeted us, or did not; what to answer the
-/// operator then is the error.
+/// A migration that has begun, and of which nobody knows yet whether it can succeed.
+pub(super) struct Beginning(Receiver<First>);
+
+impl Beginning {
+    /// Waits until the destination has greeted us, or did not; what to answer the operator then is
+    /// the error.
+    pub(super) fn wait(self) -> Result<(), Reply> {
+        match self.0.recv() {
+            Ok(First::Started) => Ok(()),
+            Ok(First::Ended(Outcome::Failed(trouble))) => Err(refused(&trouble)),
+            Ok(First::Ended(_)) | Err(_) => Err(Reply::refused("Mirroring abandoned")),
+        }
+    }
+}
+
+/// Begins a migration, on a thread of its own.
 pub(super) fn begin(
     ground: &Ground,
     ledger: Option<Ledger>,
     order: &Mirror,
-) -> Result<Arc<Desk>, Reply> {
+) -> Result<(Arc<Desk>, Beginning), Reply> {
     if order.action == Action::Nothing {
         let why = "the action nothing would leave two copies that both are served";
         return Err(Reply::refused(why));
@@ -84,11 +98,7 @@ pub(super) fn begin(
         let _ = events.send(Event::Migrated(outcome));
     });
     thread.map_err(|error| Reply::refused(format!("cannot start a thread: {error}")))?;
-    match heard.recv() {
-        Ok(First::Started) => Ok(desk),
-        Ok(First::Ended(Outcome::Failed(trouble))) => Err(refused(&trouble)),
-        Ok(First::Ended(_)) | Err(_) => Err(Reply::refused("Mirroring abandoned")),
-    }
+    Ok((desk, Beginning(heard)))
 }
 
 /// `break`.

@@ -132,8 +132,10 @@ impl Service {
         if self.desk().is_some_and(|desk| desk.outcome().is_none()) {
             return running();
         }
-        let desk = moving::begin(&departures.ground, (departures.ledger)(), order)?;
+        let (desk, beginning) = moving::begin(&departures.ground, (departures.ledger)(), order)?;
+        // Before waiting: whoever stops the process has to know of it.
         *lock(&departures.desk) = Some(Arc::clone(&desk));
+        beginning.wait()?;
         Ok(desk)
     }
 

@@ -58,9 +58,13 @@ pub(super) fn to_listen(
 }
 
 /// The ledger, if it can keep records; else a warning that the handover is not protected by one.
-pub(super) fn usable(ledger: Ledger) -> Option<Ledger> {
-    match ledger.check() {
-        Ok(()) => Some(ledger),
+pub(super) fn usable(ledger: Result<Ledger, Refusal>) -> Option<Ledger> {
+    let checked = ledger.and_then(|ledger| match ledger.check() {
+        Ok(()) => Ok(ledger),
+        Err(error) => Err(Refusal::Record(error)),
+    });
+    match checked {
+        Ok(ledger) => Some(ledger),
         Err(error) => {
             warn!(
                 "{error}; the migration goes on without: after a crash nobody can tell which copy \
@@ -85,7 +89,7 @@ pub(super) fn told(
         None => {
             let plan = plan.clone();
             Box::new(move || {
-                let record = ledger(&plan).ok().and_then(|ledger| ledger.read().ok());
+                let record = ledger(&plan).ok().and_then(|ledger| ledger.peek().ok());
                 record.map_or("unknown", |record| name_of(record.as_ref()))
             })
         }

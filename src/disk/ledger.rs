@@ -90,16 +90,25 @@ impl Ledger {
     /// # Errors
     /// When it cannot be read, or is none that we understand.
     pub fn read(&self) -> Result<Option<Record>, LedgerError> {
+        let record = self.peek()?;
+        if record.is_some() {
+            self.settle()?;
+        }
+        Ok(record)
+    }
+
+    /// The record as it is just now, perhaps not durable yet; for showing, not for acting on.
+    ///
+    /// # Errors
+    /// As [`Ledger::read`].
+    pub fn peek(&self) -> Result<Option<Record>, LedgerError> {
         let attribute = match self.image.get_xattr(ATTRIBUTE) {
             Ok(attribute) => attribute,
             Err(error) if is_impossible(&error) => None,
             Err(source) => return Err(LedgerError::Io { path: self.path.clone(), source }),
         };
         let bytes = match attribute {
-            Some(bytes) => {
-                self.settle()?;
-                Some(bytes)
-            }
+            Some(bytes) => Some(bytes),
             None => self.read_file()?,
         };
         let decoded = bytes.as_deref().map(Record::decode).transpose();
@@ -148,7 +157,13 @@ impl Ledger {
         self.remove_file()
     }
 
+    /// Makes the record durable that is there now, in whichever place it is.
     fn settle(&self) -> Result<(), LedgerError> {
+        if self.file.exists() {
+            // The bytes were durable before the file got its name.
+            let failed = |source| LedgerError::Io { path: self.file.clone(), source };
+            sync_directory(self.directory()).map_err(failed)?;
+        }
         match self.image.sync_all() {
             // What cannot be written to cannot lose it either.
             Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(()),
@@ -179,8 +194,6 @@ impl Ledger {
         let mut bytes = Vec::new();
         // One byte more than a record has, so that a longer one is seen to be damaged.
         file.take(RECORD_MAX as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
-        // The bytes were durable before the file got its name.
-        sync_directory(self.directory()).map_err(failed)?;
         Ok(Some(bytes))
     }
 

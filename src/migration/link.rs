@@ -82,8 +82,8 @@ impl Link {
                 let peer = peer(&agreement, answer);
                 Ok((Some(Self { stream, received: Vec::new(), unfinished: false }), peer))
             }
-            (Err(_), Some(answer)) => Ok((None, told_only(answer))),
-            (Err(error), None) => Err(trouble(error)),
+            (Err(_), Some(answer)) if answer.is_final() => Ok((None, told_only(answer))),
+            (Err(error), _) => Err(trouble(error)),
         }
     }
 

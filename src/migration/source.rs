@@ -23,12 +23,10 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// How long visits to the disk may take to end when the gate is closed.
-const DRAIN: Duration = Duration::from_secs(10);
-/// How often the image is flushed before the gate is closed, at most.
-const FLUSHES_MAX: usize = 3;
-/// A flush that is shorter than this has left little to write.
-const FLUSH_SHORT: Duration = Duration::from_millis(20);
+/// How long visits to the disk may take to end when the gate is closed for the first time.
+const DRAIN_FIRST: Duration = Duration::from_millis(250);
+/// How long they may take at most, after it has failed several times.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// How often the progress is written down for whoever asks.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 /// Data is looked at for zeros in blocks of this size.
@@ -102,6 +100,13 @@ impl Desk {
         answer.recv().unwrap_or(Err(TooLate))
     }
 
+    /// Gives the order to break off without waiting until it is taken.
+    pub fn abandon(&self) {
+        let (taken, _) = mpsc::channel();
+        lock(&self.orders).push_back((Order::Break, taken));
+        self.wake.wake();
+    }
+
     /// How far the migration was a moment ago.
     #[must_use]
     pub fn progress(&self) -> Option<Progress> {
@@ -169,6 +174,8 @@ pub struct Source {
     link: Option<Link>,
     /// Since when the gate is closed, if it is.
     gate_closed: Option<Instant>,
+    /// How long the next closing of the gate may take.
+    drain: Duration,
     progress_at: Duration,
     stage_told: Option<Stage>,
     tally: Tally,
@@ -203,6 +210,7 @@ impl Source {
             clock: Instant::now(),
             link: None,
             gate_closed: None,
+            drain: DRAIN_FIRST,
             progress_at: Duration::ZERO,
             stage_told: None,
             tally: Tally::default(),
@@ -332,8 +340,10 @@ impl Source {
         let sent = link.send(request, &disk.copier(), patience, &desk.wake, &mut give_up);
         match sent {
             Ok(()) => {
-                if let Work::Write(range) = request.work {
-                    self.tally.bytes_sent += range.length();
+                match request.work {
+                    Work::Write(range) => self.tally.bytes_sent += range.length(),
+                    Work::Flush => self.write_back(),
+                    Work::Zero(_) | Work::Handover(_) | Work::Disconnect => {}
                 }
                 Event::Done
             }
@@ -342,6 +352,16 @@ impl Source {
                 self.link = None;
                 Event::Failed(format!("cannot read the disk: {error}"))
             }
+        }
+    }
+
+    /// Behind the closed gate the record will be made durable, and with it, on most file systems,
+    /// whatever is unwritten of the image. So that little is, it is written while the destination
+    /// flushes what it has, before it is decided that the gate may close.
+    fn write_back(&self) {
+        if self.gate_closed.is_none() {
+            // A failure is the clients' to hear, with their next flush.
+            let _ = self.disk.write_back();
         }
     }
 
@@ -361,24 +381,20 @@ impl Source {
         }
     }
 
-    /// Behind the closed gate the record will be made durable, and with it, on most file systems,
-    /// whatever is unwritten of the image. So most of that is written before.
+    /// Clients that want in are kept out while those inside finish, so that this is given up soon,
+    /// and tried for longer each time: some visits, such as a long zeroing, take what they take.
     fn close_gate(&mut self) -> Event {
-        for _ in 0..FLUSHES_MAX {
-            let begun = Instant::now();
-            // A failure is the clients' to hear, with their next flush.
-            let flushed = self.disk.write_back();
-            if flushed.is_err() || begun.elapsed() < FLUSH_SHORT {
-                break;
-            }
-        }
         let since = Instant::now();
-        match self.disk.gate().close_and_drain(since + DRAIN) {
+        match self.disk.gate().close_and_drain(since + self.drain) {
             Ok(()) => {
                 self.gate_closed = Some(since);
+                self.drain = DRAIN_FIRST;
                 Event::Done
             }
-            Err(busy) => Event::Failed(busy.to_string()),
+            Err(busy) => {
+                self.drain = (self.drain * 2).min(DRAIN_MAX);
+                Event::Failed(busy.to_string())
+            }
         }
     }
 
@@ -453,6 +469,16 @@ fn first_block(range: Range) -> u64 {
 /// A panic elsewhere leaves nothing half done under these locks, so that it does not count.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Nobody waits for ever for a migration whose thread broke down.
+impl Drop for Source {
+    fn drop(&mut self) {
+        if self.desk.outcome().is_none() {
+            let why = "the migration broke down; restart the server";
+            self.desk.close(&Outcome::Failed(Trouble::Confused(why)), self.tally);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -143,6 +143,12 @@ impl Question {
 }
 
 impl Answer {
+    /// Whether it says all there is to know: no connection for a copy needs to follow.
+    #[must_use]
+    pub fn is_final(&self) -> bool {
+        self.listening.is_none() || self.has == Has::Arrived
+    }
+
     /// Bytes of an encoded answer.
     pub const LENGTH: usize = 24;
     const LISTENING: u8 = 1;

@@ -36,7 +36,7 @@ pub(super) fn accept_clients(shared: &Arc<Shared>, listeners: &[Listener]) {
             shared.roster.bell.clear();
         }
         for (listener, _) in listeners.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
-            scarce_until = accept(shared, listener);
+            scarce_until = scarce_until.max(accept(shared, listener));
         }
     }
 }
@@ -45,9 +45,7 @@ pub(super) fn accept_clients(shared: &Arc<Shared>, listeners: &[Listener]) {
 fn accept(shared: &Arc<Shared>, listener: &Listener) -> Option<Instant> {
     match listener.accept() {
         Ok((stream, peer)) => {
-            let now = Instant::now();
-            shared.roster.make_room(now);
-            match shared.roster.admit(peer, now) {
+            match shared.roster.admit(peer, Instant::now()) {
                 Ok(seat) => start(shared, stream, peer, seat),
                 Err(why) => refuse(&peer, why),
             }

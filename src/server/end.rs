@@ -2,7 +2,6 @@
 //! One variant for each way, so that a test can name exactly what it provokes.
 
 use super::orders::Order;
-use crate::disk::NoEntry;
 use crate::nbd::handshake::server::Misbehaviour;
 use std::io;
 
@@ -49,15 +48,6 @@ impl SessionEnd {
     /// Whether replies may be on their way that the client is still to read.
     pub(super) fn leaves_replies(&self) -> bool {
         matches!(self, Self::Aborted | Self::NoRequest(_) | Self::Ordered(Order::Finish))
-    }
-}
-
-impl From<NoEntry> for SessionEnd {
-    fn from(no: NoEntry) -> Self {
-        match no {
-            NoEntry::Gone => Self::DiskGone,
-            NoEntry::GaveUp => Self::Ordered(Order::Leave),
-        }
     }
 }
 

@@ -105,6 +105,7 @@ impl Roster {
             return Err(Refused::Full(inner.sessions_max));
         }
         let orders = Arc::new(Orders::new().map_err(|_| Refused::NoDescriptors)?);
+        inner.make_room(self.capacity, now);
         let id = inner.next_id;
         inner.next_id += 1;
         let entry = Entry { peer, orders: Arc::clone(&orders), greeting_since: Some(now) };
@@ -115,25 +116,7 @@ impl Roster {
     /// Until when no further client should be accepted, if the handshakes are as many as there
     /// may be. At that time the oldest of them gives way.
     pub(super) fn full_until(&self) -> Option<Instant> {
-        let inner = self.lock();
-        let greeting = inner.entries.values().filter_map(|entry| entry.greeting_since);
-        if greeting.clone().count() < self.capacity.handshakes {
-            return None;
-        }
-        greeting.min().map(|oldest| oldest + self.capacity.patience)
-    }
-
-    /// Tells the client that has been in the handshake for longest to make room, if that is due.
-    pub(super) fn make_room(&self, now: Instant) {
-        if self.full_until().is_none_or(|until| now < until) {
-            return;
-        }
-        let mut inner = self.lock();
-        let greeting = inner.entries.values_mut().filter(|entry| entry.greeting_since.is_some());
-        if let Some(entry) = greeting.min_by_key(|entry| entry.greeting_since) {
-            entry.orders.give(Order::GiveWay);
-            entry.greeting_since = None;
-        }
+        self.lock().full_until(self.capacity)
     }
 
     /// Replaces the list; sessions that it does not admit are told to end.
@@ -161,13 +144,20 @@ impl Roster {
         self.bell.wake();
     }
 
-    /// Tells one session to leave at once and waits until it has.
-    pub(super) fn dismiss(&self, id: u64) {
+    /// Tells one session to leave at once and waits until it has; false if it has not by
+    /// `deadline`.
+    pub(super) fn dismiss(&self, id: u64, deadline: Instant) -> bool {
         let mut inner = self.lock();
         while let Some(entry) = inner.entries.get(&id) {
             entry.orders.give(Order::Leave);
-            inner = self.left.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let woken = self.left.wait_timeout(inner, left);
+            inner = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
+        true
     }
 
     /// Tells everybody to leave at once.
@@ -204,6 +194,26 @@ impl Roster {
 }
 
 impl Inner {
+    fn full_until(&self, capacity: Capacity) -> Option<Instant> {
+        let greeting = self.entries.values().filter_map(|entry| entry.greeting_since);
+        if greeting.clone().count() < capacity.handshakes {
+            return None;
+        }
+        greeting.min().map(|oldest| oldest + capacity.patience)
+    }
+
+    /// Tells the client that has been in the handshake for longest to make room, if that is due.
+    fn make_room(&mut self, capacity: Capacity, now: Instant) {
+        if self.full_until(capacity).is_none_or(|until| now < until) {
+            return;
+        }
+        let greeting = self.entries.values_mut().filter(|entry| entry.greeting_since.is_some());
+        if let Some(entry) = greeting.min_by_key(|entry| entry.greeting_since) {
+            entry.orders.give(Order::GiveWay);
+            entry.greeting_since = None;
+        }
+    }
+
     fn expel(&self) {
         for entry in self.entries.values() {
             if !entry.peer.ip().is_none_or(|ip| self.acl.admits(ip)) {
@@ -214,9 +224,9 @@ impl Inner {
 }
 
 impl Seat {
-    /// Tells another session to leave and waits until it has.
-    pub(super) fn dismiss(&self, other: u64) {
-        self.roster.dismiss(other);
+    /// Tells another session to leave and waits until it has; false if it has not by `deadline`.
+    pub(super) fn dismiss(&self, other: u64, deadline: Instant) -> bool {
+        self.roster.dismiss(other, deadline)
     }
 
     /// The handshake is over: its place is free for another client.
@@ -276,14 +286,12 @@ mod tests {
         let second = roster.admit(peer("192.0.2.1"), now + Duration::from_millis(5)).unwrap();
         let until = now + Duration::from_secs(1);
         assert_eq!(roster.full_until(), Some(until));
-        roster.make_room(until - Duration::from_millis(1));
         assert_eq!(first.orders.current(), Order::Serve);
-        roster.make_room(until);
+        let _third = roster.admit(peer("192.0.2.1"), until).unwrap();
         assert_eq!(
             (first.orders.current(), second.orders.current()),
             (Order::GiveWay, Order::Serve)
         );
-        let _third = roster.admit(peer("192.0.2.1"), until).unwrap();
         assert_eq!(roster.full_until(), Some(until + Duration::from_millis(5)));
         second.greeted();
         assert_eq!(roster.full_until(), None);

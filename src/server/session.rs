@@ -15,6 +15,7 @@ use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::option::OptionReply;
 use crate::nbd::handshake::server::{Export, Handshake, Next};
 use crate::nbd::request::Terms;
+use crate::nbd::wire::OptionReplyKind;
 use crate::net::{Interest, Peer, Stream};
 use std::io;
 use std::time::{Duration, Instant};
@@ -25,6 +26,8 @@ pub const PAYLOAD_MAX: u32 = 64 << 20;
 /// Largest payload in old style, which cannot advertise any: what `flexnbd read` and `write`
 /// allow in `--size`.
 pub const PAYLOAD_MAX_OLDSTYLE: u32 = 1 << 30;
+/// How long a source that has come back waits for what its earlier connection still does.
+const DISMISSAL: Duration = Duration::from_secs(4);
 /// How long to wait for a client to read the last replies.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -114,10 +117,14 @@ impl Session<'_> {
     fn introduce(&self, data: &[u8]) -> Result<Vec<u8>, OptionReply> {
         match self.reception.introduced(self.seat.id, data) {
             Introduction::Answer { data, retire } => {
-                if let Some(earlier) = retire {
-                    self.seat.dismiss(earlier);
+                let deadline = Instant::now() + DISMISSAL;
+                match retire {
+                    Some(earlier) if !self.seat.dismiss(earlier, deadline) => {
+                        let why = "your earlier connection is still at work on the disk";
+                        Err(OptionReply::error(OptionReplyKind::ErrPolicy, why))
+                    }
+                    _ => Ok(data),
                 }
-                Ok(data)
             }
             Introduction::Refuse(refusal) => Err(refusal),
         }

@@ -7,7 +7,7 @@ use super::orders::{Order, Orders};
 use super::outbox::Outbox;
 use super::reception::{Reception, SessionId};
 use crate::disk::hold::Held;
-use crate::disk::{Disk, Extent, Visit, Zeroing, errno_of};
+use crate::disk::{Disk, Extent, NoEntry, Visit, Zeroing, errno_of};
 use crate::nbd::handshake::ALLOCATION_CONTEXT_ID;
 use crate::nbd::reply::{Dialect, Origin, StatusExtent};
 use crate::nbd::request::Request;
@@ -73,7 +73,11 @@ impl<'a> Worker<'a> {
     /// Permission to touch the disk; waits while the gate is closed.
     pub(super) fn visit(&self) -> Result<Visit<'a>, SessionEnd> {
         let orders = self.orders;
-        Ok(self.disk.enter(&|| orders.current() != Order::Serve)?)
+        let give_up = || orders.current() != Order::Serve;
+        self.disk.enter(&give_up).map_err(|no| match no {
+            NoEntry::Gone => SessionEnd::DiskGone,
+            NoEntry::GaveUp => SessionEnd::Ordered(orders.current()),
+        })
     }
 
     /// Makes a write wait, if a migration wants writers held back so that it can catch up.
