@@ -47,8 +47,6 @@ const GRACE: Duration = Duration::from_secs(10);
 enum Event {
     /// Somebody wants the process to end.
     Stop(Signal),
-    /// The disk is another server's now: its sessions are to end unanswered.
-    Retired,
     /// A migration away from here is over.
     Migrated(Outcome),
     /// What has become of the incoming disk.
@@ -123,7 +121,6 @@ impl House {
             // The channel cannot close: the thread that watches signals has its other end.
             match arrivals.recv() {
                 Ok(Event::Stop(signal)) => return self.interrupted(signal, role, arrivals),
-                Ok(Event::Retired) => self.service.server().leave(),
                 Ok(Event::Migrated(outcome)) => {
                     self.service.vigil.migration_over();
                     if let Some(ending) = migrated(&outcome) {
@@ -160,7 +157,6 @@ impl House {
         let deadline = Instant::now() + GRACE;
         loop {
             match arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Event::Retired) => self.service.server().leave(),
                 Ok(Event::Migrated(outcome)) => {
                     self.service.vigil.migration_over();
                     let interrupted = format!("received {signal} while the disk was being moved");

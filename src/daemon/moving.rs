@@ -12,6 +12,7 @@ use crate::migration::job::{Job, News, Order, Outcome, Progress, Stage, Trouble}
 use crate::migration::link::Route;
 use crate::migration::source::{Departure, Desk, NoStart, Source, Tally, Witness};
 use crate::net::Address;
+use crate::server::Exit;
 use std::env;
 use std::fs;
 use std::num::NonZeroU64;
@@ -61,6 +62,7 @@ impl Beginning {
 pub(super) fn begin(
     ground: &Ground,
     ledger: Option<Ledger>,
+    exit: Exit,
     order: &Mirror,
 ) -> Result<(Arc<Desk>, Beginning), Reply> {
     if order.action == Action::Nothing {
@@ -75,12 +77,7 @@ pub(super) fn begin(
     let (first, heard) = mpsc::channel();
     let job = job(ground, order)?;
     let id = job.id;
-    let witness = Box::new(Reporter {
-        id,
-        to: order.to.to_string(),
-        first: first.clone(),
-        events: ground.events.clone(),
-    });
+    let witness = Box::new(Reporter { id, to: order.to.to_string(), first: first.clone(), exit });
     let (source, desk) = Source::new(Departure {
         disk: Arc::clone(&ground.disk),
         ledger,
@@ -229,7 +226,7 @@ struct Reporter {
     id: Id,
     to: String,
     first: Sender<First>,
-    events: Sender<Event>,
+    exit: Exit,
 }
 
 impl Witness for Reporter {
@@ -255,7 +252,7 @@ impl Witness for Reporter {
     }
 
     fn retire(&self) {
-        let _ = self.events.send(Event::Retired);
+        self.exit.leave();
     }
 }
 

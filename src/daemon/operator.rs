@@ -132,7 +132,8 @@ impl Service {
         if self.desk().is_some_and(|desk| desk.outcome().is_none()) {
             return running();
         }
-        let (desk, beginning) = moving::begin(&departures.ground, (departures.ledger)(), order)?;
+        let (ledger, exit) = ((departures.ledger)(), self.server().exit());
+        let (desk, beginning) = moving::begin(&departures.ground, ledger, exit, order)?;
         // Before waiting: whoever stops the process has to know of it.
         *lock(&departures.desk) = Some(Arc::clone(&desk));
         beginning.wait()?;

@@ -259,8 +259,9 @@ impl Source {
             Action::Unlink => self.unlink(),
             Action::Retire => {
                 self.tally.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
-                self.disk.gate().retire();
+                // Nobody is let in again between the two.
                 self.witness.retire();
+                self.disk.gate().retire();
                 Event::Done
             }
             Action::HangUp => {

@@ -150,12 +150,10 @@ impl Server {
         self.shared.disk.gate().nudge();
     }
 
-    /// Lets nobody in any more and ends all sessions, without answering what they have in flight:
-    /// the disk is gone, and a client that connects again finds it elsewhere. The disk's gate must
-    /// have been retired before.
-    pub fn leave(&self) {
-        self.shared.roster.stop();
-        self.shared.roster.clear();
+    /// How to end all sessions from elsewhere.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        Exit(Arc::clone(&self.shared.roster))
     }
 
     /// Lets nobody in any more, lets sessions answer what they have received, and ends those that
@@ -173,6 +171,20 @@ impl Server {
             self.shared.disk.gate().nudge();
             roster.wait_until_empty(Instant::now() + grace);
         }
+    }
+}
+
+/// Ends all sessions of a server, from whichever thread knows that its disk is gone.
+#[derive(Clone, Debug)]
+pub struct Exit(Arc<Roster>);
+
+impl Exit {
+    /// Lets nobody in any more and ends all sessions, without answering what they have in flight: a
+    /// client that connects again is to find the disk elsewhere. Those that wait at the disk's gate
+    /// end when it is retired.
+    pub fn leave(&self) {
+        self.0.stop();
+        self.0.clear();
     }
 }
 
