@@ -16,9 +16,6 @@ const RUN_DIRECTORY: &str = "/run/flexnbd";
 /// address (107 bytes).
 pub const INSTANCE_BYTES_MAX: usize = 89;
 
-/// What `mirror` says when the migration has begun (flexnbd(1), MIRROR MODE).
-pub(super) const STARTED: &str = "Migration started";
-
 /// Which server is meant: by the path of its control socket, or by the name of its instance.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Server {
@@ -139,7 +136,7 @@ impl Kind {
             Self::Status { json: true } if reply.is_success() => {
                 to_json(reply.text()).map_err(|error| error.to_string())
             }
-            Self::Mirror { .. } if reply.is_success() => Ok(STARTED.to_owned()),
+            Self::Mirror { .. } if reply.is_success() => Ok(wait::STARTED.to_owned()),
             _ => Ok(reply.text().to_owned()),
         }
     }

@@ -1,7 +1,6 @@
 //! `flexnbd mirror --wait`: gives the order and follows the migration until it ends.
 //! Decides nothing about it: whoever stops this does not stop the migration.
 
-use super::operate::STARTED;
 use super::output;
 use super::progress::{Display, Sight, ended};
 use crate::control::reply::UNKNOWN_COMMAND;
@@ -12,6 +11,9 @@ use std::process::ExitCode;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// What `mirror` says when the migration has begun (flexnbd(1), MIRROR MODE).
+pub(super) const STARTED: &str = "Migration started";
 
 /// How often the server is asked how it is doing.
 const LOOK_EVERY: Duration = Duration::from_millis(200);

@@ -37,9 +37,11 @@ struct Inner {
     sessions_max: usize,
     stopping: bool,
     next_id: u64,
-    /// By id, so that the oldest comes first.
-    entries: BTreeMap<u64, Entry>,
+    entries: Entries,
 }
+
+/// By id, so that the oldest comes first.
+type Entries = BTreeMap<u64, Entry>;
 
 #[derive(Debug)]
 struct Entry {
@@ -147,17 +149,10 @@ impl Roster {
     /// Tells one session to leave at once and waits until it has; false if it has not by
     /// `deadline`.
     pub(super) fn dismiss(&self, id: u64, deadline: Instant) -> bool {
-        let mut inner = self.lock();
-        while let Some(entry) = inner.entries.get(&id) {
+        if let Some(entry) = self.lock().entries.get(&id) {
             entry.orders.give(Order::Leave);
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            let woken = self.left.wait_timeout(inner, left);
-            inner = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
-        true
+        self.wait_until(|entries| !entries.contains_key(&id), deadline)
     }
 
     /// Tells everybody to leave at once.
@@ -167,8 +162,12 @@ impl Roster {
 
     /// Waits until everybody has left; false if somebody has not by `deadline`.
     pub(super) fn wait_until_empty(&self, deadline: Instant) -> bool {
+        self.wait_until(BTreeMap::is_empty, deadline)
+    }
+
+    fn wait_until(&self, done: impl Fn(&Entries) -> bool, deadline: Instant) -> bool {
         let mut inner = self.lock();
-        while !inner.entries.is_empty() {
+        while !done(&inner.entries) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
