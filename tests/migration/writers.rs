@@ -70,7 +70,7 @@ pub(crate) struct Writers {
 pub(crate) struct Written {
     blocks: Vec<Versions>,
     pub(crate) acknowledged: u64,
-    /// How often a writer had to connect.
+    /// Over how many connections something was written.
     pub(crate) connections: u64,
 }
 
@@ -98,7 +98,9 @@ impl Writers {
             let own = (size / BLOCK - number).div_ceil(count);
             let blocks = vec![Versions::default(); own as usize];
             let random = Random(seed.wrapping_mul(count) + number + 1);
-            thread::spawn(move || Writer { shared, number, count, blocks, random }.run())
+            thread::spawn(move || {
+                Writer { shared, number, count, blocks, random, acknowledged: 0 }.run()
+            })
         };
         let threads = (0..count).map(start).collect();
         Writers { shared, threads, count }
@@ -190,6 +192,7 @@ struct Writer {
     count: u64,
     blocks: Vec<Versions>,
     random: Random,
+    acknowledged: u64,
 }
 
 impl Writer {
@@ -197,11 +200,15 @@ impl Writer {
         while !self.stopping() {
             match self.find() {
                 Some((at_source, mut stream)) => {
-                    self.shared.connections.fetch_add(1, Ordering::SeqCst);
-                    // The connection is lost: look for the disk again.
+                    let before = self.acknowledged;
+                    // Until the connection is lost; then the disk is looked for again.
                     while !self.stopping() && self.batch(&mut stream, at_source).is_ok() {
                         thread::sleep(self.shared.pause);
                     }
+                    // Whoever greets and then does nothing, since the disk is just leaving, does
+                    // not count.
+                    let served = u64::from(self.acknowledged > before);
+                    self.shared.connections.fetch_add(served, Ordering::SeqCst);
                 }
                 None => thread::sleep(SEARCH),
             }
@@ -259,6 +266,7 @@ impl Writer {
 
     fn acknowledge(&mut self, index: usize, began: u64, at_source: bool) {
         self.blocks[index].acknowledged = self.blocks[index].attempted;
+        self.acknowledged += 1;
         self.shared.acknowledged.fetch_add(1, Ordering::SeqCst);
         if at_source {
             self.shared.source_last.fetch_max(began, Ordering::SeqCst);
