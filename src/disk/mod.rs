@@ -96,6 +96,8 @@ pub struct Disk {
     read_only: bool,
     /// The errno of the first flush that failed; 0 as long as none has.
     flush_failure: AtomicI32,
+    /// Held for reading by whoever may hear of such a failure, until it is remembered.
+    hearing: RwLock<()>,
     /// What changed since a migration's copier last looked, while there is one.
     dirty: RwLock<Option<Arc<Dirty>>>,
     /// How long every write is to be held back, in microseconds.
@@ -129,6 +131,7 @@ impl Disk {
             gate: Gate::default(),
             read_only,
             flush_failure: AtomicI32::new(0),
+            hearing: RwLock::new(()),
             dirty: RwLock::new(None),
             hold: AtomicU64::new(0),
         }
@@ -199,6 +202,7 @@ impl Disk {
     /// # Errors
     /// As [`Visit::flush`]: the kernel tells a failure once, and later flushes have to hear of it.
     pub fn write_back(&self) -> io::Result<()> {
+        let _hearing = self.hearing.read().unwrap_or_else(PoisonError::into_inner);
         self.image.flush().map_err(|error| self.flush_failed(&error))
     }
 
@@ -225,6 +229,13 @@ impl Disk {
             0 => Ok(()),
             errno => Err(io::Error::from_raw_os_error(errno)),
         }
+    }
+
+    /// The kernel tells a failure to one of those who wait for it: another thread may be told what
+    /// was meant for us, too. Waits until all of them have remembered what they heard.
+    fn check_what_others_heard(&self) -> io::Result<()> {
+        drop(self.hearing.write().unwrap_or_else(PoisonError::into_inner));
+        self.check_flushes()
     }
 
     /// Remembers that data may be lost, and returns what every later flush will say.
@@ -317,8 +328,7 @@ impl Visit<'_> {
     pub fn flush(&self) -> io::Result<()> {
         self.disk.check_flushes()?;
         self.disk.write_back()?;
-        // Another thread may have heard meanwhile what was meant for us, too.
-        self.disk.check_flushes()
+        self.disk.check_what_others_heard()
     }
 
     /// Hands at most `length` bytes from `offset` on to a socket, as far as there is room there;
@@ -381,17 +391,29 @@ impl Visit<'_> {
         if range.is_empty() {
             return Ok(());
         }
-        let worked = work(self.disk.image.as_ref());
+        match self.attempt(range, durable, work)? {
+            Written::ToBeFlushed => self.flush(),
+            Written::AsAsked if durable => self.disk.check_what_others_heard(),
+            Written::AsAsked => Ok(()),
+        }
+    }
+
+    fn attempt(
+        &self,
+        range: Range,
+        durable: bool,
+        work: impl FnOnce(&dyn Image) -> Result<Written, Failure>,
+    ) -> io::Result<Written> {
+        let disk = self.disk;
+        let _hearing = durable.then(|| disk.hearing.read().unwrap_or_else(PoisonError::into_inner));
+        let worked = work(disk.image.as_ref());
         // Mark after writing, also after half of it: the copier takes the mark first and reads
         // second, so that a change may be sent twice but never missed.
-        self.disk.mark(range);
-        match worked {
-            Ok(Written::ToBeFlushed) => self.flush(),
-            Ok(Written::AsAsked) if durable => self.disk.check_flushes(),
-            Ok(Written::AsAsked) => Ok(()),
-            Err(Failure::NotMade(error)) => Err(error),
-            Err(Failure::NotDurable(error)) => Err(self.disk.flush_failed(&error)),
-        }
+        disk.mark(range);
+        worked.map_err(|failure| match failure {
+            Failure::NotMade(error) => error,
+            Failure::NotDurable(error) => disk.flush_failed(&error),
+        })
     }
 }
 
@@ -402,195 +424,4 @@ pub fn errno_of(error: &io::Error) -> i32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::memory::{FailingImage, Faults, MemoryImage, Op};
-    use super::*;
-    use nix::libc::{EINVAL, EIO, ENOSPC, EPERM};
-    use std::sync::Arc;
-
-    const SIZE: u64 = 64 * 1024;
-
-    fn disk(read_only: bool) -> (Disk, MemoryImage, Arc<Faults>) {
-        let (memory, faults) = (MemoryImage::new(SIZE), Arc::new(Faults::default()));
-        let image = FailingImage::new(memory.clone(), faults.clone());
-        (Disk::new(Box::new(image), read_only), memory, faults)
-    }
-
-    fn visit(disk: &Disk) -> Visit<'_> {
-        disk.enter(&|| true).unwrap()
-    }
-
-    fn range(offset: u64, length: u64) -> Range {
-        Range::within(2 * SIZE, offset, length).unwrap()
-    }
-
-    fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
-        errno_of(&result.unwrap_err())
-    }
-
-    type Job = (&'static str, fn(&Visit<'_>) -> io::Result<()>);
-
-    /// Everything that can be asked of a visit, each of which is one operation of the image.
-    const READS: [Job; 4] = [
-        ("read", |visit| visit.read(0, &mut [0; 8])),
-        ("extent", |visit| visit.extent(0).map(drop)),
-        ("extents", |visit| visit.extents(range(0, SIZE), 9).map(drop)),
-        ("prefetch", |visit| visit.prefetch(range(0, 8))),
-    ];
-    const CHANGES: [Job; 3] = [
-        ("write", |visit| visit.write(0, &[1; 8], false)),
-        ("zero", |visit| visit.zero(range(0, 8), Zeroing::default(), false)),
-        ("trim", |visit| visit.trim(range(0, 8), false)),
-    ];
-    const DURABLE: [Job; 4] = [
-        ("flush", |visit| visit.flush()),
-        ("durable write", |visit| visit.write(0, &[1; 8], true)),
-        ("durable zero", |visit| visit.zero(range(0, 8), Zeroing::default(), true)),
-        ("durable trim", |visit| visit.trim(range(0, 8), true)),
-    ];
-
-    #[test]
-    fn every_error_of_the_image_reaches_whoever_asked() {
-        for (name, job) in READS.iter().chain(&CHANGES).chain(&DURABLE) {
-            let (disk, _, faults) = disk(false);
-            faults.fail_nth(1, ENOSPC);
-            assert_eq!(errno(job(&visit(&disk))), ENOSPC, "{name}");
-            faults.heal();
-        }
-    }
-
-    #[test]
-    fn the_nth_failing_operation_fails_the_nth_job_and_no_other() {
-        for nth in 1..=3 {
-            let (disk, _, faults) = disk(false);
-            faults.fail_nth(nth, EIO);
-            for (at, (name, job)) in (1..).zip(CHANGES) {
-                assert_eq!(job(&visit(&disk)).is_err(), at == nth, "{name}, {nth}th");
-            }
-        }
-    }
-
-    #[test]
-    fn a_failed_flush_fails_everything_durable_from_then_on() {
-        for (first, job) in DURABLE {
-            let (disk, _, faults) = disk(false);
-            faults.fail_every(Op::Flush, EIO);
-            faults.fail_every(Op::DurableWrite, EIO);
-            assert_eq!(errno(job(&visit(&disk))), EIO, "{first}");
-            faults.heal();
-            let before = faults.total();
-            for (name, job) in DURABLE {
-                assert_eq!(errno(job(&visit(&disk))), EIO, "{name} after {first}");
-            }
-            assert_eq!(faults.total(), before, "what cannot be made durable is not begun");
-            for (name, job) in READS.iter().chain(&CHANGES) {
-                assert!(job(&visit(&disk)).is_ok(), "{name} after {first}");
-            }
-        }
-    }
-
-    #[test]
-    fn later_flushes_say_what_the_first_one_said() {
-        let (disk, _, faults) = disk(false);
-        faults.fail_every(Op::Flush, ENOSPC);
-        assert_eq!(errno(visit(&disk).flush()), ENOSPC);
-        faults.fail_every(Op::Flush, EIO);
-        assert_eq!(errno(visit(&disk).flush()), ENOSPC);
-        assert_eq!(faults.count(Op::Flush), 1, "the kernel is not asked again");
-    }
-
-    #[test]
-    fn a_full_file_system_is_no_failed_flush() {
-        let (disk, _, faults) = disk(false);
-        faults.fail_every(Op::Write, ENOSPC);
-        faults.fail_every(Op::DurableWrite, ENOSPC);
-        assert_eq!(errno(visit(&disk).write(0, &[1; 8], true)), ENOSPC);
-        faults.heal();
-        assert!(visit(&disk).flush().is_ok());
-        assert!(visit(&disk).write(0, &[1; 8], true).is_ok());
-    }
-
-    #[test]
-    fn what_failed_for_lack_of_durability_is_written_all_the_same() {
-        let (disk, memory, faults) = disk(false);
-        faults.fail_every(Op::DurableWrite, EIO);
-        assert!(visit(&disk).write(0, &[5; 3], true).is_err());
-        assert_eq!(memory.contents()[..4], [5, 5, 5, 0]);
-    }
-
-    #[test]
-    fn a_durable_change_that_left_zeros_out_flushes_before_it_succeeds() {
-        let (disk, memory, faults) = disk(false);
-        visit(&disk).write(0, &[0; 100], true).unwrap();
-        assert_eq!((faults.count(Op::Flush), faults.count(Op::DurableWrite)), (1, 0));
-        assert_eq!(memory.allocated_blocks(), 0);
-        visit(&disk).write(0, &[1; 100], true).unwrap();
-        assert_eq!((faults.count(Op::Flush), faults.count(Op::DurableWrite)), (1, 1));
-        visit(&disk).zero(range(0, 9), Zeroing::default(), true).unwrap();
-        visit(&disk).trim(range(0, 9), true).unwrap();
-        assert_eq!(faults.count(Op::Flush), 3);
-        visit(&disk).zero(range(0, 9), Zeroing::default(), false).unwrap();
-        visit(&disk).trim(range(0, 9), false).unwrap();
-        visit(&disk).write(0, &[0; 9], false).unwrap();
-        assert_eq!(faults.count(Op::Flush), 3);
-    }
-
-    #[test]
-    fn a_read_only_disk_can_be_read_and_flushed_but_not_changed() {
-        let (disk, _, faults) = disk(true);
-        assert!(disk.read_only());
-        for (name, job) in READS {
-            assert!(job(&visit(&disk)).is_ok(), "{name}");
-        }
-        let before = faults.total();
-        for (name, job) in CHANGES.iter().chain(&DURABLE[1..]) {
-            assert_eq!(errno(job(&visit(&disk))), EPERM, "{name}");
-        }
-        assert_eq!(faults.total(), before);
-        assert!(visit(&disk).flush().is_ok());
-    }
-
-    #[test]
-    fn the_last_byte_can_be_reached_and_the_one_after_it_not() {
-        let (disk, _, faults) = disk(false);
-        let visit = visit(&disk);
-        let byte = &mut [1];
-        assert!(visit.read(SIZE - 1, byte).is_ok() && visit.write(SIZE - 1, byte, false).is_ok());
-        assert!(visit.extent(SIZE - 1).is_ok());
-        let before = faults.total();
-        assert_eq!(errno(visit.read(SIZE, byte)), EINVAL);
-        assert_eq!(errno(visit.read(u64::MAX, byte)), EINVAL);
-        assert_eq!(errno(visit.write(SIZE, byte, false)), EINVAL);
-        assert_eq!(errno(visit.extent(SIZE)), EINVAL);
-        let beyond = range(SIZE - 1, 2);
-        assert_eq!(errno(visit.extents(beyond, 9)), EINVAL);
-        assert_eq!(errno(visit.prefetch(beyond)), EINVAL);
-        assert_eq!(errno(visit.trim(beyond, false)), EINVAL);
-        assert_eq!(errno(visit.zero(beyond, Zeroing::default(), false)), EINVAL);
-        assert_eq!(faults.total(), before);
-    }
-
-    #[test]
-    fn nothing_to_do_touches_nothing() {
-        let (disk, _, faults) = disk(false);
-        let (visit, none) = (visit(&disk), range(SIZE, 0));
-        assert!(visit.read(SIZE, &mut []).is_ok() && visit.write(SIZE, &[], true).is_ok());
-        assert!(visit.zero(none, Zeroing::default(), true).is_ok());
-        assert!(visit.trim(none, true).is_ok() && visit.prefetch(none).is_ok());
-        assert!(visit.extents(none, 9).unwrap().is_empty());
-        assert_eq!(faults.total(), 0);
-    }
-
-    #[test]
-    fn the_gate_waits_for_a_visit_and_keeps_others_out() {
-        let (disk, ..) = disk(false);
-        let inside = visit(&disk);
-        let now = std::time::Instant::now();
-        assert_eq!(disk.gate().close_and_drain(now), Err(StillBusy { visits: 1 }));
-        drop(inside);
-        assert_eq!(disk.gate().close_and_drain(now), Ok(()));
-        assert_eq!(disk.enter(&|| true).map(drop), Err(NoEntry::GaveUp));
-        disk.gate().retire();
-        assert_eq!(disk.enter(&|| true).map(drop), Err(NoEntry::Gone));
-    }
-}
+mod tests;
