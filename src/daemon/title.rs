@@ -12,8 +12,14 @@ use crate::migration::source;
 use crate::migration::wire::Question;
 use crate::net::Address;
 use std::env;
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, SystemTime};
 use tracing::{info, warn};
+
+/// How often another host is asked what has become of a disk, if nobody answers.
+const ASK_TRIES: u32 = 4;
+/// Time between one question and the next.
+const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// The ledger of the plan's image.
 pub(super) fn ledger(plan: &Plan) -> Result<Ledger, Refusal> {
@@ -104,13 +110,18 @@ fn what_became_of(id: Id, size: u64, to: &Place) -> Fate {
     let Some(address) = address_of(to) else { return Fate::Unknown };
     info!("asking {to} whether the disk has arrived there");
     let route = Route { to: address, bind: None };
-    match source::ask(&route, &Question { size, id }) {
-        Ok(answer) => fate(answer.as_ref(), None),
-        Err(trouble) => {
-            warn!("{to} does not say whether the disk has arrived there: {trouble}");
-            Fate::Unknown
+    for tries_left in (0..ASK_TRIES).rev() {
+        match source::ask(&route, &Question { size, id }) {
+            Ok(answer) => return fate(answer.as_ref(), None),
+            Err(trouble) if tries_left == 0 => {
+                warn!("{to} does not say whether the disk has arrived there: {trouble}");
+            }
+            // There may be nobody for a moment, between the process that received the disk and
+            // the one that serves it; nothing tells us when that is over.
+            Err(_) => thread::sleep(ASK_EVERY),
         }
     }
+    Fate::Unknown
 }
 
 fn address_of(place: &Place) -> Option<Address> {
