@@ -25,6 +25,9 @@ use std::time::{Duration, Instant};
 
 /// How many reads may wait for the client to take replies.
 pub(super) const READS_MAX: usize = 1024;
+/// When less than this was received at once, it is not worth asking for more before waiting: a
+/// client with one or two requests under way waits for their replies first.
+const DRAINED_BELOW: usize = 64;
 /// After this time without anything to do, a session gives its buffers back.
 const IDLE: Duration = Duration::from_secs(1);
 /// Longest payload of a refused request that is read past.
@@ -52,6 +55,8 @@ pub(super) struct Progress {
     /// Why the session ends once everything has been answered and sent.
     leaving: Option<SessionEnd>,
     received: u64,
+    /// So little came the last time that it was all there was.
+    drained: bool,
     sent: u64,
     request_stall: Stall,
     reply_stall: Stall,
@@ -98,7 +103,7 @@ impl Transmission<'_> {
             return Err(end);
         }
         // While requests that are here already wait, more of them, or their end, can wait, too.
-        if !blocked && self.receives() && self.receive()? {
+        if !blocked && !self.progress.drained && self.receives() && self.receive()? {
             return Ok(());
         }
         self.wait()
@@ -156,6 +161,7 @@ impl Transmission<'_> {
             }
             Ok(count) => {
                 self.progress.received += count as u64;
+                self.progress.drained = count < DRAINED_BELOW;
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
@@ -369,6 +375,7 @@ impl Transmission<'_> {
         let wake = &self.worker.orders.wake;
         let ready =
             self.stream.wait(interest, Some(wake), deadline).map_err(SessionEnd::Connection)?;
+        self.progress.drained = false;
         if ready.woken {
             wake.clear();
             return Ok(());
