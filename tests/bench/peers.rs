@@ -8,6 +8,7 @@ mod fio;
 mod generator;
 mod grid;
 mod image;
+mod machine;
 mod memory;
 mod options;
 mod pin;

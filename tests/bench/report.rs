@@ -3,6 +3,7 @@
 
 use super::Trouble;
 use super::grid::{Cell, Source};
+use super::machine::{LOAD_OF_OTHERS, load_average, processor, read};
 use super::memory::MemoryRow;
 use super::options::Options;
 use super::servers::{Kind, Server};
@@ -14,9 +15,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A client that computes for more than this part of the time is likely to be what limits.
 const CLIENT_LIMITS: f64 = 0.95;
-
-/// With more load than this before we begin, others are using this machine.
-const LOAD_OF_OTHERS: f64 = 0.5;
 
 /// All of it.
 #[derive(Debug)]
@@ -229,22 +227,6 @@ fn sample_json(sample: &Sample) -> Value {
         "client_busy": sample.client_busy,
         "rss_peak_mib": sample.rss_peak_mib,
     })
-}
-
-fn read(path: &str) -> String {
-    fs::read_to_string(path).unwrap_or_default().trim().to_owned()
-}
-
-/// The mean number of tasks that ran or wanted to, in the last minute.
-fn load_average() -> f64 {
-    let text = read("/proc/loadavg");
-    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or(0.0)
-}
-
-fn processor() -> String {
-    let about = read("/proc/cpuinfo");
-    let line = about.lines().find(|line| line.starts_with("model name")).unwrap_or_default();
-    line.split_once(':').map_or("unknown", |(_, name)| name).trim().to_owned()
 }
 
 #[cfg(test)]

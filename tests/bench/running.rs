@@ -125,6 +125,6 @@ fn signal(pid: u32, signal: Option<Signal>) -> nix::Result<()> {
 
 /// An address that nobody listens on. Somebody else may take it before the server does; then that
 /// one says so.
-fn free_port() -> io::Result<SocketAddr> {
+pub(super) fn free_port() -> io::Result<SocketAddr> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
 }
