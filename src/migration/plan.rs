@@ -221,9 +221,10 @@ impl Plan {
             self.cursor = run.end();
             return false;
         }
+        // A look at a bitmap in which nothing was marked is no pass.
+        self.passes += u64::from(self.cursor > 0);
         self.cursor = 0;
         self.dry = dirty == 0;
-        self.passes += 1;
         true
     }
 

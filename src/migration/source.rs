@@ -177,6 +177,9 @@ pub struct Source {
     /// How long the next closing of the gate may take.
     drain: Duration,
     progress_at: Duration,
+    /// The extent of data that was looked at last: on some file systems it takes long to find its
+    /// end. A part that has become a hole since is found to be zero.
+    allocated: Range,
     stage_told: Option<Stage>,
     tally: Tally,
 }
@@ -212,6 +215,7 @@ impl Source {
             gate_closed: None,
             drain: DRAIN_FIRST,
             progress_at: Duration::ZERO,
+            allocated: Range::whole(0),
             stage_told: None,
             tally: Tally::default(),
         };
@@ -291,20 +295,23 @@ impl Source {
 
     /// What the beginning of `range` holds. In data, blocks of zeros are found by a sample first,
     /// so that what is not zero is hardly read twice.
-    fn look(&self, range: Range) -> Event {
+    fn look(&mut self, range: Range) -> Event {
         match self.look_at(range) {
             Ok((range, content)) => Event::Looked { range, content },
             Err(error) => Event::Failed(format!("cannot read the disk: {error}")),
         }
     }
 
-    fn look_at(&self, range: Range) -> io::Result<(Range, Content)> {
-        let extent = self.disk.copier().extent(range.offset())?;
-        let same = range.until(extent.range.end());
-        if !extent.allocated {
-            return Ok((same, Content::Zeros));
+    fn look_at(&mut self, range: Range) -> io::Result<(Range, Content)> {
+        let known = self.allocated;
+        if !(known.offset() <= range.offset() && range.offset() < known.end()) {
+            let extent = self.disk.copier().extent(range.offset())?;
+            if !extent.allocated {
+                return Ok((range.until(extent.range.end()), Content::Zeros));
+            }
+            self.allocated = extent.range;
         }
-        let mut rest = same.split(LOOK_MAX).0;
+        let mut rest = range.until(self.allocated.end()).split(LOOK_MAX).0;
         let zero = self.first_block_is_zero(rest)?;
         let start = rest;
         while !rest.is_empty() && self.first_block_is_zero(rest)? == zero {
