@@ -11,7 +11,7 @@ use std::io;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 /// Bytes of the disk that one bit stands for.
-pub const BLOCK: u64 = 64 * 1024;
+pub const BLOCK: u64 = 16 * 1024;
 
 /// Blocks that one word of the bitmap stands for.
 const BITS: u64 = u64::BITS as u64;
