@@ -121,6 +121,8 @@ struct Parting {
 
 #[derive(Clone, Copy, Debug)]
 enum Farewell {
+    /// Is it still there?
+    Listening,
     Unlinking,
     Disconnecting,
 }
@@ -375,7 +377,7 @@ impl Machine {
     fn flushed(&mut self, now: Duration, link: Link) -> Action {
         match link.peer.token() {
             Some(token) if self.unlinked => return self.hand_over(now, token),
-            None if self.unlinked => return self.say_farewell(link),
+            None if self.unlinked => return self.listen_once_more(now, link),
             _ => self.undo.record = true,
         }
         self.enter(Phase::Recording(link), Action::Record(Note::Departing))
@@ -384,16 +386,18 @@ impl Machine {
     fn recording(&mut self, now: Duration, link: Link, event: Event) -> Action {
         match (event, link.peer.token()) {
             (Event::Done, Some(token)) => self.hand_over(now, token),
-            (Event::Done, None) if self.job.unlink => {
-                self.enter(Phase::Farewell(link, Farewell::Unlinking), Action::Unlink)
-            }
-            (Event::Done, None) => self.say_farewell(link),
+            (Event::Done, None) => self.listen_once_more(now, link),
             (Event::Failed(why), _) => self.fail(now, Trouble::Local(why)),
             _ => self.fail(now, Trouble::Confused("the record was written strangely")),
         }
     }
 
     // A destination that cannot acknowledge.
+
+    /// A goodbye to a destination that has hung up would reach nobody, and nobody would say so.
+    fn listen_once_more(&mut self, now: Duration, link: Link) -> Action {
+        self.enter(Phase::Farewell(link, Farewell::Listening), Action::Wait { until: now })
+    }
 
     fn say_farewell(&mut self, link: Link) -> Action {
         let cookie = self.next_cookie();
@@ -403,6 +407,11 @@ impl Machine {
 
     fn farewell(&mut self, now: Duration, link: Link, step: Farewell, event: Event) -> Action {
         match (step, event) {
+            (Farewell::Listening, Event::Tick) if self.job.unlink && !self.unlinked => {
+                self.enter(Phase::Farewell(link, Farewell::Unlinking), Action::Unlink)
+            }
+            (Farewell::Listening, Event::Tick) => self.say_farewell(link),
+            (Farewell::Listening, event) => self.fail(now, link_trouble(event)),
             (Farewell::Unlinking, Event::Done) => {
                 (self.unlinked, self.undo.record) = (true, false);
                 self.say_farewell(link)

@@ -180,6 +180,31 @@ fn closes_after_a_write() {
     is_retried(misbehave, "the connection broke");
 }
 
+/// No writers: so that the last reply is known to be the last.
+fn a_lost_goodbye_is_noticed(action: &str) {
+    let directory = directory(PLACES[1]);
+    let host = Host::new(directory.path(), "source");
+    stamped_image(&host.image, SIZE);
+    let image = std::fs::read(&host.image).unwrap();
+    let mut server = host.serve();
+    let rude = Rude::first(SIZE, Guest::leave_with_the_last_reply);
+    assert_eq!(host.mirror_to(rude.address, &[action]), STARTED);
+    assert!(rude.disk() == image, "the disk at the destination is not the disk at the source");
+    let status = server.wait_for_end();
+    let log = server.stderr();
+    assert!(status.success() && log.contains("trying again"), "{log}");
+}
+
+#[test]
+fn closes_after_the_last_write_and_before_the_goodbye() {
+    a_lost_goodbye_is_noticed("exit");
+}
+
+#[test]
+fn closes_after_the_last_write_when_the_image_is_to_be_deleted() {
+    a_lost_goodbye_is_noticed("unlink");
+}
+
 /// Longer than the source is patient.
 const LONG: Duration = Duration::from_secs(3);
 

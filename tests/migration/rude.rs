@@ -8,8 +8,11 @@ use crate::common::raw::{
     REQUEST, SIMPLE_REPLY, WRITE, ZEROES,
 };
 use crate::fixture::host::fresh_address;
+use nix::libc;
+use nix::sys::socket::{MsgFlags, send};
 use std::io::{self, Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
@@ -143,6 +146,26 @@ impl Guest {
         let mut reply = [magic, error].map(u32::to_be_bytes).concat();
         reply.extend(cookie.to_be_bytes());
         self.send(&reply);
+    }
+
+    /// Receives the whole disk once, and leaves with the last reply: whoever reads it finds the
+    /// connection closed.
+    pub(crate) fn leave_with_the_last_reply(&mut self) {
+        self.greet();
+        let mut left = self.size as usize;
+        loop {
+            let asked = self.request();
+            left -= asked.payload.len();
+            if left == 0 {
+                let mut reply = [SIMPLE_REPLY, 0].map(u32::to_be_bytes).concat();
+                reply.extend(asked.cookie.to_be_bytes());
+                // Held back until the end of the connection goes with it.
+                send(self.stream.as_raw_fd(), &reply, MsgFlags::from_bits_retain(libc::MSG_MORE))
+                    .unwrap();
+                return self.stream.shutdown(Shutdown::Write).unwrap();
+            }
+            self.reply(asked.cookie, 0);
+        }
     }
 
     /// Takes so many bytes and forgets them.

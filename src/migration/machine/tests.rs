@@ -460,6 +460,19 @@ fn a_disc_that_did_not_go_out_is_taken_back() {
 }
 
 #[test]
+fn a_destination_that_has_hung_up_before_the_disc_has_not_got_the_disk() {
+    for unlink in [false, true] {
+        let mut rig = Rig::new(Job { unlink, ..job() }, plain());
+        rig.until(|action| *action == Action::Record(Note::Departing));
+        assert!(matches!(rig.give(Event::Done), Action::Wait { .. }), "unlink: {unlink}");
+        assert_eq!(rig.give(lost()), &Action::HangUp);
+        assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+        assert_eq!(rig.give(Event::Done), &Action::OpenGate);
+        assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
+    }
+}
+
+#[test]
 fn once_the_image_is_deleted_the_gate_stays_closed_and_the_copy_is_made_again() {
     let mut rig = Rig::new(Job { unlink: true, ..job() }, plain());
     rig.until(|action| matches!(action, Action::Send(Request { work: Work::Disconnect, .. })));
