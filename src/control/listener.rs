@@ -166,7 +166,7 @@ fn accept_until_stopped(socket: &ControlSocket, shared: &Shared) {
         let mut resting = false;
         loop {
             match wait_for_arrival(socket, shared, resting) {
-                Ok(Wake::Stop) => return,
+                Ok(Wake::Stop) => return turn_away(scope, socket, shared),
                 Ok(Wake::LookAgain) => resting = false,
                 Ok(Wake::Arrival) => resting = !welcome(scope, socket, shared),
                 Err(errno) => {
@@ -176,6 +176,24 @@ fn accept_until_stopped(socket: &ControlSocket, shared: &Shared) {
             }
         }
     });
+}
+
+/// Nobody else is to come, and whoever has connected is told so: a connection that is closed
+/// unaccepted looks like a failure to its client. There are no more than the backlog holds. On a
+/// socket that goes on without us they wait for whoever answers there next.
+fn turn_away<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    socket: &'scope ControlSocket,
+    shared: &'scope Shared,
+) {
+    if !socket.hide() {
+        return;
+    }
+    let waiting = || {
+        let mut listener = [PollFd::new(socket.listener().as_fd(), PollFlags::POLLIN)];
+        poll(&mut listener, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    };
+    while waiting() && welcome(scope, socket, shared) {}
 }
 
 enum Wake {

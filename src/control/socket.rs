@@ -32,7 +32,7 @@ const ATTEMPTS_MAX: usize = 4;
 pub struct ControlSocket {
     // Order matters: the place is given up while the socket is open, since an open socket's inode
     // number cannot be anybody else's.
-    _place: Option<Place>,
+    place: Option<Place>,
     listener: UnixListener,
 }
 
@@ -53,7 +53,7 @@ impl ControlSocket {
             .and_then(|identity| move_into_place(&temporary, path).map(|()| identity));
         match moved {
             Ok(identity) => {
-                Ok(Self { _place: Some(Place { path: path.to_owned(), identity }), listener })
+                Ok(Self { place: Some(Place { path: path.to_owned(), identity }), listener })
             }
             Err(error) => {
                 let _ = fs::remove_file(&temporary);
@@ -65,12 +65,18 @@ impl ControlSocket {
     /// Takes a socket that somebody else made and will remove, such as the service manager.
     #[must_use]
     pub fn from_listener(listener: UnixListener) -> Self {
-        Self { _place: None, listener }
+        Self { place: None, listener }
     }
 
     /// What to accept connections from.
     pub(super) fn listener(&self) -> &UnixListener {
         &self.listener
+    }
+
+    /// Lets nobody else find it; whoever has found it already can still be accepted. False for a
+    /// socket that somebody else made: it goes on without us.
+    pub(super) fn hide(&self) -> bool {
+        self.place.as_ref().inspect(|place| place.give_up()).is_some()
     }
 }
 
@@ -100,11 +106,17 @@ struct Place {
     identity: Identity,
 }
 
-impl Drop for Place {
-    fn drop(&mut self) {
+impl Place {
+    fn give_up(&self) {
         if Identity::of(&self.path).is_ok_and(|found| found == self.identity) {
             let _ = fs::remove_file(&self.path);
         }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.give_up();
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::control::command::{LINE_BYTES_MAX, LINES_MAX};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex};
 
@@ -202,6 +203,37 @@ fn stopping_ends_idle_connections_at_once_and_removes_the_socket() {
     assert_eq!(all_of(&mut idle), "1: the server is stopping\n");
     assert_eq!(all_of(&mut half_a_command), "1: the server is stopping\n");
     assert!(!server.path.exists());
+}
+
+#[test]
+fn stopping_answers_those_who_were_still_waiting_to_be_accepted() {
+    let server = server();
+    let mut clients: Vec<_> = (0..CONNECTIONS_MAX + 3).map(|_| server.connect()).collect();
+    server.handle.stop();
+    for client in &mut clients {
+        assert_eq!(all_of(client), "1: the server is stopping\n");
+    }
+    assert!(!server.path.exists());
+}
+
+#[test]
+fn stopping_leaves_those_who_wait_at_a_socket_that_is_not_ours_to_the_next_process() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("control.sock");
+    let kept = UnixListener::bind(&path).unwrap();
+    let socket = ControlSocket::from_listener(kept.try_clone().unwrap());
+    let handle = socket.start(Clerk::new(true)).unwrap();
+    let clients: Vec<_> =
+        (0..CONNECTIONS_MAX + 1).map(|_| UnixStream::connect(&path).unwrap()).collect();
+    // All but the last have been accepted when all seats are taken.
+    let deadline = Instant::now() + LONG;
+    while handle.shared.connections.load(Ordering::SeqCst) < CONNECTIONS_MAX {
+        assert!(Instant::now() < deadline);
+        thread::yield_now();
+    }
+    handle.stop();
+    kept.accept().unwrap();
+    drop(clients);
 }
 
 #[test]
