@@ -31,6 +31,10 @@ const REST: Duration = Duration::from_secs(1);
 /// look like a failure to the client.
 const LEFTOVER_BYTES_MAX: usize = 1 << 20;
 
+/// How long the end of the server waits for a client that was told of it to hang up, so that one
+/// that is just about to give its order can give it, and then hears the answer.
+const LEAVE: Duration = Duration::from_millis(250);
+
 /// Who carries out what operators order.
 pub trait Operator: Send + Sync {
     /// Carries out `command` and says how that went. Called from many threads at once; may take
@@ -275,7 +279,10 @@ fn serve(mut stream: UnixStream, shared: &Shared) {
                 tracing::warn!("control socket: {reason} ({from}), closing the connection");
                 Reply::refused(reason)
             }
-            Heard::Stop => Reply::refused("the server is stopping"),
+            Heard::Stop => {
+                let told = answer(&mut stream, &Reply::refused("the server is stopping"), LEAVE);
+                return told.and_then(|()| see_off(&mut stream, LEAVE));
+            }
         };
         answer(&mut stream, &reply, shared.patience)
     });
@@ -378,6 +385,27 @@ fn answer(stream: &mut UnixStream, reply: &Reply, patience: Duration) -> io::Res
     match io::copy(&mut { leftovers }, &mut io::sink()) {
         Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
         _ => Ok(()),
+    }
+}
+
+/// Takes what the client still sends, until it hangs up or has had its time.
+fn see_off(stream: &mut UnixStream, limit: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + limit;
+    let mut buffer = [0; 4096];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut source = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut source, in_poll_time(left)) {
+            Ok(0) => return Ok(()),
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+            Ok(_) => {}
+        }
+        match stream.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Err(error) if !went_away(&error) => return Err(error),
+            _ => {}
+        }
     }
 }
 

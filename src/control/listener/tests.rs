@@ -217,6 +217,25 @@ fn stopping_answers_those_who_were_still_waiting_to_be_accepted() {
 }
 
 #[test]
+fn a_client_that_gives_its_order_after_it_was_told_to_leave_is_not_cut_off() {
+    let (mut ours, mut client) = UnixStream::pair().unwrap();
+    let leaving = thread::spawn(move || {
+        answer(&mut ours, &Reply::refused("stopping"), LONG)?;
+        see_off(&mut ours, LONG)
+    });
+    assert_eq!(all_of(&mut client), "1: stopping\n");
+    client.write_all(b"status\n\n").unwrap();
+    drop(client);
+    leaving.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_client_that_does_not_leave_is_not_waited_for() {
+    let (mut ours, _client) = UnixStream::pair().unwrap();
+    see_off(&mut ours, Duration::from_millis(1)).unwrap();
+}
+
+#[test]
 fn stopping_leaves_those_who_wait_at_a_socket_that_is_not_ours_to_the_next_process() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("control.sock");
