@@ -76,7 +76,7 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
     let disk = open(&plan)?;
     let ledger = title::ledger(&plan)?;
     let (reception, departures) = match plan.role {
-        Role::Serve => to_serve(&plan, &ledger, &disk, &events)?,
+        Role::Serve => to_serve(&plan, &ledger, &disk, (&events, &notifier))?,
         Role::Listen { overwrite } => match to_listen(&plan, ledger, &disk, overwrite, &events)? {
             Some(reception) => (reception, None),
             None => return Ok(Ending::Well),
@@ -126,6 +126,7 @@ impl House {
                     if let Some(ending) = migrated(&outcome) {
                         return ending;
                     }
+                    tell(self.notifier.status("serving; the last migration did not happen"));
                 }
                 Ok(Event::Incoming(Fate::Arrived)) => {
                     info!("the disk has arrived");
@@ -204,11 +205,16 @@ fn to_serve(
     plan: &Plan,
     ledger: &Ledger,
     disk: &Arc<Disk>,
-    events: &Sender<Event>,
+    (events, notifier): (&Sender<Event>, &Notifier),
 ) -> Result<(Arc<dyn Reception>, Option<Departures>), Refusal> {
     let title = title::to_serve(plan, ledger, disk.size())?;
-    let ground =
-        Ground { disk: Arc::clone(disk), image: plan.image.clone(), title, events: events.clone() };
+    let ground = Ground {
+        disk: Arc::clone(disk),
+        image: plan.image.clone(),
+        title,
+        events: events.clone(),
+        notifier: notifier.clone(),
+    };
     let for_ledger = plan.clone();
     let departures = Departures {
         ground,

@@ -13,6 +13,7 @@ use crate::migration::link::Route;
 use crate::migration::source::{Departure, Desk, NoStart, Source, Tally, Witness};
 use crate::net::Address;
 use crate::server::Exit;
+use crate::systemd::Notifier;
 use std::env;
 use std::fs;
 use std::num::NonZeroU64;
@@ -35,6 +36,7 @@ pub(super) struct Ground {
     pub(super) image: PathBuf,
     pub(super) title: Title,
     pub(super) events: Sender<Event>,
+    pub(super) notifier: Notifier,
 }
 
 /// What is heard of a migration until `mirror` can be answered.
@@ -77,7 +79,9 @@ pub(super) fn begin(
     let (first, heard) = mpsc::channel();
     let job = job(ground, order)?;
     let id = job.id;
-    let witness = Box::new(Reporter { id, to: order.to.to_string(), first: first.clone(), exit });
+    let (to, first_heard, notifier) =
+        (order.to.to_string(), first.clone(), ground.notifier.clone());
+    let witness = Box::new(Reporter { id, to, first: first_heard, exit, notifier });
     let (source, desk) = Source::new(Departure {
         disk: Arc::clone(&ground.disk),
         ledger,
@@ -227,6 +231,7 @@ struct Reporter {
     to: String,
     first: Sender<First>,
     exit: Exit,
+    notifier: Notifier,
 }
 
 impl Witness for Reporter {
@@ -235,6 +240,7 @@ impl Witness for Reporter {
         if *news == News::Started {
             let _ = self.first.send(First::Started);
         }
+        super::tell(self.notifier.status(&format!("migration to {to}: {}", told(news))));
         match news {
             News::Started | News::Resumed | News::Restarted | News::HandingOverAgain => info!(
                 "flexnbd.migration" = %id, "flexnbd.destination" = to,
