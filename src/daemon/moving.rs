@@ -240,19 +240,20 @@ impl Witness for Reporter {
         if *news == News::Started {
             let _ = self.first.send(First::Started);
         }
-        super::tell(self.notifier.status(&format!("migration to {to}: {}", told(news))));
+        let line = format!("migration to {to}: {}", told(news));
+        super::tell(self.notifier.status(&line));
         match news {
             News::Started | News::Resumed | News::Restarted | News::HandingOverAgain => info!(
                 "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                "migration to {to}: {}", told(news)
+                "{line}"
             ),
             News::InDoubt(_) | News::RecordFailed(_) => error!(
                 "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                "migration to {to}: {}", told(news)
+                "{line}"
             ),
             News::Retrying(_) | News::HeldBack(_) | News::GateBusy(_) => warn!(
                 "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                "migration to {to}: {}", told(news)
+                "{line}"
             ),
         }
     }

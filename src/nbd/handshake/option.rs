@@ -3,7 +3,7 @@
 
 use super::super::bytes::Reader;
 use super::super::wire::{
-    InfoKind, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionKind, OptionReplyKind, STRING_LENGTH_MAX,
+    InfoKind, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionReplyKind, STRING_LENGTH_MAX,
     TransmissionFlags,
 };
 use super::super::{Decoded, Malformed};
@@ -334,13 +334,6 @@ fn text(data: &[u8]) -> Result<String, Malformed> {
 
 fn lossy(data: &[u8]) -> String {
     String::from_utf8_lossy(data).into_owned()
-}
-
-/// The number of an option that has a name.
-impl From<OptionKind> for u32 {
-    fn from(kind: OptionKind) -> Self {
-        kind.number()
-    }
 }
 
 #[cfg(test)]
