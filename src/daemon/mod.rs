@@ -6,6 +6,7 @@
 //! plan ─▶ sockets, image, title ─▶ server, control ─▶ ready ─▶ one Event after another ─▶ stop
 //! ```
 
+mod carry;
 mod moving;
 mod operator;
 mod plan;
@@ -24,8 +25,8 @@ use crate::migration::source::Desk;
 use crate::migration::wire::Token;
 use crate::net::Listener;
 use crate::server::reception::Reception;
-use crate::server::{STALL_LIMIT, Server, Settings, Style};
-use crate::systemd::{Inherited, Notifier, sockets};
+use crate::server::{Luggage, Opening, STALL_LIMIT, Server, Settings, Style};
+use crate::systemd::{Inherited, Notifier, Store, sockets};
 use moving::Ground;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
@@ -58,6 +59,8 @@ struct House {
     service: Arc<Service>,
     control: Option<Handle>,
     notifier: Notifier,
+    /// Where sessions are left for the next process.
+    store: Store,
 }
 
 /// Does what the plan says until a signal, or the disk's moving, ends it. `reread` is how to learn
@@ -67,8 +70,11 @@ struct House {
 /// Before it began, when it cannot.
 pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
     // Before any thread starts: the environment is read and changed, and threads inherit the mask.
-    let inherited = Inherited::from_env().map_err(|error| Refusal::Inherited(error.to_string()))?;
+    let mut inherited =
+        Inherited::from_env().map_err(|error| Refusal::Inherited(error.to_string()))?;
     let notifier = Notifier::from_env();
+    // Also when it is of no use: what stays in the store keeps its client waiting for ever.
+    let luggage = carry::take_out(std::mem::take(&mut inherited.stored), &notifier);
     let (events, arrivals) = mpsc::channel();
     let signals = block_signals()?;
     raise_descriptor_limit();
@@ -86,7 +92,7 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
     let told = addresses(&listeners);
     let doing = if departures.is_some() { "serving" } else { "receiving" };
     info!("{doing} {} ({} bytes) on {told}", plan.image.display(), disk.size());
-    let server = start(&plan, &disk, reception, listeners)?;
+    let server = start(&plan, &disk, reception, listeners, luggage)?;
     let size = disk.size();
     let ownership = title::told(&plan, departures.as_ref().map(|moving| moving.ground.title));
     let server = Mutex::new(server);
@@ -96,9 +102,10 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
     watch_signals(signals, events)?;
     tell(notifier.ready());
     tell(notifier.status(&format!("{doing} on {told}")));
-    let house = House { service, control, notifier };
+    let store = Store::from_env(&notifier);
+    let house = House { service, control, notifier, store };
     let ending = house.wait(&arrivals, plan.role);
-    house.close();
+    house.close(plan.role == Role::Serve && disk.is_flawless());
     Ok(last_word(ending, &arrivals))
 }
 
@@ -174,11 +181,20 @@ impl House {
         }
     }
 
-    fn close(self) {
+    /// Closes the rooms in order. Sessions are left to the next process if there may be one that
+    /// `goes_on` with them: not while a disk is being received, since its sessions are the arrival,
+    /// and not after a flush has failed, since the next process would not know of it.
+    fn close(self, goes_on: bool) {
         tell(self.notifier.stopping());
         self.service.vigil.stop();
         drop(self.control);
-        self.service.server().stop(GRACE);
+        let mut server = self.service.server();
+        match self.store.room() {
+            room if goes_on && room > 0 => {
+                carry::put_in(&self.store, &server.pack_up(room, GRACE));
+            }
+            _ => server.stop(GRACE),
+        }
     }
 }
 
@@ -319,16 +335,26 @@ fn start(
     disk: &Arc<Disk>,
     reception: Arc<dyn Reception>,
     listeners: Vec<Listener>,
+    luggage: Luggage,
 ) -> Result<Server, Refusal> {
+    let luggage = if plan.role == Role::Serve { luggage } else { Luggage::default() };
     let settings = Settings {
         style: if plan.oldstyle { Style::Oldstyle } else { Style::Newstyle },
         stall_limit: plan.killswitch.then_some(STALL_LIMIT),
         ..Settings::default()
     };
     let Admission { acl, clients_max } = plan.admission.clone();
-    let disk = Arc::clone(disk);
-    Server::start(listeners, disk, reception, &plan.export, (acl, clients_max), settings)
-        .map_err(|error| Refusal::System("start serving", error))
+    let opening = Opening {
+        listeners,
+        disk: Arc::clone(disk),
+        reception,
+        name: &plan.export,
+        acl,
+        clients_max,
+        settings,
+        luggage,
+    };
+    Server::start(opening).map_err(|error| Refusal::System("start serving", error))
 }
 
 fn answer_operators(

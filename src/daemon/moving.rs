@@ -198,9 +198,9 @@ fn can_be_unlinked(image: &Path) -> bool {
     fs::metadata(image).is_ok_and(|found| found.is_file())
 }
 
-/// 128 random bits.
-pub(super) fn random() -> Result<[u8; 16], getrandom::Error> {
-    let mut bits = [0; 16];
+/// Random bytes.
+pub(super) fn random<const N: usize>() -> Result<[u8; N], getrandom::Error> {
+    let mut bits = [0; N];
     getrandom::fill(&mut bits)?;
     Ok(bits)
 }

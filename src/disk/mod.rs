@@ -155,6 +155,12 @@ impl Disk {
         self.image.sends()
     }
 
+    /// Whether every flush has succeeded so far.
+    #[must_use]
+    pub fn is_flawless(&self) -> bool {
+        self.flush_failure.load(Ordering::Acquire) == 0
+    }
+
     /// The gate, for those who close it.
     #[must_use]
     pub fn gate(&self) -> &Gate {

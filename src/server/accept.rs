@@ -2,8 +2,9 @@
 //! Waits for them on all listening sockets at once, and knows nothing of what they say.
 
 use super::Shared;
+use super::carry::Carried;
 use super::end::SessionEnd;
-use super::roster::{Refused, Seat};
+use super::roster::{Parcel, Refused, Seat};
 use super::session::Session;
 use crate::net::{Listener, Peer, Stream, wait_readable};
 use std::io;
@@ -18,10 +19,10 @@ const STACK: usize = 256 << 10;
 /// How long to wait for a descriptor to become free when there is none.
 const SCARCITY: Duration = Duration::from_secs(1);
 
-/// Lets clients in until the roster is told to stop.
+/// Lets clients in until the roster is closed.
 pub(super) fn accept_clients(shared: &Arc<Shared>, listeners: &[Listener]) {
     let mut scarce_until: Option<Instant> = None;
-    while !shared.roster.is_stopping() {
+    while !shared.roster.is_closed() {
         let now = Instant::now();
         let pause = shared.roster.full_until().max(scarce_until).filter(|until| now < *until);
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![shared.roster.bell.as_fd()];
@@ -64,10 +65,37 @@ fn refuse(peer: &Peer, why: Refused) {
 }
 
 fn start(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat) {
+    let id = seat.id;
+    info!("flexnbd.client" = %peer, "flexnbd.session" = id, "{peer} connected");
+    // A connection that takes no options is on its way out, which the session will see.
+    let _ = stream.tune().and_then(|()| stream.never_block());
+    run(shared, stream, peer, seat, None);
+}
+
+/// Goes on with a session that another process has packed up, or says why not and closes it.
+pub(super) fn resume(shared: &Arc<Shared>, Parcel { carried, stream }: Parcel) {
+    let session = carried.session;
+    let greeting_since = carried.is_greeting().then(Instant::now);
+    let taken = stream.peer().map_err(|error| error.to_string()).and_then(|peer| {
+        let seat = shared.roster.take_over(session, peer, greeting_since);
+        seat.map(|seat| (peer, seat)).map_err(|why| format!("{peer}: {why}"))
+    });
+    match taken {
+        Ok((peer, seat)) => {
+            info!("flexnbd.client" = %peer, "flexnbd.session" = session, "{peer} goes on");
+            run(shared, stream, peer, seat, Some(carried));
+        }
+        Err(why) => warn!("flexnbd.session" = session, "closed a session taken over: {why}"),
+    }
+}
+
+/// Starts the thread of a session.
+fn run(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat, carried: Option<Carried>) {
     let (name, shared) = (format!("client-{}", seat.id), Arc::clone(shared));
-    let who = peer.to_string();
     let thread = thread::Builder::new().name(name).stack_size(STACK);
-    if let Err(error) = thread.spawn(move || serve(&shared, stream, peer, seat)) {
+    let started = thread.spawn(move || serve(&shared, stream, peer, seat, carried));
+    if let Err(error) = started {
+        let who = peer.to_string();
         warn!(
             "flexnbd.client" = who,
             "cannot start a thread for {who}: {error}; connection closed"
@@ -75,11 +103,8 @@ fn start(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat) {
     }
 }
 
-fn serve(shared: &Shared, stream: Stream, peer: Peer, seat: Seat) {
+fn serve(shared: &Shared, stream: Stream, peer: Peer, seat: Seat, carried: Option<Carried>) {
     let id = seat.id;
-    info!("flexnbd.client" = %peer, "flexnbd.session" = id, "{peer} connected");
-    // A connection that takes no options is on its way out, which the session will see.
-    let _ = stream.tune().and_then(|()| stream.never_block());
     let session = Session {
         stream,
         peer,
@@ -89,12 +114,20 @@ fn serve(shared: &Shared, stream: Stream, peer: Peer, seat: Seat) {
         export: shared.export.clone(),
         settings: shared.settings,
     };
-    let end = session.run();
+    let (end, carried) = session.run(carried);
     shared.reception.closed(id);
     log_end(&session.peer, id, &end);
+    if let Some(carried) = carried {
+        let Session { stream, seat, .. } = session;
+        seat.hand_in(Parcel { carried, stream });
+    }
 }
 
 fn log_end(peer: &Peer, id: u64, end: &SessionEnd) {
+    if matches!(end, SessionEnd::PackedUp) {
+        info!("flexnbd.client" = %peer, "flexnbd.session" = id, "packed up the session of {peer}");
+        return;
+    }
     if end.is_trouble() {
         warn!("flexnbd.client" = %peer, "flexnbd.session" = id, "closed the session of {peer}: {end}");
     } else {

@@ -34,6 +34,10 @@ pub(super) enum SessionEnd {
     DiskGone,
     /// We were told to end it.
     Ordered(Order),
+    /// It goes on in the next process.
+    PackedUp,
+    /// What another process has left of it does not fit here.
+    Unfit,
 }
 
 impl SessionEnd {
@@ -41,7 +45,12 @@ impl SessionEnd {
     pub(super) fn is_trouble(&self) -> bool {
         !matches!(
             self,
-            Self::Goodbye | Self::Aborted | Self::Left | Self::Ordered(_) | Self::DiskGone
+            Self::Goodbye
+                | Self::Aborted
+                | Self::Left
+                | Self::Ordered(_)
+                | Self::PackedUp
+                | Self::DiskGone
         )
     }
 
@@ -84,6 +93,8 @@ impl std::fmt::Display for SessionEnd {
                 f.write_str("the client was slow to greet and another one was waiting")
             }
             Self::Ordered(_) => f.write_str("the server is stopping"),
+            Self::Unfit => f.write_str("what the last process has left of it does not fit here"),
+            Self::PackedUp => f.write_str("it goes on in the next process"),
         }
     }
 }

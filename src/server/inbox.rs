@@ -18,6 +18,16 @@ pub(super) struct Inbox {
 }
 
 impl Inbox {
+    /// One that holds these bytes already; none if they are more than it can hold.
+    pub(super) fn holding(bytes: Vec<u8>) -> Option<Self> {
+        let end = bytes.len();
+        let mut buffer = bytes;
+        if end > 0 {
+            buffer.resize(CAPACITY, 0);
+        }
+        (end <= CAPACITY).then_some(Self { buffer, start: 0, end })
+    }
+
     /// What arrived and was not used.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.buffer[self.start..self.end]
@@ -103,6 +113,19 @@ mod tests {
             }
         }
         assert!(expected > 20_000);
+    }
+
+    #[test]
+    fn an_inbox_goes_on_where_another_one_was() {
+        let (mut client, stream) = pair();
+        let mut inbox = Inbox::holding(b"abc".to_vec()).unwrap();
+        client.write_all(b"def").unwrap();
+        inbox.consume(1);
+        inbox.receive(&stream).unwrap();
+        assert_eq!(inbox.bytes(), b"bcdef");
+        assert!(Inbox::holding(Vec::new()).unwrap().is_relaxed());
+        assert!(Inbox::holding(vec![0; CAPACITY]).unwrap().is_full());
+        assert!(Inbox::holding(vec![0; CAPACITY + 1]).is_none());
     }
 
     #[test]

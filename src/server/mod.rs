@@ -8,12 +8,16 @@
 
 mod accept;
 pub mod acl;
+mod carry;
 mod end;
 mod inbox;
 mod orders;
 mod outbox;
+mod progress;
 mod reading;
 pub mod reception;
+#[cfg(test)]
+mod restart_tests;
 mod roster;
 pub mod session;
 mod stall;
@@ -26,14 +30,16 @@ use crate::disk::Disk;
 use crate::nbd::handshake::BlockSizes;
 use crate::nbd::handshake::server::Export;
 use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
-use crate::net::Listener;
+use crate::net::{Listener, Stream};
 use acl::{Acl, BadEntry};
 use reception::Reception;
-use roster::{Capacity, Roster};
+use roster::{Capacity, Parcel, Roster};
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use tracing::{error, warn};
 
 /// Clients at once, unless the operator says otherwise (`--max-clients`).
 pub const CLIENTS_MAX: usize = 128;
@@ -90,20 +96,63 @@ pub struct Server {
     acceptor: Option<JoinHandle<()>>,
 }
 
+/// What a server begins with.
+#[derive(Debug)]
+pub struct Opening<'a> {
+    /// Where clients connect.
+    pub listeners: Vec<Listener>,
+    /// What is served.
+    pub disk: Arc<Disk>,
+    /// How far clients are let in.
+    pub reception: Arc<dyn Reception>,
+    /// Under which name the disk is served.
+    pub name: &'a str,
+    /// From where clients may come.
+    pub acl: Acl,
+    /// How many clients there may be.
+    pub clients_max: usize,
+    /// What applies to every session.
+    pub settings: Settings,
+    /// The sessions that another process has packed up, to go on with.
+    pub luggage: Luggage,
+}
+
+#[cfg(test)]
+impl Opening<'static> {
+    /// Lets four clients at once do everything.
+    pub(crate) fn to_anybody(listeners: Vec<Listener>, disk: &Arc<Disk>) -> Self {
+        Self {
+            listeners,
+            disk: Arc::clone(disk),
+            reception: Arc::new(reception::Anybody),
+            name: "disk",
+            acl: Acl::default(),
+            clients_max: 4,
+            settings: Settings::default(),
+            luggage: Luggage::default(),
+        }
+    }
+}
+
+/// The sessions of a server, packed up: what they were in the middle of, and the connection of each
+/// under its number in there.
+#[derive(Debug, Default)]
+pub struct Luggage {
+    /// For the next process, which may be of another version of this program; empty if there is
+    /// nothing.
+    pub note: Vec<u8>,
+    /// The connections. Nothing may be sent or received on them meanwhile.
+    pub streams: BTreeMap<u64, Stream>,
+}
+
 impl Server {
-    /// Serves `disk` under `name` to whoever connects to `listeners` and is admitted by `acl`, as
-    /// far as `reception` lets them.
+    /// Serves a disk to whoever connects and is admitted, and to those who did so before.
     ///
     /// # Errors
     /// When there is no descriptor or thread left.
-    pub fn start(
-        listeners: Vec<Listener>,
-        disk: Arc<Disk>,
-        reception: Arc<dyn Reception>,
-        name: &str,
-        (acl, clients_max): (Acl, usize),
-        settings: Settings,
-    ) -> io::Result<Self> {
+    pub fn start(opening: Opening<'_>) -> io::Result<Self> {
+        let Opening { listeners, disk, reception, name, acl, clients_max, settings, luggage } =
+            opening;
         let capacity = Capacity {
             sessions: clients_max,
             handshakes: HANDSHAKES_MAX,
@@ -112,6 +161,8 @@ impl Server {
         let export = export(&disk, name);
         let roster = Roster::new(capacity, acl)?;
         let shared = Arc::new(Shared { disk, export, settings, reception, roster });
+        // First those who were here before: newcomers get numbers beyond theirs.
+        resume(&shared, luggage);
         let for_acceptor = Arc::clone(&shared);
         let acceptor = thread::Builder::new()
             .name("serve".into())
@@ -159,18 +210,74 @@ impl Server {
     /// Lets nobody in any more, lets sessions answer what they have received, and ends those that
     /// have not done so within `grace`. Returns when all have ended, or `grace` has passed twice.
     pub fn stop(&mut self, grace: Duration) {
-        let roster = &self.shared.roster;
-        roster.stop();
-        self.shared.disk.gate().nudge();
+        self.close();
+        self.shared.roster.stop();
+        self.wait_until_empty(grace);
+    }
+
+    /// Lets nobody in any more and packs sessions up for the next process, as soon as each has
+    /// carried out what it has received, and as many as there is `room` for. Ends the others, and
+    /// those that are not ready within `grace`, as [`Server::stop`] does.
+    pub fn pack_up(&mut self, room: usize, grace: Duration) -> Luggage {
+        self.close();
+        self.shared.roster.pack_up(room);
+        self.wait_until_empty(grace);
+        let parcels = self.shared.roster.parcels();
+        let (sessions, streams): (Vec<_>, BTreeMap<_, _>) = parcels
+            .into_iter()
+            .map(|Parcel { carried, stream }| {
+                let number = carried.session;
+                (carried, (number, stream))
+            })
+            .unzip();
+        if sessions.is_empty() {
+            return Luggage::default();
+        }
+        match carry::encode(&self.shared.export, self.shared.settings.style, sessions) {
+            Ok(note) => Luggage { note, streams },
+            Err(why) => {
+                error!("cannot pack up {} sessions, closing them: {why}", streams.len());
+                Luggage::default()
+            }
+        }
+    }
+
+    /// Accepts nobody any more. Whoever was accepted before has a place after this.
+    fn close(&mut self) {
+        self.shared.roster.close();
         if let Some(acceptor) = self.acceptor.take() {
             // It panicked if this fails, which has been reported where it happened.
             let _ = acceptor.join();
         }
+    }
+
+    fn wait_until_empty(&self, grace: Duration) {
+        let Shared { roster, disk, .. } = &*self.shared;
+        disk.gate().nudge();
         if !roster.wait_until_empty(Instant::now() + grace) {
             roster.clear();
-            self.shared.disk.gate().nudge();
+            disk.gate().nudge();
             roster.wait_until_empty(Instant::now() + grace);
         }
+    }
+}
+
+/// Goes on with what another process has packed up; what cannot be, is closed.
+fn resume(shared: &Arc<Shared>, luggage: Luggage) {
+    let Luggage { note, mut streams } = luggage;
+    if note.is_empty() {
+        return;
+    }
+    match carry::decode(&note, &shared.export, shared.settings.style) {
+        Ok(sessions) => {
+            for carried in sessions {
+                // One without a connection was closed when the other process ended.
+                if let Some(stream) = streams.remove(&carried.session) {
+                    accept::resume(shared, Parcel { carried, stream });
+                }
+            }
+        }
+        Err(why) => warn!("closed {} sessions of the last process: {why}", streams.len()),
     }
 }
 

@@ -11,14 +11,16 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub(super) enum Order {
     /// Go on.
     Serve = 0,
+    /// Stop between two requests, and pack up for the next process.
+    PackUp = 1,
     /// Answer what has been received, then close.
-    Finish = 1,
+    Finish = 2,
     /// Close now: the client is no longer admitted.
-    NotAdmitted = 2,
+    NotAdmitted = 3,
     /// Close now: somebody else waits to greet, and this client has not in all its time.
-    GiveWay = 3,
+    GiveWay = 4,
     /// Close now: the server ends.
-    Leave = 4,
+    Leave = 5,
 }
 
 /// The way from the server to one session.
@@ -48,9 +50,10 @@ impl Orders {
     pub(super) fn current(&self) -> Order {
         match self.current.load(Ordering::Acquire) {
             0 => Order::Serve,
-            1 => Order::Finish,
-            2 => Order::NotAdmitted,
-            3 => Order::GiveWay,
+            1 => Order::PackUp,
+            2 => Order::Finish,
+            3 => Order::NotAdmitted,
+            4 => Order::GiveWay,
             _ => Order::Leave,
         }
     }
@@ -64,9 +67,10 @@ mod tests {
     fn a_milder_order_does_not_take_back_a_harsher_one() {
         let orders = Orders::new().unwrap();
         assert_eq!(orders.current(), Order::Serve);
-        for order in [Order::Finish, Order::NotAdmitted, Order::GiveWay, Order::Leave] {
+        let all = [Order::PackUp, Order::Finish, Order::NotAdmitted, Order::GiveWay, Order::Leave];
+        for order in all {
             orders.give(order);
-            orders.give(Order::Finish);
+            orders.give(Order::PackUp);
             assert_eq!(orders.current(), order);
         }
     }

@@ -3,6 +3,7 @@
 //! behind it. Data of a long read does not pass through here, but its place does: the part of the
 //! disk that the kernel is to send behind the bytes that are waiting.
 
+use super::carry::Waiting;
 use crate::net::Stream;
 use crate::range::Range;
 use std::io;
@@ -34,6 +35,19 @@ impl Default for Outbox {
 }
 
 impl Outbox {
+    /// Everything that was not sent.
+    pub(super) fn pack(self) -> Waiting {
+        let bytes = self.buffer[self.start..self.end].to_vec();
+        Waiting { bytes, from_disk: self.from_disk.into(), held: self.held }
+    }
+
+    /// The same on a disk of `size` bytes; none if it does not fit there.
+    pub(super) fn unpack(waiting: Waiting, size: u64) -> Option<Self> {
+        let Waiting { bytes, from_disk, held } = waiting;
+        let (end, from_disk) = (bytes.len(), from_disk.within(size)?);
+        Some(Self { buffer: bytes, start: 0, end, held, from_disk, scratch: Vec::new() })
+    }
+
     /// Whether everything was sent.
     pub(super) fn is_empty(&self) -> bool {
         !self.has_bytes() && self.held.is_none()
@@ -278,6 +292,24 @@ mod tests {
         outbox.release();
         assert_eq!(sent(&mut outbox), b"\0\0\0late");
         assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn an_outbox_goes_on_where_another_one_was() {
+        let mut outbox = Outbox::default();
+        let part = Range::within(1 << 30, 4096, 1 << 20).unwrap();
+        outbox.reply(|out| out.extend_from_slice(b"head"));
+        outbox.attach(part);
+        outbox.reply(|out| out.extend_from_slice(b"late"));
+        let packed = outbox.pack();
+        assert!(Outbox::unpack(packed.clone(), part.end() - 1).is_none());
+        let mut outbox = Outbox::unpack(packed, part.end()).unwrap();
+        assert_eq!(sent(&mut outbox), b"head");
+        assert_eq!(outbox.due_from_disk(), part);
+        outbox.sent_from_disk(part.length());
+        outbox.release();
+        outbox.reply(|out| out.extend_from_slice(b"new"));
+        assert_eq!(sent(&mut outbox), b"latenew");
     }
 
     #[test]

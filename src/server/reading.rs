@@ -6,6 +6,7 @@
 //! fail: then a simple reply cannot be completed and the session ends; a chunk is filled up with
 //! zeros, and an error chunk says from where on ("Structured reply types").
 
+use super::carry;
 use super::end::SessionEnd;
 use super::outbox::Outbox;
 use super::work::{Worker, piece_length};
@@ -38,6 +39,17 @@ pub(super) struct Read {
 }
 
 impl Read {
+    pub(super) fn pack(self) -> carry::Read {
+        let Self { to, rest, whole, begun, attached } = self;
+        carry::Read { to: to.into(), rest: rest.into(), whole, begun, attached }
+    }
+
+    /// The same on a disk of `size` bytes; none if it does not fit there.
+    pub(super) fn unpack(packed: carry::Read, size: u64) -> Option<Self> {
+        let carry::Read { to, rest, whole, begun, attached } = packed;
+        Some(Self { to: to.into(), rest: rest.within(size)?, whole, begun, attached })
+    }
+
     /// Lets the kernel send `piece`, the beginning of what is left, behind its head.
     fn attach(&mut self, piece: Range, out: &mut Outbox) {
         out.attach(piece);

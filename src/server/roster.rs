@@ -2,8 +2,9 @@
 //! Decides under one lock, so that a client cannot slip in between a new list and its enforcement.
 
 use super::acl::{Acl, BadEntry};
+use super::carry::Carried;
 use super::orders::{Order, Orders};
-use crate::net::{Peer, Wake};
+use crate::net::{Peer, Stream, Wake};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -35,9 +36,20 @@ pub(super) struct Roster {
 struct Inner {
     acl: Acl,
     sessions_max: usize,
+    /// Nobody is accepted any more; who has been may still come in.
+    closed: bool,
     stopping: bool,
     next_id: u64,
     entries: Entries,
+    /// What those who were told to pack up have handed in.
+    parcels: Vec<Parcel>,
+}
+
+/// A session packed up, and its connection.
+#[derive(Debug)]
+pub(super) struct Parcel {
+    pub(super) carried: Carried,
+    pub(super) stream: Stream,
 }
 
 /// By id, so that the oldest comes first.
@@ -89,7 +101,9 @@ impl Roster {
     pub(super) fn new(capacity: Capacity, acl: Acl) -> io::Result<Arc<Self>> {
         let sessions_max = capacity.sessions;
         let entries = BTreeMap::new();
-        let inner = Inner { acl, sessions_max, stopping: false, next_id: 1, entries };
+        let (closed, stopping) = (false, false);
+        let parcels = Vec::new();
+        let inner = Inner { acl, sessions_max, closed, stopping, next_id: 1, entries, parcels };
         let (inner, left) = (Mutex::new(inner), Condvar::new());
         Ok(Arc::new(Self { capacity, inner, left, bell: Wake::new()? }))
     }
@@ -106,13 +120,60 @@ impl Roster {
         if inner.entries.len() >= inner.sessions_max {
             return Err(Refused::Full(inner.sessions_max));
         }
-        let orders = Arc::new(Orders::new().map_err(|_| Refused::NoDescriptors)?);
         inner.make_room(self.capacity, now);
         let id = inner.next_id;
-        inner.next_id += 1;
-        let entry = Entry { peer, orders: Arc::clone(&orders), greeting_since: Some(now) };
+        self.seat(&mut inner, id, peer, Some(now))
+    }
+
+    /// A place for a client that another process has let in, under the number that it had there;
+    /// as with a new list, it has to be admitted by that, and the number of clients does not count.
+    pub(super) fn take_over(
+        self: &Arc<Self>,
+        id: u64,
+        peer: Peer,
+        greeting_since: Option<Instant>,
+    ) -> Result<Seat, Refused> {
+        let mut inner = self.lock();
+        if !peer.ip().is_none_or(|ip| inner.acl.admits(ip)) {
+            return Err(Refused::Acl);
+        }
+        self.seat(&mut inner, id, peer, greeting_since)
+    }
+
+    fn seat(
+        self: &Arc<Self>,
+        inner: &mut Inner,
+        id: u64,
+        peer: Peer,
+        greeting_since: Option<Instant>,
+    ) -> Result<Seat, Refused> {
+        let orders = Arc::new(Orders::new().map_err(|_| Refused::NoDescriptors)?);
+        inner.next_id = inner.next_id.max(id.saturating_add(1));
+        let entry = Entry { peer, orders: Arc::clone(&orders), greeting_since };
         inner.entries.insert(id, entry);
         Ok(Seat { roster: Arc::clone(self), id, orders })
+    }
+
+    /// Accepts nobody any more. Whoever has been accepted still gets a place.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.bell.wake();
+    }
+
+    /// Whether nobody is accepted any more.
+    pub(super) fn is_closed(&self) -> bool {
+        let inner = self.lock();
+        inner.closed || inner.stopping
+    }
+
+    /// Takes no more clients, tells the first `room` of those who are here to pack up and the others
+    /// to finish.
+    pub(super) fn pack_up(&self, room: usize) {
+        let mut inner = self.lock();
+        inner.stopping = true;
+        for (place, entry) in inner.entries.values().enumerate() {
+            entry.orders.give(if place < room { Order::PackUp } else { Order::Finish });
+        }
     }
 
     /// Until when no further client should be accepted, if the handshakes are as many as there
@@ -144,6 +205,11 @@ impl Roster {
         inner.entries.values().for_each(|entry| entry.orders.give(Order::Finish));
         drop(inner);
         self.bell.wake();
+    }
+
+    /// What has been handed in by now.
+    pub(super) fn parcels(&self) -> Vec<Parcel> {
+        std::mem::take(&mut self.lock().parcels)
     }
 
     /// Tells one session to leave at once and waits until it has; false if it has not by
@@ -226,6 +292,11 @@ impl Seat {
     /// Tells another session to leave and waits until it has; false if it has not by `deadline`.
     pub(super) fn dismiss(&self, other: u64, deadline: Instant) -> bool {
         self.roster.dismiss(other, deadline)
+    }
+
+    /// Leaves the place, and the session packed up.
+    pub(super) fn hand_in(self, parcel: Parcel) {
+        self.roster.lock().parcels.push(parcel);
     }
 
     /// The handshake is over: its place is free for another client.

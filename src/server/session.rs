@@ -1,19 +1,22 @@
 //! One client, from greeting to goodbye.
 //! Ends for one reason, which it returns; whoever started it logs that.
 
+use super::carry::{Carried, Phase, Serving};
 use super::end::SessionEnd;
 use super::inbox::Inbox;
 use super::orders::Order;
 use super::outbox::Outbox;
+use super::progress::Progress;
 use super::reception::{Introduction, Reception};
 use super::roster::Seat;
-use super::transmission::{Progress, Transmission};
+use super::transmission::Transmission;
 use super::work::Worker;
 use super::{Settings, Style};
 use crate::disk::Disk;
 use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::option::OptionReply;
 use crate::nbd::handshake::server::{Export, Handshake, Next};
+use crate::nbd::reply::Dialect;
 use crate::nbd::request::Terms;
 use crate::nbd::wire::OptionReplyKind;
 use crate::net::{Interest, Peer, Stream};
@@ -43,39 +46,107 @@ pub(super) struct Session<'a> {
     pub(super) settings: Settings,
 }
 
+/// Where a session begins, or goes on.
+struct Start {
+    inbox: Inbox,
+    outbox: Outbox,
+    stage: Stage,
+}
+
+enum Stage {
+    Greeting(Box<Handshake>),
+    Transmission(Terms, Progress),
+}
+
 impl Session<'_> {
-    /// Serves the client until there is a reason not to.
-    pub(super) fn run(&self) -> SessionEnd {
-        let (mut inbox, mut outbox) = (Inbox::default(), Outbox::default());
-        let end = match self.handshake(&mut inbox, &mut outbox) {
-            Ok(agreement) => {
-                self.seat.greeted();
-                self.transmission(&agreement, inbox, outbox).run()
-            }
-            Err(end) => {
-                // What was said before the end, such as the answer to an abort, is still to go.
-                let _ = outbox.send(&self.stream);
-                end
-            }
+    /// Serves the client until there is a reason not to, from the greeting on or from where another
+    /// process has left it; with what it was in the middle of when it was packed up.
+    pub(super) fn run(&self, carried: Option<Carried>) -> (SessionEnd, Option<Carried>) {
+        let begun = match carried {
+            None => Some(self.start()),
+            Some(carried) => self.resume(carried),
         };
+        let Some(start) = begun else { return (SessionEnd::Unfit, None) };
+        let (end, carried) = self.serve(start);
         if end.leaves_replies() {
             self.linger();
         }
-        end
+        (end, carried)
     }
 
-    fn handshake(&self, inbox: &mut Inbox, outbox: &mut Outbox) -> Result<Agreement, SessionEnd> {
+    fn start(&self) -> Start {
+        let (inbox, mut outbox) = (Inbox::default(), Outbox::default());
+        let stage = match self.settings.style {
+            Style::Oldstyle => {
+                let mut greeting = Vec::new();
+                let agreement = Handshake::greet_oldstyle(&self.export, &mut greeting);
+                outbox.reply(|out| out.extend_from_slice(&greeting));
+                Stage::Transmission(self.terms(agreement.dialect, false), Progress::default())
+            }
+            Style::Newstyle => {
+                let handshake = Handshake::new(self.export.clone());
+                outbox.reply(|out| handshake.greet(out));
+                Stage::Greeting(Box::new(handshake))
+            }
+        };
+        Start { inbox, outbox, stage }
+    }
+
+    /// None if it does not fit this server.
+    fn resume(&self, carried: Carried) -> Option<Start> {
+        let size = self.export.size;
+        let inbox = Inbox::holding(carried.inbox)?;
+        let outbox = Outbox::unpack(carried.outbox, size)?;
+        let stage = match carried.phase {
+            Phase::Greeting(greeting) => {
+                let handshake = Handshake::resume(self.export.clone(), greeting.position()?);
+                Stage::Greeting(Box::new(handshake))
+            }
+            Phase::Transmission(Serving { form, allocation_selected, outstanding }) => {
+                let terms = self.terms(form.into(), allocation_selected);
+                Stage::Transmission(terms, Progress::unpack(outstanding, size)?)
+            }
+        };
+        Some(Start { inbox, outbox, stage })
+    }
+
+    fn serve(&self, start: Start) -> (SessionEnd, Option<Carried>) {
+        let Start { mut inbox, mut outbox, stage } = start;
+        let (terms, progress) = match stage {
+            Stage::Transmission(terms, progress) => (terms, progress),
+            Stage::Greeting(mut handshake) => {
+                match self.handshake(&mut handshake, &mut inbox, &mut outbox) {
+                    Ok(agreed) => {
+                        let selected = agreed.allocation_context.is_some();
+                        (self.terms(agreed.dialect, selected), Progress::default())
+                    }
+                    Err(SessionEnd::Ordered(Order::PackUp)) => {
+                        let (session, inbox) = (self.seat.id, inbox.bytes().to_vec());
+                        let phase = Phase::Greeting(handshake.position().into());
+                        let carried = Carried { session, inbox, outbox: outbox.pack(), phase };
+                        return (SessionEnd::PackedUp, Some(carried));
+                    }
+                    Err(end) => {
+                        // What was said before the end, such as the answer to an abort, is still
+                        // to go.
+                        let _ = outbox.send(&self.stream);
+                        return (end, None);
+                    }
+                }
+            }
+        };
+        self.seat.greeted();
+        self.transmission(terms, inbox, outbox, progress).run()
+    }
+
+    fn handshake(
+        &self,
+        handshake: &mut Handshake,
+        inbox: &mut Inbox,
+        outbox: &mut Outbox,
+    ) -> Result<Agreement, SessionEnd> {
         let deadline = Instant::now() + self.settings.handshake_timeout;
-        if self.settings.style == Style::Oldstyle {
-            let mut greeting = Vec::new();
-            let agreement = Handshake::greet_oldstyle(&self.export, &mut greeting);
-            outbox.reply(|out| out.extend_from_slice(&greeting));
-            self.send_greeting(outbox, deadline)?;
-            return Ok(agreement);
-        }
-        let mut handshake = Handshake::new(self.export.clone());
         handshake.understand_private();
-        outbox.reply(|out| handshake.greet(out));
         loop {
             self.send_greeting(outbox, deadline)?;
             self.receive_greeting(inbox, deadline)?;
@@ -83,7 +154,7 @@ impl Session<'_> {
             if Instant::now() >= deadline {
                 return Err(SessionEnd::HandshakeTimeout);
             }
-            if let Some(agreement) = self.advance(&mut handshake, inbox, outbox)? {
+            if let Some(agreement) = self.advance(handshake, inbox, outbox)? {
                 return Ok(agreement);
             }
         }
@@ -165,34 +236,37 @@ impl Session<'_> {
         }
     }
 
-    fn transmission(&self, agreed: &Agreement, inbox: Inbox, outbox: Outbox) -> Transmission<'_> {
-        let oldstyle = agreed.oldstyle;
-        let terms = Terms {
-            size: agreed.size,
+    fn terms(&self, dialect: Dialect, allocation_selected: bool) -> Terms {
+        let oldstyle = self.settings.style == Style::Oldstyle;
+        Terms {
+            size: self.export.size,
             read_only: self.disk.read_only(),
-            dialect: agreed.dialect,
-            allocation_selected: agreed.allocation_context.is_some(),
+            dialect,
+            allocation_selected,
             private: !oldstyle,
             payload_length_max: if oldstyle { PAYLOAD_MAX_OLDSTYLE } else { PAYLOAD_MAX },
             reads_beyond_end_are_no_space: oldstyle,
-        };
-        let client = self.peer.to_string();
+        }
+    }
+
+    fn transmission(
+        &self,
+        terms: Terms,
+        inbox: Inbox,
+        outbox: Outbox,
+        progress: Progress,
+    ) -> Transmission<'_> {
+        let who = (self.peer.to_string(), self.seat.id);
         let orders = &*self.seat.orders;
         Transmission {
             stream: &self.stream,
-            worker: Worker::new(
-                self.disk,
-                orders,
-                self.reception,
-                agreed.dialect,
-                (client, self.seat.id),
-            ),
+            worker: Worker::new(self.disk, orders, self.reception, terms.dialect, who),
             terms,
-            answers_nonsense: oldstyle,
+            answers_nonsense: self.settings.style == Style::Oldstyle,
             stall_limit: self.settings.stall_limit,
             inbox,
             outbox,
-            progress: Progress::default(),
+            progress,
         }
     }
 

@@ -35,9 +35,9 @@ fn serve_with(reception: Arc<dyn Reception>, settings: Settings, clients_max: us
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
-    let (for_server, admission) = (Arc::clone(&disk), (Acl::default(), clients_max));
-    let server =
-        Server::start(vec![listener], for_server, reception, "disk", admission, settings).unwrap();
+    let anybody = Opening::to_anybody(vec![listener], &disk);
+    let opening = Opening { reception, clients_max, settings, ..anybody };
+    let server = Server::start(opening).unwrap();
     Fixture { server, address, disk, memory, faults }
 }
 

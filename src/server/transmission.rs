@@ -5,13 +5,13 @@
 //! held replies reach their limits does the session stop receiving: back-pressure in bounded
 //! memory, so that a client may send a long row of requests before it reads the first reply.
 
+use super::carry::{Carried, Phase, Serving};
 use super::end::SessionEnd;
 use super::inbox::Inbox;
 use super::orders::Order;
 use super::outbox::Outbox;
-use super::reading::Read;
+use super::progress::{Payload, Progress, Purpose};
 use super::reception::Conclusion;
-use super::stall::Stall;
 use super::work::{Worker, piece_length};
 use crate::nbd::Malformed;
 use crate::nbd::reply::{Dialect, Origin};
@@ -19,7 +19,6 @@ use crate::nbd::request::{self, Header, Refusal, Request, Terms};
 use crate::nbd::wire::{CommandKind, ErrorCode};
 use crate::net::{Interest, Stream};
 use crate::range::Range;
-use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -47,46 +46,30 @@ pub(super) struct Transmission<'a> {
     pub(super) progress: Progress,
 }
 
-/// How far a session has come.
-#[derive(Debug, Default)]
-pub(super) struct Progress {
-    payload: Option<Payload>,
-    reads: VecDeque<Read>,
-    /// Why the session ends once everything has been answered and sent.
-    leaving: Option<SessionEnd>,
-    received: u64,
-    /// So little came the last time that it was all there was.
-    drained: bool,
-    sent: u64,
-    request_stall: Stall,
-    reply_stall: Stall,
-}
-
-/// A payload of which not everything has arrived.
-#[derive(Debug)]
-struct Payload {
-    to: Origin,
-    left: u64,
-    purpose: Purpose,
-}
-
-#[derive(Debug)]
-enum Purpose {
-    /// To be written to the rest of this range.
-    Write { range: Range, rest: Range, durable: bool },
-    /// To be read past; the reply is in the outbox or will be made at the end.
-    Skip { failed: Option<(Request, io::Error)> },
-    /// To be understood by the reception, once all of it is here.
-    Private { data: Vec<u8> },
-}
-
 impl Transmission<'_> {
-    /// Serves until the session ends.
-    pub(super) fn run(mut self) -> SessionEnd {
+    /// Serves until the session ends; what it was in the middle of when it was packed up.
+    pub(super) fn run(mut self) -> (SessionEnd, Option<Carried>) {
         loop {
-            if let Err(end) = self.turn() {
-                return end;
+            match self.turn() {
+                Ok(()) => {}
+                Err(SessionEnd::PackedUp) => return (SessionEnd::PackedUp, Some(self.pack())),
+                Err(end) => return (end, None),
             }
+        }
+    }
+
+    /// Between two turns nothing is under way on the disk: what is held here is all there is.
+    fn pack(self) -> Carried {
+        let Terms { dialect, allocation_selected, .. } = self.terms;
+        Carried {
+            session: self.worker.session,
+            inbox: self.inbox.bytes().to_vec(),
+            outbox: self.outbox.pack(),
+            phase: Phase::Transmission(Serving {
+                form: dialect.into(),
+                allocation_selected,
+                outstanding: self.progress.pack(),
+            }),
         }
     }
 
@@ -96,6 +79,9 @@ impl Transmission<'_> {
         self.work()?;
         let blocked = self.is_blocked();
         let sent_all = self.send()?;
+        if self.worker.orders.current() == Order::PackUp && self.progress.can_be_packed() {
+            return Err(SessionEnd::PackedUp);
+        }
         if sent_all && (blocked || !self.progress.reads.is_empty()) {
             return Ok(());
         }
@@ -392,7 +378,7 @@ impl Transmission<'_> {
 
     fn obey(&mut self) -> Result<(), SessionEnd> {
         match self.worker.orders.current() {
-            Order::Serve => Ok(()),
+            Order::Serve | Order::PackUp => Ok(()),
             Order::Finish => {
                 self.progress.leaving.get_or_insert(SessionEnd::Ordered(Order::Finish));
                 Ok(())

@@ -9,7 +9,9 @@ pub mod journal;
 pub mod line;
 pub mod notify;
 pub mod sockets;
+pub mod store;
 
 pub use journal::Verbosity;
 pub use notify::Notifier;
 pub use sockets::{Inherited, Listener};
+pub use store::{Store, Stored};

@@ -4,7 +4,7 @@
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sd_notify::NotifyState;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 /// The variable that says where to.
@@ -110,6 +110,31 @@ impl Notifier {
     /// The message could not be sent.
     pub fn watchdog(&self) -> io::Result<()> {
         self.send(&[NotifyState::Watchdog])
+    }
+
+    /// Keep this descriptor for the next process, whatever happens on it.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent.
+    pub fn store(&self, name: &str, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        if !self.is_connected {
+            return Ok(());
+        }
+        // Without FDPOLL=0 a connection that its client ends would be dropped from the store at
+        // once, and its last replies with it.
+        let poll = NotifyState::Custom("FDPOLL=0");
+        let states = [NotifyState::FdStore, NotifyState::FdName(name), poll];
+        sd_notify::notify_with_fds(&states, &[descriptor])
+    }
+
+    /// Forget the descriptors that were stored under this name.
+    ///
+    /// # Errors
+    ///
+    /// The message could not be sent.
+    pub fn remove(&self, name: &str) -> io::Result<()> {
+        self.send(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)])
     }
 
     /// Waits until the service manager has taken in everything said before, at most for `limit`.

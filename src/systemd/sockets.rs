@@ -1,12 +1,15 @@
 //! The sockets that the service manager made for us, by name (sd_listen_fds(3)).
 //! Never goes by their order, which changes, and never accepts a connection.
 
+use super::Stored;
 use listenfd::ListenFd;
+use nix::errno::Errno;
+use nix::libc;
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use std::fmt;
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 /// The name of the control socket (`FileDescriptorName=` of systemd.socket(5)).
@@ -37,6 +40,8 @@ pub struct Inherited {
     /// Names that mean nothing here. Their sockets were taken to be for NBD clients; whoever
     /// starts the log says so once.
     pub unfamiliar: Vec<String>,
+    /// What an earlier process has left for this one.
+    pub stored: Stored,
 }
 
 impl Inherited {
@@ -70,6 +75,10 @@ impl Inherited {
         name: &str,
     ) -> Result<(), Trouble> {
         match Role::of(name) {
+            Role::Stored => {
+                let descriptor = take_other(descriptors, index).ok_or(Trouble::Closed)?;
+                self.stored.add(name.to_owned(), descriptor);
+            }
             Role::Control if self.control.is_some() => return Err(Trouble::SecondControl),
             Role::Control => {
                 let listener = take_unix(descriptors, index).ok_or(Trouble::NotUnix)?;
@@ -89,8 +98,12 @@ impl Inherited {
 /// What a socket of some name is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
+    /// Not a socket to listen on, but from the store of descriptors.
+    Stored,
     Control,
-    Nbd { is_familiar: bool },
+    Nbd {
+        is_familiar: bool,
+    },
 }
 
 impl Role {
@@ -99,6 +112,7 @@ impl Role {
     fn of(name: &str) -> Self {
         match name {
             CONTROL_NAME => Self::Control,
+            name if Stored::owns(name) => Self::Stored,
             NBD_NAME | UNNAMED | "LISTEN_FD" => Self::Nbd { is_familiar: true },
             _ => Self::Nbd { is_familiar: name.ends_with(".socket") },
         }
@@ -125,6 +139,17 @@ fn take_any(descriptors: &mut ListenFd, index: usize) -> Result<Listener, Troubl
 /// `None` when it is something else; it can then still be taken as that.
 fn take_unix(descriptors: &mut ListenFd, index: usize) -> Option<UnixListener> {
     descriptors.take_unix_listener(index).ok().flatten()
+}
+
+/// `None` when there is no such descriptor.
+fn take_other(descriptors: &mut ListenFd, index: usize) -> Option<OwnedFd> {
+    let descriptor = descriptors.take_raw_fd(index).ok().flatten()?;
+    // SAFETY: takes three integers, and fails with EBADF if the first is no open descriptor.
+    let set = unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
+    Errno::result(set).ok()?;
+    // SAFETY: it is open, as the call before has shown; it was handed to this process to be its
+    // own, and `ListenFd` gives each descriptor away once.
+    Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 fn accepting<L: AsFd>(listener: L) -> Result<L, Trouble> {
@@ -157,6 +182,8 @@ pub enum Trouble {
     SecondControl,
     /// It is a connection, not a socket that takes connections.
     NotListening,
+    /// It is not open.
+    Closed,
     /// The system would not tell.
     Io(io::Error),
 }
@@ -183,6 +210,7 @@ impl fmt::Display for Trouble {
             Self::NotListening => {
                 f.write_str("it does not take connections; its unit must say Accept=no")
             }
+            Self::Closed => f.write_str("it is not open"),
             Self::Io(error) => write!(f, "cannot find out what it is: {error}"),
         }
     }

@@ -5,9 +5,7 @@ use crate::disk::Disk;
 use crate::disk::memory::{FailingImage, Faults, MemoryImage, Op};
 use crate::nbd::wire::PAYLOAD_LENGTH_DEFAULT;
 use crate::net::{Address, Listener};
-use crate::server::acl::Acl;
-use crate::server::reception::Anybody;
-use crate::server::{Server, Settings, Style};
+use crate::server::{Opening, Server, Settings, Style};
 use nix::libc::EIO;
 use std::sync::Arc;
 
@@ -27,15 +25,8 @@ fn serve(style: Style) -> Fixture {
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let Address::Tcp(address) = listener.local_address().unwrap() else { panic!("not TCP") };
     let settings = Settings { style, ..Settings::default() };
-    let server = Server::start(
-        vec![listener],
-        disk,
-        Arc::new(Anybody),
-        "disk",
-        (Acl::default(), 4),
-        settings,
-    )
-    .unwrap();
+    let opening = Opening { settings, ..Opening::to_anybody(vec![listener], &disk) };
+    let server = Server::start(opening).unwrap();
     let remote = Remote::Host { host: address.ip().to_string(), port: address.port() };
     Fixture { server, remote, memory, faults }
 }

@@ -101,18 +101,55 @@ pub struct Handshake {
     closed: Option<&'static str>,
 }
 
+/// How far a handshake has come, so that another process can go on with it. Bytes that were not
+/// used yet are not part of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// What the client said first; none while it has not.
+    pub client: Option<ClientFlags>,
+    /// How much of an option's data is still to be read past.
+    pub skipping: u32,
+    /// What was agreed on for requests and replies.
+    pub dialect: Dialect,
+    /// Name of the export for which the allocation context was selected.
+    pub allocation_for: Option<String>,
+}
+
 impl Handshake {
     /// A handshake in which nothing has been said.
     #[must_use]
     pub fn new(export: Export) -> Self {
+        let (client, dialect) = (None, Dialect::Simple);
+        Self::resume(export, Position { client, skipping: 0, dialect, allocation_for: None })
+    }
+
+    /// The handshake that has come to `position`; the greeting was said before, or is about to be.
+    #[must_use]
+    pub fn resume(export: Export, position: Position) -> Self {
+        let stage = match (position.client, position.skipping) {
+            (None, _) => Stage::ClientFlags,
+            (Some(_), 0) => Stage::Options,
+            (Some(_), left) => Stage::Skipping(left),
+        };
         Self {
             export,
-            stage: Stage::ClientFlags,
-            client: ClientFlags::empty(),
-            dialect: Dialect::Simple,
-            allocation_for: None,
+            stage,
+            client: position.client.unwrap_or(ClientFlags::empty()),
+            dialect: position.dialect,
+            allocation_for: position.allocation_for,
             private: false,
             closed: None,
+        }
+    }
+
+    /// How far it has come.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        Position {
+            client: (self.stage != Stage::ClientFlags).then_some(self.client),
+            skipping: if let Stage::Skipping(left) = self.stage { left } else { 0 },
+            dialect: self.dialect,
+            allocation_for: self.allocation_for.clone(),
         }
     }
 

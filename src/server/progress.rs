@@ -1,0 +1,111 @@
+//! How far a session has come between two turns, and how that is packed up for the next process.
+//! Only what is remembered: what follows from it is decided in `transmission`.
+
+use super::carry;
+use super::end::SessionEnd;
+use super::reading::Read;
+use super::stall::Stall;
+use crate::disk::errno_of;
+use crate::nbd::reply::Origin;
+use crate::nbd::request::Request;
+use crate::range::Range;
+use std::collections::VecDeque;
+use std::io;
+
+/// How far a session has come.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    pub(super) payload: Option<Payload>,
+    pub(super) reads: VecDeque<Read>,
+    /// Why the session ends once everything has been answered and sent.
+    pub(super) leaving: Option<SessionEnd>,
+    pub(super) received: u64,
+    /// So little came the last time that it was all there was.
+    pub(super) drained: bool,
+    pub(super) sent: u64,
+    pub(super) request_stall: Stall,
+    pub(super) reply_stall: Stall,
+}
+
+/// A payload of which not everything has arrived.
+#[derive(Debug)]
+pub(super) struct Payload {
+    pub(super) to: Origin,
+    pub(super) left: u64,
+    pub(super) purpose: Purpose,
+}
+
+/// What a payload is for.
+#[derive(Debug)]
+pub(super) enum Purpose {
+    /// To be written to the rest of this range.
+    Write { range: Range, rest: Range, durable: bool },
+    /// To be read past; the reply is in the outbox or will be made at the end.
+    Skip { failed: Option<(Request, io::Error)> },
+    /// To be understood by the reception, once all of it is here.
+    Private { data: Vec<u8> },
+}
+
+impl Progress {
+    /// Whether the next process can go on from here. That the client has ended its side is seen
+    /// there once more; that its last bytes were no request is not.
+    pub(super) fn can_be_packed(&self) -> bool {
+        use SessionEnd::{Goodbye, Left, Vanished};
+        matches!(self.leaving, None | Some(Goodbye | Left | Vanished))
+    }
+
+    /// What is outstanding. The clocks of `--killswitch` start anew in the next process.
+    pub(super) fn pack(self) -> carry::Outstanding {
+        carry::Outstanding {
+            payload: self.payload.map(Payload::pack),
+            reads: self.reads.into_iter().map(Read::pack).collect(),
+            said_goodbye: matches!(self.leaving, Some(SessionEnd::Goodbye)),
+        }
+    }
+
+    /// The same on a disk of `size` bytes; none if it does not fit there.
+    pub(super) fn unpack(packed: carry::Outstanding, size: u64) -> Option<Self> {
+        let carry::Outstanding { payload, reads, said_goodbye } = packed;
+        let payload = match payload {
+            Some(payload) => Some(Payload::unpack(payload, size)?),
+            None => None,
+        };
+        let reads = reads.into_iter().map(|read| Read::unpack(read, size));
+        let leaving = said_goodbye.then_some(SessionEnd::Goodbye);
+        Some(Self { payload, reads: reads.collect::<Option<_>>()?, leaving, ..Self::default() })
+    }
+}
+
+impl Payload {
+    fn pack(self) -> carry::Payload {
+        let purpose = match self.purpose {
+            Purpose::Write { range, rest, durable } => {
+                carry::Purpose::Write { range: range.into(), rest: rest.into(), durable }
+            }
+            Purpose::Skip { failed: Some((Request::Write { range, durable }, error)) } => {
+                let errno = errno_of(&error);
+                carry::Purpose::SkipFailed { range: range.into(), durable, errno }
+            }
+            Purpose::Skip { failed: _ } => carry::Purpose::Skip,
+            Purpose::Private { data } => carry::Purpose::Private { data },
+        };
+        carry::Payload { to: self.to.into(), left: self.left, purpose }
+    }
+
+    fn unpack(packed: carry::Payload, size: u64) -> Option<Self> {
+        let carry::Payload { to, left, purpose } = packed;
+        let purpose = match purpose {
+            carry::Purpose::Write { range, rest, durable } => {
+                let (range, rest) = (range.within(size)?, rest.within(size)?);
+                Purpose::Write { range, rest, durable }
+            }
+            carry::Purpose::SkipFailed { range, durable, errno } => {
+                let what = Request::Write { range: range.within(size)?, durable };
+                Purpose::Skip { failed: Some((what, io::Error::from_raw_os_error(errno))) }
+            }
+            carry::Purpose::Skip => Purpose::Skip { failed: None },
+            carry::Purpose::Private { data } => Purpose::Private { data },
+        };
+        Some(Self { to: to.into(), left, purpose })
+    }
+}
