@@ -28,6 +28,8 @@ const PURE: &[&str] = &[
     "range.rs",
     "nbd",
     "server/acl.rs",
+    "server/carry.rs",
+    "server/progress.rs",
     "server/stall.rs",
     "disk/ownership.rs",
     "disk/hold.rs",

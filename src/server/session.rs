@@ -55,7 +55,7 @@ struct Start {
 
 enum Stage {
     Greeting(Box<Handshake>),
-    Transmission(Terms, Progress),
+    Transmission(Terms, Box<Progress>),
 }
 
 impl Session<'_> {
@@ -81,7 +81,7 @@ impl Session<'_> {
                 let mut greeting = Vec::new();
                 let agreement = Handshake::greet_oldstyle(&self.export, &mut greeting);
                 outbox.reply(|out| out.extend_from_slice(&greeting));
-                Stage::Transmission(self.terms(agreement.dialect, false), Progress::default())
+                Stage::Transmission(self.terms(agreement.dialect, false), Box::default())
             }
             Style::Newstyle => {
                 let handshake = Handshake::new(self.export.clone());
@@ -104,7 +104,7 @@ impl Session<'_> {
             }
             Phase::Transmission(Serving { form, allocation_selected, outstanding }) => {
                 let terms = self.terms(form.into(), allocation_selected);
-                Stage::Transmission(terms, Progress::unpack(outstanding, size)?)
+                Stage::Transmission(terms, Box::new(Progress::unpack(outstanding, size)?))
             }
         };
         Some(Start { inbox, outbox, stage })
@@ -113,7 +113,7 @@ impl Session<'_> {
     fn serve(&self, start: Start) -> (SessionEnd, Option<Carried>) {
         let Start { mut inbox, mut outbox, stage } = start;
         let (terms, progress) = match stage {
-            Stage::Transmission(terms, progress) => (terms, progress),
+            Stage::Transmission(terms, progress) => (terms, *progress),
             Stage::Greeting(mut handshake) => {
                 match self.handshake(&mut handshake, &mut inbox, &mut outbox) {
                     Ok(agreed) => {
