@@ -21,7 +21,7 @@ mod wait;
 
 use crate::daemon::{self, Ending, Refusal};
 use crate::fatal;
-use crate::systemd::{Verbosity, journal};
+use crate::systemd::{Verbosity, journal, message_id};
 use adopt::Adopt;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -131,30 +131,50 @@ impl Invocation {
 fn run_start(start: &Start) -> ExitCode {
     let plan = match start.plan() {
         Ok(plan) => plan,
-        Err(NoPlan::Misuse(sentence)) => {
-            let misuse = misuse(Some(start.mode()), sentence);
-            return output::complain(&misuse.to_string(), output::EXIT_USAGE);
-        }
-        Err(NoPlan::Config(sentence)) => {
-            fatal!("{sentence}");
-            return ExitCode::from(output::EXIT_CONFIG);
-        }
+        Err(no_plan) => return run_without_plan(start, &no_plan),
     };
     match daemon::run(plan, start.reread()) {
-        Ok(Ending::Well) => ExitCode::SUCCESS,
-        Ok(Ending::Badly(why)) => {
-            fatal!("{why}");
-            ExitCode::from(output::EXIT_FAILURE)
-        }
-        Err(refusal @ Refusal::NoAddress) => {
-            let misuse = misuse(Some(start.mode()), refusal.to_string());
-            output::complain(&misuse.to_string(), output::EXIT_USAGE)
-        }
+        Ok(ending) => ended(&ending),
+        Err(refusal @ Refusal::NoAddress) => misused(start, refusal.to_string()),
         Err(refusal) => {
-            fatal!("{refusal}");
+            fatal!(
+                message_id = message_id::REFUSING_CONFIGURATION,
+                errno = refusal.errno(),
+                "{refusal}"
+            );
             ExitCode::from(output::EXIT_CONFIG)
         }
     }
+}
+
+/// Nothing is to be done but to say so, to a client that waits for the service as well.
+fn run_without_plan(start: &Start, no_plan: &NoPlan) -> ExitCode {
+    let (NoPlan::Misuse(sentence) | NoPlan::Config(sentence)) = no_plan;
+    if let Some(ending) = daemon::refuse(start.role, start.settings.sock.clone(), sentence) {
+        return ended(&ending);
+    }
+    match no_plan {
+        NoPlan::Misuse(sentence) => misused(start, sentence.clone()),
+        NoPlan::Config(sentence) => {
+            fatal!(message_id = message_id::REFUSING_CONFIGURATION, "{sentence}");
+            ExitCode::from(output::EXIT_CONFIG)
+        }
+    }
+}
+
+fn ended(ending: &Ending) -> ExitCode {
+    match ending {
+        Ending::Well => ExitCode::SUCCESS,
+        Ending::Badly(why) => {
+            fatal!(message_id = message_id::FAILED, "{why}");
+            ExitCode::from(output::EXIT_FAILURE)
+        }
+    }
+}
+
+fn misused(start: &Start, sentence: String) -> ExitCode {
+    let misuse = misuse(Some(start.mode()), sentence);
+    output::complain(&misuse.to_string(), output::EXIT_USAGE)
 }
 
 /// Serve a disk image or block device over NBD

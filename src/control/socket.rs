@@ -276,6 +276,19 @@ impl BindError {
         Self::Io { path: path.to_owned(), doing, error }
     }
 
+    /// The kernel's number for what is wrong, for programs that want one (errno(3)).
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        let errno = match self {
+            Self::TooLong { .. } => Errno::ENAMETOOLONG,
+            Self::NoDirectory { .. } => Errno::ENOENT,
+            Self::NotASocket { .. } => Errno::ENOTSOCK,
+            Self::InUse { .. } => Errno::EADDRINUSE,
+            Self::Io { error, .. } => return error.raw_os_error(),
+        };
+        Some(errno as i32)
+    }
+
     fn path(&self) -> &Path {
         match self {
             Self::TooLong { path, .. }

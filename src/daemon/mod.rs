@@ -11,6 +11,7 @@ mod moving;
 mod operator;
 mod plan;
 mod reception;
+mod refusing;
 mod title;
 
 pub use plan::{Admission, Ending, Plan, Refusal, Reread, Role};
@@ -32,8 +33,11 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use operator::{Departures, Service, Vigil};
 use reception::{Receiving, Serving};
+use refusing::Doorstep;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -61,6 +65,7 @@ struct House {
     notifier: Notifier,
     /// Where sessions are left for the next process.
     store: Store,
+    disk: Arc<Disk>,
 }
 
 /// Does what the plan says until a signal, or the disk's moving, ends it. `reread` is how to learn
@@ -69,44 +74,68 @@ struct House {
 /// # Errors
 /// Before it began, when it cannot.
 pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
-    // Before any thread starts: the environment is read and changed, and threads inherit the mask.
-    let mut inherited =
-        Inherited::from_env().map_err(|error| Refusal::Inherited(error.to_string()))?;
-    let notifier = Notifier::from_env();
-    // Also when it is of no use: what stays in the store keeps its client waiting for ever.
-    let luggage = carry::take_out(std::mem::take(&mut inherited.stored), &notifier);
-    let (events, arrivals) = mpsc::channel();
-    let signals = block_signals()?;
+    let (doorstep, inherited, luggage) = Doorstep::enter(plan.role, plan.control.clone())?;
     raise_descriptor_limit();
     give_freed_memory_back();
-    let disk = open(&plan)?;
-    let ledger = title::ledger(&plan)?;
+    match begin(&plan, reread, (inherited, luggage), &doorstep) {
+        Err(refusal) => doorstep.refuse(refusal),
+        Ok(None) => Ok(Ending::Well),
+        Ok(Some((house, arrivals))) => {
+            drop(doorstep);
+            let ending = house.wait(&arrivals, plan.role);
+            let goes_on = plan.role == Role::Serve && house.disk.is_flawless();
+            house.close(goes_on);
+            Ok(last_word(ending, &arrivals))
+        }
+    }
+}
+
+/// For a process that has no plan, for this reason: lets clients and operators know of it, if the
+/// process was started for one that waits. `control` is where a control socket should have been.
+/// None if nobody waits.
+#[must_use]
+pub fn refuse(role: Role, control: Option<PathBuf>, reason: &str) -> Option<Ending> {
+    // What else is wrong matters less.
+    let (doorstep, ..) = Doorstep::enter(role, control).ok()?;
+    doorstep.refuse(Refusal::Configuration(reason.to_owned())).ok()
+}
+
+/// Opens everything, and is ready; none if there is nothing to be done.
+fn begin(
+    plan: &Plan,
+    reread: Option<Reread>,
+    (inherited, luggage): (Inherited, Luggage),
+    doorstep: &Doorstep,
+) -> Result<Option<(House, Receiver<Event>)>, Refusal> {
+    let notifier = doorstep.notifier.clone();
+    let (events, arrivals) = mpsc::channel();
+    let disk = open(plan)?;
+    let ledger = title::ledger(plan)?;
     let (reception, departures) = match plan.role {
-        Role::Serve => to_serve(&plan, &ledger, &disk, (&events, &notifier))?,
-        Role::Listen { overwrite } => match to_listen(&plan, ledger, &disk, overwrite, &events)? {
+        Role::Serve => to_serve(plan, &ledger, &disk, (&events, &notifier))?,
+        Role::Listen { overwrite } => match to_listen(plan, ledger, &disk, overwrite, &events)? {
             Some(reception) => (reception, None),
-            None => return Ok(Ending::Well),
+            None => return Ok(None),
         },
     };
-    let (listeners, control) = sockets(&plan, inherited)?;
+    let (listeners, control) = sockets(plan, inherited)?;
     let told = addresses(&listeners);
     let doing = if departures.is_some() { "serving" } else { "receiving" };
     info!("{doing} {} ({} bytes) on {told}", plan.image.display(), disk.size());
-    let server = start(&plan, &disk, reception, listeners, luggage)?;
+    let server = start(plan, &disk, reception, listeners, luggage)?;
     let size = disk.size();
-    let ownership = title::told(&plan, departures.as_ref().map(|moving| moving.ground.title));
+    let ownership = title::told(plan, departures.as_ref().map(|moving| moving.ground.title));
     let server = Mutex::new(server);
     let vigil = Vigil::default();
     let service = Arc::new(Service { size, server, reread, departures, ownership, vigil });
-    let control = answer_operators(control, &service)?;
-    watch_signals(signals, events)?;
+    let opened = answer_operators(control, &service)
+        .and_then(|control| watch_signals(doorstep.signals, events).map(|()| control));
+    // Whoever refuses clients now has to have the sockets for himself.
+    let control = opened.inspect_err(|_| service.server().stop(Duration::ZERO))?;
     tell(notifier.ready());
     tell(notifier.status(&format!("{doing} on {told}")));
     let store = Store::from_env(&notifier);
-    let house = House { service, control, notifier, store };
-    let ending = house.wait(&arrivals, plan.role);
-    house.close(plan.role == Role::Serve && disk.is_flawless());
-    Ok(last_word(ending, &arrivals))
+    Ok(Some((House { service, control, notifier, store, disk }, arrivals)))
 }
 
 /// What happened while everything was being closed: a disk that arrived or left all the same.
@@ -301,7 +330,9 @@ fn sockets(
     let listeners = listeners(plan, inherited.nbd)?;
     let control = match (inherited.control, &plan.control) {
         (Some(socket), given) => {
-            if let Some(path) = given {
+            if let Some(path) = given
+                && !is_at(&socket, path)
+            {
                 warn!("not opening {}: the control socket handed over wins", path.display());
             }
             Some(ControlSocket::from_listener(socket))
@@ -317,9 +348,6 @@ fn listeners(plan: &Plan, inherited: Vec<sockets::Listener>) -> Result<Vec<Liste
         let address = plan.address.as_ref().ok_or(Refusal::NoAddress)?;
         return Ok(vec![Listener::bind(address).map_err(Refusal::Listen)?]);
     }
-    if let Some(address) = &plan.address {
-        warn!("not listening on {address}: the sockets handed over by the service manager win");
-    }
     let listeners = inherited.into_iter().map(|listener| {
         let descriptor: OwnedFd = match listener {
             sockets::Listener::Tcp(listener) => listener.into(),
@@ -327,7 +355,20 @@ fn listeners(plan: &Plan, inherited: Vec<sockets::Listener>) -> Result<Vec<Liste
         };
         Listener::inherited(descriptor).map_err(|error| Refusal::Inherited(error.to_string()))
     });
-    listeners.collect()
+    let listeners: Vec<_> = listeners.collect::<Result<_, _>>()?;
+    if let Some(address) = &plan.address
+        && !listeners.iter().any(|listener| listener.is_at(address))
+    {
+        warn!("not listening on {address}: the sockets handed over by the service manager win");
+    }
+    Ok(listeners)
+}
+
+/// Whether that is where the socket is.
+fn is_at(socket: &UnixListener, path: &Path) -> bool {
+    let here = socket.local_addr().ok();
+    let here = here.as_ref().and_then(|address| address.as_pathname());
+    here.is_some() && here == std::path::absolute(path).ok().as_deref()
 }
 
 fn start(

@@ -68,6 +68,8 @@ impl fmt::Debug for Reread {
 /// Why a process did not begin. An operator has to change something first.
 #[derive(Debug)]
 pub enum Refusal {
+    /// What the process was told to do cannot be meant.
+    Configuration(String),
     /// The image cannot be served.
     Image(OpenError),
     /// The image's record cannot be used.
@@ -86,12 +88,33 @@ pub enum Refusal {
     System(&'static str, io::Error),
 }
 
+impl Refusal {
+    /// The kernel's number for what is wrong, if it is something that the kernel has numbers for.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Image(error) => error.errno(),
+            Self::Record(LedgerError::Io { source, .. }) => source.raw_os_error(),
+            Self::Listen(error) => error.errno(),
+            Self::Control(error) => error.errno(),
+            Self::System(_, error) => error.raw_os_error(),
+            Self::Configuration(_)
+            | Self::Record(LedgerError::Bad { .. })
+            | Self::Ownership(_)
+            | Self::NoAddress
+            | Self::Inherited(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Image(error) => error.fmt(f),
             Self::Record(error) => error.fmt(f),
-            Self::Ownership(why) | Self::Inherited(why) => f.write_str(why),
+            Self::Configuration(why) | Self::Ownership(why) | Self::Inherited(why) => {
+                f.write_str(why)
+            }
             Self::Listen(error) => error.fmt(f),
             Self::Control(error) => error.fmt(f),
             Self::NoAddress => f.write_str(

@@ -2,6 +2,7 @@
 //! Never waits for another process, and changes nothing in a file that exists.
 
 use super::syscalls;
+use nix::errno::Errno;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -197,6 +198,26 @@ fn refusal(path: &Path, error: io::Error, found: Found) -> OpenError {
         (io::ErrorKind::PermissionDenied, _) => OpenError::NotReadable { path, uid },
         (io::ErrorKind::ReadOnlyFilesystem, _) => OpenError::ReadOnlyFileSystem { path },
         _ => OpenError::Other { path, source: error },
+    }
+}
+
+impl OpenError {
+    /// The kernel's number for what is wrong, for programs that want one (errno(3)).
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        let errno = match self {
+            Self::Missing { .. } => Errno::ENOENT,
+            Self::Directory { .. } => Errno::EISDIR,
+            Self::NotADisk { .. } => Errno::ENOTBLK,
+            Self::NotReadable { .. } | Self::NotWritable { .. } => Errno::EACCES,
+            Self::ReadOnlyFileSystem { .. } => Errno::EROFS,
+            Self::TooSmall { .. } => Errno::EINVAL,
+            Self::AlreadyServed { .. } => Errno::EBUSY,
+            Self::CannotCreate { source, .. } | Self::Other { source, .. } => {
+                return source.raw_os_error();
+            }
+        };
+        Some(errno as i32)
     }
 }
 

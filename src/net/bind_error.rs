@@ -74,6 +74,24 @@ pub(super) fn unix_reason(error: io::Error) -> BindReason {
     }
 }
 
+impl BindError {
+    /// The kernel's number for what is wrong, for programs that want one (errno(3)).
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        let errno = match &self.reason {
+            BindReason::PortInUse | BindReason::SocketInUse => Errno::EADDRINUSE,
+            BindReason::NotOurAddress => Errno::EADDRNOTAVAIL,
+            BindReason::NoSuchFamily => Errno::EAFNOSUPPORT,
+            BindReason::NotASocket => Errno::ENOTSOCK,
+            BindReason::PathTooLong => Errno::ENAMETOOLONG,
+            BindReason::NoDirectory => Errno::ENOENT,
+            BindReason::PrivilegedPort | BindReason::NotAllowed => Errno::EACCES,
+            BindReason::Other(error) => return error.raw_os_error(),
+        };
+        Some(errno as i32)
+    }
+}
+
 impl fmt::Display for BindError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cannot listen on {}: {}", self.address, self.reason)

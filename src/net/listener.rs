@@ -98,6 +98,21 @@ impl Listener {
         }
     }
 
+    /// Whether it listens exactly there.
+    #[must_use]
+    pub fn is_at(&self, address: &Address) -> bool {
+        match (self.local_address(), address) {
+            // Scope and flow of an IPv6 address are not told by those who write one down.
+            (Ok(Address::Tcp(here)), Address::Tcp(there)) => {
+                (here.ip(), here.port()) == (there.ip(), there.port())
+            }
+            (Ok(Address::Unix(here)), Address::Unix(there)) => {
+                std::path::absolute(there).is_ok_and(|there| here == there)
+            }
+            _ => false,
+        }
+    }
+
     fn accept_next(&self) -> io::Result<(Stream, Peer)> {
         match &self.socket {
             Socket::Tcp(listener) => {
@@ -278,6 +293,22 @@ mod tests {
             let listener = Listener::bind(&to).unwrap();
             assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
         }
+    }
+
+    #[test]
+    fn a_listener_knows_its_own_address_from_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Address::Unix(dir.path().join("socket"));
+        let (tcp, unix) =
+            (Listener::bind(&address("127.0.0.1:0")).unwrap(), Listener::bind(&path).unwrap());
+        let here = tcp.local_address().unwrap();
+        let Address::Tcp(socket) = here else { panic!("TCP") };
+        assert!(tcp.is_at(&here) && unix.is_at(&path));
+        for other in [format!("127.0.0.2:{}", socket.port()), "127.0.0.1:1".to_owned()] {
+            assert!(!tcp.is_at(&address(&other)), "{other}");
+        }
+        assert!(!tcp.is_at(&path) && !unix.is_at(&here));
+        assert!(!unix.is_at(&Address::Unix(dir.path().join("other"))));
     }
 
     #[test]

@@ -11,6 +11,8 @@ pub const FATAL: &str = "fatal";
 const MESSAGE: &str = "message";
 /// The field by which the journal knows the kind of an event; of no use on stderr.
 const MESSAGE_ID: &str = "message_id";
+/// The kernel's number for what went wrong, which the text says in words.
+const ERRNO: &str = "errno";
 
 /// How bad it is, as the letter in the line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -127,7 +129,7 @@ impl Fields {
     fn note(&mut self, name: &'static str, value: String) {
         match name {
             MESSAGE => self.message = value,
-            FATAL | MESSAGE_ID => {}
+            FATAL | MESSAGE_ID | ERRNO => {}
             // The words say these; as fields they are for the journal.
             _ if name.starts_with(JOURNAL_FIELD) => {}
             _ => self.others.push((name, value)),

@@ -47,7 +47,14 @@ fn each_verbosity_lets_through_what_the_manual_says() {
 fn a_line_tells_when_who_and_where() {
     let before = monotonic_milliseconds();
     let lines = lines_of(Threshold(Severity::Fatal), || {
-        crate::fatal!("flexnbd.client" = "::1", errno = 28, message_id = "0123", "no {}", "space");
+        crate::fatal!(
+            "flexnbd.client" = "::1",
+            errno = 28,
+            message_id = "0123",
+            why = "full",
+            "no {}",
+            "space"
+        );
     });
     let [line] = lines.as_slice() else { panic!("one event, one line: {lines:?}") };
     let (when, rest) = line.split_once(':').unwrap();
@@ -57,7 +64,7 @@ fn a_line_tells_when_who_and_where() {
     let place = rest.strip_prefix(&format!("F:{pid} {thread} src/systemd/journal/tests.rs:"));
     let (number, text) = place.unwrap().split_once(": ").unwrap();
     assert!(number.parse::<u32>().is_ok(), "{line}");
-    assert_eq!(text, "no space errno=28\n");
+    assert_eq!(text, "no space why=full\n");
 }
 
 #[test]

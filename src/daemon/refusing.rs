@@ -1,0 +1,276 @@
+//! A process that cannot serve its disk, and what it does about clients that were promised one.
+//! Never touches the disk, and never sends a client a byte.
+//!
+//! A service manager that holds the sockets starts the service for whoever waits at them. When it
+//! ends at once they still wait, and it is started again, and after some such rounds the sockets
+//! themselves fail. So, with somebody waiting, it stays: closes every connection, tells operators
+//! why, and ends when it is told to.
+
+use super::plan::{Ending, Refusal, Role};
+use super::{carry, tell};
+use crate::control::{Command, ControlSocket, Credentials, Handle, Operator, Reply};
+use crate::net::{Listener, Peer, wait_readable};
+use crate::server::Luggage;
+use crate::systemd::{Inherited, Notifier, message_id, sockets};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tracing::{error, info, warn};
+
+/// Of refused clients there is one line in the log in this time.
+const LINE_EVERY: Duration = Duration::from_secs(60);
+/// How long to wait when a connection could not be accepted.
+const REST: Duration = Duration::from_secs(1);
+
+/// Where a process stands before it is known whether it can serve: the sockets that it was handed,
+/// as copies, and the ways to hear and to tell.
+#[derive(Debug)]
+pub(super) struct Doorstep {
+    role: Role,
+    /// Where a control socket is to be opened, if none was handed over.
+    control_path: Option<PathBuf>,
+    nbd: Vec<Listener>,
+    control: Option<UnixListener>,
+    pub(super) notifier: Notifier,
+    /// Blocked, to be waited for.
+    pub(super) signals: SigSet,
+}
+
+impl Doorstep {
+    /// Takes the sockets that were handed to this process, and the sessions that another one has
+    /// left. Call it once, before any thread starts: the environment is read and changed, and
+    /// threads inherit the signal mask.
+    pub(super) fn enter(
+        role: Role,
+        control_path: Option<PathBuf>,
+    ) -> Result<(Self, Inherited, Luggage), Refusal> {
+        let notifier = Notifier::from_env();
+        let mut inherited = Inherited::from_env().map_err(|error| {
+            tell(notifier.status(&error.to_string()));
+            Refusal::Inherited(error.to_string())
+        })?;
+        // Also when it is of no use: what stays in the store keeps its client waiting for ever.
+        let luggage = carry::take_out(std::mem::take(&mut inherited.stored), &notifier);
+        let signals = super::block_signals()?;
+        let (nbd, control) = copies(&inherited)
+            .map_err(|error| Refusal::System("copy the inherited sockets", error))?;
+        let doorstep = Self { role, control_path, nbd, control, notifier, signals };
+        Ok((doorstep, inherited, luggage))
+    }
+
+    /// Comes to its end with a disk that cannot be served: at once, which is the error, or after
+    /// having refused clients for as long as that is wanted.
+    pub(super) fn refuse(self, refusal: Refusal) -> Result<Ending, Refusal> {
+        if self.has_to_stay(&refusal) {
+            return Ok(self.stay(&refusal));
+        }
+        tell(self.notifier.status(&refusal.to_string()));
+        if let Some(errno) = refusal.errno() {
+            tell(self.notifier.errno(errno));
+        }
+        Err(refusal)
+    }
+
+    /// A disk that is not ours stays so, and clients go on coming. Anything else is more likely to
+    /// have been found by whoever starts the service and looks what comes of it.
+    fn has_to_stay(&self, refusal: &Refusal) -> bool {
+        let was_handed_sockets = !self.nbd.is_empty() || self.control.is_some();
+        let serves = self.role == Role::Serve && was_handed_sockets;
+        serves && (matches!(refusal, Refusal::Ownership(_)) || self.is_somebody_waiting())
+    }
+
+    /// Whether a client or an operator has connected already: we were probably started for it.
+    fn is_somebody_waiting(&self) -> bool {
+        let control = self.control.as_ref().map(AsFd::as_fd);
+        let sockets: Vec<_> = self.nbd.iter().map(AsFd::as_fd).chain(control).collect();
+        wait_readable(&sockets, Some(Instant::now())).is_ok_and(|ready| ready.contains(&true))
+    }
+
+    fn stay(self, refusal: &Refusal) -> Ending {
+        let reason = refusal.to_string();
+        match refusal {
+            Refusal::Ownership(_) => {
+                error!(message_id = message_id::REFUSING_OWNERSHIP, "refusing clients: {reason}");
+            }
+            _ => error!(
+                message_id = message_id::REFUSING_CONFIGURATION,
+                errno = refusal.errno(),
+                "refusing clients: {reason}"
+            ),
+        }
+        let Self { control_path, nbd, control, notifier, signals, .. } = self;
+        let control = answer_operators(control, control_path, &reason);
+        tell(notifier.ready());
+        tell(notifier.status(&format!("refusing clients: {reason}")));
+        let outcome = turn_away(&nbd, &signals, &notifier, &reason);
+        tell(notifier.stopping());
+        drop(control);
+        match outcome {
+            Ok(signal) => {
+                info!(message_id = message_id::STOPPING, "stopping: received {signal}");
+                Ending::Well
+            }
+            Err(error) => Ending::Badly(format!("cannot wait for clients to refuse: {error}")),
+        }
+    }
+}
+
+fn copies(inherited: &Inherited) -> io::Result<(Vec<Listener>, Option<UnixListener>)> {
+    let copy = |listener: &sockets::Listener| {
+        let descriptor: OwnedFd = match listener {
+            sockets::Listener::Tcp(listener) => listener.try_clone()?.into(),
+            sockets::Listener::Unix(listener) => listener.try_clone()?.into(),
+        };
+        Listener::inherited(descriptor)
+    };
+    let nbd = inherited.nbd.iter().map(copy).collect::<io::Result<_>>()?;
+    let control = inherited.control.as_ref().map(UnixListener::try_clone).transpose()?;
+    Ok((nbd, control))
+}
+
+/// Tells operators why, whatever they order.
+struct Refuser(String);
+
+impl Operator for Refuser {
+    fn obey(&self, _command: Command, _from: Credentials) -> Reply {
+        Reply::refused(self.0.as_str())
+    }
+}
+
+/// An error here must not keep us from refusing clients.
+fn answer_operators(
+    handed: Option<UnixListener>,
+    path: Option<PathBuf>,
+    reason: &str,
+) -> Option<Handle> {
+    let socket = match (handed, path) {
+        (Some(listener), _) => Ok(ControlSocket::from_listener(listener)),
+        (None, Some(path)) => ControlSocket::bind(&path).map_err(|error| error.to_string()),
+        (None, None) => return None,
+    };
+    let operator = Arc::new(Refuser(reason.to_owned()));
+    let started =
+        socket.and_then(|socket| socket.start(operator).map_err(|error| error.to_string()));
+    started.map_err(|error| warn!("orders cannot be answered: {error}")).ok()
+}
+
+/// Closes every connection until one of `signals` comes.
+fn turn_away(
+    listeners: &[Listener],
+    signals: &SigSet,
+    notifier: &Notifier,
+    reason: &str,
+) -> io::Result<Signal> {
+    let signal = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let (mut tally, mut scarce_until) = (Tally::default(), None);
+    let mut fed = Instant::now();
+    loop {
+        let now = Instant::now();
+        if let Some(count) = tally.take(now) {
+            log(count, tally.last, reason);
+        }
+        let pause = scarce_until.filter(|until| now < *until);
+        let beat = notifier.watchdog_interval().map(|interval| fed + interval);
+        // What feeds it is this loop, which is all there is to get stuck.
+        if beat.is_some_and(|beat| beat <= now) {
+            fed = now;
+            tell(notifier.watchdog());
+            continue;
+        }
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![signal.as_fd()];
+        if pause.is_none() {
+            descriptors.extend(listeners.iter().map(AsFd::as_fd));
+        }
+        let deadline = [pause, beat, tally.due()].into_iter().flatten().min();
+        let ready = wait_readable(&descriptors, deadline)?;
+        if ready[0]
+            && let Some(told) = signal.read_signal()?
+        {
+            // The kernel has no signals that we do not know the names of.
+            let number = i32::try_from(told.ssi_signo).unwrap_or_default();
+            return Ok(Signal::try_from(number).unwrap_or(Signal::SIGTERM));
+        }
+        for (listener, _) in listeners.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
+            match listener.accept() {
+                Ok((_, peer)) => tally.refused(peer),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => scarce_until = Some(Instant::now() + REST),
+            }
+        }
+    }
+}
+
+fn log(count: u64, last: Option<Peer>, reason: &str) {
+    let peer = last.map(|peer| peer.to_string()).unwrap_or_default();
+    let others = match count {
+        1 => String::new(),
+        2 => " and another client".to_owned(),
+        count => format!(" and {} other clients", count - 1),
+    };
+    warn!(
+        message_id = message_id::CLIENTS_REFUSED,
+        "flexnbd.client" = peer,
+        "flexnbd.clients" = count,
+        "refused {peer}{others}: {reason}"
+    );
+}
+
+/// Which refused clients are worth a line: the first at once, then all together once a minute.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    told_at: Option<Instant>,
+    untold: u64,
+    last: Option<Peer>,
+}
+
+impl Tally {
+    fn refused(&mut self, peer: Peer) {
+        self.untold = self.untold.saturating_add(1);
+        self.last = Some(peer);
+    }
+
+    /// When there will be something to tell, if there is something.
+    fn due(&self) -> Option<Instant> {
+        let told_at = self.told_at.filter(|_| self.untold > 0)?;
+        Some(told_at + LINE_EVERY)
+    }
+
+    /// How many clients to tell of now.
+    fn take(&mut self, now: Instant) -> Option<u64> {
+        if self.untold == 0 || self.due().is_some_and(|due| now < due) {
+            return None;
+        }
+        self.told_at = Some(now);
+        Some(std::mem::take(&mut self.untold))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_refused_client_is_told_of_at_once_and_others_once_a_minute() {
+        let peer: Peer = Peer::Tcp("192.0.2.1:4711".parse().unwrap());
+        let mut tally = Tally::default();
+        let start = Instant::now();
+        assert_eq!((tally.take(start), tally.due()), (None, None));
+        tally.refused(peer);
+        assert_eq!(tally.take(start), Some(1));
+        assert_eq!(tally.due(), None, "nothing to wake up for");
+        for _ in 0..3 {
+            tally.refused(peer);
+        }
+        let later = start + LINE_EVERY;
+        assert_eq!((tally.take(start), tally.due()), (None, Some(later)));
+        assert_eq!(tally.take(later), Some(3));
+        assert_eq!(tally.take(later + LINE_EVERY), None);
+        tally.refused(peer);
+        assert_eq!(tally.take(later + 2 * LINE_EVERY), Some(1));
+    }
+}

@@ -1,0 +1,11 @@
+//! The program as a service: sockets that were handed over, what it tells the service manager, and
+//! what it does when it cannot serve.
+//! Never needs a service manager: the test plays that part (`activated/manager.rs`).
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod common;
+#[path = "activated/manager.rs"]
+mod manager;
+#[path = "activated/refusing.rs"]
+mod refusing;
