@@ -5,6 +5,7 @@ pub mod adopt;
 pub mod config;
 pub mod listen;
 pub mod mirror;
+pub mod offline;
 pub mod operate;
 mod output;
 mod progress;
@@ -25,7 +26,8 @@ use crate::systemd::{Verbosity, journal, message_id};
 use adopt::Adopt;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
-use operate::{Kind, Order};
+use offline::Offline;
+use operate::{Asked, Kind, Order};
 use start::{NoPlan, Start};
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -68,6 +70,8 @@ pub enum Command {
     Write(Transfer),
     /// Tell a running server something.
     Operate(Order),
+    /// Tell what is known of a disk, whether it is served or not.
+    Inspect(Offline),
     /// Declare a copy of a disk the canonical one.
     Adopt(Adopt),
     /// Show this text.
@@ -122,6 +126,7 @@ impl Invocation {
             Command::Read(transfer) => transfer::read(&transfer),
             Command::Write(transfer) => transfer::write(&transfer),
             Command::Operate(order) => operate::run(&order),
+            Command::Inspect(offline) => offline::run(&offline),
             Command::Adopt(adopt) => adopt::run(&adopt),
             Command::Help(text) => output::say(&text),
         }
@@ -249,7 +254,7 @@ enum Mode {
     /// Replace the access control list of a running server
     #[command(override_usage = "flexnbd acl --sock SOCK [OPTION]... ACL_ENTRY...")]
     Acl(With<operate::AclFlags>),
-    /// Show how a running server is doing
+    /// Show how a running server is doing, or what is known of a disk
     #[command(override_usage = "flexnbd status --sock SOCK [OPTION]...")]
     Status(With<operate::StatusFlags>),
     /// Make a running server read its configuration file again
@@ -308,7 +313,11 @@ impl Mode {
             }
             Self::Acl(With { flags, loudness }) => (loudness, ordered("acl", flags.checked())?),
             Self::Status(With { flags, loudness }) => {
-                (loudness, ordered("status", flags.checked())?)
+                let command = match flags.checked().map_err(wrong("status"))? {
+                    Asked::Server(order) => Command::Operate(order),
+                    Asked::Disk(offline) => Command::Inspect(offline),
+                };
+                (loudness, command)
             }
             Self::Reload(With { flags, loudness }) => {
                 (loudness, ordered("reload", flags.checked(Kind::Reload))?)

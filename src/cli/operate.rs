@@ -1,6 +1,7 @@
 //! `flexnbd acl`, `break`, `status` and so on: one order to a running server, and its answer.
 //! Decides nothing about either; the answer's number is the exit status.
 
+use super::offline::{Disk, Offline};
 use super::{output, wait};
 use crate::control::command::Mirror;
 use crate::control::status::to_json;
@@ -57,6 +58,14 @@ pub struct AclFlags {
 pub struct StatusFlags {
     #[command(flatten)]
     server: Server,
+
+    /// Instead of asking a server, look at this file or block device
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["sock", "instance"])]
+    file: Option<PathBuf>,
+
+    /// Look at the disk that this configuration file names
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["sock", "instance", "file"])]
+    config: Option<PathBuf>,
 
     /// Print a JSON object rather than key=value pairs
     #[arg(long)]
@@ -133,13 +142,25 @@ impl Kind {
     /// The answer in the form that was asked for.
     fn presented(&self, reply: &Reply) -> Result<String, String> {
         match self {
-            Self::Status { json: true } if reply.is_success() => {
-                to_json(reply.text()).map_err(|error| error.to_string())
-            }
+            Self::Status { json } if reply.is_success() => as_asked(reply.text(), *json),
             Self::Mirror { .. } if reply.is_success() => Ok(wait::STARTED.to_owned()),
             _ => Ok(reply.text().to_owned()),
         }
     }
+}
+
+/// A line of `key=value` pairs as it is, or as JSON.
+pub(super) fn as_asked(line: &str, json: bool) -> Result<String, String> {
+    if json { to_json(line).map_err(|error| error.to_string()) } else { Ok(line.to_owned()) }
+}
+
+/// What `status` is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// A server.
+    Server(Order),
+    /// A disk, whether there is a server or not.
+    Disk(Offline),
 }
 
 impl AclFlags {
@@ -161,8 +182,13 @@ impl StatusFlags {
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self) -> Result<Order, String> {
-        Ok(Order { socket: self.server.socket()?, kind: Kind::Status { json: self.json } })
+    pub fn checked(self) -> Result<Asked, String> {
+        let Self { server, file, config, json } = self;
+        let disk = file.map(Disk::File).or(config.map(Disk::Config));
+        Ok(match disk {
+            Some(disk) => Asked::Disk(Offline { disk, json }),
+            None => Asked::Server(Order { socket: server.socket()?, kind: Kind::Status { json } }),
+        })
     }
 }
 

@@ -100,7 +100,8 @@ impl Start {
     }
 }
 
-fn read(path: &Path) -> Result<String, String> {
+/// The text of a configuration file.
+pub(super) fn read(path: &Path) -> Result<String, String> {
     fs::read_to_string(path).map_err(|error| {
         let why = match error.kind() {
             io::ErrorKind::NotFound => "it does not exist".to_owned(),

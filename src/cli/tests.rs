@@ -1,6 +1,7 @@
 //! What a command line means, and what each mistake is answered with.
 //! Nothing here opens a socket or a disk.
 
+use super::offline::{Disk, Offline};
 use super::operate::Kind;
 use super::*;
 use crate::control::command::{Action, Mirror};
@@ -283,6 +284,10 @@ fn orders_name_their_server_by_socket_or_instance() {
         order("/run/flexnbd/a:b-1.sock", Kind::Status { json: false })
     );
     assert_eq!(meant("status -s /x --json"), order("/x", Kind::Status { json: true }));
+    let offline = |disk, json| Command::Inspect(Offline { disk, json });
+    assert_eq!(meant("status -f /x"), offline(Disk::File("/x".into()), false));
+    let named = Disk::Config("/y".into());
+    assert_eq!(meant("status --config /y --json"), offline(named, true));
     assert_eq!(meant("reload --instance a"), order("/run/flexnbd/a.sock", Kind::Reload));
 }
 
@@ -378,6 +383,8 @@ fn an_unknown_option_is_named_and_its_neighbour_suggested() {
     refuses("serve --zzz", "unknown option `--zzz`");
     refuses("serve -x", "unknown option `-x`");
     refuses("-x serve", "unknown option `-x`");
+    refuses("status -s /x -f /y", "--sock SOCK cannot go with --file FILE");
+    refuses("status --config /x -f /y", "--config FILE cannot go with --file FILE");
     refuses("status -s /x now", "`now` has no meaning here");
     refuses("status -s /x --killswitch", "unknown option `--killswitch`");
     refuses("help serve now", "`now` has no meaning here");

@@ -58,7 +58,7 @@ impl fmt::Display for Status {
             write!(f, " {migration}")?;
         }
         for (key, value) in &self.extra {
-            write!(f, " {}={}", escaped(key, true), escaped(value, false))?;
+            write!(f, " {}", pair(key, value))?;
         }
         Ok(())
     }
@@ -111,6 +111,16 @@ impl Migration {
             speed_limit: pairs.take_if_there("migration_speed_limit")?,
         })
     }
+}
+
+/// The line of these pairs, in this order.
+#[must_use]
+pub fn line(pairs: &[(&str, String)]) -> String {
+    pairs.iter().map(|(key, value)| pair(key, value)).collect::<Vec<_>>().join(" ")
+}
+
+fn pair(key: &str, value: &str) -> String {
+    format!("{}={}", escaped(key, true), escaped(value, false))
 }
 
 /// The pairs of a line, in its order.

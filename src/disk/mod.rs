@@ -22,7 +22,7 @@ mod zeros;
 
 pub use gate::{Gate, NoEntry, Pass, StillBusy};
 pub use image::FileImage;
-pub use open::{Access, OpenError, SECTOR};
+pub use open::{Access, OpenError, SECTOR, size_of};
 pub use zeros::is_zero;
 
 use crate::range::Range;

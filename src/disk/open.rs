@@ -125,6 +125,20 @@ pub(super) fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     Ok(Opened { file, kind, full_size })
 }
 
+/// How many bytes of an image can be served. Locks nothing, so that it can be asked of an image in
+/// use.
+///
+/// # Errors
+/// When it is no image, or may not be read.
+pub fn size_of(path: &Path) -> Result<u64, OpenError> {
+    let found = fs::metadata(path).map_err(|error| refusal(path, error, Found::Nothing))?;
+    check_type(path, found.file_type())?;
+    let mut file = open_file(path, Access { read_only: true })?;
+    let size = file.seek(SeekFrom::End(0));
+    let size = size.map_err(|source| OpenError::Other { path: path.to_owned(), source })?;
+    Ok(size - size % SECTOR)
+}
+
 /// Makes a sparse file of `size` bytes, durably, unless something has that name already.
 pub(super) fn create_if_missing(path: &Path, size: u64) -> Result<(), OpenError> {
     if size < SECTOR {

@@ -215,3 +215,45 @@ fn the_control_socket_is_for_its_owner_only() {
     assert_eq!(mode & 0o777, 0o600);
     assert_eq!(operated.dir.path().read_dir().unwrap().count(), 2, "the image and the socket");
 }
+
+/// `status ARGUMENTS PATH`.
+fn look(arguments: &str, path: &Path) -> Program {
+    Program::flexnbd("status").words(arguments).args([path])
+}
+
+#[test]
+fn a_disk_is_looked_at_without_a_server_and_while_one_has_it() {
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "a disk", 8 * MIB + 100);
+    let shown = image.display().to_string().replace(' ', "%20");
+    let expected = format!("image={shown} size=8388608 ownership=none\n");
+    assert_eq!(look("--file", &image).ok(), expected);
+    let config = dir.path().join("disk.conf");
+    std::fs::write(&config, format!("FILE={}\n", image.display())).unwrap();
+    assert_eq!(look("--config", &config).ok(), expected);
+    let mut server = Builder::serve(&image).start();
+    assert_eq!(look("--file", &image).ok(), expected);
+    let json: serde_json::Value =
+        serde_json::from_str(&look("--json --file", &image).ok()).unwrap();
+    assert_eq!(json["image"], image.display().to_string());
+    assert_eq!((&json["size"], &json["ownership"]), (&(8 * MIB).into(), &"none".into()));
+    read(&flags_of(&server), 0, 512).run().succeeded();
+    assert!(server.stop().success());
+}
+
+#[test]
+fn a_disk_that_cannot_be_looked_at_is_named_with_the_reason() {
+    let dir = temp_dir();
+    let none = dir.path().join("none");
+    let missing = look("--file", &none).run();
+    missing.refused(1, &[&format!("flexnbd status: {} does not exist\n", none.display())]);
+    look("--file", dir.path()).run().refused(1, &["is a directory"]);
+    look("--config", &none).run().refused(1, &["cannot read the configuration file"]);
+    let config = dir.path().join("disk.conf");
+    std::fs::write(&config, "READ_ONLY=yes\n").unwrap();
+    look("--config", &config).run().refused(1, &["disk.conf has no FILE="]);
+    let damaged = sparse_image(dir.path(), "damaged", MIB);
+    if xattr::set(&damaged, "user.flexnbd", b"?").is_ok() {
+        look("--file", &damaged).run().refused(1, &["its ownership record is damaged"]);
+    }
+}

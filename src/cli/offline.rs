@@ -1,0 +1,110 @@
+//! `flexnbd status --file`: what is known of a disk without asking the server that may have it.
+//! Reads the image's size and record, locks nothing and changes nothing.
+
+use super::output;
+use super::start::read;
+use super::{config, operate};
+use crate::control::status::{self, OWNERSHIP};
+use crate::disk::ledger::{Ledger, state_directory};
+use crate::disk::ownership::Record;
+use crate::disk::{OpenError, size_of};
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Which disk to look at, and how to tell of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Offline {
+    /// Where the image is found.
+    pub disk: Disk,
+    /// As JSON.
+    pub json: bool,
+}
+
+/// Which disk is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Disk {
+    /// This image.
+    File(PathBuf),
+    /// The one of this configuration file.
+    Config(PathBuf),
+}
+
+/// Tells what there is to know.
+#[must_use]
+pub fn run(offline: &Offline) -> ExitCode {
+    let state = state_directory(env::var("STATE_DIRECTORY").ok().as_deref());
+    match offline.told(&state) {
+        Ok(line) => output::say(&line),
+        Err(why) => output::complain(&format!("flexnbd status: {why}"), output::EXIT_FAILURE),
+    }
+}
+
+impl Offline {
+    fn told(&self, state: &Path) -> Result<String, String> {
+        let image = self.disk.image()?;
+        let size = size_of(&image).map_err(unfit)?;
+        let ledger = Ledger::open(&image, state).map_err(|error| error.to_string())?;
+        let record = ledger.peek().map_err(|error| error.to_string())?;
+        let line = describe(&image, size, record.as_ref());
+        operate::as_asked(&line, self.json)
+    }
+}
+
+impl Disk {
+    fn image(&self) -> Result<PathBuf, String> {
+        let path = match self {
+            Self::File(image) => return Ok(image.clone()),
+            Self::Config(path) => path,
+        };
+        let settings = config::parse(path, &read(path)?).map_err(|error| error.to_string())?;
+        settings.file.ok_or_else(|| format!("{} has no FILE=", path.display()))
+    }
+}
+
+/// The pairs that hold for every record, then those of some.
+fn describe(image: &Path, size: u64, record: Option<&Record>) -> String {
+    let mut pairs = vec![
+        ("image", image.display().to_string()),
+        ("size", size.to_string()),
+        (OWNERSHIP, record.map_or("none", Record::name).to_owned()),
+    ];
+    match record {
+        Some(Record::Departed { when, to, .. }) => {
+            pairs.extend([("moved_to", to.to_string()), ("moved_at", when.to_string())]);
+        }
+        Some(Record::Departing { to, .. }) => pairs.push(("moving_to", to.to_string())),
+        Some(Record::Incoming { .. } | Record::Ours(_)) | None => {}
+    }
+    status::line(&pairs)
+}
+
+fn unfit(error: OpenError) -> String {
+    match error {
+        // To make it is no advice for somebody who only looks.
+        OpenError::Missing { path } => format!("{} does not exist", path.display()),
+        error => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::ownership::{Id, Place, Title};
+
+    #[test]
+    fn each_record_has_its_pairs_and_no_value_a_space() {
+        let (id, to) = (Id([7; 16]), Place::new("192.0.2.7:10809").unwrap());
+        let told = |record: Option<Record>| describe(Path::new("/a disk"), 512, record.as_ref());
+        let start = "image=/a%20disk size=512 ownership=";
+        assert_eq!(told(None), format!("{start}none"));
+        assert_eq!(told(Some(Record::Incoming { id: None })), format!("{start}incoming"));
+        assert_eq!(told(Some(Record::Ours(Title::Adopted))), format!("{start}ours"));
+        let departing = Record::Departing { id, before: Title::Native, to: to.clone() };
+        let expected = format!("{start}departing moving_to=192.0.2.7:10809");
+        assert_eq!(told(Some(departing)), expected);
+        let departed = Record::Departed { id, when: 1_700_000_000, to };
+        let expected = format!("{start}departed moved_to=192.0.2.7:10809 moved_at=1700000000");
+        assert_eq!(told(Some(departed)), expected);
+    }
+}
