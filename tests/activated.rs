@@ -9,3 +9,5 @@ mod common;
 mod manager;
 #[path = "activated/refusing.rs"]
 mod refusing;
+#[path = "activated/restart.rs"]
+mod restart;

@@ -1,18 +1,21 @@
-//! A service manager of the test's own: hands over sockets, and hears what the service says.
-//! Never restarts anything.
+//! A service manager of the test's own: hands over sockets, hears what the service says, and keeps
+//! descriptors for the next one. Never restarts anything by itself.
 
 use crate::common::{DEADLINE, TempDir, comes_true, temp_dir, wait_until};
+use nix::cmsg_space;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
-use std::io::Read as _;
+use std::io::{IoSliceMut, Read as _};
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd as _, AsRawFd as _, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 /// Where the handed descriptors are in the service, beyond all that it opens by itself before.
@@ -30,19 +33,33 @@ pub(crate) struct Manager {
     pub(crate) dir: TempDir,
     nbd: TcpListener,
     control: UnixListener,
-    notify: UnixDatagram,
+    heard: Arc<Mutex<Heard>>,
+    ear: Option<JoinHandle<()>>,
     variables: Vec<(&'static str, OsString)>,
 }
+
+/// What services have said and what they gave to keep.
+#[derive(Default)]
+struct Heard {
+    messages: VecDeque<String>,
+    store: BTreeMap<String, OwnedFd>,
+}
+
+/// Ends the thread that listens to services.
+const ENOUGH: &str = "ENOUGH";
 
 impl Manager {
     pub(crate) fn new() -> Manager {
         let dir = temp_dir();
         let notify = UnixDatagram::bind(dir.path().join("notify")).unwrap();
-        notify.set_nonblocking(true).unwrap();
+        let heard = Arc::default();
+        let for_ear = Arc::clone(&heard);
+        let ear = std::thread::spawn(move || while hear(&notify, &for_ear) {});
         Manager {
             nbd: TcpListener::bind("127.0.0.1:0").unwrap(),
             control: UnixListener::bind(dir.path().join("control.sock")).unwrap(),
-            notify,
+            heard,
+            ear: Some(ear),
             dir,
             variables: Vec::new(),
         }
@@ -71,13 +88,17 @@ impl Manager {
     /// Starts `flexnbd LINE` with `--file` and such to follow as `paths`.
     #[track_caller]
     pub(crate) fn start(&self, handed: Handed, line: &str, paths: &[&Path]) -> Service {
-        let (descriptors, names): (Vec<RawFd>, &str) = match handed {
-            Handed::Nothing => (Vec::new(), ""),
-            Handed::Nbd => (vec![self.nbd.as_raw_fd()], "nbd"),
-            Handed::NbdAndControl => {
-                (vec![self.control.as_raw_fd(), self.nbd.as_raw_fd()], "control:nbd")
-            }
+        let (mut descriptors, mut names): (Vec<RawFd>, Vec<String>) = match handed {
+            Handed::Nothing => (Vec::new(), Vec::new()),
+            Handed::Nbd => (vec![self.nbd.as_raw_fd()], vec!["nbd".to_owned()]),
+            Handed::NbdAndControl => (
+                vec![self.control.as_raw_fd(), self.nbd.as_raw_fd()],
+                vec!["control".to_owned(), "nbd".to_owned()],
+            ),
         };
+        let heard = self.heard();
+        descriptors.extend(heard.store.values().map(OwnedFd::as_raw_fd));
+        names.extend(heard.store.keys().cloned());
         let mut command = Command::new(env!("CARGO_BIN_EXE_flexnbd"));
         command.args(line.split_whitespace()).args(paths);
         command.envs(self.variables.iter().cloned());
@@ -86,7 +107,7 @@ impl Manager {
         if !descriptors.is_empty() {
             command.env("LISTEN_FDS", descriptors.len().to_string());
             command.env("LISTEN_FDS_FIRST_FD", FIRST.to_string());
-            command.env("LISTEN_FDNAMES", names);
+            command.env("LISTEN_FDNAMES", names.join(":"));
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let hand_over = move || {
@@ -107,9 +128,26 @@ impl Manager {
 
     /// The next message, or none if there is none yet.
     pub(crate) fn message(&self) -> Option<String> {
-        let mut buffer = [0; 8192];
-        let count = self.notify.recv(&mut buffer).ok()?;
-        Some(String::from_utf8_lossy(&buffer[..count]).into_owned())
+        self.heard().messages.pop_front()
+    }
+
+    /// The names of what services gave to keep.
+    pub(crate) fn stored(&self) -> Vec<String> {
+        self.heard().store.keys().cloned().collect()
+    }
+
+    /// Takes what is kept under this name away from the next service.
+    pub(crate) fn take_from_store(&self, name: &str) -> OwnedFd {
+        self.heard().store.remove(name).unwrap()
+    }
+
+    /// Keeps something for the next service.
+    pub(crate) fn store(&self, name: &str, descriptor: OwnedFd) {
+        self.heard().store.insert(name.to_owned(), descriptor);
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.heard.lock().unwrap()
     }
 
     /// Takes messages until one of them has this line; returns them all.
@@ -152,6 +190,46 @@ impl Manager {
     pub(crate) fn messages(&self) -> Vec<String> {
         std::iter::from_fn(|| self.message()).collect()
     }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        let said = UnixDatagram::unbound()
+            .and_then(|socket| socket.send_to(ENOUGH.as_bytes(), self.path("notify")));
+        if let Some(ear) = self.ear.take().filter(|_| said.is_ok()) {
+            let _ = ear.join();
+        }
+    }
+}
+
+/// Takes the next message of a service; false after the last.
+fn hear(notify: &UnixDatagram, heard: &Mutex<Heard>) -> bool {
+    let mut buffer = [0; 8192];
+    let mut slices = [IoSliceMut::new(&mut buffer)];
+    let mut space = cmsg_space!([RawFd; 4]);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let got = recvmsg::<()>(notify.as_raw_fd(), &mut slices, Some(&mut space), flags).unwrap();
+    let mut descriptors = Vec::new();
+    for message in got.cmsgs().unwrap() {
+        if let ControlMessageOwned::ScmRights(raw) = message {
+            // SAFETY: the kernel has just made these descriptors for us, and for nobody else.
+            descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
+        }
+    }
+    let count = got.bytes;
+    let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
+    let mut heard = heard.lock().unwrap();
+    let named = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
+    let name = named("FDNAME=").unwrap_or_default().to_owned();
+    if text.lines().any(|line| line == "FDSTORE=1") {
+        heard.store.extend(descriptors.pop().map(|descriptor| (name, descriptor)));
+    } else if text.lines().any(|line| line == "FDSTOREREMOVE=1") {
+        heard.store.remove(&name);
+    }
+    // A barrier is confirmed by closing what came with it, which happens here.
+    drop(descriptors);
+    heard.messages.push_back(text.clone());
+    text != ENOUGH
 }
 
 /// Reads the child's stderr to its end on a thread, so that it never blocks on a full pipe.
