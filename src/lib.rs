@@ -5,7 +5,7 @@
 //! Rooms are modules; floors say who may lean on whom. `tests/house.rs` keeps it so.
 //!
 //! ```text
-//! 7   main                              may use everything below
+//! 7   main  generator                   may use everything below; programs, so never each other
 //! 6   cli                               may use everything below
 //! 5   daemon                            may use everything below
 //! 4   control                           may use server and client through what daemon hands it
@@ -26,6 +26,9 @@
 //! * [`control`]: orders from operators.
 //! * [`daemon`]: one process: opens the rooms, waits for events, closes them in order.
 //! * [`cli`]: one struct per command.
+//!
+//! `main.rs` is the program. `generator.rs` is another, which systemd runs at boot: it turns
+//! configurations into drop-ins for the units in `systemd/`.
 //!
 //! `client` has a floor of its own because the command line, a migration and a proxy all speak
 //! to other servers, and must do it with one voice.

@@ -21,6 +21,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("daemon", 5),
     ("cli", 6),
     ("main", 7),
+    ("generator", 7),
 ];
 
 /// Files and rooms that decide without doing.

@@ -13,15 +13,16 @@
 //! Space around keys and values does not count. A value may stand in `'` or `"`, which are taken
 //! off; nothing inside is special. Switches are `yes true on 1` or `no false off 0`.
 
-use super::settings::{Settings, parse_acl_entry, parse_max_clients};
+use super::settings::{Autostart, Settings, parse_acl_entry, parse_max_clients};
 use super::size::parse_create;
 use super::uri::parse_export;
 use crate::net::parse_port;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// Every key, named like the long option: in capitals, with `_` for `-`.
-pub const KEYS: [&str; 12] = [
+/// Every key, named like the long option: in capitals, with `_` for `-`. The last ones have no
+/// option, since they are about the units of the service and not about the process.
+pub const KEYS: [&str; 14] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -34,6 +35,8 @@ pub const KEYS: [&str; 12] = [
     "OLDSTYLE",
     "MAX_CLIENTS",
     "ACL",
+    "AUTOSTART",
+    "IP_FILTER",
 ];
 
 /// How many letters a key may be away from the one that is suggested for it.
@@ -68,13 +71,25 @@ pub enum ConfigReason {
 /// # Errors
 /// The first thing that is wrong.
 pub fn parse(file: &Path, text: &str) -> Result<Settings, ConfigError> {
+    let (settings, wrong) = salvage(file, text);
+    wrong.map_or(Ok(settings), Err)
+}
+
+/// The good lines of a configuration file, and the first thing that is wrong with it.
+///
+/// Nothing may be served by them if something is; but the units of an instance should be where
+/// they were while somebody is editing its file.
+#[must_use]
+pub fn salvage(file: &Path, text: &str) -> (Settings, Option<ConfigError>) {
     let mut settings = Settings::default();
     let mut seen: Vec<(&str, usize)> = Vec::new();
+    let mut wrong = None;
     for (line, content) in (1..).zip(text.lines()) {
-        let taken = take_line(&mut settings, &mut seen, line, content.trim());
-        taken.map_err(|reason| ConfigError { file: file.to_owned(), line, reason })?;
+        if let Err(reason) = take_line(&mut settings, &mut seen, line, content.trim()) {
+            wrong.get_or_insert_with(|| ConfigError { file: file.to_owned(), line, reason });
+        }
     }
-    Ok(settings)
+    (settings, wrong)
 }
 
 fn take_line<'a>(
@@ -136,6 +151,8 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "OLDSTYLE" => settings.oldstyle = switch(value)?,
         "MAX_CLIENTS" => settings.max_clients = Some(parse_max_clients(value)?),
         "ACL" => settings.acl = entries(value)?,
+        "AUTOSTART" => settings.autostart = Some(autostart(value)?),
+        "IP_FILTER" => settings.ip_filter = switch(value)?,
         // A test holds this list against KEYS.
         _ => return Err("the key has no meaning".to_owned()),
     }
@@ -155,6 +172,17 @@ fn switch(value: &str) -> Result<bool, String> {
         "yes" | "true" | "on" | "1" => Ok(true),
         "no" | "false" | "off" | "0" => Ok(false),
         _ => Err(format!("`{value}` is neither yes nor no")),
+    }
+}
+
+fn autostart(value: &str) -> Result<Autostart, String> {
+    if value.eq_ignore_ascii_case("on-demand") {
+        return Ok(Autostart::OnDemand);
+    }
+    match switch(value) {
+        Ok(true) => Ok(Autostart::Yes),
+        Ok(false) => Ok(Autostart::No),
+        Err(_) => Err(format!("`{value}` is neither yes nor no nor on-demand")),
     }
 }
 
@@ -229,7 +257,8 @@ mod tests {
     #[test]
     fn every_key_is_taken() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
-            KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nMAX_CLIENTS=3\nACL=::/0\n";
+            KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nMAX_CLIENTS=3\nACL=::/0\n\
+            AUTOSTART=on-demand\nIP_FILTER=yes\n";
         let expected = Settings {
             addr: Some("::1".parse().unwrap()),
             port: Some(7),
@@ -243,6 +272,8 @@ mod tests {
             oldstyle: true,
             max_clients: Some(3),
             acl: vec!["::/0".to_owned()],
+            autostart: Some(Autostart::OnDemand),
+            ip_filter: true,
         };
         assert_eq!(read(text), Ok(expected));
         for key in KEYS {
@@ -251,12 +282,13 @@ mod tests {
     }
 
     #[test]
-    fn every_option_has_its_key_and_every_key_its_option() {
+    fn every_option_has_its_key_and_every_key_its_option_but_those_of_the_units() {
         let command = <Settings as clap::Args>::augment_args(clap::Command::new("serve"));
         let name = |arg: &clap::Arg| arg.get_long().unwrap_or(arg.get_id().as_str()).to_owned();
         let mut options: Vec<String> =
             command.get_arguments().map(|arg| name(arg).to_uppercase().replace('-', "_")).collect();
         let mut keys = KEYS.map(str::to_owned);
+        options.extend(["AUTOSTART", "IP_FILTER"].map(str::to_owned));
         options.sort_unstable();
         keys.sort_unstable();
         assert_eq!(options, keys);
@@ -319,6 +351,28 @@ mod tests {
         for value in ["no", "FALSE", "Off", "0"] {
             assert!(!read(&format!("READ_ONLY={value}")).unwrap().read_only);
         }
+    }
+
+    #[test]
+    fn autostart_is_a_switch_with_a_third_position() {
+        let autostart = |value| read(&format!("AUTOSTART={value}")).unwrap().autostart;
+        assert_eq!(autostart("Yes"), Some(Autostart::Yes));
+        assert_eq!(autostart("off"), Some(Autostart::No));
+        assert_eq!(autostart("On-Demand"), Some(Autostart::OnDemand));
+        assert_eq!(read("").unwrap().autostart, None);
+        let refused = refusal("AUTOSTART=demand");
+        assert!(refused.ends_with("AUTOSTART: `demand` is neither yes nor no nor on-demand"));
+    }
+
+    #[test]
+    fn good_lines_are_salvaged_from_among_bad_ones_and_the_first_bad_one_is_named() {
+        let text = "PORT=7\nADR=::\nPORT=8\nREAD_ONLY=perhaps\nFILE=/a\n";
+        let (settings, wrong) = salvage(Path::new("disk.conf"), text);
+        let good = Settings { port: Some(7), file: Some("/a".into()), ..Settings::default() };
+        assert_eq!(settings, good);
+        let wrong = wrong.unwrap();
+        assert_eq!(wrong.to_string(), "disk.conf, line 2: unknown key ADR; perhaps ADDR is meant");
+        assert_eq!(parse(Path::new("disk.conf"), text), Err(wrong));
     }
 
     #[test]

@@ -65,6 +65,26 @@ pub struct Settings {
     /// Addresses of clients to admit, IPv4 or IPv6, each with an optional /PREFIX
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
     pub acl: Vec<String>,
+
+    /// When the service starts. For the generator of units only: a process has started already.
+    #[arg(skip)]
+    pub autostart: Option<Autostart>,
+
+    /// Whether the socket unit keeps out, too, whom the ACL does not admit; for the generator only.
+    #[arg(skip)]
+    pub ip_filter: bool,
+}
+
+/// When the service of a configuration file starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Autostart {
+    /// When an operator, or what an operator has enabled, starts it.
+    #[default]
+    No,
+    /// At boot.
+    Yes,
+    /// When the first client connects.
+    OnDemand,
 }
 
 /// Where to listen cannot be made out.
@@ -96,6 +116,8 @@ impl Settings {
             oldstyle: self.oldstyle || below.oldstyle,
             max_clients: self.max_clients.or(below.max_clients),
             acl: if self.acl.is_empty() { below.acl } else { self.acl },
+            autostart: self.autostart.or(below.autostart),
+            ip_filter: self.ip_filter || below.ip_filter,
         }
     }
 
@@ -174,6 +196,8 @@ mod tests {
             oldstyle: true,
             max_clients: Some(number.into()),
             acl: vec![word.to_owned()],
+            autostart: Some(if word == "above" { Autostart::Yes } else { Autostart::No }),
+            ip_filter: true,
         }
     }
 

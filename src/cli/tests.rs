@@ -70,6 +70,7 @@ fn every_long_option_of_serve_is_understood() {
         oldstyle: true,
         max_clients: Some(5),
         acl: vec!["192.0.2.1".to_owned(), "::1".to_owned()],
+        ..settings::Settings::default()
     };
     let config = Some("/c".into());
     assert_eq!(started(line), Start { role: Role::Serve, settings: expected, config });

@@ -47,6 +47,12 @@ impl Acl {
         Self::parse(entries, self.default_deny)
     }
 
+    /// Its entries in their plainest form: `192.0.2.0/24`, mapped IPv4 addresses as IPv4.
+    #[must_use]
+    pub fn entries(&self) -> Vec<String> {
+        self.entries.iter().map(|entry| entry.trunc().to_string()).collect()
+    }
+
     /// Whether a client at this address may come in. An IPv4 client of a dual-stack socket is one
     /// of IPv4.
     #[must_use]
@@ -115,6 +121,12 @@ mod tests {
         assert!(admits(&["0.0.0.0/0"], false, "8.8.8.8"));
         assert!(!admits(&["0.0.0.0/0"], false, "::1"));
         assert!(admits(&["::ffff:192.0.2.0/120"], false, "192.0.2.9"));
+    }
+
+    #[test]
+    fn entries_are_told_in_their_plainest_form() {
+        let told = Acl::parse(&["192.0.2.77/24", "::1", "::ffff:192.0.2.9/120"], false).unwrap();
+        assert_eq!(told.entries(), ["192.0.2.0/24", "::1/128", "192.0.2.0/24"]);
     }
 
     #[test]

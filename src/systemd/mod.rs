@@ -11,6 +11,7 @@ pub mod message_id;
 pub mod notify;
 pub mod sockets;
 pub mod store;
+pub mod unit;
 
 pub use journal::Verbosity;
 pub use notify::Notifier;
