@@ -45,7 +45,7 @@ const SUFFIX: &str = ".conf";
 /// Longer ones are not read. Bytes; an access control list of 10,000 entries is shorter.
 const CONFIGURATION_BYTES_MAX: u64 = 1 << 20;
 
-/// `StateDirectory=` and `WorkingDirectory=` of the services.
+/// `StateDirectory=` of the services.
 const STATE: &str = "/var/lib/flexnbd";
 /// How many clients the units themselves provide for.
 const CLIENTS_PROVIDED_FOR: usize = 1024;
@@ -297,7 +297,7 @@ enum Image {
 impl Image {
     fn of(settings: &Settings) -> Result<Self, String> {
         let path = settings.file.as_deref().ok_or("there is no FILE=")?;
-        let path = plain(&Path::new(STATE).join(path)).map_err(|why| format!("FILE: {why}"))?;
+        let path = plain(path).map_err(|why| format!("FILE: {why}"))?;
         if path.starts_with("/dev/") && !path.starts_with("/dev/shm/") {
             return Ok(Self::Device(path));
         }
@@ -371,7 +371,7 @@ mod tests {
 
     /// What `ListenStream=` becomes, and the complaint.
     fn listens(text: &str) -> (Option<String>, Option<String>) {
-        let made = made_of(&format!("FILE=a.img\n{text}"));
+        let made = made_of(&format!("FILE=/a.img\n{text}"));
         let settings = settings(&made, SOCKET);
         if settings.is_empty() {
             return (None, made.complaint);
@@ -454,7 +454,6 @@ mod tests {
         let mounts = |at| format!("RequiresMountsFor=\"{at}\"");
         let inside = mounts("/var/lib/flexnbd");
         assert_eq!(access("/var/lib/flexnbd/a.img"), ["[Unit]", &inside]);
-        assert_eq!(access("a.img"), ["[Unit]", &inside], "relative to the working directory");
         let service = |at| format!("ReadWritePaths=\"-{at}\"");
         for (file, at) in [
             ("/srv/disks//./a.img", "/srv/disks"),
@@ -510,6 +509,7 @@ mod tests {
     fn a_file_that_no_unit_can_name_is_complained_about() {
         for (file, why) in [
             ("FILE=/srv/../a", "FILE: /srv/../a: a path with .. in it cannot be in a unit"),
+            ("FILE=a.img", "FILE: a.img: a path in a unit begins with /"),
             ("FILE=/srv/\u{1}/a", "such characters cannot be in a unit"),
             ("", "there is no FILE="),
         ] {
@@ -521,7 +521,7 @@ mod tests {
 
     #[test]
     fn the_fd_store_has_room_for_as_many_clients_as_may_come() {
-        let made = |clients| made_of(&format!("FILE=a\nMAX_CLIENTS={clients}"));
+        let made = |clients| made_of(&format!("FILE={STATE}/a\nMAX_CLIENTS={clients}"));
         assert!(!made(1024).files[SERVICE].contains("[Service]"), "the unit provides for them");
         let made = made(1025);
         let expected = ["FileDescriptorStoreMax=1026", "Environment=FDSTORE=1026", "TasksMax=1089"];
@@ -532,7 +532,7 @@ mod tests {
     #[test]
     fn an_acl_is_a_filter_only_if_asked_for() {
         let filter = |text| {
-            let made = made_of(&format!("FILE=a\n{text}"));
+            let made = made_of(&format!("FILE=/a\n{text}"));
             settings(&made, SOCKET).join(" ")
         };
         assert_eq!(filter("ACL=::1"), "");
@@ -545,7 +545,7 @@ mod tests {
 
     #[test]
     fn autostart_wants_the_service_or_its_sockets() {
-        let links = |autostart| made_of(&format!("FILE=a\nAUTOSTART={autostart}")).links;
+        let links = |autostart| made_of(&format!("FILE=/a\nAUTOSTART={autostart}")).links;
         let link =
             |path: &str, to: &str| (path.to_owned(), format!("/usr/lib/systemd/system/{to}"));
         let sockets = [

@@ -1,7 +1,7 @@
 //! What goes into unit files (systemd.syntax(7)), and a word to the log for a program that runs
 //! before there is one. Never reads or writes a unit.
 
-use libsystemd::logging::{Priority, journal_print};
+use libsystemd::logging::{Priority, journal_send};
 use libsystemd::unit::escape_path;
 use std::env;
 use std::fs::OpenOptions;
@@ -10,6 +10,8 @@ use std::path::{Component, Path, PathBuf};
 
 /// Set for generators by the service manager that runs them (systemd.generator(7)).
 const SCOPE_VARIABLE: &str = "SYSTEMD_SCOPE";
+/// Who says it, in the journal.
+const IDENTIFIER: &str = "SYSLOG_IDENTIFIER";
 /// Where the log is before the journal is there (and no place at all in a container).
 const KERNEL_LOG: &str = "/dev/kmsg";
 
@@ -28,9 +30,12 @@ pub fn device_unit(path: &str) -> String {
 /// An absolute path in its shortest form.
 ///
 /// # Errors
-/// Why no unit can name it: units take no `..` and no control characters.
+/// Why no unit can name it: units take no relative paths, no `..` and no control characters.
 pub fn plain(path: &Path) -> Result<String, String> {
     let refused = |why| Err(format!("{}: {why}", path.display()));
+    if !path.is_absolute() {
+        return refused("a path in a unit begins with /");
+    }
     if path.components().any(|part| part == Component::ParentDir) {
         return refused("a path with .. in it cannot be in a unit");
     }
@@ -57,15 +62,15 @@ pub fn unspecific(text: &str) -> String {
 /// Says something to whoever started this program: on stderr, or, since nobody sees a generator's
 /// stderr, in the journal or the kernel's log.
 pub fn warn(program: &str, line: &str) {
-    let line = format!("{program}: {line}");
+    let fields = [(IDENTIFIER, program)].into_iter();
     let told = if env::var_os(SCOPE_VARIABLE).is_none() {
-        writeln!(io::stderr(), "{line}")
-    } else if journal_print(Priority::Warning, &line).is_ok() {
+        writeln!(io::stderr(), "{program}: {line}")
+    } else if journal_send(Priority::Warning, line, fields).is_ok() {
         Ok(())
     } else {
-        let level = Priority::Warning as u8;
+        let line = format!("<{}>{program}: {line}\n", Priority::Warning as u8);
         let kernel_log = OpenOptions::new().write(true).open(KERNEL_LOG);
-        kernel_log.and_then(|mut log| log.write_all(format!("<{level}>{line}\n").as_bytes()))
+        kernel_log.and_then(|mut log| log.write_all(line.as_bytes()))
     };
     // Nobody is left to be told that nothing can be said.
     drop(told);
@@ -94,6 +99,7 @@ mod tests {
     #[test]
     fn paths_are_as_short_as_can_be_and_have_nothing_odd_in_them() {
         assert_eq!(plain(Path::new("/a//./b c/")), Ok("/a/b c".to_owned()));
+        assert_eq!(plain(Path::new("a")), Err("a: a path in a unit begins with /".to_owned()));
         for path in ["/a/../b", "/a\nb", "/a\u{7f}"] {
             let why = plain(Path::new(path)).unwrap_err();
             assert!(why.ends_with("cannot be in a unit"), "{why}");
