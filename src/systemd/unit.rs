@@ -68,9 +68,11 @@ pub fn warn(program: &str, line: &str) {
     } else if journal_send(Priority::Warning, line, fields).is_ok() {
         Ok(())
     } else {
-        let line = format!("<{}>{program}: {line}\n", Priority::Warning as u8);
+        let marked = format!("<{}>{program}: {line}\n", Priority::Warning as u8);
         let kernel_log = OpenOptions::new().write(true).open(KERNEL_LOG);
-        kernel_log.and_then(|mut log| log.write_all(line.as_bytes()))
+        // Of which a container has none.
+        let told = kernel_log.and_then(|mut log| log.write_all(marked.as_bytes()));
+        told.or_else(|_| writeln!(io::stderr(), "{program}: {line}"))
     };
     // Nobody is left to be told that nothing can be said.
     drop(told);
