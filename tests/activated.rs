@@ -5,9 +5,13 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "activated/idle.rs"]
+mod idle;
 #[path = "activated/manager.rs"]
 mod manager;
 #[path = "activated/refusing.rs"]
 mod refusing;
 #[path = "activated/restart.rs"]
 mod restart;
+#[path = "activated/stuck.rs"]
+mod stuck;

@@ -46,6 +46,7 @@ const PURE: &[&str] = &[
     "control/reply.rs",
     "control/status.rs",
     "control/summary.rs",
+    "daemon/idle.rs",
     "cli/config.rs",
     "cli/settings.rs",
     "cli/size.rs",

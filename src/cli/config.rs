@@ -13,7 +13,7 @@
 //! Space around keys and values does not count. A value may stand in `'` or `"`, which are taken
 //! off; nothing inside is special. Switches are `yes true on 1` or `no false off 0`.
 
-use super::settings::{Autostart, Settings, parse_acl_entry, parse_max_clients};
+use super::settings::{Autostart, Settings, parse_acl_entry, parse_idle_exit, parse_max_clients};
 use super::size::parse_create;
 use super::uri::parse_export;
 use crate::net::parse_port;
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 
 /// Every key, named like the long option: in capitals, with `_` for `-`. The last ones have no
 /// option, since they are about the units of the service and not about the process.
-pub const KEYS: [&str; 14] = [
+pub const KEYS: [&str; 15] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -34,6 +34,7 @@ pub const KEYS: [&str; 14] = [
     "EXPORT",
     "OLDSTYLE",
     "MAX_CLIENTS",
+    "IDLE_EXIT",
     "ACL",
     "AUTOSTART",
     "IP_FILTER",
@@ -150,6 +151,7 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "EXPORT" => settings.export = Some(parse_export(value).map_err(said)?),
         "OLDSTYLE" => settings.oldstyle = switch(value)?,
         "MAX_CLIENTS" => settings.max_clients = Some(parse_max_clients(value)?),
+        "IDLE_EXIT" => settings.idle_exit = Some(parse_idle_exit(value)?),
         "ACL" => settings.acl = entries(value)?,
         "AUTOSTART" => settings.autostart = Some(autostart(value)?),
         "IP_FILTER" => settings.ip_filter = switch(value)?,
@@ -257,8 +259,8 @@ mod tests {
     #[test]
     fn every_key_is_taken() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
-            KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nMAX_CLIENTS=3\nACL=::/0\n\
-            AUTOSTART=on-demand\nIP_FILTER=yes\n";
+            KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nMAX_CLIENTS=3\n\
+            IDLE_EXIT=60\nACL=::/0\nAUTOSTART=on-demand\nIP_FILTER=yes\n";
         let expected = Settings {
             addr: Some("::1".parse().unwrap()),
             port: Some(7),
@@ -271,6 +273,7 @@ mod tests {
             export: Some("disk".to_owned()),
             oldstyle: true,
             max_clients: Some(3),
+            idle_exit: Some(60),
             acl: vec!["::/0".to_owned()],
             autostart: Some(Autostart::OnDemand),
             ip_filter: true,
@@ -408,6 +411,7 @@ mod tests {
             ("CREATE=1P", "CREATE: `1P` is not a number of bytes"),
             ("CREATE=1", "CREATE: `1` is not between 512 and"),
             ("MAX_CLIENTS=0", "MAX_CLIENTS: `0` is not a number from 1"),
+            ("IDLE_EXIT=0", "IDLE_EXIT: `0` is not a number of seconds from 1"),
             ("READ_ONLY=maybe", "READ_ONLY: `maybe` is neither yes nor no"),
             ("DEFAULT_DENY=", "DEFAULT_DENY: `` is neither yes nor no"),
         ] {

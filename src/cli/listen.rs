@@ -54,7 +54,7 @@ pub struct ListenFlags {
         long,
         value_name = "FILE",
         help = "Read settings from this file, which may be that of serve: KEY=VALUE lines; flags \
-                win over it; KILLSWITCH, MAX_CLIENTS and READ_ONLY mean nothing here"
+                win over it; IDLE_EXIT, KILLSWITCH, MAX_CLIENTS and READ_ONLY mean nothing here"
     )]
     config: Option<PathBuf>,
 

@@ -12,6 +12,9 @@ use std::path::PathBuf;
 /// How many clients `--max-clients` may admit. Each has a thread and a few descriptors.
 pub const MAX_CLIENTS_RANGE: RangeInclusive<usize> = 1..=65_536;
 
+/// After how many seconds with nothing to do `--idle-exit` may end the process; a year at most.
+pub const IDLE_EXIT_RANGE: RangeInclusive<u64> = 1..=365 * 24 * 3600;
+
 /// Everything that both the flags of `serve` and a configuration file can say.
 ///
 /// Each long option is also a key of the file, in capitals and with `_` for `-`.
@@ -61,6 +64,10 @@ pub struct Settings {
     /// Admit at most N clients at once [default: 128]
     #[arg(long, value_name = "N", value_parser = parse_max_clients)]
     pub max_clients: Option<usize>,
+
+    /// End when there has been neither a client nor a migration for so long
+    #[arg(long, value_name = "SECONDS", value_parser = parse_idle_exit)]
+    pub idle_exit: Option<u64>,
 
     /// Addresses of clients to admit, IPv4 or IPv6, each with an optional /PREFIX
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
@@ -115,6 +122,7 @@ impl Settings {
             export: self.export.or(below.export),
             oldstyle: self.oldstyle || below.oldstyle,
             max_clients: self.max_clients.or(below.max_clients),
+            idle_exit: self.idle_exit.or(below.idle_exit),
             acl: if self.acl.is_empty() { below.acl } else { self.acl },
             autostart: self.autostart.or(below.autostart),
             ip_filter: self.ip_filter || below.ip_filter,
@@ -125,7 +133,7 @@ impl Settings {
     /// that are about serving a disk that is ours are passed over, not refused.
     #[must_use]
     pub fn to_listen(self) -> Self {
-        Self { killswitch: false, read_only: false, max_clients: None, ..self }
+        Self { killswitch: false, read_only: false, max_clients: None, idle_exit: None, ..self }
     }
 
     /// Where to listen; none if neither address nor port is given.
@@ -157,6 +165,17 @@ pub fn parse_max_clients(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|number| MAX_CLIENTS_RANGE.contains(number)).ok_or_else(|| {
         let (least, most) = (MAX_CLIENTS_RANGE.start(), MAX_CLIENTS_RANGE.end());
         format!("`{text}` is not a number from {least} to {most}")
+    })
+}
+
+/// `--idle-exit`: a number of seconds within [`IDLE_EXIT_RANGE`].
+///
+/// # Errors
+/// A sentence for the operator.
+pub fn parse_idle_exit(text: &str) -> Result<u64, String> {
+    text.parse().ok().filter(|number| IDLE_EXIT_RANGE.contains(number)).ok_or_else(|| {
+        let (least, most) = (IDLE_EXIT_RANGE.start(), IDLE_EXIT_RANGE.end());
+        format!("`{text}` is not a number of seconds from {least} to {most}")
     })
 }
 
@@ -195,6 +214,7 @@ mod tests {
             export: Some(word.to_owned()),
             oldstyle: true,
             max_clients: Some(number.into()),
+            idle_exit: Some(number.into()),
             acl: vec![word.to_owned()],
             autostart: Some(if word == "above" { Autostart::Yes } else { Autostart::No }),
             ip_filter: true,
@@ -230,6 +250,16 @@ mod tests {
             unfit.to_string(),
             "--addr and --port: /x is the path of a unix socket, which has no port"
         );
+    }
+
+    #[test]
+    fn idling_ends_after_a_second_at_the_earliest_and_a_year_at_the_latest() {
+        assert_eq!(parse_idle_exit("1"), Ok(1));
+        assert_eq!(parse_idle_exit("31536000"), Ok(31_536_000));
+        for text in ["0", "31536001", "", "never", "-1", "1s"] {
+            let error = parse_idle_exit(text).unwrap_err();
+            assert_eq!(error, format!("`{text}` is not a number of seconds from 1 to 31536000"));
+        }
     }
 
     #[test]

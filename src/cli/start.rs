@@ -9,6 +9,7 @@ use crate::server::acl::Acl;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A process to be started, as far as the command line tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,6 +89,7 @@ impl Start {
             oldstyle: settings.oldstyle,
             control: settings.sock,
             killswitch: settings.killswitch,
+            idle_exit: settings.idle_exit.map(Duration::from_secs),
             admission: Admission { acl, clients_max },
         })
     }
@@ -139,6 +141,7 @@ mod tests {
             oldstyle: false,
             control: None,
             killswitch: false,
+            idle_exit: None,
             admission: Admission { acl: Acl::default(), clients_max: 128 },
         };
         assert_eq!(serve(file("/a"), None).plan(), Ok(expected));
@@ -147,7 +150,8 @@ mod tests {
     #[test]
     fn everything_said_is_in_the_plan() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
-            READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nMAX_CLIENTS=3\nACL=::1\n";
+            READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\n\
+            ACL=::1\n";
         let expected = Plan {
             role: Role::Serve,
             address: Some(Address::Tcp("[::]:7".parse().unwrap())),
@@ -158,6 +162,7 @@ mod tests {
             oldstyle: true,
             control: Some("/b".into()),
             killswitch: true,
+            idle_exit: Some(Duration::from_secs(60)),
             admission: Admission { acl: Acl::parse(&["::1"], true).unwrap(), clients_max: 3 },
         };
         let asked = serve(Settings::default(), Some("disk.conf"));
@@ -166,13 +171,14 @@ mod tests {
 
     #[test]
     fn one_file_feeds_serve_and_listen_and_listen_passes_over_what_makes_no_sense_for_it() {
-        let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n";
+        let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n\
+            IDLE_EXIT=60\n";
         let role = Role::Listen { overwrite: true };
         let start = Start { role, ..serve(Settings::default(), Some("disk.conf")) };
         let plan = start.plan_with(Some(text)).unwrap();
         let admission = Admission { acl: Acl::parse(&["::1"], false).unwrap(), clients_max: 128 };
         assert_eq!((plan.role, plan.export.as_str(), plan.admission), (role, "disk", admission));
-        assert_eq!((plan.killswitch, plan.read_only), (false, false));
+        assert_eq!((plan.killswitch, plan.read_only, plan.idle_exit), (false, false, None));
     }
 
     #[test]

@@ -7,6 +7,8 @@
 //! ```
 
 mod carry;
+mod idle;
+mod lookout;
 mod moving;
 mod operator;
 mod plan;
@@ -26,8 +28,11 @@ use crate::migration::source::Desk;
 use crate::migration::wire::Token;
 use crate::net::Listener;
 use crate::server::reception::Reception;
+use crate::server::watch::Watch;
 use crate::server::{Luggage, Opening, STALL_LIMIT, Server, Settings, Style};
-use crate::systemd::{Inherited, Notifier, Store, sockets};
+use crate::systemd::{Inherited, Notifier, Store, message_id, sockets};
+use idle::Idle;
+use lookout::{Lookout, Orders};
 use moving::Ground;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
@@ -56,6 +61,12 @@ enum Event {
     Migrated(Outcome),
     /// What has become of the incoming disk.
     Incoming(Fate),
+    /// A client has come or gone.
+    Clients,
+    /// An order has been obeyed.
+    Obeyed,
+    /// Nobody can be let in any more, for this reason.
+    NotAccepting(String),
 }
 
 /// Everything that is open while the process runs.
@@ -82,7 +93,8 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
         Ok(None) => Ok(Ending::Well),
         Ok(Some((house, arrivals))) => {
             drop(doorstep);
-            let ending = house.wait(&arrivals, plan.role);
+            let idle = Idle::new(plan.idle_exit, Instant::now());
+            let ending = house.wait(&arrivals, plan.role, idle);
             let goes_on = plan.role == Role::Serve && house.disk.is_flawless();
             house.close(goes_on);
             Ok(last_word(ending, &arrivals))
@@ -122,12 +134,14 @@ fn begin(
     let told = addresses(&listeners);
     let doing = if departures.is_some() { "serving" } else { "receiving" };
     info!("{doing} {} ({} bytes) on {told}", plan.image.display(), disk.size());
-    let server = start(plan, &disk, reception, listeners, luggage)?;
+    let watch = Arc::new(Lookout(events.clone()));
+    let server = start(plan, &disk, reception, listeners, luggage, watch)?;
     let size = disk.size();
     let ownership = title::told(plan, departures.as_ref().map(|moving| moving.ground.title));
     let server = Mutex::new(server);
     let vigil = Vigil::default();
-    let service = Arc::new(Service { size, server, reread, departures, ownership, vigil });
+    let orders = Orders::new(events.clone());
+    let service = Arc::new(Service { size, server, reread, departures, ownership, vigil, orders });
     let opened = answer_operators(control, &service)
         .and_then(|control| watch_signals(doorstep.signals, events).map(|()| control));
     // Whoever refuses clients now has to have the sockets for himself.
@@ -152,26 +166,47 @@ fn last_word(ending: Ending, arrivals: &Receiver<Event>) -> Ending {
 
 impl House {
     /// Waits for the event that ends the process.
-    fn wait(&self, arrivals: &Receiver<Event>, role: Role) -> Ending {
+    fn wait(&self, arrivals: &Receiver<Event>, role: Role, mut idle: Idle) -> Ending {
         loop {
+            let due = idle.due(self.is_busy());
+            if due.is_some_and(|due| due <= Instant::now()) {
+                if self.service.close_if_idle() {
+                    info!(message_id = message_id::STOPPING, "stopping: there is nothing to do");
+                    return Ending::Well;
+                }
+                // Somebody is just coming in.
+                idle.stir(Instant::now());
+                continue;
+            }
             // The channel cannot close: the thread that watches signals has its other end.
-            match arrivals.recv() {
-                Ok(Event::Stop(signal)) => return self.interrupted(signal, role, arrivals),
-                Ok(Event::Migrated(outcome)) => {
+            match next(arrivals, due) {
+                Some(Event::Stop(signal)) => return self.interrupted(signal, role, arrivals),
+                Some(Event::Migrated(outcome)) => {
                     self.service.vigil.migration_over();
                     if let Some(ending) = migrated(&outcome) {
                         return ending;
                     }
+                    idle.stir(Instant::now());
                     tell(self.notifier.status("serving; the last migration did not happen"));
                 }
-                Ok(Event::Incoming(Fate::Arrived)) => {
+                Some(Event::Incoming(Fate::Arrived)) => {
                     info!("the disk has arrived");
                     return Ending::Well;
                 }
-                Ok(Event::Incoming(Fate::Failed(why))) => return Ending::Badly(why),
-                Err(_) => return Ending::Well,
+                Some(Event::Incoming(Fate::Failed(why))) => return Ending::Badly(why),
+                Some(Event::Clients) => idle.stir(Instant::now()),
+                Some(Event::NotAccepting(why)) => {
+                    return Ending::Badly(format!("no longer accepting clients: {why}"));
+                }
+                Some(Event::Obeyed) | None => {}
             }
         }
+    }
+
+    /// Whether there is a client, a migration or an order.
+    fn is_busy(&self) -> bool {
+        let migrates = || self.service.desk().is_some_and(|desk| desk.outcome().is_none());
+        self.service.server().clients() > 0 || self.service.orders.count() > 0 || migrates()
     }
 
     fn interrupted(&self, signal: Signal, role: Role, arrivals: &Receiver<Event>) -> Ending {
@@ -199,7 +234,7 @@ impl House {
                     let interrupted = format!("received {signal} while the disk was being moved");
                     return migrated(&outcome).unwrap_or(Ending::Badly(interrupted));
                 }
-                Ok(Event::Stop(_) | Event::Incoming(_)) => {}
+                Ok(_) => {}
                 Err(_) => {
                     return Ending::Badly(format!(
                         "received {signal} while the disk was being handed over; its record tells \
@@ -224,6 +259,14 @@ impl House {
             }
             _ => server.stop(GRACE),
         }
+    }
+}
+
+/// The next event; none at that time, if there is one.
+fn next(arrivals: &Receiver<Event>, at: Option<Instant>) -> Option<Event> {
+    match at {
+        None => arrivals.recv().ok(),
+        Some(at) => arrivals.recv_timeout(at.saturating_duration_since(Instant::now())).ok(),
     }
 }
 
@@ -377,6 +420,7 @@ fn start(
     reception: Arc<dyn Reception>,
     listeners: Vec<Listener>,
     luggage: Luggage,
+    watch: Arc<dyn Watch>,
 ) -> Result<Server, Refusal> {
     let luggage = if plan.role == Role::Serve { luggage } else { Luggage::default() };
     let settings = Settings {
@@ -394,6 +438,7 @@ fn start(
         clients_max,
         settings,
         luggage,
+        watch,
     };
     Server::start(opening).map_err(|error| Refusal::System("start serving", error))
 }

@@ -2,6 +2,7 @@
 //! Called from the control socket's threads; never waits for a client.
 
 use super::lock;
+use super::lookout::Orders;
 use super::moving::{self, Ground};
 use super::plan::{Admission, Reread};
 use crate::control::command::Mirror;
@@ -23,6 +24,7 @@ pub(super) struct Service {
     /// The name of the image's record while no migration changes it.
     pub(super) ownership: Box<dyn Fn() -> &'static str + Send + Sync>,
     pub(super) vigil: Vigil,
+    pub(super) orders: Arc<Orders>,
 }
 
 /// Lets operators wait for the end of a migration, but not beyond that of the process.
@@ -81,6 +83,12 @@ impl Service {
     /// The migration that was begun last, over or not.
     pub(super) fn desk(&self) -> Option<Arc<Desk>> {
         self.departures.as_ref().and_then(|departures| lock(&departures.desk).clone())
+    }
+
+    /// Lets neither clients nor orders in any more, if there are none.
+    pub(super) fn close_if_idle(&self) -> bool {
+        let door = self.server().door();
+        self.orders.close_if_none(|| door.close_if_empty())
     }
 
     fn status(&self) -> Status {
@@ -158,6 +166,9 @@ impl Service {
 
 impl Operator for Service {
     fn obey(&self, command: Command, _from: Credentials) -> Reply {
+        let Some(_obeying) = self.orders.begin() else {
+            return Reply::refused("the server is stopping");
+        };
         match command {
             Command::Status => Reply::success(self.status().to_string()),
             Command::Acl { entries } => self.set_acl(&entries),

@@ -8,6 +8,7 @@ use crate::server::acl::Acl;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Everything that was decided before a disk is served or received.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +31,8 @@ pub struct Plan {
     pub control: Option<PathBuf>,
     /// End clients that make no progress.
     pub killswitch: bool,
+    /// End when there has been neither a client nor a migration for so long.
+    pub idle_exit: Option<Duration>,
     /// Who may connect.
     pub admission: Admission,
 }

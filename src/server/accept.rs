@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 /// Stack of a session's thread in bytes; its buffers are elsewhere.
 const STACK: usize = 256 << 10;
@@ -23,6 +23,7 @@ const SCARCITY: Duration = Duration::from_secs(1);
 pub(super) fn accept_clients(shared: &Arc<Shared>, listeners: &[Listener]) {
     let mut scarce_until: Option<Instant> = None;
     while !shared.roster.is_closed() {
+        shared.roster.knocks.answer();
         let now = Instant::now();
         let pause = shared.roster.full_until().max(scarce_until).filter(|until| now < *until);
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![shared.roster.bell.as_fd()];
@@ -31,7 +32,7 @@ pub(super) fn accept_clients(shared: &Arc<Shared>, listeners: &[Listener]) {
         }
         let ready = match wait_readable(&descriptors, pause) {
             Ok(ready) => ready,
-            Err(error) => return error!("no longer accepting clients: {error}"),
+            Err(error) => return shared.roster.watch.accepting_failed(&error),
         };
         if ready[0] {
             shared.roster.bell.clear();
@@ -44,6 +45,7 @@ pub(super) fn accept_clients(shared: &Arc<Shared>, listeners: &[Listener]) {
 
 /// Lets one client in. Returns until when to wait, if the process has no descriptor left.
 fn accept(shared: &Arc<Shared>, listener: &Listener) -> Option<Instant> {
+    let _arriving = shared.roster.expect()?;
     match listener.accept() {
         Ok((stream, peer)) => {
             match shared.roster.admit(peer, Instant::now()) {

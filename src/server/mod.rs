@@ -24,6 +24,7 @@ mod stall;
 #[cfg(test)]
 mod tests;
 mod transmission;
+pub mod watch;
 mod work;
 
 use crate::disk::Disk;
@@ -40,6 +41,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use tracing::{error, warn};
+use watch::{Door, Watch};
 
 /// Clients at once, unless the operator says otherwise (`--max-clients`).
 pub const CLIENTS_MAX: usize = 128;
@@ -115,6 +117,8 @@ pub struct Opening<'a> {
     pub settings: Settings,
     /// The sessions that another process has packed up, to go on with.
     pub luggage: Luggage,
+    /// Who is told what happens.
+    pub watch: Arc<dyn Watch>,
 }
 
 #[cfg(test)]
@@ -130,6 +134,7 @@ impl Opening<'static> {
             clients_max: 4,
             settings: Settings::default(),
             luggage: Luggage::default(),
+            watch: Arc::new(watch::Nobody),
         }
     }
 }
@@ -151,15 +156,15 @@ impl Server {
     /// # Errors
     /// When there is no descriptor or thread left.
     pub fn start(opening: Opening<'_>) -> io::Result<Self> {
-        let Opening { listeners, disk, reception, name, acl, clients_max, settings, luggage } =
-            opening;
+        let Opening { listeners, disk, reception, name, .. } = opening;
+        let Opening { acl, clients_max, settings, luggage, watch, .. } = opening;
         let capacity = Capacity {
             sessions: clients_max,
             handshakes: HANDSHAKES_MAX,
             patience: HANDSHAKE_PATIENCE,
         };
         let export = export(&disk, name);
-        let roster = Roster::new(capacity, acl)?;
+        let roster = Roster::new(capacity, acl, watch)?;
         let shared = Arc::new(Shared { disk, export, settings, reception, roster });
         // First those who were here before: newcomers get numbers beyond theirs.
         resume(&shared, luggage);
@@ -199,6 +204,12 @@ impl Server {
     pub fn readmit(&self, acl: Acl, clients_max: usize) {
         self.shared.roster.readmit(acl, clients_max);
         self.shared.disk.gate().nudge();
+    }
+
+    /// The door that clients come in by.
+    #[must_use]
+    pub fn door(&self) -> Door {
+        Door(Arc::clone(&self.shared.roster))
     }
 
     /// How to end all sessions from elsewhere.

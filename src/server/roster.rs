@@ -4,6 +4,7 @@
 use super::acl::{Acl, BadEntry};
 use super::carry::Carried;
 use super::orders::{Order, Orders};
+use super::watch::{Knocks, Watch};
 use crate::net::{Peer, Stream, Wake};
 use std::collections::BTreeMap;
 use std::io;
@@ -30,6 +31,9 @@ pub(super) struct Roster {
     left: Condvar,
     /// Rung whenever somebody leaves, finishes the handshake, or the server is to stop.
     pub(super) bell: Wake,
+    /// Hears of everybody who comes and goes.
+    pub(super) watch: Arc<dyn Watch>,
+    pub(super) knocks: Knocks,
 }
 
 #[derive(Debug)]
@@ -39,10 +43,22 @@ struct Inner {
     /// Nobody is accepted any more; who has been may still come in.
     closed: bool,
     stopping: bool,
+    /// Somebody is being accepted who has no place yet.
+    arriving: bool,
     next_id: u64,
     entries: Entries,
     /// What those who were told to pack up have handed in.
     parcels: Vec<Parcel>,
+}
+
+/// Somebody is being accepted; over when this is dropped.
+#[derive(Debug)]
+pub(super) struct Arriving<'a>(&'a Roster);
+
+impl Drop for Arriving<'_> {
+    fn drop(&mut self) {
+        self.0.lock().arriving = false;
+    }
 }
 
 /// A session packed up, and its connection.
@@ -98,14 +114,44 @@ pub(super) struct Seat {
 }
 
 impl Roster {
-    pub(super) fn new(capacity: Capacity, acl: Acl) -> io::Result<Arc<Self>> {
-        let sessions_max = capacity.sessions;
-        let entries = BTreeMap::new();
-        let (closed, stopping) = (false, false);
-        let parcels = Vec::new();
-        let inner = Inner { acl, sessions_max, closed, stopping, next_id: 1, entries, parcels };
-        let (inner, left) = (Mutex::new(inner), Condvar::new());
-        Ok(Arc::new(Self { capacity, inner, left, bell: Wake::new()? }))
+    pub(super) fn new(
+        capacity: Capacity,
+        acl: Acl,
+        watch: Arc<dyn Watch>,
+    ) -> io::Result<Arc<Self>> {
+        let inner = Inner {
+            acl,
+            sessions_max: capacity.sessions,
+            closed: false,
+            stopping: false,
+            arriving: false,
+            next_id: 1,
+            entries: BTreeMap::new(),
+            parcels: Vec::new(),
+        };
+        let (inner, left, knocks) = (Mutex::new(inner), Condvar::new(), Knocks::default());
+        Ok(Arc::new(Self { capacity, inner, left, bell: Wake::new()?, watch, knocks }))
+    }
+
+    /// To be held while a client is accepted, until it has a place or has been refused one. None
+    /// when nobody is accepted any more.
+    pub(super) fn expect(&self) -> Option<Arriving<'_>> {
+        let mut inner = self.lock();
+        if inner.closed || inner.stopping {
+            return None;
+        }
+        inner.arriving = true;
+        Some(Arriving(self))
+    }
+
+    /// Accepts nobody any more, if nobody is here or arriving. Returns whether that is so.
+    pub(super) fn close_if_empty(&self) -> bool {
+        let mut inner = self.lock();
+        inner.closed |= inner.entries.is_empty() && !inner.arriving;
+        let closed = inner.closed;
+        drop(inner);
+        self.bell.wake();
+        closed
     }
 
     /// A place for this client, or why there is none.
@@ -151,6 +197,7 @@ impl Roster {
         inner.next_id = inner.next_id.max(id.saturating_add(1));
         let entry = Entry { peer, orders: Arc::clone(&orders), greeting_since };
         inner.entries.insert(id, entry);
+        self.watch.clients_changed();
         Ok(Seat { roster: Arc::clone(self), id, orders })
     }
 
@@ -313,6 +360,7 @@ impl Drop for Seat {
         let mut inner = self.roster.lock();
         inner.entries.remove(&self.id);
         drop(inner);
+        self.roster.watch.clients_changed();
         self.roster.left.notify_all();
         self.roster.bell.wake();
     }
@@ -320,11 +368,12 @@ impl Drop for Seat {
 
 #[cfg(test)]
 mod tests {
+    use super::super::watch::Nobody;
     use super::*;
 
     fn roster(sessions: usize, handshakes: usize, entries: &[&str]) -> Arc<Roster> {
         let capacity = Capacity { sessions, handshakes, patience: Duration::from_secs(1) };
-        Roster::new(capacity, Acl::parse(entries, false).unwrap()).unwrap()
+        Roster::new(capacity, Acl::parse(entries, false).unwrap(), Arc::new(Nobody)).unwrap()
     }
 
     fn peer(address: &str) -> Peer {
@@ -380,6 +429,22 @@ mod tests {
         assert_eq!(goes.orders.current(), Order::NotAdmitted);
         assert_eq!((stays.orders.current(), unix.orders.current()), (Order::Serve, Order::Serve));
         assert_eq!(roster.admit(peer("192.0.2.2"), now).unwrap_err(), Refused::Acl);
+    }
+
+    #[test]
+    fn only_an_empty_house_that_nobody_enters_is_closed() {
+        let roster = roster(9, 9, &[]);
+        let seat = roster.admit(peer("192.0.2.1"), Instant::now()).unwrap();
+        assert!(!roster.close_if_empty(), "somebody is here");
+        drop(seat);
+        let arriving = roster.expect().unwrap();
+        assert!(!roster.close_if_empty(), "somebody is coming in");
+        let seat = roster.admit(peer("192.0.2.1"), Instant::now()).unwrap();
+        drop(arriving);
+        assert!(!roster.close_if_empty() && !roster.is_closed());
+        drop(seat);
+        assert!(roster.close_if_empty() && roster.is_closed());
+        assert!(roster.expect().is_none());
     }
 
     #[test]

@@ -463,3 +463,36 @@ fn a_disk_that_is_gone_closes_sessions_without_an_answer() {
     assert!(matches!(client.flush(), Err(ClientError::Connection(_))));
     fixture.wait_for_clients(0);
 }
+
+#[test]
+fn whoever_lets_clients_in_answers_a_knock() {
+    let fixture = plain();
+    let door = fixture.server.door();
+    assert_eq!(door.answered(), 0);
+    for number in [1, 2] {
+        door.knock(number);
+        let deadline = Instant::now() + PATIENCE;
+        while door.answered() != number {
+            assert!(Instant::now() < deadline, "no answer");
+            thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn a_door_that_is_closed_while_nobody_is_there_stays_closed() {
+    let mut fixture = plain();
+    let client = fixture.client();
+    let door = fixture.server.door();
+    assert!(!door.close_if_empty());
+    drop(client);
+    let deadline = Instant::now() + PATIENCE;
+    while !door.close_if_empty() {
+        assert!(Instant::now() < deadline, "it does not close");
+        thread::yield_now();
+    }
+    let mut waiting = fixture.raw();
+    fixture.server.stop(PATIENCE);
+    // Nobody has accepted it: it would be the next process's, were the socket still there.
+    assert!(waiting.read(&mut [0]).map_or(true, |count| count == 0));
+}

@@ -215,6 +215,8 @@ fn the_ranges_of_options_are_those_of_the_program() {
     let (least, most) = (*settings::MAX_CLIENTS_RANGE.start(), *settings::MAX_CLIENTS_RANGE.end());
     let clients = [least, most, server::CLIENTS_MAX].map(|number| number as u64);
     assert_eq!(serve("Fl -max-clients Ar N"), clients);
+    let (least, most) = (*settings::IDLE_EXIT_RANGE.start(), *settings::IDLE_EXIT_RANGE.end());
+    assert_eq!(serve("Fl -idle-exit Ar SECONDS"), [0, least, most]);
     assert_eq!(serve("Fl -create Ar SIZE"), [*size::CREATE_RANGE.start()]);
     for mode in ["MODES/read", "MODES/write"] {
         let told = |item: &str| numbers(&page.item_text(mode, item));
