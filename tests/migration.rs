@@ -8,6 +8,8 @@ mod common;
 mod fixture;
 #[path = "migration/qemu.rs"]
 mod qemu;
+#[path = "migration/unlinked.rs"]
+mod unlinked;
 #[path = "migration/wire.rs"]
 mod wire;
 

@@ -5,7 +5,7 @@ use super::output;
 use super::start::read;
 use super::{config, operate};
 use crate::control::status::{self, OWNERSHIP};
-use crate::disk::ledger::{Ledger, state_directory};
+use crate::disk::ledger::{Ledger, LedgerError, gone, state_directory};
 use crate::disk::ownership::Record;
 use crate::disk::{OpenError, size_of};
 use std::env;
@@ -43,9 +43,14 @@ pub fn run(offline: &Offline) -> ExitCode {
 impl Offline {
     fn told(&self, state: &Path) -> Result<String, String> {
         let image = self.disk.image()?;
-        let size = size_of(&image).map_err(unfit)?;
-        let ledger = Ledger::open(&image, state).map_err(|error| error.to_string())?;
-        let record = ledger.peek().map_err(|error| error.to_string())?;
+        let said = |error: LedgerError| error.to_string();
+        let (size, record) = match size_of(&image) {
+            Ok(size) => (size, Ledger::open(&image, state).and_then(|l| l.peek()).map_err(said)?),
+            Err(error) => {
+                let last = gone(&image, state).map_err(said)?;
+                (0, Some(last.ok_or_else(|| unfit(error))?))
+            }
+        };
         let line = describe(&image, size, record.as_ref());
         operate::as_asked(&line, self.json)
     }

@@ -344,6 +344,7 @@ fn to_listen(
 }
 
 fn open(plan: &Plan) -> Result<Arc<Disk>, Refusal> {
+    title::to_create(plan)?;
     let access = Access { read_only: plan.read_only };
     let image = match plan.create {
         Some(size) => FileImage::create(&plan.image, size, access),

@@ -1,8 +1,8 @@
 //! Whose disk an image is, before anything is done with it.
 //! Reads the record, asks the other host where only that knows, and puts the record right.
 
-use super::plan::{Plan, Refusal};
-use crate::disk::ledger::{Ledger, state_directory};
+use super::plan::{Plan, Refusal, Role};
+use crate::disk::ledger::{Ledger, gone, state_directory};
 use crate::disk::ownership::{
     self, ForListen, ForServe, Id, Place, Record, Refusal as Denial, Title, for_listen, for_serve,
 };
@@ -12,6 +12,7 @@ use crate::migration::source;
 use crate::migration::wire::Question;
 use crate::net::Address;
 use std::env;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, SystemTime};
 use tracing::{info, warn};
@@ -23,15 +24,43 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 
 /// The ledger of the plan's image.
 pub(super) fn ledger(plan: &Plan) -> Result<Ledger, Refusal> {
-    let state = state_directory(env::var("STATE_DIRECTORY").ok().as_deref());
-    Ledger::open(&plan.image, &state).map_err(Refusal::Record)
+    let mut ledger = Ledger::open(&plan.image, &state()).map_err(Refusal::Record)?;
+    if plan.create.is_some() {
+        ledger.leave_note();
+    }
+    Ok(ledger)
+}
+
+fn state() -> PathBuf {
+    state_directory(env::var("STATE_DIRECTORY").ok().as_deref())
+}
+
+/// Whether an image that is not there may be made: not if it was deleted when it moved away, since
+/// clients would take an empty disk for theirs.
+pub(super) fn to_create(plan: &Plan) -> Result<(), Refusal> {
+    let is_missing = plan.create.is_some() && plan.role == Role::Serve && !plan.image.exists();
+    if !is_missing {
+        return Ok(());
+    }
+    match gone(&plan.image, &state()).map_err(Refusal::Record)? {
+        Some(Record::Departed { id, when, to }) => Err(Refusal::Ownership(format!(
+            "{} has moved to {to} and was deleted here (migration {id}, at {when} seconds since \
+             1970), so that it is not made anew, empty. Use it there; for an empty disk in its \
+             place make the file yourself, with truncate(1), say",
+            plan.image.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// By what title the image, of `size` bytes, may be served.
 pub(super) fn to_serve(plan: &Plan, ledger: &Ledger, size: u64) -> Result<Title, Refusal> {
     let record = ledger.read().map_err(Refusal::Record)?;
     match for_serve(record.as_ref()) {
-        ForServe::Serve(title) => Ok(title),
+        ForServe::Serve(title) => {
+            forget_note(ledger);
+            Ok(title)
+        }
         ForServe::Refuse(denial) => Err(denied(plan, &denial)),
         ForServe::Ask { id, to, before, unless } => match what_became_of(id, size, &to) {
             Fate::NotArrived => {
@@ -59,7 +88,17 @@ pub(super) fn to_listen(
     let record = ledger.read().map_err(Refusal::Record)?;
     match for_listen(record.as_ref(), overwrite) {
         ForListen::Refuse(denial) => Err(denied(plan, &denial)),
-        verdict => Ok(verdict),
+        verdict => {
+            forget_note(ledger);
+            Ok(verdict)
+        }
+    }
+}
+
+/// There is an image again: what became of the one before it does not matter any more.
+fn forget_note(ledger: &Ledger) {
+    if let Err(error) = ledger.forget_note() {
+        warn!("{error}");
     }
 }
 

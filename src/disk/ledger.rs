@@ -33,7 +33,12 @@ pub struct Ledger {
     path: PathBuf,
     /// Where the record is, if it is not an attribute.
     file: PathBuf,
+    /// Whether a deleted image leaves a note behind.
+    leaves_note: bool,
 }
+
+/// What follows the name of a record's file in that of a note about an image that was deleted.
+const NOTE: &str = ".departed";
 
 /// Why a record cannot be used.
 #[derive(Debug)]
@@ -75,11 +80,15 @@ impl Ledger {
     /// When there is no such image, or it cannot be read.
     pub fn open(path: &Path, state: &Path) -> Result<Self, LedgerError> {
         let failed = |source| LedgerError::Io { path: path.to_owned(), source };
-        // Links are not followed: /dev/mapper/disk stays what it is when /dev/dm-3 does not.
-        let absolute = std::path::absolute(path).map_err(failed)?;
+        let (absolute, file) = places(path, state)?;
         let image = OpenOptions::new().read(true).open(&absolute).map_err(failed)?;
-        let name = percent_encode(absolute.as_os_str().as_bytes(), PLAIN).to_string();
-        Ok(Self { image, path: absolute, file: state.join(name) })
+        Ok(Self { image, path: absolute, file, leaves_note: false })
+    }
+
+    /// From now on an image that is deleted leaves a note behind, for [`gone`]. For those who make
+    /// a missing image anew (`--create`): a disk that has moved away must not come back empty.
+    pub fn leave_note(&mut self) {
+        self.leaves_note = true;
     }
 
     /// The record, if there is one.
@@ -148,13 +157,27 @@ impl Ledger {
         }
     }
 
-    /// Deletes the image, durably, with its record.
+    /// Deletes the image, durably, with its record; `last`, if it is wanted, says in a note what
+    /// became of it.
     ///
     /// # Errors
     /// What the kernel says; a missing image counts as deleted.
-    pub fn unlink_image(&self) -> Result<(), LedgerError> {
+    pub fn unlink_image(&self, last: Option<&Record>) -> Result<(), LedgerError> {
+        if let Some(record) = last.filter(|_| self.leaves_note) {
+            // First: in between, the image's own record still tells what is going on.
+            write_durably(&self.beside(NOTE), record)?;
+        }
         remove_durably(&self.path)?;
         self.remove_file()
+    }
+
+    /// Removes the note about an image that was here before this one.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn forget_note(&self) -> Result<(), LedgerError> {
+        let note = self.beside(NOTE);
+        if note.exists() { remove_durably(&note) } else { Ok(()) }
     }
 
     /// Makes the record durable that is there now, in whichever place it is.
@@ -185,52 +208,89 @@ impl Ledger {
     }
 
     fn read_file(&self) -> Result<Option<Vec<u8>>, LedgerError> {
-        let failed = |source| LedgerError::Io { path: self.file.clone(), source };
-        let file = match File::open(&self.file) {
-            Ok(file) => file,
-            Err(error) if is_missing(&error) => return Ok(None),
-            Err(source) => return Err(failed(source)),
-        };
-        let mut bytes = Vec::new();
-        // One byte more than a record has, so that a longer one is seen to be damaged.
-        file.take(RECORD_MAX as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
-        Ok(Some(bytes))
+        read_bytes(&self.file)
     }
 
-    /// Under another name first: a crash leaves the old record or the new one, never half of one.
     fn write_file(&self, record: &Record) -> Result<(), LedgerError> {
-        let failed = |source| LedgerError::Io { path: self.file.clone(), source };
-        let directory = self.directory();
-        fs::create_dir_all(directory).map_err(failed)?;
-        let name = self.beside(".new");
-        let written = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&name)
-            .and_then(|mut file| {
-                file.write_all(record.encode().as_bytes())?;
-                file.sync_all()
-            });
-        written.and_then(|()| fs::rename(&name, &self.file)).map_err(failed)?;
-        sync_directory(directory).map_err(failed)
+        write_durably(&self.file, record)
     }
 
     fn directory(&self) -> &Path {
-        self.file.parent().unwrap_or(Path::new("/"))
+        directory_of(&self.file)
     }
 
-    /// The name of the record's file with something appended.
     fn beside(&self, suffix: &str) -> PathBuf {
-        let mut name = self.file.clone().into_os_string();
-        name.push(suffix);
-        name.into()
+        beside(&self.file, suffix)
     }
 
     fn remove_file(&self) -> Result<(), LedgerError> {
         if self.file.exists() { remove_durably(&self.file) } else { Ok(()) }
     }
+}
+
+/// The record that the image at `path` had at last, if it was deleted when it moved away, and has
+/// left a note; `state` as in [`Ledger::open`].
+///
+/// # Errors
+/// When the note cannot be read, or is none that we understand.
+pub fn gone(path: &Path, state: &Path) -> Result<Option<Record>, LedgerError> {
+    let (image, file) = places(path, state)?;
+    let bytes = read_bytes(&beside(&file, NOTE))?;
+    let decoded = bytes.as_deref().map(Record::decode).transpose();
+    decoded.map_err(|why| LedgerError::Bad { image, why })
+}
+
+/// The absolute path of an image, and where its record is if that is no attribute.
+fn places(path: &Path, state: &Path) -> Result<(PathBuf, PathBuf), LedgerError> {
+    // Links are not followed: /dev/mapper/disk stays what it is when /dev/dm-3 does not.
+    let absolute = std::path::absolute(path)
+        .map_err(|source| LedgerError::Io { path: path.to_owned(), source })?;
+    let name = percent_encode(absolute.as_os_str().as_bytes(), PLAIN).to_string();
+    Ok((absolute, state.join(name)))
+}
+
+fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>, LedgerError> {
+    let failed = |source| LedgerError::Io { path: path.to_owned(), source };
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if is_missing(&error) => return Ok(None),
+        Err(source) => return Err(failed(source)),
+    };
+    let mut bytes = Vec::new();
+    // One byte more than a record has, so that a longer one is seen to be damaged.
+    file.take(RECORD_MAX as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(Some(bytes))
+}
+
+/// Under another name first: a crash leaves the old record or the new one, never half of one.
+fn write_durably(path: &Path, record: &Record) -> Result<(), LedgerError> {
+    let failed = |source| LedgerError::Io { path: path.to_owned(), source };
+    let directory = directory_of(path);
+    fs::create_dir_all(directory).map_err(failed)?;
+    let name = beside(path, ".new");
+    let written = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&name)
+        .and_then(|mut file| {
+            file.write_all(record.encode().as_bytes())?;
+            file.sync_all()
+        });
+    written.and_then(|()| fs::rename(&name, path)).map_err(failed)?;
+    sync_directory(directory).map_err(failed)
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new("/"))
+}
+
+/// The path with something appended to its last name.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.to_owned().into_os_string();
+    name.push(suffix);
+    name.into()
 }
 
 /// Where records are kept that cannot be attributes: what the service manager says, or the usual
@@ -331,9 +391,26 @@ mod tests {
         let (directory, path) = image();
         let ledger = Ledger::open(&path, directory.path()).unwrap();
         ledger.write_file(&OURS).unwrap();
-        ledger.unlink_image().unwrap();
+        ledger.unlink_image(Some(&OURS)).unwrap();
         assert!(!path.exists() && !ledger.file.exists());
-        ledger.unlink_image().unwrap();
+        ledger.unlink_image(Some(&OURS)).unwrap();
+        assert_eq!(gone(&path, directory.path()).unwrap(), None, "nobody wanted a note");
+    }
+
+    #[test]
+    fn an_unlinked_image_can_leave_a_note_that_is_no_record_of_the_next_one() {
+        let (directory, path) = image();
+        let state = directory.path().join("state");
+        let mut ledger = Ledger::open(&path, &state).unwrap();
+        ledger.leave_note();
+        ledger.unlink_image(Some(&OURS)).unwrap();
+        assert_eq!(gone(&path, &state).unwrap(), Some(OURS));
+        fs::write(&path, [0; 4096]).unwrap();
+        let next = Ledger::open(&path, &state).unwrap();
+        assert_eq!(next.read().unwrap(), None);
+        next.forget_note().unwrap();
+        assert_eq!(gone(&path, &state).unwrap(), None);
+        next.forget_note().unwrap();
     }
 
     #[test]

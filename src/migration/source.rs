@@ -11,6 +11,7 @@ use super::plan::Content;
 use super::wire::{Answer, Question};
 use crate::disk::dirty::Dirty;
 use crate::disk::ledger::Ledger;
+use crate::disk::ownership::Record;
 use crate::disk::{Disk, is_zero};
 use crate::net::{Wake, wait_readable};
 use crate::range::Range;
@@ -415,17 +416,22 @@ impl Source {
 
     fn record(&self, note: Note) -> Event {
         let Some(ledger) = &self.ledger else { return Event::Done };
-        let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
-        let record = self.machine.job().record(note, when);
+        let record = self.record_of(note);
         match ledger.write(record.as_ref()) {
             Ok(()) => Event::Done,
             Err(error) => Event::Failed(error.to_string()),
         }
     }
 
+    fn record_of(&self, note: Note) -> Option<Record> {
+        let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+        self.machine.job().record(note, when)
+    }
+
     fn unlink(&self) -> Event {
+        let last = self.record_of(Note::Departed);
         let unlinked = match &self.ledger {
-            Some(ledger) => ledger.unlink_image().map_err(|error| error.to_string()),
+            Some(ledger) => ledger.unlink_image(last.as_ref()).map_err(|error| error.to_string()),
             None => std::fs::remove_file(&self.image).map_err(|error| error.to_string()),
         };
         unlinked.map_or_else(Event::Failed, |()| Event::Done)
