@@ -234,10 +234,13 @@ fn socket(place: Option<String>, settings: &Settings) -> Vec<Line> {
         lines.push(("Socket", "ListenStream=".to_owned()));
         lines.push(("Socket", format!("ListenStream={place}")));
     }
-    if settings.ip_filter && (settings.default_deny || !settings.acl.is_empty()) {
-        lines.push(("Socket", "IPAddressDeny=any".to_owned()));
+    if settings.ip_filter {
         let acl = Acl::parse(&settings.acl, settings.default_deny).unwrap_or_default();
-        lines.extend(acl.entries().iter().map(|net| ("Socket", format!("IPAddressAllow={net}"))));
+        // Everybody is said, not left out: a filter that is in force stays when none takes its place.
+        let everybody = acl.entries().is_empty() && !settings.default_deny;
+        let admitted = if everybody { vec!["any".to_owned()] } else { acl.entries() };
+        lines.push(("Socket", "IPAddressDeny=any".to_owned()));
+        lines.extend(admitted.iter().map(|net| ("Socket", format!("IPAddressAllow={net}"))));
     }
     lines
 }
@@ -536,7 +539,7 @@ mod tests {
             settings(&made, SOCKET).join(" ")
         };
         assert_eq!(filter("ACL=::1"), "");
-        assert_eq!(filter("IP_FILTER=yes"), "", "everybody may come in");
+        assert_eq!(filter("IP_FILTER=yes"), "[Socket] IPAddressDeny=any IPAddressAllow=any");
         assert_eq!(filter("IP_FILTER=yes\nDEFAULT_DENY=yes"), "[Socket] IPAddressDeny=any");
         let expected =
             "[Socket] IPAddressDeny=any IPAddressAllow=192.0.2.0/24 IPAddressAllow=::1/128";
