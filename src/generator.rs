@@ -179,7 +179,8 @@ fn generate(name: &str, file: &Path, text: Result<&str, String>) -> Generated {
     let units = [
         (format!("flexnbd@{name}.socket.d"), socket(place.or(nowhere), &settings)),
         (format!("flexnbd@{name}.service.d"), service(&settings, image.as_ref())),
-        (format!("flexnbd-listen@{name}.service.d"), receiver(image.as_ref())),
+        // It writes, even if the disk is then served read-only.
+        (format!("flexnbd-listen@{name}.service.d"), access(image.as_ref(), false)),
         ("multi-user.target.d".to_owned(), boot(autostart, image.as_ref())),
     ];
     let files = units.into_iter().filter(|(_, lines)| !lines.is_empty());
@@ -246,7 +247,7 @@ fn socket(place: Option<String>, settings: &Settings) -> Vec<Line> {
 }
 
 fn service(settings: &Settings, image: Option<&Image>) -> Vec<Line> {
-    let mut lines = image.map(|image| image.access(settings.read_only)).unwrap_or_default();
+    let mut lines = access(image, settings.read_only);
     if let Some(clients) = settings.max_clients.filter(|number| *number > CLIENTS_PROVIDED_FOR) {
         // One more descriptor for what is to be known about the others.
         let room = clients + 1;
@@ -255,11 +256,6 @@ fn service(settings: &Settings, image: Option<&Image>) -> Vec<Line> {
         lines.push(("Service", format!("TasksMax={}", clients + OTHER_THREADS)));
     }
     lines
-}
-
-/// It writes, even if the disk is then served read-only.
-fn receiver(image: Option<&Image>) -> Vec<Line> {
-    image.map(|image| image.access(false)).unwrap_or_default()
 }
 
 /// Boot waits for the device of a disk that starts with it. The service alone does not wait, though
@@ -307,14 +303,15 @@ impl Image {
         let directory = path.rsplit_once('/').map_or("", |(directory, _)| directory).to_owned();
         Ok(Self::File { path, directory })
     }
+}
 
-    /// The gaps in the sandbox that it takes.
-    fn access(&self, read_only: bool) -> Vec<Line> {
-        match self {
-            Self::Device(path) => device_access(path, read_only),
-            Self::File { path, directory } if directory.is_empty() => file_access(path),
-            Self::File { directory, .. } => file_access(directory),
-        }
+/// The gaps in the sandbox that the image takes.
+fn access(image: Option<&Image>, read_only: bool) -> Vec<Line> {
+    match image {
+        None => Vec::new(),
+        Some(Image::Device(path)) => device_access(path, read_only),
+        Some(Image::File { path, directory }) if directory.is_empty() => file_access(path),
+        Some(Image::File { directory, .. }) => file_access(directory),
     }
 }
 
