@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "activated/arrived.rs"]
+mod arrived;
 mod common;
 #[path = "activated/idle.rs"]
 mod idle;

@@ -127,7 +127,12 @@ fn begin(
         Role::Serve => to_serve(plan, &ledger, &disk, (&events, &notifier))?,
         Role::Listen { overwrite } => match to_listen(plan, ledger, &disk, overwrite, &events)? {
             Some(reception) => (reception, None),
-            None => return Ok(None),
+            None => {
+                // Who ends without having been ready has failed for the service manager, however
+                // well it ends; and what follows an arrival is to follow.
+                tell(notifier.ready());
+                return Ok(None);
+            }
         },
     };
     let (listeners, control) = sockets(plan, inherited)?;
