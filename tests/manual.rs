@@ -1,5 +1,5 @@
-//! Holds what we tell people against the program: the manual pages (`manual/page.rs` and
-//! `manual/migration.rs`) and the README (`manual/readme.rs`).
+//! Holds what we tell people against the program: the manual pages (all of them in
+//! `manual/every.rs`, each in a file of its own) and the README (`manual/readme.rs`).
 //! Never judges the words, only whether they are true.
 
 #![allow(
@@ -8,6 +8,12 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
+#[path = "manual/conf.rs"]
+mod conf;
+#[path = "manual/every.rs"]
+mod every;
+#[path = "manual/generator.rs"]
+mod generator;
 #[path = "manual/migration.rs"]
 mod migration;
 #[path = "manual/page.rs"]
@@ -16,6 +22,8 @@ mod page;
 mod readme;
 #[path = "manual/roff.rs"]
 mod roff;
+#[path = "manual/service.rs"]
+mod service;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

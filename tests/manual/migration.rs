@@ -1,7 +1,7 @@
 //! man/flexnbd-migration.7 and the program: limits, records, verdicts, stages, messages, commands
 //! and the bytes on the wire.
 
-use super::page::{formatters_are_content_with, numbers};
+use super::page::numbers;
 use super::roff::Page;
 use super::{must_be_meant, ours, read};
 use flexnbd::cli::MODES;
@@ -41,22 +41,6 @@ fn job() -> Job {
 /// All of the text at a place, on one line.
 fn text(page: &Page, place: &str) -> String {
     page.at(place).collect::<Vec<_>>().join(" ")
-}
-
-#[test]
-fn formatters_have_nothing_to_complain_of() {
-    formatters_are_content_with(PAGE);
-}
-
-#[test]
-fn the_two_manuals_refer_to_each_other() {
-    let points = |from: &str, to: &str| {
-        let page = Page::parse(&read(from));
-        let found = page.at("SEE ALSO").any(|line| line.trim_end_matches(" ,") == to);
-        assert!(found, "{from} does not point to `{to}`");
-    };
-    points("man/flexnbd.1", ".Xr flexnbd-migration 7");
-    points(PAGE, ".Xr flexnbd 1");
 }
 
 #[test]
@@ -402,39 +386,5 @@ fn commands_in_examples_can_be_meant_and_every_mode_has_one() {
         } else {
             assert!(MOVING.contains(&mode(line).as_str()), "`{line}` has an unknown mode");
         }
-    }
-}
-
-#[test]
-fn options_that_the_text_mentions_exist() {
-    let mut program = flexnbd::cli::command();
-    program.build();
-    let arguments = program.get_subcommands().flat_map(clap::Command::get_arguments);
-    let known: Vec<String> =
-        arguments.filter_map(|arg| arg.get_long()).map(|long| format!("--{long}")).collect();
-    let mentioned = page().options();
-    assert!(mentioned.len() >= 6, "only {mentioned:?} found");
-    let is_whole = MOVING.iter().all(|mode| MODES.contains(mode));
-    let to_come = ["--force", "--max-speed", "--overwrite", "--unlink", "--wait"];
-    let exists = |option: &&String| {
-        known.contains(option) || (!is_whole && to_come.contains(&option.as_str()))
-    };
-    let unknown: Vec<_> = mentioned.iter().filter(|option| !exists(option)).collect();
-    assert!(unknown.is_empty(), "the page mentions {unknown:?}");
-}
-
-#[test]
-fn sections_that_the_text_points_to_exist() {
-    let source = read(PAGE).replace(r"\-", "-");
-    let headings: Vec<&str> = source
-        .lines()
-        .filter_map(|line| line.strip_prefix(".Sh ").or(line.strip_prefix(".Ss ")))
-        .collect();
-    let mentioned = source.lines().filter_map(|line| line.strip_prefix(".Sx "));
-    let mentioned: Vec<&str> =
-        mentioned.map(|name| name.trim_end_matches([' ', '.', ';', ',', ')'])).collect();
-    assert!(mentioned.len() > 10, "only {mentioned:?} found");
-    for name in mentioned {
-        assert!(headings.contains(&name), "there is no section `{name}`");
     }
 }

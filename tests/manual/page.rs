@@ -1,8 +1,8 @@
 //! man/flexnbd.1 and the program, in both directions: what the program knows is in the page, and
 //! what is in the page the program knows.
 
+use super::read;
 use super::roff::{Page, arguments_of, plain};
-use super::{installed, must_be_meant, ours, read};
 use clap::{Arg, Command};
 use flexnbd::cli::{self, MODES, config, operate, settings, size, uri};
 use flexnbd::control::Status;
@@ -127,24 +127,6 @@ fn the_synopsis_shows_each_option_of_each_mode_once_and_no_other() {
 }
 
 #[test]
-fn options_that_the_text_mentions_exist() {
-    let all: Vec<String> = MODES.iter().flat_map(|name| arguments(&mode(name))).collect();
-    let all = [all, arguments(&program()).into_iter().collect()].concat().join(" ");
-    let exists = |option: &&String| all.split([' ', ',']).any(|word| word == option.as_str());
-    let mentioned = page().options();
-    assert!(mentioned.len() > 20, "only {} options found", mentioned.len());
-    let unknown: Vec<_> = mentioned.iter().filter(|option| !exists(option)).collect();
-    assert!(unknown.is_empty(), "the page mentions {unknown:?}");
-}
-
-#[test]
-fn every_key_of_the_configuration_file_is_described_and_no_other_is() {
-    let described: BTreeSet<String> =
-        keys(&page(), "CONFIGURATION FILE").into_iter().map(str::to_owned).collect();
-    assert_eq!(described, BTreeSet::from(config::KEYS.map(str::to_owned)));
-}
-
-#[test]
 fn the_status_keys_are_those_that_a_server_tells_in_its_order() {
     let migration = Migration { speed_limit: Some(1), ..Migration::default() };
     let newer = [MIGRATION_STAGE, MIGRATION_PASSES, OWNERSHIP];
@@ -153,21 +135,6 @@ fn the_status_keys_are_those_that_a_server_tells_in_its_order() {
     let told: Vec<String> =
         control::status::pairs(&line).unwrap().into_iter().map(|(key, _)| key).collect();
     assert_eq!(keys(&page(), "MODES/status"), told);
-}
-
-#[test]
-fn commands_in_examples_can_be_meant() {
-    let mut count = 0;
-    for line in page().literal() {
-        for part in line.strip_prefix("$ ").unwrap_or("").split('|') {
-            let part = part.trim().trim_end_matches('&');
-            if part.starts_with("flexnbd ") {
-                must_be_meant(part);
-                count += 1;
-            }
-        }
-    }
-    assert!(count >= 6, "only {count} commands found");
 }
 
 #[test]
@@ -233,27 +200,4 @@ fn the_ranges_of_options_are_those_of_the_program() {
 fn an_instance_is_where_the_page_says() {
     let name: operate::Instance = "NAME".parse().unwrap();
     assert_eq!(page().items("FILES"), [format!("Pa {}", name.socket().display())]);
-}
-
-#[test]
-fn formatters_have_nothing_to_complain_of() {
-    formatters_are_content_with(PAGE);
-}
-
-/// Formats a page by each of the formatters that are installed.
-pub(crate) fn formatters_are_content_with(page: &str) {
-    let complaints = |program: &str, arguments: &[&str]| {
-        let mut command = std::process::Command::new(program);
-        command.args(arguments).arg(ours(page)).env("LC_ALL", "C.UTF-8").env("MANWIDTH", "80");
-        let output = command.output().unwrap_or_else(|error| panic!("{program}: {error}"));
-        assert!(output.status.success(), "{program} ended with {}", output.status);
-        assert!(output.stdout.len() > 10_000, "{program} has formatted almost nothing");
-        String::from_utf8_lossy(&output.stderr).into_owned()
-    };
-    if installed(&["man"]) {
-        assert_eq!(complaints("man", &["--warnings", "-l"]), "");
-    }
-    if installed(&["groff"]) {
-        assert_eq!(complaints("groff", &["-man", "-Tutf8", "-ww"]), "");
-    }
 }

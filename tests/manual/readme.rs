@@ -2,6 +2,8 @@
 //! of shell are those marked `sh tour`; what follows as `text` is what one of them prints, `...`
 //! standing for whatever changes.
 
+use super::every::units;
+use super::generator::generate;
 use super::{installed, must_be_meant, ours, read};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -167,11 +169,80 @@ fn the_command_that_serves_a_disk_can_be_meant() {
     must_be_meant(&format!("flexnbd serve{}", line.unwrap()));
 }
 
+/// The section about services, as far as the next one.
+fn as_a_service() -> String {
+    let readme = read("README.md");
+    let section = readme.split("\n## As a service\n").nth(1).unwrap();
+    section.split("\n## ").next().unwrap().to_owned()
+}
+
+/// The configuration in that section.
+fn four_lines() -> String {
+    let mut found = blocks(&as_a_service());
+    found.retain(|(kind, _)| kind == "conf");
+    assert_eq!(found.len(), 1, "{found:?}");
+    found.remove(0).1
+}
+
+#[test]
+fn four_lines_make_a_service() {
+    let text = four_lines();
+    assert_eq!(text.lines().count(), 4, "{text}");
+    let generated = generate(&text);
+    assert_eq!(generated.told, "");
+    assert!(generated.settings().contains(&"ListenStream=[::]:10809"), "{generated:?}");
+    let manual = read("man/flexnbd.service.7");
+    assert!(manual.contains(&text), "the manual has other lines");
+}
+
+#[test]
+fn the_four_lines_are_served_without_a_service_manager_too() {
+    if !installed(&["bash"]) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let text = four_lines().replace("/var/lib/flexnbd", directory.path().to_str().unwrap());
+    let port = free_port().to_string();
+    let text = text.replace(PORT, &port) + "SOCK=control\n";
+    std::fs::write(directory.path().join("disk.conf"), text).unwrap();
+    let script = format!(
+        "flexnbd serve --config ../disk.conf &
+        until [ -S control ]; do sleep 0.1; done
+        flexnbd status --config ../disk.conf
+        flexnbd read --addr ::1 --port {port} --from 10G --size 1 || echo end of the disk
+        kill %1
+        wait %1 && echo ended well"
+    );
+    let (status, output) = run(&script, directory.path());
+    assert!(status.is_some_and(|status| status.success()), "{output}");
+    for line in ["size=10737418240 ownership=none", "end of the disk", "ended well"] {
+        assert!(output.contains(line), "no `{line}` in:\n{output}");
+    }
+}
+
+#[test]
+fn commands_about_the_service_can_be_meant_and_their_units_are_ours() {
+    let section = as_a_service();
+    let found = blocks(&section);
+    let lines: Vec<&str> = found.iter().flat_map(|(_, text)| text.lines()).collect();
+    let commands = lines.iter().filter_map(|line| line.split('#').next());
+    let ours_to_check: Vec<&str> =
+        commands.map(str::trim).filter(|line| line.starts_with("flexnbd ")).collect();
+    assert!(ours_to_check.len() >= 2, "only {ours_to_check:?} found");
+    ours_to_check.into_iter().for_each(must_be_meant);
+    let mentioned = units(&section);
+    assert!(mentioned.len() >= 3, "only {mentioned:?} found");
+    for unit in mentioned {
+        assert!(ours("systemd").join(&unit).is_file(), "{unit} is not ours");
+    }
+}
+
 #[test]
 fn files_that_the_readme_points_to_exist() {
     let readme = read("README.md");
     let targets = readme.split("](").skip(1).filter_map(|rest| rest.split(')').next());
-    let files: Vec<&str> = targets.filter(|target| !target.contains("://")).collect();
+    let is_file = |target: &&str| !target.contains("://") && !target.starts_with('#');
+    let files: Vec<&str> = targets.filter(is_file).collect();
     assert!(files.len() >= 3, "only {files:?} found");
     for file in files {
         assert!(ours(file).exists(), "{file} does not exist");

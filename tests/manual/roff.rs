@@ -1,7 +1,7 @@
-//! Reads as much mdoc(7) as flexnbd.1 uses: sections, list items, and what is in them.
+//! Reads as much mdoc(7) as our pages use: sections, list items, and what is in them.
 //! Never renders anything.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A manual page in its source form.
 pub(crate) struct Page(Vec<Line>);
@@ -12,22 +12,23 @@ struct Line {
     place: String,
     /// With `\-` and `\e` as what they print.
     text: String,
-    /// Within `.Bd` and `.Ed`.
-    is_literal: bool,
+    /// Within which `.Bd` and `.Ed`, counted from the start of the page.
+    block: Option<usize>,
 }
 
 impl Page {
     pub(crate) fn parse(source: &str) -> Self {
-        let (mut section, mut place, mut is_literal) = (String::new(), String::new(), false);
+        let (mut section, mut place, mut block) = (String::new(), String::new(), None);
+        let mut blocks = 0..;
         let mut lines = Vec::new();
         for text in source.lines().filter(|line| !line.starts_with(r#".\""#)) {
             let text = text.replace(r"\-", "-").replace(r"\e", r"\").replace(r"\ ", " ");
             match text.split_once(' ').unwrap_or((&text, "")) {
                 (".Sh", name) => (section, place) = (name.to_owned(), name.to_owned()),
                 (".Ss", name) => place = format!("{section}/{name}"),
-                (".Bd", _) => is_literal = true,
-                (".Ed", _) => is_literal = false,
-                _ => lines.push(Line { place: place.clone(), text, is_literal }),
+                (".Bd", _) => block = blocks.next(),
+                (".Ed", _) => block = None,
+                _ => lines.push(Line { place: place.clone(), text, block }),
             }
         }
         Self(lines)
@@ -64,20 +65,32 @@ impl Page {
     pub(crate) fn at(&self, place: &str) -> impl Iterator<Item = &str> {
         self.0
             .iter()
-            .filter(move |line| !line.is_literal && line.place == place)
+            .filter(move |line| line.block.is_none() && line.place == place)
             .map(|line| line.text.as_str())
     }
 
     /// The lines that are shown as they are, those that end in `\` joined with the next one.
     pub(crate) fn literal(&self) -> Vec<String> {
-        let text: Vec<&str> =
-            self.0.iter().filter(|line| line.is_literal).map(|line| line.text.as_str()).collect();
+        let shown = self.0.iter().filter(|line| line.block.is_some());
+        let text: Vec<&str> = shown.map(|line| line.text.as_str()).collect();
         text.join("\n").replace("\\\n", " ").lines().map(str::to_owned).collect()
+    }
+
+    /// The blocks of such lines in a section and its subsections.
+    pub(crate) fn blocks(&self, section: &str) -> Vec<String> {
+        let is_within = |place: &str| place.split('/').next() == Some(section);
+        let mut blocks: BTreeMap<usize, String> = BTreeMap::new();
+        for line in self.0.iter().filter(|line| is_within(&line.place)) {
+            if let Some(block) = line.block {
+                blocks.entry(block).or_default().push_str(&format!("{}\n", line.text));
+            }
+        }
+        blocks.into_values().collect()
     }
 
     /// Every option that is named outside of the synopsis, where they come in bundles.
     pub(crate) fn options(&self) -> BTreeSet<String> {
-        let lines = self.0.iter().filter(|line| line.place != "SYNOPSIS" && !line.is_literal);
+        let lines = self.0.iter().filter(|line| line.place != "SYNOPSIS" && line.block.is_none());
         lines
             .flat_map(|line| arguments_of("Fl", &line.text))
             .map(|name| format!("-{name}"))

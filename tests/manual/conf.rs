@@ -1,0 +1,272 @@
+//! man/flexnbd.conf.5 and the program: keys, who heeds each of them, ranges, words and messages.
+
+use super::generator::generate;
+use super::page::numbers;
+use super::roff::Page;
+use super::{ours, read};
+use flexnbd::cli::settings::{self, Settings};
+use flexnbd::cli::start::Start;
+use flexnbd::cli::{self, Command, config, size};
+use flexnbd::daemon::Plan;
+use flexnbd::server;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::net::SocketAddr;
+use std::path::Path;
+
+const PAGE: &str = "man/flexnbd.conf.5";
+
+fn page() -> Page {
+    Page::parse(&read(PAGE))
+}
+
+/// Where each key is described.
+fn places(page: &Page) -> BTreeMap<String, String> {
+    let sections = page.subsections("KEYS");
+    assert!(sections.len() > 3, "only {sections:?} found");
+    let places = sections.iter().map(|name| format!("KEYS/{name}"));
+    let described = places.flat_map(|place| {
+        let items = page.items(&place).into_iter().filter_map(|item| item.strip_prefix("Va "));
+        items.map(|key| (key.to_owned(), place.clone())).collect::<Vec<_>>()
+    });
+    let described: Vec<(String, String)> = described.collect();
+    let places: BTreeMap<String, String> = described.iter().cloned().collect();
+    assert_eq!(places.len(), described.len(), "a key is described twice");
+    places
+}
+
+/// What is said of a key, on one line.
+fn said_of(key: &str) -> String {
+    let page = page();
+    page.item_text(&places(&page)[key], &format!("Va {key}"))
+}
+
+fn parsed(text: &str) -> Result<Settings, String> {
+    config::parse(Path::new("disk.conf"), text).map_err(|error| error.to_string())
+}
+
+#[test]
+fn every_key_is_described_and_no_other_is() {
+    let described: BTreeSet<String> = places(&page()).into_keys().collect();
+    assert_eq!(described, BTreeSet::from(config::KEYS.map(str::to_owned)));
+}
+
+/// A configuration with one line for each of these keys.
+fn text(lines: &BTreeMap<&str, &str>) -> String {
+    lines.iter().map(|(key, value)| format!("{key}={value}\n")).collect()
+}
+
+/// What a mode would do with this file.
+fn plan(mode: &str, text: &str) -> Plan {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("disk.conf");
+    std::fs::write(&file, text).unwrap();
+    let line = ["flexnbd", mode, "--config", file.to_str().unwrap()].map(Into::into);
+    match cli::parse(line.into_iter()).unwrap().command {
+        Command::Start(start) => Start::plan(&start).unwrap(),
+        other => panic!("{mode} is {other:?}"),
+    }
+}
+
+/// Configurations that are good, and a value for each key that none of them has.
+fn bases() -> [BTreeMap<&'static str, &'static str>; 2] {
+    let open = BTreeMap::from([("FILE", "/dev/a"), ("ADDR", "::"), ("PORT", "7")]);
+    let open = open.into_iter().chain([("IP_FILTER", "yes")]).collect::<BTreeMap<_, _>>();
+    let listed = open.clone().into_iter().chain([("ACL", "::1")]).collect();
+    [open, listed]
+}
+
+const OTHER: [(&str, &str); 15] = [
+    ("FILE", "/dev/b"),
+    ("CREATE", "1M"),
+    ("READ_ONLY", "yes"),
+    ("ADDR", "::1"),
+    ("PORT", "8"),
+    ("EXPORT", "disk"),
+    ("OLDSTYLE", "yes"),
+    ("ACL", "::2"),
+    ("DEFAULT_DENY", "yes"),
+    ("IP_FILTER", "no"),
+    ("MAX_CLIENTS", "2000"),
+    ("KILLSWITCH", "yes"),
+    ("IDLE_EXIT", "7"),
+    ("SOCK", "/run/x"),
+    ("AUTOSTART", "yes"),
+];
+
+/// Whether giving `key` this value makes a difference to what `look` sees of a configuration.
+fn heeds<T: PartialEq>(
+    (key, value): (&'static str, &'static str),
+    look: impl Fn(&str) -> T,
+) -> &'static str {
+    let makes_a_difference = bases().into_iter().any(|base| {
+        let mut changed = base.clone();
+        changed.insert(key, value);
+        look(&text(&base)) != look(&text(&changed))
+    });
+    if makes_a_difference { "yes" } else { "no" }
+}
+
+#[test]
+fn the_table_tells_who_heeds_each_key() {
+    assert_eq!(BTreeSet::from(OTHER.map(|(key, _)| key)), BTreeSet::from(config::KEYS));
+    let page = page();
+    let mut rows: Vec<&str> = page.items("WHO HEEDS WHAT");
+    assert_eq!(rows.remove(0), "Em key Ta Cm serve Ta Cm listen Ta Em units Ta Cm reload");
+    let expected = OTHER.map(|other| {
+        let serve = heeds(other, |text| plan("serve", text));
+        let listen = heeds(other, |text| plan("listen", text));
+        let units = heeds(other, |text| generate(text).made);
+        let reload = heeds(other, |text| plan("serve", text).admission);
+        format!("Va {} Ta {serve} Ta {listen} Ta {units} Ta {reload}", other.0)
+    });
+    assert_eq!(rows, expected);
+}
+
+#[test]
+fn the_ranges_are_those_of_the_program() {
+    let told = |key| numbers(&said_of(key));
+    let (least, most) = (*settings::MAX_CLIENTS_RANGE.start(), *settings::MAX_CLIENTS_RANGE.end());
+    let clients = [least, most, server::CLIENTS_MAX].map(|number| number as u64);
+    assert_eq!(told("MAX_CLIENTS")[..3], clients);
+    let (least, most) = (*settings::IDLE_EXIT_RANGE.start(), *settings::IDLE_EXIT_RANGE.end());
+    assert_eq!(told("IDLE_EXIT"), [least, most]);
+    assert_eq!(told("CREATE"), [*size::CREATE_RANGE.start()]);
+    assert_eq!(told("PORT"), [u64::from(u16::MAX), 0]);
+    assert_eq!(told("KILLSWITCH"), [server::STALL_LIMIT.as_secs()]);
+    let longest = numbers(&said_of("EXPORT"))[0] as usize;
+    assert!(parsed(&format!("EXPORT={}", "x".repeat(longest))).is_ok());
+    assert!(parsed(&format!("EXPORT={}", "x".repeat(longest + 1))).is_err());
+    let said = said_of("ADDR");
+    let longest = numbers(said.split("at most ").nth(1).unwrap())[0] as usize;
+    let fits = |bytes: usize| SocketAddr::from_pathname(format!("/{}", "x".repeat(bytes - 1)));
+    assert!(fits(longest).is_ok() && fits(longest + 1).is_err());
+}
+
+#[test]
+fn the_generator_reads_no_more_than_is_told() {
+    let page = page();
+    let mut lines = page.at("WHEN IT IS WRONG");
+    let told = lines.find_map(|line| line.strip_prefix("A configuration longer than")).unwrap();
+    let most = usize::try_from(numbers(told)[0]).unwrap();
+    let start = "FILE=/a\nADDR=::\nPORT=7\n";
+    let padded = |length: usize| format!("{start}{}", "\n".repeat(length - start.len()));
+    assert_eq!(generate(&padded(most)).told, "");
+    assert!(generate(&padded(most + 1)).told.contains(&format!("longer than {most} bytes")));
+}
+
+#[test]
+fn a_switch_has_the_words_that_are_told() {
+    let told = page().item_text("SYNTAX", "switch");
+    let words: Vec<&str> = told.split([' ', ',']).filter(|word| !word.is_empty()).collect();
+    let (yes, rest) = words.split_at(words.iter().position(|word| *word == "and").unwrap());
+    let no = &rest[1..rest.iter().position(|word| *word == "in").unwrap()];
+    let read = |word: &&&str| parsed(&format!("READ_ONLY={word}")).map(|found| found.read_only);
+    for (words, expected) in [(yes, true), (no, false)] {
+        let words: Vec<&&str> = words.iter().filter(|word| **word != "or").collect();
+        assert_eq!(words.len(), 4, "{words:?}");
+        assert!(words.iter().all(|word| read(word) == Ok(expected)), "{words:?}");
+        let upper = words.iter().map(|word| word.to_uppercase());
+        assert!(upper.into_iter().all(|word| parsed(&format!("READ_ONLY={word}")).is_ok()));
+    }
+}
+
+#[test]
+fn autostart_has_the_words_that_are_told() {
+    let page = page();
+    let items = page.items("KEYS/The service");
+    let words: Vec<&str> = items.iter().filter_map(|item| item.strip_prefix("Li ")).collect();
+    let read = |word: &&str| parsed(&format!("AUTOSTART={word}")).unwrap().autostart.unwrap();
+    let meant: Vec<settings::Autostart> = words.iter().map(read).collect();
+    let all = [settings::Autostart::No, settings::Autostart::Yes, settings::Autostart::OnDemand];
+    assert_eq!(meant, all);
+    assert_eq!(meant[0], settings::Autostart::default(), "the first is said to be the default");
+}
+
+#[test]
+fn keys_without_an_option_are_named() {
+    let serve = <Settings as clap::Args>::augment_args(clap::Command::new("serve"));
+    let name = |arg: &clap::Arg| arg.get_long().unwrap_or(arg.get_id().as_str()).to_owned();
+    let options: Vec<String> =
+        serve.get_arguments().map(|arg| name(arg).to_uppercase().replace('-', "_")).collect();
+    let without: BTreeSet<&str> =
+        config::KEYS.into_iter().filter(|key| !options.iter().any(|known| known == key)).collect();
+    let page = page();
+    let first: Vec<&str> =
+        page.at("OPTIONS AND KEYS").take_while(|line| !line.starts_with("is also")).collect();
+    let named = first.iter().filter_map(|line| line.strip_prefix(".Va ")).collect();
+    assert_eq!(without, named);
+}
+
+/// Whether a message is as the page shows it, words in capitals standing for what changes.
+fn is_as_shown(message: &str, shown: &str) -> bool {
+    let shown = shown.replace('\'', "`").replace("KEY KEY ...", "WHY");
+    let words = ["LINE", "WORD", "KEY", "WHY", "N"];
+    let is_one = |word: &&str| words.contains(&word.trim_matches(|c: char| !c.is_uppercase()));
+    let rest = shown.split_inclusive(' ').map(|word| {
+        let word = word.replace("KEY=VALUE", "key=value");
+        if is_one(&word.as_str()) { word.replace(char::is_uppercase, "*") } else { word }
+    });
+    let pattern: String = rest.collect();
+    let message = message.replace("KEY=VALUE", "key=value");
+    let parts: Vec<&str> = pattern.split('*').filter(|part| !part.is_empty()).collect();
+    let mut left = message.as_str();
+    for part in &parts {
+        let Some(at) = left.find(part) else { return false };
+        left = &left[at + part.len()..];
+    }
+    let is_whole = pattern.ends_with('*') || left.is_empty();
+    is_whole && (pattern.starts_with('*') || message.starts_with(parts[0]))
+}
+
+#[test]
+fn the_messages_are_those_of_the_program() {
+    let wrong = [
+        "FILE /a",
+        "PROT=1",
+        "NOTHING_LIKE_IT=1",
+        "FILE=/a\nFILE=/a",
+        "FILE='/a",
+        "FILE='a'b'",
+        "FILE=/a # b",
+        "PORT=x",
+    ];
+    let page = page();
+    let shown = page.items("WHEN IT IS WRONG");
+    let shown = &shown[4..];
+    assert_eq!(shown.len(), wrong.len(), "{shown:?}");
+    for (shown, wrong) in shown.iter().zip(wrong) {
+        let error = parsed(wrong).unwrap_err();
+        let (_, message) = error.split_once(": ").unwrap();
+        assert!(is_as_shown(message, shown), "`{message}` as `{shown}`");
+    }
+    let place = page.at("WHEN IT IS WRONG").find_map(|line| line.strip_prefix(".Dq "));
+    let place = place.unwrap().trim_end_matches(" .");
+    let error = config::parse(Path::new("/etc/flexnbd/disk.conf"), "\n\nWHAT=1").unwrap_err();
+    assert!(error.to_string().starts_with(place), "{error} does not begin with `{place}`");
+}
+
+#[test]
+fn the_examples_are_configurations_that_the_generator_likes() {
+    let page = page();
+    let examples = page.blocks("EXAMPLES");
+    assert!(examples.len() >= 3, "only {examples:?} found");
+    for example in &examples {
+        assert_eq!(generate(example).told, "", "{example}");
+        plan("serve", example);
+        plan("listen", example);
+    }
+    for lines in page.blocks("KEYS") {
+        parsed(&lines).unwrap();
+    }
+}
+
+#[test]
+fn the_files_are_there() {
+    let page = page();
+    let items = page.items("FILES");
+    let example = items.iter().find_map(|item| item.strip_prefix("Pa /usr/share/doc/flexnbd/"));
+    assert!(ours("systemd").join(example.unwrap()).is_file());
+    let (directory, name) = example.unwrap().rsplit_once('/').unwrap();
+    let asset = format!("[\"systemd/{directory}/{name}\", \"usr/share/doc/flexnbd/{directory}/\"");
+    assert!(read("Cargo.toml").contains(&asset), "there is no asset {asset}");
+}

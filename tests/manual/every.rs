@@ -1,0 +1,183 @@
+//! What holds for every page in man/: it can be formatted and is installed, and what it points to,
+//! mentions or tells people to type exists.
+
+use super::roff::Page;
+use super::{installed, must_be_meant, ours, read};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+
+/// A page, by its file's name.
+struct Manual {
+    file: String,
+    source: String,
+    page: Page,
+}
+
+fn manuals() -> Vec<Manual> {
+    let entries = std::fs::read_dir(ours("man")).unwrap();
+    let mut files: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    files.sort_unstable();
+    assert!(files.len() >= 4, "only {files:?} found");
+    let manual = |file: String| {
+        let source = read(&format!("man/{file}"));
+        Manual { file, page: Page::parse(&source), source }
+    };
+    files.into_iter().map(manual).collect()
+}
+
+impl Manual {
+    /// `flexnbd 1`, as other pages refer to it.
+    fn name(&self) -> String {
+        let (name, section) = self.file.rsplit_once('.').unwrap();
+        format!("{name} {section}")
+    }
+
+    /// The commands that people are told to type, without the prompt: of this host's user, or
+    /// root, or of one of several hosts.
+    fn commands(&self) -> Vec<String> {
+        let prompted = |line: &String| {
+            let (prompt, command) = line.split_once(' ')?;
+            let host = prompt.strip_suffix(['$', '#'])?;
+            host.chars().all(|c| c.is_ascii_lowercase()).then(|| command.trim().to_owned())
+        };
+        self.page.literal().iter().filter_map(prompted).collect()
+    }
+}
+
+#[test]
+fn formatters_have_nothing_to_complain_of() {
+    for Manual { file, .. } in manuals() {
+        let complaints = |program: &str, arguments: &[&str]| {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(ours("man").join(&file));
+            let output = command.env("LC_ALL", "C.UTF-8").env("MANWIDTH", "80").output();
+            let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+            assert!(output.status.success(), "{program} ended with {}", output.status);
+            assert!(output.stdout.len() > 5_000, "{program} has formatted almost nothing: {file}");
+            String::from_utf8_lossy(&output.stderr).into_owned()
+        };
+        if installed(&["man"]) {
+            assert_eq!(complaints("man", &["--warnings", "-l"]), "", "{file}");
+        }
+        if installed(&["groff"]) {
+            assert_eq!(complaints("groff", &["-man", "-Tutf8", "-ww"]), "", "{file}");
+        }
+    }
+}
+
+#[test]
+fn a_page_is_named_like_its_file_and_is_in_the_package() {
+    let package = read("Cargo.toml");
+    for manual in manuals() {
+        let title = format!("\n.Dt {}\n", manual.name().to_uppercase()).replace('-', "\\-");
+        let plain = title.replace("\\-", "-");
+        let has_title = manual.source.contains(&title) || manual.source.contains(&plain);
+        assert!(has_title, "{} has no line {plain}", manual.file);
+        let (_, section) = manual.file.rsplit_once('.').unwrap();
+        let asset = format!("[\"man/{}\", \"usr/share/man/man{section}/\", \"644\"]", manual.file);
+        assert!(package.lines().any(|line| line.trim_start().starts_with(&asset)), "no {asset}");
+    }
+}
+
+#[test]
+fn all_pages_refer_to_each_other_and_to_no_others_of_ours() {
+    let all = manuals();
+    let names: BTreeSet<String> = all.iter().map(Manual::name).collect();
+    for manual in &all {
+        let seen: BTreeSet<&str> = manual
+            .page
+            .at("SEE ALSO")
+            .filter_map(|line| line.strip_prefix(".Xr "))
+            .map(|line| line.trim_end_matches(" ,"))
+            .collect();
+        let expected = names.iter().map(String::as_str).filter(|name| *name != manual.name());
+        let missing: Vec<&str> = expected.filter(|name| !seen.contains(name)).collect();
+        assert!(missing.is_empty(), "{} does not point to {missing:?}", manual.file);
+        let source = manual.source.replace(r"\-", "-");
+        for reference in source.split("Xr ").skip(1) {
+            let mut words = reference.split_whitespace();
+            let (Some(name), Some(section)) = (words.next(), words.next()) else { continue };
+            let name = format!("{name} {section}");
+            let is_ours = name.starts_with("flexnbd");
+            assert!(!is_ours || names.contains(&name), "{} points to {name}", manual.file);
+        }
+    }
+}
+
+#[test]
+fn sections_that_are_pointed_to_exist() {
+    for Manual { file, source, .. } in manuals() {
+        let source = source.replace(r"\-", "-");
+        let headings: Vec<&str> = source
+            .lines()
+            .filter_map(|line| line.strip_prefix(".Sh ").or(line.strip_prefix(".Ss ")))
+            .collect();
+        let mentioned = source.lines().filter_map(|line| line.strip_prefix(".Sx "));
+        let mentioned: Vec<&str> =
+            mentioned.map(|name| name.trim_end_matches([' ', '.', ';', ',', ')'])).collect();
+        assert!(!mentioned.is_empty(), "{file}: none found");
+        for name in mentioned {
+            assert!(headings.contains(&name), "{file} has no section `{name}`");
+        }
+    }
+}
+
+#[test]
+fn options_that_are_mentioned_exist() {
+    let mut program = flexnbd::cli::command();
+    program.build();
+    let modes = program.get_subcommands().flat_map(clap::Command::get_arguments);
+    let arguments: Vec<&clap::Arg> = program.get_arguments().chain(modes).collect();
+    let long = arguments.iter().filter_map(|arg| arg.get_long()).map(|long| format!("--{long}"));
+    let short = arguments.iter().filter_map(|arg| arg.get_short()).map(|c| format!("-{c}"));
+    let known: BTreeSet<String> = long.chain(short).collect();
+    for Manual { file, page, .. } in manuals() {
+        let mentioned = page.options();
+        assert!(mentioned.len() >= 3, "{file}: only {mentioned:?} found");
+        let unknown: Vec<_> = mentioned.difference(&known).collect();
+        assert!(unknown.is_empty(), "{file} mentions {unknown:?}");
+    }
+}
+
+#[test]
+fn commands_in_examples_can_be_meant() {
+    let mut count = 0;
+    for manual in manuals() {
+        for command in manual.commands() {
+            for part in command.split(['|', '&']).map(str::trim) {
+                if part.starts_with("flexnbd ") {
+                    must_be_meant(part);
+                    count += 1;
+                }
+            }
+        }
+    }
+    assert!(count >= 20, "only {count} commands found");
+}
+
+/// The units in a text, `flexnbd@disk.service` as `flexnbd@.service`.
+pub(crate) fn units(text: &str) -> BTreeSet<String> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || "-@.".contains(c);
+    let words = text.split(|c: char| !is_part(c)).map(|word| word.trim_end_matches('.'));
+    let units = words.filter(|word| word.starts_with("flexnbd") && word.contains('@'));
+    units
+        .filter_map(|unit| {
+            // Its directory of drop-ins as well.
+            let (template, rest) = unit.trim_end_matches(".d").split_once('@')?;
+            let (_, kind) = rest.rsplit_once('.')?;
+            Some(format!("{template}@.{kind}"))
+        })
+        .collect()
+}
+
+#[test]
+fn units_that_are_mentioned_are_ours() {
+    for Manual { file, source, .. } in manuals() {
+        for unit in units(&source.replace(r"\-", "-")) {
+            let known = ours("systemd").join(&unit);
+            assert!(Path::new(&known).is_file(), "{file} mentions {unit}");
+        }
+    }
+}
