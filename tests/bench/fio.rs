@@ -60,7 +60,6 @@ pub(super) fn sample(
 
 fn arguments(cell: &Cell, options: &Options, place: &Place) -> Vec<String> {
     let order = if cell.is_sequential() { "" } else { "rand" };
-    let seconds = options.seconds.as_secs_f64().ceil();
     let mut arguments = vec![
         "--name=peers".to_owned(),
         "--ioengine=nbd".to_owned(),
@@ -70,7 +69,7 @@ fn arguments(cell: &Cell, options: &Options, place: &Place) -> Vec<String> {
         format!("--iodepth={}", cell.depth),
         format!("--numjobs={}", cell.sessions),
         format!("--size={}M", options.size),
-        format!("--runtime={seconds}"),
+        format!("--runtime={}ms", options.seconds.as_millis()),
     ];
     let common = ["--thread", "--group_reporting", "--randrepeat=1", "--norandommap"];
     arguments.extend(common.map(str::to_owned));

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 /// How much is received at once, in bytes.
 const BUFFER_LENGTH: usize = 256 << 10;
 /// How long a cached load runs before it is measured.
-const WARM_UP: Duration = Duration::from_millis(200);
+pub(super) const WARM_UP: Duration = Duration::from_millis(200);
 
 /// Sessions under one load.
 #[derive(Debug)]

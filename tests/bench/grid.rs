@@ -1,6 +1,10 @@
 //! Which loads there are: one cell is one load, a set is a choice of cells.
 //! Pure: measures nothing.
 
+use Temperature::{Cached, Cold};
+use Transport::{Tcp, Unix};
+use Work::{Mixed, Read, Write};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// The lengths of a request, in bytes.
@@ -13,7 +17,7 @@ const DEPTHS: [usize; 3] = [1, 8, 32];
 const SESSIONS: [usize; 3] = [1, 4, 16];
 
 /// One load.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Cell {
     /// Length of a request, in bytes.
     pub(super) block: u32,
@@ -23,20 +27,24 @@ pub(super) struct Cell {
     pub(super) sessions: usize,
     pub(super) transport: Transport,
     pub(super) temperature: Temperature,
+    #[serde(rename = "generator")]
     pub(super) source: Source,
 }
 
 /// What is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(super) enum Work {
     Read,
     Write,
     /// Half of each, drawn at random.
+    #[serde(rename = "rw")]
     Mixed,
 }
 
 /// How the client is connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(super) enum Transport {
     /// Loopback.
     Tcp,
@@ -44,7 +52,8 @@ pub(super) enum Transport {
 }
 
 /// Where the bytes are when they are asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(super) enum Temperature {
     /// In memory.
     Cached,
@@ -53,7 +62,8 @@ pub(super) enum Temperature {
 }
 
 /// Who makes the requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(super) enum Source {
     /// Our own pipelining generator.
     Raw,
@@ -66,7 +76,7 @@ pub(super) enum Source {
 pub(super) enum Set {
     /// Two cells, to see that all is well.
     Small,
-    /// What most people want to know, in a few minutes.
+    /// Every axis, and every two values of two axes together, in less than ten minutes.
     Default,
     /// The whole grid, with both generators: hours.
     Full,
@@ -78,50 +88,98 @@ impl Cell {
         self.block >= SEQUENTIAL_FROM
     }
 
-    const fn raw(block: u32, work: Work, depth: usize) -> Self {
-        let (transport, temperature) = (Transport::Tcp, Temperature::Cached);
-        Self { block, work, depth, sessions: 1, transport, temperature, source: Source::Raw }
-    }
-
-    const fn fio(self) -> Self {
-        Self { source: Source::Fio, ..self }
+    /// The length of a request, as people say it.
+    pub(super) fn block_words(&self) -> String {
+        match self.block {
+            block if block.is_multiple_of(1 << 20) => format!("{} MiB", block >> 20),
+            block => format!("{} KiB", block >> 10),
+        }
     }
 }
 
 impl Set {
     /// Its cells, in the order of measuring.
     pub(super) fn cells(self) -> Vec<Cell> {
+        let of = |source, choice: &[Choice]| -> Vec<Cell> {
+            choice.iter().map(|choice| cell(source, *choice)).collect()
+        };
         match self {
-            Self::Small => vec![RANDOM_READS, LARGE_READS],
-            Self::Default => vec![
-                Cell { depth: 1, ..RANDOM_READS },
-                RANDOM_READS,
-                RANDOM_WRITES,
-                LARGE_READS,
-                LARGE_WRITES,
-                RANDOM_READS.fio(),
-                LARGE_READS.fio(),
-            ],
+            Self::Small => of(Source::Raw, SMALL),
+            Self::Default => [of(Source::Raw, RAW), of(Source::Fio, FIO)].concat(),
             Self::Full => full(),
         }
     }
 }
 
-const RANDOM_READS: Cell = Cell::raw(4 << 10, Work::Read, 32);
-const RANDOM_WRITES: Cell = Cell::raw(4 << 10, Work::Write, 32);
-const LARGE_READS: Cell = Cell::raw(1 << 20, Work::Read, 4);
-const LARGE_WRITES: Cell = Cell::raw(1 << 20, Work::Write, 4);
+/// A cell in one line: block in KiB, work, depth, sessions, transport, temperature.
+type Choice = (u32, Work, usize, usize, Transport, Temperature);
 
+const SMALL: &[Choice] = &[(4, Read, 32, 1, Tcp, Cached), (1024, Read, 8, 1, Tcp, Cached)];
+
+/// What is measured by default with our own generator.
+const RAW: &[Choice] = &[
+    (4, Read, 1, 1, Tcp, Cached),
+    (4, Read, 32, 1, Tcp, Cached),
+    (4, Write, 32, 1, Tcp, Cached),
+    (4, Mixed, 8, 4, Tcp, Cached),
+    (4, Read, 1, 16, Tcp, Cached),
+    (64, Read, 8, 1, Tcp, Cached),
+    (64, Mixed, 32, 16, Tcp, Cached),
+    (256, Read, 8, 4, Tcp, Cached),
+    (256, Write, 32, 1, Tcp, Cached),
+    (1024, Read, 8, 1, Tcp, Cached),
+    (1024, Write, 8, 1, Tcp, Cached),
+    (1024, Mixed, 1, 16, Tcp, Cached),
+    (4, Read, 32, 4, Unix, Cached),
+    (4, Write, 1, 1, Unix, Cached),
+    (64, Read, 1, 4, Unix, Cached),
+    (64, Write, 8, 1, Unix, Cached),
+    (256, Read, 1, 16, Unix, Cached),
+    (256, Mixed, 1, 1, Unix, Cached),
+    (1024, Read, 32, 4, Unix, Cached),
+    (4, Read, 1, 1, Tcp, Cold),
+    (4, Read, 32, 1, Tcp, Cold),
+    (64, Read, 32, 4, Tcp, Cold),
+    (64, Write, 1, 4, Tcp, Cold),
+    (256, Mixed, 32, 16, Tcp, Cold),
+    (1024, Mixed, 32, 4, Tcp, Cold),
+    (4, Mixed, 8, 16, Unix, Cold),
+    (256, Read, 8, 1, Unix, Cold),
+    (1024, Write, 8, 16, Unix, Cold),
+];
+
+/// What is measured by default with fio.
+const FIO: &[Choice] = &[
+    (4, Read, 1, 1, Tcp, Cached),
+    (4, Read, 32, 1, Tcp, Cached),
+    (256, Read, 8, 1, Tcp, Cached),
+    (1024, Read, 8, 1, Tcp, Cached),
+    (1024, Write, 8, 1, Tcp, Cached),
+    (4, Write, 32, 4, Unix, Cached),
+    (64, Mixed, 8, 1, Unix, Cached),
+    (4, Read, 32, 1, Tcp, Cold),
+    (64, Write, 1, 16, Tcp, Cold),
+    (256, Write, 1, 4, Unix, Cold),
+    (1024, Mixed, 32, 16, Unix, Cold),
+];
+
+fn cell(source: Source, choice: Choice) -> Cell {
+    let (kib, work, depth, sessions, transport, temperature) = choice;
+    Cell { block: kib << 10, work, depth, sessions, transport, temperature, source }
+}
+
+/// Everything, kinds of cell together that belong together in a picture.
 fn full() -> Vec<Cell> {
     let mut cells = Vec::new();
     for source in [Source::Raw, Source::Fio] {
-        for temperature in [Temperature::Cached, Temperature::Cold] {
-            for transport in [Transport::Tcp, Transport::Unix] {
-                for work in [Work::Read, Work::Write, Work::Mixed] {
+        for temperature in [Cached, Cold] {
+            for transport in [Tcp, Unix] {
+                for work in [Read, Write, Mixed] {
                     for block in BLOCKS {
                         for (depth, sessions) in depths_and_sessions() {
-                            let cell = Cell::raw(block, work, depth);
-                            cells.push(Cell { sessions, transport, temperature, source, ..cell });
+                            let choice =
+                                (block >> 10, work, depth, sessions, transport, temperature);
+                            cells.push(cell(source, choice));
                         }
                     }
                 }
@@ -209,15 +267,47 @@ mod tests {
         assert_eq!(Set::Full.cells().len(), 2 * per_source);
     }
 
+    /// The words of a cell's name: one for each axis.
+    fn values(cell: &Cell) -> Vec<String> {
+        let kind = format!("{:?}", cell.work);
+        let name = cell.to_string();
+        let words = name.split('-').map(str::to_owned);
+        words.enumerate().map(|(at, word)| if at == 1 { kind.clone() } else { word }).collect()
+    }
+
+    fn pairs(cells: &[Cell]) -> BTreeSet<(usize, String, usize, String)> {
+        let mut pairs = BTreeSet::new();
+        for values in cells.iter().map(values) {
+            for (one, first) in values.iter().enumerate() {
+                for (other, second) in values.iter().enumerate().skip(one + 1) {
+                    pairs.insert((one, first.clone(), other, second.clone()));
+                }
+            }
+        }
+        pairs
+    }
+
+    #[test]
+    fn by_default_every_two_values_of_two_axes_meet_as_they_do_in_the_full_set() {
+        let (default, full) = (pairs(&Set::Default.cells()), pairs(&Set::Full.cells()));
+        let missing: Vec<_> = full.difference(&default).collect();
+        assert!(missing.is_empty(), "{missing:?}");
+        assert!(full.is_superset(&default), "the default set leaves the grid");
+    }
+
     #[test]
     fn a_name_says_what_is_measured() {
-        assert_eq!(RANDOM_READS.to_string(), "4k-randread-d32-s1-tcp-cached-raw");
-        assert_eq!(LARGE_WRITES.fio().to_string(), "1m-write-d4-s1-tcp-cached-fio");
+        let names: Vec<String> = Set::Small.cells().iter().map(Cell::to_string).collect();
+        assert_eq!(names, ["4k-randread-d32-s1-tcp-cached-raw", "1m-read-d8-s1-tcp-cached-raw"]);
+        let cell = cell(Source::Fio, (64, Mixed, 8, 16, Unix, Cold));
+        assert_eq!(cell.to_string(), "64k-randrw-d8-s16-unix-cold-fio");
+        assert_eq!(cell.block_words(), "64 KiB");
     }
 
     #[test]
     fn requests_are_in_order_from_the_limit_on_and_not_before() {
-        assert!(Cell::raw(SEQUENTIAL_FROM, Work::Read, 1).is_sequential());
-        assert!(!Cell::raw(SEQUENTIAL_FROM - 1, Work::Read, 1).is_sequential());
+        let small = Set::Small.cells()[0];
+        assert!(Cell { block: SEQUENTIAL_FROM, ..small }.is_sequential());
+        assert!(!Cell { block: SEQUENTIAL_FROM - 1, ..small }.is_sequential());
     }
 }

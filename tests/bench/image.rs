@@ -4,19 +4,23 @@
 use super::Trouble;
 use super::grid::Temperature;
 use super::options::Options;
+use memmap2::Mmap;
+use nix::errno::Errno;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::libc;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
-use nix::unistd::{Uid, sync};
+use nix::unistd::{SysconfVar, sysconf};
 use std::cell::OnceCell;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// What the images are called. A run that was interrupted leaves one; the next takes its place.
 const NAME: &str = "flexnbd-bench.img";
 /// How much is written at once, in bytes.
 const PORTION: usize = 1 << 20;
-/// Where root tells the kernel to forget what it has cached (proc(5)).
-const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
+/// A cold image of which more than this part is in memory is not cold.
+const WARM_PART_MAX: f64 = 0.01;
 
 /// Makes the images when they are first needed.
 #[derive(Debug)]
@@ -74,13 +78,18 @@ impl Images {
         Ok(image.path.clone())
     }
 
-    /// Makes the kernel forget the contents of all files.
+    /// Writes the image for cold cells out and makes the kernel forget what it has of it: the
+    /// same for every server, and nothing else on this machine is touched.
     ///
     /// # Errors
-    /// When it does not let us.
+    /// When the kernel keeps it nevertheless.
     pub(super) fn cool(&self) -> Result<(), Trouble> {
-        sync();
-        fs::write(DROP_CACHES, "3").map_err(|error| format!("{DROP_CACHES}: {error}").into())
+        let cannot = |error| format!("cannot cool {}: {error}", self.cold.path.display());
+        let warm = cool(&self.cold.path).map_err(cannot)?;
+        if warm > WARM_PART_MAX {
+            return Err(format!("{:.0} % of the image stay in memory", warm * 100.0).into());
+        }
+        Ok(())
     }
 }
 
@@ -103,9 +112,6 @@ impl Drop for Image {
 }
 
 fn why_never_cold(directory: &Path) -> Option<&'static str> {
-    if !Uid::effective().is_root() {
-        return Some("only root can empty the page cache");
-    }
     match statfs(directory) {
         Ok(about) if about.filesystem_type() == TMPFS_MAGIC => {
             Some("what lies in a tmpfs is never cold; name another directory with --dir")
@@ -114,8 +120,33 @@ fn why_never_cold(directory: &Path) -> Option<&'static str> {
     }
 }
 
+/// Empties the page cache of one file; returns which part of it is still there.
+fn cool(path: &Path) -> io::Result<f64> {
+    let file = File::open(path)?;
+    // What is dirty would stay.
+    file.sync_all()?;
+    posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+    warm_part(&file)
+}
+
+/// Which part of a file is in memory, as mincore(2) tells.
+fn warm_part(file: &File) -> io::Result<f64> {
+    // SAFETY: the bytes behind the mapping are never looked at, so that it does not matter who
+    // changes them.
+    let map = unsafe { Mmap::map(file)? };
+    let page = sysconf(SysconfVar::PAGE_SIZE)?.unwrap_or(4096) as usize;
+    let mut pages = vec![0_u8; map.len().div_ceil(page)];
+    // SAFETY: the range is that of the mapping, which begins at a page; `pages` has room for a
+    // byte of each page that it touches.
+    let outcome =
+        unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), map.len(), pages.as_mut_ptr()) };
+    Errno::result(outcome)?;
+    let warm = pages.iter().filter(|page| **page & 1 == 1).count();
+    Ok(warm as f64 / pages.len() as f64)
+}
+
 /// Writes `size` bytes of data without zeros or repetitions to speak of.
-fn make(path: &Path, size: u64) -> std::io::Result<()> {
+fn make(path: &Path, size: u64) -> io::Result<()> {
     let mut file = File::create(path)?;
     let mut portion: Vec<u8> = (0..PORTION).map(|i| (i % 253) as u8 + 1).collect();
     for number in 0..size.div_ceil(PORTION as u64) {
@@ -125,4 +156,23 @@ fn make(path: &Path, size: u64) -> std::io::Result<()> {
         file.write_all(&portion)?;
     }
     file.sync_data()
+}
+
+#[cfg(test)]
+#[allow(unused)] // See peers.rs.
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_just_written_is_warm_and_then_cold() {
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        if let Some(why) = why_never_cold(directory) {
+            println!("skipped: {why}");
+            return;
+        }
+        let file = tempfile::NamedTempFile::new_in(directory).unwrap();
+        make(file.path(), 4 << 20).unwrap();
+        assert_eq!(warm_part(file.as_file()).unwrap(), 1.0);
+        assert_eq!(cool(file.path()).unwrap(), 0.0);
+    }
 }

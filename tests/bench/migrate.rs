@@ -7,6 +7,7 @@
 #[allow(dead_code, reason = "its loads are those of the other benchmark")]
 mod grid;
 mod machine;
+mod process;
 #[allow(dead_code, reason = "its sessions are those of the other benchmark")]
 mod replies;
 mod running;
@@ -16,6 +17,7 @@ mod servers;
 mod session;
 #[allow(dead_code, reason = "its samples are those of the other benchmark")]
 mod stats;
+mod targets;
 
 #[path = "migrate/choices.rs"]
 mod choices;
@@ -29,8 +31,6 @@ mod network;
 mod ours;
 #[path = "migrate/pause.rs"]
 mod pause;
-#[path = "migrate/process.rs"]
-mod process;
 #[path = "migrate/qemu.rs"]
 mod qemu;
 #[path = "migrate/systems.rs"]
@@ -40,14 +40,16 @@ mod table;
 
 use choices::Choices;
 use disks::{Disks, Kind};
+use machine::Machine;
 use network::Network;
-use pause::PauseReport;
+use pause::{Load, PauseReport};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 use systems::System;
 use table::{KindReport, Run};
+use targets::Target;
 
 /// What went wrong, for the person who reads it.
 type Trouble = Box<dyn std::error::Error + Send + Sync>;
@@ -77,34 +79,42 @@ fn measure(choices: &Choices) -> Result<(), Trouble> {
         report.print();
         kinds.push(report);
     }
-    let pauses = measure_pauses(choices, &systems, &disks)?;
+    let pauses = measure_pauses(choices, &systems, &disks);
+    let dense = kinds.iter().find(|report| report.kind == Kind::Dense);
+    let dense = dense.and_then(KindReport::seconds);
+    let ours = pauses.iter().filter(|report| report.name == systems::OURS);
+    let wanted: Vec<Target> = kinds
+        .iter()
+        .flat_map(|report| report.targets(dense))
+        .chain(ours.flat_map(PauseReport::targets))
+        .collect();
+    targets::print(&wanted);
     let Some(file) = &choices.json else { return Ok(()) };
     let kinds: Vec<Value> = kinds.iter().map(KindReport::json).collect();
-    write(file, &json!({ "about": about, "images": kinds, "pauses": pauses }))
+    let pauses: Vec<Value> = pauses.iter().map(PauseReport::json).collect();
+    let all = json!({ "about": about, "images": kinds, "pauses": pauses, "targets": wanted });
+    write(file, &all)
 }
 
 /// Says what is going to happen, and on which machine.
 fn begin(choices: &Choices, systems: &[System], network: &Network) -> Value {
+    let machine = Machine::of_this_run("migrate");
+    machine.print();
     for system in systems {
         println!("# {}: {}", system.name, system.version);
     }
     if let Some(why) = network.why_shared() {
         println!("# bytes on the wire may be those of others, too: {why}");
     }
-    let load = machine::load_average();
-    if load > machine::LOAD_OF_OTHERS {
-        println!("# others are using this machine (load {load}): times and ratios mean little now");
-    }
     let versions: serde_json::Map<String, Value> =
         systems.iter().map(|s| (s.name.clone(), s.version.clone().into())).collect();
     json!({
-        "kernel": machine::read("/proc/sys/kernel/osrelease"),
-        "processor": machine::processor(),
-        "load_before": load,
+        "machine": machine,
         "versions": versions,
         "directory": choices.dir,
         "size": choices.size,
         "rounds": choices.rounds,
+        "max_speed": choices.max_speed,
     })
 }
 
@@ -150,26 +160,24 @@ fn measure_once(
     })
 }
 
-/// The pauses of each of ours; the others have none that could be seen from outside.
-fn measure_pauses(
-    choices: &Choices,
-    systems: &[System],
-    disks: &Disks,
-) -> Result<Vec<Value>, Trouble> {
+/// What clients feel of each of ours; the others have no pause that could be seen from outside.
+fn measure_pauses(choices: &Choices, systems: &[System], disks: &Disks) -> Vec<PauseReport> {
     let mut reports = Vec::new();
     for system in systems {
         let Some(program) = system.ours() else { continue };
-        let mut report = PauseReport::new(&system.name, choices);
-        for number in 1..=choices.migrations {
-            match pause::measure_once(program, choices, disks) {
-                Ok(seen) => report.seen.push(seen),
-                Err(trouble) => println!("# pause {number}: {}: {trouble}", system.name),
+        for load in Load::all(choices) {
+            let mut report = PauseReport::new(&system.name, load, choices);
+            for number in 1..=choices.migrations {
+                match pause::measure_once(program, load, choices.pause_size, disks) {
+                    Ok(seen) => report.seen.push(seen),
+                    Err(trouble) => println!("# migration {number}: {}: {trouble}", system.name),
+                }
             }
+            report.print();
+            reports.push(report);
         }
-        report.print();
-        reports.push(report.json());
     }
-    Ok(reports)
+    reports
 }
 
 fn write(file: &Path, value: &Value) -> Result<(), Trouble> {

@@ -17,7 +17,7 @@ pub(super) struct Options {
     /// Which cells to measure
     #[arg(long, value_enum, default_value = "default")]
     pub(super) set: Set,
-    /// Only the cells whose name contains this; `memory` is a name, too
+    /// Only the cells whose name contains this; `memory` and `activation` are names, too
     #[arg(long, value_name = "TEXT")]
     pub(super) only: Option<String>,
     /// Print the names of the cells and measure nothing
@@ -38,7 +38,7 @@ pub(super) struct Options {
     #[arg(long, default_value = "3", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) rounds: u32,
     /// How long each of these takes
-    #[arg(long, default_value = "1", value_parser = seconds)]
+    #[arg(long, default_value = "0.5", value_parser = seconds)]
     pub(super) seconds: Duration,
     /// Size of the image in MiB
     #[arg(long, default_value = "1024", value_parser = clap::value_parser!(u64).range(1..))]
@@ -58,6 +58,12 @@ pub(super) struct Options {
     /// Write all figures to this file
     #[arg(long, value_name = "FILE")]
     pub(super) json: Option<PathBuf>,
+    /// Draw the ratios of all cells into this file
+    #[arg(long, value_name = "FILE")]
+    pub(super) svg: Option<PathBuf>,
+    /// Measure nothing: print, and draw with --svg, what an earlier run wrote with --json
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub(super) again: Option<PathBuf>,
     /// What cargo adds to the arguments of every benchmark
     #[arg(long, hide = true)]
     pub(super) bench: bool,
@@ -84,7 +90,17 @@ impl Options {
 
     /// Whether to look at the memory of idle servers.
     pub(super) fn measures_memory(&self) -> bool {
-        self.wants("memory")
+        self.wants_besides("memory")
+    }
+
+    /// Whether to look at servers that are started by their first client.
+    pub(super) fn measures_activation(&self) -> bool {
+        self.wants_besides("activation")
+    }
+
+    /// The small set is cells only, unless something else is asked for by its name.
+    fn wants_besides(&self, name: &str) -> bool {
+        self.wants(name) && (self.only.is_some() || self.set != Set::Small)
     }
 
     fn wants(&self, name: &str) -> bool {
@@ -129,8 +145,19 @@ mod tests {
         let options = parse("--only 1m-read").unwrap();
         assert!(!options.cells().is_empty() && !options.measures_memory());
         assert!(options.cells().iter().all(|cell| cell.to_string().contains("1m-read")));
-        let memory = parse("--only memory").unwrap();
+        let memory = parse("--set small --only memory").unwrap();
         assert!(memory.cells().is_empty() && memory.measures_memory());
+        assert!(!memory.measures_activation());
+    }
+
+    #[test]
+    fn the_small_set_is_cells_only_and_the_others_are_not() {
+        let wants = |line| {
+            let options = parse(line).unwrap();
+            (options.measures_memory(), options.measures_activation())
+        };
+        assert_eq!(wants("--set small"), (false, false));
+        assert_eq!((wants(""), wants("--set full")), ((true, true), (true, true)));
     }
 
     #[test]

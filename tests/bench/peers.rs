@@ -4,6 +4,8 @@
 //! The tests in these files are run by `main.rs`, as part of `cargo test`. Cargo builds the
 //! benchmark itself with `cfg(test)`, too, but without a harness; there they are unused.
 
+mod activation;
+mod cells;
 mod fio;
 mod generator;
 mod grid;
@@ -11,22 +13,30 @@ mod image;
 mod machine;
 mod memory;
 mod options;
+mod picture;
 mod pin;
+mod plan;
+#[allow(dead_code, reason = "the other benchmark waits for programs to succeed")]
+mod process;
 mod replies;
 mod report;
 mod running;
 mod servers;
 mod session;
 mod stats;
+mod summary;
+mod targets;
 mod usage;
 
+use cells::{CellReport, Round};
 use grid::{Cell, Source, Temperature};
 use image::Images;
 use options::Options;
-use report::{CellReport, Report};
+use report::Report;
 use running::Running;
 use servers::Server;
 use stats::Sample;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// What went wrong, for the person who reads it.
@@ -37,7 +47,7 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(code) => return code,
     };
-    match measure(&options) {
+    match run(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(trouble) => {
             eprintln!("peers: {trouble}");
@@ -46,16 +56,39 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure(options: &Options) -> Result<(), Trouble> {
-    let cells = options.cells();
+fn run(options: &Options) -> Result<(), Trouble> {
     if options.list {
-        cells.iter().for_each(|cell| println!("{cell}"));
+        options.cells().iter().for_each(|cell| println!("{cell}"));
         return Ok(());
     }
+    let report = match &options.again {
+        Some(file) => read_again(file)?,
+        None => measure(options)?,
+    };
+    report.print_end();
+    if let Some(file) = &options.json {
+        report.write(file)?;
+    }
+    if let Some(file) = &options.svg {
+        picture::draw(&report, file)?;
+    }
+    Ok(())
+}
+
+fn read_again(file: &Path) -> Result<Report, Trouble> {
+    let report = Report::read(file)?;
+    report.print_beginning();
+    report.print_cells();
+    Ok(report)
+}
+
+fn measure(options: &Options) -> Result<Report, Trouble> {
     let servers = servers::installed(&options.servers, &options.also)?;
     let images = Images::new(options)?;
-    let cells = possible(cells, &images);
-    let mut report = Report::begin(options, &servers, cells.len());
+    let cells = possible(options.cells(), &images);
+    let mut report = Report::begin(options, &servers, &cells);
+    report.print_beginning();
+    report.print_plan(options, &cells);
     for cell in &cells {
         let result = measure_cell(cell, options, &servers, &images);
         result.print();
@@ -63,9 +96,11 @@ fn measure(options: &Options) -> Result<(), Trouble> {
     }
     if options.measures_memory() {
         report.memory = memory::measure(options, &servers, &images)?;
-        memory::print(&report.memory);
     }
-    report.finish(options.json.as_deref())
+    if options.measures_activation() {
+        report.activation = activation::measure(options, &servers, &images)?;
+    }
+    Ok(report)
 }
 
 /// The cells that can be measured here; says which others there are, and why they cannot.
@@ -92,13 +127,14 @@ fn measure_cell(cell: &Cell, options: &Options, servers: &[Server], images: &Ima
     for round in 0..options.rounds as usize {
         for turn in 0..servers.len() {
             let which = (round + turn) % servers.len();
-            match measure_once(cell, options, &servers[which], images) {
-                Ok(sample) => result.rows[which].samples.push(sample),
-                Err(trouble) => {
+            let seen = measure_once(cell, options, &servers[which], images);
+            result.rows[which].rounds.push(seen.map_or_else(
+                |trouble| {
                     println!("# {cell}: {}: {trouble}", servers[which].name);
-                    result.rows[which].troubles.push(trouble.to_string());
-                }
-            }
+                    Round::Failed(trouble.to_string())
+                },
+                Round::Measured,
+            ));
         }
     }
     result

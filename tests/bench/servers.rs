@@ -1,8 +1,10 @@
 //! The servers that are measured, and the command line of each. Starts none.
-//! Every one serves the same file, on loopback or a unix socket, with its usual settings.
+//! Every one serves the same file through the page cache, on loopback or a unix socket, with the
+//! settings of its authors but for those that limit it (README.md, "How the peers are started").
 
 use super::Trouble;
 use super::session::Address;
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,6 +17,8 @@ const EXPORT: &str = "disk";
 pub(super) const CONFIG: &str = "config";
 /// Where a server that goes on in the background leaves its process id.
 pub(super) const PID_FILE: &str = "pid";
+/// What stands for the image where a command line is printed.
+const SOME_IMAGE: &str = "IMAGE";
 
 /// A server that can be started.
 #[derive(Clone, Debug)]
@@ -32,7 +36,13 @@ pub(super) enum Kind {
     QemuNbd,
     QemuNbdUring,
     NbdServer,
+    NbdServerSplice,
 }
+
+/// One client after another and many at once, the page cache as with all others, and holes where
+/// clients trim.
+const QEMU_NBD: &[&str] =
+    &["--format=raw", "--persistent", "--shared=0", "--cache=writeback", "--discard=unmap"];
 
 /// Finds those of `names` that are installed, says which are not, and adds other builds of ours.
 ///
@@ -65,6 +75,7 @@ fn known(name: &str) -> Option<(Kind, PathBuf)> {
         "qemu-nbd" => (Kind::QemuNbd, "qemu-nbd"),
         "qemu-nbd-uring" => (Kind::QemuNbdUring, "qemu-nbd"),
         "nbd-server" => (Kind::NbdServer, "nbd-server"),
+        "nbd-server-splice" => (Kind::NbdServerSplice, "nbd-server"),
         _ => return None,
     };
     Some((kind, PathBuf::from(program)))
@@ -77,84 +88,112 @@ pub(super) fn find(program: &Path) -> Option<PathBuf> {
     candidates.into_iter().find(|candidate| candidate.is_file())
 }
 
+/// What a program says of its version, on one line.
+pub(super) fn version(program: &Path) -> String {
+    let said = Command::new(program).arg("--version").output();
+    let said = said.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
+    let said = String::from_utf8_lossy(&said);
+    said.lines().find(|line| !line.trim().is_empty()).unwrap_or("unknown").trim().to_owned()
+}
+
 impl Server {
     /// What the program says of its version, on one line.
     pub(super) fn version(&self) -> String {
-        let said = Command::new(&self.program).arg("--version").output();
-        let said = said.map(|output| [output.stdout, output.stderr].concat()).unwrap_or_default();
-        let said = String::from_utf8_lossy(&said);
-        said.lines().find(|line| !line.trim().is_empty()).unwrap_or("unknown").trim().to_owned()
+        version(&self.program)
+    }
+
+    /// Whether it is a build of flexnbd.
+    pub(super) fn is_ours(&self) -> bool {
+        self.kind == Kind::Flexnbd
+    }
+
+    /// How it is started, for people: its arguments, or its configuration file in one line.
+    pub(super) fn usage(&self) -> String {
+        let told = |word: OsString| word.to_string_lossy().into_owned();
+        if self.is_daemon() {
+            return self.export_section(Path::new(SOME_IMAGE)).trim().replace('\n', " ");
+        }
+        let words = self.arguments(Path::new(SOME_IMAGE), &[]).into_iter().map(told);
+        words.collect::<Vec<_>>().join(" ")
     }
 
     /// The command line that serves `image` at `address`. `folder` is for what it needs besides.
     pub(super) fn command(&self, image: &Path, address: &Address, folder: &Path) -> Command {
         let mut command = Command::new(&self.program);
-        match self.kind {
-            Kind::Flexnbd => {
-                command.args(["serve", "--quiet", "--file"]).arg(image);
-                match address {
-                    Address::Tcp(at) => command.args(["--addr", LOOPBACK, "--port", &port(at)]),
-                    Address::Unix(path) => command.arg("--addr").arg(path),
-                };
-            }
-            Kind::Nbdkit => {
-                command.args(["--foreground", "--exit-with-parent"]);
-                match address {
-                    Address::Tcp(at) => command.args(["--ipaddr", LOOPBACK, "--port", &port(at)]),
-                    Address::Unix(path) => command.arg("--unix").arg(path),
-                };
-                command.arg("file").arg(image);
-            }
-            Kind::QemuNbd | Kind::QemuNbdUring => {
-                let uring = self.kind == Kind::QemuNbdUring;
-                command.arg(if uring { "--aio=io_uring" } else { "--aio=threads" });
-                command.args(["--format=raw", "--persistent", "--shared=0"]);
-                command.args(["--cache=writeback", "--discard=unmap"]);
-                match address {
-                    Address::Tcp(at) => command.args(["--bind", LOOPBACK, "--port", &port(at)]),
-                    Address::Unix(path) => command.arg("--socket").arg(path),
-                };
-                command.arg(image);
-            }
-            Kind::NbdServer => {
-                command.arg("-C").arg(folder.join(CONFIG)).arg("-p").arg(folder.join(PID_FILE));
-            }
+        if self.is_daemon() {
+            command.arg("-C").arg(folder.join(CONFIG)).arg("-p").arg(folder.join(PID_FILE));
+        } else {
+            command.args(self.arguments(image, &self.listening(address)));
         }
         command
     }
 
+    /// The program and arguments that serve `image` on a socket handed over as systemd does it;
+    /// nothing if it cannot be handed one.
+    pub(super) fn activated(&self, image: &Path) -> Option<Vec<OsString>> {
+        let program = std::iter::once(self.program.clone().into_os_string());
+        (!self.is_daemon()).then(|| program.chain(self.arguments(image, &[])).collect())
+    }
+
+    fn arguments(&self, image: &Path, listening: &[OsString]) -> Vec<OsString> {
+        let (before, behind): (&[&str], &[&str]) = match self.kind {
+            Kind::Flexnbd => (&["serve", "--quiet"], &["--file"]),
+            Kind::Nbdkit => (&["--foreground", "--exit-with-parent"], &["file"]),
+            Kind::QemuNbd => (QEMU_NBD, &["--aio=threads"]),
+            Kind::QemuNbdUring => (QEMU_NBD, &["--aio=io_uring"]),
+            Kind::NbdServer | Kind::NbdServerSplice => (&[], &[]),
+        };
+        let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
+        [&words(before)[..], listening, &words(behind), &[image.into()]].concat()
+    }
+
+    fn listening(&self, address: &Address) -> Vec<OsString> {
+        let (host, port, path) = match self.kind {
+            Kind::Nbdkit => ("--ipaddr", "--port", "--unix"),
+            Kind::QemuNbd | Kind::QemuNbdUring => ("--bind", "--port", "--socket"),
+            _ => ("--addr", "--port", "--addr"),
+        };
+        match address {
+            Address::Tcp(at) => {
+                [host, LOOPBACK, port, &at.port().to_string()].map(Into::into).into()
+            }
+            Address::Unix(at) => vec![path.into(), at.into()],
+        }
+    }
+
     /// What the server's configuration file must say, if it has one.
     pub(super) fn configuration(&self, image: &Path, address: &Address) -> Option<String> {
-        if self.kind != Kind::NbdServer {
-            return None;
-        }
         let listen = match address {
             Address::Tcp(at) => format!("listenaddr={LOOPBACK}\nport={}", at.port()),
             Address::Unix(path) => format!("unixsock={}", path.display()),
         };
-        let export = format!("[{EXPORT}]\nexportname={}", image.display());
-        Some(format!("[generic]\n{listen}\n{export}\nflush=true\nfua=true\ntrim=true\n"))
+        self.is_daemon().then(|| format!("[generic]\n{listen}\n{}", self.export_section(image)))
+    }
+
+    fn export_section(&self, image: &Path) -> String {
+        let splice = if self.kind == Kind::NbdServerSplice { "splice=true\n" } else { "" };
+        let image = image.display();
+        format!("[{EXPORT}]\nexportname={image}\nflush=true\nfua=true\ntrim=true\n{splice}")
     }
 
     /// Whether the program goes on in the background and leaves its process id in [`PID_FILE`].
     pub(super) fn is_daemon(&self) -> bool {
-        self.kind == Kind::NbdServer
+        matches!(self.kind, Kind::NbdServer | Kind::NbdServerSplice)
     }
 
     /// The name of the export it offers.
     pub(super) fn export(&self) -> &'static str {
-        if self.kind == Kind::NbdServer { EXPORT } else { "" }
+        if self.is_daemon() { EXPORT } else { "" }
     }
-}
-
-fn port(address: &SocketAddr) -> String {
-    address.port().to_string()
 }
 
 #[cfg(test)]
 #[allow(unused)] // See peers.rs.
 mod tests {
     use super::*;
+
+    const ALL: [&str; 6] =
+        ["flexnbd", "nbdkit", "qemu-nbd", "qemu-nbd-uring", "nbd-server", "nbd-server-splice"];
 
     fn server(name: &str) -> Server {
         let (kind, program) = known(name).unwrap();
@@ -166,7 +205,7 @@ mod tests {
         let (image, folder) = (Path::new("/the/image"), Path::new("/the/folder"));
         let tcp = Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 4321)));
         let unix = Address::Unix(PathBuf::from("/the/socket"));
-        for name in ["flexnbd", "nbdkit", "qemu-nbd", "qemu-nbd-uring", "nbd-server"] {
+        for name in ALL {
             for (address, told) in [(&tcp, "4321"), (&unix, "/the/socket")] {
                 let server = server(name);
                 let line = format!("{:?}", server.command(image, address, folder));
@@ -174,6 +213,21 @@ mod tests {
                 assert!(all.contains("/the/image") && all.contains(told), "{all}");
             }
         }
+    }
+
+    #[test]
+    fn what_is_handed_its_socket_is_told_no_address() {
+        for name in ALL.into_iter().filter(|name| !server(name).is_daemon()) {
+            let line = server(name).activated(Path::new("/the/image")).unwrap();
+            let told = line.iter().map(|word| word.to_string_lossy().into_owned());
+            let line = told.collect::<Vec<_>>().join(" ");
+            assert!(line.ends_with("/the/image") && !line.contains(LOOPBACK), "{line}");
+            assert_eq!(
+                line.split_once(' ').unwrap().1.replace("/the/image", "IMAGE"),
+                server(name).usage()
+            );
+        }
+        assert_eq!(server("nbd-server").activated(Path::new("/the/image")), None);
     }
 
     #[test]

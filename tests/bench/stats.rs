@@ -1,8 +1,10 @@
 //! Figures of one run, and what several runs amount to.
 //! Pure: values in, values out.
 
+use serde::{Deserialize, Serialize};
+
 /// What one run of one server under one load showed.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Sample {
     pub(super) requests_per_sec: f64,
     /// Millions of bytes.

@@ -29,7 +29,7 @@ pub(super) struct Choices {
     #[arg(long, value_delimiter = ',', value_parser = kind, value_name = "KIND,...",
         default_value = "dense,sparse25,sparse1,zeros")]
     pub(super) images: Vec<Kind>,
-    /// Look at the pauses only
+    /// Look at what clients feel only
     #[arg(long)]
     pub(super) pauses_only: bool,
     /// Size of the images (K, M, G: powers of 1024)
@@ -41,7 +41,7 @@ pub(super) struct Choices {
     /// How often each system moves each image; the median counts
     #[arg(long, default_value = "3", value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) rounds: u32,
-    /// How many migrations to look at the pause of; 0 for none
+    /// How many migrations to look at under each load of a client; 0 for none
     #[arg(long, default_value = "20", value_name = "NUMBER")]
     pub(super) migrations: u32,
     /// Size of the image that these move
@@ -51,6 +51,9 @@ pub(super) struct Choices {
     #[arg(long, default_value = "5000", value_name = "NUMBER",
         value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(super) writes_per_sec: u32,
+    /// How many bytes a second the source may send in those migrations that are held back (K, M, G)
+    #[arg(long, default_value = "100M", value_name = "RATE", value_parser = rate)]
+    pub(super) max_speed: u64,
     /// Write all figures to this file
     #[arg(long, value_name = "FILE")]
     pub(super) json: Option<PathBuf>,
@@ -84,6 +87,13 @@ fn named_path(text: &str) -> Result<(String, PathBuf), String> {
 fn size(text: &str) -> Result<u64, String> {
     let size = parse_size(text).map_err(|error| error.to_string())?;
     if size < SIZE_MIN { Err(format!("less than {SIZE_MIN} bytes")) } else { Ok(size) }
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    match parse_size(text).map_err(|error| error.to_string())? {
+        0 => Err("that would be no limit".to_owned()),
+        rate => Ok(rate),
+    }
 }
 
 fn kind(text: &str) -> Result<Kind, String> {

@@ -1,8 +1,8 @@
-//! A client that begins so many writes of 4 KiB a second, whether or not earlier ones are answered.
-//! Never reconnects: it ends when its server does.
+//! A client of a disk that is being moved. Never reconnects: it ends when its server does.
 //!
-//! A write counts from when it was due, not from when it could be sent, so that a server that lets
-//! one write wait is charged for those that wait behind it.
+//! It begins so many writes of 4 KiB a second, whether or not earlier ones are answered; each
+//! counts from when it was due, not from when it could be sent, so that a server that lets one
+//! wait is charged for those that wait behind it. Or it asks for one thing after another.
 
 use super::Trouble;
 use super::session::{Address, PATIENCE, Place, encode, open};
@@ -23,11 +23,20 @@ const REPLY_LENGTH: usize = 16;
 /// An odd number, so that its multiples visit all of a disk whose size is a power of two.
 const STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 
-/// A write that was acknowledged.
+/// When the client asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Write {
+pub(super) enum Pace {
+    /// So many writes a second.
+    PerSecond(u32),
+    /// When the last request has been answered; reads and writes in turn.
+    OneByOne,
+}
+
+/// A request that was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Answered {
     pub(super) due: Instant,
-    /// From then until it was acknowledged.
+    /// From then until it was answered.
     pub(super) latency: Duration,
 }
 
@@ -36,9 +45,10 @@ pub(super) struct Write {
 pub(super) struct Client {
     stream: Arc<Stream>,
     stop: Arc<AtomicBool>,
-    sender: JoinHandle<()>,
-    receiver: JoinHandle<Result<Vec<Write>, String>>,
-    /// Disconnected, or has a message, when enough writes have been acknowledged.
+    /// Nobody where the receiver asks itself.
+    sender: Option<JoinHandle<()>>,
+    receiver: JoinHandle<Result<Vec<Answered>, String>>,
+    /// Disconnected, or has a message, when enough requests have been answered.
     warm: Receiver<()>,
 }
 
@@ -57,49 +67,58 @@ impl Timetable {
 }
 
 impl Client {
-    /// Connects and begins to write. [`Self::wait_until_warm`] waits for `warm` writes.
+    /// Connects and begins to ask. [`Self::wait_until_warm`] waits for `warm` answers.
     ///
     /// # Errors
     /// When the server does not let it in.
-    pub(super) fn start(at: SocketAddr, rate_per_sec: u32, warm: usize) -> Result<Self, Trouble> {
+    pub(super) fn start(at: SocketAddr, pace: Pace, warm: usize) -> Result<Self, Trouble> {
         let (stream, size) = open(&Place { address: Address::Tcp(at), export: "" })?;
         let (stream, stop) = (Arc::new(stream), Arc::new(AtomicBool::new(false)));
-        let interval = Duration::from_secs(1) / rate_per_sec;
-        let timetable = Timetable { began: Instant::now(), interval };
-        let (is_warm, warm_receiver) = mpsc::channel();
-        let (for_sender, stopped) = (Arc::clone(&stream), Arc::clone(&stop));
         let blocks = (size / BLOCK as u64).max(1);
-        let sender = thread::spawn(move || send(&for_sender, &stopped, timetable, blocks));
-        let for_receiver = Arc::clone(&stream);
-        let receiver = thread::spawn(move || {
-            receive(&for_receiver, timetable, |count| {
-                if count == warm {
-                    // Nobody may be waiting.
-                    let _ = is_warm.send(());
-                }
-            })
-        });
+        let (is_warm, warm_receiver) = mpsc::channel();
+        let each = move |count| {
+            if count == warm {
+                // Nobody may be waiting.
+                let _ = is_warm.send(());
+            }
+        };
+        let (theirs, stopped) = (Arc::clone(&stream), Arc::clone(&stop));
+        let (sender, receiver) = match pace {
+            Pace::OneByOne => {
+                (None, thread::spawn(move || one_by_one(&theirs, &stopped, blocks, each)))
+            }
+            Pace::PerSecond(rate) => {
+                let interval = Duration::from_secs(1) / rate;
+                let timetable = Timetable { began: Instant::now(), interval };
+                let senders = Arc::clone(&stream);
+                let send = move || send(&senders, &stopped, timetable, blocks);
+                let receive = move || receive(&theirs, timetable, each);
+                (Some(thread::spawn(send)), thread::spawn(receive))
+            }
+        };
         Ok(Self { stream, stop, sender, receiver, warm: warm_receiver })
     }
 
-    /// Waits until enough writes have been acknowledged.
+    /// Waits until enough requests have been answered.
     ///
     /// # Errors
     /// When that takes too long, or the server is gone.
     pub(super) fn wait_until_warm(&self, within: Duration) -> Result<(), Trouble> {
         let warm = self.warm.recv_timeout(within);
-        warm.map_err(|_| "the client's writes are not acknowledged".into())
+        warm.map_err(|_| "the client's requests are not answered".into())
     }
 
-    /// All writes that were acknowledged; ends what has not ended yet.
+    /// All requests that were answered; ends what has not ended yet.
     ///
     /// # Errors
-    /// When the server refused a write or answered nonsense.
-    pub(super) fn finish(self) -> Result<Vec<Write>, Trouble> {
+    /// When the server refused a request or answered nonsense.
+    pub(super) fn finish(self) -> Result<Vec<Answered>, Trouble> {
         self.stop.store(true, Ordering::SeqCst);
         // Fails when the server was faster.
         let _ = self.stream.shutdown_both();
-        self.sender.join().map_err(|_| "the sender panicked")?;
+        if let Some(sender) = self.sender {
+            sender.join().map_err(|_| "the sender panicked")?;
+        }
         Ok(self.receiver.join().map_err(|_| "the receiver panicked")??)
     }
 }
@@ -113,9 +132,7 @@ fn send(stream: &Stream, stop: &AtomicBool, timetable: Timetable, blocks: u64) {
         if let Some(early) = timetable.due(number).checked_duration_since(Instant::now()) {
             thread::sleep(early);
         }
-        let offset = number.wrapping_mul(STRIDE) % blocks * BLOCK as u64;
-        let head = encode(CommandKind::Write, number as usize, offset, BLOCK);
-        let request = [&head[..], &data].concat();
+        let request = request(CommandKind::Write, number, number, blocks, &data);
         if stop.load(Ordering::SeqCst) || stream.send_all(&request, PATIENCE).is_err() {
             return;
         }
@@ -127,23 +144,63 @@ fn receive(
     stream: &Stream,
     timetable: Timetable,
     mut each: impl FnMut(usize),
-) -> Result<Vec<Write>, String> {
+) -> Result<Vec<Answered>, String> {
     let mut writes = Vec::new();
     let mut reply = [0; REPLY_LENGTH];
     while stream.recv_exact(&mut reply, PATIENCE).is_ok() {
         let due = timetable.due(acknowledged(&reply)?);
-        writes.push(Write { due, latency: due.elapsed() });
+        writes.push(Answered { due, latency: due.elapsed() });
         each(writes.len());
     }
     Ok(writes)
 }
 
-/// Pure: the number of the write that a reply says has been done.
+/// Asks, waits for the answer, and asks again, until it is told to stop or nobody answers.
+fn one_by_one(
+    stream: &Stream,
+    stop: &AtomicBool,
+    blocks: u64,
+    mut each: impl FnMut(usize),
+) -> Result<Vec<Answered>, String> {
+    let mut all = Vec::new();
+    let mut reply = [0; REPLY_LENGTH];
+    let mut data = [0xA5; BLOCK];
+    for number in 0.. {
+        // Every block is read and then written.
+        let kind = if number % 2 == 0 { CommandKind::Read } else { CommandKind::Write };
+        let request = request(kind, number, number / 2, blocks, &data);
+        let due = Instant::now();
+        if stop.load(Ordering::SeqCst)
+            || stream.send_all(&request, PATIENCE).is_err()
+            || stream.recv_exact(&mut reply, PATIENCE).is_err()
+        {
+            break;
+        }
+        if acknowledged(&reply)? != number {
+            return Err(format!("request {number} was answered with {reply:02x?}"));
+        }
+        if kind == CommandKind::Read && stream.recv_exact(&mut data, PATIENCE).is_err() {
+            break;
+        }
+        all.push(Answered { due, latency: due.elapsed() });
+        each(all.len());
+    }
+    Ok(all)
+}
+
+/// Pure: a whole request for the block at which a client arrives in so many strides.
+fn request(kind: CommandKind, number: u64, strides: u64, blocks: u64, data: &[u8]) -> Vec<u8> {
+    let offset = strides.wrapping_mul(STRIDE) % blocks * BLOCK as u64;
+    let head = encode(kind, number as usize, offset, BLOCK);
+    if kind == CommandKind::Write { [&head[..], data].concat() } else { head.to_vec() }
+}
+
+/// Pure: the number of the request that a reply says has been done.
 fn acknowledged(reply: &[u8; REPLY_LENGTH]) -> Result<u64, String> {
     let (head, cookie) = reply.split_at(8);
     let success = [SIMPLE_REPLY_MAGIC.to_be_bytes(), [0; 4]].concat();
     if head != success {
-        return Err(format!("a write was answered with {reply:02x?}"));
+        return Err(format!("a request was answered with {reply:02x?}"));
     }
     Ok(cookie.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
 }
@@ -158,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn only_success_acknowledges_a_write() {
+    fn only_success_acknowledges_a_request() {
         assert_eq!(acknowledged(&reply(0, 7)), Ok(0x207));
         assert!(acknowledged(&reply(5, 7)).is_err());
         assert!(acknowledged(&[0; REPLY_LENGTH]).is_err());

@@ -66,13 +66,14 @@ impl Sides {
         Ok(Self { source, destination, address, to, control, _folder: folder })
     }
 
-    /// Moves the disk.
+    /// Moves the disk, at no more than `max_bps` bytes a second if that is given.
     ///
     /// # Errors
     /// When the source refuses or gives up, or a side does not end with success.
-    pub(super) fn migrate(mut self) -> Result<Moved, Trouble> {
+    pub(super) fn migrate(mut self, max_bps: Option<u64>) -> Result<Moved, Trouble> {
         let ordered = Instant::now();
-        let summary = order(self.control.clone(), self.to)?;
+        let mirror = Mirror { to: self.to, action: Action::Exit, bind: None, max_bps };
+        let summary = order(self.control.clone(), mirror)?;
         let source = self.source.succeeds(END_TIME_MAX)?;
         let destination = self.destination.succeeds(END_TIME_MAX)?;
         Ok(Moved { summary, ordered, elapsed: source.max(destination) - ordered })
@@ -88,8 +89,7 @@ fn side(program: &Path, mode: &str, image: &Path, at: SocketAddr, folder: &Path)
 }
 
 /// What `mirror --wait` asks. The answer is waited for elsewhere, because it may never come.
-fn order(control: PathBuf, to: SocketAddr) -> Result<Summary, Trouble> {
-    let mirror = Mirror { to, action: Action::Exit, bind: None, max_bps: None };
+fn order(control: PathBuf, mirror: Mirror) -> Result<Summary, Trouble> {
     let (sender, answer) = mpsc::channel();
     thread::spawn(move || {
         // Whoever waits may have given up.
@@ -117,7 +117,7 @@ mod tests {
         let disks = Disks::new(directory.path()).unwrap();
         let pair = disks.make(Kind::Sparse25, 8 << 20).unwrap();
         let program = Path::new(env!("CARGO_BIN_EXE_flexnbd"));
-        let moved = Sides::start(program, &pair).unwrap().migrate().unwrap();
+        let moved = Sides::start(program, &pair).unwrap().migrate(None).unwrap();
         assert!(moved.summary.acknowledged && moved.summary.bytes_sent >= 2 << 20, "{moved:?}");
         assert!(same(&pair.source, &pair.destination).unwrap());
     }

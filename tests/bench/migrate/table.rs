@@ -4,10 +4,16 @@
 use super::disks::Kind;
 use super::stats::median;
 use super::systems::System;
+use super::targets::Target;
 use serde_json::{Value, json};
 
 /// What is printed in MiB.
 const MIB: f64 = (1 << 20) as f64;
+/// How many times the data may go over the wire, and how many bytes besides for each run of it.
+const WIRE_RATIO_MAX: f64 = 1.02;
+const WIRE_PER_RUN_MAX: f64 = 1024.0;
+/// Which peer copies a disk that nobody uses.
+const OFFLINE: &str = "nbdcopy";
 
 /// One migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -28,13 +34,13 @@ pub(super) struct Run {
 /// All migrations of one kind of image.
 #[derive(Debug)]
 pub(super) struct KindReport {
-    kind: Kind,
+    pub(super) kind: Kind,
     size: u64,
     rows: Vec<Row>,
 }
 
 /// Those of one system.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Row {
     name: String,
     is_ours: bool,
@@ -81,10 +87,70 @@ impl KindReport {
         }
     }
 
+    /// How much may go over the wire, in bytes.
+    fn wire_max(&self) -> f64 {
+        let (data, runs) = (self.kind.data(self.size), self.kind.runs(self.size));
+        WIRE_RATIO_MAX * data as f64 + WIRE_PER_RUN_MAX * runs as f64
+    }
+
+    fn ours(&self) -> Option<&Row> {
+        self.rows.iter().find(|row| row.is_ours)
+    }
+
+    /// How long we took, in the median.
+    pub(super) fn seconds(&self) -> Option<f64> {
+        self.ours()?.seconds()
+    }
+
+    /// What was wanted, as far as this kind can tell. `dense` is how long we took for an image
+    /// full of data.
+    pub(super) fn targets(&self, dense: Option<f64>) -> Vec<Target> {
+        let target = match self.kind {
+            Kind::Dense => self.dense_target(),
+            Kind::Zeros => None,
+            Kind::Sparse25 => self.wire_target("bytes on the wire, 25 % of the disk data", dense),
+            Kind::Sparse1 => self.wire_target("bytes on the wire, 1 % of the disk data", dense),
+        };
+        target.into_iter().collect()
+    }
+
+    fn dense_target(&self) -> Option<Target> {
+        let (_, ratio) = self.ratios().into_iter().find(|(name, _)| *name == OFFLINE)?;
+        Some(Target {
+            of: "rate of a migration of a dense disk against nbdcopy's, which is offline",
+            wanted: "≥ × 1.00",
+            seen: format!("× {ratio:.2}"),
+            met: ratio >= 1.0,
+        })
+    }
+
+    fn wire_target(&self, of: &'static str, dense: Option<f64>) -> Option<Target> {
+        let wire = self.ours()?.wire()?;
+        let (most, data) = (self.wire_max(), self.kind.data(self.size) as f64);
+        let time = dense.and_then(|dense| Some(self.seconds()? / dense));
+        let time = time.map(|time| {
+            format!(
+                "; × {time:.2} the time of a dense disk for × {:.2} the data",
+                data / self.size as f64
+            )
+        });
+        Some(Target {
+            of,
+            wanted: "≤ 1.02 × data + 1 KiB for each run of data",
+            seen: format!(
+                "{:.2} of {:.2} MiB, × {:.3} the data{}",
+                wire / MIB,
+                most / MIB,
+                wire / data,
+                time.unwrap_or_default()
+            ),
+            met: wire <= most,
+        })
+    }
+
     /// How many times the rate of each peer the first of ours has.
     fn ratios(&self) -> Vec<(&str, f64)> {
-        let ours = self.rows.iter().find(|row| row.is_ours).and_then(Row::seconds);
-        let Some(ours) = ours else { return Vec::new() };
+        let Some(ours) = self.seconds() else { return Vec::new() };
         let peers = self.rows.iter().filter(|row| !row.is_ours);
         peers.filter_map(|row| Some((row.name.as_str(), row.seconds()? / ours))).collect()
     }
@@ -101,6 +167,7 @@ impl KindReport {
             "size": self.size,
             "data": self.kind.data(self.size),
             "runs_of_data": self.kind.runs(self.size),
+            "wire_bytes_max": self.wire_max(),
             "systems": self.rows.iter().map(Row::json).collect::<Vec<_>>(),
             "rate_against": ratios,
         })
@@ -179,6 +246,33 @@ mod tests {
     fn half_the_time_is_twice_the_rate() {
         let rows = vec![row("flexnbd", true, &[9.0, 2.0, 1.0]), row("qemu", false, &[4.0])];
         assert_eq!(report(rows).ratios(), [("qemu", 2.0)]);
+    }
+
+    #[test]
+    fn a_dense_disk_is_to_be_moved_no_slower_than_an_offline_copy() {
+        let target = |ours| {
+            let rows = vec![row("flexnbd", true, &[ours]), row(OFFLINE, false, &[2.0])];
+            report(rows).targets(None).remove(0)
+        };
+        assert_eq!((target(2.0).met, target(2.0).seen.as_str()), (true, "× 1.00"));
+        assert!(!target(2.01).met);
+    }
+
+    #[test]
+    fn the_wire_may_carry_two_percent_and_a_kibibyte_for_each_run_besides_the_data() {
+        let mut row = row("flexnbd", true, &[1.0]);
+        let (size, data) = (8 << 20, 2 << 20);
+        let most = (1.02 * f64::from(data)) as u64 + 2 * 1024;
+        for (wire, met) in [(most, true), (most + 1, false)] {
+            row.runs[0].wire = Some(wire);
+            let report = KindReport { kind: Kind::Sparse25, size, rows: vec![row.clone()] };
+            let target = report.targets(Some(5.0)).remove(0);
+            assert_eq!(target.met, met, "{target:?}");
+            assert!(target.seen.ends_with("× 0.20 the time of a dense disk for × 0.25 the data"));
+        }
+        row.runs[0].wire = None;
+        let report = KindReport { kind: Kind::Sparse25, size, rows: vec![row] };
+        assert_eq!(report.targets(None), []);
     }
 
     #[test]

@@ -30,9 +30,22 @@ impl Process {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub(super) fn start(mut command: Command, name: &str, folder: &Path) -> Result<Self, Trouble> {
+    pub(super) fn start(command: Command, name: &str, folder: &Path) -> Result<Self, Trouble> {
+        Self::start_with(Stdio::null(), command, name, folder)
+    }
+
+    /// Starts it with an input of its own; otherwise as [`Self::start`].
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(super) fn start_with(
+        input: Stdio,
+        mut command: Command,
+        name: &str,
+        folder: &Path,
+    ) -> Result<Self, Trouble> {
         let complaints = folder.join(format!("{name}.stderr"));
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&complaints)?);
+        command.stdin(input).stdout(Stdio::null()).stderr(File::create(&complaints)?);
         let mut child = command.spawn().map_err(|error| format!("{name}: {error}"))?;
         let pid = Pid::from_raw(i32::try_from(child.id())?);
         let (sender, end) = mpsc::channel();
@@ -62,7 +75,7 @@ impl Process {
     }
 
     /// The last line that it wrote to stderr.
-    fn complaint(&self) -> String {
+    pub(super) fn complaint(&self) -> String {
         let text = fs::read_to_string(&self.complaints).unwrap_or_default();
         text.lines().last().unwrap_or("it said nothing").to_owned()
     }
@@ -82,7 +95,7 @@ impl Drop for Process {
 }
 
 #[cfg(test)]
-#[allow(unused)] // See migrate.rs.
+#[allow(unused)] // See peers.rs.
 mod tests {
     use super::*;
 
