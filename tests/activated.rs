@@ -15,3 +15,5 @@ mod refusing;
 mod restart;
 #[path = "activated/stuck.rs"]
 mod stuck;
+#[path = "activated/telling.rs"]
+mod telling;
