@@ -17,3 +17,5 @@ mod refusing;
 mod restart;
 #[path = "activated/stuck.rs"]
 mod stuck;
+#[path = "activated/telling.rs"]
+mod telling;

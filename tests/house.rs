@@ -47,6 +47,7 @@ const PURE: &[&str] = &[
     "control/status.rs",
     "control/summary.rs",
     "daemon/idle.rs",
+    "daemon/wording.rs",
     "cli/config.rs",
     "cli/settings.rs",
     "cli/size.rs",

@@ -142,11 +142,8 @@ fn run_start(start: &Start) -> ExitCode {
         Ok(ending) => ended(&ending),
         Err(refusal @ Refusal::NoAddress) => misused(start, refusal.to_string()),
         Err(refusal) => {
-            fatal!(
-                message_id = message_id::REFUSING_CONFIGURATION,
-                errno = refusal.errno(),
-                "{refusal}"
-            );
+            let (message_id, errno) = (refusal.message_id(), refusal.errno());
+            fatal!(message_id, errno, "{refusal}");
             ExitCode::from(output::EXIT_CONFIG)
         }
     }

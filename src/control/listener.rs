@@ -7,6 +7,7 @@
 use super::command::{Command, Incoming, Refusal};
 use super::reply::Reply;
 use super::socket::ControlSocket;
+use crate::systemd::message_id;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -361,11 +362,23 @@ fn in_poll_time(duration: Duration) -> PollTimeout {
 
 fn obey(command: Command, from: Credentials, shared: &Shared) -> Reply {
     let order = command.changes_something().then(|| command.to_string());
+    let word = command.word();
     let reply = shared.operator.obey(command, from);
     if let Some(order) = order {
-        tracing::info!("{}", account(&order, from, &reply));
+        let kind = kind(word, reply.is_success());
+        tracing::info!(message_id = kind, "{}", account(&order, from, &reply));
     }
     reply
+}
+
+/// What kind of event it is that this order was carried out, or was not.
+fn kind(word: &str, is_success: bool) -> Option<&'static str> {
+    match (word, is_success) {
+        ("reload", true) => Some(message_id::RELOADED),
+        ("reload", false) => Some(message_id::RELOAD_FAILED),
+        ("acl", true) => Some(message_id::ACL_REPLACED),
+        _ => None,
+    }
 }
 
 /// The line in the log for an order that changes something.

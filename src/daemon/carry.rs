@@ -5,7 +5,7 @@
 use super::moving::random;
 use crate::net::Stream;
 use crate::server::Luggage;
-use crate::systemd::{Notifier, Store, Stored};
+use crate::systemd::{Notifier, Store, Stored, message_id};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
@@ -42,7 +42,11 @@ pub(super) fn put_in(store: &Store, luggage: &Luggage) {
         .map_err(io::Error::other)
         .and_then(|bits: [u8; 8]| store.put(u64::from_ne_bytes(bits), &luggage.note, &descriptors));
     match put {
-        Ok(()) => info!("left {count} sessions to the next process"),
+        Ok(()) => info!(
+            message_id = message_id::SESSIONS_STORED,
+            "flexnbd.clients" = count,
+            "left {count} sessions to the next process"
+        ),
         Err(error) => warn!("cannot leave {count} sessions to the next process: {error}"),
     }
 }

@@ -6,15 +6,20 @@
 //! plan ─▶ sockets, image, title ─▶ server, control ─▶ ready ─▶ one Event after another ─▶ stop
 //! ```
 
+mod beat;
 mod carry;
+mod house;
 mod idle;
 mod lookout;
 mod moving;
 mod operator;
 mod plan;
+mod pulse;
 mod reception;
 mod refusing;
+mod report;
 mod title;
+mod wording;
 
 pub use plan::{Admission, Ending, Plan, Refusal, Reread, Role};
 
@@ -23,7 +28,7 @@ use crate::disk::ledger::Ledger;
 use crate::disk::ownership::ForListen;
 use crate::disk::{Access, Disk, FileImage};
 use crate::migration::destination::{Destination, Fate};
-use crate::migration::job::Outcome;
+use crate::migration::job::{News, Outcome};
 use crate::migration::source::Desk;
 use crate::migration::wire::Token;
 use crate::net::Listener;
@@ -31,14 +36,18 @@ use crate::server::reception::Reception;
 use crate::server::watch::Watch;
 use crate::server::{Luggage, Opening, STALL_LIMIT, Server, Settings, Style};
 use crate::systemd::{Inherited, Notifier, Store, message_id, sockets};
+use beat::Beat;
+use house::House;
 use idle::Idle;
 use lookout::{Lookout, Orders};
 use moving::Ground;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use operator::{Departures, Service, Vigil};
+use pulse::Pulse;
 use reception::{Receiving, Serving};
-use refusing::Doorstep;
+use refusing::{Doorstep, Purpose};
+use report::Passage;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -48,15 +57,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
+use wording::Standing;
 
 /// How long sessions may take to answer what they have received when the server stops.
 const GRACE: Duration = Duration::from_secs(10);
 
 /// What the process has to react to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 enum Event {
     /// Somebody wants the process to end.
     Stop(Signal),
+    /// A migration away from here has begun.
+    Migrating(Passage, Arc<Desk>),
+    /// There is something to tell of it, in these words.
+    News(News, String),
     /// A migration away from here is over.
     Migrated(Outcome),
     /// What has become of the incoming disk.
@@ -67,16 +81,8 @@ enum Event {
     Obeyed,
     /// Nobody can be let in any more, for this reason.
     NotAccepting(String),
-}
-
-/// Everything that is open while the process runs.
-struct House {
-    service: Arc<Service>,
-    control: Option<Handle>,
-    notifier: Notifier,
-    /// Where sessions are left for the next process.
-    store: Store,
-    disk: Arc<Disk>,
+    /// The watchdog wants to know whether events are heard.
+    Asked(u64),
 }
 
 /// Does what the plan says until a signal, or the disk's moving, ends it. `reread` is how to learn
@@ -85,19 +91,19 @@ struct House {
 /// # Errors
 /// Before it began, when it cannot.
 pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
-    let (doorstep, inherited, luggage) = Doorstep::enter(plan.role, plan.control.clone())?;
+    let (role, image, control) = (plan.role, Some(plan.image.clone()), plan.control.clone());
+    let (doorstep, inherited, luggage) = Doorstep::enter(Purpose { role, image, control })?;
     raise_descriptor_limit();
     give_freed_memory_back();
     match begin(&plan, reread, (inherited, luggage), &doorstep) {
         Err(refusal) => doorstep.refuse(refusal),
         Ok(None) => Ok(Ending::Well),
-        Ok(Some((house, arrivals))) => {
+        Ok(Some((mut house, arrivals))) => {
             drop(doorstep);
-            let idle = Idle::new(plan.idle_exit, Instant::now());
-            let ending = house.wait(&arrivals, plan.role, idle);
+            let ending = house.wait(&arrivals, plan.role);
             let goes_on = plan.role == Role::Serve && house.disk.is_flawless();
-            house.close(goes_on);
-            Ok(last_word(ending, &arrivals))
+            house.close(&ending, goes_on);
+            Ok(house::last_word(ending, &arrivals))
         }
     }
 }
@@ -108,7 +114,7 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
 #[must_use]
 pub fn refuse(role: Role, control: Option<PathBuf>, reason: &str) -> Option<Ending> {
     // What else is wrong matters less.
-    let (doorstep, ..) = Doorstep::enter(role, control).ok()?;
+    let (doorstep, ..) = Doorstep::enter(Purpose { role, image: None, control }).ok()?;
     doorstep.refuse(Refusal::Configuration(reason.to_owned())).ok()
 }
 
@@ -124,7 +130,7 @@ fn begin(
     let disk = open(plan)?;
     let ledger = title::ledger(plan)?;
     let (reception, departures) = match plan.role {
-        Role::Serve => to_serve(plan, &ledger, &disk, (&events, &notifier))?,
+        Role::Serve => to_serve(plan, &ledger, &disk, &events, &notifier)?,
         Role::Listen { overwrite } => match to_listen(plan, ledger, &disk, overwrite, &events)? {
             Some(reception) => (reception, None),
             None => {
@@ -136,178 +142,58 @@ fn begin(
         },
     };
     let (listeners, control) = sockets(plan, inherited)?;
-    let told = addresses(&listeners);
+    let places = addresses(&listeners);
     let doing = if departures.is_some() { "serving" } else { "receiving" };
-    info!("{doing} {} ({} bytes) on {told}", plan.image.display(), disk.size());
+    let (image, size) = (plan.image.display().to_string(), disk.size());
     let watch = Arc::new(Lookout(events.clone()));
     let server = start(plan, &disk, reception, listeners, luggage, watch)?;
-    let size = disk.size();
     let ownership = title::told(plan, departures.as_ref().map(|moving| moving.ground.title));
     let server = Mutex::new(server);
     let vigil = Vigil::default();
     let orders = Orders::new(events.clone());
-    let service = Arc::new(Service { size, server, reread, departures, ownership, vigil, orders });
-    let opened = answer_operators(control, &service)
-        .and_then(|control| watch_signals(doorstep.signals, events).map(|()| control));
+    let service = Arc::new(Service {
+        size,
+        server,
+        reread,
+        departures,
+        ownership,
+        vigil,
+        orders,
+        notifier: notifier.clone(),
+    });
+    let opened = answer_operators(control, &service).and_then(|control| {
+        let pulse = watch_over(&disk, &service, &events, &notifier)?;
+        watch_signals(doorstep.signals, events)?;
+        Ok((control, pulse))
+    });
     // Whoever refuses clients now has to have the sockets for himself.
-    let control = opened.inspect_err(|_| service.server().stop(Duration::ZERO))?;
+    let (control, pulse) = opened.inspect_err(|_| service.server().stop(Duration::ZERO))?;
     tell(notifier.ready());
-    tell(notifier.status(&format!("{doing} on {told}")));
+    info!(
+        message_id = message_id::READY,
+        "flexnbd.image" = image,
+        "flexnbd.bytes_total" = size,
+        "{doing} {image} ({size} bytes) on {places}"
+    );
     let store = Store::from_env(&notifier);
-    Ok(Some((House { service, control, notifier, store, disk }, arrivals)))
-}
-
-/// What happened while everything was being closed: a disk that arrived or left all the same.
-fn last_word(ending: Ending, arrivals: &Receiver<Event>) -> Ending {
-    let moved = |event| {
-        matches!(event, Event::Incoming(Fate::Arrived) | Event::Migrated(Outcome::Arrived { .. }))
-    };
-    if arrivals.try_iter().any(moved) {
-        info!("the disk has been moved, as it was about to be when the signal came");
-        return Ending::Well;
-    }
-    ending
-}
-
-impl House {
-    /// Waits for the event that ends the process.
-    fn wait(&self, arrivals: &Receiver<Event>, role: Role, mut idle: Idle) -> Ending {
-        loop {
-            let due = idle.due(self.is_busy());
-            if due.is_some_and(|due| due <= Instant::now()) {
-                if self.service.close_if_idle() {
-                    info!(message_id = message_id::STOPPING, "stopping: there is nothing to do");
-                    return Ending::Well;
-                }
-                // Somebody is just coming in.
-                idle.stir(Instant::now());
-                continue;
-            }
-            // The channel cannot close: the thread that watches signals has its other end.
-            match next(arrivals, due) {
-                Some(Event::Stop(signal)) => return self.interrupted(signal, role, arrivals),
-                Some(Event::Migrated(outcome)) => {
-                    self.service.vigil.migration_over();
-                    if let Some(ending) = migrated(&outcome) {
-                        return ending;
-                    }
-                    idle.stir(Instant::now());
-                    tell(self.notifier.status("serving; the last migration did not happen"));
-                }
-                Some(Event::Incoming(Fate::Arrived)) => {
-                    info!("the disk has arrived");
-                    return Ending::Well;
-                }
-                Some(Event::Incoming(Fate::Failed(why))) => return Ending::Badly(why),
-                Some(Event::Clients) => idle.stir(Instant::now()),
-                Some(Event::NotAccepting(why)) => {
-                    return Ending::Badly(format!("no longer accepting clients: {why}"));
-                }
-                Some(Event::Obeyed) | None => {}
-            }
-        }
-    }
-
-    /// Whether there is a client, a migration or an order.
-    fn is_busy(&self) -> bool {
-        let migrates = || self.service.desk().is_some_and(|desk| desk.outcome().is_none());
-        self.service.server().clients() > 0 || self.service.orders.count() > 0 || migrates()
-    }
-
-    fn interrupted(&self, signal: Signal, role: Role, arrivals: &Receiver<Event>) -> Ending {
-        info!("stopping: received {signal}");
-        if let Role::Listen { .. } = role {
-            return Ending::Badly(format!(
-                "received {signal} before the disk has arrived; what is here is incomplete"
-            ));
-        }
-        match self.service.desk().filter(|desk| desk.outcome().is_none()) {
-            None => Ending::Well,
-            Some(desk) => self.abandon(&desk, signal, arrivals),
-        }
-    }
-
-    /// Breaks a migration off and waits until everything is as it was before it; or, if it is too
-    /// late for that, until the disk has left. Not for ever: the record tells the next process.
-    fn abandon(&self, desk: &Desk, signal: Signal, arrivals: &Receiver<Event>) -> Ending {
-        desk.abandon();
-        let deadline = Instant::now() + GRACE;
-        loop {
-            match arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(Event::Migrated(outcome)) => {
-                    self.service.vigil.migration_over();
-                    let interrupted = format!("received {signal} while the disk was being moved");
-                    return migrated(&outcome).unwrap_or(Ending::Badly(interrupted));
-                }
-                Ok(_) => {}
-                Err(_) => {
-                    return Ending::Badly(format!(
-                        "received {signal} while the disk was being handed over; its record tells \
-                         whether it has left"
-                    ));
-                }
-            }
-        }
-    }
-
-    /// Closes the rooms in order. Sessions are left to the next process if there may be one that
-    /// `goes_on` with them: not while a disk is being received, since its sessions are the arrival,
-    /// and not after a flush has failed, since the next process would not know of it.
-    fn close(self, goes_on: bool) {
-        tell(self.notifier.stopping());
-        self.service.vigil.stop();
-        drop(self.control);
-        let mut server = self.service.server();
-        match self.store.room() {
-            room if goes_on && room > 0 => {
-                carry::put_in(&self.store, &server.pack_up(room, GRACE));
-            }
-            _ => server.stop(GRACE),
-        }
-    }
-}
-
-/// The next event; none at that time, if there is one.
-fn next(arrivals: &Receiver<Event>, at: Option<Instant>) -> Option<Event> {
-    match at {
-        None => arrivals.recv().ok(),
-        Some(at) => arrivals.recv_timeout(at.saturating_duration_since(Instant::now())).ok(),
-    }
-}
-
-/// How the process ends after a migration; it goes on if the disk stayed.
-fn migrated(outcome: &Outcome) -> Option<Ending> {
-    match outcome {
-        Outcome::Arrived { acknowledged } => {
-            let how = if *acknowledged { "acknowledged" } else { "complete, as far as we know" };
-            info!("migration over: the disk is at its destination ({how})");
-            Some(Ending::Well)
-        }
-        Outcome::Broken => {
-            info!("migration broken off as ordered; the disk stays here");
-            None
-        }
-        Outcome::Failed(trouble) => {
-            warn!("migration failed: {trouble}; the disk stays here");
-            None
-        }
-    }
+    let standing = Standing { doing, image: image.clone(), size, places };
+    let mut beat = Beat::new(notifier.clone(), standing);
+    beat.stir();
+    let idle = Idle::new(plan.idle_exit, Instant::now());
+    let house = House { service, control, notifier, store, disk, image, idle, beat, pulse };
+    Ok(Some((house, arrivals)))
 }
 
 fn to_serve(
     plan: &Plan,
     ledger: &Ledger,
     disk: &Arc<Disk>,
-    (events, notifier): (&Sender<Event>, &Notifier),
+    events: &Sender<Event>,
+    notifier: &Notifier,
 ) -> Result<(Arc<dyn Reception>, Option<Departures>), Refusal> {
-    let title = title::to_serve(plan, ledger, disk.size())?;
-    let ground = Ground {
-        disk: Arc::clone(disk),
-        image: plan.image.clone(),
-        title,
-        events: events.clone(),
-        notifier: notifier.clone(),
-    };
+    let title = title::to_serve(plan, ledger, disk.size(), notifier)?;
+    let ground =
+        Ground { disk: Arc::clone(disk), image: plan.image.clone(), title, events: events.clone() };
     let for_ledger = plan.clone();
     let departures = Departures {
         ground,
@@ -457,6 +343,20 @@ fn answer_operators(
     let operator: Arc<dyn Operator> = Arc::clone(service) as _;
     let started = socket.start(operator);
     started.map(Some).map_err(|error| Refusal::System("answer on the control socket", error))
+}
+
+/// Feeds the watchdog, if there is one.
+fn watch_over(
+    disk: &Arc<Disk>,
+    service: &Service,
+    events: &Sender<Event>,
+    notifier: &Notifier,
+) -> Result<Option<Pulse>, Refusal> {
+    let Some(interval) = notifier.watchdog_interval() else { return Ok(None) };
+    let notifier = notifier.clone();
+    let everybody = (Arc::clone(disk), service.server().door(), events.clone());
+    let pulse = Pulse::of(everybody, interval, Box::new(move || tell(notifier.watchdog())));
+    pulse.map(Some).map_err(|error| Refusal::System("start a thread", error))
 }
 
 /// The addresses listened on, for people.

@@ -2,18 +2,18 @@
 //! Tells the log what happens and the daemon how it ended.
 
 use super::Event;
+use super::report::{First, Passage, Reporter};
 use crate::control::command::{Action, Mirror};
 use crate::control::status::{MIGRATION_PASSES, MIGRATION_STAGE, Migration};
 use crate::control::{Reply, Status, Summary};
 use crate::disk::Disk;
 use crate::disk::ledger::Ledger;
 use crate::disk::ownership::{Id, Place, Title};
-use crate::migration::job::{Job, News, Order, Outcome, Progress, Stage, Trouble};
+use crate::migration::job::{Job, Order, Outcome, Progress, Stage, Trouble};
 use crate::migration::link::Route;
-use crate::migration::source::{Departure, Desk, NoStart, Source, Tally, Witness};
+use crate::migration::source::{Departure, Desk, NoStart, Source, Tally};
 use crate::net::Address;
 use crate::server::Exit;
-use crate::systemd::Notifier;
 use std::env;
 use std::fs;
 use std::num::NonZeroU64;
@@ -22,7 +22,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
-use tracing::{error, info, warn};
 
 /// How long a destination may make no progress, in seconds, unless this variable says otherwise.
 const PATIENCE_VARIABLE: &str = "FLEXNBD_MS_REQUEST_LIMIT_SECS";
@@ -36,13 +35,6 @@ pub(super) struct Ground {
     pub(super) image: PathBuf,
     pub(super) title: Title,
     pub(super) events: Sender<Event>,
-    pub(super) notifier: Notifier,
-}
-
-/// What is heard of a migration until `mirror` can be answered.
-enum First {
-    Started,
-    Ended(Outcome),
 }
 
 /// A migration that has begun, and of which nobody knows yet whether it can succeed.
@@ -79,9 +71,18 @@ pub(super) fn begin(
     let (first, heard) = mpsc::channel();
     let job = job(ground, order)?;
     let id = job.id;
-    let (to, first_heard, notifier) =
-        (order.to.to_string(), first.clone(), ground.notifier.clone());
-    let witness = Box::new(Reporter { id, to, first: first_heard, exit, notifier });
+    let passage = Passage {
+        id,
+        to: order.to.to_string(),
+        image: ground.image.display().to_string(),
+        size: ground.disk.size(),
+    };
+    let witness = Box::new(Reporter {
+        passage: passage.clone(),
+        first: first.clone(),
+        exit,
+        events: ground.events.clone(),
+    });
     let (source, desk) = Source::new(Departure {
         disk: Arc::clone(&ground.disk),
         ledger,
@@ -91,9 +92,13 @@ pub(super) fn begin(
         witness,
     })
     .map_err(cannot_start)?;
-    let events = ground.events.clone();
+    // The process is ending already if nobody hears it.
+    let _ = ground.events.send(Event::Migrating(passage.clone(), Arc::clone(&desk)));
+    let (events, for_thread) = (ground.events.clone(), Arc::clone(&desk));
     let thread = thread::Builder::new().name("mirror".into()).spawn(move || {
         let outcome = source.run();
+        let tally = for_thread.account().map(|(_, tally)| tally).unwrap_or_default();
+        passage.log_end(&outcome, &tally);
         // Nobody waits for it any more if it has started.
         let _ = first.send(First::Ended(outcome.clone()));
         let _ = events.send(Event::Migrated(outcome));
@@ -223,65 +228,6 @@ fn refused(trouble: &Trouble) -> Reply {
         _ => "Mirror was rejected",
     };
     Reply::refused(format!("{words} ({trouble})"))
-}
-
-/// Tells the log, the operator who waits, and the daemon.
-struct Reporter {
-    id: Id,
-    to: String,
-    first: Sender<First>,
-    exit: Exit,
-    notifier: Notifier,
-}
-
-impl Witness for Reporter {
-    fn news(&self, news: &News) {
-        let (id, to) = (self.id, self.to.as_str());
-        if *news == News::Started {
-            let _ = self.first.send(First::Started);
-        }
-        let line = format!("migration to {to}: {}", told(news));
-        super::tell(self.notifier.status(&line));
-        match news {
-            News::Started | News::Resumed | News::Restarted | News::HandingOverAgain => info!(
-                "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                "{line}"
-            ),
-            News::InDoubt(_) | News::RecordFailed(_) => error!(
-                "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                "{line}"
-            ),
-            News::Retrying(_) | News::HeldBack(_) | News::GateBusy(_) => warn!(
-                "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                "{line}"
-            ),
-        }
-    }
-
-    fn retire(&self) {
-        self.exit.leave();
-    }
-}
-
-fn told(news: &News) -> String {
-    match news {
-        News::Started => "started".to_owned(),
-        News::Resumed => "resumed where it was".to_owned(),
-        News::Restarted => "another process listens there, starting from the beginning".to_owned(),
-        News::Retrying(trouble) => format!("{trouble}; trying again every second"),
-        News::HeldBack(hold) => format!(
-            "clients write faster than the copy catches up; holding each write back for {} µs",
-            hold.as_micros()
-        ),
-        News::GateBusy(why) => format!("{why}; trying again in a second"),
-        News::InDoubt(trouble) => format!(
-            "the handover was not acknowledged ({trouble}); clients wait until the destination \
-             says whether the disk has arrived. If it is lost for good, stop this process and run \
-             `flexnbd adopt --force`"
-        ),
-        News::HandingOverAgain => "the disk has not arrived, handing over again".to_owned(),
-        News::RecordFailed(why) => why.clone(),
-    }
 }
 
 #[cfg(test)]

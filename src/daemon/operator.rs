@@ -1,10 +1,10 @@
 //! What operators may order of a running process, and what they are told.
 //! Called from the control socket's threads; never waits for a client.
 
-use super::lock;
 use super::lookout::Orders;
 use super::moving::{self, Ground};
 use super::plan::{Admission, Reread};
+use super::{lock, tell};
 use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
@@ -12,6 +12,7 @@ use crate::disk::ledger::Ledger;
 use crate::migration::job::Outcome;
 use crate::migration::source::Desk;
 use crate::server::Server;
+use crate::systemd::Notifier;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What orders are about.
@@ -25,6 +26,7 @@ pub(super) struct Service {
     pub(super) ownership: Box<dyn Fn() -> &'static str + Send + Sync>,
     pub(super) vigil: Vigil,
     pub(super) orders: Arc<Orders>,
+    pub(super) notifier: Notifier,
 }
 
 /// Lets operators wait for the end of a migration, but not beyond that of the process.
@@ -121,13 +123,16 @@ impl Service {
         let Some(Reread(read)) = &self.reread else {
             return Reply::refused("started without --config, so there is nothing to reload");
         };
-        match read() {
+        tell(self.notifier.reloading());
+        let reply = match read() {
             Ok(Admission { acl, clients_max }) => {
                 self.server().readmit(acl, clients_max);
                 Reply::success("reloaded")
             }
             Err(why) => Reply::refused(why),
-        }
+        };
+        tell(self.notifier.ready());
+        reply
     }
 
     fn mirror(&self, order: &Mirror) -> Result<Arc<Desk>, Reply> {

@@ -5,6 +5,7 @@ use crate::disk::OpenError;
 use crate::disk::ledger::LedgerError;
 use crate::net::{Address, BindError};
 use crate::server::acl::Acl;
+use crate::systemd::message_id;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -92,6 +93,15 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// What kind of event it is, for the journal.
+    #[must_use]
+    pub fn message_id(&self) -> &'static str {
+        match self {
+            Self::Ownership(_) => message_id::REFUSING_OWNERSHIP,
+            _ => message_id::REFUSING_CONFIGURATION,
+        }
+    }
+
     /// The kernel's number for what is wrong, if it is something that the kernel has numbers for.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {

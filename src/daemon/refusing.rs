@@ -31,9 +31,7 @@ const REST: Duration = Duration::from_secs(1);
 /// as copies, and the ways to hear and to tell.
 #[derive(Debug)]
 pub(super) struct Doorstep {
-    role: Role,
-    /// Where a control socket is to be opened, if none was handed over.
-    control_path: Option<PathBuf>,
+    purpose: Purpose,
     nbd: Vec<Listener>,
     control: Option<UnixListener>,
     pub(super) notifier: Notifier,
@@ -41,14 +39,20 @@ pub(super) struct Doorstep {
     pub(super) signals: SigSet,
 }
 
+/// What the process is for, as far as that is known.
+#[derive(Clone, Debug)]
+pub(super) struct Purpose {
+    pub(super) role: Role,
+    pub(super) image: Option<PathBuf>,
+    /// Where a control socket is to be opened, if none was handed over.
+    pub(super) control: Option<PathBuf>,
+}
+
 impl Doorstep {
     /// Takes the sockets that were handed to this process, and the sessions that another one has
     /// left. Call it once, before any thread starts: the environment is read and changed, and
     /// threads inherit the signal mask.
-    pub(super) fn enter(
-        role: Role,
-        control_path: Option<PathBuf>,
-    ) -> Result<(Self, Inherited, Luggage), Refusal> {
+    pub(super) fn enter(purpose: Purpose) -> Result<(Self, Inherited, Luggage), Refusal> {
         let notifier = Notifier::from_env();
         let mut inherited = Inherited::from_env().map_err(|error| {
             tell(notifier.status(&error.to_string()));
@@ -59,7 +63,7 @@ impl Doorstep {
         let signals = super::block_signals()?;
         let (nbd, control) = copies(&inherited)
             .map_err(|error| Refusal::System("copy the inherited sockets", error))?;
-        let doorstep = Self { role, control_path, nbd, control, notifier, signals };
+        let doorstep = Self { purpose, nbd, control, notifier, signals };
         Ok((doorstep, inherited, luggage))
     }
 
@@ -80,7 +84,7 @@ impl Doorstep {
     /// have been found by whoever starts the service and looks what comes of it.
     fn has_to_stay(&self, refusal: &Refusal) -> bool {
         let was_handed_sockets = !self.nbd.is_empty() || self.control.is_some();
-        let serves = self.role == Role::Serve && was_handed_sockets;
+        let serves = self.purpose.role == Role::Serve && was_handed_sockets;
         serves && (matches!(refusal, Refusal::Ownership(_)) || self.is_somebody_waiting())
     }
 
@@ -93,18 +97,14 @@ impl Doorstep {
 
     fn stay(self, refusal: &Refusal) -> Ending {
         let reason = refusal.to_string();
-        match refusal {
-            Refusal::Ownership(_) => {
-                error!(message_id = message_id::REFUSING_OWNERSHIP, "refusing clients: {reason}");
-            }
-            _ => error!(
-                message_id = message_id::REFUSING_CONFIGURATION,
-                errno = refusal.errno(),
-                "refusing clients: {reason}"
-            ),
-        }
-        let Self { control_path, nbd, control, notifier, signals, .. } = self;
-        let control = answer_operators(control, control_path, &reason);
+        let Self { purpose, nbd, control, notifier, signals } = self;
+        error!(
+            message_id = refusal.message_id(),
+            "flexnbd.image" = purpose.image.map(|image| image.display().to_string()),
+            errno = refusal.errno(),
+            "refusing clients: {reason}"
+        );
+        let control = answer_operators(control, purpose.control, &reason);
         tell(notifier.ready());
         tell(notifier.status(&format!("refusing clients: {reason}")));
         let outcome = turn_away(&nbd, &signals, &notifier, &reason);

@@ -2,6 +2,7 @@
 //! Reads the record, asks the other host where only that knows, and puts the record right.
 
 use super::plan::{Plan, Refusal, Role};
+use super::tell;
 use crate::disk::ledger::{Ledger, gone, state_directory};
 use crate::disk::ownership::{
     self, ForListen, ForServe, Id, Place, Record, Refusal as Denial, Title, for_listen, for_serve,
@@ -11,6 +12,7 @@ use crate::migration::link::Route;
 use crate::migration::source;
 use crate::migration::wire::Question;
 use crate::net::Address;
+use crate::systemd::{Notifier, message_id};
 use std::env;
 use std::path::PathBuf;
 use std::thread;
@@ -21,6 +23,9 @@ use tracing::{info, warn};
 const ASK_TRIES: u32 = 4;
 /// Time between one question and the next.
 const ASK_EVERY: Duration = Duration::from_secs(1);
+/// How long a question and the pause after it may take, with time to spare: a connection, a few
+/// messages.
+const ASK_LONGEST: Duration = Duration::from_secs(60);
 
 /// The ledger of the plan's image.
 pub(super) fn ledger(plan: &Plan) -> Result<Ledger, Refusal> {
@@ -54,7 +59,12 @@ pub(super) fn to_create(plan: &Plan) -> Result<(), Refusal> {
 }
 
 /// By what title the image, of `size` bytes, may be served.
-pub(super) fn to_serve(plan: &Plan, ledger: &Ledger, size: u64) -> Result<Title, Refusal> {
+pub(super) fn to_serve(
+    plan: &Plan,
+    ledger: &Ledger,
+    size: u64,
+    notifier: &Notifier,
+) -> Result<Title, Refusal> {
     let record = ledger.read().map_err(Refusal::Record)?;
     match for_serve(record.as_ref()) {
         ForServe::Serve(title) => {
@@ -62,9 +72,12 @@ pub(super) fn to_serve(plan: &Plan, ledger: &Ledger, size: u64) -> Result<Title,
             Ok(title)
         }
         ForServe::Refuse(denial) => Err(denied(plan, &denial)),
-        ForServe::Ask { id, to, before, unless } => match what_became_of(id, size, &to) {
+        ForServe::Ask { id, to, before, unless } => match what_became_of(id, size, &to, notifier) {
             Fate::NotArrived => {
-                info!("{to} says that the disk has not arrived there: serving it here again");
+                info!(
+                    "flexnbd.migration" = %id, "flexnbd.destination" = %to,
+                    "{to} says that the disk has not arrived there: serving it here again"
+                );
                 ledger.write(before.record().as_ref()).map_err(Refusal::Record)?;
                 Ok(before)
             }
@@ -112,6 +125,7 @@ pub(super) fn usable(ledger: Result<Ledger, Refusal>) -> Option<Ledger> {
         Ok(ledger) => Some(ledger),
         Err(error) => {
             warn!(
+                message_id = message_id::MIGRATION_UNRECORDED,
                 "{error}; the migration goes on without: after a crash nobody can tell which copy \
                  of the disk is the right one"
             );
@@ -145,15 +159,23 @@ fn name_of(record: Option<&Record>) -> &'static str {
     record.map_or("none", Record::name)
 }
 
-fn what_became_of(id: Id, size: u64, to: &Place) -> Fate {
+fn what_became_of(id: Id, size: u64, to: &Place, notifier: &Notifier) -> Fate {
     let Some(address) = address_of(to) else { return Fate::Unknown };
-    info!("asking {to} whether the disk has arrived there");
+    info!(
+        "flexnbd.migration" = %id, "flexnbd.destination" = %to,
+        "asking {to} whether the disk has arrived there"
+    );
+    tell(notifier.status(&format!("asking {to} whether the disk has arrived there")));
     let route = Route { to: address, bind: None };
     for tries_left in (0..ASK_TRIES).rev() {
+        tell(notifier.extend_timeout(ASK_LONGEST));
         match source::ask(&route, &Question { size, id }) {
             Ok(answer) => return fate(answer.as_ref(), None),
             Err(trouble) if tries_left == 0 => {
-                warn!("{to} does not say whether the disk has arrived there: {trouble}");
+                warn!(
+                    "flexnbd.migration" = %id, "flexnbd.destination" = %to,
+                    "{to} does not say whether the disk has arrived there: {trouble}"
+                );
             }
             // There may be nobody for a moment, between the process that received the disk and
             // the one that serves it; nothing tells us when that is over.

@@ -5,15 +5,15 @@ use super::arrival::{Arrival, Connection, Denied, Ending, Guest, Introduction, P
 use super::wire::{Handover, Question, Token, WireError};
 use crate::disk::Disk;
 use crate::disk::ledger::Ledger;
-use crate::disk::ownership::{Id, Record};
+use crate::disk::ownership::{Id, Record, Title};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What becomes of an incoming disk, told once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// It is complete, durable, and ours.
-    Arrived,
+    /// It is complete, durable, and ours, by this title.
+    Arrived(Title),
     /// It cannot be received here, for this reason. The process ends with an error.
     Failed(String),
 }
@@ -156,7 +156,10 @@ impl Destination {
         let settled = self.flush().and_then(|()| self.keep(record));
         let ours = state.arrival.settled(settled.is_ok());
         (self.told)(match settled {
-            Ok(()) => Fate::Arrived,
+            Ok(()) => Fate::Arrived(match record {
+                Record::Ours(title) => *title,
+                _ => Title::Received,
+            }),
             Err(why) => Fate::Failed(why),
         });
         ours

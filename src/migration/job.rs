@@ -389,6 +389,8 @@ pub enum News {
     Restarted,
     /// Writers are held back for so long per write, since the copy cannot catch up.
     HeldBack(Duration),
+    /// Clients wait while the rest is sent.
+    GateClosed,
     /// Clients did not leave the disk in time; the gate is open and closed again in a second.
     GateBusy(String),
     /// The handover was sent and not acknowledged: the gate stays closed until the destination
@@ -436,4 +438,12 @@ pub struct Progress {
     pub passes: u64,
     /// How long every write is held back.
     pub hold: Duration,
+}
+
+impl Progress {
+    /// Whether the disk is being copied while clients use it.
+    #[must_use]
+    pub fn is_copying(&self) -> bool {
+        self.stage == Stage::Copying
+    }
 }

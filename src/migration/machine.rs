@@ -336,6 +336,7 @@ impl Machine {
     fn closing(&mut self, now: Duration, mut link: Link, event: Event) -> Action {
         match event {
             Event::Done => {
+                self.news.push_back(News::GateClosed);
                 self.plan.gate_closed();
                 self.copy(now, link, Gate::Closed)
             }

@@ -4,9 +4,11 @@
 use super::Shared;
 use super::carry::Carried;
 use super::end::SessionEnd;
+use super::orders::Order;
 use super::roster::{Parcel, Refused, Seat};
 use super::session::Session;
 use crate::net::{Listener, Peer, Stream, wait_readable};
+use crate::systemd::message_id;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -63,7 +65,12 @@ fn accept(shared: &Arc<Shared>, listener: &Listener) -> Option<Instant> {
 }
 
 fn refuse(peer: &Peer, why: Refused) {
-    warn!("flexnbd.client" = %peer, "refused {peer}: {why}");
+    let id = match why {
+        Refused::Acl => Some(message_id::CLIENT_NOT_ADMITTED),
+        Refused::Full(_) => Some(message_id::CLIENT_LIMIT),
+        Refused::Stopping | Refused::NoDescriptors => None,
+    };
+    warn!(message_id = id, "flexnbd.client" = %peer, "refused {peer}: {why}");
 }
 
 fn start(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat) {
@@ -130,9 +137,20 @@ fn log_end(peer: &Peer, id: u64, end: &SessionEnd) {
         info!("flexnbd.client" = %peer, "flexnbd.session" = id, "packed up the session of {peer}");
         return;
     }
+    let kind = match end {
+        SessionEnd::Stalled => Some(message_id::CLIENT_STALLED),
+        SessionEnd::Ordered(Order::NotAdmitted) => Some(message_id::CLIENT_NOT_ADMITTED),
+        _ => None,
+    };
     if end.is_trouble() {
-        warn!("flexnbd.client" = %peer, "flexnbd.session" = id, "closed the session of {peer}: {end}");
+        warn!(
+            message_id = kind, "flexnbd.client" = %peer, "flexnbd.session" = id,
+            "closed the session of {peer}: {end}"
+        );
     } else {
-        info!("flexnbd.client" = %peer, "flexnbd.session" = id, "closed the session of {peer}: {end}");
+        info!(
+            message_id = kind, "flexnbd.client" = %peer, "flexnbd.session" = id,
+            "closed the session of {peer}: {end}"
+        );
     }
 }

@@ -32,6 +32,7 @@ use crate::nbd::handshake::BlockSizes;
 use crate::nbd::handshake::server::Export;
 use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
 use crate::net::{Listener, Stream};
+use crate::systemd::message_id;
 use acl::{Acl, BadEntry};
 use reception::Reception;
 use roster::{Capacity, Parcel, Roster};
@@ -40,7 +41,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 use watch::{Door, Watch};
 
 /// Clients at once, unless the operator says otherwise (`--max-clients`).
@@ -281,12 +282,18 @@ fn resume(shared: &Arc<Shared>, luggage: Luggage) {
     }
     match carry::decode(&note, &shared.export, shared.settings.style) {
         Ok(sessions) => {
+            let count = sessions.len();
             for carried in sessions {
                 // One without a connection was closed when the other process ended.
                 if let Some(stream) = streams.remove(&carried.session) {
                     accept::resume(shared, Parcel { carried, stream });
                 }
             }
+            info!(
+                message_id = message_id::SESSIONS_RESUMED,
+                "flexnbd.clients" = count,
+                "{count} sessions of the last process go on"
+            );
         }
         Err(why) => warn!("closed {} sessions of the last process: {why}", streams.len()),
     }

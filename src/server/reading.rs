@@ -15,6 +15,7 @@ use crate::nbd::reply::{Dialect, Origin};
 use crate::nbd::wire::ErrorCode;
 use crate::net::Stream;
 use crate::range::Range;
+use crate::systemd::message_id;
 use std::io;
 use std::os::fd::AsFd;
 
@@ -236,7 +237,8 @@ impl<'a> Worker<'a> {
     }
 
     fn fail_read(&mut self, read: &Read, piece: Range, error: &io::Error, out: &mut Outbox) {
-        let code = self.complain(&format_args!("read of {piece:?}"), error);
+        let kind = message_id::REQUEST_FAILED;
+        let code = self.complain(kind, &format_args!("read of {piece:?}"), error);
         // Where, only if a part was answered before: that part then is true.
         let at = read.begun.then_some(piece.offset());
         out.reply(|out| self.dialect.failure(read.to, code, at, "", out));

@@ -54,10 +54,12 @@ impl Door {
         self.0.bell.wake();
     }
 
-    /// The number of the last question that was answered.
+    /// The number of the last question that was answered; nobody has to answer at a closed door.
     #[must_use]
     pub fn answered(&self) -> u64 {
-        self.0.knocks.answered.load(Ordering::Acquire)
+        let Knocks { asked, answered } = &self.0.knocks;
+        let whose = if self.0.is_closed() { asked } else { answered };
+        whose.load(Ordering::Acquire)
     }
 
     /// Lets nobody in any more if nobody is there or just coming in. Whoever comes then stays

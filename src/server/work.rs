@@ -14,6 +14,7 @@ use crate::nbd::request::Request;
 use crate::nbd::wire::{Allocation, ErrorCode};
 use crate::net::{Interest, Stream};
 use crate::range::Range;
+use crate::systemd::message_id;
 use std::io;
 use std::time::Instant;
 use tracing::warn;
@@ -146,7 +147,10 @@ impl<'a> Worker<'a> {
                 if concerns && !is_not_fast(request, &error) {
                     self.reception.write_failed(self.session, &error);
                 }
-                let code = self.complain(&request, &error);
+                let is_lost = request == Request::Flush && !self.disk.is_flawless();
+                let kind =
+                    if is_lost { message_id::FLUSH_FAILED } else { message_id::REQUEST_FAILED };
+                let code = self.complain(kind, &request, &error);
                 out.reply(|out| self.dialect.failure(to, code, None, "", out));
             }
         }
@@ -154,7 +158,7 @@ impl<'a> Worker<'a> {
 
     /// A request that cannot be carried out as it stands.
     pub(super) fn refuse(&mut self, to: Origin, code: ErrorCode, why: &str, out: &mut Outbox) {
-        self.log(format_args!("refused a request: {why}; answered {code}"));
+        self.log(None, format_args!("refused a request: {why}; answered {code}"));
         out.reply(|out| self.dialect.failure(to, code, None, why, out));
     }
 
@@ -167,18 +171,33 @@ impl<'a> Worker<'a> {
         out.reply(|out| self.dialect.status(to, ALLOCATION_CONTEXT_ID, &told, out));
     }
 
-    pub(super) fn complain(&mut self, what: &impl std::fmt::Debug, error: &io::Error) -> ErrorCode {
+    /// Something of this kind has failed.
+    pub(super) fn complain(
+        &mut self,
+        kind: &'static str,
+        what: &impl std::fmt::Debug,
+        error: &io::Error,
+    ) -> ErrorCode {
         let code = ErrorCode::from_errno(errno_of(error));
-        self.log(format_args!("{what:?} failed: {error}; answered {code}"));
+        let errno = error.raw_os_error();
+        self.log(Some((kind, errno)), format_args!("{what:?} failed: {error}; answered {code}"));
         code
     }
 
     /// Logs a failed request, unless this client has had enough of them logged.
-    fn log(&mut self, what: std::fmt::Arguments<'_>) {
+    fn log(&mut self, failure: Option<(&str, Option<i32>)>, what: std::fmt::Arguments<'_>) {
+        let (kind, errno) = failure.unzip();
+        let errno = errno.flatten();
         self.complaints = self.complaints.saturating_add(1);
         let (client, session) = (self.client.as_str(), self.session);
         if self.complaints <= COMPLAINTS_MAX {
-            warn!("flexnbd.client" = client, "flexnbd.session" = session, "{client}: {what}");
+            warn!(
+                message_id = kind,
+                "flexnbd.client" = client,
+                "flexnbd.session" = session,
+                errno,
+                "{client}: {what}"
+            );
         }
         if self.complaints == COMPLAINTS_MAX {
             warn!(

@@ -69,8 +69,6 @@ message_ids! {
     MIGRATION_FAILED = "f11ca4afb02f48fc86e85d9bc2f8b52f";
     /// The disk has arrived here.
     ARRIVED = "f8ac7e0a6d4f4c4faed46e91e4410ca7";
-    /// The disk cannot be received here.
-    RECEIVING_FAILED = "0cc5f6f8212445f09a50c8889a64a78c";
     /// The sessions of connected clients were packed up for the next process.
     SESSIONS_STORED = "db805586f4b14d62a28500274ae673bd";
     /// The sessions of the last process go on here.

@@ -16,16 +16,18 @@ const EXIT_USAGE: Option<i32> = Some(2);
 fn departed(manager: &Manager) -> PathBuf {
     let image = sparse_image(manager.dir.path(), "disk.img", MIB);
     let id = "0123456789abcdef0123456789abcdef";
-    let record = format!("flexnbd 1 departed id={id} when=1700000000 to=192.0.2.7:10809\n");
-    match xattr::set(&image, "user.flexnbd", record.as_bytes()) {
-        Ok(()) => {}
-        // Where that cannot be, records are files.
-        Err(_) => {
-            let name = image.display().to_string().replace('/', "%2F");
-            std::fs::write(manager.path(&name), record).unwrap();
-        }
-    }
+    record(manager, &image, &format!("departed id={id} when=1700000000 to=192.0.2.7:10809"));
     image
+}
+
+/// Gives the image this record.
+pub(crate) fn record(manager: &Manager, image: &Path, record: &str) {
+    let record = format!("flexnbd 1 {record}\n");
+    if xattr::set(image, "user.flexnbd", record.as_bytes()).is_err() {
+        // Where that cannot be, records are files.
+        let name = image.display().to_string().replace('/', "%2F");
+        std::fs::write(manager.path(&name), record).unwrap();
+    }
 }
 
 /// A client that has connected, though nobody has accepted it yet.
@@ -44,7 +46,7 @@ fn was_refused(mut client: TcpStream) {
 }
 
 /// What the control socket answers.
-fn order(path: &Path, order: &str) -> String {
+pub(crate) fn order(path: &Path, order: &str) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
     stream.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
     stream.write_all(format!("{order}\n\n").as_bytes()).unwrap();

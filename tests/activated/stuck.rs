@@ -1,6 +1,8 @@
-//! A service that cannot do its work any more ends, so that it is started again.
+//! A service that cannot do its work any more ends, or is ended, so that it is started again.
 
-use crate::common::{Builder, MIB, require_tool, run, sparse_image, temp_dir};
+use crate::common::{Builder, MIB, require_tool, run, sparse_image, temp_dir, write_at};
+use crate::manager::{Handed, Manager};
+use crate::refusing::order;
 use std::net::TcpStream;
 
 #[test]
@@ -18,4 +20,43 @@ fn a_server_that_can_let_nobody_in_any_more_ends_with_an_error() {
     assert_eq!(server.wait_for_end().code(), Some(1));
     assert!(server.stderr().contains(":F:"), "{}", server.stderr());
     assert!(server.stderr().contains("no longer accepting clients: "), "{}", server.stderr());
+}
+
+#[test]
+fn the_watchdog_is_fed_for_as_long_as_all_goes_well_and_while_the_service_stops() {
+    let manager = Manager::new().env("WATCHDOG_USEC", "100000");
+    let image = sparse_image(manager.dir.path(), "disk.img", MIB);
+    for mode in ["serve", "listen"] {
+        let mut service =
+            manager.start(Handed::NbdAndControl, &format!("{mode} --file"), &[&image]);
+        for _ in 0..5 {
+            manager.wait_for("WATCHDOG=1");
+        }
+        // A client that neither greets nor leaves holds nothing up.
+        let _client = TcpStream::connect(manager.address()).unwrap();
+        for _ in 0..5 {
+            manager.wait_for("WATCHDOG=1");
+        }
+        service.stop();
+    }
+}
+
+#[test]
+fn a_migration_does_not_starve_the_watchdog_up_to_its_end() {
+    let (manager, dir) = (Manager::new().env("WATCHDOG_USEC", "100000"), temp_dir());
+    let to = sparse_image(dir.path(), "to.img", MIB);
+    let mut destination = Builder::mode("listen", &to).start();
+    let image = sparse_image(manager.dir.path(), "disk.img", MIB);
+    write_at(&image, 0, &vec![7; MIB as usize]);
+    let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
+    manager.wait_for("READY=1");
+    let mirror = format!("mirror\n127.0.0.1\n{}\nexit\n0.0.0.0\n524288", destination.port());
+    assert_eq!(order(&manager.control(), &mirror), "0: Mirror started\n");
+    for _ in 0..10 {
+        manager.wait_for("WATCHDOG=1");
+    }
+    assert_eq!(service.ends().code(), Some(0));
+    assert_eq!(destination.wait_for_end().code(), Some(0));
+    let log = service.stderr();
+    assert!(!log.contains("not feeding the watchdog"), "{log}");
 }

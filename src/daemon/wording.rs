@@ -1,0 +1,165 @@
+//! How the process is doing, in one line for people who look at `systemctl status`.
+//! Only words: what is so is told to it.
+
+use crate::migration::job::{Progress, Stage};
+use std::time::Duration;
+
+/// What a process is there for while nothing is moved, and where.
+#[derive(Clone, Debug)]
+pub(super) struct Standing {
+    /// `serving` or `receiving`.
+    pub(super) doing: &'static str,
+    pub(super) image: String,
+    /// Bytes of the disk.
+    pub(super) size: u64,
+    /// The addresses listened on.
+    pub(super) places: String,
+}
+
+impl Standing {
+    /// `serving /srv/disk.img (10 GiB) on [::]:10809, 3 clients`.
+    pub(super) fn told(&self, clients: usize) -> String {
+        let Self { doing, image, size, places } = self;
+        let clients = match clients {
+            0 => "no clients".to_owned(),
+            1 => "1 client".to_owned(),
+            count => format!("{count} clients"),
+        };
+        format!("{doing} {image} ({}) on {places}, {clients}", bytes(*size))
+    }
+}
+
+/// `43 % copied, 112 MiB/s, about 12 s left`, or what a migration does instead of copying.
+/// `trouble` is what keeps it from that, if it was told.
+pub(super) fn progress(size: u64, progress: Option<&Progress>, trouble: Option<&str>) -> String {
+    let Some(now) = progress else { return "connecting".to_owned() };
+    match (now.stage, trouble) {
+        (Stage::Connecting | Stage::InDoubt, Some(trouble)) => trouble.to_owned(),
+        (Stage::Connecting, None) => "connecting".to_owned(),
+        (Stage::Copying, _) => {
+            let left = now.seconds_left.map(|seconds| format!(", about {} left", time(seconds)));
+            let held = if now.hold == Duration::ZERO { "" } else { ", clients are slowed down" };
+            let (percent, speed) = (percent(size, now.bytes_left), bytes(now.bytes_per_second));
+            format!("{percent} % copied, {speed}/s{}{held}", left.unwrap_or_default())
+        }
+        (Stage::Closing, _) => {
+            format!("clients wait while the last {} are sent", bytes(now.bytes_left))
+        }
+        (Stage::Parting, _) => "handing the disk over".to_owned(),
+        (Stage::InDoubt, None) => {
+            "clients wait until the destination says whether the disk has arrived".to_owned()
+        }
+        (Stage::Leaving | Stage::Ended, _) => "the disk is at its destination".to_owned(),
+    }
+}
+
+/// How much of the disk has been brought over; 100 only if all of it.
+pub(super) fn percent(size: u64, bytes_left: u64) -> u64 {
+    let done = u128::from(size.saturating_sub(bytes_left));
+    u64::try_from(done * 100 / u128::from(size.max(1))).unwrap_or(100)
+}
+
+/// `512 bytes`, `4.5 KiB`, `112 MiB`: three digits at least, as far as there are so many.
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if count < 1024 {
+        return format!("{count} bytes");
+    }
+    let mut unit = 1024;
+    let mut name = UNITS[0];
+    for larger in &UNITS[1..] {
+        if count / unit < 1024 {
+            break;
+        }
+        (unit, name) = (unit * 1024, larger);
+    }
+    let (whole, tenths) = (count / unit, count % unit * 10 / unit);
+    if whole < 10 && tenths > 0 {
+        format!("{whole}.{tenths} {name}")
+    } else {
+        format!("{whole} {name}")
+    }
+}
+
+/// `12 s`, `4 min`, `3 h 20 min`.
+fn time(seconds: u64) -> String {
+    match seconds {
+        0..90 => format!("{seconds} s"),
+        90..3600 => format!("{} min", (seconds + 30) / 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COPYING: Progress = Progress {
+        stage: Stage::Copying,
+        bytes_per_second: 112 << 20,
+        seconds_left: Some(12),
+        bytes_left: 57,
+        speed_limit: None,
+        passes: 0,
+        hold: Duration::ZERO,
+    };
+
+    #[test]
+    fn a_server_tells_what_where_and_to_how_many() {
+        let standing = Standing {
+            doing: "serving",
+            image: "/srv/disk.img".to_owned(),
+            size: 10 << 30,
+            places: "[::]:10809".to_owned(),
+        };
+        let start = "serving /srv/disk.img (10 GiB) on [::]:10809, ";
+        for (count, clients) in [(0, "no clients"), (1, "1 client"), (3, "3 clients")] {
+            assert_eq!(standing.told(count), format!("{start}{clients}"));
+        }
+    }
+
+    #[test]
+    fn a_migration_tells_how_far_it_is_or_what_is_in_the_way() {
+        let told = |now: Progress, trouble| progress(100, Some(&now), trouble);
+        assert_eq!(told(COPYING, None), "43 % copied, 112 MiB/s, about 12 s left");
+        let stuck = Progress { seconds_left: None, bytes_per_second: 0, ..COPYING };
+        assert_eq!(told(stuck, None), "43 % copied, 0 bytes/s");
+        let hold = Duration::from_micros(1);
+        let slowed = "43 % copied, 112 MiB/s, about 12 s left, clients are slowed down";
+        assert_eq!(told(Progress { hold, ..COPYING }, None), slowed);
+        let at = |stage, trouble| told(Progress { stage, ..COPYING }, trouble);
+        assert_eq!(at(Stage::Connecting, None), "connecting");
+        assert_eq!(at(Stage::Connecting, Some("no route")), "no route");
+        assert_eq!(at(Stage::Copying, Some("no route")), told(COPYING, None), "it is over");
+        assert_eq!(at(Stage::Closing, None), "clients wait while the last 57 bytes are sent");
+        assert!(at(Stage::InDoubt, None).starts_with("clients wait until the destination says"));
+        assert_eq!(at(Stage::InDoubt, Some("no answer")), "no answer");
+        assert_eq!(progress(100, None, None), "connecting");
+    }
+
+    #[test]
+    fn all_of_the_disk_is_100_percent_and_nothing_less() {
+        assert_eq!(percent(u64::MAX, 1), 99);
+        assert_eq!(percent(u64::MAX, 0), 100);
+        assert_eq!(percent(512, 512), 0);
+        assert_eq!(percent(512, 600), 0, "more was written again than there is");
+        assert_eq!(percent(0, 0), 0);
+    }
+
+    #[test]
+    fn numbers_are_for_people() {
+        let told = [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (4608, "4.5 KiB")];
+        for (count, expected) in told {
+            assert_eq!(bytes(count), expected);
+        }
+        assert_eq!(bytes((1 << 20) - 1), "1023 KiB");
+        assert_eq!(bytes(10 << 20 | 1 << 19), "10 MiB");
+        assert_eq!(bytes(3 << 39), "1.5 TiB");
+        assert_eq!(bytes(u64::MAX), "16383 PiB");
+        for (seconds, expected) in
+            [(0, "0 s"), (89, "89 s"), (90, "2 min"), (3599, "60 min"), (12_000, "3 h 20 min")]
+        {
+            assert_eq!(time(seconds), expected);
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! What goes to the journal: every kind of event has an explanation, and every explanation an
+//! event; the fields that are promised are there.
+//! Never looks into a journal; whether the lines arrive there is tried under a real one.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use flexnbd::systemd::message_id;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Fields that the journal, or the unit, adds to each line.
+const GIVEN: [&str; 1] = ["FLEXNBD_INSTANCE"];
+
+fn ours(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// One explanation of the catalog.
+struct Entry {
+    headers: BTreeMap<String, String>,
+    text: String,
+}
+
+/// The catalog, by id.
+fn catalog() -> BTreeMap<String, Entry> {
+    let text = fs::read_to_string(ours("systemd/flexnbd.catalog")).unwrap();
+    let mut found = BTreeMap::new();
+    for entry in format!("\n{text}").split("\n-- ").skip(1) {
+        let (id, rest) = entry.split_once('\n').unwrap();
+        let (headers, text) = rest.split_once("\n\n").unwrap();
+        let headers = headers.lines().map(|line| line.split_once(": ").unwrap());
+        let headers = headers.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+        let entry = Entry { headers, text: text.to_owned() };
+        assert!(found.insert(id.to_owned(), entry).is_none(), "{id} comes twice");
+    }
+    found
+}
+
+/// The program's source, less the tests that stand beside it.
+fn source() -> String {
+    fn visit(directory: &Path, text: &mut String) {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                visit(&path, text);
+            } else if !path.ends_with("message_id.rs") && !path.ends_with("tests.rs") {
+                let file = fs::read_to_string(&path).unwrap();
+                text.push_str(file.split("#[cfg(test)]\nmod tests {").next().unwrap());
+            }
+        }
+    }
+    let mut text = String::new();
+    visit(&ours("src"), &mut text);
+    text
+}
+
+/// The names of the journal's fields that the program sets.
+fn fields(source: &str) -> BTreeSet<String> {
+    let named = source.split("\"flexnbd.").skip(1).filter_map(|rest| rest.split_once('"'));
+    let fields = named.filter(|(_, rest)| rest.trim_start().starts_with('='));
+    fields.map(|(name, _)| format!("FLEXNBD_{}", name.to_uppercase())).collect()
+}
+
+#[test]
+fn every_id_is_one_and_no_other() {
+    let ids: BTreeSet<&str> = message_id::ALL.iter().map(|(_, id)| *id).collect();
+    assert_eq!(ids.len(), message_id::ALL.len(), "an id comes twice");
+    for (name, id) in message_id::ALL {
+        let strict = |digit: u8| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
+        assert!(id.len() == 32 && id.bytes().all(strict), "{name} is {id}");
+    }
+}
+
+#[test]
+fn every_kind_of_event_is_explained_and_nothing_else_is() {
+    let explained: BTreeSet<String> = catalog().into_keys().collect();
+    let known: BTreeSet<String> = message_id::ALL.iter().map(|(_, id)| (*id).to_owned()).collect();
+    assert_eq!(explained, known);
+}
+
+#[test]
+fn every_kind_of_event_can_happen() {
+    let source = source();
+    for (name, _) in message_id::ALL {
+        let is_used =
+            source.split(|c: char| !c.is_ascii_uppercase() && c != '_').any(|w| w == *name);
+        assert!(is_used, "{name} is never logged");
+    }
+}
+
+#[test]
+fn explanations_are_whole_and_fit_a_terminal() {
+    for (id, Entry { headers, text }) in catalog() {
+        let keys: Vec<&str> = headers.keys().map(String::as_str).collect();
+        assert_eq!(keys, ["Defined-By", "Documentation", "Subject", "Support"], "{id}");
+        assert_eq!(headers["Defined-By"], "flexnbd", "{id}");
+        assert!(headers["Documentation"].contains("man:flexnbd.service(7)"), "{id}");
+        assert!(headers["Subject"].len() > 10 && !headers["Subject"].ends_with('.'), "{id}");
+        assert!(text.len() > 80, "{id} explains almost nothing");
+        assert!(text.lines().all(|line| line.chars().count() <= 100), "{id} has a long line");
+    }
+}
+
+#[test]
+fn every_field_that_an_explanation_shows_is_set_somewhere() {
+    let fields = fields(&source());
+    assert!(fields.len() > 8, "only {fields:?} found");
+    let mut shown = 0;
+    for (id, Entry { headers, text }) in catalog() {
+        let all = format!("{} {text}", headers["Subject"]);
+        // As in systemd: a name in capitals between two of them.
+        for word in all.split('@').filter(|word| word.starts_with("FLEXNBD_")) {
+            let is_given = GIVEN.contains(&word);
+            assert!(is_given || fields.contains(word), "{id} shows {word}, which is never set");
+            shown += 1;
+        }
+    }
+    assert!(shown > 20, "only {shown} fields found");
+}
