@@ -116,7 +116,7 @@ fn neither_service_begins_without_its_sockets_or_beside_the_other() {
 
 #[test]
 fn nothing_counts_starts_since_that_would_close_the_sockets() {
-    for unit in [SERVICE, RECEIVER] {
+    for unit in [SERVICE, RECEIVER, SOCKET, CONTROL] {
         assert!(settings(unit, "[Unit]").contains(&"StartLimitIntervalSec=0"));
     }
 }
