@@ -42,6 +42,7 @@
 //! ```
 //!
 //! Each room is entered once and nothing goes back up. What decides is pure; what does is thin.
+//! Trouble that belongs to a peer ends the peer; trouble that belongs to us goes up to `main`.
 //!
 //! # A restart
 //!
@@ -50,8 +51,6 @@
 //!  packs up   in one piece    passes it on               keeps it for the next process,
 //!                                                        where it goes the same way back
 //! ```
-//!
-//! Trouble that belongs to a peer ends the peer; trouble that belongs to us goes up to `main`.
 
 pub mod cli;
 pub mod client;

@@ -9,10 +9,10 @@
 use super::ownership::{BadRecord, RECORD_MAX, Record};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use xattr::FileExt;
 
@@ -268,16 +268,18 @@ fn write_durably(path: &Path, record: &Record) -> Result<(), LedgerError> {
     let directory = directory_of(path);
     fs::create_dir_all(directory).map_err(failed)?;
     let name = beside(path, ".new");
-    let written = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&name)
-        .and_then(|mut file| {
-            file.write_all(record.encode().as_bytes())?;
-            file.sync_all()
-        });
+    // One that a crash has left may be another user's.
+    match fs::remove_file(&name) {
+        Err(error) if !is_missing(&error) => return Err(failed(error)),
+        _ => {}
+    }
+    let written = OpenOptions::new().write(true).create_new(true).open(&name);
+    let written = written.and_then(|mut file| {
+        // For whoever serves the image, even if root was the last to adopt it.
+        file.set_permissions(Permissions::from_mode(0o644))?;
+        file.write_all(record.encode().as_bytes())?;
+        file.sync_all()
+    });
     written.and_then(|()| fs::rename(&name, path)).map_err(failed)?;
     sync_directory(directory).map_err(failed)
 }
@@ -365,6 +367,18 @@ mod tests {
         assert_eq!(fs::read_dir(&state).unwrap().count(), 1);
         ledger.remove_file().unwrap();
         assert_eq!(ledger.read().unwrap(), None);
+    }
+
+    #[test]
+    fn a_record_in_a_file_can_be_read_by_others_than_its_writer() {
+        let (directory, path) = image();
+        let ledger = Ledger::open(&path, directory.path()).unwrap();
+        let left = ledger.beside(".new");
+        fs::write(&left, "half of").unwrap();
+        fs::set_permissions(&left, Permissions::from_mode(0o400)).unwrap();
+        ledger.write_file(&OURS).unwrap();
+        let mode = fs::metadata(&ledger.file).unwrap().permissions().mode();
+        assert_eq!((mode & 0o777, left.exists()), (0o644, false));
     }
 
     #[test]
