@@ -11,6 +11,7 @@ use super::stats::Sample;
 use super::usage;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::time::{ClockId, clock_gettime};
+use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -54,19 +55,21 @@ pub(super) fn sample(
     images: &Images,
 ) -> Result<Sample, Trouble> {
     let mut generator = Generator::connect(cell, server)?;
-    let limit = match cell.temperature {
-        Temperature::Cached => {
-            generator.drive(Limit { time: WARM_UP, requests: u64::MAX })?;
-            Limit { time: options.seconds, requests: u64::MAX }
-        }
+    let is_cold = cell.temperature == Temperature::Cold;
+    let mut limit = Limit { time: options.seconds, requests: u64::MAX };
+    if is_cold {
+        images.cool()?;
         // What has been read once is cold no more.
-        Temperature::Cold => {
-            images.cool()?;
-            Limit { time: options.seconds, requests: images.size() / u64::from(cell.block) }
-        }
-    };
+        limit.requests = images.size() / u64::from(cell.block);
+    } else {
+        generator.drive(Limit { time: WARM_UP, ..limit })?;
+    }
     let before = usage::cpu_seconds(server.pid);
-    let done = generator.drive(limit)?;
+    let mut done = generator.drive(limit)?;
+    if is_cold {
+        // As many requests are under way now as when a warm load begins, but here none were.
+        done = done.and(generator.finish()?);
+    }
     let cpu = usage::cpu_seconds(server.pid) - before;
     let (requests, elapsed) = (done.requests as f64, done.elapsed.as_secs_f64());
     Ok(Sample {
@@ -76,6 +79,16 @@ pub(super) fn sample(
         client_busy: done.computing.as_secs_f64() / elapsed,
         rss_peak_mib: usage::rss_peak_kib(server.pid) as f64 / 1024.0,
     })
+}
+
+impl Done {
+    fn and(self, later: Self) -> Self {
+        Self {
+            requests: self.requests + later.requests,
+            elapsed: self.elapsed + later.elapsed,
+            computing: self.computing + later.computing,
+        }
+    }
 }
 
 impl Generator {
@@ -104,18 +117,34 @@ impl Generator {
         for session in &mut self.sessions {
             session.ask(&self.payload)?;
         }
-        loop {
-            for ready in self.wait()? {
-                let session = &mut self.sessions[ready];
-                requests += session.listen(&mut self.buffer)? as u64;
-                session.ask(&self.payload)?;
-            }
-            let elapsed = start.elapsed();
-            if elapsed >= limit.time || requests >= limit.requests {
-                let computing = thread_time()?.saturating_sub(computing);
-                return Ok(Done { requests, elapsed, computing });
-            }
+        while start.elapsed() < limit.time && requests < limit.requests {
+            requests += self.turn(Session::ask)?;
         }
+        Ok(Done { requests, elapsed: start.elapsed(), computing: thread_time()? - computing })
+    }
+
+    /// Waits for the answers to all requests that are under way.
+    ///
+    /// # Errors
+    /// As [`Self::drive`].
+    fn finish(&mut self) -> Result<Done, Trouble> {
+        let (start, computing) = (Instant::now(), thread_time()?);
+        let mut requests = 0;
+        while !self.sessions.iter().all(Session::is_idle) {
+            requests += self.turn(Session::send)?;
+        }
+        Ok(Done { requests, elapsed: start.elapsed(), computing: thread_time()? - computing })
+    }
+
+    /// Takes what has arrived, and lets those sessions `go_on`; how many requests were answered.
+    fn turn(&mut self, go_on: fn(&mut Session, &[u8]) -> io::Result<()>) -> Result<u64, Trouble> {
+        let mut requests = 0;
+        for ready in self.wait()? {
+            let session = &mut self.sessions[ready];
+            requests += session.listen(&mut self.buffer)? as u64;
+            go_on(session, &self.payload)?;
+        }
+        Ok(requests)
     }
 
     /// Waits until something can be done, and says in which sessions.
@@ -162,6 +191,8 @@ mod tests {
         let limit = Limit { time: Duration::from_secs(600), requests: REQUESTS };
         let done = generator.drive(limit).unwrap();
         assert!(done.requests >= REQUESTS && done.computing <= done.elapsed);
+        let rest = generator.finish().unwrap();
+        assert_eq!(rest.requests, (cell.depth * cell.sessions) as u64);
         drop(generator);
         drop(server);
         fs::read(&image).unwrap()

@@ -10,6 +10,7 @@ mod fio;
 mod generator;
 mod grid;
 mod image;
+mod kept;
 mod machine;
 mod memory;
 mod options;
@@ -31,13 +32,14 @@ mod usage;
 use cells::{CellReport, Round};
 use grid::{Cell, Source, Temperature};
 use image::Images;
+use kept::Kept;
 use options::Options;
 use report::Report;
-use running::Running;
 use servers::Server;
 use stats::Sample;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Instant;
 
 /// What went wrong, for the person who reads it.
 type Trouble = Box<dyn std::error::Error + Send + Sync>;
@@ -89,17 +91,21 @@ fn measure(options: &Options) -> Result<Report, Trouble> {
     let mut report = Report::begin(options, &servers, &cells);
     report.print_beginning();
     report.print_plan(options, &cells);
+    let began = Instant::now();
+    let mut kept = Kept::default();
     for cell in &cells {
-        let result = measure_cell(cell, options, &servers, &images);
+        let result = measure_cell(cell, options, &servers, &images, &mut kept);
         result.print();
         report.cells.push(result);
     }
+    drop(kept);
     if options.measures_memory() {
         report.memory = memory::measure(options, &servers, &images)?;
     }
     if options.measures_activation() {
         report.activation = activation::measure(options, &servers, &images)?;
     }
+    println!("\n# took {:.1} minutes", began.elapsed().as_secs_f64() / 60.0);
     Ok(report)
 }
 
@@ -122,12 +128,18 @@ fn possible(mut cells: Vec<Cell>, images: &Images) -> Vec<Cell> {
 
 /// All rounds of one cell. The servers take turns, and each round begins with another one, so
 /// that what disturbs the machine for a while does not fall on the same server every time.
-fn measure_cell(cell: &Cell, options: &Options, servers: &[Server], images: &Images) -> CellReport {
+fn measure_cell(
+    cell: &Cell,
+    options: &Options,
+    servers: &[Server],
+    images: &Images,
+    kept: &mut Kept,
+) -> CellReport {
     let mut result = CellReport::new(cell, servers);
     for round in 0..options.rounds as usize {
         for turn in 0..servers.len() {
             let which = (round + turn) % servers.len();
-            let seen = measure_once(cell, options, &servers[which], images);
+            let seen = measure_once(cell, options, &servers[which], images, kept);
             result.rows[which].rounds.push(seen.map_or_else(
                 |trouble| {
                     println!("# {cell}: {}: {trouble}", servers[which].name);
@@ -145,14 +157,19 @@ fn measure_once(
     options: &Options,
     server: &Server,
     images: &Images,
+    kept: &mut Kept,
 ) -> Result<Sample, Trouble> {
     let image = images.image(cell.temperature)?;
     pin::to(options.server_cpu);
-    let running = Running::start(server, &image, cell.transport);
+    let running = kept.start(server, &image, cell.transport);
     pin::to(options.client_cpu);
     let running = running?;
-    match cell.source {
+    let seen = match cell.source {
         Source::Raw => generator::sample(cell, options, &running, images),
         Source::Fio => fio::sample(cell, options, &running, images),
+    };
+    if seen.is_err() {
+        kept.forget(&running);
     }
+    seen
 }

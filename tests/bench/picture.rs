@@ -15,25 +15,33 @@ use std::path::Path;
 /// Width in pixels: that of a README's column.
 const WIDTH: u32 = 900;
 /// Height of what stands above the bars, of a line of them, and of what stands below.
-const TOP: u32 = 122;
-const LINE: u32 = 18;
-const BOTTOM: u32 = 74;
+const TOP: u32 = 116;
+const LINE: u32 = 19;
+const BOTTOM: u32 = 78;
 /// Where the bars begin and end.
-const BARS: (u32, u32) = (292, 790);
+const BARS: (u32, u32) = (312, 788);
 /// Where the columns before and behind them are.
 const MARGIN: i32 = 16;
-const BLOCK_END: i32 = 70;
-const WORK_BEGIN: i32 = 78;
-const DEPTH_END: i32 = 200;
-const SESSIONS_END: i32 = 262;
-const PEER_BEGIN: i32 = 806;
+const BLOCK_END: i32 = 72;
+const WORK_BEGIN: i32 = 80;
+const DEPTH_END: i32 = 212;
+const SESSIONS_END: i32 = 282;
+const PEER_BEGIN: i32 = 808;
 /// How far a bar is from the next one, and its label from it.
 const GAP: i32 = 3;
 const LABEL_GAP: i32 = 6;
+/// Sizes of text in pixels.
+const LARGE: u32 = 19;
+const USUAL: u32 = 12;
+const SMALL: u32 = 11;
 /// Half the length of the strokes that end a spread.
 const STROKE: i32 = 3;
 /// The scale reaches at least from the first to the second.
 const SCALE: (f64, f64) = (0.5, 4.0);
+/// How much further than the furthest bar it reaches, for the sake of that one's number.
+const ROOM: f64 = 1.15;
+/// What this library takes for the size of a font of one pixel.
+const PIXEL: f64 = 1.24;
 
 const PAPER: RGBColor = RGBColor(0xff, 0xff, 0xff);
 const EDGE: RGBColor = RGBColor(0xd0, 0xd7, 0xde);
@@ -162,9 +170,14 @@ fn scale(lines: &[Line]) -> (f64, f64) {
     });
     let (lowest, highest) = bars.fold(SCALE, |(lowest, highest), bar| {
         let (low, high) = bar.spread.unwrap_or((bar.rate, bar.rate));
-        (lowest.min(low), highest.max(high))
+        (lowest.min(low / ROOM), highest.max(high * ROOM))
     });
     (lowest.log2().floor().exp2(), highest.log2().ceil().exp2())
+}
+
+/// Pure: as in `× 1/2` and `× 2`.
+fn times(tick: f64) -> String {
+    if tick < 1.0 { format!("× 1/{}", tick.recip()) } else { format!("× {tick}") }
 }
 
 /// Pure: the powers of two from one to the other.
@@ -201,7 +214,7 @@ fn draw_on(root: &Canvas<'_>, about: &About, lines: &[Line], height: u32) -> Res
 /// The title, what the colours mean, and the heads of the columns.
 fn draw_top(root: &Canvas<'_>, about: &About) -> Result<(), Trouble> {
     let title = "Requests per second: flexnbd against the best other server";
-    write(root, title, (MARGIN, 26), &Style { size: 18, bold: true, ..Style::default() })?;
+    write(root, title, (MARGIN, 26), &Style { size: LARGE, bold: true, ..Style::default() })?;
     let peers: Vec<String> = about
         .servers
         .iter()
@@ -214,9 +227,9 @@ fn draw_top(root: &Canvas<'_>, about: &About) -> Result<(), Trouble> {
     write(root, &peers, (MARGIN, 48), &faint)?;
     let mut x = MARGIN;
     for (colors, text, width) in [
-        (&[FASTER][..], "flexnbd faster", 112),
-        (&[SLOWER], "slower", 66),
-        (&[FASTER_LIMITED, SLOWER_LIMITED], "the client was the limit", 180),
+        (&[FASTER][..], "flexnbd faster", 116),
+        (&[SLOWER], "slower", 68),
+        (&[FASTER_LIMITED, SLOWER_LIMITED], "the client was the limit", 178),
     ] {
         for color in colors {
             root.draw(&Rectangle::new([(x, 64), (x + 11, 75)], color.filled()))?;
@@ -234,7 +247,12 @@ fn draw_top(root: &Canvas<'_>, about: &About) -> Result<(), Trouble> {
         ("sessions", SESSIONS_END, HPos::Right),
         ("best other", PEER_BEGIN, HPos::Left),
     ] {
-        write(root, text, (x, y), &Style { column, color: FAINT, size: 11, ..Style::default() })?;
+        write(
+            root,
+            text,
+            (x, y),
+            &Style { column, color: FAINT, size: SMALL, ..Style::default() },
+        )?;
     }
     Ok(())
 }
@@ -275,10 +293,10 @@ fn draw_grid(
                 column: HPos::Center,
                 color: if is_one { INK } else { FAINT },
                 bold: is_one,
-                size: 11,
+                size: SMALL,
                 ..Style::default()
             };
-            write(root, &format!("× {tick}"), (x, y), &style)?;
+            write(root, &times(tick), (x, y), &style)?;
         }
     }
     Ok(())
@@ -342,7 +360,7 @@ fn work(cell: &Cell) -> String {
     let work = match cell.work {
         Work::Read => "reads",
         Work::Write => "writes",
-        Work::Mixed => "both",
+        Work::Mixed => "mixed",
     };
     if cell.is_sequential() { work.to_owned() } else { format!("random {work}") }
 }
@@ -354,7 +372,7 @@ fn draw_caption(root: &Canvas<'_>, about: &About, bottom: i32) -> Result<(), Tro
         "{}, flexnbd {}, {}, {} CPUs, Linux {}. Medians of {rounds} rounds of {seconds} s.",
         machine.date, machine.commit, machine.processor, machine.cpus, machine.kernel
     );
-    let faint = Style { color: FAINT, size: 11, ..Style::default() };
+    let faint = Style { color: FAINT, size: SMALL, ..Style::default() };
     write(root, &text, (MARGIN, bottom - 34), &faint)?;
     let command = Style { family: "monospace", ..faint };
     write(root, &machine.command, (MARGIN, bottom - 15), &command)
@@ -372,13 +390,13 @@ struct Style {
 
 impl Default for Style {
     fn default() -> Self {
-        Self { size: 12, bold: false, color: INK, column: HPos::Left, family: "sans-serif" }
+        Self { size: USUAL, bold: false, color: INK, column: HPos::Left, family: "sans-serif" }
     }
 }
 
 fn write(root: &Canvas<'_>, text: &str, at: (i32, i32), style: &Style) -> Result<(), Trouble> {
     let weight = if style.bold { FontStyle::Bold } else { FontStyle::Normal };
-    let font = FontDesc::new(FontFamily::from(style.family), f64::from(style.size), weight);
+    let font = FontDesc::new(FontFamily::from(style.family), f64::from(style.size) * PIXEL, weight);
     let text_style = font.color(&style.color).pos(Pos::new(style.column, VPos::Center));
     Ok(root.draw_text(text, &text_style, at)?)
 }
@@ -441,7 +459,9 @@ mod tests {
         };
         assert_eq!(scale(&[bar(0.9, 1.1)]), SCALE);
         assert_eq!(scale(&[bar(0.3, 1.1), bar(1.0, 4.1)]), (0.25, 8.0));
-        assert_eq!(ticks((0.25, 4.0)), [0.25, 0.5, 1.0, 2.0, 4.0]);
+        assert_eq!(scale(&[bar(0.51, 3.9)]), (0.25, 8.0));
+        let told: Vec<String> = ticks((0.25, 2.0)).into_iter().map(times).collect();
+        assert_eq!(told, ["× 1/4", "× 1/2", "× 1", "× 2"]);
     }
 
     #[test]

@@ -9,11 +9,11 @@ use super::options::Options;
 use std::time::Duration;
 
 /// To start a server, to connect, and to stop it.
-const START_AND_STOP: Duration = Duration::from_millis(150);
+const START_AND_STOP: Duration = Duration::from_millis(100);
 /// To write an image out and to have it forgotten.
 const COOLING: Duration = Duration::from_millis(400);
 /// What fio takes besides the load.
-const FIO: Duration = Duration::from_millis(700);
+const FIO: Duration = Duration::from_millis(600);
 /// To open a thousand sessions.
 const CONNECTING: Duration = Duration::from_secs(1);
 /// To write a GiB of image to a disk.

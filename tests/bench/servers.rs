@@ -34,11 +34,13 @@ pub(super) enum Kind {
     Flexnbd,
     Nbdkit,
     QemuNbd,
-    QemuNbdUring,
+    QemuNbdThreads,
     NbdServer,
-    NbdServerSplice,
+    NbdServerPlain,
 }
 
+/// More sessions than are ever opened here.
+const MAX_CLIENTS: &str = "--max-clients=2000";
 /// One client after another and many at once, the page cache as with all others, and holes where
 /// clients trim.
 const QEMU_NBD: &[&str] =
@@ -73,9 +75,9 @@ fn known(name: &str) -> Option<(Kind, PathBuf)> {
         "flexnbd" => (Kind::Flexnbd, env!("CARGO_BIN_EXE_flexnbd")),
         "nbdkit" => (Kind::Nbdkit, "nbdkit"),
         "qemu-nbd" => (Kind::QemuNbd, "qemu-nbd"),
-        "qemu-nbd-uring" => (Kind::QemuNbdUring, "qemu-nbd"),
+        "qemu-nbd-threads" => (Kind::QemuNbdThreads, "qemu-nbd"),
         "nbd-server" => (Kind::NbdServer, "nbd-server"),
-        "nbd-server-splice" => (Kind::NbdServerSplice, "nbd-server"),
+        "nbd-server-plain" => (Kind::NbdServerPlain, "nbd-server"),
         _ => return None,
     };
     Some((kind, PathBuf::from(program)))
@@ -137,11 +139,11 @@ impl Server {
 
     fn arguments(&self, image: &Path, listening: &[OsString]) -> Vec<OsString> {
         let (before, behind): (&[&str], &[&str]) = match self.kind {
-            Kind::Flexnbd => (&["serve", "--quiet"], &["--file"]),
+            Kind::Flexnbd => (&["serve", "--quiet", MAX_CLIENTS], &["--file"]),
             Kind::Nbdkit => (&["--foreground", "--exit-with-parent"], &["file"]),
-            Kind::QemuNbd => (QEMU_NBD, &["--aio=threads"]),
-            Kind::QemuNbdUring => (QEMU_NBD, &["--aio=io_uring"]),
-            Kind::NbdServer | Kind::NbdServerSplice => (&[], &[]),
+            Kind::QemuNbd => (QEMU_NBD, &["--aio=io_uring"]),
+            Kind::QemuNbdThreads => (QEMU_NBD, &["--aio=threads"]),
+            Kind::NbdServer | Kind::NbdServerPlain => (&[], &[]),
         };
         let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
         [&words(before)[..], listening, &words(behind), &[image.into()]].concat()
@@ -150,7 +152,7 @@ impl Server {
     fn listening(&self, address: &Address) -> Vec<OsString> {
         let (host, port, path) = match self.kind {
             Kind::Nbdkit => ("--ipaddr", "--port", "--unix"),
-            Kind::QemuNbd | Kind::QemuNbdUring => ("--bind", "--port", "--socket"),
+            Kind::QemuNbd | Kind::QemuNbdThreads => ("--bind", "--port", "--socket"),
             _ => ("--addr", "--port", "--addr"),
         };
         match address {
@@ -171,14 +173,20 @@ impl Server {
     }
 
     fn export_section(&self, image: &Path) -> String {
-        let splice = if self.kind == Kind::NbdServerSplice { "splice=true\n" } else { "" };
+        let splice = if self.kind == Kind::NbdServer { "splice=true\n" } else { "" };
         let image = image.display();
         format!("[{EXPORT}]\nexportname={image}\nflush=true\nfua=true\ntrim=true\n{splice}")
     }
 
+    /// Whether each of its sessions is a process of its own. It is also slow to start: it makes
+    /// Diffie-Hellman parameters before it listens, whether or not it will need them.
+    pub(super) fn forks_for_each_session(&self) -> bool {
+        self.is_daemon()
+    }
+
     /// Whether the program goes on in the background and leaves its process id in [`PID_FILE`].
     pub(super) fn is_daemon(&self) -> bool {
-        matches!(self.kind, Kind::NbdServer | Kind::NbdServerSplice)
+        matches!(self.kind, Kind::NbdServer | Kind::NbdServerPlain)
     }
 
     /// The name of the export it offers.
@@ -193,7 +201,7 @@ mod tests {
     use super::*;
 
     const ALL: [&str; 6] =
-        ["flexnbd", "nbdkit", "qemu-nbd", "qemu-nbd-uring", "nbd-server", "nbd-server-splice"];
+        ["flexnbd", "nbdkit", "qemu-nbd", "qemu-nbd-threads", "nbd-server", "nbd-server-plain"];
 
     fn server(name: &str) -> Server {
         let (kind, program) = known(name).unwrap();

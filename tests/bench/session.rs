@@ -141,6 +141,11 @@ impl Session {
         !self.unsent.is_empty()
     }
 
+    /// Whether every request has been answered.
+    pub(super) fn is_idle(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
     /// Makes as many requests as may be under way, and sends what the server takes now. `payload`
     /// is what writes write: at least one block.
     ///
@@ -154,6 +159,14 @@ impl Session {
             self.heads[slot] = encode(kind, slot, block * self.block as u64, self.block);
             self.unsent.push_back(slot);
         }
+        self.send(payload)
+    }
+
+    /// Sends what the server takes now of the requests that have been made.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub(super) fn send(&mut self, payload: &[u8]) -> io::Result<()> {
         while self.has_unsent() {
             match self.stream.try_send_vectored(&self.slices(payload)) {
                 Ok(count) => self.sent(count),

@@ -31,7 +31,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 pub(super) fn migrate(daemon: &Path, nbd: &Path, pair: &Pair) -> Result<Duration, Trouble> {
     let folder = tempfile::tempdir()?;
     let to = free_port()?;
-    let program = Server { name: "qemu-nbd".into(), kind: Kind::QemuNbd, program: nbd.into() };
+    let kind = Kind::QemuNbdThreads;
+    let program = Server { name: "qemu-nbd".into(), kind, program: nbd.into() };
     let mut command = program.command(&pair.destination, &Address::Tcp(to), folder.path());
     command.arg("--detect-zeroes=unmap");
     let _destination = Process::start(command, "qemu-nbd", folder.path())?;
