@@ -215,9 +215,12 @@ fn times_are_those_of_the_units_and_the_program() {
     };
     let crash = numbers(&page.item_text("START AND STOP", "crash"));
     assert_eq!(crash, [in_units("RestartSec")]);
-    let stopping = text(&page, "STATUS AND WATCHDOG");
-    let stopping = stopping.split("Stopping may take ").nth(1).unwrap();
-    assert_eq!(numbers(stopping)[0], in_units("TimeoutStopSec"));
+    let stopping = numbers(&text(&page, "STATUS AND WATCHDOG/Timeouts"));
+    let longest = format!("CLOSING_LONGEST: Duration = Duration::from_secs({});", stopping[1]);
+    assert_eq!((stopping.len(), stopping[0]), (2, in_units("TimeoutStopSec")));
+    assert!(read("src/daemon/house.rs").contains(&longest), "there is no `{longest}`");
+    let alive = numbers(&text(&page, "STATUS AND WATCHDOG/Watchdog"));
+    assert_eq!(alive, [in_units("WatchdogSec"); 2]);
     let grace = page.at("RESTART AND UPGRADE/Who is disconnected all the same");
     let grace: Vec<u64> =
         grace.filter(|line| line.contains(" seconds")).flat_map(numbers).collect();
@@ -396,14 +399,16 @@ fn an_image_that_is_not_the_services_own_is_told_in_the_words_of_the_program() {
 fn the_words_of_the_status_are_those_of_the_program() {
     let source = source();
     let page = page();
-    let quoted: Vec<&str> =
-        page.at("STATUS AND WATCHDOG").filter_map(|line| line.strip_prefix(".Dq ")).collect();
-    let quoted: Vec<&str> =
-        quoted.iter().map(|line| line.trim_end_matches([' ', ',', '.'])).collect();
-    assert!(quoted.len() >= 4, "only {quoted:?} found");
-    for words in quoted.iter().filter(|words| !["Status", "Error"].contains(words)) {
-        let first = words.split(' ').next().unwrap();
-        assert!(source.contains(&format!("\"{words}")) || source.contains(first), "{words}");
+    let quoted = page.at("STATUS AND WATCHDOG/Status").filter_map(|line| line.strip_prefix(".Dq "));
+    let quoted: Vec<&str> = quoted.map(|line| line.trim_end_matches([' ', ',', '.'])).collect();
+    assert_eq!(quoted.len(), 6, "{quoted:?}");
+    // The first and the last are systemd's.
+    for words in &quoted[1..5] {
+        assert!(source.contains(&format!("\"{words}")), "nothing begins with `{words}`");
+    }
+    let shown = page.blocks("STATUS AND WATCHDOG").remove(0);
+    for words in [" on ", " clients", " % copied, ", "/s", ", about ", " left"] {
+        assert!(shown.contains(words) && source.contains(words), "`{words}`");
     }
 }
 
