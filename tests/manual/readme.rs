@@ -207,11 +207,12 @@ fn the_four_lines_are_served_without_a_service_manager_too() {
     std::fs::write(directory.path().join("disk.conf"), text).unwrap();
     let script = format!(
         "flexnbd serve --config ../disk.conf &
+        server=$!
         until [ -S control ]; do sleep 0.1; done
         flexnbd status --config ../disk.conf
         flexnbd read --addr ::1 --port {port} --from 10G --size 1 || echo end of the disk
-        kill %1
-        wait %1 && echo ended well"
+        kill $server
+        wait $server && echo ended well"
     );
     let (status, output) = run(&script, directory.path());
     assert!(status.is_some_and(|status| status.success()), "{output}");
