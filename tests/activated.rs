@@ -11,6 +11,10 @@ mod common;
 mod idle;
 #[path = "activated/manager.rs"]
 mod manager;
+#[path = "common/more.rs"]
+mod more;
+#[path = "interop/mount.rs"]
+mod mount;
 #[path = "activated/refusing.rs"]
 mod refusing;
 #[path = "activated/restart.rs"]

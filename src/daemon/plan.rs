@@ -3,6 +3,7 @@
 
 use crate::disk::OpenError;
 use crate::disk::ledger::LedgerError;
+use crate::disk::ownership::{Id, Place};
 use crate::net::{Address, BindError};
 use crate::server::acl::Acl;
 use crate::systemd::message_id;
@@ -79,7 +80,7 @@ pub enum Refusal {
     /// The image's record cannot be used.
     Record(LedgerError),
     /// The image's record says that it is not to be served or received into.
-    Ownership(String),
+    Ownership(Denial),
     /// The address cannot be listened on.
     Listen(BindError),
     /// The control socket cannot be opened.
@@ -90,6 +91,15 @@ pub enum Refusal {
     Inherited(String),
     /// The system refused something that every process needs.
     System(&'static str, io::Error),
+}
+
+/// What an image's record says against serving it, or receiving into it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Denial {
+    /// A sentence for the operator.
+    pub why: String,
+    /// The migration that took the disk away, and where to, if one did.
+    pub departure: Option<(Id, Place)>,
 }
 
 impl Refusal {
@@ -125,9 +135,8 @@ impl fmt::Display for Refusal {
         match self {
             Self::Image(error) => error.fmt(f),
             Self::Record(error) => error.fmt(f),
-            Self::Configuration(why) | Self::Ownership(why) | Self::Inherited(why) => {
-                f.write_str(why)
-            }
+            Self::Configuration(why) | Self::Inherited(why) => f.write_str(why),
+            Self::Ownership(denial) => f.write_str(&denial.why),
             Self::Listen(error) => error.fmt(f),
             Self::Control(error) => error.fmt(f),
             Self::NoAddress => f.write_str(

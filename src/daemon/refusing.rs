@@ -9,6 +9,7 @@
 use super::plan::{Ending, Refusal, Role};
 use super::{carry, tell};
 use crate::control::{Command, ControlSocket, Credentials, Handle, Operator, Reply};
+use crate::disk::ownership::Place;
 use crate::net::{Listener, Peer, wait_readable};
 use crate::server::Luggage;
 use crate::systemd::{Inherited, Notifier, message_id, sockets};
@@ -98,8 +99,14 @@ impl Doorstep {
     fn stay(self, refusal: &Refusal) -> Ending {
         let reason = refusal.to_string();
         let Self { purpose, nbd, control, notifier, signals } = self;
+        let (migration, to) = match refusal {
+            Refusal::Ownership(denial) => denial.departure.clone().unzip(),
+            _ => (None, None),
+        };
         error!(
             message_id = refusal.message_id(),
+            "flexnbd.migration" = migration.map(|id| id.to_string()),
+            "flexnbd.destination" = to.as_ref().map(Place::as_str),
             "flexnbd.image" = purpose.image.map(|image| image.display().to_string()),
             errno = refusal.errno(),
             "refusing clients: {reason}"

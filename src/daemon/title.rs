@@ -1,11 +1,11 @@
 //! Whose disk an image is, before anything is done with it.
 //! Reads the record, asks the other host where only that knows, and puts the record right.
 
-use super::plan::{Plan, Refusal, Role};
+use super::plan::{Denial, Plan, Refusal, Role};
 use super::tell;
 use crate::disk::ledger::{Ledger, gone, state_directory};
 use crate::disk::ownership::{
-    self, ForListen, ForServe, Id, Place, Record, Refusal as Denial, Title, for_listen, for_serve,
+    self, ForListen, ForServe, Id, Place, Record, Title, for_listen, for_serve,
 };
 use crate::migration::job::{Fate, fate};
 use crate::migration::link::Route;
@@ -48,12 +48,15 @@ pub(super) fn to_create(plan: &Plan) -> Result<(), Refusal> {
         return Ok(());
     }
     match gone(&plan.image, &state()).map_err(Refusal::Record)? {
-        Some(Record::Departed { id, when, to }) => Err(Refusal::Ownership(format!(
-            "{} has moved to {to} and was deleted here (migration {id}, at {when} seconds since \
-             1970), so that it is not made anew, empty. Use it there; for an empty disk in its \
-             place make the file yourself, with truncate(1), say",
-            plan.image.display()
-        ))),
+        Some(Record::Departed { id, when, to }) => {
+            let why = format!(
+                "{} has moved to {to} and was deleted here (migration {id}, at {when} seconds since \
+                 1970), so that it is not made anew, empty. Use it there; for an empty disk in its \
+                 place make the file yourself, with truncate(1), say",
+                plan.image.display()
+            );
+            Err(Refusal::Ownership(Denial { why, departure: Some((id, to)) }))
+        }
         _ => Ok(()),
     }
 }
@@ -85,7 +88,7 @@ pub(super) fn to_serve(
                 let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
                 let departed = Record::Departed { id, when, to: to.clone() };
                 ledger.write(Some(&departed)).map_err(Refusal::Record)?;
-                Err(denied(plan, &Denial::Departed { id, when, to }))
+                Err(denied(plan, &ownership::Refusal::Departed { id, when, to }))
             }
             Fate::Unknown => Err(denied(plan, &unless)),
         },
@@ -189,6 +192,13 @@ fn address_of(place: &Place) -> Option<Address> {
     place.as_str().parse().ok().map(Address::Tcp)
 }
 
-fn denied(plan: &Plan, denial: &ownership::Refusal) -> Refusal {
-    Refusal::Ownership(denial.explain(&plan.image.display().to_string()))
+fn denied(plan: &Plan, refusal: &ownership::Refusal) -> Refusal {
+    let departure = match refusal {
+        ownership::Refusal::Departing { id, to } | ownership::Refusal::Departed { id, to, .. } => {
+            Some((*id, to.clone()))
+        }
+        ownership::Refusal::Incomplete | ownership::Refusal::Adopted => None,
+    };
+    let why = refusal.explain(&plan.image.display().to_string());
+    Refusal::Ownership(Denial { why, departure })
 }

@@ -1,9 +1,13 @@
 //! A service that cannot do its work any more ends, or is ended, so that it is started again.
 
-use crate::common::{Builder, MIB, require_tool, run, sparse_image, temp_dir, write_at};
+use crate::common::{Builder, GIB, MIB, require_tool, run, sparse_image, temp_dir};
+use crate::common::{wait_until, write_at};
 use crate::manager::{Handed, Manager};
+use crate::mount::mount_nbd_as_file;
 use crate::refusing::order;
+use nix::sys::signal::Signal;
 use std::net::TcpStream;
+use std::time::Duration;
 
 #[test]
 fn a_server_that_can_let_nobody_in_any_more_ends_with_an_error() {
@@ -59,4 +63,27 @@ fn a_migration_does_not_starve_the_watchdog_up_to_its_end() {
     assert_eq!(destination.wait_for_end().code(), Some(0));
     let log = service.stderr();
     assert!(!log.contains("not feeding the watchdog"), "{log}");
+}
+
+#[test]
+fn a_disk_whose_reads_do_not_return_starves_the_watchdog_until_they_do() {
+    let (manager, dir) = (Manager::new().env("WATCHDOG_USEC", "200000"), temp_dir());
+    // Larger than what the kernel reads ahead, so that most of it is never in memory.
+    let far = sparse_image(dir.path(), "far.img", GIB);
+    let far = Builder::serve(&far).start();
+    let Some(disk) = mount_nbd_as_file(&far.uri(), &dir.path().join("mount")) else { return };
+    let mut service = manager.start(Handed::NbdAndControl, "serve -v --file", &[&disk.file]);
+    manager.wait_for("WATCHDOG=1");
+    far.signal(Signal::SIGSTOP);
+    let starving = "the disk has not answered for 0 s; not feeding the watchdog until it does";
+    wait_until("the complaint", || service.stderr().contains(starving));
+    manager.messages();
+    // There is nothing to wait for: nothing must happen.
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(manager.messages(), Vec::<String>::new());
+    far.signal(Signal::SIGCONT);
+    manager.wait_for("WATCHDOG=1");
+    wait_until("the relief", || service.stderr().contains("everything makes progress again"));
+    assert_eq!(service.stop().code(), Some(0));
+    disk.end();
 }
