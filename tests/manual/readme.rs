@@ -8,7 +8,8 @@ use super::{installed, must_be_meant, ours, read};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::fs::File;
-use std::net::TcpListener;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::net::{Ipv6Addr, TcpListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -66,9 +67,12 @@ fn tour(port: u16) -> Vec<Step> {
     steps
 }
 
-/// Free a moment ago; that another takes it meanwhile is unlikely.
+/// Free a moment ago, and below those that outgoing connections take, which come and go.
 fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+    let anywhere = RandomState::new().build_hasher().finish();
+    let ports = (0..10_000).map(|n| 20_000 + ((anywhere % 10_000 + n) % 10_000) as u16);
+    let mut free = ports.filter(|port| TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port)).is_ok());
+    free.next().unwrap()
 }
 
 /// Ends everything that was started, also when the test fails.
