@@ -47,6 +47,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Instant;
 use systems::System;
 use table::{KindReport, Run};
 use targets::Target;
@@ -73,6 +74,7 @@ fn measure(choices: &Choices) -> Result<(), Trouble> {
     let systems = systems::installed(&choices.systems, &choices.also)?;
     let about = begin(choices, &systems, &network);
     let disks = Disks::new(&choices.dir)?;
+    let began = Instant::now();
     let mut kinds = Vec::new();
     for kind in choices.images.iter().filter(|_| !choices.pauses_only) {
         let report = measure_kind(*kind, choices, &systems, &disks, &network);
@@ -80,6 +82,7 @@ fn measure(choices: &Choices) -> Result<(), Trouble> {
         kinds.push(report);
     }
     let pauses = measure_pauses(choices, &systems, &disks);
+    println!("\n# took {:.1} minutes", began.elapsed().as_secs_f64() / 60.0);
     let dense = kinds.iter().find(|report| report.kind == Kind::Dense);
     let dense = dense.and_then(KindReport::seconds);
     let ours = pauses.iter().filter(|report| report.name == systems::OURS);

@@ -12,8 +12,9 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How many requests are answered before the migration is ordered.
-const REQUESTS_BEFORE: usize = 2000;
+/// How many requests are answered before the migration is ordered: at a fixed rate, and one at a
+/// time, which is faster.
+const REQUESTS_BEFORE: (usize, usize) = (2000, 10_000);
 /// How many of those do not count: the first ones find caches cold.
 const REQUESTS_WARMING: usize = 500;
 /// How long they may take.
@@ -68,6 +69,13 @@ impl Load {
         ]
     }
 
+    fn requests_before(self) -> usize {
+        match self.pace {
+            Pace::PerSecond(_) => REQUESTS_BEFORE.0,
+            Pace::OneByOne => REQUESTS_BEFORE.1,
+        }
+    }
+
     fn words(self) -> String {
         let client = match self.pace {
             Pace::PerSecond(rate) => format!("{rate} writes of 4 KiB a second"),
@@ -90,7 +98,7 @@ pub(super) fn measure_once(
 ) -> Result<Seen, Trouble> {
     let pair = disks.make(Kind::Dense, size)?;
     let sides = Sides::start(program, &pair)?;
-    let client = Client::start(sides.address, load.pace, REQUESTS_BEFORE)?;
+    let client = Client::start(sides.address, load.pace, load.requests_before())?;
     client.wait_until_warm(WARM_TIME_MAX)?;
     let moved = sides.migrate(load.max_speed)?;
     let (before_us, during_us) = divide(&client.finish()?, moved.ordered);
