@@ -103,12 +103,13 @@ pub(crate) enum Turned {
 }
 
 /// Connects once and sees what happens.
+#[track_caller]
 pub(crate) fn try_door(target: &Target) -> Turned {
-    match Wire::try_connect(target) {
-        Ok(mut wire) => match wire.recv_until_it_ends_or(18) {
-            0 => Turned::Away,
-            _ => Turned::In,
-        },
-        Err(_) => Turned::Refused,
+    let Ok(mut wire) = Wire::try_connect(target) else { return Turned::Refused };
+    match wire.try_recv(&mut [0; 18]) {
+        Ok(0) => Turned::Away,
+        Ok(_) => Turned::In,
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Turned::Away,
+        Err(error) => panic!("neither greeted nor closed: {error}"),
     }
 }

@@ -166,7 +166,7 @@ wait_until_detached() {
 # A network namespace with its addresses set before anything boots in it.
 make_network() {
     local number holder; number=$(cat "$host/idx")
-    unshare --net sleep infinity &
+    unshare --net sleep infinity </dev/null >/dev/null 2>&1 &   # holds no pipe of the caller
     holder=$!
     echo "$holder" >"$host/netns"
     while [ "$(readlink "/proc/$holder/ns/net")" = "$(readlink /proc/self/ns/net)" ]; do
@@ -242,7 +242,7 @@ cmd_up() {
         make_root
     fi
     if [ ! -s "$host/netns" ] || ! alive "$(cat "$host/netns")"; then make_network; fi
-    boot &
+    boot </dev/null &
     echo $! >"$host/supervisor"
     wait_until_up
 }
