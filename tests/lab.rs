@@ -22,5 +22,7 @@ mod session;
 #[path = "lab/steady.rs"]
 mod steady;
 
+#[path = "lab/restart.rs"]
+mod restart;
 #[path = "lab/demand.rs"]
 mod demand;

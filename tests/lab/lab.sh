@@ -9,7 +9,7 @@
 #   lab.sh up NAME                boot the host NAME, which is made if it does not exist
 #   lab.sh sh NAME CMD [ARG...]   run CMD there (exit status and standard streams are CMD's)
 #   lab.sh ip NAME                its IPv4 address, 10.99.0.N; the IPv6 one is fd99::N
-#   lab.sh root NAME              the path of its root as seen from the session
+#   lab.sh root NAME              the path of its root as seen from the session, until it boots anew
 #   lab.sh journal NAME [ARG...]  journalctl on its journal (also when it is down)
 #   lab.sh down NAME              orderly shutdown
 #   lab.sh reboot NAME            orderly reboot; files stay, but for /run and /tmp
@@ -127,6 +127,7 @@ make_root() {
         printf 'passwd: files systemd\ngroup: files systemd\nshadow: files\nhosts: files myhostname\n' \
             >"$root/etc/nsswitch.conf"
         ln -s ../usr/lib/os-release "$root/etc/os-release"
+        rm -f "$root/usr/sbin/policy-rc.d"   # by which a container image forbids starting services
         # The package database, without the manual's index, which takes seconds to make anew.
         over /var/lib/dpkg "$root/var/lib/dpkg"
         rm -f "$root"/var/lib/dpkg/lock*
@@ -255,7 +256,12 @@ cmd_sh() {
 }
 
 cmd_ip() { choose "$1"; echo "10.99.0.$(cat "$host/idx")"; }
-cmd_root() { choose "$1"; echo "$host/root"; }
+
+cmd_root() {
+    choose "$1"
+    # Its own view has its /run, too.
+    if alive "$(leader)"; then echo "/proc/$(leader)/root"; else echo "$host/root"; fi
+}
 
 cmd_journal() {
     choose "$1"; shift

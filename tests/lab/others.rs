@@ -26,8 +26,9 @@ impl Fio {
              --size=16m --offset_increment=32m --numjobs=4 --iodepth=32 --verify=crc32c \
              --verify_backlog=512 --verify_fatal=1 --verify_state_save=0 --group_reporting \
              --time_based --runtime=3600 --output-format=json";
-        let mut command = Command::new("fio");
-        command.args(words.split_whitespace()).arg(format!("--uri={}", target.uri()));
+        // It takes all it can get; the server and our own clients come first.
+        let mut command = Command::new("nice");
+        command.arg("fio").args(words.split_whitespace()).arg(format!("--uri={}", target.uri()));
         command.current_dir(dir.path()).stdin(Stdio::null()).stdout(report).stderr(log);
         let fio = Fio { child: command.spawn().unwrap(), dir };
         wait_until("fio to connect", || fio.log().matches("connected to NBD server").count() == 4);
@@ -126,8 +127,8 @@ impl Libnbd {
     pub(crate) fn start(target: &Target, offset: u64) -> Libnbd {
         let script = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/libnbd.py"));
         // Debian's, which knows its packages, and not whichever comes first in PATH.
-        let mut command = Command::new("/usr/bin/python3");
-        command.arg(script).arg(target.uri()).arg(offset.to_string());
+        let mut command = Command::new("nice");
+        command.arg("/usr/bin/python3").arg(script).arg(target.uri()).arg(offset.to_string());
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (stdin, stdout) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
         let mut libnbd = Libnbd { child, stdin, stdout };

@@ -5,7 +5,7 @@
 //! block holds says which. So when the connection is lost a block may hold any version from the
 //! last that had to survive to the last that was sent, and no other.
 
-use crate::common::raw::{self, FLUSH, FUA, READ, WRITE, WRITE_ZEROES};
+use crate::common::raw::{DISC, FLUSH, FUA, READ, WRITE, WRITE_ZEROES};
 use crate::common::server::Target;
 use crate::common::session::{Answer, Mode, Request, Session};
 use crate::fixture::Random;
@@ -72,7 +72,7 @@ impl Memory {
     pub(crate) fn verify(&mut self, target: &Target, calamity: Calamity) {
         let mut session = Session::open(target, Mode::Structured).unwrap();
         self.verify_with(calamity, |offset, length| session.read(offset, length));
-        session.wire.send(&raw::encode_request(raw::DISC, 0, 0, 0, 0));
+        session.send(&Request::new(DISC, 0, 0));
     }
 
     /// The same in a file.
@@ -273,7 +273,7 @@ impl Work {
         while !self.pending.is_empty() {
             self.take_answer();
         }
-        self.session.wire.send(&raw::encode_request(raw::DISC, 0, 0, 0, 0));
+        self.session.send(&Request::new(DISC, 0, 0));
     }
 
     /// Sends the next request.
@@ -413,6 +413,6 @@ impl Halfway {
         let pending = HashMap::from([(self.cookie, self.request)]);
         assert_eq!(self.session.recv_answer(&pending).1.error, 0);
         assert!(self.session.read(offset, length) == payload, "what was sent in two halves");
-        self.session.wire.send(&raw::encode_request(raw::DISC, 0, 0, 0, 0));
+        self.session.send(&Request::new(DISC, 0, 0));
     }
 }
