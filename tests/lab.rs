@@ -26,3 +26,15 @@ mod steady;
 mod restart;
 #[path = "lab/demand.rs"]
 mod demand;
+#[path = "lab/crash.rs"]
+mod crash;
+#[path = "lab/halfway.rs"]
+mod halfway;
+#[path = "lab/moving.rs"]
+mod moving;
+#[path = "lab/deb.rs"]
+mod deb;
+#[path = "lab/hardening.rs"]
+mod hardening;
+#[path = "lab/misconfigured.rs"]
+mod misconfigured;

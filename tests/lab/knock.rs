@@ -9,6 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use crate::session::client;
 use std::time::{Duration, Instant};
 
 /// Between two connections, so that others get some of the machine.
@@ -38,7 +39,7 @@ impl Knocker {
         let (stop, target) = (Arc::new(AtomicBool::new(false)), target.clone());
         let served = Arc::new(AtomicU64::new(0));
         let (told, count) = (Arc::clone(&stop), Arc::clone(&served));
-        let thread = thread::spawn(move || {
+        let thread = client(move || {
             let mut knocks = Knocks::default();
             while !told.load(Ordering::SeqCst) {
                 knocks.knock(&target);

@@ -13,6 +13,7 @@
 #   lab.sh journal NAME [ARG...]  journalctl on its journal (also when it is down)
 #   lab.sh down NAME              orderly shutdown
 #   lab.sh reboot NAME            orderly reboot; files stay, but for /run and /tmp
+#   lab.sh block NAME SIZE        give it a block device of SIZE bytes, and say where it is there
 #   lab.sh cut NAME               power cut: processes die at once, the link goes dead without a
 #                                 word, and what no fsync has brought to the disk at /srv is lost
 #
@@ -59,6 +60,8 @@ clean() { # $1: the cgroup2 mount, $2: the session's directory
         find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || :
         sleep .02
     done
+    losetup --noheadings --output NAME,BACK-FILE | awk -v dir="$2/" 'index($2, dir) == 1 { print $1 }' |
+        xargs --no-run-if-empty losetup --detach
     rm -rf --one-file-system "$2"
 }
 
@@ -267,6 +270,17 @@ cmd_journal() {
     choose "$1"; shift
     inside journalctl --sync 2>/dev/null || :
     journalctl -D "$LAB_DIR/$name.journal" --no-pager "$@"
+}
+
+cmd_block() {
+    choose "$1"
+    local file device; file=$LAB_DIR/$name.block.$(find "$LAB_DIR" -name "$name.block.*" | wc -l)
+    truncate -s "$2" "$file"
+    device=$(losetup --show --find "$file")
+    # The host has a /dev of its own, in which nothing appears by itself.
+    inside mknod -m 660 "$device" b "$((0x$(stat -c %t "$device")))" "$((0x$(stat -c %T "$device")))"
+    inside chgrp disk "$device"
+    echo "$device"
 }
 
 wait_until_gone() { # $1: pid, $2: hundredths of a second

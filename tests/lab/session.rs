@@ -25,6 +25,9 @@ const LIMIT: Duration = Duration::from_secs(400);
 /// What a line begins with that is to be seen although the test passes.
 const NEWS: &str = "\u{2}news: ";
 
+/// The name of clients' threads.
+const CLIENT: &str = "client";
+
 /// What a lab is made of, and the clients that are let loose in it.
 const TOOLS: [&str; 16] = [
     "cargo-deb",
@@ -50,6 +53,7 @@ const TOOLS: [&str; 16] = [
 #[track_caller]
 pub(crate) fn in_lab<F: FnOnce()>(body: F) {
     if std::env::var_os(INSIDE).is_some() {
+        be_quiet_about_clients();
         return body();
     }
     let path = type_name::<F>();
@@ -68,6 +72,22 @@ pub(crate) fn in_lab<F: FnOnce()>(body: F) {
     for line in text.lines().filter_map(|line| line.strip_prefix(NEWS)) {
         let _ = writeln!(std::io::stderr(), "{name}: {line}");
     }
+}
+
+/// The thread of a client, whose failure is for its test to report, if it is one.
+pub(crate) fn client<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> std::thread::JoinHandle<T> {
+    std::thread::Builder::new().name(CLIENT.to_owned()).spawn(work).unwrap()
+}
+
+fn be_quiet_about_clients() {
+    let aloud = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if std::thread::current().name() != Some(CLIENT) {
+            aloud(panic);
+        }
+    }));
 }
 
 /// Says something that is to be seen although the test passes.

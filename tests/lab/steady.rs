@@ -7,6 +7,7 @@
 
 use crate::common::raw::{DISC, FLUSH, FUA, READ, WRITE, WRITE_ZEROES};
 use crate::common::server::Target;
+use crate::common::wait_until;
 use crate::common::session::{Answer, Mode, Request, Session};
 use crate::fixture::Random;
 use crate::fixture::image::{BLOCK, unit};
@@ -16,6 +17,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use crate::session::client;
 use std::time::{Duration, Instant};
 
 /// Requests in flight.
@@ -24,7 +26,7 @@ const DEPTH: usize = 32;
 /// this client does not receive while it sends.
 const BLOCKS_MAX: u64 = 4;
 /// One write in so many is sent in two halves.
-const HALVED: u64 = 8;
+const HALVED: u64 = 16;
 /// How long it takes between the halves, at most.
 const HALFWAY_MAX: Duration = Duration::from_millis(30);
 /// One version of a block in so many is zeros.
@@ -167,7 +169,7 @@ impl Steady {
         let name = format!("the client of {target:?} in {mode:?} from block {}", memory.first);
         let progress = Arc::new(Progress::default());
         let work = Work::new(session, memory, Arc::clone(&progress));
-        Steady { name, progress, thread: thread::spawn(|| work.run()) }
+        Steady { name, progress, thread: client(|| work.run()) }
     }
 
     pub(crate) fn answers(&self) -> u64 {
@@ -182,11 +184,7 @@ impl Steady {
     /// Waits for so many answers from now on.
     #[track_caller]
     pub(crate) fn wait_for_answers(&self, more: u64) {
-        let until = self.answers() + more;
-        crate::common::wait_until(&format!("{more} answers to {}", self.name), || {
-            self.answers() >= until || !self.goes_on()
-        });
-        assert!(self.goes_on(), "{} has ended", self.name);
+        wait_for_answers(std::slice::from_ref(self), more);
     }
 
     /// Tells it to end; fails when it has lost its connection.
@@ -203,13 +201,25 @@ impl Steady {
     /// before that.
     #[track_caller]
     pub(crate) fn lost(self) -> Ended {
-        crate::common::wait_until(&format!("{} to lose its connection", self.name), || {
+        wait_until(&format!("{} to lose its connection", self.name), || {
             !self.goes_on()
         });
         let ended = self.thread.join().unwrap();
         let loss = ended.loss.as_deref().unwrap_or("it was told to end");
         assert!(is_clean(loss), "{}: {loss}", self.name);
         ended
+    }
+}
+
+/// Waits until each has been given so many answers from now on.
+#[track_caller]
+pub(crate) fn wait_for_answers(clients: &[Steady], more: u64) {
+    let until: Vec<u64> = clients.iter().map(|client| client.answers() + more).collect();
+    for (client, until) in clients.iter().zip(until) {
+        wait_until(&format!("{more} answers to {}", client.name), || {
+            client.answers() >= until || !client.goes_on()
+        });
+        assert!(client.goes_on(), "{} has ended", client.name);
     }
 }
 
