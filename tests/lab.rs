@@ -28,6 +28,8 @@ mod restart;
 mod demand;
 #[path = "lab/crash.rs"]
 mod crash;
+#[path = "lab/cuts.rs"]
+mod cuts;
 #[path = "lab/halfway.rs"]
 mod halfway;
 #[path = "lab/moving.rs"]

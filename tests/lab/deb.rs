@@ -41,7 +41,7 @@ fn the_manuals_come_with_it() {
     in_lab(|| {
         let host = Host::installed("a");
         for page in ["man1/flexnbd.1", "man7/flexnbd-migration.7", "man7/flexnbd.service.7", "man5/flexnbd.conf.5"] {
-            host.ok(&format!("zcat /usr/share/man/{page}.gz | head -1"));
+            host.ok(&format!("test -s /usr/share/man/{page}.gz"));
         }
         host.ok("test -s /usr/share/doc/flexnbd/examples/disk.conf");
     });

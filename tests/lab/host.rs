@@ -5,6 +5,8 @@ use crate::common::server::Target;
 use crate::common::{DEADLINE, comes_true};
 use crate::package;
 use crate::session::lab;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -133,6 +135,23 @@ impl Host {
         self.show(unit, "MainPID").parse().unwrap()
     }
 
+
+    /// The service's process, as the session sees it.
+    #[track_caller]
+    pub(crate) fn process(&self, unit: &str) -> Pid {
+        let inside = self.pid(unit).to_string();
+        let here = format!("/{}/payload/", self.name);
+        let is_it = |pid: &i32| {
+            let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
+            let (Ok(group), Ok(status)) = (file("cgroup"), file("status")) else { return false };
+            let ids = status.lines().find(|line| line.starts_with("NSpid:")).unwrap_or_default();
+            group.contains(&here) && ids.split_whitespace().last() == Some(&inside)
+        };
+        let names = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.file_name());
+        let mut pids = names.filter_map(|name| name.to_str()?.parse().ok());
+        Pid::from_raw(pids.find(is_it).unwrap_or_else(|| panic!("{unit} has no process")))
+    }
+
     #[track_caller]
     pub(crate) fn wait_for_state(&self, unit: &str, state: &str) {
         self.wait_for(&format!("{unit} to be {state}"), || self.state(unit) == state);
@@ -224,6 +243,24 @@ impl Host {
             found.is_some()
         });
         found.unwrap()
+    }
+}
+
+/// A process that does nothing until it is let go on.
+pub(crate) struct Frozen {
+    pid: Pid,
+}
+
+impl Frozen {
+    /// Stops a process where it is, without its noticing.
+    pub(crate) fn freeze(pid: Pid) -> Frozen {
+        kill(pid, Signal::SIGSTOP).unwrap();
+        Frozen { pid }
+    }
+
+    /// Lets it go on, if it is still there.
+    pub(crate) fn thaw(self) {
+        let _ = kill(self.pid, Signal::SIGCONT);
     }
 }
 

@@ -301,7 +301,7 @@ cmd_reboot() { cmd_down "$1"; cmd_up "$1"; }
 cmd_cut() {
     choose "$1"
     local supervisor; supervisor=$(cat "$host/supervisor")
-    ip link set "v$name" down                  # first, so that no dying socket says good-bye
+    ip link del "v$name"                       # first, so that no dying socket says good-bye
     kill -KILL "$(leader)"
     wait_until_gone "$supervisor" 1000 || kill -KILL "$supervisor"
     kill -KILL "$(cat "$host/netns")"          # with it go the sockets that would retransmit

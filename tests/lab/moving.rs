@@ -17,7 +17,11 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 /// Two hosts with the same configuration: `a` serves and has data, `b` has an empty image.
 pub(crate) fn two_hosts(size: u64, fill: impl Fn(&Path, u64)) -> (Host, Host) {
-    let (a, b) = (Host::installed("a"), Host::installed("b"));
+    let (a, b) = std::thread::scope(|scope| {
+        let a = scope.spawn(|| Host::installed("a"));
+        let b = scope.spawn(|| Host::installed("b"));
+        (a.join().unwrap(), b.join().unwrap())
+    });
     for host in [&a, &b] {
         host.configure_disk(size);
         host.systemctl(&format!("enable {DISK}"));

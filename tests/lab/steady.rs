@@ -162,10 +162,28 @@ impl Steady {
         Steady::resume(target, mode, Memory::of(part))
     }
 
+    /// The same for a server that may fall silent: after so long without an answer it is lost.
+    #[track_caller]
+    pub(crate) fn start_impatient(
+        target: &Target,
+        mode: Mode,
+        memory: Memory,
+        patience: Duration,
+    ) -> Steady {
+        let session = Session::open(target, mode).expect("the server speaks all dialects");
+        session.wire.give_up_reading_after(patience);
+        Steady::work(target, session, memory)
+    }
+
     /// The same on what an earlier one has left and [`Memory::verify`] has seen.
     #[track_caller]
     pub(crate) fn resume(target: &Target, mode: Mode, memory: Memory) -> Steady {
         let session = Session::open(target, mode).expect("the server speaks all dialects");
+        Steady::work(target, session, memory)
+    }
+
+    fn work(target: &Target, session: Session, memory: Memory) -> Steady {
+        let mode = session.mode;
         let name = format!("the client of {target:?} in {mode:?} from block {}", memory.first);
         let progress = Arc::new(Progress::default());
         let work = Work::new(session, memory, Arc::clone(&progress));
@@ -225,7 +243,13 @@ pub(crate) fn wait_for_answers(clients: &[Steady], more: u64) {
 
 /// Whether this is what the reader or writer of a broken connection says.
 fn is_clean(loss: &str) -> bool {
-    let signs = ["the server closed", "Connection reset", "Broken pipe", "timed out", "No route"];
+    let signs = [
+        "the server closed",
+        "Connection reset",
+        "Broken pipe",
+        "Resource temporarily unavailable",
+        "No route to host",
+    ];
     signs.iter().any(|sign| loss.contains(sign))
 }
 

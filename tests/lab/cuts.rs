@@ -1,0 +1,317 @@
+//! The power fails, here or there, in each phase of a migration: afterwards one host has the disk,
+//! and in it is every write that was flushed.
+//! Never cuts anything gently: see `lab.sh cut`.
+
+use crate::common::server::Target;
+use crate::common::session::Mode;
+use crate::common::{DEADLINE, MIB, comes_true};
+use crate::fixture::Random;
+use crate::host::{DISK, Frozen, Host, LISTEN, PORT};
+use crate::knock::{Turned, try_door};
+use crate::moving::{half_full, ownership, send, two_hosts, wait_for_arrival};
+use crate::session::{in_lab, number, tell};
+use crate::steady::{Calamity, Memory, Steady};
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+const SIZE: u64 = 64 * MIB;
+/// What the client writes.
+const PART: u64 = 16 * MIB;
+/// A copy that takes longer than anything the test does meanwhile.
+const SLOWLY: &str = "--max-speed 2M";
+/// When a client counts a silent server as lost.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long it may take until the disk is at its destination, with all the waiting for timeouts.
+const CONVERGENCE: Duration = Duration::from_secs(120);
+/// Within this time from its beginning a copy at full speed has come to its end, or nearly so.
+const WHOLE_COPY: Duration = Duration::from_millis(600);
+/// The seed of the cuts at a moment left to chance, and how many there are for each host.
+const SEED: usize = 1;
+const CUTS: usize = 1;
+
+/// Whose power fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Source,
+    Destination,
+}
+
+use Victim::{Destination, Source};
+
+/// Two hosts, and a client that flushes now and then.
+struct World {
+    a: Host,
+    b: Host,
+    client: Option<Steady>,
+    memory: Memory,
+}
+
+impl World {
+    /// The destination waits for the disk; the client works at the source.
+    #[track_caller]
+    fn new() -> World {
+        let (a, b) = two_hosts(SIZE, half_full);
+        for host in [&a, &b] {
+            // Whoever has lost power does not say so. This makes the test shorter.
+            host.write(
+                "/etc/systemd/system/flexnbd@disk.socket.d/keepalive.conf",
+                "[Socket]\nKeepAliveTimeSec=2s\nKeepAliveIntervalSec=1s\n",
+            );
+            host.systemctl("daemon-reload");
+        }
+        a.systemctl(&format!("stop flexnbd@disk.socket {DISK}"));
+        World { a, b, client: None, memory: Memory::of(0..PART) }.begun()
+    }
+
+    #[track_caller]
+    fn begun(mut self) -> World {
+        self.a.systemctl(&format!("start {DISK}"));
+        let here = self.a.nbd();
+        self.work_at(&here);
+        self.b.systemctl(&format!("start {LISTEN}"));
+        self
+    }
+
+    /// The client goes on there with what it knows.
+    #[track_caller]
+    fn work_at(&mut self, target: &Target) {
+        let memory = self.memory.clone();
+        let client = Steady::start_impatient(target, Mode::Structured, memory, PATIENCE);
+        client.wait_for_answers(500);
+        self.client = Some(client);
+    }
+
+    /// The client's connection is lost, sooner or later.
+    #[track_caller]
+    fn lose_client(&mut self) {
+        if let Some(client) = self.client.take() {
+            self.memory = client.lost().memory;
+        }
+    }
+
+    /// The client goes, for the migration to come to its end by itself.
+    #[track_caller]
+    fn dismiss_client(&mut self) {
+        if let Some(client) = self.client.take() {
+            self.memory = client.stop().memory;
+        }
+    }
+
+    /// Cuts the power of these, and gives it back.
+    #[track_caller]
+    fn cut(&mut self, victims: &[Victim]) {
+        let hosts: Vec<&Host> = victims.iter().map(|victim| self.host(*victim)).collect();
+        hosts.iter().for_each(|host| host.cut());
+        hosts.iter().for_each(|host| host.boot());
+        if victims.contains(&Source) {
+            self.lose_client();
+        }
+    }
+
+    fn host(&self, victim: Victim) -> &Host {
+        if victim == Source { &self.a } else { &self.b }
+    }
+
+    /// What operators do until the disk is where it was to go. Fails when both hosts serve it.
+    #[track_caller]
+    fn bring_to_an_end(&mut self) {
+        if ownership(&self.b) != "ours" && self.b.state(LISTEN) != "active" {
+            self.b.systemctl(&format!("start {LISTEN}"));
+        }
+        let mut there = false;
+        let arrived = comes_true(CONVERGENCE, || {
+            let here = try_door(&self.a.nbd()) == Turned::In;
+            assert!(!(there && here), "both hosts serve the disk");
+            there |= self.b.state(DISK) == "active" && try_door(&self.b.nbd()) == Turned::In;
+            if here && !there {
+                self.urge_source();
+            }
+            there && !here
+        });
+        assert!(arrived, "the disk does not arrive");
+    }
+
+    /// A source that serves and does not move its disk is told to; one that does, to hurry.
+    #[track_caller]
+    fn urge_source(&mut self) {
+        let status = self.a.disk_status("disk");
+        match status.get("is_mirroring").map(String::as_str) {
+            Some("true") => drop(self.a.sh("flexnbd mirror-speed --instance disk --max-speed 0")),
+            Some("false") => {
+                self.client_comes_back();
+                let place = format!("--addr {} --port {PORT}", self.b.ip4());
+                // It may fail, and is then tried again: the destination still expects another.
+                let said = self.a.sh(&format!("flexnbd mirror --instance disk {place}"));
+                println!("mirror: {said}");
+            }
+            _ => {}
+        }
+    }
+
+    /// A client that was lost finds the disk where it left it.
+    #[track_caller]
+    fn client_comes_back(&mut self) {
+        if self.client.is_none() {
+            let here = self.a.nbd();
+            self.memory.verify(&here, Calamity::PowerCut);
+            self.work_at(&here);
+        }
+    }
+
+    /// The disk comes to the destination, and is nowhere else, with everything that had to survive.
+    #[track_caller]
+    fn verify(mut self) {
+        self.bring_to_an_end();
+        self.lose_client();
+        self.memory.verify(&self.b.nbd(), Calamity::PowerCut);
+        assert_ne!(try_door(&self.a.nbd()), Turned::In);
+        self.a.wait_for("its record to say so", || ownership(&self.a) == "departed");
+        assert_eq!(ownership(&self.b), "ours");
+    }
+
+    /// Waits for the source to be in this stage of the migration, looking as often as it can.
+    #[track_caller]
+    fn reach(&self, stages: &[&str]) {
+        let socket = self.a.path("/run/flexnbd/disk.sock");
+        let began = std::time::Instant::now();
+        let mut last = String::new();
+        while began.elapsed() < DEADLINE {
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            stream.write_all(b"status\n\n").unwrap();
+            last.clear();
+            stream.read_to_string(&mut last).unwrap();
+            if stages.iter().any(|stage| last.contains(&format!("migration_stage={stage}"))) {
+                return;
+            }
+        }
+        panic!("the migration is never in {stages:?}, at last: {last}");
+    }
+}
+
+fn before_the_copy(victim: Victim) {
+    let mut world = World::new();
+    world.cut(&[victim]);
+    world.verify();
+}
+
+fn in_the_copy(victims: &[Victim]) {
+    let mut world = World::new();
+    send(&world.a, &world.b, SLOWLY);
+    world.b.wait_for("a copy that has begun", || ownership(&world.b) == "incoming");
+    world.cut(victims);
+    world.verify();
+}
+
+/// The handover is on its way, and the destination has not taken it.
+fn in_the_handover(victim: Victim) {
+    let mut world = World::new();
+    // So that there is time to look.
+    world.dismiss_client();
+    send(&world.a, &world.b, "--max-speed 40M");
+    let process = world.b.process(LISTEN);
+    world.reach(&["closing", "parting"]);
+    let frozen = Frozen::freeze(process);
+    world.reach(&["parting"]);
+    if victim == Source {
+        world.cut(&[Source]);
+        frozen.thaw();
+    } else {
+        world.cut(&[Destination]);
+    }
+    world.verify();
+}
+
+/// The destination has taken the disk, and the source does not know.
+fn after_the_handover(victim: Victim) {
+    let mut world = World::new();
+    world.dismiss_client();
+    send(&world.a, &world.b, "--max-speed 40M");
+    let [source, destination] = [world.a.process(DISK), world.b.process(LISTEN)];
+    world.reach(&["closing", "parting"]);
+    let there = Frozen::freeze(destination);
+    world.reach(&["parting"]);
+    let here = Frozen::freeze(source);
+    there.thaw();
+    world.b.wait_for("the disk to be its own", || ownership(&world.b) == "ours");
+    world.cut(&[victim]);
+    here.thaw();
+    world.verify();
+}
+
+fn after_the_arrival(victim: Victim) {
+    let mut world = World::new();
+    send(&world.a, &world.b, "");
+    wait_for_arrival(&world.a, &world.b);
+    world.lose_client();
+    world.cut(&[victim]);
+    world.verify();
+}
+
+/// At a moment that nobody has chosen.
+fn at_any_moment(victim: Victim, seed: u64) {
+    let delay = WHOLE_COPY * Random(seed).below(1000) as u32 / 1000;
+    let mut world = World::new();
+    send(&world.a, &world.b, "");
+    thread::sleep(delay);
+    let stage = world.a.disk_status("disk").remove("migration_stage");
+    tell(&format!("seed {seed}: after {delay:?}, in the stage {stage:?}"));
+    world.cut(&[victim]);
+    world.verify();
+}
+
+#[test]
+fn the_destination_loses_power_before_anything_came() {
+    in_lab(|| before_the_copy(Destination));
+}
+
+#[test]
+fn the_source_loses_power_before_the_copy() {
+    in_lab(|| before_the_copy(Source));
+}
+
+#[test]
+fn the_destination_loses_power_in_the_copy() {
+    in_lab(|| in_the_copy(&[Destination]));
+}
+
+#[test]
+fn the_source_loses_power_in_the_copy() {
+    in_lab(|| in_the_copy(&[Source]));
+}
+
+#[test]
+fn both_lose_power_in_the_copy() {
+    in_lab(|| in_the_copy(&[Source, Destination]));
+}
+
+#[test]
+fn the_destination_loses_power_in_the_handover() {
+    in_lab(|| in_the_handover(Destination));
+}
+
+#[test]
+fn the_source_loses_power_in_the_handover() {
+    in_lab(|| in_the_handover(Source));
+}
+
+#[test]
+fn the_destination_loses_power_when_the_source_does_not_know_that_it_has_the_disk() {
+    in_lab(|| after_the_handover(Destination));
+}
+
+#[test]
+fn the_source_loses_power_before_it_knows_that_the_destination_has_the_disk() {
+    in_lab(|| after_the_handover(Source));
+}
+
+#[test]
+fn the_destination_loses_power_when_it_has_the_disk() {
+    in_lab(|| after_the_arrival(Destination));
+}
+
+#[test]
+fn the_source_loses_power_when_it_has_no_disk_any_more() {
+    in_lab(|| after_the_arrival(Source));
+}
