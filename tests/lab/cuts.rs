@@ -4,15 +4,14 @@
 
 use crate::common::server::Target;
 use crate::common::session::Mode;
-use crate::common::{DEADLINE, MIB, comes_true};
+use crate::common::{MIB, comes_true};
 use crate::fixture::Random;
 use crate::host::{DISK, Frozen, Host, LISTEN, PORT};
 use crate::knock::{Turned, try_door};
 use crate::moving::{half_full, ownership, send, two_hosts, wait_for_arrival};
 use crate::session::{in_lab, number, tell};
 use crate::steady::{Calamity, Memory, Steady};
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::UnixStream;
+use nix::unistd::Pid;
 use std::thread;
 use std::time::Duration;
 
@@ -26,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take until the disk is at its destination, with all the waiting for timeouts.
 const CONVERGENCE: Duration = Duration::from_secs(120);
 /// Within this time from its beginning a copy at full speed has come to its end, or nearly so.
-const WHOLE_COPY: Duration = Duration::from_millis(600);
+const WHOLE_COPY: Duration = Duration::from_secs(3);
 /// The seed of the cuts at a moment left to chance, and how many there are for each host.
 const SEED: usize = 1;
 const CUTS: usize = 1;
@@ -49,7 +48,7 @@ struct World {
 }
 
 impl World {
-    /// The destination waits for the disk; the client works at the source.
+    /// `a` serves.
     #[track_caller]
     fn new() -> World {
         let (a, b) = two_hosts(SIZE, half_full);
@@ -59,19 +58,25 @@ impl World {
                 "/etc/systemd/system/flexnbd@disk.socket.d/keepalive.conf",
                 "[Socket]\nKeepAliveTimeSec=2s\nKeepAliveIntervalSec=1s\n",
             );
+            for unit in [DISK, LISTEN] {
+                host.write(
+                    &format!("/etc/systemd/system/{unit}.d/patience.conf"),
+                    "[Service]\nEnvironment=FLEXNBD_MS_REQUEST_LIMIT_SECS=4\n",
+                );
+            }
             host.systemctl("daemon-reload");
         }
         a.systemctl(&format!("stop flexnbd@disk.socket {DISK}"));
-        World { a, b, client: None, memory: Memory::of(0..PART) }.begun()
+        a.systemctl(&format!("start {DISK}"));
+        World { a, b, client: None, memory: Memory::of(0..PART) }
     }
 
+    /// The client works at the source, and the disk begins to move from there.
     #[track_caller]
-    fn begun(mut self) -> World {
-        self.a.systemctl(&format!("start {DISK}"));
+    fn send(&mut self, options: &str) {
         let here = self.a.nbd();
         self.work_at(&here);
-        self.b.systemctl(&format!("start {LISTEN}"));
-        self
+        send(&self.a, &self.b, options);
     }
 
     /// The client goes on there with what it knows.
@@ -91,19 +96,12 @@ impl World {
         }
     }
 
-    /// The client goes, for the migration to come to its end by itself.
+    /// Cuts the power of these, and gives it back after something else has happened.
     #[track_caller]
-    fn dismiss_client(&mut self) {
-        if let Some(client) = self.client.take() {
-            self.memory = client.stop().memory;
-        }
-    }
-
-    /// Cuts the power of these, and gives it back.
-    #[track_caller]
-    fn cut(&mut self, victims: &[Victim]) {
+    fn cut(&mut self, victims: &[Victim], meanwhile: impl FnOnce()) {
         let hosts: Vec<&Host> = victims.iter().map(|victim| self.host(*victim)).collect();
         hosts.iter().for_each(|host| host.cut());
+        meanwhile();
         hosts.iter().for_each(|host| host.boot());
         if victims.contains(&Source) {
             self.lose_client();
@@ -162,103 +160,119 @@ impl World {
 
     /// The disk comes to the destination, and is nowhere else, with everything that had to survive.
     #[track_caller]
-    fn verify(mut self) {
+    fn verify(mut self) -> World {
         self.bring_to_an_end();
         self.lose_client();
         self.memory.verify(&self.b.nbd(), Calamity::PowerCut);
         assert_ne!(try_door(&self.a.nbd()), Turned::In);
-        self.a.wait_for("its record to say so", || ownership(&self.a) == "departed");
+        if ownership(&self.a) == "departing" {
+            // It could not ask the destination when it started.
+            self.a.systemctl(&format!("restart {DISK}"));
+        }
+        assert_eq!(ownership(&self.a), "departed");
         assert_eq!(ownership(&self.b), "ours");
+        World { a: self.b, b: self.a, client: None, memory: self.memory }
     }
 
-    /// Waits for the source to be in this stage of the migration, looking as often as it can.
+    /// A migration up to the moment when the source has recorded the handover and sent it to a
+    /// destination that does not move any more.
     #[track_caller]
-    fn reach(&self, stages: &[&str]) {
-        let socket = self.a.path("/run/flexnbd/disk.sock");
-        let began = std::time::Instant::now();
-        let mut last = String::new();
-        while began.elapsed() < DEADLINE {
-            let mut stream = UnixStream::connect(&socket).unwrap();
-            stream.write_all(b"status\n\n").unwrap();
-            last.clear();
-            stream.read_to_string(&mut last).unwrap();
-            if stages.iter().any(|stage| last.contains(&format!("migration_stage={stage}"))) {
-                return;
-            }
-        }
-        panic!("the migration is never in {stages:?}, at last: {last}");
+    fn hand_over(&mut self) -> Frozen {
+        // No client: its writes would be held up as well.
+        send(&self.a, &self.b, "--max-speed 32M");
+        self.a.ok("fsfreeze --freeze /srv");
+        let (source, destination) = (self.a.process(DISK), self.b.process(LISTEN));
+        self.a.wait_for("the source to be about to write its record", || {
+            let stage = self.a.disk_status("disk").remove("migration_stage");
+            println!("{stage:?}");
+            stage.is_some_and(|stage| stage != "copying") && waits_for_disk(source)
+        });
+        let there = Frozen::freeze(destination);
+        self.a.ok("fsfreeze --unfreeze /srv");
+        self.b.wait_for("the handover to be at its door", || has_unread_bytes(destination));
+        assert_eq!(ownership(&self.a), "departing");
+        there
     }
+}
+
+/// Whether a thread of the process cannot go on for want of its disk.
+fn waits_for_disk(process: Pid) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten();
+    let stat = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("stat")).ok();
+    threads.filter_map(stat).any(|stat| stat.rsplit_once(") ").unwrap().1.starts_with('D'))
+}
+
+/// Whether one of the host's TCP connections holds something that nobody has read yet.
+fn has_unread_bytes(process: Pid) -> bool {
+    let unread = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields[3] == "01" && fields[4].split_once(':').unwrap().1 != "00000000"
+    };
+    ["tcp", "tcp6"].iter().any(|table| {
+        let table = std::fs::read_to_string(format!("/proc/{process}/net/{table}")).unwrap();
+        table.lines().skip(1).any(unread)
+    })
 }
 
 fn before_the_copy(victim: Victim) {
     let mut world = World::new();
-    world.cut(&[victim]);
+    let here = world.a.nbd();
+    world.work_at(&here);
+    world.b.systemctl(&format!("start {LISTEN}"));
+    world.cut(&[victim], || ());
     world.verify();
 }
 
 fn in_the_copy(victims: &[Victim]) {
     let mut world = World::new();
-    send(&world.a, &world.b, SLOWLY);
+    world.send(SLOWLY);
     world.b.wait_for("a copy that has begun", || ownership(&world.b) == "incoming");
-    world.cut(victims);
+    world.cut(victims, || ());
     world.verify();
 }
 
 /// The handover is on its way, and the destination has not taken it.
 fn in_the_handover(victim: Victim) {
     let mut world = World::new();
-    // So that there is time to look.
-    world.dismiss_client();
-    send(&world.a, &world.b, "--max-speed 40M");
-    let process = world.b.process(LISTEN);
-    world.reach(&["closing", "parting"]);
-    let frozen = Frozen::freeze(process);
-    world.reach(&["parting"]);
-    if victim == Source {
-        world.cut(&[Source]);
-        frozen.thaw();
-    } else {
-        world.cut(&[Destination]);
-    }
+    let there = world.hand_over();
+    world.cut(&[victim], || there.thaw());
     world.verify();
 }
 
 /// The destination has taken the disk, and the source does not know.
 fn after_the_handover(victim: Victim) {
     let mut world = World::new();
-    world.dismiss_client();
-    send(&world.a, &world.b, "--max-speed 40M");
-    let [source, destination] = [world.a.process(DISK), world.b.process(LISTEN)];
-    world.reach(&["closing", "parting"]);
-    let there = Frozen::freeze(destination);
-    world.reach(&["parting"]);
-    let here = Frozen::freeze(source);
+    let there = world.hand_over();
+    let here = Frozen::freeze(world.a.process(DISK));
     there.thaw();
     world.b.wait_for("the disk to be its own", || ownership(&world.b) == "ours");
-    world.cut(&[victim]);
-    here.thaw();
+    world.cut(&[victim], || here.thaw());
     world.verify();
 }
 
 fn after_the_arrival(victim: Victim) {
     let mut world = World::new();
-    send(&world.a, &world.b, "");
+    world.send("");
     wait_for_arrival(&world.a, &world.b);
     world.lose_client();
-    world.cut(&[victim]);
+    world.cut(&[victim], || ());
     world.verify();
 }
 
-/// At a moment that nobody has chosen.
-fn at_any_moment(victim: Victim, seed: u64) {
-    let delay = WHOLE_COPY * Random(seed).below(1000) as u32 / 1000;
+/// At moments that nobody has chosen, one seed after the other.
+fn at_any_moment(victim: Victim) {
+    let first = number("FLEXNBD_LAB_SEED", SEED) as u64;
     let mut world = World::new();
-    send(&world.a, &world.b, "");
-    thread::sleep(delay);
-    let stage = world.a.disk_status("disk").remove("migration_stage");
-    tell(&format!("seed {seed}: after {delay:?}, in the stage {stage:?}"));
-    world.cut(&[victim]);
-    world.verify();
+    for seed in first..first + number("FLEXNBD_LAB_CUTS", CUTS) as u64 {
+        let delay = WHOLE_COPY * Random(seed).below(1000) as u32 / 1000;
+        world.send("");
+        thread::sleep(delay);
+        let stage = world.a.disk_status("disk").remove("migration_stage");
+        tell(&format!("seed {seed}: after {delay:?}, in the stage {stage:?}"));
+        world.cut(&[victim], || ());
+        // And from there back in the next round.
+        world = world.verify();
+    }
 }
 
 #[test]
@@ -314,4 +328,14 @@ fn the_destination_loses_power_when_it_has_the_disk() {
 #[test]
 fn the_source_loses_power_when_it_has_no_disk_any_more() {
     in_lab(|| after_the_arrival(Source));
+}
+
+#[test]
+fn the_destination_loses_power_at_any_moment() {
+    in_lab(|| at_any_moment(Destination));
+}
+
+#[test]
+fn the_source_loses_power_at_any_moment() {
+    in_lab(|| at_any_moment(Source));
 }

@@ -176,7 +176,8 @@ make_network() {
     while [ "$(readlink "/proc/$holder/ns/net")" = "$(readlink /proc/self/ns/net)" ]; do
         sleep .005
     done
-    ip link add "v$name" type veth peer name host0 netns "$holder"
+    # Its hardware address outlives a power cut, as that of a real machine does.
+    ip link add "v$name" type veth peer name host0 address "02:00:00:00:00:$number" netns "$holder"
     ip link set "v$name" master br0 up
     nsenter -t "$holder" -n bash -c "ip link set lo up
         ip addr add 10.99.0.$number/24 dev host0
