@@ -22,21 +22,23 @@ mod session;
 #[path = "lab/steady.rs"]
 mod steady;
 
-#[path = "lab/restart.rs"]
-mod restart;
-#[path = "lab/demand.rs"]
-mod demand;
 #[path = "lab/crash.rs"]
 mod crash;
 #[path = "lab/cuts.rs"]
 mod cuts;
-#[path = "lab/halfway.rs"]
-mod halfway;
-#[path = "lab/moving.rs"]
-mod moving;
 #[path = "lab/deb.rs"]
 mod deb;
+#[path = "lab/demand.rs"]
+mod demand;
+#[path = "lab/halfway.rs"]
+mod halfway;
 #[path = "lab/hardening.rs"]
 mod hardening;
+#[path = "lab/journal.rs"]
+mod journal;
 #[path = "lab/misconfigured.rs"]
 mod misconfigured;
+#[path = "lab/moving.rs"]
+mod moving;
+#[path = "lab/restart.rs"]
+mod restart;

@@ -64,7 +64,10 @@ fn survives(host: &Host, death: &Death) {
 #[test]
 fn after_a_kill_the_service_is_back_and_nothing_acknowledged_is_lost() {
     in_lab(|| {
-        survives(&Host::installed("a"), &Death { signal: "KILL", times: 1, result: "status=9/KILL" });
+        survives(
+            &Host::installed("a"),
+            &Death { signal: "KILL", times: 1, result: "status=9/KILL" },
+        );
     });
 }
 

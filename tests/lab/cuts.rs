@@ -276,6 +276,21 @@ fn at_any_moment(victim: Victim) {
 }
 
 #[test]
+fn a_power_cut_loses_what_was_not_synced_and_nothing_else() {
+    in_lab(|| {
+        let host = Host::up("a");
+        host.ok("echo kept >/srv/kept && sync /srv/kept && sync -f /srv");
+        host.ok("echo lost >/srv/lost; echo lost >>/srv/kept");
+        host.cut();
+        host.boot();
+        assert_eq!(
+            host.ok("cat /srv/kept; ls /srv").lines().collect::<Vec<_>>(),
+            ["kept", "kept", "lost+found"]
+        );
+    });
+}
+
+#[test]
 fn the_destination_loses_power_before_anything_came() {
     in_lab(|| before_the_copy(Destination));
 }

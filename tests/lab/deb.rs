@@ -14,7 +14,10 @@ fn lintian_finds_no_error() {
         return;
     }
     let deb = Path::new(&package::both()).join("current.deb");
-    run("lintian", &["--allow-root", "--fail-on=error", "--no-tag-display-limit", deb.to_str().unwrap()]);
+    run(
+        "lintian",
+        &["--allow-root", "--fail-on=error", "--no-tag-display-limit", deb.to_str().unwrap()],
+    );
 }
 
 #[test]
@@ -40,7 +43,12 @@ fn removing_it_ends_the_service_and_leaves_disks_and_configuration() {
 fn the_manuals_come_with_it() {
     in_lab(|| {
         let host = Host::installed("a");
-        for page in ["man1/flexnbd.1", "man7/flexnbd-migration.7", "man7/flexnbd.service.7", "man5/flexnbd.conf.5"] {
+        for page in [
+            "man1/flexnbd.1",
+            "man7/flexnbd-migration.7",
+            "man7/flexnbd.service.7",
+            "man5/flexnbd.conf.5",
+        ] {
             host.ok(&format!("test -s /usr/share/man/{page}.gz"));
         }
         host.ok("test -s /usr/share/doc/flexnbd/examples/disk.conf");

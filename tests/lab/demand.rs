@@ -75,12 +75,7 @@ fn the_first_order_starts_the_service() {
 fn it_ends_when_nobody_has_come_for_a_while_and_the_next_client_starts_it_again() {
     in_lab(|| {
         let host = on_demand(SOCKETS[0]);
-        host.write(
-            "/etc/systemd/system/flexnbd@disk.service.d/idle.conf",
-            "[Service]\nExecStart=\n\
-             ExecStart=/usr/bin/flexnbd serve --config /etc/flexnbd/%i.conf --idle-exit 1\n",
-        );
-        host.systemctl("daemon-reload");
+        host.ok("echo IDLE_EXIT=1 >>/etc/flexnbd/disk.conf");
         let mut memory = crate::steady::Memory::of(0..SIZE);
         for _ in 0..2 {
             let client = Steady::resume(&host.nbd(), Mode::Structured, memory);
@@ -133,7 +128,8 @@ fn one_instance_is_served_over_ipv4_ipv6_and_unix_sockets() {
         host.systemctl("start flexnbd@disk.socket");
         let Target::Tcp(mut six) = host.nbd6() else { panic!("a TCP address") };
         six.set_port(10811);
-        let doors = [host.nbd(), Target::Tcp(six), Target::Unix(host.path("/run/flexnbd/disk.nbd"))];
+        let doors =
+            [host.nbd(), Target::Tcp(six), Target::Unix(host.path("/run/flexnbd/disk.nbd"))];
         let part = |n: u64| n * SIZE / 4..(n + 1) * SIZE / 4;
         let clients: Vec<_> = (0..)
             .zip(doors.iter().zip(MODES))

@@ -135,7 +135,6 @@ impl Host {
         self.show(unit, "MainPID").parse().unwrap()
     }
 
-
     /// The service's process, as the session sees it.
     #[track_caller]
     pub(crate) fn process(&self, unit: &str) -> Pid {
@@ -208,7 +207,16 @@ impl Host {
 
     /// The same at its IPv6 address.
     pub(crate) fn nbd6(&self) -> Target {
-        let ip = IpAddr::from([0xfd99, 0, 0, 0, 0, 0, 0, u16::from_str_radix(&self.number.to_string(), 16).unwrap()]);
+        let ip = IpAddr::from([
+            0xfd99,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            u16::from_str_radix(&self.number.to_string(), 16).unwrap(),
+        ]);
         Target::Tcp(SocketAddr::new(ip, PORT))
     }
 

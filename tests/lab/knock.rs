@@ -4,12 +4,12 @@
 use crate::common::raw::{self, FIXED_NEWSTYLE, NO_ZEROES, READ, Wire};
 use crate::common::server::Target;
 use crate::common::session::{Mode, Request, Session};
+use crate::session::client;
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use crate::session::client;
 use std::time::{Duration, Instant};
 
 /// Between two connections, so that others get some of the machine.

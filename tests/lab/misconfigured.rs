@@ -20,8 +20,10 @@ struct Mistake {
     said: &'static [&'static str],
 }
 
-const UNKNOWN_KEY: Mistake =
-    Mistake { make: "echo SIZE=1G >>/etc/flexnbd/disk.conf", said: &["/etc/flexnbd/disk.conf, line 4: unknown key SIZE"] };
+const UNKNOWN_KEY: Mistake = Mistake {
+    make: "echo SIZE=1G >>/etc/flexnbd/disk.conf",
+    said: &["/etc/flexnbd/disk.conf, line 4: unknown key SIZE"],
+};
 const MISSING_IMAGE: Mistake =
     Mistake { make: "rm $IMAGE", said: &["/srv/disk.img", "does not exist"] };
 const WRONG_OWNER: Mistake = Mistake {
@@ -117,7 +119,10 @@ fn a_block_device_without_access_is_named_at_once() {
 fn a_port_that_is_taken_is_named_at_once() {
     in_lab(|| {
         let host = host();
-        host.configure("other", "FILE=/var/lib/flexnbd/other.img\nCREATE=1M\nADDR=::\nPORT=10809\n");
+        host.configure(
+            "other",
+            "FILE=/var/lib/flexnbd/other.img\nCREATE=1M\nADDR=::\nPORT=10809\n",
+        );
         host.systemctl("start flexnbd@other.service");
         let began = Instant::now();
         let start = host.sh(&format!("systemctl start {DISK}"));

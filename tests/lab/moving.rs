@@ -5,9 +5,11 @@ use crate::common::MIB;
 use crate::common::server::Target;
 use crate::fixture::image::{assert_as_sparse, assert_same, stamped_image};
 use crate::fixture::{Door, Writers};
-use crate::host::{DISK, Host, IMAGE, LISTEN, PORT, SOCKETS};
+use crate::host::{DISK, Host, IMAGE, LISTEN, PORT, SOCKETS, field};
+use crate::journal;
 use crate::knock::{Knocker, Turned, try_door};
 use crate::session::{in_lab, tell};
+use flexnbd::systemd::message_id as id;
 use std::path::Path;
 use std::time::Duration;
 
@@ -107,10 +109,10 @@ fn moves(from: &Host, to: &Host) {
     assert!(knocks.served > 0, "the destination serves: {knocks:?}");
     written.assert_all_in(&to.path(IMAGE), to.name);
     assert_eq!(try_door(&from.nbd()), Turned::Refused, "nothing listens where the disk was");
-    let gone = from.wait_for_message(DISK, "moved");
+    let lines = journal::written(from);
+    let departed = journal::event(&lines, id::MIGRATION_DEPARTED);
     let place = format!("{}:{PORT}", to.ip4());
-    let text = format!("{gone:?}");
-    assert!(text.contains(&place), "the journal says where the disk went: {text}");
+    assert_eq!(field(departed, "FLEXNBD_DESTINATION"), place, "where the disk went");
     tell(&format!("{} writes on the way from {} to {}", written.acknowledged, from.name, to.name));
 }
 
@@ -135,8 +137,8 @@ fn stays_where_it_went(order: impl Fn(&Host, &Host)) {
     assert_eq!(try_door(&b.nbd()), Turned::In);
     assert_refuses(&a, 20);
     assert_eq!(try_door(&b.nbd()), Turned::In);
-    let said = a.wait_for_message(DISK, "refusing");
-    let text = format!("{said:?}");
+    let refusing = a.wait_for_message(DISK, "refusing clients");
+    let text = field(&refusing, "MESSAGE");
     assert!(text.contains(&b.ip4().to_string()), "it says where the disk is: {text}");
     // And home again, from a host that refuses.
     send(&b, &a, "");

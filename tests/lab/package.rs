@@ -48,7 +48,15 @@ fn make() -> PathBuf {
 fn pack(profile: &OsStr, version: &str, to: &Path) {
     let profile = if profile == "debug" { OsStr::new("dev") } else { profile };
     let mut command = Command::new("cargo");
-    command.args(["deb", "--no-build", "--strip", "--no-dbgsym", "--fast", "--locked", "--profile"]);
+    command.args([
+        "deb",
+        "--no-build",
+        "--strip",
+        "--no-dbgsym",
+        "--fast",
+        "--locked",
+        "--profile",
+    ]);
     command.arg(profile).args(["--deb-version", version, "--output"]).arg(to);
     let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);

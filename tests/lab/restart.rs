@@ -1,9 +1,9 @@
 //! Restarts and upgrades while clients work: nobody is disconnected, refused, or told a lie.
 //! Never accepts a client that came back by itself: connections are those of the beginning.
 
-use crate::common::{MIB, wait_until};
 use crate::common::server::Target;
 use crate::common::session::{MODES, Mode, Request};
+use crate::common::{MIB, wait_until};
 use crate::host::{DISK, Host};
 use crate::knock::Knocker;
 use crate::others::{Fio, Libnbd, Qemu};
@@ -97,7 +97,9 @@ impl Load {
         }
         let answers: u64 = ended.iter().map(|e| e.answers).sum();
         let stall = ended.iter().map(|e| e.worst_stall).max().unwrap();
-        tell(&format!("{what}: {answers} answers, the worst stall {stall:?}, the slowest new connection {slowest:?}"));
+        tell(&format!(
+            "{what}: {answers} answers, the worst stall {stall:?}, the slowest new connection {slowest:?}"
+        ));
     }
 }
 

@@ -7,17 +7,17 @@
 
 use crate::common::raw::{DISC, FLUSH, FUA, READ, WRITE, WRITE_ZEROES};
 use crate::common::server::Target;
-use crate::common::wait_until;
 use crate::common::session::{Answer, Mode, Request, Session};
+use crate::common::wait_until;
 use crate::fixture::Random;
 use crate::fixture::image::{BLOCK, unit};
+use crate::session::client;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use crate::session::client;
 use std::time::{Duration, Instant};
 
 /// Requests in flight.
@@ -72,30 +72,17 @@ impl Memory {
     /// is there for what was written last.
     #[track_caller]
     pub(crate) fn verify(&mut self, target: &Target, calamity: Calamity) {
-        let mut session = Session::open(target, Mode::Structured).unwrap();
-        self.verify_with(calamity, |offset, length| session.read(offset, length));
-        session.send(&Request::new(DISC, 0, 0));
-    }
-
-    /// The same in a file.
-    #[track_caller]
-    pub(crate) fn verify_file(&mut self, file: &std::path::Path, calamity: Calamity) {
-        self.verify_with(calamity, |offset, length| {
-            crate::common::read_at(file, offset, length as usize)
-        });
-    }
-
-    #[track_caller]
-    fn verify_with(&mut self, calamity: Calamity, mut read: impl FnMut(u64, u64) -> Vec<u8>) {
         const AT_ONCE: usize = 64;
+        let mut session = Session::open(target, Mode::Structured).unwrap();
         let mut number = self.first;
         for blocks in self.blocks.chunks_mut(AT_ONCE) {
-            let data = read(number * BLOCK, blocks.len() as u64 * BLOCK);
+            let data = session.read(number * BLOCK, blocks.len() as u64 * BLOCK);
             for (versions, data) in blocks.iter_mut().zip(data.chunks(BLOCK as usize)) {
                 versions.settle(number, data, calamity);
                 number += 1;
             }
         }
+        session.send(&Request::new(DISC, 0, 0));
     }
 }
 
@@ -219,9 +206,7 @@ impl Steady {
     /// before that.
     #[track_caller]
     pub(crate) fn lost(self) -> Ended {
-        wait_until(&format!("{} to lose its connection", self.name), || {
-            !self.goes_on()
-        });
+        wait_until(&format!("{} to lose its connection", self.name), || !self.goes_on());
         let ended = self.thread.join().unwrap();
         let loss = ended.loss.as_deref().unwrap_or("it was told to end");
         assert!(is_clean(loss), "{}: {loss}", self.name);
