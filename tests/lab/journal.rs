@@ -41,7 +41,7 @@ fn assert_has(entry: &Entry, names: &[&str]) {
 fn assert_explained(host: &Host, entries: &[Entry]) {
     let ids: BTreeSet<&str> = entries.iter().map(|entry| field(entry, "MESSAGE_ID")).collect();
     let ids: Vec<&str> = ids.into_iter().filter(|id| !id.is_empty()).collect();
-    assert!(ids.len() > 2, "only {ids:?}");
+    assert!(!ids.is_empty(), "no line with an id");
     for id in ids {
         let text = host.ok(&format!("journalctl --no-pager --catalog --lines=1 MESSAGE_ID={id}"));
         assert!(text.contains("Subject: "), "no explanation of {id}: {text}");
