@@ -1,0 +1,311 @@
+//! A throw-away host with real systemd: booted, worked on as its operator would, cut off, rebooted.
+//! Never waits without a deadline; a failing test shows what the host's journal says.
+
+use crate::common::server::Target;
+use crate::common::{DEADLINE, comes_true};
+use crate::package;
+use crate::session::lab;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+/// The port of NBD.
+pub(crate) const PORT: u16 = 10809;
+/// Where hosts keep disks: a file system that loses in a power cut what was not synced.
+pub(crate) const IMAGE: &str = "/srv/disk.img";
+/// The unit that serves the disk of that name.
+pub(crate) const DISK: &str = "flexnbd@disk.service";
+/// The unit that receives it.
+pub(crate) const LISTEN: &str = "flexnbd-listen@disk.service";
+/// The two that start the first.
+pub(crate) const SOCKETS: [&str; 2] = ["flexnbd@disk.socket", "flexnbd-control@disk.socket"];
+/// Lines of the journal to show when a test fails.
+const JOURNAL_LINES: &str = "200";
+
+/// A host. Its end is that of the session.
+pub(crate) struct Host {
+    pub(crate) name: &'static str,
+    /// The N of 10.99.0.N and fd99::N.
+    number: u8,
+}
+
+/// What a command said, and how it ended.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+/// One entry of the journal.
+pub(crate) type Entry = Map<String, Value>;
+
+impl Host {
+    /// Boots a host that has nothing of ours.
+    #[track_caller]
+    pub(crate) fn up(name: &'static str) -> Host {
+        obeyed(lab(&["up", name]));
+        let address = obeyed(lab(&["ip", name]));
+        let number = address.trim().rsplit_once('.').unwrap().1.parse().unwrap();
+        Host { name, number }
+    }
+
+    /// Boots a host and installs the package.
+    #[track_caller]
+    pub(crate) fn installed(name: &'static str) -> Host {
+        let host = Host::up(name);
+        host.install(&package::current());
+        host
+    }
+
+    /// Installs or upgrades, as an operator does; what dpkg said.
+    #[track_caller]
+    pub(crate) fn install(&self, deb: &Path) -> String {
+        self.bring(deb, "/root/flexnbd.deb");
+        self.ok("dpkg --install /root/flexnbd.deb 2>&1")
+    }
+
+    /// Boots it again after an end.
+    #[track_caller]
+    pub(crate) fn boot(&self) {
+        obeyed(lab(&["up", self.name]));
+    }
+
+    /// Shuts it down in good order.
+    #[track_caller]
+    pub(crate) fn down(&self) {
+        obeyed(lab(&["down", self.name]));
+    }
+
+    #[track_caller]
+    pub(crate) fn reboot(&self) {
+        obeyed(lab(&["reboot", self.name]));
+    }
+
+    /// Cuts its power: see `lab.sh`. The disk is readable at once, the rest after [`Host::boot`].
+    #[track_caller]
+    pub(crate) fn cut(&self) {
+        obeyed(lab(&["cut", self.name]));
+    }
+
+    /// Runs a line of shell there.
+    #[track_caller]
+    pub(crate) fn sh(&self, line: &str) -> Said {
+        said(&lab(&["sh", self.name, "bash", "-c", line]))
+    }
+
+    /// The same for what must succeed; its output.
+    #[track_caller]
+    pub(crate) fn ok(&self, line: &str) -> String {
+        let said = self.sh(line);
+        assert_eq!(said.code, 0, "{}: {line}: {said}", self.name);
+        said.out
+    }
+
+    #[track_caller]
+    pub(crate) fn systemctl(&self, words: &str) {
+        self.ok(&format!("systemctl {words}"));
+    }
+
+    /// One property of a unit.
+    #[track_caller]
+    pub(crate) fn show(&self, unit: &str, property: &str) -> String {
+        self.ok(&format!("systemctl show --property={property} --value '{unit}'")).trim().to_owned()
+    }
+
+    /// `active`, `inactive`, `failed`, `activating` …
+    #[track_caller]
+    pub(crate) fn state(&self, unit: &str) -> String {
+        self.show(unit, "ActiveState")
+    }
+
+    /// What `systemctl status` shows of it.
+    #[track_caller]
+    pub(crate) fn status(&self, unit: &str) -> String {
+        self.sh(&format!("systemctl status --no-pager --full '{unit}'")).out
+    }
+
+    /// The process id of the service's process, as the host sees it; 0 when there is none.
+    #[track_caller]
+    pub(crate) fn pid(&self, unit: &str) -> u32 {
+        self.show(unit, "MainPID").parse().unwrap()
+    }
+
+    /// The service's process, as the session sees it.
+    #[track_caller]
+    pub(crate) fn process(&self, unit: &str) -> Pid {
+        let inside = self.pid(unit).to_string();
+        let here = format!("/{}/payload/", self.name);
+        let is_it = |pid: &i32| {
+            let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}"));
+            let (Ok(group), Ok(status)) = (file("cgroup"), file("status")) else { return false };
+            let ids = status.lines().find(|line| line.starts_with("NSpid:")).unwrap_or_default();
+            group.contains(&here) && ids.split_whitespace().last() == Some(&inside)
+        };
+        let names = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.file_name());
+        let mut pids = names.filter_map(|name| name.to_str()?.parse().ok());
+        Pid::from_raw(pids.find(is_it).unwrap_or_else(|| panic!("{unit} has no process")))
+    }
+
+    #[track_caller]
+    pub(crate) fn wait_for_state(&self, unit: &str, state: &str) {
+        self.wait_for(&format!("{unit} to be {state}"), || self.state(unit) == state);
+    }
+
+    #[track_caller]
+    pub(crate) fn wait_for(&self, what: &str, done: impl FnMut() -> bool) {
+        assert!(comes_true(DEADLINE, done), "{}: waited in vain for {what}", self.name);
+    }
+
+    /// Writes `/etc/flexnbd/NAME.conf` and has systemd look at it.
+    #[track_caller]
+    pub(crate) fn configure(&self, instance: &str, text: &str) {
+        self.write(&format!("/etc/flexnbd/{instance}.conf"), text);
+        self.systemctl("daemon-reload");
+    }
+
+    /// A disk of `size` bytes that flexnbd owns, served at the usual port on every address.
+    #[track_caller]
+    pub(crate) fn configure_disk(&self, size: u64) {
+        self.make_image(IMAGE, size);
+        self.configure("disk", &format!("FILE={IMAGE}\nADDR=::\nPORT={PORT}\n"));
+    }
+
+    /// A sparse image that flexnbd owns.
+    #[track_caller]
+    pub(crate) fn make_image(&self, path: &str, size: u64) {
+        self.ok(&format!("truncate -s {size} {path} && chown flexnbd: {path} && sync -f {path}"));
+    }
+
+    /// The path of a file of the host, as the test sees it.
+    #[track_caller]
+    pub(crate) fn path(&self, path: &str) -> PathBuf {
+        let root = obeyed(lab(&["root", self.name]));
+        Path::new(root.trim()).join(path.trim_start_matches('/'))
+    }
+
+    #[track_caller]
+    pub(crate) fn write(&self, path: &str, text: &str) {
+        let path = self.path(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    #[track_caller]
+    pub(crate) fn bring(&self, file: &Path, to: &str) {
+        std::fs::copy(file, self.path(to)).unwrap();
+    }
+
+    /// An NBD server at its IPv4 address.
+    pub(crate) fn nbd(&self) -> Target {
+        Target::Tcp(SocketAddr::new(self.ip4(), PORT))
+    }
+
+    /// The same at its IPv6 address.
+    pub(crate) fn nbd6(&self) -> Target {
+        let ip = IpAddr::from([
+            0xfd99,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            u16::from_str_radix(&self.number.to_string(), 16).unwrap(),
+        ]);
+        Target::Tcp(SocketAddr::new(ip, PORT))
+    }
+
+    pub(crate) fn ip4(&self) -> IpAddr {
+        IpAddr::from([10, 99, 0, self.number])
+    }
+
+    /// What `flexnbd status` says of an instance.
+    #[track_caller]
+    pub(crate) fn disk_status(&self, instance: &str) -> BTreeMap<String, String> {
+        let text = self.sh(&format!("flexnbd status --instance {instance}")).out;
+        let pairs = text.split_whitespace().filter_map(|pair| pair.split_once('='));
+        pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+    }
+
+    /// The entries of the journal that match, oldest first.
+    #[track_caller]
+    pub(crate) fn journal(&self, matching: &str) -> Vec<Entry> {
+        let words = ["journal", self.name, "--output=json", "--all"];
+        let output = lab(&[&words[..], &matching.split_whitespace().collect::<Vec<_>>()].concat());
+        let text = obeyed(output);
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// Waits until the unit has logged something with `part` in it.
+    #[track_caller]
+    pub(crate) fn wait_for_message(&self, unit: &str, part: &str) -> Entry {
+        let mut found = None;
+        self.wait_for(&format!("{unit} to log {part:?}"), || {
+            let entries = self.journal(&format!("--unit={unit}"));
+            found = entries.into_iter().rev().find(|entry| field(entry, "MESSAGE").contains(part));
+            found.is_some()
+        });
+        found.unwrap()
+    }
+}
+
+/// A process that does nothing until it is let go on.
+pub(crate) struct Frozen {
+    pid: Pid,
+}
+
+impl Frozen {
+    /// Stops a process where it is, without its noticing.
+    pub(crate) fn freeze(pid: Pid) -> Frozen {
+        kill(pid, Signal::SIGSTOP).unwrap();
+        Frozen { pid }
+    }
+
+    /// Lets it go on, if it is still there.
+    pub(crate) fn thaw(self) {
+        let _ = kill(self.pid, Signal::SIGCONT);
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        let units = "'flexnbd*' --all --no-pager --full --lines=0";
+        let status = self.sh(&format!("systemctl list-sockets --all; systemctl status {units}"));
+        let journal = said(&lab(&["journal", self.name, "--lines", JOURNAL_LINES]));
+        eprintln!("-- {}:\n{}\n{}", self.name, status.out, journal.out);
+    }
+}
+
+impl std::fmt::Display for Said {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "status {}\n{}{}", self.code, self.out, self.err)
+    }
+}
+
+/// The text of a field; empty when the entry has none.
+pub(crate) fn field<'a>(entry: &'a Entry, name: &str) -> &'a str {
+    entry.get(name).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn said(output: &Output) -> Said {
+    Said {
+        code: output.status.code().unwrap_or(-1),
+        out: String::from_utf8_lossy(&output.stdout).into_owned(),
+        err: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+#[track_caller]
+fn obeyed(output: Output) -> String {
+    let said = said(&output);
+    assert_eq!(said.code, 0, "the lab: {said}");
+    said.out
+}

@@ -1,0 +1,167 @@
+//! Clients that others have written: fio, libnbd, and QEMU, which reconnects by itself.
+//! Never takes a program's exit status for proof: each tells what it has done and what it missed.
+
+use crate::common::server::Target;
+use crate::common::{DEADLINE, TempDir, comes_true, temp_dir, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+/// Random writes over four connections, 32 in flight on each, read back and verified all the time.
+pub(crate) struct Fio {
+    child: Child,
+    dir: TempDir,
+}
+
+impl Fio {
+    /// Keeps to the first 128 MiB of the disk.
+    #[track_caller]
+    pub(crate) fn start(target: &Target) -> Fio {
+        let dir = temp_dir();
+        let report = std::fs::File::create(dir.path().join("report")).unwrap();
+        let log = std::fs::File::create(dir.path().join("log")).unwrap();
+        let words = "--name=verify --ioengine=nbd --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 \
+             --size=16m --offset_increment=32m --numjobs=4 --iodepth=32 --verify=crc32c \
+             --verify_backlog=512 --verify_fatal=1 --verify_state_save=0 --group_reporting \
+             --time_based --runtime=3600 --output-format=json";
+        // It takes all it can get; the server and our own clients come first.
+        let mut command = Command::new("nice");
+        command.arg("fio").args(words.split_whitespace()).arg(format!("--uri={}", target.uri()));
+        command.current_dir(dir.path()).stdin(Stdio::null()).stdout(report).stderr(log);
+        let fio = Fio { child: command.spawn().unwrap(), dir };
+        wait_until("fio to connect", || fio.log().matches("connected to NBD server").count() == 4);
+        fio
+    }
+
+    fn log(&self) -> String {
+        let file = |name: &str| std::fs::read_to_string(self.dir.path().join(name)).unwrap();
+        file("log") + &file("report")
+    }
+
+    /// Ends it; fails when it has seen any error. How much it has written and read, in requests,
+    /// and how long the slowest took.
+    #[track_caller]
+    pub(crate) fn stop(mut self) -> String {
+        let early = self.child.try_wait().unwrap();
+        assert!(early.is_none(), "fio has ended with {}: {}", early.unwrap(), self.log());
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).unwrap();
+        wait_until("fio to end", || self.child.try_wait().unwrap().is_some());
+        let log = self.log();
+        let report = &log[log.find('{').unwrap_or_else(|| panic!("no report: {log}"))..];
+        let report: serde_json::Value = serde_json::from_str(report).unwrap();
+        let job = &report["jobs"][0];
+        assert_eq!(job["error"], 0, "{log}");
+        assert!(!log.contains("verify: bad"), "{log}");
+        let (wrote, read) = (&job["write"]["total_ios"], &job["read"]["total_ios"]);
+        assert!(read.as_u64().unwrap() > 0, "fio has verified nothing: {log}");
+        let slowest = job["write"]["clat_ns"]["max"].as_f64().unwrap_or(0.0) / 1e6;
+        format!("fio: {wrote} writes, {read} verified, the slowest {slowest:.0} ms")
+    }
+}
+
+impl Drop for Fio {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+/// QEMU between a client and the server: it connects anew when its connection breaks, and sends
+/// again what was not answered, so that the client behind it must notice nothing at all.
+pub(crate) struct Qemu {
+    child: Child,
+    dir: TempDir,
+}
+
+impl Qemu {
+    #[track_caller]
+    pub(crate) fn between(target: &Target) -> Qemu {
+        let dir = temp_dir();
+        let socket = dir.path().join("nbd.sock");
+        let server = match target {
+            Target::Tcp(address) => format!(
+                "server.type=inet,server.host={},server.port={}",
+                address.ip(),
+                address.port()
+            ),
+            Target::Unix(path) => format!("server.type=unix,server.path={}", path.display()),
+        };
+        let mut command = Command::new("qemu-storage-daemon");
+        command.arg("--blockdev");
+        command.arg(format!("driver=nbd,node-name=disk,reconnect-delay=60,{server}"));
+        command.arg("--nbd-server").arg(format!("addr.type=unix,addr.path={}", socket.display()));
+        command.args(["--export", "type=nbd,id=disk,node-name=disk,name=,writable=on"]);
+        let child = command.stdin(Stdio::null()).spawn().unwrap();
+        let mut qemu = Qemu { child, dir };
+        let up = comes_true(DEADLINE, || {
+            assert!(qemu.child.try_wait().unwrap().is_none(), "qemu-storage-daemon has ended");
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
+        });
+        assert!(up, "qemu-storage-daemon does not serve");
+        qemu
+    }
+
+    /// Where it serves what it gets.
+    pub(crate) fn target(&self) -> Target {
+        Target::Unix(self.dir.path().join("nbd.sock"))
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+/// A libnbd program that keeps 32 requests in flight and verifies what it reads.
+pub(crate) struct Libnbd {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Libnbd {
+    /// Writes in the part of the disk from `offset` on, in bytes.
+    #[track_caller]
+    pub(crate) fn start(target: &Target, offset: u64) -> Libnbd {
+        let script = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/libnbd.py"));
+        // Debian's, which knows its packages, and not whichever comes first in PATH.
+        let mut command = Command::new("nice");
+        command.arg("/usr/bin/python3").arg(script).arg(target.uri()).arg(offset.to_string());
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (stdin, stdout) = (child.stdin.take(), BufReader::new(child.stdout.take().unwrap()));
+        let mut libnbd = Libnbd { child, stdin, stdout };
+        assert_eq!(libnbd.line(), "connected");
+        libnbd
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    /// Ends it; fails when it has seen any error. What it says it has done.
+    #[track_caller]
+    pub(crate) fn stop(mut self) -> String {
+        let _ = self.stdin.take().unwrap().write_all(b"stop\n");
+        let line = self.line();
+        let status = self.child.wait().unwrap();
+        assert!(status.success() && line.starts_with("libnbd: "), "{status}, {line:?}");
+        line
+    }
+}
+
+impl Drop for Libnbd {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+fn end(child: &mut Child) {
+    if let Ok(None) = child.try_wait() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
