@@ -3,8 +3,11 @@
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sd_notify::NotifyState;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The variable that says where to.
@@ -15,6 +18,8 @@ const SOCKET_VARIABLE: &str = "NOTIFY_SOCKET";
 #[derive(Clone, Debug)]
 pub struct Notifier {
     is_connected: bool,
+    /// Held open, so that a process that has no descriptor left can still say that it is alive.
+    line: Option<Arc<UnixDatagram>>,
     watchdog: Option<Duration>,
 }
 
@@ -22,8 +27,15 @@ impl Notifier {
     /// Reads from the environment whether somebody listens and whether there is a watchdog.
     #[must_use]
     pub fn from_env() -> Self {
+        let socket = std::env::var_os(SOCKET_VARIABLE);
+        let open = |path: &OsString| {
+            let line = UnixDatagram::unbound()?;
+            line.connect(path).map(|()| Arc::new(line))
+        };
         Self {
-            is_connected: std::env::var_os(SOCKET_VARIABLE).is_some(),
+            is_connected: socket.is_some(),
+            // Without, each message finds its own way, and says what is wrong with it.
+            line: socket.as_ref().and_then(|path| open(path).ok()),
             watchdog: sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()),
         }
     }
@@ -31,7 +43,7 @@ impl Notifier {
     /// One that never says anything.
     #[must_use]
     pub fn silent() -> Self {
-        Self { is_connected: false, watchdog: None }
+        Self { is_connected: false, line: None, watchdog: None }
     }
 
     /// Whether a service manager listens.
@@ -154,7 +166,15 @@ impl Notifier {
     }
 
     fn send(&self, states: &[NotifyState<'_>]) -> io::Result<()> {
-        if self.is_connected { sd_notify::notify(states) } else { Ok(()) }
+        if !self.is_connected {
+            return Ok(());
+        }
+        let message: String = states.iter().map(|state| format!("{state}\n")).collect();
+        match self.line.as_ref().map(|line| line.send(message.as_bytes())) {
+            Some(Ok(_)) => Ok(()),
+            // Whoever listened there may have made way for another one.
+            Some(Err(_)) | None => sd_notify::notify(states),
+        }
     }
 }
 

@@ -14,16 +14,21 @@ fn a_server_that_can_let_nobody_in_any_more_ends_with_an_error() {
     if !require_tool("prlimit") {
         return;
     }
-    let dir = temp_dir();
-    let image = sparse_image(dir.path(), "disk.img", MIB);
-    let mut server = Builder::serve(&image).start();
+    let manager = Manager::new().env("WATCHDOG_USEC", "100000");
+    let image = sparse_image(manager.dir.path(), "disk.img", MIB);
+    let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
+    manager.wait_for("READY=1");
     // poll(2) refuses more descriptors than a process may have.
-    run("prlimit", &["--pid", &server.pid().to_string(), "--nofile=0:0"]);
+    run("prlimit", &["--pid", &service.pid().to_string(), "--nofile=0:0"]);
     // Makes it look up.
-    let _client = TcpStream::connect(("127.0.0.1", server.port())).unwrap();
-    assert_eq!(server.wait_for_end().code(), Some(1));
-    assert!(server.stderr().contains(":F:"), "{}", server.stderr());
-    assert!(server.stderr().contains("no longer accepting clients: "), "{}", server.stderr());
+    let _client = TcpStream::connect(manager.address()).unwrap();
+    assert_eq!(service.ends().code(), Some(1));
+    let log = service.stderr();
+    let why = "no longer accepting clients: ";
+    assert!(log.lines().any(|line| line.contains(":F:") && line.contains(why)), "{log}");
+    // It has no descriptor left to open, and still says so.
+    assert!(!log.contains("cannot notify"), "{log}");
+    manager.wait_for_status(why);
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use super::super::child;
 use super::*;
-use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 
 /// Long enough never to matter.
