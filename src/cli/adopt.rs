@@ -102,7 +102,9 @@ impl Found {
 /// A record for people: its name, and what there is to know of it.
 fn describe(record: &Record) -> String {
     let more = match record {
-        Record::Incoming { id: None } => "from a source without a name".to_owned(),
+        Record::Incoming { id: None } => {
+            "from a source without a name, or from nobody yet".to_owned()
+        }
         Record::Incoming { id: Some(id) } => format!("migration {id}"),
         Record::Ours(Title::Native) => "never moved".to_owned(),
         Record::Ours(Title::Adopted) => "adopted".to_owned(),

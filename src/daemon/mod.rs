@@ -127,8 +127,11 @@ fn begin(
 ) -> Result<Option<(House, Receiver<Event>)>, Refusal> {
     let notifier = doorstep.notifier.clone();
     let (events, arrivals) = mpsc::channel();
-    let disk = open(plan)?;
+    let (disk, is_new) = open(plan)?;
     let ledger = title::ledger(plan)?;
+    if is_new && plan.role != Role::Serve {
+        title::to_come(&ledger);
+    }
     let (reception, departures) = match plan.role {
         Role::Serve => to_serve(plan, &ledger, &disk, &events, &notifier)?,
         Role::Listen { overwrite } => match to_listen(plan, ledger, &disk, overwrite, &events)? {
@@ -234,7 +237,8 @@ fn to_listen(
     Ok(Some(Arc::new(Receiving(destination))))
 }
 
-fn open(plan: &Plan) -> Result<Arc<Disk>, Refusal> {
+/// The disk, and whether it has just been made.
+fn open(plan: &Plan) -> Result<(Arc<Disk>, bool), Refusal> {
     title::to_create(plan)?;
     let access = Access { read_only: plan.read_only };
     let image = match plan.create {
@@ -242,14 +246,14 @@ fn open(plan: &Plan) -> Result<Arc<Disk>, Refusal> {
         None => FileImage::open(&plan.image, access),
     };
     let image = image.map_err(Refusal::Image)?;
-    let tail = image.unserved_tail();
+    let (tail, is_new) = (image.unserved_tail(), image.is_new());
     if tail > 0 {
         warn!(
             "{}: the last {tail} bytes are not served, since they do not fill a sector of 512",
             plan.image.display()
         );
     }
-    Ok(Arc::new(Disk::new(Box::new(image), plan.read_only)))
+    Ok((Arc::new(Disk::new(Box::new(image), plan.read_only)), is_new))
 }
 
 /// The sockets to serve on and the control socket: those we were handed, else those of the plan.

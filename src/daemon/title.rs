@@ -27,17 +27,22 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 /// messages.
 const ASK_LONGEST: Duration = Duration::from_secs(60);
 
+/// The variable that says where a service keeps its state (`StateDirectory=` of systemd.exec(5)).
+const STATE_VARIABLE: &str = "STATE_DIRECTORY";
+
 /// The ledger of the plan's image.
 pub(super) fn ledger(plan: &Plan) -> Result<Ledger, Refusal> {
     let mut ledger = Ledger::open(&plan.image, &state()).map_err(Refusal::Record)?;
-    if plan.create.is_some() {
+    // A service closes its sockets when its disk has moved, and asks for the record then.
+    let is_service = env::var_os(STATE_VARIABLE).is_some();
+    if plan.create.is_some() || is_service {
         ledger.leave_note();
     }
     Ok(ledger)
 }
 
 fn state() -> PathBuf {
-    state_directory(env::var("STATE_DIRECTORY").ok().as_deref())
+    state_directory(env::var(STATE_VARIABLE).ok().as_deref())
 }
 
 /// Whether an image that is not there may be made: not if it was deleted when it moved away, since
@@ -92,6 +97,14 @@ pub(super) fn to_serve(
             }
             Fate::Unknown => Err(denied(plan, &unless)),
         },
+    }
+}
+
+/// The image was made just now, for a disk that is to come: until it has, this one is empty, and not
+/// to be served, whatever becomes of the process that waits for it.
+pub(super) fn to_come(ledger: &Ledger) {
+    if let Err(error) = ledger.write(Some(&Record::Incoming { id: None })) {
+        warn!("{error}");
     }
 }
 

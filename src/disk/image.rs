@@ -33,6 +33,7 @@ pub struct FileImage {
     /// Whole sectors, in bytes.
     size: u64,
     unserved_tail: u64,
+    is_new: bool,
     lacks: Lacks,
 }
 
@@ -69,6 +70,7 @@ impl FileImage {
             kind: opened.kind,
             size: opened.full_size - unserved_tail,
             unserved_tail,
+            is_new: false,
             lacks: Lacks::default(),
         })
     }
@@ -79,8 +81,14 @@ impl FileImage {
     /// # Errors
     /// [`OpenError::CannotCreate`], [`OpenError::TooSmall`], or what [`FileImage::open`] says.
     pub fn create(path: &Path, size: u64, access: Access) -> Result<Self, OpenError> {
-        open::create_if_missing(path, size)?;
-        Self::open(path, access)
+        let is_new = open::create_if_missing(path, size)?;
+        Ok(Self { is_new, ..Self::open(path, access)? })
+    }
+
+    /// Whether it was made when it was opened: there was nothing of that name.
+    #[must_use]
+    pub fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// How many bytes after the last whole sector of 512 are not served; the caller may want to

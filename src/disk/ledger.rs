@@ -86,7 +86,8 @@ impl Ledger {
     }
 
     /// From now on an image that is deleted leaves a note behind, for [`gone`]. For those who make
-    /// a missing image anew (`--create`): a disk that has moved away must not come back empty.
+    /// a missing image anew (`--create`): a disk that has moved away must not come back empty; and
+    /// for services, whose sockets must not wait for clients any more.
     pub fn leave_note(&mut self) {
         self.leaves_note = true;
     }

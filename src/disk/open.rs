@@ -139,22 +139,23 @@ pub fn size_of(path: &Path) -> Result<u64, OpenError> {
     Ok(size - size % SECTOR)
 }
 
-/// Makes a sparse file of `size` bytes, durably, unless something has that name already.
-pub(super) fn create_if_missing(path: &Path, size: u64) -> Result<(), OpenError> {
+/// Makes a sparse file of `size` bytes, durably, unless something has that name already; whether it
+/// did.
+pub(super) fn create_if_missing(path: &Path, size: u64) -> Result<bool, OpenError> {
     if size < SECTOR {
         // Make nothing that could not be served; what exists may still be good.
         let exists = fs::symlink_metadata(path).is_ok();
         let too_small = OpenError::TooSmall { path: path.to_owned(), size };
-        return if exists { Ok(()) } else { Err(too_small) };
+        return if exists { Ok(false) } else { Err(too_small) };
     }
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-        Ok(file) => fill_new(path, &file, size).map_err(|source| {
+        Ok(file) => fill_new(path, &file, size).map(|()| true).map_err(|source| {
             // Half an image would be mistaken for a whole one by the next start. If it cannot be
             // removed either, there is nothing more to say than why it could not be made.
             let _ = fs::remove_file(path);
             OpenError::CannotCreate { path: path.to_owned(), source }
         }),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
         Err(source) => Err(OpenError::CannotCreate { path: path.to_owned(), source }),
     }
 }

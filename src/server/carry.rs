@@ -150,6 +150,7 @@ pub(super) struct Payload {
 
 /// What a payload is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) enum Purpose {
     /// To be written to the end of this part of the disk.
     Write { range: Span, rest: Span, durable: bool },
@@ -435,6 +436,18 @@ mod tests {
             let bytes = [&packed()[..HEAD], &body.unwrap()].concat();
             assert!(matches!(unpacked(&bytes), Err(Unusable::Garbled(_))));
         }
+    }
+
+    #[test]
+    fn nor_is_one_within_what_a_payload_is_for() {
+        #[derive(Serialize)]
+        enum Newer {
+            SkipFailed { range: Span, durable: bool, errno: i32, more: u8 },
+        }
+        let range = Span { offset: 0, length: 9 };
+        let newer = Newer::SkipFailed { range, durable: false, errno: 28, more: 0 };
+        let bytes = rmp_serde::to_vec_named(&newer).unwrap();
+        assert!(rmp_serde::from_slice::<Purpose>(&bytes).is_err());
     }
 
     #[test]

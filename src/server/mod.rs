@@ -229,12 +229,18 @@ impl Server {
 
     /// Lets nobody in any more and packs sessions up for the next process, as soon as each has
     /// carried out what it has received, and as many as there is `room` for. Ends the others, and
-    /// those that are not ready within `grace`, as [`Server::stop`] does.
+    /// those that are not ready within `grace`, as [`Server::stop`] does; and all of them when a flush
+    /// has failed, be it one of those carried out last: the next process would not know of it, and
+    /// call the next flush a success.
     pub fn pack_up(&mut self, room: usize, grace: Duration) -> Luggage {
         self.close();
         self.shared.roster.pack_up(room);
         self.wait_until_empty(grace);
         let parcels = self.shared.roster.parcels();
+        if !self.shared.disk.is_flawless() {
+            warn!("closing {} sessions: a flush has failed", parcels.len());
+            return Luggage::default();
+        }
         let (sessions, streams): (Vec<_>, BTreeMap<_, _>) = parcels
             .into_iter()
             .map(|Parcel { carried, stream }| {

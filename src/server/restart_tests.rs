@@ -7,7 +7,7 @@ use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
 use crate::net::Address;
-use nix::libc::ENOSPC;
+use nix::libc::{EIO, ENOSPC};
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -366,6 +366,26 @@ fn a_write_that_failed_before_the_restart_is_answered_after_it() {
     assert_eq!(head, Head::Simple { cookie: 7, error: ErrorCode::NoSpace.number() });
     assert_eq!(server.clients(), 1);
     server.stop(PATIENCE);
+}
+
+#[test]
+fn nobody_goes_on_when_the_last_thing_that_happened_is_a_failed_flush() {
+    let faults = Arc::new(Faults::default());
+    let image = FailingImage::new(MemoryImage::new(SIZE), Arc::clone(&faults));
+    let disk = Arc::new(Disk::new(Box::new(image), false));
+    let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
+    let address = listener.local_address().unwrap();
+    let mut server = open(&disk, vec![listener], Style::Oldstyle, Luggage::default());
+    let _client = Wire::to(&address);
+    let deadline = Instant::now() + PATIENCE;
+    while server.clients() != 1 {
+        assert!(Instant::now() < deadline, "nobody came");
+        thread::yield_now();
+    }
+    faults.fail_every(Op::Flush, EIO);
+    assert!(disk.enter(&|| false).unwrap().flush().is_err());
+    let luggage = server.pack_up(1, PATIENCE);
+    assert!(luggage.note.is_empty() && luggage.streams.is_empty());
 }
 
 #[test]

@@ -138,8 +138,9 @@ impl Stored {
         let named = self.0.into_iter().filter_map(|(name, fd)| Some((Name::parse(&name)?, fd)));
         let (mut notes, rest): (Vec<_>, Vec<_>) =
             named.partition(|(name, _)| name.number.is_none());
-        let Some((Name { generation, .. }, note)) = notes.pop().filter(|_| notes.is_empty()) else {
-            return Err(Unusable::Notes(notes.len()));
+        let count = notes.len();
+        let Some((Name { generation, .. }, note)) = notes.pop().filter(|_| count == 1) else {
+            return Err(Unusable::Notes(count));
         };
         let ours = rest.into_iter().filter(|(name, _)| name.generation == generation);
         let descriptors = ours.filter_map(|(name, fd)| Some((name.number?, fd))).collect();
@@ -245,7 +246,7 @@ mod tests {
         assert!(matches!(stored(vec![("carry-ff-7", pair())]), Err(Unusable::Notes(0))));
         let note = || sealed(b"x").unwrap();
         let two = stored(vec![("carry-ff", note()), ("carry-fe", note()), ("carry-ff-7", pair())]);
-        assert!(matches!(two, Err(Unusable::Notes(_))));
+        assert!(matches!(two, Err(Unusable::Notes(2))));
         assert!(stored(Vec::new()).unwrap().note.is_empty());
     }
 

@@ -34,6 +34,31 @@ fn a_disk_that_was_deleted_when_it_left_does_not_come_back_empty() {
     assert_eq!(read_at(&from.image, MIB, 8), [0; 8]);
 }
 
+#[test]
+fn an_image_that_was_made_for_a_disk_that_never_came_is_not_served() {
+    let directory = directory("/dev/shm");
+    let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
+    sparse_image(directory.path(), "a.img", 4 * MIB);
+    sparse_image(directory.path(), "b.img", 4 * MIB);
+    let (mut listening, mut serving) = (to.listen(), serve(&from));
+    assert_eq!(from.mirror_to(to.address, &["unlink"]), STARTED);
+    assert!(serving.wait_for_end().success() && listening.wait_for_end().success());
+
+    // It is to come home, but nobody sends it.
+    let mut listening = from.mode("listen").args(["--create", "4M"]).start();
+    assert!(!listening.stop().success());
+    assert!(from.image.exists());
+    let mut refused = from.mode("serve").args(["--create", "4M"]).at(place(&from)).launch();
+    assert_eq!(refused.wait_for_end().code(), Some(78));
+
+    // One that was there before is as good as it was.
+    sparse_image(directory.path(), "c.img", 4 * MIB);
+    let other = Host::new(directory.path(), "c");
+    let mut listening = other.mode("listen").args(["--create", "4M"]).start();
+    assert!(!listening.stop().success());
+    drop(serve(&other));
+}
+
 /// Serves the image, which is made if it is not there.
 fn serve(host: &Host) -> Server {
     host.mode("serve").args(["--create", "4M"]).start()
