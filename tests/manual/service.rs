@@ -92,7 +92,7 @@ const CONFIGURATIONS: [(&str, &str); 11] = [
     ("Va FILE , No when it is a file", "FILE=/tmp/a"),
     ("Va FILE , No when it is a file", "FILE=/var/tmp/a"),
     ("Va FILE , No when it is a block device", "FILE=/dev/a"),
-    ("Va MAX_CLIENTS , No when it is more than 1024", "FILE=/var/lib/flexnbd/a\nMAX_CLIENTS=1025"),
+    ("Va MAX_CLIENTS , No when it is more than 1024", "FILE=/var/lib/flexnbd/a\nMAX_CLIENTS=2000"),
     ("Va AUTOSTART", "FILE=/dev/a\nAUTOSTART=yes"),
     ("Va IP_FILTER", "FILE=/var/lib/flexnbd/a\nIP_FILTER=yes\nACL=::1"),
 ];
