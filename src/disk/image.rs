@@ -2,7 +2,7 @@
 //! Never changes its size, never touches a byte outside the ranges it is given, and never logs.
 
 use super::open::{self, Access, Kind, OpenError, SECTOR};
-use super::{Extent, Image, Zeroing, extents, syscalls};
+use super::{Extent, Identity, Image, Zeroing, extents, syscalls};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
@@ -12,7 +12,7 @@ use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -233,6 +233,12 @@ impl FileImage {
 impl Image for FileImage {
     fn size(&self) -> u64 {
         self.size
+    }
+
+    fn identity(&self) -> Option<Identity> {
+        let found = self.file.metadata().ok()?;
+        let is_device = found.file_type().is_block_device();
+        Some(if is_device { (0, found.rdev()) } else { (found.dev(), found.ino()) })
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {

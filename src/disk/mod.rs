@@ -35,6 +35,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use zeros::{Failure, Written};
 
+/// Device and inode of a file; of a block device, 0 and its own number, wherever its node is.
+pub type Identity = (u64, u64);
+
 /// What a disk's bytes are kept in: a file, a block device, or memory in tests.
 ///
 /// Implementations are called from many threads at once, and only with ranges inside
@@ -42,6 +45,10 @@ use zeros::{Failure, Written};
 pub trait Image: Send + Sync + std::fmt::Debug {
     /// Size in bytes; it does not change while the image is open.
     fn size(&self) -> u64;
+    /// What tells it from every other image of this host, if there is such a thing.
+    fn identity(&self) -> Option<Identity> {
+        None
+    }
     /// Fills `into` from `offset` on. A file that became shorter is an error, not a short read.
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
     /// Writes all of `data`; with `durable` returns only once it is on stable storage.
@@ -141,6 +148,12 @@ impl Disk {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.image.size()
+    }
+
+    /// What tells it from every other disk of this host, if there is such a thing.
+    #[must_use]
+    pub fn identity(&self) -> Option<Identity> {
+        self.image.identity()
     }
 
     /// Whether changes are refused (`EPERM`).

@@ -7,6 +7,7 @@
 //! opened again. [`VERSION`] changes whenever a field changes its meaning.
 
 use super::Style;
+use crate::disk::Identity;
 use crate::nbd::handshake::server::{Export, Position};
 use crate::nbd::reply::{Dialect, Origin};
 use crate::nbd::wire::{ClientFlags, TransmissionFlags};
@@ -57,10 +58,11 @@ struct Cargo {
     sessions: Vec<Carried>,
 }
 
-/// What clients were told about the export.
+/// What clients were told about the export, and the disk behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Promise {
+pub(super) struct Promise {
+    disk: Option<Identity>,
     name: String,
     size: u64,
     flags: u16,
@@ -265,18 +267,18 @@ impl Greeting {
 }
 
 impl Promise {
-    fn of(export: &Export, style: Style) -> Self {
+    pub(super) fn of(export: &Export, style: Style, disk: Option<Identity>) -> Self {
         let (name, size) = (export.name.clone(), export.size);
-        Self { name, size, flags: export.flags.bits(), oldstyle: style == Style::Oldstyle }
+        Self { disk, name, size, flags: export.flags.bits(), oldstyle: style == Style::Oldstyle }
     }
 
-    /// Whether a server with this export keeps it. It may be able to do more than it was.
-    fn kept_by(&self, export: &Export, style: Style) -> Result<(), Unusable> {
-        let now = Self::of(export, style);
+    /// Whether a server that promises something else keeps it. That may be able to do more.
+    fn kept_by(&self, now: &Self) -> Result<(), Unusable> {
         let read_only = TransmissionFlags::READ_ONLY.bits();
         let promised = self.flags & !read_only;
         let broken = [
             (self.size != now.size, "the size of the disk"),
+            (self.disk != now.disk, "the disk itself"),
             (self.name != now.name, "the name of the export"),
             (self.oldstyle != now.oldstyle, "the style of the handshake"),
             ((self.flags ^ now.flags) & read_only != 0, "whether the disk can be changed"),
@@ -289,16 +291,12 @@ impl Promise {
     }
 }
 
-/// `sessions` of a server with this export, in one piece.
+/// `sessions` of a server that has promised this, in one piece.
 ///
 /// # Errors
 /// When they cannot be put in a row, which can only be a mistake in this file.
-pub(super) fn encode(
-    export: &Export,
-    style: Style,
-    sessions: Vec<Carried>,
-) -> Result<Vec<u8>, Unusable> {
-    let cargo = Cargo { promise: Promise::of(export, style), sessions };
+pub(super) fn encode(promise: Promise, sessions: Vec<Carried>) -> Result<Vec<u8>, Unusable> {
+    let cargo = Cargo { promise, sessions };
     let mut bytes = Vec::from(MAGIC);
     bytes.extend_from_slice(&VERSION.to_be_bytes());
     let body =
@@ -307,15 +305,11 @@ pub(super) fn encode(
     Ok(bytes)
 }
 
-/// The sessions in `bytes`, if a server with this export can go on with them.
+/// The sessions in `bytes`, if a server that promises this can go on with them.
 ///
 /// # Errors
 /// Why none of them can be taken over.
-pub(super) fn decode(
-    bytes: &[u8],
-    export: &Export,
-    style: Style,
-) -> Result<Vec<Carried>, Unusable> {
+pub(super) fn decode(bytes: &[u8], promise: &Promise) -> Result<Vec<Carried>, Unusable> {
     let (head, body) = bytes.split_at_checked(HEAD).ok_or(Unusable::Foreign)?;
     let (magic, version) = head.split_at(MAGIC.len());
     if magic != MAGIC {
@@ -331,7 +325,7 @@ pub(super) fn decode(
     if !left.is_empty() {
         return Err(Unusable::Garbled(format!("{} bytes too many", left.len())));
     }
-    cargo.promise.kept_by(export, style)?;
+    cargo.promise.kept_by(promise)?;
     Ok(cargo.sessions)
 }
 
@@ -351,6 +345,10 @@ mod tests {
             flags: TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH,
             block_sizes: BlockSizes { minimum: 1, preferred: 4096, maximum: 1 << 25 },
         }
+    }
+
+    fn promise(export: &Export) -> Promise {
+        Promise::of(export, Style::Newstyle, Some((8, 1)))
     }
 
     fn sessions() -> Vec<Carried> {
@@ -394,11 +392,11 @@ mod tests {
     }
 
     fn packed() -> Vec<u8> {
-        encode(&export(), Style::Newstyle, sessions()).unwrap()
+        encode(promise(&export()), sessions()).unwrap()
     }
 
     fn unpacked(bytes: &[u8]) -> Result<Vec<Carried>, Unusable> {
-        decode(bytes, &export(), Style::Newstyle)
+        decode(bytes, &promise(&export()))
     }
 
     #[test]
@@ -429,7 +427,7 @@ mod tests {
         struct Less {
             promise: Promise,
         }
-        let promise = Promise::of(&export(), Style::Newstyle);
+        let promise = promise(&export());
         let more = More { promise: promise.clone(), sessions: sessions(), more: 0 };
         let bodies = [rmp_serde::to_vec_named(&more), rmp_serde::to_vec_named(&Less { promise })];
         for body in bodies {
@@ -465,7 +463,7 @@ mod tests {
         let with = |change: fn(&mut Export)| {
             let mut other = export();
             change(&mut other);
-            decode(&packed(), &other, Style::Newstyle)
+            decode(&packed(), &promise(&other))
         };
         let broken = |what| Err(Unusable::Promise(what));
         assert_eq!(with(|export| export.size -= 512), broken("the size of the disk"));
@@ -476,7 +474,9 @@ mod tests {
         assert_eq!(with(less), broken("what can be done with the disk"));
         let more = |export: &mut Export| export.flags |= TransmissionFlags::SEND_CACHE;
         assert_eq!(with(more), Ok(sessions()));
-        let oldstyle = decode(&packed(), &export(), Style::Oldstyle);
+        let replaced = Promise { disk: Some((8, 2)), ..promise(&export()) };
+        assert_eq!(decode(&packed(), &replaced), broken("the disk itself"));
+        let oldstyle = decode(&packed(), &Promise { oldstyle: true, ..promise(&export()) });
         assert_eq!(oldstyle, broken("the style of the handshake"));
     }
 

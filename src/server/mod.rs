@@ -92,6 +92,13 @@ struct Shared {
     roster: Arc<Roster>,
 }
 
+impl Shared {
+    /// What clients that are carried over have to find in the next process.
+    fn promise(&self) -> carry::Promise {
+        carry::Promise::of(&self.export, self.settings.style, self.disk.identity())
+    }
+}
+
 /// A server that runs until it is told to stop.
 #[derive(Debug)]
 pub struct Server {
@@ -251,7 +258,7 @@ impl Server {
         if sessions.is_empty() {
             return Luggage::default();
         }
-        match carry::encode(&self.shared.export, self.shared.settings.style, sessions) {
+        match carry::encode(self.shared.promise(), sessions) {
             Ok(note) => Luggage { note, streams },
             Err(why) => {
                 error!("cannot pack up {} sessions, closing them: {why}", streams.len());
@@ -286,7 +293,7 @@ fn resume(shared: &Arc<Shared>, luggage: Luggage) {
     if note.is_empty() {
         return;
     }
-    match carry::decode(&note, &shared.export, shared.settings.style) {
+    match carry::decode(&note, &shared.promise()) {
         Ok(sessions) => {
             let count = sessions.len();
             for carried in sessions {

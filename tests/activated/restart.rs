@@ -172,6 +172,15 @@ fn a_disk_of_another_size_closes_sessions() {
 }
 
 #[test]
+fn another_disk_of_the_same_name_and_size_closes_sessions() {
+    let told = closed_after(|manager, image| {
+        std::fs::rename(image, manager.path("old.img")).unwrap();
+        sparse_image(manager.dir.path(), "disk.img", 8 * MIB);
+    });
+    assert!(told.contains("the disk itself is not what their clients were told"), "{told}");
+}
+
+#[test]
 fn without_room_in_the_store_sessions_are_answered_and_closed() {
     let (manager, image) = manager();
     let manager = manager.env("FDSTORE", "1");
