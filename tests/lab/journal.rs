@@ -8,7 +8,7 @@ use crate::host::{DISK, Entry, Host, LISTEN, PORT, field};
 use crate::knock::{Turned, try_door};
 use crate::moving::{half_full, send, two_hosts, wait_for_arrival};
 use crate::session::in_lab;
-use crate::steady::Steady;
+use crate::steady::{Calamity, Steady};
 use flexnbd::systemd::message_id as id;
 use std::collections::BTreeSet;
 
@@ -129,7 +129,7 @@ fn a_reload_is_in_force_when_it_returns_and_ends_sessions_no_longer_admitted() {
         host.write("/etc/flexnbd/disk.conf", &acl("fd99::/64"));
         host.systemctl(&format!("reload {DISK}"));
         assert_eq!(try_door(&host.nbd()), Turned::Away);
-        let memory = four.lost().memory;
+        let mut memory = four.lost().memory;
         six.wait_for_answers(100);
         let entries = written(&host);
         assert_has(event(&entries, id::CLIENT_NOT_ADMITTED), &["FLEXNBD_CLIENT"]);
@@ -144,6 +144,7 @@ fn a_reload_is_in_force_when_it_returns_and_ends_sessions_no_longer_admitted() {
 
         host.write("/etc/flexnbd/disk.conf", &acl("10.99.0.0/24 fd99::/64"));
         host.systemctl(&format!("reload {DISK}"));
+        memory.verify(&host.nbd(), Calamity::Death);
         let four = Steady::resume(&host.nbd(), Mode::Simple, memory);
         four.wait_for_answers(100);
         four.stop();
