@@ -152,7 +152,7 @@ impl Ledger {
                 let failed = |source| LedgerError::Io { path: self.file.clone(), source };
                 fs::create_dir_all(self.directory()).map_err(failed)?;
                 let probe = self.beside(".probe");
-                File::create(&probe).and_then(|_| fs::remove_file(&probe)).map_err(failed)
+                create_afresh(&probe).and_then(|_| fs::remove_file(&probe)).map_err(failed)
             }
             tried => tried.map_err(|source| LedgerError::Io { path: self.path.clone(), source }),
         }
@@ -269,13 +269,7 @@ fn write_durably(path: &Path, record: &Record) -> Result<(), LedgerError> {
     let directory = directory_of(path);
     fs::create_dir_all(directory).map_err(failed)?;
     let name = beside(path, ".new");
-    // One that a crash has left may be another user's.
-    match fs::remove_file(&name) {
-        Err(error) if !is_missing(&error) => return Err(failed(error)),
-        _ => {}
-    }
-    let written = OpenOptions::new().write(true).create_new(true).open(&name);
-    let written = written.and_then(|mut file| {
+    let written = create_afresh(&name).and_then(|mut file| {
         // For whoever serves the image, even if root was the last to adopt it.
         file.set_permissions(Permissions::from_mode(0o644))?;
         file.write_all(record.encode().as_bytes())?;
@@ -283,6 +277,16 @@ fn write_durably(path: &Path, record: &Record) -> Result<(), LedgerError> {
     });
     written.and_then(|()| fs::rename(&name, path)).map_err(failed)?;
     sync_directory(directory).map_err(failed)
+}
+
+/// A new file. One that a crash has left may be another user's, and what else is there may be a
+/// link that leads elsewhere.
+fn create_afresh(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(error) if !is_missing(&error) => return Err(error),
+        _ => {}
+    }
+    OpenOptions::new().write(true).create_new(true).open(path)
 }
 
 fn directory_of(path: &Path) -> &Path {
