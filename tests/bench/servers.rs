@@ -5,7 +5,6 @@
 use super::Trouble;
 use super::session::Address;
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -199,6 +198,7 @@ impl Server {
 #[allow(unused)] // See peers.rs.
 mod tests {
     use super::*;
+    use std::net::SocketAddr;
 
     const ALL: [&str; 6] =
         ["flexnbd", "nbdkit", "qemu-nbd", "qemu-nbd-threads", "nbd-server", "nbd-server-plain"];
