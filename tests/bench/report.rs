@@ -28,7 +28,6 @@ pub(super) struct Report {
 /// The circumstances.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(super) struct About {
-    #[serde(flatten)]
     pub(super) machine: Machine,
     pub(super) servers: Vec<AboutServer>,
     /// What fio says of its version, if it makes any of the loads.
