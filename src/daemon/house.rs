@@ -164,6 +164,7 @@ impl House {
     fn abandon(&mut self, desk: &Desk, signal: Signal, arrivals: &Receiver<Event>) -> Ending {
         tell(self.notifier.status("stopping: breaking the migration off, or finishing it"));
         tell(self.notifier.extend_timeout(GRACE + SPARE));
+        self.service.vigil.interrupt();
         desk.abandon();
         let deadline = Instant::now() + GRACE;
         loop {
@@ -198,6 +199,7 @@ impl House {
         if let Some(pulse) = &self.pulse {
             pulse.close();
         }
+        self.service.vigil.interrupt();
         self.service.vigil.stop();
         drop(self.control);
         let mut server = self.service.server();

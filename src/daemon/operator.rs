@@ -13,6 +13,7 @@ use crate::migration::job::Outcome;
 use crate::migration::source::Desk;
 use crate::server::Server;
 use crate::systemd::Notifier;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// What orders are about.
@@ -34,6 +35,8 @@ pub(super) struct Service {
 pub(super) struct Vigil {
     is_stopping: Mutex<bool>,
     changed: Condvar,
+    /// The process is about to stop: what is broken off from now on, nobody has ordered so.
+    is_interrupted: AtomicBool,
 }
 
 impl Vigil {
@@ -44,14 +47,19 @@ impl Vigil {
         self.changed.notify_all();
     }
 
+    /// The process is going to stop, and whatever goes on is broken off for that.
+    pub(super) fn interrupt(&self) {
+        self.is_interrupted.store(true, Ordering::Release);
+    }
+
     /// The process is stopping: nobody may wait any longer.
     pub(super) fn stop(&self) {
         *lock(&self.is_stopping) = true;
         self.changed.notify_all();
     }
 
-    fn is_stopping(&self) -> bool {
-        *lock(&self.is_stopping)
+    fn is_interrupted(&self) -> bool {
+        self.is_interrupted.load(Ordering::Acquire)
     }
 
     /// Waits until there is `news`; none when the process stops without any.
@@ -161,7 +169,7 @@ impl Service {
         let account = self.vigil.wait(|| desk.account());
         // A process that stops breaks its migration off, which nobody has ordered.
         let is_ordered =
-            |(outcome, _): &_| *outcome != Outcome::Broken || !self.vigil.is_stopping();
+            |(outcome, _): &_| *outcome != Outcome::Broken || !self.vigil.is_interrupted();
         match account.filter(is_ordered) {
             Some((outcome, tally)) => moving::account(&outcome, &tally),
             None => Reply::refused("the server was stopped before the migration was over"),
