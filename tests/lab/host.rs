@@ -126,7 +126,8 @@ impl Host {
     /// What `systemctl status` shows of it.
     #[track_caller]
     pub(crate) fn status(&self, unit: &str) -> String {
-        self.sh(&format!("systemctl status --no-pager --full '{unit}'")).out
+        // It shows lines of the journal, which may still be on their way there.
+        self.sh(&format!("journalctl --sync; systemctl status --no-pager --full '{unit}'")).out
     }
 
     /// The process id of the service's process, as the host sees it; 0 when there is none.
