@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take until the disk is at its destination, with all the waiting for timeouts.
 const CONVERGENCE: Duration = Duration::from_secs(120);
 /// Within this time from its beginning a copy at full speed has come to its end, or nearly so.
-const WHOLE_COPY: Duration = Duration::from_secs(3);
+const WHOLE_COPY: Duration = Duration::from_millis(400);
 /// The seed of the cuts at a moment left to chance, and how many there are for each host.
 const SEED: usize = 1;
 const CUTS: usize = 1;
@@ -184,7 +184,6 @@ impl World {
         let (source, destination) = (self.a.process(DISK), self.b.process(LISTEN));
         self.a.wait_for("the source to be about to write its record", || {
             let stage = self.a.disk_status("disk").remove("migration_stage");
-            println!("{stage:?}");
             stage.is_some_and(|stage| stage != "copying") && waits_for_disk(source)
         });
         let there = Frozen::freeze(destination);

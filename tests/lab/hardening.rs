@@ -2,12 +2,18 @@
 //! Never a matter of taste: the numbers are those of `systemd-analyze`.
 
 use crate::common::MIB;
+use crate::common::server::Target;
 use crate::common::session::Mode;
 use crate::host::{DISK, Host, LISTEN, SOCKETS};
 use crate::session::{in_lab, lab, tell};
 use crate::steady::Steady;
+use std::io::ErrorKind;
+use std::net::TcpStream;
+use std::time::Duration;
 
 const SIZE: u64 = 64 * MIB;
+/// After so long without an answer nobody answers; on this network one takes microseconds.
+const SILENCE: Duration = Duration::from_secs(2);
 /// The exposure that is allowed with an image in a file, in tenths.
 const FILE_TENTHS: u32 = 12;
 /// The same with a block device.
@@ -38,6 +44,27 @@ fn an_instance_with_a_file_is_in_order_and_shut_in() {
         assert_verified(&host);
         assert_exposed_at_most(&host, DISK, FILE_TENTHS);
         assert_exposed_at_most(&host, LISTEN, FILE_TENTHS);
+    });
+}
+
+#[test]
+fn who_is_not_in_the_list_does_not_even_reach_the_port() {
+    in_lab(|| {
+        let host = Host::installed("a");
+        host.make_image(crate::host::IMAGE, SIZE);
+        let lines = "FILE=/srv/disk.img\nADDR=::\nPORT=10809\nIP_FILTER=yes\nACL=";
+        host.configure("disk", &format!("{lines}10.99.0.99\n"));
+        host.systemctl("start flexnbd@disk.socket");
+        let Target::Tcp(address) = host.nbd() else { panic!("a TCP address") };
+        let error = TcpStream::connect_timeout(&address, SILENCE).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        assert_eq!(host.state(DISK), "inactive", "nobody has woken the service");
+
+        host.configure("disk", &format!("{lines}10.99.0.1\n"));
+        host.systemctl("reload-or-restart flexnbd@disk.socket");
+        let client = Steady::start(&host.nbd(), Mode::Structured, 0..SIZE);
+        client.wait_for_answers(100);
+        client.stop();
     });
 }
 

@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::thread;
+use std::time::Duration;
 
 /// The port of NBD.
 pub(crate) const PORT: u16 = 10809;
@@ -23,6 +25,8 @@ pub(crate) const DISK: &str = "flexnbd@disk.service";
 pub(crate) const LISTEN: &str = "flexnbd-listen@disk.service";
 /// The two that start the first.
 pub(crate) const SOCKETS: [&str; 2] = ["flexnbd@disk.socket", "flexnbd-control@disk.socket"];
+/// Pause between two looks at a host: each takes a few processes, and the machine is small.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Lines of the journal to show when a test fails.
 const JOURNAL_LINES: &str = "200";
 
@@ -158,8 +162,15 @@ impl Host {
     }
 
     #[track_caller]
-    pub(crate) fn wait_for(&self, what: &str, done: impl FnMut() -> bool) {
-        assert!(comes_true(DEADLINE, done), "{}: waited in vain for {what}", self.name);
+    pub(crate) fn wait_for(&self, what: &str, mut done: impl FnMut() -> bool) {
+        let look = || {
+            let done = done();
+            if !done {
+                thread::sleep(LOOK_AGAIN);
+            }
+            done
+        };
+        assert!(comes_true(DEADLINE, look), "{}: waited in vain for {what}", self.name);
     }
 
     /// Writes `/etc/flexnbd/NAME.conf` and has systemd look at it.

@@ -107,8 +107,8 @@ MASKED="systemd-logind.service getty.target systemd-firstboot.service systemd-hw
 
 over() { # $1: what to lay a copy-on-write view of, $2: where
     local own=$host/cow/${2//\//_}
-    mkdir -p "$own/up" "$own/work" "$2"
-    mount -t overlay overlay -o "lowerdir=$1,upperdir=$own/up,workdir=$own/work" "$2"
+    mkdir -p "$own/up" "$own/scratch" "$2"
+    mount -t overlay overlay -o "lowerdir=$1,upperdir=$own/up,workdir=$own/scratch" "$2"
 }
 
 make_root() {

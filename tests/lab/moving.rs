@@ -1,15 +1,19 @@
 //! Disks move between two hosts by units alone, there and back, and reboots change nothing.
 //! Never interrupts a migration; that is for `cuts.rs` and `halfway.rs`.
 
-use crate::common::MIB;
 use crate::common::server::Target;
+use crate::common::session::Mode;
+use crate::common::{MIB, run};
 use crate::fixture::image::{assert_as_sparse, assert_same, stamped_image};
 use crate::fixture::{Door, Writers};
 use crate::host::{DISK, Host, IMAGE, LISTEN, PORT, SOCKETS, field};
 use crate::journal;
 use crate::knock::{Knocker, Turned, try_door};
+use crate::others::Qemu;
 use crate::session::{in_lab, tell};
+use crate::steady::{Calamity, Steady};
 use flexnbd::systemd::message_id as id;
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -123,6 +127,29 @@ fn a_disk_moves_under_load_by_units_alone_and_home_again() {
         moves(&a, &b);
         moves(&b, &a);
         assert_eq!((ownership(&a), ownership(&b)), ("ours".into(), "departed".into()));
+    });
+}
+
+#[test]
+fn a_virtual_machine_follows_its_disk_and_notices_nothing() {
+    // An address that moves with the disk, as that of a service does.
+    const ADDRESS: &str = "10.99.0.100";
+    in_lab(|| {
+        let (a, b) = two_hosts(SIZE, half_full);
+        a.ok(&format!("ip address add {ADDRESS}/32 dev host0"));
+        run("ip", &["route", "add", ADDRESS, "via", &a.ip4().to_string()]);
+        let qemu = Qemu::between(&Target::Tcp((ADDRESS.parse::<IpAddr>().unwrap(), PORT).into()));
+        let client = Steady::start(&qemu.target(), Mode::Structured, 0..SIZE / 2);
+        client.wait_for_answers(200);
+        send(&a, &b, "");
+        wait_for_arrival(&a, &b);
+        a.ok(&format!("ip address delete {ADDRESS}/32 dev host0"));
+        b.ok(&format!("ip address add {ADDRESS}/32 dev host0"));
+        run("ip", &["route", "replace", ADDRESS, "via", &b.ip4().to_string()]);
+        client.wait_for_answers(200);
+        let ended = client.stop();
+        tell(&format!("{} answers, the worst stall {:?}", ended.answers, ended.worst_stall));
+        ended.memory.clone().verify(&b.nbd(), Calamity::Death);
     });
 }
 
