@@ -1,17 +1,18 @@
 //! The backing file or block device: the calls that read, write, zero, trim and flush it.
 //! Never changes its size, never touches a byte outside the ranges it is given, and never logs.
 
+use super::lane::Lane;
 use super::open::{self, Access, Kind, OpenError, SECTOR};
+use super::ring::Ring;
 use super::{Extent, Identity, Image, Zeroing, extents, syscalls};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::sys::sendfile::sendfile;
 use nix::unistd::{Whence, lseek};
-
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,6 +45,9 @@ struct Lacks {
     zero_range: AtomicBool,
     durable_write: AtomicBool,
     seek_data: AtomicBool,
+    read_without_waiting: AtomicBool,
+    /// Only in tests: a kernel without `io_uring(7)`.
+    ring: AtomicBool,
 }
 
 /// A way to let the kernel do the zeroing.
@@ -53,6 +57,15 @@ enum Way {
     PunchHole,
     /// Keeps the space. On a block device the kernel may write the zeros itself.
     ZeroRange,
+}
+
+impl Way {
+    fn mode(self) -> FallocateFlags {
+        match self {
+            Self::PunchHole => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+            Self::ZeroRange => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        }
+    }
 }
 
 impl FileImage {
@@ -98,6 +111,40 @@ impl FileImage {
         self.unserved_tail
     }
 
+    /// For the ring, which cannot outlive this.
+    pub(super) fn raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// Whether to try a write that is durable by itself.
+    pub(super) fn writes_durably(&self) -> bool {
+        !self.lacks.durable_write.load(Ordering::Relaxed)
+    }
+
+    /// How `fallocate(2)` makes all of `range` read as zeros; none if that takes more than one call
+    /// of it, or if it was seen not to be able to.
+    pub(super) fn zeroes_in_one_step(&self, range: Range, how: Zeroing) -> Option<FallocateFlags> {
+        let way = *self.ways(how).first()?;
+        let able = self.whole_sectors(range) == range && !self.lack(way).load(Ordering::Relaxed);
+        able.then(|| way.mode())
+    }
+
+    /// How `fallocate(2)` gives back what can be given back of `range`; none as above. A block
+    /// device has another call for that, which no ring makes.
+    pub(super) fn trims_in_one_step(&self, range: Range) -> Option<FallocateFlags> {
+        match self.kind {
+            Kind::File => self.zeroes_in_one_step(range, Zeroing::default()),
+            Kind::BlockDevice { .. } => None,
+        }
+    }
+
+    fn lack(&self, way: Way) -> &AtomicBool {
+        match way {
+            Way::PunchHole => &self.lacks.punch_hole,
+            Way::ZeroRange => &self.lacks.zero_range,
+        }
+    }
+
     /// The part of `range` that the kernel can zero or trim: for a device, its whole sectors.
     fn whole_sectors(&self, range: Range) -> Range {
         match self.kind {
@@ -122,10 +169,7 @@ impl FileImage {
     /// Lets the kernel zero `range`; false if it does not know how. Then nothing in a file has
     /// changed, but on a block device the range is to be written anew.
     fn try_way(&self, way: Way, range: Range) -> io::Result<bool> {
-        let (lacks, mode) = match way {
-            Way::PunchHole => (&self.lacks.punch_hole, FallocateFlags::FALLOC_FL_PUNCH_HOLE),
-            Way::ZeroRange => (&self.lacks.zero_range, FallocateFlags::FALLOC_FL_ZERO_RANGE),
-        };
+        let (lacks, mode) = (self.lack(way), way.mode());
         if lacks.load(Ordering::Relaxed) {
             return Ok(false);
         }
@@ -248,6 +292,41 @@ impl Image for FileImage {
         })
     }
 
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let lacks = &self.lacks.read_without_waiting;
+        if lacks.load(Ordering::Relaxed) {
+            return self.read(offset, into);
+        }
+        match syscalls::read_without_waiting(&self.file, offset, into) {
+            Ok(count) if count == into.len() => Ok(()),
+            // That it ends here is to be found out by whoever may wait.
+            Ok(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
+                Some(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                    lacks.store(true, Ordering::Relaxed);
+                    self.read(offset, into)
+                }
+                _ => Err(error),
+            },
+        }
+    }
+
+    fn is_at_hand(&self, range: Range) -> bool {
+        let last = range.end().saturating_sub(1);
+        [range.offset(), range.offset() + range.length() / 2, last].into_iter().all(|at| {
+            let byte = self.read_now(at, &mut [0]);
+            byte.map_or_else(|error| error.kind() != io::ErrorKind::WouldBlock, |()| true)
+        })
+    }
+
+    fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn Lane + '_>> {
+        if self.lacks.ring.load(Ordering::Relaxed) {
+            return None;
+        }
+        Some(Box::new(Ring::new(self, bell).ok()?))
+    }
+
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
         if !durable {
             return self.file.write_all_at(data, offset);
@@ -343,7 +422,9 @@ fn seek(file: &File, offset: u64, whence: Whence) -> nix::Result<u64> {
 impl FileImage {
     /// As on a file system that supports none of what is nice to have.
     pub(super) fn without_support(self) -> Self {
-        for lack in [&self.lacks.punch_hole, &self.lacks.zero_range, &self.lacks.durable_write] {
+        let Lacks { punch_hole, zero_range, durable_write, read_without_waiting, ring, .. } =
+            &self.lacks;
+        for lack in [punch_hole, zero_range, durable_write, read_without_waiting, ring] {
             lack.store(true, Ordering::Relaxed);
         }
         self

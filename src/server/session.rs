@@ -257,7 +257,7 @@ impl Session<'_> {
         progress: Progress,
     ) -> Transmission<'_> {
         let who = (self.peer.to_string(), self.seat.id);
-        let orders = &*self.seat.orders;
+        let orders = &self.seat.orders;
         Transmission {
             stream: &self.stream,
             worker: Worker::new(self.disk, orders, self.reception, terms.dialect, who),
@@ -267,6 +267,7 @@ impl Session<'_> {
             inbox,
             outbox,
             progress,
+            stuck: false,
         }
     }
 

@@ -4,6 +4,11 @@
 //! replies, reads wait in a queue, everything else is still done, and only when the queue or the
 //! held replies reach their limits does the session stop receiving: back-pressure in bounded
 //! memory, so that a client may send a long row of requests before it reads the first reply.
+//!
+//! Nor do requests wait for each other: what the disk takes long for is an errand, and what was
+//! asked behind it may be answered before. Only these wait, with all that is behind them: a change
+//! to what an errand is changing; what must come last; and anything while there is no room for
+//! more errands, or while the gate is closed and somebody waits for those under way.
 
 use super::carry::{Carried, Phase, Serving};
 use super::end::SessionEnd;
@@ -11,8 +16,10 @@ use super::inbox::Inbox;
 use super::orders::Order;
 use super::outbox::Outbox;
 use super::progress::{Payload, Progress, Purpose};
+use super::reading::Step;
 use super::reception::Conclusion;
-use super::work::{Worker, piece_length};
+use super::work::{Aside, Worker, piece_length};
+use crate::disk::errands::Work;
 use crate::nbd::Malformed;
 use crate::nbd::reply::{Dialect, Origin};
 use crate::nbd::request::{self, Header, Refusal, Request, Terms};
@@ -44,6 +51,8 @@ pub(super) struct Transmission<'a> {
     pub(super) inbox: Inbox,
     pub(super) outbox: Outbox,
     pub(super) progress: Progress,
+    /// Nothing more can be begun before an errand is over.
+    pub(super) stuck: bool,
 }
 
 impl Transmission<'_> {
@@ -58,7 +67,7 @@ impl Transmission<'_> {
         }
     }
 
-    /// Between two turns nothing is under way on the disk: what is held here is all there is.
+    /// Nothing is under way on the disk: what is held here is all there is.
     fn pack(self) -> Carried {
         let Terms { dialect, allocation_selected, .. } = self.terms;
         Carried {
@@ -77,15 +86,20 @@ impl Transmission<'_> {
         // Before anything that arrived after the order is answered.
         self.obey()?;
         self.work()?;
+        self.worker.errands.submit();
         let blocked = self.is_blocked();
         let sent_all = self.send()?;
-        if self.worker.orders.current() == Order::PackUp && self.progress.can_be_packed() {
-            return Err(SessionEnd::PackedUp);
+        let quiet = self.worker.errands.is_empty();
+        if self.is_packing() {
+            return if quiet { Err(SessionEnd::PackedUp) } else { self.wait() };
         }
-        if sent_all && (blocked || !self.progress.reads.is_empty()) {
+        if sent_all && !self.stuck && (blocked || !self.progress.reads.is_empty()) {
             return Ok(());
         }
-        if sent_all && let Some(end) = self.progress.leaving.take() {
+        if sent_all
+            && quiet
+            && let Some(end) = self.progress.leaving.take()
+        {
             return Err(end);
         }
         // While requests that are here already wait, more of them, or their end, can wait, too.
@@ -105,20 +119,59 @@ impl Transmission<'_> {
         Ok(sent_all)
     }
 
-    /// Does everything that can be done without waiting for the client.
+    /// Does everything that can be done without waiting for the client or for an errand.
     fn work(&mut self) -> Result<(), SessionEnd> {
+        self.stuck = false;
         loop {
-            while !self.outbox.is_full()
-                && let Some(read) = self.progress.reads.front_mut()
-            {
-                if self.worker.advance(read, &mut self.outbox)? {
-                    self.progress.reads.pop_front();
-                }
+            self.conclude_errands();
+            if self.is_packing() {
+                return Ok(());
             }
-            if self.is_blocked() || self.has_said_goodbye() || !self.take()? {
+            self.answer_reads()?;
+            if self.stuck || self.is_blocked() || self.has_said_goodbye() || !self.take()? {
                 return Ok(());
             }
         }
+    }
+
+    /// Answers what errands are over for.
+    fn conclude_errands(&mut self) {
+        while let Some((aside, outcome)) = self.worker.errands.next_over() {
+            match aside {
+                Aside::Answer { to, request } => {
+                    self.worker.conclude(to, outcome, request, &mut self.outbox);
+                }
+                Aside::Read(read) => self.progress.reads.push_back(read.warm()),
+            }
+        }
+    }
+
+    /// Answers reads as far as the outbox takes them.
+    fn answer_reads(&mut self) -> Result<(), SessionEnd> {
+        while !self.outbox.is_full()
+            && let Some(read) = self.progress.reads.front_mut()
+        {
+            match self.worker.advance(read, &mut self.outbox)? {
+                Step::GoesOn => {}
+                Step::Answered => drop(self.progress.reads.pop_front()),
+                Step::Cold(visit, range) if self.worker.errands.has_room(0) => {
+                    if let Some(read) = self.progress.reads.pop_front() {
+                        let aside = Aside::Read(read);
+                        self.worker.errands.begin(visit, Work::Load(range), aside);
+                    }
+                }
+                Step::Cold(..) | Step::Waits => {
+                    self.stuck = true;
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether to stop as soon as nothing is under way on the disk, and to begin nothing.
+    fn is_packing(&self) -> bool {
+        self.worker.orders.current() == Order::PackUp && self.progress.can_be_packed()
     }
 
     /// Whether nothing more may be taken on before the client takes replies.
@@ -132,8 +185,10 @@ impl Transmission<'_> {
         !matches!(self.progress.leaving, None | Some(SessionEnd::Ordered(_)))
     }
 
+    /// Not while stuck: that the client has ended its side is to be seen after all that it said.
     fn receives(&self) -> bool {
-        self.progress.leaving.is_none() && !self.is_blocked() && !self.inbox.is_full()
+        let takes_on = !self.stuck && !self.is_blocked() && !self.is_packing();
+        self.progress.leaving.is_none() && takes_on && !self.inbox.is_full()
     }
 
     /// Receives what has arrived; false if nothing has.
@@ -156,7 +211,7 @@ impl Transmission<'_> {
     }
 
     /// Takes the next request, or piece of a payload, out of the inbox; false if it is not all
-    /// there.
+    /// there, or has to wait for errands.
     fn take(&mut self) -> Result<bool, SessionEnd> {
         match self.progress.payload.take() {
             None => self.take_request(),
@@ -171,7 +226,6 @@ impl Transmission<'_> {
             Ok(None) => return Ok(false),
             Err(malformed) => return self.take_nonsense(malformed),
         };
-        self.inbox.consume(used);
         let chunked = [CommandKind::Read.number(), CommandKind::BlockStatus.number()];
         let to = Origin {
             cookie: header.cookie,
@@ -180,7 +234,12 @@ impl Transmission<'_> {
         };
         let length = header.payload_length(&self.terms);
         match self.checked(&header) {
-            Ok(request) => self.begin(to, request)?,
+            Ok(request) => {
+                self.stuck = !self.begin(to, request)?;
+                if self.stuck {
+                    return Ok(false);
+                }
+            }
             Err(refusal) => {
                 if length > PAYLOAD_ABSURD {
                     return Err(SessionEnd::AbsurdPayload(length));
@@ -192,6 +251,7 @@ impl Transmission<'_> {
                 }
             }
         }
+        self.inbox.consume(used);
         Ok(true)
     }
 
@@ -205,9 +265,13 @@ impl Transmission<'_> {
         Ok(request)
     }
 
-    fn begin(&mut self, to: Origin, request: Request) -> Result<(), SessionEnd> {
-        if request.writes() {
-            self.worker.hold_back(self.stream)?;
+    /// Begins with a request; false if it has to wait for errands, and nothing has been done.
+    fn begin(&mut self, to: Origin, request: Request) -> Result<bool, SessionEnd> {
+        if !self.may_begin(request) {
+            return Ok(false);
+        }
+        if request.writes() && !self.worker.hold_back(self.stream)? {
+            return Ok(false);
         }
         match request {
             Request::Read { range, whole } => {
@@ -229,9 +293,25 @@ impl Transmission<'_> {
                 self.worker.reception.said_goodbye(self.worker.session);
                 self.progress.leaving = Some(SessionEnd::Goodbye);
             }
-            _ => self.worker.answer(to, request, &mut self.outbox)?,
+            _ => return self.worker.answer(to, request, &mut self.outbox),
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Whether no errand stands in the way of a request.
+    fn may_begin(&self, request: Request) -> bool {
+        let errands = &self.worker.errands;
+        match request {
+            Request::Read { .. } => true,
+            Request::Write { range, .. }
+            | Request::Trim { range, .. }
+            | Request::WriteZeroes { range, .. } => errands.has_room(0) && !errands.change(range),
+            Request::Flush | Request::Cache { .. } | Request::BlockStatus { .. } => {
+                errands.has_room(0)
+            }
+            // Everything before them has to be done.
+            Request::Private { .. } | Request::Disconnect => errands.is_empty(),
+        }
     }
 
     fn take_payload(&mut self, payload: Payload) -> Result<bool, SessionEnd> {
@@ -260,29 +340,39 @@ impl Transmission<'_> {
             self.progress.payload = Some(Payload { to, left: rest.length(), purpose });
             return Ok(false);
         };
-        let visit = self.worker.visit()?;
+        let visit = match self.worker.visit()? {
+            Some(visit) if self.worker.errands.has_room(length) => visit,
+            _ => {
+                let purpose = Purpose::Write { range, rest, durable };
+                self.progress.payload = Some(Payload { to, left: rest.length(), purpose });
+                self.stuck = true;
+                return Ok(false);
+            }
+        };
+        let what = Request::Write { range, durable };
         // One piece is written durably; of several, all are made durable after the last.
-        let alone = piece == range;
-        let mut outcome = visit.write(piece.offset(), data, durable && alone);
-        if durable && !alone && then.is_empty() && outcome.is_ok() {
-            outcome = visit.flush();
+        if piece == range && (durable || visit.cold_edges(range).is_some()) {
+            let work = Work::Write { offset: range.offset(), data: data.to_vec(), durable };
+            self.inbox.consume(length);
+            self.worker.errands.begin(visit, work, Aside::Answer { to, request: what });
+            return Ok(true);
         }
-        drop(visit);
+        let outcome = visit.write(piece.offset(), data);
         self.inbox.consume(length);
         match outcome {
             Ok(()) if !then.is_empty() => {
                 let purpose = Purpose::Write { range, rest: then, durable };
                 self.progress.payload = Some(Payload { to, left: then.length(), purpose });
             }
+            Ok(()) if durable => {
+                let aside = Aside::Answer { to, request: what };
+                self.worker.errands.begin(visit, Work::Flush, aside);
+            }
             Err(error) if !then.is_empty() => {
-                let what = Request::Write { range, durable };
                 let purpose = Purpose::Skip { failed: Some((what, error)) };
                 self.progress.payload = Some(Payload { to, left: then.length(), purpose });
             }
-            outcome => {
-                let what = Request::Write { range, durable };
-                self.worker.conclude(to, outcome, what, &mut self.outbox);
-            }
+            outcome => self.worker.conclude(to, outcome, what, &mut self.outbox),
         }
         Ok(true)
     }
@@ -307,9 +397,11 @@ impl Transmission<'_> {
         data.extend_from_slice(&self.inbox.bytes()[..step]);
         self.inbox.consume(step);
         let left = left - step as u64;
-        if left > 0 {
+        // Reads may have begun errands since it was announced.
+        self.stuck = left == 0 && !self.worker.errands.is_empty();
+        if left > 0 || self.stuck {
             self.progress.payload = Some(Payload { to, left, purpose: Purpose::Private { data } });
-            return Ok(step > 0);
+            return Ok(step > 0 && !self.stuck);
         }
         match self.worker.reception.handed_over(self.worker.session, &data) {
             Conclusion::Acknowledge => {
@@ -346,22 +438,24 @@ impl Transmission<'_> {
         Ok(true)
     }
 
-    /// Waits until the client, the server, or the clock wants something.
+    /// Waits until the client, the server, the disk, or the clock wants something.
     fn wait(&mut self) -> Result<(), SessionEnd> {
-        let interest = Interest { readable: self.receives(), writable: self.outbox.has_bytes() };
+        if self.worker.errands.has_news() {
+            return Ok(());
+        }
+        // What is to come from the disk cannot be sent while the gate keeps us out.
+        let barred = !self.outbox.due_from_disk().is_empty() && self.worker.is_barred();
+        let writable = self.outbox.has_bytes() && !barred;
+        let interest = Interest { readable: self.receives(), writable };
         let now = Instant::now();
-        let stalled = self.stalled_at(now);
-        let relaxed = self.inbox.is_relaxed() && self.outbox.is_relaxed();
-        let idle = !interest.writable && !relaxed;
-        let deadline = match (stalled, idle) {
-            (Some(at), _) => Some(at),
-            (None, true) => Some(now + IDLE),
-            (None, false) => None,
-        };
+        let stalled = self.stalled_at(now, writable);
+        let deadline = stalled.or_else(|| self.may_relax().then(|| now + IDLE));
         let wake = &self.worker.orders.wake;
         let ready =
             self.stream.wait(interest, Some(wake), deadline).map_err(SessionEnd::Connection)?;
-        self.progress.drained = false;
+        if ready.readable {
+            self.progress.drained = false;
+        }
         if ready.woken {
             wake.clear();
             return Ok(());
@@ -372,8 +466,16 @@ impl Transmission<'_> {
         if ready.timed_out {
             self.inbox.relax();
             self.outbox.relax();
+            self.worker.errands.relax();
         }
         Ok(())
+    }
+
+    /// Whether there is memory to give back once nothing has happened for a while.
+    fn may_relax(&self) -> bool {
+        let errands = &self.worker.errands;
+        let relaxed = self.inbox.is_relaxed() && self.outbox.is_relaxed() && errands.is_relaxed();
+        !relaxed && !self.outbox.has_bytes() && errands.is_empty()
     }
 
     fn obey(&mut self) -> Result<(), SessionEnd> {
@@ -387,13 +489,15 @@ impl Transmission<'_> {
         }
     }
 
-    /// When `--killswitch` strikes, unless something moves before.
-    fn stalled_at(&mut self, now: Instant) -> Option<Instant> {
+    /// When `--killswitch` strikes, unless something moves before. Nobody is to blame for what
+    /// waits for the disk.
+    fn stalled_at(&mut self, now: Instant, sends: bool) -> Option<Instant> {
         let limit = self.stall_limit?;
-        let half = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
+        let begun = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
+        let half = begun && !self.stuck;
         let Progress { request_stall, reply_stall, received, sent, .. } = &mut self.progress;
         let request = request_stall.deadline(half, *received, now, limit);
-        let reply = reply_stall.deadline(self.outbox.has_bytes(), *sent, now, limit);
+        let reply = reply_stall.deadline(sends, *sent, now, limit);
         request.into_iter().chain(reply).min()
     }
 }

@@ -1,11 +1,14 @@
 //! Carrying out requests on the disk and putting their replies into the outbox; reads have a file
 //! of their own, since they take several steps.
-//! Never waits for the client: the gate is held over disk work only.
+//! Never waits for the client: the gate is held over disk work only. Waits for the disk only where
+//! that is the only way; else what takes long is an errand, and is answered when it is over.
 
 use super::end::SessionEnd;
 use super::orders::{Order, Orders};
 use super::outbox::Outbox;
+use super::reading::Read;
 use super::reception::{Reception, SessionId};
+use crate::disk::errands::{Errands, Work};
 use crate::disk::hold::Held;
 use crate::disk::{Disk, Extent, NoEntry, Visit, Zeroing, errno_of};
 use crate::nbd::handshake::ALLOCATION_CONTEXT_ID;
@@ -16,6 +19,7 @@ use crate::net::{Interest, Stream};
 use crate::range::Range;
 use crate::systemd::message_id;
 use std::io;
+use std::sync::Arc;
 use std::time::Instant;
 use tracing::warn;
 
@@ -33,9 +37,11 @@ const COMPLAINTS_MAX: u32 = 10;
 #[derive(Debug)]
 pub(super) struct Worker<'a> {
     pub(super) disk: &'a Disk,
-    pub(super) orders: &'a Orders,
+    pub(super) orders: &'a Arc<Orders>,
     pub(super) reception: &'a dyn Reception,
     pub(super) dialect: Dialect,
+    /// What is under way on the disk.
+    pub(super) errands: Errands<'a, Aside>,
     /// For the log.
     pub(super) client: String,
     pub(super) session: u64,
@@ -48,20 +54,31 @@ pub(super) struct Worker<'a> {
     pub(super) allocated: Range,
 }
 
+/// What waits for an errand.
+#[derive(Debug)]
+pub(super) enum Aside {
+    /// To be answered with its outcome.
+    Answer { to: Origin, request: Request },
+    /// To be gone on with: what it needs is in memory.
+    Read(Read),
+}
+
 impl<'a> Worker<'a> {
     pub(super) fn new(
         disk: &'a Disk,
-        orders: &'a Orders,
+        orders: &'a Arc<Orders>,
         reception: &'a dyn Reception,
         dialect: Dialect,
         (client, session): (String, SessionId),
     ) -> Self {
         let allocated = Range::whole(0);
+        let bell = Arc::clone(orders);
         Self {
             disk,
             orders,
             reception,
             dialect,
+            errands: Errands::new(disk, bell),
             client,
             session,
             complaints: 0,
@@ -71,65 +88,102 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Permission to touch the disk; waits while the gate is closed.
-    pub(super) fn visit(&self) -> Result<Visit<'a>, SessionEnd> {
+    /// Permission to touch the disk; waits while the gate is closed. None if errands are under way
+    /// then: whoever closes the gate waits for them, and they for us.
+    pub(super) fn visit(&self) -> Result<Option<Visit<'a>>, SessionEnd> {
         let orders = self.orders;
-        let give_up = || orders.current() != Order::Serve;
-        self.disk.enter(&give_up).map_err(|no| match no {
+        let entered = if self.errands.is_empty() {
+            let give_up = || orders.current() != Order::Serve;
+            self.disk.enter(&give_up).map(Some)
+        } else {
+            self.disk.enter_if_open()
+        };
+        entered.map_err(|no| match no {
             NoEntry::Gone => SessionEnd::DiskGone,
             NoEntry::GaveUp => SessionEnd::Ordered(orders.current()),
         })
     }
 
-    /// Makes a write wait, if a migration wants writers held back so that it can catch up.
-    pub(super) fn hold_back(&mut self, stream: &Stream) -> Result<(), SessionEnd> {
+    /// Whether the gate is closed, and whoever closed it waits for errands of ours.
+    pub(super) fn is_barred(&self) -> bool {
+        !self.errands.is_empty() && matches!(self.disk.enter_if_open(), Ok(None))
+    }
+
+    /// Makes a write wait, if a migration wants writers held back so that it can catch up. False if
+    /// errands have to end before: nobody is to wait for them longer than they take.
+    pub(super) fn hold_back(&mut self, stream: &Stream) -> Result<bool, SessionEnd> {
         let wanted = self.disk.hold();
         if wanted.is_zero() {
-            return Ok(());
+            return Ok(true);
+        }
+        if !self.errands.is_empty() {
+            return Ok(false);
         }
         let delay = self.held.delay(self.began.elapsed(), wanted);
         let deadline = Some(Instant::now() + delay);
         // An order ends the waiting; it stays set, and is obeyed at the next turn.
         let waited = stream.wait(Interest::default(), Some(&self.orders.wake), deadline);
-        waited.map(drop).map_err(SessionEnd::Connection)
+        waited.map_err(SessionEnd::Connection)?;
+        Ok(true)
     }
 
-    /// Answers everything but reads and writes, which take several steps.
+    /// Answers everything but reads and writes, which take several steps, or begins to. False if
+    /// that has to wait for errands.
     pub(super) fn answer(
         &mut self,
         to: Origin,
         request: Request,
         out: &mut Outbox,
-    ) -> Result<(), SessionEnd> {
-        let visit = self.visit()?;
-        let outcome = match request {
-            Request::Flush => visit.flush(),
-            Request::Trim { range, durable } => visit.trim(range, durable),
-            Request::Cache { range } => visit.prefetch(range),
+    ) -> Result<bool, SessionEnd> {
+        let work = match request {
+            Request::Flush => Work::Flush,
+            Request::Trim { range, durable } => Work::Trim { range, durable },
+            Request::Cache { range } => Work::Prefetch(range),
             Request::WriteZeroes { range, no_hole, fast, durable } => {
                 let how = Zeroing { keep_allocated: no_hole, only_if_fast: fast };
-                visit.zero(range, how, durable)
+                Work::Zero { range, how, durable }
             }
-            Request::BlockStatus { range, one } => {
-                let limit = if one { 1 } else { EXTENTS_MAX };
-                match visit.extents(range, limit) {
-                    Ok(extents) if !extents.is_empty() => {
-                        drop(visit);
-                        self.report(to, &extents, out);
-                        return Ok(());
-                    }
-                    outcome => outcome.map(drop),
-                }
-            }
+            Request::BlockStatus { range, one } => return self.block_status(to, range, one, out),
             // These have steps of their own, or no answer.
             Request::Read { .. }
             | Request::Write { .. }
             | Request::Private { .. }
-            | Request::Disconnect => Ok(()),
+            | Request::Disconnect => return Ok(true),
         };
+        self.send_out(to, request, work)
+    }
+
+    /// Begins an errand whose outcome is the answer; false if that has to wait for others.
+    pub(super) fn send_out(
+        &mut self,
+        to: Origin,
+        request: Request,
+        work: Work,
+    ) -> Result<bool, SessionEnd> {
+        let Some(visit) = self.visit()? else { return Ok(false) };
+        self.errands.begin(visit, work, Aside::Answer { to, request });
+        Ok(true)
+    }
+
+    fn block_status(
+        &mut self,
+        to: Origin,
+        range: Range,
+        one: bool,
+        out: &mut Outbox,
+    ) -> Result<bool, SessionEnd> {
+        let Some(visit) = self.visit()? else { return Ok(false) };
+        let limit = if one { 1 } else { EXTENTS_MAX };
+        let found = visit.extents(range, limit);
         drop(visit);
-        self.conclude(to, outcome, request, out);
-        Ok(())
+        match found {
+            Ok(extents) if !extents.is_empty() => self.report(to, &extents, out),
+            outcome => {
+                let request = Request::BlockStatus { range, one };
+                self.conclude(to, outcome.map(drop), request, out);
+            }
+        }
+        Ok(true)
     }
 
     /// Success or failure of a request, as its reply.
