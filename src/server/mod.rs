@@ -10,9 +10,12 @@ mod accept;
 pub mod acl;
 mod carry;
 mod end;
+#[cfg(test)]
+mod errand_tests;
 mod inbox;
 mod orders;
 mod outbox;
+mod patience;
 mod progress;
 mod reading;
 pub mod reception;

@@ -73,8 +73,8 @@ impl Read {
     }
 
     /// Notes that what was cold has been loaded, or could not be.
-    pub(super) fn warm(self) -> Self {
-        Self { loaded: true, ..self }
+    pub(super) fn warm(&mut self) {
+        self.loaded = true;
     }
 
     /// Lets the kernel send `piece`, the beginning of what is left, behind its head.

@@ -19,6 +19,7 @@ use super::progress::{Payload, Progress, Purpose};
 use super::reading::Step;
 use super::reception::Conclusion;
 use super::work::{Aside, Worker, piece_length};
+use crate::disk::Visit;
 use crate::disk::errands::Work;
 use crate::nbd::Malformed;
 use crate::nbd::reply::{Dialect, Origin};
@@ -55,7 +56,7 @@ pub(super) struct Transmission<'a> {
     pub(super) stuck: bool,
 }
 
-impl Transmission<'_> {
+impl<'a> Transmission<'a> {
     /// Serves until the session ends; what it was in the middle of when it was packed up.
     pub(super) fn run(mut self) -> (SessionEnd, Option<Carried>) {
         loop {
@@ -141,7 +142,11 @@ impl Transmission<'_> {
                 Aside::Answer { to, request } => {
                     self.worker.conclude(to, outcome, request, &mut self.outbox);
                 }
-                Aside::Read(read) => self.progress.reads.push_back(read.warm()),
+                Aside::Read(mut read, range, since) => {
+                    self.worker.patience.note(range.length(), since.elapsed());
+                    read.warm();
+                    self.progress.reads.push_back(read);
+                }
             }
         }
     }
@@ -154,19 +159,45 @@ impl Transmission<'_> {
             match self.worker.advance(read, &mut self.outbox)? {
                 Step::GoesOn => {}
                 Step::Answered => drop(self.progress.reads.pop_front()),
-                Step::Cold(visit, range) if self.worker.errands.has_room(0) => {
-                    if let Some(read) = self.progress.reads.pop_front() {
-                        let aside = Aside::Read(read);
-                        self.worker.errands.begin(visit, Work::Load(range), aside);
-                    }
-                }
-                Step::Cold(..) | Step::Waits => {
-                    self.stuck = true;
-                    return Ok(());
-                }
+                Step::Cold(visit, range) => self.load(visit, range)?,
+                Step::Waits => self.stuck = true,
+            }
+            if self.stuck {
+                return Ok(());
             }
         }
         Ok(())
+    }
+
+    /// Has what the first read needs loaded aside, or waits for it if there is nothing else to do
+    /// and that will not take long.
+    fn load(&mut self, visit: Visit<'a>, range: Range) -> Result<(), SessionEnd> {
+        let now = Instant::now();
+        if self.has_nothing_else_to_do()
+            && self.worker.patience.waits(range.length())
+            && let Some(read) = self.progress.reads.front_mut()
+        {
+            drop(visit);
+            read.warm();
+            if let Step::Answered = self.worker.advance(read, &mut self.outbox)? {
+                self.progress.reads.pop_front();
+            }
+            self.worker.patience.note(range.length(), now.elapsed());
+        } else if self.worker.errands.has_room(0) {
+            if let Some(read) = self.progress.reads.pop_front() {
+                let aside = Aside::Read(read, range, now);
+                self.worker.errands.begin(visit, Work::Load(range), aside);
+            }
+        } else {
+            self.stuck = true;
+        }
+        Ok(())
+    }
+
+    /// Whether everything that the client has sent has been answered but for one read.
+    fn has_nothing_else_to_do(&self) -> bool {
+        let answered = self.worker.errands.is_empty() && self.outbox.is_empty();
+        answered && self.progress.reads.len() == 1 && self.inbox.bytes().is_empty()
     }
 
     /// Whether to stop as soon as nothing is under way on the disk, and to begin nothing.

@@ -6,6 +6,7 @@
 use super::end::SessionEnd;
 use super::orders::{Order, Orders};
 use super::outbox::Outbox;
+use super::patience::Patience;
 use super::reading::Read;
 use super::reception::{Reception, SessionId};
 use crate::disk::errands::{Errands, Work};
@@ -42,6 +43,7 @@ pub(super) struct Worker<'a> {
     pub(super) dialect: Dialect,
     /// What is under way on the disk.
     pub(super) errands: Errands<'a, Aside>,
+    pub(super) patience: Patience,
     /// For the log.
     pub(super) client: String,
     pub(super) session: u64,
@@ -59,8 +61,8 @@ pub(super) struct Worker<'a> {
 pub(super) enum Aside {
     /// To be answered with its outcome.
     Answer { to: Origin, request: Request },
-    /// To be gone on with: what it needs is in memory.
-    Read(Read),
+    /// To be gone on with: what it needs of this is in memory. It has waited since then.
+    Read(Read, Range, Instant),
 }
 
 impl<'a> Worker<'a> {
@@ -79,6 +81,7 @@ impl<'a> Worker<'a> {
             reception,
             dialect,
             errands: Errands::new(disk, bell),
+            patience: Patience::default(),
             client,
             session,
             complaints: 0,
