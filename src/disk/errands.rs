@@ -239,7 +239,7 @@ impl<'a, T> Errands<'a, T> {
                 self.call(errand, Call::Trim(range));
             }
             Work::Write { offset, data, durable } => {
-                self.start_write(errand, offset, data, durable)
+                self.start_write(errand, offset, data, durable);
             }
         }
     }

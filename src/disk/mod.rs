@@ -333,7 +333,8 @@ impl Visit<'_> {
         let whole = Range::whole(self.disk.size());
         let is_cold = |at: u64| {
             let block = whole.from(at - at % zeros::BLOCK).split(zeros::BLOCK).0;
-            (at % zeros::BLOCK != 0 && !self.disk.image.is_at_hand(block)).then_some(block)
+            (!at.is_multiple_of(zeros::BLOCK) && !self.disk.image.is_at_hand(block))
+                .then_some(block)
         };
         let edges = (is_cold(range.offset()), is_cold(range.end()));
         match edges {
