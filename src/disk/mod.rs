@@ -66,8 +66,7 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.read(offset, into)
     }
-    /// Whether the range, which is not empty, seems to be in memory. A guess: it costs the same
-    /// whatever the length.
+    /// Whether the range seems to be in memory: a guess, made at a few places of it.
     fn is_at_hand(&self, range: Range) -> bool {
         let _ = range;
         true
@@ -323,7 +322,7 @@ impl Visit<'_> {
     /// Whether `range` seems to be in memory: a guess, made at a few places of it.
     #[must_use]
     pub fn is_at_hand(&self, range: Range) -> bool {
-        range.is_empty() || self.disk.image.is_at_hand(range)
+        self.disk.image.is_at_hand(range)
     }
 
     /// What has to be loaded before `range` is written, or the write would wait for it: blocks of

@@ -122,6 +122,7 @@ fn serve(shared: &Shared, stream: Stream, peer: Peer, seat: Seat, carried: Optio
         reception: &*shared.reception,
         export: shared.export.clone(),
         settings: shared.settings,
+        cpus: shared.cpus,
     };
     let (end, carried) = session.run(carried);
     shared.reception.closed(id);
