@@ -4,12 +4,16 @@
 //! visit that it was begun with: whoever closes the gate waits for it. What it changes is marked
 //! when the bytes are there, before anybody is told.
 //!
+//! What is to be durable is gathered until [`Errands::submit`]: one write is then made durable by
+//! itself, which leaves alone what others wrote; several things are written, and made durable by one
+//! flush.
+//!
 //! Where the image has no lane, or none can be had, the same errands are run at once, while the
 //! session waits. Never begins anything by itself, and holds a bounded number of bytes.
 
 use super::hearing::{Listening, Others};
 use super::lane::{Bell, Call, Lane, Made};
-use super::{Disk, Visit, Zeroing, zeros};
+use super::{Disk, Visit, Zeroing, errno_of, zeros};
 use crate::range::Range;
 use nix::errno::Errno;
 use std::collections::{BTreeMap, VecDeque};
@@ -68,9 +72,13 @@ pub struct Errands<'a, T> {
     lane: Way<'a>,
     next_key: u64,
     under_way: BTreeMap<u64, Errand<'a, T>>,
+    /// What is to be made durable next.
+    gathered: Vec<Gathered<'a, T>>,
     /// Flushed, while others may still be hearing that it was in vain.
     unsettled: Vec<(Others, Errand<'a, T>)>,
     over: VecDeque<(T, io::Result<()>)>,
+    /// Those that are not over, and the bytes that they hold.
+    count: usize,
     bytes: usize,
     /// Nothing more is begun: whoever wanted it has gone.
     closing: bool,
@@ -95,8 +103,17 @@ struct Errand<'a, T> {
     /// What is to follow the call that is under way.
     then: Then,
     listening: Option<Listening<'a>>,
+    /// Those whom the flush that is under way is for, too.
+    joined: Vec<Errand<'a, T>>,
     /// Bytes that it holds.
     weight: usize,
+}
+
+/// An errand that is to be made durable, and what it has not written yet.
+#[derive(Debug)]
+struct Gathered<'a, T> {
+    errand: Errand<'a, T>,
+    write: Option<(u64, Vec<u8>)>,
 }
 
 #[derive(Debug)]
@@ -115,8 +132,10 @@ impl<'a, T> Errands<'a, T> {
             lane: Way::Unknown,
             next_key: 0,
             under_way: BTreeMap::new(),
+            gathered: Vec::new(),
             unsettled: Vec::new(),
             over: VecDeque::new(),
+            count: 0,
             bytes: 0,
             closing: false,
         }
@@ -125,14 +144,14 @@ impl<'a, T> Errands<'a, T> {
     /// Whether none is under way, and the outcome of each has been taken.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.under_way.is_empty() && self.unsettled.is_empty() && self.over.is_empty()
+        self.count == 0 && self.over.is_empty()
     }
 
     /// Whether one may be begun that holds so many bytes.
     #[must_use]
     pub fn has_room(&self, bytes: usize) -> bool {
-        let count = self.under_way.len() + self.unsettled.len() + self.over.len();
-        count < UNDER_WAY_MAX && (self.bytes == 0 || self.bytes + bytes <= BYTES_MAX)
+        let is_free = self.count + self.over.len() < UNDER_WAY_MAX;
+        is_free && (self.bytes == 0 || self.bytes + bytes <= BYTES_MAX)
     }
 
     /// Whether something is being changed in `range`: who changes it, too, has to wait, or the
@@ -140,8 +159,10 @@ impl<'a, T> Errands<'a, T> {
     #[must_use]
     pub fn change(&self, range: Range) -> bool {
         let shared = |changed: Range| changed.from(range.offset()).until(range.end());
+        let gathered = self.gathered.iter().map(|gathered| &gathered.errand);
         self.under_way
             .values()
+            .chain(gathered)
             .any(|errand| errand.changes.is_some_and(|changed| !shared(changed).is_empty()))
     }
 
@@ -153,8 +174,9 @@ impl<'a, T> Errands<'a, T> {
     /// any part of a change may have been made.
     pub fn begin(&mut self, visit: Visit<'a>, work: Work, token: T) {
         let weight = if let Work::Write { data, .. } = &work { data.len() } else { 0 };
-        let errand =
-            Errand { token, visit, changes: None, then: Then::Nothing, listening: None, weight };
+        let (changes, then, listening, joined) = (None, Then::Nothing, None, Vec::new());
+        let errand = Errand { token, visit, changes, then, listening, joined, weight };
+        self.count += 1;
         self.bytes += weight;
         match self.check(&work) {
             Ok(true) => self.start(errand, work),
@@ -165,6 +187,7 @@ impl<'a, T> Errands<'a, T> {
 
     /// Begins all that has been taken on.
     pub fn submit(&mut self) {
+        self.make_durable();
         if let Way::Lane(lane) = &mut self.lane {
             lane.submit();
         }
@@ -229,7 +252,7 @@ impl<'a, T> Errands<'a, T> {
         match work {
             Work::Load(range) => self.call(errand, Call::Load(range)),
             Work::Prefetch(range) => self.call(errand, Call::Prefetch(range)),
-            Work::Flush => self.call(errand, Call::Flush),
+            Work::Flush => self.gathered.push(Gathered { errand, write: None }),
             Work::Zero { range, how, durable } => {
                 (errand.changes, errand.then) = (Some(range), flush_if(durable));
                 self.call(errand, Call::Zero(range, how));
@@ -254,26 +277,53 @@ impl<'a, T> Errands<'a, T> {
         let range = Range::whole(self.disk.size()).from(offset).split(data.len() as u64).0;
         errand.changes = Some(range);
         let image = &*self.disk.image;
-        match durable.then(|| zeros::leaves_gaps(image, offset, &data)).transpose() {
-            Ok(Some(false)) => self.call(errand, Call::Write { offset, data }),
-            Ok(_) => match errand.visit.cold_edges(range) {
-                Some(edges) => {
-                    errand.then = Then::Write { offset, data, durable };
-                    self.call(errand, Call::Load(edges));
-                }
-                None => self.write(errand, offset, &data, durable),
-            },
-            Err(error) => self.end(errand, Err(error)),
+        let gaps = match durable.then(|| zeros::leaves_gaps(image, offset, &data)).transpose() {
+            Ok(gaps) => gaps,
+            Err(error) => return self.end(errand, Err(error)),
+        };
+        if let Some(edges) = errand.visit.cold_edges(range) {
+            errand.then = Then::Write { offset, data, durable };
+            self.call(errand, Call::Load(edges));
+        } else if gaps == Some(false) {
+            self.gathered.push(Gathered { errand, write: Some((offset, data)) });
+        } else {
+            self.write(errand, offset, &data, durable);
         }
     }
 
-    /// Writes without waiting for a disk, and flushes if need be.
-    fn write(&mut self, errand: Errand<'a, T>, offset: u64, data: &[u8], durable: bool) {
+    /// Writes without waiting for a disk.
+    fn write(&mut self, mut errand: Errand<'a, T>, offset: u64, data: &[u8], durable: bool) {
         let written = zeros::write_around_holes(&*self.disk.image, offset, data);
-        self.mark(&errand);
+        self.mark(&mut errand);
         match written {
-            Ok(()) if durable => self.call(errand, Call::Flush),
+            Ok(()) if durable => self.gathered.push(Gathered { errand, write: None }),
             outcome => self.end(errand, outcome),
+        }
+    }
+
+    /// Makes durable what has been gathered.
+    fn make_durable(&mut self) {
+        let mut gathered = std::mem::take(&mut self.gathered);
+        if let [Gathered { write: Some(_), .. }] = gathered[..]
+            && let Some(Gathered { errand, write: Some((offset, data)) }) = gathered.pop()
+        {
+            return self.call(errand, Call::Write { offset, data });
+        }
+        let mut written = Vec::new();
+        for Gathered { mut errand, write } in gathered {
+            let outcome = write.map_or(Ok(()), |(offset, data)| {
+                let outcome = self.disk.image.write(offset, &data, false);
+                self.mark(&mut errand);
+                outcome
+            });
+            match outcome {
+                Ok(()) => written.push(errand),
+                Err(error) => self.end(errand, Err(error)),
+            }
+        }
+        if let Some(mut errand) = written.pop() {
+            errand.joined = written;
+            self.call(errand, Call::Flush);
         }
     }
 
@@ -305,28 +355,40 @@ impl<'a, T> Errands<'a, T> {
         let Made { key, call, outcome } = made;
         let Some(mut errand) = self.under_way.remove(&key) else { return };
         let outcome = outcome.unwrap_or_else(|| perform(self.disk, &call));
-        // Mark after the bytes are there, also after half of them: the copier takes the mark first
-        // and reads second, so that a change may be sent twice but never missed.
-        self.mark(&errand);
         match (call, outcome) {
-            (Call::Flush | Call::Write { .. }, Ok(())) => self.heard(errand),
+            (Call::Load(_) | Call::Prefetch(_), outcome) => self.loaded(errand, outcome),
+            (Call::Flush, Ok(())) => self.heard(errand),
             (Call::Flush, Err(error)) => self.fail(errand, &error),
+            (Call::Write { .. }, Ok(())) => {
+                self.mark(&mut errand);
+                self.heard(errand);
+            }
             // Was it to write, or to make durable? Written once more without, it shows.
             (Call::Write { offset, data }, Err(error)) => {
                 let written = self.disk.image.write(offset, &data, false);
-                self.mark(&errand);
+                self.mark(&mut errand);
                 match written {
                     Ok(()) => self.fail(errand, &error),
                     Err(error) => self.end(errand, Err(error)),
                 }
             }
-            (_, Ok(())) => match std::mem::replace(&mut errand.then, Then::Nothing) {
-                _ if self.closing => self.end(errand, Ok(())),
-                Then::Nothing => self.end(errand, Ok(())),
-                Then::Flush => self.call(errand, Call::Flush),
-                Then::Write { offset, data, durable } => self.write(errand, offset, &data, durable),
-            },
-            (_, outcome) => self.end(errand, outcome),
+            (Call::Zero(..) | Call::Trim(_), outcome) => {
+                self.mark(&mut errand);
+                match (outcome, &errand.then) {
+                    (Ok(()), Then::Flush) => self.gathered.push(Gathered { errand, write: None }),
+                    (outcome, _) => self.end(errand, outcome),
+                }
+            }
+        }
+    }
+
+    /// Goes on with what was to be loaded first.
+    fn loaded(&mut self, mut errand: Errand<'a, T>, outcome: io::Result<()>) {
+        match std::mem::replace(&mut errand.then, Then::Nothing) {
+            Then::Write { offset, data, durable } if !self.closing => {
+                self.write(errand, offset, &data, durable);
+            }
+            _ => self.end(errand, outcome),
         }
     }
 
@@ -360,12 +422,20 @@ impl<'a, T> Errands<'a, T> {
     }
 
     fn end(&mut self, errand: Errand<'a, T>, outcome: io::Result<()>) {
+        let errno = outcome.as_ref().err().map(errno_of);
+        for joined in errand.joined {
+            let outcome = errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
+            self.end(joined, outcome);
+        }
+        self.count -= 1;
         self.bytes -= errand.weight;
         self.over.push_back((errand.token, outcome));
     }
 
-    fn mark(&self, errand: &Errand<'a, T>) {
-        if let Some(range) = errand.changes {
+    /// Marks what an errand has changed, be it only in part: after the bytes are there. The copier
+    /// takes the mark first and reads second, so that a change may be sent twice but never missed.
+    fn mark(&self, errand: &mut Errand<'a, T>) {
+        if let Some(range) = errand.changes.take() {
             self.disk.mark(range);
         }
     }

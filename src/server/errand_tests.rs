@@ -114,6 +114,19 @@ impl Fixture {
         self.slow.finish(nth, &self.image);
     }
 
+    /// Makes the first call of this kind that is under way, once it is.
+    fn finish_one(&self, kind: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let calls = self.slow.wait_for(0);
+            if let Some(nth) = calls.iter().position(|call| call.starts_with(kind)) {
+                return self.finish(nth);
+            }
+            assert!(Instant::now() < deadline, "no {kind} among {calls:?}");
+            thread::yield_now();
+        }
+    }
+
     fn hurry(&self) {
         self.slow.hurry(&self.image);
     }
@@ -151,6 +164,10 @@ impl Client {
         self.ask(CommandKind::Flush, PLAIN, 0, 0, cookie);
     }
 
+    fn cache(&mut self, cookie: u64) {
+        self.ask(CommandKind::Cache, PLAIN, 0, 4096, cookie);
+    }
+
     /// The cookie and the error of the next reply.
     fn head(&mut self) -> (u64, u32) {
         let mut head = [0; 16];
@@ -184,27 +201,28 @@ fn nothing_that_is_slow_holds_up_what_is_asked_behind_it() {
     let fixture = plain();
     let mut client = fixture.client();
     client.flush(1);
+    fixture.slow.wait_for(1);
     client.write(FUA, 0, &[1; 4096], 2);
     client.ask(CommandKind::Trim, PLAIN, MIB, MIB, 3);
     client.ask(CommandKind::WriteZeroes, FUA, 2 * MIB, MIB, 4);
-    client.ask(CommandKind::Cache, PLAIN, 0, 4096, 5);
+    client.cache(5);
     fixture.slow.wait_for(5);
     client.is_answered_first();
-    for (nth, cookie) in [(4, 5), (2, 3)] {
-        fixture.finish(nth);
+    for (kind, cookie) in [("Prefetch", 5), ("Trim", 3)] {
+        fixture.finish_one(kind);
         assert_eq!(client.head(), (cookie, 0));
     }
     // Both may be told of a failure that concerns the other.
-    fixture.finish(1);
+    fixture.finish_one("Write");
     client.is_answered_first();
-    fixture.finish(0);
+    fixture.finish_one("Flush");
     let both = [client.head(), client.head()];
     assert!(both.contains(&(1, 0)) && both.contains(&(2, 0)), "{both:?}");
     // What is zeroed is then flushed.
-    fixture.finish(0);
+    fixture.finish_one("Zero");
     fixture.slow.wait_for(1);
     client.is_answered_first();
-    fixture.finish(0);
+    fixture.finish_one("Flush");
     assert_eq!(client.head(), (4, 0));
 }
 
@@ -258,6 +276,36 @@ fn changes_of_the_same_bytes_are_made_in_the_order_in_which_they_came() {
     fixture.finish(0);
     assert_eq!(client.head(), (3, 0));
     assert_eq!(fixture.memory.contents()[4095..4097], [1, 2]);
+}
+
+#[test]
+fn what_is_to_be_durable_at_the_same_time_is_flushed_once() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    // Behind a read, so that all of it has arrived when it is looked at.
+    let mut sent = Client(client.0.try_clone().unwrap());
+    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+    sent.read(0, 512, 0);
+    for cookie in 1..=20 {
+        sent.write(FUA, cookie * 4096, &[1; 4096], cookie);
+        sent.flush(100 + cookie);
+    }
+    fixture.disk.gate().reopen();
+    assert_eq!(client.head(), (0, 0));
+    client.data(512);
+    let mut answered = std::collections::BTreeSet::new();
+    let mut flushes = 0;
+    while answered.len() < 40 {
+        flushes += fixture.slow.wait_for(1).len();
+        fixture.finish(0);
+        client.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        while client.0.peek(&mut [0; 16]).is_ok_and(|count| count == 16) {
+            let (cookie, error) = client.head();
+            assert!(error == 0 && answered.insert(cookie));
+        }
+    }
+    assert!(flushes < 10, "{flushes} calls for 40 requests");
+    assert_eq!(fixture.memory.contents()[4096..][..20 * 4096], [1; 20 * 4096]);
 }
 
 #[test]
@@ -382,7 +430,7 @@ fn whatever_was_sent_before_the_client_ended_its_side_is_answered_when_it_is_don
     // More than can be under way, so that some of it is still to be taken when the end is there.
     let count = 2 * UNDER_WAY_MAX as u64;
     for cookie in 0..count {
-        client.flush(cookie);
+        client.cache(cookie);
     }
     client.0.shutdown(Shutdown::Write).unwrap();
     fixture.slow.wait_for(UNDER_WAY_MAX);
@@ -406,7 +454,7 @@ fn what_is_under_way_stays_within_its_limits_however_much_is_asked() {
             sending.write(PLAIN, cookie * EACH + 1, &vec![1; EACH as usize], cookie);
         }
         for cookie in 0..2 * UNDER_WAY_MAX as u64 {
-            sending.flush(cookie);
+            sending.cache(cookie);
         }
     });
     // Blocks at the edges have to be loaded: until then all of the data is kept.

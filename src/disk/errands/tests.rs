@@ -224,6 +224,44 @@ fn what_is_to_be_durable_is_flushed_after_it_was_made_and_not_if_that_failed() {
 }
 
 #[test]
+fn what_is_gathered_is_written_and_made_durable_by_one_flush() {
+    let fixture = fixture();
+    let mut errands = fixture.errands();
+    let dirty = fixture.disk.track().unwrap();
+    let visit = || fixture.disk.enter(&|| true).unwrap();
+    for (token, work) in (0..).zip([write(0, 512), Work::Flush, write(BLOCK, 512)]) {
+        errands.begin(visit(), work, token);
+    }
+    assert!(errands.change(range(0, 1)), "it is not written yet");
+    assert_eq!((fixture.slow.count(), dirty.count()), (0, 0));
+    errands.submit();
+    assert_eq!(fixture.slow.wait_for(1), ["Flush"]);
+    assert_eq!((dirty.count(), fixture.faults.count(Op::Write)), (2, 2));
+    assert!(!errands.change(range(0, SIZE)), "what is written may be overwritten");
+    assert!(fixture.gate_is_busy());
+    fixture.slow.fail(0, EIO);
+    let mut all: Vec<_> = std::iter::from_fn(|| told(&mut errands)).collect();
+    all.sort_unstable();
+    assert_eq!(all, [(0, Err(EIO)), (1, Err(EIO)), (2, Err(EIO))]);
+    assert!(errands.is_empty() && !fixture.gate_is_busy());
+}
+
+#[test]
+fn a_write_that_fails_among_others_fails_alone() {
+    let fixture = fixture();
+    let mut errands = fixture.errands();
+    for token in 0..3 {
+        errands.begin(fixture.disk.enter(&|| true).unwrap(), write(0, 512), token);
+    }
+    fixture.faults.fail_nth(2, ENOSPC);
+    errands.submit();
+    assert_eq!(told(&mut errands), Some((1, Err(ENOSPC))));
+    fixture.finish(0);
+    assert_eq!(told(&mut errands), Some((0, Ok(()))));
+    assert_eq!(told(&mut errands), Some((2, Ok(()))));
+}
+
+#[test]
 fn a_failed_flush_is_told_to_whoever_flushed_at_the_same_time() {
     for work in [Work::Flush, write(0, 512)] {
         let fixture = fixture();
