@@ -25,9 +25,6 @@ static ZEROS: [u8; ZEROS_LENGTH] = [0; ZEROS_LENGTH];
 /// bytes: to the end of such a block.
 const BLOCK: u64 = 4096;
 
-/// How far apart the places are, in bytes, at which is asked whether a range is in memory.
-const PROBE: u64 = 256 << 10;
-
 /// An image in a regular file or on a block device.
 #[derive(Debug)]
 pub struct FileImage {
@@ -315,19 +312,13 @@ impl Image for FileImage {
         }
     }
 
-    /// Asks for the last byte of each [`PROBE`]: what is read in one piece comes into memory, and
-    /// goes from there, in order.
+    /// Asks for the first byte, upon which the kernel begins to read ahead as it would for a
+    /// reader, and then for the last.
     fn is_at_hand(&self, range: Range) -> bool {
-        let mut rest = range;
-        while !rest.is_empty() {
-            let (part, after) = rest.split(PROBE);
-            let found = self.read_now(part.end() - 1, &mut [0]);
-            if found.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
-                return false;
-            }
-            rest = after;
-        }
-        true
+        [range.offset(), range.end().saturating_sub(1)].into_iter().all(|at| {
+            let found = self.read_now(at, &mut [0]);
+            !found.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        })
     }
 
     fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn Lane + '_>> {

@@ -19,6 +19,7 @@ use crate::range::Range;
 use crate::systemd::message_id;
 use std::io;
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 /// Longest read that is answered in one chunk because the client wants it so (`DF`).
 pub(super) const WHOLE_READ_MAX: u64 = 1 << 20;
@@ -152,7 +153,7 @@ impl<'a> Worker<'a> {
         out: &mut Outbox,
     ) -> Result<Step<'a>, SessionEnd> {
         if self.is_worth_attaching(read.rest) && !read.begun {
-            if let Some(cold) = cold_part(&visit, read, read.rest) {
+            if let Some(cold) = self.cold_part(&visit, read, read.rest) {
                 return Ok(Step::Cold(visit, cold));
             }
             out.reply(|out| self.dialect.data_head(read.to, 0, 0, false, out));
@@ -201,7 +202,7 @@ impl<'a> Worker<'a> {
         if hole {
             out.reply(|out| self.dialect.hole(read.to, at, length, done, out));
         } else if !read.whole && self.is_worth_attaching(range) {
-            if let Some(cold) = cold_part(&visit, read, range) {
+            if let Some(cold) = self.cold_part(&visit, read, range) {
                 return Step::Cold(visit, cold);
             }
             out.reply(|out| self.dialect.data_head(read.to, at, length, false, out));
@@ -268,6 +269,13 @@ impl<'a> Worker<'a> {
         data.length() >= ATTACH_MIN && self.disk.sends()
     }
 
+    /// What of `range` is to be loaded before the kernel sends it, if anything is.
+    fn cold_part(&self, visit: &Visit<'_>, read: &Read, range: Range) -> Option<Range> {
+        let first = range.split(LOAD_MAX).0;
+        let goes = read.loaded || self.patience.waits() || visit.is_at_hand(first);
+        (!goes).then_some(first)
+    }
+
     /// Sends what is due from the disk, for the first of `reads`; false when the client takes no more now.
     pub(super) fn send_from_disk(
         &mut self,
@@ -278,9 +286,15 @@ impl<'a> Worker<'a> {
         while !out.due_from_disk().is_empty() {
             let due = out.due_from_disk();
             let Some(visit) = self.visit()? else { return Ok(false) };
+            let began = self.patience.waits().then(Instant::now);
             // It fits: a read has no more than 32 bits.
             match visit.send(due.offset(), due.length() as usize, stream.as_fd()) {
-                Ok(count) => out.sent_from_disk(count as u64),
+                Ok(count) => {
+                    out.sent_from_disk(count as u64);
+                    if let Some(began) = began {
+                        self.patience.waited(count as u64, began.elapsed());
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if is_sockets(&error) => return Err(SessionEnd::Connection(error)),
                 Err(error) if self.dialect == Dialect::Simple => {
@@ -311,12 +325,6 @@ impl<'a> Worker<'a> {
 /// Fills `data` from the disk, waiting for it only if it has been loaded.
 fn fill(visit: &Visit<'_>, loaded: bool, offset: u64, data: &mut [u8]) -> io::Result<()> {
     if loaded { visit.read(offset, data) } else { visit.read_now(offset, data) }
-}
-
-/// What of `range` is to be loaded before the kernel sends it, if anything is.
-fn cold_part(visit: &Visit<'_>, read: &Read, range: Range) -> Option<Range> {
-    let first = range.split(LOAD_MAX).0;
-    (!read.loaded && !visit.is_at_hand(first)).then_some(first)
 }
 
 /// Whether sending from the disk failed because of the socket.

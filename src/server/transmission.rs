@@ -21,7 +21,6 @@ use super::reading::Step;
 use super::roster::Seat;
 use super::work::{Aside, Worker};
 use crate::disk::Visit;
-use crate::disk::errands::Work;
 use crate::nbd::request::Terms;
 use crate::net::{Interest, Stream};
 use crate::range::Range;
@@ -146,8 +145,8 @@ impl<'a> Transmission<'a> {
                 Aside::Answer { to, request } => {
                     self.worker.conclude(to, outcome, request, &mut self.outbox);
                 }
-                Aside::Read(mut read, range, since) => {
-                    self.worker.patience.note(range.length(), since.elapsed());
+                Aside::Read(mut read, load) => {
+                    self.worker.loaded(&load);
                     read.warm();
                     self.progress.reads.push_back(read);
                 }
@@ -176,24 +175,21 @@ impl<'a> Transmission<'a> {
     /// Has what the first read needs loaded aside, or waits for it if there is nothing else to do
     /// and that will not take long.
     fn load(&mut self, visit: Visit<'a>, range: Range) -> Result<(), SessionEnd> {
-        let now = Instant::now();
-        if self.has_nothing_else_to_do()
-            && self.worker.patience.waits(range.length())
+        if self.worker.patience.waits()
+            && self.has_nothing_else_to_do()
             && let Some(read) = self.progress.reads.front_mut()
         {
             drop(visit);
             read.warm();
+            let began = Instant::now();
             if let Step::Answered = self.worker.advance(read, &mut self.outbox)? {
                 self.progress.reads.pop_front();
             }
-            self.worker.patience.note(range.length(), now.elapsed());
-        } else if self.worker.errands.has_room(0) {
-            if let Some(read) = self.progress.reads.pop_front() {
-                let aside = Aside::Read(read, range, now);
-                self.worker.errands.begin(visit, Work::Load(range), aside);
-            }
-        } else {
+            self.worker.patience.waited(range.length(), began.elapsed());
+        } else if !self.worker.errands.has_room(0) {
             self.stuck = true;
+        } else if let Some(read) = self.progress.reads.pop_front() {
+            self.worker.load(visit, range, read);
         }
         Ok(())
     }

@@ -44,6 +44,8 @@ pub(super) struct Worker<'a> {
     /// What is under way on the disk.
     pub(super) errands: Errands<'a, Aside>,
     pub(super) patience: Patience,
+    /// Bytes that are being loaded.
+    loading: u64,
     /// For the log.
     pub(super) client: String,
     pub(super) session: u64,
@@ -61,8 +63,17 @@ pub(super) struct Worker<'a> {
 pub(super) enum Aside {
     /// To be answered with its outcome.
     Answer { to: Origin, request: Request },
-    /// To be gone on with: what it needs of this is in memory. It has waited since then.
-    Read(Read, Range, Instant),
+    /// To be gone on with: what it needs is in memory.
+    Read(Read, Load),
+}
+
+/// What is being loaded for a read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load {
+    length: u64,
+    /// What was being loaded for this session when it was begun, this included.
+    under_way: u64,
+    since: Instant,
 }
 
 impl<'a> Worker<'a> {
@@ -82,6 +93,7 @@ impl<'a> Worker<'a> {
             dialect,
             errands: Errands::new(disk, bell),
             patience: Patience::default(),
+            loading: 0,
             client,
             session,
             complaints: 0,
@@ -166,6 +178,20 @@ impl<'a> Worker<'a> {
         let Some(visit) = self.visit()? else { return Ok(false) };
         self.errands.begin(visit, work, Aside::Answer { to, request });
         Ok(true)
+    }
+
+    /// Begins to load what a read needs. Its turn comes again when that is over.
+    pub(super) fn load(&mut self, visit: Visit<'a>, range: Range, read: Read) {
+        self.loading += range.length();
+        let (length, under_way) = (range.length(), self.loading);
+        let load = Load { length, under_way, since: Instant::now() };
+        self.errands.begin(visit, Work::Load(range), Aside::Read(read, load));
+    }
+
+    /// A load is over.
+    pub(super) fn loaded(&mut self, load: &Load) {
+        self.loading -= load.length;
+        self.patience.loaded(load.under_way, load.since.elapsed());
     }
 
     fn block_status(
