@@ -224,28 +224,43 @@ const PATIENCE: u32 = 3;
 /// Passes are compared at most this often, so that short ones are not taken for a trend.
 const COMPARE_EVERY: Duration = SECOND;
 
+/// The part of the allowed pause that is tried for first: a pass more or two often get there.
+pub const AIM_SHARE: u32 = 4;
+
+/// How long that is tried for before the whole of the allowed pause will do.
+pub const AIM_FOR: Duration = SECOND;
+
 /// Whether the copy catches up with the writers, and what to do when it does not.
 #[derive(Debug)]
 pub struct Chase {
     pause: Duration,
+    /// Since when what is left could have been sent within the pause, now and then.
+    fits_since: Option<Duration>,
     step: usize,
     stubborn: u32,
     before: Option<(Duration, u64)>,
 }
 
 impl Chase {
-    /// A chase that ends when what is left can be sent within `pause`.
+    /// A chase that ends when what is left can be sent within `pause`, or better, in a quarter
+    /// of it.
     #[must_use]
     pub fn new(pause: Duration) -> Self {
-        Self { pause, step: 0, stubborn: 0, before: None }
+        Self { pause, fits_since: None, step: 0, stubborn: 0, before: None }
     }
 
     /// Whether the gate may be closed with `left` bytes to go, at `link_rate` bytes per second.
     #[must_use]
-    pub fn may_end(&self, left: u64, link_rate: Option<NonZeroU64>) -> bool {
-        left == 0
-            || self.stubborn >= PATIENCE
-            || link_rate.is_some_and(|rate| time_for(left, rate) <= self.pause)
+    pub fn may_end(&mut self, now: Duration, left: u64, link_rate: Option<NonZeroU64>) -> bool {
+        if left == 0 || self.stubborn >= PATIENCE {
+            return true;
+        }
+        let Some(needed) = link_rate.map(|rate| time_for(left, rate)) else { return false };
+        if needed > self.pause {
+            return false;
+        }
+        let since = *self.fits_since.get_or_insert(now);
+        needed <= self.pause / AIM_SHARE || now >= since + AIM_FOR
     }
 
     /// A pass is over and left so many bytes. One that did not shrink by a quarter since the last

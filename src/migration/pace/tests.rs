@@ -92,13 +92,24 @@ fn holes_count_for_the_time_left_but_not_for_the_speed() {
 }
 
 #[test]
-fn the_gate_closes_when_the_rest_fits_the_pause_and_not_a_byte_earlier() {
-    let chase = Chase::new(100 * MS);
+fn the_gate_closes_when_the_rest_fits_a_quarter_of_the_pause_and_not_a_byte_earlier() {
+    let mut chase = Chase::new(100 * MS);
     let rate = NonZeroU64::new(1000);
-    assert!(chase.may_end(100, rate));
-    assert!(!chase.may_end(101, rate));
-    assert!(!chase.may_end(1, None), "nothing was measured");
-    assert!(chase.may_end(0, None));
+    assert!(chase.may_end(SECOND, 25, rate));
+    assert!(!chase.may_end(SECOND, 26, rate));
+    assert!(!chase.may_end(SECOND, 1, None), "nothing was measured");
+    assert!(chase.may_end(SECOND, 0, None));
+}
+
+#[test]
+fn a_rest_that_fits_the_whole_pause_is_tried_to_be_made_smaller_for_a_second() {
+    let mut chase = Chase::new(100 * MS);
+    let rate = NonZeroU64::new(1000);
+    assert!(!chase.may_end(SECOND, 101, rate));
+    assert!(!chase.may_end(2 * SECOND, 100, rate), "it has only just begun to fit");
+    assert!(!chase.may_end(3 * SECOND - MS, 100, rate));
+    assert!(chase.may_end(3 * SECOND, 100, rate));
+    assert!(!chase.may_end(3 * SECOND, 101, rate), "not a byte more, however long it takes");
 }
 
 #[test]
@@ -117,7 +128,7 @@ fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
     let mut chase = Chase::new(100 * MS);
     let mut delays = vec![chase.delay()];
     let mut second = 1;
-    while !chase.may_end(1 << 30, NonZeroU64::new(1)) {
+    while !chase.may_end(second * SECOND, 1 << 30, NonZeroU64::new(1)) {
         chase.pass_ended(second * SECOND, 1 << 30);
         delays.push(chase.delay());
         second += 1;
