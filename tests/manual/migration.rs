@@ -70,7 +70,7 @@ fn chased() -> (Vec<Duration>, u64) {
     let mut chase = Chase::new(job().pause);
     let (mut steps, mut at_the_last) = (Vec::new(), 0);
     for second in 0..100 {
-        chase.pass_ended(Duration::from_secs(second), 1 << 30);
+        chase.pass_ended(Duration::from_secs(second), 1 << 30, None);
         let delay = chase.delay();
         if steps.last() != Some(&delay) {
             steps.push(delay);
@@ -78,7 +78,7 @@ fn chased() -> (Vec<Duration>, u64) {
         } else {
             at_the_last += 1;
         }
-        if chase.may_end(Duration::from_secs(second), 1 << 30, None) {
+        if chase.may_end(Duration::from_secs(second), 1 << 30, None, None) {
             return (steps, at_the_last);
         }
     }

@@ -32,7 +32,7 @@ impl Machine {
             Event::Looked { range, content } => self.plan.looked(range, content),
             Event::Taken { run, left } => {
                 if self.plan.taken(run, left) {
-                    self.chase.pass_ended(now, self.plan.left());
+                    self.chase.pass_ended(now, self.plan.left(), self.meter.link_rate());
                 }
             }
             Event::Reply { cookie, error } => {
@@ -161,8 +161,9 @@ impl Machine {
     }
 
     fn has_caught_up(&mut self, now: Duration) -> bool {
+        let (left, limit) = (self.plan.left(), self.speed.limit());
         self.plan.knows_what_is_left()
-            && self.chase.may_end(now, self.plan.left(), self.meter.link_rate())
+            && self.chase.may_end(now, left, self.meter.link_rate(), limit)
     }
 
     /// What is left fits the pause: once the destination has flushed the bulk, close the gate.
