@@ -158,6 +158,9 @@ impl<'a, T> Errands<'a, T> {
     /// earlier change might come out on top.
     #[must_use]
     pub fn change(&self, range: Range) -> bool {
+        if self.count == 0 {
+            return false;
+        }
         let shared = |changed: Range| changed.from(range.offset()).until(range.end());
         let gathered = self.gathered.iter().map(|gathered| &gathered.errand);
         self.under_way
@@ -195,6 +198,9 @@ impl<'a, T> Errands<'a, T> {
 
     /// The next that is over: what was given to [`Errands::begin`], and its outcome.
     pub fn next_over(&mut self) -> Option<(T, io::Result<()>)> {
+        if self.is_empty() {
+            return None;
+        }
         while !self.under_way.is_empty()
             && let Way::Lane(lane) = &mut self.lane
             && let Some(made) = lane.finished()
