@@ -188,8 +188,10 @@ impl<'a, T> Errands<'a, T> {
     /// Begins all that has been taken on.
     pub fn submit(&mut self) {
         self.make_durable();
-        if let Way::Lane(lane) = &mut self.lane {
-            lane.submit();
+        if let Way::Lane(lane) = &mut self.lane
+            && !lane.submit()
+        {
+            self.bell.ring();
         }
     }
 

@@ -182,7 +182,7 @@ impl Lane for SlowLane<'_> {
         Ok(())
     }
 
-    fn submit(&mut self) {
+    fn submit(&mut self) -> bool {
         let slow = &self.image.slow;
         for (key, call) in self.waiting.drain(..) {
             let bell = self.bell.try_clone().unwrap();
@@ -196,6 +196,7 @@ impl Lane for SlowLane<'_> {
                 slow.changed.notify_all();
             }
         }
+        true
     }
 
     fn finished(&mut self) -> Option<Made> {
