@@ -453,7 +453,8 @@ impl<T> Drop for Errands<'_, T> {
             lane.wait();
             match lane.finished() {
                 Some(made) => self.made(made),
-                None => break,
+                // They may still be made: rather is the gate never closed again than behind them.
+                None => return std::mem::forget(std::mem::take(&mut self.under_way)),
             }
         }
     }

@@ -58,6 +58,8 @@ struct State {
     over: VecDeque<(u64, Made)>,
     /// Nothing is made late any more.
     hurries: bool,
+    /// Nothing is told any more.
+    mute: bool,
     /// Reads have to be loaded first.
     cold: bool,
     loaded: BTreeSet<u64>,
@@ -115,6 +117,11 @@ impl Slow {
         while self.count() > 0 {
             self.finish(0, image);
         }
+    }
+
+    /// From now on nobody is told that a call is over, not even whoever waits for it.
+    pub(crate) fn go_mute(&self) {
+        self.lock().mute = true;
     }
 
     /// From now on calls wait for the test again.
@@ -201,6 +208,9 @@ impl Lane for SlowLane<'_> {
 
     fn finished(&mut self) -> Option<Made> {
         let mut state = self.image.slow.lock();
+        if state.mute {
+            return None;
+        }
         let at = state.over.iter().position(|(lane, _)| *lane == self.number)?;
         state.over.remove(at).map(|(_, made)| made)
     }
@@ -210,6 +220,9 @@ impl Lane for SlowLane<'_> {
             return;
         }
         let slow = &self.image.slow;
+        if slow.lock().mute {
+            return;
+        }
         let none = |state: &mut State| state.over.iter().all(|(lane, _)| *lane != self.number);
         let waited = slow.changed.wait_timeout_while(slow.lock(), PATIENCE, none).unwrap();
         assert!(!waited.1.timed_out(), "the test never let the calls end");

@@ -156,6 +156,16 @@ fn errands_that_are_dropped_are_waited_for_and_their_changes_marked() {
 }
 
 #[test]
+fn the_gate_is_never_closed_behind_what_nobody_tells_the_end_of() {
+    let fixture = fixture();
+    let mut errands = fixture.errands();
+    fixture.begin(&mut errands, write(0, 512), 0);
+    fixture.slow.go_mute();
+    drop(errands);
+    assert!(fixture.gate_is_busy());
+}
+
+#[test]
 fn there_is_room_up_to_the_limits_and_not_beyond() {
     let fixture = fixture();
     let mut errands = fixture.errands();
