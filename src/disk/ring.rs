@@ -221,6 +221,8 @@ impl<'a> Ring<'a> {
             (Call::Write { .. }, 0) => Some(Err(io::ErrorKind::WriteZero.into())),
             (_, 0..) => Some(Ok(())),
             _ if matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS) => None,
+            // The kernel may have no more threads (`TasksMax=`): it has not made it, but we can.
+            _ if errno == Errno::ECANCELED => None,
             _ => Some(Err(errno.into())),
         };
         self.over.push_back(Made { key, call, outcome });
@@ -339,7 +341,7 @@ impl std::fmt::Debug for Ring<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::slow::TestBell;
-    use super::super::{Access, Bell, Image};
+    use super::super::{Access, Bell, Image, Zeroing};
     use super::*;
     use tempfile::TempDir;
 
@@ -394,6 +396,17 @@ mod tests {
         let mut found = [9; 4096];
         image.read(0, &mut found).unwrap();
         assert!(found[..512] == [0; 512] && found[512..] == [1; 3584]);
+    }
+
+    #[test]
+    fn what_the_kernel_has_no_thread_for_is_left_to_the_session_and_is_no_failed_flush() {
+        let ((_folder, image), bell) = (image(), TestBell::default());
+        let Some(mut ring) = disabled(&image, &bell) else { return };
+        let zero = Call::Zero(Range::whole(4096), Zeroing::default());
+        for call in [Call::Flush, write(1), zero, Call::Prefetch(Range::whole(4096))] {
+            ring.take(1, Begun { call, done: 0 }, -(Errno::ECANCELED as i32));
+            assert!(ring.finished().unwrap().outcome.is_none());
+        }
     }
 
     #[test]
