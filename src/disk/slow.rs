@@ -60,6 +60,8 @@ struct State {
     hurries: bool,
     /// Nothing is told any more.
     mute: bool,
+    /// Nothing is begun any more.
+    broken: bool,
     /// Reads have to be loaded first.
     cold: bool,
     loaded: BTreeSet<u64>,
@@ -122,6 +124,11 @@ impl Slow {
     /// From now on nobody is told that a call is over, not even whoever waits for it.
     pub(crate) fn go_mute(&self) {
         self.lock().mute = true;
+    }
+
+    /// From now on nothing is begun, as by a kernel that takes nothing.
+    pub(crate) fn break_down(&self) {
+        self.lock().broken = true;
     }
 
     /// From now on calls wait for the test again.
@@ -191,6 +198,13 @@ impl Lane for SlowLane<'_> {
 
     fn submit(&mut self) -> bool {
         let slow = &self.image.slow;
+        let mut state = slow.lock();
+        if state.broken {
+            let unmade = |(key, call)| (self.number, Made { key, call, outcome: None });
+            state.over.extend(self.waiting.drain(..).map(unmade));
+            return false;
+        }
+        drop(state);
         for (key, call) in self.waiting.drain(..) {
             let bell = self.bell.try_clone().unwrap();
             let begun = Begun { lane: self.number, key, call, bell };

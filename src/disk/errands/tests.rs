@@ -217,6 +217,17 @@ fn what_cannot_be_done_aside_is_done_by_the_session() {
 }
 
 #[test]
+fn what_is_given_back_by_a_kernel_that_takes_nothing_is_heard_of() {
+    let fixture = fixture();
+    let mut errands = fixture.errands();
+    fixture.slow.break_down();
+    fixture.begin(&mut errands, Work::Flush, 0);
+    assert!(errands.has_news() || fixture.bell.count() > 0, "or nobody would look");
+    assert_eq!(told(&mut errands), Some((0, Ok(()))));
+    assert_eq!(fixture.faults.count(Op::Flush), 1);
+}
+
+#[test]
 fn what_is_to_be_durable_is_flushed_after_it_was_made_and_not_if_that_failed() {
     let fixture = fixture();
     let mut errands = fixture.errands();
