@@ -163,6 +163,9 @@ fn the_gate_is_never_closed_behind_what_nobody_tells_the_end_of() {
     fixture.slow.go_mute();
     drop(errands);
     assert!(fixture.gate_is_busy());
+    let mut others = fixture.errands();
+    fixture.begin(&mut others, Work::Flush, 1);
+    assert_eq!(told(&mut others), Some((1, Err(EIO))), "it may have been that one's failure");
 }
 
 #[test]
