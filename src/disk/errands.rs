@@ -191,8 +191,10 @@ impl<'a, T> Errands<'a, T> {
     /// Begins all that has been taken on.
     pub fn submit(&mut self) {
         self.make_durable();
-        if let Way::Lane(lane) = &mut self.lane {
-            lane.submit();
+        if let Way::Lane(lane) = &mut self.lane
+            && !lane.submit()
+        {
+            self.bell.ring();
         }
     }
 
@@ -438,6 +440,17 @@ impl<'a, T> Errands<'a, T> {
         self.over.push_back((errand.token, outcome));
     }
 
+    /// Lets those go of which nobody tells the end. They may still be made: rather is the gate never
+    /// closed again than behind them. And a flush may have failed: better call one so that has not.
+    fn abandon(&mut self) {
+        let mut abandoned = std::mem::take(&mut self.under_way);
+        for errand in abandoned.values_mut().filter(|errand| errand.listening.is_some()) {
+            let _ = self.disk.hearing.failed(&Errno::EIO.into());
+            errand.listening = None;
+        }
+        std::mem::forget(abandoned);
+    }
+
     /// Marks what an errand has changed, be it only in part: after the bytes are there. The copier
     /// takes the mark first and reads second, so that a change may be sent twice but never missed.
     fn mark(&self, errand: &mut Errand<'a, T>) {
@@ -457,7 +470,7 @@ impl<T> Drop for Errands<'_, T> {
             lane.wait();
             match lane.finished() {
                 Some(made) => self.made(made),
-                None => break,
+                None => return self.abandon(),
             }
         }
     }

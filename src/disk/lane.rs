@@ -49,8 +49,9 @@ pub trait Lane: std::fmt::Debug {
     /// # Errors
     /// The call, if it cannot be made here.
     fn begin(&mut self, key: u64, call: Call) -> Result<(), Call>;
-    /// Begins what has been taken on.
-    fn submit(&mut self);
+    /// Begins what has been taken on. False if calls have come to their end by that for which the
+    /// bell does not ring.
+    fn submit(&mut self) -> bool;
     /// One of the calls that are over, if there is one. When there will be, the bell rings that the
     /// lane was made with.
     fn finished(&mut self) -> Option<Made>;

@@ -361,7 +361,8 @@ impl Visit<'_> {
     }
 
     /// Returns once everything that any visit wrote before this call is on stable storage. Only for
-    /// whoever has no errands under way: it waits for all that others have.
+    /// whoever has no errands under way, and holds no lock that a session may wait for: it waits for
+    /// the flushes of all sessions.
     ///
     /// # Errors
     /// What the image says. From then on every flush and every durable change fails with the same

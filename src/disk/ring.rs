@@ -4,7 +4,7 @@
 use super::FileImage;
 use super::lane::{Call, Lane, Made};
 use crate::range::Range;
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, Probe, opcode, squeue, types};
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use nix::libc;
@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::mem::{self, MaybeUninit};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::thread;
+use std::time::Duration;
 
 /// How many entries are submitted at once; twice as many can be under way.
 const ENTRIES: u32 = 128;
@@ -20,6 +22,8 @@ const IN_KERNEL_MAX: usize = 2 * ENTRIES as usize;
 /// Up to this length a range is loaded by reading it. A longer one by advice, and by reading its
 /// last byte to know when it is there: bytes that nobody looks at are not worth copying.
 const LOAD_BY_READING_MAX: u64 = 64 << 10;
+/// How long to leave the kernel alone when it is short of memory.
+const RETRY: Duration = Duration::from_millis(1);
 /// Marks entries of which the end is of no interest.
 const NOBODY: u64 = u64::MAX;
 
@@ -59,6 +63,15 @@ impl<'a> Ring<'a> {
         let mut builder = IoUring::builder();
         builder.setup_coop_taskrun().setup_single_issuer();
         let ring = builder.build(ENTRIES).or_else(|_| IoUring::new(ENTRIES))?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        if !knows_all(&probe) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Self::with(ring, image, bell)
+    }
+
+    fn with(ring: IoUring, image: &'a FileImage, bell: BorrowedFd<'_>) -> io::Result<Self> {
         ring.submitter().register_eventfd(bell.as_raw_fd())?;
         Ok(Self {
             image,
@@ -112,8 +125,8 @@ impl<'a> Ring<'a> {
     }
 
     fn advice(&self, range: Range) -> squeue::Entry {
-        // It fits: no disk is longer than 2^63 bytes.
-        let length = range.length() as libc::off_t;
+        // The entry has 32 bits for it, and the kernel loads less than that for one advice.
+        let length = range.length().min(u32::MAX.into()) as libc::off_t;
         let advice = opcode::Fadvise::new(self.fd(), length, libc::POSIX_FADV_WILLNEED);
         advice.offset(range.offset()).build()
     }
@@ -208,6 +221,8 @@ impl<'a> Ring<'a> {
             (Call::Write { .. }, 0) => Some(Err(io::ErrorKind::WriteZero.into())),
             (_, 0..) => Some(Ok(())),
             _ if matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS) => None,
+            // The kernel may have no more threads (`TasksMax=`): it has not made it, but we can.
+            _ if errno == Errno::ECANCELED => None,
             _ => Some(Err(errno.into())),
         };
         self.over.push_back(Made { key, call, outcome });
@@ -227,6 +242,19 @@ impl<'a> Ring<'a> {
     }
 }
 
+/// Whether a kernel knows all that we ask of it: one that does not would say `EINVAL`, which we would
+/// take for what became of the call. Not all of it came with io_uring itself (Linux 5.6).
+fn knows_all(probe: &Probe) -> bool {
+    let codes = [
+        opcode::Read::CODE,
+        opcode::Write::CODE,
+        opcode::Fsync::CODE,
+        opcode::Fallocate::CODE,
+        opcode::Fadvise::CODE,
+    ];
+    codes.into_iter().all(|code| probe.is_supported(code))
+}
+
 impl Lane for Ring<'_> {
     fn begin(&mut self, key: u64, call: Call) -> Result<(), Call> {
         if self.broken {
@@ -238,20 +266,23 @@ impl Lane for Ring<'_> {
         Ok(())
     }
 
-    fn submit(&mut self) {
-        loop {
+    fn submit(&mut self) -> bool {
+        // What is still in a ring that was given up points to memory that is not ours any more.
+        while !self.broken {
             self.fill();
             if self.in_ring == 0 {
-                return;
+                break;
             }
             if !self.hand_over() {
                 // It may be short of memory until something has ended.
                 if self.in_kernel == 0 {
                     self.give_up();
+                    return false;
                 }
-                return;
+                break;
             }
         }
+        true
     }
 
     fn finished(&mut self) -> Option<Made> {
@@ -264,6 +295,8 @@ impl Lane for Ring<'_> {
     fn wait(&mut self) {
         loop {
             self.collect();
+            // Calls that have to go on are begun, too: they are not over before.
+            self.submit();
             if !self.over.is_empty() || self.in_kernel == 0 {
                 return;
             }
@@ -273,8 +306,12 @@ impl Lane for Ring<'_> {
                     self.in_ring -= count;
                     self.in_kernel += count;
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return,
+                Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                    Some(Errno::EINTR) => {}
+                    // It took nothing, and therefore did not wait: what it has ends all the same.
+                    Some(Errno::EAGAIN | Errno::EBUSY | Errno::ENOMEM) => thread::sleep(RETRY),
+                    _ => return,
+                },
             }
         }
     }
@@ -298,5 +335,82 @@ impl Drop for Ring<'_> {
 impl std::fmt::Debug for Ring<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Ring").field("begun", &self.begun).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::slow::TestBell;
+    use super::super::{Access, Bell, Image, Zeroing};
+    use super::*;
+    use tempfile::TempDir;
+
+    fn image() -> (TempDir, FileImage) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        let image = FileImage::create(&path, 1 << 20, Access::default()).unwrap();
+        (folder, image)
+    }
+
+    /// A ring that the kernel does not look into before it is enabled.
+    fn disabled<'a>(image: &'a FileImage, bell: &TestBell) -> Option<Ring<'a>> {
+        let ring = IoUring::builder().setup_r_disabled().build(ENTRIES);
+        Ring::with(ring.ok()?, image, bell.as_eventfd()).ok()
+    }
+
+    fn write(byte: u8) -> Call {
+        Call::Write { offset: 0, data: vec![byte; 4096] }
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_take_is_given_back_and_never_made_by_it_later() {
+        let ((_folder, image), bell) = (image(), TestBell::default());
+        let Some(mut ring) = disabled(&image, &bell) else { return };
+        ring.begin(1, write(1)).unwrap();
+        ring.begin(2, Call::Flush).unwrap();
+        assert!(!ring.submit(), "nobody rings for it");
+        for key in [1, 2] {
+            let made = ring.finished().unwrap();
+            assert!(made.key == key && made.outcome.is_none());
+        }
+        assert_eq!(ring.begin(3, write(3)), Err(write(3)));
+        // What was taken back has been freed by now: the kernel must not come for it.
+        ring.ring.submitter().register_enable_rings().unwrap();
+        assert!(ring.submit());
+        ring.wait();
+        drop(ring);
+        let mut found = [9; 4096];
+        image.read(0, &mut found).unwrap();
+        assert!(found == [0; 4096]);
+    }
+
+    #[test]
+    fn whoever_waits_for_a_call_that_has_to_go_on_waits_until_it_is_over() {
+        let ((_folder, image), bell) = (image(), TestBell::default());
+        let Ok(mut ring) = Ring::new(&image, bell.as_eventfd()) else { return };
+        // As after a part of it was written.
+        ring.again(1, Begun { call: write(1), done: 512 });
+        ring.wait();
+        let made = ring.finished().expect("it has been waited for");
+        assert!(made.key == 1 && matches!(made.outcome, Some(Ok(()))), "{:?}", made.outcome);
+        let mut found = [9; 4096];
+        image.read(0, &mut found).unwrap();
+        assert!(found[..512] == [0; 512] && found[512..] == [1; 3584]);
+    }
+
+    #[test]
+    fn what_the_kernel_has_no_thread_for_is_left_to_the_session_and_is_no_failed_flush() {
+        let ((_folder, image), bell) = (image(), TestBell::default());
+        let Some(mut ring) = disabled(&image, &bell) else { return };
+        let zero = Call::Zero(Range::whole(4096), Zeroing::default());
+        for call in [Call::Flush, write(1), zero, Call::Prefetch(Range::whole(4096))] {
+            ring.take(1, Begun { call, done: 0 }, -(Errno::ECANCELED as i32));
+            assert!(ring.finished().unwrap().outcome.is_none());
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_know_all_of_it_is_not_asked() {
+        assert!(!knows_all(&Probe::new()));
     }
 }

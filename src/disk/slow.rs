@@ -58,6 +58,10 @@ struct State {
     over: VecDeque<(u64, Made)>,
     /// Nothing is made late any more.
     hurries: bool,
+    /// Nothing is told any more.
+    mute: bool,
+    /// Nothing is begun any more.
+    broken: bool,
     /// Reads have to be loaded first.
     cold: bool,
     loaded: BTreeSet<u64>,
@@ -115,6 +119,16 @@ impl Slow {
         while self.count() > 0 {
             self.finish(0, image);
         }
+    }
+
+    /// From now on nobody is told that a call is over, not even whoever waits for it.
+    pub(crate) fn go_mute(&self) {
+        self.lock().mute = true;
+    }
+
+    /// From now on nothing is begun, as by a kernel that takes nothing.
+    pub(crate) fn break_down(&self) {
+        self.lock().broken = true;
     }
 
     /// From now on calls wait for the test again.
@@ -182,8 +196,15 @@ impl Lane for SlowLane<'_> {
         Ok(())
     }
 
-    fn submit(&mut self) {
+    fn submit(&mut self) -> bool {
         let slow = &self.image.slow;
+        let mut state = slow.lock();
+        if state.broken {
+            let unmade = |(key, call)| (self.number, Made { key, call, outcome: None });
+            state.over.extend(self.waiting.drain(..).map(unmade));
+            return false;
+        }
+        drop(state);
         for (key, call) in self.waiting.drain(..) {
             let bell = self.bell.try_clone().unwrap();
             let begun = Begun { lane: self.number, key, call, bell };
@@ -196,10 +217,14 @@ impl Lane for SlowLane<'_> {
                 slow.changed.notify_all();
             }
         }
+        true
     }
 
     fn finished(&mut self) -> Option<Made> {
         let mut state = self.image.slow.lock();
+        if state.mute {
+            return None;
+        }
         let at = state.over.iter().position(|(lane, _)| *lane == self.number)?;
         state.over.remove(at).map(|(_, made)| made)
     }
@@ -209,6 +234,9 @@ impl Lane for SlowLane<'_> {
             return;
         }
         let slow = &self.image.slow;
+        if slow.lock().mute {
+            return;
+        }
         let none = |state: &mut State| state.over.iter().all(|(lane, _)| *lane != self.number);
         let waited = slow.changed.wait_timeout_while(slow.lock(), PATIENCE, none).unwrap();
         assert!(!waited.1.timed_out(), "the test never let the calls end");

@@ -136,10 +136,19 @@ impl<'a> Worker<'a> {
         }
         let delay = self.held.delay(self.began.elapsed(), wanted);
         let deadline = Some(Instant::now() + delay);
-        // An order ends the waiting; it stays set, and is obeyed at the next turn.
-        let waited = stream.wait(Interest::default(), Some(&self.orders.wake), deadline);
-        waited.map_err(SessionEnd::Connection)?;
-        Ok(true)
+        let wake = &self.orders.wake;
+        loop {
+            let waited = stream.wait(Interest::default(), Some(wake), deadline);
+            if !waited.map_err(SessionEnd::Connection)?.woken {
+                return Ok(true);
+            }
+            // An order ends the waiting, and is obeyed at the next turn; that an errand was over,
+            // which may be rung for after it has been heard of, does not.
+            wake.clear();
+            if self.orders.current() != Order::Serve {
+                return Ok(true);
+            }
+        }
     }
 
     /// Answers everything but reads and writes, which take several steps, or begins to. False if
@@ -308,7 +317,35 @@ pub(super) fn piece_length(range: Range) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::reception::Anybody;
     use super::*;
+    use crate::disk::Bell;
+    use crate::disk::memory::MemoryImage;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn a_write_is_held_back_whatever_has_been_heard_from_the_disk_just_before() {
+        let disk = Disk::new(Box::new(MemoryImage::new(512)), false);
+        let orders = Arc::new(Orders::new().unwrap());
+        let who = (String::new(), 1);
+        let mut worker = Worker::new(&disk, &orders, &Anybody, Dialect::Simple, who);
+        let stream = Stream::Unix(UnixStream::pair().unwrap().0);
+        let hold = Duration::from_millis(50);
+        thread::sleep(2 * hold);
+        disk.set_hold(hold);
+        // An errand whose end was seen before anybody listened for it.
+        orders.ring();
+        let began = Instant::now();
+        assert!(worker.hold_back(&stream).unwrap());
+        assert!(began.elapsed() >= hold, "{:?}", began.elapsed());
+        orders.give(Order::PackUp);
+        thread::sleep(2 * hold);
+        let began = Instant::now();
+        assert!(worker.hold_back(&stream).unwrap());
+        assert!(began.elapsed() < hold, "an order ends the waiting");
+    }
 
     #[test]
     fn pieces_end_between_blocks_and_are_never_empty() {

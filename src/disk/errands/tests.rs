@@ -156,6 +156,19 @@ fn errands_that_are_dropped_are_waited_for_and_their_changes_marked() {
 }
 
 #[test]
+fn the_gate_is_never_closed_behind_what_nobody_tells_the_end_of() {
+    let fixture = fixture();
+    let mut errands = fixture.errands();
+    fixture.begin(&mut errands, write(0, 512), 0);
+    fixture.slow.go_mute();
+    drop(errands);
+    assert!(fixture.gate_is_busy());
+    let mut others = fixture.errands();
+    fixture.begin(&mut others, Work::Flush, 1);
+    assert_eq!(told(&mut others), Some((1, Err(EIO))), "it may have been that one's failure");
+}
+
+#[test]
 fn there_is_room_up_to_the_limits_and_not_beyond() {
     let fixture = fixture();
     let mut errands = fixture.errands();
@@ -202,6 +215,17 @@ fn what_cannot_be_done_aside_is_done_by_the_session() {
     assert_eq!(fixture.memory.allocated_blocks(), 0);
     errands.submit();
     fixture.slow.decline(0);
+    assert_eq!(told(&mut errands), Some((0, Ok(()))));
+    assert_eq!(fixture.faults.count(Op::Flush), 1);
+}
+
+#[test]
+fn what_is_given_back_by_a_kernel_that_takes_nothing_is_heard_of() {
+    let fixture = fixture();
+    let mut errands = fixture.errands();
+    fixture.slow.break_down();
+    fixture.begin(&mut errands, Work::Flush, 0);
+    assert!(errands.has_news() || fixture.bell.count() > 0, "or nobody would look");
     assert_eq!(told(&mut errands), Some((0, Ok(()))));
     assert_eq!(fixture.faults.count(Op::Flush), 1);
 }
