@@ -158,7 +158,7 @@ fn everything_at_once(has_io_uring: bool) {
         }
         let fio = Program::new("fio").words(
             "--name=verify --ioengine=nbd --rw=randrw --rwmixread=30 --bsrange=512-128k \
-             --bs_unaligned=0 --size=16m --offset_increment=16m --numjobs=4 \
+             --bs_unaligned=0 --size=16m --loops=3 --offset_increment=16m --numjobs=4 \
              --iodepth=32 --verify=crc32c --verify_backlog=256 --verify_fatal=1 \
              --verify_state_save=0 --fsync=50 --randseed=11 --group_reporting",
         );

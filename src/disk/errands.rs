@@ -157,7 +157,7 @@ impl<'a, T> Errands<'a, T> {
     /// Whether something is being changed in `range`: who changes it, too, has to wait, or the
     /// earlier change might come out on top.
     #[must_use]
-    pub fn change(&self, range: Range) -> bool {
+    pub fn is_changing(&self, range: Range) -> bool {
         if self.count == 0 {
             return false;
         }
@@ -170,7 +170,7 @@ impl<'a, T> Errands<'a, T> {
     }
 
     /// Begins an errand, as soon as [`Errands::submit`] is called, if not before. It is the
-    /// caller's business to ask [`Errands::has_room`] and [`Errands::change`] first.
+    /// caller's business to ask [`Errands::has_room`] and [`Errands::is_changing`] first.
     ///
     /// It ends with `EPERM` if it would change a read-only disk, with `EINVAL` beyond its end, as
     /// the first flush that failed if it is to be durable and one has, and as the image says; then
@@ -403,7 +403,7 @@ impl<'a, T> Errands<'a, T> {
     /// The kernel has said that something is durable: ends, unless somebody else may know better.
     fn heard(&mut self, mut errand: Errand<'a, T>) {
         errand.listening = None;
-        match self.disk.hearing.others(&self.bell) {
+        match self.disk.hearing.ring_after_others(&self.bell) {
             None => self.end(errand, self.disk.hearing.check()),
             Some(others) => self.unsettled.push((others, errand)),
         }

@@ -76,7 +76,7 @@ impl Hearing {
     }
 
     /// Those who are listening now, if there are any; `bell` rings when the last of them has ended.
-    pub(super) fn others(&self, bell: &Arc<dyn Bell>) -> Option<Others> {
+    pub(super) fn ring_after_others(&self, bell: &Arc<dyn Bell>) -> Option<Others> {
         let mut listeners = self.lock();
         if listeners.listening.is_empty() {
             return None;
@@ -153,9 +153,9 @@ mod tests {
     fn whoever_listened_at_that_moment_is_waited_for_and_nobody_who_came_later() {
         let hearing = Hearing::default();
         let (rung, bell) = bell();
-        assert!(hearing.others(&bell).is_none());
+        assert!(hearing.ring_after_others(&bell).is_none());
         let (first, second) = (hearing.listen(), hearing.listen());
-        let others = hearing.others(&bell).unwrap();
+        let others = hearing.ring_after_others(&bell).unwrap();
         let later = hearing.listen();
         drop(first);
         assert!(!hearing.have_ended(others) && rung.count() == 0);

@@ -22,6 +22,8 @@ const IN_KERNEL_MAX: usize = 2 * ENTRIES as usize;
 /// Up to this length a range is loaded by reading it. A longer one by advice, and by reading its
 /// last byte to know when it is there: bytes that nobody looks at are not worth copying.
 const LOAD_BY_READING_MAX: u64 = 64 << 10;
+/// How many threads the kernel may make for what it cannot do without waiting.
+const KERNEL_THREADS_MAX: u32 = 8;
 /// How long to leave the kernel alone when it is short of memory.
 const RETRY: Duration = Duration::from_millis(1);
 /// Marks entries of which the end is of no interest.
@@ -68,6 +70,8 @@ impl<'a> Ring<'a> {
         if !knows_all(&probe) {
             return Err(io::ErrorKind::Unsupported.into());
         }
+        // Known since Linux 5.15; before, four for each processor.
+        let _ = ring.submitter().register_iowq_max_workers(&mut [KERNEL_THREADS_MAX; 2]);
         Self::with(ring, image, bell)
     }
 

@@ -115,7 +115,9 @@ impl Transmission<'_> {
             Request::Read { .. } => true,
             Request::Write { range, .. }
             | Request::Trim { range, .. }
-            | Request::WriteZeroes { range, .. } => errands.has_room(0) && !errands.change(range),
+            | Request::WriteZeroes { range, .. } => {
+                errands.has_room(0) && !errands.is_changing(range)
+            }
             Request::Flush | Request::Cache { .. } | Request::BlockStatus { .. } => {
                 errands.has_room(0)
             }

@@ -254,7 +254,7 @@ impl<'a> Transmission<'a> {
             return Ok(());
         }
         let now = Instant::now();
-        let stalled = self.stalled_at(now, writable);
+        let stalled = self.stalled_at(now, barred);
         let deadline = stalled.or_else(|| self.may_relax().then(|| now + IDLE));
         let wake = &self.worker.orders.wake;
         let ready =
@@ -313,10 +313,11 @@ impl<'a> Transmission<'a> {
 
     /// When `--killswitch` strikes, unless something moves before. Nobody is to blame for what
     /// waits for the disk.
-    fn stalled_at(&mut self, now: Instant, sends: bool) -> Option<Instant> {
+    fn stalled_at(&mut self, now: Instant, barred: bool) -> Option<Instant> {
         let limit = self.stall_limit?;
         let begun = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
-        let half = begun && !self.stuck;
+        let half = begun && !self.stuck && !barred;
+        let sends = self.outbox.has_bytes() && !barred;
         let Progress { request_stall, reply_stall, received, sent, .. } = &mut self.progress;
         let request = request_stall.deadline(half, *received, now, limit);
         let reply = reply_stall.deadline(sends, *sent, now, limit);

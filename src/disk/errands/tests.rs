@@ -197,10 +197,10 @@ fn two_changes_overlap_if_they_share_a_byte() {
     for (offset, length, shares) in
         [(0, 1000, false), (0, 1001, true), (1009, 1, true), (1010, 9, false), (1005, 0, false)]
     {
-        assert_eq!(errands.change(range(offset, length)), shares, "{length} at {offset}");
+        assert_eq!(errands.is_changing(range(offset, length)), shares, "{length} at {offset}");
     }
     fixture.finish(1);
-    assert!(told(&mut errands).is_some() && !errands.change(range(0, SIZE)));
+    assert!(told(&mut errands).is_some() && !errands.is_changing(range(0, SIZE)));
     fixture.finish(0);
 }
 
@@ -256,12 +256,12 @@ fn what_is_gathered_is_written_and_made_durable_by_one_flush() {
     for (token, work) in (0..).zip([write(0, 512), Work::Flush, write(BLOCK, 512)]) {
         errands.begin(visit(), work, token);
     }
-    assert!(errands.change(range(0, 1)), "it is not written yet");
+    assert!(errands.is_changing(range(0, 1)), "it is not written yet");
     assert_eq!((fixture.slow.count(), dirty.count()), (0, 0));
     errands.submit();
     assert_eq!(fixture.slow.wait_for(1), ["Flush"]);
     assert_eq!((dirty.count(), fixture.faults.count(Op::Write)), (2, 2));
-    assert!(!errands.change(range(0, SIZE)), "what is written may be overwritten");
+    assert!(!errands.is_changing(range(0, SIZE)), "what is written may be overwritten");
     assert!(fixture.gate_is_busy());
     fixture.slow.fail(0, EIO);
     let mut all: Vec<_> = std::iter::from_fn(|| told(&mut errands)).collect();
