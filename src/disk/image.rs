@@ -315,6 +315,9 @@ impl Image for FileImage {
     /// Asks for the first byte, upon which the kernel begins to read ahead as it would for a
     /// reader, and then for the last.
     fn is_at_hand(&self, range: Range) -> bool {
+        if self.lacks.read_without_waiting.load(Ordering::Relaxed) {
+            return true;
+        }
         [range.offset(), range.end().saturating_sub(1)].into_iter().all(|at| {
             let found = self.read_now(at, &mut [0]);
             !found.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)

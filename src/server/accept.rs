@@ -78,6 +78,7 @@ fn start(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat) {
     info!("flexnbd.client" = %peer, "flexnbd.session" = id, "{peer} connected");
     // A connection that takes no options is on its way out, which the session will see.
     let _ = stream.tune().and_then(|()| stream.never_block());
+    let _ = stream.leave_little_unsent();
     run(shared, stream, peer, seat, None);
 }
 
