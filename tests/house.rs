@@ -30,6 +30,8 @@ const PURE: &[&str] = &[
     "nbd",
     "server/acl.rs",
     "server/carry.rs",
+    "server/expectation.rs",
+    "server/patience.rs",
     "server/progress.rs",
     "server/stall.rs",
     "disk/ownership.rs",

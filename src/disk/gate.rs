@@ -9,8 +9,8 @@ use std::time::Instant;
 const RETIRED: u32 = 1 << 31;
 /// Set while the gate is closed.
 const CLOSED: u32 = 1 << 30;
-/// The rest counts those who are inside. A thread is inside once or a few times, so that there is
-/// room for more than the kernel can have threads.
+/// The rest counts those who are inside. A session is inside once or a few hundred times, so that
+/// there is room for millions of them.
 const INSIDE: u32 = CLOSED - 1;
 
 /// A gate that many may pass and that can be closed behind the last of them.
@@ -64,6 +64,28 @@ impl Gate {
         }
     }
 
+    /// Goes in if the gate is open, without waiting.
+    ///
+    /// # Errors
+    /// [`NoEntry::Gone`] once the gate is retired.
+    pub fn enter_if_open(&self) -> Result<Option<Pass<'_>>, NoEntry> {
+        let mut state = self.state.load(Ordering::Relaxed);
+        loop {
+            if state & RETIRED != 0 {
+                return Err(NoEntry::Gone);
+            }
+            if state & CLOSED != 0 {
+                return Ok(None);
+            }
+            // Acquire: what was done to the disk while the gate was closed comes before this.
+            let (success, failure) = (Ordering::Acquire, Ordering::Relaxed);
+            match self.state.compare_exchange_weak(state, state + 1, success, failure) {
+                Ok(_) => return Ok(Some(Pass { gate: self })),
+                Err(now) => state = now,
+            }
+        }
+    }
+
     /// Makes everybody who is waiting to get in ask again whether to give up. Change what they
     /// look at first, nudge second; then nobody misses it.
     pub fn nudge(&self) {
@@ -111,24 +133,6 @@ impl Gate {
         self.state.fetch_or(RETIRED, Ordering::Relaxed);
         drop(closers);
         self.opened.notify_all();
-    }
-
-    fn enter_if_open(&self) -> Result<Option<Pass<'_>>, NoEntry> {
-        let mut state = self.state.load(Ordering::Relaxed);
-        loop {
-            if state & RETIRED != 0 {
-                return Err(NoEntry::Gone);
-            }
-            if state & CLOSED != 0 {
-                return Ok(None);
-            }
-            // Acquire: what was done to the disk while the gate was closed comes before this.
-            let (success, failure) = (Ordering::Acquire, Ordering::Relaxed);
-            match self.state.compare_exchange_weak(state, state + 1, success, failure) {
-                Ok(_) => return Ok(Some(Pass { gate: self })),
-                Err(now) => state = now,
-            }
-        }
     }
 
     fn wait_to_enter(&self, give_up: &dyn Fn() -> bool) -> Result<Pass<'_>, NoEntry> {

@@ -1,17 +1,18 @@
 //! The backing file or block device: the calls that read, write, zero, trim and flush it.
 //! Never changes its size, never touches a byte outside the ranges it is given, and never logs.
 
+use super::lane::Lane;
 use super::open::{self, Access, Kind, OpenError, SECTOR};
+use super::ring::Ring;
 use super::{Extent, Identity, Image, Zeroing, extents, syscalls};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
 use nix::sys::sendfile::sendfile;
 use nix::unistd::{Whence, lseek};
-
 use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,6 +45,9 @@ struct Lacks {
     zero_range: AtomicBool,
     durable_write: AtomicBool,
     seek_data: AtomicBool,
+    read_without_waiting: AtomicBool,
+    /// Only in tests: a kernel without `io_uring(7)`.
+    ring: AtomicBool,
 }
 
 /// A way to let the kernel do the zeroing.
@@ -53,6 +57,15 @@ enum Way {
     PunchHole,
     /// Keeps the space. On a block device the kernel may write the zeros itself.
     ZeroRange,
+}
+
+impl Way {
+    fn mode(self) -> FallocateFlags {
+        match self {
+            Self::PunchHole => FallocateFlags::FALLOC_FL_PUNCH_HOLE,
+            Self::ZeroRange => FallocateFlags::FALLOC_FL_ZERO_RANGE,
+        }
+    }
 }
 
 impl FileImage {
@@ -98,6 +111,40 @@ impl FileImage {
         self.unserved_tail
     }
 
+    /// For the ring, which cannot outlive this.
+    pub(super) fn raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// Whether to try a write that is durable by itself.
+    pub(super) fn writes_durably(&self) -> bool {
+        !self.lacks.durable_write.load(Ordering::Relaxed)
+    }
+
+    /// How `fallocate(2)` makes all of `range` read as zeros; none if that takes more than one call
+    /// of it, or if it was seen not to be able to.
+    pub(super) fn zeroes_in_one_step(&self, range: Range, how: Zeroing) -> Option<FallocateFlags> {
+        let way = *self.ways(how).first()?;
+        let able = self.whole_sectors(range) == range && !self.lack(way).load(Ordering::Relaxed);
+        able.then(|| way.mode())
+    }
+
+    /// How `fallocate(2)` gives back what can be given back of `range`; none as above. A block
+    /// device has another call for that, which no ring makes.
+    pub(super) fn trims_in_one_step(&self, range: Range) -> Option<FallocateFlags> {
+        match self.kind {
+            Kind::File => self.zeroes_in_one_step(range, Zeroing::default()),
+            Kind::BlockDevice { .. } => None,
+        }
+    }
+
+    fn lack(&self, way: Way) -> &AtomicBool {
+        match way {
+            Way::PunchHole => &self.lacks.punch_hole,
+            Way::ZeroRange => &self.lacks.zero_range,
+        }
+    }
+
     /// The part of `range` that the kernel can zero or trim: for a device, its whole sectors.
     fn whole_sectors(&self, range: Range) -> Range {
         match self.kind {
@@ -122,10 +169,7 @@ impl FileImage {
     /// Lets the kernel zero `range`; false if it does not know how. Then nothing in a file has
     /// changed, but on a block device the range is to be written anew.
     fn try_way(&self, way: Way, range: Range) -> io::Result<bool> {
-        let (lacks, mode) = match way {
-            Way::PunchHole => (&self.lacks.punch_hole, FallocateFlags::FALLOC_FL_PUNCH_HOLE),
-            Way::ZeroRange => (&self.lacks.zero_range, FallocateFlags::FALLOC_FL_ZERO_RANGE),
-        };
+        let (lacks, mode) = (self.lack(way), way.mode());
         if lacks.load(Ordering::Relaxed) {
             return Ok(false);
         }
@@ -248,6 +292,45 @@ impl Image for FileImage {
         })
     }
 
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let lacks = &self.lacks.read_without_waiting;
+        if lacks.load(Ordering::Relaxed) {
+            return self.read(offset, into);
+        }
+        match syscalls::read_without_waiting(&self.file, offset, into) {
+            Ok(count) if count == into.len() => Ok(()),
+            // That it ends here is to be found out by whoever may wait.
+            Ok(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
+                Some(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                    lacks.store(true, Ordering::Relaxed);
+                    self.read(offset, into)
+                }
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// Asks for the first byte, upon which the kernel begins to read ahead as it would for a
+    /// reader, and then for the last.
+    fn is_at_hand(&self, range: Range) -> bool {
+        if self.lacks.read_without_waiting.load(Ordering::Relaxed) {
+            return true;
+        }
+        [range.offset(), range.end().saturating_sub(1)].into_iter().all(|at| {
+            let found = self.read_now(at, &mut [0]);
+            !found.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        })
+    }
+
+    fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn Lane + '_>> {
+        if self.lacks.ring.load(Ordering::Relaxed) {
+            return None;
+        }
+        Some(Box::new(Ring::new(self, bell).ok()?))
+    }
+
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
         if !durable {
             return self.file.write_all_at(data, offset);
@@ -343,7 +426,9 @@ fn seek(file: &File, offset: u64, whence: Whence) -> nix::Result<u64> {
 impl FileImage {
     /// As on a file system that supports none of what is nice to have.
     pub(super) fn without_support(self) -> Self {
-        for lack in [&self.lacks.punch_hole, &self.lacks.zero_range, &self.lacks.durable_write] {
+        let Lacks { punch_hole, zero_range, durable_write, read_without_waiting, ring, .. } =
+            &self.lacks;
+        for lack in [punch_hole, zero_range, durable_write, read_without_waiting, ring] {
             lack.store(true, Ordering::Relaxed);
         }
         self
@@ -351,201 +436,4 @@ impl FileImage {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::MetadataExt;
-    use tempfile::TempDir;
-
-    const SIZE: u64 = 1 << 20;
-    const HOLE: Zeroing = Zeroing { keep_allocated: false, only_if_fast: false };
-    const NO_HOLE: Zeroing = Zeroing { keep_allocated: true, only_if_fast: false };
-
-    fn image() -> (TempDir, FileImage) {
-        image_in(&std::env::temp_dir())
-    }
-
-    fn image_in(parent: &Path) -> (TempDir, FileImage) {
-        let folder = tempfile::tempdir_in(parent).unwrap();
-        let image =
-            FileImage::create(&folder.path().join("disk.img"), SIZE, Access::default()).unwrap();
-        (folder, image)
-    }
-
-    /// Bytes that the file system has really set aside.
-    fn allocated(image: &FileImage) -> u64 {
-        image.flush().unwrap();
-        image.file.metadata().unwrap().blocks() * 512
-    }
-
-    fn read(image: &FileImage, offset: u64, length: usize) -> Vec<u8> {
-        let mut bytes = vec![0xAA; length];
-        image.read(offset, &mut bytes).unwrap();
-        bytes
-    }
-
-    fn range(offset: u64, length: u64) -> Range {
-        Range::within(SIZE, offset, length).unwrap()
-    }
-
-    fn fill(image: &FileImage) {
-        image.write(0, &vec![7; SIZE as usize], false).unwrap();
-    }
-
-    #[test]
-    fn the_tail_beyond_the_last_whole_sector_is_not_served() {
-        for (length, size, tail) in [(1023, 512, 511), (1024, 1024, 0), (1025, 1024, 1)] {
-            let folder = tempfile::tempdir().unwrap();
-            let image =
-                FileImage::create(&folder.path().join("disk"), length, Access::default()).unwrap();
-            assert_eq!((image.size(), image.unserved_tail()), (size, tail));
-        }
-    }
-
-    #[test]
-    fn a_hole_gives_its_space_back() {
-        let (_folder, image) = image();
-        fill(&image);
-        let full = allocated(&image);
-        image.zero(range(0, SIZE / 2), HOLE).unwrap();
-        assert!(allocated(&image) <= full - SIZE / 2);
-        image.trim(range(SIZE / 2, SIZE / 2)).unwrap();
-        assert!(allocated(&image) <= full - SIZE);
-    }
-
-    #[test]
-    fn zeroing_that_keeps_the_space_allocates_it() {
-        let (_folder, image) = image();
-        image.zero(range(0, SIZE), NO_HOLE).unwrap();
-        assert!(allocated(&image) >= SIZE);
-        assert_eq!(read(&image, 0, SIZE as usize), vec![0; SIZE as usize]);
-    }
-
-    #[test]
-    fn zeroing_is_exact_at_odd_edges_with_and_without_the_kernels_help() {
-        for how in [HOLE, NO_HOLE] {
-            for plain in [false, true] {
-                let (_folder, mut image) = image();
-                if plain {
-                    image = image.without_support();
-                }
-                fill(&image);
-                image.zero(range(4095, 300_003), how).unwrap();
-                let mut expected = vec![7; SIZE as usize];
-                expected[4095..304_098].fill(0);
-                assert!(read(&image, 0, SIZE as usize) == expected, "{how:?}, {plain}");
-            }
-        }
-    }
-
-    #[test]
-    fn what_cannot_be_fast_and_must_fails_before_it_touches_a_byte() {
-        let (_folder, image) = image();
-        let image = image.without_support();
-        fill(&image);
-        for keep_allocated in [false, true] {
-            let how = Zeroing { keep_allocated, only_if_fast: true };
-            let error = image.zero(range(100, 5000), how).unwrap_err();
-            assert_eq!(error.raw_os_error(), Some(Errno::EOPNOTSUPP as i32));
-        }
-        assert!(read(&image, 0, SIZE as usize).iter().all(|byte| *byte == 7));
-    }
-
-    #[test]
-    fn what_is_not_supported_is_tried_once() {
-        let Some((_folder, image)) = super::super::model_tests::in_shared_memory(image_in) else {
-            return;
-        };
-        fill(&image);
-        let fast = Zeroing { keep_allocated: true, only_if_fast: true };
-        assert!(image.zero(range(0, 4096), fast).is_err());
-        assert!(image.lacks.zero_range.load(Ordering::Relaxed));
-        assert!(!image.lacks.punch_hole.load(Ordering::Relaxed));
-        assert!(image.zero(range(0, 4096), fast).is_err());
-        assert_eq!(read(&image, 0, 1), [7]);
-        image.zero(range(0, 4096), NO_HOLE).unwrap();
-        assert_eq!(read(&image, 0, 4097)[4095..], [0, 7]);
-    }
-
-    #[test]
-    fn zeros_written_by_hand_leave_holes_alone() {
-        let (_folder, image) = image();
-        let image = image.without_support();
-        image.write(65536, &[1; 4096], false).unwrap();
-        let before = allocated(&image);
-        image.zero(range(0, SIZE), HOLE).unwrap();
-        assert_eq!(allocated(&image), before);
-        assert_eq!(read(&image, 65536, 4096), [0; 4096]);
-    }
-
-    #[test]
-    fn trimming_where_it_is_not_possible_is_no_error() {
-        let (_folder, image) = image();
-        let image = image.without_support();
-        fill(&image);
-        image.trim(range(0, SIZE)).unwrap();
-    }
-
-    #[test]
-    fn a_durable_write_is_written_with_and_without_the_kernels_help() {
-        let (_folder, mut image) = image();
-        for round in 1..=2 {
-            image.write(511, &[round; 70_000], true).unwrap();
-            assert_eq!(read(&image, 511, 70_000), [round; 70_000]);
-            image = image.without_support();
-        }
-    }
-
-    #[test]
-    fn extents_tell_data_from_holes_up_to_the_end() {
-        let (_folder, image) = image();
-        image.write(65536, &[1; 65536], false).unwrap();
-        let all = extents::extents(&image, range(0, SIZE), 9).unwrap();
-        let seen: Vec<_> = all.iter().map(|e| (e.range.offset(), e.allocated)).collect();
-        assert_eq!(seen, [(0, false), (65536, true), (131_072, false)]);
-        assert_eq!(all[2].range.end(), SIZE);
-        assert_eq!(image.extent(70_000).unwrap().range, range(70_000, 131_072 - 70_000));
-    }
-
-    #[test]
-    fn data_at_the_very_end_and_in_the_unserved_tail_does_not_lead_beyond_the_disk() {
-        let folder = tempfile::tempdir().unwrap();
-        let image =
-            FileImage::create(&folder.path().join("disk"), SIZE + 100, Access::default()).unwrap();
-        image.file.write_all_at(&[1; 100], SIZE).unwrap();
-        let last = image.extent(SIZE / 2).unwrap();
-        assert_eq!((last.range.end(), last.allocated), (SIZE, false));
-        image.write(SIZE - 1, &[1], false).unwrap();
-        assert_eq!(image.extent(SIZE - 1).unwrap().range.end(), SIZE);
-    }
-
-    #[test]
-    fn a_file_that_became_shorter_is_an_error_and_no_hole() {
-        let (folder, image) = image();
-        image.file.set_len(SIZE / 2).unwrap();
-        let name = folder.path().display().to_string();
-        let read = image.read(SIZE / 2 - 1, &mut [0; 2]).unwrap_err();
-        let extent = image.extent(SIZE / 2).unwrap_err();
-        for error in [read, extent] {
-            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-            assert_eq!(super::super::errno_of(&error), Errno::EIO as i32);
-            assert!(error.to_string().contains(&name), "{error}");
-        }
-        assert!(image.read(SIZE / 2 - 1, &mut [0; 1]).is_ok());
-    }
-
-    #[test]
-    fn a_file_system_that_cannot_tell_holes_holds_data_everywhere() {
-        let (_folder, image) = image();
-        image.lacks.seek_data.store(true, Ordering::Relaxed);
-        let all = image.extent(5).unwrap();
-        assert_eq!((all.range, all.allocated), (range(5, SIZE - 5), true));
-    }
-
-    #[test]
-    fn reading_ahead_is_possible_anywhere() {
-        let (_folder, image) = image();
-        for at in [range(0, SIZE), range(511, 3), range(SIZE - 1, 1)] {
-            image.prefetch(at).unwrap();
-        }
-    }
-}
+mod tests;

@@ -4,12 +4,19 @@
 //! [`Disk`] is the door: [`Disk::enter`] passes the gate and yields a [`Visit`], and all work on
 //! the bytes is done through a visit. Hold one while you work on the disk, never while you wait
 //! for a peer: whoever closes the gate waits for it.
+//!
+//! What is in memory is read and written by the visit itself. What may take long, and everything
+//! that is to be durable, is an errand ([`errands`]), which takes the visit with it and is done
+//! aside.
 
 pub mod dirty;
+pub mod errands;
 mod extents;
 mod gate;
+mod hearing;
 pub mod hold;
 mod image;
+mod lane;
 pub mod ledger;
 #[cfg(test)]
 pub(crate) mod memory;
@@ -17,23 +24,27 @@ pub(crate) mod memory;
 mod model_tests;
 mod open;
 pub mod ownership;
+mod ring;
+#[cfg(test)]
+pub(crate) mod slow;
 mod syscalls;
 mod zeros;
 
 pub use gate::{Gate, NoEntry, Pass, StillBusy};
 pub use image::FileImage;
+pub use lane::{Bell, Call, Lane, Made};
 pub use open::{Access, OpenError, SECTOR, size_of};
 pub use zeros::is_zero;
 
 use crate::range::Range;
 use dirty::Dirty;
+use hearing::Hearing;
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
-use zeros::{Failure, Written};
 
 /// Device and inode of a file; of a block device, 0 and its own number, wherever its node is.
 pub type Identity = (u64, u64);
@@ -51,6 +62,21 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     }
     /// Fills `into` from `offset` on. A file that became shorter is an error, not a short read.
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+    /// The same, but `WouldBlock` rather than waiting for a disk; `into` may then hold anything.
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.read(offset, into)
+    }
+    /// Whether the range seems to be in memory: a guess, made at a few places of it.
+    fn is_at_hand(&self, range: Range) -> bool {
+        let _ = range;
+        true
+    }
+    /// A lane for the calls of one session, made on its thread; none where nothing can be done
+    /// aside. Its results add to the eventfd `bell`.
+    fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn Lane + '_>> {
+        let _ = bell;
+        None
+    }
     /// Writes all of `data`; with `durable` returns only once it is on stable storage.
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
     /// Makes the range read as zeros.
@@ -101,10 +127,7 @@ pub struct Disk {
     image: Box<dyn Image>,
     gate: Gate,
     read_only: bool,
-    /// The errno of the first flush that failed; 0 as long as none has.
-    flush_failure: AtomicI32,
-    /// Held for reading by whoever may hear of such a failure, until it is remembered.
-    hearing: RwLock<()>,
+    hearing: Hearing,
     /// What changed since a migration's copier last looked, while there is one.
     dirty: RwLock<Option<Arc<Dirty>>>,
     /// How long every write is to be held back, in microseconds.
@@ -137,8 +160,7 @@ impl Disk {
             image,
             gate: Gate::default(),
             read_only,
-            flush_failure: AtomicI32::new(0),
-            hearing: RwLock::new(()),
+            hearing: Hearing::default(),
             dirty: RwLock::new(None),
             hold: AtomicU64::new(0),
         }
@@ -171,7 +193,7 @@ impl Disk {
     /// Whether every flush has succeeded so far.
     #[must_use]
     pub fn is_flawless(&self) -> bool {
-        self.flush_failure.load(Ordering::Acquire) == 0
+        self.hearing.is_flawless()
     }
 
     /// The gate, for those who close it.
@@ -186,6 +208,16 @@ impl Disk {
     /// [`NoEntry`]: the disk is gone for good, or `give_up` ended the waiting.
     pub fn enter(&self, give_up: &dyn Fn() -> bool) -> Result<Visit<'_>, NoEntry> {
         Ok(Visit { disk: self, _pass: self.gate.enter(give_up)? })
+    }
+
+    /// Goes in if the gate is open. For whoever holds a visit already: to wait for the gate would
+    /// be to wait for oneself.
+    ///
+    /// # Errors
+    /// [`NoEntry::Gone`].
+    pub fn enter_if_open(&self) -> Result<Option<Visit<'_>>, NoEntry> {
+        let pass = self.gate.enter_if_open()?;
+        Ok(pass.map(|pass| Visit { disk: self, _pass: pass }))
     }
 
     /// Begins to mark what changes, for one migration. Whatever is read after this call and not
@@ -219,10 +251,10 @@ impl Disk {
     /// Writes back what is unwritten, without passing the gate.
     ///
     /// # Errors
-    /// As [`Visit::flush`]: the kernel tells a failure once, and later flushes have to hear of it.
+    /// What the image says. The kernel tells a failure once, and later flushes will hear of it.
     pub fn write_back(&self) -> io::Result<()> {
-        let _hearing = self.hearing.read().unwrap_or_else(PoisonError::into_inner);
-        self.image.flush().map_err(|error| self.flush_failed(&error))
+        let _listening = self.hearing.listen();
+        self.image.flush().map_err(|error| self.hearing.failed(&error))
     }
 
     /// The view of whoever moves the disk.
@@ -239,32 +271,6 @@ impl Disk {
 
     fn range(&self, offset: u64, length: u64) -> io::Result<Range> {
         Range::within(self.size(), offset, length).ok_or_else(|| Errno::EINVAL.into())
-    }
-
-    /// Fails as the first failed flush did, if there was one: the kernel reports lost data once,
-    /// forgets it, and would call the next flush a success.
-    fn check_flushes(&self) -> io::Result<()> {
-        match self.flush_failure.load(Ordering::Acquire) {
-            0 => Ok(()),
-            errno => Err(io::Error::from_raw_os_error(errno)),
-        }
-    }
-
-    /// The kernel tells a failure to one of those who wait for it: another thread may be told what
-    /// was meant for us, too. Waits until all of them have remembered what they heard.
-    fn check_what_others_heard(&self) -> io::Result<()> {
-        drop(self.hearing.write().unwrap_or_else(PoisonError::into_inner));
-        self.check_flushes()
-    }
-
-    /// Remembers that data may be lost, and returns what every later flush will say.
-    fn flush_failed(&self, error: &io::Error) -> io::Error {
-        let (new, all) = (errno_of(error), Ordering::AcqRel);
-        let first = match self.flush_failure.compare_exchange(0, new, all, Ordering::Acquire) {
-            Ok(_) => new,
-            Err(first) => first,
-        };
-        io::Error::from_raw_os_error(first)
     }
 }
 
@@ -304,50 +310,69 @@ impl Visit<'_> {
         if range.is_empty() { Ok(()) } else { self.disk.image.read(offset, into) }
     }
 
-    /// Writes `data` to `offset`; zeros that would go into a hole leave it one. With `durable`,
-    /// returns only once all of it is on stable storage (`NBD_CMD_FLAG_FUA`).
+    /// The same, but `WouldBlock` rather than waiting for a disk; `into` may then hold anything.
     ///
     /// # Errors
-    /// `EPERM` on a read-only disk; `EINVAL` beyond the end; with `durable` as [`Visit::flush`];
-    /// what the image says, and then any part of `data` may have been written.
-    pub fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
-        self.change(self.disk.range(offset, data.len() as u64)?, durable, |image| {
-            zeros::write_around_holes(image, offset, data, durable)
-        })
+    /// Also as [`Visit::read`].
+    pub fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let range = self.disk.range(offset, into.len() as u64)?;
+        if range.is_empty() { Ok(()) } else { self.disk.image.read_now(offset, into) }
     }
 
-    /// Makes `range` read as zeros, to the byte; for `durable` see [`Visit::write`].
+    /// Whether `range` seems to be in memory: a guess, made at a few places of it.
+    #[must_use]
+    pub fn is_at_hand(&self, range: Range) -> bool {
+        self.disk.image.is_at_hand(range)
+    }
+
+    /// What has to be loaded before `range` is written, or the write would wait for it: blocks of
+    /// which it changes only a part, and what lies between them.
+    #[must_use]
+    pub fn cold_edges(&self, range: Range) -> Option<Range> {
+        let whole = Range::whole(self.disk.size());
+        let is_cold = |at: u64| {
+            let block = whole.from(at - at % zeros::BLOCK).split(zeros::BLOCK).0;
+            (!at.is_multiple_of(zeros::BLOCK) && !self.disk.image.is_at_hand(block))
+                .then_some(block)
+        };
+        let edges = (is_cold(range.offset()), is_cold(range.end()));
+        match edges {
+            (Some(first), Some(last)) => Some(whole.from(first.offset()).until(last.end())),
+            (first, last) => first.or(last),
+        }
+    }
+
+    /// Writes `data` to `offset`; zeros that would go into a hole leave it one. Waits for the disk
+    /// only if a block at an edge is not in memory ([`Visit::cold_edges`]).
     ///
     /// # Errors
-    /// As [`Visit::write`]; `EOPNOTSUPP`, with nothing changed, for what cannot be fast and must.
-    pub fn zero(&self, range: Range, how: Zeroing, durable: bool) -> io::Result<()> {
-        self.change(range, durable, |image| {
-            image.zero(range, how)?;
-            Ok(Written::to_be_flushed_if(durable))
-        })
+    /// `EPERM` on a read-only disk; `EINVAL` beyond the end; what the image says, and then any part
+    /// of `data` may have been written.
+    pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let range = self.disk.range(offset, data.len() as u64)?;
+        if self.disk.read_only {
+            return Err(Errno::EPERM.into());
+        }
+        let written = zeros::write_around_holes(&*self.disk.image, offset, data);
+        // Mark after writing, also after half of it: the copier takes the mark first and reads
+        // second, so that a change may be sent twice but never missed.
+        self.disk.mark(range);
+        written
     }
 
-    /// Gives back what can be given back of `range`, of which the bytes may then read as anything;
-    /// for `durable` see [`Visit::write`].
-    ///
-    /// # Errors
-    /// As [`Visit::write`]. That the image cannot trim is no error.
-    pub fn trim(&self, range: Range, durable: bool) -> io::Result<()> {
-        self.change(range, durable, |image| {
-            image.trim(range)?;
-            Ok(Written::to_be_flushed_if(durable))
-        })
-    }
-
-    /// Returns once everything that any visit wrote before this call is on stable storage.
+    /// Returns once everything that any visit wrote before this call is on stable storage. Only for
+    /// whoever has no errands under way, and holds no lock that a session may wait for: it waits for
+    /// the flushes of all sessions.
     ///
     /// # Errors
     /// What the image says. From then on every flush and every durable change fails with the same
     /// error until the disk is opened anew, since some data may have been lost for good.
     pub fn flush(&self) -> io::Result<()> {
-        self.disk.check_flushes()?;
+        let hearing = &self.disk.hearing;
+        hearing.check()?;
         self.disk.write_back()?;
-        self.disk.check_what_others_heard()
+        hearing.wait_for_others();
+        hearing.check()
     }
 
     /// Hands at most `length` bytes from `offset` on to a socket, as far as there is room there;
@@ -358,16 +383,6 @@ impl Visit<'_> {
     pub fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
         self.disk.range(offset, length as u64)?;
         self.disk.image.send(offset, length, to)
-    }
-
-    /// Hints that `range` will be read soon (`NBD_CMD_CACHE`).
-    ///
-    /// # Errors
-    /// `EINVAL` beyond the end; what the image says.
-    pub fn prefetch(&self, range: Range) -> io::Result<()> {
-        let range = self.disk.range(range.offset(), range.length())?;
-        // To the kernel a length of 0 would mean "to the end".
-        if range.is_empty() { Ok(()) } else { self.disk.image.prefetch(range) }
     }
 
     /// The extents of `range` in order, equal neighbours merged, clipped to it: at most `limit`,
@@ -388,51 +403,6 @@ impl Visit<'_> {
     pub fn extent(&self, offset: u64) -> io::Result<Extent> {
         self.disk.range(offset, 1)?;
         extents::extent_at(self.disk.image.as_ref(), offset)
-    }
-
-    /// The one way in which bytes change: checked, done, and durable if they have to be.
-    ///
-    /// After `work`, whether it succeeded or failed half-way, is the moment when the bytes are
-    /// there and nobody has been told.
-    fn change(
-        &self,
-        range: Range,
-        durable: bool,
-        work: impl FnOnce(&dyn Image) -> Result<Written, Failure>,
-    ) -> io::Result<()> {
-        let range = self.disk.range(range.offset(), range.length())?;
-        if self.disk.read_only {
-            return Err(Errno::EPERM.into());
-        }
-        if durable {
-            self.disk.check_flushes()?;
-        }
-        if range.is_empty() {
-            return Ok(());
-        }
-        match self.attempt(range, durable, work)? {
-            Written::ToBeFlushed => self.flush(),
-            Written::AsAsked if durable => self.disk.check_what_others_heard(),
-            Written::AsAsked => Ok(()),
-        }
-    }
-
-    fn attempt(
-        &self,
-        range: Range,
-        durable: bool,
-        work: impl FnOnce(&dyn Image) -> Result<Written, Failure>,
-    ) -> io::Result<Written> {
-        let disk = self.disk;
-        let _hearing = durable.then(|| disk.hearing.read().unwrap_or_else(PoisonError::into_inner));
-        let worked = work(disk.image.as_ref());
-        // Mark after writing, also after half of it: the copier takes the mark first and reads
-        // second, so that a change may be sent twice but never missed.
-        disk.mark(range);
-        worked.map_err(|failure| match failure {
-            Failure::NotMade(error) => error,
-            Failure::NotDurable(error) => disk.flush_failed(&error),
-        })
     }
 }
 

@@ -30,6 +30,18 @@ pub(super) fn write_durably(file: &File, offset: u64, data: &[u8]) -> io::Result
     usize::try_from(written).map_err(|_| io::Error::last_os_error())
 }
 
+/// Fills the beginning of `into`, as far as that is in memory (`RWF_NOWAIT`, `preadv2(2)`). Returns
+/// how many bytes those are; 0 at the end of the file; `WouldBlock` if there are none.
+pub(super) fn read_without_waiting(file: &File, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+    let part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    let offset = to_off_t(offset)?;
+    // SAFETY: one iovec, which describes `into`; the kernel writes no more than its length there,
+    // and both outlive the call.
+    let read =
+        unsafe { libc::preadv2(file.as_raw_fd(), &raw const part, 1, offset, libc::RWF_NOWAIT) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
 /// The logical sector size of a block device, in bytes (`BLKSSZGET`).
 pub(super) fn sector_size(device: &File) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;

@@ -80,71 +80,61 @@ pub fn is_zero(bytes: &[u8]) -> bool {
         && bytes.chunks(ZEROS.len()).all(|block| *block == ZEROS[..block.len()])
 }
 
-/// What a durable write still needs to be durable.
-#[must_use]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Written {
-    /// Nothing: it is on stable storage, or was not asked to be.
-    AsAsked,
-    /// A flush: some of it was found on the disk as zeros, and these may not be durable yet. The
-    /// hole may be a fresh one, and the old bytes would come back after a power cut.
-    ToBeFlushed,
-}
-
-impl Written {
-    /// For changes that are never durable by themselves.
-    pub(super) fn to_be_flushed_if(durable: bool) -> Self {
-        if durable { Self::ToBeFlushed } else { Self::AsAsked }
-    }
-}
-
-/// Why a change has failed.
-#[derive(Debug)]
-pub(super) enum Failure {
-    /// It could not be made, or only a part of it. That has been told with this, and may pass.
-    NotMade(io::Error),
-    /// It was made, and could not be made durable: data may be lost for good.
-    NotDurable(io::Error),
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Self::NotMade(error)
-    }
-}
-
 /// Writes `data` to `offset`, but for zeros where the image has a hole.
 ///
 /// What lies between two holes is one write, however many runs it has, and all of it is one when
 /// nothing can be left out.
-pub(super) fn write_around_holes(
-    image: &dyn Image,
-    offset: u64,
-    data: &[u8],
-    durable: bool,
-) -> Result<Written, Failure> {
-    let mut map = Map { image, known: None };
+pub(super) fn write_around_holes(image: &dyn Image, offset: u64, data: &[u8]) -> io::Result<()> {
     let mut rest = Piece { offset, data };
-    for run in runs(offset, data).filter(|run| run.zero) {
-        let end = run.offset + run.data.len() as u64;
-        let mut at = run.offset;
-        while at < end {
-            let extent = map.extent(at)?;
-            let next = extent.range.end().min(end);
-            if !extent.allocated {
-                rest.until(at).write(image)?;
-                rest = rest.from(next);
+    for gap in gaps(image, offset, data) {
+        let (start, end) = gap?;
+        rest.until(start).write(image)?;
+        rest = rest.from(end);
+    }
+    rest.write(image)
+}
+
+/// Whether [`write_around_holes`] would leave something out. What is left out is found on the disk
+/// as zeros that may not be durable yet: the hole may be a fresh one, and the old bytes would come
+/// back after a power cut.
+pub(super) fn leaves_gaps(image: &dyn Image, offset: u64, data: &[u8]) -> io::Result<bool> {
+    Ok(gaps(image, offset, data).next().transpose()?.is_some())
+}
+
+/// The parts of a write that are zero and lie in holes: from where to where on the disk, in order.
+fn gaps<'a>(image: &'a dyn Image, offset: u64, data: &'a [u8]) -> Gaps<'a> {
+    Gaps { map: Map { image, known: None }, runs: runs(offset, data), zeros: (0, 0) }
+}
+
+struct Gaps<'a> {
+    map: Map<'a>,
+    runs: Runs<'a>,
+    /// What is left of the run of zeros that is being looked at.
+    zeros: (u64, u64),
+}
+
+impl Iterator for Gaps<'_> {
+    type Item = io::Result<(u64, u64)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let (at, end) = self.zeros;
+            if at == end {
+                let run = self.runs.find(|run| run.zero)?;
+                self.zeros = (run.offset, run.offset + run.data.len() as u64);
+                continue;
             }
-            at = next;
+            let extent = match self.map.extent(at) {
+                Ok(extent) => extent,
+                Err(error) => return Some(Err(error)),
+            };
+            let next = extent.range.end().min(end);
+            self.zeros = (next, end);
+            if !extent.allocated {
+                return Some(Ok((at, next)));
+            }
         }
     }
-    let skipped = rest.offset != offset;
-    if durable && !skipped {
-        rest.write_durably(image)?;
-    } else {
-        rest.write(image)?;
-    }
-    Ok(Written::to_be_flushed_if(durable && skipped))
 }
 
 /// Bytes and where they belong.
@@ -167,14 +157,6 @@ impl Piece<'_> {
 
     fn write(self, image: &dyn Image) -> io::Result<()> {
         if self.data.is_empty() { Ok(()) } else { image.write(self.offset, self.data, false) }
-    }
-
-    /// When it fails: was it to write, or to make durable? Written once more without, it shows.
-    fn write_durably(self, image: &dyn Image) -> Result<(), Failure> {
-        image.write(self.offset, self.data, true).or_else(|error| {
-            self.write(image)?;
-            Err(Failure::NotDurable(error))
-        })
     }
 }
 
@@ -243,7 +225,7 @@ mod tests {
     #[test]
     fn zeros_into_a_hole_allocate_nothing() {
         let (memory, image, faults) = counted(8);
-        assert!(write_around_holes(&image, 0, &vec![0; 8 * ONE], false).is_ok());
+        assert!(write_around_holes(&image, 0, &vec![0; 8 * ONE]).is_ok());
         assert_eq!(memory.allocated_blocks(), 0);
         assert_eq!(faults.count(Op::Write), 0);
     }
@@ -251,7 +233,7 @@ mod tests {
     #[test]
     fn a_few_zeros_that_cover_only_part_of_a_hole_allocate_nothing() {
         let (memory, image, _) = counted(2);
-        assert!(write_around_holes(&image, 4000, &[0; 200], false).is_ok());
+        assert!(write_around_holes(&image, 4000, &[0; 200]).is_ok());
         assert_eq!(memory.allocated_blocks(), 0);
     }
 
@@ -259,7 +241,7 @@ mod tests {
     fn zeros_over_data_are_written() {
         let (memory, image, _) = counted(2);
         memory.write(0, &vec![9; 2 * ONE], false).unwrap();
-        assert!(write_around_holes(&image, 100, &vec![0; ONE], false).is_ok());
+        assert!(write_around_holes(&image, 100, &vec![0; ONE]).is_ok());
         let mut expected = vec![9; 2 * ONE];
         expected[100..ONE + 100].fill(0);
         assert!(memory.contents() == expected);
@@ -279,9 +261,10 @@ mod tests {
         let image = FailingImage::new(file, faults.clone());
         let mut striped = vec![0; 64 * ONE];
         striped.chunks_mut(2 * ONE).for_each(|two| two[0] = 1);
-        assert_eq!(write_around_holes(&image, 0, &striped, true).unwrap(), Written::AsAsked);
-        assert_eq!((faults.count(Op::DurableWrite), faults.count(Op::Write)), (1, 0));
-        assert_eq!(faults.count(Op::Extent), 1);
+        assert!(!leaves_gaps(&image, 0, &striped).unwrap());
+        assert_eq!((faults.count(Op::Write), faults.count(Op::Extent)), (0, 1));
+        assert!(write_around_holes(&image, 0, &striped).is_ok());
+        assert_eq!((faults.count(Op::Write), faults.count(Op::Extent)), (1, 2));
         let mut found = vec![5; 64 * ONE];
         image.read(0, &mut found).unwrap();
         assert!(found == striped);
@@ -290,19 +273,21 @@ mod tests {
     #[test]
     fn data_asks_for_no_extent() {
         let (_, image, faults) = counted(4);
-        assert!(write_around_holes(&image, 5, &vec![1; 3 * ONE], false).is_ok());
+        assert!(write_around_holes(&image, 5, &vec![1; 3 * ONE]).is_ok());
         assert_eq!((faults.count(Op::Extent), faults.count(Op::Write)), (0, 1));
     }
 
     #[test]
-    fn a_durable_write_that_left_something_out_asks_for_a_flush() {
-        let (_, image, faults) = counted(4);
+    fn only_zeros_in_a_hole_are_gaps() {
+        let (memory, image, faults) = counted(4);
         let mut data = vec![0; 3 * ONE];
         data[2 * ONE] = 1;
-        assert_eq!(write_around_holes(&image, 0, &data, true).unwrap(), Written::ToBeFlushed);
-        assert_eq!(faults.count(Op::DurableWrite), 0);
-        assert_eq!(write_around_holes(&image, 0, &data, false).unwrap(), Written::AsAsked);
-        assert_eq!(write_around_holes(&image, 0, &[], true).unwrap(), Written::AsAsked);
+        assert!(leaves_gaps(&image, 0, &data).unwrap());
+        assert!(!leaves_gaps(&image, 2 * BLOCK, &data[2 * ONE..]).unwrap());
+        assert!(!leaves_gaps(&image, 0, &[]).unwrap());
+        memory.write(0, &vec![9; 3 * ONE], false).unwrap();
+        assert!(!leaves_gaps(&image, 0, &data).unwrap());
+        assert_eq!(faults.count(Op::Write), 0);
     }
 
     proptest! {
@@ -349,7 +334,7 @@ mod tests {
             let data: Vec<u8> = (0..length)
                 .map(|at| u8::from(filled[(offset as usize + at) / ONE]))
                 .collect();
-            prop_assert!(write_around_holes(&image, offset, &data, false).is_ok());
+            prop_assert!(write_around_holes(&image, offset, &data).is_ok());
             expected[offset as usize..][..length].copy_from_slice(&data);
             prop_assert!(memory.contents() == expected);
             for (block, bytes) in expected.chunks(ONE).enumerate() {

@@ -224,11 +224,12 @@ impl Arrival {
     }
 
     /// A change that was permitted could not be made: the copy has a gap, whatever its sender says
-    /// next. The process exits with an error.
-    pub fn write_failed(&mut self) {
+    /// next. True: the process exits with an error. False: the copy was complete before.
+    pub fn write_failed(&mut self) -> bool {
         if matches!(self.state, State::Receiving(_)) {
             self.state = State::Failed;
         }
+        self.state == State::Failed
     }
 
     /// `connection` is gone, and none of its requests is under way.

@@ -36,6 +36,9 @@ pub struct Destination {
     ledger: Option<Ledger>,
     oldstyle: bool,
     state: Mutex<State>,
+    /// Held while data and record are made durable. Never waited for by whoever may have requests
+    /// under way: to flush is to wait for theirs.
+    settling: Mutex<()>,
     told: Box<dyn Fn(Fate) + Send + Sync>,
 }
 
@@ -65,7 +68,7 @@ impl Destination {
     ) -> Self {
         let arrival = Arrival::new(token, holds);
         let state = Mutex::new(State { arrival, introduced: BTreeMap::new() });
-        Self { disk, ledger, oldstyle, state, told }
+        Self { disk, ledger, oldstyle, state, settling: Mutex::new(()), told }
     }
 
     /// A source introduces itself with this data.
@@ -78,6 +81,8 @@ impl Destination {
         data: &[u8],
     ) -> Result<Introduction, WireError> {
         let question = Question::decode(data)?;
+        // What it asks is being decided.
+        let _decided = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.lock();
         let introduction = state.arrival.introduced(connection, &question);
         if matches!(introduction, Introduction::Answer { .. }) {
@@ -121,9 +126,10 @@ impl Destination {
     /// HANDOVER arrived with this payload.
     pub fn handed_over(&self, connection: Connection, payload: &[u8]) -> Handed {
         let Ok(handover) = Handover::decode(payload) else { return Handed::Refuse };
-        let mut state = self.lock();
-        match state.arrival.handed_over(connection, &handover) {
-            Ending::Settle(record) if self.settle(&mut state, &record) => Handed::Acknowledge,
+        let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let ending = self.lock().arrival.handed_over(connection, &handover);
+        match ending {
+            Ending::Settle(record) if self.settle(&record) => Handed::Acknowledge,
             Ending::Settle(_) => Handed::Silence,
             Ending::Refuse | Ending::Nothing => Handed::Refuse,
         }
@@ -131,9 +137,10 @@ impl Destination {
 
     /// DISC arrived.
     pub fn said_goodbye(&self, connection: Connection) {
-        let mut state = self.lock();
-        if let Ending::Settle(record) = state.arrival.said_goodbye(connection) {
-            self.settle(&mut state, &record);
+        let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let ending = self.lock().arrival.said_goodbye(connection);
+        if let Ending::Settle(record) = ending {
+            self.settle(&record);
         }
     }
 
@@ -147,13 +154,17 @@ impl Destination {
     /// A request that changes the disk, or makes it durable, failed: this image cannot be written,
     /// so that waiting for the source to try again would be in vain (flexnbd(1), LISTEN MODE).
     pub fn failed(&self, why: &str) {
-        self.lock().arrival.write_failed();
-        (self.told)(Fate::Failed(why.to_owned()));
+        // Once it is being settled, what is to be durable then is known by another flush.
+        if self.lock().arrival.write_failed() {
+            (self.told)(Fate::Failed(why.to_owned()));
+        }
     }
 
-    /// The data first, then the record: only then is the disk ours.
-    fn settle(&self, state: &mut State, record: &Record) -> bool {
+    /// The data first, then the record: only then is the disk ours. Meanwhile others are told that
+    /// it is complete.
+    fn settle(&self, record: &Record) -> bool {
         let settled = self.flush().and_then(|()| self.keep(record));
+        let mut state = self.lock();
         let ours = state.arrival.settled(settled.is_ok());
         (self.told)(match settled {
             Ok(()) => Fate::Arrived(match record {
@@ -188,5 +199,68 @@ impl Destination {
     /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::errands::{Errands, Work};
+    use crate::disk::memory::MemoryImage;
+    use crate::disk::slow::{Slow, SlowImage, TestBell};
+    use nix::libc::EIO;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+    const ID: Id = Id([1; 16]);
+    const TOKEN: Token = Token([9; 16]);
+
+    #[test]
+    fn a_handover_does_not_wait_for_a_flush_whose_session_waits_for_the_handover() {
+        for fails in [false, true] {
+            let (memory, slow) = (MemoryImage::new(1 << 20), Arc::new(Slow::default()));
+            let image = SlowImage::new(memory.clone(), Arc::clone(&slow));
+            let disk = Arc::new(Disk::new(Box::new(image), false));
+            let (fates, told) = mpsc::channel();
+            let tell = Box::new({
+                let fates = Mutex::new(fates);
+                move |fate| fates.lock().unwrap().send(fate).unwrap()
+            });
+            let destination = Destination::new(Arc::clone(&disk), None, false, (TOKEN, None), tell);
+            destination.introduced(1, &Question { size: 1 << 20, id: ID }.encode()).unwrap();
+            destination.permit(1).unwrap();
+            // A reader has come before, and has a flush under way.
+            let mut errands = Errands::new(&disk, Arc::new(TestBell::default()));
+            errands.begin(disk.enter(&|| true).unwrap(), Work::Flush, ());
+            errands.submit();
+            let (asked, answer) = mpsc::channel();
+            let handover = Handover { id: ID, token: TOKEN }.encode();
+            thread::scope(|scope| {
+                let destination = &destination;
+                let handing = scope.spawn(|| destination.handed_over(1, &handover));
+                let asking = scope.spawn(move || {
+                    while destination.permit(2) != Err(Denied::Complete) {
+                        thread::yield_now();
+                    }
+                    asked.send(()).unwrap();
+                });
+                let waited = answer.recv_timeout(PATIENCE);
+                assert!(!handing.is_finished(), "the flush may know better");
+                if fails {
+                    slow.fail(0, EIO);
+                } else {
+                    slow.finish(0, &memory);
+                }
+                assert!(errands.next_over().is_some());
+                assert_eq!(waited, Ok(()));
+                asking.join().unwrap();
+                let expected = if fails { Handed::Silence } else { Handed::Acknowledge };
+                assert_eq!(handing.join().unwrap(), expected);
+            });
+            let fate = told.recv_timeout(PATIENCE).unwrap();
+            assert_eq!(fails, matches!(fate, Fate::Failed(_)));
+        }
     }
 }

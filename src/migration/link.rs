@@ -67,7 +67,7 @@ impl Link {
         let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
             .map_err(|error| Trouble::Connect(error.to_string()))?;
         // A connection that takes no options is on its way out, which the handshake will see.
-        let _ = stream.tune();
+        let _ = stream.tune().and_then(|()| stream.leave_little_unsent());
         // `sendfile(2)` has no flag for it; without, a destination that hangs would hang us.
         stream.never_block().map_err(|error| Trouble::Local(error.to_string()))?;
         let private = question.map(|question| question.encode().to_vec());

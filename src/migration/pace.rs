@@ -215,6 +215,11 @@ fn slot_of(now: Duration) -> u64 {
     u64::try_from(now.as_nanos() / SLOT.as_nanos()).unwrap_or(u64::MAX - 1)
 }
 
+/// Whether so much can be sent in that time, as far as is known.
+fn fits(bytes: u64, link_rate: Option<NonZeroU64>, time: Duration) -> bool {
+    link_rate.is_some_and(|rate| time_for(bytes, rate) <= time)
+}
+
 /// How long writers are held per write at each step; the first step is not at all.
 const DELAYS_US: [u64; 9] = [0, 250, 500, 1000, 2000, 4000, 8000, 16_000, 32_000];
 
@@ -224,33 +229,56 @@ const PATIENCE: u32 = 3;
 /// Passes are compared at most this often, so that short ones are not taken for a trend.
 const COMPARE_EVERY: Duration = SECOND;
 
+/// The part of the allowed pause that is tried for first: a pass more or two often get there.
+pub const AIM_SHARE: u32 = 4;
+
+/// How long that is tried for before the whole of the allowed pause will do; not at all if a
+/// single pass would take longer.
+pub const AIM_FOR: Duration = SECOND;
+
 /// Whether the copy catches up with the writers, and what to do when it does not.
 #[derive(Debug)]
 pub struct Chase {
     pause: Duration,
+    /// Since when what is left could have been sent within the pause, now and then.
+    fits_since: Option<Duration>,
     step: usize,
     stubborn: u32,
     before: Option<(Duration, u64)>,
 }
 
 impl Chase {
-    /// A chase that ends when what is left can be sent within `pause`.
+    /// A chase that ends when what is left can be sent within `pause`, or better, in a quarter
+    /// of it.
     #[must_use]
     pub fn new(pause: Duration) -> Self {
-        Self { pause, step: 0, stubborn: 0, before: None }
+        Self { pause, fits_since: None, step: 0, stubborn: 0, before: None }
     }
 
-    /// Whether the gate may be closed with `left` bytes to go, at `link_rate` bytes per second.
+    /// Whether the gate may be closed with `left` bytes to go, at `link_rate` bytes per second; as
+    /// long as it is open, at no more than `limit`.
     #[must_use]
-    pub fn may_end(&self, left: u64, link_rate: Option<NonZeroU64>) -> bool {
-        left == 0
-            || self.stubborn >= PATIENCE
-            || link_rate.is_some_and(|rate| time_for(left, rate) <= self.pause)
+    pub fn may_end(
+        &mut self,
+        now: Duration,
+        left: u64,
+        link_rate: Option<NonZeroU64>,
+        limit: Option<NonZeroU64>,
+    ) -> bool {
+        if left == 0 || self.stubborn >= PATIENCE {
+            return true;
+        }
+        if !fits(left, link_rate, self.pause) {
+            return false;
+        }
+        let since = *self.fits_since.get_or_insert(now);
+        let is_slow = limit.is_some_and(|limit| time_for(left, limit) > AIM_FOR);
+        fits(left, link_rate, self.pause / AIM_SHARE) || is_slow || now >= since + AIM_FOR
     }
 
     /// A pass is over and left so many bytes. One that did not shrink by a quarter since the last
-    /// comparison holds the writers back a step more.
-    pub fn pass_ended(&mut self, now: Duration, left: u64) {
+    /// comparison holds the writers back a step more, unless the gate may close soon as it is.
+    pub fn pass_ended(&mut self, now: Duration, left: u64, link_rate: Option<NonZeroU64>) {
         let Some((since, before)) = self.before else {
             self.before = Some((now, left));
             return;
@@ -259,7 +287,7 @@ impl Chase {
             return;
         }
         self.before = Some((now, left));
-        if left <= before - before / 4 {
+        if left <= before - before / 4 || fits(left, link_rate, self.pause) {
             return;
         }
         if self.step + 1 < DELAYS_US.len() {

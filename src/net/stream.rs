@@ -22,8 +22,22 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// How many of them may go unanswered.
 pub const KEEPALIVE_PROBES_MAX: u32 = 3;
 
+/// How much may wait in the kernel for its turn to be sent, in bytes, where little is wanted.
+const UNSENT_MAX: u32 = 64 << 10;
+
 /// As many slices as the kernel takes in one call (`UIO_MAXIOV`).
 const SLICES_MAX: usize = 1024;
+
+/// The option behind [`Stream::leave_little_unsent`] (`TCP_NOTSENT_LOWAT`, tcp(7)).
+#[derive(Clone, Copy, Debug)]
+struct UnsentMax;
+nix::setsockopt_impl!(
+    UnsentMax,
+    libc::IPPROTO_TCP,
+    libc::TCP_NOTSENT_LOWAT,
+    u32,
+    sockopt::SetStruct<'_, u32>
+);
 
 /// A connection. All methods take `&self`: one thread may read while another writes.
 #[derive(Debug)]
@@ -97,6 +111,18 @@ impl Stream {
         setsockopt(stream, sockopt::TcpKeepIdle, &whole_seconds(KEEPALIVE_IDLE))?;
         setsockopt(stream, sockopt::TcpKeepInterval, &whole_seconds(KEEPALIVE_INTERVAL))?;
         setsockopt(stream, sockopt::TcpKeepCount, &KEEPALIVE_PROBES_MAX)?;
+        Ok(())
+    }
+
+    /// Lets the kernel take only so much as can go out soon. What it takes beyond that is sent by
+    /// whoever receives the acknowledgements; over loopback that is the receiver, which has enough
+    /// to do. How much is on its way is not touched by this. Nothing to do on a unix socket.
+    ///
+    /// # Errors
+    /// When the kernel refuses the option, which a connected socket does not see.
+    pub fn leave_little_unsent(&self) -> io::Result<()> {
+        let Self::Tcp(stream) = self else { return Ok(()) };
+        setsockopt(stream, UnsentMax, &UNSENT_MAX)?;
         Ok(())
     }
 

@@ -2,10 +2,14 @@
 //! Never reads or writes them.
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
+
+/// Longest time that the kernel is asked to wait at once; what is longer is waited for in parts.
+const WAIT_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Waits until one of `descriptors` can be read, has hung up or failed, or until `deadline`
 /// (none: for ever). The answer has one entry for each descriptor; all false at the deadline.
@@ -29,11 +33,11 @@ pub(super) fn happened(fd: &PollFd<'_>) -> PollFlags {
     fd.revents().unwrap_or(PollFlags::POLLERR)
 }
 
-/// `poll(2)` until `deadline`, going on after signals. False when the deadline came first.
+/// `ppoll(2)` until `deadline`, going on after signals. False when the deadline came first.
 pub(super) fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<bool> {
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        match poll(fds, timeout(left)) {
+        match ppoll(fds, timeout(left), None) {
             Ok(0) if left.is_none_or(|left| !left.is_zero()) => {}
             Ok(ready) => return Ok(ready > 0),
             Err(Errno::EINTR) => {}
@@ -42,33 +46,43 @@ pub(super) fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> i
     }
 }
 
-/// Milliseconds, rounded up so that the last part of one is not spent asking again and again.
-/// What is too long for `poll(2)` is waited for in parts.
-fn timeout(left: Option<Duration>) -> PollTimeout {
-    match left {
-        None => PollTimeout::NONE,
-        Some(left) => {
-            PollTimeout::try_from(left.as_nanos().div_ceil(1_000_000)).unwrap_or(PollTimeout::MAX)
-        }
-    }
+/// To the nanosecond: a writer is held back for parts of a millisecond.
+fn timeout(left: Option<Duration>) -> Option<TimeSpec> {
+    left.map(|left| TimeSpec::from_duration(left.min(WAIT_MAX)))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{timeout, wait_readable};
-    use nix::poll::PollTimeout;
+    use super::{WAIT_MAX, timeout, wait_readable};
+    use nix::sys::time::TimeSpec;
     use std::io::Write;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
     use std::time::{Duration, Instant};
 
     #[test]
-    fn part_of_a_millisecond_is_waited_for_as_a_whole_one() {
-        assert_eq!(timeout(Some(Duration::ZERO)), PollTimeout::ZERO);
-        assert_eq!(timeout(Some(Duration::from_nanos(1))), PollTimeout::from(1u16));
-        assert_eq!(timeout(Some(Duration::from_millis(1))), PollTimeout::from(1u16));
-        assert_eq!(timeout(Some(Duration::MAX)), PollTimeout::MAX);
-        assert_eq!(timeout(None), PollTimeout::NONE);
+    fn a_time_is_exact_and_one_that_is_too_long_is_waited_for_in_parts() {
+        let longest = Some(TimeSpec::from_duration(WAIT_MAX));
+        let nanosecond = Duration::from_nanos(1);
+        assert_eq!(timeout(Some(nanosecond)), Some(TimeSpec::new(0, 1)));
+        assert_ne!(timeout(Some(WAIT_MAX - nanosecond)), longest);
+        assert_eq!(timeout(Some(WAIT_MAX)), longest);
+        assert_eq!(timeout(Some(Duration::MAX)), longest);
+        assert_eq!(timeout(None), None);
+    }
+
+    #[test]
+    fn a_part_of_a_millisecond_is_not_waited_for_as_a_whole_one() {
+        let (_a, b) = UnixStream::pair().unwrap();
+        let wait = |micros| {
+            let began = Instant::now();
+            wait_readable(&[b.as_fd()], Some(began + Duration::from_micros(micros))).unwrap();
+            began.elapsed()
+        };
+        // The shortest of many: others use this machine, too.
+        let shortest = (0..100).map(|_| wait(100)).min().unwrap();
+        assert!(shortest >= Duration::from_micros(100), "{shortest:?}");
+        assert!(shortest < Duration::from_millis(1), "{shortest:?}");
     }
 
     #[test]

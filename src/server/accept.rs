@@ -78,6 +78,7 @@ fn start(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat) {
     info!("flexnbd.client" = %peer, "flexnbd.session" = id, "{peer} connected");
     // A connection that takes no options is on its way out, which the session will see.
     let _ = stream.tune().and_then(|()| stream.never_block());
+    let _ = stream.leave_little_unsent();
     run(shared, stream, peer, seat, None);
 }
 
@@ -122,6 +123,7 @@ fn serve(shared: &Shared, stream: Stream, peer: Peer, seat: Seat, carried: Optio
         reception: &*shared.reception,
         export: shared.export.clone(),
         settings: shared.settings,
+        cpus: shared.cpus,
     };
     let (end, carried) = session.run(carried);
     shared.reception.closed(id);

@@ -10,9 +10,13 @@ mod accept;
 pub mod acl;
 mod carry;
 mod end;
+#[cfg(test)]
+mod errand_tests;
+mod expectation;
 mod inbox;
 mod orders;
 mod outbox;
+mod patience;
 mod progress;
 mod reading;
 pub mod reception;
@@ -21,6 +25,7 @@ mod restart_tests;
 mod roster;
 pub mod session;
 mod stall;
+mod taking;
 #[cfg(test)]
 mod tests;
 mod transmission;
@@ -90,6 +95,8 @@ struct Shared {
     settings: Settings,
     reception: Arc<dyn Reception>,
     roster: Arc<Roster>,
+    /// How many threads can run at once.
+    cpus: usize,
 }
 
 impl Shared {
@@ -173,7 +180,8 @@ impl Server {
         };
         let export = export(&disk, name);
         let roster = Roster::new(capacity, acl, watch)?;
-        let shared = Arc::new(Shared { disk, export, settings, reception, roster });
+        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        let shared = Arc::new(Shared { disk, export, settings, reception, roster, cpus });
         // First those who were here before: newcomers get numbers beyond theirs.
         resume(&shared, luggage);
         let for_acceptor = Arc::clone(&shared);

@@ -1,8 +1,10 @@
 //! What the server tells a session while that is busy or waiting.
 //! One order at a time, and never a milder one after a harsher.
 
+use crate::disk::Bell;
 use crate::net::Wake;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// What a session is to do.
@@ -27,7 +29,7 @@ pub(super) enum Order {
 #[derive(Debug)]
 pub(super) struct Orders {
     current: AtomicU8,
-    /// Set whenever there is a new order.
+    /// Set whenever there is a new order, or news of an errand.
     pub(super) wake: Wake,
 }
 
@@ -56,6 +58,16 @@ impl Orders {
             4 => Order::GiveWay,
             _ => Order::Leave,
         }
+    }
+}
+
+impl Bell for Orders {
+    fn ring(&self) {
+        self.wake.wake();
+    }
+
+    fn as_eventfd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
     }
 }
 

@@ -44,7 +44,7 @@ fn disk() -> (tempfile::NamedTempFile, Arc<Disk>) {
     let image = FileImage::open(file.path(), Access { read_only: false }).unwrap();
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let data: Vec<u8> = (0..2 * MIB).map(|at| (at % 251) as u8 + 1).collect();
-    disk.enter(&|| false).unwrap().write(0, &data, false).unwrap();
+    disk.enter(&|| false).unwrap().write(0, &data).unwrap();
     (file, disk)
 }
 

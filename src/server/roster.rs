@@ -113,6 +113,13 @@ pub(super) struct Seat {
     pub(super) orders: Arc<Orders>,
 }
 
+impl Seat {
+    /// How many sessions there are, this one included.
+    pub(super) fn company(&self) -> usize {
+        self.roster.count()
+    }
+}
+
 impl Roster {
     pub(super) fn new(
         capacity: Capacity,

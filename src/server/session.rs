@@ -3,6 +3,7 @@
 
 use super::carry::{Carried, Phase, Serving};
 use super::end::SessionEnd;
+use super::expectation::Expectation;
 use super::inbox::Inbox;
 use super::orders::Order;
 use super::outbox::Outbox;
@@ -44,6 +45,7 @@ pub(super) struct Session<'a> {
     pub(super) reception: &'a dyn Reception,
     pub(super) export: Export,
     pub(super) settings: Settings,
+    pub(super) cpus: usize,
 }
 
 /// Where a session begins, or goes on.
@@ -257,9 +259,11 @@ impl Session<'_> {
         progress: Progress,
     ) -> Transmission<'_> {
         let who = (self.peer.to_string(), self.seat.id);
-        let orders = &*self.seat.orders;
+        let orders = &self.seat.orders;
         Transmission {
             stream: &self.stream,
+            seat: &self.seat,
+            cpus: self.cpus,
             worker: Worker::new(self.disk, orders, self.reception, terms.dialect, who),
             terms,
             answers_nonsense: self.settings.style == Style::Oldstyle,
@@ -267,6 +271,9 @@ impl Session<'_> {
             inbox,
             outbox,
             progress,
+            stuck: false,
+            taken: 0,
+            expectation: Expectation::default(),
         }
     }
 

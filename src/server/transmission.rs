@@ -4,19 +4,24 @@
 //! replies, reads wait in a queue, everything else is still done, and only when the queue or the
 //! held replies reach their limits does the session stop receiving: back-pressure in bounded
 //! memory, so that a client may send a long row of requests before it reads the first reply.
+//!
+//! Nor do requests wait for each other: what the disk takes long for is an errand, and what was
+//! asked behind it may be answered before. Only these wait, with all that is behind them: a change
+//! to what an errand is changing; what must come last; and anything while there is no room for
+//! more errands, or while the gate is closed and somebody waits for those under way.
 
 use super::carry::{Carried, Phase, Serving};
 use super::end::SessionEnd;
+use super::expectation::{Expectation, LOOKOUT};
 use super::inbox::Inbox;
 use super::orders::Order;
 use super::outbox::Outbox;
-use super::progress::{Payload, Progress, Purpose};
-use super::reception::Conclusion;
-use super::work::{Worker, piece_length};
-use crate::nbd::Malformed;
-use crate::nbd::reply::{Dialect, Origin};
-use crate::nbd::request::{self, Header, Refusal, Request, Terms};
-use crate::nbd::wire::{CommandKind, ErrorCode};
+use super::progress::Progress;
+use super::reading::Step;
+use super::roster::Seat;
+use super::work::{Aside, Worker};
+use crate::disk::Visit;
+use crate::nbd::request::Terms;
 use crate::net::{Interest, Stream};
 use crate::range::Range;
 use std::io;
@@ -27,15 +32,18 @@ pub(super) const READS_MAX: usize = 1024;
 /// When less than this was received at once, it is not worth asking for more before waiting: a
 /// client with one or two requests under way waits for their replies first.
 const DRAINED_BELOW: usize = 64;
+/// Nothing but a request is waited for.
+const READABLE: Interest = Interest { readable: true, writable: false };
 /// After this time without anything to do, a session gives its buffers back.
 const IDLE: Duration = Duration::from_secs(1);
-/// Longest payload of a refused request that is read past.
-const PAYLOAD_ABSURD: u64 = 1 << 32;
 
 /// One session's transmission phase.
 #[derive(Debug)]
 pub(super) struct Transmission<'a> {
     pub(super) stream: &'a Stream,
+    pub(super) seat: &'a Seat,
+    /// How many threads can run at once.
+    pub(super) cpus: usize,
     pub(super) worker: Worker<'a>,
     pub(super) terms: Terms,
     /// Answer bytes that are no request with an error before closing, as the original did.
@@ -44,9 +52,14 @@ pub(super) struct Transmission<'a> {
     pub(super) inbox: Inbox,
     pub(super) outbox: Outbox,
     pub(super) progress: Progress,
+    /// Nothing more can be begun before an errand is over.
+    pub(super) stuck: bool,
+    /// Requests taken since the last time that there were none.
+    pub(super) taken: u32,
+    pub(super) expectation: Expectation,
 }
 
-impl Transmission<'_> {
+impl<'a> Transmission<'a> {
     /// Serves until the session ends; what it was in the middle of when it was packed up.
     pub(super) fn run(mut self) -> (SessionEnd, Option<Carried>) {
         loop {
@@ -58,7 +71,7 @@ impl Transmission<'_> {
         }
     }
 
-    /// Between two turns nothing is under way on the disk: what is held here is all there is.
+    /// Nothing is under way on the disk: what is held here is all there is.
     fn pack(self) -> Carried {
         let Terms { dialect, allocation_selected, .. } = self.terms;
         Carried {
@@ -77,15 +90,20 @@ impl Transmission<'_> {
         // Before anything that arrived after the order is answered.
         self.obey()?;
         self.work()?;
+        self.worker.errands.submit();
         let blocked = self.is_blocked();
         let sent_all = self.send()?;
-        if self.worker.orders.current() == Order::PackUp && self.progress.can_be_packed() {
-            return Err(SessionEnd::PackedUp);
+        let quiet = self.worker.errands.is_empty();
+        if self.is_packing() {
+            return if quiet { Err(SessionEnd::PackedUp) } else { self.wait() };
         }
-        if sent_all && (blocked || !self.progress.reads.is_empty()) {
+        if sent_all && !self.stuck && (blocked || !self.progress.reads.is_empty()) {
             return Ok(());
         }
-        if sent_all && let Some(end) = self.progress.leaving.take() {
+        if sent_all
+            && quiet
+            && let Some(end) = self.progress.leaving.take()
+        {
             return Err(end);
         }
         // While requests that are here already wait, more of them, or their end, can wait, too.
@@ -105,20 +123,86 @@ impl Transmission<'_> {
         Ok(sent_all)
     }
 
-    /// Does everything that can be done without waiting for the client.
+    /// Does everything that can be done without waiting for the client or for an errand.
     fn work(&mut self) -> Result<(), SessionEnd> {
+        self.stuck = false;
         loop {
-            while !self.outbox.is_full()
-                && let Some(read) = self.progress.reads.front_mut()
-            {
-                if self.worker.advance(read, &mut self.outbox)? {
-                    self.progress.reads.pop_front();
-                }
+            self.conclude_errands();
+            if self.is_packing() {
+                return Ok(());
             }
-            if self.is_blocked() || self.has_said_goodbye() || !self.take()? {
+            self.answer_reads()?;
+            if self.stuck || self.is_blocked() || self.has_said_goodbye() || !self.take()? {
                 return Ok(());
             }
         }
+    }
+
+    /// Answers what errands are over for.
+    fn conclude_errands(&mut self) {
+        while let Some((aside, outcome)) = self.worker.errands.next_over() {
+            match aside {
+                Aside::Answer { to, request } => {
+                    self.worker.conclude(to, outcome, request, &mut self.outbox);
+                }
+                Aside::Read(mut read, load) => {
+                    self.worker.loaded(&load);
+                    read.warm();
+                    self.progress.reads.push_back(read);
+                }
+            }
+        }
+    }
+
+    /// Answers reads as far as the outbox takes them.
+    fn answer_reads(&mut self) -> Result<(), SessionEnd> {
+        while !self.outbox.is_full()
+            && let Some(read) = self.progress.reads.front_mut()
+        {
+            match self.worker.advance(read, &mut self.outbox)? {
+                Step::GoesOn => {}
+                Step::Answered => drop(self.progress.reads.pop_front()),
+                Step::Cold(visit, range) => self.load(visit, range)?,
+                Step::Waits => self.stuck = true,
+            }
+            if self.stuck {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Has what the first read needs loaded aside, or waits for it if there is nothing else to do
+    /// and that will not take long.
+    fn load(&mut self, visit: Visit<'a>, range: Range) -> Result<(), SessionEnd> {
+        if self.worker.patience.waits()
+            && self.has_nothing_else_to_do()
+            && let Some(read) = self.progress.reads.front_mut()
+        {
+            drop(visit);
+            read.warm();
+            let began = Instant::now();
+            if let Step::Answered = self.worker.advance(read, &mut self.outbox)? {
+                self.progress.reads.pop_front();
+            }
+            self.worker.patience.waited(range.length(), began.elapsed());
+        } else if !self.worker.errands.has_room(0) {
+            self.stuck = true;
+        } else if let Some(read) = self.progress.reads.pop_front() {
+            self.worker.load(visit, range, read);
+        }
+        Ok(())
+    }
+
+    /// Whether everything that the client has sent has been answered but for one read.
+    fn has_nothing_else_to_do(&self) -> bool {
+        let answered = self.worker.errands.is_empty() && self.outbox.is_empty();
+        answered && self.progress.reads.len() == 1 && self.inbox.bytes().is_empty()
+    }
+
+    /// Whether to stop as soon as nothing is under way on the disk, and to begin nothing.
+    fn is_packing(&self) -> bool {
+        self.worker.orders.current() == Order::PackUp && self.progress.can_be_packed()
     }
 
     /// Whether nothing more may be taken on before the client takes replies.
@@ -132,8 +216,10 @@ impl Transmission<'_> {
         !matches!(self.progress.leaving, None | Some(SessionEnd::Ordered(_)))
     }
 
+    /// Not while stuck: that the client has ended its side is to be seen after all that it said.
     fn receives(&self) -> bool {
-        self.progress.leaving.is_none() && !self.is_blocked() && !self.inbox.is_full()
+        let takes_on = !self.stuck && !self.is_blocked() && !self.is_packing();
+        self.progress.leaving.is_none() && takes_on && !self.inbox.is_full()
     }
 
     /// Receives what has arrived; false if nothing has.
@@ -155,213 +241,27 @@ impl Transmission<'_> {
         }
     }
 
-    /// Takes the next request, or piece of a payload, out of the inbox; false if it is not all
-    /// there.
-    fn take(&mut self) -> Result<bool, SessionEnd> {
-        match self.progress.payload.take() {
-            None => self.take_request(),
-            Some(payload) => self.take_payload(payload),
-        }
-    }
-
-    fn take_request(&mut self) -> Result<bool, SessionEnd> {
-        let dialect = self.terms.dialect;
-        let (header, used) = match Header::decode(dialect, self.inbox.bytes()) {
-            Ok(Some(decoded)) => decoded,
-            Ok(None) => return Ok(false),
-            Err(malformed) => return self.take_nonsense(malformed),
-        };
-        self.inbox.consume(used);
-        let chunked = [CommandKind::Read.number(), CommandKind::BlockStatus.number()];
-        let to = Origin {
-            cookie: header.cookie,
-            offset: header.offset,
-            chunked: chunked.contains(&header.kind),
-        };
-        let length = header.payload_length(&self.terms);
-        match self.checked(&header) {
-            Ok(request) => self.begin(to, request)?,
-            Err(refusal) => {
-                if length > PAYLOAD_ABSURD {
-                    return Err(SessionEnd::AbsurdPayload(length));
-                }
-                self.worker.refuse(to, refusal.code, refusal.why, &mut self.outbox);
-                if length > 0 {
-                    let purpose = Purpose::Skip { failed: None };
-                    self.progress.payload = Some(Payload { to, left: length, purpose });
-                }
-            }
-        }
-        Ok(true)
-    }
-
-    /// What the client wants, or why it cannot have it, by the protocol or by whose disk it is.
-    fn checked(&self, header: &Header) -> Result<Request, Refusal> {
-        let request = header.check(&self.terms)?;
-        if request.writes() {
-            let permitted = self.worker.reception.permit(self.worker.session);
-            permitted.map_err(|(code, why)| Refusal { code, why })?;
-        }
-        Ok(request)
-    }
-
-    fn begin(&mut self, to: Origin, request: Request) -> Result<(), SessionEnd> {
-        if request.writes() {
-            self.worker.hold_back(self.stream)?;
-        }
-        match request {
-            Request::Read { range, whole } => {
-                let read = self.worker.read(to, range, whole, &mut self.outbox);
-                self.progress.reads.extend(read);
-            }
-            Request::Write { range, durable: _ } if range.is_empty() => {
-                self.worker.conclude(to, Ok(()), request, &mut self.outbox);
-            }
-            Request::Write { range, durable } => {
-                let purpose = Purpose::Write { range, rest: range, durable };
-                self.progress.payload = Some(Payload { to, left: range.length(), purpose });
-            }
-            Request::Private { length } => {
-                let purpose = Purpose::Private { data: Vec::new() };
-                self.progress.payload = Some(Payload { to, left: length, purpose });
-            }
-            Request::Disconnect => {
-                self.worker.reception.said_goodbye(self.worker.session);
-                self.progress.leaving = Some(SessionEnd::Goodbye);
-            }
-            _ => self.worker.answer(to, request, &mut self.outbox)?,
-        }
-        Ok(())
-    }
-
-    fn take_payload(&mut self, payload: Payload) -> Result<bool, SessionEnd> {
-        let Payload { to, left, purpose } = payload;
-        match purpose {
-            Purpose::Skip { failed } => Ok(self.skip(to, left, failed)),
-            Purpose::Write { range, rest, durable } => self.write(to, range, rest, durable),
-            Purpose::Private { data } => self.private(to, left, data),
-        }
-    }
-
-    /// Writes the next piece of a payload, if all of the piece has arrived: the disk is not
-    /// visited while the client takes its time.
-    fn write(
-        &mut self,
-        to: Origin,
-        range: Range,
-        rest: Range,
-        durable: bool,
-    ) -> Result<bool, SessionEnd> {
-        let (piece, then) = rest.split(piece_length(rest));
-        // It fits: a piece is at most 256 KiB.
-        let length = piece.length() as usize;
-        let Some(data) = self.inbox.bytes().get(..length) else {
-            let purpose = Purpose::Write { range, rest, durable };
-            self.progress.payload = Some(Payload { to, left: rest.length(), purpose });
-            return Ok(false);
-        };
-        let visit = self.worker.visit()?;
-        // One piece is written durably; of several, all are made durable after the last.
-        let alone = piece == range;
-        let mut outcome = visit.write(piece.offset(), data, durable && alone);
-        if durable && !alone && then.is_empty() && outcome.is_ok() {
-            outcome = visit.flush();
-        }
-        drop(visit);
-        self.inbox.consume(length);
-        match outcome {
-            Ok(()) if !then.is_empty() => {
-                let purpose = Purpose::Write { range, rest: then, durable };
-                self.progress.payload = Some(Payload { to, left: then.length(), purpose });
-            }
-            Err(error) if !then.is_empty() => {
-                let what = Request::Write { range, durable };
-                let purpose = Purpose::Skip { failed: Some((what, error)) };
-                self.progress.payload = Some(Payload { to, left: then.length(), purpose });
-            }
-            outcome => {
-                let what = Request::Write { range, durable };
-                self.worker.conclude(to, outcome, what, &mut self.outbox);
-            }
-        }
-        Ok(true)
-    }
-
-    fn skip(&mut self, to: Origin, left: u64, failed: Option<(Request, io::Error)>) -> bool {
-        let step = left.min(self.inbox.bytes().len() as u64);
-        // It fits: no more than what is in the inbox.
-        self.inbox.consume(step as usize);
-        let left = left - step;
-        if left > 0 {
-            self.progress.payload = Some(Payload { to, left, purpose: Purpose::Skip { failed } });
-        } else if let Some((what, error)) = failed {
-            self.worker.conclude(to, Err(error), what, &mut self.outbox);
-        }
-        step > 0
-    }
-
-    /// The private command: everything before it is done, so that it can be obeyed at once.
-    fn private(&mut self, to: Origin, left: u64, mut data: Vec<u8>) -> Result<bool, SessionEnd> {
-        // It fits: no more than what is in the inbox.
-        let step = left.min(self.inbox.bytes().len() as u64) as usize;
-        data.extend_from_slice(&self.inbox.bytes()[..step]);
-        self.inbox.consume(step);
-        let left = left - step as u64;
-        if left > 0 {
-            self.progress.payload = Some(Payload { to, left, purpose: Purpose::Private { data } });
-            return Ok(step > 0);
-        }
-        match self.worker.reception.handed_over(self.worker.session, &data) {
-            Conclusion::Acknowledge => {
-                self.outbox.reply(|out| self.worker.dialect.success(to, out));
-            }
-            Conclusion::Refuse(code) => {
-                let why = "not a handover of the migration that is under way";
-                self.worker.refuse(to, code, why, &mut self.outbox);
-            }
-            Conclusion::Silence => return Err(SessionEnd::Ordered(Order::Leave)),
-        }
-        Ok(true)
-    }
-
-    /// Bytes that are no request: framing is lost, and the session with it. In old style they are
-    /// answered first, once there are as many as a request has.
-    fn take_nonsense(&mut self, malformed: Malformed) -> Result<bool, SessionEnd> {
-        let magic = match malformed {
-            Malformed::Magic(magic) => magic as u32,
-            _ => 0,
-        };
-        let end = SessionEnd::NoRequest(magic);
-        if !self.answers_nonsense {
-            return Err(end);
-        }
-        let bytes = self.inbox.bytes();
-        if bytes.len() < request::header_length(Dialect::Simple) {
-            return Ok(false);
-        }
-        let cookie = bytes[8..].first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
-        let to = Origin { cookie, offset: 0, chunked: false };
-        self.worker.refuse(to, ErrorCode::Invalid, "no request at all", &mut self.outbox);
-        self.progress.leaving = Some(end);
-        Ok(true)
-    }
-
-    /// Waits until the client, the server, or the clock wants something.
+    /// Waits until the client, the server, the disk, or the clock wants something.
     fn wait(&mut self) -> Result<(), SessionEnd> {
-        let interest = Interest { readable: self.receives(), writable: self.outbox.has_bytes() };
+        if self.worker.errands.has_news() {
+            return Ok(());
+        }
+        // What is to come from the disk cannot be sent while the gate keeps us out.
+        let barred = !self.outbox.due_from_disk().is_empty() && self.worker.is_barred();
+        let writable = self.outbox.has_bytes() && !barred;
+        let interest = Interest { readable: self.receives(), writable };
+        if interest == READABLE && self.worker.errands.is_empty() && self.look_out()? {
+            return Ok(());
+        }
         let now = Instant::now();
-        let stalled = self.stalled_at(now);
-        let relaxed = self.inbox.is_relaxed() && self.outbox.is_relaxed();
-        let idle = !interest.writable && !relaxed;
-        let deadline = match (stalled, idle) {
-            (Some(at), _) => Some(at),
-            (None, true) => Some(now + IDLE),
-            (None, false) => None,
-        };
+        let stalled = self.stalled_at(now, barred);
+        let deadline = stalled.or_else(|| self.may_relax().then(|| now + IDLE));
         let wake = &self.worker.orders.wake;
         let ready =
             self.stream.wait(interest, Some(wake), deadline).map_err(SessionEnd::Connection)?;
-        self.progress.drained = false;
+        if ready.readable {
+            self.progress.drained = false;
+        }
         if ready.woken {
             wake.clear();
             return Ok(());
@@ -372,8 +272,32 @@ impl Transmission<'_> {
         if ready.timed_out {
             self.inbox.relax();
             self.outbox.relax();
+            self.worker.errands.relax();
         }
         Ok(())
+    }
+
+    /// Looks out for the next request, if it is likely to come at once and nobody needs the
+    /// processor more; true if something came.
+    fn look_out(&mut self) -> Result<bool, SessionEnd> {
+        let expected = self.expectation.looks_out(std::mem::take(&mut self.taken));
+        if !expected || self.seat.company() > self.cpus {
+            return Ok(false);
+        }
+        let until = Instant::now() + LOOKOUT;
+        let mut came = false;
+        while !came && self.worker.orders.current() == Order::Serve && Instant::now() < until {
+            came = self.receive()?;
+        }
+        self.expectation.note(came);
+        Ok(came)
+    }
+
+    /// Whether there is memory to give back once nothing has happened for a while.
+    fn may_relax(&self) -> bool {
+        let errands = &self.worker.errands;
+        let relaxed = self.inbox.is_relaxed() && self.outbox.is_relaxed() && errands.is_relaxed();
+        !relaxed && !self.outbox.has_bytes() && errands.is_empty()
     }
 
     fn obey(&mut self) -> Result<(), SessionEnd> {
@@ -387,13 +311,16 @@ impl Transmission<'_> {
         }
     }
 
-    /// When `--killswitch` strikes, unless something moves before.
-    fn stalled_at(&mut self, now: Instant) -> Option<Instant> {
+    /// When `--killswitch` strikes, unless something moves before. Nobody is to blame for what
+    /// waits for the disk.
+    fn stalled_at(&mut self, now: Instant, barred: bool) -> Option<Instant> {
         let limit = self.stall_limit?;
-        let half = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
+        let begun = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
+        let half = begun && !self.stuck && !barred;
+        let sends = self.outbox.has_bytes() && !barred;
         let Progress { request_stall, reply_stall, received, sent, .. } = &mut self.progress;
         let request = request_stall.deadline(half, *received, now, limit);
-        let reply = reply_stall.deadline(self.outbox.has_bytes(), *sent, now, limit);
+        let reply = reply_stall.deadline(sends, *sent, now, limit);
         request.into_iter().chain(reply).min()
     }
 }

@@ -1,11 +1,15 @@
 //! Carrying out requests on the disk and putting their replies into the outbox; reads have a file
 //! of their own, since they take several steps.
-//! Never waits for the client: the gate is held over disk work only.
+//! Never waits for the client: the gate is held over disk work only. Waits for the disk only where
+//! that is the only way; else what takes long is an errand, and is answered when it is over.
 
 use super::end::SessionEnd;
 use super::orders::{Order, Orders};
 use super::outbox::Outbox;
+use super::patience::Patience;
+use super::reading::Read;
 use super::reception::{Reception, SessionId};
+use crate::disk::errands::{Errands, Work};
 use crate::disk::hold::Held;
 use crate::disk::{Disk, Extent, NoEntry, Visit, Zeroing, errno_of};
 use crate::nbd::handshake::ALLOCATION_CONTEXT_ID;
@@ -16,6 +20,7 @@ use crate::net::{Interest, Stream};
 use crate::range::Range;
 use crate::systemd::message_id;
 use std::io;
+use std::sync::Arc;
 use std::time::Instant;
 use tracing::warn;
 
@@ -33,9 +38,14 @@ const COMPLAINTS_MAX: u32 = 10;
 #[derive(Debug)]
 pub(super) struct Worker<'a> {
     pub(super) disk: &'a Disk,
-    pub(super) orders: &'a Orders,
+    pub(super) orders: &'a Arc<Orders>,
     pub(super) reception: &'a dyn Reception,
     pub(super) dialect: Dialect,
+    /// What is under way on the disk.
+    pub(super) errands: Errands<'a, Aside>,
+    pub(super) patience: Patience,
+    /// Bytes that are being loaded.
+    loading: u64,
     /// For the log.
     pub(super) client: String,
     pub(super) session: u64,
@@ -48,20 +58,42 @@ pub(super) struct Worker<'a> {
     pub(super) allocated: Range,
 }
 
+/// What waits for an errand.
+#[derive(Debug)]
+pub(super) enum Aside {
+    /// To be answered with its outcome.
+    Answer { to: Origin, request: Request },
+    /// To be gone on with: what it needs is in memory.
+    Read(Read, Load),
+}
+
+/// What is being loaded for a read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load {
+    length: u64,
+    /// What was being loaded for this session when it was begun, this included.
+    under_way: u64,
+    since: Instant,
+}
+
 impl<'a> Worker<'a> {
     pub(super) fn new(
         disk: &'a Disk,
-        orders: &'a Orders,
+        orders: &'a Arc<Orders>,
         reception: &'a dyn Reception,
         dialect: Dialect,
         (client, session): (String, SessionId),
     ) -> Self {
         let allocated = Range::whole(0);
+        let bell = Arc::clone(orders);
         Self {
             disk,
             orders,
             reception,
             dialect,
+            errands: Errands::new(disk, bell),
+            patience: Patience::default(),
+            loading: 0,
             client,
             session,
             complaints: 0,
@@ -71,65 +103,125 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Permission to touch the disk; waits while the gate is closed.
-    pub(super) fn visit(&self) -> Result<Visit<'a>, SessionEnd> {
+    /// Permission to touch the disk; waits while the gate is closed. None if errands are under way
+    /// then: whoever closes the gate waits for them, and they for us.
+    pub(super) fn visit(&self) -> Result<Option<Visit<'a>>, SessionEnd> {
         let orders = self.orders;
-        let give_up = || orders.current() != Order::Serve;
-        self.disk.enter(&give_up).map_err(|no| match no {
+        let entered = if self.errands.is_empty() {
+            let give_up = || orders.current() != Order::Serve;
+            self.disk.enter(&give_up).map(Some)
+        } else {
+            self.disk.enter_if_open()
+        };
+        entered.map_err(|no| match no {
             NoEntry::Gone => SessionEnd::DiskGone,
             NoEntry::GaveUp => SessionEnd::Ordered(orders.current()),
         })
     }
 
-    /// Makes a write wait, if a migration wants writers held back so that it can catch up.
-    pub(super) fn hold_back(&mut self, stream: &Stream) -> Result<(), SessionEnd> {
+    /// Whether the gate is closed, and whoever closed it waits for errands of ours.
+    pub(super) fn is_barred(&self) -> bool {
+        !self.errands.is_empty() && matches!(self.disk.enter_if_open(), Ok(None))
+    }
+
+    /// Makes a write wait, if a migration wants writers held back so that it can catch up. False if
+    /// errands have to end before: nobody is to wait for them longer than they take.
+    pub(super) fn hold_back(&mut self, stream: &Stream) -> Result<bool, SessionEnd> {
         let wanted = self.disk.hold();
         if wanted.is_zero() {
-            return Ok(());
+            return Ok(true);
+        }
+        if !self.errands.is_empty() {
+            return Ok(false);
         }
         let delay = self.held.delay(self.began.elapsed(), wanted);
         let deadline = Some(Instant::now() + delay);
-        // An order ends the waiting; it stays set, and is obeyed at the next turn.
-        let waited = stream.wait(Interest::default(), Some(&self.orders.wake), deadline);
-        waited.map(drop).map_err(SessionEnd::Connection)
+        let wake = &self.orders.wake;
+        loop {
+            let waited = stream.wait(Interest::default(), Some(wake), deadline);
+            if !waited.map_err(SessionEnd::Connection)?.woken {
+                return Ok(true);
+            }
+            // An order ends the waiting, and is obeyed at the next turn; that an errand was over,
+            // which may be rung for after it has been heard of, does not.
+            wake.clear();
+            if self.orders.current() != Order::Serve {
+                return Ok(true);
+            }
+        }
     }
 
-    /// Answers everything but reads and writes, which take several steps.
+    /// Answers everything but reads and writes, which take several steps, or begins to. False if
+    /// that has to wait for errands.
     pub(super) fn answer(
         &mut self,
         to: Origin,
         request: Request,
         out: &mut Outbox,
-    ) -> Result<(), SessionEnd> {
-        let visit = self.visit()?;
-        let outcome = match request {
-            Request::Flush => visit.flush(),
-            Request::Trim { range, durable } => visit.trim(range, durable),
-            Request::Cache { range } => visit.prefetch(range),
+    ) -> Result<bool, SessionEnd> {
+        let work = match request {
+            Request::Flush => Work::Flush,
+            Request::Trim { range, durable } => Work::Trim { range, durable },
+            Request::Cache { range } => Work::Prefetch(range),
             Request::WriteZeroes { range, no_hole, fast, durable } => {
                 let how = Zeroing { keep_allocated: no_hole, only_if_fast: fast };
-                visit.zero(range, how, durable)
+                Work::Zero { range, how, durable }
             }
-            Request::BlockStatus { range, one } => {
-                let limit = if one { 1 } else { EXTENTS_MAX };
-                match visit.extents(range, limit) {
-                    Ok(extents) if !extents.is_empty() => {
-                        drop(visit);
-                        self.report(to, &extents, out);
-                        return Ok(());
-                    }
-                    outcome => outcome.map(drop),
-                }
-            }
+            Request::BlockStatus { range, one } => return self.block_status(to, range, one, out),
             // These have steps of their own, or no answer.
             Request::Read { .. }
             | Request::Write { .. }
             | Request::Private { .. }
-            | Request::Disconnect => Ok(()),
+            | Request::Disconnect => return Ok(true),
         };
+        self.send_out(to, request, work)
+    }
+
+    /// Begins an errand whose outcome is the answer; false if that has to wait for others.
+    pub(super) fn send_out(
+        &mut self,
+        to: Origin,
+        request: Request,
+        work: Work,
+    ) -> Result<bool, SessionEnd> {
+        let Some(visit) = self.visit()? else { return Ok(false) };
+        self.errands.begin(visit, work, Aside::Answer { to, request });
+        Ok(true)
+    }
+
+    /// Begins to load what a read needs. Its turn comes again when that is over.
+    pub(super) fn load(&mut self, visit: Visit<'a>, range: Range, read: Read) {
+        self.loading += range.length();
+        let (length, under_way) = (range.length(), self.loading);
+        let load = Load { length, under_way, since: Instant::now() };
+        self.errands.begin(visit, Work::Load(range), Aside::Read(read, load));
+    }
+
+    /// A load is over.
+    pub(super) fn loaded(&mut self, load: &Load) {
+        self.loading -= load.length;
+        self.patience.loaded(load.under_way, load.since.elapsed());
+    }
+
+    fn block_status(
+        &mut self,
+        to: Origin,
+        range: Range,
+        one: bool,
+        out: &mut Outbox,
+    ) -> Result<bool, SessionEnd> {
+        let Some(visit) = self.visit()? else { return Ok(false) };
+        let limit = if one { 1 } else { EXTENTS_MAX };
+        let found = visit.extents(range, limit);
         drop(visit);
-        self.conclude(to, outcome, request, out);
-        Ok(())
+        match found {
+            Ok(extents) if !extents.is_empty() => self.report(to, &extents, out),
+            outcome => {
+                let request = Request::BlockStatus { range, one };
+                self.conclude(to, outcome.map(drop), request, out);
+            }
+        }
+        Ok(true)
     }
 
     /// Success or failure of a request, as its reply.
@@ -225,7 +317,35 @@ pub(super) fn piece_length(range: Range) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::reception::Anybody;
     use super::*;
+    use crate::disk::Bell;
+    use crate::disk::memory::MemoryImage;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn a_write_is_held_back_whatever_has_been_heard_from_the_disk_just_before() {
+        let disk = Disk::new(Box::new(MemoryImage::new(512)), false);
+        let orders = Arc::new(Orders::new().unwrap());
+        let who = (String::new(), 1);
+        let mut worker = Worker::new(&disk, &orders, &Anybody, Dialect::Simple, who);
+        let stream = Stream::Unix(UnixStream::pair().unwrap().0);
+        let hold = Duration::from_millis(50);
+        thread::sleep(2 * hold);
+        disk.set_hold(hold);
+        // An errand whose end was seen before anybody listened for it.
+        orders.ring();
+        let began = Instant::now();
+        assert!(worker.hold_back(&stream).unwrap());
+        assert!(began.elapsed() >= hold, "{:?}", began.elapsed());
+        orders.give(Order::PackUp);
+        thread::sleep(2 * hold);
+        let began = Instant::now();
+        assert!(worker.hold_back(&stream).unwrap());
+        assert!(began.elapsed() < hold, "an order ends the waiting");
+    }
 
     #[test]
     fn pieces_end_between_blocks_and_are_never_empty() {

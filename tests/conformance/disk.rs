@@ -2,11 +2,12 @@
 
 use crate::common::raw::*;
 use crate::common::session::{MODES, Mode, Request, Session};
-use crate::common::{MIB, noise, read_at, require_tool, run};
+use crate::common::{MIB, noise, read_at, require_tool, run, skip, temp_dir};
 use crate::subject::{Ours, Subject};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Size of the patch of noise into which the tests of edges zero.
 const PATCH: u64 = 64 << 10;
@@ -119,6 +120,7 @@ fn point_17_flush_and_fua_wait_for_the_disk_and_a_failure_is_not_forgotten() {
         }
     }
     durable_before_it_is_answered();
+    written_before_it_is_answered();
     a_failed_sync_stays_failed();
     a_failed_fua_stays_failed_too();
 }
@@ -160,6 +162,50 @@ fn durable_before_it_is_answered() {
             let command = request.command;
             session.ok(request);
             assert!(syncs() > before, "command {command} is answered before the disk has it");
+        }
+    }
+}
+
+/// The same as the kernel sees it, which knows what it still has to write.
+fn written_before_it_is_answered() {
+    let what = "what the kernel has written";
+    if !require_tool("cc") {
+        return;
+    }
+    let dir = temp_dir();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance/unwritten.c");
+    let tool = dir.path().join("unwritten");
+    run("cc", &["-o", &tool.display().to_string(), &source.display().to_string()]);
+    let Some(ours) = Ours::start(what, 8 * MIB, &[]) else { return };
+    let unwritten = |length: u64| {
+        let asked = Command::new(&tool).arg(&ours.image).args(["0", &length.to_string()]).output();
+        let asked = asked.unwrap();
+        assert!(matches!(asked.status.code(), Some(0 | 2)), "{asked:?}");
+        String::from_utf8(asked.stdout).unwrap().trim().parse::<u64>().ok()
+    };
+    let mut other = ours.session(Mode::Simple);
+    other.ok(Request::write(0, &[1; 8192]));
+    File::open(&ours.image).unwrap().sync_all().unwrap();
+    if unwritten(0) != Some(0) {
+        return skip(what, "the kernel does not tell, or the file system is in memory");
+    }
+    for mode in MODES {
+        let mut session = ours.session(mode);
+        // A write is durable by itself; the others are, with everything before.
+        let requests = [
+            (Request::write(0, &[1; 4096]).flags(FUA), 4096),
+            (Request::new(FLUSH, 0, 0), 0),
+            (Request::write(0, &[0; 8192]).flags(FUA), 8192),
+            (Request::new(WRITE_ZEROES, 100, 100).flags(FUA | NO_HOLE), 0),
+            (Request::new(WRITE_ZEROES, 0, 4096).flags(FUA), 0),
+            (Request::new(TRIM, 0, 8192).flags(FUA), 0),
+        ];
+        for (request, length) in requests {
+            other.ok(Request::write(16384, &[2; 4096]));
+            assert_ne!(unwritten(0), Some(0));
+            let command = request.command;
+            session.ok(request);
+            assert_eq!(unwritten(length), Some(0), "command {command} is answered too early");
         }
     }
 }

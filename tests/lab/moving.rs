@@ -5,6 +5,7 @@ use crate::common::server::Target;
 use crate::common::session::Mode;
 use crate::common::{MIB, run};
 use crate::fixture::image::{assert_as_sparse, assert_same, stamped_image};
+use crate::fixture::writers::Written;
 use crate::fixture::{Door, Writers};
 use crate::host::{DISK, Host, IMAGE, LISTEN, PORT, SOCKETS, field};
 use crate::journal;
@@ -98,9 +99,14 @@ fn door(host: &Host) -> Door {
     Door::Tcp(address)
 }
 
-/// One migration under four writers, from whoever serves to the other.
-fn moves(from: &Host, to: &Host) {
-    let writers = Writers::start(door(from), SIZE, (4, 1, PAUSE));
+/// One migration under four writers, from whoever serves to the other, of a disk in which others
+/// have written `before`.
+fn moves(from: &Host, to: &Host, before: Option<&Written>) -> Written {
+    let how = (4, 1, PAUSE);
+    let writers = match before {
+        Some(before) => Writers::after(before, door(from), how),
+        None => Writers::start(door(from), SIZE, how),
+    };
     writers.wait_for_writes(500);
     send(from, to, "");
     let knocker = Knocker::start(&to.nbd());
@@ -118,14 +124,15 @@ fn moves(from: &Host, to: &Host) {
     let place = format!("{}:{PORT}", to.ip4());
     assert_eq!(field(departed, "FLEXNBD_DESTINATION"), place, "where the disk went");
     tell(&format!("{} writes on the way from {} to {}", written.acknowledged, from.name, to.name));
+    written
 }
 
 #[test]
 fn a_disk_moves_under_load_by_units_alone_and_home_again() {
     in_lab(|| {
         let (a, b) = two_hosts(SIZE, stamped_image);
-        moves(&a, &b);
-        moves(&b, &a);
+        let written = moves(&a, &b, None);
+        moves(&b, &a, Some(&written));
         assert_eq!((ownership(&a), ownership(&b)), ("ours".into(), "departed".into()));
     });
 }

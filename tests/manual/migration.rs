@@ -12,7 +12,7 @@ use flexnbd::disk::ownership::{
 use flexnbd::disk::{dirty, hold, ledger};
 use flexnbd::migration::job::{Job, SIZE_MIN, Trouble};
 use flexnbd::migration::machine::RETRY_EVERY;
-use flexnbd::migration::pace::{CHUNK_MIN, Chase};
+use flexnbd::migration::pace::{AIM_FOR, AIM_SHARE, CHUNK_MIN, Chase};
 use flexnbd::migration::plan::Limits;
 use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
 use flexnbd::nbd::wire::{ErrorCode, PRIVATE_PAYLOAD_MAX};
@@ -52,7 +52,8 @@ fn the_limits_are_those_of_the_program() {
     let (window, most) = (limits.window >> 20, limits.data_max >> 20);
     let held = u64::try_from(hold::DELAY_MAX.as_millis()).unwrap();
     assert_eq!(told("Smallest disk"), [SIZE_MIN]);
-    assert_eq!(told("Pause aimed at"), [pause]);
+    let aim = [pause / u64::from(AIM_SHARE), pause, AIM_FOR.as_secs()];
+    assert_eq!(told("Pause aimed at"), aim);
     assert_eq!(told("Patience"), [usual.patience.as_secs()]);
     assert_eq!(told("Trying again"), [RETRY_EVERY.as_secs()]);
     assert_eq!(told("Requests in flight"), [window, limits.requests as u64, most]);
@@ -69,7 +70,7 @@ fn chased() -> (Vec<Duration>, u64) {
     let mut chase = Chase::new(job().pause);
     let (mut steps, mut at_the_last) = (Vec::new(), 0);
     for second in 0..100 {
-        chase.pass_ended(Duration::from_secs(second), 1 << 30);
+        chase.pass_ended(Duration::from_secs(second), 1 << 30, None);
         let delay = chase.delay();
         if steps.last() != Some(&delay) {
             steps.push(delay);
@@ -77,7 +78,7 @@ fn chased() -> (Vec<Duration>, u64) {
         } else {
             at_the_last += 1;
         }
-        if chase.may_end(1 << 30, None) {
+        if chase.may_end(Duration::from_secs(second), 1 << 30, None, None) {
             return (steps, at_the_last);
         }
     }
@@ -99,8 +100,10 @@ fn writers_are_held_back_by_the_steps_that_are_told() {
 fn numbers_within_the_text_are_those_of_the_program() {
     let page = page();
     let (pause, patience) = (job().pause.as_millis(), job().patience.as_secs());
+    let pause = u64::try_from(pause).unwrap();
     let catching_up = text(&page, "WHAT HAPPENS/Catching up");
-    assert_eq!(numbers(&catching_up), [u64::try_from(pause).unwrap()]);
+    let aim = [pause / u64::from(AIM_SHARE), AIM_FOR.as_secs(), pause];
+    assert_eq!(numbers(&catching_up), aim);
     let limit = page.item_text("ENVIRONMENT", "Ev FLEXNBD_MS_REQUEST_LIMIT_SECS");
     assert_eq!(numbers(&limit), [patience, 1]);
     let lost = "The connection is lost while copying, or the destination hangs";

@@ -19,7 +19,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Writes in flight on one connection.
-const DEPTH: usize = 8;
+const DEPTH: usize = 32;
 /// How often a writer that waits for a reply looks whether it is to stop.
 const LOOK: Duration = Duration::from_millis(50);
 /// Pause between two tries to find the disk.
@@ -75,10 +75,20 @@ pub(crate) struct Written {
 }
 
 impl Writers {
-    /// So many writers on a disk of `size` bytes at `source`, each pausing between two batches.
-    pub(crate) fn start(
+    /// So many writers on a disk of `size` bytes at `source`, made by
+    /// [`super::image::stamped_image`], each pausing between two batches.
+    pub(crate) fn start(source: Door, size: u64, how: (u64, u64, Duration)) -> Writers {
+        Writers::go_on(source, vec![Versions::default(); (size / BLOCK) as usize], how)
+    }
+
+    /// The same on a disk in which others have written before.
+    pub(crate) fn after(before: &Written, source: Door, how: (u64, u64, Duration)) -> Writers {
+        Writers::go_on(source, before.blocks.clone(), how)
+    }
+
+    fn go_on(
         source: Door,
-        size: u64,
+        before: Vec<Versions>,
         (count, seed, pause): (u64, u64, Duration),
     ) -> Writers {
         let shared = Arc::new(Shared {
@@ -95,8 +105,8 @@ impl Writers {
         });
         let start = |number: u64| {
             let shared = Arc::clone(&shared);
-            let own = (size / BLOCK - number).div_ceil(count);
-            let blocks = vec![Versions::default(); own as usize];
+            let own = before.iter().skip(number as usize).step_by(count as usize);
+            let blocks = own.copied().collect();
             let random = Random(seed.wrapping_mul(count) + number + 1);
             thread::spawn(move || {
                 Writer { shared, number, count, blocks, random, acknowledged: 0 }.run()
@@ -258,7 +268,9 @@ impl Writer {
         let zero = is_zero(block, version);
         let command = if zero { raw::WRITE_ZEROES } else { raw::WRITE };
         let (offset, length) = (block * BLOCK, BLOCK as u32);
-        bytes.extend(encode_request(command, 0, index as u64, offset, length));
+        // Some at once, some when they are durable: those are answered later, in another order.
+        let flags = if version.is_multiple_of(3) { raw::FUA } else { 0 };
+        bytes.extend(encode_request(command, flags, index as u64, offset, length));
         if !zero {
             bytes.extend(stamped(block, version));
         }

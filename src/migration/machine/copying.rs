@@ -32,7 +32,7 @@ impl Machine {
             Event::Looked { range, content } => self.plan.looked(range, content),
             Event::Taken { run, left } => {
                 if self.plan.taken(run, left) {
-                    self.chase.pass_ended(now, self.plan.left());
+                    self.chase.pass_ended(now, self.plan.left(), self.meter.link_rate());
                 }
             }
             Event::Reply { cookie, error } => {
@@ -83,7 +83,7 @@ impl Machine {
     pub(super) fn copy(&mut self, now: Duration, link: Link, gate: Gate) -> Action {
         match gate {
             Gate::Open if self.held != self.chase.delay() => self.hold_writers(link),
-            Gate::Open if now >= link.close_from && self.has_caught_up() => {
+            Gate::Open if now >= link.close_from && self.has_caught_up(now) => {
                 self.caught_up(now, link)
             }
             Gate::Closed if self.plan.is_done() => self.copied_all(now, link),
@@ -160,9 +160,10 @@ impl Machine {
         self.enter(Phase::Copying(link), Action::Hold(self.held))
     }
 
-    fn has_caught_up(&self) -> bool {
+    fn has_caught_up(&mut self, now: Duration) -> bool {
+        let (left, limit) = (self.plan.left(), self.speed.limit());
         self.plan.knows_what_is_left()
-            && self.chase.may_end(self.plan.left(), self.meter.link_rate())
+            && self.chase.may_end(now, left, self.meter.link_rate(), limit)
     }
 
     /// What is left fits the pause: once the destination has flushed the bulk, close the gate.

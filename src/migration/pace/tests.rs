@@ -92,13 +92,32 @@ fn holes_count_for_the_time_left_but_not_for_the_speed() {
 }
 
 #[test]
-fn the_gate_closes_when_the_rest_fits_the_pause_and_not_a_byte_earlier() {
-    let chase = Chase::new(100 * MS);
+fn the_gate_closes_when_the_rest_fits_a_quarter_of_the_pause_and_not_a_byte_earlier() {
+    let mut chase = Chase::new(100 * MS);
     let rate = NonZeroU64::new(1000);
-    assert!(chase.may_end(100, rate));
-    assert!(!chase.may_end(101, rate));
-    assert!(!chase.may_end(1, None), "nothing was measured");
-    assert!(chase.may_end(0, None));
+    assert!(chase.may_end(SECOND, 25, rate, None));
+    assert!(!chase.may_end(SECOND, 26, rate, None));
+    assert!(!chase.may_end(SECOND, 1, None, None), "nothing was measured");
+    assert!(chase.may_end(SECOND, 0, None, None));
+}
+
+#[test]
+fn a_rest_that_fits_the_whole_pause_is_tried_to_be_made_smaller_for_a_second() {
+    let mut chase = Chase::new(100 * MS);
+    let rate = NonZeroU64::new(1000);
+    assert!(!chase.may_end(SECOND, 101, rate, None));
+    assert!(!chase.may_end(2 * SECOND, 100, rate, None), "it has only just begun to fit");
+    assert!(!chase.may_end(3 * SECOND - MS, 100, rate, None));
+    assert!(chase.may_end(3 * SECOND, 100, rate, None));
+    assert!(!chase.may_end(3 * SECOND, 101, rate, None), "not a byte more, however long it takes");
+}
+
+#[test]
+fn under_a_limit_that_makes_a_pass_long_nothing_smaller_is_tried_for() {
+    let (rate, left) = (NonZeroU64::new(1000), 100);
+    let long = Chase::new(100 * MS).may_end(SECOND, left, rate, NonZeroU64::new(left - 1));
+    let short = Chase::new(100 * MS).may_end(SECOND, left, rate, NonZeroU64::new(left));
+    assert_eq!((long, short), (true, false));
 }
 
 #[test]
@@ -106,7 +125,7 @@ fn passes_that_shrink_hold_nobody_back() {
     let mut chase = Chase::new(100 * MS);
     let mut left = 1 << 30;
     for second in 1..20 {
-        chase.pass_ended(second * SECOND, left);
+        chase.pass_ended(second * SECOND, left, None);
         left -= left / 4;
     }
     assert_eq!(chase.delay(), Duration::ZERO);
@@ -117,8 +136,8 @@ fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
     let mut chase = Chase::new(100 * MS);
     let mut delays = vec![chase.delay()];
     let mut second = 1;
-    while !chase.may_end(1 << 30, NonZeroU64::new(1)) {
-        chase.pass_ended(second * SECOND, 1 << 30);
+    while !chase.may_end(second * SECOND, 1 << 30, NonZeroU64::new(1), None) {
+        chase.pass_ended(second * SECOND, 1 << 30, NonZeroU64::new(1));
         delays.push(chase.delay());
         second += 1;
         assert!(second < 100, "the chase does not end");
@@ -129,10 +148,21 @@ fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
 }
 
 #[test]
+fn nobody_is_held_back_when_the_rest_fits_the_pause_already() {
+    let rate = NonZeroU64::new(1000);
+    for (left, held) in [(100, false), (101, true)] {
+        let mut chase = Chase::new(100 * MS);
+        chase.pass_ended(SECOND, left, rate);
+        chase.pass_ended(2 * SECOND, left, rate);
+        assert_eq!(chase.delay() > Duration::ZERO, held, "{left} bytes");
+    }
+}
+
+#[test]
 fn short_passes_are_not_taken_for_a_trend() {
     let mut chase = Chase::new(100 * MS);
     for turn in 0..900 {
-        chase.pass_ended(SECOND + turn * MS, 1 << 30);
+        chase.pass_ended(SECOND + turn * MS, 1 << 30, None);
     }
     assert_eq!(chase.delay(), Duration::ZERO);
 }

@@ -259,6 +259,23 @@ fn a_tuned_connection_sends_at_once_and_asks_after_its_peer() {
 }
 
 #[test]
+fn of_a_stream_that_leaves_little_unsent_the_kernel_takes_less() {
+    let [taken, taken_with_it] = [false, true].map(|wanted| {
+        let [(near, _far), (unix, _unix_far)] = both_kinds();
+        if wanted {
+            near.leave_little_unsent().unwrap();
+            unix.leave_little_unsent().unwrap();
+        }
+        let mut taken = 0;
+        while let Ok(count) = near.try_send(&[7; 4096], false) {
+            taken += count;
+        }
+        taken
+    });
+    assert!(taken_with_it + 4 * UNSENT_MAX as usize <= taken, "{taken_with_it} of {taken}");
+}
+
+#[test]
 fn an_inherited_descriptor_becomes_the_stream_that_it_was() {
     let [(near, mut far), (unix, mut unix_far)] = both_kinds();
     let near = match near {
