@@ -12,6 +12,8 @@ use std::time::Duration;
 pub(super) const LOOKOUT: Duration = Duration::from_micros(30);
 /// How often in a row a session goes to sleep at once, at most.
 const SKIPS_MAX: u32 = 1024;
+/// How many requests in a row have to come one at a time, once several have come at once.
+const ROW: u32 = 64;
 
 /// What a session expects of its client.
 #[derive(Clone, Copy, Debug, Default)]
@@ -20,13 +22,22 @@ pub(super) struct Expectation {
     skips: u32,
     /// How often that will be when it was in vain once more.
     next_skips: u32,
+    /// How many requests have to come one at a time before the client counts as one that waits for
+    /// each reply.
+    to_come: u32,
 }
 
 impl Expectation {
     /// Whether to look out now, after so many requests have been taken since the last time.
     pub(super) fn looks_out(&mut self, taken: u32) -> bool {
-        // Whoever sends several at once does not wait for each reply.
+        // Whoever sends several at once does not wait for each reply, even if he is so slow that
+        // they are often met one by one.
         if taken != 1 {
+            self.to_come = if taken > 1 { ROW } else { self.to_come };
+            return false;
+        }
+        if self.to_come > 0 {
+            self.to_come -= 1;
             return false;
         }
         let looks = self.skips == 0;
@@ -65,8 +76,17 @@ mod tests {
             assert!(expectation.looks_out(1));
             expectation.note(true);
         }
-        assert!(!expectation.looks_out(0) && !expectation.looks_out(2));
+        assert!(!expectation.looks_out(0));
         assert!(expectation.looks_out(1));
+    }
+
+    #[test]
+    fn a_client_that_sent_several_at_once_has_to_send_many_one_by_one_first() {
+        let mut expectation = Expectation::default();
+        assert!(!expectation.looks_out(2));
+        assert_eq!(sleeps(&mut expectation), ROW);
+        expectation.note(true);
+        assert!(!expectation.looks_out(0) && expectation.looks_out(1));
     }
 
     #[test]
