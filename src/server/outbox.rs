@@ -8,8 +8,12 @@ use crate::net::Stream;
 use crate::range::Range;
 use std::io;
 
-/// With this many bytes waiting, a session sends before it answers more.
-pub(super) const FULL: usize = 256 << 10;
+/// With this many bytes waiting, a session sends before it answers more reads. Not more, although
+/// fewer calls would do: while the session answers the next, the client deals with these. (Reads of
+/// 4 KiB at depth 32 are answered 1.7 times as fast as with 256 KiB.)
+pub(super) const FULL: usize = 32 << 10;
+/// With this many bytes waiting, a session answers nothing more at all.
+pub(super) const OVERFULL: usize = 512 << 10;
 /// With this many bytes waiting behind a read that is being sent, a session answers nothing more.
 pub(super) const HELD_MAX: usize = 64 << 10;
 
@@ -65,7 +69,7 @@ impl Outbox {
 
     /// Whether to send before answering anything at all.
     pub(super) fn is_overfull(&self) -> bool {
-        self.end - self.start >= 2 * FULL || self.held.as_ref().is_some_and(|h| h.len() >= HELD_MAX)
+        self.end - self.start >= OVERFULL || self.held.as_ref().is_some_and(|h| h.len() >= HELD_MAX)
     }
 
     /// Appends what `write` writes, a whole reply.
@@ -207,7 +211,7 @@ impl Outbox {
         }
         let needed = self.end + length;
         if needed > self.buffer.len() {
-            self.buffer.resize(needed.max(FULL + FULL / 4), 0);
+            self.buffer.resize(needed.max(2 * FULL), 0);
         }
         &mut self.buffer[self.end..needed]
     }
@@ -272,7 +276,9 @@ mod tests {
         outbox.reply(|out| out.push(0));
         assert!(outbox.is_overfull());
         outbox.release();
-        outbox.more_data(FULL - HELD_MAX, fill(0)).unwrap();
+        outbox.more_data(OVERFULL - FULL - HELD_MAX - 1, fill(0)).unwrap();
+        assert!(!outbox.is_overfull());
+        outbox.more_data(1, fill(0)).unwrap();
         assert!(outbox.is_overfull());
     }
 

@@ -272,6 +272,8 @@ impl Session<'_> {
             outbox,
             progress,
             stuck: false,
+            written: 0,
+            unfinished: false,
             taken: 0,
             expectation: Expectation::default(),
         }

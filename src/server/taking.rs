@@ -170,6 +170,7 @@ impl Transmission<'_> {
             return Ok(true);
         }
         let outcome = visit.write(piece.offset(), data);
+        self.written += piece.length();
         self.inbox.consume(length);
         match outcome {
             Ok(()) if !then.is_empty() => {
