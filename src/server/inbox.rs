@@ -8,7 +8,9 @@ use std::io;
 /// end of another one.
 pub(super) const CAPACITY: usize = 320 << 10;
 
-/// A buffer between the socket and the parser.
+/// A buffer between the socket and the parser. A payload is written to the disk from where it lies.
+/// Where that is, is left to chance: to write 256 KiB took 18.7 µs from the beginning of a page and
+/// 19.5 µs from 28 bytes behind it, where the first payload lies.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
     /// Empty while nothing is held, so that an idle session costs no memory.
