@@ -169,8 +169,9 @@ fn with_nobody_waiting_it_ends_at_once_and_says_why() {
         let is_misuse = reason.contains("FILE=") || reason.contains("--port");
         assert_eq!(status.code(), if is_misuse { EXIT_USAGE } else { EXIT_CONFIG }, "{flags}");
         let heard = manager.messages();
-        let told = heard.iter().find_map(|message| message.strip_prefix("STATUS="));
-        assert!(told.is_some_and(|told| told.contains(reason)), "{flags}: {heard:?}");
+        // On a slow machine it may have told before what it is doing.
+        let mut told = heard.iter().filter_map(|message| message.strip_prefix("STATUS="));
+        assert!(told.any(|told| told.contains(reason)), "{flags}: {heard:?}");
         assert!(!heard.iter().any(|message| message.contains("READY=1")), "{heard:?}");
         let errno = heard.iter().find_map(|message| message.strip_prefix("ERRNO="));
         let expected = match reason {
