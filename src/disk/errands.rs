@@ -337,7 +337,7 @@ impl<'a, T> Errands<'a, T> {
 
     /// Makes a call, aside if that is possible.
     fn call(&mut self, mut errand: Errand<'a, T>, call: Call) {
-        if matches!(call, Call::Flush | Call::Write { .. }) && errand.listening.is_none() {
+        if matches!(call, Call::Flush | Call::Write { .. }) {
             errand.listening = Some(self.disk.hearing.listen());
         }
         if matches!(self.lane, Way::Unknown) {
@@ -362,7 +362,7 @@ impl<'a, T> Errands<'a, T> {
     fn made(&mut self, made: Made) {
         let Made { key, call, outcome } = made;
         let Some(mut errand) = self.under_way.remove(&key) else { return };
-        let outcome = outcome.unwrap_or_else(|| perform(self.disk, &call));
+        let outcome = outcome.unwrap_or_else(|| call.make(&*self.disk.image));
         match (call, outcome) {
             (Call::Load(_) | Call::Prefetch(_), outcome) => self.loaded(errand, outcome),
             (Call::Flush, Ok(())) => self.heard(errand),
@@ -473,19 +473,6 @@ impl<T> Drop for Errands<'_, T> {
                 None => return self.abandon(),
             }
         }
-    }
-}
-
-/// Makes a call here and now.
-fn perform(disk: &Disk, call: &Call) -> io::Result<()> {
-    let image = &*disk.image;
-    match call {
-        Call::Load(_) => Ok(()),
-        Call::Prefetch(range) => image.prefetch(*range),
-        Call::Write { offset, data } => image.write(*offset, data, true),
-        Call::Flush => image.flush(),
-        Call::Zero(range, how) => image.zero(*range, *how),
-        Call::Trim(range) => image.trim(*range),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Disk work that is done aside: what can be begun, and what is heard when it is made.
 //! Decides nothing: what a call is for, and what follows it, is known to `errands`.
 
-use super::Zeroing;
+use super::{Image, Zeroing};
 use crate::range::Range;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -27,6 +27,21 @@ pub enum Call {
     Zero(Range, Zeroing),
     /// Gives back what it can of the range.
     Trim(Range),
+}
+
+impl Call {
+    /// Makes it here and now, while the caller waits. There is nothing to load then: whoever reads
+    /// will wait for that.
+    pub(super) fn make(&self, image: &dyn Image) -> io::Result<()> {
+        match self {
+            Self::Load(_) => Ok(()),
+            Self::Prefetch(range) => image.prefetch(*range),
+            Self::Write { offset, data } => image.write(*offset, data, true),
+            Self::Flush => image.flush(),
+            Self::Zero(range, how) => image.zero(*range, *how),
+            Self::Trim(range) => image.trim(*range),
+        }
+    }
 }
 
 /// A call that is over.

@@ -139,7 +139,7 @@ impl Slow {
     /// Makes the call that was begun as the `nth` of those under way, counted from 0.
     pub(crate) fn finish(&self, nth: usize, image: &dyn Image) {
         let begun = self.lock().begun.remove(nth).expect("so many are under way");
-        let outcome = make(&begun.call, image);
+        let outcome = begun.call.make(image);
         self.end(begun, Some(outcome));
     }
 
@@ -172,17 +172,6 @@ impl Slow {
     }
 }
 
-fn make(call: &Call, image: &dyn Image) -> io::Result<()> {
-    match call {
-        Call::Load(_) => Ok(()),
-        Call::Prefetch(range) => image.prefetch(*range),
-        Call::Write { offset, data } => image.write(*offset, data, true),
-        Call::Flush => image.flush(),
-        Call::Zero(range, how) => image.zero(*range, *how),
-        Call::Trim(range) => image.trim(*range),
-    }
-}
-
 impl SlowImage {
     /// Wraps `image`; `slow` stays with the test.
     pub(crate) fn new(image: impl Image + 'static, slow: Arc<Slow>) -> Self {
@@ -210,7 +199,7 @@ impl Lane for SlowLane<'_> {
             let begun = Begun { lane: self.number, key, call, bell };
             let hurries = slow.lock().hurries;
             if hurries {
-                let outcome = make(&begun.call, &*self.image.image);
+                let outcome = begun.call.make(&*self.image.image);
                 slow.end(begun, Some(outcome));
             } else {
                 slow.lock().begun.push_back(begun);

@@ -9,56 +9,16 @@ use crate::nbd::reply::{Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND};
 use crate::net::Address;
-use crate::server::reception::{Conclusion, Introduction, Reception, SessionId};
+use crate::server::reception::{Hears, Reception};
 use nix::libc::ENOSPC;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::Mutex;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 16 * MIB;
 const PATIENCE: Duration = Duration::from_secs(20);
 const FUA: CommandFlags = CommandFlags::FUA;
 const PLAIN: CommandFlags = CommandFlags::empty();
-
-/// Writes down what it is told, in order.
-#[derive(Debug, Default)]
-struct Hears(Mutex<Vec<&'static str>>);
-
-impl Hears {
-    fn note(&self, what: &'static str) {
-        self.0.lock().unwrap().push(what);
-    }
-
-    fn all(&self) -> Vec<&'static str> {
-        self.0.lock().unwrap().clone()
-    }
-}
-
-impl Reception for Hears {
-    fn introduced(&self, _: SessionId, _: &[u8]) -> Introduction {
-        Introduction::Answer { data: Vec::new(), retire: None }
-    }
-    fn admit(&self, _: SessionId) -> Result<(), &'static str> {
-        Ok(())
-    }
-    fn permit(&self, _: SessionId) -> Result<(), (ErrorCode, &'static str)> {
-        Ok(())
-    }
-    fn write_failed(&self, _: SessionId, _: &io::Error) {
-        self.note("failed");
-    }
-    fn handed_over(&self, _: SessionId, _: &[u8]) -> Conclusion {
-        self.note("handed over");
-        Conclusion::Acknowledge
-    }
-    fn said_goodbye(&self, _: SessionId) {
-        self.note("goodbye");
-    }
-    fn closed(&self, _: SessionId) {
-        self.note("closed");
-    }
-}
 
 struct Fixture {
     server: Server,

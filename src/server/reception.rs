@@ -86,3 +86,46 @@ impl Reception for Anybody {
 
     fn closed(&self, _session: SessionId) {}
 }
+
+/// Writes down what it is told, in order.
+#[cfg(test)]
+#[derive(Debug, Default)]
+pub(crate) struct Hears(std::sync::Mutex<Vec<&'static str>>);
+
+#[cfg(test)]
+impl Hears {
+    fn note(&self, what: &'static str) {
+        self.0.lock().unwrap().push(what);
+    }
+
+    /// All of it so far.
+    pub(crate) fn all(&self) -> Vec<&'static str> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+#[cfg(test)]
+impl Reception for Hears {
+    fn introduced(&self, _: SessionId, _: &[u8]) -> Introduction {
+        Introduction::Answer { data: Vec::new(), retire: None }
+    }
+    fn admit(&self, _: SessionId) -> Result<(), &'static str> {
+        Ok(())
+    }
+    fn permit(&self, _: SessionId) -> Result<(), (ErrorCode, &'static str)> {
+        Ok(())
+    }
+    fn write_failed(&self, _: SessionId, _: &io::Error) {
+        self.note("failed");
+    }
+    fn handed_over(&self, _: SessionId, _: &[u8]) -> Conclusion {
+        self.note("handed over");
+        Conclusion::Acknowledge
+    }
+    fn said_goodbye(&self, _: SessionId) {
+        self.note("goodbye");
+    }
+    fn closed(&self, _: SessionId) {
+        self.note("closed");
+    }
+}

@@ -91,10 +91,7 @@ impl Transmission<'_> {
             Request::Write { range, durable: _ } if range.is_empty() => {
                 self.worker.conclude(to, Ok(()), request, &mut self.outbox);
             }
-            Request::Write { range, durable } => {
-                let purpose = Purpose::Write { range, rest: range, durable };
-                self.progress.payload = Some(Payload { to, left: range.length(), purpose });
-            }
+            Request::Write { range, durable } => self.go_on_with(to, range, range, durable),
             Request::Private { length } => {
                 let purpose = Purpose::Private { data: Vec::new() };
                 self.progress.payload = Some(Payload { to, left: length, purpose });
@@ -148,15 +145,13 @@ impl Transmission<'_> {
         // It fits: a piece is at most 256 KiB.
         let length = piece.length() as usize;
         let Some(data) = self.inbox.bytes().get(..length) else {
-            let purpose = Purpose::Write { range, rest, durable };
-            self.progress.payload = Some(Payload { to, left: rest.length(), purpose });
+            self.go_on_with(to, range, rest, durable);
             return Ok(false);
         };
         let visit = match self.worker.visit()? {
             Some(visit) if self.worker.errands.has_room(length) => visit,
             _ => {
-                let purpose = Purpose::Write { range, rest, durable };
-                self.progress.payload = Some(Payload { to, left: rest.length(), purpose });
+                self.go_on_with(to, range, rest, durable);
                 self.stuck = true;
                 return Ok(false);
             }
@@ -173,10 +168,7 @@ impl Transmission<'_> {
         self.written += piece.length();
         self.inbox.consume(length);
         match outcome {
-            Ok(()) if !then.is_empty() => {
-                let purpose = Purpose::Write { range, rest: then, durable };
-                self.progress.payload = Some(Payload { to, left: then.length(), purpose });
-            }
+            Ok(()) if !then.is_empty() => self.go_on_with(to, range, then, durable),
             Ok(()) if durable => {
                 let aside = Aside::Answer { to, request: what };
                 self.worker.errands.begin(visit, Work::Flush, aside);
@@ -188,6 +180,12 @@ impl Transmission<'_> {
             outcome => self.worker.conclude(to, outcome, what, &mut self.outbox),
         }
         Ok(true)
+    }
+
+    /// The rest of a write is to come.
+    fn go_on_with(&mut self, to: Origin, range: Range, rest: Range, durable: bool) {
+        let purpose = Purpose::Write { range, rest, durable };
+        self.progress.payload = Some(Payload { to, left: rest.length(), purpose });
     }
 
     fn skip(&mut self, to: Origin, left: u64, failed: Option<(Request, io::Error)>) -> bool {

@@ -8,11 +8,10 @@ use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
 use crate::net::{Address, Stream, connect};
-use crate::server::reception::{Conclusion, Introduction, Reception, SessionId};
+use crate::server::reception::{Hears, Reception};
 use nix::libc::{EIO, ENOSPC};
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::sync::Mutex;
 
 const SIZE: u64 = 8 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -199,30 +198,6 @@ fn a_failed_flush_is_told_to_every_later_flush() {
     assert!(matches!(fixture.client().flush(), Err(ClientError::Refused(ErrorCode::Io))));
 }
 
-/// Remembers what it was told of.
-#[derive(Debug, Default)]
-struct Hears(Mutex<Vec<String>>);
-
-impl Reception for Hears {
-    fn introduced(&self, _: SessionId, _: &[u8]) -> Introduction {
-        Introduction::Answer { data: Vec::new(), retire: None }
-    }
-    fn admit(&self, _: SessionId) -> Result<(), &'static str> {
-        Ok(())
-    }
-    fn permit(&self, _: SessionId) -> Result<(), (ErrorCode, &'static str)> {
-        Ok(())
-    }
-    fn write_failed(&self, _: SessionId, error: &io::Error) {
-        self.0.lock().unwrap().push(error.to_string());
-    }
-    fn handed_over(&self, _: SessionId, _: &[u8]) -> Conclusion {
-        Conclusion::Refuse(ErrorCode::Invalid)
-    }
-    fn said_goodbye(&self, _: SessionId) {}
-    fn closed(&self, _: SessionId) {}
-}
-
 #[test]
 fn a_write_that_fails_and_a_flush_that_fails_are_told_to_whoever_knows_whose_the_disk_is() {
     let hears = Arc::new(Hears::default());
@@ -230,13 +205,13 @@ fn a_write_that_fails_and_a_flush_that_fails_are_told_to_whoever_knows_whose_the
     let mut client = fixture.client();
     fixture.faults.fail_nth(1, ENOSPC);
     client.write(0, &[1; 4096]).unwrap_err();
-    assert_eq!(hears.0.lock().unwrap().len(), 1);
+    assert_eq!(hears.all().len(), 1);
     fixture.faults.fail_nth(1, EIO);
     client.flush().unwrap_err();
-    assert_eq!(hears.0.lock().unwrap().len(), 2);
+    assert_eq!(hears.all().len(), 2);
     fixture.faults.fail_nth(1, EIO);
     bytes_of(&mut client, 0, 4096).unwrap_err();
-    assert_eq!(hears.0.lock().unwrap().len(), 2, "a read changes nothing");
+    assert_eq!(hears.all().len(), 2, "a read changes nothing");
 }
 
 #[test]
