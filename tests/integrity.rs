@@ -15,12 +15,12 @@ mod more;
 use common::raw::{FLUSH, FUA, NO_HOLE, TRIM, WRITE_ZEROES};
 use common::server::Target;
 use common::session::{MODES, Mode, Request, Session};
-use common::{Builder, MIB, TempDir, noise, require_tool, run, sparse_image, temp_dir};
+use common::{Builder, MIB, Random, failing_fsync, noise, require_tool, sparse_image, temp_dir};
 use more::Program;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -31,27 +31,6 @@ const PART: u64 = 8 * MIB;
 const DEPTH: u64 = 16;
 /// Its part is divided into spans, in each of which at most one thing is under way.
 const SPAN: u64 = PART / DEPTH;
-
-/// The next of an endless row of numbers below `limit`; the same for the same seed (xorshift).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) % limit
-    }
-}
-
-/// A library that leaves a server without `io_uring(7)`.
-fn without_io_uring(dir: &TempDir) -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance/failing_fsync.c");
-    let library = dir.path().join("without_io_uring.so");
-    let (from, to) = (source.display().to_string(), library.display().to_string());
-    run("cc", &["-shared", "-fPIC", "-O1", "-o", &to, &from, "-ldl"]);
-    library
-}
 
 /// Makes the kernel forget what it has of `image`, as far as that is written.
 fn forget(image: &Path) {
@@ -64,7 +43,7 @@ fn forget(image: &Path) {
 /// must be there at any time.
 struct Disturber {
     session: Session,
-    dice: Dice,
+    dice: Random,
     start: u64,
     expected: Vec<u8>,
     /// Trimmed bytes may read as anything.
@@ -75,7 +54,7 @@ impl Disturber {
     fn new(target: &Target, mode: Mode, number: u64) -> Disturber {
         Disturber {
             session: Session::open(target, mode).unwrap(),
-            dice: Dice(number + 1),
+            dice: Random(number + 1),
             start: FIO + number * PART,
             expected: vec![0; PART as usize],
             unknown: vec![false; PART as usize],
@@ -136,7 +115,7 @@ fn everything_at_once(has_io_uring: bool) {
     let image = sparse_image(dir.path(), "image", FIO + MODES.len() as u64 * PART);
     let mut builder = Builder::serve(&image).args(["--quiet"]);
     if !has_io_uring {
-        let library = without_io_uring(&dir);
+        let library = failing_fsync(dir.path());
         builder = builder.env("LD_PRELOAD", library).env("FAILING_FSYNC_DIR", dir.path());
     }
     let server = builder.start();

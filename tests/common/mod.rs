@@ -115,6 +115,22 @@ pub(crate) fn require_tool(name: &str) -> bool {
     found
 }
 
+/// Compiles a C program of ours, or with `-shared` among `flags` a library; its place.
+#[track_caller]
+pub(crate) fn compile(dir: &Path, source: &str, flags: &[&str]) -> PathBuf {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join(source).display().to_string();
+    let made = dir.join("compiled");
+    let to = made.display().to_string();
+    run("cc", &[&["-O1", "-o", &to, &from], flags].concat());
+    made
+}
+
+/// The library of `conformance/failing_fsync.c`, to be loaded into a server.
+#[track_caller]
+pub(crate) fn failing_fsync(dir: &Path) -> PathBuf {
+    compile(dir, "tests/conformance/failing_fsync.c", &["-shared", "-fPIC", "-ldl"])
+}
+
 /// Runs a program to its end and returns what it printed; fails with its stderr when it fails.
 #[track_caller]
 pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
@@ -129,4 +145,22 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
         String::from_utf8_lossy(&output.stderr)
     );
     String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Numbers that look random and are the same for the same seed (splitmix64).
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut value = self.0;
+        value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        value ^ (value >> 31)
+    }
+
+    /// A number below `limit`.
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
 }

@@ -2,7 +2,7 @@
 
 use crate::common::raw::*;
 use crate::common::session::{MODES, Mode, Request, Session};
-use crate::common::{MIB, noise, read_at, require_tool, run, skip, temp_dir};
+use crate::common::{MIB, compile, failing_fsync, noise, read_at, require_tool, skip, temp_dir};
 use crate::subject::{Ours, Subject};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
@@ -132,11 +132,7 @@ fn with_steered_sync(what: &str) -> Option<(Ours, PathBuf)> {
     }
     let mut steering = PathBuf::new();
     let ours = Ours::start_with(what, 8 * MIB, |builder, _, dir| {
-        let source =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance/failing_fsync.c");
-        let library = dir.path().join("failing_fsync.so");
-        let (source, output) = (source.display().to_string(), library.display().to_string());
-        run("cc", &["-shared", "-fPIC", "-O1", "-o", &output, &source, "-ldl"]);
+        let library = failing_fsync(dir.path());
         steering = dir.path().to_owned();
         builder.env("LD_PRELOAD", library).env("FAILING_FSYNC_DIR", dir.path())
     })?;
@@ -173,9 +169,7 @@ fn written_before_it_is_answered() {
         return;
     }
     let dir = temp_dir();
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance/unwritten.c");
-    let tool = dir.path().join("unwritten");
-    run("cc", &["-o", &tool.display().to_string(), &source.display().to_string()]);
+    let tool = compile(dir.path(), "tests/conformance/unwritten.c", &[]);
     let Some(ours) = Ours::start(what, 8 * MIB, &[]) else { return };
     let unwritten = |length: u64| {
         let asked = Command::new(&tool).arg(&ours.image).args(["0", &length.to_string()]).output();

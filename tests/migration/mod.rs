@@ -15,8 +15,9 @@ pub(crate) mod host;
 pub(crate) mod image;
 pub(crate) mod writers;
 
+pub(crate) use crate::common::Random;
 pub(crate) use host::Host;
-pub(crate) use writers::{Door, Random, Writers};
+pub(crate) use writers::{Door, Writers};
 
 use std::path::PathBuf;
 use std::time::Duration;
