@@ -9,7 +9,7 @@ use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use std::fmt;
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 
 /// The name of the control socket (`FileDescriptorName=` of systemd.socket(5)).
@@ -20,6 +20,8 @@ pub const NBD_NAME: &str = "nbd";
 const UNNAMED: &str = "unknown";
 /// The variable that holds the names, divided by colons.
 const NAMES_VARIABLE: &str = "LISTEN_FDNAMES";
+/// The first descriptor that a service manager passes (`SD_LISTEN_FDS_START`).
+const FIRST_DESCRIPTOR: RawFd = 3;
 
 /// A socket that NBD clients connect to.
 #[derive(Debug)]
@@ -56,6 +58,7 @@ impl Inherited {
     pub fn from_env() -> Result<Self, BadDescriptor> {
         // Before `ListenFd`, which knows no names.
         let names = std::env::var(NAMES_VARIABLE).unwrap_or_default();
+        check_all_open(&names)?;
         let mut descriptors = ListenFd::from_env();
         let mut inherited = Self::default();
         for (index, name) in names_of(&names, descriptors.len()).into_iter().enumerate() {
@@ -117,6 +120,32 @@ impl Role {
             _ => Self::Nbd { is_familiar: name.ends_with(".socket") },
         }
     }
+}
+
+/// Checks that every descriptor that `LISTEN_FDS` promises is open, before anything of that size is
+/// allocated. Reads the variables as `ListenFd` does.
+fn check_all_open(names: &str) -> Result<(), BadDescriptor> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<RawFd>().ok());
+    let text = std::env::var("LISTEN_FDS").unwrap_or_default();
+    let promised: usize = text.parse().unwrap_or(0);
+    let first = number("LISTEN_FDS_FIRST_FD").unwrap_or(FIRST_DESCRIPTOR);
+    let is_for_us = std::env::var("LISTEN_PID")
+        .map_or(true, |pid| pid.is_empty() || pid.parse().ok() == Some(std::process::id()));
+    if !is_for_us {
+        return Ok(());
+    }
+    let Some(index) = (0..promised).find(|index| !is_open(first, *index)) else { return Ok(()) };
+    let name = names.split(':').nth(index).filter(|name| !name.is_empty()).unwrap_or(UNNAMED);
+    Err(BadDescriptor { index, name: name.to_owned(), trouble: Trouble::Missing { promised } })
+}
+
+/// Whether descriptor `first + index` exists and is open.
+fn is_open(first: RawFd, index: usize) -> bool {
+    let descriptor = RawFd::try_from(index).ok().and_then(|index| first.checked_add(index));
+    descriptor.is_some_and(|descriptor| {
+        // SAFETY: takes two integers, and fails with EBADF if the first is no open descriptor.
+        unsafe { libc::fcntl(descriptor, libc::F_GETFD) >= 0 }
+    })
 }
 
 /// One name for each of `count` descriptors; surplus names are dropped, missing and empty ones are
@@ -184,6 +213,11 @@ pub enum Trouble {
     NotListening,
     /// It is not open.
     Closed,
+    /// It is not open, though `LISTEN_FDS` promises this many descriptors.
+    Missing {
+        /// The number in `LISTEN_FDS`.
+        promised: usize,
+    },
     /// The system would not tell.
     Io(io::Error),
 }
@@ -211,6 +245,11 @@ impl fmt::Display for Trouble {
                 f.write_str("it does not take connections; its unit must say Accept=no")
             }
             Self::Closed => f.write_str("it is not open"),
+            Self::Missing { promised } => write!(
+                f,
+                "it is not open, though LISTEN_FDS={promised} promises it; start the service \
+                 through its socket units, or unset LISTEN_FDS"
+            ),
             Self::Io(error) => write!(f, "cannot find out what it is: {error}"),
         }
     }

@@ -47,8 +47,13 @@ impl Handed {
 
     /// What a child makes of them.
     fn as_seen(&self, names: &str) -> Vec<String> {
+        self.as_promised(&self.count.to_string(), names)
+    }
+
+    /// What a child makes of them when it is promised this many.
+    fn as_promised(&self, count: &str, names: &str) -> Vec<String> {
         let mut command = child::running("systemd::sockets::tests::a_child_that_inherits");
-        command.env("LISTEN_FDS", self.count.to_string());
+        command.env("LISTEN_FDS", count);
         command.env("LISTEN_FDS_FIRST_FD", self.first.to_string());
         command.env("LISTEN_FDNAMES", names);
         child::said(&command.output().unwrap())
@@ -137,5 +142,19 @@ fn a_descriptor_that_is_not_what_its_name_promises_is_named() {
         let said = Handed::from(340, sockets).as_seen(names);
         let beginning = format!("inherited socket {:?} ", names.split(':').next().unwrap());
         assert!(said[0].starts_with(&beginning) && said[0].contains(complaint), "{said:?}");
+    }
+}
+
+#[test]
+fn a_promised_descriptor_that_is_not_open_is_refused() {
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let handed = Handed::from(360, &[&tcp]);
+    for count in ["2", "2147483647", "18446744073709551615"] {
+        let said = handed.as_promised(count, "nbd:more");
+        let expected = format!(
+            "inherited socket \"more\" (number 1 of LISTEN_FDS): it is not open, though \
+             LISTEN_FDS={count} promises it"
+        );
+        assert!(said[0].starts_with(&expected), "{said:?}");
     }
 }
