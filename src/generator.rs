@@ -24,12 +24,13 @@ use flexnbd::cli::operate::Instance;
 use flexnbd::cli::settings::{Autostart, Settings};
 use flexnbd::net::Address;
 use flexnbd::server::acl::Acl;
+use flexnbd::small_file;
 use flexnbd::systemd::unit::{device_unit, is_instance_name, plain, quoted, unspecific, warn};
 use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsStr;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
+use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -42,8 +43,6 @@ const CONFIGURATIONS: &str = "/etc/flexnbd";
 const CONFIGURATIONS_VARIABLE: &str = "FLEXNBD_CONFIGURATIONS";
 /// What the name of a configuration ends with.
 const SUFFIX: &str = ".conf";
-/// Longer ones are not read. Bytes; an access control list of 10,000 entries is shorter.
-const CONFIGURATION_BYTES_MAX: u64 = 1 << 20;
 
 /// `StateDirectory=` of the services.
 const STATE: &str = "/var/lib/flexnbd";
@@ -111,20 +110,10 @@ fn configurations_in(directory: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// The text of a configuration. What is no regular file is not opened: a pipe would keep the
-/// service manager waiting.
+/// The text of a configuration file.
 fn read(file: &Path) -> Result<String, String> {
-    let said = |error: io::Error| error.to_string();
-    if !fs::metadata(file).map_err(said)?.is_file() {
-        return Err("not a regular file".to_owned());
-    }
-    let mut text = String::new();
-    let file = File::open(file).map_err(said)?;
-    let length = file.take(CONFIGURATION_BYTES_MAX + 1).read_to_string(&mut text).map_err(said)?;
-    if length as u64 > CONFIGURATION_BYTES_MAX {
-        return Err(format!("longer than {CONFIGURATION_BYTES_MAX} bytes"));
-    }
-    Ok(text)
+    let bytes = small_file::read(file, config::BYTES_MAX).map_err(|error| error.to_string())?;
+    String::from_utf8(bytes).map_err(|_| "it is not UTF-8 text".to_owned())
 }
 
 impl Generated {

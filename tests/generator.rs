@@ -162,7 +162,7 @@ fn what_is_no_readable_file_keeps_nobody_waiting() {
     let run = etc.run();
     assert_eq!(run.status, Some(0));
     let expected = [
-        "flexnbd-generator: /etc/binary.conf: stream did not contain valid UTF-8",
+        "flexnbd-generator: /etc/binary.conf: it is not UTF-8 text",
         "flexnbd-generator: /etc/directory.conf: not a regular file",
         "flexnbd-generator: /etc/fifo.conf: not a regular file",
         "flexnbd-generator: /etc/gone.conf: No such file or directory (os error 2)",

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 /// The floor of each room. A room may use rooms below it; those on one floor never use each other.
 const FLOORS: &[(&str, u32)] = &[
     ("range", 0),
+    ("small_file", 0),
     ("nbd", 1),
     ("disk", 1),
     ("net", 1),

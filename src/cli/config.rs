@@ -40,6 +40,9 @@ pub const KEYS: [&str; 15] = [
     "IP_FILTER",
 ];
 
+/// Longest configuration file, in bytes. An access control list of 10,000 entries is shorter.
+pub const BYTES_MAX: u64 = 1 << 20;
+
 /// How many letters a key may be away from the one that is suggested for it.
 const HINT_DISTANCE_MAX: usize = 3;
 

@@ -6,7 +6,7 @@ use super::settings::Settings;
 use crate::daemon::{Admission, Plan, Reread, Role};
 use crate::server::CLIENTS_MAX;
 use crate::server::acl::Acl;
-use std::fs;
+use crate::small_file::{self, ReadError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -102,24 +102,34 @@ impl Start {
     }
 }
 
-/// The text of a configuration file.
+/// The text of a configuration file, which is a regular file of at most [`config::BYTES_MAX`].
+///
+/// # Errors
+/// A sentence for the operator that names the file.
 pub(super) fn read(path: &Path) -> Result<String, String> {
-    fs::read_to_string(path).map_err(|error| {
-        let why = match error.kind() {
+    let why = match small_file::read(path, config::BYTES_MAX) {
+        Ok(bytes) => match String::from_utf8(bytes) {
+            Ok(text) => return Ok(text),
+            Err(_) => "it is not UTF-8 text".to_owned(),
+        },
+        Err(ReadError::NotRegular) if path.is_dir() => "it is a directory".to_owned(),
+        Err(ReadError::NotRegular) => "it is not a regular file".to_owned(),
+        Err(ReadError::TooLong(bytes)) => format!("it is longer than {bytes} bytes"),
+        Err(ReadError::Io(error)) => match error.kind() {
             io::ErrorKind::NotFound => "it does not exist".to_owned(),
-            io::ErrorKind::IsADirectory => "it is a directory".to_owned(),
             io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
-            io::ErrorKind::InvalidData => "it is not UTF-8 text".to_owned(),
             _ => error.to_string(),
-        };
-        format!("cannot read the configuration file {}: {why}", path.display())
-    })
+        },
+    };
+    Err(format!("cannot read the configuration file {}: {why}", path.display()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::net::Address;
+    use nix::sys::stat::Mode;
+    use std::fs;
 
     fn serve(flags: Settings, config: Option<&str>) -> Start {
         Start { role: Role::Serve, settings: flags, config: config.map(PathBuf::from) }
@@ -219,7 +229,14 @@ mod tests {
         let binary = dir.path().join("binary");
         fs::write(&binary, [0xff, 0xfe]).unwrap();
         let missing = dir.path().join("missing");
+        let pipe = dir.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+        let long = dir.path().join("long");
+        fs::write(&long, "#".repeat(config::BYTES_MAX as usize + 1)).unwrap();
         for (path, why) in [
+            (&*pipe, "it is not a regular file"),
+            (Path::new("/dev/zero"), "it is not a regular file"),
+            (&*long, "it is longer than 1048576 bytes"),
             (missing.as_path(), "it does not exist"),
             (dir.path(), "it is a directory"),
             (&binary, "it is not UTF-8 text"),

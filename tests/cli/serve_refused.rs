@@ -43,6 +43,20 @@ fn what_is_no_disk_is_refused_by_its_name() {
 }
 
 #[test]
+fn a_configuration_that_is_no_regular_file_is_refused() {
+    let dir = temp_dir();
+    let pipe = dir.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, Mode::S_IRWXU).unwrap();
+    for config in [&*pipe, Path::new("/dev/zero")] {
+        let serve = Program::flexnbd("serve --config").args([config]);
+        is_fatal(&serve.run(), &[config.to_str().unwrap(), "it is not a regular file"]);
+        let status = Program::flexnbd("status --config").args([config]);
+        let outcome = status.run();
+        assert!(outcome.stderr.contains("it is not a regular file"), "{}", outcome.stderr);
+    }
+}
+
+#[test]
 fn one_sector_is_enough() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 512);
