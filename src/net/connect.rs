@@ -47,7 +47,7 @@ fn connect_tcp(to: SocketAddr, from: Option<SocketAddr>, timeout: Duration) -> i
         Err(errno) => return Err(errno.into()),
     }
     stream.set_nonblocking(false)?;
-    Ok(Stream::Tcp(stream))
+    Ok(Stream::over_tcp(stream))
 }
 
 /// Waits for the outcome of a connect that was begun.

@@ -117,7 +117,7 @@ impl Listener {
         match &self.socket {
             Socket::Tcp(listener) => {
                 let (stream, from) = listener.accept()?;
-                Ok((Stream::Tcp(stream), from.into()))
+                Ok((Stream::over_tcp(stream), from.into()))
             }
             Socket::Unix(listener) => {
                 let (stream, _) = listener.accept()?;

@@ -25,7 +25,7 @@ pub use connect::connect;
 pub use listener::{BACKLOG, Listener};
 pub use peer::Peer;
 pub use stream::{
-    Interest, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES_MAX, Ready, Stream,
+    Interest, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES_MAX, PEER_TIMEOUT, Ready, Stream,
 };
 pub use wait::wait_readable;
 pub use wake::Wake;

@@ -22,6 +22,11 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// How many of them may go unanswered.
 pub const KEEPALIVE_PROBES_MAX: u32 = 3;
 
+/// How long a TCP peer may leave what was sent to it unacknowledged, or take none of it, before the
+/// kernel ends the connection (`TCP_USER_TIMEOUT`, tcp(7)). Retransmission alone goes on for some
+/// 15 minutes, and suspends the keepalive probes.
+pub const PEER_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How much may wait in the kernel for its turn to be sent, in bytes, where little is wanted.
 const UNSENT_MAX: u32 = 64 << 10;
 
@@ -72,6 +77,14 @@ pub struct Ready {
 }
 
 impl Stream {
+    /// A TCP connection that ends [`PEER_TIMEOUT`] after its peer has vanished: every connection
+    /// is made here, whether it was accepted, opened or inherited.
+    pub(super) fn over_tcp(stream: TcpStream) -> Self {
+        // A connection that takes no options is on its way out, which its user will see.
+        let _ = setsockopt(&stream, sockopt::TcpUserTimeout, &milliseconds(PEER_TIMEOUT));
+        Self::Tcp(stream)
+    }
+
     /// Adopts a connected stream socket that came from elsewhere.
     ///
     /// # Errors
@@ -79,7 +92,9 @@ impl Stream {
     pub fn inherited(fd: OwnedFd) -> io::Result<Self> {
         fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         match family(&fd)? {
-            Some(AddressFamily::Inet | AddressFamily::Inet6) => Ok(Self::Tcp(TcpStream::from(fd))),
+            Some(AddressFamily::Inet | AddressFamily::Inet6) => {
+                Ok(Self::over_tcp(TcpStream::from(fd)))
+            }
             Some(AddressFamily::Unix) => Ok(Self::Unix(UnixStream::from(fd))),
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
@@ -329,6 +344,11 @@ fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
 
 fn ended() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection")
+}
+
+/// `TCP_USER_TIMEOUT` takes milliseconds in 32 bits, far more than the constant above.
+fn milliseconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }
 
 /// The keepalive options take seconds in 32 bits, far more than the constants above.

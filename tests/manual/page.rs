@@ -168,6 +168,7 @@ fn the_limits_and_timeouts_are_those_of_the_program() {
     assert_eq!(told("Payload"), [newstyle, oldstyle]);
     let (idle, every) = (net::KEEPALIVE_IDLE.as_secs(), net::KEEPALIVE_INTERVAL.as_secs());
     assert_eq!(told("TCP keepalive"), [idle, every, u64::from(net::KEEPALIVE_PROBES_MAX)]);
+    assert_eq!(told("Vanished peer"), [net::PEER_TIMEOUT.as_secs()]);
     let (most, patience) = (control::listener::CONNECTIONS_MAX, control::listener::PATIENCE);
     assert_eq!(told("Control connections"), [most as u64, patience.as_secs()]);
     let (length, lines) = (control::command::LINE_BYTES_MAX, control::command::LINES_MAX);

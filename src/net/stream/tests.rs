@@ -1,6 +1,7 @@
 //! Streams against their other ends, over TCP and unix sockets.
 
 use super::*;
+use crate::net::{Address, Listener, connect, wait_readable};
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpListener;
 use std::thread;
@@ -256,6 +257,28 @@ fn a_tuned_connection_sends_at_once_and_asks_after_its_peer() {
     assert_eq!(getsockopt(stream, sockopt::TcpKeepIdle).unwrap(), 30);
     assert_eq!(getsockopt(stream, sockopt::TcpKeepInterval).unwrap(), 10);
     assert_eq!(getsockopt(stream, sockopt::TcpKeepCount).unwrap(), 3);
+}
+
+/// What the kernel waits for an acknowledgement on this connection, in milliseconds; 0 is what it
+/// does by itself.
+fn user_timeout(stream: &Stream) -> u32 {
+    let Stream::Tcp(stream) = stream else { panic!("the connection is TCP") };
+    getsockopt(stream, sockopt::TcpUserTimeout).unwrap()
+}
+
+#[test]
+fn every_tcp_connection_gives_a_vanished_peer_one_minute() {
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let bound = Listener::bind(&Address::Tcp("127.0.0.1:0".parse().unwrap())).unwrap();
+    for listener in [bound, Listener::inherited(socket.into()).unwrap()] {
+        let near = connect(&listener.local_address().unwrap(), None, LONG).unwrap();
+        assert_eq!(user_timeout(&near), 60_000, "opened");
+        wait_readable(&[listener.as_fd()], later()).unwrap();
+        assert_eq!(user_timeout(&listener.accept().unwrap().0), 60_000, "accepted");
+    }
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    let carried = TcpStream::connect(socket.local_addr().unwrap()).unwrap();
+    assert_eq!(user_timeout(&Stream::inherited(carried.into()).unwrap()), 60_000, "carried over");
 }
 
 #[test]
