@@ -1,30 +1,58 @@
 //! Who may touch the disk now: many visits at a time, or nobody while the gate is closed.
 //! Knows nothing of disks. Never polls, and takes no lock while the gate is open.
+//!
+//! Two things keep a closed gate short. Visits are counted by *generation*
+//! ([`Gate::turn_generation`]), so that the closer learns, with the gate open, how long visits last.
+//! And a closing can *expire* ([`Gate::expire_at`]): the first session that waits longer opens the
+//! gate itself, whatever the closer's thread is blocked in.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Set for good once nobody will be let in any more.
-const RETIRED: u32 = 1 << 31;
+const RETIRED: u64 = 1 << 63;
 /// Set while the gate is closed.
-const CLOSED: u32 = 1 << 30;
-/// The rest counts those who are inside. A session is inside once or a few hundred times, so that
-/// there is room for millions of them.
-const INSIDE: u32 = CLOSED - 1;
+const CLOSED: u64 = 1 << 62;
+/// Tells which of the two generations new visits belong to.
+const GENERATION: u64 = 1 << 61;
+/// One visit of the one generation, and of the other: each is counted in 30 bits. A session is
+/// inside once or a few hundred times, so that there is room for millions of them.
+const UNITS: [u64; 2] = [1, 1 << 30];
+/// The counts of both generations.
+const INSIDE: u64 = (1 << 60) - 1;
+/// The count of the first generation.
+const INSIDE_FIRST: u64 = (1 << 30) - 1;
 
 /// A gate that many may pass and that can be closed behind the last of them.
 #[derive(Debug, Default)]
 pub struct Gate {
-    /// [`RETIRED`], [`CLOSED`] and the count. All of it in one word: whoever leaves last after the
-    /// gate was closed learns so from the same step with which it leaves.
-    state: AtomicU32,
-    /// How many hold the gate closed. [`CLOSED`] and [`RETIRED`] change only under this lock.
-    closers: Mutex<u32>,
+    /// [`RETIRED`], [`CLOSED`], [`GENERATION`] and the counts. All of it in one word: whoever leaves
+    /// last after the gate was closed learns so from the same step with which it leaves.
+    state: AtomicU64,
+    /// [`CLOSED`] and [`RETIRED`] change only under this lock.
+    closing: Mutex<Closing>,
     /// Whoever is waiting to get in waits here.
     opened: Condvar,
     /// Whoever is waiting for the last to leave waits here.
     emptied: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Closing {
+    /// How many hold the gate closed.
+    closers: u32,
+    expiry: Expiry,
+}
+
+/// The end of a closing, independent of the closer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Expiry {
+    #[default]
+    Never,
+    At(Instant),
+    /// The gate was opened by a session that waited until then.
+    Passed,
 }
 
 /// Why somebody was not let in.
@@ -40,13 +68,29 @@ pub enum NoEntry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StillBusy {
     /// How many had not left.
-    pub visits: u32,
+    pub visits: u64,
 }
+
+/// The closing has expired: sessions have been let in since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expired;
 
 /// Being inside; dropping it is leaving.
 #[derive(Debug)]
 pub struct Pass<'a> {
     gate: &'a Gate,
+    /// What it counts as: one of [`UNITS`].
+    unit: u64,
+}
+
+/// The visits inside, of both generations.
+fn inside(state: u64) -> u64 {
+    (state & INSIDE_FIRST) + ((state & INSIDE) >> 30)
+}
+
+/// What a new visit counts as.
+fn unit(state: u64) -> u64 {
+    UNITS[usize::from(state & GENERATION != 0)]
 }
 
 impl Gate {
@@ -79,8 +123,9 @@ impl Gate {
             }
             // Acquire: what was done to the disk while the gate was closed comes before this.
             let (success, failure) = (Ordering::Acquire, Ordering::Relaxed);
-            match self.state.compare_exchange_weak(state, state + 1, success, failure) {
-                Ok(_) => return Ok(Some(Pass { gate: self })),
+            let unit = unit(state);
+            match self.state.compare_exchange_weak(state, state + unit, success, failure) {
+                Ok(_) => return Ok(Some(Pass { gate: self, unit })),
                 Err(now) => state = now,
             }
         }
@@ -93,6 +138,25 @@ impl Gate {
         self.opened.notify_all();
     }
 
+    /// Begins a new generation of visits, unless some of the generation before this one are inside
+    /// still. Between two calls that returned true every visit has ended that was inside at the
+    /// first: none is older than the time from there to the second. The gate stays as it is.
+    pub fn turn_generation(&self) -> bool {
+        let mut state = self.state.load(Ordering::Relaxed);
+        loop {
+            let previous = UNITS[usize::from(state & GENERATION == 0)];
+            if state & (INSIDE_FIRST * previous) != 0 {
+                return false;
+            }
+            let turned = state ^ GENERATION;
+            let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
+            match self.state.compare_exchange_weak(state, turned, success, failure) {
+                Ok(_) => return true,
+                Err(now) => state = now,
+            }
+        }
+    }
+
     /// Lets nobody in from now on and returns when the last has left.
     ///
     /// The gate stays closed until [`Gate::reopen`] has been called as often as this returned
@@ -102,42 +166,71 @@ impl Gate {
     /// [`StillBusy`] if somebody was still inside at `deadline`; then the gate is open again,
     /// unless somebody else holds it closed.
     pub fn close_and_drain(&self, deadline: Instant) -> Result<(), StillBusy> {
-        let mut closers = self.lock();
-        *closers += 1;
+        let mut closing = self.lock();
+        closing.closers += 1;
         self.state.fetch_or(CLOSED, Ordering::Relaxed);
         loop {
             // Acquire: what those who left did to the disk comes before what the closer does.
-            let visits = self.state.load(Ordering::Acquire) & INSIDE;
+            let visits = inside(self.state.load(Ordering::Acquire));
             if visits == 0 {
                 return Ok(());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.open_for_one(&mut closers);
+                self.open_for_one(&mut closing);
                 return Err(StillBusy { visits });
             }
-            let woken = self.emptied.wait_timeout(closers, left);
-            closers = woken.unwrap_or_else(PoisonError::into_inner).0;
+            let woken = self.emptied.wait_timeout(closing, left);
+            closing = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Sets when the gate, which the caller has closed, opens by itself if it is closed then; none:
+    /// it does not, however long it takes. Of all who close the gate only one may use this.
+    ///
+    /// # Errors
+    /// [`Expired`] when that has happened: what was so behind the closed gate is so no more.
+    pub fn expire_at(&self, end: Option<Instant>) -> Result<(), Expired> {
+        let mut closing = self.lock();
+        self.expire(&mut closing);
+        if closing.expiry == Expiry::Passed {
+            return Err(Expired);
+        }
+        let before = std::mem::replace(&mut closing.expiry, end.map_or(Expiry::Never, Expiry::At));
+        drop(closing);
+        // Those who wait look at the time again by themselves, unless that would be too late.
+        let is_earlier = match (before, end) {
+            (Expiry::At(before), Some(end)) => end < before,
+            (_, end) => end.is_some(),
+        };
+        if is_earlier {
+            self.opened.notify_all();
+        }
+        Ok(())
     }
 
     /// Undoes one [`Gate::close_and_drain`], and lets everybody in if that was the last.
     pub fn reopen(&self) {
-        self.open_for_one(&mut self.lock());
+        let mut closing = self.lock();
+        let expiry = std::mem::take(&mut closing.expiry);
+        if expiry != Expiry::Passed {
+            self.open_for_one(&mut closing);
+        }
     }
 
     /// Lets nobody in any more, ever; whoever waits learns that the disk is gone. Those inside
     /// stay until they leave; [`Gate::close_and_drain`] waits for them, before this or after.
     pub fn retire(&self) {
-        let closers = self.lock();
+        let closing = self.lock();
         self.state.fetch_or(RETIRED, Ordering::Relaxed);
-        drop(closers);
+        drop(closing);
         self.opened.notify_all();
     }
 
     fn wait_to_enter(&self, give_up: &dyn Fn() -> bool) -> Result<Pass<'_>, NoEntry> {
-        let mut closers = self.lock();
+        let mut closing = self.lock();
         loop {
+            self.expire(&mut closing);
             // Under the lock, under which alone the gate opens: the news cannot be missed between
             // looking and waiting.
             if let Some(pass) = self.enter_if_open()? {
@@ -146,28 +239,45 @@ impl Gate {
             if give_up() {
                 return Err(NoEntry::GaveUp);
             }
-            closers = self.opened.wait(closers).unwrap_or_else(PoisonError::into_inner);
+            closing = match closing.expiry {
+                Expiry::At(end) => {
+                    let left = end.saturating_duration_since(Instant::now());
+                    let woken = self.opened.wait_timeout(closing, left);
+                    woken.unwrap_or_else(PoisonError::into_inner).0
+                }
+                Expiry::Never | Expiry::Passed => {
+                    self.opened.wait(closing).unwrap_or_else(PoisonError::into_inner)
+                }
+            };
         }
     }
 
-    fn open_for_one(&self, closers: &mut MutexGuard<'_, u32>) {
-        **closers = closers.saturating_sub(1);
-        if **closers == 0 {
+    /// Opens a gate whose closing has expired.
+    fn expire(&self, closing: &mut MutexGuard<'_, Closing>) {
+        if matches!(closing.expiry, Expiry::At(end) if Instant::now() >= end) {
+            closing.expiry = Expiry::Passed;
+            self.open_for_one(closing);
+        }
+    }
+
+    fn open_for_one(&self, closing: &mut MutexGuard<'_, Closing>) {
+        closing.closers = closing.closers.saturating_sub(1);
+        if closing.closers == 0 {
             self.state.fetch_and(!CLOSED, Ordering::Release);
             self.opened.notify_all();
         }
     }
 
     /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
-    fn lock(&self) -> MutexGuard<'_, u32> {
-        self.closers.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Closing> {
+        self.closing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        let before = self.gate.state.fetch_sub(1, Ordering::Release);
-        if before & CLOSED != 0 && before & INSIDE == 1 {
+        let before = self.gate.state.fetch_sub(self.unit, Ordering::Release);
+        if before & CLOSED != 0 && before & INSIDE == self.unit {
             // The closer holds the lock from looking at the count until it waits; having had the
             // lock, we know that it hears us.
             drop(self.gate.lock());
@@ -194,6 +304,14 @@ impl std::fmt::Display for StillBusy {
 }
 
 impl std::error::Error for StillBusy {}
+
+impl std::fmt::Display for Expired {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the gate has opened by itself")
+    }
+}
+
+impl std::error::Error for Expired {}
 
 #[cfg(test)]
 mod tests {
@@ -340,6 +458,78 @@ mod tests {
         assert!(gate.enter(&|| true).is_err(), "one reopen too many must not count later");
     }
 
+    #[test]
+    fn an_expired_closing_lets_waiting_sessions_in() {
+        let gate = Arc::new(Gate::default());
+        gate.close_and_drain(soon()).unwrap();
+        let (waiting, ended) = visitor(&gate, &Arc::default());
+        waiting.recv_timeout(PATIENCE).unwrap();
+        // The session waits already, and hears of the end.
+        gate.expire_at(Some(Instant::now() + Duration::from_millis(20))).unwrap();
+        assert_eq!(ended.recv_timeout(PATIENCE), Ok(Ok(())));
+        assert_eq!(gate.expire_at(None), Err(Expired));
+        gate.reopen();
+        gate.close_and_drain(soon()).unwrap();
+        assert_eq!(gate.expire_at(None), Ok(()), "the next closing is a new one");
+        assert!(gate.enter(&|| true).is_err());
+    }
+
+    #[test]
+    fn a_closing_expires_even_if_no_session_waits() {
+        let gate = Gate::default();
+        gate.close_and_drain(soon()).unwrap();
+        gate.expire_at(Some(Instant::now())).unwrap();
+        assert_eq!(gate.expire_at(Some(soon())), Err(Expired));
+        assert!(gate.enter(&|| true).is_ok());
+        gate.reopen();
+        assert!(gate.enter(&|| true).is_ok());
+    }
+
+    #[test]
+    fn a_closing_made_permanent_does_not_expire() {
+        let gate = Arc::new(Gate::default());
+        gate.close_and_drain(soon()).unwrap();
+        gate.expire_at(Some(Instant::now() + Duration::from_millis(100))).unwrap();
+        let (waiting, ended) = visitor(&gate, &Arc::default());
+        waiting.recv_timeout(PATIENCE).unwrap();
+        gate.expire_at(None).unwrap();
+        // It asks once more when the time is over that it was told first.
+        waiting.recv_timeout(PATIENCE).unwrap();
+        assert!(ended.try_recv().is_err());
+        gate.reopen();
+        assert_eq!(ended.recv_timeout(PATIENCE), Ok(Ok(())));
+    }
+
+    #[test]
+    fn an_expiry_opens_the_gate_for_its_own_closer_alone() {
+        let gate = Gate::default();
+        gate.close_and_drain(soon()).unwrap();
+        gate.close_and_drain(soon()).unwrap();
+        gate.expire_at(Some(Instant::now())).unwrap();
+        assert_eq!(gate.expire_at(None), Err(Expired));
+        assert!(gate.enter(&|| true).is_err(), "the other holds it closed");
+        gate.reopen();
+        gate.reopen();
+        assert!(gate.enter(&|| true).is_ok());
+    }
+
+    #[test]
+    fn a_generation_turns_once_the_one_before_has_left() {
+        let gate = Gate::default();
+        let old = gate.enter(&never).unwrap();
+        assert!(gate.turn_generation(), "nobody was inside before it");
+        let new = gate.enter(&never).unwrap();
+        assert!(!gate.turn_generation());
+        drop(old);
+        assert!(gate.turn_generation());
+        assert!(!gate.turn_generation());
+        let newest = gate.enter(&never).unwrap();
+        assert_eq!(gate.close_and_drain(Instant::now()), Err(StillBusy { visits: 2 }));
+        drop((new, newest));
+        assert_eq!(gate.close_and_drain(Instant::now()), Ok(()));
+        assert!(gate.turn_generation());
+    }
+
     /// Visitors in a crowd, and somebody who closes the gate again and again: nobody is inside
     /// while it is closed, everybody gets in in the end, and all learn when it is gone.
     #[test]
@@ -353,6 +543,7 @@ mod tests {
             thread::spawn(move || sender.send(visit_until_gone(&gate, &inside, seed as u64)));
         }
         for closing in 0..CLOSINGS {
+            gate.turn_generation();
             gate.close_and_drain(soon()).unwrap();
             for _ in 0..closing % 8 {
                 assert_eq!(inside.load(Ordering::Relaxed), 0, "closing {closing}");

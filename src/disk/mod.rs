@@ -30,7 +30,7 @@ pub(crate) mod slow;
 mod syscalls;
 mod zeros;
 
-pub use gate::{Gate, NoEntry, Pass, StillBusy};
+pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
 pub use image::FileImage;
 pub use lane::{Bell, Call, Lane, Made};
 pub use open::{Access, OpenError, SECTOR, size_of};
