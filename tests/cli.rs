@@ -18,6 +18,8 @@ mod more;
 mod log;
 #[path = "cli/operate.rs"]
 mod operate;
+#[path = "cli/ordinary_user.rs"]
+mod ordinary_user;
 #[path = "cli/places.rs"]
 mod places;
 #[path = "cli/serve_refused.rs"]

@@ -242,3 +242,14 @@ fn sockets_stay_when_nothing_can_be_found_out() {
     fs::write(host.path("disk.conf"), format!("FILE={}\n", image.path().display())).unwrap();
     assert_eq!(host.retired("success"), "", "a directory");
 }
+
+#[test]
+fn records_can_be_looked_up_and_the_directory_of_sockets_is_roots() {
+    let lines = include_str!("../systemd/flexnbd.tmpfiles").lines();
+    let made: Vec<&str> = lines.filter(|line| !line.starts_with('#')).collect();
+    assert!(made.contains(&"d /run/flexnbd 0750 root flexnbd -"), "{made:?}");
+    assert!(made.contains(&"d /var/lib/flexnbd 0711 flexnbd flexnbd -"), "{made:?}");
+    for unit in [SERVICE, RECEIVER] {
+        assert!(settings(unit, "[Service]").contains(&"StateDirectoryMode=0711"));
+    }
+}

@@ -2,10 +2,10 @@
 //! Never touches the disk's bytes, and nothing at all while somebody uses the image.
 
 use super::output;
-use crate::disk::ledger::{Ledger, LedgerError, state_directory};
+use crate::disk::ledger::{Ledger, LedgerError};
 use crate::disk::ownership::{BadRecord, Record, Title, for_adopt};
+use crate::disk::state::directory_of_record;
 use crate::disk::{Access, FileImage, OpenError};
-use std::env;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -33,8 +33,8 @@ enum Failure {
 /// Adopts the copy, and tells what it was and is.
 #[must_use]
 pub fn run(adopt: &Adopt) -> ExitCode {
-    let state = state_directory(env::var("STATE_DIRECTORY").ok().as_deref());
-    match adopt.carry_out(&state) {
+    let state = directory_of_record(&adopt.file).map_err(io);
+    match state.and_then(|state| adopt.carry_out(&state)) {
         Ok(told) => output::say(&told),
         Err(Failure::Refused(why)) => {
             output::complain(&format!("flexnbd adopt: {why}"), output::EXIT_CONFIG)

@@ -5,10 +5,10 @@ use super::output;
 use super::start::read;
 use super::{config, operate};
 use crate::control::status::{self, OWNERSHIP};
-use crate::disk::ledger::{Ledger, LedgerError, gone, state_directory};
+use crate::disk::ledger::{Ledger, LedgerError, gone};
 use crate::disk::ownership::Record;
+use crate::disk::state::{directory_of_note, directory_of_record};
 use crate::disk::{OpenError, size_of};
-use std::env;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -33,21 +33,24 @@ pub enum Disk {
 /// Tells what there is to know.
 #[must_use]
 pub fn run(offline: &Offline) -> ExitCode {
-    let state = state_directory(env::var("STATE_DIRECTORY").ok().as_deref());
-    match offline.told(&state) {
+    match offline.told() {
         Ok(line) => output::say(&line),
         Err(why) => output::complain(&format!("flexnbd status: {why}"), output::EXIT_FAILURE),
     }
 }
 
 impl Offline {
-    fn told(&self, state: &Path) -> Result<String, String> {
+    fn told(&self) -> Result<String, String> {
         let image = self.disk.image()?;
         let said = |error: LedgerError| error.to_string();
         let (size, record) = match size_of(&image) {
-            Ok(size) => (size, Ledger::open(&image, state).and_then(|l| l.peek()).map_err(said)?),
+            Ok(size) => {
+                let ledger = directory_of_record(&image).and_then(|it| Ledger::open(&image, &it));
+                (size, ledger.and_then(|ledger| ledger.peek()).map_err(said)?)
+            }
             Err(error) => {
-                let last = gone(&image, state).map_err(said)?;
+                let last = directory_of_note(&image).and_then(|state| gone(&image, &state));
+                let last = last.map_err(said)?;
                 (0, Some(last.ok_or_else(|| unfit(error))?))
             }
         };

@@ -3,10 +3,11 @@
 
 use super::plan::{Denial, Plan, Refusal, Role};
 use super::tell;
-use crate::disk::ledger::{Ledger, gone, state_directory};
+use crate::disk::ledger::{Ledger, gone};
 use crate::disk::ownership::{
     self, ForListen, ForServe, Id, Place, Record, Title, for_listen, for_serve,
 };
+use crate::disk::state::{STATE_VARIABLE, directory_of_note, directory_of_record};
 use crate::migration::job::{Fate, fate};
 use crate::migration::link::Route;
 use crate::migration::source;
@@ -14,7 +15,6 @@ use crate::migration::wire::Question;
 use crate::net::Address;
 use crate::systemd::{Notifier, message_id};
 use std::env;
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, SystemTime};
 use tracing::{info, warn};
@@ -27,22 +27,17 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 /// messages.
 const ASK_LONGEST: Duration = Duration::from_secs(60);
 
-/// The variable that says where a service keeps its state (`StateDirectory=` of systemd.exec(5)).
-const STATE_VARIABLE: &str = "STATE_DIRECTORY";
-
 /// The ledger of the plan's image.
 pub(super) fn ledger(plan: &Plan) -> Result<Ledger, Refusal> {
-    let mut ledger = Ledger::open(&plan.image, &state()).map_err(Refusal::Record)?;
+    let mut ledger = directory_of_record(&plan.image)
+        .and_then(|state| Ledger::open(&plan.image, &state))
+        .map_err(Refusal::Record)?;
     // A service closes its sockets when its disk has moved, and asks for the record then.
     let is_service = env::var_os(STATE_VARIABLE).is_some();
     if plan.create.is_some() || is_service {
         ledger.leave_note();
     }
     Ok(ledger)
-}
-
-fn state() -> PathBuf {
-    state_directory(env::var(STATE_VARIABLE).ok().as_deref())
 }
 
 /// Whether an image that is not there may be made: not if it was deleted when it moved away, since
@@ -52,7 +47,8 @@ pub(super) fn to_create(plan: &Plan) -> Result<(), Refusal> {
     if !is_missing {
         return Ok(());
     }
-    match gone(&plan.image, &state()).map_err(Refusal::Record)? {
+    let last = directory_of_note(&plan.image).and_then(|state| gone(&plan.image, &state));
+    match last.map_err(Refusal::Record)? {
         Some(Record::Departed { id, when, to }) => {
             let why = format!(
                 "{} has moved to {to} and was deleted here (migration {id}, at {when} seconds since \

@@ -20,8 +20,6 @@ use xattr::FileExt;
 pub const ATTRIBUTE: &str = "user.flexnbd";
 /// Name of an attribute that is set and removed again, to see whether that can be done.
 const PROBE: &str = "user.flexnbd.probe";
-/// Where records are kept that cannot be attributes, unless the service manager says otherwise.
-pub const STATE_DIRECTORY: &str = "/var/lib/flexnbd";
 /// What a record's file name shows as it is.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'.').remove(b'-').remove(b'_');
 
@@ -38,7 +36,7 @@ pub struct Ledger {
 }
 
 /// What follows the name of a record's file in that of a note about an image that was deleted.
-const NOTE: &str = ".departed";
+pub(super) const NOTE: &str = ".departed";
 
 /// Why a record cannot be used.
 #[derive(Debug)]
@@ -186,7 +184,14 @@ impl Ledger {
         if self.file.exists() {
             // The bytes were durable before the file got its name.
             let failed = |source| LedgerError::Io { path: self.file.clone(), source };
-            sync_directory(self.directory()).map_err(failed)?;
+            match sync_directory(self.directory()) {
+                // Another user's, which can be searched and not be read. File systems that keep a
+                // journal write the name along with the file.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    File::open(&self.file).and_then(|file| file.sync_all()).map_err(failed)?;
+                }
+                synced => synced.map_err(failed)?,
+            }
         }
         match self.image.sync_all() {
             // What cannot be written to cannot lose it either.
@@ -242,7 +247,7 @@ pub fn gone(path: &Path, state: &Path) -> Result<Option<Record>, LedgerError> {
 }
 
 /// The absolute path of an image, and where its record is if that is no attribute.
-fn places(path: &Path, state: &Path) -> Result<(PathBuf, PathBuf), LedgerError> {
+pub(super) fn places(path: &Path, state: &Path) -> Result<(PathBuf, PathBuf), LedgerError> {
     // Links are not followed: /dev/mapper/disk stays what it is when /dev/dm-3 does not.
     let absolute = std::path::absolute(path)
         .map_err(|source| LedgerError::Io { path: path.to_owned(), source })?;
@@ -254,7 +259,7 @@ fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>, LedgerError> {
     let failed = |source| LedgerError::Io { path: path.to_owned(), source };
     let file = match File::open(path) {
         Ok(file) => file,
-        Err(error) if is_missing(&error) => return Ok(None),
+        Err(error) if is_missing(&error) || is_out_of_sight(path, &error) => return Ok(None),
         Err(source) => return Err(failed(source)),
     };
     let mut bytes = Vec::new();
@@ -294,18 +299,10 @@ fn directory_of(path: &Path) -> &Path {
 }
 
 /// The path with something appended to its last name.
-fn beside(path: &Path, suffix: &str) -> PathBuf {
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.to_owned().into_os_string();
     name.push(suffix);
     name.into()
-}
-
-/// Where records are kept that cannot be attributes: what the service manager says, or the usual
-/// place. `variable` is the value of `STATE_DIRECTORY`, which may name several.
-#[must_use]
-pub fn state_directory(variable: Option<&str>) -> PathBuf {
-    let first = variable.and_then(|several| several.split(':').find(|one| !one.is_empty()));
-    first.unwrap_or(STATE_DIRECTORY).into()
 }
 
 fn remove_durably(path: &Path) -> Result<(), LedgerError> {
@@ -325,6 +322,14 @@ fn sync_directory(directory: &Path) -> io::Result<()> {
 fn is_missing(error: &io::Error) -> bool {
     use io::ErrorKind::{InvalidFilename, NotADirectory, NotFound};
     matches!(error.kind(), NotFound | NotADirectory | InvalidFilename)
+}
+
+/// Whether the directory cannot even be searched. Then no record of this user's is in it: one that
+/// has to be heeded is refused before (`super::state`). A record that can be seen and not be read
+/// is another matter.
+fn is_out_of_sight(path: &Path, error: &io::Error) -> bool {
+    let is_denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    is_denied(error) && fs::symlink_metadata(path).is_err_and(|error| is_denied(&error))
 }
 
 /// Whether this kind of image cannot have attributes at all.
@@ -441,12 +446,5 @@ mod tests {
         let ledger = Ledger::open(&long.join("disk.img"), directory.path()).unwrap();
         assert_eq!(ledger.read_file().unwrap(), None);
         assert!(ledger.write_file(&OURS).is_err());
-    }
-
-    #[test]
-    fn the_first_state_directory_counts() {
-        assert_eq!(state_directory(None), Path::new(STATE_DIRECTORY));
-        assert_eq!(state_directory(Some("")), Path::new(STATE_DIRECTORY));
-        assert_eq!(state_directory(Some("/a:/b")), Path::new("/a"));
     }
 }

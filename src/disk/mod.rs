@@ -27,6 +27,7 @@ pub mod ownership;
 mod ring;
 #[cfg(test)]
 pub(crate) mod slow;
+pub mod state;
 mod syscalls;
 mod zeros;
 

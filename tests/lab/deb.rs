@@ -54,3 +54,39 @@ fn the_manuals_come_with_it() {
         host.ok("test -s /usr/share/doc/flexnbd/examples/disk.conf");
     });
 }
+
+/// What an ordinary user runs beside the package; `wait` returns the server's status.
+const OWN: &str = "cd /srv/own; flexnbd serve --file disk.img --create 1M --addr $PWD/nbd --sock c & \
+    until [ -S c ]; do sleep 0.05; done; flexnbd status --sock c; kill $!; wait $!; \
+    flexnbd adopt --file disk.img; flexnbd status --file disk.img";
+
+#[test]
+fn ordinary_users_serve_their_own_files_beside_it() {
+    in_lab(|| {
+        let host = Host::installed("a");
+        let modes = "stat --format '%a %U:%G' /var/lib/flexnbd /run/flexnbd";
+        assert_eq!(host.ok(modes), "711 flexnbd:flexnbd\n750 root:flexnbd\n");
+        host.ok("install --directory --owner=nobody /srv/own");
+        for home in ["HOME=/root", "-u HOME", "HOME=/srv/own"] {
+            let user = "setpriv --reuid nobody --regid nogroup --clear-groups";
+            let told = host.ok(&format!("{user} env {home} sh -ec '{OWN}'; rm /srv/own/disk.img"));
+            assert!(told.contains("ownership=none") && told.contains("ownership=ours"), "{told}");
+        }
+        host.configure("disk", "FILE=/var/lib/flexnbd/disk.img\nCREATE=1M\nADDR=::\nPORT=10809\n");
+        host.systemctl(&format!("start {DISK}"));
+        assert_eq!(host.ok(modes), "711 flexnbd:flexnbd\n750 root:flexnbd\n");
+        assert_eq!(try_door(&host.nbd()), Turned::In);
+    });
+}
+
+#[test]
+fn an_upgrade_that_opens_the_directory_keeps_images_closed() {
+    in_lab(|| {
+        let host = Host::installed("a");
+        let state = "cd /var/lib/flexnbd && touch own.img %2Fsrv%2Fother.img && chmod 644 *.img";
+        host.ok(&format!("{state} && chmod 750 ."));
+        host.install(&package::next());
+        let modes = host.ok("cd /var/lib/flexnbd && stat --format '%a %n' . *.img");
+        assert_eq!(modes, "711 .\n644 %2Fsrv%2Fother.img\n640 own.img\n");
+    });
+}

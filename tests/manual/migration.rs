@@ -9,7 +9,7 @@ use flexnbd::disk::ownership::{
     self, BadRecord, ForListen, ForServe, Id, PLACE_MAX, Place, RECORD_MAX, Record, Title,
     for_adopt, for_listen, for_serve,
 };
-use flexnbd::disk::{dirty, hold, ledger};
+use flexnbd::disk::{dirty, hold, ledger, state};
 use flexnbd::migration::job::{Job, SIZE_MIN, Trouble};
 use flexnbd::migration::machine::RETRY_EVERY;
 use flexnbd::migration::pace::{AIM_FOR, AIM_SHARE, CHUNK_MIN, Chase};
@@ -174,18 +174,20 @@ fn the_records_shown_are_records_and_every_kind_is_shown() {
 fn records_are_where_the_page_says() {
     let page = page();
     let attribute = format!("Va {}", ledger::ATTRIBUTE);
-    let directory = format!("Pa {}", ledger::STATE_DIRECTORY);
-    assert_eq!(page.items("FILES"), [attribute, directory]);
+    let directory = format!("Pa {}", state::SHARED);
+    let own = "Pa ~/.local/state/flexnbd".to_owned();
+    assert_eq!(page.items("FILES"), [attribute, directory, own]);
     let asks = format!("getfattr --only-values -n {} disk.img", ledger::ATTRIBUTE);
     assert!(page.literal().iter().any(|line| line.ends_with(&asks)), "nobody shows the record");
 }
 
 #[test]
 fn variables_of_the_environment_are_read() {
-    let sources = daemon();
+    let sources = daemon() + &read("src/disk/state.rs");
     for item in page().items("ENVIRONMENT") {
-        let variable = item.strip_prefix("Ev ").unwrap();
-        assert!(sources.contains(&format!("\"{variable}\"")), "nobody reads {variable}");
+        for variable in item.strip_prefix("Ev ").unwrap().split(" , ") {
+            assert!(sources.contains(&format!("\"{variable}\"")), "nobody reads {variable}");
+        }
     }
 }
 

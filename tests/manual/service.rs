@@ -331,8 +331,13 @@ fn the_environment_is_what_the_program_looks_at() {
     const ELSEWHERE: [&str; 5] =
         ["LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM"];
     /// Of the generator, and described in another page.
-    const OTHERS: [&str; 3] =
-        ["SYSTEMD_SCOPE", "FLEXNBD_CONFIGURATIONS", "FLEXNBD_MS_REQUEST_LIMIT_SECS"];
+    const OTHERS: [&str; 5] = [
+        "SYSTEMD_SCOPE",
+        "FLEXNBD_CONFIGURATIONS",
+        "FLEXNBD_MS_REQUEST_LIMIT_SECS",
+        "XDG_STATE_HOME",
+        "HOME",
+    ];
     let page = page();
     let items = page.items("ENVIRONMENT").join(" , ");
     let listed: BTreeSet<&str> =

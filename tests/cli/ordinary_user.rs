@@ -1,0 +1,138 @@
+//! A user other than root and flexnbd on a machine that has the package, which has made
+//! `/var/lib/flexnbd`. Each test has a mount namespace of its own for that.
+
+use crate::common::{TempDir, skip, temp_dir};
+use crate::more::{Outcome, Program};
+use crate::{NOBODY, as_nobody, permit};
+use nix::unistd::{Uid, chown};
+
+/// The mode of the state directory: as the package makes it, as older ones did, as `mkdir` does.
+const MODES: [&str; 3] = ["711", "750", "755"];
+
+/// What the environment can say about the home directory. `$D` is the test's directory.
+const HOMES: [&str; 5] = [
+    "HOME=$D/home",
+    "HOME=$D/missing",
+    "HOME=$D/sealed",
+    "-u HOME",
+    "HOME=/root XDG_STATE_HOME=$D/sealed",
+];
+
+/// Serves the image, receives into another one, and asks for its own status while doing so.
+const SERVE_AND_LISTEN: &str = "
+    up() { for i in $(seq 300); do [ -S $1 ] && return; sleep .1; done; echo \"no $1\"; exit 9; }
+    $F serve --file $I/disk.img --create 1M --addr $D/own/nbd --sock $D/own/sock & server=$!
+    up $D/own/sock; $F status --sock $D/own/sock; kill $server; wait $server || exit 2
+    $F listen --file $I/new.img --create 1M --addr $D/own/nbd --sock $D/own/in & server=$!
+    up $D/own/in; $F status --sock $D/own/in; kill $server; wait $server; [ $? = 1 ] || exit 3
+    $F adopt --file $I/disk.img && $F status --file $I/disk.img";
+
+/// A machine with the package, as one user sees it.
+struct Machine {
+    dir: TempDir,
+}
+
+impl Machine {
+    /// None, and a visible skip, where there cannot be one.
+    fn new() -> Option<Self> {
+        if !Uid::effective().is_root() {
+            skip("what an ordinary user may do", "it needs root");
+            return None;
+        }
+        let dir = temp_dir();
+        as_nobody(dir.path())?;
+        for (name, mode) in [("own", 0o755), ("home", 0o755), ("sealed", 0o555), ("plain", 0o755)] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            permit(&dir.path().join(name), mode);
+        }
+        let user = Uid::from_raw(NOBODY.parse().unwrap());
+        for name in ["own", "home"] {
+            chown(&dir.path().join(name), Some(user), None).unwrap();
+        }
+        Some(Self { dir })
+    }
+
+    /// Runs `script` as this user. Before that, root runs `prepare` there. `$I` is a directory for
+    /// images, `$D/own`, or `$D/plain`, where files have no attributes; `$F` is the program, and
+    /// `$(R)` the record's file of `$I/disk.img` in the state directory that the package makes.
+    fn user(
+        &self,
+        (mode, home, images): (&str, &str, &str),
+        prepare: &str,
+        script: &str,
+    ) -> Outcome {
+        let line = format!(
+            "set -e; mount -t tmpfs none /var/lib; mkdir -m {mode} /var/lib/flexnbd
+            mount -t ramfs none $D/plain; chown {NOBODY} $D/plain; export I=$D/{images}
+            R() {{ echo /var/lib/flexnbd/$(echo $I/disk.img | sed s,/,%2F,g); }}
+            {prepare}
+            exec setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups env {home} sh -c \"$SCRIPT\""
+        );
+        let directory = self.dir.path().display();
+        let program = format!("F={directory}/flexnbd");
+        let (directory, script) = (format!("D={directory}"), format!("SCRIPT={script}"));
+        Program::new("env")
+            .args([&directory, &program, &script])
+            .words("unshare --mount --propagation private sh -c")
+            .args([&line])
+            .run()
+    }
+}
+
+#[test]
+fn users_serve_listen_adopt_and_ask_wherever_home_is() {
+    let Some(machine) = Machine::new() else { return };
+    let standard = MODES.map(|mode| (mode, HOMES[0]));
+    for (mode, home) in standard.into_iter().chain(HOMES.map(|home| (MODES[0], home))) {
+        let outcome = machine.user((mode, home, "own"), "rm -f $D/own/*", SERVE_AND_LISTEN);
+        let told = outcome.succeeded().text().to_owned();
+        for part in ["ownership=none", "ownership=incoming", "is now ours", "ownership=ours"] {
+            assert!(told.contains(part), "{mode} {home}: no {part} in {told}");
+        }
+    }
+}
+
+#[test]
+fn a_users_record_is_kept_in_the_users_state_directory() {
+    let Some(machine) = Machine::new() else { return };
+    let told = machine.user((MODES[0], HOMES[0], "plain"), "", SERVE_AND_LISTEN);
+    assert!(told.succeeded().text().contains("ownership=ours"));
+    let kept = machine.dir.path().join("home/.local/state/flexnbd");
+    let names: Vec<_> = std::fs::read_dir(&kept).unwrap().flatten().collect();
+    assert_eq!(names.len(), 2, "one for each image: {names:?}");
+}
+
+#[test]
+fn a_record_that_no_place_takes_names_the_place() {
+    let Some(machine) = Machine::new() else { return };
+    let adopt = "truncate -s 1M $I/disk.img; exec $F adopt --file $I/disk.img";
+    let outcome = machine.user((MODES[0], HOMES[2], "plain"), "", adopt);
+    outcome.refused(1, &["/sealed/.local/state/flexnbd/", "Permission denied"]);
+}
+
+/// The service has moved the disk away.
+const DEPARTED: &str = "echo 'flexnbd 1 departed id=00112233445566778899aabbccddeeff \
+    when=1700000000 to=192.0.2.7:10809' >$(R); truncate -s 1M $I/disk.img; chown 65534 $I/disk.img";
+
+#[test]
+fn a_record_of_the_service_is_not_overlooked() {
+    let Some(machine) = Machine::new() else { return };
+    for mode in ["711", "755"] {
+        let user = |script: &str| machine.user((mode, HOMES[0], "plain"), DEPARTED, script);
+        let serve = user("exec $F serve --file $I/disk.img --addr $D/own/nbd");
+        serve.refused(78, &["has moved to 192.0.2.7:10809"]);
+        let status = user("exec $F status --file $I/disk.img");
+        assert!(status.succeeded().text().contains("ownership=departed"));
+        let adopt = user("exec $F adopt --force --file $I/disk.img");
+        adopt.refused(1, &["/var/lib/flexnbd/", "Permission denied"]);
+    }
+}
+
+#[test]
+fn a_disk_the_service_deleted_is_not_made_anew() {
+    let Some(machine) = Machine::new() else { return };
+    let prepare = format!("{DEPARTED}; mv $(R) $(R).departed; rm $I/disk.img");
+    let serve = "exec $F serve --file $I/disk.img --create 1M --addr $D/own/nbd";
+    let outcome = machine.user((MODES[0], HOMES[0], "plain"), &prepare, serve);
+    outcome.refused(78, &["has moved to 192.0.2.7:10809 and was deleted here"]);
+}
