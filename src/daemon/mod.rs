@@ -95,6 +95,9 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
     let (doorstep, inherited, luggage) = Doorstep::enter(Purpose { role, image, control })?;
     raise_descriptor_limit();
     give_freed_memory_back();
+    if let Some(trouble) = doorstep.trouble() {
+        return doorstep.refuse(trouble);
+    }
     match begin(&plan, reread, (inherited, luggage), &doorstep) {
         Err(refusal) => doorstep.refuse(refusal),
         Ok(None) => Ok(Ending::Well),

@@ -12,9 +12,11 @@ use crate::control::{Command, ControlSocket, Credentials, Handle, Operator, Repl
 use crate::disk::ownership::Place;
 use crate::net::{Listener, Peer, wait_readable};
 use crate::server::Luggage;
-use crate::systemd::{Inherited, Notifier, message_id, sockets};
+use crate::systemd::sockets::{self, BadDescriptor};
+use crate::systemd::{Inherited, Notifier, message_id};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat::{SFlag, fstat};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -35,6 +37,8 @@ pub(super) struct Doorstep {
     purpose: Purpose,
     nbd: Vec<Listener>,
     control: Option<UnixListener>,
+    /// What was handed over and cannot be used, and why not.
+    bad: Vec<BadDescriptor>,
     pub(super) notifier: Notifier,
     /// Blocked, to be waited for.
     pub(super) signals: SigSet,
@@ -55,17 +59,20 @@ impl Doorstep {
     /// threads inherit the signal mask.
     pub(super) fn enter(purpose: Purpose) -> Result<(Self, Inherited, Luggage), Refusal> {
         let notifier = Notifier::from_env();
-        let mut inherited = Inherited::from_env().map_err(|error| {
-            tell(notifier.status(&error.to_string()));
-            Refusal::Inherited(error.to_string())
-        })?;
+        let mut inherited = Inherited::from_env();
         // Also when it is of no use: what stays in the store keeps its client waiting for ever.
         let luggage = carry::take_out(std::mem::take(&mut inherited.stored), &notifier);
         let signals = super::block_signals()?;
         let (nbd, control) = copies(&inherited)
             .map_err(|error| Refusal::System("copy the inherited sockets", error))?;
-        let doorstep = Self { purpose, nbd, control, notifier, signals };
+        let bad = std::mem::take(&mut inherited.bad);
+        let doorstep = Self { purpose, nbd, control, bad, notifier, signals };
         Ok((doorstep, inherited, luggage))
+    }
+
+    /// Why the process cannot begin with what it was handed, if it cannot.
+    pub(super) fn trouble(&self) -> Option<Refusal> {
+        self.bad.first().map(|bad| Refusal::Inherited(bad.to_string()))
     }
 
     /// Comes to its end with a disk that cannot be served: at once, which is the error, or after
@@ -84,7 +91,8 @@ impl Doorstep {
     /// A disk that is not ours stays so, and clients go on coming. Anything else is more likely to
     /// have been found by whoever starts the service and looks what comes of it.
     fn has_to_stay(&self, refusal: &Refusal) -> bool {
-        let was_handed_sockets = !self.nbd.is_empty() || self.control.is_some();
+        let was_handed_sockets =
+            !self.nbd.is_empty() || self.control.is_some() || !self.bad.is_empty();
         let serves = self.purpose.role == Role::Serve && was_handed_sockets;
         serves && (matches!(refusal, Refusal::Ownership(_)) || self.is_somebody_waiting())
     }
@@ -92,13 +100,19 @@ impl Doorstep {
     /// Whether a client or an operator has connected already: we were probably started for it.
     fn is_somebody_waiting(&self) -> bool {
         let control = self.control.as_ref().map(AsFd::as_fd);
-        let sockets: Vec<_> = self.nbd.iter().map(AsFd::as_fd).chain(control).collect();
+        // Somebody who waits at one that cannot be used starts the service again all the same.
+        let bad = self.bad.iter().filter_map(|bad| bad.descriptor.as_ref());
+        let bad = bad.filter(|descriptor| can_wait(descriptor)).map(AsFd::as_fd);
+        let sockets: Vec<_> = self.nbd.iter().map(AsFd::as_fd).chain(control).chain(bad).collect();
         wait_readable(&sockets, Some(Instant::now())).is_ok_and(|ready| ready.contains(&true))
     }
 
     fn stay(self, refusal: &Refusal) -> Ending {
         let reason = refusal.to_string();
-        let Self { purpose, nbd, control, notifier, signals } = self;
+        let Self { purpose, mut nbd, control, bad, notifier, signals } = self;
+        // What has the wrong name, and takes connections all the same, refuses them like the others.
+        let bad = bad.into_iter().filter_map(|bad| bad.descriptor);
+        nbd.extend(bad.filter_map(|descriptor| Listener::inherited(descriptor).ok()));
         let (migration, to) = match refusal {
             Refusal::Ownership(denial) => denial.departure.clone().unzip(),
             _ => (None, None),
@@ -125,6 +139,13 @@ impl Doorstep {
             Err(error) => Ending::Badly(format!("cannot wait for clients to refuse: {error}")),
         }
     }
+}
+
+/// Whether a service manager can wait for this to be readable: files always are.
+fn can_wait(descriptor: &OwnedFd) -> bool {
+    let kind =
+        fstat(descriptor).map_or(SFlag::empty(), |found| SFlag::from_bits_truncate(found.st_mode));
+    matches!(kind & SFlag::S_IFMT, SFlag::S_IFSOCK | SFlag::S_IFIFO)
 }
 
 fn copies(inherited: &Inherited) -> io::Result<(Vec<Listener>, Option<UnixListener>)> {

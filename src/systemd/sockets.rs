@@ -44,47 +44,53 @@ pub struct Inherited {
     pub unfamiliar: Vec<String>,
     /// What an earlier process has left for this one.
     pub stored: Stored,
+    /// Descriptors that are not what their names promise.
+    pub bad: Vec<BadDescriptor>,
 }
 
 impl Inherited {
     /// Takes over every descriptor that was handed to this process, and sets it to be closed on
     /// exec.
     ///
+    /// Descriptors that cannot be used are in [`Inherited::bad`]; all others are there as well.
+    ///
     /// Changes the environment, so call it once and before any thread starts.
-    ///
-    /// # Errors
-    ///
-    /// One of the descriptors is not what its name promises. Those before it are closed.
-    pub fn from_env() -> Result<Self, BadDescriptor> {
+    #[must_use]
+    pub fn from_env() -> Self {
         // Before `ListenFd`, which knows no names.
         let names = std::env::var(NAMES_VARIABLE).unwrap_or_default();
-        check_all_open(&names)?;
-        let mut descriptors = ListenFd::from_env();
         let mut inherited = Self::default();
-        for (index, name) in names_of(&names, descriptors.len()).into_iter().enumerate() {
-            inherited.adopt(&mut descriptors, index, &name).map_err(|trouble| BadDescriptor {
-                index,
-                name,
-                trouble,
-            })?;
+        if let Err(missing) = check_all_open(&names) {
+            // SAFETY: no other thread runs yet, as this function demands, so that none reads the
+            // environment meanwhile.
+            unsafe { std::env::set_var("LISTEN_FDS", missing.index.to_string()) };
+            inherited.bad.push(missing);
         }
-        Ok(inherited)
+        let mut descriptors = ListenFd::from_env();
+        for (index, name) in names_of(&names, descriptors.len()).into_iter().enumerate() {
+            if let Err((trouble, descriptor)) = inherited.adopt(&mut descriptors, index, &name) {
+                let descriptor = descriptor.or_else(|| take_other(&mut descriptors, index));
+                inherited.bad.push(BadDescriptor { index, name, trouble, descriptor });
+            }
+        }
+        inherited
     }
 
+    /// The error has the descriptor if it was taken already.
     fn adopt(
         &mut self,
         descriptors: &mut ListenFd,
         index: usize,
         name: &str,
-    ) -> Result<(), Trouble> {
+    ) -> Result<(), (Trouble, Option<OwnedFd>)> {
         match Role::of(name) {
             Role::Stored => {
-                let descriptor = take_other(descriptors, index).ok_or(Trouble::Closed)?;
+                let descriptor = take_other(descriptors, index).ok_or((Trouble::Closed, None))?;
                 self.stored.add(name.to_owned(), descriptor);
             }
-            Role::Control if self.control.is_some() => return Err(Trouble::SecondControl),
+            Role::Control if self.control.is_some() => return Err((Trouble::SecondControl, None)),
             Role::Control => {
-                let listener = take_unix(descriptors, index).ok_or(Trouble::NotUnix)?;
+                let listener = take_unix(descriptors, index).ok_or((Trouble::NotUnix, None))?;
                 self.control = Some(accepting(listener)?);
             }
             Role::Nbd { is_familiar } => {
@@ -136,7 +142,8 @@ fn check_all_open(names: &str) -> Result<(), BadDescriptor> {
     }
     let Some(index) = (0..promised).find(|index| !is_open(first, *index)) else { return Ok(()) };
     let name = names.split(':').nth(index).filter(|name| !name.is_empty()).unwrap_or(UNNAMED);
-    Err(BadDescriptor { index, name: name.to_owned(), trouble: Trouble::Missing { promised } })
+    let trouble = Trouble::Missing { promised };
+    Err(BadDescriptor { index, name: name.to_owned(), trouble, descriptor: None })
 }
 
 /// Whether descriptor `first + index` exists and is open.
@@ -155,13 +162,16 @@ fn names_of(names: &str, count: usize) -> Vec<String> {
     given.chain(std::iter::repeat(UNNAMED)).take(count).map(str::to_owned).collect()
 }
 
-fn take_any(descriptors: &mut ListenFd, index: usize) -> Result<Listener, Trouble> {
+fn take_any(
+    descriptors: &mut ListenFd,
+    index: usize,
+) -> Result<Listener, (Trouble, Option<OwnedFd>)> {
     if let Some(listener) = take_unix(descriptors, index) {
         return Ok(Listener::Unix(accepting(listener)?));
     }
     match descriptors.take_tcp_listener(index) {
         Ok(Some(listener)) => Ok(Listener::Tcp(accepting(listener)?)),
-        _ => Err(Trouble::NotAStream),
+        _ => Err((Trouble::NotAStream, None)),
     }
 }
 
@@ -181,12 +191,13 @@ fn take_other(descriptors: &mut ListenFd, index: usize) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-fn accepting<L: AsFd>(listener: L) -> Result<L, Trouble> {
-    match getsockopt(&listener, AcceptConn) {
-        Ok(true) => Ok(listener),
-        Ok(false) => Err(Trouble::NotListening),
-        Err(errno) => Err(Trouble::Io(errno.into())),
-    }
+fn accepting<L: AsFd + Into<OwnedFd>>(listener: L) -> Result<L, (Trouble, Option<OwnedFd>)> {
+    let trouble = match getsockopt(&listener, AcceptConn) {
+        Ok(true) => return Ok(listener),
+        Ok(false) => Trouble::NotListening,
+        Err(errno) => Trouble::Io(errno.into()),
+    };
+    Err((trouble, Some(listener.into())))
 }
 
 /// A descriptor that cannot be used. Its `Display` is for the operator.
@@ -198,6 +209,8 @@ pub struct BadDescriptor {
     pub name: String,
     /// What is wrong with it.
     pub trouble: Trouble,
+    /// The descriptor itself, if it is open: the service manager watches it for somebody who waits.
+    pub descriptor: Option<OwnedFd>,
 }
 
 /// What can be wrong with a descriptor.
@@ -224,7 +237,7 @@ pub enum Trouble {
 
 impl fmt::Display for BadDescriptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { index, name, trouble } = self;
+        let Self { index, name, trouble, .. } = self;
         write!(f, "inherited socket {name:?} (number {index} of LISTEN_FDS): {trouble}")
     }
 }

@@ -4,7 +4,8 @@ use crate::common::{MIB, sparse_image, wait_until};
 use crate::manager::{Handed, Manager, Service};
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -197,6 +198,57 @@ fn an_image_in_use_is_refused_to_whoever_waits() {
     let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
     was_refused(waiting);
     stays_and_refuses(&manager, &mut service, "is in use");
+}
+
+/// Descriptors that a service cannot use: their names, and words of the reason.
+fn bad_descriptors(manager: &Manager) -> Vec<(&'static str, OwnedFd, &'static str)> {
+    let file = std::fs::File::open(manager.dir.path()).unwrap();
+    let second = UnixListener::bind(manager.path("second.sock")).unwrap();
+    vec![
+        ("nbd", file.into(), "is neither a TCP nor a unix stream socket"),
+        ("control", second.into(), "there can be only one control socket"),
+    ]
+}
+
+#[test]
+fn waiting_clients_are_refused_beside_a_bad_descriptor() {
+    let manager = Manager::new();
+    let image = sparse_image(manager.dir.path(), "disk.img", MIB);
+    for (name, descriptor, reason) in bad_descriptors(&manager) {
+        manager.store(name, descriptor);
+        let waiting = client(&manager);
+        let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
+        was_refused(waiting);
+        stays_and_refuses(&manager, &mut service, reason);
+        drop(manager.take_from_store(name));
+    }
+}
+
+#[test]
+fn a_bad_descriptor_without_clients_ends_the_service() {
+    let manager = Manager::new();
+    let image = sparse_image(manager.dir.path(), "disk.img", MIB);
+    for (name, descriptor, reason) in bad_descriptors(&manager) {
+        manager.store(name, descriptor);
+        let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
+        assert_eq!(service.ends().code(), EXIT_CONFIG);
+        assert!(service.stderr().contains(reason), "{}", service.stderr());
+        drop(manager.take_from_store(name));
+    }
+}
+
+#[test]
+fn a_client_at_the_misnamed_socket_is_refused() {
+    let manager = Manager::new();
+    let image = sparse_image(manager.dir.path(), "disk.img", MIB);
+    let (name, second, _) = bad_descriptors(&manager).remove(1);
+    manager.store(name, second);
+    let mut waiting = UnixStream::connect(manager.path("second.sock")).unwrap();
+    let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
+    waiting.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+    assert_eq!(waiting.read(&mut [0]).unwrap(), 0);
+    manager.wait_for_status("there can be only one control socket");
+    assert_eq!(service.stop().code(), Some(0));
 }
 
 #[test]

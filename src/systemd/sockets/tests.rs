@@ -71,21 +71,20 @@ impl Drop for Handed {
 #[test]
 #[ignore = "a part of other tests, which run it in a process of its own"]
 fn a_child_that_inherits() {
-    match Inherited::from_env() {
-        Err(error) => child::say(&error.to_string()),
-        Ok(inherited) => {
-            for listener in &inherited.nbd {
-                child::say(&match listener {
-                    Listener::Tcp(tcp) => format!("nbd {}", tcp.local_addr().unwrap()),
-                    Listener::Unix(unix) => format!("nbd {}", path_of(unix)),
-                });
-            }
-            if let Some(unix) = &inherited.control {
-                child::say(&format!("control {}", path_of(unix)));
-            }
-            child::say(&format!("unfamiliar {:?}", inherited.unfamiliar));
-        }
+    let inherited = Inherited::from_env();
+    for error in &inherited.bad {
+        child::say(&error.to_string());
     }
+    for listener in &inherited.nbd {
+        child::say(&match listener {
+            Listener::Tcp(tcp) => format!("nbd {}", tcp.local_addr().unwrap()),
+            Listener::Unix(unix) => format!("nbd {}", path_of(unix)),
+        });
+    }
+    if let Some(unix) = &inherited.control {
+        child::say(&format!("control {}", path_of(unix)));
+    }
+    child::say(&format!("unfamiliar {:?}", inherited.unfamiliar));
 }
 
 fn path_of(listener: &UnixListener) -> String {
@@ -142,6 +141,21 @@ fn a_descriptor_that_is_not_what_its_name_promises_is_named() {
         let said = Handed::from(340, sockets).as_seen(names);
         let beginning = format!("inherited socket {:?} ", names.split(':').next().unwrap());
         assert!(said[0].starts_with(&beginning) && said[0].contains(complaint), "{said:?}");
+    }
+}
+
+#[test]
+fn good_descriptors_are_taken_beside_bad_ones() {
+    let directory = tempfile::tempdir().unwrap();
+    let (control, path) = unix(&directory, "control.sock");
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let file = std::fs::File::open(directory.path()).unwrap();
+    let good =
+        [format!("nbd {}", tcp.local_addr().unwrap()), format!("control {}", path.display())];
+    let handed = Handed::from(380, &[&file, &tcp, &control]);
+    for (count, bad) in [("3", 1), ("4", 2)] {
+        let said = handed.as_promised(count, "nbd:nbd:control:nbd");
+        assert_eq!((said.len(), &said[bad..bad + 2]), (bad + 3, &good[..]), "{said:?}");
     }
 }
 
