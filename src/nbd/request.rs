@@ -163,7 +163,7 @@ pub struct Terms {
     pub allocation_selected: bool,
     /// Largest payload of a read or write, in bytes.
     pub payload_length_max: u32,
-    /// Whether the private command is understood.
+    /// Whether the private command is understood: the client has introduced itself.
     pub private: bool,
     /// Answer a read beyond the end with `ENOSPC`, as the original server did in old style.
     pub reads_beyond_end_are_no_space: bool,

@@ -14,6 +14,7 @@ use crate::nbd::wire::{ClientFlags, TransmissionFlags};
 use crate::range::Range;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::ops::Not;
 
 /// Of what is written here, and the only one that is read.
 pub(super) const VERSION: u32 = 1;
@@ -112,6 +113,8 @@ pub(super) struct Greeting {
     skipping: u32,
     form: Form,
     allocation_for: Option<String>,
+    #[serde(default, skip_serializing_if = "Not::not")]
+    introduced: bool,
 }
 
 /// A session that serves requests.
@@ -120,6 +123,10 @@ pub(super) struct Greeting {
 pub(super) struct Serving {
     pub(super) form: Form,
     pub(super) allocation_selected: bool,
+    /// Whether the private command is understood. Left out where it is not, as all versions of this
+    /// program that do not know the field leave it out.
+    #[serde(default, skip_serializing_if = "Not::not")]
+    pub(super) introduced: bool,
     pub(super) outstanding: Outstanding,
 }
 
@@ -248,21 +255,22 @@ impl From<Form> for Dialect {
 }
 
 impl From<Position> for Greeting {
-    fn from(Position { client, skipping, dialect, allocation_for }: Position) -> Self {
+    fn from(position: Position) -> Self {
+        let Position { client, skipping, dialect, allocation_for, introduced } = position;
         let client_flags = client.map(|flags| flags.bits());
-        Self { client_flags, skipping, form: dialect.into(), allocation_for }
+        Self { client_flags, skipping, form: dialect.into(), allocation_for, introduced }
     }
 }
 
 impl Greeting {
     /// The same for the handshake itself, if its flags are known.
     pub(super) fn position(self) -> Option<Position> {
-        let Self { client_flags, skipping, form, allocation_for } = self;
+        let Self { client_flags, skipping, form, allocation_for, introduced } = self;
         let client = match client_flags {
             Some(bits) => Some(ClientFlags::from_bits(bits)?),
             None => None,
         };
-        Some(Position { client, skipping, dialect: form.into(), allocation_for })
+        Some(Position { client, skipping, dialect: form.into(), allocation_for, introduced })
     }
 }
 
@@ -364,6 +372,7 @@ mod tests {
         let serving = |purpose| Serving {
             form: Form::Extended,
             allocation_selected: true,
+            introduced: true,
             outstanding: Outstanding {
                 payload: Some(Payload { to, left: 5, purpose }),
                 reads: vec![read.clone(); 2],
@@ -385,6 +394,7 @@ mod tests {
             skipping: 4,
             form: Form::Structured,
             allocation_for: Some("disk".to_owned()),
+            introduced: true,
         };
         let (inbox, outbox) = (Vec::new(), Waiting::default());
         all.push(Carried { session: 9, inbox, outbox, phase: Phase::Greeting(greeting) });
@@ -402,6 +412,20 @@ mod tests {
     #[test]
     fn what_is_unpacked_is_what_was_packed() {
         assert_eq!(unpacked(&packed()), Ok(sessions()));
+    }
+
+    #[test]
+    fn a_session_without_introduction_has_the_earlier_form() {
+        let mut plain = sessions();
+        for carried in &mut plain {
+            match &mut carried.phase {
+                Phase::Greeting(greeting) => greeting.introduced = false,
+                Phase::Transmission(serving) => serving.introduced = false,
+            }
+        }
+        let bytes = encode(promise(&export()), plain.clone()).unwrap();
+        assert!(!bytes.windows(10).any(|window| window == b"introduced"));
+        assert_eq!(unpacked(&bytes), Ok(plain));
     }
 
     #[test]

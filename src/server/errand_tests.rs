@@ -5,9 +5,10 @@ use crate::disk::errands::{BYTES_MAX, UNDER_WAY_MAX};
 use crate::disk::memory::{FailingImage, Faults, MemoryImage, Op};
 use crate::disk::slow::{Slow, SlowImage};
 use crate::disk::{Image, StillBusy};
+use crate::nbd::handshake::option::encode_option;
 use crate::nbd::reply::{Dialect, Head};
 use crate::nbd::request::Header;
-use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND};
+use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND, PRIVATE_OPTION};
 use crate::net::Address;
 use crate::server::reception::{Hears, Reception};
 use nix::libc::ENOSPC;
@@ -61,11 +62,28 @@ fn plain() -> Fixture {
 impl Fixture {
     /// A client that has chosen the default export, and simple replies.
     fn client(&self) -> Client {
+        self.client_after(&[])
+    }
+
+    /// The same, after the private option was sent and answered.
+    fn introduced(&self) -> Client {
+        let mut option = Vec::new();
+        encode_option(PRIVATE_OPTION, &[], &mut option);
+        self.client_after(&option)
+    }
+
+    /// The same after one option with two replies that have no data, or none.
+    fn client_after(&self, option: &[u8]) -> Client {
         let Address::Tcp(address) = self.address else { panic!("not TCP") };
         let mut stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.read_exact(&mut [0; 18]).unwrap();
-        stream.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+        stream.write_all(b"\0\0\0\x03").unwrap();
+        if !option.is_empty() {
+            stream.write_all(option).unwrap();
+            stream.read_exact(&mut [0; 40]).unwrap();
+        }
+        stream.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
         stream.read_exact(&mut [0; 10]).unwrap();
         Client(stream)
     }
@@ -321,7 +339,7 @@ fn the_gate_closes_behind_what_is_under_way_and_what_comes_then_waits() {
 #[test]
 fn goodbye_and_handover_come_after_all_that_was_asked_before() {
     let fixture = plain();
-    let mut client = fixture.client();
+    let mut client = fixture.introduced();
     client.write(FUA, 0, &[1; 4096], 1);
     let header = Header { flags: 0, kind: PRIVATE_COMMAND, cookie: 2, offset: 0, length: 4 };
     let mut bytes = Vec::new();

@@ -83,7 +83,7 @@ impl Session<'_> {
                 let mut greeting = Vec::new();
                 let agreement = Handshake::greet_oldstyle(&self.export, &mut greeting);
                 outbox.reply(|out| out.extend_from_slice(&greeting));
-                Stage::Transmission(self.terms(agreement.dialect, false), Box::default())
+                Stage::Transmission(self.terms(agreement.dialect, false, false), Box::default())
             }
             Style::Newstyle => {
                 let handshake = Handshake::new(self.export.clone());
@@ -104,8 +104,8 @@ impl Session<'_> {
                 let handshake = Handshake::resume(self.export.clone(), greeting.position()?);
                 Stage::Greeting(Box::new(handshake))
             }
-            Phase::Transmission(Serving { form, allocation_selected, outstanding }) => {
-                let terms = self.terms(form.into(), allocation_selected);
+            Phase::Transmission(Serving { form, allocation_selected, introduced, outstanding }) => {
+                let terms = self.terms(form.into(), allocation_selected, introduced);
                 Stage::Transmission(terms, Box::new(Progress::unpack(outstanding, size)?))
             }
         };
@@ -120,7 +120,8 @@ impl Session<'_> {
                 match self.handshake(&mut handshake, &mut inbox, &mut outbox) {
                     Ok(agreed) => {
                         let selected = agreed.allocation_context.is_some();
-                        (self.terms(agreed.dialect, selected), Progress::default())
+                        let introduced = handshake.is_introduced();
+                        (self.terms(agreed.dialect, selected, introduced), Progress::default())
                     }
                     Err(SessionEnd::Ordered(Order::PackUp)) => {
                         let (session, inbox) = (self.seat.id, inbox.bytes().to_vec());
@@ -238,14 +239,14 @@ impl Session<'_> {
         }
     }
 
-    fn terms(&self, dialect: Dialect, allocation_selected: bool) -> Terms {
+    fn terms(&self, dialect: Dialect, allocation_selected: bool, introduced: bool) -> Terms {
         let oldstyle = self.settings.style == Style::Oldstyle;
         Terms {
             size: self.export.size,
             read_only: self.disk.read_only(),
             dialect,
             allocation_selected,
-            private: !oldstyle,
+            private: introduced,
             payload_length_max: if oldstyle { PAYLOAD_MAX_OLDSTYLE } else { PAYLOAD_MAX },
             reads_beyond_end_are_no_space: oldstyle,
         }

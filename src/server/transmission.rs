@@ -80,7 +80,7 @@ impl<'a> Transmission<'a> {
 
     /// Nothing is under way on the disk: what is held here is all there is.
     fn pack(self) -> Carried {
-        let Terms { dialect, allocation_selected, .. } = self.terms;
+        let Terms { dialect, allocation_selected, private, .. } = self.terms;
         Carried {
             session: self.worker.session,
             inbox: self.inbox.bytes().to_vec(),
@@ -88,6 +88,7 @@ impl<'a> Transmission<'a> {
             phase: Phase::Transmission(Serving {
                 form: dialect.into(),
                 allocation_selected,
+                introduced: private,
                 outstanding: self.progress.pack(),
             }),
         }

@@ -334,6 +334,56 @@ fn point_12_unknown_commands_and_flags_are_invalid_and_the_session_goes_on() {
     }
 }
 
+/// The private command of a migration (flexnbd-migration(7)).
+const HANDOVER: u16 = 0x464c;
+
+#[track_caller]
+fn has_no_private_command(session: &mut Session) {
+    for length in [0, 1, 36, 256, 257, 1 << 20, u64::from(u32::MAX)] {
+        session.refused(Request::new(HANDOVER, 0, length), &[EINVAL]);
+        session.refused(Request::new(HANDOVER, 512, length).flags(FUA), &[EINVAL]);
+    }
+    if session.mode == Mode::Extended {
+        let payload = vec![0x25; 36];
+        let request = Request { payload, ..Request::new(HANDOVER, 0, 36).flags(PAYLOAD_LEN) };
+        session.refused(request, &[EINVAL]);
+    }
+}
+
+#[test]
+fn point_12_the_private_command_without_introduction_is_unknown() {
+    let subject = Subject::any();
+    for mut session in subject.sessions() {
+        has_no_private_command(&mut session);
+    }
+    let arguments = ["--oldstyle"];
+    if let Some(ours) = Ours::start("the private command in old style", MIB, &arguments) {
+        has_no_private_command(&mut Session::open_old_style(ours.target()));
+    }
+}
+
+#[test]
+fn point_12_an_introduced_client_has_its_payload_consumed() {
+    let Some(ours) = Ours::start("an introduction to a server", MIB, &[]) else { return };
+    for mode in MODES {
+        let mut wire = Wire::haggle(ours.target(), FIXED_NEWSTYLE | NO_ZEROES);
+        match mode {
+            Mode::Simple => {}
+            Mode::Structured => assert_eq!(wire.ask_final(OPT_STRUCTURED_REPLY, &[]), REP_ACK),
+            Mode::Extended => assert_eq!(wire.ask_final(OPT_EXTENDED_HEADERS, &[]), REP_ACK),
+        }
+        let question = [&1_u32.to_be_bytes()[..], &MIB.to_be_bytes(), &[7; 16]].concat();
+        assert_eq!(wire.ask(OPT_PRIVATE, &question).1, REP_ACK);
+        let mut session = Session::go(wire, mode, None, b"");
+        for length in [0_u64, 36, 256, 257] {
+            let payload = vec![0x25; length as usize];
+            let flags = if mode == Mode::Extended { PAYLOAD_LEN } else { 0 };
+            let request = Request::new(HANDOVER, 0, length).flags(flags);
+            session.refused(Request { payload, ..request }, &[EINVAL]);
+        }
+    }
+}
+
 #[track_caller]
 fn refuses_flags(session: &mut Session, command: u16, flags: &[u16]) {
     for flag in flags {

@@ -97,6 +97,8 @@ pub struct Handshake {
     allocation_for: Option<String>,
     /// Whether the private option is known.
     private: bool,
+    /// Whether the client has sent it and had it answered.
+    introduced: bool,
     /// Why nobody is let in now, if so.
     closed: Option<&'static str>,
 }
@@ -113,6 +115,8 @@ pub struct Position {
     pub dialect: Dialect,
     /// Name of the export for which the allocation context was selected.
     pub allocation_for: Option<String>,
+    /// Whether the private option was answered.
+    pub introduced: bool,
 }
 
 impl Handshake {
@@ -120,7 +124,8 @@ impl Handshake {
     #[must_use]
     pub fn new(export: Export) -> Self {
         let (client, dialect) = (None, Dialect::Simple);
-        Self::resume(export, Position { client, skipping: 0, dialect, allocation_for: None })
+        let (allocation_for, introduced) = (None, false);
+        Self::resume(export, Position { client, skipping: 0, dialect, allocation_for, introduced })
     }
 
     /// The handshake that has come to `position`; the greeting was said before, or is about to be.
@@ -138,6 +143,7 @@ impl Handshake {
             dialect: position.dialect,
             allocation_for: position.allocation_for,
             private: false,
+            introduced: position.introduced,
             closed: None,
         }
     }
@@ -150,7 +156,15 @@ impl Handshake {
             skipping: if let Stage::Skipping(left) = self.stage { left } else { 0 },
             dialect: self.dialect,
             allocation_for: self.allocation_for.clone(),
+            introduced: self.introduced,
         }
+    }
+
+    /// Whether the client has introduced itself: the private option was answered, so that the
+    /// private command is understood.
+    #[must_use]
+    pub fn is_introduced(&self) -> bool {
+        self.introduced
     }
 
     /// From now on the private option is understood.
@@ -165,9 +179,10 @@ impl Handshake {
     }
 
     /// Answers the private option, after [`Next::Asked`].
-    pub fn answer_private(&self, answer: Result<Vec<u8>, OptionReply>, out: &mut Vec<u8>) {
+    pub fn answer_private(&mut self, answer: Result<Vec<u8>, OptionReply>, out: &mut Vec<u8>) {
         match answer {
             Ok(data) => {
+                self.introduced = true;
                 OptionReply::Other { number: PRIVATE_OPTION, data }.encode(PRIVATE_OPTION, out);
                 OptionReply::Ack.encode(PRIVATE_OPTION, out);
             }
