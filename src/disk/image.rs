@@ -1,10 +1,11 @@
 //! The backing file or block device: the calls that read, write, zero, trim and flush it.
 //! Never changes its size, never touches a byte outside the ranges it is given, and never logs.
 
+use super::file_system::{self, FileSystem};
 use super::lane::Lane;
 use super::open::{self, Access, Kind, OpenError, SECTOR};
 use super::ring::Ring;
-use super::{Extent, Identity, Image, Zeroing, extents, syscalls};
+use super::{Extent, Identity, Image, Zeroing, extents, syscalls, zeros};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
@@ -31,6 +32,7 @@ pub struct FileImage {
     file: File,
     path: PathBuf,
     kind: Kind,
+    under: FileSystem,
     /// Whole sectors, in bytes.
     size: u64,
     unserved_tail: u64,
@@ -48,6 +50,15 @@ struct Lacks {
     read_without_waiting: AtomicBool,
     /// Only in tests: a kernel without `io_uring(7)`.
     ring: AtomicBool,
+}
+
+/// One call of `fallocate(2)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    /// But for `FALLOC_FL_KEEP_SIZE`.
+    pub(super) mode: FallocateFlags,
+    /// Where.
+    pub(super) blocks: Range,
 }
 
 /// A way to let the kernel do the zeroing.
@@ -77,10 +88,12 @@ impl FileImage {
     pub fn open(path: &Path, access: Access) -> Result<Self, OpenError> {
         let opened = open::open(path, access)?;
         let unserved_tail = opened.full_size % SECTOR;
+        let under = file_system::look(&opened.file, opened.kind);
         Ok(Self {
             file: opened.file,
             path: path.to_owned(),
             kind: opened.kind,
+            under,
             size: opened.full_size - unserved_tail,
             unserved_tail,
             is_new: false,
@@ -121,21 +134,42 @@ impl FileImage {
         !self.lacks.durable_write.load(Ordering::Relaxed)
     }
 
-    /// How `fallocate(2)` makes all of `range` read as zeros; none if that takes more than one call
-    /// of it, or if it was seen not to be able to.
-    pub(super) fn zeroes_in_one_step(&self, range: Range, how: Zeroing) -> Option<FallocateFlags> {
+    /// How `fallocate(2)` makes the whole blocks of `range` read as zeros, and which those are; none
+    /// if there are none, if that takes more than one call of it, or if it was seen not to be able
+    /// to. [`FileImage::zero_edges`] does the rest, afterwards.
+    pub(super) fn zeroes_in_one_step(&self, range: Range, how: Zeroing) -> Option<Step> {
         let way = *self.ways(how).first()?;
-        let able = self.whole_sectors(range) == range && !self.lack(way).load(Ordering::Relaxed);
-        able.then(|| way.mode())
+        let blocks = self.whole_blocks(range);
+        let able = !blocks.is_empty() && !self.lack(way).load(Ordering::Relaxed);
+        able.then(|| Step { mode: way.mode(), blocks })
     }
 
     /// How `fallocate(2)` gives back what can be given back of `range`; none as above. A block
     /// device has another call for that, which no ring makes.
-    pub(super) fn trims_in_one_step(&self, range: Range) -> Option<FallocateFlags> {
+    pub(super) fn trims_in_one_step(&self, range: Range) -> Option<Step> {
         match self.kind {
             Kind::File => self.zeroes_in_one_step(range, Zeroing::default()),
             Kind::BlockDevice { .. } => None,
         }
+    }
+
+    /// The blocks that `range` covers in part: what is written to them has to be read first.
+    pub(super) fn edges(&self, range: Range) -> impl Iterator<Item = Range> {
+        let size = self.under.block;
+        let block = move |at: u64| Range::whole(self.size).from(at - at % size).split(size).0;
+        let ends = [range.offset(), range.end()];
+        ends.into_iter().filter(move |at| !at.is_multiple_of(size)).map(block)
+    }
+
+    /// Writes zeros over what lies outside the whole blocks of `range`; as zeros that are there
+    /// already need not be written, a hole stays one unless it is to be `allocated`.
+    pub(super) fn zero_edges(&self, range: Range, allocated: bool) -> io::Result<()> {
+        let blocks = self.whole_blocks(range);
+        if blocks.is_empty() {
+            return self.zero_by_hand(range, allocated);
+        }
+        self.zero_by_hand(range.until(blocks.offset()), allocated)?;
+        self.zero_by_hand(range.from(blocks.end()), allocated)
     }
 
     fn lack(&self, way: Way) -> &AtomicBool {
@@ -145,12 +179,9 @@ impl FileImage {
         }
     }
 
-    /// The part of `range` that the kernel can zero or trim: for a device, its whole sectors.
-    fn whole_sectors(&self, range: Range) -> Range {
-        match self.kind {
-            Kind::File => range,
-            Kind::BlockDevice { sector } => range.aligned_within(sector),
-        }
+    /// The part of `range` that the kernel may zero or trim ([`file_system`]).
+    fn whole_blocks(&self, range: Range) -> Range {
+        range.aligned_within(self.under.block)
     }
 
     /// What to try, best first.
@@ -180,13 +211,21 @@ impl FileImage {
             match fallocate(&self.file, mode, offset, length) {
                 Ok(()) => return Ok(true),
                 Err(Errno::EINTR) => {}
-                Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
-                    lacks.store(true, Ordering::Relaxed);
+                Err(error) if syscalls::is_unable(error) => {
+                    // Others may be about this range or this moment, and are asked again.
+                    if syscalls::is_unsupported(error) {
+                        lacks.store(true, Ordering::Relaxed);
+                    }
                     return Ok(false);
                 }
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Whether all ways to zero so were seen to be impossible.
+    fn lacks_all(&self, how: Zeroing) -> bool {
+        self.ways(how).iter().all(|way| self.lack(*way).load(Ordering::Relaxed))
     }
 
     /// Lets the kernel zero `range` in the first way that works; false if none does.
@@ -199,16 +238,17 @@ impl FileImage {
         Ok(false)
     }
 
-    /// Writes zeros over all of `range`, or over what is not a hole already.
-    fn zero_by_hand(&self, range: Range, keep_allocated: bool) -> io::Result<()> {
-        if keep_allocated {
+    /// Writes zeros over all of `range`, or, unless it is to be `allocated`, over what is not a hole
+    /// already. What is called a hole is read to be sure.
+    fn zero_by_hand(&self, range: Range, allocated: bool) -> io::Result<()> {
+        if allocated {
             return self.write_zeros(range);
         }
         let mut rest = range;
         while !rest.is_empty() {
             let extent = extents::extent_at(self, rest.offset())?;
             let (part, after) = rest.split(extent.range.length());
-            if extent.allocated {
+            if extent.allocated || !zeros::reads_as_zeros(self, part) {
                 self.write_zeros(part)?;
             }
             rest = after;
@@ -344,11 +384,11 @@ impl Image for FileImage {
     }
 
     fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
-        let inner = self.whole_sectors(range);
+        let blocks = self.whole_blocks(range);
+        let is_hopeless = how.only_if_fast && self.kind == Kind::File && self.lacks_all(how);
         // The kernel's part first: if it cannot be done fast, nothing has been touched.
-        if inner.is_empty() || self.zero_by_kernel(inner, how)? {
-            self.write_zeros(range.until(inner.offset()))?;
-            return self.write_zeros(range.from(inner.end()));
+        if !is_hopeless && (blocks.is_empty() || self.zero_by_kernel(blocks, how)?) {
+            return self.zero_edges(range, how.keep_allocated);
         }
         if how.only_if_fast {
             return Err(Errno::EOPNOTSUPP.into());
@@ -357,14 +397,14 @@ impl Image for FileImage {
     }
 
     fn trim(&self, range: Range) -> io::Result<()> {
-        let inner = self.whole_sectors(range);
-        if inner.is_empty() {
+        let blocks = self.whole_blocks(range);
+        if blocks.is_empty() {
             return Ok(());
         }
         match self.kind {
-            Kind::File => self.try_way(Way::PunchHole, inner).map(drop),
-            Kind::BlockDevice { .. } => match syscalls::discard(&self.file, inner) {
-                Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => Ok(()),
+            Kind::File => self.try_way(Way::PunchHole, blocks).map(drop),
+            Kind::BlockDevice { .. } => match syscalls::discard(&self.file, blocks) {
+                Err(error) if syscalls::is_unable(errno(&error)) => Ok(()),
                 result => result,
             },
         }
@@ -414,6 +454,11 @@ impl Image for FileImage {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// The kernel's number for an error, for those who tell one from another.
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(super::errno_of(error))
 }
 
 /// `lseek(2)` to data or a hole. It moves the file's position, which nothing else uses.

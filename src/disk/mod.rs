@@ -12,6 +12,7 @@
 pub mod dirty;
 pub mod errands;
 mod extents;
+mod file_system;
 mod gate;
 mod hearing;
 pub mod hold;

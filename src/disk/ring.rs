@@ -1,8 +1,10 @@
 //! Calls to a file or block device that the kernel makes meanwhile (`io_uring(7)`).
-//! Only carries them: never decides what is called, and never looks at what is loaded.
+//! Only carries them: never decides what is called, and never looks at what is loaded. Of a zeroing it
+//! lets the kernel do the whole blocks, and then has the image write the edges.
 
-use super::FileImage;
+use super::image::Step;
 use super::lane::{Call, Lane, Made};
+use super::{FileImage, syscalls};
 use crate::range::Range;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use nix::errno::Errno;
@@ -104,12 +106,18 @@ impl<'a> Ring<'a> {
                 Some(vec![flush.build().user_data(key)])
             }
             Call::Zero(range, how) => {
-                let mode = self.image.zeroes_in_one_step(*range, *how)?;
-                Some(vec![self.allocation(key, *range, mode)])
+                let step = self.image.zeroes_in_one_step(*range, *how)?;
+                // The edges are written when the rest is done, and should not wait for a disk then.
+                let edges: Vec<Range> = self.image.edges(*range).collect();
+                let link = squeue::Flags::IO_HARDLINK;
+                let loads = edges.into_iter().map(|edge| self.read(NOBODY, edge).flags(link));
+                let mut entries: Vec<_> = loads.collect();
+                entries.push(self.allocation(key, step));
+                Some(entries)
             }
             Call::Trim(range) => {
-                let mode = self.image.trims_in_one_step(*range)?;
-                Some(vec![self.allocation(key, *range, mode)])
+                let step = self.image.trims_in_one_step(*range)?;
+                Some(vec![self.allocation(key, step)])
             }
         }
     }
@@ -143,10 +151,10 @@ impl<'a> Ring<'a> {
         write.rw_flags(libc::RWF_DSYNC).build().user_data(key)
     }
 
-    fn allocation(&self, key: u64, range: Range, mode: FallocateFlags) -> squeue::Entry {
-        let mode = (mode | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits();
-        let allocation = opcode::Fallocate::new(self.fd(), range.length());
-        allocation.offset(range.offset()).mode(mode).build().user_data(key)
+    fn allocation(&self, key: u64, step: Step) -> squeue::Entry {
+        let mode = (step.mode | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits();
+        let allocation = opcode::Fallocate::new(self.fd(), step.blocks.length());
+        allocation.offset(step.blocks.offset()).mode(mode).build().user_data(key)
     }
 
     fn fd(&self) -> types::Fd {
@@ -224,7 +232,11 @@ impl<'a> Ring<'a> {
                 Some(Ok(()))
             }
             (Call::Write { .. }, 0) => Some(Err(io::ErrorKind::WriteZero.into())),
+            (Call::Zero(range, how), 0..) => {
+                Some(self.image.zero_edges(*range, how.keep_allocated))
+            }
             (_, 0..) => Some(Ok(())),
+            (Call::Zero(..) | Call::Trim(_), _) if syscalls::is_unable(errno) => None,
             _ if matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS) => None,
             // The kernel may have no more threads (`TasksMax=`): it has not made it, but we can.
             _ if errno == Errno::ECANCELED => None,
@@ -418,6 +430,44 @@ mod tests {
             ring.take(1, Begun { call, done: 0 }, -(Errno::ECANCELED as i32));
             assert!(ring.finished().unwrap().outcome.is_none());
         }
+    }
+
+    #[test]
+    fn changes_that_the_kernel_cannot_make_are_given_back() {
+        let ((_folder, image), bell) = (image(), TestBell::default());
+        let Some(mut ring) = disabled(&image, &bell) else { return };
+        let range = Range::whole(4096);
+        let calls = || [Call::Zero(range, Zeroing::default()), Call::Trim(range)];
+        for errno in [Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ENODEV, Errno::EPERM, Errno::ESPIPE]
+        {
+            for call in calls() {
+                ring.take(1, Begun { call, done: 0 }, -(errno as i32));
+                assert!(ring.finished().unwrap().outcome.is_none(), "{errno}");
+            }
+        }
+        for errno in [Errno::EIO, Errno::ENOSPC, Errno::EDQUOT] {
+            for call in calls() {
+                ring.take(1, Begun { call, done: 0 }, -(errno as i32));
+                assert!(matches!(ring.finished().unwrap().outcome, Some(Err(_))), "{errno}");
+            }
+        }
+        ring.take(1, Begun { call: Call::Flush, done: 0 }, -(Errno::EINVAL as i32));
+        assert!(matches!(ring.finished().unwrap().outcome, Some(Err(_))), "no change");
+    }
+
+    #[test]
+    fn zeroing_with_odd_edges_is_exact_in_a_ring() {
+        let ((_folder, image), bell) = (image(), TestBell::default());
+        let Ok(mut ring) = Ring::new(&image, bell.as_eventfd()) else { return };
+        image.write(0, &[7; 40_000], false).unwrap();
+        let range = Range::whole(30_001).from(101);
+        ring.begin(1, Call::Zero(range, Zeroing::default())).unwrap();
+        ring.wait();
+        assert!(matches!(ring.finished().unwrap().outcome, Some(Ok(()))));
+        let (mut found, mut expected) = ([9; 40_000], [7; 40_000]);
+        image.read(0, &mut found).unwrap();
+        expected[101..30_001].fill(0);
+        assert!(found == expected);
     }
 
     #[test]

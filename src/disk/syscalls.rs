@@ -2,6 +2,7 @@
 //! Decides nothing: what to retry, and what to do instead, is the caller's business.
 
 use crate::range::Range;
+use nix::errno::Errno;
 use nix::libc;
 use std::fs::File;
 use std::io;
@@ -62,6 +63,61 @@ pub(super) fn discard(device: &File, range: Range) -> io::Result<()> {
     // two.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), REQUEST, &raw const span) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What XFS allocates for a file at least, in bytes: a block, or an extent of the realtime device
+/// (`FS_IOC_FSGETXATTR`, `XFS_IOC_FSGEOMETRY_V1`; ioctl_xfs_fsgetxattr(2)).
+pub(super) fn xfs_unit(file: &File) -> io::Result<u64> {
+    /// Lengths of the two structures in bytes, and what is of interest of them.
+    const ATTRIBUTES: usize = 28;
+    const GEOMETRY: usize = 112;
+    const IS_REALTIME: u32 = 1;
+    const GET_ATTRIBUTES: nix::sys::ioctl::ioctl_num_type =
+        nix::request_code_read!(b'X', 31, ATTRIBUTES);
+    const GET_GEOMETRY: nix::sys::ioctl::ioctl_num_type =
+        nix::request_code_read!(b'X', 100, GEOMETRY);
+    let (mut attributes, mut geometry) = ([0u32; ATTRIBUTES / 4], [0u64; GEOMETRY / 8]);
+    // SAFETY: it writes a structure of the length in its number, and is given the address of as much.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), GET_ATTRIBUTES, attributes.as_mut_ptr()) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: as above; the structure begins with a number of 64-bit alignment at most.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), GET_GEOMETRY, geometry.as_mut_ptr()) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // It begins with two numbers of 32 bits: the size of a block, and that of a realtime extent in blocks.
+    let first = geometry[0].to_ne_bytes();
+    let word = |at: usize| {
+        u64::from(u32::from_ne_bytes([first[at], first[at + 1], first[at + 2], first[at + 3]]))
+    };
+    let is_realtime = attributes[0] & IS_REALTIME != 0;
+    Ok(if is_realtime { word(0) * word(4) } else { word(0) })
+}
+
+/// Whether an error of `fallocate(2)`, or of a discard, says that it cannot be done here, or not so:
+/// nothing has been done, and writing may do. What says that the disk is full or broken does not.
+pub(super) fn is_unable(errno: Errno) -> bool {
+    is_unsupported(errno)
+        || matches!(
+            errno,
+            Errno::EINVAL
+                | Errno::ENODEV
+                | Errno::EPERM
+                | Errno::EACCES
+                | Errno::ESPIPE
+                | Errno::EBUSY
+                | Errno::ETXTBSY
+                | Errno::EFBIG
+                // A number without a name: ENOTSUPP (524), which the kernel should keep to itself.
+                | Errno::UnknownErrno
+        )
+}
+
+/// Whether an error says that it will never be possible here, whatever is asked for.
+pub(super) fn is_unsupported(errno: Errno) -> bool {
+    matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOTTY)
 }
 
 /// An offset or a length as the kernel takes it.

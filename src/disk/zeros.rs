@@ -3,10 +3,14 @@
 
 use super::extents::extent_at;
 use super::{Extent, Image};
+use crate::range::Range;
 use std::io;
 
 /// How fine zeros are told from data, in bytes: the block of common file systems.
 pub(super) const BLOCK: u64 = 4096;
+
+/// How many bytes are read at a time to see whether they are zero.
+const LOOK: usize = 16 << 10;
 
 /// So much zero, to compare with.
 static ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
@@ -78,6 +82,22 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     may_be(bytes.first_chunk())
         && may_be(bytes.last_chunk())
         && bytes.chunks(ZEROS.len()).all(|block| *block == ZEROS[..block.len()])
+}
+
+/// Whether all of `range` is read as zeros. What cannot be read is not.
+pub(super) fn reads_as_zeros(image: &dyn Image, range: Range) -> bool {
+    let mut bytes = [0; LOOK];
+    let mut rest = range;
+    while !rest.is_empty() {
+        let (part, after) = rest.split(LOOK as u64);
+        // It fits: no more than there is room for.
+        let bytes = &mut bytes[..part.length() as usize];
+        if image.read(part.offset(), bytes).is_err() || !is_zero(bytes) {
+            return false;
+        }
+        rest = after;
+    }
+    true
 }
 
 /// Writes `data` to `offset`, but for zeros where the image has a hole.

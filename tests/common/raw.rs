@@ -8,6 +8,7 @@ use super::{DEADLINE, wait_until};
 use nix::sys::socket::{setsockopt, sockopt};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -169,6 +170,21 @@ impl Wire {
             Link::Tcp(s) => setsockopt(s, sockopt::RcvBuf, &bytes).unwrap(),
             Link::Unix(s) => setsockopt(s, sockopt::RcvBuf, &bytes).unwrap(),
         }
+    }
+
+    /// Waits until at least this many bytes have arrived (`FIONREAD`), and takes none of them.
+    #[track_caller]
+    pub(crate) fn wait_for_bytes(&self, count: usize) {
+        let fd = match &self.link {
+            Link::Tcp(s) => s.as_raw_fd(),
+            Link::Unix(s) => s.as_raw_fd(),
+        };
+        wait_until("bytes of a reply", || {
+            let mut arrived: nix::libc::c_int = 0;
+            // SAFETY: FIONREAD writes one int, and is given the address of one.
+            let asked = unsafe { nix::libc::ioctl(fd, nix::libc::FIONREAD, &raw mut arrived) };
+            asked == 0 && arrived as usize >= count
+        });
     }
 
     /// A second hand on the same connection, to send and receive at the same time.

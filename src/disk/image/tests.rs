@@ -196,3 +196,56 @@ fn reading_ahead_is_possible_anywhere() {
         image.prefetch(at).unwrap();
     }
 }
+
+#[test]
+fn zeroing_with_odd_edges_gives_whole_blocks_back() {
+    let (_folder, image) = image();
+    let block = image.under.block;
+    fill(&image);
+    let full = allocated(&image);
+    image.zero(range(1, 10 * block - 2), HOLE).unwrap();
+    assert!(allocated(&image) <= full - 8 * block);
+    image.trim(range(20 * block - 1, 10 * block + 2)).unwrap();
+    assert!(allocated(&image) <= full - 18 * block);
+    let around = [read(&image, 20 * block - 1, 1), read(&image, 30 * block, 1)];
+    assert_eq!(around, [[7], [7]], "a trim leaves edges alone");
+}
+
+#[test]
+fn odd_edges_in_a_hole_leave_it_one() {
+    let (_folder, image) = image();
+    image.zero(range(100, 300_000), HOLE).unwrap();
+    image.zero(range(5, 7), HOLE).unwrap();
+    assert_eq!(allocated(&image), 0);
+    image.zero(range(100, 300_000), NO_HOLE).unwrap();
+    let first = range(0, image.under.block);
+    assert!(image.extent(0).unwrap().allocated, "{first:?} was to be allocated");
+}
+
+#[test]
+fn only_whole_blocks_are_given_to_the_kernel() {
+    let (_folder, image) = image();
+    let block = image.under.block;
+    let step = |offset, length| image.zeroes_in_one_step(range(offset, length), HOLE);
+    let blocks = |offset, length| step(offset, length).map(|step| step.blocks);
+    assert_eq!(blocks(0, block), Some(range(0, block)));
+    assert_eq!(blocks(1, 2 * block), Some(range(block, block)));
+    assert_eq!(blocks(block - 1, block + 1), Some(range(block, block)));
+    assert_eq!((step(1, block), step(0, block - 1), step(1, 2 * block - 2)), (None, None, None));
+    let edges = |offset, length| image.edges(range(offset, length)).collect::<Vec<_>>();
+    assert!(edges(block, 3 * block).is_empty());
+    let (first, last) = (range(0, block), range(2 * block, block));
+    assert_eq!(edges(1, 2 * block), [first, last]);
+    assert_eq!(edges(1, block - 1), [first]);
+}
+
+#[test]
+fn small_changes_need_no_help_of_the_kernel() {
+    let (_folder, image) = image();
+    fill(&image);
+    let fast = Zeroing { keep_allocated: false, only_if_fast: true };
+    image.zero(range(10, 100), fast).unwrap();
+    image.trim(range(600, 100)).unwrap();
+    let found = read(&image, 0, 1000);
+    assert!(found[10..110] == [0; 100] && found[110..] == [7; 890] && found[..10] == [7; 10]);
+}

@@ -1,0 +1,113 @@
+/* Preloaded into the server under test: a file system that is odd in ways that some are.
+ *
+ *     ODD_FALLOCATE=N      fallocate(2) and BLKDISCARD fail with error number N, and do nothing
+ *     ODD_SEEK=hole        SEEK_DATA finds no data at all
+ *     ODD_SEEK=stuck       SEEK_DATA and SEEK_HOLE answer with where they were asked
+ *     ODD_SEEK=back        ... with a place before that
+ *     ODD_SEEK=striped     ... as if every other 4096 bytes were a hole
+ *     ODD_SEEK_COUNT=FILE  each such call appends a byte to FILE
+ *
+ * Only calls through libc are seen, so that io_uring, which the kernel serves without them, is not
+ * to be had.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define NEXT(name, ...) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))(__VA_ARGS__)
+
+static int unable(void)
+{
+    const char *number = getenv("ODD_FALLOCATE");
+    if (number)
+        errno = atoi(number);
+    return number != NULL;
+}
+
+int fallocate(int fd, int mode, off_t offset, off_t length)
+{
+    return unable() ? -1 : NEXT(fallocate, fd, mode, offset, length);
+}
+
+int fallocate64(int fd, int mode, off64_t offset, off64_t length)
+{
+    return unable() ? -1 : NEXT(fallocate64, fd, mode, offset, length);
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+    va_list rest;
+    va_start(rest, request);
+    void *argument = va_arg(rest, void *);
+    va_end(rest);
+    if (request == BLKDISCARD && unable())
+        return -1;
+    return NEXT(ioctl, fd, request, argument);
+}
+
+static void count(void)
+{
+    const char *path = getenv("ODD_SEEK_COUNT");
+    int fd = path ? open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600) : -1;
+    if (fd >= 0) {
+        if (write(fd, ".", 1) != 1)
+            abort();
+        close(fd);
+    }
+}
+
+/* Whether the answer is odd; then it is in *answer, or -1 and errno. */
+static int odd_seek(off64_t offset, int whence, off64_t *answer)
+{
+    const char *how = getenv("ODD_SEEK");
+    if (!how || (whence != SEEK_DATA && whence != SEEK_HOLE))
+        return 0;
+    count();
+    if (strcmp(how, "hole") == 0) {
+        errno = ENXIO;
+        *answer = whence == SEEK_DATA ? -1 : offset;
+    } else if (strcmp(how, "striped") == 0) {
+        int wanted = whence == SEEK_HOLE;
+        off64_t block = offset / 4096;
+        *answer = block % 2 == wanted ? offset : (block + 1) * 4096;
+    } else {
+        off64_t before = offset > 4096 ? offset - 4096 : 0;
+        *answer = strcmp(how, "back") == 0 ? before : offset;
+    }
+    return 1;
+}
+
+off_t lseek(int fd, off_t offset, int whence)
+{
+    off64_t answer;
+    return odd_seek(offset, whence, &answer) ? answer : NEXT(lseek, fd, offset, whence);
+}
+
+off64_t lseek64(int fd, off64_t offset, int whence)
+{
+    off64_t answer;
+    return odd_seek(offset, whence, &answer) ? answer : NEXT(lseek64, fd, offset, whence);
+}
+
+long syscall(long number, ...)
+{
+    long a[6];
+    va_list rest;
+    va_start(rest, number);
+    for (int i = 0; i < 6; i++)
+        a[i] = va_arg(rest, long);
+    va_end(rest);
+    if (number == SYS_io_uring_setup) {
+        errno = ENOSYS;
+        return -1;
+    }
+    return NEXT(syscall, number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}

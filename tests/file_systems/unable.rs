@@ -1,0 +1,153 @@
+//! File systems that cannot punch or zero, or not now: zeros are written instead, and a trim that
+//! has no effect succeeds.
+
+use crate::common::{Builder, MIB, Server, compile, noise, raw::*, require_tool, session::*};
+use crate::more::{Program, allocated};
+use crate::mounted::{KINDS, Kind, Mounted};
+use nix::errno::Errno;
+use std::path::{Path, PathBuf};
+
+const SIZE: u64 = 4 * MIB;
+/// Offset and length of changes: whole blocks, and blocks with something at the edges.
+const CHANGES: [(u64, u64); 3] = [(64 << 10, 128 << 10), (5000, 100_000), (MIB + 100, 300)];
+
+/// An image full of noise that only a server of ours may change.
+struct Subject {
+    server: Server,
+    image: PathBuf,
+    content: Vec<u8>,
+}
+
+impl Subject {
+    fn new(directory: &Path, environment: &[(&str, &str)]) -> Subject {
+        let (image, content) = (directory.join("image"), noise(SIZE as usize, 5));
+        std::fs::write(&image, &content).unwrap();
+        let builder = Builder::serve(&image);
+        let builder =
+            environment.iter().fold(builder, |builder, (name, value)| builder.env(name, value));
+        Subject { server: builder.start(), image, content }
+    }
+
+    fn session(&self, mode: Mode) -> Session {
+        Session::open(self.server.target(), mode).unwrap()
+    }
+
+    /// Everything that may have to be done by writing, while nothing can be done otherwise.
+    fn does_without(&self, what: &str) {
+        for mode in [Mode::Simple, Mode::Structured] {
+            let mut session = self.session(mode);
+            for (offset, length) in CHANGES {
+                let (start, end) = (offset as usize, (offset + length) as usize);
+                let mut zeroed = self.content.clone();
+                zeroed[start..end].fill(0);
+                session.ok(Request::new(TRIM, offset, length));
+                assert!(session.read(0, SIZE) == self.content, "{what}: a trim has no effect");
+                for flags in [0, NO_HOLE, FUA] {
+                    session.ok(Request::new(WRITE_ZEROES, offset, length).flags(flags));
+                    assert!(session.read(0, SIZE) == zeroed, "{what}: zeroed at {offset}, {flags}");
+                    session.ok(Request::write(offset, &self.content[start..end]));
+                }
+            }
+            let fast = Request::new(WRITE_ZEROES, 64 << 10, 128 << 10).flags(FAST_ZERO);
+            session.refused(fast, &[ENOTSUP]);
+            assert!(session.read(0, SIZE) == self.content, "{what}: refused before it began");
+        }
+    }
+}
+
+#[test]
+fn fallocate_that_fails_as_unable_is_done_by_writing() {
+    if !require_tool("cc") {
+        return;
+    }
+    let dir = crate::common::temp_dir();
+    let library = compile(dir.path(), "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"]);
+    let unable = [
+        Errno::EOPNOTSUPP as i32,
+        Errno::ENOSYS as i32,
+        Errno::ENOTTY as i32,
+        Errno::EINVAL as i32,
+        Errno::ENODEV as i32,
+        Errno::EPERM as i32,
+        Errno::EACCES as i32,
+        Errno::ESPIPE as i32,
+        // ENOTSUPP, which has no name outside the kernel.
+        524,
+    ];
+    for number in unable {
+        let number = number.to_string();
+        let odd = [("LD_PRELOAD", library.to_str().unwrap()), ("ODD_FALLOCATE", &number)];
+        let subject = Subject::new(dir.path(), &odd);
+        subject.does_without(&format!("error {number}"));
+    }
+}
+
+#[test]
+fn fallocate_that_fails_for_the_disk_is_an_error() {
+    if !require_tool("cc") {
+        return;
+    }
+    let dir = crate::common::temp_dir();
+    let library = compile(dir.path(), "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"]);
+    for (errno, told) in [(Errno::ENOSPC, ENOSPC), (Errno::EIO, EIO), (Errno::EDQUOT, ENOSPC)] {
+        let number = (errno as i32).to_string();
+        let odd = [("LD_PRELOAD", library.to_str().unwrap()), ("ODD_FALLOCATE", &number)];
+        let subject = Subject::new(dir.path(), &odd);
+        let mut session = subject.session(Mode::Simple);
+        for command in [TRIM, WRITE_ZEROES] {
+            session.refused(Request::new(command, 0, MIB), &[told]);
+        }
+        assert!(session.read(0, SIZE) == subject.content, "{errno}");
+    }
+}
+
+/// With `io_uring`, where there is one: a file that may only be appended to has EPERM for it, and
+/// what is open already can still be written.
+fn punching_that_is_forbidden_for_a_while(kind: Kind) {
+    let Some(mounted) = Mounted::new(kind) else { return };
+    let subject = Subject::new(mounted.path(), &[]);
+    let chattr = |how| Program::new("chattr").words(how).args([&subject.image]).ok();
+    chattr("+a");
+    subject.does_without(kind.name);
+    chattr("-a");
+    let before = allocated(&subject.image);
+    let mut session = subject.session(Mode::Simple);
+    session.ok(Request::new(TRIM, 0, MIB).flags(FUA));
+    session.ok(Request::new(WRITE_ZEROES, 2 * MIB, MIB).flags(FUA));
+    session.ok(Request::new(WRITE_ZEROES, MIB, 64 << 10).flags(FAST_ZERO));
+    let after = allocated(&subject.image);
+    assert!(after <= before - 2 * MIB, "{}: {before} bytes became {after}", kind.name);
+}
+
+#[test]
+fn punching_works_again_once_it_is_permitted() {
+    if !require_tool("chattr") {
+        return;
+    }
+    let can_append_only = |kind: &&Kind| ["xfs", "btrfs", "ext4"].contains(&kind.name);
+    KINDS
+        .iter()
+        .filter(can_append_only)
+        .for_each(|kind| punching_that_is_forbidden_for_a_while(*kind));
+}
+
+/// A sealed memory file may be neither punched nor written: a trim of it succeeds all the same.
+#[test]
+fn a_sealed_file_can_be_trimmed_without_effect() {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use std::io::Write as _;
+    use std::os::fd::AsRawFd as _;
+    let content = noise(MIB as usize, 6);
+    let memory = memfd_create("disk", MFdFlags::MFD_ALLOW_SEALING).unwrap();
+    let mut memory = std::fs::File::from(memory);
+    memory.write_all(&content).unwrap();
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
+    let path = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()));
+    let server = Builder::serve(&path).start();
+    let mut session = Session::open(server.target(), Mode::Simple).unwrap();
+    session.ok(Request::new(TRIM, 0, MIB));
+    session.refused(Request::new(WRITE_ZEROES, 0, MIB), &[EPERM]);
+    session.refused(Request::new(WRITE_ZEROES, 0, MIB).flags(FAST_ZERO), &[ENOTSUP]);
+    assert!(session.read(0, MIB) == content);
+}
