@@ -121,6 +121,7 @@ impl Invocation {
     fn run(self) -> ExitCode {
         // Once in a process, and this is where it begins.
         let _ = journal::init(self.verbosity);
+        daemon::signals::ignore_file_size_signal();
         match self.command {
             Command::Start(start) => run_start(&start),
             Command::Read(transfer) => transfer::read(&transfer),

@@ -18,6 +18,7 @@ mod pulse;
 mod reception;
 mod refusing;
 mod report;
+pub mod signals;
 mod title;
 mod wording;
 
@@ -42,12 +43,13 @@ use idle::Idle;
 use lookout::{Lookout, Orders};
 use moving::Ground;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
 use operator::{Departures, Service, Vigil};
 use pulse::Pulse;
 use reception::{Receiving, Serving};
 use refusing::{Doorstep, Purpose};
 use report::Passage;
+use signals::{Meaning, Signals};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -169,7 +171,7 @@ fn begin(
     });
     let opened = answer_operators(control, &service).and_then(|control| {
         let pulse = watch_over(&disk, &service, &events, &notifier)?;
-        watch_signals(doorstep.signals, events)?;
+        watch_signals(doorstep.signals.clone(), events, &service)?;
         Ok((control, pulse))
     });
     // Whoever refuses clients now has to have the sockets for himself.
@@ -372,22 +374,19 @@ fn addresses(listeners: &[Listener]) -> String {
     told.map(|address| address.to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// Blocks the signals that end the process, so that they can be waited for.
-fn block_signals() -> Result<SigSet, Refusal> {
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
-        signals.add(signal);
-    }
-    let blocked = signals.thread_block();
-    blocked.map_err(|errno| Refusal::System("block signals", errno.into()))?;
-    Ok(signals)
-}
-
-fn watch_signals(signals: SigSet, events: Sender<Event>) -> Result<(), Refusal> {
+fn watch_signals(
+    signals: Signals,
+    events: Sender<Event>,
+    service: &Arc<Service>,
+) -> Result<(), Refusal> {
+    let service = Arc::clone(service);
     let watch = move || {
-        while let Ok(signal) = signals.wait() {
-            if events.send(Event::Stop(signal)).is_err() {
-                return;
+        while let Ok(signal) = signals.set.wait() {
+            match signals.meaning(signal, service.reread.is_some()) {
+                Meaning::Stop if events.send(Event::Stop(signal)).is_err() => return,
+                Meaning::Stop => {}
+                Meaning::Reload => service.reload_aside(signal),
+                Meaning::Nothing => warn!("received {signal}, which has no meaning here; going on"),
             }
         }
     };

@@ -12,9 +12,12 @@ use crate::disk::ledger::Ledger;
 use crate::migration::job::Outcome;
 use crate::migration::source::Desk;
 use crate::server::Server;
-use crate::systemd::Notifier;
+use crate::systemd::{Notifier, message_id};
+use nix::sys::signal::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use tracing::{info, warn};
 
 /// What orders are about.
 pub(super) struct Service {
@@ -143,6 +146,26 @@ impl Service {
         reply
     }
 
+    /// Reads the configuration again, as the order `reload` does, because of a signal. In a thread of
+    /// its own: the file may be on a file system that does not answer, and other signals may come.
+    pub(super) fn reload_aside(self: &Arc<Self>, signal: Signal) {
+        let service = Arc::clone(self);
+        let reload = move || {
+            let Some(_obeying) = service.orders.begin() else { return };
+            let reply = service.reload();
+            let succeeded = reply.is_success();
+            let kind = if succeeded { message_id::RELOADED } else { message_id::RELOAD_FAILED };
+            if succeeded {
+                info!(message_id = kind, "received {signal}: {}", reply.text());
+            } else {
+                warn!(message_id = kind, "received {signal}, but cannot reload: {}", reply.text());
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("reload".into()).spawn(reload) {
+            warn!("received {signal}, but cannot start a thread to reload: {error}; try again");
+        }
+    }
+
     fn mirror(&self, order: &Mirror) -> Result<Arc<Desk>, Reply> {
         let Some(departures) = &self.departures else {
             let why = "the disk has not arrived here, so it cannot be moved away";
@@ -201,7 +224,6 @@ impl Operator for Service {
 mod tests {
     use super::*;
     use std::sync::mpsc;
-    use std::thread;
 
     /// Whoever waits looks once and sleeps, then `happens`; what came of the waiting.
     fn waiting(news: impl Fn() -> Option<u8> + Send, happens: impl FnOnce(&Vigil)) -> Option<u8> {

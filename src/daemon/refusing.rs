@@ -7,6 +7,7 @@
 //! why, and ends when it is told to.
 
 use super::plan::{Ending, Refusal, Role};
+use super::signals::{Meaning, Signals};
 use super::{carry, tell};
 use crate::control::{Command, ControlSocket, Credentials, Handle, Operator, Reply};
 use crate::disk::ownership::Place;
@@ -14,7 +15,7 @@ use crate::net::{Listener, Peer, wait_readable};
 use crate::server::Luggage;
 use crate::systemd::sockets::{self, BadDescriptor};
 use crate::systemd::{Inherited, Notifier, message_id};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::{SFlag, fstat};
 use std::io;
@@ -40,8 +41,7 @@ pub(super) struct Doorstep {
     /// What was handed over and cannot be used, and why not.
     bad: Vec<BadDescriptor>,
     pub(super) notifier: Notifier,
-    /// Blocked, to be waited for.
-    pub(super) signals: SigSet,
+    pub(super) signals: Signals,
 }
 
 /// What the process is for, as far as that is known.
@@ -62,7 +62,7 @@ impl Doorstep {
         let mut inherited = Inherited::from_env();
         // Also when it is of no use: what stays in the store keeps its client waiting for ever.
         let luggage = carry::take_out(std::mem::take(&mut inherited.stored), &notifier);
-        let signals = super::block_signals()?;
+        let signals = Signals::block()?;
         let (nbd, control) = copies(&inherited)
             .map_err(|error| Refusal::System("copy the inherited sockets", error))?;
         let bad = std::mem::take(&mut inherited.bad);
@@ -190,11 +190,12 @@ fn answer_operators(
 /// Closes every connection until one of `signals` comes.
 fn turn_away(
     listeners: &[Listener],
-    signals: &SigSet,
+    signals: &Signals,
     notifier: &Notifier,
     reason: &str,
 ) -> io::Result<Signal> {
-    let signal = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let signal =
+        SignalFd::with_flags(&signals.set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     let (mut tally, mut scarce_until) = (Tally::default(), None);
     let mut fed = Instant::now();
     loop {
@@ -221,7 +222,13 @@ fn turn_away(
         {
             // The kernel has no signals that we do not know the names of.
             let number = i32::try_from(told.ssi_signo).unwrap_or_default();
-            return Ok(Signal::try_from(number).unwrap_or(Signal::SIGTERM));
+            let signal = Signal::try_from(number).unwrap_or(Signal::SIGTERM);
+            // A process that has nothing to reload ends at SIGHUP: the next client starts one that
+            // reads the configuration as it is then.
+            match signals.meaning(signal, false) {
+                Meaning::Stop => return Ok(signal),
+                _ => warn!("received {signal}, which has no meaning here; going on"),
+            }
         }
         for (listener, _) in listeners.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
             match listener.accept() {

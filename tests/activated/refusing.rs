@@ -2,6 +2,7 @@
 
 use crate::common::{MIB, sparse_image, wait_until};
 use crate::manager::{Handed, Manager, Service};
+use nix::sys::signal::Signal;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
@@ -260,6 +261,19 @@ fn without_handed_sockets_a_disk_that_has_moved_ends_the_process() {
     assert_eq!(service.ends().code(), EXIT_CONFIG);
     let heard = manager.messages();
     assert!(heard.iter().any(|message| message.contains("has moved to")), "{heard:?}");
+}
+
+#[test]
+fn hangup_ends_a_refusing_service_cleanly() {
+    let manager = Manager::new();
+    let image = departed(&manager);
+    let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
+    manager.wait_for("READY=1");
+    service.signal(Signal::SIGUSR1);
+    was_refused(client(&manager));
+    assert!(service.is_running(), "SIGUSR1 has no meaning");
+    service.signal(Signal::SIGHUP);
+    assert_eq!(service.ends().code(), Some(0));
 }
 
 #[test]

@@ -1,0 +1,78 @@
+//! What each signal does to a server (flexnbd(1), "SIGNALS").
+
+use crate::common::session::{Mode, Request, Session};
+use crate::common::{Builder, KIB, Server, TempDir, sparse_image, temp_dir};
+use nix::libc;
+use nix::sys::signal::Signal;
+use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
+
+/// A verbose server, whose log tells when it has dealt with a signal, and its directory.
+fn server(config: Option<&str>) -> (Server, TempDir) {
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", 64 * KIB);
+    let mut builder = Builder::serve(&image).args(["--verbose"]);
+    if let Some(text) = config {
+        let path = dir.path().join("config");
+        fs::write(&path, text).unwrap();
+        builder = builder.args(["--config".as_ref(), path.as_os_str()]);
+    }
+    // A server that listens may still be setting its signals up: sessions come after that.
+    let server = builder.start();
+    server.wait_for_stderr("serving ");
+    (server, dir)
+}
+
+#[test]
+fn stopping_signals_end_the_server_cleanly() {
+    use Signal::*;
+    for signal in [SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGXCPU, SIGPWR, SIGALRM, SIGVTALRM, SIGPROF] {
+        let (mut server, _dir) = server(None);
+        server.signal(signal);
+        let status = server.wait_for_end();
+        assert_eq!((status.code(), status.signal()), (Some(0), None), "{signal}");
+        server.wait_for_stderr(&format!("stopping: received {signal}"));
+    }
+}
+
+#[test]
+fn meaningless_signals_leave_sessions_alone() {
+    use Signal::*;
+    let (server, _dir) = server(None);
+    let mut session = Session::open(server.target(), Mode::Simple).unwrap();
+    for signal in [SIGUSR1, SIGUSR2, SIGIO, SIGSTKFLT] {
+        server.signal(signal);
+        server.wait_for_stderr(&format!("received {signal}, which has no meaning here"));
+    }
+    for number in [libc::SIGRTMIN(), libc::SIGRTMAX(), libc::SIGXFSZ, libc::SIGPIPE] {
+        // SAFETY: two integers, the first the id of our own child.
+        assert_eq!(unsafe { libc::kill(server.pid().cast_signed(), number) }, 0);
+        session.ok(Request::write(0, &[1; 512]));
+    }
+}
+
+#[test]
+fn hangup_reloads_a_configuration() {
+    let (server, dir) = server(Some("MAX_CLIENTS=2\n"));
+    let mut session = Session::open(server.target(), Mode::Simple).unwrap();
+    server.signal(Signal::SIGHUP);
+    server.wait_for_stderr("received SIGHUP: reloaded");
+    fs::write(dir.path().join("config"), "ACL=nonsense\n").unwrap();
+    server.signal(Signal::SIGHUP);
+    server.wait_for_stderr("received SIGHUP, but cannot reload: ");
+    session.ok(Request::write(0, &[1; 512]));
+    fs::write(dir.path().join("config"), "ACL=192.0.2.1\n").unwrap();
+    server.signal(Signal::SIGHUP);
+    session.wire.expect_closed("the list does not admit it any more");
+}
+
+#[test]
+fn hangup_under_nohup_changes_nothing() {
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", 64 * KIB);
+    let server = Builder::serve(&image).args(["--verbose"]).through(["nohup"]).start();
+    server.wait_for_stderr("serving ");
+    server.signal(Signal::SIGHUP);
+    server.wait_for_stderr("received SIGHUP, which has no meaning here");
+    Session::open(server.target(), Mode::Simple).unwrap().ok(Request::write(0, &[1; 512]));
+}
