@@ -11,6 +11,8 @@
 mod common;
 #[path = "pressure/limits.rs"]
 mod limits;
+#[path = "pressure/log.rs"]
+mod log;
 #[path = "common/more.rs"]
 mod more;
 #[path = "pressure/signals.rs"]

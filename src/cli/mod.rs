@@ -90,11 +90,13 @@ pub enum Stop {
 /// Runs one command; `arguments` begin with the program's own name.
 #[must_use]
 pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    match parse(arguments) {
+    let status = match parse(arguments) {
         Ok(invocation) => invocation.run(),
         Err(Stop::Answer(text)) => output::say(&text),
         Err(Stop::Misuse(misuse)) => output::complain(&misuse.to_string(), output::EXIT_USAGE),
-    }
+    };
+    journal::flush();
+    status
 }
 
 /// What a command line means; `arguments` begin with the program's own name. Pure.

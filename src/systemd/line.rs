@@ -1,9 +1,7 @@
 //! One event → one line of the log on stderr, in the format of flexnbd(1), "LOGGING".
 //! Pure: time, process and thread are given to it.
 
-use std::fmt::{self, Write};
 use tracing::Level;
-use tracing::field::{Field, Visit};
 
 /// The field that makes an error one that ends the program.
 pub const FATAL: &str = "fatal";
@@ -112,21 +110,9 @@ pub struct Fields {
     others: Vec<(&'static str, String)>,
 }
 
-impl Visit for Fields {
-    fn record_str(&mut self, field: &Field, value: &str) {
-        self.note(field.name(), value.to_owned());
-    }
-
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let mut text = String::new();
-        // A value that cannot be written is worth no more than what it did write.
-        let _ = write!(text, "{value:?}");
-        self.note(field.name(), text);
-    }
-}
-
 impl Fields {
-    fn note(&mut self, name: &'static str, value: String) {
+    /// Adds a field of the event.
+    pub fn note(&mut self, name: &'static str, value: String) {
         match name {
             MESSAGE => self.message = value,
             FATAL | MESSAGE_ID | ERRNO => {}

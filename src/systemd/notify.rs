@@ -8,10 +8,15 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// The variable that says where to.
 const SOCKET_VARIABLE: &str = "NOTIFY_SOCKET";
+
+/// How long a message waits while the service manager does not read. It is lost then: who sends it
+/// has sessions to serve and signals to obey.
+pub const PATIENCE: Duration = Duration::from_millis(250);
 
 /// The line to the service manager. Every message fails with the system's error when it could not
 /// be sent, and succeeds without doing anything when there is no service manager.
@@ -21,6 +26,8 @@ pub struct Notifier {
     /// Held open, so that a process that has no descriptor left can still say that it is alive.
     line: Option<Arc<UnixDatagram>>,
     watchdog: Option<Duration>,
+    /// The last message was lost since the service manager does not read.
+    is_deaf: Arc<AtomicBool>,
 }
 
 impl Notifier {
@@ -30,20 +37,22 @@ impl Notifier {
         let socket = std::env::var_os(SOCKET_VARIABLE);
         let open = |path: &OsString| {
             let line = UnixDatagram::unbound()?;
-            line.connect(path).map(|()| Arc::new(line))
+            line.connect(path)?;
+            line.set_write_timeout(Some(PATIENCE)).map(|()| Arc::new(line))
         };
         Self {
             is_connected: socket.is_some(),
             // Without, each message finds its own way, and says what is wrong with it.
             line: socket.as_ref().and_then(|path| open(path).ok()),
             watchdog: sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()),
+            is_deaf: Arc::default(),
         }
     }
 
     /// One that never says anything.
     #[must_use]
     pub fn silent() -> Self {
-        Self { is_connected: false, line: None, watchdog: None }
+        Self { is_connected: false, line: None, watchdog: None, is_deaf: Arc::default() }
     }
 
     /// Whether a service manager listens.
@@ -137,6 +146,7 @@ impl Notifier {
         // once, and its last replies with it.
         let poll = NotifyState::Custom("FDPOLL=0");
         let states = [NotifyState::FdStore, NotifyState::FdName(name), poll];
+        self.wait_for_room()?;
         sd_notify::notify_with_fds(&states, &[descriptor])
     }
 
@@ -158,6 +168,7 @@ impl Notifier {
         if !self.is_connected {
             return Ok(());
         }
+        self.wait_for_room()?;
         let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
         // It is passed on by now; the service manager closes the last copy when it gets to it.
@@ -170,12 +181,34 @@ impl Notifier {
             return Ok(());
         }
         let message: String = states.iter().map(|state| format!("{state}\n")).collect();
-        match self.line.as_ref().map(|line| line.send(message.as_bytes())) {
+        let sent = self.line.as_ref().map(|line| line.send(message.as_bytes()));
+        let is_lost =
+            matches!(&sent, Some(Err(error)) if error.kind() == io::ErrorKind::WouldBlock);
+        let was_deaf = self.is_deaf.swap(is_lost, Ordering::Relaxed);
+        match sent {
             Some(Ok(_)) => Ok(()),
+            // Once is enough: it will not read the next message either.
+            Some(Err(_)) if is_lost && was_deaf => Ok(()),
+            Some(Err(_)) if is_lost => Err(does_not_read()),
             // Whoever listened there may have made way for another one.
             Some(Err(_)) | None => sd_notify::notify(states),
         }
     }
+
+    /// Waits, at most for [`PATIENCE`], until a message can be sent without waiting.
+    fn wait_for_room(&self) -> io::Result<()> {
+        let Some(line) = &self.line else { return Ok(()) };
+        let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+        let mut sources = [PollFd::new(line.as_fd(), PollFlags::POLLOUT)];
+        match poll(&mut sources, timeout) {
+            Ok(0) => Err(does_not_read()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn does_not_read() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "it does not read its messages")
 }
 
 /// A line break would begin another message.

@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex};
 fn lines_of(threshold: Threshold, log: impl FnOnce()) -> Vec<String> {
     let written = Arc::new(Mutex::new(Vec::new()));
     let sink = Arc::clone(&written);
-    let lines = Lines { write: move |line: &str| sink.lock().unwrap().push(line.to_owned()) };
-    let subscriber = tracing_subscriber::registry().with(lines).with(threshold);
+    let deliver = move |message: Message| sink.lock().unwrap().push(message.line());
+    let subscriber = tracing_subscriber::registry().with(Collector { deliver }).with(threshold);
     tracing::subscriber::with_default(subscriber, log);
     written.lock().unwrap().clone()
 }
@@ -74,6 +74,7 @@ fn a_child_that_logs() {
     tracing::info!("not to be seen");
     tracing::warn!("to be seen");
     assert!(init(Verbosity::Verbose).is_err());
+    flush();
     child::say(&format!("{destination:?}"));
 }
 

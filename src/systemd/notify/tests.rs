@@ -34,6 +34,16 @@ fn a_child_that_waits_in_vain() {
     child::say(&format!("{:?}", error.kind()));
 }
 
+/// Sends until a message is lost, then some more.
+#[test]
+#[ignore = "a part of other tests, which run it in a process of its own"]
+fn a_child_that_is_not_read() {
+    let notifier = Notifier::from_env();
+    let lost = (0..).find_map(|_| notifier.ready().err()).unwrap();
+    notifier.ready().unwrap();
+    child::say(&format!("{lost} {}", notifier.barrier(LONG).unwrap_err()));
+}
+
 struct Manager {
     socket: UnixDatagram,
     directory: tempfile::TempDir,
@@ -89,6 +99,14 @@ fn a_barrier_that_nobody_takes_down_ends_in_time() {
     let manager = Manager::new();
     let output = manager.child("a_child_that_waits_in_vain").output().unwrap();
     assert_eq!(child::said(&output), ["TimedOut"]);
+}
+
+#[test]
+fn a_service_manager_that_does_not_read_keeps_nobody_waiting() {
+    let manager = Manager::new();
+    let output = manager.child("a_child_that_is_not_read").output().unwrap();
+    let lost = "it does not read its messages";
+    assert_eq!(child::said(&output), [format!("{lost} {lost}")]);
 }
 
 #[test]

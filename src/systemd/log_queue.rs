@@ -1,0 +1,159 @@
+//! A bounded queue between the threads that log and the one that writes the log.
+//! Adding never waits: when the queue is full the message is dropped and counted.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Most messages that wait to be written.
+pub(super) const MESSAGES_MAX: usize = 1024;
+/// Most bytes of text that wait to be written. A single message may be longer.
+pub(super) const BYTES_MAX: usize = 1 << 20;
+
+/// What the writer does next.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next<T> {
+    /// Write this message.
+    Write(T),
+    /// Report that this many messages were dropped; everything before is written.
+    Report(u64),
+}
+
+/// Messages on their way to the log.
+#[derive(Debug)]
+pub(super) struct Queue<T> {
+    state: Mutex<State<T>>,
+    added: Condvar,
+    drained: Condvar,
+}
+
+#[derive(Debug)]
+struct State<T> {
+    messages: VecDeque<(T, usize)>,
+    bytes: usize,
+    dropped: u64,
+    /// The writer has taken something and has not come back yet.
+    is_writing: bool,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        let messages = VecDeque::new();
+        let state = State { messages, bytes: 0, dropped: 0, is_writing: false };
+        Self { state: Mutex::new(state), added: Condvar::new(), drained: Condvar::new() }
+    }
+}
+
+impl<T> Queue<T> {
+    /// Adds a message of `bytes` bytes, or drops it when there is no room.
+    pub(super) fn add(&self, message: T, bytes: usize) {
+        let mut state = self.lock();
+        let has_room = state.messages.len() < MESSAGES_MAX && state.bytes + bytes <= BYTES_MAX;
+        if !has_room && !state.messages.is_empty() {
+            state.dropped = state.dropped.saturating_add(1);
+            return;
+        }
+        state.messages.push_back((message, bytes));
+        state.bytes += bytes;
+        drop(state);
+        self.added.notify_one();
+    }
+
+    /// For the only writer: waits for what is to be written next. What it returned before counts as
+    /// written.
+    pub(super) fn next(&self) -> Next<T> {
+        let mut state = self.lock();
+        state.is_writing = false;
+        loop {
+            if let Some((message, bytes)) = state.messages.pop_front() {
+                state.bytes -= bytes;
+                state.is_writing = true;
+                return Next::Write(message);
+            }
+            if state.dropped > 0 {
+                state.is_writing = true;
+                return Next::Report(std::mem::take(&mut state.dropped));
+            }
+            self.drained.notify_all();
+            state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits until everything is written, at most for `limit`; false if something is left.
+    pub(super) fn flush(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut state = self.lock();
+        while state.is_writing || !state.messages.is_empty() || state.dropped > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let woken = self.drained.wait_timeout(state, left);
+            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Nothing is left half done under this lock.
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    const NO_TIME: Duration = Duration::ZERO;
+
+    #[test]
+    fn messages_come_out_in_order() {
+        let queue = Queue::default();
+        (0..3).for_each(|number| queue.add(number, 1));
+        for number in 0..3 {
+            assert_eq!(queue.next(), Next::Write(number));
+        }
+    }
+
+    #[test]
+    fn a_full_queue_drops_and_reports_how_many() {
+        let queue = Queue::default();
+        (0..MESSAGES_MAX + 2).for_each(|number| queue.add(number, 1));
+        for number in 0..MESSAGES_MAX {
+            assert_eq!(queue.next(), Next::Write(number));
+        }
+        assert_eq!(queue.next(), Next::Report(2));
+    }
+
+    #[test]
+    fn the_bytes_in_the_queue_are_limited() {
+        let queue = Queue::default();
+        queue.add("longer than all", BYTES_MAX + 1);
+        queue.add("dropped", 0);
+        assert_eq!(queue.next(), Next::Write("longer than all"));
+        assert_eq!(queue.next(), Next::Report(1));
+        queue.add("half", BYTES_MAX / 2);
+        queue.add("other half", BYTES_MAX / 2);
+        queue.add("dropped", 1);
+        assert_eq!(queue.next(), Next::Write("half"));
+        assert_eq!(queue.next(), Next::Write("other half"));
+        assert_eq!(queue.next(), Next::Report(1));
+    }
+
+    #[test]
+    fn flushing_waits_for_the_writer_but_not_for_ever() {
+        let queue = Queue::default();
+        assert!(queue.flush(NO_TIME), "nothing was added");
+        queue.add(1, 1);
+        assert!(!queue.flush(NO_TIME), "nobody writes");
+        assert_eq!(queue.next(), Next::Write(1));
+        assert!(!queue.flush(NO_TIME), "the writer has not come back");
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| queue.next());
+            assert!(queue.flush(Duration::from_secs(60)));
+            queue.add(2, 1);
+            assert_eq!(writer.join().unwrap(), Next::Write(2));
+        });
+    }
+}

@@ -1,0 +1,141 @@
+//! A log that cannot be written: no thread that serves, accepts or decides waits for it.
+
+use crate::common::raw::Wire;
+use crate::common::server::Target;
+use crate::common::session::{Mode, Request, Session};
+use crate::common::{DEADLINE, KIB, TempDir, comes_true, free_port, skip, sparse_image, temp_dir};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io::Read as _;
+use std::net::Ipv4Addr;
+use std::os::linux::fs::MetadataExt as _;
+use std::os::unix::net::UnixDatagram;
+use std::process::{Child, Command, Stdio};
+
+/// More lines than the queue of the log, a pipe and a journal's socket hold together.
+const LINES: usize = 2400;
+
+/// A server whose log nobody reads. Dropping it kills it.
+struct Unheard {
+    child: Child,
+    target: Target,
+    _dir: TempDir,
+}
+
+impl Unheard {
+    /// Starts `words... serve` and waits until it serves.
+    #[track_caller]
+    fn start(words: &[&str], stderr: Stdio, adapt: impl FnOnce(&mut Command)) -> Unheard {
+        let dir = temp_dir();
+        let image = sparse_image(dir.path(), "image", 64 * KIB);
+        let port = free_port();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).arg(env!("CARGO_BIN_EXE_flexnbd"));
+        command.args(["serve", "--verbose", "--addr", "127.0.0.1", "--port", &port.to_string()]);
+        command.arg("--file").arg(image).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        adapt(&mut command);
+        let child = command.spawn().unwrap();
+        let target = Target::Tcp((Ipv4Addr::LOCALHOST, port).into());
+        let unheard = Unheard { child, target, _dir: dir };
+        let up = comes_true(DEADLINE, || Wire::try_connect(&unheard.target).is_ok());
+        assert!(up, "it does not serve");
+        unheard
+    }
+
+    /// Has more logged than anything holds, while a session goes on and others come.
+    #[track_caller]
+    fn goes_on_while_it_logs(&self) {
+        let mut session = Session::open(&self.target, Mode::Simple).unwrap();
+        // Each tells that it connected and how it ended.
+        for _ in 0..LINES / 2 {
+            drop(Session::open(&self.target, Mode::Simple));
+        }
+        session.ok(Request::write(0, &[1; 512]));
+        Session::open(&self.target, Mode::Structured).unwrap().ok(Request::write(0, &[1; 512]));
+    }
+
+    #[track_caller]
+    fn ends_at_sigterm(&mut self) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        let mut status = None;
+        let ended = comes_true(DEADLINE, || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        assert!(ended, "SIGTERM is not obeyed");
+        assert_eq!(status.unwrap().code(), Some(0));
+    }
+}
+
+impl Drop for Unheard {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_full_pipe_as_stderr_stops_nothing_but_the_log() {
+    let mut unheard = Unheard::start(&["env"], Stdio::piped(), |_| ());
+    unheard.goes_on_while_it_logs();
+    unheard.ends_at_sigterm();
+}
+
+#[test]
+fn dropped_lines_are_counted_when_the_log_is_read_again() {
+    let mut unheard = Unheard::start(&["env"], Stdio::piped(), |_| ());
+    unheard.goes_on_while_it_logs();
+    let mut stderr = unheard.child.stderr.take().unwrap();
+    let mut log = String::new();
+    let mut buffer = [0; 1 << 16];
+    let told = comes_true(DEADLINE, || {
+        let count = stderr.read(&mut buffer).unwrap();
+        log.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        log.contains(" messages of the log were dropped")
+    });
+    assert!(told, "no count of dropped lines");
+    drop(Session::open(&unheard.target, Mode::Simple));
+    while !log.rsplit(" messages of the log were dropped").next().unwrap().contains("connected") {
+        let count = stderr.read(&mut buffer).unwrap();
+        log.push_str(&String::from_utf8_lossy(&buffer[..count]));
+    }
+}
+
+/// A stopped journald: a socket where the journal's should be, which is never read. Sees to it in a
+/// mount namespace of the server's own.
+#[test]
+fn a_stopped_journal_stops_nothing_but_the_log() {
+    if !nix::unistd::geteuid().is_root() {
+        assert!(std::env::var_os("CI").is_none(), "CI must not skip");
+        return skip("a stopped journal", "only root can put a socket in its place");
+    }
+    let dir = temp_dir();
+    let _journal = UnixDatagram::bind(dir.path().join("socket")).unwrap();
+    let stream = std::fs::File::create(dir.path().join("stream")).unwrap();
+    let metadata = stream.metadata().unwrap();
+    let there = "mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/journal && \
+                 mount --bind \"$0\" /run/systemd/journal && exec \"$@\"";
+    let place = dir.path().to_str().unwrap();
+    let words = ["unshare", "--mount", "sh", "-c", there, place];
+    let mut unheard = Unheard::start(&words, stream.into(), |command| {
+        let stream = format!("{}:{}", metadata.st_dev(), metadata.st_ino());
+        command.env("JOURNAL_STREAM", stream);
+    });
+    unheard.goes_on_while_it_logs();
+    unheard.ends_at_sigterm();
+    let lines = std::fs::read_to_string(dir.path().join("stream")).unwrap();
+    assert_eq!(lines, "", "it all went to the journal");
+}
+
+/// The last line of a process that ends at once appears.
+#[test]
+fn a_fatal_line_is_written_before_the_process_ends() {
+    for _ in 0..20 {
+        let output = Command::new(env!("CARGO_BIN_EXE_flexnbd"))
+            .args(["serve", "--file", "/no/such/disk", "--addr", "127.0.0.1", "--port", "1"])
+            .output()
+            .unwrap();
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(log.contains(":F:") && log.ends_with('\n'), "{log:?}");
+    }
+}
