@@ -54,15 +54,16 @@ impl Inherited {
     ///
     /// Descriptors that cannot be used are in [`Inherited::bad`]; all others are there as well.
     ///
-    /// Changes the environment, so call it once and before any thread starts.
+    /// Changes the environment, so call it once and before any thread starts (but the one that writes
+    /// the log).
     #[must_use]
     pub fn from_env() -> Self {
         // Before `ListenFd`, which knows no names.
         let names = std::env::var(NAMES_VARIABLE).unwrap_or_default();
         let mut inherited = Self::default();
         if let Err(missing) = check_all_open(&names) {
-            // SAFETY: no other thread runs yet, as this function demands, so that none reads the
-            // environment meanwhile.
+            // SAFETY: no other thread runs yet, as this function demands, but the one that writes the
+            // log, which reads the environment through `std::env` only if at all, and that locks it.
             unsafe { std::env::set_var("LISTEN_FDS", missing.index.to_string()) };
             inherited.bad.push(missing);
         }
