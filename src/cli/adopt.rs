@@ -4,7 +4,6 @@
 use super::output;
 use crate::disk::ledger::{Ledger, LedgerError};
 use crate::disk::ownership::{BadRecord, Record, Title, for_adopt};
-use crate::disk::state::directory_of_record;
 use crate::disk::{Access, FileImage, OpenError};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -33,8 +32,7 @@ enum Failure {
 /// Adopts the copy, and tells what it was and is.
 #[must_use]
 pub fn run(adopt: &Adopt) -> ExitCode {
-    let state = directory_of_record(&adopt.file).map_err(io);
-    match state.and_then(|state| adopt.carry_out(&state)) {
+    match adopt.carry_out() {
         Ok(told) => output::say(&told),
         Err(Failure::Refused(why)) => {
             output::complain(&format!("flexnbd adopt: {why}"), output::EXIT_CONFIG)
@@ -46,17 +44,18 @@ pub fn run(adopt: &Adopt) -> ExitCode {
 }
 
 impl Adopt {
-    fn carry_out(&self, state: &Path) -> Result<String, Failure> {
+    fn carry_out(&self) -> Result<String, Failure> {
         // Locked until the record is written, so that nobody serves it by the old one meanwhile.
-        let _image = FileImage::open(&self.file, Access { read_only: false })
+        let image = FileImage::open(&self.file, Access { read_only: false })
             .map_err(|error| unfit(&self.file, error))?;
-        let ledger = Ledger::open(&self.file, state).map_err(io)?;
+        let ledger = Ledger::of(&image).map_err(io)?;
         let found = match ledger.read() {
             Ok(found) => Found::Record(found),
             Err(LedgerError::Bad { why: BadRecord::Garbage(_), .. }) if self.force => {
                 Found::Damaged
             }
-            Err(error @ LedgerError::Bad { .. }) => {
+            Err(LedgerError::Contradiction { .. }) if self.force => Found::Damaged,
+            Err(error @ (LedgerError::Bad { .. } | LedgerError::Contradiction { .. })) => {
                 return Err(Failure::Refused(error.to_string()));
             }
             Err(error) => return Err(io(error)),
@@ -144,7 +143,7 @@ mod tests {
 
     /// An image in a directory of its own, on a file system that has attributes.
     struct Copy {
-        directory: tempfile::TempDir,
+        _directory: tempfile::TempDir,
         file: PathBuf,
     }
 
@@ -152,20 +151,20 @@ mod tests {
         let directory = tempfile::tempdir_in("/var/tmp").unwrap();
         let file = directory.path().join("disk.img");
         fs::write(&file, [0; 4096]).unwrap();
-        let copy = Copy { directory, file };
+        let copy = Copy { _directory: directory, file };
         copy.ledger().write(record).unwrap();
         copy
     }
 
     impl Copy {
         fn ledger(&self) -> Ledger {
-            Ledger::open(&self.file, self.directory.path()).unwrap()
+            Ledger::at(&self.file).unwrap()
         }
 
         /// What adopting it says, without the path.
         fn adopt(&self, force: bool) -> Result<String, Failure> {
             let adopt = Adopt { file: self.file.clone(), force };
-            let told = adopt.carry_out(self.directory.path());
+            let told = adopt.carry_out();
             told.map(|told| told.replace(&format!("{} ", self.file.display()), ""))
         }
     }
@@ -238,10 +237,10 @@ mod tests {
     #[test]
     fn what_is_no_image_is_refused() {
         let nothing = Adopt { file: "/nowhere/disk.img".into(), force: true };
-        let refused = nothing.carry_out(Path::new("/nowhere"));
+        let refused = nothing.carry_out();
         assert_eq!(refused, Err(Failure::Refused("/nowhere/disk.img does not exist".into())));
         let directory = Adopt { file: "/".into(), force: true };
-        let refused = directory.carry_out(Path::new("/nowhere"));
+        let refused = directory.carry_out();
         assert!(matches!(refused, Err(Failure::Refused(why)) if why.contains("directory")));
     }
 }

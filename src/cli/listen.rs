@@ -5,7 +5,7 @@ use super::settings::{Settings, parse_acl_entry};
 use super::size::parse_create;
 use super::start::Start;
 use super::uri::parse_export;
-use crate::daemon::Role;
+use crate::daemon::{Records, Role};
 use crate::net::{Host, parse_port};
 use std::path::PathBuf;
 
@@ -32,6 +32,10 @@ pub struct ListenFlags {
     /// Receive even if FILE holds a disk that has arrived or was adopted, which is then lost
     #[arg(long)]
     overwrite: bool,
+
+    /// Receive even if no ownership record can be kept: after a crash both copies may be served
+    #[arg(long)]
+    no_record: bool,
 
     /// Open a control socket at this path
     #[arg(short, long, value_name = "SOCK")]
@@ -79,7 +83,8 @@ impl ListenFlags {
             acl: self.acl,
             ..Settings::default()
         };
-        let role = Role::Listen { overwrite: self.overwrite };
+        let records = if self.no_record { Records::Optional } else { Records::Required };
+        let role = Role::Listen { overwrite: self.overwrite, records };
         Start { role, settings, config: self.config }
     }
 }

@@ -34,6 +34,11 @@ pub struct MirrorFlags {
     #[arg(long, value_name = "RATE", value_parser = parse_size)]
     max_speed: Option<u64>,
 
+    /// Move the disk even if no ownership record can be kept: after a crash both copies may be
+    /// served
+    #[arg(long)]
+    no_record: bool,
+
     /// Show progress until the migration ends; the exit status tells how
     #[arg(long)]
     wait: bool,
@@ -66,6 +71,7 @@ impl MirrorFlags {
             action: if self.unlink { Action::Unlink } else { Action::Exit },
             bind,
             max_bps: self.max_speed.filter(|limit| *limit > 0),
+            no_record: self.no_record,
         };
         Ok(Order { socket: self.server.socket()?, kind: Kind::Mirror { order, wait } })
     }

@@ -7,7 +7,6 @@ use super::{config, operate};
 use crate::control::status::{self, OWNERSHIP};
 use crate::disk::ledger::{Ledger, LedgerError, gone};
 use crate::disk::ownership::Record;
-use crate::disk::state::{directory_of_note, directory_of_record};
 use crate::disk::{OpenError, size_of};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -44,13 +43,9 @@ impl Offline {
         let image = self.disk.image()?;
         let said = |error: LedgerError| error.to_string();
         let (size, record) = match size_of(&image) {
-            Ok(size) => {
-                let ledger = directory_of_record(&image).and_then(|it| Ledger::open(&image, &it));
-                (size, ledger.and_then(|ledger| ledger.peek()).map_err(said)?)
-            }
+            Ok(size) => (size, Ledger::at(&image).and_then(|ledger| ledger.peek()).map_err(said)?),
             Err(error) => {
-                let last = directory_of_note(&image).and_then(|state| gone(&image, &state));
-                let last = last.map_err(said)?;
+                let last = gone(&image).map_err(said)?;
                 (0, Some(last.ok_or_else(|| unfit(error))?))
             }
         };

@@ -287,7 +287,8 @@ mod tests {
         assert_eq!(Kind::Break.command(), Command::Break);
         assert_eq!(Kind::MirrorSpeed(7).command(), Command::MirrorMaxBps(7));
         let to = "[::1]:7".parse().unwrap();
-        let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None };
+        let order =
+            Mirror { to, action: Action::Exit, bind: None, max_bps: None, no_record: false };
         let mirror = |wait| Kind::Mirror { order: order.clone(), wait }.command();
         assert_eq!(mirror(false), Command::Mirror(order.clone()));
         assert_eq!(mirror(true), Command::MirrorWait(order.clone()));
@@ -296,7 +297,8 @@ mod tests {
     #[test]
     fn a_migration_that_has_begun_is_told_in_the_words_of_the_manual() {
         let to = "[::1]:7".parse().unwrap();
-        let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None };
+        let order =
+            Mirror { to, action: Action::Exit, bind: None, max_bps: None, no_record: false };
         let shown = |reply| Kind::Mirror { order: order.clone(), wait: false }.presented(&reply);
         assert_eq!(shown(Reply::success("Mirror started")), Ok("Migration started".to_owned()));
         let why = "mirror already running";

@@ -183,7 +183,7 @@ mod tests {
     fn one_file_feeds_serve_and_listen_and_listen_passes_over_what_makes_no_sense_for_it() {
         let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n\
             IDLE_EXIT=60\n";
-        let role = Role::Listen { overwrite: true };
+        let role = Role::Listen { overwrite: true, records: crate::daemon::Records::Required };
         let start = Start { role, ..serve(Settings::default(), Some("disk.conf")) };
         let plan = start.plan_with(Some(text)).unwrap();
         let admission = Admission { acl: Acl::parse(&["::1"], false).unwrap(), clients_max: 128 };

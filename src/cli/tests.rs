@@ -5,7 +5,7 @@ use super::offline::{Disk, Offline};
 use super::operate::Kind;
 use super::*;
 use crate::control::command::{Action, Mirror};
-use crate::daemon::Role;
+use crate::daemon::{Records, Role};
 use crate::net::Remote;
 
 fn parsed(line: &str) -> Result<Invocation, Stop> {
@@ -96,11 +96,14 @@ fn every_option_of_listen_is_understood() {
         acl: vec!["192.0.2.1".to_owned(), "::1".to_owned()],
         ..settings::Settings::default()
     };
-    let role = Role::Listen { overwrite: true };
+    let role = Role::Listen { overwrite: true, records: Records::Required };
     let expected = Start { role, settings: expected, config: Some("/c".into()) };
     assert_eq!(started(long), expected);
     assert_eq!(started(short), expected);
-    assert_eq!(started("listen -f /a").role, Role::Listen { overwrite: false });
+    assert_eq!(
+        started("listen -f /a").role,
+        Role::Listen { overwrite: false, records: Records::Required }
+    );
 }
 
 #[test]
@@ -128,16 +131,19 @@ fn every_option_of_mirror_is_understood() {
         action: Action::Exit,
         bind: None,
         max_bps: None,
+        no_record: false,
     };
     let full = Mirror {
         action: Action::Unlink,
         bind: Some("192.0.2.9".parse().unwrap()),
         max_bps: Some(10 << 20),
+        no_record: true,
         ..plain("192.0.2.1:7")
     };
     let long = "mirror --addr 192.0.2.1 --port 7 --sock /x --unlink --bind 192.0.2.9 \
-        --max-speed 10M --wait";
-    let short = "mirror -l 192.0.2.1 -p 7 -s /x -u -b 192.0.2.9 --max-speed 10485760 --wait";
+        --max-speed 10M --no-record --wait";
+    let short =
+        "mirror -l 192.0.2.1 -p 7 -s /x -u -b 192.0.2.9 --max-speed 10485760 --no-record --wait";
     for line in [long, short] {
         assert_eq!(ordered(line), Kind::Mirror { order: full.clone(), wait: true }, "{line}");
     }

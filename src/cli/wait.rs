@@ -154,7 +154,13 @@ mod tests {
 
     fn order() -> Command {
         let to = "[::1]:7".parse().unwrap();
-        Command::MirrorWait(Mirror { to, action: Action::Exit, bind: None, max_bps: None })
+        Command::MirrorWait(Mirror {
+            to,
+            action: Action::Exit,
+            bind: None,
+            max_bps: None,
+            no_record: false,
+        })
     }
 
     #[test]

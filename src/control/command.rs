@@ -16,7 +16,9 @@ pub const LINE_BYTES_MAX: usize = 256;
 /// Most lines of a command: the word and its arguments; the empty line is not counted.
 pub const LINES_MAX: usize = 4096;
 /// Most arguments that `mirror` takes.
-const MIRROR_ARGUMENTS_MAX: usize = 5;
+const MIRROR_ARGUMENTS_MAX: usize = 6;
+/// The last argument of `mirror` when there may be no ownership record.
+const NO_RECORD: &str = "no-record";
 /// How many ACL entries a summary shows.
 const ENTRIES_SHOWN: usize = 8;
 
@@ -55,6 +57,8 @@ pub struct Mirror {
     pub bind: Option<IpAddr>,
     /// Speed limit, in bytes per second; `None` for none.
     pub max_bps: Option<u64>,
+    /// Move the disk even if no ownership record can be kept. An operator's explicit word.
+    pub no_record: bool,
 }
 
 /// What the source does when its disk has arrived at the destination.
@@ -183,11 +187,15 @@ impl Mirror {
         if arguments.len() > MIRROR_ARGUMENTS_MAX {
             return Err(Refusal::MirrorWithTooMuch);
         }
+        let no_record = argument(5).map_or(Ok(false), no_record)?;
+        let limit = argument(4).map(max_bps).transpose()?;
         Ok(Self {
             to: destination(ip, port)?,
             action: argument(2).map_or(Ok(Action::default()), action)?,
             bind: argument(3).map_or(Ok(None), bind)?,
-            max_bps: argument(4).map(max_bps).transpose()?,
+            // Before a sixth argument there has to be a fifth.
+            max_bps: limit.filter(|limit| *limit > 0 || !no_record),
+            no_record,
         })
     }
 
@@ -199,12 +207,14 @@ impl Mirror {
         ];
         // Arguments go by position, and an empty one would end the command: a limit without a
         // bind address needs an address in between that means any.
-        match (self.bind, self.max_bps) {
+        let limit = self.max_bps.or(self.no_record.then_some(0));
+        match (self.bind, limit) {
             (Some(bind), _) => arguments.push(bind.to_string()),
             (None, Some(_)) => arguments.push(any_address_like(self.to.ip()).to_string()),
             (None, None) => {}
         }
-        arguments.extend(self.max_bps.map(|limit| limit.to_string()));
+        arguments.extend(limit.map(|limit| limit.to_string()));
+        arguments.extend(self.no_record.then(|| NO_RECORD.to_owned()));
         arguments
     }
 }
@@ -231,6 +241,10 @@ fn action(word: &str) -> Result<Action, Refusal> {
 fn bind(ip: &str) -> Result<Option<IpAddr>, Refusal> {
     let ip: IpAddr = ip.parse().map_err(|_| Refusal::BadBindAddress)?;
     Ok((!ip.is_unspecified()).then_some(ip))
+}
+
+fn no_record(word: &str) -> Result<bool, Refusal> {
+    if word == NO_RECORD { Ok(true) } else { Err(Refusal::BadRecordWord) }
 }
 
 fn max_bps(number: &str) -> Result<u64, Refusal> {
@@ -332,6 +346,8 @@ pub enum Refusal {
     BadAction,
     /// `mirror`: the address to connect from is none.
     BadBindAddress,
+    /// `mirror`: the sixth argument is not the one that there is.
+    BadRecordWord,
     /// `mirror_max_bps` without a number.
     MaxBpsMissing,
     /// The limit is not a number.
@@ -357,6 +373,7 @@ impl fmt::Display for Refusal {
             Self::BadPort => f.write_str("bad port: must be 1 to 65535"),
             Self::BadAction => f.write_str("bad action: must be exit, unlink or nothing"),
             Self::BadBindAddress => f.write_str("bad bind address"),
+            Self::BadRecordWord => write!(f, "bad word: must be {NO_RECORD}, or not there"),
             Self::MaxBpsMissing => f.write_str("max_bps missing"),
             Self::MaxBpsNotANumber => f.write_str("max_bps is not a number"),
             Self::MaxBpsTooLarge => f.write_str("max_bps is out of range"),

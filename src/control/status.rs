@@ -11,6 +11,8 @@ use std::fmt;
 pub const MIGRATION_STAGE: &str = "migration_stage";
 /// Key of [`Status::extra`]: how many passes over the disk a running migration has completed.
 pub const MIGRATION_PASSES: &str = "migration_passes";
+/// The key of why the last migration failed, until there is another one.
+pub const MIGRATION_FAILED: &str = "migration_failed";
 /// Key of [`Status::extra`]: the name of the image's ownership record, or `none`.
 pub const OWNERSHIP: &str = "ownership";
 

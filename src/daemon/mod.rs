@@ -22,7 +22,7 @@ pub mod signals;
 mod title;
 mod wording;
 
-pub use plan::{Admission, Ending, Plan, Refusal, Reread, Role};
+pub use plan::{Admission, Ending, Plan, Records, Refusal, Reread, Role};
 
 use crate::control::{ControlSocket, Handle, Operator};
 use crate::disk::ledger::Ledger;
@@ -132,22 +132,26 @@ fn begin(
 ) -> Result<Option<(House, Receiver<Event>)>, Refusal> {
     let notifier = doorstep.notifier.clone();
     let (events, arrivals) = mpsc::channel();
-    let (disk, is_new) = open(plan)?;
-    let ledger = title::ledger(plan)?;
-    if is_new && plan.role != Role::Serve {
-        title::to_come(&ledger);
+    let (disk, ledger, is_new) = open(plan)?;
+    if let Role::Listen { records, .. } = plan.role
+        && is_new
+    {
+        title::to_come(&ledger, disk.size(), records)?;
     }
+    let for_status = ledger.again().map_err(Refusal::Record)?;
     let (reception, departures) = match plan.role {
-        Role::Serve => to_serve(plan, &ledger, &disk, &events, &notifier)?,
-        Role::Listen { overwrite } => match to_listen(plan, ledger, &disk, overwrite, &events)? {
-            Some(reception) => (reception, None),
-            None => {
-                // Who ends without having been ready has failed for the service manager, however
-                // well it ends; and what follows an arrival is to follow.
-                tell(notifier.ready());
-                return Ok(None);
+        Role::Serve => to_serve(plan, ledger, &disk, &events, &notifier)?,
+        Role::Listen { overwrite, records } => {
+            match to_listen(plan, (ledger, records), &disk, overwrite, &events)? {
+                Some(reception) => (reception, None),
+                None => {
+                    // Who ends without having been ready has failed for the service manager, however
+                    // well it ends; and what follows an arrival is to follow.
+                    tell(notifier.ready());
+                    return Ok(None);
+                }
             }
-        },
+        }
     };
     let (listeners, control) = sockets(plan, inherited)?;
     let places = addresses(&listeners);
@@ -155,7 +159,7 @@ fn begin(
     let (image, size) = (plan.image.display().to_string(), disk.size());
     let watch = Arc::new(Lookout(events.clone()));
     let server = start(plan, &disk, reception, listeners, luggage, watch)?;
-    let ownership = title::told(plan, departures.as_ref().map(|moving| moving.ground.title));
+    let ownership = title::told(for_status, departures.as_ref().map(|moving| moving.ground.title));
     let server = Mutex::new(server);
     let vigil = Vigil::default();
     let orders = Orders::new(events.clone());
@@ -194,28 +198,23 @@ fn begin(
 
 fn to_serve(
     plan: &Plan,
-    ledger: &Ledger,
+    ledger: Ledger,
     disk: &Arc<Disk>,
     events: &Sender<Event>,
     notifier: &Notifier,
 ) -> Result<(Arc<dyn Reception>, Option<Departures>), Refusal> {
-    let title = title::to_serve(plan, ledger, disk.size(), notifier)?;
+    let title = title::to_serve(plan, &ledger, disk.size(), notifier)?;
     let ground =
         Ground { disk: Arc::clone(disk), image: plan.image.clone(), title, events: events.clone() };
-    let for_ledger = plan.clone();
-    let departures = Departures {
-        ground,
-        ledger: Box::new(move || title::usable(title::ledger(&for_ledger))),
-        desk: Mutex::new(None),
-        beginning: Mutex::new(()),
-    };
+    let departures =
+        Departures { ground, ledger, desk: Mutex::new(None), beginning: Mutex::new(()) };
     Ok((Arc::new(Serving(title)), Some(departures)))
 }
 
 /// Whoever answers for the incoming disk; none if it has arrived already.
 fn to_listen(
     plan: &Plan,
-    ledger: Ledger,
+    (ledger, records): (Ledger, Records),
     disk: &Arc<Disk>,
     overwrite: bool,
     events: &Sender<Event>,
@@ -236,14 +235,14 @@ fn to_listen(
         // The process is ending already if nobody hears it.
         let _ = lock(&events).send(Event::Incoming(fate));
     });
-    let ledger = title::usable(Ok(ledger));
+    let ledger = title::with_room(ledger, records).map_err(Refusal::Unrecorded)?;
     let disk = Arc::clone(disk);
-    let destination = Destination::new(disk, ledger, plan.oldstyle, (token, holds), told);
+    let destination = Destination::new(disk, Some(ledger), plan.oldstyle, (token, holds), told);
     Ok(Some(Arc::new(Receiving(destination))))
 }
 
-/// The disk, and whether it has just been made.
-fn open(plan: &Plan) -> Result<(Arc<Disk>, bool), Refusal> {
+/// The disk, the ledger of its image, and whether the image has just been made.
+fn open(plan: &Plan) -> Result<(Arc<Disk>, Ledger, bool), Refusal> {
     title::to_create(plan)?;
     let access = Access { read_only: plan.read_only };
     let image = match plan.create {
@@ -258,7 +257,8 @@ fn open(plan: &Plan) -> Result<(Arc<Disk>, bool), Refusal> {
             plan.image.display()
         );
     }
-    Ok((Arc::new(Disk::new(Box::new(image), plan.read_only)), is_new))
+    let ledger = title::ledger(plan, &image)?;
+    Ok((Arc::new(Disk::new(Box::new(image), plan.read_only)), ledger, is_new))
 }
 
 /// The sockets to serve on and the control socket: those we were handed, else those of the plan.

@@ -1,27 +1,28 @@
 //! Migrations away from here: begun by an operator, carried out on a thread of their own.
 //! Tells the log what happens and the daemon how it ended.
 
-use super::Event;
+use super::plan::{Records, UNRECORDED_ADVICE};
 use super::report::{First, Passage, Reporter};
+use super::{Event, title};
 use crate::control::command::{Action, Mirror};
-use crate::control::status::{MIGRATION_PASSES, MIGRATION_STAGE, Migration};
+use crate::control::status::{MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_STAGE, Migration};
 use crate::control::{Reply, Status, Summary};
-use crate::disk::Disk;
-use crate::disk::ledger::Ledger;
+use crate::disk::ledger::{Ledger, LedgerError};
 use crate::disk::ownership::{Id, Place, Title};
+use crate::disk::{Disk, Named};
 use crate::migration::job::{Job, Order, Outcome, Progress, Stage, Trouble};
 use crate::migration::link::Route;
 use crate::migration::source::{Departure, Desk, NoStart, Source, Tally};
 use crate::net::Address;
 use crate::server::Exit;
 use std::env;
-use std::fs;
 use std::num::NonZeroU64;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
+use tracing::warn;
 
 /// How long a destination may make no progress, in seconds, unless this variable says otherwise.
 const PATIENCE_VARIABLE: &str = "FLEXNBD_MS_REQUEST_LIMIT_SECS";
@@ -52,22 +53,43 @@ impl Beginning {
     }
 }
 
-/// Begins a migration, on a thread of its own.
-pub(super) fn begin(
-    ground: &Ground,
-    ledger: Option<Ledger>,
-    exit: Exit,
-    order: &Mirror,
-) -> Result<(Arc<Desk>, Beginning), Reply> {
+/// The ledger for a migration of the disk, which is the first `size` bytes of the image: with room
+/// for its record, and an image that can be deleted if that is ordered. All of that is found out
+/// before anything is moved.
+pub(super) fn ready(ledger: &Ledger, size: u64, order: &Mirror) -> Result<Ledger, Reply> {
     if order.action == Action::Nothing {
         let why = "the action nothing would leave two copies that both are served";
         return Err(Reply::refused(why));
     }
-    if order.action == Action::Unlink && !can_be_unlinked(&ground.image) {
-        let why = "only a regular file can be unlinked: a block device would come back, without its \
-                   record";
-        return Err(Reply::refused(why));
+    let refused = |error: LedgerError| Reply::refused(error.to_string());
+    let ledger = ledger.again().map_err(refused)?;
+    if order.action == Action::Unlink {
+        ledger.may_delete(size).map_err(refused)?;
     }
+    let records = if order.no_record { Records::Optional } else { Records::Required };
+    let ledger = title::with_room(ledger, records)
+        .map_err(|error| Reply::refused(format!("{error}; {UNRECORDED_ADVICE}")))?;
+    let image = ledger.path().display();
+    match ledger.named().map_err(refused)? {
+        Named::Same => {}
+        named => {
+            warn!("{image}: {named}; what is moved, and recorded, is the image that is served");
+        }
+    }
+    match ledger.tail(size).map_err(refused)? {
+        0 => {}
+        bytes => warn!("the last {bytes} bytes of {image} do not move: they are not served"),
+    }
+    Ok(ledger)
+}
+
+/// Begins a migration, on a thread of its own.
+pub(super) fn begin(
+    ground: &Ground,
+    ledger: Ledger,
+    exit: Exit,
+    order: &Mirror,
+) -> Result<(Arc<Desk>, Beginning), Reply> {
     let (first, heard) = mpsc::channel();
     let job = job(ground, order)?;
     let id = job.id;
@@ -86,7 +108,6 @@ pub(super) fn begin(
     let (source, desk) = Source::new(Departure {
         disk: Arc::clone(&ground.disk),
         ledger,
-        image: ground.image.clone(),
         route: Route { to: Address::Tcp(order.to), bind: order.bind },
         job,
         witness,
@@ -149,6 +170,9 @@ pub(super) fn account(outcome: &Outcome, tally: &Tally) -> Reply {
 pub(super) fn describe(desk: Option<&Arc<Desk>>, status: &mut Status) -> Option<&'static str> {
     let desk = desk?;
     if let Some(outcome) = desk.outcome() {
+        if let Outcome::Failed(trouble) = &outcome {
+            status.extra.push((MIGRATION_FAILED.to_owned(), trouble.to_string()));
+        }
         return matches!(outcome, Outcome::Arrived { .. }).then_some("departed");
     }
     let progress = desk.progress()?;
@@ -198,11 +222,6 @@ fn patience(variable: Option<&str>) -> Option<Duration> {
     seconds.filter(|seconds| *seconds > 0).map(|s| Duration::from_secs(s).min(PATIENCE_MAX))
 }
 
-/// Whether deleting the image's name deletes the disk.
-fn can_be_unlinked(image: &Path) -> bool {
-    fs::metadata(image).is_ok_and(|found| found.is_file())
-}
-
 /// Random bytes.
 pub(super) fn random<const N: usize>() -> Result<[u8; N], getrandom::Error> {
     let mut bits = [0; N];
@@ -225,6 +244,7 @@ fn refused(trouble: &Trouble) -> Reply {
         Trouble::Connect(_) => "Mirror failed to connect",
         Trouble::Silent(_) => "Remote server failed to respond",
         Trouble::Size { .. } => "Remote size does not match local size",
+        Trouble::Record(_) => "Mirroring abandoned",
         _ => "Mirror was rejected",
     };
     Reply::refused(format!("{words} ({trouble})"))
@@ -233,15 +253,6 @@ fn refused(trouble: &Trouble) -> Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_a_regular_file_can_be_unlinked() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(can_be_unlinked(file.path()));
-        for other in ["/dev/null", "/tmp", "/nowhere"] {
-            assert!(!can_be_unlinked(Path::new(other)), "{other}");
-        }
-    }
 
     #[test]
     fn patience_is_what_the_variable_says_up_to_the_longest() {

@@ -81,8 +81,8 @@ impl Vigil {
 /// The migration away from here, if there is one.
 pub(super) struct Departures {
     pub(super) ground: Ground,
-    /// Opens the ledger of the image anew, if it can keep a record.
-    pub(super) ledger: Box<dyn Fn() -> Option<Ledger> + Send + Sync>,
+    /// The ledger of the image; each migration has another one of the same.
+    pub(super) ledger: Ledger,
     pub(super) desk: Mutex<Option<Arc<Desk>>>,
     /// Held while a migration is being begun, so that a second one is turned away at once.
     pub(super) beginning: Mutex<()>,
@@ -176,7 +176,8 @@ impl Service {
         if self.desk().is_some_and(|desk| desk.outcome().is_none()) {
             return running();
         }
-        let (ledger, exit) = ((departures.ledger)(), self.server().exit());
+        let ledger = moving::ready(&departures.ledger, departures.ground.disk.size(), order)?;
+        let exit = self.server().exit();
         let (desk, beginning) = moving::begin(&departures.ground, ledger, exit, order)?;
         // Before waiting: whoever stops the process has to know of it.
         *lock(&departures.desk) = Some(Arc::clone(&desk));

@@ -49,8 +49,24 @@ pub enum Role {
     Listen {
         /// Even into an image that holds a disk that has arrived or was adopted.
         overwrite: bool,
+        /// Whether an ownership record has to be kept.
+        records: Records,
     },
 }
+
+/// Whether a disk may be moved when no ownership record of it can be kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Records {
+    /// No.
+    #[default]
+    Required,
+    /// Yes, by an operator's explicit word (`--no-record`).
+    Optional,
+}
+
+/// What else can be done when no ownership record can be kept.
+pub(super) const UNRECORDED_ADVICE: &str = "make room, or name another state directory in STATE_DIRECTORY; --no-record moves the disk \
+     without a record";
 
 /// Who may connect, as far as that can change while serving.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +95,8 @@ pub enum Refusal {
     Image(OpenError),
     /// The image's record cannot be used.
     Record(LedgerError),
+    /// No record can be kept of the image.
+    Unrecorded(LedgerError),
     /// The image's record says that it is not to be served or received into.
     Ownership(Denial),
     /// The address cannot be listened on.
@@ -118,11 +136,13 @@ impl Refusal {
         match self {
             Self::Image(error) => error.errno(),
             Self::Record(LedgerError::Io { source, .. }) => source.raw_os_error(),
+            Self::Unrecorded(LedgerError::Nowhere { attribute, .. }) => attribute.raw_os_error(),
             Self::Listen(error) => error.errno(),
             Self::Control(error) => error.errno(),
             Self::System(_, error) => error.raw_os_error(),
             Self::Configuration(_)
-            | Self::Record(LedgerError::Bad { .. })
+            | Self::Record(_)
+            | Self::Unrecorded(_)
             | Self::Ownership(_)
             | Self::NoAddress
             | Self::Inherited(_) => None,
@@ -135,6 +155,7 @@ impl fmt::Display for Refusal {
         match self {
             Self::Image(error) => error.fmt(f),
             Self::Record(error) => error.fmt(f),
+            Self::Unrecorded(error) => write!(f, "{error}; {UNRECORDED_ADVICE}"),
             Self::Configuration(why) | Self::Inherited(why) => f.write_str(why),
             Self::Ownership(denial) => f.write_str(&denial.why),
             Self::Listen(error) => error.fmt(f),

@@ -1,13 +1,14 @@
 //! Whose disk an image is, before anything is done with it.
 //! Reads the record, asks the other host where only that knows, and puts the record right.
 
-use super::plan::{Denial, Plan, Refusal, Role};
+use super::plan::{Denial, Plan, Records, Refusal, Role};
 use super::tell;
-use crate::disk::ledger::{Ledger, gone};
+use crate::disk::FileImage;
+use crate::disk::ledger::{Ledger, LedgerError, gone};
 use crate::disk::ownership::{
     self, ForListen, ForServe, Id, Place, Record, Title, for_listen, for_serve,
 };
-use crate::disk::state::{STATE_VARIABLE, directory_of_note, directory_of_record};
+use crate::disk::state::STATE_VARIABLE;
 use crate::migration::job::{Fate, fate};
 use crate::migration::link::Route;
 use crate::migration::source;
@@ -27,11 +28,17 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 /// messages.
 const ASK_LONGEST: Duration = Duration::from_secs(60);
 
-/// The ledger of the plan's image.
-pub(super) fn ledger(plan: &Plan) -> Result<Ledger, Refusal> {
-    let mut ledger = directory_of_record(&plan.image)
-        .and_then(|state| Ledger::open(&plan.image, &state))
-        .map_err(Refusal::Record)?;
+/// The ledger of the plan's image, which is open.
+pub(super) fn ledger(plan: &Plan, image: &FileImage) -> Result<Ledger, Refusal> {
+    let mut ledger = Ledger::of(image).map_err(Refusal::Record)?;
+    if let Some(file) = ledger.foreign() {
+        warn!(
+            "{}: the ownership record in {} is of another file, which had this path before, and \
+             says nothing about this one",
+            plan.image.display(),
+            file.display()
+        );
+    }
     // A service closes its sockets when its disk has moved, and asks for the record then.
     let is_service = env::var_os(STATE_VARIABLE).is_some();
     if plan.create.is_some() || is_service {
@@ -47,8 +54,7 @@ pub(super) fn to_create(plan: &Plan) -> Result<(), Refusal> {
     if !is_missing {
         return Ok(());
     }
-    let last = directory_of_note(&plan.image).and_then(|state| gone(&plan.image, &state));
-    match last.map_err(Refusal::Record)? {
+    match gone(&plan.image).map_err(Refusal::Record)? {
         Some(Record::Departed { id, when, to }) => {
             let why = format!(
                 "{} has moved to {to} and was deleted here (migration {id}, at {when} seconds since \
@@ -97,10 +103,21 @@ pub(super) fn to_serve(
 }
 
 /// The image was made just now, for a disk that is to come: until it has, this one is empty, and not
-/// to be served, whatever becomes of the process that waits for it.
-pub(super) fn to_come(ledger: &Ledger) {
-    if let Err(error) = ledger.write(Some(&Record::Incoming { id: None })) {
-        warn!("{error}");
+/// to be served, whatever becomes of the process that waits for it. One of which that cannot be
+/// recorded is deleted, unless an operator has said that there may be no record.
+pub(super) fn to_come(ledger: &Ledger, size: u64, records: Records) -> Result<(), Refusal> {
+    match (ledger.write(Some(&Record::Incoming { id: None })), records) {
+        (Ok(()), _) => Ok(()),
+        (Err(error), Records::Optional) => {
+            warn!("{error}");
+            Ok(())
+        }
+        (Err(error), Records::Required) => {
+            if let Err(error) = ledger.delete_image(None, size) {
+                warn!("{error}");
+            }
+            Err(Refusal::Unrecorded(error))
+        }
     }
 }
 
@@ -127,21 +144,20 @@ fn forget_note(ledger: &Ledger) {
     }
 }
 
-/// The ledger, if it can keep records; else a warning that the handover is not protected by one.
-pub(super) fn usable(ledger: Result<Ledger, Refusal>) -> Option<Ledger> {
-    let checked = ledger.and_then(|ledger| match ledger.check() {
-        Ok(()) => Ok(ledger),
-        Err(error) => Err(Refusal::Record(error)),
-    });
-    match checked {
-        Ok(ledger) => Some(ledger),
-        Err(error) => {
+/// The ledger, with room for the largest record; or, if an operator has said that there may be no
+/// record, one that keeps none.
+pub(super) fn with_room(mut ledger: Ledger, records: Records) -> Result<Ledger, LedgerError> {
+    match (ledger.reserve(), records) {
+        (Ok(()), _) => Ok(ledger),
+        (Err(error), Records::Required) => Err(error),
+        (Err(error), Records::Optional) => {
             warn!(
                 message_id = message_id::MIGRATION_UNRECORDED,
-                "{error}; the migration goes on without: after a crash nobody can tell which copy \
-                 of the disk is the right one"
+                "{error}; going on without an ownership record, as ordered: after a crash nothing \
+                 tells which copy of the disk is the right one, and both would be served"
             );
-            None
+            ledger.record_nothing();
+            Ok(ledger)
         }
     }
 }
@@ -149,7 +165,7 @@ pub(super) fn usable(ledger: Result<Ledger, Refusal>) -> Option<Ledger> {
 /// How to learn the name of the image's record while no migration away from here changes it: by
 /// the title that a disk is served by, or, while one is being received, by looking.
 pub(super) fn told(
-    plan: &Plan,
+    ledger: Ledger,
     served_by: Option<Title>,
 ) -> Box<dyn Fn() -> &'static str + Send + Sync> {
     match served_by {
@@ -158,11 +174,7 @@ pub(super) fn told(
             Box::new(move || name)
         }
         None => {
-            let plan = plan.clone();
-            Box::new(move || {
-                let record = ledger(&plan).ok().and_then(|ledger| ledger.peek().ok());
-                record.map_or("unknown", |record| name_of(record.as_ref()))
-            })
+            Box::new(move || ledger.peek().map_or("unknown", |record| name_of(record.as_ref())))
         }
     }
 }

@@ -124,6 +124,16 @@ impl FileImage {
         self.unserved_tail
     }
 
+    /// What is open.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The path that it was opened by.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// For the ring, which cannot outlive this.
     pub(super) fn raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()

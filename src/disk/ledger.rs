@@ -2,37 +2,55 @@
 //! Only keeps it; what it means is decided in [`super::ownership`].
 //!
 //! A regular file carries its record as the extended attribute `user.flexnbd`, so that it moves
-//! and dies with the file. Where that is impossible (block devices, some file systems) it is a
-//! file in the state directory, named after the image's absolute path with every byte but
-//! letters, digits, `.`, `-` and `_` written as `%` and two hexadecimal digits.
+//! and dies with the file. Where that is impossible (block devices, some file systems) or fails (a
+//! full file system) it is a file in the state directory; see [`super::state_file`].
+//!
+//! Everything is done to the open file. The image's path is used for two things, the name of that
+//! file and the image's deletion, and only after device and inode were compared.
+//!
+//! # Two places
+//!
+//! A record in the state directory that is certainly about this file wins over the attribute. So
+//! moving a record from one place to the other is atomic, whichever way: to the state directory it
+//! is the file's appearance that counts, and back, with the attribute durable, its removal.
 
+use super::deletion::{self, KeptBecause, Named};
+use super::file_id::FileId;
+use super::image::FileImage;
 use super::ownership::{BadRecord, RECORD_MAX, Record};
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use super::state::{directory_of_note, directory_of_record};
+use super::state_file::{self, Found, Spare, beside};
 use std::fmt;
-use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{self, Read, Write};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use xattr::FileExt;
 
 /// Name of the extended attribute.
 pub const ATTRIBUTE: &str = "user.flexnbd";
 /// Name of an attribute that is set and removed again, to see whether that can be done.
 const PROBE: &str = "user.flexnbd.probe";
-/// What a record's file name shows as it is.
-const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'.').remove(b'-').remove(b'_');
 
 /// The record of one image.
 #[derive(Debug)]
 pub struct Ledger {
+    /// The image, in an opening of our own: the kernel reports a failed write-back once to each,
+    /// and what the disk's own is told is for its clients.
     image: File,
     /// The image's absolute path.
     path: PathBuf,
-    /// Where the record is, if it is not an attribute.
-    file: PathBuf,
+    /// The image's lasting name.
+    id: Option<FileId>,
+    /// Where the record is usually, if it is not an attribute.
+    usual: PathBuf,
     /// Whether a deleted image leaves a note behind.
     leaves_note: bool,
+    /// Whether records are kept at all.
+    keeps: bool,
+    spare: Mutex<Option<Spare>>,
 }
 
 /// What follows the name of a record's file in that of a note about an image that was deleted.
@@ -55,6 +73,36 @@ pub enum LedgerError {
         /// What is wrong with it.
         why: BadRecord,
     },
+    /// Attribute and state directory say different things, and nothing tells which is newer.
+    Contradiction {
+        /// The image.
+        image: PathBuf,
+        /// The record's file.
+        file: PathBuf,
+    },
+    /// It can be kept in neither place.
+    Nowhere {
+        /// The image.
+        image: PathBuf,
+        /// What is against the attribute.
+        attribute: io::Error,
+        /// What is against the state directory.
+        file: Box<LedgerError>,
+    },
+    /// It would be kept by the image's path, which is not the image's any more.
+    Renamed {
+        /// The path.
+        path: PathBuf,
+        /// What it leads to.
+        named: Named,
+    },
+    /// The image is not deleted.
+    NotDeleted {
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        why: KeptBecause,
+    },
 }
 
 impl fmt::Display for LedgerError {
@@ -64,6 +112,22 @@ impl fmt::Display for LedgerError {
                 write!(f, "cannot keep the ownership record at {}: {source}", path.display())
             }
             Self::Bad { image, why } => write!(f, "{}: {why}", image.display()),
+            Self::Contradiction { image, file } => write!(
+                f,
+                "{}: its attribute {ATTRIBUTE} and the record in {} say different things, and \
+                 nothing tells which is newer; if you know that this copy is the right one, run \
+                 `flexnbd adopt --force`",
+                image.display(),
+                file.display()
+            ),
+            Self::Nowhere { image, attribute, file } => write!(
+                f,
+                "no ownership record can be kept of {}, neither as its attribute {ATTRIBUTE} \
+                 ({attribute}) nor in the state directory ({file})",
+                image.display()
+            ),
+            Self::Renamed { path, named } => write!(f, "{}: {named}", path.display()),
+            Self::NotDeleted { path, why } => write!(f, "{} is not deleted: {why}", path.display()),
         }
     }
 }
@@ -71,16 +135,58 @@ impl fmt::Display for LedgerError {
 impl std::error::Error for LedgerError {}
 
 impl Ledger {
-    /// The ledger of the image at `path`; `state` is the directory for records that cannot be
-    /// attributes, and need not exist yet.
+    /// The ledger of an image that is open.
     ///
     /// # Errors
-    /// When there is no such image, or it cannot be read.
-    pub fn open(path: &Path, state: &Path) -> Result<Self, LedgerError> {
+    /// When the image cannot be opened a second time, or the state directory not be searched.
+    pub fn of(image: &FileImage) -> Result<Self, LedgerError> {
+        let failed = |source| LedgerError::Io { path: image.path().to_owned(), source };
+        let path = absolute(image.path())?;
+        Self::new(reopen(image.file()).map_err(failed)?, path, None)
+    }
+
+    /// The ledger of whatever image is at `path` now, for looking at it.
+    ///
+    /// # Errors
+    /// When there is no such image, it cannot be read, or the state directory not be searched.
+    pub fn at(path: &Path) -> Result<Self, LedgerError> {
+        Self::open(path, None)
+    }
+
+    /// The same with this state directory, which need not exist yet, or with the usual one.
+    pub(crate) fn open(path: &Path, state: Option<&Path>) -> Result<Self, LedgerError> {
         let failed = |source| LedgerError::Io { path: path.to_owned(), source };
-        let (absolute, file) = places(path, state)?;
+        let absolute = absolute(path)?;
         let image = OpenOptions::new().read(true).open(&absolute).map_err(failed)?;
-        Ok(Self { image, path: absolute, file, leaves_note: false })
+        Self::new(image, absolute, state)
+    }
+
+    fn new(image: File, path: PathBuf, state: Option<&Path>) -> Result<Self, LedgerError> {
+        let id = FileId::of(&image);
+        let state = match state {
+            Some(state) => state.to_owned(),
+            None => directory_of_record(&path, id.as_ref())?,
+        };
+        let (usual, spare) = (state_file::usual_place(&state, &path), Mutex::default());
+        Ok(Self { image, path, id, usual, leaves_note: false, keeps: true, spare })
+    }
+
+    /// Another ledger of the same image, in an opening of its own.
+    ///
+    /// # Errors
+    /// When the image cannot be opened again.
+    pub fn again(&self) -> Result<Self, LedgerError> {
+        let failed = |source| LedgerError::Io { path: self.path.clone(), source };
+        let image = reopen(&self.image).map_err(failed)?;
+        let (path, id, usual) = (self.path.clone(), self.id.clone(), self.usual.clone());
+        let Self { leaves_note, keeps, .. } = *self;
+        Ok(Self { image, path, id, usual, leaves_note, keeps, spare: Mutex::default() })
+    }
+
+    /// The image's absolute path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// From now on an image that is deleted leaves a note behind, for [`gone`]. For those who make
@@ -88,6 +194,11 @@ impl Ledger {
     /// for services, whose sockets must not wait for clients any more.
     pub fn leave_note(&mut self) {
         self.leaves_note = true;
+    }
+
+    /// From now on nothing is recorded, by an operator's explicit word (`--no-record`).
+    pub fn record_nothing(&mut self) {
+        self.keeps = false;
     }
 
     /// The record, if there is one.
@@ -110,17 +221,29 @@ impl Ledger {
     /// # Errors
     /// As [`Ledger::read`].
     pub fn peek(&self) -> Result<Option<Record>, LedgerError> {
-        let attribute = match self.image.get_xattr(ATTRIBUTE) {
+        let attribute = self.image.get_xattr(ATTRIBUTE);
+        let found = self.find()?;
+        let entry = found.entry.as_ref().map(|entry| (entry, found.certain));
+        let attribute = match attribute {
             Ok(attribute) => attribute,
-            Err(error) if is_impossible(&error) => None,
+            Err(error) if is_impossible(&error) || entry.is_some_and(|(_, certain)| certain) => {
+                None
+            }
             Err(source) => return Err(LedgerError::Io { path: self.path.clone(), source }),
         };
-        let bytes = match attribute {
-            Some(bytes) => Some(bytes),
-            None => self.read_file()?,
+        let state = entry.map(|(entry, certain)| (entry.line.as_slice(), certain));
+        let Ok(bytes) = which(attribute.as_deref(), state) else {
+            let file = found.place.clone();
+            return Err(LedgerError::Contradiction { image: self.path.clone(), file });
         };
-        let decoded = bytes.as_deref().map(Record::decode).transpose();
+        let decoded = bytes.map(Record::decode).transpose();
         decoded.map_err(|why| LedgerError::Bad { image: self.path.clone(), why })
+    }
+
+    /// The record of another file that had the image's path, which is not believed of this one.
+    #[must_use]
+    pub fn foreign(&self) -> Option<PathBuf> {
+        self.find().ok()?.foreign
     }
 
     /// Makes `record` the record, durably; none removes it.
@@ -128,46 +251,107 @@ impl Ledger {
     /// # Errors
     /// When it cannot be kept in either place. What is kept then is the old record or the new.
     pub fn write(&self, record: Option<&Record>) -> Result<(), LedgerError> {
-        match self.write_attribute(record) {
-            Ok(()) => self.remove_file(),
-            Err(error) if is_impossible(&error) => match record {
-                Some(record) => self.write_file(record),
-                None => self.remove_file(),
-            },
-            Err(source) => Err(LedgerError::Io { path: self.path.clone(), source }),
+        if !self.keeps {
+            return Ok(());
+        }
+        let attribute = match (self.write_attribute(record), record) {
+            (Ok(()), _) => return self.remove_entry(),
+            (Err(error), None) if is_impossible(&error) => return self.remove_entry(),
+            (Err(source), None) => {
+                return Err(LedgerError::Io { path: self.path.clone(), source });
+            }
+            (Err(error), Some(_)) => error,
+        };
+        let kept = record.map_or(Ok(()), |record| self.write_entry(record));
+        match kept {
+            Ok(()) => {
+                // Whatever is left there is not believed any more, but may be shown by others.
+                let _ = self.write_attribute(None);
+                Ok(())
+            }
+            Err(file) => Err(LedgerError::Nowhere {
+                image: self.path.clone(),
+                attribute,
+                file: Box::new(file),
+            }),
         }
     }
 
-    /// Whether a record can be kept at all, found out without making anything durable, which can
-    /// take long.
+    /// Finds out whether the largest record can be kept, and keeps room for it as far as that can
+    /// be done. Makes nothing of the image durable, which can take long.
     ///
     /// # Errors
     /// Why not.
-    pub fn check(&self) -> Result<(), LedgerError> {
-        let tried = self.image.set_xattr(PROBE, b"").and_then(|()| self.image.remove_xattr(PROBE));
-        match tried {
-            Err(error) if is_impossible(&error) => {
-                let failed = |source| LedgerError::Io { path: self.file.clone(), source };
-                fs::create_dir_all(self.directory()).map_err(failed)?;
-                let probe = self.beside(".probe");
-                create_afresh(&probe).and_then(|_| fs::remove_file(&probe)).map_err(failed)
-            }
-            tried => tried.map_err(|source| LedgerError::Io { path: self.path.clone(), source }),
+    pub fn reserve(&self) -> Result<(), LedgerError> {
+        let attribute = self.try_attribute();
+        let is_needed = attribute.is_err();
+        let file = self.reserve_entry(is_needed);
+        match (attribute, file) {
+            (Err(attribute), Err(file)) => Err(LedgerError::Nowhere {
+                image: self.path.clone(),
+                attribute,
+                file: Box::new(file),
+            }),
+            _ => Ok(()),
         }
     }
 
-    /// Deletes the image, durably, with its record; `last`, if it is wanted, says in a note what
-    /// became of it.
+    /// What the image's path leads to now.
     ///
     /// # Errors
-    /// What the kernel says; a missing image counts as deleted.
-    pub fn unlink_image(&self, last: Option<&Record>) -> Result<(), LedgerError> {
+    /// When that cannot be found out.
+    pub fn named(&self) -> Result<Named, LedgerError> {
+        deletion::named(&self.path, &self.image)
+            .map_err(|errno| LedgerError::Io { path: self.path.clone(), source: errno.into() })
+    }
+
+    /// How many bytes the image has beyond the first `served`.
+    ///
+    /// # Errors
+    /// When that cannot be found out.
+    pub fn tail(&self, served: u64) -> Result<u64, LedgerError> {
+        let failed = |source| LedgerError::Io { path: self.path.clone(), source };
+        let found = self.image.metadata().map_err(failed)?;
+        // A device's size is not that of its node.
+        let size = if found.file_type().is_block_device() { served } else { found.len() };
+        Ok(size.saturating_sub(served))
+    }
+
+    /// Whether the image, of which the first `served` bytes are the disk, could be deleted now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_delete(&self, served: u64) -> Result<(), LedgerError> {
+        let kept = |why| LedgerError::NotDeleted { path: self.path.clone(), why };
+        deletion::may_delete(&self.path, &self.image).map_err(kept)?;
+        match self.tail(served)? {
+            0 => Ok(()),
+            bytes => Err(kept(KeptBecause::Tail(bytes))),
+        }
+    }
+
+    /// Deletes the image, durably, with its record, if its path still is the only name of the file
+    /// and its first `served` bytes are all; `last`, if it is wanted, says in a note what became of
+    /// it.
+    ///
+    /// # Errors
+    /// Why it is not deleted; one without a name counts as deleted.
+    pub fn delete_image(&self, last: Option<&Record>, served: u64) -> Result<(), LedgerError> {
+        let failed = |source| LedgerError::Io { path: self.path.clone(), source };
+        let found = self.image.metadata().map_err(failed)?;
+        if found.nlink() > 0 {
+            self.may_delete(served)?;
+        }
         if let Some(record) = last.filter(|_| self.leaves_note) {
             // First: in between, the image's own record still tells what is going on.
-            write_durably(&self.beside(NOTE), record)?;
+            let note = beside(&self.usual, NOTE);
+            state_file::write(&note, &record.encode(), None, None)
+                .map_err(|source| LedgerError::Io { path: note, source })?;
         }
-        remove_durably(&self.path)?;
-        self.remove_file()
+        let spare = format!(".flexnbd-deleting-{}", found.ino());
+        deletion::delete(&self.path, &self.image, spare.as_ref())
+            .map_err(|why| LedgerError::NotDeleted { path: self.path.clone(), why })?;
+        self.remove_entry()
     }
 
     /// Removes the note about an image that was here before this one.
@@ -175,23 +359,18 @@ impl Ledger {
     /// # Errors
     /// What the kernel says.
     pub fn forget_note(&self) -> Result<(), LedgerError> {
-        let note = self.beside(NOTE);
-        if note.exists() { remove_durably(&note) } else { Ok(()) }
+        let path = beside(&self.usual, NOTE);
+        if !path.exists() {
+            return Ok(());
+        }
+        state_file::remove(&path).map_err(|source| LedgerError::Io { path, source })
     }
 
     /// Makes the record durable that is there now, in whichever place it is.
     fn settle(&self) -> Result<(), LedgerError> {
-        if self.file.exists() {
-            // The bytes were durable before the file got its name.
-            let failed = |source| LedgerError::Io { path: self.file.clone(), source };
-            match sync_directory(self.directory()) {
-                // Another user's, which can be searched and not be read. File systems that keep a
-                // journal write the name along with the file.
-                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-                    File::open(&self.file).and_then(|file| file.sync_all()).map_err(failed)?;
-                }
-                synced => synced.map_err(failed)?,
-            }
+        if let Some(entry) = self.find()?.entry {
+            state_file::settle(&entry.path)
+                .map_err(|source| LedgerError::Io { path: entry.path, source })?;
         }
         match self.image.sync_all() {
             // What cannot be written to cannot lose it either.
@@ -201,6 +380,8 @@ impl Ledger {
             }
         }
     }
+
+    // The attribute.
 
     fn write_attribute(&self, record: Option<&Record>) -> io::Result<()> {
         match record {
@@ -213,238 +394,120 @@ impl Ledger {
         self.image.sync_all()
     }
 
-    fn read_file(&self) -> Result<Option<Vec<u8>>, LedgerError> {
-        read_bytes(&self.file)
+    /// Beside the record that is there: what fits so fits in its place, too.
+    fn try_attribute(&self) -> io::Result<()> {
+        self.image.set_xattr(PROBE, &[b' '; RECORD_MAX])?;
+        self.image.remove_xattr(PROBE)
     }
 
-    fn write_file(&self, record: &Record) -> Result<(), LedgerError> {
-        write_durably(&self.file, record)
+    // The state directory.
+
+    fn find(&self) -> Result<Found, LedgerError> {
+        state_file::find(&self.usual, self.id.as_ref())
+            .map_err(|source| LedgerError::Io { path: self.usual.clone(), source })
     }
 
-    fn directory(&self) -> &Path {
-        directory_of(&self.file)
+    fn write_entry(&self, record: &Record) -> Result<(), LedgerError> {
+        if self.id.is_none() {
+            self.check_path()?;
+        }
+        let place = self.find()?.place;
+        let spare = self.spare().take();
+        let had_spare = spare.is_some();
+        let written = state_file::write(&place, &record.encode(), self.id.as_ref(), spare);
+        written.map_err(|source| LedgerError::Io { path: place.clone(), source })?;
+        if had_spare {
+            // For the next. If there is no room for it now, there may be then.
+            *self.spare() = Spare::make(&place).ok();
+        }
+        Ok(())
     }
 
-    fn beside(&self, suffix: &str) -> PathBuf {
-        beside(&self.file, suffix)
+    fn reserve_entry(&self, is_needed: bool) -> Result<(), LedgerError> {
+        let directory = state_file::directory_of(&self.usual);
+        if !is_needed && !directory.exists() {
+            return Ok(());
+        }
+        self.check_path()?;
+        let place = self.find()?.place;
+        let spare =
+            Spare::make(&place).map_err(|source| LedgerError::Io { path: place, source })?;
+        *self.spare() = Some(spare);
+        Ok(())
     }
 
-    fn remove_file(&self) -> Result<(), LedgerError> {
-        if self.file.exists() { remove_durably(&self.file) } else { Ok(()) }
+    /// A record that is named after the image's path must not be that of another file.
+    fn check_path(&self) -> Result<(), LedgerError> {
+        match self.named()? {
+            Named::Same => Ok(()),
+            named => Err(LedgerError::Renamed { path: self.path.clone(), named }),
+        }
+    }
+
+    fn remove_entry(&self) -> Result<(), LedgerError> {
+        let Some(entry) = self.find()?.entry else { return Ok(()) };
+        state_file::remove(&entry.path)
+            .map_err(|source| LedgerError::Io { path: entry.path, source })
+    }
+
+    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
+    fn spare(&self) -> std::sync::MutexGuard<'_, Option<Spare>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The two places say different things.
+#[derive(Debug, PartialEq, Eq)]
+struct Disagreement;
+
+/// Which of an attribute and an entry of the state directory counts; the entry is certainly about
+/// this file, or about whatever has its path.
+fn which<'a>(
+    attribute: Option<&'a [u8]>,
+    entry: Option<(&'a [u8], bool)>,
+) -> Result<Option<&'a [u8]>, Disagreement> {
+    match (attribute, entry) {
+        (attribute, None) => Ok(attribute),
+        (_, Some((entry, true))) | (None, Some((entry, false))) => Ok(Some(entry)),
+        (Some(attribute), Some((entry, false))) if attribute == entry => Ok(Some(entry)),
+        (Some(_), Some((_, false))) => Err(Disagreement),
     }
 }
 
 /// The record that the image at `path` had at last, if it was deleted when it moved away, and has
-/// left a note; `state` as in [`Ledger::open`].
+/// left a note.
 ///
 /// # Errors
 /// When the note cannot be read, or is none that we understand.
-pub fn gone(path: &Path, state: &Path) -> Result<Option<Record>, LedgerError> {
-    let (image, file) = places(path, state)?;
-    let bytes = read_bytes(&beside(&file, NOTE))?;
-    let decoded = bytes.as_deref().map(Record::decode).transpose();
+pub fn gone(path: &Path) -> Result<Option<Record>, LedgerError> {
+    gone_from(path, &directory_of_note(&absolute(path)?)?)
+}
+
+fn gone_from(path: &Path, state: &Path) -> Result<Option<Record>, LedgerError> {
+    let image = absolute(path)?;
+    let note = beside(&state_file::usual_place(state, &image), NOTE);
+    let entry = state_file::read(&note).map_err(|source| LedgerError::Io { path: note, source })?;
+    let decoded = entry.map(|entry| Record::decode(&entry.line)).transpose();
     decoded.map_err(|why| LedgerError::Bad { image, why })
 }
 
-/// The absolute path of an image, and where its record is if that is no attribute.
-pub(super) fn places(path: &Path, state: &Path) -> Result<(PathBuf, PathBuf), LedgerError> {
-    // Links are not followed: /dev/mapper/disk stays what it is when /dev/dm-3 does not.
-    let absolute = std::path::absolute(path)
-        .map_err(|source| LedgerError::Io { path: path.to_owned(), source })?;
-    let name = percent_encode(absolute.as_os_str().as_bytes(), PLAIN).to_string();
-    Ok((absolute, state.join(name)))
+/// Links are not followed: /dev/mapper/disk stays what it is when /dev/dm-3 does not.
+fn absolute(path: &Path) -> Result<PathBuf, LedgerError> {
+    std::path::absolute(path).map_err(|source| LedgerError::Io { path: path.to_owned(), source })
 }
 
-fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>, LedgerError> {
-    let failed = |source| LedgerError::Io { path: path.to_owned(), source };
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if is_missing(&error) || is_out_of_sight(path, &error) => return Ok(None),
-        Err(source) => return Err(failed(source)),
-    };
-    let mut bytes = Vec::new();
-    // One byte more than a record has, so that a longer one is seen to be damaged.
-    file.take(RECORD_MAX as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
-    Ok(Some(bytes))
-}
-
-/// Under another name first: a crash leaves the old record or the new one, never half of one.
-fn write_durably(path: &Path, record: &Record) -> Result<(), LedgerError> {
-    let failed = |source| LedgerError::Io { path: path.to_owned(), source };
-    let directory = directory_of(path);
-    fs::create_dir_all(directory).map_err(failed)?;
-    let name = beside(path, ".new");
-    let written = create_afresh(&name).and_then(|mut file| {
-        // For whoever serves the image, even if root was the last to adopt it.
-        file.set_permissions(Permissions::from_mode(0o644))?;
-        file.write_all(record.encode().as_bytes())?;
-        file.sync_all()
-    });
-    written.and_then(|()| fs::rename(&name, path)).map_err(failed)?;
-    sync_directory(directory).map_err(failed)
-}
-
-/// A new file. One that a crash has left may be another user's, and what else is there may be a
-/// link that leads elsewhere.
-fn create_afresh(path: &Path) -> io::Result<File> {
-    match fs::remove_file(path) {
-        Err(error) if !is_missing(&error) => return Err(error),
-        _ => {}
-    }
-    OpenOptions::new().write(true).create_new(true).open(path)
-}
-
-fn directory_of(path: &Path) -> &Path {
-    path.parent().unwrap_or(Path::new("/"))
-}
-
-/// The path with something appended to its last name.
-pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.to_owned().into_os_string();
-    name.push(suffix);
-    name.into()
-}
-
-fn remove_durably(path: &Path) -> Result<(), LedgerError> {
-    let failed = |source| LedgerError::Io { path: path.to_owned(), source };
-    match fs::remove_file(path) {
-        Err(error) if !is_missing(&error) => return Err(failed(error)),
-        _ => {}
-    }
-    sync_directory(path.parent().unwrap_or(Path::new("/"))).map_err(failed)
-}
-
-fn sync_directory(directory: &Path) -> io::Result<()> {
-    File::open(directory)?.sync_all()
-}
-
-/// A name that is too long for the state directory cannot have been written there.
-fn is_missing(error: &io::Error) -> bool {
-    use io::ErrorKind::{InvalidFilename, NotADirectory, NotFound};
-    matches!(error.kind(), NotFound | NotADirectory | InvalidFilename)
-}
-
-/// Whether the directory cannot even be searched. Then no record of this user's is in it: one that
-/// has to be heeded is refused before (`super::state`). A record that can be seen and not be read
-/// is another matter.
-fn is_out_of_sight(path: &Path, error: &io::Error) -> bool {
-    let is_denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
-    is_denied(error) && fs::symlink_metadata(path).is_err_and(|error| is_denied(&error))
+/// The same file, whatever its name is now, in an opening of its own; in the same one where there
+/// is no /proc.
+fn reopen(file: &File) -> io::Result<File> {
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    OpenOptions::new().read(true).open(link).or_else(|_| file.try_clone())
 }
 
 /// Whether this kind of image cannot have attributes at all.
 fn is_impossible(error: &io::Error) -> bool {
-    use nix::libc::{EOPNOTSUPP, EPERM};
-    matches!(error.raw_os_error(), Some(EOPNOTSUPP | EPERM))
+    use nix::libc::{ENOSYS, EOPNOTSUPP, EPERM};
+    matches!(error.raw_os_error(), Some(EOPNOTSUPP | EPERM | ENOSYS))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::disk::ownership::Title;
-
-    fn image() -> (tempfile::TempDir, PathBuf) {
-        let directory = tempfile::tempdir_in("/var/tmp").unwrap();
-        let path = directory.path().join("disk.img");
-        fs::write(&path, [0; 4096]).unwrap();
-        (directory, path)
-    }
-
-    const OURS: Record = Record::Ours(Title::Adopted);
-    const INCOMING: Record = Record::Incoming { id: None };
-
-    #[test]
-    fn a_record_is_read_back_by_whoever_opens_the_image_next() {
-        let (directory, path) = image();
-        let ledger = Ledger::open(&path, directory.path()).unwrap();
-        assert_eq!(ledger.read().unwrap(), None);
-        for record in [Some(&OURS), Some(&INCOMING), None] {
-            ledger.write(record).unwrap();
-            let other = Ledger::open(&path, directory.path()).unwrap();
-            assert_eq!(other.read().unwrap().as_ref(), record);
-        }
-    }
-
-    #[test]
-    fn a_record_in_a_file_counts_where_there_is_no_attribute_and_is_replaced_whole() {
-        let (directory, path) = image();
-        let state = directory.path().join("state/flexnbd");
-        let ledger = Ledger::open(&path, &state).unwrap();
-        ledger.write_file(&INCOMING).unwrap();
-        assert_eq!(ledger.read().unwrap(), Some(INCOMING));
-        ledger.write_file(&OURS).unwrap();
-        assert_eq!(ledger.read().unwrap(), Some(OURS));
-        assert_eq!(fs::read_dir(&state).unwrap().count(), 1);
-        ledger.remove_file().unwrap();
-        assert_eq!(ledger.read().unwrap(), None);
-    }
-
-    #[test]
-    fn a_record_in_a_file_can_be_read_by_others_than_its_writer() {
-        let (directory, path) = image();
-        let ledger = Ledger::open(&path, directory.path()).unwrap();
-        let left = ledger.beside(".new");
-        fs::write(&left, "half of").unwrap();
-        fs::set_permissions(&left, Permissions::from_mode(0o400)).unwrap();
-        ledger.write_file(&OURS).unwrap();
-        let mode = fs::metadata(&ledger.file).unwrap().permissions().mode();
-        assert_eq!((mode & 0o777, left.exists()), (0o644, false));
-    }
-
-    #[test]
-    fn what_is_no_record_is_an_error_and_not_none() {
-        let (directory, path) = image();
-        let ledger = Ledger::open(&path, directory.path()).unwrap();
-        fs::write(&ledger.file, "nonsense").unwrap();
-        assert!(matches!(ledger.read(), Err(LedgerError::Bad { .. })));
-        fs::write(&ledger.file, [b'x'; RECORD_MAX + 9]).unwrap();
-        assert!(matches!(ledger.read(), Err(LedgerError::Bad { .. })));
-    }
-
-    #[test]
-    fn whether_a_record_can_be_kept_is_found_out_without_leaving_one() {
-        let (directory, path) = image();
-        let ledger = Ledger::open(&path, &directory.path().join("state")).unwrap();
-        ledger.check().unwrap();
-        assert_eq!(ledger.read().unwrap(), None);
-        assert_eq!(ledger.image.list_xattr().unwrap().count(), 0);
-    }
-
-    #[test]
-    fn an_unlinked_image_is_gone_with_its_record() {
-        let (directory, path) = image();
-        let ledger = Ledger::open(&path, directory.path()).unwrap();
-        ledger.write_file(&OURS).unwrap();
-        ledger.unlink_image(Some(&OURS)).unwrap();
-        assert!(!path.exists() && !ledger.file.exists());
-        ledger.unlink_image(Some(&OURS)).unwrap();
-        assert_eq!(gone(&path, directory.path()).unwrap(), None, "nobody wanted a note");
-    }
-
-    #[test]
-    fn an_unlinked_image_can_leave_a_note_that_is_no_record_of_the_next_one() {
-        let (directory, path) = image();
-        let state = directory.path().join("state");
-        let mut ledger = Ledger::open(&path, &state).unwrap();
-        ledger.leave_note();
-        ledger.unlink_image(Some(&OURS)).unwrap();
-        assert_eq!(gone(&path, &state).unwrap(), Some(OURS));
-        fs::write(&path, [0; 4096]).unwrap();
-        let next = Ledger::open(&path, &state).unwrap();
-        assert_eq!(next.read().unwrap(), None);
-        next.forget_note().unwrap();
-        assert_eq!(gone(&path, &state).unwrap(), None);
-        next.forget_note().unwrap();
-    }
-
-    #[test]
-    fn a_path_too_long_for_a_record_has_none() {
-        let (directory, _) = image();
-        let long = directory.path().join("d".repeat(250));
-        fs::create_dir(&long).unwrap();
-        fs::write(long.join("disk.img"), [0; 4096]).unwrap();
-        let ledger = Ledger::open(&long.join("disk.img"), directory.path()).unwrap();
-        assert_eq!(ledger.read_file().unwrap(), None);
-        assert!(ledger.write_file(&OURS).is_err());
-    }
-}
+mod tests;

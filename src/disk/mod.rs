@@ -9,9 +9,11 @@
 //! that is to be durable, is an errand ([`errands`]), which takes the visit with it and is done
 //! aside.
 
+mod deletion;
 pub mod dirty;
 pub mod errands;
 mod extents;
+mod file_id;
 mod file_system;
 mod gate;
 mod hearing;
@@ -29,9 +31,11 @@ mod ring;
 #[cfg(test)]
 pub(crate) mod slow;
 pub mod state;
+mod state_file;
 mod syscalls;
 mod zeros;
 
+pub use deletion::{KeptBecause, Named};
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
 pub use image::FileImage;
 pub use lane::{Bell, Call, Lane, Made};

@@ -7,7 +7,9 @@
 //! record has one place for as long as it exists, and a user who cannot write there cannot change
 //! it.
 
-use super::ledger::{LedgerError, NOTE, beside, places};
+use super::file_id::FileId;
+use super::ledger::{LedgerError, NOTE};
+use super::state_file::{self, beside, usual_place};
 use nix::unistd::{Uid, User};
 use std::env;
 use std::ffi::OsString;
@@ -51,29 +53,38 @@ struct Candidates {
     own: Vec<PathBuf>,
 }
 
-/// The state directory for the record of this image: the one that holds it, or else the one for new
-/// records.
+/// The state directory for the record of the image at this absolute path, or of that lasting name:
+/// the one that holds it, or else the one for new records.
 ///
 /// # Errors
 /// When `$STATE_DIRECTORY` cannot be searched.
-pub fn directory_of_record(image: &Path) -> Result<PathBuf, LedgerError> {
-    directory_of(image, "")
+pub(super) fn directory_of_record(
+    image: &Path,
+    id: Option<&FileId>,
+) -> Result<PathBuf, LedgerError> {
+    choose(&Surroundings::here().candidates(), Path::new(SHARED), |directory| {
+        holds_record(&usual_place(directory, image), id)
+    })
 }
 
 /// The same for the note about an image that was deleted ([`super::ledger::gone`]).
 ///
 /// # Errors
 /// As [`directory_of_record`].
-pub fn directory_of_note(image: &Path) -> Result<PathBuf, LedgerError> {
-    directory_of(image, NOTE)
+pub(super) fn directory_of_note(image: &Path) -> Result<PathBuf, LedgerError> {
+    choose(&Surroundings::here().candidates(), Path::new(SHARED), |directory| {
+        is_there(&beside(&usual_place(directory, image), NOTE))
+    })
 }
 
-fn directory_of(image: &Path, suffix: &str) -> Result<PathBuf, LedgerError> {
-    let found = |directory: &Path| -> Result<io::Result<bool>, LedgerError> {
-        let (_, file) = places(image, directory)?;
-        Ok(is_there(&beside(&file, suffix)))
-    };
-    choose(&Surroundings::here().candidates(), Path::new(SHARED), found)
+/// Whether there is a record of the image whose usual place and lasting name these are.
+fn holds_record(usual: &Path, id: Option<&FileId>) -> io::Result<bool> {
+    let has_path = is_there(usual)?;
+    match state_file::find(usual, id) {
+        Ok(found) => Ok(found.entry.is_some()),
+        // To read it will tell why.
+        Err(_) => Ok(has_path),
+    }
 }
 
 impl Surroundings {
@@ -112,15 +123,15 @@ impl Surroundings {
 fn choose(
     candidates: &Candidates,
     shared: &Path,
-    found: impl Fn(&Path) -> Result<io::Result<bool>, LedgerError>,
+    found: impl Fn(&Path) -> io::Result<bool>,
 ) -> Result<PathBuf, LedgerError> {
     let Candidates { ordered, own } = candidates;
-    if matches!(found(shared)?, Ok(true)) {
+    if matches!(found(shared), Ok(true)) {
         return Ok(shared.to_owned());
     }
     let mut for_new = None;
     for directory in own {
-        match found(directory)? {
+        match found(directory) {
             Ok(true) => return Ok(directory.clone()),
             Ok(false) => {
                 for_new.get_or_insert(directory);
@@ -206,10 +217,10 @@ mod tests {
     fn chosen(of: &Surroundings, holding: &[&str], closed: &[&str]) -> Result<String, String> {
         let is_among =
             |directory: &Path, all: &[&str]| all.iter().any(|it| Path::new(it) == directory);
-        let found = |directory: &Path| -> Result<_, LedgerError> {
+        let found = |directory: &Path| {
             let closed = is_among(directory, closed);
             let error = || io::Error::from(io::ErrorKind::PermissionDenied);
-            Ok(if closed { Err(error()) } else { Ok(is_among(directory, holding)) })
+            if closed { Err(error()) } else { Ok(is_among(directory, holding)) }
         };
         let chosen = choose(&of.candidates(), Path::new(SYSTEM), found);
         chosen.map(|path| path.display().to_string()).map_err(|error| error.to_string())

@@ -120,6 +120,18 @@ pub(super) fn is_unsupported(errno: Errno) -> bool {
     matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOTTY)
 }
 
+/// The generation of a file's inode (`FS_IOC_GETVERSION`): another one each time that the number of
+/// the inode is given to a new file.
+pub(super) fn inode_generation(file: &File) -> io::Result<u32> {
+    const REQUEST: nix::sys::ioctl::ioctl_num_type =
+        nix::request_code_read!(b'v', 1, size_of::<libc::c_long>());
+    // Declared with a long, the kernel writes an int.
+    let mut generation = [0_u32; 2];
+    // SAFETY: FS_IOC_GETVERSION writes at most one long, and is given the address of as much.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), REQUEST, &raw mut generation) };
+    if result == 0 { Ok(generation[0]) } else { Err(io::Error::last_os_error()) }
+}
+
 /// An offset or a length as the kernel takes it.
 pub(super) fn to_off_t(bytes: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))

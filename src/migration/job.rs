@@ -336,6 +336,8 @@ pub enum Trouble {
     Cookie(u64),
     /// Something failed here.
     Local(String),
+    /// The ownership record could not be written.
+    Record(String),
     /// Something happened that cannot.
     Confused(&'static str),
 }
@@ -371,6 +373,7 @@ impl fmt::Display for Trouble {
                 write!(f, "the destination answered request {cookie}, which is not outstanding")
             }
             Self::Local(why) => f.write_str(why),
+            Self::Record(why) => write!(f, "the ownership record cannot be kept: {why}"),
             Self::Confused(what) => f.write_str(what),
         }
     }

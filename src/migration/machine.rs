@@ -20,7 +20,8 @@
 //!   acknowledgement, and an answer in `Doubt`: *arrived* (leave), *not arrived and that
 //!   connection is closed for good* (hand over again, or undo when the destination has lost the
 //!   copy). Whatever else happens, the gate stays closed.
-//! * The record *departing* is durable before HANDOVER is sent; *departed* (or the deletion of the
+//! * The record *departing* is durable before HANDOVER is sent, and where it cannot be written the
+//!   migration ends; *departed* (or the deletion of the
 //!   image) comes after the acknowledgement.
 //! * A destination without the private option cannot acknowledge. To it: last write, FLUSH,
 //!   *departing*, deletion if ordered, DISC, *departed*. Its arm is `Farewell`.
@@ -388,7 +389,10 @@ impl Machine {
         match (event, link.peer.token()) {
             (Event::Done, Some(token)) => self.hand_over(now, token),
             (Event::Done, None) => self.listen_once_more(now, link),
-            (Event::Failed(why), _) => self.fail(now, Trouble::Local(why)),
+            // That is no trouble with the link, and to copy again would not make it better.
+            (Event::Failed(why), _) => {
+                self.undo(now, Then::End(Outcome::Failed(Trouble::Record(why))))
+            }
             _ => self.fail(now, Trouble::Confused("the record was written strangely")),
         }
     }

@@ -19,7 +19,6 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -49,10 +48,8 @@ pub trait Witness: Send {
 pub struct Departure {
     /// The disk; its gate is the source's from now on.
     pub disk: Arc<Disk>,
-    /// Where its record is kept; none if it cannot be.
-    pub ledger: Option<Ledger>,
-    /// The image, to be deleted if that is ordered.
-    pub image: PathBuf,
+    /// Where its record is kept, and by which the image is deleted if that is ordered.
+    pub ledger: Ledger,
     /// How to get there.
     pub route: Route,
     /// What is ordered.
@@ -166,8 +163,7 @@ pub struct Source {
     machine: Machine,
     disk: Arc<Disk>,
     dirty: Arc<Dirty>,
-    ledger: Option<Ledger>,
-    image: PathBuf,
+    ledger: Ledger,
     route: Route,
     witness: Box<dyn Witness>,
     desk: Arc<Desk>,
@@ -198,7 +194,7 @@ impl Source {
     /// # Errors
     /// When it cannot begin.
     pub fn new(departure: Departure) -> Result<(Self, Arc<Desk>), NoStart> {
-        let Departure { disk, ledger, image, route, job, witness } = departure;
+        let Departure { disk, ledger, route, job, witness } = departure;
         let machine = Machine::new(job, Duration::ZERO).map_err(NoStart::TooSmall)?;
         let desk = Desk::new().map_err(NoStart::System)?;
         let dirty = disk.track().map_err(NoStart::System)?;
@@ -207,7 +203,6 @@ impl Source {
             disk,
             dirty,
             ledger,
-            image,
             route,
             witness,
             desk: Arc::clone(&desk),
@@ -415,9 +410,8 @@ impl Source {
     }
 
     fn record(&self, note: Note) -> Event {
-        let Some(ledger) = &self.ledger else { return Event::Done };
         let record = self.record_of(note);
-        match ledger.write(record.as_ref()) {
+        match self.ledger.write(record.as_ref()) {
             Ok(()) => Event::Done,
             Err(error) => Event::Failed(error.to_string()),
         }
@@ -430,11 +424,8 @@ impl Source {
 
     fn unlink(&self) -> Event {
         let last = self.record_of(Note::Departed);
-        let unlinked = match &self.ledger {
-            Some(ledger) => ledger.unlink_image(last.as_ref()).map_err(|error| error.to_string()),
-            None => std::fs::remove_file(&self.image).map_err(|error| error.to_string()),
-        };
-        unlinked.map_or_else(Event::Failed, |()| Event::Done)
+        let deleted = self.ledger.delete_image(last.as_ref(), self.machine.job().size);
+        deleted.map_or_else(|error| Event::Failed(error.to_string()), |()| Event::Done)
     }
 
     fn tally(&self, now: Duration) -> Tally {

@@ -5,11 +5,12 @@ use super::page::numbers;
 use super::roff::Page;
 use super::{must_be_meant, ours, read};
 use flexnbd::cli::MODES;
+use flexnbd::disk::ledger::LedgerError;
 use flexnbd::disk::ownership::{
     self, BadRecord, ForListen, ForServe, Id, PLACE_MAX, Place, RECORD_MAX, Record, Title,
     for_adopt, for_listen, for_serve,
 };
-use flexnbd::disk::{dirty, hold, ledger, state};
+use flexnbd::disk::{KeptBecause, dirty, hold, ledger, state};
 use flexnbd::migration::job::{Job, SIZE_MIN, Trouble};
 use flexnbd::migration::machine::RETRY_EVERY;
 use flexnbd::migration::pace::{AIM_FOR, AIM_SHARE, CHUNK_MIN, Chase};
@@ -239,6 +240,7 @@ fn troubles() -> Vec<String> {
         Trouble::Stuck(Duration::from_secs(1)),
         Trouble::ErrorReply(5),
         Trouble::Cookie(1),
+        Trouble::Record(reason()),
     ];
     troubles.iter().map(|trouble| without_numbers(&trouble.to_string())).collect()
 }
@@ -259,7 +261,7 @@ fn the_reasons_for_which_mirror_fails_are_told_in_the_words_of_the_program() {
     let sources = without_numbers(&daemon());
     let is_reply = |item: &&String| sources.contains(item.as_str());
     let (replies, reasons): (Vec<_>, Vec<_>) = items.iter().partition(is_reply);
-    assert_eq!(replies.len(), 8, "not all of {replies:#?} are told, or more");
+    assert_eq!(replies.len(), 9, "not all of {replies:#?} are told, or more");
     begin_like(&reasons.into_iter().cloned().collect::<Vec<_>>(), &troubles());
 }
 
@@ -281,12 +283,24 @@ fn the_reasons_for_which_an_image_is_refused_are_told_in_the_words_of_the_progra
         ownership::Refusal::Adopted,
     ];
     let bad = [BadRecord::Garbage(String::new()), BadRecord::Version("2".to_owned())];
+    let path = || std::path::PathBuf::from("IMAGE");
+    let error = || std::io::Error::from(std::io::ErrorKind::StorageFull);
+    let file = Box::new(LedgerError::Io { path: path(), source: error() });
+    let records = [
+        LedgerError::Nowhere { image: path(), attribute: error(), file },
+        LedgerError::NotDeleted { path: path(), why: KeptBecause::Io(error()) },
+        LedgerError::Contradiction { image: path(), file: "FILE".into() },
+    ];
     let messages = refusals.iter().map(|refusal| refusal.explain("IMAGE"));
+    let messages = messages.chain(records.iter().map(ToString::to_string));
     let messages = messages.chain(bad.iter().map(ToString::to_string));
     let page = page();
     let items = page.items("MESSAGES/Why an image is refused");
     begin_like(
-        &items.into_iter().map(without_numbers).collect::<Vec<_>>(),
+        &items
+            .into_iter()
+            .map(|item| without_numbers(item).replace("REASON", ""))
+            .collect::<Vec<_>>(),
         &messages.map(|message| without_numbers(&message)).collect::<Vec<_>>(),
     );
 }

@@ -133,7 +133,7 @@ fn a_server_that_does_not_answer_in_time_is_given_up() {
 #[test]
 fn the_end_of_a_migration_is_heard_and_so_is_the_end_of_the_server_before_it() {
     let to = "10.0.0.1:1".parse().unwrap();
-    let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None };
+    let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None, no_record: false };
     let asking = |talk: fn(UnixStream)| {
         let directory = directory();
         let path = directory.path().join("control.sock");

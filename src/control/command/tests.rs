@@ -14,7 +14,13 @@ fn at_end(wire: &[u8]) -> Result<Command, Refusal> {
 }
 
 fn mirror(to: &str) -> Mirror {
-    Mirror { to: to.parse().unwrap(), action: Action::Exit, bind: None, max_bps: None }
+    Mirror {
+        to: to.parse().unwrap(),
+        action: Action::Exit,
+        bind: None,
+        max_bps: None,
+        no_record: false,
+    }
 }
 
 fn acl(entries: &[&str]) -> Command {
@@ -70,7 +76,7 @@ fn mirror_without_an_action_exits_when_done() {
 
 #[test]
 fn every_wrong_argument_has_its_own_refusal() {
-    let cases: [(&[u8], Refusal); 17] = [
+    let cases: [(&[u8], Refusal); 18] = [
         (b"\n", Refusal::MissingCommand),
         (b"dance\n\n", Refusal::UnknownCommand),
         (b"STATUS\n\n", Refusal::UnknownCommand),
@@ -82,7 +88,8 @@ fn every_wrong_argument_has_its_own_refusal() {
         (b"mirror\n10.0.0.1\n1\nstay\n\n", Refusal::BadAction),
         (b"mirror\n10.0.0.1\n1\nexit\nhere\n\n", Refusal::BadBindAddress),
         (b"mirror\n10.0.0.1\n1\nexit\n::1\nfast\n\n", Refusal::MaxBpsNotANumber),
-        (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nmore\n\n", Refusal::MirrorWithTooMuch),
+        (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nmore\n\n", Refusal::BadRecordWord),
+        (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nno-record\nmore\n\n", Refusal::MirrorWithTooMuch),
         (b"mirror_max_bps\n\n", Refusal::MaxBpsMissing),
         (b"mirror_max_bps\n-1\n\n", Refusal::MaxBpsNotANumber),
         (b"mirror_max_bps\n1.5\n\n", Refusal::MaxBpsNotANumber),
@@ -171,12 +178,14 @@ fn any_ip() -> impl Strategy<Value = IpAddr> {
 fn any_mirror() -> impl Strategy<Value = Mirror> {
     let bind = any_ip().prop_filter("unspecified means none", |ip| !ip.is_unspecified());
     let action = proptest::sample::select(&Action::ALL[..]);
-    (any_ip(), 1u16.., action, proptest::option::of(bind), any::<Option<u64>>()).prop_map(
-        |(ip, port, action, bind, max_bps)| Mirror {
+    let limit = (any::<Option<u64>>(), any::<bool>());
+    (any_ip(), 1u16.., action, proptest::option::of(bind), limit).prop_map(
+        |(ip, port, action, bind, (max_bps, no_record))| Mirror {
             to: SocketAddr::new(ip, port),
             action,
             bind,
-            max_bps,
+            max_bps: max_bps.filter(|limit| *limit > 0 || !no_record),
+            no_record,
         },
     )
 }

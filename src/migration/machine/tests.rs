@@ -284,7 +284,8 @@ fn a_failure_behind_the_closed_gate_takes_back_link_record_and_gate_in_this_orde
     assert_eq!(rig.give(Event::Failed("disk full".to_owned())), &Action::HangUp);
     assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
     assert_eq!(rig.give(Event::Done), &Action::OpenGate);
-    assert!(matches!(rig.give(Event::Done), Action::Wait { .. }));
+    let failed = Outcome::Failed(Trouble::Record("disk full".to_owned()));
+    assert_eq!(rig.give(Event::Done), &Action::End(failed), "and nothing is tried again");
 }
 
 #[test]

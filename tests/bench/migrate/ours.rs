@@ -72,7 +72,8 @@ impl Sides {
     /// When the source refuses or gives up, or a side does not end with success.
     pub(super) fn migrate(mut self, max_bps: Option<u64>) -> Result<Moved, Trouble> {
         let ordered = Instant::now();
-        let mirror = Mirror { to: self.to, action: Action::Exit, bind: None, max_bps };
+        let mirror =
+            Mirror { to: self.to, action: Action::Exit, bind: None, max_bps, no_record: false };
         let summary = order(self.control.clone(), mirror)?;
         let source = self.source.succeeds(END_TIME_MAX)?;
         let destination = self.destination.succeeds(END_TIME_MAX)?;

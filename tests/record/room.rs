@@ -1,0 +1,134 @@
+//! Records where there is no room for them: kept elsewhere, or the order is refused.
+
+use crate::common::server::Target;
+use crate::common::{DEADLINE, MIB, comes_true, read_at};
+use crate::fixture::{Host, STARTED, directory};
+use crate::medium::Medium;
+use crate::{image, refused_by_serve};
+use std::fs;
+use std::path::Path;
+
+/// A directory that nothing can be made in.
+const NOWHERE: &str = "/dev/null/flexnbd";
+
+fn hosts(directory: &Path, root: &Path) -> (Host, Host) {
+    let (mut from, to) = (Host::new(root, "a"), Host::new(directory, "b"));
+    from.control = directory.join("a.sock");
+    image(&from, b"precious");
+    image(&to, b"old bytes");
+    (from, to)
+}
+
+/// On a full file system the record goes to the state directory, and holds.
+fn moves_from_a_full_disk(inode_bytes: u32) {
+    let directory = directory("/var/tmp");
+    let Some(medium) = Medium::ext4(directory.path(), inode_bytes) else { return };
+    let (from, to) = hosts(directory.path(), &medium.root);
+    let state = directory.path().join("state");
+    fs::create_dir(&state).unwrap();
+    let from = from.env("STATE_DIRECTORY", state.to_str().unwrap());
+    let (mut serving, mut listening) = (from.serve(), to.listen());
+    medium.fill();
+    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    assert_eq!(read_at(&to.image, 0, 8), b"precious");
+    let told = refused_by_serve(&from);
+    assert!(told.contains("has moved to"), "{told}");
+    let kept: Vec<_> = fs::read_dir(&state).unwrap().map(|e| e.unwrap().path()).collect();
+    assert_eq!(kept.len(), 1, "one record and nothing else: {kept:?}");
+    assert!(fs::read_to_string(&kept[0]).unwrap().starts_with("flexnbd 1 departed "));
+}
+
+#[test]
+fn a_full_disk_is_recorded_in_the_state_directory() {
+    moves_from_a_full_disk(256);
+}
+
+#[test]
+fn small_inodes_on_a_full_disk_are_recorded_too() {
+    moves_from_a_full_disk(128);
+}
+
+#[test]
+fn mirror_is_refused_when_no_record_can_be_kept() {
+    let directory = directory("/var/tmp");
+    let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
+    let (from, to) = hosts(directory.path(), &medium.root);
+    let from = from.env("STATE_DIRECTORY", NOWHERE);
+    let (mut serving, mut listening) = (from.serve(), to.listen());
+    medium.fill();
+    for action in ["exit", "unlink"] {
+        let reply = from.mirror_to(to.address, &[action]);
+        assert!(reply.starts_with("1: no ownership record can be kept"), "{reply}");
+        assert!(reply.contains("user.flexnbd") && reply.contains(NOWHERE), "{reply}");
+        assert!(reply.contains("--no-record"), "{reply}");
+    }
+    assert_eq!(from.status_of("is_mirroring"), "false");
+    assert!(serving.is_running() && listening.is_running());
+
+    // An operator's explicit word.
+    let to_address = to.address;
+    let reply = from.mirror_to(to_address, &["exit", "0.0.0.0", "0", "no-record"]);
+    assert_eq!(reply, STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(serving.stderr().contains("without an ownership record"), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    // Which is what it costs.
+    assert_eq!(from.record(), "");
+    drop(from.serve());
+}
+
+#[test]
+fn listen_is_refused_when_no_record_can_be_kept() {
+    let directory = directory("/var/tmp");
+    let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
+    let (to, from) = hosts(directory.path(), &medium.root);
+    medium.fill();
+    let to = to.env("STATE_DIRECTORY", NOWHERE);
+    let place = || Target::Tcp(to.address);
+    let mut refused = to.mode("listen").at(place()).launch();
+    assert_eq!(refused.wait_for_end().code(), Some(78), "{}", refused.stderr());
+    assert!(refused.stderr().contains("--no-record"), "{}", refused.stderr());
+
+    // An image that is made has to be recorded at once, and is not left behind without.
+    fs::remove_file(&to.image).unwrap();
+    let mut refused = to.mode("listen").args(["--create", "4M"]).at(place()).launch();
+    assert_eq!(refused.wait_for_end().code(), Some(78), "{}", refused.stderr());
+    assert!(!to.image.exists(), "an empty image that serve would take for a disk");
+
+    image(&to, b"");
+    let mut listening = to.mode("listen").args(["--no-record"]).start();
+    let mut serving = from.serve();
+    medium.empty();
+    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+}
+
+/// The record could be kept when the migration began, and cannot when it is to be written.
+#[test]
+fn a_record_that_fails_later_ends_the_migration() {
+    let directory = directory("/var/tmp");
+    let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
+    let (from, to) = hosts(directory.path(), &medium.root);
+    let from = from.env("STATE_DIRECTORY", NOWHERE);
+    crate::common::write_at(&from.image, 0, &crate::common::noise(2 * MIB as usize, 1));
+    let (mut serving, _listening) = (from.serve(), to.listen());
+    assert_eq!(from.mirror_to(to.address, &["exit", "0.0.0.0", "300000"]), STARTED);
+    medium.fill();
+    from.order(&["mirror_max_bps", "0"]);
+    serving.wait_for_stderr("the ownership record cannot be kept");
+    let over = comes_true(DEADLINE, || from.status_of("is_mirroring") == "false");
+    assert!(over, "it is tried again: {}", serving.stderr());
+    let status = from.status();
+    assert!(status["migration_failed"].contains("record"), "{status:?}");
+    assert_eq!(status["ownership"], "none");
+    assert!(serving.is_running());
+    let mut wire = crate::common::raw::Wire::haggle(serving.target(), 3);
+    wire.still_haggles();
+    medium.empty();
+    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert_eq!(from.record(), "departed");
+}
