@@ -103,7 +103,7 @@ mod tests {
         assert_eq!(told(None), format!("{start}none"));
         assert_eq!(told(Some(Record::Incoming { id: None })), format!("{start}incoming"));
         assert_eq!(told(Some(Record::Ours(Title::Adopted))), format!("{start}ours"));
-        let departing = Record::Departing { id, before: Title::Native, to: to.clone() };
+        let departing = Record::Departing { id, before: Title::Native, to: to.clone(), from: None };
         let expected = format!("{start}departing moving_to=192.0.2.7:10809");
         assert_eq!(told(Some(departing)), expected);
         let departed = Record::Departed { id, when: 1_700_000_000, to };

@@ -209,6 +209,8 @@ fn job(ground: &Ground, order: &Mirror) -> Result<Job, Reply> {
     let to = Place::new(&order.to.to_string())
         .ok_or_else(|| Reply::refused("the destination's address is too long"))?;
     let mut job = Job::new(id, ground.disk.size(), to, ground.title);
+    // An address that stands for any is no choice.
+    job.from = order.bind.filter(|ip| !ip.is_unspecified());
     job.unlink = order.action == Action::Unlink;
     job.speed = order.max_bps.and_then(NonZeroU64::new);
     job.patience = patience(env::var(PATIENCE_VARIABLE).ok().as_deref()).unwrap_or(job.patience);
@@ -253,6 +255,32 @@ fn refused(trouble: &Trouble) -> Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::memory::MemoryImage;
+    use crate::disk::ownership::Record;
+    use crate::migration::job::Note;
+
+    #[test]
+    fn the_departing_record_keeps_the_address_bound_to() {
+        let ground = Ground {
+            disk: Arc::new(Disk::new(Box::new(MemoryImage::new(1 << 20)), false)),
+            image: PathBuf::new(),
+            title: Title::Native,
+            events: mpsc::channel().0,
+        };
+        let recorded = |bind: Option<&str>| {
+            let bind = bind.map(|ip| ip.parse().unwrap());
+            let to = "192.0.2.1:7".parse().unwrap();
+            let order = Mirror { to, action: Action::Exit, bind, max_bps: None, no_record: false };
+            let Ok(job) = job(&ground, &order) else { panic!("no job") };
+            match job.record(Note::Departing, 0) {
+                Some(Record::Departing { from, .. }) => from.map(|ip| ip.to_string()),
+                record => panic!("{record:?}"),
+            }
+        };
+        assert_eq!(recorded(Some("192.0.2.9")).as_deref(), Some("192.0.2.9"));
+        assert_eq!(recorded(Some("::")), None, "any address is no choice");
+        assert_eq!(recorded(None), None);
+    }
 
     #[test]
     fn patience_is_what_the_variable_says_up_to_the_longest() {

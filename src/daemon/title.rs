@@ -16,6 +16,7 @@ use crate::migration::wire::Question;
 use crate::net::Address;
 use crate::systemd::{Notifier, message_id};
 use std::env;
+use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, SystemTime};
 use tracing::{info, warn};
@@ -82,23 +83,25 @@ pub(super) fn to_serve(
             Ok(title)
         }
         ForServe::Refuse(denial) => Err(denied(plan, &denial)),
-        ForServe::Ask { id, to, before, unless } => match what_became_of(id, size, &to, notifier) {
-            Fate::NotArrived => {
-                info!(
-                    "flexnbd.migration" = %id, "flexnbd.destination" = %to,
-                    "{to} says that the disk has not arrived there: serving it here again"
-                );
-                ledger.write(before.record().as_ref()).map_err(Refusal::Record)?;
-                Ok(before)
+        ForServe::Ask { id, to, from, before, unless } => {
+            match what_became_of((id, size), (&to, from), notifier) {
+                Fate::NotArrived => {
+                    info!(
+                        "flexnbd.migration" = %id, "flexnbd.destination" = %to,
+                        "{to} says that the disk has not arrived there: serving it here again"
+                    );
+                    ledger.write(before.record().as_ref()).map_err(Refusal::Record)?;
+                    Ok(before)
+                }
+                Fate::Arrived => {
+                    let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+                    let departed = Record::Departed { id, when, to: to.clone() };
+                    ledger.write(Some(&departed)).map_err(Refusal::Record)?;
+                    Err(denied(plan, &ownership::Refusal::Departed { id, when, to }))
+                }
+                Fate::Unknown => Err(denied(plan, &unless)),
             }
-            Fate::Arrived => {
-                let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
-                let departed = Record::Departed { id, when, to: to.clone() };
-                ledger.write(Some(&departed)).map_err(Refusal::Record)?;
-                Err(denied(plan, &ownership::Refusal::Departed { id, when, to }))
-            }
-            Fate::Unknown => Err(denied(plan, &unless)),
-        },
+        }
     }
 }
 
@@ -183,14 +186,19 @@ fn name_of(record: Option<&Record>) -> &'static str {
     record.map_or("none", Record::name)
 }
 
-fn what_became_of(id: Id, size: u64, to: &Place, notifier: &Notifier) -> Fate {
+/// Asks `to`, from the local address `from` if there is one, about the disk of that id and size.
+fn what_became_of(
+    (id, size): (Id, u64),
+    (to, from): (&Place, Option<IpAddr>),
+    notifier: &Notifier,
+) -> Fate {
     let Some(address) = address_of(to) else { return Fate::Unknown };
     info!(
         "flexnbd.migration" = %id, "flexnbd.destination" = %to,
         "asking {to} whether the disk has arrived there"
     );
     tell(notifier.status(&format!("asking {to} whether the disk has arrived there")));
-    let route = Route { to: address, bind: None };
+    let route = Route { to: address, bind: from };
     for tries_left in (0..ASK_TRIES).rev() {
         tell(notifier.extend_timeout(ASK_LONGEST));
         match source::ask(&route, &Question { size, id }) {

@@ -13,10 +13,12 @@
 //! ```
 //!
 //! The record is one line of text, `flexnbd 1 STATE key=value …`, ended by a newline, so that an
-//! operator can read it with `getfattr` or `cat`. A line that is not exactly one that we write is
+//! operator can read it with `getfattr` or `cat`. What version 1 has no field for is version 2:
+//! *departing* from a local address that the operator chose. A line that is not exactly one that we write is
 //! an error, and an error means that nobody serves the disk: see [`BadRecord`].
 
 use std::fmt;
+use std::net::IpAddr;
 
 /// Longest record in bytes. An extended attribute of this size fits every file system that has
 /// them.
@@ -28,6 +30,9 @@ pub const PLACE_MAX: usize = 255;
 /// What every record starts with: whose it is, and the version of its form.
 const FAMILY: &str = "flexnbd";
 const VERSION: &str = "1";
+/// The version of a record that [`VERSION`] has no field for: earlier programs say that they do not
+/// know it, and refuse the disk.
+const VERSION_WITH_FROM: &str = "2";
 
 /// A migration's name: 128 random bits, chosen by its source.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -130,6 +135,8 @@ pub enum Record {
         before: Title,
         /// Who knows.
         to: Place,
+        /// The local address to ask from, if the operator chose one (`mirror --bind`).
+        from: Option<IpAddr>,
     },
     /// Handed over; not to be served from here.
     Departed {
@@ -150,12 +157,20 @@ impl Record {
             Self::Incoming { id: None } => "incoming id=-".to_owned(),
             Self::Incoming { id: Some(id) } => format!("incoming id={id}"),
             Self::Ours(title) => format!("ours title={}", encode_title(*title)),
-            Self::Departing { id, before, to } => {
-                format!("departing id={id} before={} to={to}", encode_title(*before))
+            Self::Departing { id, before, to, from } => {
+                let from = from.map_or_else(String::new, |ip| format!(" from={ip}"));
+                format!("departing id={id} before={}{from} to={to}", encode_title(*before))
             }
             Self::Departed { id, when, to } => format!("departed id={id} when={when} to={to}"),
         };
-        format!("{FAMILY} {VERSION} {body}\n")
+        format!("{FAMILY} {} {body}\n", self.version())
+    }
+
+    fn version(&self) -> &'static str {
+        match self {
+            Self::Departing { from: Some(_), .. } => VERSION_WITH_FROM,
+            _ => VERSION,
+        }
     }
 
     /// The record that `bytes` are.
@@ -167,13 +182,17 @@ impl Record {
         let line = std::str::from_utf8(bytes).ok().and_then(|text| text.strip_suffix('\n'));
         let rest = line.and_then(|line| line.strip_prefix(FAMILY)?.strip_prefix(' '));
         let (version, body) = rest.and_then(|rest| rest.split_once(' ')).ok_or_else(garbage)?;
-        if version != VERSION {
+        if ![VERSION, VERSION_WITH_FROM].contains(&version) {
             let plain = version.len() <= 9 && version.bytes().all(|b| b.is_ascii_digit());
             return Err(if plain { BadRecord::Version(version.to_owned()) } else { garbage() });
         }
-        let record = decode_body(body).ok_or_else(garbage)?;
         // One way to write it, one way to read it: a leading zero is as foreign as a typing error.
-        if record.encode().as_bytes() == bytes { Ok(record) } else { Err(garbage()) }
+        let record = decode_body(body).filter(|record| record.encode().as_bytes() == bytes);
+        // A later program may use the second version for more than this one does.
+        record.ok_or_else(|| match version {
+            VERSION => garbage(),
+            version => BadRecord::Version(version.to_owned()),
+        })
     }
 
     /// The record's name, as messages and `status` call it.
@@ -215,22 +234,34 @@ fn decode_body(body: &str) -> Option<Record> {
         },
         "ours" => decode_title(rest.strip_prefix("title=")?)?.record(),
         "departing" => {
-            let (id, before, to) = decode_leaving(rest, "before=")?;
-            Some(Record::Departing { id, before: decode_title(before)?, to })
+            let (id, before, rest) = decode_leaving(rest, "before=")?;
+            let (from, to) = match rest.strip_prefix("from=") {
+                None => (None, rest),
+                Some(rest) => {
+                    let (ip, to) = rest.split_once(' ')?;
+                    (Some(ip.parse().ok()?), to)
+                }
+            };
+            Some(Record::Departing { id, before: decode_title(before)?, to: decode_to(to)?, from })
         }
         "departed" => {
             let (id, when, to) = decode_leaving(rest, "when=")?;
-            Some(Record::Departed { id, when: when.parse().ok()?, to })
+            Some(Record::Departed { id, when: when.parse().ok()?, to: decode_to(to)? })
         }
         _ => None,
     }
 }
 
-/// `id=… KEY… to=…`: the place comes last, since it may hold spaces.
-fn decode_leaving<'a>(rest: &'a str, key: &str) -> Option<(Id, &'a str, Place)> {
+/// `id=… KEY… REST`.
+fn decode_leaving<'a>(rest: &'a str, key: &str) -> Option<(Id, &'a str, &'a str)> {
     let (id, rest) = rest.strip_prefix("id=")?.split_once(' ')?;
-    let (value, to) = rest.strip_prefix(key)?.split_once(' ')?;
-    Some((Id::parse(id)?, value, Place::new(to.strip_prefix("to=")?)?))
+    let (value, rest) = rest.strip_prefix(key)?.split_once(' ')?;
+    Some((Id::parse(id)?, value, rest))
+}
+
+/// `to=…`: the place comes last, since it may hold spaces.
+fn decode_to(to: &str) -> Option<Place> {
+    Place::new(to.strip_prefix("to=")?)
 }
 
 /// The start of what was found, fit for one line of a message.
@@ -253,8 +284,8 @@ impl fmt::Display for BadRecord {
         match self {
             Self::Version(version) => write!(
                 f,
-                "its ownership record has version {version}, and this flexnbd knows version \
-                 {VERSION} only; use the flexnbd that wrote it"
+                "its ownership record has version {version}, in a form that this flexnbd does not \
+                 know; use the flexnbd that wrote it"
             ),
             Self::Garbage(start) => write!(
                 f,
@@ -280,6 +311,8 @@ pub enum ForServe {
         id: Id,
         /// Whom to ask.
         to: Place,
+        /// The local address to ask from, if there is one on record.
+        from: Option<IpAddr>,
         /// What to record when the answer is no.
         before: Title,
         /// What to say when the answer is anything else.
@@ -299,9 +332,10 @@ pub fn for_serve(record: Option<&Record>) -> ForServe {
         Some(Record::Departed { id, when, to }) => {
             ForServe::Refuse(Refusal::Departed { id: *id, when: *when, to: to.clone() })
         }
-        Some(Record::Departing { id, before, to }) => ForServe::Ask {
+        Some(Record::Departing { id, before, to, from }) => ForServe::Ask {
             id: *id,
             to: to.clone(),
+            from: *from,
             before: *before,
             unless: Refusal::Departing { id: *id, to: to.clone() },
         },

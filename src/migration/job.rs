@@ -7,6 +7,7 @@ use crate::disk::dirty::BLOCK;
 use crate::disk::ownership::{Id, Place, Record, Title};
 use crate::range::Range;
 use std::fmt;
+use std::net::IpAddr;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ pub struct Job {
     pub size: u64,
     /// Where to.
     pub to: Place,
+    /// The local address to connect from, if the operator chose one.
+    pub from: Option<IpAddr>,
     /// Delete the image once the destination has it.
     pub unlink: bool,
     /// What the disk is if the handover does not happen.
@@ -45,6 +48,7 @@ impl Job {
             id,
             size,
             to,
+            from: None,
             unlink: false,
             before,
             speed: None,
@@ -66,7 +70,7 @@ impl Job {
         let (id, before, to) = (self.id, self.before, self.to.clone());
         match note {
             Note::Before => before.record(),
-            Note::Departing => Some(Record::Departing { id, before, to }),
+            Note::Departing => Some(Record::Departing { id, before, to, from: self.from }),
             Note::Departed => Some(Record::Departed { id, when, to }),
         }
     }

@@ -378,6 +378,26 @@ fn a_source_that_binds_an_address_comes_from_there() {
 }
 
 #[test]
+fn a_restarted_source_asks_from_the_address_on_record() {
+    const ID: &str = "07070707070707070707070707070707";
+    let directory = directory(PLACES[1]);
+    let [source, destination] = ["source", "dest"].map(|name| Host::new(directory.path(), name));
+    for host in [&source, &destination] {
+        stamped_image(&host.image, SIZE);
+    }
+    let set = |host: &Host, record: String| {
+        xattr::set(&host.image, "user.flexnbd", record.as_bytes()).unwrap();
+    };
+    set(&destination, format!("flexnbd 1 incoming id={ID}\n"));
+    let to = destination.address;
+    set(&source, format!("flexnbd 2 departing id={ID} before=native from=127.0.0.7 to={to}\n"));
+    let mut listening = destination.mode("listen").args(["127.0.0.7"]).start();
+    assert!(source.serve().stop().success(), "it says that the disk has not arrived");
+    assert_eq!(source.record(), "");
+    assert_eq!(listening.stop().code(), Some(1), "nothing has arrived");
+}
+
+#[test]
 fn a_second_mirror_is_refused_while_the_first_waits_for_its_hello() {
     let source = Source::new();
     let (told, connected) = mpsc::channel();

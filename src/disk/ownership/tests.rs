@@ -10,7 +10,7 @@ fn place() -> Place {
 }
 
 fn departing() -> Record {
-    Record::Departing { id: ID, before: Title::Native, to: place() }
+    Record::Departing { id: ID, before: Title::Native, to: place(), from: None }
 }
 
 fn departed() -> Record {
@@ -58,7 +58,8 @@ fn an_adopted_disk_is_served_and_another_needs_overwrite() {
 fn a_departing_disk_is_served_only_after_asking_and_never_received_into() {
     let record = departing();
     let refusal = Refusal::Departing { id: ID, to: place() };
-    let ask = ForServe::Ask { id: ID, to: place(), before: Title::Native, unless: refusal.clone() };
+    let (to, unless) = (place(), refusal.clone());
+    let ask = ForServe::Ask { id: ID, to, from: None, before: Title::Native, unless };
     assert_eq!(for_serve(Some(&record)), ask);
     for overwrite in [false, true] {
         assert_eq!(for_listen(Some(&record), overwrite), ForListen::Refuse(refusal.clone()));
@@ -101,8 +102,10 @@ fn a_refusal_names_the_image_the_record_the_host_and_the_command() {
 
 #[test]
 fn a_record_of_another_version_is_told_apart_from_garbage() {
-    let found = Record::decode(b"flexnbd 2 something new\n");
-    assert_eq!(found, Err(BadRecord::Version("2".to_owned())));
+    for version in ["2", "3"] {
+        let found = Record::decode(format!("flexnbd {version} something new\n").as_bytes());
+        assert_eq!(found, Err(BadRecord::Version(version.to_owned())));
+    }
 }
 
 #[test]
@@ -130,6 +133,39 @@ fn what_we_would_not_write_ourselves_is_garbage() {
 }
 
 #[test]
+fn a_departing_record_keeps_the_local_address_to_ask_from() {
+    let id = "abababababababababababababababab";
+    for ip in ["192.0.2.9", "2001:db8::9"] {
+        let from = Some(ip.parse().unwrap());
+        let record = Record::Departing { id: ID, before: Title::Native, to: place(), from };
+        let text =
+            format!("flexnbd 2 departing id={id} before=native from={ip} to=192.0.2.7 4779\n");
+        assert_eq!(record.encode(), text);
+        assert_eq!(Record::decode(text.as_bytes()), Ok(record.clone()));
+        assert!(
+            matches!(for_serve(Some(&record)), ForServe::Ask { from: told, .. } if told == from)
+        );
+    }
+}
+
+#[test]
+fn a_departing_record_without_local_address_has_version_1() {
+    let id = "abababababababababababababababab";
+    let text = format!("flexnbd 1 departing id={id} before=native to=192.0.2.7 4779\n");
+    assert_eq!(departing().encode(), text);
+    assert_eq!(Record::decode(text.as_bytes()), Ok(departing()));
+    for wrong in [
+        text.replace("flexnbd 1", "flexnbd 2"),
+        text.replace(" to=", " from=192.0.2.9 to="),
+        text.replace("flexnbd 1", "flexnbd 2").replace(" to=", " from=nowhere to="),
+        format!("flexnbd 2 ours title={id}\n"),
+    ] {
+        let found = Record::decode(wrong.as_bytes());
+        assert!(found.is_err(), "{wrong:?} was read as {found:?}");
+    }
+}
+
+#[test]
 fn a_place_fits_a_record_and_holds_no_control_character() {
     assert!(Place::new(&"x".repeat(PLACE_MAX)).is_some());
     assert!(Place::new(&"x".repeat(PLACE_MAX + 1)).is_none());
@@ -141,7 +177,12 @@ fn a_place_fits_a_record_and_holds_no_control_character() {
 fn the_longest_record_fits() {
     let to = Place::new(&"x".repeat(PLACE_MAX)).unwrap();
     let before = Title::Arrived(ID);
-    assert!(Record::Departing { id: ID, before, to: to.clone() }.encode().len() <= RECORD_MAX);
+    let from = Some("0:0:0:0:0:ffff:255.255.255.255".parse().unwrap());
+    let longest = Some("1111:2222:3333:4444:5555:6666:7777:8888".parse().unwrap());
+    for from in [from, longest] {
+        let record = Record::Departing { id: ID, before, to: to.clone(), from };
+        assert!(record.encode().len() <= RECORD_MAX);
+    }
     assert!(Record::Departed { id: ID, when: u64::MAX, to }.encode().len() <= RECORD_MAX);
 }
 
@@ -160,7 +201,8 @@ fn any_record() -> impl Strategy<Value = Record> {
     prop_oneof![
         proptest::option::of(id()).prop_map(|id| Record::Incoming { id }),
         any_title().prop_filter_map("a title on record", Title::record),
-        (id(), any_title(), to()).prop_map(|(id, before, to)| Record::Departing { id, before, to }),
+        (id(), any_title(), to(), any::<Option<std::net::IpAddr>>())
+            .prop_map(|(id, before, to, from)| Record::Departing { id, before, to, from }),
         (id(), any::<u64>(), to()).prop_map(|(id, when, to)| Record::Departed { id, when, to }),
     ]
 }
