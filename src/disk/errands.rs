@@ -4,74 +4,61 @@
 //! visit that it was begun with: whoever closes the gate waits for it. What it changes is marked
 //! when the bytes are there, before anybody is told.
 //!
+//! A change that overlaps an earlier one in flight, of whichever session, waits for it in a queue,
+//! and holds no visit meanwhile. A zeroing or trim is made in parts ([`super::parts`]), and gives
+//! its visit up between two of them when the gate is closed. What waits is dropped with its session.
+//!
 //! What is to be durable is gathered until [`Errands::submit`]: one write is then made durable by
 //! itself, which leaves alone what others wrote; several things are written, and made durable by one
 //! flush.
 //!
-//! Where the image has no lane, or none can be had, the same errands are run at once, while the
-//! session waits. Never begins anything by itself, and holds a bounded number of bytes.
+//! Where the image has no lane, or none can be had, threads make the same calls (`helpers`). Never
+//! begins anything by itself, and holds a bounded number of bytes.
 
-use super::hearing::{Listening, Others};
-use super::lane::{Bell, Call, Lane, Made};
+use super::hearing::Others;
+use super::helpers::Completions;
+use super::inflight::Change;
+use super::lane::{Bell, Call, Made};
+use super::parts::PartSizes;
+use super::write_behind::WriteBehind;
 use super::{Disk, Visit, Zeroing, errno_of, zeros};
 use crate::range::Range;
 use nix::errno::Errno;
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
+pub use work::Work;
+use work::{Errand, Gathered, Queued, Then, Way};
+
+mod work;
 
 /// How many errands of one session may be under way.
 pub const UNDER_WAY_MAX: usize = 128;
 /// How many bytes they may hold, unless it is one alone.
 pub const BYTES_MAX: usize = 2 << 20;
 
-/// What can be done aside.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Work {
-    /// Brings the range into memory, so that [`Visit::read_now`] is likely to find it. Never fails.
-    Load(Range),
-    /// Asks the kernel to bring the range into memory (`NBD_CMD_CACHE`).
-    Prefetch(Range),
-    /// Makes everything durable that any visit wrote before.
-    Flush,
-    /// Writes all of `data`; zeros that would go into a hole leave it one.
-    Write {
-        /// Where, in bytes.
-        offset: u64,
-        /// What.
-        data: Vec<u8>,
-        /// Over only once it is on stable storage (`NBD_CMD_FLAG_FUA`).
-        durable: bool,
-    },
-    /// Makes the range read as zeros, to the byte.
-    Zero {
-        /// Where.
-        range: Range,
-        /// With or without a hole.
-        how: Zeroing,
-        /// As for a write.
-        durable: bool,
-    },
-    /// Gives back what can be given back of the range, of which the bytes may then read as
-    /// anything. That the image cannot is no error.
-    Trim {
-        /// Where.
-        range: Range,
-        /// As for a write.
-        durable: bool,
-    },
-}
-
 /// The errands of one session. `T` is what it wants back with the outcome of each.
 ///
-/// Dropping them waits until all are over; what became of them is then not told.
+/// Dropping them drops those that wait, and waits for those that have begun, which end after the
+/// part that they are at; what became of them is then not told.
 #[derive(Debug)]
 pub struct Errands<'a, T> {
     disk: &'a Disk,
     bell: Arc<dyn Bell>,
     lane: Way<'a>,
+    /// Where the results of threads come in, and how many are to come.
+    completions: Arc<Completions>,
+    helped: usize,
     next_key: u64,
+    /// In the order of their arrival: not begun, or between two parts.
+    waiting: VecDeque<Queued<'a, T>>,
     under_way: BTreeMap<u64, Errand<'a, T>>,
+    /// How many parts of zeroings and trims are in flight, and how they are cut.
+    parts: usize,
+    part_sizes: PartSizes,
+    write_behind: WriteBehind,
     /// What is to be made durable next.
     gathered: Vec<Gathered<'a, T>>,
     /// Flushed, while others may still be hearing that it was in vain.
@@ -80,47 +67,10 @@ pub struct Errands<'a, T> {
     /// Those that are not over, and the bytes that they hold.
     count: usize,
     bytes: usize,
+    /// When to ask at the closed gate again.
+    gate_due: Cell<Option<Instant>>,
     /// Nothing more is begun: whoever wanted it has gone.
     closing: bool,
-}
-
-/// How calls are made.
-#[derive(Debug)]
-enum Way<'a> {
-    /// Not known until the first call.
-    Unknown,
-    /// Aside.
-    Lane(Box<dyn Lane + 'a>),
-    /// At once, by the session itself.
-    Serial,
-}
-
-#[derive(Debug)]
-struct Errand<'a, T> {
-    token: T,
-    visit: Visit<'a>,
-    changes: Option<Range>,
-    /// What is to follow the call that is under way.
-    then: Then,
-    listening: Option<Listening<'a>>,
-    /// Those whom the flush that is under way is for, too.
-    joined: Vec<Errand<'a, T>>,
-    /// Bytes that it holds.
-    weight: usize,
-}
-
-/// An errand that is to be made durable, and what it has not written yet.
-#[derive(Debug)]
-struct Gathered<'a, T> {
-    errand: Errand<'a, T>,
-    write: Option<(u64, Vec<u8>)>,
-}
-
-#[derive(Debug)]
-enum Then {
-    Nothing,
-    Flush,
-    Write { offset: u64, data: Vec<u8>, durable: bool },
 }
 
 impl<'a, T> Errands<'a, T> {
@@ -128,15 +78,22 @@ impl<'a, T> Errands<'a, T> {
     pub fn new(disk: &'a Disk, bell: Arc<dyn Bell>) -> Self {
         Self {
             disk,
+            completions: Completions::new(&bell),
+            helped: 0,
             bell,
             lane: Way::Unknown,
             next_key: 0,
+            waiting: VecDeque::new(),
+            parts: 0,
+            part_sizes: PartSizes::default(),
+            write_behind: WriteBehind::default(),
             under_way: BTreeMap::new(),
             gathered: Vec::new(),
             unsettled: Vec::new(),
             over: VecDeque::new(),
             count: 0,
             bytes: 0,
+            gate_due: Cell::new(None),
             closing: false,
         }
     }
@@ -154,42 +111,104 @@ impl<'a, T> Errands<'a, T> {
         is_free && (self.bytes == 0 || self.bytes + bytes <= BYTES_MAX)
     }
 
-    /// Whether something is being changed in `range`: who changes it, too, has to wait, or the
-    /// earlier change might come out on top.
+    /// Whether some wait for an earlier change, for a part in flight, or for the gate.
     #[must_use]
-    pub fn is_changing(&self, range: Range) -> bool {
-        if self.count == 0 {
-            return false;
-        }
-        let shared = |changed: Range| changed.from(range.offset()).until(range.end());
-        let gathered = self.gathered.iter().map(|gathered| &gathered.errand);
-        self.under_way
-            .values()
-            .chain(gathered)
-            .any(|errand| errand.changes.is_some_and(|changed| !shared(changed).is_empty()))
+    pub fn are_waiting(&self) -> bool {
+        !self.waiting.is_empty()
     }
 
-    /// Begins an errand, as soon as [`Errands::submit`] is called, if not before. It is the
-    /// caller's business to ask [`Errands::has_room`] and [`Errands::is_changing`] first.
+    /// Whether nothing in flight on the disk overlaps `range`: a change of it may be made at once.
+    #[must_use]
+    pub fn is_clear(&self, range: Range) -> bool {
+        self.disk.in_flight.is_clear(range)
+    }
+
+    /// A place among the changes in flight for one that the caller makes by itself, as soon as
+    /// [`Change::is_first`].
+    #[must_use]
+    pub fn take_place(&self, range: Range) -> Change<'a> {
+        self.disk.in_flight.register(range, &self.bell)
+    }
+
+    /// The session has written `range` by itself, not durably.
+    pub fn wrote(&mut self, range: Range) {
+        if let Some((start, end)) = self.write_behind.wrote(range) {
+            let disk = self.disk;
+            let span = Range::whole(disk.size()).from(start).until(end);
+            if disk.helpers.start_write_back(&disk.image, span) {
+                self.write_behind.started();
+            }
+        }
+    }
+
+    /// Begins an errand, as soon as [`Errands::submit`] is called, if not before; or, if an earlier
+    /// change overlaps it, when that has ended. It is the caller's business to ask
+    /// [`Errands::has_room`] first.
     ///
     /// It ends with `EPERM` if it would change a read-only disk, with `EINVAL` beyond its end, as
     /// the first flush that failed if it is to be durable and one has, and as the image says; then
     /// any part of a change may have been made.
     pub fn begin(&mut self, visit: Visit<'a>, work: Work, token: T) {
         let weight = if let Work::Write { data, .. } = &work { data.len() } else { 0 };
-        let (changes, then, listening, joined) = (None, Then::Nothing, None, Vec::new());
-        let errand = Errand { token, visit, changes, then, listening, joined, weight };
         self.count += 1;
         self.bytes += weight;
-        match self.check(&work) {
-            Ok(true) => self.start(errand, work),
-            Ok(false) => self.end(errand, Ok(())),
-            Err(error) => self.end(errand, Err(error)),
+        let queued = match self.check(&work) {
+            Ok(None) => Queued { token, work, change: None, weight },
+            Ok(Some(range)) if range.is_empty() => return self.conclude(token, weight, Ok(())),
+            Ok(Some(range)) => {
+                let change = Some(self.take_place(range));
+                Queued { token, work, change, weight }
+            }
+            Err(error) => return self.conclude(token, weight, Err(error)),
+        };
+        if self.may_begin(&queued) {
+            self.start(visit, queued);
+        } else {
+            self.waiting.push_back(queued);
+        }
+    }
+
+    fn may_begin(&self, queued: &Queued<'a, T>) -> bool {
+        let has_slot = !queued.work.has_parts() || self.parts < self.part_sizes.at_once();
+        has_slot && queued.change.as_ref().is_none_or(Change::is_first)
+    }
+
+    /// Has the bell rung when the gate opens.
+    pub fn wait_for_the_gate(&self) {
+        self.gate_due.set(self.disk.gate.ring_when_open(&self.bell));
+    }
+
+    /// When to go on whatever the bell said, if [`Errands::wait_for_the_gate`] was called since this
+    /// was last asked: the gate may open by itself then.
+    #[must_use]
+    pub fn gate_due(&self) -> Option<Instant> {
+        self.gate_due.take()
+    }
+
+    /// Goes on with those that waited and need not wait any more.
+    fn go_on(&mut self) {
+        let mut at = 0;
+        while at < self.waiting.len() && !self.closing {
+            if !self.may_begin(&self.waiting[at]) {
+                at += 1;
+                continue;
+            }
+            match self.disk.enter_if_open() {
+                Ok(Some(visit)) => {
+                    if let Some(queued) = self.waiting.remove(at) {
+                        self.start(visit, queued);
+                    }
+                }
+                Ok(None) => return self.wait_for_the_gate(),
+                // Whoever owns the session learns so at the gate.
+                Err(_) => return,
+            }
         }
     }
 
     /// Begins all that has been taken on.
     pub fn submit(&mut self) {
+        self.go_on();
         self.make_durable();
         if let Way::Lane(lane) = &mut self.lane
             && !lane.submit()
@@ -203,14 +222,25 @@ impl<'a, T> Errands<'a, T> {
         if self.is_empty() {
             return None;
         }
-        while !self.under_way.is_empty()
-            && let Way::Lane(lane) = &mut self.lane
-            && let Some(made) = lane.finished()
-        {
+        while let Some(made) = self.next_made() {
             self.made(made);
         }
         self.settle();
         self.over.pop_front()
+    }
+
+    /// A call that is over.
+    fn next_made(&mut self) -> Option<Made> {
+        if self.helped > 0
+            && let Some(made) = self.completions.take()
+        {
+            self.helped -= 1;
+            return Some(made);
+        }
+        match &mut self.lane {
+            Way::Lane(lane) if self.under_way.len() > self.helped => lane.finished(),
+            _ => None,
+        }
     }
 
     /// Whether an outcome waits to be taken, whatever the bell said.
@@ -232,47 +262,61 @@ impl<'a, T> Errands<'a, T> {
         !matches!(self.lane, Way::Lane(_))
     }
 
-    /// Whether there is anything to do; an error if it must not be done.
-    fn check(&self, work: &Work) -> io::Result<bool> {
+    /// The range that it changes; empty if there is nothing to do, none if it changes nothing.
+    fn check(&self, work: &Work) -> io::Result<Option<Range>> {
         let disk = self.disk;
         let within = |range: &Range| disk.range(range.offset(), range.length());
-        let (range, changes, durable) = match work {
-            Work::Flush => return disk.hearing.check().map(|()| true),
-            Work::Load(range) | Work::Prefetch(range) => (within(range)?, false, false),
+        let (range, durable) = match work {
+            Work::Flush => return disk.hearing.check().map(|()| None),
+            Work::Load(range) | Work::Prefetch(range) => {
+                let range = within(range)?;
+                return Ok(range.is_empty().then_some(range));
+            }
             Work::Write { offset, data, durable } => {
-                (disk.range(*offset, data.len() as u64)?, true, *durable)
+                (disk.range(*offset, data.len() as u64)?, *durable)
             }
             Work::Zero { range, durable, .. } | Work::Trim { range, durable } => {
-                (within(range)?, true, *durable)
+                (within(range)?, *durable)
             }
         };
-        if changes && disk.read_only {
+        if disk.read_only {
             return Err(Errno::EPERM.into());
         }
         if durable {
             disk.hearing.check()?;
         }
-        Ok(!range.is_empty())
+        Ok(Some(range))
     }
 
-    fn start(&mut self, mut errand: Errand<'a, T>, work: Work) {
-        let flush_if = |durable| if durable { Then::Flush } else { Then::Nothing };
+    fn start(&mut self, visit: Visit<'a>, queued: Queued<'a, T>) {
+        let Queued { token, work, change, weight } = queued;
+        let (then, listening, joined) = (Then::Nothing, None, Vec::new());
+        let errand = Errand { token, visit, change, then, listening, joined, weight };
         match work {
             Work::Load(range) => self.call(errand, Call::Load(range)),
             Work::Prefetch(range) => self.call(errand, Call::Prefetch(range)),
             Work::Flush => self.gathered.push(Gathered { errand, write: None }),
             Work::Zero { range, how, durable } => {
-                (errand.changes, errand.then) = (Some(range), flush_if(durable));
-                self.call(errand, Call::Zero(range, how));
+                let (part, range) = self.part_sizes.cut(range);
+                // Whether it can be fast is decided by the first part, before anything is changed.
+                let later = Zeroing { only_if_fast: false, ..how };
+                let rest = Work::Zero { range, how: later, durable };
+                self.call_part(errand, Call::Zero(part, how), rest);
             }
             Work::Trim { range, durable } => {
-                (errand.changes, errand.then) = (Some(range), flush_if(durable));
-                self.call(errand, Call::Trim(range));
+                let (part, range) = self.part_sizes.cut(range);
+                self.call_part(errand, Call::Trim(part), Work::Trim { range, durable });
             }
             Work::Write { offset, data, durable } => {
                 self.start_write(errand, offset, data, durable);
             }
         }
+    }
+
+    fn call_part(&mut self, mut errand: Errand<'a, T>, call: Call, rest: Work) {
+        self.parts += 1;
+        errand.then = Then::Rest { rest, since: Instant::now() };
+        self.call(errand, call);
     }
 
     fn start_write(
@@ -283,7 +327,6 @@ impl<'a, T> Errands<'a, T> {
         durable: bool,
     ) {
         let range = Range::whole(self.disk.size()).from(offset).split(data.len() as u64).0;
-        errand.changes = Some(range);
         let image = &*self.disk.image;
         let gaps = match durable.then(|| zeros::leaves_gaps(image, offset, &data)).transpose() {
             Ok(gaps) => gaps,
@@ -305,7 +348,11 @@ impl<'a, T> Errands<'a, T> {
         self.mark(&mut errand);
         match written {
             Ok(()) if durable => self.gathered.push(Gathered { errand, write: None }),
-            outcome => self.end(errand, outcome),
+            outcome => {
+                let length = data.len() as u64;
+                self.wrote(Range::whole(self.disk.size()).from(offset).split(length).0);
+                self.end(errand, outcome);
+            }
         }
     }
 
@@ -343,7 +390,7 @@ impl<'a, T> Errands<'a, T> {
         if matches!(self.lane, Way::Unknown) {
             self.lane = match self.disk.image.lane(self.bell.as_eventfd()) {
                 Some(lane) => Way::Lane(lane),
-                None => Way::Serial,
+                None => Way::Helpers,
             };
         }
         let key = self.next_key;
@@ -354,15 +401,39 @@ impl<'a, T> Errands<'a, T> {
             _ => Some(call),
         };
         if let Some(call) = declined {
-            self.made(Made { key, call, outcome: None });
+            self.call_a_thread(key, call);
+        }
+    }
+
+    /// Has a call made that the lane has declined; makes it here if there is no thread either, and
+    /// if it waits for nothing.
+    fn call_a_thread(&mut self, key: u64, call: Call) {
+        let image = &self.disk.image;
+        let declined = match call {
+            Call::Load(_) => Err(call),
+            call => self.disk.helpers.make(image, (key, call), &self.completions),
+        };
+        match declined {
+            Ok(()) => self.helped += 1,
+            Err(call) => {
+                let outcome = Some(call.make(&**image));
+                let made = Made { key, call, outcome };
+                match made.call {
+                    Call::Load(_) => return self.made(made),
+                    // Heard of like the others, so that the session sees to other things between two
+                    // parts.
+                    _ => self.completions.put(made),
+                }
+                self.helped += 1;
+            }
         }
     }
 
     /// Goes on with an errand after one of its calls.
     fn made(&mut self, made: Made) {
         let Made { key, call, outcome } = made;
+        let Some(outcome) = outcome else { return self.call_a_thread(key, call) };
         let Some(mut errand) = self.under_way.remove(&key) else { return };
-        let outcome = outcome.unwrap_or_else(|| call.make(&*self.disk.image));
         match (call, outcome) {
             (Call::Load(_) | Call::Prefetch(_), outcome) => self.loaded(errand, outcome),
             (Call::Flush, Ok(())) => self.heard(errand),
@@ -380,12 +451,42 @@ impl<'a, T> Errands<'a, T> {
                     Err(error) => self.end(errand, Err(error)),
                 }
             }
-            (Call::Zero(..) | Call::Trim(_), outcome) => {
-                self.mark(&mut errand);
-                match (outcome, &errand.then) {
-                    (Ok(()), Then::Flush) => self.gathered.push(Gathered { errand, write: None }),
-                    (outcome, _) => self.end(errand, outcome),
-                }
+            (Call::Zero(part, _) | Call::Trim(part), outcome) => {
+                self.part_made(errand, part, outcome);
+            }
+        }
+    }
+
+    /// Goes on after a part of a zeroing or trim.
+    fn part_made(&mut self, mut errand: Errand<'a, T>, part: Range, outcome: io::Result<()>) {
+        self.parts -= 1;
+        self.disk.mark(part);
+        let then = std::mem::replace(&mut errand.then, Then::Nothing);
+        let (Ok(()), Then::Rest { rest, since }) = (&outcome, then) else {
+            return self.end(errand, outcome);
+        };
+        self.part_sizes.took(part.length(), since.elapsed());
+        let (Work::Zero { range, durable, .. } | Work::Trim { range, durable }) = &rest else {
+            return self.end(errand, outcome);
+        };
+        if range.is_empty() {
+            errand.change = None;
+            if *durable {
+                self.gathered.push(Gathered { errand, write: None });
+            } else {
+                self.end(errand, Ok(()));
+            }
+        } else if self.closing {
+            self.end(errand, Ok(()));
+        } else {
+            let Errand { token, visit, change, weight, .. } = errand;
+            let queued = Queued { token, work: rest, change, weight };
+            if self.disk.gate.is_open() && self.may_begin(&queued) {
+                self.start(visit, queued);
+            } else {
+                // Whoever closes the gate need not wait for the rest.
+                drop(visit);
+                self.waiting.push_front(queued);
             }
         }
     }
@@ -403,6 +504,7 @@ impl<'a, T> Errands<'a, T> {
     /// The kernel has said that something is durable: ends, unless somebody else may know better.
     fn heard(&mut self, mut errand: Errand<'a, T>) {
         errand.listening = None;
+        self.write_behind.started();
         match self.disk.hearing.ring_after_others(&self.bell) {
             None => self.end(errand, self.disk.hearing.check()),
             Some(others) => self.unsettled.push((others, errand)),
@@ -435,9 +537,13 @@ impl<'a, T> Errands<'a, T> {
             let outcome = errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
             self.end(joined, outcome);
         }
+        self.conclude(errand.token, errand.weight, outcome);
+    }
+
+    fn conclude(&mut self, token: T, weight: usize, outcome: io::Result<()>) {
         self.count -= 1;
-        self.bytes -= errand.weight;
-        self.over.push_back((errand.token, outcome));
+        self.bytes -= weight;
+        self.over.push_back((token, outcome));
     }
 
     /// Lets those go of which nobody tells the end. They may still be made: rather is the gate never
@@ -454,8 +560,8 @@ impl<'a, T> Errands<'a, T> {
     /// Marks what an errand has changed, be it only in part: after the bytes are there. The copier
     /// takes the mark first and reads second, so that a change may be sent twice but never missed.
     fn mark(&self, errand: &mut Errand<'a, T>) {
-        if let Some(range) = errand.changes.take() {
-            self.disk.mark(range);
+        if let Some(change) = errand.change.take() {
+            self.disk.mark(change.range());
         }
     }
 }
@@ -463,18 +569,27 @@ impl<'a, T> Errands<'a, T> {
 impl<T> Drop for Errands<'_, T> {
     fn drop(&mut self) {
         self.closing = true;
-        while !self.under_way.is_empty()
-            && let Way::Lane(lane) = &mut self.lane
-        {
-            lane.submit();
-            lane.wait();
-            match lane.finished() {
-                Some(made) => self.made(made),
-                None => return self.abandon(),
+        self.waiting.clear();
+        while !self.under_way.is_empty() {
+            if let Some(made) = self.next_made() {
+                self.made(made);
+            } else if self.helped > 0 {
+                self.completions.wait();
+            } else if let Way::Lane(lane) = &mut self.lane {
+                lane.submit();
+                lane.wait();
+                match lane.finished() {
+                    Some(made) => self.made(made),
+                    None => return self.abandon(),
+                }
+            } else {
+                return self.abandon();
             }
         }
     }
 }
 
+#[cfg(test)]
+mod overlap_tests;
 #[cfg(test)]
 mod tests;

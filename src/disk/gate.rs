@@ -6,8 +6,9 @@
 //! And a closing can *expire* ([`Gate::expire_at`]): the first session that waits longer opens the
 //! gate itself, whatever the closer's thread is blocked in.
 
+use super::lane::Bell;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Set for good once nobody will be let in any more.
@@ -43,6 +44,8 @@ struct Closing {
     /// How many hold the gate closed.
     closers: u32,
     expiry: Expiry,
+    /// To be rung when the gate opens, is retired, or is to open earlier by itself.
+    bells: Vec<Arc<dyn Bell>>,
 }
 
 /// The end of a closing, independent of the closer.
@@ -131,6 +134,34 @@ impl Gate {
         }
     }
 
+    /// Whether it can be passed now.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.state.load(Ordering::Relaxed) & (CLOSED | RETIRED) == 0
+    }
+
+    /// Rings `bell` once when the gate opens or is retired; at once if it is not closed. For a
+    /// session that waits for other things besides: it has to call this again at the time that is
+    /// returned, at which the closing may expire.
+    #[must_use]
+    pub fn ring_when_open(&self, bell: &Arc<dyn Bell>) -> Option<Instant> {
+        let mut closing = self.lock();
+        self.expire(&mut closing);
+        let state = self.state.load(Ordering::Relaxed);
+        if state & RETIRED != 0 || state & CLOSED == 0 {
+            drop(closing);
+            bell.ring();
+            return None;
+        }
+        if !closing.bells.iter().any(|other| Arc::ptr_eq(other, bell)) {
+            closing.bells.push(Arc::clone(bell));
+        }
+        match closing.expiry {
+            Expiry::At(end) => Some(end),
+            Expiry::Never | Expiry::Passed => None,
+        }
+    }
+
     /// Makes everybody who is waiting to get in ask again whether to give up. Change what they
     /// look at first, nudge second; then nobody misses it.
     pub fn nudge(&self) {
@@ -197,14 +228,13 @@ impl Gate {
             return Err(Expired);
         }
         let before = std::mem::replace(&mut closing.expiry, end.map_or(Expiry::Never, Expiry::At));
-        drop(closing);
         // Those who wait look at the time again by themselves, unless that would be too late.
         let is_earlier = match (before, end) {
             (Expiry::At(before), Some(end)) => end < before,
             (_, end) => end.is_some(),
         };
         if is_earlier {
-            self.opened.notify_all();
+            self.let_go(&mut closing);
         }
         Ok(())
     }
@@ -221,10 +251,9 @@ impl Gate {
     /// Lets nobody in any more, ever; whoever waits learns that the disk is gone. Those inside
     /// stay until they leave; [`Gate::close_and_drain`] waits for them, before this or after.
     pub fn retire(&self) {
-        let closing = self.lock();
+        let mut closing = self.lock();
         self.state.fetch_or(RETIRED, Ordering::Relaxed);
-        drop(closing);
-        self.opened.notify_all();
+        self.let_go(&mut closing);
     }
 
     fn wait_to_enter(&self, give_up: &dyn Fn() -> bool) -> Result<Pass<'_>, NoEntry> {
@@ -264,8 +293,14 @@ impl Gate {
         closing.closers = closing.closers.saturating_sub(1);
         if closing.closers == 0 {
             self.state.fetch_and(!CLOSED, Ordering::Release);
-            self.opened.notify_all();
+            self.let_go(closing);
         }
+    }
+
+    /// Tells everybody who waits to get in to look again.
+    fn let_go(&self, closing: &mut MutexGuard<'_, Closing>) {
+        self.opened.notify_all();
+        closing.bells.drain(..).for_each(|bell| bell.ring());
     }
 
     /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
@@ -370,6 +405,48 @@ mod tests {
         assert!(ended.try_recv().is_err());
         gate.reopen();
         assert_eq!(ended.recv_timeout(PATIENCE), Ok(Ok(())));
+    }
+
+    #[test]
+    fn a_bell_rings_when_the_gate_opens_or_is_retired() {
+        let gate = Gate::default();
+        let counts = Arc::new(super::super::slow::TestBell::default());
+        let bell: Arc<dyn Bell> = Arc::clone(&counts) as _;
+        assert_eq!(gate.ring_when_open(&bell), None);
+        assert_eq!(counts.count(), 1, "it is open");
+        gate.close_and_drain(soon()).unwrap();
+        gate.close_and_drain(soon()).unwrap();
+        assert_eq!(gate.ring_when_open(&bell), None);
+        assert_eq!(gate.ring_when_open(&bell), None);
+        gate.reopen();
+        assert!(counts.count() == 1 && !gate.is_open());
+        gate.reopen();
+        assert!(counts.count() == 2 && gate.is_open(), "once for each session");
+        gate.close_and_drain(soon()).unwrap();
+        let _ = gate.ring_when_open(&bell);
+        gate.retire();
+        assert!(counts.count() == 3 && !gate.is_open());
+        let _ = gate.ring_when_open(&bell);
+        assert_eq!(counts.count(), 4);
+    }
+
+    #[test]
+    fn a_session_with_a_bell_opens_an_expired_gate() {
+        let gate = Gate::default();
+        let counts = Arc::new(super::super::slow::TestBell::default());
+        let bell: Arc<dyn Bell> = Arc::clone(&counts) as _;
+        gate.close_and_drain(soon()).unwrap();
+        gate.expire_at(None).unwrap();
+        assert_eq!(gate.ring_when_open(&bell), None);
+        let end = soon();
+        gate.expire_at(Some(end)).unwrap();
+        assert_eq!(counts.count(), 1, "to look again");
+        assert_eq!(gate.ring_when_open(&bell), Some(end));
+        gate.expire_at(Some(Instant::now())).unwrap();
+        assert_eq!(counts.count(), 2);
+        assert_eq!(gate.ring_when_open(&bell), None);
+        assert!(counts.count() > 2 && gate.is_open());
+        assert_eq!(gate.expire_at(None), Err(Expired));
     }
 
     #[test]

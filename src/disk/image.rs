@@ -432,6 +432,10 @@ impl Image for FileImage {
         posix_fadvise(&self.file, offset, length, advice).map_err(io::Error::from)
     }
 
+    fn start_write_back(&self, range: Range) -> io::Result<()> {
+        syscalls::start_write_back(&self.file, range)
+    }
+
     fn sends(&self) -> bool {
         true
     }

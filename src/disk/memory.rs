@@ -131,6 +131,7 @@ pub(crate) enum Op {
     Trim,
     Flush,
     Prefetch,
+    WriteBack,
     Extent,
 }
 
@@ -237,6 +238,11 @@ impl Image for FailingImage {
     fn prefetch(&self, range: Range) -> io::Result<()> {
         self.faults.pass(Op::Prefetch)?;
         self.image.prefetch(range)
+    }
+
+    fn start_write_back(&self, range: Range) -> io::Result<()> {
+        self.faults.pass(Op::WriteBack)?;
+        self.image.start_write_back(range)
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {

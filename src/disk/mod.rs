@@ -17,8 +17,10 @@ mod file_id;
 mod file_system;
 mod gate;
 mod hearing;
+mod helpers;
 pub mod hold;
 mod image;
+mod inflight;
 mod lane;
 pub mod ledger;
 #[cfg(test)]
@@ -27,17 +29,20 @@ pub(crate) mod memory;
 mod model_tests;
 mod open;
 pub mod ownership;
+pub mod parts;
 mod ring;
 #[cfg(test)]
 pub(crate) mod slow;
 pub mod state;
 mod state_file;
 mod syscalls;
+pub mod write_behind;
 mod zeros;
 
 pub use deletion::{KeptBecause, Named};
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
 pub use image::FileImage;
+pub use inflight::Change;
 pub use lane::{Bell, Call, Lane, Made};
 pub use open::{Access, OpenError, SECTOR, size_of};
 pub use zeros::is_zero;
@@ -45,6 +50,8 @@ pub use zeros::is_zero;
 use crate::range::Range;
 use dirty::Dirty;
 use hearing::Hearing;
+use helpers::Helpers;
+use inflight::InFlight;
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -93,6 +100,12 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     fn flush(&self) -> io::Result<()>;
     /// Hints that the range will be read soon.
     fn prefetch(&self, range: Range) -> io::Result<()>;
+    /// Starts writing back what is dirty in the range, so that a flush will have less to do; does not
+    /// wait for it. An error says nothing of the data: the next flush will.
+    fn start_write_back(&self, range: Range) -> io::Result<()> {
+        let _ = range;
+        Ok(())
+    }
     /// The extent that `offset` lies in, from `offset` on.
     fn extent(&self, offset: u64) -> io::Result<Extent>;
     /// Whether [`Image::send`] can be used.
@@ -130,10 +143,14 @@ pub struct Extent {
 /// A disk: an image behind a gate.
 #[derive(Debug)]
 pub struct Disk {
-    image: Box<dyn Image>,
+    /// Before the image: dropping it waits until no thread uses that.
+    helpers: Helpers,
+    image: Arc<dyn Image>,
     gate: Gate,
     read_only: bool,
     hearing: Hearing,
+    /// Changes that take long, of all sessions.
+    in_flight: InFlight,
     /// What changed since a migration's copier last looked, while there is one.
     dirty: RwLock<Option<Arc<Dirty>>>,
     /// How long every write is to be held back, in microseconds.
@@ -163,10 +180,12 @@ impl Disk {
     #[must_use]
     pub fn new(image: Box<dyn Image>, read_only: bool) -> Self {
         Self {
-            image,
+            helpers: Helpers::default(),
+            image: Arc::from(image),
             gate: Gate::default(),
             read_only,
             hearing: Hearing::default(),
+            in_flight: InFlight::default(),
             dirty: RwLock::new(None),
             hold: AtomicU64::new(0),
         }

@@ -283,6 +283,10 @@ impl Image for SlowImage {
         self.image.prefetch(range)
     }
 
+    fn start_write_back(&self, range: Range) -> io::Result<()> {
+        self.image.start_write_back(range)
+    }
+
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         self.image.extent(offset)
     }

@@ -43,6 +43,16 @@ pub(super) fn read_without_waiting(file: &File, offset: u64, into: &mut [u8]) ->
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
+/// Starts the write-back of what is dirty in `range`, without waiting for it (`sync_file_range(2)`).
+/// It may still wait for room in the device's queue. Leaves errors for the next `fdatasync(2)`.
+pub(super) fn start_write_back(file: &File, range: Range) -> io::Result<()> {
+    let (offset, length) = (to_off_t(range.offset())?, to_off_t(range.length())?);
+    let flags = libc::SYNC_FILE_RANGE_WRITE;
+    // SAFETY: takes a descriptor, open as long as `file`, and integers; touches no memory.
+    let result = unsafe { libc::sync_file_range(file.as_raw_fd(), offset, length, flags) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The logical sector size of a block device, in bytes (`BLKSSZGET`).
 pub(super) fn sector_size(device: &File) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;

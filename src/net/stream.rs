@@ -219,6 +219,33 @@ impl Stream {
         Ok(Ready { woken, timed_out, ..ready(interest, stream) })
     }
 
+    /// Waits until the connection is over in both directions (then it is readable), until `wake` is
+    /// set, or until `deadline`. That the peer has ended only its own side is not seen.
+    ///
+    /// # Errors
+    /// When `poll(2)` fails for lack of memory.
+    pub fn wait_for_hang_up(&self, wake: &Wake, deadline: Option<Instant>) -> io::Result<Ready> {
+        let mut fds = [
+            PollFd::new(self.as_fd(), PollFlags::empty()),
+            PollFd::new(wake.as_fd(), PollFlags::POLLIN),
+        ];
+        let timed_out = !poll_until(&mut fds, deadline)?;
+        let woken = !happened(&fds[1]).is_empty();
+        Ok(Ready { woken, timed_out, ..ready(Interest::default(), happened(&fds[0])) })
+    }
+
+    /// Whether the peer will send nothing after what has arrived: it has ended its side, or the
+    /// connection is over. Does not wait.
+    ///
+    /// # Errors
+    /// When `poll(2)` fails for lack of memory.
+    pub fn has_peer_ended(&self) -> io::Result<bool> {
+        let ended = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let mut fds = [PollFd::new(self.as_fd(), ended)];
+        poll_until(&mut fds, Some(Instant::now()))?;
+        Ok(!happened(&fds[0]).is_empty())
+    }
+
     /// Fills `into`, as long as bytes keep coming: each may take up to `progress_within`.
     ///
     /// # Errors

@@ -245,15 +245,13 @@ fn changes_of_the_same_bytes_are_made_in_the_order_in_which_they_came() {
     let mut client = fixture.client();
     client.write(FUA, 0, &[1; 8192], 1);
     client.write(PLAIN, 4096, &[2; 4096], 2);
-    client.flush(3);
+    client.write(PLAIN, 8000, &[3; 96], 3);
+    client.is_answered_first();
     assert_eq!(fixture.slow.wait_for(1).len(), 1);
     fixture.finish(0);
-    assert_eq!(client.head(), (1, 0));
-    assert_eq!(client.head(), (2, 0));
-    fixture.slow.wait_for(1);
-    fixture.finish(0);
-    assert_eq!(client.head(), (3, 0));
+    assert_eq!((client.head(), client.head(), client.head()), ((1, 0), (2, 0), (3, 0)));
     assert_eq!(fixture.memory.contents()[4095..4097], [1, 2]);
+    assert_eq!(fixture.memory.contents()[7999..8001], [2, 3]);
 }
 
 #[test]
@@ -503,4 +501,93 @@ fn a_session_is_packed_up_when_nothing_is_under_way_and_goes_on_with_the_rest() 
         }
     }
     drop(next);
+}
+
+#[test]
+fn a_client_that_comes_back_overwrites_what_it_lost() {
+    let fixture = plain();
+    let mut old = fixture.client();
+    for cookie in 0..24 {
+        old.ask(CommandKind::WriteZeroes, PLAIN, cookie * 4096, 4096, cookie);
+    }
+    old.is_answered_first();
+    let begun = fixture.slow.count();
+    drop(old);
+    let mut new = fixture.client();
+    // One that the old session has begun, one that it has not, and a long one across both.
+    new.write(PLAIN, 0, &[1; 4096], 1);
+    new.write(FUA, 23 * 4096, &[2; 4096], 2);
+    new.write(PLAIN, 4096, &[3; 300 << 10], 3);
+    new.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    assert!(new.0.peek(&mut [0]).is_err(), "none of them may be made yet");
+    new.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    fixture.hurry();
+    let mut answered: Vec<_> = (0..3).map(|_| new.head()).collect();
+    answered.sort_unstable();
+    assert_eq!(answered, [(1, 0), (2, 0), (3, 0)]);
+    fixture.wait_for_clients(1);
+    let contents = fixture.memory.contents();
+    assert!(contents[..4096] == [1; 4096], "{begun} were begun");
+    assert!(contents[4096..][..300 << 10].iter().all(|byte| *byte == 3));
+}
+
+#[test]
+fn a_reset_connection_is_seen_while_a_long_zeroing_is_made() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    client.ask(CommandKind::WriteZeroes, PLAIN, 0, SIZE, 1);
+    fixture.slow.wait_for(1);
+    // More than may be in flight, so that the session does not even look for requests.
+    for cookie in 0..2 * UNDER_WAY_MAX as u64 {
+        client.cache(cookie + 10);
+    }
+    fixture.slow.wait_for(UNDER_WAY_MAX);
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(&client.0, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+    drop(client);
+    // The session ends with what it has begun: the zeroing after the part that it is at, or the one
+    // behind that if it has looked just before.
+    fixture.finish_one("Zero");
+    fixture.hurry();
+    fixture.wait_for_clients(0);
+    assert!(fixture.faults.count(Op::Zero) < 3, "{} parts", fixture.faults.count(Op::Zero));
+}
+
+#[test]
+fn a_session_that_waits_at_a_closed_gate_is_packed_up() {
+    let mut fixture = plain();
+    let mut client = fixture.client();
+    client.is_answered_first();
+    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+    client.write(PLAIN, 0, &[1; 4096], 1);
+    client.read(0, 512, 2);
+    let luggage = fixture.server.pack_up(9, PATIENCE);
+    assert_eq!(luggage.streams.len(), 1);
+    fixture.disk.gate().reopen();
+    let _next = open(&fixture.disk, &fixture.hears, Settings::default(), luggage);
+    let first = client.head();
+    if first.0 == 2 {
+        client.data(512);
+        assert_eq!(client.head(), (1, 0));
+    } else {
+        assert_eq!((first, client.head()), ((1, 0), (2, 0)));
+    }
+}
+
+#[test]
+fn a_session_that_waits_at_a_closed_gate_goes_on_when_it_opens() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    client.is_answered_first();
+    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+    client.write(PLAIN, 0, &[1; 4096], 1);
+    client.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    assert!(client.0.peek(&mut [0]).is_err());
+    client.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    fixture.disk.gate().reopen();
+    assert_eq!(client.head(), (1, 0));
+    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+    client.write(PLAIN, 0, &[1; 4096], 2);
+    fixture.disk.gate().retire();
+    assert!(client.is_closed());
 }

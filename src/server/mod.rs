@@ -9,6 +9,7 @@
 mod accept;
 pub mod acl;
 mod carry;
+mod delay;
 mod end;
 #[cfg(test)]
 mod errand_tests;

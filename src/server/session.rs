@@ -2,6 +2,7 @@
 //! Ends for one reason, which it returns; whoever started it logs that.
 
 use super::carry::{Carried, Phase, Serving};
+use super::delay::Delay;
 use super::end::SessionEnd;
 use super::expectation::Expectation;
 use super::inbox::Inbox;
@@ -273,6 +274,8 @@ impl Session<'_> {
             outbox,
             progress,
             stuck: false,
+            place: None,
+            delay: Delay::default(),
             written: 0,
             unfinished: false,
             taken: 0,

@@ -80,6 +80,9 @@ impl Transmission<'_> {
         if !self.may_begin(request) {
             return Ok(false);
         }
+        if request.writes() {
+            self.check_that_it_counts()?;
+        }
         if request.writes() && !self.worker.hold_back(self.stream)? {
             return Ok(false);
         }
@@ -105,19 +108,27 @@ impl Transmission<'_> {
         Ok(true)
     }
 
+    /// Ends the session rather than make a change that came long ago from a client that has ended
+    /// its side since: it may be connected anew, and the change would be made over newer ones. What
+    /// can be made as it comes is made.
+    fn check_that_it_counts(&mut self) -> Result<(), SessionEnd> {
+        if self.delay.counts_as_late() && self.stream.has_peer_ended().is_ok_and(|ended| ended) {
+            return Err(SessionEnd::Vanished);
+        }
+        Ok(())
+    }
+
     /// Whether no errand stands in the way of a request.
     fn may_begin(&self, request: Request) -> bool {
         let errands = &self.worker.errands;
         match request {
             Request::Read { .. } => true,
-            Request::Write { range, .. }
-            | Request::Trim { range, .. }
-            | Request::WriteZeroes { range, .. } => {
-                errands.has_room(0) && !errands.is_changing(range)
-            }
-            Request::Flush | Request::Cache { .. } | Request::BlockStatus { .. } => {
-                errands.has_room(0)
-            }
+            Request::Write { .. }
+            | Request::Trim { .. }
+            | Request::WriteZeroes { .. }
+            | Request::Flush
+            | Request::Cache { .. }
+            | Request::BlockStatus { .. } => errands.has_room(0),
             // Everything before them has to be done.
             Request::Private { .. } | Request::Disconnect => errands.is_empty(),
         }
@@ -144,10 +155,10 @@ impl Transmission<'_> {
         let (piece, then) = rest.split(piece_length(rest));
         // It fits: a piece is at most 256 KiB.
         let length = piece.length() as usize;
-        let Some(data) = self.inbox.bytes().get(..length) else {
+        if self.inbox.bytes().len() < length {
             self.go_on_with(to, range, rest, durable);
             return Ok(false);
-        };
+        }
         let visit = match self.worker.visit()? {
             Some(visit) if self.worker.errands.has_room(length) => visit,
             _ => {
@@ -156,16 +167,26 @@ impl Transmission<'_> {
                 return Ok(false);
             }
         };
+        self.check_that_it_counts()?;
         let what = Request::Write { range, durable };
+        let is_clear = self.worker.errands.is_clear(piece);
         // One piece is written durably; of several, all are made durable after the last.
-        if piece == range && (durable || visit.cold_edges(range).is_some()) {
-            let work = Work::Write { offset: range.offset(), data: data.to_vec(), durable };
+        if piece == range && (durable || !is_clear || visit.cold_edges(range).is_some()) {
+            let data = self.inbox.bytes()[..length].to_vec();
+            let work = Work::Write { offset: range.offset(), data, durable };
             self.inbox.consume(length);
             self.worker.errands.begin(visit, work, Aside::Answer { to, request: what });
             return Ok(true);
         }
-        let outcome = visit.write(piece.offset(), data);
+        if !is_clear && !self.takes_place(piece) {
+            self.go_on_with(to, range, rest, durable);
+            self.stuck = true;
+            return Ok(false);
+        }
+        let outcome = visit.write(piece.offset(), &self.inbox.bytes()[..length]);
+        self.place = None;
         self.written += piece.length();
+        self.worker.errands.wrote(piece);
         self.inbox.consume(length);
         match outcome {
             Ok(()) if !then.is_empty() => self.go_on_with(to, range, then, durable),
@@ -180,6 +201,13 @@ impl Transmission<'_> {
             outcome => self.worker.conclude(to, outcome, what, &mut self.outbox),
         }
         Ok(true)
+    }
+
+    /// Takes a place among the changes in flight for a piece of a longer write, unless it has one;
+    /// false if the piece has to wait for earlier ones.
+    fn takes_place(&mut self, piece: Range) -> bool {
+        let errands = &self.worker.errands;
+        self.place.get_or_insert_with(|| errands.take_place(piece)).is_first()
     }
 
     /// The rest of a write is to come.

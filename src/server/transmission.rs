@@ -6,11 +6,13 @@
 //! memory, so that a client may send a long row of requests before it reads the first reply.
 //!
 //! Nor do requests wait for each other: what the disk takes long for is an errand, and what was
-//! asked behind it may be answered before. Only these wait, with all that is behind them: a change
-//! to what an errand is changing; what must come last; and anything while there is no room for
-//! more errands, or while the gate is closed and somebody waits for those under way.
+//! asked behind it may be answered before. A change of what an earlier change in flight is changing,
+//! of whichever session, waits among the errands. Only these wait with all that is behind them: a
+//! piece of a long write to such a place; what must come last; and anything while there is no room
+//! for more errands, or while the gate is closed.
 
 use super::carry::{Carried, Phase, Serving};
+use super::delay::Delay;
 use super::end::SessionEnd;
 use super::expectation::{Expectation, LOOKOUT};
 use super::inbox::Inbox;
@@ -20,7 +22,7 @@ use super::progress::Progress;
 use super::reading::Step;
 use super::roster::Seat;
 use super::work::{Aside, Worker};
-use crate::disk::Visit;
+use crate::disk::{Change, Visit};
 use crate::nbd::request::Terms;
 use crate::net::{Interest, Stream};
 use crate::range::Range;
@@ -57,6 +59,10 @@ pub(super) struct Transmission<'a> {
     pub(super) progress: Progress,
     /// Nothing more can be begun before an errand is over.
     pub(super) stuck: bool,
+    /// The place of the next piece of a long write among the changes in flight, if it has to wait.
+    pub(super) place: Option<Change<'a>>,
+    /// How long what was received has been kept waiting.
+    pub(super) delay: Delay,
     /// Bytes written since replies were last sent.
     pub(super) written: u64,
     /// Replies are sent before more is done that could be.
@@ -97,6 +103,7 @@ impl<'a> Transmission<'a> {
     fn turn(&mut self) -> Result<(), SessionEnd> {
         // Before anything that arrived after the order is answered.
         self.obey()?;
+        self.worker.check_disk()?;
         self.work()?;
         self.worker.errands.submit();
         let blocked = self.is_blocked();
@@ -248,6 +255,7 @@ impl<'a> Transmission<'a> {
                 Ok(true)
             }
             Ok(count) => {
+                self.delay.received();
                 self.progress.received += count as u64;
                 self.progress.drained = count < DRAINED_BELOW;
                 Ok(true)
@@ -269,20 +277,32 @@ impl<'a> Transmission<'a> {
         if interest == READABLE && self.worker.errands.is_empty() && self.look_out()? {
             return Ok(());
         }
+        self.delay.waits(self.stuck || self.is_blocked());
         let now = Instant::now();
         let stalled = self.stalled_at(now, barred);
-        let deadline = stalled.or_else(|| self.may_relax().then(|| now + IDLE));
+        let relaxes = self.may_relax().then(|| now + IDLE);
+        let gate_due = self.worker.errands.gate_due();
+        let deadline = [stalled, relaxes, gate_due].into_iter().flatten().min();
         let wake = &self.worker.orders.wake;
-        let ready =
-            self.stream.wait(interest, Some(wake), deadline).map_err(SessionEnd::Connection)?;
+        let waits_for_client = interest != Interest::default();
+        let ready = if waits_for_client {
+            self.stream.wait(interest, Some(wake), deadline)
+        } else {
+            self.stream.wait_for_hang_up(wake, deadline)
+        };
+        let ready = ready.map_err(SessionEnd::Connection)?;
         if ready.readable {
             self.progress.drained = false;
+        }
+        if ready.readable && !waits_for_client {
+            // It is over in both directions: nothing that waits is of use to anybody.
+            return Err(self.progress.leaving.take().unwrap_or(SessionEnd::Vanished));
         }
         if ready.woken {
             wake.clear();
             return Ok(());
         }
-        if ready.timed_out && stalled.is_some() {
+        if ready.timed_out && stalled.is_some_and(|at| at <= Instant::now()) {
             return Err(SessionEnd::Stalled);
         }
         if ready.timed_out {

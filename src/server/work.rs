@@ -11,7 +11,7 @@ use super::reading::Read;
 use super::reception::{Reception, SessionId};
 use crate::disk::errands::{Errands, Work};
 use crate::disk::hold::Held;
-use crate::disk::{Disk, Extent, NoEntry, Visit, Zeroing, errno_of};
+use crate::disk::{Bell, Disk, Extent, Visit, Zeroing, errno_of};
 use crate::nbd::handshake::ALLOCATION_CONTEXT_ID;
 use crate::nbd::reply::{Dialect, Origin, StatusExtent};
 use crate::nbd::request::Request;
@@ -85,7 +85,7 @@ impl<'a> Worker<'a> {
         (client, session): (String, SessionId),
     ) -> Self {
         let allocated = Range::whole(0);
-        let bell = Arc::clone(orders);
+        let bell = Arc::clone(orders) as Arc<dyn Bell>;
         Self {
             disk,
             orders,
@@ -103,25 +103,37 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Permission to touch the disk; waits while the gate is closed. None if errands are under way
-    /// then: whoever closes the gate waits for them, and they for us.
+    /// Permission to touch the disk. None while the gate is closed: the session then waits in its one
+    /// place for that, too, and is woken when the gate opens. A session that is to finish, and of
+    /// which nothing is in flight, ends there.
     pub(super) fn visit(&self) -> Result<Option<Visit<'a>>, SessionEnd> {
-        let orders = self.orders;
-        let entered = if self.errands.is_empty() {
-            let give_up = || orders.current() != Order::Serve;
-            self.disk.enter(&give_up).map(Some)
-        } else {
-            self.disk.enter_if_open()
-        };
-        entered.map_err(|no| match no {
-            NoEntry::Gone => SessionEnd::DiskGone,
-            NoEntry::GaveUp => SessionEnd::Ordered(orders.current()),
-        })
+        match self.disk.enter_if_open() {
+            Ok(Some(visit)) => Ok(Some(visit)),
+            Ok(None) => match self.orders.current() {
+                Order::Serve | Order::PackUp => Ok(self.wait_for_the_gate()),
+                _ if !self.errands.is_empty() => Ok(self.wait_for_the_gate()),
+                order => Err(SessionEnd::Ordered(order)),
+            },
+            Err(_) => Err(SessionEnd::DiskGone),
+        }
     }
 
-    /// Whether the gate is closed, and whoever closed it waits for errands of ours.
+    fn wait_for_the_gate(&self) -> Option<Visit<'a>> {
+        self.errands.wait_for_the_gate();
+        None
+    }
+
+    /// Whether the gate keeps the session out.
     pub(super) fn is_barred(&self) -> bool {
-        !self.errands.is_empty() && matches!(self.disk.enter_if_open(), Ok(None))
+        !self.disk.gate().is_open()
+    }
+
+    /// Ends the session if the disk is gone: what waits to be begun never will be.
+    pub(super) fn check_disk(&self) -> Result<(), SessionEnd> {
+        match self.errands.are_waiting().then(|| self.disk.enter_if_open()) {
+            Some(Err(_)) => Err(SessionEnd::DiskGone),
+            _ => Ok(()),
+        }
     }
 
     /// Makes a write wait, if a migration wants writers held back so that it can catch up. False if

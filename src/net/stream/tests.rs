@@ -164,6 +164,19 @@ fn without_interest_the_stream_is_not_looked_at() {
 }
 
 #[test]
+fn an_ended_side_is_told_from_a_connection_that_is_over() {
+    let (wake, (near, far)) = (Wake::new().unwrap(), UnixStream::pair().unwrap());
+    let near = Stream::Unix(near);
+    assert!(!near.has_peer_ended().unwrap());
+    far.shutdown(Shutdown::Write).unwrap();
+    assert!(near.has_peer_ended().unwrap());
+    let waited = near.wait_for_hang_up(&wake, Some(Instant::now())).unwrap();
+    assert!(waited.timed_out && !waited.readable, "it may still read");
+    drop(far);
+    assert!(near.wait_for_hang_up(&wake, soon()).unwrap().readable);
+}
+
+#[test]
 fn a_hang_up_counts_as_readable_and_wakes_who_waits_to_write() {
     let writing = ready(WRITE, PollFlags::POLLHUP);
     assert!(writing.readable && writing.writable);

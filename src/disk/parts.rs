@@ -1,0 +1,112 @@
+//! In how large parts a zeroing or trim is made, and how many of them at once.
+//! Pure: how long a part took is an argument.
+//!
+//! Whoever closes the gate waits for the parts that are in flight, and for nothing behind them. So a
+//! part has to be short on a slow device, and long enough that a quick one is not held up: the
+//! length and the number follow the time that parts take.
+
+use crate::range::Range;
+use std::time::Duration;
+
+/// Shortest part, in bytes. Parts end at multiples of it, so that they cut no block of the image.
+pub const PART_MIN: u64 = 1 << 20;
+/// The first part of a session, in bytes: a second at 4 MB/s.
+const PART_FIRST: u64 = 4 << 20;
+/// Longest part, in bytes: what a disk of 100 MB/s writes in two thirds of a second, should it have
+/// to write zeros after all.
+pub const PART_MAX: u64 = 64 << 20;
+/// Parts that took no longer than this may become longer, and more.
+const QUICK: Duration = Duration::from_millis(25);
+/// Parts that took longer than this become shorter, and fewer.
+const SLOW: Duration = Duration::from_millis(100);
+/// How many parts of one session are in flight at first.
+const AT_ONCE_FIRST: usize = 2;
+/// How many at most.
+const AT_ONCE_MAX: usize = 128;
+
+/// What a session knows of how fast its disk zeroes and trims.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PartSizes {
+    length: u64,
+    at_once: usize,
+}
+
+impl Default for PartSizes {
+    fn default() -> Self {
+        Self { length: PART_FIRST, at_once: AT_ONCE_FIRST }
+    }
+}
+
+impl PartSizes {
+    /// How many parts may be in flight.
+    pub(super) fn at_once(self) -> usize {
+        self.at_once
+    }
+
+    /// The next part of `range`, and what remains. No part is shorter than [`PART_MIN`], but for a
+    /// whole range that is.
+    pub(super) fn cut(self, range: Range) -> (Range, Range) {
+        let end = range.offset().saturating_add(self.length);
+        let end = end.checked_next_multiple_of(PART_MIN).unwrap_or(u64::MAX);
+        let (part, rest) = (range.until(end), range.from(end));
+        if rest.length() < PART_MIN { (range, range.split(range.length()).1) } else { (part, rest) }
+    }
+
+    /// A part of so many bytes took so long, what was in flight before it included.
+    pub(super) fn took(&mut self, bytes: u64, time: Duration) {
+        if time > SLOW {
+            self.length = (self.length / 2).max(PART_MIN);
+            self.at_once = (self.at_once / 2).max(1);
+        } else if time <= QUICK {
+            if bytes >= self.length {
+                self.length = (self.length * 2).min(PART_MAX);
+            }
+            self.at_once = (self.at_once + 1).min(AT_ONCE_MAX);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const LATE: Duration = Duration::from_millis(101);
+
+    #[test]
+    fn parts_grow_while_quick_and_shrink_once_slow() {
+        let mut sizes = PartSizes::default();
+        assert_eq!((sizes.length, sizes.at_once()), (PART_FIRST, AT_ONCE_FIRST));
+        sizes.took(PART_FIRST - 1, QUICK);
+        assert_eq!(sizes.length, PART_FIRST, "less than a part says nothing of a longer one");
+        (0..200).for_each(|_| sizes.took(PART_MAX, QUICK));
+        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX, AT_ONCE_MAX));
+        sizes.took(PART_MAX, SLOW);
+        assert_eq!(sizes.length, PART_MAX, "neither quick nor slow");
+        sizes.took(1, LATE);
+        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX / 2, AT_ONCE_MAX / 2));
+        (0..20).for_each(|_| sizes.took(1, LATE));
+        assert_eq!((sizes.length, sizes.at_once()), (PART_MIN, 1));
+    }
+
+    proptest! {
+        #[test]
+        fn parts_cover_the_range_and_cut_no_block(
+            offset in 0..1u64 << 40, length in 1..1u64 << 33, quick in any::<bool>(),
+        ) {
+            let range = Range::within(u64::MAX, offset, length).unwrap();
+            let mut sizes = PartSizes::default();
+            let (mut rest, mut at) = (range, offset);
+            while !rest.is_empty() {
+                let (part, after) = sizes.cut(rest);
+                prop_assert_eq!(part.offset(), at);
+                prop_assert!(part.length() >= PART_MIN.min(length));
+                prop_assert!(part.length() < PART_MAX + 2 * PART_MIN);
+                prop_assert!(after.is_empty() || part.end() % PART_MIN == 0);
+                sizes.took(part.length(), if quick { QUICK } else { LATE });
+                (rest, at) = (after, part.end());
+            }
+            prop_assert_eq!(at, range.end());
+        }
+    }
+}
