@@ -280,9 +280,9 @@ impl<'a> Transmission<'a> {
         self.delay.waits(self.stuck || self.is_blocked());
         let now = Instant::now();
         let stalled = self.stalled_at(now, barred);
-        let relaxes = self.may_relax().then(|| now + IDLE);
+        let deadline = stalled.or_else(|| self.may_relax().then(|| now + IDLE));
         let gate_due = self.worker.errands.gate_due();
-        let deadline = [stalled, relaxes, gate_due].into_iter().flatten().min();
+        let deadline = deadline.into_iter().chain(gate_due).min();
         let wake = &self.worker.orders.wake;
         let waits_for_client = interest != Interest::default();
         let ready = if waits_for_client {
