@@ -297,20 +297,24 @@ impl<'a, T> Errands<'a, T> {
             Work::Prefetch(range) => self.call(errand, Call::Prefetch(range)),
             Work::Flush => self.gathered.push(Gathered { errand, write: None }),
             Work::Zero { range, how, durable } => {
-                let (part, range) = self.part_sizes.cut(range);
+                let (part, range) = self.cut(range, how);
                 // Whether it can be fast is decided by the first part, before anything is changed.
                 let later = Zeroing { only_if_fast: false, ..how };
                 let rest = Work::Zero { range, how: later, durable };
                 self.call_part(errand, Call::Zero(part, how), rest);
             }
             Work::Trim { range, durable } => {
-                let (part, range) = self.part_sizes.cut(range);
+                let (part, range) = self.cut(range, Zeroing::default());
                 self.call_part(errand, Call::Trim(part), Work::Trim { range, durable });
             }
             Work::Write { offset, data, durable } => {
                 self.start_write(errand, offset, data, durable);
             }
         }
+    }
+
+    fn cut(&self, range: Range, how: Zeroing) -> (Range, Range) {
+        self.part_sizes.cut(range, self.disk.image.zeroes_by_extent(how))
     }
 
     fn call_part(&mut self, mut errand: Errand<'a, T>, call: Call, rest: Work) {

@@ -406,6 +406,11 @@ impl Image for FileImage {
         self.zero_by_hand(range, how.keep_allocated)
     }
 
+    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
+        let is_able = |way: &Way| !self.lack(*way).load(Ordering::Relaxed);
+        self.kind == Kind::File && self.ways(how).first().is_some_and(is_able)
+    }
+
     fn trim(&self, range: Range) -> io::Result<()> {
         let blocks = self.whole_blocks(range);
         if blocks.is_empty() {

@@ -225,6 +225,10 @@ impl Image for FailingImage {
         self.image.zero(range, how)
     }
 
+    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
+        self.image.zeroes_by_extent(how)
+    }
+
     fn trim(&self, range: Range) -> io::Result<()> {
         self.faults.pass(Op::Trim)?;
         self.image.trim(range)

@@ -94,6 +94,12 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
     /// Makes the range read as zeros.
     fn zero(&self, range: Range, how: Zeroing) -> io::Result<()>;
+    /// Whether zeroing or trimming takes a time that depends on the number of extents rather than of
+    /// bytes, as in a file with `fallocate(2)`.
+    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
+        let _ = how;
+        false
+    }
     /// Gives back what it can of the range; the bytes may read as anything afterwards.
     fn trim(&self, range: Range) -> io::Result<()>;
     /// Returns once everything written before the call is on stable storage.

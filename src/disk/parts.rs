@@ -12,7 +12,10 @@ use std::time::Duration;
 pub const PART_MIN: u64 = 1 << 20;
 /// The first part of a session, in bytes: a second at 4 MB/s.
 const PART_FIRST: u64 = 4 << 20;
-/// Longest part, in bytes: what a disk of 100 MB/s writes in two thirds of a second, should it have
+/// Longest part where the number of extents counts rather than that of bytes, in bytes: what one
+/// request can ask for without extended headers. (A hole of 1 TiB takes 256 of them.)
+pub const PART_MAX_BY_EXTENT: u64 = 4 << 30;
+/// Longest part elsewhere, in bytes: what a disk of 100 MB/s writes in two thirds of a second, should it have
 /// to write zeros after all.
 pub const PART_MAX: u64 = 64 << 20;
 /// Parts that took no longer than this may become longer, and more.
@@ -45,8 +48,9 @@ impl PartSizes {
 
     /// The next part of `range`, and what remains. No part is shorter than [`PART_MIN`], but for a
     /// whole range that is.
-    pub(super) fn cut(self, range: Range) -> (Range, Range) {
-        let end = range.offset().saturating_add(self.length);
+    pub(super) fn cut(self, range: Range, by_extent: bool) -> (Range, Range) {
+        let length = if by_extent { self.length } else { self.length.min(PART_MAX) };
+        let end = range.offset().saturating_add(length);
         let end = end.checked_next_multiple_of(PART_MIN).unwrap_or(u64::MAX);
         let (part, rest) = (range.until(end), range.from(end));
         if rest.length() < PART_MIN { (range, range.split(range.length()).1) } else { (part, rest) }
@@ -55,11 +59,14 @@ impl PartSizes {
     /// A part of so many bytes took so long, what was in flight before it included.
     pub(super) fn took(&mut self, bytes: u64, time: Duration) {
         if time > SLOW {
-            self.length = (self.length / 2).max(PART_MIN);
+            // They may have been slow only because there were many.
+            if self.at_once == 1 {
+                self.length = (self.length / 2).max(PART_MIN);
+            }
             self.at_once = (self.at_once / 2).max(1);
         } else if time <= QUICK {
-            if bytes >= self.length {
-                self.length = (self.length * 2).min(PART_MAX);
+            if bytes >= self.length.min(PART_MAX) {
+                self.length = (self.length * 2).min(PART_MAX_BY_EXTENT);
             }
             self.at_once = (self.at_once + 1).min(AT_ONCE_MAX);
         }
@@ -80,11 +87,13 @@ mod tests {
         sizes.took(PART_FIRST - 1, QUICK);
         assert_eq!(sizes.length, PART_FIRST, "less than a part says nothing of a longer one");
         (0..200).for_each(|_| sizes.took(PART_MAX, QUICK));
-        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX, AT_ONCE_MAX));
+        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX_BY_EXTENT, AT_ONCE_MAX));
         sizes.took(PART_MAX, SLOW);
-        assert_eq!(sizes.length, PART_MAX, "neither quick nor slow");
+        assert_eq!(sizes.at_once(), AT_ONCE_MAX, "neither quick nor slow");
         sizes.took(1, LATE);
-        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX / 2, AT_ONCE_MAX / 2));
+        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX_BY_EXTENT, AT_ONCE_MAX / 2));
+        (0..7).for_each(|_| sizes.took(1, LATE));
+        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX_BY_EXTENT / 2, 1));
         (0..20).for_each(|_| sizes.took(1, LATE));
         assert_eq!((sizes.length, sizes.at_once()), (PART_MIN, 1));
     }
@@ -93,15 +102,17 @@ mod tests {
         #[test]
         fn parts_cover_the_range_and_cut_no_block(
             offset in 0..1u64 << 40, length in 1..1u64 << 33, quick in any::<bool>(),
+            by_extent in any::<bool>(),
         ) {
             let range = Range::within(u64::MAX, offset, length).unwrap();
             let mut sizes = PartSizes::default();
             let (mut rest, mut at) = (range, offset);
             while !rest.is_empty() {
-                let (part, after) = sizes.cut(rest);
+                let (part, after) = sizes.cut(rest, by_extent);
                 prop_assert_eq!(part.offset(), at);
                 prop_assert!(part.length() >= PART_MIN.min(length));
-                prop_assert!(part.length() < PART_MAX + 2 * PART_MIN);
+                let most = if by_extent { PART_MAX_BY_EXTENT } else { PART_MAX };
+                prop_assert!(part.length() < most + 2 * PART_MIN);
                 prop_assert!(after.is_empty() || part.end() % PART_MIN == 0);
                 sizes.took(part.length(), if quick { QUICK } else { LATE });
                 (rest, at) = (after, part.end());

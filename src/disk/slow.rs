@@ -271,6 +271,10 @@ impl Image for SlowImage {
         self.image.zero(range, how)
     }
 
+    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
+        self.image.zeroes_by_extent(how)
+    }
+
     fn trim(&self, range: Range) -> io::Result<()> {
         self.image.trim(range)
     }
