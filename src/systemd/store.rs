@@ -9,7 +9,9 @@
 
 use super::Notifier;
 use memmap2::Mmap;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::libc::MFD_NOEXEC_SEAL;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -183,12 +185,21 @@ fn room(variable: Option<&str>) -> usize {
 
 /// A file in memory that holds `bytes` and never changes.
 fn sealed(bytes: &[u8]) -> io::Result<OwnedFd> {
-    let descriptor =
-        memfd_create(c"flexnbd-carry", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let descriptor = without_execute(|flags| memfd_create(c"flexnbd-carry", flags))?;
     let mut file = File::from(descriptor);
     file.write_all(bytes)?;
     fcntl(&file, FcntlArg::F_ADD_SEALS(seals()))?;
     Ok(file.into())
+}
+
+/// Creates a sealable file in memory that can never be executed: the sysctl vm.memfd_noexec=2
+/// refuses any other with EACCES. Linux before 6.3 does not know the flag, nor the sysctl.
+fn without_execute<T>(create: impl Fn(MFdFlags) -> nix::Result<T>) -> nix::Result<T> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    match create(flags | MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL)) {
+        Err(Errno::EINVAL) => create(flags),
+        created => created,
+    }
 }
 
 fn read(note: OwnedFd) -> io::Result<Vec<u8>> {
@@ -208,9 +219,12 @@ fn seals() -> SealFlag {
 
 #[cfg(test)]
 mod tests {
+    use super::super::child;
     use super::*;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
+    use std::path::Path;
+    use std::process::Command;
 
     fn stored(named: Vec<(&str, OwnedFd)>) -> Result<Kept, Unusable> {
         let mut stored = Stored::default();
@@ -256,6 +270,32 @@ mod tests {
         assert!(matches!(stored(vec![("carry-ff", open)]), Err(Unusable::Unreadable(_))));
         let socket = UnixStream::pair().unwrap().0.into();
         assert!(matches!(stored(vec![("carry-ff", socket)]), Err(Unusable::Unreadable(_))));
+    }
+
+    /// `F_SEAL_EXEC` of fcntl(2), of which libc does not know.
+    const SEAL_EXEC: i32 = 0x20;
+
+    #[test]
+    fn notes_cannot_be_executed_where_the_kernel_knows_that() {
+        // Of sysctl/vm in the kernel's documentation: it came along with the flag.
+        let is_known = std::path::Path::new("/proc/sys/vm/memfd_noexec").exists();
+        let seals = fcntl(sealed(b"x").unwrap(), FcntlArg::F_GET_SEALS).unwrap();
+        assert_eq!(seals & SEAL_EXEC != 0, is_known);
+        let strict = |flags: MFdFlags| match flags.bits() & MFD_NOEXEC_SEAL {
+            0 => Err(Errno::EACCES),
+            _ => Ok(()),
+        };
+        assert_eq!(without_execute(strict), Ok(()), "vm.memfd_noexec=2");
+    }
+
+    #[test]
+    fn kernels_without_the_noexec_flag_make_notes_without_it() {
+        let old = |flags: MFdFlags| match flags.bits() & MFD_NOEXEC_SEAL {
+            0 => Ok(()),
+            _ => Err(Errno::EINVAL),
+        };
+        assert_eq!(without_execute(old), Ok(()));
+        assert_eq!(without_execute(|_| Err::<(), _>(Errno::EMFILE)), Err(Errno::EMFILE));
     }
 
     #[test]
