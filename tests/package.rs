@@ -253,3 +253,34 @@ fn records_can_be_looked_up_and_the_directory_of_sockets_is_roots() {
         assert!(settings(unit, "[Service]").contains(&"StateDirectoryMode=0711"));
     }
 }
+
+/// Runs `tests/install` where apt-get says this once before it works; what it said, and how often
+/// it was asked.
+fn installs_after(complaint: &str) -> (bool, String, usize) {
+    let dir = temp_dir();
+    let path = |name: &str| dir.path().join(name);
+    let asked = path("asked").display().to_string();
+    let script = format!(
+        "#!/bin/sh\necho \"$*\" >>{asked}\n[ $(wc -l <{asked}) = 1 ] || exit 0\n\
+         echo \"{complaint}\" >&2\nexit 100\n"
+    );
+    fs::write(path("apt-get"), script).unwrap();
+    fs::write(path("sudo"), "#!/bin/sh\nexec \"$@\"\n").unwrap();
+    for name in ["apt-get", "sudo"] {
+        fs::set_permissions(path(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let mut install = Command::new(source("tests/install"));
+    install.arg("no-such-package").env("PATH", format!("{}:/usr/bin:/bin", dir.path().display()));
+    let output = install.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let count = fs::read_to_string(asked).unwrap().lines().count();
+    (output.status.success(), said, count)
+}
+
+#[test]
+fn installing_for_tests_waits_for_the_locks_of_apt() {
+    let lock = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7 (apt-get)";
+    assert_eq!(installs_after(lock), (true, String::new(), 3), "update twice, and install");
+    let (worked, said, count) = installs_after("E: no network");
+    assert_eq!((worked, said.as_str(), count), (false, "E: no network\n", 1));
+}

@@ -8,6 +8,7 @@ use crate::server::acl::Acl;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 /// How many clients `--max-clients` may admit. Each has a thread and a few descriptors.
 pub const MAX_CLIENTS_RANGE: RangeInclusive<usize> = 1..=65_536;
@@ -157,12 +158,18 @@ pub fn parse_acl_entry(text: &str) -> Result<String, String> {
     Acl::parse(&[text], false).map(|_| text.to_owned()).map_err(|bad| bad.to_string())
 }
 
+/// A number that is written in digits and nothing else.
+fn digits<N: FromStr>(text: &str) -> Option<N> {
+    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit());
+    if is_plain { text.parse().ok() } else { None }
+}
+
 /// `--max-clients`: a number within [`MAX_CLIENTS_RANGE`].
 ///
 /// # Errors
 /// A sentence for the operator.
 pub fn parse_max_clients(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|number| MAX_CLIENTS_RANGE.contains(number)).ok_or_else(|| {
+    digits(text).filter(|number| MAX_CLIENTS_RANGE.contains(number)).ok_or_else(|| {
         let (least, most) = (MAX_CLIENTS_RANGE.start(), MAX_CLIENTS_RANGE.end());
         format!("`{text}` is not a number from {least} to {most}")
     })
@@ -173,7 +180,7 @@ pub fn parse_max_clients(text: &str) -> Result<usize, String> {
 /// # Errors
 /// A sentence for the operator.
 pub fn parse_idle_exit(text: &str) -> Result<u64, String> {
-    text.parse().ok().filter(|number| IDLE_EXIT_RANGE.contains(number)).ok_or_else(|| {
+    digits(text).filter(|number| IDLE_EXIT_RANGE.contains(number)).ok_or_else(|| {
         let (least, most) = (IDLE_EXIT_RANGE.start(), IDLE_EXIT_RANGE.end());
         format!("`{text}` is not a number of seconds from {least} to {most}")
     })
@@ -256,7 +263,7 @@ mod tests {
     fn idling_ends_after_a_second_at_the_earliest_and_a_year_at_the_latest() {
         assert_eq!(parse_idle_exit("1"), Ok(1));
         assert_eq!(parse_idle_exit("31536000"), Ok(31_536_000));
-        for text in ["0", "31536001", "", "never", "-1", "1s"] {
+        for text in ["0", "31536001", "", "never", "-1", "+1", " 1", "1s"] {
             let error = parse_idle_exit(text).unwrap_err();
             assert_eq!(error, format!("`{text}` is not a number of seconds from 1 to 31536000"));
         }
@@ -266,7 +273,7 @@ mod tests {
     fn at_least_one_client_and_at_most_65536_may_be_admitted() {
         assert_eq!(parse_max_clients("1"), Ok(1));
         assert_eq!(parse_max_clients("65536"), Ok(65_536));
-        for text in ["0", "65537", "", "many", "-1"] {
+        for text in ["0", "65537", "", "many", "-1", "+1", "1 "] {
             let error = parse_max_clients(text).unwrap_err();
             assert_eq!(error, format!("`{text}` is not a number from 1 to 65536"));
         }

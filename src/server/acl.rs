@@ -85,9 +85,11 @@ fn parse(entry: &str) -> Result<IpNet, BadEntry> {
     IpNet::new(canonical, length).map_err(|_| bad())
 }
 
+/// A number as it is usually written: a leading zero may mean octal, or a digit that was mistyped.
 fn digits(prefix: &str) -> Option<u8> {
-    let plain = prefix.bytes().all(|byte| byte.is_ascii_digit());
-    if plain { prefix.parse().ok() } else { None }
+    let is_plain = prefix.bytes().all(|byte| byte.is_ascii_digit());
+    let has_leading_zero = prefix.len() > 1 && prefix.starts_with('0');
+    if is_plain && !has_leading_zero { prefix.parse().ok() } else { None }
 }
 
 #[cfg(test)]
@@ -144,11 +146,21 @@ mod tests {
             "::1/129",
             "1.2.3.4/",
             "1.2.3.4/+8",
+            "1.2.3.4/-8",
+            "1.2.3.4/08",
+            "1.2.3.4/00",
+            "1.2.3.4/ 8",
+            "1.2.3.4/8 ",
+            "1.2.3.4 /8",
+            " 1.2.3.4/8",
+            "::1/064",
+            "::ffff:1.2.3.4/0120",
+            "01.2.3.4",
             "1.2.3.4/24/8",
             "::ffff:1.2.3.4/95",
         ] {
             assert_eq!(Acl::parse(&["::1", entry], false), Err(BadEntry(entry.to_owned())));
         }
-        assert!(Acl::parse(&["1.2.3.4/32", "::1/128"], false).is_ok());
+        assert!(Acl::parse(&["1.2.3.4/32", "::1/128", "1.2.3.4/0", "::/0"], false).is_ok());
     }
 }
