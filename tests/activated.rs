@@ -6,6 +6,8 @@
 
 #[path = "activated/arrived.rs"]
 mod arrived;
+#[path = "activated/asking.rs"]
+mod asking;
 mod common;
 #[path = "activated/idle.rs"]
 mod idle;

@@ -6,6 +6,7 @@
 //! plan ─▶ sockets, image, title ─▶ server, control ─▶ ready ─▶ one Event after another ─▶ stop
 //! ```
 
+mod asking;
 mod beat;
 mod carry;
 mod house;
@@ -22,6 +23,7 @@ pub mod signals;
 mod title;
 mod wording;
 
+pub use asking::Inquiry;
 pub use plan::{Admission, Ending, Plan, Records, Refusal, Reread, Role};
 
 use crate::control::{ControlSocket, Handle, Operator};
@@ -37,6 +39,7 @@ use crate::server::reception::Reception;
 use crate::server::watch::Watch;
 use crate::server::{Luggage, Opening, STALL_LIMIT, Server, Settings, Style};
 use crate::systemd::{Inherited, Notifier, Store, message_id, sockets};
+use asking::{Answered, Asker};
 use beat::Beat;
 use house::House;
 use idle::Idle;
@@ -47,7 +50,7 @@ use nix::sys::signal::Signal;
 use operator::{Departures, Service, Vigil};
 use pulse::Pulse;
 use reception::{Receiving, Serving};
-use refusing::{Doorstep, Purpose};
+use refusing::{Doorstep, Purpose, Stayed};
 use report::Passage;
 use signals::{Meaning, Signals};
 use std::io;
@@ -92,25 +95,31 @@ enum Event {
 ///
 /// # Errors
 /// Before it began, when it cannot.
-pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
+pub fn run(plan: Plan, mut reread: Option<Reread>) -> Result<Ending, Refusal> {
     let (role, image, control) = (plan.role, Some(plan.image.clone()), plan.control.clone());
-    let (doorstep, inherited, luggage) = Doorstep::enter(Purpose { role, image, control })?;
+    let (doorstep, mut luggage) = Doorstep::enter(Purpose { role, image, control })?;
     raise_descriptor_limit();
     give_freed_memory_back();
-    if let Some(trouble) = doorstep.trouble() {
-        return doorstep.refuse(trouble);
-    }
-    match begin(&plan, reread, (inherited, luggage), &doorstep) {
-        Err(refusal) => doorstep.refuse(refusal),
-        Ok(None) => Ok(Ending::Well),
-        Ok(Some((mut house, arrivals))) => {
-            drop(doorstep);
-            let ending = house.wait(&arrivals, plan.role);
-            let goes_on = plan.role == Role::Serve && house.disk.is_flawless();
-            house.close(&ending, goes_on);
-            Ok(house::last_word(ending, &arrivals))
+    let mut answered = None;
+    let (mut house, arrivals) = loop {
+        match begin(&plan, &mut reread, &mut luggage, (&doorstep, answered)) {
+            Ok(Some(began)) => break began,
+            Ok(None) => return Ok(Ending::Well),
+            Err(refusal) => {
+                // Sessions of the last process end now, not with the refusing.
+                luggage = Luggage::default();
+                match doorstep.refuse(refusal)? {
+                    Stayed::Ended(ending) => return Ok(ending),
+                    Stayed::Answered(answer) => answered = Some(answer),
+                }
+            }
         }
-    }
+    };
+    drop(doorstep);
+    let ending = house.wait(&arrivals, plan.role);
+    let goes_on = plan.role == Role::Serve && house.disk.is_flawless();
+    house.close(&ending, goes_on);
+    Ok(house::last_word(ending, &arrivals))
 }
 
 /// For a process that has no plan, for this reason: lets clients and operators know of it, if the
@@ -119,18 +128,23 @@ pub fn run(plan: Plan, reread: Option<Reread>) -> Result<Ending, Refusal> {
 #[must_use]
 pub fn refuse(role: Role, control: Option<PathBuf>, reason: &str) -> Option<Ending> {
     // What else is wrong matters less.
-    let (doorstep, ..) = Doorstep::enter(Purpose { role, image: None, control }).ok()?;
-    doorstep.refuse(Refusal::Configuration(reason.to_owned())).ok()
+    let (doorstep, _) = Doorstep::enter(Purpose { role, image: None, control }).ok()?;
+    match doorstep.refuse(Refusal::Configuration(reason.to_owned())).ok()? {
+        Stayed::Ended(ending) => Some(ending),
+        // Nothing was asked.
+        Stayed::Answered(_) => None,
+    }
 }
 
 /// Opens everything, and is ready; none if there is nothing to be done.
 fn begin(
     plan: &Plan,
-    reread: Option<Reread>,
-    (inherited, luggage): (Inherited, Luggage),
-    doorstep: &Doorstep,
+    reread: &mut Option<Reread>,
+    luggage: &mut Luggage,
+    (doorstep, answered): (&Doorstep, Option<Answered>),
 ) -> Result<Option<(House, Receiver<Event>)>, Refusal> {
     let notifier = doorstep.notifier.clone();
+    let inherited = doorstep.sockets()?;
     let (events, arrivals) = mpsc::channel();
     let (disk, ledger, is_new) = open(plan)?;
     if let Role::Listen { records, .. } = plan.role
@@ -140,7 +154,7 @@ fn begin(
     }
     let for_status = ledger.again().map_err(Refusal::Record)?;
     let (reception, departures) = match plan.role {
-        Role::Serve => to_serve(plan, ledger, &disk, &events, &notifier)?,
+        Role::Serve => to_serve(plan, ledger, &disk, &events, &doorstep.asker(answered))?,
         Role::Listen { overwrite, records } => {
             match to_listen(plan, (ledger, records), &disk, overwrite, &events)? {
                 Some(reception) => (reception, None),
@@ -158,7 +172,7 @@ fn begin(
     let doing = if departures.is_some() { "serving" } else { "receiving" };
     let (image, size) = (plan.image.display().to_string(), disk.size());
     let watch = Arc::new(Lookout(events.clone()));
-    let server = start(plan, &disk, reception, listeners, luggage, watch)?;
+    let server = start(plan, &disk, reception, listeners, std::mem::take(luggage), watch)?;
     let ownership = title::told(for_status, departures.as_ref().map(|moving| moving.ground.title));
     let server = Mutex::new(server);
     let vigil = Vigil::default();
@@ -166,7 +180,7 @@ fn begin(
     let service = Arc::new(Service {
         size,
         server,
-        reread,
+        reread: reread.take(),
         departures,
         ownership,
         vigil,
@@ -201,9 +215,9 @@ fn to_serve(
     ledger: Ledger,
     disk: &Arc<Disk>,
     events: &Sender<Event>,
-    notifier: &Notifier,
+    asker: &Asker<'_>,
 ) -> Result<(Arc<dyn Reception>, Option<Departures>), Refusal> {
-    let title = title::to_serve(plan, &ledger, disk.size(), notifier)?;
+    let title = title::to_serve(plan, &ledger, disk.size(), asker)?;
     let ground =
         Ground { disk: Arc::clone(disk), image: plan.image.clone(), title, events: events.clone() };
     let departures =

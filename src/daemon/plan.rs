@@ -1,12 +1,14 @@
 //! What a process is to do, decided before it begins, and why it may refuse to.
 //! Only data: carrying it out is for its neighbours.
 
+use super::asking::Inquiry;
 use crate::disk::OpenError;
 use crate::disk::ledger::LedgerError;
 use crate::disk::ownership::{Id, Place};
 use crate::net::{Address, BindError};
 use crate::server::acl::Acl;
 use crate::systemd::message_id;
+use nix::sys::signal::Signal;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -109,6 +111,8 @@ pub enum Refusal {
     Inherited(String),
     /// The system refused something that every process needs.
     System(&'static str, io::Error),
+    /// A signal that ends the process came before it began. Nothing is wrong.
+    Interrupted(Signal),
 }
 
 /// What an image's record says against serving it, or receiving into it.
@@ -118,6 +122,8 @@ pub struct Denial {
     pub why: String,
     /// The migration that took the disk away, and where to, if one did.
     pub departure: Option<(Id, Place)>,
+    /// What another host may say later, if it is only that which is missing.
+    pub inquiry: Option<Inquiry>,
 }
 
 impl Refusal {
@@ -145,7 +151,8 @@ impl Refusal {
             | Self::Unrecorded(_)
             | Self::Ownership(_)
             | Self::NoAddress
-            | Self::Inherited(_) => None,
+            | Self::Inherited(_)
+            | Self::Interrupted(_) => None,
         }
     }
 }
@@ -165,6 +172,7 @@ impl fmt::Display for Refusal {
                  unit",
             ),
             Self::System(doing, error) => write!(f, "cannot {doing}: {error}"),
+            Self::Interrupted(signal) => write!(f, "received {signal}"),
         }
     }
 }

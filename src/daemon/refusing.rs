@@ -6,20 +6,20 @@
 //! themselves fail. So, with somebody waiting, it stays: closes every connection, tells operators
 //! why, and ends when it is told to.
 
+use super::asking::{Answered, Asker, Pursuit, readable, received};
 use super::plan::{Ending, Refusal, Role};
-use super::signals::{Meaning, Signals};
+use super::signals::Signals;
 use super::{carry, tell};
 use crate::control::{Command, ControlSocket, Credentials, Handle, Operator, Reply};
 use crate::disk::ownership::Place;
 use crate::net::{Listener, Peer, wait_readable};
 use crate::server::Luggage;
-use crate::systemd::sockets::{self, BadDescriptor};
+use crate::systemd::sockets;
 use crate::systemd::{Inherited, Notifier, message_id};
 use nix::sys::signal::Signal;
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::{SFlag, fstat};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,10 +36,7 @@ const REST: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Doorstep {
     purpose: Purpose,
-    nbd: Vec<Listener>,
-    control: Option<UnixListener>,
-    /// What was handed over and cannot be used, and why not.
-    bad: Vec<BadDescriptor>,
+    handed: Inherited,
     pub(super) notifier: Notifier,
     pub(super) signals: Signals,
 }
@@ -53,33 +50,55 @@ pub(super) struct Purpose {
     pub(super) control: Option<PathBuf>,
 }
 
+/// What came of staying to refuse.
+pub(super) enum Stayed {
+    /// The process ends so.
+    Ended(Ending),
+    /// Another host has answered: begin again.
+    Answered(Answered),
+}
+
 impl Doorstep {
     /// Takes the sockets that were handed to this process, and the sessions that another one has
     /// left. Call it once, before any thread starts: the environment is read and changed, and
     /// threads inherit the signal mask.
-    pub(super) fn enter(purpose: Purpose) -> Result<(Self, Inherited, Luggage), Refusal> {
+    pub(super) fn enter(purpose: Purpose) -> Result<(Self, Luggage), Refusal> {
         let notifier = Notifier::from_env();
-        let mut inherited = Inherited::from_env();
+        let mut handed = Inherited::from_env();
         // Also when it is of no use: what stays in the store keeps its client waiting for ever.
-        let luggage = carry::take_out(std::mem::take(&mut inherited.stored), &notifier);
+        let luggage = carry::take_out(std::mem::take(&mut handed.stored), &notifier);
         let signals = Signals::block()?;
-        let (nbd, control) = copies(&inherited)
-            .map_err(|error| Refusal::System("copy the inherited sockets", error))?;
-        let bad = std::mem::take(&mut inherited.bad);
-        let doorstep = Self { purpose, nbd, control, bad, notifier, signals };
-        Ok((doorstep, inherited, luggage))
+        Ok((Self { purpose, handed, notifier, signals }, luggage))
     }
 
-    /// Why the process cannot begin with what it was handed, if it cannot.
-    pub(super) fn trouble(&self) -> Option<Refusal> {
-        self.bad.first().map(|bad| Refusal::Inherited(bad.to_string()))
+    /// The sockets that were handed over, for a process that begins to serve.
+    pub(super) fn sockets(&self) -> Result<Inherited, Refusal> {
+        match self.handed.bad.first() {
+            Some(bad) => Err(Refusal::Inherited(bad.to_string())),
+            None => self.copies(),
+        }
+    }
+
+    fn copies(&self) -> Result<Inherited, Refusal> {
+        let copies = self.handed.try_clone();
+        copies.map_err(|error| Refusal::System("copy the inherited sockets", error))
+    }
+
+    /// Who asks another host about the disk; `answered` is what is known already.
+    pub(super) fn asker(&self, answered: Option<Answered>) -> Asker<'_> {
+        Asker { notifier: &self.notifier, signals: &self.signals, answered }
     }
 
     /// Comes to its end with a disk that cannot be served: at once, which is the error, or after
     /// having refused clients for as long as that is wanted.
-    pub(super) fn refuse(self, refusal: Refusal) -> Result<Ending, Refusal> {
+    pub(super) fn refuse(&self, refusal: Refusal) -> Result<Stayed, Refusal> {
+        if let Refusal::Interrupted(signal) = refusal {
+            tell(self.notifier.stopping());
+            info!(message_id = message_id::STOPPING, "stopping: received {signal}");
+            return Ok(Stayed::Ended(Ending::Well));
+        }
         if self.has_to_stay(&refusal) {
-            return Ok(self.stay(&refusal));
+            return self.stay(&refusal);
         }
         tell(self.notifier.status(&refusal.to_string()));
         if let Some(errno) = refusal.errno() {
@@ -91,53 +110,71 @@ impl Doorstep {
     /// A disk that is not ours stays so, and clients go on coming. Anything else is more likely to
     /// have been found by whoever starts the service and looks what comes of it.
     fn has_to_stay(&self, refusal: &Refusal) -> bool {
-        let was_handed_sockets =
-            !self.nbd.is_empty() || self.control.is_some() || !self.bad.is_empty();
+        let Inherited { nbd, control, bad, .. } = &self.handed;
+        let was_handed_sockets = !nbd.is_empty() || control.is_some() || !bad.is_empty();
         let serves = self.purpose.role == Role::Serve && was_handed_sockets;
         serves && (matches!(refusal, Refusal::Ownership(_)) || self.is_somebody_waiting())
     }
 
     /// Whether a client or an operator has connected already: we were probably started for it.
     fn is_somebody_waiting(&self) -> bool {
-        let control = self.control.as_ref().map(AsFd::as_fd);
+        let control = self.handed.control.as_ref().map(AsFd::as_fd);
         // Somebody who waits at one that cannot be used starts the service again all the same.
-        let bad = self.bad.iter().filter_map(|bad| bad.descriptor.as_ref());
+        let bad = self.handed.bad.iter().filter_map(|bad| bad.descriptor.as_ref());
         let bad = bad.filter(|descriptor| can_wait(descriptor)).map(AsFd::as_fd);
-        let sockets: Vec<_> = self.nbd.iter().map(AsFd::as_fd).chain(control).chain(bad).collect();
+        let nbd = self.handed.nbd.iter().map(AsFd::as_fd);
+        let sockets: Vec<_> = nbd.chain(control).chain(bad).collect();
         wait_readable(&sockets, Some(Instant::now())).is_ok_and(|ready| ready.contains(&true))
     }
 
-    fn stay(self, refusal: &Refusal) -> Ending {
+    fn stay(&self, refusal: &Refusal) -> Result<Stayed, Refusal> {
         let reason = refusal.to_string();
-        let Self { purpose, mut nbd, control, bad, notifier, signals } = self;
-        // What has the wrong name, and takes connections all the same, refuses them like the others.
-        let bad = bad.into_iter().filter_map(|bad| bad.descriptor);
-        nbd.extend(bad.filter_map(|descriptor| Listener::inherited(descriptor).ok()));
-        let (migration, to) = match refusal {
-            Refusal::Ownership(denial) => denial.departure.clone().unzip(),
+        let Self { purpose, notifier, signals, .. } = self;
+        let Inherited { nbd, control, .. } = self.copies()?;
+        let listeners = self.to_refuse_on(nbd);
+        let (departure, inquiry) = match refusal {
+            Refusal::Ownership(denial) => (denial.departure.clone(), denial.inquiry.clone()),
             _ => (None, None),
         };
+        let (migration, to) = departure.unzip();
         error!(
             message_id = refusal.message_id(),
             "flexnbd.migration" = migration.map(|id| id.to_string()),
             "flexnbd.destination" = to.as_ref().map(Place::as_str),
-            "flexnbd.image" = purpose.image.map(|image| image.display().to_string()),
+            "flexnbd.image" = purpose.image.as_ref().map(|image| image.display().to_string()),
             errno = refusal.errno(),
             "refusing clients: {reason}"
         );
-        let control = answer_operators(control, purpose.control, &reason);
+        let control = answer_operators(control, purpose.control.clone(), &reason);
         tell(notifier.ready());
         tell(notifier.status(&format!("refusing clients: {reason}")));
-        let outcome = turn_away(&nbd, &signals, &notifier, &reason);
-        tell(notifier.stopping());
-        drop(control);
-        match outcome {
-            Ok(signal) => {
-                info!(message_id = message_id::STOPPING, "stopping: received {signal}");
-                Ending::Well
-            }
-            Err(error) => Ending::Badly(format!("cannot wait for clients to refuse: {error}")),
+        let pursuit = inquiry.map(|inquiry| Pursuit::new(inquiry, Instant::now()));
+        let refuser = Refusing { listeners, signals, notifier, reason: &reason, pursuit };
+        let outcome = refuser.turn_away();
+        if !matches!(outcome, Ok(Over::Answered(_))) {
+            tell(notifier.stopping());
         }
+        drop(control);
+        Ok(match outcome {
+            Ok(Over::Signal(signal)) => {
+                info!(message_id = message_id::STOPPING, "stopping: received {signal}");
+                Stayed::Ended(Ending::Well)
+            }
+            Ok(Over::Answered(answered)) => Stayed::Answered(answered),
+            Err(error) => {
+                let why = format!("cannot wait for clients to refuse: {error}");
+                Stayed::Ended(Ending::Badly(why))
+            }
+        })
+    }
+
+    /// Where clients are refused: what has the wrong name, and takes connections all the same,
+    /// refuses them like the others.
+    fn to_refuse_on(&self, nbd: Vec<sockets::Listener>) -> Vec<Listener> {
+        let bad = self.handed.bad.iter().filter_map(|bad| bad.descriptor.as_ref());
+        let bad = bad.filter_map(|descriptor| descriptor.try_clone().ok());
+        let all = nbd.into_iter().map(OwnedFd::from).chain(bad);
+        all.filter_map(|descriptor| Listener::inherited(descriptor).ok()).collect()
     }
 }
 
@@ -146,19 +183,6 @@ fn can_wait(descriptor: &OwnedFd) -> bool {
     let kind =
         fstat(descriptor).map_or(SFlag::empty(), |found| SFlag::from_bits_truncate(found.st_mode));
     matches!(kind & SFlag::S_IFMT, SFlag::S_IFSOCK | SFlag::S_IFIFO)
-}
-
-fn copies(inherited: &Inherited) -> io::Result<(Vec<Listener>, Option<UnixListener>)> {
-    let copy = |listener: &sockets::Listener| {
-        let descriptor: OwnedFd = match listener {
-            sockets::Listener::Tcp(listener) => listener.try_clone()?.into(),
-            sockets::Listener::Unix(listener) => listener.try_clone()?.into(),
-        };
-        Listener::inherited(descriptor)
-    };
-    let nbd = inherited.nbd.iter().map(copy).collect::<io::Result<_>>()?;
-    let control = inherited.control.as_ref().map(UnixListener::try_clone).transpose()?;
-    Ok((nbd, control))
 }
 
 /// Tells operators why, whatever they order.
@@ -187,54 +211,64 @@ fn answer_operators(
     started.map_err(|error| warn!("orders cannot be answered: {error}")).ok()
 }
 
-/// Closes every connection until one of `signals` comes.
-fn turn_away(
-    listeners: &[Listener],
-    signals: &Signals,
-    notifier: &Notifier,
-    reason: &str,
-) -> io::Result<Signal> {
-    let signal =
-        SignalFd::with_flags(&signals.set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-    let (mut tally, mut scarce_until) = (Tally::default(), None);
-    let mut fed = Instant::now();
-    loop {
-        let now = Instant::now();
-        if let Some(count) = tally.take(now) {
-            log(count, tally.last, reason);
-        }
-        let pause = scarce_until.filter(|until| now < *until);
-        let beat = notifier.watchdog_interval().map(|interval| fed + interval);
-        // What feeds it is this loop, which is all there is to get stuck.
-        if beat.is_some_and(|beat| beat <= now) {
-            fed = now;
-            tell(notifier.watchdog());
-            continue;
-        }
-        let mut descriptors: Vec<BorrowedFd<'_>> = vec![signal.as_fd()];
-        if pause.is_none() {
-            descriptors.extend(listeners.iter().map(AsFd::as_fd));
-        }
-        let deadline = [pause, beat, tally.due()].into_iter().flatten().min();
-        let ready = wait_readable(&descriptors, deadline)?;
-        if ready[0]
-            && let Some(told) = signal.read_signal()?
-        {
-            // The kernel has no signals that we do not know the names of.
-            let number = i32::try_from(told.ssi_signo).unwrap_or_default();
-            let signal = Signal::try_from(number).unwrap_or(Signal::SIGTERM);
-            // A process that has nothing to reload ends at SIGHUP: the next client starts one that
-            // reads the configuration as it is then.
-            match signals.meaning(signal, false) {
-                Meaning::Stop => return Ok(signal),
-                _ => warn!("received {signal}, which has no meaning here; going on"),
+/// Why refusing is over.
+enum Over {
+    Signal(Signal),
+    Answered(Answered),
+}
+
+/// Everything that has to be watched while clients are refused.
+struct Refusing<'a> {
+    listeners: Vec<Listener>,
+    signals: &'a Signals,
+    notifier: &'a Notifier,
+    reason: &'a str,
+    /// Another host is asked meanwhile whether the disk can be served after all.
+    pursuit: Option<Pursuit>,
+}
+
+impl Refusing<'_> {
+    /// Closes every connection until a signal comes, or the answer of another host.
+    fn turn_away(mut self) -> io::Result<Over> {
+        let signal = readable(self.signals)?;
+        let (mut tally, mut scarce_until) = (Tally::default(), None);
+        let mut fed = Instant::now();
+        loop {
+            let now = Instant::now();
+            if let Some(answered) = self.pursuit.as_mut().and_then(|pursuit| pursuit.look(now)) {
+                return Ok(Over::Answered(answered));
             }
-        }
-        for (listener, _) in listeners.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
-            match listener.accept() {
-                Ok((_, peer)) => tally.refused(peer),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => scarce_until = Some(Instant::now() + REST),
+            if let Some(count) = tally.take(now) {
+                log(count, tally.last, self.reason);
+            }
+            let pause = scarce_until.filter(|until| now < *until);
+            let beat = self.notifier.watchdog_interval().map(|interval| fed + interval);
+            // What feeds it is this loop, which is all there is to get stuck.
+            if beat.is_some_and(|beat| beat <= now) {
+                fed = now;
+                tell(self.notifier.watchdog());
+                continue;
+            }
+            let pursued = self.pursuit.as_ref();
+            let due = pursued.and_then(Pursuit::due);
+            let deadline = [pause, beat, tally.due(), due].into_iter().flatten().min();
+            let mut descriptors = vec![signal.as_fd()];
+            if pause.is_none() {
+                descriptors.extend(self.listeners.iter().map(AsFd::as_fd));
+            }
+            let waiting = descriptors.len() - 1;
+            descriptors.extend(pursued.and_then(Pursuit::descriptor));
+            let ready = wait_readable(&descriptors, deadline)?;
+            if let Some(signal) = received(&signal, self.signals)? {
+                return Ok(Over::Signal(signal));
+            }
+            let ready = &ready[1..=waiting];
+            for (listener, _) in self.listeners.iter().zip(ready).filter(|(_, ready)| **ready) {
+                match listener.accept() {
+                    Ok((_, peer)) => tally.refused(peer),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(_) => scarce_until = Some(Instant::now() + REST),
+                }
             }
         }
     }

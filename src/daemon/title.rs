@@ -1,33 +1,19 @@
 //! Whose disk an image is, before anything is done with it.
 //! Reads the record, asks the other host where only that knows, and puts the record right.
 
+use super::asking::{Asker, Inquiry};
 use super::plan::{Denial, Plan, Records, Refusal, Role};
-use super::tell;
 use crate::disk::FileImage;
 use crate::disk::ledger::{Ledger, LedgerError, gone};
 use crate::disk::ownership::{
     self, ForListen, ForServe, Id, Place, Record, Title, for_listen, for_serve,
 };
 use crate::disk::state::STATE_VARIABLE;
-use crate::migration::job::{Fate, fate};
-use crate::migration::link::Route;
-use crate::migration::source;
-use crate::migration::wire::Question;
-use crate::net::Address;
-use crate::systemd::{Notifier, message_id};
+use crate::migration::job::Fate;
+use crate::systemd::message_id;
 use std::env;
-use std::net::IpAddr;
-use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 use tracing::{info, warn};
-
-/// How often another host is asked what has become of a disk, if nobody answers.
-const ASK_TRIES: u32 = 4;
-/// Time between one question and the next.
-const ASK_EVERY: Duration = Duration::from_secs(1);
-/// How long a question and the pause after it may take, with time to spare: a connection, a few
-/// messages.
-const ASK_LONGEST: Duration = Duration::from_secs(60);
 
 /// The ledger of the plan's image, which is open.
 pub(super) fn ledger(plan: &Plan, image: &FileImage) -> Result<Ledger, Refusal> {
@@ -63,7 +49,7 @@ pub(super) fn to_create(plan: &Plan) -> Result<(), Refusal> {
                  place make the file yourself, with truncate(1), say",
                 plan.image.display()
             );
-            Err(Refusal::Ownership(Denial { why, departure: Some((id, to)) }))
+            Err(Refusal::Ownership(Denial { why, departure: Some((id, to)), inquiry: None }))
         }
         _ => Ok(()),
     }
@@ -74,7 +60,7 @@ pub(super) fn to_serve(
     plan: &Plan,
     ledger: &Ledger,
     size: u64,
-    notifier: &Notifier,
+    asker: &Asker<'_>,
 ) -> Result<Title, Refusal> {
     let record = ledger.read().map_err(Refusal::Record)?;
     match for_serve(record.as_ref()) {
@@ -84,25 +70,35 @@ pub(super) fn to_serve(
         }
         ForServe::Refuse(denial) => Err(denied(plan, &denial)),
         ForServe::Ask { id, to, from, before, unless } => {
-            match what_became_of((id, size), (&to, from), notifier) {
-                Fate::NotArrived => {
-                    info!(
-                        "flexnbd.migration" = %id, "flexnbd.destination" = %to,
-                        "{to} says that the disk has not arrived there: serving it here again"
-                    );
-                    ledger.write(before.record().as_ref()).map_err(Refusal::Record)?;
-                    Ok(before)
+            let inquiry = Inquiry::new((id, size), (&to, from));
+            let fate = inquiry.as_ref().map(|inquiry| asker.what_became_of(inquiry)).transpose()?;
+            match fate.unwrap_or(Fate::Unknown) {
+                Fate::NotArrived => stays_here(ledger, (id, to), before),
+                Fate::Arrived => Err(denied(plan, &left(ledger, id, to)?)),
+                Fate::Unknown => {
+                    Err(Refusal::Ownership(Denial { inquiry, ..denial(plan, &unless) }))
                 }
-                Fate::Arrived => {
-                    let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
-                    let departed = Record::Departed { id, when, to: to.clone() };
-                    ledger.write(Some(&departed)).map_err(Refusal::Record)?;
-                    Err(denied(plan, &ownership::Refusal::Departed { id, when, to }))
-                }
-                Fate::Unknown => Err(denied(plan, &unless)),
             }
         }
     }
+}
+
+/// The destination says that it has not the disk, and never will.
+fn stays_here(ledger: &Ledger, (id, to): (Id, Place), before: Title) -> Result<Title, Refusal> {
+    info!(
+        "flexnbd.migration" = %id, "flexnbd.destination" = %to,
+        "{to} says that the disk has not arrived there: serving it here again"
+    );
+    ledger.write(before.record().as_ref()).map_err(Refusal::Record)?;
+    Ok(before)
+}
+
+/// The destination says that it has the disk.
+fn left(ledger: &Ledger, id: Id, to: Place) -> Result<ownership::Refusal, Refusal> {
+    let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+    let departed = Record::Departed { id, when, to: to.clone() };
+    ledger.write(Some(&departed)).map_err(Refusal::Record)?;
+    Ok(ownership::Refusal::Departed { id, when, to })
 }
 
 /// The image was made just now, for a disk that is to come: until it has, this one is empty, and not
@@ -186,42 +182,11 @@ fn name_of(record: Option<&Record>) -> &'static str {
     record.map_or("none", Record::name)
 }
 
-/// Asks `to`, from the local address `from` if there is one, about the disk of that id and size.
-fn what_became_of(
-    (id, size): (Id, u64),
-    (to, from): (&Place, Option<IpAddr>),
-    notifier: &Notifier,
-) -> Fate {
-    let Some(address) = address_of(to) else { return Fate::Unknown };
-    info!(
-        "flexnbd.migration" = %id, "flexnbd.destination" = %to,
-        "asking {to} whether the disk has arrived there"
-    );
-    tell(notifier.status(&format!("asking {to} whether the disk has arrived there")));
-    let route = Route { to: address, bind: from };
-    for tries_left in (0..ASK_TRIES).rev() {
-        tell(notifier.extend_timeout(ASK_LONGEST));
-        match source::ask(&route, &Question { size, id }) {
-            Ok(answer) => return fate(answer.as_ref(), None),
-            Err(trouble) if tries_left == 0 => {
-                warn!(
-                    "flexnbd.migration" = %id, "flexnbd.destination" = %to,
-                    "{to} does not say whether the disk has arrived there: {trouble}"
-                );
-            }
-            // There may be nobody for a moment, between the process that received the disk and
-            // the one that serves it; nothing tells us when that is over.
-            Err(_) => thread::sleep(ASK_EVERY),
-        }
-    }
-    Fate::Unknown
-}
-
-fn address_of(place: &Place) -> Option<Address> {
-    place.as_str().parse().ok().map(Address::Tcp)
-}
-
 fn denied(plan: &Plan, refusal: &ownership::Refusal) -> Refusal {
+    Refusal::Ownership(denial(plan, refusal))
+}
+
+fn denial(plan: &Plan, refusal: &ownership::Refusal) -> Denial {
     let departure = match refusal {
         ownership::Refusal::Departing { id, to } | ownership::Refusal::Departed { id, to, .. } => {
             Some((*id, to.clone()))
@@ -229,5 +194,5 @@ fn denied(plan: &Plan, refusal: &ownership::Refusal) -> Refusal {
         ownership::Refusal::Incomplete | ownership::Refusal::Adopted => None,
     };
     let why = refusal.explain(&plan.image.display().to_string());
-    Refusal::Ownership(Denial { why, departure })
+    Denial { why, departure, inquiry: None }
 }

@@ -9,7 +9,7 @@ use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use std::fmt;
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 
 /// The name of the control socket (`FileDescriptorName=` of systemd.socket(5)).
@@ -30,6 +30,33 @@ pub enum Listener {
     Tcp(TcpListener),
     /// Over a unix stream socket.
     Unix(UnixListener),
+}
+
+impl Listener {
+    fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(listener) => Self::Tcp(listener.try_clone()?),
+            Self::Unix(listener) => Self::Unix(listener.try_clone()?),
+        })
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl From<Listener> for OwnedFd {
+    fn from(listener: Listener) -> Self {
+        match listener {
+            Listener::Tcp(listener) => listener.into(),
+            Listener::Unix(listener) => listener.into(),
+        }
+    }
 }
 
 /// What we were handed.
@@ -75,6 +102,19 @@ impl Inherited {
             }
         }
         inherited
+    }
+
+    /// The same sockets once more; what was stored, and what is bad, is there only once.
+    ///
+    /// # Errors
+    /// When there are no descriptors left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            nbd: self.nbd.iter().map(Listener::try_clone).collect::<io::Result<_>>()?,
+            control: self.control.as_ref().map(UnixListener::try_clone).transpose()?,
+            unfamiliar: self.unfamiliar.clone(),
+            ..Self::default()
+        })
     }
 
     /// The error has the descriptor if it was taken already.

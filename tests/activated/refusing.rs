@@ -33,7 +33,7 @@ pub(crate) fn record(manager: &Manager, image: &Path, record: &str) {
 }
 
 /// A client that has connected, though nobody has accepted it yet.
-fn client(manager: &Manager) -> TcpStream {
+pub(crate) fn client(manager: &Manager) -> TcpStream {
     let stream = TcpStream::connect(manager.address()).unwrap();
     stream.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
     stream
@@ -41,7 +41,7 @@ fn client(manager: &Manager) -> TcpStream {
 
 /// It was closed without a byte.
 #[track_caller]
-fn was_refused(mut client: TcpStream) {
+pub(crate) fn was_refused(mut client: TcpStream) {
     let mut nothing = Vec::new();
     client.read_to_end(&mut nothing).unwrap();
     assert_eq!(nothing, b"");
