@@ -425,8 +425,8 @@ impl Refusal {
             ),
             Self::Departing { id, to } => format!(
                 "{image} was being handed over to {to} (record: departing, migration {id}) and only \
-                 {to} knows whether it has arrived. Start flexnbd again when {to} can be reached; if \
-                 it is lost for good, run {force}"
+                 {to} knows whether it has arrived. A service asks {to} again by itself; otherwise \
+                 start flexnbd again when {to} can be reached. If it is lost for good, run {force}"
             ),
             Self::Departed { id, when, to } => format!(
                 "{image} has moved to {to} (record: departed, migration {id}, at {when} seconds since \

@@ -226,6 +226,14 @@ fn times_are_those_of_the_units_and_the_program() {
         grace.filter(|line| line.contains(" seconds")).flat_map(numbers).collect();
     let constant = format!("const GRACE: Duration = Duration::from_secs({});", grace[0]);
     assert!(read("src/daemon/mod.rs").contains(&constant), "there is no `{constant}`");
+    let asks = page.item_text(
+        "WHEN A DISK CANNOT BE SERVED",
+        "Only another host knows whether the disk has moved",
+    );
+    for (seconds, name) in numbers(&asks).into_iter().zip(["FIRST", "EVERY_MAX"]) {
+        let constant = format!("REFUSING_ASK_{name}: Duration = Duration::from_secs({seconds});");
+        assert!(read("src/daemon/asking.rs").contains(&constant), "there is no `{constant}`");
+    }
     let constant = "const LINE_EVERY: Duration = Duration::from_secs(60);";
     let refusing = page.item_text("WHEN A DISK CANNOT BE SERVED", "A client waits");
     assert!(refusing.contains("no more than one in a minute"));
