@@ -48,10 +48,13 @@ pub struct Inquiry {
 impl Inquiry {
     /// What `to` knows of the disk of that id and size, to be asked from the local address `from` if
     /// there is one. None if `to` has no address to connect to.
-    pub(super) fn new((id, size): (Id, u64), (to, from): (&Place, Option<IpAddr>)) -> Option<Self> {
+    pub(super) fn new(
+        (id, size): (Id, u64),
+        (to, from): (&Place, Option<IpAddr>),
+    ) -> Option<Box<Self>> {
         let address = to.as_str().parse().ok().map(Address::Tcp)?;
         let route = Route { to: address, bind: from };
-        Some(Self { to: to.clone(), route, question: Question { size, id } })
+        Some(Box::new(Self { to: to.clone(), route, question: Question { size, id } }))
     }
 }
 
@@ -197,7 +200,7 @@ pub(super) fn received(from: &SignalFd, signals: &Signals) -> io::Result<Option<
 /// Asks again and again while clients are refused, ever less often.
 #[derive(Debug)]
 pub(super) struct Pursuit {
-    inquiry: Inquiry,
+    inquiry: Box<Inquiry>,
     asking: Option<Asking>,
     /// When to ask next, unless that is under way.
     due: Instant,
@@ -207,7 +210,7 @@ pub(super) struct Pursuit {
 }
 
 impl Pursuit {
-    pub(super) fn new(inquiry: Inquiry, now: Instant) -> Self {
+    pub(super) fn new(inquiry: Box<Inquiry>, now: Instant) -> Self {
         let mut pauses = Pauses::default();
         let due = now + pauses.next();
         Self { inquiry, asking: None, due, pauses, told: String::new() }
@@ -258,7 +261,7 @@ impl Pursuit {
     /// Logs why there is no answer, when that changes.
     fn tell(&mut self, trouble: String) {
         if self.told != trouble {
-            let Inquiry { to, question, .. } = &self.inquiry;
+            let Inquiry { to, question, .. } = &*self.inquiry;
             info!(
                 "flexnbd.migration" = %question.id, "flexnbd.destination" = %to,
                 "{to} still does not say whether the disk has arrived there: {trouble}"

@@ -123,7 +123,7 @@ pub struct Denial {
     /// The migration that took the disk away, and where to, if one did.
     pub departure: Option<(Id, Place)>,
     /// What another host may say later, if it is only that which is missing.
-    pub inquiry: Option<Inquiry>,
+    pub inquiry: Option<Box<Inquiry>>,
 }
 
 impl Refusal {

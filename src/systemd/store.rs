@@ -219,12 +219,9 @@ fn seals() -> SealFlag {
 
 #[cfg(test)]
 mod tests {
-    use super::super::child;
     use super::*;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
-    use std::path::Path;
-    use std::process::Command;
 
     fn stored(named: Vec<(&str, OwnedFd)>) -> Result<Kept, Unusable> {
         let mut stored = Stored::default();
