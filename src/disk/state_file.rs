@@ -9,11 +9,15 @@
 
 use super::file_id::{FILE_ID_MAX, FileId};
 use super::ownership::RECORD_MAX;
+use nix::fcntl::{AT_FDCWD, AtFlags};
+use nix::libc;
+use nix::unistd::linkat;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// What the name of a file shows as it is.
@@ -136,30 +140,52 @@ fn parse(bytes: &[u8]) -> Option<(&[u8], FileId)> {
 }
 
 /// Room for a record, kept free of other use: a file that already has its largest size. The file
-/// goes with it.
+/// has no name, so that it goes with the process; where the file system cannot do that it has one,
+/// and the next such file replaces what a crash has left.
 #[derive(Debug)]
 pub(super) struct Spare {
     file: File,
-    path: PathBuf,
+    path: Option<PathBuf>,
 }
 
 impl Spare {
     /// Room for a record at `place`, durably.
     pub(super) fn make(place: &Path) -> io::Result<Self> {
-        let path = beside(place, SPARE);
-        let file = create_afresh(&path)?;
-        let spare = Self { file, path };
+        let spare = match create_unnamed(directory_of(place)) {
+            Ok(file) => Self { file, path: None },
+            Err(_) => Self::named(beside(place, SPARE))?,
+        };
         spare.file.write_all_at(&[b' '; LENGTH_MAX], 0)?;
         spare.file.sync_all()?;
         sync_directory(directory_of(place))?;
         Ok(spare)
     }
+
+    fn named(path: PathBuf) -> io::Result<Self> {
+        Ok(Self { file: create_afresh(&path)?, path: Some(path) })
+    }
+
+    /// The same with this name, if it has none. `None` where there is no `/proc`.
+    fn with_name(self, path: &Path) -> io::Result<Option<Self>> {
+        if self.path.is_some() {
+            return Ok(Some(self));
+        }
+        remove_if_there(path)?;
+        let link = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let follow = AtFlags::AT_SYMLINK_FOLLOW;
+        match linkat(AT_FDCWD, link.as_str(), AT_FDCWD, path, follow) {
+            Ok(()) => Ok(Some(Self { file: self.file.try_clone()?, path: Some(path.to_owned()) })),
+            Err(_) => Ok(None),
+        }
+    }
 }
 
 impl Drop for Spare {
     fn drop(&mut self) {
-        // One that stays is replaced by the next.
-        let _ = fs::remove_file(&self.path);
+        if let Some(path) = &self.path {
+            // One that stays is replaced by the next.
+            let _ = fs::remove_file(path);
+        }
     }
 }
 
@@ -173,19 +199,20 @@ pub(super) fn write(
     spare: Option<Spare>,
 ) -> io::Result<()> {
     let text = line.to_owned() + &id.map_or(String::new(), |id| format!("{OF}{}\n", id.as_str()));
+    let new = beside(place, NEW);
     let spare = match spare {
-        Some(spare) => spare,
-        None => {
-            let path = beside(place, NEW);
-            Spare { file: create_afresh(&path)?, path }
-        }
+        Some(spare) => spare.with_name(&new)?,
+        None => None,
     };
+    let spare = spare.map_or_else(|| Spare::named(new), Ok)?;
     // For whoever serves the image, even if root was the last to adopt it.
     spare.file.set_permissions(Permissions::from_mode(0o644))?;
     spare.file.write_all_at(text.as_bytes(), 0)?;
     spare.file.set_len(text.len() as u64)?;
     spare.file.sync_all()?;
-    fs::rename(&spare.path, place)?;
+    if let Some(path) = &spare.path {
+        fs::rename(path, place)?;
+    }
     sync_directory(directory_of(place))
 }
 
@@ -201,21 +228,28 @@ pub(super) fn settle(path: &Path) -> io::Result<()> {
 
 /// Removes what is there, durably.
 pub(super) fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if !is_missing(&error) => return Err(error),
-        _ => {}
-    }
+    remove_if_there(path)?;
     sync_directory(directory_of(path))
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if !is_missing(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// A new file without a name, in that directory (`O_TMPFILE` of open(2)).
+fn create_unnamed(directory: &Path) -> io::Result<File> {
+    fs::create_dir_all(directory)?;
+    OpenOptions::new().write(true).custom_flags(libc::O_TMPFILE).open(directory)
 }
 
 /// A new file. One that a crash has left may be another user's, and what else is there may be a
 /// link that leads elsewhere.
 fn create_afresh(path: &Path) -> io::Result<File> {
     fs::create_dir_all(directory_of(path))?;
-    match fs::remove_file(path) {
-        Err(error) if !is_missing(&error) => return Err(error),
-        _ => {}
-    }
+    remove_if_there(path)?;
     OpenOptions::new().write(true).create_new(true).open(path)
 }
 
@@ -319,8 +353,13 @@ mod tests {
         let found = find(&usual, Some(&name)).unwrap();
         assert_eq!(found.entry.unwrap().line, longest.as_bytes());
         assert_eq!(names(&usual).len(), 1);
-        drop(Spare::make(&usual).unwrap());
+        // As where a file cannot be without a name.
+        let spare = Spare::named(beside(&usual, SPARE)).unwrap();
+        assert_eq!(names(&usual).len(), 2);
+        write(&usual, LINE, None, Some(spare)).unwrap();
+        drop(Spare::named(beside(&usual, SPARE)).unwrap());
         assert_eq!(names(&usual).len(), 1);
+        assert_eq!(read(&usual).unwrap().unwrap().line, LINE.as_bytes());
     }
 
     #[test]
