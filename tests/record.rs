@@ -7,6 +7,8 @@
 mod common;
 #[path = "migration/mod.rs"]
 mod fixture;
+#[path = "record/locks.rs"]
+mod locks;
 #[path = "record/medium.rs"]
 mod medium;
 #[path = "record/renamed.rs"]

@@ -119,10 +119,9 @@ fn describe(record: &Record) -> String {
 fn unfit(file: &Path, error: OpenError) -> Failure {
     match error {
         OpenError::Missing { .. } => Failure::Refused(format!("{} does not exist", file.display())),
-        OpenError::AlreadyServed { .. } => Failure::Refused(format!(
-            "{} is in use: another process has locked it; stop that first",
-            file.display()
-        )),
+        OpenError::AlreadyServed { by, .. } => {
+            Failure::Refused(format!("{} is in use: {by}; stop that first", file.display()))
+        }
         OpenError::Other { .. } => Failure::Io(error.to_string()),
         _ => Failure::Refused(error.to_string()),
     }

@@ -23,6 +23,7 @@ mod image;
 mod inflight;
 mod lane;
 pub mod ledger;
+mod lock;
 #[cfg(test)]
 pub(crate) mod memory;
 #[cfg(test)]
@@ -44,6 +45,7 @@ pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
 pub use image::FileImage;
 pub use inflight::Change;
 pub use lane::{Bell, Call, Lane, Made};
+pub use lock::{Holders, LockKind};
 pub use open::{Access, OpenError, SECTOR, size_of};
 pub use zeros::is_zero;
 

@@ -1,6 +1,7 @@
 //! Finding the image, and refusing what cannot be served, with a reason an operator can act on.
 //! Never waits for another process, and changes nothing in a file that exists.
 
+use super::lock::{self, Holders, LockKind};
 use super::syscalls;
 use nix::errno::Errno;
 use std::fs::{self, File, OpenOptions};
@@ -63,10 +64,21 @@ pub enum OpenError {
         /// Its size in bytes.
         size: u64,
     },
-    /// Another process holds its lock.
+    /// Other processes hold its lock.
     AlreadyServed {
         /// The image.
         path: PathBuf,
+        /// Which.
+        by: Holders,
+    },
+    /// Its file system does not let it be locked.
+    NotLocked {
+        /// The image.
+        path: PathBuf,
+        /// In which of two ways.
+        kind: LockKind,
+        /// What the kernel said.
+        source: io::Error,
     },
     /// It did not exist and could not be made.
     CannotCreate {
@@ -112,7 +124,7 @@ pub(super) fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let other = |source| OpenError::Other { path: path.to_owned(), source };
     let file_type = file.metadata().map_err(other)?.file_type();
     check_type(path, file_type)?;
-    lock(path, &file, access)?;
+    lock::take(path, &file, access)?;
     let kind = match file_type.is_block_device() {
         true => Kind::BlockDevice { sector: syscalls::sector_size(&file).map_err(other)? },
         false => Kind::File,
@@ -185,13 +197,6 @@ fn open_file(path: &Path, access: Access) -> Result<File, OpenError> {
     })
 }
 
-fn lock(path: &Path, file: &File, access: Access) -> Result<(), OpenError> {
-    syscalls::lock(file, !access.read_only).map_err(|source| match source.kind() {
-        io::ErrorKind::WouldBlock => OpenError::AlreadyServed { path: path.to_owned() },
-        _ => OpenError::Other { path: path.to_owned(), source },
-    })
-}
-
 /// What is known of an image when opening it fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Found {
@@ -228,7 +233,9 @@ impl OpenError {
             Self::ReadOnlyFileSystem { .. } => Errno::EROFS,
             Self::TooSmall { .. } => Errno::EINVAL,
             Self::AlreadyServed { .. } => Errno::EBUSY,
-            Self::CannotCreate { source, .. } | Self::Other { source, .. } => {
+            Self::CannotCreate { source, .. }
+            | Self::NotLocked { source, .. }
+            | Self::Other { source, .. } => {
                 return source.raw_os_error();
             }
         };
@@ -264,9 +271,16 @@ impl std::fmt::Display for OpenError {
                 write!(f, "{} of {size} bytes is too small; ", path.display())?;
                 write!(f, "a disk has at least {SECTOR} bytes")
             }
-            Self::AlreadyServed { path } => {
-                write!(f, "{} is in use: another process has locked it; ", path.display())?;
-                f.write_str("is it being served already?")
+            Self::AlreadyServed { path, by } => {
+                write!(f, "{} is in use: {by}; is it being served already?", path.display())
+            }
+            Self::NotLocked { path, kind, source } => {
+                write!(f, "{} cannot be locked ({kind}): {source}; ", path.display())?;
+                f.write_str(
+                    "its file system must keep locks: on NFS, see that the lock services run on \
+                     both hosts (rpc.statd, lockd), or mount it with local_lock=all if no other \
+                     host uses the image",
+                )
             }
             Self::CannotCreate { path, source } => {
                 write!(f, "{} cannot be created: {source}", path.display())
@@ -281,7 +295,9 @@ impl std::fmt::Display for OpenError {
 impl std::error::Error for OpenError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::CannotCreate { source, .. } | Self::Other { source, .. } => Some(source),
+            Self::CannotCreate { source, .. }
+            | Self::NotLocked { source, .. }
+            | Self::Other { source, .. } => Some(source),
             _ => None,
         }
     }

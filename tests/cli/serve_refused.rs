@@ -101,7 +101,7 @@ fn permissions_are_told_apart() {
 #[test]
 fn a_disk_is_served_by_one_server_only() {
     let served = Served::with(&[]);
-    refused(&served.image, &["/image is in use", "another process has locked it"]);
+    refused(&served.image, &["/image is in use", "(flexnbd) has locked it"]);
     read(&flags_of(&served.server), 0, 512).run().succeeded();
 }
 
