@@ -44,8 +44,9 @@
 //!
 //! Each room is entered once and nothing goes back up. What decides is pure; what does is thin.
 //! What the disk takes long for is an errand (`disk/errands`): it leaves here with its visit, is made
-//! by the kernel meanwhile (`disk/ring`), and comes back to be answered. The session goes on with the
-//! next request.
+//! by the kernel (`disk/ring`) or a thread (`disk/helpers`) meanwhile, and comes back to be answered.
+//! The session goes on with the next request. Of two changes of the same bytes the earlier is made
+//! first, whichever sessions they belong to (`disk/inflight`).
 //! Trouble that belongs to a peer ends the peer; trouble that belongs to us goes up to `main`.
 //!
 //! # A restart

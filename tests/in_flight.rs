@@ -140,3 +140,29 @@ fn durable_writes_in_flight_never_overwrite_later_data() {
 fn plain_writes_in_flight_never_overwrite_later_data() {
     in_every_way(&Request::new(WRITE, 0, LENGTH), SLOW_WRITES, &BROKEN);
 }
+
+#[test]
+fn changes_of_a_killed_server_never_overwrite_later_data() {
+    let dir = temp_dir();
+    let Some(slow) = slow_file(dir.path(), SLOW) else { return };
+    let mut server = Builder::serve(&slow.file.file).args(["--quiet"]).start();
+    let mut first = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut pending = HashMap::new();
+    for place in 0..COUNT {
+        let request = Request::new(WRITE_ZEROES, place * LENGTH, LENGTH);
+        pending.insert(first.send(&request), request);
+    }
+    assert_eq!(first.recv_answer(&pending).1.error, 0);
+    // The process is not gone before the kernel has ended what it was doing for it.
+    server.signal(Signal::SIGKILL);
+    server.wait_for_end();
+    let mut server = Builder::serve(&slow.file.file).args(["--quiet"]).start();
+    let mut second = Session::open(server.target(), Mode::Simple).unwrap();
+    let new = vec![0xaa; (COUNT * LENGTH) as usize];
+    second.ok(Request::write(0, &new));
+    second.ok(Request::new(FLUSH, 0, 0));
+    drop(second);
+    assert!(server.stop().success());
+    assert!(common::read_at(&slow.file.file, 0, new.len()) == new);
+    slow.file.end();
+}

@@ -6,13 +6,14 @@ use super::idle::Idle;
 use super::operator::Service;
 use super::plan::{Ending, Role};
 use super::pulse::Pulse;
-use super::{Event, GRACE, carry, tell};
+use super::{DISK_GRACE, Event, GRACE, carry, tell};
 use crate::control::Handle;
 use crate::disk::Disk;
 use crate::disk::ownership::Title;
 use crate::migration::destination::Fate;
 use crate::migration::job::Outcome;
 use crate::migration::source::Desk;
+use crate::server::Grace;
 use crate::systemd::{Notifier, Store, message_id};
 use nix::sys::signal::Signal;
 use std::sync::Arc;
@@ -22,9 +23,10 @@ use tracing::info;
 
 /// Time to spare, where the service manager is told how long something may take.
 const SPARE: Duration = Duration::from_secs(5);
-/// How long closing may take: an order that waits for a destination to greet us, twice the grace
-/// that sessions have, and what the service manager takes to store them.
-const CLOSING_LONGEST: Duration = Duration::from_secs(60);
+/// How long closing may take: an order that waits for a destination to greet us, the grace that
+/// sessions have for the disk and once more for their clients, and what the service manager takes to
+/// store them.
+const CLOSING_LONGEST: Duration = Duration::from_secs(110);
 
 /// Everything that is open while the process runs.
 pub(super) struct House {
@@ -203,11 +205,12 @@ impl House {
         self.service.vigil.stop();
         drop(self.control);
         let mut server = self.service.server();
+        let grace = Grace { clients: GRACE, disk: DISK_GRACE };
         match self.store.room() {
             room if goes_on && room > 0 => {
-                carry::put_in(&self.store, &server.pack_up(room, GRACE));
+                carry::put_in(&self.store, &server.pack_up(room, grace));
             }
-            _ => server.stop(GRACE),
+            _ => server.stop(grace),
         }
     }
 }

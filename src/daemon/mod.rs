@@ -66,6 +66,8 @@ use wording::Standing;
 
 /// How long sessions may take to answer what they have received when the server stops.
 const GRACE: Duration = Duration::from_secs(10);
+/// The same for those whose answer the disk takes longer for, such as a FLUSH of much dirty data.
+const DISK_GRACE: Duration = Duration::from_secs(60);
 
 /// What the process has to react to.
 #[derive(Clone, Debug)]

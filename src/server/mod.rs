@@ -61,6 +61,27 @@ pub const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a request or reply may stand still with `--killswitch`.
 pub const STALL_LIMIT: Duration = Duration::from_secs(120);
 
+/// How long sessions may take to end when the server stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grace {
+    /// Those that wait for their clients to take replies.
+    pub clients: Duration,
+    /// Those that wait for the disk, from the same moment on: a FLUSH may take long, and its client
+    /// waits for the reply.
+    pub disk: Duration,
+}
+
+impl From<Duration> for Grace {
+    /// The same for all of them.
+    fn from(both: Duration) -> Self {
+        Self { clients: both, disk: both }
+    }
+}
+
+/// How often to look, while some sessions wait for the disk, whether others have come to wait for
+/// their clients.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
 /// How the server speaks first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Style {
@@ -236,11 +257,12 @@ impl Server {
     }
 
     /// Lets nobody in any more, lets sessions answer what they have received, and ends those that
-    /// have not done so within `grace`. Returns when all have ended, or `grace` has passed twice.
-    pub fn stop(&mut self, grace: Duration) {
+    /// have not done so within `grace`. Returns when all have ended, or that of clients has passed
+    /// once more.
+    pub fn stop(&mut self, grace: impl Into<Grace>) {
         self.close();
         self.shared.roster.stop();
-        self.wait_until_empty(grace);
+        self.wait_until_empty(grace.into());
     }
 
     /// Lets nobody in any more and packs sessions up for the next process, as soon as each has
@@ -248,10 +270,10 @@ impl Server {
     /// those that are not ready within `grace`, as [`Server::stop`] does; and all of them when a flush
     /// has failed, be it one of those carried out last: the next process would not know of it, and
     /// call the next flush a success.
-    pub fn pack_up(&mut self, room: usize, grace: Duration) -> Luggage {
+    pub fn pack_up(&mut self, room: usize, grace: impl Into<Grace>) -> Luggage {
         self.close();
         self.shared.roster.pack_up(room);
-        self.wait_until_empty(grace);
+        self.wait_until_empty(grace.into());
         let parcels = self.shared.roster.parcels();
         if !self.shared.disk.is_flawless() {
             warn!("closing {} sessions: a flush has failed", parcels.len());
@@ -285,13 +307,19 @@ impl Server {
         }
     }
 
-    fn wait_until_empty(&self, grace: Duration) {
+    fn wait_until_empty(&self, grace: Grace) {
         let Shared { roster, disk, .. } = &*self.shared;
+        let began = Instant::now();
         disk.gate().nudge();
-        if !roster.wait_until_empty(Instant::now() + grace) {
+        let mut is_empty = roster.wait_until_empty(began + grace.clients);
+        while !is_empty && began.elapsed() < grace.disk {
+            roster.clear_but_for_disk();
+            is_empty = roster.wait_until_empty(Instant::now() + LOOK_EVERY);
+        }
+        if !is_empty {
             roster.clear();
             disk.gate().nudge();
-            roster.wait_until_empty(Instant::now() + grace);
+            roster.wait_until_empty(Instant::now() + grace.clients);
         }
     }
 }

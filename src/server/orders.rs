@@ -5,7 +5,7 @@ use crate::disk::Bell;
 use crate::net::Wake;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// What a session is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,6 +29,8 @@ pub(super) enum Order {
 #[derive(Debug)]
 pub(super) struct Orders {
     current: AtomicU8,
+    /// Whether the session has been told to end and waits for the disk before it does.
+    waits_for_disk: AtomicBool,
     /// Set whenever there is a new order, or news of an errand.
     pub(super) wake: Wake,
 }
@@ -39,13 +41,24 @@ impl Orders {
     /// # Errors
     /// When there is no descriptor left.
     pub(super) fn new() -> io::Result<Self> {
-        Ok(Self { current: AtomicU8::new(Order::Serve as u8), wake: Wake::new()? })
+        let waits_for_disk = AtomicBool::new(false);
+        Ok(Self { current: AtomicU8::new(Order::Serve as u8), waits_for_disk, wake: Wake::new()? })
     }
 
     /// Gives an order, unless a harsher one was given.
     pub(super) fn give(&self, order: Order) {
         self.current.fetch_max(order as u8, Ordering::AcqRel);
         self.wake.wake();
+    }
+
+    /// The session, which has been told to end, waits for the disk; or does no more.
+    pub(super) fn set_waits_for_disk(&self, waits: bool) {
+        self.waits_for_disk.store(waits, Ordering::Release);
+    }
+
+    /// Whether the session waits for the disk before it ends.
+    pub(super) fn waits_for_disk(&self) -> bool {
+        self.waits_for_disk.load(Ordering::Acquire)
     }
 
     /// The order that holds now.

@@ -275,6 +275,13 @@ impl Roster {
         self.wait_until(|entries| !entries.contains_key(&id), deadline)
     }
 
+    /// Tells those to leave at once that do not wait for the disk.
+    pub(super) fn clear_but_for_disk(&self) {
+        let inner = self.lock();
+        let entries = inner.entries.values().filter(|entry| !entry.orders.waits_for_disk());
+        entries.for_each(|entry| entry.orders.give(Order::Leave));
+    }
+
     /// Tells everybody to leave at once.
     pub(super) fn clear(&self) {
         self.lock().entries.values().for_each(|entry| entry.orders.give(Order::Leave));

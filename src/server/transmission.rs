@@ -270,6 +270,9 @@ impl<'a> Transmission<'a> {
         if self.worker.errands.has_news() {
             return Ok(());
         }
+        if self.worker.orders.current() != Order::Serve {
+            self.worker.orders.set_waits_for_disk(!self.worker.errands.is_empty());
+        }
         // What is to come from the disk cannot be sent while the gate keeps us out.
         let barred = !self.outbox.due_from_disk().is_empty() && self.worker.is_barred();
         let writable = self.outbox.has_bytes() && !barred;

@@ -9,6 +9,7 @@ use flexnbd::control::Status;
 use flexnbd::control::status::{
     MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_STAGE, Migration, OWNERSHIP,
 };
+use flexnbd::disk::{parts, write_behind};
 use flexnbd::{control, net, server};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -171,6 +172,16 @@ fn the_limits_and_timeouts_are_those_of_the_program() {
     let (idle, every) = (net::KEEPALIVE_IDLE.as_secs(), net::KEEPALIVE_INTERVAL.as_secs());
     assert_eq!(told("TCP keepalive"), [idle, every, u64::from(net::KEEPALIVE_PROBES_MAX)]);
     assert_eq!(told("Vanished peer"), [net::PEER_TIMEOUT.as_secs()]);
+    let mib = |bytes: u64| bytes / MIB;
+    let (least, most) = (mib(parts::PART_MIN), mib(parts::PART_MAX));
+    let by_extent = mib(parts::PART_MAX_BY_EXTENT);
+    assert_eq!(told("Trims and zeroing"), [least, most, by_extent]);
+    assert_eq!(told("Writing back"), [mib(write_behind::STEP)]);
+    let constants = read("src/daemon/mod.rs");
+    for (name, seconds) in ["GRACE", "DISK_GRACE"].into_iter().zip(told("Stopping")) {
+        let constant = format!("const {name}: Duration = Duration::from_secs({seconds});");
+        assert!(constants.contains(&constant), "there is no `{constant}`");
+    }
     let (most, patience) = (control::listener::CONNECTIONS_MAX, control::listener::PATIENCE);
     assert_eq!(told("Control connections"), [most as u64, patience.as_secs()]);
     let (length, lines) = (control::command::LINE_BYTES_MAX, control::command::LINES_MAX);

@@ -224,7 +224,7 @@ fn times_are_those_of_the_units_and_the_program() {
     let grace = page.at("RESTART AND UPGRADE/Who is disconnected all the same");
     let grace: Vec<u64> =
         grace.filter(|line| line.contains(" seconds")).flat_map(numbers).collect();
-    let constant = format!("const GRACE: Duration = Duration::from_secs({});", grace[0]);
+    let constant = format!("const DISK_GRACE: Duration = Duration::from_secs({});", grace[0]);
     assert!(read("src/daemon/mod.rs").contains(&constant), "there is no `{constant}`");
     let asks = page.item_text(
         "WHEN A DISK CANNOT BE SERVED",
