@@ -41,6 +41,7 @@ const PURE: &[&str] = &[
     "migration/job.rs",
     "migration/machine.rs",
     "migration/machine",
+    "migration/freeze.rs",
     "migration/pace.rs",
     "migration/plan.rs",
     "migration/spans.rs",

@@ -210,6 +210,26 @@ fn writers_faster_than_the_link_are_caught_up_with() {
 }
 
 #[test]
+fn a_read_error_at_the_source_is_told_as_such_and_ends_the_migration() {
+    let dir = directory(PLACES[0]);
+    let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
+    stamped_image(&source.image, 16 * MIB);
+    empty_image(&destination.image, 16 * MIB);
+    let (mut serving, _listening) = (source.serve(), destination.listen());
+    let slowly = ["exit", "0.0.0.0", "2000000"];
+    assert_eq!(source.mirror_to(destination.address, &slowly), STARTED);
+    // As after a shrunk volume: what lies behind cannot be read any more.
+    File::options().write(true).open(&source.image).unwrap().set_len(8 * MIB).unwrap();
+    source.wait_for_status("is_mirroring", "false");
+    let image = source.image.display();
+    let log = serving.stderr();
+    assert!(log.contains(&format!("failed: cannot read {image} at byte ")), "{log}");
+    assert!(!log.contains("trying again"), "{log}");
+    assert_eq!(source.record(), "");
+    assert!(serving.stop().success());
+}
+
+#[test]
 fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() {
     const SIZE: u64 = 32 * MIB;
     if !nix::unistd::geteuid().is_root() {

@@ -13,6 +13,11 @@ pub const MIGRATION_STAGE: &str = "migration_stage";
 pub const MIGRATION_PASSES: &str = "migration_passes";
 /// The key of why the last migration failed, until there is another one.
 pub const MIGRATION_FAILED: &str = "migration_failed";
+/// Key of [`Status::extra`]: what keeps a running migration from going on, one word; not there when
+/// nothing does.
+pub const MIGRATION_WAITING: &str = "migration_waiting";
+/// Key of [`Status::extra`]: the same as a sentence.
+pub const MIGRATION_REASON: &str = "migration_reason";
 /// Key of [`Status::extra`]: the name of the image's ownership record, or `none`.
 pub const OWNERSHIP: &str = "ownership";
 

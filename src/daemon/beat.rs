@@ -5,7 +5,7 @@
 use super::report::Passage;
 use super::tell;
 use super::wording::{self, Standing};
-use crate::migration::job::{News, Outcome};
+use crate::migration::job::{Outcome, Progress};
 use crate::migration::source::Desk;
 use crate::systemd::Notifier;
 use std::sync::Arc;
@@ -36,8 +36,6 @@ struct Moving {
     passage: Passage,
     desk: Arc<Desk>,
     milestones: Milestones,
-    /// What keeps it from going on.
-    trouble: Option<String>,
 }
 
 impl Beat {
@@ -55,23 +53,7 @@ impl Beat {
     /// A migration has begun.
     pub(super) fn begin(&mut self, passage: Passage, desk: Arc<Desk>, now: Instant) {
         let milestones = Milestones { percent: 0, last: now };
-        self.moving = Some(Moving { passage, desk, milestones, trouble: None });
-        self.stir();
-    }
-
-    /// There is something to tell of the migration.
-    pub(super) fn news(&mut self, news: &News, line: String) {
-        if let Some(moving) = &mut self.moving {
-            match news {
-                News::Retrying(_) | News::InDoubt(_) => moving.trouble = Some(line),
-                News::Started
-                | News::Resumed
-                | News::Restarted
-                | News::HandingOverAgain
-                | News::GateClosed => moving.trouble = None,
-                News::HeldBack(_) | News::GateBusy(_) | News::RecordFailed(_) => {}
-            }
-        }
+        self.moving = Some(Moving { passage, desk, milestones });
         self.stir();
     }
 
@@ -117,10 +99,10 @@ impl Beat {
 impl Moving {
     /// The status, and a line in the journal if one is due.
     fn told(&mut self, now: Instant) -> String {
-        let Self { passage, desk, milestones, trouble } = self;
+        let Self { passage, desk, milestones } = self;
         let progress = desk.progress();
-        let told = wording::progress(passage.size, progress.as_ref(), trouble.as_deref());
-        if let Some(progress) = progress.filter(|progress| progress.is_copying())
+        let told = wording::progress(passage.size, progress.as_ref());
+        if let Some(progress) = progress.filter(Progress::is_copying)
             && milestones.passes(now, wording::percent(passage.size, progress.bytes_left))
         {
             passage.log_progress(&progress, &told);

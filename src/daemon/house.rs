@@ -76,7 +76,7 @@ impl House {
                 Some(Event::Migrating(passage, desk)) => {
                     self.beat.begin(passage, desk, Instant::now());
                 }
-                Some(Event::News(news, line)) => self.beat.news(&news, line),
+                Some(Event::MigrationNews) => self.beat.stir(),
                 Some(Event::Migrated(outcome)) => {
                     self.service.vigil.migration_over();
                     self.beat.over(&outcome);

@@ -31,7 +31,7 @@ use crate::disk::ledger::Ledger;
 use crate::disk::ownership::ForListen;
 use crate::disk::{Access, Disk, FileImage};
 use crate::migration::destination::{Destination, Fate};
-use crate::migration::job::{News, Outcome};
+use crate::migration::job::Outcome;
 use crate::migration::source::Desk;
 use crate::migration::wire::Token;
 use crate::net::Listener;
@@ -76,8 +76,8 @@ enum Event {
     Stop(Signal),
     /// A migration away from here has begun.
     Migrating(Passage, Arc<Desk>),
-    /// There is something to tell of it, in these words.
-    News(News, String),
+    /// There is something to tell of it.
+    MigrationNews,
     /// A migration away from here is over.
     Migrated(Outcome),
     /// What has become of the incoming disk.

@@ -5,7 +5,10 @@ use super::plan::{Records, UNRECORDED_ADVICE};
 use super::report::{First, Passage, Reporter};
 use super::{Event, title};
 use crate::control::command::{Action, Mirror};
-use crate::control::status::{MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_STAGE, Migration};
+use crate::control::status::{
+    MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE, MIGRATION_WAITING,
+    Migration,
+};
 use crate::control::{Reply, Status, Summary};
 use crate::disk::ledger::{Ledger, LedgerError};
 use crate::disk::ownership::{Id, Place, Title};
@@ -189,6 +192,16 @@ pub(super) fn describe(desk: Option<&Arc<Desk>>, status: &mut Status) -> Option<
         Stage::Parting | Stage::InDoubt => Some("departing"),
         Stage::Leaving => Some("departed"),
         _ => None,
+    }
+}
+
+/// What `status` tells of why it does not go on.
+pub(super) fn describe_obstacle(desk: Option<&Arc<Desk>>, status: &mut Status) {
+    let running = desk.filter(|desk| desk.outcome().is_none());
+    let progress = running.and_then(|desk| desk.progress());
+    if let Some(obstacle) = progress.and_then(|progress| progress.obstacle) {
+        status.extra.push((MIGRATION_WAITING.to_owned(), obstacle.word().to_owned()));
+        status.extra.push((MIGRATION_REASON.to_owned(), obstacle.to_string()));
     }
 }
 

@@ -120,6 +120,7 @@ impl Service {
         let record = moving::describe(desk.as_ref(), &mut status);
         let record = record.unwrap_or_else(|| (self.ownership)());
         status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
+        moving::describe_obstacle(desk.as_ref(), &mut status);
         status
     }
 

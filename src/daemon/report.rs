@@ -3,7 +3,7 @@
 
 use super::Event;
 use crate::disk::ownership::Id;
-use crate::migration::job::{News, Outcome, Progress};
+use crate::migration::job::{News, Obstacle, Outcome, Progress};
 use crate::migration::source::{Tally, Witness};
 use crate::server::Exit;
 use crate::systemd::message_id;
@@ -40,12 +40,12 @@ impl Passage {
                 "flexnbd.image" = image, "flexnbd.bytes_total" = size,
                 "{line}"
             ),
-            News::InDoubt(_) | News::RecordFailed(_) => error!(
+            News::Obstructed(Obstacle::Acknowledgement(_)) | News::RecordFailed(_) => error!(
                 message_id = kind, "flexnbd.migration" = %id, "flexnbd.destination" = to,
                 "flexnbd.image" = image,
                 "{line}"
             ),
-            News::Retrying(_) | News::HeldBack(_) | News::GateBusy(_) => warn!(
+            News::Obstructed(_) | News::HeldBack(_) => warn!(
                 message_id = kind, "flexnbd.migration" = %id, "flexnbd.destination" = to,
                 "flexnbd.image" = image,
                 "{line}"
@@ -103,11 +103,11 @@ fn kind(news: &News) -> Option<&'static str> {
     Some(match news {
         News::Started => message_id::MIGRATION_STARTED,
         News::Resumed | News::Restarted => message_id::MIGRATION_RESUMED,
-        News::Retrying(_) => message_id::MIGRATION_RETRYING,
+        News::Obstructed(Obstacle::Trouble(_)) => message_id::MIGRATION_RETRYING,
+        News::Obstructed(Obstacle::Acknowledgement(_)) => message_id::MIGRATION_IN_DOUBT,
+        News::Obstructed(_) => message_id::MIGRATION_GATE_BUSY,
         News::HeldBack(_) => message_id::MIGRATION_HELD_BACK,
         News::GateClosed => message_id::MIGRATION_GATE_CLOSED,
-        News::GateBusy(_) => message_id::MIGRATION_GATE_BUSY,
-        News::InDoubt(_) => message_id::MIGRATION_IN_DOUBT,
         News::RecordFailed(_) => message_id::MIGRATION_RECORD_FAILED,
         // It was told before that it is in doubt, and what comes of it will be.
         News::HandingOverAgain => return None,
@@ -127,10 +127,10 @@ impl Witness for Reporter {
         if *news == News::Started {
             let _ = self.first.send(First::Started);
         }
-        let line = told(news);
-        self.passage.log(news, &format!("migration to {}: {line}", self.passage.to));
+        let line = format!("migration to {}: {}", self.passage.to, told(news));
+        self.passage.log(news, &line);
         // The process is ending already if nobody hears it.
-        let _ = self.events.send(Event::News(news.clone(), line));
+        let _ = self.events.send(Event::MigrationNews);
     }
 
     fn retire(&self) {
@@ -143,18 +143,12 @@ fn told(news: &News) -> String {
         News::Started => "started".to_owned(),
         News::Resumed => "resumed where it was".to_owned(),
         News::Restarted => "another process listens there, starting from the beginning".to_owned(),
-        News::Retrying(trouble) => format!("{trouble}; trying again every second"),
+        News::Obstructed(obstacle) => obstacle.to_string(),
         News::HeldBack(hold) => format!(
             "clients write faster than the copy catches up; holding each write back for {} µs",
             hold.as_micros()
         ),
         News::GateClosed => "clients wait while the rest is sent".to_owned(),
-        News::GateBusy(why) => format!("{why}; trying again in a second"),
-        News::InDoubt(trouble) => format!(
-            "the handover was not acknowledged ({trouble}); clients wait until the destination \
-             says whether the disk has arrived. If it is lost for good, stop this process and run \
-             `flexnbd adopt --force`"
-        ),
         News::HandingOverAgain => "the disk has not arrived, handing over again".to_owned(),
         News::RecordFailed(why) => why.clone(),
     }

@@ -1,8 +1,7 @@
 //! How the process is doing, in one line for people who look at `systemctl status`.
 //! Only words: what is so is told to it.
 
-use crate::migration::job::{Progress, Stage};
-use std::time::Duration;
+use crate::migration::job::{Obstacle, Progress, Stage};
 
 /// What a process is there for while nothing is moved, and where.
 #[derive(Clone, Debug)]
@@ -29,18 +28,22 @@ impl Standing {
     }
 }
 
-/// `43 % copied, 112 MiB/s, about 12 s left`, or what a migration does instead of copying.
-/// `trouble` is what keeps it from that, if it was told.
-pub(super) fn progress(size: u64, progress: Option<&Progress>, trouble: Option<&str>) -> String {
+/// `43 % copied, 112 MiB/s, about 12 s left`, and what is in its way; or what a migration does
+/// instead of copying.
+pub(super) fn progress(size: u64, progress: Option<&Progress>) -> String {
     let Some(now) = progress else { return "connecting".to_owned() };
-    match (now.stage, trouble) {
-        (Stage::Connecting | Stage::InDoubt, Some(trouble)) => trouble.to_owned(),
+    match (now.stage, &now.obstacle) {
+        (Stage::Connecting | Stage::InDoubt, Some(obstacle)) => obstacle.to_string(),
         (Stage::Connecting, None) => "connecting".to_owned(),
         (Stage::Copying, _) => {
             let left = now.seconds_left.map(|seconds| format!(", about {} left", time(seconds)));
-            let held = if now.hold == Duration::ZERO { "" } else { ", clients are slowed down" };
+            let why = match &now.obstacle {
+                None => String::new(),
+                Some(Obstacle::Writers) => ", clients are slowed down".to_owned(),
+                Some(obstacle) => format!("; {obstacle}"),
+            };
             let (percent, speed) = (percent(size, now.bytes_left), bytes(now.bytes_per_second));
-            format!("{percent} % copied, {speed}/s{}{held}", left.unwrap_or_default())
+            format!("{percent} % copied, {speed}/s{}{why}", left.unwrap_or_default())
         }
         (Stage::Closing, _) => {
             format!("clients wait while the last {} are sent", bytes(now.bytes_left))
@@ -93,6 +96,8 @@ fn time(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::migration::job::Trouble;
+    use std::time::Duration;
 
     const COPYING: Progress = Progress {
         stage: Stage::Copying,
@@ -102,6 +107,7 @@ mod tests {
         speed_limit: None,
         passes: 0,
         hold: Duration::ZERO,
+        obstacle: None,
     };
 
     #[test]
@@ -120,21 +126,25 @@ mod tests {
 
     #[test]
     fn a_migration_tells_how_far_it_is_or_what_is_in_the_way() {
-        let told = |now: Progress, trouble| progress(100, Some(&now), trouble);
-        assert_eq!(told(COPYING, None), "43 % copied, 112 MiB/s, about 12 s left");
+        let told = |now: &Progress| progress(100, Some(now));
+        assert_eq!(told(&COPYING), "43 % copied, 112 MiB/s, about 12 s left");
         let stuck = Progress { seconds_left: None, bytes_per_second: 0, ..COPYING };
-        assert_eq!(told(stuck, None), "43 % copied, 0 bytes/s");
-        let hold = Duration::from_micros(1);
+        assert_eq!(told(&stuck), "43 % copied, 0 bytes/s");
+        let at = |stage, obstacle| told(&Progress { stage, obstacle, ..COPYING });
         let slowed = "43 % copied, 112 MiB/s, about 12 s left, clients are slowed down";
-        assert_eq!(told(Progress { hold, ..COPYING }, None), slowed);
-        let at = |stage, trouble| told(Progress { stage, ..COPYING }, trouble);
+        assert_eq!(at(Stage::Copying, Some(Obstacle::Writers)), slowed);
+        let no_route = Trouble::Connect("no route".to_owned());
+        let trouble = Some(Obstacle::Trouble(no_route.clone()));
         assert_eq!(at(Stage::Connecting, None), "connecting");
-        assert_eq!(at(Stage::Connecting, Some("no route")), "no route");
-        assert_eq!(at(Stage::Copying, Some("no route")), told(COPYING, None), "it is over");
+        assert_eq!(at(Stage::Connecting, trouble), "no route; trying again every second");
+        let flush = at(Stage::Copying, Some(Obstacle::Flush));
+        let why = "; the destination takes long to flush what it has";
+        assert_eq!(flush, format!("43 % copied, 112 MiB/s, about 12 s left{why}"));
         assert_eq!(at(Stage::Closing, None), "clients wait while the last 57 bytes are sent");
         assert!(at(Stage::InDoubt, None).starts_with("clients wait until the destination says"));
-        assert_eq!(at(Stage::InDoubt, Some("no answer")), "no answer");
-        assert_eq!(progress(100, None, None), "connecting");
+        let doubt = at(Stage::InDoubt, Some(Obstacle::Acknowledgement(no_route)));
+        assert!(doubt.starts_with("the handover was not acknowledged (no route)"), "{doubt}");
+        assert_eq!(progress(100, None), "connecting");
     }
 
     #[test]

@@ -10,17 +10,35 @@ use memmap2::{MmapMut, MmapOptions};
 use std::io;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-/// Bytes of the disk that one bit stands for.
-pub const BLOCK: u64 = 16 * 1024;
+/// Bytes of the disk that one bit stands for, at least: coarser marks multiply the traffic of small
+/// random writes.
+pub const BLOCK: u64 = 4 * 1024;
+
+/// Most bytes that a bitmap takes. On a disk of more than [`FINE_MAX`] bytes one bit stands for 8 KiB
+/// rather than 4, on one of more than twice that for 16 KiB, and so on.
+pub const BITMAP_MAX: u64 = 64 << 20;
+
+/// Largest disk, in bytes, of which every [`BLOCK`] has a bit of its own.
+pub const FINE_MAX: u64 = BITMAP_MAX * 8 * BLOCK;
 
 /// Blocks that one word of the bitmap stands for.
 const BITS: u64 = u64::BITS as u64;
+
+/// Words of the bitmap that one bit of the summary stands for.
+const GROUP: u64 = 64;
 
 /// The bitmap of one migration; allocated when it starts, dropped when it ends.
 #[derive(Debug)]
 pub struct Dirty {
     words: Words,
+    /// A bit for each group of words that may hold marks, so that a look at the bitmap of a large
+    /// disk does not read all of it. Set after the word's bits; cleared before the group is read
+    /// for the last time (all of it sequentially consistent, so that one of the two sides sees the
+    /// other).
+    summary: Words,
     disk_size: u64,
+    /// Bytes of the disk that one bit stands for: a power of two.
+    block: u64,
     /// Bits set, counted just after they are set and cleared: while marks are being made it may
     /// lag behind (even below zero); with the gate closed it is exact.
     set: AtomicI64,
@@ -30,18 +48,26 @@ impl Dirty {
     /// A bitmap for a disk of `disk_size` bytes, with nothing marked.
     ///
     /// # Errors
-    /// When the address space for it (one bit per [`BLOCK`]) cannot be had.
+    /// When the address space for it (at most [`BITMAP_MAX`]) cannot be had.
     pub fn new(disk_size: u64) -> io::Result<Self> {
-        let blocks = disk_size.div_ceil(BLOCK);
-        let words = Words::new(blocks.div_ceil(BITS))?;
-        Ok(Self { words, disk_size, set: AtomicI64::new(0) })
+        let coarser = disk_size.div_ceil(FINE_MAX).max(1).next_power_of_two();
+        let block = BLOCK * coarser;
+        let words = Words::new(disk_size.div_ceil(block).div_ceil(BITS))?;
+        let summary = Words::new(words.len().div_ceil(GROUP * BITS))?;
+        Ok(Self { words, summary, disk_size, block, set: AtomicI64::new(0) })
+    }
+
+    /// Bytes of the disk that one bit stands for.
+    #[must_use]
+    pub fn block(&self) -> u64 {
+        self.block
     }
 
     /// Notes that the bytes in `range` have changed. Call it after they have, before saying so.
     pub fn mark(&self, range: Range) {
-        let last_block = self.disk_size.div_ceil(BLOCK);
-        let first = (range.offset() / BLOCK).min(last_block);
-        let end = range.end().div_ceil(BLOCK).min(last_block);
+        let last_block = self.disk_size.div_ceil(self.block);
+        let first = (range.offset() / self.block).min(last_block);
+        let end = range.end().div_ceil(self.block).min(last_block);
         if range.is_empty() {
             return;
         }
@@ -52,8 +78,28 @@ impl Dirty {
             // Always a read-modify-write, even when the bits look set already: only then does
             // the copier that takes them see the bytes written before it.
             let mask = ones(block % BITS, stop - block);
-            let before = self.word(block / BITS).fetch_or(mask, Ordering::AcqRel);
-            self.counted(mask & !before, 1);
+            self.set_bits(block / BITS, mask);
+            block = stop;
+        }
+    }
+
+    /// Forgets the marks of all blocks that lie in `range` as a whole. For a copier that is going to
+    /// read all of it in any case: it forgets first and reads second.
+    pub fn forget(&self, range: Range) {
+        let mut block = range.offset().div_ceil(self.block);
+        let is_last = range.end() >= self.disk_size;
+        let end = range.end() / self.block;
+        let end = if is_last { self.disk_size.div_ceil(self.block) } else { end };
+        while block < end {
+            let stop = end.min((block / BITS + 1) * BITS);
+            let mask = ones(block % BITS, stop - block);
+            let word = self.word(block / BITS);
+            // A mark that is not seen is made later than this, and so are the bytes that it is for
+            // or they are there already.
+            if word.load(Ordering::Acquire) & mask != 0 {
+                let had = word.fetch_and(!mask, Ordering::AcqRel) & mask;
+                self.counted(had, -1);
+            }
             block = stop;
         }
     }
@@ -61,14 +107,14 @@ impl Dirty {
     /// Takes the first run of marks at or after the byte `from`: their bits are cleared, and the
     /// bytes they stand for returned, at most `longest` (but at least one block).
     pub fn take_next(&self, from: u64, longest: u64) -> Option<Range> {
-        let mut block = from / BLOCK;
-        let most = (longest / BLOCK).max(1);
+        let mut block = from / self.block;
+        let most = (longest / self.block).max(1);
         loop {
             let first = self.find(block)?;
             let run = self.clear_run(first, most);
             if run != 0 {
                 let disk = Range::whole(self.disk_size);
-                return Some(disk.from(first * BLOCK).until((first + run) * BLOCK));
+                return Some(disk.from(first * self.block).until((first + run) * self.block));
             }
             block = first; // Somebody else took it between the look and the taking.
         }
@@ -77,7 +123,7 @@ impl Dirty {
     /// Bytes that the marks stand for, the last block counted whole.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.count() * BLOCK
+        self.count() * self.block
     }
 
     /// Blocks marked. Exact while nobody is marking; otherwise an estimate.
@@ -91,11 +137,39 @@ impl Dirty {
         let mut index = block / BITS;
         let mut keep = u64::MAX << (block % BITS);
         while index < self.words.len() {
-            let word = self.word(index).load(Ordering::Acquire) & keep;
+            let group = index / GROUP;
+            let end = self.words.len().min((group + 1) * GROUP);
+            let (summary, bit) = (self.summary.get(group / BITS), 1 << (group % BITS));
+            let noted = summary.load(Ordering::SeqCst);
+            if noted & bit == 0 {
+                // On to the next group that is noted in this word, or to the next word.
+                let later = noted & (u64::MAX << (group % BITS));
+                let next = group / BITS * BITS + u64::from(later.trailing_zeros());
+                (index, keep) = (next * GROUP, u64::MAX);
+                continue;
+            }
+            if let Some(found) = self.find_within(index, end, keep) {
+                return Some(found);
+            }
+            if index.is_multiple_of(GROUP) && keep == u64::MAX {
+                summary.fetch_and(!bit, Ordering::SeqCst);
+                if let Some(found) = self.find_within(index, end, keep) {
+                    summary.fetch_or(bit, Ordering::SeqCst);
+                    return Some(found);
+                }
+            }
+            (index, keep) = (end, u64::MAX);
+        }
+        None
+    }
+
+    fn find_within(&self, first: u64, end: u64, mut keep: u64) -> Option<u64> {
+        for index in first..end {
+            let word = self.word(index).load(Ordering::SeqCst) & keep;
             if word != 0 {
                 return Some(index * BITS + u64::from(word.trailing_zeros()));
             }
-            (index, keep) = (index + 1, u64::MAX);
+            keep = u64::MAX;
         }
         None
     }
@@ -131,7 +205,16 @@ impl Dirty {
 
     /// Marks again bits that were taken by mistake.
     fn put_back(&self, index: u64, bits: u64) {
-        let before = self.word(index).fetch_or(bits, Ordering::AcqRel);
+        self.set_bits(index, bits);
+    }
+
+    fn set_bits(&self, index: u64, bits: u64) {
+        let before = self.word(index).fetch_or(bits, Ordering::SeqCst);
+        let group = index / GROUP;
+        let (summary, bit) = (self.summary.get(group / BITS), 1 << (group % BITS));
+        if summary.load(Ordering::SeqCst) & bit == 0 {
+            summary.fetch_or(bit, Ordering::SeqCst);
+        }
         self.counted(bits & !before, 1);
     }
 
@@ -180,7 +263,7 @@ impl Words {
 
 #[cfg(test)]
 mod tests {
-    use super::{BLOCK, Dirty};
+    use super::{BITMAP_MAX, BLOCK, Dirty, FINE_MAX};
     use crate::range::Range;
     use proptest::prelude::*;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -225,11 +308,39 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_of_a_pebibyte_costs_no_memory_until_it_is_written() {
+    fn marks_become_coarser_beyond_the_largest_fine_disk() {
+        let disks = [(0, 1), (1, 1), (FINE_MAX, 1), (FINE_MAX + 1, 2), (1 << 50, 512)];
+        for (size, coarser) in disks {
+            let dirty = Dirty::new(size).unwrap();
+            assert_eq!(dirty.block(), coarser * BLOCK, "{size}");
+            assert!(dirty.words.len() * 8 <= BITMAP_MAX, "{size}");
+        }
+        assert_eq!(FINE_MAX, 2 << 40);
+    }
+
+    #[test]
+    fn the_last_byte_of_a_pebibyte_can_be_marked() {
         let dirty = Dirty::new(1 << 50).unwrap();
         let last = Range::within(1 << 50, (1 << 50) - 1, 1).unwrap();
         dirty.mark(last);
-        assert_eq!(dirty.take_next((1 << 50) - BLOCK, BLOCK).map(|r| r.end()), Some(1 << 50));
+        assert_eq!(dirty.bytes(), dirty.block());
+        let from = (1 << 50) - dirty.block();
+        assert_eq!(dirty.take_next(from, 1).map(|run| run.end()), Some(1 << 50));
+    }
+
+    #[test]
+    fn only_blocks_that_are_read_as_a_whole_are_forgotten() {
+        let dirty = Dirty::new(SIZE).unwrap();
+        dirty.mark(range(0, SIZE));
+        dirty.forget(range(BLOCK - 1, 2 * BLOCK + 1));
+        assert_eq!(dirty.count(), 199, "blocks 1 and 2");
+        dirty.forget(range(2 * BLOCK + 1, BLOCK));
+        dirty.forget(range(3 * BLOCK, BLOCK - 1));
+        assert_eq!(dirty.count(), 199, "none is covered");
+        dirty.forget(range(60 * BLOCK, SIZE - 60 * BLOCK));
+        assert_eq!(dirty.take_next(3 * BLOCK, u64::MAX), Some(range(3 * BLOCK, 57 * BLOCK)));
+        assert_eq!(dirty.take_next(0, u64::MAX), Some(range(0, BLOCK)));
+        assert_eq!((dirty.take_next(0, u64::MAX), dirty.count()), (None, 0));
     }
 
     #[test]
@@ -239,11 +350,30 @@ mod tests {
         assert_eq!(dirty.take_next(0, BLOCK), None);
     }
 
+    #[test]
+    fn marks_far_apart_are_found_again_and_again() {
+        let dirty = Dirty::new(FINE_MAX).unwrap();
+        let places = [0, 5, 63, 64, 64 * 64 - 1, 64 * 64, 9 << 20, (FINE_MAX / BLOCK) - 1];
+        for _ in 0..3 {
+            for block in places {
+                dirty.mark(Range::within(FINE_MAX, block * BLOCK, 1).unwrap());
+            }
+            for block in places {
+                let run = dirty.take_next(block.saturating_sub(1) * BLOCK, BLOCK).unwrap();
+                assert_eq!(run.offset() / BLOCK, block);
+            }
+            assert_eq!(dirty.take_next(0, BLOCK), None);
+        }
+        dirty.mark(Range::within(FINE_MAX, 5 * BLOCK, 1).unwrap());
+        assert_eq!(dirty.take_next(6 * BLOCK, BLOCK), None, "it lies before");
+        assert!(dirty.take_next(0, BLOCK).is_some());
+    }
+
     /// Writers stamp cells and mark; one taker takes and reads. Once all are quiet every last
     /// stamp must have been read after a take.
     #[test]
     fn marks_from_many_threads_are_never_missed() {
-        const CELLS: u64 = 130;
+        const CELLS: u64 = 64 * 64 + 130;
         let dirty = Dirty::new(CELLS * BLOCK).unwrap();
         let cells: Vec<AtomicU64> = (0..CELLS).map(|_| AtomicU64::new(0)).collect();
         let copy: Vec<AtomicU64> = (0..CELLS).map(|_| AtomicU64::new(0)).collect();
@@ -262,7 +392,7 @@ mod tests {
                     let (dirty, cells) = (&dirty, &cells);
                     scope.spawn(move || {
                         for turn in 1..20_000u64 {
-                            let cell = (turn * 7 + writer * 33) % CELLS;
+                            let cell = (turn * 71 + writer * 33) % CELLS;
                             cells[cell as usize].fetch_add(1, Ordering::Relaxed);
                             let whole = Range::whole(CELLS * BLOCK);
                             dirty.mark(whole.from(cell * BLOCK).split(BLOCK).0);

@@ -1,9 +1,8 @@
 //! What goes into and comes out of the source's machine: the job, events, actions, news.
 //! Never decides anything but what a peer's answer means; see [`super::machine`] for the life.
 
-use super::plan::{Caps, Content, Limits};
+use super::plan::{BLOCK_MIN_MAX, Caps, Content, Limits};
 use super::wire::{Answer, Handover, Has, Question, Token};
-use crate::disk::dirty::BLOCK;
 use crate::disk::ownership::{Id, Place, Record, Title};
 use crate::range::Range;
 use std::fmt;
@@ -120,7 +119,7 @@ impl Peer {
         }
         let block = self.caps.block_min;
         let block_fits =
-            block.is_power_of_two() && block <= BLOCK && job.size.is_multiple_of(block);
+            block.is_power_of_two() && block <= BLOCK_MIN_MAX && job.size.is_multiple_of(block);
         if self.size != job.size {
             Some(Trouble::Size { local: job.size, remote: self.size })
         } else if self.read_only {
@@ -180,6 +179,11 @@ pub enum Event {
         /// See [`crate::disk::dirty::Dirty::bytes`].
         left: u64,
     },
+    /// `Probe`: whether the requests have ended that were in flight at the last `Probe` that said so.
+    Visits {
+        /// See [`crate::disk::Gate::turn_generation`].
+        turned: bool,
+    },
     /// `Wait`: a reply came.
     Reply {
         /// The request it belongs to.
@@ -189,6 +193,10 @@ pub enum Event {
     },
     /// `Send` or `Wait`: the connection is no more, or never can be trusted again.
     Lost(String),
+    /// `Send`: the connection is no more, and not a byte of the request went out.
+    Unsent(String),
+    /// `Look` or `Send`: a part of the disk cannot be read. The connection is closed then.
+    Unreadable(String),
     /// `Wait` is over: the time has come, or there is an order.
     Tick,
     /// The action succeeded.
@@ -203,8 +211,12 @@ pub enum Action {
     /// Connect, haggle, ask the private question. When the answer is that the disk has arrived
     /// there is no need to go on to the transmission phase. → `Greeted`, `Unreachable`
     Connect(Question),
+    /// The same on a second connection, which takes the place of the first once it is there: until
+    /// then a reply may yet come over the first. → `Greeted`, `Unreachable`
+    Ask(Question),
     /// Find out what the beginning of this range holds: a hole, zeros or data. The answer may be
-    /// about any part of it, from its start on. → `Looked`, `Failed`
+    /// about any part of it, from its start on. All of the range is going to be sent, so that marks
+    /// in it are forgotten before it is read. → `Looked`, `Unreadable`
     Look(Range),
     /// Take marks: [`crate::disk::dirty::Dirty::take_next`]. → `Taken`
     TakeDirty {
@@ -213,17 +225,25 @@ pub enum Action {
         /// At most so many bytes.
         longest: u64,
     },
-    /// Send a request, reading the disk now. → `Done` (it is with the kernel), `Lost`; `Failed` when
-    /// the disk could not be read: the connection is closed then.
+    /// Send a request, reading the disk now. → `Done` (it is with the kernel), `Lost`, `Unsent`,
+    /// `Unreadable`
     Send(Request),
     /// Wait for a reply, an order or this time; a reply that is there comes first. → `Reply`, `Tick`, `Lost`
     Wait {
         /// On the clock of `now`.
         until: Duration,
     },
-    /// Close the gate and wait until every visit is over. → `Done`; `Failed` when one does not end
-    /// in time; the gate is open then.
-    CloseGate,
+    /// Find out whether in-flight requests of clients are short. → `Visits`
+    Probe,
+    /// Close the gate and wait until every visit is over. From then on the gate opens by itself at
+    /// [`super::machine::Machine::freeze_end`]. → `Done`; `Failed` when a visit does not end in this
+    /// time; the gate is open then.
+    CloseGate {
+        /// How long to wait.
+        within: Duration,
+    },
+    /// Let the gate not open by itself any more. → `Done`; `Failed` when it has.
+    Seal,
     /// Open the gate; it may be open already. → `Done`
     OpenGate,
     /// From now on hold every write back for so long (zero: not at all). → `Done`
@@ -342,6 +362,8 @@ pub enum Trouble {
     Local(String),
     /// The ownership record could not be written.
     Record(String),
+    /// A part of the disk cannot be read.
+    Unreadable(String),
     /// Something happened that cannot.
     Confused(&'static str),
 }
@@ -376,9 +398,93 @@ impl fmt::Display for Trouble {
             Self::Cookie(cookie) => {
                 write!(f, "the destination answered request {cookie}, which is not outstanding")
             }
-            Self::Local(why) => f.write_str(why),
+            Self::Local(why) | Self::Unreadable(why) => f.write_str(why),
             Self::Record(why) => write!(f, "the ownership record cannot be kept: {why}"),
             Self::Confused(what) => f.write_str(what),
+        }
+    }
+}
+
+/// Why a migration does not go on just now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// The copy failed; it is tried again every second.
+    Trouble(Trouble),
+    /// Clients write faster than the copy can follow, and are held back.
+    Writers,
+    /// In-flight requests of clients take long: the gate is not closed behind them.
+    Requests(String),
+    /// The destination takes long to flush.
+    Flush,
+    /// What was left could not be sent, or not be recorded, while clients waited.
+    LastCopy(&'static str),
+    /// The handover was not acknowledged.
+    Acknowledgement(Trouble),
+}
+
+impl Obstacle {
+    /// One word for it.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Trouble(trouble) => trouble.word(),
+            Self::Writers => "writers",
+            Self::Requests(_) => "requests",
+            Self::Flush => "flush",
+            Self::LastCopy(_) => "last-copy",
+            Self::Acknowledgement(_) => "acknowledgement",
+        }
+    }
+
+    /// Whether to hear of the one is to hear of the other.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Trouble(one), Self::Trouble(other)) => one == other,
+            _ => std::mem::discriminant(self) == std::mem::discriminant(other),
+        }
+    }
+}
+
+impl fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Trouble(trouble) => write!(f, "{trouble}; trying again every second"),
+            Self::Writers => f.write_str(
+                "clients write faster than the copy catches up, and each write is held back",
+            ),
+            Self::Requests(why) => {
+                write!(f, "{why}; the last copy waits until requests of clients are short")
+            }
+            Self::Flush => f.write_str("the destination takes long to flush what it has"),
+            Self::LastCopy(why) => {
+                write!(f, "{why}; clients go on, and the last copy is tried again later")
+            }
+            Self::Acknowledgement(trouble) => write!(
+                f,
+                "the handover was not acknowledged ({trouble}); clients wait until the destination \
+                 says whether the disk has arrived. If it is lost for good, stop this process and \
+                 run `flexnbd adopt --force`"
+            ),
+        }
+    }
+}
+
+impl Trouble {
+    fn word(&self) -> &'static str {
+        match self {
+            Self::Connect(_)
+            | Self::Silent(_)
+            | Self::Lost(_)
+            | Self::Stuck(_)
+            | Self::Cookie(_)
+            | Self::Confused(_) => "link",
+            Self::Rejected(_)
+            | Self::Size { .. }
+            | Self::ReadOnly
+            | Self::Serving
+            | Self::BlockSize(_) => "refused",
+            Self::ErrorReply(_) => "destination-error",
+            Self::Local(_) | Self::Record(_) | Self::Unreadable(_) => "source-error",
         }
     }
 }
@@ -388,8 +494,8 @@ impl fmt::Display for Trouble {
 pub enum News {
     /// The destination greeted us for the first time: `mirror` may answer.
     Started,
-    /// The copy failed; it is tried again every second.
-    Retrying(Trouble),
+    /// It does not go on just now, for another reason than before.
+    Obstructed(Obstacle),
     /// The same destination process is back: only what is missing is sent.
     Resumed,
     /// Another destination process is there: from the beginning.
@@ -398,11 +504,6 @@ pub enum News {
     HeldBack(Duration),
     /// Clients wait while the rest is sent.
     GateClosed,
-    /// Clients did not leave the disk in time; the gate is open and closed again in a second.
-    GateBusy(String),
-    /// The handover was sent and not acknowledged: the gate stays closed until the destination
-    /// says what has become of the disk.
-    InDoubt(Trouble),
     /// The destination says that the disk has not arrived: handing over again.
     HandingOverAgain,
     /// An ownership record could not be written, or the image not deleted.
@@ -429,7 +530,7 @@ pub enum Stage {
 }
 
 /// How far a migration is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Where it is.
     pub stage: Stage,
@@ -445,6 +546,8 @@ pub struct Progress {
     pub passes: u64,
     /// How long every write is held back.
     pub hold: Duration,
+    /// Why it does not go on just now.
+    pub obstacle: Option<Obstacle>,
 }
 
 impl Progress {

@@ -44,8 +44,15 @@ pub struct Route {
 pub(super) enum SendError {
     /// The connection is no more.
     Link(String),
+    /// The connection is no more, and was before the first byte of the request went out.
+    Unsent(String),
     /// The disk could not be read; the connection cannot be used any more.
-    Disk(io::Error),
+    Disk {
+        /// At this byte or soon after it.
+        offset: u64,
+        /// What the kernel said.
+        error: io::Error,
+    },
 }
 
 /// A connection in its transmission phase.
@@ -98,7 +105,7 @@ impl Link {
         give_up: &mut dyn FnMut() -> bool,
     ) -> Result<(), SendError> {
         self.unfinished = request.work != Work::Disconnect;
-        let mut sending = Sending { stream: &self.stream, patience, wake, give_up };
+        let mut sending = Sending { stream: &self.stream, patience, wake, give_up, begun: false };
         let mut head = Vec::new();
         header(request).encode(Dialect::Simple, &mut head);
         match request.work {
@@ -177,6 +184,8 @@ struct Sending<'a> {
     patience: Duration,
     wake: &'a Wake,
     give_up: &'a mut dyn FnMut() -> bool,
+    /// Some bytes of the request went out.
+    begun: bool,
 }
 
 impl Sending<'_> {
@@ -184,11 +193,19 @@ impl Sending<'_> {
         let mut rest = bytes;
         while !rest.is_empty() {
             match self.stream.try_send(rest, more) {
-                Ok(count) => rest = &rest[count..],
+                Ok(count) => {
+                    self.begun |= count > 0;
+                    rest = &rest[count..];
+                }
                 Err(error) => self.wait_for_room(error)?,
             }
         }
         Ok(())
+    }
+
+    /// The connection is of no use any more.
+    fn broken(&self, why: String) -> SendError {
+        if self.begun { SendError::Link(why) } else { SendError::Unsent(why) }
     }
 
     /// The bytes of the disk, straight from the page cache where the kernel can do that.
@@ -203,7 +220,9 @@ impl Sending<'_> {
                     return self.copied(copier, rest);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_disks(&error) => return Err(SendError::Disk(error)),
+                Err(error) if is_disks(&error) => {
+                    return Err(SendError::Disk { offset: rest.offset(), error });
+                }
                 Err(error) => self.wait_for_room(error)?,
             }
         }
@@ -220,7 +239,8 @@ impl Sending<'_> {
         while !rest.is_empty() {
             let (piece, then) = rest.split(portion.len() as u64);
             let data = &mut portion[..piece.length() as usize];
-            copier.read(piece.offset(), data).map_err(SendError::Disk)?;
+            let offset = piece.offset();
+            copier.read(offset, data).map_err(|error| SendError::Disk { offset, error })?;
             self.bytes(data, !then.is_empty())?;
             rest = then;
         }
@@ -229,21 +249,21 @@ impl Sending<'_> {
 
     fn wait_for_room(&mut self, error: io::Error) -> Result<(), SendError> {
         if error.kind() != io::ErrorKind::WouldBlock {
-            return Err(SendError::Link(error.to_string()));
+            return Err(self.broken(error.to_string()));
         }
         let deadline = Instant::now() + self.patience;
         let interest = Interest { readable: false, writable: true };
         let ready = self.stream.wait(interest, Some(self.wake), Some(deadline));
-        let ready = ready.map_err(|error| SendError::Link(error.to_string()))?;
+        let ready = ready.map_err(|error| self.broken(error.to_string()))?;
         if ready.woken {
             self.wake.clear();
             if (self.give_up)() {
-                return Err(SendError::Link("broken off".to_owned()));
+                return Err(self.broken("broken off".to_owned()));
             }
         }
         if ready.timed_out {
             let seconds = self.patience.as_secs();
-            return Err(SendError::Link(format!("nothing was taken for {seconds} s")));
+            return Err(self.broken(format!("nothing was taken for {seconds} s")));
         }
         Ok(())
     }

@@ -2,44 +2,56 @@
 //! Never connects, reads a clock, touches the disk or logs; [`Machine::step`] decides, others do.
 //!
 //! ```text
-//!  Start ─▶ Greeting ─▶ Copying ─▶ Closing ─▶ Last ─▶ Flushing ─▶ Recording ─▶ ┃Parting ─▶ Leaving ─▶ Ended
-//!              │  ▲        │          │         │         │          │         ┃  │  ▲        ▲
-//!              │  │        └──────────┴────┬────┴─────────┴──────────┘         ┃  ▼  │"no"    │"arrived"
-//!     not once │  │                        ▼ any trouble, or break             ┃ Doubt ───────┘
-//!      greeted │  └── Resting ◀──────── Undoing ◀───────────────────────────────── │
-//!              ▼       1 s                 │  link, record, gate, hold         ┃  └─ unreachable: asks
-//!         Ended(Failed)                    └─▶ Ended(Broken)                   ┃     every second
-//!                                                                              ┃
-//!                              clients never notice                point of no return
+//!  Start ─▶ Greeting ─▶ Copying ⇄ Probing ─▶ Closing ─▶ Last ─▶ Flushing ─▶ Recording ─▶ Sealing ─▶ ┃Parting ─▶ Leaving ─▶ Ended
+//!              │  ▲        │  ▲                 └─────────┴────────┴────────────┴──────────┤         ┃  │  ▲        ▲
+//!              │  │        │  └──────── clients have waited long enough: gate, record ◀────┘         ┃  ▼  │"no"    │"arrived"
+//!     not once │  │        ▼ any trouble, or break                                                   ┃ Doubt ───────┘
+//!      greeted │  └── Resting ◀──────── Undoing ◀──────────────────────────────────────────────────────┤
+//!              ▼       1 s                 │  link, gate, record, hold                               ┃  └─ unreachable: asks
+//!         Ended(Failed)                    └─▶ Ended(Broken)                                         ┃     every second
+//!                                                                                                    ┃
+//!                              clients never notice                                     point of no return
 //! ```
 //!
 //! * Left of the double line every failure ends in `Machine::undo`, the one place that takes back
-//!   what was done: the connection is dropped (without a DISC), the record put back, the
-//!   gate opened, writers let go; in this order, and then again from the start in a second, or over.
+//!   what was done: the connection is dropped (without a DISC), the gate opened, the record put
+//!   back, writers let go; in this order, and then again from the start in a second, or over. The
+//!   gate comes before the record, which may take long: no handover was sent, or the destination
+//!   has said that it did not arrive, so that the disk is ours whatever the record says.
+//! * Behind the closed gate everything has an end ([`Machine::freeze_end`]), at which the gate opens
+//!   by itself, even if the machine is not asked by then. Only once it is sealed it stays closed.
 //! * `Parting` means that HANDOVER may have reached the destination. The only ways out are its
 //!   acknowledgement, and an answer in `Doubt`: *arrived* (leave), *not arrived and that
 //!   connection is closed for good* (hand over again, or undo when the destination has lost the
-//!   copy). Whatever else happens, the gate stays closed.
+//!   copy, or clients have waited for long). Whatever else happens, the gate stays closed.
 //! * The record *departing* is durable before HANDOVER is sent, and where it cannot be written the
 //!   migration ends; *departed* (or the deletion of the
 //!   image) comes after the acknowledgement.
 //! * A destination without the private option cannot acknowledge. To it: last write, FLUSH,
 //!   *departing*, deletion if ordered, DISC, *departed*. Its arm is `Farewell`.
 
+mod closing;
 mod copying;
+mod parting;
 
+pub use parting::ASK_AFTER;
+
+use super::freeze::{Backoff, Freeze, Probe};
 use super::job::{
-    Action, Event, Fate, Job, News, Note, Order, Outcome, Peer, Progress, Request, SIZE_MIN, Stage,
-    TooLate, Trouble, Work, fate,
+    Action, Event, Job, News, Note, Obstacle, Order, Outcome, Peer, Progress, SIZE_MIN, Stage,
+    TooLate, Trouble,
 };
 use super::pace::{Chase, Meter, Speed};
 use super::plan::{Caps, Plan};
-use super::wire::{Handover, Has, Token};
+use super::wire::{Has, Token};
 use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Time between one attempt and the next.
 pub const RETRY_EVERY: Duration = Duration::from_secs(1);
+
+/// The same reason is told again after so long.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 
 /// One migration, seen from its source.
 #[derive(Debug)]
@@ -49,8 +61,15 @@ pub struct Machine {
     plan: Plan,
     speed: Speed,
     meter: Meter,
+    /// Replies to requests up to this cookie say nothing about the rate of what is left: they were
+    /// large, as those of the first pass are.
+    measured_from: u64,
     chase: Chase,
     undo: Undo,
+    probe: Probe,
+    backoff: Backoff,
+    /// The gate is closed, or being closed.
+    freeze: Option<Freeze>,
     /// Which process has what the plan believes acknowledged.
     copied_to: Option<(Token, Caps)>,
     /// The hold that was ordered last.
@@ -59,8 +78,12 @@ pub struct Machine {
     /// The image is deleted: the gate must not open again, and the copy has to arrive.
     unlinked: bool,
     breaking: bool,
-    /// The trouble of this attempt was told already.
-    told: bool,
+    /// Why it does not go on just now.
+    obstacle: Option<Obstacle>,
+    /// The last such reason that was told, and when.
+    told: Option<(Obstacle, Duration)>,
+    /// The copy was told to have failed, and not yet that it goes on.
+    interrupted: bool,
     cookie: u64,
     news: VecDeque<News>,
 }
@@ -80,13 +103,15 @@ enum Phase {
     Start,
     Greeting,
     Copying(Link),
+    Probing(Link),
     Closing(Link),
     Last(Link),
-    Flushing(Link, u64),
+    Flushing(Link),
     Recording(Link),
+    Sealing(Link),
     Farewell(Link, Farewell),
     Parting(Parting),
-    Doubt { token: Token, ask_at: Duration },
+    Doubt(Doubt),
     Leaving(Leaving, Outcome),
     Undoing(Then),
     Resting { until: Duration },
@@ -100,16 +125,16 @@ struct Link {
     /// When it last got something done.
     heard: Duration,
     flush: Flush,
-    /// The gate is not to be closed earlier, since visits did not end the last time.
-    close_from: Duration,
+    /// FLUSHes in a row that took long.
+    slow_flushes: u32,
 }
 
-/// The FLUSH that is sent while the gate is still open.
+/// The last FLUSH that was sent. Most are sent while the gate is still open.
 #[derive(Clone, Copy, Debug)]
 enum Flush {
     Never,
-    Asked(u64),
-    Done(Duration),
+    Asked { cookie: u64, at: Duration },
+    Done { at: Duration, took: Duration },
 }
 
 /// HANDOVER was sent.
@@ -117,7 +142,17 @@ enum Flush {
 struct Parting {
     token: Token,
     cookie: u64,
-    deadline: Duration,
+    /// When to ask for it.
+    ask_at: Duration,
+}
+
+/// Nobody knows what has become of the handover.
+#[derive(Clone, Copy, Debug)]
+struct Doubt {
+    token: Token,
+    /// The handover's cookie, while its connection may still bring the acknowledgement.
+    awaited: Option<u64>,
+    ask_at: Duration,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -140,6 +175,8 @@ enum Leaving {
 enum Then {
     Retry,
     End(Outcome),
+    /// Only clients are let go: the copy goes on over this connection.
+    GoOn(Link),
 }
 
 /// Whether clients may write while the copy goes on.
@@ -168,13 +205,19 @@ impl Machine {
             speed: Speed::new(job.speed),
             meter: Meter::new(now),
             chase: Chase::new(job.pause),
+            measured_from: 0,
             undo: Undo::default(),
+            probe: Probe::default(),
+            backoff: Backoff::default(),
+            freeze: None,
             copied_to: None,
             held: Duration::ZERO,
             started: false,
             unlinked: false,
             breaking: false,
-            told: false,
+            obstacle: None,
+            told: None,
+            interrupted: false,
             cookie: 0,
             news: VecDeque::new(),
             job,
@@ -191,13 +234,15 @@ impl Machine {
             Phase::Start => self.connect(),
             Phase::Greeting => self.greeting(now, event),
             Phase::Copying(link) => self.copying(now, link, event, Gate::Open),
+            Phase::Probing(link) => self.probing(now, link, event),
             Phase::Closing(link) => self.closing(now, link, event),
             Phase::Last(link) => self.copying(now, link, event, Gate::Closed),
-            Phase::Flushing(link, cookie) => self.flushing(now, link, cookie, event),
+            Phase::Flushing(link) => self.flushing(now, link, event),
             Phase::Recording(link) => self.recording(now, link, event),
+            Phase::Sealing(link) => self.sealing(now, link, event),
             Phase::Farewell(link, step) => self.farewell(now, link, step, event),
             Phase::Parting(parting) => self.parting(now, parting, event),
-            Phase::Doubt { token, ask_at } => self.doubt(now, token, ask_at, event),
+            Phase::Doubt(doubt) => self.doubt(now, doubt, event),
             Phase::Leaving(step, outcome) => self.leaving(step, outcome, event),
             Phase::Undoing(then) => self.undoing(now, then, event),
             Phase::Resting { until } if now >= until => self.connect(),
@@ -227,6 +272,12 @@ impl Machine {
         self.breaking
     }
 
+    /// When the gate, if it is closed, opens by itself.
+    #[must_use]
+    pub fn freeze_end(&self) -> Option<Duration> {
+        self.freeze.and_then(|freeze| freeze.until())
+    }
+
     /// The next thing worth telling, oldest first.
     pub fn news(&mut self) -> Option<News> {
         self.news.pop_front()
@@ -250,6 +301,10 @@ impl Machine {
             speed_limit: self.speed.limit(),
             passes: self.plan.passes(),
             hold: self.held,
+            obstacle: self.obstacle.clone().or_else(|| {
+                let holds = self.held > Duration::ZERO && self.freeze.is_none();
+                holds.then_some(Obstacle::Writers)
+            }),
         }
     }
 
@@ -257,13 +312,16 @@ impl Machine {
     #[must_use]
     pub fn stage(&self) -> Stage {
         match &self.phase {
+            Phase::Undoing(Then::GoOn(_)) => Stage::Copying,
             Phase::Start | Phase::Greeting | Phase::Resting { .. } | Phase::Undoing(_) => {
                 Stage::Connecting
             }
-            Phase::Copying(_) => Stage::Copying,
-            Phase::Closing(_) | Phase::Last(_) | Phase::Flushing(..) => Stage::Closing,
-            Phase::Recording(_) | Phase::Farewell(..) | Phase::Parting(_) => Stage::Parting,
-            Phase::Doubt { .. } => Stage::InDoubt,
+            Phase::Copying(_) | Phase::Probing(_) => Stage::Copying,
+            Phase::Closing(_) | Phase::Last(_) | Phase::Flushing(_) => Stage::Closing,
+            Phase::Recording(_) | Phase::Sealing(_) | Phase::Farewell(..) | Phase::Parting(_) => {
+                Stage::Parting
+            }
+            Phase::Doubt(_) => Stage::InDoubt,
             Phase::Leaving(..) => Stage::Leaving,
             Phase::Ended(_) => Stage::Ended,
         }
@@ -273,9 +331,10 @@ impl Machine {
     fn may_break(&self) -> bool {
         let gone = matches!(
             self.phase,
-            Phase::Parting(_) | Phase::Doubt { .. } | Phase::Leaving(..) | Phase::Ended(_)
+            Phase::Parting(_) | Phase::Doubt(_) | Phase::Leaving(..) | Phase::Ended(_)
         );
-        let leaving = matches!(self.phase, Phase::Farewell(..)) || self.unlinked;
+        let listening = matches!(self.phase, Phase::Farewell(_, Farewell::Listening));
+        let leaving = matches!(self.phase, Phase::Farewell(..)) && !listening || self.unlinked;
         !gone && !leaving && !matches!(self.phase, Phase::Undoing(Then::End(_)))
     }
 
@@ -322,215 +381,40 @@ impl Machine {
             self.plan.restart(peer.caps);
         }
         self.copied_to = process;
-        self.news.push_back(match (self.started, resume) {
-            (false, _) => News::Started,
-            (true, true) => News::Resumed,
-            (true, false) => News::Restarted,
-        });
-        (self.started, self.told) = (true, false);
+        match (self.started, resume) {
+            (false, _) => self.news.push_back(News::Started),
+            (true, _) if !self.interrupted => {}
+            (true, true) => self.news.push_back(News::Resumed),
+            (true, false) => self.news.push_back(News::Restarted),
+        }
+        (self.started, self.interrupted, self.obstacle) = (true, false, None);
+        self.chase.began(now);
         let gate = if self.unlinked { Gate::Closed } else { Gate::Open };
-        self.copy(now, Link { peer, heard: now, flush: Flush::Never, close_from: now }, gate)
-    }
-
-    // The last copy, behind the closed gate.
-
-    fn closing(&mut self, now: Duration, mut link: Link, event: Event) -> Action {
-        match event {
-            Event::Done => {
-                self.news.push_back(News::GateClosed);
-                self.plan.gate_closed();
-                self.copy(now, link, Gate::Closed)
-            }
-            Event::Failed(why) => {
-                self.news.push_back(News::GateBusy(why));
-                self.undo.gate = false;
-                link.close_from = now + RETRY_EVERY;
-                self.copy(now, link, Gate::Open)
-            }
-            _ => self.fail(now, Trouble::Confused("the gate closed strangely")),
-        }
-    }
-
-    fn copied_all(&mut self, now: Duration, mut link: Link) -> Action {
-        if !link.peer.flush {
-            return self.flushed(now, link);
-        }
-        let cookie = self.next_cookie();
-        link.heard = now;
-        let flush = Request { cookie, work: Work::Flush };
-        self.enter(Phase::Flushing(link, cookie), Action::Send(flush))
-    }
-
-    fn flushing(&mut self, now: Duration, link: Link, cookie: u64, event: Event) -> Action {
-        let until = link.heard + self.job.patience;
-        match event {
-            Event::Done | Event::Tick if now < until => {
-                self.enter(Phase::Flushing(link, cookie), Action::Wait { until })
-            }
-            Event::Done | Event::Tick => self.fail(now, Trouble::Stuck(self.job.patience)),
-            Event::Reply { cookie: answered, error: None } if answered == cookie => {
-                self.flushed(now, link)
-            }
-            event => self.fail(now, link_trouble(event)),
-        }
-    }
-
-    /// The destination has every byte, durably. Say so in the record before saying it to anybody.
-    fn flushed(&mut self, now: Duration, link: Link) -> Action {
-        match link.peer.token() {
-            Some(token) if self.unlinked => return self.hand_over(now, token),
-            None if self.unlinked => return self.listen_once_more(now, link),
-            _ => self.undo.record = true,
-        }
-        self.enter(Phase::Recording(link), Action::Record(Note::Departing))
-    }
-
-    fn recording(&mut self, now: Duration, link: Link, event: Event) -> Action {
-        match (event, link.peer.token()) {
-            (Event::Done, Some(token)) => self.hand_over(now, token),
-            (Event::Done, None) => self.listen_once_more(now, link),
-            // That is no trouble with the link, and to copy again would not make it better.
-            (Event::Failed(why), _) => {
-                self.undo(now, Then::End(Outcome::Failed(Trouble::Record(why))))
-            }
-            _ => self.fail(now, Trouble::Confused("the record was written strangely")),
-        }
-    }
-
-    // A destination that cannot acknowledge.
-
-    /// A goodbye to a destination that has hung up would reach nobody, and nobody would say so.
-    fn listen_once_more(&mut self, now: Duration, link: Link) -> Action {
-        self.enter(Phase::Farewell(link, Farewell::Listening), Action::Wait { until: now })
-    }
-
-    fn say_farewell(&mut self, link: Link) -> Action {
-        let cookie = self.next_cookie();
-        let goodbye = Request { cookie, work: Work::Disconnect };
-        self.enter(Phase::Farewell(link, Farewell::Disconnecting), Action::Send(goodbye))
-    }
-
-    fn farewell(&mut self, now: Duration, link: Link, step: Farewell, event: Event) -> Action {
-        match (step, event) {
-            (Farewell::Listening, Event::Tick) if self.job.unlink && !self.unlinked => {
-                self.enter(Phase::Farewell(link, Farewell::Unlinking), Action::Unlink)
-            }
-            (Farewell::Listening, Event::Tick) => self.say_farewell(link),
-            (Farewell::Listening, event) => self.fail(now, link_trouble(event)),
-            (Farewell::Unlinking, Event::Done) => {
-                (self.unlinked, self.undo.record) = (true, false);
-                self.say_farewell(link)
-            }
-            (Farewell::Unlinking, event) => {
-                self.note_failure(event);
-                self.say_farewell(link)
-            }
-            (Farewell::Disconnecting, Event::Done) => {
-                self.leave(Outcome::Arrived { acknowledged: false })
-            }
-            (Farewell::Disconnecting, event) => self.fail(now, link_trouble(event)),
-        }
-    }
-
-    // Parting: the handover has been sent.
-
-    fn hand_over(&mut self, now: Duration, token: Token) -> Action {
-        let cookie = self.next_cookie();
-        let work = Work::Handover(Handover { id: self.job.id, token });
-        let deadline = now + self.job.patience;
-        let parting = Phase::Parting(Parting { token, cookie, deadline });
-        self.enter(parting, Action::Send(Request { cookie, work }))
-    }
-
-    fn parting(&mut self, now: Duration, parting: Parting, event: Event) -> Action {
-        let Parting { token, cookie, deadline } = parting;
-        let trouble = match event {
-            Event::Reply { cookie: answered, error: None } if answered == cookie => {
-                return self.leave(Outcome::Arrived { acknowledged: true });
-            }
-            Event::Done | Event::Tick if now < deadline => {
-                return self.enter(Phase::Parting(parting), Action::Wait { until: deadline });
-            }
-            Event::Done | Event::Tick => Trouble::Stuck(self.job.patience),
-            event => link_trouble(event),
-        };
-        self.news.push_back(News::InDoubt(trouble));
-        self.enter(Phase::Doubt { token, ask_at: now }, Action::HangUp)
-    }
-
-    /// The acknowledgement did not come: ask until somebody knows.
-    fn doubt(&mut self, now: Duration, token: Token, ask_at: Duration, event: Event) -> Action {
-        let later = Phase::Doubt { token, ask_at: now + RETRY_EVERY };
-        match event {
-            Event::Greeted(peer) => match fate(peer.answer.as_ref(), Some(token)) {
-                Fate::Arrived => self.leave(Outcome::Arrived { acknowledged: true }),
-                Fate::NotArrived => self.not_arrived(now, token, peer),
-                Fate::Unknown => self.enter(later, Action::HangUp),
-            },
-            Event::Unreachable(_) => self.enter(later, Action::Wait { until: now + RETRY_EVERY }),
-            _ if now < ask_at => {
-                self.enter(Phase::Doubt { token, ask_at }, Action::Wait { until: ask_at })
-            }
-            _ => {
-                self.undo.link = true;
-                let question = Action::Connect(self.job.question());
-                self.enter(Phase::Doubt { token, ask_at }, question)
-            }
-        }
-    }
-
-    /// What was sent so far cannot make the disk arrive. Does that process have the whole copy?
-    fn not_arrived(&mut self, now: Duration, token: Token, peer: Peer) -> Action {
-        let complete = peer.answer.is_some_and(|answer| answer.has == Has::Incomplete);
-        if complete && peer.token() == Some(token) && peer.unfit(&self.job).is_none() {
-            self.news.push_back(News::HandingOverAgain);
-            return self.hand_over(now, token);
-        }
-        self.fail(now, Trouble::Lost("the destination has lost its copy".to_owned()))
-    }
-
-    // Leaving: the destination has the disk.
-
-    fn leave(&mut self, outcome: Outcome) -> Action {
-        self.enter(Phase::Leaving(Leaving::Retiring, outcome), Action::Retire)
-    }
-
-    fn leaving(&mut self, step: Leaving, outcome: Outcome, event: Event) -> Action {
-        let failed = self.note_failure(event);
-        let goodbye = match outcome {
-            Outcome::Arrived { acknowledged: true } => Action::Disconnect,
-            _ => Action::HangUp,
-        };
-        let (next, action) = match step {
-            Leaving::Retiring if self.unlinked => (Leaving::Disconnecting, goodbye),
-            Leaving::Retiring if self.job.unlink => (Leaving::Unlinking, Action::Unlink),
-            Leaving::Unlinking if !failed => (Leaving::Disconnecting, goodbye),
-            Leaving::Retiring | Leaving::Unlinking => {
-                (Leaving::Recording, Action::Record(Note::Departed))
-            }
-            Leaving::Recording => (Leaving::Disconnecting, goodbye),
-            Leaving::Disconnecting => return self.end(outcome),
-        };
-        self.enter(Phase::Leaving(next, outcome), action)
-    }
-
-    fn note_failure(&mut self, event: Event) -> bool {
-        let Event::Failed(why) = event else { return false };
-        self.news.push_back(News::RecordFailed(why));
-        true
+        self.copy(now, Link { peer, heard: now, flush: Flush::Never, slow_flushes: 0 }, gate)
     }
 
     // Undoing: every failure before the handover, and nothing else, comes here.
 
     fn fail(&mut self, now: Duration, trouble: Trouble) -> Action {
-        if !self.started {
+        let cannot_be_read = matches!(trouble, Trouble::Unreadable(_)) && !self.unlinked;
+        if !self.started || cannot_be_read {
             return self.undo(now, Then::End(Outcome::Failed(trouble)));
         }
-        if !self.told {
-            self.told = true;
-            self.news.push_back(News::Retrying(trouble));
-        }
+        self.interrupted |= self.obstructed(now, Obstacle::Trouble(trouble));
         self.undo(now, Then::Retry)
+    }
+
+    /// Tells why it does not go on, unless that was told last. Returns whether it was told.
+    fn obstructed(&mut self, now: Duration, obstacle: Obstacle) -> bool {
+        self.obstacle = Some(obstacle.clone());
+        let is_old =
+            |(told, at): &(Obstacle, Duration)| told.is_like(&obstacle) && now < *at + TELL_AGAIN;
+        if self.told.as_ref().is_some_and(is_old) {
+            return false;
+        }
+        self.told = Some((obstacle.clone(), now));
+        self.news.push_back(News::Obstructed(obstacle));
+        true
     }
 
     fn undo(&mut self, now: Duration, then: Then) -> Action {
@@ -541,13 +425,15 @@ impl Machine {
 
     fn undoing(&mut self, now: Duration, then: Then, event: Event) -> Action {
         self.note_failure(event);
-        let action = if std::mem::take(&mut self.undo.link) {
+        let goes_on = matches!(then, Then::GoOn(_));
+        let action = if !goes_on && std::mem::take(&mut self.undo.link) {
             Action::HangUp
+        } else if !self.unlinked && std::mem::take(&mut self.undo.gate) {
+            self.closed_in_vain(now);
+            Action::OpenGate
         } else if std::mem::take(&mut self.undo.record) {
             Action::Record(Note::Before)
-        } else if !self.unlinked && std::mem::take(&mut self.undo.gate) {
-            Action::OpenGate
-        } else if std::mem::take(&mut self.undo.hold) {
+        } else if !goes_on && std::mem::take(&mut self.undo.hold) {
             self.held = Duration::ZERO;
             Action::Hold(self.held)
         } else {
@@ -559,6 +445,10 @@ impl Machine {
     fn undone(&mut self, now: Duration, then: Then) -> Action {
         match then {
             Then::End(outcome) => self.end(outcome),
+            Then::GoOn(link) => {
+                self.plan.look_again();
+                self.copy(now, link, Gate::Open)
+            }
             Then::Retry => {
                 let until = now + RETRY_EVERY;
                 self.enter(Phase::Resting { until }, Action::Wait { until })
@@ -570,7 +460,8 @@ impl Machine {
 /// What an event means that was none of those hoped for.
 fn link_trouble(event: Event) -> Trouble {
     match event {
-        Event::Lost(why) => Trouble::Lost(why),
+        Event::Lost(why) | Event::Unsent(why) => Trouble::Lost(why),
+        Event::Unreadable(why) => Trouble::Unreadable(why),
         Event::Reply { error: Some(error), .. } => Trouble::ErrorReply(error),
         Event::Reply { cookie, error: None } => Trouble::Cookie(cookie),
         Event::Unreachable(trouble) => trouble,

@@ -1,7 +1,8 @@
 //! Moving a disk to another host while its clients keep using it.
 //!
 //! What decides is pure: [`machine`] is the source's whole life, [`arrival`] the destination's;
-//! [`plan`] says which range goes next, [`pace`] how fast, [`wire`] how the two sides introduce
+//! [`plan`] says which range goes next, [`pace`] how fast, [`freeze`] how long clients may wait,
+//! [`wire`] how the two sides introduce
 //! themselves. None of these connects, reads a clock, touches a disk or logs, so that
 //! `tests/simulation` can play them against each other by the thousand. [`source`] carries out
 //! what the machine decides, over a [`link`]; [`destination`] asks the arrival before it acts.
@@ -22,6 +23,7 @@
 
 pub mod arrival;
 pub mod destination;
+pub mod freeze;
 pub mod job;
 pub mod link;
 pub mod machine;

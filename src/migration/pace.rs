@@ -24,7 +24,9 @@ pub struct Speed {
     /// When how much was sent, over the last second.
     recent: VecDeque<(Duration, u64)>,
     recent_bytes: u64,
-    last: Option<(Duration, u64)>,
+    /// When the last burst began, and its bytes: small requests go together, so that neither the
+    /// link nor we wait for each of them.
+    burst: Option<(Duration, u64)>,
 }
 
 impl Speed {
@@ -45,7 +47,7 @@ impl Speed {
         self.limit
     }
 
-    /// Longest request in bytes that keeps the flow even.
+    /// Longest request, or burst of requests, in bytes that keeps the flow even.
     #[must_use]
     pub fn chunk(&self) -> u64 {
         let Some(limit) = self.limit else { return u64::MAX };
@@ -53,11 +55,21 @@ impl Speed {
         (share / CHUNK_MIN).max(1) * CHUNK_MIN
     }
 
+    /// How long such a burst takes.
+    #[must_use]
+    pub fn spacing(&self) -> Duration {
+        self.limit.map_or(Duration::ZERO, |limit| time_for(self.chunk(), limit))
+    }
+
     /// When `bytes` may be sent; not after `now` means at once.
     #[must_use]
     pub fn ready_at(&self, now: Duration, bytes: u64) -> Duration {
         let Some(limit) = self.limit else { return now };
-        let evenly = self.last.map_or(now, |(at, sent)| at + time_for(sent, limit));
+        let evenly = match self.burst {
+            None => now,
+            Some((began, sent)) if sent + bytes <= self.chunk() => began,
+            Some((began, sent)) => began + time_for(sent, limit),
+        };
         let mut sum = self.recent_bytes;
         let mut after = now;
         for &(at, sent) in &self.recent {
@@ -80,11 +92,14 @@ impl Speed {
             self.recent.pop_front();
             self.recent_bytes -= old;
         }
-        if self.limit.is_some() {
-            self.recent.push_back((now, bytes));
-            self.recent_bytes += bytes;
-            self.last = Some((now, bytes));
-        }
+        let Some(limit) = self.limit else { return };
+        self.recent.push_back((now, bytes));
+        self.recent_bytes += bytes;
+        let goes_with = |(began, sent): &(Duration, u64)| {
+            sent + bytes <= self.chunk() && now < *began + time_for(*sent, limit)
+        };
+        let (began, before) = self.burst.filter(goes_with).unwrap_or((now, 0));
+        self.burst = Some((began, before + bytes));
     }
 }
 
@@ -153,6 +168,16 @@ impl Meter {
         if all.payload > 0 {
             self.link_rate = rate(all.payload, all.busy);
         }
+    }
+
+    /// From now on the requests are of another kind: what is known of the rates counts no more.
+    pub fn restart(&mut self, now: Duration) {
+        *self = Self { busy_since: self.busy_since.map(|_| now), ..Self::new(now) };
+    }
+
+    /// A request from before the restart was acknowledged.
+    pub fn skipped(&mut self, now: Duration, more: bool) {
+        self.busy_since = more.then_some(now);
     }
 
     /// The link is gone; nothing is in flight any more.
@@ -226,6 +251,9 @@ const DELAYS_US: [u64; 9] = [0, 250, 500, 1000, 2000, 4000, 8000, 16_000, 32_000
 /// Passes that may fail to shrink at the last step before the gate is closed all the same.
 const PATIENCE: u32 = 3;
 
+/// Steps that a pass of many seconds is worth, at most; one of a second is worth one.
+const STEPS_MAX: u64 = 4;
+
 /// Passes are compared at most this often, so that short ones are not taken for a trend.
 const COMPARE_EVERY: Duration = SECOND;
 
@@ -244,6 +272,7 @@ pub struct Chase {
     fits_since: Option<Duration>,
     step: usize,
     stubborn: u32,
+    /// When passes were compared last, and what was left then.
     before: Option<(Duration, u64)>,
 }
 
@@ -253,6 +282,22 @@ impl Chase {
     #[must_use]
     pub fn new(pause: Duration) -> Self {
         Self { pause, fits_since: None, step: 0, stubborn: 0, before: None }
+    }
+
+    /// The copy begins, or goes on.
+    pub fn began(&mut self, now: Duration) {
+        self.before.get_or_insert((now, u64::MAX));
+    }
+
+    /// The whole disk, of `size` bytes, was sent once, and `dirty` bytes are marked again: as good as
+    /// all of them means that the next pass will be no shorter.
+    pub fn first_pass_ended(&mut self, now: Duration, dirty: u64, size: u64) {
+        let began = self.before.map_or(now, |(at, _)| at);
+        self.before = Some((began, size));
+        if dirty > size - size / 4 {
+            self.pass_ended(now, dirty, None);
+        }
+        self.before = None;
     }
 
     /// Whether the gate may be closed with `left` bytes to go, at `link_rate` bytes per second; as
@@ -277,21 +322,25 @@ impl Chase {
     }
 
     /// A pass is over and left so many bytes. One that did not shrink by a quarter since the last
-    /// comparison holds the writers back a step more, unless the gate may close soon as it is.
+    /// comparison holds the writers back a step more, unless the gate may close soon as it is; one
+    /// that took seconds, as under a low speed limit, holds them back several steps more.
     pub fn pass_ended(&mut self, now: Duration, left: u64, link_rate: Option<NonZeroU64>) {
         let Some((since, before)) = self.before else {
             self.before = Some((now, left));
             return;
         };
-        if now.saturating_sub(since) < COMPARE_EVERY {
+        let took = now.saturating_sub(since);
+        if took < COMPARE_EVERY {
             return;
         }
         self.before = Some((now, left));
         if left <= before - before / 4 || fits(left, link_rate, self.pause) {
             return;
         }
-        if self.step + 1 < DELAYS_US.len() {
-            self.step += 1;
+        let last = DELAYS_US.len() - 1;
+        if self.step < last {
+            let steps = (took.as_secs() / COMPARE_EVERY.as_secs()).clamp(1, STEPS_MAX);
+            self.step = last.min(self.step + steps as usize);
         } else {
             self.stubborn += 1;
         }

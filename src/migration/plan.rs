@@ -10,7 +10,6 @@
 //!   in between is marked later than it was looked at, so its new bytes follow.
 
 use super::spans::Spans;
-use crate::disk::dirty::BLOCK;
 use crate::range::Range;
 use std::collections::BTreeMap;
 
@@ -25,13 +24,18 @@ pub struct Limits {
     pub window: u64,
     /// Requests in flight.
     pub requests: usize,
+    /// WRITE_ZEROES in flight, of which each may take long.
+    pub zeroes: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { data_max: 1 << 20, zero_max: 1 << 31, window: 32 << 20, requests: 128 }
+        Self { data_max: 1 << 20, zero_max: 1 << 31, window: 32 << 20, requests: 1024, zeroes: 128 }
     }
 }
+
+/// Largest minimum block size of a destination, in bytes, that a disk can be copied to.
+pub const BLOCK_MIN_MAX: u64 = 16 << 10;
 
 /// Spans waiting for a request in flight, beyond which no more marks are taken.
 const WAITING_MAX: usize = 64;
@@ -41,7 +45,7 @@ const WAITING_MAX: usize = 64;
 pub struct Caps {
     /// It knows WRITE_ZEROES; otherwise zeros are sent as data.
     pub zeroes: bool,
-    /// Its requests start and end at multiples of this: a power of two, at most [`BLOCK`].
+    /// Its requests start and end at multiples of this: a power of two, at most [`BLOCK_MIN_MAX`].
     pub block_min: u64,
     /// Longest payload in bytes.
     pub data_max: u64,
@@ -99,6 +103,7 @@ pub struct Plan {
     /// The ranges of `flights`.
     busy: Spans,
     payload_in_flight: u64,
+    zeroes_in_flight: usize,
     /// Where the pass over the bitmap has come to.
     cursor: u64,
     /// Bytes marked when the bitmap was last asked.
@@ -125,6 +130,7 @@ impl Plan {
             flights: BTreeMap::new(),
             busy,
             payload_in_flight: 0,
+            zeroes_in_flight: 0,
             cursor: 0,
             dirty: 0,
             dry: false,
@@ -148,7 +154,7 @@ impl Plan {
             self.todo.insert(range);
         }
         self.busy = Spans::none(self.disk.length());
-        self.payload_in_flight = 0;
+        (self.payload_in_flight, self.zeroes_in_flight) = (0, 0);
         self.look_again();
     }
 
@@ -176,7 +182,8 @@ impl Plan {
             range.split(blocks - range.offset() % blocks).0
         };
         if content == Content::Zeros {
-            return Next::Zero(longest(self.limits.zero_max));
+            let is_full = self.zeroes_in_flight >= self.limits.zeroes;
+            return if is_full { Next::Idle } else { Next::Zero(longest(self.limits.zero_max)) };
         }
         let part = longest(data_max.min(self.limits.data_max).min(self.caps.data_max));
         let fits = self.payload_in_flight + part.length() <= self.limits.window;
@@ -212,20 +219,25 @@ impl Plan {
         self.ready = (!known.is_empty()).then_some((known, content));
     }
 
-    /// The bitmap gave `run`, and `dirty` bytes are marked still. True when a pass is over.
+    /// The bitmap gave `run`, and `dirty` bytes are marked still. True when a pass is over in which
+    /// something was marked.
     pub fn taken(&mut self, run: Option<Range>, dirty: u64) -> bool {
         (self.dirty, self.fresh) = (dirty, true);
         self.passes = self.passes.max(1);
         if let Some(run) = run {
-            self.todo.insert(run);
+            // Marks may be finer than what the destination takes.
+            let block = self.caps.block_min;
+            let end = run.end().checked_next_multiple_of(block).unwrap_or(u64::MAX);
+            self.todo.insert(self.disk.from(down(run.offset(), block)).until(end));
             self.cursor = run.end();
             return false;
         }
         // A look at a bitmap in which nothing was marked is no pass.
-        self.passes += u64::from(self.cursor > 0);
+        let is_pass = self.cursor > 0;
+        self.passes += u64::from(is_pass);
         self.cursor = 0;
         self.dry = dirty == 0;
-        true
+        is_pass
     }
 
     /// The request of a [`Next::Write`] or [`Next::Zero`] goes out under this cookie.
@@ -240,6 +252,7 @@ impl Plan {
         self.fresh = false;
         self.busy.insert(flight.range);
         self.payload_in_flight += flight.payload;
+        self.zeroes_in_flight += usize::from(flight.payload == 0);
         self.flights.insert(cookie, flight);
     }
 
@@ -248,6 +261,7 @@ impl Plan {
         let flight = self.flights.remove(&cookie)?;
         self.busy.remove(flight.range);
         self.payload_in_flight -= flight.payload;
+        self.zeroes_in_flight -= usize::from(flight.payload == 0);
         self.look_again();
         Some(flight)
     }
@@ -297,7 +311,7 @@ impl Plan {
 
 /// The last multiple of `block` that is not beyond `value`.
 fn down(value: u64, block: u64) -> u64 {
-    debug_assert!(block.is_power_of_two() && block <= BLOCK);
+    debug_assert!(block.is_power_of_two() && block <= BLOCK_MIN_MAX);
     value & !(block - 1)
 }
 

@@ -5,7 +5,7 @@ use super::job::{
     Action, Event, Job, News, Note, Order, Outcome, Peer, Progress, Request, Stage, TooLate,
     Trouble, Work,
 };
-use super::link::{Link, Route};
+use super::link::{Link, Route, SendError};
 use super::machine::{Machine, TooSmall};
 use super::plan::Content;
 use super::wire::{Answer, Question};
@@ -23,10 +23,6 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// How long visits to the disk may take to end when the gate is closed for the first time.
-const DRAIN_FIRST: Duration = Duration::from_millis(250);
-/// How long they may take at most, after it has failed several times.
-const DRAIN_MAX: Duration = Duration::from_secs(10);
 /// How often the progress is written down for whoever asks.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 /// Data is looked at for zeros in blocks of this size.
@@ -108,7 +104,7 @@ impl Desk {
     /// How far the migration was a moment ago.
     #[must_use]
     pub fn progress(&self) -> Option<Progress> {
-        *lock(&self.progress)
+        lock(&self.progress).clone()
     }
 
     /// How long it has been going on.
@@ -171,8 +167,8 @@ pub struct Source {
     link: Option<Link>,
     /// Since when the gate is closed, if it is.
     gate_closed: Option<Instant>,
-    /// How long the next closing of the gate may take.
-    drain: Duration,
+    /// When the closed gate opens by itself, as the gate was told.
+    freeze_end: Option<Duration>,
     progress_at: Duration,
     /// The extent of data that was looked at last: on some file systems it takes long to find its
     /// end. A part that has become a hole since is found to be zero.
@@ -209,7 +205,7 @@ impl Source {
             clock: Instant::now(),
             link: None,
             gate_closed: None,
-            drain: DRAIN_FIRST,
+            freeze_end: None,
             progress_at: Duration::ZERO,
             allocated: Range::whole(0),
             stage_told: None,
@@ -226,6 +222,7 @@ impl Source {
             self.take_orders();
             let now = self.clock.elapsed();
             let action = self.machine.step(now, event);
+            self.bound_freeze();
             self.report(now);
             event = match action {
                 Action::End(outcome) => {
@@ -241,7 +238,7 @@ impl Source {
 
     fn carry_out(&mut self, action: Action) -> Event {
         match action {
-            Action::Connect(question) => self.connect(&question),
+            Action::Connect(question) | Action::Ask(question) => self.connect(&question),
             Action::Look(range) => self.look(range),
             Action::TakeDirty { from, longest } => {
                 let run = self.dirty.take_next(from, longest);
@@ -249,7 +246,12 @@ impl Source {
             }
             Action::Send(request) => self.send(&request),
             Action::Wait { until } => self.wait(until),
-            Action::CloseGate => self.close_gate(),
+            Action::Probe => Event::Visits { turned: self.disk.gate().turn_generation() },
+            Action::CloseGate { within } => self.close_gate(within),
+            Action::Seal => match self.disk.gate().expire_at(None) {
+                Ok(()) => Event::Done,
+                Err(expired) => Event::Failed(expired.to_string()),
+            },
             Action::OpenGate => self.open_gate(),
             Action::Hold(hold) => {
                 self.disk.set_hold(hold);
@@ -279,6 +281,7 @@ impl Source {
         }
     }
 
+    /// The connection that there is stays until there is another.
     fn connect(&mut self, question: &Question) -> Event {
         match Link::open(&self.route, Some(question)) {
             Ok((link, peer)) => {
@@ -292,10 +295,19 @@ impl Source {
     /// What the beginning of `range` holds. In data, blocks of zeros are found by a sample first,
     /// so that what is not zero is hardly read twice.
     fn look(&mut self, range: Range) -> Event {
+        // All of it is going to be sent: what is marked by now need not be sent again. Not later,
+        // when it is sent, since data that has become a hole meanwhile is to be looked at again.
+        self.dirty.forget(range.split(LOOK_MAX).0);
         match self.look_at(range) {
             Ok((range, content)) => Event::Looked { range, content },
-            Err(error) => Event::Failed(format!("cannot read the disk: {error}")),
+            Err(error) => self.unreadable(range.offset(), &error),
         }
+    }
+
+    fn unreadable(&mut self, offset: u64, error: &io::Error) -> Event {
+        self.link = None;
+        let image = self.ledger.path().display();
+        Event::Unreadable(format!("cannot read {image} at byte {offset}: {error}"))
     }
 
     fn look_at(&mut self, range: Range) -> io::Result<(Range, Content)> {
@@ -351,11 +363,9 @@ impl Source {
                 }
                 Event::Done
             }
-            Err(super::link::SendError::Link(why)) => Event::Lost(why),
-            Err(super::link::SendError::Disk(error)) => {
-                self.link = None;
-                Event::Failed(format!("cannot read the disk: {error}"))
-            }
+            Err(SendError::Link(why)) => Event::Lost(why),
+            Err(SendError::Unsent(why)) => Event::Unsent(why),
+            Err(SendError::Disk { offset, error }) => self.unreadable(offset, &error),
         }
     }
 
@@ -385,20 +395,28 @@ impl Source {
         }
     }
 
-    /// Clients that want in are kept out while those inside finish, so that this is given up soon,
-    /// and tried for longer each time: some visits, such as a long zeroing, take what they take.
-    fn close_gate(&mut self) -> Event {
+    fn close_gate(&mut self, within: Duration) -> Event {
         let since = Instant::now();
-        match self.disk.gate().close_and_drain(since + self.drain) {
+        match self.disk.gate().close_and_drain(since + within) {
             Ok(()) => {
                 self.gate_closed = Some(since);
-                self.drain = DRAIN_FIRST;
                 Event::Done
             }
-            Err(busy) => {
-                self.drain = (self.drain * 2).min(DRAIN_MAX);
-                Event::Failed(busy.to_string())
-            }
+            Err(busy) => Event::Failed(busy.to_string()),
+        }
+    }
+
+    /// Tells the gate when to open by itself. Whatever the next action takes, clients do not wait
+    /// longer.
+    fn bound_freeze(&mut self) {
+        let end = self.machine.freeze_end().filter(|_| self.gate_closed.is_some());
+        if end == self.freeze_end {
+            return;
+        }
+        self.freeze_end = end;
+        if let Some(end) = end {
+            // That it has opened already is noticed before anything is sent that matters.
+            let _ = self.disk.gate().expire_at(Some(self.clock + end));
         }
     }
 

@@ -11,8 +11,11 @@ use flexnbd::disk::ownership::{
     for_adopt, for_listen, for_serve,
 };
 use flexnbd::disk::{KeptBecause, dirty, hold, ledger, state};
-use flexnbd::migration::job::{Job, SIZE_MIN, Trouble};
-use flexnbd::migration::machine::RETRY_EVERY;
+use flexnbd::migration::freeze::{
+    BACKOFF_FIRST, BACKOFF_MAX, DRAIN_MAX, DRAIN_MIN, FREEZE_MAX, OPEN_SHARE, STALL_MAX,
+};
+use flexnbd::migration::job::{Job, Obstacle, SIZE_MIN, Trouble};
+use flexnbd::migration::machine::{ASK_AFTER, RETRY_EVERY};
 use flexnbd::migration::pace::{AIM_FOR, AIM_SHARE, CHUNK_MIN, Chase};
 use flexnbd::migration::plan::Limits;
 use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
@@ -57,9 +60,15 @@ fn the_limits_are_those_of_the_program() {
     assert_eq!(told("Pause aimed at"), aim);
     assert_eq!(told("Patience"), [usual.patience.as_secs()]);
     assert_eq!(told("Trying again"), [RETRY_EVERY.as_secs()]);
-    assert_eq!(told("Requests in flight"), [window, limits.requests as u64, most]);
+    let requests = [window, limits.requests as u64, most, limits.zeroes as u64];
+    assert_eq!(told("Requests in flight"), requests);
+    let drain = [DRAIN_MIN.as_millis() as u64, DRAIN_MAX.as_secs()];
+    assert_eq!(told("Closing the gate"), drain);
+    assert_eq!(told("Clients wait"), [FREEZE_MAX, STALL_MAX].map(|time| time.as_millis() as u64));
+    assert_eq!(told("Asking"), [ASK_AFTER.as_secs()]);
     assert_eq!(told("Holding back"), [held]);
-    assert_eq!(told("Marks"), [dirty::BLOCK >> 10]);
+    let marks = [dirty::BLOCK >> 10, dirty::BITMAP_MAX >> 20, dirty::FINE_MAX >> 40];
+    assert_eq!(told("Marks"), marks);
     assert_eq!(told("Record"), [RECORD_MAX as u64]);
     assert_eq!(told("Private payload"), [PRIVATE_PAYLOAD_MAX, Handover::LENGTH as u64]);
     assert_eq!(numbers(&text(&page, "SPEED/Limits")), [0, CHUNK_MIN]);
@@ -110,7 +119,18 @@ fn numbers_within_the_text_are_those_of_the_program() {
     let lost = "The connection is lost while copying, or the destination hangs";
     let lost = text(&page, &format!("WHEN SOMETHING GOES WRONG/{lost}"));
     assert_eq!(numbers(&lost), [patience]);
-    assert_eq!(numbers(&text(&page, "IN DOUBT"))[0], patience);
+    let doubt = [ASK_AFTER.as_secs(), FREEZE_MAX.as_secs()];
+    assert_eq!(numbers(&text(&page, "IN DOUBT"))[..2], doubt);
+    let last_copy = [
+        STALL_MAX.as_millis() as u64,
+        FREEZE_MAX.as_millis() as u64,
+        BACKOFF_FIRST.as_secs(),
+        BACKOFF_MAX.as_secs(),
+        u64::from(OPEN_SHARE),
+    ];
+    assert_eq!(numbers(&text(&page, "WHAT HAPPENS/The last copy")), last_copy);
+    let handover = text(&page, "WHAT HAPPENS/The handover");
+    assert_eq!(numbers(&handover), [ASK_AFTER.as_secs()]);
     let records = text(&page, "RECORDS");
     assert!(records.contains(&format!("at most {RECORD_MAX} bytes")), "{records}");
     assert!(records.contains(&format!("at most {PLACE_MAX}")), "{records}");
@@ -216,6 +236,24 @@ fn the_stages_are_those_that_status_tells() {
     }
 }
 
+#[test]
+fn the_words_for_what_is_in_the_way_are_those_of_status() {
+    let trouble = |trouble| Obstacle::Trouble(trouble);
+    let obstacles = [
+        trouble(Trouble::Connect(String::new())),
+        trouble(Trouble::ReadOnly),
+        trouble(Trouble::ErrorReply(5)),
+        trouble(Trouble::Local(String::new())),
+        Obstacle::Writers,
+        Obstacle::Requests(String::new()),
+        Obstacle::Flush,
+        Obstacle::LastCopy(""),
+        Obstacle::Acknowledgement(Trouble::Stuck(ASK_AFTER)),
+    ];
+    let words = obstacles.map(|obstacle| format!("Li {}", obstacle.word()));
+    assert_eq!(page().items("STAGES/What is in the way"), words);
+}
+
 /// With `N` for every number.
 fn without_numbers(text: &str) -> String {
     let mut out = String::new();
@@ -245,6 +283,7 @@ fn troubles() -> Vec<String> {
         Trouble::ErrorReply(5),
         Trouble::Cookie(1),
         Trouble::Record(reason()),
+        Trouble::Unreadable("cannot read IMAGE at byte 1: REASON".to_owned()),
     ];
     troubles.iter().map(|trouble| without_numbers(&trouble.to_string())).collect()
 }

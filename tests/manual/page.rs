@@ -7,7 +7,8 @@ use clap::{Arg, Command};
 use flexnbd::cli::{self, MODES, config, operate, settings, size, uri};
 use flexnbd::control::Status;
 use flexnbd::control::status::{
-    MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_STAGE, Migration, OWNERSHIP,
+    MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE, MIGRATION_WAITING,
+    Migration, OWNERSHIP,
 };
 use flexnbd::disk::{parts, write_behind};
 use flexnbd::{control, net, server};
@@ -132,7 +133,14 @@ fn the_synopsis_shows_each_option_of_each_mode_once_and_no_other() {
 #[test]
 fn the_status_keys_are_those_that_a_server_tells_in_its_order() {
     let migration = Migration { speed_limit: Some(1), ..Migration::default() };
-    let newer = [MIGRATION_STAGE, MIGRATION_PASSES, MIGRATION_FAILED, OWNERSHIP];
+    let newer = [
+        MIGRATION_STAGE,
+        MIGRATION_PASSES,
+        MIGRATION_FAILED,
+        OWNERSHIP,
+        MIGRATION_WAITING,
+        MIGRATION_REASON,
+    ];
     let extra = newer.map(|key| (key.to_owned(), String::new())).to_vec();
     let line = Status { migration: Some(migration), extra, ..Status::default() }.to_string();
     let told: Vec<String> =

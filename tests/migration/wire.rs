@@ -27,12 +27,16 @@ pub(crate) enum Trap {
     Before([u8; 8], u64),
     /// After it: it gets through, its reply does not.
     After([u8; 8]),
+    /// After the first: it gets through, and so does its reply, but nothing else does until
+    /// [`Wire::let_go`].
+    Hold([u8; 8]),
 }
 
 struct Shared {
     to: SocketAddr,
     trap: Mutex<Trap>,
     cut: AtomicBool,
+    held: AtomicBool,
     /// Of the cut that is on, or the next: connections of an earlier one stay dead.
     era: AtomicU64,
     over: AtomicBool,
@@ -64,6 +68,7 @@ impl Wire {
             to,
             trap: Mutex::new(trap),
             cut: AtomicBool::new(false),
+            held: AtomicBool::new(false),
             era: AtomicU64::new(0),
             over: AtomicBool::new(false),
             sent: AtomicU64::new(0),
@@ -75,7 +80,17 @@ impl Wire {
     }
 
     pub(crate) fn is_cut(&self) -> bool {
-        self.shared.cut.load(Ordering::SeqCst)
+        self.shared.cut.load(Ordering::SeqCst) || self.is_held()
+    }
+
+    pub(crate) fn is_held(&self) -> bool {
+        self.shared.held.load(Ordering::SeqCst)
+    }
+
+    /// Lets through what was held, and holds nothing again.
+    pub(crate) fn let_go(&self) {
+        *self.shared.trap.lock().unwrap() = Trap::Never;
+        self.shared.held.store(false, Ordering::SeqCst);
     }
 
     /// Bytes that have come from the source, whether or not they got through.
@@ -86,9 +101,12 @@ impl Wire {
     /// Lets new connections through again, and is never cut again.
     pub(crate) fn mend(&mut self) {
         *self.shared.trap.lock().unwrap() = Trap::Never;
+        // One that only holds is still accepting.
+        self.shared.cut.store(true, Ordering::SeqCst);
+        self.close();
         self.shared.era.fetch_add(1, Ordering::SeqCst);
         self.shared.cut.store(false, Ordering::SeqCst);
-        self.close();
+        self.shared.held.store(false, Ordering::SeqCst);
         self.open();
     }
 
@@ -147,6 +165,9 @@ impl Shared {
         let mut buffer = vec![0; 64 << 10];
         let mut watch = Watch::default();
         while let Ok(count @ 1..) = from.read(&mut buffer) {
+            while upstream && self.held.load(Ordering::SeqCst) && !self.is_dead(era) {
+                thread::sleep(Duration::from_millis(2));
+            }
             let snapped =
                 if upstream { self.look(&buffer[..count], &mut watch, era) } else { None };
             if snapped.is_none() && self.is_dead(era) {
@@ -179,6 +200,13 @@ impl Shared {
         let through = match *self.trap.lock().unwrap() {
             Trap::Never => None,
             Trap::Bytes(limit) => (sent >= limit).then_some(bytes.len()),
+            Trap::Hold(pattern) => {
+                let found = find(&watch.tail, pattern).is_some();
+                if found {
+                    self.held.store(true, Ordering::SeqCst);
+                }
+                None
+            }
             Trap::After(pattern) => find(&watch.tail, pattern).map(|_| bytes.len()),
             Trap::Before(pattern, nth) => find(&watch.tail, pattern).and_then(|at| {
                 watch.seen += 1;

@@ -34,6 +34,10 @@ pub(crate) enum Mutation {
     MarkBeforeWrite,
     /// The copier reads the bytes and takes the mark afterwards.
     ReadBeforeMark,
+    /// The copier looks at a range that is to be sent anyway, and forgets its marks afterwards.
+    ForgetAfterRead,
+    /// HANDOVER is sent although the gate has opened by itself.
+    HandoverAfterExpiry,
     /// HANDOVER is sent without the durable record *departing*.
     HandoverBeforeDeparting,
     /// The record *departing* is written, but not made durable, before HANDOVER is sent.
@@ -124,6 +128,8 @@ macro_rules! mutations {
 mutations! {
     marking_before_writing_is_caught: MarkBeforeWrite breaks 1,
     reading_before_taking_the_mark_is_caught: ReadBeforeMark breaks 1,
+    forgetting_marks_after_reading_is_caught: ForgetAfterRead breaks 1,
+    a_handover_after_the_gate_opened_by_itself_is_caught: HandoverAfterExpiry breaks 2,
     a_handover_without_a_departing_record_is_caught: HandoverBeforeDeparting breaks 2,
     a_departing_record_that_is_not_durable_is_caught: DepartingNotDurable breaks 2,
     deleting_before_the_acknowledgement_is_caught: UnlinkBeforeAcknowledgement breaks 3,

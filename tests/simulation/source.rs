@@ -7,7 +7,8 @@ use super::world::{Host, World};
 use flexnbd::disk::dirty::{BLOCK, Dirty};
 use flexnbd::disk::ownership::{ForServe, Id, Place, Record, Title, for_serve};
 use flexnbd::migration::job::{
-    Action, Event, Fate, Job, News, Note, Order, Outcome, Peer, Request, Trouble, Work, fate,
+    Action, Event, Fate, Job, News, Note, Obstacle, Order, Outcome, Peer, Request, Trouble, Work,
+    fate,
 };
 use flexnbd::migration::machine::Machine;
 use flexnbd::migration::plan::{Caps, Content, Limits};
@@ -21,6 +22,10 @@ pub(crate) struct Source {
     pub(crate) medium: Medium,
     pub(crate) role: Role,
     pub(crate) gate_closed: bool,
+    /// When the closed gate opens by itself.
+    gate_end: Option<Duration>,
+    /// It has.
+    gate_expired: bool,
     /// Writes inside the gate.
     pub(crate) visits: usize,
     pub(crate) dirty: Option<Dirty>,
@@ -38,17 +43,39 @@ pub(crate) enum Role {
     Moved,
 }
 
+impl Source {
+    pub(crate) fn new(medium: Medium) -> Self {
+        Self {
+            medium,
+            role: Role::Down,
+            gate_closed: false,
+            gate_end: None,
+            gate_expired: false,
+            visits: 0,
+            dirty: None,
+        }
+    }
+
+    fn open_gate(&mut self) {
+        (self.gate_closed, self.gate_end, self.gate_expired) = (false, None, false);
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) machine: Machine,
     pub(crate) action: Action,
     connection: Option<usize>,
+    /// A second one, on which it is asked what has become of the handover.
+    asking: Option<usize>,
     /// The action is half done.
     half: bool,
     deadline: Duration,
     first_token: Option<Token>,
     /// For [`Mutation::ReadBeforeMark`]: what was read before the mark was taken.
     early: Option<Vec<Stamp>>,
+    /// For [`Mutation::ForgetAfterRead`]: what was found before marks were forgotten.
+    early_look: Option<Event>,
 }
 
 #[derive(Debug)]
@@ -95,7 +122,7 @@ impl World {
     /// Serves what is there; a power cut may have taken writes that were not flushed.
     fn serve_at_source(&mut self) {
         self.source.role = Role::Serving;
-        self.source.gate_closed = false;
+        self.source.open_gate();
         if std::mem::take(&mut self.source_lost_power) {
             for (block, known) in self.known.iter_mut().enumerate() {
                 known.acknowledged = self.source.medium.stamp(block);
@@ -118,7 +145,13 @@ impl World {
         let job = Job {
             unlink: self.dice.once_in(3),
             speed: NonZeroU64::new(self.dice.below(3) * 40 * BLOCK),
-            limits: Limits { data_max, zero_max: 4 * BLOCK, window: 3 * BLOCK, requests: 4 },
+            limits: Limits {
+                data_max,
+                zero_max: 4 * BLOCK,
+                window: 3 * BLOCK,
+                requests: 4,
+                zeroes: 3,
+            },
             pause: Duration::from_millis(self.dice.below(2) * 20),
             patience: 3 * SECOND,
             ..Job::new(Id(id), self.size(), to, before)
@@ -130,10 +163,12 @@ impl World {
             machine,
             action,
             connection: None,
+            asking: None,
             half: false,
             deadline: Duration::ZERO,
             first_token: None,
             early: None,
+            early_look: None,
         }));
     }
 
@@ -142,7 +177,7 @@ impl World {
         match &self.source.role {
             Role::Migrating(run) => match run.action {
                 Action::Wait { until } => Some(until),
-                Action::Connect(_) if run.half => Some(run.deadline),
+                Action::Connect(_) | Action::Ask(_) if run.half => Some(run.deadline),
                 _ => None,
             },
             Role::Asking(ask) => Some(ask.at),
@@ -155,6 +190,17 @@ impl World {
         let order = if self.dice.once_in(3) { Order::Break } else { Order::Speed(speed) };
         if let Role::Migrating(run) = &mut self.source.role {
             let _ = run.machine.order(order);
+        }
+    }
+
+    /// Sessions that have waited long enough open the gate, whatever the copier does.
+    pub(crate) fn expire_gate(&mut self) {
+        let end = self.source.gate_end.filter(|end| self.now >= *end);
+        if end.is_some() && self.source.gate_closed {
+            self.trace(|| "source: the gate opens by itself".to_owned());
+            self.tally.expired += 1;
+            (self.source.gate_closed, self.source.gate_end) = (false, None);
+            self.source.gate_expired = true;
         }
     }
 
@@ -183,6 +229,9 @@ impl World {
         self.trace(|| format!("source: {event:?}"));
         run.action = run.machine.step(self.now, event);
         self.trace(|| format!("source: -> {:?}", run.action));
+        if self.source.gate_closed && !matches!(run.action, Action::CloseGate { .. }) {
+            self.source.gate_end = run.machine.freeze_end();
+        }
         while let Some(news) = run.machine.news() {
             self.hear(&news);
         }
@@ -195,16 +244,17 @@ impl World {
 
     fn hear(&mut self, news: &News) {
         match news {
-            News::InDoubt(_) => {
+            News::Obstructed(Obstacle::Acknowledgement(_)) => {
                 self.tally.in_doubt += 1;
                 if self.mutation == Mutation::ServeInDoubt {
-                    self.source.gate_closed = false;
+                    self.source.open_gate();
                 }
             }
             News::Resumed => self.tally.resumed += 1,
             News::Restarted => self.tally.restarted += 1,
             News::HandingOverAgain => self.tally.handed_over_again += 1,
-            News::GateBusy(_) => self.tally.gate_busy += 1,
+            News::Obstructed(Obstacle::Requests(_)) => self.tally.gate_busy += 1,
+            News::Obstructed(Obstacle::LastCopy(_)) => self.tally.thawed += 1,
             _ => {}
         }
     }
@@ -234,13 +284,19 @@ impl World {
     fn perform(&mut self, run: &mut Run) -> Result<Option<Event>, String> {
         Ok(match run.action.clone() {
             Action::Connect(question) => self.connect(run, question),
-            Action::Look(range) => Some(self.look(range)),
+            Action::Ask(question) => self.ask_beside(run, question),
+            Action::Look(range) => self.look(run, range),
             Action::TakeDirty { from, longest } => self.take_dirty(run, from, longest),
             Action::Send(request) => Some(self.send(run, request)),
             Action::Wait { until } => self.wait(run, until),
-            Action::CloseGate => self.close_gate(),
+            Action::Probe => {
+                let turned = self.dice.once_in(2);
+                Some(Event::Visits { turned })
+            }
+            Action::CloseGate { .. } => self.close_gate(),
+            Action::Seal => self.seal(run),
             Action::OpenGate => {
-                self.source.gate_closed = false;
+                self.source.open_gate();
                 Some(Event::Done)
             }
             Action::Hold(_) => Some(Event::Done),
@@ -282,6 +338,10 @@ impl World {
         if note == Note::Departing && self.faulty && self.dice.once_in(30) {
             return Some(Event::Failed("no space for the record".to_owned()));
         }
+        if note == Note::Departing && self.faulty && run.half && self.dice.once_in(20) {
+            // The medium is slow.
+            self.now += 5 * SECOND;
+        }
         self.source.medium.record.now = run.machine.job().record(note, 1);
         if note == Note::Departing && self.mutation == Mutation::DepartingNotDurable {
             return Some(Event::Done);
@@ -295,13 +355,43 @@ impl World {
             return Some(Event::Done);
         }
         if self.dice.once_in(20) {
-            self.source.gate_closed = false;
+            self.source.open_gate();
             return Some(Event::Failed("a visit does not end".to_owned()));
         }
         None
     }
 
-    fn look(&mut self, range: Range) -> Event {
+    /// Clients may come between the record and this.
+    fn seal(&mut self, run: &mut Run) -> Option<Event> {
+        if !std::mem::replace(&mut run.half, true) {
+            if self.faulty && self.dice.once_in(10) {
+                self.now += 5 * SECOND;
+            }
+            return None;
+        }
+        if self.source.gate_expired && self.mutation != Mutation::HandoverAfterExpiry {
+            return Some(Event::Failed("the gate has opened by itself".to_owned()));
+        }
+        self.source.gate_end = None;
+        Some(Event::Done)
+    }
+
+    fn look(&mut self, run: &mut Run, range: Range) -> Option<Event> {
+        if self.faulty && self.dice.once_in(3000) {
+            self.hang_up(run.connection.take());
+            return Some(Event::Unreadable("bad sector".to_owned()));
+        }
+        if self.mutation == Mutation::ForgetAfterRead && run.early_look.is_none() {
+            run.early_look = Some(self.found(range));
+            return None;
+        }
+        if let Some(dirty) = &self.source.dirty {
+            dirty.forget(range);
+        }
+        Some(run.early_look.take().unwrap_or_else(|| self.found(range)))
+    }
+
+    fn found(&mut self, range: Range) -> Event {
         let all = blocks(range);
         let medium = &self.source.medium;
         let zero = medium.stamp(all.start) == 0;
@@ -352,7 +442,7 @@ impl World {
         };
         let connection = &mut self.net.all[at];
         if connection.destination_closed && self.dice.once_in(2) {
-            return Event::Lost("broken pipe".to_owned());
+            return Event::Unsent("broken pipe".to_owned());
         }
         connection.send_up(message);
         Event::Done
@@ -391,6 +481,32 @@ impl World {
             }
         };
         Some(event)
+    }
+
+    /// The first connection stays until the second is there.
+    fn ask_beside(&mut self, run: &mut Run, question: Question) -> Option<Event> {
+        if !run.half {
+            if !self.net.up || !self.destination_accepts() {
+                return Some(Event::Unreachable(Trouble::Connect("refused".to_owned())));
+            }
+            self.tally.asked_beside += 1;
+            run.asking = Some(self.say_hello(question));
+            (run.half, run.deadline) = (true, self.now + SECOND);
+            return None;
+        }
+        let at = run.asking?;
+        let answer = self.hear_answer(at, run.deadline)?;
+        run.asking = None;
+        Some(match answer {
+            Ok(answer) => {
+                self.hang_up(run.connection.replace(at));
+                Event::Greeted(self.peer(run, answer))
+            }
+            Err(trouble) => {
+                self.hang_up(Some(at));
+                Event::Unreachable(trouble)
+            }
+        })
     }
 
     fn peer(&self, run: &mut Run, mut answer: Answer) -> Peer {
@@ -488,19 +604,19 @@ impl World {
 
     /// The process is gone; with `power`, so is what was not durable.
     pub(crate) fn kill_source(&mut self, power: bool) {
-        let connection = match std::mem::replace(&mut self.source.role, Role::Down) {
-            Role::Migrating(run) => run.connection,
-            Role::Asking(ask) => ask.connection,
-            Role::Down | Role::Serving | Role::Moved => None,
+        let connections = match std::mem::replace(&mut self.source.role, Role::Down) {
+            Role::Migrating(run) => [run.connection, run.asking],
+            Role::Asking(ask) => [ask.connection, None],
+            Role::Down | Role::Serving | Role::Moved => [None, None],
         };
-        if let Some(at) = connection {
+        for at in connections.into_iter().flatten() {
             if power {
                 self.net.all[at].cut(&mut self.dice);
             }
             self.net.all[at].source_closed = true;
         }
         self.source.dirty = None;
-        self.source.gate_closed = false;
+        self.source.open_gate();
         self.abandon_writes(Host::Source);
         if power {
             self.source.medium.power_cut(&mut self.dice);

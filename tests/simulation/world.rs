@@ -42,12 +42,15 @@ pub(crate) struct Tally {
     pub(crate) retired: u64,
     pub(crate) asked_after_restart: u64,
     pub(crate) gate_busy: u64,
+    pub(crate) thawed: u64,
+    pub(crate) expired: u64,
+    pub(crate) asked_beside: u64,
     pub(crate) data_blocks: u64,
     pub(crate) turns: u64,
 }
 
 impl Tally {
-    fn counts(&mut self) -> [&mut u64; 12] {
+    fn counts(&mut self) -> [&mut u64; 15] {
         [
             &mut self.arrived,
             &mut self.kept,
@@ -59,6 +62,9 @@ impl Tally {
             &mut self.retired,
             &mut self.asked_after_restart,
             &mut self.gate_busy,
+            &mut self.thawed,
+            &mut self.expired,
+            &mut self.asked_beside,
             &mut self.data_blocks,
             &mut self.turns,
         ]
@@ -123,13 +129,7 @@ impl World {
             now: Duration::from_secs(1),
             net: Net { up: true, all: Vec::new() },
             known: stamps.iter().map(known).collect(),
-            source: Source {
-                medium: Medium::new(stamps.into_iter()),
-                role: Role::Down,
-                gate_closed: false,
-                visits: 0,
-                dirty: None,
-            },
+            source: Source::new(Medium::new(stamps.into_iter())),
             destination: Destination::new(
                 Medium::new(old.iter().copied()),
                 Medium::new(old.iter().map(|_| 0)),
@@ -211,6 +211,7 @@ impl World {
     fn turn(&mut self) -> Result<bool, String> {
         self.now += Duration::from_millis(1);
         self.tally.turns += 1;
+        self.expire_gate();
         let progress = match self.dice.below(9) {
             0..=3 => self.source_turn()?,
             4..=6 => self.destination_turn()?,

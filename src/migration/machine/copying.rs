@@ -1,13 +1,25 @@
 //! How the machine copies: one request after the other, until what is left fits the pause.
 //! Never fails by itself: every trouble goes up to [`Machine::fail`].
 
-use super::{Flush, Gate, Link, Machine, Phase};
-use crate::migration::job::{Action, Event, News, Request, Trouble, Work};
+use super::{Flush, Gate, Link, Machine, Phase, link_trouble};
+use crate::migration::job::{Action, Event, News, Obstacle, Request, Trouble, Work};
 use crate::migration::plan::{Flight, Next};
+use crate::range::Range;
 use std::time::Duration;
 
 /// An early FLUSH makes the last one short; this old, it counts no more.
 const FLUSH_FRESH: Duration = Duration::from_secs(2);
+
+/// An early FLUSH that took longer is followed by another, which has less to do,
+const FLUSH_QUICK: Duration = Duration::from_millis(500);
+/// but not by more than so many.
+const SLOW_FLUSHES_MAX: u32 = 3;
+/// A FLUSH that takes so long is told to be what the last copy waits for.
+const FLUSH_TOLD: Duration = Duration::from_secs(5);
+
+/// Behind a link on which nothing was heard for so long, although requests are outstanding, the gate
+/// is not closed.
+const SILENT: Duration = Duration::from_millis(500);
 
 /// Bytes of a request header on the wire, with extended headers; without, it is shorter.
 const HEADER: u64 = 32;
@@ -30,30 +42,44 @@ impl Machine {
     fn copied(&mut self, now: Duration, link: &mut Link, event: Event) -> Result<(), Trouble> {
         match event {
             Event::Looked { range, content } => self.plan.looked(range, content),
-            Event::Taken { run, left } => {
-                if self.plan.taken(run, left) {
-                    self.chase.pass_ended(now, self.plan.left(), self.meter.link_rate());
-                }
-            }
+            Event::Taken { run, left } => self.taken(now, run, left),
             Event::Reply { cookie, error } => {
                 self.replied(now, link, cookie, error)?;
                 link.heard = now;
+                self.progressed(now);
             }
             Event::Tick => {
                 self.plan.look_again();
                 self.check_progress(now, link)?;
             }
             Event::Done => {}
-            Event::Lost(why) => return Err(Trouble::Lost(why)),
-            Event::Failed(why) => return Err(Trouble::Local(why)),
-            _ => return Err(Trouble::Confused("something unexpected happened while copying")),
+            event => return Err(link_trouble(event)),
         }
         Ok(())
     }
 
+    fn taken(&mut self, now: Duration, run: Option<Range>, left: u64) {
+        let is_first = self.plan.passes() == 0;
+        let ended = self.plan.taken(run, left);
+        if is_first {
+            self.chase.first_pass_ended(now, left, self.job.size);
+        }
+        if is_first && left > 0 {
+            // From now on there are many small requests rather than few large ones.
+            self.meter.restart(now);
+            self.measured_from = self.cookie;
+        }
+        if ended {
+            self.chase.pass_ended(now, self.plan.left(), self.meter.link_rate());
+        }
+    }
+
     /// Nothing came until now: is that too long?
-    fn check_progress(&self, now: Duration, link: &Link) -> Result<(), Trouble> {
-        let awaiting = self.plan.in_flight() || matches!(link.flush, Flush::Asked(_));
+    fn check_progress(&mut self, now: Duration, link: &Link) -> Result<(), Trouble> {
+        let awaiting = self.plan.in_flight() || matches!(link.flush, Flush::Asked { .. });
+        if matches!(link.flush, Flush::Asked { at, .. } if now >= at + FLUSH_TOLD) {
+            self.obstructed(now, Obstacle::Flush);
+        }
         let stuck = awaiting && now >= link.heard + self.job.patience;
         if stuck { Err(Trouble::Stuck(self.job.patience)) } else { Ok(()) }
     }
@@ -68,30 +94,44 @@ impl Machine {
         if let Some(error) = error {
             return Err(Trouble::ErrorReply(error));
         }
-        if matches!(link.flush, Flush::Asked(asked) if asked == cookie) {
-            link.flush = Flush::Done(now);
-            self.plan.look_again();
+        if let Flush::Asked { cookie: asked, at } = link.flush
+            && asked == cookie
+        {
+            self.flush_answered(link, now, now.saturating_sub(at));
             return Ok(());
         }
         let flight = self.plan.acknowledged(cookie).ok_or(Trouble::Cookie(cookie))?;
         let more = self.plan.in_flight();
-        self.meter.acknowledged(now, flight.payload, flight.range.length(), more);
+        if cookie > self.measured_from {
+            self.meter.acknowledged(now, flight.payload, flight.range.length(), more);
+        } else {
+            self.meter.skipped(now, more);
+        }
         Ok(())
+    }
+
+    fn flush_answered(&mut self, link: &mut Link, now: Duration, took: Duration) {
+        link.flush = Flush::Done { at: now, took };
+        link.slow_flushes = if took > FLUSH_QUICK { link.slow_flushes + 1 } else { 0 };
+        if self.obstacle == Some(Obstacle::Flush) {
+            self.obstacle = None;
+        }
+        self.plan.look_again();
     }
 
     /// The next thing to do while copying.
     pub(super) fn copy(&mut self, now: Duration, link: Link, gate: Gate) -> Action {
         match gate {
             Gate::Open if self.held != self.chase.delay() => self.hold_writers(link),
-            Gate::Open if now >= link.close_from && self.has_caught_up(now) => {
+            Gate::Open if now >= self.backoff.from() && self.has_caught_up(now) => {
                 self.caught_up(now, link)
             }
-            Gate::Closed if self.plan.is_done() => self.copied_all(now, link),
-            _ => self.proceed(now, link, gate),
+            Gate::Open => self.proceed(now, link, gate),
+            Gate::Closed => self.copy_the_rest(now, link),
         }
     }
 
-    fn proceed(&mut self, now: Duration, link: Link, gate: Gate) -> Action {
+    pub(super) fn proceed(&mut self, now: Duration, link: Link, gate: Gate) -> Action {
         let chunk = if gate == Gate::Open { self.speed.chunk() } else { u64::MAX };
         match self.plan.next(chunk) {
             Next::Look(range) => self.stay(link, gate, Action::Look(range)),
@@ -109,13 +149,16 @@ impl Machine {
 
     /// How long there can be nothing to do.
     fn idle_until(&self, now: Duration, link: &Link) -> Duration {
-        let flushing = matches!(link.flush, Flush::Asked(_));
+        let flushing = matches!(link.flush, Flush::Asked { .. });
         let awaiting = flushing || self.plan.in_flight();
         let since = if awaiting { link.heard } else { now };
         let mut until = since + self.job.patience;
-        if now < link.close_from {
-            until = until.min(link.close_from);
+        for due in [self.backoff.from(), self.probe.due()] {
+            if now < due {
+                until = until.min(due);
+            }
         }
+        until = self.while_frozen(until);
         // A long FLUSH is no reason to let the marks pile up.
         if flushing { until.min(now + self.job.pause) } else { until }
     }
@@ -166,21 +209,34 @@ impl Machine {
             && self.chase.may_end(now, left, self.meter.link_rate(), limit)
     }
 
-    /// What is left fits the pause: once the destination has flushed the bulk, close the gate.
+    /// What is left fits the pause: once the destination has flushed the bulk, and in-flight
+    /// requests are short, close the gate.
     fn caught_up(&mut self, now: Duration, mut link: Link) -> Action {
-        let fresh = matches!(link.flush, Flush::Done(at) if now < at + FLUSH_FRESH);
+        let may_be_slow = link.slow_flushes >= SLOW_FLUSHES_MAX;
+        // Under a low speed limit what is left is known only now and then.
+        let fresh = FLUSH_FRESH.max(self.speed.spacing() * 4);
+        let is_ready = |at, took| now < at + fresh && (took <= FLUSH_QUICK || may_be_slow);
         match link.flush {
-            Flush::Asked(_) => self.proceed(now, link, Gate::Open),
-            _ if fresh || !link.peer.flush => {
-                self.undo.gate = true;
-                self.enter(Phase::Closing(link), Action::CloseGate)
-            }
-            Flush::Never | Flush::Done(_) => {
+            _ if !link.peer.flush => self.look_at_requests(now, link),
+            Flush::Asked { .. } => self.proceed(now, link, Gate::Open),
+            Flush::Done { at, took } if is_ready(at, took) => self.look_at_requests(now, link),
+            Flush::Never | Flush::Done { .. } => {
                 let cookie = self.next_cookie();
-                (link.flush, link.heard) = (Flush::Asked(cookie), now);
+                link.flush = Flush::Asked { cookie, at: now };
+                if !self.plan.in_flight() {
+                    link.heard = now;
+                }
                 let flush = Request { cookie, work: Work::Flush };
                 self.enter(Phase::Copying(link), Action::Send(flush))
             }
         }
+    }
+
+    fn look_at_requests(&mut self, now: Duration, link: Link) -> Action {
+        let is_silent = self.plan.in_flight() && now >= link.heard + SILENT;
+        if is_silent || now < self.probe.due() {
+            return self.proceed(now, link, Gate::Open);
+        }
+        self.enter(Phase::Probing(link), Action::Probe)
     }
 }

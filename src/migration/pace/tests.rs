@@ -148,6 +148,62 @@ fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
 }
 
 #[test]
+fn long_passes_that_do_not_shrink_hold_writers_back_several_steps() {
+    let mut chase = Chase::new(100 * MS);
+    chase.pass_ended(SECOND, 1 << 30, None);
+    let mut held = vec![];
+    for pass in 1..4 {
+        chase.pass_ended((1 + 30 * pass) * SECOND, 1 << 30, None);
+        held.push(chase.delay());
+    }
+    assert_eq!(held, [2 * MS, 32 * MS, 32 * MS]);
+}
+
+#[test]
+fn a_first_pass_behind_which_all_is_dirty_holds_writers_back() {
+    for (dirty, held) in [(1000, true), (751, true), (750, false), (0, false)] {
+        let mut chase = Chase::new(100 * MS);
+        chase.began(SECOND);
+        chase.first_pass_ended(30 * SECOND, dirty, 1000);
+        assert_eq!(chase.delay() > Duration::ZERO, held, "{dirty}");
+    }
+    let mut chase = Chase::new(100 * MS);
+    chase.began(SECOND);
+    chase.first_pass_ended(2 * SECOND - MS, 1000, 1000);
+    assert_eq!(chase.delay(), Duration::ZERO, "too short to tell");
+}
+
+#[test]
+fn small_requests_go_in_bursts_and_keep_the_limit() {
+    let mut speed = speed(16 << 20);
+    let (mut now, mut wakes, mut sent) = (SECOND, 0, 0);
+    while now < 3 * SECOND {
+        let ready = speed.ready_at(now, 4128);
+        if ready > now {
+            (now, wakes) = (ready, wakes + 1);
+            continue;
+        }
+        speed.sent(now, 4128);
+        sent += 4128;
+    }
+    assert!(wakes <= 2 * 17, "{wakes} waits");
+    assert!((30 << 20..=32 << 20).contains(&sent), "{sent} bytes");
+}
+
+#[test]
+fn a_restarted_meter_knows_only_what_follows() {
+    let mut meter = Meter::new(SECOND);
+    meter.sent(SECOND);
+    meter.acknowledged(SECOND + MS, 1_000_000, 1_000_000, true);
+    meter.restart(SECOND + MS);
+    meter.sent(SECOND + MS);
+    meter.skipped(SECOND + 11 * MS, true);
+    assert_eq!(meter.link_rate(), None);
+    meter.acknowledged(SECOND + 12 * MS, 4096, 4096, false);
+    assert_eq!(meter.link_rate().map(NonZeroU64::get), Some(4_096_000));
+}
+
+#[test]
 fn nobody_is_held_back_when_the_rest_fits_the_pause_already() {
     let rate = NonZeroU64::new(1000);
     for (left, held) in [(100, false), (101, true)] {

@@ -1,6 +1,7 @@
 //! Every byte is sent, in requests that fit, and never two of them at once over the same byte.
 
 use super::*;
+use crate::disk::dirty::BLOCK;
 use proptest::prelude::*;
 
 const MIB: u64 = 1 << 20;
@@ -55,6 +56,33 @@ fn the_window_and_the_number_of_requests_are_kept_exactly() {
     assert_eq!(send_all(&mut plan(100 * MIB, limits, caps())).len(), 2);
     let limits = Limits { window: 3 * MIB, requests: 9, ..Limits::default() };
     assert_eq!(send_all(&mut plan(100 * MIB, limits, caps())).len(), 3);
+}
+
+#[test]
+fn write_zeroes_in_flight_are_bounded() {
+    let limits = Limits { zeroes: 2, zero_max: MIB, ..Limits::default() };
+    let mut plan = plan(8 * MIB, limits, caps());
+    for cookie in 0..2 {
+        plan.looked(Range::whole(8 * MIB).from(cookie * MIB).split(MIB).0, Content::Zeros);
+        let next = plan.next(MIB);
+        send(&mut plan, cookie, next);
+    }
+    plan.looked(Range::whole(8 * MIB).from(2 * MIB).split(MIB).0, Content::Zeros);
+    assert_eq!(plan.next(MIB), Next::Idle);
+    plan.acknowledged(0);
+    assert!(matches!(plan.next(MIB), Next::Zero(_)));
+}
+
+#[test]
+fn a_finer_mark_than_the_destination_s_block_is_widened() {
+    let caps = Caps { block_min: BLOCK_MIN_MAX, ..caps() };
+    let mut plan = plan(MIB, Limits::default(), caps);
+    send_all(&mut plan);
+    plan.acknowledged(0);
+    let disk = Range::whole(MIB);
+    plan.taken(Some(disk.from(BLOCK_MIN_MAX + BLOCK).split(BLOCK).0), 0);
+    let whole = disk.from(BLOCK_MIN_MAX).split(BLOCK_MIN_MAX).0;
+    assert_eq!(plan.next(u64::MAX), Next::Look(whole));
 }
 
 #[test]
@@ -169,7 +197,7 @@ fn a_reply_to_nothing_in_flight_is_noticed() {
 fn a_plan_is_done_only_once_the_bitmap_was_found_empty_after_the_last_reply() {
     let mut plan = plan(MIB, Limits::default(), caps());
     send_all(&mut plan);
-    assert!(plan.taken(None, 0));
+    assert!(!plan.taken(None, 0), "nothing was marked");
     assert!(!plan.is_done(), "a request is in flight");
     plan.acknowledged(0);
     assert!(!plan.is_done(), "a mark may have been made since");

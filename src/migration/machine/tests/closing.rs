@@ -1,0 +1,206 @@
+//! The last copy: the gate opens again in time, and is closed when that is worth it.
+
+use super::*;
+use crate::migration::freeze::{FREEZE_MAX, STALL_MAX};
+
+/// Behind the closed gate, with a request of the last copy on its way.
+fn in_the_last_copy(peer: Peer) -> Rig {
+    let mut rig = Rig::new(job(), peer);
+    rig.until(is_closing);
+    rig.marks = VecDeque::from([Range::whole(SIZE).until(4096)]);
+    rig.give(Event::Done);
+    rig.until(is_write).give(Event::Done);
+    rig.until(is_wait);
+    rig
+}
+
+#[test]
+fn a_silent_link_behind_the_closed_gate_opens_it_and_stays() {
+    let mut rig = in_the_last_copy(ours(TOKEN, Has::Nothing));
+    let Action::Wait { until } = rig.action else { panic!("{:?}", rig.action) };
+    assert!(until <= rig.now + STALL_MAX);
+    rig.now = until - 20 * MS;
+    rig.give(Event::Tick);
+    rig.until(is_wait);
+    assert!(!rig.log.contains(&Action::OpenGate));
+    rig.now = until;
+    assert_eq!(rig.give(Event::Tick), &Action::OpenGate);
+    assert_eq!(rig.machine.progress(rig.now).obstacle.unwrap().word(), "last-copy");
+    let opened = rig.now;
+    rig.pending.push_back(rig.machine.cookie);
+    rig.until(is_closing);
+    assert!(rig.now >= opened + 4 * STALL_MAX, "clients had to wait again too soon");
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    assert!(!rig.log.contains(&Action::HangUp), "the link was only slow");
+    let reopened = rig.news().into_iter().filter(|news| matches!(news, News::Obstructed(_)));
+    assert_eq!(reopened.count(), 1);
+}
+
+#[test]
+fn the_gate_is_not_closed_behind_a_silent_link() {
+    let mut rig = in_the_last_copy(ours(TOKEN, Has::Nothing));
+    rig.now += STALL_MAX;
+    rig.give(Event::Tick);
+    rig.until(|action| *action == Action::OpenGate);
+    let (since, cookie) = (rig.log.len(), rig.machine.cookie);
+    let end = rig.now + Duration::from_secs(50);
+    while rig.now < end {
+        rig.pending.clear();
+        let event = rig.success();
+        rig.give(event);
+    }
+    assert!(!rig.log[since..].iter().any(is_closing));
+    rig.pending.extend(cookie..=rig.machine.cookie);
+    rig.until(is_closing);
+}
+
+#[test]
+fn a_slow_link_behind_the_closed_gate_has_four_seconds() {
+    let mut rig = in_the_last_copy(ours(TOKEN, Has::Nothing));
+    let closed = rig.now;
+    rig.marks = (1..400).map(|at| Range::whole(SIZE).from(at * 8192).split(4096).0).collect();
+    rig.give(Event::Tick);
+    while rig.action != Action::OpenGate {
+        if let Action::Wait { .. } = rig.action {
+            rig.now += Duration::from_secs(1);
+        }
+        let event = rig.success();
+        rig.give(event);
+    }
+    assert!(rig.now >= closed + FREEZE_MAX - Duration::from_secs(1));
+    assert!(rig.now <= closed + FREEZE_MAX + Duration::from_secs(1));
+}
+
+#[test]
+fn a_flush_that_hangs_behind_the_closed_gate_opens_it() {
+    let mut rig = Rig::new(job(), plain());
+    rig.until(is_closing);
+    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Flush, .. })));
+    let cookie = rig.machine.cookie;
+    let Action::Wait { until } = *rig.give(Event::Done) else { panic!("{:?}", rig.action) };
+    assert!(until <= rig.now + FREEZE_MAX);
+    rig.now = until;
+    assert_eq!(rig.give(Event::Tick), &Action::OpenGate);
+    rig.until(is_wait);
+    rig.give(Event::Reply { cookie, error: None });
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
+    assert!(rig.milestones().ends_with(&["HangUp", "End"].map(str::to_owned)));
+    assert_eq!(rig.log.iter().filter(|action| **action == Action::HangUp).count(), 1);
+}
+
+#[test]
+fn a_record_that_is_durable_too_late_is_taken_back_after_the_gate() {
+    for expired in [false, true] {
+        let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+        rig.until(|action| *action == Action::Record(Note::Departing));
+        let end = rig.machine.freeze_end().unwrap();
+        if expired {
+            // The gate has opened between the look at the time and the sealing.
+            assert_eq!(rig.give(Event::Done), &Action::Seal);
+            rig.give(Event::Failed("the gate has opened by itself".to_owned()));
+        } else {
+            rig.now = end;
+            rig.give(Event::Done);
+        }
+        assert_eq!(rig.action, Action::OpenGate);
+        assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+        assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+        assert!(!rig.log.contains(&Action::HangUp));
+    }
+}
+
+#[test]
+fn a_sealed_gate_does_not_open_by_itself() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| *action == Action::Seal);
+    assert!(rig.machine.freeze_end().is_some());
+    rig.give(Event::Done);
+    assert_eq!(rig.machine.freeze_end(), None);
+}
+
+#[test]
+fn a_failure_behind_the_closed_gate_takes_back_link_gate_and_record_in_this_order() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| *action == Action::Record(Note::Departing));
+    assert_eq!(rig.give(Event::Failed("disk full".to_owned())), &Action::HangUp);
+    assert_eq!(rig.give(Event::Done), &Action::OpenGate);
+    assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+    let failed = Outcome::Failed(Trouble::Record("disk full".to_owned()));
+    assert_eq!(rig.give(Event::Done), &Action::End(failed), "and nothing is tried again");
+}
+
+#[test]
+fn a_destination_that_has_hung_up_before_the_handover_leaves_no_doubt() {
+    for in_handover in [false, true] {
+        let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+        rig.until(|action| *action == Action::Seal);
+        if in_handover {
+            rig.until(is_handover).give(Event::Unsent("broken pipe".to_owned()));
+        } else {
+            assert!(matches!(rig.give(Event::Done), Action::Wait { .. }));
+            rig.give(lost());
+        }
+        assert_eq!(rig.action, Action::HangUp);
+        assert_eq!(rig.give(Event::Done), &Action::OpenGate);
+        assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+        assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    }
+}
+
+#[test]
+fn clients_that_do_not_leave_the_disk_put_the_closing_off_for_a_second() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(is_closing);
+    let first = rig.now;
+    rig.give(Event::Failed("a visit does not end".to_owned()));
+    assert_eq!(rig.machine.progress(rig.now).obstacle.unwrap().word(), "requests");
+    rig.until(is_closing);
+    assert!(rig.now >= first + RETRY_EVERY);
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    assert!(!rig.milestones().contains(&"HangUp".to_owned()), "the link was fine");
+}
+
+#[test]
+fn a_long_request_in_flight_keeps_the_gate_open_and_is_told() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    let start = rig.now;
+    while rig.now < start + Duration::from_secs(30) {
+        rig.until(|action| *action == Action::Probe);
+        rig.give(Event::Visits { turned: false });
+        assert!(!rig.log.iter().any(is_closing));
+    }
+    assert_eq!(rig.machine.progress(rig.now).obstacle.unwrap().word(), "requests");
+    let told = rig.news().into_iter().filter(|news| matches!(news, News::Obstructed(_)));
+    assert_eq!(told.count(), 1);
+    assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+}
+
+#[test]
+fn a_slow_flush_of_the_destination_is_repeated_before_the_gate_closes() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    let mut flushes = 0;
+    while !is_closing(&rig.action) {
+        if let Action::Send(Request { work: Work::Flush, .. }) = rig.action {
+            flushes += 1;
+            rig.now += Duration::from_secs(1);
+        }
+        let event = rig.success();
+        rig.give(event);
+    }
+    assert_eq!(flushes, 3);
+}
+
+#[test]
+fn a_flush_that_takes_long_is_told_to_be_what_is_waited_for() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Flush, .. })));
+    rig.give(Event::Done);
+    for _ in 0..60 {
+        rig.until(is_wait);
+        rig.now += Duration::from_millis(100);
+        rig.give(Event::Tick);
+    }
+    assert_eq!(rig.machine.progress(rig.now).obstacle, Some(Obstacle::Flush));
+    rig.until(is_closing);
+    assert_eq!(rig.machine.progress(rig.now).obstacle, None);
+}
