@@ -1,7 +1,7 @@
 //! Records where there is no room for them: kept elsewhere, or the order is refused.
 
 use crate::common::server::Target;
-use crate::common::{DEADLINE, MIB, comes_true, read_at};
+use crate::common::{DEADLINE, MIB, comes_true, compile, read_at, require_tool};
 use crate::fixture::{Host, STARTED, directory};
 use crate::medium::Medium;
 use crate::{image, refused_by_serve};
@@ -131,4 +131,56 @@ fn a_record_that_fails_later_ends_the_migration() {
     assert_eq!(from.mirror_to(to.address, &[]), STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert_eq!(from.record(), "departed");
+}
+
+/// The same at the destination: it ends with an error, and the source serves on.
+#[test]
+fn a_destination_that_cannot_record_ends_with_an_error() {
+    let directory = directory("/var/tmp");
+    let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
+    let (to, from) = hosts(directory.path(), &medium.root);
+    let to = to.env("STATE_DIRECTORY", NOWHERE);
+    let (serving, mut listening) = (from.serve(), to.listen());
+    medium.fill();
+    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert_eq!(listening.wait_for_end().code(), Some(1), "{}", listening.stderr());
+    let told = listening.stderr();
+    assert!(told.contains("no ownership record can be kept of"), "{told}");
+    assert_eq!(from.status_of("is_mirroring"), "true", "it tries again");
+    medium.empty();
+    let (mut serving, mut listening) = (serving, to.listen());
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    assert_eq!((from.record(), to.record()), ("departed".into(), "ours".into()));
+}
+
+/// An error that is not about room: the record goes to the state directory, and wins over what the
+/// attribute still says.
+#[test]
+fn an_attribute_that_cannot_be_changed_does_not_count() {
+    if !require_tool("cc") {
+        return;
+    }
+    let directory = directory("/var/tmp");
+    let launcher = compile(directory.path(), "tests/record/failing_attributes.c", &[]);
+    let launcher = [launcher.to_str().unwrap()];
+    let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
+    image(&from, b"precious");
+    image(&to, b"old bytes");
+    xattr::set(&from.image, "user.flexnbd", b"flexnbd 1 ours title=adopted\n").unwrap();
+    let failing = from.clone().through(&launcher);
+    let mut serving = failing.clone().env("STATE_DIRECTORY", NOWHERE).serve();
+    let mut listening = to.clone().through(&launcher).listen();
+    let reply = from.mirror_to(to.address, &[]);
+    assert!(reply.contains("no ownership record can be kept") && reply.contains("(os error 5)"));
+    assert!(serving.stop().success());
+
+    let mut serving = failing.serve();
+    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    assert_eq!((from.record(), to.record()), ("ours".into(), "ours".into()), "the attributes");
+    let told = refused_by_serve(&from);
+    assert!(told.contains("has moved to"), "{told}");
+    drop(to.serve());
 }
