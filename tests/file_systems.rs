@@ -18,3 +18,5 @@ mod mounted;
 mod neighbours;
 #[path = "file_systems/unable.rs"]
 mod unable;
+#[path = "file_systems/unreadable.rs"]
+mod unreadable;

@@ -9,6 +9,7 @@ use super::{Extent, Identity, Image, Zeroing, extents, syscalls, zeros};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
+use nix::fcntl::{SpliceFFlags, splice};
 use nix::sys::sendfile::sendfile;
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
@@ -441,11 +442,33 @@ impl Image for FileImage {
         syscalls::start_write_back(&self.file, range)
     }
 
-    fn sends(&self) -> bool {
-        true
+    fn pins(&self) -> bool {
+        self.under.refers
+    }
+
+    fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
+        let mut from = syscalls::to_off_t(offset)?;
+        let mut left = length;
+        while left > 0 {
+            let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
+            match splice(&self.file, Some(&mut from), pipe, None, left, flags) {
+                Ok(0) => return Err(self.shortened()),
+                Ok(count) => left -= count.min(left),
+                Err(Errno::EINTR) => {}
+                // The pipe is full, or there is no such thing for this file.
+                Err(Errno::EAGAIN | Errno::EINVAL | Errno::ENOSYS) => {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
     }
 
     fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+        if !self.under.refers {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         let mut from = syscalls::to_off_t(offset)?;
         match sendfile(to, &self.file, Some(&mut from), length) {
             Ok(0) => Err(self.shortened()),

@@ -116,9 +116,16 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     }
     /// The extent that `offset` lies in, from `offset` on.
     fn extent(&self, offset: u64) -> io::Result<Extent>;
-    /// Whether [`Image::send`] can be used.
-    fn sends(&self) -> bool {
+    /// Whether [`Image::pin`] can be used: a page changes only in bytes that a client changes.
+    fn pins(&self) -> bool {
         false
+    }
+    /// Puts exactly `length` bytes from `offset` on into a pipe that has room for them, by reference.
+    /// May wait for a disk. After an error, any part of them may be in the pipe; `Unsupported` says
+    /// that they have to be read instead.
+    fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
+        let _ = (offset, length, pipe);
+        Err(io::ErrorKind::Unsupported.into())
     }
     /// Hands at most `length` bytes from `offset` on to a socket without copying them through
     /// this process; returns how many, and never waits for the socket if that does not block.
@@ -219,8 +226,8 @@ impl Disk {
 
     /// Whether bytes can go from here to a socket without a copy in between.
     #[must_use]
-    pub fn sends(&self) -> bool {
-        self.image.sends()
+    pub fn pins(&self) -> bool {
+        self.image.pins()
     }
 
     /// Whether every flush has succeeded so far.
@@ -408,14 +415,13 @@ impl Visit<'_> {
         hearing.check()
     }
 
-    /// Hands at most `length` bytes from `offset` on to a socket, as far as there is room there;
-    /// only if [`Disk::sends`].
+    /// Puts `length` bytes from `offset` on into a pipe; only if [`Disk::pins`]. See [`Image::pin`].
     ///
     /// # Errors
-    /// `EINVAL` beyond the end; `WouldBlock` when the socket is full; what image or socket say.
-    pub fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+    /// `EINVAL` beyond the end; what the image says.
+    pub fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
         self.disk.range(offset, length as u64)?;
-        self.disk.image.send(offset, length, to)
+        self.disk.image.pin(offset, length, pipe)
     }
 
     /// The extents of `range` in order, equal neighbours merged, clipped to it: at most `limit`,

@@ -4,7 +4,7 @@
 use super::wait::{happened, poll_until};
 use super::{Peer, Wake};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::fcntl::{FcntlArg, FdFlag, SpliceFFlags, fcntl, splice};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockaddrLike, SockaddrStorage, sockopt};
@@ -182,6 +182,16 @@ impl Stream {
     pub fn try_send(&self, data: &[u8], more: bool) -> io::Result<usize> {
         let fd = self.as_fd().as_raw_fd();
         uninterrupted(|| send(fd, data, send_flags(more)))
+    }
+
+    /// Gives away as much of the next `length` bytes of a pipe as there is room for now, without a
+    /// copy. Only after [`Stream::never_block`].
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is no room; otherwise the connection is broken.
+    pub fn try_send_from(&self, pipe: BorrowedFd<'_>, length: usize) -> io::Result<usize> {
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
+        uninterrupted(|| splice(pipe, None, self.as_fd(), None, length, flags))
     }
 
     /// [`Stream::try_send`] of several pieces as if they were one. Pieces after the first 1024

@@ -18,6 +18,7 @@ mod inbox;
 mod orders;
 mod outbox;
 mod patience;
+mod pinned;
 mod progress;
 mod reading;
 pub mod reception;

@@ -1,19 +1,23 @@
 //! Replies that a client has not taken yet.
 //! Keeps the replies in one piece each: what comes up while a simple read is being sent waits
-//! behind it. Data of a long read does not pass through here, but its place does: the part of the
-//! disk that the kernel is to send behind the bytes that are waiting.
+//! behind it. Data of a long read may wait behind the bytes by reference ([`Pinned`]). Of a read that
+//! is too long to be in hand as a whole, the rest has its place here as a promise: a part of the disk
+//! that is to be read, and put behind the bytes, piece by piece.
 
 use super::carry::Waiting;
+use super::pinned::Pinned;
 use crate::net::Stream;
 use crate::range::Range;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 /// With this many bytes waiting, a session sends before it answers more reads. Not more, although
 /// fewer calls would do: while the session answers the next, the client deals with these. (Reads of
 /// 4 KiB at depth 32 are answered 1.7 times as fast as with 256 KiB.)
 pub(super) const FULL: usize = 32 << 10;
-/// With this many bytes waiting, a session answers nothing more at all.
-pub(super) const OVERFULL: usize = 512 << 10;
+/// With this many bytes waiting, a session answers nothing more at all: more than the longest simple
+/// reply that is in hand as a whole, beside which other requests are still answered.
+pub(super) const OVERFULL: usize = (512 << 10) + (1 << 20);
 /// How large the buffer is at least, in bytes: so much that the allocator gives it back to the
 /// kernel when it is freed. (With 64 KiB an idle session kept 76 KiB, with this 18 KiB.)
 const ROOM: usize = 320 << 10;
@@ -29,30 +33,42 @@ pub(super) struct Outbox {
     end: usize,
     /// While the data of a simple read is incomplete: what must come behind it.
     held: Option<Vec<u8>>,
-    /// What is to be sent from the disk behind the bytes that wait.
-    from_disk: Range,
+    /// Data behind the bytes that wait.
+    pinned: Pinned,
+    /// What the head of a reply has promised, and is still to be read.
+    promised: Range,
     scratch: Vec<u8>,
 }
 
 impl Default for Outbox {
     fn default() -> Self {
-        let (buffer, scratch, from_disk) = (Vec::new(), Vec::new(), Range::whole(0));
-        Self { buffer, start: 0, end: 0, held: None, from_disk, scratch }
+        let (buffer, scratch, promised) = (Vec::new(), Vec::new(), Range::whole(0));
+        let pinned = Pinned::default();
+        Self { buffer, start: 0, end: 0, held: None, pinned, promised, scratch }
     }
 }
 
 impl Outbox {
     /// Everything that was not sent.
-    pub(super) fn pack(self) -> Waiting {
+    ///
+    /// # Errors
+    /// When what is held by reference cannot be had: the reply cannot be completed.
+    pub(super) fn pack(mut self) -> io::Result<Waiting> {
+        if self.pinned.length() > 0 {
+            let pinned = self.pinned.take()?;
+            self.room(pinned.len()).copy_from_slice(&pinned);
+            self.end += pinned.len();
+            self.release();
+        }
         let bytes = self.buffer[self.start..self.end].to_vec();
-        Waiting { bytes, from_disk: self.from_disk.into(), held: self.held }
+        Ok(Waiting { bytes, from_disk: self.promised.into(), held: self.held })
     }
 
     /// The same on a disk of `size` bytes; none if it does not fit there.
     pub(super) fn unpack(waiting: Waiting, size: u64) -> Option<Self> {
         let Waiting { bytes, from_disk, held } = waiting;
-        let (end, from_disk) = (bytes.len(), from_disk.within(size)?);
-        Some(Self { buffer: bytes, start: 0, end, held, from_disk, scratch: Vec::new() })
+        let (end, promised) = (bytes.len(), from_disk.within(size)?);
+        Some(Self { buffer: bytes, end, held, promised, ..Self::default() })
     }
 
     /// Whether everything was sent.
@@ -62,12 +78,12 @@ impl Outbox {
 
     /// Whether something can be sent now.
     pub(super) fn has_bytes(&self) -> bool {
-        self.start < self.end || !self.from_disk.is_empty()
+        self.start < self.end || self.pinned.length() > 0
     }
 
     /// Whether to send before answering more reads.
     pub(super) fn is_full(&self) -> bool {
-        self.end - self.start >= FULL || !self.from_disk.is_empty()
+        self.end - self.start >= FULL || self.pinned.length() > 0
     }
 
     /// Whether to send before answering anything at all.
@@ -114,48 +130,61 @@ impl Outbox {
         outcome
     }
 
-    /// Appends `length` more bytes of data, that `fill` fills, to the reply before.
+    /// Appends a head that `head` writes once `fill` has put the `length` bytes behind it into a pipe;
+    /// appends nothing when it fails. What comes up before they are sent waits behind them.
+    ///
+    /// # Errors
+    /// `Unsupported` when there is no pipe; what `fill` failed with.
+    pub(super) fn reply_with_pinned(
+        &mut self,
+        head: impl FnOnce(&mut Vec<u8>),
+        length: usize,
+        fill: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.pinned.pin(length, fill)?;
+        self.reply(head);
+        self.hold();
+        Ok(())
+    }
+
+    /// Whether `fill` fills `length` bytes; they are then forgotten.
+    ///
+    /// # Errors
+    /// What `fill` failed with.
+    pub(super) fn try_out(
+        &mut self,
+        length: usize,
+        fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        fill(self.room(length))
+    }
+
+    /// After the head of a reply: this part of the disk is to be its data. What comes up before all of
+    /// it is here waits behind it.
+    pub(super) fn promise(&mut self, range: Range) {
+        debug_assert!(self.promised.is_empty(), "one part of the disk at a time");
+        self.promised = range;
+        self.hold();
+    }
+
+    /// What is still promised.
+    pub(super) fn promised(&self) -> Range {
+        self.promised
+    }
+
+    /// Appends the next `length` bytes of what was promised, that `fill` fills.
     ///
     /// # Errors
     /// What `fill` failed with; then the reply cannot be completed.
-    pub(super) fn more_data(
+    pub(super) fn keep_promise(
         &mut self,
         length: usize,
         fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         fill(self.room(length))?;
         self.end += length;
+        self.promised = self.promised.split(length as u64).1;
         Ok(())
-    }
-
-    /// Behind all that waits, and before all that comes up later, this part of the disk is to be
-    /// sent.
-    pub(super) fn attach(&mut self, range: Range) {
-        debug_assert!(self.from_disk.is_empty(), "one part of the disk at a time");
-        self.from_disk = range;
-        self.hold();
-    }
-
-    /// The part of the disk that is to be sent now; empty while bytes wait before it.
-    pub(super) fn due_from_disk(&self) -> Range {
-        if self.start < self.end { Range::whole(0) } else { self.from_disk }
-    }
-
-    /// So many bytes of the part were sent.
-    pub(super) fn sent_from_disk(&mut self, count: u64) {
-        self.from_disk = self.from_disk.split(count).1;
-    }
-
-    /// Replaces what is left of the part by zeros, since the disk failed; the reply must say so.
-    pub(super) fn pad_from_disk(&mut self) {
-        let mut left = std::mem::replace(&mut self.from_disk, Range::whole(0)).length();
-        while left > 0 {
-            let step = left.min(FULL as u64);
-            // It fits: no more than the limit of the outbox.
-            self.room(step as usize).fill(0);
-            self.end += step as usize;
-            left -= step;
-        }
     }
 
     /// From now on more data of the reply before will come: hold other replies back.
@@ -171,13 +200,26 @@ impl Outbox {
         }
     }
 
-    /// Sends as many bytes as the client takes now, not counting those from the disk; false if
-    /// some are left.
+    /// Sends as many bytes as the client takes now; false if some are left.
     ///
     /// # Errors
     /// When the connection is broken.
     pub(super) fn send(&mut self, to: &Stream) -> io::Result<bool> {
-        let more = !self.from_disk.is_empty();
+        if !self.send_bytes(to)? {
+            return Ok(false);
+        }
+        if self.pinned.length() == 0 {
+            return Ok(true);
+        }
+        if !self.pinned.send(to)? {
+            return Ok(false);
+        }
+        self.release();
+        self.send_bytes(to)
+    }
+
+    fn send_bytes(&mut self, to: &Stream) -> io::Result<bool> {
+        let more = self.pinned.length() > 0;
         while self.start < self.end {
             match to.try_send(&self.buffer[self.start..self.end], more) {
                 Ok(count) => self.start += count,
@@ -194,17 +236,18 @@ impl Outbox {
         if self.is_empty() {
             self.buffer = Vec::new();
             self.scratch = Vec::new();
+            self.pinned.relax();
         }
     }
 
     /// Whether there is memory to give back.
     pub(super) fn is_relaxed(&self) -> bool {
-        self.buffer.is_empty()
+        self.buffer.is_empty() && self.pinned.is_relaxed()
     }
 
-    /// How many bytes wait, those from the disk included.
+    /// How many bytes wait, those held by reference included.
     pub(super) fn waiting(&self) -> u64 {
-        (self.end - self.start) as u64 + self.from_disk.length()
+        (self.end - self.start + self.pinned.length()) as u64
     }
 
     fn room(&mut self, length: usize) -> &mut [u8] {
@@ -250,7 +293,8 @@ mod tests {
         outbox.reply_with_data(|out| out.extend_from_slice(b"h"), 2, fill(b'1')).unwrap();
         outbox.hold();
         outbox.reply(|out| out.extend_from_slice(b"late"));
-        outbox.more_data(2, fill(b'2')).unwrap();
+        outbox.try_out(2, fill(b'x')).unwrap();
+        outbox.keep_promise(2, fill(b'2')).unwrap();
         assert!(!outbox.is_empty());
         outbox.release();
         assert_eq!(sent(&mut outbox), b"ah1122late");
@@ -269,9 +313,9 @@ mod tests {
     #[test]
     fn it_is_full_at_its_limits_and_not_before() {
         let mut outbox = Outbox::default();
-        outbox.more_data(FULL - 1, fill(0)).unwrap();
+        outbox.keep_promise(FULL - 1, fill(0)).unwrap();
         assert!(!outbox.is_full());
-        outbox.more_data(1, fill(0)).unwrap();
+        outbox.keep_promise(1, fill(0)).unwrap();
         assert!(outbox.is_full() && !outbox.is_overfull());
         outbox.hold();
         outbox.reply(|out| out.resize(HELD_MAX - 1, 0));
@@ -279,28 +323,66 @@ mod tests {
         outbox.reply(|out| out.push(0));
         assert!(outbox.is_overfull());
         outbox.release();
-        outbox.more_data(OVERFULL - FULL - HELD_MAX - 1, fill(0)).unwrap();
+        outbox.keep_promise(OVERFULL - FULL - HELD_MAX - 1, fill(0)).unwrap();
         assert!(!outbox.is_overfull());
-        outbox.more_data(1, fill(0)).unwrap();
+        outbox.keep_promise(1, fill(0)).unwrap();
         assert!(outbox.is_overfull());
     }
 
+    fn pin(bytes: &[u8]) -> impl FnOnce(BorrowedFd<'_>) -> io::Result<()> + '_ {
+        move |pipe| {
+            assert_eq!(nix::unistd::write(pipe, bytes), Ok(bytes.len()));
+            Ok(())
+        }
+    }
+
     #[test]
-    fn a_part_of_the_disk_has_its_place_among_the_replies() {
+    fn pinned_data_has_its_place_among_the_replies() {
         let mut outbox = Outbox::default();
-        let part = Range::within(1 << 30, 4096, 1 << 20).unwrap();
-        outbox.reply(|out| out.extend_from_slice(b"head"));
-        outbox.attach(part);
+        outbox.reply(|out| out.extend_from_slice(b"first"));
+        outbox.reply_with_pinned(|out| out.extend_from_slice(b"head"), 4, pin(b"data")).unwrap();
         outbox.reply(|out| out.extend_from_slice(b"late"));
-        assert!(outbox.is_full() && outbox.due_from_disk().is_empty());
-        assert_eq!(sent(&mut outbox), b"head");
-        assert_eq!(outbox.due_from_disk(), part);
-        outbox.sent_from_disk((1 << 20) - 3);
-        assert!(outbox.has_bytes() && !outbox.is_empty());
-        outbox.pad_from_disk();
+        assert!(outbox.is_full() && outbox.has_bytes() && !outbox.is_empty());
+        assert_eq!(outbox.waiting(), 13);
+        assert_eq!(sent(&mut outbox), b"firstheaddatalate");
+        assert!(outbox.is_empty() && !outbox.is_full());
+    }
+
+    #[test]
+    fn pinned_data_is_packed_as_bytes() {
+        let mut outbox = Outbox::default();
+        outbox.reply_with_pinned(|out| out.extend_from_slice(b"head"), 4, pin(b"data")).unwrap();
+        outbox.reply(|out| out.extend_from_slice(b"late"));
+        let packed = outbox.pack().unwrap();
+        assert_eq!((&packed.bytes[..], &packed.held), (&b"headdatalate"[..], &None));
+        let mut outbox = Outbox::unpack(packed, 512).unwrap();
+        assert_eq!(sent(&mut outbox), b"headdatalate");
+    }
+
+    #[test]
+    fn what_is_tried_out_is_not_sent() {
+        let mut outbox = Outbox::default();
+        outbox.reply(|out| out.push(b'a'));
+        outbox.try_out(100_000, fill(b'x')).unwrap();
+        assert!(outbox.try_out(5, |_| Err(io::Error::other("broken"))).is_err());
+        outbox.reply(|out| out.push(b'b'));
+        assert_eq!(sent(&mut outbox), b"ab");
+    }
+
+    #[test]
+    fn a_promise_is_kept_before_later_replies() {
+        let mut outbox = Outbox::default();
+        let part = Range::within(1 << 30, 4096, 5).unwrap();
+        outbox.reply(|out| out.extend_from_slice(b"head"));
+        outbox.promise(part);
+        outbox.reply(|out| out.extend_from_slice(b"late"));
+        outbox.keep_promise(2, fill(b'1')).unwrap();
+        assert!(outbox.keep_promise(3, |_| Err(io::Error::other("broken"))).is_err());
+        assert_eq!(outbox.promised(), part.from(4098));
+        outbox.keep_promise(3, fill(b'2')).unwrap();
+        assert!(outbox.promised().is_empty());
         outbox.release();
-        assert_eq!(sent(&mut outbox), b"\0\0\0late");
-        assert!(outbox.is_empty());
+        assert_eq!(sent(&mut outbox), b"head11222late");
     }
 
     #[test]
@@ -308,17 +390,27 @@ mod tests {
         let mut outbox = Outbox::default();
         let part = Range::within(1 << 30, 4096, 1 << 20).unwrap();
         outbox.reply(|out| out.extend_from_slice(b"head"));
-        outbox.attach(part);
+        outbox.promise(part);
         outbox.reply(|out| out.extend_from_slice(b"late"));
-        let packed = outbox.pack();
+        let packed = outbox.pack().unwrap();
         assert!(Outbox::unpack(packed.clone(), part.end() - 1).is_none());
         let mut outbox = Outbox::unpack(packed, part.end()).unwrap();
         assert_eq!(sent(&mut outbox), b"head");
-        assert_eq!(outbox.due_from_disk(), part);
-        outbox.sent_from_disk(part.length());
+        assert_eq!(outbox.promised(), part);
+        outbox.keep_promise(1 << 20, fill(0)).unwrap();
         outbox.release();
         outbox.reply(|out| out.extend_from_slice(b"new"));
-        assert_eq!(sent(&mut outbox), b"latenew");
+        let size = outbox.waiting() as usize;
+        let (mut client, stream) = UnixStream::pair().unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut all = vec![0; size];
+            client.read_exact(&mut all).map(|()| all)
+        });
+        let stream = Stream::Unix(stream);
+        while !outbox.send(&stream).unwrap() {
+            std::thread::yield_now();
+        }
+        assert_eq!(reader.join().unwrap().unwrap()[1 << 20..], *b"latenew");
     }
 
     #[test]

@@ -1,36 +1,35 @@
-//! Answering reads: piece by piece, holes as holes, and long data straight from the page cache.
+//! Answering reads: piece by piece, holes as holes, and nothing before it is in hand.
 //! Never waits for the client: what it does not take now is continued later. Waits for the disk only
 //! after an errand has loaded what is read, which may be gone again: then, to get on at all.
 //!
-//! Short data is read into the outbox behind its head. Of long data only the head goes there, and
-//! the kernel is told to send the rest (`sendfile(2)`) when the head has been sent. That can still
-//! fail: then a simple reply cannot be completed and the session ends; a chunk is filled up with
-//! zeros, and an error chunk says from where on ("Structured reply types").
+//! A piece is in hand when it has been read into the outbox, or, if it is long and the image allows
+//! it, when the kernel has put references to its pages into a pipe (`splice(2)`). Only then does its
+//! head go out: an error of the disk is told in place of it, and the session goes on. With structured
+//! replies a read is a row of such pieces, each a chunk. A simple reply has one head, and no word for
+//! an error behind it: up to [`IN_HAND_MAX`] bytes are in hand as a whole; a longer read is read once
+//! from its beginning to its end to see that it can be ("Simple reply message"), and then promised.
+//! Should the disk fail after that, the session ends: the client would take anything else for data.
 
 use super::carry;
 use super::end::SessionEnd;
 use super::outbox::Outbox;
+use super::pinned;
 use super::work::{Worker, piece_length};
 use crate::disk::{Extent, Visit};
 use crate::nbd::reply::{Dialect, Origin};
 use crate::nbd::wire::ErrorCode;
-use crate::net::Stream;
 use crate::range::Range;
 use crate::systemd::message_id;
 use std::io;
-use std::os::fd::AsFd;
 use std::time::Instant;
 
 /// Longest read that is answered in one chunk because the client wants it so (`DF`).
 pub(super) const WHOLE_READ_MAX: u64 = 1 << 20;
 /// From this length on it is worth asking whether a read is of a hole.
 const HOLE_WORTH_ASKING: u64 = 64 << 10;
-/// From this length on the kernel sends data straight from the page cache: below, one copy costs
-/// less than the system calls that it would save.
-const ATTACH_MIN: u64 = 64 << 10;
-
-/// How much of a long read is loaded before the kernel sends it, in bytes; what follows is read
-/// ahead by the kernel meanwhile.
+/// Longest simple reply that is in hand as a whole, in bytes.
+const IN_HAND_MAX: u64 = 1 << 20;
+/// How much of a long read is loaded at once, in bytes.
 const LOAD_MAX: u64 = 1 << 20;
 
 /// A read that is not completely answered.
@@ -41,10 +40,13 @@ pub(super) struct Read {
     rest: Range,
     whole: bool,
     begun: bool,
-    /// The kernel is sending a part of it; it goes on when that has been sent.
+    /// The head of a part of it has gone out, and what that promised is with the outbox.
     attached: bool,
-    /// What is next has been loaded.
-    loaded: bool,
+    /// Up to here everything could be read.
+    checked: u64,
+    /// Up to here everything is being loaded, or has been.
+    loading: u64,
+    loaded: u64,
 }
 
 /// How far a read has come.
@@ -62,33 +64,42 @@ pub(super) enum Step<'a> {
 
 impl Read {
     pub(super) fn pack(self) -> carry::Read {
-        let Self { to, rest, whole, begun, attached, loaded: _ } = self;
+        let Self { to, rest, whole, begun, attached, .. } = self;
         carry::Read { to: to.into(), rest: rest.into(), whole, begun, attached }
     }
 
     /// The same on a disk of `size` bytes; none if it does not fit there.
     pub(super) fn unpack(packed: carry::Read, size: u64) -> Option<Self> {
         let carry::Read { to, rest, whole, begun, attached } = packed;
-        let rest = rest.within(size)?;
-        Some(Self { to: to.into(), rest, whole, begun, attached, loaded: false })
+        Some(Self { begun, attached, ..Self::new(to.into(), rest.within(size)?, whole) })
+    }
+
+    fn new(to: Origin, rest: Range, whole: bool) -> Self {
+        let (begun, attached) = (false, false);
+        Self { to, rest, whole, begun, attached, checked: 0, loading: 0, loaded: 0 }
     }
 
     /// Notes that what was cold has been loaded, or could not be.
     pub(super) fn warm(&mut self) {
-        self.loaded = true;
+        self.loaded = self.loading;
     }
 
-    /// Lets the kernel send `piece`, the beginning of what is left, behind its head.
-    fn attach(&mut self, piece: Range, out: &mut Outbox) {
-        out.attach(piece);
-        self.answered(piece.length());
+    /// Whether to wait for `piece`, since it has been loaded once.
+    fn is_loaded(&self, piece: Range) -> bool {
+        piece.end() <= self.loaded
+    }
+
+    /// Promises all that is left.
+    fn promise(&mut self, out: &mut Outbox) {
+        out.promise(self.rest);
+        self.answered(self.rest.length());
         self.attached = true;
     }
 
     /// The next `length` bytes have been answered.
     fn answered(&mut self, length: u64) {
         self.rest = self.rest.split(length).1;
-        (self.begun, self.loaded) = (true, false);
+        self.begun = true;
     }
 }
 
@@ -115,7 +126,7 @@ impl<'a> Worker<'a> {
             out.reply(|out| self.dialect.success(to, out));
             return None;
         }
-        Some(Read { to, rest: range, whole, begun: false, attached: false, loaded: false })
+        Some(Read::new(to, range, whole))
     }
 
     /// Answers the next piece of a read, if that can be done without waiting for a disk.
@@ -124,7 +135,8 @@ impl<'a> Worker<'a> {
         read: &mut Read,
         out: &mut Outbox,
     ) -> Result<Step<'a>, SessionEnd> {
-        if std::mem::take(&mut read.attached) {
+        if read.attached && out.promised().is_empty() {
+            read.attached = false;
             out.release();
             if read.rest.is_empty() {
                 self.conclude_read(read, out);
@@ -132,55 +144,50 @@ impl<'a> Worker<'a> {
             }
         }
         let Some(visit) = self.visit()? else { return Ok(Step::Waits) };
-        if self.dialect == Dialect::Simple {
-            self.advance_simple(visit, read, out)
+        if read.attached {
+            keep_promise(&visit, out).map_err(SessionEnd::ReadBrokeOff)?;
+            Ok(Step::GoesOn)
+        } else if self.dialect == Dialect::Simple {
+            Ok(self.advance_simple(visit, read, out))
         } else {
             Ok(self.advance_in_chunks(visit, read, out))
         }
     }
 
-    /// Ends a reply whose last data could still fail when its head was sent.
+    /// Ends a reply of which the last chunk did not say that it is.
     fn conclude_read(&self, read: &Read, out: &mut Outbox) {
         if self.dialect != Dialect::Simple {
             out.reply(|out| self.dialect.success(read.to, out));
         }
     }
 
-    fn advance_simple(
-        &mut self,
-        visit: Visit<'a>,
-        read: &mut Read,
-        out: &mut Outbox,
-    ) -> Result<Step<'a>, SessionEnd> {
-        if self.is_worth_attaching(read.rest) && !read.begun {
-            if let Some(cold) = self.cold_part(&visit, read, read.rest) {
-                return Ok(Step::Cold(visit, cold));
-            }
-            out.reply(|out| self.dialect.data_head(read.to, 0, 0, false, out));
-            read.attach(read.rest, out);
-            return Ok(Step::GoesOn);
-        }
-        let piece = read.rest.split(piece_length(read.rest)).0;
-        // It fits: a piece is at most 256 KiB.
-        let length = piece.length() as usize;
+    fn advance_simple(&mut self, visit: Visit<'a>, read: &mut Read, out: &mut Outbox) -> Step<'a> {
+        let rest = read.rest;
         if read.begun {
-            // Nothing may come between the pieces of a simple reply: it waits for the disk.
-            let fill = |data: &mut [u8]| visit.read(piece.offset(), data);
-            out.more_data(length, fill).map_err(SessionEnd::ReadBrokeOff)?;
-        } else {
-            let fill = |data: &mut [u8]| fill(&visit, read.loaded, piece.offset(), data);
-            let head = |out: &mut Vec<u8>| self.dialect.data_head(read.to, 0, 0, false, out);
-            if let Err(error) = out.reply_with_data(head, length, fill) {
-                return Ok(self.cold_or_failed(visit, read, piece, &error, out));
+            // By another process, which had sent the head.
+            read.promise(out);
+            return Step::GoesOn;
+        }
+        if rest.length() <= IN_HAND_MAX {
+            if let Err(error) = self.put(&visit, read, rest, true, out) {
+                return self.cold_or_failed(visit, read, rest, &error, out);
             }
+            return Step::Answered;
         }
-        read.answered(piece.length());
-        if read.rest.is_empty() {
-            out.release();
-            return Ok(Step::Answered);
+        let unchecked = rest.from(read.checked);
+        if unchecked.is_empty() {
+            out.reply(|out| self.dialect.data_head(read.to, 0, 0, false, out));
+            read.promise(out);
+            return Step::GoesOn;
         }
-        out.hold();
-        Ok(Step::GoesOn)
+        let piece = unchecked.split(piece_length(unchecked)).0;
+        let is_loaded = read.is_loaded(piece);
+        let try_out = |data: &mut [u8]| fill(&visit, is_loaded, piece.offset(), data);
+        if let Err(error) = out.try_out(piece.length() as usize, try_out) {
+            return self.cold_or_failed(visit, read, piece, &error, out);
+        }
+        read.checked = piece.end();
+        Step::GoesOn
     }
 
     fn advance_in_chunks(
@@ -197,39 +204,63 @@ impl<'a> Worker<'a> {
             }
         };
         let done = range.length() == read.rest.length();
-        // It fits: a read has no more than 32 bits, and less than 2^32 - 8 by its largest payload.
-        let (at, length) = (range.offset(), range.length() as u32);
         if hole {
+            // It fits: a read has no more than 32 bits.
+            let (at, length) = (range.offset(), range.length() as u32);
             out.reply(|out| self.dialect.hole(read.to, at, length, done, out));
-        } else if !read.whole && self.is_worth_attaching(range) {
-            if let Some(cold) = self.cold_part(&visit, read, range) {
-                return Step::Cold(visit, cold);
-            }
-            out.reply(|out| self.dialect.data_head(read.to, at, length, false, out));
-            read.attach(range, out);
-            return Step::GoesOn;
-        } else {
-            let fill = |data: &mut [u8]| fill(&visit, read.loaded, at, data);
-            let head = |out: &mut Vec<u8>| self.dialect.data_head(read.to, at, length, done, out);
-            if let Err(error) = out.reply_with_data(head, length as usize, fill) {
-                return self.cold_or_failed(visit, read, range, &error, out);
-            }
+        } else if let Err(error) = self.put(&visit, read, range, done, out) {
+            return self.cold_or_failed(visit, read, range, &error, out);
         }
         read.answered(range.length());
         if done { Step::Answered } else { Step::GoesOn }
+    }
+
+    /// Takes `piece` in hand, and puts it and its head into the outbox. `WouldBlock` if it has to be
+    /// loaded first.
+    fn put(
+        &mut self,
+        visit: &Visit<'_>,
+        read: &Read,
+        piece: Range,
+        done: bool,
+        out: &mut Outbox,
+    ) -> io::Result<()> {
+        // It fits: a piece has at most 1 MiB.
+        let (at, length) = (piece.offset(), piece.length() as usize);
+        let (dialect, to) = (self.dialect, read.to);
+        let head = |out: &mut Vec<u8>| dialect.data_head(to, at, length as u32, done, out);
+        let is_loaded = read.is_loaded(piece);
+        if pinned::fits(piece) && self.disk.pins() {
+            let waits = self.patience.waits();
+            if !is_loaded && !waits && !visit.is_at_hand(piece) {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            let began = waits.then(Instant::now);
+            let outcome = out.reply_with_pinned(head, length, |pipe| visit.pin(at, length, pipe));
+            if let Some(began) = began {
+                self.patience.waited(piece.length(), began.elapsed());
+            }
+            match outcome {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                outcome => return outcome,
+            }
+        }
+        out.reply_with_data(head, length, |data| fill(visit, is_loaded, at, data))
     }
 
     /// What to do with a read of which `piece` could not be had.
     fn cold_or_failed(
         &mut self,
         visit: Visit<'a>,
-        read: &Read,
+        read: &mut Read,
         piece: Range,
         error: &io::Error,
         out: &mut Outbox,
     ) -> Step<'a> {
-        if error.kind() == io::ErrorKind::WouldBlock && !read.loaded {
-            return Step::Cold(visit, piece);
+        if error.kind() == io::ErrorKind::WouldBlock && !read.is_loaded(piece) {
+            let next = read.rest.from(piece.offset()).split(piece.length().max(LOAD_MAX)).0;
+            read.loading = next.end();
+            return Step::Cold(visit, next);
         }
         drop(visit);
         self.fail_read(read, piece, error, out);
@@ -244,10 +275,10 @@ impl<'a> Worker<'a> {
         }
         let allocated = self.allocated;
         if allocated.offset() <= rest.offset() && rest.offset() < allocated.end() {
-            return Ok(self.data_part(rest.until(allocated.end())));
+            return Ok(data_part(rest.until(allocated.end())));
         }
         if rest.length() < HOLE_WORTH_ASKING && !read.begun {
-            return Ok(self.data_part(rest));
+            return Ok(data_part(rest));
         }
         let Extent { range, allocated } = visit.extent(rest.offset())?;
         let within = rest.until(range.end());
@@ -255,62 +286,7 @@ impl<'a> Worker<'a> {
             return Ok(Part { range: within, hole: true });
         }
         self.allocated = range;
-        Ok(self.data_part(within))
-    }
-
-    fn data_part(&self, data: Range) -> Part {
-        let worth = self.is_worth_attaching(data);
-        let length = if worth { data.length() } else { piece_length(data) };
-        Part { range: data.split(length).0, hole: false }
-    }
-
-    /// Whether data is so long that it is better not copied through this process.
-    fn is_worth_attaching(&self, data: Range) -> bool {
-        data.length() >= ATTACH_MIN && self.disk.sends()
-    }
-
-    /// What of `range` is to be loaded before the kernel sends it, if anything is.
-    fn cold_part(&self, visit: &Visit<'_>, read: &Read, range: Range) -> Option<Range> {
-        let first = range.split(LOAD_MAX).0;
-        let goes = read.loaded || self.patience.waits() || visit.is_at_hand(first);
-        (!goes).then_some(first)
-    }
-
-    /// Sends what is due from the disk, for the first of `reads`; false when the client takes no more now.
-    pub(super) fn send_from_disk(
-        &mut self,
-        stream: &Stream,
-        reads: &mut std::collections::VecDeque<Read>,
-        out: &mut Outbox,
-    ) -> Result<bool, SessionEnd> {
-        while !out.due_from_disk().is_empty() {
-            let due = out.due_from_disk();
-            let Some(visit) = self.visit()? else { return Ok(false) };
-            let began = self.patience.waits().then(Instant::now);
-            // It fits: a read has no more than 32 bits.
-            match visit.send(due.offset(), due.length() as usize, stream.as_fd()) {
-                Ok(count) => {
-                    out.sent_from_disk(count as u64);
-                    if let Some(began) = began {
-                        self.patience.waited(count as u64, began.elapsed());
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) if is_sockets(&error) => return Err(SessionEnd::Connection(error)),
-                Err(error) if self.dialect == Dialect::Simple => {
-                    return Err(SessionEnd::ReadBrokeOff(error));
-                }
-                Err(error) => {
-                    out.pad_from_disk();
-                    if let Some(read) = reads.pop_front() {
-                        self.fail_read(&read, due, &error, out);
-                    }
-                    out.release();
-                    return Ok(false);
-                }
-            }
-        }
-        Ok(true)
+        Ok(data_part(within))
     }
 
     fn fail_read(&mut self, read: &Read, piece: Range, error: &io::Error, out: &mut Outbox) {
@@ -322,16 +298,20 @@ impl<'a> Worker<'a> {
     }
 }
 
+/// The first piece of data that is told in one chunk.
+fn data_part(data: Range) -> Part {
+    Part { range: data.split(piece_length(data)).0, hole: false }
+}
+
+/// Reads the next piece of what has been promised.
+fn keep_promise(visit: &Visit<'_>, out: &mut Outbox) -> io::Result<()> {
+    let promised = out.promised();
+    let piece = promised.split(piece_length(promised)).0;
+    // It fits: a piece is at most 256 KiB.
+    out.keep_promise(piece.length() as usize, |data| visit.read(piece.offset(), data))
+}
+
 /// Fills `data` from the disk, waiting for it only if it has been loaded.
 fn fill(visit: &Visit<'_>, loaded: bool, offset: u64, data: &mut [u8]) -> io::Result<()> {
     if loaded { visit.read(offset, data) } else { visit.read_now(offset, data) }
-}
-
-/// Whether sending from the disk failed because of the socket.
-fn is_sockets(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut};
-    matches!(
-        error.kind(),
-        BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | TimedOut
-    )
 }

@@ -127,7 +127,11 @@ impl Session<'_> {
                     Err(SessionEnd::Ordered(Order::PackUp)) => {
                         let (session, inbox) = (self.seat.id, inbox.bytes().to_vec());
                         let phase = Phase::Greeting(handshake.position().into());
-                        let carried = Carried { session, inbox, outbox: outbox.pack(), phase };
+                        let outbox = match outbox.pack() {
+                            Ok(outbox) => outbox,
+                            Err(error) => return (SessionEnd::Connection(error), None),
+                        };
+                        let carried = Carried { session, inbox, outbox, phase };
                         return (SessionEnd::PackedUp, Some(carried));
                     }
                     Err(end) => {

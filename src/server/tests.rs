@@ -231,13 +231,39 @@ fn whatever_was_sent_before_the_client_ended_its_side_is_answered() {
 }
 
 #[test]
-fn a_simple_read_that_fails_half_way_ends_the_session_and_a_structured_one_says_where() {
+fn a_simple_read_that_fails_anywhere_is_an_error_reply() {
     let fixture = plain();
-    let length = 1 << 20;
+    let mut client = fixture.client();
+    client.write(0, &vec![1; 3 << 20]).unwrap();
+    // One piece; several that are in hand together; more than that.
+    for (length, pieces) in
+        [(4096, 1), (256 << 10, 1), (1 << 20, 1), ((1 << 20) + 1, 5), (3 << 20, 12)]
+    {
+        for nth in 1..=pieces {
+            fixture.faults.fail_nth(nth, EIO);
+            let failed = bytes_of(&mut client, 0, length);
+            let told = matches!(&failed, Err(ClientError::Refused(ErrorCode::Io)));
+            assert!(told, "{length} bytes, read {nth} of the disk: {:?}", failed.map(|_| ()));
+        }
+        let read = bytes_of(&mut client, 0, length).unwrap();
+        assert!(read == vec![1; length as usize], "{length} bytes");
+    }
+}
+
+#[test]
+fn a_disk_that_fails_after_it_was_read_once_ends_a_long_simple_read() {
+    let fixture = plain();
+    fixture.client().write(0, &vec![1; 3 << 20]).unwrap();
+    fixture.faults.fail_nth(12 + 2, EIO);
+    let simple = bytes_of(&mut fixture.client(), 0, 3 << 20);
+    assert!(matches!(simple, Err(ClientError::Connection(_))), "{:?}", simple.map(|_| ()));
+}
+
+#[test]
+fn a_structured_read_that_fails_half_way_says_where() {
+    let fixture = plain();
+    let length = 1u32 << 20;
     fixture.client().write(0, &vec![1; length as usize]).unwrap();
-    fixture.faults.fail_nth(2, EIO);
-    let simple = bytes_of(&mut fixture.client(), 0, length);
-    assert!(matches!(simple, Err(ClientError::Connection(_))), "{simple:?}");
     for extended in [false, true] {
         let mut client = fixture.chunked(extended);
         // The first asks for the extent, the second reads, the third reads the second piece.

@@ -78,26 +78,31 @@ impl<'a> Transmission<'a> {
         loop {
             match self.turn() {
                 Ok(()) => {}
-                Err(SessionEnd::PackedUp) => return (SessionEnd::PackedUp, Some(self.pack())),
+                Err(SessionEnd::PackedUp) => {
+                    return match self.pack() {
+                        Ok(packed) => (SessionEnd::PackedUp, Some(packed)),
+                        Err(error) => (SessionEnd::ReadBrokeOff(error), None),
+                    };
+                }
                 Err(end) => return (end, None),
             }
         }
     }
 
     /// Nothing is under way on the disk: what is held here is all there is.
-    fn pack(self) -> Carried {
+    fn pack(self) -> io::Result<Carried> {
         let Terms { dialect, allocation_selected, private, .. } = self.terms;
-        Carried {
+        Ok(Carried {
             session: self.worker.session,
             inbox: self.inbox.bytes().to_vec(),
-            outbox: self.outbox.pack(),
+            outbox: self.outbox.pack()?,
             phase: Phase::Transmission(Serving {
                 form: dialect.into(),
                 allocation_selected,
                 introduced: private,
                 outstanding: self.progress.pack(),
             }),
-        }
+        })
     }
 
     fn turn(&mut self) -> Result<(), SessionEnd> {
@@ -134,9 +139,7 @@ impl<'a> Transmission<'a> {
     /// Sends what waits; false if the client does not take all of it now.
     fn send(&mut self) -> Result<bool, SessionEnd> {
         let before = self.outbox.waiting();
-        let (stream, reads) = (self.stream, &mut self.progress.reads);
-        let sent_all = self.outbox.send(stream).map_err(SessionEnd::Connection)?
-            && self.worker.send_from_disk(stream, reads, &mut self.outbox)?;
+        let sent_all = self.outbox.send(self.stream).map_err(SessionEnd::Connection)?;
         self.progress.sent += before.saturating_sub(self.outbox.waiting());
         Ok(sent_all)
     }
@@ -273,16 +276,13 @@ impl<'a> Transmission<'a> {
         if self.worker.orders.current() != Order::Serve {
             self.worker.orders.set_waits_for_disk(!self.worker.errands.is_empty());
         }
-        // What is to come from the disk cannot be sent while the gate keeps us out.
-        let barred = !self.outbox.due_from_disk().is_empty() && self.worker.is_barred();
-        let writable = self.outbox.has_bytes() && !barred;
-        let interest = Interest { readable: self.receives(), writable };
+        let interest = Interest { readable: self.receives(), writable: self.outbox.has_bytes() };
         if interest == READABLE && self.worker.errands.is_empty() && self.look_out()? {
             return Ok(());
         }
         self.delay.waits(self.stuck || self.is_blocked());
         let now = Instant::now();
-        let stalled = self.stalled_at(now, barred);
+        let stalled = self.stalled_at(now);
         let deadline = stalled.or_else(|| self.may_relax().then(|| now + IDLE));
         let gate_due = self.worker.errands.gate_due();
         let deadline = deadline.into_iter().chain(gate_due).min();
@@ -352,11 +352,11 @@ impl<'a> Transmission<'a> {
 
     /// When `--killswitch` strikes, unless something moves before. Nobody is to blame for what
     /// waits for the disk.
-    fn stalled_at(&mut self, now: Instant, barred: bool) -> Option<Instant> {
+    fn stalled_at(&mut self, now: Instant) -> Option<Instant> {
         let limit = self.stall_limit?;
         let begun = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
-        let half = begun && !self.stuck && !barred;
-        let sends = self.outbox.has_bytes() && !barred;
+        let half = begun && !self.stuck;
+        let sends = self.outbox.has_bytes();
         let Progress { request_stall, reply_stall, received, sent, .. } = &mut self.progress;
         let request = request_stall.deadline(half, *received, now, limit);
         let reply = reply_stall.deadline(sends, *sent, now, limit);

@@ -123,11 +123,6 @@ impl<'a> Worker<'a> {
         None
     }
 
-    /// Whether the gate keeps the session out.
-    pub(super) fn is_barred(&self) -> bool {
-        !self.disk.gate().is_open()
-    }
-
     /// Ends the session if the disk is gone: what waits to be begun never will be.
     pub(super) fn check_disk(&self) -> Result<(), SessionEnd> {
         match self.errands.are_waiting().then(|| self.disk.enter_if_open()) {

@@ -1,0 +1,162 @@
+//! Disks of which a part cannot be read: that costs a request an error, and nobody the connection.
+
+use crate::common::{
+    Builder, KIB, MIB, Server, compile, raw::*, require_tool, session::*, temp_dir,
+};
+use crate::common::{TempDir, skip, sparse_image, wait_until};
+use crate::more::Program;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+const SIZE: u64 = 36 * MIB;
+/// From here on it cannot be read.
+const BAD: u64 = 34 * MIB;
+/// The longest read that the server advertises.
+const LONGEST: u64 = 32 * MIB;
+/// How much memory a server needs at most for all this, in bytes.
+const MEMORY_MAX: u64 = 32 * MIB;
+
+/// A device of zeros that ends earlier than it says: a loop over a file that was cut short.
+struct BadDisk {
+    device: PathBuf,
+    _dir: TempDir,
+}
+
+impl BadDisk {
+    /// `None`, and a visible skip, where there are no loop devices.
+    fn new() -> Option<BadDisk> {
+        if !nix::unistd::geteuid().is_root() {
+            skip("a disk that cannot be read", "only root may set up a loop device");
+            return None;
+        }
+        let dir = temp_dir();
+        let file = sparse_image(dir.path(), "file", SIZE);
+        let device =
+            PathBuf::from(Program::new("losetup").words("--show -f").args([&file]).ok().trim());
+        let disk = BadDisk { device, _dir: dir };
+        File::options().write(true).open(&file).unwrap().set_len(BAD).unwrap();
+        let opened = File::open(&disk.device).unwrap();
+        assert!(opened.read_exact_at(&mut [0; 512], BAD).is_err(), "it can be read after all");
+        Some(disk)
+    }
+}
+
+impl Drop for BadDisk {
+    fn drop(&mut self) {
+        let detach = || Program::new("losetup").words("-d").args([&self.device]).run();
+        let _ = detach();
+    }
+}
+
+/// Reads of all lengths, before, across and behind the first byte that cannot be read.
+fn only_bad_reads_fail(session: &mut Session) {
+    let kinds = if session.mode == Mode::Simple { &[0][..] } else { &[0, DF] };
+    for length in [512, 64 * KIB, 256 * KIB, MIB, MIB + 4096] {
+        for flags in kinds.iter().filter(|flags| **flags == 0 || length <= MIB) {
+            let read = |offset| Request::new(READ, offset, length).flags(*flags);
+            let good = session.ok(read(BAD - length));
+            assert!(good.data.iter().all(|byte| *byte == 0) && good.data.len() as u64 == length);
+            for offset in [BAD - length / 2, BAD, SIZE - length] {
+                let answer = session.ask(read(offset));
+                assert_eq!(answer.error, EIO, "{length} bytes at {offset}, {:?}", session.mode);
+                session.goes_on();
+            }
+        }
+    }
+    let longest = session.ask(Request::new(READ, BAD - 31 * MIB, LONGEST));
+    assert_eq!(longest.error, EIO, "{LONGEST} bytes, {:?}", session.mode);
+    session.ok(Request::new(READ, BAD - LONGEST, LONGEST));
+    let _ = session.ask(Request::new(CACHE, BAD - MIB, 2 * MIB));
+    let reads = (0..40).map(|at| Request::new(READ, BAD - MIB + at * 50 * KIB, 64 * KIB));
+    session.pipeline(reads, |read, answer| {
+        let expected = if read.offset + read.length > BAD { EIO } else { 0 };
+        assert_eq!(answer.error, expected, "at {}", read.offset);
+    });
+    session.goes_on();
+}
+
+fn in_all_dialects(server: &Server) {
+    for mode in MODES {
+        only_bad_reads_fail(&mut Session::open(server.target(), mode).unwrap());
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let most: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(most * KIB <= MEMORY_MAX, "{most} KiB of memory");
+}
+
+fn odd(dir: &Path) -> PathBuf {
+    compile(dir, "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"])
+}
+
+#[test]
+fn a_bad_sector_costs_its_reads_an_error_and_no_connection() {
+    if let Some(disk) = BadDisk::new() {
+        in_all_dialects(&Builder::serve(&disk.device).args(["--quiet"]).start());
+        let old = Builder::serve(&disk.device).args(["--quiet", "--oldstyle"]).start();
+        only_bad_reads_fail(&mut Session::open_old_style(old.target()));
+    }
+}
+
+#[test]
+fn a_bad_sector_costs_no_connection_without_io_uring() {
+    let (Some(disk), true) = (BadDisk::new(), require_tool("cc")) else { return };
+    let dir = temp_dir();
+    let builder = Builder::serve(&disk.device).args(["--quiet"]);
+    in_all_dialects(&builder.env("LD_PRELOAD", odd(dir.path())).start());
+}
+
+#[test]
+fn a_bad_sector_costs_no_connection_over_unix() {
+    if let Some(disk) = BadDisk::new() {
+        let dir = temp_dir();
+        let builder = Builder::serve(&disk.device).args(["--quiet"]);
+        in_all_dialects(&builder.unix(&dir.path().join("nbd.sock")).start());
+    }
+}
+
+/// A file system of which nothing is known, so that its pages are copied.
+#[test]
+fn a_bad_sector_under_fuse_costs_no_connection() {
+    if !["nbdkit", "nbdfuse", "fusermount3"].into_iter().all(require_tool) {
+        return;
+    }
+    let (Some(disk), dir) = (BadDisk::new(), temp_dir()) else { return };
+    if File::options().read(true).write(true).open("/dev/fuse").is_err() {
+        return skip("a disk under FUSE", "/dev/fuse may not be opened");
+    }
+    let (point, file) = (dir.path().join("point"), dir.path().join("point/disk"));
+    std::fs::create_dir(&point).unwrap();
+    let mut nbdfuse = Command::new("nbdfuse");
+    nbdfuse.arg(&file).args(["--command", "nbdkit", "-s", "file"]).arg(&disk.device);
+    let child = nbdfuse.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let _fuse = Fuse { child, point };
+    wait_until("a file under FUSE", || file.exists());
+    in_all_dialects(&Builder::serve(&file).args(["--quiet"]).start());
+}
+
+/// What is mounted through FUSE; unmounted when dropped.
+struct Fuse {
+    child: Child,
+    point: PathBuf,
+}
+
+impl Drop for Fuse {
+    fn drop(&mut self) {
+        let _ = Program::new("fusermount3").words("-u").args([&self.point]).run();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_short_costs_an_error_and_no_connection() {
+    let dir = temp_dir();
+    let image = dir.path().join("image");
+    std::fs::write(&image, vec![0; SIZE as usize]).unwrap();
+    let server = Builder::serve(&image).args(["--quiet"]).start();
+    File::options().write(true).open(&image).unwrap().set_len(BAD).unwrap();
+    in_all_dialects(&server);
+}
