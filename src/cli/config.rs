@@ -13,7 +13,9 @@
 //! Space around keys and values does not count. A value may stand in `'` or `"`, which are taken
 //! off; nothing inside is special. Switches are `yes true on 1` or `no false off 0`.
 
-use super::settings::{Autostart, Settings, parse_acl_entry, parse_idle_exit, parse_max_clients};
+use super::settings::{
+    Autostart, Settings, parse_acl_entry, parse_holes, parse_idle_exit, parse_max_clients,
+};
 use super::size::parse_create;
 use super::uri::parse_export;
 use crate::net::parse_port;
@@ -22,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 /// Every key, named like the long option: in capitals, with `_` for `-`. The last ones have no
 /// option, since they are about the units of the service and not about the process.
-pub const KEYS: [&str; 15] = [
+pub const KEYS: [&str; 16] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -35,6 +37,7 @@ pub const KEYS: [&str; 15] = [
     "OLDSTYLE",
     "MAX_CLIENTS",
     "IDLE_EXIT",
+    "HOLES",
     "ACL",
     "AUTOSTART",
     "IP_FILTER",
@@ -155,6 +158,7 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "OLDSTYLE" => settings.oldstyle = switch(value)?,
         "MAX_CLIENTS" => settings.max_clients = Some(parse_max_clients(value)?),
         "IDLE_EXIT" => settings.idle_exit = Some(parse_idle_exit(value)?),
+        "HOLES" => settings.holes = Some(parse_holes(value)?),
         "ACL" => settings.acl = entries(value)?,
         "AUTOSTART" => settings.autostart = Some(autostart(value)?),
         "IP_FILTER" => settings.ip_filter = switch(value)?,
@@ -249,6 +253,7 @@ impl std::error::Error for ConfigError {}
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::HolePolicy;
     use proptest::prelude::*;
 
     fn read(text: &str) -> Result<Settings, String> {
@@ -263,7 +268,7 @@ mod tests {
     fn every_key_is_taken() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
             KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nMAX_CLIENTS=3\n\
-            IDLE_EXIT=60\nACL=::/0\nAUTOSTART=on-demand\nIP_FILTER=yes\n";
+            IDLE_EXIT=60\nHOLES=trust\nACL=::/0\nAUTOSTART=on-demand\nIP_FILTER=yes\n";
         let expected = Settings {
             addr: Some("::1".parse().unwrap()),
             port: Some(7),
@@ -277,6 +282,7 @@ mod tests {
             oldstyle: true,
             max_clients: Some(3),
             idle_exit: Some(60),
+            holes: Some(HolePolicy::Trust),
             acl: vec!["::/0".to_owned()],
             autostart: Some(Autostart::OnDemand),
             ip_filter: true,
@@ -414,6 +420,7 @@ mod tests {
             ("CREATE=1P", "CREATE: `1P` is not a number of bytes"),
             ("CREATE=1", "CREATE: `1` is not between 512 and"),
             ("MAX_CLIENTS=0", "MAX_CLIENTS: `0` is not a number from 1"),
+            ("HOLES=yes", "HOLES: `yes` is none of auto, trust and ignore"),
             ("IDLE_EXIT=0", "IDLE_EXIT: `0` is not a number of seconds from 1"),
             ("READ_ONLY=maybe", "READ_ONLY: `maybe` is neither yes nor no"),
             ("DEFAULT_DENY=", "DEFAULT_DENY: `` is neither yes nor no"),

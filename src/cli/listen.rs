@@ -1,11 +1,12 @@
 //! `flexnbd listen`: its flags, which are those of `serve` that make sense while a disk arrives.
 //! Only says what they are called; what follows from them is decided in [`super::start`].
 
-use super::settings::{Settings, parse_acl_entry};
+use super::settings::{Settings, parse_acl_entry, parse_holes};
 use super::size::parse_create;
 use super::start::Start;
 use super::uri::parse_export;
 use crate::daemon::{Records, Role};
+use crate::disk::HolePolicy;
 use crate::net::{Host, parse_port};
 use std::path::PathBuf;
 
@@ -53,6 +54,11 @@ pub struct ListenFlags {
     #[arg(long)]
     oldstyle: bool,
 
+    /// Whether to believe the file system where it says that FILE has holes: auto (where that is known
+    /// to be right), trust, or ignore [default: auto]
+    #[arg(long, value_name = "POLICY", value_parser = parse_holes)]
+    holes: Option<HolePolicy>,
+
     /// Read settings from this file, which may be that of `serve`.
     #[arg(
         long,
@@ -80,6 +86,7 @@ impl ListenFlags {
             default_deny: self.default_deny,
             export: self.export,
             oldstyle: self.oldstyle,
+            holes: self.holes,
             acl: self.acl,
             ..Settings::default()
         };

@@ -3,6 +3,7 @@
 
 use super::size::parse_create;
 use super::uri::parse_export;
+use crate::disk::HolePolicy;
 use crate::net::{Address, AddressError, Host, parse_port};
 use crate::server::acl::Acl;
 use std::fmt;
@@ -70,6 +71,11 @@ pub struct Settings {
     #[arg(long, value_name = "SECONDS", value_parser = parse_idle_exit)]
     pub idle_exit: Option<u64>,
 
+    /// Whether to believe the file system where it says that FILE has holes: auto (where that is known
+    /// to be right), trust, or ignore [default: auto]
+    #[arg(long, value_name = "POLICY", value_parser = parse_holes)]
+    pub holes: Option<HolePolicy>,
+
     /// Addresses of clients to admit, IPv4 or IPv6, each with an optional /PREFIX
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
     pub acl: Vec<String>,
@@ -124,6 +130,7 @@ impl Settings {
             oldstyle: self.oldstyle || below.oldstyle,
             max_clients: self.max_clients.or(below.max_clients),
             idle_exit: self.idle_exit.or(below.idle_exit),
+            holes: self.holes.or(below.holes),
             acl: if self.acl.is_empty() { below.acl } else { self.acl },
             autostart: self.autostart.or(below.autostart),
             ip_filter: self.ip_filter || below.ip_filter,
@@ -186,6 +193,19 @@ pub fn parse_idle_exit(text: &str) -> Result<u64, String> {
     })
 }
 
+/// `--holes`: one of three words.
+///
+/// # Errors
+/// A sentence for the operator.
+pub fn parse_holes(text: &str) -> Result<HolePolicy, String> {
+    match text {
+        "auto" => Ok(HolePolicy::Auto),
+        "trust" => Ok(HolePolicy::Trust),
+        "ignore" => Ok(HolePolicy::Ignore),
+        _ => Err(format!("`{text}` is none of auto, trust and ignore")),
+    }
+}
+
 impl fmt::Display for Nowhere {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -221,6 +241,7 @@ mod tests {
             export: Some(word.to_owned()),
             oldstyle: true,
             max_clients: Some(number.into()),
+            holes: Some(if word == "above" { HolePolicy::Trust } else { HolePolicy::Ignore }),
             idle_exit: Some(number.into()),
             acl: vec![word.to_owned()],
             autostart: Some(if word == "above" { Autostart::Yes } else { Autostart::No }),

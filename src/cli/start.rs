@@ -90,6 +90,7 @@ impl Start {
             control: settings.sock,
             killswitch: settings.killswitch,
             idle_exit: settings.idle_exit.map(Duration::from_secs),
+            holes: settings.holes.unwrap_or_default(),
             admission: Admission { acl, clients_max },
         })
     }
@@ -127,6 +128,7 @@ pub(super) fn read(path: &Path) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::HolePolicy;
     use crate::net::Address;
     use nix::sys::stat::Mode;
     use std::fs;
@@ -152,6 +154,7 @@ mod tests {
             control: None,
             killswitch: false,
             idle_exit: None,
+            holes: HolePolicy::Auto,
             admission: Admission { acl: Acl::default(), clients_max: 128 },
         };
         assert_eq!(serve(file("/a"), None).plan(), Ok(expected));
@@ -160,7 +163,7 @@ mod tests {
     #[test]
     fn everything_said_is_in_the_plan() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
-            READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\n\
+            READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\nHOLES=ignore\n\
             ACL=::1\n";
         let expected = Plan {
             role: Role::Serve,
@@ -173,6 +176,7 @@ mod tests {
             control: Some("/b".into()),
             killswitch: true,
             idle_exit: Some(Duration::from_secs(60)),
+            holes: HolePolicy::Ignore,
             admission: Admission { acl: Acl::parse(&["::1"], true).unwrap(), clients_max: 3 },
         };
         let asked = serve(Settings::default(), Some("disk.conf"));

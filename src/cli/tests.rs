@@ -57,7 +57,7 @@ const TRANSFER: &str = "--addr ::1 --port 7 --from 0 --size 1";
 fn every_long_option_of_serve_is_understood() {
     let line = "serve --addr 127.0.0.1 --port 4777 --file /a --sock /b --default-deny --killswitch \
         --create 1G --read-only --export disk --oldstyle --max-clients 5 --idle-exit 60 --config /c \
-        192.0.2.1 ::1";
+        --holes trust 192.0.2.1 ::1";
     let expected = settings::Settings {
         addr: Some("127.0.0.1".parse().unwrap()),
         port: Some(4777),
@@ -71,6 +71,7 @@ fn every_long_option_of_serve_is_understood() {
         oldstyle: true,
         max_clients: Some(5),
         idle_exit: Some(60),
+        holes: Some(crate::disk::HolePolicy::Trust),
         acl: vec!["192.0.2.1".to_owned(), "::1".to_owned()],
         ..settings::Settings::default()
     };

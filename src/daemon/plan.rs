@@ -2,9 +2,9 @@
 //! Only data: carrying it out is for its neighbours.
 
 use super::asking::Inquiry;
-use crate::disk::OpenError;
 use crate::disk::ledger::LedgerError;
 use crate::disk::ownership::{Id, Place};
+use crate::disk::{HolePolicy, OpenError};
 use crate::net::{Address, BindError};
 use crate::server::acl::Acl;
 use crate::systemd::message_id;
@@ -37,6 +37,8 @@ pub struct Plan {
     pub killswitch: bool,
     /// End when there has been neither a client nor a migration for so long.
     pub idle_exit: Option<Duration>,
+    /// Whether to believe what the file system says of holes.
+    pub holes: HolePolicy,
     /// Who may connect.
     pub admission: Admission,
 }

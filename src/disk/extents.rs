@@ -1,21 +1,64 @@
 //! Which spans of an image hold data and which are holes.
-//! Never claims a hole that the image did not claim, and never looks at bytes.
+//! Never claims a hole that the image did not claim, and never looks at bytes. An answer that makes no
+//! sense means data: to the end, so that it is asked for once.
 
 use super::{Extent, Image};
 use crate::range::Range;
+use nix::errno::Errno;
+use nix::unistd::Whence;
 use std::io;
+
+/// How often an image is asked for one list of extents; the list then ends early. A file may have
+/// hundreds of thousands of them, and each costs two system calls.
+pub(super) const LOOKUPS_MAX: usize = 4096;
+
+/// What `lseek(2)` says of the beginning of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// Data.
+    Data(Range),
+    /// A hole.
+    Hole(Range),
+    /// There is no data from here to the end of the file.
+    NoMore,
+    /// No answer.
+    Unable(Errno),
+}
+
+/// Asks what `rest`, the rest of an image, begins with.
+pub(super) fn ask(rest: Range, seek: impl Fn(u64, Whence) -> nix::Result<u64>) -> Told {
+    let offset = rest.offset();
+    // Twice, since what was data may be punched before its end is asked for.
+    for _ in 0..2 {
+        match seek(offset, Whence::SeekData) {
+            Ok(data) if data > offset => return Told::Hole(rest.until(data)),
+            Ok(data) if data < offset => return Told::Data(rest),
+            Ok(_) => {}
+            Err(Errno::ENXIO) => return Told::NoMore,
+            Err(errno) => return Told::Unable(errno),
+        }
+        match seek(offset, Whence::SeekHole) {
+            Ok(hole) if hole == offset => {}
+            Ok(hole) if hole > offset => return Told::Data(rest.until(hole)),
+            _ => return Told::Data(rest),
+        }
+    }
+    Told::Data(rest)
+}
 
 /// The extents of `range`, in order, without gaps, clipped to it and with equal neighbours merged.
 ///
-/// At least one for a range that is not empty, and otherwise at most `limit`: when there are more,
-/// the answer ends early, at the edge of an extent.
+/// At least one for a range that is not empty, and otherwise at most `limit`: when there are more, or
+/// the image would have to be asked more than [`LOOKUPS_MAX`] times, the answer ends early.
 ///
 /// # Errors
 /// What the image says when asked.
 pub(super) fn extents(image: &dyn Image, range: Range, limit: usize) -> io::Result<Vec<Extent>> {
     let mut found: Vec<Extent> = Vec::new();
     let mut rest = range;
-    while !rest.is_empty() {
+    let mut lookups = 0;
+    while !rest.is_empty() && lookups < LOOKUPS_MAX {
+        lookups += 1;
         let next = extent_at(image, rest.offset())?;
         let (part, after) = rest.split(next.range.end() - rest.offset());
         let full = !found.is_empty() && found.len() >= limit;
@@ -31,19 +74,21 @@ pub(super) fn extents(image: &dyn Image, range: Range, limit: usize) -> io::Resu
     Ok(found)
 }
 
-/// The image's extent from `offset` on, checked to begin there and to hold at least a byte, so
-/// that whoever walks from one to the next gets to the end.
+/// The image's extent from `offset` on, which begins there and holds at least a byte, so that
+/// whoever walks from one to the next gets to the end.
 ///
 /// # Errors
-/// What the image says when asked, or an error of its own when the answer makes no sense.
+/// What the image says when asked, or an error of its own beyond the end.
 pub(super) fn extent_at(image: &dyn Image, offset: u64) -> io::Result<Extent> {
     let extent = image.extent(offset)?;
     if extent.range.offset() == offset && !extent.range.is_empty() {
-        Ok(extent)
-    } else {
-        let message = format!("asked what is at byte {offset}, the image answered {extent:?}");
-        Err(io::Error::other(message))
+        return Ok(extent);
     }
+    let range = Range::whole(image.size()).from(offset);
+    if range.is_empty() {
+        return Err(Errno::EINVAL.into());
+    }
+    Ok(Extent { range, allocated: true })
 }
 
 #[cfg(test)]
@@ -147,11 +192,65 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_answers_nonsense_is_an_error_and_not_an_endless_loop() {
-        for nonsense in [Range::whole(0), Range::whole(BLOCK).split(10).0] {
-            assert!(extents(&Stuck(nonsense), Range::whole(BLOCK), 9).is_err());
+    fn an_answer_that_makes_no_sense_is_data_to_the_end() {
+        let whole = Range::whole(BLOCK);
+        for nonsense in [Range::whole(0), whole.split(10).0, whole] {
+            let all = extents(&Stuck(nonsense), whole, 9).unwrap();
+            assert_eq!(all, [Extent { range: whole, allocated: true }]);
         }
-        assert!(extents(&Stuck(Range::whole(BLOCK)), Range::whole(BLOCK), 9).is_ok());
+        assert!(extent_at(&Stuck(whole), BLOCK).is_err());
+    }
+
+    fn told(data: nix::Result<u64>, hole: nix::Result<u64>) -> Told {
+        let rest = Range::whole(100).from(10);
+        ask(rest, |at, whence| {
+            assert_eq!(at, 10);
+            if matches!(whence, Whence::SeekData) { data } else { hole }
+        })
+    }
+
+    #[test]
+    fn answers_that_make_sense_are_taken() {
+        let rest = Range::whole(100).from(10);
+        assert_eq!(told(Ok(30), Err(Errno::EIO)), Told::Hole(rest.until(30)));
+        assert_eq!(told(Ok(500), Err(Errno::EIO)), Told::Hole(rest));
+        assert_eq!(told(Ok(10), Ok(40)), Told::Data(rest.until(40)));
+        assert_eq!(told(Ok(10), Ok(500)), Told::Data(rest));
+        assert_eq!(told(Err(Errno::ENXIO), Err(Errno::EIO)), Told::NoMore);
+        assert_eq!(told(Err(Errno::EINVAL), Ok(40)), Told::Unable(Errno::EINVAL));
+    }
+
+    #[test]
+    fn backward_and_empty_answers_are_data_to_the_end() {
+        let rest = Range::whole(100).from(10);
+        for hole in [Ok(10), Ok(9), Ok(0), Err(Errno::ENXIO), Err(Errno::EIO)] {
+            assert_eq!(told(Ok(10), hole), Told::Data(rest), "{hole:?}");
+        }
+        for data in [9, 0] {
+            assert_eq!(told(Ok(data), Ok(40)), Told::Data(rest), "{data}");
+        }
+    }
+
+    #[test]
+    fn data_that_is_punched_meanwhile_is_asked_for_again() {
+        let asked = std::cell::Cell::new(0);
+        let told = ask(Range::whole(100), |_, whence| {
+            asked.set(asked.get() + 1);
+            Ok(if matches!(whence, Whence::SeekData) && asked.get() > 1 { 50 } else { 0 })
+        });
+        assert_eq!((told, asked.get()), (Told::Hole(Range::whole(50)), 3));
+    }
+
+    #[test]
+    fn a_list_of_extents_takes_so_many_lookups_at_most() {
+        for (blocks, lookups) in [(LOOKUPS_MAX, LOOKUPS_MAX), (LOOKUPS_MAX + 1, LOOKUPS_MAX)] {
+            let faults = Arc::new(Faults::default());
+            let image = FailingImage::new(MemoryImage::new(blocks as u64 * BLOCK), faults.clone());
+            let all = extents(&image, Range::whole(image.size()), 9).unwrap();
+            assert_eq!(faults.count(Op::Extent), lookups as u64);
+            let covered = Range::whole(lookups as u64 * BLOCK);
+            assert_eq!(all, [Extent { range: covered, allocated: false }]);
+        }
     }
 
     proptest! {

@@ -24,6 +24,9 @@
 //! The same file systems keep `SEEK_DATA` right (`lseek(2)`): what is only in memory is data to
 //! them, and the kernel's own tests hold them to that. Elsewhere data was seen in what was called a
 //! hole: ZFS before 2.2.2, FUSE servers and network file systems, which answer for what they know.
+//! There everything is data, unless an operator says otherwise ([`HolePolicy`]). Wherever a hole is
+//! believed, it is so for reads, block status and migrations; a write of zeros is left out only after
+//! its place was read, and found to be zero.
 
 use super::open::Kind;
 use super::syscalls;
@@ -49,6 +52,29 @@ mod magic {
 /// File systems that are known to change no page but where they are told to, and to tell data from
 /// holes.
 const KNOWN: [u64; 5] = [magic::EXT, magic::XFS, magic::BTRFS, magic::TMPFS, magic::F2FS];
+
+/// Whether a file system is believed when it says where a file has no data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HolePolicy {
+    /// If it is one of those that are known to be right.
+    #[default]
+    Auto,
+    /// Always: an operator knows it to be right.
+    Trust,
+    /// Never: everything is data.
+    Ignore,
+}
+
+impl HolePolicy {
+    /// Whether to believe one that is known to be right, or is not.
+    pub(super) fn trusts(self, is_known: bool) -> bool {
+        match self {
+            Self::Auto => is_known,
+            Self::Trust => true,
+            Self::Ignore => false,
+        }
+    }
+}
 
 /// What is known of what lies under an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +192,18 @@ mod tests {
         assert_eq!(device(8192, 4096).block, 8192);
         let ext4 = Found { kind: magic::EXT, block: 4096, xfs_unit: None, page };
         assert_eq!(file_system(ext4).block, page);
+    }
+
+    #[test]
+    fn an_operator_can_have_holes_trusted_or_ignored() {
+        for is_known in [false, true] {
+            assert_eq!(HolePolicy::Auto.trusts(is_known), is_known);
+            assert!(HolePolicy::Trust.trusts(is_known));
+            assert!(!HolePolicy::Ignore.trusts(is_known));
+        }
+        for unknown in [0x6969, 0x6573_5546, 0x2fc1_2fc1, 0x794c_7630, 0] {
+            assert!(!found(unknown, 4096).tells_holes, "{unknown:#x}");
+        }
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The backing file or block device: the calls that read, write, zero, trim and flush it.
 //! Never changes its size, never touches a byte outside the ranges it is given, and never logs.
 
-use super::file_system::{self, FileSystem};
+use super::extents::Told;
+use super::file_system::{self, FileSystem, HolePolicy};
 use super::lane::Lane;
 use super::open::{self, Access, Kind, OpenError, SECTOR};
 use super::ring::Ring;
@@ -22,10 +23,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// How many zeros are written at a time where the kernel does not do it for us, in bytes.
 const ZEROS_LENGTH: usize = 256 * 1024;
 static ZEROS: [u8; ZEROS_LENGTH] = [0; ZEROS_LENGTH];
-
-/// How far data is believed to reach when the kernel says that it is there but not how far, in
-/// bytes: to the end of such a block.
-const BLOCK: u64 = 4096;
 
 /// An image in a regular file or on a block device.
 #[derive(Debug)]
@@ -110,6 +107,13 @@ impl FileImage {
     pub fn create(path: &Path, size: u64, access: Access) -> Result<Self, OpenError> {
         let is_new = open::create_if_missing(path, size)?;
         Ok(Self { is_new, ..Self::open(path, access)? })
+    }
+
+    /// The same, which believes what it is told of holes, or does not.
+    #[must_use]
+    pub fn with_holes(mut self, policy: HolePolicy) -> Self {
+        self.under.tells_holes = policy.trusts(self.under.tells_holes);
+        self
     }
 
     /// Whether it was made when it was opened: there was nothing of that name.
@@ -303,16 +307,6 @@ impl FileImage {
         }
     }
 
-    /// Where the data that begins at `offset` ends.
-    fn end_of_data(&self, offset: u64) -> io::Result<u64> {
-        match seek(&self.file, offset, Whence::SeekHole) {
-            Ok(hole) if hole > offset => Ok(hole),
-            // It was punched since we saw data. To call a hole data does no harm.
-            Ok(_) | Err(Errno::ENXIO) => Ok((offset / BLOCK + 1) * BLOCK),
-            Err(error) => Err(error.into()),
-        }
-    }
-
     /// No data to the end is a hole, but only if the end is still where it was.
     fn check_not_shortened(&self) -> io::Result<()> {
         if self.file.metadata()?.len() < self.size { Err(self.shortened()) } else { Ok(()) }
@@ -482,18 +476,20 @@ impl Image for FileImage {
         let rest = Range::whole(self.size).from(offset);
         let allocated = |range| Ok(Extent { range, allocated: true });
         let hole = |range| Ok(Extent { range, allocated: false });
-        if self.kind != Kind::File || self.lacks.seek_data.load(Ordering::Relaxed) {
+        let asks = self.kind == Kind::File && self.under.tells_holes;
+        if !asks || self.lacks.seek_data.load(Ordering::Relaxed) {
             return allocated(rest);
         }
-        match seek(&self.file, offset, Whence::SeekData) {
-            Ok(data) if data > offset => hole(rest.until(data)),
-            Ok(_) => allocated(rest.until(self.end_of_data(offset)?)),
-            Err(Errno::ENXIO) => self.check_not_shortened().and_then(|()| hole(rest)),
-            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
-                self.lacks.seek_data.store(true, Ordering::Relaxed);
+        match extents::ask(rest, |offset, whence| seek(&self.file, offset, whence)) {
+            Told::Data(range) => allocated(range),
+            Told::Hole(range) => hole(range),
+            Told::NoMore => self.check_not_shortened().and_then(|()| hole(rest)),
+            // What is wrong with it, if anything is, will be told when it is read.
+            Told::Unable(errno) => {
+                let ever = syscalls::is_unsupported(errno) || errno == Errno::EINVAL;
+                self.lacks.seek_data.fetch_or(ever, Ordering::Relaxed);
                 allocated(rest)
             }
-            Err(error) => Err(error.into()),
         }
     }
 }

@@ -41,6 +41,7 @@ pub mod write_behind;
 mod zeros;
 
 pub use deletion::{KeptBecause, Named};
+pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
 pub use image::FileImage;
 pub use inflight::Change;

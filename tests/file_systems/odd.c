@@ -5,6 +5,7 @@
  *     ODD_SEEK=stuck       SEEK_DATA and SEEK_HOLE answer with where they were asked
  *     ODD_SEEK=back        ... with a place before that
  *     ODD_SEEK=striped     ... as if every other 4096 bytes were a hole
+ *     ODD_TYPE=HEX         fstatfs(2) finds a file system of this type
  *     ODD_SEEK_COUNT=FILE  each such call appends a byte to FILE
  *
  * Only calls through libc are seen, so that io_uring, which the kernel serves without them, is not
@@ -20,6 +21,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #define NEXT(name, ...) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))(__VA_ARGS__)
@@ -51,6 +53,22 @@ int ioctl(int fd, unsigned long request, ...)
     if (request == BLKDISCARD && unable())
         return -1;
     return NEXT(ioctl, fd, request, argument);
+}
+
+int fstatfs(int fd, struct statfs *found)
+{
+    int result = NEXT(fstatfs, fd, found);
+    if (getenv("ODD_TYPE"))
+        found->f_type = strtoul(getenv("ODD_TYPE"), NULL, 16);
+    return result;
+}
+
+int fstatfs64(int fd, struct statfs64 *found)
+{
+    int result = NEXT(fstatfs64, fd, found);
+    if (getenv("ODD_TYPE"))
+        found->f_type = strtoul(getenv("ODD_TYPE"), NULL, 16);
+    return result;
 }
 
 static void count(void)

@@ -75,10 +75,11 @@ fn bases() -> [BTreeMap<&'static str, &'static str>; 2] {
     [open, listed]
 }
 
-const OTHER: [(&str, &str); 15] = [
+const OTHER: [(&str, &str); 16] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
+    ("HOLES", "ignore"),
     ("ADDR", "::1"),
     ("PORT", "8"),
     ("EXPORT", "disk"),
