@@ -73,11 +73,11 @@ pub(super) fn ready(ledger: &Ledger, size: u64, order: &Mirror) -> Result<Ledger
     let ledger = title::with_room(ledger, records)
         .map_err(|error| Reply::refused(format!("{error}; {UNRECORDED_ADVICE}")))?;
     let image = ledger.path().display();
-    match ledger.named().map_err(refused)? {
-        Named::Same => {}
-        named => {
-            warn!("{image}: {named}; what is moved, and recorded, is the image that is served");
-        }
+    // The path is of no further use here, so that one that cannot be looked at does no harm.
+    if let Ok(named) = ledger.named()
+        && named != Named::Same
+    {
+        warn!("{image}: {named}; what is moved, and recorded, is the image that is served");
     }
     match ledger.tail(size).map_err(refused)? {
         0 => {}
