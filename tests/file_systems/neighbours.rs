@@ -1,10 +1,15 @@
 //! Reads beside changes: a byte that nobody changes is read as it is, at every moment.
 
-use crate::common::{Builder, KIB, MIB, noise, raw::*, session::*, temp_dir};
+use crate::common::{Builder, KIB, MIB, noise, raw::*, session::*, sparse_image, temp_dir};
+use crate::host::Host;
 use crate::more::Transport;
 use crate::mounted::{KINDS, Kind, Mounted};
 
 const SIZE: u64 = 4 * MIB;
+/// How much is copied to another host, and how fast at first, in bytes a second: it takes longer than
+/// all changes do.
+const COPIED: u64 = 16 * MIB;
+const SPEED: u64 = MIB;
 
 /// Where a change begins, and how long it is: inside a page, in the middle of a large folio, across
 /// several of them; a whole number of pages last.
@@ -78,4 +83,40 @@ fn unchanged_bytes_are_read_beside_changes_over_tcp() {
 #[test]
 fn unchanged_bytes_are_read_beside_changes_over_unix() {
     KINDS.iter().for_each(|kind| unchanged_bytes_are_read_beside_changes(*kind, Transport::Unix));
+}
+
+/// The disk is copied slowly while a client changes it, and then as fast as it can be.
+fn unchanged_bytes_are_copied_beside_changes(kind: Kind) {
+    let Some(mounted) = Mounted::new(kind) else { return };
+    let content = noise(COPIED as usize, 12);
+    let here = Host::new(mounted.path(), "here");
+    let there = Host::new(mounted.path(), "there");
+    std::fs::write(&here.image, &content).unwrap();
+    sparse_image(mounted.path(), "there.img", COPIED);
+    let (mut listener, mut server) = (there.listen(), here.serve());
+    let mut changer = Session::open(server.target(), Mode::Simple).unwrap();
+    let speed = SPEED.to_string();
+    let reply = here.mirror_to(there.address, &["exit", &here.address.ip().to_string(), &speed]);
+    assert!(reply.starts_with("0:"), "{reply}");
+    let mut commands = COMMANDS.iter().cycle();
+    for part in 0..COPIED / MIB {
+        for (offset, changed) in CHANGES {
+            let (command, flags) = *commands.next().unwrap();
+            let offset = part * MIB + offset;
+            changer.ok(Request::new(command, offset, changed).flags(flags));
+            let old = &content[offset as usize..][..changed as usize];
+            changer.ok(Request::write(offset, old));
+        }
+    }
+    drop(changer);
+    here.order(&["mirror_max_bps", "0"]);
+    assert!(server.wait_for_end().success() && listener.wait_for_end().success());
+    let copy = std::fs::read(&there.image).unwrap();
+    let wrong = (0..copy.len()).find(|at| copy[*at] != content[*at]);
+    assert_eq!((copy.len() as u64, wrong), (COPIED, None), "the first wrong byte, {}", kind.name);
+}
+
+#[test]
+fn unchanged_bytes_are_copied_beside_changes_to_another_host() {
+    KINDS.iter().for_each(|kind| unchanged_bytes_are_copied_beside_changes(*kind));
 }
