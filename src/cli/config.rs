@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 /// Every key, named like the long option: in capitals, with `_` for `-`. The last ones have no
 /// option, since they are about the units of the service and not about the process.
-pub const KEYS: [&str; 16] = [
+pub const KEYS: [&str; 17] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -35,6 +35,7 @@ pub const KEYS: [&str; 16] = [
     "READ_ONLY",
     "EXPORT",
     "OLDSTYLE",
+    "PLAIN",
     "MAX_CLIENTS",
     "IDLE_EXIT",
     "HOLES",
@@ -156,6 +157,7 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "READ_ONLY" => settings.read_only = switch(value)?,
         "EXPORT" => settings.export = Some(parse_export(value).map_err(said)?),
         "OLDSTYLE" => settings.oldstyle = switch(value)?,
+        "PLAIN" => settings.plain = switch(value)?,
         "MAX_CLIENTS" => settings.max_clients = Some(parse_max_clients(value)?),
         "IDLE_EXIT" => settings.idle_exit = Some(parse_idle_exit(value)?),
         "HOLES" => settings.holes = Some(parse_holes(value)?),
@@ -267,7 +269,7 @@ mod tests {
     #[test]
     fn every_key_is_taken() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
-            KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nMAX_CLIENTS=3\n\
+            KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nPLAIN=yes\nMAX_CLIENTS=3\n\
             IDLE_EXIT=60\nHOLES=trust\nACL=::/0\nAUTOSTART=on-demand\nIP_FILTER=yes\n";
         let expected = Settings {
             addr: Some("::1".parse().unwrap()),
@@ -280,6 +282,7 @@ mod tests {
             read_only: true,
             export: Some("disk".to_owned()),
             oldstyle: true,
+            plain: true,
             max_clients: Some(3),
             idle_exit: Some(60),
             holes: Some(HolePolicy::Trust),
@@ -300,7 +303,8 @@ mod tests {
         let mut options: Vec<String> =
             command.get_arguments().map(|arg| name(arg).to_uppercase().replace('-', "_")).collect();
         let mut keys = KEYS.map(str::to_owned);
-        options.extend(["AUTOSTART", "IP_FILTER"].map(str::to_owned));
+        // PLAIN is an option of `listen` only.
+        options.extend(["AUTOSTART", "IP_FILTER", "PLAIN"].map(str::to_owned));
         options.sort_unstable();
         keys.sort_unstable();
         assert_eq!(options, keys);

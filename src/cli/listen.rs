@@ -54,6 +54,11 @@ pub struct ListenFlags {
     #[arg(long)]
     oldstyle: bool,
 
+    /// Receive from one writer that is not flexnbd, too, until it leaves or falls silent; the disk
+    /// then arrives only by `flexnbd adopt`
+    #[arg(long, conflicts_with = "oldstyle")]
+    plain: bool,
+
     /// Whether to believe the file system where it says that FILE has holes: auto (where that is known
     /// to be right), trust, or ignore [default: auto]
     #[arg(long, value_name = "POLICY", value_parser = parse_holes)]
@@ -86,6 +91,7 @@ impl ListenFlags {
             default_deny: self.default_deny,
             export: self.export,
             oldstyle: self.oldstyle,
+            plain: self.plain,
             holes: self.holes,
             acl: self.acl,
             ..Settings::default()

@@ -63,6 +63,10 @@ pub struct Settings {
     #[arg(long)]
     pub oldstyle: bool,
 
+    /// Receive from one writer of another make, too; for `listen` only.
+    #[arg(skip)]
+    pub plain: bool,
+
     /// Admit at most N clients at once [default: 128]
     #[arg(long, value_name = "N", value_parser = parse_max_clients)]
     pub max_clients: Option<usize>,
@@ -128,6 +132,7 @@ impl Settings {
             read_only: self.read_only || below.read_only,
             export: self.export.or(below.export),
             oldstyle: self.oldstyle || below.oldstyle,
+            plain: self.plain || below.plain,
             max_clients: self.max_clients.or(below.max_clients),
             idle_exit: self.idle_exit.or(below.idle_exit),
             holes: self.holes.or(below.holes),
@@ -142,6 +147,12 @@ impl Settings {
     #[must_use]
     pub fn to_listen(self) -> Self {
         Self { killswitch: false, read_only: false, max_clients: None, idle_exit: None, ..self }
+    }
+
+    /// These settings as far as `serve` heeds them.
+    #[must_use]
+    pub fn to_serve(self) -> Self {
+        Self { plain: false, ..self }
     }
 
     /// Where to listen; none if neither address nor port is given.
@@ -240,6 +251,7 @@ mod tests {
             read_only: true,
             export: Some(word.to_owned()),
             oldstyle: true,
+            plain: true,
             max_clients: Some(number.into()),
             holes: Some(if word == "above" { HolePolicy::Trust } else { HolePolicy::Ignore }),
             idle_exit: Some(number.into()),

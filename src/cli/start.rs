@@ -71,7 +71,7 @@ impl Start {
         };
         let settings = self.settings.clone().over(file);
         let settings = match self.role {
-            Role::Serve => settings,
+            Role::Serve => settings.to_serve(),
             Role::Listen { .. } => settings.to_listen(),
         };
         let acl = Acl::parse(&settings.acl, settings.default_deny)
@@ -87,6 +87,7 @@ impl Start {
             read_only: settings.read_only,
             export: settings.export.unwrap_or_default(),
             oldstyle: settings.oldstyle,
+            plain: settings.plain,
             control: settings.sock,
             killswitch: settings.killswitch,
             idle_exit: settings.idle_exit.map(Duration::from_secs),
@@ -151,6 +152,7 @@ mod tests {
             read_only: false,
             export: String::new(),
             oldstyle: false,
+            plain: false,
             control: None,
             killswitch: false,
             idle_exit: None,
@@ -163,7 +165,7 @@ mod tests {
     #[test]
     fn everything_said_is_in_the_plan() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
-            READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\nHOLES=ignore\n\
+            READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nPLAIN=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\nHOLES=ignore\n\
             ACL=::1\n";
         let expected = Plan {
             role: Role::Serve,
@@ -173,6 +175,7 @@ mod tests {
             read_only: true,
             export: "disk".to_owned(),
             oldstyle: true,
+            plain: false,
             control: Some("/b".into()),
             killswitch: true,
             idle_exit: Some(Duration::from_secs(60)),
@@ -186,13 +189,14 @@ mod tests {
     #[test]
     fn one_file_feeds_serve_and_listen_and_listen_passes_over_what_makes_no_sense_for_it() {
         let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n\
-            IDLE_EXIT=60\n";
+            IDLE_EXIT=60\nPLAIN=1\n";
         let role = Role::Listen { overwrite: true, records: crate::daemon::Records::Required };
         let start = Start { role, ..serve(Settings::default(), Some("disk.conf")) };
         let plan = start.plan_with(Some(text)).unwrap();
         let admission = Admission { acl: Acl::parse(&["::1"], false).unwrap(), clients_max: 128 };
         assert_eq!((plan.role, plan.export.as_str(), plan.admission), (role, "disk", admission));
         assert_eq!((plan.killswitch, plan.read_only, plan.idle_exit), (false, false, None));
+        assert!(plan.plain);
     }
 
     #[test]

@@ -30,6 +30,7 @@ use crate::control::{ControlSocket, Handle, Operator};
 use crate::disk::ledger::Ledger;
 use crate::disk::ownership::ForListen;
 use crate::disk::{Access, Disk, FileImage};
+use crate::migration::arrival::Admits;
 use crate::migration::destination::{Destination, Fate};
 use crate::migration::job::Outcome;
 use crate::migration::source::Desk;
@@ -253,7 +254,12 @@ fn to_listen(
     });
     let ledger = title::with_room(ledger, records).map_err(Refusal::Unrecorded)?;
     let disk = Arc::clone(disk);
-    let destination = Destination::new(disk, Some(ledger), plan.oldstyle, (token, holds), told);
+    let admits = match (plan.oldstyle, plan.plain) {
+        (true, _) => Admits::OldStyle,
+        (false, true) => Admits::PlainWriter,
+        (false, false) => Admits::Sources,
+    };
+    let destination = Destination::new(disk, Some(ledger), admits, (token, holds), told);
     Ok(Some(Arc::new(Receiving(destination))))
 }
 

@@ -31,6 +31,8 @@ pub struct Plan {
     pub export: String,
     /// Greet in old style.
     pub oldstyle: bool,
+    /// Receive from one writer that does not introduce itself, too.
+    pub plain: bool,
     /// Where to open a control socket; not needed when one is inherited.
     pub control: Option<PathBuf>,
     /// End clients that make no progress.

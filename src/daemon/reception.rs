@@ -3,12 +3,16 @@
 //! other; decides nothing.
 
 use crate::disk::ownership::Title;
-use crate::migration::arrival::{self, Denied, answer_when_serving};
+use crate::migration::arrival::{
+    self, Denied, Guest, SOURCE_SILENCE, WRITER_SILENCE, answer_when_serving,
+};
 use crate::migration::destination::{Destination, Handed};
 use crate::migration::wire::{Question, WireError};
 use crate::nbd::handshake::option::OptionReply;
 use crate::nbd::wire::{ErrorCode, OptionReplyKind};
-use crate::server::reception::{Conclusion, Introduction, Reception, SessionId};
+use crate::server::reception::{
+    Conclusion, Entrance, Introduction, Reception, SessionId, Sessions,
+};
 use std::io;
 
 /// A disk that is ours.
@@ -16,21 +20,21 @@ use std::io;
 pub(super) struct Serving(pub(super) Title);
 
 impl Reception for Serving {
-    fn introduced(&self, _session: SessionId, data: &[u8]) -> Introduction {
+    fn introduced(&self, _: SessionId, data: &[u8], _: &dyn Sessions) -> Introduction {
         match Question::decode(data) {
             Ok(question) => {
                 let data = answer_when_serving(self.0, &question).encode().to_vec();
-                Introduction::Answer { data, retire: None }
+                Introduction::Answer { data, retire: Vec::new() }
             }
             Err(error) => invalid(error),
         }
     }
 
-    fn admit(&self, _session: SessionId) -> Result<(), &'static str> {
-        Ok(())
+    fn enters(&self, _: SessionId, _now: bool, _: &dyn Sessions) -> Entrance {
+        Entrance::Open(Vec::new())
     }
 
-    fn permit(&self, _session: SessionId) -> Result<(), (ErrorCode, &'static str)> {
+    fn permit(&self, _: SessionId, _changes: bool) -> Result<(), (ErrorCode, &'static str)> {
         Ok(())
     }
 
@@ -50,24 +54,38 @@ impl Reception for Serving {
 pub(super) struct Receiving(pub(super) Destination);
 
 impl Reception for Receiving {
-    fn introduced(&self, session: SessionId, data: &[u8]) -> Introduction {
-        match self.0.introduced(session, data) {
+    fn introduced(&self, session: SessionId, data: &[u8], others: &dyn Sessions) -> Introduction {
+        match self.0.introduced(session, data, &|other| others.silence(other)) {
             Ok(arrival::Introduction::Answer { answer, retire }) => {
                 Introduction::Answer { data: answer.encode().to_vec(), retire }
             }
             Ok(arrival::Introduction::Refuse(denied)) => {
-                Introduction::Refuse(OptionReply::error(OptionReplyKind::ErrPolicy, why(denied)))
+                let (why, holder) = self.explain(denied, others);
+                let reply = OptionReply::error(OptionReplyKind::ErrPolicy, &why);
+                Introduction::Refuse { reply, holder }
             }
             Err(error) => invalid(error),
         }
     }
 
-    fn admit(&self, session: SessionId) -> Result<(), &'static str> {
-        self.0.admit(session).map_err(why)
+    fn enters(&self, session: SessionId, now: bool, others: &dyn Sessions) -> Entrance {
+        let silence = |other| others.silence(other);
+        let entered = if now {
+            self.0.enter(session, &silence)
+        } else {
+            self.0.admits(session, &silence).map(|()| Vec::new())
+        };
+        match entered {
+            Ok(retire) => Entrance::Open(retire),
+            Err(denied) => {
+                let (why, holder) = self.explain(denied, others);
+                Entrance::Closed { why, holder }
+            }
+        }
     }
 
-    fn permit(&self, session: SessionId) -> Result<(), (ErrorCode, &'static str)> {
-        self.0.permit(session).map_err(|denied| (ErrorCode::NotPermitted, why(denied)))
+    fn permit(&self, session: SessionId, changes: bool) -> Result<(), (ErrorCode, &'static str)> {
+        self.0.permit(session, changes).map_err(|denied| (ErrorCode::NotPermitted, why(denied)))
     }
 
     fn write_failed(&self, _session: SessionId, error: &io::Error) {
@@ -89,11 +107,38 @@ impl Reception for Receiving {
     fn closed(&self, session: SessionId) {
         self.0.closed(session);
     }
+
+    fn is_exclusive(&self) -> bool {
+        true
+    }
+}
+
+impl Receiving {
+    /// Why a client is denied something, and the session that is in its way.
+    fn explain(&self, denied: Denied, others: &dyn Sessions) -> (String, Option<SessionId>) {
+        let Denied::Taken(holder) = denied else { return (why(denied).to_owned(), None) };
+        let who = others.peer(holder).map_or_else(String::new, |peer| format!(" {peer}"));
+        let (what, patience) = match self.0.holder(holder) {
+            Some(Guest::Ours(id)) => (format!("migration {id}"), SOURCE_SILENCE.as_secs()),
+            _ => ("not a flexnbd".to_owned(), WRITER_SILENCE.as_secs()),
+        };
+        let silent = others.silence(holder).as_secs();
+        let why = format!(
+            "{}:{who} ({what}), silent for {silent} s; after {patience} s it loses its place",
+            why(denied)
+        );
+        (why, Some(holder))
+    }
 }
 
 fn why(denied: Denied) -> &'static str {
     match denied {
-        Denied::Taken => "the disk is being received from somebody else",
+        Denied::Stranger => {
+            "a disk is being received here: only its source is let in, a flexnbd that moves it \
+             (flexnbd mirror)"
+        }
+        Denied::Taken(_) => "the disk is being received from another client",
+        Denied::NotSeated => "the connection is not the one that the disk is received from",
         Denied::Complete => "the disk has arrived",
         Denied::Failed => "the disk cannot be received here",
     }
@@ -101,5 +146,6 @@ fn why(denied: Denied) -> &'static str {
 
 fn invalid(error: WireError) -> Introduction {
     let message = error.to_string();
-    Introduction::Refuse(OptionReply::error(OptionReplyKind::ErrInvalid, &message))
+    let reply = OptionReply::error(OptionReplyKind::ErrInvalid, &message);
+    Introduction::Refuse { reply, holder: None }
 }

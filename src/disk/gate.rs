@@ -162,6 +162,12 @@ impl Gate {
         }
     }
 
+    /// Whether a visit is under way.
+    #[must_use]
+    pub fn is_occupied(&self) -> bool {
+        self.state.load(Ordering::Relaxed) & INSIDE != 0
+    }
+
     /// Makes everybody who is waiting to get in ask again whether to give up. Change what they
     /// look at first, nudge second; then nobody misses it.
     pub fn nudge(&self) {

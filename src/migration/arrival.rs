@@ -14,25 +14,50 @@
 //! * The record *incoming* is durable before the first byte is written, so that a half-written
 //!   copy is never taken for a disk.
 //! * A source that introduces itself again closes its earlier connection for good: the caller
-//!   ends that connection and waits for its last request *before* it sends the answer.
+//!   ends that connection and waits for its last request *before* it sends the answer. So does one
+//!   that gets the seat of a holder that has been silent for too long. Nothing acknowledged can be
+//!   lost by that, be the holder dead or only slow: what it sent for its own handover is refused
+//!   without the seat, and its source keeps its disk and serves it until a handover is acknowledged.
 //! * HANDOVER is acknowledged after the data and after the record *ours* are durable. When
 //!   either fails nobody can tell what is on the medium: the process ends without an answer, and
 //!   what the record then says is the truth.
 
 use super::wire::{Answer, Handover, Has, Question, Token};
 use crate::disk::ownership::{Id, Record, Title};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+/// A source's seat is given to another source, one with another id, after so long without a byte
+/// from it.
+pub const SOURCE_SILENCE: Duration = Duration::from_secs(5);
+/// The seat of a writer that cannot introduce itself is given to the next one after so long without
+/// a byte from it.
+pub const WRITER_SILENCE: Duration = Duration::from_secs(60);
+/// So many migrations that have held the seat are remembered.
+const HOLDERS_MAX: usize = 64;
 
 /// The caller's number for a connection; never used twice.
 pub type Connection = u64;
 
-/// How whoever writes came in.
+/// Which clients a listening process admits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admits {
+    /// Sources that introduced themselves.
+    Sources,
+    /// The same, or one writer that did not (`--plain`).
+    PlainWriter,
+    /// Clients of old style, which cannot introduce themselves (`--oldstyle`).
+    OldStyle,
+}
+
+/// What a client of a listening process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Guest {
     /// A source of ours, which introduced itself with this migration.
     Ours(Id),
-    /// Somebody who speaks old style; its DISC after writing means that the disk is complete.
+    /// A client of old style; its DISC after writing means that the disk is complete.
     OldStyle,
-    /// Anybody else who speaks new style; nothing is inferred from what it does.
+    /// Any other client of new style; nothing is inferred from what it does.
     Plain,
 }
 
@@ -45,11 +70,15 @@ impl Guest {
     }
 }
 
-/// Why somebody may not come in, or not write.
+/// Why a client is not admitted, or a request of it refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denied {
-    /// Another connection is writing the disk (`NBD_REP_ERR_POLICY`; for a request `EPERM`).
-    Taken,
+    /// It did not introduce itself (`NBD_REP_ERR_POLICY`).
+    Stranger,
+    /// This other connection holds the seat (`NBD_REP_ERR_POLICY`; for a request `EPERM`).
+    Taken(Connection),
+    /// The connection does not hold the seat, or has lost it.
+    NotSeated,
     /// The disk is just being made ours, or is ours.
     Complete,
     /// The process is about to exit with an error.
@@ -57,14 +86,14 @@ pub enum Denied {
 }
 
 /// What to do about a source that introduces itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Introduction {
-    /// Close `retire` for good and wait until none of its requests is under way; then answer.
+    /// Close `retire` for good and wait until no request of them is under way; then answer.
     Answer {
         /// What to say.
         answer: Answer,
-        /// The same migration's earlier connection.
-        retire: Option<Connection>,
+        /// Connections that have lost the seat.
+        retire: Vec<Connection>,
     },
     /// Refuse the option.
     Refuse(Denied),
@@ -96,17 +125,33 @@ pub enum Ending {
 #[derive(Debug)]
 pub struct Arrival {
     token: Token,
+    admits: Admits,
     state: State,
     /// Whose incomplete copy the durable record says is here.
     holds: Holds,
+    /// The migration with which each connection introduced itself; of several connections with the
+    /// same one, only the latest.
+    introduced: BTreeMap<Connection, Id>,
+    /// Connections that have lost the seat, and may still have requests under way.
+    retiring: BTreeSet<Connection>,
+    /// The migrations that have held the seat, the latest last.
+    holders: VecDeque<Id>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Receiving(Option<(Connection, Guest)>),
+    Receiving(Option<Seat>),
     Settling(Option<Id>),
     Arrived(Option<Id>),
     Failed,
+}
+
+/// The one connection that may change the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seat {
+    connection: Connection,
+    guest: Guest,
+    wrote: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,46 +160,75 @@ enum Holds {
     CopyOf(Option<Id>),
 }
 
+impl Seat {
+    /// Whether the seat is given to `contender` when its holder has been silent for so long.
+    fn yields(self, contender: Guest, silent: Duration) -> bool {
+        let patience = match (self.guest, contender) {
+            (Guest::Ours(_), Guest::Ours(_)) => SOURCE_SILENCE,
+            (Guest::Plain, Guest::Ours(_)) if !self.wrote => Duration::ZERO,
+            (Guest::Plain, Guest::Plain) if !self.wrote => SOURCE_SILENCE,
+            _ => WRITER_SILENCE,
+        };
+        silent >= patience
+    }
+}
+
 impl Arrival {
     /// A process of this name, whose image holds an incomplete copy from the migration `holds`, if
     /// any (see [`crate::disk::ownership::ForListen::Accept`]).
     #[must_use]
-    pub fn new(token: Token, holds: Option<Id>) -> Self {
-        let holds = holds.map_or(Holds::Nothing, |id| Holds::CopyOf(Some(id)));
-        Self { token, state: State::Receiving(None), holds }
-    }
-
-    /// Whether a client that did not introduce itself may come in.
-    ///
-    /// # Errors
-    /// While a migration is connected, and once the disk is complete.
-    pub fn admit(&self) -> Result<(), Denied> {
-        match self.state {
-            State::Receiving(None) => Ok(()),
-            state => Err(denied(state)),
+    pub fn new(token: Token, holds: Option<Id>, admits: Admits) -> Self {
+        Self {
+            token,
+            admits,
+            state: State::Receiving(None),
+            holds: holds.map_or(Holds::Nothing, |id| Holds::CopyOf(Some(id))),
+            introduced: BTreeMap::new(),
+            retiring: BTreeSet::new(),
+            holders: VecDeque::new(),
         }
     }
 
-    /// A source introduces itself on `connection`.
-    pub fn introduced(&mut self, connection: Connection, question: &Question) -> Introduction {
-        let id = question.id;
-        let retire = match self.state {
-            State::Arrived(_) => None,
-            State::Receiving(None) => self.seat(connection, id),
-            State::Receiving(Some((old, Guest::Ours(same)))) if same == id => {
-                self.seat(connection, id);
-                // One that introduces itself twice has no earlier connection to wait for.
-                (old != connection).then_some(old)
-            }
-            state => return Introduction::Refuse(denied(state)),
-        };
-        let answer = Answer { listening: Some(self.token), has: self.has(id) };
-        Introduction::Answer { answer, retire }
+    /// The connection that holds the seat, and what it is.
+    #[must_use]
+    pub fn holder(&self) -> Option<(Connection, Guest)> {
+        match self.state {
+            State::Receiving(Some(seat)) => Some((seat.connection, seat.guest)),
+            _ => None,
+        }
     }
 
-    fn seat(&mut self, connection: Connection, id: Id) -> Option<Connection> {
-        self.state = State::Receiving(Some((connection, Guest::Ours(id))));
-        None
+    /// A source introduces itself on `connection`, or asks what has become of its disk: it gets the
+    /// seat only when it [enters](Arrival::enter). The holder has been silent for so long.
+    ///
+    /// The answer is about the migration asked about, so that it is given to one that has held the
+    /// seat whoever holds it now.
+    pub fn introduced(
+        &mut self,
+        connection: Connection,
+        question: &Question,
+        silent: Duration,
+    ) -> Introduction {
+        let id = question.id;
+        match self.state {
+            State::Arrived(_) | State::Receiving(None) => {}
+            State::Receiving(Some(seat)) if seat.guest == Guest::Ours(id) => {
+                if seat.connection != connection {
+                    self.unseat(seat.connection);
+                }
+            }
+            State::Receiving(Some(seat)) => {
+                let known = self.holders.contains(&id);
+                if !known && !seat.yields(Guest::Ours(id), silent) {
+                    return Introduction::Refuse(Denied::Taken(seat.connection));
+                }
+            }
+            state => return Introduction::Refuse(denied(state)),
+        }
+        self.introduced.retain(|_, other| *other != id);
+        self.introduced.insert(connection, id);
+        let answer = Answer { listening: Some(self.token), has: self.has(id) };
+        Introduction::Answer { answer, retire: self.retiring() }
     }
 
     fn has(&self, id: Id) -> Has {
@@ -165,27 +239,131 @@ impl Arrival {
         }
     }
 
-    /// `guest`, on `connection`, wants to change the disk.
-    pub fn wants_to_write(&mut self, connection: Connection, guest: Guest) -> Permission {
-        match (self.state, guest) {
-            (State::Receiving(Some(seat)), _) if seat == (connection, guest) => {}
-            (State::Receiving(None), Guest::OldStyle | Guest::Plain) => {
-                self.state = State::Receiving(Some((connection, guest)));
-            }
-            // A source without a seat has lost it to its own next connection, which has closed.
-            (State::Receiving(None), Guest::Ours(_)) => return Permission::Refuse(Denied::Taken),
-            (state, _) => return Permission::Refuse(denied(state)),
+    /// Whether `connection` may enter the transmission phase now, the holder having been silent for
+    /// so long. Changes nothing.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn admits(&self, connection: Connection, silent: Duration) -> Result<(), Denied> {
+        self.entrance(connection, silent).map(drop)
+    }
+
+    /// `connection` is about to enter the transmission phase, the holder having been silent for so
+    /// long. One that speaks new style then holds the seat. First close these connections for good,
+    /// and wait until no request of them is under way.
+    ///
+    /// # Errors
+    /// Why it may not.
+    pub fn enter(
+        &mut self,
+        connection: Connection,
+        silent: Duration,
+    ) -> Result<Vec<Connection>, Denied> {
+        let (guest, outgoing) = self.entrance(connection, silent)?;
+        if let Some(outgoing) = outgoing {
+            self.unseat(outgoing);
         }
+        if guest != Guest::OldStyle {
+            self.seat(connection, guest, false);
+        }
+        Ok(self.retiring())
+    }
+
+    /// What the connection is, and which one has to leave for it.
+    fn entrance(
+        &self,
+        connection: Connection,
+        silent: Duration,
+    ) -> Result<(Guest, Option<Connection>), Denied> {
+        let guest = self.guest(connection);
+        let State::Receiving(seat) = self.state else { return Err(denied(self.state)) };
+        if guest == Guest::Plain && self.admits != Admits::PlainWriter {
+            return Err(Denied::Stranger);
+        }
+        match seat {
+            Some(seat) if seat.connection == connection => Ok((guest, None)),
+            Some(seat) if seat.yields(guest, silent) => Ok((guest, Some(seat.connection))),
+            // Its requests are refused one by one, since old style has no other way.
+            Some(seat) if guest != Guest::OldStyle => Err(Denied::Taken(seat.connection)),
+            _ => Ok((guest, None)),
+        }
+    }
+
+    fn guest(&self, connection: Connection) -> Guest {
+        match self.introduced.get(&connection) {
+            Some(id) => Guest::Ours(*id),
+            None if self.admits == Admits::OldStyle => Guest::OldStyle,
+            None => Guest::Plain,
+        }
+    }
+
+    fn seat(&mut self, connection: Connection, guest: Guest, wrote: bool) {
+        self.state = State::Receiving(Some(Seat { connection, guest, wrote }));
+        if let Some(id) = guest.id()
+            && !self.holders.contains(&id)
+        {
+            self.holders.truncate(HOLDERS_MAX - 1);
+            self.holders.push_front(id);
+        }
+    }
+
+    fn unseat(&mut self, connection: Connection) {
+        self.state = State::Receiving(None);
+        self.introduced.remove(&connection);
+        self.retiring.insert(connection);
+    }
+
+    fn retiring(&self) -> Vec<Connection> {
+        self.retiring.iter().copied().collect()
+    }
+
+    /// Whether a request of `connection` that does not change the disk may be carried out: only
+    /// the holder reads an arriving disk. Where any client of old style may turn out to be the
+    /// writer, they may read what was there before.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_use(&self, connection: Connection) -> Result<(), Denied> {
+        match self.state {
+            State::Receiving(Some(seat)) if seat.connection == connection => Ok(()),
+            State::Receiving(Some(seat)) => Err(Denied::Taken(seat.connection)),
+            State::Receiving(None)
+                if self.may_be_the_writer(connection) && self.holds == Holds::Nothing =>
+            {
+                Ok(())
+            }
+            State::Receiving(None) => Err(Denied::NotSeated),
+            state => Err(denied(state)),
+        }
+    }
+
+    fn may_be_the_writer(&self, connection: Connection) -> bool {
+        self.admits == Admits::OldStyle && !self.retiring.contains(&connection)
+    }
+
+    /// `connection` wants to change the disk.
+    pub fn wants_to_write(&mut self, connection: Connection) -> Permission {
+        let guest = match self.state {
+            State::Receiving(Some(seat)) if seat.connection == connection => seat.guest,
+            State::Receiving(Some(seat)) => {
+                return Permission::Refuse(Denied::Taken(seat.connection));
+            }
+            State::Receiving(None) if self.may_be_the_writer(connection) => Guest::OldStyle,
+            // A source that has lost its seat to its own next connection, which has closed.
+            State::Receiving(None) => return Permission::Refuse(Denied::NotSeated),
+            state => return Permission::Refuse(denied(state)),
+        };
+        self.seat(connection, guest, true);
         if self.holds == Holds::CopyOf(guest.id()) {
             return Permission::Go;
         }
         Permission::RecordFirst(Record::Incoming { id: guest.id() })
     }
 
-    /// The record *incoming* for `guest` is durable, or could not be made so; then the process ends.
-    pub fn recorded(&mut self, guest: Guest, durable: bool) {
+    /// The record *incoming* with `id` is durable, or could not be made so; then the process ends.
+    pub fn recorded(&mut self, id: Option<Id>, durable: bool) {
         if durable {
-            self.holds = Holds::CopyOf(guest.id());
+            self.holds = Holds::CopyOf(id);
         } else {
             self.state = State::Failed;
         }
@@ -194,7 +372,7 @@ impl Arrival {
     /// HANDOVER arrived on `connection`.
     pub fn handed_over(&mut self, connection: Connection, handover: &Handover) -> Ending {
         let id = handover.id;
-        let seated = self.state == State::Receiving(Some((connection, Guest::Ours(id))));
+        let seated = self.holder() == Some((connection, Guest::Ours(id)));
         let ours = handover.token == self.token && self.holds == Holds::CopyOf(Some(id));
         if !(seated && ours) {
             return Ending::Refuse;
@@ -205,7 +383,7 @@ impl Arrival {
 
     /// DISC arrived on `connection`, and everything before it has been carried out.
     pub fn said_goodbye(&mut self, connection: Connection) -> Ending {
-        let seated = self.state == State::Receiving(Some((connection, Guest::OldStyle)));
+        let seated = self.holder() == Some((connection, Guest::OldStyle));
         if !(seated && self.holds == Holds::CopyOf(None)) {
             return Ending::Nothing;
         }
@@ -234,7 +412,9 @@ impl Arrival {
 
     /// `connection` is gone, and none of its requests is under way.
     pub fn closed(&mut self, connection: Connection) {
-        if matches!(self.state, State::Receiving(Some((seat, _))) if seat == connection) {
+        self.introduced.remove(&connection);
+        self.retiring.remove(&connection);
+        if self.holder().is_some_and(|(holder, _)| holder == connection) {
             self.state = State::Receiving(None);
         }
     }
@@ -242,7 +422,7 @@ impl Arrival {
 
 fn denied(state: State) -> Denied {
     match state {
-        State::Receiving(_) => Denied::Taken,
+        State::Receiving(_) => Denied::NotSeated,
         State::Settling(_) | State::Arrived(_) => Denied::Complete,
         State::Failed => Denied::Failed,
     }
@@ -256,197 +436,4 @@ pub fn answer_when_serving(title: Title, question: &Question) -> Answer {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ID: Id = Id([1; 16]);
-    const OTHER: Id = Id([2; 16]);
-    const TOKEN: Token = Token([9; 16]);
-    const HANDOVER: Handover = Handover { id: ID, token: TOKEN };
-
-    fn ask(id: Id) -> Question {
-        Question { size: 1 << 20, id }
-    }
-
-    fn listening(has: Has, retire: Option<Connection>) -> Introduction {
-        Introduction::Answer { answer: Answer { listening: Some(TOKEN), has }, retire }
-    }
-
-    /// A destination that has taken a byte of `guest` on `connection`.
-    fn receiving(connection: Connection, guest: Guest) -> Arrival {
-        let mut arrival = Arrival::new(TOKEN, None);
-        if let Guest::Ours(id) = guest {
-            arrival.introduced(connection, &ask(id));
-        }
-        arrival.wants_to_write(connection, guest);
-        arrival.recorded(guest, true);
-        assert_eq!(arrival.wants_to_write(connection, guest), Permission::Go);
-        arrival
-    }
-
-    #[test]
-    fn the_first_byte_waits_for_the_record() {
-        let mut arrival = Arrival::new(TOKEN, None);
-        assert_eq!(arrival.introduced(1, &ask(ID)), listening(Has::Nothing, None));
-        let first = Permission::RecordFirst(Record::Incoming { id: Some(ID) });
-        assert_eq!(arrival.wants_to_write(1, Guest::Ours(ID)), first);
-        assert_eq!(arrival.wants_to_write(1, Guest::Ours(ID)), first, "it is not durable yet");
-        arrival.recorded(Guest::Ours(ID), true);
-        assert_eq!(arrival.wants_to_write(1, Guest::Ours(ID)), Permission::Go);
-    }
-
-    #[test]
-    fn a_record_that_cannot_be_written_ends_the_process_before_a_byte_is_taken() {
-        let mut arrival = Arrival::new(TOKEN, None);
-        arrival.wants_to_write(1, Guest::Plain);
-        arrival.recorded(Guest::Plain, false);
-        let refused = Permission::Refuse(Denied::Failed);
-        assert_eq!(arrival.wants_to_write(1, Guest::Plain), refused);
-    }
-
-    #[test]
-    fn nobody_else_comes_in_while_a_migration_is_connected() {
-        let mut arrival = receiving(1, Guest::Ours(ID));
-        assert_eq!(arrival.admit(), Err(Denied::Taken));
-        assert_eq!(arrival.introduced(2, &ask(OTHER)), Introduction::Refuse(Denied::Taken));
-        let refused = Permission::Refuse(Denied::Taken);
-        assert_eq!(arrival.wants_to_write(2, Guest::Plain), refused);
-        arrival.closed(2);
-        assert_eq!(arrival.admit(), Err(Denied::Taken), "it was not connection 2 that migrates");
-        arrival.closed(1);
-        assert_eq!(arrival.admit(), Ok(()));
-    }
-
-    #[test]
-    fn a_reader_does_not_keep_a_migration_out_and_cannot_write_into_it() {
-        let mut arrival = Arrival::new(TOKEN, None);
-        assert_eq!(arrival.admit(), Ok(()));
-        assert_eq!(arrival.introduced(2, &ask(ID)), listening(Has::Nothing, None));
-        let refused = Permission::Refuse(Denied::Taken);
-        assert_eq!(arrival.wants_to_write(1, Guest::Plain), refused);
-    }
-
-    #[test]
-    fn the_same_source_comes_again_and_its_earlier_connection_is_closed_for_good() {
-        let mut arrival = receiving(1, Guest::Ours(ID));
-        assert_eq!(arrival.introduced(2, &ask(ID)), listening(Has::Incomplete, Some(1)));
-        let refused = Permission::Refuse(Denied::Taken);
-        assert_eq!(arrival.wants_to_write(1, Guest::Ours(ID)), refused);
-        assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
-        arrival.closed(1);
-        assert_eq!(arrival.wants_to_write(2, Guest::Ours(ID)), Permission::Go);
-        arrival.closed(2);
-        assert_eq!(arrival.wants_to_write(1, Guest::Ours(ID)), refused, "the seat stays lost");
-        assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
-    }
-
-    #[test]
-    fn a_source_that_introduces_itself_twice_on_one_connection_does_not_wait_for_itself() {
-        let mut arrival = receiving(1, Guest::Ours(ID));
-        assert_eq!(arrival.introduced(1, &ask(ID)), listening(Has::Incomplete, None));
-        assert_eq!(arrival.wants_to_write(1, Guest::Ours(ID)), Permission::Go);
-    }
-
-    #[test]
-    fn after_a_write_that_failed_neither_a_handover_nor_a_goodbye_makes_the_disk_ours() {
-        let mut arrival = receiving(1, Guest::Ours(ID));
-        arrival.write_failed();
-        assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
-        assert_eq!(arrival.introduced(2, &ask(ID)), Introduction::Refuse(Denied::Failed));
-        let mut arrival = receiving(1, Guest::OldStyle);
-        arrival.write_failed();
-        assert_eq!(arrival.said_goodbye(1), Ending::Nothing);
-    }
-
-    #[test]
-    fn a_copy_that_somebody_else_has_written_into_is_not_resumed() {
-        for other in [Guest::Ours(OTHER), Guest::Plain, Guest::OldStyle] {
-            let mut arrival = receiving(1, Guest::Ours(ID));
-            arrival.closed(1);
-            if let Guest::Ours(id) = other {
-                arrival.introduced(2, &ask(id));
-            }
-            let incoming = Permission::RecordFirst(Record::Incoming { id: other.id() });
-            assert_eq!(arrival.wants_to_write(2, other), incoming);
-            arrival.recorded(other, true);
-            arrival.closed(2);
-            assert_eq!(arrival.introduced(3, &ask(ID)), listening(Has::Nothing, None));
-        }
-    }
-
-    #[test]
-    fn a_question_alone_changes_nothing_of_what_is_there() {
-        let mut arrival = receiving(1, Guest::Ours(ID));
-        arrival.closed(1);
-        arrival.introduced(2, &ask(OTHER));
-        arrival.closed(2);
-        assert_eq!(arrival.introduced(3, &ask(ID)), listening(Has::Incomplete, None));
-    }
-
-    #[test]
-    fn a_restarted_destination_knows_whose_copy_it_has() {
-        let mut arrival = Arrival::new(TOKEN, Some(ID));
-        assert_eq!(arrival.introduced(1, &ask(ID)), listening(Has::Incomplete, None));
-    }
-
-    #[test]
-    fn a_handover_with_the_wrong_id_or_token_or_from_elsewhere_is_refused() {
-        let mut arrival = receiving(1, Guest::Ours(ID));
-        let wrong_id = Handover { id: OTHER, ..HANDOVER };
-        let wrong_token = Handover { token: Token([8; 16]), ..HANDOVER };
-        assert_eq!(arrival.handed_over(1, &wrong_id), Ending::Refuse);
-        assert_eq!(arrival.handed_over(1, &wrong_token), Ending::Refuse);
-        assert_eq!(arrival.handed_over(2, &HANDOVER), Ending::Refuse);
-        let ours = Record::Ours(Title::Arrived(ID));
-        assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Settle(ours));
-    }
-
-    #[test]
-    fn a_handover_of_a_disk_that_was_never_written_is_refused() {
-        let mut arrival = Arrival::new(TOKEN, None);
-        arrival.introduced(1, &ask(ID));
-        assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
-    }
-
-    #[test]
-    fn while_the_disk_is_being_settled_no_question_is_answered() {
-        let mut arrival = receiving(1, Guest::Ours(ID));
-        arrival.handed_over(1, &HANDOVER);
-        let refused = Introduction::Refuse(Denied::Complete);
-        assert_eq!(arrival.introduced(2, &ask(ID)), refused);
-        assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse, "said twice");
-        arrival.closed(1);
-        assert!(arrival.settled(true));
-        assert_eq!(arrival.introduced(2, &ask(ID)), listening(Has::Arrived, None));
-        assert_eq!(arrival.introduced(3, &ask(OTHER)), listening(Has::Nothing, None));
-        let complete = Permission::Refuse(Denied::Complete);
-        assert_eq!(arrival.wants_to_write(2, Guest::Ours(ID)), complete);
-    }
-
-    #[test]
-    fn a_disk_that_cannot_be_made_durable_never_arrives_and_nothing_is_said() {
-        let mut arrival = receiving(1, Guest::Ours(ID));
-        arrival.handed_over(1, &HANDOVER);
-        assert!(!arrival.settled(false));
-        assert_eq!(arrival.introduced(2, &ask(ID)), Introduction::Refuse(Denied::Failed));
-    }
-
-    #[test]
-    fn goodbye_counts_from_the_old_style_peer_that_has_written_and_from_nobody_else() {
-        let received = Ending::Settle(Record::Ours(Title::Received));
-        assert_eq!(receiving(1, Guest::OldStyle).said_goodbye(1), received);
-        assert_eq!(receiving(1, Guest::OldStyle).said_goodbye(2), Ending::Nothing);
-        assert_eq!(Arrival::new(TOKEN, None).said_goodbye(1), Ending::Nothing);
-        assert_eq!(receiving(1, Guest::Plain).said_goodbye(1), Ending::Nothing);
-        assert_eq!(receiving(1, Guest::Ours(ID)).said_goodbye(1), Ending::Nothing);
-    }
-
-    #[test]
-    fn a_serving_process_knows_the_migration_its_disk_came_with_and_no_other() {
-        let arrived = Answer { listening: None, has: Has::Arrived };
-        let nothing = Answer { listening: None, has: Has::Nothing };
-        assert_eq!(answer_when_serving(Title::Arrived(ID), &ask(ID)), arrived);
-        assert_eq!(answer_when_serving(Title::Arrived(OTHER), &ask(ID)), nothing);
-        assert_eq!(answer_when_serving(Title::Adopted, &ask(ID)), nothing);
-    }
-}
+mod tests;

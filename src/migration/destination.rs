@@ -1,13 +1,15 @@
 //! The receiving side of a migration: carries out what [`super::arrival`] decides.
 //! Knows no socket: whoever serves the incoming disk asks it, and it answers.
 
-use super::arrival::{Arrival, Connection, Denied, Ending, Guest, Introduction, Permission};
+use super::arrival::{
+    Admits, Arrival, Connection, Denied, Ending, Guest, Introduction, Permission,
+};
 use super::wire::{Handover, Question, Token, WireError};
 use crate::disk::Disk;
 use crate::disk::ledger::Ledger;
 use crate::disk::ownership::{Id, Record, Title};
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// What becomes of an incoming disk, told once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,24 +36,19 @@ pub struct Destination {
     disk: Arc<Disk>,
     /// None where no record can be kept.
     ledger: Option<Ledger>,
-    oldstyle: bool,
-    state: Mutex<State>,
+    arrival: Mutex<Arrival>,
     /// Held while data and record are made durable. Never waited for by whoever may have requests
     /// under way: to flush is to wait for theirs.
     settling: Mutex<()>,
     told: Box<dyn Fn(Fate) + Send + Sync>,
 }
 
-#[derive(Debug)]
-struct State {
-    arrival: Arrival,
-    /// The migrations that connections introduced themselves with.
-    introduced: BTreeMap<Connection, Id>,
-}
+/// For how long nothing has come from a connection.
+pub type Silence<'a> = &'a dyn Fn(Connection) -> Duration;
 
 impl std::fmt::Debug for Destination {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Destination").field("state", &self.state).finish_non_exhaustive()
+        f.debug_struct("Destination").field("arrival", &self.arrival).finish_non_exhaustive()
     }
 }
 
@@ -62,16 +59,16 @@ impl Destination {
     pub fn new(
         disk: Arc<Disk>,
         ledger: Option<Ledger>,
-        oldstyle: bool,
+        admits: Admits,
         (token, holds): (Token, Option<Id>),
         told: Box<dyn Fn(Fate) + Send + Sync>,
     ) -> Self {
-        let arrival = Arrival::new(token, holds);
-        let state = Mutex::new(State { arrival, introduced: BTreeMap::new() });
-        Self { disk, ledger, oldstyle, state, settling: Mutex::new(()), told }
+        let arrival = Mutex::new(Arrival::new(token, holds, admits));
+        Self { disk, ledger, arrival, settling: Mutex::new(()), told }
     }
 
-    /// A source introduces itself with this data.
+    /// A source introduces itself with this data. `silence` tells for how long nothing has come
+    /// from a connection.
     ///
     /// # Errors
     /// When it is no question.
@@ -79,42 +76,71 @@ impl Destination {
         &self,
         connection: Connection,
         data: &[u8],
+        silence: Silence<'_>,
     ) -> Result<Introduction, WireError> {
         let question = Question::decode(data)?;
         // What it asks is being decided.
         let _decided = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut state = self.lock();
-        let introduction = state.arrival.introduced(connection, &question);
-        if matches!(introduction, Introduction::Answer { .. }) {
-            state.introduced.insert(connection, question.id);
-        }
-        Ok(introduction)
+        let mut arrival = self.lock();
+        let silent = self.silence_of_holder(&arrival, silence);
+        Ok(arrival.introduced(connection, &question, silent))
     }
 
-    /// Whether this connection may come in.
-    ///
-    /// # Errors
-    /// While somebody else's migration is connected, and once the disk is complete.
-    pub fn admit(&self, connection: Connection) -> Result<(), Denied> {
-        let state = self.lock();
-        if state.introduced.contains_key(&connection) { Ok(()) } else { state.arrival.admit() }
-    }
-
-    /// Whether this connection may change the disk, now. Makes the record *incoming* durable
-    /// before the first change.
+    /// Whether this connection may enter the transmission phase; see [`Arrival::admits`].
     ///
     /// # Errors
     /// Why not.
-    pub fn permit(&self, connection: Connection) -> Result<(), Denied> {
-        let mut state = self.lock();
-        let guest = self.guest(&state, connection);
+    pub fn admits(&self, connection: Connection, silence: Silence<'_>) -> Result<(), Denied> {
+        let arrival = self.lock();
+        arrival.admits(connection, self.silence_of_holder(&arrival, silence))
+    }
+
+    /// This connection is about to enter the transmission phase; see [`Arrival::enter`].
+    ///
+    /// # Errors
+    /// Why it may not.
+    pub fn enter(
+        &self,
+        connection: Connection,
+        silence: Silence<'_>,
+    ) -> Result<Vec<Connection>, Denied> {
+        let mut arrival = self.lock();
+        let silent = self.silence_of_holder(&arrival, silence);
+        arrival.enter(connection, silent)
+    }
+
+    /// What the connection that holds the seat is, if it is this one.
+    #[must_use]
+    pub fn holder(&self, connection: Connection) -> Option<Guest> {
+        self.lock().holder().filter(|(holder, _)| *holder == connection).map(|(_, guest)| guest)
+    }
+
+    /// A holder whose request is under way on the disk waits for us, and is not silent.
+    fn silence_of_holder(&self, arrival: &Arrival, silence: Silence<'_>) -> Duration {
+        match arrival.holder() {
+            Some((holder, _)) if !self.disk.gate().is_occupied() => silence(holder),
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// Whether a request of this connection may be carried out, now; `changes` tells whether it
+    /// changes the disk. Makes the record *incoming* durable before the first change.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn permit(&self, connection: Connection, changes: bool) -> Result<(), Denied> {
+        let mut arrival = self.lock();
+        if !changes {
+            return arrival.may_use(connection);
+        }
         loop {
-            match state.arrival.wants_to_write(connection, guest) {
+            match arrival.wants_to_write(connection) {
                 Permission::Go => return Ok(()),
                 Permission::Refuse(denied) => return Err(denied),
                 Permission::RecordFirst(record) => {
                     let kept = self.keep(&record);
-                    state.arrival.recorded(guest, kept.is_ok());
+                    let id = if let Record::Incoming { id } = record { id } else { None };
+                    arrival.recorded(id, kept.is_ok());
                     if let Err(why) = kept {
                         (self.told)(Fate::Failed(why));
                     }
@@ -127,7 +153,7 @@ impl Destination {
     pub fn handed_over(&self, connection: Connection, payload: &[u8]) -> Handed {
         let Ok(handover) = Handover::decode(payload) else { return Handed::Refuse };
         let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        let ending = self.lock().arrival.handed_over(connection, &handover);
+        let ending = self.lock().handed_over(connection, &handover);
         match ending {
             Ending::Settle(record) if self.settle(&record) => Handed::Acknowledge,
             Ending::Settle(_) => Handed::Silence,
@@ -138,7 +164,7 @@ impl Destination {
     /// DISC arrived.
     pub fn said_goodbye(&self, connection: Connection) {
         let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        let ending = self.lock().arrival.said_goodbye(connection);
+        let ending = self.lock().said_goodbye(connection);
         if let Ending::Settle(record) = ending {
             self.settle(&record);
         }
@@ -146,16 +172,14 @@ impl Destination {
 
     /// The connection is gone, and none of its requests is under way.
     pub fn closed(&self, connection: Connection) {
-        let mut state = self.lock();
-        state.introduced.remove(&connection);
-        state.arrival.closed(connection);
+        self.lock().closed(connection);
     }
 
     /// A request that changes the disk, or makes it durable, failed: this image cannot be written,
     /// so that waiting for the source to try again would be in vain (flexnbd(1), LISTEN MODE).
     pub fn failed(&self, why: &str) {
         // Once it is being settled, what is to be durable then is known by another flush.
-        if self.lock().arrival.write_failed() {
+        if self.lock().write_failed() {
             (self.told)(Fate::Failed(why.to_owned()));
         }
     }
@@ -164,8 +188,8 @@ impl Destination {
     /// it is complete.
     fn settle(&self, record: &Record) -> bool {
         let settled = self.flush().and_then(|()| self.keep(record));
-        let mut state = self.lock();
-        let ours = state.arrival.settled(settled.is_ok());
+        let mut arrival = self.lock();
+        let ours = arrival.settled(settled.is_ok());
         (self.told)(match settled {
             Ok(()) => Fate::Arrived(match record {
                 Record::Ours(title) => *title,
@@ -188,17 +212,9 @@ impl Destination {
         }
     }
 
-    fn guest(&self, state: &State, connection: Connection) -> Guest {
-        match state.introduced.get(&connection) {
-            Some(id) => Guest::Ours(*id),
-            None if self.oldstyle => Guest::OldStyle,
-            None => Guest::Plain,
-        }
-    }
-
     /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Arrival> {
+        self.arrival.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -211,7 +227,6 @@ mod tests {
     use nix::libc::EIO;
     use std::sync::mpsc;
     use std::thread;
-    use std::time::Duration;
 
     const PATIENCE: Duration = Duration::from_secs(20);
     const ID: Id = Id([1; 16]);
@@ -228,9 +243,13 @@ mod tests {
                 let fates = Mutex::new(fates);
                 move |fate| fates.lock().unwrap().send(fate).unwrap()
             });
-            let destination = Destination::new(Arc::clone(&disk), None, false, (TOKEN, None), tell);
-            destination.introduced(1, &Question { size: 1 << 20, id: ID }.encode()).unwrap();
-            destination.permit(1).unwrap();
+            let destination =
+                Destination::new(Arc::clone(&disk), None, Admits::Sources, (TOKEN, None), tell);
+            let silence: Silence<'_> = &|_| Duration::ZERO;
+            let question = Question { size: 1 << 20, id: ID }.encode();
+            destination.introduced(1, &question, silence).unwrap();
+            destination.enter(1, silence).unwrap();
+            destination.permit(1, true).unwrap();
             // A reader has come before, and has a flush under way.
             let mut errands = Errands::new(&disk, Arc::new(TestBell::default()));
             errands.begin(disk.enter(&|| true).unwrap(), Work::Flush, ());
@@ -241,7 +260,7 @@ mod tests {
                 let destination = &destination;
                 let handing = scope.spawn(|| destination.handed_over(1, &handover));
                 let asking = scope.spawn(move || {
-                    while destination.permit(2) != Err(Denied::Complete) {
+                    while destination.permit(2, true) != Err(Denied::Complete) {
                         thread::yield_now();
                     }
                     asked.send(()).unwrap();

@@ -80,17 +80,26 @@ impl Link {
         let private = question.map(|question| question.encode().to_vec());
         let wish = Wish { private, ..Wish::default() };
         let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);
-        let answer = answer
-            .map(|data| Answer::decode(&data))
-            .transpose()
-            .map_err(|_| Trouble::Confused("the destination's answer is of another version"))?;
-        match (agreed, answer) {
+        match (agreed, decoded(answer)?) {
             (Ok(agreement), answer) => {
                 let peer = peer(&agreement, answer);
                 Ok((Some(Self { stream, received: Vec::new(), unfinished: false }), peer))
             }
             (Err(_), Some(answer)) if answer.is_final() => Ok((None, told_only(answer))),
             (Err(error), _) => Err(trouble(error)),
+        }
+    }
+
+    /// Asks the private question, and leaves again without having wanted anything else.
+    pub(super) fn ask(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble> {
+        let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
+            .map_err(|error| Trouble::Connect(error.to_string()))?;
+        let private = Some(question.encode().to_vec());
+        let wish = Wish { private, private_only: true, ..Wish::default() };
+        let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);
+        match (agreed, decoded(answer)?) {
+            (Err(error), None) => Err(trouble(error)),
+            (_, answer) => Ok(answer),
         }
     }
 
@@ -313,6 +322,13 @@ fn peer(agreement: &Agreement, answer: Option<Answer>) -> Peer {
 fn told_only(answer: Answer) -> Peer {
     let caps = Caps { zeroes: false, block_min: 1, data_max: u64::from(PAYLOAD_LENGTH_DEFAULT) };
     Peer { size: 0, read_only: true, flush: false, caps, answer: Some(answer) }
+}
+
+fn decoded(answer: Option<Vec<u8>>) -> Result<Option<Answer>, Trouble> {
+    answer
+        .map(|data| Answer::decode(&data))
+        .transpose()
+        .map_err(|_| Trouble::Confused("the destination's answer is of another version"))
 }
 
 fn trouble(error: ClientError) -> Trouble {

@@ -2,8 +2,8 @@
 //! Never decides: every result goes back as the next event.
 
 use super::job::{
-    Action, Event, Job, News, Note, Order, Outcome, Peer, Progress, Request, Stage, TooLate,
-    Trouble, Work,
+    Action, Event, Job, News, Note, Order, Outcome, Progress, Request, Stage, TooLate, Trouble,
+    Work,
 };
 use super::link::{Link, Route, SendError};
 use super::machine::{Machine, TooSmall};
@@ -474,8 +474,7 @@ impl Source {
 /// # Errors
 /// When nobody answers who could know.
 pub fn ask(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble> {
-    let (_, Peer { answer, .. }) = Link::open(route, Some(question))?;
-    Ok(answer)
+    Link::ask(route, question)
 }
 
 fn take_orders(desk: &Desk, machine: &mut Machine) {

@@ -34,6 +34,8 @@ pub(super) enum SessionEnd {
     DiskGone,
     /// We were told to end it.
     Ordered(Order),
+    /// Nobody is let in now; holds why.
+    NotLetIn(String),
     /// It goes on in the next process.
     PackedUp,
     /// What another process has left of it does not fit here.
@@ -92,6 +94,10 @@ impl std::fmt::Display for SessionEnd {
             Self::Ordered(Order::GiveWay) => {
                 f.write_str("the client was slow to greet and another one was waiting")
             }
+            Self::Ordered(Order::Displaced) => {
+                f.write_str("another connection has taken its place at the arriving disk")
+            }
+            Self::NotLetIn(why) => write!(f, "the client is not let in: {why}"),
             Self::Ordered(_) => f.write_str("the server is stopping"),
             Self::Unfit => f.write_str("what the last process has left of it does not fit here"),
             Self::PackedUp => f.write_str("it goes on in the next process"),

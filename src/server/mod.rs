@@ -201,7 +201,7 @@ impl Server {
             handshakes: HANDSHAKES_MAX,
             patience: HANDSHAKE_PATIENCE,
         };
-        let export = export(&disk, name);
+        let export = export(&disk, name, reception.is_exclusive());
         let roster = Roster::new(capacity, acl, watch)?;
         let cpus = thread::available_parallelism().map_or(1, usize::from);
         let shared = Arc::new(Shared { disk, export, settings, reception, roster, cpus });
@@ -364,12 +364,12 @@ impl Exit {
     }
 }
 
-fn export(disk: &Disk, name: &str) -> Export {
+fn export(disk: &Disk, name: &str, exclusive: bool) -> Export {
     let mut flags = TransmissionFlags::HAS_FLAGS
         | TransmissionFlags::SEND_FLUSH
         | TransmissionFlags::SEND_FUA
-        | TransmissionFlags::SEND_CACHE
-        | TransmissionFlags::CAN_MULTI_CONN;
+        | TransmissionFlags::SEND_CACHE;
+    flags.set(TransmissionFlags::CAN_MULTI_CONN, !exclusive);
     flags |= if disk.read_only() {
         TransmissionFlags::READ_ONLY
     } else {

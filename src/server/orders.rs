@@ -3,9 +3,11 @@
 
 use crate::disk::Bell;
 use crate::net::Wake;
+use nix::time::ClockId;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// What a session is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -23,6 +25,8 @@ pub(super) enum Order {
     GiveWay = 4,
     /// Close now: the server ends.
     Leave = 5,
+    /// Close now: another connection has got the seat at the arriving disk.
+    Displaced = 6,
 }
 
 /// The way from the server to one session.
@@ -33,6 +37,8 @@ pub(super) struct Orders {
     waits_for_disk: AtomicBool,
     /// Set whenever there is a new order, or news of an errand.
     pub(super) wake: Wake,
+    /// When something was last heard of the client, on the clock of [`now`].
+    heard: AtomicU64,
 }
 
 impl Orders {
@@ -41,8 +47,9 @@ impl Orders {
     /// # Errors
     /// When there is no descriptor left.
     pub(super) fn new() -> io::Result<Self> {
+        let (current, heard) = (AtomicU8::new(Order::Serve as u8), AtomicU64::new(now()));
         let waits_for_disk = AtomicBool::new(false);
-        Ok(Self { current: AtomicU8::new(Order::Serve as u8), waits_for_disk, wake: Wake::new()? })
+        Ok(Self { current, waits_for_disk, wake: Wake::new()?, heard })
     }
 
     /// Gives an order, unless a harsher one was given.
@@ -61,6 +68,16 @@ impl Orders {
         self.waits_for_disk.load(Ordering::Acquire)
     }
 
+    /// Something came from the client, or something that it waited for was done.
+    pub(super) fn heard(&self) {
+        self.heard.store(now(), Ordering::Relaxed);
+    }
+
+    /// For how long the client has been silent.
+    pub(super) fn silence(&self) -> Duration {
+        Duration::from_millis(now().saturating_sub(self.heard.load(Ordering::Relaxed)))
+    }
+
     /// The order that holds now.
     pub(super) fn current(&self) -> Order {
         match self.current.load(Ordering::Acquire) {
@@ -69,9 +86,16 @@ impl Orders {
             2 => Order::Finish,
             3 => Order::NotAdmitted,
             4 => Order::GiveWay,
-            _ => Order::Leave,
+            5 => Order::Leave,
+            _ => Order::Displaced,
         }
     }
+}
+
+/// Milliseconds on a clock that costs no system call, and is right to some of them.
+fn now() -> u64 {
+    let time = ClockId::CLOCK_MONOTONIC_COARSE.now().map(Duration::from);
+    time.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
 }
 
 impl Bell for Orders {
@@ -92,7 +116,8 @@ mod tests {
     fn a_milder_order_does_not_take_back_a_harsher_one() {
         let orders = Orders::new().unwrap();
         assert_eq!(orders.current(), Order::Serve);
-        let all = [Order::PackUp, Order::Finish, Order::NotAdmitted, Order::GiveWay, Order::Leave];
+        let mild = [Order::PackUp, Order::Finish, Order::NotAdmitted];
+        let all = [&mild[..], &[Order::GiveWay, Order::Leave, Order::Displaced]].concat();
         for order in all {
             orders.give(order);
             orders.give(Order::PackUp);

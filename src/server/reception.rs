@@ -3,23 +3,53 @@
 
 use crate::nbd::handshake::option::OptionReply;
 use crate::nbd::wire::ErrorCode;
+use crate::net::Peer;
 use std::io;
+use std::time::Duration;
 
 /// Number of a session; never used twice in a process.
 pub type SessionId = u64;
 
+/// What a reception may ask about the sessions of its server.
+pub trait Sessions {
+    /// For how long nothing has come from the session's client, nor anything been done that it
+    /// waits for.
+    fn silence(&self, session: SessionId) -> Duration;
+    /// The session's client, while there is one.
+    fn peer(&self, session: SessionId) -> Option<Peer>;
+}
+
 /// What to do about a client that sent the private option.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Introduction {
-    /// End the session `retire` and wait until it is gone; then answer with this data.
+    /// End the sessions `retire` and wait until they are gone; then answer with this data.
     Answer {
         /// Data of the reply.
         data: Vec<u8>,
-        /// An earlier session of the same client.
-        retire: Option<SessionId>,
+        /// Sessions that may do nothing any more.
+        retire: Vec<SessionId>,
     },
     /// Answer with this error.
-    Refuse(OptionReply),
+    Refuse {
+        /// The error.
+        reply: OptionReply,
+        /// The session because of which; ask again if it is just leaving.
+        holder: Option<SessionId>,
+    },
+}
+
+/// What to do about a client that wants to enter the transmission phase.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Entrance {
+    /// End these sessions and wait until they are gone; then let it in.
+    Open(Vec<SessionId>),
+    /// Do not.
+    Closed {
+        /// For `NBD_REP_ERR_POLICY`.
+        why: String,
+        /// The session because of which; ask again if it is just leaving.
+        holder: Option<SessionId>,
+    },
 }
 
 /// What to do about the private command.
@@ -36,17 +66,16 @@ pub enum Conclusion {
 /// Whoever knows whose the disk is. Called from many sessions at once.
 pub trait Reception: Send + Sync + std::fmt::Debug {
     /// A client sent the private option with this data.
-    fn introduced(&self, session: SessionId, data: &[u8]) -> Introduction;
-    /// Whether the client may go on to transmission.
-    ///
-    /// # Errors
-    /// Why not, for `NBD_REP_ERR_POLICY`.
-    fn admit(&self, session: SessionId) -> Result<(), &'static str>;
-    /// Whether a request that changes the disk may be carried out; it is, directly after.
+    fn introduced(&self, session: SessionId, data: &[u8], others: &dyn Sessions) -> Introduction;
+    /// A client asks about the export (`NBD_OPT_INFO`) as if it wanted to enter the transmission
+    /// phase; or does enter it, if `now`.
+    fn enters(&self, session: SessionId, now: bool, others: &dyn Sessions) -> Entrance;
+    /// Whether a request may be carried out; it is, directly after. `changes` tells whether it
+    /// changes the disk.
     ///
     /// # Errors
     /// What to answer instead, and why, for the log.
-    fn permit(&self, session: SessionId) -> Result<(), (ErrorCode, &'static str)>;
+    fn permit(&self, session: SessionId, changes: bool) -> Result<(), (ErrorCode, &'static str)>;
     /// A request that changes the disk, or makes it durable, failed for this reason.
     fn write_failed(&self, session: SessionId, error: &io::Error);
     /// The private command arrived, and every request before it has been carried out.
@@ -55,6 +84,10 @@ pub trait Reception: Send + Sync + std::fmt::Debug {
     fn said_goodbye(&self, session: SessionId);
     /// The session is over, and none of its requests is under way.
     fn closed(&self, session: SessionId);
+    /// Whether there is one client at a time, so that several connections are not offered.
+    fn is_exclusive(&self) -> bool {
+        false
+    }
 }
 
 /// Lets everybody do everything, for tests of the server alone.
@@ -64,15 +97,15 @@ pub(crate) struct Anybody;
 
 #[cfg(test)]
 impl Reception for Anybody {
-    fn introduced(&self, _session: SessionId, _data: &[u8]) -> Introduction {
-        Introduction::Answer { data: Vec::new(), retire: None }
+    fn introduced(&self, _: SessionId, _data: &[u8], _: &dyn Sessions) -> Introduction {
+        Introduction::Answer { data: Vec::new(), retire: Vec::new() }
     }
 
-    fn admit(&self, _session: SessionId) -> Result<(), &'static str> {
-        Ok(())
+    fn enters(&self, _: SessionId, _now: bool, _: &dyn Sessions) -> Entrance {
+        Entrance::Open(Vec::new())
     }
 
-    fn permit(&self, _session: SessionId) -> Result<(), (ErrorCode, &'static str)> {
+    fn permit(&self, _: SessionId, _changes: bool) -> Result<(), (ErrorCode, &'static str)> {
         Ok(())
     }
 
@@ -106,13 +139,13 @@ impl Hears {
 
 #[cfg(test)]
 impl Reception for Hears {
-    fn introduced(&self, _: SessionId, _: &[u8]) -> Introduction {
-        Introduction::Answer { data: Vec::new(), retire: None }
+    fn introduced(&self, _: SessionId, _: &[u8], _: &dyn Sessions) -> Introduction {
+        Introduction::Answer { data: Vec::new(), retire: Vec::new() }
     }
-    fn admit(&self, _: SessionId) -> Result<(), &'static str> {
-        Ok(())
+    fn enters(&self, _: SessionId, _: bool, _: &dyn Sessions) -> Entrance {
+        Entrance::Open(Vec::new())
     }
-    fn permit(&self, _: SessionId) -> Result<(), (ErrorCode, &'static str)> {
+    fn permit(&self, _: SessionId, _: bool) -> Result<(), (ErrorCode, &'static str)> {
         Ok(())
     }
     fn write_failed(&self, _: SessionId, _: &io::Error) {

@@ -4,6 +4,7 @@
 use super::acl::{Acl, BadEntry};
 use super::carry::Carried;
 use super::orders::{Order, Orders};
+use super::reception::{SessionId, Sessions};
 use super::watch::{Knocks, Watch};
 use crate::net::{Peer, Stream, Wake};
 use std::collections::BTreeMap;
@@ -266,13 +267,15 @@ impl Roster {
         std::mem::take(&mut self.lock().parcels)
     }
 
-    /// Tells one session to leave at once and waits until it has; false if it has not by
+    /// Tells these sessions to leave at once and waits until they have; false if they have not by
     /// `deadline`.
-    pub(super) fn dismiss(&self, id: u64, deadline: Instant) -> bool {
-        if let Some(entry) = self.lock().entries.get(&id) {
-            entry.orders.give(Order::Leave);
-        }
-        self.wait_until(|entries| !entries.contains_key(&id), deadline)
+    fn dismiss(&self, ids: &[u64], deadline: Instant) -> bool {
+        let inner = self.lock();
+        let leaving = ids.iter().filter_map(|id| inner.entries.get(id));
+        leaving.for_each(|entry| entry.orders.give(Order::Displaced));
+        drop(inner);
+        let gone = |entries: &Entries| !ids.iter().any(|id| entries.contains_key(id));
+        self.wait_until(gone, deadline)
     }
 
     /// Tells those to leave at once that do not wait for the disk.
@@ -350,9 +353,20 @@ impl Inner {
 }
 
 impl Seat {
-    /// Tells another session to leave and waits until it has; false if it has not by `deadline`.
-    pub(super) fn dismiss(&self, other: u64, deadline: Instant) -> bool {
-        self.roster.dismiss(other, deadline)
+    /// Tells other sessions to leave and waits until they have; false if they have not by
+    /// `deadline`.
+    pub(super) fn dismiss(&self, others: &[u64], deadline: Instant) -> bool {
+        others.is_empty() || self.roster.dismiss(others, deadline)
+    }
+
+    /// Waits until another session has left; false if it has not by `deadline`.
+    pub(super) fn sees_leave(&self, other: u64, deadline: Instant) -> bool {
+        self.roster.wait_until(|entries| !entries.contains_key(&other), deadline)
+    }
+
+    /// All sessions.
+    pub(super) fn sessions(&self) -> &dyn Sessions {
+        &*self.roster
     }
 
     /// Leaves the place, and the session packed up.
@@ -366,6 +380,17 @@ impl Seat {
             entry.greeting_since = None;
         }
         self.roster.bell.wake();
+    }
+}
+
+impl Sessions for Roster {
+    fn silence(&self, session: SessionId) -> Duration {
+        let inner = self.lock();
+        inner.entries.get(&session).map_or(Duration::ZERO, |entry| entry.orders.silence())
+    }
+
+    fn peer(&self, session: SessionId) -> Option<Peer> {
+        self.lock().entries.get(&session).map(|entry| entry.peer)
     }
 }
 

@@ -9,7 +9,7 @@ use super::inbox::Inbox;
 use super::orders::Order;
 use super::outbox::Outbox;
 use super::progress::Progress;
-use super::reception::{Introduction, Reception};
+use super::reception::{Entrance, Introduction, Reception, SessionId};
 use super::roster::Seat;
 use super::transmission::Transmission;
 use super::work::Worker;
@@ -33,6 +33,8 @@ pub const PAYLOAD_MAX: u32 = 64 << 20;
 pub const PAYLOAD_MAX_OLDSTYLE: u32 = 1 << 30;
 /// How long a source that has come back waits for what its earlier connection still does.
 const DISMISSAL: Duration = Duration::from_secs(4);
+/// How long a newcomer waits for the end of a connection that is in its way.
+const LEAVING: Duration = Duration::from_millis(500);
 /// How long to wait for a client to read the last replies.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -66,7 +68,10 @@ impl Session<'_> {
     /// process has left it; with what it was in the middle of when it was packed up.
     pub(super) fn run(&self, carried: Option<Carried>) -> (SessionEnd, Option<Carried>) {
         let begun = match carried {
-            None => Some(self.start()),
+            None => match self.start() {
+                Ok(start) => Some(start),
+                Err(end) => return (end, None),
+            },
             Some(carried) => self.resume(carried),
         };
         let Some(start) = begun else { return (SessionEnd::Unfit, None) };
@@ -77,10 +82,11 @@ impl Session<'_> {
         (end, carried)
     }
 
-    fn start(&self) -> Start {
+    fn start(&self) -> Result<Start, SessionEnd> {
         let (inbox, mut outbox) = (Inbox::default(), Outbox::default());
         let stage = match self.settings.style {
             Style::Oldstyle => {
+                self.let_in(true).map_err(SessionEnd::NotLetIn)?;
                 let mut greeting = Vec::new();
                 let agreement = Handshake::greet_oldstyle(&self.export, &mut greeting);
                 outbox.reply(|out| out.extend_from_slice(&greeting));
@@ -92,7 +98,7 @@ impl Session<'_> {
                 Stage::Greeting(Box::new(handshake))
             }
         };
-        Start { inbox, outbox, stage }
+        Ok(Start { inbox, outbox, stage })
     }
 
     /// None if it does not fit this server.
@@ -155,6 +161,7 @@ impl Session<'_> {
     ) -> Result<Agreement, SessionEnd> {
         let deadline = Instant::now() + self.settings.handshake_timeout;
         handshake.understand_private();
+        handshake.admit_selectively();
         loop {
             self.send_greeting(outbox, deadline)?;
             self.receive_greeting(inbox, deadline)?;
@@ -176,7 +183,6 @@ impl Session<'_> {
         outbox: &mut Outbox,
     ) -> Result<Option<Agreement>, SessionEnd> {
         loop {
-            handshake.set_closed(self.reception.admit(self.seat.id).err());
             let mut step = Ok((0, Next::More));
             outbox.reply(|out| step = handshake.advance(inbox.bytes(), out));
             let (used, next) = step.map_err(SessionEnd::Misbehaved)?;
@@ -187,6 +193,7 @@ impl Session<'_> {
                     let answer = self.introduce(&data);
                     outbox.reply(|out| handshake.answer_private(answer, out));
                 }
+                Next::Wants { to_enter } => handshake.decide(self.let_in(to_enter)),
                 Next::Goodbye => return Err(SessionEnd::Aborted),
                 Next::Transmission(agreement) => return Ok(Some(agreement)),
             }
@@ -194,19 +201,51 @@ impl Session<'_> {
     }
 
     fn introduce(&self, data: &[u8]) -> Result<Vec<u8>, OptionReply> {
-        match self.reception.introduced(self.seat.id, data) {
-            Introduction::Answer { data, retire } => {
-                let deadline = Instant::now() + DISMISSAL;
-                match retire {
-                    Some(earlier) if !self.seat.dismiss(earlier, deadline) => {
-                        let why = "your earlier connection is still at work on the disk";
-                        Err(OptionReply::error(OptionReplyKind::ErrPolicy, why))
-                    }
-                    _ => Ok(data),
+        let mut waits = true;
+        loop {
+            match self.reception.introduced(self.seat.id, data, self.seat.sessions()) {
+                Introduction::Answer { data, retire } => {
+                    let gone = self.dismiss(&retire);
+                    return gone
+                        .map(|()| data)
+                        .map_err(|why| OptionReply::error(OptionReplyKind::ErrPolicy, &why));
                 }
+                Introduction::Refuse { holder: Some(holder), .. }
+                    if std::mem::take(&mut waits) && self.sees_leave(holder) => {}
+                Introduction::Refuse { reply, .. } => return Err(reply),
             }
-            Introduction::Refuse(refusal) => Err(refusal),
         }
+    }
+
+    /// Whether the client gets at the export, and enters the transmission phase if `now`.
+    fn let_in(&self, now: bool) -> Result<(), String> {
+        let mut waits = true;
+        loop {
+            match self.reception.enters(self.seat.id, now, self.seat.sessions()) {
+                Entrance::Open(retire) => {
+                    // What it has got is free for the next one.
+                    return self.dismiss(&retire).inspect_err(|_| {
+                        self.reception.closed(self.seat.id);
+                    });
+                }
+                Entrance::Closed { holder: Some(holder), .. }
+                    if std::mem::take(&mut waits) && self.sees_leave(holder) => {}
+                Entrance::Closed { why, .. } => return Err(why),
+            }
+        }
+    }
+
+    /// Ends sessions that may do nothing any more, and waits until nothing of them is under way.
+    fn dismiss(&self, retire: &[SessionId]) -> Result<(), String> {
+        if self.seat.dismiss(retire, Instant::now() + DISMISSAL) {
+            return Ok(());
+        }
+        Err("an earlier connection is still at work on the disk; try again".to_owned())
+    }
+
+    /// A client that connects again at once may be here before the end of its last connection.
+    fn sees_leave(&self, holder: SessionId) -> bool {
+        self.seat.sees_leave(holder, Instant::now() + LEAVING)
     }
 
     fn send_greeting(&self, outbox: &mut Outbox, deadline: Instant) -> Result<(), SessionEnd> {
@@ -221,7 +260,10 @@ impl Session<'_> {
             match inbox.receive(&self.stream) {
                 Ok(0) if inbox.bytes().is_empty() => return Err(SessionEnd::Left),
                 Ok(0) => return Err(SessionEnd::Vanished),
-                Ok(_) => return Ok(()),
+                Ok(_) => {
+                    self.seat.orders.heard();
+                    return Ok(());
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.wait(Interest { readable: true, writable: false }, deadline)?;
                 }

@@ -68,8 +68,10 @@ impl Transmission<'_> {
     /// What the client wants, or why it cannot have it, by the protocol or by whose disk it is.
     fn checked(&self, header: &Header) -> Result<Request, Refusal> {
         let request = header.check(&self.terms)?;
-        if request.writes() {
-            let permitted = self.worker.reception.permit(self.worker.session);
+        // These two say on their own what they do for whom.
+        if !matches!(request, Request::Private { .. } | Request::Disconnect) {
+            let (reception, session) = (self.worker.reception, self.worker.session);
+            let permitted = reception.permit(session, request.writes());
             permitted.map_err(|(code, why)| Refusal { code, why })?;
         }
         Ok(request)

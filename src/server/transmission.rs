@@ -167,6 +167,7 @@ impl<'a> Transmission<'a> {
     /// Answers what errands are over for.
     fn conclude_errands(&mut self) {
         while let Some((aside, outcome)) = self.worker.errands.next_over() {
+            self.worker.orders.heard();
             match aside {
                 Aside::Answer { to, request } => {
                     self.worker.conclude(to, outcome, request, &mut self.outbox);
@@ -259,6 +260,7 @@ impl<'a> Transmission<'a> {
             }
             Ok(count) => {
                 self.delay.received();
+                self.worker.orders.heard();
                 self.progress.received += count as u64;
                 self.progress.drained = count < DRAINED_BELOW;
                 Ok(true)

@@ -187,6 +187,14 @@ impl Wire {
         });
     }
 
+    /// Address and port of this end of a TCP connection.
+    pub(crate) fn local_address(&self) -> String {
+        match &self.link {
+            Link::Tcp(s) => s.local_addr().unwrap().to_string(),
+            Link::Unix(_) => panic!("not TCP"),
+        }
+    }
+
     /// A second hand on the same connection, to send and receive at the same time.
     pub(crate) fn second_hand(&self) -> Wire {
         let link = match &self.link {

@@ -75,7 +75,7 @@ fn bases() -> [BTreeMap<&'static str, &'static str>; 2] {
     [open, listed]
 }
 
-const OTHER: [(&str, &str); 16] = [
+const OTHER: [(&str, &str); 17] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
@@ -84,6 +84,7 @@ const OTHER: [(&str, &str); 16] = [
     ("PORT", "8"),
     ("EXPORT", "disk"),
     ("OLDSTYLE", "yes"),
+    ("PLAIN", "yes"),
     ("ACL", "::2"),
     ("DEFAULT_DENY", "yes"),
     ("IP_FILTER", "no"),
@@ -187,8 +188,10 @@ fn autostart_has_the_words_that_are_told() {
 fn keys_without_an_option_are_named() {
     let serve = <Settings as clap::Args>::augment_args(clap::Command::new("serve"));
     let name = |arg: &clap::Arg| arg.get_long().unwrap_or(arg.get_id().as_str()).to_owned();
-    let options: Vec<String> =
+    let mut options: Vec<String> =
         serve.get_arguments().map(|arg| name(arg).to_uppercase().replace('-', "_")).collect();
+    // An option of `listen` alone.
+    options.push("PLAIN".to_owned());
     let without: BTreeSet<&str> =
         config::KEYS.into_iter().filter(|key| !options.iter().any(|known| known == key)).collect();
     let page = page();

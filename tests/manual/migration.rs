@@ -11,6 +11,7 @@ use flexnbd::disk::ownership::{
     for_adopt, for_listen, for_serve,
 };
 use flexnbd::disk::{KeptBecause, dirty, hold, ledger, state};
+use flexnbd::migration::arrival::{SOURCE_SILENCE, WRITER_SILENCE};
 use flexnbd::migration::freeze::{
     BACKOFF_FIRST, BACKOFF_MAX, DRAIN_MAX, DRAIN_MIN, FREEZE_MAX, OPEN_SHARE, STALL_MAX,
 };
@@ -69,6 +70,8 @@ fn the_limits_are_those_of_the_program() {
     assert_eq!(told("Holding back"), [held]);
     let marks = [dirty::BLOCK >> 10, dirty::BITMAP_MAX >> 20, dirty::FINE_MAX >> 40];
     assert_eq!(told("Marks"), marks);
+    let silence = [SOURCE_SILENCE, WRITER_SILENCE].map(|silence| silence.as_secs());
+    assert_eq!(told("Silence"), silence);
     assert_eq!(told("Record"), [RECORD_MAX as u64]);
     assert_eq!(told("Private payload"), [PRIVATE_PAYLOAD_MAX, Handover::LENGTH as u64]);
     assert_eq!(numbers(&text(&page, "SPEED/Limits")), [0, CHUNK_MIN]);

@@ -1,15 +1,17 @@
 //! What rude sources, and others who happen by, do to our `listen`.
 
 use crate::common::raw::{
-    DISC, EINVAL, ENOSPC, EPERM, FIXED_NEWSTYLE, NO_ZEROES, OPT_EXPORT_NAME, OPT_GO, OPT_PRIVATE,
-    REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY, Wire, encode_go, encode_request,
+    CAN_MULTI_CONN, DISC, EINVAL, ENOSPC, EPERM, FIXED_NEWSTYLE, NO_ZEROES, OPT_EXPORT_NAME,
+    OPT_GO, OPT_INFO, OPT_PRIVATE, READ, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY, WRITE, Wire,
+    encode_go, encode_request,
 };
 use crate::common::server::{Server, Target};
 use crate::common::session::{Mode, Request, Session};
-use crate::common::{MIB, TempDir};
+use crate::common::{DEADLINE, MIB, TempDir, comes_true};
 use crate::fixture::image::{assert_same, empty_image, stamped_image};
 use crate::fixture::{Host, PLACES, STARTED, directory};
 use nix::sys::signal::Signal;
+use std::time::Duration;
 
 const SIZE: u64 = MIB;
 /// Longest write of the sources here.
@@ -43,6 +45,10 @@ impl Listening {
 
     fn newstyle() -> Listening {
         Listening::new(&[])
+    }
+
+    fn plain() -> Listening {
+        Listening::new(&["--plain"])
     }
 
     fn target(&self) -> Target {
@@ -216,7 +222,7 @@ fn a_second_source_may_neither_write_nor_end_what_the_first_has_begun() {
     let mut first = listening.old();
     first.ok(Request::write(0, &[0xee; 512]));
     let mut second = listening.old();
-    second.refused(Request::write(0, &[0xdd; 512]), &[EPERM]);
+    assert_eq!(second.ask(Request::write(0, &[0xdd; 512])).error, EPERM);
     second.send(&Request::new(DISC, 0, 0));
     second.wire.expect_closed("after a DISC");
     first.ok(Request::write(512, &[0xee; 512]));
@@ -238,9 +244,161 @@ fn a_second_source_may_not_even_greet_where_it_could_be_told_so() {
     listening.listens_on("incoming");
 }
 
+/// Not one way into the transmission phase is open to a client that did not introduce itself.
+#[track_caller]
+fn is_closed_to_strangers(listening: &Listening) {
+    for option in [OPT_GO, OPT_INFO] {
+        let mut wire = listening.haggle();
+        assert_eq!(wire.ask_final(option, &encode_go(b"", &[])), REP_ERR_POLICY, "{option}");
+        wire.still_haggles();
+    }
+    let mut wire = listening.haggle();
+    wire.send_option(OPT_EXPORT_NAME, b"");
+    wire.expect_closed("an export name from a stranger");
+}
+
+#[test]
+fn a_client_without_introduction_is_refused_before_and_between_sources() {
+    let listening = Listening::newstyle();
+    is_closed_to_strangers(&listening);
+    let (mut first, _) = listening.introduced(MINE);
+    is_closed_to_strangers(&listening);
+    first.ok(Request::write(0, &[0xee; 512]));
+    drop(first);
+    listening.host.wait_for_status("num_clients", "0");
+    is_closed_to_strangers(&listening);
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn a_client_that_haggles_before_the_source_is_refused_after_it() {
+    let listening = Listening::newstyle();
+    let mut early = listening.haggle();
+    let (mut source, _) = listening.introduced(MINE);
+    source.ok(Request::write(0, &[0xee; 512]));
+    assert_eq!(early.ask_final(OPT_GO, &encode_go(b"", &[])), REP_ERR_POLICY);
+    source.ok(Request::write(512, &[0xee; 512]));
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn a_question_without_entering_keeps_no_source_out() {
+    let listening = Listening::newstyle();
+    let mut asking = listening.haggle();
+    assert_eq!(asking.ask(OPT_PRIVATE, &question(MINE)).1, REP_ACK);
+    let (mut source, _) = listening.introduced(OTHERS);
+    source.ok(Request::write(0, &[0xee; 512]));
+    assert_eq!(asking.ask_final(OPT_GO, &encode_go(b"", &[])), REP_ERR_POLICY);
+    source.ok(Request::write(512, &[0xee; 512]));
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn a_refused_source_is_told_the_holder_and_its_silence() {
+    let listening = Listening::newstyle();
+    let (mut first, _) = listening.introduced(MINE);
+    first.ok(Request::write(0, &[0xee; 512]));
+    let source = Host::new(listening.host.image.parent().unwrap(), "source");
+    stamped_image(&source.image, SIZE);
+    let _serving = source.serve();
+    let reply = source.mirror_to(listening.host.address, &[]);
+    assert!(reply.starts_with("1: Mirror was rejected"), "{reply}");
+    let holder = first.wire.local_address();
+    for part in [&holder, "migration 07070707070707070707070707070707", "silent for 0 s"] {
+        assert!(reply.contains(part), "{part:?} is not in {reply}");
+    }
+    first.ok(Request::write(512, &[0xee; 512]));
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn a_stopped_source_loses_its_seat_to_another_within_seconds() {
+    let directory = directory(PLACES[1]);
+    let [stopped, source, destination] =
+        ["stopped", "source", "dest"].map(|name| Host::new(directory.path(), name));
+    stamped_image(&stopped.image, 16 * SIZE);
+    stamped_image(&source.image, 16 * SIZE);
+    empty_image(&destination.image, 16 * SIZE);
+    let (holder, mut serving) = (stopped.serve(), source.serve());
+    let mut listening = destination.listen();
+    // In full flight: the copy takes a minute.
+    let speed = (16 * SIZE / 60).to_string();
+    assert_eq!(stopped.mirror_to(destination.address, &["exit", "0.0.0.0", &speed]), STARTED);
+    let began = comes_true(DEADLINE, || destination.record() == "incoming");
+    assert!(began, "nothing is copied");
+    let reply = source.mirror_to(destination.address, &[]);
+    assert!(reply.starts_with("1: Mirror was rejected"), "a live source is not displaced: {reply}");
+    holder.signal(Signal::SIGSTOP);
+    let mut reply = String::new();
+    let started = comes_true(Duration::from_secs(20), || {
+        reply = source.mirror_to(destination.address, &[]);
+        reply == STARTED
+    });
+    assert!(started, "{reply}");
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    assert_same(&source.image, &destination.image);
+    holder.signal(Signal::SIGCONT);
+    stopped.order(&["break"]);
+    assert_eq!(stopped.record(), "", "its disk is still its own");
+}
+
+#[test]
+fn one_plain_writer_is_admitted_at_a_time() {
+    let listening = Listening::plain();
+    let mut first = Session::open(&listening.target(), Mode::Structured).unwrap();
+    assert_eq!(first.flags & CAN_MULTI_CONN, 0, "one connection is all there is");
+    first.ok(Request::write(0, &[0xee; 512]));
+    is_closed_to_strangers(&listening);
+    let source = listening.haggle().ask_final(OPT_PRIVATE, &question(MINE));
+    assert_eq!(source, REP_ERR_POLICY);
+    first.ok(Request::write(512, &[0xee; 512]));
+    // The next one comes before the end of the first was seen.
+    drop(first);
+    let mut second = Session::open(&listening.target(), Mode::Simple).unwrap();
+    second.ok(Request::write(0, &[0xdd; 512]));
+    assert_eq!(second.read(0, 512), [0xdd; 512], "it reads its own copy");
+    drop(second);
+    let (mut source, token) = listening.introduced(MINE);
+    source.ok(Request::write(0, &[0xcc; 512]));
+    assert_eq!(hand_over(&mut source, MINE, &token), 0);
+}
+
+#[test]
+fn a_plain_client_that_wrote_nothing_is_ended_by_a_source() {
+    let listening = Listening::plain();
+    let mut reader = Session::open(&listening.target(), Mode::Simple).unwrap();
+    reader.read(0, 512);
+    let (mut source, _) = listening.introduced(MINE);
+    source.ok(Request::write(0, &[0xee; 512]));
+    reader.wire.recv_to_end();
+    listening.listens_on("incoming");
+}
+
+#[test]
+fn only_the_writer_of_old_style_reads_the_arriving_disk() {
+    let listening = Listening::oldstyle();
+    let mut early = listening.old();
+    early.read(0, 512);
+    let mut writer = listening.old();
+    writer.ok(Request::write(0, &[0xee; 512]));
+    assert_eq!(writer.read(0, 512), [0xee; 512]);
+    let mut late = listening.old();
+    for other in [&mut early, &mut late] {
+        assert_eq!(other.ask(Request::new(READ, 0, 512)).error, EPERM);
+        assert_eq!(other.ask(Request::new(WRITE, 0, 512)).error, EPERM);
+    }
+    drop((writer, late));
+    listening.host.wait_for_status("num_clients", "1");
+    assert_eq!(early.ask(Request::new(READ, 0, 512)).error, EPERM, "half a copy");
+    drop(early);
+    listening.host.wait_for_status("num_clients", "0");
+    listening.still_receives();
+}
+
 #[test]
 fn a_plain_client_that_writes_and_says_goodbye_has_not_sent_a_disk() {
-    let listening = Listening::newstyle();
+    let listening = Listening::plain();
     let mut session = Session::open(&listening.target(), Mode::Simple).unwrap();
     session.ok(Request::write(0, &[0xee; 512]));
     session.send(&Request::new(DISC, 0, 0));
@@ -262,10 +420,10 @@ fn introduces_itself_with_nonsense() {
 
 #[test]
 fn hands_over_without_an_introduction() {
-    let listening = Listening::newstyle();
+    let listening = Listening::plain();
     let mut session = Session::open(&listening.target(), Mode::Simple).unwrap();
     session.ok(Request::write(0, &[0xee; 512]));
-    assert_eq!(hand_over(&mut session, MINE, &[0; 16]), EINVAL);
+    session.refused(Request::new(HANDOVER, 0, 36), &[EINVAL]);
     session.goes_on();
     listening.listens_on("incoming");
 }

@@ -6,10 +6,11 @@ use super::net::{Down, Up};
 use super::world::{Host, World};
 use flexnbd::disk::ownership::{ForListen, ForServe, Id, Record, Title, for_listen, for_serve};
 use flexnbd::migration::arrival::{
-    Arrival, Ending, Guest, Introduction, Permission, answer_when_serving,
+    Admits, Arrival, Ending, Introduction, Permission, SOURCE_SILENCE, answer_when_serving,
 };
 use flexnbd::migration::wire::{Answer, Handover, Has, Question, Token};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// NBD's EPERM and EINVAL.
 const EPERM: u32 = 1;
@@ -114,7 +115,7 @@ impl World {
         self.destination.processes += 1;
         let token = Token([self.destination.processes; 16]);
         Process::Listen(Box::new(Listen {
-            arrival: Arrival::new(token, holds),
+            arrival: Arrival::new(token, holds, Admits::Sources),
             token,
             guests: BTreeMap::new(),
             work: Vec::new(),
@@ -210,7 +211,7 @@ impl World {
         match listen.busy.clone() {
             Busy::Recording(id) => {
                 self.destination.medium.record.sync();
-                listen.arrival.recorded(Guest::Ours(id), true);
+                listen.arrival.recorded(Some(id), true);
                 listen.busy = Busy::No;
                 Ok((true, None))
             }
@@ -280,7 +281,7 @@ impl World {
                 return Err(format!("two requests in flight cover {range:?}"));
             }
         }
-        match listen.arrival.wants_to_write(at as u64, Guest::Ours(id)) {
+        match listen.arrival.wants_to_write(at as u64) {
             Permission::Go => listen.work.push((at, request)),
             Permission::Refuse(_) => self.reply(at, &request, Some(EPERM)),
             Permission::RecordFirst(record) => {
@@ -337,20 +338,43 @@ impl World {
             self.net.all[at].send_down(Down::Welcome(answer));
             return Ok(());
         }
-        match listen.arrival.introduced(at as u64, &ask) {
-            Introduction::Refuse(_) => {
-                self.net.all[at].send_down(Down::Refused);
-                self.net.all[at].destination_closed = true;
-            }
+        // A holder may have been silent for long, whatever it still has on its way.
+        let silent = if self.dice.once_in(2) { SOURCE_SILENCE } else { Duration::ZERO };
+        let connection = at as u64;
+        let answer = match listen.arrival.introduced(connection, &ask, silent) {
+            Introduction::Refuse(_) => None,
             Introduction::Answer { answer, retire } => {
-                if let Some(old) = retire {
-                    self.retire(listen, old as usize);
-                }
+                self.retire_all(listen, &retire);
+                Some(answer)
+            }
+        };
+        // Who only asks does not go on; it makes no difference here.
+        let entered = answer.and_then(|answer| {
+            let retire = listen.arrival.enter(connection, silent).ok()?;
+            Some((answer, retire))
+        });
+        match (answer, entered) {
+            (_, Some((answer, retire))) => {
+                self.retire_all(listen, &retire);
                 listen.guests.insert(at, ask.id);
                 self.net.all[at].send_down(Down::Welcome(answer));
             }
+            (Some(answer), None) if answer.is_final() => {
+                self.net.all[at].send_down(Down::Welcome(answer));
+            }
+            _ => {
+                self.net.all[at].send_down(Down::Refused);
+                self.net.all[at].destination_closed = true;
+                listen.arrival.closed(connection);
+            }
         }
         Ok(())
+    }
+
+    fn retire_all(&mut self, listen: &mut Listen, retire: &[u64]) {
+        for old in retire {
+            self.retire(listen, *old as usize);
+        }
     }
 
     /// Closes an earlier connection for good, once its requests under way are done.

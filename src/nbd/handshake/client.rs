@@ -24,6 +24,8 @@ pub struct Wish {
     pub allocation: bool,
     /// The private option, with this data.
     pub private: Option<Vec<u8>>,
+    /// Only that: once it is answered the handshake is aborted, as [`Failure::Aborted`].
+    pub private_only: bool,
 }
 
 /// Why there will be no transmission phase.
@@ -37,6 +39,8 @@ pub enum Failure {
     Unexpected(&'static str),
     /// An export was named, but the server is of the old style and has only one, without a name.
     NoExportNames,
+    /// The private option was answered, and nothing else was wished for.
+    Aborted,
     /// The server refused the export.
     Refused {
         /// Number of the error.
@@ -52,6 +56,7 @@ impl std::fmt::Display for Failure {
             Self::NotNbd => f.write_str("what answers there is not an NBD server"),
             Self::Malformed(what) => write!(f, "the server broke the NBD protocol: {what}"),
             Self::Unexpected(what) => write!(f, "the server broke the NBD protocol: {what}"),
+            Self::Aborted => f.write_str("the handshake was aborted"),
             Self::NoExportNames => {
                 f.write_str("the server speaks the old style of NBD, which has no export names")
             }
@@ -199,6 +204,7 @@ impl Handshake {
         }
         match reply {
             OptionReply::Other { number: PRIVATE_OPTION, data } => self.private_answer = Some(data),
+            OptionReply::Ack if self.wish.private_only => return Err(Failure::Aborted),
             OptionReply::Ack => self.ask(self.first(), out),
             OptionReply::Error { number, .. }
                 if number == OptionReplyKind::ErrUnsupported.number() =>

@@ -28,7 +28,7 @@ pub struct Export {
 }
 
 /// How a client broke the handshake so that the session must end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Misbehaviour {
     /// It sent flags that do not exist.
     UnknownClientFlags(u32),
@@ -43,7 +43,7 @@ pub enum Misbehaviour {
     /// An option that must be answered, from a client that does not know answers.
     OptionBeforeFixedNewstyle(u32),
     /// `NBD_OPT_EXPORT_NAME` while nobody is let in.
-    NotAdmitted(&'static str),
+    NotAdmitted(String),
 }
 
 impl std::fmt::Display for Misbehaviour {
@@ -74,6 +74,12 @@ pub enum Next {
     /// The client sent the private option, with this data: go on with
     /// [`Handshake::answer_private`].
     Asked(Vec<u8>),
+    /// The client wants to know about the export, or to enter the transmission phase. Go on after
+    /// [`Handshake::decide`], with the same input.
+    Wants {
+        /// It would be in the transmission phase.
+        to_enter: bool,
+    },
     /// The client gave up: send what there is to send, then close.
     Goodbye,
 }
@@ -97,10 +103,12 @@ pub struct Handshake {
     allocation_for: Option<String>,
     /// Whether the private option is known.
     private: bool,
+    /// Whether it is decided for each client whether it gets at the export.
+    selective: bool,
     /// Whether the client has sent it and had it answered.
     introduced: bool,
-    /// Why nobody is let in now, if so.
-    closed: Option<&'static str>,
+    /// Whether the client may have the export that it now asks for, or why not, once decided.
+    verdict: Option<Result<(), String>>,
 }
 
 /// How far a handshake has come, so that another process can go on with it. Bytes that were not
@@ -143,8 +151,9 @@ impl Handshake {
             dialect: position.dialect,
             allocation_for: position.allocation_for,
             private: false,
+            selective: false,
             introduced: position.introduced,
-            closed: None,
+            verdict: None,
         }
     }
 
@@ -172,10 +181,14 @@ impl Handshake {
         self.private = true;
     }
 
-    /// From now on nobody gets at the export, for this reason (`NBD_REP_ERR_POLICY`); or, without
-    /// one, everybody does.
-    pub fn set_closed(&mut self, why: Option<&'static str>) {
-        self.closed = why;
+    /// From now on nobody gets at the export before that was [decided](Handshake::decide).
+    pub fn admit_selectively(&mut self) {
+        self.selective = true;
+    }
+
+    /// Decides [`Next::Wants`]; the error is why not (`NBD_REP_ERR_POLICY`).
+    pub fn decide(&mut self, verdict: Result<(), String>) {
+        self.verdict = Some(verdict);
     }
 
     /// Answers the private option, after [`Next::Asked`].
@@ -293,7 +306,8 @@ impl Handshake {
         let Some(data) = input.get(after_head..end) else { return Ok((0, Next::More)) };
         // Only known kinds get here: unknown ones were answered unread.
         let next = kind.map_or(Ok(Next::More), |kind| self.obey(kind, data, out))?;
-        Ok((end, next))
+        let used = if matches!(next, Next::Wants { .. }) { 0 } else { end };
+        Ok((used, next))
     }
 
     /// The answer to an option whose data need not, or must not, be kept.
@@ -345,12 +359,14 @@ impl Handshake {
         if self.dialect == Dialect::Extended {
             return Err(Misbehaviour::ExportNameAfterExtendedHeaders);
         }
-        if let Some(why) = self.closed {
-            return Err(Misbehaviour::NotAdmitted(why));
-        }
         let name = decode_text(data).map_err(|_| Misbehaviour::NoSuchExport)?;
         if !self.has(&name) {
             return Err(Misbehaviour::NoSuchExport);
+        }
+        match self.verdict.take() {
+            None if self.selective => return Ok(Next::Wants { to_enter: true }),
+            Some(Err(why)) => return Err(Misbehaviour::NotAdmitted(why)),
+            None | Some(Ok(())) => {}
         }
         let agreement = self.agreement(&name);
         out.extend_from_slice(&agreement.size.to_be_bytes());
@@ -405,9 +421,13 @@ impl Handshake {
             no_such_export().encode(number, out);
             return Next::More;
         }
-        if let Some(why) = self.closed {
-            refuse(OptionReplyKind::ErrPolicy, why).encode(number, out);
-            return Next::More;
+        match self.verdict.take() {
+            None if self.selective => return Next::Wants { to_enter: kind == OptionKind::Go },
+            Some(Err(why)) => {
+                refuse(OptionReplyKind::ErrPolicy, &why).encode(number, out);
+                return Next::More;
+            }
+            None | Some(Ok(())) => {}
         }
         let agreement = self.agreement(&request.export);
         let wants = |info: InfoKind| request.wanted.contains(&info.number());

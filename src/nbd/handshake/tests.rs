@@ -290,7 +290,7 @@ proptest! {
         step in 1usize..200, structured: bool, extended: bool, allocation: bool, named: bool,
     ) {
         let export = if named { "disk".to_owned() } else { String::new() };
-        let wish = Wish { export, structured, extended, allocation, private: None };
+        let wish = Wish { export, structured, extended, allocation, ..Wish::default() };
         let (client, server) = converse(wish, step).unwrap();
         prop_assert_eq!(&client, &server);
         let dialect = match (extended, structured || allocation) {
@@ -346,6 +346,7 @@ fn a_client_falls_back_where_the_server_knows_less() {
         extended: true,
         allocation: true,
         private: Some(vec![1]),
+        private_only: false,
     };
     let mut client = client::Handshake::new(wish);
     let mut input = Vec::new();
@@ -418,7 +419,7 @@ fn the_private_option_is_answered_by_whoever_understands_it() {
 fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export() {
     let mut server = server::Handshake::new(export());
     server.understand_private();
-    server.set_closed(Some("not now"));
+    server.admit_selectively();
     let wish = Wish { private: Some(b"who".to_vec()), ..Wish::default() };
     let mut client = client::Handshake::new(wish);
     let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
@@ -430,13 +431,46 @@ fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export()
         }
         let (used, next) = server.advance(&to_server, &mut to_client).unwrap();
         to_server.drain(..used);
-        if let server::Next::Asked(data) = next {
-            server.answer_private(Ok([&data[..], b"?"].concat()), &mut to_client);
+        match next {
+            server::Next::Asked(data) => {
+                server.answer_private(Ok([&data[..], b"?"].concat()), &mut to_client);
+            }
+            server::Next::Wants { to_enter } => {
+                assert!(to_enter, "GO enters");
+                server.decide(Err("not now".to_owned()));
+            }
+            _ => {}
         }
     };
     let policy = OptionReplyKind::ErrPolicy.number();
     assert_eq!(failure, Failure::Refused { number: policy, message: "not now".into() });
     assert_eq!(client.private_answer(), Some(&b"who?"[..]));
+}
+
+#[test]
+fn each_wish_for_the_export_is_decided_anew() {
+    let mut server = server::Handshake::new(export());
+    server.admit_selectively();
+    let mut bytes = vec![0, 0, 0, 3];
+    for kind in [OptionKind::Info, OptionKind::Go, OptionKind::Go] {
+        encode_option(kind.number(), &go(""), &mut bytes);
+    }
+    let mut wishes = Vec::new();
+    let agreed = loop {
+        let (used, next) = server.advance(&bytes, &mut Vec::new()).unwrap();
+        bytes.drain(..used);
+        match next {
+            server::Next::Wants { to_enter } => {
+                wishes.push(to_enter);
+                let admitted = wishes.len() == 3;
+                server.decide(if admitted { Ok(()) } else { Err("no".to_owned()) });
+            }
+            server::Next::Transmission(_) => break bytes.is_empty(),
+            next => panic!("{next:?}"),
+        }
+    };
+    assert!(agreed, "all of it was used");
+    assert_eq!(wishes, [false, true, true]);
 }
 
 #[test]
