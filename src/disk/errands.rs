@@ -440,7 +440,10 @@ impl<'a, T> Errands<'a, T> {
         let Some(mut errand) = self.under_way.remove(&key) else { return };
         match (call, outcome) {
             (Call::Load(_) | Call::Prefetch(_), outcome) => self.loaded(errand, outcome),
-            (Call::Flush, Ok(())) => self.heard(errand),
+            (Call::Flush, Ok(())) => {
+                self.write_behind.started();
+                self.heard(errand);
+            }
             (Call::Flush, Err(error)) => self.fail(errand, &error),
             (Call::Write { .. }, Ok(())) => {
                 self.mark(&mut errand);
@@ -508,7 +511,6 @@ impl<'a, T> Errands<'a, T> {
     /// The kernel has said that something is durable: ends, unless somebody else may know better.
     fn heard(&mut self, mut errand: Errand<'a, T>) {
         errand.listening = None;
-        self.write_behind.started();
         match self.disk.hearing.ring_after_others(&self.bell) {
             None => self.end(errand, self.disk.hearing.check()),
             Some(others) => self.unsettled.push((others, errand)),

@@ -478,3 +478,41 @@ fn a_reset_connection_is_seen_while_a_long_zeroing_is_made() {
     fixture.wait_for_clients(0);
     assert!(fixture.faults.count(Op::Zero) < 3, "{} parts", fixture.faults.count(Op::Zero));
 }
+
+#[test]
+fn writing_back_starts_after_a_step_of_writes() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    let step = crate::disk::write_behind::STEP;
+    for at in 0..step / MIB {
+        assert_eq!(fixture.faults.count(Op::WriteBack), 0, "{at} MiB");
+        client.write(PLAIN, at * MIB, &[1; MIB as usize], at);
+        assert_eq!(client.head(), (at, 0));
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while fixture.faults.count(Op::WriteBack) == 0 {
+        assert!(Instant::now() < deadline, "it never starts");
+        thread::yield_now();
+    }
+    assert_eq!(fixture.faults.count(Op::Flush), 0, "nobody waits for it");
+}
+
+#[test]
+fn a_backlog_of_a_client_that_ended_its_side_changes_nothing() {
+    let fixture = plain();
+    let mut old = fixture.client();
+    for cookie in 0..UNDER_WAY_MAX as u64 {
+        old.cache(cookie);
+    }
+    fixture.slow.wait_for(UNDER_WAY_MAX);
+    // There is no room for these: they wait where nobody sees what they are.
+    old.write(PLAIN, 0, &[1; 4096], 1000);
+    old.ask(CommandKind::WriteZeroes, PLAIN, 4096, 4096, 1001);
+    old.0.shutdown(Shutdown::Write).unwrap();
+    let mut new = fixture.client();
+    new.write(PLAIN, 0, &[2; 8192], 1);
+    assert_eq!(new.head(), (1, 0));
+    fixture.hurry();
+    fixture.wait_for_clients(1);
+    assert!(fixture.memory.contents()[..8192] == [2; 8192]);
+}
