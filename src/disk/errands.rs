@@ -29,15 +29,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
-pub use work::Work;
+pub use work::{BYTES_MAX, UNDER_WAY_MAX, Work};
 use work::{Errand, Gathered, Queued, Then, Way};
 
 mod work;
-
-/// How many errands of one session may be under way.
-pub const UNDER_WAY_MAX: usize = 128;
-/// How many bytes they may hold, unless it is one alone.
-pub const BYTES_MAX: usize = 2 << 20;
 
 /// The errands of one session. `T` is what it wants back with the outcome of each.
 ///

@@ -7,6 +7,11 @@ use super::super::{Visit, Zeroing};
 use crate::range::Range;
 use std::time::Instant;
 
+/// How many errands of one session may be under way.
+pub const UNDER_WAY_MAX: usize = 128;
+/// How many bytes they may hold, unless it is one alone.
+pub const BYTES_MAX: usize = 2 << 20;
+
 /// What can be done aside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Work {
