@@ -11,8 +11,9 @@ const SECOND: Duration = Duration::from_secs(1);
 /// Smallest request in bytes that a speed limit asks for.
 pub const CHUNK_MIN: u64 = 4096;
 
-/// Requests that a speed limit is spread over in a second, at least.
-const CHUNKS_PER_SECOND: u64 = 16;
+/// Requests that a speed limit is spread over in a second, at least: with few large ones, the one
+/// that does not fit into a second any more is a large part of the limit.
+const CHUNKS_PER_SECOND: u64 = 64;
 
 /// `--max-speed`: at most so many bytes on the wire over any second.
 ///
@@ -98,7 +99,10 @@ impl Speed {
         let goes_with = |(began, sent): &(Duration, u64)| {
             sent + bytes <= self.chunk() && now < *began + time_for(*sent, limit)
         };
-        let (began, before) = self.burst.filter(goes_with).unwrap_or((now, 0));
+        // A wake-up that comes a little late does not put off all that follow.
+        let due = self.burst.map_or(now, |(began, sent)| began + time_for(sent, limit));
+        let next = if due + self.spacing() > now { due.min(now) } else { now };
+        let (began, before) = self.burst.filter(goes_with).unwrap_or((next, 0));
         self.burst = Some((began, before + bytes));
     }
 }
