@@ -12,11 +12,12 @@
 //! 3   server  migration                 may use floors 0 to 2; never each other
 //! 2   client                            may use floors 0 and 1
 //! 1   nbd  disk  net  systemd           may use floor 0; never each other
-//! 0   range  small_file
+//! 0   range  small_file  words
 //! ```
 //!
 //! * [`range`]: a span of the disk that can neither overflow nor leave the disk.
 //! * [`small_file`]: regular files of bounded size, read whole.
+//! * [`words`]: numbers and times in sentences for people.
 //! * [`nbd`]: the language. Bytes in, values out; pure.
 //! * [`disk`]: the bytes being served, and who may touch them now.
 //! * [`net`]: sockets as NBD wants them.
@@ -69,3 +70,4 @@ pub mod range;
 pub mod server;
 pub mod small_file;
 pub mod systemd;
+pub mod words;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 const FLOORS: &[(&str, u32)] = &[
     ("range", 0),
     ("small_file", 0),
+    ("words", 0),
     ("nbd", 1),
     ("disk", 1),
     ("net", 1),
@@ -28,6 +29,7 @@ const FLOORS: &[(&str, u32)] = &[
 /// Files and rooms that decide without doing.
 const PURE: &[&str] = &[
     "range.rs",
+    "words.rs",
     "nbd",
     "server/acl.rs",
     "server/carry.rs",

@@ -154,10 +154,16 @@ impl Host {
 
     /// The job that the service that receives has, if any.
     fn systemctl(&self, job: &str) {
+        self.systemctl_with(job, "");
+    }
+
+    /// The same, and the jobs of the service that serves.
+    fn systemctl_with(&self, job: &str, jobs: &str) {
         let path = self.path("bin/systemctl");
         let told = self.path("told");
         let text = format!(
-            "#!/bin/sh\nif [ \"$1\" = show ]; then echo {job}; else echo \"$*\" >>{}; fi\n",
+            "#!/bin/sh\ncase \"$1\" in show) echo {job} ;; list-jobs) echo '{jobs}' ;; \
+             *) echo \"$*\" >>{} ;; esac\n",
             told.display()
         );
         fs::write(&path, text).unwrap();
@@ -230,6 +236,18 @@ fn sockets_stay_for_a_disk_that_comes_back() {
     host.systemctl("4711");
     assert_eq!(host.retired("success"), "");
     host.systemctl("0");
+    assert_eq!(host.retired("success"), STOP);
+}
+
+#[test]
+fn sockets_stay_while_the_service_is_restarted() {
+    let host = Host::new();
+    host.record(DEPARTED);
+    for job in ["restart running", "start waiting"] {
+        host.systemctl_with("0", &format!("7 flexnbd@disk.service {job}"));
+        assert_eq!(host.retired("success"), "", "{job}");
+    }
+    host.systemctl_with("0", "7 flexnbd@disk.service stop running");
     assert_eq!(host.retired("success"), STOP);
 }
 

@@ -8,6 +8,7 @@ use crate::client::{ClientError, Connection};
 use crate::nbd::wire::ErrorCode;
 use crate::net::{Remote, Stream, connect, parse_port, unbracket};
 use crate::range::Range;
+use crate::words::counted;
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
 use std::process::ExitCode;
@@ -228,14 +229,18 @@ fn explained(transfer: &Transfer, failure: &Failure) -> String {
         Failure::Unreachable(error) => error.to_string(),
         Failure::Server(error) => format!("{remote}: {error}"),
         Failure::BeyondTheEnd(end) => {
-            format!("{remote}: {size} bytes from {from} on do not lie within its {end} bytes")
+            let (bytes, end) = (counted(*size, "byte"), counted(*end, "byte"));
+            let verb = if *size == 1 { "does" } else { "do" };
+            format!("{remote}: {bytes} from {from} on {verb} not lie within its {end}")
         }
         Failure::Input { had, written, error: None } => format!(
-            "standard input ended after {had} of {size} bytes; the first {written} were written"
+            "standard input ended after {had} of {}; the first {written} were written",
+            counted(*size, "byte")
         ),
         Failure::Input { had, written, error: Some(error) } => format!(
-            "cannot read standard input after {had} of {size} bytes: {error}; the first \
-             {written} were written"
+            "cannot read standard input after {had} of {}: {error}; the first {written} were \
+             written",
+            counted(*size, "byte")
         ),
         Failure::Output(error) => format!("cannot write to standard output: {error}"),
     }

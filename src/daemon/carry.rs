@@ -6,6 +6,7 @@ use super::moving::random;
 use crate::net::Stream;
 use crate::server::Luggage;
 use crate::systemd::{Notifier, Store, Stored, message_id};
+use crate::words::counted;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
@@ -24,7 +25,10 @@ pub(super) fn take_out(stored: Stored, notifier: &Notifier) -> Luggage {
             Luggage { note: kept.note, streams: streams.collect() }
         }
         Err(why) => {
-            warn!("closed what the last process has left ({count} descriptors): {why}");
+            warn!(
+                "closed what the last process has left ({}): {why}",
+                counted(count, "descriptor")
+            );
             Luggage::default()
         }
     }
@@ -45,8 +49,11 @@ pub(super) fn put_in(store: &Store, luggage: &Luggage) {
         Ok(()) => info!(
             message_id = message_id::SESSIONS_STORED,
             "flexnbd.clients" = count,
-            "left {count} sessions to the next process"
+            "left {} to the next process",
+            counted(count, "session")
         ),
-        Err(error) => warn!("cannot leave {count} sessions to the next process: {error}"),
+        Err(error) => {
+            warn!("cannot leave {} to the next process: {error}", counted(count, "session"));
+        }
     }
 }

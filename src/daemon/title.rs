@@ -11,6 +11,7 @@ use crate::disk::ownership::{
 use crate::disk::state::STATE_VARIABLE;
 use crate::migration::job::Fate;
 use crate::systemd::message_id;
+use crate::words::utc;
 use std::env;
 use std::time::SystemTime;
 use tracing::{info, warn};
@@ -44,10 +45,11 @@ pub(super) fn to_create(plan: &Plan) -> Result<(), Refusal> {
     match gone(&plan.image).map_err(Refusal::Record)? {
         Some(Record::Departed { id, when, to }) => {
             let why = format!(
-                "{} has moved to {to} and was deleted here (migration {id}, at {when} seconds since \
-                 1970), so that it is not made anew, empty. Use it there; for an empty disk in its \
-                 place make the file yourself, with truncate(1), say",
-                plan.image.display()
+                "{} has moved to {to} and was deleted here (migration {id}, at {}), so that it is not \
+                 made anew, empty. Use it there; for an empty disk in its place make the file \
+                 yourself, with truncate(1), say",
+                plan.image.display(),
+                utc(when)
             );
             Err(Refusal::Ownership(Denial { why, departure: Some((id, to)), inquiry: None }))
         }

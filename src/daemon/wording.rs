@@ -2,6 +2,7 @@
 //! Only words: what is so is told to it.
 
 use crate::migration::job::{Obstacle, Progress, Stage};
+use crate::words::counted;
 
 /// What a process is there for while nothing is moved, and where.
 #[derive(Clone, Debug)]
@@ -21,8 +22,7 @@ impl Standing {
         let Self { doing, image, size, places } = self;
         let clients = match clients {
             0 => "no clients".to_owned(),
-            1 => "1 client".to_owned(),
-            count => format!("{count} clients"),
+            count => counted(count, "client"),
         };
         format!("{doing} {image} ({}) on {places}, {clients}", bytes(*size))
     }
@@ -66,7 +66,7 @@ pub(super) fn percent(size: u64, bytes_left: u64) -> u64 {
 fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if count < 1024 {
-        return format!("{count} bytes");
+        return counted(count, "byte");
     }
     let mut unit = 1024;
     let mut name = UNITS[0];

@@ -17,6 +17,7 @@
 //! *departing* from a local address that the operator chose. A line that is not exactly one that we write is
 //! an error, and an error means that nobody serves the disk: see [`BadRecord`].
 
+use crate::words::utc;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -429,8 +430,9 @@ impl Refusal {
                  start flexnbd again when {to} can be reached. If it is lost for good, run {force}"
             ),
             Self::Departed { id, when, to } => format!(
-                "{image} has moved to {to} (record: departed, migration {id}, at {when} seconds since \
-                 1970). Use it there; if that copy is lost for good, run {force}"
+                "{image} has moved to {to} (record: departed, migration {id}, at {}). Use it \
+                 there; if that copy is lost for good, run {force}",
+                utc(*when)
             ),
             Self::Adopted => format!(
                 "{image} was declared the canonical copy (record: ours, adopted). To receive another \

@@ -40,6 +40,7 @@ use crate::nbd::handshake::server::Export;
 use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
 use crate::net::{Listener, Stream};
 use crate::systemd::message_id;
+use crate::words::counted;
 use acl::{Acl, BadEntry};
 use reception::Reception;
 use roster::{Capacity, Parcel, Roster};
@@ -277,7 +278,7 @@ impl Server {
         self.wait_until_empty(grace.into());
         let parcels = self.shared.roster.parcels();
         if !self.shared.disk.is_flawless() {
-            warn!("closing {} sessions: a flush has failed", parcels.len());
+            warn!("closing {}: a flush has failed", counted(parcels.len(), "session"));
             return Luggage::default();
         }
         let (sessions, streams): (Vec<_>, BTreeMap<_, _>) = parcels
@@ -293,7 +294,7 @@ impl Server {
         match carry::encode(self.shared.promise(), sessions) {
             Ok(note) => Luggage { note, streams },
             Err(why) => {
-                error!("cannot pack up {} sessions, closing them: {why}", streams.len());
+                error!("cannot pack up {}, closing: {why}", counted(streams.len(), "session"));
                 Luggage::default()
             }
         }
@@ -343,10 +344,13 @@ fn resume(shared: &Arc<Shared>, luggage: Luggage) {
             info!(
                 message_id = message_id::SESSIONS_RESUMED,
                 "flexnbd.clients" = count,
-                "{count} sessions of the last process go on"
+                "going on with {} of the last process",
+                counted(count, "session")
             );
         }
-        Err(why) => warn!("closed {} sessions of the last process: {why}", streams.len()),
+        Err(why) => {
+            warn!("closed {} of the last process: {why}", counted(streams.len(), "session"));
+        }
     }
 }
 

@@ -97,6 +97,7 @@ impl std::fmt::Display for Refused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Acl => f.write_str("the access control list does not admit it"),
+            Self::Full(1) => f.write_str("1 client is connected, which is the limit"),
             Self::Full(limit) => write!(f, "{limit} clients are connected, which is the limit"),
             Self::Stopping => f.write_str("the server is stopping"),
             Self::NoDescriptors => f.write_str("no file descriptors are left"),

@@ -138,7 +138,7 @@ fn the_last_byte_can_be_written_and_the_one_after_it_not() {
     write(&place, 64 * MIB - 1, b"x").run().succeeded().silently();
     assert_eq!(read_at(&served.image, 64 * MIB - 1, 1), b"x");
     let size = (64 * MIB).to_string();
-    write(&place, 64 * MIB, b"x").run().refused(1, &["flexnbd write: ", &size, "1 bytes from"]);
+    write(&place, 64 * MIB, b"x").run().refused(1, &["flexnbd write: ", &size, "1 byte from"]);
     write(&place, 64 * MIB - 1, b"xy").run().refused(1, &[&size]);
     let read = read(&place, 64 * MIB - 1, 2).run();
     assert!(read.refused(1, &["flexnbd read: ", &size]).stdout.is_empty());

@@ -32,6 +32,7 @@ fn removing_it_ends_the_service_and_leaves_disks_and_configuration() {
         host.ok(&format!("test -e {IMAGE} -a -e /etc/flexnbd/disk.conf"));
         host.ok("dpkg --purge flexnbd");
         host.ok(&format!("test -e {IMAGE}"));
+        assert_eq!(host.ok("find /etc/systemd/system -lname '*flexnbd*'"), "", "dangling links");
         assert_eq!(host.ok("systemctl --failed --no-legend"), "");
         host.install(&package::current());
         host.systemctl(&format!("start {DISK}"));

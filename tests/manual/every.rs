@@ -68,6 +68,23 @@ fn formatters_have_nothing_to_complain_of() {
 }
 
 #[test]
+fn pages_fit_into_80_columns() {
+    if !installed(&["man"]) || !installed(&["col"]) {
+        return;
+    }
+    for Manual { file, .. } in manuals() {
+        let script = "MANWIDTH=80 man -l \"$0\" | col -bx";
+        let mut man = Command::new("sh");
+        man.args(["-c", script]).arg(ours("man").join(&file)).env("LC_ALL", "C.UTF-8");
+        let output = man.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.lines().count() > 100, "{file}: {text}");
+        let wide: Vec<&str> = text.lines().filter(|line| line.chars().count() > 80).collect();
+        assert!(wide.is_empty(), "{file}: {wide:#?}");
+    }
+}
+
+#[test]
 fn a_page_is_named_like_its_file_and_is_in_the_package() {
     let package = read("Cargo.toml");
     for manual in manuals() {

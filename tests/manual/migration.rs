@@ -267,7 +267,7 @@ fn without_numbers(text: &str) -> String {
             c => out.push(c),
         }
     }
-    out.replace("migration ID", "migration N")
+    out.replace("migration ID", "migration N").replace("N-N-NTN:N:NZ", "TIME")
 }
 
 /// Every reason for which a destination is not, or no longer, copied to.

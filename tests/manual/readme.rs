@@ -259,3 +259,20 @@ fn the_rust_that_is_needed_is_told() {
     let needed = format!("Rust {} or later", env!("CARGO_PKG_RUST_VERSION"));
     assert!(read("README.md").contains(&needed), "the README does not say `{needed}`");
 }
+
+#[test]
+fn no_command_has_a_comment_behind_it() {
+    // An interactive zsh takes the comment for arguments.
+    let readme = read("README.md");
+    let mut is_shell = false;
+    for line in readme.lines() {
+        if let Some(kind) = line.strip_prefix("```") {
+            is_shell = kind.starts_with("sh");
+        } else if is_shell {
+            assert!(
+                !line.starts_with('#') && !line.contains(" #") || line.starts_with("# Keys"),
+                "{line}"
+            );
+        }
+    }
+}
