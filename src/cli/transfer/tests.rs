@@ -129,9 +129,9 @@ fn a_range_beyond_the_end_is_refused_with_the_size() {
     fixture.transfer(DISK_SIZE - 1, 1).read(&mut Vec::new()).unwrap();
     let transfer = fixture.transfer(DISK_SIZE, 1);
     let told = told_of(&transfer, transfer.read(&mut Vec::new()));
-    assert!(told.ends_with("1 bytes from 41943040 on do not lie within its 41943040 bytes"));
+    assert!(told.ends_with("1 byte from 41943040 on does not lie within its 41943040 bytes"));
     let told = told_of(&transfer, transfer.write(&mut b"x".as_slice()));
-    assert!(told.ends_with("do not lie within its 41943040 bytes"), "{told}");
+    assert!(told.ends_with("does not lie within its 41943040 bytes"), "{told}");
     fixture.stop();
 }
 
