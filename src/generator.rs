@@ -19,13 +19,12 @@
 //! It also drops packets silently, where the server closes the connection and logs whose it was. So
 //! the filter is there for those who ask for it.
 
-use flexnbd::cli::config;
 use flexnbd::cli::operate::Instance;
 use flexnbd::cli::settings::{Autostart, Settings};
-use flexnbd::net::Address;
+use flexnbd::cli::{config, instance};
 use flexnbd::server::acl::Acl;
 use flexnbd::small_file;
-use flexnbd::systemd::unit::{device_unit, is_instance_name, plain, quoted, unspecific, warn};
+use flexnbd::systemd::unit::{device_unit, is_instance_name, quoted, unspecific, warn};
 use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsStr;
@@ -37,10 +36,6 @@ use std::process::ExitCode;
 
 /// What we call ourselves in the log.
 const PROGRAM: &str = "flexnbd-generator";
-/// Where the configurations are.
-const CONFIGURATIONS: &str = "/etc/flexnbd";
-/// Names another directory for them, in tests.
-const CONFIGURATIONS_VARIABLE: &str = "FLEXNBD_CONFIGURATIONS";
 /// What the name of a configuration ends with.
 const SUFFIX: &str = ".conf";
 
@@ -52,8 +47,6 @@ const CLIENTS_PROVIDED_FOR: usize = 1024;
 const OTHER_THREADS: usize = 64;
 /// Where the sockets are that nobody asked for elsewhere.
 const RUN: &str = "/run/flexnbd";
-/// Longest path of a unix socket, in bytes.
-const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Where the templates are, for links to them.
 const TEMPLATES: &str = "/usr/lib/systemd/system";
 
@@ -74,10 +67,8 @@ fn main() -> ExitCode {
         warn(PROGRAM, "started by systemd with three directories; see systemd.generator(7)");
         return ExitCode::from(2);
     };
-    let configurations = env::var_os(CONFIGURATIONS_VARIABLE);
-    let configurations = configurations.unwrap_or_else(|| CONFIGURATIONS.into());
     let mut outcome = ExitCode::SUCCESS;
-    for file in configurations_in(Path::new(&configurations)) {
+    for file in configurations_in(&instance::configurations()) {
         let Some(instance) = instance_of(&file) else { continue };
         let generated = match instance {
             Ok(name) => generate(&name, &file, read(&file).as_deref().map_err(String::clone)),
@@ -200,21 +191,7 @@ fn drop_in(from: &Path, lines: &[Line]) -> String {
 
 /// What the socket unit listens on; nothing if the configuration leaves it to that.
 fn place(settings: &Settings) -> Result<Option<String>, String> {
-    match settings.address().map_err(|error| error.to_string())? {
-        None => Ok(None),
-        Some(Address::Tcp(address)) if address.port() == 0 => {
-            Err("PORT: a socket unit needs a port that is not 0".to_owned())
-        }
-        Some(Address::Tcp(address)) => Ok(Some(address.to_string())),
-        Some(Address::Unix(path)) => {
-            let path = plain(&path).map_err(|why| format!("ADDR: {why}"))?;
-            // Not quoted there: the line would go on, or end earlier.
-            if path.len() > SOCKET_PATH_BYTES_MAX || path.ends_with(['\\', ' ']) {
-                return Err(format!("ADDR: a socket unit cannot listen on {path}"));
-            }
-            Ok(Some(unspecific(&path)))
-        }
-    }
+    Ok(instance::place(settings)?.map(|place| unspecific(&place)))
 }
 
 fn socket(place: Option<String>, settings: &Settings) -> Vec<Line> {
@@ -284,8 +261,7 @@ enum Image {
 
 impl Image {
     fn of(settings: &Settings) -> Result<Self, String> {
-        let path = settings.file.as_deref().ok_or("there is no FILE=")?;
-        let path = plain(path).map_err(|why| format!("FILE: {why}"))?;
+        let path = instance::image(settings)?;
         if path.starts_with("/dev/") && !path.starts_with("/dev/shm/") {
             return Ok(Self::Device(path));
         }
@@ -401,7 +377,7 @@ mod tests {
     #[test]
     fn where_nobody_can_listen_nobody_takes_the_default_port() {
         for (text, complaint) in [
-            ("PORT=7", "/etc/flexnbd/disk.conf: --port needs --addr as well"),
+            ("PORT=7", "/etc/flexnbd/disk.conf: PORT needs ADDR as well"),
             ("ADDR=::\nPORT=0", "/etc/flexnbd/disk.conf: PORT: a socket unit needs a port that"),
             ("ADDR=::\nPORT=x", "/etc/flexnbd/disk.conf, line 3: PORT: `x` is not a port"),
             ("ADDR='/a '", "/etc/flexnbd/disk.conf: ADDR: a socket unit cannot listen on /a "),

@@ -3,6 +3,7 @@
 
 pub mod adopt;
 pub mod config;
+pub mod instance;
 pub mod listen;
 pub mod mirror;
 pub mod offline;

@@ -217,6 +217,14 @@ pub fn parse_holes(text: &str) -> Result<HolePolicy, String> {
     }
 }
 
+impl Nowhere {
+    /// The same, for those who have said it by the keys of a file.
+    #[must_use]
+    pub fn in_keys(&self) -> String {
+        self.to_string().replace("--addr", "ADDR").replace("--port", "PORT")
+    }
+}
+
 impl fmt::Display for Nowhere {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -2,7 +2,8 @@
 //! Reads the file and nothing else; opening what the plan names is the daemon's part.
 
 use super::config;
-use super::settings::Settings;
+use super::instance::{self, is_of_the_service};
+use super::settings::{Nowhere, Settings};
 use crate::daemon::{Admission, Plan, Reread, Role};
 use crate::server::CLIENTS_MAX;
 use crate::server::acl::Acl;
@@ -77,10 +78,18 @@ impl Start {
         let acl = Acl::parse(&settings.acl, settings.default_deny)
             .map_err(|bad| NoPlan::Misuse(bad.to_string()))?;
         let clients_max = settings.max_clients.unwrap_or(CLIENTS_MAX);
-        let address = settings.address().map_err(|error| NoPlan::Misuse(error.to_string()))?;
+        if let Some(file) = self.config.as_deref().filter(|file| is_of_the_service(file))
+            && settings.file.is_some()
+            && settings.address().is_ok()
+        {
+            let wrong = |why| NoPlan::Config(format!("{}: {why}", file.display()));
+            instance::check(&settings).map_err(wrong)?;
+        }
+        let address = settings.address().map_err(|error| NoPlan::Misuse(self.nowhere(&error)))?;
         let image = settings.file.ok_or_else(|| NoPlan::Misuse(self.image_missing()))?;
         Ok(Plan {
             role: self.role,
+            config: self.config.clone(),
             address,
             image,
             create: settings.create,
@@ -99,7 +108,17 @@ impl Start {
     fn image_missing(&self) -> String {
         match &self.config {
             None => "--file FILE is missing".to_owned(),
-            Some(path) => format!("--file FILE is missing, and {} has no FILE=", path.display()),
+            Some(path) => format!("{} has no FILE=", path.display()),
+        }
+    }
+
+    /// In options, if one of them has a part in it; else in the keys of the file.
+    fn nowhere(&self, error: &Nowhere) -> String {
+        match &self.config {
+            Some(path) if self.settings.addr.is_none() && self.settings.port.is_none() => {
+                format!("{}: {}", path.display(), error.in_keys())
+            }
+            _ => error.to_string(),
         }
     }
 }
@@ -146,6 +165,7 @@ mod tests {
     fn what_is_not_said_has_its_default() {
         let expected = Plan {
             role: Role::Serve,
+            config: None,
             address: None,
             image: "/a".into(),
             create: None,
@@ -169,6 +189,7 @@ mod tests {
             ACL=::1\n";
         let expected = Plan {
             role: Role::Serve,
+            config: Some("disk.conf".into()),
             address: Some(Address::Tcp("[::]:7".parse().unwrap())),
             image: "/a".into(),
             create: Some(1 << 20),
@@ -212,7 +233,7 @@ mod tests {
         let asked = serve(Settings::default(), None);
         assert_eq!(asked.plan(), misuse("--file FILE is missing"));
         let asked = serve(Settings::default(), Some("disk.conf"));
-        let expected = misuse("--file FILE is missing, and disk.conf has no FILE=");
+        let expected = misuse("disk.conf has no FILE=");
         assert_eq!(asked.plan_with(Some("")), expected);
     }
 
@@ -221,6 +242,28 @@ mod tests {
         let asked = serve(Settings { port: Some(7), ..file("/a") }, Some("disk.conf"));
         let refused = asked.plan_with(Some("ADDR=/run/x\n")).unwrap_err();
         assert!(matches!(refused, NoPlan::Misuse(text) if text.contains("/run/x is the path")));
+    }
+
+    #[test]
+    fn messages_about_a_file_name_its_keys() {
+        let asked = serve(file("/a"), Some("disk.conf"));
+        let refused = asked.plan_with(Some("PORT=7\n"));
+        assert_eq!(refused, Err(NoPlan::Misuse("disk.conf: PORT needs ADDR as well".into())));
+        let refused = asked.plan_with(Some("ADDR=::1\n"));
+        assert_eq!(refused, Err(NoPlan::Misuse("disk.conf: ADDR ::1 needs PORT as well".into())));
+    }
+
+    #[test]
+    fn files_of_the_service_refuse_what_units_cannot_say() {
+        let text = "FILE=/a\nADDR=::\nPORT=0\n";
+        let refused = serve(Settings::default(), Some("/etc/flexnbd/disk.conf"));
+        let why = "/etc/flexnbd/disk.conf: PORT: a socket unit needs a port that is not 0";
+        assert_eq!(refused.plan_with(Some(text)), Err(NoPlan::Config(why.to_owned())));
+        assert!(refused.plan_with(Some("FILE=a\n")).is_err());
+        let by_hand = serve(Settings::default(), Some("/srv/disk.conf"));
+        assert!(
+            by_hand.plan_with(Some(text)).is_ok() && by_hand.plan_with(Some("FILE=a\n")).is_ok()
+        );
     }
 
     #[test]

@@ -271,7 +271,8 @@ fn open(plan: &Plan) -> Result<(Arc<Disk>, Ledger, bool), Refusal> {
         Some(size) => FileImage::create(&plan.image, size, access),
         None => FileImage::open(&plan.image, access),
     };
-    let image = image.map_err(Refusal::Image)?.with_holes(plan.holes);
+    let image =
+        image.map_err(|error| Refusal::Image(error, plan.config.clone()))?.with_holes(plan.holes);
     let (tail, is_new) = (image.unserved_tail(), image.is_new());
     if tail > 0 {
         warn!(

@@ -19,6 +19,8 @@ use std::time::Duration;
 pub struct Plan {
     /// What the process is there for.
     pub role: Role,
+    /// The configuration file that the operator has written, for advice.
+    pub config: Option<PathBuf>,
     /// Where to listen; not needed when sockets are inherited.
     pub address: Option<Address>,
     /// The image file or block device.
@@ -98,7 +100,8 @@ pub enum Refusal {
     /// What the process was told to do cannot be meant.
     Configuration(String),
     /// The image cannot be served.
-    Image(OpenError),
+    /// With the configuration file, if there is one, whose keys the advice is about.
+    Image(OpenError, Option<PathBuf>),
     /// The image's record cannot be used.
     Record(LedgerError),
     /// No record can be kept of the image.
@@ -144,7 +147,7 @@ impl Refusal {
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         match self {
-            Self::Image(error) => error.errno(),
+            Self::Image(error, _) => error.errno(),
             Self::Record(LedgerError::Io { source, .. }) => source.raw_os_error(),
             Self::Unrecorded(LedgerError::Nowhere { attribute, .. }) => attribute.raw_os_error(),
             Self::Listen(error) => error.errno(),
@@ -164,7 +167,13 @@ impl Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Image(error) => error.fmt(f),
+            Self::Image(error, None) => error.fmt(f),
+            Self::Image(error, Some(config)) => {
+                let key = |key: &str| format!("{key} in {}", config.display());
+                let advice = error.to_string();
+                let advice = advice.replace("--create SIZE", &key("CREATE=SIZE"));
+                f.write_str(&advice.replace("serve it with --read-only", &key("set READ_ONLY=yes")))
+            }
             Self::Record(error) => error.fmt(f),
             Self::Unrecorded(error) => write!(f, "{error}; {UNRECORDED_ADVICE}"),
             Self::Configuration(why) | Self::Inherited(why) => f.write_str(why),

@@ -137,6 +137,30 @@ fn troubles(manager: &Manager) -> Vec<(String, &'static str)> {
 }
 
 #[test]
+fn messages_of_a_service_name_keys_and_file() {
+    let manager = Manager::new();
+    let place = manager.dir.path().to_owned();
+    let manager = manager.env("FLEXNBD_CONFIGURATIONS", place);
+    let dir = manager.dir.path().display();
+    let conf = |text: String| std::fs::write(manager.path("disk.conf"), text).unwrap();
+    for (text, reason) in [
+        (format!("FILE={dir}/none\n"), "CREATE=SIZE in "),
+        (format!("FILE={dir}/none\nPORT=7\n"), "/disk.conf: PORT needs ADDR as well"),
+        ("READ_ONLY=yes\n".to_owned(), "/disk.conf has no FILE="),
+        (format!("FILE={dir}/none\nCREATE=1M\nADDR=::\nPORT=0\n"), "a port that is not 0"),
+        ("FILE=none\nCREATE=1M\n".to_owned(), "FILE: none: a path in a unit begins with /"),
+    ] {
+        conf(text);
+        let mut service =
+            manager.start(Handed::NbdAndControl, &format!("serve --config {dir}/disk.conf"), &[]);
+        assert!(!service.ends().success());
+        let log = service.stderr();
+        assert!(log.contains(reason) && !log.contains("--create"), "{log}");
+        assert!(!log.contains("--port needs") && !log.contains("--file FILE is"), "{log}");
+    }
+}
+
+#[test]
 fn whoever_waits_is_refused_and_told_why_whatever_the_trouble_is() {
     let manager = Manager::new();
     for (flags, reason) in troubles(&manager) {
