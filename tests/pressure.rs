@@ -17,3 +17,5 @@ mod log;
 mod more;
 #[path = "pressure/signals.rs"]
 mod signals;
+#[path = "pressure/strangers.rs"]
+mod strangers;

@@ -1,8 +1,10 @@
 //! Answers on the control socket: hears an order, has it obeyed, sends the reply.
 //! Never decides what an order means, and never lets a slow or talkative client hold up others.
 //!
-//! One thread accepts, one thread serves each connection. All of them wait in `poll` for their
-//! socket or for the order to stop, whichever comes first.
+//! One thread accepts, and keeps connections that have said nothing, since anybody can open those;
+//! one thread serves each of the others. All of them wait in `poll` for their sockets or for the order
+//! to stop, whichever comes first. A descriptor is kept in reserve, and without a thread left orders
+//! are obeyed one after another: operators are answered when clients have used everything up.
 
 use super::command::{Command, Incoming, Refusal};
 use super::reply::Reply;
@@ -12,6 +14,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
@@ -24,6 +27,10 @@ use std::time::{Duration, Instant};
 
 /// Most connections served at once; more wait until one of these ends.
 pub const CONNECTIONS_MAX: usize = 16;
+/// Most connections that have said nothing; the oldest gives way to another one.
+pub const SILENT_MAX: usize = 64;
+/// How long a connection may make no progress while it has to be served without a thread.
+const PATIENCE_ALONE: Duration = Duration::from_secs(1);
 /// How long a connection may make no progress.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// How long to let connections wait after one could not be accepted.
@@ -149,6 +156,13 @@ fn signal(event: &EventFd) {
     let _ = event.write(1);
 }
 
+impl Shared {
+    /// Whether there are as many threads for connections as there may be.
+    fn is_full(&self) -> bool {
+        self.connections.load(Ordering::SeqCst) >= CONNECTIONS_MAX
+    }
+}
+
 /// One of the connections that may be served at once; dropping it makes room for another.
 struct Seat<'a>(&'a Shared);
 
@@ -168,16 +182,19 @@ impl Drop for Seat<'_> {
 
 fn accept_until_stopped(socket: &ControlSocket, shared: &Shared) {
     thread::scope(|scope| {
-        let mut resting = false;
+        let mut porch = Porch::default();
         loop {
-            match wait_for_arrival(socket, shared, resting) {
-                Ok(Wake::Stop) => return turn_away(scope, socket, shared),
-                Ok(Wake::LookAgain) => resting = false,
-                Ok(Wake::Arrival) => resting = !welcome(scope, socket, shared),
+            match porch.wait(socket, shared) {
+                Ok(Wake::Stop) => return turn_away(scope, socket, shared, porch),
+                Ok(Wake::LookAgain) => {}
+                Ok(Wake::Arrival) => porch.accept(socket),
                 Err(errno) => {
                     tracing::error!("control socket: cannot wait: {errno}; no longer answering");
                     return;
                 }
+            }
+            for stream in porch.speakers(shared) {
+                welcome(scope, stream, shared);
             }
         }
     });
@@ -190,15 +207,21 @@ fn turn_away<'scope>(
     scope: &'scope Scope<'scope, '_>,
     socket: &'scope ControlSocket,
     shared: &'scope Shared,
+    mut porch: Porch,
 ) {
-    if !socket.hide() {
-        return;
+    let is_ours = socket.hide();
+    loop {
+        for silent in std::mem::take(&mut porch.silent) {
+            welcome(scope, silent.stream, shared);
+        }
+        if !is_ours || !is_readable(socket.listener()) {
+            return;
+        }
+        porch.accept(socket);
+        if porch.silent.is_empty() {
+            return;
+        }
     }
-    let waiting = || {
-        let mut listener = [PollFd::new(socket.listener().as_fd(), PollFlags::POLLIN)];
-        poll(&mut listener, PollTimeout::ZERO).is_ok_and(|count| count > 0)
-    };
-    while waiting() && welcome(scope, socket, shared) {}
 }
 
 enum Wake {
@@ -207,56 +230,146 @@ enum Wake {
     LookAgain,
 }
 
-/// Waits for a connection, but only while there is a seat for it and we are not resting.
-fn wait_for_arrival(socket: &ControlSocket, shared: &Shared, resting: bool) -> nix::Result<Wake> {
-    let is_full = shared.connections.load(Ordering::SeqCst) >= CONNECTIONS_MAX;
-    let arrivals = if is_full || resting { PollFlags::empty() } else { PollFlags::POLLIN };
-    let mut sources = [
-        PollFd::new(shared.stopping.as_fd(), PollFlags::POLLIN),
-        PollFd::new(shared.freed.as_fd(), PollFlags::POLLIN),
-        PollFd::new(socket.listener().as_fd(), arrivals),
-    ];
-    let timeout = if resting { in_poll_time(REST) } else { PollTimeout::NONE };
-    match poll(&mut sources, timeout) {
-        Ok(_) => {}
-        Err(Errno::EINTR) => return Ok(Wake::LookAgain),
-        Err(errno) => return Err(errno),
-    }
-    let [stopping, freed, arrived] = sources.map(|source| source.any().unwrap_or(false));
-    if freed {
-        let _ = shared.freed.read();
-    }
-    Ok(match (stopping, arrived) {
-        (true, _) => Wake::Stop,
-        (false, true) => Wake::Arrival,
-        (false, false) => Wake::LookAgain,
-    })
+/// Connections that have been accepted and have said nothing. They have no thread, and the oldest
+/// gives way when there are too many.
+#[derive(Default)]
+struct Porch {
+    silent: VecDeque<Silent>,
+    /// Kept open to be closed when the process has no other descriptor for an operator.
+    spare: Option<EventFd>,
+    /// Until then nobody is accepted, since the system could not do it.
+    resting_until: Option<Instant>,
 }
 
-/// Accepts one connection and gives it a thread. False when the system could not do that.
-fn welcome<'scope>(
-    scope: &'scope Scope<'scope, '_>,
-    socket: &'scope ControlSocket,
-    shared: &'scope Shared,
-) -> bool {
-    let stream = match socket.listener().accept() {
-        Ok((stream, _)) => stream,
-        Err(error) if went_away(&error) => return true,
-        Err(error) => {
-            tracing::warn!("control socket: cannot accept: {error}; trying again in {REST:?}");
-            return false;
+struct Silent {
+    stream: UnixStream,
+    since: Instant,
+}
+
+impl Porch {
+    /// Waits for a connection, for one of those here to speak, or for the end of a longer silence
+    /// than `shared` has patience for.
+    fn wait(&mut self, socket: &ControlSocket, shared: &Shared) -> nix::Result<Wake> {
+        let now = Instant::now();
+        self.resting_until = self.resting_until.filter(|until| now < *until);
+        self.spare = self.spare.take().or_else(|| event().ok());
+        let is_full = shared.is_full();
+        let mut sources = vec![
+            PollFd::new(shared.stopping.as_fd(), PollFlags::POLLIN),
+            PollFd::new(shared.freed.as_fd(), PollFlags::POLLIN),
+        ];
+        let accepts = self.resting_until.is_none() && (!is_full || self.silent.len() < SILENT_MAX);
+        let arrivals = if accepts { PollFlags::POLLIN } else { PollFlags::empty() };
+        sources.push(PollFd::new(socket.listener().as_fd(), arrivals));
+        if !is_full {
+            let streams = self.silent.iter().map(|silent| silent.stream.as_fd());
+            sources.extend(streams.map(|stream| PollFd::new(stream, PollFlags::POLLIN)));
         }
-    };
+        let longest = self.silent.front().map(|silent| silent.since + shared.patience);
+        let deadline = longest.filter(|_| !is_full).into_iter().chain(self.resting_until).min();
+        let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
+            in_poll_time(deadline.saturating_duration_since(now))
+        });
+        match poll(&mut sources, timeout) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(Wake::LookAgain),
+            Err(errno) => return Err(errno),
+        }
+        let happened = |index: usize| sources[index].any().unwrap_or(false);
+        let (stopping, freed, arrived) = (happened(0), happened(1), happened(2));
+        if freed {
+            let _ = shared.freed.read();
+        }
+        Ok(match (stopping, arrived) {
+            (true, _) => Wake::Stop,
+            (false, true) => Wake::Arrival,
+            (false, false) => Wake::LookAgain,
+        })
+    }
+
+    /// Accepts one connection. Who has said nothing for longest gives way if there are too many.
+    fn accept(&mut self, socket: &ControlSocket) {
+        if self.silent.len() >= SILENT_MAX && !self.close_oldest() {
+            return;
+        }
+        let accepted = socket.listener().accept().or_else(|error| match error {
+            error if went_away(&error) => Err(error),
+            // The last descriptor is for this.
+            _ if self.spare.take().is_some() || self.close_oldest() => socket.listener().accept(),
+            error => Err(error),
+        });
+        match accepted {
+            Ok((stream, _)) => self.silent.push_back(Silent { stream, since: Instant::now() }),
+            Err(error) if went_away(&error) => {}
+            Err(error) => {
+                tracing::warn!("control socket: cannot accept: {error}; trying again in {REST:?}");
+                self.resting_until = Some(Instant::now() + REST);
+            }
+        }
+    }
+
+    /// Closes the connection that has said nothing for longest; false if all have spoken.
+    fn close_oldest(&mut self) -> bool {
+        let oldest = self.silent.iter().position(|silent| !is_readable(&silent.stream));
+        let Some(silent) = oldest.and_then(|oldest| self.silent.remove(oldest)) else {
+            return false;
+        };
+        silent.refuse("no command came while others were waiting");
+        true
+    }
+
+    /// Takes those out who have spoken, as many as there are seats for, and closes those who have
+    /// said nothing for too long.
+    fn speakers(&mut self, shared: &Shared) -> Vec<UnixStream> {
+        let mut speakers = Vec::new();
+        for _ in 0..self.silent.len() {
+            let Some(silent) = self.silent.pop_front() else { break };
+            let seats = CONNECTIONS_MAX.saturating_sub(shared.connections.load(Ordering::SeqCst));
+            if is_readable(&silent.stream) && speakers.len() < seats {
+                speakers.push(silent.stream);
+            } else if silent.since.elapsed() >= shared.patience && !is_readable(&silent.stream) {
+                silent.refuse(&format!("no progress for {:?}", shared.patience));
+            } else {
+                self.silent.push_back(silent);
+            }
+        }
+        speakers
+    }
+}
+
+impl Silent {
+    /// Closes the connection with a reason, which fits into the socket's buffer or is lost.
+    fn refuse(self, reason: &str) {
+        tracing::debug!("control socket: {reason}, closing a connection");
+        let mut stream = self.stream;
+        if stream.set_nonblocking(true).is_ok() {
+            let _ = stream.write(&Reply::refused(reason).to_wire());
+        }
+    }
+}
+
+/// Whether something has arrived there, or has ended.
+fn is_readable(socket: &impl AsFd) -> bool {
+    let mut source = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    poll(&mut source, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+}
+
+/// Gives a connection a thread; or serves it here if the system has none left, so that operators
+/// can see what is going on.
+fn welcome<'scope>(scope: &'scope Scope<'scope, '_>, stream: UnixStream, shared: &'scope Shared) {
     let seat = Seat::take(shared);
+    let stream = Arc::new(stream);
+    let for_thread = Arc::clone(&stream);
     let spawned =
         thread::Builder::new().name("control-client".to_owned()).spawn_scoped(scope, move || {
-            serve(stream, shared);
+            serve(&for_thread, shared, shared.patience);
             drop(seat);
         });
-    if let Err(error) = &spawned {
-        tracing::warn!("control socket: no thread for a client: {error}; closing its connection");
+    if let Err(error) = spawned {
+        tracing::warn!("control socket: no thread for a client: {error}; others wait meanwhile");
+        let _seat = Seat::take(shared);
+        serve(&stream, shared, PATIENCE_ALONE.min(shared.patience));
     }
-    spawned.is_ok()
 }
 
 /// The connection that was to be accepted is not there any more.
@@ -266,9 +379,9 @@ fn went_away(error: &io::Error) -> bool {
 }
 
 /// One connection, from its first byte to its end.
-fn serve(mut stream: UnixStream, shared: &Shared) {
-    let ended = Credentials::of(&stream).and_then(|from| {
-        let reply = match hear(&mut stream, shared)? {
+fn serve(mut stream: &UnixStream, shared: &Shared, patience: Duration) {
+    let ended = Credentials::of(stream).and_then(|from| {
+        let reply = match hear(&mut stream, shared, patience)? {
             Heard::Order(command) => obey(command, from, shared),
             Heard::Nothing => Refusal::MissingCommand.into(),
             Heard::Nonsense(refusal) => {
@@ -276,7 +389,7 @@ fn serve(mut stream: UnixStream, shared: &Shared) {
                 refusal.into()
             }
             Heard::Silence => {
-                let reason = format!("no progress for {:?}", shared.patience);
+                let reason = format!("no progress for {patience:?}");
                 tracing::warn!("control socket: {reason} ({from}), closing the connection");
                 Reply::refused(reason)
             }
@@ -285,7 +398,7 @@ fn serve(mut stream: UnixStream, shared: &Shared) {
                 return told.and_then(|()| see_off(&mut stream, LEAVE));
             }
         };
-        answer(&mut stream, &reply, shared.patience)
+        answer(&mut stream, &reply, patience)
     });
     if let Err(error) = ended {
         tracing::debug!("control socket: a client went away: {error}");
@@ -302,12 +415,12 @@ enum Heard {
     Stop,
 }
 
-fn hear(stream: &mut UnixStream, shared: &Shared) -> io::Result<Heard> {
+fn hear(stream: &mut &UnixStream, shared: &Shared, patience: Duration) -> io::Result<Heard> {
     stream.set_nonblocking(true)?;
     let mut incoming = Incoming::default();
     let mut buffer = [0; 4096];
     loop {
-        match wait_for_bytes(stream, shared)? {
+        match wait_for_bytes(stream, shared, patience)? {
             Some(Interruption::Stop) => return Ok(Heard::Stop),
             Some(Interruption::Silence) => return Ok(Heard::Silence),
             None => {}
@@ -331,8 +444,12 @@ enum Interruption {
     Silence,
 }
 
-fn wait_for_bytes(stream: &UnixStream, shared: &Shared) -> io::Result<Option<Interruption>> {
-    let deadline = Instant::now() + shared.patience;
+fn wait_for_bytes(
+    stream: &UnixStream,
+    shared: &Shared,
+    patience: Duration,
+) -> io::Result<Option<Interruption>> {
+    let deadline = Instant::now() + patience;
     loop {
         let mut sources = [
             PollFd::new(shared.stopping.as_fd(), PollFlags::POLLIN),
@@ -387,13 +504,13 @@ fn account(order: &str, from: Credentials, reply: &Reply) -> String {
 }
 
 /// Sends the reply, takes what the client may still have sent, and is done.
-fn answer(stream: &mut UnixStream, reply: &Reply, patience: Duration) -> io::Result<()> {
+fn answer(stream: &mut &UnixStream, reply: &Reply, patience: Duration) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_write_timeout(Some(patience))?;
     stream.write_all(&reply.to_wire())?;
     stream.shutdown(Shutdown::Write)?;
     stream.set_nonblocking(true)?;
-    let leftovers = (&*stream).take(LEFTOVER_BYTES_MAX as u64);
+    let leftovers = (*stream).take(LEFTOVER_BYTES_MAX as u64);
     // Unread bytes would make the client see a reset connection after the reply.
     match io::copy(&mut { leftovers }, &mut io::sink()) {
         Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
@@ -402,7 +519,7 @@ fn answer(stream: &mut UnixStream, reply: &Reply, patience: Duration) -> io::Res
 }
 
 /// Takes what the client still sends, until it hangs up or has had its time.
-fn see_off(stream: &mut UnixStream, limit: Duration) -> io::Result<()> {
+fn see_off(stream: &mut &UnixStream, limit: Duration) -> io::Result<()> {
     let deadline = Instant::now() + limit;
     let mut buffer = [0; 4096];
     loop {

@@ -44,6 +44,17 @@ nix::setsockopt_impl!(
     sockopt::SetStruct<'_, u32>
 );
 
+/// The option behind [`Stream::be_readable_from`] (`SO_RCVLOWAT`, socket(7)).
+#[derive(Clone, Copy, Debug)]
+struct ReadableFrom;
+nix::setsockopt_impl!(
+    ReadableFrom,
+    libc::SOL_SOCKET,
+    libc::SO_RCVLOWAT,
+    i32,
+    sockopt::SetStruct<'_, i32>
+);
+
 /// A connection. All methods take `&self`: one thread may read while another writes.
 #[derive(Debug)]
 pub enum Stream {
@@ -139,6 +150,32 @@ impl Stream {
         let Self::Tcp(stream) = self else { return Ok(()) };
         setsockopt(stream, UnsentMax, &UNSENT_MAX)?;
         Ok(())
+    }
+
+    /// Lets it count as readable only from so many bytes on, or at its end (`SO_RCVLOWAT`). False on
+    /// a unix socket, which knows no such limit when it is polled.
+    pub fn be_readable_from(&self, bytes: i32) -> bool {
+        matches!(self, Self::Tcp(stream) if setsockopt(stream, ReadableFrom, &bytes).is_ok())
+    }
+
+    /// The same connection under the lowest number that a descriptor can have now.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn at_lowest_number(self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
+            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
+        })
+    }
+
+    /// The first bytes that have arrived, which stay there to be received.
+    ///
+    /// # Errors
+    /// `WouldBlock` when nothing has arrived; otherwise the connection is broken.
+    pub fn peek(&self, data: &mut [u8]) -> io::Result<usize> {
+        let fd = self.as_fd().as_raw_fd();
+        uninterrupted(|| recv(fd, data, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK))
     }
 
     /// Makes calls that others make on the descriptor itself, such as `sendfile(2)`, return rather

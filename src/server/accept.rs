@@ -1,16 +1,20 @@
-//! Lets clients in, one thread for each.
-//! Waits for them on all listening sockets at once, and knows nothing of what they say.
+//! Lets clients in: greets each, and starts a thread for it once it has said something.
+//! Waits for all listening sockets and all silent connections at once, and knows nothing of what
+//! clients say.
 
-use super::Shared;
 use super::carry::Carried;
 use super::end::SessionEnd;
 use super::orders::Order;
-use super::roster::{Parcel, Refused, Seat};
+use super::roster::{Entrance, Parcel, Refused, Seat};
 use super::session::Session;
+use super::strangers::Reason;
+use super::{Shared, Style};
+use crate::nbd::handshake::server::Handshake;
 use crate::net::{Listener, Peer, Stream, wait_readable};
 use crate::systemd::message_id;
+use nix::sys::resource::{Resource, getrlimit};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,66 +24,248 @@ use tracing::{info, warn};
 const STACK: usize = 256 << 10;
 /// How long to wait for a descriptor to become free when there is none.
 const SCARCITY: Duration = Duration::from_secs(1);
+/// How many connections of one socket to accept before looking at the others.
+const BATCH: usize = 64;
+/// Length of the client flags in bytes, and of those with the head of an option.
+const CLIENT_FLAGS: usize = 4;
+const OPTION_HEAD_SENT: i32 = 20;
+/// How many descriptors no connection takes, or a quarter where there are few.
+const DESCRIPTORS_RESERVED: u64 = 32;
 
-/// Lets clients in until the roster is closed.
+/// Lets clients in until the roster is closed. Those who were accepted by then go on: what becomes of
+/// them is for their sessions.
 pub(super) fn accept_clients(shared: &Arc<Shared>, listeners: &[Listener]) {
+    let mut lobby = Lobby::default();
+    if let Err(error) = accept_until_closed(shared, listeners, &mut lobby) {
+        shared.roster.watch.accepting_failed(&error);
+    }
+    lobby.enter_all(shared);
+    shared.log_last_strangers();
+}
+
+fn accept_until_closed(
+    shared: &Arc<Shared>,
+    listeners: &[Listener],
+    lobby: &mut Lobby,
+) -> io::Result<()> {
     let mut scarce_until: Option<Instant> = None;
     while !shared.roster.is_closed() {
         shared.roster.knocks.answer();
         let now = Instant::now();
-        let pause = shared.roster.full_until().max(scarce_until).filter(|until| now < *until);
-        let mut descriptors: Vec<BorrowedFd<'_>> = vec![shared.roster.bell.as_fd()];
-        if pause.is_none() {
-            descriptors.extend(listeners.iter().map(AsFd::as_fd));
-        }
-        let ready = match wait_readable(&descriptors, pause) {
-            Ok(ready) => ready,
-            Err(error) => return shared.roster.watch.accepting_failed(&error),
+        let counts_due = shared.log_strangers(now);
+        lobby.dismiss(shared, now);
+        let scarce = scarce_until.filter(|until| now < *until);
+        let (accepts, opens_at) = match shared.roster.entrance(now) {
+            _ if scarce.is_some() => (false, scarce),
+            Entrance::Open => (true, None),
+            Entrance::OpensAt(at) => (false, Some(at)),
+            Entrance::Shut => (false, None),
         };
+        let accepted_from = if accepts { listeners } else { &[] };
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![shared.roster.bell.as_fd()];
+        descriptors.extend(accepted_from.iter().map(AsFd::as_fd));
+        descriptors.extend(lobby.descriptors());
+        let deadline = [opens_at, counts_due, lobby.deadline(shared)].into_iter().flatten().min();
+        let ready = wait_readable(&descriptors, deadline)?;
         if ready[0] {
             shared.roster.bell.clear();
+            // Whoever has left may have left a descriptor.
+            scarce_until = None;
         }
-        for (listener, _) in listeners.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
-            scarce_until = scarce_until.max(accept(shared, listener));
+        let (at_doors, in_lobby) = ready[1..].split_at(accepted_from.len());
+        lobby.enter(shared, in_lobby);
+        for (listener, _) in accepted_from.iter().zip(at_doors).filter(|(_, ready)| **ready) {
+            scarce_until = scarce_until.max(accept_waiting(shared, listener, lobby));
         }
+    }
+    Ok(())
+}
+
+/// Accepts those who wait, while there is a place for the next, but not for ever: others wait at
+/// other sockets. Returns until when to wait, if the process has no descriptor left.
+fn accept_waiting(shared: &Arc<Shared>, listener: &Listener, lobby: &mut Lobby) -> Option<Instant> {
+    for _ in 0..BATCH {
+        if shared.roster.entrance(Instant::now()) != Entrance::Open {
+            return None;
+        }
+        match accept(shared, listener, lobby) {
+            Accepted::One(newcomer) => lobby.0.extend(newcomer),
+            Accepted::None => return None,
+            Accepted::Scarce(until) => return Some(until),
+        }
+        lobby.dismiss(shared, Instant::now());
+    }
+    None
+}
+
+/// Connections that have been greeted and have not said anything. They cost a descriptor or two, and
+/// no thread, so that they can give way at once.
+#[derive(Default)]
+struct Lobby(Vec<Newcomer>);
+
+struct Newcomer {
+    stream: Stream,
+    peer: Peer,
+    seat: Seat,
+    /// It has sent its flags, and nothing behind them by then.
+    has_sent_flags: bool,
+}
+
+impl Lobby {
+    fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().map(|newcomer| newcomer.stream.as_fd())
+    }
+
+    /// When the next handshake has taken too long. Old style has none.
+    fn deadline(&self, shared: &Shared) -> Option<Instant> {
+        let limit = (shared.settings.style == Style::Newstyle)
+            .then_some(shared.settings.handshake_timeout)?;
+        self.0.iter().map(|newcomer| newcomer.seat.since + limit).min()
+    }
+
+    /// Closes the connections that were told to leave, or have said nothing for too long.
+    fn dismiss(&mut self, shared: &Shared, now: Instant) {
+        let newstyle = shared.settings.style == Style::Newstyle;
+        self.0.retain(|Newcomer { peer, seat, .. }| {
+            let end = match seat.orders.current() {
+                Order::Serve
+                    if newstyle && seat.since + shared.settings.handshake_timeout <= now =>
+                {
+                    SessionEnd::HandshakeTimeout
+                }
+                // These are obeyed by a session.
+                Order::Serve | Order::PackUp | Order::Finish => return true,
+                order => SessionEnd::Ordered(order),
+            };
+            shared.log_end_in_handshake(peer, seat.id, &end);
+            false
+        });
+    }
+
+    /// Starts sessions for those who have said something, or have gone.
+    fn enter(&mut self, shared: &Arc<Shared>, ready: &[bool]) {
+        let mut ready = ready.iter();
+        let said = self.0.extract_if(.., |newcomer| {
+            ready.next().is_some_and(|ready| *ready) && !newcomer.has_only_sent_flags()
+        });
+        said.for_each(|newcomer| newcomer.enter(shared));
+    }
+
+    fn enter_all(self, shared: &Arc<Shared>) {
+        self.0.into_iter().for_each(|newcomer| newcomer.enter(shared));
     }
 }
 
-/// Lets one client in. Returns until when to wait, if the process has no descriptor left.
-fn accept(shared: &Arc<Shared>, listener: &Listener) -> Option<Instant> {
-    let _arriving = shared.roster.expect()?;
+impl Newcomer {
+    /// Whether the client has sent good flags and no byte more: then it is heard of again when it
+    /// has sent the head of an option.
+    fn has_only_sent_flags(&mut self) -> bool {
+        if self.has_sent_flags {
+            return false; // More has come, or the end.
+        }
+        let mut words = [0; CLIENT_FLAGS + 1];
+        let count = self.stream.peek(&mut words);
+        let good =
+            words[..CLIENT_FLAGS - 1] == [0; CLIENT_FLAGS - 1] && words[CLIENT_FLAGS - 1] <= 3;
+        self.has_sent_flags = matches!(count, Ok(CLIENT_FLAGS))
+            && good
+            && self.stream.be_readable_from(OPTION_HEAD_SENT);
+        self.has_sent_flags
+    }
+
+    fn enter(self, shared: &Arc<Shared>) {
+        let Self { stream, peer, seat, has_sent_flags: _ } = self;
+        stream.be_readable_from(1);
+        run(shared, stream, peer, seat, None);
+    }
+}
+
+/// What came of accepting.
+enum Accepted {
+    /// A connection; none if it was refused.
+    One(Option<Newcomer>),
+    /// Nobody waits, or nobody is let in any more.
+    None,
+    /// The system has nothing left for another connection; worth trying again at this time.
+    Scarce(Instant),
+}
+
+/// Lets one client in.
+fn accept(shared: &Arc<Shared>, listener: &Listener, lobby: &mut Lobby) -> Accepted {
+    let Some(_arriving) = shared.roster.expect() else { return Accepted::None };
     match listener.accept() {
         Ok((stream, peer)) => {
-            match shared.roster.admit(peer, Instant::now()) {
-                Ok(seat) => start(shared, stream, peer, seat),
-                Err(why) => refuse(&peer, why),
-            }
-            None
+            let admitted = admit(shared, stream, peer, lobby);
+            let admitted = admitted.inspect_err(|why| shared.log_refusal(&peer, *why)).ok();
+            Accepted::One(admitted.and_then(|(stream, seat)| greet(shared, stream, peer, seat)))
         }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Accepted::None,
         Err(error) => {
-            warn!("cannot accept a client: {error}; trying again when a session has ended");
-            Some(Instant::now() + SCARCITY)
+            // A connection that says nothing makes room, if there is one.
+            shared.roster.free_something(Instant::now());
+            let nobody = Peer::Unix { pid: None, uid: None };
+            if shared.is_worth_a_line(Reason::Scarce, &nobody) {
+                warn!("cannot accept a client: {error}; trying again when a session has ended");
+            }
+            Accepted::Scarce(Instant::now() + SCARCITY)
         }
     }
 }
 
-fn refuse(peer: &Peer, why: Refused) {
-    let id = match why {
-        Refused::Acl => Some(message_id::CLIENT_NOT_ADMITTED),
-        Refused::Full(_) => Some(message_id::CLIENT_LIMIT),
-        Refused::Stopping | Refused::NoDescriptors => None,
-    };
-    warn!(message_id = id, "flexnbd.client" = %peer, "refused {peer}: {why}");
+/// A place for this client, or why there is none. The last descriptors are for operators and for
+/// the disk: another connection takes one of them only if a silent one gives way.
+fn admit(
+    shared: &Shared,
+    stream: Stream,
+    peer: Peer,
+    lobby: &mut Lobby,
+) -> Result<(Stream, Seat), Refused> {
+    let now = Instant::now();
+    if !is_reserved(&stream) {
+        return shared.roster.admit(peer, now).map(|seat| (stream, seat));
+    }
+    if !shared.roster.free_something(now) {
+        return Err(Refused::NoDescriptors);
+    }
+    lobby.dismiss(shared, now);
+    // The number that has become free: those in use stay the lowest, by which they are counted.
+    let stream = stream.at_lowest_number().map_err(|_| Refused::NoDescriptors)?;
+    shared.roster.admit(peer, now).map(|seat| (stream, seat))
 }
 
-fn start(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat) {
-    let id = seat.id;
-    info!("flexnbd.client" = %peer, "flexnbd.session" = id, "{peer} connected");
+/// Whether a new connection has one of the last descriptors that the process can have: the kernel
+/// always gives the lowest free number.
+fn is_reserved(stream: &Stream) -> bool {
+    let descriptor = stream.as_fd().as_raw_fd();
+    let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return false };
+    let reserved = DESCRIPTORS_RESERVED.min(limit / 4);
+    u64::try_from(descriptor).is_ok_and(|descriptor| descriptor >= limit - reserved)
+}
+
+/// Speaks first, as a server does. None if the connection is gone already.
+fn greet(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat) -> Option<Newcomer> {
     // A connection that takes no options is on its way out, which the session will see.
     let _ = stream.tune().and_then(|()| stream.never_block());
     let _ = stream.leave_little_unsent();
-    run(shared, stream, peer, seat, None);
+    if shared.settings.style == Style::Oldstyle {
+        // Who gets at the disk is decided before the greeting, which is all there is.
+        run(shared, stream, peer, seat, None);
+        return None;
+    }
+    stream.be_readable_from(CLIENT_FLAGS as i32);
+    let mut greeting = Vec::new();
+    Handshake::new(shared.export.clone()).greet(&mut greeting);
+    // It fits: nothing was sent before it.
+    match stream.try_send(&greeting, false) {
+        Ok(count) if count == greeting.len() => {
+            Some(Newcomer { stream, peer, seat, has_sent_flags: false })
+        }
+        Ok(_) => None,
+        Err(error) => {
+            shared.log_end_in_handshake(&peer, seat.id, &SessionEnd::Connection(error));
+            None
+        }
+    }
 }
 
 /// Goes on with a session that another process has packed up, or says why not and closes it.
@@ -101,10 +287,13 @@ pub(super) fn resume(shared: &Arc<Shared>, Parcel { carried, stream }: Parcel) {
 
 /// Starts the thread of a session.
 fn run(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat, carried: Option<Carried>) {
-    let (name, shared) = (format!("client-{}", seat.id), Arc::clone(shared));
+    let (name, for_session) = (format!("client-{}", seat.id), Arc::clone(shared));
     let thread = thread::Builder::new().name(name).stack_size(STACK);
-    let started = thread.spawn(move || serve(&shared, stream, peer, seat, carried));
-    if let Err(error) = started {
+    let started = thread.spawn(move || serve(&for_session, stream, peer, seat, carried));
+    let Err(error) = started else { return };
+    // A connection that says nothing makes room for the next, if there is one.
+    shared.roster.free_something(Instant::now());
+    if shared.is_worth_a_line(Reason::Scarce, &peer) {
         let who = peer.to_string();
         warn!(
             "flexnbd.client" = who,
@@ -127,7 +316,11 @@ fn serve(shared: &Shared, stream: Stream, peer: Peer, seat: Seat, carried: Optio
     };
     let (end, carried) = session.run(carried);
     shared.reception.closed(id);
-    log_end(&session.peer, id, &end);
+    if session.seat.is_seated() || matches!(end, SessionEnd::PackedUp) {
+        log_end(&session.peer, id, &end);
+    } else {
+        shared.log_end_in_handshake(&session.peer, id, &end);
+    }
     if let Some(carried) = carried {
         let Session { stream, seat, .. } = session;
         seat.hand_in(Parcel { carried, stream });

@@ -18,6 +18,8 @@ pub(super) enum SessionEnd {
     Vanished,
     /// The client did not finish the handshake in time.
     HandshakeTimeout,
+    /// As many clients are connected as may be, since this one began its handshake.
+    Full,
     /// The client broke the handshake.
     Misbehaved(Misbehaviour),
     /// A request did not begin as one: framing is lost.
@@ -72,6 +74,7 @@ impl std::fmt::Display for SessionEnd {
             Self::HandshakeTimeout => {
                 f.write_str("the client did not finish the handshake in time")
             }
+            Self::Full => f.write_str("as many clients are connected as may be"),
             Self::Misbehaved(how) => write!(f, "the client broke the handshake: {how}"),
             Self::NoRequest(magic) => {
                 write!(f, "the client sent {magic:#x} where a request should begin")

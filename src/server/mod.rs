@@ -19,6 +19,7 @@ mod orders;
 mod outbox;
 mod patience;
 mod pinned;
+mod places;
 mod progress;
 mod reading;
 pub mod reception;
@@ -27,6 +28,7 @@ mod restart_tests;
 mod roster;
 pub mod session;
 mod stall;
+mod strangers;
 mod taking;
 #[cfg(test)]
 mod tests;
@@ -46,19 +48,21 @@ use reception::Reception;
 use roster::{Capacity, Parcel, Roster};
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use strangers::Strangers;
 use tracing::{error, info, warn};
 use watch::{Door, Watch};
 
 /// Clients at once, unless the operator says otherwise (`--max-clients`).
 pub const CLIENTS_MAX: usize = 128;
-/// Of those, in the handshake at once.
-pub const HANDSHAKES_MAX: usize = 16;
+/// Besides, in the handshake at once.
+pub const HANDSHAKES_MAX: usize = 32;
 /// How long a handshake may take.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a handshake keeps its place while there are [`HANDSHAKES_MAX`] and more clients wait.
+/// The longest that a handshake keeps its place while there are [`HANDSHAKES_MAX`] and more clients
+/// wait; silent ones give way earlier (`places`).
 pub const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a request or reply may stand still with `--killswitch`.
 pub const STALL_LIMIT: Duration = Duration::from_secs(120);
@@ -119,6 +123,8 @@ struct Shared {
     settings: Settings,
     reception: Arc<dyn Reception>,
     roster: Arc<Roster>,
+    /// What strangers can have logged.
+    strangers: Mutex<Strangers>,
     /// How many threads can run at once.
     cpus: usize,
 }
@@ -205,7 +211,9 @@ impl Server {
         let export = export(&disk, name, reception.is_exclusive());
         let roster = Roster::new(capacity, acl, watch)?;
         let cpus = thread::available_parallelism().map_or(1, usize::from);
-        let shared = Arc::new(Shared { disk, export, settings, reception, roster, cpus });
+        let strangers = Mutex::default();
+        let shared =
+            Arc::new(Shared { disk, export, settings, reception, roster, strangers, cpus });
         // First those who were here before: newcomers get numbers beyond theirs.
         resume(&shared, luggage);
         let for_acceptor = Arc::clone(&shared);

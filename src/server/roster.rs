@@ -4,6 +4,7 @@
 use super::acl::{Acl, BadEntry};
 use super::carry::Carried;
 use super::orders::{Order, Orders};
+use super::places::{self, Greeting, Room};
 use super::reception::{SessionId, Sessions};
 use super::watch::{Knocks, Watch};
 use crate::net::{Peer, Stream, Wake};
@@ -11,15 +12,19 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use tracing::info;
+
+/// How many connections that were told to give way may still be about to.
+const LEAVING_MAX: usize = 16;
 
 /// How many clients there may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
-    /// In all.
+    /// Beyond the handshake.
     pub(super) sessions: usize,
-    /// Of those, in the handshake.
+    /// Besides, in the handshake.
     pub(super) handshakes: usize,
-    /// For how long a handshake keeps its place when somebody waits.
+    /// The longest that a handshake keeps its place from others.
     pub(super) patience: Duration,
 }
 
@@ -76,8 +81,28 @@ type Entries = BTreeMap<u64, Entry>;
 struct Entry {
     peer: Peer,
     orders: Arc<Orders>,
-    /// Since when it is in the handshake, if it is.
-    greeting_since: Option<Instant>,
+    place: Place,
+}
+
+/// Which kind of place a connection has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// In the handshake.
+    Greeting(Greeting),
+    /// It was told to give way to another connection, and is about to.
+    Leaving,
+    /// Beyond the handshake: it is one of the clients that `--max-clients` limits.
+    Seated,
+}
+
+/// Whether the next connection can be accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Entrance {
+    Open,
+    /// Not before then, unless the bell rings earlier.
+    OpensAt(Instant),
+    /// Not before the bell rings.
+    Shut,
 }
 
 /// Why a client was sent away.
@@ -111,6 +136,8 @@ pub(super) struct Seat {
     roster: Arc<Roster>,
     /// Number of the session; never used twice.
     pub(super) id: u64,
+    /// When its handshake began, in this process.
+    pub(super) since: Instant,
     /// What the session is told.
     pub(super) orders: Arc<Orders>,
 }
@@ -172,12 +199,41 @@ impl Roster {
         if !peer.ip().is_none_or(|ip| inner.acl.admits(ip)) {
             return Err(Refused::Acl);
         }
-        if inner.entries.len() >= inner.sessions_max {
+        if inner.is_full() {
             return Err(Refused::Full(inner.sessions_max));
         }
-        inner.make_room(self.capacity, now);
+        if let Room::Instead(id) = inner.room(self.capacity, now) {
+            inner.evict(id);
+        }
         let id = inner.next_id;
-        self.seat(&mut inner, id, peer, Some(now))
+        self.seat(&mut inner, id, peer, Place::Greeting(Greeting::new(&peer, now)))
+    }
+
+    /// Ends the connection in the handshake that is the first to give way to another one, even if it
+    /// came just now; false if there is none that has been quiet for a moment. For when the system
+    /// has nothing left for another connection.
+    pub(super) fn free_something(&self, now: Instant) -> bool {
+        let mut inner = self.lock();
+        let everybody = Capacity { handshakes: 0, ..self.capacity };
+        let room = inner.room(everybody, now + places::FIRST_OPTION);
+        if let Room::Instead(id) = room {
+            inner.evict(id);
+        }
+        matches!(room, Room::Instead(_))
+    }
+
+    /// Whether the next connection can be accepted.
+    pub(super) fn entrance(&self, now: Instant) -> Entrance {
+        let inner = self.lock();
+        let leaving = inner.entries.values().filter(|entry| entry.place == Place::Leaving).count();
+        if leaving >= LEAVING_MAX {
+            return Entrance::Shut;
+        }
+        match inner.room(self.capacity, now) {
+            Room::Free | Room::Instead(_) => Entrance::Open,
+            Room::From(at) => Entrance::OpensAt(at),
+            Room::None => Entrance::Shut,
+        }
     }
 
     /// A place for a client that another process has let in, under the number that it had there;
@@ -192,7 +248,8 @@ impl Roster {
         if !peer.ip().is_none_or(|ip| inner.acl.admits(ip)) {
             return Err(Refused::Acl);
         }
-        self.seat(&mut inner, id, peer, greeting_since)
+        let greeting = greeting_since.map(|since| Greeting::new(&peer, since));
+        self.seat(&mut inner, id, peer, greeting.map_or(Place::Seated, Place::Greeting))
     }
 
     fn seat(
@@ -200,14 +257,18 @@ impl Roster {
         inner: &mut Inner,
         id: u64,
         peer: Peer,
-        greeting_since: Option<Instant>,
+        place: Place,
     ) -> Result<Seat, Refused> {
         let orders = Arc::new(Orders::new().map_err(|_| Refused::NoDescriptors)?);
         inner.next_id = inner.next_id.max(id.saturating_add(1));
-        let entry = Entry { peer, orders: Arc::clone(&orders), greeting_since };
+        let entry = Entry { peer, orders: Arc::clone(&orders), place };
         inner.entries.insert(id, entry);
         self.watch.clients_changed();
-        Ok(Seat { roster: Arc::clone(self), id, orders })
+        let since = match place {
+            Place::Greeting(greeting) => greeting.since,
+            Place::Leaving | Place::Seated => Instant::now(),
+        };
+        Ok(Seat { roster: Arc::clone(self), id, since, orders })
     }
 
     /// Accepts nobody any more. Whoever has been accepted still gets a place.
@@ -232,17 +293,13 @@ impl Roster {
         }
     }
 
-    /// Until when no further client should be accepted, if the handshakes are as many as there
-    /// may be. At that time the oldest of them gives way.
-    pub(super) fn full_until(&self) -> Option<Instant> {
-        self.lock().full_until(self.capacity)
-    }
-
     /// Replaces the list; sessions that it does not admit are told to end.
     pub(super) fn set_acl<S: AsRef<str>>(&self, entries: &[S]) -> Result<(), BadEntry> {
         let mut inner = self.lock();
         inner.acl = inner.acl.replaced(entries)?;
         inner.expel();
+        drop(inner);
+        self.bell.wake();
         Ok(())
     }
 
@@ -252,6 +309,8 @@ impl Roster {
         let mut inner = self.lock();
         (inner.acl, inner.sessions_max) = (acl, sessions_max);
         inner.expel();
+        drop(inner);
+        self.bell.wake();
     }
 
     /// Takes no more clients, and tells those who are here to finish.
@@ -324,23 +383,34 @@ impl Roster {
 }
 
 impl Inner {
-    fn full_until(&self, capacity: Capacity) -> Option<Instant> {
-        let greeting = self.entries.values().filter_map(|entry| entry.greeting_since);
-        if greeting.clone().count() < capacity.handshakes {
-            return None;
-        }
-        greeting.min().map(|oldest| oldest + capacity.patience)
+    /// Whether there are as many clients as there may be.
+    fn is_full(&self) -> bool {
+        let seated = self.entries.values().filter(|entry| entry.place == Place::Seated);
+        seated.count() >= self.sessions_max
     }
 
-    /// Tells the client that has been in the handshake for longest to make room, if that is due.
-    fn make_room(&mut self, capacity: Capacity, now: Instant) {
-        if self.full_until(capacity).is_none_or(|until| now < until) {
-            return;
+    /// Whether this client may go on beyond the handshake. A source may always: who has a disk to
+    /// hand over is not kept out by others.
+    fn may_sit(&self, id: u64) -> bool {
+        match self.entries.get(&id).map(|entry| &entry.place) {
+            Some(Place::Greeting(greeting)) => greeting.introduced || !self.is_full(),
+            Some(Place::Leaving | Place::Seated) => true,
+            None => false,
         }
-        let greeting = self.entries.values_mut().filter(|entry| entry.greeting_since.is_some());
-        if let Some(entry) = greeting.min_by_key(|entry| entry.greeting_since) {
+    }
+
+    fn room(&self, capacity: Capacity, now: Instant) -> Room {
+        let greeting = self.entries.iter().filter_map(|(id, entry)| match &entry.place {
+            Place::Greeting(greeting) => Some((*id, greeting)),
+            Place::Leaving | Place::Seated => None,
+        });
+        places::room(greeting, capacity.handshakes, capacity.patience, now)
+    }
+
+    fn evict(&mut self, id: u64) {
+        if let Some(entry) = self.entries.get_mut(&id) {
             entry.orders.give(Order::GiveWay);
-            entry.greeting_since = None;
+            entry.place = Place::Leaving;
         }
     }
 
@@ -375,12 +445,55 @@ impl Seat {
         self.roster.lock().parcels.push(parcel);
     }
 
-    /// The handshake is over: its place is free for another client.
-    pub(super) fn greeted(&self) {
-        if let Some(entry) = self.roster.lock().entries.get_mut(&self.id) {
-            entry.greeting_since = None;
+    /// The client has sent an option.
+    pub(super) fn spoke(&self, now: Instant) {
+        self.greeting(|greeting| greeting.spoke = Some(now));
+    }
+
+    /// The client has introduced itself, and was accepted.
+    pub(super) fn introduced(&self) {
+        self.greeting(|greeting| greeting.introduced = true);
+    }
+
+    fn greeting(&self, change: impl FnOnce(&mut Greeting)) {
+        let mut inner = self.roster.lock();
+        if let Some(Entry { place: Place::Greeting(greeting), .. }) =
+            inner.entries.get_mut(&self.id)
+        {
+            change(greeting);
+        }
+    }
+
+    /// Why the client cannot go on beyond the handshake, if it cannot.
+    pub(super) fn closed(&self) -> Option<&'static str> {
+        let inner = self.roster.lock();
+        (!inner.may_sit(self.id)).then_some("as many clients are connected as may be")
+    }
+
+    /// Whether the handshake is over.
+    pub(super) fn is_seated(&self) -> bool {
+        let inner = self.roster.lock();
+        inner.entries.get(&self.id).is_some_and(|entry| entry.place == Place::Seated)
+    }
+
+    /// The handshake is over: its place is free for another client. False if there are as many
+    /// clients as there may be, so that this one has to leave.
+    pub(super) fn greeted(&self) -> bool {
+        let mut inner = self.roster.lock();
+        if !inner.may_sit(self.id) {
+            return false;
+        }
+        let Some(entry) = inner.entries.get_mut(&self.id) else { return false };
+        let (peer, before) = (entry.peer, entry.place);
+        if matches!(before, Place::Greeting(_)) {
+            entry.place = Place::Seated;
+        }
+        drop(inner);
+        if matches!(before, Place::Greeting(_)) {
+            info!("flexnbd.client" = %peer, "flexnbd.session" = self.id, "{peer} connected");
         }
         self.roster.bell.wake();
+        true
     }
 }
 
@@ -408,6 +521,7 @@ impl Drop for Seat {
 
 #[cfg(test)]
 mod tests {
+    use super::super::places::FIRST_OPTION;
     use super::super::watch::Nobody;
     use super::*;
 
@@ -425,11 +539,13 @@ mod tests {
         let roster = roster(2, 16, &[]);
         let now = Instant::now();
         let first = roster.admit(peer("192.0.2.1"), now).unwrap();
-        let _second = roster.admit(peer("192.0.2.1"), now).unwrap();
+        let second = roster.admit(peer("192.0.2.1"), now).unwrap();
+        assert!(first.greeted() && second.greeted());
         assert_eq!(roster.admit(peer("192.0.2.1"), now).unwrap_err(), Refused::Full(2));
         drop(first);
         let third = roster.admit(peer("192.0.2.1"), now).unwrap();
         assert_eq!((roster.count(), third.id), (2, 3));
+        assert!(third.greeted());
         roster.readmit(Acl::default(), 3);
         assert!(roster.admit(peer("192.0.2.1"), now).is_ok());
         roster.readmit(Acl::default(), 1);
@@ -441,19 +557,62 @@ mod tests {
         let roster = roster(9, 2, &[]);
         let now = Instant::now();
         let first = roster.admit(peer("192.0.2.1"), now).unwrap();
-        assert_eq!(roster.full_until(), None);
+        assert_eq!(roster.entrance(now), Entrance::Open);
         let second = roster.admit(peer("192.0.2.1"), now + Duration::from_millis(5)).unwrap();
-        let until = now + Duration::from_secs(1);
-        assert_eq!(roster.full_until(), Some(until));
+        let until = now + FIRST_OPTION;
+        assert_eq!(roster.entrance(now), Entrance::OpensAt(until));
+        assert_eq!(roster.entrance(until), Entrance::Open);
         assert_eq!(first.orders.current(), Order::Serve);
+        second.spoke(now);
         let _third = roster.admit(peer("192.0.2.1"), until).unwrap();
         assert_eq!(
             (first.orders.current(), second.orders.current()),
             (Order::GiveWay, Order::Serve)
         );
-        assert_eq!(roster.full_until(), Some(until + Duration::from_millis(5)));
-        second.greeted();
-        assert_eq!(roster.full_until(), None);
+        assert_eq!(roster.entrance(until), Entrance::OpensAt(until + FIRST_OPTION));
+        assert!(second.greeted());
+        assert_eq!(roster.entrance(until), Entrance::Open);
+    }
+
+    #[test]
+    fn no_more_than_a_few_are_about_to_leave() {
+        let roster = roster(9, 1, &[]);
+        let mut now = Instant::now();
+        let mut seats = Vec::new();
+        for _ in 0..=LEAVING_MAX {
+            assert_eq!(roster.entrance(now), Entrance::Open);
+            seats.push(roster.admit(peer("192.0.2.1"), now).unwrap());
+            now += FIRST_OPTION;
+        }
+        assert_eq!(roster.entrance(now), Entrance::Shut);
+        seats.remove(0);
+        assert_eq!(roster.entrance(now), Entrance::Open);
+    }
+
+    #[test]
+    fn clients_beyond_the_limit_stay_in_the_handshake_but_a_source_does_not() {
+        let roster = roster(1, 9, &[]);
+        let [first, second, source] =
+            [(); 3].map(|()| roster.admit(peer("192.0.2.1"), Instant::now()).unwrap());
+        assert_eq!(second.closed(), None);
+        assert!(first.greeted() && first.is_seated());
+        assert!(second.closed().is_some() && !second.greeted() && !second.is_seated());
+        source.introduced();
+        assert!(source.closed().is_none() && source.greeted());
+        drop((first, source));
+        assert!(second.greeted());
+    }
+
+    #[test]
+    fn silent_connections_give_way_when_something_else_is_scarce() {
+        let roster = roster(9, 9, &[]);
+        let now = Instant::now();
+        let silent = roster.admit(peer("192.0.2.1"), now).unwrap();
+        let speaks = roster.admit(peer("192.0.2.1"), now).unwrap();
+        speaks.spoke(now);
+        assert!(roster.free_something(now));
+        assert_eq!(silent.orders.current(), Order::GiveWay);
+        assert!(!roster.free_something(now), "the other one speaks");
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub const PAYLOAD_MAX: u32 = 64 << 20;
 /// Largest payload in old style, which cannot advertise any: what `flexnbd read` and `write`
 /// allow in `--size`.
 pub const PAYLOAD_MAX_OLDSTYLE: u32 = 1 << 30;
+/// Length of the client flags in bytes; every option is longer.
+const CLIENT_FLAGS: usize = 4;
 /// How long a source that has come back waits for what its earlier connection still does.
 const DISMISSAL: Duration = Duration::from_secs(4);
 /// How long a newcomer waits for the end of a connection that is in its way.
@@ -82,6 +84,7 @@ impl Session<'_> {
         (end, carried)
     }
 
+    /// In newstyle it has been greeted.
     fn start(&self) -> Result<Start, SessionEnd> {
         let (inbox, mut outbox) = (Inbox::default(), Outbox::default());
         let stage = match self.settings.style {
@@ -92,11 +95,7 @@ impl Session<'_> {
                 outbox.reply(|out| out.extend_from_slice(&greeting));
                 Stage::Transmission(self.terms(agreement.dialect, false, false), Box::default())
             }
-            Style::Newstyle => {
-                let handshake = Handshake::new(self.export.clone());
-                outbox.reply(|out| handshake.greet(out));
-                Stage::Greeting(Box::new(handshake))
-            }
+            Style::Newstyle => Stage::Greeting(Box::new(Handshake::new(self.export.clone()))),
         };
         Ok(Start { inbox, outbox, stage })
     }
@@ -149,7 +148,10 @@ impl Session<'_> {
                 }
             }
         };
-        self.seat.greeted();
+        // In old style nothing is known of a client before its first request.
+        if self.settings.style == Style::Newstyle && !self.seat.greeted() {
+            return (SessionEnd::Full, None);
+        }
         self.transmission(terms, inbox, outbox, progress).run()
     }
 
@@ -159,7 +161,7 @@ impl Session<'_> {
         inbox: &mut Inbox,
         outbox: &mut Outbox,
     ) -> Result<Agreement, SessionEnd> {
-        let deadline = Instant::now() + self.settings.handshake_timeout;
+        let deadline = self.seat.since + self.settings.handshake_timeout;
         handshake.understand_private();
         handshake.admit_selectively();
         loop {
@@ -187,10 +189,17 @@ impl Session<'_> {
             outbox.reply(|out| step = handshake.advance(inbox.bytes(), out));
             let (used, next) = step.map_err(SessionEnd::Misbehaved)?;
             inbox.consume(used);
+            // Not for its flags: they commit a client to nothing.
+            if used > CLIENT_FLAGS {
+                self.seat.spoke(Instant::now());
+            }
             match next {
                 Next::More => return Ok(None),
                 Next::Asked(data) => {
                     let answer = self.introduce(&data);
+                    if answer.is_ok() {
+                        self.seat.introduced();
+                    }
                     outbox.reply(|out| handshake.answer_private(answer, out));
                 }
                 Next::Wants { to_enter } => handshake.decide(self.let_in(to_enter)),
@@ -219,6 +228,9 @@ impl Session<'_> {
 
     /// Whether the client gets at the export, and enters the transmission phase if `now`.
     fn let_in(&self, now: bool) -> Result<(), String> {
+        if let Some(why) = self.seat.closed() {
+            return Err(why.to_owned());
+        }
         let mut waits = true;
         loop {
             match self.reception.enters(self.seat.id, now, self.seat.sessions()) {

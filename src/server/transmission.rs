@@ -259,6 +259,10 @@ impl<'a> Transmission<'a> {
                 Ok(true)
             }
             Ok(count) => {
+                // In old style the first request ends the handshake.
+                if self.progress.received == 0 && !self.seat.greeted() {
+                    return Err(SessionEnd::Full);
+                }
                 self.delay.received();
                 self.worker.orders.heard();
                 self.progress.received += count as u64;

@@ -7,6 +7,7 @@
 mod child;
 pub mod journal;
 pub mod line;
+pub mod log_limit;
 mod log_queue;
 pub mod message_id;
 pub mod notify;

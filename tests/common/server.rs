@@ -180,6 +180,12 @@ impl Server {
         assert!(found, "waited in vain for {part:?} on stderr, which says: {}", self.stderr());
     }
 
+    /// Waits until somebody answers at this control socket of its.
+    #[track_caller]
+    pub(crate) fn wait_for_control(&self, path: &Path) {
+        wait_until("the control socket", || std::os::unix::net::UnixStream::connect(path).is_ok());
+    }
+
     #[track_caller]
     pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().cast_signed()), signal).unwrap();

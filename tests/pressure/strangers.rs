@@ -1,0 +1,201 @@
+//! Connections that say nothing keep nobody out: not clients, not a source, not the operator; and
+//! strangers do not fill the log.
+
+use crate::common::raw::Wire;
+use crate::common::server::Target;
+use crate::common::session::{Mode, Request, Session};
+use crate::common::{Builder, KIB, Server, TempDir, sparse_image, temp_dir, wait_until};
+use crate::more::Program;
+use std::io::{ErrorKind, Read as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+
+/// So many silent connections kept the old server from others for a minute.
+const MANY: usize = 1000;
+
+fn server(flags: &str) -> (Server, TempDir) {
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", 64 * KIB);
+    (Builder::serve(&image).args(flags.split_whitespace()).start(), dir)
+}
+
+fn address(target: &Target) -> SocketAddr {
+    match target {
+        Target::Tcp(address) => *address,
+        Target::Unix(path) => panic!("{}", path.display()),
+    }
+}
+
+/// Connections that send `bytes` and then nothing.
+fn silent(target: &Target, count: usize, bytes: &[u8]) -> Vec<TcpStream> {
+    let connect = |_| {
+        let mut stream = TcpStream::connect(address(target)).unwrap();
+        // It may have given way already.
+        let _ = std::io::Write::write_all(&mut stream, bytes);
+        stream
+    };
+    (0..count).map(connect).collect()
+}
+
+#[track_caller]
+fn is_served(target: &Target) {
+    Session::open(target, Mode::Structured).unwrap().ok(Request::write(0, &[1; 512]));
+}
+
+#[test]
+fn silent_connections_delay_no_honest_client() {
+    let (server, _dir) = server("");
+    for bytes in [&b""[..], &[0, 0, 0, 3]] {
+        let _silent = silent(server.target(), MANY, bytes);
+        is_served(server.target());
+    }
+}
+
+#[test]
+fn silent_connections_fill_no_small_house() {
+    let (server, _dir) = server("--max-clients 1");
+    let _silent = silent(server.target(), 100, b"");
+    let session = Session::open(server.target(), Mode::Structured).unwrap();
+    Wire::connect(server.target()).expect_closed("there is one client already");
+    drop(session);
+    wait_until("the place to be free", || {
+        let mut wire = Wire::connect(server.target());
+        let greeted = wire.try_recv(&mut [0; 18]);
+        !matches!(greeted, Ok(0) | Err(_))
+    });
+}
+
+#[test]
+fn silent_connections_fill_no_old_style_house() {
+    let (server, _dir) = server("--max-clients 2 --oldstyle");
+    let _silent = silent(server.target(), 100, b"");
+    let mut session = Session::open_old_style(server.target());
+    session.ok(Request::write(0, &[1; 512]));
+}
+
+#[test]
+fn the_limit_holds_for_clients_that_greet_at_once() {
+    let (server, _dir) = server("--max-clients 1");
+    let mut late = Wire::haggle(server.target(), 3);
+    let session = Session::open(server.target(), Mode::Simple).unwrap();
+    let go = crate::common::raw::encode_go(b"", &[]);
+    assert_eq!(late.ask_final(crate::common::raw::OPT_GO, &go), 0x8000_0002, "ERR_POLICY");
+    drop(session);
+}
+
+#[test]
+fn a_source_gets_past_silent_connections() {
+    let dir = temp_dir();
+    let (here, there) =
+        (sparse_image(dir.path(), "here", 64 * KIB), sparse_image(dir.path(), "there", 64 * KIB));
+    let control = dir.path().join("control.sock");
+    let mut source = Builder::serve(&here).args(["--sock".as_ref(), control.as_os_str()]).start();
+    source.wait_for_control(&control);
+    let mut destination = Builder::mode("listen", &there).start();
+    let _silent = silent(destination.target(), MANY, b"");
+    let place = format!("--addr 127.0.0.1 --port {}", destination.port());
+    Program::flexnbd("mirror --wait").words(&place).args(["--sock"]).args([&control]).ok();
+    assert_eq!(destination.wait_for_end().code(), Some(0));
+    assert_eq!(source.wait_for_end().code(), Some(0));
+}
+
+#[test]
+fn the_operator_is_answered_when_descriptors_are_used_up() {
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", 64 * KIB);
+    let control = dir.path().join("control.sock");
+    let limited = ["sh", "-c", "ulimit -n 64 && exec \"$@\"", "sh"];
+    let server =
+        Builder::serve(&image).through(limited).args(["--sock".as_ref(), control.as_os_str()]);
+    let server = server.start();
+    server.wait_for_control(&control);
+    let _silent = silent(server.target(), 200, b"");
+    let mut sessions = Vec::new();
+    // Until no more are let in.
+    loop {
+        let mut wire = Wire::connect(server.target());
+        match wire.try_recv(&mut [0; 18]) {
+            Ok(18) => wire.send(&[0, 0, 0, 3]),
+            _ => break,
+        }
+        sessions.push(Session::go(wire, Mode::Simple, None, b""));
+    }
+    assert!(sessions.len() > 5, "only {} sessions", sessions.len());
+    for session in &mut sessions {
+        session.ok(Request::write(0, &[1; 512]));
+    }
+    let status = Program::flexnbd("status").args(["--sock"]).args([&control]).ok();
+    assert!(status.contains("pid="), "{status}");
+}
+
+#[test]
+fn the_operator_is_answered_beside_silent_operators() {
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", 64 * KIB);
+    let control = dir.path().join("control.sock");
+    let server = Builder::serve(&image).args(["--sock".as_ref(), control.as_os_str()]).start();
+    server.wait_for_control(&control);
+    let _silent: Vec<_> = (0..MANY).map(|_| UnixStream::connect(&control).unwrap()).collect();
+    let status = Program::flexnbd("status").args(["--sock"]).args([&control]).ok();
+    assert!(status.contains("pid="), "{status}");
+}
+
+#[test]
+fn refused_strangers_are_logged_at_once_and_then_counted() {
+    const REFUSED: usize = 300;
+    let (mut server, _dir) = server("192.0.2.1");
+    let from = |last: u8| {
+        let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, last), server.target());
+        match stream.read(&mut [0; 18]) {
+            Ok(0) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    (0..REFUSED).for_each(|_| from(2));
+    from(3);
+    assert!(server.stop().success());
+    let log = server.stderr();
+    let lines: Vec<&str> = log.lines().collect();
+    assert_eq!(lines.len(), 3, "{log}");
+    assert!(lines[0].contains("refused 127.0.0.2:"), "{log}");
+    assert!(lines[1].contains("refused 127.0.0.3:"), "{log}");
+    let others = format!("{} more connections from 127.0.0.2 closed: ", REFUSED - 1);
+    assert!(lines[2].contains(&others), "{log}");
+}
+
+#[test]
+fn broken_handshakes_are_logged_at_once_and_then_counted() {
+    const BROKEN: usize = 100;
+    let (mut server, _dir) = server("--verbose");
+    for number in 0..BROKEN {
+        let mut wire = Wire::connect(server.target());
+        wire.recv(18);
+        wire.send(&[if number == 0 { 0xff } else { number as u8 | 0x40 }; 4]);
+        wire.expect_closed("unknown client flags");
+    }
+    is_served(server.target());
+    assert!(server.stop().success());
+    let log = server.stderr();
+    let closed = log.lines().filter(|line| line.contains("the client broke the handshake"));
+    assert_eq!(closed.count(), 1, "{log}");
+    assert!(
+        log.contains(&format!("{} more connections from 127.0.0.1 closed: ", BROKEN - 1)),
+        "{log}"
+    );
+    assert_eq!(log.matches(" connected").count(), 1, "clients only: {log}");
+}
+
+/// A connection from another address of the loopback network.
+fn connect_from(from: Ipv4Addr, to: &Target) -> TcpStream {
+    use nix::sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket,
+    };
+    use std::os::fd::AsRawFd as _;
+    let family = AddressFamily::Inet;
+    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    let here = SocketAddr::new(IpAddr::V4(from), 0);
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(here)).unwrap();
+    connect(fd.as_raw_fd(), &SockaddrStorage::from(address(to))).unwrap();
+    fd.into()
+}
