@@ -83,6 +83,9 @@ impl std::fmt::Display for SessionEnd {
                 write!(f, "the client announced a payload of {length} bytes")
             }
             Self::Stalled => f.write_str("killswitch: the client made no progress for too long"),
+            Self::Connection(error) if error.kind() == io::ErrorKind::OutOfMemory => {
+                f.write_str("the system has no memory left for its buffers")
+            }
             Self::Connection(error) => write!(f, "the connection broke: {error}"),
             Self::ReadBrokeOff(error) => {
                 write!(

@@ -2,6 +2,7 @@
 //! Never asks for more than its buffer holds, so that a client cannot make it grow.
 
 use crate::net::Stream;
+use memmap2::MmapMut;
 use std::io;
 
 /// How much is received at once, in bytes. Large enough for a whole piece of a write behind the
@@ -13,26 +14,32 @@ pub(super) const CAPACITY: usize = 320 << 10;
 /// 19.5 µs from 28 bytes behind it, where the first payload lies.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
-    /// Empty while nothing is held, so that an idle session costs no memory.
-    buffer: Vec<u8>,
+    /// None while nothing is held, so that an idle session costs no memory. Mapped, since the kernel
+    /// can refuse that: memory that the allocator does not get ends the process.
+    buffer: Option<MmapMut>,
     start: usize,
     end: usize,
 }
 
 impl Inbox {
-    /// One that holds these bytes already; none if they are more than it can hold.
-    pub(super) fn holding(bytes: Vec<u8>) -> Option<Self> {
-        let end = bytes.len();
-        let mut buffer = bytes;
-        if end > 0 {
-            buffer.resize(CAPACITY, 0);
+    /// One that holds these bytes already; none if they are more than it can hold, or there is no
+    /// memory.
+    pub(super) fn holding(bytes: &[u8]) -> Option<Self> {
+        let mut inbox = Self::default();
+        if bytes.len() > CAPACITY {
+            return None;
         }
-        (end <= CAPACITY).then_some(Self { buffer, start: 0, end })
+        if !bytes.is_empty() {
+            let mut buffer = MmapMut::map_anon(CAPACITY).ok()?;
+            buffer[..bytes.len()].copy_from_slice(bytes);
+            (inbox.buffer, inbox.end) = (Some(buffer), bytes.len());
+        }
+        Some(inbox)
     }
 
     /// What arrived and was not used.
     pub(super) fn bytes(&self) -> &[u8] {
-        &self.buffer[self.start..self.end]
+        self.buffer.as_deref().map_or(&[], |buffer| &buffer[self.start..self.end])
     }
 
     /// Marks the first `count` bytes as used.
@@ -46,20 +53,21 @@ impl Inbox {
     /// Takes what the client has sent, as far as there is room; 0 is the end of the stream.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing has arrived; `OutOfMemory` when there is no room at all;
+    /// `WouldBlock` when nothing has arrived; `OutOfMemory` when there is no room at all, or no memory;
     /// otherwise the connection is broken.
     pub(super) fn receive(&mut self, from: &Stream) -> io::Result<usize> {
-        if self.buffer.is_empty() {
-            self.buffer = vec![0; CAPACITY];
-        }
-        if self.start > 0 && self.end == CAPACITY {
-            self.buffer.copy_within(self.start.., 0);
-            (self.start, self.end) = (0, self.end - self.start);
-        }
         if self.is_full() {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
-        let count = from.try_recv(&mut self.buffer[self.end..])?;
+        let buffer = match &mut self.buffer {
+            Some(buffer) => buffer,
+            none => none.insert(MmapMut::map_anon(CAPACITY)?),
+        };
+        if self.start > 0 && self.end == CAPACITY {
+            buffer.copy_within(self.start.., 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let count = from.try_recv(&mut buffer[self.end..])?;
         self.end += count;
         Ok(count)
     }
@@ -72,13 +80,13 @@ impl Inbox {
     /// Gives the memory back if nothing is held.
     pub(super) fn relax(&mut self) {
         if self.start == self.end {
-            self.buffer = Vec::new();
+            self.buffer = None;
         }
     }
 
     /// Whether there is memory to give back.
     pub(super) fn is_relaxed(&self) -> bool {
-        self.buffer.is_empty()
+        self.buffer.is_none()
     }
 }
 
@@ -120,14 +128,14 @@ mod tests {
     #[test]
     fn an_inbox_goes_on_where_another_one_was() {
         let (mut client, stream) = pair();
-        let mut inbox = Inbox::holding(b"abc".to_vec()).unwrap();
+        let mut inbox = Inbox::holding(b"abc").unwrap();
         client.write_all(b"def").unwrap();
         inbox.consume(1);
         inbox.receive(&stream).unwrap();
         assert_eq!(inbox.bytes(), b"bcdef");
-        assert!(Inbox::holding(Vec::new()).unwrap().is_relaxed());
-        assert!(Inbox::holding(vec![0; CAPACITY]).unwrap().is_full());
-        assert!(Inbox::holding(vec![0; CAPACITY + 1]).is_none());
+        assert!(Inbox::holding(&[]).unwrap().is_relaxed());
+        assert!(Inbox::holding(&[0; CAPACITY]).unwrap().is_full());
+        assert!(Inbox::holding(&[0; CAPACITY + 1]).is_none());
     }
 
     #[test]

@@ -8,6 +8,7 @@ use super::carry::Waiting;
 use super::pinned::Pinned;
 use crate::net::Stream;
 use crate::range::Range;
+use nix::errno::Errno;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -37,14 +38,23 @@ pub(super) struct Outbox {
     pinned: Pinned,
     /// What the head of a reply has promised, and is still to be read.
     promised: Range,
+    /// The allocator had nothing for a reply, which is lost: the session has to end.
+    is_exhausted: bool,
     scratch: Vec<u8>,
 }
 
 impl Default for Outbox {
     fn default() -> Self {
-        let (buffer, scratch, promised) = (Vec::new(), Vec::new(), Range::whole(0));
-        let pinned = Pinned::default();
-        Self { buffer, start: 0, end: 0, held: None, pinned, promised, scratch }
+        Self {
+            buffer: Vec::new(),
+            start: 0,
+            end: 0,
+            held: None,
+            pinned: Pinned::default(),
+            promised: Range::whole(0),
+            is_exhausted: false,
+            scratch: Vec::new(),
+        }
     }
 }
 
@@ -56,9 +66,11 @@ impl Outbox {
     pub(super) fn pack(mut self) -> io::Result<Waiting> {
         if self.pinned.length() > 0 {
             let pinned = self.pinned.take()?;
-            self.room(pinned.len()).copy_from_slice(&pinned);
-            self.end += pinned.len();
+            self.append(&pinned);
             self.release();
+        }
+        if self.is_exhausted {
+            return Err(Errno::ENOMEM.into());
         }
         let bytes = self.buffer[self.start..self.end].to_vec();
         Ok(Waiting { bytes, from_disk: self.promised.into(), held: self.held })
@@ -99,16 +111,26 @@ impl Outbox {
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.clear();
         write(&mut scratch);
-        self.room(scratch.len()).copy_from_slice(&scratch);
-        self.end += scratch.len();
+        self.append(&scratch);
         self.scratch = scratch;
+    }
+
+    /// Appends bytes; without memory for them the session ends, at the next [`Outbox::send`].
+    fn append(&mut self, bytes: &[u8]) {
+        match self.room(bytes.len()) {
+            Ok(room) => {
+                room.copy_from_slice(bytes);
+                self.end += bytes.len();
+            }
+            Err(_) => self.is_exhausted = true,
+        }
     }
 
     /// Appends a head that `head` writes once `fill` has filled the `length` bytes behind it;
     /// appends nothing when it fails.
     ///
     /// # Errors
-    /// What `fill` failed with.
+    /// What `fill` failed with, or `ENOMEM`.
     pub(super) fn reply_with_data(
         &mut self,
         head: impl FnOnce(&mut Vec<u8>),
@@ -119,10 +141,11 @@ impl Outbox {
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.clear();
         head(&mut scratch);
-        let room = self.room(scratch.len() + length);
-        let (front, data) = room.split_at_mut(scratch.len());
-        front.copy_from_slice(&scratch);
-        let outcome = fill(data);
+        let outcome = self.room(scratch.len() + length).and_then(|room| {
+            let (front, data) = room.split_at_mut(scratch.len());
+            front.copy_from_slice(&scratch);
+            fill(data)
+        });
         if outcome.is_ok() {
             self.end += scratch.len() + length;
         }
@@ -150,13 +173,13 @@ impl Outbox {
     /// Whether `fill` fills `length` bytes; they are then forgotten.
     ///
     /// # Errors
-    /// What `fill` failed with.
+    /// What `fill` failed with, or `ENOMEM`.
     pub(super) fn try_out(
         &mut self,
         length: usize,
         fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        fill(self.room(length))
+        fill(self.room(length)?)
     }
 
     /// After the head of a reply: this part of the disk is to be its data. What comes up before all of
@@ -175,13 +198,13 @@ impl Outbox {
     /// Appends the next `length` bytes of what was promised, that `fill` fills.
     ///
     /// # Errors
-    /// What `fill` failed with; then the reply cannot be completed.
+    /// What `fill` failed with, or `ENOMEM`; then the reply cannot be completed.
     pub(super) fn keep_promise(
         &mut self,
         length: usize,
         fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        fill(self.room(length))?;
+        fill(self.room(length)?)?;
         self.end += length;
         self.promised = self.promised.split(length as u64).1;
         Ok(())
@@ -195,16 +218,18 @@ impl Outbox {
     /// The reply before is complete: what was held back may follow.
     pub(super) fn release(&mut self) {
         if let Some(held) = self.held.take() {
-            self.room(held.len()).copy_from_slice(&held);
-            self.end += held.len();
+            self.append(&held);
         }
     }
 
     /// Sends as many bytes as the client takes now; false if some are left.
     ///
     /// # Errors
-    /// When the connection is broken.
+    /// When the connection is broken, or a reply is lost for want of memory.
     pub(super) fn send(&mut self, to: &Stream) -> io::Result<bool> {
+        if self.is_exhausted {
+            return Err(Errno::ENOMEM.into());
+        }
         if !self.send_bytes(to)? {
             return Ok(false);
         }
@@ -250,16 +275,20 @@ impl Outbox {
         (self.end - self.start + self.pinned.length()) as u64
     }
 
-    fn room(&mut self, length: usize) -> &mut [u8] {
+    /// Room for `length` bytes behind those that wait.
+    fn room(&mut self, length: usize) -> io::Result<&mut [u8]> {
         if self.start > 0 && self.end + length > self.buffer.len() {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
         let needed = self.end + length;
         if needed > self.buffer.len() {
-            self.buffer.resize(needed.max(ROOM), 0);
+            let wanted = needed.max(ROOM);
+            let more = wanted - self.buffer.len();
+            self.buffer.try_reserve(more).map_err(|_| Errno::ENOMEM)?;
+            self.buffer.resize(wanted, 0);
         }
-        &mut self.buffer[self.end..needed]
+        Ok(&mut self.buffer[self.end..needed])
     }
 }
 

@@ -103,7 +103,7 @@ impl Session<'_> {
     /// None if it does not fit this server.
     fn resume(&self, carried: Carried) -> Option<Start> {
         let size = self.export.size;
-        let inbox = Inbox::holding(carried.inbox)?;
+        let inbox = Inbox::holding(&carried.inbox)?;
         let outbox = Outbox::unpack(carried.outbox, size)?;
         let stage = match carried.phase {
             Phase::Greeting(greeting) => {

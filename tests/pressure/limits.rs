@@ -1,8 +1,9 @@
 //! Limits of the system that a server runs into: one request or one session fails, no more.
 
-use crate::common::raw::ENOSPC;
-use crate::common::session::{MODES, Request, Session};
-use crate::common::{Builder, KIB, sparse_image, temp_dir};
+use crate::common::raw::{DF, ENOSPC, READ, Wire};
+use crate::common::session::{MODES, Mode, Request, Session};
+use crate::common::{Builder, KIB, MIB, Server, noise, sparse_image, temp_dir, write_at};
+use nix::libc;
 use std::path::Path;
 
 /// A shell that sets limits and then becomes the server.
@@ -24,5 +25,50 @@ fn a_write_beyond_the_file_size_limit_is_enospc() {
         }
         session.ok(Request::write(half - 512, &[7; 512]));
         assert_eq!(session.read(half, 512), [0; 512]);
+    }
+}
+
+/// Lets a server have this much more address space than it has.
+fn limit_memory(server: &Server, more: u64) {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+    let kib: u64 = line.split_whitespace().next().unwrap().parse().unwrap();
+    let most = kib * KIB + more;
+    let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+    let pid = server.pid().cast_signed();
+    // SAFETY: it reads the limit, which lives here, and has no place for the old one.
+    let set =
+        unsafe { libc::prlimit(pid, libc::RLIMIT_AS, &raw const limit, std::ptr::null_mut()) };
+    assert_eq!(set, 0);
+}
+
+#[test]
+fn memory_that_is_refused_ends_no_more_than_a_session() {
+    let dir = temp_dir();
+    let image = sparse_image(dir.path(), "image", 4 * MIB);
+    write_at(&image, 0, &noise(4 * MIB as usize, 1));
+    let mut server = Builder::serve(Path::new(&image)).start();
+    let mut first = Session::open(server.target(), Mode::Structured).unwrap();
+    first.ok(Request::write(0, &[7; 512]));
+    for more in [3 * MIB, 2 * MIB, MIB, 512 * KIB, 256 * KIB, 0] {
+        limit_memory(&server, more);
+        // Each wants a thread, buffers, and a reply of 1 MiB in one piece.
+        for _ in 0..8 {
+            let Ok(mut wire) = Wire::try_connect(server.target()) else { continue };
+            let mut greeting = [0; 18];
+            if !matches!(wire.try_recv(&mut greeting), Ok(18)) {
+                continue;
+            }
+            let _ = wire.try_send(&crate::common::raw::typical_handshake());
+            let mut read = vec![0x25, 0x60, 0x95, 0x13];
+            read.extend(DF.to_be_bytes());
+            read.extend(READ.to_be_bytes());
+            read.extend([0; 16]);
+            read.extend((MIB as u32).to_be_bytes());
+            let _ = wire.try_send(&read);
+            while matches!(wire.try_recv(&mut [0; 4096]), Ok(4096)) {}
+        }
+        assert!(server.is_running(), "with {more} bytes more");
+        first.ok(Request::write(0, &[7; 512]));
     }
 }
