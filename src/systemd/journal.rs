@@ -1,7 +1,7 @@
 //! Where the log goes: to the journal when stderr is connected to it, else to stderr.
-//! Never fails for want of a journal, and no thread that logs ever waits: messages go into a bounded
-//! queue, and a thread of its own writes them. What does not fit is dropped and counted; the count is
-//! logged when the log can be written again.
+//! Never fails for want of a journal, and no thread that logs waits for a log that is stuck: messages
+//! go into a bounded queue (`log_queue`), and a thread of its own writes them. What does not fit is
+//! dropped and counted; the count is logged when the log can be written again.
 //!
 //! | | stderr | journal |
 //! |---|---|---|
@@ -297,7 +297,7 @@ impl Visit for Values {
     }
 }
 
-/// Makes a message of each event and delivers it, without waiting for anything.
+/// Makes a message of each event and delivers it.
 struct Collector<D> {
     deliver: D,
 }

@@ -1,5 +1,7 @@
 //! A bounded queue between the threads that log and the one that writes the log.
-//! Adding never waits: when the queue is full the message is dropped and counted.
+//! When the queue is full a message is dropped and counted. Who adds one to an idle queue gives the
+//! writer a moment, so that a line is there before what follows from it; but only once, when the log
+//! turns out to be slow, until it is quick again.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -9,6 +11,9 @@ use std::time::{Duration, Instant};
 pub(super) const MESSAGES_MAX: usize = 1024;
 /// Most bytes of text that wait to be written. A single message may be longer.
 pub(super) const BYTES_MAX: usize = 1 << 20;
+
+/// How long who adds a message to an idle queue waits for it to be written.
+pub(super) const MOMENT: Duration = Duration::from_millis(20);
 
 /// What the writer does next.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,12 +39,14 @@ struct State<T> {
     dropped: u64,
     /// The writer has taken something and has not come back yet.
     is_writing: bool,
+    /// A message was not written within a moment, and those behind it are not yet.
+    is_slow: bool,
 }
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
         let messages = VecDeque::new();
-        let state = State { messages, bytes: 0, dropped: 0, is_writing: false };
+        let state = State { messages, bytes: 0, dropped: 0, is_writing: false, is_slow: false };
         Self { state: Mutex::new(state), added: Condvar::new(), drained: Condvar::new() }
     }
 }
@@ -53,10 +60,14 @@ impl<T> Queue<T> {
             state.dropped = state.dropped.saturating_add(1);
             return;
         }
+        let is_idle = state.messages.is_empty() && !state.is_writing && !state.is_slow;
         state.messages.push_back((message, bytes));
         state.bytes += bytes;
         drop(state);
         self.added.notify_one();
+        if is_idle && !self.flush(MOMENT) {
+            self.lock().is_slow = true;
+        }
     }
 
     /// For the only writer: waits for what is to be written next. What it returned before counts as
@@ -74,6 +85,7 @@ impl<T> Queue<T> {
                 state.is_writing = true;
                 return Next::Report(std::mem::take(&mut state.dropped));
             }
+            state.is_slow = false;
             self.drained.notify_all();
             state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
