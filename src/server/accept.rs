@@ -5,7 +5,7 @@
 use super::carry::Carried;
 use super::end::SessionEnd;
 use super::orders::Order;
-use super::roster::{Entrance, Parcel, Refused, Seat};
+use super::roster::{Intake, Parcel, Refused, Seat};
 use super::session::Session;
 use super::strangers::Reason;
 use super::{Shared, Style};
@@ -57,9 +57,9 @@ fn accept_until_closed(
         let scarce = scarce_until.filter(|until| now < *until);
         let (accepts, opens_at) = match shared.roster.entrance(now) {
             _ if scarce.is_some() => (false, scarce),
-            Entrance::Open => (true, None),
-            Entrance::OpensAt(at) => (false, Some(at)),
-            Entrance::Shut => (false, None),
+            Intake::Open => (true, None),
+            Intake::OpensAt(at) => (false, Some(at)),
+            Intake::Shut => (false, None),
         };
         let accepted_from = if accepts { listeners } else { &[] };
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![shared.roster.bell.as_fd()];
@@ -85,7 +85,7 @@ fn accept_until_closed(
 /// other sockets. Returns until when to wait, if the process has no descriptor left.
 fn accept_waiting(shared: &Arc<Shared>, listener: &Listener, lobby: &mut Lobby) -> Option<Instant> {
     for _ in 0..BATCH {
-        if shared.roster.entrance(Instant::now()) != Entrance::Open {
+        if shared.roster.entrance(Instant::now()) != Intake::Open {
             return None;
         }
         match accept(shared, listener, lobby) {

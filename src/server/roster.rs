@@ -97,7 +97,7 @@ enum Place {
 
 /// Whether the next connection can be accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Entrance {
+pub(super) enum Intake {
     Open,
     /// Not before then, unless the bell rings earlier.
     OpensAt(Instant),
@@ -223,16 +223,16 @@ impl Roster {
     }
 
     /// Whether the next connection can be accepted.
-    pub(super) fn entrance(&self, now: Instant) -> Entrance {
+    pub(super) fn entrance(&self, now: Instant) -> Intake {
         let inner = self.lock();
         let leaving = inner.entries.values().filter(|entry| entry.place == Place::Leaving).count();
         if leaving >= LEAVING_MAX {
-            return Entrance::Shut;
+            return Intake::Shut;
         }
         match inner.room(self.capacity, now) {
-            Room::Free | Room::Instead(_) => Entrance::Open,
-            Room::From(at) => Entrance::OpensAt(at),
-            Room::None => Entrance::Shut,
+            Room::Free | Room::Instead(_) => Intake::Open,
+            Room::From(at) => Intake::OpensAt(at),
+            Room::None => Intake::Shut,
         }
     }
 

@@ -36,18 +36,18 @@ fn as_many_handshakes_as_the_limit_keep_others_waiting_until_one_gives_way() {
     let roster = roster(9, 2, &[]);
     let now = Instant::now();
     let first = roster.admit(peer("192.0.2.1"), now).unwrap();
-    assert_eq!(roster.entrance(now), Entrance::Open);
+    assert_eq!(roster.entrance(now), Intake::Open);
     let second = roster.admit(peer("192.0.2.1"), now + Duration::from_millis(5)).unwrap();
     let until = now + FIRST_OPTION;
-    assert_eq!(roster.entrance(now), Entrance::OpensAt(until));
-    assert_eq!(roster.entrance(until), Entrance::Open);
+    assert_eq!(roster.entrance(now), Intake::OpensAt(until));
+    assert_eq!(roster.entrance(until), Intake::Open);
     assert_eq!(first.orders.current(), Order::Serve);
     second.spoke(now);
     let _third = roster.admit(peer("192.0.2.1"), until).unwrap();
     assert_eq!((first.orders.current(), second.orders.current()), (Order::GiveWay, Order::Serve));
-    assert_eq!(roster.entrance(until), Entrance::OpensAt(until + FIRST_OPTION));
+    assert_eq!(roster.entrance(until), Intake::OpensAt(until + FIRST_OPTION));
     assert!(second.greeted());
-    assert_eq!(roster.entrance(until), Entrance::Open);
+    assert_eq!(roster.entrance(until), Intake::Open);
 }
 
 #[test]
@@ -56,13 +56,13 @@ fn no_more_than_a_few_are_about_to_leave() {
     let mut now = Instant::now();
     let mut seats = Vec::new();
     for _ in 0..=LEAVING_MAX {
-        assert_eq!(roster.entrance(now), Entrance::Open);
+        assert_eq!(roster.entrance(now), Intake::Open);
         seats.push(roster.admit(peer("192.0.2.1"), now).unwrap());
         now += FIRST_OPTION;
     }
-    assert_eq!(roster.entrance(now), Entrance::Shut);
+    assert_eq!(roster.entrance(now), Intake::Shut);
     seats.remove(0);
-    assert_eq!(roster.entrance(now), Entrance::Open);
+    assert_eq!(roster.entrance(now), Intake::Open);
 }
 
 #[test]
