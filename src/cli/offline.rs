@@ -1,10 +1,12 @@
 //! `flexnbd status --file`: what is known of a disk without asking the server that may have it.
 //! Reads the image's size and record, locks nothing and changes nothing.
 
+use super::operate;
 use super::output;
-use super::start::read;
-use super::{config, operate};
+use super::settings::Settings;
+use super::start::{NoPlan, Start};
 use crate::control::status::{self, OWNERSHIP};
+use crate::daemon::Role;
 use crate::disk::ledger::{Ledger, LedgerError, gone};
 use crate::disk::ownership::Record;
 use crate::disk::{OpenError, size_of};
@@ -60,8 +62,14 @@ impl Disk {
             Self::File(image) => return Ok(image.clone()),
             Self::Config(path) => path,
         };
-        let settings = config::parse(path, &read(path)?).map_err(|error| error.to_string())?;
-        settings.file.ok_or_else(|| format!("{} has no FILE=", path.display()))
+        // All that keeps a server from starting with it is wrong here as well, so that a
+        // configuration can be tried before a restart.
+        let config = Some(path.clone());
+        let start = Start { role: Role::Serve, settings: Settings::default(), config };
+        match start.plan() {
+            Ok(plan) => Ok(plan.image),
+            Err(NoPlan::Misuse(why) | NoPlan::Config(why)) => Err(why),
+        }
     }
 }
 

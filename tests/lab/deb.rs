@@ -91,3 +91,27 @@ fn an_upgrade_that_opens_the_directory_keeps_images_closed() {
         assert_eq!(modes, "711 .\n644 %2Fsrv%2Fother.img\n640 own.img\n");
     });
 }
+
+#[test]
+fn an_upgrade_leaves_a_service_with_a_wrong_configuration_alone() {
+    in_lab(|| {
+        let host = Host::installed("a");
+        host.configure_disk(MIB);
+        host.systemctl(&format!("start {DISK}"));
+        let before = host.pid(DISK);
+        for (mistake, why) in [
+            ("echo PROT=7 >>$F", "line 4: unknown key PROT"),
+            ("sed -i /PROT/d $F; sed -i s/10809/0/ $F", "PORT: a socket unit needs a port"),
+            ("sed -i s/=0/=10809/ $F; chmod 600 $F", "may not read /etc/flexnbd/disk.conf"),
+        ] {
+            host.ok(&format!("F=/etc/flexnbd/disk.conf; {mistake}"));
+            let said = host.install(&package::next());
+            assert!(said.contains("not restarting it") && said.contains(why), "{said}");
+            assert_eq!((host.pid(DISK), try_door(&host.nbd())), (before, Turned::In));
+        }
+        host.ok("chmod 644 /etc/flexnbd/disk.conf");
+        host.install(&package::next());
+        assert_ne!(host.pid(DISK), before);
+        assert_eq!(try_door(&host.nbd()), Turned::In);
+    });
+}
