@@ -7,7 +7,7 @@
 //! gate itself, whatever the closer's thread is blocked in.
 
 use super::lane::Bell;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -33,6 +33,8 @@ pub struct Gate {
     state: AtomicU64,
     /// [`CLOSED`] and [`RETIRED`] change only under this lock.
     closing: Mutex<Closing>,
+    /// The disk is being handed over: see [`Gate::set_parting`].
+    parting: AtomicBool,
     /// Whoever is waiting to get in waits here.
     opened: Condvar,
     /// Whoever is waiting for the last to leave waits here.
@@ -243,6 +245,18 @@ impl Gate {
             self.let_go(&mut closing);
         }
         Ok(())
+    }
+
+    /// Says whether the disk is being handed over, or may have been: whoever is waiting at the closed
+    /// gate goes on waiting, and no new client is admitted, since the disk may be served elsewhere.
+    pub fn set_parting(&self, parting: bool) {
+        self.parting.store(parting, Ordering::SeqCst);
+    }
+
+    /// What was said last.
+    #[must_use]
+    pub fn is_parting(&self) -> bool {
+        self.parting.load(Ordering::SeqCst)
     }
 
     /// Undoes one [`Gate::close_and_drain`], and lets everybody in if that was the last.

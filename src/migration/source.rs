@@ -421,6 +421,7 @@ impl Source {
     }
 
     fn open_gate(&mut self) -> Event {
+        self.disk.gate().set_parting(false);
         if self.gate_closed.take().is_some() {
             self.disk.gate().reopen();
         }
@@ -429,10 +430,15 @@ impl Source {
 
     fn record(&self, note: Note) -> Event {
         let record = self.record_of(note);
-        match self.ledger.write(record.as_ref()) {
-            Ok(()) => Event::Done,
-            Err(error) => Event::Failed(error.to_string()),
+        if let Err(error) = self.ledger.write(record.as_ref()) {
+            return Event::Failed(error.to_string());
         }
+        // From the handover on the disk may be served elsewhere: a client that looks for it at both
+        // hosts is not to be let in here.
+        if note == Note::Departing {
+            self.disk.gate().set_parting(true);
+        }
+        Event::Done
     }
 
     fn record_of(&self, note: Note) -> Option<Record> {

@@ -231,6 +231,9 @@ impl Session<'_> {
         if let Some(why) = self.seat.closed() {
             return Err(why.to_owned());
         }
+        if self.disk.gate().is_parting() {
+            return Err("the disk is being handed over to another host".to_owned());
+        }
         let mut waits = true;
         loop {
             match self.reception.enters(self.seat.id, now, self.seat.sessions()) {

@@ -1,6 +1,7 @@
 //! Migrations over a link that is cut and mended: what the source and its clients make of it.
 
-use crate::common::{MIB, comes_true, skip};
+use crate::common::server::Target;
+use crate::common::{MIB, comes_true, raw, skip};
 use crate::fixture::image::{assert_same, empty_image, stamped_image, used_image};
 use crate::fixture::{Door, Host, PLACES, STARTED, Writers, directory};
 use crate::number;
@@ -147,6 +148,10 @@ fn a_source_that_hears_no_acknowledgement_asks_until_somebody_knows() {
     assert_eq!(source.mirror_to(wire.address, &[]), STARTED);
     source.wait_for_status("migration_stage", "in-doubt");
     assert_eq!(source.record(), "departing");
+    let flags = raw::FIXED_NEWSTYLE | raw::NO_ZEROES;
+    let mut newcomer = raw::Wire::haggle(&Target::Tcp(source.address), flags);
+    let answer = newcomer.ask_final(raw::OPT_GO, &raw::encode_go(b"", &[]));
+    assert_eq!(answer, raw::REP_ERR_POLICY, "the disk may be served elsewhere already");
     assert_eq!(source.order(&["break"]), "1: mirror completed", "it is too late to keep the disk");
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_eq!(destination.record(), "ours");
