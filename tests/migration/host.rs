@@ -39,6 +39,11 @@ impl Host {
         }
     }
 
+    /// Where records are kept that cannot be kept with the image.
+    pub(crate) fn state(&self) -> &Path {
+        &self.state
+    }
+
     /// Runs everything through a program that executes its arguments.
     pub(crate) fn through(mut self, wrapper: &[&str]) -> Host {
         self.wrapper = wrapper.iter().map(ToString::to_string).collect();
@@ -132,13 +137,23 @@ impl Host {
 
     /// The word of the ownership record; empty when there is none.
     pub(crate) fn record(&self) -> String {
-        let beside = xattr::get(&self.image, "user.flexnbd").ok().flatten();
-        let record = beside.or_else(|| {
-            let mut entries = std::fs::read_dir(&self.state).ok()?.flatten();
-            std::fs::read(entries.next()?.path()).ok()
-        });
+        // A record in the state directory wins.
+        let record = self.record_apart();
+        let record = record.or_else(|| xattr::get(&self.image, "user.flexnbd").ok().flatten());
         let text = String::from_utf8(record.unwrap_or_default()).unwrap();
         text.split_whitespace().nth(2).unwrap_or_default().to_owned()
+    }
+
+    /// The youngest record in the state directory, without what is temporary and what tells of
+    /// images that were deleted.
+    fn record_apart(&self) -> Option<Vec<u8>> {
+        let is_record = |path: &PathBuf| {
+            let name = path.to_string_lossy();
+            !["~new", "~spare", ".departed"].iter().any(|end| name.ends_with(end))
+        };
+        let age = |path: &PathBuf| std::fs::metadata(path).and_then(|data| data.modified()).ok();
+        let paths = std::fs::read_dir(&self.state).ok()?.flatten().map(|entry| entry.path());
+        std::fs::read(paths.filter(is_record).max_by_key(age)?).ok()
     }
 }
 
