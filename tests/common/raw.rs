@@ -135,8 +135,12 @@ impl Wire {
     }
 
     pub(crate) fn try_connect(target: &Target) -> io::Result<Wire> {
+        Wire::try_connect_within(target, DEADLINE)
+    }
+
+    pub(crate) fn try_connect_within(target: &Target, patience: Duration) -> io::Result<Wire> {
         let link = match target {
-            Target::Tcp(address) => Link::Tcp(TcpStream::connect_timeout(address, DEADLINE)?),
+            Target::Tcp(address) => Link::Tcp(TcpStream::connect_timeout(address, patience)?),
             Target::Unix(path) => Link::Unix(UnixStream::connect(path)?),
         };
         if let Link::Tcp(stream) = &link {

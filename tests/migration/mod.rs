@@ -11,6 +11,7 @@
     reason = "a fixture that cannot go on fails the test that asked for it"
 )]
 
+pub(crate) mod clients;
 pub(crate) mod host;
 pub(crate) mod image;
 pub(crate) mod writers;

@@ -40,6 +40,10 @@ struct Shared {
     /// Of the cut that is on, or the next: connections of an earlier one stay dead.
     era: AtomicU64,
     over: AtomicBool,
+    /// Bytes are held back for the time being.
+    silent: AtomicBool,
+    /// Both ends of every connection there has been.
+    connections: Mutex<Vec<TcpStream>>,
     sent: AtomicU64,
     /// Bytes per second to the destination.
     rate: Option<u64>,
@@ -71,6 +75,8 @@ impl Wire {
             held: AtomicBool::new(false),
             era: AtomicU64::new(0),
             over: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
+            connections: Mutex::default(),
             sent: AtomicU64::new(0),
             rate,
         });
@@ -96,6 +102,23 @@ impl Wire {
     /// Bytes that have come from the source, whether or not they got through.
     pub(crate) fn sent(&self) -> u64 {
         self.shared.sent.load(Ordering::SeqCst)
+    }
+
+    /// Cuts it now.
+    pub(crate) fn cut(&self) {
+        self.shared.cut.store(true, Ordering::SeqCst);
+    }
+
+    /// Holds back what is sent, in both directions, or delivers it again.
+    pub(crate) fn silence(&self, silent: bool) {
+        self.shared.silent.store(silent, Ordering::SeqCst);
+    }
+
+    /// Ends every connection at both ends.
+    pub(crate) fn reset(&self) {
+        for end in self.shared.connections.lock().unwrap().drain(..) {
+            let _ = end.shutdown(Shutdown::Both);
+        }
     }
 
     /// Lets new connections through again, and is never cut again.
@@ -152,6 +175,8 @@ impl Shared {
         let Ok(far) = TcpStream::connect(self.to) else { return };
         near.set_nonblocking(false).unwrap();
         let era = self.era.load(Ordering::SeqCst);
+        let ends = [near.try_clone().unwrap(), far.try_clone().unwrap()];
+        self.connections.lock().unwrap().extend(ends);
         for (from, to, upstream) in
             [(near.try_clone().unwrap(), far.try_clone().unwrap(), true), (far, near, false)]
         {
@@ -168,6 +193,7 @@ impl Shared {
             while upstream && self.held.load(Ordering::SeqCst) && !self.is_dead(era) {
                 thread::sleep(Duration::from_millis(2));
             }
+            self.wait_for_the_end_of_silence();
             let snapped =
                 if upstream { self.look(&buffer[..count], &mut watch, era) } else { None };
             if snapped.is_none() && self.is_dead(era) {
@@ -186,6 +212,12 @@ impl Shared {
         }
         let _ = to.shutdown(Shutdown::Both);
         let _ = from.shutdown(Shutdown::Both);
+    }
+
+    fn wait_for_the_end_of_silence(&self) {
+        while self.silent.load(Ordering::SeqCst) && !self.over.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Cuts the link if this is what the trap waits for: how many of these bytes get through then.

@@ -36,9 +36,9 @@ pub(crate) enum Door {
 
 /// What one block may hold.
 #[derive(Clone, Copy, Debug, Default)]
-struct Versions {
-    acknowledged: u64,
-    attempted: u64,
+pub(crate) struct Versions {
+    pub(crate) acknowledged: u64,
+    pub(crate) attempted: u64,
 }
 
 /// What all writers know together.
@@ -184,16 +184,18 @@ impl Written {
 }
 
 impl Versions {
-    fn permit(self, block: u64, found: &[u8]) -> bool {
-        (self.acknowledged..=self.attempted).any(
-            |version| if is_zero(block, version) { [0; 16] } else { unit(block, version) } == found,
-        )
+    /// Whether this unit of that block may be there.
+    pub(crate) fn permit(self, block: u64, found: &[u8]) -> bool {
+        (self.acknowledged..=self.attempted).any(|version| {
+            let is_zero = Versions::is_zero(block, version);
+            found == if is_zero { [0; 16] } else { unit(block, version) }
+        })
     }
-}
 
-/// Whether this version of this block is written by WRITE_ZEROES.
-fn is_zero(block: u64, version: u64) -> bool {
-    if version == 0 { !begins_as_data(block) } else { (block + 3 * version).is_multiple_of(11) }
+    /// Whether this version of this block is written by WRITE_ZEROES.
+    pub(crate) fn is_zero(block: u64, version: u64) -> bool {
+        if version == 0 { !begins_as_data(block) } else { (block + 3 * version).is_multiple_of(11) }
+    }
 }
 
 struct Writer {
@@ -265,7 +267,7 @@ impl Writer {
         let block = index as u64 * self.count + self.number;
         self.blocks[index].attempted += 1;
         let version = self.blocks[index].attempted;
-        let zero = is_zero(block, version);
+        let zero = Versions::is_zero(block, version);
         let command = if zero { raw::WRITE_ZEROES } else { raw::WRITE };
         let (offset, length) = (block * BLOCK, BLOCK as u32);
         // Some at once, some when they are durable: those are answered later, in another order.
