@@ -1,25 +1,34 @@
 //! The power fails, here or there, in each phase of a migration: afterwards one host has the disk,
-//! and in it is every write that was flushed.
+//! and in it is every write that was flushed. Clients that look for the disk at both hosts, which
+//! have the same configuration and no access control list, never find it at two.
 //! Never cuts anything gently: see `lab.sh cut`.
 
 use crate::common::server::Target;
 use crate::common::session::Mode;
 use crate::common::{MIB, comes_true};
 use crate::fixture::Random;
-use crate::host::{DISK, Frozen, Host, LISTEN, PORT};
+use crate::fixture::clients::{Clients, Expected, Manner, Role, Survivor};
+use crate::host::{DISK, Frozen, Host, IMAGE, LISTEN, PORT};
 use crate::knock::{Turned, try_door};
 use crate::moving::{half_full, ownership, send, two_hosts, wait_for_arrival};
 use crate::session::{in_lab, number, tell};
 use crate::steady::{Calamity, Memory, Steady};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::ops::Range;
 use std::thread;
 use std::time::Duration;
 
 const SIZE: u64 = 64 * MIB;
-/// What the client writes.
+/// What the client writes that stays at one host until that fails.
 const PART: u64 = 16 * MIB;
+/// What those write that look for the disk at both.
+const SEEKERS_PART: Range<u64> = PART..PART + 4 * MIB;
 /// A copy that takes longer than anything the test does meanwhile.
 const SLOWLY: &str = "--max-speed 2M";
+const CONFIGURATION: &str = "/etc/flexnbd/disk.conf";
+/// Answers by which those who look for the disk are seen to have found it.
+const SEEKERS_ANSWERS: u64 = 100;
 /// When a client counts a silent server as lost.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take until the disk is at its destination, with all the waiting for timeouts.
@@ -39,19 +48,26 @@ enum Victim {
 
 use Victim::{Destination, Source};
 
-/// Two hosts, and a client that flushes now and then.
+/// Two hosts, a client that flushes now and then, and clients that look for the disk at both.
 struct World {
     a: Host,
     b: Host,
     client: Option<Steady>,
     memory: Memory,
+    seekers: Clients,
 }
 
 impl World {
     /// `a` serves.
     #[track_caller]
     fn new() -> World {
-        let (a, b) = two_hosts(SIZE, half_full);
+        let expected = Expected::stamped(SEEKERS_PART);
+        let (a, b) = two_hosts(SIZE, |image, size| {
+            half_full(image, size);
+            expected.stamp(image);
+        });
+        // An empty image without a record could be served: `listen` makes one with a record.
+        b.ok(&format!("rm {IMAGE} && chown flexnbd: /srv && echo CREATE={SIZE} >>{CONFIGURATION}"));
         for host in [&a, &b] {
             // Whoever has lost power does not say so. This makes the test shorter.
             host.write(
@@ -68,7 +84,8 @@ impl World {
         }
         a.systemctl(&format!("stop flexnbd@disk.socket {DISK}"));
         a.systemctl(&format!("start {DISK}"));
-        World { a, b, client: None, memory: Memory::of(0..PART) }
+        let seekers = seek(&a, &b, &expected);
+        World { a, b, client: None, memory: Memory::of(0..PART), seekers }
     }
 
     /// The client works at the source, and the disk begins to move from there.
@@ -120,6 +137,7 @@ impl World {
         }
         let mut there = false;
         let arrived = comes_true(CONVERGENCE, || {
+            assert_eq!(self.seekers.trouble(), None);
             let here = try_door(&self.a.nbd()) == Turned::In;
             assert!(!(there && here), "both hosts serve the disk");
             there |= self.b.state(DISK) == "active" && try_door(&self.b.nbd()) == Turned::In;
@@ -171,14 +189,23 @@ impl World {
         }
         assert_eq!(ownership(&self.a), "departed");
         assert_eq!(ownership(&self.b), "ours");
-        World { a: self.b, b: self.a, client: None, memory: self.memory }
+        let found = self.seekers.answers(Role::Destination);
+        self.b.wait_for("clients to find the disk", || {
+            self.seekers.answers(Role::Destination) > found + SEEKERS_ANSWERS
+        });
+        assert_eq!(self.seekers.trouble(), None);
+        let expected = self.seekers.stop();
+        assert_eq!(expected.missing_in(&self.b.path(IMAGE), Survivor::Flushed), None);
+        let seekers = seek(&self.b, &self.a, &expected);
+        World { a: self.b, b: self.a, client: None, memory: self.memory, seekers }
     }
 
     /// A migration up to the moment when the source has recorded the handover and sent it to a
     /// destination that does not move any more.
     #[track_caller]
     fn hand_over(&mut self) -> Frozen {
-        // No client: its writes would be held up as well.
+        // Nobody writes: that would be held up as well.
+        self.seekers.hold_writers();
         send(&self.a, &self.b, "--max-speed 32M");
         self.a.ok("fsfreeze --freeze /srv");
         let (source, destination) = (self.a.process(DISK), self.b.process(LISTEN));
@@ -188,10 +215,17 @@ impl World {
         });
         let there = Frozen::freeze(destination);
         self.a.ok("fsfreeze --unfreeze /srv");
+        self.seekers.release_writers();
         self.b.wait_for("the handover to be at its door", || has_unread_bytes(destination));
         assert_eq!(ownership(&self.a), "departing");
         there
     }
+}
+
+/// Clients of a disk that goes from one to the other, whatever happens to it on the way.
+fn seek(from: &Host, to: &Host, expected: &Expected) -> Clients {
+    let manner = Manner { survivor: Survivor::Flushed, may_fail: false, seed: SEED as u64 };
+    Clients::start([from.nbd(), to.nbd()], expected, manner)
 }
 
 /// Whether a thread of the process cannot go on for want of its disk.
@@ -286,6 +320,22 @@ fn a_power_cut_loses_what_was_not_synced_and_nothing_else() {
             host.ok("cat /srv/kept; ls /srv").lines().collect::<Vec<_>>(),
             ["kept", "kept", "lost+found"]
         );
+    });
+}
+
+#[test]
+fn a_killed_receiver_receives_again_beside_seeking_clients() {
+    in_lab(|| {
+        let mut world = World::new();
+        world.send(SLOWLY);
+        world.b.wait_for("a copy that has begun", || ownership(&world.b) == "incoming");
+        let before = world.b.pid(LISTEN);
+        kill(world.b.process(LISTEN), Signal::SIGKILL).unwrap();
+        world.b.wait_for("another receiver", || {
+            let now = world.b.pid(LISTEN);
+            now != 0 && now != before
+        });
+        world.verify();
     });
 }
 
