@@ -1,0 +1,80 @@
+//! The file systems that images lie on, one of them full to the last block.
+//! Never leaves anything mounted, whether or not the test succeeds.
+
+use crate::common::{MIB, TempDir, require_tool, skip, sparse_image};
+use crate::fixture::{PLACES, directory};
+use crate::mount::{Loop, Mount};
+use crate::plan::Medium;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+/// How much larger than the image its file system is, in bytes.
+const ROOM: u64 = 16 * MIB;
+/// What fills the rest of it.
+const FILLER: &str = "filler";
+
+/// Where an image lies. Dropping it unmounts and deletes everything.
+pub(crate) struct Ground {
+    // In the order in which they must be dropped.
+    mount: Option<Mount>,
+    #[allow(dead_code, reason = "it is there to be dropped")]
+    device: Option<Loop>,
+    directory: TempDir,
+}
+
+impl Ground {
+    /// The ground for an image of `size` bytes. Who may not mount gets another one.
+    pub(crate) fn new(medium: Medium, size: u64) -> Ground {
+        let place = if medium == Medium::Memory { PLACES[1] } else { PLACES[0] };
+        let mut ground = Ground { mount: None, device: None, directory: directory(place) };
+        if let Medium::FullExt4 { inode_bytes } = medium
+            && require_tool("mkfs.ext4")
+        {
+            ground.mount_ext4(inode_bytes, size + ROOM);
+        }
+        ground
+    }
+
+    fn mount_ext4(&mut self, inode_bytes: u32, size: u64) {
+        let file = sparse_image(self.directory.path(), "ext4", size);
+        let point = self.directory.path().join("mounted");
+        std::fs::create_dir(&point).unwrap();
+        let Some(device) = Loop::over(&file) else {
+            return skip("a full file system", "loop devices need root");
+        };
+        let words = format!("-q -F -O ^has_journal -m 0 -b 4096 -I {inode_bytes}");
+        crate::more::Program::new("mkfs.ext4").words(&words).args([&file]).ok();
+        self.mount = Some(Mount::of(&device, &point));
+        self.device = Some(device);
+    }
+
+    /// Where to put the image.
+    pub(crate) fn path(&self) -> PathBuf {
+        let path = self.directory.path();
+        if self.mount.is_some() { path.join("mounted") } else { path.to_owned() }
+    }
+
+    /// Where to put everything else, with room.
+    pub(crate) fn beside(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Leaves no block free beside the image, which gets all of its own.
+    pub(crate) fn fill(&self, image: &Path) {
+        if self.mount.is_none() {
+            return;
+        }
+        let bytes = std::fs::read(image).unwrap();
+        std::fs::write(image, bytes).unwrap();
+        let mut filler = File::create(self.path().join(FILLER)).unwrap();
+        while filler.write_all(&[1; 4096]).is_ok() {}
+        File::open(self.path()).unwrap().sync_all().unwrap();
+        let _ = filler.sync_all();
+    }
+
+    /// Makes room.
+    pub(crate) fn relieve(&self) {
+        let _ = std::fs::remove_file(self.path().join(FILLER));
+    }
+}
