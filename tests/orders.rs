@@ -115,6 +115,22 @@ fn a_destination_that_is_not_there_is_told_with_status_1_and_the_source_serves_o
 }
 
 #[test]
+fn an_interrupted_wait_says_that_the_migration_goes_on() {
+    let directory = temp_dir();
+    let (_source, _destination, mut wait) = slow(directory.path());
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(wait.id()).unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGINT).unwrap();
+    wait_until("the end of the waiting", || wait.try_wait().unwrap().is_some());
+    let output = wait.wait_with_output().unwrap();
+    let signal = std::os::unix::process::ExitStatusExt::signal(&output.status);
+    assert_eq!(signal, Some(Signal::SIGINT as i32), "shells see the interrupt");
+    let said = String::from_utf8(output.stderr).unwrap();
+    let end_it = format!("to end it: `flexnbd break --sock {SOURCE}`");
+    assert!(said.contains("goes on") && said.contains(&end_it), "{said}");
+    assert!(status(directory.path(), SOURCE).contains("is_mirroring=true"));
+}
+
+#[test]
 fn break_ends_the_waiting_and_not_the_serving() {
     let directory = temp_dir();
     let (mut source, _destination, wait) = slow(directory.path());

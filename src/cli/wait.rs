@@ -1,10 +1,13 @@
 //! `flexnbd mirror --wait`: gives the order and follows the migration until it ends.
-//! Decides nothing about it: whoever stops this does not stop the migration.
+//! Decides nothing about it: to stop this does not stop the migration, and SIGINT says so.
 
 use super::output;
 use super::progress::{Display, Sight, ended};
 use crate::control::reply::UNKNOWN_COMMAND;
 use crate::control::{AskError, Command, Reply, Status, Summary, ask_and_wait, ask_within};
+use crate::daemon::signals::is_ignored;
+use nix::libc;
+use nix::sys::signal::{SigSet, Signal, raise};
 use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
@@ -23,6 +26,7 @@ const LOOK_TIME_MAX: Duration = Duration::from_secs(2);
 /// Gives `command`, a [`Command::MirrorWait`], and shows what comes of it. The exit status is the
 /// answer's number, or 1 when there is none.
 pub(super) fn run(socket: &Path, command: &Command) -> ExitCode {
+    explain_interrupt(socket);
     let display = Display::new(io::stderr().is_terminal());
     let mut print = |line: &str| {
         // Whoever read it had enough; the migration goes on, and so does the waiting.
@@ -37,6 +41,37 @@ pub(super) fn run(socket: &Path, command: &Command) -> ExitCode {
         Ok(reply) => output::complain(reply.text(), reply.exit_status()),
         Err(why) => output::complain(&format!("flexnbd mirror: {why}"), output::EXIT_FAILURE),
     }
+}
+
+/// Says at SIGINT, which ends the process, that the migration goes on. Call it before any thread is
+/// started that does not block all signals: threads inherit the mask.
+fn explain_interrupt(socket: &Path) {
+    let mut interrupt = SigSet::empty();
+    interrupt.add(Signal::SIGINT);
+    if is_ignored(libc::SIGINT) || interrupt.thread_block().is_err() {
+        return;
+    }
+    let line = farewell(socket);
+    let wait = move || {
+        if interrupt.wait().is_ok() {
+            // Below the bar, which is left as it was.
+            let _ = output::complain(&format!("\n{line}"), output::EXIT_FAILURE);
+            let _ = interrupt.thread_unblock();
+            let _ = raise(Signal::SIGINT);
+        }
+    };
+    if thread::Builder::new().name("interrupt".into()).spawn(wait).is_err() {
+        let _ = interrupt.thread_unblock();
+    }
+}
+
+/// What is said at SIGINT.
+fn farewell(socket: &Path) -> String {
+    let socket = socket.display();
+    format!(
+        "flexnbd mirror: no longer waiting; a migration that has started goes on. To see it: `flexnbd \
+         status --sock {socket}`; to end it: `flexnbd break --sock {socket}`"
+    )
 }
 
 /// What a migration that succeeded came to; as the server says it, if that is not understood.

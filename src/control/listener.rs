@@ -9,6 +9,7 @@
 use super::command::{Command, Incoming, Refusal};
 use super::reply::Reply;
 use super::socket::ControlSocket;
+use crate::net::visible_user;
 use crate::systemd::message_id;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -56,22 +57,24 @@ pub trait Operator: Send + Sync {
 pub struct Credentials {
     /// Process id, at the time of connecting.
     pub pid: i32,
-    /// User id.
-    pub uid: u32,
-    /// Group id.
-    pub gid: u32,
+    /// User id; none when the user is not in our user namespace.
+    pub uid: Option<u32>,
 }
 
 impl Credentials {
     fn of(stream: &UnixStream) -> io::Result<Self> {
         let peer = getsockopt(stream, PeerCredentials)?;
-        Ok(Self { pid: peer.pid(), uid: peer.uid(), gid: peer.gid() })
+        Ok(Self { pid: peer.pid(), uid: visible_user(peer.uid()) })
     }
 }
 
 impl fmt::Display for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "uid {}, pid {}", self.uid, self.pid)
+        match self.uid {
+            Some(uid) => write!(f, "uid {uid}, pid {}", self.pid),
+            // The service has a user namespace of its own (`PrivateUsers=` of systemd.exec(5)).
+            None => write!(f, "a user hidden by PrivateUsers=, pid {}", self.pid),
+        }
     }
 }
 

@@ -40,6 +40,7 @@ use crate::server::reception::Reception;
 use crate::server::watch::Watch;
 use crate::server::{Luggage, Opening, STALL_LIMIT, Server, Settings, Style};
 use crate::systemd::{Inherited, Notifier, Store, message_id, sockets};
+use crate::words::counted;
 use asking::{Answered, Asker};
 use beat::Beat;
 use house::House;
@@ -276,8 +277,9 @@ fn open(plan: &Plan) -> Result<(Arc<Disk>, Ledger, bool), Refusal> {
     let (tail, is_new) = (image.unserved_tail(), image.is_new());
     if tail > 0 {
         warn!(
-            "{}: the last {tail} bytes are not served, since they do not fill a sector of 512",
-            plan.image.display()
+            "{}: not serving its last {}, which do not fill a sector of 512",
+            plan.image.display(),
+            counted(tail, "byte")
         );
     }
     let ledger = title::ledger(plan, &image)?;

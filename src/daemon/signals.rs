@@ -83,7 +83,10 @@ fn ignore(number: libc::c_int) {
     unsafe { libc::signal(number, libc::SIG_IGN) };
 }
 
-fn is_ignored(number: libc::c_int) -> bool {
+/// Whether the process has been started with this signal ignored, as `nohup` does with `SIGHUP`, and a
+/// shell with the `SIGINT` of background jobs.
+#[must_use]
+pub fn is_ignored(number: libc::c_int) -> bool {
     // SAFETY: zeroes are a valid `sigaction`.
     let mut current: libc::sigaction = unsafe { std::mem::zeroed() };
     // SAFETY: with no new action it only fills in the current one, which lives here.

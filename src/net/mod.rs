@@ -16,6 +16,7 @@ mod connect;
 mod listener;
 mod peer;
 mod stream;
+mod user;
 mod wait;
 mod wake;
 
@@ -27,5 +28,6 @@ pub use peer::Peer;
 pub use stream::{
     Interest, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES_MAX, PEER_TIMEOUT, Ready, Stream,
 };
+pub use user::visible_user;
 pub use wait::wait_readable;
 pub use wake::Wake;

@@ -13,7 +13,7 @@ pub enum Peer {
     Unix {
         /// Process id when it connected; none when it is not in our pid namespace.
         pid: Option<i32>,
-        /// User id when it connected.
+        /// User id when it connected; none when it is not in our user namespace.
         uid: Option<u32>,
     },
 }

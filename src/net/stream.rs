@@ -1,6 +1,7 @@
 //! One connection, TCP or unix, that never blocks except where it is told how long.
 //! Knows nothing of what the bytes mean and keeps none of them back.
 
+use super::user::visible_user;
 use super::wait::{happened, poll_until};
 use super::{Peer, Wake};
 use nix::errno::Errno;
@@ -385,7 +386,10 @@ pub(super) fn family(fd: &impl AsFd) -> io::Result<Option<AddressFamily>> {
 /// What the kernel tells about the process that connected.
 pub(super) fn unix_peer(stream: &UnixStream) -> Peer {
     match getsockopt(stream, sockopt::PeerCredentials) {
-        Ok(who) => Peer::Unix { pid: Some(who.pid()).filter(|pid| *pid > 0), uid: Some(who.uid()) },
+        Ok(who) => {
+            let pid = Some(who.pid()).filter(|pid| *pid > 0);
+            Peer::Unix { pid, uid: visible_user(who.uid()) }
+        }
         Err(_) => Peer::Unix { pid: None, uid: None },
     }
 }

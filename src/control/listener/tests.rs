@@ -111,16 +111,20 @@ fn the_operator_is_told_who_asks() {
     server.answer_to(b"status\n\n");
     let from = server.clerk.desk.lock().unwrap().orders[0].1;
     assert_eq!(from.pid, i32::try_from(std::process::id()).unwrap());
-    assert_eq!(from.uid, nix::unistd::getuid().as_raw());
-    assert_eq!(from.gid, nix::unistd::getgid().as_raw());
+    assert_eq!(from.uid, Some(nix::unistd::getuid().as_raw()));
 }
 
 #[test]
 fn the_log_tells_the_order_who_gave_it_and_what_was_answered() {
-    let from = Credentials { pid: 12, uid: 1000, gid: 100 };
+    let from = Credentials { pid: 12, uid: Some(1000) };
     assert_eq!(
         account("acl ::1", from, &Reply::success("updated")),
         r#"control socket: "acl ::1" from uid 1000, pid 12: answered "0: updated""#
+    );
+    let hidden = Credentials { pid: 12, uid: None };
+    assert_eq!(
+        account("acl ::1", hidden, &Reply::success("updated")),
+        r#"control socket: "acl ::1" from a user hidden by PrivateUsers=, pid 12: answered "0: updated""#
     );
 }
 
