@@ -3,7 +3,7 @@
 //!
 //! A regular file carries its record as the extended attribute `user.flexnbd`, so that it moves
 //! and dies with the file. Where that is impossible (block devices, some file systems) or fails (a
-//! full file system) it is a file in the state directory; see [`super::state_file`].
+//! full file system) it is a file in the state directory; see `state_file`.
 //!
 //! Everything is done to the open file. The image's path is used for two things, the name of that
 //! file and the image's deletion, and only after device and inode were compared.
