@@ -268,7 +268,8 @@ impl<'a> Running<'a> {
         self.note(&format!("source: {status}, record {record:?}, saying {said}"));
         if is_gone {
             self.source.mode = Mode::Nothing;
-        } else if status.success() && !self.asked_to_end {
+        } else if status.success() && record != "departing" && !self.asked_to_end {
+            // With *departing*, the next one asks the destination.
             return Err("the source ends as after a migration, and has no record of it".to_owned());
         }
         Ok(())
