@@ -57,10 +57,20 @@ impl Freeze {
         Self { since: now, until: Some(now + STALL_MAX) }
     }
 
-    /// The destination has acknowledged something.
+    /// The destination has acknowledged something. Too late, it prolongs nothing: the gate may have
+    /// opened.
     pub fn progressed(&mut self, now: Duration) {
+        if self.is_over(now) {
+            return;
+        }
         let end = self.since + FREEZE_MAX;
         self.until = self.until.map(|until| until.max(now + STALL_MAX).min(end));
+    }
+
+    /// Every request that was in flight has ended: what follows may begin only now.
+    pub fn drained(&mut self, now: Duration) {
+        let end = self.since + FREEZE_MAX;
+        self.until = self.until.map(|_| (now + STALL_MAX).min(end));
     }
 
     /// What follows is one step, of which no part can be seen: it may take what is left.
@@ -187,6 +197,24 @@ mod tests {
         assert_eq!(freeze.until(), Some(SECOND + FREEZE_MAX));
         freeze.progressed(SECOND);
         assert_eq!(freeze.until(), Some(SECOND + FREEZE_MAX), "nothing shortens it");
+    }
+
+    #[test]
+    fn progress_after_its_end_prolongs_no_freeze() {
+        let mut freeze = Freeze::new(SECOND);
+        freeze.progressed(SECOND + STALL_MAX);
+        assert_eq!(freeze.until(), Some(SECOND + STALL_MAX));
+        assert!(freeze.is_over(SECOND + STALL_MAX));
+    }
+
+    #[test]
+    fn a_long_drain_leaves_time_for_the_last_copy() {
+        let mut freeze = Freeze::new(SECOND);
+        let drained = SECOND + DRAIN_MAX;
+        freeze.drained(drained);
+        assert_eq!(freeze.until(), Some(drained + STALL_MAX));
+        freeze.drained(2 * drained);
+        assert_eq!(freeze.until(), Some(SECOND + FREEZE_MAX));
     }
 
     #[test]

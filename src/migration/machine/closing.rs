@@ -42,7 +42,9 @@ impl Machine {
                 self.news.push_back(News::GateClosed);
                 self.obstacle = None;
                 self.plan.gate_closed();
-                self.progressed(now);
+                if let Some(freeze) = &mut self.freeze {
+                    freeze.drained(now);
+                }
                 self.copy(now, link, Gate::Closed)
             }
             Event::Failed(why) => {
