@@ -439,6 +439,8 @@ impl Obstacle {
     /// Whether to hear of the one is to hear of the other.
     pub(super) fn is_like(&self, other: &Self) -> bool {
         match (self, other) {
+            // What the destination says may hold a time or a port, which is another every time.
+            (Self::Trouble(Trouble::Rejected(_)), Self::Trouble(Trouble::Rejected(_))) => true,
             (Self::Trouble(one), Self::Trouble(other)) => one == other,
             _ => std::mem::discriminant(self) == std::mem::discriminant(other),
         }

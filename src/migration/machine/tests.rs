@@ -287,6 +287,21 @@ fn a_reason_is_told_when_it_changes_and_once_a_minute() {
 }
 
 #[test]
+fn a_taken_seat_is_told_once_a_minute() {
+    let taken = |seconds| Trouble::Rejected(format!("taken, silent for {seconds} s"));
+    let mut rig = Rig::new(job(), plain());
+    rig.until(is_wait).give(lost());
+    for attempt in 0..30 {
+        rig.until(|action| matches!(action, Action::Connect(_)));
+        rig.give(Event::Unreachable(taken(attempt)));
+    }
+    let current = Some(Obstacle::Trouble(taken(29)));
+    assert_eq!(rig.machine.progress(rig.now).obstacle, current);
+    let told = [News::Started, trouble(Trouble::Lost("reset".to_owned())), trouble(taken(0))];
+    assert_eq!(rig.news(), told);
+}
+
+#[test]
 fn a_destination_that_fails_after_each_greeting_is_not_told_every_second() {
     let mut rig = Rig::new(job(), plain());
     for _ in 0..30 {
