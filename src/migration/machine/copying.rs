@@ -123,9 +123,7 @@ impl Machine {
     pub(super) fn copy(&mut self, now: Duration, link: Link, gate: Gate) -> Action {
         match gate {
             Gate::Open if self.held != self.chase.delay() => self.hold_writers(link),
-            Gate::Open if now >= self.backoff.from() && self.has_caught_up(now) => {
-                self.caught_up(now, link)
-            }
+            Gate::Open if self.has_caught_up(now) => self.caught_up(now, link),
             Gate::Open => self.proceed(now, link, gate),
             Gate::Closed => self.copy_the_rest(now, link),
         }
@@ -159,8 +157,9 @@ impl Machine {
             }
         }
         until = self.while_frozen(until);
-        // A long FLUSH is no reason to let the marks pile up.
-        if flushing { until.min(now + self.job.pause) } else { until }
+        // Neither a long FLUSH nor a closing in vain is a reason to let the marks pile up.
+        let piles_up = flushing || now < self.backoff.from();
+        if piles_up { until.min(now + self.job.pause) } else { until }
     }
 
     fn stay(&mut self, link: Link, gate: Gate, action: Action) -> Action {
@@ -234,7 +233,8 @@ impl Machine {
 
     fn look_at_requests(&mut self, now: Duration, link: Link) -> Action {
         let is_silent = self.plan.in_flight() && now >= link.heard + SILENT;
-        if is_silent || now < self.probe.due() {
+        // Until then the destination flushes now and then, which also tells it that we are there.
+        if is_silent || now < self.probe.due() || now < self.backoff.from() {
             return self.proceed(now, link, Gate::Open);
         }
         self.enter(Phase::Probing(link), Action::Probe)

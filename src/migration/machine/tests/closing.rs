@@ -1,6 +1,7 @@
 //! The last copy: the gate opens again in time, and is closed when that is worth it.
 
 use super::*;
+use crate::migration::arrival::SOURCE_SILENCE;
 use crate::migration::freeze::{FREEZE_MAX, STALL_MAX};
 
 /// Behind the closed gate, with a request of the last copy on its way.
@@ -55,10 +56,55 @@ fn the_gate_is_not_closed_behind_a_silent_link() {
 }
 
 #[test]
+fn a_reply_that_comes_too_late_opens_the_gate() {
+    let mut rig = in_the_last_copy(ours(TOKEN, Has::Nothing));
+    rig.now = rig.machine.freeze_end().unwrap();
+    let cookie = rig.machine.cookie;
+    assert_eq!(rig.give(Event::Reply { cookie, error: None }), &Action::OpenGate);
+}
+
+#[test]
+fn marks_are_taken_while_the_gate_stays_open() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    for _ in 0..5 {
+        rig.until(is_closing).give(Event::Failed("a visit does not end".to_owned()));
+    }
+    let (opened, mut last) = (rig.now, rig.now);
+    while !is_closing(&rig.until(|action| is_closing(action) || is_take(action)).action) {
+        assert!(rig.now <= last + Duration::from_millis(200), "no look at the marks");
+        last = rig.now;
+        let event = rig.success();
+        rig.give(event);
+    }
+    assert!(rig.now >= opened + Duration::from_secs(16));
+}
+
+#[test]
+fn a_source_is_heard_while_the_gate_stays_open() {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    for _ in 0..5 {
+        rig.until(is_closing).give(Event::Failed("a visit does not end".to_owned()));
+    }
+    let mut last = rig.now;
+    while !is_closing(&rig.action) {
+        if let Action::Send(_) = rig.action {
+            last = rig.now;
+        }
+        assert!(rig.now < last + SOURCE_SILENCE, "it may lose its seat");
+        let event = rig.success();
+        rig.give(event);
+    }
+}
+
+fn is_take(action: &Action) -> bool {
+    matches!(action, Action::TakeDirty { .. })
+}
+
+#[test]
 fn a_slow_link_behind_the_closed_gate_has_four_seconds() {
     let mut rig = in_the_last_copy(ours(TOKEN, Has::Nothing));
     let closed = rig.now;
-    rig.marks = (1..400).map(|at| Range::whole(SIZE).from(at * 8192).split(4096).0).collect();
+    rig.marks = (1..100).map(|at| Range::whole(SIZE).from(at * 8192).split(4096).0).collect();
     rig.give(Event::Tick);
     while rig.action != Action::OpenGate {
         if let Action::Wait { .. } = rig.action {
