@@ -5,6 +5,7 @@ use super::{Extent, Image, Zeroing};
 use crate::range::Range;
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
 /// What is allocated or not, in bytes.
@@ -133,6 +134,7 @@ pub(crate) enum Op {
     Prefetch,
     WriteBack,
     Extent,
+    Send,
 }
 
 /// What is to fail in a [`FailingImage`], and how much it was asked so far.
@@ -252,5 +254,10 @@ impl Image for FailingImage {
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         self.faults.pass(Op::Extent)?;
         self.image.extent(offset)
+    }
+
+    fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+        self.faults.pass(Op::Send)?;
+        self.image.send(offset, length, to)
     }
 }

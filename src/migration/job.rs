@@ -216,7 +216,8 @@ pub enum Action {
     Ask(Question),
     /// Find out what the beginning of this range holds: a hole, zeros or data. The answer may be
     /// about any part of it, from its start on. All of the range is going to be sent, so that marks
-    /// in it are forgotten before it is read. → `Looked`, `Unreadable`
+    /// in it are forgotten before it is read. → `Looked`, `Unreadable`,
+    /// `Failed` for want of memory
     Look(Range),
     /// Take marks: [`crate::disk::dirty::Dirty::take_next`]. → `Taken`
     TakeDirty {
@@ -226,7 +227,7 @@ pub enum Action {
         longest: u64,
     },
     /// Send a request, reading the disk now. → `Done` (it is with the kernel), `Lost`, `Unsent`,
-    /// `Unreadable`
+    /// `Unreadable`, `Failed` as for `Look`
     Send(Request),
     /// Wait for a reply, an order or this time; a reply that is there comes first. → `Reply`, `Tick`, `Lost`
     Wait {

@@ -229,10 +229,16 @@ impl Sending<'_> {
                     return self.copied(copier, rest);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_disks(&error) => {
-                    return Err(SendError::Disk { offset: rest.offset(), error });
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_sockets(&error) => {
+                    self.wait_for_room(error)?;
                 }
-                Err(error) => self.wait_for_room(error)?,
+                // Of the disk or of the socket: to read and to send tells which.
+                Err(error) => {
+                    return self.copied(copier, rest).map_err(|then| match then {
+                        SendError::Link(_) => SendError::Link(error.to_string()),
+                        then => then,
+                    });
+                }
             }
         }
         Ok(())
@@ -278,11 +284,14 @@ impl Sending<'_> {
     }
 }
 
-/// Whether `sendfile(2)` failed on the disk's side rather than the socket's.
-fn is_disks(error: &io::Error) -> bool {
-    use nix::libc::{EIO, ENOMEM, EOVERFLOW};
-    error.kind() == io::ErrorKind::UnexpectedEof
-        || matches!(error.raw_os_error(), Some(EIO | ENOMEM | EOVERFLOW))
+/// Whether `sendfile(2)` certainly failed on the socket's side rather than the disk's.
+fn is_sockets(error: &io::Error) -> bool {
+    use nix::libc::{
+        ECONNABORTED, ECONNRESET, EHOSTUNREACH, ENETDOWN, ENETUNREACH, ENOBUFS, ENOTCONN, EPIPE,
+    };
+    let sockets =
+        [ECONNABORTED, ECONNRESET, EHOSTUNREACH, ENETDOWN, ENETUNREACH, ENOBUFS, ENOTCONN, EPIPE];
+    error.raw_os_error().is_some_and(|errno| sockets.contains(&errno))
 }
 
 fn header(request: &Request) -> Header {
@@ -337,5 +346,65 @@ fn trouble(error: ClientError) -> Trouble {
             Trouble::Silent(error.to_string())
         }
         error => Trouble::Rejected(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::Disk;
+    use crate::disk::memory::{FailingImage, Faults, MemoryImage, Op};
+    use nix::libc::{EBADMSG, ECONNRESET, EIO, ENODATA, ENOMEM, EPIPE, ESTALE, ETIMEDOUT};
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    /// What comes of a part of the disk when the kernel cannot send it, and perhaps not read it, to a
+    /// peer that is there or not.
+    fn sent(errno: i32, read: Option<i32>, is_there: bool) -> Result<Vec<u8>, SendError> {
+        let faults = Arc::new(Faults::default());
+        faults.fail_every(Op::Send, errno);
+        if let Some(errno) = read {
+            faults.fail_every(Op::Read, errno);
+        }
+        let image = FailingImage::new(MemoryImage::new(1 << 20), faults);
+        let disk = Disk::new(Box::new(image), false);
+        let (near, far) = UnixStream::pair().unwrap();
+        let far = is_there.then_some(far);
+        let (stream, wake) = (Stream::Unix(near), Wake::new().unwrap());
+        let (patience, give_up) = (Duration::from_secs(1), &mut || false);
+        let mut sending = Sending { stream: &stream, patience, wake: &wake, give_up, begun: true };
+        sending.data(&disk.copier(), Range::whole(1 << 20).from(8192).split(1000).0)?;
+        drop(stream);
+        let mut received = Vec::new();
+        far.unwrap().read_to_end(&mut received).unwrap();
+        Ok(received)
+    }
+
+    #[test]
+    fn any_read_error_while_sending_is_the_disks() {
+        for errno in [EIO, ESTALE, ETIMEDOUT, ENODATA, EBADMSG] {
+            match sent(errno, Some(errno), true) {
+                Err(SendError::Disk { offset: 8192, error }) => {
+                    assert_eq!(error.raw_os_error(), Some(errno));
+                }
+                other => panic!("{errno}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_disk_that_can_be_read_is_sent() {
+        for errno in [ETIMEDOUT, ENOMEM, EIO] {
+            assert_eq!(sent(errno, None, true).unwrap(), [0; 1000], "{errno}");
+        }
+    }
+
+    #[test]
+    fn a_broken_socket_does_not_blame_the_disk() {
+        for (errno, read) in [(EPIPE, Some(EIO)), (ECONNRESET, Some(EIO)), (ETIMEDOUT, None)] {
+            let Err(SendError::Link(why)) = sent(errno, read, false) else { panic!("{errno}") };
+            assert_eq!(why, io::Error::from_raw_os_error(errno).to_string());
+        }
     }
 }

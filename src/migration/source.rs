@@ -19,6 +19,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -306,8 +307,7 @@ impl Source {
 
     fn unreadable(&mut self, offset: u64, error: &io::Error) -> Event {
         self.link = None;
-        let image = self.ledger.path().display();
-        Event::Unreadable(format!("cannot read {image} at byte {offset}: {error}"))
+        read_error(self.ledger.path(), offset, error)
     }
 
     fn look_at(&mut self, range: Range) -> io::Result<(Range, Content)> {
@@ -490,6 +490,13 @@ fn take_orders(desk: &Desk, machine: &mut Machine) {
     }
 }
 
+/// What it means that the image could not be read: only a lack of memory passes.
+fn read_error(image: &Path, offset: u64, error: &io::Error) -> Event {
+    let why = format!("cannot read {} at byte {offset}: {error}", image.display());
+    let is_memory = error.kind() == io::ErrorKind::OutOfMemory;
+    if is_memory { Event::Failed(why) } else { Event::Unreadable(why) }
+}
+
 fn first_block(range: Range) -> u64 {
     range.length().min(LOOK_BLOCK - range.offset() % LOOK_BLOCK)
 }
@@ -512,6 +519,17 @@ impl Drop for Source {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::libc::{EIO, ENOMEM, ESTALE};
+
+    #[test]
+    fn a_read_without_memory_is_tried_again() {
+        let event =
+            |errno| read_error(Path::new("/srv/image"), 4096, &io::Error::from_raw_os_error(errno));
+        for errno in [EIO, ESTALE] {
+            assert!(matches!(event(errno), Event::Unreadable(_)), "{errno}");
+        }
+        assert!(matches!(event(ENOMEM), Event::Failed(_)));
+    }
 
     #[test]
     fn an_order_that_comes_just_after_the_end_is_too_late_and_does_not_wait_for_ever() {
