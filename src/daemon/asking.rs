@@ -58,6 +58,19 @@ impl Inquiry {
     }
 }
 
+/// Asks from the route's local address or, where that does not connect, from any.
+fn ask_from_anywhere(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble> {
+    let first = source::ask(route, question);
+    let (Err(Trouble::Connect(why)), Some(_)) = (&first, route.bind) else { return first };
+    let from_any = Route { to: route.to.clone(), bind: None };
+    match source::ask(&from_any, question) {
+        Err(Trouble::Connect(also)) => {
+            Err(Trouble::Connect(format!("{why}; from any local address: {also}")))
+        }
+        second => second,
+    }
+}
+
 /// An answer that decides, and the migration it is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Answered {
@@ -82,7 +95,7 @@ impl Asking {
         let (for_thread, Inquiry { route, question, .. }) = (Arc::clone(&reply), inquiry.clone());
         let ask = move || {
             // This thread alone sets it, and once.
-            let _ = for_thread.answer.set(source::ask(&route, &question));
+            let _ = for_thread.answer.set(ask_from_anywhere(&route, &question));
             for_thread.wake.wake();
         };
         thread::Builder::new().name("asking".into()).spawn(ask)?;
@@ -292,12 +305,29 @@ impl Pauses {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::TcpListener;
 
     #[test]
     fn questions_come_ever_less_often_up_to_a_minute() {
         let mut pauses = Pauses::default();
         let seconds: Vec<u64> = (0..6).map(|_| pauses.next().as_secs()).collect();
         assert_eq!(seconds, [5, 10, 20, 40, 60, 60]);
+    }
+
+    #[test]
+    fn a_lost_local_address_does_not_prevent_the_question() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = Place::new(&listener.local_addr().unwrap().to_string()).unwrap();
+        // No host has it (RFC 5737).
+        let from = "192.0.2.1".parse().unwrap();
+        let inquiry = Inquiry::new((Id([7; 16]), 512), (&to, Some(from))).unwrap();
+        let ask = || ask_from_anywhere(&inquiry.route, &inquiry.question);
+        let hang_up = thread::spawn(move || listener.accept().map(drop));
+        let answer = ask();
+        assert!(!matches!(answer, Err(Trouble::Connect(_))), "{answer:?}");
+        hang_up.join().unwrap().unwrap();
+        let Err(Trouble::Connect(why)) = ask() else { panic!("nothing listens") };
+        assert!(why.contains("192.0.2.1") && why.contains("from any local address"), "{why}");
     }
 
     #[test]
