@@ -3,9 +3,7 @@
 //! other; decides nothing.
 
 use crate::disk::ownership::Title;
-use crate::migration::arrival::{
-    self, Denied, Guest, SOURCE_SILENCE, WRITER_SILENCE, answer_when_serving,
-};
+use crate::migration::arrival::{self, Denied, Guest, answer_when_serving};
 use crate::migration::destination::{Destination, Handed};
 use crate::migration::wire::{Question, WireError};
 use crate::nbd::handshake::option::OptionReply;
@@ -60,7 +58,7 @@ impl Reception for Receiving {
                 Introduction::Answer { data: answer.encode().to_vec(), retire }
             }
             Ok(arrival::Introduction::Refuse(denied)) => {
-                let (why, holder) = self.explain(denied, others);
+                let (why, holder) = self.explain(denied, (session, Some(data)), others);
                 let reply = OptionReply::error(OptionReplyKind::ErrPolicy, &why);
                 Introduction::Refuse { reply, holder }
             }
@@ -78,7 +76,7 @@ impl Reception for Receiving {
         match entered {
             Ok(retire) => Entrance::Open(retire),
             Err(denied) => {
-                let (why, holder) = self.explain(denied, others);
+                let (why, holder) = self.explain(denied, (session, None), others);
                 Entrance::Closed { why, holder }
             }
         }
@@ -114,15 +112,23 @@ impl Reception for Receiving {
 }
 
 impl Receiving {
-    /// Why a client is denied something, and the session that is in its way.
-    fn explain(&self, denied: Denied, others: &dyn Sessions) -> (String, Option<SessionId>) {
+    /// Why this client, with what it introduces itself with, is denied something, and the session
+    /// that is in its way.
+    fn explain(
+        &self,
+        denied: Denied,
+        (session, introduction): (SessionId, Option<&[u8]>),
+        others: &dyn Sessions,
+    ) -> (String, Option<SessionId>) {
         let Denied::Taken(holder) = denied else { return (why(denied).to_owned(), None) };
         let who = others.peer(holder).map_or_else(String::new, |peer| format!(" {peer}"));
-        let (what, patience) = match self.0.holder(holder) {
-            Some(Guest::Ours(id)) => (format!("migration {id}"), SOURCE_SILENCE.as_secs()),
-            _ => ("not a flexnbd".to_owned(), WRITER_SILENCE.as_secs()),
+        let what = match self.0.holder(holder) {
+            Some(Guest::Ours(id)) => format!("migration {id}"),
+            _ => "not a flexnbd".to_owned(),
         };
         let silent = others.silence(holder).as_secs();
+        // None if it has left by now.
+        let patience = self.0.patience(session, introduction).map_or(0, |time| time.as_secs());
         let why = format!(
             "{}:{who} ({what}), silent for {silent} s; after {patience} s it loses its place",
             why(denied)
@@ -139,6 +145,9 @@ fn why(denied: Denied) -> &'static str {
         }
         Denied::Taken(_) => "the disk is being received from another client",
         Denied::NotSeated => "the connection is not the one that the disk is received from",
+        Denied::Incomplete => {
+            "an incomplete copy of the disk lies here, which only a client that writes it may read"
+        }
         Denied::Complete => "the disk has arrived",
         Denied::Failed => "the disk cannot be received here",
     }
@@ -148,4 +157,49 @@ fn invalid(error: WireError) -> Introduction {
     let message = error.to_string();
     let reply = OptionReply::error(OptionReplyKind::ErrInvalid, &message);
     Introduction::Refuse { reply, holder: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::Disk;
+    use crate::disk::memory::MemoryImage;
+    use crate::migration::arrival::Admits;
+    use crate::migration::wire::Token;
+    use crate::net::Peer;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    struct JustHeard;
+
+    impl Sessions for JustHeard {
+        fn silence(&self, _: SessionId) -> Duration {
+            Duration::from_secs(1)
+        }
+
+        fn peer(&self, _: SessionId) -> Option<Peer> {
+            None
+        }
+    }
+
+    fn turned_away(receiving: &Receiving) -> String {
+        match receiving.enters(2, true, &JustHeard) {
+            Entrance::Closed { why, .. } => why,
+            Entrance::Open(_) => panic!("let in"),
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_time_that_applies() {
+        let disk = Arc::new(Disk::new(Box::new(MemoryImage::new(4096)), false));
+        let name = (Token([9; 16]), None);
+        let told = Box::new(|_| {});
+        let receiving = Receiving(Destination::new(disk, None, Admits::PlainWriter, name, told));
+        receiving.enters(1, true, &JustHeard);
+        let why = turned_away(&receiving);
+        assert!(why.contains("after 5 s"), "nothing written: {why}");
+        receiving.permit(1, true).unwrap();
+        let why = turned_away(&receiving);
+        assert!(why.contains("after 60 s"), "a writer: {why}");
+    }
 }

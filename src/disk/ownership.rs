@@ -346,10 +346,11 @@ pub fn for_serve(record: Option<&Record>) -> ForServe {
 /// Whether a disk may be received into an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ForListen {
-    /// Yes, from the start; `holds` is the migration whose incomplete copy lies there.
+    /// Yes, from the start.
     Accept {
-        /// What to answer a source that asks about it.
-        holds: Option<Id>,
+        /// The migration whose incomplete copy lies there, if one does; none of a copy whose sender
+        /// could not introduce itself.
+        holds: Option<Option<Id>>,
     },
     /// It is here already: say so, and exit with success. None when it came without an id.
     AlreadyArrived(Option<Id>),
@@ -364,7 +365,7 @@ pub fn for_listen(record: Option<&Record>, overwrite: bool) -> ForListen {
         None | Some(Record::Departed { .. } | Record::Ours(Title::Native)) => {
             ForListen::Accept { holds: None }
         }
-        Some(Record::Incoming { id }) => ForListen::Accept { holds: *id },
+        Some(Record::Incoming { id }) => ForListen::Accept { holds: Some(*id) },
         Some(Record::Ours(_)) if overwrite => ForListen::Accept { holds: None },
         Some(Record::Ours(Title::Arrived(id))) => ForListen::AlreadyArrived(Some(*id)),
         Some(Record::Ours(Title::Received)) => ForListen::AlreadyArrived(None),

@@ -79,6 +79,8 @@ pub enum Denied {
     Taken(Connection),
     /// The connection does not hold the seat, or has lost it.
     NotSeated,
+    /// The image holds an incomplete copy that another connection began (a request: `EPERM`).
+    Incomplete,
     /// The disk is just being made ours, or is ours.
     Complete,
     /// The process is about to exit with an error.
@@ -134,7 +136,7 @@ pub struct Arrival {
     introduced: BTreeMap<Connection, Id>,
     /// Connections that have lost the seat, and may still have requests under way.
     retiring: BTreeSet<Connection>,
-    /// The migrations that have held the seat, the latest last.
+    /// The migrations that have held the seat, the latest first.
     holders: VecDeque<Id>,
 }
 
@@ -163,26 +165,30 @@ enum Holds {
 impl Seat {
     /// Whether the seat is given to `contender` when its holder has been silent for so long.
     fn yields(self, contender: Guest, silent: Duration) -> bool {
-        let patience = match (self.guest, contender) {
+        silent >= self.patience(contender)
+    }
+
+    /// For how long the holder must have been silent for `contender` to get the seat.
+    fn patience(self, contender: Guest) -> Duration {
+        match (self.guest, contender) {
             (Guest::Ours(_), Guest::Ours(_)) => SOURCE_SILENCE,
             (Guest::Plain, Guest::Ours(_)) if !self.wrote => Duration::ZERO,
             (Guest::Plain, Guest::Plain) if !self.wrote => SOURCE_SILENCE,
             _ => WRITER_SILENCE,
-        };
-        silent >= patience
+        }
     }
 }
 
 impl Arrival {
     /// A process of this name, whose image holds an incomplete copy from the migration `holds`, if
-    /// any (see [`crate::disk::ownership::ForListen::Accept`]).
+    /// it holds one (see [`crate::disk::ownership::ForListen::Accept`]).
     #[must_use]
-    pub fn new(token: Token, holds: Option<Id>, admits: Admits) -> Self {
+    pub fn new(token: Token, holds: Option<Option<Id>>, admits: Admits) -> Self {
         Self {
             token,
             admits,
             state: State::Receiving(None),
-            holds: holds.map_or(Holds::Nothing, |id| Holds::CopyOf(Some(id))),
+            holds: holds.map_or(Holds::Nothing, Holds::CopyOf),
             introduced: BTreeMap::new(),
             retiring: BTreeSet::new(),
             holders: VecDeque::new(),
@@ -196,6 +202,15 @@ impl Arrival {
             State::Receiving(Some(seat)) => Some((seat.connection, seat.guest)),
             _ => None,
         }
+    }
+
+    /// After how long a silence of its holder the seat is given to `contender`: a source if it
+    /// introduces itself just now, else what it is already. None if the seat is free.
+    #[must_use]
+    pub fn patience(&self, contender: Connection, introduces: Option<Id>) -> Option<Duration> {
+        let guest = introduces.map_or_else(|| self.guest(contender), Guest::Ours);
+        let State::Receiving(Some(seat)) = self.state else { return None };
+        Some(seat.patience(guest))
     }
 
     /// A source introduces itself on `connection`, or asks what has become of its disk: it gets the
@@ -318,14 +333,19 @@ impl Arrival {
     }
 
     /// Whether a request of `connection` that does not change the disk may be carried out: only
-    /// the holder reads an arriving disk. Where any client of old style may turn out to be the
-    /// writer, they may read what was there before.
+    /// the holder reads an arriving disk, and a plain one only after it has written if there is an
+    /// incomplete copy. Where any client of old style may turn out to be the writer, they may read
+    /// what was there before.
     ///
     /// # Errors
     /// Why not.
     pub fn may_use(&self, connection: Connection) -> Result<(), Denied> {
         match self.state {
-            State::Receiving(Some(seat)) if seat.connection == connection => Ok(()),
+            State::Receiving(Some(seat)) if seat.connection == connection => {
+                let reads_half =
+                    seat.guest == Guest::Plain && !seat.wrote && self.holds != Holds::Nothing;
+                if reads_half { Err(Denied::Incomplete) } else { Ok(()) }
+            }
             State::Receiving(Some(seat)) => Err(Denied::Taken(seat.connection)),
             State::Receiving(None)
                 if self.may_be_the_writer(connection) && self.holds == Holds::Nothing =>

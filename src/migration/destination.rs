@@ -54,13 +54,13 @@ impl std::fmt::Debug for Destination {
 
 impl Destination {
     /// A destination of this name. `holds` is the migration of which the image has an incomplete
-    /// copy; `told` hears what becomes of the disk, and must not wait.
+    /// copy, if it has one; `told` hears what becomes of the disk, and must not wait.
     #[must_use]
     pub fn new(
         disk: Arc<Disk>,
         ledger: Option<Ledger>,
         admits: Admits,
-        (token, holds): (Token, Option<Id>),
+        (token, holds): (Token, Option<Option<Id>>),
         told: Box<dyn Fn(Fate) + Send + Sync>,
     ) -> Self {
         let arrival = Mutex::new(Arrival::new(token, holds, admits));
@@ -113,6 +113,18 @@ impl Destination {
     #[must_use]
     pub fn holder(&self, connection: Connection) -> Option<Guest> {
         self.lock().holder().filter(|(holder, _)| *holder == connection).map(|(_, guest)| guest)
+    }
+
+    /// After how long a silence of its holder the seat is given to this connection, which
+    /// introduces itself with this data, if any; see [`Arrival::patience`].
+    #[must_use]
+    pub fn patience(
+        &self,
+        connection: Connection,
+        introduction: Option<&[u8]>,
+    ) -> Option<Duration> {
+        let question = introduction.and_then(|data| Question::decode(data).ok());
+        self.lock().patience(connection, question.map(|question| question.id))
     }
 
     /// A holder whose request is under way on the disk waits for us, and is not silent.

@@ -111,7 +111,7 @@ impl World {
             && matches!(record, Some(Record::Incoming { .. }))
     }
 
-    fn listen(&mut self, holds: Option<Id>) -> Process {
+    fn listen(&mut self, holds: Option<Option<Id>>) -> Process {
         self.destination.processes += 1;
         let token = Token([self.destination.processes; 16]);
         Process::Listen(Box::new(Listen {

@@ -27,7 +27,7 @@ fn a_disk_that_never_moved_is_served_and_received_into() {
 fn an_incomplete_copy_is_not_served_and_starts_over() {
     let record = Record::Incoming { id: Some(ID) };
     assert_eq!(for_serve(Some(&record)), ForServe::Refuse(Refusal::Incomplete));
-    assert_eq!(for_listen(Some(&record), false), ForListen::Accept { holds: Some(ID) });
+    assert_eq!(for_listen(Some(&record), false), ForListen::Accept { holds: Some(Some(ID)) });
 }
 
 #[test]

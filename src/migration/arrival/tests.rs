@@ -1,6 +1,7 @@
 //! Who gets the seat, who loses it, and what then counts.
 
 use super::*;
+use crate::disk::ownership::{ForListen, for_listen};
 
 const ID: Id = Id([1; 16]);
 const OTHER: Id = Id([2; 16]);
@@ -199,7 +200,7 @@ fn after_a_write_that_failed_neither_a_handover_nor_a_goodbye_makes_the_disk_our
 
 #[test]
 fn a_copy_that_a_plain_writer_has_written_into_is_not_resumed() {
-    let mut arrival = Arrival::new(TOKEN, Some(ID), Admits::PlainWriter);
+    let mut arrival = Arrival::new(TOKEN, Some(Some(ID)), Admits::PlainWriter);
     assert!(arrival.enter(1, ALIVE).is_ok());
     let incoming = Permission::RecordFirst(Record::Incoming { id: None });
     assert_eq!(arrival.wants_to_write(1), incoming);
@@ -255,9 +256,43 @@ fn in_old_style_only_the_writer_uses_the_arriving_disk() {
     writes(&mut arrival, 3);
 }
 
+/// A destination that was started again on an image with this record.
+fn restarted(record: &Record, admits: Admits) -> Arrival {
+    let ForListen::Accept { holds } = for_listen(Some(record), false) else { panic!("{record:?}") };
+    Arrival::new(TOKEN, holds, admits)
+}
+
+#[test]
+fn a_restarted_old_style_destination_hides_half_a_copy() {
+    for id in [None, Some(ID)] {
+        let mut arrival = restarted(&Record::Incoming { id }, Admits::OldStyle);
+        arrival.enter(1, ALIVE).unwrap();
+        assert_eq!(arrival.may_use(1), Err(Denied::NotSeated), "{id:?}");
+        writes(&mut arrival, 1);
+        assert_eq!(arrival.may_use(1), Ok(()), "the writer");
+    }
+}
+
+#[test]
+fn a_plain_client_reads_half_a_copy_only_after_writing() {
+    for id in [None, Some(ID)] {
+        let mut arrival = restarted(&Record::Incoming { id }, Admits::PlainWriter);
+        arrival.enter(1, ALIVE).unwrap();
+        assert_eq!(arrival.may_use(1), Err(Denied::Incomplete), "{id:?}");
+        writes(&mut arrival, 1);
+        assert_eq!(arrival.may_use(1), Ok(()), "the writer");
+        arrival.closed(1);
+        arrival.enter(2, ALIVE).unwrap();
+        assert_eq!(arrival.may_use(2), Err(Denied::Incomplete), "another's");
+    }
+    let mut arrival = Arrival::new(TOKEN, None, Admits::PlainWriter);
+    arrival.enter(1, ALIVE).unwrap();
+    assert_eq!(arrival.may_use(1), Ok(()), "no copy was begun");
+}
+
 #[test]
 fn a_restarted_destination_knows_whose_copy_it_has() {
-    let mut arrival = Arrival::new(TOKEN, Some(ID), Admits::Sources);
+    let mut arrival = Arrival::new(TOKEN, Some(Some(ID)), Admits::Sources);
     assert_eq!(arrival.introduced(1, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
 }
 
