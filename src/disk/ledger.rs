@@ -21,12 +21,13 @@ use super::ownership::{BadRecord, RECORD_MAX, Record};
 use super::state::{directory_of_note, directory_of_record};
 use super::state_file::{self, Found, Spare, beside};
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use tracing::warn;
 use xattr::FileExt;
 
 /// Name of the extended attribute.
@@ -48,7 +49,7 @@ pub struct Ledger {
     usual: PathBuf,
     /// Whether a deleted image leaves a note behind.
     leaves_note: bool,
-    /// Whether records are kept at all.
+    /// Whether a record that cannot be kept is an error.
     keeps: bool,
     spare: Mutex<Option<Spare>>,
 }
@@ -89,6 +90,13 @@ pub enum LedgerError {
         /// What is against the state directory.
         file: Box<LedgerError>,
     },
+    /// The record in the state directory is that of another file with the same lasting name, too.
+    Shared {
+        /// The image.
+        image: PathBuf,
+        /// The other file.
+        other: PathBuf,
+    },
     /// It would be kept by the image's path, which is not the image's any more.
     Renamed {
         /// The path.
@@ -125,6 +133,14 @@ impl fmt::Display for LedgerError {
                 "no ownership record can be kept of {}, neither as its attribute {ATTRIBUTE} \
                  ({attribute}) nor in the state directory ({file})",
                 image.display()
+            ),
+            Self::Shared { image, other } => write!(
+                f,
+                "{}: its ownership record is also that of {}, as of a snapshot's original, and is \
+                 not removed; if you know that this copy is the right one, run \
+                 `flexnbd adopt --force`",
+                image.display(),
+                other.display()
             ),
             Self::Renamed { path, named } => write!(f, "{}: {named}", path.display()),
             Self::NotDeleted { path, why } => write!(f, "{} is not deleted: {why}", path.display()),
@@ -196,7 +212,8 @@ impl Ledger {
         self.leaves_note = true;
     }
 
-    /// From now on nothing is recorded, by an operator's explicit word (`--no-record`).
+    /// From now on a record that cannot be kept is no error, by an operator's explicit word
+    /// (`--no-record`); see [`Ledger::write`].
     pub fn record_nothing(&mut self) {
         self.keeps = false;
     }
@@ -246,13 +263,26 @@ impl Ledger {
         self.find().ok()?.foreign
     }
 
-    /// Makes `record` the record, durably; none removes it.
+    /// Makes `record` the record, durably; none removes it. After [`Ledger::record_nothing`] one that
+    /// cannot be kept is given up, and the old one removed unless it still holds.
     ///
     /// # Errors
     /// When it cannot be kept in either place. What is kept then is the old record or the new.
     pub fn write(&self, record: Option<&Record>) -> Result<(), LedgerError> {
-        if !self.keeps {
-            return Ok(());
+        let (error, record) = match (self.keep(record), record) {
+            (Err(error), Some(record)) if !self.keeps => (error, record),
+            (kept, _) => return kept,
+        };
+        warn!("{error}; going on without an ownership record, as ordered");
+        match self.peek() {
+            Ok(Some(old)) if old.still_holds_after(record) => Ok(()),
+            _ => self.keep(None),
+        }
+    }
+
+    fn keep(&self, record: Option<&Record>) -> Result<(), LedgerError> {
+        if let Some(path) = self.shared_with()? {
+            return self.keep_apart(record, path);
         }
         let attribute = match (self.write_attribute(record), record) {
             (Ok(()), _) => return self.remove_entry(),
@@ -407,11 +437,47 @@ impl Ledger {
             .map_err(|source| LedgerError::Io { path: self.usual.clone(), source })
     }
 
+    /// The path of another file that the entry is about, too: file systems such as btrfs give a
+    /// file and its copy in a snapshot the same lasting name.
+    fn shared_with(&self) -> Result<Option<PathBuf>, LedgerError> {
+        let found = self.find()?;
+        let Some(entry) = found.entry.filter(|entry| entry.path != found.own) else {
+            return Ok(None);
+        };
+        let Some(path) = state_file::image_of(&entry.path) else { return Ok(None) };
+        let failed = |source| LedgerError::Io { path: self.path.clone(), source };
+        let ours = self.image.metadata().map_err(failed)?;
+        let is_other = |theirs: &Metadata| {
+            theirs.is_file() && (theirs.dev(), theirs.ino()) != (ours.dev(), ours.ino())
+        };
+        // What is not there, or is something else by now, has no claim on the entry.
+        if !fs::metadata(&path).is_ok_and(|theirs| is_other(&theirs)) {
+            return Ok(None);
+        }
+        let theirs = File::open(&path).ok().and_then(|file| FileId::of(&file));
+        Ok((theirs == self.id).then_some(path))
+    }
+
+    /// Keeps the record where only this file's path leads, since the entry is another file's, too.
+    fn keep_apart(&self, record: Option<&Record>, other: PathBuf) -> Result<(), LedgerError> {
+        let Some(record) = record else {
+            return Err(LedgerError::Shared { image: self.path.clone(), other });
+        };
+        self.check_path()?;
+        self.write_entry_at(self.find()?.own, record)?;
+        // Another that is older is not believed any more, but goes with the file.
+        let _ = self.write_attribute(Some(record));
+        Ok(())
+    }
+
     fn write_entry(&self, record: &Record) -> Result<(), LedgerError> {
         if self.id.is_none() {
             self.check_path()?;
         }
-        let place = self.find()?.place;
+        self.write_entry_at(self.find()?.place, record)
+    }
+
+    fn write_entry_at(&self, place: PathBuf, record: &Record) -> Result<(), LedgerError> {
         let spare = self.spare().take();
         let had_spare = spare.is_some();
         let written = state_file::write(&place, &record.encode(), self.id.as_ref(), spare);
@@ -445,7 +511,12 @@ impl Ledger {
     }
 
     fn remove_entry(&self) -> Result<(), LedgerError> {
-        let Some(entry) = self.find()?.entry else { return Ok(()) };
+        let found = self.find()?;
+        let Some(entry) = found.entry else { return Ok(()) };
+        // One that is found by the path alone is that of the file that has the path.
+        if !found.certain && matches!(self.named()?, Named::Other { .. }) {
+            self.check_path()?;
+        }
         state_file::remove(&entry.path)
             .map_err(|source| LedgerError::Io { path: entry.path, source })
     }

@@ -196,6 +196,15 @@ impl Record {
         })
     }
 
+    /// Whether this record still tells the truth once `next` should have taken its place: a disk
+    /// that has departed is not served by a record that it is departing, either.
+    pub(super) fn still_holds_after(&self, next: &Self) -> bool {
+        match (self, next) {
+            (Self::Departing { id: old, .. }, Self::Departed { id, .. }) => old == id,
+            _ => false,
+        }
+    }
+
     /// The record's name, as messages and `status` call it.
     #[must_use]
     pub fn name(&self) -> &'static str {

@@ -12,11 +12,12 @@ use super::ownership::RECORD_MAX;
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::libc;
 use nix::unistd::linkat;
-use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode, percent_encode};
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -52,6 +53,8 @@ pub(super) struct Found {
     pub(super) certain: bool,
     /// Where the record is, or would be.
     pub(super) place: PathBuf,
+    /// Where it would be if it had to be found by the image's path.
+    pub(super) own: PathBuf,
     /// A record of another file that had the image's path.
     pub(super) foreign: Option<PathBuf>,
 }
@@ -59,6 +62,15 @@ pub(super) struct Found {
 /// Where the record of the image at that absolute path is, if no other file had the path before.
 pub(super) fn usual_place(state: &Path, image: &Path) -> PathBuf {
     state.join(percent_encode(image.as_os_str().as_bytes(), PLAIN).to_string())
+}
+
+/// The absolute path of the image whose record is at `place`.
+pub(super) fn image_of(place: &Path) -> Option<PathBuf> {
+    let name = place.file_name()?.as_bytes();
+    // What follows tells several files of one path apart.
+    let encoded = name.split(|byte| *byte == b'~').next()?;
+    let path: Vec<u8> = percent_decode(encoded).collect();
+    Some(PathBuf::from(OsString::from_vec(path)))
 }
 
 /// What there is for the image whose usual place and lasting name these are.
@@ -73,7 +85,8 @@ pub(super) fn find(usual: &Path, id: Option<&FileId>) -> io::Result<Found> {
             }
             (theirs, ours) => {
                 let certain = theirs.is_some() && ours.is_some();
-                return Ok(Found { entry: Some(entry), certain, place, foreign });
+                let own = place.clone();
+                return Ok(Found { entry: Some(entry), certain, place, own, foreign });
             }
         }
     }
@@ -81,8 +94,9 @@ pub(super) fn find(usual: &Path, id: Option<&FileId>) -> io::Result<Found> {
         Some(id) => search(directory_of(usual), id)?,
         None => None,
     };
-    let place = entry.as_ref().map_or(place, |entry| entry.path.clone());
-    Ok(Found { certain: entry.is_some(), entry, place, foreign })
+    let own = place;
+    let place = entry.as_ref().map_or_else(|| own.clone(), |entry| entry.path.clone());
+    Ok(Found { certain: entry.is_some(), entry, place, own, foreign })
 }
 
 /// The entry about the file of that lasting name, whatever path it had.

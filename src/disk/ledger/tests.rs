@@ -2,8 +2,7 @@
 
 use super::*;
 use crate::disk::Access;
-use crate::disk::ownership::Title;
-use std::fs;
+use crate::disk::ownership::{Id, Place, Title};
 
 const OURS: Record = Record::Ours(Title::Adopted);
 const INCOMING: Record = Record::Incoming { id: None };
@@ -148,14 +147,88 @@ fn room_for_a_record_is_found_without_leaving_one() {
     assert_eq!(setting.ledger().read().unwrap(), Some(OURS));
 }
 
+/// As on a full file system: a record can be removed, and none be written.
+fn without_room(setting: &Setting) -> Ledger {
+    let mut ledger = setting.ledger();
+    // Neither as an attribute, which procfs does not have, nor as an entry, whose temporary name is
+    // a directory that is not empty.
+    ledger.image = File::open("/proc/self/status").unwrap();
+    let temporary = beside(&ledger.usual, "~new");
+    fs::create_dir_all(temporary.join("taken")).unwrap();
+    ledger
+}
+
 #[test]
-fn a_ledger_told_to_record_nothing_does_not() {
+fn an_unrecorded_move_keeps_what_record_fits() {
     let setting = setting();
     let mut ledger = setting.ledger();
-    ledger.write(Some(&OURS)).unwrap();
+    ledger.write(Some(&INCOMING)).unwrap();
     ledger.record_nothing();
-    ledger.again().unwrap().write(Some(&INCOMING)).unwrap();
-    assert_eq!(ledger.read().unwrap(), Some(OURS));
+    ledger.again().unwrap().write(Some(&OURS)).unwrap();
+    assert_eq!(setting.ledger().read().unwrap(), Some(OURS));
+}
+
+#[test]
+fn an_unrecorded_move_removes_a_record_that_became_wrong() {
+    let setting = setting();
+    setting.ledger().write_entry(&INCOMING).unwrap();
+    let mut ledger = without_room(&setting);
+    assert!(ledger.write(Some(&OURS)).is_err(), "there is room");
+    assert_eq!(ledger.peek().unwrap(), Some(INCOMING));
+    ledger.record_nothing();
+    ledger.write(Some(&OURS)).unwrap();
+    assert_eq!(setting.ledger().read().unwrap(), None);
+}
+
+#[test]
+fn an_unrecorded_departure_leaves_departing_in_place() {
+    let setting = setting();
+    let (id, to) = (Id([1; 16]), Place::new("192.0.2.1:10809").unwrap());
+    let leaving = |id| Record::Departing { id, before: Title::Native, to: to.clone(), from: None };
+    setting.ledger().write_entry(&leaving(id)).unwrap();
+    let mut ledger = without_room(&setting);
+    ledger.record_nothing();
+    ledger.write(Some(&Record::Departed { id, when: 0, to: to.clone() })).unwrap();
+    assert_eq!(ledger.peek().unwrap(), Some(leaving(id)));
+    ledger.write(Some(&Record::Departed { id: id.next(), when: 0, to: to.clone() })).unwrap();
+    assert_eq!(ledger.peek().unwrap(), None);
+}
+
+#[test]
+fn a_file_without_id_keeps_the_next_files_record() {
+    let setting = setting();
+    let mut ledger = setting.ledger();
+    ledger.id = None;
+    ledger.write_entry(&OURS).unwrap();
+    fs::rename(&setting.path, setting.beside("moved")).unwrap();
+    fs::write(&setting.path, [1; SIZE as usize]).unwrap();
+    let error = ledger.write(None).unwrap_err();
+    assert!(error.to_string().contains("names another file now"), "{error}");
+    assert_eq!(setting.kept(), 1);
+    fs::remove_file(&setting.path).unwrap();
+    ledger.write(None).unwrap();
+    assert_eq!(setting.kept(), 0, "no file has the path");
+}
+
+/// A snapshot of a btrfs subvolume holds files with the inode numbers of the original's.
+#[test]
+fn adopting_a_snapshot_keeps_the_originals_record() {
+    let setting = setting();
+    let original = setting.ledger();
+    original.write_entry(&INCOMING).unwrap();
+    let copy = setting.beside("snapshot.img");
+    fs::write(&copy, [0; SIZE as usize]).unwrap();
+    let mut snapshot = Ledger::open(&copy, Some(&setting.state)).unwrap();
+    snapshot.id = original.id.clone();
+    assert_eq!(snapshot.read().unwrap(), Some(INCOMING), "a copy of an incomplete disk");
+    assert!(snapshot.write(None).is_err(), "the record of the original");
+    snapshot.write(Some(&OURS)).unwrap();
+    assert_eq!(snapshot.read().unwrap(), Some(OURS));
+    assert_eq!(original.read().unwrap(), Some(INCOMING));
+    snapshot.write(Some(&INCOMING)).unwrap();
+    assert_eq!(snapshot.read().unwrap(), Some(INCOMING));
+    original.write(Some(&OURS)).unwrap();
+    assert_eq!(original.read().unwrap(), Some(OURS));
 }
 
 #[test]
