@@ -179,7 +179,9 @@ fn an_attribute_that_cannot_be_changed_does_not_count() {
     assert_eq!(from.mirror_to(to.address, &[]), STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
-    assert_eq!((from.record(), to.record()), ("ours".into(), "ours".into()), "the attributes");
+    assert_eq!((from.record(), to.record()), ("departed".into(), "ours".into()));
+    let attribute = xattr::get(&from.image, "user.flexnbd").unwrap().unwrap();
+    assert!(attribute.starts_with(b"flexnbd 1 ours"), "{}", attribute.escape_ascii());
     let told = refused_by_serve(&from);
     assert!(told.contains("has moved to"), "{told}");
     drop(to.serve());
