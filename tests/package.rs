@@ -180,6 +180,12 @@ impl Host {
 
     /// What systemd is told when the service has ended with this result.
     fn retired(&self, result: &str) -> String {
+        self.retires(result);
+        fs::read_to_string(self.path("told")).unwrap_or_default()
+    }
+
+    /// What is told in the journal then.
+    fn retires(&self, result: &str) -> String {
         let output = Command::new(source("systemd/retire"))
             .arg("disk")
             .env("PATH", format!("{}:/usr/bin:/bin", self.path("bin").display()))
@@ -189,7 +195,7 @@ impl Host {
             .output()
             .unwrap();
         assert!(output.status.success(), "{output:?}");
-        fs::read_to_string(self.path("told")).unwrap_or_default()
+        String::from_utf8(output.stdout).unwrap()
     }
 }
 
@@ -237,6 +243,18 @@ fn sockets_stay_for_a_disk_that_comes_back() {
     assert_eq!(host.retired("success"), "");
     host.systemctl("0");
     assert_eq!(host.retired("success"), STOP);
+}
+
+#[test]
+fn a_receiver_that_replaces_a_serving_service_is_announced() {
+    let host = Host::new();
+    assert_eq!(host.retires("success"), "", "an ordinary stop");
+    host.systemctl("4711");
+    let told = host.retires("success");
+    let remedy = "systemctl start flexnbd@disk.service";
+    assert!(told.contains("clients of disk are disconnected") && told.contains(remedy), "{told}");
+    host.record(DEPARTED);
+    assert_eq!(host.retires("success"), "", "no client has a disk here");
 }
 
 #[test]
