@@ -22,7 +22,7 @@ impl Reception for Serving {
         match Question::decode(data) {
             Ok(question) => {
                 let data = answer_when_serving(self.0, &question).encode().to_vec();
-                Introduction::Answer { data, retire: Vec::new() }
+                Introduction::Answer { data, retire: Vec::new(), is_source: false }
             }
             Err(error) => invalid(error),
         }
@@ -55,7 +55,7 @@ impl Reception for Receiving {
     fn introduced(&self, session: SessionId, data: &[u8], others: &dyn Sessions) -> Introduction {
         match self.0.introduced(session, data, &|other| others.silence(other)) {
             Ok(arrival::Introduction::Answer { answer, retire }) => {
-                Introduction::Answer { data: answer.encode().to_vec(), retire }
+                Introduction::Answer { data: answer.encode().to_vec(), retire, is_source: true }
             }
             Ok(arrival::Introduction::Refuse(denied)) => {
                 let (why, holder) = self.explain(denied, (session, Some(data)), others);

@@ -32,6 +32,7 @@ use std::time::Instant;
 pub use work::{BYTES_MAX, UNDER_WAY_MAX, Work};
 use work::{Errand, Gathered, Queued, Then, Way};
 
+mod closing;
 mod work;
 
 /// The errands of one session. `T` is what it wants back with the outcome of each.
@@ -99,6 +100,13 @@ impl<'a, T> Errands<'a, T> {
         self.count == 0 && self.over.is_empty()
     }
 
+    /// Whether none has begun that is not over, and the outcome of each has been taken; some may
+    /// wait for other sessions' changes.
+    #[must_use]
+    pub fn is_at_rest(&self) -> bool {
+        self.count == self.waiting.len() && self.over.is_empty()
+    }
+
     /// Whether one may be begun that holds so many bytes.
     #[must_use]
     pub fn has_room(&self, bytes: usize) -> bool {
@@ -116,6 +124,13 @@ impl<'a, T> Errands<'a, T> {
     #[must_use]
     pub fn is_clear(&self, range: Range) -> bool {
         self.disk.in_flight.is_clear(range)
+    }
+
+    /// Whether a write that begins after another one of the same bytes ends after it by itself, so
+    /// that a plain write needs no place among the changes in flight.
+    #[must_use]
+    pub fn writes_are_ordered(&self) -> bool {
+        self.disk.image.orders_writes()
     }
 
     /// A place among the changes in flight for one that the caller makes by itself, as soon as
@@ -164,7 +179,14 @@ impl<'a, T> Errands<'a, T> {
     }
 
     fn may_begin(&self, queued: &Queued<'a, T>) -> bool {
-        let has_slot = !queued.work.has_parts() || self.parts < self.part_sizes.at_once();
+        let how = match queued.work {
+            Work::Zero { how, .. } => Some(how),
+            Work::Trim { .. } => Some(Zeroing::default()),
+            _ => None,
+        };
+        let by_extent = |how| self.disk.image.zeroes_by_extent(how);
+        let at_once = |how| self.part_sizes.at_once(by_extent(how));
+        let has_slot = how.is_none_or(|how| self.parts < at_once(how));
         has_slot && queued.change.as_ref().is_none_or(Change::is_first)
     }
 
@@ -547,45 +569,11 @@ impl<'a, T> Errands<'a, T> {
         self.over.push_back((token, outcome));
     }
 
-    /// Lets those go of which nobody tells the end. They may still be made: rather is the gate never
-    /// closed again than behind them. And a flush may have failed: better call one so that has not.
-    fn abandon(&mut self) {
-        let mut abandoned = std::mem::take(&mut self.under_way);
-        for errand in abandoned.values_mut().filter(|errand| errand.listening.is_some()) {
-            let _ = self.disk.hearing.failed(&Errno::EIO.into());
-            errand.listening = None;
-        }
-        std::mem::forget(abandoned);
-    }
-
     /// Marks what an errand has changed, be it only in part: after the bytes are there. The copier
     /// takes the mark first and reads second, so that a change may be sent twice but never missed.
     fn mark(&self, errand: &mut Errand<'a, T>) {
         if let Some(change) = errand.change.take() {
             self.disk.mark(change.range());
-        }
-    }
-}
-
-impl<T> Drop for Errands<'_, T> {
-    fn drop(&mut self) {
-        self.closing = true;
-        self.waiting.clear();
-        while !self.under_way.is_empty() {
-            if let Some(made) = self.next_made() {
-                self.made(made);
-            } else if self.helped > 0 {
-                self.completions.wait();
-            } else if let Way::Lane(lane) = &mut self.lane {
-                lane.submit();
-                lane.wait();
-                match lane.finished() {
-                    Some(made) => self.made(made),
-                    None => return self.abandon(),
-                }
-            } else {
-                return self.abandon();
-            }
         }
     }
 }

@@ -401,6 +401,10 @@ impl Image for FileImage {
         self.zero_by_hand(range, how.keep_allocated)
     }
 
+    fn orders_writes(&self) -> bool {
+        self.kind == Kind::File
+    }
+
     fn zeroes_by_extent(&self, how: Zeroing) -> bool {
         let is_able = |way: &Way| !self.lack(*way).load(Ordering::Relaxed);
         self.kind == Kind::File && self.ways(how).first().is_some_and(is_able)

@@ -6,7 +6,9 @@
 //! wait for each other. Never touches the disk.
 //!
 //! A plain write, which the session makes at once, only asks whether anything is in flight: one load
-//! of a counter while nothing is.
+//! of a counter while nothing is. That is enough for files, where the kernel makes writes of the same
+//! bytes one after another. On a block device it does not, and a write that sleeps there for a dead
+//! session could end after one of the next: plain writes are registered, too.
 
 use super::lane::Bell;
 use crate::range::Range;

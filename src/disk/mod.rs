@@ -107,6 +107,11 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     fn trim(&self, range: Range) -> io::Result<()>;
     /// Returns once everything written before the call is on stable storage.
     fn flush(&self) -> io::Result<()>;
+    /// Whether a write that begins after another one of the same bytes ends after it by itself. So
+    /// it is with files, which the kernel locks; on block devices writes may overtake each other.
+    fn orders_writes(&self) -> bool {
+        true
+    }
     /// Hints that the range will be read soon.
     fn prefetch(&self, range: Range) -> io::Result<()>;
     /// Starts writing back what is dirty in the range, so that a flush will have less to do; does not

@@ -22,6 +22,8 @@ pub const PART_MAX: u64 = 64 << 20;
 const QUICK: Duration = Duration::from_millis(25);
 /// Parts that took longer than this become shorter, and fewer.
 const SLOW: Duration = Duration::from_millis(100);
+/// Most bytes of parts in flight of one session where each byte counts.
+const BYTES_AT_ONCE_MAX: u64 = 2 * PART_MAX;
 /// How many parts of one session are in flight at first.
 const AT_ONCE_FIRST: usize = 2;
 /// How many at most.
@@ -41,9 +43,15 @@ impl Default for PartSizes {
 }
 
 impl PartSizes {
-    /// How many parts may be in flight.
-    pub(super) fn at_once(self) -> usize {
-        self.at_once
+    /// How many parts may be in flight. Where each byte counts they are no more than
+    /// [`BYTES_AT_ONCE_MAX`] together: written at the speed of memory at first, they may have to wait
+    /// for the disk later.
+    pub(super) fn at_once(self, by_extent: bool) -> usize {
+        if by_extent {
+            return self.at_once;
+        }
+        let fit = BYTES_AT_ONCE_MAX / self.length.min(PART_MAX);
+        self.at_once.min(usize::try_from(fit).unwrap_or(1))
     }
 
     /// The next part of `range`, and what remains. No part is shorter than [`PART_MIN`], but for a
@@ -83,19 +91,30 @@ mod tests {
     #[test]
     fn parts_grow_while_quick_and_shrink_once_slow() {
         let mut sizes = PartSizes::default();
-        assert_eq!((sizes.length, sizes.at_once()), (PART_FIRST, AT_ONCE_FIRST));
+        assert_eq!((sizes.length, sizes.at_once(true)), (PART_FIRST, AT_ONCE_FIRST));
         sizes.took(PART_FIRST - 1, QUICK);
         assert_eq!(sizes.length, PART_FIRST, "less than a part says nothing of a longer one");
         (0..200).for_each(|_| sizes.took(PART_MAX, QUICK));
-        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX_BY_EXTENT, AT_ONCE_MAX));
+        assert_eq!((sizes.length, sizes.at_once(true)), (PART_MAX_BY_EXTENT, AT_ONCE_MAX));
         sizes.took(PART_MAX, SLOW);
-        assert_eq!(sizes.at_once(), AT_ONCE_MAX, "neither quick nor slow");
+        assert_eq!(sizes.at_once(true), AT_ONCE_MAX, "neither quick nor slow");
         sizes.took(1, LATE);
-        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX_BY_EXTENT, AT_ONCE_MAX / 2));
+        assert_eq!((sizes.length, sizes.at_once(true)), (PART_MAX_BY_EXTENT, AT_ONCE_MAX / 2));
         (0..7).for_each(|_| sizes.took(1, LATE));
-        assert_eq!((sizes.length, sizes.at_once()), (PART_MAX_BY_EXTENT / 2, 1));
+        assert_eq!((sizes.length, sizes.at_once(true)), (PART_MAX_BY_EXTENT / 2, 1));
         (0..20).for_each(|_| sizes.took(1, LATE));
-        assert_eq!((sizes.length, sizes.at_once()), (PART_MIN, 1));
+        assert_eq!((sizes.length, sizes.at_once(true)), (PART_MIN, 1));
+    }
+
+    #[test]
+    fn parts_that_are_written_are_bounded_in_bytes() {
+        let mut sizes = PartSizes::default();
+        (0..200).for_each(|_| sizes.took(PART_MAX, QUICK));
+        assert_eq!((sizes.at_once(false), sizes.at_once(true)), (2, AT_ONCE_MAX));
+        let short = PartSizes { length: PART_MIN, at_once: AT_ONCE_MAX };
+        assert_eq!(short.at_once(false), AT_ONCE_MAX);
+        let one = PartSizes { length: 2 * PART_MIN, at_once: AT_ONCE_MAX };
+        assert_eq!(one.at_once(false), AT_ONCE_MAX / 2);
     }
 
     proptest! {

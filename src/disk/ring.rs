@@ -80,6 +80,10 @@ impl<'a> Ring<'a> {
 
     fn with(ring: IoUring, image: &'a FileImage, bell: BorrowedFd<'_>) -> io::Result<Self> {
         ring.submitter().register_eventfd(bell.as_raw_fd())?;
+        let mut landing = Vec::new();
+        let length = LOAD_BY_READING_MAX as usize;
+        landing.try_reserve_exact(length).map_err(|_| io::Error::from(Errno::ENOMEM))?;
+        landing.resize(length, MaybeUninit::uninit());
         Ok(Self {
             image,
             ring,
@@ -89,7 +93,7 @@ impl<'a> Ring<'a> {
             in_ring: 0,
             in_kernel: 0,
             over: VecDeque::new(),
-            landing: Box::new_uninit_slice(LOAD_BY_READING_MAX as usize),
+            landing: landing.into_boxed_slice(),
         })
     }
 

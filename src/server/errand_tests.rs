@@ -15,6 +15,7 @@ use nix::libc::ENOSPC;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 
+mod order_tests;
 mod stopping_tests;
 
 const MIB: u64 = 1 << 20;

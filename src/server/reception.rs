@@ -28,6 +28,9 @@ pub enum Introduction {
         data: Vec<u8>,
         /// Sessions that may do nothing any more.
         retire: Vec<SessionId>,
+        /// Whether the client counts as a source from now on: it has a place whatever the number of
+        /// clients, and may send the private command. Not where it can only ask.
+        is_source: bool,
     },
     /// Answer with this error.
     Refuse {
@@ -98,7 +101,7 @@ pub(crate) struct Anybody;
 #[cfg(test)]
 impl Reception for Anybody {
     fn introduced(&self, _: SessionId, _data: &[u8], _: &dyn Sessions) -> Introduction {
-        Introduction::Answer { data: Vec::new(), retire: Vec::new() }
+        Introduction::Answer { data: Vec::new(), retire: Vec::new(), is_source: true }
     }
 
     fn enters(&self, _: SessionId, _now: bool, _: &dyn Sessions) -> Entrance {
@@ -140,7 +143,7 @@ impl Hears {
 #[cfg(test)]
 impl Reception for Hears {
     fn introduced(&self, _: SessionId, _: &[u8], _: &dyn Sessions) -> Introduction {
-        Introduction::Answer { data: Vec::new(), retire: Vec::new() }
+        Introduction::Answer { data: Vec::new(), retire: Vec::new(), is_source: true }
     }
     fn enters(&self, _: SessionId, _: bool, _: &dyn Sessions) -> Entrance {
         Entrance::Open(Vec::new())

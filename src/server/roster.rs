@@ -110,8 +110,6 @@ pub(super) enum Intake {
 pub(super) enum Refused {
     /// The access control list does not admit it.
     Acl,
-    /// There are as many as there may be.
-    Full(usize),
     /// No more clients are taken.
     Stopping,
     /// No descriptors are left.
@@ -122,8 +120,6 @@ impl std::fmt::Display for Refused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Acl => f.write_str("the access control list does not admit it"),
-            Self::Full(1) => f.write_str("1 client is connected, which is the limit"),
-            Self::Full(limit) => write!(f, "{limit} clients are connected, which is the limit"),
             Self::Stopping => f.write_str("the server is stopping"),
             Self::NoDescriptors => f.write_str("no file descriptors are left"),
         }
@@ -199,9 +195,8 @@ impl Roster {
         if !peer.ip().is_none_or(|ip| inner.acl.admits(ip)) {
             return Err(Refused::Acl);
         }
-        if inner.is_full() {
-            return Err(Refused::Full(inner.sessions_max));
-        }
+        // With all clients in their places it may still be a source, which introduces itself. All
+        // others are refused at the end of the handshake.
         if let Room::Instead(id) = inner.room(self.capacity, now) {
             inner.evict(id);
         }

@@ -196,9 +196,14 @@ impl Session<'_> {
             match next {
                 Next::More => return Ok(None),
                 Next::Asked(data) => {
-                    let answer = self.introduce(&data);
-                    if answer.is_ok() {
+                    let mut is_source = false;
+                    let answer = self.introduce(&data).map(|(data, counts)| {
+                        is_source = counts;
+                        data
+                    });
+                    if is_source {
                         self.seat.introduced();
+                        handshake.introduce();
                     }
                     outbox.reply(|out| handshake.answer_private(answer, out));
                 }
@@ -209,14 +214,15 @@ impl Session<'_> {
         }
     }
 
-    fn introduce(&self, data: &[u8]) -> Result<Vec<u8>, OptionReply> {
+    /// The answer to the private option, and whether the client counts as a source.
+    fn introduce(&self, data: &[u8]) -> Result<(Vec<u8>, bool), OptionReply> {
         let mut waits = true;
         loop {
             match self.reception.introduced(self.seat.id, data, self.seat.sessions()) {
-                Introduction::Answer { data, retire } => {
+                Introduction::Answer { data, retire, is_source } => {
                     let gone = self.dismiss(&retire);
                     return gone
-                        .map(|()| data)
+                        .map(|()| (data, is_source))
                         .map_err(|why| OptionReply::error(OptionReplyKind::ErrPolicy, &why));
                 }
                 Introduction::Refuse { holder: Some(holder), .. }

@@ -13,6 +13,7 @@ use crate::nbd::reply::{Dialect, Origin};
 use crate::nbd::request::{self, Header, Refusal, Request};
 use crate::nbd::wire::{CommandKind, ErrorCode};
 use crate::range::Range;
+use nix::errno::Errno;
 use std::io;
 
 /// Longest payload of a refused request that is read past.
@@ -82,11 +83,12 @@ impl Transmission<'_> {
         if !self.may_begin(request) {
             return Ok(false);
         }
-        if request.writes() {
-            self.check_that_it_counts()?;
-        }
         if request.writes() && !self.worker.hold_back(self.stream)? {
             return Ok(false);
+        }
+        // After the delay, in which the client may have gone.
+        if request.writes() {
+            self.check_that_it_counts()?;
         }
         match request {
             Request::Read { range, whole } => {
@@ -174,13 +176,18 @@ impl Transmission<'_> {
         let is_clear = self.worker.errands.is_clear(piece);
         // One piece is written durably; of several, all are made durable after the last.
         if piece == range && (durable || !is_clear || visit.cold_edges(range).is_some()) {
-            let data = self.inbox.bytes()[..length].to_vec();
+            let mut data = Vec::new();
+            if data.try_reserve_exact(length).is_err() {
+                return Err(SessionEnd::Connection(Errno::ENOMEM.into()));
+            }
+            data.extend_from_slice(&self.inbox.bytes()[..length]);
             let work = Work::Write { offset: range.offset(), data, durable };
             self.inbox.consume(length);
             self.worker.errands.begin(visit, work, Aside::Answer { to, request: what });
             return Ok(true);
         }
-        if !is_clear && !self.takes_place(piece) {
+        let needs_place = !is_clear || !self.worker.errands.writes_are_ordered();
+        if needs_place && !self.takes_place(piece) {
             self.go_on_with(to, range, rest, durable);
             self.stuck = true;
             return Ok(false);

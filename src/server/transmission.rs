@@ -153,6 +153,10 @@ impl<'a> Transmission<'a> {
                 return Ok(());
             }
             self.answer_reads()?;
+            if self.is_blocked() {
+                // A client that takes no replies must not make other sessions wait for its change.
+                self.place = None;
+            }
             let held_up = self.stuck || self.is_blocked() || self.has_said_goodbye();
             if held_up || !self.take()? {
                 return Ok(());

@@ -138,7 +138,7 @@ impl<'a> Worker<'a> {
         if wanted.is_zero() {
             return Ok(true);
         }
-        if !self.errands.is_empty() {
+        if !self.errands.is_at_rest() {
             return Ok(false);
         }
         let delay = self.held.delay(self.began.elapsed(), wanted);

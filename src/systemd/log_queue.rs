@@ -1,7 +1,7 @@
 //! A bounded queue between the threads that log and the one that writes the log.
 //! When the queue is full a message is dropped and counted. Who adds one to an idle queue gives the
 //! writer a moment, so that a line is there before what follows from it; but only once, when the log
-//! turns out to be slow, until it is quick again.
+//! turns out to be slow, until a message has been written within a moment again.
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -13,7 +13,7 @@ pub(super) const MESSAGES_MAX: usize = 1024;
 pub(super) const BYTES_MAX: usize = 1 << 20;
 
 /// How long who adds a message to an idle queue waits for it to be written.
-pub(super) const MOMENT: Duration = Duration::from_millis(20);
+pub(super) const MOMENT: Duration = Duration::from_millis(5);
 
 /// What the writer does next.
 #[derive(Debug, PartialEq, Eq)]
@@ -39,14 +39,23 @@ struct State<T> {
     dropped: u64,
     /// The writer has taken something and has not come back yet.
     is_writing: bool,
-    /// A message was not written within a moment, and those behind it are not yet.
+    /// When it took that.
+    writing_since: Option<Instant>,
+    /// A message was not written within a moment, and none behind it was yet.
     is_slow: bool,
 }
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
         let messages = VecDeque::new();
-        let state = State { messages, bytes: 0, dropped: 0, is_writing: false, is_slow: false };
+        let state = State {
+            messages,
+            bytes: 0,
+            dropped: 0,
+            is_writing: false,
+            writing_since: None,
+            is_slow: false,
+        };
         Self { state: Mutex::new(state), added: Condvar::new(), drained: Condvar::new() }
     }
 }
@@ -75,17 +84,20 @@ impl<T> Queue<T> {
     pub(super) fn next(&self) -> Next<T> {
         let mut state = self.lock();
         state.is_writing = false;
+        if let Some(since) = state.writing_since.take() {
+            state.is_slow = since.elapsed() >= MOMENT;
+        }
         loop {
             if let Some((message, bytes)) = state.messages.pop_front() {
                 state.bytes -= bytes;
                 state.is_writing = true;
+                state.writing_since = Some(Instant::now());
                 return Next::Write(message);
             }
             if state.dropped > 0 {
                 state.is_writing = true;
                 return Next::Report(std::mem::take(&mut state.dropped));
             }
-            state.is_slow = false;
             self.drained.notify_all();
             state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

@@ -1,6 +1,6 @@
 //! A service that cannot serve: stays for those who wait, ends at once when nobody does.
 
-use crate::common::{MIB, sparse_image, wait_until};
+use crate::common::{MIB, heed_signals, sparse_image, wait_until};
 use crate::manager::{Handed, Manager, Service};
 use nix::sys::signal::Signal;
 use std::io::{Read as _, Write as _};
@@ -289,6 +289,7 @@ fn without_handed_sockets_a_disk_that_has_moved_ends_the_process() {
 
 #[test]
 fn hangup_ends_a_refusing_service_cleanly() {
+    heed_signals();
     let manager = Manager::new();
     let image = departed(&manager);
     let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);

@@ -26,6 +26,16 @@ use std::time::{Duration, Instant};
 pub(crate) use server::{Builder, Resources, Server, free_port};
 pub(crate) use tempfile::TempDir;
 
+/// Has the programs that are started from now on heed `SIGHUP` and `SIGINT`, even if the tests
+/// themselves were started by `nohup`, or in the background.
+pub(crate) fn heed_signals() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    for number in [Signal::SIGHUP, Signal::SIGINT] {
+        // SAFETY: the default action runs no code of ours.
+        unsafe { signal(number, SigHandler::SigDfl) }.unwrap();
+    }
+}
+
 /// How long anything may take that normally takes milliseconds. Long, because test machines are
 /// slow; a passing test never waits for it.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);

@@ -92,6 +92,13 @@ fn longest_wait(writers: &Writers, mut end: impl FnMut() -> bool) -> Duration {
 
 #[test]
 fn a_silent_link_behind_the_closed_gate_does_not_stop_clients() {
+    // Where no client has written between the last pass and the closing of the gate, the handover
+    // itself is what the silent link swallows, and there is a doubt.
+    assert!((0..10).any(|_| last_copy_meets_a_silent_link()), "the handover was always in doubt");
+}
+
+/// False if there was nothing to be copied behind the closed gate.
+fn last_copy_meets_a_silent_link() -> bool {
     let dir = directory(PLACES[1]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, 8 * MIB);
@@ -107,9 +114,16 @@ fn a_silent_link_behind_the_closed_gate_does_not_stop_clients() {
     let held = Instant::now();
     let is_over = || {
         let thawed = source.status_of("migration_waiting") == "last-copy";
-        thawed || held.elapsed() > Duration::from_secs(8)
+        let in_doubt = source.status_of("migration_stage") == "in-doubt";
+        thawed || in_doubt || held.elapsed() > Duration::from_secs(8)
     };
     let waited = longest_wait(&writers, is_over);
+    if source.status_of("migration_stage") == "in-doubt" {
+        wire.let_go();
+        assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+        writers.stop();
+        return false;
+    }
     assert!(waited < Duration::from_secs(5), "clients waited for {waited:?}");
     writers.wait_for_writes(10);
     assert_eq!(source.status_of("migration_stage"), "copying");
@@ -125,6 +139,7 @@ fn a_silent_link_behind_the_closed_gate_does_not_stop_clients() {
     assert_eq!(was_closed, log.contains("could not be sent while clients waited"), "{log}");
     assert!(!log.contains("resumed"), "the link was only silent: {log}");
     written.assert_all_in(&destination.image, "after a silent link");
+    true
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What each signal does to a server (flexnbd(1), "SIGNALS").
 
 use crate::common::session::{Mode, Request, Session};
-use crate::common::{Builder, KIB, Server, TempDir, sparse_image, temp_dir};
+use crate::common::{Builder, KIB, Server, TempDir, heed_signals, sparse_image, temp_dir};
 use nix::libc;
 use nix::sys::signal::Signal;
 use std::fs;
@@ -9,6 +9,7 @@ use std::os::unix::process::ExitStatusExt as _;
 
 /// A verbose server, whose log tells when it has dealt with a signal, and its directory.
 fn server(config: Option<&str>) -> (Server, TempDir) {
+    heed_signals();
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 64 * KIB);
     let mut builder = Builder::serve(&image).args(["--verbose"]);

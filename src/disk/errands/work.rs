@@ -105,10 +105,3 @@ pub(super) enum Then {
         since: Instant,
     },
 }
-
-impl Work {
-    /// Whether it is made in parts.
-    pub(super) fn has_parts(&self) -> bool {
-        matches!(self, Self::Zero { .. } | Self::Trim { .. })
-    }
-}
