@@ -1,7 +1,7 @@
 //! Records where there is no room for them: kept elsewhere, or the order is refused.
 
 use crate::common::server::Target;
-use crate::common::{DEADLINE, MIB, comes_true, compile, read_at, require_tool};
+use crate::common::{DEADLINE, MIB, comes_true, compile, noise, read_at, require_tool, write_at};
 use crate::fixture::{Host, STARTED, directory};
 use crate::medium::Medium;
 use crate::{image, refused_by_serve};
@@ -104,6 +104,28 @@ fn listen_is_refused_when_no_record_can_be_kept() {
     assert_eq!(from.mirror_to(to.address, &[]), STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+}
+
+/// There is room for a short record, and none for the largest.
+#[test]
+fn a_disk_received_without_room_is_served() {
+    let directory = directory("/var/tmp");
+    let Some(medium) = Medium::ext4(directory.path(), 256) else { return };
+    let (to, from) = hosts(directory.path(), &medium.root);
+    let to = to.env("STATE_DIRECTORY", NOWHERE);
+    let bytes = fs::metadata(&to.image).unwrap().len();
+    write_at(&to.image, 0, &noise(usize::try_from(bytes).unwrap(), 1));
+    xattr::set(&to.image, "user.flexnbd", b"flexnbd 1 incoming id=-\n").unwrap();
+    medium.fill();
+    let mut listening = to.mode("listen").args(["--no-record"]).start();
+    let mut serving = from.serve();
+    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    let told = listening.stderr();
+    assert!(told.contains("without an ownership record"), "there was room: {told}");
+    assert_eq!((from.record(), to.record()), ("departed".into(), "ours".into()));
+    drop(to.serve());
 }
 
 /// The record could be kept when the migration began, and cannot when it is to be written.
