@@ -58,19 +58,6 @@ impl Inquiry {
     }
 }
 
-/// Asks from the route's local address or, where that does not connect, from any.
-fn ask_from_anywhere(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble> {
-    let first = source::ask(route, question);
-    let (Err(Trouble::Connect(why)), Some(_)) = (&first, route.bind) else { return first };
-    let from_any = Route { to: route.to.clone(), bind: None };
-    match source::ask(&from_any, question) {
-        Err(Trouble::Connect(also)) => {
-            Err(Trouble::Connect(format!("{why}; from any local address: {also}")))
-        }
-        second => second,
-    }
-}
-
 /// An answer that decides, and the migration it is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Answered {
@@ -94,8 +81,9 @@ impl Asking {
         let reply = Arc::new(Reply { wake: Wake::new()?, answer: OnceLock::new() });
         let (for_thread, Inquiry { route, question, .. }) = (Arc::clone(&reply), inquiry.clone());
         let ask = move || {
+            let answer = route.or_from_anywhere(|route| source::ask(route, &question));
             // This thread alone sets it, and once.
-            let _ = for_thread.answer.set(ask_from_anywhere(&route, &question));
+            let _ = for_thread.answer.set(answer);
             for_thread.wake.wake();
         };
         thread::Builder::new().name("asking".into()).spawn(ask)?;
@@ -321,12 +309,16 @@ mod tests {
         // No host has it (RFC 5737).
         let from = "192.0.2.1".parse().unwrap();
         let inquiry = Inquiry::new((Id([7; 16]), 512), (&to, Some(from))).unwrap();
-        let ask = || ask_from_anywhere(&inquiry.route, &inquiry.question);
+        let answer = || {
+            let asking = Asking::begin(&inquiry).unwrap();
+            wait_readable(&[asking.as_fd()], None).unwrap();
+            asking.answer().unwrap().clone()
+        };
         let hang_up = thread::spawn(move || listener.accept().map(drop));
-        let answer = ask();
-        assert!(!matches!(answer, Err(Trouble::Connect(_))), "{answer:?}");
+        let heard = answer();
+        assert!(!matches!(heard, Err(Trouble::Connect(_))), "{heard:?}");
         hang_up.join().unwrap().unwrap();
-        let Err(Trouble::Connect(why)) = ask() else { panic!("nothing listens") };
+        let Err(Trouble::Connect(why)) = answer() else { panic!("nothing listens") };
         assert!(why.contains("192.0.2.1") && why.contains("from any local address"), "{why}");
     }
 

@@ -39,6 +39,27 @@ pub struct Route {
     pub bind: Option<IpAddr>,
 }
 
+impl Route {
+    /// What `attempt` brings over this route or, if that does not connect, from any local address:
+    /// an address that an operator chose may be gone when only an answer is wanted.
+    ///
+    /// # Errors
+    /// That of the attempt that connected, or both.
+    pub(crate) fn or_from_anywhere<T>(
+        &self,
+        attempt: impl Fn(&Self) -> Result<T, Trouble>,
+    ) -> Result<T, Trouble> {
+        let first = attempt(self);
+        let (Err(Trouble::Connect(why)), Some(_)) = (&first, self.bind) else { return first };
+        match attempt(&Self { to: self.to.clone(), bind: None }) {
+            Err(Trouble::Connect(also)) => {
+                Err(Trouble::Connect(format!("{why}; from any local address: {also}")))
+            }
+            second => second,
+        }
+    }
+}
+
 /// Why a request did not go out as a whole.
 #[derive(Debug)]
 pub(super) enum SendError {

@@ -284,7 +284,12 @@ impl Source {
 
     /// The connection that there is stays until there is another.
     fn connect(&mut self, question: &Question) -> Event {
-        match Link::open(&self.route, Some(question)) {
+        let open = |route: &Route| Link::open(route, Some(question));
+        let opened = match self.machine.stage() {
+            Stage::InDoubt => self.route.or_from_anywhere(open),
+            _ => open(&self.route),
+        };
+        match opened {
             Ok((link, peer)) => {
                 self.link = link;
                 Event::Greeted(peer)
