@@ -195,6 +195,11 @@ pub(super) fn describe(desk: Option<&Arc<Desk>>, status: &mut Status) -> Option<
     }
 }
 
+/// Whether a migration that left the disk here could not put its record back until now.
+pub(super) fn owes_record(desk: Option<&Arc<Desk>>) -> bool {
+    desk.and_then(|desk| desk.progress()).is_some_and(|progress| progress.owes_record)
+}
+
 /// What `status` tells of why it does not go on.
 pub(super) fn describe_obstacle(desk: Option<&Arc<Desk>>, status: &mut Status) {
     let running = desk.filter(|desk| desk.outcome().is_none());

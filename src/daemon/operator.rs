@@ -4,7 +4,7 @@
 use super::lookout::Orders;
 use super::moving::{self, Ground};
 use super::plan::{Admission, Reread};
-use super::{lock, tell};
+use super::{lock, tell, title};
 use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
@@ -118,7 +118,10 @@ impl Service {
             }
         };
         let record = moving::describe(desk.as_ref(), &mut status);
-        let record = record.unwrap_or_else(|| (self.ownership)());
+        let record = record.unwrap_or_else(|| match &self.departures {
+            Some(moving) if moving::owes_record(desk.as_ref()) => title::seen(&moving.ledger),
+            _ => (self.ownership)(),
+        });
         status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
         moving::describe_obstacle(desk.as_ref(), &mut status);
         status

@@ -174,10 +174,13 @@ pub(super) fn told(
             let name = name_of(title.record().as_ref());
             Box::new(move || name)
         }
-        None => {
-            Box::new(move || ledger.peek().map_or("unknown", |record| name_of(record.as_ref())))
-        }
+        None => Box::new(move || seen(&ledger)),
     }
+}
+
+/// The name of the record that is there just now.
+pub(super) fn seen(ledger: &Ledger) -> &'static str {
+    ledger.peek().map_or("unknown", |record| name_of(record.as_ref()))
 }
 
 fn name_of(record: Option<&Record>) -> &'static str {

@@ -107,6 +107,7 @@ mod tests {
         speed_limit: None,
         passes: 0,
         hold: Duration::ZERO,
+        owes_record: false,
         obstacle: None,
     };
 

@@ -549,6 +549,8 @@ pub struct Progress {
     pub passes: u64,
     /// How long every write is held back.
     pub hold: Duration,
+    /// The record says *departing* although the disk stays: it could not be put back until now.
+    pub owes_record: bool,
     /// Why it does not go on just now.
     pub obstacle: Option<Obstacle>,
 }

@@ -50,6 +50,10 @@ use std::time::Duration;
 /// Time between one attempt and the next.
 pub const RETRY_EVERY: Duration = Duration::from_secs(1);
 
+/// A record that cannot be put back is tried so often, once a second, before the migration ends; one
+/// that goes on tries for ever.
+pub const RECORD_TRIES: u32 = 4;
+
 /// The same reason is told again after so long.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
 
@@ -66,6 +70,7 @@ pub struct Machine {
     measured_from: u64,
     chase: Chase,
     undo: Undo,
+    owed: Option<Owed>,
     probe: Probe,
     backoff: Backoff,
     /// The gate is closed, or being closed.
@@ -96,6 +101,17 @@ struct Undo {
     record: bool,
     gate: bool,
     hold: bool,
+    /// The record is being put back: the next event tells whether it was.
+    restoring: bool,
+}
+
+/// A record that could not be put back, although the disk stays.
+#[derive(Clone, Copy, Debug)]
+struct Owed {
+    /// When to try again.
+    at: Duration,
+    /// How often it was tried.
+    tries: u32,
 }
 
 #[derive(Debug)]
@@ -207,6 +223,7 @@ impl Machine {
             chase: Chase::new(job.pause),
             measured_from: 0,
             undo: Undo::default(),
+            owed: None,
             probe: Probe::default(),
             backoff: Backoff::default(),
             freeze: None,
@@ -228,6 +245,7 @@ impl Machine {
     pub fn step(&mut self, now: Duration, event: Event) -> Action {
         if self.breaking && self.may_break() {
             self.breaking = false;
+            self.note_restored(now, event);
             return self.undo(now, Then::End(Outcome::Broken));
         }
         match std::mem::replace(&mut self.phase, Phase::Start) {
@@ -301,6 +319,7 @@ impl Machine {
             speed_limit: self.speed.limit(),
             passes: self.plan.passes(),
             hold: self.held,
+            owes_record: self.owed.is_some(),
             obstacle: self.obstacle.clone().or_else(|| {
                 let holds = self.held > Duration::ZERO && self.freeze.is_none();
                 holds.then_some(Obstacle::Writers)
@@ -420,18 +439,21 @@ impl Machine {
     fn undo(&mut self, now: Duration, then: Then) -> Action {
         self.meter.lost();
         self.chase = Chase::new(self.job.pause);
+        self.owed = self.owed.map(|_| Owed { at: now, tries: 0 });
         self.undoing(now, then, Event::Done)
     }
 
     fn undoing(&mut self, now: Duration, then: Then, event: Event) -> Action {
-        self.note_failure(event);
+        self.note_restored(now, event);
         let goes_on = matches!(then, Then::GoOn(_));
+        let gives_up = matches!(then, Then::End(_)) && self.owes_in_vain();
         let action = if !goes_on && std::mem::take(&mut self.undo.link) {
             Action::HangUp
         } else if !self.unlinked && std::mem::take(&mut self.undo.gate) {
             self.closed_in_vain(now);
             Action::OpenGate
-        } else if std::mem::take(&mut self.undo.record) {
+        } else if std::mem::take(&mut self.undo.record) || self.owes_now(now) && !gives_up {
+            self.undo.restoring = true;
             Action::Record(Note::Before)
         } else if !goes_on && std::mem::take(&mut self.undo.hold) {
             self.held = Duration::ZERO;
@@ -442,14 +464,41 @@ impl Machine {
         self.enter(Phase::Undoing(then), action)
     }
 
+    /// If the record was being put back, `event` tells whether it was.
+    fn note_restored(&mut self, now: Duration, event: Event) {
+        if !std::mem::take(&mut self.undo.restoring) {
+            return;
+        }
+        let before = self.owed.take();
+        if let Event::Failed(why) = event {
+            if before.is_none() {
+                self.news.push_back(News::RecordFailed(why));
+            }
+            let tries = before.map_or(0, |owed| owed.tries) + 1;
+            self.owed = Some(Owed { at: now + RETRY_EVERY, tries });
+        }
+    }
+
+    /// Whether it is time to try again to put the record back.
+    fn owes_now(&self, now: Duration) -> bool {
+        self.owed.is_some_and(|owed| now >= owed.at)
+    }
+
+    fn owes_in_vain(&self) -> bool {
+        self.owed.is_some_and(|owed| owed.tries >= RECORD_TRIES)
+    }
+
     fn undone(&mut self, now: Duration, then: Then) -> Action {
-        match then {
-            Then::End(outcome) => self.end(outcome),
-            Then::GoOn(link) => {
+        match (then, self.owed) {
+            (Then::End(outcome), Some(Owed { at, .. })) if !self.owes_in_vain() => {
+                self.enter(Phase::Undoing(Then::End(outcome)), Action::Wait { until: at })
+            }
+            (Then::End(outcome), _) => self.end(outcome),
+            (Then::GoOn(link), _) => {
                 self.plan.look_again();
                 self.copy(now, link, Gate::Open)
             }
-            Then::Retry => {
+            (Then::Retry, _) => {
                 let until = now + RETRY_EVERY;
                 self.enter(Phase::Resting { until }, Action::Wait { until })
             }

@@ -119,7 +119,7 @@ impl Machine {
         if self.unlinked {
             return self.listen_once_more(now, link);
         }
-        self.undo.record = true;
+        (self.undo.record, self.owed) = (true, None);
         self.enter(Phase::Recording(link), Action::Record(Note::Departing))
     }
 

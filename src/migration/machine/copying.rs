@@ -1,7 +1,7 @@
 //! How the machine copies: one request after the other, until what is left fits the pause.
 //! Never fails by itself: every trouble goes up to [`Machine::fail`].
 
-use super::{Flush, Gate, Link, Machine, Phase, link_trouble};
+use super::{Flush, Gate, Link, Machine, Phase, Then, link_trouble};
 use crate::migration::job::{Action, Event, News, Obstacle, Request, Trouble, Work};
 use crate::migration::plan::{Flight, Next};
 use crate::range::Range;
@@ -123,6 +123,7 @@ impl Machine {
     pub(super) fn copy(&mut self, now: Duration, link: Link, gate: Gate) -> Action {
         match gate {
             Gate::Open if self.held != self.chase.delay() => self.hold_writers(link),
+            Gate::Open if self.owes_now(now) => self.undoing(now, Then::GoOn(link), Event::Done),
             Gate::Open if self.has_caught_up(now) => self.caught_up(now, link),
             Gate::Open => self.proceed(now, link, gate),
             Gate::Closed => self.copy_the_rest(now, link),
@@ -151,7 +152,8 @@ impl Machine {
         let awaiting = flushing || self.plan.in_flight();
         let since = if awaiting { link.heard } else { now };
         let mut until = since + self.job.patience;
-        for due in [self.backoff.from(), self.probe.due()] {
+        let record = self.owed.map_or(now, |owed| owed.at);
+        for due in [self.backoff.from(), self.probe.due(), record] {
             if now < due {
                 until = until.min(due);
             }

@@ -250,3 +250,73 @@ fn a_flush_that_takes_long_is_told_to_be_what_is_waited_for() {
     rig.until(is_closing);
     assert_eq!(rig.machine.progress(rig.now).obstacle, None);
 }
+
+fn before() -> Action {
+    Action::Record(Note::Before)
+}
+
+/// The record *departing* is durable too late, and clients go on: it is being put back.
+fn putting_the_record_back() -> Rig {
+    let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+    rig.until(|action| *action == Action::Record(Note::Departing));
+    rig.now = rig.machine.freeze_end().unwrap();
+    rig.give(Event::Done);
+    rig.until(|action| *action == before());
+    rig
+}
+
+fn failed() -> Event {
+    Event::Failed("I/O error".to_owned())
+}
+
+fn record_failures(rig: &mut Rig) -> usize {
+    rig.news().iter().filter(|news| matches!(news, News::RecordFailed(_))).count()
+}
+
+#[test]
+fn a_record_not_put_back_is_tried_again() {
+    for link_is_lost in [false, true] {
+        let mut rig = putting_the_record_back();
+        for _ in 0..5 {
+            rig.give(failed());
+            assert!(rig.machine.progress(rig.now).owes_record);
+            if link_is_lost {
+                rig.until(is_wait).give(lost());
+            }
+            let (since, at) = (rig.log.len(), rig.now);
+            rig.until(|action| *action == before());
+            assert!(!rig.log[since..].iter().any(is_closing));
+            assert!(rig.now <= at + 3 * RETRY_EVERY, "{:?}", rig.now - at);
+        }
+        rig.give(Event::Done);
+        assert!(!rig.machine.progress(rig.now).owes_record);
+        assert_eq!(record_failures(&mut rig), 1, "it is told once");
+        assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
+    }
+}
+
+#[test]
+fn a_break_does_not_hide_a_record_failure() {
+    let mut rig = putting_the_record_back();
+    rig.machine.order(Order::Break).unwrap();
+    assert_eq!(rig.give(failed()), &Action::HangUp);
+    assert_eq!(record_failures(&mut rig), 1);
+    rig.until(|action| *action == before());
+    assert_eq!(rig.give(Event::Done), &Action::End(Outcome::Broken));
+}
+
+#[test]
+fn a_failed_migration_tries_to_restore_the_record() {
+    for failures in [1, RECORD_TRIES - 1, RECORD_TRIES] {
+        let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
+        rig.until(|action| *action == Action::Record(Note::Departing)).give(failed());
+        for _ in 0..failures {
+            rig.until(|action| *action == before()).give(failed());
+        }
+        assert!(matches!(rig.until_end(), Outcome::Failed(Trouble::Record(_))));
+        let tries = rig.log.iter().filter(|action| **action == before()).count();
+        assert_eq!(tries as u32, RECORD_TRIES.min(failures + 1));
+        assert_eq!(rig.machine.progress(rig.now).owes_record, failures == RECORD_TRIES);
+        assert_eq!(record_failures(&mut rig), 1);
+    }
+}
