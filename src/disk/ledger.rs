@@ -21,7 +21,7 @@ use super::ownership::{BadRecord, RECORD_MAX, Record};
 use super::state::{directory_of_note, directory_of_record};
 use super::state_file::{self, Found, Spare, beside};
 use std::fmt;
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -281,7 +281,7 @@ impl Ledger {
     }
 
     fn keep(&self, record: Option<&Record>) -> Result<(), LedgerError> {
-        if let Some(path) = self.shared_with()? {
+        if let Some(path) = self.find()?.shared_with {
             return self.keep_apart(record, path);
         }
         let attribute = match (self.write_attribute(record), record) {
@@ -433,29 +433,18 @@ impl Ledger {
     // The state directory.
 
     fn find(&self) -> Result<Found, LedgerError> {
-        state_file::find(&self.usual, self.id.as_ref())
+        state_file::find(&self.usual, self.id.as_ref(), &|path| self.is_another(path))
             .map_err(|source| LedgerError::Io { path: self.usual.clone(), source })
     }
 
-    /// The path of another file that the entry is about, too: file systems such as btrfs give a
-    /// file and its copy in a snapshot the same lasting name.
-    fn shared_with(&self) -> Result<Option<PathBuf>, LedgerError> {
-        let found = self.find()?;
-        let Some(entry) = found.entry.filter(|entry| entry.path != found.own) else {
-            return Ok(None);
+    /// Whether the path leads to another file that has our file's lasting name.
+    fn is_another(&self, path: &Path) -> bool {
+        let (Ok(ours), Ok(theirs)) = (self.image.metadata(), fs::metadata(path)) else {
+            return false;
         };
-        let Some(path) = state_file::image_of(&entry.path) else { return Ok(None) };
-        let failed = |source| LedgerError::Io { path: self.path.clone(), source };
-        let ours = self.image.metadata().map_err(failed)?;
-        let is_other = |theirs: &Metadata| {
-            theirs.is_file() && (theirs.dev(), theirs.ino()) != (ours.dev(), ours.ino())
-        };
-        // What is not there, or is something else by now, has no claim on the entry.
-        if !fs::metadata(&path).is_ok_and(|theirs| is_other(&theirs)) {
-            return Ok(None);
-        }
-        let theirs = File::open(&path).ok().and_then(|file| FileId::of(&file));
-        Ok((theirs == self.id).then_some(path))
+        let is_same = (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino());
+        let named = || File::open(path).ok().and_then(|file| FileId::of(&file));
+        theirs.is_file() && !is_same && named() == self.id
     }
 
     /// Keeps the record where only this file's path leads, since the entry is another file's, too.

@@ -80,7 +80,7 @@ pub(super) fn directory_of_note(image: &Path) -> Result<PathBuf, LedgerError> {
 /// Whether there is a record of the image whose usual place and lasting name these are.
 fn holds_record(usual: &Path, id: Option<&FileId>) -> io::Result<bool> {
     let has_path = is_there(usual)?;
-    match state_file::find(usual, id) {
+    match state_file::find(usual, id, &|_| false) {
         Ok(found) => Ok(found.entry.is_some()),
         // To read it will tell why.
         Err(_) => Ok(has_path),

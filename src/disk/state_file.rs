@@ -55,6 +55,9 @@ pub(super) struct Found {
     pub(super) place: PathBuf,
     /// Where it would be if it had to be found by the image's path.
     pub(super) own: PathBuf,
+    /// Another file that the entry is about, too: file systems such as btrfs give a file and its
+    /// copy in a snapshot the same lasting name.
+    pub(super) shared_with: Option<PathBuf>,
     /// A record of another file that had the image's path.
     pub(super) foreign: Option<PathBuf>,
 }
@@ -65,7 +68,7 @@ pub(super) fn usual_place(state: &Path, image: &Path) -> PathBuf {
 }
 
 /// The absolute path of the image whose record is at `place`.
-pub(super) fn image_of(place: &Path) -> Option<PathBuf> {
+fn image_of(place: &Path) -> Option<PathBuf> {
     let name = place.file_name()?.as_bytes();
     // What follows tells several files of one path apart.
     let encoded = name.split(|byte| *byte == b'~').next()?;
@@ -73,8 +76,13 @@ pub(super) fn image_of(place: &Path) -> Option<PathBuf> {
     Some(PathBuf::from(OsString::from_vec(path)))
 }
 
-/// What there is for the image whose usual place and lasting name these are.
-pub(super) fn find(usual: &Path, id: Option<&FileId>) -> io::Result<Found> {
+/// What there is for the image whose usual place and lasting name these are. `is_another` tells
+/// whether a path leads to another file of that name.
+pub(super) fn find(
+    usual: &Path,
+    id: Option<&FileId>,
+    is_another: &dyn Fn(&Path) -> bool,
+) -> io::Result<Found> {
     let (mut place, mut foreign) = (usual.to_owned(), None);
     for number in 2..=SAME_PATH_MAX {
         let Some(entry) = read(&place)? else { break };
@@ -85,22 +93,27 @@ pub(super) fn find(usual: &Path, id: Option<&FileId>) -> io::Result<Found> {
             }
             (theirs, ours) => {
                 let certain = theirs.is_some() && ours.is_some();
-                let own = place.clone();
-                return Ok(Found { entry: Some(entry), certain, place, own, foreign });
+                let (own, entry, shared_with) = (place.clone(), Some(entry), None);
+                return Ok(Found { entry, certain, place, own, shared_with, foreign });
             }
         }
     }
-    let entry = match id {
-        Some(id) => search(directory_of(usual), id)?,
-        None => None,
+    let (entry, shared_with) = match id {
+        Some(id) => search(directory_of(usual), id, is_another)?.unzip(),
+        None => (None, None),
     };
-    let own = place;
+    let (own, shared_with) = (place, shared_with.flatten());
     let place = entry.as_ref().map_or_else(|| own.clone(), |entry| entry.path.clone());
-    Ok(Found { certain: entry.is_some(), entry, place, own, foreign })
+    Ok(Found { certain: entry.is_some(), entry, place, own, shared_with, foreign })
 }
 
-/// The entry about the file of that lasting name, whatever path it had.
-fn search(state: &Path, id: &FileId) -> io::Result<Option<Entry>> {
+/// The entry about the file of that lasting name, whatever path it had, and the other file of that
+/// name that is at that path now. One that no other file has goes first.
+fn search(
+    state: &Path,
+    id: &FileId,
+    is_another: &dyn Fn(&Path) -> bool,
+) -> io::Result<Option<(Entry, Option<PathBuf>)>> {
     let names = match fs::read_dir(state) {
         Ok(entries) => entries,
         // Users other than root may not list what is there; it is found by its path alone then.
@@ -118,14 +131,21 @@ fn search(state: &Path, id: &FileId) -> io::Result<Option<Entry>> {
         }
     }
     paths.sort();
+    let mut shared = None;
     for path in paths {
         match read(&path) {
-            Ok(Some(entry)) if entry.id.as_ref() == Some(id) => return Ok(Some(entry)),
+            Ok(Some(entry)) if entry.id.as_ref() == Some(id) => {
+                let other = image_of(&path).filter(|image| is_another(image));
+                if other.is_none() {
+                    return Ok(Some((entry, None)));
+                }
+                shared.get_or_insert((entry, other));
+            }
             Err(error) if !is_denied(&error) => return Err(error),
             _ => {}
         }
     }
-    Ok(None)
+    Ok(shared)
 }
 
 /// The entry at `path`, if there is one.
@@ -326,17 +346,17 @@ mod tests {
         let (one, two) = (id("one"), id("two"));
         write(&usual, LINE, Some(&one), None).unwrap();
         assert_eq!(names(&usual), ["%2Fsrv%2Fdisk.img"]);
-        let found = find(&usual, Some(&one)).unwrap();
+        let found = find(&usual, Some(&one), &|_| false).unwrap();
         assert_eq!((found.certain, found.entry.unwrap().line), (true, LINE.into()));
         let renamed = beside(&usual, "2");
-        let found = find(&renamed, Some(&one)).unwrap();
+        let found = find(&renamed, Some(&one), &|_| false).unwrap();
         assert_eq!((found.certain, &found.place), (true, &usual));
-        let other = find(&usual, Some(&two)).unwrap();
+        let other = find(&usual, Some(&two), &|_| false).unwrap();
         assert_eq!((&other.entry, &other.foreign), (&None, &Some(usual.clone())));
         assert_eq!(other.place, beside(&usual, "~2"));
         write(&other.place, LINE, Some(&two), None).unwrap();
         for id in [&one, &two] {
-            assert!(find(&usual, Some(id)).unwrap().certain, "each has its own");
+            assert!(find(&usual, Some(id), &|_| false).unwrap().certain, "each has its own");
         }
     }
 
@@ -346,12 +366,12 @@ mod tests {
         write(&usual, LINE, None, None).unwrap();
         let one = id("one");
         for ours in [None, Some(&one)] {
-            let found = find(&usual, ours).unwrap();
+            let found = find(&usual, ours, &|_| false).unwrap();
             assert_eq!((found.certain, found.place), (false, usual.clone()));
             assert_eq!(found.entry.unwrap().line, LINE.as_bytes());
         }
         write(&usual, LINE, Some(&one), None).unwrap();
-        let found = find(&usual, None).unwrap();
+        let found = find(&usual, None, &|_| false).unwrap();
         assert!(found.entry.is_some() && !found.certain);
     }
 
@@ -360,11 +380,15 @@ mod tests {
         let (_directory, usual) = state();
         let spare = Spare::make(&usual).unwrap();
         assert_eq!(spare.file.metadata().unwrap().len(), LENGTH_MAX as u64);
-        assert_eq!(find(&usual, Some(&id("one"))).unwrap().entry, None, "room is no record");
+        assert_eq!(
+            find(&usual, Some(&id("one")), &|_| false).unwrap().entry,
+            None,
+            "room is no record"
+        );
         let longest = "x".repeat(RECORD_MAX - 1) + "\n";
         let name = id(&"y".repeat(FILE_ID_MAX));
         write(&usual, &longest, Some(&name), Some(spare)).unwrap();
-        let found = find(&usual, Some(&name)).unwrap();
+        let found = find(&usual, Some(&name), &|_| false).unwrap();
         assert_eq!(found.entry.unwrap().line, longest.as_bytes());
         assert_eq!(names(&usual).len(), 1);
         // As where a file cannot be without a name.

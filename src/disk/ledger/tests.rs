@@ -216,7 +216,7 @@ fn adopting_a_snapshot_keeps_the_originals_record() {
     let setting = setting();
     let original = setting.ledger();
     original.write_entry(&INCOMING).unwrap();
-    let copy = setting.beside("snapshot.img");
+    let copy = setting.beside("before.img");
     fs::write(&copy, [0; SIZE as usize]).unwrap();
     let mut snapshot = Ledger::open(&copy, Some(&setting.state)).unwrap();
     snapshot.id = original.id.clone();
@@ -228,6 +228,26 @@ fn adopting_a_snapshot_keeps_the_originals_record() {
     snapshot.write(Some(&INCOMING)).unwrap();
     assert_eq!(snapshot.read().unwrap(), Some(INCOMING));
     original.write(Some(&OURS)).unwrap();
+    assert_eq!(original.read().unwrap(), Some(OURS));
+}
+
+#[test]
+fn a_renamed_snapshot_does_not_bear_its_originals_record() {
+    let setting = setting();
+    // Its entry is found before that of the snapshot.
+    let original = setting.beside("before.img");
+    fs::write(&original, [0; SIZE as usize]).unwrap();
+    let original = Ledger::open(&original, Some(&setting.state)).unwrap();
+    original.write_entry(&OURS).unwrap();
+    let mut snapshot = setting.ledger();
+    snapshot.id = original.id.clone();
+    snapshot.write(Some(&INCOMING)).unwrap();
+    let moved = setting.beside("moved");
+    fs::rename(&setting.path, &moved).unwrap();
+    let mut snapshot = Ledger::open(&moved, Some(&setting.state)).unwrap();
+    snapshot.id = original.id.clone();
+    assert_eq!(snapshot.read().unwrap(), Some(INCOMING));
+    snapshot.write(None).unwrap();
     assert_eq!(original.read().unwrap(), Some(OURS));
 }
 
