@@ -32,6 +32,9 @@ pub const CONNECTIONS_MAX: usize = 16;
 pub const SILENT_MAX: usize = 64;
 /// How long a connection may make no progress while it has to be served without a thread.
 const PATIENCE_ALONE: Duration = Duration::from_secs(1);
+/// What an order that would wait there for a migration is answered.
+const NO_THREAD_TO_WAIT: &str =
+    "the system has no thread left to wait in; mirror without waiting, and look at the status";
 /// How long a connection may make no progress.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 /// How long to let connections wait after one could not be accepted.
@@ -365,13 +368,13 @@ fn welcome<'scope>(scope: &'scope Scope<'scope, '_>, stream: UnixStream, shared:
     let for_thread = Arc::clone(&stream);
     let spawned =
         thread::Builder::new().name("control-client".to_owned()).spawn_scoped(scope, move || {
-            serve(&for_thread, shared, shared.patience);
+            serve(&for_thread, shared, shared.patience, Thread::Own);
             drop(seat);
         });
     if let Err(error) = spawned {
         tracing::warn!("control socket: no thread for a client: {error}; others wait meanwhile");
         let _seat = Seat::take(shared);
-        serve(&stream, shared, PATIENCE_ALONE.min(shared.patience));
+        serve(&stream, shared, PATIENCE_ALONE.min(shared.patience), Thread::Shared);
     }
 }
 
@@ -381,10 +384,21 @@ fn went_away(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
 }
 
+/// The thread that a connection is served by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Thread {
+    Own,
+    /// Others wait for it.
+    Shared,
+}
+
 /// One connection, from its first byte to its end.
-fn serve(mut stream: &UnixStream, shared: &Shared, patience: Duration) {
+fn serve(mut stream: &UnixStream, shared: &Shared, patience: Duration, thread: Thread) {
     let ended = Credentials::of(stream).and_then(|from| {
         let reply = match hear(&mut stream, shared, patience)? {
+            Heard::Order(Command::MirrorWait(_)) if thread == Thread::Shared => {
+                Reply::refused(NO_THREAD_TO_WAIT)
+            }
             Heard::Order(command) => obey(command, from, shared),
             Heard::Nothing => Refusal::MissingCommand.into(),
             Heard::Nonsense(refusal) => {

@@ -291,3 +291,28 @@ fn a_wait_is_never_shorter_than_asked_for() {
     assert_eq!([wait(0), wait(1), wait(1000), wait(1001)], [0, 1, 1, 2].map(Some));
     assert_eq!(in_poll_time(Duration::MAX), PollTimeout::MAX);
 }
+
+#[test]
+fn without_a_thread_no_order_waits_for_a_migration() {
+    let clerk = Clerk::new(true);
+    let operator: Arc<dyn Operator> = Arc::clone(&clerk) as _;
+    let shared = Shared {
+        operator,
+        patience: LONG,
+        stopping: event().unwrap(),
+        freed: event().unwrap(),
+        connections: AtomicUsize::new(0),
+    };
+    for (order, is_obeyed) in
+        [("mirror_wait\n::1\n1\nexit\n\n", false), ("mirror\n::1\n1\nexit\n\n", true)]
+    {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        far.write_all(order.as_bytes()).unwrap();
+        serve(&near, &shared, LONG, Thread::Shared);
+        drop(near);
+        let mut reply = String::new();
+        far.read_to_string(&mut reply).unwrap();
+        assert_eq!(reply.starts_with('0'), is_obeyed, "{reply}");
+    }
+    assert_eq!(clerk.desk.lock().unwrap().orders.len(), 1);
+}
