@@ -155,6 +155,8 @@ impl House {
                 "received {signal} before the disk has arrived; what is here is incomplete"
             ));
         }
+        // Before looking: a migration that is not found now ends before it begins.
+        self.service.vigil.interrupt();
         match self.service.desk().filter(|desk| desk.outcome().is_none()) {
             None => Ending::Well,
             Some(desk) => self.abandon(&desk, signal, arrivals),
@@ -166,7 +168,6 @@ impl House {
     fn abandon(&mut self, desk: &Desk, signal: Signal, arrivals: &Receiver<Event>) -> Ending {
         tell(self.notifier.status("stopping: breaking the migration off, or finishing it"));
         tell(self.notifier.extend_timeout(GRACE + SPARE));
-        self.service.vigil.interrupt();
         desk.abandon();
         let deadline = Instant::now() + GRACE;
         loop {

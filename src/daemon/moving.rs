@@ -86,13 +86,23 @@ pub(super) fn ready(ledger: &Ledger, size: u64, order: &Mirror) -> Result<Ledger
     Ok(ledger)
 }
 
-/// Begins a migration, on a thread of its own.
-pub(super) fn begin(
+/// A migration that has not begun.
+pub(super) struct Prepared {
+    source: Source,
+    desk: Arc<Desk>,
+    passage: Passage,
+    first: Sender<First>,
+    heard: Receiver<First>,
+    events: Sender<Event>,
+}
+
+/// Prepares a migration, and the desk at which it is to be reached.
+pub(super) fn prepare(
     ground: &Ground,
     ledger: Ledger,
     exit: Exit,
     order: &Mirror,
-) -> Result<(Arc<Desk>, Beginning), Reply> {
+) -> Result<(Prepared, Arc<Desk>), Reply> {
     let (first, heard) = mpsc::channel();
     let job = job(ground, order)?;
     let id = job.id;
@@ -116,19 +126,35 @@ pub(super) fn begin(
         witness,
     })
     .map_err(cannot_start)?;
-    // The process is ending already if nobody hears it.
-    let _ = ground.events.send(Event::Migrating(passage.clone(), Arc::clone(&desk)));
-    let (events, for_thread) = (ground.events.clone(), Arc::clone(&desk));
-    let thread = thread::Builder::new().name("mirror".into()).spawn(move || {
-        let outcome = source.run();
-        let tally = for_thread.account().map(|(_, tally)| tally).unwrap_or_default();
-        passage.log_end(&outcome, &tally);
-        // Nobody waits for it any more if it has started.
-        let _ = first.send(First::Ended(outcome.clone()));
-        let _ = events.send(Event::Migrated(outcome));
-    });
-    thread.map_err(|error| Reply::refused(format!("cannot start a thread: {error}")))?;
-    Ok((desk, Beginning(heard)))
+    let (events, at) = (ground.events.clone(), Arc::clone(&desk));
+    Ok((Prepared { source, desk, passage, first, heard, events }, at))
+}
+
+impl Prepared {
+    /// Begins, on a thread of its own.
+    pub(super) fn start(self) -> Result<Beginning, Reply> {
+        let Self { source, desk, passage, first, heard, events } = self;
+        // The process is ending already if nobody hears it.
+        let _ = events.send(Event::Migrating(passage.clone(), Arc::clone(&desk)));
+        let for_thread = events.clone();
+        let thread = thread::Builder::new().name("mirror".into()).spawn(move || {
+            let outcome = source.run();
+            let tally = desk.account().map(|(_, tally)| tally).unwrap_or_default();
+            passage.log_end(&outcome, &tally);
+            // Nobody waits for it any more if it has started.
+            let _ = first.send(First::Ended(outcome.clone()));
+            let _ = for_thread.send(Event::Migrated(outcome));
+        });
+        match thread {
+            Ok(_) => Ok(Beginning(heard)),
+            Err(error) => {
+                let why = format!("cannot start a thread: {error}");
+                let outcome = Outcome::Failed(Trouble::Local(why.clone()));
+                let _ = events.send(Event::Migrated(outcome));
+                Err(Reply::refused(why))
+            }
+        }
+    }
 }
 
 /// `break`.

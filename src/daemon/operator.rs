@@ -180,12 +180,17 @@ impl Service {
         if self.desk().is_some_and(|desk| desk.outcome().is_none()) {
             return running();
         }
+        may_begin(self.desk().and_then(|desk| desk.outcome()).as_ref())?;
         let ledger = moving::ready(&departures.ledger, departures.ground.disk.size(), order)?;
         let exit = self.server().exit();
-        let (desk, beginning) = moving::begin(&departures.ground, ledger, exit, order)?;
-        // Before waiting: whoever stops the process has to know of it.
+        let (prepared, desk) = moving::prepare(&departures.ground, ledger, exit, order)?;
+        // The thread that stops the process says so, and then looks for a migration: either it
+        // finds this one, or this one ends before it begins.
         *lock(&departures.desk) = Some(Arc::clone(&desk));
-        beginning.wait()?;
+        if self.vigil.is_interrupted() {
+            desk.abandon();
+        }
+        prepared.start()?.wait()?;
         Ok(desk)
     }
 
@@ -202,6 +207,14 @@ impl Service {
             Some((outcome, tally)) => moving::account(&outcome, &tally),
             None => Reply::refused("the server was stopped before the migration was over"),
         }
+    }
+}
+
+/// Whether the disk may be moved, after a migration that ended like this.
+fn may_begin(last: Option<&Outcome>) -> Result<(), Reply> {
+    match last {
+        Some(Outcome::Arrived { .. }) => Err(Reply::refused("the disk has moved away")),
+        _ => Ok(()),
     }
 }
 
@@ -228,7 +241,68 @@ impl Operator for Service {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::command::Action;
+    use crate::daemon::Event;
+    use crate::disk::ownership::Title;
+    use crate::disk::{Access, Disk, FileImage};
+    use crate::net::{Address, Listener};
+    use crate::server::Opening;
+    use std::io::ErrorKind;
+    use std::iter;
+    use std::net::TcpListener;
     use std::sync::mpsc;
+    use std::time::Duration;
+
+    /// A process that serves a disk of its own.
+    fn service(directory: &tempfile::TempDir) -> (Service, mpsc::Receiver<Event>) {
+        let path = directory.path().join("image");
+        std::fs::write(&path, [0; 4096]).unwrap();
+        let image = FileImage::open(&path, Access { read_only: false }).unwrap();
+        let ledger = Ledger::of(&image).unwrap();
+        let disk = Arc::new(Disk::new(Box::new(image), false));
+        let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
+        let server = Server::start(Opening::to_anybody(vec![listener], &disk)).unwrap();
+        let (events, heard) = mpsc::channel();
+        let ground = Ground { disk, image: path, title: Title::Native, events: events.clone() };
+        let (desk, beginning) = (Mutex::new(None), Mutex::new(()));
+        let service = Service {
+            size: 4096,
+            server: Mutex::new(server),
+            reread: None,
+            departures: Some(Departures { ground, ledger, desk, beginning }),
+            ownership: Box::new(|| "none"),
+            vigil: Vigil::default(),
+            orders: Orders::new(events),
+            notifier: Notifier::silent(),
+        };
+        (service, heard)
+    }
+
+    #[test]
+    fn a_mirror_ordered_while_stopping_connects_nowhere() {
+        let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+        let (service, heard) = service(&directory);
+        service.vigil.interrupt();
+        let far = TcpListener::bind("127.0.0.1:0").unwrap();
+        far.set_nonblocking(true).unwrap();
+        let to = far.local_addr().unwrap();
+        let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None, no_record: true };
+        let operator = Credentials { pid: 1, uid: None };
+        assert!(!service.obey(Command::Mirror(order), operator).is_success());
+        assert_eq!(far.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+        assert_eq!(service.desk().unwrap().outcome(), Some(Outcome::Broken));
+        let mut events = iter::from_fn(|| heard.recv_timeout(Duration::from_secs(20)).ok());
+        let ends = events.find(|event| matches!(event, Event::Migrated(_)));
+        assert!(matches!(ends, Some(Event::Migrated(Outcome::Broken))));
+    }
+
+    #[test]
+    fn a_disk_that_has_moved_is_not_moved_again() {
+        assert!(may_begin(None).is_ok());
+        assert!(may_begin(Some(&Outcome::Broken)).is_ok());
+        assert!(may_begin(Some(&Outcome::Arrived { acknowledged: true })).is_err());
+        assert!(may_begin(Some(&Outcome::Arrived { acknowledged: false })).is_err());
+    }
 
     /// Whoever waits looks once and sleeps, then `happens`; what came of the waiting.
     fn waiting(news: impl Fn() -> Option<u8> + Send, happens: impl FnOnce(&Vigil)) -> Option<u8> {
