@@ -105,9 +105,7 @@ pub(super) fn prepare(
 ) -> Result<(Prepared, Arc<Desk>), Reply> {
     let (first, heard) = mpsc::channel();
     let job = job(ground, order)?;
-    let id = job.id;
     let passage = Passage {
-        id,
         to: order.to.to_string(),
         image: ground.image.display().to_string(),
         size: ground.disk.size(),
@@ -138,9 +136,11 @@ impl Prepared {
         let _ = events.send(Event::Migrating(passage.clone(), Arc::clone(&desk)));
         let for_thread = events.clone();
         let thread = thread::Builder::new().name("mirror".into()).spawn(move || {
+            let begun = source.id();
             let outcome = source.run();
             let tally = desk.account().map(|(_, tally)| tally).unwrap_or_default();
-            passage.log_end(&outcome, &tally);
+            let id = desk.progress().map_or(begun, |progress| progress.id);
+            passage.log_end(id, &outcome, &tally);
             // Nobody waits for it any more if it has started.
             let _ = first.send(First::Ended(outcome.clone()));
             let _ = for_thread.send(Event::Migrated(outcome));

@@ -16,10 +16,9 @@ pub(super) enum First {
     Ended(Outcome),
 }
 
-/// A migration, as the log names it.
+/// A migration, as the log names it. Each copy that it begins has an id of its own.
 #[derive(Clone, Debug)]
 pub(super) struct Passage {
-    pub(super) id: Id,
     pub(super) to: String,
     pub(super) image: String,
     pub(super) size: u64,
@@ -27,8 +26,8 @@ pub(super) struct Passage {
 
 impl Passage {
     /// News, once, where they come up.
-    fn log(&self, news: &News, line: &str) {
-        let Self { id, to, image, size } = self;
+    fn log(&self, id: Id, news: &News, line: &str) {
+        let Self { to, image, size } = self;
         let kind = kind(news);
         match news {
             News::Started
@@ -55,10 +54,10 @@ impl Passage {
 
     /// How far it is.
     pub(super) fn log_progress(&self, progress: &Progress, told: &str) {
-        let Self { id, to, image, size } = self;
+        let Self { to, image, size } = self;
         info!(
             message_id = message_id::MIGRATION_PROGRESS,
-            "flexnbd.migration" = %id, "flexnbd.destination" = to,
+            "flexnbd.migration" = %progress.id, "flexnbd.destination" = to,
             "flexnbd.image" = image, "flexnbd.bytes_total" = size,
             "flexnbd.bytes_left" = progress.bytes_left,
             "flexnbd.bytes_per_second" = progress.bytes_per_second,
@@ -67,8 +66,8 @@ impl Passage {
     }
 
     /// How it ended.
-    pub(super) fn log_end(&self, outcome: &Outcome, tally: &Tally) {
-        let Self { id, to, image, size } = self;
+    pub(super) fn log_end(&self, id: Id, outcome: &Outcome, tally: &Tally) {
+        let Self { to, image, size } = self;
         match outcome {
             Outcome::Arrived { acknowledged } => {
                 let how = match acknowledged {
@@ -123,12 +122,12 @@ pub(super) struct Reporter {
 }
 
 impl Witness for Reporter {
-    fn news(&self, news: &News) {
+    fn news(&self, id: Id, news: &News) {
         if *news == News::Started {
             let _ = self.first.send(First::Started);
         }
         let line = format!("migration to {}: {}", self.passage.to, told(news));
-        self.passage.log(news, &line);
+        self.passage.log(id, news, &line);
         // The process is ending already if nobody hears it.
         let _ = self.events.send(Event::MigrationNews);
     }

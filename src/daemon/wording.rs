@@ -96,10 +96,12 @@ fn time(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::ownership::Id;
     use crate::migration::job::Trouble;
     use std::time::Duration;
 
     const COPYING: Progress = Progress {
+        id: Id([0; 16]),
         stage: Stage::Copying,
         bytes_per_second: 112 << 20,
         seconds_left: Some(12),

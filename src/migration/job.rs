@@ -535,6 +535,8 @@ pub enum Stage {
 /// How far a migration is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
+    /// The name of the copy that is being made ([`Job::id`]).
+    pub id: Id,
     /// Where it is.
     pub stage: Stage,
     /// Bytes of data per second, over the last two seconds.

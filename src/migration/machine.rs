@@ -312,6 +312,7 @@ impl Machine {
     pub fn progress(&self, now: Duration) -> Progress {
         let bytes_left = self.plan.left();
         Progress {
+            id: self.job.id,
             stage: self.stage(),
             bytes_per_second: self.meter.speed(now),
             seconds_left: self.meter.seconds_left(now, bytes_left),

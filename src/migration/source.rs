@@ -11,7 +11,7 @@ use super::plan::Content;
 use super::wire::{Answer, Question};
 use crate::disk::dirty::Dirty;
 use crate::disk::ledger::Ledger;
-use crate::disk::ownership::Record;
+use crate::disk::ownership::{Id, Record};
 use crate::disk::{Disk, is_zero};
 use crate::net::{Wake, wait_readable};
 use crate::range::Range;
@@ -35,8 +35,8 @@ const LOOK_MAX: u64 = 8 << 20;
 
 /// What the source reports to whoever started it. Must not wait.
 pub trait Witness: Send {
-    /// Something worth telling has happened.
-    fn news(&self, news: &News);
+    /// Something worth telling has happened to the copy of this name.
+    fn news(&self, id: Id, news: &News);
     /// The disk is somebody else's: end all sessions without answering them.
     fn retire(&self);
 }
@@ -213,6 +213,12 @@ impl Source {
             tally: Tally::default(),
         };
         Ok((source, desk))
+    }
+
+    /// The name of the copy that is made first.
+    #[must_use]
+    pub fn id(&self) -> Id {
+        self.machine.job().id
     }
 
     /// Moves the disk. Returns when that is done, broken off, or was never possible.
@@ -475,7 +481,7 @@ impl Source {
             *lock(&self.desk.progress) = Some(self.machine.progress(now));
         }
         for news in &news {
-            self.witness.news(news);
+            self.witness.news(self.machine.job().id, news);
         }
     }
 }

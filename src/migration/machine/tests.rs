@@ -395,6 +395,7 @@ fn another_process_is_sent_everything_under_another_name() {
     let Action::Send(Request { work, .. }) = rig.action else { panic!("{:?}", rig.action) };
     assert_eq!(work, Work::Handover(Handover { id: ID.next(), token: OTHER }));
     assert_eq!(rig.machine.job().id, ID.next());
+    assert_eq!(rig.machine.progress(rig.now).id, ID.next());
     assert!(rig.news().contains(&News::Restarted));
 }
 
