@@ -181,6 +181,16 @@ fn an_unrecorded_move_removes_a_record_that_became_wrong() {
 }
 
 #[test]
+fn an_unrecorded_move_fails_if_an_old_record_stays() {
+    let setting = setting();
+    let mut ledger = without_room(&setting);
+    ledger.record_nothing();
+    // What cannot be read cannot be removed, either.
+    fs::create_dir(&ledger.usual).unwrap();
+    assert!(ledger.write(Some(&OURS)).is_err());
+}
+
+#[test]
 fn an_unrecorded_departure_leaves_departing_in_place() {
     let setting = setting();
     let (id, to) = (Id([1; 16]), Place::new("192.0.2.1:10809").unwrap());
