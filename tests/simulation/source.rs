@@ -338,6 +338,9 @@ impl World {
         if note == Note::Departing && self.faulty && self.dice.once_in(30) {
             return Some(Event::Failed("no space for the record".to_owned()));
         }
+        if note == Note::Before && self.faulty && self.dice.once_in(4) {
+            return Some(Event::Failed("the record's medium fails".to_owned()));
+        }
         if note == Note::Departing && self.faulty && run.half && self.dice.once_in(20) {
             // The medium is slow.
             self.now += 5 * SECOND;
