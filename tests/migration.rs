@@ -222,8 +222,9 @@ fn a_read_error_at_the_source_is_told_as_such_and_ends_the_migration() {
     File::options().write(true).open(&source.image).unwrap().set_len(8 * MIB).unwrap();
     source.wait_for_status("is_mirroring", "false");
     let image = source.image.display();
+    // The end is logged a moment after the status tells of it.
+    serving.wait_for_stderr(&format!("failed: cannot read {image} at byte "));
     let log = serving.stderr();
-    assert!(log.contains(&format!("failed: cannot read {image} at byte ")), "{log}");
     assert!(!log.contains("trying again"), "{log}");
     assert_eq!(source.record(), "");
     assert!(serving.stop().success());
