@@ -4,7 +4,7 @@
 use super::acl::{Acl, BadEntry};
 use super::carry::Carried;
 use super::orders::{Order, Orders};
-use super::places::{self, Greeting, Room};
+use super::places::{self, Greeting, Quarter, Room};
 use super::reception::{SessionId, Sessions};
 use super::watch::{Knocks, Watch};
 use crate::net::{Peer, Stream, Wake};
@@ -110,6 +110,8 @@ pub(super) enum Intake {
 pub(super) enum Refused {
     /// The access control list does not admit it.
     Acl,
+    /// There are as many as there may be, of its own address among them.
+    Full(usize),
     /// No more clients are taken.
     Stopping,
     /// No descriptors are left.
@@ -120,6 +122,8 @@ impl std::fmt::Display for Refused {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Acl => f.write_str("the access control list does not admit it"),
+            Self::Full(1) => f.write_str("1 client is connected, which is the limit"),
+            Self::Full(limit) => write!(f, "{limit} clients are connected, which is the limit"),
             Self::Stopping => f.write_str("the server is stopping"),
             Self::NoDescriptors => f.write_str("no file descriptors are left"),
         }
@@ -195,8 +199,9 @@ impl Roster {
         if !peer.ip().is_none_or(|ip| inner.acl.admits(ip)) {
             return Err(Refused::Acl);
         }
-        // With all clients in their places it may still be a source, which introduces itself. All
-        // others are refused at the end of the handshake.
+        if inner.is_full() && inner.has_client_of(&peer) {
+            return Err(Refused::Full(inner.sessions_max));
+        }
         if let Room::Instead(id) = inner.room(self.capacity, now) {
             inner.evict(id);
         }
@@ -382,6 +387,15 @@ impl Inner {
     fn is_full(&self) -> bool {
         let seated = self.entries.values().filter(|entry| entry.place == Place::Seated);
         seated.count() >= self.sessions_max
+    }
+
+    /// Whether a client has a place that comes from the same address, or network, as this one. A
+    /// connection from elsewhere is greeted even in a full house: it may be a source, or the question
+    /// of one, from a host that has no client here.
+    fn has_client_of(&self, peer: &Peer) -> bool {
+        let quarter = Quarter::from(peer);
+        let mut seated = self.entries.values().filter(|entry| entry.place == Place::Seated);
+        seated.any(|entry| Quarter::from(&entry.peer) == quarter)
     }
 
     /// Whether this client may go on beyond the handshake. A source may always: who has a disk to

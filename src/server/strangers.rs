@@ -56,6 +56,7 @@ impl Shared {
     pub(super) fn log_refusal(&self, peer: &Peer, why: Refused) {
         let reason = match why {
             Refused::Acl => Reason::Acl,
+            Refused::Full(_) => Reason::Full,
             Refused::Stopping | Refused::NoDescriptors => Reason::Scarce,
         };
         if self.is_worth_a_line(reason, peer) {

@@ -20,7 +20,8 @@ fn there_is_room_for_as_many_as_the_limit_and_not_one_more() {
     let first = roster.admit(peer("192.0.2.1"), now).unwrap();
     let second = roster.admit(peer("192.0.2.1"), now).unwrap();
     assert!(first.greeted() && second.greeted());
-    let beyond = roster.admit(peer("192.0.2.1"), now).unwrap();
+    assert_eq!(roster.admit(peer("192.0.2.1"), now).unwrap_err(), Refused::Full(2));
+    let beyond = roster.admit(peer("192.0.2.2"), now).unwrap();
     assert!(!beyond.greeted() && beyond.closed().is_some(), "it may only introduce itself");
     beyond.introduced();
     assert!(beyond.closed().is_none() && beyond.greeted(), "a source is let into a full house");
@@ -32,8 +33,7 @@ fn there_is_room_for_as_many_as_the_limit_and_not_one_more() {
     roster.readmit(Acl::default(), 3);
     assert!(roster.admit(peer("192.0.2.1"), now).is_ok());
     roster.readmit(Acl::default(), 1);
-    let beyond = roster.admit(peer("192.0.2.1"), now).unwrap();
-    assert!(!beyond.greeted());
+    assert_eq!(roster.admit(peer("192.0.2.1"), now).unwrap_err(), Refused::Full(1));
 }
 
 #[test]
