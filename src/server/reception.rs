@@ -29,7 +29,7 @@ pub enum Introduction {
         /// Sessions that may do nothing any more.
         retire: Vec<SessionId>,
         /// Whether the client counts as a source from now on: it has a place whatever the number of
-        /// clients, and may send the private command. Not where it can only ask.
+        /// clients. Not where it can only ask.
         is_source: bool,
     },
     /// Answer with this error.

@@ -196,15 +196,12 @@ impl Session<'_> {
             match next {
                 Next::More => return Ok(None),
                 Next::Asked(data) => {
-                    let mut is_source = false;
-                    let answer = self.introduce(&data).map(|(data, counts)| {
-                        is_source = counts;
+                    let answer = self.introduce(&data).map(|(data, is_source)| {
+                        if is_source {
+                            self.seat.introduced();
+                        }
                         data
                     });
-                    if is_source {
-                        self.seat.introduced();
-                        handshake.introduce();
-                    }
                     outbox.reply(|out| handshake.answer_private(answer, out));
                 }
                 Next::Wants { to_enter } => handshake.decide(self.let_in(to_enter)),

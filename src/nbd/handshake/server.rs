@@ -169,7 +169,8 @@ impl Handshake {
         }
     }
 
-    /// Whether the client has [introduced](Handshake::introduce) itself.
+    /// Whether the client has introduced itself: the private option was answered, so that the
+    /// private command is understood.
     #[must_use]
     pub fn is_introduced(&self) -> bool {
         self.introduced
@@ -190,15 +191,11 @@ impl Handshake {
         self.verdict = Some(verdict);
     }
 
-    /// The client has introduced itself, so that the private command is understood from now on.
-    pub fn introduce(&mut self) {
-        self.introduced = true;
-    }
-
     /// Answers the private option, after [`Next::Asked`].
     pub fn answer_private(&mut self, answer: Result<Vec<u8>, OptionReply>, out: &mut Vec<u8>) {
         match answer {
             Ok(data) => {
+                self.introduced = true;
                 OptionReply::Other { number: PRIVATE_OPTION, data }.encode(PRIVATE_OPTION, out);
                 OptionReply::Ack.encode(PRIVATE_OPTION, out);
             }
