@@ -65,7 +65,7 @@ fn explain_interrupt(socket: &Path) {
     }
 }
 
-/// What is said at SIGINT.
+/// The message at SIGINT: the migration goes on, and how to see and end it.
 fn farewell(socket: &Path) -> String {
     let socket = socket.display();
     format!(

@@ -105,9 +105,9 @@ impl AsFd for Asking {
 #[derive(Debug)]
 pub(super) struct Asker<'a> {
     pub(super) notifier: &'a Notifier,
-    /// Those that end the process end the asking.
+    /// Stopping signals end the question.
     pub(super) signals: &'a Signals,
-    /// What is known already.
+    /// The answer, if it has come already.
     pub(super) answered: Option<Answered>,
 }
 
