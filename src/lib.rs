@@ -12,9 +12,10 @@
 //! 3   server  migration                 may use floors 0 to 2; never each other
 //! 2   client                            may use floors 0 and 1
 //! 1   nbd  disk  net  systemd           may use floor 0; never each other
-//! 0   range  small_file  words
+//! 0   memory_reserve  range  small_file  words
 //! ```
 //!
+//! * [`memory_reserve`]: the global allocator, with a reserve for small allocations.
 //! * [`range`]: a span of the disk that can neither overflow nor leave the disk.
 //! * [`small_file`]: regular files of bounded size, read whole.
 //! * [`words`]: numbers and times in sentences for people.
@@ -63,6 +64,7 @@ pub mod client;
 pub mod control;
 pub mod daemon;
 pub mod disk;
+pub mod memory_reserve;
 pub mod migration;
 pub mod nbd;
 pub mod net;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// The floor of each room. A room may use rooms below it; those on one floor never use each other.
 const FLOORS: &[(&str, u32)] = &[
+    ("memory_reserve", 0),
     ("range", 0),
     ("small_file", 0),
     ("words", 0),

@@ -9,6 +9,7 @@
 use super::command::{Command, Incoming, Refusal};
 use super::reply::Reply;
 use super::socket::ControlSocket;
+use crate::memory_reserve::check_thread_headroom;
 use crate::net::visible_user;
 use crate::systemd::message_id;
 use nix::errno::Errno;
@@ -366,11 +367,12 @@ fn welcome<'scope>(scope: &'scope Scope<'scope, '_>, stream: UnixStream, shared:
     let seat = Seat::take(shared);
     let stream = Arc::new(stream);
     let for_thread = Arc::clone(&stream);
-    let spawned =
-        thread::Builder::new().name("control-client".to_owned()).spawn_scoped(scope, move || {
-            serve(&for_thread, shared, shared.patience, Thread::Own);
-            drop(seat);
-        });
+    let serve_alone = move || {
+        serve(&for_thread, shared, shared.patience, Thread::Own);
+        drop(seat);
+    };
+    let thread = thread::Builder::new().name("control-client".to_owned());
+    let spawned = check_thread_headroom().and_then(|()| thread.spawn_scoped(scope, serve_alone));
     if let Err(error) = spawned {
         tracing::warn!("control socket: no thread for a client: {error}; others wait meanwhile");
         let _seat = Seat::take(shared);

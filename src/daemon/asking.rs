@@ -6,6 +6,7 @@ use super::plan::Refusal;
 use super::signals::{Meaning, Signals};
 use super::tell;
 use crate::disk::ownership::{Id, Place};
+use crate::memory_reserve::check_thread_headroom;
 use crate::migration::job::{Fate, Trouble, fate};
 use crate::migration::link::Route;
 use crate::migration::source;
@@ -86,6 +87,7 @@ impl Asking {
             let _ = for_thread.answer.set(answer);
             for_thread.wake.wake();
         };
+        check_thread_headroom()?;
         thread::Builder::new().name("asking".into()).spawn(ask)?;
         Ok(Self(reply))
     }

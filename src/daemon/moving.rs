@@ -13,6 +13,7 @@ use crate::control::{Reply, Status, Summary};
 use crate::disk::ledger::{Ledger, LedgerError};
 use crate::disk::ownership::{Id, Place, Title};
 use crate::disk::{Disk, Named};
+use crate::memory_reserve::check_thread_headroom;
 use crate::migration::job::{Job, Order, Outcome, Progress, Stage, Trouble};
 use crate::migration::link::Route;
 use crate::migration::source::{Departure, Desk, NoStart, Source, Tally};
@@ -135,7 +136,7 @@ impl Prepared {
         // The process is ending already if nobody hears it.
         let _ = events.send(Event::Migrating(passage.clone(), Arc::clone(&desk)));
         let for_thread = events.clone();
-        let thread = thread::Builder::new().name("mirror".into()).spawn(move || {
+        let run = move || {
             let begun = source.id();
             let outcome = source.run();
             let tally = desk.account().map(|(_, tally)| tally).unwrap_or_default();
@@ -144,7 +145,9 @@ impl Prepared {
             // Nobody waits for it any more if it has started.
             let _ = first.send(First::Ended(outcome.clone()));
             let _ = for_thread.send(Event::Migrated(outcome));
-        });
+        };
+        let builder = thread::Builder::new().name("mirror".into());
+        let thread = check_thread_headroom().and_then(|()| builder.spawn(run));
         match thread {
             Ok(_) => Ok(Beginning(heard)),
             Err(error) => {

@@ -9,6 +9,7 @@ use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
 use crate::disk::ledger::Ledger;
+use crate::memory_reserve::check_thread_headroom;
 use crate::migration::job::Outcome;
 use crate::migration::source::Desk;
 use crate::server::Server;
@@ -165,7 +166,9 @@ impl Service {
                 warn!(message_id = kind, "received {signal}, but cannot reload: {}", reply.text());
             }
         };
-        if let Err(error) = thread::Builder::new().name("reload".into()).spawn(reload) {
+        let thread = thread::Builder::new().name("reload".into());
+        let started = check_thread_headroom().and_then(|()| thread.spawn(reload));
+        if let Err(error) = started {
             warn!("received {signal}, but cannot start a thread to reload: {error}; try again");
         }
     }

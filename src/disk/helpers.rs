@@ -4,6 +4,7 @@
 
 use super::Image;
 use super::lane::{Bell, Call, Made};
+use crate::memory_reserve::check_thread_headroom;
 use crate::range::Range;
 use nix::errno::Errno;
 use std::collections::VecDeque;
@@ -101,7 +102,8 @@ impl Helpers {
         if state.free <= state.waiting.len() && state.threads < THREADS_MAX {
             let pool = Arc::clone(&self.pool);
             let thread = thread::Builder::new().name("disk".into()).stack_size(STACK);
-            if thread.spawn(move || pool.work()).is_ok() {
+            let started = check_thread_headroom().and_then(|()| thread.spawn(move || pool.work()));
+            if started.is_ok() {
                 state.threads += 1;
                 state.free += 1;
             }

@@ -9,6 +9,7 @@ use super::roster::{Intake, Parcel, Refused, Seat};
 use super::session::Session;
 use super::strangers::Reason;
 use super::{Shared, Style};
+use crate::memory_reserve::check_thread_headroom;
 use crate::nbd::handshake::server::Handshake;
 use crate::net::{Listener, Peer, Stream, wait_readable};
 use crate::systemd::message_id;
@@ -289,7 +290,8 @@ pub(super) fn resume(shared: &Arc<Shared>, Parcel { carried, stream }: Parcel) {
 fn run(shared: &Arc<Shared>, stream: Stream, peer: Peer, seat: Seat, carried: Option<Carried>) {
     let (name, for_session) = (format!("client-{}", seat.id), Arc::clone(shared));
     let thread = thread::Builder::new().name(name).stack_size(STACK);
-    let started = thread.spawn(move || serve(&for_session, stream, peer, seat, carried));
+    let started = check_thread_headroom()
+        .and_then(|()| thread.spawn(move || serve(&for_session, stream, peer, seat, carried)));
     let Err(error) = started else { return };
     // A connection that says nothing makes room for the next, if there is one.
     shared.roster.free_something(Instant::now());

@@ -3,6 +3,7 @@
 use crate::common::raw::{DF, ENOSPC, READ, Wire};
 use crate::common::session::{MODES, Mode, Request, Session};
 use crate::common::{Builder, KIB, MIB, Server, noise, sparse_image, temp_dir, write_at};
+use crate::more::Program;
 use nix::libc;
 use std::path::Path;
 
@@ -47,13 +48,17 @@ fn memory_that_is_refused_ends_no_more_than_a_session() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 4 * MIB);
     write_at(&image, 0, &noise(4 * MIB as usize, 1));
-    let mut server = Builder::serve(Path::new(&image)).start();
+    let control = dir.path().join("control.sock");
+    let socket = ["--sock".as_ref(), control.as_os_str()];
+    let mut server = Builder::serve(Path::new(&image)).args(socket).start();
+    server.wait_for_control(&control);
     let mut first = Session::open(server.target(), Mode::Structured).unwrap();
     first.ok(Request::write(0, &[7; 512]));
-    for more in [3 * MIB, 2 * MIB, MIB, 512 * KIB, 256 * KIB] {
+    // Threads, buffers and small allocations fail at different limits.
+    for more in [3 * MIB, 2 * MIB, MIB, 512 * KIB, 256 * KIB, 64 * KIB, 0] {
         limit_memory(&server, more);
         // Each wants a thread, buffers, and a reply of 1 MiB in one piece.
-        for _ in 0..8 {
+        for _ in 0..16 {
             let Ok(mut wire) = Wire::try_connect(server.target()) else { continue };
             let mut greeting = [0; 18];
             if !matches!(wire.try_recv(&mut greeting), Ok(18)) {
@@ -69,6 +74,7 @@ fn memory_that_is_refused_ends_no_more_than_a_session() {
             while matches!(wire.try_recv(&mut [0; 4096]), Ok(4096)) {}
         }
         assert!(server.is_running(), "with {more} bytes more");
+        Program::flexnbd("status").args(socket).ok();
         first.ok(Request::write(0, &[7; 512]));
     }
 }
