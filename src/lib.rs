@@ -1,63 +1,80 @@
 //! flexnbd serves a disk image or block device over NBD.
 //!
-//! # The house
+//! # The map
 //!
-//! Rooms are modules; floors say who may lean on whom. `tests/house.rs` keeps it so.
+//! Modules are floors: a module uses those below it, never one beside or above it. `tests/house.rs`
+//! keeps it so.
 //!
 //! ```text
-//! 7   main  generator                   may use everything below; programs, so never each other
-//! 6   cli                               may use everything below
-//! 5   daemon                            may use everything below
-//! 4   control                           may use server and client through what daemon hands it
-//! 3   server  migration                 may use floors 0 to 2; never each other
-//! 2   client                            may use floors 0 and 1
-//! 1   nbd  disk  net  systemd           may use floor 0; never each other
-//! 0   memory_reserve  range  small_file  words
+//! 6   main  generator                   programs; they never use each other
+//! 5   cli
+//! 4   daemon
+//! 3   server  migration
+//! 2   client  control
+//! 1   nbd  disk  net  systemd
+//! 0   memory_reserve  message_id  range  small_file  words
 //! ```
 //!
 //! * [`memory_reserve`]: the global allocator, with a reserve for small allocations.
-//! * [`range`]: a span of the disk that can neither overflow nor leave the disk.
-//! * [`small_file`]: regular files of bounded size, read whole.
+//! * [`message_id`]: the message ids of the journal.
+//! * [`range`]: a byte range that can neither overflow nor leave its disk.
+//! * [`small_file`]: reads regular files of bounded size.
 //! * [`words`]: numbers and times in sentences for people.
-//! * [`nbd`]: the language. Bytes in, values out; pure.
-//! * [`disk`]: the bytes being served, and who may touch them now.
-//! * [`net`]: sockets as NBD wants them.
-//! * [`systemd`]: what the service manager gives and wants to hear.
-//! * [`client`]: one connection to somebody else's export.
-//! * [`server`]: serving clients.
-//! * [`migration`]: moving the disk to another server.
-//! * [`control`]: orders from operators.
-//! * [`daemon`]: one process: opens the rooms, waits for events, closes them in order.
+//! * [`nbd`]: the NBD protocol, both roles: bytes in, values out; pure.
+//! * [`disk`]: the image, its gate, its I/O, its ownership record.
+//! * [`net`]: sockets, with the options and waits that NBD needs.
+//! * [`systemd`]: inherited sockets, notifications, the journal, the file descriptor store.
+//! * [`client`]: one connection to another server's export.
+//! * [`control`]: the control socket: commands of operators, and their replies.
+//! * [`server`]: sessions of clients.
+//! * [`migration`]: moves the disk to another server; both sides.
+//! * [`daemon`]: one process: opens the modules, handles their events, closes them in order.
 //! * [`cli`]: one struct per command.
 //!
 //! `main.rs` is the program. `generator.rs` is another, which systemd runs at boot: it turns
 //! configurations into drop-ins for the units in `systemd/`.
 //!
-//! `client` has a floor of its own because the command line, a migration and a proxy all speak
-//! to other servers, and must do it with one voice.
+//! `client` has a floor of its own because the command line and a migration both speak to other
+//! servers, in one way.
 //!
-//! # The life of a request
+//! # A request
 //!
 //! ```text
 //! systemd/sockets ─▶ daemon ─▶ server ─▶ session ─▶ nbd ─▶ disk ─▶ nbd ─▶ the client
-//!   (once)           (once)    accept,   reads      parse  gate,   encode
+//!   (once)           (once)    accept,   receives   parse  gate,   encode
 //!                              acl       a batch           bytes
 //! ```
 //!
-//! Each room is entered once and nothing goes back up. What decides is pure; what does is thin.
-//! What the disk takes long for is an errand (`disk/errands`): it leaves here with its visit, is made
-//! by the kernel (`disk/ring`) or a thread (`disk/helpers`) meanwhile, and comes back to be answered.
-//! The session goes on with the next request. Of two changes of the same bytes the earlier is made
-//! first, whichever sessions they belong to (`disk/inflight`).
-//! Trouble that belongs to a peer ends the peer; trouble that belongs to us goes up to `main`.
+//! Each module is entered once and nothing goes back up. Decisions are pure: values in, values out,
+//! with time, randomness and I/O as arguments.
+//! Slow disk I/O is in flight (`disk/inflight`): it takes its visit along, io_uring (`disk/uring`) or a
+//! thread (`disk/thread_pool`) executes it while the session goes on with the next request, and its
+//! completion is answered out of order. Of two overlapping changes the earlier is executed first,
+//! whichever sessions they belong to (`disk/overlap`).
+//! A peer's fault ends that peer's session; our own fault propagates to `main`.
 //!
 //! # A restart
 //!
 //! ```text
-//! session ─▶ server/carry ─▶ daemon ─▶ systemd/store ═▶ the service manager
-//!  packs up   in one piece    passes it on               keeps it for the next process,
-//!                                                        where it goes the same way back
+//! session ─▶ server/snapshot ─▶ daemon ─▶ systemd/fd_store ═▶ the service manager
+//!   saves      encodes           passes     stores             keeps it for the next process,
+//!                                                              which restores it the same way
 //! ```
+//!
+//! # Glossary
+//!
+//! Words of our own, used for nothing else. All others are those of the NBD specification, of the
+//! kernel's block layer and of QEMU's.
+//!
+//! * **disk**: the exported bytes, whatever keeps them. **image**: the file or block device that does.
+//! * **gate**: the barrier that all disk access of sessions passes. Closing it drains what is inside.
+//! * **visit**: the guard of one passage through the gate; disk access happens through it.
+//! * **copier**: the view of a migration, which reads behind the closed gate.
+//! * **record**: the ownership record beside an image: *incoming* (half a copy), *ours*, *departing*
+//!   (a handover was begun), *departed* (another host owns the disk now).
+//! * **handover**: the request by which a source gives the disk away. **in doubt**: it was sent and its
+//!   outcome is unknown; neither side serves until that is resolved.
+//! * **provenance**: how a disk became ours: native, arrived, received or adopted.
 
 pub mod cli;
 pub mod client;
@@ -65,6 +82,7 @@ pub mod control;
 pub mod daemon;
 pub mod disk;
 pub mod memory_reserve;
+pub mod message_id;
 pub mod migration;
 pub mod nbd;
 pub mod net;

@@ -2,9 +2,9 @@
 //! Never touches the disk's bytes, and nothing at all while somebody uses the image.
 
 use super::output;
-use crate::disk::ledger::{Ledger, LedgerError};
-use crate::disk::ownership::{BadRecord, Record, Title, for_adopt};
-use crate::disk::{Access, FileImage, OpenError};
+use crate::disk::ownership::{BadRecord, Provenance, Record, for_adopt};
+use crate::disk::record_store::{RecordStore, RecordStoreError};
+use crate::disk::{Access, FileBackend, OpenError};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -22,7 +22,7 @@ pub struct Adopt {
 
 /// Why a copy was not adopted; each holds a sentence for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Failure {
+enum AdoptError {
     /// It is not fit to be, or not without `--force`.
     Refused(String),
     /// The system failed us.
@@ -34,35 +34,37 @@ enum Failure {
 pub fn run(adopt: &Adopt) -> ExitCode {
     match adopt.carry_out() {
         Ok(told) => output::say(&told),
-        Err(Failure::Refused(why)) => {
+        Err(AdoptError::Refused(why)) => {
             output::complain(&format!("flexnbd adopt: {why}"), output::EXIT_CONFIG)
         }
-        Err(Failure::Io(why)) => {
+        Err(AdoptError::Io(why)) => {
             output::complain(&format!("flexnbd adopt: {why}"), output::EXIT_FAILURE)
         }
     }
 }
 
 impl Adopt {
-    fn carry_out(&self) -> Result<String, Failure> {
+    fn carry_out(&self) -> Result<String, AdoptError> {
         // Locked until the record is written, so that nobody serves it by the old one meanwhile.
-        let image = FileImage::open(&self.file, Access { read_only: false })
+        let image = FileBackend::open(&self.file, Access { read_only: false })
             .map_err(|error| unfit(&self.file, error))?;
-        let ledger = Ledger::of(&image).map_err(io)?;
+        let ledger = RecordStore::of(&image).map_err(io)?;
         let found = match ledger.read() {
-            Ok(found) => Found::Record(found),
-            Err(LedgerError::Bad { why: BadRecord::Garbage(_), .. }) if self.force => {
-                Found::Damaged
+            Ok(found) => BesideImage::Record(found),
+            Err(RecordStoreError::Bad { why: BadRecord::Garbage(_), .. }) if self.force => {
+                BesideImage::Damaged
             }
-            Err(LedgerError::Contradiction { .. }) if self.force => Found::Damaged,
-            Err(error @ (LedgerError::Bad { .. } | LedgerError::Contradiction { .. })) => {
-                return Err(Failure::Refused(error.to_string()));
+            Err(RecordStoreError::Contradiction { .. }) if self.force => BesideImage::Damaged,
+            Err(
+                error @ (RecordStoreError::Bad { .. } | RecordStoreError::Contradiction { .. }),
+            ) => {
+                return Err(AdoptError::Refused(error.to_string()));
             }
             Err(error) => return Err(io(error)),
         };
         let record = self.judge(&found)?;
         let image = self.file.display();
-        if found == Found::Record(Some(record.clone())) {
+        if found == BesideImage::Record(Some(record.clone())) {
             return Ok(format!("{image} is {} already; nothing changed", describe(&record)));
         }
         ledger.write(Some(&record)).map_err(io)?;
@@ -70,25 +72,27 @@ impl Adopt {
     }
 
     /// The record to write.
-    fn judge(&self, found: &Found) -> Result<Record, Failure> {
+    fn judge(&self, found: &BesideImage) -> Result<Record, AdoptError> {
         match found {
-            Found::Damaged => Ok(Record::Ours(Title::Adopted)),
-            Found::Record(record) => for_adopt(record.as_ref(), self.force).map_err(|refusal| {
-                Failure::Refused(refusal.explain(&self.file.display().to_string()))
-            }),
+            BesideImage::Damaged => Ok(Record::Ours(Provenance::Adopted)),
+            BesideImage::Record(record) => {
+                for_adopt(record.as_ref(), self.force).map_err(|refusal| {
+                    AdoptError::Refused(refusal.explain(&self.file.display().to_string()))
+                })
+            }
         }
     }
 }
 
 /// What lies beside the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Found {
+enum BesideImage {
     Record(Option<Record>),
     /// Something that is no record.
     Damaged,
 }
 
-impl Found {
+impl BesideImage {
     fn describe(&self) -> String {
         match self {
             Self::Record(Some(record)) => describe(record),
@@ -105,10 +109,10 @@ fn describe(record: &Record) -> String {
             "from a source without a name, or from nobody yet".to_owned()
         }
         Record::Incoming { id: Some(id) } => format!("migration {id}"),
-        Record::Ours(Title::Native) => "never moved".to_owned(),
-        Record::Ours(Title::Adopted) => "adopted".to_owned(),
-        Record::Ours(Title::Received) => "received from a source without a name".to_owned(),
-        Record::Ours(Title::Arrived(id)) => format!("arrived with migration {id}"),
+        Record::Ours(Provenance::Native) => "never moved".to_owned(),
+        Record::Ours(Provenance::Adopted) => "adopted".to_owned(),
+        Record::Ours(Provenance::Received) => "received from a source without a name".to_owned(),
+        Record::Ours(Provenance::Arrived(id)) => format!("arrived with migration {id}"),
         Record::Departing { id, to, .. } | Record::Departed { id, to, .. } => {
             format!("to {to}, migration {id}")
         }
@@ -116,26 +120,28 @@ fn describe(record: &Record) -> String {
     format!("{} ({more})", record.name())
 }
 
-fn unfit(file: &Path, error: OpenError) -> Failure {
+fn unfit(file: &Path, error: OpenError) -> AdoptError {
     match error {
-        OpenError::Missing { .. } => Failure::Refused(format!("{} does not exist", file.display())),
-        OpenError::AlreadyServed { by, .. } => {
-            Failure::Refused(format!("{} is in use: {by}; stop that first", file.display()))
+        OpenError::Missing { .. } => {
+            AdoptError::Refused(format!("{} does not exist", file.display()))
         }
-        OpenError::Other { .. } => Failure::Io(error.to_string()),
-        _ => Failure::Refused(error.to_string()),
+        OpenError::AlreadyServed { by, .. } => {
+            AdoptError::Refused(format!("{} is in use: {by}; stop that first", file.display()))
+        }
+        OpenError::Other { .. } => AdoptError::Io(error.to_string()),
+        _ => AdoptError::Refused(error.to_string()),
     }
 }
 
-fn io(error: LedgerError) -> Failure {
-    Failure::Io(error.to_string())
+fn io(error: RecordStoreError) -> AdoptError {
+    AdoptError::Io(error.to_string())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::ledger::ATTRIBUTE;
-    use crate::disk::ownership::{Id, Place};
+    use crate::disk::ownership::{Id, RemoteAddress};
+    use crate::disk::record_store::ATTRIBUTE;
     use std::fs;
 
     const ID: Id = Id([7; 16]);
@@ -156,12 +162,12 @@ mod tests {
     }
 
     impl Copy {
-        fn ledger(&self) -> Ledger {
-            Ledger::at(&self.file).unwrap()
+        fn ledger(&self) -> RecordStore {
+            RecordStore::at(&self.file).unwrap()
         }
 
         /// What adopting it says, without the path.
-        fn adopt(&self, force: bool) -> Result<String, Failure> {
+        fn adopt(&self, force: bool) -> Result<String, AdoptError> {
             let adopt = Adopt { file: self.file.clone(), force };
             let told = adopt.carry_out();
             told.map(|told| told.replace(&format!("{} ", self.file.display()), ""))
@@ -169,10 +175,10 @@ mod tests {
     }
 
     fn departed() -> Record {
-        Record::Departed { id: ID, when: 1, to: Place::new("[::1]:7").unwrap() }
+        Record::Departed { id: ID, when: 1, to: RemoteAddress::new("[::1]:7").unwrap() }
     }
 
-    const ADOPTED: Record = Record::Ours(Title::Adopted);
+    const ADOPTED: Record = Record::Ours(Provenance::Adopted);
 
     #[test]
     fn a_copy_without_a_record_is_adopted() {
@@ -184,7 +190,7 @@ mod tests {
     #[test]
     fn a_copy_that_may_be_elsewhere_is_adopted_by_force_only() {
         let copy = copy(Some(&departed()));
-        let Err(Failure::Refused(why)) = copy.adopt(false) else { panic!("adopted") };
+        let Err(AdoptError::Refused(why)) = copy.adopt(false) else { panic!("adopted") };
         assert!(why.contains("has moved to [::1]:7") && why.contains("adopt --force"), "{why}");
         assert_eq!(copy.ledger().read().unwrap(), Some(departed()));
         let told = format!("was departed (to [::1]:7, migration {ID}) and is now ours (adopted)");
@@ -195,13 +201,13 @@ mod tests {
     #[test]
     fn an_incomplete_copy_is_adopted_by_force_only() {
         let copy = copy(Some(&Record::Incoming { id: None }));
-        assert!(matches!(copy.adopt(false), Err(Failure::Refused(_))));
+        assert!(matches!(copy.adopt(false), Err(AdoptError::Refused(_))));
         assert!(copy.adopt(true).unwrap().starts_with("was incoming (from a source without"));
     }
 
     #[test]
     fn a_disk_that_has_arrived_keeps_the_migration_it_came_with() {
-        let record = Record::Ours(Title::Arrived(ID));
+        let record = Record::Ours(Provenance::Arrived(ID));
         let copy = copy(Some(&record));
         let told = format!("is ours (arrived with migration {ID}) already; nothing changed");
         assert_eq!(copy.adopt(true), Ok(told));
@@ -212,12 +218,12 @@ mod tests {
     fn a_damaged_record_is_replaced_by_force_and_that_of_a_newer_flexnbd_never() {
         let copy = copy(None);
         xattr::set(&copy.file, ATTRIBUTE, b"nonsense").unwrap();
-        assert!(matches!(copy.adopt(false), Err(Failure::Refused(_))));
+        assert!(matches!(copy.adopt(false), Err(AdoptError::Refused(_))));
         let told = "was with a damaged record and is now ours (adopted)";
         assert_eq!(copy.adopt(true), Ok(told.into()));
         xattr::set(&copy.file, ATTRIBUTE, b"flexnbd 2 ours\n").unwrap();
         for force in [false, true] {
-            let Err(Failure::Refused(why)) = copy.adopt(force) else { panic!("adopted") };
+            let Err(AdoptError::Refused(why)) = copy.adopt(force) else { panic!("adopted") };
             assert!(why.contains("use the flexnbd that wrote it"), "{why}");
         }
     }
@@ -225,8 +231,8 @@ mod tests {
     #[test]
     fn an_image_in_use_is_left_alone() {
         let copy = copy(Some(&departed()));
-        let server = FileImage::open(&copy.file, Access { read_only: true }).unwrap();
-        let Err(Failure::Refused(why)) = copy.adopt(true) else { panic!("adopted") };
+        let server = FileBackend::open(&copy.file, Access { read_only: true }).unwrap();
+        let Err(AdoptError::Refused(why)) = copy.adopt(true) else { panic!("adopted") };
         assert!(why.contains("in use"), "{why}");
         assert_eq!(copy.ledger().read().unwrap(), Some(departed()));
         drop(server);
@@ -237,9 +243,9 @@ mod tests {
     fn what_is_no_image_is_refused() {
         let nothing = Adopt { file: "/nowhere/disk.img".into(), force: true };
         let refused = nothing.carry_out();
-        assert_eq!(refused, Err(Failure::Refused("/nowhere/disk.img does not exist".into())));
+        assert_eq!(refused, Err(AdoptError::Refused("/nowhere/disk.img does not exist".into())));
         let directory = Adopt { file: "/".into(), force: true };
         let refused = directory.carry_out();
-        assert!(matches!(refused, Err(Failure::Refused(why)) if why.contains("directory")));
+        assert!(matches!(refused, Err(AdoptError::Refused(why)) if why.contains("directory")));
     }
 }

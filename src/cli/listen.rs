@@ -3,9 +3,9 @@
 
 use super::settings::{Settings, parse_acl_entry, parse_holes};
 use super::size::parse_create;
-use super::start::Start;
+use super::start::StartRequest;
 use super::uri::parse_export;
-use crate::daemon::{Records, Role};
+use crate::daemon::{ProcessRole, RecordPolicy};
 use crate::disk::HolePolicy;
 use crate::net::{Host, parse_port};
 use std::path::PathBuf;
@@ -81,7 +81,7 @@ pub struct ListenFlags {
 impl ListenFlags {
     /// What is meant by them.
     #[must_use]
-    pub fn start(self) -> Start {
+    pub fn start(self) -> StartRequest {
         let settings = Settings {
             addr: self.addr,
             port: self.port,
@@ -96,8 +96,8 @@ impl ListenFlags {
             acl: self.acl,
             ..Settings::default()
         };
-        let records = if self.no_record { Records::Optional } else { Records::Required };
-        let role = Role::Listen { overwrite: self.overwrite, records };
-        Start { role, settings, config: self.config }
+        let records = if self.no_record { RecordPolicy::Optional } else { RecordPolicy::Required };
+        let role = ProcessRole::Listen { overwrite: self.overwrite, records };
+        StartRequest { role, settings, config: self.config }
     }
 }

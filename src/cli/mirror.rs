@@ -1,10 +1,10 @@
 //! `flexnbd mirror` and `mirror-speed`: their flags.
 //! Decides what was meant; moving the disk is the running server's part.
 
-use super::operate::{Kind, Order, Server};
+use super::operate::{CommandKind, OperatorCommand, ServerArgument};
 use super::size::parse_size;
 use super::transfer::parse_ip;
-use crate::control::command::{Action, Mirror};
+use crate::control::command::{ArrivalAction, Mirror};
 use crate::net::{AddressError, parse_port};
 use std::net::{IpAddr, SocketAddr};
 
@@ -20,7 +20,7 @@ pub struct MirrorFlags {
     port: u16,
 
     #[command(flatten)]
-    server: Server,
+    server: ServerArgument,
 
     /// Delete the image here once the disk has moved
     #[arg(short, long)]
@@ -48,7 +48,7 @@ pub struct MirrorFlags {
 #[derive(clap::Args, Clone, Debug)]
 pub struct SpeedFlags {
     #[command(flatten)]
-    server: Server,
+    server: ServerArgument,
 
     /// Send at most so many bytes per second (K, M, G: powers of 1024); 0 for no limit
     #[arg(short, long, value_name = "RATE", value_parser = parse_size)]
@@ -60,7 +60,7 @@ impl MirrorFlags {
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self) -> Result<Order, String> {
+    pub fn checked(self) -> Result<OperatorCommand, String> {
         let Self { addr, port, bind, wait, .. } = self;
         let bind = bind.filter(|bind| !bind.is_unspecified());
         if let Some(bind) = bind.filter(|bind| bind.is_ipv4() != addr.is_ipv4()) {
@@ -68,12 +68,15 @@ impl MirrorFlags {
         }
         let order = Mirror {
             to: SocketAddr::new(addr, port),
-            action: if self.unlink { Action::Unlink } else { Action::Exit },
+            action: if self.unlink { ArrivalAction::Unlink } else { ArrivalAction::Exit },
             bind,
             max_bps: self.max_speed.filter(|limit| *limit > 0),
             no_record: self.no_record,
         };
-        Ok(Order { socket: self.server.socket()?, kind: Kind::Mirror { order, wait } })
+        Ok(OperatorCommand {
+            socket: self.server.socket()?,
+            kind: CommandKind::Mirror { order, wait },
+        })
     }
 }
 
@@ -82,8 +85,11 @@ impl SpeedFlags {
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self) -> Result<Order, String> {
-        Ok(Order { socket: self.server.socket()?, kind: Kind::MirrorSpeed(self.max_speed) })
+    pub fn checked(self) -> Result<OperatorCommand, String> {
+        Ok(OperatorCommand {
+            socket: self.server.socket()?,
+            kind: CommandKind::MirrorSpeed(self.max_speed),
+        })
     }
 }
 

@@ -21,19 +21,20 @@ pub mod uri;
 pub mod usage;
 mod wait;
 
-use crate::daemon::{self, Ending, Refusal};
+use crate::daemon::{self, ProcessEnd, StartError};
 use crate::fatal;
-use crate::systemd::{Verbosity, journal, message_id};
+use crate::message_id;
+use crate::systemd::{Verbosity, journal};
 use adopt::Adopt;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
-use offline::Offline;
-use operate::{Asked, Kind, Order};
-use start::{NoPlan, Start};
+use offline::OfflineStatus;
+use operate::{CommandKind, OperatorCommand, StatusSubject};
+use start::{StartRequest, StartRequestError};
 use std::ffi::OsString;
 use std::process::ExitCode;
 use transfer::Transfer;
-use usage::Misuse;
+use usage::UsageError;
 
 /// The modes, in the order in which they are shown.
 pub const MODES: [&str; 12] = [
@@ -57,22 +58,22 @@ pub struct Invocation {
     /// How much to log.
     pub verbosity: Verbosity,
     /// What to do.
-    pub command: Command,
+    pub command: CliCommand,
 }
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Command {
+pub enum CliCommand {
     /// Serve a disk, or receive one.
-    Start(Start),
+    Start(StartRequest),
     /// Copy from a server to standard output.
     Read(Transfer),
     /// Copy from standard input to a server.
     Write(Transfer),
     /// Tell a running server something.
-    Operate(Order),
+    Operate(OperatorCommand),
     /// Tell what is known of a disk, whether it is served or not.
-    Inspect(Offline),
+    Inspect(OfflineStatus),
     /// Declare a copy of a disk the canonical one.
     Adopt(Adopt),
     /// Show this text.
@@ -85,7 +86,7 @@ pub enum Stop {
     /// Only help or the version was asked for; this is it.
     Answer(String),
     /// It cannot be meant.
-    Misuse(Misuse),
+    Misuse(UsageError),
 }
 
 /// Runs one command; `arguments` begin with the program's own name.
@@ -126,25 +127,25 @@ impl Invocation {
         let _ = journal::init(self.verbosity);
         daemon::signals::ignore_file_size_signal();
         match self.command {
-            Command::Start(start) => run_start(&start),
-            Command::Read(transfer) => transfer::read(&transfer),
-            Command::Write(transfer) => transfer::write(&transfer),
-            Command::Operate(order) => operate::run(&order),
-            Command::Inspect(offline) => offline::run(&offline),
-            Command::Adopt(adopt) => adopt::run(&adopt),
-            Command::Help(text) => output::say(&text),
+            CliCommand::Start(start) => run_start(&start),
+            CliCommand::Read(transfer) => transfer::read(&transfer),
+            CliCommand::Write(transfer) => transfer::write(&transfer),
+            CliCommand::Operate(order) => operate::run(&order),
+            CliCommand::Inspect(offline) => offline::run(&offline),
+            CliCommand::Adopt(adopt) => adopt::run(&adopt),
+            CliCommand::Help(text) => output::say(&text),
         }
     }
 }
 
-fn run_start(start: &Start) -> ExitCode {
+fn run_start(start: &StartRequest) -> ExitCode {
     let plan = match start.plan() {
         Ok(plan) => plan,
         Err(no_plan) => return run_without_plan(start, &no_plan),
     };
     match daemon::run(plan, start.reread()) {
         Ok(ending) => ended(&ending),
-        Err(refusal @ Refusal::NoAddress) => misused(start, refusal.to_string()),
+        Err(refusal @ StartError::NoAddress) => misused(start, refusal.to_string()),
         Err(refusal) => {
             let (message_id, errno) = (refusal.message_id(), refusal.errno());
             fatal!(message_id, errno, "{refusal}");
@@ -154,31 +155,31 @@ fn run_start(start: &Start) -> ExitCode {
 }
 
 /// Nothing is to be done but to say so, to a client that waits for the service as well.
-fn run_without_plan(start: &Start, no_plan: &NoPlan) -> ExitCode {
-    let (NoPlan::Misuse(sentence) | NoPlan::Config(sentence)) = no_plan;
+fn run_without_plan(start: &StartRequest, no_plan: &StartRequestError) -> ExitCode {
+    let (StartRequestError::Misuse(sentence) | StartRequestError::Config(sentence)) = no_plan;
     if let Some(ending) = daemon::refuse(start.role, start.settings.sock.clone(), sentence) {
         return ended(&ending);
     }
     match no_plan {
-        NoPlan::Misuse(sentence) => misused(start, sentence.clone()),
-        NoPlan::Config(sentence) => {
+        StartRequestError::Misuse(sentence) => misused(start, sentence.clone()),
+        StartRequestError::Config(sentence) => {
             fatal!(message_id = message_id::REFUSING_CONFIGURATION, "{sentence}");
             ExitCode::from(output::EXIT_CONFIG)
         }
     }
 }
 
-fn ended(ending: &Ending) -> ExitCode {
+fn ended(ending: &ProcessEnd) -> ExitCode {
     match ending {
-        Ending::Well => ExitCode::SUCCESS,
-        Ending::Badly(why) => {
+        ProcessEnd::Well => ExitCode::SUCCESS,
+        ProcessEnd::Badly(why) => {
             fatal!(message_id = message_id::FAILED, "{why}");
             ExitCode::from(output::EXIT_FAILURE)
         }
     }
 }
 
-fn misused(start: &Start, sentence: String) -> ExitCode {
+fn misused(start: &StartRequest, sentence: String) -> ExitCode {
     let misuse = misuse(Some(start.mode()), sentence);
     output::complain(&misuse.to_string(), output::EXIT_USAGE)
 }
@@ -246,12 +247,12 @@ enum Mode {
     #[command(
         override_usage = "flexnbd read --addr ADDR --port PORT --from OFFSET --size SIZE [OPTION]..."
     )]
-    Read(With<transfer::Flags>),
+    Read(With<transfer::TransferFlags>),
     /// Copy bytes from standard input to a server
     #[command(
         override_usage = "flexnbd write --addr ADDR --port PORT --from OFFSET --size SIZE [OPTION]..."
     )]
-    Write(With<transfer::Flags>),
+    Write(With<transfer::TransferFlags>),
     /// Replace the access control list of a running server
     #[command(override_usage = "flexnbd acl --sock SOCK [OPTION]... ACL_ENTRY...")]
     Acl(With<operate::AclFlags>),
@@ -287,21 +288,21 @@ impl Loudness {
 }
 
 impl Mode {
-    fn checked(self) -> Result<(Loudness, Command), Stop> {
-        let ordered = |mode, order: Result<Order, String>| {
+    fn checked(self) -> Result<(Loudness, CliCommand), Stop> {
+        let ordered = |mode, order: Result<OperatorCommand, String>| {
             order
-                .map(Command::Operate)
+                .map(CliCommand::Operate)
                 .map_err(|sentence| Stop::Misuse(misuse(Some(mode), sentence)))
         };
         let wrong = |mode| move |sentence| Stop::Misuse(misuse(Some(mode), sentence));
         Ok(match self {
-            Self::Serve(With { flags, loudness }) => (loudness, Command::Start(flags.start())),
-            Self::Listen(With { flags, loudness }) => (loudness, Command::Start(flags.start())),
+            Self::Serve(With { flags, loudness }) => (loudness, CliCommand::Start(flags.start())),
+            Self::Listen(With { flags, loudness }) => (loudness, CliCommand::Start(flags.start())),
             Self::Read(With { flags, loudness }) => {
-                (loudness, Command::Read(flags.checked().map_err(wrong("read"))?))
+                (loudness, CliCommand::Read(flags.checked().map_err(wrong("read"))?))
             }
             Self::Write(With { flags, loudness }) => {
-                (loudness, Command::Write(flags.checked().map_err(wrong("write"))?))
+                (loudness, CliCommand::Write(flags.checked().map_err(wrong("write"))?))
             }
             Self::Mirror(With { flags, loudness }) => {
                 (loudness, ordered("mirror", flags.checked())?)
@@ -310,22 +311,22 @@ impl Mode {
                 (loudness, ordered("mirror-speed", flags.checked())?)
             }
             Self::Break(With { flags, loudness }) => {
-                (loudness, ordered("break", flags.checked(Kind::Break))?)
+                (loudness, ordered("break", flags.checked(CommandKind::Break))?)
             }
             Self::Acl(With { flags, loudness }) => (loudness, ordered("acl", flags.checked())?),
             Self::Status(With { flags, loudness }) => {
                 let command = match flags.checked().map_err(wrong("status"))? {
-                    Asked::Server(order) => Command::Operate(order),
-                    Asked::Disk(offline) => Command::Inspect(offline),
+                    StatusSubject::Server(order) => CliCommand::Operate(order),
+                    StatusSubject::Disk(offline) => CliCommand::Inspect(offline),
                 };
                 (loudness, command)
             }
             Self::Reload(With { flags, loudness }) => {
-                (loudness, ordered("reload", flags.checked(Kind::Reload))?)
+                (loudness, ordered("reload", flags.checked(CommandKind::Reload))?)
             }
-            Self::Adopt(With { flags, loudness }) => (loudness, Command::Adopt(flags)),
+            Self::Adopt(With { flags, loudness }) => (loudness, CliCommand::Adopt(flags)),
             Self::Help(With { flags, loudness }) => {
-                (loudness, Command::Help(help(flags.mode.as_deref()).map_err(wrong("help"))?))
+                (loudness, CliCommand::Help(help(flags.mode.as_deref()).map_err(wrong("help"))?))
             }
         })
     }
@@ -352,14 +353,14 @@ fn stopped(error: &clap::Error, mode: Option<&'static str>) -> Stop {
     }
 }
 
-fn misuse(mode: Option<&'static str>, sentence: String) -> Misuse {
+fn misuse(mode: Option<&'static str>, sentence: String) -> UsageError {
     let mut whole = command();
     let usage = match mode.and_then(|mode| whole.find_subcommand_mut(mode)) {
         Some(command) => command.render_usage(),
         None => whole.render_usage(),
     };
     let usage = usage.to_string().trim_start_matches("Usage:").trim().to_owned();
-    Misuse { mode, sentence, usage }
+    UsageError { mode, sentence, usage }
 }
 
 /// The first argument that is no option is the mode: none of the options before it has a value.

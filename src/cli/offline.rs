@@ -4,27 +4,27 @@
 use super::operate;
 use super::output;
 use super::settings::Settings;
-use super::start::{NoPlan, Start};
+use super::start::{StartRequest, StartRequestError};
 use crate::control::status::{self, OWNERSHIP};
-use crate::daemon::Role;
-use crate::disk::ledger::{Ledger, LedgerError, gone};
+use crate::daemon::ProcessRole;
 use crate::disk::ownership::Record;
+use crate::disk::record_store::{RecordStore, RecordStoreError, gone};
 use crate::disk::{OpenError, size_of};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Which disk to look at, and how to tell of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Offline {
+pub struct OfflineStatus {
     /// Where the image is found.
-    pub disk: Disk,
+    pub disk: DiskArgument,
     /// As JSON.
     pub json: bool,
 }
 
 /// Which disk is meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Disk {
+pub enum DiskArgument {
     /// This image.
     File(PathBuf),
     /// The one of this configuration file.
@@ -33,19 +33,21 @@ pub enum Disk {
 
 /// Tells what there is to know.
 #[must_use]
-pub fn run(offline: &Offline) -> ExitCode {
+pub fn run(offline: &OfflineStatus) -> ExitCode {
     match offline.told() {
         Ok(line) => output::say(&line),
         Err(why) => output::complain(&format!("flexnbd status: {why}"), output::EXIT_FAILURE),
     }
 }
 
-impl Offline {
+impl OfflineStatus {
     fn told(&self) -> Result<String, String> {
         let image = self.disk.image()?;
-        let said = |error: LedgerError| error.to_string();
+        let said = |error: RecordStoreError| error.to_string();
         let (size, record) = match size_of(&image) {
-            Ok(size) => (size, Ledger::at(&image).and_then(|ledger| ledger.peek()).map_err(said)?),
+            Ok(size) => {
+                (size, RecordStore::at(&image).and_then(|ledger| ledger.peek()).map_err(said)?)
+            }
             Err(error) => {
                 let last = gone(&image).map_err(said)?;
                 (0, Some(last.ok_or_else(|| unfit(error))?))
@@ -56,7 +58,7 @@ impl Offline {
     }
 }
 
-impl Disk {
+impl DiskArgument {
     fn image(&self) -> Result<PathBuf, String> {
         let path = match self {
             Self::File(image) => return Ok(image.clone()),
@@ -65,10 +67,11 @@ impl Disk {
         // All that keeps a server from starting with it is wrong here as well, so that a
         // configuration can be tried before a restart.
         let config = Some(path.clone());
-        let start = Start { role: Role::Serve, settings: Settings::default(), config };
+        let start =
+            StartRequest { role: ProcessRole::Serve, settings: Settings::default(), config };
         match start.plan() {
             Ok(plan) => Ok(plan.image),
-            Err(NoPlan::Misuse(why) | NoPlan::Config(why)) => Err(why),
+            Err(StartRequestError::Misuse(why) | StartRequestError::Config(why)) => Err(why),
         }
     }
 }
@@ -101,17 +104,18 @@ fn unfit(error: OpenError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::ownership::{Id, Place, Title};
+    use crate::disk::ownership::{Id, Provenance, RemoteAddress};
 
     #[test]
     fn each_record_has_its_pairs_and_no_value_a_space() {
-        let (id, to) = (Id([7; 16]), Place::new("192.0.2.7:10809").unwrap());
+        let (id, to) = (Id([7; 16]), RemoteAddress::new("192.0.2.7:10809").unwrap());
         let told = |record: Option<Record>| describe(Path::new("/a disk"), 512, record.as_ref());
         let start = "image=/a%20disk size=512 ownership=";
         assert_eq!(told(None), format!("{start}none"));
         assert_eq!(told(Some(Record::Incoming { id: None })), format!("{start}incoming"));
-        assert_eq!(told(Some(Record::Ours(Title::Adopted))), format!("{start}ours"));
-        let departing = Record::Departing { id, before: Title::Native, to: to.clone(), from: None };
+        assert_eq!(told(Some(Record::Ours(Provenance::Adopted))), format!("{start}ours"));
+        let departing =
+            Record::Departing { id, before: Provenance::Native, to: to.clone(), from: None };
         let expected = format!("{start}departing moving_to=192.0.2.7:10809");
         assert_eq!(told(Some(departing)), expected);
         let departed = Record::Departed { id, when: 1_700_000_000, to };

@@ -1,7 +1,7 @@
 //! `flexnbd acl`, `break`, `status` and so on: one order to a running server, and its answer.
 //! Decides nothing about either; the answer's number is the exit status.
 
-use super::offline::{Disk, Offline};
+use super::offline::{DiskArgument, OfflineStatus};
 use super::{output, wait};
 use crate::control::command::Mirror;
 use crate::control::status::to_json;
@@ -19,7 +19,7 @@ pub const INSTANCE_BYTES_MAX: usize = 89;
 
 /// Which server is meant: by the path of its control socket, or by the name of its instance.
 #[derive(clap::Args, Clone, Debug)]
-pub struct Server {
+pub struct ServerArgument {
     /// Control socket of the server
     #[arg(short, long, value_name = "SOCK", conflicts_with = "instance")]
     sock: Option<PathBuf>,
@@ -46,7 +46,7 @@ pub enum InstanceError {
 #[derive(clap::Args, Clone, Debug)]
 pub struct AclFlags {
     #[command(flatten)]
-    server: Server,
+    server: ServerArgument,
 
     /// Addresses of clients to admit, IPv4 or IPv6, each with an optional /PREFIX
     #[arg(value_name = "ACL_ENTRY")]
@@ -57,7 +57,7 @@ pub struct AclFlags {
 #[derive(clap::Args, Clone, Debug)]
 pub struct StatusFlags {
     #[command(flatten)]
-    server: Server,
+    server: ServerArgument,
 
     /// Instead of asking a server, look at this file or block device
     #[arg(short, long, value_name = "FILE", conflicts_with_all = ["sock", "instance"])]
@@ -76,21 +76,21 @@ pub struct StatusFlags {
 #[derive(clap::Args, Clone, Debug)]
 pub struct ServerFlags {
     #[command(flatten)]
-    server: Server,
+    server: ServerArgument,
 }
 
 /// An order for the server behind a control socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Order {
+pub struct OperatorCommand {
     /// The control socket.
     pub socket: PathBuf,
     /// What to do.
-    pub kind: Kind,
+    pub kind: CommandKind,
 }
 
 /// What can be ordered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum CommandKind {
     /// Replace the access control list by these entries, at least one.
     Acl(Vec<String>),
     /// Tell how things are.
@@ -113,7 +113,7 @@ pub enum Kind {
     Break,
 }
 
-impl Kind {
+impl CommandKind {
     /// The mode of the command line that gives it.
     fn mode(&self) -> &'static str {
         match self {
@@ -156,11 +156,11 @@ pub(super) fn as_asked(line: &str, json: bool) -> Result<String, String> {
 
 /// What `status` is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum StatusSubject {
     /// A server.
-    Server(Order),
+    Server(OperatorCommand),
     /// A disk, whether there is a server or not.
-    Disk(Offline),
+    Disk(OfflineStatus),
 }
 
 impl AclFlags {
@@ -168,12 +168,12 @@ impl AclFlags {
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self) -> Result<Order, String> {
+    pub fn checked(self) -> Result<OperatorCommand, String> {
         let socket = self.server.socket()?;
         if self.entries.is_empty() {
             return Err("an ACL_ENTRY is missing; 0.0.0.0/0 and ::/0 admit everybody".to_owned());
         }
-        Ok(Order { socket, kind: Kind::Acl(self.entries) })
+        Ok(OperatorCommand { socket, kind: CommandKind::Acl(self.entries) })
     }
 }
 
@@ -182,12 +182,15 @@ impl StatusFlags {
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self) -> Result<Asked, String> {
+    pub fn checked(self) -> Result<StatusSubject, String> {
         let Self { server, file, config, json } = self;
-        let disk = file.map(Disk::File).or(config.map(Disk::Config));
+        let disk = file.map(DiskArgument::File).or(config.map(DiskArgument::Config));
         Ok(match disk {
-            Some(disk) => Asked::Disk(Offline { disk, json }),
-            None => Asked::Server(Order { socket: server.socket()?, kind: Kind::Status { json } }),
+            Some(disk) => StatusSubject::Disk(OfflineStatus { disk, json }),
+            None => StatusSubject::Server(OperatorCommand {
+                socket: server.socket()?,
+                kind: CommandKind::Status { json },
+            }),
         })
     }
 }
@@ -197,12 +200,12 @@ impl ServerFlags {
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self, kind: Kind) -> Result<Order, String> {
-        Ok(Order { socket: self.server.socket()?, kind })
+    pub fn checked(self, kind: CommandKind) -> Result<OperatorCommand, String> {
+        Ok(OperatorCommand { socket: self.server.socket()?, kind })
     }
 }
 
-impl Server {
+impl ServerArgument {
     /// Its control socket.
     pub(super) fn socket(self) -> Result<PathBuf, String> {
         match (self.sock, self.instance) {
@@ -241,8 +244,8 @@ impl FromStr for Instance {
 /// Gives the order and tells the answer: on standard output when it was carried out, else on
 /// standard error. The exit status is the answer's number, or 1 when there is none.
 #[must_use]
-pub fn run(order: &Order) -> ExitCode {
-    if let Kind::Mirror { wait: true, .. } = order.kind {
+pub fn run(order: &OperatorCommand) -> ExitCode {
+    if let CommandKind::Mirror { wait: true, .. } = order.kind {
         return wait::run(&order.socket, &order.kind.command());
     }
     let answer = ask(&order.socket, &order.kind.command()).map_err(|error| error.to_string());
@@ -276,20 +279,20 @@ impl std::error::Error for InstanceError {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::command::Action;
+    use crate::control::command::ArrivalAction;
 
     #[test]
     fn each_order_is_said_in_its_own_words() {
         let entries = vec!["::1".to_owned()];
-        assert_eq!(Kind::Acl(entries.clone()).command(), Command::Acl { entries });
-        assert_eq!(Kind::Status { json: true }.command(), Command::Status);
-        assert_eq!(Kind::Reload.command(), Command::Reload);
-        assert_eq!(Kind::Break.command(), Command::Break);
-        assert_eq!(Kind::MirrorSpeed(7).command(), Command::MirrorMaxBps(7));
+        assert_eq!(CommandKind::Acl(entries.clone()).command(), Command::Acl { entries });
+        assert_eq!(CommandKind::Status { json: true }.command(), Command::Status);
+        assert_eq!(CommandKind::Reload.command(), Command::Reload);
+        assert_eq!(CommandKind::Break.command(), Command::Break);
+        assert_eq!(CommandKind::MirrorSpeed(7).command(), Command::MirrorMaxBps(7));
         let to = "[::1]:7".parse().unwrap();
         let order =
-            Mirror { to, action: Action::Exit, bind: None, max_bps: None, no_record: false };
-        let mirror = |wait| Kind::Mirror { order: order.clone(), wait }.command();
+            Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps: None, no_record: false };
+        let mirror = |wait| CommandKind::Mirror { order: order.clone(), wait }.command();
         assert_eq!(mirror(false), Command::Mirror(order.clone()));
         assert_eq!(mirror(true), Command::MirrorWait(order.clone()));
     }
@@ -298,8 +301,9 @@ mod tests {
     fn a_migration_that_has_begun_is_told_in_the_words_of_the_manual() {
         let to = "[::1]:7".parse().unwrap();
         let order =
-            Mirror { to, action: Action::Exit, bind: None, max_bps: None, no_record: false };
-        let shown = |reply| Kind::Mirror { order: order.clone(), wait: false }.presented(&reply);
+            Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps: None, no_record: false };
+        let shown =
+            |reply| CommandKind::Mirror { order: order.clone(), wait: false }.presented(&reply);
         assert_eq!(shown(Reply::success("Mirror started")), Ok("Migration started".to_owned()));
         let why = "mirror already running";
         assert_eq!(shown(Reply::refused(why)), Ok(why.to_owned()));
@@ -308,10 +312,10 @@ mod tests {
     #[test]
     fn a_status_is_shown_as_it_came_or_as_json() {
         let reply = Reply::success("pid=9 is_mirroring=false");
-        let shown = |json| Kind::Status { json }.presented(&reply).unwrap();
+        let shown = |json| CommandKind::Status { json }.presented(&reply).unwrap();
         assert_eq!(shown(false), "pid=9 is_mirroring=false");
         assert_eq!(shown(true), r#"{"pid":9,"is_mirroring":false}"#);
-        let json = Kind::Status { json: true };
+        let json = CommandKind::Status { json: true };
         assert!(json.presented(&Reply::success("who?")).is_err());
         assert_eq!(json.presented(&Reply::refused("not now")), Ok("not now".to_owned()));
     }

@@ -13,7 +13,7 @@ const LINE_EVERY: Duration = Duration::from_secs(30);
 
 /// What one status tells of a running migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Sight {
+pub(super) struct StatusSample {
     /// Bytes of the disk.
     size: u64,
     bytes_left: u64,
@@ -23,17 +23,17 @@ pub(super) struct Sight {
     seconds_left: u64,
     /// Passes completed.
     passes: u64,
-    obstacle: Option<Obstacle>,
+    obstacle: Option<ShownObstacle>,
 }
 
 /// What keeps a migration from going on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Obstacle {
+enum ShownObstacle {
     Unreachable,
     InDoubt,
 }
 
-impl Sight {
+impl StatusSample {
     /// None when the server tells of no migration.
     pub(super) fn of(status: &Status) -> Option<Self> {
         let migration = status.migration.as_ref()?;
@@ -44,8 +44,8 @@ impl Sight {
             seconds_left: migration.seconds_left,
             passes: status.extra(MIGRATION_PASSES).and_then(|n| n.parse().ok()).unwrap_or(0),
             obstacle: match status.extra(MIGRATION_STAGE) {
-                Some("connecting") => Some(Obstacle::Unreachable),
-                Some("in-doubt") => Some(Obstacle::InDoubt),
+                Some("connecting") => Some(ShownObstacle::Unreachable),
+                Some("in-doubt") => Some(ShownObstacle::InDoubt),
                 _ => None,
             },
         })
@@ -64,10 +64,10 @@ impl Sight {
     fn told(&self) -> String {
         let left = HumanBytes(self.bytes_left);
         match self.obstacle {
-            Some(Obstacle::Unreachable) => {
+            Some(ShownObstacle::Unreachable) => {
                 return format!("{left} left; the destination cannot be reached, trying again");
             }
-            Some(Obstacle::InDoubt) => {
+            Some(ShownObstacle::InDoubt) => {
                 return "the destination does not say whether the disk has arrived; clients wait \
                         until it does, see flexnbd-migration(7)"
                     .to_owned();
@@ -89,14 +89,14 @@ pub(super) enum Display {
     /// On a terminal.
     Bar(ProgressBar),
     /// Elsewhere.
-    Lines(Lines),
+    Lines(LineFilter),
 }
 
 impl Display {
     /// On the terminal that standard error is, or line by line.
     pub(super) fn new(on_terminal: bool) -> Self {
         if !on_terminal {
-            return Self::Lines(Lines::default());
+            return Self::Lines(LineFilter::default());
         }
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         // A test reads the same template; were it wrong, the crate's own would do.
@@ -108,7 +108,7 @@ impl Display {
 
     /// Shows what was seen `at` this time since the beginning. Returns the line to print, if one
     /// is due.
-    pub(super) fn show(&mut self, at: Duration, sight: &Sight) -> Option<String> {
+    pub(super) fn show(&mut self, at: Duration, sight: &StatusSample) -> Option<String> {
         match self {
             Self::Lines(lines) => lines.next(at, sight),
             Self::Bar(bar) => {
@@ -132,15 +132,15 @@ const TEMPLATE: &str = "[{wide_bar}] {msg}";
 
 /// Decides which sights are worth a line.
 #[derive(Debug, Default)]
-pub(super) struct Lines {
+pub(super) struct LineFilter {
     /// The percentage of the last line, rounded down to a whole step.
     percent: u64,
     last: Duration,
-    obstacle: Option<Obstacle>,
+    obstacle: Option<ShownObstacle>,
 }
 
-impl Lines {
-    fn next(&mut self, at: Duration, sight: &Sight) -> Option<String> {
+impl LineFilter {
+    fn next(&mut self, at: Duration, sight: &StatusSample) -> Option<String> {
         let percent = sight.percent() / LINE_PERCENT * LINE_PERCENT;
         let changed = sight.obstacle != self.obstacle;
         if percent <= self.percent && at < self.last + LINE_EVERY && !changed {
@@ -187,7 +187,7 @@ fn time(time: Duration) -> String {
 mod tests {
     use super::*;
 
-    const START: Sight = Sight {
+    const START: StatusSample = StatusSample {
         size: 100 << 20,
         bytes_left: 100 << 20,
         speed: 10 << 20,
@@ -196,8 +196,8 @@ mod tests {
         obstacle: None,
     };
 
-    fn at(percent: u64) -> Sight {
-        Sight { bytes_left: (100 - percent) << 20, ..START }
+    fn at(percent: u64) -> StatusSample {
+        StatusSample { bytes_left: (100 - percent) << 20, ..START }
     }
 
     const fn seconds(seconds: u64) -> Duration {
@@ -209,19 +209,19 @@ mod tests {
         let line = "pid=1 size=200 is_mirroring=true clients_allowed=true num_clients=0 \
             has_control=true migration_speed=5 migration_duration=6 migration_seconds_left=7 \
             migration_bytes_left=50 migration_stage=connecting migration_passes=2";
-        let expected = Sight {
+        let expected = StatusSample {
             size: 200,
             bytes_left: 50,
             speed: 5,
             seconds_left: 7,
             passes: 2,
-            obstacle: Some(Obstacle::Unreachable),
+            obstacle: Some(ShownObstacle::Unreachable),
         };
-        let sight = |line: &str| Sight::of(&Status::from_line(line).unwrap());
+        let sight = |line: &str| StatusSample::of(&Status::from_line(line).unwrap());
         assert_eq!(sight(line), Some(expected));
         // The original knows neither stages nor passes.
         let (original, _) = line.split_once(" migration_stage").unwrap();
-        assert_eq!(sight(original), Some(Sight { passes: 0, obstacle: None, ..expected }));
+        assert_eq!(sight(original), Some(StatusSample { passes: 0, obstacle: None, ..expected }));
         let idle = "pid=1 size=2 is_mirroring=false clients_allowed=true num_clients=0 \
             has_control=true";
         assert_eq!(sight(idle), None);
@@ -230,17 +230,17 @@ mod tests {
     #[test]
     fn a_sight_tells_percent_rate_rest_time_and_pass() {
         assert_eq!(at(40).told(), "40 %, 10.00 MiB/s, 60.00 MiB left, about 10 s, pass 1");
-        let stalled = Sight { speed: 0, seconds_left: 0, passes: 3, ..at(99) };
+        let stalled = StatusSample { speed: 0, seconds_left: 0, passes: 3, ..at(99) };
         assert_eq!(stalled.told(), "99 %, 0 B/s, 1.00 MiB left, pass 4");
-        let unreachable = Sight { obstacle: Some(Obstacle::Unreachable), ..at(99) };
+        let unreachable = StatusSample { obstacle: Some(ShownObstacle::Unreachable), ..at(99) };
         assert!(unreachable.told().contains("cannot be reached, trying again"));
-        let in_doubt = Sight { obstacle: Some(Obstacle::InDoubt), ..at(99) };
+        let in_doubt = StatusSample { obstacle: Some(ShownObstacle::InDoubt), ..at(99) };
         assert!(in_doubt.told().contains("does not say whether the disk has arrived"));
     }
 
     #[test]
     fn no_size_makes_a_percentage_go_wrong() {
-        let percent = |size, bytes_left| Sight { size, bytes_left, ..START }.percent();
+        let percent = |size, bytes_left| StatusSample { size, bytes_left, ..START }.percent();
         assert_eq!(percent(0, 0), 0);
         assert_eq!(percent(u64::MAX, 0), 100);
         assert_eq!(percent(100, 101), 0, "more is left than there is");
@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn every_ten_percent_are_worth_one_line() {
-        let mut lines = Lines::default();
+        let mut lines = LineFilter::default();
         let mut told = |percent| lines.next(seconds(1), &at(percent)).is_some();
         let due: Vec<u64> = (0..=35).filter(|percent| told(*percent)).collect();
         assert_eq!(due, [10, 20, 30]);
@@ -260,7 +260,7 @@ mod tests {
 
     #[test]
     fn thirty_seconds_are_worth_a_line() {
-        let mut lines = Lines::default();
+        let mut lines = LineFilter::default();
         let mut told = |time| lines.next(time, &START).is_some();
         assert!(!told(LINE_EVERY - Duration::from_millis(1)));
         assert!(told(LINE_EVERY));
@@ -270,10 +270,11 @@ mod tests {
 
     #[test]
     fn an_obstacle_is_told_when_it_comes_and_when_it_goes() {
-        let mut lines = Lines::default();
-        let mut told = |obstacle| lines.next(seconds(1), &Sight { obstacle, ..START }).is_some();
-        assert!(told(Some(Obstacle::Unreachable)));
-        assert!(!told(Some(Obstacle::Unreachable)));
+        let mut lines = LineFilter::default();
+        let mut told =
+            |obstacle| lines.next(seconds(1), &StatusSample { obstacle, ..START }).is_some();
+        assert!(told(Some(ShownObstacle::Unreachable)));
+        assert!(!told(Some(ShownObstacle::Unreachable)));
         assert!(told(None));
         assert!(!told(None));
     }

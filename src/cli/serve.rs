@@ -2,8 +2,8 @@
 //! Only says what they are called; what follows from them is decided in [`super::start`].
 
 use super::settings::Settings;
-use super::start::Start;
-use crate::daemon::Role;
+use super::start::StartRequest;
+use crate::daemon::ProcessRole;
 use std::path::PathBuf;
 
 /// The flags of `serve`.
@@ -21,7 +21,7 @@ pub struct ServeFlags {
 impl ServeFlags {
     /// What is meant by them.
     #[must_use]
-    pub fn start(self) -> Start {
-        Start { role: Role::Serve, settings: self.settings, config: self.config }
+    pub fn start(self) -> StartRequest {
+        StartRequest { role: ProcessRole::Serve, settings: self.settings, config: self.config }
     }
 }

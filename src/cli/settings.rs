@@ -107,7 +107,7 @@ pub enum Autostart {
 
 /// Where to listen cannot be made out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Nowhere {
+pub enum AddressMissing {
     /// A port, but no address.
     AddressMissing,
     /// The two do not fit each other.
@@ -159,11 +159,13 @@ impl Settings {
     ///
     /// # Errors
     /// When one of the two is missing or too much.
-    pub fn address(&self) -> Result<Option<Address>, Nowhere> {
+    pub fn address(&self) -> Result<Option<Address>, AddressMissing> {
         match (&self.addr, self.port) {
             (None, None) => Ok(None),
-            (None, Some(_)) => Err(Nowhere::AddressMissing),
-            (Some(host), port) => host.clone().with_port(port).map(Some).map_err(Nowhere::Unfit),
+            (None, Some(_)) => Err(AddressMissing::AddressMissing),
+            (Some(host), port) => {
+                host.clone().with_port(port).map(Some).map_err(AddressMissing::Unfit)
+            }
         }
     }
 }
@@ -217,7 +219,7 @@ pub fn parse_holes(text: &str) -> Result<HolePolicy, String> {
     }
 }
 
-impl Nowhere {
+impl AddressMissing {
     /// The same, for those who have said it by the keys of a file.
     #[must_use]
     pub fn in_keys(&self) -> String {
@@ -225,7 +227,7 @@ impl Nowhere {
     }
 }
 
-impl fmt::Display for Nowhere {
+impl fmt::Display for AddressMissing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AddressMissing => write!(f, "--port needs --addr as well"),
@@ -237,7 +239,7 @@ impl fmt::Display for Nowhere {
     }
 }
 
-impl std::error::Error for Nowhere {}
+impl std::error::Error for AddressMissing {}
 
 #[cfg(test)]
 mod tests {
@@ -290,7 +292,7 @@ mod tests {
         assert_eq!(settings(None, None).address(), Ok(None));
         let tcp = settings(host("::1"), Some(7)).address();
         assert_eq!(tcp, Ok(Some(Address::Tcp("[::1]:7".parse().unwrap()))));
-        assert_eq!(settings(None, Some(7)).address(), Err(Nowhere::AddressMissing));
+        assert_eq!(settings(None, Some(7)).address(), Err(AddressMissing::AddressMissing));
         let missing = settings(host("[::1]"), None).address().unwrap_err();
         assert_eq!(missing.to_string(), "--addr ::1 needs --port as well");
         let unfit = settings(host("/x"), Some(7)).address().unwrap_err();

@@ -3,8 +3,8 @@
 
 use super::config;
 use super::instance::{self, is_of_the_service};
-use super::settings::{Nowhere, Settings};
-use crate::daemon::{Admission, Plan, Reread, Role};
+use super::settings::{AddressMissing, Settings};
+use crate::daemon::{Admission, Config, ProcessRole, RereadConfig};
 use crate::server::CLIENTS_MAX;
 use crate::server::acl::Acl;
 use crate::small_file::{self, ReadError};
@@ -14,9 +14,9 @@ use std::time::Duration;
 
 /// A process to be started, as far as the command line tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Start {
+pub struct StartRequest {
     /// To serve a disk or to receive one.
-    pub role: Role,
+    pub role: ProcessRole,
     /// What the configuration file can say as well.
     pub settings: Settings,
     /// The configuration file.
@@ -25,69 +25,72 @@ pub struct Start {
 
 /// Why there is no plan; each holds a sentence for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NoPlan {
+pub enum StartRequestError {
     /// The command line cannot be meant.
     Misuse(String),
     /// The configuration file cannot be read or is wrong.
     Config(String),
 }
 
-impl Start {
+impl StartRequest {
     /// The mode of the command line that it is.
     #[must_use]
     pub fn mode(&self) -> &'static str {
         match self.role {
-            Role::Serve => "serve",
-            Role::Listen { .. } => "listen",
+            ProcessRole::Serve => "serve",
+            ProcessRole::Listen { .. } => "listen",
         }
     }
 
     /// Makes the plan, reading the configuration file as it is now.
     ///
     /// # Errors
-    /// [`NoPlan`].
-    pub fn plan(&self) -> Result<Plan, NoPlan> {
-        let text = self.config.as_deref().map(read).transpose().map_err(NoPlan::Config)?;
+    /// [`StartRequestError`].
+    pub fn plan(&self) -> Result<Config, StartRequestError> {
+        let text =
+            self.config.as_deref().map(read).transpose().map_err(StartRequestError::Config)?;
         self.plan_with(text.as_deref())
     }
 
     /// How to learn later what the configuration file then says, if there is one.
     #[must_use]
-    pub fn reread(&self) -> Option<Reread> {
+    pub fn reread(&self) -> Option<RereadConfig> {
         self.config.as_ref()?;
         let start = self.clone();
-        Some(Reread(Box::new(move || match start.plan() {
+        Some(RereadConfig(Box::new(move || match start.plan() {
             Ok(plan) => Ok(plan.admission),
-            Err(NoPlan::Misuse(sentence) | NoPlan::Config(sentence)) => Err(sentence),
+            Err(StartRequestError::Misuse(sentence) | StartRequestError::Config(sentence)) => {
+                Err(sentence)
+            }
         })))
     }
 
-    /// [`Start::plan`] with the text of the configuration file.
-    fn plan_with(&self, text: Option<&str>) -> Result<Plan, NoPlan> {
+    /// [`StartRequest::plan`] with the text of the configuration file.
+    fn plan_with(&self, text: Option<&str>) -> Result<Config, StartRequestError> {
         let file = match (&self.config, text) {
-            (Some(path), Some(text)) => {
-                config::parse(path, text).map_err(|error| NoPlan::Config(error.to_string()))?
-            }
+            (Some(path), Some(text)) => config::parse(path, text)
+                .map_err(|error| StartRequestError::Config(error.to_string()))?,
             _ => Settings::default(),
         };
         let settings = self.settings.clone().over(file);
         let settings = match self.role {
-            Role::Serve => settings.to_serve(),
-            Role::Listen { .. } => settings.to_listen(),
+            ProcessRole::Serve => settings.to_serve(),
+            ProcessRole::Listen { .. } => settings.to_listen(),
         };
         let acl = Acl::parse(&settings.acl, settings.default_deny)
-            .map_err(|bad| NoPlan::Misuse(bad.to_string()))?;
+            .map_err(|bad| StartRequestError::Misuse(bad.to_string()))?;
         let clients_max = settings.max_clients.unwrap_or(CLIENTS_MAX);
         if let Some(file) = self.config.as_deref().filter(|file| is_of_the_service(file))
             && settings.file.is_some()
             && settings.address().is_ok()
         {
-            let wrong = |why| NoPlan::Config(format!("{}: {why}", file.display()));
+            let wrong = |why| StartRequestError::Config(format!("{}: {why}", file.display()));
             instance::check(&settings).map_err(wrong)?;
         }
-        let address = settings.address().map_err(|error| NoPlan::Misuse(self.nowhere(&error)))?;
-        let image = settings.file.ok_or_else(|| NoPlan::Misuse(self.image_missing()))?;
-        Ok(Plan {
+        let address =
+            settings.address().map_err(|error| StartRequestError::Misuse(self.nowhere(&error)))?;
+        let image = settings.file.ok_or_else(|| StartRequestError::Misuse(self.image_missing()))?;
+        Ok(Config {
             role: self.role,
             config: self.config.clone(),
             address,
@@ -113,7 +116,7 @@ impl Start {
     }
 
     /// In options, if one of them has a part in it; else in the keys of the file.
-    fn nowhere(&self, error: &Nowhere) -> String {
+    fn nowhere(&self, error: &AddressMissing) -> String {
         match &self.config {
             Some(path) if self.settings.addr.is_none() && self.settings.port.is_none() => {
                 format!("{}: {}", path.display(), error.in_keys())
@@ -153,8 +156,12 @@ mod tests {
     use nix::sys::stat::Mode;
     use std::fs;
 
-    fn serve(flags: Settings, config: Option<&str>) -> Start {
-        Start { role: Role::Serve, settings: flags, config: config.map(PathBuf::from) }
+    fn serve(flags: Settings, config: Option<&str>) -> StartRequest {
+        StartRequest {
+            role: ProcessRole::Serve,
+            settings: flags,
+            config: config.map(PathBuf::from),
+        }
     }
 
     fn file(path: &str) -> Settings {
@@ -163,8 +170,8 @@ mod tests {
 
     #[test]
     fn what_is_not_said_has_its_default() {
-        let expected = Plan {
-            role: Role::Serve,
+        let expected = Config {
+            role: ProcessRole::Serve,
             config: None,
             address: None,
             image: "/a".into(),
@@ -187,8 +194,8 @@ mod tests {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
             READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nPLAIN=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\nHOLES=ignore\n\
             ACL=::1\n";
-        let expected = Plan {
-            role: Role::Serve,
+        let expected = Config {
+            role: ProcessRole::Serve,
             config: Some("disk.conf".into()),
             address: Some(Address::Tcp("[::]:7".parse().unwrap())),
             image: "/a".into(),
@@ -211,8 +218,9 @@ mod tests {
     fn one_file_feeds_serve_and_listen_and_listen_passes_over_what_makes_no_sense_for_it() {
         let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n\
             IDLE_EXIT=60\nPLAIN=1\n";
-        let role = Role::Listen { overwrite: true, records: crate::daemon::Records::Required };
-        let start = Start { role, ..serve(Settings::default(), Some("disk.conf")) };
+        let role =
+            ProcessRole::Listen { overwrite: true, records: crate::daemon::RecordPolicy::Required };
+        let start = StartRequest { role, ..serve(Settings::default(), Some("disk.conf")) };
         let plan = start.plan_with(Some(text)).unwrap();
         let admission = Admission { acl: Acl::parse(&["::1"], false).unwrap(), clients_max: 128 };
         assert_eq!((plan.role, plan.export.as_str(), plan.admission), (role, "disk", admission));
@@ -229,7 +237,7 @@ mod tests {
 
     #[test]
     fn without_an_image_there_is_no_plan() {
-        let misuse = |text: &str| Err(NoPlan::Misuse(text.to_owned()));
+        let misuse = |text: &str| Err(StartRequestError::Misuse(text.to_owned()));
         let asked = serve(Settings::default(), None);
         assert_eq!(asked.plan(), misuse("--file FILE is missing"));
         let asked = serve(Settings::default(), Some("disk.conf"));
@@ -241,16 +249,24 @@ mod tests {
     fn an_address_that_does_not_fit_is_misuse_wherever_its_halves_come_from() {
         let asked = serve(Settings { port: Some(7), ..file("/a") }, Some("disk.conf"));
         let refused = asked.plan_with(Some("ADDR=/run/x\n")).unwrap_err();
-        assert!(matches!(refused, NoPlan::Misuse(text) if text.contains("/run/x is the path")));
+        assert!(
+            matches!(refused, StartRequestError::Misuse(text) if text.contains("/run/x is the path"))
+        );
     }
 
     #[test]
     fn messages_about_a_file_name_its_keys() {
         let asked = serve(file("/a"), Some("disk.conf"));
         let refused = asked.plan_with(Some("PORT=7\n"));
-        assert_eq!(refused, Err(NoPlan::Misuse("disk.conf: PORT needs ADDR as well".into())));
+        assert_eq!(
+            refused,
+            Err(StartRequestError::Misuse("disk.conf: PORT needs ADDR as well".into()))
+        );
         let refused = asked.plan_with(Some("ADDR=::1\n"));
-        assert_eq!(refused, Err(NoPlan::Misuse("disk.conf: ADDR ::1 needs PORT as well".into())));
+        assert_eq!(
+            refused,
+            Err(StartRequestError::Misuse("disk.conf: ADDR ::1 needs PORT as well".into()))
+        );
     }
 
     #[test]
@@ -258,7 +274,7 @@ mod tests {
         let text = "FILE=/a\nADDR=::\nPORT=0\n";
         let refused = serve(Settings::default(), Some("/etc/flexnbd/disk.conf"));
         let why = "/etc/flexnbd/disk.conf: PORT: a socket unit needs a port that is not 0";
-        assert_eq!(refused.plan_with(Some(text)), Err(NoPlan::Config(why.to_owned())));
+        assert_eq!(refused.plan_with(Some(text)), Err(StartRequestError::Config(why.to_owned())));
         assert!(refused.plan_with(Some("FILE=a\n")).is_err());
         let by_hand = serve(Settings::default(), Some("/srv/disk.conf"));
         assert!(
@@ -271,7 +287,7 @@ mod tests {
         let asked = serve(file("/a"), Some("disk.conf"));
         let expected = "disk.conf, line 1: PORT: `x` is not a port, a number up to 65535";
         let refused = asked.plan_with(Some("PORT=x\n"));
-        assert_eq!(refused, Err(NoPlan::Config(expected.to_owned())));
+        assert_eq!(refused, Err(StartRequestError::Config(expected.to_owned())));
     }
 
     #[test]
@@ -294,7 +310,7 @@ mod tests {
         ] {
             let asked = serve(file("/a"), path.to_str());
             let text = format!("cannot read the configuration file {}: {why}", path.display());
-            assert_eq!(asked.plan(), Err(NoPlan::Config(text)));
+            assert_eq!(asked.plan(), Err(StartRequestError::Config(text)));
         }
     }
 

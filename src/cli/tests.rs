@@ -1,18 +1,18 @@
 //! What a command line means, and what each mistake is answered with.
 //! Nothing here opens a socket or a disk.
 
-use super::offline::{Disk, Offline};
-use super::operate::Kind;
+use super::offline::{DiskArgument, OfflineStatus};
+use super::operate::CommandKind;
 use super::*;
-use crate::control::command::{Action, Mirror};
-use crate::daemon::{Records, Role};
+use crate::control::command::{ArrivalAction, Mirror};
+use crate::daemon::{ProcessRole, RecordPolicy};
 use crate::net::Remote;
 
 fn parsed(line: &str) -> Result<Invocation, Stop> {
     parse(["flexnbd"].into_iter().chain(line.split_whitespace()).map(OsString::from))
 }
 
-fn meant(line: &str) -> Command {
+fn meant(line: &str) -> CliCommand {
     match parsed(line) {
         Ok(invocation) => invocation.command,
         Err(Stop::Misuse(misuse)) => panic!("{line}: {misuse}"),
@@ -20,9 +20,9 @@ fn meant(line: &str) -> Command {
     }
 }
 
-fn started(line: &str) -> Start {
+fn started(line: &str) -> StartRequest {
     match meant(line) {
-        Command::Start(start) => start,
+        CliCommand::Start(start) => start,
         other => panic!("{line}: {other:?}"),
     }
 }
@@ -31,7 +31,7 @@ fn settings(line: &str) -> settings::Settings {
     started(line).settings
 }
 
-fn refused(line: &str) -> Misuse {
+fn refused(line: &str) -> UsageError {
     match parsed(line) {
         Err(Stop::Misuse(misuse)) => misuse,
         other => panic!("{line}: {other:?}"),
@@ -76,7 +76,10 @@ fn every_long_option_of_serve_is_understood() {
         ..settings::Settings::default()
     };
     let config = Some("/c".into());
-    assert_eq!(started(line), Start { role: Role::Serve, settings: expected, config });
+    assert_eq!(
+        started(line),
+        StartRequest { role: ProcessRole::Serve, settings: expected, config }
+    );
 }
 
 #[test]
@@ -97,13 +100,13 @@ fn every_option_of_listen_is_understood() {
         acl: vec!["192.0.2.1".to_owned(), "::1".to_owned()],
         ..settings::Settings::default()
     };
-    let role = Role::Listen { overwrite: true, records: Records::Required };
-    let expected = Start { role, settings: expected, config: Some("/c".into()) };
+    let role = ProcessRole::Listen { overwrite: true, records: RecordPolicy::Required };
+    let expected = StartRequest { role, settings: expected, config: Some("/c".into()) };
     assert_eq!(started(long), expected);
     assert_eq!(started(short), expected);
     assert_eq!(
         started("listen -f /a").role,
-        Role::Listen { overwrite: false, records: Records::Required }
+        ProcessRole::Listen { overwrite: false, records: RecordPolicy::Required }
     );
 }
 
@@ -115,9 +118,9 @@ fn what_makes_no_sense_for_an_incoming_disk_is_no_option_of_listen() {
     refuses("serve -f /a --overwrite", "unknown option `--overwrite`");
 }
 
-fn ordered(line: &str) -> Kind {
+fn ordered(line: &str) -> CommandKind {
     match meant(line) {
-        Command::Operate(order) => {
+        CliCommand::Operate(order) => {
             assert_eq!(order.socket.to_str(), Some("/x"), "{line}");
             order.kind
         }
@@ -129,13 +132,13 @@ fn ordered(line: &str) -> Kind {
 fn every_option_of_mirror_is_understood() {
     let plain = |to: &str| Mirror {
         to: to.parse().unwrap(),
-        action: Action::Exit,
+        action: ArrivalAction::Exit,
         bind: None,
         max_bps: None,
         no_record: false,
     };
     let full = Mirror {
-        action: Action::Unlink,
+        action: ArrivalAction::Unlink,
         bind: Some("192.0.2.9".parse().unwrap()),
         max_bps: Some(10 << 20),
         no_record: true,
@@ -146,25 +149,32 @@ fn every_option_of_mirror_is_understood() {
     let short =
         "mirror -l 192.0.2.1 -p 7 -s /x -u -b 192.0.2.9 --max-speed 10485760 --no-record --wait";
     for line in [long, short] {
-        assert_eq!(ordered(line), Kind::Mirror { order: full.clone(), wait: true }, "{line}");
+        assert_eq!(
+            ordered(line),
+            CommandKind::Mirror { order: full.clone(), wait: true },
+            "{line}"
+        );
     }
     for address in ["::1", "[::1]"] {
         let order = ordered(&format!("mirror -l {address} -p 7 -s /x"));
-        assert_eq!(order, Kind::Mirror { order: plain("[::1]:7"), wait: false });
+        assert_eq!(order, CommandKind::Mirror { order: plain("[::1]:7"), wait: false });
     }
     // No limit, and from anywhere: as if nothing had been said.
     let order = ordered("mirror -l ::1 -p 7 -s /x --max-speed 0 -b ::");
-    assert_eq!(order, Kind::Mirror { order: plain("[::1]:7"), wait: false });
+    assert_eq!(order, CommandKind::Mirror { order: plain("[::1]:7"), wait: false });
 }
 
 #[test]
 fn a_running_migration_can_be_slowed_and_stopped() {
-    assert_eq!(ordered("mirror-speed -s /x -m 4K"), Kind::MirrorSpeed(4096));
-    assert_eq!(ordered("mirror-speed --sock /x --max-speed 0"), Kind::MirrorSpeed(0));
-    assert_eq!(ordered("break --sock /x"), Kind::Break);
+    assert_eq!(ordered("mirror-speed -s /x -m 4K"), CommandKind::MirrorSpeed(4096));
+    assert_eq!(ordered("mirror-speed --sock /x --max-speed 0"), CommandKind::MirrorSpeed(0));
+    assert_eq!(ordered("break --sock /x"), CommandKind::Break);
     assert_eq!(
         meant("break --instance a"),
-        Command::Operate(Order { socket: "/run/flexnbd/a.sock".into(), kind: Kind::Break })
+        CliCommand::Operate(OperatorCommand {
+            socket: "/run/flexnbd/a.sock".into(),
+            kind: CommandKind::Break
+        })
     );
 }
 
@@ -215,7 +225,7 @@ fn a_speed_is_a_number_of_bytes() {
 
 #[test]
 fn a_copy_to_adopt_is_a_file() {
-    let adopt = |force| Command::Adopt(adopt::Adopt { file: "/a".into(), force });
+    let adopt = |force| CliCommand::Adopt(adopt::Adopt { file: "/a".into(), force });
     assert_eq!(meant("adopt -f /a"), adopt(false));
     assert_eq!(meant("adopt --file /a --force"), adopt(true));
     refuses("adopt", "--file FILE is missing");
@@ -254,21 +264,21 @@ fn read_and_write_know_the_same_options() {
     let long = "--addr localhost --port 7 --from 4K --size 1M --bind 127.0.0.9 --export disk";
     let short = "-l localhost -p 7 -F 4096 -S 1048576 -b 127.0.0.9 --export disk";
     for options in [long, short] {
-        assert_eq!(meant(&format!("read {options}")), Command::Read(expected.clone()));
-        assert_eq!(meant(&format!("write {options}")), Command::Write(expected.clone()));
+        assert_eq!(meant(&format!("read {options}")), CliCommand::Read(expected.clone()));
+        assert_eq!(meant(&format!("write {options}")), CliCommand::Write(expected.clone()));
     }
 }
 
 #[test]
 fn a_uri_names_server_and_export() {
-    let Command::Read(transfer) = meant("read --uri nbd://[::1]/disk -F 0 -S 1 -b [::2]") else {
+    let CliCommand::Read(transfer) = meant("read --uri nbd://[::1]/disk -F 0 -S 1 -b [::2]") else {
         panic!("read")
     };
     assert_eq!(transfer.remote, Remote::Host { host: "::1".to_owned(), port: 10809 });
     assert_eq!(transfer.export, "disk");
     assert_eq!(transfer.bind, Some("::2".parse().unwrap()));
     for (uri, export) in [("nbd://h", "disk"), ("nbd://h/disk", "disk")] {
-        let Command::Read(transfer) =
+        let CliCommand::Read(transfer) =
             meant(&format!("read --uri {uri} --export {export} -F 0 -S 1"))
         else {
             panic!("read")
@@ -279,26 +289,27 @@ fn a_uri_names_server_and_export() {
 
 #[test]
 fn a_transfer_may_go_over_a_unix_socket() {
-    let Command::Write(transfer) = meant("write -l /run/x -F 0 -S 1") else { panic!("write") };
+    let CliCommand::Write(transfer) = meant("write -l /run/x -F 0 -S 1") else { panic!("write") };
     assert_eq!(transfer.remote, Remote::Unix("/run/x".into()));
 }
 
 #[test]
 fn orders_name_their_server_by_socket_or_instance() {
-    let order = |socket: &str, kind| Command::Operate(Order { socket: socket.into(), kind });
-    let entries = || Kind::Acl(vec!["::1".to_owned(), "192.0.2.0/24".to_owned()]);
+    let order =
+        |socket: &str, kind| CliCommand::Operate(OperatorCommand { socket: socket.into(), kind });
+    let entries = || CommandKind::Acl(vec!["::1".to_owned(), "192.0.2.0/24".to_owned()]);
     assert_eq!(meant("acl --sock /x ::1 192.0.2.0/24"), order("/x", entries()));
     assert_eq!(meant("acl ::1 -s /x 192.0.2.0/24"), order("/x", entries()));
     assert_eq!(
         meant("status --instance a:b-1"),
-        order("/run/flexnbd/a:b-1.sock", Kind::Status { json: false })
+        order("/run/flexnbd/a:b-1.sock", CommandKind::Status { json: false })
     );
-    assert_eq!(meant("status -s /x --json"), order("/x", Kind::Status { json: true }));
-    let offline = |disk, json| Command::Inspect(Offline { disk, json });
-    assert_eq!(meant("status -f /x"), offline(Disk::File("/x".into()), false));
-    let named = Disk::Config("/y".into());
+    assert_eq!(meant("status -s /x --json"), order("/x", CommandKind::Status { json: true }));
+    let offline = |disk, json| CliCommand::Inspect(OfflineStatus { disk, json });
+    assert_eq!(meant("status -f /x"), offline(DiskArgument::File("/x".into()), false));
+    let named = DiskArgument::Config("/y".into());
     assert_eq!(meant("status --config /y --json"), offline(named, true));
-    assert_eq!(meant("reload --instance a"), order("/run/flexnbd/a.sock", Kind::Reload));
+    assert_eq!(meant("reload --instance a"), order("/run/flexnbd/a.sock", CommandKind::Reload));
 }
 
 #[test]
@@ -325,7 +336,7 @@ fn the_last_of_verbose_and_quiet_wins_before_and_after_the_mode() {
 fn help_is_an_answer_wherever_it_is_asked_for() {
     let answer = |line: &str| match parsed(line) {
         Err(Stop::Answer(text)) => text,
-        Ok(Invocation { command: Command::Help(text), .. }) => text,
+        Ok(Invocation { command: CliCommand::Help(text), .. }) => text,
         other => panic!("{line}: {other:?}"),
     };
     for line in ["-h", "--help", "help", "-v help", "help -q"] {
@@ -514,7 +525,7 @@ fn an_instance_is_a_word_that_leads_nowhere_else() {
         assert!(misuse.sentence.starts_with(&start), "{misuse}");
     }
     let fits = "x".repeat(operate::INSTANCE_BYTES_MAX);
-    let Command::Operate(order) = meant(&format!("status --instance {fits}")) else {
+    let CliCommand::Operate(order) = meant(&format!("status --instance {fits}")) else {
         panic!("status")
     };
     assert_eq!(order.socket.as_os_str().len(), 107);
@@ -529,7 +540,7 @@ fn an_argument_that_is_not_utf8_is_refused_where_text_is_needed_and_taken_as_a_p
         let odd = OsString::from_vec(b"/\xff".to_vec());
         parse(["flexnbd", "serve", option].map(OsString::from).into_iter().chain([odd]))
     };
-    assert!(matches!(with("--file"), Ok(Invocation { command: Command::Start(_), .. })));
+    assert!(matches!(with("--file"), Ok(Invocation { command: CliCommand::Start(_), .. })));
     let Err(Stop::Misuse(misuse)) = with("--export") else { panic!("export") };
     assert_eq!(misuse.sentence, "an argument is not valid UTF-8");
 }

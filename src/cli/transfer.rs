@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The flags of `read` and `write`.
 #[derive(clap::Args, Clone, Debug)]
-pub struct Flags {
+pub struct TransferFlags {
     /// Server to connect to: IPv4, IPv6, a host name, or the path of a unix socket, which begins
     /// with / and has no port
     #[arg(short = 'l', long, value_name = "ADDR", conflicts_with = "uri")]
@@ -73,7 +73,7 @@ pub struct Transfer {
     pub bind: Option<IpAddr>,
 }
 
-impl Flags {
+impl TransferFlags {
     /// What is meant by them.
     ///
     /// # Errors
@@ -109,7 +109,7 @@ pub fn write(transfer: &Transfer) -> ExitCode {
 
 /// Why not everything was moved.
 #[derive(Debug)]
-enum Failure {
+enum TransferError {
     /// No address of the server could be connected to.
     Unreachable(io::Error),
     /// The server, or the connection to it.
@@ -122,7 +122,7 @@ enum Failure {
     Output(io::Error),
 }
 
-impl From<ClientError> for Failure {
+impl From<ClientError> for TransferError {
     fn from(error: ClientError) -> Self {
         match error {
             ClientError::Sink(error) => Self::Output(error),
@@ -133,19 +133,19 @@ impl From<ClientError> for Failure {
 
 impl Transfer {
     /// Streams from the server to `out`.
-    fn read(&self, out: &mut dyn Write) -> Result<(), Failure> {
+    fn read(&self, out: &mut dyn Write) -> Result<(), TransferError> {
         let mut connection = self.connect()?;
         for (offset, length) in self.requests(connection.payload_length_max()) {
             connection.read(offset, length, &mut |data| out.write_all(data))?;
         }
-        out.flush().map_err(Failure::Output)?;
+        out.flush().map_err(TransferError::Output)?;
         connection.close();
         Ok(())
     }
 
     /// Streams from `input` to the server. Every request is sent only when all of its data is at
     /// hand, so that an input that ends too early leaves no half a request behind.
-    fn write(&self, input: &mut dyn Read) -> Result<(), Failure> {
+    fn write(&self, input: &mut dyn Read) -> Result<(), TransferError> {
         let mut connection = self.connect()?;
         let mut data = Vec::new();
         for (offset, length) in self.requests(connection.payload_length_max()) {
@@ -154,7 +154,7 @@ impl Transfer {
             if taken.is_err() || data.len() < length as usize {
                 let written = offset - self.from;
                 let had = written + data.len() as u64;
-                return Err(Failure::Input { had, written, error: taken.err() });
+                return Err(TransferError::Input { had, written, error: taken.err() });
             }
             connection.write(offset, &data)?;
         }
@@ -163,13 +163,13 @@ impl Transfer {
         Ok(())
     }
 
-    fn connect(&self) -> Result<Connection, Failure> {
-        let stream = self.reach().map_err(Failure::Unreachable)?;
+    fn connect(&self) -> Result<Connection, TransferError> {
+        let stream = self.reach().map_err(TransferError::Unreachable)?;
         let connection = Connection::open(stream, &self.export, PATIENCE)?;
         let size = connection.agreement().size;
         if Range::within(size, self.from, self.size).is_none() {
             connection.close();
-            return Err(Failure::BeyondTheEnd(size));
+            return Err(TransferError::BeyondTheEnd(size));
         }
         connection.check_alignment(self.from, self.size)?;
         Ok(connection)
@@ -208,11 +208,11 @@ fn flush(connection: &mut Connection) -> Result<(), ClientError> {
     }
 }
 
-fn told(mode: &str, transfer: &Transfer, outcome: Result<(), Failure>) -> ExitCode {
+fn told(mode: &str, transfer: &Transfer, outcome: Result<(), TransferError>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever read it had enough; there is nobody to tell.
-        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+        Err(TransferError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             ExitCode::from(output::EXIT_FAILURE)
         }
         Err(failure) => {
@@ -222,27 +222,27 @@ fn told(mode: &str, transfer: &Transfer, outcome: Result<(), Failure>) -> ExitCo
     }
 }
 
-fn explained(transfer: &Transfer, failure: &Failure) -> String {
+fn explained(transfer: &Transfer, failure: &TransferError) -> String {
     let Transfer { remote, from, size, .. } = transfer;
     match failure {
         // It says itself what was tried: the host may have several addresses.
-        Failure::Unreachable(error) => error.to_string(),
-        Failure::Server(error) => format!("{remote}: {error}"),
-        Failure::BeyondTheEnd(end) => {
+        TransferError::Unreachable(error) => error.to_string(),
+        TransferError::Server(error) => format!("{remote}: {error}"),
+        TransferError::BeyondTheEnd(end) => {
             let (bytes, end) = (counted(*size, "byte"), counted(*end, "byte"));
             let verb = if *size == 1 { "does" } else { "do" };
             format!("{remote}: {bytes} from {from} on {verb} not lie within its {end}")
         }
-        Failure::Input { had, written, error: None } => format!(
+        TransferError::Input { had, written, error: None } => format!(
             "standard input ended after {had} of {}; the first {written} were written",
             counted(*size, "byte")
         ),
-        Failure::Input { had, written, error: Some(error) } => format!(
+        TransferError::Input { had, written, error: Some(error) } => format!(
             "cannot read standard input after {had} of {}: {error}; the first {written} were \
              written",
             counted(*size, "byte")
         ),
-        Failure::Output(error) => format!("cannot write to standard output: {error}"),
+        TransferError::Output(error) => format!("cannot write to standard output: {error}"),
     }
 }
 

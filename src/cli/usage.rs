@@ -8,7 +8,7 @@ use std::fmt;
 
 /// A command line that cannot be meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Misuse {
+pub struct UsageError {
     /// The mode it is about; none when there is no such mode, or none was given.
     pub mode: Option<&'static str>,
     /// What is wrong: one sentence, without a full stop.
@@ -18,7 +18,7 @@ pub struct Misuse {
 }
 
 /// Two lines: who says it and what is wrong, then the usage.
-impl fmt::Display for Misuse {
+impl fmt::Display for UsageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mode = self.mode.map_or_else(String::new, |mode| format!(" {mode}"));
         writeln!(f, "flexnbd{mode}: {}", self.sentence)?;
@@ -26,7 +26,7 @@ impl fmt::Display for Misuse {
     }
 }
 
-impl Error for Misuse {}
+impl Error for UsageError {}
 
 /// What the parser's error says, as one sentence.
 pub(super) fn sentence(error: &clap::Error) -> String {

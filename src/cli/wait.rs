@@ -2,7 +2,7 @@
 //! Decides nothing about it: to stop this does not stop the migration, and SIGINT says so.
 
 use super::output;
-use super::progress::{Display, Sight, ended};
+use super::progress::{Display, StatusSample, ended};
 use crate::control::reply::UNKNOWN_COMMAND;
 use crate::control::{AskError, Command, Reply, Status, Summary, ask_and_wait, ask_within};
 use crate::daemon::signals::is_ignored;
@@ -130,16 +130,16 @@ fn watch(
 
 /// How the migration is doing; none when the server does not say, perhaps because it has ended:
 /// then the answer tells how.
-fn look(socket: &Path) -> Option<Sight> {
+fn look(socket: &Path) -> Option<StatusSample> {
     let reply = ask_within(socket, &Command::Status, LOOK_TIME_MAX).ok()?;
     let status = reply.is_success().then(|| Status::from_line(reply.text()))?;
-    Sight::of(&status.ok()?)
+    StatusSample::of(&status.ok()?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::command::{Action, Mirror};
+    use crate::control::command::{ArrivalAction, Mirror};
     use crate::control::status::Migration;
     use crate::control::{ControlSocket, Credentials, Operator};
     use std::sync::{Arc, Condvar, Mutex};
@@ -191,7 +191,7 @@ mod tests {
         let to = "[::1]:7".parse().unwrap();
         Command::MirrorWait(Mirror {
             to,
-            action: Action::Exit,
+            action: ArrivalAction::Exit,
             bind: None,
             max_bps: None,
             no_record: false,

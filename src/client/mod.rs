@@ -6,7 +6,7 @@
 
 use crate::nbd::Malformed;
 use crate::nbd::handshake::Agreement;
-use crate::nbd::handshake::client::{Failure, Handshake, Next, Wish};
+use crate::nbd::handshake::client::{ClientHandshake, ClientOffer, ClientStep, HandshakeFailure};
 use crate::nbd::reply::{Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{
@@ -34,7 +34,7 @@ pub struct Connection {
 #[derive(Debug)]
 pub enum ClientError {
     /// The handshake failed.
-    Handshake(Failure),
+    Handshake(HandshakeFailure),
     /// The connection broke, or stood still for too long.
     Connection(io::Error),
     /// The server carried a request out with an error.
@@ -77,7 +77,7 @@ impl Connection {
     /// # Errors
     /// When the server does not give us the export.
     pub fn open(stream: Stream, export: &str, patience: Duration) -> Result<Self, ClientError> {
-        let wish = Wish { export: export.to_owned(), ..Wish::default() };
+        let wish = ClientOffer { export: export.to_owned(), ..ClientOffer::default() };
         let agreement = shake_hands(&stream, wish, patience).1?;
         Ok(Self { stream, agreement, patience, cookie: 0 })
     }
@@ -208,10 +208,10 @@ fn header(kind: CommandKind, cookie: u64, offset: u64, length: u32) -> Header {
 /// the other. All of it may take up to `patience`, however busily the server talks.
 pub fn shake_hands(
     stream: &Stream,
-    wish: Wish,
+    wish: ClientOffer,
     patience: Duration,
 ) -> (Option<Vec<u8>>, Result<Agreement, ClientError>) {
-    let mut handshake = Handshake::new(wish);
+    let mut handshake = ClientHandshake::new(wish);
     let agreed = converse(stream, &mut handshake, patience);
     (handshake.private_answer().map(<[u8]>::to_vec), agreed)
 }
@@ -220,7 +220,7 @@ pub fn shake_hands(
 /// with it. A handshake is short.
 fn converse(
     stream: &Stream,
-    handshake: &mut Handshake,
+    handshake: &mut ClientHandshake,
     patience: Duration,
 ) -> Result<Agreement, ClientError> {
     let deadline = Instant::now() + patience;
@@ -239,7 +239,7 @@ fn converse(
         let (used, next) = handshake.advance(&input, &mut out).map_err(ClientError::Handshake)?;
         input.drain(..used);
         stream.send_all(&out, patience).map_err(ClientError::Connection)?;
-        if let Next::Transmission(agreement) = next {
+        if let ClientStep::Transmission(agreement) = next {
             return Ok(agreement);
         }
     }
@@ -273,10 +273,10 @@ mod tests {
     fn against(export: Export, oldstyle: bool, answer: Vec<u8>) -> Connection {
         let (mut server, client) = UnixStream::pair().unwrap();
         thread::spawn(move || {
-            let mut handshake = server::Handshake::new(export.clone());
+            let mut handshake = server::ServerHandshake::new(export.clone());
             let mut out = Vec::new();
             if oldstyle {
-                server::Handshake::greet_oldstyle(&export, &mut out);
+                server::ServerHandshake::greet_oldstyle(&export, &mut out);
             } else {
                 handshake.greet(&mut out);
             }
@@ -292,7 +292,7 @@ mod tests {
                 input.extend_from_slice(&some[..count]);
                 let (used, next) = handshake.advance(&input, &mut out).unwrap();
                 input.drain(..used);
-                agreed = matches!(next, server::Next::Transmission(_));
+                agreed = matches!(next, server::ServerStep::Transmission(_));
             }
             server.read_exact(&mut [0; 28]).unwrap();
             server.write_all(&answer).unwrap();
@@ -326,7 +326,7 @@ mod tests {
         let (mut server, client) = UnixStream::pair().unwrap();
         thread::spawn(move || {
             let mut greeting = Vec::new();
-            server::Handshake::new(export(1, 4096)).greet(&mut greeting);
+            server::ServerHandshake::new(export(1, 4096)).greet(&mut greeting);
             server.write_all(&greeting).unwrap();
             let mut reply = Vec::new();
             OptionReply::OtherInfo(99).encode(OptionKind::Go.number(), &mut reply);

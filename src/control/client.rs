@@ -24,7 +24,7 @@ pub const REPLY_BYTES_MAX: usize = 64 * 1024;
 ///
 /// # Errors
 ///
-/// One [`Trouble`] for each reason why there is no reply. A refusal is a reply.
+/// One [`AskFailure`] for each reason why there is no reply. A refusal is a reply.
 pub fn ask(path: &Path, command: &Command) -> Result<Reply, AskError> {
     ask_within(path, command, ANSWER_TIME_MAX)
 }
@@ -44,13 +44,13 @@ pub fn ask_within(path: &Path, command: &Command, limit: Duration) -> Result<Rep
 ///
 /// # Errors
 ///
-/// As [`ask`]; when the server dies meanwhile, [`Trouble::NoReply`].
+/// As [`ask`]; when the server dies meanwhile, [`AskFailure::NoReply`].
 pub fn ask_and_wait(path: &Path, command: &Command) -> Result<Reply, AskError> {
     let deadline = Instant::now() + ANSWER_TIME_MAX;
     converse(path, command, deadline, None).map_err(|trouble| at(path, trouble))
 }
 
-fn at(path: &Path, trouble: Trouble) -> AskError {
+fn at(path: &Path, trouble: AskFailure) -> AskError {
     AskError { path: path.to_owned(), trouble }
 }
 
@@ -60,22 +60,22 @@ fn converse(
     command: &Command,
     deadline: Instant,
     answer_by: Option<Instant>,
-) -> Result<Reply, Trouble> {
-    let wire = command.to_wire().map_err(Trouble::CannotSay)?;
+) -> Result<Reply, AskFailure> {
+    let wire = command.to_wire().map_err(AskFailure::CannotSay)?;
     let mut stream = connect(path, deadline)?;
     match stream.write_all(&wire) {
         // It closed before it had heard everything; it may still have said why.
         Err(error) if is_hang_up(&error) => {}
-        sent => sent.map_err(Trouble::from)?,
+        sent => sent.map_err(AskFailure::from)?,
     }
     let line = read_line(&mut stream, answer_by)?;
     if line.is_empty() {
-        return Err(Trouble::NoReply);
+        return Err(AskFailure::NoReply);
     }
-    Reply::from_wire(&line).map_err(Trouble::NotAReply)
+    Reply::from_wire(&line).map_err(AskFailure::NotAReply)
 }
 
-fn connect(path: &Path, deadline: Instant) -> Result<UnixStream, Trouble> {
+fn connect(path: &Path, deadline: Instant) -> Result<UnixStream, AskFailure> {
     let dial = || -> io::Result<UnixStream> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -86,10 +86,10 @@ fn connect(path: &Path, deadline: Instant) -> Result<UnixStream, Trouble> {
         Ok(stream)
     };
     dial().map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => Trouble::NoSuchSocket,
-        io::ErrorKind::PermissionDenied => Trouble::NotPermitted,
-        io::ErrorKind::ConnectionRefused if is_socket(path) => Trouble::NobodyListens,
-        io::ErrorKind::ConnectionRefused => Trouble::NotASocket,
+        io::ErrorKind::NotFound => AskFailure::NoSuchSocket,
+        io::ErrorKind::PermissionDenied => AskFailure::NotPermitted,
+        io::ErrorKind::ConnectionRefused if is_socket(path) => AskFailure::NobodyListens,
+        io::ErrorKind::ConnectionRefused => AskFailure::NotASocket,
         _ => error.into(),
     })
 }
@@ -103,7 +103,7 @@ fn is_hang_up(error: &io::Error) -> bool {
 }
 
 /// What comes before the first line break or the end, whichever is first.
-fn read_line(stream: &mut UnixStream, deadline: Option<Instant>) -> Result<Vec<u8>, Trouble> {
+fn read_line(stream: &mut UnixStream, deadline: Option<Instant>) -> Result<Vec<u8>, AskFailure> {
     let mut line = Vec::new();
     let mut buffer = [0; 4096];
     loop {
@@ -118,7 +118,7 @@ fn read_line(stream: &mut UnixStream, deadline: Option<Instant>) -> Result<Vec<u
         let end = arrived.iter().position(|&byte| byte == b'\n');
         line.extend_from_slice(&arrived[..end.unwrap_or(count)]);
         if line.len() > REPLY_BYTES_MAX {
-            return Err(Trouble::ReplyTooLong);
+            return Err(AskFailure::ReplyTooLong);
         }
         if end.is_some() || count == 0 {
             return Ok(line);
@@ -138,12 +138,12 @@ pub struct AskError {
     /// The control socket.
     pub path: PathBuf,
     /// What happened there.
-    pub trouble: Trouble,
+    pub trouble: AskFailure,
 }
 
 /// What can happen instead of a reply.
 #[derive(Debug)]
-pub enum Trouble {
+pub enum AskFailure {
     /// The command has no wire form; nothing was sent.
     CannotSay(NoWireForm),
     /// Nothing is at the path.
@@ -166,7 +166,7 @@ pub enum Trouble {
     Io(io::Error),
 }
 
-impl From<io::Error> for Trouble {
+impl From<io::Error> for AskFailure {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Self::TooSlow,
@@ -181,7 +181,7 @@ impl fmt::Display for AskError {
     }
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for AskFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::CannotSay(reason) => write!(f, "nothing was sent: {reason}"),

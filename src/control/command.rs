@@ -51,7 +51,7 @@ pub struct Mirror {
     /// The destination.
     pub to: SocketAddr,
     /// What to do once the disk has arrived there.
-    pub action: Action,
+    pub action: ArrivalAction,
     /// The local address to connect from; an unspecified one (`0.0.0.0`, `::`) means any and is
     /// read as `None`.
     pub bind: Option<IpAddr>,
@@ -63,7 +63,7 @@ pub struct Mirror {
 
 /// What the source does when its disk has arrived at the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Action {
+pub enum ArrivalAction {
     /// Exit; what a `mirror` without an action means.
     #[default]
     Exit,
@@ -73,7 +73,7 @@ pub enum Action {
     Nothing,
 }
 
-impl Action {
+impl ArrivalAction {
     const ALL: [Self; 3] = [Self::Exit, Self::Unlink, Self::Nothing];
 
     /// The word on the wire.
@@ -113,20 +113,20 @@ impl Command {
     ///
     /// # Errors
     ///
-    /// One [`Refusal`] per way to get it wrong.
-    pub fn from_lines(lines: &[String]) -> Result<Self, Refusal> {
-        let (word, arguments) = lines.split_first().ok_or(Refusal::MissingCommand)?;
+    /// One [`CommandError`] per way to get it wrong.
+    pub fn from_lines(lines: &[String]) -> Result<Self, CommandError> {
+        let (word, arguments) = lines.split_first().ok_or(CommandError::MissingCommand)?;
         Ok(match word.as_str() {
             "status" => Self::Status,
             "acl" => Self::Acl { entries: arguments.to_vec() },
             "mirror" => Self::Mirror(Mirror::from_arguments(arguments)?),
             "mirror_wait" => Self::MirrorWait(Mirror::from_arguments(arguments)?),
             "mirror_max_bps" => {
-                Self::MirrorMaxBps(max_bps(arguments.first().ok_or(Refusal::MaxBpsMissing)?)?)
+                Self::MirrorMaxBps(max_bps(arguments.first().ok_or(CommandError::MaxBpsMissing)?)?)
             }
             "break" => Self::Break,
             "reload" => Self::Reload,
-            _ => return Err(Refusal::UnknownCommand),
+            _ => return Err(CommandError::UnknownCommand),
         })
     }
 
@@ -179,19 +179,19 @@ impl fmt::Display for Command {
 }
 
 impl Mirror {
-    fn from_arguments(arguments: &[String]) -> Result<Self, Refusal> {
+    fn from_arguments(arguments: &[String]) -> Result<Self, CommandError> {
         let argument = |n: usize| arguments.get(n).map(String::as_str);
         let (Some(ip), Some(port)) = (argument(0), argument(1)) else {
-            return Err(Refusal::MirrorWithoutDestination);
+            return Err(CommandError::MirrorWithoutDestination);
         };
         if arguments.len() > MIRROR_ARGUMENTS_MAX {
-            return Err(Refusal::MirrorWithTooMuch);
+            return Err(CommandError::MirrorWithTooMuch);
         }
         let no_record = argument(5).map_or(Ok(false), no_record)?;
         let limit = argument(4).map(max_bps).transpose()?;
         Ok(Self {
             to: destination(ip, port)?,
-            action: argument(2).map_or(Ok(Action::default()), action)?,
+            action: argument(2).map_or(Ok(ArrivalAction::default()), action)?,
             bind: argument(3).map_or(Ok(None), bind)?,
             // Before a sixth argument there has to be a fifth.
             max_bps: limit.filter(|limit| *limit > 0 || !no_record),
@@ -226,31 +226,34 @@ fn any_address_like(ip: IpAddr) -> IpAddr {
     }
 }
 
-fn destination(ip: &str, port: &str) -> Result<SocketAddr, Refusal> {
-    let ip: IpAddr = ip.parse().map_err(|_| Refusal::BadAddress)?;
+fn destination(ip: &str, port: &str) -> Result<SocketAddr, CommandError> {
+    let ip: IpAddr = ip.parse().map_err(|_| CommandError::BadAddress)?;
     match port.parse() {
         Ok(port @ 1..) => Ok(SocketAddr::new(ip, port)),
-        _ => Err(Refusal::BadPort),
+        _ => Err(CommandError::BadPort),
     }
 }
 
-fn action(word: &str) -> Result<Action, Refusal> {
-    Action::ALL.into_iter().find(|action| action.word() == word).ok_or(Refusal::BadAction)
+fn action(word: &str) -> Result<ArrivalAction, CommandError> {
+    ArrivalAction::ALL
+        .into_iter()
+        .find(|action| action.word() == word)
+        .ok_or(CommandError::BadAction)
 }
 
-fn bind(ip: &str) -> Result<Option<IpAddr>, Refusal> {
-    let ip: IpAddr = ip.parse().map_err(|_| Refusal::BadBindAddress)?;
+fn bind(ip: &str) -> Result<Option<IpAddr>, CommandError> {
+    let ip: IpAddr = ip.parse().map_err(|_| CommandError::BadBindAddress)?;
     Ok((!ip.is_unspecified()).then_some(ip))
 }
 
-fn no_record(word: &str) -> Result<bool, Refusal> {
-    if word == NO_RECORD { Ok(true) } else { Err(Refusal::BadRecordWord) }
+fn no_record(word: &str) -> Result<bool, CommandError> {
+    if word == NO_RECORD { Ok(true) } else { Err(CommandError::BadRecordWord) }
 }
 
-fn max_bps(number: &str) -> Result<u64, Refusal> {
+fn max_bps(number: &str) -> Result<u64, CommandError> {
     number.parse().map_err(|error: std::num::ParseIntError| match error.kind() {
-        IntErrorKind::PosOverflow => Refusal::MaxBpsTooLarge,
-        _ => Refusal::MaxBpsNotANumber,
+        IntErrorKind::PosOverflow => CommandError::MaxBpsTooLarge,
+        _ => CommandError::MaxBpsNotANumber,
     })
 }
 
@@ -269,7 +272,7 @@ impl Incoming {
     ///
     /// A limit was exceeded, a line is not UTF-8, or the complete command is refused by
     /// [`Command::from_lines`]. Nothing more may be fed then.
-    pub fn feed(&mut self, bytes: &[u8]) -> Result<Option<Command>, Refusal> {
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<Option<Command>, CommandError> {
         for &byte in bytes {
             match byte {
                 b'\n' if self.partial.is_empty() => {
@@ -287,10 +290,10 @@ impl Incoming {
     ///
     /// # Errors
     ///
-    /// As for [`Incoming::feed`], and [`Refusal::CutShort`].
-    pub fn end(self) -> Result<Command, Refusal> {
+    /// As for [`Incoming::feed`], and [`CommandError::CutShort`].
+    pub fn end(self) -> Result<Command, CommandError> {
         if !self.partial.is_empty() {
-            return Err(Refusal::CutShort);
+            return Err(CommandError::CutShort);
         }
         Command::from_lines(&self.lines)
     }
@@ -301,18 +304,18 @@ impl Incoming {
         self.lines.is_empty() && self.partial.is_empty()
     }
 
-    fn end_line(&mut self) -> Result<(), Refusal> {
+    fn end_line(&mut self) -> Result<(), CommandError> {
         let line = String::from_utf8(std::mem::take(&mut self.partial));
-        self.lines.push(line.map_err(|_| Refusal::NotText)?);
+        self.lines.push(line.map_err(|_| CommandError::NotText)?);
         Ok(())
     }
 
-    fn extend_line(&mut self, byte: u8) -> Result<(), Refusal> {
+    fn extend_line(&mut self, byte: u8) -> Result<(), CommandError> {
         if self.lines.len() == LINES_MAX {
-            return Err(Refusal::TooManyLines);
+            return Err(CommandError::TooManyLines);
         }
         if self.partial.len() == LINE_BYTES_MAX {
-            return Err(Refusal::LineTooLong);
+            return Err(CommandError::LineTooLong);
         }
         self.partial.push(byte);
         Ok(())
@@ -321,7 +324,7 @@ impl Incoming {
 
 /// Why an order was not understood. Its `Display` is the text of the [`Reply`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum CommandError {
     /// Nothing was ordered.
     MissingCommand,
     /// The first line is no word we know.
@@ -356,7 +359,7 @@ pub enum Refusal {
     MaxBpsTooLarge,
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for CommandError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::MissingCommand => f.write_str("missing command"),
@@ -381,13 +384,13 @@ impl fmt::Display for Refusal {
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for CommandError {}
 
-impl From<Refusal> for Reply {
-    fn from(refusal: Refusal) -> Self {
+impl From<CommandError> for Reply {
+    fn from(refusal: CommandError) -> Self {
         match refusal {
-            Refusal::MissingCommand => Self::new(MISSING_COMMAND, refusal.to_string()),
-            Refusal::UnknownCommand => Self::new(UNKNOWN_COMMAND, refusal.to_string()),
+            CommandError::MissingCommand => Self::new(MISSING_COMMAND, refusal.to_string()),
+            CommandError::UnknownCommand => Self::new(UNKNOWN_COMMAND, refusal.to_string()),
             _ => Self::refused(refusal.to_string()),
         }
     }

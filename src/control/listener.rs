@@ -6,12 +6,12 @@
 //! to stop, whichever comes first. A descriptor is kept in reserve, and without a thread left orders
 //! are obeyed one after another: operators are answered when clients have used everything up.
 
-use super::command::{Command, Incoming, Refusal};
+use super::command::{Command, CommandError, Incoming};
 use super::reply::Reply;
 use super::socket::ControlSocket;
 use crate::memory_reserve::check_thread_headroom;
+use crate::message_id;
 use crate::net::visible_user;
-use crate::systemd::message_id;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -98,7 +98,7 @@ impl ControlSocket {
         patience: Duration,
     ) -> io::Result<Handle> {
         self.listener().set_nonblocking(true)?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(ListenerState {
             operator,
             patience,
             stopping: event()?,
@@ -116,7 +116,7 @@ impl ControlSocket {
 /// A control socket that answers. Dropping it is the same as [`Handle::stop`].
 #[derive(Debug)]
 pub struct Handle {
-    shared: Arc<Shared>,
+    shared: Arc<ListenerState>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -138,7 +138,7 @@ impl Drop for Handle {
 }
 
 /// What all threads of one control socket know.
-struct Shared {
+struct ListenerState {
     operator: Arc<dyn Operator>,
     patience: Duration,
     /// Signalled once and never reset: stop.
@@ -148,7 +148,7 @@ struct Shared {
     connections: AtomicUsize,
 }
 
-impl fmt::Debug for Shared {
+impl fmt::Debug for ListenerState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Shared").field("connections", &self.connections).finish_non_exhaustive()
     }
@@ -163,7 +163,7 @@ fn signal(event: &EventFd) {
     let _ = event.write(1);
 }
 
-impl Shared {
+impl ListenerState {
     /// Whether there are as many threads for connections as there may be.
     fn is_full(&self) -> bool {
         self.connections.load(Ordering::SeqCst) >= CONNECTIONS_MAX
@@ -171,30 +171,30 @@ impl Shared {
 }
 
 /// One of the connections that may be served at once; dropping it makes room for another.
-struct Seat<'a>(&'a Shared);
+struct ClientSlot<'a>(&'a ListenerState);
 
-impl<'a> Seat<'a> {
-    fn take(shared: &'a Shared) -> Self {
+impl<'a> ClientSlot<'a> {
+    fn take(shared: &'a ListenerState) -> Self {
         shared.connections.fetch_add(1, Ordering::SeqCst);
         Self(shared)
     }
 }
 
-impl Drop for Seat<'_> {
+impl Drop for ClientSlot<'_> {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Ordering::SeqCst);
         signal(&self.0.freed);
     }
 }
 
-fn accept_until_stopped(socket: &ControlSocket, shared: &Shared) {
+fn accept_until_stopped(socket: &ControlSocket, shared: &ListenerState) {
     thread::scope(|scope| {
-        let mut porch = Porch::default();
+        let mut porch = SilentClients::default();
         loop {
             match porch.wait(socket, shared) {
-                Ok(Wake::Stop) => return turn_away(scope, socket, shared, porch),
-                Ok(Wake::LookAgain) => {}
-                Ok(Wake::Arrival) => porch.accept(socket),
+                Ok(StopSignal::Stop) => return turn_away(scope, socket, shared, porch),
+                Ok(StopSignal::LookAgain) => {}
+                Ok(StopSignal::Arrival) => porch.accept(socket),
                 Err(errno) => {
                     tracing::error!("control socket: cannot wait: {errno}; no longer answering");
                     return;
@@ -213,8 +213,8 @@ fn accept_until_stopped(socket: &ControlSocket, shared: &Shared) {
 fn turn_away<'scope>(
     scope: &'scope Scope<'scope, '_>,
     socket: &'scope ControlSocket,
-    shared: &'scope Shared,
-    mut porch: Porch,
+    shared: &'scope ListenerState,
+    mut porch: SilentClients,
 ) {
     let is_ours = socket.hide();
     loop {
@@ -231,7 +231,7 @@ fn turn_away<'scope>(
     }
 }
 
-enum Wake {
+enum StopSignal {
     Stop,
     Arrival,
     LookAgain,
@@ -240,7 +240,7 @@ enum Wake {
 /// Connections that have been accepted and have said nothing. They have no thread, and the oldest
 /// gives way when there are too many.
 #[derive(Default)]
-struct Porch {
+struct SilentClients {
     silent: VecDeque<Silent>,
     /// Kept open to be closed when the process has no other descriptor for an operator.
     spare: Option<EventFd>,
@@ -253,10 +253,10 @@ struct Silent {
     since: Instant,
 }
 
-impl Porch {
+impl SilentClients {
     /// Waits for a connection, for one of those here to speak, or for the end of a longer silence
     /// than `shared` has patience for.
-    fn wait(&mut self, socket: &ControlSocket, shared: &Shared) -> nix::Result<Wake> {
+    fn wait(&mut self, socket: &ControlSocket, shared: &ListenerState) -> nix::Result<StopSignal> {
         let now = Instant::now();
         self.resting_until = self.resting_until.filter(|until| now < *until);
         self.spare = self.spare.take().or_else(|| event().ok());
@@ -279,7 +279,7 @@ impl Porch {
         });
         match poll(&mut sources, timeout) {
             Ok(_) => {}
-            Err(Errno::EINTR) => return Ok(Wake::LookAgain),
+            Err(Errno::EINTR) => return Ok(StopSignal::LookAgain),
             Err(errno) => return Err(errno),
         }
         let happened = |index: usize| sources[index].any().unwrap_or(false);
@@ -288,9 +288,9 @@ impl Porch {
             let _ = shared.freed.read();
         }
         Ok(match (stopping, arrived) {
-            (true, _) => Wake::Stop,
-            (false, true) => Wake::Arrival,
-            (false, false) => Wake::LookAgain,
+            (true, _) => StopSignal::Stop,
+            (false, true) => StopSignal::Arrival,
+            (false, false) => StopSignal::LookAgain,
         })
     }
 
@@ -327,7 +327,7 @@ impl Porch {
 
     /// Takes those out who have spoken, as many as there are seats for, and closes those who have
     /// said nothing for too long.
-    fn speakers(&mut self, shared: &Shared) -> Vec<UnixStream> {
+    fn speakers(&mut self, shared: &ListenerState) -> Vec<UnixStream> {
         let mut speakers = Vec::new();
         for _ in 0..self.silent.len() {
             let Some(silent) = self.silent.pop_front() else { break };
@@ -363,8 +363,12 @@ fn is_readable(socket: &impl AsFd) -> bool {
 
 /// Gives a connection a thread; or serves it here if the system has none left, so that operators
 /// can see what is going on.
-fn welcome<'scope>(scope: &'scope Scope<'scope, '_>, stream: UnixStream, shared: &'scope Shared) {
-    let seat = Seat::take(shared);
+fn welcome<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    stream: UnixStream,
+    shared: &'scope ListenerState,
+) {
+    let seat = ClientSlot::take(shared);
     let stream = Arc::new(stream);
     let for_thread = Arc::clone(&stream);
     let serve_alone = move || {
@@ -375,7 +379,7 @@ fn welcome<'scope>(scope: &'scope Scope<'scope, '_>, stream: UnixStream, shared:
     let spawned = check_thread_headroom().and_then(|()| thread.spawn_scoped(scope, serve_alone));
     if let Err(error) = spawned {
         tracing::warn!("control socket: no thread for a client: {error}; others wait meanwhile");
-        let _seat = Seat::take(shared);
+        let _seat = ClientSlot::take(shared);
         serve(&stream, shared, PATIENCE_ALONE.min(shared.patience), Thread::Shared);
     }
 }
@@ -395,24 +399,24 @@ enum Thread {
 }
 
 /// One connection, from its first byte to its end.
-fn serve(mut stream: &UnixStream, shared: &Shared, patience: Duration, thread: Thread) {
+fn serve(mut stream: &UnixStream, shared: &ListenerState, patience: Duration, thread: Thread) {
     let ended = Credentials::of(stream).and_then(|from| {
         let reply = match hear(&mut stream, shared, patience)? {
-            Heard::Order(Command::MirrorWait(_)) if thread == Thread::Shared => {
+            ReadOutcome::Order(Command::MirrorWait(_)) if thread == Thread::Shared => {
                 Reply::refused(NO_THREAD_TO_WAIT)
             }
-            Heard::Order(command) => obey(command, from, shared),
-            Heard::Nothing => Refusal::MissingCommand.into(),
-            Heard::Nonsense(refusal) => {
+            ReadOutcome::Order(command) => obey(command, from, shared),
+            ReadOutcome::Nothing => CommandError::MissingCommand.into(),
+            ReadOutcome::Nonsense(refusal) => {
                 tracing::warn!("control socket: {refusal} ({from}), closing the connection");
                 refusal.into()
             }
-            Heard::Silence => {
+            ReadOutcome::Silence => {
                 let reason = format!("no progress for {patience:?}");
                 tracing::warn!("control socket: {reason} ({from}), closing the connection");
                 Reply::refused(reason)
             }
-            Heard::Stop => {
+            ReadOutcome::Stop => {
                 let told = answer(&mut stream, &Reply::refused("the server is stopping"), LEAVE);
                 return told.and_then(|()| see_off(&mut stream, LEAVE));
             }
@@ -425,32 +429,38 @@ fn serve(mut stream: &UnixStream, shared: &Shared, patience: Duration, thread: T
 }
 
 /// What came of listening to a client.
-enum Heard {
+enum ReadOutcome {
     Order(Command),
     /// It closed without a byte, as one does who only wants to know whether we are here.
     Nothing,
-    Nonsense(Refusal),
+    Nonsense(CommandError),
     Silence,
     Stop,
 }
 
-fn hear(stream: &mut &UnixStream, shared: &Shared, patience: Duration) -> io::Result<Heard> {
+fn hear(
+    stream: &mut &UnixStream,
+    shared: &ListenerState,
+    patience: Duration,
+) -> io::Result<ReadOutcome> {
     stream.set_nonblocking(true)?;
     let mut incoming = Incoming::default();
     let mut buffer = [0; 4096];
     loop {
         match wait_for_bytes(stream, shared, patience)? {
-            Some(Interruption::Stop) => return Ok(Heard::Stop),
-            Some(Interruption::Silence) => return Ok(Heard::Silence),
+            Some(Interruption::Stop) => return Ok(ReadOutcome::Stop),
+            Some(Interruption::Silence) => return Ok(ReadOutcome::Silence),
             None => {}
         }
         match stream.read(&mut buffer) {
-            Ok(0) if incoming.is_empty() => return Ok(Heard::Nothing),
-            Ok(0) => return Ok(incoming.end().map_or_else(Heard::Nonsense, Heard::Order)),
+            Ok(0) if incoming.is_empty() => return Ok(ReadOutcome::Nothing),
+            Ok(0) => {
+                return Ok(incoming.end().map_or_else(ReadOutcome::Nonsense, ReadOutcome::Order));
+            }
             Ok(count) => match incoming.feed(&buffer[..count]) {
                 Ok(None) => {}
-                Ok(Some(command)) => return Ok(Heard::Order(command)),
-                Err(refusal) => return Ok(Heard::Nonsense(refusal)),
+                Ok(Some(command)) => return Ok(ReadOutcome::Order(command)),
+                Err(refusal) => return Ok(ReadOutcome::Nonsense(refusal)),
             },
             Err(error) if went_away(&error) => {}
             Err(error) => return Err(error),
@@ -465,7 +475,7 @@ enum Interruption {
 
 fn wait_for_bytes(
     stream: &UnixStream,
-    shared: &Shared,
+    shared: &ListenerState,
     patience: Duration,
 ) -> io::Result<Option<Interruption>> {
     let deadline = Instant::now() + patience;
@@ -496,7 +506,7 @@ fn in_poll_time(duration: Duration) -> PollTimeout {
     i32::try_from(milliseconds).ok().and_then(|ms| ms.try_into().ok()).unwrap_or(PollTimeout::MAX)
 }
 
-fn obey(command: Command, from: Credentials, shared: &Shared) -> Reply {
+fn obey(command: Command, from: Credentials, shared: &ListenerState) -> Reply {
     let order = command.changes_something().then(|| command.to_string());
     let word = command.word();
     let reply = shared.operator.obey(command, from);

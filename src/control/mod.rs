@@ -20,6 +20,6 @@ pub use client::{AskError, ask, ask_and_wait, ask_within};
 pub use command::Command;
 pub use listener::{Credentials, Handle, Operator};
 pub use reply::Reply;
-pub use socket::{BindError, ControlSocket};
+pub use socket::{ControlSocket, ControlSocketError};
 pub use status::Status;
 pub use summary::Summary;

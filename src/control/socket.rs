@@ -32,7 +32,7 @@ const ATTEMPTS_MAX: usize = 4;
 pub struct ControlSocket {
     // Order matters: the place is given up while the socket is open, since an open socket's inode
     // number cannot be anybody else's.
-    place: Option<Place>,
+    place: Option<OwnedPath>,
     listener: UnixListener,
 }
 
@@ -42,18 +42,18 @@ impl ControlSocket {
     ///
     /// # Errors
     ///
-    /// One [`BindError`] per thing an operator can get wrong; the path is then as it was.
-    pub fn bind(path: &Path) -> Result<Self, BindError> {
+    /// One [`ControlSocketError`] per thing an operator can get wrong; the path is then as it was.
+    pub fn bind(path: &Path) -> Result<Self, ControlSocketError> {
         // Before anything is made: most mistakes are seen here.
         inhabitant(path)?;
         let temporary = temporary_beside(path)?;
         let listener = listen_at(&temporary, path)?;
-        let moved = Identity::of(&temporary)
-            .map_err(|error| BindError::io(path, "look at the new socket", error))
+        let moved = SocketIdentity::of(&temporary)
+            .map_err(|error| ControlSocketError::io(path, "look at the new socket", error))
             .and_then(|identity| move_into_place(&temporary, path).map(|()| identity));
         match moved {
             Ok(identity) => {
-                Ok(Self { place: Some(Place { path: path.to_owned(), identity }), listener })
+                Ok(Self { place: Some(OwnedPath { path: path.to_owned(), identity }), listener })
             }
             Err(error) => {
                 let _ = fs::remove_file(&temporary);
@@ -82,18 +82,18 @@ impl ControlSocket {
 
 /// Which file it is, whatever its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
+struct SocketIdentity {
     device: u64,
     inode: u64,
 }
 
-impl Identity {
+impl SocketIdentity {
     fn of(path: &Path) -> io::Result<Self> {
         fs::symlink_metadata(path).map(|metadata| Self::from(&metadata))
     }
 }
 
-impl From<&fs::Metadata> for Identity {
+impl From<&fs::Metadata> for SocketIdentity {
     fn from(metadata: &fs::Metadata) -> Self {
         Self { device: metadata.dev(), inode: metadata.ino() }
     }
@@ -101,27 +101,27 @@ impl From<&fs::Metadata> for Identity {
 
 /// A name in the file system that is ours to remove for as long as it leads to our socket.
 #[derive(Debug)]
-struct Place {
+struct OwnedPath {
     path: PathBuf,
-    identity: Identity,
+    identity: SocketIdentity,
 }
 
-impl Place {
+impl OwnedPath {
     fn give_up(&self) {
-        if Identity::of(&self.path).is_ok_and(|found| found == self.identity) {
+        if SocketIdentity::of(&self.path).is_ok_and(|found| found == self.identity) {
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-impl Drop for Place {
+impl Drop for OwnedPath {
     fn drop(&mut self) {
         self.give_up();
     }
 }
 
 /// A listening socket of mode 0600 at `temporary`; errors speak of `path`.
-fn listen_at(temporary: &Path, path: &Path) -> Result<UnixListener, BindError> {
+fn listen_at(temporary: &Path, path: &Path) -> Result<UnixListener, ControlSocketError> {
     // Left behind by a process that had our number and is dead.
     if fs::symlink_metadata(temporary).is_ok_and(|found| found.file_type().is_socket()) {
         let _ = fs::remove_file(temporary);
@@ -137,8 +137,8 @@ fn listen_at(temporary: &Path, path: &Path) -> Result<UnixListener, BindError> {
     };
     match make() {
         Ok(socket) => Ok(UnixListener::from(socket)),
-        Err(Errno::ENOENT) => Err(BindError::NoDirectory { path: path.to_owned() }),
-        Err(errno) => Err(BindError::io(path, "make the socket", errno.into())),
+        Err(Errno::ENOENT) => Err(ControlSocketError::NoDirectory { path: path.to_owned() }),
+        Err(errno) => Err(ControlSocketError::io(path, "make the socket", errno.into())),
     }
 }
 
@@ -148,9 +148,9 @@ fn stream_socket(flags: SockFlag) -> nix::Result<OwnedFd> {
 
 /// A name in the same directory that no other living process chooses: the socket's own, cut where
 /// needed, and our process id.
-fn temporary_beside(path: &Path) -> Result<PathBuf, BindError> {
+fn temporary_beside(path: &Path) -> Result<PathBuf, ControlSocketError> {
     let length = path.as_os_str().len();
-    let too_long = || BindError::TooLong { path: path.to_owned(), length };
+    let too_long = || ControlSocketError::TooLong { path: path.to_owned(), length };
     let name = path.file_name().map_or(&b""[..], OsStr::as_bytes);
     let suffix = format!(".{}", std::process::id());
     let cut = (length + suffix.len()).saturating_sub(PATH_BYTES_MAX);
@@ -163,7 +163,7 @@ fn temporary_beside(path: &Path) -> Result<PathBuf, BindError> {
 }
 
 /// Puts the socket at `temporary` where `path` says, in place of nothing or of a stale socket.
-fn move_into_place(temporary: &Path, path: &Path) -> Result<(), BindError> {
+fn move_into_place(temporary: &Path, path: &Path) -> Result<(), ControlSocketError> {
     for _ in 0..ATTEMPTS_MAX {
         let moved = match inhabitant(path)? {
             None => rename(temporary, path, RenameFlags::RENAME_NOREPLACE),
@@ -174,18 +174,22 @@ fn move_into_place(temporary: &Path, path: &Path) -> Result<(), BindError> {
             // The place changed after we had looked: look again.
             Err(Errno::EEXIST | Errno::ENOENT) => {}
             Err(errno) => {
-                return Err(BindError::io(path, "put the socket in its place", errno.into()));
+                return Err(ControlSocketError::io(
+                    path,
+                    "put the socket in its place",
+                    errno.into(),
+                ));
             }
         }
     }
-    Err(BindError::InUse { path: path.to_owned() })
+    Err(ControlSocketError::InUse { path: path.to_owned() })
 }
 
 /// Changes places with the stale socket, then removes it; changes back if it turns out to be
 /// another than the one we found stale.
-fn replace(temporary: &Path, path: &Path, stale: Identity) -> nix::Result<()> {
+fn replace(temporary: &Path, path: &Path, stale: SocketIdentity) -> nix::Result<()> {
     rename(temporary, path, RenameFlags::RENAME_EXCHANGE)?;
-    match Identity::of(temporary) {
+    match SocketIdentity::of(temporary) {
         Ok(found) if found != stale => {
             rename(temporary, path, RenameFlags::RENAME_EXCHANGE)?;
             Err(Errno::EEXIST)
@@ -209,23 +213,25 @@ fn rename(from: &Path, to: &Path, flags: RenameFlags) -> nix::Result<()> {
 }
 
 /// What is at `path`: nothing, or a stale socket.
-fn inhabitant(path: &Path) -> Result<Option<Identity>, BindError> {
+fn inhabitant(path: &Path) -> Result<Option<SocketIdentity>, ControlSocketError> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(BindError::io(path, "look at the path", error)),
+        Err(error) => return Err(ControlSocketError::io(path, "look at the path", error)),
     };
     if !metadata.file_type().is_socket() {
-        return Err(BindError::NotASocket { path: path.to_owned() });
+        return Err(ControlSocketError::NotASocket { path: path.to_owned() });
     }
     match knock(path) {
-        Err(Errno::ECONNREFUSED) => Ok(Some(Identity::from(&metadata))),
+        Err(Errno::ECONNREFUSED) => Ok(Some(SocketIdentity::from(&metadata))),
         Err(Errno::ENOENT) => Ok(None),
         // Full is also an answer.
-        Ok(()) | Err(Errno::EAGAIN) => Err(BindError::InUse { path: path.to_owned() }),
-        Err(errno) => {
-            Err(BindError::io(path, "find out whether a server answers there", errno.into()))
-        }
+        Ok(()) | Err(Errno::EAGAIN) => Err(ControlSocketError::InUse { path: path.to_owned() }),
+        Err(errno) => Err(ControlSocketError::io(
+            path,
+            "find out whether a server answers there",
+            errno.into(),
+        )),
     }
 }
 
@@ -237,7 +243,7 @@ fn knock(path: &Path) -> nix::Result<()> {
 
 /// Why there is no control socket. Its `Display` is for the operator.
 #[derive(Debug)]
-pub enum BindError {
+pub enum ControlSocketError {
     /// The path is longer than [`PATH_BYTES_MAX`], or its directory's name leaves no room.
     TooLong {
         /// Where the socket was wanted.
@@ -271,7 +277,7 @@ pub enum BindError {
     },
 }
 
-impl BindError {
+impl ControlSocketError {
     fn io(path: &Path, doing: &'static str, error: io::Error) -> Self {
         Self::Io { path: path.to_owned(), doing, error }
     }
@@ -300,7 +306,7 @@ impl BindError {
     }
 }
 
-impl fmt::Display for BindError {
+impl fmt::Display for ControlSocketError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "control socket {}: ", self.path().display())?;
         match self {
@@ -322,7 +328,7 @@ impl fmt::Display for BindError {
     }
 }
 
-impl std::error::Error for BindError {}
+impl std::error::Error for ControlSocketError {}
 
 #[cfg(test)]
 mod tests {
@@ -364,10 +370,10 @@ mod tests {
         let path = directory.path().join("control.sock");
         drop(UnixListener::bind(&path).unwrap());
         let _socket = ControlSocket::bind(&path).unwrap();
-        let before = Identity::of(&path).unwrap();
+        let before = SocketIdentity::of(&path).unwrap();
         let error = ControlSocket::bind(&path).unwrap_err();
-        assert!(matches!(error, BindError::InUse { .. }), "{error}");
-        assert_eq!(Identity::of(&path).unwrap(), before);
+        assert!(matches!(error, ControlSocketError::InUse { .. }), "{error}");
+        assert_eq!(SocketIdentity::of(&path).unwrap(), before);
         assert_eq!(names(&directory), [path.as_path()]);
     }
 
@@ -376,13 +382,13 @@ mod tests {
         let directory = directory();
         let (path, ours) = (directory.path().join("live"), directory.path().join("ours"));
         drop(UnixListener::bind(&path).unwrap());
-        let stale = Identity::of(&path).unwrap();
+        let stale = SocketIdentity::of(&path).unwrap();
         fs::rename(&path, directory.path().join("elsewhere")).unwrap();
         let _live = UnixListener::bind(&path).unwrap();
-        let live = Identity::of(&path).unwrap();
+        let live = SocketIdentity::of(&path).unwrap();
         let _ours = UnixListener::bind(&ours).unwrap();
         assert_eq!(replace(&ours, &path, stale), Err(Errno::EEXIST));
-        assert_eq!(Identity::of(&path).unwrap(), live);
+        assert_eq!(SocketIdentity::of(&path).unwrap(), live);
     }
 
     #[test]
@@ -391,19 +397,19 @@ mod tests {
         let path = directory.path().join("precious");
         fs::write(&path, "data").unwrap();
         let error = ControlSocket::bind(&path).unwrap_err();
-        assert!(matches!(error, BindError::NotASocket { .. }), "{error}");
+        assert!(matches!(error, ControlSocketError::NotASocket { .. }), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"data");
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(matches!(ControlSocket::bind(&link), Err(BindError::NotASocket { .. })));
+        assert!(matches!(ControlSocket::bind(&link), Err(ControlSocketError::NotASocket { .. })));
     }
 
     #[test]
     fn a_missing_directory_is_said_to_be_missing() {
         let error = ControlSocket::bind(&directory().path().join("no/control.sock")).unwrap_err();
-        assert!(matches!(error, BindError::NoDirectory { .. }), "{error}");
+        assert!(matches!(error, ControlSocketError::NoDirectory { .. }), "{error}");
         let error = ControlSocket::bind(Path::new("/dev/null/control.sock")).unwrap_err();
-        assert!(matches!(error, BindError::Io { .. }), "{error}");
+        assert!(matches!(error, ControlSocketError::Io { .. }), "{error}");
     }
 
     #[test]
@@ -414,7 +420,7 @@ mod tests {
         let _socket = ControlSocket::bind(&longest).unwrap();
         UnixStream::connect(&longest).unwrap();
         let error = ControlSocket::bind(&directory.path().join("s".repeat(room + 1))).unwrap_err();
-        assert!(matches!(error, BindError::TooLong { length: 108, .. }), "{error}");
+        assert!(matches!(error, ControlSocketError::TooLong { length: 108, .. }), "{error}");
     }
 
     #[test]

@@ -6,55 +6,57 @@
 //! plan ─▶ sockets, image, title ─▶ server, control ─▶ ready ─▶ one Event after another ─▶ stop
 //! ```
 
-mod asking;
-mod beat;
-mod carry;
-mod house;
+mod claim;
+mod config;
+mod degraded;
+mod event_loop;
+mod events;
 mod idle;
-mod lookout;
-mod moving;
+mod migration_log;
+mod migrations;
 mod operator;
-mod plan;
-mod pulse;
-mod reception;
-mod refusing;
-mod report;
+mod peer_query;
+mod policy;
 pub mod signals;
-mod title;
+mod snapshot;
+mod status;
+mod watchdog;
 mod wording;
 
-pub use asking::Inquiry;
-pub use plan::{Admission, Ending, Plan, Records, Refusal, Reread, Role};
+pub use config::{
+    Admission, Config, ProcessEnd, ProcessRole, RecordPolicy, RereadConfig, StartError,
+};
+pub use peer_query::PeerQuery;
 
 use crate::control::{ControlSocket, Handle, Operator};
-use crate::disk::ledger::Ledger;
 use crate::disk::ownership::ForListen;
-use crate::disk::{Access, Disk, FileImage};
+use crate::disk::record_store::RecordStore;
+use crate::disk::{Access, Disk, FileBackend};
+use crate::message_id;
 use crate::migration::arrival::Admits;
-use crate::migration::destination::{Destination, Fate};
+use crate::migration::destination::{ArrivalResult, Destination};
 use crate::migration::job::Outcome;
-use crate::migration::source::Desk;
+use crate::migration::source::MigrationHandle;
 use crate::migration::wire::Token;
 use crate::net::Listener;
-use crate::server::reception::Reception;
-use crate::server::watch::Watch;
-use crate::server::{Luggage, Opening, STALL_LIMIT, Server, Settings, Style};
-use crate::systemd::{Inherited, Notifier, Store, message_id, sockets};
+use crate::server::events::ServerEvents;
+use crate::server::policy::ExportPolicy;
+use crate::server::{Opening, STALL_LIMIT, Server, SessionSettings, StoredSessions, Style};
+use crate::systemd::{FdStore, InheritedSockets, ServiceManager, sockets};
 use crate::words::counted;
-use asking::{Answered, Asker};
-use beat::Beat;
-use house::House;
+use degraded::{DegradedResult, EarlyStart, ServerPurpose};
+use event_loop::Process;
+use events::{ActiveCommands, ServerEventSender};
 use idle::Idle;
-use lookout::{Lookout, Orders};
-use moving::Ground;
+use migration_log::MigrationLog;
+use migrations::MigrationContext;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
-use operator::{Departures, Service, Vigil};
-use pulse::Pulse;
-use reception::{Receiving, Serving};
-use refusing::{Doorstep, Purpose, Stayed};
-use report::Passage;
-use signals::{Meaning, Signals};
+use operator::{MigrationWaiters, OutgoingMigrations, Service};
+use peer_query::{QueryResult, StartupQuery};
+use policy::{ReceivingPolicy, ServingPolicy};
+use signals::{SignalAction, Signals};
+use status::StatusReporter;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -64,7 +66,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
-use wording::Standing;
+use watchdog::Watchdog;
+use wording::IdleStatus;
 
 /// How long sessions may take to answer what they have received when the server stops.
 const GRACE: Duration = Duration::from_secs(10);
@@ -73,17 +76,17 @@ const DISK_GRACE: Duration = Duration::from_secs(60);
 
 /// What the process has to react to.
 #[derive(Clone, Debug)]
-enum Event {
+enum ProcessEvent {
     /// Somebody wants the process to end.
     Stop(Signal),
     /// A migration away from here has begun.
-    Migrating(Passage, Arc<Desk>),
+    Migrating(MigrationLog, Arc<MigrationHandle>),
     /// There is something to tell of it.
     MigrationNews,
     /// A migration away from here is over.
     Migrated(Outcome),
     /// What has become of the incoming disk.
-    Incoming(Fate),
+    Incoming(ArrivalResult),
     /// A client has come or gone.
     Clients,
     /// An order has been obeyed.
@@ -99,69 +102,69 @@ enum Event {
 ///
 /// # Errors
 /// Before it began, when it cannot.
-pub fn run(plan: Plan, mut reread: Option<Reread>) -> Result<Ending, Refusal> {
+pub fn run(plan: Config, mut reread: Option<RereadConfig>) -> Result<ProcessEnd, StartError> {
     let (role, image, control) = (plan.role, Some(plan.image.clone()), plan.control.clone());
-    let (doorstep, mut luggage) = Doorstep::enter(Purpose { role, image, control })?;
+    let (doorstep, mut luggage) = EarlyStart::enter(ServerPurpose { role, image, control })?;
     raise_descriptor_limit();
     give_freed_memory_back();
     let mut answered = None;
     let (mut house, arrivals) = loop {
         match begin(&plan, &mut reread, &mut luggage, (&doorstep, answered)) {
             Ok(Some(began)) => break began,
-            Ok(None) => return Ok(Ending::Well),
+            Ok(None) => return Ok(ProcessEnd::Well),
             Err(refusal) => {
                 // Sessions of the last process end now, not with the refusing.
-                luggage = Luggage::default();
+                luggage = StoredSessions::default();
                 match doorstep.refuse(refusal)? {
-                    Stayed::Ended(ending) => return Ok(ending),
-                    Stayed::Answered(answer) => answered = Some(answer),
+                    DegradedResult::Ended(ending) => return Ok(ending),
+                    DegradedResult::Answered(answer) => answered = Some(answer),
                 }
             }
         }
     };
     drop(doorstep);
     let ending = house.wait(&arrivals, plan.role);
-    let goes_on = plan.role == Role::Serve && house.disk.is_flawless();
+    let goes_on = plan.role == ProcessRole::Serve && house.disk.is_flawless();
     house.close(&ending, goes_on);
-    Ok(house::last_word(ending, &arrivals))
+    Ok(event_loop::last_word(ending, &arrivals))
 }
 
 /// For a process that has no plan, for this reason: lets clients and operators know of it, if the
 /// process was started for one that waits. `control` is where a control socket should have been.
 /// None if nobody waits.
 #[must_use]
-pub fn refuse(role: Role, control: Option<PathBuf>, reason: &str) -> Option<Ending> {
+pub fn refuse(role: ProcessRole, control: Option<PathBuf>, reason: &str) -> Option<ProcessEnd> {
     // What else is wrong matters less.
-    let (doorstep, _) = Doorstep::enter(Purpose { role, image: None, control }).ok()?;
-    match doorstep.refuse(Refusal::Configuration(reason.to_owned())).ok()? {
-        Stayed::Ended(ending) => Some(ending),
+    let (doorstep, _) = EarlyStart::enter(ServerPurpose { role, image: None, control }).ok()?;
+    match doorstep.refuse(StartError::Configuration(reason.to_owned())).ok()? {
+        DegradedResult::Ended(ending) => Some(ending),
         // Nothing was asked.
-        Stayed::Answered(_) => None,
+        DegradedResult::Answered(_) => None,
     }
 }
 
 /// Opens everything, and is ready; none if there is nothing to be done.
 fn begin(
-    plan: &Plan,
-    reread: &mut Option<Reread>,
-    luggage: &mut Luggage,
-    (doorstep, answered): (&Doorstep, Option<Answered>),
-) -> Result<Option<(House, Receiver<Event>)>, Refusal> {
+    plan: &Config,
+    reread: &mut Option<RereadConfig>,
+    luggage: &mut StoredSessions,
+    (doorstep, answered): (&EarlyStart, Option<QueryResult>),
+) -> Result<Option<(Process, Receiver<ProcessEvent>)>, StartError> {
     let notifier = doorstep.notifier.clone();
     let inherited = doorstep.sockets()?;
     let (events, arrivals) = mpsc::channel();
     let (disk, ledger, is_new) = open(plan)?;
-    if let Role::Listen { records, .. } = plan.role
+    if let ProcessRole::Listen { records, .. } = plan.role
         && is_new
     {
-        title::to_come(&ledger, disk.size(), records)?;
+        claim::to_come(&ledger, disk.size(), records)?;
     }
-    let for_status = ledger.again().map_err(Refusal::Record)?;
-    let (reception, departures) = match plan.role {
-        Role::Serve => to_serve(plan, ledger, &disk, &events, &doorstep.asker(answered))?,
-        Role::Listen { overwrite, records } => {
+    let for_status = ledger.again().map_err(StartError::Record)?;
+    let (policy, departures) = match plan.role {
+        ProcessRole::Serve => to_serve(plan, ledger, &disk, &events, &doorstep.asker(answered))?,
+        ProcessRole::Listen { overwrite, records } => {
             match to_listen(plan, (ledger, records), &disk, overwrite, &events)? {
-                Some(reception) => (reception, None),
+                Some(policy) => (policy, None),
                 None => {
                     // Who ends without having been ready has failed for the service manager, however
                     // well it ends; and what follows an arrival is to follow.
@@ -175,12 +178,12 @@ fn begin(
     let places = addresses(&listeners);
     let doing = if departures.is_some() { "serving" } else { "receiving" };
     let (image, size) = (plan.image.display().to_string(), disk.size());
-    let watch = Arc::new(Lookout(events.clone()));
-    let server = start(plan, &disk, reception, listeners, std::mem::take(luggage), watch)?;
-    let ownership = title::told(for_status, departures.as_ref().map(|moving| moving.ground.title));
+    let server_events = Arc::new(ServerEventSender(events.clone()));
+    let server = start(plan, &disk, policy, listeners, std::mem::take(luggage), server_events)?;
+    let ownership = claim::told(for_status, departures.as_ref().map(|moving| moving.ground.title));
     let server = Mutex::new(server);
-    let vigil = Vigil::default();
-    let orders = Orders::new(events.clone());
+    let vigil = MigrationWaiters::default();
+    let orders = ActiveCommands::new(events.clone());
     let service = Arc::new(Service {
         size,
         server,
@@ -205,39 +208,43 @@ fn begin(
         "flexnbd.bytes_total" = size,
         "{doing} {image} ({size} bytes) on {places}"
     );
-    let store = Store::from_env(&notifier);
-    let standing = Standing { doing, image: image.clone(), size, places };
-    let mut beat = Beat::new(notifier.clone(), standing);
+    let store = FdStore::from_env(&notifier);
+    let standing = IdleStatus { doing, image: image.clone(), size, places };
+    let mut beat = StatusReporter::new(notifier.clone(), standing);
     beat.stir();
     let idle = Idle::new(plan.idle_exit, Instant::now());
-    let house = House { service, control, notifier, store, disk, image, idle, beat, pulse };
+    let house = Process { service, control, notifier, store, disk, image, idle, beat, pulse };
     Ok(Some((house, arrivals)))
 }
 
 fn to_serve(
-    plan: &Plan,
-    ledger: Ledger,
+    plan: &Config,
+    ledger: RecordStore,
     disk: &Arc<Disk>,
-    events: &Sender<Event>,
-    asker: &Asker<'_>,
-) -> Result<(Arc<dyn Reception>, Option<Departures>), Refusal> {
-    let title = title::to_serve(plan, &ledger, disk.size(), asker)?;
-    let ground =
-        Ground { disk: Arc::clone(disk), image: plan.image.clone(), title, events: events.clone() };
+    events: &Sender<ProcessEvent>,
+    asker: &StartupQuery<'_>,
+) -> Result<(Arc<dyn ExportPolicy>, Option<OutgoingMigrations>), StartError> {
+    let title = claim::to_serve(plan, &ledger, disk.size(), asker)?;
+    let ground = MigrationContext {
+        disk: Arc::clone(disk),
+        image: plan.image.clone(),
+        title,
+        events: events.clone(),
+    };
     let departures =
-        Departures { ground, ledger, desk: Mutex::new(None), beginning: Mutex::new(()) };
-    Ok((Arc::new(Serving(title)), Some(departures)))
+        OutgoingMigrations { ground, ledger, desk: Mutex::new(None), beginning: Mutex::new(()) };
+    Ok((Arc::new(ServingPolicy(title)), Some(departures)))
 }
 
 /// Whoever answers for the incoming disk; none if it has arrived already.
 fn to_listen(
-    plan: &Plan,
-    (ledger, records): (Ledger, Records),
+    plan: &Config,
+    (ledger, records): (RecordStore, RecordPolicy),
     disk: &Arc<Disk>,
     overwrite: bool,
-    events: &Sender<Event>,
-) -> Result<Option<Arc<dyn Reception>>, Refusal> {
-    let holds = match title::to_listen(plan, &ledger, overwrite)? {
+    events: &Sender<ProcessEvent>,
+) -> Result<Option<Arc<dyn ExportPolicy>>, StartError> {
+    let holds = match claim::to_listen(plan, &ledger, overwrite)? {
         ForListen::Accept { holds } => holds,
         _ => {
             // Not what was asked for, though it is no failure either: to be seen by default.
@@ -245,15 +252,15 @@ fn to_listen(
             return Ok(None);
         }
     };
-    let token = moving::random()
+    let token = migrations::random()
         .map(Token)
-        .map_err(|error| Refusal::System("draw random numbers", io::Error::other(error)))?;
+        .map_err(|error| StartError::System("draw random numbers", io::Error::other(error)))?;
     let events = Mutex::new(events.clone());
     let told = Box::new(move |fate| {
         // The process is ending already if nobody hears it.
-        let _ = lock(&events).send(Event::Incoming(fate));
+        let _ = lock(&events).send(ProcessEvent::Incoming(fate));
     });
-    let ledger = title::with_room(ledger, records).map_err(Refusal::Unrecorded)?;
+    let ledger = claim::with_room(ledger, records).map_err(StartError::Unrecorded)?;
     let disk = Arc::clone(disk);
     let admits = match (plan.oldstyle, plan.plain) {
         (true, _) => Admits::OldStyle,
@@ -261,19 +268,20 @@ fn to_listen(
         (false, false) => Admits::Sources,
     };
     let destination = Destination::new(disk, Some(ledger), admits, (token, holds), told);
-    Ok(Some(Arc::new(Receiving(destination))))
+    Ok(Some(Arc::new(ReceivingPolicy(destination))))
 }
 
 /// The disk, the ledger of its image, and whether the image has just been made.
-fn open(plan: &Plan) -> Result<(Arc<Disk>, Ledger, bool), Refusal> {
-    title::to_create(plan)?;
+fn open(plan: &Config) -> Result<(Arc<Disk>, RecordStore, bool), StartError> {
+    claim::to_create(plan)?;
     let access = Access { read_only: plan.read_only };
     let image = match plan.create {
-        Some(size) => FileImage::create(&plan.image, size, access),
-        None => FileImage::open(&plan.image, access),
+        Some(size) => FileBackend::create(&plan.image, size, access),
+        None => FileBackend::open(&plan.image, access),
     };
-    let image =
-        image.map_err(|error| Refusal::Image(error, plan.config.clone()))?.with_holes(plan.holes);
+    let image = image
+        .map_err(|error| StartError::Image(error, plan.config.clone()))?
+        .with_holes(plan.holes);
     let (tail, is_new) = (image.unserved_tail(), image.is_new());
     if tail > 0 {
         warn!(
@@ -282,7 +290,7 @@ fn open(plan: &Plan) -> Result<(Arc<Disk>, Ledger, bool), Refusal> {
             counted(tail, "byte")
         );
     }
-    let ledger = title::ledger(plan, &image)?;
+    let ledger = claim::ledger(plan, &image)?;
     Ok((Arc::new(Disk::new(Box::new(image), plan.read_only)), ledger, is_new))
 }
 
@@ -290,9 +298,9 @@ fn open(plan: &Plan) -> Result<(Arc<Disk>, Ledger, bool), Refusal> {
 ///
 /// The control socket comes last: whoever sees it knows that clients can connect.
 fn sockets(
-    plan: &Plan,
-    inherited: Inherited,
-) -> Result<(Vec<Listener>, Option<ControlSocket>), Refusal> {
+    plan: &Config,
+    inherited: InheritedSockets,
+) -> Result<(Vec<Listener>, Option<ControlSocket>), StartError> {
     for name in &inherited.unfamiliar {
         warn!("a socket named '{name}' was handed over; taking it for one to serve on");
     }
@@ -306,23 +314,26 @@ fn sockets(
             }
             Some(ControlSocket::from_listener(socket))
         }
-        (None, Some(path)) => Some(ControlSocket::bind(path).map_err(Refusal::Control)?),
+        (None, Some(path)) => Some(ControlSocket::bind(path).map_err(StartError::Control)?),
         (None, None) => None,
     };
     Ok((listeners, control))
 }
 
-fn listeners(plan: &Plan, inherited: Vec<sockets::Listener>) -> Result<Vec<Listener>, Refusal> {
+fn listeners(
+    plan: &Config,
+    inherited: Vec<sockets::InheritedListener>,
+) -> Result<Vec<Listener>, StartError> {
     if inherited.is_empty() {
-        let address = plan.address.as_ref().ok_or(Refusal::NoAddress)?;
-        return Ok(vec![Listener::bind(address).map_err(Refusal::Listen)?]);
+        let address = plan.address.as_ref().ok_or(StartError::NoAddress)?;
+        return Ok(vec![Listener::bind(address).map_err(StartError::Listen)?]);
     }
     let listeners = inherited.into_iter().map(|listener| {
         let descriptor: OwnedFd = match listener {
-            sockets::Listener::Tcp(listener) => listener.into(),
-            sockets::Listener::Unix(listener) => listener.into(),
+            sockets::InheritedListener::Tcp(listener) => listener.into(),
+            sockets::InheritedListener::Unix(listener) => listener.into(),
         };
-        Listener::inherited(descriptor).map_err(|error| Refusal::Inherited(error.to_string()))
+        Listener::inherited(descriptor).map_err(|error| StartError::Inherited(error.to_string()))
     });
     let listeners: Vec<_> = listeners.collect::<Result<_, _>>()?;
     if let Some(address) = &plan.address
@@ -341,56 +352,56 @@ fn is_at(socket: &UnixListener, path: &Path) -> bool {
 }
 
 fn start(
-    plan: &Plan,
+    plan: &Config,
     disk: &Arc<Disk>,
-    reception: Arc<dyn Reception>,
+    policy: Arc<dyn ExportPolicy>,
     listeners: Vec<Listener>,
-    luggage: Luggage,
-    watch: Arc<dyn Watch>,
-) -> Result<Server, Refusal> {
-    let luggage = if plan.role == Role::Serve { luggage } else { Luggage::default() };
-    let settings = Settings {
+    luggage: StoredSessions,
+    server_events: Arc<dyn ServerEvents>,
+) -> Result<Server, StartError> {
+    let luggage = if plan.role == ProcessRole::Serve { luggage } else { StoredSessions::default() };
+    let settings = SessionSettings {
         style: if plan.oldstyle { Style::Oldstyle } else { Style::Newstyle },
         stall_limit: plan.killswitch.then_some(STALL_LIMIT),
-        ..Settings::default()
+        ..SessionSettings::default()
     };
     let Admission { acl, clients_max } = plan.admission.clone();
     let opening = Opening {
         listeners,
         disk: Arc::clone(disk),
-        reception,
+        policy,
         name: &plan.export,
         acl,
         clients_max,
         settings,
         luggage,
-        watch,
+        events: server_events,
     };
-    Server::start(opening).map_err(|error| Refusal::System("start serving", error))
+    Server::start(opening).map_err(|error| StartError::System("start serving", error))
 }
 
 fn answer_operators(
     socket: Option<ControlSocket>,
     service: &Arc<Service>,
-) -> Result<Option<Handle>, Refusal> {
+) -> Result<Option<Handle>, StartError> {
     let Some(socket) = socket else { return Ok(None) };
     let operator: Arc<dyn Operator> = Arc::clone(service) as _;
     let started = socket.start(operator);
-    started.map(Some).map_err(|error| Refusal::System("answer on the control socket", error))
+    started.map(Some).map_err(|error| StartError::System("answer on the control socket", error))
 }
 
 /// Feeds the watchdog, if there is one.
 fn watch_over(
     disk: &Arc<Disk>,
     service: &Service,
-    events: &Sender<Event>,
-    notifier: &Notifier,
-) -> Result<Option<Pulse>, Refusal> {
+    events: &Sender<ProcessEvent>,
+    notifier: &ServiceManager,
+) -> Result<Option<Watchdog>, StartError> {
     let Some(interval) = notifier.watchdog_interval() else { return Ok(None) };
     let notifier = notifier.clone();
     let everybody = (Arc::clone(disk), service.server().door(), events.clone());
-    let pulse = Pulse::of(everybody, interval, Box::new(move || tell(notifier.watchdog())));
-    pulse.map(Some).map_err(|error| Refusal::System("start a thread", error))
+    let pulse = Watchdog::of(everybody, interval, Box::new(move || tell(notifier.watchdog())));
+    pulse.map(Some).map_err(|error| StartError::System("start a thread", error))
 }
 
 /// The addresses listened on, for people.
@@ -401,22 +412,24 @@ fn addresses(listeners: &[Listener]) -> String {
 
 fn watch_signals(
     signals: Signals,
-    events: Sender<Event>,
+    events: Sender<ProcessEvent>,
     service: &Arc<Service>,
-) -> Result<(), Refusal> {
+) -> Result<(), StartError> {
     let service = Arc::clone(service);
     let watch = move || {
         while let Ok(signal) = signals.set.wait() {
             match signals.meaning(signal, service.reread.is_some()) {
-                Meaning::Stop if events.send(Event::Stop(signal)).is_err() => return,
-                Meaning::Stop => {}
-                Meaning::Reload => service.reload_aside(signal),
-                Meaning::Nothing => warn!("received {signal}, which has no meaning here; going on"),
+                SignalAction::Stop if events.send(ProcessEvent::Stop(signal)).is_err() => return,
+                SignalAction::Stop => {}
+                SignalAction::Reload => service.reload_aside(signal),
+                SignalAction::Nothing => {
+                    warn!("received {signal}, which has no meaning here; going on");
+                }
             }
         }
     };
     let thread = thread::Builder::new().name("signals".into()).spawn(watch);
-    thread.map(drop).map_err(|error| Refusal::System("start a thread", error))
+    thread.map(drop).map_err(|error| StartError::System("start a thread", error))
 }
 
 /// Every client takes two descriptors, and the usual limit is 1024.

@@ -1,19 +1,20 @@
 //! What operators may order of a running process, and what they are told.
 //! Called from the control socket's threads; never waits for a client.
 
-use super::lookout::Orders;
-use super::moving::{self, Ground};
-use super::plan::{Admission, Reread};
-use super::{lock, tell, title};
+use super::config::{Admission, RereadConfig};
+use super::events::ActiveCommands;
+use super::migrations::{self, MigrationContext};
+use super::{claim, lock, tell};
 use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
-use crate::disk::ledger::Ledger;
+use crate::disk::record_store::RecordStore;
 use crate::memory_reserve::check_thread_headroom;
+use crate::message_id;
 use crate::migration::job::Outcome;
-use crate::migration::source::Desk;
+use crate::migration::source::MigrationHandle;
 use crate::server::Server;
-use crate::systemd::{Notifier, message_id};
+use crate::systemd::ServiceManager;
 use nix::sys::signal::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -24,26 +25,26 @@ use tracing::{info, warn};
 pub(super) struct Service {
     pub(super) size: u64,
     pub(super) server: Mutex<Server>,
-    pub(super) reread: Option<Reread>,
+    pub(super) reread: Option<RereadConfig>,
     /// Present when the disk is ours and can be moved away.
-    pub(super) departures: Option<Departures>,
+    pub(super) departures: Option<OutgoingMigrations>,
     /// The name of the image's record while no migration changes it.
     pub(super) ownership: Box<dyn Fn() -> &'static str + Send + Sync>,
-    pub(super) vigil: Vigil,
-    pub(super) orders: Arc<Orders>,
-    pub(super) notifier: Notifier,
+    pub(super) vigil: MigrationWaiters,
+    pub(super) orders: Arc<ActiveCommands>,
+    pub(super) notifier: ServiceManager,
 }
 
 /// Lets operators wait for the end of a migration, but not beyond that of the process.
 #[derive(Debug, Default)]
-pub(super) struct Vigil {
+pub(super) struct MigrationWaiters {
     is_stopping: Mutex<bool>,
     changed: Condvar,
     /// The process is about to stop: what is broken off from now on, nobody has ordered so.
     is_interrupted: AtomicBool,
 }
 
-impl Vigil {
+impl MigrationWaiters {
     /// A migration is over.
     pub(super) fn migration_over(&self) {
         // Whoever waits holds the lock from looking until it sleeps, so that it misses nothing.
@@ -80,11 +81,11 @@ impl Vigil {
 }
 
 /// The migration away from here, if there is one.
-pub(super) struct Departures {
-    pub(super) ground: Ground,
+pub(super) struct OutgoingMigrations {
+    pub(super) ground: MigrationContext,
     /// The ledger of the image; each migration has another one of the same.
-    pub(super) ledger: Ledger,
-    pub(super) desk: Mutex<Option<Arc<Desk>>>,
+    pub(super) ledger: RecordStore,
+    pub(super) desk: Mutex<Option<Arc<MigrationHandle>>>,
     /// Held while a migration is being begun, so that a second one is turned away at once.
     pub(super) beginning: Mutex<()>,
 }
@@ -95,7 +96,7 @@ impl Service {
     }
 
     /// The migration that was begun last, over or not.
-    pub(super) fn desk(&self) -> Option<Arc<Desk>> {
+    pub(super) fn desk(&self) -> Option<Arc<MigrationHandle>> {
         self.departures.as_ref().and_then(|departures| lock(&departures.desk).clone())
     }
 
@@ -118,13 +119,13 @@ impl Service {
                 ..Status::default()
             }
         };
-        let record = moving::describe(desk.as_ref(), &mut status);
+        let record = migrations::describe(desk.as_ref(), &mut status);
         let record = record.unwrap_or_else(|| match &self.departures {
-            Some(moving) if moving::owes_record(desk.as_ref()) => title::seen(&moving.ledger),
+            Some(moving) if migrations::owes_record(desk.as_ref()) => claim::seen(&moving.ledger),
             _ => (self.ownership)(),
         });
         status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
-        moving::describe_obstacle(desk.as_ref(), &mut status);
+        migrations::describe_obstacle(desk.as_ref(), &mut status);
         status
     }
 
@@ -136,7 +137,7 @@ impl Service {
     }
 
     fn reload(&self) -> Reply {
-        let Some(Reread(read)) = &self.reread else {
+        let Some(RereadConfig(read)) = &self.reread else {
             return Reply::refused("started without --config, so there is nothing to reload");
         };
         tell(self.notifier.reloading());
@@ -173,7 +174,7 @@ impl Service {
         }
     }
 
-    fn mirror(&self, order: &Mirror) -> Result<Arc<Desk>, Reply> {
+    fn mirror(&self, order: &Mirror) -> Result<Arc<MigrationHandle>, Reply> {
         let Some(departures) = &self.departures else {
             let why = "the disk has not arrived here, so it cannot be moved away";
             return Err(Reply::refused(why));
@@ -184,9 +185,9 @@ impl Service {
             return running();
         }
         may_begin(self.desk().and_then(|desk| desk.outcome()).as_ref())?;
-        let ledger = moving::ready(&departures.ledger, departures.ground.disk.size(), order)?;
+        let ledger = migrations::ready(&departures.ledger, departures.ground.disk.size(), order)?;
         let exit = self.server().exit();
-        let (prepared, desk) = moving::prepare(&departures.ground, ledger, exit, order)?;
+        let (prepared, desk) = migrations::prepare(&departures.ground, ledger, exit, order)?;
         // The thread that stops the process says so, and then looks for a migration: either it
         // finds this one, or this one ends before it begins.
         *lock(&departures.desk) = Some(Arc::clone(&desk));
@@ -207,7 +208,7 @@ impl Service {
         let is_ordered =
             |(outcome, _): &_| *outcome != Outcome::Broken || !self.vigil.is_interrupted();
         match account.filter(is_ordered) {
-            Some((outcome, tally)) => moving::account(&outcome, &tally),
+            Some((outcome, tally)) => migrations::account(&outcome, &tally),
             None => Reply::refused("the server was stopped before the migration was over"),
         }
     }
@@ -230,8 +231,8 @@ impl Operator for Service {
             Command::Status => Reply::success(self.status().to_string()),
             Command::Acl { entries } => self.set_acl(&entries),
             Command::Reload => self.reload(),
-            Command::Break => moving::break_off(self.desk().as_ref()),
-            Command::MirrorMaxBps(limit) => moving::set_speed(self.desk().as_ref(), limit),
+            Command::Break => migrations::break_off(self.desk().as_ref()),
+            Command::MirrorMaxBps(limit) => migrations::set_speed(self.desk().as_ref(), limit),
             Command::Mirror(order) => match self.mirror(&order) {
                 Ok(_) => Reply::success("Mirror started"),
                 Err(reply) => reply,
@@ -244,10 +245,10 @@ impl Operator for Service {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::command::Action;
-    use crate::daemon::Event;
-    use crate::disk::ownership::Title;
-    use crate::disk::{Access, Disk, FileImage};
+    use crate::control::command::ArrivalAction;
+    use crate::daemon::ProcessEvent;
+    use crate::disk::ownership::Provenance;
+    use crate::disk::{Access, Disk, FileBackend};
     use crate::net::{Address, Listener};
     use crate::server::Opening;
     use std::io::ErrorKind;
@@ -257,26 +258,31 @@ mod tests {
     use std::time::Duration;
 
     /// A process that serves a disk of its own.
-    fn service(directory: &tempfile::TempDir) -> (Service, mpsc::Receiver<Event>) {
+    fn service(directory: &tempfile::TempDir) -> (Service, mpsc::Receiver<ProcessEvent>) {
         let path = directory.path().join("image");
         std::fs::write(&path, [0; 4096]).unwrap();
-        let image = FileImage::open(&path, Access { read_only: false }).unwrap();
-        let ledger = Ledger::of(&image).unwrap();
+        let image = FileBackend::open(&path, Access { read_only: false }).unwrap();
+        let ledger = RecordStore::of(&image).unwrap();
         let disk = Arc::new(Disk::new(Box::new(image), false));
         let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
         let server = Server::start(Opening::to_anybody(vec![listener], &disk)).unwrap();
         let (events, heard) = mpsc::channel();
-        let ground = Ground { disk, image: path, title: Title::Native, events: events.clone() };
+        let ground = MigrationContext {
+            disk,
+            image: path,
+            title: Provenance::Native,
+            events: events.clone(),
+        };
         let (desk, beginning) = (Mutex::new(None), Mutex::new(()));
         let service = Service {
             size: 4096,
             server: Mutex::new(server),
             reread: None,
-            departures: Some(Departures { ground, ledger, desk, beginning }),
+            departures: Some(OutgoingMigrations { ground, ledger, desk, beginning }),
             ownership: Box::new(|| "none"),
-            vigil: Vigil::default(),
-            orders: Orders::new(events),
-            notifier: Notifier::silent(),
+            vigil: MigrationWaiters::default(),
+            orders: ActiveCommands::new(events),
+            notifier: ServiceManager::silent(),
         };
         (service, heard)
     }
@@ -289,14 +295,15 @@ mod tests {
         let far = TcpListener::bind("127.0.0.1:0").unwrap();
         far.set_nonblocking(true).unwrap();
         let to = far.local_addr().unwrap();
-        let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None, no_record: true };
+        let order =
+            Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps: None, no_record: true };
         let operator = Credentials { pid: 1, uid: None };
         assert!(!service.obey(Command::Mirror(order), operator).is_success());
         assert_eq!(far.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
         assert_eq!(service.desk().unwrap().outcome(), Some(Outcome::Broken));
         let mut events = iter::from_fn(|| heard.recv_timeout(Duration::from_secs(20)).ok());
-        let ends = events.find(|event| matches!(event, Event::Migrated(_)));
-        assert!(matches!(ends, Some(Event::Migrated(Outcome::Broken))));
+        let ends = events.find(|event| matches!(event, ProcessEvent::Migrated(_)));
+        assert!(matches!(ends, Some(ProcessEvent::Migrated(Outcome::Broken))));
     }
 
     #[test]
@@ -308,8 +315,11 @@ mod tests {
     }
 
     /// Whoever waits looks once and sleeps, then `happens`; what came of the waiting.
-    fn waiting(news: impl Fn() -> Option<u8> + Send, happens: impl FnOnce(&Vigil)) -> Option<u8> {
-        let vigil = Vigil::default();
+    fn waiting(
+        news: impl Fn() -> Option<u8> + Send,
+        happens: impl FnOnce(&MigrationWaiters),
+    ) -> Option<u8> {
+        let vigil = MigrationWaiters::default();
         let (looked, seen) = mpsc::channel();
         thread::scope(|scope| {
             let waiter = scope.spawn(|| {
@@ -337,8 +347,8 @@ mod tests {
 
     #[test]
     fn nobody_waits_beyond_the_end_of_the_process() {
-        assert_eq!(waiting(|| None, Vigil::stop), None);
-        let vigil = Vigil::default();
+        assert_eq!(waiting(|| None, MigrationWaiters::stop), None);
+        let vigil = MigrationWaiters::default();
         vigil.stop();
         assert_eq!(vigil.wait(|| None::<u8>), None);
         assert_eq!(vigil.wait(|| Some(1)), Some(1), "an end that is known is told all the same");

@@ -9,7 +9,7 @@
 //! | `SIGUSR1` `SIGUSR2` `SIGIO` `SIGSTKFLT` | nothing, with a line in the log |
 //! | `SIGXFSZ` `SIGPIPE` `SIGTTOU` and real-time signals | ignored: the system call returns the error |
 
-use super::plan::Refusal;
+use super::config::StartError;
 use nix::libc;
 use nix::sys::signal::{SigSet, Signal};
 
@@ -32,7 +32,7 @@ const REDUNDANT: [libc::c_int; 3] = [libc::SIGXFSZ, libc::SIGPIPE, libc::SIGTTOU
 
 /// What to do about a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Meaning {
+pub(super) enum SignalAction {
     /// End the process in order.
     Stop,
     /// Read the configuration again.
@@ -52,8 +52,8 @@ pub(super) struct Signals {
 impl Signals {
     /// Blocks every signal that has a meaning, so that it can be waited for, and ignores those that
     /// repeat an error. Call it before any thread starts: threads inherit the mask.
-    pub(super) fn block() -> Result<Self, Refusal> {
-        let refused = |errno: nix::Error| Refusal::System("set up signals", errno.into());
+    pub(super) fn block() -> Result<Self, StartError> {
+        let refused = |errno: nix::Error| StartError::System("set up signals", errno.into());
         let hangup_ignored = is_ignored(libc::SIGHUP);
         let mut set = SigSet::empty();
         STOPPING.into_iter().chain(MEANINGLESS).chain([Signal::SIGHUP]).for_each(|s| set.add(s));
@@ -63,12 +63,12 @@ impl Signals {
     }
 
     /// What `signal` means to a process that has a configuration to read again, or has none.
-    pub(super) fn meaning(&self, signal: Signal, has_configuration: bool) -> Meaning {
+    pub(super) fn meaning(&self, signal: Signal, has_configuration: bool) -> SignalAction {
         match signal {
-            Signal::SIGHUP if has_configuration => Meaning::Reload,
-            Signal::SIGHUP if self.hangup_ignored => Meaning::Nothing,
-            signal if MEANINGLESS.contains(&signal) => Meaning::Nothing,
-            _ => Meaning::Stop,
+            Signal::SIGHUP if has_configuration => SignalAction::Reload,
+            Signal::SIGHUP if self.hangup_ignored => SignalAction::Nothing,
+            signal if MEANINGLESS.contains(&signal) => SignalAction::Nothing,
+            _ => SignalAction::Stop,
         }
     }
 }
@@ -105,10 +105,10 @@ mod tests {
     #[test]
     fn hangup_reloads_if_there_is_a_configuration() {
         for (ignored, configured, expected) in [
-            (false, false, Meaning::Stop),
-            (true, false, Meaning::Nothing),
-            (false, true, Meaning::Reload),
-            (true, true, Meaning::Reload),
+            (false, false, SignalAction::Stop),
+            (true, false, SignalAction::Nothing),
+            (false, true, SignalAction::Reload),
+            (true, true, SignalAction::Reload),
         ] {
             assert_eq!(signals(ignored).meaning(Signal::SIGHUP, configured), expected);
         }

@@ -6,7 +6,7 @@ use crate::words::counted;
 
 /// What a process is there for while nothing is moved, and where.
 #[derive(Clone, Debug)]
-pub(super) struct Standing {
+pub(super) struct IdleStatus {
     /// `serving` or `receiving`.
     pub(super) doing: &'static str,
     pub(super) image: String,
@@ -16,7 +16,7 @@ pub(super) struct Standing {
     pub(super) places: String,
 }
 
-impl Standing {
+impl IdleStatus {
     /// `serving /srv/disk.img (10 GiB) on [::]:10809, 3 clients`.
     pub(super) fn told(&self, clients: usize) -> String {
         let Self { doing, image, size, places } = self;
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_server_tells_what_where_and_to_how_many() {
-        let standing = Standing {
+        let standing = IdleStatus {
             doing: "serving",
             image: "/srv/disk.img".to_owned(),
             size: 10 << 30,

@@ -29,13 +29,13 @@ const GROUP: u64 = 64;
 
 /// The bitmap of one migration; allocated when it starts, dropped when it ends.
 #[derive(Debug)]
-pub struct Dirty {
-    words: Words,
+pub struct DirtyBitmap {
+    words: AtomicWords,
     /// A bit for each group of words that may hold marks, so that a look at the bitmap of a large
     /// disk does not read all of it. Set after the word's bits; cleared before the group is read
     /// for the last time (all of it sequentially consistent, so that one of the two sides sees the
     /// other).
-    summary: Words,
+    summary: AtomicWords,
     disk_size: u64,
     /// Bytes of the disk that one bit stands for: a power of two.
     block: u64,
@@ -44,7 +44,7 @@ pub struct Dirty {
     set: AtomicI64,
 }
 
-impl Dirty {
+impl DirtyBitmap {
     /// A bitmap for a disk of `disk_size` bytes, with nothing marked.
     ///
     /// # Errors
@@ -52,8 +52,8 @@ impl Dirty {
     pub fn new(disk_size: u64) -> io::Result<Self> {
         let coarser = disk_size.div_ceil(FINE_MAX).max(1).next_power_of_two();
         let block = BLOCK * coarser;
-        let words = Words::new(disk_size.div_ceil(block).div_ceil(BITS))?;
-        let summary = Words::new(words.len().div_ceil(GROUP * BITS))?;
+        let words = AtomicWords::new(disk_size.div_ceil(block).div_ceil(BITS))?;
+        let summary = AtomicWords::new(words.len().div_ceil(GROUP * BITS))?;
         Ok(Self { words, summary, disk_size, block, set: AtomicI64::new(0) })
     }
 
@@ -236,12 +236,12 @@ fn ones(from: u64, count: u64) -> u64 {
 
 /// Anonymous memory seen as atomic words; pages nobody touched cost nothing.
 #[derive(Debug)]
-struct Words {
+struct AtomicWords {
     memory: MmapMut,
     len: u64,
 }
 
-impl Words {
+impl AtomicWords {
     fn new(len: u64) -> io::Result<Self> {
         let bytes = usize::try_from(len.max(1) * 8).map_err(io::Error::other)?;
         let memory = MmapOptions::new().len(bytes).no_reserve_swap().map_anon()?;
@@ -263,7 +263,7 @@ impl Words {
 
 #[cfg(test)]
 mod tests {
-    use super::{BITMAP_MAX, BLOCK, Dirty, FINE_MAX};
+    use super::{BITMAP_MAX, BLOCK, DirtyBitmap, FINE_MAX};
     use crate::range::Range;
     use proptest::prelude::*;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -276,7 +276,7 @@ mod tests {
 
     #[test]
     fn a_mark_covers_every_block_it_touches_and_no_other() {
-        let dirty = Dirty::new(SIZE).unwrap();
+        let dirty = DirtyBitmap::new(SIZE).unwrap();
         dirty.mark(range(BLOCK - 1, 2));
         assert_eq!(dirty.take_next(0, u64::MAX), Some(range(0, 2 * BLOCK)));
         dirty.mark(range(BLOCK, BLOCK));
@@ -286,21 +286,21 @@ mod tests {
 
     #[test]
     fn the_last_block_ends_where_the_disk_ends() {
-        let dirty = Dirty::new(SIZE).unwrap();
+        let dirty = DirtyBitmap::new(SIZE).unwrap();
         dirty.mark(range(SIZE - 1, 1));
         assert_eq!(dirty.take_next(0, u64::MAX), Some(range(200 * BLOCK, 512)));
     }
 
     #[test]
     fn an_empty_range_marks_nothing() {
-        let dirty = Dirty::new(SIZE).unwrap();
+        let dirty = DirtyBitmap::new(SIZE).unwrap();
         dirty.mark(range(5, 0));
         assert_eq!((dirty.count(), dirty.bytes()), (0, 0));
     }
 
     #[test]
     fn a_run_is_at_most_as_long_as_asked_and_never_less_than_a_block() {
-        let dirty = Dirty::new(SIZE).unwrap();
+        let dirty = DirtyBitmap::new(SIZE).unwrap();
         dirty.mark(range(60 * BLOCK, 80 * BLOCK));
         assert_eq!(dirty.take_next(0, 70 * BLOCK), Some(range(60 * BLOCK, 70 * BLOCK)));
         assert_eq!(dirty.take_next(0, 1), Some(range(130 * BLOCK, BLOCK)));
@@ -311,7 +311,7 @@ mod tests {
     fn marks_become_coarser_beyond_the_largest_fine_disk() {
         let disks = [(0, 1), (1, 1), (FINE_MAX, 1), (FINE_MAX + 1, 2), (1 << 50, 512)];
         for (size, coarser) in disks {
-            let dirty = Dirty::new(size).unwrap();
+            let dirty = DirtyBitmap::new(size).unwrap();
             assert_eq!(dirty.block(), coarser * BLOCK, "{size}");
             assert!(dirty.words.len() * 8 <= BITMAP_MAX, "{size}");
         }
@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_last_byte_of_a_pebibyte_can_be_marked() {
-        let dirty = Dirty::new(1 << 50).unwrap();
+        let dirty = DirtyBitmap::new(1 << 50).unwrap();
         let last = Range::within(1 << 50, (1 << 50) - 1, 1).unwrap();
         dirty.mark(last);
         assert_eq!(dirty.bytes(), dirty.block());
@@ -330,7 +330,7 @@ mod tests {
 
     #[test]
     fn only_blocks_that_are_read_as_a_whole_are_forgotten() {
-        let dirty = Dirty::new(SIZE).unwrap();
+        let dirty = DirtyBitmap::new(SIZE).unwrap();
         dirty.mark(range(0, SIZE));
         dirty.forget(range(BLOCK - 1, 2 * BLOCK + 1));
         assert_eq!(dirty.count(), 199, "blocks 1 and 2");
@@ -345,14 +345,14 @@ mod tests {
 
     #[test]
     fn a_disk_without_bytes_has_nothing_to_mark() {
-        let dirty = Dirty::new(0).unwrap();
+        let dirty = DirtyBitmap::new(0).unwrap();
         dirty.mark(Range::whole(0));
         assert_eq!(dirty.take_next(0, BLOCK), None);
     }
 
     #[test]
     fn marks_far_apart_are_found_again_and_again() {
-        let dirty = Dirty::new(FINE_MAX).unwrap();
+        let dirty = DirtyBitmap::new(FINE_MAX).unwrap();
         let places = [0, 5, 63, 64, 64 * 64 - 1, 64 * 64, 9 << 20, (FINE_MAX / BLOCK) - 1];
         for _ in 0..3 {
             for block in places {
@@ -374,7 +374,7 @@ mod tests {
     #[test]
     fn marks_from_many_threads_are_never_missed() {
         const CELLS: u64 = 64 * 64 + 130;
-        let dirty = Dirty::new(CELLS * BLOCK).unwrap();
+        let dirty = DirtyBitmap::new(CELLS * BLOCK).unwrap();
         let cells: Vec<AtomicU64> = (0..CELLS).map(|_| AtomicU64::new(0)).collect();
         let copy: Vec<AtomicU64> = (0..CELLS).map(|_| AtomicU64::new(0)).collect();
         let done = AtomicBool::new(false);
@@ -424,7 +424,7 @@ mod tests {
             marks in proptest::collection::vec((0..SIZE, 0..20 * BLOCK), 0..20),
             longest in 0..100 * BLOCK,
         ) {
-            let dirty = Dirty::new(SIZE).unwrap();
+            let dirty = DirtyBitmap::new(SIZE).unwrap();
             let mut model = [false; 201];
             for (offset, length) in marks {
                 let marked = Range::whole(SIZE).from(offset).split(length).0;

@@ -2,7 +2,7 @@
 //! Never claims a hole that the image did not claim, and never looks at bytes. An answer that makes no
 //! sense means data: to the end, so that it is asked for once.
 
-use super::{Extent, Image};
+use super::{Backend, Extent};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::unistd::Whence;
@@ -14,7 +14,7 @@ pub(super) const LOOKUPS_MAX: usize = 4096;
 
 /// What `lseek(2)` says of the beginning of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Told {
+pub(super) enum SeekResult {
     /// Data.
     Data(Range),
     /// A hole.
@@ -26,24 +26,24 @@ pub(super) enum Told {
 }
 
 /// Asks what `rest`, the rest of an image, begins with.
-pub(super) fn ask(rest: Range, seek: impl Fn(u64, Whence) -> nix::Result<u64>) -> Told {
+pub(super) fn ask(rest: Range, seek: impl Fn(u64, Whence) -> nix::Result<u64>) -> SeekResult {
     let offset = rest.offset();
     // Twice, since what was data may be punched before its end is asked for.
     for _ in 0..2 {
         match seek(offset, Whence::SeekData) {
-            Ok(data) if data > offset => return Told::Hole(rest.until(data)),
-            Ok(data) if data < offset => return Told::Data(rest),
+            Ok(data) if data > offset => return SeekResult::Hole(rest.until(data)),
+            Ok(data) if data < offset => return SeekResult::Data(rest),
             Ok(_) => {}
-            Err(Errno::ENXIO) => return Told::NoMore,
-            Err(errno) => return Told::Unable(errno),
+            Err(Errno::ENXIO) => return SeekResult::NoMore,
+            Err(errno) => return SeekResult::Unable(errno),
         }
         match seek(offset, Whence::SeekHole) {
             Ok(hole) if hole == offset => {}
-            Ok(hole) if hole > offset => return Told::Data(rest.until(hole)),
-            _ => return Told::Data(rest),
+            Ok(hole) if hole > offset => return SeekResult::Data(rest.until(hole)),
+            _ => return SeekResult::Data(rest),
         }
     }
-    Told::Data(rest)
+    SeekResult::Data(rest)
 }
 
 /// The extents of `range`, in order, without gaps, clipped to it and with equal neighbours merged.
@@ -53,7 +53,7 @@ pub(super) fn ask(rest: Range, seek: impl Fn(u64, Whence) -> nix::Result<u64>) -
 ///
 /// # Errors
 /// What the image says when asked.
-pub(super) fn extents(image: &dyn Image, range: Range, limit: usize) -> io::Result<Vec<Extent>> {
+pub(super) fn extents(image: &dyn Backend, range: Range, limit: usize) -> io::Result<Vec<Extent>> {
     let mut found: Vec<Extent> = Vec::new();
     let mut rest = range;
     let mut lookups = 0;
@@ -79,7 +79,7 @@ pub(super) fn extents(image: &dyn Image, range: Range, limit: usize) -> io::Resu
 ///
 /// # Errors
 /// What the image says when asked, or an error of its own beyond the end.
-pub(super) fn extent_at(image: &dyn Image, offset: u64) -> io::Result<Extent> {
+pub(super) fn extent_at(image: &dyn Backend, offset: u64) -> io::Result<Extent> {
     let extent = image.extent(offset)?;
     if extent.range.offset() == offset && !extent.range.is_empty() {
         return Ok(extent);
@@ -93,7 +93,7 @@ pub(super) fn extent_at(image: &dyn Image, offset: u64) -> io::Result<Extent> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::{FailingImage, Faults, MemoryImage, Op};
+    use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
     use super::*;
     use proptest::prelude::*;
     use std::sync::Arc;
@@ -101,8 +101,8 @@ mod tests {
     const BLOCK: u64 = 4096;
 
     /// A disk of which the blocks marked true hold data.
-    fn disk(blocks: &[bool]) -> MemoryImage {
-        let image = MemoryImage::new(blocks.len() as u64 * BLOCK);
+    fn disk(blocks: &[bool]) -> MemoryBackend {
+        let image = MemoryBackend::new(blocks.len() as u64 * BLOCK);
         for (block, _) in blocks.iter().enumerate().filter(|(_, data)| **data) {
             image.write(block as u64 * BLOCK, &[7], false).unwrap();
         }
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn an_error_of_the_image_is_the_answer() {
         let faults = Arc::new(Faults::default());
-        let image = FailingImage::new(disk(&[true, false, true]), faults.clone());
+        let image = FailingBackend::new(disk(&[true, false, true]), faults.clone());
         for nth in 1..=3 {
             faults.fail_nth(nth, nix::libc::EIO);
             let error = extents(&image, Range::whole(3 * BLOCK), 9).unwrap_err();
@@ -164,7 +164,7 @@ mod tests {
     /// An image whose every answer is the same.
     #[derive(Debug)]
     struct Stuck(Range);
-    impl Image for Stuck {
+    impl Backend for Stuck {
         fn size(&self) -> u64 {
             BLOCK
         }
@@ -201,7 +201,7 @@ mod tests {
         assert!(extent_at(&Stuck(whole), BLOCK).is_err());
     }
 
-    fn told(data: nix::Result<u64>, hole: nix::Result<u64>) -> Told {
+    fn told(data: nix::Result<u64>, hole: nix::Result<u64>) -> SeekResult {
         let rest = Range::whole(100).from(10);
         ask(rest, |at, whence| {
             assert_eq!(at, 10);
@@ -212,22 +212,22 @@ mod tests {
     #[test]
     fn answers_that_make_sense_are_taken() {
         let rest = Range::whole(100).from(10);
-        assert_eq!(told(Ok(30), Err(Errno::EIO)), Told::Hole(rest.until(30)));
-        assert_eq!(told(Ok(500), Err(Errno::EIO)), Told::Hole(rest));
-        assert_eq!(told(Ok(10), Ok(40)), Told::Data(rest.until(40)));
-        assert_eq!(told(Ok(10), Ok(500)), Told::Data(rest));
-        assert_eq!(told(Err(Errno::ENXIO), Err(Errno::EIO)), Told::NoMore);
-        assert_eq!(told(Err(Errno::EINVAL), Ok(40)), Told::Unable(Errno::EINVAL));
+        assert_eq!(told(Ok(30), Err(Errno::EIO)), SeekResult::Hole(rest.until(30)));
+        assert_eq!(told(Ok(500), Err(Errno::EIO)), SeekResult::Hole(rest));
+        assert_eq!(told(Ok(10), Ok(40)), SeekResult::Data(rest.until(40)));
+        assert_eq!(told(Ok(10), Ok(500)), SeekResult::Data(rest));
+        assert_eq!(told(Err(Errno::ENXIO), Err(Errno::EIO)), SeekResult::NoMore);
+        assert_eq!(told(Err(Errno::EINVAL), Ok(40)), SeekResult::Unable(Errno::EINVAL));
     }
 
     #[test]
     fn backward_and_empty_answers_are_data_to_the_end() {
         let rest = Range::whole(100).from(10);
         for hole in [Ok(10), Ok(9), Ok(0), Err(Errno::ENXIO), Err(Errno::EIO)] {
-            assert_eq!(told(Ok(10), hole), Told::Data(rest), "{hole:?}");
+            assert_eq!(told(Ok(10), hole), SeekResult::Data(rest), "{hole:?}");
         }
         for data in [9, 0] {
-            assert_eq!(told(Ok(data), Ok(40)), Told::Data(rest), "{data}");
+            assert_eq!(told(Ok(data), Ok(40)), SeekResult::Data(rest), "{data}");
         }
     }
 
@@ -238,14 +238,15 @@ mod tests {
             asked.set(asked.get() + 1);
             Ok(if matches!(whence, Whence::SeekData) && asked.get() > 1 { 50 } else { 0 })
         });
-        assert_eq!((told, asked.get()), (Told::Hole(Range::whole(50)), 3));
+        assert_eq!((told, asked.get()), (SeekResult::Hole(Range::whole(50)), 3));
     }
 
     #[test]
     fn a_list_of_extents_takes_so_many_lookups_at_most() {
         for (blocks, lookups) in [(LOOKUPS_MAX, LOOKUPS_MAX), (LOOKUPS_MAX + 1, LOOKUPS_MAX)] {
             let faults = Arc::new(Faults::default());
-            let image = FailingImage::new(MemoryImage::new(blocks as u64 * BLOCK), faults.clone());
+            let image =
+                FailingBackend::new(MemoryBackend::new(blocks as u64 * BLOCK), faults.clone());
             let all = extents(&image, Range::whole(image.size()), 9).unwrap();
             assert_eq!(faults.count(Op::Extent), lookups as u64);
             let covered = Range::whole(lookups as u64 * BLOCK);

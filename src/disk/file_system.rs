@@ -28,7 +28,7 @@
 //! believed, it is so for reads, block status and migrations; a write of zeros is left out only after
 //! its place was read, and found to be zero.
 
-use super::open::Kind;
+use super::open::FileKind;
 use super::syscalls;
 use nix::unistd::{SysconfVar, sysconf};
 use std::fs::File;
@@ -89,7 +89,7 @@ pub(super) struct FileSystem {
 
 /// What the kernel says of it.
 #[derive(Clone, Copy, Debug)]
-struct Found {
+struct ProbeResult {
     /// `f_type` of `statfs(2)`.
     kind: u64,
     /// `f_bsize` of `statfs(2)`.
@@ -100,12 +100,12 @@ struct Found {
 }
 
 /// Asks what lies under `file`.
-pub(super) fn look(file: &File, kind: Kind) -> FileSystem {
+pub(super) fn look(file: &File, kind: FileKind) -> FileSystem {
     let page = match sysconf(SysconfVar::PAGE_SIZE) {
         Ok(Some(page)) => u64::try_from(page).unwrap_or(PAGE),
         _ => PAGE,
     };
-    if let Kind::BlockDevice { sector } = kind {
+    if let FileKind::BlockDevice { sector } = kind {
         return device(sector, page);
     }
     match nix::sys::statfs::fstatfs(file) {
@@ -114,9 +114,9 @@ pub(super) fn look(file: &File, kind: Kind) -> FileSystem {
             let kind = found.filesystem_type().0 as u64 & 0xffff_ffff;
             let block = u64::try_from(found.block_size()).unwrap_or(0);
             let xfs_unit = if kind == magic::XFS { syscalls::xfs_unit(file).ok() } else { None };
-            file_system(Found { kind, block, xfs_unit, page })
+            file_system(ProbeResult { kind, block, xfs_unit, page })
         }
-        Err(_) => file_system(Found { kind: 0, block: 0, xfs_unit: None, page }),
+        Err(_) => file_system(ProbeResult { kind: 0, block: 0, xfs_unit: None, page }),
     }
 }
 
@@ -124,7 +124,7 @@ fn device(sector: u64, page: u64) -> FileSystem {
     FileSystem { block: sector.max(page), refers: true, tells_holes: false }
 }
 
-fn file_system(found: Found) -> FileSystem {
+fn file_system(found: ProbeResult) -> FileSystem {
     let known = KNOWN.contains(&found.kind);
     let unit = match found.kind {
         // Of realtime files it may be a gigabyte, and is not what statfs says.
@@ -145,7 +145,7 @@ mod tests {
 
     fn found(kind: u64, block: u64) -> FileSystem {
         let xfs_unit = Some(block);
-        file_system(Found { kind, block, xfs_unit, page: 4096 })
+        file_system(ProbeResult { kind, block, xfs_unit, page: 4096 })
     }
 
     #[test]
@@ -172,7 +172,7 @@ mod tests {
     #[test]
     fn pages_of_xfs_with_large_or_unknown_units_are_copied() {
         let xfs = |xfs_unit| {
-            let known = Found { kind: magic::XFS, block: 4096, xfs_unit, page: 4096 };
+            let known = ProbeResult { kind: magic::XFS, block: 4096, xfs_unit, page: 4096 };
             let found = file_system(known);
             (found.block, found.refers)
         };
@@ -190,7 +190,7 @@ mod tests {
         assert_eq!(device(512, page).block, page);
         assert_eq!(device(512, 4096).block, 4096);
         assert_eq!(device(8192, 4096).block, 8192);
-        let ext4 = Found { kind: magic::EXT, block: 4096, xfs_unit: None, page };
+        let ext4 = ProbeResult { kind: magic::EXT, block: 4096, xfs_unit: None, page };
         assert_eq!(file_system(ext4).block, page);
     }
 
@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn what_lies_under_a_file_is_found() {
         let file = tempfile::tempfile().unwrap();
-        let found = look(&file, Kind::File);
+        let found = look(&file, FileKind::File);
         assert!(found.block >= PAGE && found.block.is_power_of_two());
     }
 }

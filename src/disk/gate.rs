@@ -6,7 +6,7 @@
 //! And a closing can *expire* ([`Gate::expire_at`]): the first session that waits longer opens the
 //! gate itself, whatever the closer's thread is blocked in.
 
-use super::lane::Bell;
+use super::io_queue::Notifier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -47,7 +47,7 @@ struct Closing {
     closers: u32,
     expiry: Expiry,
     /// To be rung when the gate opens, is retired, or is to open earlier by itself.
-    bells: Vec<Arc<dyn Bell>>,
+    bells: Vec<Arc<dyn Notifier>>,
 }
 
 /// The end of a closing, independent of the closer.
@@ -146,7 +146,7 @@ impl Gate {
     /// session that waits for other things besides: it has to call this again at the time that is
     /// returned, at which the closing may expire.
     #[must_use]
-    pub fn ring_when_open(&self, bell: &Arc<dyn Bell>) -> Option<Instant> {
+    pub fn ring_when_open(&self, bell: &Arc<dyn Notifier>) -> Option<Instant> {
         let mut closing = self.lock();
         self.expire(&mut closing);
         let state = self.state.load(Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! Images for the tests of the whole crate: one in memory, and one that fails when told to.
 //! Never in a released program.
 
-use super::{Extent, Image, Zeroing};
+use super::{Backend, Extent, Zeroing};
 use crate::range::Range;
 use std::collections::BTreeMap;
 use std::io;
@@ -16,12 +16,12 @@ type Block = Box<[u8; BLOCK as usize]>;
 /// A sparse disk in memory; a clone is the same disk, so that a test can look inside one that it
 /// has given away.
 #[derive(Clone, Debug)]
-pub(crate) struct MemoryImage {
+pub(crate) struct MemoryBackend {
     size: u64,
     blocks: Arc<Mutex<BTreeMap<u64, Block>>>,
 }
 
-impl MemoryImage {
+impl MemoryBackend {
     /// A disk of `size` bytes, all of it a hole.
     pub(crate) fn new(size: u64) -> Self {
         Self { size, blocks: Arc::default() }
@@ -56,7 +56,7 @@ impl MemoryImage {
     }
 }
 
-impl Image for MemoryImage {
+impl Backend for MemoryBackend {
     fn size(&self) -> u64 {
         self.size
     }
@@ -137,14 +137,14 @@ pub(crate) enum Op {
     Send,
 }
 
-/// What is to fail in a [`FailingImage`], and how much it was asked so far.
+/// What is to fail in a [`FailingBackend`], and how much it was asked so far.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
-    plan: Mutex<Plan>,
+    plan: Mutex<FaultPlan>,
 }
 
 #[derive(Debug, Default)]
-struct Plan {
+struct FaultPlan {
     counts: BTreeMap<Op, u64>,
     /// Operations to go until one fails, that one included; and with what.
     nth: Option<(u64, i32)>,
@@ -195,19 +195,19 @@ impl Faults {
 
 /// An image that fails when its [`Faults`] say so, before it has done anything.
 #[derive(Debug)]
-pub(crate) struct FailingImage {
-    image: Box<dyn Image>,
+pub(crate) struct FailingBackend {
+    image: Box<dyn Backend>,
     faults: Arc<Faults>,
 }
 
-impl FailingImage {
+impl FailingBackend {
     /// Wraps `image`; `faults` stays with the test.
-    pub(crate) fn new(image: impl Image + 'static, faults: Arc<Faults>) -> Self {
+    pub(crate) fn new(image: impl Backend + 'static, faults: Arc<Faults>) -> Self {
         Self { image: Box::new(image), faults }
     }
 }
 
-impl Image for FailingImage {
+impl Backend for FailingBackend {
     fn size(&self) -> u64 {
         self.image.size()
     }

@@ -6,61 +6,60 @@
 //! for a peer: whoever closes the gate waits for it.
 //!
 //! What is in memory is read and written by the visit itself. What may take long, and everything
-//! that is to be durable, is an errand ([`errands`]), which takes the visit with it and is done
+//! that is to be durable, is an errand ([`inflight`]), which takes the visit with it and is done
 //! aside.
 
 mod deletion;
 pub mod dirty;
-pub mod errands;
 mod extents;
+mod file;
 mod file_id;
 mod file_system;
+mod flush_errors;
 mod gate;
-mod hearing;
-mod helpers;
-pub mod hold;
-mod image;
-mod inflight;
-mod lane;
-pub mod ledger;
+pub mod inflight;
+mod io_queue;
 mod lock;
 #[cfg(test)]
 pub(crate) mod memory;
 #[cfg(test)]
 mod model_tests;
 mod open;
+mod overlap;
 pub mod ownership;
 pub mod parts;
-mod ring;
+pub mod record_store;
 #[cfg(test)]
 pub(crate) mod slow;
 pub mod state;
 mod state_file;
 mod syscalls;
+mod thread_pool;
+mod uring;
 pub mod write_behind;
 mod zeros;
 
 pub use deletion::{KeptBecause, Named};
+pub use file::FileBackend;
 pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
-pub use image::FileImage;
-pub use inflight::Change;
-pub use lane::{Bell, Call, Lane, Made};
+pub use io_queue::{Call, Completion, IoQueue, Notifier};
 pub use lock::{Holders, LockKind};
 pub use open::{Access, OpenError, SECTOR, size_of};
+pub use overlap::Change;
 pub use zeros::is_zero;
 
 use crate::range::Range;
-use dirty::Dirty;
-use hearing::Hearing;
-use helpers::Helpers;
-use inflight::InFlight;
+use dirty::DirtyBitmap;
+use flush_errors::FlushErrors;
 use nix::errno::Errno;
+use overlap::OverlapTracker;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
+use thread_pool::ThreadPool;
 
 /// Device and inode of a file; of a block device, 0 and its own number, wherever its node is.
 pub type Identity = (u64, u64);
@@ -68,8 +67,8 @@ pub type Identity = (u64, u64);
 /// What a disk's bytes are kept in: a file, a block device, or memory in tests.
 ///
 /// Implementations are called from many threads at once, and only with ranges inside
-/// [`Image::size`].
-pub trait Image: Send + Sync + std::fmt::Debug {
+/// [`Backend::size`].
+pub trait Backend: Send + Sync + std::fmt::Debug {
     /// Size in bytes; it does not change while the image is open.
     fn size(&self) -> u64;
     /// What tells it from every other image of this host, if there is such a thing.
@@ -89,7 +88,7 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     }
     /// A lane for the calls of one session, made on its thread; none where nothing can be done
     /// aside. Its results add to the eventfd `bell`.
-    fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn Lane + '_>> {
+    fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
         let _ = bell;
         None
     }
@@ -122,7 +121,7 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     }
     /// The extent that `offset` lies in, from `offset` on.
     fn extent(&self, offset: u64) -> io::Result<Extent>;
-    /// Whether [`Image::pin`] can be used: a page changes only in bytes that a client changes.
+    /// Whether [`Backend::pin`] can be used: a page changes only in bytes that a client changes.
     fn pins(&self) -> bool {
         false
     }
@@ -165,15 +164,15 @@ pub struct Extent {
 #[derive(Debug)]
 pub struct Disk {
     /// Before the image: dropping it waits until no thread uses that.
-    helpers: Helpers,
-    image: Arc<dyn Image>,
+    helpers: ThreadPool,
+    image: Arc<dyn Backend>,
     gate: Gate,
     read_only: bool,
-    hearing: Hearing,
+    hearing: FlushErrors,
     /// Changes that take long, of all sessions.
-    in_flight: InFlight,
+    in_flight: OverlapTracker,
     /// What changed since a migration's copier last looked, while there is one.
-    dirty: RwLock<Option<Arc<Dirty>>>,
+    dirty: RwLock<Option<Arc<DirtyBitmap>>>,
     /// How long every write is to be held back, in microseconds.
     hold: AtomicU64,
 }
@@ -182,7 +181,7 @@ pub struct Disk {
 /// closes it.
 #[derive(Debug)]
 pub struct Copier<'a> {
-    image: &'a dyn Image,
+    image: &'a dyn Backend,
 }
 
 /// Permission to touch the disk now, and the way to do it; dropping it ends the visit.
@@ -199,14 +198,14 @@ pub struct Visit<'a> {
 impl Disk {
     /// A disk made of `image`; with `read_only` nothing can change it.
     #[must_use]
-    pub fn new(image: Box<dyn Image>, read_only: bool) -> Self {
+    pub fn new(image: Box<dyn Backend>, read_only: bool) -> Self {
         Self {
-            helpers: Helpers::default(),
+            helpers: ThreadPool::default(),
             image: Arc::from(image),
             gate: Gate::default(),
             read_only,
-            hearing: Hearing::default(),
-            in_flight: InFlight::default(),
+            hearing: FlushErrors::default(),
+            in_flight: OverlapTracker::default(),
             dirty: RwLock::new(None),
             hold: AtomicU64::new(0),
         }
@@ -271,8 +270,8 @@ impl Disk {
     ///
     /// # Errors
     /// When there is no memory for the marks.
-    pub fn track(&self) -> io::Result<Arc<Dirty>> {
-        let dirty = Arc::new(Dirty::new(self.size())?);
+    pub fn track(&self) -> io::Result<Arc<DirtyBitmap>> {
+        let dirty = Arc::new(DirtyBitmap::new(self.size())?);
         *self.dirty.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&dirty));
         Ok(dirty)
     }
@@ -337,7 +336,7 @@ impl Copier<'_> {
         extents::extent_at(self.image, offset)
     }
 
-    /// See [`Image::send`].
+    /// See [`Backend::send`].
     ///
     /// # Errors
     /// What the image or the socket says; `WouldBlock` when the socket is full.
@@ -421,7 +420,7 @@ impl Visit<'_> {
         hearing.check()
     }
 
-    /// Puts `length` bytes from `offset` on into a pipe; only if [`Disk::pins`]. See [`Image::pin`].
+    /// Puts `length` bytes from `offset` on into a pipe; only if [`Disk::pins`]. See [`Backend::pin`].
     ///
     /// # Errors
     /// `EINVAL` beyond the end; what the image says.

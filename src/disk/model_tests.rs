@@ -1,10 +1,10 @@
 //! Random work on every kind of image, compared with plain bytes in memory.
 //! Whatever an image does behind the scenes, a disk reads back what was written.
 
-use super::errands::Work as Errand;
-use super::memory::MemoryImage;
+use super::inflight::Work as Errand;
+use super::memory::MemoryBackend;
 use super::tests::run as run_errand;
-use super::{Access, Disk, FileImage, Image, OpenError, Zeroing};
+use super::{Access, Backend, Disk, FileBackend, OpenError, Zeroing};
 use crate::range::Range;
 use nix::errno::Errno;
 use proptest::prelude::*;
@@ -102,7 +102,7 @@ fn take(disk: &Disk, model: &mut [u8], step: &Step) -> io::Result<()> {
 }
 
 /// Takes all steps, and compares all bytes after each; in the end holes must be zero.
-fn check(image: Box<dyn Image>, steps: &[Step]) -> Result<(), TestCaseError> {
+fn check(image: Box<dyn Backend>, steps: &[Step]) -> Result<(), TestCaseError> {
     let disk = Disk::new(image, false);
     let (mut model, mut found) = (vec![0; SIZE], vec![0; SIZE]);
     let visit = disk.enter(&|| true).unwrap();
@@ -125,7 +125,7 @@ fn check(image: Box<dyn Image>, steps: &[Step]) -> Result<(), TestCaseError> {
 /// Runs random work on images that `make` makes; `after` looks at what is left.
 fn run(
     cases: u32,
-    make: impl Fn() -> Box<dyn Image>,
+    make: impl Fn() -> Box<dyn Backend>,
     after: impl Fn() -> Result<(), TestCaseError>,
 ) {
     let config = Config { cases, failure_persistence: None, ..Config::default() };
@@ -138,15 +138,15 @@ fn run(
 }
 
 /// Runs random work on a file in `folder`, anew for each case.
-fn run_on_files(folder: &Path, as_wanted: impl Fn(FileImage) -> FileImage) {
+fn run_on_files(folder: &Path, as_wanted: impl Fn(FileBackend) -> FileBackend) {
     let path = folder.join("disk.img");
     let make = || {
         let file = File::create(&path).unwrap();
         file.write_all_at(&TAIL, SIZE as u64).unwrap();
         drop(file);
-        let image = FileImage::open(&path, Access { read_only: false }).unwrap();
+        let image = FileBackend::open(&path, Access { read_only: false }).unwrap();
         assert_eq!((image.size(), image.unserved_tail()), (SIZE as u64, 100));
-        Box::new(as_wanted(image)) as Box<dyn Image>
+        Box::new(as_wanted(image)) as Box<dyn Backend>
     };
     run(CASES, make, || {
         let bytes = std::fs::read(&path).unwrap();
@@ -172,7 +172,7 @@ pub(super) fn in_shared_memory<T>(test: impl FnOnce(&Path) -> T) -> Option<T> {
 
 #[test]
 fn a_disk_in_memory_reads_back_what_was_written() {
-    run(CASES, || Box::new(MemoryImage::new(SIZE as u64)), || Ok(()));
+    run(CASES, || Box::new(MemoryBackend::new(SIZE as u64)), || Ok(()));
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn a_file_in_shared_memory_reads_back_what_was_written() {
 
 #[test]
 fn a_file_on_a_poor_file_system_reads_back_what_was_written() {
-    run_on_files(tempfile::tempdir().unwrap().path(), FileImage::without_support);
+    run_on_files(tempfile::tempdir().unwrap().path(), FileBackend::without_support);
 }
 
 #[test]
@@ -197,7 +197,7 @@ fn zeros_written_into_holes_of_a_file_allocate_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.img");
     let disk =
-        Disk::new(Box::new(FileImage::create(&path, 1 << 30, Access::default()).unwrap()), false);
+        Disk::new(Box::new(FileBackend::create(&path, 1 << 30, Access::default()).unwrap()), false);
     let visit = disk.enter(&|| true).unwrap();
     let blocks = || std::fs::metadata(&path).unwrap().blocks();
     let write_durably =
@@ -244,8 +244,8 @@ impl Loop {
         Some(Self { device })
     }
 
-    fn open(&self) -> Result<FileImage, OpenError> {
-        FileImage::open(&self.device, Access { read_only: false })
+    fn open(&self) -> Result<FileBackend, OpenError> {
+        FileBackend::open(&self.device, Access { read_only: false })
     }
 }
 

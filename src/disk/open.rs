@@ -100,14 +100,14 @@ pub enum OpenError {
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) file: File,
-    pub(super) kind: Kind,
+    pub(super) kind: FileKind,
     /// Bytes, all of them, the unserved tail included.
     pub(super) full_size: u64,
 }
 
 /// The two kinds of file that hold a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum FileKind {
     File,
     /// `sector` is the device's own, in bytes: 512 or 4096 as a rule.
     BlockDevice {
@@ -118,7 +118,7 @@ pub(super) enum Kind {
 /// Opens what exists.
 pub(super) fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     // Look before opening: to open a pipe can wait for ever, and to open a device can do things.
-    let found = fs::metadata(path).map_err(|error| refusal(path, error, Found::Nothing))?;
+    let found = fs::metadata(path).map_err(|error| refusal(path, error, ImageFacts::Nothing))?;
     check_type(path, found.file_type())?;
     let file = open_file(path, access)?;
     let other = |source| OpenError::Other { path: path.to_owned(), source };
@@ -126,8 +126,8 @@ pub(super) fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     check_type(path, file_type)?;
     lock::take(path, &file, access)?;
     let kind = match file_type.is_block_device() {
-        true => Kind::BlockDevice { sector: syscalls::sector_size(&file).map_err(other)? },
-        false => Kind::File,
+        true => FileKind::BlockDevice { sector: syscalls::sector_size(&file).map_err(other)? },
+        false => FileKind::File,
     };
     // The end is where seeking says it is, for files and devices alike.
     let full_size = (&file).seek(SeekFrom::End(0)).map_err(other)?;
@@ -143,7 +143,7 @@ pub(super) fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
 /// # Errors
 /// When it is no image, or may not be read.
 pub fn size_of(path: &Path) -> Result<u64, OpenError> {
-    let found = fs::metadata(path).map_err(|error| refusal(path, error, Found::Nothing))?;
+    let found = fs::metadata(path).map_err(|error| refusal(path, error, ImageFacts::Nothing))?;
     check_type(path, found.file_type())?;
     let mut file = open_file(path, Access { read_only: true })?;
     let size = file.seek(SeekFrom::End(0));
@@ -193,13 +193,13 @@ fn check_type(path: &Path, kind: fs::FileType) -> Result<(), OpenError> {
 fn open_file(path: &Path, access: Access) -> Result<File, OpenError> {
     OpenOptions::new().read(true).write(!access.read_only).open(path).map_err(|error| {
         let readable = !access.read_only && File::open(path).is_ok();
-        refusal(path, error, if readable { Found::Readable } else { Found::Unreadable })
+        refusal(path, error, if readable { ImageFacts::Readable } else { ImageFacts::Unreadable })
     })
 }
 
 /// What is known of an image when opening it fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Found {
+enum ImageFacts {
     /// It was not even reached.
     Nothing,
     /// It is there.
@@ -209,12 +209,14 @@ enum Found {
 }
 
 /// What an error of the kernel means to the operator.
-fn refusal(path: &Path, error: io::Error, found: Found) -> OpenError {
+fn refusal(path: &Path, error: io::Error, found: ImageFacts) -> OpenError {
     let path = path.to_owned();
     let uid = nix::unistd::geteuid().as_raw();
     match (error.kind(), found) {
         (io::ErrorKind::NotFound, _) => OpenError::Missing { path },
-        (io::ErrorKind::PermissionDenied, Found::Readable) => OpenError::NotWritable { path, uid },
+        (io::ErrorKind::PermissionDenied, ImageFacts::Readable) => {
+            OpenError::NotWritable { path, uid }
+        }
         (io::ErrorKind::PermissionDenied, _) => OpenError::NotReadable { path, uid },
         (io::ErrorKind::ReadOnlyFilesystem, _) => OpenError::ReadOnlyFileSystem { path },
         _ => OpenError::Other { path, source: error },
@@ -405,15 +407,15 @@ mod tests {
     fn what_the_kernel_says_is_told_apart() {
         let said =
             |errno, found| refusal(Path::new("/disk"), io::Error::from_raw_os_error(errno), found);
-        let read_only = said(libc::EROFS, Found::Readable);
+        let read_only = said(libc::EROFS, ImageFacts::Readable);
         assert!(matches!(read_only, OpenError::ReadOnlyFileSystem { .. }), "{read_only:?}");
         assert!(
             read_only.to_string().contains("/disk")
                 && read_only.to_string().contains("--read-only")
         );
-        let not_permitted = said(libc::EPERM, Found::Readable);
+        let not_permitted = said(libc::EPERM, ImageFacts::Readable);
         assert!(matches!(not_permitted, OpenError::NotWritable { .. }), "{not_permitted:?}");
-        let broken = said(libc::EIO, Found::Unreadable);
+        let broken = said(libc::EIO, ImageFacts::Unreadable);
         assert!(matches!(broken, OpenError::Other { .. }), "{broken:?}");
     }
 

@@ -25,7 +25,7 @@ use std::net::IpAddr;
 /// them.
 pub const RECORD_MAX: usize = 512;
 
-/// Longest [`Place`] in bytes.
+/// Longest [`RemoteAddress`] in bytes.
 pub const PLACE_MAX: usize = 255;
 
 /// What every record starts with: whose it is, and the version of its form.
@@ -70,9 +70,9 @@ impl fmt::Debug for Id {
 
 /// Where a disk goes, as an operator would write it: an address and port, or a socket's path.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place(String);
+pub struct RemoteAddress(String);
 
-impl Place {
+impl RemoteAddress {
     /// `text`, if it can stand in a record: not empty, at most [`PLACE_MAX`] bytes and without
     /// control characters.
     #[must_use]
@@ -88,7 +88,7 @@ impl Place {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for RemoteAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -96,7 +96,7 @@ impl fmt::Display for Place {
 
 /// How a disk came to be ours; what a handover that did not happen is undone to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Title {
+pub enum Provenance {
     /// It never was anybody else's: no record.
     Native,
     /// It arrived with the migration of this id.
@@ -107,7 +107,7 @@ pub enum Title {
     Adopted,
 }
 
-impl Title {
+impl Provenance {
     /// The record that says so; none for a disk that never moved.
     #[must_use]
     pub fn record(self) -> Option<Record> {
@@ -127,15 +127,15 @@ pub enum Record {
         id: Option<Id>,
     },
     /// Complete, and to be served from here.
-    Ours(Title),
+    Ours(Provenance),
     /// Handed over, perhaps; only the destination knows.
     Departing {
         /// The migration that asked for it.
         id: Id,
         /// What it is if the handover never happened.
-        before: Title,
+        before: Provenance,
         /// Who knows.
-        to: Place,
+        to: RemoteAddress,
         /// The local address to ask from, if the operator chose one (`mirror --bind`).
         from: Option<IpAddr>,
     },
@@ -146,7 +146,7 @@ pub enum Record {
         /// Seconds since 1970.
         when: u64,
         /// Where it went.
-        to: Place,
+        to: RemoteAddress,
     },
 }
 
@@ -217,21 +217,21 @@ impl Record {
     }
 }
 
-fn encode_title(title: Title) -> String {
+fn encode_title(title: Provenance) -> String {
     match title {
-        Title::Native => "native".to_owned(),
-        Title::Adopted => "adopted".to_owned(),
-        Title::Received => "received".to_owned(),
-        Title::Arrived(id) => id.to_string(),
+        Provenance::Native => "native".to_owned(),
+        Provenance::Adopted => "adopted".to_owned(),
+        Provenance::Received => "received".to_owned(),
+        Provenance::Arrived(id) => id.to_string(),
     }
 }
 
-fn decode_title(text: &str) -> Option<Title> {
+fn decode_title(text: &str) -> Option<Provenance> {
     match text {
-        "native" => Some(Title::Native),
-        "adopted" => Some(Title::Adopted),
-        "received" => Some(Title::Received),
-        id => Id::parse(id).map(Title::Arrived),
+        "native" => Some(Provenance::Native),
+        "adopted" => Some(Provenance::Adopted),
+        "received" => Some(Provenance::Received),
+        id => Id::parse(id).map(Provenance::Arrived),
     }
 }
 
@@ -270,8 +270,8 @@ fn decode_leaving<'a>(rest: &'a str, key: &str) -> Option<(Id, &'a str, &'a str)
 }
 
 /// `to=…`: the place comes last, since it may hold spaces.
-fn decode_to(to: &str) -> Option<Place> {
-    Place::new(to.strip_prefix("to=")?)
+fn decode_to(to: &str) -> Option<RemoteAddress> {
+    RemoteAddress::new(to.strip_prefix("to=")?)
 }
 
 /// The start of what was found, fit for one line of a message.
@@ -313,41 +313,41 @@ impl std::error::Error for BadRecord {}
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ForServe {
     /// Yes; the title says what to answer a source that asks whether its disk has arrived.
-    Serve(Title),
+    Serve(Provenance),
     /// Ask the place whether it has the disk of that id. If it says that it has not and never
     /// will, put `before` back durably, then serve; otherwise refuse with `unless`.
     Ask {
         /// The migration it was leaving with.
         id: Id,
         /// Whom to ask.
-        to: Place,
+        to: RemoteAddress,
         /// The local address to ask from, if there is one on record.
         from: Option<IpAddr>,
         /// What to record when the answer is no.
-        before: Title,
+        before: Provenance,
         /// What to say when the answer is anything else.
-        unless: Refusal,
+        unless: OwnershipRefusal,
     },
     /// No.
-    Refuse(Refusal),
+    Refuse(OwnershipRefusal),
 }
 
 /// What `serve` does with an image that has this record.
 #[must_use]
 pub fn for_serve(record: Option<&Record>) -> ForServe {
     match record {
-        None => ForServe::Serve(Title::Native),
+        None => ForServe::Serve(Provenance::Native),
         Some(Record::Ours(title)) => ForServe::Serve(*title),
-        Some(Record::Incoming { .. }) => ForServe::Refuse(Refusal::Incomplete),
+        Some(Record::Incoming { .. }) => ForServe::Refuse(OwnershipRefusal::Incomplete),
         Some(Record::Departed { id, when, to }) => {
-            ForServe::Refuse(Refusal::Departed { id: *id, when: *when, to: to.clone() })
+            ForServe::Refuse(OwnershipRefusal::Departed { id: *id, when: *when, to: to.clone() })
         }
         Some(Record::Departing { id, before, to, from }) => ForServe::Ask {
             id: *id,
             to: to.clone(),
             from: *from,
             before: *before,
-            unless: Refusal::Departing { id: *id, to: to.clone() },
+            unless: OwnershipRefusal::Departing { id: *id, to: to.clone() },
         },
     }
 }
@@ -364,23 +364,23 @@ pub enum ForListen {
     /// It is here already: say so, and exit with success. None when it came without an id.
     AlreadyArrived(Option<Id>),
     /// No.
-    Refuse(Refusal),
+    Refuse(OwnershipRefusal),
 }
 
 /// What `listen` does with an image that has this record; `overwrite` is its option.
 #[must_use]
 pub fn for_listen(record: Option<&Record>, overwrite: bool) -> ForListen {
     match record {
-        None | Some(Record::Departed { .. } | Record::Ours(Title::Native)) => {
+        None | Some(Record::Departed { .. } | Record::Ours(Provenance::Native)) => {
             ForListen::Accept { holds: None }
         }
         Some(Record::Incoming { id }) => ForListen::Accept { holds: Some(*id) },
         Some(Record::Ours(_)) if overwrite => ForListen::Accept { holds: None },
-        Some(Record::Ours(Title::Arrived(id))) => ForListen::AlreadyArrived(Some(*id)),
-        Some(Record::Ours(Title::Received)) => ForListen::AlreadyArrived(None),
-        Some(Record::Ours(Title::Adopted)) => ForListen::Refuse(Refusal::Adopted),
+        Some(Record::Ours(Provenance::Arrived(id))) => ForListen::AlreadyArrived(Some(*id)),
+        Some(Record::Ours(Provenance::Received)) => ForListen::AlreadyArrived(None),
+        Some(Record::Ours(Provenance::Adopted)) => ForListen::Refuse(OwnershipRefusal::Adopted),
         Some(Record::Departing { id, to, .. }) => {
-            ForListen::Refuse(Refusal::Departing { id: *id, to: to.clone() })
+            ForListen::Refuse(OwnershipRefusal::Departing { id: *id, to: to.clone() })
         }
     }
 }
@@ -389,18 +389,18 @@ pub fn for_listen(record: Option<&Record>, overwrite: bool) -> ForListen {
 ///
 /// # Errors
 /// Without `force`, when another host may hold the disk or this copy is incomplete.
-pub fn for_adopt(record: Option<&Record>, force: bool) -> Result<Record, Refusal> {
+pub fn for_adopt(record: Option<&Record>, force: bool) -> Result<Record, OwnershipRefusal> {
     let refusal = match (record, for_serve(record)) {
         (Some(ours @ Record::Ours(_)), _) => return Ok(ours.clone()),
         (_, ForServe::Refuse(refusal) | ForServe::Ask { unless: refusal, .. }) => refusal,
-        (_, ForServe::Serve(_)) => return Ok(Record::Ours(Title::Adopted)),
+        (_, ForServe::Serve(_)) => return Ok(Record::Ours(Provenance::Adopted)),
     };
-    if force { Ok(Record::Ours(Title::Adopted)) } else { Err(refusal) }
+    if force { Ok(Record::Ours(Provenance::Adopted)) } else { Err(refusal) }
 }
 
 /// Why a disk is not served, or not received into.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum OwnershipRefusal {
     /// The copy has not arrived as a whole.
     Incomplete,
     /// It may have been handed over.
@@ -408,7 +408,7 @@ pub enum Refusal {
         /// The migration it was leaving with.
         id: Id,
         /// Who knows.
-        to: Place,
+        to: RemoteAddress,
     },
     /// It has been handed over.
     Departed {
@@ -417,13 +417,13 @@ pub enum Refusal {
         /// Seconds since 1970.
         when: u64,
         /// Where it is now.
-        to: Place,
+        to: RemoteAddress,
     },
     /// An operator declared it the canonical copy.
     Adopted,
 }
 
-impl Refusal {
+impl OwnershipRefusal {
     /// What to tell the operator about `image`: the record, the host, the command that resolves it.
     #[must_use]
     pub fn explain(&self, image: &str) -> String {

@@ -1,8 +1,8 @@
 //! For tests: an image whose calls are made when the test says so, and a bell that counts.
 //! Never in a released program.
 
-use super::lane::{Bell, Call, Lane, Made};
-use super::{Extent, Image, Zeroing};
+use super::io_queue::{Call, Completion, IoQueue, Notifier};
+use super::{Backend, Extent, Zeroing};
 use crate::range::Range;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::{BTreeSet, VecDeque};
@@ -17,9 +17,9 @@ const BLOCK: u64 = 4096;
 
 /// Counts how often it is rung.
 #[derive(Debug)]
-pub(crate) struct TestBell(EventFd);
+pub(crate) struct TestNotifier(EventFd);
 
-impl TestBell {
+impl TestNotifier {
     /// Since it was last asked.
     pub(crate) fn count(&self) -> u64 {
         let count = self.0.read().unwrap_or(0);
@@ -28,13 +28,13 @@ impl TestBell {
     }
 }
 
-impl Default for TestBell {
+impl Default for TestNotifier {
     fn default() -> Self {
         Self(EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap())
     }
 }
 
-impl Bell for TestBell {
+impl Notifier for TestNotifier {
     fn ring(&self) {
         self.0.write(1).unwrap();
     }
@@ -47,15 +47,15 @@ impl Bell for TestBell {
 /// What stays with the test.
 #[derive(Debug, Default)]
 pub(crate) struct Slow {
-    state: Mutex<State>,
+    state: Mutex<SlowState>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct SlowState {
     lanes: u64,
-    begun: VecDeque<Begun>,
-    over: VecDeque<(u64, Made)>,
+    begun: VecDeque<Started>,
+    over: VecDeque<(u64, Completion)>,
     /// Nothing is made late any more.
     hurries: bool,
     /// Nothing is told any more.
@@ -68,7 +68,7 @@ struct State {
 }
 
 #[derive(Debug)]
-struct Begun {
+struct Started {
     lane: u64,
     key: u64,
     call: Call,
@@ -77,16 +77,16 @@ struct Begun {
 
 /// An image with slow lanes.
 #[derive(Debug)]
-pub(crate) struct SlowImage {
-    image: Box<dyn Image>,
+pub(crate) struct SlowBackend {
+    image: Box<dyn Backend>,
     slow: Arc<Slow>,
 }
 
 #[derive(Debug)]
-struct SlowLane<'a> {
+struct SlowQueue<'a> {
     number: u64,
     bell: OwnedFd,
-    image: &'a SlowImage,
+    image: &'a SlowBackend,
     waiting: Vec<(u64, Call)>,
 }
 
@@ -114,7 +114,7 @@ impl Slow {
     }
 
     /// From now on everything is made at once.
-    pub(crate) fn hurry(&self, image: &dyn Image) {
+    pub(crate) fn hurry(&self, image: &dyn Backend) {
         self.lock().hurries = true;
         while self.count() > 0 {
             self.finish(0, image);
@@ -137,7 +137,7 @@ impl Slow {
     }
 
     /// Makes the call that was begun as the `nth` of those under way, counted from 0.
-    pub(crate) fn finish(&self, nth: usize, image: &dyn Image) {
+    pub(crate) fn finish(&self, nth: usize, image: &dyn Backend) {
         let begun = self.lock().begun.remove(nth).expect("so many are under way");
         let outcome = begun.call.make(image);
         self.end(begun, Some(outcome));
@@ -155,31 +155,31 @@ impl Slow {
         self.end(begun, None);
     }
 
-    fn end(&self, begun: Begun, outcome: Option<io::Result<()>>) {
-        let Begun { lane, key, call, bell } = begun;
+    fn end(&self, begun: Started, outcome: Option<io::Result<()>>) {
+        let Started { lane, key, call, bell } = begun;
         let mut state = self.lock();
         if let Call::Load(range) = &call {
             state.loaded.extend(range.offset() / BLOCK..range.end().div_ceil(BLOCK));
         }
-        state.over.push_back((lane, Made { key, call, outcome }));
+        state.over.push_back((lane, Completion { key, call, outcome }));
         drop(state);
         nix::unistd::write(&bell, &1u64.to_ne_bytes()).unwrap();
         self.changed.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, SlowState> {
         self.state.lock().unwrap()
     }
 }
 
-impl SlowImage {
+impl SlowBackend {
     /// Wraps `image`; `slow` stays with the test.
-    pub(crate) fn new(image: impl Image + 'static, slow: Arc<Slow>) -> Self {
+    pub(crate) fn new(image: impl Backend + 'static, slow: Arc<Slow>) -> Self {
         Self { image: Box::new(image), slow }
     }
 }
 
-impl Lane for SlowLane<'_> {
+impl IoQueue for SlowQueue<'_> {
     fn begin(&mut self, key: u64, call: Call) -> Result<(), Call> {
         self.waiting.push((key, call));
         Ok(())
@@ -189,14 +189,14 @@ impl Lane for SlowLane<'_> {
         let slow = &self.image.slow;
         let mut state = slow.lock();
         if state.broken {
-            let unmade = |(key, call)| (self.number, Made { key, call, outcome: None });
+            let unmade = |(key, call)| (self.number, Completion { key, call, outcome: None });
             state.over.extend(self.waiting.drain(..).map(unmade));
             return false;
         }
         drop(state);
         for (key, call) in self.waiting.drain(..) {
             let bell = self.bell.try_clone().unwrap();
-            let begun = Begun { lane: self.number, key, call, bell };
+            let begun = Started { lane: self.number, key, call, bell };
             let hurries = slow.lock().hurries;
             if hurries {
                 let outcome = begun.call.make(&*self.image.image);
@@ -209,7 +209,7 @@ impl Lane for SlowLane<'_> {
         true
     }
 
-    fn finished(&mut self) -> Option<Made> {
+    fn finished(&mut self) -> Option<Completion> {
         let mut state = self.image.slow.lock();
         if state.mute {
             return None;
@@ -226,13 +226,13 @@ impl Lane for SlowLane<'_> {
         if slow.lock().mute {
             return;
         }
-        let none = |state: &mut State| state.over.iter().all(|(lane, _)| *lane != self.number);
+        let none = |state: &mut SlowState| state.over.iter().all(|(lane, _)| *lane != self.number);
         let waited = slow.changed.wait_timeout_while(slow.lock(), PATIENCE, none).unwrap();
         assert!(!waited.1.timed_out(), "the test never let the calls end");
     }
 }
 
-impl Image for SlowImage {
+impl Backend for SlowBackend {
     fn size(&self) -> u64 {
         self.image.size()
     }
@@ -256,11 +256,11 @@ impl Image for SlowImage {
         self.read_now(range.offset(), &mut vec![0; range.length() as usize]).is_ok()
     }
 
-    fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn Lane + '_>> {
+    fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
         let mut state = self.slow.lock();
         state.lanes += 1;
         let (number, bell) = (state.lanes, bell.try_clone_to_owned().unwrap());
-        Some(Box::new(SlowLane { number, bell, image: self, waiting: Vec::new() }))
+        Some(Box::new(SlowQueue { number, bell, image: self, waiting: Vec::new() }))
     }
 
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {

@@ -8,7 +8,7 @@
 //! it.
 
 use super::file_id::FileId;
-use super::ledger::{LedgerError, NOTE};
+use super::record_store::{NOTE, RecordStoreError};
 use super::state_file::{self, beside, usual_place};
 use nix::unistd::{Uid, User};
 use std::env;
@@ -32,7 +32,7 @@ const OURS: &str = "flexnbd";
 
 /// What decides where records are kept.
 #[derive(Clone, Debug, Default)]
-struct Surroundings {
+struct StateLocations {
     /// `$STATE_DIRECTORY`, which may name several, separated by colons.
     state: Option<OsString>,
     /// `$XDG_STATE_HOME`.
@@ -61,18 +61,18 @@ struct Candidates {
 pub(super) fn directory_of_record(
     image: &Path,
     id: Option<&FileId>,
-) -> Result<PathBuf, LedgerError> {
-    choose(&Surroundings::here().candidates(), Path::new(SHARED), |directory| {
+) -> Result<PathBuf, RecordStoreError> {
+    choose(&StateLocations::here().candidates(), Path::new(SHARED), |directory| {
         holds_record(&usual_place(directory, image), id)
     })
 }
 
-/// The same for the note about an image that was deleted ([`super::ledger::gone`]).
+/// The same for the note about an image that was deleted ([`super::record_store::gone`]).
 ///
 /// # Errors
 /// As [`directory_of_record`].
-pub(super) fn directory_of_note(image: &Path) -> Result<PathBuf, LedgerError> {
-    choose(&Surroundings::here().candidates(), Path::new(SHARED), |directory| {
+pub(super) fn directory_of_note(image: &Path) -> Result<PathBuf, RecordStoreError> {
+    choose(&StateLocations::here().candidates(), Path::new(SHARED), |directory| {
         is_there(&beside(&usual_place(directory, image), NOTE))
     })
 }
@@ -87,7 +87,7 @@ fn holds_record(usual: &Path, id: Option<&FileId>) -> io::Result<bool> {
     }
 }
 
-impl Surroundings {
+impl StateLocations {
     fn here() -> Self {
         let user = Uid::effective();
         let account = if user.is_root() { None } else { User::from_uid(user).ok().flatten() };
@@ -124,7 +124,7 @@ fn choose(
     candidates: &Candidates,
     shared: &Path,
     found: impl Fn(&Path) -> io::Result<bool>,
-) -> Result<PathBuf, LedgerError> {
+) -> Result<PathBuf, RecordStoreError> {
     let Candidates { ordered, own } = candidates;
     if matches!(found(shared), Ok(true)) {
         return Ok(shared.to_owned());
@@ -137,7 +137,7 @@ fn choose(
                 for_new.get_or_insert(directory);
             }
             Err(source) if ordered.is_some() => {
-                return Err(LedgerError::Io { path: directory.clone(), source });
+                return Err(RecordStoreError::Io { path: directory.clone(), source });
             }
             // Nothing that this user has kept is there.
             Err(_) => {}
@@ -171,15 +171,15 @@ mod tests {
 
     const SYSTEM: &str = "/shared";
 
-    fn user() -> Surroundings {
-        Surroundings {
+    fn user() -> StateLocations {
+        StateLocations {
             home: Some("/home/u".into()),
             account_home: Some("/account/u".into()),
-            ..Surroundings::default()
+            ..StateLocations::default()
         }
     }
 
-    fn own(of: &Surroundings) -> Vec<String> {
+    fn own(of: &StateLocations) -> Vec<String> {
         of.candidates().own.iter().map(|path| path.display().to_string()).collect()
     }
 
@@ -187,34 +187,34 @@ mod tests {
     fn state_directory_variable_wins_and_its_first_entry_counts() {
         for (text, expected) in [("/a:/b", "/a"), (":/b", "/b"), ("/a", "/a")] {
             for is_root in [true, false] {
-                let of = Surroundings { state: Some(text.into()), is_root, ..user() };
+                let of = StateLocations { state: Some(text.into()), is_root, ..user() };
                 assert_eq!(own(&of), [expected], "{text}");
             }
         }
-        let empty = Surroundings { state: Some("".into()), is_root: true, ..user() };
+        let empty = StateLocations { state: Some("".into()), is_root: true, ..user() };
         assert_eq!(own(&empty), [SHARED]);
     }
 
     #[test]
     fn root_keeps_records_in_the_shared_directory() {
-        assert_eq!(own(&Surroundings { is_root: true, ..user() }), [SHARED]);
+        assert_eq!(own(&StateLocations { is_root: true, ..user() }), [SHARED]);
     }
 
     #[test]
     fn users_keep_records_below_their_own_state() {
         let homes = ["/home/u/.local/state/flexnbd", "/account/u/.local/state/flexnbd", SHARED];
         assert_eq!(own(&user()), homes);
-        let xdg = Surroundings { xdg_state: Some("/x".into()), ..user() };
+        let xdg = StateLocations { xdg_state: Some("/x".into()), ..user() };
         assert_eq!(own(&xdg)[0], "/x/flexnbd");
-        let relative = Surroundings { xdg_state: Some("x".into()), ..user() };
+        let relative = StateLocations { xdg_state: Some("x".into()), ..user() };
         assert_eq!(own(&relative), homes);
-        let unset = Surroundings { home: None, ..user() };
+        let unset = StateLocations { home: None, ..user() };
         assert_eq!(own(&unset), homes[1..]);
-        assert_eq!(own(&Surroundings::default()), [SHARED], "a user without an account");
+        assert_eq!(own(&StateLocations::default()), [SHARED], "a user without an account");
     }
 
     /// What is chosen when these directories hold the record, and those cannot be searched.
-    fn chosen(of: &Surroundings, holding: &[&str], closed: &[&str]) -> Result<String, String> {
+    fn chosen(of: &StateLocations, holding: &[&str], closed: &[&str]) -> Result<String, String> {
         let is_among =
             |directory: &Path, all: &[&str]| all.iter().any(|it| Path::new(it) == directory);
         let found = |directory: &Path| {
@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn a_record_in_the_shared_directory_comes_first() {
         assert_eq!(chosen(&user(), &[SYSTEM, HOME], &[]), Ok(SYSTEM.into()));
-        let ordered = Surroundings { state: Some("/a".into()), ..user() };
+        let ordered = StateLocations { state: Some("/a".into()), ..user() };
         assert_eq!(chosen(&ordered, &[SYSTEM, "/a"], &[]), Ok(SYSTEM.into()));
     }
 
@@ -251,7 +251,7 @@ mod tests {
 
     #[test]
     fn an_unsearchable_state_directory_variable_is_an_error() {
-        let ordered = Surroundings { state: Some("/a".into()), ..user() };
+        let ordered = StateLocations { state: Some("/a".into()), ..user() };
         let refused = chosen(&ordered, &[], &["/a"]).unwrap_err();
         assert!(refused.contains("at /a: "), "{refused}");
     }

@@ -1,5 +1,5 @@
 //! Ownership records in the state directory: one small file for each image.
-//! Only keeps them; when they are used instead of an attribute is decided in [`super::ledger`].
+//! Only keeps them; when they are used instead of an attribute is decided in [`super::record_store`].
 //!
 //! A file is named after the image's absolute path. Its first line is the record; the second,
 //! `of ID`, is the lasting name ([`FileId`]) of the file or device that it is about, where there is
@@ -38,7 +38,7 @@ const LENGTH_MAX: usize = RECORD_MAX + OF.len() + FILE_ID_MAX + 1;
 
 /// A record in the state directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct StateEntry {
     pub(super) path: PathBuf,
     /// The line that is the record, with its end; or all there is, if that is none.
     pub(super) line: Vec<u8>,
@@ -47,8 +47,8 @@ pub(super) struct Entry {
 
 /// What the state directory has for an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Found {
-    pub(super) entry: Option<Entry>,
+pub(super) struct StateFileLookup {
+    pub(super) entry: Option<StateEntry>,
     /// The entry is about this very file, rather than about whatever has its path.
     pub(super) certain: bool,
     /// Where the record is, or would be.
@@ -82,7 +82,7 @@ pub(super) fn find(
     usual: &Path,
     id: Option<&FileId>,
     is_another: &dyn Fn(&Path) -> bool,
-) -> io::Result<Found> {
+) -> io::Result<StateFileLookup> {
     let (mut place, mut foreign) = (usual.to_owned(), None);
     for number in 2..=SAME_PATH_MAX {
         let Some(entry) = read(&place)? else { break };
@@ -94,7 +94,7 @@ pub(super) fn find(
             (theirs, ours) => {
                 let certain = theirs.is_some() && ours.is_some();
                 let (own, entry, shared_with) = (place.clone(), Some(entry), None);
-                return Ok(Found { entry, certain, place, own, shared_with, foreign });
+                return Ok(StateFileLookup { entry, certain, place, own, shared_with, foreign });
             }
         }
     }
@@ -104,7 +104,7 @@ pub(super) fn find(
     };
     let (own, shared_with) = (place, shared_with.flatten());
     let place = entry.as_ref().map_or_else(|| own.clone(), |entry| entry.path.clone());
-    Ok(Found { certain: entry.is_some(), entry, place, own, shared_with, foreign })
+    Ok(StateFileLookup { certain: entry.is_some(), entry, place, own, shared_with, foreign })
 }
 
 /// The entry about the file of that lasting name, whatever path it had, and the other file of that
@@ -113,7 +113,7 @@ fn search(
     state: &Path,
     id: &FileId,
     is_another: &dyn Fn(&Path) -> bool,
-) -> io::Result<Option<(Entry, Option<PathBuf>)>> {
+) -> io::Result<Option<(StateEntry, Option<PathBuf>)>> {
     let names = match fs::read_dir(state) {
         Ok(entries) => entries,
         // Users other than root may not list what is there; it is found by its path alone then.
@@ -149,7 +149,7 @@ fn search(
 }
 
 /// The entry at `path`, if there is one.
-pub(super) fn read(path: &Path) -> io::Result<Option<Entry>> {
+pub(super) fn read(path: &Path) -> io::Result<Option<StateEntry>> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if is_missing(&error) || is_out_of_sight(path, &error) => return Ok(None),
@@ -162,7 +162,7 @@ pub(super) fn read(path: &Path) -> io::Result<Option<Entry>> {
         Some((line, id)) => (line.to_vec(), Some(id)),
         None => (bytes, None),
     };
-    Ok(Some(Entry { path: path.to_owned(), line, id }))
+    Ok(Some(StateEntry { path: path.to_owned(), line, id }))
 }
 
 /// The record's line and the lasting name, if there are both and nothing else.

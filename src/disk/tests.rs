@@ -1,17 +1,17 @@
 //! A disk in memory that fails when told to: what reaches whoever asked, and what is remembered.
 
-use super::errands::{Errands, Work};
-use super::memory::{FailingImage, Faults, MemoryImage, Op};
-use super::slow::TestBell;
+use super::inflight::{InFlight, Work};
+use super::memory::{FailingBackend, Faults, MemoryBackend, Op};
+use super::slow::TestNotifier;
 use super::*;
 use nix::libc::{EINVAL, EIO, ENOSPC, EPERM};
 use std::sync::Arc;
 
 const SIZE: u64 = 64 * 1024;
 
-fn disk(read_only: bool) -> (Disk, MemoryImage, Arc<Faults>) {
-    let (memory, faults) = (MemoryImage::new(SIZE), Arc::new(Faults::default()));
-    let image = FailingImage::new(memory.clone(), faults.clone());
+fn disk(read_only: bool) -> (Disk, MemoryBackend, Arc<Faults>) {
+    let (memory, faults) = (MemoryBackend::new(SIZE), Arc::new(Faults::default()));
+    let image = FailingBackend::new(memory.clone(), faults.clone());
     (Disk::new(Box::new(image), read_only), memory, faults)
 }
 
@@ -29,11 +29,11 @@ fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
 
 /// Runs one errand to its end, as on an image without a lane.
 pub(super) fn run(disk: &Disk, work: Work) -> io::Result<()> {
-    let mut errands = Errands::new(disk, Arc::new(TestBell::default()));
-    errands.begin(visit(disk), work, ());
+    let mut in_flight = InFlight::new(disk, Arc::new(TestNotifier::default()));
+    in_flight.begin(visit(disk), work, ());
     loop {
-        errands.submit();
-        if let Some(((), outcome)) = errands.next_over() {
+        in_flight.submit();
+        if let Some(((), outcome)) = in_flight.next_over() {
             return outcome;
         }
         std::thread::yield_now();

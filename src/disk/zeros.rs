@@ -3,7 +3,7 @@
 //! Never turns data into a hole, and never makes more writes than there are holes to go around.
 
 use super::extents::extent_at;
-use super::{Extent, Image};
+use super::{Backend, Extent};
 use crate::range::Range;
 use std::io;
 
@@ -86,7 +86,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 }
 
 /// Whether all of `range` is read as zeros. What cannot be read is not.
-pub(super) fn reads_as_zeros(image: &dyn Image, range: Range) -> bool {
+pub(super) fn reads_as_zeros(image: &dyn Backend, range: Range) -> bool {
     let mut bytes = [0; LOOK];
     let mut rest = range;
     while !rest.is_empty() {
@@ -105,7 +105,7 @@ pub(super) fn reads_as_zeros(image: &dyn Image, range: Range) -> bool {
 ///
 /// What lies between two holes is one write, however many runs it has, and all of it is one when
 /// nothing can be left out.
-pub(super) fn write_around_holes(image: &dyn Image, offset: u64, data: &[u8]) -> io::Result<()> {
+pub(super) fn write_around_holes(image: &dyn Backend, offset: u64, data: &[u8]) -> io::Result<()> {
     let mut rest = Piece { offset, data };
     for gap in gaps(image, offset, data) {
         let (start, end) = gap?;
@@ -118,12 +118,12 @@ pub(super) fn write_around_holes(image: &dyn Image, offset: u64, data: &[u8]) ->
 /// Whether [`write_around_holes`] would leave something out. What is left out is found on the disk
 /// as zeros that may not be durable yet: the hole may be a fresh one, and the old bytes would come
 /// back after a power cut.
-pub(super) fn leaves_gaps(image: &dyn Image, offset: u64, data: &[u8]) -> io::Result<bool> {
+pub(super) fn leaves_gaps(image: &dyn Backend, offset: u64, data: &[u8]) -> io::Result<bool> {
     Ok(gaps(image, offset, data).next().transpose()?.is_some())
 }
 
 /// The parts of a write that are zero and lie in holes: from where to where on the disk, in order.
-fn gaps<'a>(image: &'a dyn Image, offset: u64, data: &'a [u8]) -> Gaps<'a> {
+fn gaps<'a>(image: &'a dyn Backend, offset: u64, data: &'a [u8]) -> Gaps<'a> {
     Gaps { map: Map { image, known: None }, runs: runs(offset, data), zeros: (0, 0) }
 }
 
@@ -178,14 +178,14 @@ impl Piece<'_> {
         Self { offset: start, data: &self.data[(start - self.offset) as usize..] }
     }
 
-    fn write(self, image: &dyn Image) -> io::Result<()> {
+    fn write(self, image: &dyn Backend) -> io::Result<()> {
         if self.data.is_empty() { Ok(()) } else { image.write(self.offset, self.data, false) }
     }
 }
 
 /// The image's extents, the last one remembered: most zeros of one write lie in the same.
 struct Map<'a> {
-    image: &'a dyn Image,
+    image: &'a dyn Backend,
     known: Option<Extent>,
 }
 
@@ -203,8 +203,8 @@ impl Map<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::FileImage;
-    use super::super::memory::{FailingImage, Faults, MemoryImage, Op};
+    use super::super::FileBackend;
+    use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
     use super::*;
     use proptest::prelude::*;
     use std::sync::Arc;
@@ -216,10 +216,10 @@ mod tests {
     }
 
     /// A memory disk that counts what is done to it.
-    fn counted(blocks: u64) -> (MemoryImage, FailingImage, Arc<Faults>) {
-        let image = MemoryImage::new(blocks * BLOCK);
+    fn counted(blocks: u64) -> (MemoryBackend, FailingBackend, Arc<Faults>) {
+        let image = MemoryBackend::new(blocks * BLOCK);
         let faults = Arc::new(Faults::default());
-        (image.clone(), FailingImage::new(image, faults.clone()), faults)
+        (image.clone(), FailingBackend::new(image, faults.clone()), faults)
     }
 
     #[test]
@@ -262,8 +262,8 @@ mod tests {
 
     /// An image that calls everything a hole.
     #[derive(Debug)]
-    struct Liar(MemoryImage);
-    impl Image for Liar {
+    struct Liar(MemoryBackend);
+    impl Backend for Liar {
         fn size(&self) -> u64 {
             self.0.size()
         }
@@ -292,7 +292,7 @@ mod tests {
 
     #[test]
     fn zeros_over_data_that_is_called_a_hole_are_written() {
-        let memory = MemoryImage::new(8 * BLOCK);
+        let memory = MemoryBackend::new(8 * BLOCK);
         memory.write(0, &vec![9; 6 * ONE], false).unwrap();
         let image = Liar(memory.clone());
         assert!(!leaves_gaps(&image, 100, &vec![0; 2 * ONE]).unwrap());
@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn where_nothing_can_be_left_out_there_is_one_write_and_one_question() {
         let folder = tempfile::tempdir().unwrap();
-        let file = FileImage::create(
+        let file = FileBackend::create(
             &folder.path().join("disk"),
             64 * BLOCK,
             crate::disk::Access::default(),
@@ -326,7 +326,7 @@ mod tests {
         .unwrap();
         file.write(0, &vec![9; 64 * ONE], false).unwrap();
         let faults = Arc::new(Faults::default());
-        let image = FailingImage::new(file, faults.clone());
+        let image = FailingBackend::new(file, faults.clone());
         let mut striped = vec![0; 64 * ONE];
         striped.chunks_mut(2 * ONE).for_each(|two| two[0] = 1);
         assert!(!leaves_gaps(&image, 0, &striped).unwrap());

@@ -23,7 +23,7 @@
 //!   what the record then says is the truth.
 
 use super::wire::{Answer, Handover, Has, Question, Token};
-use crate::disk::ownership::{Id, Record, Title};
+use crate::disk::ownership::{Id, Provenance, Record};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -52,7 +52,7 @@ pub enum Admits {
 
 /// What a client of a listening process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Guest {
+pub enum Sender {
     /// A source of ours, which introduced itself with this migration.
     Ours(Id),
     /// A client of old style; its DISC after writing means that the disk is complete.
@@ -61,7 +61,7 @@ pub enum Guest {
     Plain,
 }
 
-impl Guest {
+impl Sender {
     fn id(self) -> Option<Id> {
         match self {
             Self::Ours(id) => Some(id),
@@ -72,7 +72,7 @@ impl Guest {
 
 /// Why a client is not admitted, or a request of it refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Denied {
+pub enum HandoverError {
     /// It did not introduce itself (`NBD_REP_ERR_POLICY`).
     Stranger,
     /// This other connection holds the seat (`NBD_REP_ERR_POLICY`; for a request `EPERM`).
@@ -89,7 +89,7 @@ pub enum Denied {
 
 /// What to do about a source that introduces itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Introduction {
+pub enum ProbeDecision {
     /// Close `retire` for good and wait until no request of them is under way; then answer.
     Answer {
         /// What to say.
@@ -98,23 +98,23 @@ pub enum Introduction {
         retire: Vec<Connection>,
     },
     /// Refuse the option.
-    Refuse(Denied),
+    Refuse(HandoverError),
 }
 
 /// What to do about a request that changes the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Permission {
+pub enum WritePermission {
     /// Carry it out.
     Go,
     /// Make this record durable, report with [`Arrival::recorded`], and ask again.
     RecordFirst(Record),
     /// Refuse the request.
-    Refuse(Denied),
+    Refuse(HandoverError),
 }
 
 /// What to do about the end of the copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub enum ArrivalEnd {
     /// Make the data durable, then this record; report with [`Arrival::settled`].
     Settle(Record),
     /// A HANDOVER that is not meant for us: answer it with `EINVAL`.
@@ -128,7 +128,7 @@ pub enum Ending {
 pub struct Arrival {
     token: Token,
     admits: Admits,
-    state: State,
+    state: ArrivalState,
     /// Whose incomplete copy the durable record says is here.
     holds: Holds,
     /// The migration with which each connection introduced itself; of several connections with the
@@ -141,8 +141,8 @@ pub struct Arrival {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Receiving(Option<Seat>),
+enum ArrivalState {
+    Receiving(Option<SenderSlot>),
     Settling(Option<Id>),
     Arrived(Option<Id>),
     Failed,
@@ -150,9 +150,9 @@ enum State {
 
 /// The one connection that may change the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seat {
+struct SenderSlot {
     connection: Connection,
-    guest: Guest,
+    guest: Sender,
     wrote: bool,
 }
 
@@ -162,18 +162,18 @@ enum Holds {
     CopyOf(Option<Id>),
 }
 
-impl Seat {
+impl SenderSlot {
     /// Whether the seat is given to `contender` when its holder has been silent for so long.
-    fn yields(self, contender: Guest, silent: Duration) -> bool {
+    fn yields(self, contender: Sender, silent: Duration) -> bool {
         silent >= self.patience(contender)
     }
 
     /// For how long the holder must have been silent for `contender` to get the seat.
-    fn patience(self, contender: Guest) -> Duration {
+    fn patience(self, contender: Sender) -> Duration {
         match (self.guest, contender) {
-            (Guest::Ours(_), Guest::Ours(_)) => SOURCE_SILENCE,
-            (Guest::Plain, Guest::Ours(_)) if !self.wrote => Duration::ZERO,
-            (Guest::Plain, Guest::Plain) if !self.wrote => SOURCE_SILENCE,
+            (Sender::Ours(_), Sender::Ours(_)) => SOURCE_SILENCE,
+            (Sender::Plain, Sender::Ours(_)) if !self.wrote => Duration::ZERO,
+            (Sender::Plain, Sender::Plain) if !self.wrote => SOURCE_SILENCE,
             _ => WRITER_SILENCE,
         }
     }
@@ -187,7 +187,7 @@ impl Arrival {
         Self {
             token,
             admits,
-            state: State::Receiving(None),
+            state: ArrivalState::Receiving(None),
             holds: holds.map_or(Holds::Nothing, Holds::CopyOf),
             introduced: BTreeMap::new(),
             retiring: BTreeSet::new(),
@@ -197,9 +197,9 @@ impl Arrival {
 
     /// The connection that holds the seat, and what it is.
     #[must_use]
-    pub fn holder(&self) -> Option<(Connection, Guest)> {
+    pub fn holder(&self) -> Option<(Connection, Sender)> {
         match self.state {
-            State::Receiving(Some(seat)) => Some((seat.connection, seat.guest)),
+            ArrivalState::Receiving(Some(seat)) => Some((seat.connection, seat.guest)),
             _ => None,
         }
     }
@@ -208,8 +208,8 @@ impl Arrival {
     /// introduces itself just now, else what it is already. None if the seat is free.
     #[must_use]
     pub fn patience(&self, contender: Connection, introduces: Option<Id>) -> Option<Duration> {
-        let guest = introduces.map_or_else(|| self.guest(contender), Guest::Ours);
-        let State::Receiving(Some(seat)) = self.state else { return None };
+        let guest = introduces.map_or_else(|| self.guest(contender), Sender::Ours);
+        let ArrivalState::Receiving(Some(seat)) = self.state else { return None };
         Some(seat.patience(guest))
     }
 
@@ -223,33 +223,35 @@ impl Arrival {
         connection: Connection,
         question: &Question,
         silent: Duration,
-    ) -> Introduction {
+    ) -> ProbeDecision {
         let id = question.id;
         match self.state {
-            State::Arrived(_) | State::Receiving(None) => {}
-            State::Receiving(Some(seat)) if seat.guest == Guest::Ours(id) => {
+            ArrivalState::Arrived(_) | ArrivalState::Receiving(None) => {}
+            ArrivalState::Receiving(Some(seat)) if seat.guest == Sender::Ours(id) => {
                 if seat.connection != connection {
                     self.unseat(seat.connection);
                 }
             }
-            State::Receiving(Some(seat)) => {
+            ArrivalState::Receiving(Some(seat)) => {
                 let known = self.holders.contains(&id);
-                if !known && !seat.yields(Guest::Ours(id), silent) {
-                    return Introduction::Refuse(Denied::Taken(seat.connection));
+                if !known && !seat.yields(Sender::Ours(id), silent) {
+                    return ProbeDecision::Refuse(HandoverError::Taken(seat.connection));
                 }
             }
-            state => return Introduction::Refuse(denied(state)),
+            state => return ProbeDecision::Refuse(denied(state)),
         }
         self.introduced.retain(|_, other| *other != id);
         self.introduced.insert(connection, id);
         let answer = Answer { listening: Some(self.token), has: self.has(id) };
-        Introduction::Answer { answer, retire: self.retiring() }
+        ProbeDecision::Answer { answer, retire: self.retiring() }
     }
 
     fn has(&self, id: Id) -> Has {
         match (self.state, self.holds) {
-            (State::Arrived(Some(arrived)), _) if arrived == id => Has::Arrived,
-            (State::Receiving(_), Holds::CopyOf(Some(copy))) if copy == id => Has::Incomplete,
+            (ArrivalState::Arrived(Some(arrived)), _) if arrived == id => Has::Arrived,
+            (ArrivalState::Receiving(_), Holds::CopyOf(Some(copy))) if copy == id => {
+                Has::Incomplete
+            }
             _ => Has::Nothing,
         }
     }
@@ -259,7 +261,7 @@ impl Arrival {
     ///
     /// # Errors
     /// Why not.
-    pub fn admits(&self, connection: Connection, silent: Duration) -> Result<(), Denied> {
+    pub fn admits(&self, connection: Connection, silent: Duration) -> Result<(), HandoverError> {
         self.entrance(connection, silent).map(drop)
     }
 
@@ -273,12 +275,12 @@ impl Arrival {
         &mut self,
         connection: Connection,
         silent: Duration,
-    ) -> Result<Vec<Connection>, Denied> {
+    ) -> Result<Vec<Connection>, HandoverError> {
         let (guest, outgoing) = self.entrance(connection, silent)?;
         if let Some(outgoing) = outgoing {
             self.unseat(outgoing);
         }
-        if guest != Guest::OldStyle {
+        if guest != Sender::OldStyle {
             self.seat(connection, guest, false);
         }
         Ok(self.retiring())
@@ -289,31 +291,31 @@ impl Arrival {
         &self,
         connection: Connection,
         silent: Duration,
-    ) -> Result<(Guest, Option<Connection>), Denied> {
+    ) -> Result<(Sender, Option<Connection>), HandoverError> {
         let guest = self.guest(connection);
-        let State::Receiving(seat) = self.state else { return Err(denied(self.state)) };
-        if guest == Guest::Plain && self.admits != Admits::PlainWriter {
-            return Err(Denied::Stranger);
+        let ArrivalState::Receiving(seat) = self.state else { return Err(denied(self.state)) };
+        if guest == Sender::Plain && self.admits != Admits::PlainWriter {
+            return Err(HandoverError::Stranger);
         }
         match seat {
             Some(seat) if seat.connection == connection => Ok((guest, None)),
             Some(seat) if seat.yields(guest, silent) => Ok((guest, Some(seat.connection))),
             // Its requests are refused one by one, since old style has no other way.
-            Some(seat) if guest != Guest::OldStyle => Err(Denied::Taken(seat.connection)),
+            Some(seat) if guest != Sender::OldStyle => Err(HandoverError::Taken(seat.connection)),
             _ => Ok((guest, None)),
         }
     }
 
-    fn guest(&self, connection: Connection) -> Guest {
+    fn guest(&self, connection: Connection) -> Sender {
         match self.introduced.get(&connection) {
-            Some(id) => Guest::Ours(*id),
-            None if self.admits == Admits::OldStyle => Guest::OldStyle,
-            None => Guest::Plain,
+            Some(id) => Sender::Ours(*id),
+            None if self.admits == Admits::OldStyle => Sender::OldStyle,
+            None => Sender::Plain,
         }
     }
 
-    fn seat(&mut self, connection: Connection, guest: Guest, wrote: bool) {
-        self.state = State::Receiving(Some(Seat { connection, guest, wrote }));
+    fn seat(&mut self, connection: Connection, guest: Sender, wrote: bool) {
+        self.state = ArrivalState::Receiving(Some(SenderSlot { connection, guest, wrote }));
         if let Some(id) = guest.id()
             && !self.holders.contains(&id)
         {
@@ -323,7 +325,7 @@ impl Arrival {
     }
 
     fn unseat(&mut self, connection: Connection) {
-        self.state = State::Receiving(None);
+        self.state = ArrivalState::Receiving(None);
         self.introduced.remove(&connection);
         self.retiring.insert(connection);
     }
@@ -339,20 +341,20 @@ impl Arrival {
     ///
     /// # Errors
     /// Why not.
-    pub fn may_use(&self, connection: Connection) -> Result<(), Denied> {
+    pub fn may_use(&self, connection: Connection) -> Result<(), HandoverError> {
         match self.state {
-            State::Receiving(Some(seat)) if seat.connection == connection => {
+            ArrivalState::Receiving(Some(seat)) if seat.connection == connection => {
                 let reads_half =
-                    seat.guest == Guest::Plain && !seat.wrote && self.holds != Holds::Nothing;
-                if reads_half { Err(Denied::Incomplete) } else { Ok(()) }
+                    seat.guest == Sender::Plain && !seat.wrote && self.holds != Holds::Nothing;
+                if reads_half { Err(HandoverError::Incomplete) } else { Ok(()) }
             }
-            State::Receiving(Some(seat)) => Err(Denied::Taken(seat.connection)),
-            State::Receiving(None)
+            ArrivalState::Receiving(Some(seat)) => Err(HandoverError::Taken(seat.connection)),
+            ArrivalState::Receiving(None)
                 if self.may_be_the_writer(connection) && self.holds == Holds::Nothing =>
             {
                 Ok(())
             }
-            State::Receiving(None) => Err(Denied::NotSeated),
+            ArrivalState::Receiving(None) => Err(HandoverError::NotSeated),
             state => Err(denied(state)),
         }
     }
@@ -362,22 +364,24 @@ impl Arrival {
     }
 
     /// `connection` wants to change the disk.
-    pub fn wants_to_write(&mut self, connection: Connection) -> Permission {
+    pub fn wants_to_write(&mut self, connection: Connection) -> WritePermission {
         let guest = match self.state {
-            State::Receiving(Some(seat)) if seat.connection == connection => seat.guest,
-            State::Receiving(Some(seat)) => {
-                return Permission::Refuse(Denied::Taken(seat.connection));
+            ArrivalState::Receiving(Some(seat)) if seat.connection == connection => seat.guest,
+            ArrivalState::Receiving(Some(seat)) => {
+                return WritePermission::Refuse(HandoverError::Taken(seat.connection));
             }
-            State::Receiving(None) if self.may_be_the_writer(connection) => Guest::OldStyle,
+            ArrivalState::Receiving(None) if self.may_be_the_writer(connection) => Sender::OldStyle,
             // A source that has lost its seat to its own next connection, which has closed.
-            State::Receiving(None) => return Permission::Refuse(Denied::NotSeated),
-            state => return Permission::Refuse(denied(state)),
+            ArrivalState::Receiving(None) => {
+                return WritePermission::Refuse(HandoverError::NotSeated);
+            }
+            state => return WritePermission::Refuse(denied(state)),
         };
         self.seat(connection, guest, true);
         if self.holds == Holds::CopyOf(guest.id()) {
-            return Permission::Go;
+            return WritePermission::Go;
         }
-        Permission::RecordFirst(Record::Incoming { id: guest.id() })
+        WritePermission::RecordFirst(Record::Incoming { id: guest.id() })
     }
 
     /// The record *incoming* with `id` is durable, or could not be made so; then the process ends.
@@ -385,38 +389,38 @@ impl Arrival {
         if durable {
             self.holds = Holds::CopyOf(id);
         } else {
-            self.state = State::Failed;
+            self.state = ArrivalState::Failed;
         }
     }
 
     /// HANDOVER arrived on `connection`.
-    pub fn handed_over(&mut self, connection: Connection, handover: &Handover) -> Ending {
+    pub fn handed_over(&mut self, connection: Connection, handover: &Handover) -> ArrivalEnd {
         let id = handover.id;
-        let seated = self.holder() == Some((connection, Guest::Ours(id)));
+        let seated = self.holder() == Some((connection, Sender::Ours(id)));
         let ours = handover.token == self.token && self.holds == Holds::CopyOf(Some(id));
         if !(seated && ours) {
-            return Ending::Refuse;
+            return ArrivalEnd::Refuse;
         }
-        self.state = State::Settling(Some(id));
-        Ending::Settle(Record::Ours(Title::Arrived(id)))
+        self.state = ArrivalState::Settling(Some(id));
+        ArrivalEnd::Settle(Record::Ours(Provenance::Arrived(id)))
     }
 
     /// DISC arrived on `connection`, and everything before it has been carried out.
-    pub fn said_goodbye(&mut self, connection: Connection) -> Ending {
-        let seated = self.holder() == Some((connection, Guest::OldStyle));
+    pub fn said_goodbye(&mut self, connection: Connection) -> ArrivalEnd {
+        let seated = self.holder() == Some((connection, Sender::OldStyle));
         if !(seated && self.holds == Holds::CopyOf(None)) {
-            return Ending::Nothing;
+            return ArrivalEnd::Nothing;
         }
-        self.state = State::Settling(None);
-        Ending::Settle(Record::Ours(Title::Received))
+        self.state = ArrivalState::Settling(None);
+        ArrivalEnd::Settle(Record::Ours(Provenance::Received))
     }
 
     /// Data and record are durable, or could not be made so. True: the disk is ours, acknowledge
     /// and exit with success. False: exit with an error and without another word to the source.
     pub fn settled(&mut self, durable: bool) -> bool {
         self.state = match self.state {
-            State::Settling(id) if durable => State::Arrived(id),
-            _ => State::Failed,
+            ArrivalState::Settling(id) if durable => ArrivalState::Arrived(id),
+            _ => ArrivalState::Failed,
         };
         durable
     }
@@ -424,10 +428,10 @@ impl Arrival {
     /// A change that was permitted could not be made: the copy has a gap, whatever its sender says
     /// next. True: the process exits with an error. False: the copy was complete before.
     pub fn write_failed(&mut self) -> bool {
-        if matches!(self.state, State::Receiving(_)) {
-            self.state = State::Failed;
+        if matches!(self.state, ArrivalState::Receiving(_)) {
+            self.state = ArrivalState::Failed;
         }
-        self.state == State::Failed
+        self.state == ArrivalState::Failed
     }
 
     /// `connection` is gone, and none of its requests is under way.
@@ -435,23 +439,23 @@ impl Arrival {
         self.introduced.remove(&connection);
         self.retiring.remove(&connection);
         if self.holder().is_some_and(|(holder, _)| holder == connection) {
-            self.state = State::Receiving(None);
+            self.state = ArrivalState::Receiving(None);
         }
     }
 }
 
-fn denied(state: State) -> Denied {
+fn denied(state: ArrivalState) -> HandoverError {
     match state {
-        State::Receiving(_) => Denied::NotSeated,
-        State::Settling(_) | State::Arrived(_) => Denied::Complete,
-        State::Failed => Denied::Failed,
+        ArrivalState::Receiving(_) => HandoverError::NotSeated,
+        ArrivalState::Settling(_) | ArrivalState::Arrived(_) => HandoverError::Complete,
+        ArrivalState::Failed => HandoverError::Failed,
     }
 }
 
 /// What a `serve` process, whose disk is ours by this title, answers a source.
 #[must_use]
-pub fn answer_when_serving(title: Title, question: &Question) -> Answer {
-    let has = if title == Title::Arrived(question.id) { Has::Arrived } else { Has::Nothing };
+pub fn answer_when_serving(title: Provenance, question: &Question) -> Answer {
+    let has = if title == Provenance::Arrived(question.id) { Has::Arrived } else { Has::Nothing };
     Answer { listening: None, has }
 }
 

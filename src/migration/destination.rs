@@ -2,27 +2,27 @@
 //! Knows no socket: whoever serves the incoming disk asks it, and it answers.
 
 use super::arrival::{
-    Admits, Arrival, Connection, Denied, Ending, Guest, Introduction, Permission,
+    Admits, Arrival, ArrivalEnd, Connection, HandoverError, ProbeDecision, Sender, WritePermission,
 };
 use super::wire::{Handover, Question, Token, WireError};
 use crate::disk::Disk;
-use crate::disk::ledger::Ledger;
-use crate::disk::ownership::{Id, Record, Title};
+use crate::disk::ownership::{Id, Provenance, Record};
+use crate::disk::record_store::RecordStore;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// What becomes of an incoming disk, told once.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum ArrivalResult {
     /// It is complete, durable, and ours, by this title.
-    Arrived(Title),
+    Arrived(Provenance),
     /// It cannot be received here, for this reason. The process ends with an error.
     Failed(String),
 }
 
 /// What to do after a HANDOVER.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Handed {
+pub enum HandoverResult {
     /// It is ours: acknowledge.
     Acknowledge,
     /// It was not meant for us.
@@ -35,12 +35,12 @@ pub enum Handed {
 pub struct Destination {
     disk: Arc<Disk>,
     /// None where no record can be kept.
-    ledger: Option<Ledger>,
+    ledger: Option<RecordStore>,
     arrival: Mutex<Arrival>,
     /// Held while data and record are made durable. Never waited for by whoever may have requests
     /// under way: to flush is to wait for theirs.
     settling: Mutex<()>,
-    told: Box<dyn Fn(Fate) + Send + Sync>,
+    told: Box<dyn Fn(ArrivalResult) + Send + Sync>,
 }
 
 /// For how long nothing has come from a connection.
@@ -58,10 +58,10 @@ impl Destination {
     #[must_use]
     pub fn new(
         disk: Arc<Disk>,
-        ledger: Option<Ledger>,
+        ledger: Option<RecordStore>,
         admits: Admits,
         (token, holds): (Token, Option<Option<Id>>),
-        told: Box<dyn Fn(Fate) + Send + Sync>,
+        told: Box<dyn Fn(ArrivalResult) + Send + Sync>,
     ) -> Self {
         let arrival = Mutex::new(Arrival::new(token, holds, admits));
         Self { disk, ledger, arrival, settling: Mutex::new(()), told }
@@ -77,7 +77,7 @@ impl Destination {
         connection: Connection,
         data: &[u8],
         silence: Silence<'_>,
-    ) -> Result<Introduction, WireError> {
+    ) -> Result<ProbeDecision, WireError> {
         let question = Question::decode(data)?;
         // What it asks is being decided.
         let _decided = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
@@ -90,7 +90,11 @@ impl Destination {
     ///
     /// # Errors
     /// Why not.
-    pub fn admits(&self, connection: Connection, silence: Silence<'_>) -> Result<(), Denied> {
+    pub fn admits(
+        &self,
+        connection: Connection,
+        silence: Silence<'_>,
+    ) -> Result<(), HandoverError> {
         let arrival = self.lock();
         arrival.admits(connection, self.silence_of_holder(&arrival, silence))
     }
@@ -103,7 +107,7 @@ impl Destination {
         &self,
         connection: Connection,
         silence: Silence<'_>,
-    ) -> Result<Vec<Connection>, Denied> {
+    ) -> Result<Vec<Connection>, HandoverError> {
         let mut arrival = self.lock();
         let silent = self.silence_of_holder(&arrival, silence);
         arrival.enter(connection, silent)
@@ -111,7 +115,7 @@ impl Destination {
 
     /// What the connection that holds the seat is, if it is this one.
     #[must_use]
-    pub fn holder(&self, connection: Connection) -> Option<Guest> {
+    pub fn holder(&self, connection: Connection) -> Option<Sender> {
         self.lock().holder().filter(|(holder, _)| *holder == connection).map(|(_, guest)| guest)
     }
 
@@ -140,21 +144,21 @@ impl Destination {
     ///
     /// # Errors
     /// Why not.
-    pub fn permit(&self, connection: Connection, changes: bool) -> Result<(), Denied> {
+    pub fn permit(&self, connection: Connection, changes: bool) -> Result<(), HandoverError> {
         let mut arrival = self.lock();
         if !changes {
             return arrival.may_use(connection);
         }
         loop {
             match arrival.wants_to_write(connection) {
-                Permission::Go => return Ok(()),
-                Permission::Refuse(denied) => return Err(denied),
-                Permission::RecordFirst(record) => {
+                WritePermission::Go => return Ok(()),
+                WritePermission::Refuse(denied) => return Err(denied),
+                WritePermission::RecordFirst(record) => {
                     let kept = self.keep(&record);
                     let id = if let Record::Incoming { id } = record { id } else { None };
                     arrival.recorded(id, kept.is_ok());
                     if let Err(why) = kept {
-                        (self.told)(Fate::Failed(why));
+                        (self.told)(ArrivalResult::Failed(why));
                     }
                 }
             }
@@ -162,14 +166,14 @@ impl Destination {
     }
 
     /// HANDOVER arrived with this payload.
-    pub fn handed_over(&self, connection: Connection, payload: &[u8]) -> Handed {
-        let Ok(handover) = Handover::decode(payload) else { return Handed::Refuse };
+    pub fn handed_over(&self, connection: Connection, payload: &[u8]) -> HandoverResult {
+        let Ok(handover) = Handover::decode(payload) else { return HandoverResult::Refuse };
         let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         let ending = self.lock().handed_over(connection, &handover);
         match ending {
-            Ending::Settle(record) if self.settle(&record) => Handed::Acknowledge,
-            Ending::Settle(_) => Handed::Silence,
-            Ending::Refuse | Ending::Nothing => Handed::Refuse,
+            ArrivalEnd::Settle(record) if self.settle(&record) => HandoverResult::Acknowledge,
+            ArrivalEnd::Settle(_) => HandoverResult::Silence,
+            ArrivalEnd::Refuse | ArrivalEnd::Nothing => HandoverResult::Refuse,
         }
     }
 
@@ -177,7 +181,7 @@ impl Destination {
     pub fn said_goodbye(&self, connection: Connection) {
         let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         let ending = self.lock().said_goodbye(connection);
-        if let Ending::Settle(record) = ending {
+        if let ArrivalEnd::Settle(record) = ending {
             self.settle(&record);
         }
     }
@@ -192,7 +196,7 @@ impl Destination {
     pub fn failed(&self, why: &str) {
         // Once it is being settled, what is to be durable then is known by another flush.
         if self.lock().write_failed() {
-            (self.told)(Fate::Failed(why.to_owned()));
+            (self.told)(ArrivalResult::Failed(why.to_owned()));
         }
     }
 
@@ -203,11 +207,11 @@ impl Destination {
         let mut arrival = self.lock();
         let ours = arrival.settled(settled.is_ok());
         (self.told)(match settled {
-            Ok(()) => Fate::Arrived(match record {
+            Ok(()) => ArrivalResult::Arrived(match record {
                 Record::Ours(title) => *title,
-                _ => Title::Received,
+                _ => Provenance::Received,
             }),
-            Err(why) => Fate::Failed(why),
+            Err(why) => ArrivalResult::Failed(why),
         });
         ours
     }
@@ -233,9 +237,9 @@ impl Destination {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::errands::{Errands, Work};
-    use crate::disk::memory::MemoryImage;
-    use crate::disk::slow::{Slow, SlowImage, TestBell};
+    use crate::disk::inflight::{InFlight, Work};
+    use crate::disk::memory::MemoryBackend;
+    use crate::disk::slow::{Slow, SlowBackend, TestNotifier};
     use nix::libc::EIO;
     use std::sync::mpsc;
     use std::thread;
@@ -247,8 +251,8 @@ mod tests {
     #[test]
     fn a_handover_does_not_wait_for_a_flush_whose_session_waits_for_the_handover() {
         for fails in [false, true] {
-            let (memory, slow) = (MemoryImage::new(1 << 20), Arc::new(Slow::default()));
-            let image = SlowImage::new(memory.clone(), Arc::clone(&slow));
+            let (memory, slow) = (MemoryBackend::new(1 << 20), Arc::new(Slow::default()));
+            let image = SlowBackend::new(memory.clone(), Arc::clone(&slow));
             let disk = Arc::new(Disk::new(Box::new(image), false));
             let (fates, told) = mpsc::channel();
             let tell = Box::new({
@@ -263,7 +267,7 @@ mod tests {
             destination.enter(1, silence).unwrap();
             destination.permit(1, true).unwrap();
             // A reader has come before, and has a flush under way.
-            let mut errands = Errands::new(&disk, Arc::new(TestBell::default()));
+            let mut errands = InFlight::new(&disk, Arc::new(TestNotifier::default()));
             errands.begin(disk.enter(&|| true).unwrap(), Work::Flush, ());
             errands.submit();
             let (asked, answer) = mpsc::channel();
@@ -272,7 +276,7 @@ mod tests {
                 let destination = &destination;
                 let handing = scope.spawn(|| destination.handed_over(1, &handover));
                 let asking = scope.spawn(move || {
-                    while destination.permit(2, true) != Err(Denied::Complete) {
+                    while destination.permit(2, true) != Err(HandoverError::Complete) {
                         thread::yield_now();
                     }
                     asked.send(()).unwrap();
@@ -287,11 +291,12 @@ mod tests {
                 assert!(errands.next_over().is_some());
                 assert_eq!(waited, Ok(()));
                 asking.join().unwrap();
-                let expected = if fails { Handed::Silence } else { Handed::Acknowledge };
+                let expected =
+                    if fails { HandoverResult::Silence } else { HandoverResult::Acknowledge };
                 assert_eq!(handing.join().unwrap(), expected);
             });
             let fate = told.recv_timeout(PATIENCE).unwrap();
-            assert_eq!(fails, matches!(fate, Fate::Failed(_)));
+            assert_eq!(fails, matches!(fate, ArrivalResult::Failed(_)));
         }
     }
 }

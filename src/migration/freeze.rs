@@ -139,7 +139,7 @@ pub struct Probe {
 
 /// What a look at the requests in flight says about closing the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum FreezeDecision {
     /// Look again soon: the oldest is at least so old.
     Wait(Duration),
     /// Close the gate; in-flight requests should end within this.
@@ -154,22 +154,22 @@ impl Probe {
     }
 
     /// The generation before the present one has ended, or has not.
-    pub fn looked(&mut self, now: Duration, turned: bool) -> Verdict {
+    pub fn looked(&mut self, now: Duration, turned: bool) -> FreezeDecision {
         self.last = now;
         let began = *self.began.get_or_insert(now);
         let age = now.saturating_sub(self.turned.unwrap_or(began));
         if !turned {
-            return Verdict::Wait(age);
+            return FreezeDecision::Wait(age);
         }
         if self.turned.replace(now).is_none() {
-            return Verdict::Wait(Duration::ZERO);
+            return FreezeDecision::Wait(Duration::ZERO);
         }
         if age > QUIET && self.slow < PROBES_MAX {
             self.slow += 1;
-            return Verdict::Wait(Duration::ZERO);
+            return FreezeDecision::Wait(Duration::ZERO);
         }
         *self = Self { last: now, slow: self.slow, ..Self::default() };
-        Verdict::Close((age * 2).clamp(DRAIN_MIN, DRAIN_MAX))
+        FreezeDecision::Close((age * 2).clamp(DRAIN_MIN, DRAIN_MAX))
     }
 }
 
@@ -264,7 +264,7 @@ mod tests {
     }
 
     /// Probes in-flight requests of that age, all the time, until the gate is to be closed.
-    fn probe(age: Duration) -> (Duration, Verdict) {
+    fn probe(age: Duration) -> (Duration, FreezeDecision) {
         let (mut probe, mut now) = (Probe::default(), SECOND);
         let mut generation = now;
         loop {
@@ -273,7 +273,7 @@ mod tests {
                 generation = now;
             }
             let verdict = probe.looked(now, turned);
-            if matches!(verdict, Verdict::Close(_)) || now > 60 * SECOND {
+            if matches!(verdict, FreezeDecision::Close(_)) || now > 60 * SECOND {
                 return (now - SECOND, verdict);
             }
             assert!(probe.due() > now);
@@ -283,35 +283,35 @@ mod tests {
 
     #[test]
     fn short_requests_let_the_gate_close_within_milliseconds() {
-        assert_eq!(probe(Duration::ZERO), (PROBE_EVERY, Verdict::Close(DRAIN_MIN)));
-        assert_eq!(probe(QUIET), (2 * QUIET, Verdict::Close(DRAIN_MIN)));
+        assert_eq!(probe(Duration::ZERO), (PROBE_EVERY, FreezeDecision::Close(DRAIN_MIN)));
+        assert_eq!(probe(QUIET), (2 * QUIET, FreezeDecision::Close(DRAIN_MIN)));
     }
 
     #[test]
     fn slow_requests_are_given_time_once_there_is_no_other_way() {
         let (after, verdict) = probe(500 * MS);
-        assert_eq!(verdict, Verdict::Close(SECOND));
+        assert_eq!(verdict, FreezeDecision::Close(SECOND));
         assert!(after >= PROBES_MAX * 500 * MS, "{after:?}");
-        assert_eq!(probe(10 * SECOND).1, Verdict::Close(DRAIN_MAX));
+        assert_eq!(probe(10 * SECOND).1, FreezeDecision::Close(DRAIN_MAX));
     }
 
     #[test]
     fn one_long_request_keeps_the_gate_open_however_long_it_takes() {
         let mut probe = Probe::default();
-        assert_eq!(probe.looked(SECOND, true), Verdict::Wait(Duration::ZERO));
+        assert_eq!(probe.looked(SECOND, true), FreezeDecision::Wait(Duration::ZERO));
         for ms in (10..30_000).step_by(10) {
-            assert_eq!(probe.looked(SECOND + ms * MS, false), Verdict::Wait(ms * MS));
+            assert_eq!(probe.looked(SECOND + ms * MS, false), FreezeDecision::Wait(ms * MS));
         }
-        assert_eq!(probe.looked(31 * SECOND, true), Verdict::Wait(Duration::ZERO));
-        assert_eq!(probe.looked(31 * SECOND + PROBE_EVERY, true), Verdict::Close(DRAIN_MIN));
+        assert_eq!(probe.looked(31 * SECOND, true), FreezeDecision::Wait(Duration::ZERO));
+        assert_eq!(probe.looked(31 * SECOND + PROBE_EVERY, true), FreezeDecision::Close(DRAIN_MIN));
     }
 
     #[test]
     fn probes_that_are_far_apart_let_the_gate_close_in_the_end() {
         let mut probe = Probe::default();
         for second in 1..=1 + PROBES_MAX {
-            assert_eq!(probe.looked(second * SECOND, true), Verdict::Wait(Duration::ZERO));
+            assert_eq!(probe.looked(second * SECOND, true), FreezeDecision::Wait(Duration::ZERO));
         }
-        assert_eq!(probe.looked(9 * SECOND, true), Verdict::Close(DRAIN_MAX));
+        assert_eq!(probe.looked(9 * SECOND, true), FreezeDecision::Close(DRAIN_MAX));
     }
 }

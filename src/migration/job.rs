@@ -3,7 +3,7 @@
 
 use super::plan::{BLOCK_MIN_MAX, Caps, Content, Limits};
 use super::wire::{Answer, Handover, Has, Question, Token};
-use crate::disk::ownership::{Id, Place, Record, Title};
+use crate::disk::ownership::{Id, Provenance, Record, RemoteAddress};
 use crate::range::Range;
 use std::fmt;
 use std::net::IpAddr;
@@ -22,13 +22,13 @@ pub struct Job {
     /// Bytes of the disk.
     pub size: u64,
     /// Where to.
-    pub to: Place,
+    pub to: RemoteAddress,
     /// The local address to connect from, if the operator chose one.
     pub from: Option<IpAddr>,
     /// Delete the image once the destination has it.
     pub unlink: bool,
     /// What the disk is if the handover does not happen.
-    pub before: Title,
+    pub before: Provenance,
     /// Most bytes per second on the wire, until the gate is closed.
     pub speed: Option<NonZeroU64>,
     /// How much is asked of the destination at once.
@@ -42,7 +42,7 @@ pub struct Job {
 impl Job {
     /// A job with the usual limits: a pause of 100 ms, patience of 60 s.
     #[must_use]
-    pub fn new(id: Id, size: u64, to: Place, before: Title) -> Self {
+    pub fn new(id: Id, size: u64, to: RemoteAddress, before: Provenance) -> Self {
         Self {
             id,
             size,
@@ -65,19 +65,19 @@ impl Job {
 
     /// The record that a note stands for, `when` being seconds since 1970; none: no record at all.
     #[must_use]
-    pub fn record(&self, note: Note, when: u64) -> Option<Record> {
+    pub fn record(&self, note: RecordKind, when: u64) -> Option<Record> {
         let (id, before, to) = (self.id, self.before, self.to.clone());
         match note {
-            Note::Before => before.record(),
-            Note::Departing => Some(Record::Departing { id, before, to, from: self.from }),
-            Note::Departed => Some(Record::Departed { id, when, to }),
+            RecordKind::Before => before.record(),
+            RecordKind::Departing => Some(Record::Departing { id, before, to, from: self.from }),
+            RecordKind::Departed => Some(Record::Departed { id, when, to }),
         }
     }
 }
 
 /// Which ownership record to make durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Note {
+pub enum RecordKind {
     /// What there was before this migration.
     Before,
     /// The handover is about to be sent.
@@ -88,7 +88,7 @@ pub enum Note {
 
 /// Who answered, as far as a migration cares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer {
+pub struct DestinationInfo {
     /// Bytes of its export.
     pub size: u64,
     /// It takes no writes.
@@ -101,7 +101,7 @@ pub struct Peer {
     pub answer: Option<Answer>,
 }
 
-impl Peer {
+impl DestinationInfo {
     /// The name of the process, when it is one of ours and listens.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
@@ -132,7 +132,7 @@ impl Peer {
 
 /// What has become of a disk whose handover was sent, judged by an answer to the question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum HandoverVerdict {
     /// The destination has it.
     Arrived,
     /// It has not arrived, and nothing that was sent so far can make it arrive.
@@ -147,12 +147,14 @@ pub enum Fate {
 /// A listening process that knows nothing of the migration proves nothing, since it may be
 /// receiving into another image; only the process that the handover was sent to does.
 #[must_use]
-pub fn fate(answer: Option<&Answer>, token: Option<Token>) -> Fate {
+pub fn fate(answer: Option<&Answer>, token: Option<Token>) -> HandoverVerdict {
     match answer {
-        Some(Answer { has: Has::Arrived, .. }) => Fate::Arrived,
-        Some(Answer { has: Has::Incomplete, listening: Some(_) }) => Fate::NotArrived,
-        Some(Answer { listening: Some(same), .. }) if Some(*same) == token => Fate::NotArrived,
-        _ => Fate::Unknown,
+        Some(Answer { has: Has::Arrived, .. }) => HandoverVerdict::Arrived,
+        Some(Answer { has: Has::Incomplete, listening: Some(_) }) => HandoverVerdict::NotArrived,
+        Some(Answer { listening: Some(same), .. }) if Some(*same) == token => {
+            HandoverVerdict::NotArrived
+        }
+        _ => HandoverVerdict::Unknown,
     }
 }
 
@@ -162,7 +164,7 @@ pub enum Event {
     /// The first event of all.
     Begin,
     /// `Connect` succeeded.
-    Greeted(Peer),
+    Greeted(DestinationInfo),
     /// `Connect` failed; nothing is left of the connection.
     Unreachable(Trouble),
     /// `Look`: the beginning of the range holds this.
@@ -176,7 +178,7 @@ pub enum Event {
     Taken {
         /// None when nothing is marked from there on.
         run: Option<Range>,
-        /// See [`crate::disk::dirty::Dirty::bytes`].
+        /// See [`crate::disk::dirty::DirtyBitmap::bytes`].
         left: u64,
     },
     /// `Probe`: whether the requests have ended that were in flight at the last `Probe` that said so.
@@ -219,7 +221,7 @@ pub enum Action {
     /// in it are forgotten before it is read. → `Looked`, `Unreadable`,
     /// `Failed` for want of memory
     Look(Range),
-    /// Take marks: [`crate::disk::dirty::Dirty::take_next`]. → `Taken`
+    /// Take marks: [`crate::disk::dirty::DirtyBitmap::take_next`]. → `Taken`
     TakeDirty {
         /// From this byte on.
         from: u64,
@@ -228,7 +230,7 @@ pub enum Action {
     },
     /// Send a request, reading the disk now. → `Done` (it is with the kernel), `Lost`, `Unsent`,
     /// `Unreadable`, `Failed` as for `Look`
-    Send(Request),
+    Send(DestinationRequest),
     /// Wait for a reply, an order or this time; a reply that is there comes first. → `Reply`, `Tick`, `Lost`
     Wait {
         /// On the clock of `now`.
@@ -250,7 +252,7 @@ pub enum Action {
     /// From now on hold every write back for so long (zero: not at all). → `Done`
     Hold(Duration),
     /// Make the ownership record durable. → `Done`, `Failed`
-    Record(Note),
+    Record(RecordKind),
     /// Delete the image, durably. → `Done`, `Failed`
     Unlink,
     /// The disk is somebody else's: end all sessions, without answering what they have in flight.
@@ -267,16 +269,16 @@ pub enum Action {
 
 /// A request to the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Request {
+pub struct DestinationRequest {
     /// Never used twice in a migration.
     pub cookie: u64,
     /// What to do there.
-    pub work: Work,
+    pub work: RequestKind,
 }
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
+pub enum RequestKind {
     /// WRITE these bytes of the disk.
     Write(Range),
     /// WRITE_ZEROES, holes allowed.
@@ -290,7 +292,7 @@ pub enum Work {
     Disconnect,
 }
 
-impl Work {
+impl RequestKind {
     /// Bytes of payload.
     #[must_use]
     pub fn payload(&self) -> u64 {
@@ -304,7 +306,7 @@ impl Work {
 
 /// What an operator wants, at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
+pub enum OperatorRequest {
     /// End the migration; clients keep their disk here.
     Break,
     /// From now on at most so many bytes per second; none is no limit.

@@ -1,13 +1,13 @@
 //! The connection to a destination: requests out, many in flight, replies in as they come.
 //! Never decides what to send or what a reply means.
 
-use super::job::{Peer, Request, Trouble, Work};
+use super::job::{DestinationInfo, DestinationRequest, RequestKind, Trouble};
 use super::plan::Caps;
 use super::wire::{Answer, COMMAND, Handover, Question};
 use crate::client::{ClientError, shake_hands};
 use crate::disk::Copier;
 use crate::nbd::handshake::Agreement;
-use crate::nbd::handshake::client::Wish;
+use crate::nbd::handshake::client::ClientOffer;
 use crate::nbd::reply::{Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandKind, PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
@@ -91,7 +91,7 @@ impl Link {
     pub(super) fn open(
         route: &Route,
         question: Option<&Question>,
-    ) -> Result<(Option<Self>, Peer), Trouble> {
+    ) -> Result<(Option<Self>, DestinationInfo), Trouble> {
         let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
             .map_err(|error| Trouble::Connect(error.to_string()))?;
         // A connection that takes no options is on its way out, which the handshake will see.
@@ -99,7 +99,7 @@ impl Link {
         // `sendfile(2)` has no flag for it; without, a destination that hangs would hang us.
         stream.never_block().map_err(|error| Trouble::Local(error.to_string()))?;
         let private = question.map(|question| question.encode().to_vec());
-        let wish = Wish { private, ..Wish::default() };
+        let wish = ClientOffer { private, ..ClientOffer::default() };
         let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);
         match (agreed, decoded(answer)?) {
             (Ok(agreement), answer) => {
@@ -116,7 +116,7 @@ impl Link {
         let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
             .map_err(|error| Trouble::Connect(error.to_string()))?;
         let private = Some(question.encode().to_vec());
-        let wish = Wish { private, private_only: true, ..Wish::default() };
+        let wish = ClientOffer { private, private_only: true, ..ClientOffer::default() };
         let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);
         match (agreed, decoded(answer)?) {
             (Err(error), None) => Err(trouble(error)),
@@ -128,26 +128,28 @@ impl Link {
     /// are heard: `give_up` is asked whenever `wake` is set.
     pub(super) fn send(
         &mut self,
-        request: &Request,
+        request: &DestinationRequest,
         copier: &Copier<'_>,
         patience: Duration,
         wake: &Wake,
         give_up: &mut dyn FnMut() -> bool,
     ) -> Result<(), SendError> {
-        self.unfinished = request.work != Work::Disconnect;
+        self.unfinished = request.work != RequestKind::Disconnect;
         let mut sending = Sending { stream: &self.stream, patience, wake, give_up, begun: false };
         let mut head = Vec::new();
         header(request).encode(Dialect::Simple, &mut head);
         match request.work {
-            Work::Write(range) => {
+            RequestKind::Write(range) => {
                 sending.bytes(&head, true)?;
                 sending.data(copier, range)
             }
-            Work::Handover(handover) => {
+            RequestKind::Handover(handover) => {
                 head.extend_from_slice(&handover.encode());
                 sending.bytes(&head, false)
             }
-            Work::Zero(_) | Work::Flush | Work::Disconnect => sending.bytes(&head, false),
+            RequestKind::Zero(_) | RequestKind::Flush | RequestKind::Disconnect => {
+                sending.bytes(&head, false)
+            }
         }
     }
 
@@ -190,7 +192,7 @@ impl Link {
     pub(super) fn say_goodbye(mut self) {
         self.unfinished = false;
         let mut goodbye = Vec::new();
-        header(&Request { cookie: 0, work: Work::Disconnect })
+        header(&DestinationRequest { cookie: 0, work: RequestKind::Disconnect })
             .encode(Dialect::Simple, &mut goodbye);
         // Everything that matters has been answered.
         let _ = self.stream.send_all(&goodbye, GOODBYE_PATIENCE);
@@ -315,27 +317,27 @@ fn is_sockets(error: &io::Error) -> bool {
     error.raw_os_error().is_some_and(|errno| sockets.contains(&errno))
 }
 
-fn header(request: &Request) -> Header {
+fn header(request: &DestinationRequest) -> Header {
     let (kind, range) = match request.work {
-        Work::Write(range) => (CommandKind::Write.number(), Some(range)),
-        Work::Zero(range) => (CommandKind::WriteZeroes.number(), Some(range)),
-        Work::Flush => (CommandKind::Flush.number(), None),
-        Work::Disconnect => (CommandKind::Disconnect.number(), None),
-        Work::Handover(_) => (COMMAND, None),
+        RequestKind::Write(range) => (CommandKind::Write.number(), Some(range)),
+        RequestKind::Zero(range) => (CommandKind::WriteZeroes.number(), Some(range)),
+        RequestKind::Flush => (CommandKind::Flush.number(), None),
+        RequestKind::Disconnect => (CommandKind::Disconnect.number(), None),
+        RequestKind::Handover(_) => (COMMAND, None),
     };
     let offset = range.map_or(0, |range| range.offset());
     let length = match request.work {
-        Work::Handover(_) => Handover::LENGTH as u64,
+        RequestKind::Handover(_) => Handover::LENGTH as u64,
         _ => range.map_or(0, |range| range.length()),
     };
     Header { flags: 0, kind, cookie: request.cookie, offset, length }
 }
 
-fn peer(agreement: &Agreement, answer: Option<Answer>) -> Peer {
+fn peer(agreement: &Agreement, answer: Option<Answer>) -> DestinationInfo {
     let has = |flag| agreement.flags.contains(flag);
     let sizes = agreement.block_sizes;
     let data_max = sizes.map_or(PAYLOAD_LENGTH_DEFAULT, |sizes| sizes.maximum);
-    Peer {
+    DestinationInfo {
         size: agreement.size,
         read_only: has(TransmissionFlags::READ_ONLY),
         flush: has(TransmissionFlags::SEND_FLUSH),
@@ -349,9 +351,9 @@ fn peer(agreement: &Agreement, answer: Option<Answer>) -> Peer {
 }
 
 /// A server of which nothing is known but its answer.
-fn told_only(answer: Answer) -> Peer {
+fn told_only(answer: Answer) -> DestinationInfo {
     let caps = Caps { zeroes: false, block_min: 1, data_max: u64::from(PAYLOAD_LENGTH_DEFAULT) };
-    Peer { size: 0, read_only: true, flush: false, caps, answer: Some(answer) }
+    DestinationInfo { size: 0, read_only: true, flush: false, caps, answer: Some(answer) }
 }
 
 fn decoded(answer: Option<Vec<u8>>) -> Result<Option<Answer>, Trouble> {
@@ -374,7 +376,7 @@ fn trouble(error: ClientError) -> Trouble {
 mod tests {
     use super::*;
     use crate::disk::Disk;
-    use crate::disk::memory::{FailingImage, Faults, MemoryImage, Op};
+    use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
     use nix::libc::{EBADMSG, ECONNRESET, EIO, ENODATA, ENOMEM, EPIPE, ESTALE, ETIMEDOUT};
     use std::io::Read;
     use std::os::unix::net::UnixStream;
@@ -388,7 +390,7 @@ mod tests {
         if let Some(errno) = read {
             faults.fail_every(Op::Read, errno);
         }
-        let image = FailingImage::new(MemoryImage::new(1 << 20), faults);
+        let image = FailingBackend::new(MemoryBackend::new(1 << 20), faults);
         let disk = Disk::new(Box::new(image), false);
         let (near, far) = UnixStream::pair().unwrap();
         let far = is_there.then_some(far);

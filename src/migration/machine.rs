@@ -28,7 +28,7 @@
 //!   migration ends; *departed* (or the deletion of the
 //!   image) comes after the acknowledgement.
 //! * A destination without the private option cannot acknowledge. To it: last write, FLUSH,
-//!   *departing*, deletion if ordered, DISC, *departed*. Its arm is `Farewell`.
+//!   *departing*, deletion if ordered, DISC, *departed*. Its arm is `LegacyHandover`.
 
 mod closing;
 mod copying;
@@ -38,11 +38,11 @@ pub use parting::ASK_AFTER;
 
 use super::freeze::{Backoff, Freeze, Probe};
 use super::job::{
-    Action, Event, Job, News, Note, Obstacle, Order, Outcome, Peer, Progress, SIZE_MIN, Stage,
-    TooLate, Trouble,
+    Action, DestinationInfo, Event, Job, News, Obstacle, OperatorRequest, Outcome, Progress,
+    RecordKind, SIZE_MIN, Stage, TooLate, Trouble,
 };
-use super::pace::{Chase, Meter, Speed};
-use super::plan::{Caps, Plan};
+use super::pace::{Convergence, Meter, Speed};
+use super::plan::{Caps, CopyPlan};
 use super::wire::{Has, Token};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -62,15 +62,15 @@ const TELL_AGAIN: Duration = Duration::from_secs(60);
 pub struct Machine {
     job: Job,
     phase: Phase,
-    plan: Plan,
+    plan: CopyPlan,
     speed: Speed,
     meter: Meter,
     /// Replies to requests up to this cookie say nothing about the rate of what is left: they were
     /// large, as those of the first pass are.
     measured_from: u64,
-    chase: Chase,
+    chase: Convergence,
     undo: Undo,
-    owed: Option<Owed>,
+    owed: Option<UnrestoredRecord>,
     probe: Probe,
     backoff: Backoff,
     /// The gate is closed, or being closed.
@@ -107,7 +107,7 @@ struct Undo {
 
 /// A record that could not be put back, although the disk stays.
 #[derive(Clone, Copy, Debug)]
-struct Owed {
+struct UnrestoredRecord {
     /// When to try again.
     at: Duration,
     /// How often it was tried.
@@ -118,26 +118,26 @@ struct Owed {
 enum Phase {
     Start,
     Greeting,
-    Copying(Link),
-    Probing(Link),
-    Closing(Link),
-    Last(Link),
-    Flushing(Link),
-    Recording(Link),
-    Sealing(Link),
-    Farewell(Link, Farewell),
+    Copying(LinkState),
+    Probing(LinkState),
+    Closing(LinkState),
+    Last(LinkState),
+    Flushing(LinkState),
+    Recording(LinkState),
+    Sealing(LinkState),
+    Farewell(LinkState, LegacyHandover),
     Parting(Parting),
     Doubt(Doubt),
     Leaving(Leaving, Outcome),
-    Undoing(Then),
+    Undoing(AfterRecord),
     Resting { until: Duration },
     Ended(Outcome),
 }
 
 /// The connection to the destination.
 #[derive(Clone, Copy, Debug)]
-struct Link {
-    peer: Peer,
+struct LinkState {
+    peer: DestinationInfo,
     /// When it last got something done.
     heard: Duration,
     flush: Flush,
@@ -172,7 +172,7 @@ struct Doubt {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Farewell {
+enum LegacyHandover {
     /// Is it still there?
     Listening,
     Unlinking,
@@ -188,16 +188,16 @@ enum Leaving {
 }
 
 #[derive(Clone, Debug)]
-enum Then {
+enum AfterRecord {
     Retry,
     End(Outcome),
     /// Only clients are let go: the copy goes on over this connection.
-    GoOn(Link),
+    GoOn(LinkState),
 }
 
 /// Whether clients may write while the copy goes on.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Gate {
+enum WriteAccess {
     Open,
     Closed,
 }
@@ -217,10 +217,10 @@ impl Machine {
         }
         Ok(Self {
             phase: Phase::Start,
-            plan: Plan::new(job.size, job.limits),
+            plan: CopyPlan::new(job.size, job.limits),
             speed: Speed::new(job.speed),
             meter: Meter::new(now),
-            chase: Chase::new(job.pause),
+            chase: Convergence::new(job.pause),
             measured_from: 0,
             undo: Undo::default(),
             owed: None,
@@ -246,15 +246,15 @@ impl Machine {
         if self.breaking && self.may_break() {
             self.breaking = false;
             self.note_restored(now, event);
-            return self.undo(now, Then::End(Outcome::Broken));
+            return self.undo(now, AfterRecord::End(Outcome::Broken));
         }
         match std::mem::replace(&mut self.phase, Phase::Start) {
             Phase::Start => self.connect(),
             Phase::Greeting => self.greeting(now, event),
-            Phase::Copying(link) => self.copying(now, link, event, Gate::Open),
+            Phase::Copying(link) => self.copying(now, link, event, WriteAccess::Open),
             Phase::Probing(link) => self.probing(now, link, event),
             Phase::Closing(link) => self.closing(now, link, event),
-            Phase::Last(link) => self.copying(now, link, event, Gate::Closed),
+            Phase::Last(link) => self.copying(now, link, event, WriteAccess::Closed),
             Phase::Flushing(link) => self.flushing(now, link, event),
             Phase::Recording(link) => self.recording(now, link, event),
             Phase::Sealing(link) => self.sealing(now, link, event),
@@ -275,11 +275,11 @@ impl Machine {
     ///
     /// # Errors
     /// [`TooLate`] for a `break` after the handover was sent.
-    pub fn order(&mut self, order: Order) -> Result<(), TooLate> {
+    pub fn order(&mut self, order: OperatorRequest) -> Result<(), TooLate> {
         match order {
-            Order::Speed(limit) => self.speed.set_limit(limit),
-            Order::Break if self.may_break() => self.breaking = true,
-            Order::Break => return Err(TooLate),
+            OperatorRequest::Speed(limit) => self.speed.set_limit(limit),
+            OperatorRequest::Break if self.may_break() => self.breaking = true,
+            OperatorRequest::Break => return Err(TooLate),
         }
         Ok(())
     }
@@ -332,7 +332,7 @@ impl Machine {
     #[must_use]
     pub fn stage(&self) -> Stage {
         match &self.phase {
-            Phase::Undoing(Then::GoOn(_)) => Stage::Copying,
+            Phase::Undoing(AfterRecord::GoOn(_)) => Stage::Copying,
             Phase::Start | Phase::Greeting | Phase::Resting { .. } | Phase::Undoing(_) => {
                 Stage::Connecting
             }
@@ -353,9 +353,9 @@ impl Machine {
             self.phase,
             Phase::Parting(_) | Phase::Doubt(_) | Phase::Leaving(..) | Phase::Ended(_)
         );
-        let listening = matches!(self.phase, Phase::Farewell(_, Farewell::Listening));
+        let listening = matches!(self.phase, Phase::Farewell(_, LegacyHandover::Listening));
         let leaving = matches!(self.phase, Phase::Farewell(..)) && !listening || self.unlinked;
-        !gone && !leaving && !matches!(self.phase, Phase::Undoing(Then::End(_)))
+        !gone && !leaving && !matches!(self.phase, Phase::Undoing(AfterRecord::End(_)))
     }
 
     fn enter(&mut self, phase: Phase, action: Action) -> Action {
@@ -386,7 +386,7 @@ impl Machine {
     }
 
     /// The destination can take the disk: go on where we were, if it still has what it had.
-    fn welcome(&mut self, now: Duration, peer: Peer) -> Action {
+    fn welcome(&mut self, now: Duration, peer: DestinationInfo) -> Action {
         let process = peer.token().map(|token| (token, peer.caps));
         let has_copy = peer.answer.is_some_and(|answer| answer.has == Has::Incomplete);
         let resume = has_copy && process.is_some() && process == self.copied_to;
@@ -396,7 +396,7 @@ impl Machine {
             // Another process may have another image: a name of its own for every copy keeps
             // an answer about one from being taken for an answer about the other.
             self.job.id = self.job.id.next();
-            return self.undo(now, Then::Retry);
+            return self.undo(now, AfterRecord::Retry);
         } else {
             self.plan.restart(peer.caps);
         }
@@ -409,8 +409,8 @@ impl Machine {
         }
         (self.started, self.interrupted, self.obstacle) = (true, false, None);
         self.chase.began(now);
-        let gate = if self.unlinked { Gate::Closed } else { Gate::Open };
-        self.copy(now, Link { peer, heard: now, flush: Flush::Never, slow_flushes: 0 }, gate)
+        let gate = if self.unlinked { WriteAccess::Closed } else { WriteAccess::Open };
+        self.copy(now, LinkState { peer, heard: now, flush: Flush::Never, slow_flushes: 0 }, gate)
     }
 
     // Undoing: every failure before the handover, and nothing else, comes here.
@@ -418,10 +418,10 @@ impl Machine {
     fn fail(&mut self, now: Duration, trouble: Trouble) -> Action {
         let cannot_be_read = matches!(trouble, Trouble::Unreadable(_)) && !self.unlinked;
         if !self.started || cannot_be_read {
-            return self.undo(now, Then::End(Outcome::Failed(trouble)));
+            return self.undo(now, AfterRecord::End(Outcome::Failed(trouble)));
         }
         self.interrupted |= self.obstructed(now, Obstacle::Trouble(trouble));
-        self.undo(now, Then::Retry)
+        self.undo(now, AfterRecord::Retry)
     }
 
     /// Tells why it does not go on, unless that was told last. Returns whether it was told.
@@ -437,17 +437,17 @@ impl Machine {
         true
     }
 
-    fn undo(&mut self, now: Duration, then: Then) -> Action {
+    fn undo(&mut self, now: Duration, then: AfterRecord) -> Action {
         self.meter.lost();
-        self.chase = Chase::new(self.job.pause);
-        self.owed = self.owed.map(|_| Owed { at: now, tries: 0 });
+        self.chase = Convergence::new(self.job.pause);
+        self.owed = self.owed.map(|_| UnrestoredRecord { at: now, tries: 0 });
         self.undoing(now, then, Event::Done)
     }
 
-    fn undoing(&mut self, now: Duration, then: Then, event: Event) -> Action {
+    fn undoing(&mut self, now: Duration, then: AfterRecord, event: Event) -> Action {
         self.note_restored(now, event);
-        let goes_on = matches!(then, Then::GoOn(_));
-        let gives_up = matches!(then, Then::End(_)) && self.owes_in_vain();
+        let goes_on = matches!(then, AfterRecord::GoOn(_));
+        let gives_up = matches!(then, AfterRecord::End(_)) && self.owes_in_vain();
         let action = if !goes_on && std::mem::take(&mut self.undo.link) {
             Action::HangUp
         } else if !self.unlinked && std::mem::take(&mut self.undo.gate) {
@@ -455,7 +455,7 @@ impl Machine {
             Action::OpenGate
         } else if std::mem::take(&mut self.undo.record) || self.owes_now(now) && !gives_up {
             self.undo.restoring = true;
-            Action::Record(Note::Before)
+            Action::Record(RecordKind::Before)
         } else if !goes_on && std::mem::take(&mut self.undo.hold) {
             self.held = Duration::ZERO;
             Action::Hold(self.held)
@@ -476,7 +476,7 @@ impl Machine {
                 self.news.push_back(News::RecordFailed(why));
             }
             let tries = before.map_or(0, |owed| owed.tries) + 1;
-            self.owed = Some(Owed { at: now + RETRY_EVERY, tries });
+            self.owed = Some(UnrestoredRecord { at: now + RETRY_EVERY, tries });
         }
     }
 
@@ -489,17 +489,19 @@ impl Machine {
         self.owed.is_some_and(|owed| owed.tries >= RECORD_TRIES)
     }
 
-    fn undone(&mut self, now: Duration, then: Then) -> Action {
+    fn undone(&mut self, now: Duration, then: AfterRecord) -> Action {
         match (then, self.owed) {
-            (Then::End(outcome), Some(Owed { at, .. })) if !self.owes_in_vain() => {
-                self.enter(Phase::Undoing(Then::End(outcome)), Action::Wait { until: at })
+            (AfterRecord::End(outcome), Some(UnrestoredRecord { at, .. }))
+                if !self.owes_in_vain() =>
+            {
+                self.enter(Phase::Undoing(AfterRecord::End(outcome)), Action::Wait { until: at })
             }
-            (Then::End(outcome), _) => self.end(outcome),
-            (Then::GoOn(link), _) => {
+            (AfterRecord::End(outcome), _) => self.end(outcome),
+            (AfterRecord::GoOn(link), _) => {
                 self.plan.look_again();
-                self.copy(now, link, Gate::Open)
+                self.copy(now, link, WriteAccess::Open)
             }
-            (Then::Retry, _) => {
+            (AfterRecord::Retry, _) => {
                 let until = now + RETRY_EVERY;
                 self.enter(Phase::Resting { until }, Action::Wait { until })
             }

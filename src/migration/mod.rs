@@ -29,6 +29,6 @@ pub mod link;
 pub mod machine;
 pub mod pace;
 pub mod plan;
+pub mod range_set;
 pub mod source;
-pub mod spans;
 pub mod wire;

@@ -124,7 +124,7 @@ const SLOTS: usize = 8;
 /// How fast the destination acknowledges, over the last two seconds.
 #[derive(Debug)]
 pub struct Meter {
-    slots: [Slot; SLOTS],
+    slots: [MeterSlot; SLOTS],
     /// Number of the newest slot since the beginning of time.
     newest: u64,
     started: Duration,
@@ -134,7 +134,7 @@ pub struct Meter {
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Slot {
+struct MeterSlot {
     payload: u64,
     covered: u64,
     busy: Duration,
@@ -145,7 +145,7 @@ impl Meter {
     #[must_use]
     pub fn new(now: Duration) -> Self {
         Self {
-            slots: [Slot::default(); SLOTS],
+            slots: [MeterSlot::default(); SLOTS],
             newest: slot_of(now),
             started: now,
             busy_since: None,
@@ -216,12 +216,12 @@ impl Meter {
         now.saturating_sub(Duration::from_nanos(oldest.saturating_mul(nanos)).max(self.started))
     }
 
-    fn sum(&self, now: Duration) -> Slot {
+    fn sum(&self, now: Duration) -> MeterSlot {
         let oldest = (slot_of(now) + 1).saturating_sub(SLOTS as u64);
         let held = (self.newest + 1).saturating_sub(SLOTS as u64)..=self.newest;
-        held.filter(|slot| *slot >= oldest).fold(Slot::default(), |sum, number| {
+        held.filter(|slot| *slot >= oldest).fold(MeterSlot::default(), |sum, number| {
             let slot = self.slots[(number % SLOTS as u64) as usize];
-            Slot {
+            MeterSlot {
                 payload: sum.payload + slot.payload,
                 covered: sum.covered + slot.covered,
                 busy: sum.busy + slot.busy,
@@ -234,7 +234,7 @@ impl Meter {
         let now = slot_of(now).max(self.newest);
         let stale = (now - self.newest).min(SLOTS as u64);
         for number in now + 1 - stale..=now {
-            self.slots[(number % SLOTS as u64) as usize] = Slot::default();
+            self.slots[(number % SLOTS as u64) as usize] = MeterSlot::default();
         }
         self.newest = now;
     }
@@ -270,7 +270,7 @@ pub const AIM_FOR: Duration = SECOND;
 
 /// Whether the copy catches up with the writers, and what to do when it does not.
 #[derive(Debug)]
-pub struct Chase {
+pub struct Convergence {
     pause: Duration,
     /// Since when what is left could have been sent within the pause, now and then.
     fits_since: Option<Duration>,
@@ -280,7 +280,7 @@ pub struct Chase {
     before: Option<(Duration, u64)>,
 }
 
-impl Chase {
+impl Convergence {
     /// A chase that ends when what is left can be sent within `pause`, or better, in a quarter
     /// of it.
     #[must_use]
@@ -350,7 +350,7 @@ impl Chase {
         }
     }
 
-    /// How long every write is to be held back (within the bounds of [`crate::disk::hold`]).
+    /// How long every write is to be held back (at most `DELAY_MAX` of the server).
     #[must_use]
     pub fn delay(&self) -> Duration {
         Duration::from_micros(DELAYS_US[self.step])

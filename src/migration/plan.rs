@@ -9,7 +9,7 @@
 //!   bitmap between the look and the sending. A range found to be zeros that is written to
 //!   in between is marked later than it was looked at, so its new bytes follow.
 
-use super::spans::Spans;
+use super::range_set::RangeSet;
 use crate::range::Range;
 use std::collections::BTreeMap;
 
@@ -62,19 +62,19 @@ pub enum Content {
 
 /// What is to be done next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// Say what the beginning of this range holds: answer with [`Plan::looked`].
+pub enum NextCopy {
+    /// Say what the beginning of this range holds: answer with [`CopyPlan::looked`].
     Look(Range),
-    /// Take the next marks at or after `from`: answer with [`Plan::taken`].
+    /// Take the next marks at or after `from`: answer with [`CopyPlan::taken`].
     Take {
         /// Byte of the disk.
         from: u64,
         /// At most so many bytes.
         longest: u64,
     },
-    /// Send this range as data: answer with [`Plan::sent`].
+    /// Send this range as data: answer with [`CopyPlan::sent`].
     Write(Range),
-    /// Send this range as zeros: answer with [`Plan::sent`].
+    /// Send this range as zeros: answer with [`CopyPlan::sent`].
     Zero(Range),
     /// Nothing, until a request in flight is acknowledged.
     Idle,
@@ -82,7 +82,7 @@ pub enum Next {
 
 /// A request that the destination has carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flight {
+pub struct AcknowledgedRequest {
     /// What of the disk it was about.
     pub range: Range,
     /// Bytes of data that it carried.
@@ -91,17 +91,17 @@ pub struct Flight {
 
 /// What has been copied, what is on its way, and what is left.
 #[derive(Debug)]
-pub struct Plan {
+pub struct CopyPlan {
     disk: Range,
     limits: Limits,
     caps: Caps,
     /// To be looked at and sent.
-    todo: Spans,
+    todo: RangeSet,
     /// Looked at, and to be sent next.
     ready: Option<(Range, Content)>,
-    flights: BTreeMap<u64, Flight>,
+    flights: BTreeMap<u64, AcknowledgedRequest>,
     /// The ranges of `flights`.
-    busy: Spans,
+    busy: RangeSet,
     payload_in_flight: u64,
     zeroes_in_flight: usize,
     /// Where the pass over the bitmap has come to.
@@ -115,12 +115,12 @@ pub struct Plan {
     passes: u64,
 }
 
-impl Plan {
+impl CopyPlan {
     /// The plan for a disk of `size` bytes of which nothing has been copied.
     #[must_use]
     pub fn new(size: u64, limits: Limits) -> Self {
         let caps = Caps { zeroes: false, block_min: 1, data_max: limits.data_max };
-        let (todo, busy) = (Spans::all(size), Spans::none(size));
+        let (todo, busy) = (RangeSet::all(size), RangeSet::none(size));
         Self {
             disk: Range::whole(size),
             limits,
@@ -153,7 +153,7 @@ impl Plan {
         if let Some((range, _)) = self.ready.take() {
             self.todo.insert(range);
         }
-        self.busy = Spans::none(self.disk.length());
+        self.busy = RangeSet::none(self.disk.length());
         (self.payload_in_flight, self.zeroes_in_flight) = (0, 0);
         self.look_again();
     }
@@ -161,14 +161,14 @@ impl Plan {
     /// What is to be done next; `data_max` bounds a WRITE in bytes, as far as the destination's
     /// smallest block allows. Asking again without doing it gives the same answer.
     #[must_use]
-    pub fn next(&self, data_max: u64) -> Next {
+    pub fn next(&self, data_max: u64) -> NextCopy {
         if self.flights.len() >= self.limits.requests {
-            return Next::Idle;
+            return NextCopy::Idle;
         }
         match self.ready {
             Some((range, content)) => self.cut(range, content, data_max),
             None => match self.todo.first_outside(&self.busy) {
-                Some(range) if self.caps.zeroes => Next::Look(range),
+                Some(range) if self.caps.zeroes => NextCopy::Look(range),
                 Some(range) => self.cut(range, Content::Data, data_max),
                 None => self.more(),
             },
@@ -176,32 +176,36 @@ impl Plan {
     }
 
     /// The first request of a range that is known to hold `content`.
-    fn cut(&self, range: Range, content: Content, data_max: u64) -> Next {
+    fn cut(&self, range: Range, content: Content, data_max: u64) -> NextCopy {
         let longest = |most: u64| {
             let blocks = (most / self.caps.block_min).max(1) * self.caps.block_min;
             range.split(blocks - range.offset() % blocks).0
         };
         if content == Content::Zeros {
             let is_full = self.zeroes_in_flight >= self.limits.zeroes;
-            return if is_full { Next::Idle } else { Next::Zero(longest(self.limits.zero_max)) };
+            return if is_full {
+                NextCopy::Idle
+            } else {
+                NextCopy::Zero(longest(self.limits.zero_max))
+            };
         }
         let part = longest(data_max.min(self.limits.data_max).min(self.caps.data_max));
         let fits = self.payload_in_flight + part.length() <= self.limits.window;
-        if fits || self.flights.is_empty() { Next::Write(part) } else { Next::Idle }
+        if fits || self.flights.is_empty() { NextCopy::Write(part) } else { NextCopy::Idle }
     }
 
     /// Nothing can be sent of what is known: are there marks?
-    fn more(&self) -> Next {
+    fn more(&self) -> NextCopy {
         // A new pass begins only when the last one's blocks are on their way: else a fast writer
         // would keep us busy with marks while the replies that unblock us wait to be read.
         let pass_waits = self.cursor == 0 && !self.todo.is_empty();
         if self.dry || pass_waits || self.todo.count() >= WAITING_MAX {
-            return Next::Idle;
+            return NextCopy::Idle;
         }
-        Next::Take { from: self.cursor, longest: self.limits.data_max }
+        NextCopy::Take { from: self.cursor, longest: self.limits.data_max }
     }
 
-    /// The beginning of a [`Next::Look`], `range`, was found to hold `content`.
+    /// The beginning of a [`NextCopy::Look`], `range`, was found to hold `content`.
     pub fn looked(&mut self, range: Range, content: Content) {
         let Some(asked) = self.todo.first_outside(&self.busy) else { return };
         let asked = asked.from(range.offset());
@@ -240,8 +244,8 @@ impl Plan {
         is_pass
     }
 
-    /// The request of a [`Next::Write`] or [`Next::Zero`] goes out under this cookie.
-    pub fn sent(&mut self, cookie: u64, flight: Flight) {
+    /// The request of a [`NextCopy::Write`] or [`NextCopy::Zero`] goes out under this cookie.
+    pub fn sent(&mut self, cookie: u64, flight: AcknowledgedRequest) {
         match self.ready.take() {
             Some((range, content)) => {
                 let rest = range.from(flight.range.end());
@@ -257,7 +261,7 @@ impl Plan {
     }
 
     /// The destination has carried out that request; none when there is no such request.
-    pub fn acknowledged(&mut self, cookie: u64) -> Option<Flight> {
+    pub fn acknowledged(&mut self, cookie: u64) -> Option<AcknowledgedRequest> {
         let flight = self.flights.remove(&cookie)?;
         self.busy.remove(flight.range);
         self.payload_in_flight -= flight.payload;
@@ -277,7 +281,7 @@ impl Plan {
         (self.dry, self.fresh) = (false, false);
     }
 
-    /// Whether the whole disk was sent once and [`Plan::left`] is what it is right now.
+    /// Whether the whole disk was sent once and [`CopyPlan::left`] is what it is right now.
     #[must_use]
     pub fn knows_what_is_left(&self) -> bool {
         self.passes > 0 && self.fresh

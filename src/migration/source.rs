@@ -2,16 +2,16 @@
 //! Never decides: every result goes back as the next event.
 
 use super::job::{
-    Action, Event, Job, News, Note, Order, Outcome, Progress, Request, Stage, TooLate, Trouble,
-    Work,
+    Action, DestinationRequest, Event, Job, News, OperatorRequest, Outcome, Progress, RecordKind,
+    RequestKind, Stage, TooLate, Trouble,
 };
 use super::link::{Link, Route, SendError};
 use super::machine::{Machine, TooSmall};
 use super::plan::Content;
 use super::wire::{Answer, Question};
-use crate::disk::dirty::Dirty;
-use crate::disk::ledger::Ledger;
+use crate::disk::dirty::DirtyBitmap;
 use crate::disk::ownership::{Id, Record};
+use crate::disk::record_store::RecordStore;
 use crate::disk::{Disk, is_zero};
 use crate::net::{Wake, wait_readable};
 use crate::range::Range;
@@ -34,7 +34,7 @@ const LOOK_SAMPLE: usize = 4096;
 const LOOK_MAX: u64 = 8 << 20;
 
 /// What the source reports to whoever started it. Must not wait.
-pub trait Witness: Send {
+pub trait Observer: Send {
     /// Something worth telling has happened to the copy of this name.
     fn news(&self, id: Id, news: &News);
     /// The disk is somebody else's: end all sessions without answering them.
@@ -42,33 +42,33 @@ pub trait Witness: Send {
 }
 
 /// What is needed to move a disk.
-pub struct Departure {
+pub struct MigrationParams {
     /// The disk; its gate is the source's from now on.
     pub disk: Arc<Disk>,
     /// Where its record is kept, and by which the image is deleted if that is ordered.
-    pub ledger: Ledger,
+    pub ledger: RecordStore,
     /// How to get there.
     pub route: Route,
     /// What is ordered.
     pub job: Job,
     /// Who is told.
-    pub witness: Box<dyn Witness>,
+    pub witness: Box<dyn Observer>,
 }
 
 /// An order, and where to say whether it was taken.
-type Pending = (Order, Sender<Result<(), TooLate>>);
+type Pending = (OperatorRequest, Sender<Result<(), TooLate>>);
 
 /// The way from operators to a running migration, and what they see of it.
 #[derive(Debug)]
-pub struct Desk {
+pub struct MigrationHandle {
     orders: Mutex<VecDeque<Pending>>,
     progress: Mutex<Option<Progress>>,
-    outcome: Mutex<Option<(Outcome, Tally)>>,
+    outcome: Mutex<Option<(Outcome, MigrationStats)>>,
     wake: Wake,
     began: Instant,
 }
 
-impl Desk {
+impl MigrationHandle {
     fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             orders: Mutex::default(),
@@ -83,7 +83,7 @@ impl Desk {
     ///
     /// # Errors
     /// [`TooLate`] for a `break` when the disk is no longer ours to keep.
-    pub fn order(&self, order: Order) -> Result<(), TooLate> {
+    pub fn order(&self, order: OperatorRequest) -> Result<(), TooLate> {
         let (taken, answer) = mpsc::channel();
         lock(&self.orders).push_back((order, taken));
         if self.outcome().is_some() {
@@ -98,7 +98,7 @@ impl Desk {
     /// Gives the order to break off without waiting until it is taken.
     pub fn abandon(&self) {
         let (taken, _) = mpsc::channel();
-        lock(&self.orders).push_back((Order::Break, taken));
+        lock(&self.orders).push_back((OperatorRequest::Break, taken));
         self.wake.wake();
     }
 
@@ -122,11 +122,11 @@ impl Desk {
 
     /// How it ended and what it took, if it has ended.
     #[must_use]
-    pub fn account(&self) -> Option<(Outcome, Tally)> {
+    pub fn account(&self) -> Option<(Outcome, MigrationStats)> {
         lock(&self.outcome).clone()
     }
 
-    fn close(&self, outcome: &Outcome, tally: Tally) {
+    fn close(&self, outcome: &Outcome, tally: MigrationStats) {
         *lock(&self.outcome) = Some((outcome.clone(), tally));
         lock(&self.orders).clear();
     }
@@ -134,7 +134,7 @@ impl Desk {
 
 /// What a migration took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tally {
+pub struct MigrationStats {
     /// From its beginning to its end.
     pub duration: Duration,
     /// Bytes of data sent, those that were sent again included.
@@ -148,7 +148,7 @@ pub struct Tally {
 
 /// Why a migration cannot even begin.
 #[derive(Debug)]
-pub enum NoStart {
+pub enum StartFailure {
     /// The disk is too small.
     TooSmall(TooSmall),
     /// The system has no memory or descriptor left.
@@ -159,11 +159,11 @@ pub enum NoStart {
 pub struct Source {
     machine: Machine,
     disk: Arc<Disk>,
-    dirty: Arc<Dirty>,
-    ledger: Ledger,
+    dirty: Arc<DirtyBitmap>,
+    ledger: RecordStore,
     route: Route,
-    witness: Box<dyn Witness>,
-    desk: Arc<Desk>,
+    witness: Box<dyn Observer>,
+    desk: Arc<MigrationHandle>,
     clock: Instant,
     link: Option<Link>,
     /// Since when the gate is closed, if it is.
@@ -175,7 +175,7 @@ pub struct Source {
     /// end. A part that has become a hole since is found to be zero.
     allocated: Range,
     stage_told: Option<Stage>,
-    tally: Tally,
+    tally: MigrationStats,
 }
 
 impl fmt::Debug for Source {
@@ -190,11 +190,11 @@ impl Source {
     ///
     /// # Errors
     /// When it cannot begin.
-    pub fn new(departure: Departure) -> Result<(Self, Arc<Desk>), NoStart> {
-        let Departure { disk, ledger, route, job, witness } = departure;
-        let machine = Machine::new(job, Duration::ZERO).map_err(NoStart::TooSmall)?;
-        let desk = Desk::new().map_err(NoStart::System)?;
-        let dirty = disk.track().map_err(NoStart::System)?;
+    pub fn new(departure: MigrationParams) -> Result<(Self, Arc<MigrationHandle>), StartFailure> {
+        let MigrationParams { disk, ledger, route, job, witness } = departure;
+        let machine = Machine::new(job, Duration::ZERO).map_err(StartFailure::TooSmall)?;
+        let desk = MigrationHandle::new().map_err(StartFailure::System)?;
+        let dirty = disk.track().map_err(StartFailure::System)?;
         let source = Self {
             machine,
             disk,
@@ -210,7 +210,7 @@ impl Source {
             progress_at: Duration::ZERO,
             allocated: Range::whole(0),
             stage_told: None,
-            tally: Tally::default(),
+            tally: MigrationStats::default(),
         };
         Ok((source, desk))
     }
@@ -354,7 +354,7 @@ impl Source {
         Ok(is_zero(&block))
     }
 
-    fn send(&mut self, request: &Request) -> Event {
+    fn send(&mut self, request: &DestinationRequest) -> Event {
         let Some(link) = &mut self.link else {
             return Event::Lost("there is no connection".to_owned());
         };
@@ -368,9 +368,9 @@ impl Source {
         match sent {
             Ok(()) => {
                 match request.work {
-                    Work::Write(range) => self.tally.bytes_sent += range.length(),
-                    Work::Flush => self.write_back(),
-                    Work::Zero(_) | Work::Handover(_) | Work::Disconnect => {}
+                    RequestKind::Write(range) => self.tally.bytes_sent += range.length(),
+                    RequestKind::Flush => self.write_back(),
+                    RequestKind::Zero(_) | RequestKind::Handover(_) | RequestKind::Disconnect => {}
                 }
                 Event::Done
             }
@@ -439,32 +439,32 @@ impl Source {
         Event::Done
     }
 
-    fn record(&self, note: Note) -> Event {
+    fn record(&self, note: RecordKind) -> Event {
         let record = self.record_of(note);
         if let Err(error) = self.ledger.write(record.as_ref()) {
             return Event::Failed(error.to_string());
         }
         // From the handover on the disk may be served elsewhere: a client that looks for it at both
         // hosts is not to be let in here.
-        if note == Note::Departing {
+        if note == RecordKind::Departing {
             self.disk.gate().set_parting(true);
         }
         Event::Done
     }
 
-    fn record_of(&self, note: Note) -> Option<Record> {
+    fn record_of(&self, note: RecordKind) -> Option<Record> {
         let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
         self.machine.job().record(note, when)
     }
 
     fn unlink(&self) -> Event {
-        let last = self.record_of(Note::Departed);
+        let last = self.record_of(RecordKind::Departed);
         let deleted = self.ledger.delete_image(last.as_ref(), self.machine.job().size);
         deleted.map_or_else(|error| Event::Failed(error.to_string()), |()| Event::Done)
     }
 
-    fn tally(&self, now: Duration) -> Tally {
-        Tally { duration: now, passes: self.machine.progress(now).passes, ..self.tally }
+    fn tally(&self, now: Duration) -> MigrationStats {
+        MigrationStats { duration: now, passes: self.machine.progress(now).passes, ..self.tally }
     }
 
     fn take_orders(&mut self) {
@@ -494,7 +494,7 @@ pub fn ask(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble
     Link::ask(route, question)
 }
 
-fn take_orders(desk: &Desk, machine: &mut Machine) {
+fn take_orders(desk: &MigrationHandle, machine: &mut Machine) {
     while let Some((order, taken)) = lock(&desk.orders).pop_front() {
         // Whoever gave it may have gone away.
         let _ = taken.send(machine.order(order));
@@ -544,10 +544,10 @@ mod tests {
 
     #[test]
     fn an_order_that_comes_just_after_the_end_is_too_late_and_does_not_wait_for_ever() {
-        let desk = Desk::new().unwrap();
-        desk.close(&Outcome::Broken, Tally::default());
+        let desk = MigrationHandle::new().unwrap();
+        desk.close(&Outcome::Broken, MigrationStats::default());
         let (told, answer) = mpsc::channel();
-        std::thread::spawn(move || told.send(desk.order(Order::Break)));
+        std::thread::spawn(move || told.send(desk.order(OperatorRequest::Break)));
         assert_eq!(answer.recv_timeout(Duration::from_secs(20)), Ok(Err(TooLate)));
     }
 }

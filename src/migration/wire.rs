@@ -135,7 +135,7 @@ impl Question {
     /// # Errors
     /// See [`WireError`]; the option is then to be answered with `NBD_REP_ERR_INVALID`.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        let mut fields = Fields::versioned(bytes)?;
+        let mut fields = MessageReader::versioned(bytes)?;
         let size = u64::from_be_bytes(fields.take()?);
         let id = Id(fields.take()?);
         fields.end(Self { size, id })
@@ -172,7 +172,7 @@ impl Answer {
     /// # Errors
     /// See [`WireError`]; whoever sent it cannot be trusted with a disk.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        let mut fields = Fields::versioned(bytes)?;
+        let mut fields = MessageReader::versioned(bytes)?;
         let [role, has, zero, nil] = fields.take()?;
         let token = Token(fields.take()?);
         let has = match has {
@@ -212,7 +212,7 @@ impl Handover {
     /// # Errors
     /// See [`WireError`]; the request is then to be answered with `EINVAL`.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        let mut fields = Fields::versioned(bytes)?;
+        let mut fields = MessageReader::versioned(bytes)?;
         let id = Id(fields.take()?);
         let token = Token(fields.take()?);
         fields.end(Self { id, token })
@@ -220,9 +220,9 @@ impl Handover {
 }
 
 /// What is left of a message being read.
-struct Fields<'a>(&'a [u8]);
+struct MessageReader<'a>(&'a [u8]);
 
-impl<'a> Fields<'a> {
+impl<'a> MessageReader<'a> {
     /// Starts at the version, which comes first in every message of any version.
     fn versioned(bytes: &'a [u8]) -> Result<Self, WireError> {
         let mut fields = Self(bytes);

@@ -104,7 +104,7 @@ impl Head {
 
 /// The request that a reply belongs to, as far as replies repeat it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Origin {
+pub struct ReplyTo {
     /// The client's name for the request.
     pub cookie: u64,
     /// The request's offset.
@@ -122,7 +122,7 @@ pub const STATUS_LENGTH_MAX: u64 = 0xffff_f000;
 /// Appending replies to `out`, in this dialect.
 impl Dialect {
     /// Success, with nothing more to say.
-    pub fn success(self, to: Origin, out: &mut Vec<u8>) {
+    pub fn success(self, to: ReplyTo, out: &mut Vec<u8>) {
         if self.chunks(to) {
             self.chunk(to, true, ChunkKind::None, 0, out);
         } else {
@@ -134,7 +134,7 @@ impl Dialect {
     /// it and the message are told where the dialect has words for them.
     pub fn failure(
         self,
-        to: Origin,
+        to: ReplyTo,
         code: ErrorCode,
         at: Option<u64>,
         message: &str,
@@ -158,7 +158,7 @@ impl Dialect {
 
     /// What precedes `length` bytes of data from offset `at` on. A simple reply has one such
     /// head for all data of the request.
-    pub fn data_head(self, to: Origin, at: u64, length: u32, done: bool, out: &mut Vec<u8>) {
+    pub fn data_head(self, to: ReplyTo, at: u64, length: u32, done: bool, out: &mut Vec<u8>) {
         if self.chunks(to) {
             self.chunk(to, done, ChunkKind::OffsetData, 8 + u64::from(length), out);
             out.extend_from_slice(&at.to_be_bytes());
@@ -178,7 +178,7 @@ impl Dialect {
     }
 
     /// `length` zeros from offset `at` on; not in the simple dialect.
-    pub fn hole(self, to: Origin, at: u64, length: u32, done: bool, out: &mut Vec<u8>) {
+    pub fn hole(self, to: ReplyTo, at: u64, length: u32, done: bool, out: &mut Vec<u8>) {
         self.chunk(to, done, ChunkKind::OffsetHole, 12, out);
         out.extend_from_slice(&at.to_be_bytes());
         out.extend_from_slice(&length.to_be_bytes());
@@ -188,7 +188,7 @@ impl Dialect {
     ///
     /// Where lengths have 32 bits, an extent that is longer is cut, and is the last one told:
     /// what follows it would otherwise move.
-    pub fn status(self, to: Origin, context: u32, extents: &[StatusExtent], out: &mut Vec<u8>) {
+    pub fn status(self, to: ReplyTo, context: u32, extents: &[StatusExtent], out: &mut Vec<u8>) {
         if self == Self::Extended {
             let length = 8 + 16 * extents.len() as u64;
             self.chunk(to, true, ChunkKind::BlockStatusExtended, length, out);
@@ -213,11 +213,11 @@ impl Dialect {
         }
     }
 
-    fn chunks(self, to: Origin) -> bool {
+    fn chunks(self, to: ReplyTo) -> bool {
         self == Self::Extended || (self == Self::Structured && to.chunked)
     }
 
-    fn chunk(self, to: Origin, done: bool, kind: ChunkKind, length: u64, out: &mut Vec<u8>) {
+    fn chunk(self, to: ReplyTo, done: bool, kind: ChunkKind, length: u64, out: &mut Vec<u8>) {
         let offset = (self == Self::Extended).then_some(to.offset);
         Head::Chunk { cookie: to.cookie, done, kind: kind.number(), length, offset }.encode(out);
     }
@@ -335,7 +335,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const TO: Origin = Origin { cookie: 0x1122_3344_5566_7788, offset: 512, chunked: true };
+    const TO: ReplyTo = ReplyTo { cookie: 0x1122_3344_5566_7788, offset: 512, chunked: true };
 
     fn chunk(bytes: &[u8]) -> (Head, Chunk) {
         let (head, used) = Head::decode(bytes).unwrap().unwrap();
@@ -353,7 +353,7 @@ mod tests {
             (Dialect::Extended, false, false),
         ] {
             let mut out = Vec::new();
-            dialect.success(Origin { chunked, ..TO }, &mut out);
+            dialect.success(ReplyTo { chunked, ..TO }, &mut out);
             let head = Head::decode(&out).unwrap().unwrap().0;
             assert_eq!(matches!(head, Head::Simple { error: 0, .. }), simple, "{dialect:?}");
         }

@@ -98,18 +98,18 @@ impl Header {
     ///
     /// # Errors
     /// The code to answer with, and the reason for the log ("Error values", "Request types").
-    pub fn check(&self, terms: &Terms) -> Result<Request, Refusal> {
+    pub fn check(&self, terms: &Terms) -> Result<Request, RequestError> {
         if self.kind == PRIVATE_COMMAND {
             return self.checked_private(terms);
         }
         let kind = CommandKind::try_from(self.kind)
-            .map_err(|_| Refusal::new(ErrorCode::Invalid, "unknown command"))?;
+            .map_err(|_| RequestError::new(ErrorCode::Invalid, "unknown command"))?;
         if kind == CommandKind::Disconnect {
             return Ok(Request::Disconnect);
         }
         let flags = self.checked_flags(kind, terms)?;
         if writes(kind) && terms.read_only {
-            return Err(Refusal::new(ErrorCode::NotPermitted, "the export is read-only"));
+            return Err(RequestError::new(ErrorCode::NotPermitted, "the export is read-only"));
         }
         if kind == CommandKind::Flush {
             return Ok(Request::Flush);
@@ -117,35 +117,39 @@ impl Header {
         if matches!(kind, CommandKind::Read | CommandKind::Write)
             && self.length > u64::from(terms.payload_length_max)
         {
-            return Err(Refusal::new(ErrorCode::Invalid, "longer than the largest payload"));
+            return Err(RequestError::new(ErrorCode::Invalid, "longer than the largest payload"));
         }
         let range = Range::within(terms.size, self.offset, self.length).ok_or_else(|| {
-            Refusal::new(beyond_the_end(kind, terms), "beyond the end of the disk")
+            RequestError::new(beyond_the_end(kind, terms), "beyond the end of the disk")
         })?;
         if kind == CommandKind::BlockStatus && !terms.allocation_selected {
-            return Err(Refusal::new(ErrorCode::Invalid, "no metadata context was selected"));
+            return Err(RequestError::new(ErrorCode::Invalid, "no metadata context was selected"));
         }
         Ok(request(kind, flags, range))
     }
 
     /// The length is that of the payload, the offset zero, and there are no flags but the one
     /// that says so.
-    fn checked_private(&self, terms: &Terms) -> Result<Request, Refusal> {
+    fn checked_private(&self, terms: &Terms) -> Result<Request, RequestError> {
         let payload = self.payload_length(terms);
         let flags = self.flags & !CommandFlags::PAYLOAD_LEN.bits();
         let fits = payload == self.length && payload <= PRIVATE_PAYLOAD_MAX;
         if terms.private && fits && self.offset == 0 && flags == 0 {
             Ok(Request::Private { length: payload })
         } else {
-            Err(Refusal::new(ErrorCode::Invalid, "unknown command"))
+            Err(RequestError::new(ErrorCode::Invalid, "unknown command"))
         }
     }
 
-    fn checked_flags(&self, kind: CommandKind, terms: &Terms) -> Result<CommandFlags, Refusal> {
+    fn checked_flags(
+        &self,
+        kind: CommandKind,
+        terms: &Terms,
+    ) -> Result<CommandFlags, RequestError> {
         CommandFlags::from_bits(self.flags)
             .filter(|flags| allowed_flags(kind, terms.dialect).contains(*flags))
             .ok_or_else(|| {
-                Refusal::new(ErrorCode::Invalid, "a flag that does not belong to the command")
+                RequestError::new(ErrorCode::Invalid, "a flag that does not belong to the command")
             })
     }
 }
@@ -237,14 +241,14 @@ impl Request {
 
 /// Why a request is answered with an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub struct RequestError {
     /// What goes on the wire.
     pub code: ErrorCode,
     /// What goes into the log.
     pub why: &'static str,
 }
 
-impl Refusal {
+impl RequestError {
     const fn new(code: ErrorCode, why: &'static str) -> Self {
         Self { code, why }
     }

@@ -12,7 +12,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(4);
 
 /// How long the received bytes of one session have been waiting.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Delay {
+pub(super) struct ReceiveDelay {
     /// When it last received something or began a change.
     last: Duration,
     /// Something has been kept waiting since there last was no backlog.
@@ -22,13 +22,13 @@ pub(super) struct Delay {
     looked: Duration,
 }
 
-impl Default for Delay {
+impl Default for ReceiveDelay {
     fn default() -> Self {
         Self { last: Duration::ZERO, late: false, idle: true, looked: Duration::ZERO }
     }
 }
 
-impl Delay {
+impl ReceiveDelay {
     /// Bytes have been received.
     pub(super) fn received(&mut self) {
         self.went_on(now());
@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn a_session_is_late_after_one_long_step_and_not_after_many_short_ones() {
-        let mut delay = Delay::default();
+        let mut delay = ReceiveDelay::default();
         delay.waits(false);
         delay.went_on(START);
         for step in 1..100 {
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn a_backlog_is_late_until_the_session_waits_for_new_requests() {
-        let mut delay = Delay::default();
+        let mut delay = ReceiveDelay::default();
         delay.waits(false);
         delay.went_on(START);
         delay.waits(true);

@@ -1,8 +1,8 @@
 //! Why a session ended, for the one line in the log that says so.
 //! One variant for each way, so that a test can name exactly what it provokes.
 
-use super::orders::Order;
-use crate::nbd::handshake::server::Misbehaviour;
+use super::control::StopRequest;
+use crate::nbd::handshake::server::ProtocolViolation;
 use std::io;
 
 /// Why a session ended.
@@ -21,7 +21,7 @@ pub(super) enum SessionEnd {
     /// As many clients are connected as may be, since this one began its handshake.
     Full,
     /// The client broke the handshake.
-    Misbehaved(Misbehaviour),
+    Misbehaved(ProtocolViolation),
     /// A request did not begin as one: framing is lost.
     NoRequest(u32),
     /// A request announced more payload than anybody waits for.
@@ -35,7 +35,7 @@ pub(super) enum SessionEnd {
     /// The disk is not ours any more.
     DiskGone,
     /// We were told to end it.
-    Ordered(Order),
+    Ordered(StopRequest),
     /// Nobody is let in now; holds why.
     NotLetIn(String),
     /// It goes on in the next process.
@@ -60,7 +60,7 @@ impl SessionEnd {
 
     /// Whether replies may be on their way that the client is still to read.
     pub(super) fn leaves_replies(&self) -> bool {
-        matches!(self, Self::Aborted | Self::NoRequest(_) | Self::Ordered(Order::Finish))
+        matches!(self, Self::Aborted | Self::NoRequest(_) | Self::Ordered(StopRequest::Finish))
     }
 }
 
@@ -94,13 +94,13 @@ impl std::fmt::Display for SessionEnd {
                 )
             }
             Self::DiskGone => f.write_str("the disk is no longer served here"),
-            Self::Ordered(Order::NotAdmitted) => {
+            Self::Ordered(StopRequest::NotAdmitted) => {
                 f.write_str("the access control list no longer admits the client")
             }
-            Self::Ordered(Order::GiveWay) => {
+            Self::Ordered(StopRequest::GiveWay) => {
                 f.write_str("the client was slow to greet and another one was waiting")
             }
-            Self::Ordered(Order::Displaced) => {
+            Self::Ordered(StopRequest::Displaced) => {
                 f.write_str("another connection has taken its place at the arriving disk")
             }
             Self::NotLetIn(why) => write!(f, "the client is not let in: {why}"),

@@ -8,52 +8,56 @@
 
 mod accept;
 pub mod acl;
-mod carry;
+mod control;
 mod delay;
+mod dispatch;
 mod end;
+pub mod events;
+mod handles;
+mod heartbeat;
 #[cfg(test)]
-mod errand_tests;
-mod expectation;
+mod in_flight_tests;
 mod inbox;
-mod orders;
+mod inline_reads;
 mod outbox;
-mod patience;
 mod pinned;
-mod places;
+pub mod policy;
+mod polling;
 mod progress;
-mod reading;
-pub mod reception;
+mod reads;
+mod rejections;
 #[cfg(test)]
 mod restart_tests;
-mod roster;
 pub mod session;
+mod sessions;
+mod slots;
+mod snapshot;
 mod stall;
-mod strangers;
-mod taking;
 #[cfg(test)]
 mod tests;
+pub mod throttle;
 mod transmission;
-pub mod watch;
 mod work;
 
 use crate::disk::Disk;
+use crate::message_id;
 use crate::nbd::handshake::BlockSizes;
 use crate::nbd::handshake::server::Export;
 use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
 use crate::net::{Listener, Stream};
-use crate::systemd::message_id;
 use crate::words::counted;
 use acl::{Acl, BadEntry};
-use reception::Reception;
-use roster::{Capacity, Parcel, Roster};
+use events::ServerEvents;
+pub use handles::{AcceptorHandle, ShutdownHandle};
+use policy::ExportPolicy;
+use rejections::Strangers;
+use sessions::{Capacity, Sessions, SuspendedSession};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use strangers::Strangers;
 use tracing::{error, info, warn};
-use watch::{Door, Watch};
 
 /// Clients at once, unless the operator says otherwise (`--max-clients`).
 pub const CLIENTS_MAX: usize = 128;
@@ -100,7 +104,7 @@ pub enum Style {
 
 /// What applies to every session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settings {
+pub struct SessionSettings {
     /// How to greet.
     pub style: Style,
     /// How long the greeting may take.
@@ -109,7 +113,7 @@ pub struct Settings {
     pub stall_limit: Option<Duration>,
 }
 
-impl Default for Settings {
+impl Default for SessionSettings {
     fn default() -> Self {
         let style = Style::default();
         Self { style, handshake_timeout: HANDSHAKE_TIMEOUT, stall_limit: None }
@@ -117,29 +121,29 @@ impl Default for Settings {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct ServerShared {
     disk: Arc<Disk>,
     export: Export,
-    settings: Settings,
-    reception: Arc<dyn Reception>,
-    roster: Arc<Roster>,
+    settings: SessionSettings,
+    policy: Arc<dyn ExportPolicy>,
+    sessions: Arc<Sessions>,
     /// What strangers can have logged.
-    strangers: Mutex<Strangers>,
+    rejections: Mutex<Strangers>,
     /// How many threads can run at once.
     cpus: usize,
 }
 
-impl Shared {
+impl ServerShared {
     /// What clients that are carried over have to find in the next process.
-    fn promise(&self) -> carry::Promise {
-        carry::Promise::of(&self.export, self.settings.style, self.disk.identity())
+    fn promise(&self) -> snapshot::ExportFingerprint {
+        snapshot::ExportFingerprint::of(&self.export, self.settings.style, self.disk.identity())
     }
 }
 
 /// A server that runs until it is told to stop.
 #[derive(Debug)]
 pub struct Server {
-    shared: Arc<Shared>,
+    shared: Arc<ServerShared>,
     acceptor: Option<JoinHandle<()>>,
 }
 
@@ -151,7 +155,7 @@ pub struct Opening<'a> {
     /// What is served.
     pub disk: Arc<Disk>,
     /// How far clients are let in.
-    pub reception: Arc<dyn Reception>,
+    pub policy: Arc<dyn ExportPolicy>,
     /// Under which name the disk is served.
     pub name: &'a str,
     /// From where clients may come.
@@ -159,11 +163,11 @@ pub struct Opening<'a> {
     /// How many clients there may be.
     pub clients_max: usize,
     /// What applies to every session.
-    pub settings: Settings,
+    pub settings: SessionSettings,
     /// The sessions that another process has packed up, to go on with.
-    pub luggage: Luggage,
+    pub luggage: StoredSessions,
     /// Who is told what happens.
-    pub watch: Arc<dyn Watch>,
+    pub events: Arc<dyn ServerEvents>,
 }
 
 #[cfg(test)]
@@ -173,13 +177,13 @@ impl Opening<'static> {
         Self {
             listeners,
             disk: Arc::clone(disk),
-            reception: Arc::new(reception::Anybody),
+            policy: Arc::new(policy::AllowAll),
             name: "disk",
             acl: Acl::default(),
             clients_max: 4,
-            settings: Settings::default(),
-            luggage: Luggage::default(),
-            watch: Arc::new(watch::Nobody),
+            settings: SessionSettings::default(),
+            luggage: StoredSessions::default(),
+            events: Arc::new(events::IgnoreEvents),
         }
     }
 }
@@ -187,7 +191,7 @@ impl Opening<'static> {
 /// The sessions of a server, packed up: what they were in the middle of, and the connection of each
 /// under its number in there.
 #[derive(Debug, Default)]
-pub struct Luggage {
+pub struct StoredSessions {
     /// For the next process, which may be of another version of this program; empty if there is
     /// nothing.
     pub note: Vec<u8>,
@@ -201,19 +205,19 @@ impl Server {
     /// # Errors
     /// When there is no descriptor or thread left.
     pub fn start(opening: Opening<'_>) -> io::Result<Self> {
-        let Opening { listeners, disk, reception, name, .. } = opening;
-        let Opening { acl, clients_max, settings, luggage, watch, .. } = opening;
+        let Opening { listeners, disk, policy, name, .. } = opening;
+        let Opening { acl, clients_max, settings, luggage, events, .. } = opening;
         let capacity = Capacity {
             sessions: clients_max,
             handshakes: HANDSHAKES_MAX,
             patience: HANDSHAKE_PATIENCE,
         };
-        let export = export(&disk, name, reception.is_exclusive());
-        let roster = Roster::new(capacity, acl, watch)?;
+        let export = export(&disk, name, policy.is_exclusive());
+        let sessions = Sessions::new(capacity, acl, events)?;
         let cpus = thread::available_parallelism().map_or(1, usize::from);
-        let strangers = Mutex::default();
+        let rejections = Mutex::default();
         let shared =
-            Arc::new(Shared { disk, export, settings, reception, roster, strangers, cpus });
+            Arc::new(ServerShared { disk, export, settings, policy, sessions, rejections, cpus });
         // First those who were here before: newcomers get numbers beyond theirs.
         resume(&shared, luggage);
         let for_acceptor = Arc::clone(&shared);
@@ -226,13 +230,13 @@ impl Server {
     /// How many clients are connected.
     #[must_use]
     pub fn clients(&self) -> usize {
-        self.shared.roster.count()
+        self.shared.sessions.count()
     }
 
     /// Whether clients are let in.
     #[must_use]
     pub fn accepts(&self) -> bool {
-        !self.shared.roster.is_stopping()
+        !self.shared.sessions.is_stopping()
     }
 
     /// Replaces the entries of the access control list; sessions that the new ones do not admit
@@ -241,7 +245,7 @@ impl Server {
     /// # Errors
     /// The first entry that is none; then nothing has changed.
     pub fn set_acl<S: AsRef<str>>(&self, entries: &[S]) -> Result<(), BadEntry> {
-        let set = self.shared.roster.set_acl(entries);
+        let set = self.shared.sessions.set_acl(entries);
         // A session that waits at a closed gate has to look up.
         self.shared.disk.gate().nudge();
         set
@@ -250,20 +254,20 @@ impl Server {
     /// Replaces the whole access control list, also how an empty one is treated, and the number of
     /// clients there may be; those who are connected stay unless the list does not admit them.
     pub fn readmit(&self, acl: Acl, clients_max: usize) {
-        self.shared.roster.readmit(acl, clients_max);
+        self.shared.sessions.readmit(acl, clients_max);
         self.shared.disk.gate().nudge();
     }
 
     /// The door that clients come in by.
     #[must_use]
-    pub fn door(&self) -> Door {
-        Door(Arc::clone(&self.shared.roster))
+    pub fn door(&self) -> AcceptorHandle {
+        AcceptorHandle(Arc::clone(&self.shared.sessions))
     }
 
     /// How to end all sessions from elsewhere.
     #[must_use]
-    pub fn exit(&self) -> Exit {
-        Exit(Arc::clone(&self.shared.roster))
+    pub fn exit(&self) -> ShutdownHandle {
+        ShutdownHandle(Arc::clone(&self.shared.sessions))
     }
 
     /// Lets nobody in any more, lets sessions answer what they have received, and ends those that
@@ -271,7 +275,7 @@ impl Server {
     /// once more.
     pub fn stop(&mut self, grace: impl Into<Grace>) {
         self.close();
-        self.shared.roster.stop();
+        self.shared.sessions.stop();
         self.wait_until_empty(grace.into());
     }
 
@@ -280,37 +284,37 @@ impl Server {
     /// those that are not ready within `grace`, as [`Server::stop`] does; and all of them when a flush
     /// has failed, be it one of those carried out last: the next process would not know of it, and
     /// call the next flush a success.
-    pub fn pack_up(&mut self, room: usize, grace: impl Into<Grace>) -> Luggage {
+    pub fn pack_up(&mut self, room: usize, grace: impl Into<Grace>) -> StoredSessions {
         self.close();
-        self.shared.roster.pack_up(room);
+        self.shared.sessions.pack_up(room);
         self.wait_until_empty(grace.into());
-        let parcels = self.shared.roster.parcels();
+        let parcels = self.shared.sessions.parcels();
         if !self.shared.disk.is_flawless() {
             warn!("closing {}: a flush has failed", counted(parcels.len(), "session"));
-            return Luggage::default();
+            return StoredSessions::default();
         }
         let (sessions, streams): (Vec<_>, BTreeMap<_, _>) = parcels
             .into_iter()
-            .map(|Parcel { carried, stream }| {
+            .map(|SuspendedSession { carried, stream }| {
                 let number = carried.session;
                 (carried, (number, stream))
             })
             .unzip();
         if sessions.is_empty() {
-            return Luggage::default();
+            return StoredSessions::default();
         }
-        match carry::encode(self.shared.promise(), sessions) {
-            Ok(note) => Luggage { note, streams },
+        match snapshot::encode(self.shared.promise(), sessions) {
+            Ok(note) => StoredSessions { note, streams },
             Err(why) => {
                 error!("cannot pack up {}, closing: {why}", counted(streams.len(), "session"));
-                Luggage::default()
+                StoredSessions::default()
             }
         }
     }
 
     /// Accepts nobody any more. Whoever was accepted before has a place after this.
     fn close(&mut self) {
-        self.shared.roster.close();
+        self.shared.sessions.close();
         if let Some(acceptor) = self.acceptor.take() {
             // It panicked if this fails, which has been reported where it happened.
             let _ = acceptor.join();
@@ -318,35 +322,35 @@ impl Server {
     }
 
     fn wait_until_empty(&self, grace: Grace) {
-        let Shared { roster, disk, .. } = &*self.shared;
+        let ServerShared { sessions, disk, .. } = &*self.shared;
         let began = Instant::now();
         disk.gate().nudge();
-        let mut is_empty = roster.wait_until_empty(began + grace.clients);
+        let mut is_empty = sessions.wait_until_empty(began + grace.clients);
         while !is_empty && began.elapsed() < grace.disk {
-            roster.clear_but_for_disk();
-            is_empty = roster.wait_until_empty(Instant::now() + LOOK_EVERY);
+            sessions.clear_but_for_disk();
+            is_empty = sessions.wait_until_empty(Instant::now() + LOOK_EVERY);
         }
         if !is_empty {
-            roster.clear();
+            sessions.clear();
             disk.gate().nudge();
-            roster.wait_until_empty(Instant::now() + grace.clients);
+            sessions.wait_until_empty(Instant::now() + grace.clients);
         }
     }
 }
 
 /// Goes on with what another process has packed up; what cannot be, is closed.
-fn resume(shared: &Arc<Shared>, luggage: Luggage) {
-    let Luggage { note, mut streams } = luggage;
+fn resume(shared: &Arc<ServerShared>, luggage: StoredSessions) {
+    let StoredSessions { note, mut streams } = luggage;
     if note.is_empty() {
         return;
     }
-    match carry::decode(&note, &shared.promise()) {
+    match snapshot::decode(&note, &shared.promise()) {
         Ok(sessions) => {
             let count = sessions.len();
             for carried in sessions {
                 // One without a connection was closed when the other process ended.
                 if let Some(stream) = streams.remove(&carried.session) {
-                    accept::resume(shared, Parcel { carried, stream });
+                    accept::resume(shared, SuspendedSession { carried, stream });
                 }
             }
             info!(
@@ -359,20 +363,6 @@ fn resume(shared: &Arc<Shared>, luggage: Luggage) {
         Err(why) => {
             warn!("closed {} of the last process: {why}", counted(streams.len(), "session"));
         }
-    }
-}
-
-/// Ends all sessions of a server, from whichever thread knows that its disk is gone.
-#[derive(Clone, Debug)]
-pub struct Exit(Arc<Roster>);
-
-impl Exit {
-    /// Lets nobody in any more and ends all sessions, without answering what they have in flight: a
-    /// client that connects again is to find the disk elsewhere. Those that wait at the disk's gate
-    /// end when it is retired.
-    pub fn leave(&self) {
-        self.0.stop();
-        self.0.clear();
     }
 }
 

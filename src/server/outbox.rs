@@ -4,8 +4,8 @@
 //! is too long to be in hand as a whole, the rest has its place here as a promise: a part of the disk
 //! that is to be read, and put behind the bytes, piece by piece.
 
-use super::carry::Waiting;
 use super::pinned::Pinned;
+use super::snapshot::UnsentSnapshot;
 use crate::net::Stream;
 use crate::range::Range;
 use nix::errno::Errno;
@@ -63,7 +63,7 @@ impl Outbox {
     ///
     /// # Errors
     /// When what is held by reference cannot be had: the reply cannot be completed.
-    pub(super) fn pack(mut self) -> io::Result<Waiting> {
+    pub(super) fn pack(mut self) -> io::Result<UnsentSnapshot> {
         if self.pinned.length() > 0 {
             let pinned = self.pinned.take()?;
             self.append(&pinned);
@@ -73,12 +73,12 @@ impl Outbox {
             return Err(Errno::ENOMEM.into());
         }
         let bytes = self.buffer[self.start..self.end].to_vec();
-        Ok(Waiting { bytes, from_disk: self.promised.into(), held: self.held })
+        Ok(UnsentSnapshot { bytes, from_disk: self.promised.into(), held: self.held })
     }
 
     /// The same on a disk of `size` bytes; none if it does not fit there.
-    pub(super) fn unpack(waiting: Waiting, size: u64) -> Option<Self> {
-        let Waiting { bytes, from_disk, held } = waiting;
+    pub(super) fn unpack(waiting: UnsentSnapshot, size: u64) -> Option<Self> {
+        let UnsentSnapshot { bytes, from_disk, held } = waiting;
         let (end, promised) = (bytes.len(), from_disk.within(size)?);
         Some(Self { buffer: bytes, end, held, promised, ..Self::default() })
     }

@@ -1,12 +1,12 @@
 //! How far a session has come between two turns, and how that is packed up for the next process.
 //! Only what is remembered: what follows from it is decided in `transmission`.
 
-use super::carry;
 use super::end::SessionEnd;
-use super::reading::Read;
+use super::reads::Read;
+use super::snapshot;
 use super::stall::Stall;
 use crate::disk::errno_of;
-use crate::nbd::reply::Origin;
+use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::Request;
 use crate::range::Range;
 use std::collections::VecDeque;
@@ -14,7 +14,7 @@ use std::io;
 
 /// How far a session has come.
 #[derive(Debug, Default)]
-pub(super) struct Progress {
+pub(super) struct SessionProgress {
     pub(super) payload: Option<Payload>,
     pub(super) reads: VecDeque<Read>,
     /// Why the session ends once everything has been answered and sent.
@@ -30,14 +30,14 @@ pub(super) struct Progress {
 /// A payload of which not everything has arrived.
 #[derive(Debug)]
 pub(super) struct Payload {
-    pub(super) to: Origin,
+    pub(super) to: ReplyTo,
     pub(super) left: u64,
-    pub(super) purpose: Purpose,
+    pub(super) purpose: PayloadPurpose,
 }
 
 /// What a payload is for.
 #[derive(Debug)]
-pub(super) enum Purpose {
+pub(super) enum PayloadPurpose {
     /// To be written to the rest of this range.
     Write { range: Range, rest: Range, durable: bool },
     /// To be read past; the reply is in the outbox or will be made at the end.
@@ -46,7 +46,7 @@ pub(super) enum Purpose {
     Private { data: Vec<u8> },
 }
 
-impl Progress {
+impl SessionProgress {
     /// Whether the next process can go on from here. That the client has ended its side is seen
     /// there once more; that its last bytes were no request is not.
     pub(super) fn can_be_packed(&self) -> bool {
@@ -55,8 +55,8 @@ impl Progress {
     }
 
     /// What is outstanding. The clocks of `--killswitch` start anew in the next process.
-    pub(super) fn pack(self) -> carry::Outstanding {
-        carry::Outstanding {
+    pub(super) fn pack(self) -> snapshot::PendingSnapshot {
+        snapshot::PendingSnapshot {
             payload: self.payload.map(Payload::pack),
             reads: self.reads.into_iter().map(Read::pack).collect(),
             said_goodbye: matches!(self.leaving, Some(SessionEnd::Goodbye)),
@@ -64,8 +64,8 @@ impl Progress {
     }
 
     /// The same on a disk of `size` bytes; none if it does not fit there.
-    pub(super) fn unpack(packed: carry::Outstanding, size: u64) -> Option<Self> {
-        let carry::Outstanding { payload, reads, said_goodbye } = packed;
+    pub(super) fn unpack(packed: snapshot::PendingSnapshot, size: u64) -> Option<Self> {
+        let snapshot::PendingSnapshot { payload, reads, said_goodbye } = packed;
         let payload = match payload {
             Some(payload) => Some(Payload::unpack(payload, size)?),
             None => None,
@@ -77,34 +77,34 @@ impl Progress {
 }
 
 impl Payload {
-    fn pack(self) -> carry::Payload {
+    fn pack(self) -> snapshot::PayloadSnapshot {
         let purpose = match self.purpose {
-            Purpose::Write { range, rest, durable } => {
-                carry::Purpose::Write { range: range.into(), rest: rest.into(), durable }
+            PayloadPurpose::Write { range, rest, durable } => {
+                snapshot::PurposeSnapshot::Write { range: range.into(), rest: rest.into(), durable }
             }
-            Purpose::Skip { failed: Some((Request::Write { range, durable }, error)) } => {
+            PayloadPurpose::Skip { failed: Some((Request::Write { range, durable }, error)) } => {
                 let errno = errno_of(&error);
-                carry::Purpose::SkipFailed { range: range.into(), durable, errno }
+                snapshot::PurposeSnapshot::SkipFailed { range: range.into(), durable, errno }
             }
-            Purpose::Skip { failed: _ } => carry::Purpose::Skip,
-            Purpose::Private { data } => carry::Purpose::Private { data },
+            PayloadPurpose::Skip { failed: _ } => snapshot::PurposeSnapshot::Skip,
+            PayloadPurpose::Private { data } => snapshot::PurposeSnapshot::Private { data },
         };
-        carry::Payload { to: self.to.into(), left: self.left, purpose }
+        snapshot::PayloadSnapshot { to: self.to.into(), left: self.left, purpose }
     }
 
-    fn unpack(packed: carry::Payload, size: u64) -> Option<Self> {
-        let carry::Payload { to, left, purpose } = packed;
+    fn unpack(packed: snapshot::PayloadSnapshot, size: u64) -> Option<Self> {
+        let snapshot::PayloadSnapshot { to, left, purpose } = packed;
         let purpose = match purpose {
-            carry::Purpose::Write { range, rest, durable } => {
+            snapshot::PurposeSnapshot::Write { range, rest, durable } => {
                 let (range, rest) = (range.within(size)?, rest.within(size)?);
-                Purpose::Write { range, rest, durable }
+                PayloadPurpose::Write { range, rest, durable }
             }
-            carry::Purpose::SkipFailed { range, durable, errno } => {
+            snapshot::PurposeSnapshot::SkipFailed { range, durable, errno } => {
                 let what = Request::Write { range: range.within(size)?, durable };
-                Purpose::Skip { failed: Some((what, io::Error::from_raw_os_error(errno))) }
+                PayloadPurpose::Skip { failed: Some((what, io::Error::from_raw_os_error(errno))) }
             }
-            carry::Purpose::Skip => Purpose::Skip { failed: None },
-            carry::Purpose::Private { data } => Purpose::Private { data },
+            snapshot::PurposeSnapshot::Skip => PayloadPurpose::Skip { failed: None },
+            snapshot::PurposeSnapshot::Private { data } => PayloadPurpose::Private { data },
         };
         Some(Self { to: to.into(), left, purpose })
     }

@@ -1,8 +1,8 @@
 //! Sessions that go on in another server, as over a restart: packed up between any two bytes.
 
 use super::*;
-use crate::disk::memory::{FailingImage, Faults, MemoryImage, Op};
-use crate::disk::{Access, FileImage};
+use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
+use crate::disk::{Access, FileBackend};
 use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
@@ -31,8 +31,13 @@ impl Dice {
     }
 }
 
-fn open(disk: &Arc<Disk>, listeners: Vec<Listener>, style: Style, luggage: Luggage) -> Server {
-    let settings = Settings { style, ..Settings::default() };
+fn open(
+    disk: &Arc<Disk>,
+    listeners: Vec<Listener>,
+    style: Style,
+    luggage: StoredSessions,
+) -> Server {
+    let settings = SessionSettings { style, ..SessionSettings::default() };
     let anybody = Opening::to_anybody(listeners, disk);
     Server::start(Opening { settings, luggage, ..anybody }).unwrap()
 }
@@ -41,7 +46,7 @@ fn open(disk: &Arc<Disk>, listeners: Vec<Listener>, style: Style, luggage: Lugga
 fn disk() -> (tempfile::NamedTempFile, Arc<Disk>) {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(SIZE).unwrap();
-    let image = FileImage::open(file.path(), Access { read_only: false }).unwrap();
+    let image = FileBackend::open(file.path(), Access { read_only: false }).unwrap();
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let data: Vec<u8> = (0..2 * MIB).map(|at| (at % 251) as u8 + 1).collect();
     disk.enter(&|| false).unwrap().write(0, &data).unwrap();
@@ -285,7 +290,7 @@ fn converse(seed: u64, dialect: Dialect, oldstyle: bool, unix: bool) {
     let listener = Listener::bind(&address).unwrap();
     let address = listener.local_address().unwrap();
     let style = if oldstyle { Style::Oldstyle } else { Style::Newstyle };
-    let mut server = open(&disk, vec![listener], style, Luggage::default());
+    let mut server = open(&disk, vec![listener], style, StoredSessions::default());
     let script = Script::new(dialect, oldstyle, &mut dice);
     let mut wire = Wire::to(&address);
     let deadline = Instant::now() + PATIENCE;
@@ -333,12 +338,12 @@ fn a_client_hears_the_same_however_often_its_server_is_another_one() {
 
 #[test]
 fn a_write_that_failed_before_the_restart_is_answered_after_it() {
-    let (memory, faults) = (MemoryImage::new(SIZE), Arc::new(Faults::default()));
-    let image = FailingImage::new(memory, Arc::clone(&faults));
+    let (memory, faults) = (MemoryBackend::new(SIZE), Arc::new(Faults::default()));
+    let image = FailingBackend::new(memory, Arc::clone(&faults));
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
-    let mut server = open(&disk, vec![listener], Style::Oldstyle, Luggage::default());
+    let mut server = open(&disk, vec![listener], Style::Oldstyle, StoredSessions::default());
     let Address::Tcp(to) = address else { panic!("not TCP") };
     let mut client = TcpStream::connect(to).unwrap();
     client.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -371,11 +376,11 @@ fn a_write_that_failed_before_the_restart_is_answered_after_it() {
 #[test]
 fn nobody_goes_on_when_the_last_thing_that_happened_is_a_failed_flush() {
     let faults = Arc::new(Faults::default());
-    let image = FailingImage::new(MemoryImage::new(SIZE), Arc::clone(&faults));
+    let image = FailingBackend::new(MemoryBackend::new(SIZE), Arc::clone(&faults));
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
-    let mut server = open(&disk, vec![listener], Style::Oldstyle, Luggage::default());
+    let mut server = open(&disk, vec![listener], Style::Oldstyle, StoredSessions::default());
     let _client = Wire::to(&address);
     let deadline = Instant::now() + PATIENCE;
     while server.clients() != 1 {
@@ -393,7 +398,7 @@ fn those_for_whom_there_is_no_room_are_closed_and_the_others_keep_their_numbers(
     let (_file, disk) = disk();
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
-    let mut server = open(&disk, vec![listener], Style::Newstyle, Luggage::default());
+    let mut server = open(&disk, vec![listener], Style::Newstyle, StoredSessions::default());
     let mut clients: Vec<Wire> = Vec::new();
     let deadline = Instant::now() + PATIENCE;
     for count in 1..=3 {
@@ -420,7 +425,7 @@ fn sessions_of_another_version_are_closed() {
     let (_file, disk) = disk();
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
-    let mut server = open(&disk, vec![listener], Style::Newstyle, Luggage::default());
+    let mut server = open(&disk, vec![listener], Style::Newstyle, StoredSessions::default());
     let mut client = Wire::to(&address);
     let deadline = Instant::now() + PATIENCE;
     while server.clients() != 1 {

@@ -1,23 +1,23 @@
 //! One client, from greeting to goodbye.
 //! Ends for one reason, which it returns; whoever started it logs that.
 
-use super::carry::{Carried, Phase, Serving};
-use super::delay::Delay;
+use super::control::StopRequest;
+use super::delay::ReceiveDelay;
 use super::end::SessionEnd;
-use super::expectation::Expectation;
 use super::inbox::Inbox;
-use super::orders::Order;
 use super::outbox::Outbox;
-use super::progress::Progress;
-use super::reception::{Entrance, Introduction, Reception, SessionId};
-use super::roster::Seat;
+use super::policy::{ExportPolicy, GoReply, ProbeReply, SessionId};
+use super::polling::AdaptivePolling;
+use super::progress::SessionProgress;
+use super::sessions::Registration;
+use super::snapshot::{PhaseSnapshot, SessionSnapshot, TransmissionSnapshot};
 use super::transmission::Transmission;
 use super::work::Worker;
-use super::{Settings, Style};
+use super::{SessionSettings, Style};
 use crate::disk::Disk;
 use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::option::OptionReply;
-use crate::nbd::handshake::server::{Export, Handshake, Next};
+use crate::nbd::handshake::server::{Export, ServerHandshake, ServerStep};
 use crate::nbd::reply::Dialect;
 use crate::nbd::request::Terms;
 use crate::nbd::wire::OptionReplyKind;
@@ -45,30 +45,33 @@ const LINGER: Duration = Duration::from_secs(1);
 pub(super) struct Session<'a> {
     pub(super) stream: Stream,
     pub(super) peer: Peer,
-    pub(super) seat: Seat,
+    pub(super) registration: Registration,
     pub(super) disk: &'a Disk,
-    pub(super) reception: &'a dyn Reception,
+    pub(super) policy: &'a dyn ExportPolicy,
     pub(super) export: Export,
-    pub(super) settings: Settings,
+    pub(super) settings: SessionSettings,
     pub(super) cpus: usize,
 }
 
 /// Where a session begins, or goes on.
-struct Start {
+struct SessionStart {
     inbox: Inbox,
     outbox: Outbox,
-    stage: Stage,
+    stage: SessionPhase,
 }
 
-enum Stage {
-    Greeting(Box<Handshake>),
-    Transmission(Terms, Box<Progress>),
+enum SessionPhase {
+    Greeting(Box<ServerHandshake>),
+    Transmission(Terms, Box<SessionProgress>),
 }
 
 impl Session<'_> {
     /// Serves the client until there is a reason not to, from the greeting on or from where another
     /// process has left it; with what it was in the middle of when it was packed up.
-    pub(super) fn run(&self, carried: Option<Carried>) -> (SessionEnd, Option<Carried>) {
+    pub(super) fn run(
+        &self,
+        carried: Option<SessionSnapshot>,
+    ) -> (SessionEnd, Option<SessionSnapshot>) {
         let begun = match carried {
             None => match self.start() {
                 Ok(start) => Some(start),
@@ -85,58 +88,74 @@ impl Session<'_> {
     }
 
     /// In newstyle it has been greeted.
-    fn start(&self) -> Result<Start, SessionEnd> {
+    fn start(&self) -> Result<SessionStart, SessionEnd> {
         let (inbox, mut outbox) = (Inbox::default(), Outbox::default());
         let stage = match self.settings.style {
             Style::Oldstyle => {
                 self.let_in(true).map_err(SessionEnd::NotLetIn)?;
                 let mut greeting = Vec::new();
-                let agreement = Handshake::greet_oldstyle(&self.export, &mut greeting);
+                let agreement = ServerHandshake::greet_oldstyle(&self.export, &mut greeting);
                 outbox.reply(|out| out.extend_from_slice(&greeting));
-                Stage::Transmission(self.terms(agreement.dialect, false, false), Box::default())
+                SessionPhase::Transmission(
+                    self.terms(agreement.dialect, false, false),
+                    Box::default(),
+                )
             }
-            Style::Newstyle => Stage::Greeting(Box::new(Handshake::new(self.export.clone()))),
+            Style::Newstyle => {
+                SessionPhase::Greeting(Box::new(ServerHandshake::new(self.export.clone())))
+            }
         };
-        Ok(Start { inbox, outbox, stage })
+        Ok(SessionStart { inbox, outbox, stage })
     }
 
     /// None if it does not fit this server.
-    fn resume(&self, carried: Carried) -> Option<Start> {
+    fn resume(&self, carried: SessionSnapshot) -> Option<SessionStart> {
         let size = self.export.size;
         let inbox = Inbox::holding(&carried.inbox)?;
         let outbox = Outbox::unpack(carried.outbox, size)?;
         let stage = match carried.phase {
-            Phase::Greeting(greeting) => {
-                let handshake = Handshake::resume(self.export.clone(), greeting.position()?);
-                Stage::Greeting(Box::new(handshake))
+            PhaseSnapshot::Greeting(greeting) => {
+                let handshake = ServerHandshake::resume(self.export.clone(), greeting.position()?);
+                SessionPhase::Greeting(Box::new(handshake))
             }
-            Phase::Transmission(Serving { form, allocation_selected, introduced, outstanding }) => {
+            PhaseSnapshot::Transmission(TransmissionSnapshot {
+                form,
+                allocation_selected,
+                introduced,
+                outstanding,
+            }) => {
                 let terms = self.terms(form.into(), allocation_selected, introduced);
-                Stage::Transmission(terms, Box::new(Progress::unpack(outstanding, size)?))
+                SessionPhase::Transmission(
+                    terms,
+                    Box::new(SessionProgress::unpack(outstanding, size)?),
+                )
             }
         };
-        Some(Start { inbox, outbox, stage })
+        Some(SessionStart { inbox, outbox, stage })
     }
 
-    fn serve(&self, start: Start) -> (SessionEnd, Option<Carried>) {
-        let Start { mut inbox, mut outbox, stage } = start;
+    fn serve(&self, start: SessionStart) -> (SessionEnd, Option<SessionSnapshot>) {
+        let SessionStart { mut inbox, mut outbox, stage } = start;
         let (terms, progress) = match stage {
-            Stage::Transmission(terms, progress) => (terms, *progress),
-            Stage::Greeting(mut handshake) => {
+            SessionPhase::Transmission(terms, progress) => (terms, *progress),
+            SessionPhase::Greeting(mut handshake) => {
                 match self.handshake(&mut handshake, &mut inbox, &mut outbox) {
                     Ok(agreed) => {
                         let selected = agreed.allocation_context.is_some();
                         let introduced = handshake.is_introduced();
-                        (self.terms(agreed.dialect, selected, introduced), Progress::default())
+                        (
+                            self.terms(agreed.dialect, selected, introduced),
+                            SessionProgress::default(),
+                        )
                     }
-                    Err(SessionEnd::Ordered(Order::PackUp)) => {
-                        let (session, inbox) = (self.seat.id, inbox.bytes().to_vec());
-                        let phase = Phase::Greeting(handshake.position().into());
+                    Err(SessionEnd::Ordered(StopRequest::PackUp)) => {
+                        let (session, inbox) = (self.registration.id, inbox.bytes().to_vec());
+                        let phase = PhaseSnapshot::Greeting(handshake.position().into());
                         let outbox = match outbox.pack() {
                             Ok(outbox) => outbox,
                             Err(error) => return (SessionEnd::Connection(error), None),
                         };
-                        let carried = Carried { session, inbox, outbox, phase };
+                        let carried = SessionSnapshot { session, inbox, outbox, phase };
                         return (SessionEnd::PackedUp, Some(carried));
                     }
                     Err(end) => {
@@ -149,7 +168,7 @@ impl Session<'_> {
             }
         };
         // In old style nothing is known of a client before its first request.
-        if self.settings.style == Style::Newstyle && !self.seat.greeted() {
+        if self.settings.style == Style::Newstyle && !self.registration.greeted() {
             return (SessionEnd::Full, None);
         }
         self.transmission(terms, inbox, outbox, progress).run()
@@ -157,11 +176,11 @@ impl Session<'_> {
 
     fn handshake(
         &self,
-        handshake: &mut Handshake,
+        handshake: &mut ServerHandshake,
         inbox: &mut Inbox,
         outbox: &mut Outbox,
     ) -> Result<Agreement, SessionEnd> {
-        let deadline = self.seat.since + self.settings.handshake_timeout;
+        let deadline = self.registration.since + self.settings.handshake_timeout;
         handshake.understand_private();
         handshake.admit_selectively();
         loop {
@@ -180,33 +199,33 @@ impl Session<'_> {
     /// Takes the handshake as far as it can be taken with what has arrived.
     fn advance(
         &self,
-        handshake: &mut Handshake,
+        handshake: &mut ServerHandshake,
         inbox: &mut Inbox,
         outbox: &mut Outbox,
     ) -> Result<Option<Agreement>, SessionEnd> {
         loop {
-            let mut step = Ok((0, Next::More));
+            let mut step = Ok((0, ServerStep::More));
             outbox.reply(|out| step = handshake.advance(inbox.bytes(), out));
             let (used, next) = step.map_err(SessionEnd::Misbehaved)?;
             inbox.consume(used);
             // Not for its flags: they commit a client to nothing.
             if used > CLIENT_FLAGS {
-                self.seat.spoke(Instant::now());
+                self.registration.spoke(Instant::now());
             }
             match next {
-                Next::More => return Ok(None),
-                Next::Asked(data) => {
+                ServerStep::More => return Ok(None),
+                ServerStep::Asked(data) => {
                     let answer = self.introduce(&data).map(|(data, is_source)| {
                         if is_source {
-                            self.seat.introduced();
+                            self.registration.introduced();
                         }
                         data
                     });
                     outbox.reply(|out| handshake.answer_private(answer, out));
                 }
-                Next::Wants { to_enter } => handshake.decide(self.let_in(to_enter)),
-                Next::Goodbye => return Err(SessionEnd::Aborted),
-                Next::Transmission(agreement) => return Ok(Some(agreement)),
+                ServerStep::Wants { to_enter } => handshake.decide(self.let_in(to_enter)),
+                ServerStep::Goodbye => return Err(SessionEnd::Aborted),
+                ServerStep::Transmission(agreement) => return Ok(Some(agreement)),
             }
         }
     }
@@ -215,23 +234,23 @@ impl Session<'_> {
     fn introduce(&self, data: &[u8]) -> Result<(Vec<u8>, bool), OptionReply> {
         let mut waits = true;
         loop {
-            match self.reception.introduced(self.seat.id, data, self.seat.sessions()) {
-                Introduction::Answer { data, retire, is_source } => {
+            match self.policy.introduced(self.registration.id, data, self.registration.sessions()) {
+                ProbeReply::Answer { data, retire, is_source } => {
                     let gone = self.dismiss(&retire);
                     return gone
                         .map(|()| (data, is_source))
                         .map_err(|why| OptionReply::error(OptionReplyKind::ErrPolicy, &why));
                 }
-                Introduction::Refuse { holder: Some(holder), .. }
+                ProbeReply::Refuse { holder: Some(holder), .. }
                     if std::mem::take(&mut waits) && self.sees_leave(holder) => {}
-                Introduction::Refuse { reply, .. } => return Err(reply),
+                ProbeReply::Refuse { reply, .. } => return Err(reply),
             }
         }
     }
 
     /// Whether the client gets at the export, and enters the transmission phase if `now`.
     fn let_in(&self, now: bool) -> Result<(), String> {
-        if let Some(why) = self.seat.closed() {
+        if let Some(why) = self.registration.closed() {
             return Err(why.to_owned());
         }
         if self.disk.gate().is_parting() {
@@ -239,23 +258,23 @@ impl Session<'_> {
         }
         let mut waits = true;
         loop {
-            match self.reception.enters(self.seat.id, now, self.seat.sessions()) {
-                Entrance::Open(retire) => {
+            match self.policy.enters(self.registration.id, now, self.registration.sessions()) {
+                GoReply::Open(retire) => {
                     // What it has got is free for the next one.
                     return self.dismiss(&retire).inspect_err(|_| {
-                        self.reception.closed(self.seat.id);
+                        self.policy.closed(self.registration.id);
                     });
                 }
-                Entrance::Closed { holder: Some(holder), .. }
+                GoReply::Closed { holder: Some(holder), .. }
                     if std::mem::take(&mut waits) && self.sees_leave(holder) => {}
-                Entrance::Closed { why, .. } => return Err(why),
+                GoReply::Closed { why, .. } => return Err(why),
             }
         }
     }
 
     /// Ends sessions that may do nothing any more, and waits until nothing of them is under way.
     fn dismiss(&self, retire: &[SessionId]) -> Result<(), String> {
-        if self.seat.dismiss(retire, Instant::now() + DISMISSAL) {
+        if self.registration.dismiss(retire, Instant::now() + DISMISSAL) {
             return Ok(());
         }
         Err("an earlier connection is still at work on the disk; try again".to_owned())
@@ -263,7 +282,7 @@ impl Session<'_> {
 
     /// A client that connects again at once may be here before the end of its last connection.
     fn sees_leave(&self, holder: SessionId) -> bool {
-        self.seat.sees_leave(holder, Instant::now() + LEAVING)
+        self.registration.sees_leave(holder, Instant::now() + LEAVING)
     }
 
     fn send_greeting(&self, outbox: &mut Outbox, deadline: Instant) -> Result<(), SessionEnd> {
@@ -279,7 +298,7 @@ impl Session<'_> {
                 Ok(0) if inbox.bytes().is_empty() => return Err(SessionEnd::Left),
                 Ok(0) => return Err(SessionEnd::Vanished),
                 Ok(_) => {
-                    self.seat.orders.heard();
+                    self.registration.orders.heard();
                     return Ok(());
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -291,15 +310,15 @@ impl Session<'_> {
     }
 
     fn wait(&self, interest: Interest, deadline: Instant) -> Result<(), SessionEnd> {
-        let wake = &self.seat.orders.wake;
+        let wake = &self.registration.orders.wake;
         let ready = self
             .stream
             .wait(interest, Some(wake), Some(deadline))
             .map_err(SessionEnd::Connection)?;
         // Nothing is outstanding in a handshake: to finish is to leave.
-        match self.seat.orders.current() {
-            Order::Serve if ready.timed_out => Err(SessionEnd::HandshakeTimeout),
-            Order::Serve => Ok(()),
+        match self.registration.orders.current() {
+            StopRequest::Serve if ready.timed_out => Err(SessionEnd::HandshakeTimeout),
+            StopRequest::Serve => Ok(()),
             order => Err(SessionEnd::Ordered(order)),
         }
     }
@@ -322,15 +341,15 @@ impl Session<'_> {
         terms: Terms,
         inbox: Inbox,
         outbox: Outbox,
-        progress: Progress,
+        progress: SessionProgress,
     ) -> Transmission<'_> {
-        let who = (self.peer.to_string(), self.seat.id);
-        let orders = &self.seat.orders;
+        let who = (self.peer.to_string(), self.registration.id);
+        let orders = &self.registration.orders;
         Transmission {
             stream: &self.stream,
-            seat: &self.seat,
+            registration: &self.registration,
             cpus: self.cpus,
-            worker: Worker::new(self.disk, orders, self.reception, terms.dialect, who),
+            worker: Worker::new(self.disk, orders, self.policy, terms.dialect, who),
             terms,
             answers_nonsense: self.settings.style == Style::Oldstyle,
             stall_limit: self.settings.stall_limit,
@@ -339,11 +358,11 @@ impl Session<'_> {
             progress,
             stuck: false,
             place: None,
-            delay: Delay::default(),
+            delay: ReceiveDelay::default(),
             written: 0,
             unfinished: false,
             taken: 0,
-            expectation: Expectation::default(),
+            polling: AdaptivePolling::default(),
         }
     }
 

@@ -2,13 +2,13 @@
 
 use super::*;
 use crate::client::{ClientError, Connection};
-use crate::disk::memory::{FailingImage, Faults, MemoryImage};
-use crate::nbd::handshake::client::{Handshake, Next, Wish};
+use crate::disk::memory::{FailingBackend, Faults, MemoryBackend};
+use crate::nbd::handshake::client::{ClientHandshake, ClientOffer, ClientStep};
 use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
 use crate::net::{Address, Stream, connect};
-use crate::server::reception::{Hears, Reception};
+use crate::server::policy::{ExportPolicy, RecordingPolicy};
 use nix::libc::{EIO, ENOSPC};
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -20,28 +20,32 @@ struct Fixture {
     server: Server,
     address: Address,
     disk: Arc<Disk>,
-    memory: MemoryImage,
+    memory: MemoryBackend,
     faults: Arc<Faults>,
 }
 
-fn serve(settings: Settings, clients_max: usize) -> Fixture {
-    serve_with(Arc::new(reception::Anybody), settings, clients_max)
+fn serve(settings: SessionSettings, clients_max: usize) -> Fixture {
+    serve_with(Arc::new(policy::AllowAll), settings, clients_max)
 }
 
-fn serve_with(reception: Arc<dyn Reception>, settings: Settings, clients_max: usize) -> Fixture {
-    let (memory, faults) = (MemoryImage::new(SIZE), Arc::new(Faults::default()));
-    let image = FailingImage::new(memory.clone(), Arc::clone(&faults));
+fn serve_with(
+    policy: Arc<dyn ExportPolicy>,
+    settings: SessionSettings,
+    clients_max: usize,
+) -> Fixture {
+    let (memory, faults) = (MemoryBackend::new(SIZE), Arc::new(Faults::default()));
+    let image = FailingBackend::new(memory.clone(), Arc::clone(&faults));
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
     let anybody = Opening::to_anybody(vec![listener], &disk);
-    let opening = Opening { reception, clients_max, settings, ..anybody };
+    let opening = Opening { policy, clients_max, settings, ..anybody };
     let server = Server::start(opening).unwrap();
     Fixture { server, address, disk, memory, faults }
 }
 
 fn plain() -> Fixture {
-    serve(Settings::default(), 4)
+    serve(SessionSettings::default(), 4)
 }
 
 impl Fixture {
@@ -62,8 +66,9 @@ impl Fixture {
 
     fn chunked(&self, extended: bool) -> Chunked {
         let mut stream = self.raw();
-        let wish = Wish { structured: true, extended, allocation: true, ..Wish::default() };
-        let mut handshake = Handshake::new(wish);
+        let wish =
+            ClientOffer { structured: true, extended, allocation: true, ..ClientOffer::default() };
+        let mut handshake = ClientHandshake::new(wish);
         let mut input = Vec::new();
         loop {
             let mut byte = [0];
@@ -73,7 +78,7 @@ impl Fixture {
             let (used, next) = handshake.advance(&input, &mut out).unwrap();
             input.drain(..used);
             stream.write_all(&out).unwrap();
-            if let Next::Transmission(agreement) = next {
+            if let ClientStep::Transmission(agreement) = next {
                 return Chunked { stream, dialect: agreement.dialect };
             }
         }
@@ -200,18 +205,18 @@ fn a_failed_flush_is_told_to_every_later_flush() {
 
 #[test]
 fn a_write_that_fails_and_a_flush_that_fails_are_told_to_whoever_knows_whose_the_disk_is() {
-    let hears = Arc::new(Hears::default());
-    let fixture = serve_with(Arc::clone(&hears) as _, Settings::default(), 4);
+    let recorder = Arc::new(RecordingPolicy::default());
+    let fixture = serve_with(Arc::clone(&recorder) as _, SessionSettings::default(), 4);
     let mut client = fixture.client();
     fixture.faults.fail_nth(1, ENOSPC);
     client.write(0, &[1; 4096]).unwrap_err();
-    assert_eq!(hears.all().len(), 1);
+    assert_eq!(recorder.all().len(), 1);
     fixture.faults.fail_nth(1, EIO);
     client.flush().unwrap_err();
-    assert_eq!(hears.all().len(), 2);
+    assert_eq!(recorder.all().len(), 2);
     fixture.faults.fail_nth(1, EIO);
     bytes_of(&mut client, 0, 4096).unwrap_err();
-    assert_eq!(hears.all().len(), 2, "a read changes nothing");
+    assert_eq!(recorder.all().len(), 2, "a read changes nothing");
 }
 
 #[test]
@@ -220,7 +225,7 @@ fn whatever_was_sent_before_the_client_ended_its_side_is_answered() {
     let mut client = fixture.chunked(false);
     const READS: usize = 6;
     for _ in 0..READS {
-        client.ask(CommandKind::Read, CommandFlags::DF, 0, reading::WHOLE_READ_MAX);
+        client.ask(CommandKind::Read, CommandFlags::DF, 0, reads::WHOLE_READ_MAX);
     }
     client.ask(CommandKind::Flush, CommandFlags::empty(), 0, 0);
     client.stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -295,10 +300,10 @@ fn structured_reads_tell_holes_as_holes_unless_told_not_to_fragment() {
             }
         }
         assert!(data[1 << 20..][..4096] == [9; 4096]);
-        client.ask(CommandKind::Read, CommandFlags::DF, 512 << 10, reading::WHOLE_READ_MAX);
+        client.ask(CommandKind::Read, CommandFlags::DF, 512 << 10, reads::WHOLE_READ_MAX);
         let reply = client.reply();
         assert_eq!((reply.len(), reply[0].1.len()), (1, 1 << 20));
-        client.ask(CommandKind::Read, CommandFlags::DF, 0, reading::WHOLE_READ_MAX + 1);
+        client.ask(CommandKind::Read, CommandFlags::DF, 0, reads::WHOLE_READ_MAX + 1);
         assert!(matches!(client.reply()[0].0, Chunk::Error { code: ErrorCode::Overflow, .. }));
     }
 }
@@ -358,7 +363,7 @@ fn two_hundred_requests_before_the_first_reply_is_read_do_not_deadlock() {
 
 #[test]
 fn clients_up_to_the_limit_are_served_and_the_next_is_closed_without_a_word() {
-    let fixture = serve(Settings::default(), 3);
+    let fixture = serve(SessionSettings::default(), 3);
     let clients: Vec<_> = (0..3).map(|_| fixture.client()).collect();
     let mut said = Vec::new();
     fixture.raw().read_to_end(&mut said).unwrap();
@@ -371,7 +376,7 @@ fn clients_up_to_the_limit_are_served_and_the_next_is_closed_without_a_word() {
 #[test]
 fn a_handshake_that_takes_too_long_is_ended() {
     let handshake_timeout = Duration::from_millis(50);
-    let fixture = serve(Settings { handshake_timeout, ..Settings::default() }, 3);
+    let fixture = serve(SessionSettings { handshake_timeout, ..SessionSettings::default() }, 3);
     let mut said = Vec::new();
     fixture.raw().read_to_end(&mut said).unwrap();
     assert_eq!(said.len(), 18);
@@ -381,7 +386,7 @@ fn a_handshake_that_takes_too_long_is_ended() {
 #[test]
 fn the_killswitch_ends_a_client_in_the_middle_of_a_request_and_not_an_idle_one() {
     let stall_limit = Some(Duration::from_millis(50));
-    let fixture = serve(Settings { stall_limit, ..Settings::default() }, 3);
+    let fixture = serve(SessionSettings { stall_limit, ..SessionSettings::default() }, 3);
     let mut idle = fixture.client();
     let mut half = fixture.chunked(false);
     half.ask(CommandKind::Write, CommandFlags::empty(), 0, 4096);

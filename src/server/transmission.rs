@@ -11,17 +11,17 @@
 //! piece of a long write to such a place; what must come last; and anything while there is no room
 //! for more errands, or while the gate is closed.
 
-use super::carry::{Carried, Phase, Serving};
-use super::delay::Delay;
+use super::control::StopRequest;
+use super::delay::ReceiveDelay;
 use super::end::SessionEnd;
-use super::expectation::{Expectation, LOOKOUT};
 use super::inbox::Inbox;
-use super::orders::Order;
 use super::outbox::Outbox;
-use super::progress::Progress;
-use super::reading::Step;
-use super::roster::Seat;
-use super::work::{Aside, Worker};
+use super::polling::{AdaptivePolling, LOOKOUT};
+use super::progress::SessionProgress;
+use super::reads::ReadStep;
+use super::sessions::Registration;
+use super::snapshot::{PhaseSnapshot, SessionSnapshot, TransmissionSnapshot};
+use super::work::{Tag, Worker};
 use crate::disk::{Change, Visit};
 use crate::nbd::request::Terms;
 use crate::net::{Interest, Stream};
@@ -46,7 +46,7 @@ const IDLE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Transmission<'a> {
     pub(super) stream: &'a Stream,
-    pub(super) seat: &'a Seat,
+    pub(super) registration: &'a Registration,
     /// How many threads can run at once.
     pub(super) cpus: usize,
     pub(super) worker: Worker<'a>,
@@ -56,25 +56,25 @@ pub(super) struct Transmission<'a> {
     pub(super) stall_limit: Option<Duration>,
     pub(super) inbox: Inbox,
     pub(super) outbox: Outbox,
-    pub(super) progress: Progress,
+    pub(super) progress: SessionProgress,
     /// Nothing more can be begun before an errand is over.
     pub(super) stuck: bool,
     /// The place of the next piece of a long write among the changes in flight, if it has to wait.
     pub(super) place: Option<Change<'a>>,
     /// How long what was received has been kept waiting.
-    pub(super) delay: Delay,
+    pub(super) delay: ReceiveDelay,
     /// Bytes written since replies were last sent.
     pub(super) written: u64,
     /// Replies are sent before more is done that could be.
     pub(super) unfinished: bool,
     /// Requests taken since the last time that there were none.
     pub(super) taken: u32,
-    pub(super) expectation: Expectation,
+    pub(super) polling: AdaptivePolling,
 }
 
 impl<'a> Transmission<'a> {
     /// Serves until the session ends; what it was in the middle of when it was packed up.
-    pub(super) fn run(mut self) -> (SessionEnd, Option<Carried>) {
+    pub(super) fn run(mut self) -> (SessionEnd, Option<SessionSnapshot>) {
         loop {
             match self.turn() {
                 Ok(()) => {}
@@ -90,13 +90,13 @@ impl<'a> Transmission<'a> {
     }
 
     /// Nothing is under way on the disk: what is held here is all there is.
-    fn pack(self) -> io::Result<Carried> {
+    fn pack(self) -> io::Result<SessionSnapshot> {
         let Terms { dialect, allocation_selected, private, .. } = self.terms;
-        Ok(Carried {
+        Ok(SessionSnapshot {
             session: self.worker.session,
             inbox: self.inbox.bytes().to_vec(),
             outbox: self.outbox.pack()?,
-            phase: Phase::Transmission(Serving {
+            phase: PhaseSnapshot::Transmission(TransmissionSnapshot {
                 form: dialect.into(),
                 allocation_selected,
                 introduced: private,
@@ -173,10 +173,10 @@ impl<'a> Transmission<'a> {
         while let Some((aside, outcome)) = self.worker.errands.next_over() {
             self.worker.orders.heard();
             match aside {
-                Aside::Answer { to, request } => {
+                Tag::Answer { to, request } => {
                     self.worker.conclude(to, outcome, request, &mut self.outbox);
                 }
-                Aside::Read(mut read, load) => {
+                Tag::Read(mut read, load) => {
                     self.worker.loaded(&load);
                     read.warm();
                     self.progress.reads.push_back(read);
@@ -191,10 +191,10 @@ impl<'a> Transmission<'a> {
             && let Some(read) = self.progress.reads.front_mut()
         {
             match self.worker.advance(read, &mut self.outbox)? {
-                Step::GoesOn => {}
-                Step::Answered => drop(self.progress.reads.pop_front()),
-                Step::Cold(visit, range) => self.load(visit, range)?,
-                Step::Waits => self.stuck = true,
+                ReadStep::GoesOn => {}
+                ReadStep::Answered => drop(self.progress.reads.pop_front()),
+                ReadStep::Cold(visit, range) => self.load(visit, range)?,
+                ReadStep::Waits => self.stuck = true,
             }
             if self.stuck {
                 return Ok(());
@@ -213,7 +213,7 @@ impl<'a> Transmission<'a> {
             drop(visit);
             read.warm();
             let began = Instant::now();
-            if let Step::Answered = self.worker.advance(read, &mut self.outbox)? {
+            if let ReadStep::Answered = self.worker.advance(read, &mut self.outbox)? {
                 self.progress.reads.pop_front();
             }
             self.worker.patience.waited(range.length(), began.elapsed());
@@ -233,7 +233,7 @@ impl<'a> Transmission<'a> {
 
     /// Whether to stop as soon as nothing is under way on the disk, and to begin nothing.
     fn is_packing(&self) -> bool {
-        self.worker.orders.current() == Order::PackUp && self.progress.can_be_packed()
+        self.worker.orders.current() == StopRequest::PackUp && self.progress.can_be_packed()
     }
 
     /// Whether nothing more may be taken on before the client takes replies.
@@ -264,7 +264,7 @@ impl<'a> Transmission<'a> {
             }
             Ok(count) => {
                 // In old style the first request ends the handshake.
-                if self.progress.received == 0 && !self.seat.greeted() {
+                if self.progress.received == 0 && !self.registration.greeted() {
                     return Err(SessionEnd::Full);
                 }
                 self.delay.received();
@@ -283,7 +283,7 @@ impl<'a> Transmission<'a> {
         if self.worker.errands.has_news() {
             return Ok(());
         }
-        if self.worker.orders.current() != Order::Serve {
+        if self.worker.orders.current() != StopRequest::Serve {
             self.worker.orders.set_waits_for_disk(!self.worker.errands.is_empty());
         }
         let interest = Interest { readable: self.receives(), writable: self.outbox.has_bytes() };
@@ -329,16 +329,17 @@ impl<'a> Transmission<'a> {
     /// Looks out for the next request, if it is likely to come at once and nobody needs the
     /// processor more; true if something came.
     fn look_out(&mut self) -> Result<bool, SessionEnd> {
-        let expected = self.expectation.looks_out(std::mem::take(&mut self.taken));
-        if !expected || self.seat.company() > self.cpus {
+        let expected = self.polling.looks_out(std::mem::take(&mut self.taken));
+        if !expected || self.registration.company() > self.cpus {
             return Ok(false);
         }
         let until = Instant::now() + LOOKOUT;
         let mut came = false;
-        while !came && self.worker.orders.current() == Order::Serve && Instant::now() < until {
+        while !came && self.worker.orders.current() == StopRequest::Serve && Instant::now() < until
+        {
             came = self.receive()?;
         }
-        self.expectation.note(came);
+        self.polling.note(came);
         Ok(came)
     }
 
@@ -351,9 +352,9 @@ impl<'a> Transmission<'a> {
 
     fn obey(&mut self) -> Result<(), SessionEnd> {
         match self.worker.orders.current() {
-            Order::Serve | Order::PackUp => Ok(()),
-            Order::Finish => {
-                self.progress.leaving.get_or_insert(SessionEnd::Ordered(Order::Finish));
+            StopRequest::Serve | StopRequest::PackUp => Ok(()),
+            StopRequest::Finish => {
+                self.progress.leaving.get_or_insert(SessionEnd::Ordered(StopRequest::Finish));
                 Ok(())
             }
             order => Err(SessionEnd::Ordered(order)),
@@ -367,7 +368,7 @@ impl<'a> Transmission<'a> {
         let begun = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
         let half = begun && !self.stuck;
         let sends = self.outbox.has_bytes();
-        let Progress { request_stall, reply_stall, received, sent, .. } = &mut self.progress;
+        let SessionProgress { request_stall, reply_stall, received, sent, .. } = &mut self.progress;
         let request = request_stall.deadline(half, *received, now, limit);
         let reply = reply_stall.deadline(sends, *sent, now, limit);
         request.into_iter().chain(reply).min()

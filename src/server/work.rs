@@ -3,22 +3,22 @@
 //! Never waits for the client: the gate is held over disk work only. Waits for the disk only where
 //! that is the only way; else what takes long is an errand, and is answered when it is over.
 
+use super::control::{SessionControl, StopRequest};
 use super::end::SessionEnd;
-use super::orders::{Order, Orders};
+use super::inline_reads::InlineReads;
 use super::outbox::Outbox;
-use super::patience::Patience;
-use super::reading::Read;
-use super::reception::{Reception, SessionId};
-use crate::disk::errands::{Errands, Work};
-use crate::disk::hold::Held;
-use crate::disk::{Bell, Disk, Extent, Visit, Zeroing, errno_of};
+use super::policy::{ExportPolicy, SessionId};
+use super::reads::Read;
+use crate::disk::inflight::{InFlight, Work};
+use crate::disk::{Disk, Extent, Notifier, Visit, Zeroing, errno_of};
+use crate::message_id;
 use crate::nbd::handshake::ALLOCATION_CONTEXT_ID;
-use crate::nbd::reply::{Dialect, Origin, StatusExtent};
+use crate::nbd::reply::{Dialect, ReplyTo, StatusExtent};
 use crate::nbd::request::Request;
 use crate::nbd::wire::{Allocation, ErrorCode};
 use crate::net::{Interest, Stream};
 use crate::range::Range;
-use crate::systemd::message_id;
+use crate::server::throttle::Throttle;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
@@ -38,12 +38,12 @@ const COMPLAINTS_MAX: u32 = 10;
 #[derive(Debug)]
 pub(super) struct Worker<'a> {
     pub(super) disk: &'a Disk,
-    pub(super) orders: &'a Arc<Orders>,
-    pub(super) reception: &'a dyn Reception,
+    pub(super) orders: &'a Arc<SessionControl>,
+    pub(super) policy: &'a dyn ExportPolicy,
     pub(super) dialect: Dialect,
     /// What is under way on the disk.
-    pub(super) errands: Errands<'a, Aside>,
-    pub(super) patience: Patience,
+    pub(super) errands: InFlight<'a, Tag>,
+    pub(super) patience: InlineReads,
     /// Bytes that are being loaded.
     loading: u64,
     /// For the log.
@@ -51,7 +51,7 @@ pub(super) struct Worker<'a> {
     pub(super) session: u64,
     complaints: u32,
     /// How long its writes have been held back.
-    held: Held,
+    held: Throttle,
     began: Instant,
     /// Part of the disk that was seen to be allocated. It may have become a hole since; then zeros
     /// are sent as data, which costs time but is true.
@@ -60,16 +60,16 @@ pub(super) struct Worker<'a> {
 
 /// What waits for an errand.
 #[derive(Debug)]
-pub(super) enum Aside {
+pub(super) enum Tag {
     /// To be answered with its outcome.
-    Answer { to: Origin, request: Request },
+    Answer { to: ReplyTo, request: Request },
     /// To be gone on with: what it needs is in memory.
-    Read(Read, Load),
+    Read(Read, Populate),
 }
 
 /// What is being loaded for a read.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Load {
+pub(super) struct Populate {
     length: u64,
     /// What was being loaded for this session when it was begun, this included.
     under_way: u64,
@@ -79,25 +79,25 @@ pub(super) struct Load {
 impl<'a> Worker<'a> {
     pub(super) fn new(
         disk: &'a Disk,
-        orders: &'a Arc<Orders>,
-        reception: &'a dyn Reception,
+        orders: &'a Arc<SessionControl>,
+        policy: &'a dyn ExportPolicy,
         dialect: Dialect,
         (client, session): (String, SessionId),
     ) -> Self {
         let allocated = Range::whole(0);
-        let bell = Arc::clone(orders) as Arc<dyn Bell>;
+        let bell = Arc::clone(orders) as Arc<dyn Notifier>;
         Self {
             disk,
             orders,
-            reception,
+            policy,
             dialect,
-            errands: Errands::new(disk, bell),
-            patience: Patience::default(),
+            errands: InFlight::new(disk, bell),
+            patience: InlineReads::default(),
             loading: 0,
             client,
             session,
             complaints: 0,
-            held: Held::default(),
+            held: Throttle::default(),
             began: Instant::now(),
             allocated,
         }
@@ -110,7 +110,7 @@ impl<'a> Worker<'a> {
         match self.disk.enter_if_open() {
             Ok(Some(visit)) => Ok(Some(visit)),
             Ok(None) => match self.orders.current() {
-                Order::Serve | Order::PackUp => Ok(self.wait_for_the_gate()),
+                StopRequest::Serve | StopRequest::PackUp => Ok(self.wait_for_the_gate()),
                 _ if !self.errands.is_empty() => Ok(self.wait_for_the_gate()),
                 order => Err(SessionEnd::Ordered(order)),
             },
@@ -152,7 +152,7 @@ impl<'a> Worker<'a> {
             // An order ends the waiting, and is obeyed at the next turn; that an errand was over,
             // which may be rung for after it has been heard of, does not.
             wake.clear();
-            if self.orders.current() != Order::Serve {
+            if self.orders.current() != StopRequest::Serve {
                 return Ok(true);
             }
         }
@@ -162,7 +162,7 @@ impl<'a> Worker<'a> {
     /// that has to wait for errands.
     pub(super) fn answer(
         &mut self,
-        to: Origin,
+        to: ReplyTo,
         request: Request,
         out: &mut Outbox,
     ) -> Result<bool, SessionEnd> {
@@ -187,12 +187,12 @@ impl<'a> Worker<'a> {
     /// Begins an errand whose outcome is the answer; false if that has to wait for others.
     pub(super) fn send_out(
         &mut self,
-        to: Origin,
+        to: ReplyTo,
         request: Request,
         work: Work,
     ) -> Result<bool, SessionEnd> {
         let Some(visit) = self.visit()? else { return Ok(false) };
-        self.errands.begin(visit, work, Aside::Answer { to, request });
+        self.errands.begin(visit, work, Tag::Answer { to, request });
         Ok(true)
     }
 
@@ -200,19 +200,19 @@ impl<'a> Worker<'a> {
     pub(super) fn load(&mut self, visit: Visit<'a>, range: Range, read: Read) {
         self.loading += range.length();
         let (length, under_way) = (range.length(), self.loading);
-        let load = Load { length, under_way, since: Instant::now() };
-        self.errands.begin(visit, Work::Load(range), Aside::Read(read, load));
+        let load = Populate { length, under_way, since: Instant::now() };
+        self.errands.begin(visit, Work::Load(range), Tag::Read(read, load));
     }
 
     /// A load is over.
-    pub(super) fn loaded(&mut self, load: &Load) {
+    pub(super) fn loaded(&mut self, load: &Populate) {
         self.loading -= load.length;
         self.patience.loaded(load.under_way, load.since.elapsed());
     }
 
     fn block_status(
         &mut self,
-        to: Origin,
+        to: ReplyTo,
         range: Range,
         one: bool,
         out: &mut Outbox,
@@ -234,7 +234,7 @@ impl<'a> Worker<'a> {
     /// Success or failure of a request, as its reply.
     pub(super) fn conclude(
         &mut self,
-        to: Origin,
+        to: ReplyTo,
         outcome: io::Result<()>,
         request: Request,
         out: &mut Outbox,
@@ -244,7 +244,7 @@ impl<'a> Worker<'a> {
             Err(error) => {
                 let concerns = request.writes() || request == Request::Flush;
                 if concerns && !is_not_fast(request, &error) {
-                    self.reception.write_failed(self.session, &error);
+                    self.policy.write_failed(self.session, &error);
                 }
                 let is_lost = request == Request::Flush && !self.disk.is_flawless();
                 let kind =
@@ -256,12 +256,12 @@ impl<'a> Worker<'a> {
     }
 
     /// A request that cannot be carried out as it stands.
-    pub(super) fn refuse(&mut self, to: Origin, code: ErrorCode, why: &str, out: &mut Outbox) {
+    pub(super) fn refuse(&mut self, to: ReplyTo, code: ErrorCode, why: &str, out: &mut Outbox) {
         self.log(None, format_args!("refused a request: {why}; answered {code}"));
         out.reply(|out| self.dialect.failure(to, code, None, why, out));
     }
 
-    fn report(&self, to: Origin, extents: &[Extent], out: &mut Outbox) {
+    fn report(&self, to: ReplyTo, extents: &[Extent], out: &mut Outbox) {
         let hole = (Allocation::HOLE | Allocation::ZERO).bits();
         let told: Vec<StatusExtent> = extents
             .iter()
@@ -324,20 +324,20 @@ pub(super) fn piece_length(range: Range) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::reception::Anybody;
+    use super::super::policy::AllowAll;
     use super::*;
-    use crate::disk::Bell;
-    use crate::disk::memory::MemoryImage;
+    use crate::disk::Notifier;
+    use crate::disk::memory::MemoryBackend;
     use std::os::unix::net::UnixStream;
     use std::thread;
     use std::time::Duration;
 
     #[test]
     fn a_write_is_held_back_whatever_has_been_heard_from_the_disk_just_before() {
-        let disk = Disk::new(Box::new(MemoryImage::new(512)), false);
-        let orders = Arc::new(Orders::new().unwrap());
+        let disk = Disk::new(Box::new(MemoryBackend::new(512)), false);
+        let orders = Arc::new(SessionControl::new().unwrap());
         let who = (String::new(), 1);
-        let mut worker = Worker::new(&disk, &orders, &Anybody, Dialect::Simple, who);
+        let mut worker = Worker::new(&disk, &orders, &AllowAll, Dialect::Simple, who);
         let stream = Stream::Unix(UnixStream::pair().unwrap().0);
         let hold = Duration::from_millis(50);
         thread::sleep(2 * hold);
@@ -347,7 +347,7 @@ mod tests {
         let began = Instant::now();
         assert!(worker.hold_back(&stream).unwrap());
         assert!(began.elapsed() >= hold, "{:?}", began.elapsed());
-        orders.give(Order::PackUp);
+        orders.give(StopRequest::PackUp);
         thread::sleep(2 * hold);
         let began = Instant::now();
         assert!(worker.hold_back(&stream).unwrap());

@@ -12,8 +12,8 @@
 //!
 //! Spans are not shown on stderr; a thread's name tells whose line it is.
 
-use super::line::{self, Circumstances, FATAL, Fields, Severity};
-use super::log_queue::{Next, Queue};
+use super::line::{self, EventFields, FATAL, LineContext, Severity};
+use super::log_queue::{Queue, WriterStep};
 use libsystemd::logging::{SD_JOURNAL_SOCK_PATH, connected_to_journal};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -67,7 +67,7 @@ pub enum Verbosity {
 
 /// Where the log goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Destination {
+pub enum LogTarget {
     /// To systemd-journald, with fields.
     Journal,
     /// To stderr, one line an event.
@@ -92,12 +92,12 @@ impl std::error::Error for AlreadySetUp {}
 /// # Errors
 ///
 /// It was called before.
-pub fn init(verbosity: Verbosity) -> Result<Destination, AlreadySetUp> {
+pub fn init(verbosity: Verbosity) -> Result<LogTarget, AlreadySetUp> {
     let has_journal = || Path::new(SD_JOURNAL_SOCK_PATH).exists();
     let destination = if connected_to_journal() && has_journal() {
-        Destination::Journal
+        LogTarget::Journal
     } else {
-        Destination::Stderr
+        LogTarget::Stderr
     };
     let threshold = Threshold::new(verbosity, destination);
     let queue = QUEUE.get_or_init(Arc::default);
@@ -148,7 +148,7 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
 /// Starts the thread that writes the log. It has all signals blocked, so that they go to the
 /// threads that wait for them. A system that has no thread for it lets whoever logs write, which is
 /// the end of a server that can have no threads.
-fn start_writer(queue: &Arc<Queue<Message>>, destination: Destination, threshold: Threshold) {
+fn start_writer(queue: &Arc<Queue<Message>>, destination: LogTarget, threshold: Threshold) {
     let for_thread = Arc::clone(queue);
     let write = move || write_log(&for_thread, destination, threshold);
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
@@ -164,23 +164,23 @@ fn start_writer(queue: &Arc<Queue<Message>>, destination: Destination, threshold
 
 /// Writes one message after another, for as long as the process lives. The only code that waits for
 /// the journal or for stderr.
-fn write_log(queue: &Queue<Message>, destination: Destination, threshold: Threshold) {
+fn write_log(queue: &Queue<Message>, destination: LogTarget, threshold: Threshold) {
     let journal = match destination {
         // Waits as well while the journal does not read; fails when there is none after all.
-        Destination::Journal => tracing_journald::layer().ok().map(for_flexnbd),
-        Destination::Stderr => None,
+        LogTarget::Journal => tracing_journald::layer().ok().map(for_flexnbd),
+        LogTarget::Stderr => None,
     };
     // With the threshold: the most talkative of all subscribers decides what is formatted at all.
     let journal = journal
         .map(|layer| Dispatch::new(tracing_subscriber::registry().with(layer).with(threshold)));
     loop {
         match (queue.next(), &journal) {
-            (Next::Write(message), Some(journal)) => message.send_to(journal),
-            (Next::Write(message), None) => write_to_stderr(&message.line()),
-            (Next::Report(1), _) => {
+            (WriterStep::Write(message), Some(journal)) => message.send_to(journal),
+            (WriterStep::Write(message), None) => write_to_stderr(&message.line()),
+            (WriterStep::Report(1), _) => {
                 warn!("a message of the log was dropped: it was not written in time");
             }
-            (Next::Report(count), _) => {
+            (WriterStep::Report(count), _) => {
                 warn!("{count} messages of the log were dropped: it was not written in time");
             }
         }
@@ -201,11 +201,11 @@ fn for_flexnbd(journal: tracing_journald::Layer) -> tracing_journald::Layer {
 struct Threshold(Severity);
 
 impl Threshold {
-    fn new(verbosity: Verbosity, destination: Destination) -> Self {
+    fn new(verbosity: Verbosity, destination: LogTarget) -> Self {
         Self(match (verbosity, destination) {
             (Verbosity::Quiet, _) => Severity::Fatal,
-            (Verbosity::Normal, Destination::Stderr) => Severity::Warning,
-            (Verbosity::Normal, Destination::Journal) => Severity::Info,
+            (Verbosity::Normal, LogTarget::Stderr) => Severity::Warning,
+            (Verbosity::Normal, LogTarget::Journal) => Severity::Info,
             (Verbosity::Verbose, _) if cfg!(debug_assertions) => Severity::Debug,
             (Verbosity::Verbose, _) => Severity::Info,
         })
@@ -266,13 +266,13 @@ impl Message {
 
     /// The line on stderr.
     fn line(&self) -> String {
-        let mut fields = Fields::default();
+        let mut fields = EventFields::default();
         for (field, value) in self.metadata.fields().iter().zip(&self.values) {
             if let Some(value) = value {
                 fields.note(field.name(), value.clone());
             }
         }
-        let about = Circumstances {
+        let about = LineContext {
             milliseconds: self.milliseconds,
             severity: severity_of(self.metadata),
             pid: std::process::id(),

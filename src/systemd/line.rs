@@ -53,7 +53,7 @@ impl Severity {
 
 /// What a line tells besides the event itself.
 #[derive(Clone, Copy, Debug)]
-pub struct Circumstances<'a> {
+pub struct LineContext<'a> {
     /// When, in milliseconds of the monotonic clock.
     pub milliseconds: u64,
     /// How bad.
@@ -70,8 +70,8 @@ pub struct Circumstances<'a> {
 
 /// The line, with its line break. `fields` is the event's text and what it says besides.
 #[must_use]
-pub fn format(about: &Circumstances<'_>, fields: &Fields) -> String {
-    let Circumstances { milliseconds, pid, file, line, .. } = about;
+pub fn format(about: &LineContext<'_>, fields: &EventFields) -> String {
+    let LineContext { milliseconds, pid, file, line, .. } = about;
     let (letter, thread) =
         (about.severity.letter(), about.thread.replace(char::is_whitespace, "_"));
     let mut out = format!("{milliseconds}:{letter}:{pid} {thread} {file}:{line}: ");
@@ -105,12 +105,12 @@ const JOURNAL_FIELD: &str = "flexnbd.";
 
 /// What an event says, taken down field by field.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Fields {
+pub struct EventFields {
     message: String,
     others: Vec<(&'static str, String)>,
 }
 
-impl Fields {
+impl EventFields {
     /// Adds a field of the event.
     pub fn note(&mut self, name: &'static str, value: String) {
         match name {
@@ -127,7 +127,7 @@ impl Fields {
 mod tests {
     use super::*;
 
-    const ABOUT: Circumstances<'_> = Circumstances {
+    const ABOUT: LineContext<'_> = LineContext {
         milliseconds: 1234,
         severity: Severity::Warning,
         pid: 42,
@@ -136,9 +136,9 @@ mod tests {
         line: 7,
     };
 
-    fn fields(message: &str, others: &[(&'static str, &str)]) -> Fields {
+    fn fields(message: &str, others: &[(&'static str, &str)]) -> EventFields {
         let others = others.iter().map(|&(name, value)| (name, value.to_owned())).collect();
-        Fields { message: message.to_owned(), others }
+        EventFields { message: message.to_owned(), others }
     }
 
     #[test]
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_threads_name_is_one_word() {
-        let about = Circumstances { thread: "my thread", ..ABOUT };
+        let about = LineContext { thread: "my thread", ..ABOUT };
         assert!(format(&about, &fields("", &[])).starts_with("1234:W:42 my_thread src/"));
     }
 }

@@ -12,7 +12,7 @@ pub const KINDS_MAX: usize = 64;
 
 /// What becomes of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum LogDecision {
     /// It gets its line.
     Log,
     /// It is counted.
@@ -22,13 +22,13 @@ pub enum Verdict {
 /// Events by kind, such as a reason and an address.
 #[derive(Clone, Debug)]
 pub struct LogLimit<K> {
-    kinds: BTreeMap<K, Tally>,
+    kinds: BTreeMap<K, SuppressedCount>,
     /// Events of kinds for which there was no room.
-    others: Option<Tally>,
+    others: Option<SuppressedCount>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Tally {
+struct SuppressedCount {
     logged_at: Instant,
     counted: u64,
 }
@@ -42,24 +42,24 @@ impl<K> Default for LogLimit<K> {
 impl<K: Ord> LogLimit<K> {
     /// Takes note of an event. The counts of a period that is over must have been taken before
     /// ([`LogLimit::take_counts`]), or the period goes on.
-    pub fn note(&mut self, kind: K, now: Instant) -> Verdict {
+    pub fn note(&mut self, kind: K, now: Instant) -> LogDecision {
         if let Some(tally) = self.kinds.get_mut(&kind) {
             tally.counted = tally.counted.saturating_add(1);
-            return Verdict::Count;
+            return LogDecision::Count;
         }
-        let fresh = Tally { logged_at: now, counted: 0 };
+        let fresh = SuppressedCount { logged_at: now, counted: 0 };
         if self.kinds.len() < KINDS_MAX {
             self.kinds.insert(kind, fresh);
-            return Verdict::Log;
+            return LogDecision::Log;
         }
         match &mut self.others {
             Some(tally) => {
                 tally.counted = tally.counted.saturating_add(1);
-                Verdict::Count
+                LogDecision::Count
             }
             none => {
                 *none = Some(fresh);
-                Verdict::Log
+                LogDecision::Log
             }
         }
     }
@@ -77,19 +77,19 @@ impl<K: Ord> LogLimit<K> {
     where
         K: Clone,
     {
-        let is_over = |tally: &Tally| tally.logged_at + PERIOD <= now;
+        let is_over = |tally: &SuppressedCount| tally.logged_at + PERIOD <= now;
         let mut counts = Vec::new();
         self.kinds.retain(|kind, tally| {
             if is_over(tally) && tally.counted > 0 {
                 counts.push((Some(kind.clone()), tally.counted));
-                *tally = Tally { logged_at: now, counted: 0 };
+                *tally = SuppressedCount { logged_at: now, counted: 0 };
             } else if is_over(tally) {
                 return false;
             }
             true
         });
         if let Some(tally) = self.others.filter(is_over) {
-            let again = Tally { logged_at: now, counted: 0 };
+            let again = SuppressedCount { logged_at: now, counted: 0 };
             self.others = (tally.counted > 0).then_some(again);
             counts.extend((tally.counted > 0).then_some((None, tally.counted)));
         }
@@ -105,15 +105,18 @@ mod tests {
     fn the_first_is_logged_at_once_and_others_are_counted() {
         let start = Instant::now();
         let mut limit = LogLimit::default();
-        assert_eq!((limit.note("a", start), limit.note("b", start)), (Verdict::Log, Verdict::Log));
+        assert_eq!(
+            (limit.note("a", start), limit.note("b", start)),
+            (LogDecision::Log, LogDecision::Log)
+        );
         for _ in 0..3 {
-            assert_eq!(limit.note("a", start), Verdict::Count);
+            assert_eq!(limit.note("a", start), LogDecision::Count);
         }
         assert_eq!(limit.due(), Some(start + PERIOD));
         assert_eq!(limit.take_counts(start), []);
         assert_eq!(limit.take_counts(start + PERIOD), [(Some("a"), 3)]);
-        assert_eq!(limit.note("b", start + PERIOD), Verdict::Log, "forgotten");
-        assert_eq!(limit.note("a", start + PERIOD), Verdict::Count, "it goes on");
+        assert_eq!(limit.note("b", start + PERIOD), LogDecision::Log, "forgotten");
+        assert_eq!(limit.note("a", start + PERIOD), LogDecision::Count, "it goes on");
         assert_eq!(limit.take_counts(start + 2 * PERIOD), [(Some("a"), 1)]);
         assert_eq!(limit.take_counts(start + 3 * PERIOD), []);
         assert_eq!(limit.due(), None);
@@ -124,11 +127,11 @@ mod tests {
         let start = Instant::now();
         let mut limit = LogLimit::default();
         for kind in 0..KINDS_MAX {
-            assert_eq!(limit.note(kind, start), Verdict::Log);
+            assert_eq!(limit.note(kind, start), LogDecision::Log);
         }
-        assert_eq!(limit.note(KINDS_MAX, start), Verdict::Log);
+        assert_eq!(limit.note(KINDS_MAX, start), LogDecision::Log);
         for kind in KINDS_MAX..10 * KINDS_MAX {
-            assert_eq!(limit.note(kind, start), Verdict::Count);
+            assert_eq!(limit.note(kind, start), LogDecision::Count);
         }
         let counts = limit.take_counts(start + PERIOD);
         assert_eq!(counts, [(None, 9 * KINDS_MAX as u64)]);

@@ -17,7 +17,7 @@ pub(super) const MOMENT: Duration = Duration::from_millis(5);
 
 /// What the writer does next.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Next<T> {
+pub(super) enum WriterStep<T> {
     /// Write this message.
     Write(T),
     /// Report that this many messages were dropped; everything before is written.
@@ -27,13 +27,13 @@ pub(super) enum Next<T> {
 /// Messages on their way to the log.
 #[derive(Debug)]
 pub(super) struct Queue<T> {
-    state: Mutex<State<T>>,
+    state: Mutex<LogQueueState<T>>,
     added: Condvar,
     drained: Condvar,
 }
 
 #[derive(Debug)]
-struct State<T> {
+struct LogQueueState<T> {
     messages: VecDeque<(T, usize)>,
     bytes: usize,
     dropped: u64,
@@ -48,7 +48,7 @@ struct State<T> {
 impl<T> Default for Queue<T> {
     fn default() -> Self {
         let messages = VecDeque::new();
-        let state = State {
+        let state = LogQueueState {
             messages,
             bytes: 0,
             dropped: 0,
@@ -81,7 +81,7 @@ impl<T> Queue<T> {
 
     /// For the only writer: waits for what is to be written next. What it returned before counts as
     /// written.
-    pub(super) fn next(&self) -> Next<T> {
+    pub(super) fn next(&self) -> WriterStep<T> {
         let mut state = self.lock();
         state.is_writing = false;
         if let Some(since) = state.writing_since.take() {
@@ -92,11 +92,11 @@ impl<T> Queue<T> {
                 state.bytes -= bytes;
                 state.is_writing = true;
                 state.writing_since = Some(Instant::now());
-                return Next::Write(message);
+                return WriterStep::Write(message);
             }
             if state.dropped > 0 {
                 state.is_writing = true;
-                return Next::Report(std::mem::take(&mut state.dropped));
+                return WriterStep::Report(std::mem::take(&mut state.dropped));
             }
             self.drained.notify_all();
             state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -119,7 +119,7 @@ impl<T> Queue<T> {
     }
 
     /// Nothing is left half done under this lock.
-    fn lock(&self) -> MutexGuard<'_, State<T>> {
+    fn lock(&self) -> MutexGuard<'_, LogQueueState<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -136,7 +136,7 @@ mod tests {
         let queue = Queue::default();
         (0..3).for_each(|number| queue.add(number, 1));
         for number in 0..3 {
-            assert_eq!(queue.next(), Next::Write(number));
+            assert_eq!(queue.next(), WriterStep::Write(number));
         }
     }
 
@@ -145,9 +145,9 @@ mod tests {
         let queue = Queue::default();
         (0..MESSAGES_MAX + 2).for_each(|number| queue.add(number, 1));
         for number in 0..MESSAGES_MAX {
-            assert_eq!(queue.next(), Next::Write(number));
+            assert_eq!(queue.next(), WriterStep::Write(number));
         }
-        assert_eq!(queue.next(), Next::Report(2));
+        assert_eq!(queue.next(), WriterStep::Report(2));
     }
 
     #[test]
@@ -155,14 +155,14 @@ mod tests {
         let queue = Queue::default();
         queue.add("longer than all", BYTES_MAX + 1);
         queue.add("dropped", 0);
-        assert_eq!(queue.next(), Next::Write("longer than all"));
-        assert_eq!(queue.next(), Next::Report(1));
+        assert_eq!(queue.next(), WriterStep::Write("longer than all"));
+        assert_eq!(queue.next(), WriterStep::Report(1));
         queue.add("half", BYTES_MAX / 2);
         queue.add("other half", BYTES_MAX / 2);
         queue.add("dropped", 1);
-        assert_eq!(queue.next(), Next::Write("half"));
-        assert_eq!(queue.next(), Next::Write("other half"));
-        assert_eq!(queue.next(), Next::Report(1));
+        assert_eq!(queue.next(), WriterStep::Write("half"));
+        assert_eq!(queue.next(), WriterStep::Write("other half"));
+        assert_eq!(queue.next(), WriterStep::Report(1));
     }
 
     #[test]
@@ -171,13 +171,13 @@ mod tests {
         assert!(queue.flush(NO_TIME), "nothing was added");
         queue.add(1, 1);
         assert!(!queue.flush(NO_TIME), "nobody writes");
-        assert_eq!(queue.next(), Next::Write(1));
+        assert_eq!(queue.next(), WriterStep::Write(1));
         assert!(!queue.flush(NO_TIME), "the writer has not come back");
         thread::scope(|scope| {
             let writer = scope.spawn(|| queue.next());
             assert!(queue.flush(Duration::from_secs(60)));
             queue.add(2, 1);
-            assert_eq!(writer.join().unwrap(), Next::Write(2));
+            assert_eq!(writer.join().unwrap(), WriterStep::Write(2));
         });
     }
 }

@@ -5,17 +5,16 @@
 
 #[cfg(test)]
 mod child;
+pub mod fd_store;
 pub mod journal;
 pub mod line;
 pub mod log_limit;
 mod log_queue;
-pub mod message_id;
 pub mod notify;
 pub mod sockets;
-pub mod store;
 pub mod unit;
 
+pub use fd_store::{FdStore, StoredDescriptors};
 pub use journal::Verbosity;
-pub use notify::Notifier;
-pub use sockets::{Inherited, Listener};
-pub use store::{Store, Stored};
+pub use notify::ServiceManager;
+pub use sockets::{InheritedListener, InheritedSockets};

@@ -21,7 +21,7 @@ pub const PATIENCE: Duration = Duration::from_millis(250);
 /// The line to the service manager. Every message fails with the system's error when it could not
 /// be sent, and succeeds without doing anything when there is no service manager.
 #[derive(Clone, Debug)]
-pub struct Notifier {
+pub struct ServiceManager {
     is_connected: bool,
     /// Held open, so that a process that has no descriptor left can still say that it is alive.
     line: Option<Arc<UnixDatagram>>,
@@ -30,7 +30,7 @@ pub struct Notifier {
     is_deaf: Arc<AtomicBool>,
 }
 
-impl Notifier {
+impl ServiceManager {
     /// Reads from the environment whether somebody listens and whether there is a watchdog.
     #[must_use]
     pub fn from_env() -> Self {
@@ -79,7 +79,7 @@ impl Notifier {
         self.send(&[NotifyState::Status(&one_line(text))])
     }
 
-    /// We are reading our configuration again; [`Notifier::ready`] must follow.
+    /// We are reading our configuration again; [`ServiceManager::ready`] must follow.
     ///
     /// # Errors
     ///
@@ -117,7 +117,7 @@ impl Notifier {
         self.send(&[NotifyState::ExtendTimeoutUsec(microseconds)])
     }
 
-    /// How often to call [`Notifier::watchdog`]: twice as often as the service manager demands.
+    /// How often to call [`ServiceManager::watchdog`]: twice as often as the service manager demands.
     /// `None` when it demands nothing.
     #[must_use]
     pub fn watchdog_interval(&self) -> Option<Duration> {

@@ -1,7 +1,7 @@
 //! The sockets that the service manager made for us, by name (sd_listen_fds(3)).
 //! Never goes by their order, which changes, and never accepts a connection.
 
-use super::Stored;
+use super::StoredDescriptors;
 use listenfd::ListenFd;
 use nix::errno::Errno;
 use nix::libc;
@@ -25,14 +25,14 @@ const FIRST_DESCRIPTOR: RawFd = 3;
 
 /// A socket that NBD clients connect to.
 #[derive(Debug)]
-pub enum Listener {
+pub enum InheritedListener {
     /// Over IPv4 or IPv6.
     Tcp(TcpListener),
     /// Over a unix stream socket.
     Unix(UnixListener),
 }
 
-impl Listener {
+impl InheritedListener {
     fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
             Self::Tcp(listener) => Self::Tcp(listener.try_clone()?),
@@ -41,7 +41,7 @@ impl Listener {
     }
 }
 
-impl AsFd for Listener {
+impl AsFd for InheritedListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Tcp(listener) => listener.as_fd(),
@@ -50,36 +50,36 @@ impl AsFd for Listener {
     }
 }
 
-impl From<Listener> for OwnedFd {
-    fn from(listener: Listener) -> Self {
+impl From<InheritedListener> for OwnedFd {
+    fn from(listener: InheritedListener) -> Self {
         match listener {
-            Listener::Tcp(listener) => listener.into(),
-            Listener::Unix(listener) => listener.into(),
+            InheritedListener::Tcp(listener) => listener.into(),
+            InheritedListener::Unix(listener) => listener.into(),
         }
     }
 }
 
 /// What we were handed.
 #[derive(Debug, Default)]
-pub struct Inherited {
+pub struct InheritedSockets {
     /// For NBD clients, in the order they came; none when nobody handed us any.
-    pub nbd: Vec<Listener>,
+    pub nbd: Vec<InheritedListener>,
     /// For operators.
     pub control: Option<UnixListener>,
     /// Names that mean nothing here. Their sockets were taken to be for NBD clients; whoever
     /// starts the log says so once.
     pub unfamiliar: Vec<String>,
     /// What an earlier process has left for this one.
-    pub stored: Stored,
+    pub stored: StoredDescriptors,
     /// Descriptors that are not what their names promise.
     pub bad: Vec<BadDescriptor>,
 }
 
-impl Inherited {
+impl InheritedSockets {
     /// Takes over every descriptor that was handed to this process, and sets it to be closed on
     /// exec.
     ///
-    /// Descriptors that cannot be used are in [`Inherited::bad`]; all others are there as well.
+    /// Descriptors that cannot be used are in [`InheritedSockets::bad`]; all others are there as well.
     ///
     /// Changes the environment, so call it once and before any thread starts (but the one that writes
     /// the log).
@@ -110,7 +110,7 @@ impl Inherited {
     /// When there are no descriptors left.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
-            nbd: self.nbd.iter().map(Listener::try_clone).collect::<io::Result<_>>()?,
+            nbd: self.nbd.iter().map(InheritedListener::try_clone).collect::<io::Result<_>>()?,
             control: self.control.as_ref().map(UnixListener::try_clone).transpose()?,
             unfamiliar: self.unfamiliar.clone(),
             ..Self::default()
@@ -123,18 +123,22 @@ impl Inherited {
         descriptors: &mut ListenFd,
         index: usize,
         name: &str,
-    ) -> Result<(), (Trouble, Option<OwnedFd>)> {
-        match Role::of(name) {
-            Role::Stored => {
-                let descriptor = take_other(descriptors, index).ok_or((Trouble::Closed, None))?;
+    ) -> Result<(), (DescriptorFault, Option<OwnedFd>)> {
+        match SocketRole::of(name) {
+            SocketRole::Stored => {
+                let descriptor =
+                    take_other(descriptors, index).ok_or((DescriptorFault::Closed, None))?;
                 self.stored.add(name.to_owned(), descriptor);
             }
-            Role::Control if self.control.is_some() => return Err((Trouble::SecondControl, None)),
-            Role::Control => {
-                let listener = take_unix(descriptors, index).ok_or((Trouble::NotUnix, None))?;
+            SocketRole::Control if self.control.is_some() => {
+                return Err((DescriptorFault::SecondControl, None));
+            }
+            SocketRole::Control => {
+                let listener =
+                    take_unix(descriptors, index).ok_or((DescriptorFault::NotUnix, None))?;
                 self.control = Some(accepting(listener)?);
             }
-            Role::Nbd { is_familiar } => {
+            SocketRole::Nbd { is_familiar } => {
                 self.nbd.push(take_any(descriptors, index)?);
                 if !is_familiar {
                     self.unfamiliar.push(name.to_owned());
@@ -147,7 +151,7 @@ impl Inherited {
 
 /// What a socket of some name is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
+enum SocketRole {
     /// Not a socket to listen on, but from the store of descriptors.
     Stored,
     Control,
@@ -156,13 +160,13 @@ enum Role {
     },
 }
 
-impl Role {
+impl SocketRole {
     /// Whatever is not the control socket is for NBD clients: a socket unit that gives no name
     /// passes its own (`foo.socket`), other launchers pass `unknown` or `LISTEN_FD`.
     fn of(name: &str) -> Self {
         match name {
             CONTROL_NAME => Self::Control,
-            name if Stored::owns(name) => Self::Stored,
+            name if StoredDescriptors::owns(name) => Self::Stored,
             NBD_NAME | UNNAMED | "LISTEN_FD" => Self::Nbd { is_familiar: true },
             _ => Self::Nbd { is_familiar: name.ends_with(".socket") },
         }
@@ -183,7 +187,7 @@ fn check_all_open(names: &str) -> Result<(), BadDescriptor> {
     }
     let Some(index) = (0..promised).find(|index| !is_open(first, *index)) else { return Ok(()) };
     let name = names.split(':').nth(index).filter(|name| !name.is_empty()).unwrap_or(UNNAMED);
-    let trouble = Trouble::Missing { promised };
+    let trouble = DescriptorFault::Missing { promised };
     Err(BadDescriptor { index, name: name.to_owned(), trouble, descriptor: None })
 }
 
@@ -206,13 +210,13 @@ fn names_of(names: &str, count: usize) -> Vec<String> {
 fn take_any(
     descriptors: &mut ListenFd,
     index: usize,
-) -> Result<Listener, (Trouble, Option<OwnedFd>)> {
+) -> Result<InheritedListener, (DescriptorFault, Option<OwnedFd>)> {
     if let Some(listener) = take_unix(descriptors, index) {
-        return Ok(Listener::Unix(accepting(listener)?));
+        return Ok(InheritedListener::Unix(accepting(listener)?));
     }
     match descriptors.take_tcp_listener(index) {
-        Ok(Some(listener)) => Ok(Listener::Tcp(accepting(listener)?)),
-        _ => Err((Trouble::NotAStream, None)),
+        Ok(Some(listener)) => Ok(InheritedListener::Tcp(accepting(listener)?)),
+        _ => Err((DescriptorFault::NotAStream, None)),
     }
 }
 
@@ -232,11 +236,13 @@ fn take_other(descriptors: &mut ListenFd, index: usize) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-fn accepting<L: AsFd + Into<OwnedFd>>(listener: L) -> Result<L, (Trouble, Option<OwnedFd>)> {
+fn accepting<L: AsFd + Into<OwnedFd>>(
+    listener: L,
+) -> Result<L, (DescriptorFault, Option<OwnedFd>)> {
     let trouble = match getsockopt(&listener, AcceptConn) {
         Ok(true) => return Ok(listener),
-        Ok(false) => Trouble::NotListening,
-        Err(errno) => Trouble::Io(errno.into()),
+        Ok(false) => DescriptorFault::NotListening,
+        Err(errno) => DescriptorFault::Io(errno.into()),
     };
     Err((trouble, Some(listener.into())))
 }
@@ -249,14 +255,14 @@ pub struct BadDescriptor {
     /// Its name.
     pub name: String,
     /// What is wrong with it.
-    pub trouble: Trouble,
+    pub trouble: DescriptorFault,
     /// The descriptor itself, if it is open: the service manager watches it for somebody who waits.
     pub descriptor: Option<OwnedFd>,
 }
 
 /// What can be wrong with a descriptor.
 #[derive(Debug)]
-pub enum Trouble {
+pub enum DescriptorFault {
     /// It is no TCP and no unix stream socket.
     NotAStream,
     /// It is for operators and no unix stream socket.
@@ -283,7 +289,7 @@ impl fmt::Display for BadDescriptor {
     }
 }
 
-impl fmt::Display for Trouble {
+impl fmt::Display for DescriptorFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotAStream => f.write_str(

@@ -9,7 +9,7 @@ use crate::knock::{Turned, try_door};
 use crate::moving::{half_full, send, two_hosts, wait_for_arrival};
 use crate::session::in_lab;
 use crate::steady::{Calamity, Steady};
-use flexnbd::systemd::message_id as id;
+use flexnbd::message_id as id;
 use std::collections::BTreeSet;
 
 const SIZE: u64 = 64 * MIB;

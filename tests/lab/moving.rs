@@ -13,7 +13,7 @@ use crate::knock::{Knocker, Turned, try_door};
 use crate::others::Qemu;
 use crate::session::{in_lab, tell};
 use crate::steady::{Calamity, Steady};
-use flexnbd::systemd::message_id as id;
+use flexnbd::message_id as id;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;

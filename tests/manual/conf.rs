@@ -5,9 +5,9 @@ use super::page::numbers;
 use super::roff::Page;
 use super::{ours, read};
 use flexnbd::cli::settings::{self, Settings};
-use flexnbd::cli::start::Start;
-use flexnbd::cli::{self, Command, config, size};
-use flexnbd::daemon::Plan;
+use flexnbd::cli::start::StartRequest;
+use flexnbd::cli::{self, CliCommand, config, size};
+use flexnbd::daemon::Config;
 use flexnbd::server;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::net::SocketAddr;
@@ -56,14 +56,14 @@ fn text(lines: &BTreeMap<&str, &str>) -> String {
 }
 
 /// What a mode would do with this file.
-fn plan(mode: &str, text: &str) -> Plan {
+fn plan(mode: &str, text: &str) -> Config {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("disk.conf");
     std::fs::write(&file, text).unwrap();
     let line = ["flexnbd", mode, "--config", file.to_str().unwrap()].map(Into::into);
     match cli::parse(line.into_iter()).unwrap().command {
         // Each text is in a file of its own, which is no difference that counts.
-        Command::Start(start) => Plan { config: None, ..Start::plan(&start).unwrap() },
+        CliCommand::Start(start) => Config { config: None, ..StartRequest::plan(&start).unwrap() },
         other => panic!("{mode} is {other:?}"),
     }
 }

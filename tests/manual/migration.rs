@@ -5,22 +5,23 @@ use super::page::numbers;
 use super::roff::Page;
 use super::{must_be_meant, ours, read};
 use flexnbd::cli::MODES;
-use flexnbd::disk::ledger::LedgerError;
 use flexnbd::disk::ownership::{
-    self, BadRecord, ForListen, ForServe, Id, PLACE_MAX, Place, RECORD_MAX, Record, Title,
-    for_adopt, for_listen, for_serve,
+    self, BadRecord, ForListen, ForServe, Id, PLACE_MAX, Provenance, RECORD_MAX, Record,
+    RemoteAddress, for_adopt, for_listen, for_serve,
 };
-use flexnbd::disk::{KeptBecause, dirty, hold, ledger, state};
+use flexnbd::disk::record_store::RecordStoreError;
+use flexnbd::disk::{KeptBecause, dirty, record_store, state};
 use flexnbd::migration::arrival::{SOURCE_SILENCE, WRITER_SILENCE};
 use flexnbd::migration::freeze::{
     BACKOFF_FIRST, BACKOFF_MAX, DRAIN_MAX, DRAIN_MIN, FREEZE_MAX, OPEN_SHARE, STALL_MAX,
 };
 use flexnbd::migration::job::{Job, Obstacle, SIZE_MIN, Trouble};
 use flexnbd::migration::machine::{ASK_AFTER, RETRY_EVERY};
-use flexnbd::migration::pace::{AIM_FOR, AIM_SHARE, CHUNK_MIN, Chase};
+use flexnbd::migration::pace::{AIM_FOR, AIM_SHARE, CHUNK_MIN, Convergence};
 use flexnbd::migration::plan::Limits;
 use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
 use flexnbd::nbd::wire::{ErrorCode, PRIVATE_PAYLOAD_MAX};
+use flexnbd::server::throttle;
 use std::time::Duration;
 
 const PAGE: &str = "man/flexnbd-migration.7";
@@ -34,13 +35,13 @@ fn page() -> Page {
     Page::parse(&read(PAGE))
 }
 
-fn place() -> Place {
-    Place::new("PLACE").unwrap()
+fn place() -> RemoteAddress {
+    RemoteAddress::new("PLACE").unwrap()
 }
 
 /// A job with the usual limits.
 fn job() -> Job {
-    Job::new(ID, 1 << 30, place(), Title::Native)
+    Job::new(ID, 1 << 30, place(), Provenance::Native)
 }
 
 /// All of the text at a place, on one line.
@@ -55,7 +56,7 @@ fn the_limits_are_those_of_the_program() {
     let (usual, limits) = (job(), Limits::default());
     let pause = u64::try_from(usual.pause.as_millis()).unwrap();
     let (window, most) = (limits.window >> 20, limits.data_max >> 20);
-    let held = u64::try_from(hold::DELAY_MAX.as_millis()).unwrap();
+    let held = u64::try_from(throttle::DELAY_MAX.as_millis()).unwrap();
     assert_eq!(told("Smallest disk"), [SIZE_MIN]);
     let aim = [pause / u64::from(AIM_SHARE), pause, AIM_FOR.as_secs()];
     assert_eq!(told("Pause aimed at"), aim);
@@ -80,7 +81,7 @@ fn the_limits_are_those_of_the_program() {
 /// The steps by which a chase holds writers back when no pass shrinks, and how often a pass may
 /// fail to at the last of them.
 fn chased() -> (Vec<Duration>, u64) {
-    let mut chase = Chase::new(job().pause);
+    let mut chase = Convergence::new(job().pause);
     let (mut steps, mut at_the_last) = (Vec::new(), 0);
     for second in 0..100 {
         chase.pass_ended(Duration::from_secs(second), 1 << 30, None);
@@ -104,7 +105,7 @@ fn writers_are_held_back_by_the_steps_that_are_told() {
     let steps: Vec<u64> =
         steps.iter().skip(1).map(|step| u64::try_from(step.as_micros()).unwrap()).collect();
     assert!(steps.windows(2).all(|pair| pair[1] == 2 * pair[0]), "not doubled: {steps:?}");
-    let held = u64::try_from(hold::DELAY_MAX.as_millis()).unwrap();
+    let held = u64::try_from(throttle::DELAY_MAX.as_millis()).unwrap();
     let expected = [steps[0], steps[steps.len() - 1], held, at_the_last];
     assert_eq!(numbers(&text(&page(), "SPEED/Convergence")), expected);
 }
@@ -144,12 +145,12 @@ fn records() -> [(&'static str, Option<Record>); 7] {
     [
         ("none", None),
         ("incoming", Some(Record::Incoming { id: Some(ID) })),
-        ("ours (ID)", Some(Record::Ours(Title::Arrived(ID)))),
-        ("ours (received)", Some(Record::Ours(Title::Received))),
-        ("ours (adopted)", Some(Record::Ours(Title::Adopted))),
+        ("ours (ID)", Some(Record::Ours(Provenance::Arrived(ID)))),
+        ("ours (received)", Some(Record::Ours(Provenance::Received))),
+        ("ours (adopted)", Some(Record::Ours(Provenance::Adopted))),
         (
             "departing",
-            Some(Record::Departing { id: ID, before: Title::Native, to: place(), from: None }),
+            Some(Record::Departing { id: ID, before: Provenance::Native, to: place(), from: None }),
         ),
         ("departed", Some(Record::Departed { id: ID, when: 1, to: place() })),
     ]
@@ -201,11 +202,11 @@ fn the_records_shown_are_records_and_every_kind_is_shown() {
 #[test]
 fn records_are_where_the_page_says() {
     let page = page();
-    let attribute = format!("Va {}", ledger::ATTRIBUTE);
+    let attribute = format!("Va {}", record_store::ATTRIBUTE);
     let directory = format!("Pa {}", state::SHARED);
     let own = "Pa ~/.local/state/flexnbd".to_owned();
     assert_eq!(page.items("FILES"), [attribute, directory, own]);
-    let asks = format!("getfattr --only-values -n {} disk.img", ledger::ATTRIBUTE);
+    let asks = format!("getfattr --only-values -n {} disk.img", record_store::ATTRIBUTE);
     assert!(page.literal().iter().any(|line| line.ends_with(&asks)), "nobody shows the record");
 }
 
@@ -323,19 +324,19 @@ fn errors_of_the_wire_are_numbered_as_the_program_numbers_them() {
 fn the_reasons_for_which_an_image_is_refused_are_told_in_the_words_of_the_program() {
     let (id, to) = (ID, place());
     let refusals = [
-        ownership::Refusal::Incomplete,
-        ownership::Refusal::Departing { id, to: to.clone() },
-        ownership::Refusal::Departed { id, when: 1, to },
-        ownership::Refusal::Adopted,
+        ownership::OwnershipRefusal::Incomplete,
+        ownership::OwnershipRefusal::Departing { id, to: to.clone() },
+        ownership::OwnershipRefusal::Departed { id, when: 1, to },
+        ownership::OwnershipRefusal::Adopted,
     ];
     let bad = [BadRecord::Garbage(String::new()), BadRecord::Version("2".to_owned())];
     let path = || std::path::PathBuf::from("IMAGE");
     let error = || std::io::Error::from(std::io::ErrorKind::StorageFull);
-    let file = Box::new(LedgerError::Io { path: path(), source: error() });
+    let file = Box::new(RecordStoreError::Io { path: path(), source: error() });
     let records = [
-        LedgerError::Nowhere { image: path(), attribute: error(), file },
-        LedgerError::NotDeleted { path: path(), why: KeptBecause::Io(error()) },
-        LedgerError::Contradiction { image: path(), file: "FILE".into() },
+        RecordStoreError::Nowhere { image: path(), attribute: error(), file },
+        RecordStoreError::NotDeleted { path: path(), why: KeptBecause::Io(error()) },
+        RecordStoreError::Contradiction { image: path(), file: "FILE".into() },
     ];
     let messages = refusals.iter().map(|refusal| refusal.explain("IMAGE"));
     let messages = messages.chain(records.iter().map(ToString::to_string));

@@ -8,7 +8,8 @@ use super::roff::Page;
 use super::{ours, read};
 use flexnbd::cli::operate::{INSTANCE_BYTES_MAX, Instance};
 use flexnbd::disk::OpenError;
-use flexnbd::systemd::{message_id, store, unit};
+use flexnbd::message_id;
+use flexnbd::systemd::{fd_store, unit};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -147,7 +148,7 @@ fn the_generator_makes_room_for_as_many_clients_as_it_is_said_to() {
     assert_eq!(values(SERVE, "FileDescriptorStoreMax"), [(provided + 1).to_string()]);
     let carried = page.at("RESTART AND UPGRADE/Who is disconnected all the same");
     let carried: Vec<u64> = carried.flat_map(numbers).collect();
-    assert_eq!(carried[..2], [provided, store::DESCRIPTORS_MAX as u64]);
+    assert_eq!(carried[..2], [provided, fd_store::DESCRIPTORS_MAX as u64]);
 }
 
 #[test]

@@ -4,9 +4,12 @@ use super::Mutation;
 use super::medium::{Medium, Stamp, blocks};
 use super::net::{Down, Up};
 use super::world::{Host, World};
-use flexnbd::disk::ownership::{ForListen, ForServe, Id, Record, Title, for_listen, for_serve};
+use flexnbd::disk::ownership::{
+    ForListen, ForServe, Id, Provenance, Record, for_listen, for_serve,
+};
 use flexnbd::migration::arrival::{
-    Admits, Arrival, Ending, Introduction, Permission, SOURCE_SILENCE, answer_when_serving,
+    Admits, Arrival, ArrivalEnd, ProbeDecision, SOURCE_SILENCE, WritePermission,
+    answer_when_serving,
 };
 use flexnbd::migration::wire::{Answer, Handover, Has, Question, Token};
 use std::collections::BTreeMap;
@@ -29,7 +32,7 @@ pub(crate) struct Destination {
 pub(crate) enum Process {
     Down,
     Listen(Box<Listen>),
-    Serve(Title),
+    Serve(Provenance),
 }
 
 #[derive(Debug)]
@@ -87,7 +90,9 @@ impl World {
         }
         let record = self.destination.medium.record.now.clone();
         self.destination.process = match for_listen(record.as_ref(), false) {
-            ForListen::Accept { .. } if self.serves_incomplete() => Process::Serve(Title::Native),
+            ForListen::Accept { .. } if self.serves_incomplete() => {
+                Process::Serve(Provenance::Native)
+            }
             ForListen::Accept { holds } => self.listen(holds),
             ForListen::AlreadyArrived(_) => match for_serve(record.as_ref()) {
                 ForServe::Serve(title) => Process::Serve(title),
@@ -95,7 +100,7 @@ impl World {
             },
             ForListen::Refuse(_) => Process::Down,
         };
-        let arrived = matches!(self.destination.process, Process::Serve(Title::Arrived(_)));
+        let arrived = matches!(self.destination.process, Process::Serve(Provenance::Arrived(_)));
         if arrived { self.arrived() } else { Ok(()) }
     }
 
@@ -193,7 +198,7 @@ impl World {
     }
 
     /// What a `serve` process says to a source.
-    fn serve_questions(&mut self, title: Title) -> bool {
+    fn serve_questions(&mut self, title: Provenance) -> bool {
         let up = self.net.up;
         let hello = self.net.all.iter_mut().find_map(|connection| {
             if !up || connection.destination_closed {
@@ -257,7 +262,7 @@ impl World {
                 Ok(())
             }
             Up::Goodbye => match listen.arrival.said_goodbye(at as u64) {
-                Ending::Nothing => Ok(()),
+                ArrivalEnd::Nothing => Ok(()),
                 ending => Err(format!("(2) a goodbye made the destination say {ending:?}")),
             },
             request => self.admit(listen, at, request),
@@ -282,9 +287,9 @@ impl World {
             }
         }
         match listen.arrival.wants_to_write(at as u64) {
-            Permission::Go => listen.work.push((at, request)),
-            Permission::Refuse(_) => self.reply(at, &request, Some(EPERM)),
-            Permission::RecordFirst(record) => {
+            WritePermission::Go => listen.work.push((at, request)),
+            WritePermission::Refuse(_) => self.reply(at, &request, Some(EPERM)),
+            WritePermission::RecordFirst(record) => {
                 self.destination.medium.record.now = Some(record);
                 listen.busy = Busy::Recording(id);
                 self.net.all[at].up.push_front(request);
@@ -342,8 +347,8 @@ impl World {
         let silent = if self.dice.once_in(2) { SOURCE_SILENCE } else { Duration::ZERO };
         let connection = at as u64;
         let answer = match listen.arrival.introduced(connection, &ask, silent) {
-            Introduction::Refuse(_) => None,
-            Introduction::Answer { answer, retire } => {
+            ProbeDecision::Refuse(_) => None,
+            ProbeDecision::Answer { answer, retire } => {
                 self.retire_all(listen, &retire);
                 Some(answer)
             }
@@ -396,7 +401,7 @@ impl World {
         if self.mutation == Mutation::ResumeAcrossTokens {
             asked.token = listen.token;
         }
-        let Ending::Settle(record) = listen.arrival.handed_over(at as u64, &asked) else {
+        let ArrivalEnd::Settle(record) = listen.arrival.handed_over(at as u64, &asked) else {
             self.net.all[at].send_down(Down::Reply { cookie, error: Some(EINVAL) });
             return;
         };

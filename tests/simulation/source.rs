@@ -4,11 +4,11 @@ use super::Mutation;
 use super::medium::{Medium, Stamp, blocks};
 use super::net::{Down, Up};
 use super::world::{Host, World};
-use flexnbd::disk::dirty::{BLOCK, Dirty};
-use flexnbd::disk::ownership::{ForServe, Id, Place, Record, Title, for_serve};
+use flexnbd::disk::dirty::{BLOCK, DirtyBitmap};
+use flexnbd::disk::ownership::{ForServe, Id, Provenance, Record, RemoteAddress, for_serve};
 use flexnbd::migration::job::{
-    Action, Event, Fate, Job, News, Note, Obstacle, Order, Outcome, Peer, Request, Trouble, Work,
-    fate,
+    Action, DestinationInfo, DestinationRequest, Event, HandoverVerdict, Job, News, Obstacle,
+    OperatorRequest, Outcome, RecordKind, RequestKind, Trouble, fate,
 };
 use flexnbd::migration::machine::Machine;
 use flexnbd::migration::plan::{Caps, Content, Limits};
@@ -28,7 +28,7 @@ pub(crate) struct Source {
     gate_expired: bool,
     /// Writes inside the gate.
     pub(crate) visits: usize,
-    pub(crate) dirty: Option<Dirty>,
+    pub(crate) dirty: Option<DirtyBitmap>,
 }
 
 /// What its process does.
@@ -81,10 +81,10 @@ pub(crate) struct Run {
 #[derive(Debug)]
 pub(crate) struct Ask {
     id: Id,
-    before: Title,
+    before: Provenance,
     connection: Option<usize>,
     pub(crate) at: Duration,
-    verdict: Option<Fate>,
+    verdict: Option<HandoverVerdict>,
 }
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -136,10 +136,10 @@ impl World {
         self.migrations += 1;
         let mut id = [0; 16];
         id[0] = self.migrations;
-        let to = Place::new("destination 4779").expect("a place");
+        let to = RemoteAddress::new("destination 4779").expect("a place");
         let before = match self.source.medium.record.now {
             Some(Record::Ours(title)) => title,
-            _ => Title::Native,
+            _ => Provenance::Native,
         };
         let data_max = BLOCK << self.dice.below(2);
         let job = Job {
@@ -158,7 +158,7 @@ impl World {
         };
         let mut machine = Machine::new(job, self.now).expect("large enough");
         let action = machine.step(self.now, Event::Begin);
-        self.source.dirty = Some(Dirty::new(self.size()).expect("memory"));
+        self.source.dirty = Some(DirtyBitmap::new(self.size()).expect("memory"));
         self.source.role = Role::Migrating(Box::new(Run {
             machine,
             action,
@@ -187,7 +187,11 @@ impl World {
 
     pub(crate) fn order(&mut self) {
         let speed = NonZeroU64::new(self.dice.below(2) * 100 * BLOCK);
-        let order = if self.dice.once_in(3) { Order::Break } else { Order::Speed(speed) };
+        let order = if self.dice.once_in(3) {
+            OperatorRequest::Break
+        } else {
+            OperatorRequest::Speed(speed)
+        };
         if let Role::Migrating(run) = &mut self.source.role {
             let _ = run.machine.order(order);
         }
@@ -326,27 +330,27 @@ impl World {
         Some(Event::Done)
     }
 
-    fn write_record(&mut self, run: &mut Run, note: Note) -> Option<Event> {
+    fn write_record(&mut self, run: &mut Run, note: RecordKind) -> Option<Event> {
         let skipped = match note {
-            Note::Departing => self.mutation == Mutation::HandoverBeforeDeparting,
-            Note::Departed => self.mutation == Mutation::ExitBeforeRecord,
-            Note::Before => false,
+            RecordKind::Departing => self.mutation == Mutation::HandoverBeforeDeparting,
+            RecordKind::Departed => self.mutation == Mutation::ExitBeforeRecord,
+            RecordKind::Before => false,
         };
         if skipped {
             return Some(Event::Done);
         }
-        if note == Note::Departing && self.faulty && self.dice.once_in(30) {
+        if note == RecordKind::Departing && self.faulty && self.dice.once_in(30) {
             return Some(Event::Failed("no space for the record".to_owned()));
         }
-        if note == Note::Before && self.faulty && self.dice.once_in(4) {
+        if note == RecordKind::Before && self.faulty && self.dice.once_in(4) {
             return Some(Event::Failed("the record's medium fails".to_owned()));
         }
-        if note == Note::Departing && self.faulty && run.half && self.dice.once_in(20) {
+        if note == RecordKind::Departing && self.faulty && run.half && self.dice.once_in(20) {
             // The medium is slow.
             self.now += 5 * SECOND;
         }
         self.source.medium.record.now = run.machine.job().record(note, 1);
-        if note == Note::Departing && self.mutation == Mutation::DepartingNotDurable {
+        if note == RecordKind::Departing && self.mutation == Mutation::DepartingNotDurable {
             return Some(Event::Done);
         }
         self.in_two_turns(run, |medium| medium.record.sync())
@@ -419,11 +423,11 @@ impl World {
         Some(Event::Taken { run: taken, left: dirty.bytes() })
     }
 
-    fn send(&mut self, run: &mut Run, request: Request) -> Event {
+    fn send(&mut self, run: &mut Run, request: DestinationRequest) -> Event {
         let Some(at) = run.connection else { return Event::Lost("hung up".to_owned()) };
         let cookie = request.cookie;
         let message = match request.work {
-            Work::Write(range) => {
+            RequestKind::Write(range) => {
                 let early = run.early.take();
                 let read = |block: usize| match &early {
                     Some(stamps) => stamps[block],
@@ -432,16 +436,16 @@ impl World {
                 self.tally.data_blocks += blocks(range).len() as u64;
                 Up::Write { cookie, range, stamps: blocks(range).map(read).collect() }
             }
-            Work::Zero(range) => Up::Zero { cookie, range },
-            Work::Flush => Up::Flush { cookie },
-            Work::Handover(handover) => {
+            RequestKind::Zero(range) => Up::Zero { cookie, range },
+            RequestKind::Flush => Up::Flush { cookie },
+            RequestKind::Handover(handover) => {
                 self.tally.handovers += 1;
                 if self.mutation == Mutation::UnlinkBeforeAcknowledgement {
                     self.source.medium.exists = super::medium::Kept::new(false);
                 }
                 Up::Handover { cookie, handover }
             }
-            Work::Disconnect => Up::Goodbye,
+            RequestKind::Disconnect => Up::Goodbye,
         };
         let connection = &mut self.net.all[at];
         if connection.destination_closed && self.dice.once_in(2) {
@@ -512,14 +516,14 @@ impl World {
         })
     }
 
-    fn peer(&self, run: &mut Run, mut answer: Answer) -> Peer {
+    fn peer(&self, run: &mut Run, mut answer: Answer) -> DestinationInfo {
         if let (Mutation::ResumeAcrossTokens, Some(token)) = (self.mutation, answer.listening) {
             let first = *run.first_token.get_or_insert(token);
             if first != token {
                 answer = Answer { listening: Some(first), has: Has::Incomplete };
             }
         }
-        Peer {
+        DestinationInfo {
             size: self.size(),
             read_only: false,
             flush: self.flush,
@@ -559,8 +563,8 @@ impl World {
         if let Some(verdict) = ask.verdict {
             self.source.medium.record.sync();
             match verdict {
-                Fate::Arrived => self.source.role = Role::Moved,
-                Fate::NotArrived | Fate::Unknown => self.serve_at_source(),
+                HandoverVerdict::Arrived => self.source.role = Role::Moved,
+                HandoverVerdict::NotArrived | HandoverVerdict::Unknown => self.serve_at_source(),
             }
             return Ok(true);
         }
@@ -579,7 +583,7 @@ impl World {
                 let question = Question { size: self.size(), id: ask.id };
                 ask.connection = Some(self.say_hello(question));
             } else if self.mutation == Mutation::ServeOnUnreachable {
-                self.judge(ask, Fate::NotArrived);
+                self.judge(ask, HandoverVerdict::NotArrived);
             }
             return true;
         };
@@ -588,19 +592,19 @@ impl World {
         let mut fate = fate(answer.as_ref().ok(), None);
         let ignorant = matches!(answer, Ok(Answer { has: Has::Nothing, .. }));
         if self.mutation == Mutation::NothingMeansNo && ignorant {
-            fate = Fate::NotArrived;
+            fate = HandoverVerdict::NotArrived;
         }
         self.trace(|| format!("source asks: {fate:?}"));
         self.judge(ask, fate);
         true
     }
 
-    fn judge(&mut self, ask: &mut Ask, fate: Fate) {
-        let to = Place::new("destination 4779").expect("a place");
+    fn judge(&mut self, ask: &mut Ask, fate: HandoverVerdict) {
+        let to = RemoteAddress::new("destination 4779").expect("a place");
         self.source.medium.record.now = match fate {
-            Fate::Arrived => Some(Record::Departed { id: ask.id, when: 1, to }),
-            Fate::NotArrived => ask.before.record(),
-            Fate::Unknown => return,
+            HandoverVerdict::Arrived => Some(Record::Departed { id: ask.id, when: 1, to }),
+            HandoverVerdict::NotArrived => ask.before.record(),
+            HandoverVerdict::Unknown => return,
         };
         ask.verdict = Some(fate);
     }

@@ -2,10 +2,10 @@
 
 use super::*;
 use crate::disk::Disk;
-use crate::disk::memory::{FailingImage, Faults, MemoryImage, Op};
+use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
 use crate::nbd::wire::PAYLOAD_LENGTH_DEFAULT;
 use crate::net::{Address, Listener};
-use crate::server::{Opening, Server, Settings, Style};
+use crate::server::{Opening, Server, SessionSettings, Style};
 use nix::libc::EIO;
 use std::sync::Arc;
 
@@ -14,17 +14,17 @@ const DISK_SIZE: u64 = 40 << 20;
 struct Fixture {
     server: Server,
     remote: Remote,
-    memory: MemoryImage,
+    memory: MemoryBackend,
     faults: Arc<Faults>,
 }
 
 fn serve(style: Style) -> Fixture {
-    let (memory, faults) = (MemoryImage::new(DISK_SIZE), Arc::new(Faults::default()));
-    let image = FailingImage::new(memory.clone(), Arc::clone(&faults));
+    let (memory, faults) = (MemoryBackend::new(DISK_SIZE), Arc::new(Faults::default()));
+    let image = FailingBackend::new(memory.clone(), Arc::clone(&faults));
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let Address::Tcp(address) = listener.local_address().unwrap() else { panic!("not TCP") };
-    let settings = Settings { style, ..Settings::default() };
+    let settings = SessionSettings { style, ..SessionSettings::default() };
     let opening = Opening { settings, ..Opening::to_anybody(vec![listener], &disk) };
     let server = Server::start(opening).unwrap();
     let remote = Remote::Host { host: address.ip().to_string(), port: address.port() };
@@ -43,7 +43,7 @@ impl Fixture {
 }
 
 /// What an operator is told of a failure.
-fn told_of<T>(transfer: &Transfer, outcome: Result<T, Failure>) -> String {
+fn told_of<T>(transfer: &Transfer, outcome: Result<T, TransferError>) -> String {
     match outcome {
         Ok(_) => panic!("it worked"),
         Err(failure) => explained(transfer, &failure),

@@ -1,7 +1,7 @@
 //! What `client.rs` promises, over real sockets.
 
 use super::*;
-use crate::control::command::{Action, LINE_BYTES_MAX, LINES_MAX, Mirror};
+use crate::control::command::{ArrivalAction, LINE_BYTES_MAX, LINES_MAX, Mirror};
 use crate::control::{ControlSocket, Credentials, Operator};
 use nix::sys::socket::Backlog;
 use std::os::unix::net::UnixListener;
@@ -22,7 +22,7 @@ fn asking(
     command: &Command,
     limit: Duration,
     talk: impl FnOnce(UnixStream) + Send,
-) -> Result<Reply, Trouble> {
+) -> Result<Reply, AskFailure> {
     let directory = directory();
     let path = directory.path().join("control.sock");
     let listener = UnixListener::bind(&path).unwrap();
@@ -32,7 +32,7 @@ fn asking(
     })
 }
 
-fn asking_one_that_says(answer: &[u8]) -> Result<Reply, Trouble> {
+fn asking_one_that_says(answer: &[u8]) -> Result<Reply, AskFailure> {
     asking(&Command::Status, LONG, |mut stream| stream.write_all(answer).unwrap())
 }
 
@@ -95,19 +95,19 @@ fn each_kind_of_absence_has_its_own_name() {
     let trouble = |name: &str| {
         ask_within(&directory.path().join(name), &Command::Status, LONG).unwrap_err().trouble
     };
-    assert!(matches!(trouble("missing"), Trouble::NoSuchSocket));
+    assert!(matches!(trouble("missing"), AskFailure::NoSuchSocket));
     std::fs::write(directory.path().join("file"), "").unwrap();
-    assert!(matches!(trouble("file"), Trouble::NotASocket));
+    assert!(matches!(trouble("file"), AskFailure::NotASocket));
     drop(UnixListener::bind(directory.path().join("stale")).unwrap());
-    assert!(matches!(trouble("stale"), Trouble::NobodyListens));
-    assert!(matches!(trouble(&"x".repeat(200)), Trouble::Io(_)));
+    assert!(matches!(trouble("stale"), AskFailure::NobodyListens));
+    assert!(matches!(trouble(&"x".repeat(200)), AskFailure::Io(_)));
 }
 
 #[test]
 fn a_server_that_says_nothing_or_nonsense_is_not_taken_for_an_answer() {
-    assert!(matches!(asking_one_that_says(b""), Err(Trouble::NoReply)));
-    assert!(matches!(asking_one_that_says(b"\n"), Err(Trouble::NoReply)));
-    let Err(Trouble::NotAReply(line)) = asking_one_that_says(b"NBDMAGIC") else {
+    assert!(matches!(asking_one_that_says(b""), Err(AskFailure::NoReply)));
+    assert!(matches!(asking_one_that_says(b"\n"), Err(AskFailure::NoReply)));
+    let Err(AskFailure::NotAReply(line)) = asking_one_that_says(b"NBDMAGIC") else {
         panic!("this is no answer");
     };
     assert_eq!(line.0, "NBDMAGIC");
@@ -118,7 +118,7 @@ fn a_reply_may_be_65536_bytes_and_not_one_more() {
     let longest = [b"0: ".as_slice(), &b"x".repeat(REPLY_BYTES_MAX - 3), b"\n"].concat();
     assert_eq!(asking_one_that_says(&longest).unwrap().text().len(), REPLY_BYTES_MAX - 3);
     let longer = [b"0: ".as_slice(), &b"x".repeat(REPLY_BYTES_MAX - 2), b"\n"].concat();
-    assert!(matches!(asking_one_that_says(&longer), Err(Trouble::ReplyTooLong)));
+    assert!(matches!(asking_one_that_says(&longer), Err(AskFailure::ReplyTooLong)));
 }
 
 #[test]
@@ -127,13 +127,14 @@ fn a_server_that_does_not_answer_in_time_is_given_up() {
         // Held open until the asking is over.
         io::copy(&mut stream, &mut io::sink()).unwrap();
     });
-    assert!(matches!(silent, Err(Trouble::TooSlow)), "{silent:?}");
+    assert!(matches!(silent, Err(AskFailure::TooSlow)), "{silent:?}");
 }
 
 #[test]
 fn the_end_of_a_migration_is_heard_and_so_is_the_end_of_the_server_before_it() {
     let to = "10.0.0.1:1".parse().unwrap();
-    let order = Mirror { to, action: Action::Exit, bind: None, max_bps: None, no_record: false };
+    let order =
+        Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps: None, no_record: false };
     let asking = |talk: fn(UnixStream)| {
         let directory = directory();
         let path = directory.path().join("control.sock");
@@ -145,7 +146,7 @@ fn the_end_of_a_migration_is_heard_and_so_is_the_end_of_the_server_before_it() {
     };
     let done = asking(|mut stream| stream.write_all(b"0: done\n").unwrap());
     assert_eq!(done.unwrap(), Reply::success("done"));
-    assert!(matches!(asking(drop), Err(Trouble::NoReply)));
+    assert!(matches!(asking(drop), Err(AskFailure::NoReply)));
 }
 
 #[test]
@@ -155,7 +156,7 @@ fn a_server_that_answers_ever_so_slowly_is_given_up() {
             thread::sleep(Duration::from_millis(1));
         }
     });
-    assert!(matches!(slow, Err(Trouble::TooSlow)), "{slow:?}");
+    assert!(matches!(slow, Err(AskFailure::TooSlow)), "{slow:?}");
 }
 
 #[test]
@@ -166,12 +167,12 @@ fn a_server_that_does_not_even_accept_is_given_up() {
     socket::listen(&listener, Backlog::new(0).unwrap()).unwrap();
     let _fills_the_backlog = UnixStream::connect(&path).unwrap();
     let error = ask_within(&path, &Command::Status, SHORT).unwrap_err();
-    assert!(matches!(error.trouble, Trouble::TooSlow), "{error}");
+    assert!(matches!(error.trouble, AskFailure::TooSlow), "{error}");
 }
 
 #[test]
 fn a_command_without_a_wire_form_is_not_sent() {
     let bad = Command::Acl { entries: vec!["a\nb".to_owned()] };
     let error = ask(Path::new("/nowhere"), &bad).unwrap_err();
-    assert!(matches!(error.trouble, Trouble::CannotSay(_)), "{error}");
+    assert!(matches!(error.trouble, AskFailure::CannotSay(_)), "{error}");
 }

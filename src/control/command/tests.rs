@@ -3,11 +3,11 @@
 use super::*;
 use proptest::prelude::*;
 
-fn parse(wire: &[u8]) -> Result<Option<Command>, Refusal> {
+fn parse(wire: &[u8]) -> Result<Option<Command>, CommandError> {
     Incoming::default().feed(wire)
 }
 
-fn at_end(wire: &[u8]) -> Result<Command, Refusal> {
+fn at_end(wire: &[u8]) -> Result<Command, CommandError> {
     let mut incoming = Incoming::default();
     assert_eq!(incoming.feed(wire), Ok(None));
     incoming.end()
@@ -16,7 +16,7 @@ fn at_end(wire: &[u8]) -> Result<Command, Refusal> {
 fn mirror(to: &str) -> Mirror {
     Mirror {
         to: to.parse().unwrap(),
-        action: Action::Exit,
+        action: ArrivalAction::Exit,
         bind: None,
         max_bps: None,
         no_record: false,
@@ -30,7 +30,7 @@ fn acl(entries: &[&str]) -> Command {
 #[test]
 fn what_the_originals_client_sends_is_understood() {
     let bound = Mirror {
-        action: Action::Unlink,
+        action: ArrivalAction::Unlink,
         bind: Some("10.0.0.9".parse().unwrap()),
         ..mirror("10.0.0.1:4777")
     };
@@ -76,25 +76,28 @@ fn mirror_without_an_action_exits_when_done() {
 
 #[test]
 fn every_wrong_argument_has_its_own_refusal() {
-    let cases: [(&[u8], Refusal); 18] = [
-        (b"\n", Refusal::MissingCommand),
-        (b"dance\n\n", Refusal::UnknownCommand),
-        (b"STATUS\n\n", Refusal::UnknownCommand),
-        (b"mirror\n\n", Refusal::MirrorWithoutDestination),
-        (b"mirror\n10.0.0.1\n\n", Refusal::MirrorWithoutDestination),
-        (b"mirror\nten\n1\n\n", Refusal::BadAddress),
-        (b"mirror\n10.0.0.1\n0\n\n", Refusal::BadPort),
-        (b"mirror\n10.0.0.1\n65536\n\n", Refusal::BadPort),
-        (b"mirror\n10.0.0.1\n1\nstay\n\n", Refusal::BadAction),
-        (b"mirror\n10.0.0.1\n1\nexit\nhere\n\n", Refusal::BadBindAddress),
-        (b"mirror\n10.0.0.1\n1\nexit\n::1\nfast\n\n", Refusal::MaxBpsNotANumber),
-        (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nmore\n\n", Refusal::BadRecordWord),
-        (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nno-record\nmore\n\n", Refusal::MirrorWithTooMuch),
-        (b"mirror_max_bps\n\n", Refusal::MaxBpsMissing),
-        (b"mirror_max_bps\n-1\n\n", Refusal::MaxBpsNotANumber),
-        (b"mirror_max_bps\n1.5\n\n", Refusal::MaxBpsNotANumber),
-        (b"mirror_max_bps\n18446744073709551616\n\n", Refusal::MaxBpsTooLarge),
-        (b"\xff\n\n", Refusal::NotText),
+    let cases: [(&[u8], CommandError); 18] = [
+        (b"\n", CommandError::MissingCommand),
+        (b"dance\n\n", CommandError::UnknownCommand),
+        (b"STATUS\n\n", CommandError::UnknownCommand),
+        (b"mirror\n\n", CommandError::MirrorWithoutDestination),
+        (b"mirror\n10.0.0.1\n\n", CommandError::MirrorWithoutDestination),
+        (b"mirror\nten\n1\n\n", CommandError::BadAddress),
+        (b"mirror\n10.0.0.1\n0\n\n", CommandError::BadPort),
+        (b"mirror\n10.0.0.1\n65536\n\n", CommandError::BadPort),
+        (b"mirror\n10.0.0.1\n1\nstay\n\n", CommandError::BadAction),
+        (b"mirror\n10.0.0.1\n1\nexit\nhere\n\n", CommandError::BadBindAddress),
+        (b"mirror\n10.0.0.1\n1\nexit\n::1\nfast\n\n", CommandError::MaxBpsNotANumber),
+        (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nmore\n\n", CommandError::BadRecordWord),
+        (
+            b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nno-record\nmore\n\n",
+            CommandError::MirrorWithTooMuch,
+        ),
+        (b"mirror_max_bps\n\n", CommandError::MaxBpsMissing),
+        (b"mirror_max_bps\n-1\n\n", CommandError::MaxBpsNotANumber),
+        (b"mirror_max_bps\n1.5\n\n", CommandError::MaxBpsNotANumber),
+        (b"mirror_max_bps\n18446744073709551616\n\n", CommandError::MaxBpsTooLarge),
+        (b"\xff\n\n", CommandError::NotText),
     ];
     for (wire, refusal) in cases {
         assert_eq!(parse(wire), Err(refusal), "{}", wire.escape_ascii());
@@ -113,16 +116,16 @@ fn numbers_at_their_limits_are_understood() {
 
 #[test]
 fn missing_and_unknown_commands_have_numbers_of_their_own() {
-    assert_eq!(Reply::from(Refusal::MissingCommand).to_wire(), b"9: missing command\n");
-    assert_eq!(Reply::from(Refusal::UnknownCommand).to_wire(), b"10: unknown command\n");
-    assert_eq!(Reply::from(Refusal::BadAddress).to_wire(), b"1: bad IP address\n");
+    assert_eq!(Reply::from(CommandError::MissingCommand).to_wire(), b"9: missing command\n");
+    assert_eq!(Reply::from(CommandError::UnknownCommand).to_wire(), b"10: unknown command\n");
+    assert_eq!(Reply::from(CommandError::BadAddress).to_wire(), b"1: bad IP address\n");
 }
 
 #[test]
 fn a_line_may_be_256_bytes_and_not_one_more() {
     let entry = "1".repeat(LINE_BYTES_MAX);
     assert_eq!(parse(format!("acl\n{entry}\n\n").as_bytes()), Ok(Some(acl(&[&entry]))));
-    assert_eq!(parse(format!("acl\n{entry}1").as_bytes()), Err(Refusal::LineTooLong));
+    assert_eq!(parse(format!("acl\n{entry}1").as_bytes()), Err(CommandError::LineTooLong));
 }
 
 #[test]
@@ -132,7 +135,7 @@ fn a_command_may_be_4096_lines_and_not_one_more() {
         panic!("a command of {LINES_MAX} lines must be understood");
     };
     assert_eq!(entries.len(), LINES_MAX - 1);
-    assert_eq!(parse(format!("{full}:").as_bytes()), Err(Refusal::TooManyLines));
+    assert_eq!(parse(format!("{full}:").as_bytes()), Err(CommandError::TooManyLines));
 }
 
 #[test]
@@ -150,13 +153,13 @@ fn an_acl_that_does_not_fit_the_wire_is_refused_before_it_is_sent() {
 fn a_connection_that_ends_after_whole_lines_has_given_its_command() {
     assert_eq!(at_end(b"status\n"), Ok(Command::Status));
     assert_eq!(at_end(b"acl\n::1\n"), Ok(acl(&["::1"])));
-    assert_eq!(at_end(b""), Err(Refusal::MissingCommand));
+    assert_eq!(at_end(b""), Err(CommandError::MissingCommand));
 }
 
 #[test]
 fn a_connection_that_ends_inside_a_line_has_not() {
-    assert_eq!(at_end(b"status"), Err(Refusal::CutShort));
-    assert_eq!(at_end(b"mirror\n10.0.0.1\n80"), Err(Refusal::CutShort));
+    assert_eq!(at_end(b"status"), Err(CommandError::CutShort));
+    assert_eq!(at_end(b"mirror\n10.0.0.1\n80"), Err(CommandError::CutShort));
 }
 
 #[test]
@@ -177,7 +180,7 @@ fn any_ip() -> impl Strategy<Value = IpAddr> {
 
 fn any_mirror() -> impl Strategy<Value = Mirror> {
     let bind = any_ip().prop_filter("unspecified means none", |ip| !ip.is_unspecified());
-    let action = proptest::sample::select(&Action::ALL[..]);
+    let action = proptest::sample::select(&ArrivalAction::ALL[..]);
     let limit = (any::<Option<u64>>(), any::<bool>());
     (any_ip(), 1u16.., action, proptest::option::of(bind), limit).prop_map(
         |(ip, port, action, bind, (max_bps, no_record))| Mirror {

@@ -296,7 +296,7 @@ fn a_wait_is_never_shorter_than_asked_for() {
 fn without_a_thread_no_order_waits_for_a_migration() {
     let clerk = Clerk::new(true);
     let operator: Arc<dyn Operator> = Arc::clone(&clerk) as _;
-    let shared = Shared {
+    let shared = ListenerState {
         operator,
         patience: LONG,
         stopping: event().unwrap(),

@@ -60,8 +60,8 @@ fn a_closed_gate_makes_a_session_wait_not_end() {
 #[test]
 fn a_bell_rings_when_the_gate_opens_or_is_retired() {
     let gate = Gate::default();
-    let counts = Arc::new(super::super::slow::TestBell::default());
-    let bell: Arc<dyn Bell> = Arc::clone(&counts) as _;
+    let counts = Arc::new(super::super::slow::TestNotifier::default());
+    let bell: Arc<dyn Notifier> = Arc::clone(&counts) as _;
     assert_eq!(gate.ring_when_open(&bell), None);
     assert_eq!(counts.count(), 1, "it is open");
     gate.close_and_drain(soon()).unwrap();
@@ -83,8 +83,8 @@ fn a_bell_rings_when_the_gate_opens_or_is_retired() {
 #[test]
 fn a_session_with_a_bell_opens_an_expired_gate() {
     let gate = Gate::default();
-    let counts = Arc::new(super::super::slow::TestBell::default());
-    let bell: Arc<dyn Bell> = Arc::clone(&counts) as _;
+    let counts = Arc::new(super::super::slow::TestNotifier::default());
+    let bell: Arc<dyn Notifier> = Arc::clone(&counts) as _;
     gate.close_and_drain(soon()).unwrap();
     gate.expire_at(None).unwrap();
     assert_eq!(gate.ring_when_open(&bell), None);

@@ -5,12 +5,12 @@ use proptest::prelude::*;
 
 const ID: Id = Id([0xab; 16]);
 
-fn place() -> Place {
-    Place::new("192.0.2.7 4779").unwrap()
+fn place() -> RemoteAddress {
+    RemoteAddress::new("192.0.2.7 4779").unwrap()
 }
 
 fn departing() -> Record {
-    Record::Departing { id: ID, before: Title::Native, to: place(), from: None }
+    Record::Departing { id: ID, before: Provenance::Native, to: place(), from: None }
 }
 
 fn departed() -> Record {
@@ -19,47 +19,47 @@ fn departed() -> Record {
 
 #[test]
 fn a_disk_that_never_moved_is_served_and_received_into() {
-    assert_eq!(for_serve(None), ForServe::Serve(Title::Native));
+    assert_eq!(for_serve(None), ForServe::Serve(Provenance::Native));
     assert_eq!(for_listen(None, false), ForListen::Accept { holds: None });
 }
 
 #[test]
 fn an_incomplete_copy_is_not_served_and_starts_over() {
     let record = Record::Incoming { id: Some(ID) };
-    assert_eq!(for_serve(Some(&record)), ForServe::Refuse(Refusal::Incomplete));
+    assert_eq!(for_serve(Some(&record)), ForServe::Refuse(OwnershipRefusal::Incomplete));
     assert_eq!(for_listen(Some(&record), false), ForListen::Accept { holds: Some(Some(ID)) });
 }
 
 #[test]
 fn a_disk_that_arrived_is_served_and_another_needs_overwrite() {
-    let record = Record::Ours(Title::Arrived(ID));
-    assert_eq!(for_serve(Some(&record)), ForServe::Serve(Title::Arrived(ID)));
+    let record = Record::Ours(Provenance::Arrived(ID));
+    assert_eq!(for_serve(Some(&record)), ForServe::Serve(Provenance::Arrived(ID)));
     assert_eq!(for_listen(Some(&record), false), ForListen::AlreadyArrived(Some(ID)));
     assert_eq!(for_listen(Some(&record), true), ForListen::Accept { holds: None });
 }
 
 #[test]
 fn a_disk_that_arrived_without_an_id_has_arrived_all_the_same() {
-    let record = Record::Ours(Title::Received);
-    assert_eq!(for_serve(Some(&record)), ForServe::Serve(Title::Received));
+    let record = Record::Ours(Provenance::Received);
+    assert_eq!(for_serve(Some(&record)), ForServe::Serve(Provenance::Received));
     assert_eq!(for_listen(Some(&record), false), ForListen::AlreadyArrived(None));
     assert_eq!(for_listen(Some(&record), true), ForListen::Accept { holds: None });
 }
 
 #[test]
 fn an_adopted_disk_is_served_and_another_needs_overwrite() {
-    let record = Record::Ours(Title::Adopted);
-    assert_eq!(for_serve(Some(&record)), ForServe::Serve(Title::Adopted));
-    assert_eq!(for_listen(Some(&record), false), ForListen::Refuse(Refusal::Adopted));
+    let record = Record::Ours(Provenance::Adopted);
+    assert_eq!(for_serve(Some(&record)), ForServe::Serve(Provenance::Adopted));
+    assert_eq!(for_listen(Some(&record), false), ForListen::Refuse(OwnershipRefusal::Adopted));
     assert_eq!(for_listen(Some(&record), true), ForListen::Accept { holds: None });
 }
 
 #[test]
 fn a_departing_disk_is_served_only_after_asking_and_never_received_into() {
     let record = departing();
-    let refusal = Refusal::Departing { id: ID, to: place() };
+    let refusal = OwnershipRefusal::Departing { id: ID, to: place() };
     let (to, unless) = (place(), refusal.clone());
-    let ask = ForServe::Ask { id: ID, to, from: None, before: Title::Native, unless };
+    let ask = ForServe::Ask { id: ID, to, from: None, before: Provenance::Native, unless };
     assert_eq!(for_serve(Some(&record)), ask);
     for overwrite in [false, true] {
         assert_eq!(for_listen(Some(&record), overwrite), ForListen::Refuse(refusal.clone()));
@@ -69,7 +69,10 @@ fn a_departing_disk_is_served_only_after_asking_and_never_received_into() {
 #[test]
 fn a_departed_disk_is_not_served_and_may_come_home() {
     let record = departed();
-    assert!(matches!(for_serve(Some(&record)), ForServe::Refuse(Refusal::Departed { .. })));
+    assert!(matches!(
+        for_serve(Some(&record)),
+        ForServe::Refuse(OwnershipRefusal::Departed { .. })
+    ));
     assert_eq!(for_listen(Some(&record), false), ForListen::Accept { holds: None });
 }
 
@@ -77,18 +80,18 @@ fn a_departed_disk_is_not_served_and_may_come_home() {
 fn what_may_be_elsewhere_or_incomplete_is_adopted_by_force_only() {
     for record in [departing(), departed(), Record::Incoming { id: None }] {
         assert!(for_adopt(Some(&record), false).is_err());
-        assert_eq!(for_adopt(Some(&record), true), Ok(Record::Ours(Title::Adopted)));
+        assert_eq!(for_adopt(Some(&record), true), Ok(Record::Ours(Provenance::Adopted)));
     }
-    assert_eq!(for_adopt(None, false), Ok(Record::Ours(Title::Adopted)));
-    let arrived = Record::Ours(Title::Arrived(ID));
+    assert_eq!(for_adopt(None, false), Ok(Record::Ours(Provenance::Adopted)));
+    let arrived = Record::Ours(Provenance::Arrived(ID));
     assert_eq!(for_adopt(Some(&arrived), false), Ok(arrived.clone()), "it stays known as arrived");
 }
 
 #[test]
 fn a_refusal_names_the_image_the_record_the_host_and_the_command() {
     let refusals = [
-        (Refusal::Departing { id: ID, to: place() }, "departing"),
-        (Refusal::Departed { id: ID, when: 5, to: place() }, "departed"),
+        (OwnershipRefusal::Departing { id: ID, to: place() }, "departing"),
+        (OwnershipRefusal::Departed { id: ID, when: 5, to: place() }, "departed"),
     ];
     for (refusal, name) in refusals {
         let text = refusal.explain("/srv/a.img");
@@ -96,8 +99,10 @@ fn a_refusal_names_the_image_the_record_the_host_and_the_command() {
             assert!(text.contains(part), "{text:?} does not say {part:?}");
         }
     }
-    assert!(Refusal::Incomplete.explain("/srv/a.img").contains("flexnbd listen -f /srv/a.img"));
-    assert!(Refusal::Adopted.explain("/srv/a.img").contains("--overwrite"));
+    assert!(
+        OwnershipRefusal::Incomplete.explain("/srv/a.img").contains("flexnbd listen -f /srv/a.img")
+    );
+    assert!(OwnershipRefusal::Adopted.explain("/srv/a.img").contains("--overwrite"));
 }
 
 #[test]
@@ -137,7 +142,7 @@ fn a_departing_record_keeps_the_local_address_to_ask_from() {
     let id = "abababababababababababababababab";
     for ip in ["192.0.2.9", "2001:db8::9"] {
         let from = Some(ip.parse().unwrap());
-        let record = Record::Departing { id: ID, before: Title::Native, to: place(), from };
+        let record = Record::Departing { id: ID, before: Provenance::Native, to: place(), from };
         let text =
             format!("flexnbd 2 departing id={id} before=native from={ip} to=192.0.2.7 4779\n");
         assert_eq!(record.encode(), text);
@@ -167,16 +172,16 @@ fn a_departing_record_without_local_address_has_version_1() {
 
 #[test]
 fn a_place_fits_a_record_and_holds_no_control_character() {
-    assert!(Place::new(&"x".repeat(PLACE_MAX)).is_some());
-    assert!(Place::new(&"x".repeat(PLACE_MAX + 1)).is_none());
-    assert!(Place::new("").is_none());
-    assert!(Place::new("two\nlines").is_none());
+    assert!(RemoteAddress::new(&"x".repeat(PLACE_MAX)).is_some());
+    assert!(RemoteAddress::new(&"x".repeat(PLACE_MAX + 1)).is_none());
+    assert!(RemoteAddress::new("").is_none());
+    assert!(RemoteAddress::new("two\nlines").is_none());
 }
 
 #[test]
 fn the_longest_record_fits() {
-    let to = Place::new(&"x".repeat(PLACE_MAX)).unwrap();
-    let before = Title::Arrived(ID);
+    let to = RemoteAddress::new(&"x".repeat(PLACE_MAX)).unwrap();
+    let before = Provenance::Arrived(ID);
     let from = Some("0:0:0:0:0:ffff:255.255.255.255".parse().unwrap());
     let longest = Some("1111:2222:3333:4444:5555:6666:7777:8888".parse().unwrap());
     for from in [from, longest] {
@@ -186,21 +191,21 @@ fn the_longest_record_fits() {
     assert!(Record::Departed { id: ID, when: u64::MAX, to }.encode().len() <= RECORD_MAX);
 }
 
-fn any_title() -> impl Strategy<Value = Title> {
+fn any_title() -> impl Strategy<Value = Provenance> {
     prop_oneof![
-        Just(Title::Native),
-        Just(Title::Adopted),
-        Just(Title::Received),
-        any::<[u8; 16]>().prop_map(|id| Title::Arrived(Id(id))),
+        Just(Provenance::Native),
+        Just(Provenance::Adopted),
+        Just(Provenance::Received),
+        any::<[u8; 16]>().prop_map(|id| Provenance::Arrived(Id(id))),
     ]
 }
 
 fn any_record() -> impl Strategy<Value = Record> {
     let id = || any::<[u8; 16]>().prop_map(Id);
-    let to = || "[ -~é]{1,60}".prop_filter_map("a place", |text| Place::new(&text));
+    let to = || "[ -~é]{1,60}".prop_filter_map("a place", |text| RemoteAddress::new(&text));
     prop_oneof![
         proptest::option::of(id()).prop_map(|id| Record::Incoming { id }),
-        any_title().prop_filter_map("a title on record", Title::record),
+        any_title().prop_filter_map("a title on record", Provenance::record),
         (id(), any_title(), to(), any::<Option<std::net::IpAddr>>())
             .prop_map(|(id, before, to, from)| Record::Departing { id, before, to, from }),
         (id(), any::<u64>(), to()).prop_map(|(id, when, to)| Record::Departed { id, when, to }),

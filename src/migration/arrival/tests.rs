@@ -14,24 +14,24 @@ fn ask(id: Id) -> Question {
     Question { size: 1 << 20, id }
 }
 
-fn listening(has: Has, retire: &[Connection]) -> Introduction {
+fn listening(has: Has, retire: &[Connection]) -> ProbeDecision {
     let answer = Answer { listening: Some(TOKEN), has };
-    Introduction::Answer { answer, retire: retire.to_vec() }
+    ProbeDecision::Answer { answer, retire: retire.to_vec() }
 }
 
-fn taken(by: Connection) -> Introduction {
-    Introduction::Refuse(Denied::Taken(by))
+fn taken(by: Connection) -> ProbeDecision {
+    ProbeDecision::Refuse(HandoverError::Taken(by))
 }
 
-fn refused(denied: Denied) -> Permission {
-    Permission::Refuse(denied)
+fn refused(denied: HandoverError) -> WritePermission {
+    WritePermission::Refuse(denied)
 }
 
-fn policy(guest: Guest) -> Admits {
+fn policy(guest: Sender) -> Admits {
     match guest {
-        Guest::Ours(_) => Admits::Sources,
-        Guest::Plain => Admits::PlainWriter,
-        Guest::OldStyle => Admits::OldStyle,
+        Sender::Ours(_) => Admits::Sources,
+        Sender::Plain => Admits::PlainWriter,
+        Sender::OldStyle => Admits::OldStyle,
     }
 }
 
@@ -42,22 +42,24 @@ fn fresh() -> Arrival {
 /// A source comes in on `connection`; which connections retire first.
 fn comes(arrival: &mut Arrival, connection: Connection, id: Id, silent: Duration) -> Vec<u64> {
     let answered = arrival.introduced(connection, &ask(id), silent);
-    assert!(matches!(answered, Introduction::Answer { .. }), "{answered:?}");
+    assert!(matches!(answered, ProbeDecision::Answer { .. }), "{answered:?}");
     arrival.enter(connection, silent).unwrap()
 }
 
 /// Takes a byte on `connection`.
 fn writes(arrival: &mut Arrival, connection: Connection) {
-    if let Permission::RecordFirst(Record::Incoming { id }) = arrival.wants_to_write(connection) {
+    if let WritePermission::RecordFirst(Record::Incoming { id }) =
+        arrival.wants_to_write(connection)
+    {
         arrival.recorded(id, true);
     }
-    assert_eq!(arrival.wants_to_write(connection), Permission::Go);
+    assert_eq!(arrival.wants_to_write(connection), WritePermission::Go);
 }
 
 /// A destination that has taken a byte of `guest` on `connection`.
-fn receiving(connection: Connection, guest: Guest) -> Arrival {
+fn receiving(connection: Connection, guest: Sender) -> Arrival {
     let mut arrival = Arrival::new(TOKEN, None, policy(guest));
-    if let Guest::Ours(id) = guest {
+    if let Sender::Ours(id) = guest {
         arrival.introduced(connection, &ask(id), ALIVE);
     }
     arrival.enter(connection, ALIVE).unwrap();
@@ -70,11 +72,11 @@ fn the_first_byte_waits_for_the_record() {
     let mut arrival = fresh();
     assert_eq!(arrival.introduced(1, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
     arrival.enter(1, ALIVE).unwrap();
-    let first = Permission::RecordFirst(Record::Incoming { id: Some(ID) });
+    let first = WritePermission::RecordFirst(Record::Incoming { id: Some(ID) });
     assert_eq!(arrival.wants_to_write(1), first);
     assert_eq!(arrival.wants_to_write(1), first, "it is not durable yet");
     arrival.recorded(Some(ID), true);
-    assert_eq!(arrival.wants_to_write(1), Permission::Go);
+    assert_eq!(arrival.wants_to_write(1), WritePermission::Go);
 }
 
 #[test]
@@ -83,28 +85,32 @@ fn a_record_that_cannot_be_written_ends_the_process_before_a_byte_is_taken() {
     comes(&mut arrival, 1, ID, ALIVE);
     arrival.wants_to_write(1);
     arrival.recorded(Some(ID), false);
-    assert_eq!(arrival.wants_to_write(1), refused(Denied::Failed));
+    assert_eq!(arrival.wants_to_write(1), refused(HandoverError::Failed));
 }
 
 #[test]
 fn a_client_without_introduction_is_never_admitted() {
     let mut arrival = fresh();
-    assert_eq!(arrival.admits(1, ALIVE), Err(Denied::Stranger), "before the first source");
-    assert_eq!(arrival.enter(1, ALIVE), Err(Denied::Stranger));
+    assert_eq!(arrival.admits(1, ALIVE), Err(HandoverError::Stranger), "before the first source");
+    assert_eq!(arrival.enter(1, ALIVE), Err(HandoverError::Stranger));
     comes(&mut arrival, 2, ID, ALIVE);
-    assert_eq!(arrival.enter(1, WRITER_SILENCE), Err(Denied::Stranger), "while it is connected");
+    assert_eq!(
+        arrival.enter(1, WRITER_SILENCE),
+        Err(HandoverError::Stranger),
+        "while it is connected"
+    );
     writes(&mut arrival, 2);
     arrival.closed(2);
-    assert_eq!(arrival.enter(1, ALIVE), Err(Denied::Stranger), "between two connections");
-    assert_eq!(arrival.wants_to_write(1), refused(Denied::NotSeated));
-    assert_eq!(arrival.may_use(1), Err(Denied::NotSeated));
+    assert_eq!(arrival.enter(1, ALIVE), Err(HandoverError::Stranger), "between two connections");
+    assert_eq!(arrival.wants_to_write(1), refused(HandoverError::NotSeated));
+    assert_eq!(arrival.may_use(1), Err(HandoverError::NotSeated));
 }
 
 #[test]
 fn another_source_is_refused_while_the_holder_is_heard() {
-    let mut arrival = receiving(1, Guest::Ours(ID));
+    let mut arrival = receiving(1, Sender::Ours(ID));
     assert_eq!(arrival.introduced(2, &ask(OTHER), JUST_ALIVE), taken(1));
-    assert_eq!(arrival.wants_to_write(2), refused(Denied::Taken(1)));
+    assert_eq!(arrival.wants_to_write(2), refused(HandoverError::Taken(1)));
     arrival.closed(2);
     assert_eq!(arrival.introduced(3, &ask(OTHER), ALIVE), taken(1), "connection 2 held nothing");
     arrival.closed(1);
@@ -113,18 +119,18 @@ fn another_source_is_refused_while_the_holder_is_heard() {
 
 #[test]
 fn another_source_gets_the_seat_of_a_silent_holder() {
-    let mut arrival = receiving(1, Guest::Ours(ID));
+    let mut arrival = receiving(1, Sender::Ours(ID));
     assert_eq!(comes(&mut arrival, 2, OTHER, SOURCE_SILENCE), [1], "it is closed first");
     for late in [arrival.wants_to_write(1), arrival.wants_to_write(1)] {
-        assert_eq!(late, refused(Denied::Taken(2)));
+        assert_eq!(late, refused(HandoverError::Taken(2)));
     }
-    assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
+    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
     arrival.closed(1);
-    let first = Permission::RecordFirst(Record::Incoming { id: Some(OTHER) });
+    let first = WritePermission::RecordFirst(Record::Incoming { id: Some(OTHER) });
     assert_eq!(arrival.wants_to_write(2), first, "from the beginning");
     // The first one learns that it has not arrived, and is let in when the seat is free.
     assert_eq!(arrival.introduced(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
-    assert_eq!(arrival.enter(3, ALIVE), Err(Denied::Taken(2)));
+    assert_eq!(arrival.enter(3, ALIVE), Err(HandoverError::Taken(2)));
     arrival.recorded(Some(OTHER), true);
     assert_eq!(arrival.introduced(3, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
     arrival.closed(2);
@@ -133,7 +139,7 @@ fn another_source_gets_the_seat_of_a_silent_holder() {
 
 #[test]
 fn a_holder_that_was_unseated_is_waited_for_by_every_later_source() {
-    let mut arrival = receiving(1, Guest::Ours(ID));
+    let mut arrival = receiving(1, Sender::Ours(ID));
     assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
     // Its requests did not end in time: the answer was not sent, and the source comes again.
     arrival.closed(2);
@@ -145,27 +151,27 @@ fn a_holder_that_was_unseated_is_waited_for_by_every_later_source() {
 
 #[test]
 fn a_question_alone_holds_no_seat() {
-    let mut arrival = receiving(1, Guest::Ours(ID));
+    let mut arrival = receiving(1, Sender::Ours(ID));
     arrival.closed(1);
     assert_eq!(arrival.introduced(2, &ask(OTHER), ALIVE), listening(Has::Nothing, &[]));
     assert_eq!(arrival.introduced(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
     assert!(arrival.enter(3, ALIVE).is_ok(), "the question on 2 keeps nobody out");
-    assert_eq!(arrival.enter(2, ALIVE), Err(Denied::Taken(3)));
+    assert_eq!(arrival.enter(2, ALIVE), Err(HandoverError::Taken(3)));
 }
 
 #[test]
 fn the_same_source_comes_again_and_its_earlier_connection_is_closed_for_good() {
-    let mut arrival = receiving(1, Guest::Ours(ID));
+    let mut arrival = receiving(1, Sender::Ours(ID));
     assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
-    assert_eq!(arrival.wants_to_write(1), refused(Denied::NotSeated));
-    assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
-    assert_eq!(arrival.enter(1, ALIVE), Err(Denied::Stranger));
+    assert_eq!(arrival.wants_to_write(1), refused(HandoverError::NotSeated));
+    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
+    assert_eq!(arrival.enter(1, ALIVE), Err(HandoverError::Stranger));
     arrival.closed(1);
     arrival.enter(2, ALIVE).unwrap();
-    assert_eq!(arrival.wants_to_write(2), Permission::Go);
+    assert_eq!(arrival.wants_to_write(2), WritePermission::Go);
     arrival.closed(2);
-    assert_eq!(arrival.wants_to_write(1), refused(Denied::NotSeated), "the seat stays lost");
-    assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
+    assert_eq!(arrival.wants_to_write(1), refused(HandoverError::NotSeated), "the seat stays lost");
+    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
 }
 
 #[test]
@@ -173,7 +179,7 @@ fn of_two_introductions_with_one_id_only_the_later_may_enter() {
     let mut arrival = fresh();
     arrival.introduced(1, &ask(ID), ALIVE);
     arrival.introduced(2, &ask(ID), ALIVE);
-    assert_eq!(arrival.enter(1, ALIVE), Err(Denied::Stranger));
+    assert_eq!(arrival.enter(1, ALIVE), Err(HandoverError::Stranger));
     assert!(arrival.enter(2, ALIVE).is_ok());
 }
 
@@ -188,21 +194,21 @@ fn a_source_that_introduces_itself_twice_on_one_connection_does_not_wait_for_its
 
 #[test]
 fn after_a_write_that_failed_neither_a_handover_nor_a_goodbye_makes_the_disk_ours() {
-    let mut arrival = receiving(1, Guest::Ours(ID));
+    let mut arrival = receiving(1, Sender::Ours(ID));
     arrival.write_failed();
-    assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
-    let failed = Introduction::Refuse(Denied::Failed);
+    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
+    let failed = ProbeDecision::Refuse(HandoverError::Failed);
     assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), failed);
-    let mut arrival = receiving(1, Guest::OldStyle);
+    let mut arrival = receiving(1, Sender::OldStyle);
     arrival.write_failed();
-    assert_eq!(arrival.said_goodbye(1), Ending::Nothing);
+    assert_eq!(arrival.said_goodbye(1), ArrivalEnd::Nothing);
 }
 
 #[test]
 fn a_copy_that_a_plain_writer_has_written_into_is_not_resumed() {
     let mut arrival = Arrival::new(TOKEN, Some(Some(ID)), Admits::PlainWriter);
     assert!(arrival.enter(1, ALIVE).is_ok());
-    let incoming = Permission::RecordFirst(Record::Incoming { id: None });
+    let incoming = WritePermission::RecordFirst(Record::Incoming { id: None });
     assert_eq!(arrival.wants_to_write(1), incoming);
     arrival.recorded(None, true);
     arrival.closed(1);
@@ -211,27 +217,27 @@ fn a_copy_that_a_plain_writer_has_written_into_is_not_resumed() {
 
 #[test]
 fn a_plain_writer_is_the_only_one_until_it_leaves_or_falls_silent() {
-    let mut arrival = receiving(1, Guest::Plain);
+    let mut arrival = receiving(1, Sender::Plain);
     let almost = WRITER_SILENCE.checked_sub(Duration::from_millis(1)).unwrap();
-    assert_eq!(arrival.enter(2, almost), Err(Denied::Taken(1)));
+    assert_eq!(arrival.enter(2, almost), Err(HandoverError::Taken(1)));
     assert_eq!(arrival.introduced(3, &ask(ID), almost), taken(1), "nor a source");
-    assert_eq!(arrival.may_use(2), Err(Denied::Taken(1)));
-    assert_eq!(arrival.said_goodbye(1), Ending::Nothing);
+    assert_eq!(arrival.may_use(2), Err(HandoverError::Taken(1)));
+    assert_eq!(arrival.said_goodbye(1), ArrivalEnd::Nothing);
     assert_eq!(arrival.enter(2, WRITER_SILENCE), Ok(vec![1]));
     arrival.closed(1);
     writes(&mut arrival, 2);
     arrival.closed(2);
     assert_eq!(comes(&mut arrival, 4, ID, ALIVE), [0; 0]);
-    assert_eq!(arrival.enter(5, ALIVE), Err(Denied::Taken(4)), "a source is not displaced");
+    assert_eq!(arrival.enter(5, ALIVE), Err(HandoverError::Taken(4)), "a source is not displaced");
 }
 
 #[test]
 fn a_plain_client_that_has_written_nothing_gives_way_to_a_source() {
     let mut arrival = Arrival::new(TOKEN, None, Admits::PlainWriter);
     arrival.enter(1, ALIVE).unwrap();
-    assert_eq!(arrival.enter(2, JUST_ALIVE), Err(Denied::Taken(1)));
+    assert_eq!(arrival.enter(2, JUST_ALIVE), Err(HandoverError::Taken(1)));
     assert_eq!(comes(&mut arrival, 3, ID, ALIVE), [1], "its session is ended");
-    assert_eq!(arrival.may_use(1), Err(Denied::Taken(3)));
+    assert_eq!(arrival.may_use(1), Err(HandoverError::Taken(3)));
 }
 
 #[test]
@@ -244,15 +250,15 @@ fn in_old_style_only_the_writer_uses_the_arriving_disk() {
     writes(&mut arrival, 1);
     assert_eq!(arrival.enter(3, ALIVE), Ok(vec![]), "old style cannot refuse in the greeting");
     for other in [2, 3] {
-        assert_eq!(arrival.may_use(other), Err(Denied::Taken(1)));
-        assert_eq!(arrival.wants_to_write(other), refused(Denied::Taken(1)));
-        assert_eq!(arrival.said_goodbye(other), Ending::Nothing);
+        assert_eq!(arrival.may_use(other), Err(HandoverError::Taken(1)));
+        assert_eq!(arrival.wants_to_write(other), refused(HandoverError::Taken(1)));
+        assert_eq!(arrival.said_goodbye(other), ArrivalEnd::Nothing);
     }
     arrival.closed(1);
-    assert_eq!(arrival.may_use(2), Err(Denied::NotSeated), "half a copy");
+    assert_eq!(arrival.may_use(2), Err(HandoverError::NotSeated), "half a copy");
     writes(&mut arrival, 2);
     assert_eq!(arrival.enter(3, WRITER_SILENCE), Ok(vec![2]), "a silent writer is closed");
-    assert_eq!(arrival.wants_to_write(2), refused(Denied::NotSeated));
+    assert_eq!(arrival.wants_to_write(2), refused(HandoverError::NotSeated));
     writes(&mut arrival, 3);
 }
 
@@ -267,7 +273,7 @@ fn a_restarted_old_style_destination_hides_half_a_copy() {
     for id in [None, Some(ID)] {
         let mut arrival = restarted(&Record::Incoming { id }, Admits::OldStyle);
         arrival.enter(1, ALIVE).unwrap();
-        assert_eq!(arrival.may_use(1), Err(Denied::NotSeated), "{id:?}");
+        assert_eq!(arrival.may_use(1), Err(HandoverError::NotSeated), "{id:?}");
         writes(&mut arrival, 1);
         assert_eq!(arrival.may_use(1), Ok(()), "the writer");
     }
@@ -278,12 +284,12 @@ fn a_plain_client_reads_half_a_copy_only_after_writing() {
     for id in [None, Some(ID)] {
         let mut arrival = restarted(&Record::Incoming { id }, Admits::PlainWriter);
         arrival.enter(1, ALIVE).unwrap();
-        assert_eq!(arrival.may_use(1), Err(Denied::Incomplete), "{id:?}");
+        assert_eq!(arrival.may_use(1), Err(HandoverError::Incomplete), "{id:?}");
         writes(&mut arrival, 1);
         assert_eq!(arrival.may_use(1), Ok(()), "the writer");
         arrival.closed(1);
         arrival.enter(2, ALIVE).unwrap();
-        assert_eq!(arrival.may_use(2), Err(Denied::Incomplete), "another's");
+        assert_eq!(arrival.may_use(2), Err(HandoverError::Incomplete), "another's");
     }
     let mut arrival = Arrival::new(TOKEN, None, Admits::PlainWriter);
     arrival.enter(1, ALIVE).unwrap();
@@ -298,55 +304,55 @@ fn a_restarted_destination_knows_whose_copy_it_has() {
 
 #[test]
 fn a_handover_with_the_wrong_id_or_token_or_from_elsewhere_is_refused() {
-    let mut arrival = receiving(1, Guest::Ours(ID));
+    let mut arrival = receiving(1, Sender::Ours(ID));
     let wrong_id = Handover { id: OTHER, ..HANDOVER };
     let wrong_token = Handover { token: Token([8; 16]), ..HANDOVER };
-    assert_eq!(arrival.handed_over(1, &wrong_id), Ending::Refuse);
-    assert_eq!(arrival.handed_over(1, &wrong_token), Ending::Refuse);
-    assert_eq!(arrival.handed_over(2, &HANDOVER), Ending::Refuse);
-    let ours = Record::Ours(Title::Arrived(ID));
-    assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Settle(ours));
+    assert_eq!(arrival.handed_over(1, &wrong_id), ArrivalEnd::Refuse);
+    assert_eq!(arrival.handed_over(1, &wrong_token), ArrivalEnd::Refuse);
+    assert_eq!(arrival.handed_over(2, &HANDOVER), ArrivalEnd::Refuse);
+    let ours = Record::Ours(Provenance::Arrived(ID));
+    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Settle(ours));
 }
 
 #[test]
 fn a_handover_of_a_disk_that_was_never_written_is_refused() {
     let mut arrival = fresh();
     comes(&mut arrival, 1, ID, ALIVE);
-    assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse);
+    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
 }
 
 #[test]
 fn while_the_disk_is_being_settled_no_question_is_answered() {
-    let mut arrival = receiving(1, Guest::Ours(ID));
+    let mut arrival = receiving(1, Sender::Ours(ID));
     arrival.handed_over(1, &HANDOVER);
-    let complete = Introduction::Refuse(Denied::Complete);
+    let complete = ProbeDecision::Refuse(HandoverError::Complete);
     assert_eq!(arrival.introduced(2, &ask(ID), WRITER_SILENCE), complete);
-    assert_eq!(arrival.handed_over(1, &HANDOVER), Ending::Refuse, "said twice");
+    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse, "said twice");
     arrival.closed(1);
     assert!(arrival.settled(true));
     assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), listening(Has::Arrived, &[]));
     assert_eq!(arrival.introduced(3, &ask(OTHER), ALIVE), listening(Has::Nothing, &[]));
-    assert_eq!(arrival.enter(2, ALIVE), Err(Denied::Complete));
-    assert_eq!(arrival.wants_to_write(2), refused(Denied::Complete));
+    assert_eq!(arrival.enter(2, ALIVE), Err(HandoverError::Complete));
+    assert_eq!(arrival.wants_to_write(2), refused(HandoverError::Complete));
 }
 
 #[test]
 fn a_disk_that_cannot_be_made_durable_never_arrives_and_nothing_is_said() {
-    let mut arrival = receiving(1, Guest::Ours(ID));
+    let mut arrival = receiving(1, Sender::Ours(ID));
     arrival.handed_over(1, &HANDOVER);
     assert!(!arrival.settled(false));
-    let failed = Introduction::Refuse(Denied::Failed);
+    let failed = ProbeDecision::Refuse(HandoverError::Failed);
     assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), failed);
 }
 
 #[test]
 fn goodbye_counts_from_the_old_style_peer_that_has_written_and_from_nobody_else() {
-    let received = Ending::Settle(Record::Ours(Title::Received));
-    assert_eq!(receiving(1, Guest::OldStyle).said_goodbye(1), received);
-    assert_eq!(receiving(1, Guest::OldStyle).said_goodbye(2), Ending::Nothing);
-    assert_eq!(fresh().said_goodbye(1), Ending::Nothing);
-    assert_eq!(receiving(1, Guest::Plain).said_goodbye(1), Ending::Nothing);
-    assert_eq!(receiving(1, Guest::Ours(ID)).said_goodbye(1), Ending::Nothing);
+    let received = ArrivalEnd::Settle(Record::Ours(Provenance::Received));
+    assert_eq!(receiving(1, Sender::OldStyle).said_goodbye(1), received);
+    assert_eq!(receiving(1, Sender::OldStyle).said_goodbye(2), ArrivalEnd::Nothing);
+    assert_eq!(fresh().said_goodbye(1), ArrivalEnd::Nothing);
+    assert_eq!(receiving(1, Sender::Plain).said_goodbye(1), ArrivalEnd::Nothing);
+    assert_eq!(receiving(1, Sender::Ours(ID)).said_goodbye(1), ArrivalEnd::Nothing);
 }
 
 #[test]
@@ -368,7 +374,7 @@ fn only_so_many_holders_are_remembered() {
 fn a_serving_process_knows_the_migration_its_disk_came_with_and_no_other() {
     let arrived = Answer { listening: None, has: Has::Arrived };
     let nothing = Answer { listening: None, has: Has::Nothing };
-    assert_eq!(answer_when_serving(Title::Arrived(ID), &ask(ID)), arrived);
-    assert_eq!(answer_when_serving(Title::Arrived(OTHER), &ask(ID)), nothing);
-    assert_eq!(answer_when_serving(Title::Adopted, &ask(ID)), nothing);
+    assert_eq!(answer_when_serving(Provenance::Arrived(ID), &ask(ID)), arrived);
+    assert_eq!(answer_when_serving(Provenance::Arrived(OTHER), &ask(ID)), nothing);
+    assert_eq!(answer_when_serving(Provenance::Adopted, &ask(ID)), nothing);
 }

@@ -2,9 +2,11 @@
 //! Never fails by itself: what cannot go on is thawed ([`Machine::thaw`]) or goes up to
 //! [`Machine::fail`].
 
-use super::{Flush, Gate, Link, Machine, Phase, Then, link_trouble};
-use crate::migration::freeze::{Freeze, Verdict};
-use crate::migration::job::{Action, Event, News, Note, Obstacle, Outcome, Request, Trouble, Work};
+use super::{AfterRecord, Flush, LinkState, Machine, Phase, WriteAccess, link_trouble};
+use crate::migration::freeze::{Freeze, FreezeDecision};
+use crate::migration::job::{
+    Action, DestinationRequest, Event, News, Obstacle, Outcome, RecordKind, RequestKind, Trouble,
+};
 use std::time::Duration;
 
 /// In-flight requests of clients this old are told to be what keeps the gate open.
@@ -16,27 +18,27 @@ const NOT_RECORDED: &str = "the record could not be made durable while clients w
 
 impl Machine {
     /// A look at the requests in flight, with the gate open.
-    pub(super) fn probing(&mut self, now: Duration, link: Link, event: Event) -> Action {
+    pub(super) fn probing(&mut self, now: Duration, link: LinkState, event: Event) -> Action {
         let Event::Visits { turned } = event else {
             return self.fail(now, Trouble::Confused("requests in flight were not looked at"));
         };
         match self.probe.looked(now, turned) {
-            Verdict::Close(within) => {
+            FreezeDecision::Close(within) => {
                 self.undo.gate = true;
                 self.freeze = Some(Freeze::new(now));
                 self.enter(Phase::Closing(link), Action::CloseGate { within })
             }
-            Verdict::Wait(age) => {
+            FreezeDecision::Wait(age) => {
                 if age >= REQUEST_TOLD {
                     let why = "requests that clients have in flight take longer than a second";
                     self.obstructed(now, Obstacle::Requests(why.to_owned()));
                 }
-                self.copy(now, link, Gate::Open)
+                self.copy(now, link, WriteAccess::Open)
             }
         }
     }
 
-    pub(super) fn closing(&mut self, now: Duration, link: Link, event: Event) -> Action {
+    pub(super) fn closing(&mut self, now: Duration, link: LinkState, event: Event) -> Action {
         match event {
             Event::Done => {
                 self.news.push_back(News::GateClosed);
@@ -45,13 +47,13 @@ impl Machine {
                 if let Some(freeze) = &mut self.freeze {
                     freeze.drained(now);
                 }
-                self.copy(now, link, Gate::Closed)
+                self.copy(now, link, WriteAccess::Closed)
             }
             Event::Failed(why) => {
                 self.undo.gate = false;
                 self.closed_in_vain(now);
                 self.obstructed(now, Obstacle::Requests(why));
-                self.copy(now, link, Gate::Open)
+                self.copy(now, link, WriteAccess::Open)
             }
             _ => self.fail(now, Trouble::Confused("the gate closed strangely")),
         }
@@ -82,7 +84,7 @@ impl Machine {
 
     /// The last dirty block is acknowledged. A destination of ours makes everything durable as part
     /// of the handover; any other is asked to.
-    pub(super) fn copied_all(&mut self, now: Duration, mut link: Link) -> Action {
+    pub(super) fn copied_all(&mut self, now: Duration, mut link: LinkState) -> Action {
         self.last_step();
         if !link.peer.flush || link.peer.token().is_some() {
             return self.flushed(now, link);
@@ -90,11 +92,11 @@ impl Machine {
         let cookie = self.next_cookie();
         link.heard = now;
         link.flush = Flush::Asked { cookie, at: now };
-        let flush = Request { cookie, work: Work::Flush };
+        let flush = DestinationRequest { cookie, work: RequestKind::Flush };
         self.enter(Phase::Flushing(link), Action::Send(flush))
     }
 
-    pub(super) fn flushing(&mut self, now: Duration, mut link: Link, event: Event) -> Action {
+    pub(super) fn flushing(&mut self, now: Duration, mut link: LinkState, event: Event) -> Action {
         let Flush::Asked { cookie, at } = link.flush else {
             return self.fail(now, Trouble::Confused("no flush is outstanding"));
         };
@@ -115,26 +117,28 @@ impl Machine {
     }
 
     /// The destination has every byte. Say so in the record before saying it to anybody.
-    fn flushed(&mut self, now: Duration, link: Link) -> Action {
+    fn flushed(&mut self, now: Duration, link: LinkState) -> Action {
         if self.unlinked {
             return self.listen_once_more(now, link);
         }
         (self.undo.record, self.owed) = (true, None);
-        self.enter(Phase::Recording(link), Action::Record(Note::Departing))
+        self.enter(Phase::Recording(link), Action::Record(RecordKind::Departing))
     }
 
-    pub(super) fn recording(&mut self, now: Duration, link: Link, event: Event) -> Action {
+    pub(super) fn recording(&mut self, now: Duration, link: LinkState, event: Event) -> Action {
         match event {
             Event::Done if self.is_overdue(now) => self.thaw(now, link, NOT_RECORDED),
             Event::Done => self.enter(Phase::Sealing(link), Action::Seal),
             // That is no trouble with the link, and to copy again would not make it better.
-            Event::Failed(why) => self.undo(now, Then::End(Outcome::Failed(Trouble::Record(why)))),
+            Event::Failed(why) => {
+                self.undo(now, AfterRecord::End(Outcome::Failed(Trouble::Record(why))))
+            }
             _ => self.fail(now, Trouble::Confused("the record was written strangely")),
         }
     }
 
     /// If no client has been let in since the gate was closed, none is from now on.
-    pub(super) fn sealing(&mut self, now: Duration, link: Link, event: Event) -> Action {
+    pub(super) fn sealing(&mut self, now: Duration, link: LinkState, event: Event) -> Action {
         match event {
             Event::Done => {
                 if let Some(freeze) = &mut self.freeze {
@@ -148,19 +152,19 @@ impl Machine {
     }
 
     /// Lets clients go on, and the copy with them; the connection is as good as it was.
-    fn thaw(&mut self, now: Duration, link: Link, why: &'static str) -> Action {
+    fn thaw(&mut self, now: Duration, link: LinkState, why: &'static str) -> Action {
         self.obstructed(now, Obstacle::LastCopy(why));
-        self.undoing(now, Then::GoOn(link), Event::Done)
+        self.undoing(now, AfterRecord::GoOn(link), Event::Done)
     }
 
     /// What is left, while clients wait: not for longer than they may.
-    pub(super) fn copy_the_rest(&mut self, now: Duration, link: Link) -> Action {
+    pub(super) fn copy_the_rest(&mut self, now: Duration, link: LinkState) -> Action {
         if self.is_overdue(now) {
             self.thaw(now, link, NOT_SENT)
         } else if self.plan.is_done() {
             self.copied_all(now, link)
         } else {
-            self.proceed(now, link, Gate::Closed)
+            self.proceed(now, link, WriteAccess::Closed)
         }
     }
 

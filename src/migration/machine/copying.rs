@@ -1,9 +1,11 @@
 //! How the machine copies: one request after the other, until what is left fits the pause.
 //! Never fails by itself: every trouble goes up to [`Machine::fail`].
 
-use super::{Flush, Gate, Link, Machine, Phase, Then, link_trouble};
-use crate::migration::job::{Action, Event, News, Obstacle, Request, Trouble, Work};
-use crate::migration::plan::{Flight, Next};
+use super::{AfterRecord, Flush, LinkState, Machine, Phase, WriteAccess, link_trouble};
+use crate::migration::job::{
+    Action, DestinationRequest, Event, News, Obstacle, RequestKind, Trouble,
+};
+use crate::migration::plan::{AcknowledgedRequest, NextCopy};
 use crate::range::Range;
 use std::time::Duration;
 
@@ -28,9 +30,9 @@ impl Machine {
     pub(super) fn copying(
         &mut self,
         now: Duration,
-        mut link: Link,
+        mut link: LinkState,
         event: Event,
-        gate: Gate,
+        gate: WriteAccess,
     ) -> Action {
         match self.copied(now, &mut link, event) {
             Ok(()) => self.copy(now, link, gate),
@@ -39,7 +41,7 @@ impl Machine {
     }
 
     /// Takes notice of what happened while copying.
-    fn copied(&mut self, now: Duration, link: &mut Link, event: Event) -> Result<(), Trouble> {
+    fn copied(&mut self, now: Duration, link: &mut LinkState, event: Event) -> Result<(), Trouble> {
         match event {
             Event::Looked { range, content } => self.plan.looked(range, content),
             Event::Taken { run, left } => self.taken(now, run, left),
@@ -75,7 +77,7 @@ impl Machine {
     }
 
     /// Nothing came until now: is that too long?
-    fn check_progress(&mut self, now: Duration, link: &Link) -> Result<(), Trouble> {
+    fn check_progress(&mut self, now: Duration, link: &LinkState) -> Result<(), Trouble> {
         let awaiting = self.plan.in_flight() || matches!(link.flush, Flush::Asked { .. });
         if matches!(link.flush, Flush::Asked { at, .. } if now >= at + FLUSH_TOLD) {
             self.obstructed(now, Obstacle::Flush);
@@ -87,7 +89,7 @@ impl Machine {
     fn replied(
         &mut self,
         now: Duration,
-        link: &mut Link,
+        link: &mut LinkState,
         cookie: u64,
         error: Option<u32>,
     ) -> Result<(), Trouble> {
@@ -110,7 +112,7 @@ impl Machine {
         Ok(())
     }
 
-    fn flush_answered(&mut self, link: &mut Link, now: Duration, took: Duration) {
+    fn flush_answered(&mut self, link: &mut LinkState, now: Duration, took: Duration) {
         link.flush = Flush::Done { at: now, took };
         link.slow_flushes = if took > FLUSH_QUICK { link.slow_flushes + 1 } else { 0 };
         if self.obstacle == Some(Obstacle::Flush) {
@@ -120,26 +122,28 @@ impl Machine {
     }
 
     /// The next thing to do while copying.
-    pub(super) fn copy(&mut self, now: Duration, link: Link, gate: Gate) -> Action {
+    pub(super) fn copy(&mut self, now: Duration, link: LinkState, gate: WriteAccess) -> Action {
         match gate {
-            Gate::Open if self.held != self.chase.delay() => self.hold_writers(link),
-            Gate::Open if self.owes_now(now) => self.undoing(now, Then::GoOn(link), Event::Done),
-            Gate::Open if self.has_caught_up(now) => self.caught_up(now, link),
-            Gate::Open => self.proceed(now, link, gate),
-            Gate::Closed => self.copy_the_rest(now, link),
+            WriteAccess::Open if self.held != self.chase.delay() => self.hold_writers(link),
+            WriteAccess::Open if self.owes_now(now) => {
+                self.undoing(now, AfterRecord::GoOn(link), Event::Done)
+            }
+            WriteAccess::Open if self.has_caught_up(now) => self.caught_up(now, link),
+            WriteAccess::Open => self.proceed(now, link, gate),
+            WriteAccess::Closed => self.copy_the_rest(now, link),
         }
     }
 
-    pub(super) fn proceed(&mut self, now: Duration, link: Link, gate: Gate) -> Action {
-        let chunk = if gate == Gate::Open { self.speed.chunk() } else { u64::MAX };
+    pub(super) fn proceed(&mut self, now: Duration, link: LinkState, gate: WriteAccess) -> Action {
+        let chunk = if gate == WriteAccess::Open { self.speed.chunk() } else { u64::MAX };
         match self.plan.next(chunk) {
-            Next::Look(range) => self.stay(link, gate, Action::Look(range)),
-            Next::Take { from, longest } => {
+            NextCopy::Look(range) => self.stay(link, gate, Action::Look(range)),
+            NextCopy::Take { from, longest } => {
                 self.stay(link, gate, Action::TakeDirty { from, longest })
             }
-            Next::Write(range) => self.send(now, link, gate, Work::Write(range)),
-            Next::Zero(range) => self.send(now, link, gate, Work::Zero(range)),
-            Next::Idle => {
+            NextCopy::Write(range) => self.send(now, link, gate, RequestKind::Write(range)),
+            NextCopy::Zero(range) => self.send(now, link, gate, RequestKind::Zero(range)),
+            NextCopy::Idle => {
                 let until = self.idle_until(now, &link);
                 self.stay(link, gate, Action::Wait { until })
             }
@@ -147,7 +151,7 @@ impl Machine {
     }
 
     /// How long there can be nothing to do.
-    fn idle_until(&self, now: Duration, link: &Link) -> Duration {
+    fn idle_until(&self, now: Duration, link: &LinkState) -> Duration {
         let flushing = matches!(link.flush, Flush::Asked { .. });
         let awaiting = flushing || self.plan.in_flight();
         let since = if awaiting { link.heard } else { now };
@@ -164,20 +168,26 @@ impl Machine {
         if piles_up { until.min(now + self.job.pause) } else { until }
     }
 
-    fn stay(&mut self, link: Link, gate: Gate, action: Action) -> Action {
+    fn stay(&mut self, link: LinkState, gate: WriteAccess, action: Action) -> Action {
         match gate {
-            Gate::Open => self.enter(Phase::Copying(link), action),
-            Gate::Closed => self.enter(Phase::Last(link), action),
+            WriteAccess::Open => self.enter(Phase::Copying(link), action),
+            WriteAccess::Closed => self.enter(Phase::Last(link), action),
         }
     }
 
     /// Sends a part of the copy, once the speed limit allows it.
-    fn send(&mut self, now: Duration, mut link: Link, gate: Gate, work: Work) -> Action {
-        let (Work::Write(range) | Work::Zero(range)) = work else {
+    fn send(
+        &mut self,
+        now: Duration,
+        mut link: LinkState,
+        gate: WriteAccess,
+        work: RequestKind,
+    ) -> Action {
+        let (RequestKind::Write(range) | RequestKind::Zero(range)) = work else {
             return self.fail(now, Trouble::Confused("only parts of the disk are copied"));
         };
         let bytes = HEADER + work.payload();
-        let ready = if gate == Gate::Open { self.speed.ready_at(now, bytes) } else { now };
+        let ready = if gate == WriteAccess::Open { self.speed.ready_at(now, bytes) } else { now };
         if ready > now {
             let until = ready.min(link.heard.max(now) + self.job.patience);
             return self.stay(link, gate, Action::Wait { until });
@@ -188,8 +198,8 @@ impl Machine {
         let cookie = self.next_cookie();
         self.speed.sent(now, bytes);
         self.meter.sent(now);
-        self.plan.sent(cookie, Flight { range, payload: work.payload() });
-        self.stay(link, gate, Action::Send(Request { cookie, work }))
+        self.plan.sent(cookie, AcknowledgedRequest { range, payload: work.payload() });
+        self.stay(link, gate, Action::Send(DestinationRequest { cookie, work }))
     }
 
     pub(super) fn next_cookie(&mut self) -> u64 {
@@ -197,7 +207,7 @@ impl Machine {
         self.cookie
     }
 
-    fn hold_writers(&mut self, link: Link) -> Action {
+    fn hold_writers(&mut self, link: LinkState) -> Action {
         self.held = self.chase.delay();
         self.undo.hold = true;
         self.news.push_back(News::HeldBack(self.held));
@@ -212,14 +222,14 @@ impl Machine {
 
     /// What is left fits the pause: once the destination has flushed the bulk, and in-flight
     /// requests are short, close the gate.
-    fn caught_up(&mut self, now: Duration, mut link: Link) -> Action {
+    fn caught_up(&mut self, now: Duration, mut link: LinkState) -> Action {
         let may_be_slow = link.slow_flushes >= SLOW_FLUSHES_MAX;
         // Under a low speed limit what is left is known only now and then.
         let fresh = FLUSH_FRESH.max(self.speed.spacing() * 4);
         let is_ready = |at, took| now < at + fresh && (took <= FLUSH_QUICK || may_be_slow);
         match link.flush {
             _ if !link.peer.flush => self.look_at_requests(now, link),
-            Flush::Asked { .. } => self.proceed(now, link, Gate::Open),
+            Flush::Asked { .. } => self.proceed(now, link, WriteAccess::Open),
             Flush::Done { at, took } if is_ready(at, took) => self.look_at_requests(now, link),
             Flush::Never | Flush::Done { .. } => {
                 let cookie = self.next_cookie();
@@ -227,17 +237,17 @@ impl Machine {
                 if !self.plan.in_flight() {
                     link.heard = now;
                 }
-                let flush = Request { cookie, work: Work::Flush };
+                let flush = DestinationRequest { cookie, work: RequestKind::Flush };
                 self.enter(Phase::Copying(link), Action::Send(flush))
             }
         }
     }
 
-    fn look_at_requests(&mut self, now: Duration, link: Link) -> Action {
+    fn look_at_requests(&mut self, now: Duration, link: LinkState) -> Action {
         let is_silent = self.plan.in_flight() && now >= link.heard + SILENT;
         // Until then the destination flushes now and then, which also tells it that we are there.
         if is_silent || now < self.probe.due() || now < self.backoff.from() {
-            return self.proceed(now, link, Gate::Open);
+            return self.proceed(now, link, WriteAccess::Open);
         }
         self.enter(Phase::Probing(link), Action::Probe)
     }

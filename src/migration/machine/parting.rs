@@ -1,10 +1,13 @@
 //! Parting: from the sealed gate on. Either a destination that cannot acknowledge is said goodbye
 //! to, or the handover is sent and its acknowledgement waited for, or asked for.
 
-use super::{Doubt, Farewell, Leaving, Link, Machine, Parting, Phase, RETRY_EVERY, link_trouble};
+use super::{
+    Doubt, Leaving, LegacyHandover, LinkState, Machine, Parting, Phase, RETRY_EVERY, link_trouble,
+};
 use crate::migration::freeze::FREEZE_MAX;
 use crate::migration::job::{
-    Action, Event, Fate, News, Note, Obstacle, Outcome, Peer, Request, Trouble, Work, fate,
+    Action, DestinationInfo, DestinationRequest, Event, HandoverVerdict, News, Obstacle, Outcome,
+    RecordKind, RequestKind, Trouble, fate,
 };
 use crate::migration::wire::{Handover, Has, Token};
 use std::time::Duration;
@@ -15,51 +18,51 @@ pub const ASK_AFTER: Duration = Duration::from_secs(2);
 impl Machine {
     /// What is sent to a destination that has hung up would reach nobody: to one that cannot
     /// acknowledge nobody would say so, and with any other we would be in doubt for nothing.
-    pub(super) fn listen_once_more(&mut self, now: Duration, link: Link) -> Action {
-        self.enter(Phase::Farewell(link, Farewell::Listening), Action::Wait { until: now })
+    pub(super) fn listen_once_more(&mut self, now: Duration, link: LinkState) -> Action {
+        self.enter(Phase::Farewell(link, LegacyHandover::Listening), Action::Wait { until: now })
     }
 
-    fn say_farewell(&mut self, link: Link) -> Action {
+    fn say_farewell(&mut self, link: LinkState) -> Action {
         let cookie = self.next_cookie();
-        let goodbye = Request { cookie, work: Work::Disconnect };
-        self.enter(Phase::Farewell(link, Farewell::Disconnecting), Action::Send(goodbye))
+        let goodbye = DestinationRequest { cookie, work: RequestKind::Disconnect };
+        self.enter(Phase::Farewell(link, LegacyHandover::Disconnecting), Action::Send(goodbye))
     }
 
     pub(super) fn farewell(
         &mut self,
         now: Duration,
-        link: Link,
-        step: Farewell,
+        link: LinkState,
+        step: LegacyHandover,
         event: Event,
     ) -> Action {
         match (step, event, link.peer.token()) {
-            (Farewell::Listening, Event::Tick, Some(token)) => self.hand_over(now, token),
-            (Farewell::Listening, Event::Tick, None) if self.job.unlink && !self.unlinked => {
-                self.enter(Phase::Farewell(link, Farewell::Unlinking), Action::Unlink)
+            (LegacyHandover::Listening, Event::Tick, Some(token)) => self.hand_over(now, token),
+            (LegacyHandover::Listening, Event::Tick, None) if self.job.unlink && !self.unlinked => {
+                self.enter(Phase::Farewell(link, LegacyHandover::Unlinking), Action::Unlink)
             }
-            (Farewell::Listening, Event::Tick, None) => self.say_farewell(link),
-            (Farewell::Listening, event, _) => self.fail(now, link_trouble(event)),
-            (Farewell::Unlinking, Event::Done, _) => {
+            (LegacyHandover::Listening, Event::Tick, None) => self.say_farewell(link),
+            (LegacyHandover::Listening, event, _) => self.fail(now, link_trouble(event)),
+            (LegacyHandover::Unlinking, Event::Done, _) => {
                 (self.unlinked, self.undo.record) = (true, false);
                 self.say_farewell(link)
             }
-            (Farewell::Unlinking, event, _) => {
+            (LegacyHandover::Unlinking, event, _) => {
                 self.note_failure(event);
                 self.say_farewell(link)
             }
-            (Farewell::Disconnecting, Event::Done, _) => {
+            (LegacyHandover::Disconnecting, Event::Done, _) => {
                 self.leave(Outcome::Arrived { acknowledged: false })
             }
-            (Farewell::Disconnecting, event, _) => self.fail(now, link_trouble(event)),
+            (LegacyHandover::Disconnecting, event, _) => self.fail(now, link_trouble(event)),
         }
     }
 
     fn hand_over(&mut self, now: Duration, token: Token) -> Action {
         let cookie = self.next_cookie();
-        let work = Work::Handover(Handover { id: self.job.id, token });
+        let work = RequestKind::Handover(Handover { id: self.job.id, token });
         let ask_at = now + ASK_AFTER.min(self.job.patience);
         let parting = Phase::Parting(Parting { token, cookie, ask_at });
-        self.enter(parting, Action::Send(Request { cookie, work }))
+        self.enter(parting, Action::Send(DestinationRequest { cookie, work }))
     }
 
     pub(super) fn parting(&mut self, now: Duration, parting: Parting, event: Event) -> Action {
@@ -108,9 +111,9 @@ impl Machine {
                 self.leave(Outcome::Arrived { acknowledged: true })
             }
             Event::Greeted(peer) => match fate(peer.answer.as_ref(), Some(token)) {
-                Fate::Arrived => self.leave(Outcome::Arrived { acknowledged: true }),
-                Fate::NotArrived => self.not_arrived(now, token, peer),
-                Fate::Unknown => self.enter(Phase::Doubt(alone), Action::HangUp),
+                HandoverVerdict::Arrived => self.leave(Outcome::Arrived { acknowledged: true }),
+                HandoverVerdict::NotArrived => self.not_arrived(now, token, peer),
+                HandoverVerdict::Unknown => self.enter(Phase::Doubt(alone), Action::HangUp),
             },
             Event::Reply { .. } | Event::Lost(_) => {
                 let doubt = Doubt { awaited: None, ..doubt };
@@ -126,7 +129,7 @@ impl Machine {
 
     /// What was sent so far cannot make the disk arrive. Does that process have the whole copy? If
     /// so it is handed over again, unless clients have waited for too long.
-    fn not_arrived(&mut self, now: Duration, token: Token, peer: Peer) -> Action {
+    fn not_arrived(&mut self, now: Duration, token: Token, peer: DestinationInfo) -> Action {
         let complete = peer.answer.is_some_and(|answer| answer.has == Has::Incomplete);
         let in_time = self.freeze.is_none_or(|freeze| freeze.lasts(now) < FREEZE_MAX);
         let fits = complete && peer.token() == Some(token) && peer.unfit(&self.job).is_none();
@@ -164,7 +167,7 @@ impl Machine {
             Leaving::Retiring if self.job.unlink => (Leaving::Unlinking, Action::Unlink),
             Leaving::Unlinking if !failed => (Leaving::Disconnecting, goodbye),
             Leaving::Retiring | Leaving::Unlinking => {
-                (Leaving::Recording, Action::Record(Note::Departed))
+                (Leaving::Recording, Action::Record(RecordKind::Departed))
             }
             Leaving::Recording => (Leaving::Disconnecting, goodbye),
             Leaving::Disconnecting => return self.end(outcome),

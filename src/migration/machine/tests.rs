@@ -4,8 +4,10 @@ mod closing;
 mod doubt;
 
 use super::*;
-use crate::disk::ownership::{Id, Place, Title};
-use crate::migration::job::{Event, Fate, Note, Request, Work, fate};
+use crate::disk::ownership::{Id, Provenance, RemoteAddress};
+use crate::migration::job::{
+    DestinationRequest, Event, HandoverVerdict, RecordKind, RequestKind, fate,
+};
 use crate::migration::plan::Content;
 use crate::migration::wire::{Answer, Handover};
 use crate::range::Range;
@@ -18,17 +20,17 @@ const TOKEN: Token = Token([1; 16]);
 const OTHER: Token = Token([2; 16]);
 const MS: Duration = Duration::from_millis(1);
 
-fn ours(token: Token, has: Has) -> Peer {
-    Peer { answer: Some(Answer { listening: Some(token), has }), ..plain() }
+fn ours(token: Token, has: Has) -> DestinationInfo {
+    DestinationInfo { answer: Some(Answer { listening: Some(token), has }), ..plain() }
 }
 
-fn plain() -> Peer {
+fn plain() -> DestinationInfo {
     let caps = Caps { zeroes: true, block_min: 512, data_max: 32 << 20 };
-    Peer { size: SIZE, read_only: false, flush: true, caps, answer: None }
+    DestinationInfo { size: SIZE, read_only: false, flush: true, caps, answer: None }
 }
 
 fn job() -> Job {
-    Job::new(ID, SIZE, Place::new("host 4779").unwrap(), Title::Adopted)
+    Job::new(ID, SIZE, RemoteAddress::new("host 4779").unwrap(), Provenance::Adopted)
 }
 
 /// Answers every action with success, until a test takes over.
@@ -39,13 +41,13 @@ struct Rig {
     log: Vec<Action>,
     /// Requests without a reply.
     pending: VecDeque<u64>,
-    peer: Peer,
+    peer: DestinationInfo,
     /// Marks to be found, run by run.
     marks: VecDeque<Range>,
 }
 
 impl Rig {
-    fn new(job: Job, peer: Peer) -> Self {
+    fn new(job: Job, peer: DestinationInfo) -> Self {
         let now = Duration::from_secs(1);
         let mut machine = Machine::new(job, now).unwrap();
         let action = machine.step(now, Event::Begin);
@@ -71,7 +73,7 @@ impl Rig {
                 Event::Taken { run, left: self.marks.iter().map(Range::length).sum() }
             }
             Action::Send(request) => {
-                if request.work != Work::Disconnect {
+                if request.work != RequestKind::Disconnect {
                     self.pending.push_back(request.cookie);
                 }
                 Event::Done
@@ -121,9 +123,14 @@ impl Rig {
             Action::Look(_) | Action::TakeDirty { .. } | Action::Wait { .. } => None,
             Action::Probe => None,
             Action::CloseGate { .. } => Some("CloseGate".to_owned()),
-            Action::Send(Request { work: Work::Write(_) | Work::Zero(_), .. }) => None,
-            Action::Send(Request { work: Work::Handover(_), .. }) => Some("Handover".to_owned()),
-            Action::Send(Request { work, .. }) => Some(format!("{work:?}")),
+            Action::Send(DestinationRequest {
+                work: RequestKind::Write(_) | RequestKind::Zero(_),
+                ..
+            }) => None,
+            Action::Send(DestinationRequest { work: RequestKind::Handover(_), .. }) => {
+                Some("Handover".to_owned())
+            }
+            Action::Send(DestinationRequest { work, .. }) => Some(format!("{work:?}")),
             Action::Connect(_) => Some("Connect".to_owned()),
             Action::End(_) => Some("End".to_owned()),
             other => Some(format!("{other:?}")),
@@ -141,7 +148,7 @@ impl Rig {
 }
 
 fn is_handover(action: &Action) -> bool {
-    matches!(action, Action::Send(Request { work: Work::Handover(_), .. }))
+    matches!(action, Action::Send(DestinationRequest { work: RequestKind::Handover(_), .. }))
 }
 
 fn is_closing(action: &Action) -> bool {
@@ -153,7 +160,7 @@ fn is_wait(action: &Action) -> bool {
 }
 
 fn is_write(action: &Action) -> bool {
-    matches!(action, Action::Send(Request { work: Work::Write(_), .. }))
+    matches!(action, Action::Send(DestinationRequest { work: RequestKind::Write(_), .. }))
 }
 
 fn lost() -> Event {
@@ -195,7 +202,7 @@ fn the_image_is_deleted_after_the_acknowledgement() {
 fn an_image_that_cannot_be_deleted_is_recorded_as_departed() {
     let mut rig = Rig::new(Job { unlink: true, ..job() }, ours(TOKEN, Has::Nothing));
     rig.until(|action| *action == Action::Unlink);
-    assert_eq!(rig.give(Event::Failed("busy".to_owned())), &Action::Record(Note::Departed));
+    assert_eq!(rig.give(Event::Failed("busy".to_owned())), &Action::Record(RecordKind::Departed));
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
     assert!(rig.news().contains(&News::RecordFailed("busy".to_owned())));
 }
@@ -222,12 +229,18 @@ fn a_destination_that_does_not_fit_is_told_apart_and_left_alone() {
     let odd_block = Caps { block_min: 3, ..plain().caps };
     let serving = Answer { listening: None, has: Has::Nothing };
     let unfit = [
-        (Peer { size: SIZE - 512, ..plain() }, Trouble::Size { local: SIZE, remote: SIZE - 512 }),
-        (Peer { size: SIZE + 512, ..plain() }, Trouble::Size { local: SIZE, remote: SIZE + 512 }),
-        (Peer { read_only: true, ..plain() }, Trouble::ReadOnly),
-        (Peer { answer: Some(serving), ..plain() }, Trouble::Serving),
-        (Peer { caps: block, ..plain() }, Trouble::BlockSize(1 << 17)),
-        (Peer { caps: odd_block, ..plain() }, Trouble::BlockSize(3)),
+        (
+            DestinationInfo { size: SIZE - 512, ..plain() },
+            Trouble::Size { local: SIZE, remote: SIZE - 512 },
+        ),
+        (
+            DestinationInfo { size: SIZE + 512, ..plain() },
+            Trouble::Size { local: SIZE, remote: SIZE + 512 },
+        ),
+        (DestinationInfo { read_only: true, ..plain() }, Trouble::ReadOnly),
+        (DestinationInfo { answer: Some(serving), ..plain() }, Trouble::Serving),
+        (DestinationInfo { caps: block, ..plain() }, Trouble::BlockSize(1 << 17)),
+        (DestinationInfo { caps: odd_block, ..plain() }, Trouble::BlockSize(3)),
     ];
     for (peer, trouble) in unfit {
         let mut rig = Rig::new(job(), peer);
@@ -392,8 +405,10 @@ fn another_process_is_sent_everything_under_another_name() {
     rig.give(lost());
     rig.peer = ours(OTHER, Has::Incomplete);
     rig.until(is_handover);
-    let Action::Send(Request { work, .. }) = rig.action else { panic!("{:?}", rig.action) };
-    assert_eq!(work, Work::Handover(Handover { id: ID.next(), token: OTHER }));
+    let Action::Send(DestinationRequest { work, .. }) = rig.action else {
+        panic!("{:?}", rig.action)
+    };
+    assert_eq!(work, RequestKind::Handover(Handover { id: ID.next(), token: OTHER }));
     assert_eq!(rig.machine.job().id, ID.next());
     assert_eq!(rig.machine.progress(rig.now).id, ID.next());
     assert!(rig.news().contains(&News::Restarted));
@@ -403,16 +418,16 @@ fn another_process_is_sent_everything_under_another_name() {
 fn only_who_knows_the_migration_can_say_no() {
     let answer = |listening, has| Some(Answer { listening, has });
     let restarted = |answer: Option<Answer>| fate(answer.as_ref(), None);
-    assert_eq!(restarted(None), Fate::Unknown);
-    assert_eq!(restarted(answer(Some(TOKEN), Has::Nothing)), Fate::Unknown);
-    assert_eq!(restarted(answer(Some(TOKEN), Has::Incomplete)), Fate::NotArrived);
-    assert_eq!(restarted(answer(None, Has::Incomplete)), Fate::Unknown);
-    assert_eq!(restarted(answer(None, Has::Nothing)), Fate::Unknown);
-    assert_eq!(restarted(answer(None, Has::Arrived)), Fate::Arrived);
-    assert_eq!(restarted(answer(Some(TOKEN), Has::Arrived)), Fate::Arrived);
+    assert_eq!(restarted(None), HandoverVerdict::Unknown);
+    assert_eq!(restarted(answer(Some(TOKEN), Has::Nothing)), HandoverVerdict::Unknown);
+    assert_eq!(restarted(answer(Some(TOKEN), Has::Incomplete)), HandoverVerdict::NotArrived);
+    assert_eq!(restarted(answer(None, Has::Incomplete)), HandoverVerdict::Unknown);
+    assert_eq!(restarted(answer(None, Has::Nothing)), HandoverVerdict::Unknown);
+    assert_eq!(restarted(answer(None, Has::Arrived)), HandoverVerdict::Arrived);
+    assert_eq!(restarted(answer(Some(TOKEN), Has::Arrived)), HandoverVerdict::Arrived);
     let same = answer(Some(TOKEN), Has::Nothing);
-    assert_eq!(fate(same.as_ref(), Some(TOKEN)), Fate::NotArrived);
-    assert_eq!(fate(same.as_ref(), Some(OTHER)), Fate::Unknown);
+    assert_eq!(fate(same.as_ref(), Some(TOKEN)), HandoverVerdict::NotArrived);
+    assert_eq!(fate(same.as_ref(), Some(OTHER)), HandoverVerdict::Unknown);
 }
 
 #[test]
@@ -435,7 +450,8 @@ fn a_destination_that_cannot_acknowledge_gets_a_disc_after_the_departing_record(
 
 #[test]
 fn to_a_destination_that_cannot_acknowledge_the_image_is_deleted_just_before_the_disc() {
-    let mut rig = Rig::new(Job { unlink: true, ..job() }, Peer { flush: false, ..plain() });
+    let mut rig =
+        Rig::new(Job { unlink: true, ..job() }, DestinationInfo { flush: false, ..plain() });
     rig.until_end();
     let tail = [
         "CloseGate",
@@ -453,10 +469,12 @@ fn to_a_destination_that_cannot_acknowledge_the_image_is_deleted_just_before_the
 #[test]
 fn a_disc_that_did_not_go_out_is_taken_back() {
     let mut rig = Rig::new(job(), plain());
-    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Disconnect, .. })));
+    rig.until(|action| {
+        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Disconnect, .. }))
+    });
     assert_eq!(rig.give(lost()), &Action::HangUp);
     assert_eq!(rig.give(Event::Done), &Action::OpenGate);
-    assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+    assert_eq!(rig.give(Event::Done), &Action::Record(RecordKind::Before));
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
 }
 
@@ -468,7 +486,7 @@ fn a_destination_that_has_hung_up_before_the_disc_has_not_got_the_disk() {
         assert!(matches!(rig.give(Event::Done), Action::Wait { .. }), "unlink: {unlink}");
         assert_eq!(rig.give(lost()), &Action::HangUp);
         assert_eq!(rig.give(Event::Done), &Action::OpenGate);
-        assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+        assert_eq!(rig.give(Event::Done), &Action::Record(RecordKind::Before));
         assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
     }
 }
@@ -476,10 +494,12 @@ fn a_destination_that_has_hung_up_before_the_disc_has_not_got_the_disk() {
 #[test]
 fn once_the_image_is_deleted_the_gate_stays_closed_and_the_copy_is_made_again() {
     let mut rig = Rig::new(Job { unlink: true, ..job() }, plain());
-    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Disconnect, .. })));
+    rig.until(|action| {
+        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Disconnect, .. }))
+    });
     let before = rig.written();
     rig.give(lost());
-    assert_eq!(rig.machine.order(Order::Break), Err(TooLate));
+    assert_eq!(rig.machine.order(OperatorRequest::Break), Err(TooLate));
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
     assert!(!rig.log.contains(&Action::OpenGate));
     assert_eq!(rig.written(), 2 * before);
@@ -497,12 +517,14 @@ fn a_break_before_the_handover_ends_it_and_clients_keep_the_disk() {
             let event = rig.success();
             rig.give(event);
         }
-        assert_eq!(rig.machine.order(Order::Break), Ok(()), "after {stop} steps");
+        assert_eq!(rig.machine.order(OperatorRequest::Break), Ok(()), "after {stop} steps");
         assert_eq!(rig.until_end(), Outcome::Broken, "after {stop} steps");
         let last = |wanted: Action| rig.log.iter().rposition(|action| *action == wanted);
         let closed = rig.log.iter().rposition(is_closing);
         assert!(closed <= last(Action::OpenGate), "after {stop} steps");
-        assert!(last(Action::Record(Note::Departing)) <= last(Action::Record(Note::Before)));
+        assert!(
+            last(Action::Record(RecordKind::Departing)) <= last(Action::Record(RecordKind::Before))
+        );
         assert!(!rig.log.iter().any(is_handover));
     }
 }
@@ -513,7 +535,7 @@ fn a_break_while_waiting_for_the_next_attempt_ends_it() {
     rig.until(is_write).give(lost());
     rig.give(Event::Done);
     assert!(matches!(rig.action, Action::Wait { .. }));
-    rig.machine.order(Order::Break).unwrap();
+    rig.machine.order(OperatorRequest::Break).unwrap();
     assert_eq!(rig.give(Event::Tick), &Action::End(Outcome::Broken));
 }
 
@@ -522,7 +544,12 @@ fn a_break_after_the_handover_is_too_late_at_every_step() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(is_handover);
     while !matches!(rig.action, Action::End(_)) {
-        assert_eq!(rig.machine.order(Order::Break), Err(TooLate), "during {:?}", rig.action);
+        assert_eq!(
+            rig.machine.order(OperatorRequest::Break),
+            Err(TooLate),
+            "during {:?}",
+            rig.action
+        );
         let event = rig.success();
         rig.give(event);
     }
@@ -537,7 +564,7 @@ fn a_speed_limit_holds_the_copy_back_until_it_is_lifted() {
     rig.until(is_wait);
     let Action::Wait { until } = rig.action else { panic!("{:?}", rig.action) };
     assert!(until < rig.now + Duration::from_secs(1), "it waits for its turn, not for a reply");
-    rig.machine.order(Order::Speed(None)).unwrap();
+    rig.machine.order(OperatorRequest::Speed(None)).unwrap();
     rig.give(Event::Tick);
     assert!(is_write(&rig.action), "{:?}", rig.action);
     assert_eq!(rig.machine.progress(rig.now).speed_limit, None);
@@ -576,7 +603,9 @@ fn writers_that_are_too_fast_are_held_back_and_let_go_in_the_end() {
 #[test]
 fn a_long_flush_does_not_let_the_marks_pile_up() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
-    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Flush, .. })));
+    rig.until(|action| {
+        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Flush, .. }))
+    });
     rig.give(Event::Done);
     while !matches!(rig.action, Action::Wait { .. }) {
         let event = rig.success();

@@ -110,7 +110,7 @@ fn holes_count_for_the_time_left_but_not_for_the_speed() {
 
 #[test]
 fn the_gate_closes_when_the_rest_fits_a_quarter_of_the_pause_and_not_a_byte_earlier() {
-    let mut chase = Chase::new(100 * MS);
+    let mut chase = Convergence::new(100 * MS);
     let rate = NonZeroU64::new(1000);
     assert!(chase.may_end(SECOND, 25, rate, None));
     assert!(!chase.may_end(SECOND, 26, rate, None));
@@ -120,7 +120,7 @@ fn the_gate_closes_when_the_rest_fits_a_quarter_of_the_pause_and_not_a_byte_earl
 
 #[test]
 fn a_rest_that_fits_the_whole_pause_is_tried_to_be_made_smaller_for_a_second() {
-    let mut chase = Chase::new(100 * MS);
+    let mut chase = Convergence::new(100 * MS);
     let rate = NonZeroU64::new(1000);
     assert!(!chase.may_end(SECOND, 101, rate, None));
     assert!(!chase.may_end(2 * SECOND, 100, rate, None), "it has only just begun to fit");
@@ -132,14 +132,14 @@ fn a_rest_that_fits_the_whole_pause_is_tried_to_be_made_smaller_for_a_second() {
 #[test]
 fn under_a_limit_that_makes_a_pass_long_nothing_smaller_is_tried_for() {
     let (rate, left) = (NonZeroU64::new(1000), 100);
-    let long = Chase::new(100 * MS).may_end(SECOND, left, rate, NonZeroU64::new(left - 1));
-    let short = Chase::new(100 * MS).may_end(SECOND, left, rate, NonZeroU64::new(left));
+    let long = Convergence::new(100 * MS).may_end(SECOND, left, rate, NonZeroU64::new(left - 1));
+    let short = Convergence::new(100 * MS).may_end(SECOND, left, rate, NonZeroU64::new(left));
     assert_eq!((long, short), (true, false));
 }
 
 #[test]
 fn passes_that_shrink_hold_nobody_back() {
-    let mut chase = Chase::new(100 * MS);
+    let mut chase = Convergence::new(100 * MS);
     let mut left = 1 << 30;
     for second in 1..20 {
         chase.pass_ended(second * SECOND, left, None);
@@ -150,7 +150,7 @@ fn passes_that_shrink_hold_nobody_back() {
 
 #[test]
 fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
-    let mut chase = Chase::new(100 * MS);
+    let mut chase = Convergence::new(100 * MS);
     let mut delays = vec![chase.delay()];
     let mut second = 1;
     while !chase.may_end(second * SECOND, 1 << 30, NonZeroU64::new(1), None) {
@@ -161,12 +161,12 @@ fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
     }
     assert!(delays.is_sorted());
     assert_eq!(delays.last(), Some(&Duration::from_millis(32)));
-    assert!(*delays.last().unwrap() <= crate::disk::hold::DELAY_MAX);
+    assert!(*delays.last().unwrap() <= crate::server::throttle::DELAY_MAX);
 }
 
 #[test]
 fn long_passes_that_do_not_shrink_hold_writers_back_several_steps() {
-    let mut chase = Chase::new(100 * MS);
+    let mut chase = Convergence::new(100 * MS);
     chase.pass_ended(SECOND, 1 << 30, None);
     let mut held = vec![];
     for pass in 1..4 {
@@ -179,12 +179,12 @@ fn long_passes_that_do_not_shrink_hold_writers_back_several_steps() {
 #[test]
 fn a_first_pass_behind_which_all_is_dirty_holds_writers_back() {
     for (dirty, held) in [(1000, true), (751, true), (750, false), (0, false)] {
-        let mut chase = Chase::new(100 * MS);
+        let mut chase = Convergence::new(100 * MS);
         chase.began(SECOND);
         chase.first_pass_ended(30 * SECOND, dirty, 1000);
         assert_eq!(chase.delay() > Duration::ZERO, held, "{dirty}");
     }
-    let mut chase = Chase::new(100 * MS);
+    let mut chase = Convergence::new(100 * MS);
     chase.began(SECOND);
     chase.first_pass_ended(2 * SECOND - MS, 1000, 1000);
     assert_eq!(chase.delay(), Duration::ZERO, "too short to tell");
@@ -224,7 +224,7 @@ fn a_restarted_meter_knows_only_what_follows() {
 fn nobody_is_held_back_when_the_rest_fits_the_pause_already() {
     let rate = NonZeroU64::new(1000);
     for (left, held) in [(100, false), (101, true)] {
-        let mut chase = Chase::new(100 * MS);
+        let mut chase = Convergence::new(100 * MS);
         chase.pass_ended(SECOND, left, rate);
         chase.pass_ended(2 * SECOND, left, rate);
         assert_eq!(chase.delay() > Duration::ZERO, held, "{left} bytes");
@@ -233,7 +233,7 @@ fn nobody_is_held_back_when_the_rest_fits_the_pause_already() {
 
 #[test]
 fn short_passes_are_not_taken_for_a_trend() {
-    let mut chase = Chase::new(100 * MS);
+    let mut chase = Convergence::new(100 * MS);
     for turn in 0..900 {
         chase.pass_ended(SECOND + turn * MS, 1 << 30, None);
     }

@@ -10,33 +10,33 @@ fn caps() -> Caps {
     Caps { zeroes: true, block_min: 1, data_max: 32 * MIB }
 }
 
-fn plan(size: u64, limits: Limits, caps: Caps) -> Plan {
-    let mut plan = Plan::new(size, limits);
+fn plan(size: u64, limits: Limits, caps: Caps) -> CopyPlan {
+    let mut plan = CopyPlan::new(size, limits);
     plan.restart(caps);
     plan
 }
 
-fn send(plan: &mut Plan, cookie: u64, next: Next) -> Range {
+fn send(plan: &mut CopyPlan, cookie: u64, next: NextCopy) -> Range {
     let (range, payload) = match next {
-        Next::Write(range) => (range, range.length()),
-        Next::Zero(range) => (range, 0),
+        NextCopy::Write(range) => (range, range.length()),
+        NextCopy::Zero(range) => (range, 0),
         other => panic!("{other:?} is nothing to send"),
     };
-    plan.sent(cookie, Flight { range, payload });
+    plan.sent(cookie, AcknowledgedRequest { range, payload });
     range
 }
 
 /// Looks and sends until the plan wants something else; the disk is all data.
-fn send_all(plan: &mut Plan) -> Vec<Range> {
+fn send_all(plan: &mut CopyPlan) -> Vec<Range> {
     let mut sent = Vec::new();
     loop {
         match plan.next(u64::MAX) {
-            Next::Look(range) => plan.looked(range, Content::Data),
-            next @ (Next::Write(_) | Next::Zero(_)) => {
+            NextCopy::Look(range) => plan.looked(range, Content::Data),
+            next @ (NextCopy::Write(_) | NextCopy::Zero(_)) => {
                 let cookie = sent.len() as u64;
                 sent.push(send(plan, cookie, next));
             }
-            Next::Take { .. } | Next::Idle => return sent,
+            NextCopy::Take { .. } | NextCopy::Idle => return sent,
         }
     }
 }
@@ -47,7 +47,7 @@ fn sixteen_mebibytes_and_more_are_in_flight_before_the_first_reply() {
     let sent = send_all(&mut plan);
     assert!(sent.iter().map(Range::length).sum::<u64>() >= 16 * MIB);
     assert!(sent.iter().all(|range| range.length() <= MIB));
-    assert_eq!(plan.next(u64::MAX), Next::Idle);
+    assert_eq!(plan.next(u64::MAX), NextCopy::Idle);
 }
 
 #[test]
@@ -68,9 +68,9 @@ fn write_zeroes_in_flight_are_bounded() {
         send(&mut plan, cookie, next);
     }
     plan.looked(Range::whole(8 * MIB).from(2 * MIB).split(MIB).0, Content::Zeros);
-    assert_eq!(plan.next(MIB), Next::Idle);
+    assert_eq!(plan.next(MIB), NextCopy::Idle);
     plan.acknowledged(0);
-    assert!(matches!(plan.next(MIB), Next::Zero(_)));
+    assert!(matches!(plan.next(MIB), NextCopy::Zero(_)));
 }
 
 #[test]
@@ -82,18 +82,18 @@ fn a_finer_mark_than_the_destination_s_block_is_widened() {
     let disk = Range::whole(MIB);
     plan.taken(Some(disk.from(BLOCK_MIN_MAX + BLOCK).split(BLOCK).0), 0);
     let whole = disk.from(BLOCK_MIN_MAX).split(BLOCK_MIN_MAX).0;
-    assert_eq!(plan.next(u64::MAX), Next::Look(whole));
+    assert_eq!(plan.next(u64::MAX), NextCopy::Look(whole));
 }
 
 #[test]
 fn a_hole_goes_as_zeros_two_gibibytes_at_a_time() {
     let mut plan = plan(5 << 30, Limits::default(), caps());
-    let Next::Look(range) = plan.next(MIB) else { panic!("nothing to look at") };
+    let NextCopy::Look(range) = plan.next(MIB) else { panic!("nothing to look at") };
     plan.looked(range, Content::Zeros);
     let lengths: Vec<u64> = (0..3)
         .map(|cookie| {
             let next = plan.next(MIB);
-            assert!(matches!(next, Next::Zero(_)));
+            assert!(matches!(next, NextCopy::Zero(_)));
             send(&mut plan, cookie, next).length()
         })
         .collect();
@@ -103,7 +103,7 @@ fn a_hole_goes_as_zeros_two_gibibytes_at_a_time() {
 #[test]
 fn a_destination_without_write_zeroes_is_sent_data_without_looking() {
     let mut plan = plan(3 * MIB, Limits::default(), Caps { zeroes: false, ..caps() });
-    assert!(matches!(plan.next(u64::MAX), Next::Write(_)));
+    assert!(matches!(plan.next(u64::MAX), NextCopy::Write(_)));
     assert_eq!(send_all(&mut plan).len(), 3);
 }
 
@@ -118,13 +118,13 @@ fn zeros_that_do_not_fill_the_destination_s_block_go_as_data() {
     let mut plan = plan(64 * 1024, Limits::default(), Caps { block_min: 4096, ..caps() });
     let disk = Range::whole(64 * 1024);
     plan.looked(disk.until(1000), Content::Zeros);
-    assert_eq!(plan.next(u64::MAX), Next::Write(disk.until(4096)));
-    send(&mut plan, 0, Next::Write(disk.until(4096)));
+    assert_eq!(plan.next(u64::MAX), NextCopy::Write(disk.until(4096)));
+    send(&mut plan, 0, NextCopy::Write(disk.until(4096)));
     plan.looked(disk.from(4096).until(12_000), Content::Zeros);
-    assert_eq!(plan.next(u64::MAX), Next::Zero(disk.from(4096).until(8192)));
-    send(&mut plan, 1, Next::Zero(disk.from(4096).until(8192)));
+    assert_eq!(plan.next(u64::MAX), NextCopy::Zero(disk.from(4096).until(8192)));
+    send(&mut plan, 1, NextCopy::Zero(disk.from(4096).until(8192)));
     plan.looked(disk.from(8192).until(9000), Content::Data);
-    assert_eq!(plan.next(u64::MAX), Next::Write(disk.from(8192).until(12_288)));
+    assert_eq!(plan.next(u64::MAX), NextCopy::Write(disk.from(8192).until(12_288)));
 }
 
 #[test]
@@ -132,11 +132,14 @@ fn a_dirty_block_waits_for_the_older_copy_of_itself() {
     let mut plan = plan(2 * MIB, Limits::default(), caps());
     let sent = send_all(&mut plan);
     plan.taken(Some(Range::whole(2 * MIB).until(BLOCK)), 0);
-    assert!(!matches!(plan.next(u64::MAX), Next::Look(_) | Next::Write(_)));
+    assert!(!matches!(plan.next(u64::MAX), NextCopy::Look(_) | NextCopy::Write(_)));
     plan.acknowledged(1);
-    assert!(!matches!(plan.next(u64::MAX), Next::Look(_)), "request 1 was about something else");
+    assert!(
+        !matches!(plan.next(u64::MAX), NextCopy::Look(_)),
+        "request 1 was about something else"
+    );
     plan.acknowledged(0);
-    assert_eq!(plan.next(u64::MAX), Next::Look(sent[0].until(BLOCK)));
+    assert_eq!(plan.next(u64::MAX), NextCopy::Look(sent[0].until(BLOCK)));
 }
 
 #[test]
@@ -145,10 +148,10 @@ fn marks_are_not_hoarded_while_requests_in_flight_hold_them_up() {
     send_all(&mut plan);
     let disk = Range::whole(100 * MIB);
     for waiting in 0..WAITING_MAX as u64 {
-        assert!(matches!(plan.next(u64::MAX), Next::Take { .. }), "after {waiting} marks");
+        assert!(matches!(plan.next(u64::MAX), NextCopy::Take { .. }), "after {waiting} marks");
         plan.taken(Some(disk.from(2 * waiting * BLOCK).split(BLOCK).0), BLOCK);
     }
-    assert_eq!(plan.next(u64::MAX), Next::Idle);
+    assert_eq!(plan.next(u64::MAX), NextCopy::Idle);
 }
 
 #[test]
@@ -156,18 +159,18 @@ fn a_new_pass_waits_until_the_last_one_is_on_its_way() {
     let mut plan = plan(4 * MIB, Limits::default(), caps());
     send_all(&mut plan);
     plan.taken(Some(Range::whole(4 * MIB).until(BLOCK)), BLOCK);
-    assert!(matches!(plan.next(u64::MAX), Next::Take { from: BLOCK, .. }));
+    assert!(matches!(plan.next(u64::MAX), NextCopy::Take { from: BLOCK, .. }));
     plan.taken(None, BLOCK);
-    assert_eq!(plan.next(u64::MAX), Next::Idle, "block 0 is in flight and dirty");
+    assert_eq!(plan.next(u64::MAX), NextCopy::Idle, "block 0 is in flight and dirty");
     plan.acknowledged(0);
-    assert!(matches!(plan.next(u64::MAX), Next::Look(_)));
+    assert!(matches!(plan.next(u64::MAX), NextCopy::Look(_)));
 }
 
 #[test]
 fn nothing_is_taken_between_the_look_and_the_sending() {
     let mut plan = plan(4 << 30, Limits::default(), caps());
     plan.looked(Range::whole(4 << 30), Content::Zeros);
-    assert!(matches!(plan.next(u64::MAX), Next::Zero(_)));
+    assert!(matches!(plan.next(u64::MAX), NextCopy::Zero(_)));
 }
 
 #[test]
@@ -201,7 +204,7 @@ fn a_plan_is_done_only_once_the_bitmap_was_found_empty_after_the_last_reply() {
     assert!(!plan.is_done(), "a request is in flight");
     plan.acknowledged(0);
     assert!(!plan.is_done(), "a mark may have been made since");
-    assert!(matches!(plan.next(u64::MAX), Next::Take { from: 0, .. }));
+    assert!(matches!(plan.next(u64::MAX), NextCopy::Take { from: 0, .. }));
     plan.taken(None, 0);
     assert!(plan.is_done());
     plan.gate_closed();
@@ -230,7 +233,7 @@ const BLOCKS: u64 = 12;
 
 /// A disk, its marks and a destination that carries requests out when they are acknowledged.
 struct World {
-    plan: Plan,
+    plan: CopyPlan,
     disk: Vec<u32>,
     marks: Vec<bool>,
     copy: Vec<u32>,
@@ -253,10 +256,10 @@ impl World {
 
     fn go(&mut self) {
         match self.plan.next(u64::MAX) {
-            Next::Look(range) => self.look(range),
-            Next::Take { from, .. } => self.take(from),
-            next @ (Next::Write(_) | Next::Zero(_)) => self.fly(next),
-            Next::Idle => {}
+            NextCopy::Look(range) => self.look(range),
+            NextCopy::Take { from, .. } => self.take(from),
+            next @ (NextCopy::Write(_) | NextCopy::Zero(_)) => self.fly(next),
+            NextCopy::Idle => {}
         }
     }
 
@@ -279,11 +282,11 @@ impl World {
         self.plan.taken(run, left);
     }
 
-    fn fly(&mut self, next: Next) {
+    fn fly(&mut self, next: NextCopy) {
         let range = send(&mut self.plan, self.cookie, next);
         let overlap = |other: &Range| other.offset() < range.end() && range.offset() < other.end();
         assert!(!self.flying.iter().any(|(_, other, _)| overlap(other)), "two at once");
-        let zero = matches!(next, Next::Zero(_));
+        let zero = matches!(next, NextCopy::Zero(_));
         let stamps = self.disk[blocks(range)].iter().map(|&s| if zero { 0 } else { s }).collect();
         self.flying.push((self.cookie, range, stamps));
         self.cookie += 1;

@@ -13,7 +13,7 @@ use super::{Agreement, BlockSizes, Greeting, encode_client_flags};
 
 /// What the user of a connection would like; only the export is insisted on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Wish {
+pub struct ClientOffer {
     /// Name of the export; empty for the default one.
     pub export: String,
     /// Replies in chunks.
@@ -24,13 +24,13 @@ pub struct Wish {
     pub allocation: bool,
     /// The private option, with this data.
     pub private: Option<Vec<u8>>,
-    /// Only that: once it is answered the handshake is aborted, as [`Failure::Aborted`].
+    /// Only that: once it is answered the handshake is aborted, as [`HandshakeFailure::Aborted`].
     pub private_only: bool,
 }
 
 /// Why there will be no transmission phase.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Failure {
+pub enum HandshakeFailure {
     /// The first bytes are no NBD greeting.
     NotNbd,
     /// The server broke the protocol.
@@ -50,7 +50,7 @@ pub enum Failure {
     },
 }
 
-impl std::fmt::Display for Failure {
+impl std::fmt::Display for HandshakeFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::NotNbd => f.write_str("what answers there is not an NBD server"),
@@ -68,7 +68,7 @@ impl std::fmt::Display for Failure {
     }
 }
 
-impl std::error::Error for Failure {}
+impl std::error::Error for HandshakeFailure {}
 
 const OTHER_OPTION: &str = "it answered another option than the one asked";
 
@@ -84,7 +84,7 @@ fn reason(number: u32) -> &'static str {
 
 /// Where the handshake goes after some input was used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Next {
+pub enum ClientStep {
     /// More input is needed.
     More,
     /// The handshake is over; requests may be sent.
@@ -92,7 +92,7 @@ pub enum Next {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+enum ClientState {
     Greeting,
     Private,
     Answer(OptionKind),
@@ -104,9 +104,9 @@ enum Stage {
 
 /// A handshake under way with one server.
 #[derive(Debug)]
-pub struct Handshake {
-    wish: Wish,
-    stage: Stage,
+pub struct ClientHandshake {
+    wish: ClientOffer,
+    stage: ClientState,
     no_zeroes: bool,
     dialect: Dialect,
     allocation_context: Option<u32>,
@@ -115,13 +115,13 @@ pub struct Handshake {
     private_answer: Option<Vec<u8>>,
 }
 
-impl Handshake {
+impl ClientHandshake {
     /// A handshake that waits for the server's greeting.
     #[must_use]
-    pub fn new(wish: Wish) -> Self {
+    pub fn new(wish: ClientOffer) -> Self {
         Self {
             wish,
-            stage: Stage::Greeting,
+            stage: ClientState::Greeting,
             no_zeroes: false,
             dialect: Dialect::Simple,
             allocation_context: None,
@@ -143,33 +143,43 @@ impl Handshake {
     ///
     /// # Errors
     /// When there is no way to the transmission phase; the connection is to be closed.
-    pub fn advance(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Next), Failure> {
+    pub fn advance(
+        &mut self,
+        input: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, ClientStep), HandshakeFailure> {
         let mut used = 0;
         loop {
             let (step, next) = match self.stage {
-                Stage::Greeting => self.greeting(&input[used..], out)?,
-                Stage::Private => self.private_reply(&input[used..], out)?,
-                Stage::Answer(asked) => self.answer(asked, &input[used..], out)?,
-                Stage::Export { zeroes } => self.export_reply(zeroes, &input[used..]),
+                ClientState::Greeting => self.greeting(&input[used..], out)?,
+                ClientState::Private => self.private_reply(&input[used..], out)?,
+                ClientState::Answer(asked) => self.answer(asked, &input[used..], out)?,
+                ClientState::Export { zeroes } => self.export_reply(zeroes, &input[used..]),
             };
             used += step;
-            if step == 0 || next != Next::More {
+            if step == 0 || next != ClientStep::More {
                 return Ok((used, next));
             }
         }
     }
 
-    fn greeting(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Next), Failure> {
-        let Some((greeting, used)) = Greeting::decode(input).map_err(|_| Failure::NotNbd)? else {
-            return Ok((0, Next::More));
+    fn greeting(
+        &mut self,
+        input: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, ClientStep), HandshakeFailure> {
+        let Some((greeting, used)) =
+            Greeting::decode(input).map_err(|_| HandshakeFailure::NotNbd)?
+        else {
+            return Ok((0, ClientStep::More));
         };
         match greeting {
             Greeting::Oldstyle { .. } if !self.wish.export.is_empty() => {
-                Err(Failure::NoExportNames)
+                Err(HandshakeFailure::NoExportNames)
             }
             Greeting::Oldstyle { size, flags } => {
                 self.export = Some((size, flags));
-                Ok((used, Next::Transmission(self.agreement(size, flags, true))))
+                Ok((used, ClientStep::Transmission(self.agreement(size, flags, true))))
             }
             Greeting::Newstyle { flags } => {
                 self.no_zeroes = flags.contains(HandshakeFlags::NO_ZEROES);
@@ -181,12 +191,12 @@ impl Handshake {
                 match &self.wish.private {
                     Some(data) if fixed => {
                         encode_option(PRIVATE_OPTION, data, out);
-                        self.stage = Stage::Private;
+                        self.stage = ClientState::Private;
                     }
                     _ if fixed => self.ask(self.first(), out),
                     _ => self.ask(OptionKind::ExportName, out),
                 }
-                Ok((used, Next::More))
+                Ok((used, ClientStep::More))
             }
         }
     }
@@ -196,15 +206,19 @@ impl Handshake {
         if self.wish.extended { OptionKind::ExtendedHeaders } else { self.after_extended_headers() }
     }
 
-    fn private_reply(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Next), Failure> {
-        let decoded = OptionReply::decode(input).map_err(Failure::Malformed)?;
-        let Some(((option, reply), used)) = decoded else { return Ok((0, Next::More)) };
+    fn private_reply(
+        &mut self,
+        input: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, ClientStep), HandshakeFailure> {
+        let decoded = OptionReply::decode(input).map_err(HandshakeFailure::Malformed)?;
+        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::More)) };
         if option != PRIVATE_OPTION {
-            return Err(Failure::Unexpected(OTHER_OPTION));
+            return Err(HandshakeFailure::Unexpected(OTHER_OPTION));
         }
         match reply {
             OptionReply::Other { number: PRIVATE_OPTION, data } => self.private_answer = Some(data),
-            OptionReply::Ack if self.wish.private_only => return Err(Failure::Aborted),
+            OptionReply::Ack if self.wish.private_only => return Err(HandshakeFailure::Aborted),
             OptionReply::Ack => self.ask(self.first(), out),
             OptionReply::Error { number, .. }
                 if number == OptionReplyKind::ErrUnsupported.number() =>
@@ -212,11 +226,11 @@ impl Handshake {
                 self.ask(self.first(), out);
             }
             OptionReply::Error { number, message } => {
-                return Err(Failure::Refused { number, message });
+                return Err(HandshakeFailure::Refused { number, message });
             }
             _ => {}
         }
-        Ok((used, Next::More))
+        Ok((used, ClientStep::More))
     }
 
     fn ask(&mut self, kind: OptionKind, out: &mut Vec<u8>) {
@@ -236,9 +250,9 @@ impl Handshake {
         }
         encode_option(kind.number(), &data, out);
         self.stage = if kind == OptionKind::ExportName {
-            Stage::Export { zeroes: if self.no_zeroes { 0 } else { RESERVED_ZEROES } }
+            ClientState::Export { zeroes: if self.no_zeroes { 0 } else { RESERVED_ZEROES } }
         } else {
-            Stage::Answer(kind)
+            ClientState::Answer(kind)
         };
     }
 
@@ -247,38 +261,39 @@ impl Handshake {
         asked: OptionKind,
         input: &[u8],
         out: &mut Vec<u8>,
-    ) -> Result<(usize, Next), Failure> {
-        let decoded = OptionReply::decode(input).map_err(Failure::Malformed)?;
-        let Some(((option, reply), used)) = decoded else { return Ok((0, Next::More)) };
+    ) -> Result<(usize, ClientStep), HandshakeFailure> {
+        let decoded = OptionReply::decode(input).map_err(HandshakeFailure::Malformed)?;
+        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::More)) };
         if option != asked.number() {
-            return Err(Failure::Unexpected(OTHER_OPTION));
+            return Err(HandshakeFailure::Unexpected(OTHER_OPTION));
         }
         let then = match (asked, reply) {
             (_, OptionReply::Export { size, flags }) => {
                 self.export = Some((size, flags));
-                return Ok((used, Next::More));
+                return Ok((used, ClientStep::More));
             }
             (_, OptionReply::BlockSize(sizes)) => {
                 self.block_sizes = Some(sizes);
-                return Ok((used, Next::More));
+                return Ok((used, ClientStep::More));
             }
             (_, OptionReply::MetaContext { id, name }) => {
                 if name == CONTEXT_ALLOCATION {
                     self.allocation_context = Some(id);
                 }
-                return Ok((used, Next::More));
+                return Ok((used, ClientStep::More));
             }
             (OptionKind::Go, OptionReply::Ack) => {
-                let missing = Failure::Unexpected("it did not say how large the export is");
+                let missing =
+                    HandshakeFailure::Unexpected("it did not say how large the export is");
                 let (size, flags) = self.export.ok_or(missing)?;
-                return Ok((used, Next::Transmission(self.agreement(size, flags, false))));
+                return Ok((used, ClientStep::Transmission(self.agreement(size, flags, false))));
             }
             (_, OptionReply::Ack) => self.accepted(asked),
             (_, OptionReply::Error { number, message }) => self.declined(asked, number, message)?,
-            _ => return Ok((used, Next::More)),
+            _ => return Ok((used, ClientStep::More)),
         };
         self.ask(then, out);
-        Ok((used, Next::More))
+        Ok((used, ClientStep::More))
     }
 
     /// What to ask after the server accepted an option.
@@ -302,13 +317,13 @@ impl Handshake {
         asked: OptionKind,
         number: u32,
         message: String,
-    ) -> Result<OptionKind, Failure> {
+    ) -> Result<OptionKind, HandshakeFailure> {
         match asked {
             OptionKind::ExtendedHeaders => Ok(self.after_extended_headers()),
             OptionKind::Go if number == OptionReplyKind::ErrUnsupported.number() => {
                 Ok(OptionKind::ExportName)
             }
-            OptionKind::Go => Err(Failure::Refused { number, message }),
+            OptionKind::Go => Err(HandshakeFailure::Refused { number, message }),
             OptionKind::SetMetaContext => {
                 self.allocation_context = None;
                 Ok(OptionKind::Go)
@@ -326,7 +341,7 @@ impl Handshake {
         if self.wish.allocation { OptionKind::SetMetaContext } else { OptionKind::Go }
     }
 
-    fn export_reply(&mut self, zeroes: usize, input: &[u8]) -> (usize, Next) {
+    fn export_reply(&mut self, zeroes: usize, input: &[u8]) -> (usize, ClientStep) {
         let mut reader = Reader::new(input);
         let reply = (|| {
             let size = reader.u64()?;
@@ -334,8 +349,8 @@ impl Handshake {
             reader.take(zeroes)?;
             Some((size, flags))
         })();
-        let Some((size, flags)) = reply else { return (0, Next::More) };
-        (reader.used(), Next::Transmission(self.agreement(size, flags, false)))
+        let Some((size, flags)) = reply else { return (0, ClientStep::More) };
+        (reader.used(), ClientStep::Transmission(self.agreement(size, flags, false)))
     }
 
     fn agreement(&self, size: u64, flags: TransmissionFlags, oldstyle: bool) -> Agreement {

@@ -29,7 +29,7 @@ pub struct Export {
 
 /// How a client broke the handshake so that the session must end.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Misbehaviour {
+pub enum ProtocolViolation {
     /// It sent flags that do not exist.
     UnknownClientFlags(u32),
     /// An option did not begin as one: framing is lost.
@@ -46,7 +46,7 @@ pub enum Misbehaviour {
     NotAdmitted(String),
 }
 
-impl std::fmt::Display for Misbehaviour {
+impl std::fmt::Display for ProtocolViolation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::UnknownClientFlags(flags) => write!(f, "it sent unknown client flags {flags:#x}"),
@@ -66,16 +66,16 @@ impl std::fmt::Display for Misbehaviour {
 
 /// Where the handshake goes after some input was used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Next {
+pub enum ServerStep {
     /// More input is needed.
     More,
     /// The handshake is over; requests follow.
     Transmission(Agreement),
     /// The client sent the private option, with this data: go on with
-    /// [`Handshake::answer_private`].
+    /// [`ServerHandshake::answer_private`].
     Asked(Vec<u8>),
     /// The client wants to know about the export, or to enter the transmission phase. Go on after
-    /// [`Handshake::decide`], with the same input.
+    /// [`ServerHandshake::decide`], with the same input.
     Wants {
         /// It would be in the transmission phase.
         to_enter: bool,
@@ -85,7 +85,7 @@ pub enum Next {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+enum ServerState {
     ClientFlags,
     Options,
     /// Reading past the data of an option that was answered already.
@@ -94,9 +94,9 @@ enum Stage {
 
 /// A handshake under way with one client, in newstyle.
 #[derive(Debug)]
-pub struct Handshake {
+pub struct ServerHandshake {
     export: Export,
-    stage: Stage,
+    stage: ServerState,
     client: ClientFlags,
     dialect: Dialect,
     /// Name of the export for which the allocation context was selected.
@@ -114,7 +114,7 @@ pub struct Handshake {
 /// How far a handshake has come, so that another process can go on with it. Bytes that were not
 /// used yet are not part of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Position {
+pub struct HandshakePosition {
     /// What the client said first; none while it has not.
     pub client: Option<ClientFlags>,
     /// How much of an option's data is still to be read past.
@@ -127,22 +127,25 @@ pub struct Position {
     pub introduced: bool,
 }
 
-impl Handshake {
+impl ServerHandshake {
     /// A handshake in which nothing has been said.
     #[must_use]
     pub fn new(export: Export) -> Self {
         let (client, dialect) = (None, Dialect::Simple);
         let (allocation_for, introduced) = (None, false);
-        Self::resume(export, Position { client, skipping: 0, dialect, allocation_for, introduced })
+        Self::resume(
+            export,
+            HandshakePosition { client, skipping: 0, dialect, allocation_for, introduced },
+        )
     }
 
     /// The handshake that has come to `position`; the greeting was said before, or is about to be.
     #[must_use]
-    pub fn resume(export: Export, position: Position) -> Self {
+    pub fn resume(export: Export, position: HandshakePosition) -> Self {
         let stage = match (position.client, position.skipping) {
-            (None, _) => Stage::ClientFlags,
-            (Some(_), 0) => Stage::Options,
-            (Some(_), left) => Stage::Skipping(left),
+            (None, _) => ServerState::ClientFlags,
+            (Some(_), 0) => ServerState::Options,
+            (Some(_), left) => ServerState::Skipping(left),
         };
         Self {
             export,
@@ -159,10 +162,10 @@ impl Handshake {
 
     /// How far it has come.
     #[must_use]
-    pub fn position(&self) -> Position {
-        Position {
-            client: (self.stage != Stage::ClientFlags).then_some(self.client),
-            skipping: if let Stage::Skipping(left) = self.stage { left } else { 0 },
+    pub fn position(&self) -> HandshakePosition {
+        HandshakePosition {
+            client: (self.stage != ServerState::ClientFlags).then_some(self.client),
+            skipping: if let ServerState::Skipping(left) = self.stage { left } else { 0 },
             dialect: self.dialect,
             allocation_for: self.allocation_for.clone(),
             introduced: self.introduced,
@@ -181,17 +184,17 @@ impl Handshake {
         self.private = true;
     }
 
-    /// From now on nobody gets at the export before that was [decided](Handshake::decide).
+    /// From now on nobody gets at the export before that was [decided](ServerHandshake::decide).
     pub fn admit_selectively(&mut self) {
         self.selective = true;
     }
 
-    /// Decides [`Next::Wants`]; the error is why not (`NBD_REP_ERR_POLICY`).
+    /// Decides [`ServerStep::Wants`]; the error is why not (`NBD_REP_ERR_POLICY`).
     pub fn decide(&mut self, verdict: Result<(), String>) {
         self.verdict = Some(verdict);
     }
 
-    /// Answers the private option, after [`Next::Asked`].
+    /// Answers the private option, after [`ServerStep::Asked`].
     pub fn answer_private(&mut self, answer: Result<Vec<u8>, OptionReply>, out: &mut Vec<u8>) {
         match answer {
             Ok(data) => {
@@ -231,82 +234,86 @@ impl Handshake {
         &mut self,
         input: &[u8],
         out: &mut Vec<u8>,
-    ) -> Result<(usize, Next), Misbehaviour> {
+    ) -> Result<(usize, ServerStep), ProtocolViolation> {
         let mut used = 0;
         loop {
             let rest = &input[used..];
             let before = used;
             match self.stage {
-                Stage::ClientFlags => used += self.client_flags(rest)?,
-                Stage::Skipping(left) => used += self.skip(left, rest),
-                Stage::Options => {
+                ServerState::ClientFlags => used += self.client_flags(rest)?,
+                ServerState::Skipping(left) => used += self.skip(left, rest),
+                ServerState::Options => {
                     let (step, next) = self.option(rest, out)?;
                     used += step;
-                    if next != Next::More {
+                    if next != ServerStep::More {
                         return Ok((used, next));
                     }
                 }
             }
             if used == before {
-                return Ok((used, Next::More));
+                return Ok((used, ServerStep::More));
             }
         }
     }
 
-    fn client_flags(&mut self, input: &[u8]) -> Result<usize, Misbehaviour> {
+    fn client_flags(&mut self, input: &[u8]) -> Result<usize, ProtocolViolation> {
         let Some(field) = input.first_chunk::<4>() else { return Ok(0) };
         let number = u32::from_be_bytes(*field);
         self.client =
-            ClientFlags::from_bits(number).ok_or(Misbehaviour::UnknownClientFlags(number))?;
-        self.stage = Stage::Options;
+            ClientFlags::from_bits(number).ok_or(ProtocolViolation::UnknownClientFlags(number))?;
+        self.stage = ServerState::Options;
         Ok(field.len())
     }
 
     fn skip(&mut self, left: u32, input: &[u8]) -> usize {
         let step = input.len().min(left as usize);
         let left = left - step as u32;
-        self.stage = if left == 0 { Stage::Options } else { Stage::Skipping(left) };
+        self.stage = if left == 0 { ServerState::Options } else { ServerState::Skipping(left) };
         step
     }
 
-    fn option(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(usize, Next), Misbehaviour> {
+    fn option(
+        &mut self,
+        input: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, ServerStep), ProtocolViolation> {
         let head = match OptionHead::decode(input) {
             Ok(Some((head, _))) => head,
-            Ok(None) => return Ok((0, Next::More)),
+            Ok(None) => return Ok((0, ServerStep::More)),
             Err(_) => {
                 let magic = input.first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
-                return Err(Misbehaviour::NoOption(magic));
+                return Err(ProtocolViolation::NoOption(magic));
             }
         };
         let kind = OptionKind::try_from(head.number);
         if !self.client.contains(ClientFlags::FIXED_NEWSTYLE) && kind != Ok(OptionKind::ExportName)
         {
-            return Err(Misbehaviour::OptionBeforeFixedNewstyle(head.number));
+            return Err(ProtocolViolation::OptionBeforeFixedNewstyle(head.number));
         }
         let after_head = super::option::OPTION_HEAD_LENGTH;
         if self.private && head.number == PRIVATE_OPTION && head.length <= OPTION_LENGTH_MAX {
             let end = after_head + head.length as usize;
-            let data = input.get(after_head..end).map(|data| Next::Asked(data.to_vec()));
-            return Ok(data.map_or((0, Next::More), |next| (end, next)));
+            let data = input.get(after_head..end).map(|data| ServerStep::Asked(data.to_vec()));
+            return Ok(data.map_or((0, ServerStep::More), |next| (end, next)));
         }
         if kind == Ok(OptionKind::Abort) {
             // Whatever data it has does not matter any more.
             OptionReply::Ack.encode(head.number, out);
-            return Ok((after_head, Next::Goodbye));
+            return Ok((after_head, ServerStep::Goodbye));
         }
         if let Some(answer) = Self::answer_unread(kind, head)? {
             answer.encode(head.number, out);
             self.forget_contexts_on_failed_set(kind);
             if head.length > 0 {
-                self.stage = Stage::Skipping(head.length);
+                self.stage = ServerState::Skipping(head.length);
             }
-            return Ok((after_head, Next::More));
+            return Ok((after_head, ServerStep::More));
         }
         let end = after_head + head.length as usize;
-        let Some(data) = input.get(after_head..end) else { return Ok((0, Next::More)) };
+        let Some(data) = input.get(after_head..end) else { return Ok((0, ServerStep::More)) };
         // Only known kinds get here: unknown ones were answered unread.
-        let next = kind.map_or(Ok(Next::More), |kind| self.obey(kind, data, out))?;
-        let used = if matches!(next, Next::Wants { .. }) { 0 } else { end };
+        let next = kind.map_or(Ok(ServerStep::More), |kind| self.obey(kind, data, out))?;
+        let used = if matches!(next, ServerStep::Wants { .. }) { 0 } else { end };
         Ok((used, next))
     }
 
@@ -314,13 +321,13 @@ impl Handshake {
     fn answer_unread(
         kind: Result<OptionKind, u32>,
         head: OptionHead,
-    ) -> Result<Option<OptionReply>, Misbehaviour> {
+    ) -> Result<Option<OptionReply>, ProtocolViolation> {
         if head.length > OPTION_LENGTH_ABSURD {
-            return Err(Misbehaviour::AbsurdOption(head.length));
+            return Err(ProtocolViolation::AbsurdOption(head.length));
         }
         match kind {
             Ok(OptionKind::ExportName) if head.length as usize > STRING_LENGTH_MAX => {
-                Err(Misbehaviour::NoSuchExport)
+                Err(ProtocolViolation::NoSuchExport)
             }
             Ok(OptionKind::StartTls) => {
                 Ok(Some(refuse(OptionReplyKind::ErrUnsupported, "TLS is not supported")))
@@ -338,7 +345,7 @@ impl Handshake {
         kind: OptionKind,
         data: &[u8],
         out: &mut Vec<u8>,
-    ) -> Result<Next, Misbehaviour> {
+    ) -> Result<ServerStep, ProtocolViolation> {
         let number = kind.number();
         match kind {
             OptionKind::ExportName => return self.export_name(data, out),
@@ -352,20 +359,24 @@ impl Handshake {
             // Answered before their data was looked at.
             OptionKind::Abort | OptionKind::StartTls => {}
         }
-        Ok(Next::More)
+        Ok(ServerStep::More)
     }
 
-    fn export_name(&mut self, data: &[u8], out: &mut Vec<u8>) -> Result<Next, Misbehaviour> {
+    fn export_name(
+        &mut self,
+        data: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<ServerStep, ProtocolViolation> {
         if self.dialect == Dialect::Extended {
-            return Err(Misbehaviour::ExportNameAfterExtendedHeaders);
+            return Err(ProtocolViolation::ExportNameAfterExtendedHeaders);
         }
-        let name = decode_text(data).map_err(|_| Misbehaviour::NoSuchExport)?;
+        let name = decode_text(data).map_err(|_| ProtocolViolation::NoSuchExport)?;
         if !self.has(&name) {
-            return Err(Misbehaviour::NoSuchExport);
+            return Err(ProtocolViolation::NoSuchExport);
         }
         match self.verdict.take() {
-            None if self.selective => return Ok(Next::Wants { to_enter: true }),
-            Some(Err(why)) => return Err(Misbehaviour::NotAdmitted(why)),
+            None if self.selective => return Ok(ServerStep::Wants { to_enter: true }),
+            Some(Err(why)) => return Err(ProtocolViolation::NotAdmitted(why)),
             None | Some(Ok(())) => {}
         }
         let agreement = self.agreement(&name);
@@ -374,7 +385,7 @@ impl Handshake {
         if !self.client.contains(ClientFlags::NO_ZEROES) {
             out.extend_from_slice(&[0; RESERVED_ZEROES]);
         }
-        Ok(Next::Transmission(agreement))
+        Ok(ServerStep::Transmission(agreement))
     }
 
     fn list(&self, data: &[u8], out: &mut Vec<u8>) {
@@ -408,24 +419,26 @@ impl Handshake {
         OptionReply::Ack
     }
 
-    fn info(&mut self, kind: OptionKind, data: &[u8], out: &mut Vec<u8>) -> Next {
+    fn info(&mut self, kind: OptionKind, data: &[u8], out: &mut Vec<u8>) -> ServerStep {
         let number = kind.number();
         let request = match InfoRequest::decode(data) {
             Ok(request) => request,
             Err(fault) => {
                 fault_reply(fault).encode(number, out);
-                return Next::More;
+                return ServerStep::More;
             }
         };
         if !self.has(&request.export) {
             no_such_export().encode(number, out);
-            return Next::More;
+            return ServerStep::More;
         }
         match self.verdict.take() {
-            None if self.selective => return Next::Wants { to_enter: kind == OptionKind::Go },
+            None if self.selective => {
+                return ServerStep::Wants { to_enter: kind == OptionKind::Go };
+            }
             Some(Err(why)) => {
                 refuse(OptionReplyKind::ErrPolicy, &why).encode(number, out);
-                return Next::More;
+                return ServerStep::More;
             }
             None | Some(Ok(())) => {}
         }
@@ -442,7 +455,7 @@ impl Handshake {
             OptionReply::BlockSize(self.export.block_sizes).encode(number, out);
         }
         OptionReply::Ack.encode(number, out);
-        if kind == OptionKind::Go { Next::Transmission(agreement) } else { Next::More }
+        if kind == OptionKind::Go { ServerStep::Transmission(agreement) } else { ServerStep::More }
     }
 
     fn meta_context(&mut self, kind: OptionKind, data: &[u8], out: &mut Vec<u8>) {

@@ -2,9 +2,9 @@
 
 use super::super::reply::Dialect;
 use super::super::wire::*;
-use super::client::{self, Failure, Wish};
+use super::client::{self, ClientOffer, HandshakeFailure};
 use super::option::*;
-use super::server::{self, Export, Misbehaviour};
+use super::server::{self, Export, ProtocolViolation};
 use super::*;
 use proptest::prelude::*;
 
@@ -20,20 +20,23 @@ fn export() -> Export {
 
 /// A server in conversation: feed it bytes, get replies.
 struct Talk {
-    server: server::Handshake,
+    server: server::ServerHandshake,
     pending: Vec<u8>,
 }
 
 impl Talk {
     fn with_flags(flags: u32) -> Self {
-        Self { server: server::Handshake::new(export()), pending: flags.to_be_bytes().to_vec() }
+        Self {
+            server: server::ServerHandshake::new(export()),
+            pending: flags.to_be_bytes().to_vec(),
+        }
     }
 
     fn fixed() -> Self {
         Self::with_flags(3)
     }
 
-    fn say(&mut self, bytes: &[u8]) -> Result<(Vec<u8>, server::Next), Misbehaviour> {
+    fn say(&mut self, bytes: &[u8]) -> Result<(Vec<u8>, server::ServerStep), ProtocolViolation> {
         self.pending.extend_from_slice(bytes);
         let mut out = Vec::new();
         let (used, next) = self.server.advance(&self.pending, &mut out)?;
@@ -41,7 +44,7 @@ impl Talk {
         Ok((out, next))
     }
 
-    fn option(&mut self, number: u32, data: &[u8]) -> (Vec<OptionReply>, server::Next) {
+    fn option(&mut self, number: u32, data: &[u8]) -> (Vec<OptionReply>, server::ServerStep) {
         let mut bytes = Vec::new();
         encode_option(number, data, &mut bytes);
         let (out, next) = self.say(&bytes).unwrap();
@@ -86,7 +89,7 @@ fn contexts(name: &str, queries: &[&str]) -> Vec<u8> {
 
 #[test]
 fn unknown_client_flags_end_the_session() {
-    assert_eq!(Talk::with_flags(4).say(&[]), Err(Misbehaviour::UnknownClientFlags(4)));
+    assert_eq!(Talk::with_flags(4).say(&[]), Err(ProtocolViolation::UnknownClientFlags(4)));
 }
 
 #[test]
@@ -96,7 +99,7 @@ fn zeros_follow_an_export_name_unless_both_sides_do_without() {
         encode_option(OptionKind::ExportName.number(), b"disk", &mut option);
         let (out, next) = Talk::with_flags(flags).say(&option).unwrap();
         assert_eq!(out.len(), 10 + zeroes, "client flags {flags}");
-        assert!(matches!(next, server::Next::Transmission(_)));
+        assert!(matches!(next, server::ServerStep::Transmission(_)));
     }
 }
 
@@ -105,7 +108,7 @@ fn a_client_of_plain_newstyle_may_only_name_an_export() {
     let mut option = Vec::new();
     encode_option(OptionKind::List.number(), &[], &mut option);
     let refused = Talk::with_flags(0).say(&option);
-    assert_eq!(refused, Err(Misbehaviour::OptionBeforeFixedNewstyle(3)));
+    assert_eq!(refused, Err(ProtocolViolation::OptionBeforeFixedNewstyle(3)));
 }
 
 #[test]
@@ -115,7 +118,7 @@ fn unknown_options_of_sane_length_are_read_and_answered() {
         let (answers, next) = talk.option(4711, &vec![1; length]);
         assert!(matches!(&answers[..], [OptionReply::Error { number, .. }]
             if *number == OptionReplyKind::ErrUnsupported.number()));
-        assert_eq!(next, server::Next::More);
+        assert_eq!(next, server::ServerStep::More);
     }
     assert_eq!(talk.ask(OptionKind::StructuredReply, &[]), [OptionReply::Ack]);
 }
@@ -179,7 +182,7 @@ fn info_and_go_say_the_same() {
     assert_eq!(info, answers);
     assert_eq!(info.iter().filter(|r| matches!(r, OptionReply::BlockSize(_))).count(), 1);
     assert!(matches!(info[0], OptionReply::Export { size: 1_048_576, .. }));
-    assert!(matches!(next, server::Next::Transmission(_)));
+    assert!(matches!(next, server::ServerStep::Transmission(_)));
 }
 
 #[test]
@@ -204,7 +207,7 @@ fn contexts_are_listed_generously_and_selected_strictly() {
 
 fn agreed(talk: &mut Talk, name: &str) -> Agreement {
     match talk.option(OptionKind::Go.number(), &go(name)).1 {
-        server::Next::Transmission(agreement) => agreement,
+        server::ServerStep::Transmission(agreement) => agreement,
         next => panic!("no agreement but {next:?}"),
     }
 }
@@ -236,13 +239,13 @@ fn extended_headers_imply_structured_replies_and_exclude_export_name() {
     assert_eq!(talk.refusal(OptionKind::StructuredReply, &[]), required);
     let mut option = Vec::new();
     encode_option(OptionKind::ExportName.number(), b"disk", &mut option);
-    assert_eq!(talk.say(&option), Err(Misbehaviour::ExportNameAfterExtendedHeaders));
+    assert_eq!(talk.say(&option), Err(ProtocolViolation::ExportNameAfterExtendedHeaders));
 }
 
 #[test]
 fn abort_is_acknowledged() {
     let (answers, next) = Talk::fixed().option(OptionKind::Abort.number(), &[]);
-    assert_eq!((&answers[..], next), (&[OptionReply::Ack][..], server::Next::Goodbye));
+    assert_eq!((&answers[..], next), (&[OptionReply::Ack][..], server::ServerStep::Goodbye));
 }
 
 #[test]
@@ -258,9 +261,9 @@ fn dont_fragment_is_offered_only_with_structured_replies() {
 }
 
 /// Runs our client against our server, `step` bytes at a time.
-fn converse(wish: Wish, step: usize) -> Result<(Agreement, Agreement), Failure> {
-    let mut server = server::Handshake::new(export());
-    let mut client = client::Handshake::new(wish);
+fn converse(wish: ClientOffer, step: usize) -> Result<(Agreement, Agreement), HandshakeFailure> {
+    let mut server = server::ServerHandshake::new(export());
+    let mut client = client::ClientHandshake::new(wish);
     let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
     server.greet(&mut to_client);
     let (mut at_client, mut at_server) = (Vec::new(), Vec::new());
@@ -270,14 +273,14 @@ fn converse(wish: Wish, step: usize) -> Result<(Agreement, Agreement), Failure> 
         at_client.extend(to_client.drain(..n));
         let (used, next) = client.advance(&at_client, &mut to_server)?;
         at_client.drain(..used);
-        if let client::Next::Transmission(agreement) = next {
+        if let client::ClientStep::Transmission(agreement) = next {
             ours = Some(agreement);
         }
         let n = step.min(to_server.len());
         at_server.extend(to_server.drain(..n));
         let (used, next) = server.advance(&at_server, &mut to_client).unwrap();
         at_server.drain(..used);
-        if let server::Next::Transmission(agreement) = next {
+        if let server::ServerStep::Transmission(agreement) = next {
             theirs = Some(agreement);
         }
     }
@@ -290,7 +293,7 @@ proptest! {
         step in 1usize..200, structured: bool, extended: bool, allocation: bool, named: bool,
     ) {
         let export = if named { "disk".to_owned() } else { String::new() };
-        let wish = Wish { export, structured, extended, allocation, ..Wish::default() };
+        let wish = ClientOffer { export, structured, extended, allocation, ..ClientOffer::default() };
         let (client, server) = converse(wish, step).unwrap();
         prop_assert_eq!(&client, &server);
         let dialect = match (extended, structured || allocation) {
@@ -304,20 +307,20 @@ proptest! {
 
     #[test]
     fn no_bytes_make_either_role_panic(bytes: Vec<u8>, greeted: bool) {
-        let mut server = server::Handshake::new(export());
+        let mut server = server::ServerHandshake::new(export());
         let _ = server.advance(&bytes, &mut Vec::new());
         let mut input = Vec::new();
         if greeted {
             Greeting::Newstyle { flags: HandshakeFlags::all() }.encode(&mut input);
         }
         input.extend_from_slice(&bytes);
-        let _ = client::Handshake::new(Wish::default()).advance(&input, &mut Vec::new());
+        let _ = client::ClientHandshake::new(ClientOffer::default()).advance(&input, &mut Vec::new());
     }
 }
 
 #[test]
 fn a_client_is_told_why_it_cannot_have_an_export() {
-    let wish = Wish { export: "other".into(), ..Wish::default() };
+    let wish = ClientOffer { export: "other".into(), ..ClientOffer::default() };
     let failure = converse(wish, 1000).unwrap_err();
     assert!(failure.to_string().starts_with("the server has no export of that name"));
 }
@@ -325,22 +328,25 @@ fn a_client_is_told_why_it_cannot_have_an_export() {
 #[test]
 fn a_client_takes_the_old_style_as_it_comes() {
     let mut greeting = Vec::new();
-    let agreement = server::Handshake::greet_oldstyle(&export(), &mut greeting);
+    let agreement = server::ServerHandshake::greet_oldstyle(&export(), &mut greeting);
     assert_eq!(greeting.len(), 152);
     let mut out = Vec::new();
-    let mut client = client::Handshake::new(Wish::default());
+    let mut client = client::ClientHandshake::new(ClientOffer::default());
     let (used, next) = client.advance(&greeting, &mut out).unwrap();
-    assert_eq!(next, client::Next::Transmission(Agreement { block_sizes: None, ..agreement }));
+    assert_eq!(
+        next,
+        client::ClientStep::Transmission(Agreement { block_sizes: None, ..agreement })
+    );
     assert_eq!((used, out.len()), (152, 0));
-    let named = Wish { export: "disk".into(), ..Wish::default() };
-    let refused = client::Handshake::new(named).advance(&greeting, &mut out);
-    assert_eq!(refused, Err(Failure::NoExportNames));
+    let named = ClientOffer { export: "disk".into(), ..ClientOffer::default() };
+    let refused = client::ClientHandshake::new(named).advance(&greeting, &mut out);
+    assert_eq!(refused, Err(HandshakeFailure::NoExportNames));
 }
 
 #[test]
 fn a_client_falls_back_where_the_server_knows_less() {
     // A server that answers every option but EXPORT_NAME with ERR_UNSUP.
-    let wish = Wish {
+    let wish = ClientOffer {
         export: "disk".into(),
         structured: true,
         extended: true,
@@ -348,7 +354,7 @@ fn a_client_falls_back_where_the_server_knows_less() {
         private: Some(vec![1]),
         private_only: false,
     };
-    let mut client = client::Handshake::new(wish);
+    let mut client = client::ClientHandshake::new(wish);
     let mut input = Vec::new();
     Greeting::Newstyle { flags: HandshakeFlags::FIXED_NEWSTYLE }.encode(&mut input);
     let mut asked = Vec::new();
@@ -356,7 +362,7 @@ fn a_client_falls_back_where_the_server_knows_less() {
         let mut out = Vec::new();
         let (used, next) = client.advance(&input, &mut out).unwrap();
         input.drain(..used);
-        if let client::Next::Transmission(agreement) = next {
+        if let client::ClientStep::Transmission(agreement) = next {
             assert_eq!(agreement.dialect, Dialect::Simple);
             break;
         }
@@ -409,7 +415,7 @@ fn the_private_option_is_answered_by_whoever_understands_it() {
         }
         talk.option(PRIVATE_OPTION, b"who am I")
     };
-    assert_eq!(introduced(true), (vec![], server::Next::Asked(b"who am I".to_vec())));
+    assert_eq!(introduced(true), (vec![], server::ServerStep::Asked(b"who am I".to_vec())));
     let unsupported = OptionReplyKind::ErrUnsupported.number();
     assert!(matches!(&introduced(false).0[..], [OptionReply::Error { number, .. }]
         if *number == unsupported));
@@ -417,11 +423,11 @@ fn the_private_option_is_answered_by_whoever_understands_it() {
 
 #[test]
 fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export() {
-    let mut server = server::Handshake::new(export());
+    let mut server = server::ServerHandshake::new(export());
     server.understand_private();
     server.admit_selectively();
-    let wish = Wish { private: Some(b"who".to_vec()), ..Wish::default() };
-    let mut client = client::Handshake::new(wish);
+    let wish = ClientOffer { private: Some(b"who".to_vec()), ..ClientOffer::default() };
+    let mut client = client::ClientHandshake::new(wish);
     let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
     server.greet(&mut to_client);
     let failure = loop {
@@ -432,10 +438,10 @@ fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export()
         let (used, next) = server.advance(&to_server, &mut to_client).unwrap();
         to_server.drain(..used);
         match next {
-            server::Next::Asked(data) => {
+            server::ServerStep::Asked(data) => {
                 server.answer_private(Ok([&data[..], b"?"].concat()), &mut to_client);
             }
-            server::Next::Wants { to_enter } => {
+            server::ServerStep::Wants { to_enter } => {
                 assert!(to_enter, "GO enters");
                 server.decide(Err("not now".to_owned()));
             }
@@ -443,13 +449,13 @@ fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export()
         }
     };
     let policy = OptionReplyKind::ErrPolicy.number();
-    assert_eq!(failure, Failure::Refused { number: policy, message: "not now".into() });
+    assert_eq!(failure, HandshakeFailure::Refused { number: policy, message: "not now".into() });
     assert_eq!(client.private_answer(), Some(&b"who?"[..]));
 }
 
 #[test]
 fn each_wish_for_the_export_is_decided_anew() {
-    let mut server = server::Handshake::new(export());
+    let mut server = server::ServerHandshake::new(export());
     server.admit_selectively();
     let mut bytes = vec![0, 0, 0, 3];
     for kind in [OptionKind::Info, OptionKind::Go, OptionKind::Go] {
@@ -460,12 +466,12 @@ fn each_wish_for_the_export_is_decided_anew() {
         let (used, next) = server.advance(&bytes, &mut Vec::new()).unwrap();
         bytes.drain(..used);
         match next {
-            server::Next::Wants { to_enter } => {
+            server::ServerStep::Wants { to_enter } => {
                 wishes.push(to_enter);
                 let admitted = wishes.len() == 3;
                 server.decide(if admitted { Ok(()) } else { Err("no".to_owned()) });
             }
-            server::Next::Transmission(_) => break bytes.is_empty(),
+            server::ServerStep::Transmission(_) => break bytes.is_empty(),
             next => panic!("{next:?}"),
         }
     };
@@ -480,6 +486,6 @@ fn what_follows_an_option_without_data_is_answered_without_further_bytes() {
         encode_option(unread, &[], &mut bytes);
         encode_option(OptionKind::Go.number(), &go(""), &mut bytes);
         let (_, next) = Talk::fixed().say(&bytes).unwrap();
-        assert!(matches!(next, server::Next::Transmission(_)), "option {unread}: {next:?}");
+        assert!(matches!(next, server::ServerStep::Transmission(_)), "option {unread}: {next:?}");
     }
 }

@@ -27,7 +27,7 @@ fn log_everything() {
 
 #[test]
 fn each_verbosity_lets_through_what_the_manual_says() {
-    use {Destination::*, Verbosity::*};
+    use {LogTarget::*, Verbosity::*};
     let verbose = if cfg!(debug_assertions) { "DIWEF" } else { "IWEF" };
     for (verbosity, destination, expected) in [
         (Quiet, Stderr, "F"),

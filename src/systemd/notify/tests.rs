@@ -12,7 +12,7 @@ const SHORT: Duration = Duration::from_millis(20);
 #[test]
 #[ignore = "a part of other tests, which run it in a process of its own"]
 fn a_child_that_says_everything() {
-    let notifier = Notifier::from_env();
+    let notifier = ServiceManager::from_env();
     assert!(notifier.is_connected());
     notifier.status("serving\nREADY=1").unwrap();
     notifier.ready().unwrap();
@@ -30,7 +30,7 @@ fn a_child_that_says_everything() {
 #[test]
 #[ignore = "a part of other tests, which run it in a process of its own"]
 fn a_child_that_waits_in_vain() {
-    let error = Notifier::from_env().barrier(SHORT).unwrap_err();
+    let error = ServiceManager::from_env().barrier(SHORT).unwrap_err();
     child::say(&format!("{:?}", error.kind()));
 }
 
@@ -38,7 +38,7 @@ fn a_child_that_waits_in_vain() {
 #[test]
 #[ignore = "a part of other tests, which run it in a process of its own"]
 fn a_child_that_is_not_read() {
-    let notifier = Notifier::from_env();
+    let notifier = ServiceManager::from_env();
     let lost = (0..).find_map(|_| notifier.ready().err()).unwrap();
     notifier.ready().unwrap();
     child::say(&format!("{lost} {}", notifier.barrier(LONG).unwrap_err()));
@@ -111,7 +111,7 @@ fn a_service_manager_that_does_not_read_keeps_nobody_waiting() {
 
 #[test]
 fn without_a_service_manager_all_goes_well_and_nothing_is_said() {
-    let notifier = Notifier::silent();
+    let notifier = ServiceManager::silent();
     assert!(!notifier.is_connected());
     assert_eq!(notifier.watchdog_interval(), None);
     notifier.ready().unwrap();

@@ -10,12 +10,12 @@ use std::path::PathBuf;
 
 #[test]
 fn the_socket_named_control_is_for_operators_and_all_others_for_clients() {
-    assert_eq!(Role::of("control"), Role::Control);
+    assert_eq!(SocketRole::of("control"), SocketRole::Control);
     for name in ["nbd", "unknown", "LISTEN_FD", "flexnbd@disk.socket", "control.socket"] {
-        assert_eq!(Role::of(name), Role::Nbd { is_familiar: true }, "{name}");
+        assert_eq!(SocketRole::of(name), SocketRole::Nbd { is_familiar: true }, "{name}");
     }
     for name in ["Control", "controls", "http", "socket"] {
-        assert_eq!(Role::of(name), Role::Nbd { is_familiar: false }, "{name}");
+        assert_eq!(SocketRole::of(name), SocketRole::Nbd { is_familiar: false }, "{name}");
     }
 }
 
@@ -71,14 +71,14 @@ impl Drop for Handed {
 #[test]
 #[ignore = "a part of other tests, which run it in a process of its own"]
 fn a_child_that_inherits() {
-    let inherited = Inherited::from_env();
+    let inherited = InheritedSockets::from_env();
     for error in &inherited.bad {
         child::say(&error.to_string());
     }
     for listener in &inherited.nbd {
         child::say(&match listener {
-            Listener::Tcp(tcp) => format!("nbd {}", tcp.local_addr().unwrap()),
-            Listener::Unix(unix) => format!("nbd {}", path_of(unix)),
+            InheritedListener::Tcp(tcp) => format!("nbd {}", tcp.local_addr().unwrap()),
+            InheritedListener::Unix(unix) => format!("nbd {}", path_of(unix)),
         });
     }
     if let Some(unix) = &inherited.control {

@@ -6,7 +6,7 @@ use super::disks::Pair;
 use super::network::wait_for_listener;
 use super::process::Process;
 use super::running::free_port;
-use flexnbd::control::command::{Action, Mirror};
+use flexnbd::control::command::{ArrivalAction, Mirror};
 use flexnbd::control::{Command as Order, Summary, ask_and_wait};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -72,8 +72,13 @@ impl Sides {
     /// When the source refuses or gives up, or a side does not end with success.
     pub(super) fn migrate(mut self, max_bps: Option<u64>) -> Result<Moved, Trouble> {
         let ordered = Instant::now();
-        let mirror =
-            Mirror { to: self.to, action: Action::Exit, bind: None, max_bps, no_record: false };
+        let mirror = Mirror {
+            to: self.to,
+            action: ArrivalAction::Exit,
+            bind: None,
+            max_bps,
+            no_record: false,
+        };
         let summary = order(self.control.clone(), mirror)?;
         let source = self.source.succeeds(END_TIME_MAX)?;
         let destination = self.destination.succeeds(END_TIME_MAX)?;

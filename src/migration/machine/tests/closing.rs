@@ -5,7 +5,7 @@ use crate::migration::arrival::SOURCE_SILENCE;
 use crate::migration::freeze::{FREEZE_MAX, STALL_MAX};
 
 /// Behind the closed gate, with a request of the last copy on its way.
-fn in_the_last_copy(peer: Peer) -> Rig {
+fn in_the_last_copy(peer: DestinationInfo) -> Rig {
     let mut rig = Rig::new(job(), peer);
     rig.until(is_closing);
     rig.marks = VecDeque::from([Range::whole(SIZE).until(4096)]);
@@ -121,7 +121,9 @@ fn a_slow_link_behind_the_closed_gate_has_four_seconds() {
 fn a_flush_that_hangs_behind_the_closed_gate_opens_it() {
     let mut rig = Rig::new(job(), plain());
     rig.until(is_closing);
-    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Flush, .. })));
+    rig.until(|action| {
+        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Flush, .. }))
+    });
     let cookie = rig.machine.cookie;
     let Action::Wait { until } = *rig.give(Event::Done) else { panic!("{:?}", rig.action) };
     assert!(until <= rig.now + FREEZE_MAX);
@@ -138,7 +140,7 @@ fn a_flush_that_hangs_behind_the_closed_gate_opens_it() {
 fn a_record_that_is_durable_too_late_is_taken_back_after_the_gate() {
     for expired in [false, true] {
         let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
-        rig.until(|action| *action == Action::Record(Note::Departing));
+        rig.until(|action| *action == Action::Record(RecordKind::Departing));
         let end = rig.machine.freeze_end().unwrap();
         if expired {
             // The gate has opened between the look at the time and the sealing.
@@ -149,7 +151,7 @@ fn a_record_that_is_durable_too_late_is_taken_back_after_the_gate() {
             rig.give(Event::Done);
         }
         assert_eq!(rig.action, Action::OpenGate);
-        assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+        assert_eq!(rig.give(Event::Done), &Action::Record(RecordKind::Before));
         assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
         assert!(!rig.log.contains(&Action::HangUp));
     }
@@ -167,10 +169,10 @@ fn a_sealed_gate_does_not_open_by_itself() {
 #[test]
 fn a_failure_behind_the_closed_gate_takes_back_link_gate_and_record_in_this_order() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
-    rig.until(|action| *action == Action::Record(Note::Departing));
+    rig.until(|action| *action == Action::Record(RecordKind::Departing));
     assert_eq!(rig.give(Event::Failed("disk full".to_owned())), &Action::HangUp);
     assert_eq!(rig.give(Event::Done), &Action::OpenGate);
-    assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+    assert_eq!(rig.give(Event::Done), &Action::Record(RecordKind::Before));
     let failed = Outcome::Failed(Trouble::Record("disk full".to_owned()));
     assert_eq!(rig.give(Event::Done), &Action::End(failed), "and nothing is tried again");
 }
@@ -188,7 +190,7 @@ fn a_destination_that_has_hung_up_before_the_handover_leaves_no_doubt() {
         }
         assert_eq!(rig.action, Action::HangUp);
         assert_eq!(rig.give(Event::Done), &Action::OpenGate);
-        assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+        assert_eq!(rig.give(Event::Done), &Action::Record(RecordKind::Before));
         assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
     }
 }
@@ -226,7 +228,7 @@ fn a_slow_flush_of_the_destination_is_repeated_before_the_gate_closes() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     let mut flushes = 0;
     while !is_closing(&rig.action) {
-        if let Action::Send(Request { work: Work::Flush, .. }) = rig.action {
+        if let Action::Send(DestinationRequest { work: RequestKind::Flush, .. }) = rig.action {
             flushes += 1;
             rig.now += Duration::from_secs(1);
         }
@@ -239,7 +241,9 @@ fn a_slow_flush_of_the_destination_is_repeated_before_the_gate_closes() {
 #[test]
 fn a_flush_that_takes_long_is_told_to_be_what_is_waited_for() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
-    rig.until(|action| matches!(action, Action::Send(Request { work: Work::Flush, .. })));
+    rig.until(|action| {
+        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Flush, .. }))
+    });
     rig.give(Event::Done);
     for _ in 0..60 {
         rig.until(is_wait);
@@ -252,13 +256,13 @@ fn a_flush_that_takes_long_is_told_to_be_what_is_waited_for() {
 }
 
 fn before() -> Action {
-    Action::Record(Note::Before)
+    Action::Record(RecordKind::Before)
 }
 
 /// The record *departing* is durable too late, and clients go on: it is being put back.
 fn putting_the_record_back() -> Rig {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
-    rig.until(|action| *action == Action::Record(Note::Departing));
+    rig.until(|action| *action == Action::Record(RecordKind::Departing));
     rig.now = rig.machine.freeze_end().unwrap();
     rig.give(Event::Done);
     rig.until(|action| *action == before());
@@ -298,7 +302,7 @@ fn a_record_not_put_back_is_tried_again() {
 #[test]
 fn a_break_does_not_hide_a_record_failure() {
     let mut rig = putting_the_record_back();
-    rig.machine.order(Order::Break).unwrap();
+    rig.machine.order(OperatorRequest::Break).unwrap();
     assert_eq!(rig.give(failed()), &Action::HangUp);
     assert_eq!(record_failures(&mut rig), 1);
     rig.until(|action| *action == before());
@@ -309,7 +313,7 @@ fn a_break_does_not_hide_a_record_failure() {
 fn a_failed_migration_tries_to_restore_the_record() {
     for failures in [1, RECORD_TRIES - 1, RECORD_TRIES] {
         let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
-        rig.until(|action| *action == Action::Record(Note::Departing)).give(failed());
+        rig.until(|action| *action == Action::Record(RecordKind::Departing)).give(failed());
         for _ in 0..failures {
             rig.until(|action| *action == before()).give(failed());
         }

@@ -10,10 +10,10 @@ fn an_acknowledgement_that_was_lost_is_asked_for() {
     assert_eq!(rig.give(lost()), &Action::HangUp);
     assert!(matches!(rig.give(Event::Done), Action::Connect(_)), "at once");
     let serving = Answer { listening: None, has: Has::Arrived };
-    let arrived = Peer { answer: Some(serving), size: 0, ..plain() };
+    let arrived = DestinationInfo { answer: Some(serving), size: 0, ..plain() };
     assert_eq!(rig.give(Event::Greeted(arrived)), &Action::Retire);
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
-    assert!(rig.log.contains(&Action::Record(Note::Departed)));
+    assert!(rig.log.contains(&Action::Record(RecordKind::Departed)));
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn a_handover_that_did_not_arrive_in_time_lets_clients_go_on() {
     rig.now += FREEZE_MAX;
     assert_eq!(rig.give(Event::Greeted(ours(TOKEN, Has::Incomplete))), &Action::HangUp);
     assert_eq!(rig.give(Event::Done), &Action::OpenGate);
-    assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+    assert_eq!(rig.give(Event::Done), &Action::Record(RecordKind::Before));
     rig.peer = ours(TOKEN, Has::Incomplete);
     let before = rig.written();
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
@@ -92,7 +92,7 @@ fn a_destination_that_has_lost_the_copy_gives_the_disk_back() {
     rig.give(Event::Done);
     assert_eq!(rig.give(Event::Greeted(ours(OTHER, Has::Incomplete))), &Action::HangUp);
     assert_eq!(rig.give(Event::Done), &Action::OpenGate);
-    assert_eq!(rig.give(Event::Done), &Action::Record(Note::Before));
+    assert_eq!(rig.give(Event::Done), &Action::Record(RecordKind::Before));
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn in_doubt_the_gate_stays_closed_however_long_it_takes() {
         Event::Unreachable(Trouble::Connect("refused".to_owned())),
         Event::Greeted(ours(OTHER, Has::Nothing)),
         Event::Greeted(plain()),
-        Event::Greeted(Peer {
+        Event::Greeted(DestinationInfo {
             answer: Some(Answer { listening: None, has: Has::Nothing }),
             ..plain()
         }),
@@ -117,7 +117,7 @@ fn in_doubt_the_gate_stays_closed_however_long_it_takes() {
         matches!(action, Action::Connect(_) | Action::Wait { .. } | Action::HangUp)
     };
     assert!(rig.log[since..].iter().all(harmless));
-    assert_eq!(rig.machine.order(Order::Break), Err(TooLate));
+    assert_eq!(rig.machine.order(OperatorRequest::Break), Err(TooLate));
     let news = rig.news();
     let doubt = |news: &&News| matches!(news, News::Obstructed(Obstacle::Acknowledgement(_)));
     let doubts = news.iter().filter(doubt).count();

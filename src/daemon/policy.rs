@@ -1,0 +1,206 @@
+//! The two answers to "whose disk is this?" that sessions can get: it is ours and served, or it
+//! is on its way to us. Translates between the server and the migration, which do not know each
+//! other; decides nothing.
+
+use crate::disk::ownership::Provenance;
+use crate::migration::arrival::{self, HandoverError, Sender, answer_when_serving};
+use crate::migration::destination::{Destination, HandoverResult};
+use crate::migration::wire::{Question, WireError};
+use crate::nbd::handshake::option::OptionReply;
+use crate::nbd::wire::{ErrorCode, OptionReplyKind};
+use crate::server::policy::{
+    ExportPolicy, GoReply, HandoverReply, ProbeReply, SessionId, SessionsView,
+};
+use std::io;
+
+/// A disk that is ours.
+#[derive(Debug)]
+pub(super) struct ServingPolicy(pub(super) Provenance);
+
+impl ExportPolicy for ServingPolicy {
+    fn introduced(&self, _: SessionId, data: &[u8], _: &dyn SessionsView) -> ProbeReply {
+        match Question::decode(data) {
+            Ok(question) => {
+                let data = answer_when_serving(self.0, &question).encode().to_vec();
+                ProbeReply::Answer { data, retire: Vec::new(), is_source: false }
+            }
+            Err(error) => invalid(error),
+        }
+    }
+
+    fn enters(&self, _: SessionId, _now: bool, _: &dyn SessionsView) -> GoReply {
+        GoReply::Open(Vec::new())
+    }
+
+    fn permit(&self, _: SessionId, _changes: bool) -> Result<(), (ErrorCode, &'static str)> {
+        Ok(())
+    }
+
+    fn write_failed(&self, _session: SessionId, _error: &io::Error) {}
+
+    fn handed_over(&self, _session: SessionId, _payload: &[u8]) -> HandoverReply {
+        HandoverReply::Refuse(ErrorCode::Invalid)
+    }
+
+    fn said_goodbye(&self, _session: SessionId) {}
+
+    fn closed(&self, _session: SessionId) {}
+}
+
+/// A disk that is on its way to us.
+#[derive(Debug)]
+pub(super) struct ReceivingPolicy(pub(super) Destination);
+
+impl ExportPolicy for ReceivingPolicy {
+    fn introduced(&self, session: SessionId, data: &[u8], others: &dyn SessionsView) -> ProbeReply {
+        match self.0.introduced(session, data, &|other| others.silence(other)) {
+            Ok(arrival::ProbeDecision::Answer { answer, retire }) => {
+                ProbeReply::Answer { data: answer.encode().to_vec(), retire, is_source: true }
+            }
+            Ok(arrival::ProbeDecision::Refuse(denied)) => {
+                let (why, holder) = self.explain(denied, (session, Some(data)), others);
+                let reply = OptionReply::error(OptionReplyKind::ErrPolicy, &why);
+                ProbeReply::Refuse { reply, holder }
+            }
+            Err(error) => invalid(error),
+        }
+    }
+
+    fn enters(&self, session: SessionId, now: bool, others: &dyn SessionsView) -> GoReply {
+        let silence = |other| others.silence(other);
+        let entered = if now {
+            self.0.enter(session, &silence)
+        } else {
+            self.0.admits(session, &silence).map(|()| Vec::new())
+        };
+        match entered {
+            Ok(retire) => GoReply::Open(retire),
+            Err(denied) => {
+                let (why, holder) = self.explain(denied, (session, None), others);
+                GoReply::Closed { why, holder }
+            }
+        }
+    }
+
+    fn permit(&self, session: SessionId, changes: bool) -> Result<(), (ErrorCode, &'static str)> {
+        self.0.permit(session, changes).map_err(|denied| (ErrorCode::NotPermitted, why(denied)))
+    }
+
+    fn write_failed(&self, _session: SessionId, error: &io::Error) {
+        self.0.failed(&format!("cannot write the incoming disk: {error}"));
+    }
+
+    fn handed_over(&self, session: SessionId, payload: &[u8]) -> HandoverReply {
+        match self.0.handed_over(session, payload) {
+            HandoverResult::Acknowledge => HandoverReply::Acknowledge,
+            HandoverResult::Refuse => HandoverReply::Refuse(ErrorCode::Invalid),
+            HandoverResult::Silence => HandoverReply::Silence,
+        }
+    }
+
+    fn said_goodbye(&self, session: SessionId) {
+        self.0.said_goodbye(session);
+    }
+
+    fn closed(&self, session: SessionId) {
+        self.0.closed(session);
+    }
+
+    fn is_exclusive(&self) -> bool {
+        true
+    }
+}
+
+impl ReceivingPolicy {
+    /// Why this client, with what it introduces itself with, is denied something, and the session
+    /// that is in its way.
+    fn explain(
+        &self,
+        denied: HandoverError,
+        (session, introduction): (SessionId, Option<&[u8]>),
+        others: &dyn SessionsView,
+    ) -> (String, Option<SessionId>) {
+        let HandoverError::Taken(holder) = denied else { return (why(denied).to_owned(), None) };
+        let who = others.peer(holder).map_or_else(String::new, |peer| format!(" {peer}"));
+        let what = match self.0.holder(holder) {
+            Some(Sender::Ours(id)) => format!("migration {id}"),
+            _ => "not a flexnbd".to_owned(),
+        };
+        let silent = others.silence(holder).as_secs();
+        // None if it has left by now.
+        let patience = self.0.patience(session, introduction).map_or(0, |time| time.as_secs());
+        let why = format!(
+            "{}:{who} ({what}), silent for {silent} s; after {patience} s it loses its place",
+            why(denied)
+        );
+        (why, Some(holder))
+    }
+}
+
+fn why(denied: HandoverError) -> &'static str {
+    match denied {
+        HandoverError::Stranger => {
+            "a disk is being received here: only its source is let in, a flexnbd that moves it \
+             (flexnbd mirror)"
+        }
+        HandoverError::Taken(_) => "the disk is being received from another client",
+        HandoverError::NotSeated => "the connection is not the one that the disk is received from",
+        HandoverError::Incomplete => {
+            "an incomplete copy of the disk lies here, which only a client that writes it may read"
+        }
+        HandoverError::Complete => "the disk has arrived",
+        HandoverError::Failed => "the disk cannot be received here",
+    }
+}
+
+fn invalid(error: WireError) -> ProbeReply {
+    let message = error.to_string();
+    let reply = OptionReply::error(OptionReplyKind::ErrInvalid, &message);
+    ProbeReply::Refuse { reply, holder: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::Disk;
+    use crate::disk::memory::MemoryBackend;
+    use crate::migration::arrival::Admits;
+    use crate::migration::wire::Token;
+    use crate::net::Peer;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    struct JustHeard;
+
+    impl SessionsView for JustHeard {
+        fn silence(&self, _: SessionId) -> Duration {
+            Duration::from_secs(1)
+        }
+
+        fn peer(&self, _: SessionId) -> Option<Peer> {
+            None
+        }
+    }
+
+    fn turned_away(receiving: &ReceivingPolicy) -> String {
+        match receiving.enters(2, true, &JustHeard) {
+            GoReply::Closed { why, .. } => why,
+            GoReply::Open(_) => panic!("let in"),
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_time_that_applies() {
+        let disk = Arc::new(Disk::new(Box::new(MemoryBackend::new(4096)), false));
+        let name = (Token([9; 16]), None);
+        let told = Box::new(|_| {});
+        let receiving =
+            ReceivingPolicy(Destination::new(disk, None, Admits::PlainWriter, name, told));
+        receiving.enters(1, true, &JustHeard);
+        let why = turned_away(&receiving);
+        assert!(why.contains("after 5 s"), "nothing written: {why}");
+        receiving.permit(1, true).unwrap();
+        let why = turned_away(&receiving);
+        assert!(why.contains("after 60 s"), "a writer: {why}");
+    }
+}

@@ -1,0 +1,334 @@
+//! Overlapping changes of several sessions, and long zeroings, on an image that makes its calls when
+//! the test says so.
+
+use super::super::dirty::BLOCK;
+use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
+use super::super::parts::PART_MIN;
+use super::super::slow::{Slow, SlowBackend, TestNotifier};
+use super::super::{Backend, errno_of};
+use super::*;
+use nix::libc::{EIO, EOPNOTSUPP};
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+const SIZE: u64 = 64 << 20;
+
+struct Fixture {
+    disk: Disk,
+    memory: MemoryBackend,
+    faults: Arc<Faults>,
+    slow: Arc<Slow>,
+}
+
+struct Session<'a> {
+    errands: InFlight<'a, u32>,
+    bell: Arc<TestNotifier>,
+}
+
+fn fixture() -> Fixture {
+    let (memory, faults) = (MemoryBackend::new(SIZE), Arc::new(Faults::default()));
+    let slow = Arc::new(Slow::default());
+    let image = FailingBackend::new(memory.clone(), Arc::clone(&faults));
+    let disk = Disk::new(Box::new(SlowBackend::new(image, Arc::clone(&slow))), false);
+    Fixture { disk, memory, faults, slow }
+}
+
+impl Fixture {
+    fn session(&self) -> Session<'_> {
+        let bell = Arc::new(TestNotifier::default());
+        Session { errands: InFlight::new(&self.disk, Arc::clone(&bell) as Arc<dyn Notifier>), bell }
+    }
+
+    fn finish(&self, nth: usize) {
+        self.slow.finish(nth, &*self.disk.image);
+    }
+
+    fn closes(&self) -> bool {
+        self.disk.gate().close_and_drain(Instant::now()).is_ok()
+    }
+}
+
+impl<'a> Session<'a> {
+    fn begin(&mut self, disk: &'a Disk, work: Work, token: u32) {
+        self.errands.begin(disk.enter(&|| true).unwrap(), work, token);
+        self.errands.submit();
+    }
+
+    /// What a turn does.
+    fn turn(&mut self) -> Option<(u32, Result<(), i32>)> {
+        let over = self.errands.next_over();
+        self.errands.submit();
+        over.map(|(token, outcome)| (token, outcome.map_err(|error| errno_of(&error))))
+    }
+}
+
+fn range(offset: u64, length: u64) -> Range {
+    Range::within(SIZE, offset, length).unwrap()
+}
+
+fn zero(offset: u64, length: u64) -> Work {
+    Work::Zero { range: range(offset, length), how: Zeroing::default(), durable: false }
+}
+
+fn write(offset: u64, byte: u8, length: usize) -> Work {
+    Work::Write { offset, data: vec![byte; length], durable: false }
+}
+
+#[test]
+fn a_later_change_of_another_session_waits_for_the_earlier() {
+    let fixture = fixture();
+    let (mut old, mut new) = (fixture.session(), fixture.session());
+    old.begin(&fixture.disk, zero(0, 8192), 0);
+    assert!(!new.errands.is_clear(range(4096, 1)));
+    new.begin(&fixture.disk, write(4096, 7, 4096), 1);
+    new.begin(&fixture.disk, write(8192, 7, 4096), 2);
+    assert_eq!(new.turn(), Some((2, Ok(()))), "it overlaps nothing");
+    assert!(new.turn().is_none() && new.errands.are_waiting());
+    fixture.finish(0);
+    let rung = new.bell.count();
+    assert!(new.turn().is_none(), "it has not been heard of");
+    assert_eq!(old.turn(), Some((0, Ok(()))));
+    assert!(new.bell.count() > rung, "told to go on");
+    assert!(new.turn().is_none());
+    assert_eq!(new.turn(), Some((1, Ok(()))));
+    assert_eq!(fixture.memory.contents()[4095..4097], [0, 7]);
+    assert!(new.errands.is_clear(range(0, SIZE)));
+}
+
+#[test]
+fn what_a_dropped_session_has_not_begun_is_never_made() {
+    let fixture = fixture();
+    let (mut old, mut new) = (fixture.session(), fixture.session());
+    fixture.memory.write(0, &[1; 1 << 20], false).unwrap();
+    for token in 0..24 {
+        old.begin(&fixture.disk, zero(u64::from(token) * 4096, 4096), token);
+    }
+    let begun = fixture.slow.count();
+    assert!(begun < 4, "{begun} of 24 are out of our hands at once");
+    new.begin(&fixture.disk, write(23 * 4096, 7, 4096), 0);
+    new.begin(&fixture.disk, write(0, 7, 4096), 1);
+    std::thread::scope(|scope| {
+        let (slow, disk) = (&fixture.slow, &fixture.disk);
+        scope.spawn(move || (0..begun).for_each(|_| slow.finish(0, &*disk.image)));
+        drop(old);
+    });
+    assert!(new.bell.count() > 0 && new.turn().is_none());
+    let ends = [new.turn(), new.turn()];
+    assert!(ends.contains(&Some((0, Ok(())))) && ends.contains(&Some((1, Ok(())))));
+    assert_eq!(fixture.faults.count(Op::Zero), begun as u64);
+    let contents = fixture.memory.contents();
+    assert!(contents[..4096] == [7; 4096] && contents[23 * 4096..][..4096] == [7; 4096]);
+    assert!(contents[22 * 4096..23 * 4096] == [1; 4096], "dropped");
+}
+
+#[test]
+fn a_gate_closes_between_two_parts_and_the_rest_waits() {
+    for durable in [false, true] {
+        let fixture = fixture();
+        let mut session = fixture.session();
+        let dirty = fixture.disk.track().unwrap();
+        let how = Zeroing::default();
+        let long = Work::Zero { range: range(512, SIZE - 512), how, durable };
+        session.begin(&fixture.disk, long, 0);
+        let first = fixture.slow.wait_for(1);
+        assert!(!fixture.closes(), "a part is in flight");
+        let closing = fixture.disk.gate().close_and_drain(Instant::now());
+        assert!(closing.is_err());
+        std::thread::scope(|scope| {
+            let gate = fixture.disk.gate();
+            let closing = scope.spawn(|| gate.close_and_drain(Instant::now() + PATIENCE));
+            while gate.is_open() {
+                std::thread::yield_now();
+            }
+            fixture.finish(0);
+            assert!(session.turn().is_none());
+            assert_eq!(closing.join().unwrap(), Ok(()), "{first:?}");
+        });
+        let marked = dirty.count();
+        assert!(marked > 0 && marked * BLOCK < SIZE / 2, "what is done is marked: {marked}");
+        assert!(fixture.slow.count() == 0 && session.turn().is_none());
+        assert!(!session.errands.is_clear(range(SIZE - 512, 512)), "the rest keeps its place");
+        let rung = session.bell.count();
+        fixture.disk.gate().reopen();
+        assert!(session.bell.count() > rung, "told to go on");
+        fixture.slow.hurry(&*fixture.disk.image);
+        let end = std::iter::from_fn(|| Some(session.turn())).take(1000).flatten().next();
+        assert_eq!(end, Some((0, Ok(()))));
+        assert_eq!(dirty.count() * BLOCK, SIZE);
+        assert!(fixture.faults.count(Op::Zero) > 2);
+        assert_eq!(fixture.faults.count(Op::Flush), u64::from(durable));
+    }
+}
+
+#[test]
+fn a_long_trim_that_fails_ends_with_the_part_that_failed() {
+    let fixture = fixture();
+    let mut session = fixture.session();
+    session.begin(&fixture.disk, Work::Trim { range: range(0, SIZE), durable: true }, 0);
+    fixture.finish(0);
+    assert!(session.turn().is_none());
+    fixture.slow.fail(0, EIO);
+    assert_eq!(session.turn(), Some((0, Err(EIO))));
+    assert!(session.errands.is_clear(range(0, SIZE)) && fixture.closes());
+}
+
+#[test]
+fn fast_zeroing_is_refused_before_anything_is_touched() {
+    let fixture = fixture();
+    let mut session = fixture.session();
+    let how = Zeroing { only_if_fast: true, keep_allocated: false };
+    let fast = |offset| Work::Zero { range: range(offset, SIZE / 2), how, durable: false };
+    session.begin(&fixture.disk, fast(PART_MIN - 1), 0);
+    let calls = fixture.slow.wait_for(1);
+    assert!(calls[0].contains("only_if_fast: true"), "{calls:?}");
+    fixture.slow.fail(0, EOPNOTSUPP);
+    assert_eq!(session.turn(), Some((0, Err(EOPNOTSUPP))));
+    session.begin(&fixture.disk, fast(0), 1);
+    fixture.finish(0);
+    session.turn();
+    let calls = fixture.slow.wait_for(1);
+    assert!(calls[0].contains("only_if_fast: false"), "it was fast, and is finished: {calls:?}");
+    fixture.slow.hurry(&*fixture.disk.image);
+}
+
+#[test]
+fn waiting_changes_end_with_the_disk() {
+    let fixture = fixture();
+    let (mut old, mut new) = (fixture.session(), fixture.session());
+    old.begin(&fixture.disk, zero(0, 4096), 0);
+    new.begin(&fixture.disk, zero(0, 4096), 1);
+    fixture.disk.gate().retire();
+    fixture.finish(0);
+    assert_eq!(old.turn(), Some((0, Ok(()))));
+    assert!(new.turn().is_none() && fixture.slow.count() == 0, "never begun");
+    assert!(fixture.closes());
+}
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One step of several sessions.
+#[derive(Clone, Debug)]
+enum Step {
+    /// A change by that session, of these blocks.
+    Change {
+        session: usize,
+        block: u64,
+        blocks: u64,
+        kind: u8,
+    },
+    /// The call that was begun as that one ends.
+    Finish(usize),
+    /// That session loses its connection, and another takes its place.
+    Reconnect(usize),
+    CloseGate,
+    OpenGate,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0..3usize, 0..12u64, 1..5u64, 0..4u8)
+            .prop_map(|(session, block, blocks, kind)| Step::Change { session, block, blocks, kind }),
+        6 => (0..6usize).prop_map(Step::Finish),
+        1 => (0..3usize).prop_map(Step::Reconnect),
+        1 => Just(Step::CloseGate),
+        1 => Just(Step::OpenGate),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever happens, a block holds what the last acknowledged change made of it, unless a change
+    /// that came later, or was not acknowledged when that was sent, came out on top.
+    #[test]
+    fn acknowledged_changes_are_never_undone_by_earlier_ones(
+        steps in prop::collection::vec(step(), 1..60),
+    ) {
+        let fixture = fixture();
+        let mut sessions: Vec<Session<'_>> = (0..3).map(|_| fixture.session()).collect();
+        // Of each block: the values that it may have. A change adds its value when it is sent, and
+        // takes those away that were there before when it is acknowledged.
+        let mut may_be: Vec<Vec<u32>> = vec![vec![0]; 16];
+        let mut sent: BTreeMap<u32, (usize, u64, u64)> = BTreeMap::new();
+        let (mut next, mut closed) = (1u32, false);
+        let mut zeroes = BTreeSet::from([0]);
+        let settle = |sessions: &mut Vec<Session<'_>>, may_be: &mut Vec<Vec<u32>>,
+                      sent: &mut BTreeMap<u32, (usize, u64, u64)>| {
+            for _ in 0..4 {
+                for session in sessions.iter_mut() {
+                    while let Some((token, outcome)) = session.turn() {
+                        assert_eq!(outcome, Ok(()));
+                        let Some((_, block, blocks)) = sent.remove(&token) else { continue };
+                        for values in &mut may_be[block as usize..(block + blocks) as usize] {
+                            values.retain(|value| *value >= token);
+                        }
+                    }
+                }
+            }
+        };
+        for step in steps {
+            match step {
+                Step::Change { session, block, blocks, kind } => {
+                    let (offset, length) = (block * BLOCK, blocks * BLOCK);
+                    let work = match kind {
+                        0 => zero(offset, length),
+                        1 => Work::Trim { range: range(offset, length), durable: false },
+                        _ => Work::Write {
+                            offset, durable: kind == 3,
+                            data: next.to_le_bytes().repeat(length as usize / 4),
+                        },
+                    };
+                    let Ok(Some(visit)) = fixture.disk.enter_if_open() else { continue };
+                    sessions[session].errands.begin(visit, work, next);
+                    sessions[session].errands.submit();
+                    for values in &mut may_be[block as usize..(block + blocks) as usize] {
+                        values.push(next);
+                    }
+                    if kind < 2 {
+                        zeroes.insert(next);
+                    }
+                    sent.insert(next, (session, block, blocks));
+                    next += 1;
+                }
+                Step::Finish(nth) => {
+                    let count = fixture.slow.count();
+                    if count > 0 {
+                        fixture.finish(nth % count);
+                    }
+                }
+                Step::Reconnect(which) => {
+                    let old = std::mem::replace(&mut sessions[which], fixture.session());
+                    fixture.slow.hurry(&*fixture.disk.image);
+                    drop(old);
+                    fixture.slow.dawdle();
+                    // What it had sent may or may not have been made.
+                    sent.retain(|_, (session, ..)| *session != which);
+                }
+                Step::CloseGate if !closed => closed = fixture.closes(),
+                Step::OpenGate if closed => {
+                    fixture.disk.gate().reopen();
+                    closed = false;
+                }
+                Step::CloseGate | Step::OpenGate => {}
+            }
+            settle(&mut sessions, &mut may_be, &mut sent);
+        }
+        if closed {
+            fixture.disk.gate().reopen();
+        }
+        fixture.slow.hurry(&*fixture.disk.image);
+        for _ in 0..30 {
+            settle(&mut sessions, &mut may_be, &mut sent);
+        }
+        prop_assert!(sent.is_empty(), "never ended: {:?}", sent);
+        let mut contents = [0; 16 * BLOCK as usize];
+        fixture.memory.read(0, &mut contents).unwrap();
+        for (block, values) in may_be.iter().enumerate() {
+            let found = &contents[block * BLOCK as usize..][..4];
+            let found = u32::from_le_bytes(found.try_into().unwrap());
+            let left = |value: &u32| if zeroes.contains(value) { 0 } else { *value };
+            prop_assert!(values.iter().any(|value| left(value) == found), "{}: {}", block, found);
+        }
+    }
+}

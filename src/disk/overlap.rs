@@ -1,0 +1,208 @@
+//! Changes in flight on one disk, in the order of their arrival, whichever session sent them.
+//!
+//! A change that takes long (a zeroing, a trim, a durable write, a write that has to load its edges)
+//! is registered when it arrives. It may begin when no earlier change overlaps it; an earlier one
+//! may belong to a session whose client has gone. The order is total, so that two sessions never
+//! wait for each other. Never touches the disk.
+//!
+//! A plain write, which the session makes at once, only asks whether anything is in flight: one load
+//! of a counter while nothing is. That is enough for files, where the kernel makes writes of the same
+//! bytes one after another. On a block device it does not, and a write that sleeps there for a dead
+//! session could end after one of the next: plain writes are registered, too.
+
+use super::io_queue::Notifier;
+use crate::range::Range;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// The registered changes of one disk.
+#[derive(Debug, Default)]
+pub(super) struct OverlapTracker {
+    /// How many are registered; changed only under the lock.
+    count: AtomicUsize,
+    registered: Mutex<Tracked>,
+}
+
+#[derive(Debug, Default)]
+struct Tracked {
+    next: u64,
+    by_arrival: BTreeMap<u64, Pending>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    range: Range,
+    /// Wakes the session that the change belongs to.
+    owner: Arc<dyn Notifier>,
+    /// It was told that it has to wait.
+    waits: bool,
+}
+
+/// A registered change, from its arrival until it is made or dropped. Dropping it wakes the sessions
+/// whose changes waited for it.
+#[derive(Debug)]
+pub struct Change<'a> {
+    in_flight: &'a OverlapTracker,
+    number: u64,
+    range: Range,
+}
+
+impl OverlapTracker {
+    /// Registers a change of `range` behind all that have been registered before.
+    pub(super) fn register(&self, range: Range, owner: &Arc<dyn Notifier>) -> Change<'_> {
+        let mut registered = self.lock();
+        let number = registered.next;
+        registered.next += 1;
+        let entry = Pending { range, owner: Arc::clone(owner), waits: false };
+        registered.by_arrival.insert(number, entry);
+        self.count.store(registered.by_arrival.len(), Ordering::Release);
+        Change { in_flight: self, number, range }
+    }
+
+    /// Whether no registered change overlaps `range`: then a change that is made at once need not
+    /// be registered.
+    pub(super) fn is_clear(&self, range: Range) -> bool {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return true;
+        }
+        !self.lock().by_arrival.values().any(|entry| overlap(entry.range, range))
+    }
+
+    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
+    fn lock(&self) -> MutexGuard<'_, Tracked> {
+        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Change<'_> {
+    /// What is changed.
+    #[must_use]
+    pub fn range(&self) -> Range {
+        self.range
+    }
+
+    /// Whether no earlier change overlaps this one. If one does, the bell given at the registration
+    /// rings when it has ended.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        let mut registered = self.in_flight.lock();
+        let mut earlier = registered.by_arrival.range(..self.number);
+        let waits = earlier.any(|(_, entry)| overlap(entry.range, self.range));
+        if let Some(entry) = registered.by_arrival.get_mut(&self.number) {
+            entry.waits = waits;
+        }
+        !waits
+    }
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        let mut registered = self.in_flight.lock();
+        registered.by_arrival.remove(&self.number);
+        self.in_flight.count.store(registered.by_arrival.len(), Ordering::Release);
+        let later = registered.by_arrival.range(self.number..);
+        for (_, entry) in later.filter(|(_, entry)| entry.waits && overlap(entry.range, self.range))
+        {
+            entry.owner.ring();
+        }
+    }
+}
+
+/// Whether two ranges share a byte.
+fn overlap(one: Range, other: Range) -> bool {
+    one.offset().max(other.offset()) < one.end().min(other.end())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::slow::TestNotifier;
+    use super::*;
+    use proptest::prelude::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    fn range(offset: u64, length: u64) -> Range {
+        Range::within(SIZE, offset, length).unwrap()
+    }
+
+    fn bell() -> (Arc<TestNotifier>, Arc<dyn Notifier>) {
+        let bell = Arc::new(TestNotifier::default());
+        (Arc::clone(&bell), bell)
+    }
+
+    #[test]
+    fn ranges_overlap_only_when_they_share_a_byte() {
+        let changed = range(1000, 10);
+        for (offset, length, shares) in
+            [(0, 1000, false), (0, 1001, true), (1009, 1, true), (1010, 9, false), (1005, 0, false)]
+        {
+            assert_eq!(overlap(changed, range(offset, length)), shares, "{length} at {offset}");
+            assert_eq!(overlap(range(offset, length), changed), shares, "{length} at {offset}");
+        }
+    }
+
+    #[test]
+    fn a_later_change_waits_and_is_woken_once() {
+        let (in_flight, (rung, bell), (other, theirs)) =
+            (OverlapTracker::default(), bell(), bell());
+        let first = in_flight.register(range(0, 4096), &theirs);
+        let second = in_flight.register(range(4095, 10), &bell);
+        let apart = in_flight.register(range(8192, 10), &theirs);
+        assert!(first.is_first() && !second.is_first() && apart.is_first());
+        assert!(!in_flight.is_clear(range(0, 1)) && in_flight.is_clear(range(5000, 1)));
+        drop(apart);
+        assert_eq!(rung.count(), 0);
+        drop(first);
+        assert!(second.is_first() && rung.count() == 1 && other.count() == 0);
+        drop(second);
+        assert!(in_flight.is_clear(range(0, SIZE)));
+    }
+
+    #[test]
+    fn a_waiting_change_holds_later_ones_in_order() {
+        let (in_flight, (_, bell)) = (OverlapTracker::default(), bell());
+        let first = in_flight.register(range(0, 100), &bell);
+        let second = in_flight.register(range(50, 100), &bell);
+        let third = in_flight.register(range(120, 100), &bell);
+        assert!(!second.is_first() && !third.is_first(), "third overlaps only the second");
+        drop(second);
+        assert!(third.is_first(), "dropped before it began");
+        drop(first);
+    }
+
+    proptest! {
+        #[test]
+        fn some_change_may_always_begin_and_overlaps_never_meet(
+            places in prop::collection::vec((0..SIZE - 5000, 1u64..5000), 1..40),
+            order in any::<u64>(),
+        ) {
+            let (in_flight, (_, bell)) = (OverlapTracker::default(), bell());
+            let mut waiting: Vec<_> = places
+                .iter()
+                .map(|(offset, length)| in_flight.register(range(*offset, *length), &bell))
+                .collect();
+            let (mut begun, mut ended): (Vec<Change<'_>>, Vec<u64>) = (Vec::new(), Vec::new());
+            let mut dice = order | 1;
+            while !waiting.is_empty() || !begun.is_empty() {
+                let (ready, rest): (Vec<_>, Vec<_>) =
+                    waiting.into_iter().partition(Change::is_first);
+                waiting = rest;
+                for change in ready {
+                    prop_assert!(!begun.iter().any(|other| overlap(other.range, change.range)));
+                    begun.push(change);
+                }
+                prop_assert!(!begun.is_empty(), "all of them wait");
+                dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let change = begun.swap_remove((dice >> 33) as usize % begun.len());
+                let (offset, length) = places[change.number as usize];
+                for earlier in (0..change.number).filter(|earlier| !ended.contains(earlier)) {
+                    let (at, size) = places[earlier as usize];
+                    prop_assert!(!overlap(range(at, size), range(offset, length)));
+                }
+                ended.push(change.number);
+            }
+            prop_assert_eq!(in_flight.count.load(Ordering::Acquire), 0);
+        }
+    }
+}

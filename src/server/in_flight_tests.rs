@@ -1,0 +1,519 @@
+//! Sessions on a disk that is as slow as the test wants: what waits for it, and what does not.
+
+use super::*;
+use crate::disk::inflight::{BYTES_MAX, UNDER_WAY_MAX};
+use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
+use crate::disk::slow::{Slow, SlowBackend};
+use crate::disk::{Backend, StillBusy};
+use crate::nbd::handshake::option::encode_option;
+use crate::nbd::reply::{Dialect, Head};
+use crate::nbd::request::Header;
+use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND, PRIVATE_OPTION};
+use crate::net::Address;
+use crate::server::policy::{ExportPolicy, RecordingPolicy};
+use nix::libc::ENOSPC;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+
+mod order_tests;
+mod stopping_tests;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 16 * MIB;
+const PATIENCE: Duration = Duration::from_secs(20);
+const FUA: CommandFlags = CommandFlags::FUA;
+const PLAIN: CommandFlags = CommandFlags::empty();
+
+struct Fixture {
+    server: Server,
+    address: Address,
+    disk: Arc<Disk>,
+    image: FailingBackend,
+    memory: MemoryBackend,
+    faults: Arc<Faults>,
+    slow: Arc<Slow>,
+    recorder: Arc<RecordingPolicy>,
+}
+
+fn fixture(settings: SessionSettings) -> Fixture {
+    let (memory, faults) = (MemoryBackend::new(SIZE), Arc::new(Faults::default()));
+    let (slow, recorder) = (Arc::new(Slow::default()), Arc::new(RecordingPolicy::default()));
+    let image = || FailingBackend::new(memory.clone(), Arc::clone(&faults));
+    let behind = Box::new(SlowBackend::new(image(), Arc::clone(&slow)));
+    let disk = Arc::new(Disk::new(behind, false));
+    let (server, address) = open(&disk, &recorder, settings, StoredSessions::default());
+    Fixture { server, address, disk, image: image(), memory, faults, slow, recorder }
+}
+
+fn open(
+    disk: &Arc<Disk>,
+    recorder: &Arc<RecordingPolicy>,
+    settings: SessionSettings,
+    luggage: StoredSessions,
+) -> (Server, Address) {
+    let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
+    let address = listener.local_address().unwrap();
+    let anybody = Opening::to_anybody(vec![listener], disk);
+    let policy = Arc::clone(recorder) as Arc<dyn ExportPolicy>;
+    (Server::start(Opening { policy, settings, luggage, ..anybody }).unwrap(), address)
+}
+
+fn plain() -> Fixture {
+    fixture(SessionSettings::default())
+}
+
+impl Fixture {
+    /// A client that has chosen the default export, and simple replies.
+    fn client(&self) -> Client {
+        self.client_after(&[])
+    }
+
+    /// The same, after the private option was sent and answered.
+    fn introduced(&self) -> Client {
+        let mut option = Vec::new();
+        encode_option(PRIVATE_OPTION, &[], &mut option);
+        self.client_after(&option)
+    }
+
+    /// The same after one option with two replies that have no data, or none.
+    fn client_after(&self, option: &[u8]) -> Client {
+        let Address::Tcp(address) = self.address else { panic!("not TCP") };
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.read_exact(&mut [0; 18]).unwrap();
+        stream.write_all(b"\0\0\0\x03").unwrap();
+        if !option.is_empty() {
+            stream.write_all(option).unwrap();
+            stream.read_exact(&mut [0; 40]).unwrap();
+        }
+        stream.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+        stream.read_exact(&mut [0; 10]).unwrap();
+        Client(stream)
+    }
+
+    fn finish(&self, nth: usize) {
+        self.slow.finish(nth, &self.image);
+    }
+
+    /// Makes the first call of this kind that is under way, once it is.
+    fn finish_one(&self, kind: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let calls = self.slow.wait_for(0);
+            if let Some(nth) = calls.iter().position(|call| call.starts_with(kind)) {
+                return self.finish(nth);
+            }
+            assert!(Instant::now() < deadline, "no {kind} among {calls:?}");
+            thread::yield_now();
+        }
+    }
+
+    fn hurry(&self) {
+        self.slow.hurry(&self.image);
+    }
+
+    fn wait_for_clients(&self, count: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.server.clients() != count {
+            assert!(Instant::now() < deadline, "{} clients", self.server.clients());
+            thread::yield_now();
+        }
+    }
+}
+
+struct Client(TcpStream);
+
+impl Client {
+    fn ask(&mut self, kind: CommandKind, flags: CommandFlags, at: u64, length: u64, cookie: u64) {
+        let (flags, kind) = (flags.bits(), kind.number());
+        let header = Header { flags, kind, cookie, offset: at, length };
+        let mut bytes = Vec::new();
+        header.encode(Dialect::Simple, &mut bytes);
+        self.0.write_all(&bytes).unwrap();
+    }
+
+    fn write(&mut self, flags: CommandFlags, at: u64, data: &[u8], cookie: u64) {
+        self.ask(CommandKind::Write, flags, at, data.len() as u64, cookie);
+        self.0.write_all(data).unwrap();
+    }
+
+    fn read(&mut self, at: u64, length: u64, cookie: u64) {
+        self.ask(CommandKind::Read, PLAIN, at, length, cookie);
+    }
+
+    fn flush(&mut self, cookie: u64) {
+        self.ask(CommandKind::Flush, PLAIN, 0, 0, cookie);
+    }
+
+    fn cache(&mut self, cookie: u64) {
+        self.ask(CommandKind::Cache, PLAIN, 0, 4096, cookie);
+    }
+
+    /// The cookie and the error of the next reply.
+    fn head(&mut self) -> (u64, u32) {
+        let mut head = [0; 16];
+        self.0.read_exact(&mut head).unwrap();
+        let Some((Head::Simple { cookie, error }, _)) = Head::decode(&head).unwrap() else {
+            panic!("no simple reply: {head:?}")
+        };
+        (cookie, error)
+    }
+
+    fn data(&mut self, length: u64) -> Vec<u8> {
+        let mut data = vec![0; length as usize];
+        self.0.read_exact(&mut data).unwrap();
+        data
+    }
+
+    /// Asks for something that is at hand, and for nothing else to be answered before.
+    fn is_answered_first(&mut self) {
+        self.read(8 * MIB, 512, 9999);
+        assert_eq!(self.head(), (9999, 0));
+        self.data(512);
+    }
+
+    fn is_closed(&mut self) -> bool {
+        matches!(self.0.read(&mut [0]), Ok(0) | Err(_))
+    }
+}
+
+#[test]
+fn nothing_that_is_slow_holds_up_what_is_asked_behind_it() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    client.flush(1);
+    fixture.slow.wait_for(1);
+    client.write(FUA, 0, &[1; 4096], 2);
+    client.ask(CommandKind::Trim, PLAIN, MIB, MIB, 3);
+    client.ask(CommandKind::WriteZeroes, FUA, 2 * MIB, MIB, 4);
+    client.cache(5);
+    fixture.slow.wait_for(5);
+    client.is_answered_first();
+    for (kind, cookie) in [("Prefetch", 5), ("Trim", 3)] {
+        fixture.finish_one(kind);
+        assert_eq!(client.head(), (cookie, 0));
+    }
+    // Both may be told of a failure that concerns the other.
+    fixture.finish_one("Write");
+    client.is_answered_first();
+    fixture.finish_one("Flush");
+    let both = [client.head(), client.head()];
+    assert!(both.contains(&(1, 0)) && both.contains(&(2, 0)), "{both:?}");
+    // What is zeroed is then flushed.
+    fixture.finish_one("Zero");
+    fixture.slow.wait_for(1);
+    client.is_answered_first();
+    fixture.finish_one("Flush");
+    assert_eq!(client.head(), (4, 0));
+}
+
+#[test]
+fn reads_of_what_is_not_in_memory_are_answered_as_it_comes() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    fixture.memory.write(0, &[1; 4096], false).unwrap();
+    fixture.memory.write(MIB, &[2; 100_000], false).unwrap();
+    fixture.slow.go_cold();
+    client.read(0, 4096, 1);
+    client.read(MIB, 100_000, 2);
+    client.write(PLAIN, 4 * MIB, &[3; 4096], 3);
+    assert_eq!(client.head(), (3, 0));
+    let loads = fixture.slow.wait_for(2);
+    assert!(loads.iter().all(|load| load.starts_with("Load")), "{loads:?}");
+    fixture.finish(1);
+    assert_eq!(client.head(), (2, 0));
+    assert!(client.data(100_000) == [2; 100_000]);
+    fixture.finish(0);
+    assert_eq!(client.head(), (1, 0));
+    assert!(client.data(4096) == [1; 4096]);
+}
+
+#[test]
+fn writes_to_parts_of_what_is_not_in_memory_wait_aside() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    fixture.slow.go_cold();
+    client.write(PLAIN, 100, &[1; 100], 1);
+    client.write(PLAIN, 4096, &[2; 4096], 2);
+    assert_eq!(client.head(), (2, 0));
+    fixture.slow.wait_for(1);
+    fixture.finish(0);
+    assert_eq!(client.head(), (1, 0));
+    assert_eq!(fixture.memory.contents()[199..201], [1, 0]);
+}
+
+#[test]
+fn changes_of_the_same_bytes_are_made_in_the_order_in_which_they_came() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    client.write(FUA, 0, &[1; 8192], 1);
+    client.write(PLAIN, 4096, &[2; 4096], 2);
+    client.write(PLAIN, 8000, &[3; 96], 3);
+    client.is_answered_first();
+    assert_eq!(fixture.slow.wait_for(1).len(), 1);
+    fixture.finish(0);
+    assert_eq!((client.head(), client.head(), client.head()), ((1, 0), (2, 0), (3, 0)));
+    assert_eq!(fixture.memory.contents()[4095..4097], [1, 2]);
+    assert_eq!(fixture.memory.contents()[7999..8001], [2, 3]);
+}
+
+#[test]
+fn what_is_to_be_durable_at_the_same_time_is_flushed_once() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    // Behind a read, so that all of it has arrived when it is looked at.
+    let mut sent = Client(client.0.try_clone().unwrap());
+    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+    sent.read(0, 512, 0);
+    for cookie in 1..=20 {
+        sent.write(FUA, cookie * 4096, &[1; 4096], cookie);
+        sent.flush(100 + cookie);
+    }
+    fixture.disk.gate().reopen();
+    assert_eq!(client.head(), (0, 0));
+    client.data(512);
+    let mut answered = std::collections::BTreeSet::new();
+    let mut flushes = 0;
+    while answered.len() < 40 {
+        flushes += fixture.slow.wait_for(1).len();
+        fixture.finish(0);
+        client.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        while client.0.peek(&mut [0; 16]).is_ok_and(|count| count == 16) {
+            let (cookie, error) = client.head();
+            assert!(error == 0 && answered.insert(cookie));
+        }
+    }
+    assert!(flushes < 10, "{flushes} calls for 40 requests");
+    assert_eq!(fixture.memory.contents()[4096..][..20 * 4096], [1; 20 * 4096]);
+}
+
+#[test]
+fn what_fails_aside_is_told_and_the_session_goes_on() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    client.ask(CommandKind::WriteZeroes, PLAIN, 0, 4096, 1);
+    client.write(FUA, 4096, &[1; 4096], 2);
+    fixture.slow.wait_for(2);
+    fixture.slow.fail(0, ENOSPC);
+    assert_eq!(client.head(), (1, ErrorCode::NoSpace.number()));
+    fixture.faults.fail_every(Op::Write, ENOSPC);
+    fixture.slow.fail(0, ENOSPC);
+    assert_eq!(client.head(), (2, ErrorCode::NoSpace.number()));
+    assert_eq!(fixture.recorder.all(), ["failed", "failed"]);
+    fixture.faults.heal();
+    client.is_answered_first();
+}
+
+#[test]
+fn the_gate_closes_behind_what_is_under_way_and_what_comes_then_waits() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    client.write(FUA, 0, &[1; 4096], 1);
+    fixture.slow.wait_for(1);
+    let soon = Instant::now() + Duration::from_millis(20);
+    let busy = fixture.disk.gate().close_and_drain(soon);
+    assert_eq!(busy, Err(StillBusy { visits: 1 }));
+    thread::scope(|scope| {
+        let closing =
+            scope.spawn(|| fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE));
+        // Whatever arrives meanwhile must not keep the session from seeing the end of the write.
+        for cookie in 2..40 {
+            client.read(0, 4096, cookie);
+            client.flush(100 + cookie);
+        }
+        fixture.finish(0);
+        // If the flushes got in before the gate was closed, they have to end, too.
+        fixture.hurry();
+        assert_eq!(closing.join().unwrap(), Ok(()));
+    });
+    fixture.disk.gate().reopen();
+    let mut answered = std::collections::BTreeSet::new();
+    for _ in 0..77 {
+        let (cookie, error) = client.head();
+        assert!(error == 0 && answered.insert(cookie));
+        if (2..40).contains(&cookie) {
+            client.data(4096);
+        }
+    }
+}
+
+#[test]
+fn goodbye_and_handover_come_after_all_that_was_asked_before() {
+    let fixture = plain();
+    let mut client = fixture.introduced();
+    client.write(FUA, 0, &[1; 4096], 1);
+    let header = Header { flags: 0, kind: PRIVATE_COMMAND, cookie: 2, offset: 0, length: 4 };
+    let mut bytes = Vec::new();
+    header.encode(Dialect::Simple, &mut bytes);
+    client.0.write_all(&bytes).unwrap();
+    client.0.write_all(b"over").unwrap();
+    fixture.slow.wait_for(1);
+    assert_eq!(fixture.recorder.all(), <[&str; 0]>::default());
+    fixture.finish(0);
+    assert_eq!((client.head(), client.head()), ((1, 0), (2, 0)));
+    client.write(FUA, 0, &[1; 4096], 3);
+    client.ask(CommandKind::Disconnect, PLAIN, 0, 0, 4);
+    fixture.slow.wait_for(1);
+    assert_eq!(fixture.recorder.all(), ["handed over"]);
+    fixture.finish(0);
+    assert_eq!(client.head(), (3, 0));
+    fixture.wait_for_clients(0);
+    assert_eq!(fixture.recorder.all(), ["handed over", "goodbye", "closed"]);
+}
+
+#[test]
+fn whatever_was_sent_before_the_client_ended_its_side_is_answered_when_it_is_done() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    // More than can be under way, so that some of it is still to be taken when the end is there.
+    let count = 2 * UNDER_WAY_MAX as u64;
+    for cookie in 0..count {
+        client.cache(cookie);
+    }
+    client.0.shutdown(Shutdown::Write).unwrap();
+    fixture.slow.wait_for(UNDER_WAY_MAX);
+    fixture.hurry();
+    for _ in 0..count {
+        assert_eq!(client.head().1, 0);
+    }
+    assert!(client.is_closed());
+}
+
+#[test]
+fn what_is_under_way_stays_within_its_limits_however_much_is_asked() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    const EACH: u64 = 128 << 10;
+    let mut sending = Client(client.0.try_clone().unwrap());
+    let asked = 3 * BYTES_MAX as u64 / EACH;
+    fixture.slow.go_cold();
+    let sender = thread::spawn(move || {
+        for cookie in 0..asked {
+            sending.write(PLAIN, cookie * EACH + 1, &vec![1; EACH as usize], cookie);
+        }
+        for cookie in 0..2 * UNDER_WAY_MAX as u64 {
+            sending.cache(cookie);
+        }
+    });
+    // Blocks at the edges have to be loaded: until then all of the data is kept.
+    let most = BYTES_MAX / EACH as usize;
+    fixture.slow.wait_for(most);
+    (0..1000).for_each(|_| thread::yield_now());
+    assert_eq!(fixture.slow.count(), most);
+    for _ in 0..asked {
+        fixture.slow.wait_for(1);
+        fixture.finish(0);
+        assert_eq!(client.head().1, 0);
+    }
+    fixture.slow.wait_for(UNDER_WAY_MAX);
+    (0..1000).for_each(|_| thread::yield_now());
+    assert_eq!(fixture.slow.count(), UNDER_WAY_MAX);
+    fixture.hurry();
+    for _ in 0..2 * UNDER_WAY_MAX {
+        assert_eq!(client.head().1, 0);
+    }
+    sender.join().unwrap();
+}
+
+#[test]
+fn the_killswitch_does_not_strike_while_it_is_the_disk_that_is_slow() {
+    let stall_limit = Some(Duration::from_millis(50));
+    let fixture = fixture(SessionSettings { stall_limit, ..SessionSettings::default() });
+    let mut client = fixture.client();
+    client.write(FUA, 0, &[1; 4096], 1);
+    // This one cannot be begun yet.
+    client.write(PLAIN, 0, &[2; 4096], 2);
+    fixture.slow.wait_for(1);
+    // There is nothing to wait for: nothing must happen.
+    thread::sleep(Duration::from_millis(200));
+    fixture.finish(0);
+    assert_eq!((client.head(), client.head()), ((1, 0), (2, 0)));
+}
+
+#[test]
+fn a_client_that_comes_back_overwrites_what_it_lost() {
+    let fixture = plain();
+    let mut old = fixture.client();
+    for cookie in 0..24 {
+        old.ask(CommandKind::WriteZeroes, PLAIN, cookie * 4096, 4096, cookie);
+    }
+    old.is_answered_first();
+    let begun = fixture.slow.count();
+    drop(old);
+    let mut new = fixture.client();
+    // One that the old session has begun, one that it has not, and a long one across both.
+    new.write(PLAIN, 0, &[1; 4096], 1);
+    new.write(FUA, 23 * 4096, &[2; 4096], 2);
+    new.write(PLAIN, 4096, &[3; 300 << 10], 3);
+    new.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    assert!(new.0.peek(&mut [0]).is_err(), "none of them may be made yet");
+    new.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    fixture.hurry();
+    let mut answered: Vec<_> = (0..3).map(|_| new.head()).collect();
+    answered.sort_unstable();
+    assert_eq!(answered, [(1, 0), (2, 0), (3, 0)]);
+    fixture.wait_for_clients(1);
+    let contents = fixture.memory.contents();
+    assert!(contents[..4096] == [1; 4096], "{begun} were begun");
+    assert!(contents[4096..][..300 << 10].iter().all(|byte| *byte == 3));
+}
+
+#[test]
+fn a_reset_connection_is_seen_while_a_long_zeroing_is_made() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    client.ask(CommandKind::WriteZeroes, PLAIN, 0, SIZE, 1);
+    fixture.slow.wait_for(1);
+    // More than may be in flight, so that the session does not even look for requests.
+    for cookie in 0..2 * UNDER_WAY_MAX as u64 {
+        client.cache(cookie + 10);
+    }
+    fixture.slow.wait_for(UNDER_WAY_MAX);
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(&client.0, nix::sys::socket::sockopt::Linger, &linger).unwrap();
+    drop(client);
+    // The session ends with what it has begun: the zeroing after the part that it is at, or the one
+    // behind that if it has looked just before.
+    fixture.finish_one("Zero");
+    fixture.hurry();
+    fixture.wait_for_clients(0);
+    assert!(fixture.faults.count(Op::Zero) < 3, "{} parts", fixture.faults.count(Op::Zero));
+}
+
+#[test]
+fn writing_back_starts_after_a_step_of_writes() {
+    let fixture = plain();
+    let mut client = fixture.client();
+    let step = crate::disk::write_behind::STEP;
+    for at in 0..step / MIB {
+        assert_eq!(fixture.faults.count(Op::WriteBack), 0, "{at} MiB");
+        client.write(PLAIN, at * MIB, &[1; MIB as usize], at);
+        assert_eq!(client.head(), (at, 0));
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while fixture.faults.count(Op::WriteBack) == 0 {
+        assert!(Instant::now() < deadline, "it never starts");
+        thread::yield_now();
+    }
+    assert_eq!(fixture.faults.count(Op::Flush), 0, "nobody waits for it");
+}
+
+#[test]
+fn a_backlog_of_a_client_that_ended_its_side_changes_nothing() {
+    let fixture = plain();
+    let mut old = fixture.client();
+    for cookie in 0..UNDER_WAY_MAX as u64 {
+        old.cache(cookie);
+    }
+    fixture.slow.wait_for(UNDER_WAY_MAX);
+    // There is no room for these: they wait where nobody sees what they are.
+    old.write(PLAIN, 0, &[1; 4096], 1000);
+    old.ask(CommandKind::WriteZeroes, PLAIN, 4096, 4096, 1001);
+    old.0.shutdown(Shutdown::Write).unwrap();
+    let mut new = fixture.client();
+    new.write(PLAIN, 0, &[2; 8192], 1);
+    assert_eq!(new.head(), (1, 0));
+    fixture.hurry();
+    fixture.wait_for_clients(1);
+    assert!(fixture.memory.contents()[..8192] == [2; 8192]);
+}
