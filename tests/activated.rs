@@ -8,15 +8,10 @@
 mod arrived;
 #[path = "activated/asking.rs"]
 mod asking;
-mod common;
 #[path = "activated/idle.rs"]
 mod idle;
 #[path = "activated/manager.rs"]
 mod manager;
-#[path = "common/more.rs"]
-mod more;
-#[path = "interop/mount.rs"]
-mod mount;
 #[path = "activated/refusing.rs"]
 mod refusing;
 #[path = "activated/restart.rs"]

@@ -10,10 +10,6 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
-mod common;
-#[path = "common/more.rs"]
-mod more;
-
 #[path = "cli/log.rs"]
 mod log;
 #[path = "cli/operate.rs"]
@@ -33,8 +29,7 @@ mod transfer_refused;
 #[path = "cli/usage.rs"]
 mod usage;
 
-use common::{Server, skip};
-use more::{Place, Program};
+use harness::{Program, Server, skip};
 use nix::unistd::Uid;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -44,10 +39,7 @@ const NOBODY: &str = "65534";
 
 /// Where a server of ours is, in the client's words.
 fn flags_of(server: &Server) -> String {
-    match server.target() {
-        common::server::Target::Tcp(address) => Place::Tcp(address.port()).flags(),
-        common::server::Target::Unix(path) => Place::Unix(path.clone()).flags(),
-    }
+    server.endpoint().flags()
 }
 
 fn read(place: &str, from: u64, size: u64) -> Program {

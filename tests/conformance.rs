@@ -14,7 +14,6 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
-mod common;
 #[path = "conformance/subject.rs"]
 mod subject;
 

@@ -8,15 +8,8 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
-mod common;
-#[path = "common/more.rs"]
-mod more;
-
 #[path = "file_systems/holes.rs"]
 mod holes;
-#[allow(dead_code, reason = "most of it is for other tests")]
-#[path = "migration/host.rs"]
-mod host;
 #[path = "file_systems/mounted.rs"]
 mod mounted;
 #[path = "file_systems/neighbours.rs"]

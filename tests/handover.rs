@@ -6,15 +6,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod common;
 #[path = "migration/cuts.rs"]
 mod cuts;
-#[path = "migration/mod.rs"]
-mod fixture;
 #[path = "migration/lives.rs"]
 mod lives;
-#[path = "migration/wire.rs"]
-mod wire;
 
 use lives::Life;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -8,13 +8,12 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
-mod common;
-
-use common::raw::*;
-use common::server::Target;
-use common::session::{MODES, Mode, Request, Session};
-use common::{Builder, DEADLINE, KIB, MIB, Resources, Server, TempDir};
-use common::{comes_true, noise, sparse_image, temp_dir, wait_until};
+use harness::raw::*;
+use harness::session::{MODES, Mode, Request, Session};
+use harness::{
+    Builder, Endpoint, KIB, MIB, Resources, Server, TIMEOUT, TempDir, noise, poll_until,
+    sparse_image, temp_dir, wait_until,
+};
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
@@ -52,17 +51,17 @@ impl Victim {
         let dir = temp_dir();
         let image = sparse_image(dir.path(), "image", IMAGE_SIZE);
         let server = adapt(Builder::serve(&image), &dir).start();
-        let before = server.resources_at_rest();
+        let before = server.settled_resources();
         Victim { server, before, _dir: dir }
     }
 
-    fn target(&self) -> &Target {
-        self.server.target()
+    fn endpoint(&self) -> &Endpoint {
+        self.server.endpoint()
     }
 
     #[track_caller]
     fn session(&self, mode: Mode) -> Session {
-        Session::open(self.target(), mode).expect("our own server speaks every dialect")
+        Session::open(self.endpoint(), mode).expect("our own server speaks every dialect")
     }
 
     /// Fails unless another client is served, and everything that was taken is given back.
@@ -78,7 +77,7 @@ impl Victim {
                 && now.threads <= before.threads
                 && now.rss_bytes < before.rss_bytes + MEMORY_KEPT_MAX
         };
-        let back = comes_true(DEADLINE, || is_back(self.server.resources()));
+        let back = poll_until(TIMEOUT, || is_back(self.server.resources()));
         assert!(back, "before: {before:?}\nafter: {:?}", self.server.resources());
         assert!(self.server.is_running());
     }
@@ -157,7 +156,7 @@ fn a_client_that_never_reads_is_held_back_and_others_are_served() {
     assert!(grown < 3 * MEMORY_BUSY_MAX, "{grown} bytes more for three clients that do not read");
     drop(other);
     for session in deaf {
-        session.wire.vanish();
+        session.wire.reset();
     }
     victim.must_be_as_before();
 }
@@ -166,14 +165,14 @@ fn a_client_that_never_reads_is_held_back_and_others_are_served() {
 fn a_client_that_vanishes_at_any_byte_of_its_handshake_leaves_nothing_behind() {
     let victim = Victim::over_tcp();
     let handshake = typical_handshake();
-    for vanish in [Wire::vanish, drop::<Wire>] {
+    for vanish in [Wire::reset, drop::<Wire>] {
         for length in 0..=handshake.len() {
-            let mut wire = Wire::connect_patiently(victim.target());
+            let mut wire = Wire::connect_with_retries(victim.endpoint());
             wire.send(&handshake[..length]);
             vanish(wire);
         }
     }
-    drop(Wire::connect(victim.target()));
+    drop(Wire::connect(victim.endpoint()));
     victim.must_be_as_before();
 }
 
@@ -187,10 +186,10 @@ fn a_client_that_vanishes_at_any_byte_of_a_write_leaves_nothing_behind() {
     bystander.ok(Request::write(0, &around));
     let mode_of = |i: usize| MODES[i % MODES.len()];
     for length in 0..=28 + LENGTH {
-        let mut session = patient_session(victim.target(), mode_of(length));
+        let mut session = patient_session(victim.endpoint(), mode_of(length));
         let (_, bytes) = session.encode(&Request::write(AT, &[7; LENGTH]));
         session.wire.send(&bytes[..length]);
-        if length % 2 == 0 { session.wire.vanish() } else { drop(session) }
+        if length % 2 == 0 { session.wire.reset() } else { drop(session) }
     }
     let after = bystander.read(0, 3 * 4096);
     let (start, end) = (AT as usize, AT as usize + LENGTH);
@@ -201,8 +200,8 @@ fn a_client_that_vanishes_at_any_byte_of_a_write_leaves_nothing_behind() {
 
 /// A session with a server that may just be busy with burying others.
 #[track_caller]
-fn patient_session(target: &Target, mode: Mode) -> Session {
-    let mut wire = Wire::connect_patiently(target);
+fn patient_session(target: &Endpoint, mode: Mode) -> Session {
+    let mut wire = Wire::connect_with_retries(target);
     wire.send(&(FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
     let dialect = match mode {
         Mode::Simple => return Session::go(wire, mode, None, b""),
@@ -237,12 +236,12 @@ impl Trickle {
 
 /// Sends a piece a second until the server closes; fails when it never does.
 #[track_caller]
-fn trickles_until_cut(target: &Target, trickle: Trickle) {
-    let mut wire = Wire::connect_patiently(target);
-    wire.give_up_reading_after(Duration::from_secs(1));
+fn trickles_until_cut(target: &Endpoint, trickle: Trickle) {
+    let mut wire = Wire::connect_with_retries(target);
+    wire.set_read_timeout(Duration::from_secs(1));
     let start = Instant::now();
     for i in 0.. {
-        assert!(start.elapsed() < DEADLINE, "{trickle:?}: after {DEADLINE:?} still not cut");
+        assert!(start.elapsed() < TIMEOUT, "{trickle:?}: after {TIMEOUT:?} still not cut");
         if wire.try_send(&trickle.piece(i)).is_err() || is_cut_within_a_second(&mut wire) {
             return;
         }
@@ -263,7 +262,7 @@ fn is_cut_within_a_second(wire: &mut Wire) -> bool {
 #[test]
 fn a_client_that_trickles_its_handshake_is_cut_at_the_deadline_and_others_are_served() {
     let victim = Victim::over_tcp();
-    let target = victim.target();
+    let target = victim.endpoint();
     std::thread::scope(|scope| {
         let slow: Vec<_> = [Trickle::Nothing, Trickle::Bytes, Trickle::Options]
             .map(|trickle| scope.spawn(move || trickles_until_cut(target, trickle)))
@@ -280,10 +279,10 @@ fn a_client_that_trickles_its_handshake_is_cut_at_the_deadline_and_others_are_se
 /// Options without end, as fast as they are taken; whether the answers are read makes no
 /// difference.
 #[track_caller]
-fn floods_until_cut(target: &Target, reads: bool) {
-    let mut wire = Wire::connect_patiently(target);
+fn floods_until_cut(target: &Endpoint, reads: bool) {
+    let mut wire = Wire::connect_with_retries(target);
     wire.send(&(FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
-    let mut ear = wire.second_hand();
+    let mut ear = wire.try_clone();
     let options = encode_option(OPT_LIST, &[]).repeat(1000);
     let start = Instant::now();
     std::thread::scope(|scope| {
@@ -292,11 +291,11 @@ fn floods_until_cut(target: &Target, reads: bool) {
             scope.spawn(move || while matches!(ear.try_recv(&mut buffer), Ok(1..)) {});
         }
         while wire.try_send(&options).is_ok() {
-            let endless = start.elapsed() > DEADLINE;
+            let endless = start.elapsed() > TIMEOUT;
             if endless {
-                wire.finish_sending();
+                wire.shutdown_write();
             }
-            assert!(!endless, "after {DEADLINE:?} still not cut, reading: {reads}");
+            assert!(!endless, "after {TIMEOUT:?} still not cut, reading: {reads}");
         }
     });
 }
@@ -304,7 +303,7 @@ fn floods_until_cut(target: &Target, reads: bool) {
 #[test]
 fn a_client_that_haggles_without_end_is_cut_at_the_deadline_and_others_are_served() {
     let victim = Victim::over_tcp();
-    let target = victim.target();
+    let target = victim.endpoint();
     std::thread::scope(|scope| {
         let floods: Vec<_> =
             [true, false].map(|reads| scope.spawn(move || floods_until_cut(target, reads))).into();
@@ -325,7 +324,7 @@ fn the_129th_client_is_closed_without_a_greeting_and_128_are_served() {
     let mut sessions: Vec<Session> =
         (0..CLIENTS_MAX).map(|i| victim.session(MODES[i % MODES.len()])).collect();
     for _ in 0..3 {
-        Wire::connect(victim.target()).expect_closed("one client too many");
+        Wire::connect(victim.endpoint()).expect_closed("one client too many");
     }
     for (i, session) in sessions.iter_mut().enumerate() {
         let at = i as u64 * 4096;
@@ -338,7 +337,7 @@ fn the_129th_client_is_closed_without_a_greeting_and_128_are_served() {
     let (_, goodbye) = sessions[0].encode_header(DISC, 0, 0, 0);
     sessions[0].wire.send(&goodbye);
     sessions[0].wire.expect_closed("after DISC");
-    patient_session(victim.target(), Mode::Simple).goes_on();
+    patient_session(victim.endpoint(), Mode::Simple).assert_in_sync();
     drop(sessions);
     wait_until("the sessions to end", || {
         victim.server.resources().threads <= victim.before.threads

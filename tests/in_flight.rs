@@ -8,17 +8,10 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
-mod common;
-#[path = "common/more.rs"]
-mod more;
-#[path = "interop/mount.rs"]
-mod mount;
-
-use common::raw::{FLUSH, FUA, TRIM, WRITE, WRITE_ZEROES};
-use common::session::{Mode, Request, Session};
-use common::{Builder, failing_fsync, require_tool, temp_dir};
-use more::{Peer, Place, Program};
-use mount::{NbdFile, mount_nbd_as_file};
+use harness::mount::{NbdFile, mount_nbd_as_file};
+use harness::raw::{FLUSH, FUA, TRIM, WRITE, WRITE_ZEROES};
+use harness::session::{Mode, Request, Session};
+use harness::{Builder, Endpoint, Peer, Program, failing_fsync, require_tool, temp_dir};
 use nix::sys::signal::Signal;
 use std::collections::HashMap;
 use std::path::Path;
@@ -53,7 +46,7 @@ fn slow_file(dir: &Path, delays: &str) -> Option<SlowFile> {
     let socket = dir.join("nbdkit");
     let nbdkit = Program::new("nbdkit").words("-f -U").args([&socket]);
     let nbdkit = nbdkit.words("--filter=delay memory 16M").words(delays);
-    let nbdkit = nbdkit.serve_at(Place::Unix(socket.clone()));
+    let nbdkit = nbdkit.serve_at(Endpoint::Unix(socket.clone()));
     let uri = format!("nbd+unix://?socket={}", socket.display());
     let file = mount_nbd_as_file(&uri, &dir.join("mount"))?;
     Some(SlowFile { file, _nbdkit: nbdkit })
@@ -69,26 +62,26 @@ fn new_data_stays(old: &Request, delays: &str, end: End, has_io_uring: bool) {
         builder = builder.env("LD_PRELOAD", failing_fsync(dir.path()));
     }
     let mut server = builder.start();
-    let mut first = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut first = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let mut pending = HashMap::new();
     for place in 0..COUNT {
         let request = Request { offset: place * LENGTH, ..old.clone() };
         pending.insert(first.send(&request), request);
     }
     // The server has received them: the first is made.
-    assert_eq!(first.recv_answer(&pending).1.error, 0);
+    assert_eq!(first.recv_reply(&pending).1.error, 0);
     let kept = match end {
         End::Closed => {
             drop(first);
             None
         }
         End::Reset => {
-            first.wire.vanish();
+            first.wire.reset();
             None
         }
         End::Silence => Some(first),
     };
-    let mut second = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut second = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let new = vec![0xaa; LENGTH as usize];
     for place in (0..COUNT).rev() {
         second.ok(Request::write(place * LENGTH, &new));
@@ -102,10 +95,10 @@ fn new_data_stays(old: &Request, delays: &str, end: End, has_io_uring: bool) {
     drop(second);
     server.wait_for_end();
     drop(kept);
-    let found = common::read_at(&slow.file.file, 0, (COUNT * LENGTH) as usize);
+    let found = harness::read_at(&slow.file.file, 0, (COUNT * LENGTH) as usize);
     let lost = (0..COUNT).find(|place| found[(place * LENGTH) as usize..][..new.len()] != new);
     assert_eq!(lost, None, "command {}, {end:?}, io_uring: {has_io_uring}", old.command);
-    slow.file.end();
+    slow.file.unmount();
 }
 
 fn in_every_way(old: &Request, delays: &str, ends: &[End]) {
@@ -146,23 +139,23 @@ fn changes_of_a_killed_server_never_overwrite_later_data() {
     let dir = temp_dir();
     let Some(slow) = slow_file(dir.path(), SLOW) else { return };
     let mut server = Builder::serve(&slow.file.file).args(["--quiet"]).start();
-    let mut first = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut first = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let mut pending = HashMap::new();
     for place in 0..COUNT {
         let request = Request::new(WRITE_ZEROES, place * LENGTH, LENGTH);
         pending.insert(first.send(&request), request);
     }
-    assert_eq!(first.recv_answer(&pending).1.error, 0);
+    assert_eq!(first.recv_reply(&pending).1.error, 0);
     // The process is not gone before the kernel has ended what it was doing for it.
     server.signal(Signal::SIGKILL);
     server.wait_for_end();
     let mut server = Builder::serve(&slow.file.file).args(["--quiet"]).start();
-    let mut second = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut second = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let new = vec![0xaa; (COUNT * LENGTH) as usize];
     second.ok(Request::write(0, &new));
     second.ok(Request::new(FLUSH, 0, 0));
     drop(second);
     assert!(server.stop().success());
-    assert!(common::read_at(&slow.file.file, 0, new.len()) == new);
-    slow.file.end();
+    assert!(harness::read_at(&slow.file.file, 0, new.len()) == new);
+    slow.file.unmount();
 }

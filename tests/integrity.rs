@@ -8,15 +8,12 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
-mod common;
-#[path = "common/more.rs"]
-mod more;
-
-use common::raw::{FLUSH, FUA, NO_HOLE, TRIM, WRITE_ZEROES};
-use common::server::Target;
-use common::session::{MODES, Mode, Request, Session};
-use common::{Builder, MIB, Random, failing_fsync, noise, require_tool, sparse_image, temp_dir};
-use more::Program;
+use fastrand::Rng;
+use harness::raw::{FLUSH, FUA, NO_HOLE, TRIM, WRITE_ZEROES};
+use harness::session::{MODES, Mode, Request, Session};
+use harness::{
+    Builder, Endpoint, MIB, Program, failing_fsync, noise, require_tool, sparse_image, temp_dir,
+};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use std::collections::HashMap;
 use std::fs::File;
@@ -43,7 +40,7 @@ fn forget(image: &Path) {
 /// must be there at any time.
 struct Disturber {
     session: Session,
-    dice: Random,
+    dice: Rng,
     start: u64,
     expected: Vec<u8>,
     /// Trimmed bytes may read as anything.
@@ -51,10 +48,10 @@ struct Disturber {
 }
 
 impl Disturber {
-    fn new(target: &Target, mode: Mode, number: u64) -> Disturber {
+    fn new(target: &Endpoint, mode: Mode, number: u64) -> Disturber {
         Disturber {
             session: Session::open(target, mode).unwrap(),
-            dice: Random(number + 1),
+            dice: Rng::with_seed(number + 1),
             start: FIO + number * PART,
             expected: vec![0; PART as usize],
             unknown: vec![false; PART as usize],
@@ -63,13 +60,13 @@ impl Disturber {
 
     /// Something to do in a span, and what it does to the bytes there.
     fn thing(&mut self, span: u64) -> Request {
-        let (offset, length) = (self.dice.below(SPAN - 1), 1 + self.dice.below(40_000));
+        let (offset, length) = (self.dice.u64(..SPAN - 1), 1 + self.dice.u64(..40_000));
         let length = length.min(SPAN - offset);
         let at = span * SPAN + offset;
         let place = at as usize..(at + length) as usize;
-        let durable = if self.dice.below(3) == 0 { FUA } else { 0 };
+        let durable = if self.dice.u64(..3) == 0 { FUA } else { 0 };
         let at = self.start + at;
-        match self.dice.below(6) {
+        match self.dice.u64(..6) {
             0 => Request::new(FLUSH, 0, 0),
             1 => {
                 self.unknown[place].fill(true);
@@ -78,11 +75,11 @@ impl Disturber {
             2 => {
                 self.unknown[place.clone()].fill(false);
                 self.expected[place].fill(0);
-                let hole = if self.dice.below(2) == 0 { NO_HOLE } else { 0 };
+                let hole = if self.dice.u64(..2) == 0 { NO_HOLE } else { 0 };
                 Request::new(WRITE_ZEROES, at, length).flags(durable | hole)
             }
             _ => {
-                let data = noise(length as usize, self.dice.below(1 << 40));
+                let data = noise(length as usize, self.dice.u64(..1 << 40));
                 self.unknown[place.clone()].fill(false);
                 self.expected[place].copy_from_slice(&data);
                 Request::write(at, &data).flags(durable)
@@ -98,7 +95,7 @@ impl Disturber {
             pending.insert(self.session.send(&request), request);
         }
         while !pending.is_empty() {
-            let (cookie, answer) = self.session.recv_answer(&pending);
+            let (cookie, answer) = self.session.recv_reply(&pending);
             assert_eq!(answer.error, 0, "{:?}", pending[&cookie]);
             pending.remove(&cookie);
         }
@@ -129,7 +126,7 @@ fn everything_at_once(has_io_uring: bool) {
         });
         for (number, mode) in (0..).zip(MODES) {
             scope.spawn(move || {
-                let mut disturber = Disturber::new(server.target(), mode, number);
+                let mut disturber = Disturber::new(server.endpoint(), mode, number);
                 while !over.load(Ordering::Acquire) {
                     disturber.round();
                 }

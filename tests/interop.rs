@@ -10,22 +10,16 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
-mod common;
-#[path = "common/more.rs"]
-mod more;
-
 #[path = "interop/fio.rs"]
 mod fio;
 #[path = "interop/libnbd.rs"]
 mod libnbd;
-#[path = "interop/mount.rs"]
-mod mount;
 #[path = "interop/nbdkit.rs"]
 mod nbdkit;
 #[path = "interop/qemu.rs"]
 mod qemu;
 
-use common::{MIB, noise, sparse_image, write_at};
+use harness::{MIB, noise, sparse_image, write_at};
 use std::path::Path;
 
 /// Fills an image in part: data at both ends and in the middle, of odd lengths, and holes between.

@@ -6,9 +6,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod common;
-#[path = "migration/mod.rs"]
-mod fixture;
 #[path = "lab/host.rs"]
 mod host;
 #[path = "lab/knock.rs"]

@@ -3,21 +3,17 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod common;
-#[path = "migration/mod.rs"]
-mod fixture;
 #[path = "migration/qemu.rs"]
 mod qemu;
 #[path = "migration/unlinked.rs"]
 mod unlinked;
-#[path = "migration/wire.rs"]
-mod wire;
 
-use common::{GIB, MIB, comes_true, require_tool, skip};
-use fixture::image::{
-    allocated, assert_as_sparse, assert_same, empty_image, stamped_image, used_image,
+use harness::host::{Host, MIRROR_STARTED};
+use harness::image::{assert_as_sparse, assert_same, empty_image, stamped_image, used_image};
+use harness::writers::{NO_PAUSE, Writers};
+use harness::{
+    Endpoint, FILE_SYSTEMS, GIB, MIB, allocated, poll_until, require_tool, skip, temp_dir_in,
 };
-use fixture::{Door, Host, NO_PAUSE, PLACES, STARTED, Writers, directory};
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
@@ -30,43 +26,43 @@ const LONG: Duration = Duration::from_secs(120);
 /// A disk of 128 MiB, a quarter of it data, moves under four writers to where old bytes lie.
 fn moves_under_writers(place: &str) {
     const SIZE: u64 = 128 * MIB;
-    let dir = directory(place);
+    let dir = temp_dir_in(place);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, SIZE);
     used_image(&destination.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
-    let writers = Writers::start(Door::Tcp(source.address), SIZE, (4, 1, PAUSE));
+    let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (4, 1, PAUSE));
     writers.wait_for_writes(200);
-    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let written = writers.stop();
     assert_eq!(written.connections, 4, "sessions stayed until the disk was gone");
     assert_same(&source.image, &destination.image);
-    written.assert_all_in(&destination.image, place);
+    written.assert_all_present(&destination.image, place);
     assert_as_sparse(&source.image, &destination.image);
     assert_eq!((source.record(), destination.record()), ("departed".into(), "ours".into()));
 }
 
 #[test]
 fn every_acknowledged_write_is_at_the_destination_on_a_disk_file_system() {
-    moves_under_writers(PLACES[0]);
+    moves_under_writers(FILE_SYSTEMS[0]);
 }
 
 #[test]
 fn every_acknowledged_write_is_at_the_destination_on_tmpfs() {
-    moves_under_writers(PLACES[1]);
+    moves_under_writers(FILE_SYSTEMS[1]);
 }
 
 /// Moves what `fill` makes of an empty image; both ends must succeed and be equal afterwards.
 fn moves(place: &str, size: u64, fill: impl FnOnce(&File)) {
-    let dir = directory(place);
+    let dir = temp_dir_in(place);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     empty_image(&source.image, size);
     empty_image(&destination.image, size);
     fill(&File::options().write(true).open(&source.image).unwrap());
     let (mut serving, mut listening) = (source.serve(), destination.listen());
-    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_same(&source.image, &destination.image);
@@ -75,10 +71,10 @@ fn moves(place: &str, size: u64, fill: impl FnOnce(&File)) {
 
 #[test]
 fn a_sparse_tebibyte_moves_as_fast_as_its_data() {
-    for place in PLACES {
+    for place in FILE_SYSTEMS {
         moves(place, 1024 * GIB, |image| {
             for part in 0..100 {
-                let data = common::noise(MIB as usize, part);
+                let data = harness::noise(MIB as usize, part);
                 image.write_all_at(&data, part * 10 * GIB + part * 4096).unwrap();
             }
         });
@@ -87,17 +83,17 @@ fn a_sparse_tebibyte_moves_as_fast_as_its_data() {
 
 #[test]
 fn a_disk_without_data_moves() {
-    moves(PLACES[0], 64 * MIB, |_| {});
+    moves(FILE_SYSTEMS[0], 64 * MIB, |_| {});
 }
 
 #[test]
 fn the_smallest_disk_that_may_move_moves() {
-    moves(PLACES[0], 4096, |image| image.write_all_at(b"small", 4000).unwrap());
+    moves(FILE_SYSTEMS[0], 4096, |image| image.write_all_at(b"small", 4000).unwrap());
 }
 
 #[test]
 fn a_disk_below_4096_bytes_stays_and_is_served_on() {
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     empty_image(&source.image, 3584);
     empty_image(&destination.image, 3584);
@@ -111,12 +107,12 @@ fn a_disk_below_4096_bytes_stays_and_is_served_on() {
 
 #[test]
 fn zeros_that_take_disk_at_the_source_take_none_at_the_destination() {
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     std::fs::write(&source.image, vec![0; 64 * MIB as usize]).unwrap();
     used_image(&destination.image, 64 * MIB);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
-    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_same(&source.image, &destination.image);
@@ -127,13 +123,13 @@ fn zeros_that_take_disk_at_the_source_take_none_at_the_destination() {
 /// The source must turn the operator away, serve on, and be able to move elsewhere afterwards.
 fn refuses_a_destination_of(size: u64) {
     const SIZE: u64 = MIB;
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let [source, wrong, right] = ["source", "wrong", "right"].map(|n| Host::new(dir.path(), n));
     stamped_image(&source.image, SIZE);
     empty_image(&wrong.image, size);
     empty_image(&right.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), wrong.listen());
-    let writers = Writers::start(Door::Tcp(source.address), SIZE, (1, 1, PAUSE));
+    let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (1, 1, PAUSE));
     writers.wait_for_writes(10);
     let reply = source.mirror_to(wrong.address, &[]);
     assert!(reply.starts_with("1: Remote size does not match local size"), "{reply}");
@@ -141,12 +137,12 @@ fn refuses_a_destination_of(size: u64) {
     assert_eq!(wrong.record(), "", "nothing was written there");
     assert!(listening.is_running());
     let mut listening = right.listen();
-    assert_eq!(source.mirror_to(right.address, &[]), STARTED);
+    assert_eq!(source.mirror_to(right.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let written = writers.stop();
     assert_eq!(written.connections, 1);
-    written.assert_all_in(&right.image, "the second destination");
+    written.assert_all_present(&right.image, "the second destination");
 }
 
 #[test]
@@ -161,63 +157,63 @@ fn a_larger_destination_is_refused_and_clients_do_not_notice() {
 
 #[test]
 fn a_second_mirror_is_refused_while_one_runs_and_break_ends_the_first() {
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, 16 * MIB);
     empty_image(&destination.image, 16 * MIB);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
-    let writers = Writers::start(Door::Tcp(source.address), 16 * MIB, (2, 1, PAUSE));
+    let writers = Writers::start(Endpoint::Tcp(source.address), 16 * MIB, (2, 1, PAUSE));
     let slowly = ["exit", "0.0.0.0", "100000"];
-    assert_eq!(source.mirror_to(destination.address, &slowly), STARTED);
+    assert_eq!(source.mirror_to(destination.address, &slowly), MIRROR_STARTED);
     assert_eq!(source.status_of("migration_speed_limit"), "100000");
     assert_eq!(source.mirror_to(destination.address, &[]), "1: mirror already running");
-    assert_eq!(source.order(&["mirror_max_bps", "200000"]), "0: updated");
+    assert_eq!(source.command(&["mirror_max_bps", "200000"]), "0: updated");
     source.wait_for_status("migration_speed_limit", "200000");
-    assert_eq!(source.order(&["break"]), "0: mirror stopped");
+    assert_eq!(source.command(&["break"]), "0: mirror stopped");
     source.wait_for_status("is_mirroring", "false");
-    assert_eq!(source.order(&["break"]), "1: not mirroring");
-    assert_eq!(source.order(&["mirror_max_bps", "1"]), "1: Not currently mirroring");
+    assert_eq!(source.command(&["break"]), "1: not mirroring");
+    assert_eq!(source.command(&["mirror_max_bps", "1"]), "1: Not currently mirroring");
     writers.wait_for_writes(10);
     assert_eq!((source.record(), destination.record()), (String::new(), "incoming".into()));
-    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let written = writers.stop();
     assert_eq!(written.connections, 2);
-    written.assert_all_in(&destination.image, "after the second mirror");
+    written.assert_all_present(&destination.image, "after the second mirror");
 }
 
 #[test]
 fn writers_faster_than_the_link_are_caught_up_with() {
     const SIZE: u64 = 4 * MIB;
-    let dir = directory(PLACES[1]);
+    let dir = temp_dir_in(FILE_SYSTEMS[1]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, SIZE);
     empty_image(&destination.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
-    let writers = Writers::start(Door::Tcp(source.address), SIZE, (4, 1, NO_PAUSE));
+    let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (4, 1, NO_PAUSE));
     writers.wait_for_writes(1000);
-    let link = wire::Wire::slow(destination.address, 2 * SIZE);
-    assert_eq!(source.mirror_to(link.address, &[]), STARTED);
-    let ended = comes_true(LONG, || !serving.is_running());
+    let link = harness::proxy::Proxy::slow(destination.address, 2 * SIZE);
+    assert_eq!(source.mirror_to(link.address, &[]), MIRROR_STARTED);
+    let ended = poll_until(LONG, || !serving.is_running());
     assert!(ended, "it does not converge; {:?}", source.status());
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let written = writers.stop();
     assert_eq!(written.connections, 4);
-    written.assert_all_in(&destination.image, "after convergence");
+    written.assert_all_present(&destination.image, "after convergence");
     assert!(serving.stderr().contains("holding each write back"), "{}", serving.stderr());
 }
 
 #[test]
 fn a_read_error_at_the_source_is_told_as_such_and_ends_the_migration() {
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, 16 * MIB);
     empty_image(&destination.image, 16 * MIB);
     let (mut serving, _listening) = (source.serve(), destination.listen());
     let slowly = ["exit", "0.0.0.0", "2000000"];
-    assert_eq!(source.mirror_to(destination.address, &slowly), STARTED);
+    assert_eq!(source.mirror_to(destination.address, &slowly), MIRROR_STARTED);
     // As after a shrunk volume: what lies behind cannot be read any more.
     File::options().write(true).open(&source.image).unwrap().set_len(8 * MIB).unwrap();
     source.wait_for_status("is_mirroring", "false");
@@ -236,7 +232,7 @@ fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() 
     if !nix::unistd::geteuid().is_root() {
         return skip("a full destination", "only root may mount a small file system");
     }
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let small = dir.path().join("small");
     std::fs::create_dir(&small).unwrap();
     let [source, mut full, roomy] = ["source", "full", "roomy"].map(|n| Host::new(dir.path(), n));
@@ -250,8 +246,8 @@ fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() 
     stamped_image(&source.image, SIZE);
     empty_image(&roomy.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), full.listen());
-    let writers = Writers::start(Door::Tcp(source.address), SIZE, (2, 1, PAUSE));
-    assert_eq!(source.mirror_to(full.address, &[]), STARTED);
+    let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (2, 1, PAUSE));
+    assert_eq!(source.mirror_to(full.address, &[]), MIRROR_STARTED);
     assert_eq!(listening.wait_for_end().code(), Some(1));
     let said = listening.stderr();
     assert!(said.contains("cannot write the incoming disk: No space left on device"), "{said}");
@@ -262,28 +258,28 @@ fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() 
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let written = writers.stop();
     assert_eq!(written.connections, 2);
-    written.assert_all_in(&roomy.image, "the destination with room");
+    written.assert_all_present(&roomy.image, "the destination with room");
 }
 
 /// Moves a disk under writers to somebody else's server, which cannot acknowledge.
 fn moves_to_a_plain_destination(start: impl FnOnce(&Host) -> qemu::Program) {
     const SIZE: u64 = 32 * MIB;
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, SIZE);
     used_image(&destination.image, SIZE);
     let mut serving = source.serve();
     let plain = start(&destination);
-    let writers = Writers::start(Door::Tcp(source.address), SIZE, (2, 1, PAUSE));
+    let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (2, 1, PAUSE));
     writers.wait_for_writes(50);
-    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(serving.stderr().contains("as far as we know"), "{}", serving.stderr());
     drop(plain);
     let written = writers.stop();
     assert_eq!(written.connections, 2);
     assert_same(&source.image, &destination.image);
-    written.assert_all_in(&destination.image, "a plain destination");
+    written.assert_all_present(&destination.image, "a plain destination");
     assert_as_sparse(&source.image, &destination.image);
     assert_eq!(source.record(), "departed");
 }
@@ -332,7 +328,7 @@ fn a_read_only_destination_is_refused_and_the_source_serves_on() {
     if !require_tool("nbdkit") {
         return;
     }
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, MIB);
     let (ip, port) = (destination.address.ip().to_string(), destination.address.port().to_string());
@@ -341,7 +337,7 @@ fn a_read_only_destination_is_refused_and_the_source_serves_on() {
     let mut serving = source.serve();
     let reply = source.mirror_to(destination.address, &[]);
     assert_eq!(reply, "1: Mirror was rejected (the destination's disk is read-only)");
-    let writers = Writers::start(Door::Tcp(source.address), MIB, (1, 1, PAUSE));
+    let writers = Writers::start(Endpoint::Tcp(source.address), MIB, (1, 1, PAUSE));
     writers.wait_for_writes(10);
     writers.stop();
     assert!(serving.stop().success());
@@ -353,7 +349,7 @@ fn qemu_mirrors_a_disk_onto_us() {
         return;
     }
     const SIZE: u64 = 32 * MIB;
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (theirs, ours) = (dir.path().join("theirs.img"), Host::new(dir.path(), "ours"));
     stamped_image(&theirs, SIZE);
     used_image(&ours.image, SIZE);
@@ -401,7 +397,7 @@ fn a_guest_of_qemu_lives_through_a_migration_when_the_address_is_taken_over() {
         return;
     }
     const SIZE: u64 = 32 * MIB;
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, SIZE);
     empty_image(&destination.image, SIZE);
@@ -423,9 +419,9 @@ fn a_guest_of_qemu_lives_through_a_migration_when_the_address_is_taken_over() {
         "type=nbd,id=guest,node-name=disk,writable=on,name=",
     ];
     let _program = qemu::Program::start(&words, || socket.exists());
-    let writers = Writers::start(Door::Unix(socket), SIZE, (2, 1, PAUSE));
+    let writers = Writers::start(Endpoint::Unix(socket), SIZE, (2, 1, PAUSE));
     writers.wait_for_writes(50);
-    assert_eq!(source.mirror_to(destination.address, &[]), STARTED);
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let mut serving = destination.clone().at(source.address).serve();
@@ -433,5 +429,5 @@ fn a_guest_of_qemu_lives_through_a_migration_when_the_address_is_taken_over() {
     let written = writers.stop();
     assert_eq!(written.connections, 2, "the guest noticed nothing");
     assert!(serving.stop().success());
-    written.assert_all_in(&destination.image, "what the guest wrote");
+    written.assert_all_present(&destination.image, "what the guest wrote");
 }

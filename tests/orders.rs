@@ -3,10 +3,9 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod common;
-
-use common::{
-    Builder, KIB, MIB, Server, heed_signals, sparse_image, temp_dir, wait_until, write_at,
+use harness::{
+    Builder, KIB, MIB, Server, restore_default_signals, sparse_image, temp_dir, wait_until,
+    write_at,
 };
 use nix::sys::signal::Signal;
 use std::path::Path;
@@ -118,7 +117,7 @@ fn a_destination_that_is_not_there_is_told_with_status_1_and_the_source_serves_o
 
 #[test]
 fn an_interrupted_wait_says_that_the_migration_goes_on() {
-    heed_signals();
+    restore_default_signals();
     let directory = temp_dir();
     let (_source, _destination, mut wait) = slow(directory.path());
     let pid = nix::unistd::Pid::from_raw(i32::try_from(wait.id()).unwrap());

@@ -3,9 +3,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod common;
-#[path = "migration/mod.rs"]
-mod fixture;
 #[path = "migration/rude.rs"]
 mod rude;
 

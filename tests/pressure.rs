@@ -8,13 +8,10 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
-mod common;
 #[path = "pressure/limits.rs"]
 mod limits;
 #[path = "pressure/log.rs"]
 mod log;
-#[path = "common/more.rs"]
-mod more;
 #[path = "pressure/signals.rs"]
 mod signals;
 #[path = "pressure/strangers.rs"]

@@ -7,15 +7,11 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
-mod common;
-#[path = "common/more.rs"]
-mod more;
-#[path = "interop/mount.rs"]
-mod mount;
-
-use common::{MIB, TempDir, noise, require_tool, run, skip, sparse_image, temp_dir};
-use more::{Program, Served, Style, Transport, allocated};
-use mount::{Loop, Mount, mount_nbd_as_file};
+use harness::mount::{Loop, Mount, mount_nbd_as_file};
+use harness::{
+    MIB, Program, Served, Style, TempDir, Transport, allocated, noise, require_tool, run, skip,
+    sparse_image, temp_dir,
+};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -37,7 +33,7 @@ fn grow_tree(root: &Path) {
     }
     fs::write(root.join("big"), noise(8 << 20, 1)).unwrap();
     let sparse = sparse_image(root, "sparse", 32 * MIB);
-    common::write_at(&sparse, 17 * MIB, &noise(10_000, 2));
+    harness::write_at(&sparse, 17 * MIB, &noise(10_000, 2));
     std::os::unix::fs::symlink("big", root.join("link")).unwrap();
 }
 
@@ -205,9 +201,9 @@ fn a_file_system_worked_on_through_nbdfuse_is_clean_afterwards() {
     };
     let mounted = Mount::of(&device, &root);
     let written = workload(&root, &served.path("tree"));
-    mounted.end();
-    device.end();
-    disk.end();
+    mounted.unmount();
+    device.detach();
+    disk.unmount();
     assert!(served.server.stop().success());
     assert_eq!(served.server.stderr(), "");
     assert_clean(&served.image);

@@ -4,9 +4,6 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod common;
-#[path = "migration/mod.rs"]
-mod fixture;
 #[path = "record/locks.rs"]
 mod locks;
 #[path = "record/medium.rs"]
@@ -18,8 +15,8 @@ mod room;
 #[path = "record/tail.rs"]
 mod tail;
 
-use common::{MIB, sparse_image, write_at};
-use fixture::Host;
+use harness::host::Host;
+use harness::{MIB, sparse_image, write_at};
 
 /// Size of the disks here, in bytes.
 pub(crate) const SIZE: u64 = 4 * MIB;
@@ -37,7 +34,7 @@ fn name(host: &Host) -> &str {
 /// Fails unless `serve` refuses the host's image with status 78; what it said.
 #[track_caller]
 pub(crate) fn refused_by_serve(host: &Host) -> String {
-    let target = common::server::Target::Tcp(host.address);
+    let target = harness::Endpoint::Tcp(host.address);
     let mut refused = host.mode("serve").at(target).launch();
     let status = refused.wait_for_end();
     let told = refused.stderr();

@@ -7,17 +7,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-mod common;
 #[path = "schedules/faults.rs"]
 mod faults;
-#[path = "migration/mod.rs"]
-mod fixture;
 #[path = "schedules/medium.rs"]
 mod medium;
-#[path = "common/more.rs"]
-mod more;
-#[path = "interop/mount.rs"]
-mod mount;
 #[path = "schedules/operator.rs"]
 mod operator;
 #[path = "schedules/plan.rs"]
@@ -26,10 +19,8 @@ mod plan;
 mod schedule;
 #[path = "schedules/side.rs"]
 mod side;
-#[path = "migration/wire.rs"]
-mod wire;
 
-use common::require_tool;
+use harness::require_tool;
 use plan::Plan;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

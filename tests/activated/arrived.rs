@@ -1,7 +1,7 @@
 //! A service that is to receive a disk that is there already.
 
-use crate::common::{MIB, sparse_image};
 use crate::manager::{Handed, Manager};
+use harness::{MIB, sparse_image};
 
 #[test]
 fn it_was_ready_before_it_ended_so_that_the_service_manager_takes_it_for_a_success() {

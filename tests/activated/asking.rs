@@ -1,8 +1,8 @@
 //! A disk that may have left: only the other host knows, and may not answer for long.
 
-use crate::common::{Builder, MIB, Server, comes_true, sparse_image};
 use crate::manager::{Handed, Manager, Service};
 use crate::refusing::{client, order, record, was_refused};
+use harness::{Builder, MIB, Server, poll_until, sparse_image};
 use nix::sys::signal::Signal;
 use std::io::Read as _;
 use std::net::{SocketAddr, TcpListener};
@@ -27,7 +27,7 @@ fn other(manager: &Manager, mode: &str, at: SocketAddr, of: &str) -> Server {
     let image = sparse_image(manager.dir.path(), "other.img", MIB);
     record(manager, &image, of);
     let state = manager.dir.path();
-    let place = crate::common::server::Target::Tcp(at);
+    let place = harness::Endpoint::Tcp(at);
     Builder::mode(mode, &image).at(place).env("STATE_DIRECTORY", state).start()
 }
 
@@ -94,7 +94,7 @@ fn a_stop_is_heard_while_a_refusing_service_asks() {
     let silent = TcpListener::bind(to).unwrap();
     silent.set_nonblocking(true).unwrap();
     let mut asked = None;
-    assert!(comes_true(crate::common::DEADLINE, || {
+    assert!(poll_until(harness::TIMEOUT, || {
         asked = silent.accept().ok();
         asked.is_some()
     }));

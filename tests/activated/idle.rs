@@ -1,7 +1,7 @@
 //! `--idle-exit`: when a service with nothing to do ends, and what keeps it from that.
 
-use crate::common::{Builder, MIB, Server, sparse_image, temp_dir, wait_until, write_at};
 use crate::manager::{Handed, Manager};
+use harness::{Builder, MIB, Server, sparse_image, temp_dir, wait_until, write_at};
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
@@ -28,7 +28,7 @@ fn a_client_keeps_it_be_it_in_the_handshake_only_and_the_time_begins_when_it_lea
     let image = sparse_image(manager.dir.path(), "disk.img", MIB);
     let mut service = manager.start(Handed::NbdAndControl, LINE, &[&image]);
     let mut client = TcpStream::connect(manager.address()).unwrap();
-    client.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+    client.set_read_timeout(Some(harness::TIMEOUT)).unwrap();
     let mut greeting = [0; 18];
     client.read_exact(&mut greeting).unwrap();
     std::thread::sleep(3 * SECOND / 2);
@@ -47,7 +47,7 @@ fn whoever_comes_afterwards_waits_for_the_next_process() {
     assert_eq!(service.ends().code(), Some(0));
     let mut client = TcpStream::connect(manager.address()).unwrap();
     let mut service = manager.start(Handed::NbdAndControl, LINE, &[&image]);
-    client.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+    client.set_read_timeout(Some(harness::TIMEOUT)).unwrap();
     let mut greeting = [0; 18];
     client.read_exact(&mut greeting).unwrap();
     drop(client);

@@ -1,14 +1,14 @@
 //! A service manager of the test's own: hands over sockets, hears what the service says, and keeps
 //! descriptors for the next one. Never restarts anything by itself.
 
-use crate::common::{DEADLINE, TempDir, comes_true, temp_dir, wait_until};
+use harness::{StderrReader, TIMEOUT, TempDir, poll_until, temp_dir, wait_until};
 use nix::cmsg_space;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::unistd::Pid;
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
-use std::io::{IoSliceMut, Read as _};
+use std::io::IoSliceMut;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
@@ -122,8 +122,8 @@ impl Manager {
         // SAFETY: it calls nothing but dup2, which is async-signal-safe.
         unsafe { command.pre_exec(hand_over) };
         let mut child = command.spawn().unwrap();
-        let (stderr, reader) = collect_stderr(&mut child);
-        Service { child, stderr, reader: Some(reader) }
+        let stderr = StderrReader::start(&mut child);
+        Service { child, stderr }
     }
 
     /// The next message, or none if there is none yet.
@@ -166,7 +166,7 @@ impl Manager {
     #[track_caller]
     fn wait_for_message(&self, what: &str, is_it: impl Fn(&str) -> bool) -> Vec<String> {
         let mut heard: Vec<String> = Vec::new();
-        let found = comes_true(DEADLINE, || {
+        let found = poll_until(TIMEOUT, || {
             while let Some(message) = self.message() {
                 heard.push(message);
                 if heard.last().is_some_and(|message| is_it(message)) {
@@ -232,30 +232,15 @@ fn hear(notify: &UnixDatagram, heard: &Mutex<Heard>) -> bool {
     text != ENOUGH
 }
 
-/// Reads the child's stderr to its end on a thread, so that it never blocks on a full pipe.
-fn collect_stderr(child: &mut Child) -> (Arc<Mutex<String>>, JoinHandle<()>) {
-    let mut pipe = child.stderr.take().unwrap();
-    let text = Arc::new(Mutex::new(String::new()));
-    let copy = Arc::clone(&text);
-    let reader = std::thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(n @ 1..) = pipe.read(&mut buffer) {
-            copy.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..n]));
-        }
-    });
-    (text, reader)
-}
-
 /// A service that was started. Dropping it kills it.
 pub(crate) struct Service {
     child: Child,
-    stderr: Arc<Mutex<String>>,
-    reader: Option<JoinHandle<()>>,
+    stderr: StderrReader,
 }
 
 impl Service {
     pub(crate) fn stderr(&self) -> String {
-        self.stderr.lock().unwrap().clone()
+        self.stderr.text()
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -279,9 +264,7 @@ impl Service {
             status = self.child.try_wait().unwrap();
             status.is_some()
         });
-        if let Some(reader) = self.reader.take() {
-            reader.join().unwrap();
-        }
+        self.stderr.wait();
         status.unwrap()
     }
 

@@ -1,7 +1,7 @@
 //! A service that cannot serve: stays for those who wait, ends at once when nobody does.
 
-use crate::common::{MIB, heed_signals, sparse_image, wait_until};
 use crate::manager::{Handed, Manager, Service};
+use harness::{MIB, restore_default_signals, sparse_image, wait_until};
 use nix::sys::signal::Signal;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -35,7 +35,7 @@ pub(crate) fn record(manager: &Manager, image: &Path, record: &str) {
 /// A client that has connected, though nobody has accepted it yet.
 pub(crate) fn client(manager: &Manager) -> TcpStream {
     let stream = TcpStream::connect(manager.address()).unwrap();
-    stream.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+    stream.set_read_timeout(Some(harness::TIMEOUT)).unwrap();
     stream
 }
 
@@ -50,7 +50,7 @@ pub(crate) fn was_refused(mut client: TcpStream) {
 /// What the control socket answers.
 pub(crate) fn order(path: &Path, order: &str) -> String {
     let mut stream = UnixStream::connect(path).unwrap();
-    stream.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+    stream.set_read_timeout(Some(harness::TIMEOUT)).unwrap();
     stream.write_all(format!("{order}\n\n").as_bytes()).unwrap();
     let mut reply = String::new();
     stream.read_to_string(&mut reply).unwrap();
@@ -270,7 +270,7 @@ fn a_client_at_the_misnamed_socket_is_refused() {
     manager.store(name, second);
     let mut waiting = UnixStream::connect(manager.path("second.sock")).unwrap();
     let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
-    waiting.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+    waiting.set_read_timeout(Some(harness::TIMEOUT)).unwrap();
     assert_eq!(waiting.read(&mut [0]).unwrap(), 0);
     manager.wait_for_status("there can be only one control socket");
     assert_eq!(service.stop().code(), Some(0));
@@ -289,7 +289,7 @@ fn without_handed_sockets_a_disk_that_has_moved_ends_the_process() {
 
 #[test]
 fn hangup_ends_a_refusing_service_cleanly() {
-    heed_signals();
+    restore_default_signals();
     let manager = Manager::new();
     let image = departed(&manager);
     let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);

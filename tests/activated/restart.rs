@@ -1,10 +1,9 @@
 //! Sessions that outlive the process: left to the service manager by one, taken out by the next.
 
-use crate::common::raw::{READ, WRITE};
-use crate::common::server::Target;
-use crate::common::session::{Mode, Request, Session};
-use crate::common::{MIB, noise, read_at, sparse_image, wait_until};
 use crate::manager::{Handed, Manager, Service};
+use harness::raw::{READ, WRITE};
+use harness::session::{Mode, Request, Session};
+use harness::{Endpoint, MIB, noise, read_at, sparse_image, wait_until};
 use nix::sys::signal::Signal;
 use std::collections::HashMap;
 use std::fs::File;
@@ -27,7 +26,7 @@ fn serve(manager: &Manager, image: &Path) -> Service {
 }
 
 fn client(manager: &Manager, mode: Mode) -> Session {
-    Session::open(&Target::Tcp(manager.address()), mode).unwrap()
+    Session::open(&Endpoint::Tcp(manager.address()), mode).unwrap()
 }
 
 /// The names in the store, but for the note's.
@@ -69,7 +68,7 @@ fn clients_do_not_notice_a_restart_whatever_they_have_under_way() {
         for (client, (mut pending, half)) in clients.iter_mut().zip(halves) {
             client.wire.send(&half);
             while !pending.is_empty() {
-                let (cookie, answer) = client.recv_answer(&pending);
+                let (cookie, answer) = client.recv_reply(&pending);
                 let request = pending.remove(&cookie).unwrap();
                 assert_eq!(answer.error, 0);
                 if request.command != WRITE {
@@ -87,15 +86,15 @@ fn clients_do_not_notice_a_restart_whatever_they_have_under_way() {
 fn a_client_that_is_half_way_through_the_handshake_goes_on_with_it() {
     let (manager, image) = manager();
     let mut service = serve(&manager, &image);
-    let target = Target::Tcp(manager.address());
-    let mut wire = crate::common::raw::Wire::haggle(&target, 3);
-    wire.still_haggles();
+    let target = Endpoint::Tcp(manager.address());
+    let mut wire = harness::raw::Wire::haggle(&target, 3);
+    wire.assert_haggling_in_sync();
     assert!(service.stop().success());
     assert_eq!(sessions(&manager).len(), 1);
     let _service = serve(&manager, &image);
-    wire.still_haggles();
+    wire.assert_haggling_in_sync();
     let mut session = Session::go(wire, Mode::Simple, None, b"");
-    session.goes_on();
+    session.assert_in_sync();
 }
 
 #[test]
@@ -105,13 +104,13 @@ fn a_crash_ends_sessions_and_they_do_not_come_back() {
     let mut one = client(&manager, Mode::Structured);
     assert!(service.stop().success());
     let mut service = serve(&manager, &image);
-    one.goes_on();
+    one.assert_in_sync();
     service.signal(Signal::SIGKILL);
     service.ends();
     one.wire.expect_closed("its server was killed");
     assert!(manager.stored().is_empty());
     let _service = serve(&manager, &image);
-    client(&manager, Mode::Structured).goes_on();
+    client(&manager, Mode::Structured).assert_in_sync();
 }
 
 /// What becomes of a session when something happens to what is kept; the service serves others.
@@ -124,7 +123,7 @@ fn closed_after(happens: impl FnOnce(&Manager, &Path)) -> String {
     happens(&manager, &image);
     let mut service = serve(&manager, &image);
     one.wire.expect_closed("it could not be taken over");
-    client(&manager, Mode::Extended).goes_on();
+    client(&manager, Mode::Extended).assert_in_sync();
     assert!(manager.stored().is_empty());
     assert!(service.stop().success());
     service.stderr()
@@ -186,7 +185,7 @@ fn without_room_in_the_store_sessions_are_answered_and_closed() {
     let manager = manager.env("FDSTORE", "1");
     let mut service = serve(&manager, &image);
     let mut one = client(&manager, Mode::Simple);
-    one.goes_on();
+    one.assert_in_sync();
     assert!(service.stop().success());
     one.wire.expect_closed("there is no room");
     assert!(manager.stored().is_empty());

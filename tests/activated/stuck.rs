@@ -1,10 +1,9 @@
 //! A service that cannot do its work any more ends, or is ended, so that it is started again.
 
-use crate::common::{Builder, GIB, MIB, require_tool, run, sparse_image, temp_dir};
-use crate::common::{wait_until, write_at};
 use crate::manager::{Handed, Manager};
-use crate::mount::mount_nbd_as_file;
 use crate::refusing::order;
+use harness::mount::mount_nbd_as_file;
+use harness::{Builder, GIB, MIB, require_tool, run, sparse_image, temp_dir, wait_until, write_at};
 use nix::sys::signal::Signal;
 use std::net::TcpStream;
 use std::time::Duration;
@@ -90,5 +89,5 @@ fn a_disk_whose_reads_do_not_return_starves_the_watchdog_until_they_do() {
     manager.wait_for("WATCHDOG=1");
     wait_until("the relief", || service.stderr().contains("everything makes progress again"));
     assert_eq!(service.stop().code(), Some(0));
-    disk.end();
+    disk.unmount();
 }

@@ -1,8 +1,8 @@
 //! What the service manager hears: how the service is, and for how long it has to wait.
 
-use crate::common::{Builder, KIB, MIB, sparse_image, temp_dir, wait_until, write_at};
 use crate::manager::{Handed, Manager};
 use crate::refusing::{order, record};
+use harness::{Builder, KIB, MIB, sparse_image, temp_dir, wait_until, write_at};
 use std::io::Read as _;
 use std::net::TcpStream;
 use std::path::Path;
@@ -10,7 +10,7 @@ use std::path::Path;
 /// A client that was greeted.
 fn client(manager: &Manager) -> TcpStream {
     let mut client = TcpStream::connect(manager.address()).unwrap();
-    client.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+    client.set_read_timeout(Some(harness::TIMEOUT)).unwrap();
     client.read_exact(&mut [0; 18]).unwrap();
     client
 }
@@ -88,7 +88,7 @@ fn a_migration_that_does_not_happen_is_remembered_in_the_status() {
     let image = full(manager.dir.path());
     let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
     manager.wait_for("READY=1");
-    let nobody = crate::common::free_port();
+    let nobody = harness::free_port();
     let mirror = format!("mirror\n127.0.0.1\n{nobody}");
     assert!(order(&manager.control(), &mirror).starts_with("1: Mirror failed to connect"));
     manager.wait_for_status(&format!(", no clients; the migration to 127.0.0.1:{nobody} failed: "));
@@ -119,7 +119,7 @@ fn a_stop_that_has_to_break_a_migration_off_asks_for_the_time() {
 fn asking_another_host_at_the_start_asks_for_the_time() {
     let manager = Manager::new();
     let image = sparse_image(manager.dir.path(), "disk.img", MIB);
-    let nobody = crate::common::free_port();
+    let nobody = harness::free_port();
     record(&manager, &image, &format!("departing id={ID} before=native to=127.0.0.1:{nobody}"));
     let mut service = manager.start(Handed::NbdAndControl, "serve --file", &[&image]);
     let heard = manager.wait_for("READY=1").concat();

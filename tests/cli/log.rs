@@ -1,9 +1,8 @@
 //! The log on stderr: the manual's line format and levels, and that a lost log disturbs nobody.
 
-use crate::common::raw::Wire;
-use crate::common::{Builder, Server, sparse_image, temp_dir};
-use crate::more::{Place, Program, Served};
 use crate::{flags_of, read};
+use harness::raw::Wire;
+use harness::{Builder, Endpoint, Program, Served, Server, sparse_image, temp_dir};
 use std::process::Stdio;
 
 /// One line of the log, taken apart: `MS:LEVEL:PID THREAD FILE:LINE: MESSAGE`.
@@ -32,7 +31,7 @@ fn eventful_life(flags: &[&str]) -> (Server, String) {
     let mut server = Builder::serve(&image).args(flags).args(["127.0.0.1"]).start();
     read(&flags_of(&server), 0, 512).run().succeeded();
     read(&flags_of(&server), 0, 512).words("--bind 127.0.0.2").run().ended_with(1);
-    let mut wire = Wire::connect(server.target());
+    let mut wire = Wire::connect(server.endpoint());
     wire.recv(18);
     wire.send(&[0xff; 4]);
     wire.expect_closed("unknown client flags");
@@ -93,7 +92,7 @@ fn a_debug_build_says_more_when_verbose() {
     let image = sparse_image(dir.path(), "image", 4096);
     let sock = dir.path().join("control.sock");
     let server = Builder::serve(&image).args(["-v", "--sock"]).args([&sock]).start();
-    crate::common::wait_until("the control socket", || sock.exists());
+    harness::wait_until("the control socket", || sock.exists());
     // Asks, and does not stay for the answer.
     let stream = std::os::unix::net::UnixStream::connect(&sock).unwrap();
     drop(stream);
@@ -104,12 +103,12 @@ fn a_debug_build_says_more_when_verbose() {
 fn a_server_goes_on_when_nobody_reads_its_log_any_more() {
     let served = Served::with(&[]);
     drop(served.server);
-    let port = crate::more::quiet_port();
-    let place = Place::Tcp(port);
+    let port = harness::free_port();
+    let place = Endpoint::localhost(port);
     let serve = Program::flexnbd("serve -v --file").args([&served.image]).words(&place.flags());
     let mut child = serve.start(Stdio::null(), Stdio::null());
     drop(child.stderr.take());
-    let up = crate::common::comes_true(crate::common::DEADLINE, || {
+    let up = harness::poll_until(harness::TIMEOUT, || {
         std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
     });
     let outcomes = [(); 3].map(|()| read(&place.flags(), 0, 512).run());

@@ -1,10 +1,9 @@
 //! The control socket from the operator's side: status, acl, reload, and the bytes of the original.
 
-use crate::common::raw::Wire;
-use crate::common::session::{Mode, Session};
-use crate::common::{Builder, MIB, Server, TempDir, sparse_image, temp_dir, wait_until};
-use crate::more::Program;
 use crate::{flags_of, read};
+use harness::raw::Wire;
+use harness::session::{Mode, Session};
+use harness::{Builder, MIB, Program, Server, TempDir, sparse_image, temp_dir, wait_until};
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -45,7 +44,7 @@ impl Operated {
     /// Sends bytes and takes everything that comes back.
     fn say(&self, bytes: &[u8]) -> String {
         let mut stream = UnixStream::connect(&self.sock).unwrap();
-        stream.set_read_timeout(Some(crate::common::DEADLINE)).unwrap();
+        stream.set_read_timeout(Some(harness::TIMEOUT)).unwrap();
         stream.write_all(bytes).unwrap();
         let mut reply = String::new();
         stream.read_to_string(&mut reply).unwrap();
@@ -54,7 +53,7 @@ impl Operated {
 
     /// A client in the middle of its session.
     fn client(&self) -> Session {
-        Session::open(self.server.target(), Mode::Simple).unwrap()
+        Session::open(self.server.endpoint(), Mode::Simple).unwrap()
     }
 }
 
@@ -92,12 +91,12 @@ fn a_new_acl_ends_the_sessions_that_it_no_longer_admits() {
     let operated = Operated::start(&["127.0.0.1"]);
     let place = flags_of(&operated.server);
     let mut client = operated.client();
-    client.goes_on();
+    client.assert_in_sync();
     assert_eq!(operated.order("acl", "127.0.0.1 192.0.2.0/24").ok(), "updated\n");
-    client.goes_on();
+    client.assert_in_sync();
     assert_eq!(operated.order("acl", "192.0.2.0/24 2001:db8::/32").ok(), "updated\n");
     client.wire.expect_closed("no longer admitted");
-    Wire::connect(operated.server.target()).expect_closed("not admitted");
+    Wire::connect(operated.server.endpoint()).expect_closed("not admitted");
     read(&place, 0, 512).run().ended_with(1);
     operated.order("acl", "0.0.0.0/0").run().succeeded();
     read(&place, 0, 512).run().succeeded();
@@ -129,22 +128,22 @@ fn reload_reads_the_acl_and_the_limit_again() {
     std::fs::write(&config, "MAX_CLIENTS=1\n").unwrap();
     let operated = Operated::start(&["--config", config.to_str().unwrap()]);
     let mut client = operated.client();
-    Wire::connect(operated.server.target()).expect_closed("the second of one");
+    Wire::connect(operated.server.endpoint()).expect_closed("the second of one");
     std::fs::write(&config, "MAX_CLIENTS=2\n").unwrap();
     assert_eq!(operated.order("reload", "").ok(), "reloaded\n");
     let mut second = operated.client();
-    client.goes_on();
-    second.goes_on();
+    client.assert_in_sync();
+    second.assert_in_sync();
     std::fs::write(&config, "MAX_CLIENTS=2\nACL=192.0.2.1\n").unwrap();
     operated.order("reload", "").ok();
     client.wire.expect_closed("no longer admitted");
     second.wire.expect_closed("no longer admitted");
     std::fs::write(&config, "MAX_CLIENTS=2\nBOGUS=1\n").unwrap();
     operated.order("reload", "").run().refused(1, &["/disk.conf, line 2", "BOGUS"]);
-    Wire::connect(operated.server.target()).expect_closed("a bad file changes nothing");
+    Wire::connect(operated.server.endpoint()).expect_closed("a bad file changes nothing");
     std::fs::write(&config, "ACL=127.0.0.0/8\n").unwrap();
     operated.order("reload", "").ok();
-    operated.client().goes_on();
+    operated.client().assert_in_sync();
 }
 
 #[test]

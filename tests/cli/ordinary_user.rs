@@ -1,9 +1,8 @@
 //! A user other than root and flexnbd on a machine that has the package, which has made
 //! `/var/lib/flexnbd`. Each test has a mount namespace of its own for that.
 
-use crate::common::{TempDir, skip, temp_dir};
-use crate::more::{Outcome, Program};
 use crate::{NOBODY, as_nobody, permit};
+use harness::{Outcome, Program, TempDir, skip, temp_dir};
 use nix::unistd::{Uid, chown};
 
 /// The mode of the state directory: as the package makes it, as older ones did, as `mkdir` does.

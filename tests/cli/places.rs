@@ -1,8 +1,7 @@
 //! Where a server can listen, and how it ends: IPv4, IPv6, both at once, unix sockets, signals.
 
-use crate::common::{Builder, MIB, sparse_image, temp_dir};
-use crate::more::{Place, Program, Served, Style, Transport, quiet_port};
 use crate::{flags_of, read};
+use harness::{Builder, MIB, Program, Served, Style, Transport, free_port, sparse_image, temp_dir};
 use nix::sys::signal::Signal;
 use std::net::{Ipv6Addr, TcpListener};
 use std::os::unix::net::UnixListener;
@@ -20,7 +19,7 @@ fn ipv6() -> bool {
 fn answers(address: &str, entries: &str, places: &[&str]) -> Vec<bool> {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", MIB);
-    let port = quiet_port();
+    let port = free_port();
     let serve = Program::flexnbd("serve --file").args([&image]);
     let serve = serve.words(&format!("--addr {address} --port {port} {entries}"));
     // Any address that it may listen on is in the tables of the kernel.
@@ -31,13 +30,13 @@ fn answers(address: &str, entries: &str, places: &[&str]) -> Vec<bool> {
             text.lines().any(|line| line.contains(&port) && line.contains(" 0A "))
         })
     };
-    let peer = serve.serve_when(up, Place::Tcp(port));
+    let server = serve.start_until(up);
     let answered = |place: &&str| {
         let arguments = format!("--addr {place} --port {port}");
         read(&arguments, 0, 512).run().status.success()
     };
     let answers = places.iter().map(answered).collect();
-    peer.end();
+    server.stop();
     answers
 }
 
@@ -92,7 +91,7 @@ fn each_signal_that_ends_it_ends_it_well_and_leaves_no_sockets() {
         let (nbd, control) = (dir.path().join("nbd.sock"), dir.path().join("control.sock"));
         let builder = Builder::serve(&image).unix(&nbd).args(["--sock"]).args([&control]);
         let mut server = builder.start();
-        crate::common::wait_until("the control socket", || control.exists());
+        harness::wait_until("the control socket", || control.exists());
         read(&flags_of(&server), 0, 512).run().succeeded();
         server.signal(signal);
         let status = server.wait_for_end();

@@ -1,9 +1,11 @@
 //! What an operator can get wrong when starting a server: status 78, a fatal log line that names
 //! the thing and the way out, and nothing left behind.
 
-use crate::common::{Builder, read_at, sparse_image, temp_dir};
-use crate::more::{Outcome, Place, Program, Served, Style, Transport, allocated, quiet_port};
 use crate::{as_nobody, flags_of, permit, read};
+use harness::{
+    Builder, Endpoint, Outcome, Program, Served, Style, Transport, allocated, free_port, read_at,
+    sparse_image, temp_dir,
+};
 use nix::sys::stat::Mode;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::net::UnixListener;
@@ -15,7 +17,7 @@ const EXIT_CONFIG: i32 = 78;
 /// `serve` of this image on a free port, refused with all of these words.
 #[track_caller]
 fn refused(image: &Path, parts: &[&str]) {
-    let serve = Program::flexnbd("serve").words(&Place::Tcp(quiet_port()).flags());
+    let serve = Program::flexnbd("serve").words(&Endpoint::localhost(free_port()).flags());
     is_fatal(&serve.args(["--file"]).args([image]).run(), parts);
 }
 
@@ -84,7 +86,7 @@ fn permissions_are_told_apart() {
     let image = sparse_image(dir.path(), "image", 4096);
     let serve = |flags: &str| {
         let nobody = as_nobody(dir.path())?.words("serve").words(flags).args(["--file"]);
-        Some(nobody.args([&image]).words(&Place::Tcp(quiet_port()).flags()))
+        Some(nobody.args([&image]).words(&Endpoint::localhost(free_port()).flags()))
     };
     permit(&image, 0o600);
     let Some(unreadable) = serve("") else { return };
@@ -92,10 +94,10 @@ fn permissions_are_told_apart() {
     is_fatal(&serve("--read-only").unwrap().run(), &["/image may not be read by user id 65534"]);
     permit(&image, 0o644);
     is_fatal(&serve("").unwrap().run(), &["/image may be read but not written", "--read-only"]);
-    let port = quiet_port();
+    let port = free_port();
     let reader = as_nobody(dir.path()).unwrap().words("serve --read-only --file").args([&image]);
-    let peer = reader.words(&Place::Tcp(port).flags()).serve_at(Place::Tcp(port));
-    read(&peer.place.flags(), 0, 512).run().succeeded();
+    let peer = reader.words(&Endpoint::localhost(port).flags()).serve_at(Endpoint::localhost(port));
+    read(&peer.endpoint.flags(), 0, 512).run().succeeded();
 }
 
 #[test]
@@ -113,7 +115,7 @@ fn an_address_that_cannot_be_had_is_named_with_the_reason() {
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = taken.local_addr().unwrap().port();
     let here = format!("cannot listen on 127.0.0.1:{port}");
-    is_fatal(&serve(&Place::Tcp(port).flags()), &[&here, "another program has this port"]);
+    is_fatal(&serve(&Endpoint::localhost(port).flags()), &[&here, "another program has this port"]);
     let elsewhere = serve(&format!("--addr 192.0.2.1 --port {port}"));
     is_fatal(&elsewhere, &["cannot listen on 192.0.2.1:", "no interface of this host"]);
     let nowhere = serve("");
@@ -147,7 +149,7 @@ fn a_control_socket_takes_no_place_that_is_taken() {
     let image = sparse_image(dir.path(), "image", 4096);
     let serve = |sock: &Path| {
         let serve = Program::flexnbd("serve --sock").args([sock]).args(["--file"]).args([&image]);
-        serve.words(&Place::Tcp(quiet_port()).flags()).run()
+        serve.words(&Endpoint::localhost(free_port()).flags()).run()
     };
     let file = dir.path().join("file");
     std::fs::write(&file, "precious").unwrap();

@@ -1,8 +1,10 @@
 //! 1 GiB through a pipe: neither the client nor the server may hold it.
 
-use crate::common::{GIB, MIB, Resources, noise, sparse_image, temp_dir, write_at};
 use crate::flags_of;
-use crate::more::{Program, Served, Style, Transport, allocated, end_of};
+use harness::{
+    GIB, MIB, Program, Resources, Served, Style, Transport, allocated, noise, sparse_image,
+    temp_dir, wait_for_exit, write_at,
+};
 use std::io::{Read as _, Write as _};
 use std::process::Stdio;
 
@@ -43,7 +45,7 @@ fn a_gibibyte_is_read_in_bounded_memory() {
     stdout.read_to_end(&mut rest).unwrap();
     assert_eq!(rest.len() as u64, KEPT_BACK);
     assert!(rest[..512] == noise(512, 1), "the right bytes come at the end");
-    assert!(end_of(&mut child, &arguments).success());
+    assert!(wait_for_exit(&mut child, &arguments).success());
 }
 
 #[test]
@@ -60,7 +62,7 @@ fn a_gibibyte_is_written_in_bounded_memory_and_zeros_stay_holes() {
     piece[7] = 7;
     stdin.write_all(&piece).unwrap();
     drop(stdin);
-    assert!(end_of(&mut child, &arguments).success());
-    assert_eq!(crate::common::read_at(&served.image, GIB, 8), [0, 0, 0, 0, 0, 0, 0, 7]);
+    assert!(wait_for_exit(&mut child, &arguments).success());
+    assert_eq!(harness::read_at(&served.image, GIB, 8), [0, 0, 0, 0, 0, 0, 0, 7]);
     assert!(allocated(&served.image) < MIB, "zeros allocate nothing");
 }

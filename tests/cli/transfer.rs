@@ -1,8 +1,10 @@
 //! `read` and `write` against every server there is: ours, nbdkit's and QEMU's.
 
-use crate::common::{MIB, noise, read_at, require_tool, sparse_image, temp_dir};
-use crate::more::{Peer, Place, Program, Served, Transport, in_every_way, quiet_port};
 use crate::{flags_of, read, write};
+use harness::{
+    Endpoint, MIB, Peer, Program, Served, Transport, free_port, noise,
+    over_every_transport_and_style, read_at, require_tool, sparse_image, temp_dir,
+};
 use std::path::Path;
 
 /// Odd in every way: no block begins or ends there.
@@ -24,7 +26,7 @@ fn goes_there_and_back(place: &str, image: &Path) {
 
 #[test]
 fn bytes_go_to_our_server_and_back_in_every_way() {
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         goes_there_and_back(&flags_of(&served.server), &served.image);
         let by_uri = format!("--uri {}", served.uri());
         goes_there_and_back(&by_uri, &served.image);
@@ -32,20 +34,20 @@ fn bytes_go_to_our_server_and_back_in_every_way() {
     });
 }
 
-fn place(transport: Transport, dir: &Path) -> Place {
+fn place(transport: Transport, dir: &Path) -> Endpoint {
     match transport {
-        Transport::Tcp => Place::Tcp(quiet_port()),
-        Transport::Unix => Place::Unix(dir.join("peer.sock")),
+        Transport::Tcp => Endpoint::localhost(free_port()),
+        Transport::Unix => Endpoint::Unix(dir.join("peer.sock")),
     }
 }
 
 /// nbdkit with these arguments, over either kind of socket.
 #[track_caller]
-pub(crate) fn nbdkit(place: Place, arguments: &[&str]) -> Peer {
+pub(crate) fn nbdkit(place: Endpoint, arguments: &[&str]) -> Peer {
     let nbdkit = Program::new("nbdkit").words("-f");
     let nbdkit = match &place {
-        Place::Tcp(port) => nbdkit.words(&format!("-i 127.0.0.1 -p {port}")),
-        Place::Unix(path) | Place::File(path) => nbdkit.args(["-U"]).args([path]),
+        Endpoint::Tcp(address) => nbdkit.words(&format!("-i 127.0.0.1 -p {}", address.port())),
+        Endpoint::Unix(path) => nbdkit.args(["-U"]).args([path]),
     };
     nbdkit.args(arguments).serve_at(place)
 }
@@ -61,19 +63,19 @@ fn bytes_go_to_nbdkit_and_back_in_every_way() {
             let image = sparse_image(dir.path(), "image", 8 * MIB);
             let place = place(transport, dir.path());
             let peer = nbdkit(place, &[style, "file", image.to_str().unwrap()]);
-            goes_there_and_back(&peer.place.flags(), &image);
-            peer.end();
+            goes_there_and_back(&peer.endpoint.flags(), &image);
+            peer.stop();
         }
     }
 }
 
 /// qemu-nbd over either kind of socket, with the export named `disk`.
 #[track_caller]
-pub(crate) fn qemu_nbd(place: Place, image: &Path) -> Peer {
+pub(crate) fn qemu_nbd(place: Endpoint, image: &Path) -> Peer {
     let qemu_nbd = Program::new("qemu-nbd").words("-f raw -t -e 8 -x disk");
     let qemu_nbd = match &place {
-        Place::Tcp(port) => qemu_nbd.words(&format!("-b 127.0.0.1 -p {port}")),
-        Place::Unix(path) | Place::File(path) => qemu_nbd.args(["-k"]).args([path]),
+        Endpoint::Tcp(address) => qemu_nbd.words(&format!("-b 127.0.0.1 -p {}", address.port())),
+        Endpoint::Unix(path) => qemu_nbd.args(["-k"]).args([path]),
     };
     qemu_nbd.args([image]).serve_at(place)
 }
@@ -87,15 +89,10 @@ fn bytes_go_to_qemu_nbd_and_back_in_every_way() {
         let dir = temp_dir();
         let image = sparse_image(dir.path(), "image", 8 * MIB);
         let peer = qemu_nbd(place(transport, dir.path()), &image);
-        goes_there_and_back(&format!("{} --export disk", peer.place.flags()), &image);
-        let uri = match &peer.place {
-            Place::Tcp(port) => format!("nbd://127.0.0.1:{port}/disk"),
-            Place::Unix(path) | Place::File(path) => {
-                format!("nbd+unix:///disk?socket={}", path.display())
-            }
-        };
+        goes_there_and_back(&format!("{} --export disk", peer.endpoint.flags()), &image);
+        let uri = peer.endpoint.uri_of("disk");
         goes_there_and_back(&format!("--uri {uri}"), &image);
-        let unknown = format!("{} --export other", peer.place.flags());
+        let unknown = format!("{} --export other", peer.endpoint.flags());
         read(&unknown, 0, 512).run().refused(1, &["no export of that name"]);
     }
 }

@@ -1,9 +1,11 @@
 //! What can keep `read` and `write` from doing their work, and what they then say.
 
-use crate::common::{KIB, MIB, noise, read_at, require_tool, sparse_image, temp_dir};
-use crate::more::{Place, Served, end_of, quiet_port};
 use crate::transfer::nbdkit;
 use crate::{flags_of, read, write};
+use harness::{
+    Endpoint, KIB, MIB, Served, free_port, noise, read_at, require_tool, sparse_image, temp_dir,
+    wait_for_exit,
+};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener};
@@ -11,19 +13,19 @@ use std::process::Stdio;
 
 #[test]
 fn nobody_listening_is_said_once_with_the_address() {
-    let place = Place::Tcp(quiet_port());
+    let place = Endpoint::localhost(free_port());
     let outcome = read(&place.flags(), 0, 512).run();
     outcome.refused(1, &["flexnbd read: cannot connect to 127.0.0.1:", "refused"]);
     assert_eq!(outcome.stderr.matches("cannot connect").count(), 1, "{}", outcome.stderr);
     let dir = temp_dir();
-    let missing = Place::Unix(dir.path().join("none.sock"));
+    let missing = Endpoint::Unix(dir.path().join("none.sock"));
     let outcome = write(&missing.flags(), 0, b"x").run();
     outcome.refused(1, &["flexnbd write: cannot connect to /", "none.sock"]);
     assert_eq!(outcome.stderr.matches("cannot connect").count(), 1, "{}", outcome.stderr);
 }
 
 /// Says this to one client, and takes whatever it says.
-fn stranger(words: &'static [u8]) -> (Place, std::thread::JoinHandle<()>) {
+fn stranger(words: &'static [u8]) -> (Endpoint, std::thread::JoinHandle<()>) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let thread = std::thread::spawn(move || {
@@ -32,7 +34,7 @@ fn stranger(words: &'static [u8]) -> (Place, std::thread::JoinHandle<()>) {
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let _ = stream.read(&mut [0; 512]);
     });
-    (Place::Tcp(port), thread)
+    (Endpoint::localhost(port), thread)
 }
 
 #[test]
@@ -60,10 +62,10 @@ fn a_server_that_insists_on_tls_is_left_with_the_reason() {
     let keys = dir.path().join("keys.psk");
     std::fs::write(&keys, "me:00112233445566778899aabbccddeeff\n").unwrap();
     let keys = format!("--tls-psk={}", keys.display());
-    let place = Place::Unix(dir.path().join("tls.sock"));
+    let place = Endpoint::Unix(dir.path().join("tls.sock"));
     let peer = nbdkit(place, &["--tls=require", &keys, "memory", "size=1M"]);
-    read(&peer.place.flags(), 0, 512).run().refused(1, &["flexnbd read: /", "TLS"]);
-    write(&peer.place.flags(), 0, b"x").run().refused(1, &["flexnbd write: /", "TLS"]);
+    read(&peer.endpoint.flags(), 0, 512).run().refused(1, &["flexnbd read: /", "TLS"]);
+    write(&peer.endpoint.flags(), 0, b"x").run().refused(1, &["flexnbd write: /", "TLS"]);
 }
 
 #[test]
@@ -73,12 +75,12 @@ fn the_smallest_block_of_a_server_is_kept_to() {
     }
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", MIB);
-    let place = Place::Unix(dir.path().join("nbdkit.sock"));
+    let place = Endpoint::Unix(dir.path().join("nbdkit.sock"));
     let policy = ["blocksize-minimum=512", "blocksize-preferred=4K", "blocksize-maximum=64K"];
     let file = ["--filter=blocksize-policy", "file", image.to_str().unwrap()];
     let strict = ["blocksize-error-policy=error"];
     let peer = nbdkit(place, &[&file[..], &policy[..], &strict[..]].concat());
-    let place = peer.place.flags();
+    let place = peer.endpoint.flags();
     for (from, size) in [(0, 100), (1, 512), (512, 513)] {
         let outcome = read(&place, from, size).run();
         outcome.refused(1, &["flexnbd read: ", "multiples of 512"]);
@@ -121,7 +123,7 @@ fn an_output_that_nobody_reads_any_more_ends_it_without_a_word() {
     let mut stdout = child.stdout.take().unwrap();
     stdout.read_exact(&mut [0; 10]).unwrap();
     drop(stdout);
-    let status = end_of(&mut child, "flexnbd read");
+    let status = wait_for_exit(&mut child, "flexnbd read");
     assert_eq!(status.code(), Some(1), "{status}");
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
@@ -133,7 +135,7 @@ fn an_output_that_is_full_is_said() {
     let served = Served::with(&[]);
     let full = File::options().write(true).open("/dev/full").unwrap();
     let mut child = read(&flags_of(&served.server), 0, 512).start(Stdio::null(), full.into());
-    assert_eq!(end_of(&mut child, "flexnbd read").code(), Some(1));
+    assert_eq!(wait_for_exit(&mut child, "flexnbd read").code(), Some(1));
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert!(said.contains("cannot write to standard output: No space left"), "{said}");

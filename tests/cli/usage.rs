@@ -1,6 +1,6 @@
 //! Bad usage: one sentence and the usage line on stderr, exit 2, nothing on stdout.
 
-use crate::more::Program;
+use harness::Program;
 
 #[track_caller]
 fn misused(arguments: &str, part: &str) {

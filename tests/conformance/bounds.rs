@@ -1,9 +1,9 @@
 //! Points 8 to 12: what is refused, with which error, and that the session survives it.
 
-use crate::common::raw::*;
-use crate::common::session::{MODES, Mode, Request, Session};
-use crate::common::{GIB, MIB, noise, read_at};
 use crate::subject::{Ours, Subject};
+use harness::raw::*;
+use harness::session::{MODES, Mode, Request, Session};
+use harness::{GIB, MIB, noise, read_at};
 
 /// Our own server's largest READ and WRITE, in bytes; in old style it keeps the original's.
 const PAYLOAD_MAX: u64 = 64 * MIB;
@@ -80,7 +80,7 @@ fn a_read_only_export_permits_nothing_that_writes() {
 
 fn old_style_keeps_its_habit() {
     let Some(ours) = Ours::start("old style", 8 * MIB, &["--oldstyle"]) else { return };
-    let mut session = Session::open_old_style(ours.target());
+    let mut session = Session::open_old_style(ours.endpoint());
     assert_eq!(session.size, 8 * MIB);
     assert_ne!(session.flags & HAS_FLAGS, 0);
     for (offset, length) in beyond(8 * MIB) {
@@ -145,17 +145,17 @@ fn point_09_the_payload_of_a_refused_write_is_consumed_exactly() {
 fn eof_in_the_middle_ends_the_session(subject: &Subject) {
     for mut session in subject.sessions() {
         for offset in [0, session.size] {
-            let mut torn = Session::open(subject.target(), session.mode).unwrap();
+            let mut torn = Session::open(subject.endpoint(), session.mode).unwrap();
             let (_, bytes) = torn.encode(&Request::write(offset, &[1; 4096]));
             torn.wire.send(&bytes[..bytes.len() - 1]);
-            torn.wire.finish_sending();
+            torn.wire.shutdown_write();
             if offset == 0 {
                 torn.wire.expect_closed("EOF before the last byte of a payload");
             } else {
                 only_a_refusal_comes(&mut torn, offset);
             }
         }
-        session.goes_on();
+        session.assert_in_sync();
     }
 }
 
@@ -180,7 +180,7 @@ fn a_refused_payload_is_not_held_in_memory() {
     let Some(ours) = Ours::start(what, 512 * MIB, &[]) else { return };
     for mode in MODES {
         let mut session = ours.session(mode);
-        session.goes_on();
+        session.assert_in_sync();
         let before = ours.server.resources().rss_bytes_peak;
         session.refused(Request::new(WRITE, 0, 256 * MIB), &[EINVAL]);
         session.refused(Request::new(WRITE, 512 * MIB - 1, 48 * MIB), &[ENOSPC]);
@@ -213,7 +213,7 @@ fn point_10_only_reads_and_writes_have_a_longest_length() {
                 session.ok(Request::new(command, 0, whole));
             }
         }
-        session.goes_on();
+        session.assert_in_sync();
     }
     spans_may_be_longer_than_any_payload();
     payloads_have_a_limit();
@@ -250,7 +250,7 @@ fn payloads_have_a_limit() {
 fn old_style_has_the_originals_limit() {
     let what = "the longest payload in old style";
     let Some(ours) = Ours::start(what, 3 * GIB, &["--oldstyle"]) else { return };
-    let mut session = Session::open_old_style(ours.target());
+    let mut session = Session::open_old_style(ours.endpoint());
     session.refused(Request::new(READ, 0, OLD_STYLE_PAYLOAD_MAX + 1), &[EINVAL]);
     let cookie = session.send(&Request::new(READ, 0, OLD_STYLE_PAYLOAD_MAX));
     assert_eq!(session.wire.recv_u32(), SIMPLE_REPLY);
@@ -259,7 +259,7 @@ fn old_style_has_the_originals_limit() {
     for _ in 0..OLD_STYLE_PAYLOAD_MAX / MIB {
         session.wire.recv(MIB as usize);
     }
-    session.goes_on();
+    session.assert_in_sync();
 }
 
 #[test]
@@ -286,7 +286,7 @@ fn nothing_happens(subject: &Subject, session: &mut Session, command: u16, offse
     if subject.is_ours() {
         assert_eq!(answer.error, 0, "command {command} of length 0 at {offset}");
     }
-    session.goes_on();
+    session.assert_in_sync();
 }
 
 /// Flags that do not belong to a command, for each of them.
@@ -358,7 +358,7 @@ fn point_12_the_private_command_without_introduction_is_unknown() {
     }
     let arguments = ["--oldstyle"];
     if let Some(ours) = Ours::start("the private command in old style", MIB, &arguments) {
-        has_no_private_command(&mut Session::open_old_style(ours.target()));
+        has_no_private_command(&mut Session::open_old_style(ours.endpoint()));
     }
 }
 
@@ -366,7 +366,7 @@ fn point_12_the_private_command_without_introduction_is_unknown() {
 fn point_12_an_introduced_client_has_its_payload_consumed() {
     let Some(ours) = Ours::start("an introduction to a server", MIB, &[]) else { return };
     for mode in MODES {
-        let mut wire = Wire::haggle(ours.target(), FIXED_NEWSTYLE | NO_ZEROES);
+        let mut wire = Wire::haggle(ours.endpoint(), FIXED_NEWSTYLE | NO_ZEROES);
         match mode {
             Mode::Simple => {}
             Mode::Structured => assert_eq!(wire.ask_final(OPT_STRUCTURED_REPLY, &[]), REP_ACK),

@@ -1,9 +1,9 @@
 //! Points 16 and 17: what becomes of zeroes, and when data is durable.
 
-use crate::common::raw::*;
-use crate::common::session::{MODES, Mode, Request, Session};
-use crate::common::{MIB, compile, failing_fsync, noise, read_at, require_tool, skip, temp_dir};
 use crate::subject::{Ours, Subject};
+use harness::raw::*;
+use harness::session::{MODES, Mode, Request, Session};
+use harness::{MIB, compile, failing_fsync, noise, read_at, require_tool, skip, temp_dir};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};

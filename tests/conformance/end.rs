@@ -1,9 +1,9 @@
 //! Points 18 to 21: how sessions end, and how they do not.
 
-use crate::common::raw::*;
-use crate::common::session::{MODES, Mode, Request, Session};
-use crate::common::{KIB, MIB, noise, read_at};
 use crate::subject::{Ours, Subject};
+use harness::raw::*;
+use harness::session::{MODES, Mode, Request, Session};
+use harness::{KIB, MIB, noise, read_at};
 use std::collections::HashMap;
 
 #[test]
@@ -26,7 +26,7 @@ fn point_18_disc_ends_the_session_after_every_reply_and_means_nothing_else() {
         bytes.extend(session.encode_header(DISC, 0, 0, 0).1);
         session.wire.send(&bytes);
         while !pending.is_empty() {
-            let (cookie, answer) = session.recv_answer(&pending);
+            let (cookie, answer) = session.recv_reply(&pending);
             assert_eq!(answer.error, 0, "what was asked before DISC is done");
             pending.remove(&cookie);
         }
@@ -47,7 +47,7 @@ fn point_19_a_bad_request_magic_ends_the_session() {
         let wrong_dialect = if mode == Mode::Extended { REQUEST } else { EXTENDED_REQUEST };
         for magic in [0, u32::MAX, 0x1256_0953, 0x2560_9514, SIMPLE_REPLY, wrong_dialect] {
             let Some(mut session) = subject.session(mode) else { continue };
-            session.goes_on();
+            session.assert_in_sync();
             let (_, mut bytes) = session.encode_header(READ, 0, 0, 512);
             bytes[..4].copy_from_slice(&magic.to_be_bytes());
             session.wire.send(&bytes);
@@ -67,7 +67,7 @@ fn point_19_a_bad_request_magic_ends_the_session() {
 /// The original answers before it closes, and its clients may count on it.
 fn old_style_says_so_first() {
     let Some(ours) = Ours::start("a bad magic in old style", MIB, &["--oldstyle"]) else { return };
-    let mut session = Session::open_old_style(ours.target());
+    let mut session = Session::open_old_style(ours.endpoint());
     let (cookie, mut bytes) = session.encode_header(READ, 0, 0, 512);
     bytes[0] ^= 0xff;
     session.wire.send(&bytes);
@@ -125,7 +125,7 @@ fn point_21_a_planned_end_finishes_what_is_in_flight_and_never_says_eshutdown() 
         session.wire.send(&bytes);
         let mut stream = session.wire.recv(4);
         ours.server.signal(nix::sys::signal::Signal::SIGTERM);
-        let (rest, end) = session.wire.recv_until_it_ends();
+        let (rest, end) = session.wire.recv_until_end();
         assert!(end.is_ok(), "replies on their way are not thrown away ({mode:?}): {end:?}");
         stream.extend(rest);
         let complete = complete_replies(mode, &stream, &lengths);

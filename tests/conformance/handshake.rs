@@ -1,9 +1,9 @@
 //! Points 1 to 7: the haggling, up to the first request.
 
-use crate::common::raw::*;
-use crate::common::session::{Mode, Request, Session};
-use crate::common::{MIB, noise, wait_until};
 use crate::subject::{Ours, Subject};
+use harness::raw::*;
+use harness::session::{Mode, Request, Session};
+use harness::{MIB, noise, wait_until};
 use std::collections::HashMap;
 
 /// An option that nobody has defined.
@@ -25,19 +25,19 @@ fn enter_by_name(mut wire: Wire, name: &[u8], padded: bool) -> Session {
 fn point_01_unknown_client_flags_end_the_session_and_known_ones_decide_the_padding() {
     let subject = Subject::any();
     for unknown in [1 << 2, 1 << 15, FIXED_NEWSTYLE | 1 << 16, NO_ZEROES | 1 << 31, u32::MAX] {
-        let mut wire = Wire::haggle(subject.target(), unknown);
+        let mut wire = Wire::haggle(subject.endpoint(), unknown);
         let _ = wire.try_send(&encode_option(OPT_EXPORT_NAME, b""));
         wire.expect_closed(&format!("client flags {unknown:#x}"));
     }
     for flags in [0, FIXED_NEWSTYLE, NO_ZEROES, FIXED_NEWSTYLE | NO_ZEROES] {
-        let wire = Wire::haggle(subject.target(), flags);
+        let wire = Wire::haggle(subject.endpoint(), flags);
         let padded = flags & NO_ZEROES == 0;
         let mut session = enter_by_name(wire, b"", padded);
         assert!(session.size >= 8 * MIB, "the size of the export, client flags {flags:#x}");
-        session.goes_on();
+        session.assert_in_sync();
     }
-    let unpadded_after_go = Wire::haggle(subject.target(), FIXED_NEWSTYLE);
-    Session::go(unpadded_after_go, Mode::Simple, None, b"").goes_on();
+    let unpadded_after_go = Wire::haggle(subject.endpoint(), FIXED_NEWSTYLE);
+    Session::go(unpadded_after_go, Mode::Simple, None, b"").assert_in_sync();
 }
 
 #[test]
@@ -59,8 +59,8 @@ fn unknown_options_are_skipped(subject: &Subject) {
     }
     let tls = wire.ask_final(OPT_STARTTLS, &[]);
     assert!([REP_ERR_UNSUP, REP_ERR_POLICY].contains(&tls), "STARTTLS: {tls:#x}");
-    wire.still_haggles();
-    Session::go(wire, Mode::Simple, None, b"").goes_on();
+    wire.assert_haggling_in_sync();
+    Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
 }
 
 fn absurd_lengths_end_the_session(subject: &Subject) {
@@ -107,7 +107,7 @@ fn names_are_checked(subject: &Subject) {
             assert!(refusals.contains(&answer), "the name {wrong:02x?}: {answer:#x}");
         }
     }
-    wire.still_haggles();
+    wire.assert_haggling_in_sync();
     for name in [b"no such export".to_vec(), vec![b'n'; STRING_MAX + 1]] {
         let mut wire = subject.haggle();
         wire.send_option(OPT_EXPORT_NAME, &name);
@@ -128,7 +128,7 @@ fn point_03_options_without_data_refuse_data_and_abort_is_acknowledged() {
         }
     }
     the_list_names_the_default_export(&mut wire);
-    Session::go(wire, Mode::Simple, None, b"").goes_on();
+    Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
 
     for length in [0, 7, 64 << 10, 1 << 20] {
         let mut wire = subject.haggle();
@@ -138,7 +138,7 @@ fn point_03_options_without_data_refuse_data_and_abort_is_acknowledged() {
     }
     let mut impatient = subject.haggle();
     impatient.send_option(OPT_ABORT, &[]);
-    impatient.vanish();
+    impatient.reset();
     subject.still_serves();
 }
 
@@ -167,7 +167,7 @@ fn point_04_info_and_go_say_the_same_and_their_lengths_must_add_up() {
         let go = all_infos(&mut wire, OPT_GO, wishes);
         assert_eq!(info, go, "INFO and GO, asked for {wishes:?}");
         check_infos(&subject, &go, wishes);
-        Session::resume(wire, Mode::Simple, None, 0, 0).goes_on();
+        Session::resume(wire, Mode::Simple, None, 0, 0).assert_in_sync();
     }
     malformed_requests_are_refused(&subject);
     unknown_exports_are_unknown_to_both(&subject);
@@ -237,7 +237,7 @@ fn malformed_requests_are_refused(subject: &Subject) {
             assert_eq!(wire.ask_final(option, data), REP_ERR_INVALID, "{what} in option {option}");
         }
     }
-    wire.still_haggles();
+    wire.assert_haggling_in_sync();
 }
 
 fn unknown_exports_are_unknown_to_both(subject: &Subject) {
@@ -247,7 +247,7 @@ fn unknown_exports_are_unknown_to_both(subject: &Subject) {
         assert_eq!(last, REP_ERR_UNKNOWN, "option {option} for an export that is not there");
         assert!(infos.is_empty(), "nothing is told about an export that is not there");
     }
-    Session::go(wire, Mode::Simple, None, b"").goes_on();
+    Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
 }
 
 fn the_flags_belong_to_the_dialect(subject: &Subject) {
@@ -283,7 +283,7 @@ fn contexts_need_structured_replies(subject: &Subject) {
     let query = encode_meta(b"", &[ALLOCATION.as_bytes()]);
     let answer = wire.ask_final(OPT_SET_META_CONTEXT, &query);
     assert_eq!(answer, REP_ERR_INVALID, "SET_META_CONTEXT before structured replies");
-    wire.still_haggles();
+    wire.assert_haggling_in_sync();
     let mut session = Session::go(wire, Mode::Simple, None, b"");
     session.refused(Request::new(BLOCK_STATUS, 0, 4096), &[EINVAL]);
 }
@@ -362,7 +362,7 @@ fn malformed_queries_are_refused(subject: &Subject) {
         let fine = [REP_ERR_INVALID, REP_ERR_TOO_BIG].contains(&answer);
         assert!(fine || !subject.is_ours(), "a query over {STRING_MAX} bytes: {answer:#x}");
     }
-    wire.still_haggles();
+    wire.assert_haggling_in_sync();
 }
 
 fn a_later_choice_replaces_the_earlier_one(subject: &Subject) {
@@ -382,7 +382,7 @@ fn a_later_choice_replaces_the_earlier_one(subject: &Subject) {
         let mut session = Session::go(wire, Mode::Structured, None, b"");
         let answer = session.ask(Request::new(BLOCK_STATUS, 0, 4096));
         assert_eq!(answer.error, EINVAL, "BLOCK_STATUS after {what}");
-        session.goes_on();
+        session.assert_in_sync();
     }
 }
 
@@ -390,7 +390,7 @@ fn a_choice_is_bound_to_its_export() {
     let what = "meta contexts bound to an export's name";
     let Some(ours) = Ours::start(what, 8 * MIB, &["--export", "disk"]) else { return };
     for (chosen, entered) in [("disk", ""), ("", "disk"), ("disk", "disk"), ("", "")] {
-        let mut wire = Wire::haggle(ours.target(), FIXED_NEWSTYLE | NO_ZEROES);
+        let mut wire = Wire::haggle(ours.endpoint(), FIXED_NEWSTYLE | NO_ZEROES);
         assert_eq!(wire.ask_final(OPT_STRUCTURED_REPLY, &[]), REP_ACK);
         let query = encode_meta(chosen.as_bytes(), &[ALLOCATION.as_bytes()]);
         let (granted, last) = wire.ask(OPT_SET_META_CONTEXT, &query);
@@ -400,7 +400,7 @@ fn a_choice_is_bound_to_its_export() {
         let answer = session.ask(Request::new(BLOCK_STATUS, 0, 4096));
         let expected = if chosen == entered { 0 } else { EINVAL };
         assert_eq!(answer.error, expected, "chosen for {chosen:?}, entered as {entered:?}");
-        session.goes_on();
+        session.assert_in_sync();
     }
 }
 
@@ -409,12 +409,12 @@ fn point_06_extended_headers_imply_structured_replies_and_leave_no_way_back() {
     let subject = Subject::any();
     let Some(mut session) = subject.session(Mode::Extended) else { return };
     assert!(session.context.is_some(), "contexts need no other option first");
-    session.goes_on();
+    session.assert_in_sync();
 
     let mut wire = extended(&subject);
     let answer = wire.ask_final(OPT_STRUCTURED_REPLY, &[]);
     assert_eq!(answer, REP_ERR_EXT_HEADER_REQD, "structured replies after extended headers");
-    Session::go(wire, Mode::Extended, None, b"").goes_on();
+    Session::go(wire, Mode::Extended, None, b"").assert_in_sync();
 
     let mut wire = extended(&subject);
     wire.send_option(OPT_EXPORT_NAME, b"");
@@ -423,7 +423,7 @@ fn point_06_extended_headers_imply_structured_replies_and_leave_no_way_back() {
     let mut wire = structured(&subject);
     assert_eq!(wire.ask_final(OPT_EXTENDED_HEADERS, &[]), REP_ACK, "an upgrade");
     let mut session = Session::go(wire, Mode::Extended, None, b"");
-    session.goes_on();
+    session.assert_in_sync();
 
     session.wire.send(&encode_request(READ, 0, 1, 0, 512));
     session.wire.send(&[0; 4]);
@@ -457,14 +457,14 @@ fn a_payload_is_what_the_flag_says(subject: &Subject) {
     bytes.extend([0x25; 512]);
     session.wire.send(&bytes);
     expect_extended_error(&mut session, cookie, 0, EINVAL);
-    session.goes_on();
+    session.assert_in_sync();
     // A write without the flag has its payload nevertheless: QEMU 10 writes so.
     let data = noise(512, 6);
     let (cookie, mut bytes) = session.encode_header(WRITE, 0, 4096, 512);
     bytes.extend(&data);
     session.wire.send(&bytes);
     let pending = HashMap::from([(cookie, Request::write(4096, &data))]);
-    assert_eq!(session.recv_answer(&pending).1.error, 0, "a write without PAYLOAD_LEN");
+    assert_eq!(session.recv_reply(&pending).1.error, 0, "a write without PAYLOAD_LEN");
     assert_eq!(session.read(4096, 512), data);
 }
 
@@ -489,14 +489,14 @@ fn point_07_a_client_that_vanishes_at_any_byte_of_the_handshake_changes_nothing(
     let mut bystander = subject.session(Mode::Simple).unwrap();
     bystander.ok(Request::write(4096, b"as it was"));
     let held = match &subject {
-        Subject::Ours(ours) => Some((ours, ours.server.resources_at_rest())),
+        Subject::Ours(ours) => Some((ours, ours.server.settled_resources())),
         Subject::Foreign { .. } => None,
     };
     let handshake = typical_handshake();
     for length in 0..=handshake.len() {
-        let mut wire = Wire::connect_patiently(subject.target());
+        let mut wire = Wire::connect_with_retries(subject.endpoint());
         wire.send(&handshake[..length]);
-        if length % 2 == 0 { wire.vanish() } else { drop(wire) }
+        if length % 2 == 0 { wire.reset() } else { drop(wire) }
     }
     if let Some((ours, before)) = held {
         wait_until("the sessions of the vanished to end", || {

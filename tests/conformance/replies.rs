@@ -2,10 +2,10 @@
 //! That chunks lie in range, do not overlap and cover what was asked is checked with every reply of
 //! every test (`common/session.rs`); here are the layouts that tempt a server to break it.
 
-use crate::common::raw::*;
-use crate::common::session::{Chunk, MODES, Mode, Request, Session};
-use crate::common::{GIB, KIB, MIB, noise, write_at};
 use crate::subject::{Ours, Subject};
+use harness::raw::*;
+use harness::session::{Chunk, MODES, Mode, Request, Session};
+use harness::{GIB, KIB, MIB, noise, write_at};
 use std::fs::File;
 
 const WITH_CHUNKS: [Mode; 2] = [Mode::Structured, Mode::Extended];
@@ -98,7 +98,7 @@ fn point_14_a_read_that_fails_midway_is_never_taken_for_data() {
         };
         let original = noise(WHOLE as usize, 14);
         let mut session = ours.session(mode);
-        session.goes_on();
+        session.assert_in_sync();
         File::options().write(true).open(&ours.image).unwrap().set_len(LEFT).unwrap();
         if mode == Mode::Simple {
             a_simple_reply_is_cut_short(session, &original);
@@ -120,7 +120,7 @@ fn a_simple_reply_is_cut_short(mut session: Session, original: &[u8]) {
     assert_eq!(session.wire.recv_u64(), cookie);
     if error != 0 {
         assert_eq!(error, EIO, "an error before any data");
-        session.goes_on();
+        session.assert_in_sync();
         return;
     }
     let data = session.wire.recv_to_end();
@@ -137,7 +137,7 @@ fn an_error_chunk_tells(session: &mut Session) {
             let answer = session.ask(Request::new(READ, offset, length).flags(flags));
             let expected = if too_long { EOVERFLOW } else { EIO };
             assert_eq!(answer.error, expected, "{length} bytes at {offset}, flags {flags}");
-            session.goes_on();
+            session.assert_in_sync();
         }
     }
 }

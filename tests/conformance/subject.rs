@@ -1,10 +1,9 @@
 //! Which server is asked: our own, started for one test, or a foreign one somewhere.
 //! Never lets two tests write to the one export of a foreign server at the same time.
 
-use crate::common::raw::{FIXED_NEWSTYLE, NO_ZEROES, Wire};
-use crate::common::server::Target;
-use crate::common::session::{MODES, Mode, Request, Session};
-use crate::common::{Builder, MIB, Server, TempDir, skip, sparse_image, temp_dir};
+use harness::raw::{FIXED_NEWSTYLE, NO_ZEROES, Wire};
+use harness::session::{MODES, Mode, Request, Session};
+use harness::{Builder, Endpoint, MIB, Server, TempDir, skip, sparse_image, temp_dir};
 use std::net::ToSocketAddrs as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,7 +16,7 @@ const IMAGE_SIZE: u64 = 64 * MIB;
 /// The server that a test asks.
 pub(crate) enum Subject {
     Ours(Box<Ours>),
-    Foreign { target: Target, _turn: MutexGuard<'static, ()> },
+    Foreign { target: Endpoint, _turn: MutexGuard<'static, ()> },
 }
 
 /// A server that we have started, with its image.
@@ -52,14 +51,14 @@ impl Ours {
         Ours::start_with(what, size, |builder, _, _| builder.args(arguments))
     }
 
-    pub(crate) fn target(&self) -> &Target {
-        self.server.target()
+    pub(crate) fn endpoint(&self) -> &Endpoint {
+        self.server.endpoint()
     }
 
     /// A session with our own server, which speaks every dialect.
     #[track_caller]
     pub(crate) fn session(&self, mode: Mode) -> Session {
-        Session::open(self.target(), mode).expect("our own server speaks every dialect")
+        Session::open(self.endpoint(), mode).expect("our own server speaks every dialect")
     }
 }
 
@@ -77,9 +76,9 @@ impl Subject {
         }
     }
 
-    pub(crate) fn target(&self) -> &Target {
+    pub(crate) fn endpoint(&self) -> &Endpoint {
         match self {
-            Subject::Ours(ours) => ours.target(),
+            Subject::Ours(ours) => ours.endpoint(),
             Subject::Foreign { target, .. } => target,
         }
     }
@@ -92,7 +91,7 @@ impl Subject {
     /// A session, or a visible skip when a foreign server does not speak the dialect.
     #[track_caller]
     pub(crate) fn session(&self, mode: Mode) -> Option<Session> {
-        let session = Session::open(self.target(), mode);
+        let session = Session::open(self.endpoint(), mode);
         if session.is_none() {
             assert!(!self.is_ours(), "our own server speaks {mode:?}");
             skip(&format!("what is asked in the {mode:?} dialect"), "the server does not speak it");
@@ -109,22 +108,22 @@ impl Subject {
     /// A connection that has exchanged flags and may send options.
     #[track_caller]
     pub(crate) fn haggle(&self) -> Wire {
-        Wire::haggle(self.target(), FIXED_NEWSTYLE | NO_ZEROES)
+        Wire::haggle(self.endpoint(), FIXED_NEWSTYLE | NO_ZEROES)
     }
 
     /// Fails unless a new client is served.
     #[track_caller]
     pub(crate) fn still_serves(&self) {
-        let mut session = Session::open(self.target(), Mode::Simple).unwrap();
-        session.ok(Request::new(crate::common::raw::READ, 0, 4096));
+        let mut session = Session::open(self.endpoint(), Mode::Simple).unwrap();
+        session.ok(Request::new(harness::raw::READ, 0, 4096));
     }
 }
 
-fn foreign() -> Option<Target> {
+fn foreign() -> Option<Endpoint> {
     let address = std::env::var(ADDRESS).ok().filter(|a| !a.is_empty())?;
     if address.starts_with('/') {
-        return Some(Target::Unix(address.into()));
+        return Some(Endpoint::Unix(address.into()));
     }
     let resolved = address.to_socket_addrs().ok().and_then(|mut all| all.next());
-    Some(Target::Tcp(resolved.unwrap_or_else(|| panic!("{ADDRESS}={address} is no address"))))
+    Some(Endpoint::Tcp(resolved.unwrap_or_else(|| panic!("{ADDRESS}={address} is no address"))))
 }

@@ -1,8 +1,11 @@
 //! File systems whose `SEEK_DATA` is wrong, or makes no sense, or takes long.
 
-use crate::common::{Builder, GIB, MIB, Server, compile, noise, raw::*, read_at, require_tool};
-use crate::common::{session::*, sparse_image, temp_dir};
-use crate::host::Host;
+use harness::host::Host;
+use harness::raw::*;
+use harness::session::*;
+use harness::{
+    Builder, GIB, MIB, Server, compile, noise, read_at, require_tool, sparse_image, temp_dir,
+};
 use std::path::{Path, PathBuf};
 
 const SIZE: u64 = 4 * MIB;
@@ -40,7 +43,7 @@ fn zeros_over_what_is_falsely_called_a_hole_are_written() {
     let dir = temp_dir();
     let (image, mut content) = full(dir.path());
     let server = serve(&image, dir.path(), &[("ODD_SEEK", "hole"), ("ODD_FALLOCATE", "95")], &[]);
-    let mut session = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut session = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let changes = [(0, 4096), (10_000, 100_000), (MIB, MIB), (SIZE - 700, 700)];
     for (offset, length) in changes {
         for (at, command, flags) in
@@ -73,7 +76,7 @@ fn holes_of_unknown_file_systems_are_data() {
         (&known, &[], true),
     ] {
         let server = serve(&image, dir.path(), oddities, policy);
-        let mut session = Session::open(server.target(), Mode::Structured).unwrap();
+        let mut session = Session::open(server.endpoint(), Mode::Structured).unwrap();
         let state = if is_believed { STATE_HOLE | STATE_ZERO } else { 0 };
         assert_eq!(status(&mut session, SIZE), [(SIZE, state)], "{oddities:?}, {policy:?}");
         let found = session.read(0, SIZE) == content;
@@ -113,7 +116,7 @@ fn answers_that_make_no_sense_are_data_to_the_end() {
         let count = dir.path().join(how);
         let oddities = [("ODD_SEEK", how), ("ODD_SEEK_COUNT", count.to_str().unwrap())];
         let server = serve(&image, dir.path(), &oddities, &["--holes", "trust"]);
-        let mut session = Session::open(server.target(), Mode::Structured).unwrap();
+        let mut session = Session::open(server.endpoint(), Mode::Structured).unwrap();
         let extents = session.ok(Request::new(BLOCK_STATUS, MIB, MIB)).extents;
         assert_eq!(extents, [(MIB, 0)], "{how}");
         assert!(session.read(0, SIZE) == content, "{how}");
@@ -132,7 +135,7 @@ fn block_status_takes_a_bounded_number_of_calls() {
     let count = dir.path().join("count");
     let oddities = [("ODD_SEEK", "striped"), ("ODD_SEEK_COUNT", count.to_str().unwrap())];
     let server = serve(&image, dir.path(), &oddities, &[]);
-    let mut session = Session::open(server.target(), Mode::Structured).unwrap();
+    let mut session = Session::open(server.endpoint(), Mode::Structured).unwrap();
     let extents = status(&mut session, 2 * GIB);
     assert!(!extents.is_empty() && extents.iter().all(|(length, _)| *length == 4096));
     let seeks = std::fs::metadata(&count).unwrap().len();

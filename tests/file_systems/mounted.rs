@@ -1,7 +1,6 @@
 //! A file system in a file, mounted for the length of a test.
 
-use crate::common::{GIB, MIB, TempDir, require_tool, skip, sparse_image, temp_dir};
-use crate::more::Program;
+use harness::{GIB, MIB, Program, TempDir, require_tool, skip, sparse_image, temp_dir};
 use std::path::{Path, PathBuf};
 
 /// How large the file is that holds the file system. XFS refuses to be smaller than 300 MiB.

@@ -1,9 +1,10 @@
 //! Reads beside changes: a byte that nobody changes is read as it is, at every moment.
 
-use crate::common::{Builder, KIB, MIB, noise, raw::*, session::*, sparse_image, temp_dir};
-use crate::host::Host;
-use crate::more::Transport;
 use crate::mounted::{KINDS, Kind, Mounted};
+use harness::host::Host;
+use harness::raw::*;
+use harness::session::*;
+use harness::{Builder, KIB, MIB, Transport, noise, sparse_image, temp_dir};
 
 const SIZE: u64 = 4 * MIB;
 /// How much is copied to another host, and how fast at first, in bytes a second: it takes longer than
@@ -38,9 +39,9 @@ fn unchanged_bytes_are_read_beside_changes(kind: Kind, transport: Transport) {
         builder = builder.unix(&sockets.path().join("nbd.sock"));
     }
     let server = builder.start();
-    let mut changer = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut changer = Session::open(server.endpoint(), Mode::Simple).unwrap();
     for mode in [Mode::Simple, Mode::Structured] {
-        let mut reader = Session::open(server.target(), mode).unwrap();
+        let mut reader = Session::open(server.endpoint(), mode).unwrap();
         let mut commands = COMMANDS.iter().cycle();
         for length in LENGTHS {
             for (offset, changed) in CHANGES {
@@ -51,7 +52,7 @@ fn unchanged_bytes_are_read_beside_changes(kind: Kind, transport: Transport) {
                 reader.wire.wait_for_bytes(30_000);
                 changer.ok(Request::new(command, offset, changed).flags(flags));
                 let asked = [(cookie, read)].into();
-                let data = reader.recv_answer(&asked).1.data;
+                let data = reader.recv_reply(&asked).1.data;
                 let what = format!(
                     "{} {transport:?} {mode:?}: {length} bytes, command {command} flags {flags} at \
                      {offset} of {changed}",
@@ -94,7 +95,7 @@ fn unchanged_bytes_are_copied_beside_changes(kind: Kind) {
     std::fs::write(&here.image, &content).unwrap();
     sparse_image(mounted.path(), "there.img", COPIED);
     let (mut listener, mut server) = (there.listen(), here.serve());
-    let mut changer = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut changer = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let speed = SPEED.to_string();
     let reply = here.mirror_to(there.address, &["exit", &here.address.ip().to_string(), &speed]);
     assert!(reply.starts_with("0:"), "{reply}");
@@ -109,7 +110,7 @@ fn unchanged_bytes_are_copied_beside_changes(kind: Kind) {
         }
     }
     drop(changer);
-    here.order(&["mirror_max_bps", "0"]);
+    here.command(&["mirror_max_bps", "0"]);
     assert!(server.wait_for_end().success() && listener.wait_for_end().success());
     let copy = std::fs::read(&there.image).unwrap();
     let wrong = (0..copy.len()).find(|at| copy[*at] != content[*at]);

@@ -1,9 +1,10 @@
 //! File systems that cannot punch or zero, or not now: zeros are written instead, and a trim that
 //! has no effect succeeds.
 
-use crate::common::{Builder, MIB, Server, compile, noise, raw::*, require_tool, session::*};
-use crate::more::{Program, allocated};
 use crate::mounted::{KINDS, Kind, Mounted};
+use harness::raw::*;
+use harness::session::*;
+use harness::{Builder, MIB, Program, Server, allocated, compile, noise, require_tool};
 use nix::errno::Errno;
 use std::path::{Path, PathBuf};
 
@@ -29,7 +30,7 @@ impl Subject {
     }
 
     fn session(&self, mode: Mode) -> Session {
-        Session::open(self.server.target(), mode).unwrap()
+        Session::open(self.server.endpoint(), mode).unwrap()
     }
 
     /// Everything that may have to be done by writing, while nothing can be done otherwise.
@@ -60,7 +61,7 @@ fn fallocate_that_fails_as_unable_is_done_by_writing() {
     if !require_tool("cc") {
         return;
     }
-    let dir = crate::common::temp_dir();
+    let dir = harness::temp_dir();
     let library = compile(dir.path(), "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"]);
     let unable = [
         Errno::EOPNOTSUPP as i32,
@@ -87,7 +88,7 @@ fn fallocate_that_fails_for_the_disk_is_an_error() {
     if !require_tool("cc") {
         return;
     }
-    let dir = crate::common::temp_dir();
+    let dir = harness::temp_dir();
     let library = compile(dir.path(), "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"]);
     for (errno, told) in [(Errno::ENOSPC, ENOSPC), (Errno::EIO, EIO), (Errno::EDQUOT, ENOSPC)] {
         let number = (errno as i32).to_string();
@@ -145,7 +146,7 @@ fn a_sealed_file_can_be_trimmed_without_effect() {
     fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).unwrap();
     let path = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()));
     let server = Builder::serve(&path).start();
-    let mut session = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut session = Session::open(server.endpoint(), Mode::Simple).unwrap();
     session.ok(Request::new(TRIM, 0, MIB));
     session.refused(Request::new(WRITE_ZEROES, 0, MIB), &[EPERM]);
     session.refused(Request::new(WRITE_ZEROES, 0, MIB).flags(FAST_ZERO), &[ENOTSUP]);

@@ -1,10 +1,11 @@
 //! Disks of which a part cannot be read: that costs a request an error, and nobody the connection.
 
-use crate::common::{
-    Builder, KIB, MIB, Server, compile, raw::*, require_tool, session::*, temp_dir,
+use harness::raw::*;
+use harness::session::*;
+use harness::{
+    Builder, KIB, MIB, Program, Server, TempDir, compile, require_tool, skip, sparse_image,
+    temp_dir, wait_until,
 };
-use crate::common::{TempDir, skip, sparse_image, wait_until};
-use crate::more::Program;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -61,7 +62,7 @@ fn only_bad_reads_fail(session: &mut Session) {
             for offset in [BAD - length / 2, BAD, SIZE - length] {
                 let answer = session.ask(read(offset));
                 assert_eq!(answer.error, EIO, "{length} bytes at {offset}, {:?}", session.mode);
-                session.goes_on();
+                session.assert_in_sync();
             }
         }
     }
@@ -74,12 +75,12 @@ fn only_bad_reads_fail(session: &mut Session) {
         let expected = if read.offset + read.length > BAD { EIO } else { 0 };
         assert_eq!(answer.error, expected, "at {}", read.offset);
     });
-    session.goes_on();
+    session.assert_in_sync();
 }
 
 fn in_all_dialects(server: &Server) {
     for mode in MODES {
-        only_bad_reads_fail(&mut Session::open(server.target(), mode).unwrap());
+        only_bad_reads_fail(&mut Session::open(server.endpoint(), mode).unwrap());
     }
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -96,7 +97,7 @@ fn a_bad_sector_costs_its_reads_an_error_and_no_connection() {
     if let Some(disk) = BadDisk::new() {
         in_all_dialects(&Builder::serve(&disk.device).args(["--quiet"]).start());
         let old = Builder::serve(&disk.device).args(["--quiet", "--oldstyle"]).start();
-        only_bad_reads_fail(&mut Session::open_old_style(old.target()));
+        only_bad_reads_fail(&mut Session::open_old_style(old.endpoint()));
     }
 }
 

@@ -1,14 +1,13 @@
 //! fio with its NBD engine: random writes from four connections at once, each block verified.
 
-use crate::common::{require_tool, wait_until};
-use crate::more::{Program, in_every_way};
+use harness::{Program, over_every_transport_and_style, require_tool, wait_until};
 
 #[test]
 fn fio_verifies_what_four_connections_wrote() {
     if !require_tool("fio") {
         return;
     }
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         let fio = Program::new("fio").words(
             "--name=verify --ioengine=nbd --rw=randwrite --bsrange=512-64k --bs_unaligned=0 \
              --size=12m --offset_increment=16m --numjobs=4 --iodepth=16 --verify=crc32c \

@@ -1,9 +1,11 @@
 //! libnbd's programs: nbdinfo, nbdcopy, nbdsh and nbdfuse.
 
-use crate::common::{MIB, noise, read_at, require_tool};
-use crate::more::{Program, Served, Style, Transport, in_every_way};
-use crate::mount::mount_nbd_as_file;
 use crate::{assert_same_files, sprinkled_image};
+use harness::mount::mount_nbd_as_file;
+use harness::{
+    MIB, Program, Served, Style, Transport, noise, over_every_transport_and_style, read_at,
+    require_tool,
+};
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 
@@ -34,7 +36,7 @@ fn nbdinfo_sees_what_the_export_can_do() {
     if !require_tool("nbdinfo") {
         return;
     }
-    in_every_way(|served, style| {
+    over_every_transport_and_style(|served, style| {
         assert_eq!(nbdinfo("--size", served).ok(), "67108864\n");
         for (question, new, old) in ABILITIES {
             let yes = if style == Style::New { new } else { old };
@@ -80,7 +82,7 @@ fn nbdcopy_with_four_connections_brings_a_disk_in_and_out() {
     if !require_tool("nbdcopy") {
         return;
     }
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         let original = sprinkled_image(served.dir.path(), "original");
         let copy = || Program::new("nbdcopy").words("--connections=4 --requests=64 --flush");
         copy().args([&original]).args([served.uri()]).ok();
@@ -134,7 +136,7 @@ fn nbdsh_sends_nonsense_and_is_refused_each_time_by_the_right_error() {
     if !require_tool("nbdsh") {
         return;
     }
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         // Its module belongs to the system's Python, not to one that may come first in PATH.
         let nbdsh = Program::new("env").args(["PATH=/usr/bin:/bin", "nbdsh"]);
         let nbdsh = nbdsh.args(["-u", &served.uri(), "-c", NONSENSE]);
@@ -145,7 +147,7 @@ fn nbdsh_sends_nonsense_and_is_refused_each_time_by_the_right_error() {
 
 #[test]
 fn a_disk_is_a_file_through_nbdfuse() {
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         let Some(disk) = mount_nbd_as_file(&served.uri(), &served.path("fuse")) else { return };
         assert_eq!(disk.file.metadata().unwrap().len(), 64 * MIB);
         let mut file = File::options().read(true).write(true).open(&disk.file).unwrap();
@@ -159,7 +161,7 @@ fn a_disk_is_a_file_through_nbdfuse() {
         file.read_exact(&mut back).unwrap();
         assert!(back == data, "what was written is read");
         drop(file);
-        disk.end();
+        disk.unmount();
     });
 }
 

@@ -1,8 +1,9 @@
 //! nbdkit: as a source of known bytes, as a judge of what we give back, and as our client.
 
-use crate::common::{MIB, require_tool};
-use crate::more::{Place, Program, Served, allocated, in_every_way};
 use crate::{assert_same_files, sprinkled_image};
+use harness::{
+    Endpoint, MIB, Program, Served, allocated, over_every_transport_and_style, require_tool,
+};
 
 fn have_tools() -> bool {
     require_tool("nbdkit") && require_tool("nbdcopy")
@@ -22,7 +23,7 @@ fn nbdkits_pattern_arrives_byte_for_byte() {
     if !have_tools() {
         return;
     }
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         copy("pattern size=48M", served, true);
         let bytes = std::fs::read(&served.image).unwrap();
         let (head, tail) = bytes.split_at(48 << 20);
@@ -38,7 +39,7 @@ fn nbdkit_finds_its_sparse_random_disk_unchanged_when_it_comes_back() {
     if !have_tools() {
         return;
     }
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         let disk = "sparse-random size=64M seed=42 percent=20";
         copy(disk, served, true);
         assert!(allocated(&served.image) < 40 * MIB, "sparse stays sparse");
@@ -51,17 +52,17 @@ fn nbdkit_passes_our_disk_on() {
     if !have_tools() {
         return;
     }
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         let socket = served.path("nbdkit.sock");
         let nbdkit = Program::new("nbdkit").words("-f -U").args([&socket]).args(["nbd"]);
         let nbdkit = nbdkit.args([format!("uri={}", served.uri())]);
-        let upstream = nbdkit.serve_at(Place::Unix(socket));
+        let upstream = nbdkit.serve_at(Endpoint::Unix(socket));
         let original = sprinkled_image(served.dir.path(), "original");
         let out = served.path("out");
         let copy = || Program::new("nbdcopy").words("--flush");
         copy().args([&original]).args([upstream.uri()]).ok();
         copy().args([upstream.uri()]).args([&out]).ok();
-        upstream.end();
+        upstream.stop();
         assert_same_files(&original, &served.image);
         assert_same_files(&original, &out);
     });

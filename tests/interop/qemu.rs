@@ -1,8 +1,10 @@
 //! QEMU: qemu-io, qemu-img, and qemu-storage-daemon mirroring a disk onto us.
 
-use crate::common::{DEADLINE, MIB, read_at, require_tool};
-use crate::more::{Program, Served, Style, Transport, allocated, end_of, in_every_way};
 use crate::{assert_same_files, sprinkle, sprinkled_image};
+use harness::{
+    MIB, Program, Served, Style, TIMEOUT, Transport, allocated, over_every_transport_and_style,
+    read_at, require_tool, wait_for_exit,
+};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -24,7 +26,7 @@ fn qemu_io_reads_what_it_wrote_zeroed_and_discarded() {
     if !require_tool("qemu-io") {
         return;
     }
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         qemu_io(
             served,
             &[
@@ -61,7 +63,7 @@ fn qemu_img_converts_a_disk_in_and_out() {
     if !require_tool("qemu-img") {
         return;
     }
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         let original = sprinkled_image(served.dir.path(), "original");
         let (out, qcow) = (served.path("out"), served.path("out.qcow2"));
         let convert = |way: &str| qemu_img("convert -m 8 -W").words(way);
@@ -103,7 +105,7 @@ fn qemu_img_bench_keeps_many_requests_going() {
     if !require_tool("qemu-img") {
         return;
     }
-    in_every_way(|served, _| {
+    over_every_transport_and_style(|served, _| {
         let bench = |options: &str| qemu_img("bench -f raw").words(options).args([served.uri()]);
         bench("-c 2000 -d 64 -s 4096").ok();
         bench("-c 1000 -d 64 -s 65536 -S 65536").ok();
@@ -144,7 +146,7 @@ impl Monitor {
     #[track_caller]
     fn wait_for(&mut self, part: &str) -> String {
         loop {
-            let line = self.lines.recv_timeout(DEADLINE);
+            let line = self.lines.recv_timeout(TIMEOUT);
             let line = line.unwrap_or_else(|e| panic!("waited for {part}: {e}"));
             assert!(!line.contains("\"error\""), "waited for {part}: {line}");
             if line.contains(part) {
@@ -168,7 +170,7 @@ fn qemu_storage_daemon_mirrors_a_disk_onto_us() {
     if !require_tool("qemu-storage-daemon") {
         return;
     }
-    in_every_way(|served, style| {
+    over_every_transport_and_style(|served, style| {
         let original = sprinkled_image(served.dir.path(), "original");
         let server = match served.uri().strip_prefix("nbd://127.0.0.1:") {
             Some(port) => format!("server.type=inet,server.host=127.0.0.1,server.port={port}"),
@@ -189,7 +191,7 @@ fn qemu_storage_daemon_mirrors_a_disk_onto_us() {
             "device": "mirror" } }));
         qemu.wait_for("BLOCK_JOB_COMPLETED");
         qemu.execute(&serde_json::json!({ "execute": "quit" }));
-        assert!(end_of(&mut qemu.daemon, "qemu-storage-daemon").success());
+        assert!(wait_for_exit(&mut qemu.daemon, "qemu-storage-daemon").success());
         assert_same_files(&original, &served.image);
         if style == Style::New {
             assert!(allocated(&served.image) <= allocated(&original) + MIB, "as sparse as before");

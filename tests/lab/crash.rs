@@ -1,13 +1,13 @@
 //! Crashes: the service is back, sessions end cleanly, and what was acknowledged is there.
 //! Never cuts the power; that is for `cuts.rs`.
 
-use crate::common::session::{MODES, Mode};
-use crate::common::{MIB, wait_until};
 use crate::host::{DISK, Host};
 use crate::knock::Knocker;
 use crate::others::Qemu;
 use crate::session::{in_lab, tell};
 use crate::steady::{Calamity, Steady, wait_for_answers};
+use harness::session::{MODES, Mode};
+use harness::{MIB, wait_until};
 use nix::unistd::Pid;
 
 const SIZE: u64 = 64 * MIB;
@@ -32,7 +32,7 @@ fn survives(host: &Host, death: &Death) {
     let clients: Vec<_> =
         (0..).zip(MODES).map(|(n, mode)| Steady::start(&host.nbd(), mode, part(n))).collect();
     let qemu = Qemu::between(&host.nbd());
-    let behind = Steady::start(&qemu.target(), Mode::Structured, part(3));
+    let behind = Steady::start(&qemu.endpoint(), Mode::Structured, part(3));
     let knocker = Knocker::start(&host.nbd());
     wait_for_answers(&clients, A_FEW);
     behind.wait_for_answers(A_FEW);

@@ -3,16 +3,15 @@
 //! have the same configuration and no access control list, never find it at two.
 //! Never cuts anything gently: see `lab.sh cut`.
 
-use crate::common::server::Target;
-use crate::common::session::Mode;
-use crate::common::{MIB, comes_true};
-use crate::fixture::Random;
-use crate::fixture::clients::{Clients, Expected, Manner, Role, Survivor};
 use crate::host::{DISK, Frozen, Host, IMAGE, LISTEN, PORT};
 use crate::knock::{Turned, try_door};
 use crate::moving::{half_full, ownership, send, two_hosts, wait_for_arrival};
 use crate::session::{in_lab, number, tell};
 use crate::steady::{Calamity, Memory, Steady};
+use fastrand::Rng;
+use harness::clients::{ClientOptions, Clients, Durable, Expected, Role};
+use harness::session::Mode;
+use harness::{Endpoint, MIB, poll_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::ops::Range;
@@ -98,7 +97,7 @@ impl World {
 
     /// The client goes on there with what it knows.
     #[track_caller]
-    fn work_at(&mut self, target: &Target) {
+    fn work_at(&mut self, target: &Endpoint) {
         let memory = self.memory.clone();
         let client = Steady::start_impatient(target, Mode::Structured, memory, PATIENCE);
         client.wait_for_answers(500);
@@ -136,7 +135,7 @@ impl World {
             self.b.systemctl(&format!("start {LISTEN}"));
         }
         let mut there = false;
-        let arrived = comes_true(CONVERGENCE, || {
+        let arrived = poll_until(CONVERGENCE, || {
             assert_eq!(self.seekers.trouble(), None);
             let here = try_door(&self.a.nbd()) == Turned::In;
             assert!(!(there && here), "both hosts serve the disk");
@@ -195,7 +194,7 @@ impl World {
         });
         assert_eq!(self.seekers.trouble(), None);
         let expected = self.seekers.stop();
-        assert_eq!(expected.missing_in(&self.b.path(IMAGE), Survivor::Flushed), None);
+        assert_eq!(expected.missing_in(&self.b.path(IMAGE), Durable::Flushed), None);
         let seekers = seek(&self.b, &self.a, &expected);
         World { a: self.b, b: self.a, client: None, memory: self.memory, seekers }
     }
@@ -205,7 +204,7 @@ impl World {
     #[track_caller]
     fn hand_over(&mut self) -> Frozen {
         // Nobody writes: that would be held up as well.
-        self.seekers.hold_writers();
+        self.seekers.pause_writers();
         send(&self.a, &self.b, "--max-speed 32M");
         self.a.ok("fsfreeze --freeze /srv");
         let (source, destination) = (self.a.process(DISK), self.b.process(LISTEN));
@@ -215,7 +214,7 @@ impl World {
         });
         let there = Frozen::freeze(destination);
         self.a.ok("fsfreeze --unfreeze /srv");
-        self.seekers.release_writers();
+        self.seekers.resume_writers();
         self.b.wait_for("the handover to be at its door", || has_unread_bytes(destination));
         assert_eq!(ownership(&self.a), "departing");
         there
@@ -224,7 +223,7 @@ impl World {
 
 /// Clients of a disk that goes from one to the other, whatever happens to it on the way.
 fn seek(from: &Host, to: &Host, expected: &Expected) -> Clients {
-    let manner = Manner { survivor: Survivor::Flushed, may_fail: false, seed: SEED as u64 };
+    let manner = ClientOptions { survivor: Durable::Flushed, may_fail: false, seed: SEED as u64 };
     Clients::start([from.nbd(), to.nbd()], expected, manner)
 }
 
@@ -297,7 +296,7 @@ fn at_any_moment(victim: Victim) {
     let first = number("FLEXNBD_LAB_SEED", SEED) as u64;
     let mut world = World::new();
     for seed in first..first + number("FLEXNBD_LAB_CUTS", CUTS) as u64 {
-        let delay = WHOLE_COPY * Random(seed).below(1000) as u32 / 1000;
+        let delay = WHOLE_COPY * Rng::with_seed(seed).u64(..1000) as u32 / 1000;
         world.send("");
         thread::sleep(delay);
         let stage = world.a.disk_status("disk").remove("migration_stage");

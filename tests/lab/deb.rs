@@ -1,11 +1,11 @@
 //! The package as such: what lintian thinks, what comes with it, and what stays when it goes.
 //! Never judges the programs in it.
 
-use crate::common::{MIB, require_tool, run};
 use crate::host::{DISK, Host, IMAGE};
 use crate::knock::{Turned, try_door};
 use crate::package;
 use crate::session::in_lab;
+use harness::{MIB, require_tool, run};
 use std::path::Path;
 
 #[test]

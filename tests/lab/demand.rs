@@ -1,13 +1,12 @@
 //! Started by four lines, on demand, side by side, on every kind of address.
 //! Never restarts anything under load; that is for `restart.rs`.
 
-use crate::common::server::Target;
-use crate::common::session::{MODES, Mode};
-use crate::common::{MIB, wait_until};
 use crate::host::{DISK, Host, PORT, SOCKETS};
 use crate::knock::Knocker;
 use crate::session::in_lab;
 use crate::steady::{Steady, wait_for_answers};
+use harness::session::{MODES, Mode};
+use harness::{Endpoint, MIB, wait_until};
 use std::net::SocketAddr;
 
 const SIZE: u64 = 64 * MIB;
@@ -96,7 +95,7 @@ fn two_instances_live_side_by_side_and_one_ends_alone() {
         host.make_image("/srv/other.img", SIZE);
         host.configure("other", "FILE=/srv/other.img\nADDR=10.99.0.11\nPORT=10810\n");
         host.systemctl("start flexnbd@disk.service flexnbd@other.service");
-        let other = Target::Tcp(SocketAddr::new(host.ip4(), PORT + 1));
+        let other = Endpoint::Tcp(SocketAddr::new(host.ip4(), PORT + 1));
         let clients = [&host.nbd(), &other].map(|t| Steady::start(t, Mode::Structured, 0..SIZE));
         wait_for_answers(&clients, A_FEW);
         let [first, second] = clients;
@@ -126,10 +125,10 @@ fn one_instance_is_served_over_ipv4_ipv6_and_unix_sockets() {
         host.make_image(crate::host::IMAGE, SIZE);
         host.configure("disk", "FILE=/srv/disk.img\nADDR=0.0.0.0\nPORT=10809\n");
         host.systemctl("start flexnbd@disk.socket");
-        let Target::Tcp(mut six) = host.nbd6() else { panic!("a TCP address") };
+        let Endpoint::Tcp(mut six) = host.nbd6() else { panic!("a TCP address") };
         six.set_port(10811);
         let doors =
-            [host.nbd(), Target::Tcp(six), Target::Unix(host.path("/run/flexnbd/disk.nbd"))];
+            [host.nbd(), Endpoint::Tcp(six), Endpoint::Unix(host.path("/run/flexnbd/disk.nbd"))];
         let part = |n: u64| n * SIZE / 4..(n + 1) * SIZE / 4;
         let clients: Vec<_> = (0..)
             .zip(doors.iter().zip(MODES))

@@ -1,12 +1,12 @@
 //! A destination that is stopped half-way: an incomplete copy is served to nobody, however hard
 //! they knock. Never cuts the power; that is for `cuts.rs`.
 
-use crate::common::MIB;
-use crate::common::session::Mode;
 use crate::host::{DISK, LISTEN};
 use crate::moving::{assert_refuses, half_full, ownership, send, two_hosts, wait_for_arrival};
 use crate::session::in_lab;
 use crate::steady::Steady;
+use harness::MIB;
+use harness::session::Mode;
 
 const SIZE: u64 = 64 * MIB;
 /// Slow enough for whatever a test does meanwhile.

@@ -1,12 +1,11 @@
 //! What systemd itself thinks of the units: nothing to complain of, and little that they may do.
 //! Never a matter of taste: the numbers are those of `systemd-analyze`.
 
-use crate::common::MIB;
-use crate::common::server::Target;
-use crate::common::session::Mode;
 use crate::host::{DISK, Host, LISTEN, SOCKETS};
 use crate::session::{in_lab, lab, tell};
 use crate::steady::Steady;
+use harness::session::Mode;
+use harness::{Endpoint, MIB};
 use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::time::Duration;
@@ -55,7 +54,7 @@ fn who_is_not_in_the_list_does_not_even_reach_the_port() {
         let lines = "FILE=/srv/disk.img\nADDR=::\nPORT=10809\nIP_FILTER=yes\nACL=";
         host.configure("disk", &format!("{lines}10.99.0.99\n"));
         host.systemctl("start flexnbd@disk.socket");
-        let Target::Tcp(address) = host.nbd() else { panic!("a TCP address") };
+        let Endpoint::Tcp(address) = host.nbd() else { panic!("a TCP address") };
         let error = TcpStream::connect_timeout(&address, SILENCE).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         assert_eq!(host.state(DISK), "inactive", "nobody has woken the service");

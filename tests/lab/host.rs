@@ -1,10 +1,9 @@
 //! A throw-away host with real systemd: booted, worked on as its operator would, cut off, rebooted.
 //! Never waits without a deadline; a failing test shows what the host's journal says.
 
-use crate::common::server::Target;
-use crate::common::{DEADLINE, comes_true};
 use crate::package;
 use crate::session::lab;
+use harness::{Endpoint, TIMEOUT, poll_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Map, Value};
@@ -170,7 +169,7 @@ impl Host {
             }
             done
         };
-        assert!(comes_true(DEADLINE, look), "{}: waited in vain for {what}", self.name);
+        assert!(poll_until(TIMEOUT, look), "{}: waited in vain for {what}", self.name);
     }
 
     /// Writes `/etc/flexnbd/NAME.conf` and has systemd look at it.
@@ -213,12 +212,12 @@ impl Host {
     }
 
     /// An NBD server at its IPv4 address.
-    pub(crate) fn nbd(&self) -> Target {
-        Target::Tcp(SocketAddr::new(self.ip4(), PORT))
+    pub(crate) fn nbd(&self) -> Endpoint {
+        Endpoint::Tcp(SocketAddr::new(self.ip4(), PORT))
     }
 
     /// The same at its IPv6 address.
-    pub(crate) fn nbd6(&self) -> Target {
+    pub(crate) fn nbd6(&self) -> Endpoint {
         let ip = IpAddr::from([
             0xfd99,
             0,
@@ -229,7 +228,7 @@ impl Host {
             0,
             u16::from_str_radix(&self.number.to_string(), 16).unwrap(),
         ]);
-        Target::Tcp(SocketAddr::new(ip, PORT))
+        Endpoint::Tcp(SocketAddr::new(ip, PORT))
     }
 
     pub(crate) fn ip4(&self) -> IpAddr {

@@ -2,14 +2,14 @@
 //! and a reload that is in force when it returns.
 //! Never goes by the words of a line where it has a field or an id.
 
-use crate::common::MIB;
-use crate::common::session::Mode;
 use crate::host::{DISK, Entry, Host, LISTEN, PORT, field};
 use crate::knock::{Turned, try_door};
 use crate::moving::{half_full, send, two_hosts, wait_for_arrival};
 use crate::session::in_lab;
 use crate::steady::{Calamity, Steady};
 use flexnbd::message_id as id;
+use harness::MIB;
+use harness::session::Mode;
 use std::collections::BTreeSet;
 
 const SIZE: u64 = 64 * MIB;

@@ -1,10 +1,10 @@
 //! A client that connects in a loop: each time it shakes hands, reads a block, and leaves.
 //! Never tries again without counting what went wrong.
 
-use crate::common::raw::{self, FIXED_NEWSTYLE, NO_ZEROES, READ, Wire};
-use crate::common::server::Target;
-use crate::common::session::{Mode, Request, Session};
 use crate::session::client;
+use harness::raw::{FIXED_NEWSTYLE, NO_ZEROES, READ, Wire};
+use harness::session::{Mode, Request, Session};
+use harness::{Endpoint, raw};
 use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -35,7 +35,7 @@ pub(crate) struct Knocker {
 }
 
 impl Knocker {
-    pub(crate) fn start(target: &Target) -> Knocker {
+    pub(crate) fn start(target: &Endpoint) -> Knocker {
         let (stop, target) = (Arc::new(AtomicBool::new(false)), target.clone());
         let served = Arc::new(AtomicU64::new(0));
         let (told, count) = (Arc::clone(&stop), Arc::clone(&served));
@@ -62,7 +62,7 @@ impl Knocker {
 }
 
 impl Knocks {
-    fn knock(&mut self, target: &Target) {
+    fn knock(&mut self, target: &Endpoint) {
         let began = Instant::now();
         let wire = match Wire::try_connect(target) {
             Ok(wire) => wire,
@@ -105,7 +105,7 @@ pub(crate) enum Turned {
 
 /// Connects once and sees what happens.
 #[track_caller]
-pub(crate) fn try_door(target: &Target) -> Turned {
+pub(crate) fn try_door(target: &Endpoint) -> Turned {
     let Ok(mut wire) = Wire::try_connect(target) else { return Turned::Refused };
     match wire.try_recv(&mut [0; 18]) {
         Ok(0) => Turned::Away,

@@ -1,12 +1,12 @@
 //! Everything that an operator can get wrong: said at once where they look, and no harm done.
 //! Never leaves a dead socket: with the mistake corrected, clients are served.
 
-use crate::common::MIB;
-use crate::common::session::Mode;
 use crate::host::{DISK, Host, IMAGE, SOCKETS};
 use crate::knock::{Turned, try_door};
 use crate::session::{in_lab, lab, tell};
 use crate::steady::Steady;
+use harness::MIB;
+use harness::session::Mode;
 use std::time::Instant;
 
 const SIZE: u64 = 64 * MIB;

@@ -1,12 +1,6 @@
 //! Disks move between two hosts by units alone, there and back, and reboots change nothing.
 //! Never interrupts a migration; that is for `cuts.rs` and `halfway.rs`.
 
-use crate::common::server::Target;
-use crate::common::session::Mode;
-use crate::common::{MIB, run};
-use crate::fixture::image::{assert_as_sparse, assert_same, stamped_image};
-use crate::fixture::writers::Written;
-use crate::fixture::{Door, Writers};
 use crate::host::{DISK, Host, IMAGE, LISTEN, PORT, SOCKETS, field};
 use crate::journal;
 use crate::knock::{Knocker, Turned, try_door};
@@ -14,6 +8,10 @@ use crate::others::Qemu;
 use crate::session::{in_lab, tell};
 use crate::steady::{Calamity, Steady};
 use flexnbd::message_id as id;
+use harness::image::{assert_as_sparse, assert_same, stamped_image};
+use harness::session::Mode;
+use harness::writers::{Writers, Written};
+use harness::{Endpoint, MIB, run};
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -43,7 +41,7 @@ pub(crate) fn two_hosts(size: u64, fill: impl Fn(&Path, u64)) -> (Host, Host) {
 /// clients'.
 pub(crate) fn half_full(image: &Path, size: u64) {
     std::fs::File::create(image).unwrap().set_len(size).unwrap();
-    crate::common::write_at(image, size / 2, &crate::common::noise((size / 2) as usize, 5));
+    harness::write_at(image, size / 2, &harness::noise((size / 2) as usize, 5));
     std::fs::File::open(image).unwrap().sync_all().unwrap();
 }
 
@@ -94,9 +92,9 @@ pub(crate) fn assert_refuses(host: &Host, times: usize) {
     }
 }
 
-fn door(host: &Host) -> Door {
-    let Target::Tcp(address) = host.nbd() else { panic!("a TCP address") };
-    Door::Tcp(address)
+fn door(host: &Host) -> Endpoint {
+    let Endpoint::Tcp(address) = host.nbd() else { panic!("a TCP address") };
+    Endpoint::Tcp(address)
 }
 
 /// One migration under four writers, from whoever serves to the other, of a disk in which others
@@ -110,14 +108,14 @@ fn moves(from: &Host, to: &Host, before: Option<&Written>) -> Written {
     writers.wait_for_writes(500);
     send(from, to, "");
     let knocker = Knocker::start(&to.nbd());
-    writers.look_also_at(door(to));
+    writers.add_destination(door(to));
     wait_for_arrival(from, to);
     writers.wait_for_destination();
     let written = writers.stop();
     let knocks = knocker.stop();
     assert_eq!(knocks.refused, 0, "from receiving to serving nobody is refused: {knocks:?}");
     assert!(knocks.served > 0, "the destination serves: {knocks:?}");
-    written.assert_all_in(&to.path(IMAGE), to.name);
+    written.assert_all_present(&to.path(IMAGE), to.name);
     assert_eq!(try_door(&from.nbd()), Turned::Refused, "nothing listens where the disk was");
     let lines = journal::written(from);
     let departed = journal::event(&lines, id::MIGRATION_DEPARTED);
@@ -145,8 +143,8 @@ fn a_virtual_machine_follows_its_disk_and_notices_nothing() {
         let (a, b) = two_hosts(SIZE, half_full);
         a.ok(&format!("ip address add {ADDRESS}/32 dev host0"));
         run("ip", &["route", "add", ADDRESS, "via", &a.ip4().to_string()]);
-        let qemu = Qemu::between(&Target::Tcp((ADDRESS.parse::<IpAddr>().unwrap(), PORT).into()));
-        let client = Steady::start(&qemu.target(), Mode::Structured, 0..SIZE / 2);
+        let qemu = Qemu::between(&Endpoint::Tcp((ADDRESS.parse::<IpAddr>().unwrap(), PORT).into()));
+        let client = Steady::start(&qemu.endpoint(), Mode::Structured, 0..SIZE / 2);
         client.wait_for_answers(200);
         send(&a, &b, "");
         wait_for_arrival(&a, &b);

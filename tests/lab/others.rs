@@ -1,8 +1,7 @@
 //! Clients that others have written: fio, libnbd, and QEMU, which reconnects by itself.
 //! Never takes a program's exit status for proof: each tells what it has done and what it missed.
 
-use crate::common::server::Target;
-use crate::common::{DEADLINE, TempDir, comes_true, temp_dir, wait_until};
+use harness::{Endpoint, TIMEOUT, TempDir, poll_until, temp_dir, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -18,7 +17,7 @@ pub(crate) struct Fio {
 impl Fio {
     /// Keeps to the first 128 MiB of the disk.
     #[track_caller]
-    pub(crate) fn start(target: &Target) -> Fio {
+    pub(crate) fn start(target: &Endpoint) -> Fio {
         let dir = temp_dir();
         let report = std::fs::File::create(dir.path().join("report")).unwrap();
         let log = std::fs::File::create(dir.path().join("log")).unwrap();
@@ -76,16 +75,16 @@ pub(crate) struct Qemu {
 
 impl Qemu {
     #[track_caller]
-    pub(crate) fn between(target: &Target) -> Qemu {
+    pub(crate) fn between(target: &Endpoint) -> Qemu {
         let dir = temp_dir();
         let socket = dir.path().join("nbd.sock");
         let server = match target {
-            Target::Tcp(address) => format!(
+            Endpoint::Tcp(address) => format!(
                 "server.type=inet,server.host={},server.port={}",
                 address.ip(),
                 address.port()
             ),
-            Target::Unix(path) => format!("server.type=unix,server.path={}", path.display()),
+            Endpoint::Unix(path) => format!("server.type=unix,server.path={}", path.display()),
         };
         let mut command = Command::new("qemu-storage-daemon");
         command.arg("--blockdev");
@@ -94,7 +93,7 @@ impl Qemu {
         command.args(["--export", "type=nbd,id=disk,node-name=disk,name=,writable=on"]);
         let child = command.stdin(Stdio::null()).spawn().unwrap();
         let mut qemu = Qemu { child, dir };
-        let up = comes_true(DEADLINE, || {
+        let up = poll_until(TIMEOUT, || {
             assert!(qemu.child.try_wait().unwrap().is_none(), "qemu-storage-daemon has ended");
             std::os::unix::net::UnixStream::connect(&socket).is_ok()
         });
@@ -103,8 +102,8 @@ impl Qemu {
     }
 
     /// Where it serves what it gets.
-    pub(crate) fn target(&self) -> Target {
-        Target::Unix(self.dir.path().join("nbd.sock"))
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        Endpoint::Unix(self.dir.path().join("nbd.sock"))
     }
 }
 
@@ -124,7 +123,7 @@ pub(crate) struct Libnbd {
 impl Libnbd {
     /// Writes in the part of the disk from `offset` on, in bytes.
     #[track_caller]
-    pub(crate) fn start(target: &Target, offset: u64) -> Libnbd {
+    pub(crate) fn start(target: &Endpoint, offset: u64) -> Libnbd {
         let script = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/libnbd.py"));
         // Debian's, which knows its packages, and not whichever comes first in PATH.
         let mut command = Command::new("nice");

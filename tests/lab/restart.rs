@@ -1,15 +1,14 @@
 //! Restarts and upgrades while clients work: nobody is disconnected, refused, or told a lie.
 //! Never accepts a client that came back by itself: connections are those of the beginning.
 
-use crate::common::server::Target;
-use crate::common::session::{MODES, Mode, Request};
-use crate::common::{MIB, wait_until};
 use crate::host::{DISK, Host};
 use crate::knock::Knocker;
 use crate::others::{Fio, Libnbd, Qemu};
 use crate::package;
 use crate::session::{in_lab, number, tell};
 use crate::steady::{Halfway, Steady, wait_for_answers};
+use harness::session::{MODES, Mode, Request};
+use harness::{Endpoint, MIB, wait_until};
 use std::time::Duration;
 
 /// How often the service is restarted, unless the environment says otherwise.
@@ -34,7 +33,7 @@ struct Load {
     libnbd: Libnbd,
     /// Must outlive the client behind it.
     qemu: Qemu,
-    doors: [Target; 3],
+    doors: [Endpoint; 3],
 }
 
 impl Load {
@@ -42,13 +41,13 @@ impl Load {
     /// four connections, libnbd, and three that connect in a loop.
     #[track_caller]
     fn start(host: &Host) -> Load {
-        let doors = [host.nbd(), host.nbd6(), Target::Unix(host.path(UNIX))];
+        let doors = [host.nbd(), host.nbd6(), Endpoint::Unix(host.path(UNIX))];
         let qemu = Qemu::between(&doors[0]);
         let part = |n: u64| 128 * MIB + n * PART..128 * MIB + (n + 1) * PART;
         let ways = [&doors[0], &doors[2]].into_iter().flat_map(|d| MODES.map(|mode| (d, mode)));
         let mut steady: Vec<Steady> =
             ways.zip(0..).map(|((door, mode), n)| Steady::start(door, mode, part(n))).collect();
-        steady.push(Steady::start(&qemu.target(), Mode::Structured, part(6)));
+        steady.push(Steady::start(&qemu.endpoint(), Mode::Structured, part(6)));
         let names = ["IPv4", "IPv6", "a unix socket"];
         let knockers = names.into_iter().zip(doors.each_ref().map(Knocker::start)).collect();
         let (fio, libnbd) = (Fio::start(&doors[0]), Libnbd::start(&doors[0], LIBNBD_PART));
@@ -57,7 +56,7 @@ impl Load {
 
     /// Waits until everybody has been served anew.
     #[track_caller]
-    fn goes_on(&self) {
+    fn assert_in_sync(&self) {
         let before: Vec<_> = self.knockers.iter().map(|(_, knocker)| knocker.served()).collect();
         wait_for_answers(&self.steady, BETWEEN);
         for ((name, knocker), before) in self.knockers.iter().zip(before) {
@@ -71,8 +70,8 @@ impl Load {
         let header = |mode| if mode == Mode::Extended { 32 } else { 28 };
         let doors = [&self.doors[0], &self.doors[2]];
         let ways = doors.into_iter().flat_map(|door| MODES.map(|mode| (door, mode)));
-        let begin = |(n, (door, mode)): (usize, (&Target, Mode))| {
-            let data = crate::common::noise(HALFWAY_LENGTH, (round * 10 + n) as u64);
+        let begin = |(n, (door, mode)): (usize, (&Endpoint, Mode))| {
+            let data = harness::noise(HALFWAY_LENGTH, (round * 10 + n) as u64);
             let request = Request::write(HALFWAY_PART + (n * HALFWAY_LENGTH) as u64, &data);
             let whole = header(mode) + HALFWAY_LENGTH;
             let sent = [0, 1, header(mode) - 1, header(mode), whole / 2, whole - 1];
@@ -128,14 +127,14 @@ fn no_client_notices_a_restart() {
     in_lab(|| {
         let host = host();
         let load = Load::start(&host);
-        load.goes_on();
+        load.assert_in_sync();
         for round in 0..number("FLEXNBD_LAB_RESTARTS", RESTARTS) {
             let before = host.pid(DISK);
             let halves = load.halfway(round);
             host.systemctl(&format!("restart {DISK}"));
             assert_ne!(host.pid(DISK), before, "another process serves now");
             halves.into_iter().for_each(Halfway::finish);
-            load.goes_on();
+            load.assert_in_sync();
         }
         load.stop("restarts");
         assert_no_warnings(&host);
@@ -147,7 +146,7 @@ fn no_client_notices_an_upgrade_of_the_package() {
     in_lab(|| {
         let host = host();
         let load = Load::start(&host);
-        load.goes_on();
+        load.assert_in_sync();
         for (round, deb) in [package::next(), package::current()].iter().enumerate() {
             let before = host.pid(DISK);
             let halves = load.halfway(round);
@@ -156,7 +155,7 @@ fn no_client_notices_an_upgrade_of_the_package() {
             assert!(version.ends_with(if round == 0 { "-2" } else { "-1" }), "{version}");
             assert_ne!(host.pid(DISK), before, "another process serves now");
             halves.into_iter().for_each(Halfway::finish);
-            load.goes_on();
+            load.assert_in_sync();
         }
         load.stop("upgrades");
         assert_no_warnings(&host);

@@ -4,8 +4,8 @@
 //! Outside, [`in_lab`] looks for what a lab needs, makes the packages, and waits for the session's
 //! end. Inside, it runs the test, which sees no other network than that of its hosts.
 
-use crate::common::{require_tool, skip};
 use crate::package;
+use harness::{require_tool, skip};
 use std::any::type_name;
 use std::ffi::OsStr;
 use std::io::Write as _;

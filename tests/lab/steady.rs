@@ -5,13 +5,12 @@
 //! block holds says which. So when the connection is lost a block may hold any version from the
 //! last that had to survive to the last that was sent, and no other.
 
-use crate::common::raw::{DISC, FLUSH, FUA, READ, WRITE, WRITE_ZEROES};
-use crate::common::server::Target;
-use crate::common::session::{Answer, Mode, Request, Session};
-use crate::common::wait_until;
-use crate::fixture::Random;
-use crate::fixture::image::{BLOCK, unit};
 use crate::session::client;
+use fastrand::Rng;
+use harness::image::{BLOCK, unit};
+use harness::raw::{DISC, FLUSH, FUA, READ, WRITE, WRITE_ZEROES};
+use harness::session::{Mode, Reply, Request, Session};
+use harness::{Endpoint, wait_until};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -71,7 +70,7 @@ impl Memory {
     /// Reads all of it at `target`, fails when something is there that cannot be, and takes what
     /// is there for what was written last.
     #[track_caller]
-    pub(crate) fn verify(&mut self, target: &Target, calamity: Calamity) {
+    pub(crate) fn verify(&mut self, target: &Endpoint, calamity: Calamity) {
         const AT_ONCE: usize = 64;
         let mut session = Session::open(target, Mode::Structured).unwrap();
         let mut number = self.first;
@@ -145,31 +144,31 @@ pub(crate) struct Ended {
 impl Steady {
     /// Connects, and begins once that has succeeded. `part` is in bytes.
     #[track_caller]
-    pub(crate) fn start(target: &Target, mode: Mode, part: Range<u64>) -> Steady {
+    pub(crate) fn start(target: &Endpoint, mode: Mode, part: Range<u64>) -> Steady {
         Steady::resume(target, mode, Memory::of(part))
     }
 
     /// The same for a server that may fall silent: after so long without an answer it is lost.
     #[track_caller]
     pub(crate) fn start_impatient(
-        target: &Target,
+        target: &Endpoint,
         mode: Mode,
         memory: Memory,
         patience: Duration,
     ) -> Steady {
         let session = Session::open(target, mode).expect("the server speaks all dialects");
-        session.wire.give_up_reading_after(patience);
+        session.wire.set_read_timeout(patience);
         Steady::work(target, session, memory)
     }
 
     /// The same on what an earlier one has left and [`Memory::verify`] has seen.
     #[track_caller]
-    pub(crate) fn resume(target: &Target, mode: Mode, memory: Memory) -> Steady {
+    pub(crate) fn resume(target: &Endpoint, mode: Mode, memory: Memory) -> Steady {
         let session = Session::open(target, mode).expect("the server speaks all dialects");
         Steady::work(target, session, memory)
     }
 
-    fn work(target: &Target, session: Session, memory: Memory) -> Steady {
+    fn work(target: &Endpoint, session: Session, memory: Memory) -> Steady {
         let mode = session.mode;
         let name = format!("the client of {target:?} in {mode:?} from block {}", memory.first);
         let progress = Arc::new(Progress::default());
@@ -243,7 +242,7 @@ struct Work {
     session: Session,
     memory: Memory,
     progress: Arc<Progress>,
-    random: Random,
+    random: Rng,
     pending: HashMap<u64, Request>,
     /// Of the blocks of pending requests; no two of these share one.
     busy: HashSet<u64>,
@@ -258,7 +257,7 @@ struct Work {
 impl Work {
     fn new(session: Session, memory: Memory, progress: Arc<Progress>) -> Work {
         Work {
-            random: Random(memory.first * 31 + 7),
+            random: Rng::with_seed(memory.first * 31 + 7),
             session,
             memory,
             progress,
@@ -297,7 +296,7 @@ impl Work {
 
     /// Sends the next request.
     fn begin(&mut self) {
-        if self.random.below(FLUSHES) == 0 {
+        if self.random.u64(..FLUSHES) == 0 {
             let cookie = self.send(Request::new(FLUSH, 0, 0));
             self.flushing.insert(cookie, std::mem::take(&mut self.unflushed));
             return;
@@ -305,12 +304,12 @@ impl Work {
         let (first, count) = self.idle_blocks();
         self.busy.extend(first..first + count);
         let (offset, length) = (first * BLOCK, count * BLOCK);
-        if self.random.below(3) == 0 {
+        if self.random.u64(..3) == 0 {
             self.send(Request::new(READ, offset, length));
             return;
         }
         let write = self.next_versions(first, count);
-        let flags = if self.random.below(16) == 0 { FUA } else { 0 };
+        let flags = if self.random.u64(..16) == 0 { FUA } else { 0 };
         self.send(write.flags(flags));
     }
 
@@ -318,8 +317,8 @@ impl Work {
     fn idle_blocks(&mut self) -> (u64, u64) {
         let total = self.memory.blocks.len() as u64;
         loop {
-            let index = self.random.below(total);
-            let count = (1 + self.random.below(BLOCKS_MAX)).min(total - index);
+            let index = self.random.u64(..total);
+            let count = (1 + self.random.u64(..BLOCKS_MAX)).min(total - index);
             let first = self.memory.first + index;
             if (first..first + count).all(|block| !self.busy.contains(&block)) {
                 return (first, count);
@@ -351,13 +350,13 @@ impl Work {
             self.last = Instant::now();
         }
         let (cookie, bytes) = self.session.encode(&request);
-        let halved = request.command == WRITE && self.random.below(HALVED) == 0;
+        let halved = request.command == WRITE && self.random.u64(..HALVED) == 0;
         // It counts as pending from its first byte on, also for what the memory says.
         self.pending.insert(cookie, request);
         if halved {
-            let middle = 1 + self.random.below(bytes.len() as u64 - 1) as usize;
+            let middle = 1 + self.random.u64(..bytes.len() as u64 - 1) as usize;
             self.session.wire.send(&bytes[..middle]);
-            thread::sleep(HALFWAY_MAX * (1 + self.random.below(100) as u32) / 100);
+            thread::sleep(HALFWAY_MAX * (1 + self.random.u64(..100) as u32) / 100);
             self.session.wire.send(&bytes[middle..]);
         } else {
             self.session.wire.send(&bytes);
@@ -366,7 +365,7 @@ impl Work {
     }
 
     fn take_answer(&mut self) {
-        let (cookie, answer) = self.session.recv_answer(&self.pending);
+        let (cookie, answer) = self.session.recv_reply(&self.pending);
         self.worst = self.worst.max(self.last.elapsed());
         self.last = Instant::now();
         let request = self.pending.remove(&cookie).unwrap();
@@ -380,7 +379,7 @@ impl Work {
         self.progress.answers.fetch_add(1, Ordering::SeqCst);
     }
 
-    fn check(&mut self, request: &Request, answer: &Answer) {
+    fn check(&mut self, request: &Request, answer: &Reply) {
         assert_eq!(answer.error, 0, "error of {}", request.command);
         let first = request.offset / BLOCK;
         for block in first..first + request.length / BLOCK {
@@ -415,9 +414,9 @@ pub(crate) struct Halfway {
 impl Halfway {
     /// Opens a session and sends so many bytes of a write.
     #[track_caller]
-    pub(crate) fn begin(target: &Target, mode: Mode, request: Request, sent: usize) -> Halfway {
+    pub(crate) fn begin(target: &Endpoint, mode: Mode, request: Request, sent: usize) -> Halfway {
         let mut session = Session::open(target, mode).expect("the server speaks all dialects");
-        session.goes_on();
+        session.assert_in_sync();
         let (cookie, mut bytes) = session.encode(&request);
         let rest = bytes.split_off(sent);
         session.wire.send(&bytes);
@@ -430,7 +429,7 @@ impl Halfway {
         self.session.wire.send(&self.rest);
         let Request { offset, length, payload, .. } = self.request.clone();
         let pending = HashMap::from([(self.cookie, self.request)]);
-        assert_eq!(self.session.recv_answer(&pending).1.error, 0);
+        assert_eq!(self.session.recv_reply(&pending).1.error, 0);
         assert!(self.session.read(offset, length) == payload, "what was sent in two halves");
         self.session.send(&Request::new(DISC, 0, 0));
     }

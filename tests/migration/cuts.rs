@@ -1,11 +1,11 @@
 //! Migrations over a link that is cut and mended: what the source and its clients make of it.
 
-use crate::common::server::Target;
-use crate::common::{MIB, comes_true, raw, skip};
-use crate::fixture::image::{assert_same, empty_image, stamped_image, used_image};
-use crate::fixture::{Door, Host, PLACES, STARTED, Writers, directory};
 use crate::number;
-use crate::wire::{FLUSH, HANDOVER, Trap, Wire};
+use harness::host::{Host, MIRROR_STARTED};
+use harness::image::{assert_same, empty_image, stamped_image, used_image};
+use harness::proxy::{CutAt, FLUSH_HEADER, HANDOVER_HEADER, Proxy};
+use harness::writers::Writers;
+use harness::{Endpoint, FILE_SYSTEMS, MIB, poll_until, raw, skip, temp_dir_in};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ const BUSY: u64 = MIB;
 const SPEED: &str = "32000000";
 /// Between two batches of a writer.
 const PAUSE: Duration = Duration::from_millis(20);
-/// How much more than the data may go over the wire if nothing is sent twice: what was in flight,
+/// How much more than the data may go over the proxy if nothing is sent twice: what was in flight,
 /// what the writers changed meanwhile, and the headers.
 const SLACK: u64 = 12 * MIB;
 /// After how many seconds without progress the source gives a connection up.
@@ -29,56 +29,56 @@ fn outage() -> Duration {
     Duration::from_secs(number("FLEXNBD_CUT_SECONDS", 3))
 }
 
-/// A migration over a wire that is cut at some moment, and mended after a while.
+/// A migration over a proxy that is cut at some moment, and mended after a while.
 /// The source says one of these things about it.
-fn is_resumed_after_a_cut(trap: Trap, said: &[&str]) {
-    let dir = directory(PLACES[0]);
+fn is_resumed_after_a_cut(trap: CutAt, said: &[&str]) {
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let source = Host::new(dir.path(), "source").env(PATIENCE.0, PATIENCE.1);
     let destination = Host::new(dir.path(), "dest");
     stamped_image(&source.image, SIZE);
     used_image(&destination.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
-    let mut wire = Wire::to(destination.address, trap);
-    let writers = Writers::start(Door::Tcp(source.address), BUSY, (2, 1, PAUSE));
-    assert_eq!(source.mirror_to(wire.address, &["exit", "0.0.0.0", SPEED]), STARTED);
-    assert!(comes_true(Duration::from_secs(60), || wire.is_cut()), "{trap:?} never happened");
-    let before = wire.sent();
+    let mut proxy = Proxy::to(destination.address, trap);
+    let writers = Writers::start(Endpoint::Tcp(source.address), BUSY, (2, 1, PAUSE));
+    assert_eq!(source.mirror_to(proxy.address, &["exit", "0.0.0.0", SPEED]), MIRROR_STARTED);
+    assert!(poll_until(Duration::from_secs(60), || proxy.is_cut()), "{trap:?} never happened");
+    let before = proxy.bytes_sent();
     std::thread::sleep(outage());
     assert!(serving.is_running() && listening.is_running());
-    wire.mend();
+    proxy.repair();
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let written = writers.stop();
     assert_eq!(written.connections, 2, "no client noticed more than a pause");
     let log = serving.stderr();
     assert!(said.iter().any(|said| log.contains(said)), "{log}");
-    let sent = wire.sent();
+    let sent = proxy.bytes_sent();
     // After a handover that came to nothing clients are served for a while, and write.
     let once = sent < DATA + SLACK || log.contains("had not got the handover");
     assert!(once, "{DATA} bytes of data, {before} sent before the cut, {sent} in all");
     assert_same(&source.image, &destination.image);
-    written.assert_all_in(&destination.image, &format!("{trap:?}"));
+    written.assert_all_present(&destination.image, &format!("{trap:?}"));
 }
 
 #[test]
 fn a_copy_that_is_cut_off_is_resumed_where_it_was() {
-    is_resumed_after_a_cut(Trap::Bytes(DATA * 3 / 4), &["resumed where it was"]);
+    is_resumed_after_a_cut(CutAt::Bytes(DATA * 3 / 4), &["resumed where it was"]);
 }
 
 #[test]
 fn a_cut_before_the_gate_closes_is_made_good() {
-    is_resumed_after_a_cut(Trap::Before(FLUSH, 1), &["resumed where it was"]);
+    is_resumed_after_a_cut(CutAt::Before(FLUSH_HEADER, 1), &["resumed where it was"]);
 }
 
 #[test]
 fn a_cut_behind_the_closed_gate_opens_it_again() {
-    is_resumed_after_a_cut(Trap::Hold(FLUSH), &["resumed where it was"]);
+    is_resumed_after_a_cut(CutAt::Hold(FLUSH_HEADER), &["resumed where it was"]);
 }
 
 /// The longest time in which no write was acknowledged, until `end`.
 fn longest_wait(writers: &Writers, mut end: impl FnMut() -> bool) -> Duration {
     let (mut last, mut since, mut longest) = (0, Instant::now(), Duration::ZERO);
-    let ended = comes_true(Duration::from_secs(60), || {
+    let ended = poll_until(Duration::from_secs(60), || {
         let acknowledged = writers.acknowledged();
         if acknowledged != last {
             (last, since) = (acknowledged, Instant::now());
@@ -99,17 +99,17 @@ fn a_silent_link_behind_the_closed_gate_does_not_stop_clients() {
 
 /// False if there was nothing to be copied behind the closed gate.
 fn last_copy_meets_a_silent_link() -> bool {
-    let dir = directory(PLACES[1]);
+    let dir = temp_dir_in(FILE_SYSTEMS[1]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, 8 * MIB);
     empty_image(&destination.image, 8 * MIB);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
-    let wire = Wire::to(destination.address, Trap::Hold(FLUSH));
+    let proxy = Proxy::to(destination.address, CutAt::Hold(FLUSH_HEADER));
     // So little that it always can be sent in time, as far as the source knows.
-    let writers = Writers::start(Door::Tcp(source.address), 64 << 10, (2, 1, PAUSE));
+    let writers = Writers::start(Endpoint::Tcp(source.address), 64 << 10, (2, 1, PAUSE));
     writers.wait_for_writes(10);
-    assert_eq!(source.mirror_to(wire.address, &[]), STARTED);
-    assert!(comes_true(Duration::from_secs(60), || wire.is_held()));
+    assert_eq!(source.mirror_to(proxy.address, &[]), MIRROR_STARTED);
+    assert!(poll_until(Duration::from_secs(60), || proxy.is_held()));
     // On a slow machine the gate may not be closed at all behind a link that has fallen silent.
     let held = Instant::now();
     let is_over = || {
@@ -119,7 +119,7 @@ fn last_copy_meets_a_silent_link() -> bool {
     };
     let waited = longest_wait(&writers, is_over);
     if source.status_of("migration_stage") == "in-doubt" {
-        wire.let_go();
+        proxy.release();
         assert!(serving.wait_for_end().success(), "{}", serving.stderr());
         writers.stop();
         return false;
@@ -128,8 +128,8 @@ fn last_copy_meets_a_silent_link() -> bool {
     writers.wait_for_writes(10);
     assert_eq!(source.status_of("migration_stage"), "copying");
     assert_eq!(source.record(), "");
-    assert!(wire.is_held());
-    wire.let_go();
+    assert!(proxy.is_held());
+    proxy.release();
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let written = writers.stop();
@@ -138,7 +138,7 @@ fn last_copy_meets_a_silent_link() -> bool {
     let was_closed = log.matches("clients wait while the rest is sent").count() > 1;
     assert_eq!(was_closed, log.contains("could not be sent while clients waited"), "{log}");
     assert!(!log.contains("resumed"), "the link was only silent: {log}");
-    written.assert_all_in(&destination.image, "after a silent link");
+    written.assert_all_present(&destination.image, "after a silent link");
     true
 }
 
@@ -146,40 +146,44 @@ fn last_copy_meets_a_silent_link() -> bool {
 fn a_handover_that_does_not_get_through_is_made_again() {
     // Clients that have waited for long are let go before that.
     let said = ["handing over again", "resumed where it was"];
-    is_resumed_after_a_cut(Trap::Before(HANDOVER, 1), &said);
+    is_resumed_after_a_cut(CutAt::Before(HANDOVER_HEADER, 1), &said);
 }
 
 #[test]
 fn a_source_that_hears_no_acknowledgement_asks_until_somebody_knows() {
-    let dir = directory(PLACES[1]);
+    let dir = temp_dir_in(FILE_SYSTEMS[1]);
     let source = Host::new(dir.path(), "source").env(PATIENCE.0, PATIENCE.1);
     let destination = Host::new(dir.path(), "dest");
     stamped_image(&source.image, MIB);
     empty_image(&destination.image, MIB);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
-    let mut wire = Wire::to(destination.address, Trap::After(HANDOVER));
-    let writers = Writers::start(Door::Tcp(source.address), MIB, (2, 1, PAUSE));
+    let mut proxy = Proxy::to(destination.address, CutAt::After(HANDOVER_HEADER));
+    let writers = Writers::start(Endpoint::Tcp(source.address), MIB, (2, 1, PAUSE));
     writers.wait_for_writes(10);
-    assert_eq!(source.mirror_to(wire.address, &[]), STARTED);
+    assert_eq!(source.mirror_to(proxy.address, &[]), MIRROR_STARTED);
     source.wait_for_status("migration_stage", "in-doubt");
     assert_eq!(source.record(), "departing");
     let flags = raw::FIXED_NEWSTYLE | raw::NO_ZEROES;
-    let mut newcomer = raw::Wire::haggle(&Target::Tcp(source.address), flags);
+    let mut newcomer = raw::Wire::haggle(&Endpoint::Tcp(source.address), flags);
     let answer = newcomer.ask_final(raw::OPT_GO, &raw::encode_go(b"", &[]));
     assert_eq!(answer, raw::REP_ERR_POLICY, "the disk may be served elsewhere already");
-    assert_eq!(source.order(&["break"]), "1: mirror completed", "it is too late to keep the disk");
+    assert_eq!(
+        source.command(&["break"]),
+        "1: mirror completed",
+        "it is too late to keep the disk"
+    );
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_eq!(destination.record(), "ours");
     let mut arrived = destination.serve();
-    writers.look_also_at(Door::Tcp(destination.address));
+    writers.add_destination(Endpoint::Tcp(destination.address));
     std::thread::sleep(outage());
     assert!(serving.is_running(), "it waits for somebody who knows");
-    wire.mend();
+    proxy.repair();
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     writers.wait_for_destination();
     let written = writers.stop();
     assert!(arrived.stop().success());
-    written.assert_all_in(&destination.image, "after an acknowledgement that was lost");
+    written.assert_all_present(&destination.image, "after an acknowledgement that was lost");
     assert_eq!(source.record(), "departed");
 }
 
@@ -216,7 +220,7 @@ impl Cable {
     }
 
     /// Bytes that have left the near end.
-    fn sent(&self) -> u64 {
+    fn bytes_sent(&self) -> u64 {
         let file = "/sys/class/net/cable/statistics/tx_bytes";
         let output =
             Command::new("ip").args(["netns", "exec", &self.near, "cat", file]).output().unwrap();
@@ -234,16 +238,16 @@ impl Drop for Cable {
 
 #[track_caller]
 fn ip(arguments: &[&str]) {
-    crate::common::run("ip", arguments);
+    harness::run("ip", arguments);
 }
 
 #[test]
 fn a_cable_that_is_pulled_and_put_in_again_costs_only_the_time() {
-    if !nix::unistd::geteuid().is_root() || !crate::common::require_tool("ip") {
+    if !nix::unistd::geteuid().is_root() || !harness::require_tool("ip") {
         return skip("pulling a cable", "only root may make network namespaces");
     }
     let cable = Cable::new();
-    let dir = directory(PLACES[0]);
+    let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let door = dir.path().join("door");
     let source = Host::new(dir.path(), "source").env(PATIENCE.0, PATIENCE.1);
     let source = source.through(&["ip", "netns", "exec", &cable.near]);
@@ -253,10 +257,10 @@ fn a_cable_that_is_pulled_and_put_in_again_costs_only_the_time() {
     empty_image(&destination.image, SIZE);
     let mut serving = source.mode("serve").unix(&door).start();
     let mut listening = destination.listen();
-    let writers = Writers::start(Door::Unix(door), BUSY, (2, 1, PAUSE));
+    let writers = Writers::start(Endpoint::Unix(door), BUSY, (2, 1, PAUSE));
     let order = ["exit", "0.0.0.0", SPEED];
-    assert_eq!(source.mirror_to(destination.address, &order), STARTED);
-    let half = comes_true(Duration::from_secs(60), || cable.sent() > DATA / 2);
+    assert_eq!(source.mirror_to(destination.address, &order), MIRROR_STARTED);
+    let half = poll_until(Duration::from_secs(60), || cable.bytes_sent() > DATA / 2);
     assert!(half, "the copy does not get anywhere: {:?}", source.status());
     cable.set("down");
     std::thread::sleep(outage());
@@ -264,10 +268,10 @@ fn a_cable_that_is_pulled_and_put_in_again_costs_only_the_time() {
     cable.set("up");
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
-    let (written, sent) = (writers.stop(), cable.sent());
+    let (written, sent) = (writers.stop(), cable.bytes_sent());
     assert_eq!(written.connections, 2);
     assert!(serving.stderr().contains("resumed where it was"), "{}", serving.stderr());
     assert!(sent < DATA + SLACK, "{DATA} bytes of data, {sent} bytes sent");
     assert_same(&source.image, &destination.image);
-    written.assert_all_in(&destination.image, "after the cable was pulled");
+    written.assert_all_present(&destination.image, "after the cable was pulled");
 }

@@ -1,12 +1,11 @@
 //! What rude destinations do to our `mirror`.
 
-use crate::common::raw::{EIO, OLD_STYLE, OPT_GO, REP_ERR_POLICY, REP_PRIVATE, SIMPLE_REPLY};
-use crate::common::server::Server;
-use crate::common::{MIB, TempDir};
-use crate::fixture::host::fresh_address;
-use crate::fixture::image::stamped_image;
-use crate::fixture::{Door, Host, PLACES, STARTED, Writers, directory};
 use crate::rude::{Guest, Rude};
+use harness::host::{Host, MIRROR_STARTED};
+use harness::image::stamped_image;
+use harness::raw::{EIO, OLD_STYLE, OPT_GO, REP_ERR_POLICY, REP_PRIVATE, SIMPLE_REPLY};
+use harness::writers::Writers;
+use harness::{Endpoint, FILE_SYSTEMS, MIB, Server, TempDir, temp_dir_in, unused_loopback_address};
 use nix::sys::signal::Signal;
 use std::io::Write as _;
 use std::sync::mpsc;
@@ -31,11 +30,11 @@ impl Source {
     }
 
     fn with_patience(seconds: &str) -> Source {
-        let directory = directory(PLACES[1]);
+        let directory = temp_dir_in(FILE_SYSTEMS[1]);
         let host = Host::new(directory.path(), "source").env(PATIENCE, seconds);
         stamped_image(&host.image, SIZE);
         let server = host.serve();
-        let writers = Writers::start(Door::Tcp(host.address), MIB, (2, 1, PAUSE));
+        let writers = Writers::start(Endpoint::Tcp(host.address), MIB, (2, 1, PAUSE));
         writers.wait_for_writes(10);
         Source { host, server, writers, _directory: directory }
     }
@@ -49,7 +48,7 @@ impl Source {
         let written = self.writers.stop();
         assert_eq!(written.connections, 2, "sessions did not notice");
         assert!(server.stop().success());
-        written.assert_all_in(&self.host.image, "at the source");
+        written.assert_all_present(&self.host.image, "at the source");
     }
 }
 
@@ -66,7 +65,7 @@ fn is_refused(misbehave: impl FnOnce(&mut Guest) + Send + 'static, words: &str) 
 fn is_retried(misbehave: impl FnOnce(&mut Guest) + Send + 'static, said: &str) {
     let mut source = Source::new();
     let rude = Rude::first(SIZE, misbehave);
-    assert_eq!(source.host.mirror_to(rude.address, &[]), STARTED);
+    assert_eq!(source.host.mirror_to(rude.address, &[]), MIRROR_STARTED);
     let disk = rude.disk();
     let status = source.server.wait_for_end();
     let log = source.server.stderr();
@@ -76,14 +75,14 @@ fn is_retried(misbehave: impl FnOnce(&mut Guest) + Send + 'static, said: &str) {
     assert_eq!(written.connections, 2, "sessions did not notice");
     let image = std::fs::read(&source.host.image).unwrap();
     assert!(disk == image, "the disk at the destination is not the disk at the source");
-    written.assert_all_in(&source.host.image, "at the source");
+    written.assert_all_present(&source.host.image, "at the source");
     assert_eq!(source.host.record(), "departed");
 }
 
 #[test]
 fn nobody_listens() {
     let source = Source::new();
-    let reply = source.host.mirror_to(fresh_address(), &[]);
+    let reply = source.host.mirror_to(unused_loopback_address(), &[]);
     assert!(reply.starts_with("1: Mirror failed to connect"), "{reply}");
     source.serves_on();
 }
@@ -182,13 +181,13 @@ fn closes_after_a_write() {
 
 /// No writers: so that the last reply is known to be the last.
 fn a_lost_goodbye_is_noticed(action: &str) {
-    let directory = directory(PLACES[1]);
+    let directory = temp_dir_in(FILE_SYSTEMS[1]);
     let host = Host::new(directory.path(), "source");
     stamped_image(&host.image, SIZE);
     let image = std::fs::read(&host.image).unwrap();
     let mut server = host.serve();
     let rude = Rude::first(SIZE, Guest::leave_with_the_last_reply);
-    assert_eq!(host.mirror_to(rude.address, &[action]), STARTED);
+    assert_eq!(host.mirror_to(rude.address, &[action]), MIRROR_STARTED);
     assert!(rude.disk() == image, "the disk at the destination is not the disk at the source");
     let status = server.wait_for_end();
     let log = server.stderr();
@@ -289,9 +288,9 @@ fn replies_twice() {
 fn can_be_broken_off(misbehave: impl FnOnce(&mut Guest) + Send + 'static, stage: &str) {
     let source = Source::with_patience("30");
     let rude = Rude::first(SIZE, misbehave);
-    assert_eq!(source.host.mirror_to(rude.address, &[]), STARTED);
+    assert_eq!(source.host.mirror_to(rude.address, &[]), MIRROR_STARTED);
     source.host.wait_for_status("migration_stage", stage);
-    assert_eq!(source.host.order(&["break"]), "0: mirror stopped");
+    assert_eq!(source.host.command(&["break"]), "0: mirror stopped");
     source.host.wait_for_status("is_mirroring", "false");
     source.serves_on();
 }
@@ -322,9 +321,9 @@ fn a_break_between_two_attempts_is_heard() {
         guest.request();
     };
     let listener = Rude::first(SIZE, misbehave);
-    assert_eq!(source.host.mirror_to(listener.address, &[]), STARTED);
+    assert_eq!(source.host.mirror_to(listener.address, &[]), MIRROR_STARTED);
     source.server.wait_for_stderr("trying again every second");
-    assert_eq!(source.host.order(&["break"]), "0: mirror stopped");
+    assert_eq!(source.host.command(&["break"]), "0: mirror stopped");
     source.serves_on();
 }
 
@@ -335,12 +334,12 @@ fn sigterm_after_hello_ends_the_source_with_an_error_and_its_disk_stays() {
         guest.greet();
         guest.outlast();
     });
-    assert_eq!(source.host.mirror_to(rude.address, &[]), STARTED);
+    assert_eq!(source.host.mirror_to(rude.address, &[]), MIRROR_STARTED);
     source.server.signal(Signal::SIGTERM);
     assert_eq!(source.server.wait_for_end().code(), Some(1));
     assert_eq!(source.host.record(), "");
     let written = source.writers.stop();
-    written.assert_all_in(&source.host.image, "after SIGTERM");
+    written.assert_all_present(&source.host.image, "after SIGTERM");
     assert!(source.host.serve().stop().success(), "it can be served again");
 }
 
@@ -355,7 +354,7 @@ fn an_old_destination_is_left_with_a_disc_just_after_the_image_is_deleted() {
     let reply = source.host.mirror_to(rude.address, &["unlink"]);
     assert!(reply.starts_with("1: Mirror was rejected"), "{reply}");
     assert!(source.host.image.exists(), "a refused migration deletes nothing");
-    assert_eq!(source.host.mirror_to(rude.address, &["unlink"]), STARTED);
+    assert_eq!(source.host.mirror_to(rude.address, &["unlink"]), MIRROR_STARTED);
     let disk = rude.disk();
     assert!(deleted.recv().unwrap(), "the image is deleted before the DISC");
     assert!(source.server.wait_for_end().success(), "{}", source.server.stderr());
@@ -380,7 +379,7 @@ fn a_source_that_binds_an_address_comes_from_there() {
 #[test]
 fn a_restarted_source_asks_from_the_address_on_record() {
     const ID: &str = "07070707070707070707070707070707";
-    let directory = directory(PLACES[1]);
+    let directory = temp_dir_in(FILE_SYSTEMS[1]);
     let [source, destination] = ["source", "dest"].map(|name| Host::new(directory.path(), name));
     for host in [&source, &destination] {
         stamped_image(&host.image, SIZE);
@@ -408,7 +407,7 @@ fn a_second_mirror_is_refused_while_the_first_waits_for_its_hello() {
     let host = source.host.clone();
     let first = std::thread::spawn(move || host.mirror_to(rude.address, &[]));
     connected.recv().unwrap();
-    let second = source.host.mirror_to(fresh_address(), &[]);
+    let second = source.host.mirror_to(unused_loopback_address(), &[]);
     assert_eq!(second, "1: mirror already running");
     assert!(first.join().unwrap().starts_with("1: Remote server failed to respond"));
     source.serves_on();

@@ -2,10 +2,11 @@
 //! manager would start again is started again, until one side serves the disk and the other is gone.
 //! Never knows what flexnbd does inside; it sees exit statuses, records and what clients see.
 
-use crate::common::server::Server;
-use crate::common::{MIB, TempDir, comes_true};
-use crate::fixture::image::{empty_image, stamped_image};
-use crate::fixture::{Door, Host, PLACES, Random, STARTED, Writers, directory};
+use fastrand::Rng;
+use harness::host::{Host, MIRROR_STARTED};
+use harness::image::{empty_image, stamped_image};
+use harness::writers::Writers;
+use harness::{Endpoint, FILE_SYSTEMS, MIB, Server, TempDir, poll_until, temp_dir_in};
 use std::time::{Duration, Instant};
 
 const SIZE: u64 = 16 * MIB;
@@ -74,28 +75,28 @@ pub(crate) struct Life {
 
 impl Schedule {
     fn new(seed: u64) -> Schedule {
-        let mut random = Random(seed);
-        let soon = Duration::from_micros(random.below(4000));
-        let moment = match random.below(8) {
-            0..3 => Moment::After(Duration::from_micros(random.below(LIFE.as_micros() as u64))),
+        let mut random = Rng::with_seed(seed);
+        let soon = Duration::from_micros(random.u64(..4000));
+        let moment = match random.u64(..8) {
+            0..3 => Moment::After(Duration::from_micros(random.u64(..LIFE.as_micros() as u64))),
             3 => Moment::Destination("incoming", soon),
             4..6 => Moment::Source("departing", soon),
             6 => Moment::Destination("ours", soon),
             _ => Moment::Source("departed", soon),
         };
-        let victim = match random.below(3) {
+        let victim = match random.u64(..3) {
             0 => Victim::Source,
             1 => Victim::Destination,
             _ => Victim::Both,
         };
-        let rest = Duration::from_millis(random.below(50));
-        Schedule { seed, moment, victim, rest, unlink: random.below(4) == 0 }
+        let rest = Duration::from_millis(random.u64(..50));
+        Schedule { seed, moment, victim, rest, unlink: random.u64(..4) == 0 }
     }
 }
 
 impl Life {
     pub(crate) fn new(seed: u64) -> Life {
-        let directory = directory(PLACES[seed as usize % 2]);
+        let directory = temp_dir_in(FILE_SYSTEMS[seed as usize % 2]);
         let source = Host::new(directory.path(), "source");
         let destination = Host::new(directory.path(), "dest");
         stamped_image(&source.image, SIZE);
@@ -119,21 +120,21 @@ impl Life {
     /// Lives it, and fails unless it ends well.
     #[track_caller]
     pub(crate) fn run(mut self) {
-        let door = Door::Tcp(self.source.address);
+        let door = Endpoint::Tcp(self.source.address);
         let writers = Writers::start(door, BUSY, (3, self.schedule.seed, PAUSE));
         writers.wait_for_writes(50);
         self.writers = Some(writers);
         self.migrate();
         self.wait_for_the_moment();
         self.kill();
-        let settled = comes_true(SETTLED, || self.look_after());
+        let settled = poll_until(SETTLED, || self.look_after());
         assert!(settled, "it does not end by itself: {}", self.tell());
         self.judge();
     }
 
     fn migrate(&mut self) {
         let action = if self.schedule.unlink { "unlink" } else { "exit" };
-        let reply = self.source.try_order(&[
+        let reply = self.source.try_command(&[
             "mirror",
             &self.destination.address.ip().to_string(),
             &self.destination.address.port().to_string(),
@@ -143,7 +144,7 @@ impl Life {
         ]);
         self.note(format!("mirror: {reply:?}"));
         let expected = reply.as_deref().is_none_or(|reply| {
-            reply == STARTED || reply == "1: mirror already running" || self.killed
+            reply == MIRROR_STARTED || reply == "1: mirror already running" || self.killed
         });
         assert!(expected, "{}", self.tell());
     }
@@ -224,7 +225,7 @@ impl Life {
 
     fn start_source(&mut self) {
         let mut server = self.source.mode("serve").launch();
-        let up = server.comes_up();
+        let up = server.starts_listening();
         self.note(format!("source started again, serving: {up}, records {:?}", self.records()));
         self.serving = Some(server);
     }
@@ -247,12 +248,12 @@ impl Life {
     fn start_destination(&mut self) {
         let mode = if self.arrived { "serve" } else { "listen" };
         let mut server = self.destination.mode(mode).launch();
-        let up = server.comes_up();
+        let up = server.starts_listening();
         self.note(format!("destination: {mode} again: {up}, records {:?}", self.records()));
         if self.arrived {
             assert!(up, "what has arrived is served: {}", self.tell());
-            let door = Door::Tcp(self.destination.address);
-            self.writers.as_ref().unwrap().look_also_at(door);
+            let door = Endpoint::Tcp(self.destination.address);
+            self.writers.as_ref().unwrap().add_destination(door);
         }
         self.receiving = Some(server);
     }
@@ -271,9 +272,9 @@ impl Life {
         let as_ordered = left != unlink || (left && victim != Victim::Destination);
         assert!(as_ordered, "the source's image: {}", self.tell());
         let mut revenant = self.source.mode("serve").launch();
-        assert!(!revenant.comes_up(), "the source serves again: {}", self.tell());
+        assert!(!revenant.starts_listening(), "the source serves again: {}", self.tell());
         assert_eq!(revenant.wait_for_end().code(), Some(REFUSED), "{}", revenant.stderr());
-        written.assert_all_in(&self.destination.image, &self.tell());
+        written.assert_all_present(&self.destination.image, &self.tell());
     }
 
     fn records(&self) -> (String, String) {

@@ -1,7 +1,7 @@
 //! Other people's programs as peers: started where a test wants them, and ended with the test.
 //! Never decides whether they did well; the tests do.
 
-use crate::common::{DEADLINE, comes_true};
+use harness::{TIMEOUT, poll_until};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -17,7 +17,7 @@ impl Program {
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null());
         let mut program = Program(command.spawn().unwrap());
-        let came = comes_true(DEADLINE, || {
+        let came = poll_until(TIMEOUT, || {
             assert!(program.0.try_wait().unwrap().is_none(), "{words:?} has ended");
             ready()
         });
@@ -29,7 +29,7 @@ impl Program {
     pub(crate) fn stop(mut self) {
         let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-        assert!(comes_true(DEADLINE, || self.0.try_wait().unwrap().is_some()), "it does not end");
+        assert!(poll_until(TIMEOUT, || self.0.try_wait().unwrap().is_some()), "it does not end");
     }
 }
 
@@ -49,13 +49,13 @@ impl Monitor {
     #[track_caller]
     pub(crate) fn connect(path: &Path) -> Monitor {
         let mut stream = None;
-        let came = comes_true(DEADLINE, || {
+        let came = poll_until(TIMEOUT, || {
             stream = UnixStream::connect(path).ok();
             stream.is_some()
         });
         assert!(came, "no monitor at {}", path.display());
         let stream = stream.unwrap();
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         let mut monitor = Monitor { replies: BufReader::new(stream) };
         monitor.wait_for("\"QMP\"");
         monitor.execute(r#"{"execute": "qmp_capabilities"}"#);

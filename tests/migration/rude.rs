@@ -2,12 +2,11 @@
 //! be told to misbehave on their first connection. From the second on they are honest.
 //! Never uses the library.
 
-use crate::common::DEADLINE;
-use crate::common::raw::{
+use harness::raw::{
     DISC, FIXED_NEWSTYLE, GREETING, HAS_FLAGS, I_HAVE_OPT, OLD_STYLE, OPTION_REPLY, REP_ERR_UNSUP,
     REQUEST, SIMPLE_REPLY, WRITE, ZEROES,
 };
-use crate::fixture::host::fresh_address;
+use harness::{TIMEOUT, unused_loopback_address};
 use nix::libc;
 use nix::sys::socket::{MsgFlags, send};
 use std::io::{self, Read as _, Write as _};
@@ -49,7 +48,7 @@ impl Rude {
         misbehave: impl FnOnce(&mut Guest) + Send + 'static,
         goodbye: impl FnOnce() + Send + 'static,
     ) -> Rude {
-        let address = fresh_address();
+        let address = unused_loopback_address();
         let listener = TcpListener::bind(address).unwrap();
         let (done, disk) = mpsc::channel();
         thread::spawn(move || {
@@ -68,7 +67,7 @@ impl Rude {
     /// The disk, once it has arrived.
     #[track_caller]
     pub(crate) fn disk(self) -> Vec<u8> {
-        self.disk.recv_timeout(DEADLINE).expect("the disk arrives at the honest destination")
+        self.disk.recv_timeout(TIMEOUT).expect("the disk arrives at the honest destination")
     }
 }
 
@@ -76,7 +75,7 @@ impl Guest {
     fn accept(listener: &TcpListener, size: u64) -> Guest {
         let (stream, _) = listener.accept().unwrap();
         stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         Guest { stream, size }
     }
 

@@ -1,15 +1,14 @@
 //! What rude sources, and others who happen by, do to our `listen`.
 
-use crate::common::raw::{
+use harness::host::{Host, MIRROR_STARTED};
+use harness::image::{assert_same, empty_image, stamped_image};
+use harness::raw::{
     CAN_MULTI_CONN, DISC, EINVAL, ENOSPC, EPERM, FIXED_NEWSTYLE, NO_ZEROES, OPT_EXPORT_NAME,
     OPT_GO, OPT_INFO, OPT_PRIVATE, READ, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY, WRITE, Wire,
     encode_go, encode_request,
 };
-use crate::common::server::{Server, Target};
-use crate::common::session::{Mode, Request, Session};
-use crate::common::{DEADLINE, MIB, TempDir, comes_true};
-use crate::fixture::image::{assert_same, empty_image, stamped_image};
-use crate::fixture::{Host, PLACES, STARTED, directory};
+use harness::session::{Mode, Request, Session};
+use harness::{Endpoint, FILE_SYSTEMS, MIB, Server, TIMEOUT, TempDir, poll_until, temp_dir_in};
 use nix::sys::signal::Signal;
 use std::time::Duration;
 
@@ -32,7 +31,7 @@ struct Listening {
 
 impl Listening {
     fn new(arguments: &[&str]) -> Listening {
-        let directory = directory(PLACES[1]);
+        let directory = temp_dir_in(FILE_SYSTEMS[1]);
         let host = Host::new(directory.path(), "dest");
         empty_image(&host.image, SIZE);
         let server = host.mode("listen").args(arguments).start();
@@ -51,18 +50,18 @@ impl Listening {
         Listening::new(&["--plain"])
     }
 
-    fn target(&self) -> Target {
-        self.server.target().clone()
+    fn endpoint(&self) -> Endpoint {
+        self.server.endpoint().clone()
     }
 
     /// A session of old style.
     fn old(&self) -> Session {
-        Session::open_old_style(&self.target())
+        Session::open_old_style(&self.endpoint())
     }
 
     /// The haggling of newstyle, just begun.
     fn haggle(&self) -> Wire {
-        Wire::haggle(&self.target(), FIXED_NEWSTYLE | NO_ZEROES)
+        Wire::haggle(&self.endpoint(), FIXED_NEWSTYLE | NO_ZEROES)
     }
 
     /// Introduces itself with that migration, and goes on to transmission; also the token.
@@ -84,12 +83,12 @@ impl Listening {
         assert_eq!(self.host.record(), record);
         // An incomplete copy is not served; what was never touched is.
         let mut serving = self.host.mode("serve").launch();
-        assert_eq!(serving.comes_up(), record.is_empty());
+        assert_eq!(serving.starts_listening(), record.is_empty());
     }
 
     /// Whoever comes next and behaves succeeds.
     fn still_receives(mut self) {
-        let directory = directory(PLACES[1]);
+        let directory = temp_dir_in(FILE_SYSTEMS[1]);
         let disk = directory.path().join("sent");
         stamped_image(&disk, SIZE);
         let bytes = std::fs::read(&disk).unwrap();
@@ -113,7 +112,7 @@ fn hand_over(session: &mut Session, id: [u8; 16], token: &[u8]) -> u32 {
     let payload = [&VERSION[..], &id, token].concat();
     let header = encode_request(HANDOVER, 0, 77, 0, payload.len() as u32);
     session.wire.send(&[header, payload].concat());
-    assert_eq!(session.wire.recv_u32(), crate::common::raw::SIMPLE_REPLY);
+    assert_eq!(session.wire.recv_u32(), harness::raw::SIMPLE_REPLY);
     let error = session.wire.recv_u32();
     assert_eq!(session.wire.recv_u64(), 77);
     error
@@ -128,8 +127,8 @@ fn an_honest_source_of_old_style_is_received_from() {
 #[test]
 fn connects_and_leaves() {
     let listening = Listening::oldstyle();
-    Wire::connect(&listening.target()).vanish();
-    drop(Wire::connect(&listening.target()));
+    Wire::connect(&listening.endpoint()).reset();
+    drop(Wire::connect(&listening.endpoint()));
     listening.still_receives();
 }
 
@@ -159,7 +158,7 @@ fn vanishes_after_a_write_and_another_one_starts_over() {
     let listening = Listening::oldstyle();
     let mut session = listening.old();
     session.ok(Request::write(0, &[0xee; PIECE]));
-    session.wire.vanish();
+    session.wire.reset();
     listening.host.wait_for_status("num_clients", "0");
     listening.still_receives();
 }
@@ -250,7 +249,7 @@ fn is_closed_to_strangers(listening: &Listening) {
     for option in [OPT_GO, OPT_INFO] {
         let mut wire = listening.haggle();
         assert_eq!(wire.ask_final(option, &encode_go(b"", &[])), REP_ERR_POLICY, "{option}");
-        wire.still_haggles();
+        wire.assert_haggling_in_sync();
     }
     let mut wire = listening.haggle();
     wire.send_option(OPT_EXPORT_NAME, b"");
@@ -313,7 +312,7 @@ fn a_refused_source_is_told_the_holder_and_its_silence() {
 
 #[test]
 fn a_stopped_source_loses_its_seat_to_another_within_seconds() {
-    let directory = directory(PLACES[1]);
+    let directory = temp_dir_in(FILE_SYSTEMS[1]);
     let [stopped, source, destination] =
         ["stopped", "source", "dest"].map(|name| Host::new(directory.path(), name));
     stamped_image(&stopped.image, 16 * SIZE);
@@ -323,30 +322,33 @@ fn a_stopped_source_loses_its_seat_to_another_within_seconds() {
     let mut listening = destination.listen();
     // In full flight: the copy takes a minute.
     let speed = (16 * SIZE / 60).to_string();
-    assert_eq!(stopped.mirror_to(destination.address, &["exit", "0.0.0.0", &speed]), STARTED);
-    let began = comes_true(DEADLINE, || destination.record() == "incoming");
+    assert_eq!(
+        stopped.mirror_to(destination.address, &["exit", "0.0.0.0", &speed]),
+        MIRROR_STARTED
+    );
+    let began = poll_until(TIMEOUT, || destination.record() == "incoming");
     assert!(began, "nothing is copied");
     let reply = source.mirror_to(destination.address, &[]);
     assert!(reply.starts_with("1: Mirror was rejected"), "a live source is not displaced: {reply}");
     holder.signal(Signal::SIGSTOP);
     let mut reply = String::new();
-    let started = comes_true(Duration::from_secs(20), || {
+    let started = poll_until(Duration::from_secs(20), || {
         reply = source.mirror_to(destination.address, &[]);
-        reply == STARTED
+        reply == MIRROR_STARTED
     });
     assert!(started, "{reply}");
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_same(&source.image, &destination.image);
     holder.signal(Signal::SIGCONT);
-    stopped.order(&["break"]);
+    stopped.command(&["break"]);
     assert_eq!(stopped.record(), "", "its disk is still its own");
 }
 
 #[test]
 fn one_plain_writer_is_admitted_at_a_time() {
     let listening = Listening::plain();
-    let mut first = Session::open(&listening.target(), Mode::Structured).unwrap();
+    let mut first = Session::open(&listening.endpoint(), Mode::Structured).unwrap();
     assert_eq!(first.flags & CAN_MULTI_CONN, 0, "one connection is all there is");
     first.ok(Request::write(0, &[0xee; 512]));
     is_closed_to_strangers(&listening);
@@ -355,7 +357,7 @@ fn one_plain_writer_is_admitted_at_a_time() {
     first.ok(Request::write(512, &[0xee; 512]));
     // The next one comes before the end of the first was seen.
     drop(first);
-    let mut second = Session::open(&listening.target(), Mode::Simple).unwrap();
+    let mut second = Session::open(&listening.endpoint(), Mode::Simple).unwrap();
     second.ok(Request::write(0, &[0xdd; 512]));
     assert_eq!(second.read(0, 512), [0xdd; 512], "it reads its own copy");
     drop(second);
@@ -367,7 +369,7 @@ fn one_plain_writer_is_admitted_at_a_time() {
 #[test]
 fn a_plain_client_that_wrote_nothing_is_ended_by_a_source() {
     let listening = Listening::plain();
-    let mut reader = Session::open(&listening.target(), Mode::Simple).unwrap();
+    let mut reader = Session::open(&listening.endpoint(), Mode::Simple).unwrap();
     reader.read(0, 512);
     let (mut source, _) = listening.introduced(MINE);
     source.ok(Request::write(0, &[0xee; 512]));
@@ -399,7 +401,7 @@ fn only_the_writer_of_old_style_reads_the_arriving_disk() {
 #[test]
 fn a_plain_client_that_writes_and_says_goodbye_has_not_sent_a_disk() {
     let listening = Listening::plain();
-    let mut session = Session::open(&listening.target(), Mode::Simple).unwrap();
+    let mut session = Session::open(&listening.endpoint(), Mode::Simple).unwrap();
     session.ok(Request::write(0, &[0xee; 512]));
     session.send(&Request::new(DISC, 0, 0));
     session.wire.expect_closed("after a DISC");
@@ -414,17 +416,17 @@ fn introduces_itself_with_nonsense() {
     for bad in [&b""[..], &good[..27], &[&good[..], &[0]].concat(), &[&[9], &good[1..]].concat()] {
         assert_eq!(wire.ask_final(OPT_PRIVATE, bad), REP_ERR_INVALID, "{bad:02x?}");
     }
-    wire.still_haggles();
+    wire.assert_haggling_in_sync();
     listening.listens_on("");
 }
 
 #[test]
 fn hands_over_without_an_introduction() {
     let listening = Listening::plain();
-    let mut session = Session::open(&listening.target(), Mode::Simple).unwrap();
+    let mut session = Session::open(&listening.endpoint(), Mode::Simple).unwrap();
     session.ok(Request::write(0, &[0xee; 512]));
     session.refused(Request::new(HANDOVER, 0, 36), &[EINVAL]);
-    session.goes_on();
+    session.assert_in_sync();
     listening.listens_on("incoming");
 }
 
@@ -433,7 +435,7 @@ fn hands_over_a_disk_that_it_has_not_sent() {
     let listening = Listening::newstyle();
     let (mut session, token) = listening.introduced(MINE);
     assert_eq!(hand_over(&mut session, MINE, &token), EINVAL);
-    session.goes_on();
+    session.assert_in_sync();
     listening.listens_on("");
 }
 
@@ -444,7 +446,7 @@ fn hands_over_to_another_process_or_another_migration() {
     session.ok(Request::write(0, &[0xee; 512]));
     assert_eq!(hand_over(&mut session, MINE, &[0x55; 16]), EINVAL);
     assert_eq!(hand_over(&mut session, OTHERS, &token), EINVAL);
-    session.goes_on();
+    session.assert_in_sync();
     listening.listens_on("incoming");
 }
 
@@ -458,11 +460,11 @@ fn a_handover_as_it_should_be_is_acknowledged_and_ends_it() {
     assert_eq!(listening.host.record(), "ours");
     // A second `listen` says so; a `serve` answers the question that only it can answer.
     let mut again = listening.host.mode("listen").launch();
-    assert!(!again.comes_up());
+    assert!(!again.starts_listening());
     assert!(again.wait_for_end().success(), "{}", again.stderr());
     let serving = listening.host.serve();
     for (id, has) in [(MINE, 2), (OTHERS, 0)] {
-        let mut wire = Wire::haggle(serving.target(), FIXED_NEWSTYLE | NO_ZEROES);
+        let mut wire = Wire::haggle(serving.endpoint(), FIXED_NEWSTYLE | NO_ZEROES);
         let (replies, last) = wire.ask(OPT_PRIVATE, &question(id));
         assert_eq!((last, &replies[0].data[4..6]), (REP_ACK, &[2, has][..]), "serving; has it");
     }
@@ -498,7 +500,7 @@ fn what_a_source_left_in_its_first_connection_is_not_carried_out_after_it_came_a
 
 #[test]
 fn a_source_from_a_banned_address_is_refused_until_it_binds_one_that_is_not() {
-    let directory = directory(PLACES[1]);
+    let directory = temp_dir_in(FILE_SYSTEMS[1]);
     let source = Host::new(directory.path(), "source");
     let destination = Host::new(directory.path(), "dest");
     stamped_image(&source.image, SIZE);
@@ -507,7 +509,7 @@ fn a_source_from_a_banned_address_is_refused_until_it_binds_one_that_is_not() {
     let mut listening = destination.mode("listen").args(["127.0.0.9"]).start();
     let reply = source.mirror_to(destination.address, &[]);
     assert!(reply.starts_with("1: Mirror was rejected"), "{reply}");
-    assert_eq!(source.mirror_to(destination.address, &["exit", "127.0.0.9"]), STARTED);
+    assert_eq!(source.mirror_to(destination.address, &["exit", "127.0.0.9"]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_same(&source.image, &destination.image);
@@ -515,7 +517,7 @@ fn a_source_from_a_banned_address_is_refused_until_it_binds_one_that_is_not() {
 
 #[test]
 fn a_disk_is_not_moved_onto_one_that_is_served() {
-    let directory = directory(PLACES[1]);
+    let directory = temp_dir_in(FILE_SYSTEMS[1]);
     let [source, other] = ["source", "other"].map(|name| Host::new(directory.path(), name));
     for host in [&source, &other] {
         stamped_image(&host.image, SIZE);

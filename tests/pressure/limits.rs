@@ -1,9 +1,8 @@
 //! Limits of the system that a server runs into: one request or one session fails, no more.
 
-use crate::common::raw::{DF, ENOSPC, READ, Wire};
-use crate::common::session::{MODES, Mode, Request, Session};
-use crate::common::{Builder, KIB, MIB, Server, noise, sparse_image, temp_dir, write_at};
-use crate::more::Program;
+use harness::raw::{DF, ENOSPC, READ, Wire};
+use harness::session::{MODES, Mode, Request, Session};
+use harness::{Builder, KIB, MIB, Program, Server, noise, sparse_image, temp_dir, write_at};
 use nix::libc;
 use std::path::Path;
 
@@ -20,7 +19,7 @@ fn a_write_beyond_the_file_size_limit_is_enospc() {
     let server = Builder::serve(Path::new(&image)).through(limited("-f 64")).start();
     let half = 32 * KIB;
     for mode in MODES {
-        let mut session = Session::open(server.target(), mode).unwrap();
+        let mut session = Session::open(server.endpoint(), mode).unwrap();
         for offset in [half, half + 512, 63 * KIB] {
             assert_eq!(session.ask(Request::write(offset, &[7; 512])).error, ENOSPC, "{mode:?}");
         }
@@ -52,19 +51,19 @@ fn memory_that_is_refused_ends_no_more_than_a_session() {
     let socket = ["--sock".as_ref(), control.as_os_str()];
     let mut server = Builder::serve(Path::new(&image)).args(socket).start();
     server.wait_for_control(&control);
-    let mut first = Session::open(server.target(), Mode::Structured).unwrap();
+    let mut first = Session::open(server.endpoint(), Mode::Structured).unwrap();
     first.ok(Request::write(0, &[7; 512]));
     // Threads, buffers and small allocations fail at different limits.
     for more in [3 * MIB, 2 * MIB, MIB, 512 * KIB, 256 * KIB, 64 * KIB, 0] {
         limit_memory(&server, more);
         // Each wants a thread, buffers, and a reply of 1 MiB in one piece.
         for _ in 0..16 {
-            let Ok(mut wire) = Wire::try_connect(server.target()) else { continue };
+            let Ok(mut wire) = Wire::try_connect(server.endpoint()) else { continue };
             let mut greeting = [0; 18];
             if !matches!(wire.try_recv(&mut greeting), Ok(18)) {
                 continue;
             }
-            let _ = wire.try_send(&crate::common::raw::typical_handshake());
+            let _ = wire.try_send(&harness::raw::typical_handshake());
             let mut read = vec![0x25, 0x60, 0x95, 0x13];
             read.extend(DF.to_be_bytes());
             read.extend(READ.to_be_bytes());

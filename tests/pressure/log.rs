@@ -1,9 +1,10 @@
 //! A log that cannot be written: no thread that serves, accepts or decides waits for it.
 
-use crate::common::raw::Wire;
-use crate::common::server::Target;
-use crate::common::session::{Mode, Request, Session};
-use crate::common::{DEADLINE, KIB, TempDir, comes_true, free_port, skip, sparse_image, temp_dir};
+use harness::raw::Wire;
+use harness::session::{Mode, Request, Session};
+use harness::{
+    Endpoint, KIB, TIMEOUT, TempDir, free_port, poll_until, skip, sparse_image, temp_dir,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::Read as _;
@@ -18,7 +19,7 @@ const LINES: usize = 2400;
 /// A server whose log nobody reads. Dropping it kills it.
 struct Unheard {
     child: Child,
-    target: Target,
+    target: Endpoint,
     _dir: TempDir,
 }
 
@@ -35,9 +36,9 @@ impl Unheard {
         command.arg("--file").arg(image).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         adapt(&mut command);
         let child = command.spawn().unwrap();
-        let target = Target::Tcp((Ipv4Addr::LOCALHOST, port).into());
+        let target = Endpoint::Tcp((Ipv4Addr::LOCALHOST, port).into());
         let unheard = Unheard { child, target, _dir: dir };
-        let up = comes_true(DEADLINE, || Wire::try_connect(&unheard.target).is_ok());
+        let up = poll_until(TIMEOUT, || Wire::try_connect(&unheard.target).is_ok());
         assert!(up, "it does not serve");
         unheard
     }
@@ -58,7 +59,7 @@ impl Unheard {
     fn ends_at_sigterm(&mut self) {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
         let mut status = None;
-        let ended = comes_true(DEADLINE, || {
+        let ended = poll_until(TIMEOUT, || {
             status = self.child.try_wait().unwrap();
             status.is_some()
         });
@@ -88,7 +89,7 @@ fn dropped_lines_are_counted_when_the_log_is_read_again() {
     let mut stderr = unheard.child.stderr.take().unwrap();
     let mut log = String::new();
     let mut buffer = [0; 1 << 16];
-    let told = comes_true(DEADLINE, || {
+    let told = poll_until(TIMEOUT, || {
         let count = stderr.read(&mut buffer).unwrap();
         log.push_str(&String::from_utf8_lossy(&buffer[..count]));
         log.contains(" messages of the log were dropped")

@@ -1,7 +1,7 @@
 //! What each signal does to a server (flexnbd(1), "SIGNALS").
 
-use crate::common::session::{Mode, Request, Session};
-use crate::common::{Builder, KIB, Server, TempDir, heed_signals, sparse_image, temp_dir};
+use harness::session::{Mode, Request, Session};
+use harness::{Builder, KIB, Server, TempDir, restore_default_signals, sparse_image, temp_dir};
 use nix::libc;
 use nix::sys::signal::Signal;
 use std::fs;
@@ -9,7 +9,7 @@ use std::os::unix::process::ExitStatusExt as _;
 
 /// A verbose server, whose log tells when it has dealt with a signal, and its directory.
 fn server(config: Option<&str>) -> (Server, TempDir) {
-    heed_signals();
+    restore_default_signals();
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 64 * KIB);
     let mut builder = Builder::serve(&image).args(["--verbose"]);
@@ -40,7 +40,7 @@ fn stopping_signals_end_the_server_cleanly() {
 fn meaningless_signals_leave_sessions_alone() {
     use Signal::*;
     let (server, _dir) = server(None);
-    let mut session = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut session = Session::open(server.endpoint(), Mode::Simple).unwrap();
     for signal in [SIGUSR1, SIGUSR2, SIGIO, SIGSTKFLT] {
         server.signal(signal);
         server.wait_for_stderr(&format!("received {signal}, which has no meaning here"));
@@ -55,7 +55,7 @@ fn meaningless_signals_leave_sessions_alone() {
 #[test]
 fn hangup_reloads_a_configuration() {
     let (server, dir) = server(Some("MAX_CLIENTS=2\n"));
-    let mut session = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut session = Session::open(server.endpoint(), Mode::Simple).unwrap();
     server.signal(Signal::SIGHUP);
     server.wait_for_stderr("received SIGHUP: reloaded");
     fs::write(dir.path().join("config"), "ACL=nonsense\n").unwrap();
@@ -75,5 +75,5 @@ fn hangup_under_nohup_changes_nothing() {
     server.wait_for_stderr("serving ");
     server.signal(Signal::SIGHUP);
     server.wait_for_stderr("received SIGHUP, which has no meaning here");
-    Session::open(server.target(), Mode::Simple).unwrap().ok(Request::write(0, &[1; 512]));
+    Session::open(server.endpoint(), Mode::Simple).unwrap().ok(Request::write(0, &[1; 512]));
 }

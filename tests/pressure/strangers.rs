@@ -1,11 +1,11 @@
 //! Connections that say nothing keep nobody out: not clients, not a source, not the operator; and
 //! strangers do not fill the log.
 
-use crate::common::raw::{OPT_GO, OPT_PRIVATE, Wire, encode_go};
-use crate::common::server::Target;
-use crate::common::session::{Mode, Request, Session};
-use crate::common::{Builder, KIB, Server, TempDir, sparse_image, temp_dir, wait_until};
-use crate::more::Program;
+use harness::raw::{OPT_GO, OPT_PRIVATE, Wire, encode_go};
+use harness::session::{Mode, Request, Session};
+use harness::{
+    Builder, Endpoint, KIB, Program, Server, TempDir, sparse_image, temp_dir, wait_until,
+};
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -22,15 +22,15 @@ fn server(flags: &str) -> (Server, TempDir) {
     (Builder::serve(&image).args(flags.split_whitespace()).start(), dir)
 }
 
-fn address(target: &Target) -> SocketAddr {
+fn address(target: &Endpoint) -> SocketAddr {
     match target {
-        Target::Tcp(address) => *address,
-        Target::Unix(path) => panic!("{}", path.display()),
+        Endpoint::Tcp(address) => *address,
+        Endpoint::Unix(path) => panic!("{}", path.display()),
     }
 }
 
 /// Connections that send `bytes` and then nothing.
-fn silent(target: &Target, count: usize, bytes: &[u8]) -> Vec<TcpStream> {
+fn silent(target: &Endpoint, count: usize, bytes: &[u8]) -> Vec<TcpStream> {
     let connect = |_| {
         let mut stream = TcpStream::connect(address(target)).unwrap();
         // It may have given way already.
@@ -41,7 +41,7 @@ fn silent(target: &Target, count: usize, bytes: &[u8]) -> Vec<TcpStream> {
 }
 
 #[track_caller]
-fn is_served(target: &Target) {
+fn is_served(target: &Endpoint) {
     Session::open(target, Mode::Structured).unwrap().ok(Request::write(0, &[1; 512]));
 }
 
@@ -49,20 +49,20 @@ fn is_served(target: &Target) {
 fn silent_connections_delay_no_honest_client() {
     let (server, _dir) = server("");
     for bytes in [&b""[..], &[0, 0, 0, 3]] {
-        let _silent = silent(server.target(), MANY, bytes);
-        is_served(server.target());
+        let _silent = silent(server.endpoint(), MANY, bytes);
+        is_served(server.endpoint());
     }
 }
 
 #[test]
 fn silent_connections_fill_no_small_house() {
     let (server, _dir) = server("--max-clients 1");
-    let _silent = silent(server.target(), 100, b"");
-    let session = Session::open(server.target(), Mode::Structured).unwrap();
-    Wire::connect(server.target()).expect_closed("there is one client already");
+    let _silent = silent(server.endpoint(), 100, b"");
+    let session = Session::open(server.endpoint(), Mode::Structured).unwrap();
+    Wire::connect(server.endpoint()).expect_closed("there is one client already");
     drop(session);
     wait_until("the place to be free", || {
-        let mut wire = Wire::connect(server.target());
+        let mut wire = Wire::connect(server.endpoint());
         let greeted = wire.try_recv(&mut [0; 18]);
         !matches!(greeted, Ok(0) | Err(_))
     });
@@ -71,9 +71,9 @@ fn silent_connections_fill_no_small_house() {
 #[test]
 fn a_question_at_a_serving_host_is_answered_beyond_the_limit_and_buys_no_place() {
     let (server, _dir) = server("--max-clients 1");
-    let _session = Session::open(server.target(), Mode::Simple).unwrap();
+    let _session = Session::open(server.endpoint(), Mode::Simple).unwrap();
     // From a host that has no client here; those that have are closed without a greeting.
-    let mut asking = connect_from(Ipv4Addr::new(127, 0, 0, 2), server.target());
+    let mut asking = connect_from(Ipv4Addr::new(127, 0, 0, 2), server.endpoint());
     asking.read_exact(&mut [0; 18]).unwrap();
     asking.write_all(&3u32.to_be_bytes()).unwrap();
     let mut ask = |option: u32, data: &[u8]| {
@@ -100,16 +100,16 @@ fn a_question_at_a_serving_host_is_answered_beyond_the_limit_and_buys_no_place()
 #[test]
 fn silent_connections_fill_no_old_style_house() {
     let (server, _dir) = server("--max-clients 2 --oldstyle");
-    let _silent = silent(server.target(), 100, b"");
-    let mut session = Session::open_old_style(server.target());
+    let _silent = silent(server.endpoint(), 100, b"");
+    let mut session = Session::open_old_style(server.endpoint());
     session.ok(Request::write(0, &[1; 512]));
 }
 
 #[test]
 fn the_limit_holds_for_clients_that_greet_at_once() {
     let (server, _dir) = server("--max-clients 1");
-    let mut late = Wire::haggle(server.target(), 3);
-    let _session = Session::open(server.target(), Mode::Simple).unwrap();
+    let mut late = Wire::haggle(server.endpoint(), 3);
+    let _session = Session::open(server.endpoint(), Mode::Simple).unwrap();
     assert_eq!(late.ask_final(OPT_GO, &encode_go(b"", &[])), POLICY);
 }
 
@@ -122,7 +122,7 @@ fn a_source_gets_past_silent_connections() {
     let mut source = Builder::serve(&here).args(["--sock".as_ref(), control.as_os_str()]).start();
     source.wait_for_control(&control);
     let mut destination = Builder::mode("listen", &there).start();
-    let _silent = silent(destination.target(), MANY, b"");
+    let _silent = silent(destination.endpoint(), MANY, b"");
     let place = format!("--addr 127.0.0.1 --port {}", destination.port());
     Program::flexnbd("mirror --wait").words(&place).args(["--sock"]).args([&control]).ok();
     assert_eq!(destination.wait_for_end().code(), Some(0));
@@ -139,11 +139,11 @@ fn the_operator_is_answered_when_descriptors_are_used_up() {
         Builder::serve(&image).through(limited).args(["--sock".as_ref(), control.as_os_str()]);
     let server = server.start();
     server.wait_for_control(&control);
-    let _silent = silent(server.target(), 200, b"");
+    let _silent = silent(server.endpoint(), 200, b"");
     let mut sessions = Vec::new();
     // Until no more are let in.
     loop {
-        let mut wire = Wire::connect(server.target());
+        let mut wire = Wire::connect(server.endpoint());
         match wire.try_recv(&mut [0; 18]) {
             Ok(18) => wire.send(&[0, 0, 0, 3]),
             _ => break,
@@ -175,7 +175,7 @@ fn refused_strangers_are_logged_at_once_and_then_counted() {
     const REFUSED: usize = 300;
     let (mut server, _dir) = server("192.0.2.1");
     let from = |last: u8| {
-        let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, last), server.target());
+        let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, last), server.endpoint());
         match stream.read(&mut [0; 18]) {
             Ok(0) => {}
             Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
@@ -199,12 +199,12 @@ fn broken_handshakes_are_logged_at_once_and_then_counted() {
     const BROKEN: usize = 100;
     let (mut server, _dir) = server("--verbose");
     for number in 0..BROKEN {
-        let mut wire = Wire::connect(server.target());
+        let mut wire = Wire::connect(server.endpoint());
         wire.recv(18);
         wire.send(&[if number == 0 { 0xff } else { number as u8 | 0x40 }; 4]);
         wire.expect_closed("unknown client flags");
     }
-    is_served(server.target());
+    is_served(server.endpoint());
     assert!(server.stop().success());
     let log = server.stderr();
     let closed = log.lines().filter(|line| line.contains("the client broke the handshake"));
@@ -217,7 +217,7 @@ fn broken_handshakes_are_logged_at_once_and_then_counted() {
 }
 
 /// A connection from another address of the loopback network.
-fn connect_from(from: Ipv4Addr, to: &Target) -> TcpStream {
+fn connect_from(from: Ipv4Addr, to: &Endpoint) -> TcpStream {
     use nix::sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket,
     };

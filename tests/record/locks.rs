@@ -1,9 +1,10 @@
 //! Locks: QEMU's programs and ours keep each other off an image, and readers share it.
 
-use crate::common::server::Target;
-use crate::common::{Builder, Server, comes_true, compile, require_tool, sparse_image, temp_dir};
-use crate::fixture::Host;
 use crate::{SIZE, image};
+use harness::host::Host;
+use harness::{
+    Builder, Endpoint, Server, compile, poll_until, require_tool, sparse_image, temp_dir,
+};
 use nix::libc;
 use std::io::Write as _;
 use std::path::Path;
@@ -146,7 +147,7 @@ fn a_killed_server_leaves_no_lock() {
 
 #[track_caller]
 fn refused(host: &Host, mode: &str, words: &[&str]) -> String {
-    let mut refused = host.mode(mode).args(words).at(Target::Tcp(host.address)).launch();
+    let mut refused = host.mode(mode).args(words).at(Endpoint::Tcp(host.address)).launch();
     let status = refused.wait_for_end();
     assert_eq!(status.code(), Some(78), "{}", refused.stderr());
     refused.stderr()
@@ -171,7 +172,7 @@ impl QemuIo {
             let mut lines = std::io::BufRead::lines(std::io::BufReader::new(stdout));
             lines.any(|line| line.is_ok_and(|line| line.contains("4 MiB")))
         });
-        assert!(comes_true(crate::common::DEADLINE, || answered.is_finished()));
+        assert!(poll_until(harness::TIMEOUT, || answered.is_finished()));
         assert!(answered.join().unwrap(), "qemu-io does not open the image");
         QemuIo { child, _stdin: stdin }
     }

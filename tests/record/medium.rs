@@ -1,7 +1,7 @@
 //! Small file systems in files, mounted for the length of a test.
 //! Never leaves anything mounted.
 
-use crate::common::{MIB, require_tool, skip, sparse_image};
+use harness::{MIB, require_tool, skip, sparse_image};
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};

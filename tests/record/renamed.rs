@@ -1,10 +1,10 @@
 //! Images that are renamed, replaced or hidden while they are served: the record and the deletion
 //! are those of the file that is served, never of what has its name now.
 
-use crate::common::{Server, read_at, run, sparse_image, write_at};
-use crate::fixture::{Host, STARTED, directory};
 use crate::medium::Medium;
 use crate::{SIZE, image, refused_by_serve};
+use harness::host::{Host, MIRROR_STARTED};
+use harness::{Server, read_at, run, sparse_image, temp_dir_in, write_at};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ struct Pair {
 }
 
 fn pair() -> Pair {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
     image(&from, b"precious");
     image(&to, b"old bytes");
@@ -32,7 +32,7 @@ impl Pair {
 
     #[track_caller]
     fn moves(&mut self, action: &str) {
-        assert_eq!(self.from.mirror_to(self.to.address, &[action]), STARTED);
+        assert_eq!(self.from.mirror_to(self.to.address, &[action]), MIRROR_STARTED);
         assert!(self.serving.wait_for_end().success(), "{}", self.serving.stderr());
         assert!(self.listening.wait_for_end().success(), "{}", self.listening.stderr());
         assert_eq!(read_at(&self.to.image, 0, 8), b"precious");
@@ -93,7 +93,7 @@ fn unlink_of_an_image_with_two_names_is_refused() {
 
 #[test]
 fn unlink_follows_a_link_to_the_served_image_only() {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
     let real = sparse_image(directory.path(), "real.img", SIZE);
     write_at(&real, 0, b"precious");
@@ -139,7 +139,7 @@ fn a_deleted_image_can_still_be_moved() {
 
 #[test]
 fn an_overlay_keeps_the_record_of_the_copied_up_image() {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let place = |name: &str| directory.path().join(name);
     for name in ["lower", "upper", "work", "root"] {
         fs::create_dir(place(name)).unwrap();
@@ -163,7 +163,7 @@ fn an_overlay_keeps_the_record_of_the_copied_up_image() {
 
 /// A full disk with the smallest inodes: records are in the state directory.
 fn unattributed() -> Option<(Pair, Medium, PathBuf)> {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let medium = Medium::ext4(directory.path(), 128)?;
     let (mut from, to) = (Host::new(&medium.root, "a"), Host::new(directory.path(), "b"));
     from.control = directory.path().join("a.sock");
@@ -171,7 +171,7 @@ fn unattributed() -> Option<(Pair, Medium, PathBuf)> {
     let from = from.env("STATE_DIRECTORY", state.to_str().unwrap());
     image(&from, b"precious");
     image(&to, b"old bytes");
-    crate::common::sparse_image(&medium.root, "innocent.img", SIZE);
+    harness::sparse_image(&medium.root, "innocent.img", SIZE);
     let (serving, listening) = (from.serve(), to.listen());
     medium.fill();
     Some((Pair { from, to, serving, listening, directory }, medium, state))
@@ -214,7 +214,7 @@ fn a_record_in_the_state_directory_follows_its_file() {
 
 #[test]
 fn another_device_under_the_same_name_is_refused() {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     if !crate::medium::may_mount("a loop device") {
         return;
     }
@@ -241,7 +241,7 @@ fn another_device_under_the_same_name_is_refused() {
     let reply = from.mirror_to(to.address, &[]);
     assert!(reply.starts_with("1: ") && reply.contains("names another device now"), "{reply}");
     node(&devices[0]);
-    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success() && listening.wait_for_end().success());
     refused_by_serve(&from);
     // Under another name it is the same device, and under the old name another one is not.

@@ -1,10 +1,12 @@
 //! Records where there is no room for them: kept elsewhere, or the order is refused.
 
-use crate::common::server::Target;
-use crate::common::{DEADLINE, MIB, comes_true, compile, noise, read_at, require_tool, write_at};
-use crate::fixture::{Host, STARTED, directory};
 use crate::medium::Medium;
 use crate::{image, refused_by_serve};
+use harness::host::{Host, MIRROR_STARTED};
+use harness::{
+    Endpoint, MIB, TIMEOUT, compile, noise, poll_until, read_at, require_tool, temp_dir_in,
+    write_at,
+};
 use std::fs;
 use std::path::Path;
 
@@ -21,7 +23,7 @@ fn hosts(directory: &Path, root: &Path) -> (Host, Host) {
 
 /// On a full file system the record goes to the state directory, and holds.
 fn moves_from_a_full_disk(inode_bytes: u32) {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let Some(medium) = Medium::ext4(directory.path(), inode_bytes) else { return };
     let (from, to) = hosts(directory.path(), &medium.root);
     let state = directory.path().join("state");
@@ -29,7 +31,7 @@ fn moves_from_a_full_disk(inode_bytes: u32) {
     let from = from.env("STATE_DIRECTORY", state.to_str().unwrap());
     let (mut serving, mut listening) = (from.serve(), to.listen());
     medium.fill();
-    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_eq!(read_at(&to.image, 0, 8), b"precious");
@@ -52,7 +54,7 @@ fn small_inodes_on_a_full_disk_are_recorded_too() {
 
 #[test]
 fn mirror_is_refused_when_no_record_can_be_kept() {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
     let (from, to) = hosts(directory.path(), &medium.root);
     let from = from.env("STATE_DIRECTORY", NOWHERE);
@@ -70,7 +72,7 @@ fn mirror_is_refused_when_no_record_can_be_kept() {
     // An operator's explicit word.
     let to_address = to.address;
     let reply = from.mirror_to(to_address, &["exit", "0.0.0.0", "0", "no-record"]);
-    assert_eq!(reply, STARTED);
+    assert_eq!(reply, MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(serving.stderr().contains("without an ownership record"), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
@@ -81,12 +83,12 @@ fn mirror_is_refused_when_no_record_can_be_kept() {
 
 #[test]
 fn listen_is_refused_when_no_record_can_be_kept() {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
     let (to, from) = hosts(directory.path(), &medium.root);
     medium.fill();
     let to = to.env("STATE_DIRECTORY", NOWHERE);
-    let place = || Target::Tcp(to.address);
+    let place = || Endpoint::Tcp(to.address);
     let mut refused = to.mode("listen").at(place()).launch();
     assert_eq!(refused.wait_for_end().code(), Some(78), "{}", refused.stderr());
     assert!(refused.stderr().contains("--no-record"), "{}", refused.stderr());
@@ -101,7 +103,7 @@ fn listen_is_refused_when_no_record_can_be_kept() {
     let mut listening = to.mode("listen").args(["--no-record"]).start();
     let mut serving = from.serve();
     medium.empty();
-    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
 }
@@ -109,7 +111,7 @@ fn listen_is_refused_when_no_record_can_be_kept() {
 /// There is room for a short record, and none for the largest.
 #[test]
 fn a_disk_received_without_room_is_served() {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let Some(medium) = Medium::ext4(directory.path(), 256) else { return };
     let (to, from) = hosts(directory.path(), &medium.root);
     let to = to.env("STATE_DIRECTORY", NOWHERE);
@@ -119,7 +121,7 @@ fn a_disk_received_without_room_is_served() {
     medium.fill();
     let mut listening = to.mode("listen").args(["--no-record"]).start();
     let mut serving = from.serve();
-    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let told = listening.stderr();
@@ -131,26 +133,26 @@ fn a_disk_received_without_room_is_served() {
 /// The record could be kept when the migration began, and cannot when it is to be written.
 #[test]
 fn a_record_that_fails_later_ends_the_migration() {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
     let (from, to) = hosts(directory.path(), &medium.root);
     let from = from.env("STATE_DIRECTORY", NOWHERE);
-    crate::common::write_at(&from.image, 0, &crate::common::noise(2 * MIB as usize, 1));
+    harness::write_at(&from.image, 0, &harness::noise(2 * MIB as usize, 1));
     let (mut serving, _listening) = (from.serve(), to.listen());
-    assert_eq!(from.mirror_to(to.address, &["exit", "0.0.0.0", "300000"]), STARTED);
+    assert_eq!(from.mirror_to(to.address, &["exit", "0.0.0.0", "300000"]), MIRROR_STARTED);
     medium.fill();
-    from.order(&["mirror_max_bps", "0"]);
+    from.command(&["mirror_max_bps", "0"]);
     serving.wait_for_stderr("the ownership record cannot be kept");
-    let over = comes_true(DEADLINE, || from.status_of("is_mirroring") == "false");
+    let over = poll_until(TIMEOUT, || from.status_of("is_mirroring") == "false");
     assert!(over, "it is tried again: {}", serving.stderr());
     let status = from.status();
     assert!(status["migration_failed"].contains("record"), "{status:?}");
     assert_eq!(status["ownership"], "none");
     assert!(serving.is_running());
-    let mut wire = crate::common::raw::Wire::haggle(serving.target(), 3);
-    wire.still_haggles();
+    let mut wire = harness::raw::Wire::haggle(serving.endpoint(), 3);
+    wire.assert_haggling_in_sync();
     medium.empty();
-    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert_eq!(from.record(), "departed");
 }
@@ -158,13 +160,13 @@ fn a_record_that_fails_later_ends_the_migration() {
 /// The same at the destination: it ends with an error, and the source serves on.
 #[test]
 fn a_destination_that_cannot_record_ends_with_an_error() {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
     let (to, from) = hosts(directory.path(), &medium.root);
     let to = to.env("STATE_DIRECTORY", NOWHERE);
     let (serving, mut listening) = (from.serve(), to.listen());
     medium.fill();
-    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
     assert_eq!(listening.wait_for_end().code(), Some(1), "{}", listening.stderr());
     let told = listening.stderr();
     assert!(told.contains("no ownership record can be kept of"), "{told}");
@@ -183,7 +185,7 @@ fn an_attribute_that_cannot_be_changed_does_not_count() {
     if !require_tool("cc") {
         return;
     }
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let launcher = compile(directory.path(), "tests/record/failing_attributes.c", &[]);
     let launcher = [launcher.to_str().unwrap()];
     let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
@@ -198,7 +200,7 @@ fn an_attribute_that_cannot_be_changed_does_not_count() {
     assert!(serving.stop().success());
 
     let mut serving = failing.serve();
-    assert_eq!(from.mirror_to(to.address, &[]), STARTED);
+    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_eq!((from.record(), to.record()), ("departed".into(), "ours".into()));

@@ -1,13 +1,13 @@
 //! Bytes of an image that are not part of the disk: not moved, and so never deleted.
 
-use crate::common::{read_at, write_at};
-use crate::fixture::{Host, STARTED, directory};
 use crate::{SIZE, image};
+use harness::host::{Host, MIRROR_STARTED};
+use harness::{read_at, temp_dir_in, write_at};
 use std::fs::File;
 
 /// The image gets so many bytes, the last of them this one, before or after it is served.
 fn unlink_is_refused(size: u64, grows_while_served: bool) {
-    let directory = directory("/var/tmp");
+    let directory = temp_dir_in("/var/tmp");
     let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
     image(&from, b"precious");
     image(&to, b"old bytes");
@@ -25,7 +25,7 @@ fn unlink_is_refused(size: u64, grows_while_served: bool) {
     assert!(reply.starts_with("1: ") && reply.contains(&words), "{reply}");
     assert!(from.image.exists() && serving.is_running());
     // Without deletion nothing is lost, and it is said that not everything moves.
-    assert_eq!(from.mirror_to(to.address, &["exit"]), STARTED);
+    assert_eq!(from.mirror_to(to.address, &["exit"]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success() && listening.wait_for_end().success());
     let told = serving.stderr();
     assert!(told.contains(&format!("{words}{} do not move", from.image.display())), "{told}");

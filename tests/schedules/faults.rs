@@ -1,7 +1,7 @@
 //! Makes system calls of a server fail, or wait, while it runs; see `faults.c`.
 
-use crate::common::{TempDir, compile, temp_dir};
 use crate::plan::{Call, Fault};
+use harness::{TempDir, compile, temp_dir};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 

@@ -1,10 +1,9 @@
 //! The file systems that images lie on, one of them full to the last block.
 //! Never leaves anything mounted, whether or not the test succeeds.
 
-use crate::common::{MIB, TempDir, require_tool, skip, sparse_image};
-use crate::fixture::{PLACES, directory};
-use crate::mount::{Loop, Mount};
 use crate::plan::Medium;
+use harness::mount::{Loop, Mount};
+use harness::{FILE_SYSTEMS, MIB, TempDir, require_tool, skip, sparse_image, temp_dir_in};
 use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -18,16 +17,15 @@ const FILLER: &str = "filler";
 pub(crate) struct Ground {
     // In the order in which they must be dropped.
     mount: Option<Mount>,
-    #[allow(dead_code, reason = "it is there to be dropped")]
-    device: Option<Loop>,
+    _device: Option<Loop>,
     directory: TempDir,
 }
 
 impl Ground {
     /// The ground for an image of `size` bytes. Who may not mount gets another one.
     pub(crate) fn new(medium: Medium, size: u64) -> Ground {
-        let place = if medium == Medium::Memory { PLACES[1] } else { PLACES[0] };
-        let mut ground = Ground { mount: None, device: None, directory: directory(place) };
+        let place = if medium == Medium::Memory { FILE_SYSTEMS[1] } else { FILE_SYSTEMS[0] };
+        let mut ground = Ground { mount: None, _device: None, directory: temp_dir_in(place) };
         if let Medium::FullExt4 { inode_bytes } = medium
             && require_tool("mkfs.ext4")
         {
@@ -44,9 +42,9 @@ impl Ground {
             return skip("a full file system", "loop devices need root");
         };
         let words = format!("-q -F -O ^has_journal -m 0 -b 4096 -I {inode_bytes}");
-        crate::more::Program::new("mkfs.ext4").words(&words).args([&file]).ok();
+        harness::Program::new("mkfs.ext4").words(&words).args([&file]).ok();
         self.mount = Some(Mount::of(&device, &point));
-        self.device = Some(device);
+        self._device = Some(device);
     }
 
     /// Where to put the image.

@@ -1,7 +1,7 @@
 //! An operator who orders the migration until it is under way, again and again.
-//! Never waits for a process that is stopped longer than [`crate::common::DEADLINE`].
+//! Never waits for a process that is stopped longer than [`harness::TIMEOUT`].
 
-use crate::fixture::{Host, STARTED};
+use harness::host::{Host, MIRROR_STARTED};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -75,13 +75,13 @@ impl Shared {
         let mut last = String::new();
         while !self.stop.load(SeqCst) {
             if self.call_off.swap(false, SeqCst) {
-                let reply = source.try_order(&["break"]);
+                let reply = source.try_command(&["break"]);
                 self.news.lock().unwrap().push(format!("break: {reply:?}"));
             }
             if !self.paused.load(SeqCst) && source.status_of("is_mirroring") == "false" {
-                let reply = source.try_order(&["mirror", &ip, &port, action, "0.0.0.0", SPEED]);
+                let reply = source.try_command(&["mirror", &ip, &port, action, "0.0.0.0", SPEED]);
                 let reply = reply.unwrap_or_else(|| "no answer".to_owned());
-                if reply != last || reply == STARTED {
+                if reply != last || reply == MIRROR_STARTED {
                     self.news.lock().unwrap().push(format!("mirror: {reply}"));
                     last = reply;
                 }

@@ -1,8 +1,8 @@
 //! What happens in one schedule: where the images lie, which faults come when, for how long.
 //! Pure: the same seed gives the same plan. Carrying it out is for `schedule.rs`.
 
-use crate::common::Random;
-use crate::fixture::clients::Role;
+use fastrand::Rng;
+use harness::clients::Role;
 use std::time::Duration;
 
 /// Errors that a medium gives when it has no room, no quota left, is broken, or cannot do it.
@@ -132,10 +132,10 @@ pub(crate) struct Plan {
 impl Plan {
     /// The plan of this seed.
     pub(crate) fn new(seed: u64) -> Plan {
-        let mut random = Random(seed);
+        let mut random = Rng::with_seed(seed);
         let (source, destination) = (Setting::new(&mut random), Setting::new(&mut random));
-        let patience = 1 + random.below(2);
-        let count = if random.below(4) == 0 { 2 } else { 1 };
+        let patience = 1 + random.u64(..2);
+        let count = if random.u64(..4) == 0 { 2 } else { 1 };
         let legs = (0..count).map(|leg| Leg::new(&mut random, seed + leg)).collect();
         let mut plan = Plan { seed, source, destination, patience, legs };
         plan.choose_media(&mut random);
@@ -157,11 +157,11 @@ impl Plan {
     }
 
     /// File systems that are full take time to make, so that few plans have them.
-    fn choose_media(&mut self, random: &mut Random) {
+    fn choose_media(&mut self, random: &mut Rng) {
         let inode_bytes = if self.seed.is_multiple_of(2 * FULL_EVERY) { 128 } else { 256 };
         if self.seed.is_multiple_of(FULL_EVERY) {
             let setting =
-                if random.below(3) == 0 { &mut self.destination } else { &mut self.source };
+                if random.u64(..3) == 0 { &mut self.destination } else { &mut self.source };
             setting.medium = Medium::FullExt4 { inode_bytes };
         }
     }
@@ -184,29 +184,29 @@ impl Plan {
 const FULL_EVERY: u64 = 6;
 
 impl Setting {
-    fn new(random: &mut Random) -> Setting {
+    fn new(random: &mut Rng) -> Setting {
         Setting {
-            medium: if random.below(2) == 0 { Medium::Disk } else { Medium::Memory },
-            has_state_directory: random.below(4) != 0,
-            has_io_uring: random.below(3) != 0,
+            medium: if random.u64(..2) == 0 { Medium::Disk } else { Medium::Memory },
+            has_state_directory: random.u64(..4) != 0,
+            has_io_uring: random.u64(..3) != 0,
         }
     }
 }
 
 impl Leg {
-    fn new(random: &mut Random, kind: u64) -> Leg {
+    fn new(random: &mut Rng, kind: u64) -> Leg {
         let mut events = vec![Event::of_kind(random, kind % KINDS)];
-        for _ in 0..random.below(4) {
-            let kind = random.below(KINDS);
+        for _ in 0..random.u64(..4) {
+            let kind = random.u64(..KINDS);
             events.push(Event::of_kind(random, kind));
         }
-        Leg { events, unlink: random.below(4) == 0 }
+        Leg { events, unlink: random.u64(..4) == 0 }
     }
 }
 
 impl Event {
-    fn of_kind(random: &mut Random, kind: u64) -> Event {
-        let role = if random.below(2) == 0 { Role::Source } else { Role::Destination };
+    fn of_kind(random: &mut Rng, kind: u64) -> Event {
+        let role = if random.u64(..2) == 0 { Role::Source } else { Role::Destination };
         let deed = match kind {
             0 => Deed::Kill(Role::Source),
             1 => Deed::Kill(Role::Destination),
@@ -216,19 +216,19 @@ impl Event {
             5 => Deed::Freeze(Role::Destination, some_time(random)),
             6 => Deed::Cut(some_time(random)),
             7 => Deed::Silence(some_time(random)),
-            8 if random.below(2) == 0 => Deed::Reset,
+            8 if random.u64(..2) == 0 => Deed::Reset,
             8 => Deed::CallOff,
             9 | 10 => return Event::unable_to_record(random, role),
             11 => return Event::unable_to_record(random, Role::Source),
             12 => return Event::broken(random, role, Call::Sync, EIO),
             13 => return Event::broken(random, role, Call::Get, EIO),
             14 => {
-                let delay_ms = 500 + random.below(FAULT_MS_MAX);
+                let delay_ms = 500 + random.u64(..FAULT_MS_MAX);
                 let slow = Fault { call: Call::Sync, errno: 0, delay_ms, fits_bytes: 0 };
                 Deed::Break(role, vec![slow], some_time(random))
             }
             _ => {
-                let delay_ms = 100 + random.below(FAULT_MS_MAX / 2);
+                let delay_ms = 100 + random.u64(..FAULT_MS_MAX / 2);
                 let slow = Fault { call: Call::Zero, errno: 0, delay_ms, fits_bytes: 0 };
                 Deed::Break(Role::Source, vec![slow], some_time(random))
             }
@@ -237,20 +237,20 @@ impl Event {
     }
 
     /// A record that fits nowhere, or a large one that does not where a small one does.
-    fn unable_to_record(random: &mut Random, role: Role) -> Event {
-        let errno = [ENOSPC, EDQUOT, EIO, EOPNOTSUPP][random.below(4) as usize];
-        let fits_bytes = [0, 60][random.below(2) as usize];
+    fn unable_to_record(random: &mut Rng, role: Role) -> Event {
+        let errno = [ENOSPC, EDQUOT, EIO, EOPNOTSUPP][random.u64(..4) as usize];
+        let fits_bytes = [0, 60][random.u64(..2) as usize];
         let mut faults = vec![Fault { call: Call::Set, errno, delay_ms: 0, fits_bytes }];
-        if random.below(2) == 0 {
-            let call = if random.below(2) == 0 { Call::Name } else { Call::Write };
+        if random.u64(..2) == 0 {
+            let call = if random.u64(..2) == 0 { Call::Name } else { Call::Write };
             let errno = if errno == EOPNOTSUPP { ENOSPC } else { errno };
             faults.push(Fault { call, errno, delay_ms: 0, fits_bytes: 0 });
         }
-        let moment = if random.below(2) == 0 { Moment::Before } else { Moment::new(random) };
+        let moment = if random.u64(..2) == 0 { Moment::Before } else { Moment::new(random) };
         Event { moment, deed: Deed::Break(role, faults, some_time(random)) }
     }
 
-    fn broken(random: &mut Random, role: Role, call: Call, errno: i32) -> Event {
+    fn broken(random: &mut Rng, role: Role, call: Call, errno: i32) -> Event {
         let faults = vec![Fault { call, errno, delay_ms: 0, fits_bytes: 0 }];
         let moment = Moment::new(random);
         Event { moment, deed: Deed::Break(role, faults, some_time(random)) }
@@ -258,10 +258,10 @@ impl Event {
 }
 
 impl Moment {
-    fn new(random: &mut Random) -> Moment {
-        let soon = Duration::from_millis(random.below(SOON_MS));
-        match random.below(8) {
-            0..4 => Moment::After(Duration::from_millis(random.below(MIGRATION_MS))),
+    fn new(random: &mut Rng) -> Moment {
+        let soon = Duration::from_millis(random.u64(..SOON_MS));
+        match random.u64(..8) {
+            0..4 => Moment::After(Duration::from_millis(random.u64(..MIGRATION_MS))),
             4 => Moment::Record(Role::Destination, "incoming", soon),
             5 => Moment::Record(Role::Source, "departing", soon),
             6 => Moment::Record(Role::Destination, "ours", soon),
@@ -270,8 +270,8 @@ impl Moment {
     }
 }
 
-fn some_time(random: &mut Random) -> Duration {
-    Duration::from_millis(50 + random.below(FAULT_MS_MAX))
+fn some_time(random: &mut Rng) -> Duration {
+    Duration::from_millis(50 + random.u64(..FAULT_MS_MAX))
 }
 
 #[test]

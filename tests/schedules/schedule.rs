@@ -2,14 +2,13 @@
 //! puts everything right, waits until the disk is where it was to go, and looks for what is lost.
 //! Never knows what flexnbd does inside: it sees exit statuses, records, and what clients see.
 
-use crate::common::MIB;
-use crate::common::server::Target;
-use crate::fixture::clients::{Clients, Expected, Manner, Role, Survivor};
-use crate::fixture::image::{empty_image, stamped_image};
 use crate::operator::Operator;
 use crate::plan::{Deed, Event, Leg, Medium, Moment, Plan};
 use crate::side::{Mode, Side};
-use crate::wire::{Trap, Wire};
+use harness::clients::{ClientOptions, Clients, Durable, Expected, Role};
+use harness::image::{empty_image, stamped_image};
+use harness::proxy::{CutAt, Proxy};
+use harness::{Endpoint, MIB};
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
@@ -27,7 +26,7 @@ const SETTLED: Duration = Duration::from_secs(60);
 const AT_WORK: u64 = 50;
 
 /// Hosts stay up, so that no acknowledged write may be lost, flushed or not.
-const SURVIVOR: Survivor = Survivor::Acknowledged;
+const SURVIVOR: Durable = Durable::Acknowledged;
 
 /// Something to be taken back at its time.
 enum Undo {
@@ -43,7 +42,7 @@ struct Running<'a> {
     began: Instant,
     source: &'a mut Side,
     destination: &'a mut Side,
-    wire: Wire,
+    proxy: Proxy,
     operator: Operator,
     clients: Clients,
     /// Those that have not happened yet.
@@ -96,12 +95,12 @@ impl<'a> Running<'a> {
         expected: &Expected,
         story: &'a mut Vec<String>,
     ) -> Running<'a> {
-        let wire = Wire::to(destination.host.address, Trap::Never);
-        let doors = [source.host.address, destination.host.address].map(Target::Tcp);
+        let proxy = Proxy::to(destination.host.address, CutAt::Never);
+        let doors = [source.host.address, destination.host.address].map(Endpoint::Tcp);
         let (may_fail, seed) = (may_fail(plan), plan.seed);
-        let manner = Manner { survivor: SURVIVOR, may_fail, seed };
+        let manner = ClientOptions { survivor: SURVIVOR, may_fail, seed };
         let clients = Clients::start(doors, expected, manner);
-        let mut operator = Operator::of(&source.host, wire.address, leg.unlink);
+        let mut operator = Operator::of(&source.host, proxy.address, leg.unlink);
         operator.pause(true);
         source.mode = Mode::Serve;
         destination.mode = Mode::Listen;
@@ -110,7 +109,7 @@ impl<'a> Running<'a> {
             began: Instant::now(),
             source,
             destination,
-            wire,
+            proxy,
             operator,
             clients,
             pending: leg.events.clone(),
@@ -227,14 +226,14 @@ impl<'a> Running<'a> {
                 self.later(*time, Undo::Thaw(*role));
             }
             Deed::Cut(time) => {
-                self.wire.cut();
+                self.proxy.cut();
                 self.later(*time, Undo::Mend);
             }
             Deed::Silence(time) => {
-                self.wire.silence(true);
+                self.proxy.set_paused(true);
                 self.later(*time, Undo::Speak);
             }
-            Deed::Reset => self.wire.reset(),
+            Deed::Reset => self.proxy.reset(),
             Deed::CallOff => self.operator.call_off(),
             Deed::Break(role, faults, time) => {
                 self.side(*role).faults.set(faults);
@@ -254,8 +253,8 @@ impl<'a> Running<'a> {
         for (_, undo) in due.collect::<Vec<_>>() {
             match undo {
                 Undo::Thaw(role) => self.side(role).freeze(false),
-                Undo::Mend => self.wire.mend(),
-                Undo::Speak => self.wire.silence(false),
+                Undo::Mend => self.proxy.repair(),
+                Undo::Speak => self.proxy.set_paused(false),
                 Undo::Heal(role) => self.side(role).faults.set(&[]),
             }
         }

@@ -1,12 +1,12 @@
 //! One host of a schedule: its image, and a service manager's hands on its process.
 //! Never knows what the schedule is about.
 
-use crate::common::Server;
 use crate::faults::Faults;
-use crate::fixture::Host;
-use crate::fixture::clients::Role;
 use crate::medium::Ground;
 use crate::plan::Plan;
+use harness::Server;
+use harness::clients::Role;
+use harness::host::Host;
 use nix::sys::signal::Signal;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
@@ -158,7 +158,7 @@ impl Side {
     /// Whether another `serve` would refuse the image; what it says if not.
     pub(crate) fn refuses_to_serve(&self) -> Result<(), String> {
         let mut server = self.host.mode("serve").launch();
-        if server.comes_up() {
+        if server.starts_listening() {
             return Err(format!("it serves again: {}", server.stderr()));
         }
         let code = server.wait_for_end().code();

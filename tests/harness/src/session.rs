@@ -2,44 +2,55 @@
 //! what the specification says a reply must be, whatever the test is about.
 //! Never uses the library under test.
 
-use super::raw::*;
-use super::server::Target;
+use crate::Endpoint;
+use crate::raw::*;
 use std::collections::HashMap;
 use std::ops::Range;
 
 /// How replies (and requests) look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
+pub enum Mode {
+    /// Simple replies, 32-bit lengths.
     Simple,
+    /// Structured replies, 32-bit lengths.
     Structured,
+    /// Extended headers: 64-bit lengths in requests and replies.
     Extended,
 }
 
-pub(crate) const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
+/// All three.
+pub const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
 
 /// A request as a test means it.
 #[derive(Clone, Debug)]
-pub(crate) struct Request {
-    pub(crate) command: u16,
-    pub(crate) flags: u16,
-    pub(crate) offset: u64,
-    pub(crate) length: u64,
-    pub(crate) payload: Vec<u8>,
+pub struct Request {
+    /// The request type, such as `WRITE`.
+    pub command: u16,
+    /// Command flags.
+    pub flags: u16,
+    /// In bytes.
+    pub offset: u64,
+    /// In bytes, of the range; the payload has a length of its own.
+    pub length: u64,
+    /// What follows the header.
+    pub payload: Vec<u8>,
 }
 
 impl Request {
     /// Any command; a WRITE gets a payload of zeroes.
-    pub(crate) fn new(command: u16, offset: u64, length: u64) -> Request {
+    pub fn new(command: u16, offset: u64, length: u64) -> Request {
         let payload = if command == WRITE { vec![0; length as usize] } else { Vec::new() };
         Request { command, flags: 0, offset, length, payload }
     }
 
-    pub(crate) fn write(offset: u64, data: &[u8]) -> Request {
+    /// A WRITE of `data`.
+    pub fn write(offset: u64, data: &[u8]) -> Request {
         let payload = data.to_vec();
         Request { command: WRITE, flags: 0, offset, length: data.len() as u64, payload }
     }
 
-    pub(crate) fn flags(mut self, flags: u16) -> Request {
+    /// With these command flags.
+    pub fn flags(mut self, flags: u16) -> Request {
         self.flags = flags;
         self
     }
@@ -51,14 +62,18 @@ impl Request {
 
 /// One chunk of a structured or extended reply.
 #[derive(Clone, Debug)]
-pub(crate) struct Chunk {
-    pub(crate) done: bool,
-    pub(crate) kind: u16,
-    pub(crate) payload: Vec<u8>,
+pub struct Chunk {
+    /// Whether it is the last of its reply.
+    pub done: bool,
+    /// The chunk type, such as `CHUNK_DATA`.
+    pub kind: u16,
+    /// What follows the header.
+    pub payload: Vec<u8>,
 }
 
 impl Chunk {
-    pub(crate) fn is_content(&self) -> bool {
+    /// Whether it describes content of the disk.
+    pub fn is_content(&self) -> bool {
         self.kind == CHUNK_DATA || self.kind == CHUNK_HOLE
     }
 
@@ -73,27 +88,29 @@ impl Chunk {
 
 /// A complete reply.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Answer {
+pub struct Reply {
     /// Zero for success.
-    pub(crate) error: u32,
+    pub error: u32,
     /// What a READ gave, assembled.
-    pub(crate) data: Vec<u8>,
+    pub data: Vec<u8>,
     /// What BLOCK_STATUS gave: length in bytes and flags.
-    pub(crate) extents: Vec<(u64, u64)>,
+    pub extents: Vec<(u64, u64)>,
     /// Empty for a simple reply.
-    pub(crate) chunks: Vec<Chunk>,
+    pub chunks: Vec<Chunk>,
 }
 
 /// One connection in the transmission phase.
-pub(crate) struct Session {
-    pub(crate) wire: Wire,
-    pub(crate) mode: Mode,
+pub struct Session {
+    /// The connection, for bytes that no request of this type describes.
+    pub wire: Wire,
+    /// What was negotiated.
+    pub mode: Mode,
     /// Size of the export in bytes.
-    pub(crate) size: u64,
+    pub size: u64,
     /// The transmission flags.
-    pub(crate) flags: u16,
+    pub flags: u16,
     /// The id of `base:allocation`, when it was granted.
-    pub(crate) context: Option<u32>,
+    pub context: Option<u32>,
     requests: u64,
     unfinished: HashMap<u64, Vec<Chunk>>,
 }
@@ -101,7 +118,7 @@ pub(crate) struct Session {
 impl Session {
     /// Connects to the default export. `None`: the server does not speak this dialect.
     #[track_caller]
-    pub(crate) fn open(target: &Target, mode: Mode) -> Option<Session> {
+    pub fn open(target: &Endpoint, mode: Mode) -> Option<Session> {
         let mut wire = Wire::haggle(target, FIXED_NEWSTYLE | NO_ZEROES);
         let dialect = match mode {
             Mode::Simple => return Some(Session::go(wire, mode, None, b"")),
@@ -119,7 +136,7 @@ impl Session {
 
     /// Ends the haggling with GO.
     #[track_caller]
-    pub(crate) fn go(mut wire: Wire, mode: Mode, context: Option<u32>, name: &[u8]) -> Session {
+    pub fn go(mut wire: Wire, mode: Mode, context: Option<u32>, name: &[u8]) -> Session {
         let (infos, last) = wire.ask(OPT_GO, &encode_go(name, &[]));
         assert_eq!(last, REP_ACK, "GO succeeds");
         let export = infos.iter().find(|i| i.data[..2] == INFO_EXPORT.to_be_bytes());
@@ -131,7 +148,7 @@ impl Session {
 
     /// The old style: no haggling at all.
     #[track_caller]
-    pub(crate) fn open_old_style(target: &Target) -> Session {
+    pub fn open_old_style(target: &Endpoint) -> Session {
         let mut wire = Wire::connect(target);
         assert_eq!(wire.recv_u64(), GREETING, "the greeting begins with NBDMAGIC");
         assert_eq!(wire.recv_u64(), OLD_STYLE, "an old style greeting goes on with its magic");
@@ -143,18 +160,12 @@ impl Session {
     }
 
     /// Wraps a connection whose transmission phase has just begun.
-    pub(crate) fn resume(
-        wire: Wire,
-        mode: Mode,
-        context: Option<u32>,
-        size: u64,
-        flags: u16,
-    ) -> Session {
+    pub fn resume(wire: Wire, mode: Mode, context: Option<u32>, size: u64, flags: u16) -> Session {
         Session { wire, mode, size, flags, context, requests: 0, unfinished: HashMap::new() }
     }
 
     /// Whether the server said that it knows this command in this session.
-    pub(crate) fn offers(&self, command: u16) -> bool {
+    pub fn offers(&self, command: u16) -> bool {
         match command {
             FLUSH => self.flags & SEND_FLUSH != 0,
             TRIM => self.flags & SEND_TRIM != 0,
@@ -167,7 +178,7 @@ impl Session {
 
     /// The bytes of a request with its payload, and its cookie. An extended WRITE gets the flag
     /// that announces its payload.
-    pub(crate) fn encode(&mut self, request: &Request) -> (u64, Vec<u8>) {
+    pub fn encode(&mut self, request: &Request) -> (u64, Vec<u8>) {
         let extended = self.mode == Mode::Extended;
         let announced = if extended && request.command == WRITE { PAYLOAD_LEN } else { 0 };
         let flags = request.flags | announced;
@@ -178,7 +189,7 @@ impl Session {
     }
 
     /// Exactly this header, in the session's dialect, and its cookie.
-    pub(crate) fn encode_header(
+    pub fn encode_header(
         &mut self,
         command: u16,
         flags: u16,
@@ -194,8 +205,9 @@ impl Session {
         (cookie, bytes)
     }
 
+    /// Sends a request; its cookie.
     #[track_caller]
-    pub(crate) fn send(&mut self, request: &Request) -> u64 {
+    pub fn send(&mut self, request: &Request) -> u64 {
         let (cookie, bytes) = self.encode(request);
         self.wire.send(&bytes);
         cookie
@@ -203,14 +215,14 @@ impl Session {
 
     /// Sends one request and takes its whole reply.
     #[track_caller]
-    pub(crate) fn ask(&mut self, request: Request) -> Answer {
+    pub fn ask(&mut self, request: Request) -> Reply {
         let cookie = self.send(&request);
-        self.recv_answer(&HashMap::from([(cookie, request)])).1
+        self.recv_reply(&HashMap::from([(cookie, request)])).1
     }
 
     /// The same, for a request that must succeed.
     #[track_caller]
-    pub(crate) fn ok(&mut self, request: Request) -> Answer {
+    pub fn ok(&mut self, request: Request) -> Reply {
         let shown = show(self.mode, &request);
         let answer = self.ask(request);
         assert_eq!(answer.error, 0, "error of {shown}");
@@ -219,20 +231,20 @@ impl Session {
 
     /// The same, for a request that must fail with one of these errors; the session must go on.
     #[track_caller]
-    pub(crate) fn refused(&mut self, request: Request, errors: &[u32]) {
+    pub fn refused(&mut self, request: Request, errors: &[u32]) {
         let shown = show(self.mode, &request);
         let answer = self.ask(request);
         assert!(errors.contains(&answer.error), "{shown}: {} is not of {errors:?}", answer.error);
         assert!(!answer.chunks.iter().any(Chunk::is_content), "{shown}: content of a refusal");
-        self.goes_on();
+        self.assert_in_sync();
     }
 
     /// Sends every request before it takes the first reply, then hands each reply to `check`.
     #[track_caller]
-    pub(crate) fn pipeline(
+    pub fn pipeline(
         &mut self,
         requests: impl IntoIterator<Item = Request>,
-        mut check: impl FnMut(&Request, &Answer),
+        mut check: impl FnMut(&Request, &Reply),
     ) {
         let mut pending = HashMap::new();
         for request in requests {
@@ -240,25 +252,26 @@ impl Session {
             pending.insert(cookie, request);
         }
         while !pending.is_empty() {
-            let (cookie, answer) = self.recv_answer(&pending);
+            let (cookie, answer) = self.recv_reply(&pending);
             check(&pending.remove(&cookie).unwrap(), &answer);
         }
     }
 
+    /// The data of a READ that must succeed.
     #[track_caller]
-    pub(crate) fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
+    pub fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
         self.ok(Request::new(READ, offset, length)).data
     }
 
     /// Fails unless the next request is understood: the framing is intact.
     #[track_caller]
-    pub(crate) fn goes_on(&mut self) {
+    pub fn assert_in_sync(&mut self) {
         self.read(0, 1);
     }
 
     /// Takes the next reply that becomes complete, to any of the pending requests.
     #[track_caller]
-    pub(crate) fn recv_answer(&mut self, pending: &HashMap<u64, Request>) -> (u64, Answer) {
+    pub fn recv_reply(&mut self, pending: &HashMap<u64, Request>) -> (u64, Reply) {
         loop {
             let magic = self.wire.recv_u32();
             let (cookie, answer) = match (self.mode, magic) {
@@ -276,11 +289,11 @@ impl Session {
     }
 
     #[track_caller]
-    fn recv_simple(&mut self, pending: &HashMap<u64, Request>) -> (u64, Option<Answer>) {
+    fn recv_simple(&mut self, pending: &HashMap<u64, Request>) -> (u64, Option<Reply>) {
         let error = self.wire.recv_u32();
         let cookie = self.wire.recv_u64();
         let request = asked(pending, cookie);
-        let mut answer = Answer { error, ..Answer::default() };
+        let mut answer = Reply { error, ..Reply::default() };
         if self.mode != Mode::Simple {
             assert_ne!(request.command, READ, "a READ is always answered with chunks here");
             assert!(request.command != BLOCK_STATUS || error != 0, "no extents came");
@@ -291,7 +304,7 @@ impl Session {
     }
 
     #[track_caller]
-    fn recv_chunk(&mut self, pending: &HashMap<u64, Request>) -> (u64, Option<Answer>) {
+    fn recv_chunk(&mut self, pending: &HashMap<u64, Request>) -> (u64, Option<Reply>) {
         let flags = self.wire.recv_u16();
         assert_eq!(flags & !CHUNK_DONE, 0, "unknown chunk flags {flags:#x}");
         let kind = self.wire.recv_u16();
@@ -324,8 +337,8 @@ fn show(mode: Mode, r: &Request) -> String {
 
 /// Checks the chunks of one reply against each other and the request, and joins them.
 #[track_caller]
-fn assemble(mode: Mode, context: Option<u32>, request: &Request, chunks: Vec<Chunk>) -> Answer {
-    let mut answer = Answer::default();
+fn assemble(mode: Mode, context: Option<u32>, request: &Request, chunks: Vec<Chunk>) -> Reply {
+    let mut answer = Reply::default();
     let mut covered: Vec<Range<u64>> = Vec::new();
     for chunk in &chunks {
         match chunk.kind {

@@ -11,9 +11,9 @@
 
 use super::image::{BLOCK, stamped, unit};
 use super::writers::Versions;
-use crate::common::raw::{self, Wire};
-use crate::common::server::Target;
-use crate::common::{Random, wait_until};
+use crate::raw::{self, Wire};
+use crate::{Endpoint, wait_until};
+use fastrand::Rng;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::File;
@@ -45,16 +45,19 @@ const READ_EVERY: Duration = Duration::from_millis(10);
 
 /// One of the two hosts of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
+pub enum Role {
+    /// Where the disk is first.
     Source,
+    /// Where it moves.
     Destination,
 }
 
-pub(crate) const ROLES: [Role; 2] = [Role::Source, Role::Destination];
+/// Both, source first.
+const ROLES: [Role; 2] = [Role::Source, Role::Destination];
 
 /// What has to survive what may happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Survivor {
+pub enum Durable {
     /// Every acknowledged write: processes die, hosts do not.
     Acknowledged,
     /// Every write that was flushed, or made with FUA: hosts lose their power.
@@ -63,11 +66,13 @@ pub(crate) enum Survivor {
 
 /// How clients work.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Manner {
-    pub(crate) survivor: Survivor,
+pub struct ClientOptions {
+    /// Which writes must survive.
+    pub survivor: Durable,
     /// Requests may be answered with errors.
-    pub(crate) may_fail: bool,
-    pub(crate) seed: u64,
+    pub may_fail: bool,
+    /// Of everything that the clients choose at random.
+    pub seed: u64,
 }
 
 /// What one host was seen to do, in nanoseconds since the clients began.
@@ -123,10 +128,10 @@ impl Block {
 
 impl Known {
     /// What the block may hold.
-    fn versions(self, survivor: Survivor) -> Versions {
+    fn versions(self, survivor: Durable) -> Versions {
         let acknowledged = match survivor {
-            Survivor::Acknowledged => self.acknowledged,
-            Survivor::Flushed => self.flushed,
+            Durable::Acknowledged => self.acknowledged,
+            Durable::Flushed => self.flushed,
         };
         Versions { acknowledged, attempted: self.attempted }
     }
@@ -134,21 +139,21 @@ impl Known {
 
 /// A part of a disk, and what must be in it once no client writes any more.
 #[derive(Clone)]
-pub(crate) struct Expected {
+pub struct Expected {
     first: u64,
     blocks: Vec<Known>,
 }
 
 impl Expected {
     /// This part of a disk, in bytes, as [`super::image::stamped_image`] makes it.
-    pub(crate) fn stamped(part: Range<u64>) -> Expected {
+    pub fn stamped(part: Range<u64>) -> Expected {
         let nothing = Known { flushed: 0, acknowledged: 0, attempted: 0 };
         let count = (part.end - part.start) / BLOCK;
         Expected { first: part.start / BLOCK, blocks: vec![nothing; count as usize] }
     }
 
     /// Makes it so in an image that has only zeros there.
-    pub(crate) fn stamp(&self, image: &Path) {
+    pub fn stamp(&self, image: &Path) {
         let file = File::options().write(true).open(image).unwrap();
         for block in self.first..self.first + self.blocks.len() as u64 {
             if !Versions::is_zero(block, 0) {
@@ -159,7 +164,7 @@ impl Expected {
     }
 
     /// What of it is not in the image, if something is missing.
-    pub(crate) fn missing_in(&self, image: &Path, survivor: Survivor) -> Option<String> {
+    pub fn missing_in(&self, image: &Path, survivor: Durable) -> Option<String> {
         let file = File::open(image).unwrap();
         let mut data = vec![0; BLOCK as usize];
         let mut missing = (self.first..).zip(&self.blocks).filter_map(|(block, known)| {
@@ -189,10 +194,10 @@ fn check(block: u64, versions: Versions, data: &[u8]) -> Result<(), String> {
 struct Shared {
     stop: AtomicBool,
     began: Instant,
-    doors: [Target; 2],
+    doors: [Endpoint; 2],
     seen: [Seen; 2],
     blocks: Vec<Block>,
-    manner: Manner,
+    manner: ClientOptions,
     /// Writers are to write nothing for the time being.
     held: AtomicBool,
     /// Writers with a session.
@@ -201,14 +206,14 @@ struct Shared {
 }
 
 /// Clients at work.
-pub(crate) struct Clients {
+pub struct Clients {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Clients {
     /// Clients of a disk that is at the first of these and is about to move to the second.
-    pub(crate) fn start(doors: [Target; 2], expected: &Expected, manner: Manner) -> Clients {
+    pub fn start(doors: [Endpoint; 2], expected: &Expected, manner: ClientOptions) -> Clients {
         let block = |(number, known): (u64, &Known)| Block {
             number,
             flushed: AtomicU64::new(known.flushed),
@@ -226,47 +231,46 @@ impl Clients {
             working: AtomicU64::new(0),
             trouble: Mutex::default(),
         });
-        let mut random = Random(manner.seed);
+        let mut random = Rng::with_seed(manner.seed);
         let mut threads = Vec::new();
         for number in 0..WRITERS {
-            let (shared, random) = (Arc::clone(&shared), Random(random.next()));
+            let (shared, random) = (Arc::clone(&shared), random.fork());
             let unflushed = HashMap::new();
             let writer = Writer { shared, number, random, unflushed };
             threads.push(thread::spawn(move || writer.run()));
         }
         for role in ROLES {
-            let reader =
-                Reader { shared: Arc::clone(&shared), role, random: Random(random.next()) };
+            let reader = Reader { shared: Arc::clone(&shared), role, random: random.fork() };
             threads.push(thread::spawn(move || reader.run()));
         }
         Clients { shared, threads }
     }
 
     /// Requests that this host has answered.
-    pub(crate) fn answers(&self, role: Role) -> u64 {
+    pub fn answers(&self, role: Role) -> u64 {
         self.shared.seen(role).answers.load(SeqCst)
     }
 
     /// What must not have been seen, so far.
-    pub(crate) fn trouble(&self) -> Option<String> {
+    pub fn trouble(&self) -> Option<String> {
         let trouble = self.shared.trouble.lock().unwrap();
         trouble.first().cloned().or_else(|| self.shared.two_serve())
     }
 
     /// Writers end their sessions and begin none; returns when none has any.
     #[track_caller]
-    pub(crate) fn hold_writers(&self) {
+    pub fn pause_writers(&self) {
         self.shared.held.store(true, SeqCst);
         wait_until("writers to pause", || self.shared.working.load(SeqCst) == 0);
     }
 
     /// Writers go on.
-    pub(crate) fn release_writers(&self) {
+    pub fn resume_writers(&self) {
         self.shared.held.store(false, SeqCst);
     }
 
     /// Ends all clients; what there is to be found now.
-    pub(crate) fn stop(mut self) -> Expected {
+    pub fn stop(mut self) -> Expected {
         self.shared.stop.store(true, SeqCst);
         for thread in std::mem::take(&mut self.threads) {
             thread.join().unwrap();
@@ -329,7 +333,7 @@ impl Shared {
     fn enter(&self, role: Role) -> io::Result<Wire> {
         let came = self.now();
         let mut wire = Wire::try_connect_within(&self.doors[role as usize], HANDSHAKE)?;
-        wire.give_up_reading_after(HANDSHAKE);
+        wire.set_read_timeout(HANDSHAKE);
         receive::<18>(&mut wire)?;
         let flags = raw::FIXED_NEWSTYLE | raw::NO_ZEROES;
         let go = raw::encode_option(raw::OPT_GO, &raw::encode_go(b"", &[]));
@@ -371,7 +375,7 @@ struct Writer {
     shared: Arc<Shared>,
     /// Its blocks are those whose place has this remainder by [`WRITERS`].
     number: u64,
-    random: Random,
+    random: Rng,
     /// What was acknowledged in this session since the last FLUSH was sent: places and versions.
     unflushed: HashMap<usize, u64>,
 }
@@ -405,15 +409,15 @@ impl Writer {
 
     /// Until the connection is lost, or seems to be.
     fn work(&mut self, mut wire: Wire, role: Role) {
-        let patience = PATIENCE_MS.0 + self.random.below(PATIENCE_MS.1);
-        wire.give_up_reading_after(Duration::from_millis(patience));
+        let patience = PATIENCE_MS.0 + self.random.u64(..PATIENCE_MS.1);
+        wire.set_read_timeout(Duration::from_millis(patience));
         // What an earlier session has not flushed may have been lost since.
         self.unflushed.clear();
         while self.shared.may_write() && self.batch(&mut wire, role).is_ok() {
             thread::sleep(PAUSE);
         }
-        if self.random.below(2) == 0 {
-            wire.vanish();
+        if self.random.u64(..2) == 0 {
+            wire.reset();
         }
     }
 
@@ -424,7 +428,7 @@ impl Writer {
         let mut bytes = Vec::new();
         let own = self.shared.blocks.len() as u64 / WRITERS;
         for _ in 0..DEPTH.min(own) {
-            let place = self.random.below(own) * WRITERS + self.number;
+            let place = self.random.u64(..own) * WRITERS + self.number;
             if let Entry::Vacant(vacant) = pending.entry(place) {
                 vacant.insert(self.ask(place, &mut bytes));
             }
@@ -448,7 +452,7 @@ impl Writer {
     fn ask(&mut self, place: u64, bytes: &mut Vec<u8>) -> Asked {
         let block = &self.shared.blocks[place as usize];
         let (offset, length) = (block.number * BLOCK, BLOCK as u32);
-        let choice = self.random.below(8);
+        let choice = self.random.u64(..8);
         if choice == 0 {
             bytes.extend(raw::encode_request(raw::FLUSH, 0, place, 0, 0));
             return Asked::Flush(std::mem::take(&mut self.unflushed));
@@ -500,14 +504,14 @@ impl Writer {
 struct Reader {
     shared: Arc<Shared>,
     role: Role,
-    random: Random,
+    random: Rng,
 }
 
 impl Reader {
     fn run(mut self) {
         while !self.shared.stopping() {
             if let Ok(mut wire) = self.shared.enter(self.role) {
-                let until = Instant::now() + Duration::from_millis(self.random.below(STAY_MS));
+                let until = Instant::now() + Duration::from_millis(self.random.u64(..STAY_MS));
                 while self.read(&mut wire).is_ok()
                     && Instant::now() < until
                     && !self.shared.stopping()
@@ -520,7 +524,7 @@ impl Reader {
     }
 
     fn read(&mut self, wire: &mut Wire) -> io::Result<()> {
-        let place = self.random.below(self.shared.blocks.len() as u64);
+        let place = self.random.u64(..self.shared.blocks.len() as u64);
         let block = &self.shared.blocks[place as usize];
         let before = block.known().versions(self.shared.manner.survivor);
         let sent = self.shared.now();

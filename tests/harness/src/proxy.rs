@@ -3,9 +3,7 @@
 //! Cut means silence, as when a cable is pulled: nothing is forwarded any more, nobody is told, and
 //! what was connected stays half open for good. Never changes a byte.
 
-#![allow(dead_code, reason = "every test binary compiles this file and uses a part of it")]
-
-use crate::fixture::host::fresh_address;
+use crate::unused_loopback_address;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,13 +11,15 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// The beginning of a FLUSH, and of the private HANDOVER, with 32-bit request headers.
-pub(crate) const FLUSH: [u8; 8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0, 3];
-pub(crate) const HANDOVER: [u8; 8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0x46, 0x4c];
+/// The beginning of a FLUSH in a compact request header.
+pub const FLUSH_HEADER: [u8; 8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0, 3];
+/// The beginning of the private command HANDOVER (flexnbd-migration(7)) in such a header.
+pub const HANDOVER_HEADER: [u8; 8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0x46, 0x4c];
 
 /// When the link is cut by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Trap {
+pub enum CutAt {
+    /// Not by itself.
     Never,
     /// Once so many bytes have gone to the destination.
     Bytes(u64),
@@ -28,13 +28,13 @@ pub(crate) enum Trap {
     /// After it: it gets through, its reply does not.
     After([u8; 8]),
     /// After the first: it gets through, and so does its reply, but nothing else does until
-    /// [`Wire::let_go`].
+    /// [`Proxy::release`].
     Hold([u8; 8]),
 }
 
 struct Shared {
     to: SocketAddr,
-    trap: Mutex<Trap>,
+    trap: Mutex<CutAt>,
     cut: AtomicBool,
     held: AtomicBool,
     /// Of the cut that is on, or the next: connections of an earlier one stay dead.
@@ -50,24 +50,25 @@ struct Shared {
 }
 
 /// A link. Dropping it closes everything.
-pub(crate) struct Wire {
-    pub(crate) address: SocketAddr,
+pub struct Proxy {
+    /// Where the source connects to reach the destination.
+    pub address: SocketAddr,
     shared: Arc<Shared>,
     acceptor: Option<JoinHandle<()>>,
 }
 
-impl Wire {
+impl Proxy {
     /// A link to that address, which is reached at this one's own.
-    pub(crate) fn to(to: SocketAddr, trap: Trap) -> Wire {
-        Wire::new(to, trap, None)
+    pub fn to(to: SocketAddr, trap: CutAt) -> Proxy {
+        Proxy::new(to, trap, None)
     }
 
     /// The same, never cut, which carries so many bytes per second.
-    pub(crate) fn slow(to: SocketAddr, rate: u64) -> Wire {
-        Wire::new(to, Trap::Never, Some(rate))
+    pub fn slow(to: SocketAddr, rate: u64) -> Proxy {
+        Proxy::new(to, CutAt::Never, Some(rate))
     }
 
-    fn new(to: SocketAddr, trap: Trap, rate: Option<u64>) -> Wire {
+    fn new(to: SocketAddr, trap: CutAt, rate: Option<u64>) -> Proxy {
         let shared = Arc::new(Shared {
             to,
             trap: Mutex::new(trap),
@@ -80,50 +81,52 @@ impl Wire {
             sent: AtomicU64::new(0),
             rate,
         });
-        let mut wire = Wire { address: fresh_address(), shared, acceptor: None };
-        wire.open();
-        wire
+        let mut proxy = Proxy { address: unused_loopback_address(), shared, acceptor: None };
+        proxy.open();
+        proxy
     }
 
-    pub(crate) fn is_cut(&self) -> bool {
+    /// Whether nothing new gets through: it is cut or holds.
+    pub fn is_cut(&self) -> bool {
         self.shared.cut.load(Ordering::SeqCst) || self.is_held()
     }
 
-    pub(crate) fn is_held(&self) -> bool {
+    /// Whether it holds what the source sends ([`CutAt::Hold`]).
+    pub fn is_held(&self) -> bool {
         self.shared.held.load(Ordering::SeqCst)
     }
 
     /// Lets through what was held, and holds nothing again.
-    pub(crate) fn let_go(&self) {
-        *self.shared.trap.lock().unwrap() = Trap::Never;
+    pub fn release(&self) {
+        *self.shared.trap.lock().unwrap() = CutAt::Never;
         self.shared.held.store(false, Ordering::SeqCst);
     }
 
     /// Bytes that have come from the source, whether or not they got through.
-    pub(crate) fn sent(&self) -> u64 {
+    pub fn bytes_sent(&self) -> u64 {
         self.shared.sent.load(Ordering::SeqCst)
     }
 
     /// Cuts it now.
-    pub(crate) fn cut(&self) {
+    pub fn cut(&self) {
         self.shared.cut.store(true, Ordering::SeqCst);
     }
 
     /// Holds back what is sent, in both directions, or delivers it again.
-    pub(crate) fn silence(&self, silent: bool) {
+    pub fn set_paused(&self, silent: bool) {
         self.shared.silent.store(silent, Ordering::SeqCst);
     }
 
     /// Ends every connection at both ends.
-    pub(crate) fn reset(&self) {
+    pub fn reset(&self) {
         for end in self.shared.connections.lock().unwrap().drain(..) {
             let _ = end.shutdown(Shutdown::Both);
         }
     }
 
     /// Lets new connections through again, and is never cut again.
-    pub(crate) fn mend(&mut self) {
-        *self.shared.trap.lock().unwrap() = Trap::Never;
+    pub fn repair(&mut self) {
+        *self.shared.trap.lock().unwrap() = CutAt::Never;
         // One that only holds is still accepting.
         self.shared.cut.store(true, Ordering::SeqCst);
         self.close();
@@ -147,7 +150,7 @@ impl Wire {
     }
 }
 
-impl Drop for Wire {
+impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.over.store(true, Ordering::SeqCst);
         self.close();
@@ -230,22 +233,22 @@ impl Shared {
         let before = watch.tail.len();
         watch.tail.extend_from_slice(bytes);
         let through = match *self.trap.lock().unwrap() {
-            Trap::Never => None,
-            Trap::Bytes(limit) => (sent >= limit).then_some(bytes.len()),
-            Trap::Hold(pattern) => {
+            CutAt::Never => None,
+            CutAt::Bytes(limit) => (sent >= limit).then_some(bytes.len()),
+            CutAt::Hold(pattern) => {
                 let found = find(&watch.tail, pattern).is_some();
                 if found {
                     self.held.store(true, Ordering::SeqCst);
                 }
                 None
             }
-            Trap::After(pattern) => find(&watch.tail, pattern).map(|_| bytes.len()),
-            Trap::Before(pattern, nth) => find(&watch.tail, pattern).and_then(|at| {
+            CutAt::After(pattern) => find(&watch.tail, pattern).map(|_| bytes.len()),
+            CutAt::Before(pattern, nth) => find(&watch.tail, pattern).and_then(|at| {
                 watch.seen += 1;
                 (watch.seen == nth).then_some(at.saturating_sub(before))
             }),
         };
-        watch.tail.drain(..watch.tail.len().saturating_sub(HANDOVER.len() - 1));
+        watch.tail.drain(..watch.tail.len().saturating_sub(HANDOVER_HEADER.len() - 1));
         if through.is_some() {
             self.cut.store(true, Ordering::SeqCst);
         }

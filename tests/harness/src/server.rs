@@ -1,82 +1,65 @@
 //! One `flexnbd serve` process for the length of a test: started, waited for, watched, ended.
 //! Never waits by connecting: the server under test sees only the clients that the test sends.
 
-use super::{DEADLINE, LOOK_AGAIN, comes_true, wait_until};
+use crate::wait::POLL_INTERVAL;
+use crate::{Endpoint, TIMEOUT, free_port, poll_until, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::io::Read as _;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// Where a server listens.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Target {
-    Tcp(SocketAddr),
-    Unix(PathBuf),
-}
-
-impl Target {
-    /// The place as an NBD URI of the default export.
-    pub(crate) fn uri(&self) -> String {
-        match self {
-            Target::Tcp(address) => format!("nbd://{address}"),
-            Target::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
-        }
-    }
-}
-
 /// A server that is about to be started.
-pub(crate) struct Builder {
+pub struct Builder {
     arguments: Vec<OsString>,
     wrapper: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
-    place: Option<Target>,
+    place: Option<Endpoint>,
 }
 
 impl Builder {
     /// `flexnbd serve --file IMAGE` on a free port of 127.0.0.1.
-    pub(crate) fn serve(image: &Path) -> Builder {
+    pub fn serve(image: &Path) -> Builder {
         Builder::mode("serve", image)
     }
 
     /// The same for another mode that listens, such as `listen`.
-    pub(crate) fn mode(mode: &str, image: &Path) -> Builder {
+    pub fn mode(mode: &str, image: &Path) -> Builder {
         let arguments = vec![mode.into(), "--file".into(), image.into()];
         Builder { arguments, wrapper: Vec::new(), environment: Vec::new(), place: None }
     }
 
     /// Listens on this unix socket instead of a TCP port.
-    pub(crate) fn unix(self, socket: &Path) -> Builder {
-        self.at(Target::Unix(socket.to_owned()))
+    pub fn unix(self, socket: &Path) -> Builder {
+        self.at(Endpoint::Unix(socket.to_owned()))
     }
 
     /// Listens exactly there.
-    pub(crate) fn at(mut self, place: Target) -> Builder {
+    pub fn at(mut self, place: Endpoint) -> Builder {
         self.place = Some(place);
         self
     }
 
     /// Adds command line arguments.
-    pub(crate) fn args<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
+    pub fn args<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
         self.arguments.extend(arguments.into_iter().map(|a| a.as_ref().to_owned()));
         self
     }
 
     /// Runs the server through another program that must `exec` its arguments (so that the
     /// process id stays), for limits and the like.
-    pub(crate) fn through<S: AsRef<OsStr>>(mut self, wrapper: impl IntoIterator<Item = S>) -> Self {
+    pub fn through<S: AsRef<OsStr>>(mut self, wrapper: impl IntoIterator<Item = S>) -> Self {
         self.wrapper = wrapper.into_iter().map(|a| a.as_ref().to_owned()).collect();
         self
     }
 
     /// Adds a variable to the server's environment.
-    pub(crate) fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Builder {
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Builder {
         self.environment.push((name.into(), value.as_ref().to_owned()));
         self
     }
@@ -84,12 +67,12 @@ impl Builder {
     /// Starts the server and returns when it listens. Another process may grab the free port
     /// between our finding it and the server's binding it; then another port is tried.
     #[track_caller]
-    pub(crate) fn start(self) -> Server {
+    pub fn start(self) -> Server {
         let mut last = String::new();
         for _ in 0..3 {
-            let anywhere = || Target::Tcp((Ipv4Addr::LOCALHOST, free_port()).into());
+            let anywhere = || Endpoint::localhost(free_port());
             let mut server = self.spawn(self.place.clone().unwrap_or_else(anywhere));
-            if server.comes_up() {
+            if server.starts_listening() {
                 return server;
             }
             last = server.failure();
@@ -99,136 +82,161 @@ impl Builder {
 
     /// Starts the server at its place and returns at once, whatever becomes of it.
     #[track_caller]
-    pub(crate) fn launch(self) -> Server {
+    pub fn launch(self) -> Server {
         let place = self.place.clone().expect("`at` was called");
         self.spawn(place)
     }
 
-    fn spawn(&self, target: Target) -> Server {
+    fn spawn(&self, target: Endpoint) -> Server {
         let mut words: Vec<OsString> = self.wrapper.clone();
-        words.push(env!("CARGO_BIN_EXE_flexnbd").into());
+        words.push(crate::flexnbd().into());
         words.extend(self.arguments.iter().cloned());
         words.push("--addr".into());
         match &target {
-            Target::Tcp(address) => {
+            Endpoint::Tcp(address) => {
                 words.push(address.ip().to_string().into());
                 words.push("--port".into());
                 words.push(address.port().to_string().into());
             }
-            Target::Unix(path) => words.push(path.into()),
+            Endpoint::Unix(path) => words.push(path.into()),
         }
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).envs(self.environment.iter().cloned());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|e| panic!("cannot start {words:?}: {e}"));
-        let (stderr, reader) = collect_stderr(&mut child);
-        Server { child, target, stderr, reader: Some(reader) }
+        let stderr = StderrReader::start(&mut child);
+        Server { child, target, stderr }
     }
 }
 
-/// Reads the child's stderr to its end on a thread, so that it never blocks on a full pipe.
-fn collect_stderr(child: &mut Child) -> (Arc<Mutex<String>>, JoinHandle<()>) {
-    let mut pipe = child.stderr.take().unwrap();
-    let text = Arc::new(Mutex::new(String::new()));
-    let copy = Arc::clone(&text);
-    let reader = std::thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(n @ 1..) = pipe.read(&mut buffer) {
-            copy.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..n]));
+/// Reads a child's stderr to its end on a thread, so that the child never blocks on a full pipe.
+pub struct StderrReader {
+    text: Arc<Mutex<String>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StderrReader {
+    /// Starts reading the stderr of a child that was started with a pipe for it.
+    pub fn start(child: &mut Child) -> StderrReader {
+        let mut pipe = child.stderr.take().unwrap();
+        let text = Arc::new(Mutex::new(String::new()));
+        let copy = Arc::clone(&text);
+        let thread = std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = pipe.read(&mut buffer) {
+                copy.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..n]));
+            }
+        });
+        StderrReader { text, thread: Some(thread) }
+    }
+
+    /// What was printed so far.
+    pub fn text(&self) -> String {
+        self.text.lock().unwrap().clone()
+    }
+
+    /// Waits until the pipe is closed at the other end, after which [`StderrReader::text`] is
+    /// complete.
+    pub fn wait(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
-    });
-    (text, reader)
+    }
 }
 
 /// A running server. Dropping it kills it; a failing test then shows what it said.
-pub(crate) struct Server {
+pub struct Server {
     child: Child,
-    target: Target,
-    stderr: Arc<Mutex<String>>,
-    reader: Option<JoinHandle<()>>,
+    target: Endpoint,
+    stderr: StderrReader,
 }
 
 impl Server {
-    pub(crate) fn target(&self) -> &Target {
+    /// Where it listens.
+    pub fn endpoint(&self) -> &Endpoint {
         &self.target
     }
 
-    pub(crate) fn pid(&self) -> u32 {
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
     /// The TCP port; fails for a unix socket.
-    pub(crate) fn port(&self) -> u16 {
+    pub fn port(&self) -> u16 {
         match &self.target {
-            Target::Tcp(address) => address.port(),
-            Target::Unix(path) => panic!("{} has no port", path.display()),
+            Endpoint::Tcp(address) => address.port(),
+            Endpoint::Unix(path) => panic!("{} has no port", path.display()),
         }
     }
 
-    pub(crate) fn uri(&self) -> String {
+    /// The NBD URI of its default export.
+    pub fn uri(&self) -> String {
         self.target.uri()
     }
 
     /// What it has printed to stderr so far.
-    pub(crate) fn stderr(&self) -> String {
-        self.stderr.lock().unwrap().clone()
+    pub fn stderr(&self) -> String {
+        self.stderr.text()
     }
 
+    /// Waits until `part` is on its stderr.
     #[track_caller]
-    pub(crate) fn wait_for_stderr(&self, part: &str) {
-        let found = comes_true(DEADLINE, || self.stderr().contains(part));
+    pub fn wait_for_stderr(&self, part: &str) {
+        let found = poll_until(TIMEOUT, || self.stderr().contains(part));
         assert!(found, "waited in vain for {part:?} on stderr, which says: {}", self.stderr());
     }
 
     /// Waits until somebody answers at this control socket of its.
     #[track_caller]
-    pub(crate) fn wait_for_control(&self, path: &Path) {
+    pub fn wait_for_control(&self, path: &Path) {
         wait_until("the control socket", || std::os::unix::net::UnixStream::connect(path).is_ok());
     }
 
+    /// Sends it a signal.
     #[track_caller]
-    pub(crate) fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().cast_signed()), signal).unwrap();
     }
 
     /// Waits for the process to end by itself.
     #[track_caller]
-    pub(crate) fn wait_for_end(&mut self) -> ExitStatus {
+    pub fn wait_for_end(&mut self) -> ExitStatus {
         let mut status = None;
         wait_until("the server to end", || {
             status = self.child.try_wait().unwrap();
             status.is_some()
         });
-        if let Some(reader) = self.reader.take() {
-            let _ = reader.join();
-        }
+        self.stderr.wait();
         status.unwrap()
     }
 
     /// SIGTERM, then how it ended.
     #[track_caller]
-    pub(crate) fn stop(&mut self) -> ExitStatus {
+    pub fn stop(&mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
         self.wait_for_end()
     }
 
     /// How it ended, if it has.
-    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+    pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
     }
 
-    pub(crate) fn is_running(&mut self) -> bool {
+    /// Whether the process has not ended.
+    pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
 
-    pub(crate) fn resources(&self) -> Resources {
+    /// What the process holds now.
+    pub fn resources(&self) -> Resources {
         Resources::of(self.pid())
     }
 
     /// What it holds at rest: the same for a while. A server that listens may still be starting
     /// threads, and one whose client has gone may still be ending some.
     #[track_caller]
-    pub(crate) fn resources_at_rest(&self) -> Resources {
+    pub fn settled_resources(&self) -> Resources {
         const LOOKS: u32 = 20;
         let mut last = self.resources();
         let mut same = 0;
@@ -243,14 +251,14 @@ impl Server {
     }
 
     /// Whether it listens before it ends.
-    pub(crate) fn comes_up(&mut self) -> bool {
+    pub fn starts_listening(&mut self) -> bool {
         let start = Instant::now();
         while !self.listens() {
             if !self.is_running() {
                 return false;
             }
-            assert!(start.elapsed() < DEADLINE, "it neither listens nor ends: {}", self.stderr());
-            std::thread::sleep(LOOK_AGAIN);
+            assert!(start.elapsed() < TIMEOUT, "it neither listens nor ends: {}", self.stderr());
+            std::thread::sleep(POLL_INTERVAL);
         }
         true
     }
@@ -278,11 +286,11 @@ impl Drop for Server {
 
 /// The listening sockets at `target`, as that process sees them (it may live in a network
 /// namespace of its own), named as `/proc/PID/fd` names them.
-fn listening_inodes(pid: u32, target: &Target) -> HashSet<String> {
+fn listening_inodes(pid: u32, target: &Endpoint) -> HashSet<String> {
     let table = match target {
-        Target::Tcp(address) if address.is_ipv4() => "tcp",
-        Target::Tcp(_) => "tcp6",
-        Target::Unix(_) => "unix",
+        Endpoint::Tcp(address) if address.is_ipv4() => "tcp",
+        Endpoint::Tcp(_) => "tcp6",
+        Endpoint::Unix(_) => "unix",
     };
     let text = std::fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
     let inode = |line: &str| {
@@ -293,14 +301,14 @@ fn listening_inodes(pid: u32, target: &Target) -> HashSet<String> {
 }
 
 /// The inode in one line of such a table, when it is a listening socket at `target`.
-fn listening_inode<'a>(target: &Target, fields: &[&'a str]) -> Option<&'a str> {
+fn listening_inode<'a>(target: &Endpoint, fields: &[&'a str]) -> Option<&'a str> {
     let field = |i: usize| fields.get(i).copied();
     match target {
-        Target::Tcp(address) => {
+        Endpoint::Tcp(address) => {
             let port = format!(":{:04X}", address.port());
             (field(3)? == "0A" && field(1)?.ends_with(&port)).then(|| field(9)).flatten()
         }
-        Target::Unix(path) => {
+        Endpoint::Unix(path) => {
             let here = field(7).is_some_and(|p| path == Path::new(p));
             (field(3)? == "00010000" && here).then(|| field(6)).flatten()
         }
@@ -316,16 +324,20 @@ fn descriptors(pid: u32) -> Vec<String> {
 
 /// What a process holds at one moment.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Resources {
-    pub(crate) descriptors: usize,
-    pub(crate) threads: u64,
-    pub(crate) rss_bytes: u64,
+pub struct Resources {
+    /// Open file descriptors.
+    pub descriptors: usize,
+    /// Threads.
+    pub threads: u64,
+    /// Resident memory.
+    pub rss_bytes: u64,
     /// The most memory it ever had at once.
-    pub(crate) rss_bytes_peak: u64,
+    pub rss_bytes_peak: u64,
 }
 
 impl Resources {
-    pub(crate) fn of(pid: u32) -> Resources {
+    /// The resources of any process; zero if it is gone.
+    pub fn of(pid: u32) -> Resources {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let number = |key: &str| -> u64 {
             let line = status.lines().find_map(|l| l.strip_prefix(key)).unwrap_or("0");
@@ -336,21 +348,6 @@ impl Resources {
             threads: number("Threads:"),
             rss_bytes: number("VmRSS:") * 1024,
             rss_bytes_peak: number("VmHWM:") * 1024,
-        }
-    }
-}
-
-/// A TCP port of 127.0.0.1 that nobody uses now, and that this test process has not been given
-/// before.
-pub(crate) fn free_port() -> u16 {
-    static GIVEN: Mutex<Vec<u16>> = Mutex::new(Vec::new());
-    let mut given = GIVEN.lock().unwrap();
-    loop {
-        let probe = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let port = probe.local_addr().unwrap().port();
-        if !given.contains(&port) {
-            given.push(port);
-            return port;
         }
     }
 }

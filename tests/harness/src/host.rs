@@ -1,25 +1,27 @@
 //! One side of a migration as a test sees it: an image, an address, a control socket, a record.
 //! Starts flexnbd there and talks to it in the words of the control socket. Never uses the library.
 
-use crate::common::{Builder, DEADLINE, Server, comes_true, server::Target};
+use crate::{Builder, Endpoint, Server, TIMEOUT, poll_until, unused_loopback_address};
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The port of NBD, and where it begins. Every host has an address of its own, so that ports cannot collide.
-const PORT: u16 = 10809;
+/// The reply to `mirror` when the migration has begun.
+pub const MIRROR_STARTED: &str = "0: Mirror started";
 /// Where records are kept when they cannot be kept with the image.
 const STATE: &str = "STATE_DIRECTORY";
 
 /// An image and where it is served, received and administered.
 #[derive(Clone, Debug)]
-pub(crate) struct Host {
-    pub(crate) image: PathBuf,
-    pub(crate) address: SocketAddr,
-    pub(crate) control: PathBuf,
+pub struct Host {
+    /// The image, which need not exist.
+    pub image: PathBuf,
+    /// Where clients and sources connect.
+    pub address: SocketAddr,
+    /// The control socket.
+    pub control: PathBuf,
     state: PathBuf,
     wrapper: Vec<String>,
     environment: Vec<(String, String)>,
@@ -27,11 +29,11 @@ pub(crate) struct Host {
 
 impl Host {
     /// A host whose files are in `directory` and bear this name; nothing exists yet.
-    pub(crate) fn new(directory: &Path, name: &str) -> Host {
+    pub fn new(directory: &Path, name: &str) -> Host {
         let state = directory.join(format!("{name}.state"));
         Host {
             image: directory.join(format!("{name}.img")),
-            address: fresh_address(),
+            address: unused_loopback_address(),
             control: directory.join(format!("{name}.sock")),
             state,
             wrapper: Vec::new(),
@@ -40,63 +42,67 @@ impl Host {
     }
 
     /// Where records are kept that cannot be kept with the image.
-    pub(crate) fn state(&self) -> &Path {
+    pub fn state(&self) -> &Path {
         &self.state
     }
 
     /// Runs everything through a program that executes its arguments.
-    pub(crate) fn through(mut self, wrapper: &[&str]) -> Host {
+    pub fn through(mut self, wrapper: &[&str]) -> Host {
         self.wrapper = wrapper.iter().map(ToString::to_string).collect();
         self
     }
 
-    pub(crate) fn at(mut self, address: SocketAddr) -> Host {
+    /// Listens at this address instead.
+    pub fn at(mut self, address: SocketAddr) -> Host {
         self.address = address;
         self
     }
 
-    pub(crate) fn env(mut self, name: &str, value: &str) -> Host {
+    /// Adds a variable to the environment of every process of this host.
+    pub fn env(mut self, name: &str, value: &str) -> Host {
         self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
     /// `flexnbd MODE` on this image, with the control socket, ready to be started.
-    pub(crate) fn mode(&self, mode: &str) -> Builder {
+    pub fn mode(&self, mode: &str) -> Builder {
         let _ = std::fs::create_dir_all(&self.state);
         let mut builder = Builder::mode(mode, &self.image)
             .args(["--verbose".as_ref(), "--sock".as_ref(), self.control.as_os_str()])
             .env(STATE, &self.state)
             .through(&self.wrapper)
-            .at(Target::Tcp(self.address));
+            .at(Endpoint::Tcp(self.address));
         for (name, value) in &self.environment {
             builder = builder.env(name, value);
         }
         builder
     }
 
+    /// Starts `flexnbd serve` and returns when it listens.
     #[track_caller]
-    pub(crate) fn serve(&self) -> Server {
+    pub fn serve(&self) -> Server {
         self.mode("serve").start()
     }
 
+    /// Starts `flexnbd listen` and returns when it listens.
     #[track_caller]
-    pub(crate) fn listen(&self) -> Server {
+    pub fn listen(&self) -> Server {
         self.mode("listen").start()
     }
 
     /// Orders the migration there; the reply. `more` follows the port: action, bind, speed.
     #[track_caller]
-    pub(crate) fn mirror_to(&self, to: SocketAddr, more: &[&str]) -> String {
+    pub fn mirror_to(&self, to: SocketAddr, more: &[&str]) -> String {
         let (ip, port) = (to.ip().to_string(), to.port().to_string());
-        self.order(&[&["mirror", &ip, &port], more].concat())
+        self.command(&[&["mirror", &ip, &port], more].concat())
     }
 
     /// Gives an order; fails when nobody takes it.
     #[track_caller]
-    pub(crate) fn order(&self, lines: &[&str]) -> String {
+    pub fn command(&self, lines: &[&str]) -> String {
         let mut reply = None;
-        let asked = comes_true(DEADLINE, || {
-            reply = self.try_order(lines);
+        let asked = poll_until(TIMEOUT, || {
+            reply = self.try_command(lines);
             reply.is_some()
         });
         assert!(asked, "nobody takes orders at {}", self.control.display());
@@ -104,9 +110,9 @@ impl Host {
     }
 
     /// The reply to an order, when somebody is there to obey it.
-    pub(crate) fn try_order(&self, lines: &[&str]) -> Option<String> {
+    pub fn try_command(&self, lines: &[&str]) -> Option<String> {
         let mut socket = UnixStream::connect(&self.control).ok()?;
-        socket.set_read_timeout(Some(DEADLINE)).ok()?;
+        socket.set_read_timeout(Some(TIMEOUT)).ok()?;
         socket.write_all(format!("{}\n\n", lines.join("\n")).as_bytes()).ok()?;
         let mut reply = String::new();
         socket.read_to_string(&mut reply).ok()?;
@@ -114,21 +120,22 @@ impl Host {
     }
 
     /// What `status` says, when somebody answers.
-    pub(crate) fn status(&self) -> BTreeMap<String, String> {
-        let reply = self.try_order(&["status"]).unwrap_or_default();
+    pub fn status(&self) -> BTreeMap<String, String> {
+        let reply = self.try_command(&["status"]).unwrap_or_default();
         let pairs = reply.split_whitespace().filter_map(|pair| pair.split_once('='));
         pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
     }
 
     /// One value of `status`; empty when it is not there.
-    pub(crate) fn status_of(&self, key: &str) -> String {
+    pub fn status_of(&self, key: &str) -> String {
         self.status().remove(key).unwrap_or_default()
     }
 
+    /// Waits until `status` shows this value of this key.
     #[track_caller]
-    pub(crate) fn wait_for_status(&self, key: &str, value: &str) {
+    pub fn wait_for_status(&self, key: &str, value: &str) {
         let mut seen = BTreeMap::new();
-        let came = comes_true(DEADLINE, || {
+        let came = poll_until(TIMEOUT, || {
             seen = self.status();
             seen.get(key).is_some_and(|now| now == value)
         });
@@ -136,7 +143,7 @@ impl Host {
     }
 
     /// The word of the ownership record; empty when there is none.
-    pub(crate) fn record(&self) -> String {
+    pub fn record(&self) -> String {
         // A record in the state directory wins.
         let record = self.record_apart();
         let record = record.or_else(|| xattr::get(&self.image, "user.flexnbd").ok().flatten());
@@ -155,14 +162,4 @@ impl Host {
         let paths = std::fs::read_dir(&self.state).ok()?.flatten().map(|entry| entry.path());
         std::fs::read(paths.filter(is_record).max_by_key(age)?).ok()
     }
-}
-
-/// An address of the loopback network that no other test uses.
-pub(crate) fn fresh_address() -> SocketAddr {
-    static NEXT: AtomicU32 = AtomicU32::new(1);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let process = std::process::id() % 0xff00 + 0x100;
-    let [high, low] = u16::try_from(process).unwrap().to_be_bytes();
-    let (round, last) = (u16::try_from(number / 250).unwrap(), (number % 250 + 1) as u8);
-    SocketAddr::from((Ipv4Addr::new(127, high, low, last), PORT + round))
 }

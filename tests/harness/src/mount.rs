@@ -1,23 +1,21 @@
 //! Mounting: an export as a file (nbdfuse), a file as a device (loop), a device as a directory.
 //! Never leaves anything mounted, whether or not the test succeeds.
 
-#![allow(dead_code, reason = "not every test binary that compiles this file mounts everything")]
-
-use crate::common::{DEADLINE, comes_true, require_tool, skip};
-use crate::more::{Peer, Place, Program};
+use crate::{Program, Running, TIMEOUT, poll_until, require_tool, skip};
 use std::path::{Path, PathBuf};
 
 /// An export as one file.
-pub(crate) struct NbdFile {
-    pub(crate) file: PathBuf,
+pub struct NbdFile {
+    /// The export.
+    pub file: PathBuf,
     point: PathBuf,
-    nbdfuse: Option<Peer>,
+    nbdfuse: Option<Running>,
 }
 
 /// Mounts the export at `uri` as a file in the directory `point`, which it makes. `None`, and a
 /// visible skip, where that is not permitted.
 #[track_caller]
-pub(crate) fn mount_nbd_as_file(uri: &str, point: &Path) -> Option<NbdFile> {
+pub fn mount_nbd_as_file(uri: &str, point: &Path) -> Option<NbdFile> {
     if !require_tool("nbdfuse") {
         return None;
     }
@@ -27,17 +25,17 @@ pub(crate) fn mount_nbd_as_file(uri: &str, point: &Path) -> Option<NbdFile> {
     }
     std::fs::create_dir_all(point).unwrap();
     let file = point.join("disk");
-    let place = Place::File(file.clone());
-    let nbdfuse = Program::new("nbdfuse").args([&file]).args([uri]).serve_at(place);
+    let nbdfuse = Program::new("nbdfuse").args([&file]).args([uri]);
+    let nbdfuse = nbdfuse.start_until(|| file.exists());
     Some(NbdFile { file, point: point.to_owned(), nbdfuse: Some(nbdfuse) })
 }
 
 impl NbdFile {
     /// Unmounts it; nbdfuse then ends by itself.
     #[track_caller]
-    pub(crate) fn end(mut self) {
+    pub fn unmount(mut self) {
         unmount_fuse(&self.point);
-        self.nbdfuse.take().unwrap().ends();
+        self.nbdfuse.take().unwrap().wait();
     }
 }
 
@@ -54,7 +52,7 @@ impl Drop for NbdFile {
 fn unmount_fuse(point: &Path) {
     let unmount = || Program::new("fusermount3").words("-u").args([point]).run();
     let mut last = unmount();
-    let gone = comes_true(DEADLINE, || {
+    let gone = poll_until(TIMEOUT, || {
         let gone = last.status.success();
         if !gone {
             last = unmount();
@@ -65,20 +63,21 @@ fn unmount_fuse(point: &Path) {
 }
 
 /// A loop device over a file.
-pub(crate) struct Loop {
+pub struct Loop {
     device: Option<String>,
 }
 
 impl Loop {
     /// `None` where that is not permitted.
-    pub(crate) fn over(file: &Path) -> Option<Loop> {
+    pub fn over(file: &Path) -> Option<Loop> {
         let outcome = Program::new("losetup").words("--show -f").args([file]).run();
         let device = outcome.status.success().then(|| outcome.text().trim().to_owned());
         device.map(|device| Loop { device: Some(device) })
     }
 
+    /// Takes the device apart, which must succeed.
     #[track_caller]
-    pub(crate) fn end(mut self) {
+    pub fn detach(mut self) {
         let device = self.device.take().unwrap();
         Program::new("losetup").words("-d").args([device]).ok();
     }
@@ -93,21 +92,23 @@ impl Drop for Loop {
 }
 
 /// A file system in the tree.
-pub(crate) struct Mount {
+pub struct Mount {
     point: PathBuf,
     mounted: bool,
 }
 
 impl Mount {
+    /// Mounts the ext4 file system on `device` at `point`.
     #[track_caller]
-    pub(crate) fn of(device: &Loop, point: &Path) -> Mount {
+    pub fn of(device: &Loop, point: &Path) -> Mount {
         let device = device.device.as_deref().unwrap();
         Program::new("mount").words("-t ext4").args([Path::new(device), point]).ok();
         Mount { point: point.to_owned(), mounted: true }
     }
 
+    /// Unmounts it, which must succeed.
     #[track_caller]
-    pub(crate) fn end(mut self) {
+    pub fn unmount(mut self) {
         self.mounted = false;
         Program::new("umount").args([&self.point]).ok();
     }

@@ -6,13 +6,14 @@
 //! a block may hold any version from the last acknowledged to the last attempted, and no other.
 
 use super::image::{BLOCK, begins_as_data, stamped, unit};
-use crate::common::raw::{self, encode_request};
-use crate::common::{DEADLINE, Random, comes_true};
+use crate::raw::{self, encode_request};
+use crate::{Endpoint, TIMEOUT, poll_until};
+use fastrand::Rng;
 use std::io::{self, ErrorKind, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -24,20 +25,16 @@ const DEPTH: usize = 32;
 const LOOK: Duration = Duration::from_millis(50);
 /// Pause between two tries to find the disk.
 const SEARCH: Duration = Duration::from_millis(2);
-/// The 124 bytes that end the old greetings.
-const OLD_TAIL: usize = 124;
 
-/// Where clients find a server.
-#[derive(Clone, Debug)]
-pub(crate) enum Door {
-    Tcp(SocketAddr),
-    Unix(PathBuf),
-}
+/// The pause of writers that write as fast as they can.
+pub const NO_PAUSE: Duration = Duration::ZERO;
 
 /// What one block may hold.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Versions {
+    /// The last that was acknowledged.
     pub(crate) acknowledged: u64,
+    /// The last that was sent.
     pub(crate) attempted: u64,
 }
 
@@ -45,9 +42,9 @@ pub(crate) struct Versions {
 #[derive(Debug)]
 struct Shared {
     stop: AtomicBool,
-    source: Door,
+    source: Endpoint,
     /// Set once the destination serves.
-    destination: Mutex<Option<Door>>,
+    destination: Mutex<Option<Endpoint>>,
     began: Instant,
     acknowledged: AtomicU64,
     connections: AtomicU64,
@@ -55,39 +52,40 @@ struct Shared {
     source_last: AtomicU64,
     /// When the first write ended that the destination acknowledged.
     destination_first: AtomicU64,
-    trouble: Mutex<Vec<String>>,
+    errors: Mutex<Vec<String>>,
     pause: Duration,
 }
 
 /// Writers at work.
-pub(crate) struct Writers {
+pub struct Writers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Vec<Versions>>>,
     count: u64,
 }
 
 /// What was written, once nobody writes any more.
-pub(crate) struct Written {
+pub struct Written {
     blocks: Vec<Versions>,
-    pub(crate) acknowledged: u64,
+    /// How many writes were acknowledged.
+    pub acknowledged: u64,
     /// Over how many connections something was written.
-    pub(crate) connections: u64,
+    pub connections: u64,
 }
 
 impl Writers {
     /// So many writers on a disk of `size` bytes at `source`, made by
     /// [`super::image::stamped_image`], each pausing between two batches.
-    pub(crate) fn start(source: Door, size: u64, how: (u64, u64, Duration)) -> Writers {
+    pub fn start(source: Endpoint, size: u64, how: (u64, u64, Duration)) -> Writers {
         Writers::go_on(source, vec![Versions::default(); (size / BLOCK) as usize], how)
     }
 
     /// The same on a disk in which others have written before.
-    pub(crate) fn after(before: &Written, source: Door, how: (u64, u64, Duration)) -> Writers {
+    pub fn after(before: &Written, source: Endpoint, how: (u64, u64, Duration)) -> Writers {
         Writers::go_on(source, before.blocks.clone(), how)
     }
 
     fn go_on(
-        source: Door,
+        source: Endpoint,
         before: Vec<Versions>,
         (count, seed, pause): (u64, u64, Duration),
     ) -> Writers {
@@ -100,14 +98,14 @@ impl Writers {
             connections: AtomicU64::new(0),
             source_last: AtomicU64::new(0),
             destination_first: AtomicU64::new(u64::MAX),
-            trouble: Mutex::default(),
+            errors: Mutex::default(),
             pause,
         });
         let start = |number: u64| {
             let shared = Arc::clone(&shared);
             let own = before.iter().skip(number as usize).step_by(count as usize);
             let blocks = own.copied().collect();
-            let random = Random(seed.wrapping_mul(count) + number + 1);
+            let random = Rng::with_seed(seed.wrapping_mul(count) + number + 1);
             thread::spawn(move || {
                 Writer { shared, number, count, blocks, random, acknowledged: 0 }.run()
             })
@@ -117,38 +115,39 @@ impl Writers {
     }
 
     /// From now on the disk may be found there, too.
-    pub(crate) fn look_also_at(&self, destination: Door) {
+    pub fn add_destination(&self, destination: Endpoint) {
         *self.shared.destination.lock().unwrap() = Some(destination);
     }
 
-    pub(crate) fn acknowledged(&self) -> u64 {
+    /// How many writes have been acknowledged so far.
+    pub fn acknowledged(&self) -> u64 {
         self.shared.acknowledged.load(Ordering::SeqCst)
     }
 
     /// Waits until `more` writes have been acknowledged from now on.
     #[track_caller]
-    pub(crate) fn wait_for_writes(&self, more: u64) {
+    pub fn wait_for_writes(&self, more: u64) {
         let until = self.acknowledged() + more;
-        let came = comes_true(DEADLINE, || self.acknowledged() >= until);
+        let came = poll_until(TIMEOUT, || self.acknowledged() >= until);
         assert!(came, "{} writes of {until} were acknowledged", self.acknowledged());
     }
 
     /// Waits until the destination has acknowledged a write.
     #[track_caller]
-    pub(crate) fn wait_for_destination(&self) {
+    pub fn wait_for_destination(&self) {
         let first = &self.shared.destination_first;
-        let came = comes_true(DEADLINE, || first.load(Ordering::SeqCst) != u64::MAX);
+        let came = poll_until(TIMEOUT, || first.load(Ordering::SeqCst) != u64::MAX);
         assert!(came, "no writer gets a write acknowledged at the destination");
     }
 
     /// Ends all writing. Fails when a writer saw anything but success and lost connections, or
     /// when both sides served the disk.
     #[track_caller]
-    pub(crate) fn stop(self) -> Written {
+    pub fn stop(self) -> Written {
         self.shared.stop.store(true, Ordering::SeqCst);
         let lists: Vec<_> = self.threads.into_iter().map(|t| t.join().unwrap()).collect();
-        let trouble = self.shared.trouble.lock().unwrap();
-        assert!(trouble.is_empty(), "writers saw: {trouble:?}");
+        let errors = self.shared.errors.lock().unwrap();
+        assert!(errors.is_empty(), "writers saw: {errors:?}");
         let last = self.shared.source_last.load(Ordering::SeqCst);
         let first = self.shared.destination_first.load(Ordering::SeqCst);
         assert!(last < first, "two owners: the source took a write {} ns too late", last - first);
@@ -166,7 +165,7 @@ impl Written {
     /// Fails unless the image holds every write that was acknowledged, and nothing strange; blocks
     /// never written must be as [`super::image::stamped_image`] made them.
     #[track_caller]
-    pub(crate) fn assert_all_in(&self, image: &Path, context: &str) {
+    pub fn assert_all_present(&self, image: &Path, context: &str) {
         let file = std::fs::File::open(image).unwrap();
         let mut data = vec![0; BLOCK as usize];
         for (block, versions) in (0..).zip(&self.blocks) {
@@ -203,7 +202,7 @@ struct Writer {
     number: u64,
     count: u64,
     blocks: Vec<Versions>,
-    random: Random,
+    random: Rng,
     acknowledged: u64,
 }
 
@@ -245,7 +244,7 @@ impl Writer {
         let mut bytes = Vec::new();
         let mut indexes = Vec::new();
         while indexes.len() < DEPTH.min(self.blocks.len()) {
-            let index = self.random.next() as usize % self.blocks.len();
+            let index = self.random.usize(..self.blocks.len());
             if !indexes.contains(&index) {
                 indexes.push(index);
                 self.attempt(index, &mut bytes);
@@ -255,7 +254,7 @@ impl Writer {
         while !indexes.is_empty() {
             let index = self.reply(stream)?;
             let Some(at) = indexes.iter().position(|pending| *pending == index) else {
-                return self.complain(format!("a reply to {index}, which was not outstanding"));
+                return self.fail(format!("a reply to {index}, which was not outstanding"));
             };
             indexes.swap_remove(at);
             self.acknowledge(index, began, at_source);
@@ -303,13 +302,13 @@ impl Writer {
         }
         let word = |at: usize| u32::from_be_bytes(reply[at..at + 4].try_into().unwrap());
         if word(0) != raw::SIMPLE_REPLY || word(4) != 0 {
-            return self.complain(format!("the reply {reply:02x?}"));
+            return self.fail(format!("the reply {reply:02x?}"));
         }
         Ok(u64::from_be_bytes(reply[8..].try_into().unwrap()) as usize)
     }
 
-    fn complain<T>(&self, what: String) -> io::Result<T> {
-        self.shared.trouble.lock().unwrap().push(what);
+    fn fail<T>(&self, what: String) -> io::Result<T> {
+        self.shared.errors.lock().unwrap().push(what);
         Err(ErrorKind::InvalidData.into())
     }
 
@@ -326,12 +325,12 @@ enum Stream {
 
 impl Stream {
     /// Connects and chooses the default export, in whichever style the server greets.
-    fn open(door: &Door) -> io::Result<Stream> {
+    fn open(door: &Endpoint) -> io::Result<Stream> {
         let mut stream = match door {
-            Door::Tcp(address) => Stream::Tcp(TcpStream::connect(address)?),
-            Door::Unix(path) => Stream::Unix(UnixStream::connect(path)?),
+            Endpoint::Tcp(address) => Stream::Tcp(TcpStream::connect(address)?),
+            Endpoint::Unix(path) => Stream::Unix(UnixStream::connect(path)?),
         };
-        stream.wait_at_most(DEADLINE)?;
+        stream.wait_at_most(TIMEOUT)?;
         let mut magics = [0; 16];
         stream.read_exact(&mut magics)?;
         if magics[8..] == raw::I_HAVE_OPT.to_be_bytes() {
@@ -340,7 +339,7 @@ impl Stream {
             stream.write_all(&raw::encode_option(raw::OPT_EXPORT_NAME, b""))?;
             stream.read_exact(&mut [0; 10])?;
         } else {
-            stream.read_exact(&mut [0; 12 + OLD_TAIL])?;
+            stream.read_exact(&mut [0; 12 + raw::ZEROES])?;
         }
         stream.wait_at_most(LOOK)?;
         Ok(stream)

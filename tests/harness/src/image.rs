@@ -1,15 +1,16 @@
 //! Images to migrate: partly data, partly holes, told apart by every 16 bytes of them.
 //! Never writes through a server; reads and writes the files themselves.
 
+use crate::allocated;
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 /// What writers write at a time, in bytes.
-pub(crate) const BLOCK: u64 = 4096;
+pub const BLOCK: u64 = 4096;
 /// Every so many blocks begin with a row of data; the rest of them is a hole.
 const PERIOD: u64 = 64;
 const DATA: u64 = 16;
@@ -17,7 +18,7 @@ const DATA: u64 = 16;
 const PORTION: u64 = 1 << 20;
 
 /// Sixteen bytes that say which block they are of, and which version of it. Never zero.
-pub(crate) fn unit(block: u64, version: u64) -> [u8; 16] {
+pub fn unit(block: u64, version: u64) -> [u8; 16] {
     let mut unit = [0; 16];
     unit[..8].copy_from_slice(&(block + 1).to_le_bytes());
     unit[8..].copy_from_slice(&version.to_le_bytes());
@@ -25,7 +26,7 @@ pub(crate) fn unit(block: u64, version: u64) -> [u8; 16] {
 }
 
 /// A whole block of such units.
-pub(crate) fn stamped(block: u64, version: u64) -> Vec<u8> {
+pub fn stamped(block: u64, version: u64) -> Vec<u8> {
     unit(block, version).repeat(BLOCK as usize / 16)
 }
 
@@ -35,7 +36,7 @@ pub(crate) fn begins_as_data(block: u64) -> bool {
 }
 
 /// An image of `size` bytes, a quarter of which is data, in rows of 64 KiB.
-pub(crate) fn stamped_image(path: &Path, size: u64) {
+pub fn stamped_image(path: &Path, size: u64) {
     let file = File::create(path).unwrap();
     file.set_len(size).unwrap();
     for row in (0..size / BLOCK).step_by(PERIOD as usize) {
@@ -46,7 +47,7 @@ pub(crate) fn stamped_image(path: &Path, size: u64) {
 }
 
 /// An image of `size` bytes to receive into, which holds old bytes here and there.
-pub(crate) fn used_image(path: &Path, size: u64) {
+pub fn used_image(path: &Path, size: u64) {
     let file = File::create(path).unwrap();
     file.set_len(size).unwrap();
     for offset in (0..size).step_by(5 << 18) {
@@ -57,20 +58,13 @@ pub(crate) fn used_image(path: &Path, size: u64) {
 }
 
 /// An image of `size` bytes that holds nothing.
-pub(crate) fn empty_image(path: &Path, size: u64) {
+pub fn empty_image(path: &Path, size: u64) {
     File::create(path).unwrap().set_len(size).unwrap();
-}
-
-/// Bytes of disk that the file takes.
-pub(crate) fn allocated(path: &Path) -> u64 {
-    let file = File::open(path).unwrap();
-    file.sync_all().unwrap();
-    file.metadata().unwrap().blocks() * 512
 }
 
 /// Fails unless the two take as much disk as each other, to one in a hundred.
 #[track_caller]
-pub(crate) fn assert_as_sparse(source: &Path, destination: &Path) {
+pub fn assert_as_sparse(source: &Path, destination: &Path) {
     let (ours, theirs) = (allocated(source), allocated(destination));
     let most = ours.abs_diff(theirs) * 100;
     assert!(most <= ours.max(1 << 20), "allocated: {ours} at the source, {theirs} here");
@@ -78,7 +72,7 @@ pub(crate) fn assert_as_sparse(source: &Path, destination: &Path) {
 
 /// Fails unless both files hold the same bytes. Reads only what is not a hole in one of them.
 #[track_caller]
-pub(crate) fn assert_same(source: &Path, destination: &Path) {
+pub fn assert_same(source: &Path, destination: &Path) {
     let (ours, theirs) = (File::open(source).unwrap(), File::open(destination).unwrap());
     let size = ours.metadata().unwrap().len();
     assert_eq!(size, theirs.metadata().unwrap().len(), "sizes");

@@ -1,0 +1,62 @@
+//! Temporary directories, images in them, and their contents.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// 2^10 bytes.
+pub const KIB: u64 = 1 << 10;
+/// 2^20 bytes.
+pub const MIB: u64 = 1 << 20;
+/// 2^30 bytes.
+pub const GIB: u64 = 1 << 30;
+
+/// A directory on each file system to try: that of large temporary files (ext4 on most machines),
+/// and tmpfs.
+pub const FILE_SYSTEMS: [&str; 2] = ["/var/tmp", "/dev/shm"];
+
+/// A directory that disappears with the test.
+pub fn temp_dir() -> TempDir {
+    temp_dir_in(std::env::temp_dir())
+}
+
+/// The same below `parent`, for a test that needs the file system there.
+pub fn temp_dir_in(parent: impl AsRef<Path>) -> TempDir {
+    tempfile::Builder::new().prefix("flexnbd-test-").tempdir_in(parent).unwrap()
+}
+
+/// A sparse file of `size` bytes that reads as zero.
+pub fn sparse_image(dir: &Path, name: &str, size: u64) -> PathBuf {
+    let path = dir.join(name);
+    File::create(&path).unwrap().set_len(size).unwrap();
+    path
+}
+
+/// Writes `data` at `offset` of an existing file, not through the server.
+pub fn write_at(path: &Path, offset: u64, data: &[u8]) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(data, offset).unwrap();
+}
+
+/// `length` bytes at `offset` of the file, not through the server.
+pub fn read_at(path: &Path, offset: u64, length: usize) -> Vec<u8> {
+    let mut data = vec![0; length];
+    File::open(path).unwrap().read_exact_at(&mut data, offset).unwrap();
+    data
+}
+
+/// Bytes that the file occupies on its file system, once everything in it is written back.
+pub fn allocated(path: &Path) -> u64 {
+    let file = File::open(path).unwrap();
+    file.sync_all().unwrap();
+    file.metadata().unwrap().blocks() * 512
+}
+
+/// `length` bytes without a pattern and, in practice, without a block of zeros; the same for the
+/// same seed.
+pub fn noise(length: usize, seed: u64) -> Vec<u8> {
+    let mut data = vec![0; length];
+    fastrand::Rng::with_seed(seed).fill(&mut data);
+    data
+}

@@ -1,0 +1,40 @@
+//! What the tests in `tests/*.rs` share: a `flexnbd` process for the length of a test, an NBD client
+//! that checks every reply, other programs, images, mounts, and what a migration needs.
+//! Never uses the library under test, and never ends a process that it has not started itself.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a fixture that cannot go on fails the test that uses it"
+)]
+
+pub mod clients;
+mod endpoint;
+mod files;
+pub mod host;
+pub mod image;
+pub mod mount;
+mod program;
+mod proto;
+pub mod proxy;
+pub mod raw;
+mod served;
+mod server;
+pub mod session;
+mod tools;
+mod wait;
+pub mod writers;
+
+pub use endpoint::{Endpoint, free_port, unused_loopback_address};
+pub use files::{
+    FILE_SYSTEMS, GIB, KIB, MIB, allocated, noise, read_at, sparse_image, temp_dir, temp_dir_in,
+    write_at,
+};
+pub use program::{Outcome, Peer, Program, Running, wait_for_exit};
+pub use served::{Served, Style, Transport, over_every_transport_and_style};
+pub use server::{Builder, Resources, Server, StderrReader};
+pub use tempfile::TempDir;
+pub use tools::{
+    compile, failing_fsync, flexnbd, project_path, require_tool, restore_default_signals, run, skip,
+};
+pub use wait::{TIMEOUT, poll_until, wait_until};

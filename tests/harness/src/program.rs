@@ -1,0 +1,233 @@
+//! Running programs to their end, or as servers beside ours, and the disks that tests serve.
+//! Never waits without a deadline, and never ends a process that it has not started itself.
+
+use crate::{Endpoint, TIMEOUT, poll_until, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::ffi::{OsStr, OsString};
+use std::io::{Read, Write as _};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::{self, JoinHandle};
+
+/// A program that is about to be run.
+pub struct Program {
+    words: Vec<OsString>,
+    input: Vec<u8>,
+}
+
+/// How a program ended, and what it said.
+pub struct Outcome {
+    /// The command line, for messages.
+    pub shown: String,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// All of its stdout.
+    pub stdout: Vec<u8>,
+    /// All of its stderr.
+    pub stderr: String,
+}
+
+impl Program {
+    /// A program without arguments, found in `PATH` unless `name` is a path.
+    pub fn new(name: impl AsRef<OsStr>) -> Program {
+        Program { words: vec![name.as_ref().to_owned()], input: Vec::new() }
+    }
+
+    /// `flexnbd`, with its arguments in one string, separated by spaces.
+    pub fn flexnbd(arguments: &str) -> Program {
+        Program::new(crate::flexnbd()).words(arguments)
+    }
+
+    /// Adds arguments, separated by spaces.
+    pub fn words(self, arguments: &str) -> Program {
+        self.args(arguments.split_whitespace())
+    }
+
+    /// Adds arguments.
+    pub fn args<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
+        self.words.extend(arguments.into_iter().map(|a| a.as_ref().to_owned()));
+        self
+    }
+
+    /// Has these bytes on its standard input; without, it has none.
+    pub fn input(mut self, bytes: &[u8]) -> Program {
+        self.input = bytes.to_vec();
+        self
+    }
+
+    /// Runs it to its end, whatever that is.
+    #[track_caller]
+    pub fn run(self) -> Outcome {
+        let shown = show(&self.words);
+        let mut child = self.start(Stdio::piped(), Stdio::piped());
+        let (mut stdin, input) = (child.stdin.take().unwrap(), self.input);
+        // It may end without having read everything.
+        let feed = thread::spawn(move || drop(stdin.write_all(&input)));
+        let stdout = drain(child.stdout.take().unwrap());
+        let stderr = drain(child.stderr.take().unwrap());
+        let status = wait_for_exit(&mut child, &shown);
+        feed.join().unwrap();
+        let stderr = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
+        Outcome { shown, status, stdout: stdout.join().unwrap(), stderr }
+    }
+
+    /// Runs it to its end, which must be a success, and returns what it printed.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        let outcome = self.run();
+        outcome.succeeded();
+        outcome.text()
+    }
+
+    /// Starts it with piped standard streams where asked for; the caller looks after it.
+    #[track_caller]
+    pub fn start(&self, stdin: Stdio, output: Stdio) -> Child {
+        let mut command = Command::new(&self.words[0]);
+        command.args(&self.words[1..]).stdin(stdin).stdout(output).stderr(Stdio::piped());
+        command.spawn().unwrap_or_else(|e| panic!("cannot start {}: {e}", show(&self.words)))
+    }
+
+    /// Starts it as a server, and returns when it accepts a connection at `endpoint`.
+    #[track_caller]
+    pub fn serve_at(self, endpoint: Endpoint) -> Peer {
+        let process = self.start_until(|| endpoint.accepts());
+        Peer { process, endpoint }
+    }
+
+    /// Starts it, and returns when `ready` is true; fails if the program ends before.
+    #[track_caller]
+    pub fn start_until(self, ready: impl Fn() -> bool) -> Running {
+        let mut child = self.start(Stdio::null(), Stdio::null());
+        let shown = show(&self.words);
+        let stderr = drain(child.stderr.take().unwrap());
+        let mut ended = None;
+        let is_ready = poll_until(TIMEOUT, || {
+            ended = child.try_wait().unwrap();
+            ended.is_some() || ready()
+        });
+        let process = Running { child };
+        if let Some(status) = ended {
+            let said = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
+            panic!("{shown} ended with {status} and printed: {said}");
+        }
+        assert!(is_ready, "{shown} is not ready");
+        process
+    }
+}
+
+impl Outcome {
+    /// What it printed, as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// Fails unless it succeeded.
+    #[track_caller]
+    pub fn succeeded(&self) -> &Outcome {
+        self.ended_with(0)
+    }
+
+    /// Fails unless it ended with this exit status.
+    #[track_caller]
+    pub fn ended_with(&self, code: i32) -> &Outcome {
+        let Outcome { shown, status, stderr, .. } = self;
+        let printed = self.text();
+        assert_eq!(status.code(), Some(code), "{shown}: {status}; {stderr}{printed}");
+        self
+    }
+
+    /// Fails unless it ended so, and said all of this on stderr.
+    #[track_caller]
+    pub fn refused(&self, code: i32, parts: &[&str]) -> &Outcome {
+        self.ended_with(code);
+        for part in parts {
+            assert!(self.stderr.contains(part), "{}: no {part:?} in: {}", self.shown, self.stderr);
+        }
+        self
+    }
+
+    /// Fails unless it said nothing at all.
+    #[track_caller]
+    pub fn silently(&self) -> &Outcome {
+        assert_eq!((self.text().as_str(), self.stderr.as_str()), ("", ""), "{}", self.shown);
+        self
+    }
+}
+
+fn show(words: &[OsString]) -> String {
+    let words: Vec<_> = words.iter().map(|w| w.to_string_lossy()).collect();
+    words.join(" ")
+}
+
+fn drain(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = pipe.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+/// Waits for a child that should end by itself; ends it when it does not, and fails.
+#[track_caller]
+pub fn wait_for_exit(child: &mut Child, shown: &str) -> ExitStatus {
+    let mut status = None;
+    let ended = poll_until(2 * TIMEOUT, || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    if !ended {
+        let _ = child.kill();
+        let _ = child.wait();
+        panic!("{shown} does not come to its end");
+    }
+    status.unwrap()
+}
+
+/// Another program that runs beside the test. Dropping it kills it.
+pub struct Running {
+    child: Child,
+}
+
+impl Running {
+    /// Asks it to end, and waits until it has: everything it holds is then written.
+    #[track_caller]
+    pub fn stop(self) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        self.wait();
+    }
+
+    /// Waits until it ends by itself.
+    #[track_caller]
+    pub fn wait(mut self) {
+        wait_until("a program to end", || self.child.try_wait().unwrap().is_some());
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Another NBD server for the length of a test.
+pub struct Peer {
+    process: Running,
+    /// Where it listens.
+    pub endpoint: Endpoint,
+}
+
+impl Peer {
+    /// The NBD URI of its default export.
+    pub fn uri(&self) -> String {
+        self.endpoint.uri()
+    }
+
+    /// Asks it to end, and waits until it has: everything it holds is then written.
+    #[track_caller]
+    pub fn stop(self) {
+        self.process.stop();
+    }
+}

@@ -1,0 +1,97 @@
+//! A server over an image of its own, reached over TCP or a unix socket, newstyle or oldstyle.
+
+use crate::{Builder, MIB, Server, sparse_image, temp_dir};
+use std::path::PathBuf;
+use tempfile::TempDir;
+
+/// The two handshakes of NBD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// Fixed newstyle.
+    New,
+    /// Oldstyle, with `--oldstyle`.
+    Old,
+}
+
+/// The two kinds of socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// A port of 127.0.0.1.
+    Tcp,
+    /// A unix socket in the directory of the image.
+    Unix,
+}
+
+/// A server over an image, in a directory of their own.
+pub struct Served {
+    /// The process.
+    pub server: Server,
+    /// What it serves.
+    pub image: PathBuf,
+    /// Where both the image and the unix socket are.
+    pub dir: TempDir,
+}
+
+impl Served {
+    /// Serves a sparse image of 64 MiB.
+    #[track_caller]
+    pub fn start(transport: Transport, style: Style) -> Served {
+        let dir = temp_dir();
+        let image = sparse_image(dir.path(), "image", 64 * MIB);
+        Served::image(dir, image, transport, style, &[])
+    }
+
+    /// The same in newstyle over TCP, with arguments.
+    #[track_caller]
+    pub fn with(arguments: &[&str]) -> Served {
+        let dir = temp_dir();
+        let image = sparse_image(dir.path(), "image", 64 * MIB);
+        Served::image(dir, image, Transport::Tcp, Style::New, arguments)
+    }
+
+    /// Serves an existing image.
+    #[track_caller]
+    pub fn image(
+        dir: TempDir,
+        image: PathBuf,
+        transport: Transport,
+        style: Style,
+        arguments: &[&str],
+    ) -> Served {
+        let mut builder = Builder::serve(&image).args(arguments);
+        if transport == Transport::Unix {
+            builder = builder.unix(&dir.path().join("nbd.sock"));
+        }
+        if style == Style::Old {
+            builder = builder.args(["--oldstyle"]);
+        }
+        Served { server: builder.start(), image, dir }
+    }
+
+    /// The NBD URI of the export.
+    pub fn uri(&self) -> String {
+        self.server.uri()
+    }
+
+    /// A path in the directory of the image.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+const TRANSPORTS_AND_STYLES: [(Transport, Style); 4] = [
+    (Transport::Tcp, Style::New),
+    (Transport::Unix, Style::New),
+    (Transport::Tcp, Style::Old),
+    (Transport::Unix, Style::Old),
+];
+
+/// Runs `test` against a server of 64 MiB for each transport and style; a failure names them.
+#[track_caller]
+pub fn over_every_transport_and_style(test: impl Fn(&Served, Style)) {
+    for (transport, style) in TRANSPORTS_AND_STYLES {
+        let served = Served::start(transport, style);
+        eprintln!("over {transport:?}, {style:?} style:");
+        test(&served, style);
+    }
+}

@@ -1,0 +1,84 @@
+//! What a test needs of the machine: the program under test, installed tools, compiled preloads.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// The variable in which cargo names the program under test, for the processes that it starts.
+const FLEXNBD: &str = "CARGO_BIN_EXE_flexnbd";
+
+/// The program under test: the one that cargo names, or the one that it has built beside the test
+/// binary when that is started by hand.
+pub fn flexnbd() -> PathBuf {
+    let beside = || {
+        let test = std::env::current_exe().unwrap();
+        test.parent().unwrap().with_file_name("flexnbd")
+    };
+    std::env::var_os(FLEXNBD).map_or_else(beside, PathBuf::from)
+}
+
+/// A file or directory of the project, named from its root.
+pub fn project_path(relative: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap().join(relative)
+}
+
+/// Gives `SIGHUP` and `SIGINT` their default action in programs started from now on, even if the
+/// tests themselves were started by `nohup`, or in the background.
+pub fn restore_default_signals() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    for number in [Signal::SIGHUP, Signal::SIGINT] {
+        // SAFETY: the default action runs no code of ours.
+        unsafe { signal(number, SigHandler::SigDfl) }.unwrap();
+    }
+}
+
+/// Prints on the real stderr, past the test runner that hides what passing tests print, that (a
+/// part of) a test was not run.
+pub fn skip(what: &str, why: &str) {
+    let _ = writeln!(std::io::stderr(), "SKIP {what}: {why}");
+}
+
+/// Whether the program `name` is installed. If not: fails under `CI`; elsewhere prints so, and the
+/// caller returns.
+pub fn require_tool(name: &str) -> bool {
+    let found = std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).is_file()));
+    if !found {
+        assert!(std::env::var_os("CI").is_none(), "{name} is not installed, and CI must not skip");
+        skip(&format!("what needs {name}"), "it is not installed");
+    }
+    found
+}
+
+/// Compiles a C source of the project into `dir`: a program, or with `-shared` among `flags` a
+/// library; its path.
+#[track_caller]
+pub fn compile(dir: &Path, source: &str, flags: &[&str]) -> PathBuf {
+    let source = project_path(source).display().to_string();
+    let compiled = dir.join("compiled");
+    let output = compiled.display().to_string();
+    run("cc", &[&["-O1", "-o", &output, &source], flags].concat());
+    compiled
+}
+
+/// The library of `conformance/failing_fsync.c`, for `LD_PRELOAD` of a server.
+#[track_caller]
+pub fn failing_fsync(dir: &Path) -> PathBuf {
+    compile(dir, "tests/conformance/failing_fsync.c", &["-shared", "-fPIC", "-ldl"])
+}
+
+/// Runs a program to its end and returns its stdout; fails with its stderr if it fails.
+#[track_caller]
+pub fn run(program: &str, arguments: &[&str]) -> String {
+    let output =
+        Command::new(program).args(arguments).stdin(Stdio::null()).output().unwrap_or_else(|e| {
+            panic!("{program} cannot be started: {e}");
+        });
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?} ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
