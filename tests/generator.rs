@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-use harness::{TempDir, temp_dir};
+use harness::{TempDir, project_path, temp_dir};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use std::collections::BTreeMap;
@@ -124,7 +124,7 @@ fn the_templates_that_links_lead_to_are_those_of_the_package() {
     let run = Etc::new(&[("a.conf", GOOD)]).run();
     for link in &OF_A[3..] {
         let template = run.text(link).strip_prefix("/usr/lib/systemd/system/").unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("systemd").join(template);
+        let source = project_path("systemd").join(template);
         assert!(source.is_file(), "there is no {}", source.display());
         let package = include_str!("../Cargo.toml");
         let asset = format!("[\"systemd/{template}\", \"usr/lib/systemd/system/\"");

@@ -5,16 +5,13 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 use flexnbd::message_id;
+use harness::project_path;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Fields that the journal, or the unit, adds to each line.
 const GIVEN: [&str; 1] = ["FLEXNBD_INSTANCE"];
-
-fn ours(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
 
 /// One explanation of the catalog.
 struct Entry {
@@ -24,7 +21,7 @@ struct Entry {
 
 /// The catalog, by id.
 fn catalog() -> BTreeMap<String, Entry> {
-    let text = fs::read_to_string(ours("systemd/flexnbd.catalog")).unwrap();
+    let text = fs::read_to_string(project_path("systemd/flexnbd.catalog")).unwrap();
     let mut found = BTreeMap::new();
     for entry in format!("\n{text}").split("\n-- ").skip(1) {
         let (id, rest) = entry.split_once('\n').unwrap();
@@ -51,7 +48,7 @@ fn source() -> String {
         }
     }
     let mut text = String::new();
-    visit(&ours("src"), &mut text);
+    visit(&project_path("src"), &mut text);
     text
 }
 

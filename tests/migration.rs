@@ -9,10 +9,11 @@ mod qemu;
 mod unlinked;
 
 use harness::host::{Host, MIRROR_STARTED};
-use harness::image::{assert_as_sparse, assert_same, empty_image, stamped_image, used_image};
+use harness::image::{assert_as_sparse, assert_same, stamped_image, used_image};
 use harness::writers::{NO_PAUSE, Writers};
 use harness::{
-    Endpoint, FILE_SYSTEMS, GIB, MIB, allocated, poll_until, require_tool, skip, temp_dir_in,
+    Endpoint, FILE_SYSTEMS, GIB, MIB, Program, Running, allocated, poll_until, require_tool, skip,
+    sparse_file, temp_dir_in,
 };
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -58,8 +59,8 @@ fn every_acknowledged_write_is_at_the_destination_on_tmpfs() {
 fn moves(place: &str, size: u64, fill: impl FnOnce(&File)) {
     let dir = temp_dir_in(place);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
-    empty_image(&source.image, size);
-    empty_image(&destination.image, size);
+    sparse_file(&source.image, size);
+    sparse_file(&destination.image, size);
     fill(&File::options().write(true).open(&source.image).unwrap());
     let (mut serving, mut listening) = (source.serve(), destination.listen());
     assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
@@ -95,8 +96,8 @@ fn the_smallest_disk_that_may_move_moves() {
 fn a_disk_below_4096_bytes_stays_and_is_served_on() {
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
-    empty_image(&source.image, 3584);
-    empty_image(&destination.image, 3584);
+    sparse_file(&source.image, 3584);
+    sparse_file(&destination.image, 3584);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
     let reply = source.mirror_to(destination.address, &[]);
     assert_eq!(reply, "1: the disk is smaller than 4096 bytes, which cannot be mirrored");
@@ -126,8 +127,8 @@ fn refuses_a_destination_of(size: u64) {
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let [source, wrong, right] = ["source", "wrong", "right"].map(|n| Host::new(dir.path(), n));
     stamped_image(&source.image, SIZE);
-    empty_image(&wrong.image, size);
-    empty_image(&right.image, SIZE);
+    sparse_file(&wrong.image, size);
+    sparse_file(&right.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), wrong.listen());
     let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (1, 1, PAUSE));
     writers.wait_for_writes(10);
@@ -160,7 +161,7 @@ fn a_second_mirror_is_refused_while_one_runs_and_break_ends_the_first() {
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, 16 * MIB);
-    empty_image(&destination.image, 16 * MIB);
+    sparse_file(&destination.image, 16 * MIB);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
     let writers = Writers::start(Endpoint::Tcp(source.address), 16 * MIB, (2, 1, PAUSE));
     let slowly = ["exit", "0.0.0.0", "100000"];
@@ -189,7 +190,7 @@ fn writers_faster_than_the_link_are_caught_up_with() {
     let dir = temp_dir_in(FILE_SYSTEMS[1]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, SIZE);
-    empty_image(&destination.image, SIZE);
+    sparse_file(&destination.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
     let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (4, 1, NO_PAUSE));
     writers.wait_for_writes(1000);
@@ -210,7 +211,7 @@ fn a_read_error_at_the_source_is_told_as_such_and_ends_the_migration() {
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, 16 * MIB);
-    empty_image(&destination.image, 16 * MIB);
+    sparse_file(&destination.image, 16 * MIB);
     let (mut serving, _listening) = (source.serve(), destination.listen());
     let slowly = ["exit", "0.0.0.0", "2000000"];
     assert_eq!(source.mirror_to(destination.address, &slowly), MIRROR_STARTED);
@@ -244,7 +245,7 @@ fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() 
     let full = full.through(&["unshare", "--mount", "sh", "-c", &mount, "sh"]);
     let roomy = roomy.at(full.address);
     stamped_image(&source.image, SIZE);
-    empty_image(&roomy.image, SIZE);
+    sparse_file(&roomy.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), full.listen());
     let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (2, 1, PAUSE));
     assert_eq!(source.mirror_to(full.address, &[]), MIRROR_STARTED);
@@ -262,7 +263,7 @@ fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() 
 }
 
 /// Moves a disk under writers to somebody else's server, which cannot acknowledge.
-fn moves_to_a_plain_destination(start: impl FnOnce(&Host) -> qemu::Program) {
+fn moves_to_a_plain_destination(start: impl FnOnce(&Host) -> Running) {
     const SIZE: u64 = 32 * MIB;
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
@@ -306,7 +307,7 @@ fn a_disk_moves_to_qemu_nbd() {
         let image = host.image.to_str().unwrap();
         let words =
             ["qemu-nbd", "-f", "raw", "--discard=unmap", "-t", "-b", &ip, "-p", &port, image];
-        qemu::Program::start(&words, || is_listening(host))
+        Program::new(words[0]).args(&words[1..]).start_until(|| is_listening(host))
     });
 }
 
@@ -319,7 +320,7 @@ fn a_disk_moves_to_nbdkit() {
         let (ip, port) = (host.address.ip().to_string(), host.address.port().to_string());
         let image = host.image.to_str().unwrap();
         let words = ["nbdkit", "-f", "-i", &ip, "-p", &port, "file", image];
-        qemu::Program::start(&words, || is_listening(host))
+        Program::new(words[0]).args(&words[1..]).start_until(|| is_listening(host))
     });
 }
 
@@ -333,7 +334,8 @@ fn a_read_only_destination_is_refused_and_the_source_serves_on() {
     stamped_image(&source.image, MIB);
     let (ip, port) = (destination.address.ip().to_string(), destination.address.port().to_string());
     let words = ["nbdkit", "-f", "-r", "-i", &ip, "-p", &port, "memory", "1M"];
-    let _plain = qemu::Program::start(&words, || is_listening(&destination));
+    let _plain =
+        Program::new(words[0]).args(&words[1..]).start_until(|| is_listening(&destination));
     let mut serving = source.serve();
     let reply = source.mirror_to(destination.address, &[]);
     assert_eq!(reply, "1: Mirror was rejected (the destination's disk is read-only)");
@@ -368,7 +370,7 @@ fn qemu_mirrors_a_disk_onto_us() {
         "--blockdev",
         "driver=raw,node-name=disk,file=file",
     ];
-    let program = qemu::Program::start(&words, || socket.exists());
+    let program = Program::new(words[0]).args(&words[1..]).start_until(|| socket.exists());
     let mut monitor = qemu::Monitor::connect(&socket);
     let (ip, port) = (ours.address.ip(), ours.address.port());
     monitor.execute(
@@ -400,7 +402,7 @@ fn a_guest_of_qemu_lives_through_a_migration_when_the_address_is_taken_over() {
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, SIZE);
-    empty_image(&destination.image, SIZE);
+    sparse_file(&destination.image, SIZE);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
     let socket = dir.path().join("guest");
     let (ip, port) = (source.address.ip(), source.address.port());
@@ -418,7 +420,7 @@ fn a_guest_of_qemu_lives_through_a_migration_when_the_address_is_taken_over() {
         "--export",
         "type=nbd,id=guest,node-name=disk,writable=on,name=",
     ];
-    let _program = qemu::Program::start(&words, || socket.exists());
+    let _program = Program::new(words[0]).args(&words[1..]).start_until(|| socket.exists());
     let writers = Writers::start(Endpoint::Unix(socket), SIZE, (2, 1, PAUSE));
     writers.wait_for_writes(50);
     assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);

@@ -4,10 +4,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
-use harness::{sparse_image, temp_dir};
+use harness::{project_path, sparse_image, temp_dir};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use tempfile::TempDir;
 
@@ -15,10 +15,6 @@ const SERVICE: &str = include_str!("../systemd/flexnbd@.service");
 const RECEIVER: &str = include_str!("../systemd/flexnbd-listen@.service");
 const SOCKET: &str = include_str!("../systemd/flexnbd@.socket");
 const CONTROL: &str = include_str!("../systemd/flexnbd-control@.socket");
-
-fn source(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
 
 /// The settings of a unit, or of one of its sections, without comments.
 fn settings<'a>(unit: &'a str, section: &str) -> Vec<&'a str> {
@@ -51,12 +47,12 @@ fn every_file_of_the_package_is_there_and_every_unit_in_the_package() {
     let assets = assets();
     assert!(assets.len() > 10, "only {assets:?}");
     for (path, _) in assets.iter().filter(|(path, _)| !path.starts_with("target/")) {
-        assert!(source(path).is_file(), "{path} is missing");
+        assert!(project_path(path).is_file(), "{path} is missing");
     }
     for directory in ["systemd", "man"] {
-        for entry in fs::read_dir(source(directory)).unwrap() {
+        for entry in fs::read_dir(project_path(directory)).unwrap() {
             let path = entry.unwrap().path();
-            let name = path.strip_prefix(source("")).unwrap().to_str().unwrap();
+            let name = path.strip_prefix(project_path("")).unwrap().to_str().unwrap();
             let packed = assets.iter().any(|(path, _)| *path == name);
             assert!(path.is_dir() || packed, "{name} is not in the package");
         }
@@ -71,9 +67,9 @@ fn scripts_can_be_run_and_are_no_worse_than_sh() {
         "systemd/debian/prerm",
         "systemd/debian/postrm",
     ] {
-        let mode = fs::metadata(source(script)).unwrap().permissions().mode();
+        let mode = fs::metadata(project_path(script)).unwrap().permissions().mode();
         assert_eq!(mode & 0o111, 0o111, "{script} is not executable");
-        let checked = Command::new("/bin/sh").arg("-n").arg(source(script)).status().unwrap();
+        let checked = Command::new("/bin/sh").arg("-n").arg(project_path(script)).status().unwrap();
         assert!(checked.success(), "{script}");
     }
 }
@@ -184,7 +180,7 @@ impl Host {
 
     /// What is told in the journal then.
     fn retires(&self, result: &str) -> String {
-        let output = Command::new(source("systemd/retire"))
+        let output = Command::new(project_path("systemd/retire"))
             .arg("disk")
             .env("PATH", format!("{}:/usr/bin:/bin", self.path("bin").display()))
             .env("FLEXNBD_CONFIGURATIONS", self.root.path())
@@ -303,7 +299,7 @@ fn installs_after(complaint: &str) -> (bool, String, usize) {
     for name in ["apt-get", "sudo"] {
         fs::set_permissions(path(name), fs::Permissions::from_mode(0o755)).unwrap();
     }
-    let mut install = Command::new(source("tests/install"));
+    let mut install = Command::new(project_path("tests/install"));
     install.arg("no-such-package").env("PATH", format!("{}:/usr/bin:/bin", dir.path().display()));
     let output = install.output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

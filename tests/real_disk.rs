@@ -9,8 +9,8 @@
 
 use harness::mount::{Loop, Mount, mount_nbd_as_file};
 use harness::{
-    MIB, Program, Served, Style, TempDir, Transport, allocated, noise, require_tool, run, skip,
-    sparse_image, temp_dir,
+    MIB, Program, Served, Style, TempDir, Transport, allocated, noise, project_path, require_tools,
+    run, skip, sparse_image, temp_dir,
 };
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ const ALLOCATION_SLACK: u64 = MIB;
 
 /// Puts a tree of some 40 MiB there: our own sources, and files of every kind of size.
 fn grow_tree(root: &Path) {
-    copy_tree(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &root.join("src"));
+    copy_tree(&project_path("src"), &root.join("src"));
     for (i, size) in [0, 1, 511, 512, 4095, 4096, 4097, 65_536, 1_000_003].iter().enumerate() {
         for copy in 0..30 {
             let folder = root.join(format!("sizes/{copy}"));
@@ -62,10 +62,6 @@ fn ext4() -> (TempDir, PathBuf) {
     (dir, image)
 }
 
-fn have_tools(names: &[&str]) -> bool {
-    names.iter().all(|name| require_tool(name))
-}
-
 #[track_caller]
 fn assert_clean(image: &Path) {
     run("e2fsck", &["-f", "-n", image.to_str().unwrap()]);
@@ -85,7 +81,7 @@ fn assert_as_sparse(copy: &Path, original: &Path) {
 
 /// Copies the image out, and the copy into another served image; then all are compared.
 fn out_and_back_in(transport: Transport, style: Style) {
-    if !have_tools(&["mke2fs", "e2fsck", "nbdcopy", "qemu-img"]) {
+    if !require_tools(&["mke2fs", "e2fsck", "nbdcopy", "qemu-img"]) {
         return;
     }
     let (dir, image) = ext4();
@@ -165,7 +161,7 @@ fn spans_of(json: &str, start: &str, is_data: impl Fn(&serde_json::Value) -> boo
 
 #[test]
 fn the_map_of_a_disk_equals_the_files_own_extents() {
-    if !have_tools(&["mke2fs", "nbdinfo", "qemu-img"]) {
+    if !require_tools(&["mke2fs", "nbdinfo", "qemu-img"]) {
         return;
     }
     let (dir, image) = ext4();
@@ -187,7 +183,7 @@ fn the_map_of_a_disk_equals_the_files_own_extents() {
 
 #[test]
 fn a_file_system_worked_on_through_nbdfuse_is_clean_afterwards() {
-    if !have_tools(&["mke2fs", "e2fsck", "nbdfuse", "losetup"]) {
+    if !require_tools(&["mke2fs", "e2fsck", "nbdfuse", "losetup"]) {
         return;
     }
     let (dir, image) = ext4();

@@ -1,20 +1,15 @@
 /* Preloaded into the server under test: counts what makes data durable, and makes it fail on demand.
  *
  * FAILING_FSYNC_DIR names a directory. Each call appends a byte to its file "count"; while its file
- * "fail" exists, each call fails with EIO and does nothing. Only calls through libc are seen, so
- * that io_uring, which the kernel serves without them, is not to be had.
+ * "fail" exists, each call fails with EIO and does nothing.
  */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
+#include "../harness/preload.h"
+
 #include <fcntl.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
-#include <unistd.h>
 
 static int refused(void)
 {
@@ -35,8 +30,6 @@ static int refused(void)
     errno = EIO;
     return 1;
 }
-
-#define NEXT(name, ...) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))(__VA_ARGS__)
 
 int fsync(int fd)
 {
@@ -65,19 +58,4 @@ ssize_t pwritev64v2(int fd, const struct iovec *pieces, int count, off64_t offse
     if ((flags & (RWF_DSYNC | RWF_SYNC)) && refused())
         return -1;
     return NEXT(pwritev64v2, fd, pieces, count, offset, flags);
-}
-
-long syscall(long number, ...)
-{
-    long a[6];
-    va_list rest;
-    va_start(rest, number);
-    for (int i = 0; i < 6; i++)
-        a[i] = va_arg(rest, long);
-    va_end(rest);
-    if (number == SYS_io_uring_setup) {
-        errno = ENOSYS;
-        return -1;
-    }
-    return NEXT(syscall, number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }

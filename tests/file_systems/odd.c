@@ -7,24 +7,15 @@
  *     ODD_SEEK=striped     ... as if every other 4096 bytes were a hole
  *     ODD_TYPE=HEX         fstatfs(2) finds a file system of this type
  *     ODD_SEEK_COUNT=FILE  each such call appends a byte to FILE
- *
- * Only calls through libc are seen, so that io_uring, which the kernel serves without them, is not
- * to be had.
  */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
+#include "../harness/preload.h"
+
 #include <fcntl.h>
 #include <linux/fs.h>
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/syscall.h>
 #include <sys/vfs.h>
-#include <unistd.h>
-
-#define NEXT(name, ...) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))(__VA_ARGS__)
 
 static int unable(void)
 {
@@ -113,19 +104,4 @@ off64_t lseek64(int fd, off64_t offset, int whence)
 {
     off64_t answer;
     return odd_seek(offset, whence, &answer) ? answer : NEXT(lseek64, fd, offset, whence);
-}
-
-long syscall(long number, ...)
-{
-    long a[6];
-    va_list rest;
-    va_start(rest, number);
-    for (int i = 0; i < 6; i++)
-        a[i] = va_arg(rest, long);
-    va_end(rest);
-    if (number == SYS_io_uring_setup) {
-        errno = ENOSYS;
-        return -1;
-    }
-    return NEXT(syscall, number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }

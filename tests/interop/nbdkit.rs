@@ -2,12 +2,8 @@
 
 use crate::{assert_same_files, sprinkled_image};
 use harness::{
-    Endpoint, MIB, Program, Served, allocated, over_every_transport_and_style, require_tool,
+    Endpoint, MIB, Program, Served, allocated, over_every_transport_and_style, require_tools,
 };
-
-fn have_tools() -> bool {
-    require_tool("nbdkit") && require_tool("nbdcopy")
-}
 
 /// Runs nbdkit with these arguments, and nbdcopy from it to us (`to_us`) or the other way.
 #[track_caller]
@@ -20,7 +16,7 @@ fn copy(nbdkit: &str, served: &Served, to_us: bool) {
 
 #[test]
 fn nbdkits_pattern_arrives_byte_for_byte() {
-    if !have_tools() {
+    if !require_tools(&["nbdkit", "nbdcopy"]) {
         return;
     }
     over_every_transport_and_style(|served, _| {
@@ -36,7 +32,7 @@ fn nbdkits_pattern_arrives_byte_for_byte() {
 
 #[test]
 fn nbdkit_finds_its_sparse_random_disk_unchanged_when_it_comes_back() {
-    if !have_tools() {
+    if !require_tools(&["nbdkit", "nbdcopy"]) {
         return;
     }
     over_every_transport_and_style(|served, _| {
@@ -49,7 +45,7 @@ fn nbdkit_finds_its_sparse_random_disk_unchanged_when_it_comes_back() {
 
 #[test]
 fn nbdkit_passes_our_disk_on() {
-    if !have_tools() {
+    if !require_tools(&["nbdkit", "nbdcopy"]) {
         return;
     }
     over_every_transport_and_style(|served, _| {

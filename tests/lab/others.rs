@@ -1,11 +1,10 @@
 //! Clients that others have written: fio, libnbd, and QEMU, which reconnects by itself.
 //! Never takes a program's exit status for proof: each tells what it has done and what it missed.
 
-use harness::{Endpoint, TIMEOUT, TempDir, poll_until, temp_dir, wait_until};
+use harness::{Endpoint, TIMEOUT, TempDir, poll_until, project_path, temp_dir, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Random writes over four connections, 32 in flight on each, read back and verified all the time.
@@ -124,7 +123,7 @@ impl Libnbd {
     /// Writes in the part of the disk from `offset` on, in bytes.
     #[track_caller]
     pub(crate) fn start(target: &Endpoint, offset: u64) -> Libnbd {
-        let script = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/libnbd.py"));
+        let script = project_path("tests/lab/libnbd.py");
         // Debian's, which knows its packages, and not whichever comes first in PATH.
         let mut command = Command::new("nice");
         command.arg("/usr/bin/python3").arg(script).arg(target.uri()).arg(offset.to_string());

@@ -58,7 +58,7 @@ fn pack(profile: &OsStr, version: &str, to: &Path) {
         "--profile",
     ]);
     command.arg(profile).args(["--deb-version", version, "--output"]).arg(to);
-    let output = command.current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    let output = command.current_dir(harness::project_path("")).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "no package, {}: {said}", output.status);
 }

@@ -5,7 +5,7 @@
 //! end. Inside, it runs the test, which sees no other network than that of its hosts.
 
 use crate::package;
-use harness::{require_tool, skip};
+use harness::{project_path, require_tools, skip};
 use std::any::type_name;
 use std::ffi::OsStr;
 use std::io::Write as _;
@@ -127,14 +127,14 @@ fn can_be_had(name: &str) -> bool {
         assert!(std::env::var_os("CI").is_none(), "{why}, and CI must not skip");
         skip(name, why);
     }
-    missing.is_none() && TOOLS.iter().all(|tool| require_tool(tool))
+    missing.is_none() && require_tools(&TOOLS)
 }
 
 fn session(name: &str, packages: &OsStr) -> Output {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lab/lab.sh");
+    let script = project_path("tests/lab/lab.sh");
     let limit = LIMIT.as_secs().to_string();
     let mut command = Command::new("timeout");
-    command.args(["--kill-after=20", &limit, script, "run"]);
+    command.args(["--kill-after=20", &limit]).arg(script).arg("run");
     command.arg(std::env::current_exe().unwrap());
     command.args(["--exact", name, "--nocapture", "--test-threads=1"]);
     command.env(INSIDE, "1").env(PACKAGES, packages).stdin(Stdio::null());

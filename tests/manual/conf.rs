@@ -2,13 +2,14 @@
 
 use super::generator::generate;
 use super::page::numbers;
+use super::read;
 use super::roff::Page;
-use super::{ours, read};
 use flexnbd::cli::settings::{self, Settings};
 use flexnbd::cli::start::StartRequest;
 use flexnbd::cli::{self, CliCommand, config, size};
 use flexnbd::daemon::Config;
 use flexnbd::server;
+use harness::project_path;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::net::SocketAddr;
 use std::path::Path;
@@ -270,7 +271,7 @@ fn the_files_are_there() {
     let page = page();
     let items = page.items("FILES");
     let example = items.iter().find_map(|item| item.strip_prefix("Pa /usr/share/doc/flexnbd/"));
-    assert!(ours("systemd").join(example.unwrap()).is_file());
+    assert!(project_path("systemd").join(example.unwrap()).is_file());
     let (directory, name) = example.unwrap().rsplit_once('/').unwrap();
     let asset = format!("[\"systemd/{directory}/{name}\", \"usr/share/doc/flexnbd/{directory}/\"");
     assert!(read("Cargo.toml").contains(&asset), "there is no asset {asset}");

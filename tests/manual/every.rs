@@ -2,7 +2,8 @@
 //! mentions or tells people to type exists.
 
 use super::roff::Page;
-use super::{installed, must_be_meant, ours, read};
+use super::{must_be_meant, read};
+use harness::{project_path, require_tool, require_tools};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
@@ -15,7 +16,7 @@ struct Manual {
 }
 
 fn manuals() -> Vec<Manual> {
-    let entries = std::fs::read_dir(ours("man")).unwrap();
+    let entries = std::fs::read_dir(project_path("man")).unwrap();
     let mut files: Vec<String> =
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     files.sort_unstable();
@@ -51,17 +52,17 @@ fn formatters_have_nothing_to_complain_of() {
     for Manual { file, .. } in manuals() {
         let complaints = |program: &str, arguments: &[&str]| {
             let mut command = Command::new(program);
-            command.args(arguments).arg(ours("man").join(&file));
+            command.args(arguments).arg(project_path("man").join(&file));
             let output = command.env("LC_ALL", "C.UTF-8").env("MANWIDTH", "80").output();
             let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
             assert!(output.status.success(), "{program} ended with {}", output.status);
             assert!(output.stdout.len() > 5_000, "{program} has formatted almost nothing: {file}");
             String::from_utf8_lossy(&output.stderr).into_owned()
         };
-        if installed(&["man"]) {
+        if require_tool("man") {
             assert_eq!(complaints("man", &["--warnings", "-l"]), "", "{file}");
         }
-        if installed(&["groff"]) {
+        if require_tool("groff") {
             assert_eq!(complaints("groff", &["-man", "-Tutf8", "-ww"]), "", "{file}");
         }
     }
@@ -69,13 +70,13 @@ fn formatters_have_nothing_to_complain_of() {
 
 #[test]
 fn pages_fit_into_80_columns() {
-    if !installed(&["man"]) || !installed(&["col"]) {
+    if !require_tools(&["man", "col"]) {
         return;
     }
     for Manual { file, .. } in manuals() {
         let script = "MANWIDTH=80 man -l \"$0\" | col -bx";
         let mut man = Command::new("sh");
-        man.args(["-c", script]).arg(ours("man").join(&file)).env("LC_ALL", "C.UTF-8");
+        man.args(["-c", script]).arg(project_path("man").join(&file)).env("LC_ALL", "C.UTF-8");
         let output = man.output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(text.lines().count() > 100, "{file}: {text}");
@@ -193,7 +194,7 @@ pub(crate) fn units(text: &str) -> BTreeSet<String> {
 fn units_that_are_mentioned_are_ours() {
     for Manual { file, source, .. } in manuals() {
         for unit in units(&source.replace(r"\-", "-")) {
-            let known = ours("systemd").join(&unit);
+            let known = project_path("systemd").join(&unit);
             assert!(Path::new(&known).is_file(), "{file} mentions {unit}");
         }
     }

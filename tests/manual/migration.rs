@@ -3,7 +3,7 @@
 
 use super::page::numbers;
 use super::roff::Page;
-use super::{must_be_meant, ours, read};
+use super::{must_be_meant, read};
 use flexnbd::cli::MODES;
 use flexnbd::disk::ownership::{
     self, BadRecord, ForListen, ForServe, Id, PLACE_MAX, Provenance, RECORD_MAX, Record,
@@ -22,6 +22,7 @@ use flexnbd::migration::plan::Limits;
 use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
 use flexnbd::nbd::wire::{ErrorCode, PRIVATE_PAYLOAD_MAX};
 use flexnbd::server::throttle;
+use harness::project_path;
 use std::time::Duration;
 
 const PAGE: &str = "man/flexnbd-migration.7";
@@ -222,7 +223,7 @@ fn variables_of_the_environment_are_read() {
 
 /// The source of the room that speaks to operators, where words are that no test can reach.
 fn daemon() -> String {
-    let directory = std::fs::read_dir(ours("src/daemon")).unwrap();
+    let directory = std::fs::read_dir(project_path("src/daemon")).unwrap();
     directory.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap()).collect()
 }
 

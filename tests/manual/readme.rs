@@ -4,12 +4,11 @@
 
 use super::every::units;
 use super::generator::generate;
-use super::{installed, must_be_meant, ours, read};
+use super::{must_be_meant, read};
+use harness::{flexnbd, free_port, project_path, require_tool, require_tools};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::fs::File;
-use std::hash::{BuildHasher as _, Hasher as _, RandomState};
-use std::net::{Ipv6Addr, TcpListener};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -67,14 +66,6 @@ fn tour(port: u16) -> Vec<Step> {
     steps
 }
 
-/// Free a moment ago, and below those that outgoing connections take, which come and go.
-fn free_port() -> u16 {
-    let anywhere = RandomState::new().build_hasher().finish();
-    let ports = (0..10_000).map(|n| 20_000 + ((anywhere % 10_000 + n) % 10_000) as u16);
-    let mut free = ports.filter(|port| TcpListener::bind((Ipv6Addr::UNSPECIFIED, *port)).is_ok());
-    free.next().unwrap()
-}
-
 /// Ends everything that was started, also when the test fails.
 struct Group(Pid);
 
@@ -88,7 +79,8 @@ impl Drop for Group {
 fn run(script: &str, directory: &Path) -> (Option<ExitStatus>, String) {
     let output = directory.join("output of the tour");
     let file = File::create(&output).unwrap();
-    let program = Path::new(env!("CARGO_BIN_EXE_flexnbd")).parent().unwrap();
+    let program = flexnbd();
+    let program = program.parent().unwrap();
     let path = std::env::var_os("PATH").unwrap_or_default();
     let path = [program.to_owned()].into_iter().chain(std::env::split_paths(&path));
     let work = directory.join("work");
@@ -146,7 +138,7 @@ fn dots_stand_for_whatever_changes_and_for_nothing_else() {
 
 #[test]
 fn the_tour_shows_what_it_says() {
-    if !installed(&["bash", "nbdinfo", "nbdcopy", "qemu-img"]) {
+    if !require_tools(&["bash", "nbdinfo", "nbdcopy", "qemu-img"]) {
         return;
     }
     let steps = tour(free_port());
@@ -201,7 +193,7 @@ fn four_lines_make_a_service() {
 
 #[test]
 fn the_four_lines_are_served_without_a_service_manager_too() {
-    if !installed(&["bash"]) {
+    if !require_tool("bash") {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -238,7 +230,7 @@ fn commands_about_the_service_can_be_meant_and_their_units_are_ours() {
     let mentioned = units(&section);
     assert!(mentioned.len() >= 3, "only {mentioned:?} found");
     for unit in mentioned {
-        assert!(ours("systemd").join(&unit).is_file(), "{unit} is not ours");
+        assert!(project_path("systemd").join(&unit).is_file(), "{unit} is not ours");
     }
 }
 
@@ -250,7 +242,7 @@ fn files_that_the_readme_points_to_exist() {
     let files: Vec<&str> = targets.filter(is_file).collect();
     assert!(files.len() >= 3, "only {files:?} found");
     for file in files {
-        assert!(ours(file).exists(), "{file} does not exist");
+        assert!(project_path(file).exists(), "{file} does not exist");
     }
 }
 

@@ -4,12 +4,13 @@
 use super::every::units;
 use super::generator::{INSTANCE, generate};
 use super::page::numbers;
+use super::read;
 use super::roff::Page;
-use super::{ours, read};
 use flexnbd::cli::operate::{INSTANCE_BYTES_MAX, Instance};
 use flexnbd::disk::OpenError;
 use flexnbd::message_id;
 use flexnbd::systemd::{fd_store, unit};
+use harness::project_path;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -34,7 +35,7 @@ fn text(page: &Page, place: &str) -> String {
 
 /// The templates, by the names of their files.
 fn templates() -> BTreeSet<String> {
-    let entries = std::fs::read_dir(ours("systemd")).unwrap();
+    let entries = std::fs::read_dir(project_path("systemd")).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.ends_with(".service") || name.ends_with(".socket")).collect()
 }
@@ -295,7 +296,7 @@ fn source() -> String {
         }
     }
     let mut files = Vec::new();
-    visit(&ours("src"), &mut files);
+    visit(&project_path("src"), &mut files);
     let texts = files.iter().map(|file| std::fs::read_to_string(file).unwrap());
     texts.map(|text| text.split("#[cfg(test)]\nmod tests {").next().unwrap().to_owned()).collect()
 }

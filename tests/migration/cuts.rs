@@ -2,10 +2,10 @@
 
 use crate::number;
 use harness::host::{Host, MIRROR_STARTED};
-use harness::image::{assert_same, empty_image, stamped_image, used_image};
+use harness::image::{assert_same, stamped_image, used_image};
 use harness::proxy::{CutAt, FLUSH_HEADER, HANDOVER_HEADER, Proxy};
 use harness::writers::Writers;
-use harness::{Endpoint, FILE_SYSTEMS, MIB, poll_until, raw, skip, temp_dir_in};
+use harness::{Endpoint, FILE_SYSTEMS, MIB, poll_until, raw, skip, sparse_file, temp_dir_in};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -102,7 +102,7 @@ fn last_copy_meets_a_silent_link() -> bool {
     let dir = temp_dir_in(FILE_SYSTEMS[1]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, 8 * MIB);
-    empty_image(&destination.image, 8 * MIB);
+    sparse_file(&destination.image, 8 * MIB);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
     let proxy = Proxy::to(destination.address, CutAt::Hold(FLUSH_HEADER));
     // So little that it always can be sent in time, as far as the source knows.
@@ -155,7 +155,7 @@ fn a_source_that_hears_no_acknowledgement_asks_until_somebody_knows() {
     let source = Host::new(dir.path(), "source").env(PATIENCE.0, PATIENCE.1);
     let destination = Host::new(dir.path(), "dest");
     stamped_image(&source.image, MIB);
-    empty_image(&destination.image, MIB);
+    sparse_file(&destination.image, MIB);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
     let mut proxy = Proxy::to(destination.address, CutAt::After(HANDOVER_HEADER));
     let writers = Writers::start(Endpoint::Tcp(source.address), MIB, (2, 1, PAUSE));
@@ -254,7 +254,7 @@ fn a_cable_that_is_pulled_and_put_in_again_costs_only_the_time() {
     let destination = Host::new(dir.path(), "dest").at("10.209.0.2:10809".parse().unwrap());
     let destination = destination.through(&["ip", "netns", "exec", &cable.far]);
     stamped_image(&source.image, SIZE);
-    empty_image(&destination.image, SIZE);
+    sparse_file(&destination.image, SIZE);
     let mut serving = source.mode("serve").unix(&door).start();
     let mut listening = destination.listen();
     let writers = Writers::start(Endpoint::Unix(door), BUSY, (2, 1, PAUSE));

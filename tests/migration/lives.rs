@@ -4,9 +4,9 @@
 
 use fastrand::Rng;
 use harness::host::{Host, MIRROR_STARTED};
-use harness::image::{empty_image, stamped_image};
+use harness::image::stamped_image;
 use harness::writers::Writers;
-use harness::{Endpoint, FILE_SYSTEMS, MIB, Server, TempDir, poll_until, temp_dir_in};
+use harness::{Endpoint, FILE_SYSTEMS, MIB, Server, TempDir, poll_until, sparse_file, temp_dir_in};
 use std::time::{Duration, Instant};
 
 const SIZE: u64 = 16 * MIB;
@@ -100,7 +100,7 @@ impl Life {
         let source = Host::new(directory.path(), "source");
         let destination = Host::new(directory.path(), "dest");
         stamped_image(&source.image, SIZE);
-        empty_image(&destination.image, SIZE);
+        sparse_file(&destination.image, SIZE);
         Life {
             schedule: Schedule::new(seed),
             serving: Some(source.serve()),

@@ -1,44 +1,9 @@
-//! Other people's programs as peers: started where a test wants them, and ended with the test.
-//! Never decides whether they did well; the tests do.
+//! The monitor of a qemu program (QMP), for tests in which qemu is the peer.
 
 use harness::{TIMEOUT, poll_until};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-
-/// A program of somebody else's that runs until it is dropped.
-pub(crate) struct Program(Child);
-
-impl Program {
-    /// Starts it and waits until `ready` says that it can be used.
-    #[track_caller]
-    pub(crate) fn start(words: &[&str], mut ready: impl FnMut() -> bool) -> Program {
-        let mut command = Command::new(words[0]);
-        command.args(&words[1..]).stdin(Stdio::null()).stdout(Stdio::null());
-        let mut program = Program(command.spawn().unwrap());
-        let came = poll_until(TIMEOUT, || {
-            assert!(program.0.try_wait().unwrap().is_none(), "{words:?} has ended");
-            ready()
-        });
-        assert!(came, "{words:?} is never ready");
-        program
-    }
-
-    /// Ends it, politely, and waits until it has ended.
-    pub(crate) fn stop(mut self) {
-        let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-        assert!(poll_until(TIMEOUT, || self.0.try_wait().unwrap().is_some()), "it does not end");
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// A connection to the monitor of a qemu program.
 pub(crate) struct Monitor {

@@ -1,14 +1,16 @@
 //! What rude sources, and others who happen by, do to our `listen`.
 
 use harness::host::{Host, MIRROR_STARTED};
-use harness::image::{assert_same, empty_image, stamped_image};
+use harness::image::{assert_same, stamped_image};
 use harness::raw::{
     CAN_MULTI_CONN, DISC, EINVAL, ENOSPC, EPERM, FIXED_NEWSTYLE, NO_ZEROES, OPT_EXPORT_NAME,
     OPT_GO, OPT_INFO, OPT_PRIVATE, READ, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY, WRITE, Wire,
     encode_go, encode_request,
 };
 use harness::session::{Mode, Request, Session};
-use harness::{Endpoint, FILE_SYSTEMS, MIB, Server, TIMEOUT, TempDir, poll_until, temp_dir_in};
+use harness::{
+    Endpoint, FILE_SYSTEMS, MIB, Server, TIMEOUT, TempDir, poll_until, sparse_file, temp_dir_in,
+};
 use nix::sys::signal::Signal;
 use std::time::Duration;
 
@@ -33,7 +35,7 @@ impl Listening {
     fn new(arguments: &[&str]) -> Listening {
         let directory = temp_dir_in(FILE_SYSTEMS[1]);
         let host = Host::new(directory.path(), "dest");
-        empty_image(&host.image, SIZE);
+        sparse_file(&host.image, SIZE);
         let server = host.mode("listen").args(arguments).start();
         Listening { host, server, _directory: directory }
     }
@@ -317,7 +319,7 @@ fn a_stopped_source_loses_its_seat_to_another_within_seconds() {
         ["stopped", "source", "dest"].map(|name| Host::new(directory.path(), name));
     stamped_image(&stopped.image, 16 * SIZE);
     stamped_image(&source.image, 16 * SIZE);
-    empty_image(&destination.image, 16 * SIZE);
+    sparse_file(&destination.image, 16 * SIZE);
     let (holder, mut serving) = (stopped.serve(), source.serve());
     let mut listening = destination.listen();
     // In full flight: the copy takes a minute.
@@ -504,7 +506,7 @@ fn a_source_from_a_banned_address_is_refused_until_it_binds_one_that_is_not() {
     let source = Host::new(directory.path(), "source");
     let destination = Host::new(directory.path(), "dest");
     stamped_image(&source.image, SIZE);
-    empty_image(&destination.image, SIZE);
+    sparse_file(&destination.image, SIZE);
     let mut serving = source.serve();
     let mut listening = destination.mode("listen").args(["127.0.0.9"]).start();
     let reply = source.mirror_to(destination.address, &[]);

@@ -6,9 +6,9 @@ use crate::operator::Operator;
 use crate::plan::{Deed, Event, Leg, Medium, Moment, Plan};
 use crate::side::{Mode, Side};
 use harness::clients::{ClientOptions, Clients, Durable, Expected, Role};
-use harness::image::{empty_image, stamped_image};
+use harness::image::stamped_image;
 use harness::proxy::{CutAt, Proxy};
-use harness::{Endpoint, MIB};
+use harness::{Endpoint, MIB, sparse_file};
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
@@ -73,7 +73,7 @@ fn migrate(plan: &Plan, story: &mut Vec<String>) -> Result<(), String> {
     let mut expected = Expected::stamped(0..SIZE);
     for (number, leg) in plan.legs.iter().enumerate() {
         if !there.host.image.exists() {
-            empty_image(&there.host.image, SIZE);
+            sparse_file(&there.host.image, SIZE);
         }
         if number == 0 {
             here.fill();

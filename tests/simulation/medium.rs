@@ -1,6 +1,7 @@
 //! A disk with its ownership record, of which a power cut keeps only what was made durable, and
 //! any part of what was not.
 
+use fastrand::Rng;
 use flexnbd::disk::dirty::BLOCK;
 use flexnbd::disk::ownership::Record;
 use flexnbd::range::Range;
@@ -8,17 +9,18 @@ use flexnbd::range::Range;
 /// What a block holds; 0 is nothing but zeros.
 pub(crate) type Stamp = u32;
 
-/// Dice that fall the same way for the same seed (splitmix64).
+/// Dice that fall the same way for the same seed.
 #[derive(Debug)]
-pub(crate) struct Dice(pub(crate) u64);
+pub(crate) struct Dice(Rng);
 
 impl Dice {
+    pub(crate) fn new(seed: u64) -> Dice {
+        Dice(Rng::with_seed(seed))
+    }
+
+    /// A number below `bound`.
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (mixed ^ (mixed >> 31)) % bound
+        self.0.u64(..bound)
     }
 
     /// True once in `many` times.

@@ -115,7 +115,7 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new(seed: u64, mutation: Mutation) -> Self {
-        let mut dice = Dice(seed.wrapping_mul(0x2545_F491_4F6C_DD1D));
+        let mut dice = Dice::new(seed);
         let count = 4 + dice.below(5);
         let stamps: Vec<Stamp> =
             (1..=count).map(|stamp| if dice.once_in(3) { 0 } else { stamp as Stamp }).collect();

@@ -26,10 +26,15 @@ pub fn temp_dir_in(parent: impl AsRef<Path>) -> TempDir {
     tempfile::Builder::new().prefix("flexnbd-test-").tempdir_in(parent).unwrap()
 }
 
-/// A sparse file of `size` bytes that reads as zero.
+/// Makes a sparse file of `size` bytes, which reads as zero, or empties the existing one.
+pub fn sparse_file(path: &Path, size: u64) {
+    File::create(path).unwrap().set_len(size).unwrap();
+}
+
+/// The same under this name in `dir`; its path.
 pub fn sparse_image(dir: &Path, name: &str, size: u64) -> PathBuf {
     let path = dir.join(name);
-    File::create(&path).unwrap().set_len(size).unwrap();
+    sparse_file(&path, size);
     path
 }
 

@@ -57,11 +57,6 @@ pub fn used_image(path: &Path, size: u64) {
     file.sync_all().unwrap();
 }
 
-/// An image of `size` bytes that holds nothing.
-pub fn empty_image(path: &Path, size: u64) {
-    File::create(path).unwrap().set_len(size).unwrap();
-}
-
 /// Fails unless the two take as much disk as each other, to one in a hundred.
 #[track_caller]
 pub fn assert_as_sparse(source: &Path, destination: &Path) {

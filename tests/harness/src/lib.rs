@@ -27,14 +27,15 @@ pub mod writers;
 
 pub use endpoint::{Endpoint, free_port, unused_loopback_address};
 pub use files::{
-    FILE_SYSTEMS, GIB, KIB, MIB, allocated, noise, read_at, sparse_image, temp_dir, temp_dir_in,
-    write_at,
+    FILE_SYSTEMS, GIB, KIB, MIB, allocated, noise, read_at, sparse_file, sparse_image, temp_dir,
+    temp_dir_in, write_at,
 };
 pub use program::{Outcome, Peer, Program, Running, wait_for_exit};
 pub use served::{Served, Style, Transport, over_every_transport_and_style};
 pub use server::{Builder, Resources, Server, StderrReader};
 pub use tempfile::TempDir;
 pub use tools::{
-    compile, failing_fsync, flexnbd, project_path, require_tool, restore_default_signals, run, skip,
+    compile, failing_fsync, flexnbd, project_path, require_tool, require_tools,
+    restore_default_signals, run, skip,
 };
 pub use wait::{TIMEOUT, poll_until, wait_until};

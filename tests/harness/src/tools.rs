@@ -50,6 +50,11 @@ pub fn require_tool(name: &str) -> bool {
     found
 }
 
+/// Whether all of these programs are installed; see [`require_tool`].
+pub fn require_tools(names: &[&str]) -> bool {
+    names.iter().filter(|name| !require_tool(name)).count() == 0
+}
+
 /// Compiles a C source of the project into `dir`: a program, or with `-shared` among `flags` a
 /// library; its path.
 #[track_caller]
