@@ -85,7 +85,7 @@ fn out_and_back_in(transport: Transport, style: Style) {
         return;
     }
     let (dir, image) = ext4();
-    let served = Served::image(dir, image, transport, style, &[]);
+    let served = Served::existing(dir, image, transport, style, &[]);
     let out = served.path("out");
     Program::new("nbdcopy").words("--connections=4").args([&served.uri()]).args([&out]).ok();
     assert_same(&served.uri(), out.to_str().unwrap());
@@ -94,7 +94,7 @@ fn out_and_back_in(transport: Transport, style: Style) {
 
     let back_dir = temp_dir();
     let back = sparse_image(back_dir.path(), "back", IMAGE_SIZE);
-    let mut into = Served::image(back_dir, back, transport, style, &[]);
+    let mut into = Served::existing(back_dir, back, transport, style, &[]);
     Program::new("nbdcopy").words("--connections=4 --flush").args([&out]).args([into.uri()]).ok();
     assert_same(&into.uri(), out.to_str().unwrap());
     assert!(into.server.stop().success());
@@ -167,7 +167,7 @@ fn the_map_of_a_disk_equals_the_files_own_extents() {
     let (dir, image) = ext4();
     let extents = own_extents(&image);
     assert!(extents.len() > 2, "there is something to map: {extents:?}");
-    let served = Served::image(dir, image, Transport::Tcp, Style::New, &[]);
+    let served = Served::existing(dir, image, Transport::Tcp, Style::New, &[]);
     let told = Program::new("nbdinfo").words("--map --json").args([served.uri()]).ok();
     // base:allocation: 0 is data, 3 a hole that reads as zero.
     let map = spans_of(&told, "offset", |e| match e["type"].as_u64() {
@@ -187,7 +187,7 @@ fn a_file_system_worked_on_through_nbdfuse_is_clean_afterwards() {
         return;
     }
     let (dir, image) = ext4();
-    let mut served = Served::image(dir, image, Transport::Unix, Style::New, &[]);
+    let mut served = Served::existing(dir, image, Transport::Unix, Style::New, &[]);
     let (point, root) = (served.path("fuse"), served.path("root"));
     fs::create_dir_all(&root).unwrap();
     let Some(disk) = mount_nbd_as_file(&served.uri(), &point) else { return };

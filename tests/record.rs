@@ -35,7 +35,7 @@ fn name(host: &Host) -> &str {
 #[track_caller]
 pub(crate) fn refused_by_serve(host: &Host) -> String {
     let target = harness::Endpoint::Tcp(host.address);
-    let mut refused = host.mode("serve").at(target).launch();
+    let mut refused = host.mode("serve").at(target).spawn();
     let status = refused.wait_for_end();
     let told = refused.stderr();
     assert_eq!(status.code(), Some(78), "{told}");

@@ -79,7 +79,7 @@ fn unix_clients_are_not_the_acls_business() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", MIB);
     let served =
-        Served::image(dir, image, Transport::Unix, Style::New, &["--default-deny", "192.0.2.1"]);
+        Served::existing(dir, image, Transport::Unix, Style::New, &["--default-deny", "192.0.2.1"]);
     read(&flags_of(&served.server), 0, 512).run().succeeded();
 }
 
@@ -107,7 +107,7 @@ fn a_stale_socket_to_serve_on_is_replaced_and_a_live_one_left_alone() {
     let image = sparse_image(dir.path(), "image", MIB);
     let sock = dir.path().join("nbd.sock");
     drop(UnixListener::bind(&sock).unwrap());
-    let served = Served::image(dir, image, Transport::Unix, Style::New, &[]);
+    let served = Served::existing(dir, image, Transport::Unix, Style::New, &[]);
     let other = sparse_image(served.dir.path(), "other", MIB);
     let second = Program::flexnbd("serve --file").args([&other]).words("--addr").args([&sock]);
     second.run().refused(78, &["cannot listen on /", "another program answers there"]);

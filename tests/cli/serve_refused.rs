@@ -62,7 +62,7 @@ fn a_configuration_that_is_no_regular_file_is_refused() {
 fn one_sector_is_enough() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 512);
-    let served = Served::image(dir, image, Transport::Tcp, Style::New, &[]);
+    let served = Served::existing(dir, image, Transport::Tcp, Style::New, &[]);
     assert_eq!(read(&flags_of(&served.server), 0, 512).run().succeeded().stdout, [0; 512]);
     assert_eq!(served.server.stderr(), "");
 }
@@ -71,7 +71,7 @@ fn one_sector_is_enough() {
 fn a_tail_beyond_the_last_sector_is_not_served_and_warned_of_once() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 4096 + 511);
-    let served = Served::image(dir, image, Transport::Tcp, Style::New, &[]);
+    let served = Served::existing(dir, image, Transport::Tcp, Style::New, &[]);
     let place = flags_of(&served.server);
     read(&place, 4095, 1).run().succeeded();
     read(&place, 4096, 1).run().refused(1, &["4096"]);

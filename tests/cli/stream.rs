@@ -18,7 +18,7 @@ fn served() -> Served {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", GIB + MIB);
     write_at(&image, GIB, &noise(512, 1));
-    Served::image(dir, image, Transport::Unix, Style::New, &[])
+    Served::existing(dir, image, Transport::Unix, Style::New, &[])
 }
 
 #[track_caller]

@@ -15,7 +15,7 @@ const LENGTH: usize = 1_000_003;
 #[track_caller]
 fn goes_there_and_back(place: &str, image: &Path) {
     let data = noise(LENGTH, 6);
-    write(place, FROM, &data).run().succeeded().silently();
+    write(place, FROM, &data).run().succeeded().prints_nothing();
     let outcome = read(place, FROM, LENGTH as u64).run();
     assert_eq!(outcome.succeeded().stderr, "");
     assert!(outcome.stdout == data, "what was written is read");
@@ -132,7 +132,7 @@ fn bind_chooses_the_address_that_the_server_sees() {
 fn the_last_byte_can_be_written_and_the_one_after_it_not() {
     let served = Served::with(&[]);
     let place = flags_of(&served.server);
-    write(&place, 64 * MIB - 1, b"x").run().succeeded().silently();
+    write(&place, 64 * MIB - 1, b"x").run().succeeded().prints_nothing();
     assert_eq!(read_at(&served.image, 64 * MIB - 1, 1), b"x");
     let size = (64 * MIB).to_string();
     write(&place, 64 * MIB, b"x").run().refused(1, &["flexnbd write: ", &size, "1 byte from"]);

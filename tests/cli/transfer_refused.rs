@@ -88,7 +88,7 @@ fn the_smallest_block_of_a_server_is_kept_to() {
     }
     // Longer than its longest: split.
     let data = noise(300 * KIB as usize, 9);
-    write(&place, 512, &data).run().succeeded().silently();
+    write(&place, 512, &data).run().succeeded().prints_nothing();
     assert!(read(&place, 512, 300 * KIB).run().succeeded().stdout == data);
     assert!(read_at(&image, 512, data.len()) == data);
 }
@@ -102,7 +102,7 @@ fn an_input_that_ends_early_leaves_nothing_half_written() {
     short(&[7; 999]).refused(1, &[said]);
     short(b"").refused(1, &["after 0 of 1000 bytes"]);
     assert_eq!(read_at(&served.image, 0, 1000), [0; 1000]);
-    short(&[7; 1001]).succeeded().silently();
+    short(&[7; 1001]).succeeded().prints_nothing();
     assert_eq!(read_at(&served.image, 0, 1001), [vec![7; 1000], vec![0]].concat());
 }
 

@@ -18,7 +18,7 @@ fn enter_by_name(mut wire: Wire, name: &[u8], padded: bool) -> Session {
     if padded {
         assert_eq!(wire.recv(ZEROES), [0; ZEROES], "the padding is zero");
     }
-    Session::resume(wire, Mode::Simple, None, size, flags)
+    Session::after_handshake(wire, Mode::Simple, None, size, flags)
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn point_04_info_and_go_say_the_same_and_their_lengths_must_add_up() {
         let go = all_infos(&mut wire, OPT_GO, wishes);
         assert_eq!(info, go, "INFO and GO, asked for {wishes:?}");
         check_infos(&subject, &go, wishes);
-        Session::resume(wire, Mode::Simple, None, 0, 0).assert_in_sync();
+        Session::after_handshake(wire, Mode::Simple, None, 0, 0).assert_in_sync();
     }
     malformed_requests_are_refused(&subject);
     unknown_exports_are_unknown_to_both(&subject);

@@ -40,7 +40,7 @@ fn nbdinfo_sees_what_the_export_can_do() {
         assert_eq!(nbdinfo("--size", served).ok(), "67108864\n");
         for (question, new, old) in ABILITIES {
             let yes = if style == Style::New { new } else { old };
-            nbdinfo(question, served).run().ended_with(if yes { 0 } else { 2 }).silently();
+            nbdinfo(question, served).run().ended_with(if yes { 0 } else { 2 }).prints_nothing();
         }
         let json = nbdinfo("--json", served).ok();
         let told: serde_json::Value = serde_json::from_str(&json).unwrap();
@@ -140,7 +140,7 @@ fn nbdsh_sends_nonsense_and_is_refused_each_time_by_the_right_error() {
         // Its module belongs to the system's Python, not to one that may come first in PATH.
         let nbdsh = Program::new("env").args(["PATH=/usr/bin:/bin", "nbdsh"]);
         let nbdsh = nbdsh.args(["-u", &served.uri(), "-c", NONSENSE]);
-        nbdsh.run().succeeded().silently();
+        nbdsh.run().succeeded().prints_nothing();
         assert_eq!(read_at(&served.image, 1_000_001, 999), b"odd".repeat(333));
     });
 }

@@ -136,7 +136,7 @@ impl World {
         }
         let mut there = false;
         let arrived = poll_until(CONVERGENCE, || {
-            assert_eq!(self.seekers.trouble(), None);
+            assert_eq!(self.seekers.violation(), None);
             let here = try_door(&self.a.nbd()) == Turned::In;
             assert!(!(there && here), "both hosts serve the disk");
             there |= self.b.state(DISK) == "active" && try_door(&self.b.nbd()) == Turned::In;
@@ -188,11 +188,11 @@ impl World {
         }
         assert_eq!(ownership(&self.a), "departed");
         assert_eq!(ownership(&self.b), "ours");
-        let found = self.seekers.answers(Role::Destination);
+        let found = self.seekers.replies(Role::Destination);
         self.b.wait_for("clients to find the disk", || {
-            self.seekers.answers(Role::Destination) > found + SEEKERS_ANSWERS
+            self.seekers.replies(Role::Destination) > found + SEEKERS_ANSWERS
         });
-        assert_eq!(self.seekers.trouble(), None);
+        assert_eq!(self.seekers.violation(), None);
         let expected = self.seekers.stop();
         assert_eq!(expected.missing_in(&self.b.path(IMAGE), Durable::Flushed), None);
         let seekers = seek(&self.b, &self.a, &expected);
@@ -223,7 +223,7 @@ impl World {
 
 /// Clients of a disk that goes from one to the other, whatever happens to it on the way.
 fn seek(from: &Host, to: &Host, expected: &Expected) -> Clients {
-    let manner = ClientOptions { survivor: Durable::Flushed, may_fail: false, seed: SEED as u64 };
+    let manner = ClientOptions { durable: Durable::Flushed, may_fail: false, seed: SEED as u64 };
     Clients::start([from.nbd(), to.nbd()], expected, manner)
 }
 

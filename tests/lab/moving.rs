@@ -102,7 +102,7 @@ fn door(host: &Host) -> Endpoint {
 fn moves(from: &Host, to: &Host, before: Option<&Written>) -> Written {
     let how = (4, 1, PAUSE);
     let writers = match before {
-        Some(before) => Writers::after(before, door(from), how),
+        Some(before) => Writers::continue_after(before, door(from), how),
         None => Writers::start(door(from), SIZE, how),
     };
     writers.wait_for_writes(500);

@@ -224,7 +224,7 @@ impl Life {
     }
 
     fn start_source(&mut self) {
-        let mut server = self.source.mode("serve").launch();
+        let mut server = self.source.mode("serve").spawn();
         let up = server.starts_listening();
         self.note(format!("source started again, serving: {up}, records {:?}", self.records()));
         self.serving = Some(server);
@@ -247,7 +247,7 @@ impl Life {
 
     fn start_destination(&mut self) {
         let mode = if self.arrived { "serve" } else { "listen" };
-        let mut server = self.destination.mode(mode).launch();
+        let mut server = self.destination.mode(mode).spawn();
         let up = server.starts_listening();
         self.note(format!("destination: {mode} again: {up}, records {:?}", self.records()));
         if self.arrived {
@@ -271,7 +271,7 @@ impl Life {
         let Schedule { unlink, victim, .. } = self.schedule;
         let as_ordered = left != unlink || (left && victim != Victim::Destination);
         assert!(as_ordered, "the source's image: {}", self.tell());
-        let mut revenant = self.source.mode("serve").launch();
+        let mut revenant = self.source.mode("serve").spawn();
         assert!(!revenant.starts_listening(), "the source serves again: {}", self.tell());
         assert_eq!(revenant.wait_for_end().code(), Some(REFUSED), "{}", revenant.stderr());
         written.assert_all_present(&self.destination.image, &self.tell());

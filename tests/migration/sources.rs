@@ -84,7 +84,7 @@ impl Listening {
         assert_eq!(self.server.wait_for_end().code(), Some(1), "nothing has arrived");
         assert_eq!(self.host.record(), record);
         // An incomplete copy is not served; what was never touched is.
-        let mut serving = self.host.mode("serve").launch();
+        let mut serving = self.host.mode("serve").spawn();
         assert_eq!(serving.starts_listening(), record.is_empty());
     }
 
@@ -461,7 +461,7 @@ fn a_handover_as_it_should_be_is_acknowledged_and_ends_it() {
     assert!(listening.server.wait_for_end().success(), "{}", listening.server.stderr());
     assert_eq!(listening.host.record(), "ours");
     // A second `listen` says so; a `serve` answers the question that only it can answer.
-    let mut again = listening.host.mode("listen").launch();
+    let mut again = listening.host.mode("listen").spawn();
     assert!(!again.starts_listening());
     assert!(again.wait_for_end().success(), "{}", again.stderr());
     let serving = listening.host.serve();

@@ -15,7 +15,7 @@ fn a_disk_that_was_deleted_when_it_left_does_not_come_back_empty() {
     assert!(serving.wait_for_end().success() && listening.wait_for_end().success());
     assert!(!from.image.exists());
 
-    let mut refused = from.mode("serve").args(["--create", "4M"]).at(place(&from)).launch();
+    let mut refused = from.mode("serve").args(["--create", "4M"]).at(place(&from)).spawn();
     assert_eq!(refused.wait_for_end().code(), Some(78));
     let told = refused.stderr();
     assert!(told.contains("has moved to") && told.contains("not made anew"), "{told}");
@@ -47,7 +47,7 @@ fn an_image_that_was_made_for_a_disk_that_never_came_is_not_served() {
     let mut listening = from.mode("listen").args(["--create", "4M"]).start();
     assert!(!listening.stop().success());
     assert!(from.image.exists());
-    let mut refused = from.mode("serve").args(["--create", "4M"]).at(place(&from)).launch();
+    let mut refused = from.mode("serve").args(["--create", "4M"]).at(place(&from)).spawn();
     assert_eq!(refused.wait_for_end().code(), Some(78));
 
     // One that was there before is as good as it was.

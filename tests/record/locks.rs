@@ -147,7 +147,7 @@ fn a_killed_server_leaves_no_lock() {
 
 #[track_caller]
 fn refused(host: &Host, mode: &str, words: &[&str]) -> String {
-    let mut refused = host.mode(mode).args(words).at(Endpoint::Tcp(host.address)).launch();
+    let mut refused = host.mode(mode).args(words).at(Endpoint::Tcp(host.address)).spawn();
     let status = refused.wait_for_end();
     assert_eq!(status.code(), Some(78), "{}", refused.stderr());
     refused.stderr()

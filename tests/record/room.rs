@@ -89,13 +89,13 @@ fn listen_is_refused_when_no_record_can_be_kept() {
     medium.fill();
     let to = to.env("STATE_DIRECTORY", NOWHERE);
     let place = || Endpoint::Tcp(to.address);
-    let mut refused = to.mode("listen").at(place()).launch();
+    let mut refused = to.mode("listen").at(place()).spawn();
     assert_eq!(refused.wait_for_end().code(), Some(78), "{}", refused.stderr());
     assert!(refused.stderr().contains("--no-record"), "{}", refused.stderr());
 
     // An image that is made has to be recorded at once, and is not left behind without.
     fs::remove_file(&to.image).unwrap();
-    let mut refused = to.mode("listen").args(["--create", "4M"]).at(place()).launch();
+    let mut refused = to.mode("listen").args(["--create", "4M"]).at(place()).spawn();
     assert_eq!(refused.wait_for_end().code(), Some(78), "{}", refused.stderr());
     assert!(!to.image.exists(), "an empty image that serve would take for a disk");
 

@@ -26,7 +26,7 @@ const SETTLED: Duration = Duration::from_secs(60);
 const AT_WORK: u64 = 50;
 
 /// Hosts stay up, so that no acknowledged write may be lost, flushed or not.
-const SURVIVOR: Durable = Durable::Acknowledged;
+const DURABLE: Durable = Durable::Acknowledged;
 
 /// Something to be taken back at its time.
 enum Undo {
@@ -98,7 +98,7 @@ impl<'a> Running<'a> {
         let proxy = Proxy::to(destination.host.address, CutAt::Never);
         let doors = [source.host.address, destination.host.address].map(Endpoint::Tcp);
         let (may_fail, seed) = (may_fail(plan), plan.seed);
-        let manner = ClientOptions { survivor: SURVIVOR, may_fail, seed };
+        let manner = ClientOptions { durable: DURABLE, may_fail, seed };
         let clients = Clients::start(doors, expected, manner);
         let mut operator = Operator::of(&source.host, proxy.address, leg.unlink);
         operator.pause(true);
@@ -122,7 +122,7 @@ impl<'a> Running<'a> {
     fn live(mut self) -> Result<Expected, String> {
         self.happen(|moment, _| moment == Moment::Before);
         self.until("clients are at work", SETTLED, |leg| {
-            leg.clients.answers(Role::Source) > AT_WORK || leg.needs_healing()
+            leg.clients.replies(Role::Source) > AT_WORK || leg.needs_healing()
         })?;
         self.operator.pause(false);
         self.began = Instant::now();
@@ -133,9 +133,9 @@ impl<'a> Running<'a> {
         self.source.heal();
         self.destination.heal();
         self.until("the disk has moved", SETTLED, |leg| leg.has_moved())?;
-        let before = self.clients.answers(Role::Destination);
+        let before = self.clients.replies(Role::Destination);
         self.until("clients are at work at the destination", SETTLED, |leg| {
-            leg.clients.answers(Role::Destination) > before + AT_WORK
+            leg.clients.replies(Role::Destination) > before + AT_WORK
         })?;
         self.judge()
     }
@@ -161,7 +161,7 @@ impl<'a> Running<'a> {
             self.look_after_destination()?;
             let news = self.operator.news();
             news.into_iter().for_each(|news| self.note(&news));
-            if let Some(trouble) = self.clients.trouble() {
+            if let Some(trouble) = self.clients.violation() {
                 return Err(self.with_output(&trouble));
             }
             if start.elapsed() > patience {
@@ -293,14 +293,14 @@ impl<'a> Running<'a> {
 
     /// Everything is at rest: is the disk at one place, with everything in it?
     fn judge(self) -> Result<Expected, String> {
-        let trouble = self.clients.trouble();
+        let trouble = self.clients.violation();
         let expected = self.clients.stop();
         drop(self.operator);
         let image = &self.destination.host.image.clone();
-        let lost = trouble.or_else(|| expected.missing_in(image, SURVIVOR));
+        let lost = trouble.or_else(|| expected.missing_in(image, DURABLE));
         let ended = self.destination.stop();
         self.story.push(format!("destination, at last: {ended:?}"));
-        if let Some(lost) = lost.or_else(|| expected.missing_in(image, SURVIVOR)) {
+        if let Some(lost) = lost.or_else(|| expected.missing_in(image, DURABLE)) {
             return Err(lost);
         }
         if !ended.is_some_and(|(status, _)| status.success()) {

@@ -138,7 +138,7 @@ impl Side {
             Mode::Nothing => return,
         };
         if Instant::now() >= self.again {
-            self.server = Some(self.host.mode(mode).launch());
+            self.server = Some(self.host.mode(mode).spawn());
         }
     }
 
@@ -157,7 +157,7 @@ impl Side {
 
     /// Whether another `serve` would refuse the image; what it says if not.
     pub(crate) fn refuses_to_serve(&self) -> Result<(), String> {
-        let mut server = self.host.mode("serve").launch();
+        let mut server = self.host.mode("serve").spawn();
         if server.starts_listening() {
             return Err(format!("it serves again: {}", server.stderr()));
         }

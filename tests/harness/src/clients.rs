@@ -37,7 +37,7 @@ const SEARCH: Duration = Duration::from_millis(20);
 const HANDSHAKE: Duration = Duration::from_millis(700);
 /// How long a writer waits for a reply before it looks elsewhere, in milliseconds: at least, and
 /// how much longer at most.
-const PATIENCE_MS: (u64, u64) = (400, 2000);
+const REPLY_TIMEOUT_MS: (u64, u64) = (400, 2000);
 /// Longest time that a reader stays, in milliseconds, and how long it does nothing between two
 /// READs.
 const STAY_MS: u64 = 400;
@@ -68,7 +68,7 @@ pub enum Durable {
 #[derive(Clone, Copy, Debug)]
 pub struct ClientOptions {
     /// Which writes must survive.
-    pub survivor: Durable,
+    pub durable: Durable,
     /// Requests may be answered with errors.
     pub may_fail: bool,
     /// Of everything that the clients choose at random.
@@ -128,8 +128,8 @@ impl Block {
 
 impl Known {
     /// What the block may hold.
-    fn versions(self, survivor: Durable) -> Versions {
-        let acknowledged = match survivor {
+    fn versions(self, durable: Durable) -> Versions {
+        let acknowledged = match durable {
             Durable::Acknowledged => self.acknowledged,
             Durable::Flushed => self.flushed,
         };
@@ -164,12 +164,12 @@ impl Expected {
     }
 
     /// What of it is not in the image, if something is missing.
-    pub fn missing_in(&self, image: &Path, survivor: Durable) -> Option<String> {
+    pub fn missing_in(&self, image: &Path, durable: Durable) -> Option<String> {
         let file = File::open(image).unwrap();
         let mut data = vec![0; BLOCK as usize];
         let mut missing = (self.first..).zip(&self.blocks).filter_map(|(block, known)| {
             file.read_exact_at(&mut data, block * BLOCK).unwrap();
-            check(block, known.versions(survivor), &data).err()
+            check(block, known.versions(durable), &data).err()
         });
         let first = missing.next()?;
         Some(format!("{first}; {} blocks more", missing.count()))
@@ -194,15 +194,15 @@ fn check(block: u64, versions: Versions, data: &[u8]) -> Result<(), String> {
 struct Shared {
     stop: AtomicBool,
     began: Instant,
-    doors: [Endpoint; 2],
+    endpoints: [Endpoint; 2],
     seen: [Seen; 2],
     blocks: Vec<Block>,
-    manner: ClientOptions,
+    options: ClientOptions,
     /// Writers are to write nothing for the time being.
     held: AtomicBool,
     /// Writers with a session.
     working: AtomicU64,
-    trouble: Mutex<Vec<String>>,
+    violations: Mutex<Vec<String>>,
 }
 
 /// Clients at work.
@@ -213,7 +213,7 @@ pub struct Clients {
 
 impl Clients {
     /// Clients of a disk that is at the first of these and is about to move to the second.
-    pub fn start(doors: [Endpoint; 2], expected: &Expected, manner: ClientOptions) -> Clients {
+    pub fn start(endpoints: [Endpoint; 2], expected: &Expected, options: ClientOptions) -> Clients {
         let block = |(number, known): (u64, &Known)| Block {
             number,
             flushed: AtomicU64::new(known.flushed),
@@ -223,15 +223,15 @@ impl Clients {
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             began: Instant::now(),
-            doors,
+            endpoints,
             seen: [Seen::nothing(), Seen::nothing()],
             blocks: (expected.first..).zip(&expected.blocks).map(block).collect(),
-            manner,
+            options,
             held: AtomicBool::new(false),
             working: AtomicU64::new(0),
-            trouble: Mutex::default(),
+            violations: Mutex::default(),
         });
-        let mut random = Rng::with_seed(manner.seed);
+        let mut random = Rng::with_seed(options.seed);
         let mut threads = Vec::new();
         for number in 0..WRITERS {
             let (shared, random) = (Arc::clone(&shared), random.fork());
@@ -247,14 +247,14 @@ impl Clients {
     }
 
     /// Requests that this host has answered.
-    pub fn answers(&self, role: Role) -> u64 {
+    pub fn replies(&self, role: Role) -> u64 {
         self.shared.seen(role).answers.load(SeqCst)
     }
 
     /// What must not have been seen, so far.
-    pub fn trouble(&self) -> Option<String> {
-        let trouble = self.shared.trouble.lock().unwrap();
-        trouble.first().cloned().or_else(|| self.shared.two_serve())
+    pub fn violation(&self) -> Option<String> {
+        let violations = self.shared.violations.lock().unwrap();
+        violations.first().cloned().or_else(|| self.shared.two_serve())
     }
 
     /// Writers end their sessions and begin none; returns when none has any.
@@ -304,8 +304,8 @@ impl Shared {
         !self.held.load(SeqCst) && !self.stopping()
     }
 
-    fn complain(&self, what: String) {
-        self.trouble.lock().unwrap().push(what);
+    fn report(&self, what: String) {
+        self.violations.lock().unwrap().push(what);
     }
 
     fn answered(&self, role: Role, sent: u64) {
@@ -332,7 +332,7 @@ impl Shared {
     /// A session there, whose handshake is over.
     fn enter(&self, role: Role) -> io::Result<Wire> {
         let came = self.now();
-        let mut wire = Wire::try_connect_within(&self.doors[role as usize], HANDSHAKE)?;
+        let mut wire = Wire::try_connect_within(&self.endpoints[role as usize], HANDSHAKE)?;
         wire.set_read_timeout(HANDSHAKE);
         receive::<18>(&mut wire)?;
         let flags = raw::FIXED_NEWSTYLE | raw::NO_ZEROES;
@@ -360,11 +360,11 @@ impl Shared {
         let head = receive::<16>(wire)?;
         let error = word(&head, 4);
         if word(&head, 0) != raw::SIMPLE_REPLY {
-            self.complain(format!("a reply begins with {head:02x?}"));
+            self.report(format!("a reply begins with {head:02x?}"));
             return Err(ErrorKind::InvalidData.into());
         }
-        if error != 0 && !self.manner.may_fail {
-            self.complain(format!("a request failed with error {error}"));
+        if error != 0 && !self.options.may_fail {
+            self.report(format!("a request failed with error {error}"));
         }
         Ok((u64::from_be_bytes(head[8..].try_into().unwrap()), error == 0))
     }
@@ -409,7 +409,7 @@ impl Writer {
 
     /// Until the connection is lost, or seems to be.
     fn work(&mut self, mut wire: Wire, role: Role) {
-        let patience = PATIENCE_MS.0 + self.random.u64(..PATIENCE_MS.1);
+        let patience = REPLY_TIMEOUT_MS.0 + self.random.u64(..REPLY_TIMEOUT_MS.1);
         wire.set_read_timeout(Duration::from_millis(patience));
         // What an earlier session has not flushed may have been lost since.
         self.unflushed.clear();
@@ -437,7 +437,7 @@ impl Writer {
         while !pending.is_empty() {
             let (cookie, success) = self.shared.reply(wire)?;
             let Some(asked) = pending.remove(&cookie) else {
-                self.shared.complain(format!("a reply to {cookie}, which was not asked"));
+                self.shared.report(format!("a reply to {cookie}, which was not asked"));
                 return Err(ErrorKind::InvalidData.into());
             };
             if success {
@@ -459,7 +459,7 @@ impl Writer {
         }
         if choice == 1 {
             bytes.extend(raw::encode_request(raw::READ, 0, place, offset, length));
-            let versions = block.known().versions(self.shared.manner.survivor);
+            let versions = block.known().versions(self.shared.options.durable);
             return Asked::Read(place as usize, versions);
         }
         let version = block.attempted.fetch_add(1, SeqCst) + 1;
@@ -492,7 +492,7 @@ impl Writer {
             Asked::Read(place, versions) => {
                 let data = receive::<{ BLOCK as usize }>(wire)?;
                 if let Err(strange) = check(blocks[place].number, versions, &data) {
-                    self.shared.complain(format!("a writer reads {strange}"));
+                    self.shared.report(format!("a writer reads {strange}"));
                 }
             }
         }
@@ -526,7 +526,7 @@ impl Reader {
     fn read(&mut self, wire: &mut Wire) -> io::Result<()> {
         let place = self.random.u64(..self.shared.blocks.len() as u64);
         let block = &self.shared.blocks[place as usize];
-        let before = block.known().versions(self.shared.manner.survivor);
+        let before = block.known().versions(self.shared.options.durable);
         let sent = self.shared.now();
         let (offset, length) = (block.number * BLOCK, BLOCK as u32);
         wire.try_send(&raw::encode_request(raw::READ, 0, place, offset, length))?;
@@ -536,7 +536,7 @@ impl Reader {
             self.shared.answered(self.role, sent);
             let attempted = block.known().attempted;
             if let Err(strange) = check(block.number, Versions { attempted, ..before }, &data) {
-                self.shared.complain(format!("a reader at the {:?} reads {strange}", self.role));
+                self.shared.report(format!("a reader at the {:?} reads {strange}", self.role));
             }
         }
         Ok(())

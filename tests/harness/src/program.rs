@@ -148,7 +148,7 @@ impl Outcome {
 
     /// Fails unless it said nothing at all.
     #[track_caller]
-    pub fn silently(&self) -> &Outcome {
+    pub fn prints_nothing(&self) -> &Outcome {
         assert_eq!((self.text().as_str(), self.stderr.as_str()), ("", ""), "{}", self.shown);
         self
     }

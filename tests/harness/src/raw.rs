@@ -25,19 +25,20 @@ pub struct Wire {
 impl Wire {
     /// Connects; reads and writes fail after [`TIMEOUT`].
     #[track_caller]
-    pub fn connect(target: &Endpoint) -> Wire {
-        Wire::try_connect(target).unwrap_or_else(|e| panic!("cannot connect to {target:?}: {e}"))
+    pub fn connect(endpoint: &Endpoint) -> Wire {
+        Wire::try_connect(endpoint)
+            .unwrap_or_else(|e| panic!("cannot connect to {endpoint:?}: {e}"))
     }
 
     /// The same for a server that may refuse the connection.
-    pub fn try_connect(target: &Endpoint) -> io::Result<Wire> {
-        Wire::try_connect_within(target, TIMEOUT)
+    pub fn try_connect(endpoint: &Endpoint) -> io::Result<Wire> {
+        Wire::try_connect_within(endpoint, TIMEOUT)
     }
 
     /// The same with another timeout for the TCP connection.
-    pub(crate) fn try_connect_within(target: &Endpoint, patience: Duration) -> io::Result<Wire> {
-        let link = match target {
-            Endpoint::Tcp(address) => Link::Tcp(TcpStream::connect_timeout(address, patience)?),
+    pub(crate) fn try_connect_within(endpoint: &Endpoint, timeout: Duration) -> io::Result<Wire> {
+        let link = match endpoint {
+            Endpoint::Tcp(address) => Link::Tcp(TcpStream::connect_timeout(address, timeout)?),
             Endpoint::Unix(path) => Link::Unix(UnixStream::connect(path)?),
         };
         if let Link::Tcp(stream) = &link {
@@ -50,19 +51,19 @@ impl Wire {
     }
 
     /// Sets how long a read waits before it fails.
-    pub fn set_read_timeout(&self, patience: Duration) {
-        let patience = Some(patience);
+    pub fn set_read_timeout(&self, timeout: Duration) {
+        let timeout = Some(timeout);
         match &self.link {
-            Link::Tcp(s) => s.set_read_timeout(patience).unwrap(),
-            Link::Unix(s) => s.set_read_timeout(patience).unwrap(),
+            Link::Tcp(s) => s.set_read_timeout(timeout).unwrap(),
+            Link::Unix(s) => s.set_read_timeout(timeout).unwrap(),
         }
     }
 
-    fn set_write_timeout(&self, patience: Duration) {
-        let patience = Some(patience);
+    fn set_write_timeout(&self, timeout: Duration) {
+        let timeout = Some(timeout);
         match &self.link {
-            Link::Tcp(s) => s.set_write_timeout(patience).unwrap(),
-            Link::Unix(s) => s.set_write_timeout(patience).unwrap(),
+            Link::Tcp(s) => s.set_write_timeout(timeout).unwrap(),
+            Link::Unix(s) => s.set_write_timeout(timeout).unwrap(),
         }
     }
 
@@ -225,8 +226,8 @@ impl OptionReply {
 impl Wire {
     /// Connects, takes the newstyle greeting and answers with these client flags.
     #[track_caller]
-    pub fn haggle(target: &Endpoint, client_flags: u32) -> Wire {
-        let mut wire = Wire::connect(target);
+    pub fn haggle(endpoint: &Endpoint, client_flags: u32) -> Wire {
+        let mut wire = Wire::connect(endpoint);
         let flags = wire.recv_greeting();
         assert_eq!(flags & 1, 1, "the server speaks no fixed newstyle");
         wire.send(&client_flags.to_be_bytes());
@@ -236,10 +237,10 @@ impl Wire {
     /// Connects and takes the newstyle greeting, trying again where a server that is at its limit
     /// of clients closes without one.
     #[track_caller]
-    pub fn connect_with_retries(target: &Endpoint) -> Wire {
+    pub fn connect_with_retries(endpoint: &Endpoint) -> Wire {
         let mut greeted = None;
         wait_until("a greeting", || {
-            let mut wire = Wire::connect(target);
+            let mut wire = Wire::connect(endpoint);
             let mut greeting = [0; GREETING_LENGTH];
             let came = matches!(wire.try_recv(&mut greeting), Ok(GREETING_LENGTH));
             greeted = came.then_some(wire);

@@ -38,7 +38,7 @@ impl Served {
     pub fn start(transport: Transport, style: Style) -> Served {
         let dir = temp_dir();
         let image = sparse_image(dir.path(), "image", 64 * MIB);
-        Served::image(dir, image, transport, style, &[])
+        Served::existing(dir, image, transport, style, &[])
     }
 
     /// The same in newstyle over TCP, with arguments.
@@ -46,12 +46,12 @@ impl Served {
     pub fn with(arguments: &[&str]) -> Served {
         let dir = temp_dir();
         let image = sparse_image(dir.path(), "image", 64 * MIB);
-        Served::image(dir, image, Transport::Tcp, Style::New, arguments)
+        Served::existing(dir, image, Transport::Tcp, Style::New, arguments)
     }
 
     /// Serves an existing image.
     #[track_caller]
-    pub fn image(
+    pub fn existing(
         dir: TempDir,
         image: PathBuf,
         transport: Transport,

@@ -19,7 +19,7 @@ pub struct Builder {
     arguments: Vec<OsString>,
     wrapper: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
-    place: Option<Endpoint>,
+    endpoint: Option<Endpoint>,
 }
 
 impl Builder {
@@ -31,7 +31,7 @@ impl Builder {
     /// The same for another mode that listens, such as `listen`.
     pub fn mode(mode: &str, image: &Path) -> Builder {
         let arguments = vec![mode.into(), "--file".into(), image.into()];
-        Builder { arguments, wrapper: Vec::new(), environment: Vec::new(), place: None }
+        Builder { arguments, wrapper: Vec::new(), environment: Vec::new(), endpoint: None }
     }
 
     /// Listens on this unix socket instead of a TCP port.
@@ -40,8 +40,8 @@ impl Builder {
     }
 
     /// Listens exactly there.
-    pub fn at(mut self, place: Endpoint) -> Builder {
-        self.place = Some(place);
+    pub fn at(mut self, endpoint: Endpoint) -> Builder {
+        self.endpoint = Some(endpoint);
         self
     }
 
@@ -71,7 +71,7 @@ impl Builder {
         let mut last = String::new();
         for _ in 0..3 {
             let anywhere = || Endpoint::localhost(free_port());
-            let mut server = self.spawn(self.place.clone().unwrap_or_else(anywhere));
+            let mut server = self.spawn_at(self.endpoint.clone().unwrap_or_else(anywhere));
             if server.starts_listening() {
                 return server;
             }
@@ -82,17 +82,17 @@ impl Builder {
 
     /// Starts the server at its place and returns at once, whatever becomes of it.
     #[track_caller]
-    pub fn launch(self) -> Server {
-        let place = self.place.clone().expect("`at` was called");
-        self.spawn(place)
+    pub fn spawn(self) -> Server {
+        let endpoint = self.endpoint.clone().expect("`at` was called");
+        self.spawn_at(endpoint)
     }
 
-    fn spawn(&self, target: Endpoint) -> Server {
+    fn spawn_at(&self, endpoint: Endpoint) -> Server {
         let mut words: Vec<OsString> = self.wrapper.clone();
         words.push(crate::flexnbd().into());
         words.extend(self.arguments.iter().cloned());
         words.push("--addr".into());
-        match &target {
+        match &endpoint {
             Endpoint::Tcp(address) => {
                 words.push(address.ip().to_string().into());
                 words.push("--port".into());
@@ -105,7 +105,7 @@ impl Builder {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|e| panic!("cannot start {words:?}: {e}"));
         let stderr = StderrReader::start(&mut child);
-        Server { child, target, stderr }
+        Server { child, endpoint, stderr }
     }
 }
 
@@ -147,14 +147,14 @@ impl StderrReader {
 /// A running server. Dropping it kills it; a failing test then shows what it said.
 pub struct Server {
     child: Child,
-    target: Endpoint,
+    endpoint: Endpoint,
     stderr: StderrReader,
 }
 
 impl Server {
     /// Where it listens.
     pub fn endpoint(&self) -> &Endpoint {
-        &self.target
+        &self.endpoint
     }
 
     /// Its process id.
@@ -164,7 +164,7 @@ impl Server {
 
     /// The TCP port; fails for a unix socket.
     pub fn port(&self) -> u16 {
-        match &self.target {
+        match &self.endpoint {
             Endpoint::Tcp(address) => address.port(),
             Endpoint::Unix(path) => panic!("{} has no port", path.display()),
         }
@@ -172,7 +172,7 @@ impl Server {
 
     /// The NBD URI of its default export.
     pub fn uri(&self) -> String {
-        self.target.uri()
+        self.endpoint.uri()
     }
 
     /// What it has printed to stderr so far.
@@ -264,7 +264,7 @@ impl Server {
     }
 
     fn listens(&self) -> bool {
-        let inodes = listening_inodes(self.pid(), &self.target);
+        let inodes = listening_inodes(self.pid(), &self.endpoint);
         !inodes.is_empty() && descriptors(self.pid()).iter().any(|d| inodes.contains(d))
     }
 
@@ -284,10 +284,10 @@ impl Drop for Server {
     }
 }
 
-/// The listening sockets at `target`, as that process sees them (it may live in a network
+/// The listening sockets at `endpoint`, as that process sees them (it may live in a network
 /// namespace of its own), named as `/proc/PID/fd` names them.
-fn listening_inodes(pid: u32, target: &Endpoint) -> HashSet<String> {
-    let table = match target {
+fn listening_inodes(pid: u32, endpoint: &Endpoint) -> HashSet<String> {
+    let table = match endpoint {
         Endpoint::Tcp(address) if address.is_ipv4() => "tcp",
         Endpoint::Tcp(_) => "tcp6",
         Endpoint::Unix(_) => "unix",
@@ -295,15 +295,15 @@ fn listening_inodes(pid: u32, target: &Endpoint) -> HashSet<String> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/net/{table}")).unwrap_or_default();
     let inode = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        listening_inode(target, &fields).map(|inode| format!("socket:[{inode}]"))
+        listening_inode(endpoint, &fields).map(|inode| format!("socket:[{inode}]"))
     };
     text.lines().filter_map(inode).collect()
 }
 
-/// The inode in one line of such a table, when it is a listening socket at `target`.
-fn listening_inode<'a>(target: &Endpoint, fields: &[&'a str]) -> Option<&'a str> {
+/// The inode in one line of such a table, when it is a listening socket at `endpoint`.
+fn listening_inode<'a>(endpoint: &Endpoint, fields: &[&'a str]) -> Option<&'a str> {
     let field = |i: usize| fields.get(i).copied();
-    match target {
+    match endpoint {
         Endpoint::Tcp(address) => {
             let port = format!(":{:04X}", address.port());
             (field(3)? == "0A" && field(1)?.ends_with(&port)).then(|| field(9)).flatten()

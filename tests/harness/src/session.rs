@@ -118,8 +118,8 @@ pub struct Session {
 impl Session {
     /// Connects to the default export. `None`: the server does not speak this dialect.
     #[track_caller]
-    pub fn open(target: &Endpoint, mode: Mode) -> Option<Session> {
-        let mut wire = Wire::haggle(target, FIXED_NEWSTYLE | NO_ZEROES);
+    pub fn open(endpoint: &Endpoint, mode: Mode) -> Option<Session> {
+        let mut wire = Wire::haggle(endpoint, FIXED_NEWSTYLE | NO_ZEROES);
         let dialect = match mode {
             Mode::Simple => return Some(Session::go(wire, mode, None, b"")),
             Mode::Structured => OPT_STRUCTURED_REPLY,
@@ -143,24 +143,30 @@ impl Session {
         let data = &export.expect("GO always gives INFO_EXPORT").data;
         let size = u64::from_be_bytes(data[2..10].try_into().unwrap());
         let flags = u16::from_be_bytes(data[10..12].try_into().unwrap());
-        Session::resume(wire, mode, context, size, flags)
+        Session::after_handshake(wire, mode, context, size, flags)
     }
 
     /// The old style: no haggling at all.
     #[track_caller]
-    pub fn open_old_style(target: &Endpoint) -> Session {
-        let mut wire = Wire::connect(target);
+    pub fn open_old_style(endpoint: &Endpoint) -> Session {
+        let mut wire = Wire::connect(endpoint);
         assert_eq!(wire.recv_u64(), GREETING, "the greeting begins with NBDMAGIC");
         assert_eq!(wire.recv_u64(), OLD_STYLE, "an old style greeting goes on with its magic");
         let size = wire.recv_u64();
         let flags = wire.recv_u32();
         assert_eq!(flags >> 16, 0, "old style has no handshake flags");
         assert_eq!(wire.recv(ZEROES), [0; ZEROES], "the reserved bytes are zero");
-        Session::resume(wire, Mode::Simple, None, size, flags as u16)
+        Session::after_handshake(wire, Mode::Simple, None, size, flags as u16)
     }
 
     /// Wraps a connection whose transmission phase has just begun.
-    pub fn resume(wire: Wire, mode: Mode, context: Option<u32>, size: u64, flags: u16) -> Session {
+    pub fn after_handshake(
+        wire: Wire,
+        mode: Mode,
+        context: Option<u32>,
+        size: u64,
+        flags: u16,
+    ) -> Session {
         Session { wire, mode, size, flags, context, requests: 0, unfinished: HashMap::new() }
     }
 

@@ -76,15 +76,19 @@ impl Writers {
     /// So many writers on a disk of `size` bytes at `source`, made by
     /// [`super::image::stamped_image`], each pausing between two batches.
     pub fn start(source: Endpoint, size: u64, how: (u64, u64, Duration)) -> Writers {
-        Writers::go_on(source, vec![Versions::default(); (size / BLOCK) as usize], how)
+        Writers::start_with(source, vec![Versions::default(); (size / BLOCK) as usize], how)
     }
 
     /// The same on a disk in which others have written before.
-    pub fn after(before: &Written, source: Endpoint, how: (u64, u64, Duration)) -> Writers {
-        Writers::go_on(source, before.blocks.clone(), how)
+    pub fn continue_after(
+        before: &Written,
+        source: Endpoint,
+        how: (u64, u64, Duration),
+    ) -> Writers {
+        Writers::start_with(source, before.blocks.clone(), how)
     }
 
-    fn go_on(
+    fn start_with(
         source: Endpoint,
         before: Vec<Versions>,
         (count, seed, pause): (u64, u64, Duration),
@@ -325,8 +329,8 @@ enum Stream {
 
 impl Stream {
     /// Connects and chooses the default export, in whichever style the server greets.
-    fn open(door: &Endpoint) -> io::Result<Stream> {
-        let mut stream = match door {
+    fn open(endpoint: &Endpoint) -> io::Result<Stream> {
+        let mut stream = match endpoint {
             Endpoint::Tcp(address) => Stream::Tcp(TcpStream::connect(address)?),
             Endpoint::Unix(path) => Stream::Unix(UnixStream::connect(path)?),
         };
