@@ -1,15 +1,11 @@
-//! Tests the benchmark commands: that their parts decide rightly, and that they measure at all.
-//! Measures nothing itself; that is `cargo bench`.
+//! Tests that the benchmarks measure correctly. `cargo bench` runs the benchmarks themselves.
 
-#![allow(
-    clippy::duplicate_mod,
-    reason = "the commands share files, and each is a crate of its own"
-)]
+#![allow(clippy::duplicate_mod, reason = "the two benchmarks are crates that share files")]
 
 #[path = "peers.rs"]
-#[allow(dead_code, reason = "the command's own main is not run here")]
+#[allow(dead_code, reason = "nothing calls its `main`")]
 mod peers;
 
 #[path = "migrate.rs"]
-#[allow(dead_code, reason = "as above")]
+#[allow(dead_code, reason = "nothing calls its `main`")]
 mod migrate;

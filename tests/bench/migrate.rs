@@ -1,161 +1,210 @@
-//! Measures moving a disk between two processes on this machine, ours beside other people's
-//! programs; `README.md` beside this file says how. Never passes or fails anything.
-//!
-//! The tests in these files are run by `main.rs`, as part of `cargo test`. Cargo builds the
-//! benchmark itself with `cfg(test)`, too, but without a harness; there they are unused.
+//! Measures migrations of a disk between two processes on this machine, by flexnbd and by other
+//! programs; see README.md. No result makes it fail. About the tests see peers.rs.
 
-#[allow(dead_code, reason = "its loads are those of the other benchmark")]
-mod grid;
+mod data;
 mod machine;
+mod nbd;
 mod process;
-#[allow(dead_code, reason = "its sessions are those of the other benchmark")]
-mod replies;
-mod running;
-#[allow(dead_code, reason = "here other systems are measured than by the other benchmark")]
-mod servers;
-#[allow(dead_code, reason = "its sessions are those of the other benchmark")]
-mod session;
-#[allow(dead_code, reason = "its samples are those of the other benchmark")]
+mod report;
+#[allow(dead_code, reason = "each benchmark uses some of them")]
 mod stats;
-mod targets;
 
-#[path = "migrate/choices.rs"]
-mod choices;
 #[path = "migrate/client.rs"]
 mod client;
 #[path = "migrate/disks.rs"]
 mod disks;
 #[path = "migrate/network.rs"]
 mod network;
-#[path = "migrate/ours.rs"]
-mod ours;
 #[path = "migrate/pause.rs"]
 mod pause;
 #[path = "migrate/qemu.rs"]
 mod qemu;
+#[path = "migrate/rates.rs"]
+mod rates;
 #[path = "migrate/systems.rs"]
 mod systems;
-#[path = "migrate/table.rs"]
-mod table;
 
-use choices::Choices;
-use disks::{Disks, Kind};
+use clap::Parser;
+use disks::{Kind, Pair};
+use flexnbd::cli::size::parse_size;
 use machine::Machine;
 use network::Network;
-use pause::{Load, PauseReport};
+use pause::{Load, PauseResult};
+use rates::{KindResult, Run};
+use report::{Target, named_path, print_targets, write_json};
 use serde_json::{Value, json};
-use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 use systems::System;
-use table::{KindReport, Run};
-use targets::Target;
 
-/// What went wrong, for the person who reads it.
-type Trouble = Box<dyn std::error::Error + Send + Sync>;
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// Measures migrations between two processes on this machine.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "migrate")]
+struct Options {
+    /// Which systems to measure; those that are not installed are left out
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "NAME,...",
+        default_value = "flexnbd,nbdcopy,nbdcopy-flush,qemu"
+    )]
+    systems: Vec<String>,
+    /// Another build of flexnbd to measure beside the one just built
+    #[arg(long, value_parser = named_path, value_name = "NAME=PATH")]
+    also: Vec<(String, PathBuf)>,
+    /// Which images to migrate
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_enum,
+        value_name = "KIND,...",
+        default_value = "dense,sparse25,sparse1,zeros"
+    )]
+    images: Vec<Kind>,
+    /// Measure only the effect on clients
+    #[arg(long)]
+    pauses_only: bool,
+    /// Size of the images (K, M, G: powers of 1024)
+    #[arg(long, default_value = "1G", value_parser = size)]
+    size: u64,
+    /// Where to put the images
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    dir: PathBuf,
+    /// How often each system migrates each image; the median counts
+    #[arg(long, default_value = "3", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// How many migrations to measure under each load of a client; 0 for none
+    #[arg(long, default_value = "20", value_name = "NUMBER")]
+    migrations: u32,
+    /// Size of the image of these migrations
+    #[arg(long, default_value = "256M", value_parser = size)]
+    pause_size: u64,
+    /// How many writes of 4 KiB a client begins each second meanwhile
+    #[arg(long, default_value = "5000", value_name = "NUMBER",
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    writes_per_sec: u32,
+    /// How many bytes a second the source may send in limited migrations (K, M, G)
+    #[arg(long, default_value = "100M", value_name = "RATE", value_parser = rate)]
+    max_speed: u64,
+    /// Write all figures to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// `cargo bench` adds this
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// At least 4 MiB: smaller sparse images are hardly sparse.
+fn size(text: &str) -> Result<u64, String> {
+    let size = parse_size(text).map_err(|error| error.to_string())?;
+    if size < 4 << 20 { Err("less than 4 MiB".to_owned()) } else { Ok(size) }
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    match parse_size(text).map_err(|error| error.to_string())? {
+        0 => Err("0 would mean no limit".to_owned()),
+        rate => Ok(rate),
+    }
+}
 
 fn main() -> ExitCode {
-    let choices = match Choices::from_command_line() {
-        Ok(choices) => choices,
-        Err(code) => return code,
-    };
-    match measure(&choices) {
+    match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(trouble) => {
-            eprintln!("migrate: {trouble}");
+        Err(error) => {
+            eprintln!("migrate: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn measure(choices: &Choices) -> Result<(), Trouble> {
-    let network = Network::of_our_own();
-    let systems = systems::installed(&choices.systems, &choices.also)?;
-    let about = begin(choices, &systems, &network);
-    let disks = Disks::new(&choices.dir)?;
-    let began = Instant::now();
+fn run(options: &Options) -> Result<(), Error> {
+    let network = Network::new();
+    let systems = systems::installed(&options.systems, &options.also)?;
+    let about = about(options, &systems, &network);
+    let start = Instant::now();
     let mut kinds = Vec::new();
-    for kind in choices.images.iter().filter(|_| !choices.pauses_only) {
-        let report = measure_kind(*kind, choices, &systems, &disks, &network);
-        report.print();
-        kinds.push(report);
+    for kind in options.images.iter().filter(|_| !options.pauses_only) {
+        let result = measure_kind(*kind, options, &systems, &network);
+        result.print();
+        kinds.push(result);
     }
-    let pauses = measure_pauses(choices, &systems, &disks);
-    println!("\n# took {:.1} minutes", began.elapsed().as_secs_f64() / 60.0);
-    let dense = kinds.iter().find(|report| report.kind == Kind::Dense);
-    let dense = dense.and_then(KindReport::seconds);
-    let ours = pauses.iter().filter(|report| report.name == systems::OURS);
-    let wanted: Vec<Target> = kinds
-        .iter()
-        .flat_map(|report| report.targets(dense))
-        .chain(ours.flat_map(PauseReport::targets))
-        .collect();
-    targets::print(&wanted);
-    let Some(file) = &choices.json else { return Ok(()) };
-    let kinds: Vec<Value> = kinds.iter().map(KindReport::json).collect();
-    let pauses: Vec<Value> = pauses.iter().map(PauseReport::json).collect();
-    let all = json!({ "about": about, "images": kinds, "pauses": pauses, "targets": wanted });
-    write(file, &all)
+    let pauses = measure_pauses(options, &systems);
+    println!("\n# took {:.1} minutes", start.elapsed().as_secs_f64() / 60.0);
+    let dense = kinds.iter().find(|result| result.kind == Kind::Dense);
+    let dense = dense.and_then(KindResult::seconds);
+    let ours = pauses.iter().filter(|result| result.name == "flexnbd");
+    let kind_targets = kinds.iter().filter_map(|result| result.target(dense));
+    let targets: Vec<Target> = kind_targets.chain(ours.filter_map(PauseResult::target)).collect();
+    print_targets(&targets);
+    let Some(file) = &options.json else { return Ok(()) };
+    let kinds: Vec<Value> = kinds.iter().map(KindResult::json).collect();
+    let pauses: Vec<Value> = pauses.iter().map(PauseResult::json).collect();
+    write_json(
+        file,
+        &json!({ "about": about, "images": kinds, "pauses": pauses, "targets": targets }),
+    )
 }
 
-/// Says what is going to happen, and on which machine.
-fn begin(choices: &Choices, systems: &[System], network: &Network) -> Value {
+/// Prints the environment and returns it as JSON.
+fn about(options: &Options, systems: &[System], network: &Network) -> Value {
     let machine = Machine::of_this_run("migrate");
     machine.print();
     for system in systems {
         println!("# {}: {}", system.name, system.version);
     }
     if let Some(why) = network.why_shared() {
-        println!("# bytes on the wire may be those of others, too: {why}");
+        println!("# bytes on the wire are not counted: {why}");
     }
     let versions: serde_json::Map<String, Value> =
         systems.iter().map(|s| (s.name.clone(), s.version.clone().into())).collect();
     json!({
         "machine": machine,
         "versions": versions,
-        "directory": choices.dir,
-        "size": choices.size,
-        "rounds": choices.rounds,
-        "max_speed": choices.max_speed,
+        "directory": options.dir,
+        "size": options.size,
+        "rounds": options.rounds,
+        "max_speed": options.max_speed,
     })
 }
 
-/// All rounds of one kind of image. The systems take turns, and each round begins with another.
+/// All rounds of one kind. The systems take turns, and each round begins with another system.
 fn measure_kind(
     kind: Kind,
-    choices: &Choices,
+    options: &Options,
     systems: &[System],
-    disks: &Disks,
     network: &Network,
-) -> KindReport {
-    let mut report = KindReport::new(kind, choices.size, systems);
-    for round in 0..choices.rounds as usize {
+) -> KindResult {
+    let mut result = KindResult::new(kind, options.size, systems);
+    for round in 0..options.rounds as usize {
         for turn in 0..systems.len() {
             let which = (round + turn) % systems.len();
-            let run = measure_once(kind, choices.size, &systems[which], disks, network);
-            if let Err(trouble) = &run {
-                println!("# {}: {}: {trouble}", kind.word(), systems[which].name);
+            match measure_once(kind, options, &systems[which], network) {
+                Ok(run) => result.systems[which].runs.push(run),
+                Err(error) => {
+                    println!("# {}: {}: {error}", kind.word(), systems[which].name);
+                    result.systems[which].errors.push(error.to_string());
+                }
             }
-            report.add(which, run.map_err(|trouble| trouble.to_string()));
         }
     }
-    report
+    result
 }
 
 fn measure_once(
     kind: Kind,
-    size: u64,
+    options: &Options,
     system: &System,
-    disks: &Disks,
     network: &Network,
-) -> Result<Run, Trouble> {
-    let pair = disks.make(kind, size)?;
+) -> Result<Run, Error> {
+    let pair = Pair::new(&options.dir, kind, options.size)?;
     let allocated_before = disks::allocated(&pair.source)?;
     let moved = system.migrate(&pair, network)?;
     Ok(Run {
         seconds: moved.elapsed.as_secs_f64(),
-        wire: moved.wire,
+        wire_bytes: moved.wire,
         bytes_sent: moved.bytes_sent,
         allocated_before,
         allocated_after: disks::allocated(&pair.destination)?,
@@ -163,27 +212,22 @@ fn measure_once(
     })
 }
 
-/// What clients feel of each of ours; the others have no pause that could be seen from outside.
-fn measure_pauses(choices: &Choices, systems: &[System], disks: &Disks) -> Vec<PauseReport> {
-    let mut reports = Vec::new();
+/// The effect on clients of each build of flexnbd; other systems have no pause that a client sees.
+fn measure_pauses(options: &Options, systems: &[System]) -> Vec<PauseResult> {
+    let mut results = Vec::new();
     for system in systems {
-        let Some(program) = system.ours() else { continue };
-        for load in Load::all(choices) {
-            let mut report = PauseReport::new(&system.name, load, choices);
-            for number in 1..=choices.migrations {
-                match pause::measure_once(program, load, choices.pause_size, disks) {
-                    Ok(seen) => report.seen.push(seen),
-                    Err(trouble) => println!("# migration {number}: {}: {trouble}", system.name),
+        let Some(program) = system.flexnbd() else { continue };
+        for load in Load::all(options) {
+            let mut result = PauseResult::new(&system.name, load, options);
+            for number in 1..=options.migrations {
+                match pause::measure_once(program, load, options) {
+                    Ok(observation) => result.observations.push(observation),
+                    Err(error) => println!("# migration {number}: {}: {error}", system.name),
                 }
             }
-            report.print();
-            reports.push(report);
+            result.print();
+            results.push(result);
         }
     }
-    reports
-}
-
-fn write(file: &Path, value: &Value) -> Result<(), Trouble> {
-    let text = serde_json::to_string_pretty(value)?;
-    fs::write(file, text + "\n").map_err(|error| format!("{}: {error}", file.display()).into())
+    results
 }

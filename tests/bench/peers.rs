@@ -1,149 +1,140 @@
-//! Measures NBD servers side by side on this machine; `README.md` beside this file says how.
-//! Never passes or fails anything: it prints figures and ratios for people, and JSON for programs.
+//! Measures NBD servers side by side on this machine; see README.md. Prints figures and ratios, and
+//! writes JSON; no result makes it fail.
 //!
-//! The tests in these files are run by `main.rs`, as part of `cargo test`. Cargo builds the
-//! benchmark itself with `cfg(test)`, too, but without a harness; there they are unused.
+//! main.rs runs the tests in these files. Cargo builds the benchmark with `cfg(test)` but without a
+//! test harness, so that their helpers are unused here.
 
 mod activation;
 mod cells;
+mod data;
 mod fio;
-mod generator;
-mod grid;
 mod image;
-mod kept;
 mod machine;
 mod memory;
+mod nbd;
 mod options;
 mod picture;
-mod pin;
-mod plan;
-#[allow(dead_code, reason = "the other benchmark waits for programs to succeed")]
 mod process;
-mod replies;
+mod raw;
 mod report;
-mod running;
+mod results;
 mod servers;
-mod session;
+#[allow(dead_code, reason = "each benchmark uses some of them")]
 mod stats;
 mod summary;
-mod targets;
 mod usage;
 
-use cells::{CellReport, Round};
-use grid::{Cell, Source, Temperature};
+use cells::{Cell, Generator, Temperature, Transport};
+use clap::Parser;
 use image::Images;
-use kept::Kept;
 use options::Options;
-use report::Report;
-use servers::Server;
-use stats::Sample;
-use std::path::Path;
+use results::{CellResult, Results, Round, Sample};
+use servers::{Running, Server};
+use std::collections::HashMap;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// What went wrong, for the person who reads it.
-type Trouble = Box<dyn std::error::Error + Send + Sync>;
+type Error = Box<dyn std::error::Error + Send + Sync>;
+/// Servers that continue to run after a round.
+type Kept = HashMap<(String, Temperature, Transport), Running>;
+
+/// Duration of a round besides `--seconds`, for the estimate.
+const OVERHEAD: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
-    let options = match Options::from_command_line() {
-        Ok(options) => options,
-        Err(code) => return code,
-    };
-    match run(&options) {
+    match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(trouble) => {
-            eprintln!("peers: {trouble}");
+        Err(error) => {
+            eprintln!("peers: {error}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(options: &Options) -> Result<(), Trouble> {
+fn run(options: &Options) -> Result<(), Error> {
     if options.list {
         options.cells().iter().for_each(|cell| println!("{cell}"));
         return Ok(());
     }
-    let report = match &options.again {
-        Some(file) => read_again(file)?,
+    let results = match &options.again {
+        Some(file) => {
+            let results = Results::read(file)?;
+            results.print_about();
+            results.cells.iter().for_each(CellResult::print);
+            results
+        }
         None => measure(options)?,
     };
-    report.print_end();
+    memory::print(&results.memory);
+    activation::print(&results.activation);
+    summary::print(&results);
     if let Some(file) = &options.json {
-        report.write(file)?;
+        results.write(file)?;
     }
-    if let Some(file) = &options.svg {
-        picture::draw(&report, file)?;
-    }
-    Ok(())
+    options.svg.as_ref().map_or(Ok(()), |file| picture::draw(&results, file))
 }
 
-fn read_again(file: &Path) -> Result<Report, Trouble> {
-    let report = Report::read(file)?;
-    report.print_beginning();
-    report.print_cells();
-    Ok(report)
-}
-
-fn measure(options: &Options) -> Result<Report, Trouble> {
+fn measure(options: &Options) -> Result<Results, Error> {
     let servers = servers::installed(&options.servers, &options.also)?;
     let images = Images::new(options)?;
-    let cells = possible(options.cells(), &images);
-    let mut report = Report::begin(options, &servers, &cells);
-    report.print_beginning();
-    report.print_plan(options, &cells);
-    let began = Instant::now();
-    let mut kept = Kept::default();
+    let cells = possible_cells(options);
+    let mut results = Results::new(options, &servers, &cells);
+    results.print_about();
+    let rounds = cells.len() as u32 * servers.len() as u32 * options.rounds;
+    let minutes = ((options.seconds + OVERHEAD) * rounds).as_secs_f64() / 60.0;
+    println!("# {} cells, {} servers, about {minutes:.1} minutes", cells.len(), servers.len());
+    let start = Instant::now();
+    let mut kept = Kept::new();
     for cell in &cells {
         let result = measure_cell(cell, options, &servers, &images, &mut kept);
         result.print();
-        report.cells.push(result);
+        results.cells.push(result);
     }
     drop(kept);
-    if options.measures_memory() {
-        report.memory = memory::measure(options, &servers, &images)?;
+    if options.measures("memory") {
+        results.memory = memory::measure(options, &servers, &images)?;
     }
-    if options.measures_activation() {
-        report.activation = activation::measure(options, &servers, &images)?;
+    if options.measures("activation") {
+        results.activation = activation::measure(options, &servers, &images)?;
     }
-    println!("\n# took {:.1} minutes", began.elapsed().as_secs_f64() / 60.0);
-    Ok(report)
+    println!("\n# took {:.1} minutes", start.elapsed().as_secs_f64() / 60.0);
+    Ok(results)
 }
 
-/// The cells that can be measured here; says which others there are, and why they cannot.
-fn possible(mut cells: Vec<Cell>, images: &Images) -> Vec<Cell> {
-    let mut leave_out = |obstacle: Option<&str>, concerns: fn(&Cell) -> bool| {
-        let before = cells.len();
-        if let Some(why) = obstacle {
-            cells.retain(|cell| !concerns(cell));
-            let left_out = before - cells.len();
-            if left_out > 0 {
-                println!("# skipped {left_out} of {before} cells: {why}");
-            }
+/// The cells that this machine can measure; prints how many it cannot, and why.
+fn possible_cells(options: &Options) -> Vec<Cell> {
+    let mut cells = options.cells();
+    let mut skip = |obstacle: Option<&str>, affected: fn(&Cell) -> bool| {
+        let Some(why) = obstacle else { return };
+        let all = cells.len();
+        cells.retain(|cell| !affected(cell));
+        if cells.len() < all {
+            println!("# skipped {} of {all} cells: {why}", all - cells.len());
         }
     };
-    leave_out(images.why_never_cold(), |cell| cell.temperature == Temperature::Cold);
-    leave_out(fio::why_not(), |cell| cell.source == Source::Fio);
+    skip(image::never_cold(&options.dir), |cell| cell.temperature == Temperature::Cold);
+    skip(fio::obstacle(), |cell| cell.generator == Generator::Fio);
     cells
 }
 
-/// All rounds of one cell. The servers take turns, and each round begins with another one, so
-/// that what disturbs the machine for a while does not fall on the same server every time.
+/// Measures all rounds of a cell. The servers take turns, and each round begins with another
+/// server, so that a disturbance of the machine does not always hit the same one.
 fn measure_cell(
     cell: &Cell,
     options: &Options,
     servers: &[Server],
     images: &Images,
     kept: &mut Kept,
-) -> CellReport {
-    let mut result = CellReport::new(cell, servers);
+) -> CellResult {
+    let mut result = CellResult::new(cell, servers);
     for round in 0..options.rounds as usize {
         for turn in 0..servers.len() {
             let which = (round + turn) % servers.len();
-            let seen = measure_once(cell, options, &servers[which], images, kept);
-            result.rows[which].rounds.push(seen.map_or_else(
-                |trouble| {
-                    println!("# {cell}: {}: {trouble}", servers[which].name);
-                    Round::Failed(trouble.to_string())
+            let sample = measure_once(cell, options, &servers[which], images, kept);
+            result.servers[which].rounds.push(sample.map_or_else(
+                |error| {
+                    println!("# {cell}: {}: {error}", servers[which].name);
+                    Round::Failed(error.to_string())
                 },
                 Round::Measured,
             ));
@@ -152,24 +143,27 @@ fn measure_cell(
     result
 }
 
+/// Starts a new server for each round, except nbd-server, which is slow to start; each of its
+/// sessions is a new process.
 fn measure_once(
     cell: &Cell,
     options: &Options,
     server: &Server,
     images: &Images,
     kept: &mut Kept,
-) -> Result<Sample, Trouble> {
-    let image = images.image(cell.temperature)?;
-    pin::to(options.server_cpu);
-    let running = kept.start(server, &image, cell.transport);
-    pin::to(options.client_cpu);
-    let running = running?;
-    let seen = match cell.source {
-        Source::Raw => generator::sample(cell, options, &running, images),
-        Source::Fio => fio::sample(cell, options, &running, images),
+) -> Result<Sample, Error> {
+    let image = images.path(cell.temperature)?;
+    let key = (server.name.clone(), cell.temperature, cell.transport);
+    let running = match kept.remove(&key) {
+        Some(running) => running,
+        None => options.start(server, image, cell.transport)?,
     };
-    if seen.is_err() {
-        kept.forget(&running);
+    let sample = match cell.generator {
+        Generator::Raw => raw::sample(cell, options, &running, images),
+        Generator::Fio => fio::sample(cell, options, &running, images),
+    }?;
+    if server.forks() {
+        kept.insert(key, running);
     }
-    seen
+    Ok(sample)
 }

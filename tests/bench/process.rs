@@ -1,97 +1,131 @@
-//! A program that was started here and whose end matters; stopped when dropped.
-//! Only processes that were started here are ever signalled, by their ids.
+//! A child process with captured stderr; stopped when dropped.
+//! Signals only processes that the benchmark started.
 
-use super::Trouble;
+use super::Error;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::fs::{self, File};
+use std::borrow::BorrowMut;
+use std::fs::File;
 use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a program may take to end when it is told to.
-const GRACE: Duration = Duration::from_secs(10);
+/// How long a server may take for one step before it counts as failed.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+/// Interval of [`wait_until`].
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+/// How much of stderr is looked at, in bytes.
+const STDERR_MAX: usize = 64 << 10;
 
 /// A running program.
 #[derive(Debug)]
 pub(super) struct Process {
     name: String,
-    pid: Pid,
-    complaints: PathBuf,
-    end: Receiver<(io::Result<ExitStatus>, Instant)>,
-    has_ended: bool,
+    pub(super) pid: u32,
+    stderr: File,
+    exit: Receiver<(io::Result<ExitStatus>, Instant)>,
+    exited: bool,
 }
 
 impl Process {
-    /// Starts it; what it says on stderr goes to a file in `folder`.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub(super) fn start(command: Command, name: &str, folder: &Path) -> Result<Self, Trouble> {
-        Self::start_with(Stdio::null(), command, name, folder)
-    }
-
-    /// Starts it with an input of its own; otherwise as [`Self::start`].
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub(super) fn start_with(
-        input: Stdio,
-        mut command: Command,
-        name: &str,
-        folder: &Path,
-    ) -> Result<Self, Trouble> {
-        let complaints = folder.join(format!("{name}.stderr"));
-        command.stdin(input).stdout(Stdio::null()).stderr(File::create(&complaints)?);
+    pub(super) fn start(mut command: impl BorrowMut<Command>, stdin: Stdio) -> Result<Self, Error> {
+        let command = command.borrow_mut();
+        let program = Path::new(command.get_program());
+        let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let stderr = tempfile::tempfile()?;
+        command.stdin(stdin).stdout(Stdio::null()).stderr(stderr.try_clone()?);
         let mut child = command.spawn().map_err(|error| format!("{name}: {error}"))?;
-        let pid = Pid::from_raw(i32::try_from(child.id())?);
-        let (sender, end) = mpsc::channel();
-        // Waits here, so that the end is seen when it comes and not when somebody looks.
+        let pid = child.id();
+        let (sender, exit) = mpsc::channel();
+        // A thread waits, so that the time of the exit is exact.
         thread::spawn(move || {
             let status = child.wait();
-            // Nobody may want to know any more.
+            // Fails after the `Process` was dropped.
             let _ = sender.send((status, Instant::now()));
         });
-        Ok(Self { name: name.to_owned(), pid, complaints, end, has_ended: false })
+        Ok(Self { name, pid, stderr, exit, exited: false })
     }
 
-    /// When it ended well.
-    ///
-    /// # Errors
-    /// When it fails, or does not end in time.
-    pub(super) fn succeeds(&mut self, within: Duration) -> Result<Instant, Trouble> {
-        let Ok((status, at)) = self.end.recv_timeout(within) else {
-            return Err(format!("{} does not end: {}", self.name, self.complaint()).into());
-        };
-        self.has_ended = true;
-        let status = status?;
-        if status.success() {
-            return Ok(at);
+    /// Waits for exit status 0; returns the time of the exit.
+    pub(super) fn wait_for_success(&mut self, timeout: Duration) -> Result<Instant, Error> {
+        match self.exit.recv_timeout(timeout) {
+            Ok((status, at)) => self.judge(status?).map(|()| at),
+            Err(_) => Err(self.error(&format!("does not exit within {timeout:?}"))),
         }
-        Err(format!("{} ended with {status}: {}", self.name, self.complaint()).into())
     }
 
-    /// The last line that it wrote to stderr.
-    pub(super) fn complaint(&self) -> String {
-        let text = fs::read_to_string(&self.complaints).unwrap_or_default();
-        text.lines().last().unwrap_or("it said nothing").to_owned()
+    /// Fails if the program has exited with an error.
+    pub(super) fn check(&mut self) -> Result<(), Error> {
+        match self.exit.try_recv() {
+            Ok((status, _)) => self.judge(status?),
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn judge(&mut self, status: ExitStatus) -> Result<(), Error> {
+        self.exited = true;
+        if status.success() { Ok(()) } else { Err(self.error(&format!("ended with {status}"))) }
+    }
+
+    /// An error about this program, with the last line of its stderr.
+    pub(super) fn error(&self, what: &str) -> Error {
+        let mut text = vec![0; STDERR_MAX];
+        let length = self.stderr.read_at(&mut text, 0).unwrap_or(0);
+        let text = String::from_utf8_lossy(&text[..length]);
+        let last = text.lines().last().unwrap_or("nothing on stderr");
+        format!("{} {what}: {last}", self.name).into()
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
         for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-            // Before signalling: an id whose process has ended may be somebody else's.
-            if self.has_ended || self.end.try_recv().is_ok() {
+            // Checked first: the kernel may give the id of an exited process to another one.
+            if self.exited || self.exit.try_recv().is_ok() {
                 return;
             }
-            let _ = kill(self.pid, signal);
-            self.has_ended = self.end.recv_timeout(GRACE).is_ok();
+            let _ = kill(pid(self.pid), signal);
+            self.exited = self.exit.recv_timeout(PATIENCE).is_ok();
         }
     }
+}
+
+/// The conversion cannot overflow: the kernel limits process ids to 22 bits.
+pub(super) fn pid(pid: u32) -> Pid {
+    Pid::from_raw(pid as i32)
+}
+
+/// Polls for a condition that no descriptor announces; returns whether it came true in time.
+pub(super) fn wait_until(
+    timeout: Duration,
+    mut condition: impl FnMut() -> Result<bool, Error>,
+) -> Result<bool, Error> {
+    let deadline = Instant::now() + timeout;
+    while !condition()? {
+        if Instant::now() > deadline {
+            return Ok(false);
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+    Ok(true)
+}
+
+/// A port without a listener. Another process may take it before the server does; the server then
+/// fails.
+pub(super) fn free_port() -> io::Result<SocketAddr> {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
+}
+
+/// The program's file: `program` itself if it is absolute, else the first in `PATH`.
+pub(super) fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let candidates = std::env::split_paths(&path).map(|directory| directory.join(program));
+    candidates.into_iter().find(|candidate| candidate.is_file())
 }
 
 #[cfg(test)]
@@ -99,29 +133,25 @@ impl Drop for Process {
 mod tests {
     use super::*;
 
-    const LONG: Duration = Duration::from_secs(60);
-
-    fn shell(script: &str, folder: &Path) -> Process {
+    fn shell(script: &str) -> Process {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
-        Process::start(command, "script", folder).unwrap()
+        Process::start(command, Stdio::null()).unwrap()
     }
 
     #[test]
-    fn a_program_that_fails_is_quoted() {
-        let folder = tempfile::tempdir().unwrap();
-        shell("exit 0", folder.path()).succeeds(LONG).unwrap();
-        let trouble = shell("echo no >&2; echo disk >&2; exit 3", folder.path()).succeeds(LONG);
-        let trouble = trouble.unwrap_err().to_string();
-        assert!(trouble.contains("script") && trouble.ends_with(": disk"), "{trouble}");
+    fn a_failure_quotes_the_last_line_of_stderr() {
+        shell("exit 0").wait_for_success(PATIENCE).unwrap();
+        let error = shell("echo no >&2; echo disk >&2; exit 3").wait_for_success(PATIENCE);
+        let error = error.unwrap_err().to_string();
+        assert!(error.starts_with("sh ended") && error.ends_with(": disk"), "{error}");
     }
 
     #[test]
-    fn what_is_dropped_is_stopped() {
-        let folder = tempfile::tempdir().unwrap();
-        let process = shell("exec sleep 600", folder.path());
-        let pid = process.pid;
+    fn dropping_a_process_stops_it() {
+        let process = shell("exec sleep 600");
+        let id = pid(process.pid);
         drop(process);
-        assert!(kill(pid, None).is_err(), "{pid} still runs");
+        assert!(kill(id, None).is_err(), "{id} still runs");
     }
 }

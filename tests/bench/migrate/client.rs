@@ -1,12 +1,13 @@
-//! A client of a disk that is being moved. Never reconnects: it ends when its server does.
+//! A client of the disk during its migration. It never reconnects, and ends with its server.
 //!
-//! It begins so many writes of 4 KiB a second, whether or not earlier ones are answered; each
-//! counts from when it was due, not from when it could be sent, so that a server that lets one
-//! wait is charged for those that wait behind it. Or it asks for one thing after another.
+//! Either it writes at fixed times, whether or not earlier writes are complete. Latency counts from
+//! when a write is due, so that a delay of one write counts for all that are due behind it. Or it
+//! sends one request after another.
 
-use super::Trouble;
-use super::session::{Address, PATIENCE, Place, encode, open};
-use flexnbd::nbd::wire::{CommandKind, SIMPLE_REPLY_MAGIC};
+use super::Error;
+use super::nbd::{Address, Export, REPLY_LENGTH, cookie, encode};
+use super::process::PATIENCE;
+use flexnbd::nbd::wire::CommandKind;
 use flexnbd::net::Stream;
 use nix::sys::prctl::set_timerslack;
 use std::net::SocketAddr;
@@ -16,215 +17,161 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Length of a write, in bytes.
+/// Length of a request, in bytes.
 const BLOCK: usize = 4096;
-/// Length of a simple reply, in bytes.
-const REPLY_LENGTH: usize = 16;
-/// An odd number, so that its multiples visit all of a disk whose size is a power of two.
+/// Distance of successive requests, in blocks. It is odd, so that they visit every block of a disk
+/// whose size is a power of two.
 const STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 
-/// When the client asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pace {
-    /// So many writes a second.
+    /// Writes per second.
     PerSecond(u32),
-    /// When the last request has been answered; reads and writes in turn.
+    /// Reads and writes in turn, one at a time.
     OneByOne,
 }
 
-/// A request that was answered.
+/// A completed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Answered {
+pub(super) struct Completion {
     pub(super) due: Instant,
-    /// From then until it was answered.
     pub(super) latency: Duration,
 }
 
-/// A client at work.
 #[derive(Debug)]
 pub(super) struct Client {
-    stream: Arc<Stream>,
-    stop: Arc<AtomicBool>,
-    /// Nobody where the receiver asks itself.
+    shared: Arc<Shared>,
+    /// Sends at fixed times. Otherwise the receiver sends.
     sender: Option<JoinHandle<()>>,
-    receiver: JoinHandle<Result<Vec<Answered>, String>>,
-    /// Disconnected, or has a message, when enough requests have been answered.
+    receiver: JoinHandle<Result<Vec<Completion>, Error>>,
     warm: Receiver<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    stream: Stream,
+    stop: AtomicBool,
+    blocks: u64,
 }
 
 /// When writes are due.
 #[derive(Clone, Copy, Debug)]
 struct Timetable {
-    began: Instant,
+    start: Instant,
     interval: Duration,
 }
 
 impl Timetable {
     fn due(self, number: u64) -> Instant {
-        // Longer than any run: 2^32 writes at one a microsecond are more than an hour.
-        self.began + self.interval * u32::try_from(number).unwrap_or(u32::MAX)
+        // No run reaches the limit: 2^32 writes at one per microsecond take more than an hour.
+        self.start + self.interval * u32::try_from(number).unwrap_or(u32::MAX)
     }
 }
 
 impl Client {
-    /// Connects and begins to ask. [`Self::wait_until_warm`] waits for `warm` answers.
-    ///
-    /// # Errors
-    /// When the server does not let it in.
-    pub(super) fn start(at: SocketAddr, pace: Pace, warm: usize) -> Result<Self, Trouble> {
-        let (stream, size) = open(&Place { address: Address::Tcp(at), export: "" })?;
-        let (stream, stop) = (Arc::new(stream), Arc::new(AtomicBool::new(false)));
+    /// Connects and starts sending. [`Self::wait_until_warm`] waits for `warm` completions.
+    pub(super) fn start(at: SocketAddr, pace: Pace, warm: usize) -> Result<Self, Error> {
+        let (stream, size) = Export { address: Address::Tcp(at), name: "" }.open()?;
         let blocks = (size / BLOCK as u64).max(1);
+        let shared = Arc::new(Shared { stream, stop: AtomicBool::new(false), blocks });
         let (is_warm, warm_receiver) = mpsc::channel();
-        let each = move |count| {
+        let completed = move |count| {
             if count == warm {
-                // Nobody may be waiting.
                 let _ = is_warm.send(());
             }
         };
-        let (theirs, stopped) = (Arc::clone(&stream), Arc::clone(&stop));
+        let (ours, theirs) = (Arc::clone(&shared), Arc::clone(&shared));
         let (sender, receiver) = match pace {
-            Pace::OneByOne => {
-                (None, thread::spawn(move || one_by_one(&theirs, &stopped, blocks, each)))
-            }
+            Pace::OneByOne => (None, thread::spawn(move || ours.one_by_one(completed))),
             Pace::PerSecond(rate) => {
                 let interval = Duration::from_secs(1) / rate;
-                let timetable = Timetable { began: Instant::now(), interval };
-                let senders = Arc::clone(&stream);
-                let send = move || send(&senders, &stopped, timetable, blocks);
-                let receive = move || receive(&theirs, timetable, each);
-                (Some(thread::spawn(send)), thread::spawn(receive))
+                let timetable = Timetable { start: Instant::now(), interval };
+                let sender = thread::spawn(move || ours.send(timetable));
+                (Some(sender), thread::spawn(move || theirs.receive(timetable, completed)))
             }
         };
-        Ok(Self { stream, stop, sender, receiver, warm: warm_receiver })
+        Ok(Self { shared, sender, receiver, warm: warm_receiver })
     }
 
-    /// Waits until enough requests have been answered.
-    ///
-    /// # Errors
-    /// When that takes too long, or the server is gone.
-    pub(super) fn wait_until_warm(&self, within: Duration) -> Result<(), Trouble> {
-        let warm = self.warm.recv_timeout(within);
-        warm.map_err(|_| "the client's requests are not answered".into())
+    pub(super) fn wait_until_warm(&self, timeout: Duration) -> Result<(), Error> {
+        let warm = self.warm.recv_timeout(timeout);
+        warm.map_err(|_| "the server does not answer the client's requests".into())
     }
 
-    /// All requests that were answered; ends what has not ended yet.
-    ///
-    /// # Errors
-    /// When the server refused a request or answered nonsense.
-    pub(super) fn finish(self) -> Result<Vec<Answered>, Trouble> {
-        self.stop.store(true, Ordering::SeqCst);
-        // Fails when the server was faster.
-        let _ = self.stream.shutdown_both();
+    /// Stops; returns all completions, or the error of a failed request.
+    pub(super) fn finish(self) -> Result<Vec<Completion>, Error> {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        // Fails if the server has closed the connection.
+        let _ = self.shared.stream.shutdown_both();
         if let Some(sender) = self.sender {
             sender.join().map_err(|_| "the sender panicked")?;
         }
-        Ok(self.receiver.join().map_err(|_| "the receiver panicked")??)
+        self.receiver.join().map_err(|_| "the receiver panicked")?
     }
 }
 
-/// Sends writes when they are due, until it is told to stop or nobody takes them.
-fn send(stream: &Stream, stop: &AtomicBool, timetable: Timetable, blocks: u64) {
-    // Wakes up when it is time, not up to 50 µs later; without, latencies are just longer.
-    let _ = set_timerslack(1);
-    let data = [0xA5; BLOCK];
-    for number in 0.. {
-        if let Some(early) = timetable.due(number).checked_duration_since(Instant::now()) {
-            thread::sleep(early);
+impl Shared {
+    /// Sends writes when they are due, until the client stops or the connection ends.
+    fn send(&self, timetable: Timetable) {
+        // The default slack is 50 µs, which would add to each latency.
+        let _ = set_timerslack(1);
+        for number in 0.. {
+            if let Some(early) = timetable.due(number).checked_duration_since(Instant::now()) {
+                thread::sleep(early);
+            }
+            if !self.request(CommandKind::Write, number, number, &[0xA5; BLOCK]) {
+                return;
+            }
         }
-        let request = request(CommandKind::Write, number, number, blocks, &data);
-        if stop.load(Ordering::SeqCst) || stream.send_all(&request, PATIENCE).is_err() {
-            return;
+    }
+
+    /// Receives replies until the connection ends; calls `completed` with their number.
+    fn receive(
+        &self,
+        timetable: Timetable,
+        mut completed: impl FnMut(usize),
+    ) -> Result<Vec<Completion>, Error> {
+        let mut all = Vec::new();
+        let mut reply = [0; REPLY_LENGTH];
+        while self.stream.recv_exact(&mut reply, PATIENCE).is_ok() {
+            let due = timetable.due(cookie(reply)?);
+            all.push(Completion { due, latency: due.elapsed() });
+            completed(all.len());
         }
+        Ok(all)
     }
-}
 
-/// Takes replies until the connection ends; `each` is told how many there are.
-fn receive(
-    stream: &Stream,
-    timetable: Timetable,
-    mut each: impl FnMut(usize),
-) -> Result<Vec<Answered>, String> {
-    let mut writes = Vec::new();
-    let mut reply = [0; REPLY_LENGTH];
-    while stream.recv_exact(&mut reply, PATIENCE).is_ok() {
-        let due = timetable.due(acknowledged(&reply)?);
-        writes.push(Answered { due, latency: due.elapsed() });
-        each(writes.len());
-    }
-    Ok(writes)
-}
-
-/// Asks, waits for the answer, and asks again, until it is told to stop or nobody answers.
-fn one_by_one(
-    stream: &Stream,
-    stop: &AtomicBool,
-    blocks: u64,
-    mut each: impl FnMut(usize),
-) -> Result<Vec<Answered>, String> {
-    let mut all = Vec::new();
-    let mut reply = [0; REPLY_LENGTH];
-    let mut data = [0xA5; BLOCK];
-    for number in 0.. {
-        // Every block is read and then written.
-        let kind = if number % 2 == 0 { CommandKind::Read } else { CommandKind::Write };
-        let request = request(kind, number, number / 2, blocks, &data);
-        let due = Instant::now();
-        if stop.load(Ordering::SeqCst)
-            || stream.send_all(&request, PATIENCE).is_err()
-            || stream.recv_exact(&mut reply, PATIENCE).is_err()
-        {
-            break;
+    /// Reads each block and writes it back, until the client stops or the connection ends.
+    fn one_by_one(&self, mut completed: impl FnMut(usize)) -> Result<Vec<Completion>, Error> {
+        let mut all = Vec::new();
+        let (mut reply, mut data) = ([0; REPLY_LENGTH], [0xA5; BLOCK]);
+        for number in 0.. {
+            let kind = if number % 2 == 0 { CommandKind::Read } else { CommandKind::Write };
+            let due = Instant::now();
+            if !self.request(kind, number, number / 2, &data)
+                || self.stream.recv_exact(&mut reply, PATIENCE).is_err()
+            {
+                break;
+            }
+            if cookie(reply)? != number {
+                return Err(format!("the reply to request {number} is {reply:02x?}").into());
+            }
+            if kind == CommandKind::Read && self.stream.recv_exact(&mut data, PATIENCE).is_err() {
+                break;
+            }
+            all.push(Completion { due, latency: due.elapsed() });
+            completed(all.len());
         }
-        if acknowledged(&reply)? != number {
-            return Err(format!("request {number} was answered with {reply:02x?}"));
+        Ok(all)
+    }
+
+    /// Sends one request; returns whether that succeeded before the client stopped.
+    fn request(&self, kind: CommandKind, cookie: u64, position: u64, data: &[u8]) -> bool {
+        let offset = position.wrapping_mul(STRIDE) % self.blocks * BLOCK as u64;
+        let mut request = encode(kind, cookie, offset, BLOCK).to_vec();
+        if kind == CommandKind::Write {
+            request.extend(data);
         }
-        if kind == CommandKind::Read && stream.recv_exact(&mut data, PATIENCE).is_err() {
-            break;
-        }
-        all.push(Answered { due, latency: due.elapsed() });
-        each(all.len());
-    }
-    Ok(all)
-}
-
-/// Pure: a whole request for the block at which a client arrives in so many strides.
-fn request(kind: CommandKind, number: u64, strides: u64, blocks: u64, data: &[u8]) -> Vec<u8> {
-    let offset = strides.wrapping_mul(STRIDE) % blocks * BLOCK as u64;
-    let head = encode(kind, number as usize, offset, BLOCK);
-    if kind == CommandKind::Write { [&head[..], data].concat() } else { head.to_vec() }
-}
-
-/// Pure: the number of the request that a reply says has been done.
-fn acknowledged(reply: &[u8; REPLY_LENGTH]) -> Result<u64, String> {
-    let (head, cookie) = reply.split_at(8);
-    let success = [SIMPLE_REPLY_MAGIC.to_be_bytes(), [0; 4]].concat();
-    if head != success {
-        return Err(format!("a request was answered with {reply:02x?}"));
-    }
-    Ok(cookie.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
-}
-
-#[cfg(test)]
-#[allow(unused)] // See migrate.rs.
-mod tests {
-    use super::*;
-
-    fn reply(error: u8, cookie: u8) -> [u8; REPLY_LENGTH] {
-        [0x67, 0x44, 0x66, 0x98, 0, 0, 0, error, 0, 0, 0, 0, 0, 0, 2, cookie]
-    }
-
-    #[test]
-    fn only_success_acknowledges_a_request() {
-        assert_eq!(acknowledged(&reply(0, 7)), Ok(0x207));
-        assert!(acknowledged(&reply(5, 7)).is_err());
-        assert!(acknowledged(&[0; REPLY_LENGTH]).is_err());
-    }
-
-    #[test]
-    fn writes_are_due_at_equal_intervals() {
-        let timetable = Timetable { began: Instant::now(), interval: Duration::from_micros(200) };
-        assert_eq!(timetable.due(5000) - timetable.began, Duration::from_secs(1));
-        assert_eq!(timetable.due(0), timetable.began);
+        !self.stop.load(Ordering::SeqCst) && self.stream.send_all(&request, PATIENCE).is_ok()
     }
 }

@@ -1,79 +1,80 @@
-//! The systems that are measured, and how each of them moves a disk.
-//! Times only the moving; starting and stopping what it needs is not part of it.
+//! The systems that migrate a disk. The time excludes starting and stopping their servers.
 
 use super::disks::Pair;
-use super::network::Network;
-use super::ours::{MIGRATION_TIME_MAX, Sides};
-use super::process::Process;
-use super::running::Running;
-use super::servers::{self, Server, find};
-use super::session::Address;
-use super::{Trouble, grid::Transport, qemu};
+use super::machine::version;
+use super::nbd::{Address, Export};
+use super::network::{Network, wait_for_listener};
+use super::process::{PATIENCE, Process, find, free_port, wait_until};
+use super::{Error, qemu};
+use flexnbd::control::command::{ArrivalAction, Mirror};
+use flexnbd::control::{Command as Order, Summary, ask_and_wait};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
-/// The name of the build that is judged.
-pub(super) const OURS: &str = "flexnbd";
+/// Time limit of a migration.
+pub(super) const MIGRATION_TIME_MAX: Duration = Duration::from_secs(600);
+/// Time limit for both sides to exit after the migration.
+const EXIT_TIME_MAX: Duration = Duration::from_secs(60);
 
-/// A way to move a disk.
 #[derive(Clone, Debug)]
 pub(super) struct System {
     pub(super) name: String,
     pub(super) version: String,
-    pub(super) way: Way,
+    method: Method,
 }
 
-/// What it consists of.
 #[derive(Clone, Debug)]
-pub(super) enum Way {
+enum Method {
     /// `serve` and `listen`.
     Flexnbd(PathBuf),
-    /// nbdcopy between two nbdkits: offline, nobody may write meanwhile.
+    /// nbdcopy between two nbdkits: offline, nothing may write meanwhile.
     Nbdcopy { nbdcopy: PathBuf, nbdkit: PathBuf, flush: bool },
-    /// qemu-storage-daemon into qemu-nbd.
+    /// qemu-storage-daemon to qemu-nbd.
     Qemu { daemon: PathBuf, nbd: PathBuf },
 }
 
-/// A disk that was moved.
+/// A finished migration.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moved {
     pub(super) elapsed: Duration,
-    /// Bytes that went over TCP, where they were counted.
+    /// Bytes over TCP, if they could be counted.
     pub(super) wire: Option<u64>,
-    /// Bytes of data that the source says it sent, if it says so.
+    /// Bytes of data that the source reports as sent, if it reports them.
     pub(super) bytes_sent: Option<u64>,
 }
 
-/// Finds those of `names` that are installed, says which are not, and adds other builds of ours.
-///
-/// # Errors
-/// For a name that means nothing, or when there is nothing to measure.
+/// Those of `names` that are installed, and other builds of flexnbd; prints which are missing.
 pub(super) fn installed(
     names: &[String],
     also: &[(String, PathBuf)],
-) -> Result<Vec<System>, Trouble> {
+) -> Result<Vec<System>, Error> {
     let mut systems = Vec::new();
     for name in names {
-        match way(name)? {
-            Ok(way) => systems.push(System::new(name, way)),
+        match method(name)? {
+            Ok(method) => systems.push(System::new(name, method)),
             Err(missing) => println!("# skipped {name}: {missing} is not installed"),
         }
     }
-    systems.extend(also.iter().map(|(name, path)| System::new(name, Way::Flexnbd(path.clone()))));
+    let build = |(name, path): &(String, PathBuf)| System::new(name, Method::Flexnbd(path.clone()));
+    systems.extend(also.iter().map(build));
     if systems.is_empty() { Err("there is no system to measure".into()) } else { Ok(systems) }
 }
 
-/// The way of that name, or the program that it lacks.
-fn way(name: &str) -> Result<Result<Way, &'static str>, Trouble> {
-    let program = |name: &'static str| find(Path::new(name)).ok_or(name);
+/// The method of that name, or the program that is missing.
+fn method(name: &str) -> Result<Result<Method, &'static str>, Error> {
+    let program = |name: &'static str| find(name).ok_or(name);
     let nbdcopy = |flush| {
-        Ok(Way::Nbdcopy { nbdcopy: program("nbdcopy")?, nbdkit: program("nbdkit")?, flush })
+        Ok(Method::Nbdcopy { nbdcopy: program("nbdcopy")?, nbdkit: program("nbdkit")?, flush })
     };
     let qemu =
-        || Ok(Way::Qemu { daemon: program("qemu-storage-daemon")?, nbd: program("qemu-nbd")? });
+        || Ok(Method::Qemu { daemon: program("qemu-storage-daemon")?, nbd: program("qemu-nbd")? });
     match name {
-        OURS => Ok(Ok(Way::Flexnbd(env!("CARGO_BIN_EXE_flexnbd").into()))),
+        "flexnbd" => Ok(Ok(Method::Flexnbd(env!("CARGO_BIN_EXE_flexnbd").into()))),
         "nbdcopy" => Ok(nbdcopy(false)),
         "nbdcopy-flush" => Ok(nbdcopy(true)),
         "qemu" => Ok(qemu()),
@@ -82,87 +83,142 @@ fn way(name: &str) -> Result<Result<Way, &'static str>, Trouble> {
 }
 
 impl System {
-    fn new(name: &str, way: Way) -> Self {
-        let (Way::Flexnbd(program)
-        | Way::Nbdcopy { nbdcopy: program, .. }
-        | Way::Qemu { daemon: program, .. }) = &way;
-        // The kind plays no part in the version.
-        let kind = servers::Kind::Flexnbd;
-        let server = Server { name: name.to_owned(), kind, program: program.clone() };
-        Self { name: name.to_owned(), version: server.version(), way }
+    fn new(name: &str, method: Method) -> Self {
+        let (Method::Flexnbd(program)
+        | Method::Nbdcopy { nbdcopy: program, .. }
+        | Method::Qemu { daemon: program, .. }) = &method;
+        Self { name: name.to_owned(), version: version(program), method }
     }
 
-    /// The program, if it is ours.
-    pub(super) fn ours(&self) -> Option<&Path> {
-        if let Way::Flexnbd(program) = &self.way { Some(program) } else { None }
+    /// The program, if it is a build of flexnbd.
+    pub(super) fn flexnbd(&self) -> Option<&Path> {
+        if let Method::Flexnbd(program) = &self.method { Some(program) } else { None }
     }
 
-    /// Moves the disk.
-    ///
-    /// # Errors
-    /// When a program cannot be started, fails, or takes longer than any migration should.
-    pub(super) fn migrate(&self, pair: &Pair, network: &Network) -> Result<Moved, Trouble> {
+    pub(super) fn migrate(&self, pair: &Pair, network: &Network) -> Result<Moved, Error> {
         let before = network.bytes();
-        let (elapsed, bytes_sent) = match &self.way {
-            Way::Flexnbd(program) => {
+        let (elapsed, bytes_sent) = match &self.method {
+            Method::Flexnbd(program) => {
                 let moved = Sides::start(program, pair)?.migrate(None)?;
                 (moved.elapsed, Some(moved.summary.bytes_sent))
             }
-            Way::Qemu { daemon, nbd } => (qemu::migrate(daemon, nbd, pair)?, None),
-            Way::Nbdcopy { nbdcopy, nbdkit, flush } => (copy(nbdcopy, nbdkit, *flush, pair)?, None),
+            Method::Qemu { daemon, nbd } => (qemu::migrate(daemon, nbd, pair)?, None),
+            // Over unix sockets, which the network does not count.
+            Method::Nbdcopy { nbdcopy, nbdkit, flush } => {
+                let elapsed = copy(nbdcopy, nbdkit, *flush, pair)?;
+                return Ok(Moved { elapsed, wire: None, bytes_sent: None });
+            }
         };
-        // nbdcopy uses unix sockets, where nothing is counted.
-        let counted = !matches!(self.way, Way::Nbdcopy { .. });
-        let sent = || Some(network.bytes()? - before?);
-        Ok(Moved { elapsed, wire: counted.then(sent).flatten(), bytes_sent })
+        let wire = network.bytes().zip(before).map(|(after, before)| after - before);
+        Ok(Moved { elapsed, wire, bytes_sent })
     }
 }
 
-fn copy(nbdcopy: &Path, nbdkit: &Path, flush: bool, pair: &Pair) -> Result<Duration, Trouble> {
+fn copy(nbdcopy: &Path, nbdkit: &Path, flush: bool, pair: &Pair) -> Result<Duration, Error> {
     let folder = tempfile::tempdir()?;
-    let kind = servers::Kind::Nbdkit;
-    let nbdkit = Server { name: "nbdkit".into(), kind, program: nbdkit.into() };
-    let source = Running::start(&nbdkit, &pair.source, Transport::Unix)?;
-    let destination = Running::start(&nbdkit, &pair.destination, Transport::Unix)?;
     let mut command = Command::new(nbdcopy);
     command.arg("--destination-is-zero").args(flush.then_some("--flush"));
-    command.args([uri(&source)?, uri(&destination)?]);
-    let began = Instant::now();
-    let ended = Process::start(command, "nbdcopy", folder.path())?.succeeds(MIGRATION_TIME_MAX)?;
-    Ok(ended - began)
+    let mut servers = Vec::new();
+    for (name, image) in [("source", &pair.source), ("destination", &pair.destination)] {
+        let socket = folder.path().join(name);
+        let mut server = Command::new(nbdkit);
+        server.args(["--foreground", "--exit-with-parent", "--unix"]).arg(&socket);
+        let mut server = Process::start(server.arg("file").arg(image), Stdio::null())?;
+        wait_until(PATIENCE, || server.check().map(|()| socket.exists()))?;
+        servers.push(server);
+        command.arg(Export { address: Address::Unix(socket), name: "" }.uri());
+    }
+    let start = Instant::now();
+    let end = Process::start(&mut command, Stdio::null())?.wait_for_success(MIGRATION_TIME_MAX)?;
+    Ok(end - start)
 }
 
-fn uri(server: &Running) -> Result<String, Trouble> {
-    match &server.place.address {
-        Address::Unix(path) => Ok(format!("nbd+unix:///?socket={}", path.display())),
-        Address::Tcp(address) => Ok(format!("nbd://{address}")),
+/// A source with the disk and a destination without, both running.
+#[derive(Debug)]
+pub(super) struct Sides {
+    source: Process,
+    destination: Process,
+    /// The address of the disk at the source.
+    pub(super) address: SocketAddr,
+    to: SocketAddr,
+    control: PathBuf,
+    /// Removed after the sides have exited.
+    _folder: TempDir,
+}
+
+/// A finished migration by flexnbd.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct FlexnbdMoved {
+    pub(super) summary: Summary,
+    pub(super) ordered: Instant,
+    /// From the order until both sides have exited.
+    pub(super) elapsed: Duration,
+}
+
+impl Sides {
+    pub(super) fn start(program: &Path, pair: &Pair) -> Result<Self, Error> {
+        let folder = tempfile::tempdir()?;
+        let (address, to) = (free_port()?, free_port()?);
+        let control = folder.path().join("source.sock");
+        let side = |mode: &str, image: &Path, at: SocketAddr| {
+            let mut command = Command::new(program);
+            command.args([mode, "--quiet", "--addr", &at.ip().to_string()]);
+            command.args(["--port", &at.port().to_string(), "--file"]).arg(image);
+            // For records that cannot be kept with the image.
+            command.env("STATE_DIRECTORY", folder.path());
+            command
+        };
+        let mut serve = side("serve", &pair.source, address);
+        serve.arg("--sock").arg(&control);
+        let source = Process::start(serve, Stdio::null())?;
+        let destination = Process::start(side("listen", &pair.destination, to), Stdio::null())?;
+        // The control socket exists before the source listens.
+        wait_for_listener(address)?;
+        wait_for_listener(to)?;
+        Ok(Self { source, destination, address, to, control, _folder: folder })
+    }
+
+    /// Migrates the disk at no more than `max_bps` bytes per second.
+    pub(super) fn migrate(mut self, max_bps: Option<u64>) -> Result<FlexnbdMoved, Error> {
+        let (to, control) = (self.to, self.control.clone());
+        let ordered = Instant::now();
+        let (sender, answer) = mpsc::channel();
+        // In a thread, because `ask_and_wait` has no time limit.
+        thread::spawn(move || {
+            let mirror =
+                Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps, no_record: false };
+            let _ = sender.send(ask_and_wait(&control, &Order::MirrorWait(mirror)));
+        });
+        let reply = answer.recv_timeout(MIGRATION_TIME_MAX)??;
+        if !reply.is_success() {
+            return Err(format!("the source answers: {}", reply.text()).into());
+        }
+        let summary = Summary::from_line(reply.text()).map_err(|error| error.to_string())?;
+        let source = self.source.wait_for_success(EXIT_TIME_MAX)?;
+        let destination = self.destination.wait_for_success(EXIT_TIME_MAX)?;
+        Ok(FlexnbdMoved { summary, ordered, elapsed: source.max(destination) - ordered })
     }
 }
 
 #[cfg(test)]
-#[allow(unused)] // See migrate.rs.
+#[allow(unused)] // See peers.rs.
 mod tests {
-    use super::super::disks::{Disks, Kind, same};
+    use super::super::disks::{Kind, same};
     use super::*;
 
     #[test]
-    fn every_system_that_is_installed_moves_the_disk() {
+    fn every_installed_system_moves_the_disk() {
         let names = ["flexnbd", "nbdcopy", "nbdcopy-flush", "qemu"].map(str::to_owned);
         let directory = tempfile::tempdir().unwrap();
-        let disks = Disks::new(directory.path()).unwrap();
         for system in installed(&names, &[]).unwrap() {
-            let pair = disks.make(Kind::Sparse25, 8 << 20).unwrap();
-            let network = Network::of_our_own();
+            let pair = Pair::new(directory.path(), Kind::Sparse25, 8 << 20).unwrap();
+            let network = Network::new();
             let moved = system.migrate(&pair, &network).unwrap();
             assert!(same(&pair.source, &pair.destination).unwrap(), "{}", system.name);
-            let expected = if moved.wire.is_some() { 2 << 20 } else { 0 };
-            assert!(moved.wire.unwrap_or(0) >= expected, "{}: {moved:?}", system.name);
+            for bytes in [moved.wire, moved.bytes_sent].into_iter().flatten() {
+                assert!(bytes >= 2 << 20, "{}: {moved:?}", system.name);
+            }
         }
-    }
-
-    #[test]
-    fn what_is_unknown_is_an_error() {
         assert!(installed(&["carrier-pigeon".to_owned()], &[]).is_err());
-        assert!(installed(&[], &[]).is_err());
     }
 }
