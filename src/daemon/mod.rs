@@ -33,7 +33,7 @@ use crate::disk::ownership::ForListen;
 use crate::disk::record_store::RecordStore;
 use crate::disk::{Access, Disk, FileBackend};
 use crate::message_id;
-use crate::migration::arrival::Admits;
+use crate::migration::arrival::{Admits, Arrival};
 use crate::migration::destination::{ArrivalResult, Destination};
 use crate::migration::job::Outcome;
 use crate::migration::source::MigrationHandle;
@@ -267,7 +267,8 @@ fn to_listen(
         (false, true) => Admits::PlainWriter,
         (false, false) => Admits::Sources,
     };
-    let destination = Destination::new(disk, Some(ledger), admits, (token, holds), told);
+    let arrival = Arrival::new(token, holds, admits);
+    let destination = Destination::new(disk, Some(ledger), arrival, told);
     Ok(Some(Arc::new(ReceivingPolicy(destination))))
 }
 

@@ -164,7 +164,7 @@ mod tests {
     use super::*;
     use crate::disk::Disk;
     use crate::disk::memory::MemoryBackend;
-    use crate::migration::arrival::Admits;
+    use crate::migration::arrival::{Admits, Arrival};
     use crate::migration::wire::Token;
     use crate::net::Peer;
     use std::sync::Arc;
@@ -192,10 +192,8 @@ mod tests {
     #[test]
     fn a_refusal_names_the_time_that_applies() {
         let disk = Arc::new(Disk::new(Box::new(MemoryBackend::new(4096)), false));
-        let name = (Token([9; 16]), None);
-        let told = Box::new(|_| {});
-        let receiving =
-            ReceivingPolicy(Destination::new(disk, None, Admits::PlainWriter, name, told));
+        let arrival = Arrival::new(Token([9; 16]), None, Admits::PlainWriter);
+        let receiving = ReceivingPolicy(Destination::new(disk, None, arrival, Box::new(|_| {})));
         receiving.enters(1, true, &JustHeard);
         let why = turned_away(&receiving);
         assert!(why.contains("after 5 s"), "nothing written: {why}");

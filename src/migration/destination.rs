@@ -2,11 +2,11 @@
 //! Knows no socket: whoever serves the incoming disk asks it, and it answers.
 
 use super::arrival::{
-    Admits, Arrival, ArrivalEnd, Connection, HandoverError, ProbeDecision, Sender, WritePermission,
+    Arrival, ArrivalEnd, Connection, HandoverError, ProbeDecision, Sender, WritePermission,
 };
-use super::wire::{Handover, Question, Token, WireError};
+use super::wire::{Handover, Question, WireError};
 use crate::disk::Disk;
-use crate::disk::ownership::{Id, Provenance, Record};
+use crate::disk::ownership::{Provenance, Record};
 use crate::disk::record_store::RecordStore;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -53,18 +53,16 @@ impl std::fmt::Debug for Destination {
 }
 
 impl Destination {
-    /// A destination of this name. `holds` is the migration of which the image has an incomplete
-    /// copy, if it has one; `told` hears what becomes of the disk, and must not wait.
+    /// A destination whose decisions `arrival` makes. `told` is called with what becomes of the disk,
+    /// and must not wait.
     #[must_use]
     pub fn new(
         disk: Arc<Disk>,
         ledger: Option<RecordStore>,
-        admits: Admits,
-        (token, holds): (Token, Option<Option<Id>>),
+        arrival: Arrival,
         told: Box<dyn Fn(ArrivalResult) + Send + Sync>,
     ) -> Self {
-        let arrival = Mutex::new(Arrival::new(token, holds, admits));
-        Self { disk, ledger, arrival, settling: Mutex::new(()), told }
+        Self { disk, ledger, arrival: Mutex::new(arrival), settling: Mutex::new(()), told }
     }
 
     /// A source introduces itself with this data. `silence` tells for how long nothing has come
@@ -239,7 +237,10 @@ mod tests {
     use super::*;
     use crate::disk::inflight::{InFlight, Work};
     use crate::disk::memory::MemoryBackend;
+    use crate::disk::ownership::Id;
     use crate::disk::slow::{Slow, SlowBackend, TestNotifier};
+    use crate::migration::arrival::Admits;
+    use crate::migration::wire::Token;
     use nix::libc::EIO;
     use std::sync::mpsc;
     use std::thread;
@@ -259,8 +260,8 @@ mod tests {
                 let fates = Mutex::new(fates);
                 move |fate| fates.lock().unwrap().send(fate).unwrap()
             });
-            let destination =
-                Destination::new(Arc::clone(&disk), None, Admits::Sources, (TOKEN, None), tell);
+            let arrival = Arrival::new(TOKEN, None, Admits::Sources);
+            let destination = Destination::new(Arc::clone(&disk), None, arrival, tell);
             let silence: Silence<'_> = &|_| Duration::ZERO;
             let question = Question { size: 1 << 20, id: ID }.encode();
             destination.introduced(1, &question, silence).unwrap();
