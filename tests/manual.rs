@@ -20,6 +20,8 @@ mod migration;
 mod page;
 #[path = "manual/readme.rs"]
 mod readme;
+#[path = "manual/release_notes.rs"]
+mod release_notes;
 #[path = "manual/roff.rs"]
 mod roff;
 #[path = "manual/service.rs"]
@@ -29,6 +31,23 @@ use harness::project_path;
 
 fn read(path: &str) -> String {
     std::fs::read_to_string(project_path(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The source of a module, with all of its files: for constants and words that no test can reach.
+fn module_source(module: &str) -> String {
+    fn append(directory: &std::path::Path, text: &mut String) {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                append(&path, text);
+            } else {
+                text.push_str(&std::fs::read_to_string(path).unwrap());
+            }
+        }
+    }
+    let mut text = String::new();
+    append(&project_path("src").join(module), &mut text);
+    text
 }
 
 /// What `flexnbd LINE` would do, as far as the command line tells; panics if it cannot be meant.

@@ -30,10 +30,11 @@ pub const PLACE_MAX: usize = 255;
 
 /// What every record starts with: whose it is, and the version of its form.
 const FAMILY: &str = "flexnbd";
-const VERSION: &str = "1";
+/// Version of every record that needs no [`VERSION_WITH_FROM`].
+pub const VERSION: &str = "1";
 /// The version of a record that [`VERSION`] has no field for: earlier programs say that they do not
 /// know it, and refuse the disk.
-const VERSION_WITH_FROM: &str = "2";
+pub const VERSION_WITH_FROM: &str = "2";
 
 /// A migration's name: 128 random bits, chosen by its source.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]

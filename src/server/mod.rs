@@ -52,6 +52,7 @@ pub use handles::{AcceptorHandle, ShutdownHandle};
 use policy::ExportPolicy;
 use rejections::Strangers;
 use sessions::{Capacity, Sessions, SuspendedSession};
+pub use snapshot::VERSION as SNAPSHOT_VERSION;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};

@@ -17,7 +17,7 @@ use std::fmt;
 use std::ops::Not;
 
 /// Of what is written here, and the only one that is read.
-pub(super) const VERSION: u32 = 1;
+pub const VERSION: u32 = 1;
 /// What the bytes begin with.
 const MAGIC: [u8; 8] = *b"FLEXNBDc";
 /// Magic and version.

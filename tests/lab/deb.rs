@@ -47,6 +47,7 @@ fn the_manuals_come_with_it() {
         for page in [
             "man1/flexnbd.1",
             "man7/flexnbd-migration.7",
+            "man7/flexnbd-release-notes.7",
             "man7/flexnbd.service.7",
             "man5/flexnbd.conf.5",
         ] {

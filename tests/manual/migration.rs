@@ -3,7 +3,7 @@
 
 use super::page::numbers;
 use super::roff::Page;
-use super::{must_be_meant, read};
+use super::{module_source, must_be_meant, read};
 use flexnbd::cli::MODES;
 use flexnbd::disk::ownership::{
     self, BadRecord, ForListen, ForServe, Id, PLACE_MAX, Provenance, RECORD_MAX, Record,
@@ -22,7 +22,6 @@ use flexnbd::migration::plan::Limits;
 use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
 use flexnbd::nbd::wire::{ErrorCode, PRIVATE_PAYLOAD_MAX};
 use flexnbd::server::throttle;
-use harness::project_path;
 use std::time::Duration;
 
 const PAGE: &str = "man/flexnbd-migration.7";
@@ -213,7 +212,7 @@ fn records_are_where_the_page_says() {
 
 #[test]
 fn variables_of_the_environment_are_read() {
-    let sources = daemon() + &read("src/disk/state.rs");
+    let sources = module_source("daemon") + &module_source("disk");
     for item in page().items("ENVIRONMENT") {
         for variable in item.strip_prefix("Ev ").unwrap().split(" , ") {
             assert!(sources.contains(&format!("\"{variable}\"")), "nobody reads {variable}");
@@ -221,15 +220,9 @@ fn variables_of_the_environment_are_read() {
     }
 }
 
-/// The source of the room that speaks to operators, where words are that no test can reach.
-fn daemon() -> String {
-    let directory = std::fs::read_dir(project_path("src/daemon")).unwrap();
-    directory.map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap()).collect()
-}
-
 #[test]
 fn the_stages_are_those_that_status_tells() {
-    let sources = daemon() + &read("src/control/status.rs");
+    let sources = module_source("daemon") + &module_source("control");
     let arms = sources.lines().filter_map(|line| line.trim().strip_prefix("Stage::"));
     let named = arms.filter_map(|arm| arm.split_once("=> \""));
     let names: Vec<&str> = named.map(|(_, name)| name.trim_end_matches("\",")).collect();
@@ -306,7 +299,7 @@ fn the_reasons_for_which_mirror_fails_are_told_in_the_words_of_the_program() {
     let page = page();
     let items = page.items("MESSAGES/Why mirror fails");
     let items: Vec<String> = items.into_iter().map(without_numbers).collect();
-    let sources = without_numbers(&daemon());
+    let sources = without_numbers(&module_source("daemon"));
     let is_reply = |item: &&String| sources.contains(item.as_str());
     let (replies, reasons): (Vec<_>, Vec<_>) = items.iter().partition(is_reply);
     assert_eq!(replies.len(), 9, "not all of {replies:#?} are told, or more");

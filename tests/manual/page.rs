@@ -1,8 +1,8 @@
 //! man/flexnbd.1 and the program, in both directions: what the program knows is in the page, and
 //! what is in the page the program knows.
 
-use super::read;
 use super::roff::{Page, arguments_of, plain};
+use super::{module_source, read};
 use clap::{Arg, Command};
 use flexnbd::cli::{self, MODES, config, operate, settings, size, uri};
 use flexnbd::control::Status;
@@ -185,7 +185,7 @@ fn the_limits_and_timeouts_are_those_of_the_program() {
     let by_extent = mib(parts::PART_MAX_BY_EXTENT);
     assert_eq!(told("Trims and zeroing"), [least, most, by_extent]);
     assert_eq!(told("Writing back"), [mib(write_behind::STEP)]);
-    let constants = read("src/daemon/mod.rs");
+    let constants = module_source("daemon");
     for (name, seconds) in ["GRACE", "DISK_GRACE"].into_iter().zip(told("Stopping")) {
         let constant = format!("const {name}: Duration = Duration::from_secs({seconds});");
         assert!(constants.contains(&constant), "there is no `{constant}`");

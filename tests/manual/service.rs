@@ -4,8 +4,8 @@
 use super::every::units;
 use super::generator::{INSTANCE, generate};
 use super::page::numbers;
-use super::read;
 use super::roff::Page;
+use super::{module_source, read};
 use flexnbd::cli::operate::{INSTANCE_BYTES_MAX, Instance};
 use flexnbd::disk::OpenError;
 use flexnbd::message_id;
@@ -220,26 +220,26 @@ fn times_are_those_of_the_units_and_the_program() {
     let stopping = numbers(&text(&page, "STATUS AND WATCHDOG/Timeouts"));
     let longest = format!("CLOSING_LONGEST: Duration = Duration::from_secs({});", stopping[1]);
     assert_eq!((stopping.len(), stopping[0]), (2, in_units("TimeoutStopSec")));
-    assert!(read("src/daemon/house.rs").contains(&longest), "there is no `{longest}`");
+    assert!(module_source("daemon").contains(&longest), "there is no `{longest}`");
     let alive = numbers(&text(&page, "STATUS AND WATCHDOG/Watchdog"));
     assert_eq!(alive, [in_units("WatchdogSec"); 2]);
     let grace = page.at("RESTART AND UPGRADE/Who is disconnected all the same");
     let grace: Vec<u64> =
         grace.filter(|line| line.contains(" seconds")).flat_map(numbers).collect();
     let constant = format!("const DISK_GRACE: Duration = Duration::from_secs({});", grace[0]);
-    assert!(read("src/daemon/mod.rs").contains(&constant), "there is no `{constant}`");
+    assert!(module_source("daemon").contains(&constant), "there is no `{constant}`");
     let asks = page.item_text(
         "WHEN A DISK CANNOT BE SERVED",
         "Only another host knows whether the disk has moved",
     );
     for (seconds, name) in numbers(&asks).into_iter().zip(["FIRST", "EVERY_MAX"]) {
         let constant = format!("REFUSING_ASK_{name}: Duration = Duration::from_secs({seconds});");
-        assert!(read("src/daemon/asking.rs").contains(&constant), "there is no `{constant}`");
+        assert!(module_source("daemon").contains(&constant), "there is no `{constant}`");
     }
     let constant = "const LINE_EVERY: Duration = Duration::from_secs(60);";
     let refusing = page.item_text("WHEN A DISK CANNOT BE SERVED", "A client waits");
     assert!(refusing.contains("no more than one in a minute"));
-    assert!(read("src/daemon/refusing.rs").contains(constant), "there is no `{constant}`");
+    assert!(module_source("daemon").contains(constant), "there is no `{constant}`");
 }
 
 #[test]

@@ -1,0 +1,40 @@
+//! man/flexnbd-release-notes.7 and the program: the newest version, and the versions of the formats.
+
+use super::read;
+use flexnbd::disk::ownership;
+use flexnbd::migration::wire;
+use flexnbd::server::SNAPSHOT_VERSION;
+
+const PAGE: &str = "man/flexnbd-release-notes.7";
+
+#[test]
+fn newest_version_is_that_of_the_program() {
+    let source = read(PAGE);
+    let mut headings = source.lines().filter_map(|line| line.strip_prefix(".Sh VERSION "));
+    // "VERSION NUMBERS" is a heading, too.
+    let newest = headings.find(|heading| heading.contains('.'));
+    assert_eq!(newest, Some(env!("CARGO_PKG_VERSION")));
+}
+
+/// The rows of the table of formats: name and version.
+fn formats() -> Vec<(String, String)> {
+    let source = read(PAGE);
+    let rows = source.lines().filter_map(|line| line.strip_prefix(".It "));
+    rows.filter_map(|row| {
+        let mut columns = row.split(" Ta ").map(str::to_owned);
+        Some((columns.next()?, columns.next()?))
+    })
+    .collect()
+}
+
+#[test]
+fn formats_have_the_versions_of_the_program() {
+    let records = format!("{} and {}", ownership::VERSION, ownership::VERSION_WITH_FROM);
+    for (format, version) in [
+        ("private messages", wire::VERSION.to_string()),
+        ("ownership record", records),
+        ("session snapshot", SNAPSHOT_VERSION.to_string()),
+    ] {
+        assert!(formats().contains(&(format.to_owned(), version)), "{format} in {:?}", formats());
+    }
+}
