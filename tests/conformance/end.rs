@@ -125,7 +125,7 @@ fn point_21_a_planned_end_finishes_what_is_in_flight_and_never_says_eshutdown() 
         session.wire.send(&bytes);
         let mut stream = session.wire.recv(4);
         ours.server.signal(nix::sys::signal::Signal::SIGTERM);
-        let (rest, end) = session.wire.recv_until_end();
+        let (rest, end) = session.wire.recv_to_end_or_error();
         assert!(end.is_ok(), "replies on their way are not thrown away ({mode:?}): {end:?}");
         stream.extend(rest);
         let complete = complete_replies(mode, &stream, &lengths);

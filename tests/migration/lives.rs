@@ -204,7 +204,7 @@ impl Life {
             return;
         }
         let Some(server) = &mut self.serving else { return self.start_source() };
-        if let Some(status) = server.ended() {
+        if let Some(status) = server.exit_status() {
             server.wait_for_end();
             let said = server.stderr();
             self.note(format!("source: {status}, saying {said}"));
@@ -232,7 +232,7 @@ impl Life {
 
     fn look_after_destination(&mut self) {
         let Some(server) = &mut self.receiving else { return self.start_destination() };
-        let Some(status) = server.ended() else { return };
+        let Some(status) = server.exit_status() else { return };
         server.wait_for_end();
         let said = server.stderr();
         self.note(format!("destination: {status}, saying {said}"));

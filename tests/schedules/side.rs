@@ -121,7 +121,7 @@ impl Side {
             self.start();
             return None;
         };
-        let status = server.ended()?;
+        let status = server.exit_status()?;
         server.wait_for_end();
         let said = server.stderr();
         self.server = None;

@@ -1,13 +1,14 @@
-//! Clients that look for the disk at both hosts all the time, and what they saw there.
-//! Never uses the library, and never looks at an image or a process before all is over.
+//! Clients that use a disk at both hosts of a migration all the time, and check what they read.
+//! Never use the library, and never look at an image or a process while they run.
 //!
-//! Writers number every write of a block and remember what was acknowledged, and what was flushed;
-//! readers come and go, or stay a while. A block must read as some version from the last that had
-//! to survive when the READ was sent to the last attempted when its reply came.
+//! Writers number every write of a block, and remember which version was acknowledged and which was
+//! flushed; readers connect for a moment, read, and disconnect. A block must read as some version
+//! between the last durable one at the time of the READ and the last attempted one at the time of its
+//! reply.
 //!
-//! The disk moves once: after the new host has answered something, the old one must not answer
-//! what is sent to it. Times are taken before a request is sent and after its reply has come, so
-//! that two which merely overlap are never held against anybody.
+//! The disk moves once: after the destination has replied to something, the source must not reply to
+//! a request sent later. A time is taken before a request is sent and after its reply is received, so
+//! that two requests that merely overlap never count as a violation.
 
 use super::image::{BLOCK, stamped, unit};
 use super::writers::Versions;
@@ -29,78 +30,79 @@ use std::time::{Duration, Instant};
 const WRITERS: u64 = 2;
 /// Requests in flight on one connection.
 const DEPTH: u64 = 16;
-/// Between two batches of a writer.
+/// Pause between two batches of a writer.
 const PAUSE: Duration = Duration::from_millis(15);
-/// Between two tries to be let in.
-const SEARCH: Duration = Duration::from_millis(20);
-/// How long a server may take for a step of the handshake before a client looks elsewhere.
-const HANDSHAKE: Duration = Duration::from_millis(700);
-/// How long a writer waits for a reply before it looks elsewhere, in milliseconds: at least, and
-/// how much longer at most.
+/// Pause between two attempts to connect.
+const RETRY_INTERVAL: Duration = Duration::from_millis(20);
+/// How long a server may take for a step of the handshake before a client tries the other host.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_millis(700);
+/// How long a writer waits for a reply before it tries the other host, in milliseconds: a minimum,
+/// and the limit of a random addition.
 const REPLY_TIMEOUT_MS: (u64, u64) = (400, 2000);
-/// Longest time that a reader stays, in milliseconds, and how long it does nothing between two
-/// READs.
-const STAY_MS: u64 = 400;
+/// How long a session of a reader lasts at most, in milliseconds, and the pause between two READs.
+const STAY_MAX_MS: u64 = 400;
 const READ_EVERY: Duration = Duration::from_millis(10);
 
 /// One of the two hosts of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Where the disk is first.
+    /// Where the disk is at first.
     Source,
-    /// Where it moves.
+    /// Where it moves to.
     Destination,
 }
 
 /// Both, source first.
 const ROLES: [Role; 2] = [Role::Source, Role::Destination];
 
-/// What has to survive what may happen.
+/// Which writes must survive the faults of a test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durable {
-    /// Every acknowledged write: processes die, hosts do not.
+    /// Every acknowledged write: processes are killed, hosts are not.
     Acknowledged,
-    /// Every write that was flushed, or made with FUA: hosts lose their power.
+    /// Every write that was flushed, or had FUA: hosts lose power.
     Flushed,
 }
 
-/// How clients work.
+/// The options of all clients of a test.
 #[derive(Clone, Copy, Debug)]
 pub struct ClientOptions {
     /// Which writes must survive.
     pub durable: Durable,
-    /// Requests may be answered with errors.
+    /// Whether errors in replies are allowed.
     pub may_fail: bool,
-    /// Of everything that the clients choose at random.
+    /// The seed of all random choices of the clients.
     pub seed: u64,
 }
 
-/// What one host was seen to do, in nanoseconds since the clients began.
+/// What clients observed of one host, in nanoseconds since they were started.
 #[derive(Debug)]
-struct Seen {
-    /// When the last request was sent that it answered with success.
+struct HostLog {
+    /// When the last request was sent that succeeded.
     last_sent: AtomicU64,
-    /// When the first such answer came.
-    first_answered: AtomicU64,
-    /// The same of clients that were let in, whether or not a request was answered.
-    last_came: AtomicU64,
-    first_let_in: AtomicU64,
-    answers: AtomicU64,
+    /// When the first successful reply was received.
+    first_reply: AtomicU64,
+    /// When the last client connected whose handshake succeeded, and when the first such handshake
+    /// was over.
+    last_connect: AtomicU64,
+    first_admitted: AtomicU64,
+    /// Successful replies.
+    replies: AtomicU64,
 }
 
-impl Seen {
-    fn nothing() -> Seen {
-        Seen {
+impl HostLog {
+    fn new() -> HostLog {
+        HostLog {
             last_sent: AtomicU64::new(0),
-            first_answered: AtomicU64::new(u64::MAX),
-            last_came: AtomicU64::new(0),
-            first_let_in: AtomicU64::new(u64::MAX),
-            answers: AtomicU64::new(0),
+            first_reply: AtomicU64::new(u64::MAX),
+            last_connect: AtomicU64::new(0),
+            first_admitted: AtomicU64::new(u64::MAX),
+            replies: AtomicU64::new(0),
         }
     }
 }
 
-/// What is known of one block.
+/// The versions of one block.
 #[derive(Debug)]
 struct Block {
     number: u64,
@@ -109,25 +111,25 @@ struct Block {
     attempted: AtomicU64,
 }
 
-/// The same at one moment.
+/// The versions of one block at one moment.
 #[derive(Clone, Copy, Debug)]
-struct Known {
+struct Progress {
     flushed: u64,
     acknowledged: u64,
     attempted: u64,
 }
 
 impl Block {
-    fn known(&self) -> Known {
-        // In this order: none falls behind the one before.
+    fn progress(&self) -> Progress {
+        // In this order, so that no number is less than the one loaded before it.
         let flushed = self.flushed.load(SeqCst);
         let acknowledged = self.acknowledged.load(SeqCst);
-        Known { flushed, acknowledged, attempted: self.attempted.load(SeqCst) }
+        Progress { flushed, acknowledged, attempted: self.attempted.load(SeqCst) }
     }
 }
 
-impl Known {
-    /// What the block may hold.
+impl Progress {
+    /// The versions that the block may hold.
     fn versions(self, durable: Durable) -> Versions {
         let acknowledged = match durable {
             Durable::Acknowledged => self.acknowledged,
@@ -137,22 +139,22 @@ impl Known {
     }
 }
 
-/// A part of a disk, and what must be in it once no client writes any more.
+/// A part of a disk, and the versions that its blocks may hold once no client writes.
 #[derive(Clone)]
 pub struct Expected {
     first: u64,
-    blocks: Vec<Known>,
+    blocks: Vec<Progress>,
 }
 
 impl Expected {
-    /// This part of a disk, in bytes, as [`super::image::stamped_image`] makes it.
+    /// This range of a disk, in bytes, in the state in which [`super::image::stamped_image`] makes it.
     pub fn stamped(part: Range<u64>) -> Expected {
-        let nothing = Known { flushed: 0, acknowledged: 0, attempted: 0 };
+        let nothing = Progress { flushed: 0, acknowledged: 0, attempted: 0 };
         let count = (part.end - part.start) / BLOCK;
         Expected { first: part.start / BLOCK, blocks: vec![nothing; count as usize] }
     }
 
-    /// Makes it so in an image that has only zeros there.
+    /// Writes that state into an image that is zero there.
     pub fn stamp(&self, image: &Path) {
         let file = File::options().write(true).open(image).unwrap();
         for block in self.first..self.first + self.blocks.len() as u64 {
@@ -163,23 +165,23 @@ impl Expected {
         file.sync_all().unwrap();
     }
 
-    /// What of it is not in the image, if something is missing.
+    /// A message about the blocks of the image that hold no allowed version; `None` if there are none.
     pub fn missing_in(&self, image: &Path, durable: Durable) -> Option<String> {
         let file = File::open(image).unwrap();
         let mut data = vec![0; BLOCK as usize];
-        let mut missing = (self.first..).zip(&self.blocks).filter_map(|(block, known)| {
+        let mut missing = (self.first..).zip(&self.blocks).filter_map(|(block, progress)| {
             file.read_exact_at(&mut data, block * BLOCK).unwrap();
-            check(block, known.versions(durable), &data).err()
+            check(block, progress.versions(durable), &data).err()
         });
         let first = missing.next()?;
         Some(format!("{first}; {} blocks more", missing.count()))
     }
 }
 
-/// Whether a block's content is one that it may have.
+/// Checks that every unit of a block holds an allowed version.
 fn check(block: u64, versions: Versions, data: &[u8]) -> Result<(), String> {
-    let strange = data.chunks(16).position(|found| !versions.permit(block, found));
-    let Some(at) = strange else { return Ok(()) };
+    let wrong = data.chunks(16).position(|found| !versions.permits(block, found));
+    let Some(at) = wrong else { return Ok(()) };
     let word = |at: usize| u64::from_le_bytes(data[at..at + 8].try_into().unwrap());
     let (stamp, version) = (word(at * 16), word(at * 16 + 8));
     let found = match stamp.checked_sub(1) {
@@ -189,46 +191,46 @@ fn check(block: u64, versions: Versions, data: &[u8]) -> Result<(), String> {
     Err(format!("block {block}, unit {at}: {found}, where {versions:?} were expected"))
 }
 
-/// What all clients know together.
+/// The state that all clients share.
 #[derive(Debug)]
 struct Shared {
     stop: AtomicBool,
     began: Instant,
     endpoints: [Endpoint; 2],
-    seen: [Seen; 2],
+    log: [HostLog; 2],
     blocks: Vec<Block>,
     options: ClientOptions,
-    /// Writers are to write nothing for the time being.
-    held: AtomicBool,
-    /// Writers with a session.
-    working: AtomicU64,
+    /// Whether writers must have no session.
+    paused: AtomicBool,
+    /// Count of writers that have, or open, a session.
+    writers_active: AtomicU64,
     violations: Mutex<Vec<String>>,
 }
 
-/// Clients at work.
+/// Running clients. Dropping them stops them.
 pub struct Clients {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Clients {
-    /// Clients of a disk that is at the first of these and is about to move to the second.
+    /// Starts clients of a disk that is served at the first endpoint and will move to the second.
     pub fn start(endpoints: [Endpoint; 2], expected: &Expected, options: ClientOptions) -> Clients {
-        let block = |(number, known): (u64, &Known)| Block {
+        let block = |(number, progress): (u64, &Progress)| Block {
             number,
-            flushed: AtomicU64::new(known.flushed),
-            acknowledged: AtomicU64::new(known.acknowledged),
-            attempted: AtomicU64::new(known.attempted),
+            flushed: AtomicU64::new(progress.flushed),
+            acknowledged: AtomicU64::new(progress.acknowledged),
+            attempted: AtomicU64::new(progress.attempted),
         };
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             began: Instant::now(),
             endpoints,
-            seen: [Seen::nothing(), Seen::nothing()],
+            log: [HostLog::new(), HostLog::new()],
             blocks: (expected.first..).zip(&expected.blocks).map(block).collect(),
             options,
-            held: AtomicBool::new(false),
-            working: AtomicU64::new(0),
+            paused: AtomicBool::new(false),
+            writers_active: AtomicU64::new(0),
             violations: Mutex::default(),
         });
         let mut random = Rng::with_seed(options.seed);
@@ -246,41 +248,40 @@ impl Clients {
         Clients { shared, threads }
     }
 
-    /// Requests that this host has answered.
+    /// How many requests have succeeded at this host.
     pub fn replies(&self, role: Role) -> u64 {
-        self.shared.seen(role).answers.load(SeqCst)
+        self.shared.log(role).replies.load(SeqCst)
     }
 
-    /// What must not have been seen, so far.
+    /// The first violation so far: a wrong reply, or two hosts that serve at once.
     pub fn violation(&self) -> Option<String> {
         let violations = self.shared.violations.lock().unwrap();
-        violations.first().cloned().or_else(|| self.shared.two_serve())
+        violations.first().cloned().or_else(|| self.shared.both_serve())
     }
 
-    /// Writers end their sessions and begin none; returns when none has any.
+    /// Makes writers end their sessions and open none; returns when no writer has one.
     #[track_caller]
     pub fn pause_writers(&self) {
-        self.shared.held.store(true, SeqCst);
-        wait_until("writers to pause", || self.shared.working.load(SeqCst) == 0);
+        self.shared.paused.store(true, SeqCst);
+        wait_until("writers to pause", || self.shared.writers_active.load(SeqCst) == 0);
     }
 
-    /// Writers go on.
+    /// Lets writers open sessions again.
     pub fn resume_writers(&self) {
-        self.shared.held.store(false, SeqCst);
+        self.shared.paused.store(false, SeqCst);
     }
 
-    /// Ends all clients; what there is to be found now.
+    /// Ends all clients; the versions that the disk may hold now.
     pub fn stop(mut self) -> Expected {
         self.shared.stop.store(true, SeqCst);
         for thread in std::mem::take(&mut self.threads) {
             thread.join().unwrap();
         }
-        let blocks: Vec<Known> = self.shared.blocks.iter().map(Block::known).collect();
+        let blocks: Vec<Progress> = self.shared.blocks.iter().map(Block::progress).collect();
         Expected { first: self.shared.blocks[0].number, blocks }
     }
 }
 
-/// Whatever the test has come to, they work no more.
 impl Drop for Clients {
     fn drop(&mut self) {
         self.shared.stop.store(true, SeqCst);
@@ -288,8 +289,8 @@ impl Drop for Clients {
 }
 
 impl Shared {
-    fn seen(&self, role: Role) -> &Seen {
-        &self.seen[role as usize]
+    fn log(&self, role: Role) -> &HostLog {
+        &self.log[role as usize]
     }
 
     fn now(&self) -> u64 {
@@ -301,39 +302,39 @@ impl Shared {
     }
 
     fn may_write(&self) -> bool {
-        !self.held.load(SeqCst) && !self.stopping()
+        !self.paused.load(SeqCst) && !self.stopping()
     }
 
     fn report(&self, what: String) {
         self.violations.lock().unwrap().push(what);
     }
 
-    fn answered(&self, role: Role, sent: u64) {
-        let seen = self.seen(role);
-        seen.answers.fetch_add(1, SeqCst);
-        seen.last_sent.fetch_max(sent, SeqCst);
-        seen.first_answered.fetch_min(self.now(), SeqCst);
+    fn record_reply(&self, role: Role, sent: u64) {
+        let log = self.log(role);
+        log.replies.fetch_add(1, SeqCst);
+        log.last_sent.fetch_max(sent, SeqCst);
+        log.first_reply.fetch_min(self.now(), SeqCst);
     }
 
-    /// Whether the old host did something after the new one had begun to.
-    fn two_serve(&self) -> Option<String> {
-        let [old, new] = &self.seen;
+    /// A message if the source replied, or let a client in, after the destination had.
+    fn both_serve(&self) -> Option<String> {
+        let [source, destination] = &self.log;
         let late = |last: &AtomicU64, first: &AtomicU64| {
             let late = last.load(SeqCst).checked_sub(first.load(SeqCst))?;
             (late > 0).then(|| Duration::from_nanos(late))
         };
-        if let Some(late) = late(&old.last_sent, &new.first_answered) {
-            return Some(format!("both serve: the old host answers {late:?} after the new one"));
+        if let Some(late) = late(&source.last_sent, &destination.first_reply) {
+            return Some(format!("both serve: the source replies {late:?} after the destination"));
         }
-        let late = late(&old.last_came, &new.first_let_in)?;
-        Some(format!("both let clients in: the old host does {late:?} after the new one"))
+        let late = late(&source.last_connect, &destination.first_admitted)?;
+        Some(format!("both let clients in: the source does {late:?} after the destination"))
     }
 
-    /// A session there, whose handshake is over.
-    fn enter(&self, role: Role) -> io::Result<Wire> {
-        let came = self.now();
-        let mut wire = Wire::try_connect_within(&self.endpoints[role as usize], HANDSHAKE)?;
-        wire.set_read_timeout(HANDSHAKE);
+    /// Connects to this host and chooses the default export.
+    fn open_session(&self, role: Role) -> io::Result<Wire> {
+        let began = self.now();
+        let mut wire = Wire::try_connect_within(&self.endpoints[role as usize], HANDSHAKE_TIMEOUT)?;
+        wire.set_read_timeout(HANDSHAKE_TIMEOUT);
         receive::<18>(&mut wire)?;
         let flags = raw::FIXED_NEWSTYLE | raw::NO_ZEROES;
         let go = raw::encode_option(raw::OPT_GO, &raw::encode_go(b"", &[]));
@@ -349,14 +350,14 @@ impl Shared {
                 _ => {}
             }
         }
-        let seen = self.seen(role);
-        seen.last_came.fetch_max(came, SeqCst);
-        seen.first_let_in.fetch_min(self.now(), SeqCst);
+        let log = self.log(role);
+        log.last_connect.fetch_max(began, SeqCst);
+        log.first_admitted.fetch_min(self.now(), SeqCst);
         Ok(wire)
     }
 
-    /// The head of the next reply: its cookie, and whether it is a success.
-    fn reply(&self, wire: &mut Wire) -> io::Result<(u64, bool)> {
+    /// Receives the header of the next reply: its cookie, and whether it is a success.
+    fn recv_reply_header(&self, wire: &mut Wire) -> io::Result<(u64, bool)> {
         let head = receive::<16>(wire)?;
         let error = word(&head, 4);
         if word(&head, 0) != raw::SIMPLE_REPLY {
@@ -370,24 +371,24 @@ impl Shared {
     }
 }
 
-/// Writes to its blocks, wherever it is let in.
+/// Writes to its own blocks at whichever host lets it in.
 struct Writer {
     shared: Arc<Shared>,
-    /// Its blocks are those whose place has this remainder by [`WRITERS`].
+    /// Its blocks are those whose index has this remainder when divided by [`WRITERS`].
     number: u64,
     random: Rng,
-    /// What was acknowledged in this session since the last FLUSH was sent: places and versions.
+    /// Index and version of the writes acknowledged in this session since the last FLUSH was sent.
     unflushed: HashMap<usize, u64>,
 }
 
-/// What a request is about, until it is answered.
+/// A request until its reply is received.
 #[derive(Debug)]
-enum Asked {
-    /// This version of that block, durably or not.
+enum Pending {
+    /// A write: index of the block, version, whether with FUA.
     Written(usize, u64, bool),
-    /// That block, with the versions that it may have.
+    /// A READ: index of the block, versions that it may hold.
     Read(usize, Versions),
-    /// With what it makes durable.
+    /// A FLUSH: index and version of the writes that it makes durable.
     Flush(HashMap<usize, u64>),
 }
 
@@ -395,23 +396,23 @@ impl Writer {
     fn run(mut self) {
         while !self.shared.stopping() {
             for role in ROLES {
-                self.shared.working.fetch_add(1, SeqCst);
+                self.shared.writers_active.fetch_add(1, SeqCst);
                 if self.shared.may_write()
-                    && let Ok(wire) = self.shared.enter(role)
+                    && let Ok(wire) = self.shared.open_session(role)
                 {
                     self.work(wire, role);
                 }
-                self.shared.working.fetch_sub(1, SeqCst);
+                self.shared.writers_active.fetch_sub(1, SeqCst);
             }
-            thread::sleep(SEARCH);
+            thread::sleep(RETRY_INTERVAL);
         }
     }
 
-    /// Until the connection is lost, or seems to be.
+    /// Sends batches until the connection is lost, or a reply takes too long.
     fn work(&mut self, mut wire: Wire, role: Role) {
-        let patience = REPLY_TIMEOUT_MS.0 + self.random.u64(..REPLY_TIMEOUT_MS.1);
-        wire.set_read_timeout(Duration::from_millis(patience));
-        // What an earlier session has not flushed may have been lost since.
+        let timeout = REPLY_TIMEOUT_MS.0 + self.random.u64(..REPLY_TIMEOUT_MS.1);
+        wire.set_read_timeout(Duration::from_millis(timeout));
+        // Writes of an earlier session that were not flushed may be lost.
         self.unflushed.clear();
         while self.shared.may_write() && self.batch(&mut wire, role).is_ok() {
             thread::sleep(PAUSE);
@@ -421,78 +422,78 @@ impl Writer {
         }
     }
 
-    /// Sends some requests and takes their replies.
+    /// Sends some requests and receives their replies.
     fn batch(&mut self, wire: &mut Wire, role: Role) -> io::Result<()> {
         let sent = self.shared.now();
         let mut pending = HashMap::new();
         let mut bytes = Vec::new();
         let own = self.shared.blocks.len() as u64 / WRITERS;
         for _ in 0..DEPTH.min(own) {
-            let place = self.random.u64(..own) * WRITERS + self.number;
-            if let Entry::Vacant(vacant) = pending.entry(place) {
-                vacant.insert(self.ask(place, &mut bytes));
+            let index = self.random.u64(..own) * WRITERS + self.number;
+            if let Entry::Vacant(vacant) = pending.entry(index) {
+                vacant.insert(self.push_request(index, &mut bytes));
             }
         }
         wire.try_send(&bytes)?;
         while !pending.is_empty() {
-            let (cookie, success) = self.shared.reply(wire)?;
-            let Some(asked) = pending.remove(&cookie) else {
-                self.shared.report(format!("a reply to {cookie}, which was not asked"));
+            let (cookie, success) = self.shared.recv_reply_header(wire)?;
+            let Some(pending_request) = pending.remove(&cookie) else {
+                self.shared.report(format!("a reply to {cookie}, which is no pending request"));
                 return Err(ErrorKind::InvalidData.into());
             };
             if success {
-                self.shared.answered(role, sent);
-                self.note(wire, asked)?;
+                self.shared.record_reply(role, sent);
+                self.record(wire, pending_request)?;
             }
         }
         Ok(())
     }
 
-    /// Encodes a request whose cookie is the block's place.
-    fn ask(&mut self, place: u64, bytes: &mut Vec<u8>) -> Asked {
-        let block = &self.shared.blocks[place as usize];
+    /// Appends a random request to `bytes`; its cookie is the index of the block.
+    fn push_request(&mut self, index: u64, bytes: &mut Vec<u8>) -> Pending {
+        let block = &self.shared.blocks[index as usize];
         let (offset, length) = (block.number * BLOCK, BLOCK as u32);
         let choice = self.random.u64(..8);
         if choice == 0 {
-            bytes.extend(raw::encode_request(raw::FLUSH, 0, place, 0, 0));
-            return Asked::Flush(std::mem::take(&mut self.unflushed));
+            bytes.extend(raw::encode_request(raw::FLUSH, 0, index, 0, 0));
+            return Pending::Flush(std::mem::take(&mut self.unflushed));
         }
         if choice == 1 {
-            bytes.extend(raw::encode_request(raw::READ, 0, place, offset, length));
-            let versions = block.known().versions(self.shared.options.durable);
-            return Asked::Read(place as usize, versions);
+            bytes.extend(raw::encode_request(raw::READ, 0, index, offset, length));
+            let versions = block.progress().versions(self.shared.options.durable);
+            return Pending::Read(index as usize, versions);
         }
         let version = block.attempted.fetch_add(1, SeqCst) + 1;
         let flags = if choice == 2 { raw::FUA } else { 0 };
         if Versions::is_zero(block.number, version) {
-            bytes.extend(raw::encode_request(raw::WRITE_ZEROES, flags, place, offset, length));
+            bytes.extend(raw::encode_request(raw::WRITE_ZEROES, flags, index, offset, length));
         } else {
-            bytes.extend(raw::encode_request(raw::WRITE, flags, place, offset, length));
+            bytes.extend(raw::encode_request(raw::WRITE, flags, index, offset, length));
             bytes.extend(unit(block.number, version).repeat(BLOCK as usize / 16));
         }
-        Asked::Written(place as usize, version, flags == raw::FUA)
+        Pending::Written(index as usize, version, flags == raw::FUA)
     }
 
-    fn note(&mut self, wire: &mut Wire, asked: Asked) -> io::Result<()> {
+    fn record(&mut self, wire: &mut Wire, pending_request: Pending) -> io::Result<()> {
         let blocks = &self.shared.blocks;
-        match asked {
-            Asked::Flush(flushed) => {
-                for (place, version) in flushed {
-                    blocks[place].flushed.fetch_max(version, SeqCst);
+        match pending_request {
+            Pending::Flush(flushed) => {
+                for (index, version) in flushed {
+                    blocks[index].flushed.fetch_max(version, SeqCst);
                 }
             }
-            Asked::Written(place, version, durably) => {
-                blocks[place].acknowledged.fetch_max(version, SeqCst);
+            Pending::Written(index, version, durably) => {
+                blocks[index].acknowledged.fetch_max(version, SeqCst);
                 if durably {
-                    blocks[place].flushed.fetch_max(version, SeqCst);
+                    blocks[index].flushed.fetch_max(version, SeqCst);
                 } else {
-                    self.unflushed.insert(place, version);
+                    self.unflushed.insert(index, version);
                 }
             }
-            Asked::Read(place, versions) => {
+            Pending::Read(index, versions) => {
                 let data = receive::<{ BLOCK as usize }>(wire)?;
-                if let Err(strange) = check(blocks[place].number, versions, &data) {
-                    self.shared.report(format!("a writer reads {strange}"));
+                if let Err(wrong) = check(blocks[index].number, versions, &data) {
+                    self.shared.report(format!("a writer reads {wrong}"));
                 }
             }
         }
@@ -500,7 +501,7 @@ impl Writer {
     }
 }
 
-/// Reads here and there at one host, for a moment or two, whenever it is let in.
+/// Reads random blocks at one host in short sessions.
 struct Reader {
     shared: Arc<Shared>,
     role: Role,
@@ -510,8 +511,8 @@ struct Reader {
 impl Reader {
     fn run(mut self) {
         while !self.shared.stopping() {
-            if let Ok(mut wire) = self.shared.enter(self.role) {
-                let until = Instant::now() + Duration::from_millis(self.random.u64(..STAY_MS));
+            if let Ok(mut wire) = self.shared.open_session(self.role) {
+                let until = Instant::now() + Duration::from_millis(self.random.u64(..STAY_MAX_MS));
                 while self.read(&mut wire).is_ok()
                     && Instant::now() < until
                     && !self.shared.stopping()
@@ -519,24 +520,24 @@ impl Reader {
                     thread::sleep(READ_EVERY);
                 }
             }
-            thread::sleep(SEARCH);
+            thread::sleep(RETRY_INTERVAL);
         }
     }
 
     fn read(&mut self, wire: &mut Wire) -> io::Result<()> {
-        let place = self.random.u64(..self.shared.blocks.len() as u64);
-        let block = &self.shared.blocks[place as usize];
-        let before = block.known().versions(self.shared.options.durable);
+        let index = self.random.u64(..self.shared.blocks.len() as u64);
+        let block = &self.shared.blocks[index as usize];
+        let before = block.progress().versions(self.shared.options.durable);
         let sent = self.shared.now();
         let (offset, length) = (block.number * BLOCK, BLOCK as u32);
-        wire.try_send(&raw::encode_request(raw::READ, 0, place, offset, length))?;
-        let (_, success) = self.shared.reply(wire)?;
+        wire.try_send(&raw::encode_request(raw::READ, 0, index, offset, length))?;
+        let (_, success) = self.shared.recv_reply_header(wire)?;
         if success {
             let data = receive::<{ BLOCK as usize }>(wire)?;
-            self.shared.answered(self.role, sent);
-            let attempted = block.known().attempted;
-            if let Err(strange) = check(block.number, Versions { attempted, ..before }, &data) {
-                self.shared.report(format!("a reader at the {:?} reads {strange}", self.role));
+            self.shared.record_reply(self.role, sent);
+            let attempted = block.progress().attempted;
+            if let Err(wrong) = check(block.number, Versions { attempted, ..before }, &data) {
+                self.shared.report(format!("a reader at the {:?} reads {wrong}", self.role));
             }
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! One side of a migration as a test sees it: an image, an address, a control socket, a record.
-//! Starts flexnbd there and talks to it in the words of the control socket. Never uses the library.
+//! One host of a migration: an image, an address, a control socket, an ownership record.
+//! Starts flexnbd there and sends it commands over the control socket. Never uses the library.
 
 use crate::{Builder, Endpoint, Server, TIMEOUT, poll_until, unused_loopback_address};
 use std::collections::BTreeMap;
@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 
 /// The reply to `mirror` when the migration has begun.
 pub const MIRROR_STARTED: &str = "0: Mirror started";
-/// Where records are kept when they cannot be kept with the image.
-const STATE: &str = "STATE_DIRECTORY";
+/// The variable that names the state directory.
+const STATE_DIRECTORY: &str = "STATE_DIRECTORY";
 
-/// An image and where it is served, received and administered.
+/// An image, and the address and control socket of the process that serves or receives it.
 #[derive(Clone, Debug)]
 pub struct Host {
     /// The image, which need not exist.
@@ -28,7 +28,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// A host whose files are in `directory` and bear this name; nothing exists yet.
+    /// A host whose files are in `directory` under this name. Creates nothing.
     pub fn new(directory: &Path, name: &str) -> Host {
         let state = directory.join(format!("{name}.state"));
         Host {
@@ -41,12 +41,12 @@ impl Host {
         }
     }
 
-    /// Where records are kept that cannot be kept with the image.
+    /// The state directory, for records that cannot be kept with the image.
     pub fn state(&self) -> &Path {
         &self.state
     }
 
-    /// Runs everything through a program that executes its arguments.
+    /// Runs every process of this host by a wrapper that executes its arguments.
     pub fn through(mut self, wrapper: &[&str]) -> Host {
         self.wrapper = wrapper.iter().map(ToString::to_string).collect();
         self
@@ -64,12 +64,12 @@ impl Host {
         self
     }
 
-    /// `flexnbd MODE` on this image, with the control socket, ready to be started.
+    /// `flexnbd MODE` on this image, with the control socket, not yet started.
     pub fn mode(&self, mode: &str) -> Builder {
         let _ = std::fs::create_dir_all(&self.state);
         let mut builder = Builder::mode(mode, &self.image)
             .args(["--verbose".as_ref(), "--sock".as_ref(), self.control.as_os_str()])
-            .env(STATE, &self.state)
+            .env(STATE_DIRECTORY, &self.state)
             .through(&self.wrapper)
             .at(Endpoint::Tcp(self.address));
         for (name, value) in &self.environment {
@@ -90,14 +90,14 @@ impl Host {
         self.mode("listen").start()
     }
 
-    /// Orders the migration there; the reply. `more` follows the port: action, bind, speed.
+    /// Sends `mirror` to this address; the reply. `more` follows the port: action, bind, speed.
     #[track_caller]
     pub fn mirror_to(&self, to: SocketAddr, more: &[&str]) -> String {
         let (ip, port) = (to.ip().to_string(), to.port().to_string());
         self.command(&[&["mirror", &ip, &port], more].concat())
     }
 
-    /// Gives an order; fails when nobody takes it.
+    /// Sends a command, for [`TIMEOUT`] until there is a reply; the reply.
     #[track_caller]
     pub fn command(&self, lines: &[&str]) -> String {
         let mut reply = None;
@@ -105,11 +105,11 @@ impl Host {
             reply = self.try_command(lines);
             reply.is_some()
         });
-        assert!(asked, "nobody takes orders at {}", self.control.display());
+        assert!(asked, "no reply at the control socket {}", self.control.display());
         reply.unwrap()
     }
 
-    /// The reply to an order, when somebody is there to obey it.
+    /// Sends a command once; the reply, if a process listens and replies.
     pub fn try_command(&self, lines: &[&str]) -> Option<String> {
         let mut socket = UnixStream::connect(&self.control).ok()?;
         socket.set_read_timeout(Some(TIMEOUT)).ok()?;
@@ -119,14 +119,14 @@ impl Host {
         (!reply.is_empty()).then(|| reply.trim_end().to_owned())
     }
 
-    /// What `status` says, when somebody answers.
+    /// The keys and values of `status`; empty if there is no reply.
     pub fn status(&self) -> BTreeMap<String, String> {
         let reply = self.try_command(&["status"]).unwrap_or_default();
         let pairs = reply.split_whitespace().filter_map(|pair| pair.split_once('='));
         pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
     }
 
-    /// One value of `status`; empty when it is not there.
+    /// One value of `status`; empty if it is missing.
     pub fn status_of(&self, key: &str) -> String {
         self.status().remove(key).unwrap_or_default()
     }
@@ -139,21 +139,21 @@ impl Host {
             seen = self.status();
             seen.get(key).is_some_and(|now| now == value)
         });
-        assert!(came, "waited in vain for {key}={value}; at last: {seen:?}");
+        assert!(came, "waited in vain for {key}={value}; last: {seen:?}");
     }
 
-    /// The word of the ownership record; empty when there is none.
+    /// The word of the ownership record; empty if there is none.
     pub fn record(&self) -> String {
-        // A record in the state directory wins.
-        let record = self.record_apart();
+        // The program prefers a record in the state directory, too.
+        let record = self.record_in_state_directory();
         let record = record.or_else(|| xattr::get(&self.image, "user.flexnbd").ok().flatten());
         let text = String::from_utf8(record.unwrap_or_default()).unwrap();
         text.split_whitespace().nth(2).unwrap_or_default().to_owned()
     }
 
-    /// The youngest record in the state directory, without what is temporary and what tells of
-    /// images that were deleted.
-    fn record_apart(&self) -> Option<Vec<u8>> {
+    /// The newest record in the state directory, except temporary files and records of deleted
+    /// images.
+    fn record_in_state_directory(&self) -> Option<Vec<u8>> {
         let is_record = |path: &PathBuf| {
             let name = path.to_string_lossy();
             !["~new", "~spare", ".departed"].iter().any(|end| name.ends_with(end))

@@ -1,5 +1,5 @@
-//! Images to migrate: partly data, partly holes, told apart by every 16 bytes of them.
-//! Never writes through a server; reads and writes the files themselves.
+//! Images to migrate: partly data, partly holes, in which every 16 bytes name their block and version.
+//! Reads and writes the files, never through a server.
 
 use crate::allocated;
 use nix::unistd::{Whence, lseek};
@@ -9,15 +9,15 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-/// What writers write at a time, in bytes.
+/// The size of one write, in bytes.
 pub const BLOCK: u64 = 4096;
-/// Every so many blocks begin with a row of data; the rest of them is a hole.
+/// Of every `PERIOD` blocks the first `DATA` are data, the others a hole.
 const PERIOD: u64 = 64;
 const DATA: u64 = 16;
-/// How much of a file is compared at once.
+/// How much of a file is compared at a time, in bytes.
 const PORTION: u64 = 1 << 20;
 
-/// Sixteen bytes that say which block they are of, and which version of it. Never zero.
+/// Sixteen bytes that name a block and a version of it. Never zero.
 pub fn unit(block: u64, version: u64) -> [u8; 16] {
     let mut unit = [0; 16];
     unit[..8].copy_from_slice(&(block + 1).to_le_bytes());
@@ -30,12 +30,12 @@ pub fn stamped(block: u64, version: u64) -> Vec<u8> {
     unit(block, version).repeat(BLOCK as usize / 16)
 }
 
-/// Whether a block is data in an image made by [`stamped_image`].
+/// Whether a block is data in an image of [`stamped_image`].
 pub(crate) fn begins_as_data(block: u64) -> bool {
     block % PERIOD < DATA
 }
 
-/// An image of `size` bytes, a quarter of which is data, in rows of 64 KiB.
+/// Makes an image of `size` bytes, a quarter of which is data, in extents of 64 KiB.
 pub fn stamped_image(path: &Path, size: u64) {
     let file = File::create(path).unwrap();
     file.set_len(size).unwrap();
@@ -46,7 +46,7 @@ pub fn stamped_image(path: &Path, size: u64) {
     file.sync_all().unwrap();
 }
 
-/// An image of `size` bytes to receive into, which holds old bytes here and there.
+/// Makes an image of `size` bytes for a destination, with old data in many places.
 pub fn used_image(path: &Path, size: u64) {
     let file = File::create(path).unwrap();
     file.set_len(size).unwrap();
@@ -57,7 +57,7 @@ pub fn used_image(path: &Path, size: u64) {
     file.sync_all().unwrap();
 }
 
-/// Fails unless the two take as much disk as each other, to one in a hundred.
+/// Fails unless both files occupy the same space on disk, to one in a hundred.
 #[track_caller]
 pub fn assert_as_sparse(source: &Path, destination: &Path) {
     let (ours, theirs) = (allocated(source), allocated(destination));
@@ -65,7 +65,7 @@ pub fn assert_as_sparse(source: &Path, destination: &Path) {
     assert!(most <= ours.max(1 << 20), "allocated: {ours} at the source, {theirs} here");
 }
 
-/// Fails unless both files hold the same bytes. Reads only what is not a hole in one of them.
+/// Fails unless both files hold the same bytes. Reads only extents that are data in one of them.
 #[track_caller]
 pub fn assert_same(source: &Path, destination: &Path) {
     let (ours, theirs) = (File::open(source).unwrap(), File::open(destination).unwrap());
@@ -94,7 +94,7 @@ fn compare(ours: &File, theirs: &File, extent: Range<u64>) {
     }
 }
 
-/// The spans of the file that are not holes.
+/// The extents of the file that are not holes.
 fn data_of(file: &File, size: u64) -> Vec<Range<u64>> {
     let mut spans = Vec::new();
     let mut at = 0;

@@ -1,10 +1,10 @@
-//! Mounting: an export as a file (nbdfuse), a file as a device (loop), a device as a directory.
-//! Never leaves anything mounted, whether or not the test succeeds.
+//! Mounts: an export as a file (nbdfuse), a file as a device (loop), a device as a directory.
+//! Never leaves a mount behind, even if the test fails.
 
 use crate::{Program, Running, TIMEOUT, poll_until, require_tool, skip};
 use std::path::{Path, PathBuf};
 
-/// An export as one file.
+/// An export as a file.
 pub struct NbdFile {
     /// The export.
     pub file: PathBuf,
@@ -12,8 +12,8 @@ pub struct NbdFile {
     nbdfuse: Option<Running>,
 }
 
-/// Mounts the export at `uri` as a file in the directory `point`, which it makes. `None`, and a
-/// visible skip, where that is not permitted.
+/// Mounts the export at `uri` as a file in the directory `point`, which it makes. Where that is not
+/// permitted, prints a skip and returns `None`.
 #[track_caller]
 pub fn mount_nbd_as_file(uri: &str, point: &Path) -> Option<NbdFile> {
     if !require_tool("nbdfuse") {
@@ -47,7 +47,7 @@ impl Drop for NbdFile {
     }
 }
 
-/// Somebody (a scanner of new mounts) may just be looking into it.
+/// Unmounts, and tries again while another process, such as a scanner of new mounts, uses it.
 #[track_caller]
 fn unmount_fuse(point: &Path) {
     let unmount = || Program::new("fusermount3").words("-u").args([point]).run();
@@ -68,14 +68,14 @@ pub struct Loop {
 }
 
 impl Loop {
-    /// `None` where that is not permitted.
+    /// Makes a loop device; `None` where that is not permitted.
     pub fn over(file: &Path) -> Option<Loop> {
         let outcome = Program::new("losetup").words("--show -f").args([file]).run();
         let device = outcome.status.success().then(|| outcome.text().trim().to_owned());
         device.map(|device| Loop { device: Some(device) })
     }
 
-    /// Takes the device apart, which must succeed.
+    /// Detaches the device, which must succeed.
     #[track_caller]
     pub fn detach(mut self) {
         let device = self.device.take().unwrap();
@@ -91,7 +91,7 @@ impl Drop for Loop {
     }
 }
 
-/// A file system in the tree.
+/// A mounted file system.
 pub struct Mount {
     point: PathBuf,
     mounted: bool,

@@ -1,5 +1,5 @@
-//! Running programs to their end, or as servers beside ours, and the disks that tests serve.
-//! Never waits without a deadline, and never ends a process that it has not started itself.
+//! Other programs, and flexnbd as a command: run until they end, or beside the test.
+//! Never waits without a timeout, and never ends a process that it has not started itself.
 
 use crate::{Endpoint, TIMEOUT, poll_until, wait_until};
 use nix::sys::signal::{Signal, kill};
@@ -9,17 +9,17 @@ use std::io::{Read, Write as _};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
 
-/// A program that is about to be run.
+/// The command line and stdin of a program, before it is started.
 pub struct Program {
     words: Vec<OsString>,
     input: Vec<u8>,
 }
 
-/// How a program ended, and what it said.
+/// Exit status and output of a program that has ended.
 pub struct Outcome {
     /// The command line, for messages.
     pub shown: String,
-    /// How it ended.
+    /// Its exit status.
     pub status: ExitStatus,
     /// All of its stdout.
     pub stdout: Vec<u8>,
@@ -49,19 +49,19 @@ impl Program {
         self
     }
 
-    /// Has these bytes on its standard input; without, it has none.
+    /// Gives it these bytes on stdin, which is empty otherwise.
     pub fn input(mut self, bytes: &[u8]) -> Program {
         self.input = bytes.to_vec();
         self
     }
 
-    /// Runs it to its end, whatever that is.
+    /// Runs it until it ends, successfully or not.
     #[track_caller]
     pub fn run(self) -> Outcome {
         let shown = show(&self.words);
         let mut child = self.start(Stdio::piped(), Stdio::piped());
         let (mut stdin, input) = (child.stdin.take().unwrap(), self.input);
-        // It may end without having read everything.
+        // The program may end before it has read everything.
         let feed = thread::spawn(move || drop(stdin.write_all(&input)));
         let stdout = drain(child.stdout.take().unwrap());
         let stderr = drain(child.stderr.take().unwrap());
@@ -71,7 +71,7 @@ impl Program {
         Outcome { shown, status, stdout: stdout.join().unwrap(), stderr }
     }
 
-    /// Runs it to its end, which must be a success, and returns what it printed.
+    /// Runs it until it ends, fails unless it succeeded, and returns its stdout.
     #[track_caller]
     pub fn ok(self) -> String {
         let outcome = self.run();
@@ -79,7 +79,7 @@ impl Program {
         outcome.text()
     }
 
-    /// Starts it with piped standard streams where asked for; the caller looks after it.
+    /// Starts it with a pipe for stderr; the caller must wait for the child.
     #[track_caller]
     pub fn start(&self, stdin: Stdio, output: Stdio) -> Child {
         let mut command = Command::new(&self.words[0]);
@@ -107,8 +107,8 @@ impl Program {
         });
         let process = Running { child };
         if let Some(status) = ended {
-            let said = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
-            panic!("{shown} ended with {status} and printed: {said}");
+            let printed = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
+            panic!("{shown} ended with {status} and printed: {printed}");
         }
         assert!(is_ready, "{shown} is not ready");
         process
@@ -116,7 +116,7 @@ impl Program {
 }
 
 impl Outcome {
-    /// What it printed, as text.
+    /// Its stdout as text.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
@@ -136,7 +136,7 @@ impl Outcome {
         self
     }
 
-    /// Fails unless it ended so, and said all of this on stderr.
+    /// Fails unless it ended with this exit status and each of `parts` is in its stderr.
     #[track_caller]
     pub fn refused(&self, code: i32, parts: &[&str]) -> &Outcome {
         self.ended_with(code);
@@ -146,7 +146,7 @@ impl Outcome {
         self
     }
 
-    /// Fails unless it said nothing at all.
+    /// Fails unless stdout and stderr are empty.
     #[track_caller]
     pub fn prints_nothing(&self) -> &Outcome {
         assert_eq!((self.text().as_str(), self.stderr.as_str()), ("", ""), "{}", self.shown);
@@ -167,7 +167,7 @@ fn drain(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     })
 }
 
-/// Waits for a child that should end by itself; ends it when it does not, and fails.
+/// Waits for a child that must end by itself; kills it and fails if it does not.
 #[track_caller]
 pub fn wait_for_exit(child: &mut Child, shown: &str) -> ExitStatus {
     let mut status = None;
@@ -178,7 +178,7 @@ pub fn wait_for_exit(child: &mut Child, shown: &str) -> ExitStatus {
     if !ended {
         let _ = child.kill();
         let _ = child.wait();
-        panic!("{shown} does not come to its end");
+        panic!("{shown} does not end");
     }
     status.unwrap()
 }

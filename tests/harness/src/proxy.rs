@@ -1,7 +1,6 @@
-//! A link between source and destination that a test can slow down or cut: TCP forwarded from one
-//! to the other.
-//! Cut means silence, as when a cable is pulled: nothing is forwarded any more, nobody is told, and
-//! what was connected stays half open for good. Never changes a byte.
+//! A TCP proxy between source and destination that a test can slow down or cut.
+//! A cut is silent, as when a cable is pulled: the proxy forwards nothing more, tells neither side,
+//! and leaves both connections half open. Never changes a byte.
 
 use crate::unused_loopback_address;
 use std::io::{Read as _, Write as _};
@@ -16,40 +15,40 @@ pub const FLUSH_HEADER: [u8; 8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0, 3];
 /// The beginning of the private command HANDOVER (flexnbd-migration(7)) in such a header.
 pub const HANDOVER_HEADER: [u8; 8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0x46, 0x4c];
 
-/// When the link is cut by itself.
+/// When the proxy cuts its connections by itself, judged by what the source sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CutAt {
-    /// Not by itself.
+    /// Never.
     Never,
-    /// Once so many bytes have gone to the destination.
+    /// Once the destination has been sent so many bytes.
     Bytes(u64),
-    /// Before the n-th request of this kind: it does not get through.
+    /// Before the n-th request that begins with these bytes, which is not forwarded.
     Before([u8; 8], u64),
-    /// After it: it gets through, its reply does not.
+    /// After the first such request: it is forwarded, its reply is not.
     After([u8; 8]),
-    /// After the first: it gets through, and so does its reply, but nothing else does until
-    /// [`Proxy::release`].
+    /// After the first such request: it is forwarded, and so is its reply, but nothing that the
+    /// source sends later until [`Proxy::release`].
     Hold([u8; 8]),
 }
 
 struct Shared {
     to: SocketAddr,
-    trap: Mutex<CutAt>,
+    cut_at: Mutex<CutAt>,
     cut: AtomicBool,
     held: AtomicBool,
-    /// Of the cut that is on, or the next: connections of an earlier one stay dead.
-    era: AtomicU64,
-    over: AtomicBool,
-    /// Bytes are held back for the time being.
-    silent: AtomicBool,
-    /// Both ends of every connection there has been.
+    /// Counts repairs. A connection of an earlier generation stays dead.
+    generation: AtomicU64,
+    closed: AtomicBool,
+    /// Nothing is forwarded for the time being.
+    paused: AtomicBool,
+    /// Both ends of every connection so far.
     connections: Mutex<Vec<TcpStream>>,
-    sent: AtomicU64,
+    bytes_sent: AtomicU64,
     /// Bytes per second to the destination.
-    rate: Option<u64>,
+    bytes_per_sec_max: Option<u64>,
 }
 
-/// A link. Dropping it closes everything.
+/// A proxy. Dropping it closes everything.
 pub struct Proxy {
     /// Where the source connects to reach the destination.
     pub address: SocketAddr,
@@ -58,35 +57,35 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// A link to that address, which is reached at this one's own.
-    pub fn to(to: SocketAddr, trap: CutAt) -> Proxy {
-        Proxy::new(to, trap, None)
+    /// A proxy to this address, reached at an address of its own.
+    pub fn to(to: SocketAddr, cut_at: CutAt) -> Proxy {
+        Proxy::new(to, cut_at, None)
     }
 
-    /// The same, never cut, which carries so many bytes per second.
-    pub fn slow(to: SocketAddr, rate: u64) -> Proxy {
-        Proxy::new(to, CutAt::Never, Some(rate))
+    /// The same, never cut, which forwards so many bytes per second from the source.
+    pub fn slow(to: SocketAddr, bytes_per_sec_max: u64) -> Proxy {
+        Proxy::new(to, CutAt::Never, Some(bytes_per_sec_max))
     }
 
-    fn new(to: SocketAddr, trap: CutAt, rate: Option<u64>) -> Proxy {
+    fn new(to: SocketAddr, cut_at: CutAt, bytes_per_sec_max: Option<u64>) -> Proxy {
         let shared = Arc::new(Shared {
             to,
-            trap: Mutex::new(trap),
+            cut_at: Mutex::new(cut_at),
             cut: AtomicBool::new(false),
             held: AtomicBool::new(false),
-            era: AtomicU64::new(0),
-            over: AtomicBool::new(false),
-            silent: AtomicBool::new(false),
+            generation: AtomicU64::new(0),
+            closed: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
             connections: Mutex::default(),
-            sent: AtomicU64::new(0),
-            rate,
+            bytes_sent: AtomicU64::new(0),
+            bytes_per_sec_max,
         });
         let mut proxy = Proxy { address: unused_loopback_address(), shared, acceptor: None };
         proxy.open();
         proxy
     }
 
-    /// Whether nothing new gets through: it is cut or holds.
+    /// Whether it forwards nothing new: it is cut, or holds.
     pub fn is_cut(&self) -> bool {
         self.shared.cut.load(Ordering::SeqCst) || self.is_held()
     }
@@ -96,15 +95,15 @@ impl Proxy {
         self.shared.held.load(Ordering::SeqCst)
     }
 
-    /// Lets through what was held, and holds nothing again.
+    /// Forwards what it held, and neither holds nor cuts again by itself.
     pub fn release(&self) {
-        *self.shared.trap.lock().unwrap() = CutAt::Never;
+        *self.shared.cut_at.lock().unwrap() = CutAt::Never;
         self.shared.held.store(false, Ordering::SeqCst);
     }
 
-    /// Bytes that have come from the source, whether or not they got through.
+    /// Bytes received from the source, forwarded or not.
     pub fn bytes_sent(&self) -> u64 {
-        self.shared.sent.load(Ordering::SeqCst)
+        self.shared.bytes_sent.load(Ordering::SeqCst)
     }
 
     /// Cuts it now.
@@ -112,25 +111,25 @@ impl Proxy {
         self.shared.cut.store(true, Ordering::SeqCst);
     }
 
-    /// Holds back what is sent, in both directions, or delivers it again.
-    pub fn set_paused(&self, silent: bool) {
-        self.shared.silent.store(silent, Ordering::SeqCst);
+    /// Stops forwarding in both directions, or goes on.
+    pub fn set_paused(&self, paused: bool) {
+        self.shared.paused.store(paused, Ordering::SeqCst);
     }
 
-    /// Ends every connection at both ends.
+    /// Closes every connection at both ends.
     pub fn reset(&self) {
         for end in self.shared.connections.lock().unwrap().drain(..) {
             let _ = end.shutdown(Shutdown::Both);
         }
     }
 
-    /// Lets new connections through again, and is never cut again.
+    /// Forwards new connections again, and never cuts again by itself.
     pub fn repair(&mut self) {
-        *self.shared.trap.lock().unwrap() = CutAt::Never;
-        // One that only holds is still accepting.
+        *self.shared.cut_at.lock().unwrap() = CutAt::Never;
+        // A proxy that only holds still has its acceptor, which ends when it is cut.
         self.shared.cut.store(true, Ordering::SeqCst);
         self.close();
-        self.shared.era.fetch_add(1, Ordering::SeqCst);
+        self.shared.generation.fetch_add(1, Ordering::SeqCst);
         self.shared.cut.store(false, Ordering::SeqCst);
         self.shared.held.store(false, Ordering::SeqCst);
         self.open();
@@ -152,15 +151,15 @@ impl Proxy {
 
 impl Drop for Proxy {
     fn drop(&mut self) {
-        self.shared.over.store(true, Ordering::SeqCst);
+        self.shared.closed.store(true, Ordering::SeqCst);
         self.close();
     }
 }
 
 impl Shared {
-    /// Forwards whoever comes. Ends, and with it the listening, when the link is cut.
+    /// Forwards every connection. Ends when the proxy is cut, and closes the listening socket.
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
-        while !self.is_dead(self.era.load(Ordering::SeqCst)) {
+        while !self.is_dead(self.generation.load(Ordering::SeqCst)) {
             match listener.accept() {
                 Ok((near, _)) => self.forward(near),
                 Err(_) => thread::sleep(Duration::from_millis(1)),
@@ -168,100 +167,108 @@ impl Shared {
         }
     }
 
-    fn is_dead(&self, era: u64) -> bool {
-        let over = self.over.load(Ordering::SeqCst);
-        over || self.cut.load(Ordering::SeqCst) || self.era.load(Ordering::SeqCst) != era
+    fn is_dead(&self, generation: u64) -> bool {
+        let closed = self.closed.load(Ordering::SeqCst);
+        closed
+            || self.cut.load(Ordering::SeqCst)
+            || self.generation.load(Ordering::SeqCst) != generation
     }
 
     fn forward(self: &Arc<Self>, near: TcpStream) {
-        // Who is not there is not there through a link either.
+        // A destination that refuses the connection must seem to close it behind the proxy, too.
         let Ok(far) = TcpStream::connect(self.to) else { return };
         near.set_nonblocking(false).unwrap();
-        let era = self.era.load(Ordering::SeqCst);
+        let generation = self.generation.load(Ordering::SeqCst);
         let ends = [near.try_clone().unwrap(), far.try_clone().unwrap()];
         self.connections.lock().unwrap().extend(ends);
-        for (from, to, upstream) in
+        for (from, to, is_from_source) in
             [(near.try_clone().unwrap(), far.try_clone().unwrap(), true), (far, near, false)]
         {
             from.set_nodelay(true).unwrap();
             let shared = Arc::clone(self);
-            thread::spawn(move || shared.pump(from, to, upstream, era));
+            thread::spawn(move || shared.pump(from, to, is_from_source, generation));
         }
     }
 
-    fn pump(&self, mut from: TcpStream, mut to: TcpStream, upstream: bool, era: u64) {
+    fn pump(&self, mut from: TcpStream, mut to: TcpStream, is_from_source: bool, generation: u64) {
         let mut buffer = vec![0; 64 << 10];
-        let mut watch = Watch::default();
+        let mut search = Search::default();
         while let Ok(count @ 1..) = from.read(&mut buffer) {
-            while upstream && self.held.load(Ordering::SeqCst) && !self.is_dead(era) {
+            while is_from_source && self.held.load(Ordering::SeqCst) && !self.is_dead(generation) {
                 thread::sleep(Duration::from_millis(2));
             }
-            self.wait_for_the_end_of_silence();
-            let snapped =
-                if upstream { self.look(&buffer[..count], &mut watch, era) } else { None };
-            if snapped.is_none() && self.is_dead(era) {
+            self.wait_while_paused();
+            let cut_after = if is_from_source {
+                self.search(&buffer[..count], &mut search, generation)
+            } else {
+                None
+            };
+            if cut_after.is_none() && self.is_dead(generation) {
                 break;
             }
-            let through = snapped.unwrap_or(count);
-            if to.write_all(&buffer[..through]).is_err() || snapped.is_some() {
+            let count_forwarded = cut_after.unwrap_or(count);
+            if to.write_all(&buffer[..count_forwarded]).is_err() || cut_after.is_some() {
                 break;
             }
-            if let Some(rate) = self.rate.filter(|_| upstream) {
-                thread::sleep(Duration::from_secs(1) * through as u32 / rate as u32);
+            if let Some(bytes_per_sec_max) = self.bytes_per_sec_max.filter(|_| is_from_source) {
+                thread::sleep(
+                    Duration::from_secs(1) * count_forwarded as u32 / bytes_per_sec_max as u32,
+                );
             }
         }
-        while self.is_dead(era) && !self.over.load(Ordering::SeqCst) {
+        while self.is_dead(generation) && !self.closed.load(Ordering::SeqCst) {
             thread::sleep(Duration::from_millis(20));
         }
         let _ = to.shutdown(Shutdown::Both);
         let _ = from.shutdown(Shutdown::Both);
     }
 
-    fn wait_for_the_end_of_silence(&self) {
-        while self.silent.load(Ordering::SeqCst) && !self.over.load(Ordering::SeqCst) {
+    fn wait_while_paused(&self) {
+        while self.paused.load(Ordering::SeqCst) && !self.closed.load(Ordering::SeqCst) {
             thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Cuts the link if this is what the trap waits for: how many of these bytes get through then.
-    fn look(&self, bytes: &[u8], watch: &mut Watch, era: u64) -> Option<usize> {
+    /// Looks for the bytes at which to cut. If they are there: cuts, and returns how many bytes of
+    /// `bytes` are still forwarded.
+    fn search(&self, bytes: &[u8], search: &mut Search, generation: u64) -> Option<usize> {
         let length = bytes.len() as u64;
-        let sent = self.sent.fetch_add(length, Ordering::SeqCst) + length;
-        if self.is_dead(era) {
+        let bytes_sent = self.bytes_sent.fetch_add(length, Ordering::SeqCst) + length;
+        if self.is_dead(generation) {
             return None;
         }
-        let before = watch.tail.len();
-        watch.tail.extend_from_slice(bytes);
-        let through = match *self.trap.lock().unwrap() {
+        let before = search.tail.len();
+        search.tail.extend_from_slice(bytes);
+        let count_forwarded = match *self.cut_at.lock().unwrap() {
             CutAt::Never => None,
-            CutAt::Bytes(limit) => (sent >= limit).then_some(bytes.len()),
+            CutAt::Bytes(limit) => (bytes_sent >= limit).then_some(bytes.len()),
             CutAt::Hold(pattern) => {
-                let found = find(&watch.tail, pattern).is_some();
+                let found = find(&search.tail, pattern).is_some();
                 if found {
                     self.held.store(true, Ordering::SeqCst);
                 }
                 None
             }
-            CutAt::After(pattern) => find(&watch.tail, pattern).map(|_| bytes.len()),
-            CutAt::Before(pattern, nth) => find(&watch.tail, pattern).and_then(|at| {
-                watch.seen += 1;
-                (watch.seen == nth).then_some(at.saturating_sub(before))
+            CutAt::After(pattern) => find(&search.tail, pattern).map(|_| bytes.len()),
+            CutAt::Before(pattern, nth) => find(&search.tail, pattern).and_then(|at| {
+                search.seen += 1;
+                (search.seen == nth).then_some(at.saturating_sub(before))
             }),
         };
-        watch.tail.drain(..watch.tail.len().saturating_sub(HANDOVER_HEADER.len() - 1));
-        if through.is_some() {
+        search.tail.drain(..search.tail.len().saturating_sub(HANDOVER_HEADER.len() - 1));
+        if count_forwarded.is_some() {
             self.cut.store(true, Ordering::SeqCst);
         }
-        through
+        count_forwarded
     }
 }
 
-/// What one direction of a connection remembers.
+/// The state of the search in the bytes of one connection.
 #[derive(Default)]
-struct Watch {
-    /// The last bytes of what came before, so that no pattern is missed between two.
+struct Search {
+    /// The last bytes of the earlier reads, so that a pattern across two reads is found.
     tail: Vec<u8>,
-    /// How many requests came of the kind that the trap waits for.
+    /// How often [`CutAt::Before`] has found its pattern.
     seen: u64,
 }
 

@@ -1,7 +1,6 @@
-//! The NBD protocol as bytes, for tests: its numbers, a connection, the option haggling.
-//! Never uses the library under test, so that a misreading on one side cannot hide on the other.
-//!
-//! Numbers are from `doc/proto.md` of the NBD project and its extended-headers extension.
+//! The NBD protocol as bytes: a connection, option haggling, encoded requests.
+//! Never uses the library under test, so that a misreading of the specification in the program cannot
+//! hide in its tests.
 
 pub use crate::proto::*;
 use crate::{Endpoint, TIMEOUT, wait_until};
@@ -17,7 +16,8 @@ enum Link {
     Unix(UnixStream),
 }
 
-/// One connection. Everything that does not go as a living server would do it fails the test.
+/// One connection to a server. Unless a function returns an error, a connection that fails or a
+/// server that breaks the protocol fails the test.
 pub struct Wire {
     link: Link,
 }
@@ -90,7 +90,7 @@ impl Wire {
         }
     }
 
-    /// A second hand on the same connection, to send and receive at the same time.
+    /// A second handle on the same connection, to send and receive at the same time.
     pub fn try_clone(&self) -> Wire {
         let link = match &self.link {
             Link::Tcp(s) => Link::Tcp(s.try_clone().unwrap()),
@@ -119,7 +119,7 @@ impl Wire {
     #[track_caller]
     pub fn send(&mut self, bytes: &[u8]) {
         if let Err(e) = self.try_send(bytes) {
-            panic!("the server takes no more bytes of {}: {e}", bytes.len());
+            panic!("the server does not take {} bytes: {e}", bytes.len());
         }
     }
 
@@ -133,7 +133,7 @@ impl Wire {
                 Ok(0) => panic!("the server closed after {have} of {length} bytes"),
                 Ok(n) => have += n,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => panic!("{have} of {length} bytes came, then: {e}"),
+                Err(e) => panic!("received {have} of {length} bytes, then: {e}"),
             }
         }
         data
@@ -157,19 +157,19 @@ impl Wire {
         u64::from_be_bytes(self.recv(8).try_into().unwrap())
     }
 
-    /// Everything until the server closes; a reset counts as closing.
+    /// Everything until the server closes the connection; a reset counts as closing.
     #[track_caller]
     pub fn recv_to_end(&mut self) -> Vec<u8> {
-        let (data, end) = self.recv_until_end();
+        let (data, end) = self.recv_to_end_or_error();
         match end {
             Ok(()) => data,
             Err(e) if e.kind() == ErrorKind::ConnectionReset => data,
-            Err(e) => panic!("{} bytes came, and then no end but: {e}", data.len()),
+            Err(e) => panic!("received {} bytes, then: {e}", data.len()),
         }
     }
 
-    /// Everything until the stream ends, and how it ended.
-    pub fn recv_until_end(&mut self) -> (Vec<u8>, io::Result<()>) {
+    /// Everything until the stream ends, and the error that ended it.
+    pub fn recv_to_end_or_error(&mut self) -> (Vec<u8>, io::Result<()>) {
         let mut data = Vec::new();
         let mut buffer = vec![0; 1 << 16];
         loop {
@@ -186,10 +186,10 @@ impl Wire {
     #[track_caller]
     pub fn expect_closed(&mut self, why: &str) {
         let rest = self.recv_to_end();
-        assert!(rest.is_empty(), "{why}: the server must close silently but sent {rest:02x?}");
+        assert!(rest.is_empty(), "{why}: the server sent {rest:02x?} before it closed");
     }
 
-    /// Says that nothing more will be sent, and goes on receiving.
+    /// Closes this direction of the connection; the other can still be received from.
     pub fn shutdown_write(&self) {
         let _ = match &self.link {
             Link::Tcp(s) => s.shutdown(Shutdown::Write),
@@ -197,7 +197,7 @@ impl Wire {
         };
     }
 
-    /// Ends as a crashed client does: with a reset where the transport knows one.
+    /// Closes the connection as a crashed client does: with a reset, where the transport has one.
     pub fn reset(self) {
         if let Link::Tcp(s) = &self.link {
             let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
@@ -206,7 +206,7 @@ impl Wire {
     }
 }
 
-/// One reply of the option haggling.
+/// One reply to an option.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct OptionReply {
     /// The reply type, such as [`REP_ACK`].
@@ -222,20 +222,20 @@ impl OptionReply {
     }
 }
 
-/// The haggling, from the greeting on.
+/// Option haggling, from the greeting on.
 impl Wire {
-    /// Connects, takes the newstyle greeting and answers with these client flags.
+    /// Connects, receives the newstyle greeting and sends these client flags.
     #[track_caller]
     pub fn haggle(endpoint: &Endpoint, client_flags: u32) -> Wire {
         let mut wire = Wire::connect(endpoint);
         let flags = wire.recv_greeting();
-        assert_eq!(flags & 1, 1, "the server speaks no fixed newstyle");
+        assert_eq!(flags & 1, 1, "the server offers no fixed newstyle");
         wire.send(&client_flags.to_be_bytes());
         wire
     }
 
-    /// Connects and takes the newstyle greeting, trying again where a server that is at its limit
-    /// of clients closes without one.
+    /// Connects and receives the newstyle greeting; tries again while a server at its limit of
+    /// clients closes without one.
     #[track_caller]
     pub fn connect_with_retries(endpoint: &Endpoint) -> Wire {
         let mut greeted = None;
@@ -249,7 +249,7 @@ impl Wire {
         greeted.unwrap()
     }
 
-    /// The newstyle greeting's handshake flags.
+    /// Receives the newstyle greeting; its handshake flags.
     #[track_caller]
     pub fn recv_greeting(&mut self) -> u16 {
         assert_eq!(self.recv_u64(), GREETING, "the greeting begins with NBDMAGIC");
@@ -277,7 +277,7 @@ impl Wire {
         reply
     }
 
-    /// Sends an option and takes every reply to it; the final one is returned apart.
+    /// Sends an option and receives every reply to it: those before the final one, and its type.
     #[track_caller]
     pub fn ask(&mut self, option: u32, data: &[u8]) -> (Vec<OptionReply>, u32) {
         self.send_option(option, data);
@@ -291,16 +291,16 @@ impl Wire {
         }
     }
 
-    /// The same, for options of which only the final answer matters.
+    /// The same for an option of which only the type of the final reply matters.
     #[track_caller]
     pub fn ask_final(&mut self, option: u32, data: &[u8]) -> u32 {
         self.ask(option, data).1
     }
 
-    /// Fails unless the haggling is still in step: an option known to be understood is answered.
+    /// Fails unless the server still parses options correctly: it must answer LIST.
     #[track_caller]
     pub fn assert_haggling_in_sync(&mut self) {
-        assert_eq!(self.ask_final(OPT_LIST, &[]), REP_ACK, "LIST is answered, parsing went on");
+        assert_eq!(self.ask_final(OPT_LIST, &[]), REP_ACK, "LIST after the option before");
     }
 }
 
@@ -324,7 +324,7 @@ pub fn encode_option(option: u32, data: &[u8]) -> Vec<u8> {
     encode_option_of_length(option, u32::try_from(data.len()).unwrap(), data)
 }
 
-/// An option whose header may lie about the length of its data.
+/// An option whose header may give another length than that of its data.
 pub fn encode_option_of_length(option: u32, length: u32, data: &[u8]) -> Vec<u8> {
     let mut bytes = I_HAVE_OPT.to_be_bytes().to_vec();
     bytes.extend(option.to_be_bytes());
@@ -333,7 +333,8 @@ pub fn encode_option_of_length(option: u32, length: u32, data: &[u8]) -> Vec<u8>
     bytes
 }
 
-/// What a client that knows everything sends until GO, in one piece.
+/// Everything that a client with structured replies and `base:allocation` sends before
+/// transmission, in one piece.
 pub fn typical_handshake() -> Vec<u8> {
     [
         (FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes().to_vec(),

@@ -1,5 +1,6 @@
-//! One `flexnbd serve` process for the length of a test: started, waited for, watched, ended.
-//! Never waits by connecting: the server under test sees only the clients that the test sends.
+//! A `flexnbd` server process for the length of a test: starts it, waits until it listens, reads its
+//! stderr and `/proc` entries, ends it.
+//! Never waits by connecting: the server under test sees no client but those of the test.
 
 use crate::wait::POLL_INTERVAL;
 use crate::{Endpoint, TIMEOUT, free_port, poll_until, wait_until};
@@ -14,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-/// A server that is about to be started.
+/// The command line and environment of a server, before it is started.
 pub struct Builder {
     arguments: Vec<OsString>,
     wrapper: Vec<OsString>,
@@ -28,7 +29,7 @@ impl Builder {
         Builder::mode("serve", image)
     }
 
-    /// The same for another mode that listens, such as `listen`.
+    /// The same for another mode, such as `listen`.
     pub fn mode(mode: &str, image: &Path) -> Builder {
         let arguments = vec![mode.into(), "--file".into(), image.into()];
         Builder { arguments, wrapper: Vec::new(), environment: Vec::new(), endpoint: None }
@@ -39,7 +40,7 @@ impl Builder {
         self.at(Endpoint::Unix(socket.to_owned()))
     }
 
-    /// Listens exactly there.
+    /// Listens at this endpoint.
     pub fn at(mut self, endpoint: Endpoint) -> Builder {
         self.endpoint = Some(endpoint);
         self
@@ -51,8 +52,8 @@ impl Builder {
         self
     }
 
-    /// Runs the server through another program that must `exec` its arguments (so that the
-    /// process id stays), for limits and the like.
+    /// Runs the server by a wrapper such as prlimit(1), which must `exec` its arguments so that the
+    /// process id stays the same.
     pub fn through<S: AsRef<OsStr>>(mut self, wrapper: impl IntoIterator<Item = S>) -> Self {
         self.wrapper = wrapper.into_iter().map(|a| a.as_ref().to_owned()).collect();
         self
@@ -64,8 +65,8 @@ impl Builder {
         self
     }
 
-    /// Starts the server and returns when it listens. Another process may grab the free port
-    /// between our finding it and the server's binding it; then another port is tried.
+    /// Starts the server and returns when it listens. Without an endpoint, tries up to three ports:
+    /// another process may bind a free port before the server does.
     #[track_caller]
     pub fn start(self) -> Server {
         let mut last = String::new();
@@ -77,10 +78,10 @@ impl Builder {
             }
             last = server.failure();
         }
-        panic!("the server does not come up: {last}");
+        panic!("the server does not listen: {last}");
     }
 
-    /// Starts the server at its place and returns at once, whatever becomes of it.
+    /// Starts the server, which must have an endpoint, and returns without waiting.
     #[track_caller]
     pub fn spawn(self) -> Server {
         let endpoint = self.endpoint.clone().expect("`at` was called");
@@ -130,7 +131,7 @@ impl StderrReader {
         StderrReader { text, thread: Some(thread) }
     }
 
-    /// What was printed so far.
+    /// Everything read so far.
     pub fn text(&self) -> String {
         self.text.lock().unwrap().clone()
     }
@@ -144,7 +145,7 @@ impl StderrReader {
     }
 }
 
-/// A running server. Dropping it kills it; a failing test then shows what it said.
+/// A running server. Dropping it kills it; if the test fails, its stderr is printed.
 pub struct Server {
     child: Child,
     endpoint: Endpoint,
@@ -184,10 +185,10 @@ impl Server {
     #[track_caller]
     pub fn wait_for_stderr(&self, part: &str) {
         let found = poll_until(TIMEOUT, || self.stderr().contains(part));
-        assert!(found, "waited in vain for {part:?} on stderr, which says: {}", self.stderr());
+        assert!(found, "waited in vain for {part:?} on stderr, which is: {}", self.stderr());
     }
 
-    /// Waits until somebody answers at this control socket of its.
+    /// Waits until it accepts connections at this control socket.
     #[track_caller]
     pub fn wait_for_control(&self, path: &Path) {
         wait_until("the control socket", || std::os::unix::net::UnixStream::connect(path).is_ok());
@@ -211,15 +212,15 @@ impl Server {
         status.unwrap()
     }
 
-    /// SIGTERM, then how it ended.
+    /// Sends SIGTERM and waits for the process to end.
     #[track_caller]
     pub fn stop(&mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
         self.wait_for_end()
     }
 
-    /// How it ended, if it has.
-    pub fn ended(&mut self) -> Option<ExitStatus> {
+    /// Its exit status; `None` while it runs.
+    pub fn exit_status(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()
     }
 
@@ -228,29 +229,29 @@ impl Server {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// What the process holds now.
+    /// Its resources now.
     pub fn resources(&self) -> Resources {
         Resources::of(self.pid())
     }
 
-    /// What it holds at rest: the same for a while. A server that listens may still be starting
-    /// threads, and one whose client has gone may still be ending some.
+    /// Its resources once descriptors and threads have stopped changing: a server that listens may
+    /// still be starting threads, and one whose client has gone may still be ending some.
     #[track_caller]
     pub fn settled_resources(&self) -> Resources {
-        const LOOKS: u32 = 20;
+        const SAME_SAMPLES: u32 = 20;
         let mut last = self.resources();
         let mut same = 0;
-        wait_until("the server to come to rest", || {
+        wait_until("the resources of the server to settle", || {
             let now = self.resources();
             let still = now.descriptors == last.descriptors && now.threads == last.threads;
             same = if still { same + 1 } else { 0 };
             last = now;
-            same >= LOOKS
+            same >= SAME_SAMPLES
         });
         last
     }
 
-    /// Whether it listens before it ends.
+    /// Waits until it listens or ends; whether it listens.
     pub fn starts_listening(&mut self) -> bool {
         let start = Instant::now();
         while !self.listens() {
@@ -270,7 +271,7 @@ impl Server {
 
     fn failure(&mut self) -> String {
         let status = self.wait_for_end();
-        format!("it ended with {status} and said: {}", self.stderr())
+        format!("it ended with {status} and printed: {}", self.stderr())
     }
 }
 
@@ -279,13 +280,13 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            eprintln!("the server said:\n{}", self.stderr());
+            eprintln!("stderr of the server:\n{}", self.stderr());
         }
     }
 }
 
-/// The listening sockets at `endpoint`, as that process sees them (it may live in a network
-/// namespace of its own), named as `/proc/PID/fd` names them.
+/// The listening sockets at `endpoint` in the network namespace of the process, in the form of the
+/// links in `/proc/PID/fd`.
 fn listening_inodes(pid: u32, endpoint: &Endpoint) -> HashSet<String> {
     let table = match endpoint {
         Endpoint::Tcp(address) if address.is_ipv4() => "tcp",
@@ -300,7 +301,7 @@ fn listening_inodes(pid: u32, endpoint: &Endpoint) -> HashSet<String> {
     text.lines().filter_map(inode).collect()
 }
 
-/// The inode in one line of such a table, when it is a listening socket at `endpoint`.
+/// The inode in one line of `/proc/PID/net/*`, if that is a listening socket at `endpoint`.
 fn listening_inode<'a>(endpoint: &Endpoint, fields: &[&'a str]) -> Option<&'a str> {
     let field = |i: usize| fields.get(i).copied();
     match endpoint {
@@ -315,23 +316,23 @@ fn listening_inode<'a>(endpoint: &Endpoint, fields: &[&'a str]) -> Option<&'a st
     }
 }
 
-/// What each open descriptor of a process refers to; empty when the process is gone.
+/// The target of each link in `/proc/PID/fd`; empty if the process is gone.
 fn descriptors(pid: u32) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
     let link = |entry: std::fs::DirEntry| std::fs::read_link(entry.path()).ok();
     entries.flatten().filter_map(link).map(|l| l.to_string_lossy().into_owned()).collect()
 }
 
-/// What a process holds at one moment.
+/// Resources of a process, from `/proc`.
 #[derive(Clone, Copy, Debug)]
 pub struct Resources {
     /// Open file descriptors.
     pub descriptors: usize,
     /// Threads.
     pub threads: u64,
-    /// Resident memory.
+    /// Resident memory now.
     pub rss_bytes: u64,
-    /// The most memory it ever had at once.
+    /// The peak of its resident memory.
     pub rss_bytes_peak: u64,
 }
 

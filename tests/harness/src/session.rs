@@ -1,5 +1,5 @@
-//! The transmission phase from a client's side, in all three dialects, checking every reply against
-//! what the specification says a reply must be, whatever the test is about.
+//! The transmission phase from the side of a client, with simple replies, structured replies and
+//! extended headers. Checks the form of every reply against the specification, in every test.
 //! Never uses the library under test.
 
 use crate::Endpoint;
@@ -7,7 +7,7 @@ use crate::raw::*;
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// How replies (and requests) look.
+/// The form of replies and requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Simple replies, 32-bit lengths.
@@ -21,7 +21,7 @@ pub enum Mode {
 /// All three.
 pub const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
 
-/// A request as a test means it.
+/// A request, independent of the form of its header.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The request type, such as `WRITE`.
@@ -91,9 +91,9 @@ impl Chunk {
 pub struct Reply {
     /// Zero for success.
     pub error: u32,
-    /// What a READ gave, assembled.
+    /// The data of a READ, assembled from all chunks.
     pub data: Vec<u8>,
-    /// What BLOCK_STATUS gave: length in bytes and flags.
+    /// The extents of BLOCK_STATUS: length in bytes and flags.
     pub extents: Vec<(u64, u64)>,
     /// Empty for a simple reply.
     pub chunks: Vec<Chunk>,
@@ -109,23 +109,23 @@ pub struct Session {
     pub size: u64,
     /// The transmission flags.
     pub flags: u16,
-    /// The id of `base:allocation`, when it was granted.
+    /// The id of `base:allocation`, if the server granted it.
     pub context: Option<u32>,
     requests: u64,
     unfinished: HashMap<u64, Vec<Chunk>>,
 }
 
 impl Session {
-    /// Connects to the default export. `None`: the server does not speak this dialect.
+    /// Connects to the default export. `None` if the server does not support this mode.
     #[track_caller]
     pub fn open(endpoint: &Endpoint, mode: Mode) -> Option<Session> {
         let mut wire = Wire::haggle(endpoint, FIXED_NEWSTYLE | NO_ZEROES);
-        let dialect = match mode {
+        let option = match mode {
             Mode::Simple => return Some(Session::go(wire, mode, None, b"")),
             Mode::Structured => OPT_STRUCTURED_REPLY,
             Mode::Extended => OPT_EXTENDED_HEADERS,
         };
-        if wire.ask_final(dialect, &[]) != REP_ACK {
+        if wire.ask_final(option, &[]) != REP_ACK {
             return None;
         }
         let query = encode_meta(b"", &[ALLOCATION.as_bytes()]);
@@ -134,7 +134,7 @@ impl Session {
         Some(Session::go(wire, mode, id, b""))
     }
 
-    /// Ends the haggling with GO.
+    /// Ends option haggling with GO.
     #[track_caller]
     pub fn go(mut wire: Wire, mode: Mode, context: Option<u32>, name: &[u8]) -> Session {
         let (infos, last) = wire.ask(OPT_GO, &encode_go(name, &[]));
@@ -146,7 +146,7 @@ impl Session {
         Session::after_handshake(wire, mode, context, size, flags)
     }
 
-    /// The old style: no haggling at all.
+    /// Connects to an oldstyle server, which has no options.
     #[track_caller]
     pub fn open_old_style(endpoint: &Endpoint) -> Session {
         let mut wire = Wire::connect(endpoint);
@@ -170,7 +170,7 @@ impl Session {
         Session { wire, mode, size, flags, context, requests: 0, unfinished: HashMap::new() }
     }
 
-    /// Whether the server said that it knows this command in this session.
+    /// Whether the server has announced this command, by transmission flags or by a context.
     pub fn offers(&self, command: u16) -> bool {
         match command {
             FLUSH => self.flags & SEND_FLUSH != 0,
@@ -194,7 +194,7 @@ impl Session {
         (cookie, bytes)
     }
 
-    /// Exactly this header, in the session's dialect, and its cookie.
+    /// Exactly this header, in the form of the session, and its cookie.
     pub fn encode_header(
         &mut self,
         command: u16,
@@ -219,14 +219,14 @@ impl Session {
         cookie
     }
 
-    /// Sends one request and takes its whole reply.
+    /// Sends one request and receives its whole reply.
     #[track_caller]
     pub fn ask(&mut self, request: Request) -> Reply {
         let cookie = self.send(&request);
         self.recv_reply(&HashMap::from([(cookie, request)])).1
     }
 
-    /// The same, for a request that must succeed.
+    /// The same for a request that must succeed.
     #[track_caller]
     pub fn ok(&mut self, request: Request) -> Reply {
         let shown = show(self.mode, &request);
@@ -235,7 +235,7 @@ impl Session {
         answer
     }
 
-    /// The same, for a request that must fail with one of these errors; the session must go on.
+    /// The same for a request that must fail with one of these errors and leave the session usable.
     #[track_caller]
     pub fn refused(&mut self, request: Request, errors: &[u32]) {
         let shown = show(self.mode, &request);
@@ -245,7 +245,7 @@ impl Session {
         self.assert_in_sync();
     }
 
-    /// Sends every request before it takes the first reply, then hands each reply to `check`.
+    /// Sends all requests before it receives the first reply, then calls `check` with each reply.
     #[track_caller]
     pub fn pipeline(
         &mut self,
@@ -269,13 +269,13 @@ impl Session {
         self.ok(Request::new(READ, offset, length)).data
     }
 
-    /// Fails unless the next request is understood: the framing is intact.
+    /// Fails unless the server still parses requests correctly: it must answer a READ.
     #[track_caller]
     pub fn assert_in_sync(&mut self) {
         self.read(0, 1);
     }
 
-    /// Takes the next reply that becomes complete, to any of the pending requests.
+    /// Receives the next reply that becomes complete, to any of the pending requests.
     #[track_caller]
     pub fn recv_reply(&mut self, pending: &HashMap<u64, Request>) -> (u64, Reply) {
         loop {
@@ -298,7 +298,7 @@ impl Session {
     fn recv_simple(&mut self, pending: &HashMap<u64, Request>) -> (u64, Option<Reply>) {
         let error = self.wire.recv_u32();
         let cookie = self.wire.recv_u64();
-        let request = asked(pending, cookie);
+        let request = request_of(pending, cookie);
         let mut answer = Reply { error, ..Reply::default() };
         if self.mode != Mode::Simple {
             assert_ne!(request.command, READ, "a READ is always answered with chunks here");
@@ -315,7 +315,7 @@ impl Session {
         assert_eq!(flags & !CHUNK_DONE, 0, "unknown chunk flags {flags:#x}");
         let kind = self.wire.recv_u16();
         let cookie = self.wire.recv_u64();
-        let request = asked(pending, cookie);
+        let request = request_of(pending, cookie);
         let length = if self.mode == Mode::Extended {
             assert_eq!(self.wire.recv_u64(), request.offset, "a chunk repeats the offset");
             self.wire.recv_u64()
@@ -332,8 +332,10 @@ impl Session {
 }
 
 #[track_caller]
-fn asked(pending: &HashMap<u64, Request>, cookie: u64) -> &Request {
-    pending.get(&cookie).unwrap_or_else(|| panic!("a reply to {cookie:#x}, which nobody asked"))
+fn request_of(pending: &HashMap<u64, Request>, cookie: u64) -> &Request {
+    pending
+        .get(&cookie)
+        .unwrap_or_else(|| panic!("a reply to {cookie:#x}, which is no pending request"))
 }
 
 fn show(mode: Mode, r: &Request) -> String {
@@ -372,7 +374,7 @@ fn assemble(mode: Mode, context: Option<u32>, request: &Request, chunks: Vec<Chu
     answer
 }
 
-/// Puts a content chunk where it belongs.
+/// Copies a content chunk into the data of the reply.
 #[track_caller]
 fn place(request: &Request, chunk: &Chunk, data: &mut Vec<u8>, covered: &mut Vec<Range<u64>>) {
     assert_eq!(request.command, READ, "only a READ has content");
@@ -385,7 +387,10 @@ fn place(request: &Request, chunk: &Chunk, data: &mut Vec<u8>, covered: &mut Vec
     };
     let span = start..start.checked_add(length).expect("a chunk's end does not wrap");
     assert!(length > 0, "a content chunk is not empty");
-    assert!(span.start >= request.offset && span.end <= request.end(), "{span:?} was not asked");
+    assert!(
+        span.start >= request.offset && span.end <= request.end(),
+        "{span:?} is outside of the request"
+    );
     let apart = covered.iter().all(|c| c.end <= span.start || span.end <= c.start);
     assert!(apart, "{span:?} overlaps one of {covered:?}");
     covered.push(span);

@@ -1,5 +1,5 @@
-//! Clients that write all the time, number every write, and remember what was acknowledged.
-//! They look for the disk wherever it may be served. Never uses the library.
+//! Clients that write all the time, number every write, and remember which were acknowledged.
+//! They connect to whichever host serves the disk. Never use the library.
 //!
 //! Every block belongs to one writer, which writes it in versions 1, 2, 3 …; some versions are
 //! WRITE_ZEROES. After a connection is lost the writes in flight may or may not have happened. So
@@ -21,15 +21,15 @@ use std::time::{Duration, Instant};
 
 /// Writes in flight on one connection.
 const DEPTH: usize = 32;
-/// How often a writer that waits for a reply looks whether it is to stop.
-const LOOK: Duration = Duration::from_millis(50);
-/// Pause between two tries to find the disk.
-const SEARCH: Duration = Duration::from_millis(2);
+/// How often a writer that waits for a reply checks whether it must stop.
+const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+/// Pause between two attempts to connect.
+const RETRY_INTERVAL: Duration = Duration::from_millis(2);
 
 /// The pause of writers that write as fast as they can.
 pub const NO_PAUSE: Duration = Duration::ZERO;
 
-/// What one block may hold.
+/// The versions that one block may hold.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Versions {
     /// The last that was acknowledged.
@@ -38,48 +38,49 @@ pub(crate) struct Versions {
     pub(crate) attempted: u64,
 }
 
-/// What all writers know together.
+/// The state that all writers share.
 #[derive(Debug)]
 struct Shared {
     stop: AtomicBool,
     source: Endpoint,
-    /// Set once the destination serves.
+    /// Set by [`Writers::add_destination`].
     destination: Mutex<Option<Endpoint>>,
     began: Instant,
     acknowledged: AtomicU64,
     connections: AtomicU64,
-    /// When the last write began that the source acknowledged, in nanoseconds.
+    /// When the last write was sent that the source acknowledged, in nanoseconds.
     source_last: AtomicU64,
-    /// When the first write ended that the destination acknowledged.
+    /// When the destination acknowledged its first write.
     destination_first: AtomicU64,
     errors: Mutex<Vec<String>>,
     pause: Duration,
 }
 
-/// Writers at work.
+/// Running writers.
 pub struct Writers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<Vec<Versions>>>,
     count: u64,
 }
 
-/// What was written, once nobody writes any more.
+/// What was written, once all writers have stopped.
 pub struct Written {
     blocks: Vec<Versions>,
     /// How many writes were acknowledged.
     pub acknowledged: u64,
-    /// Over how many connections something was written.
+    /// How many connections had a write acknowledged.
     pub connections: u64,
 }
 
 impl Writers {
-    /// So many writers on a disk of `size` bytes at `source`, made by
-    /// [`super::image::stamped_image`], each pausing between two batches.
+    /// Starts writers on a disk of `size` bytes at `source`, made by
+    /// [`super::image::stamped_image`]. `how`: their number, their seed, and the pause between two
+    /// batches of each.
     pub fn start(source: Endpoint, size: u64, how: (u64, u64, Duration)) -> Writers {
         Writers::start_with(source, vec![Versions::default(); (size / BLOCK) as usize], how)
     }
 
-    /// The same on a disk in which others have written before.
+    /// The same on a disk to which other writers have written before.
     pub fn continue_after(
         before: &Written,
         source: Endpoint,
@@ -118,7 +119,7 @@ impl Writers {
         Writers { shared, threads, count }
     }
 
-    /// From now on the disk may be found there, too.
+    /// Lets writers look for the disk at this endpoint, too.
     pub fn add_destination(&self, destination: Endpoint) {
         *self.shared.destination.lock().unwrap() = Some(destination);
     }
@@ -141,20 +142,24 @@ impl Writers {
     pub fn wait_for_destination(&self) {
         let first = &self.shared.destination_first;
         let came = poll_until(TIMEOUT, || first.load(Ordering::SeqCst) != u64::MAX);
-        assert!(came, "no writer gets a write acknowledged at the destination");
+        assert!(came, "the destination acknowledges no write");
     }
 
-    /// Ends all writing. Fails when a writer saw anything but success and lost connections, or
-    /// when both sides served the disk.
+    /// Stops all writers. Fails if one of them received an error or a malformed reply, or if both
+    /// hosts served the disk; a lost connection is no error.
     #[track_caller]
     pub fn stop(self) -> Written {
         self.shared.stop.store(true, Ordering::SeqCst);
         let lists: Vec<_> = self.threads.into_iter().map(|t| t.join().unwrap()).collect();
         let errors = self.shared.errors.lock().unwrap();
-        assert!(errors.is_empty(), "writers saw: {errors:?}");
+        assert!(errors.is_empty(), "writers report: {errors:?}");
         let last = self.shared.source_last.load(Ordering::SeqCst);
         let first = self.shared.destination_first.load(Ordering::SeqCst);
-        assert!(last < first, "two owners: the source took a write {} ns too late", last - first);
+        assert!(
+            last < first,
+            "both hosts serve: the source acknowledges a write sent {} ns too late",
+            last - first
+        );
         let total: usize = lists.iter().map(Vec::len).sum();
         let of = |block: usize| lists[block % self.count as usize][block / self.count as usize];
         Written {
@@ -166,18 +171,18 @@ impl Writers {
 }
 
 impl Written {
-    /// Fails unless the image holds every write that was acknowledged, and nothing strange; blocks
-    /// never written must be as [`super::image::stamped_image`] made them.
+    /// Fails unless every block of the image holds an allowed version; blocks never written must be
+    /// as [`super::image::stamped_image`] made them.
     #[track_caller]
     pub fn assert_all_present(&self, image: &Path, context: &str) {
         let file = std::fs::File::open(image).unwrap();
         let mut data = vec![0; BLOCK as usize];
         for (block, versions) in (0..).zip(&self.blocks) {
             file.read_exact_at(&mut data, block * BLOCK).unwrap();
-            // A write that was never acknowledged may have been done in part.
+            // A write that was never acknowledged may have been carried out in part.
             for (index, found) in data.chunks(16).enumerate() {
                 assert!(
-                    versions.permit(block, found),
+                    versions.permits(block, found),
                     "{context}: block {block}, unit {index}: found {found:02x?}, expected one of \
                      {versions:?}"
                 );
@@ -187,8 +192,8 @@ impl Written {
 }
 
 impl Versions {
-    /// Whether this unit of that block may be there.
-    pub(crate) fn permit(self, block: u64, found: &[u8]) -> bool {
+    /// Whether this block may hold this unit.
+    pub(crate) fn permits(self, block: u64, found: &[u8]) -> bool {
         (self.acknowledged..=self.attempted).any(|version| {
             let is_zero = Versions::is_zero(block, version);
             found == if is_zero { [0; 16] } else { unit(block, version) }
@@ -216,16 +221,15 @@ impl Writer {
             match self.find() {
                 Some((at_source, mut stream)) => {
                     let before = self.acknowledged;
-                    // Until the connection is lost; then the disk is looked for again.
+                    // Until the connection is lost.
                     while !self.stopping() && self.batch(&mut stream, at_source).is_ok() {
                         thread::sleep(self.shared.pause);
                     }
-                    // Whoever greets and then does nothing, since the disk is just leaving, does
-                    // not count.
+                    // A host that the disk is just leaving may greet and then do nothing.
                     let served = u64::from(self.acknowledged > before);
                     self.shared.connections.fetch_add(served, Ordering::SeqCst);
                 }
-                None => thread::sleep(SEARCH),
+                None => thread::sleep(RETRY_INTERVAL),
             }
         }
         self.blocks
@@ -235,14 +239,14 @@ impl Writer {
         self.shared.stop.load(Ordering::SeqCst)
     }
 
-    /// A connection to whoever serves the disk, and whether that is the source.
+    /// A connection to the host that serves the disk, and whether that is the source.
     fn find(&self) -> Option<(bool, Stream)> {
         let destination = self.shared.destination.lock().unwrap().clone();
         let source = Stream::open(&self.shared.source).ok().map(|stream| (true, stream));
         source.or_else(|| Some((false, Stream::open(&destination?).ok()?)))
     }
 
-    /// Sends some writes and takes their replies.
+    /// Sends some writes and receives their replies.
     fn batch(&mut self, stream: &mut Stream, at_source: bool) -> io::Result<()> {
         let began = self.now();
         let mut bytes = Vec::new();
@@ -258,7 +262,7 @@ impl Writer {
         while !indexes.is_empty() {
             let index = self.reply(stream)?;
             let Some(at) = indexes.iter().position(|pending| *pending == index) else {
-                return self.fail(format!("a reply to {index}, which was not outstanding"));
+                return self.fail(format!("a reply to {index}, which is not in flight"));
             };
             indexes.swap_remove(at);
             self.acknowledge(index, began, at_source);
@@ -273,7 +277,7 @@ impl Writer {
         let zero = Versions::is_zero(block, version);
         let command = if zero { raw::WRITE_ZEROES } else { raw::WRITE };
         let (offset, length) = (block * BLOCK, BLOCK as u32);
-        // Some at once, some when they are durable: those are answered later, in another order.
+        // Writes with FUA are acknowledged later, so that replies change their order.
         let flags = if version.is_multiple_of(3) { raw::FUA } else { 0 };
         bytes.extend(encode_request(command, flags, index as u64, offset, length));
         if !zero {
@@ -292,7 +296,7 @@ impl Writer {
         }
     }
 
-    /// The block index of the next reply.
+    /// Receives the next reply; the index of its block.
     fn reply(&self, stream: &mut Stream) -> io::Result<usize> {
         let mut reply = [0; 16];
         let mut have = 0;
@@ -328,13 +332,13 @@ enum Stream {
 }
 
 impl Stream {
-    /// Connects and chooses the default export, in whichever style the server greets.
+    /// Connects and chooses the default export, newstyle or oldstyle.
     fn open(endpoint: &Endpoint) -> io::Result<Stream> {
         let mut stream = match endpoint {
             Endpoint::Tcp(address) => Stream::Tcp(TcpStream::connect(address)?),
             Endpoint::Unix(path) => Stream::Unix(UnixStream::connect(path)?),
         };
-        stream.wait_at_most(TIMEOUT)?;
+        stream.set_read_timeout(TIMEOUT)?;
         let mut magics = [0; 16];
         stream.read_exact(&mut magics)?;
         if magics[8..] == raw::I_HAVE_OPT.to_be_bytes() {
@@ -345,11 +349,11 @@ impl Stream {
         } else {
             stream.read_exact(&mut [0; 12 + raw::ZEROES])?;
         }
-        stream.wait_at_most(LOOK)?;
+        stream.set_read_timeout(STOP_CHECK_INTERVAL)?;
         Ok(stream)
     }
 
-    fn wait_at_most(&self, time: Duration) -> io::Result<()> {
+    fn set_read_timeout(&self, time: Duration) -> io::Result<()> {
         match self {
             Stream::Tcp(stream) => {
                 stream.set_nodelay(true)?;
