@@ -81,7 +81,6 @@ const SHARED_NAMES: &[(&str, &str)] = &[];
 const CIRCLES: &[(&str, &str, &str)] = &[
     ("cli/offline.rs", "cli/operate.rs", "to be cut"),
     ("daemon/config.rs", "daemon/peer_query.rs", "to be cut"),
-    ("disk/file.rs", "disk/uring.rs", "to be cut"),
     ("disk/lock.rs", "disk/open.rs", "to be cut"),
     ("disk/record_store.rs", "disk/state.rs", "to be cut"),
     ("server/reads.rs", "server/work.rs", "the engine replaces both"),

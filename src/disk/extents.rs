@@ -2,7 +2,7 @@
 //! Never claims a hole that the image did not claim, and never looks at bytes. An answer that makes no
 //! sense means data: to the end, so that it is asked for once.
 
-use super::{Backend, Extent};
+use super::backend::{Backend, Extent};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::unistd::Whence;

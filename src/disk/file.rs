@@ -1,12 +1,13 @@
 //! The backing file or block device: the calls that read, write, zero, trim and flush it.
 //! Never changes its size, never touches a byte outside the ranges it is given, and never logs.
 
+use super::backend::{Backend, Extent, Identity, errno_of};
 use super::extents::SeekResult;
 use super::file_system::{self, FileSystem, HolePolicy};
-use super::io_queue::IoQueue;
+use super::io_queue::{IoQueue, Zeroing};
 use super::open::{self, Access, FileKind, OpenError, SECTOR};
-use super::uring::Uring;
-use super::{Backend, Extent, Identity, Zeroing, extents, syscalls, zeros};
+use super::uring::{FallocateCall, RingFile, Uring};
+use super::{extents, syscalls, zeros};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
@@ -48,15 +49,6 @@ struct Unsupported {
     read_without_waiting: AtomicBool,
     /// Only in tests: a kernel without `io_uring(7)`.
     ring: AtomicBool,
-}
-
-/// One call of `fallocate(2)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct FallocateCall {
-    /// But for `FALLOC_FL_KEEP_SIZE`.
-    pub(super) mode: FallocateFlags,
-    /// Where.
-    pub(super) blocks: Range,
 }
 
 /// A way to let the kernel do the zeroing.
@@ -137,54 +129,6 @@ impl FileBackend {
     /// The path that it was opened by.
     pub(super) fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// For the ring, which cannot outlive this.
-    pub(super) fn raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
-    }
-
-    /// Whether to try a write that is durable by itself.
-    pub(super) fn writes_durably(&self) -> bool {
-        !self.lacks.durable_write.load(Ordering::Relaxed)
-    }
-
-    /// How `fallocate(2)` makes the whole blocks of `range` read as zeros, and which those are; none
-    /// if there are none, if that takes more than one call of it, or if it was seen not to be able
-    /// to. [`FileBackend::zero_edges`] does the rest, afterwards.
-    pub(super) fn zeroes_in_one_step(&self, range: Range, how: Zeroing) -> Option<FallocateCall> {
-        let way = *self.ways(how).first()?;
-        let blocks = self.whole_blocks(range);
-        let able = !blocks.is_empty() && !self.lack(way).load(Ordering::Relaxed);
-        able.then(|| FallocateCall { mode: way.mode(), blocks })
-    }
-
-    /// How `fallocate(2)` gives back what can be given back of `range`; none as above. A block
-    /// device has another call for that, which no ring makes.
-    pub(super) fn trims_in_one_step(&self, range: Range) -> Option<FallocateCall> {
-        match self.kind {
-            FileKind::File => self.zeroes_in_one_step(range, Zeroing::default()),
-            FileKind::BlockDevice { .. } => None,
-        }
-    }
-
-    /// The blocks that `range` covers in part: what is written to them has to be read first.
-    pub(super) fn edges(&self, range: Range) -> impl Iterator<Item = Range> {
-        let size = self.under.block;
-        let block = move |at: u64| Range::whole(self.size).from(at - at % size).split(size).0;
-        let ends = [range.offset(), range.end()];
-        ends.into_iter().filter(move |at| !at.is_multiple_of(size)).map(block)
-    }
-
-    /// Writes zeros over what lies outside the whole blocks of `range`; as zeros that are there
-    /// already need not be written, a hole stays one unless it is to be `allocated`.
-    pub(super) fn zero_edges(&self, range: Range, allocated: bool) -> io::Result<()> {
-        let blocks = self.whole_blocks(range);
-        if blocks.is_empty() {
-            return self.zero_by_hand(range, allocated);
-        }
-        self.zero_by_hand(range.until(blocks.offset()), allocated)?;
-        self.zero_by_hand(range.from(blocks.end()), allocated)
     }
 
     fn lack(&self, way: ZeroMethod) -> &AtomicBool {
@@ -361,7 +305,7 @@ impl Backend for FileBackend {
 
     /// Asks for the first byte, upon which the kernel begins to read ahead as it would for a
     /// reader, and then for the last.
-    fn is_at_hand(&self, range: Range) -> bool {
+    fn is_resident(&self, range: Range) -> bool {
         if self.lacks.read_without_waiting.load(Ordering::Relaxed) {
             return true;
         }
@@ -371,11 +315,11 @@ impl Backend for FileBackend {
         })
     }
 
-    fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
+    fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
         if self.lacks.ring.load(Ordering::Relaxed) {
             return None;
         }
-        Some(Box::new(Uring::new(self, bell).ok()?))
+        Some(Box::new(Uring::new(self, notifier).ok()?))
     }
 
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
@@ -500,9 +444,50 @@ impl Backend for FileBackend {
     }
 }
 
+impl RingFile for FileBackend {
+    fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    fn writes_durably(&self) -> bool {
+        !self.lacks.durable_write.load(Ordering::Relaxed)
+    }
+
+    fn zero_call(&self, range: Range, how: Zeroing) -> Option<FallocateCall> {
+        let way = *self.ways(how).first()?;
+        let blocks = self.whole_blocks(range);
+        let able = !blocks.is_empty() && !self.lack(way).load(Ordering::Relaxed);
+        able.then(|| FallocateCall { mode: way.mode(), blocks })
+    }
+
+    fn trim_call(&self, range: Range) -> Option<FallocateCall> {
+        match self.kind {
+            FileKind::File => self.zero_call(range, Zeroing::default()),
+            // Discarding is an ioctl, which io_uring does not have.
+            FileKind::BlockDevice { .. } => None,
+        }
+    }
+
+    fn edges(&self, range: Range) -> Vec<Range> {
+        let size = self.under.block;
+        let block = |at: u64| Range::whole(self.size).from(at - at % size).split(size).0;
+        let ends = [range.offset(), range.end()];
+        ends.into_iter().filter(|at| !at.is_multiple_of(size)).map(block).collect()
+    }
+
+    fn zero_edges(&self, range: Range, allocated: bool) -> io::Result<()> {
+        let blocks = self.whole_blocks(range);
+        if blocks.is_empty() {
+            return self.zero_by_hand(range, allocated);
+        }
+        self.zero_by_hand(range.until(blocks.offset()), allocated)?;
+        self.zero_by_hand(range.from(blocks.end()), allocated)
+    }
+}
+
 /// The kernel's number for an error, for those who tell one from another.
 fn errno(error: &io::Error) -> Errno {
-    Errno::from_raw(super::errno_of(error))
+    Errno::from_raw(errno_of(error))
 }
 
 /// `lseek(2)` to data or a hole. It moves the file's position, which nothing else uses.

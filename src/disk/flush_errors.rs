@@ -5,7 +5,7 @@
 //! told what was meant for us, too, a flush has succeeded only when all those who were listening at
 //! the same time have said what they heard.
 
-use super::errno_of;
+use super::backend::errno_of;
 use super::io_queue::Notifier;
 use std::collections::BTreeSet;
 use std::io;

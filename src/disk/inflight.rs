@@ -15,13 +15,15 @@
 //! Where the image has no lane, or none can be had, threads make the same calls (`helpers`). Never
 //! begins anything by itself, and holds a bounded number of bytes.
 
+use super::backend::{errno_of, execute};
+use super::device::{Disk, Visit};
 use super::flush_errors::ConcurrentFlushes;
-use super::io_queue::{Call, Completion, Notifier};
+use super::io_queue::{Call, Completion, Notifier, Zeroing};
 use super::overlap::Change;
 use super::parts::PartSizes;
 use super::thread_pool::Completions;
 use super::write_behind::WriteBehind;
-use super::{Disk, Visit, Zeroing, errno_of, zeros};
+use super::zeros;
 use crate::range::Range;
 use nix::errno::Errno;
 use std::cell::Cell;
@@ -123,7 +125,7 @@ impl<'a, T> InFlight<'a, T> {
     /// Whether nothing in flight on the disk overlaps `range`: a change of it may be made at once.
     #[must_use]
     pub fn is_clear(&self, range: Range) -> bool {
-        self.disk.in_flight.is_clear(range)
+        self.disk.overlaps.is_clear(range)
     }
 
     /// Whether a write that begins after another one of the same bytes ends after it by itself, so
@@ -137,7 +139,7 @@ impl<'a, T> InFlight<'a, T> {
     /// [`Change::is_first`].
     #[must_use]
     pub fn take_place(&self, range: Range) -> Change<'a> {
-        self.disk.in_flight.register(range, &self.bell)
+        self.disk.overlaps.register(range, &self.bell)
     }
 
     /// The session has written `range` by itself, not durably.
@@ -145,7 +147,7 @@ impl<'a, T> InFlight<'a, T> {
         if let Some((start, end)) = self.write_behind.wrote(range) {
             let disk = self.disk;
             let span = Range::whole(disk.size()).from(start).until(end);
-            if disk.helpers.start_write_back(&disk.image, span) {
+            if disk.threads.start_write_back(&disk.image, span) {
                 self.write_behind.started();
             }
         }
@@ -284,7 +286,7 @@ impl<'a, T> InFlight<'a, T> {
         let disk = self.disk;
         let within = |range: &Range| disk.range(range.offset(), range.length());
         let (range, durable) = match work {
-            Work::Flush => return disk.hearing.check().map(|()| None),
+            Work::Flush => return disk.flush_errors.check().map(|()| None),
             Work::Load(range) | Work::Prefetch(range) => {
                 let range = within(range)?;
                 return Ok(range.is_empty().then_some(range));
@@ -300,7 +302,7 @@ impl<'a, T> InFlight<'a, T> {
             return Err(Errno::EPERM.into());
         }
         if durable {
-            disk.hearing.check()?;
+            disk.flush_errors.check()?;
         }
         Ok(Some(range))
     }
@@ -406,10 +408,10 @@ impl<'a, T> InFlight<'a, T> {
     /// Makes a call, aside if that is possible.
     fn call(&mut self, mut errand: Operation<'a, T>, call: Call) {
         if matches!(call, Call::Flush | Call::Write { .. }) {
-            errand.listening = Some(self.disk.hearing.listen());
+            errand.listening = Some(self.disk.flush_errors.listen());
         }
         if matches!(self.lane, Executor::Unknown) {
-            self.lane = match self.disk.image.lane(self.bell.as_eventfd()) {
+            self.lane = match self.disk.image.queue(self.bell.as_eventfd()) {
                 Some(lane) => Executor::Lane(lane),
                 None => Executor::Helpers,
             };
@@ -432,12 +434,12 @@ impl<'a, T> InFlight<'a, T> {
         let image = &self.disk.image;
         let declined = match call {
             Call::Load(_) => Err(call),
-            call => self.disk.helpers.make(image, (key, call), &self.completions),
+            call => self.disk.threads.make(image, (key, call), &self.completions),
         };
         match declined {
             Ok(()) => self.helped += 1,
             Err(call) => {
-                let outcome = Some(call.make(&**image));
+                let outcome = Some(execute(&**image, &call));
                 let made = Completion { key, call, outcome };
                 match made.call {
                     Call::Load(_) => return self.made(made),
@@ -528,15 +530,15 @@ impl<'a, T> InFlight<'a, T> {
     /// The kernel has said that something is durable: ends, unless somebody else may know better.
     fn heard(&mut self, mut errand: Operation<'a, T>) {
         errand.listening = None;
-        match self.disk.hearing.ring_after_others(&self.bell) {
-            None => self.end(errand, self.disk.hearing.check()),
+        match self.disk.flush_errors.ring_after_others(&self.bell) {
+            None => self.end(errand, self.disk.flush_errors.check()),
             Some(others) => self.unsettled.push((others, errand)),
         }
     }
 
     /// Ends those of whom everybody has said what was heard.
     fn settle(&mut self) {
-        let hearing = &self.disk.hearing;
+        let hearing = &self.disk.flush_errors;
         let mut at = 0;
         while at < self.unsettled.len() {
             if hearing.have_ended(self.unsettled[at].0) {
@@ -550,7 +552,7 @@ impl<'a, T> InFlight<'a, T> {
 
     /// What was to be durable is not, and never will be known to be.
     fn fail(&mut self, errand: Operation<'a, T>, error: &io::Error) {
-        let told = self.disk.hearing.failed(error);
+        let told = self.disk.flush_errors.failed(error);
         self.end(errand, Err(told));
     }
 

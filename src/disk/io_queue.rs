@@ -1,7 +1,6 @@
 //! Disk work that is done aside: what can be begun, and what is heard when it is made.
 //! Decides nothing: what a call is for, and what follows it, is known to `errands`.
 
-use super::{Backend, Zeroing};
 use crate::range::Range;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -29,19 +28,14 @@ pub enum Call {
     Trim(Range),
 }
 
-impl Call {
-    /// Makes it here and now, while the caller waits. There is nothing to load then: whoever reads
-    /// will wait for that.
-    pub(super) fn make(&self, image: &dyn Backend) -> io::Result<()> {
-        match self {
-            Self::Load(_) => Ok(()),
-            Self::Prefetch(range) => image.prefetch(*range),
-            Self::Write { offset, data } => image.write(*offset, data, true),
-            Self::Flush => image.flush(),
-            Self::Zero(range, how) => image.zero(*range, *how),
-            Self::Trim(range) => image.trim(*range),
-        }
-    }
+/// How to make a range read as zeros (NBD specification, `NBD_CMD_WRITE_ZEROES`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Zeroing {
+    /// Keep the space allocated (`NBD_CMD_FLAG_NO_HOLE`); otherwise punch a hole.
+    pub keep_allocated: bool,
+    /// Fail with `EOPNOTSUPP`, before any byte changes, rather than write zeros
+    /// (`NBD_CMD_FLAG_FAST_ZERO`).
+    pub only_if_fast: bool,
 }
 
 /// A call that is over.

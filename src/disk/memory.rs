@@ -1,7 +1,8 @@
 //! Images for the tests of the whole crate: one in memory, and one that fails when told to.
 //! Never in a released program.
 
-use super::{Backend, Extent, Zeroing};
+use super::backend::{Backend, Extent};
+use super::io_queue::Zeroing;
 use crate::range::Range;
 use std::collections::BTreeMap;
 use std::io;

@@ -1,8 +1,8 @@
 //! For tests: an image whose calls are made when the test says so, and a bell that counts.
 //! Never in a released program.
 
-use super::io_queue::{Call, Completion, IoQueue, Notifier};
-use super::{Backend, Extent, Zeroing};
+use super::backend::{Backend, Extent, execute};
+use super::io_queue::{Call, Completion, IoQueue, Notifier, Zeroing};
 use crate::range::Range;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::{BTreeSet, VecDeque};
@@ -139,7 +139,7 @@ impl Slow {
     /// Makes the call that was begun as the `nth` of those under way, counted from 0.
     pub(crate) fn finish(&self, nth: usize, image: &dyn Backend) {
         let begun = self.lock().begun.remove(nth).expect("so many are under way");
-        let outcome = begun.call.make(image);
+        let outcome = execute(image, &begun.call);
         self.end(begun, Some(outcome));
     }
 
@@ -199,7 +199,7 @@ impl IoQueue for SlowQueue<'_> {
             let begun = Started { lane: self.number, key, call, bell };
             let hurries = slow.lock().hurries;
             if hurries {
-                let outcome = begun.call.make(&*self.image.image);
+                let outcome = execute(&*self.image.image, &begun.call);
                 slow.end(begun, Some(outcome));
             } else {
                 slow.lock().begun.push_back(begun);
@@ -252,14 +252,14 @@ impl Backend for SlowBackend {
         self.image.read(offset, into)
     }
 
-    fn is_at_hand(&self, range: Range) -> bool {
+    fn is_resident(&self, range: Range) -> bool {
         self.read_now(range.offset(), &mut vec![0; range.length() as usize]).is_ok()
     }
 
-    fn lane(&self, bell: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
+    fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
         let mut state = self.slow.lock();
         state.lanes += 1;
-        let (number, bell) = (state.lanes, bell.try_clone_to_owned().unwrap());
+        let (number, bell) = (state.lanes, notifier.try_clone_to_owned().unwrap());
         Some(Box::new(SlowQueue { number, bell, image: self, waiting: Vec::new() }))
     }
 

@@ -4,7 +4,9 @@ use super::inflight::{InFlight, Work};
 use super::memory::{FailingBackend, Faults, MemoryBackend, Op};
 use super::slow::TestNotifier;
 use super::*;
+use crate::range::Range;
 use nix::libc::{EINVAL, EIO, ENOSPC, EPERM};
+use std::io;
 use std::sync::Arc;
 
 const SIZE: u64 = 64 * 1024;
@@ -237,14 +239,14 @@ fn the_gate_waits_for_a_visit_and_keeps_others_out() {
 fn a_flush_waits_until_whoever_heard_of_a_failure_has_remembered_it() {
     let (disk, ..) = disk(false);
     // Somebody else is being told what was meant for us, too, and has not remembered it yet.
-    let listening = disk.hearing.listen();
+    let listening = disk.flush_errors.listen();
     std::thread::scope(|scope| {
         let flushes = [
             scope.spawn(|| visit(&disk).flush()),
             scope.spawn(|| run(&disk, Work::Flush)),
             scope.spawn(|| run(&disk, write(0, &[1; 8], true))),
         ];
-        disk.hearing.failed(&io::Error::from_raw_os_error(EIO));
+        disk.flush_errors.failed(&io::Error::from_raw_os_error(EIO));
         drop(listening);
         for flush in flushes {
             assert_eq!(errno(flush.join().unwrap()), EIO);

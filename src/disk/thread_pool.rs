@@ -2,7 +2,7 @@
 //! Decides nothing. A thread is started when there is work and none is free, and ends when there has
 //! been none for a while.
 
-use super::Backend;
+use super::backend::{Backend, execute};
 use super::io_queue::{Call, Completion, Notifier};
 use crate::memory_reserve::check_thread_headroom;
 use crate::range::Range;
@@ -164,7 +164,7 @@ impl Task {
         let Self { image, what } = self;
         match what {
             What::Call { key, call, to } => {
-                let made = catch_unwind(AssertUnwindSafe(|| call.make(&*image)));
+                let made = catch_unwind(AssertUnwindSafe(|| execute(&*image, &call)));
                 let outcome = made.unwrap_or_else(|_| Err(io::Error::from(Errno::EIO)));
                 // The session may go, and the disk with it, as soon as it hears of it.
                 drop(image);

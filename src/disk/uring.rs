@@ -2,9 +2,8 @@
 //! Only carries them: never decides what is called, and never looks at what is loaded. Of a zeroing it
 //! lets the kernel do the whole blocks, and then has the image write the edges.
 
-use super::file::FallocateCall;
-use super::io_queue::{Call, Completion, IoQueue};
-use super::{FileBackend, syscalls};
+use super::io_queue::{Call, Completion, IoQueue, Zeroing};
+use super::syscalls;
 use crate::range::Range;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use nix::errno::Errno;
@@ -13,7 +12,7 @@ use nix::libc;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::mem::{self, MaybeUninit};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::thread;
 use std::time::Duration;
 
@@ -32,10 +31,38 @@ const RETRY: Duration = Duration::from_millis(1);
 /// Marks entries of which the end is of no interest.
 const NOBODY: u64 = u64::MAX;
 
+/// The file or block device that a ring does its I/O on.
+pub(super) trait RingFile {
+    /// The descriptor, open as long as `self`.
+    fn fd(&self) -> RawFd;
+    /// Whether to try writes with `RWF_DSYNC`.
+    fn writes_durably(&self) -> bool;
+    /// The call that makes the whole blocks of `range` read as zeros; the caller writes the rest
+    /// afterwards ([`RingFile::zero_edges`]). `None` if there are no whole blocks, if it takes more
+    /// than one call, or if the call turned out to be unsupported.
+    fn zero_call(&self, range: Range, how: Zeroing) -> Option<FallocateCall>;
+    /// The call that deallocates the whole blocks of `range`; `None` as for [`RingFile::zero_call`].
+    fn trim_call(&self, range: Range) -> Option<FallocateCall>;
+    /// The blocks that `range` covers in part: a write to them reads them first.
+    fn edges(&self, range: Range) -> Vec<Range>;
+    /// Writes zeros over what lies outside the whole blocks of `range`. A hole stays one, because it
+    /// reads as zeros already, unless the range has to be `allocated`.
+    fn zero_edges(&self, range: Range, allocated: bool) -> io::Result<()>;
+}
+
+/// One call of `fallocate(2)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FallocateCall {
+    /// Without `FALLOC_FL_KEEP_SIZE`, which is always added.
+    pub(super) mode: FallocateFlags,
+    /// The range, whole blocks.
+    pub(super) blocks: Range,
+}
+
 /// A ring of one session. Whatever the kernel may still touch belongs to it until the kernel is
 /// done.
 pub(super) struct Uring<'a> {
-    image: &'a FileBackend,
+    file: &'a dyn RingFile,
     ring: IoUring,
     /// Whether the kernel would take nothing when nothing was under way; then it is not asked again.
     broken: bool,
@@ -63,7 +90,7 @@ impl<'a> Uring<'a> {
     ///
     /// # Errors
     /// When the kernel has no such thing, forbids it, or has no memory for it.
-    pub(super) fn new(image: &'a FileBackend, bell: BorrowedFd<'_>) -> io::Result<Self> {
+    pub(super) fn new(file: &'a dyn RingFile, bell: BorrowedFd<'_>) -> io::Result<Self> {
         // Results are wanted when we come by, not at once: known since Linux 6.0.
         let mut builder = IoUring::builder();
         builder.setup_coop_taskrun().setup_single_issuer();
@@ -75,17 +102,17 @@ impl<'a> Uring<'a> {
         }
         // Known since Linux 5.15; before, four for each processor.
         let _ = ring.submitter().register_iowq_max_workers(&mut [KERNEL_THREADS_MAX; 2]);
-        Self::with(ring, image, bell)
+        Self::with(ring, file, bell)
     }
 
-    fn with(ring: IoUring, image: &'a FileBackend, bell: BorrowedFd<'_>) -> io::Result<Self> {
+    fn with(ring: IoUring, file: &'a dyn RingFile, bell: BorrowedFd<'_>) -> io::Result<Self> {
         ring.submitter().register_eventfd(bell.as_raw_fd())?;
         let mut landing = Vec::new();
         let length = LOAD_BY_READING_MAX as usize;
         landing.try_reserve_exact(length).map_err(|_| io::Error::from(Errno::ENOMEM))?;
         landing.resize(length, MaybeUninit::uninit());
         Ok(Self {
-            image,
+            file,
             ring,
             broken: false,
             begun: BTreeMap::new(),
@@ -103,16 +130,16 @@ impl<'a> Uring<'a> {
             Call::Load(range) => Some(self.load(key, *range)),
             Call::Prefetch(range) => Some(vec![self.advice(*range).user_data(key)]),
             Call::Write { offset, data } => {
-                self.image.writes_durably().then(|| vec![self.write(key, *offset, data)])
+                self.file.writes_durably().then(|| vec![self.write(key, *offset, data)])
             }
             Call::Flush => {
                 let flush = opcode::Fsync::new(self.fd()).flags(types::FsyncFlags::DATASYNC);
                 Some(vec![flush.build().user_data(key)])
             }
             Call::Zero(range, how) => {
-                let step = self.image.zeroes_in_one_step(*range, *how)?;
+                let step = self.file.zero_call(*range, *how)?;
                 // The edges are written when the rest is done, and should not wait for a disk then.
-                let edges: Vec<Range> = self.image.edges(*range).collect();
+                let edges = self.file.edges(*range);
                 let link = squeue::Flags::IO_HARDLINK;
                 let loads = edges.into_iter().map(|edge| self.read(NOBODY, edge).flags(link));
                 let mut entries: Vec<_> = loads.collect();
@@ -120,7 +147,7 @@ impl<'a> Uring<'a> {
                 Some(entries)
             }
             Call::Trim(range) => {
-                let step = self.image.trims_in_one_step(*range)?;
+                let step = self.file.trim_call(*range)?;
                 Some(vec![self.allocation(key, step)])
             }
         }
@@ -162,7 +189,7 @@ impl<'a> Uring<'a> {
     }
 
     fn fd(&self) -> types::Fd {
-        types::Fd(self.image.raw_fd())
+        types::Fd(self.file.fd())
     }
 
     /// Puts as many entries into the ring as there is room for.
@@ -236,9 +263,7 @@ impl<'a> Uring<'a> {
                 Some(Ok(()))
             }
             (Call::Write { .. }, 0) => Some(Err(io::ErrorKind::WriteZero.into())),
-            (Call::Zero(range, how), 0..) => {
-                Some(self.image.zero_edges(*range, how.keep_allocated))
-            }
+            (Call::Zero(range, how), 0..) => Some(self.file.zero_edges(*range, how.keep_allocated)),
             (_, 0..) => Some(Ok(())),
             (Call::Zero(..) | Call::Trim(_), _) if syscalls::is_unable(errno) => None,
             _ if matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS) => None,
@@ -361,14 +386,14 @@ impl Drop for Uring<'_> {
 
 impl std::fmt::Debug for Uring<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ring").field("begun", &self.begun).finish_non_exhaustive()
+        f.debug_struct("Uring").field("begun", &self.begun).finish_non_exhaustive()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::slow::TestNotifier;
-    use super::super::{Access, Backend, Notifier, Zeroing};
+    use super::super::{Access, Backend, FileBackend, Notifier};
     use super::*;
     use tempfile::TempDir;
 

@@ -2,8 +2,8 @@
 //! seen by reading it.
 //! Never turns data into a hole, and never makes more writes than there are holes to go around.
 
+use super::backend::{Backend, Extent};
 use super::extents::extent_at;
-use super::{Backend, Extent};
 use crate::range::Range;
 use std::io;
 

@@ -237,7 +237,7 @@ impl<'a> Worker<'a> {
         let is_loaded = read.is_loaded(piece);
         if pinned::fits(piece) && self.disk.pins() {
             let waits = self.patience.waits();
-            if !is_loaded && !waits && !visit.is_at_hand(piece) {
+            if !is_loaded && !waits && !visit.is_resident(piece) {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
             let began = waits.then(Instant::now);

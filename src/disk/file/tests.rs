@@ -175,7 +175,7 @@ fn a_file_that_became_shorter_is_an_error_and_no_hole() {
     let extent = image.extent(SIZE / 2).unwrap_err();
     for error in [read, extent] {
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-        assert_eq!(super::super::errno_of(&error), Errno::EIO as i32);
+        assert_eq!(errno_of(&error), Errno::EIO as i32);
         assert!(error.to_string().contains(&name), "{error}");
     }
     assert!(image.read(SIZE / 2 - 1, &mut [0; 1]).is_ok());
@@ -226,13 +226,13 @@ fn odd_edges_in_a_hole_leave_it_one() {
 fn only_whole_blocks_are_given_to_the_kernel() {
     let (_folder, image) = image();
     let block = image.under.block;
-    let step = |offset, length| image.zeroes_in_one_step(range(offset, length), HOLE);
+    let step = |offset, length| image.zero_call(range(offset, length), HOLE);
     let blocks = |offset, length| step(offset, length).map(|step| step.blocks);
     assert_eq!(blocks(0, block), Some(range(0, block)));
     assert_eq!(blocks(1, 2 * block), Some(range(block, block)));
     assert_eq!(blocks(block - 1, block + 1), Some(range(block, block)));
     assert_eq!((step(1, block), step(0, block - 1), step(1, 2 * block - 2)), (None, None, None));
-    let edges = |offset, length| image.edges(range(offset, length)).collect::<Vec<_>>();
+    let edges = |offset, length| image.edges(range(offset, length));
     assert!(edges(block, 3 * block).is_empty());
     let (first, last) = (range(0, block), range(2 * block, block));
     assert_eq!(edges(1, 2 * block), [first, last]);

@@ -9,7 +9,7 @@ impl<T> InFlight<'_, T> {
     fn abandon(&mut self) {
         let mut abandoned = std::mem::take(&mut self.under_way);
         for errand in abandoned.values_mut().filter(|errand| errand.listening.is_some()) {
-            let _ = self.disk.hearing.failed(&Errno::EIO.into());
+            let _ = self.disk.flush_errors.failed(&Errno::EIO.into());
             errand.listening = None;
         }
         std::mem::forget(abandoned);

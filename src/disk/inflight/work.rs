@@ -1,9 +1,9 @@
 //! What an errand is, and what is kept of it while it waits and while it is under way.
 
+use super::super::device::Visit;
 use super::super::flush_errors::FlushGuard;
-use super::super::io_queue::IoQueue;
+use super::super::io_queue::{IoQueue, Zeroing};
 use super::super::overlap::Change;
-use super::super::{Visit, Zeroing};
 use crate::range::Range;
 use std::time::Instant;
 

@@ -1,0 +1,116 @@
+//! The interface between a disk and whatever keeps its bytes.
+//! Decides nothing, and checks no range: [`super::Disk`] has done that.
+
+use super::io_queue::{Call, IoQueue, Zeroing};
+use crate::range::Range;
+use nix::errno::Errno;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+/// Device and inode number of a file; of a block device, 0 and its own device number, so that all
+/// nodes of one device are equal.
+pub type Identity = (u64, u64);
+
+/// The storage of a disk: a file, a block device, or memory in tests.
+///
+/// Many threads call it at once, and only with ranges inside [`Backend::size`].
+pub trait Backend: Send + Sync + std::fmt::Debug {
+    /// Size in bytes; it does not change while the image is open.
+    fn size(&self) -> u64;
+    /// Tells this image from every other image of this host, where that is possible.
+    fn identity(&self) -> Option<Identity> {
+        None
+    }
+    /// Fills `into` from `offset` on. A file that became shorter is an error, not a short read.
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+    /// Reads like [`Backend::read`], but fails with `WouldBlock` instead of waiting for the device;
+    /// `into` may then hold anything.
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.read(offset, into)
+    }
+    /// Whether the range seems to be in the page cache: a guess from a few samples.
+    fn is_resident(&self, range: Range) -> bool {
+        let _ = range;
+        true
+    }
+    /// An I/O queue for one session, created on the session's thread; `None` where I/O cannot be
+    /// asynchronous. Each completion adds to the eventfd `notifier`.
+    fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
+        let _ = notifier;
+        None
+    }
+    /// Writes all of `data`; with `durable` returns only once it is on stable storage.
+    fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
+    /// Makes the range read as zeros.
+    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()>;
+    /// Whether the time that zeroing or trimming takes depends on the number of extents rather than
+    /// of bytes, as in a file with `fallocate(2)`.
+    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
+        let _ = how;
+        false
+    }
+    /// Deallocates as much of the range as it can; the bytes may read as anything afterwards.
+    fn trim(&self, range: Range) -> io::Result<()>;
+    /// Returns once everything written before the call is on stable storage.
+    fn flush(&self) -> io::Result<()>;
+    /// Whether of two writes of the same bytes the one that begins later also ends later. The kernel
+    /// serializes writes to a file; on a block device one write may overtake another.
+    fn orders_writes(&self) -> bool {
+        true
+    }
+    /// Hints that the range will be read soon.
+    fn prefetch(&self, range: Range) -> io::Result<()>;
+    /// Starts the write-back of dirty pages in the range, so that a later flush has less to do; does
+    /// not wait for it. An error says nothing about the data: the next flush reports that.
+    fn start_write_back(&self, range: Range) -> io::Result<()> {
+        let _ = range;
+        Ok(())
+    }
+    /// The extent that contains `offset`, from `offset` on.
+    fn extent(&self, offset: u64) -> io::Result<Extent>;
+    /// Whether [`Backend::pin`] can be used: a page changes only in bytes that a client changes.
+    fn pins(&self) -> bool {
+        false
+    }
+    /// Moves exactly `length` bytes from `offset` on into a pipe that has room for them, by reference.
+    /// May wait for the device. After an error the pipe may hold any part of them; `Unsupported`
+    /// means that the caller has to read them instead.
+    fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
+        let _ = (offset, length, pipe);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    /// Sends at most `length` bytes from `offset` on to a socket without copying them through this
+    /// process, and returns how many it sent; does not wait for a non-blocking socket. `Unsupported`
+    /// where that is impossible.
+    fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+        let _ = (offset, length, to);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// A contiguous range that is either allocated or a hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where.
+    pub range: Range,
+    /// False for a hole, which reads as zeros.
+    pub allocated: bool,
+}
+
+/// Executes a call synchronously. Populating does nothing: a later read will wait instead.
+pub(super) fn execute(image: &dyn Backend, call: &Call) -> io::Result<()> {
+    match call {
+        Call::Load(_) => Ok(()),
+        Call::Prefetch(range) => image.prefetch(*range),
+        Call::Write { offset, data } => image.write(*offset, data, true),
+        Call::Flush => image.flush(),
+        Call::Zero(range, how) => image.zero(*range, *how),
+        Call::Trim(range) => image.trim(*range),
+    }
+}
+
+/// The kernel's number for an error, or `EIO` for an error without one.
+#[must_use]
+pub fn errno_of(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(Errno::EIO as i32)
+}

@@ -1,0 +1,309 @@
+//! A disk: a backend behind a gate, with what all its sessions share.
+//! Never waits for a peer, and never accesses bytes beyond the disk's end.
+
+use super::backend::{Backend, Extent, Identity};
+use super::dirty::DirtyBitmap;
+use super::flush_errors::FlushErrors;
+use super::gate::{Gate, NoEntry, Pass};
+use super::overlap::OverlapTracker;
+use super::thread_pool::ThreadPool;
+use super::{extents, zeros};
+use crate::range::Range;
+use nix::errno::Errno;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+/// A disk: an image behind a gate.
+#[derive(Debug)]
+pub struct Disk {
+    /// Declared before `image`, so dropped first: its drop waits until no thread uses the image.
+    pub(super) threads: ThreadPool,
+    pub(super) image: Arc<dyn Backend>,
+    pub(super) gate: Gate,
+    pub(super) read_only: bool,
+    pub(super) flush_errors: FlushErrors,
+    /// Long-running changes of all sessions.
+    pub(super) overlaps: OverlapTracker,
+    /// Changes since a migration's copier last looked, while there is one.
+    dirty: RwLock<Option<Arc<DirtyBitmap>>>,
+    /// Delay of every write, in microseconds.
+    hold: AtomicU64,
+}
+
+/// A migration's view of the disk. It reads without passing the gate, because the migration is what
+/// closes the gate.
+#[derive(Debug)]
+pub struct Copier<'a> {
+    image: &'a dyn Backend,
+}
+
+/// Guard of one passage through the gate, and the way to access the disk; dropping it leaves.
+///
+/// Every method checks its offset and range against the disk: beyond the end is `EINVAL`. A length
+/// of 0 always succeeds.
+#[derive(Debug)]
+pub struct Visit<'a> {
+    disk: &'a Disk,
+    /// Keeps the gate from being drained.
+    _pass: Pass<'a>,
+}
+
+impl Disk {
+    /// A disk whose bytes are in `image`; with `read_only` nothing can change them.
+    #[must_use]
+    pub fn new(image: Box<dyn Backend>, read_only: bool) -> Self {
+        Self {
+            threads: ThreadPool::default(),
+            image: Arc::from(image),
+            gate: Gate::default(),
+            read_only,
+            flush_errors: FlushErrors::default(),
+            overlaps: OverlapTracker::default(),
+            dirty: RwLock::new(None),
+            hold: AtomicU64::new(0),
+        }
+    }
+
+    /// Size in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.image.size()
+    }
+
+    /// See [`Backend::identity`].
+    #[must_use]
+    pub fn identity(&self) -> Option<Identity> {
+        self.image.identity()
+    }
+
+    /// Whether changes are refused (`EPERM`).
+    #[must_use]
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether bytes can go to a socket without a copy in between ([`Backend::pin`]).
+    #[must_use]
+    pub fn pins(&self) -> bool {
+        self.image.pins()
+    }
+
+    /// Whether every flush has succeeded so far.
+    #[must_use]
+    pub fn is_flawless(&self) -> bool {
+        self.flush_errors.is_flawless()
+    }
+
+    /// The gate, for closing it.
+    #[must_use]
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// Enters the gate, blocking while it is closed. For `give_up` see [`Gate::enter`].
+    ///
+    /// # Errors
+    /// [`NoEntry`]: the disk is gone for good, or `give_up` ended the wait.
+    pub fn enter(&self, give_up: &dyn Fn() -> bool) -> Result<Visit<'_>, NoEntry> {
+        Ok(Visit { disk: self, _pass: self.gate.enter(give_up)? })
+    }
+
+    /// Enters the gate if it is open. For a caller that already holds a visit: the closer waits for
+    /// that visit, so the caller must not wait for the gate.
+    ///
+    /// # Errors
+    /// [`NoEntry::Gone`].
+    pub fn enter_if_open(&self) -> Result<Option<Visit<'_>>, NoEntry> {
+        let pass = self.gate.enter_if_open()?;
+        Ok(pass.map(|pass| Visit { disk: self, _pass: pass }))
+    }
+
+    /// Begins to track changes for one migration. A block read after this call that is not marked
+    /// later still holds the bytes that were read.
+    ///
+    /// # Errors
+    /// When there is no memory for the bitmap.
+    pub fn track(&self) -> io::Result<Arc<DirtyBitmap>> {
+        let dirty = Arc::new(DirtyBitmap::new(self.size())?);
+        *self.dirty.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&dirty));
+        Ok(dirty)
+    }
+
+    /// Stops tracking changes.
+    pub fn untrack(&self) {
+        *self.dirty.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// How long a session has to delay each write, so that a migration can catch up.
+    #[must_use]
+    pub fn hold(&self) -> Duration {
+        Duration::from_micros(self.hold.load(Ordering::Relaxed))
+    }
+
+    /// Sets the delay of every write; zero for none.
+    pub fn set_hold(&self, hold: Duration) {
+        let micros = u64::try_from(hold.as_micros()).unwrap_or(u64::MAX);
+        self.hold.store(micros, Ordering::Relaxed);
+    }
+
+    /// Flushes the image without passing the gate.
+    ///
+    /// # Errors
+    /// The backend's. The kernel reports a failure once, so later flushes return it too.
+    pub fn write_back(&self) -> io::Result<()> {
+        let _guard = self.flush_errors.listen();
+        self.image.flush().map_err(|error| self.flush_errors.failed(&error))
+    }
+
+    /// The view of a migration.
+    #[must_use]
+    pub fn copier(&self) -> Copier<'_> {
+        Copier { image: &*self.image }
+    }
+
+    pub(super) fn mark(&self, range: Range) {
+        if let Some(dirty) = &*self.dirty.read().unwrap_or_else(PoisonError::into_inner) {
+            dirty.mark(range);
+        }
+    }
+
+    pub(super) fn range(&self, offset: u64, length: u64) -> io::Result<Range> {
+        Range::within(self.size(), offset, length).ok_or_else(|| Errno::EINVAL.into())
+    }
+}
+
+impl Copier<'_> {
+    /// Fills `into` from `offset` on.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.image.read(offset, into)
+    }
+
+    /// The image's extent that contains `offset`, from there on.
+    ///
+    /// # Errors
+    /// The backend's.
+    pub fn extent(&self, offset: u64) -> io::Result<Extent> {
+        extents::extent_at(self.image, offset)
+    }
+
+    /// See [`Backend::send`].
+    ///
+    /// # Errors
+    /// The backend's or the socket's; `WouldBlock` when the socket is full.
+    pub fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+        self.image.send(offset, length, to)
+    }
+}
+
+impl Visit<'_> {
+    /// Fills `into` from `offset` on.
+    ///
+    /// # Errors
+    /// `EINVAL` beyond the end; the backend's (`UnexpectedEof` for a file cut short).
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let range = self.disk.range(offset, into.len() as u64)?;
+        if range.is_empty() { Ok(()) } else { self.disk.image.read(offset, into) }
+    }
+
+    /// Reads like [`Visit::read`], but fails with `WouldBlock` instead of waiting for the device;
+    /// `into` may then hold anything.
+    ///
+    /// # Errors
+    /// Also those of [`Visit::read`].
+    pub fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let range = self.disk.range(offset, into.len() as u64)?;
+        if range.is_empty() { Ok(()) } else { self.disk.image.read_now(offset, into) }
+    }
+
+    /// Whether `range` seems to be in the page cache: a guess from a few samples.
+    #[must_use]
+    pub fn is_resident(&self, range: Range) -> bool {
+        self.disk.image.is_resident(range)
+    }
+
+    /// The range to populate before a write of `range`, which would otherwise wait for the device:
+    /// non-resident blocks that the write changes only in part, and everything between them.
+    #[must_use]
+    pub fn cold_edges(&self, range: Range) -> Option<Range> {
+        let whole = Range::whole(self.disk.size());
+        let cold_block = |at: u64| {
+            let block = whole.from(at - at % zeros::BLOCK).split(zeros::BLOCK).0;
+            (!at.is_multiple_of(zeros::BLOCK) && !self.disk.image.is_resident(block))
+                .then_some(block)
+        };
+        let edges = (cold_block(range.offset()), cold_block(range.end()));
+        match edges {
+            (Some(first), Some(last)) => Some(whole.from(first.offset()).until(last.end())),
+            (first, last) => first.or(last),
+        }
+    }
+
+    /// Writes `data` to `offset`, leaving out zeros that would go into a hole. Waits for the device
+    /// only if a block at an edge is not resident ([`Visit::cold_edges`]).
+    ///
+    /// # Errors
+    /// `EPERM` on a read-only disk; `EINVAL` beyond the end; the backend's, after which any part of
+    /// `data` may have been written.
+    pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let range = self.disk.range(offset, data.len() as u64)?;
+        if self.disk.read_only {
+            return Err(Errno::EPERM.into());
+        }
+        let written = zeros::write_around_holes(&*self.disk.image, offset, data);
+        // Mark after writing, even after a partial write: the copier takes the mark first and reads
+        // second, so it may send a change twice but never misses one.
+        self.disk.mark(range);
+        written
+    }
+
+    /// Returns once everything that any visit wrote before this call is on stable storage. The caller
+    /// must have no I/O in flight and hold no lock that a session may wait for, because this waits
+    /// for the flushes of all sessions.
+    ///
+    /// # Errors
+    /// The backend's. From then on every flush and every durable change fails with the same error
+    /// until the disk is reopened, because data may have been lost for good.
+    pub fn flush(&self) -> io::Result<()> {
+        let flush_errors = &self.disk.flush_errors;
+        flush_errors.check()?;
+        self.disk.write_back()?;
+        flush_errors.wait_for_others();
+        flush_errors.check()
+    }
+
+    /// Moves `length` bytes from `offset` on into a pipe; only if [`Disk::pins`]. See
+    /// [`Backend::pin`].
+    ///
+    /// # Errors
+    /// `EINVAL` beyond the end; the backend's.
+    pub fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
+        self.disk.range(offset, length as u64)?;
+        self.disk.image.pin(offset, length, pipe)
+    }
+
+    /// The extents of `range` in order, equal neighbours merged, clipped to it: at most `limit`,
+    /// but at least one unless the range is empty.
+    ///
+    /// # Errors
+    /// `EINVAL` beyond the end; the backend's.
+    pub fn extents(&self, range: Range, limit: usize) -> io::Result<Vec<Extent>> {
+        let range = self.disk.range(range.offset(), range.length())?;
+        extents::extents(self.disk.image.as_ref(), range, limit)
+    }
+
+    /// The image's extent that contains `offset`, from there on. The next one may be of the same
+    /// kind.
+    ///
+    /// # Errors
+    /// `EINVAL` at or beyond the end; the backend's.
+    pub fn extent(&self, offset: u64) -> io::Result<Extent> {
+        self.disk.range(offset, 1)?;
+        extents::extent_at(self.disk.image.as_ref(), offset)
+    }
+}
