@@ -8,10 +8,16 @@ use std::path::{Path, PathBuf};
 /// A goal for flexnbd beside the result of this run. Meeting it or not does not change the exit status.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct Target {
-    pub(super) of: &'static str,
-    pub(super) wanted: &'static str,
-    pub(super) seen: String,
+    of: &'static str,
+    wanted: &'static str,
+    seen: String,
     pub(super) met: bool,
+}
+
+impl Target {
+    pub(super) fn new(of: &'static str, wanted: &'static str, seen: String, met: bool) -> Self {
+        Self { of, wanted, seen, met }
+    }
 }
 
 pub(super) fn print_targets(targets: &[Target]) {

@@ -17,9 +17,6 @@ const REQUESTS_BEFORE: (usize, usize) = (2000, 10_000);
 /// The first requests find caches cold and do not count.
 const REQUESTS_WARMING: usize = 500;
 const WARM_TIME_MAX: Duration = Duration::from_secs(60);
-const PAUSE_MS_MAX: u64 = 50;
-/// 99th percentile of latency during the copy against before.
-const P99_RATIO_MAX: f64 = 3.0;
 const TABLE: Table<4> = Table { name_width: 24, widths: [9, 12, 12, 12] };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,21 +166,17 @@ impl PauseResult {
     /// The target for this load.
     pub(super) fn target(&self) -> Option<Target> {
         if let Pace::PerSecond(_) = self.load.pace {
-            let worst = self.worst_ms()?;
-            return Some(Target {
-                of: "pause at the handover under writes at a fixed rate, worst",
-                wanted: "≤ 50 ms",
-                seen: format!("{worst} ms, {:.0} ms in the median", self.median_ms()?),
-                met: worst <= PAUSE_MS_MAX,
-            });
+            let (worst, median) = (self.worst_ms()?, self.median_ms()?);
+            let of = "pause at the handover under writes at a fixed rate, worst";
+            let seen = format!("{worst} ms, {median:.0} ms in the median");
+            return Some(Target::new(of, "≤ 50 ms", seen, worst <= 50));
         }
         let ratio = self.p99_ratio()?;
         let of = match self.load.max_speed {
             None => "p99 of requests one at a time during the copy against before",
             Some(_) => "the same with --max-speed",
         };
-        let seen = format!("× {ratio:.2}");
-        Some(Target { of, wanted: "≤ × 3.00", seen, met: ratio <= P99_RATIO_MAX })
+        Some(Target::new(of, "≤ × 3.00", format!("× {ratio:.2}"), ratio <= 3.0))
     }
 
     /// Everything except single requests.

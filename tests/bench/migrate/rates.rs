@@ -8,9 +8,6 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 const MIB: f64 = (1 << 20) as f64;
-/// How much may go over the wire: a multiple of the data, and bytes for each run of it.
-const WIRE_RATIO_MAX: f64 = 1.02;
-const WIRE_PER_RUN_MAX: f64 = 1024.0;
 const TABLE: Table<6> = Table { name_width: 16, widths: [9, 9, 12, 10, 16, 9] };
 
 /// One migration.
@@ -91,7 +88,7 @@ impl KindResult {
     }
 
     fn wire_bytes_max(&self) -> f64 {
-        WIRE_RATIO_MAX * self.data() + WIRE_PER_RUN_MAX * self.kind.runs(self.size) as f64
+        1.02 * self.data() + 1024.0 * self.kind.runs(self.size) as f64
     }
 
     fn ours(&self) -> Option<&SystemResult> {
@@ -116,12 +113,9 @@ impl KindResult {
             Kind::Zeros => return None,
             Kind::Dense => {
                 let ratio = self.ratios().into_iter().find(|(name, _)| *name == "nbdcopy")?.1;
-                return Some(Target {
-                    of: "rate of a migration of a dense disk against nbdcopy's, which is offline",
-                    wanted: "≥ × 1.00",
-                    seen: format!("× {ratio:.2}"),
-                    met: ratio >= 1.0,
-                });
+                let of = "rate of a migration of a dense disk against nbdcopy's, which is offline";
+                let seen = format!("× {ratio:.2}");
+                return Some(Target::new(of, "≥ × 1.00", seen, ratio >= 1.0));
             }
             Kind::Sparse25 => "bytes on the wire, 25 % of the disk data",
             Kind::Sparse1 => "bytes on the wire, 1 % of the disk data",
@@ -131,26 +125,15 @@ impl KindResult {
             let (time, part) = (seconds / dense, data / self.size as f64);
             format!("; × {time:.2} the time of a dense disk for × {part:.2} the data")
         });
-        Some(Target {
-            of,
-            wanted: "≤ 1.02 × data + 1 KiB for each run of data",
-            seen: format!(
-                "{:.2} of {:.2} MiB, × {:.3} the data{}",
-                wire / MIB,
-                max / MIB,
-                wire / data,
-                time.unwrap_or_default()
-            ),
-            met: wire <= max,
-        })
+        let (wire_mib, max_mib, ratio) = (wire / MIB, max / MIB, wire / data);
+        let seen = format!("{wire_mib:.2} of {max_mib:.2} MiB, × {ratio:.3} the data");
+        let wanted = "≤ 1.02 × data + 1 KiB for each run of data";
+        Some(Target::new(of, wanted, seen + &time.unwrap_or_default(), wire <= max))
     }
 
     pub(super) fn json(&self) -> Value {
-        let ratios: Map<String, Value> = self
-            .ratios()
-            .into_iter()
-            .map(|(name, ratio)| (name.to_owned(), ratio.into()))
-            .collect();
+        let ratios: Map<String, Value> =
+            self.ratios().iter().map(|(name, ratio)| ((*name).to_owned(), json!(ratio))).collect();
         let system = |system: &SystemResult| {
             let mut json = json!(system);
             json["seconds"] = json!(system.seconds());
