@@ -188,7 +188,7 @@ impl Process {
     ) -> ProcessEnd {
         tell(self.notifier.status("stopping: breaking the migration off, or finishing it"));
         tell(self.notifier.extend_timeout(GRACE + SPARE));
-        desk.abandon();
+        desk.request_break();
         let deadline = Instant::now() + GRACE;
         loop {
             match arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())) {

@@ -44,7 +44,7 @@ impl MigrationLog {
                 "flexnbd.image" = image,
                 "{line}"
             ),
-            News::Obstructed(_) | News::HeldBack(_) => warn!(
+            News::Obstructed(_) | News::Throttled(_) => warn!(
                 message_id = kind, "flexnbd.migration" = %id, "flexnbd.destination" = to,
                 "flexnbd.image" = image,
                 "{line}"
@@ -105,7 +105,7 @@ fn kind(news: &News) -> Option<&'static str> {
         News::Obstructed(Obstacle::Trouble(_)) => message_id::MIGRATION_RETRYING,
         News::Obstructed(Obstacle::Acknowledgement(_)) => message_id::MIGRATION_IN_DOUBT,
         News::Obstructed(_) => message_id::MIGRATION_GATE_BUSY,
-        News::HeldBack(_) => message_id::MIGRATION_HELD_BACK,
+        News::Throttled(_) => message_id::MIGRATION_HELD_BACK,
         News::GateClosed => message_id::MIGRATION_GATE_CLOSED,
         News::RecordFailed(_) => message_id::MIGRATION_RECORD_FAILED,
         // It was told before that it is in doubt, and what comes of it will be.
@@ -143,7 +143,7 @@ fn told(news: &News) -> String {
         News::Resumed => "resumed where it was".to_owned(),
         News::Restarted => "another process listens there, starting from the beginning".to_owned(),
         News::Obstructed(obstacle) => obstacle.to_string(),
-        News::HeldBack(hold) => format!(
+        News::Throttled(hold) => format!(
             "clients write faster than the copy catches up; holding each write back for {} µs",
             hold.as_micros()
         ),

@@ -121,10 +121,10 @@ pub(super) fn prepare(
     });
     let (source, desk) = Source::new(MigrationParams {
         disk: Arc::clone(&ground.disk),
-        ledger,
+        record_store: ledger,
         route: Route { to: Address::Tcp(order.to), bind: order.bind },
         job,
-        witness,
+        observer: witness,
     })
     .map_err(cannot_start)?;
     let (events, at) = (ground.events.clone(), Arc::clone(&desk));
@@ -141,7 +141,7 @@ impl PreparedMigration {
         let run = move || {
             let begun = source.id();
             let outcome = source.run();
-            let tally = desk.account().map(|(_, tally)| tally).unwrap_or_default();
+            let tally = desk.result().map(|(_, tally)| tally).unwrap_or_default();
             let id = desk.progress().map_or(begun, |progress| progress.id);
             passage.log_end(id, &outcome, &tally);
             // Nobody waits for it any more if it has started.
@@ -166,7 +166,7 @@ impl PreparedMigration {
 pub(super) fn break_off(desk: Option<&Arc<MigrationHandle>>) -> Reply {
     match desk.filter(|desk| desk.outcome().is_none()) {
         None => Reply::refused("not mirroring"),
-        Some(desk) => match desk.order(OperatorRequest::Break) {
+        Some(desk) => match desk.request(OperatorRequest::Break) {
             Ok(()) => Reply::success("mirror stopped"),
             Err(_) => Reply::refused("mirror completed"),
         },
@@ -177,7 +177,7 @@ pub(super) fn break_off(desk: Option<&Arc<MigrationHandle>>) -> Reply {
 pub(super) fn set_speed(desk: Option<&Arc<MigrationHandle>>, limit: u64) -> Reply {
     match desk.filter(|desk| desk.outcome().is_none()) {
         None => Reply::refused("Not currently mirroring"),
-        Some(desk) => match desk.order(OperatorRequest::Speed(NonZeroU64::new(limit))) {
+        Some(desk) => match desk.request(OperatorRequest::Speed(NonZeroU64::new(limit))) {
             Ok(()) => Reply::success("updated"),
             Err(_) => Reply::refused("Not currently mirroring"),
         },
@@ -223,7 +223,7 @@ pub(super) fn describe(
     status.extra.push((MIGRATION_STAGE.to_owned(), stage(&progress).to_owned()));
     status.extra.push((MIGRATION_PASSES.to_owned(), progress.passes.to_string()));
     match progress.stage {
-        Stage::Parting | Stage::InDoubt => Some("departing"),
+        Stage::HandingOver | Stage::InDoubt => Some("departing"),
         Stage::Leaving => Some("departed"),
         _ => None,
     }
@@ -249,7 +249,7 @@ fn stage(progress: &Progress) -> &'static str {
         Stage::Connecting => "connecting",
         Stage::Copying => "copying",
         Stage::Closing => "closing",
-        Stage::Parting => "parting",
+        Stage::HandingOver => "parting",
         Stage::InDoubt => "in-doubt",
         Stage::Leaving => "leaving",
         Stage::Ended => "ended",
@@ -265,7 +265,7 @@ fn job(ground: &MigrationContext, order: &Mirror) -> Result<Job, Reply> {
     job.from = order.bind.filter(|ip| !ip.is_unspecified());
     job.unlink = order.action == ArrivalAction::Unlink;
     job.speed = order.max_bps.and_then(NonZeroU64::new);
-    job.patience = patience(env::var(PATIENCE_VARIABLE).ok().as_deref()).unwrap_or(job.patience);
+    job.timeout = patience(env::var(PATIENCE_VARIABLE).ok().as_deref()).unwrap_or(job.timeout);
     Ok(job)
 }
 

@@ -192,7 +192,7 @@ impl Service {
         // finds this one, or this one ends before it begins.
         *lock(&departures.desk) = Some(Arc::clone(&desk));
         if self.vigil.is_interrupted() {
-            desk.abandon();
+            desk.request_break();
         }
         prepared.start()?.wait()?;
         Ok(desk)
@@ -203,7 +203,7 @@ impl Service {
             Ok(desk) => desk,
             Err(reply) => return reply,
         };
-        let account = self.vigil.wait(|| desk.account());
+        let account = self.vigil.wait(|| desk.result());
         // A process that stops breaks its migration off, which nobody has ordered.
         let is_ordered =
             |(outcome, _): &_| *outcome != Outcome::Broken || !self.vigil.is_interrupted();

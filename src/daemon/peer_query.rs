@@ -7,7 +7,7 @@ use super::signals::{SignalAction, Signals};
 use super::tell;
 use crate::disk::ownership::{Id, RemoteAddress};
 use crate::memory_reserve::check_thread_headroom;
-use crate::migration::job::{HandoverVerdict, Trouble, fate};
+use crate::migration::job::{HandoverVerdict, Trouble, handover_verdict};
 use crate::migration::link::Route;
 use crate::migration::source;
 use crate::migration::wire::{Answer, Question};
@@ -138,7 +138,7 @@ impl StartupQuery<'_> {
                 self.wait(Some(&asking), None)?;
             }
             match asking.answer() {
-                Some(Ok(answer)) => return Ok(fate(answer.as_ref(), None)),
+                Some(Ok(answer)) => return Ok(handover_verdict(answer.as_ref(), None)),
                 Some(Err(trouble)) if tries_left == 0 => warn!(
                     "flexnbd.migration" = %id, "flexnbd.destination" = %to,
                     "{to} does not say whether the disk has arrived there: {trouble}"
@@ -245,7 +245,7 @@ impl RepeatedQuery {
             return None;
         };
         let fate = match asking.answer()? {
-            Ok(answer) => fate(answer.as_ref(), None),
+            Ok(answer) => handover_verdict(answer.as_ref(), None),
             Err(trouble) => {
                 let trouble = trouble.to_string();
                 self.tell(trouble);

@@ -3,7 +3,7 @@
 //! other; decides nothing.
 
 use crate::disk::ownership::Provenance;
-use crate::migration::arrival::{self, HandoverError, Sender, answer_when_serving};
+use crate::migration::arrival::{self, AccessDenied, Sender, answer_when_serving};
 use crate::migration::destination::{Destination, HandoverResult};
 use crate::migration::wire::{Question, WireError};
 use crate::nbd::handshake::option::OptionReply;
@@ -53,7 +53,7 @@ pub(super) struct ReceivingPolicy(pub(super) Destination);
 
 impl ExportPolicy for ReceivingPolicy {
     fn introduced(&self, session: SessionId, data: &[u8], others: &dyn SessionsView) -> ProbeReply {
-        match self.0.introduced(session, data, &|other| others.silence(other)) {
+        match self.0.on_introduction(session, data, &|other| others.silence(other)) {
             Ok(arrival::ProbeDecision::Answer { answer, retire }) => {
                 ProbeReply::Answer { data: answer.encode().to_vec(), retire, is_source: true }
             }
@@ -71,7 +71,7 @@ impl ExportPolicy for ReceivingPolicy {
         let entered = if now {
             self.0.enter(session, &silence)
         } else {
-            self.0.admits(session, &silence).map(|()| Vec::new())
+            self.0.may_enter(session, &silence).map(|()| Vec::new())
         };
         match entered {
             Ok(retire) => GoReply::Open(retire),
@@ -87,11 +87,11 @@ impl ExportPolicy for ReceivingPolicy {
     }
 
     fn write_failed(&self, _session: SessionId, error: &io::Error) {
-        self.0.failed(&format!("cannot write the incoming disk: {error}"));
+        self.0.on_write_failure(&format!("cannot write the incoming disk: {error}"));
     }
 
     fn handed_over(&self, session: SessionId, payload: &[u8]) -> HandoverReply {
-        match self.0.handed_over(session, payload) {
+        match self.0.on_handover(session, payload) {
             HandoverResult::Acknowledge => HandoverReply::Acknowledge,
             HandoverResult::Refuse => HandoverReply::Refuse(ErrorCode::Invalid),
             HandoverResult::Silence => HandoverReply::Silence,
@@ -99,11 +99,11 @@ impl ExportPolicy for ReceivingPolicy {
     }
 
     fn said_goodbye(&self, session: SessionId) {
-        self.0.said_goodbye(session);
+        self.0.on_disconnect(session);
     }
 
     fn closed(&self, session: SessionId) {
-        self.0.closed(session);
+        self.0.on_close(session);
     }
 
     fn is_exclusive(&self) -> bool {
@@ -116,19 +116,19 @@ impl ReceivingPolicy {
     /// that is in its way.
     fn explain(
         &self,
-        denied: HandoverError,
+        denied: AccessDenied,
         (session, introduction): (SessionId, Option<&[u8]>),
         others: &dyn SessionsView,
     ) -> (String, Option<SessionId>) {
-        let HandoverError::Taken(holder) = denied else { return (why(denied).to_owned(), None) };
+        let AccessDenied::SlotTaken(holder) = denied else { return (why(denied).to_owned(), None) };
         let who = others.peer(holder).map_or_else(String::new, |peer| format!(" {peer}"));
         let what = match self.0.holder(holder) {
-            Some(Sender::Ours(id)) => format!("migration {id}"),
+            Some(Sender::Source(id)) => format!("migration {id}"),
             _ => "not a flexnbd".to_owned(),
         };
         let silent = others.silence(holder).as_secs();
         // None if it has left by now.
-        let patience = self.0.patience(session, introduction).map_or(0, |time| time.as_secs());
+        let patience = self.0.slot_timeout(session, introduction).map_or(0, |time| time.as_secs());
         let why = format!(
             "{}:{who} ({what}), silent for {silent} s; after {patience} s it loses its place",
             why(denied)
@@ -137,19 +137,19 @@ impl ReceivingPolicy {
     }
 }
 
-fn why(denied: HandoverError) -> &'static str {
+fn why(denied: AccessDenied) -> &'static str {
     match denied {
-        HandoverError::Stranger => {
+        AccessDenied::NotIntroduced => {
             "a disk is being received here: only its source is let in, a flexnbd that moves it \
              (flexnbd mirror)"
         }
-        HandoverError::Taken(_) => "the disk is being received from another client",
-        HandoverError::NotSeated => "the connection is not the one that the disk is received from",
-        HandoverError::Incomplete => {
+        AccessDenied::SlotTaken(_) => "the disk is being received from another client",
+        AccessDenied::NotSender => "the connection is not the one that the disk is received from",
+        AccessDenied::Incomplete => {
             "an incomplete copy of the disk lies here, which only a client that writes it may read"
         }
-        HandoverError::Complete => "the disk has arrived",
-        HandoverError::Failed => "the disk cannot be received here",
+        AccessDenied::Complete => "the disk has arrived",
+        AccessDenied::Failed => "the disk cannot be received here",
     }
 }
 

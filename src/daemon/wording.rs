@@ -48,7 +48,7 @@ pub(super) fn progress(size: u64, progress: Option<&Progress>) -> String {
         (Stage::Closing, _) => {
             format!("clients wait while the last {} are sent", bytes(now.bytes_left))
         }
-        (Stage::Parting, _) => "handing the disk over".to_owned(),
+        (Stage::HandingOver, _) => "handing the disk over".to_owned(),
         (Stage::InDoubt, None) => {
             "clients wait until the destination says whether the disk has arrived".to_owned()
         }

@@ -54,7 +54,7 @@ pub enum Admits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sender {
     /// A source of ours, which introduced itself with this migration.
-    Ours(Id),
+    Source(Id),
     /// A client of old style; its DISC after writing means that the disk is complete.
     OldStyle,
     /// Any other client of new style; nothing is inferred from what it does.
@@ -64,7 +64,7 @@ pub enum Sender {
 impl Sender {
     fn id(self) -> Option<Id> {
         match self {
-            Self::Ours(id) => Some(id),
+            Self::Source(id) => Some(id),
             Self::OldStyle | Self::Plain => None,
         }
     }
@@ -72,13 +72,13 @@ impl Sender {
 
 /// Why a client is not admitted, or a request of it refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HandoverError {
+pub enum AccessDenied {
     /// It did not introduce itself (`NBD_REP_ERR_POLICY`).
-    Stranger,
+    NotIntroduced,
     /// This other connection holds the seat (`NBD_REP_ERR_POLICY`; for a request `EPERM`).
-    Taken(Connection),
+    SlotTaken(Connection),
     /// The connection does not hold the seat, or has lost it.
-    NotSeated,
+    NotSender,
     /// The image holds an incomplete copy that another connection began (a request: `EPERM`).
     Incomplete,
     /// The disk is just being made ours, or is ours.
@@ -98,7 +98,7 @@ pub enum ProbeDecision {
         retire: Vec<Connection>,
     },
     /// Refuse the option.
-    Refuse(HandoverError),
+    Refuse(AccessDenied),
 }
 
 /// What to do about a request that changes the disk.
@@ -106,16 +106,16 @@ pub enum ProbeDecision {
 pub enum WritePermission {
     /// Carry it out.
     Go,
-    /// Make this record durable, report with [`Arrival::recorded`], and ask again.
+    /// Make this record durable, report with [`Arrival::on_recorded`], and ask again.
     RecordFirst(Record),
     /// Refuse the request.
-    Refuse(HandoverError),
+    Refuse(AccessDenied),
 }
 
 /// What to do about the end of the copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ArrivalEnd {
-    /// Make the data durable, then this record; report with [`Arrival::settled`].
+    /// Make the data durable, then this record; report with [`Arrival::on_settled`].
     Settle(Record),
     /// A HANDOVER that is not meant for us: answer it with `EINVAL`.
     Refuse,
@@ -165,14 +165,14 @@ enum Holds {
 impl SenderSlot {
     /// Whether the seat is given to `contender` when its holder has been silent for so long.
     fn yields(self, contender: Sender, silent: Duration) -> bool {
-        silent >= self.patience(contender)
+        silent >= self.slot_timeout(contender)
     }
 
     /// For how long the holder must have been silent for `contender` to get the seat.
-    fn patience(self, contender: Sender) -> Duration {
+    fn slot_timeout(self, contender: Sender) -> Duration {
         match (self.guest, contender) {
-            (Sender::Ours(_), Sender::Ours(_)) => SOURCE_SILENCE,
-            (Sender::Plain, Sender::Ours(_)) if !self.wrote => Duration::ZERO,
+            (Sender::Source(_), Sender::Source(_)) => SOURCE_SILENCE,
+            (Sender::Plain, Sender::Source(_)) if !self.wrote => Duration::ZERO,
             (Sender::Plain, Sender::Plain) if !self.wrote => SOURCE_SILENCE,
             _ => WRITER_SILENCE,
         }
@@ -207,10 +207,10 @@ impl Arrival {
     /// After how long a silence of its holder the seat is given to `contender`: a source if it
     /// introduces itself just now, else what it is already. None if the seat is free.
     #[must_use]
-    pub fn patience(&self, contender: Connection, introduces: Option<Id>) -> Option<Duration> {
-        let guest = introduces.map_or_else(|| self.guest(contender), Sender::Ours);
+    pub fn slot_timeout(&self, contender: Connection, introduces: Option<Id>) -> Option<Duration> {
+        let guest = introduces.map_or_else(|| self.guest(contender), Sender::Source);
         let ArrivalState::Receiving(Some(seat)) = self.state else { return None };
-        Some(seat.patience(guest))
+        Some(seat.slot_timeout(guest))
     }
 
     /// A source introduces itself on `connection`, or asks what has become of its disk: it gets the
@@ -218,7 +218,7 @@ impl Arrival {
     ///
     /// The answer is about the migration asked about, so that it is given to one that has held the
     /// seat whoever holds it now.
-    pub fn introduced(
+    pub fn on_introduction(
         &mut self,
         connection: Connection,
         question: &Question,
@@ -227,15 +227,15 @@ impl Arrival {
         let id = question.id;
         match self.state {
             ArrivalState::Arrived(_) | ArrivalState::Receiving(None) => {}
-            ArrivalState::Receiving(Some(seat)) if seat.guest == Sender::Ours(id) => {
+            ArrivalState::Receiving(Some(seat)) if seat.guest == Sender::Source(id) => {
                 if seat.connection != connection {
                     self.unseat(seat.connection);
                 }
             }
             ArrivalState::Receiving(Some(seat)) => {
                 let known = self.holders.contains(&id);
-                if !known && !seat.yields(Sender::Ours(id), silent) {
-                    return ProbeDecision::Refuse(HandoverError::Taken(seat.connection));
+                if !known && !seat.yields(Sender::Source(id), silent) {
+                    return ProbeDecision::Refuse(AccessDenied::SlotTaken(seat.connection));
                 }
             }
             state => return ProbeDecision::Refuse(denied(state)),
@@ -261,7 +261,7 @@ impl Arrival {
     ///
     /// # Errors
     /// Why not.
-    pub fn admits(&self, connection: Connection, silent: Duration) -> Result<(), HandoverError> {
+    pub fn may_enter(&self, connection: Connection, silent: Duration) -> Result<(), AccessDenied> {
         self.entrance(connection, silent).map(drop)
     }
 
@@ -275,7 +275,7 @@ impl Arrival {
         &mut self,
         connection: Connection,
         silent: Duration,
-    ) -> Result<Vec<Connection>, HandoverError> {
+    ) -> Result<Vec<Connection>, AccessDenied> {
         let (guest, outgoing) = self.entrance(connection, silent)?;
         if let Some(outgoing) = outgoing {
             self.unseat(outgoing);
@@ -291,24 +291,26 @@ impl Arrival {
         &self,
         connection: Connection,
         silent: Duration,
-    ) -> Result<(Sender, Option<Connection>), HandoverError> {
+    ) -> Result<(Sender, Option<Connection>), AccessDenied> {
         let guest = self.guest(connection);
         let ArrivalState::Receiving(seat) = self.state else { return Err(denied(self.state)) };
         if guest == Sender::Plain && self.admits != Admits::PlainWriter {
-            return Err(HandoverError::Stranger);
+            return Err(AccessDenied::NotIntroduced);
         }
         match seat {
             Some(seat) if seat.connection == connection => Ok((guest, None)),
             Some(seat) if seat.yields(guest, silent) => Ok((guest, Some(seat.connection))),
             // Its requests are refused one by one, since old style has no other way.
-            Some(seat) if guest != Sender::OldStyle => Err(HandoverError::Taken(seat.connection)),
+            Some(seat) if guest != Sender::OldStyle => {
+                Err(AccessDenied::SlotTaken(seat.connection))
+            }
             _ => Ok((guest, None)),
         }
     }
 
     fn guest(&self, connection: Connection) -> Sender {
         match self.introduced.get(&connection) {
-            Some(id) => Sender::Ours(*id),
+            Some(id) => Sender::Source(*id),
             None if self.admits == Admits::OldStyle => Sender::OldStyle,
             None => Sender::Plain,
         }
@@ -341,20 +343,20 @@ impl Arrival {
     ///
     /// # Errors
     /// Why not.
-    pub fn may_use(&self, connection: Connection) -> Result<(), HandoverError> {
+    pub fn may_use(&self, connection: Connection) -> Result<(), AccessDenied> {
         match self.state {
             ArrivalState::Receiving(Some(seat)) if seat.connection == connection => {
                 let reads_half =
                     seat.guest == Sender::Plain && !seat.wrote && self.holds != Holds::Nothing;
-                if reads_half { Err(HandoverError::Incomplete) } else { Ok(()) }
+                if reads_half { Err(AccessDenied::Incomplete) } else { Ok(()) }
             }
-            ArrivalState::Receiving(Some(seat)) => Err(HandoverError::Taken(seat.connection)),
+            ArrivalState::Receiving(Some(seat)) => Err(AccessDenied::SlotTaken(seat.connection)),
             ArrivalState::Receiving(None)
                 if self.may_be_the_writer(connection) && self.holds == Holds::Nothing =>
             {
                 Ok(())
             }
-            ArrivalState::Receiving(None) => Err(HandoverError::NotSeated),
+            ArrivalState::Receiving(None) => Err(AccessDenied::NotSender),
             state => Err(denied(state)),
         }
     }
@@ -364,16 +366,16 @@ impl Arrival {
     }
 
     /// `connection` wants to change the disk.
-    pub fn wants_to_write(&mut self, connection: Connection) -> WritePermission {
+    pub fn on_write_request(&mut self, connection: Connection) -> WritePermission {
         let guest = match self.state {
             ArrivalState::Receiving(Some(seat)) if seat.connection == connection => seat.guest,
             ArrivalState::Receiving(Some(seat)) => {
-                return WritePermission::Refuse(HandoverError::Taken(seat.connection));
+                return WritePermission::Refuse(AccessDenied::SlotTaken(seat.connection));
             }
             ArrivalState::Receiving(None) if self.may_be_the_writer(connection) => Sender::OldStyle,
             // A source that has lost its seat to its own next connection, which has closed.
             ArrivalState::Receiving(None) => {
-                return WritePermission::Refuse(HandoverError::NotSeated);
+                return WritePermission::Refuse(AccessDenied::NotSender);
             }
             state => return WritePermission::Refuse(denied(state)),
         };
@@ -385,7 +387,7 @@ impl Arrival {
     }
 
     /// The record *incoming* with `id` is durable, or could not be made so; then the process ends.
-    pub fn recorded(&mut self, id: Option<Id>, durable: bool) {
+    pub fn on_recorded(&mut self, id: Option<Id>, durable: bool) {
         if durable {
             self.holds = Holds::CopyOf(id);
         } else {
@@ -394,9 +396,9 @@ impl Arrival {
     }
 
     /// HANDOVER arrived on `connection`.
-    pub fn handed_over(&mut self, connection: Connection, handover: &Handover) -> ArrivalEnd {
+    pub fn on_handover(&mut self, connection: Connection, handover: &Handover) -> ArrivalEnd {
         let id = handover.id;
-        let seated = self.holder() == Some((connection, Sender::Ours(id)));
+        let seated = self.holder() == Some((connection, Sender::Source(id)));
         let ours = handover.token == self.token && self.holds == Holds::CopyOf(Some(id));
         if !(seated && ours) {
             return ArrivalEnd::Refuse;
@@ -406,7 +408,7 @@ impl Arrival {
     }
 
     /// DISC arrived on `connection`, and everything before it has been carried out.
-    pub fn said_goodbye(&mut self, connection: Connection) -> ArrivalEnd {
+    pub fn on_disconnect(&mut self, connection: Connection) -> ArrivalEnd {
         let seated = self.holder() == Some((connection, Sender::OldStyle));
         if !(seated && self.holds == Holds::CopyOf(None)) {
             return ArrivalEnd::Nothing;
@@ -417,7 +419,7 @@ impl Arrival {
 
     /// Data and record are durable, or could not be made so. True: the disk is ours, acknowledge
     /// and exit with success. False: exit with an error and without another word to the source.
-    pub fn settled(&mut self, durable: bool) -> bool {
+    pub fn on_settled(&mut self, durable: bool) -> bool {
         self.state = match self.state {
             ArrivalState::Settling(id) if durable => ArrivalState::Arrived(id),
             _ => ArrivalState::Failed,
@@ -427,7 +429,7 @@ impl Arrival {
 
     /// A change that was permitted could not be made: the copy has a gap, whatever its sender says
     /// next. True: the process exits with an error. False: the copy was complete before.
-    pub fn write_failed(&mut self) -> bool {
+    pub fn on_write_failure(&mut self) -> bool {
         if matches!(self.state, ArrivalState::Receiving(_)) {
             self.state = ArrivalState::Failed;
         }
@@ -435,7 +437,7 @@ impl Arrival {
     }
 
     /// `connection` is gone, and none of its requests is under way.
-    pub fn closed(&mut self, connection: Connection) {
+    pub fn on_close(&mut self, connection: Connection) {
         self.introduced.remove(&connection);
         self.retiring.remove(&connection);
         if self.holder().is_some_and(|(holder, _)| holder == connection) {
@@ -444,11 +446,11 @@ impl Arrival {
     }
 }
 
-fn denied(state: ArrivalState) -> HandoverError {
+fn denied(state: ArrivalState) -> AccessDenied {
     match state {
-        ArrivalState::Receiving(_) => HandoverError::NotSeated,
-        ArrivalState::Settling(_) | ArrivalState::Arrived(_) => HandoverError::Complete,
-        ArrivalState::Failed => HandoverError::Failed,
+        ArrivalState::Receiving(_) => AccessDenied::NotSender,
+        ArrivalState::Settling(_) | ArrivalState::Arrived(_) => AccessDenied::Complete,
+        ArrivalState::Failed => AccessDenied::Failed,
     }
 }
 

@@ -2,7 +2,7 @@
 //! Knows no socket: whoever serves the incoming disk asks it, and it answers.
 
 use super::arrival::{
-    Arrival, ArrivalEnd, Connection, HandoverError, ProbeDecision, Sender, WritePermission,
+    AccessDenied, Arrival, ArrivalEnd, Connection, ProbeDecision, Sender, WritePermission,
 };
 use super::wire::{Handover, Question, WireError};
 use crate::disk::Disk;
@@ -11,7 +11,7 @@ use crate::disk::record_store::RecordStore;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// What becomes of an incoming disk, told once.
+/// What becomes of an incoming disk, observer once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ArrivalResult {
     /// It is complete, durable, and ours, by this title.
@@ -35,12 +35,12 @@ pub enum HandoverResult {
 pub struct Destination {
     disk: Arc<Disk>,
     /// None where no record can be kept.
-    ledger: Option<RecordStore>,
+    record_store: Option<RecordStore>,
     arrival: Mutex<Arrival>,
     /// Held while data and record are made durable. Never waited for by whoever may have requests
     /// under way: to flush is to wait for theirs.
     settling: Mutex<()>,
-    told: Box<dyn Fn(ArrivalResult) + Send + Sync>,
+    observer: Box<dyn Fn(ArrivalResult) + Send + Sync>,
 }
 
 /// For how long nothing has come from a connection.
@@ -53,16 +53,22 @@ impl std::fmt::Debug for Destination {
 }
 
 impl Destination {
-    /// A destination whose decisions `arrival` makes. `told` is called with what becomes of the disk,
+    /// A destination whose decisions `arrival` makes. `observer` is called with what becomes of the disk,
     /// and must not wait.
     #[must_use]
     pub fn new(
         disk: Arc<Disk>,
-        ledger: Option<RecordStore>,
+        record_store: Option<RecordStore>,
         arrival: Arrival,
-        told: Box<dyn Fn(ArrivalResult) + Send + Sync>,
+        observer: Box<dyn Fn(ArrivalResult) + Send + Sync>,
     ) -> Self {
-        Self { disk, ledger, arrival: Mutex::new(arrival), settling: Mutex::new(()), told }
+        Self {
+            disk,
+            record_store,
+            arrival: Mutex::new(arrival),
+            settling: Mutex::new(()),
+            observer,
+        }
     }
 
     /// A source introduces itself with this data. `silence` tells for how long nothing has come
@@ -70,7 +76,7 @@ impl Destination {
     ///
     /// # Errors
     /// When it is no question.
-    pub fn introduced(
+    pub fn on_introduction(
         &self,
         connection: Connection,
         data: &[u8],
@@ -81,20 +87,20 @@ impl Destination {
         let _decided = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
         let mut arrival = self.lock();
         let silent = self.silence_of_holder(&arrival, silence);
-        Ok(arrival.introduced(connection, &question, silent))
+        Ok(arrival.on_introduction(connection, &question, silent))
     }
 
-    /// Whether this connection may enter the transmission phase; see [`Arrival::admits`].
+    /// Whether this connection may enter the transmission phase; see [`Arrival::may_enter`].
     ///
     /// # Errors
     /// Why not.
-    pub fn admits(
+    pub fn may_enter(
         &self,
         connection: Connection,
         silence: Silence<'_>,
-    ) -> Result<(), HandoverError> {
+    ) -> Result<(), AccessDenied> {
         let arrival = self.lock();
-        arrival.admits(connection, self.silence_of_holder(&arrival, silence))
+        arrival.may_enter(connection, self.silence_of_holder(&arrival, silence))
     }
 
     /// This connection is about to enter the transmission phase; see [`Arrival::enter`].
@@ -105,7 +111,7 @@ impl Destination {
         &self,
         connection: Connection,
         silence: Silence<'_>,
-    ) -> Result<Vec<Connection>, HandoverError> {
+    ) -> Result<Vec<Connection>, AccessDenied> {
         let mut arrival = self.lock();
         let silent = self.silence_of_holder(&arrival, silence);
         arrival.enter(connection, silent)
@@ -118,15 +124,15 @@ impl Destination {
     }
 
     /// After how long a silence of its holder the seat is given to this connection, which
-    /// introduces itself with this data, if any; see [`Arrival::patience`].
+    /// introduces itself with this data, if any; see [`Arrival::slot_timeout`].
     #[must_use]
-    pub fn patience(
+    pub fn slot_timeout(
         &self,
         connection: Connection,
         introduction: Option<&[u8]>,
     ) -> Option<Duration> {
         let question = introduction.and_then(|data| Question::decode(data).ok());
-        self.lock().patience(connection, question.map(|question| question.id))
+        self.lock().slot_timeout(connection, question.map(|question| question.id))
     }
 
     /// A holder whose request is under way on the disk waits for us, and is not silent.
@@ -142,21 +148,21 @@ impl Destination {
     ///
     /// # Errors
     /// Why not.
-    pub fn permit(&self, connection: Connection, changes: bool) -> Result<(), HandoverError> {
+    pub fn permit(&self, connection: Connection, changes: bool) -> Result<(), AccessDenied> {
         let mut arrival = self.lock();
         if !changes {
             return arrival.may_use(connection);
         }
         loop {
-            match arrival.wants_to_write(connection) {
+            match arrival.on_write_request(connection) {
                 WritePermission::Go => return Ok(()),
                 WritePermission::Refuse(denied) => return Err(denied),
                 WritePermission::RecordFirst(record) => {
                     let kept = self.keep(&record);
                     let id = if let Record::Incoming { id } = record { id } else { None };
-                    arrival.recorded(id, kept.is_ok());
+                    arrival.on_recorded(id, kept.is_ok());
                     if let Err(why) = kept {
-                        (self.told)(ArrivalResult::Failed(why));
+                        (self.observer)(ArrivalResult::Failed(why));
                     }
                 }
             }
@@ -164,10 +170,10 @@ impl Destination {
     }
 
     /// HANDOVER arrived with this payload.
-    pub fn handed_over(&self, connection: Connection, payload: &[u8]) -> HandoverResult {
+    pub fn on_handover(&self, connection: Connection, payload: &[u8]) -> HandoverResult {
         let Ok(handover) = Handover::decode(payload) else { return HandoverResult::Refuse };
         let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        let ending = self.lock().handed_over(connection, &handover);
+        let ending = self.lock().on_handover(connection, &handover);
         match ending {
             ArrivalEnd::Settle(record) if self.settle(&record) => HandoverResult::Acknowledge,
             ArrivalEnd::Settle(_) => HandoverResult::Silence,
@@ -176,35 +182,35 @@ impl Destination {
     }
 
     /// DISC arrived.
-    pub fn said_goodbye(&self, connection: Connection) {
+    pub fn on_disconnect(&self, connection: Connection) {
         let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        let ending = self.lock().said_goodbye(connection);
+        let ending = self.lock().on_disconnect(connection);
         if let ArrivalEnd::Settle(record) = ending {
             self.settle(&record);
         }
     }
 
     /// The connection is gone, and none of its requests is under way.
-    pub fn closed(&self, connection: Connection) {
-        self.lock().closed(connection);
+    pub fn on_close(&self, connection: Connection) {
+        self.lock().on_close(connection);
     }
 
     /// A request that changes the disk, or makes it durable, failed: this image cannot be written,
     /// so that waiting for the source to try again would be in vain (flexnbd(1), LISTEN MODE).
-    pub fn failed(&self, why: &str) {
+    pub fn on_write_failure(&self, why: &str) {
         // Once it is being settled, what is to be durable then is known by another flush.
-        if self.lock().write_failed() {
-            (self.told)(ArrivalResult::Failed(why.to_owned()));
+        if self.lock().on_write_failure() {
+            (self.observer)(ArrivalResult::Failed(why.to_owned()));
         }
     }
 
-    /// The data first, then the record: only then is the disk ours. Meanwhile others are told that
+    /// The data first, then the record: only then is the disk ours. Meanwhile others are observer that
     /// it is complete.
     fn settle(&self, record: &Record) -> bool {
         let settled = self.flush().and_then(|()| self.keep(record));
         let mut arrival = self.lock();
-        let ours = arrival.settled(settled.is_ok());
-        (self.told)(match settled {
+        let ours = arrival.on_settled(settled.is_ok());
+        (self.observer)(match settled {
             Ok(()) => ArrivalResult::Arrived(match record {
                 Record::Ours(title) => *title,
                 _ => Provenance::Received,
@@ -220,8 +226,10 @@ impl Destination {
     }
 
     fn keep(&self, record: &Record) -> Result<(), String> {
-        match &self.ledger {
-            Some(ledger) => ledger.write(Some(record)).map_err(|error| error.to_string()),
+        match &self.record_store {
+            Some(record_store) => {
+                record_store.write(Some(record)).map_err(|error| error.to_string())
+            }
             None => Ok(()),
         }
     }
@@ -255,7 +263,7 @@ mod tests {
             let (memory, slow) = (MemoryBackend::new(1 << 20), Arc::new(Slow::default()));
             let image = SlowBackend::new(memory.clone(), Arc::clone(&slow));
             let disk = Arc::new(Disk::new(Box::new(image), false));
-            let (fates, told) = mpsc::channel();
+            let (fates, observer) = mpsc::channel();
             let tell = Box::new({
                 let fates = Mutex::new(fates);
                 move |fate| fates.lock().unwrap().send(fate).unwrap()
@@ -264,7 +272,7 @@ mod tests {
             let destination = Destination::new(Arc::clone(&disk), None, arrival, tell);
             let silence: Silence<'_> = &|_| Duration::ZERO;
             let question = Question { size: 1 << 20, id: ID }.encode();
-            destination.introduced(1, &question, silence).unwrap();
+            destination.on_introduction(1, &question, silence).unwrap();
             destination.enter(1, silence).unwrap();
             destination.permit(1, true).unwrap();
             // A reader has come before, and has a flush under way.
@@ -275,9 +283,9 @@ mod tests {
             let handover = Handover { id: ID, token: TOKEN }.encode();
             thread::scope(|scope| {
                 let destination = &destination;
-                let handing = scope.spawn(|| destination.handed_over(1, &handover));
+                let handing = scope.spawn(|| destination.on_handover(1, &handover));
                 let asking = scope.spawn(move || {
-                    while destination.permit(2, true) != Err(HandoverError::Complete) {
+                    while destination.permit(2, true) != Err(AccessDenied::Complete) {
                         thread::yield_now();
                     }
                     asked.send(()).unwrap();
@@ -296,7 +304,7 @@ mod tests {
                     if fails { HandoverResult::Silence } else { HandoverResult::Acknowledge };
                 assert_eq!(handing.join().unwrap(), expected);
             });
-            let fate = told.recv_timeout(PATIENCE).unwrap();
+            let fate = observer.recv_timeout(PATIENCE).unwrap();
             assert_eq!(fails, matches!(fate, ArrivalResult::Failed(_)));
         }
     }

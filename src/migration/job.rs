@@ -36,7 +36,7 @@ pub struct Job {
     /// Close the gate when the rest can be sent in this time.
     pub pause: Duration,
     /// A destination that makes no progress for so long counts as lost.
-    pub patience: Duration,
+    pub timeout: Duration,
 }
 
 impl Job {
@@ -53,7 +53,7 @@ impl Job {
             speed: None,
             limits: Limits::default(),
             pause: Duration::from_millis(100),
-            patience: Duration::from_secs(60),
+            timeout: Duration::from_secs(60),
         }
     }
 
@@ -147,7 +147,7 @@ pub enum HandoverVerdict {
 /// A listening process that knows nothing of the migration proves nothing, since it may be
 /// receiving into another image; only the process that the handover was sent to does.
 #[must_use]
-pub fn fate(answer: Option<&Answer>, token: Option<Token>) -> HandoverVerdict {
+pub fn handover_verdict(answer: Option<&Answer>, token: Option<Token>) -> HandoverVerdict {
     match answer {
         Some(Answer { has: Has::Arrived, .. }) => HandoverVerdict::Arrived,
         Some(Answer { has: Has::Incomplete, listening: Some(_) }) => HandoverVerdict::NotArrived,
@@ -506,7 +506,7 @@ pub enum News {
     /// Another destination process is there: from the beginning.
     Restarted,
     /// Writers are held back for so long per write, since the copy cannot catch up.
-    HeldBack(Duration),
+    Throttled(Duration),
     /// Clients wait while the rest is sent.
     GateClosed,
     /// The destination says that the disk has not arrived: handing over again.
@@ -525,7 +525,7 @@ pub enum Stage {
     /// Copying the rest while clients wait.
     Closing,
     /// The handover is under way.
-    Parting,
+    HandingOver,
     /// The handover was sent, and nobody knows whether it arrived.
     InDoubt,
     /// The destination has the disk; leaving.

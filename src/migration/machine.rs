@@ -275,8 +275,8 @@ impl Machine {
     ///
     /// # Errors
     /// [`TooLate`] for a `break` after the handover was sent.
-    pub fn order(&mut self, order: OperatorRequest) -> Result<(), TooLate> {
-        match order {
+    pub fn request(&mut self, request: OperatorRequest) -> Result<(), TooLate> {
+        match request {
             OperatorRequest::Speed(limit) => self.speed.set_limit(limit),
             OperatorRequest::Break if self.may_break() => self.breaking = true,
             OperatorRequest::Break => return Err(TooLate),
@@ -339,7 +339,7 @@ impl Machine {
             Phase::Copying(_) | Phase::Probing(_) => Stage::Copying,
             Phase::Closing(_) | Phase::Last(_) | Phase::Flushing(_) => Stage::Closing,
             Phase::Recording(_) | Phase::Sealing(_) | Phase::Farewell(..) | Phase::Parting(_) => {
-                Stage::Parting
+                Stage::HandingOver
             }
             Phase::Doubt(_) => Stage::InDoubt,
             Phase::Leaving(..) => Stage::Leaving,

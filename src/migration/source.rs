@@ -46,13 +46,13 @@ pub struct MigrationParams {
     /// The disk; its gate is the source's from now on.
     pub disk: Arc<Disk>,
     /// Where its record is kept, and by which the image is deleted if that is ordered.
-    pub ledger: RecordStore,
+    pub record_store: RecordStore,
     /// How to get there.
     pub route: Route,
     /// What is ordered.
     pub job: Job,
     /// Who is told.
-    pub witness: Box<dyn Observer>,
+    pub observer: Box<dyn Observer>,
 }
 
 /// An order, and where to say whether it was taken.
@@ -61,7 +61,7 @@ type Pending = (OperatorRequest, Sender<Result<(), TooLate>>);
 /// The way from operators to a running migration, and what they see of it.
 #[derive(Debug)]
 pub struct MigrationHandle {
-    orders: Mutex<VecDeque<Pending>>,
+    requests: Mutex<VecDeque<Pending>>,
     progress: Mutex<Option<Progress>>,
     outcome: Mutex<Option<(Outcome, MigrationStats)>>,
     wake: Wake,
@@ -71,7 +71,7 @@ pub struct MigrationHandle {
 impl MigrationHandle {
     fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            orders: Mutex::default(),
+            requests: Mutex::default(),
             progress: Mutex::default(),
             outcome: Mutex::default(),
             wake: Wake::new()?,
@@ -83,12 +83,12 @@ impl MigrationHandle {
     ///
     /// # Errors
     /// [`TooLate`] for a `break` when the disk is no longer ours to keep.
-    pub fn order(&self, order: OperatorRequest) -> Result<(), TooLate> {
+    pub fn request(&self, order: OperatorRequest) -> Result<(), TooLate> {
         let (taken, answer) = mpsc::channel();
-        lock(&self.orders).push_back((order, taken));
+        lock(&self.requests).push_back((order, taken));
         if self.outcome().is_some() {
-            // It ended just before, and nobody will look at orders any more.
-            lock(&self.orders).clear();
+            // It ended just before, and nobody will look at requests any more.
+            lock(&self.requests).clear();
         }
         self.wake.wake();
         // The sender is dropped when the migration ends before it takes the order.
@@ -96,9 +96,9 @@ impl MigrationHandle {
     }
 
     /// Gives the order to break off without waiting until it is taken.
-    pub fn abandon(&self) {
+    pub fn request_break(&self) {
         let (taken, _) = mpsc::channel();
-        lock(&self.orders).push_back((OperatorRequest::Break, taken));
+        lock(&self.requests).push_back((OperatorRequest::Break, taken));
         self.wake.wake();
     }
 
@@ -117,18 +117,18 @@ impl MigrationHandle {
     /// How it ended, if it has.
     #[must_use]
     pub fn outcome(&self) -> Option<Outcome> {
-        self.account().map(|(outcome, _)| outcome)
+        self.result().map(|(outcome, _)| outcome)
     }
 
     /// How it ended and what it took, if it has ended.
     #[must_use]
-    pub fn account(&self) -> Option<(Outcome, MigrationStats)> {
+    pub fn result(&self) -> Option<(Outcome, MigrationStats)> {
         lock(&self.outcome).clone()
     }
 
-    fn close(&self, outcome: &Outcome, tally: MigrationStats) {
-        *lock(&self.outcome) = Some((outcome.clone(), tally));
-        lock(&self.orders).clear();
+    fn close(&self, outcome: &Outcome, stats: MigrationStats) {
+        *lock(&self.outcome) = Some((outcome.clone(), stats));
+        lock(&self.requests).clear();
     }
 }
 
@@ -160,10 +160,10 @@ pub struct Source {
     machine: Machine,
     disk: Arc<Disk>,
     dirty: Arc<DirtyBitmap>,
-    ledger: RecordStore,
+    record_store: RecordStore,
     route: Route,
-    witness: Box<dyn Observer>,
-    desk: Arc<MigrationHandle>,
+    observer: Box<dyn Observer>,
+    handle: Arc<MigrationHandle>,
     clock: Instant,
     link: Option<Link>,
     /// Since when the gate is closed, if it is.
@@ -174,8 +174,8 @@ pub struct Source {
     /// The extent of data that was looked at last: on some file systems it takes long to find its
     /// end. A part that has become a hole since is found to be zero.
     allocated: Range,
-    stage_told: Option<Stage>,
-    tally: MigrationStats,
+    reported_stage: Option<Stage>,
+    stats: MigrationStats,
 }
 
 impl fmt::Debug for Source {
@@ -185,34 +185,34 @@ impl fmt::Debug for Source {
 }
 
 impl Source {
-    /// A migration that begins when it is run, and the desk it is reached at. From now on the
+    /// A migration that begins when it is run, and the handle it is reached at. From now on the
     /// disk's changes are marked.
     ///
     /// # Errors
     /// When it cannot begin.
-    pub fn new(departure: MigrationParams) -> Result<(Self, Arc<MigrationHandle>), StartFailure> {
-        let MigrationParams { disk, ledger, route, job, witness } = departure;
+    pub fn new(params: MigrationParams) -> Result<(Self, Arc<MigrationHandle>), StartFailure> {
+        let MigrationParams { disk, record_store, route, job, observer } = params;
         let machine = Machine::new(job, Duration::ZERO).map_err(StartFailure::TooSmall)?;
-        let desk = MigrationHandle::new().map_err(StartFailure::System)?;
+        let handle = MigrationHandle::new().map_err(StartFailure::System)?;
         let dirty = disk.track().map_err(StartFailure::System)?;
         let source = Self {
             machine,
             disk,
             dirty,
-            ledger,
+            record_store,
             route,
-            witness,
-            desk: Arc::clone(&desk),
+            observer,
+            handle: Arc::clone(&handle),
             clock: Instant::now(),
             link: None,
             gate_closed: None,
             freeze_end: None,
             progress_at: Duration::ZERO,
             allocated: Range::whole(0),
-            stage_told: None,
-            tally: MigrationStats::default(),
+            reported_stage: None,
+            stats: MigrationStats::default(),
         };
-        Ok((source, desk))
+        Ok((source, handle))
     }
 
     /// The name of the copy that is made first.
@@ -226,7 +226,7 @@ impl Source {
     pub fn run(mut self) -> Outcome {
         let mut event = Event::Begin;
         loop {
-            self.take_orders();
+            self.take_requests();
             let now = self.clock.elapsed();
             let action = self.machine.step(now, event);
             self.bound_freeze();
@@ -235,7 +235,7 @@ impl Source {
                 Action::End(outcome) => {
                     self.disk.untrack();
                     self.disk.set_hold(Duration::ZERO);
-                    self.desk.close(&outcome, self.tally(now));
+                    self.handle.close(&outcome, self.stats(now));
                     return outcome;
                 }
                 action => self.carry_out(action),
@@ -267,9 +267,9 @@ impl Source {
             Action::Record(note) => self.record(note),
             Action::Unlink => self.unlink(),
             Action::Retire => {
-                self.tally.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
+                self.stats.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
                 // Nobody is let in again between the two.
-                self.witness.retire();
+                self.observer.retire();
                 self.disk.gate().retire();
                 Event::Done
             }
@@ -318,7 +318,7 @@ impl Source {
 
     fn unreadable(&mut self, offset: u64, error: &io::Error) -> Event {
         self.link = None;
-        read_error(self.ledger.path(), offset, error)
+        read_error(self.record_store.path(), offset, error)
     }
 
     fn look_at(&mut self, range: Range) -> io::Result<(Range, Content)> {
@@ -358,17 +358,17 @@ impl Source {
         let Some(link) = &mut self.link else {
             return Event::Lost("there is no connection".to_owned());
         };
-        let (disk, desk, machine) = (&self.disk, &self.desk, &mut self.machine);
-        let patience = machine.job().patience;
+        let (disk, handle, machine) = (&self.disk, &self.handle, &mut self.machine);
+        let patience = machine.job().timeout;
         let mut give_up = || {
-            take_orders(desk, machine);
+            take_requests(handle, machine);
             machine.is_breaking()
         };
-        let sent = link.send(request, &disk.copier(), patience, &desk.wake, &mut give_up);
+        let sent = link.send(request, &disk.copier(), patience, &handle.wake, &mut give_up);
         match sent {
             Ok(()) => {
                 match request.work {
-                    RequestKind::Write(range) => self.tally.bytes_sent += range.length(),
+                    RequestKind::Write(range) => self.stats.bytes_sent += range.length(),
                     RequestKind::Flush => self.write_back(),
                     RequestKind::Zero(_) | RequestKind::Handover(_) | RequestKind::Disconnect => {}
                 }
@@ -392,7 +392,7 @@ impl Source {
 
     fn wait(&mut self, until: Duration) -> Event {
         let deadline = self.clock + until;
-        let wake = &self.desk.wake;
+        let wake = &self.handle.wake;
         let Some(link) = &mut self.link else {
             // Whatever ends the waiting, the machine looks at the time again.
             let _ = wait_readable(&[wake.as_fd()], Some(deadline));
@@ -441,7 +441,7 @@ impl Source {
 
     fn record(&self, note: RecordKind) -> Event {
         let record = self.record_of(note);
-        if let Err(error) = self.ledger.write(record.as_ref()) {
+        if let Err(error) = self.record_store.write(record.as_ref()) {
             return Event::Failed(error.to_string());
         }
         // From the handover on the disk may be served elsewhere: a client that looks for it at both
@@ -459,16 +459,16 @@ impl Source {
 
     fn unlink(&self) -> Event {
         let last = self.record_of(RecordKind::Departed);
-        let deleted = self.ledger.delete_image(last.as_ref(), self.machine.job().size);
+        let deleted = self.record_store.delete_image(last.as_ref(), self.machine.job().size);
         deleted.map_or_else(|error| Event::Failed(error.to_string()), |()| Event::Done)
     }
 
-    fn tally(&self, now: Duration) -> MigrationStats {
-        MigrationStats { duration: now, passes: self.machine.progress(now).passes, ..self.tally }
+    fn stats(&self, now: Duration) -> MigrationStats {
+        MigrationStats { duration: now, passes: self.machine.progress(now).passes, ..self.stats }
     }
 
-    fn take_orders(&mut self) {
-        take_orders(&self.desk, &mut self.machine);
+    fn take_requests(&mut self) {
+        take_requests(&self.handle, &mut self.machine);
     }
 
     fn report(&mut self, now: Duration) {
@@ -476,12 +476,12 @@ impl Source {
         // First, since whoever hears the news may ask for the progress.
         // A stage may last: whoever asks must not be told the one before all the while.
         let stage = Some(self.machine.stage());
-        if !news.is_empty() || now >= self.progress_at || stage != self.stage_told {
-            (self.progress_at, self.stage_told) = (now + PROGRESS_EVERY, stage);
-            *lock(&self.desk.progress) = Some(self.machine.progress(now));
+        if !news.is_empty() || now >= self.progress_at || stage != self.reported_stage {
+            (self.progress_at, self.reported_stage) = (now + PROGRESS_EVERY, stage);
+            *lock(&self.handle.progress) = Some(self.machine.progress(now));
         }
         for news in &news {
-            self.witness.news(self.machine.job().id, news);
+            self.observer.news(self.machine.job().id, news);
         }
     }
 }
@@ -494,10 +494,10 @@ pub fn ask(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble
     Link::ask(route, question)
 }
 
-fn take_orders(desk: &MigrationHandle, machine: &mut Machine) {
-    while let Some((order, taken)) = lock(&desk.orders).pop_front() {
+fn take_requests(handle: &MigrationHandle, machine: &mut Machine) {
+    while let Some((order, taken)) = lock(&handle.requests).pop_front() {
         // Whoever gave it may have gone away.
-        let _ = taken.send(machine.order(order));
+        let _ = taken.send(machine.request(order));
     }
 }
 
@@ -520,9 +520,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Nobody waits for ever for a migration whose thread broke down.
 impl Drop for Source {
     fn drop(&mut self) {
-        if self.desk.outcome().is_none() {
+        if self.handle.outcome().is_none() {
             let why = "the migration broke down; restart the server";
-            self.desk.close(&Outcome::Failed(Trouble::Confused(why)), self.tally);
+            self.handle.close(&Outcome::Failed(Trouble::Confused(why)), self.stats);
         }
     }
 }
@@ -544,10 +544,10 @@ mod tests {
 
     #[test]
     fn an_order_that_comes_just_after_the_end_is_too_late_and_does_not_wait_for_ever() {
-        let desk = MigrationHandle::new().unwrap();
-        desk.close(&Outcome::Broken, MigrationStats::default());
+        let handle = MigrationHandle::new().unwrap();
+        handle.close(&Outcome::Broken, MigrationStats::default());
         let (told, answer) = mpsc::channel();
-        std::thread::spawn(move || told.send(desk.order(OperatorRequest::Break)));
+        std::thread::spawn(move || told.send(handle.request(OperatorRequest::Break)));
         assert_eq!(answer.recv_timeout(Duration::from_secs(20)), Ok(Err(TooLate)));
     }
 }

@@ -60,7 +60,7 @@ fn the_limits_are_those_of_the_program() {
     assert_eq!(told("Smallest disk"), [SIZE_MIN]);
     let aim = [pause / u64::from(AIM_SHARE), pause, AIM_FOR.as_secs()];
     assert_eq!(told("Pause aimed at"), aim);
-    assert_eq!(told("Patience"), [usual.patience.as_secs()]);
+    assert_eq!(told("Patience"), [usual.timeout.as_secs()]);
     assert_eq!(told("Trying again"), [RETRY_EVERY.as_secs()]);
     let requests = [window, limits.requests as u64, most, limits.zeroes as u64];
     assert_eq!(told("Requests in flight"), requests);
@@ -113,7 +113,7 @@ fn writers_are_held_back_by_the_steps_that_are_told() {
 #[test]
 fn numbers_within_the_text_are_those_of_the_program() {
     let page = page();
-    let (pause, patience) = (job().pause.as_millis(), job().patience.as_secs());
+    let (pause, patience) = (job().pause.as_millis(), job().timeout.as_secs());
     let pause = u64::try_from(pause).unwrap();
     let catching_up = text(&page, "WHAT HAPPENS/Catching up");
     let aim = [pause / u64::from(AIM_SHARE), AIM_FOR.as_secs(), pause];

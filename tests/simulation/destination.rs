@@ -216,7 +216,7 @@ impl World {
         match listen.busy.clone() {
             Busy::Recording(id) => {
                 self.destination.medium.record.sync();
-                listen.arrival.recorded(Some(id), true);
+                listen.arrival.on_recorded(Some(id), true);
                 listen.busy = Busy::No;
                 Ok((true, None))
             }
@@ -242,7 +242,7 @@ impl World {
             let pending = listen.work.iter().any(|(connection, _)| *connection == at);
             if self.net.all[at].ended_for_destination() && !pending {
                 self.net.all[at].destination_closed = true;
-                listen.arrival.closed(at as u64);
+                listen.arrival.on_close(at as u64);
                 return Ok(true);
             }
             let message = if self.net.up { self.net.all[at].up.pop_front() } else { None };
@@ -261,7 +261,7 @@ impl World {
                 self.handed_over(listen, at, cookie, handover);
                 Ok(())
             }
-            Up::Goodbye => match listen.arrival.said_goodbye(at as u64) {
+            Up::Goodbye => match listen.arrival.on_disconnect(at as u64) {
                 ArrivalEnd::Nothing => Ok(()),
                 ending => Err(format!("(2) a goodbye made the destination say {ending:?}")),
             },
@@ -286,7 +286,7 @@ impl World {
                 return Err(format!("two requests in flight cover {range:?}"));
             }
         }
-        match listen.arrival.wants_to_write(at as u64) {
+        match listen.arrival.on_write_request(at as u64) {
             WritePermission::Go => listen.work.push((at, request)),
             WritePermission::Refuse(_) => self.reply(at, &request, Some(EPERM)),
             WritePermission::RecordFirst(record) => {
@@ -346,7 +346,7 @@ impl World {
         // A holder may have been silent for long, whatever it still has on its way.
         let silent = if self.dice.once_in(2) { SOURCE_SILENCE } else { Duration::ZERO };
         let connection = at as u64;
-        let answer = match listen.arrival.introduced(connection, &ask, silent) {
+        let answer = match listen.arrival.on_introduction(connection, &ask, silent) {
             ProbeDecision::Refuse(_) => None,
             ProbeDecision::Answer { answer, retire } => {
                 self.retire_all(listen, &retire);
@@ -370,7 +370,7 @@ impl World {
             _ => {
                 self.net.all[at].send_down(Down::Refused);
                 self.net.all[at].destination_closed = true;
-                listen.arrival.closed(connection);
+                listen.arrival.on_close(connection);
             }
         }
         Ok(())
@@ -394,14 +394,14 @@ impl World {
         }
         self.net.all[old].up.clear();
         self.net.all[old].destination_closed = true;
-        listen.arrival.closed(old as u64);
+        listen.arrival.on_close(old as u64);
     }
 
     fn handed_over(&mut self, listen: &mut Listen, at: usize, cookie: u64, mut asked: Handover) {
         if self.mutation == Mutation::ResumeAcrossTokens {
             asked.token = listen.token;
         }
-        let ArrivalEnd::Settle(record) = listen.arrival.handed_over(at as u64, &asked) else {
+        let ArrivalEnd::Settle(record) = listen.arrival.on_handover(at as u64, &asked) else {
             self.net.all[at].send_down(Down::Reply { cookie, error: Some(EINVAL) });
             return;
         };
@@ -446,14 +446,14 @@ impl World {
             listen.busy = Busy::Settling { connection, cookie, record, steps };
             return Ok((true, None));
         }
-        listen.arrival.settled(true);
+        listen.arrival.on_settled(true);
         self.arrived()?;
         Ok((true, Some(self.exit_and_serve(record))))
     }
 
     /// Without a word to the source: it asks whoever is here next.
     fn settling_failed(&mut self, listen: &mut Listen) -> Process {
-        listen.arrival.settled(false);
+        listen.arrival.on_settled(false);
         for connection in &mut self.net.all {
             connection.destination_closed = true;
         }

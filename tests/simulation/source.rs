@@ -8,7 +8,7 @@ use flexnbd::disk::dirty::{BLOCK, DirtyBitmap};
 use flexnbd::disk::ownership::{ForServe, Id, Provenance, Record, RemoteAddress, for_serve};
 use flexnbd::migration::job::{
     Action, DestinationInfo, DestinationRequest, Event, HandoverVerdict, Job, News, Obstacle,
-    OperatorRequest, Outcome, RecordKind, RequestKind, Trouble, fate,
+    OperatorRequest, Outcome, RecordKind, RequestKind, Trouble, handover_verdict,
 };
 use flexnbd::migration::machine::Machine;
 use flexnbd::migration::plan::{Caps, Content, Limits};
@@ -153,7 +153,7 @@ impl World {
                 zeroes: 3,
             },
             pause: Duration::from_millis(self.dice.below(2) * 20),
-            patience: 3 * SECOND,
+            timeout: 3 * SECOND,
             ..Job::new(Id(id), self.size(), to, before)
         };
         let mut machine = Machine::new(job, self.now).expect("large enough");
@@ -193,7 +193,7 @@ impl World {
             OperatorRequest::Speed(speed)
         };
         if let Role::Migrating(run) = &mut self.source.role {
-            let _ = run.machine.order(order);
+            let _ = run.machine.request(order);
         }
     }
 
@@ -589,24 +589,24 @@ impl World {
         };
         let Some(answer) = self.hear_answer(at, ask.at) else { return false };
         self.hang_up(ask.connection.take());
-        let mut fate = fate(answer.as_ref().ok(), None);
+        let mut verdict = handover_verdict(answer.as_ref().ok(), None);
         let ignorant = matches!(answer, Ok(Answer { has: Has::Nothing, .. }));
         if self.mutation == Mutation::NothingMeansNo && ignorant {
-            fate = HandoverVerdict::NotArrived;
+            verdict = HandoverVerdict::NotArrived;
         }
-        self.trace(|| format!("source asks: {fate:?}"));
-        self.judge(ask, fate);
+        self.trace(|| format!("source asks: {verdict:?}"));
+        self.judge(ask, verdict);
         true
     }
 
-    fn judge(&mut self, ask: &mut Ask, fate: HandoverVerdict) {
+    fn judge(&mut self, ask: &mut Ask, verdict: HandoverVerdict) {
         let to = RemoteAddress::new("destination 4779").expect("a place");
-        self.source.medium.record.now = match fate {
+        self.source.medium.record.now = match verdict {
             HandoverVerdict::Arrived => Some(Record::Departed { id: ask.id, when: 1, to }),
             HandoverVerdict::NotArrived => ask.before.record(),
             HandoverVerdict::Unknown => return,
         };
-        ask.verdict = Some(fate);
+        ask.verdict = Some(verdict);
     }
 
     /// The process is gone; with `power`, so is what was not durable.

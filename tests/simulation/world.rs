@@ -199,7 +199,7 @@ impl World {
         match &self.source.role {
             Role::Migrating(run) => {
                 let stage = run.machine.progress(self.now).stage;
-                matches!(stage, Stage::Parting | Stage::InDoubt | Stage::Leaving)
+                matches!(stage, Stage::HandingOver | Stage::InDoubt | Stage::Leaving)
             }
             Role::Asking(_) => true,
             Role::Down => matches!(self.source.medium.record.now, Some(Record::Departing { .. })),

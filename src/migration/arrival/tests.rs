@@ -20,16 +20,16 @@ fn listening(has: Has, retire: &[Connection]) -> ProbeDecision {
 }
 
 fn taken(by: Connection) -> ProbeDecision {
-    ProbeDecision::Refuse(HandoverError::Taken(by))
+    ProbeDecision::Refuse(AccessDenied::SlotTaken(by))
 }
 
-fn refused(denied: HandoverError) -> WritePermission {
+fn refused(denied: AccessDenied) -> WritePermission {
     WritePermission::Refuse(denied)
 }
 
 fn policy(guest: Sender) -> Admits {
     match guest {
-        Sender::Ours(_) => Admits::Sources,
+        Sender::Source(_) => Admits::Sources,
         Sender::Plain => Admits::PlainWriter,
         Sender::OldStyle => Admits::OldStyle,
     }
@@ -41,7 +41,7 @@ fn fresh() -> Arrival {
 
 /// A source comes in on `connection`; which connections retire first.
 fn comes(arrival: &mut Arrival, connection: Connection, id: Id, silent: Duration) -> Vec<u64> {
-    let answered = arrival.introduced(connection, &ask(id), silent);
+    let answered = arrival.on_introduction(connection, &ask(id), silent);
     assert!(matches!(answered, ProbeDecision::Answer { .. }), "{answered:?}");
     arrival.enter(connection, silent).unwrap()
 }
@@ -49,18 +49,18 @@ fn comes(arrival: &mut Arrival, connection: Connection, id: Id, silent: Duration
 /// Takes a byte on `connection`.
 fn writes(arrival: &mut Arrival, connection: Connection) {
     if let WritePermission::RecordFirst(Record::Incoming { id }) =
-        arrival.wants_to_write(connection)
+        arrival.on_write_request(connection)
     {
-        arrival.recorded(id, true);
+        arrival.on_recorded(id, true);
     }
-    assert_eq!(arrival.wants_to_write(connection), WritePermission::Go);
+    assert_eq!(arrival.on_write_request(connection), WritePermission::Go);
 }
 
 /// A destination that has taken a byte of `guest` on `connection`.
 fn receiving(connection: Connection, guest: Sender) -> Arrival {
     let mut arrival = Arrival::new(TOKEN, None, policy(guest));
-    if let Sender::Ours(id) = guest {
-        arrival.introduced(connection, &ask(id), ALIVE);
+    if let Sender::Source(id) = guest {
+        arrival.on_introduction(connection, &ask(id), ALIVE);
     }
     arrival.enter(connection, ALIVE).unwrap();
     writes(&mut arrival, connection);
@@ -70,138 +70,154 @@ fn receiving(connection: Connection, guest: Sender) -> Arrival {
 #[test]
 fn the_first_byte_waits_for_the_record() {
     let mut arrival = fresh();
-    assert_eq!(arrival.introduced(1, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
+    assert_eq!(arrival.on_introduction(1, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
     arrival.enter(1, ALIVE).unwrap();
     let first = WritePermission::RecordFirst(Record::Incoming { id: Some(ID) });
-    assert_eq!(arrival.wants_to_write(1), first);
-    assert_eq!(arrival.wants_to_write(1), first, "it is not durable yet");
-    arrival.recorded(Some(ID), true);
-    assert_eq!(arrival.wants_to_write(1), WritePermission::Go);
+    assert_eq!(arrival.on_write_request(1), first);
+    assert_eq!(arrival.on_write_request(1), first, "it is not durable yet");
+    arrival.on_recorded(Some(ID), true);
+    assert_eq!(arrival.on_write_request(1), WritePermission::Go);
 }
 
 #[test]
 fn a_record_that_cannot_be_written_ends_the_process_before_a_byte_is_taken() {
     let mut arrival = fresh();
     comes(&mut arrival, 1, ID, ALIVE);
-    arrival.wants_to_write(1);
-    arrival.recorded(Some(ID), false);
-    assert_eq!(arrival.wants_to_write(1), refused(HandoverError::Failed));
+    arrival.on_write_request(1);
+    arrival.on_recorded(Some(ID), false);
+    assert_eq!(arrival.on_write_request(1), refused(AccessDenied::Failed));
 }
 
 #[test]
 fn a_client_without_introduction_is_never_admitted() {
     let mut arrival = fresh();
-    assert_eq!(arrival.admits(1, ALIVE), Err(HandoverError::Stranger), "before the first source");
-    assert_eq!(arrival.enter(1, ALIVE), Err(HandoverError::Stranger));
+    assert_eq!(
+        arrival.may_enter(1, ALIVE),
+        Err(AccessDenied::NotIntroduced),
+        "before the first source"
+    );
+    assert_eq!(arrival.enter(1, ALIVE), Err(AccessDenied::NotIntroduced));
     comes(&mut arrival, 2, ID, ALIVE);
     assert_eq!(
         arrival.enter(1, WRITER_SILENCE),
-        Err(HandoverError::Stranger),
+        Err(AccessDenied::NotIntroduced),
         "while it is connected"
     );
     writes(&mut arrival, 2);
-    arrival.closed(2);
-    assert_eq!(arrival.enter(1, ALIVE), Err(HandoverError::Stranger), "between two connections");
-    assert_eq!(arrival.wants_to_write(1), refused(HandoverError::NotSeated));
-    assert_eq!(arrival.may_use(1), Err(HandoverError::NotSeated));
+    arrival.on_close(2);
+    assert_eq!(
+        arrival.enter(1, ALIVE),
+        Err(AccessDenied::NotIntroduced),
+        "between two connections"
+    );
+    assert_eq!(arrival.on_write_request(1), refused(AccessDenied::NotSender));
+    assert_eq!(arrival.may_use(1), Err(AccessDenied::NotSender));
 }
 
 #[test]
 fn another_source_is_refused_while_the_holder_is_heard() {
-    let mut arrival = receiving(1, Sender::Ours(ID));
-    assert_eq!(arrival.introduced(2, &ask(OTHER), JUST_ALIVE), taken(1));
-    assert_eq!(arrival.wants_to_write(2), refused(HandoverError::Taken(1)));
-    arrival.closed(2);
-    assert_eq!(arrival.introduced(3, &ask(OTHER), ALIVE), taken(1), "connection 2 held nothing");
-    arrival.closed(1);
+    let mut arrival = receiving(1, Sender::Source(ID));
+    assert_eq!(arrival.on_introduction(2, &ask(OTHER), JUST_ALIVE), taken(1));
+    assert_eq!(arrival.on_write_request(2), refused(AccessDenied::SlotTaken(1)));
+    arrival.on_close(2);
+    assert_eq!(
+        arrival.on_introduction(3, &ask(OTHER), ALIVE),
+        taken(1),
+        "connection 2 held nothing"
+    );
+    arrival.on_close(1);
     assert_eq!(comes(&mut arrival, 4, OTHER, ALIVE), [0; 0]);
 }
 
 #[test]
 fn another_source_gets_the_seat_of_a_silent_holder() {
-    let mut arrival = receiving(1, Sender::Ours(ID));
+    let mut arrival = receiving(1, Sender::Source(ID));
     assert_eq!(comes(&mut arrival, 2, OTHER, SOURCE_SILENCE), [1], "it is closed first");
-    for late in [arrival.wants_to_write(1), arrival.wants_to_write(1)] {
-        assert_eq!(late, refused(HandoverError::Taken(2)));
+    for late in [arrival.on_write_request(1), arrival.on_write_request(1)] {
+        assert_eq!(late, refused(AccessDenied::SlotTaken(2)));
     }
-    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
-    arrival.closed(1);
+    assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse);
+    arrival.on_close(1);
     let first = WritePermission::RecordFirst(Record::Incoming { id: Some(OTHER) });
-    assert_eq!(arrival.wants_to_write(2), first, "from the beginning");
+    assert_eq!(arrival.on_write_request(2), first, "from the beginning");
     // The first one learns that it has not arrived, and is let in when the seat is free.
-    assert_eq!(arrival.introduced(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
-    assert_eq!(arrival.enter(3, ALIVE), Err(HandoverError::Taken(2)));
-    arrival.recorded(Some(OTHER), true);
-    assert_eq!(arrival.introduced(3, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
-    arrival.closed(2);
+    assert_eq!(arrival.on_introduction(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
+    assert_eq!(arrival.enter(3, ALIVE), Err(AccessDenied::SlotTaken(2)));
+    arrival.on_recorded(Some(OTHER), true);
+    assert_eq!(arrival.on_introduction(3, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
+    arrival.on_close(2);
     assert!(arrival.enter(3, ALIVE).is_ok());
 }
 
 #[test]
 fn a_holder_that_was_unseated_is_waited_for_by_every_later_source() {
-    let mut arrival = receiving(1, Sender::Ours(ID));
-    assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
+    let mut arrival = receiving(1, Sender::Source(ID));
+    assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
     // Its requests did not end in time: the answer was not sent, and the source comes again.
-    arrival.closed(2);
-    assert_eq!(arrival.introduced(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
+    arrival.on_close(2);
+    assert_eq!(arrival.on_introduction(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
     assert_eq!(arrival.enter(3, ALIVE), Ok(vec![1]));
-    arrival.closed(1);
+    arrival.on_close(1);
     assert_eq!(arrival.enter(3, ALIVE), Ok(vec![]));
 }
 
 #[test]
 fn a_question_alone_holds_no_seat() {
-    let mut arrival = receiving(1, Sender::Ours(ID));
-    arrival.closed(1);
-    assert_eq!(arrival.introduced(2, &ask(OTHER), ALIVE), listening(Has::Nothing, &[]));
-    assert_eq!(arrival.introduced(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
+    let mut arrival = receiving(1, Sender::Source(ID));
+    arrival.on_close(1);
+    assert_eq!(arrival.on_introduction(2, &ask(OTHER), ALIVE), listening(Has::Nothing, &[]));
+    assert_eq!(arrival.on_introduction(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
     assert!(arrival.enter(3, ALIVE).is_ok(), "the question on 2 keeps nobody out");
-    assert_eq!(arrival.enter(2, ALIVE), Err(HandoverError::Taken(3)));
+    assert_eq!(arrival.enter(2, ALIVE), Err(AccessDenied::SlotTaken(3)));
 }
 
 #[test]
 fn the_same_source_comes_again_and_its_earlier_connection_is_closed_for_good() {
-    let mut arrival = receiving(1, Sender::Ours(ID));
-    assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
-    assert_eq!(arrival.wants_to_write(1), refused(HandoverError::NotSeated));
-    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
-    assert_eq!(arrival.enter(1, ALIVE), Err(HandoverError::Stranger));
-    arrival.closed(1);
+    let mut arrival = receiving(1, Sender::Source(ID));
+    assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
+    assert_eq!(arrival.on_write_request(1), refused(AccessDenied::NotSender));
+    assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse);
+    assert_eq!(arrival.enter(1, ALIVE), Err(AccessDenied::NotIntroduced));
+    arrival.on_close(1);
     arrival.enter(2, ALIVE).unwrap();
-    assert_eq!(arrival.wants_to_write(2), WritePermission::Go);
-    arrival.closed(2);
-    assert_eq!(arrival.wants_to_write(1), refused(HandoverError::NotSeated), "the seat stays lost");
-    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
+    assert_eq!(arrival.on_write_request(2), WritePermission::Go);
+    arrival.on_close(2);
+    assert_eq!(
+        arrival.on_write_request(1),
+        refused(AccessDenied::NotSender),
+        "the seat stays lost"
+    );
+    assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse);
 }
 
 #[test]
 fn of_two_introductions_with_one_id_only_the_later_may_enter() {
     let mut arrival = fresh();
-    arrival.introduced(1, &ask(ID), ALIVE);
-    arrival.introduced(2, &ask(ID), ALIVE);
-    assert_eq!(arrival.enter(1, ALIVE), Err(HandoverError::Stranger));
+    arrival.on_introduction(1, &ask(ID), ALIVE);
+    arrival.on_introduction(2, &ask(ID), ALIVE);
+    assert_eq!(arrival.enter(1, ALIVE), Err(AccessDenied::NotIntroduced));
     assert!(arrival.enter(2, ALIVE).is_ok());
 }
 
 #[test]
 fn a_source_that_introduces_itself_twice_on_one_connection_does_not_wait_for_itself() {
     let mut arrival = fresh();
-    arrival.introduced(1, &ask(ID), ALIVE);
-    assert_eq!(arrival.introduced(1, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
+    arrival.on_introduction(1, &ask(ID), ALIVE);
+    assert_eq!(arrival.on_introduction(1, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
     assert_eq!(arrival.enter(1, ALIVE), Ok(vec![]));
     writes(&mut arrival, 1);
 }
 
 #[test]
 fn after_a_write_that_failed_neither_a_handover_nor_a_goodbye_makes_the_disk_ours() {
-    let mut arrival = receiving(1, Sender::Ours(ID));
-    arrival.write_failed();
-    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
-    let failed = ProbeDecision::Refuse(HandoverError::Failed);
-    assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), failed);
+    let mut arrival = receiving(1, Sender::Source(ID));
+    arrival.on_write_failure();
+    assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse);
+    let failed = ProbeDecision::Refuse(AccessDenied::Failed);
+    assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), failed);
     let mut arrival = receiving(1, Sender::OldStyle);
-    arrival.write_failed();
-    assert_eq!(arrival.said_goodbye(1), ArrivalEnd::Nothing);
+    arrival.on_write_failure();
+    assert_eq!(arrival.on_disconnect(1), ArrivalEnd::Nothing);
 }
 
 #[test]
@@ -209,35 +225,39 @@ fn a_copy_that_a_plain_writer_has_written_into_is_not_resumed() {
     let mut arrival = Arrival::new(TOKEN, Some(Some(ID)), Admits::PlainWriter);
     assert!(arrival.enter(1, ALIVE).is_ok());
     let incoming = WritePermission::RecordFirst(Record::Incoming { id: None });
-    assert_eq!(arrival.wants_to_write(1), incoming);
-    arrival.recorded(None, true);
-    arrival.closed(1);
-    assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
+    assert_eq!(arrival.on_write_request(1), incoming);
+    arrival.on_recorded(None, true);
+    arrival.on_close(1);
+    assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
 }
 
 #[test]
 fn a_plain_writer_is_the_only_one_until_it_leaves_or_falls_silent() {
     let mut arrival = receiving(1, Sender::Plain);
     let almost = WRITER_SILENCE.checked_sub(Duration::from_millis(1)).unwrap();
-    assert_eq!(arrival.enter(2, almost), Err(HandoverError::Taken(1)));
-    assert_eq!(arrival.introduced(3, &ask(ID), almost), taken(1), "nor a source");
-    assert_eq!(arrival.may_use(2), Err(HandoverError::Taken(1)));
-    assert_eq!(arrival.said_goodbye(1), ArrivalEnd::Nothing);
+    assert_eq!(arrival.enter(2, almost), Err(AccessDenied::SlotTaken(1)));
+    assert_eq!(arrival.on_introduction(3, &ask(ID), almost), taken(1), "nor a source");
+    assert_eq!(arrival.may_use(2), Err(AccessDenied::SlotTaken(1)));
+    assert_eq!(arrival.on_disconnect(1), ArrivalEnd::Nothing);
     assert_eq!(arrival.enter(2, WRITER_SILENCE), Ok(vec![1]));
-    arrival.closed(1);
+    arrival.on_close(1);
     writes(&mut arrival, 2);
-    arrival.closed(2);
+    arrival.on_close(2);
     assert_eq!(comes(&mut arrival, 4, ID, ALIVE), [0; 0]);
-    assert_eq!(arrival.enter(5, ALIVE), Err(HandoverError::Taken(4)), "a source is not displaced");
+    assert_eq!(
+        arrival.enter(5, ALIVE),
+        Err(AccessDenied::SlotTaken(4)),
+        "a source is not displaced"
+    );
 }
 
 #[test]
 fn a_plain_client_that_has_written_nothing_gives_way_to_a_source() {
     let mut arrival = Arrival::new(TOKEN, None, Admits::PlainWriter);
     arrival.enter(1, ALIVE).unwrap();
-    assert_eq!(arrival.enter(2, JUST_ALIVE), Err(HandoverError::Taken(1)));
+    assert_eq!(arrival.enter(2, JUST_ALIVE), Err(AccessDenied::SlotTaken(1)));
     assert_eq!(comes(&mut arrival, 3, ID, ALIVE), [1], "its session is ended");
-    assert_eq!(arrival.may_use(1), Err(HandoverError::Taken(3)));
+    assert_eq!(arrival.may_use(1), Err(AccessDenied::SlotTaken(3)));
 }
 
 #[test]
@@ -250,15 +270,15 @@ fn in_old_style_only_the_writer_uses_the_arriving_disk() {
     writes(&mut arrival, 1);
     assert_eq!(arrival.enter(3, ALIVE), Ok(vec![]), "old style cannot refuse in the greeting");
     for other in [2, 3] {
-        assert_eq!(arrival.may_use(other), Err(HandoverError::Taken(1)));
-        assert_eq!(arrival.wants_to_write(other), refused(HandoverError::Taken(1)));
-        assert_eq!(arrival.said_goodbye(other), ArrivalEnd::Nothing);
+        assert_eq!(arrival.may_use(other), Err(AccessDenied::SlotTaken(1)));
+        assert_eq!(arrival.on_write_request(other), refused(AccessDenied::SlotTaken(1)));
+        assert_eq!(arrival.on_disconnect(other), ArrivalEnd::Nothing);
     }
-    arrival.closed(1);
-    assert_eq!(arrival.may_use(2), Err(HandoverError::NotSeated), "half a copy");
+    arrival.on_close(1);
+    assert_eq!(arrival.may_use(2), Err(AccessDenied::NotSender), "half a copy");
     writes(&mut arrival, 2);
     assert_eq!(arrival.enter(3, WRITER_SILENCE), Ok(vec![2]), "a silent writer is closed");
-    assert_eq!(arrival.wants_to_write(2), refused(HandoverError::NotSeated));
+    assert_eq!(arrival.on_write_request(2), refused(AccessDenied::NotSender));
     writes(&mut arrival, 3);
 }
 
@@ -273,7 +293,7 @@ fn a_restarted_old_style_destination_hides_half_a_copy() {
     for id in [None, Some(ID)] {
         let mut arrival = restarted(&Record::Incoming { id }, Admits::OldStyle);
         arrival.enter(1, ALIVE).unwrap();
-        assert_eq!(arrival.may_use(1), Err(HandoverError::NotSeated), "{id:?}");
+        assert_eq!(arrival.may_use(1), Err(AccessDenied::NotSender), "{id:?}");
         writes(&mut arrival, 1);
         assert_eq!(arrival.may_use(1), Ok(()), "the writer");
     }
@@ -284,12 +304,12 @@ fn a_plain_client_reads_half_a_copy_only_after_writing() {
     for id in [None, Some(ID)] {
         let mut arrival = restarted(&Record::Incoming { id }, Admits::PlainWriter);
         arrival.enter(1, ALIVE).unwrap();
-        assert_eq!(arrival.may_use(1), Err(HandoverError::Incomplete), "{id:?}");
+        assert_eq!(arrival.may_use(1), Err(AccessDenied::Incomplete), "{id:?}");
         writes(&mut arrival, 1);
         assert_eq!(arrival.may_use(1), Ok(()), "the writer");
-        arrival.closed(1);
+        arrival.on_close(1);
         arrival.enter(2, ALIVE).unwrap();
-        assert_eq!(arrival.may_use(2), Err(HandoverError::Incomplete), "another's");
+        assert_eq!(arrival.may_use(2), Err(AccessDenied::Incomplete), "another's");
     }
     let mut arrival = Arrival::new(TOKEN, None, Admits::PlainWriter);
     arrival.enter(1, ALIVE).unwrap();
@@ -299,60 +319,60 @@ fn a_plain_client_reads_half_a_copy_only_after_writing() {
 #[test]
 fn a_restarted_destination_knows_whose_copy_it_has() {
     let mut arrival = Arrival::new(TOKEN, Some(Some(ID)), Admits::Sources);
-    assert_eq!(arrival.introduced(1, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
+    assert_eq!(arrival.on_introduction(1, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
 }
 
 #[test]
 fn a_handover_with_the_wrong_id_or_token_or_from_elsewhere_is_refused() {
-    let mut arrival = receiving(1, Sender::Ours(ID));
+    let mut arrival = receiving(1, Sender::Source(ID));
     let wrong_id = Handover { id: OTHER, ..HANDOVER };
     let wrong_token = Handover { token: Token([8; 16]), ..HANDOVER };
-    assert_eq!(arrival.handed_over(1, &wrong_id), ArrivalEnd::Refuse);
-    assert_eq!(arrival.handed_over(1, &wrong_token), ArrivalEnd::Refuse);
-    assert_eq!(arrival.handed_over(2, &HANDOVER), ArrivalEnd::Refuse);
+    assert_eq!(arrival.on_handover(1, &wrong_id), ArrivalEnd::Refuse);
+    assert_eq!(arrival.on_handover(1, &wrong_token), ArrivalEnd::Refuse);
+    assert_eq!(arrival.on_handover(2, &HANDOVER), ArrivalEnd::Refuse);
     let ours = Record::Ours(Provenance::Arrived(ID));
-    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Settle(ours));
+    assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Settle(ours));
 }
 
 #[test]
 fn a_handover_of_a_disk_that_was_never_written_is_refused() {
     let mut arrival = fresh();
     comes(&mut arrival, 1, ID, ALIVE);
-    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse);
+    assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse);
 }
 
 #[test]
 fn while_the_disk_is_being_settled_no_question_is_answered() {
-    let mut arrival = receiving(1, Sender::Ours(ID));
-    arrival.handed_over(1, &HANDOVER);
-    let complete = ProbeDecision::Refuse(HandoverError::Complete);
-    assert_eq!(arrival.introduced(2, &ask(ID), WRITER_SILENCE), complete);
-    assert_eq!(arrival.handed_over(1, &HANDOVER), ArrivalEnd::Refuse, "said twice");
-    arrival.closed(1);
-    assert!(arrival.settled(true));
-    assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), listening(Has::Arrived, &[]));
-    assert_eq!(arrival.introduced(3, &ask(OTHER), ALIVE), listening(Has::Nothing, &[]));
-    assert_eq!(arrival.enter(2, ALIVE), Err(HandoverError::Complete));
-    assert_eq!(arrival.wants_to_write(2), refused(HandoverError::Complete));
+    let mut arrival = receiving(1, Sender::Source(ID));
+    arrival.on_handover(1, &HANDOVER);
+    let complete = ProbeDecision::Refuse(AccessDenied::Complete);
+    assert_eq!(arrival.on_introduction(2, &ask(ID), WRITER_SILENCE), complete);
+    assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse, "said twice");
+    arrival.on_close(1);
+    assert!(arrival.on_settled(true));
+    assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), listening(Has::Arrived, &[]));
+    assert_eq!(arrival.on_introduction(3, &ask(OTHER), ALIVE), listening(Has::Nothing, &[]));
+    assert_eq!(arrival.enter(2, ALIVE), Err(AccessDenied::Complete));
+    assert_eq!(arrival.on_write_request(2), refused(AccessDenied::Complete));
 }
 
 #[test]
 fn a_disk_that_cannot_be_made_durable_never_arrives_and_nothing_is_said() {
-    let mut arrival = receiving(1, Sender::Ours(ID));
-    arrival.handed_over(1, &HANDOVER);
-    assert!(!arrival.settled(false));
-    let failed = ProbeDecision::Refuse(HandoverError::Failed);
-    assert_eq!(arrival.introduced(2, &ask(ID), ALIVE), failed);
+    let mut arrival = receiving(1, Sender::Source(ID));
+    arrival.on_handover(1, &HANDOVER);
+    assert!(!arrival.on_settled(false));
+    let failed = ProbeDecision::Refuse(AccessDenied::Failed);
+    assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), failed);
 }
 
 #[test]
 fn goodbye_counts_from_the_old_style_peer_that_has_written_and_from_nobody_else() {
     let received = ArrivalEnd::Settle(Record::Ours(Provenance::Received));
-    assert_eq!(receiving(1, Sender::OldStyle).said_goodbye(1), received);
-    assert_eq!(receiving(1, Sender::OldStyle).said_goodbye(2), ArrivalEnd::Nothing);
-    assert_eq!(fresh().said_goodbye(1), ArrivalEnd::Nothing);
-    assert_eq!(receiving(1, Sender::Plain).said_goodbye(1), ArrivalEnd::Nothing);
-    assert_eq!(receiving(1, Sender::Ours(ID)).said_goodbye(1), ArrivalEnd::Nothing);
+    assert_eq!(receiving(1, Sender::OldStyle).on_disconnect(1), received);
+    assert_eq!(receiving(1, Sender::OldStyle).on_disconnect(2), ArrivalEnd::Nothing);
+    assert_eq!(fresh().on_disconnect(1), ArrivalEnd::Nothing);
+    assert_eq!(receiving(1, Sender::Plain).on_disconnect(1), ArrivalEnd::Nothing);
+    assert_eq!(receiving(1, Sender::Source(ID)).on_disconnect(1), ArrivalEnd::Nothing);
 }
 
 #[test]
@@ -362,11 +382,11 @@ fn only_so_many_holders_are_remembered() {
     for number in 0..many {
         let connection = Connection::from(number);
         comes(&mut arrival, connection, Id([number; 16]), ALIVE);
-        arrival.closed(connection);
+        arrival.on_close(connection);
     }
     comes(&mut arrival, 200, Id([200; 16]), ALIVE);
-    assert_eq!(arrival.introduced(201, &ask(Id([1; 16])), ALIVE), taken(200));
-    let last = arrival.introduced(201, &ask(Id([many - 1; 16])), ALIVE);
+    assert_eq!(arrival.on_introduction(201, &ask(Id([1; 16])), ALIVE), taken(200));
+    let last = arrival.on_introduction(201, &ask(Id([many - 1; 16])), ALIVE);
     assert_eq!(last, listening(Has::Nothing, &[]));
 }
 

@@ -100,7 +100,7 @@ impl Machine {
         let Flush::Asked { cookie, at } = link.flush else {
             return self.fail(now, Trouble::Confused("no flush is outstanding"));
         };
-        let stuck = link.heard + self.job.patience;
+        let stuck = link.heard + self.job.timeout;
         match event {
             Event::Reply { cookie: answered, error: None } if answered == cookie => {
                 link.flush = Flush::Done { at: now, took: now.saturating_sub(at) };
@@ -111,7 +111,7 @@ impl Machine {
                 let until = self.while_frozen(stuck);
                 self.enter(Phase::Flushing(link), Action::Wait { until })
             }
-            Event::Done | Event::Tick => self.fail(now, Trouble::Stuck(self.job.patience)),
+            Event::Done | Event::Tick => self.fail(now, Trouble::Stuck(self.job.timeout)),
             event => self.fail(now, link_trouble(event)),
         }
     }

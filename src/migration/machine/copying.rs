@@ -82,8 +82,8 @@ impl Machine {
         if matches!(link.flush, Flush::Asked { at, .. } if now >= at + FLUSH_TOLD) {
             self.obstructed(now, Obstacle::Flush);
         }
-        let stuck = awaiting && now >= link.heard + self.job.patience;
-        if stuck { Err(Trouble::Stuck(self.job.patience)) } else { Ok(()) }
+        let stuck = awaiting && now >= link.heard + self.job.timeout;
+        if stuck { Err(Trouble::Stuck(self.job.timeout)) } else { Ok(()) }
     }
 
     fn replied(
@@ -155,7 +155,7 @@ impl Machine {
         let flushing = matches!(link.flush, Flush::Asked { .. });
         let awaiting = flushing || self.plan.in_flight();
         let since = if awaiting { link.heard } else { now };
-        let mut until = since + self.job.patience;
+        let mut until = since + self.job.timeout;
         let record = self.owed.map_or(now, |owed| owed.at);
         for due in [self.backoff.from(), self.probe.due(), record] {
             if now < due {
@@ -189,7 +189,7 @@ impl Machine {
         let bytes = HEADER + work.payload();
         let ready = if gate == WriteAccess::Open { self.speed.ready_at(now, bytes) } else { now };
         if ready > now {
-            let until = ready.min(link.heard.max(now) + self.job.patience);
+            let until = ready.min(link.heard.max(now) + self.job.timeout);
             return self.stay(link, gate, Action::Wait { until });
         }
         if !self.plan.in_flight() {
@@ -210,7 +210,7 @@ impl Machine {
     fn hold_writers(&mut self, link: LinkState) -> Action {
         self.held = self.chase.delay();
         self.undo.hold = true;
-        self.news.push_back(News::HeldBack(self.held));
+        self.news.push_back(News::Throttled(self.held));
         self.enter(Phase::Copying(link), Action::Hold(self.held))
     }
 

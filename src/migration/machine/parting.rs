@@ -7,7 +7,7 @@ use super::{
 use crate::migration::freeze::FREEZE_MAX;
 use crate::migration::job::{
     Action, DestinationInfo, DestinationRequest, Event, HandoverVerdict, News, Obstacle, Outcome,
-    RecordKind, RequestKind, Trouble, fate,
+    RecordKind, RequestKind, Trouble, handover_verdict,
 };
 use crate::migration::wire::{Handover, Has, Token};
 use std::time::Duration;
@@ -60,7 +60,7 @@ impl Machine {
     fn hand_over(&mut self, now: Duration, token: Token) -> Action {
         let cookie = self.next_cookie();
         let work = RequestKind::Handover(Handover { id: self.job.id, token });
-        let ask_at = now + ASK_AFTER.min(self.job.patience);
+        let ask_at = now + ASK_AFTER.min(self.job.timeout);
         let parting = Phase::Parting(Parting { token, cookie, ask_at });
         self.enter(parting, Action::Send(DestinationRequest { cookie, work }))
     }
@@ -77,7 +77,7 @@ impl Machine {
                 self.enter(Phase::Parting(parting), Action::Wait { until: ask_at })
             }
             Event::Done | Event::Tick => {
-                let trouble = Trouble::Stuck(ASK_AFTER.min(self.job.patience));
+                let trouble = Trouble::Stuck(ASK_AFTER.min(self.job.timeout));
                 self.obstructed(now, Obstacle::Acknowledgement(trouble));
                 self.ask(Doubt { token, awaited: Some(cookie), ask_at: now })
             }
@@ -110,7 +110,7 @@ impl Machine {
             Event::Reply { cookie, error: None } if Some(cookie) == awaited => {
                 self.leave(Outcome::Arrived { acknowledged: true })
             }
-            Event::Greeted(peer) => match fate(peer.answer.as_ref(), Some(token)) {
+            Event::Greeted(peer) => match handover_verdict(peer.answer.as_ref(), Some(token)) {
                 HandoverVerdict::Arrived => self.leave(Outcome::Arrived { acknowledged: true }),
                 HandoverVerdict::NotArrived => self.not_arrived(now, token, peer),
                 HandoverVerdict::Unknown => self.enter(Phase::Doubt(alone), Action::HangUp),

@@ -6,7 +6,7 @@ mod doubt;
 use super::*;
 use crate::disk::ownership::{Id, Provenance, RemoteAddress};
 use crate::migration::job::{
-    DestinationRequest, Event, HandoverVerdict, RecordKind, RequestKind, fate,
+    DestinationRequest, Event, HandoverVerdict, RecordKind, RequestKind, handover_verdict,
 };
 use crate::migration::plan::Content;
 use crate::migration::wire::{Answer, Handover};
@@ -417,7 +417,7 @@ fn another_process_is_sent_everything_under_another_name() {
 #[test]
 fn only_who_knows_the_migration_can_say_no() {
     let answer = |listening, has| Some(Answer { listening, has });
-    let restarted = |answer: Option<Answer>| fate(answer.as_ref(), None);
+    let restarted = |answer: Option<Answer>| handover_verdict(answer.as_ref(), None);
     assert_eq!(restarted(None), HandoverVerdict::Unknown);
     assert_eq!(restarted(answer(Some(TOKEN), Has::Nothing)), HandoverVerdict::Unknown);
     assert_eq!(restarted(answer(Some(TOKEN), Has::Incomplete)), HandoverVerdict::NotArrived);
@@ -426,8 +426,8 @@ fn only_who_knows_the_migration_can_say_no() {
     assert_eq!(restarted(answer(None, Has::Arrived)), HandoverVerdict::Arrived);
     assert_eq!(restarted(answer(Some(TOKEN), Has::Arrived)), HandoverVerdict::Arrived);
     let same = answer(Some(TOKEN), Has::Nothing);
-    assert_eq!(fate(same.as_ref(), Some(TOKEN)), HandoverVerdict::NotArrived);
-    assert_eq!(fate(same.as_ref(), Some(OTHER)), HandoverVerdict::Unknown);
+    assert_eq!(handover_verdict(same.as_ref(), Some(TOKEN)), HandoverVerdict::NotArrived);
+    assert_eq!(handover_verdict(same.as_ref(), Some(OTHER)), HandoverVerdict::Unknown);
 }
 
 #[test]
@@ -499,7 +499,7 @@ fn once_the_image_is_deleted_the_gate_stays_closed_and_the_copy_is_made_again() 
     });
     let before = rig.written();
     rig.give(lost());
-    assert_eq!(rig.machine.order(OperatorRequest::Break), Err(TooLate));
+    assert_eq!(rig.machine.request(OperatorRequest::Break), Err(TooLate));
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
     assert!(!rig.log.contains(&Action::OpenGate));
     assert_eq!(rig.written(), 2 * before);
@@ -517,7 +517,7 @@ fn a_break_before_the_handover_ends_it_and_clients_keep_the_disk() {
             let event = rig.success();
             rig.give(event);
         }
-        assert_eq!(rig.machine.order(OperatorRequest::Break), Ok(()), "after {stop} steps");
+        assert_eq!(rig.machine.request(OperatorRequest::Break), Ok(()), "after {stop} steps");
         assert_eq!(rig.until_end(), Outcome::Broken, "after {stop} steps");
         let last = |wanted: Action| rig.log.iter().rposition(|action| *action == wanted);
         let closed = rig.log.iter().rposition(is_closing);
@@ -535,7 +535,7 @@ fn a_break_while_waiting_for_the_next_attempt_ends_it() {
     rig.until(is_write).give(lost());
     rig.give(Event::Done);
     assert!(matches!(rig.action, Action::Wait { .. }));
-    rig.machine.order(OperatorRequest::Break).unwrap();
+    rig.machine.request(OperatorRequest::Break).unwrap();
     assert_eq!(rig.give(Event::Tick), &Action::End(Outcome::Broken));
 }
 
@@ -545,7 +545,7 @@ fn a_break_after_the_handover_is_too_late_at_every_step() {
     rig.until(is_handover);
     while !matches!(rig.action, Action::End(_)) {
         assert_eq!(
-            rig.machine.order(OperatorRequest::Break),
+            rig.machine.request(OperatorRequest::Break),
             Err(TooLate),
             "during {:?}",
             rig.action
@@ -564,7 +564,7 @@ fn a_speed_limit_holds_the_copy_back_until_it_is_lifted() {
     rig.until(is_wait);
     let Action::Wait { until } = rig.action else { panic!("{:?}", rig.action) };
     assert!(until < rig.now + Duration::from_secs(1), "it waits for its turn, not for a reply");
-    rig.machine.order(OperatorRequest::Speed(None)).unwrap();
+    rig.machine.request(OperatorRequest::Speed(None)).unwrap();
     rig.give(Event::Tick);
     assert!(is_write(&rig.action), "{:?}", rig.action);
     assert_eq!(rig.machine.progress(rig.now).speed_limit, None);
@@ -592,7 +592,7 @@ fn writers_that_are_too_fast_are_held_back_and_let_go_in_the_end() {
         rig.give(event);
         assert!(rig.log.len() < 20_000, "it never ends");
     }
-    let held = rig.news().iter().filter(|news| matches!(news, News::HeldBack(_))).count();
+    let held = rig.news().iter().filter(|news| matches!(news, News::Throttled(_))).count();
     assert!(held >= 5, "{held} steps");
     rig.marks.clear();
     rig.give(lost());

@@ -302,7 +302,7 @@ fn a_record_not_put_back_is_tried_again() {
 #[test]
 fn a_break_does_not_hide_a_record_failure() {
     let mut rig = putting_the_record_back();
-    rig.machine.order(OperatorRequest::Break).unwrap();
+    rig.machine.request(OperatorRequest::Break).unwrap();
     assert_eq!(rig.give(failed()), &Action::HangUp);
     assert_eq!(record_failures(&mut rig), 1);
     rig.until(|action| *action == before());

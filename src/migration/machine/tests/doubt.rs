@@ -117,7 +117,7 @@ fn in_doubt_the_gate_stays_closed_however_long_it_takes() {
         matches!(action, Action::Connect(_) | Action::Wait { .. } | Action::HangUp)
     };
     assert!(rig.log[since..].iter().all(harmless));
-    assert_eq!(rig.machine.order(OperatorRequest::Break), Err(TooLate));
+    assert_eq!(rig.machine.request(OperatorRequest::Break), Err(TooLate));
     let news = rig.news();
     let doubt = |news: &&News| matches!(news, News::Obstructed(Obstacle::Acknowledgement(_)));
     let doubts = news.iter().filter(doubt).count();
