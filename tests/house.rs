@@ -14,6 +14,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("message_id", 0),
     ("range", 0),
     ("small_file", 0),
+    ("transition_table", 0),
     ("words", 0),
     ("nbd", 1),
     ("disk", 1),

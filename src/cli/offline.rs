@@ -8,8 +8,8 @@ use super::start::{StartRequest, StartRequestError};
 use crate::control::status::{self, OWNERSHIP};
 use crate::daemon::ProcessRole;
 use crate::disk::ownership::Record;
-use crate::disk::record_store::{RecordStore, RecordStoreError, gone};
-use crate::disk::{OpenError, size_of};
+use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
+use crate::disk::{OpenError, image_size};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -44,12 +44,12 @@ impl OfflineStatus {
     fn told(&self) -> Result<String, String> {
         let image = self.disk.image()?;
         let said = |error: RecordStoreError| error.to_string();
-        let (size, record) = match size_of(&image) {
+        let (size, record) = match image_size(&image) {
             Ok(size) => {
                 (size, RecordStore::at(&image).and_then(|ledger| ledger.peek()).map_err(said)?)
             }
             Err(error) => {
-                let last = gone(&image).map_err(said)?;
+                let last = read_tombstone(&image).map_err(said)?;
                 (0, Some(last.ok_or_else(|| unfit(error))?))
             }
         };

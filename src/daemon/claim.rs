@@ -7,7 +7,7 @@ use crate::disk::FileBackend;
 use crate::disk::ownership::{
     self, ForListen, ForServe, Id, Provenance, Record, RemoteAddress, for_listen, for_serve,
 };
-use crate::disk::record_store::{RecordStore, RecordStoreError, gone};
+use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
 use crate::disk::state::STATE_VARIABLE;
 use crate::message_id;
 use crate::migration::job::HandoverVerdict;
@@ -19,7 +19,7 @@ use tracing::{info, warn};
 /// The ledger of the plan's image, which is open.
 pub(super) fn ledger(plan: &Config, image: &FileBackend) -> Result<RecordStore, StartError> {
     let mut ledger = RecordStore::of(image).map_err(StartError::Record)?;
-    if let Some(file) = ledger.foreign() {
+    if let Some(file) = ledger.foreign_record() {
         warn!(
             "{}: the ownership record in {} is of another file, which had this path before, and \
              says nothing about this one",
@@ -30,7 +30,7 @@ pub(super) fn ledger(plan: &Config, image: &FileBackend) -> Result<RecordStore, 
     // A service closes its sockets when its disk has moved, and asks for the record then.
     let is_service = env::var_os(STATE_VARIABLE).is_some();
     if plan.create.is_some() || is_service {
-        ledger.leave_note();
+        ledger.leave_tombstone();
     }
     Ok(ledger)
 }
@@ -43,7 +43,7 @@ pub(super) fn to_create(plan: &Config) -> Result<(), StartError> {
     if !is_missing {
         return Ok(());
     }
-    match gone(&plan.image).map_err(StartError::Record)? {
+    match read_tombstone(&plan.image).map_err(StartError::Record)? {
         Some(Record::Departed { id, when, to }) => {
             let why = format!(
                 "{} has moved to {to} and was deleted here (migration {id}, at {}), so that it is not \
@@ -72,19 +72,20 @@ pub(super) fn to_serve(
     let record = ledger.read().map_err(StartError::Record)?;
     match for_serve(record.as_ref()) {
         ForServe::Serve(title) => {
-            forget_note(ledger);
+            remove_tombstone(ledger);
             Ok(title)
         }
         ForServe::Refuse(denial) => Err(denied(plan, &denial)),
-        ForServe::Ask { id, to, from, before, unless } => {
+        ForServe::Ask { id, to, from, before, refusal } => {
             let inquiry = PeerQuery::new((id, size), (&to, from));
             let fate = inquiry.as_ref().map(|inquiry| asker.what_became_of(inquiry)).transpose()?;
             match fate.unwrap_or(HandoverVerdict::Unknown) {
                 HandoverVerdict::NotArrived => stays_here(ledger, (id, to), before),
                 HandoverVerdict::Arrived => Err(denied(plan, &left(ledger, id, to)?)),
-                HandoverVerdict::Unknown => {
-                    Err(StartError::Ownership(OwnershipDenial { inquiry, ..denial(plan, &unless) }))
-                }
+                HandoverVerdict::Unknown => Err(StartError::Ownership(OwnershipDenial {
+                    inquiry,
+                    ..denial(plan, &refusal)
+                })),
             }
         }
     }
@@ -149,15 +150,15 @@ pub(super) fn to_listen(
     match for_listen(record.as_ref(), overwrite) {
         ForListen::Refuse(denial) => Err(denied(plan, &denial)),
         verdict => {
-            forget_note(ledger);
+            remove_tombstone(ledger);
             Ok(verdict)
         }
     }
 }
 
 /// There is an image again: what became of the one before it does not matter any more.
-fn forget_note(ledger: &RecordStore) {
-    if let Err(error) = ledger.forget_note() {
+fn remove_tombstone(ledger: &RecordStore) {
+    if let Err(error) = ledger.remove_tombstone() {
         warn!("{error}");
     }
 }
@@ -177,7 +178,7 @@ pub(super) fn with_room(
                 "{error}; going on without an ownership record, as ordered: after a crash nothing \
                  tells which copy of the disk is the right one, and both would be served"
             );
-            ledger.record_nothing();
+            ledger.allow_unrecorded();
             Ok(ledger)
         }
     }

@@ -12,7 +12,7 @@ use crate::control::status::{
 use crate::control::{Reply, Status, Summary};
 use crate::disk::ownership::{Id, Provenance, RemoteAddress};
 use crate::disk::record_store::{RecordStore, RecordStoreError};
-use crate::disk::{Disk, Named};
+use crate::disk::{Disk, PathTarget};
 use crate::memory_reserve::check_thread_headroom;
 use crate::migration::job::{Job, OperatorRequest, Outcome, Progress, Stage, Trouble};
 use crate::migration::link::Route;
@@ -68,21 +68,21 @@ pub(super) fn ready(ledger: &RecordStore, size: u64, order: &Mirror) -> Result<R
         return Err(Reply::refused(why));
     }
     let refused = |error: RecordStoreError| Reply::refused(error.to_string());
-    let ledger = ledger.again().map_err(refused)?;
+    let ledger = ledger.reopen().map_err(refused)?;
     if order.action == ArrivalAction::Unlink {
-        ledger.may_delete(size).map_err(refused)?;
+        ledger.check_deletable(size).map_err(refused)?;
     }
     let records = if order.no_record { RecordPolicy::Optional } else { RecordPolicy::Required };
     let ledger = claim::with_room(ledger, records)
         .map_err(|error| Reply::refused(format!("{error}; {UNRECORDED_ADVICE}")))?;
     let image = ledger.path().display();
     // The path is of no further use here, so that one that cannot be looked at does no harm.
-    if let Ok(named) = ledger.named()
-        && named != Named::Same
+    if let Ok(named) = ledger.path_target()
+        && named != PathTarget::Same
     {
         warn!("{image}: {named}; what is moved, and recorded, is the image that is served");
     }
-    match ledger.tail(size).map_err(refused)? {
+    match ledger.bytes_beyond(size).map_err(refused)? {
         0 => {}
         bytes => warn!("the last {bytes} bytes of {image} do not move: they are not served"),
     }

@@ -159,7 +159,7 @@ fn begin(
     {
         claim::to_come(&ledger, disk.size(), records)?;
     }
-    let for_status = ledger.again().map_err(StartError::Record)?;
+    let for_status = ledger.reopen().map_err(StartError::Record)?;
     let (policy, departures) = match plan.role {
         ProcessRole::Serve => to_serve(plan, ledger, &disk, &events, &doorstep.asker(answered))?,
         ProcessRole::Listen { overwrite, records } => {
@@ -245,7 +245,7 @@ fn to_listen(
     events: &Sender<ProcessEvent>,
 ) -> Result<Option<Arc<dyn ExportPolicy>>, StartError> {
     let holds = match claim::to_listen(plan, &ledger, overwrite)? {
-        ForListen::Accept { holds } => holds,
+        ForListen::Accept { incomplete_copy } => incomplete_copy,
         _ => {
             // Not what was asked for, though it is no failure either: to be seen by default.
             warn!("{}: the disk has arrived already; not listening", plan.image.display());

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 /// What an image's path leads to, compared with the open file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Named {
+pub enum PathTarget {
     /// To the file that is open.
     Same,
     /// To nothing.
@@ -28,9 +28,9 @@ pub enum Named {
 
 /// Why an image is not deleted.
 #[derive(Debug)]
-pub enum KeptBecause {
+pub enum DeletionError {
     /// Its path is not its name any more.
-    Renamed(Named),
+    Renamed(PathTarget),
     /// It has so many names.
     Names(u64),
     /// Only a regular file can be deleted.
@@ -43,7 +43,7 @@ pub enum KeptBecause {
     Io(io::Error),
 }
 
-impl fmt::Display for KeptBecause {
+impl fmt::Display for DeletionError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Renamed(named) => named.fmt(f),
@@ -69,7 +69,7 @@ impl fmt::Display for KeptBecause {
     }
 }
 
-impl fmt::Display for Named {
+impl fmt::Display for PathTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Same => "the path names the image that is served",
@@ -87,33 +87,33 @@ impl fmt::Display for Named {
     }
 }
 
-impl From<Errno> for KeptBecause {
+impl From<Errno> for DeletionError {
     fn from(errno: Errno) -> Self {
         Self::Io(errno.into())
     }
 }
 
 /// What `path`, links followed, leads to.
-pub(super) fn named(path: &Path, image: &File) -> nix::Result<Named> {
+pub(super) fn path_target(path: &Path, image: &File) -> nix::Result<PathTarget> {
     let open = fstat(image)?;
     match nix::sys::stat::stat(path) {
-        Ok(found) if is_same(&found, &open) => Ok(Named::Same),
-        Ok(_) => Ok(Named::Other { device: is_device(&open) }),
-        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(Named::Nothing),
+        Ok(found) if is_same(&found, &open) => Ok(PathTarget::Same),
+        Ok(_) => Ok(PathTarget::Other { device: is_device(&open) }),
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(PathTarget::Nothing),
         Err(errno) => Err(errno),
     }
 }
 
 /// Whether [`delete`] would delete the image, without deleting it.
-pub(super) fn may_delete(path: &Path, image: &File) -> Result<(), KeptBecause> {
+pub(super) fn check_deletable(path: &Path, image: &File) -> Result<(), DeletionError> {
     let open = fstat(image)?;
     if !SFlag::from_bits_truncate(open.st_mode & SFlag::S_IFMT.bits()).contains(SFlag::S_IFREG) {
-        return Err(KeptBecause::NotAFile);
+        return Err(DeletionError::NotAFile);
     }
-    match named(path, image)? {
-        Named::Same if open.st_nlink != 1 => Err(KeptBecause::Names(open.st_nlink as u64)),
-        Named::Same => Ok(()),
-        other => Err(KeptBecause::Renamed(other)),
+    match path_target(path, image)? {
+        PathTarget::Same if open.st_nlink != 1 => Err(DeletionError::Names(open.st_nlink as u64)),
+        PathTarget::Same => Ok(()),
+        other => Err(DeletionError::Renamed(other)),
     }
 }
 
@@ -122,20 +122,20 @@ pub(super) fn may_delete(path: &Path, image: &File) -> Result<(), KeptBecause> {
 ///
 /// A name can be given to another file between a look and its deletion. So it is taken away first,
 /// to `spare`, where nothing else is put, and looked at there.
-pub(super) fn delete(path: &Path, image: &File, spare: &OsStr) -> Result<(), KeptBecause> {
+pub(super) fn delete(path: &Path, image: &File, spare: &OsStr) -> Result<(), DeletionError> {
     if fstat(image)?.st_nlink == 0 {
         return Ok(());
     }
-    may_delete(path, image)?;
+    check_deletable(path, image)?;
     // The image, not a link that leads to it.
-    let path = fs::canonicalize(path).map_err(KeptBecause::Io)?;
+    let path = fs::canonicalize(path).map_err(DeletionError::Io)?;
     let directory = path.parent().unwrap_or(Path::new("/"));
     let name = path.file_name().map(OsString::from).unwrap_or_default();
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let directory_fd = openat(AT_FDCWD, directory, flags, Mode::empty())?;
     let check = |name: &OsStr| is_named(&directory_fd, name, image);
     if !check(&name)? {
-        return Err(KeptBecause::Renamed(Named::Other { device: false }));
+        return Err(DeletionError::Renamed(PathTarget::Other { device: false }));
     }
     let exclusively = RenameFlags::RENAME_NOREPLACE;
     match renameat2(&directory_fd, name.as_os_str(), &directory_fd, spare, exclusively) {
@@ -144,8 +144,8 @@ pub(super) fn delete(path: &Path, image: &File, spare: &OsStr) -> Result<(), Kep
             let back =
                 renameat2(&directory_fd, spare, &directory_fd, name.as_os_str(), exclusively);
             match back {
-                Ok(()) => Err(KeptBecause::Renamed(Named::Other { device: false })),
-                Err(_) => Err(KeptBecause::Displaced(directory.join(spare))),
+                Ok(()) => Err(DeletionError::Renamed(PathTarget::Other { device: false })),
+                Err(_) => Err(DeletionError::Displaced(directory.join(spare))),
             }
         }
         // Not every file system can do this; then the look just before has to do.
@@ -156,7 +156,7 @@ pub(super) fn delete(path: &Path, image: &File, spare: &OsStr) -> Result<(), Kep
     }
 }
 
-fn remove(directory: &OwnedFd, name: &OsStr) -> Result<(), KeptBecause> {
+fn remove(directory: &OwnedFd, name: &OsStr) -> Result<(), DeletionError> {
     unlinkat(directory, name, UnlinkatFlags::NoRemoveDir)?;
     nix::unistd::fsync(directory)?;
     Ok(())
@@ -202,9 +202,9 @@ mod tests {
     #[test]
     fn an_image_is_deleted_once_and_nothing_is_left() {
         let (directory, path, file) = image();
-        assert_eq!(named(&path, &file), Ok(Named::Same));
+        assert_eq!(path_target(&path, &file), Ok(PathTarget::Same));
         delete(&path, &file, SPARE.as_ref()).unwrap();
-        assert_eq!(named(&path, &file), Ok(Named::Nothing));
+        assert_eq!(path_target(&path, &file), Ok(PathTarget::Nothing));
         delete(&path, &file, SPARE.as_ref()).unwrap();
         assert_eq!(entries(&directory), 0);
     }
@@ -214,10 +214,10 @@ mod tests {
         let (directory, path, file) = image();
         fs::rename(&path, directory.path().join("other")).unwrap();
         let nothing = delete(&path, &file, SPARE.as_ref()).unwrap_err();
-        assert!(matches!(nothing, KeptBecause::Renamed(Named::Nothing)), "{nothing:?}");
+        assert!(matches!(nothing, DeletionError::Renamed(PathTarget::Nothing)), "{nothing:?}");
         fs::write(&path, [2; 512]).unwrap();
         let other = delete(&path, &file, SPARE.as_ref()).unwrap_err();
-        assert!(matches!(other, KeptBecause::Renamed(Named::Other { .. })), "{other:?}");
+        assert!(matches!(other, DeletionError::Renamed(PathTarget::Other { .. })), "{other:?}");
         assert_eq!(fs::read(&path).unwrap(), [2; 512]);
     }
 
@@ -226,7 +226,7 @@ mod tests {
         let (directory, path, file) = image();
         fs::hard_link(&path, directory.path().join("other")).unwrap();
         let kept = delete(&path, &file, SPARE.as_ref()).unwrap_err();
-        assert!(matches!(kept, KeptBecause::Names(2)), "{kept:?}");
+        assert!(matches!(kept, DeletionError::Names(2)), "{kept:?}");
         assert_eq!(entries(&directory), 2);
     }
 
@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn a_device_is_not_deleted() {
         let null = File::open("/dev/null").unwrap();
-        let kept = may_delete(Path::new("/dev/null"), &null).unwrap_err();
-        assert!(matches!(kept, KeptBecause::NotAFile), "{kept:?}");
+        let kept = check_deletable(Path::new("/dev/null"), &null).unwrap_err();
+        assert!(matches!(kept, DeletionError::NotAFile), "{kept:?}");
     }
 }

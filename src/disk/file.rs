@@ -78,7 +78,7 @@ impl FileBackend {
     pub fn open(path: &Path, access: Access) -> Result<Self, OpenError> {
         let opened = open::open(path, access)?;
         let unserved_tail = opened.full_size % SECTOR;
-        let under = file_system::look(&opened.file, opened.kind);
+        let under = file_system::probe(&opened.file, opened.kind);
         Ok(Self {
             file: opened.file,
             path: path.to_owned(),
@@ -104,7 +104,7 @@ impl FileBackend {
     /// The same, which believes what it is told of holes, or does not.
     #[must_use]
     pub fn with_holes(mut self, policy: HolePolicy) -> Self {
-        self.under.tells_holes = policy.trusts(self.under.tells_holes);
+        self.under.reports_holes = policy.trusts(self.under.reports_holes);
         self
     }
 
@@ -387,7 +387,7 @@ impl Backend for FileBackend {
     }
 
     fn pins(&self) -> bool {
-        self.under.refers
+        self.under.has_stable_pages
     }
 
     fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
@@ -410,7 +410,7 @@ impl Backend for FileBackend {
     }
 
     fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
-        if !self.under.refers {
+        if !self.under.has_stable_pages {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let mut from = syscalls::to_off_t(offset)?;
@@ -426,7 +426,7 @@ impl Backend for FileBackend {
         let rest = Range::whole(self.size).from(offset);
         let allocated = |range| Ok(Extent { range, allocated: true });
         let hole = |range| Ok(Extent { range, allocated: false });
-        let asks = self.kind == FileKind::File && self.under.tells_holes;
+        let asks = self.kind == FileKind::File && self.under.reports_holes;
         if !asks || self.lacks.seek_data.load(Ordering::Relaxed) {
             return allocated(rest);
         }

@@ -1,5 +1,5 @@
 //! What lies under an image: how coarse its file system works, and what it is known to do right.
-//! What is concluded is pure; [`look`] asks the kernel, and changes nothing.
+//! What is concluded is pure; [`probe`] asks the kernel, and changes nothing.
 //!
 //! # Whole blocks
 //!
@@ -82,9 +82,9 @@ pub(super) struct FileSystem {
     /// In bytes: what `fallocate(2)` is given begins and ends at multiples of it.
     pub(super) block: u64,
     /// Whether a reference to a page may be handed to a socket.
-    pub(super) refers: bool,
+    pub(super) has_stable_pages: bool,
     /// Whether what it calls a hole is one.
-    pub(super) tells_holes: bool,
+    pub(super) reports_holes: bool,
 }
 
 /// What the kernel says of it.
@@ -100,7 +100,7 @@ struct ProbeResult {
 }
 
 /// Asks what lies under `file`.
-pub(super) fn look(file: &File, kind: FileKind) -> FileSystem {
+pub(super) fn probe(file: &File, kind: FileKind) -> FileSystem {
     let page = match sysconf(SysconfVar::PAGE_SIZE) {
         Ok(Some(page)) => u64::try_from(page).unwrap_or(PAGE),
         _ => PAGE,
@@ -121,7 +121,7 @@ pub(super) fn look(file: &File, kind: FileKind) -> FileSystem {
 }
 
 fn device(sector: u64, page: u64) -> FileSystem {
-    FileSystem { block: sector.max(page), refers: true, tells_holes: false }
+    FileSystem { block: sector.max(page), has_stable_pages: true, reports_holes: false }
 }
 
 fn file_system(found: ProbeResult) -> FileSystem {
@@ -134,8 +134,8 @@ fn file_system(found: ProbeResult) -> FileSystem {
     let block = unit.filter(|unit| unit.is_power_of_two() && *unit <= BLOCK_MAX);
     FileSystem {
         block: block.unwrap_or(0).max(found.page),
-        refers: known && block.is_some(),
-        tells_holes: known,
+        has_stable_pages: known && block.is_some(),
+        reports_holes: known,
     }
 }
 
@@ -152,7 +152,8 @@ mod tests {
     fn blocks_are_pages_at_least() {
         for kind in KNOWN {
             for (block, whole) in [(1024, 4096), (4096, 4096), (16_384, 16_384), (65_536, 65_536)] {
-                let expected = FileSystem { block: whole, refers: true, tells_holes: true };
+                let expected =
+                    FileSystem { block: whole, has_stable_pages: true, reports_holes: true };
                 assert_eq!(found(kind, block), expected);
             }
         }
@@ -161,10 +162,13 @@ mod tests {
     #[test]
     fn block_sizes_that_cannot_be_are_not_believed() {
         let nfs = found(0x6969, 1 << 20);
-        assert_eq!(nfs, FileSystem { block: 4096, refers: false, tells_holes: false });
+        assert_eq!(nfs, FileSystem { block: 4096, has_stable_pages: false, reports_holes: false });
         for block in [0, 3000, 2 * BLOCK_MAX, u64::MAX] {
             let odd = found(magic::EXT, block);
-            assert_eq!(odd, FileSystem { block: 4096, refers: false, tells_holes: true });
+            assert_eq!(
+                odd,
+                FileSystem { block: 4096, has_stable_pages: false, reports_holes: true }
+            );
         }
         assert_eq!(found(magic::EXT, BLOCK_MAX).block, BLOCK_MAX);
     }
@@ -174,7 +178,7 @@ mod tests {
         let xfs = |xfs_unit| {
             let known = ProbeResult { kind: magic::XFS, block: 4096, xfs_unit, page: 4096 };
             let found = file_system(known);
-            (found.block, found.refers)
+            (found.block, found.has_stable_pages)
         };
         assert_eq!(xfs(Some(4096)), (4096, true));
         assert_eq!(xfs(Some(BLOCK_MAX)), (BLOCK_MAX, true));
@@ -202,14 +206,14 @@ mod tests {
             assert!(!HolePolicy::Ignore.trusts(is_known));
         }
         for unknown in [0x6969, 0x6573_5546, 0x2fc1_2fc1, 0x794c_7630, 0] {
-            assert!(!found(unknown, 4096).tells_holes, "{unknown:#x}");
+            assert!(!found(unknown, 4096).reports_holes, "{unknown:#x}");
         }
     }
 
     #[test]
     fn what_lies_under_a_file_is_found() {
         let file = tempfile::tempfile().unwrap();
-        let found = look(&file, FileKind::File);
+        let found = probe(&file, FileKind::File);
         assert!(found.block >= PAGE && found.block.is_power_of_two());
     }
 }

@@ -42,14 +42,14 @@ pub mod write_behind;
 mod zeros;
 
 pub use backend::{Backend, Extent, Identity, errno_of};
-pub use deletion::{KeptBecause, Named};
+pub use deletion::{DeletionError, PathTarget};
 pub use device::{Copier, Disk, Visit};
 pub use file::FileBackend;
 pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
 pub use io_queue::{Call, Completion, IoQueue, Notifier, Zeroing};
 pub use lock::{Holders, LockKind};
-pub use open::{Access, OpenError, SECTOR, size_of};
+pub use open::{Access, OpenError, SECTOR, image_size};
 pub use overlap::Change;
 pub use zeros::is_zero;
 

@@ -142,7 +142,7 @@ pub(super) fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
 ///
 /// # Errors
 /// When it is no image, or may not be read.
-pub fn size_of(path: &Path) -> Result<u64, OpenError> {
+pub fn image_size(path: &Path) -> Result<u64, OpenError> {
     let found = fs::metadata(path).map_err(|error| refusal(path, error, ImageFacts::Nothing))?;
     check_type(path, found.file_type())?;
     let mut file = open_file(path, Access { read_only: true })?;

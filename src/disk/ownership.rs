@@ -1,5 +1,5 @@
-//! Whose disk this is: the record kept beside an image, and what it permits.
-//! Never touches a file: bytes in, values out; keeping them is for others.
+//! The ownership record of a disk, and the decisions that follow from it.
+//! Pure: bytes in, values out. [`super::record_store`] reads and writes the record.
 //!
 //! ```text
 //!            first byte            handover acknowledged
@@ -13,44 +13,46 @@
 //! ```
 //!
 //! The record is one line of text, `flexnbd 1 STATE key=value …`, ended by a newline, so that an
-//! operator can read it with `getfattr` or `cat`. What version 1 has no field for is version 2:
-//! *departing* from a local address that the operator chose. A line that is not exactly one that we write is
-//! an error, and an error means that nobody serves the disk: see [`BadRecord`].
+//! operator can read it with `getfattr` or `cat`. Version 2 adds one field: the local address that
+//! the operator chose for a migration, in *departing*. Any other line than one that
+//! [`Record::encode`] writes is an error ([`BadRecord`]), and a disk with such a record is not
+//! served.
+//!
+//! `ownership/decisions.txt` lists every decision; a test compares it with the code.
 
 use crate::words::utc;
 use std::fmt;
 use std::net::IpAddr;
 
-/// Longest record in bytes. An extended attribute of this size fits every file system that has
-/// them.
+/// Longest record in bytes. Every file system with extended attributes takes one of this size.
 pub const RECORD_MAX: usize = 512;
 
 /// Longest [`RemoteAddress`] in bytes.
-pub const PLACE_MAX: usize = 255;
+pub const REMOTE_ADDRESS_MAX: usize = 255;
 
-/// What every record starts with: whose it is, and the version of its form.
-const FAMILY: &str = "flexnbd";
+/// The first word of every record.
+const MAGIC: &str = "flexnbd";
 /// Version of every record that needs no [`VERSION_WITH_FROM`].
 pub const VERSION: &str = "1";
-/// The version of a record that [`VERSION`] has no field for: earlier programs say that they do not
-/// know it, and refuse the disk.
+/// The version of a record with a local address. Programs that know only [`VERSION`] refuse the
+/// disk then, rather than ignore the address.
 pub const VERSION_WITH_FROM: &str = "2";
 
-/// A migration's name: 128 random bits, chosen by its source.
+/// The id of a migration: 128 random bits, chosen by its source.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Id(pub [u8; 16]);
 
 impl Id {
-    /// The id written as 32 hexadecimal digits, as [`Display`](fmt::Display) writes it.
+    /// Parses exactly what [`Display`](fmt::Display) writes: 32 lower-case hexadecimal digits.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let strict = |digit: u8| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
-        let fits = text.len() == 32 && text.bytes().all(strict);
-        let number = fits.then(|| u128::from_str_radix(text, 16).ok())??;
+        let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        let is_id = text.len() == 32 && text.bytes().all(is_digit);
+        let number = is_id.then(|| u128::from_str_radix(text, 16).ok())??;
         Some(Self(number.to_be_bytes()))
     }
 
-    /// Another name, for the next copy of the same migration.
+    /// The id of the next copy of the same migration.
     #[must_use]
     pub fn next(self) -> Self {
         Self(u128::from_be_bytes(self.0).wrapping_add(1).to_be_bytes())
@@ -69,20 +71,20 @@ impl fmt::Debug for Id {
     }
 }
 
-/// Where a disk goes, as an operator would write it: an address and port, or a socket's path.
+/// The destination of a disk as an operator writes it: an address and port, or a socket's path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteAddress(String);
 
 impl RemoteAddress {
-    /// `text`, if it can stand in a record: not empty, at most [`PLACE_MAX`] bytes and without
-    /// control characters.
+    /// `text`, if a record can hold it: not empty, at most [`REMOTE_ADDRESS_MAX`] bytes, no control
+    /// characters.
     #[must_use]
     pub fn new(text: &str) -> Option<Self> {
-        let fits = !text.is_empty() && text.len() <= PLACE_MAX;
-        (fits && !text.chars().any(char::is_control)).then(|| Self(text.to_owned()))
+        let has_length = !text.is_empty() && text.len() <= REMOTE_ADDRESS_MAX;
+        (has_length && !text.chars().any(char::is_control)).then(|| Self(text.to_owned()))
     }
 
-    /// The text it was made of.
+    /// The address as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -95,58 +97,58 @@ impl fmt::Display for RemoteAddress {
     }
 }
 
-/// How a disk came to be ours; what a handover that did not happen is undone to.
+/// How a disk became ours. A handover that did not happen restores this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provenance {
-    /// It never was anybody else's: no record.
+    /// It was created here and never moved: no record.
     Native,
     /// It arrived with the migration of this id.
     Arrived(Id),
     /// It arrived from a source that could not introduce itself.
     Received,
-    /// An operator said so.
+    /// An operator declared it ours (`flexnbd adopt`).
     Adopted,
 }
 
 impl Provenance {
-    /// The record that says so; none for a disk that never moved.
+    /// The record of a disk with this provenance; none for [`Provenance::Native`].
     #[must_use]
     pub fn record(self) -> Option<Record> {
         match self {
             Self::Native => None,
-            title => Some(Record::Ours(title)),
+            provenance => Some(Record::Ours(provenance)),
         }
     }
 }
 
-/// What is kept beside an image. No record at all means that it never moved.
+/// The ownership record of an image. An image without a record never moved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
-    /// An incomplete copy; `id` is none when its sender could not introduce itself.
+    /// An incomplete copy, which is not served.
     Incoming {
-        /// Whose bytes it holds.
+        /// The migration that sends it; none of a sender that could not introduce itself.
         id: Option<Id>,
     },
-    /// Complete, and to be served from here.
+    /// Complete, and served from here.
     Ours(Provenance),
-    /// Handed over, perhaps; only the destination knows.
+    /// In doubt: a handover was begun, and only the destination knows its outcome.
     Departing {
-        /// The migration that asked for it.
+        /// The migration that hands it over.
         id: Id,
-        /// What it is if the handover never happened.
+        /// What to restore if the handover did not happen.
         before: Provenance,
-        /// Who knows.
+        /// The destination.
         to: RemoteAddress,
         /// The local address to ask from, if the operator chose one (`mirror --bind`).
         from: Option<IpAddr>,
     },
-    /// Handed over; not to be served from here.
+    /// Handed over; another host owns the disk.
     Departed {
-        /// The migration it left with.
+        /// The migration that handed it over.
         id: Id,
-        /// Seconds since 1970.
+        /// Time of the handover in seconds since 1970.
         when: u64,
-        /// Where it went.
+        /// The destination.
         to: RemoteAddress,
     },
 }
@@ -158,14 +160,14 @@ impl Record {
         let body = match self {
             Self::Incoming { id: None } => "incoming id=-".to_owned(),
             Self::Incoming { id: Some(id) } => format!("incoming id={id}"),
-            Self::Ours(title) => format!("ours title={}", encode_title(*title)),
+            Self::Ours(provenance) => format!("ours title={}", encode_provenance(*provenance)),
             Self::Departing { id, before, to, from } => {
                 let from = from.map_or_else(String::new, |ip| format!(" from={ip}"));
-                format!("departing id={id} before={}{from} to={to}", encode_title(*before))
+                format!("departing id={id} before={}{from} to={to}", encode_provenance(*before))
             }
             Self::Departed { id, when, to } => format!("departed id={id} when={when} to={to}"),
         };
-        format!("{FAMILY} {} {body}\n", self.version())
+        format!("{MAGIC} {} {body}\n", self.version())
     }
 
     fn version(&self) -> &'static str {
@@ -175,38 +177,38 @@ impl Record {
         }
     }
 
-    /// The record that `bytes` are.
+    /// Parses exactly what [`Record::encode`] writes.
     ///
     /// # Errors
-    /// Anything but exactly what [`Record::encode`] writes; the disk must then not be served.
+    /// For all other bytes; the disk must then not be served.
     pub fn decode(bytes: &[u8]) -> Result<Self, BadRecord> {
         let garbage = || BadRecord::Garbage(excerpt(bytes));
         let line = std::str::from_utf8(bytes).ok().and_then(|text| text.strip_suffix('\n'));
-        let rest = line.and_then(|line| line.strip_prefix(FAMILY)?.strip_prefix(' '));
+        let rest = line.and_then(|line| line.strip_prefix(MAGIC)?.strip_prefix(' '));
         let (version, body) = rest.and_then(|rest| rest.split_once(' ')).ok_or_else(garbage)?;
         if ![VERSION, VERSION_WITH_FROM].contains(&version) {
             let plain = version.len() <= 9 && version.bytes().all(|b| b.is_ascii_digit());
             return Err(if plain { BadRecord::Version(version.to_owned()) } else { garbage() });
         }
-        // One way to write it, one way to read it: a leading zero is as foreign as a typing error.
+        // Each record has one spelling: a leading zero is an error like any other.
         let record = decode_body(body).filter(|record| record.encode().as_bytes() == bytes);
-        // A later program may use the second version for more than this one does.
+        // Later programs may extend the second version, so a misfit there is no damage.
         record.ok_or_else(|| match version {
             VERSION => garbage(),
             version => BadRecord::Version(version.to_owned()),
         })
     }
 
-    /// Whether this record still tells the truth once `next` should have taken its place: a disk
-    /// that has departed is not served by a record that it is departing, either.
-    pub(super) fn still_holds_after(&self, next: &Self) -> bool {
+    /// Whether this record may stay when `next` could not be written: a disk that has departed is
+    /// not served with the record *departing* either.
+    pub(super) fn remains_valid_after(&self, next: &Self) -> bool {
         match (self, next) {
             (Self::Departing { id: old, .. }, Self::Departed { id, .. }) => old == id,
             _ => false,
         }
     }
 
-    /// The record's name, as messages and `status` call it.
+    /// The kind of record, as messages and `status` name it.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -218,8 +220,8 @@ impl Record {
     }
 }
 
-fn encode_title(title: Provenance) -> String {
-    match title {
+fn encode_provenance(provenance: Provenance) -> String {
+    match provenance {
         Provenance::Native => "native".to_owned(),
         Provenance::Adopted => "adopted".to_owned(),
         Provenance::Received => "received".to_owned(),
@@ -227,7 +229,7 @@ fn encode_title(title: Provenance) -> String {
     }
 }
 
-fn decode_title(text: &str) -> Option<Provenance> {
+fn decode_provenance(text: &str) -> Option<Provenance> {
     match text {
         "native" => Some(Provenance::Native),
         "adopted" => Some(Provenance::Adopted),
@@ -243,9 +245,9 @@ fn decode_body(body: &str) -> Option<Record> {
             "-" => Some(Record::Incoming { id: None }),
             id => Some(Record::Incoming { id: Some(Id::parse(id)?) }),
         },
-        "ours" => decode_title(rest.strip_prefix("title=")?)?.record(),
+        "ours" => decode_provenance(rest.strip_prefix("title=")?)?.record(),
         "departing" => {
-            let (id, before, rest) = decode_leaving(rest, "before=")?;
+            let (id, before, rest) = decode_id_and(rest, "before=")?;
             let (from, to) = match rest.strip_prefix("from=") {
                 None => (None, rest),
                 Some(rest) => {
@@ -253,92 +255,85 @@ fn decode_body(body: &str) -> Option<Record> {
                     (Some(ip.parse().ok()?), to)
                 }
             };
-            Some(Record::Departing { id, before: decode_title(before)?, to: decode_to(to)?, from })
+            Some(Record::Departing {
+                id,
+                before: decode_provenance(before)?,
+                to: decode_to(to)?,
+                from,
+            })
         }
         "departed" => {
-            let (id, when, to) = decode_leaving(rest, "when=")?;
+            let (id, when, to) = decode_id_and(rest, "when=")?;
             Some(Record::Departed { id, when: when.parse().ok()?, to: decode_to(to)? })
         }
         _ => None,
     }
 }
 
-/// `id=… KEY… REST`.
-fn decode_leaving<'a>(rest: &'a str, key: &str) -> Option<(Id, &'a str, &'a str)> {
+/// Splits `id=… KEY… REST`, which `departing` and `departed` begin with.
+fn decode_id_and<'a>(rest: &'a str, key: &str) -> Option<(Id, &'a str, &'a str)> {
     let (id, rest) = rest.strip_prefix("id=")?.split_once(' ')?;
     let (value, rest) = rest.strip_prefix(key)?.split_once(' ')?;
     Some((Id::parse(id)?, value, rest))
 }
 
-/// `to=…`: the place comes last, since it may hold spaces.
+/// Parses `to=…`, the last field, since the address may contain spaces.
 fn decode_to(to: &str) -> Option<RemoteAddress> {
     RemoteAddress::new(to.strip_prefix("to=")?)
 }
 
-/// The start of what was found, fit for one line of a message.
+/// The first bytes of a record, escaped for one line of a message.
 fn excerpt(bytes: &[u8]) -> String {
     let start = &bytes[..bytes.len().min(60)];
     start.escape_ascii().to_string()
 }
 
-/// Why what was found beside the image is not a record of ours.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Why the bytes beside an image are no record.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadRecord {
-    /// Written by a flexnbd that knows more than this one.
+    /// A newer flexnbd wrote it, in this version.
+    #[error(
+        "its ownership record has version {0}, in a form that this flexnbd does not know; use the \
+         flexnbd that wrote it"
+    )]
     Version(String),
-    /// Not a record: its beginning, escaped.
+    /// It is damaged; holds its first bytes, escaped.
+    #[error(
+        "its ownership record is damaged (it starts with \"{0}\"), so nobody can tell whose disk \
+         this is; if you know that this copy is the right one, run `flexnbd adopt --force`"
+    )]
     Garbage(String),
 }
 
-impl fmt::Display for BadRecord {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Version(version) => write!(
-                f,
-                "its ownership record has version {version}, in a form that this flexnbd does not \
-                 know; use the flexnbd that wrote it"
-            ),
-            Self::Garbage(start) => write!(
-                f,
-                "its ownership record is damaged (it starts with \"{start}\"), so nobody can tell \
-                 whose disk this is; if you know that this copy is the right one, run \
-                 `flexnbd adopt --force`"
-            ),
-        }
-    }
-}
-
-impl std::error::Error for BadRecord {}
-
-/// Whether a disk may be served.
+/// What `serve` does with a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ForServe {
-    /// Yes; the title says what to answer a source that asks whether its disk has arrived.
+    /// Serve it. A source that asks whether its disk has arrived is answered from the provenance.
     Serve(Provenance),
-    /// Ask the place whether it has the disk of that id. If it says that it has not and never
-    /// will, put `before` back durably, then serve; otherwise refuse with `unless`.
+    /// Ask the destination whether migration `id` has arrived. If it answers that it has not and
+    /// never will, restore `before` durably, then serve; otherwise refuse.
     Ask {
-        /// The migration it was leaving with.
+        /// The migration that was handing the disk over.
         id: Id,
-        /// Whom to ask.
+        /// The destination to ask.
         to: RemoteAddress,
-        /// The local address to ask from, if there is one on record.
+        /// The local address to ask from, if the record has one.
         from: Option<IpAddr>,
-        /// What to record when the answer is no.
+        /// The provenance to restore if the disk has not arrived.
         before: Provenance,
-        /// What to say when the answer is anything else.
-        unless: OwnershipRefusal,
+        /// The reason to refuse after every other answer.
+        refusal: OwnershipRefusal,
     },
-    /// No.
+    /// Refuse to serve it.
     Refuse(OwnershipRefusal),
 }
 
-/// What `serve` does with an image that has this record.
+/// Decides what `serve` does with an image that has this record.
 #[must_use]
 pub fn for_serve(record: Option<&Record>) -> ForServe {
     match record {
         None => ForServe::Serve(Provenance::Native),
-        Some(Record::Ours(title)) => ForServe::Serve(*title),
+        Some(Record::Ours(provenance)) => ForServe::Serve(*provenance),
         Some(Record::Incoming { .. }) => ForServe::Refuse(OwnershipRefusal::Incomplete),
         Some(Record::Departed { id, when, to }) => {
             ForServe::Refuse(OwnershipRefusal::Departed { id: *id, when: *when, to: to.clone() })
@@ -348,35 +343,35 @@ pub fn for_serve(record: Option<&Record>) -> ForServe {
             to: to.clone(),
             from: *from,
             before: *before,
-            unless: OwnershipRefusal::Departing { id: *id, to: to.clone() },
+            refusal: OwnershipRefusal::Departing { id: *id, to: to.clone() },
         },
     }
 }
 
-/// Whether a disk may be received into an image.
+/// What `listen` does with an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ForListen {
-    /// Yes, from the start.
+    /// Receive a disk into it, from the start.
     Accept {
-        /// The migration whose incomplete copy lies there, if one does; none of a copy whose sender
-        /// could not introduce itself.
-        holds: Option<Option<Id>>,
+        /// The migration whose incomplete copy the image holds, if it holds one: the inner value
+        /// is none for a sender that could not introduce itself.
+        incomplete_copy: Option<Option<Id>>,
     },
-    /// It is here already: say so, and exit with success. None when it came without an id.
+    /// Exit with success, since the disk has arrived; none of a disk that came without an id.
     AlreadyArrived(Option<Id>),
-    /// No.
+    /// Refuse to receive into it.
     Refuse(OwnershipRefusal),
 }
 
-/// What `listen` does with an image that has this record; `overwrite` is its option.
+/// Decides what `listen` does with an image that has this record; `overwrite` is its option.
 #[must_use]
 pub fn for_listen(record: Option<&Record>, overwrite: bool) -> ForListen {
     match record {
         None | Some(Record::Departed { .. } | Record::Ours(Provenance::Native)) => {
-            ForListen::Accept { holds: None }
+            ForListen::Accept { incomplete_copy: None }
         }
-        Some(Record::Incoming { id }) => ForListen::Accept { holds: Some(*id) },
-        Some(Record::Ours(_)) if overwrite => ForListen::Accept { holds: None },
+        Some(Record::Incoming { id }) => ForListen::Accept { incomplete_copy: Some(*id) },
+        Some(Record::Ours(_)) if overwrite => ForListen::Accept { incomplete_copy: None },
         Some(Record::Ours(Provenance::Arrived(id))) => ForListen::AlreadyArrived(Some(*id)),
         Some(Record::Ours(Provenance::Received)) => ForListen::AlreadyArrived(None),
         Some(Record::Ours(Provenance::Adopted)) => ForListen::Refuse(OwnershipRefusal::Adopted),
@@ -386,14 +381,15 @@ pub fn for_listen(record: Option<&Record>, overwrite: bool) -> ForListen {
     }
 }
 
-/// What `adopt` does with an image that has this record: the record to write, or why not.
+/// Decides what `adopt` does with an image that has this record: returns the record to write.
+/// An image that is ours keeps its record, so that a source that asks for its disk still finds it.
 ///
 /// # Errors
 /// Without `force`, when another host may hold the disk or this copy is incomplete.
 pub fn for_adopt(record: Option<&Record>, force: bool) -> Result<Record, OwnershipRefusal> {
     let refusal = match (record, for_serve(record)) {
         (Some(ours @ Record::Ours(_)), _) => return Ok(ours.clone()),
-        (_, ForServe::Refuse(refusal) | ForServe::Ask { unless: refusal, .. }) => refusal,
+        (_, ForServe::Refuse(refusal) | ForServe::Ask { refusal, .. }) => refusal,
         (_, ForServe::Serve(_)) => return Ok(Record::Ours(Provenance::Adopted)),
     };
     if force { Ok(Record::Ours(Provenance::Adopted)) } else { Err(refusal) }
@@ -402,30 +398,31 @@ pub fn for_adopt(record: Option<&Record>, force: bool) -> Result<Record, Ownersh
 /// Why a disk is not served, or not received into.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OwnershipRefusal {
-    /// The copy has not arrived as a whole.
+    /// The copy is incomplete.
     Incomplete,
-    /// It may have been handed over.
+    /// The disk is in doubt: it may have been handed over.
     Departing {
-        /// The migration it was leaving with.
+        /// The migration that was handing it over.
         id: Id,
-        /// Who knows.
+        /// The destination, which knows the outcome.
         to: RemoteAddress,
     },
-    /// It has been handed over.
+    /// The disk has been handed over.
     Departed {
-        /// The migration it left with.
+        /// The migration that handed it over.
         id: Id,
-        /// Seconds since 1970.
+        /// Time of the handover in seconds since 1970.
         when: u64,
-        /// Where it is now.
+        /// The destination.
         to: RemoteAddress,
     },
-    /// An operator declared it the canonical copy.
+    /// An operator declared this copy the canonical one; `listen` must not replace it.
     Adopted,
 }
 
 impl OwnershipRefusal {
-    /// What to tell the operator about `image`: the record, the host, the command that resolves it.
+    /// The message for the operator about `image`: names the record, the host and the command that
+    /// resolves the refusal.
     #[must_use]
     pub fn explain(&self, image: &str) -> String {
         let force = format!("`flexnbd adopt --force -f {image}`");

@@ -14,7 +14,7 @@
 //! moving a record from one place to the other is atomic, whichever way: to the state directory it
 //! is the file's appearance that counts, and back, with the attribute durable, its removal.
 
-use super::deletion::{self, KeptBecause, Named};
+use super::deletion::{self, DeletionError, PathTarget};
 use super::file::FileBackend;
 use super::file_id::FileId;
 use super::ownership::{BadRecord, RECORD_MAX, Record};
@@ -102,14 +102,14 @@ pub enum RecordStoreError {
         /// The path.
         path: PathBuf,
         /// What it leads to.
-        named: Named,
+        named: PathTarget,
     },
     /// The image is not deleted.
     NotDeleted {
         /// Its path.
         path: PathBuf,
         /// Why not.
-        why: KeptBecause,
+        why: DeletionError,
     },
 }
 
@@ -158,7 +158,7 @@ impl RecordStore {
     pub fn of(image: &FileBackend) -> Result<Self, RecordStoreError> {
         let failed = |source| RecordStoreError::Io { path: image.path().to_owned(), source };
         let path = absolute(image.path())?;
-        Self::new(reopen(image.file()).map_err(failed)?, path, None)
+        Self::new(reopen_file(image.file()).map_err(failed)?, path, None)
     }
 
     /// The ledger of whatever image is at `path` now, for looking at it.
@@ -191,9 +191,9 @@ impl RecordStore {
     ///
     /// # Errors
     /// When the image cannot be opened again.
-    pub fn again(&self) -> Result<Self, RecordStoreError> {
+    pub fn reopen(&self) -> Result<Self, RecordStoreError> {
         let failed = |source| RecordStoreError::Io { path: self.path.clone(), source };
-        let image = reopen(&self.image).map_err(failed)?;
+        let image = reopen_file(&self.image).map_err(failed)?;
         let (path, id, usual) = (self.path.clone(), self.id.clone(), self.usual.clone());
         let Self { leaves_note, keeps, .. } = *self;
         Ok(Self { image, path, id, usual, leaves_note, keeps, spare: Mutex::default() })
@@ -205,16 +205,16 @@ impl RecordStore {
         &self.path
     }
 
-    /// From now on an image that is deleted leaves a note behind, for [`gone`]. For those who make
+    /// From now on an image that is deleted leaves a note behind, for [`read_tombstone`]. For those who make
     /// a missing image anew (`--create`): a disk that has moved away must not come back empty; and
     /// for services, whose sockets must not wait for clients any more.
-    pub fn leave_note(&mut self) {
+    pub fn leave_tombstone(&mut self) {
         self.leaves_note = true;
     }
 
     /// From now on a record that cannot be kept is no error, by an operator's explicit word
     /// (`--no-record`); see [`RecordStore::write`].
-    pub fn record_nothing(&mut self) {
+    pub fn allow_unrecorded(&mut self) {
         self.keeps = false;
     }
 
@@ -259,11 +259,11 @@ impl RecordStore {
 
     /// The record of another file that had the image's path, which is not believed of this one.
     #[must_use]
-    pub fn foreign(&self) -> Option<PathBuf> {
+    pub fn foreign_record(&self) -> Option<PathBuf> {
         self.find().ok()?.foreign
     }
 
-    /// Makes `record` the record, durably; none removes it. After [`RecordStore::record_nothing`] one that
+    /// Makes `record` the record, durably; none removes it. After [`RecordStore::allow_unrecorded`] one that
     /// cannot be kept is given up, and the old one removed unless it still holds.
     ///
     /// # Errors
@@ -275,7 +275,7 @@ impl RecordStore {
         };
         warn!("{error}; going on without an ownership record, as ordered");
         match self.peek() {
-            Ok(Some(old)) if old.still_holds_after(record) => Ok(()),
+            Ok(Some(old)) if old.remains_valid_after(record) => Ok(()),
             _ => self.keep(None),
         }
     }
@@ -330,8 +330,8 @@ impl RecordStore {
     ///
     /// # Errors
     /// When that cannot be found out.
-    pub fn named(&self) -> Result<Named, RecordStoreError> {
-        deletion::named(&self.path, &self.image)
+    pub fn path_target(&self) -> Result<PathTarget, RecordStoreError> {
+        deletion::path_target(&self.path, &self.image)
             .map_err(|errno| RecordStoreError::Io { path: self.path.clone(), source: errno.into() })
     }
 
@@ -339,7 +339,7 @@ impl RecordStore {
     ///
     /// # Errors
     /// When that cannot be found out.
-    pub fn tail(&self, served: u64) -> Result<u64, RecordStoreError> {
+    pub fn bytes_beyond(&self, served: u64) -> Result<u64, RecordStoreError> {
         let failed = |source| RecordStoreError::Io { path: self.path.clone(), source };
         let found = self.image.metadata().map_err(failed)?;
         // A device's size is not that of its node.
@@ -351,12 +351,12 @@ impl RecordStore {
     ///
     /// # Errors
     /// Why not.
-    pub fn may_delete(&self, served: u64) -> Result<(), RecordStoreError> {
+    pub fn check_deletable(&self, served: u64) -> Result<(), RecordStoreError> {
         let kept = |why| RecordStoreError::NotDeleted { path: self.path.clone(), why };
-        deletion::may_delete(&self.path, &self.image).map_err(kept)?;
-        match self.tail(served)? {
+        deletion::check_deletable(&self.path, &self.image).map_err(kept)?;
+        match self.bytes_beyond(served)? {
             0 => Ok(()),
-            bytes => Err(kept(KeptBecause::Tail(bytes))),
+            bytes => Err(kept(DeletionError::Tail(bytes))),
         }
     }
 
@@ -370,7 +370,7 @@ impl RecordStore {
         let failed = |source| RecordStoreError::Io { path: self.path.clone(), source };
         let found = self.image.metadata().map_err(failed)?;
         if found.nlink() > 0 {
-            self.may_delete(served)?;
+            self.check_deletable(served)?;
         }
         if let Some(record) = last.filter(|_| self.leaves_note) {
             // First: in between, the image's own record still tells what is going on.
@@ -388,7 +388,7 @@ impl RecordStore {
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn forget_note(&self) -> Result<(), RecordStoreError> {
+    pub fn remove_tombstone(&self) -> Result<(), RecordStoreError> {
         let path = beside(&self.usual, NOTE);
         if !path.exists() {
             return Ok(());
@@ -493,8 +493,8 @@ impl RecordStore {
 
     /// A record that is named after the image's path must not be that of another file.
     fn check_path(&self) -> Result<(), RecordStoreError> {
-        match self.named()? {
-            Named::Same => Ok(()),
+        match self.path_target()? {
+            PathTarget::Same => Ok(()),
             named => Err(RecordStoreError::Renamed { path: self.path.clone(), named }),
         }
     }
@@ -503,7 +503,7 @@ impl RecordStore {
         let found = self.find()?;
         let Some(entry) = found.entry else { return Ok(()) };
         // One that is found by the path alone is that of the file that has the path.
-        if !found.certain && matches!(self.named()?, Named::Other { .. }) {
+        if !found.certain && matches!(self.path_target()?, PathTarget::Other { .. }) {
             self.check_path()?;
         }
         state_file::remove(&entry.path)
@@ -539,11 +539,11 @@ fn which<'a>(
 ///
 /// # Errors
 /// When the note cannot be read, or is none that we understand.
-pub fn gone(path: &Path) -> Result<Option<Record>, RecordStoreError> {
-    gone_from(path, &directory_of_note(&absolute(path)?)?)
+pub fn read_tombstone(path: &Path) -> Result<Option<Record>, RecordStoreError> {
+    read_tombstone_in(path, &directory_of_note(&absolute(path)?)?)
 }
 
-fn gone_from(path: &Path, state: &Path) -> Result<Option<Record>, RecordStoreError> {
+fn read_tombstone_in(path: &Path, state: &Path) -> Result<Option<Record>, RecordStoreError> {
     let image = absolute(path)?;
     let note = beside(&state_file::usual_place(state, &image), NOTE);
     let entry =
@@ -560,7 +560,7 @@ fn absolute(path: &Path) -> Result<PathBuf, RecordStoreError> {
 
 /// The same file, whatever its name is now, in an opening of its own; in the same one where there
 /// is no /proc.
-fn reopen(file: &File) -> io::Result<File> {
+fn reopen_file(file: &File) -> io::Result<File> {
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
     OpenOptions::new().read(true).open(link).or_else(|_| file.try_clone())
 }

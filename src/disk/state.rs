@@ -67,7 +67,7 @@ pub(super) fn directory_of_record(
     })
 }
 
-/// The same for the note about an image that was deleted ([`super::record_store::gone`]).
+/// The same for the note about an image that was deleted ([`super::record_store::read_tombstone`]).
 ///
 /// # Errors
 /// As [`directory_of_record`].

@@ -3,12 +3,12 @@
 //!
 //! The kernel leaves written bytes in memory for up to half a minute, and a FLUSH then takes as long
 //! as the disk needs for all of them. A session therefore has its writes written back after every
-//! [`STEP`]; nobody waits for that.
+//! [`STEP_BYTES`]; nobody waits for that.
 
 use crate::range::Range;
 
 /// After so many written bytes of one session their write-back is started.
-pub const STEP: u64 = 8 << 20;
+pub const STEP_BYTES: u64 = 8 << 20;
 
 /// What a session has written since its write-back was last started.
 #[derive(Clone, Copy, Debug, Default)]
@@ -26,7 +26,7 @@ impl WriteBehind {
         let (start, end) = self.span.unwrap_or((range.offset(), range.end()));
         let span = (start.min(range.offset()), end.max(range.end()));
         self.span = Some(span);
-        (self.bytes >= STEP).then_some(span)
+        (self.bytes >= STEP_BYTES).then_some(span)
     }
 
     /// The write-back has been started, or everything has been made durable.
@@ -46,20 +46,20 @@ mod tests {
     #[test]
     fn write_back_is_due_after_a_step_and_covers_all_writes() {
         let mut behind = WriteBehind::default();
-        assert_eq!(behind.wrote(range(STEP, 4096)), None);
-        assert_eq!(behind.wrote(range(100, STEP - 4097)), None, "a byte less");
-        assert_eq!(behind.wrote(range(3 * STEP, 1)), Some((100, 3 * STEP + 1)));
-        assert_eq!(behind.wrote(range(0, 1)), Some((0, 3 * STEP + 1)), "not started yet");
+        assert_eq!(behind.wrote(range(STEP_BYTES, 4096)), None);
+        assert_eq!(behind.wrote(range(100, STEP_BYTES - 4097)), None, "a byte less");
+        assert_eq!(behind.wrote(range(3 * STEP_BYTES, 1)), Some((100, 3 * STEP_BYTES + 1)));
+        assert_eq!(behind.wrote(range(0, 1)), Some((0, 3 * STEP_BYTES + 1)), "not started yet");
         behind.started();
-        assert_eq!(behind.wrote(range(7, STEP - 1)), None);
-        assert_eq!(behind.wrote(range(7, 1)), Some((7, 7 + STEP - 1)));
+        assert_eq!(behind.wrote(range(7, STEP_BYTES - 1)), None);
+        assert_eq!(behind.wrote(range(7, 1)), Some((7, 7 + STEP_BYTES - 1)));
     }
 
     #[test]
     fn nothing_is_due_after_a_flush() {
         let mut behind = WriteBehind::default();
-        behind.wrote(range(0, STEP - 1));
+        behind.wrote(range(0, STEP_BYTES - 1));
         behind.started();
-        assert_eq!(behind.wrote(range(0, STEP - 1)), None);
+        assert_eq!(behind.wrote(range(0, STEP_BYTES - 1)), None);
     }
 }

@@ -484,7 +484,7 @@ fn a_reset_connection_is_seen_while_a_long_zeroing_is_made() {
 fn writing_back_starts_after_a_step_of_writes() {
     let fixture = plain();
     let mut client = fixture.client();
-    let step = crate::disk::write_behind::STEP;
+    let step = crate::disk::write_behind::STEP_BYTES;
     for at in 0..step / MIB {
         assert_eq!(fixture.faults.count(Op::WriteBack), 0, "{at} MiB");
         client.write(PLAIN, at * MIB, &[1; MIB as usize], at);

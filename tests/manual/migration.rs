@@ -6,11 +6,11 @@ use super::roff::Page;
 use super::{module_source, must_be_meant, read};
 use flexnbd::cli::MODES;
 use flexnbd::disk::ownership::{
-    self, BadRecord, ForListen, ForServe, Id, PLACE_MAX, Provenance, RECORD_MAX, Record,
+    self, BadRecord, ForListen, ForServe, Id, Provenance, RECORD_MAX, REMOTE_ADDRESS_MAX, Record,
     RemoteAddress, for_adopt, for_listen, for_serve,
 };
 use flexnbd::disk::record_store::RecordStoreError;
-use flexnbd::disk::{KeptBecause, dirty, record_store, state};
+use flexnbd::disk::{DeletionError, dirty, record_store, state};
 use flexnbd::migration::arrival::{SOURCE_SILENCE, WRITER_SILENCE};
 use flexnbd::migration::freeze::{
     BACKOFF_FIRST, BACKOFF_MAX, DRAIN_MAX, DRAIN_MIN, FREEZE_MAX, OPEN_SHARE, STALL_MAX,
@@ -137,7 +137,7 @@ fn numbers_within_the_text_are_those_of_the_program() {
     assert_eq!(numbers(&handover), [ASK_AFTER.as_secs()]);
     let records = text(&page, "RECORDS");
     assert!(records.contains(&format!("at most {RECORD_MAX} bytes")), "{records}");
-    assert!(records.contains(&format!("at most {PLACE_MAX}")), "{records}");
+    assert!(records.contains(&format!("at most {REMOTE_ADDRESS_MAX}")), "{records}");
 }
 
 /// Every record that there can be, by the name that the page gives it.
@@ -329,7 +329,7 @@ fn the_reasons_for_which_an_image_is_refused_are_told_in_the_words_of_the_progra
     let file = Box::new(RecordStoreError::Io { path: path(), source: error() });
     let records = [
         RecordStoreError::Nowhere { image: path(), attribute: error(), file },
-        RecordStoreError::NotDeleted { path: path(), why: KeptBecause::Io(error()) },
+        RecordStoreError::NotDeleted { path: path(), why: DeletionError::Io(error()) },
         RecordStoreError::Contradiction { image: path(), file: "FILE".into() },
     ];
     let messages = refusals.iter().map(|refusal| refusal.explain("IMAGE"));

@@ -184,7 +184,7 @@ fn the_limits_and_timeouts_are_those_of_the_program() {
     let (least, most) = (mib(parts::PART_MIN), mib(parts::PART_MAX));
     let by_extent = mib(parts::PART_MAX_BY_EXTENT);
     assert_eq!(told("Trims and zeroing"), [least, most, by_extent]);
-    assert_eq!(told("Writing back"), [mib(write_behind::STEP)]);
+    assert_eq!(told("Writing back"), [mib(write_behind::STEP_BYTES)]);
     let constants = module_source("daemon");
     for (name, seconds) in ["GRACE", "DISK_GRACE"].into_iter().zip(told("Stopping")) {
         let constant = format!("const {name}: Duration = Duration::from_secs({seconds});");

@@ -93,7 +93,7 @@ impl World {
             ForListen::Accept { .. } if self.serves_incomplete() => {
                 Process::Serve(Provenance::Native)
             }
-            ForListen::Accept { holds } => self.listen(holds),
+            ForListen::Accept { incomplete_copy } => self.listen(incomplete_copy),
             ForListen::AlreadyArrived(_) => match for_serve(record.as_ref()) {
                 ForServe::Serve(title) => Process::Serve(title),
                 _ => Process::Down,
@@ -116,11 +116,11 @@ impl World {
             && matches!(record, Some(Record::Incoming { .. }))
     }
 
-    fn listen(&mut self, holds: Option<Option<Id>>) -> Process {
+    fn listen(&mut self, incomplete_copy: Option<Option<Id>>) -> Process {
         self.destination.processes += 1;
         let token = Token([self.destination.processes; 16]);
         Process::Listen(Box::new(Listen {
-            arrival: Arrival::new(token, holds, Admits::Sources),
+            arrival: Arrival::new(token, incomplete_copy, Admits::Sources),
             token,
             guests: BTreeMap::new(),
             work: Vec::new(),

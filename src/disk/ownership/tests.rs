@@ -1,65 +1,74 @@
-//! What the record keeps, and what it permits.
+//! The record's format, and the decisions that follow from it.
 
 use super::*;
+use crate::transition_table::assert_accepted;
 use proptest::prelude::*;
 
 const ID: Id = Id([0xab; 16]);
 
-fn place() -> RemoteAddress {
+fn destination() -> RemoteAddress {
     RemoteAddress::new("192.0.2.7 4779").unwrap()
 }
 
 fn departing() -> Record {
-    Record::Departing { id: ID, before: Provenance::Native, to: place(), from: None }
+    Record::Departing { id: ID, before: Provenance::Native, to: destination(), from: None }
 }
 
 fn departed() -> Record {
-    Record::Departed { id: ID, when: 1_700_000_000, to: place() }
+    Record::Departed { id: ID, when: 1_700_000_000, to: destination() }
 }
 
 #[test]
-fn a_disk_that_never_moved_is_served_and_received_into() {
+fn unmoved_disk_is_served_and_may_be_overwritten() {
     assert_eq!(for_serve(None), ForServe::Serve(Provenance::Native));
-    assert_eq!(for_listen(None, false), ForListen::Accept { holds: None });
+    assert_eq!(for_listen(None, false), ForListen::Accept { incomplete_copy: None });
 }
 
 #[test]
-fn an_incomplete_copy_is_not_served_and_starts_over() {
+fn incomplete_copy_is_refused_and_received_again() {
     let record = Record::Incoming { id: Some(ID) };
     assert_eq!(for_serve(Some(&record)), ForServe::Refuse(OwnershipRefusal::Incomplete));
-    assert_eq!(for_listen(Some(&record), false), ForListen::Accept { holds: Some(Some(ID)) });
+    assert_eq!(
+        for_listen(Some(&record), false),
+        ForListen::Accept { incomplete_copy: Some(Some(ID)) }
+    );
 }
 
 #[test]
-fn a_disk_that_arrived_is_served_and_another_needs_overwrite() {
+fn arrived_disk_is_served_and_replaced_with_overwrite_only() {
     let record = Record::Ours(Provenance::Arrived(ID));
     assert_eq!(for_serve(Some(&record)), ForServe::Serve(Provenance::Arrived(ID)));
     assert_eq!(for_listen(Some(&record), false), ForListen::AlreadyArrived(Some(ID)));
-    assert_eq!(for_listen(Some(&record), true), ForListen::Accept { holds: None });
+    assert_eq!(for_listen(Some(&record), true), ForListen::Accept { incomplete_copy: None });
 }
 
 #[test]
-fn a_disk_that_arrived_without_an_id_has_arrived_all_the_same() {
+fn disk_received_without_an_id_has_arrived() {
     let record = Record::Ours(Provenance::Received);
     assert_eq!(for_serve(Some(&record)), ForServe::Serve(Provenance::Received));
     assert_eq!(for_listen(Some(&record), false), ForListen::AlreadyArrived(None));
-    assert_eq!(for_listen(Some(&record), true), ForListen::Accept { holds: None });
+    assert_eq!(for_listen(Some(&record), true), ForListen::Accept { incomplete_copy: None });
 }
 
 #[test]
-fn an_adopted_disk_is_served_and_another_needs_overwrite() {
+fn adopted_disk_is_served_and_replaced_with_overwrite_only() {
     let record = Record::Ours(Provenance::Adopted);
     assert_eq!(for_serve(Some(&record)), ForServe::Serve(Provenance::Adopted));
     assert_eq!(for_listen(Some(&record), false), ForListen::Refuse(OwnershipRefusal::Adopted));
-    assert_eq!(for_listen(Some(&record), true), ForListen::Accept { holds: None });
+    assert_eq!(for_listen(Some(&record), true), ForListen::Accept { incomplete_copy: None });
 }
 
 #[test]
-fn a_departing_disk_is_served_only_after_asking_and_never_received_into() {
+fn departing_disk_asks_the_destination_and_is_never_overwritten() {
     let record = departing();
-    let refusal = OwnershipRefusal::Departing { id: ID, to: place() };
-    let (to, unless) = (place(), refusal.clone());
-    let ask = ForServe::Ask { id: ID, to, from: None, before: Provenance::Native, unless };
+    let refusal = OwnershipRefusal::Departing { id: ID, to: destination() };
+    let ask = ForServe::Ask {
+        id: ID,
+        to: destination(),
+        from: None,
+        before: Provenance::Native,
+        refusal: refusal.clone(),
+    };
     assert_eq!(for_serve(Some(&record)), ask);
     for overwrite in [false, true] {
         assert_eq!(for_listen(Some(&record), overwrite), ForListen::Refuse(refusal.clone()));
@@ -67,31 +76,31 @@ fn a_departing_disk_is_served_only_after_asking_and_never_received_into() {
 }
 
 #[test]
-fn a_departed_disk_is_not_served_and_may_come_home() {
+fn departed_disk_is_refused_and_may_come_back() {
     let record = departed();
     assert!(matches!(
         for_serve(Some(&record)),
         ForServe::Refuse(OwnershipRefusal::Departed { .. })
     ));
-    assert_eq!(for_listen(Some(&record), false), ForListen::Accept { holds: None });
+    assert_eq!(for_listen(Some(&record), false), ForListen::Accept { incomplete_copy: None });
 }
 
 #[test]
-fn what_may_be_elsewhere_or_incomplete_is_adopted_by_force_only() {
+fn doubtful_or_incomplete_disk_needs_force_to_adopt() {
     for record in [departing(), departed(), Record::Incoming { id: None }] {
         assert!(for_adopt(Some(&record), false).is_err());
         assert_eq!(for_adopt(Some(&record), true), Ok(Record::Ours(Provenance::Adopted)));
     }
     assert_eq!(for_adopt(None, false), Ok(Record::Ours(Provenance::Adopted)));
     let arrived = Record::Ours(Provenance::Arrived(ID));
-    assert_eq!(for_adopt(Some(&arrived), false), Ok(arrived.clone()), "it stays known as arrived");
+    assert_eq!(for_adopt(Some(&arrived), false), Ok(arrived.clone()), "provenance is lost");
 }
 
 #[test]
-fn a_refusal_names_the_image_the_record_the_host_and_the_command() {
+fn refusal_names_image_record_host_and_command() {
     let refusals = [
-        (OwnershipRefusal::Departing { id: ID, to: place() }, "departing"),
-        (OwnershipRefusal::Departed { id: ID, when: 5, to: place() }, "departed"),
+        (OwnershipRefusal::Departing { id: ID, to: destination() }, "departing"),
+        (OwnershipRefusal::Departed { id: ID, when: 5, to: destination() }, "departed"),
     ];
     for (refusal, name) in refusals {
         let text = refusal.explain("/srv/a.img");
@@ -106,7 +115,7 @@ fn a_refusal_names_the_image_the_record_the_host_and_the_command() {
 }
 
 #[test]
-fn a_record_of_another_version_is_told_apart_from_garbage() {
+fn record_of_a_newer_version_is_not_garbage() {
     for version in ["2", "3"] {
         let found = Record::decode(format!("flexnbd {version} something new\n").as_bytes());
         assert_eq!(found, Err(BadRecord::Version(version.to_owned())));
@@ -114,7 +123,7 @@ fn a_record_of_another_version_is_told_apart_from_garbage() {
 }
 
 #[test]
-fn what_we_would_not_write_ourselves_is_garbage() {
+fn other_spellings_of_a_record_are_garbage() {
     let id = "abababababababababababababababab";
     let foreign = [
         String::new(),
@@ -138,23 +147,24 @@ fn what_we_would_not_write_ourselves_is_garbage() {
 }
 
 #[test]
-fn a_departing_record_keeps_the_local_address_to_ask_from() {
+fn departing_record_keeps_the_local_address() {
     let id = "abababababababababababababababab";
     for ip in ["192.0.2.9", "2001:db8::9"] {
         let from = Some(ip.parse().unwrap());
-        let record = Record::Departing { id: ID, before: Provenance::Native, to: place(), from };
+        let record =
+            Record::Departing { id: ID, before: Provenance::Native, to: destination(), from };
         let text =
             format!("flexnbd 2 departing id={id} before=native from={ip} to=192.0.2.7 4779\n");
         assert_eq!(record.encode(), text);
         assert_eq!(Record::decode(text.as_bytes()), Ok(record.clone()));
         assert!(
-            matches!(for_serve(Some(&record)), ForServe::Ask { from: told, .. } if told == from)
+            matches!(for_serve(Some(&record)), ForServe::Ask { from: asked, .. } if asked == from)
         );
     }
 }
 
 #[test]
-fn a_departing_record_without_local_address_has_version_1() {
+fn departing_record_without_local_address_has_version_1() {
     let id = "abababababababababababababababab";
     let text = format!("flexnbd 1 departing id={id} before=native to=192.0.2.7 4779\n");
     assert_eq!(departing().encode(), text);
@@ -171,16 +181,16 @@ fn a_departing_record_without_local_address_has_version_1() {
 }
 
 #[test]
-fn a_place_fits_a_record_and_holds_no_control_character() {
-    assert!(RemoteAddress::new(&"x".repeat(PLACE_MAX)).is_some());
-    assert!(RemoteAddress::new(&"x".repeat(PLACE_MAX + 1)).is_none());
+fn remote_address_has_bounded_length_and_no_control_characters() {
+    assert!(RemoteAddress::new(&"x".repeat(REMOTE_ADDRESS_MAX)).is_some());
+    assert!(RemoteAddress::new(&"x".repeat(REMOTE_ADDRESS_MAX + 1)).is_none());
     assert!(RemoteAddress::new("").is_none());
     assert!(RemoteAddress::new("two\nlines").is_none());
 }
 
 #[test]
-fn the_longest_record_fits() {
-    let to = RemoteAddress::new(&"x".repeat(PLACE_MAX)).unwrap();
+fn longest_records_fit_record_max() {
+    let to = RemoteAddress::new(&"x".repeat(REMOTE_ADDRESS_MAX)).unwrap();
     let before = Provenance::Arrived(ID);
     let from = Some("0:0:0:0:0:ffff:255.255.255.255".parse().unwrap());
     let longest = Some("1111:2222:3333:4444:5555:6666:7777:8888".parse().unwrap());
@@ -191,7 +201,123 @@ fn the_longest_record_fits() {
     assert!(Record::Departed { id: ID, when: u64::MAX, to }.encode().len() <= RECORD_MAX);
 }
 
-fn any_title() -> impl Strategy<Value = Provenance> {
+/// Every shape of record, and none. Two records of one shape differ in values only.
+fn all_records() -> Vec<Option<Record>> {
+    let arrived = Provenance::Arrived(Id(2_u128.to_be_bytes()));
+    let provenances = [Provenance::Native, arrived, Provenance::Received, Provenance::Adopted];
+    let (id, to) = (Id(1_u128.to_be_bytes()), RemoteAddress::new("HOST").unwrap());
+    let mut records = vec![None];
+    records.extend([None, Some(id)].map(|id| Some(Record::Incoming { id })));
+    records.extend(provenances.map(|provenance| Some(Record::Ours(provenance))));
+    for from in [None, Some(IpAddr::from([192, 0, 2, 9]))] {
+        records.extend(
+            provenances.map(|before| Some(Record::Departing { id, before, to: to.clone(), from })),
+        );
+    }
+    records.push(Some(Record::Departed { id, when: 1_700_000_000, to }));
+    records
+}
+
+fn show_id(id: Id) -> String {
+    u128::from_be_bytes(id.0).to_string()
+}
+
+fn show_provenance(provenance: Provenance) -> String {
+    match provenance {
+        Provenance::Native => "native".to_owned(),
+        Provenance::Arrived(id) => format!("arrived with {}", show_id(id)),
+        Provenance::Received => "received".to_owned(),
+        Provenance::Adopted => "adopted".to_owned(),
+    }
+}
+
+fn show_record(record: Option<&Record>) -> String {
+    match record {
+        None => "none".to_owned(),
+        Some(Record::Incoming { id: None }) => "incoming".to_owned(),
+        Some(Record::Incoming { id: Some(id) }) => format!("incoming with {}", show_id(*id)),
+        Some(Record::Ours(provenance)) => format!("ours, {}", show_provenance(*provenance)),
+        Some(Record::Departing { id, before, to, from }) => {
+            let from = from.map_or_else(String::new, |from| format!(" from {from}"));
+            let before = show_provenance(*before);
+            format!("departing with {}{from} to {to}, before {before}", show_id(*id))
+        }
+        Some(Record::Departed { id, to, .. }) => format!("departed with {} to {to}", show_id(*id)),
+    }
+}
+
+fn show_refusal(refusal: &OwnershipRefusal) -> String {
+    match refusal {
+        OwnershipRefusal::Incomplete => "refuse: incomplete".to_owned(),
+        OwnershipRefusal::Departing { id, to } => {
+            format!("refuse: in doubt, {to} knows of {}", show_id(*id))
+        }
+        OwnershipRefusal::Departed { id, to, .. } => {
+            format!("refuse: departed with {} to {to}", show_id(*id))
+        }
+        OwnershipRefusal::Adopted => "refuse: adopted".to_owned(),
+    }
+}
+
+fn show_for_serve(record: Option<&Record>) -> String {
+    match for_serve(record) {
+        ForServe::Serve(provenance) => format!("serve as {}", show_provenance(provenance)),
+        ForServe::Ask { id, to, from, before, refusal } => {
+            let from = from.map_or_else(String::new, |from| format!(" from {from}"));
+            let (id, before) = (show_id(id), show_provenance(before));
+            let refusal = show_refusal(&refusal);
+            format!("ask {to}{from}: has {id} arrived? never: restore {before}; else {refusal}")
+        }
+        ForServe::Refuse(refusal) => show_refusal(&refusal),
+    }
+}
+
+fn show_for_listen(record: Option<&Record>, overwrite: bool) -> String {
+    let id = |id: Option<Id>| id.map_or_else(|| "no id".to_owned(), show_id);
+    match for_listen(record, overwrite) {
+        ForListen::Accept { incomplete_copy: None } => "accept".to_owned(),
+        ForListen::Accept { incomplete_copy: Some(copy) } => {
+            format!("accept, over an incomplete copy ({})", id(copy))
+        }
+        ForListen::AlreadyArrived(arrived) => format!("exit: arrived ({})", id(arrived)),
+        ForListen::Refuse(refusal) => show_refusal(&refusal),
+    }
+}
+
+fn show_for_adopt(record: Option<&Record>, force: bool) -> String {
+    match for_adopt(record, force) {
+        Ok(next) => format!("record {}", show_record(Some(&next))),
+        Err(refusal) => show_refusal(&refusal),
+    }
+}
+
+/// What a command decides, as text.
+type Decide = fn(Option<&Record>) -> String;
+
+#[test]
+fn decisions_match_the_accepted_table() {
+    let records = all_records();
+    let mut table = "# Command | record of the image | decision. Numbers are ids of migrations.\n\
+                     # See src/transition_table.rs for how to accept a change.\n"
+        .to_owned();
+    let commands: [(&str, Decide); 5] = [
+        ("serve", show_for_serve),
+        ("listen", |record| show_for_listen(record, false)),
+        ("listen --overwrite", |record| show_for_listen(record, true)),
+        ("adopt", |record| show_for_adopt(record, false)),
+        ("adopt --force", |record| show_for_adopt(record, true)),
+    ];
+    for (command, decide) in commands {
+        table.push('\n');
+        for record in &records {
+            let (shown, decision) = (show_record(record.as_ref()), decide(record.as_ref()));
+            table += &format!("{command} | {shown} | {decision}\n");
+        }
+    }
+    assert_accepted("disk/ownership/decisions.txt", &table);
+}
+
+fn any_provenance() -> impl Strategy<Value = Provenance> {
     prop_oneof![
         Just(Provenance::Native),
         Just(Provenance::Adopted),
@@ -202,11 +328,12 @@ fn any_title() -> impl Strategy<Value = Provenance> {
 
 fn any_record() -> impl Strategy<Value = Record> {
     let id = || any::<[u8; 16]>().prop_map(Id);
-    let to = || "[ -~é]{1,60}".prop_filter_map("a place", |text| RemoteAddress::new(&text));
+    let to =
+        || "[ -~é]{1,60}".prop_filter_map("a remote address", |text| RemoteAddress::new(&text));
     prop_oneof![
         proptest::option::of(id()).prop_map(|id| Record::Incoming { id }),
-        any_title().prop_filter_map("a title on record", Provenance::record),
-        (id(), any_title(), to(), any::<Option<std::net::IpAddr>>())
+        any_provenance().prop_filter_map("a provenance with a record", Provenance::record),
+        (id(), any_provenance(), to(), any::<Option<std::net::IpAddr>>())
             .prop_map(|(id, before, to, from)| Record::Departing { id, before, to, from }),
         (id(), any::<u64>(), to()).prop_map(|(id, when, to)| Record::Departed { id, when, to }),
     ]
@@ -214,19 +341,19 @@ fn any_record() -> impl Strategy<Value = Record> {
 
 proptest! {
     #[test]
-    fn every_record_reads_back_as_it_was_written(record in any_record()) {
+    fn encoded_record_decodes_to_itself(record in any_record()) {
         prop_assert_eq!(Record::decode(record.encode().as_bytes()), Ok(record));
     }
 
     #[test]
-    fn a_record_cut_short_is_never_read_as_a_record(record in any_record(), keep in 0.0..1.0f64) {
+    fn truncated_record_is_an_error(record in any_record(), keep in 0.0..1.0f64) {
         let text = record.encode();
         let cut = &text.as_bytes()[..(text.len() as f64 * keep) as usize];
         prop_assert!(Record::decode(cut).is_err());
     }
 
     #[test]
-    fn no_bytes_make_decoding_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+    fn decoding_arbitrary_bytes_does_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
         let _ = Record::decode(&bytes);
     }
 }

@@ -55,7 +55,7 @@ fn the_record_is_that_of_the_open_file() {
     let moved = setting.beside("moved");
     fs::rename(&setting.path, &moved).unwrap();
     fs::write(&setting.path, [1; SIZE as usize]).unwrap();
-    ledger.again().unwrap().write(Some(&OURS)).unwrap();
+    ledger.reopen().unwrap().write(Some(&OURS)).unwrap();
     assert_eq!(setting.ledger().read().unwrap(), None);
     assert_eq!(
         RecordStore::open(&moved, Some(&setting.state)).unwrap().read().unwrap(),
@@ -115,7 +115,7 @@ fn a_record_follows_its_file_and_not_its_path() {
     let (next, first) =
         (setting.ledger(), RecordStore::open(&moved, Some(&setting.state)).unwrap());
     assert_eq!(next.read().unwrap(), None);
-    assert_eq!(next.foreign(), Some(next.usual.clone()));
+    assert_eq!(next.foreign_record(), Some(next.usual.clone()));
     assert_eq!(first.read().unwrap(), Some(OURS));
     next.write_entry(&INCOMING).unwrap();
     assert_eq!((next.read().unwrap(), first.read().unwrap()), (Some(INCOMING), Some(OURS)));
@@ -167,8 +167,8 @@ fn an_unrecorded_move_keeps_what_record_fits() {
     let setting = setting();
     let mut ledger = setting.ledger();
     ledger.write(Some(&INCOMING)).unwrap();
-    ledger.record_nothing();
-    ledger.again().unwrap().write(Some(&OURS)).unwrap();
+    ledger.allow_unrecorded();
+    ledger.reopen().unwrap().write(Some(&OURS)).unwrap();
     assert_eq!(setting.ledger().read().unwrap(), Some(OURS));
 }
 
@@ -179,7 +179,7 @@ fn an_unrecorded_move_removes_a_record_that_became_wrong() {
     let mut ledger = without_room(&setting);
     assert!(ledger.write(Some(&OURS)).is_err(), "there is room");
     assert_eq!(ledger.peek().unwrap(), Some(INCOMING));
-    ledger.record_nothing();
+    ledger.allow_unrecorded();
     ledger.write(Some(&OURS)).unwrap();
     assert_eq!(setting.ledger().read().unwrap(), None);
 }
@@ -188,7 +188,7 @@ fn an_unrecorded_move_removes_a_record_that_became_wrong() {
 fn an_unrecorded_move_fails_if_an_old_record_stays() {
     let setting = setting();
     let mut ledger = without_room(&setting);
-    ledger.record_nothing();
+    ledger.allow_unrecorded();
     // What cannot be read cannot be removed, either.
     fs::create_dir(&ledger.usual).unwrap();
     assert!(ledger.write(Some(&OURS)).is_err());
@@ -202,7 +202,7 @@ fn an_unrecorded_departure_leaves_departing_in_place() {
         |id| Record::Departing { id, before: Provenance::Native, to: to.clone(), from: None };
     setting.ledger().write_entry(&leaving(id)).unwrap();
     let mut ledger = without_room(&setting);
-    ledger.record_nothing();
+    ledger.allow_unrecorded();
     ledger.write(Some(&Record::Departed { id, when: 0, to: to.clone() })).unwrap();
     assert_eq!(ledger.peek().unwrap(), Some(leaving(id)));
     ledger.write(Some(&Record::Departed { id: id.next(), when: 0, to: to.clone() })).unwrap();
@@ -292,7 +292,11 @@ fn a_deleted_image_is_gone_with_its_record() {
     ledger.delete_image(Some(&OURS), SIZE).unwrap();
     assert!(!setting.path.exists() && setting.kept() == 0);
     ledger.delete_image(Some(&OURS), SIZE).unwrap();
-    assert_eq!(gone_from(&setting.path, &setting.state).unwrap(), None, "nobody wanted a note");
+    assert_eq!(
+        read_tombstone_in(&setting.path, &setting.state).unwrap(),
+        None,
+        "nobody wanted a note"
+    );
 }
 
 #[test]
@@ -302,7 +306,10 @@ fn an_image_is_deleted_only_if_all_of_it_was_served() {
     let error = ledger.delete_image(None, SIZE - 512).unwrap_err();
     assert!(error.to_string().contains("the last 512 bytes of it do not move"), "{error}");
     assert!(setting.path.exists());
-    assert_eq!((ledger.tail(SIZE).unwrap(), ledger.tail(SIZE - 1).unwrap()), (0, 1));
+    assert_eq!(
+        (ledger.bytes_beyond(SIZE).unwrap(), ledger.bytes_beyond(SIZE - 1).unwrap()),
+        (0, 1)
+    );
     ledger.delete_image(None, SIZE).unwrap();
 }
 
@@ -310,15 +317,15 @@ fn an_image_is_deleted_only_if_all_of_it_was_served() {
 fn a_deleted_image_can_leave_a_note_that_is_no_record_of_the_next_one() {
     let setting = setting();
     let mut ledger = setting.ledger();
-    ledger.leave_note();
+    ledger.leave_tombstone();
     ledger.delete_image(Some(&OURS), SIZE).unwrap();
-    assert_eq!(gone_from(&setting.path, &setting.state).unwrap(), Some(OURS));
+    assert_eq!(read_tombstone_in(&setting.path, &setting.state).unwrap(), Some(OURS));
     fs::write(&setting.path, [0; SIZE as usize]).unwrap();
     let next = setting.ledger();
     assert_eq!(next.read().unwrap(), None);
-    next.forget_note().unwrap();
-    assert_eq!(gone_from(&setting.path, &setting.state).unwrap(), None);
-    next.forget_note().unwrap();
+    next.remove_tombstone().unwrap();
+    assert_eq!(read_tombstone_in(&setting.path, &setting.state).unwrap(), None);
+    next.remove_tombstone().unwrap();
 }
 
 #[test]

@@ -284,8 +284,10 @@ fn in_old_style_only_the_writer_uses_the_arriving_disk() {
 
 /// A destination that was started again on an image with this record.
 fn restarted(record: &Record, admits: Admits) -> Arrival {
-    let ForListen::Accept { holds } = for_listen(Some(record), false) else { panic!("{record:?}") };
-    Arrival::new(TOKEN, holds, admits)
+    let ForListen::Accept { incomplete_copy } = for_listen(Some(record), false) else {
+        panic!("{record:?}")
+    };
+    Arrival::new(TOKEN, incomplete_copy, admits)
 }
 
 #[test]
