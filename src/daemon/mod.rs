@@ -124,7 +124,7 @@ pub fn run(plan: Config, mut reread: Option<RereadConfig>) -> Result<ProcessEnd,
     };
     drop(doorstep);
     let ending = house.wait(&arrivals, plan.role);
-    let goes_on = plan.role == ProcessRole::Serve && house.disk.is_flawless();
+    let goes_on = plan.role == ProcessRole::Serve && house.disk.all_flushes_succeeded();
     house.close(&ending, goes_on);
     Ok(event_loop::last_word(ending, &arrivals))
 }

@@ -100,7 +100,7 @@ pub struct Extent {
 /// Executes a call synchronously. Populating does nothing: a later read will wait instead.
 pub(super) fn execute(image: &dyn Backend, call: &Call) -> io::Result<()> {
     match call {
-        Call::Load(_) => Ok(()),
+        Call::Populate(_) => Ok(()),
         Call::Prefetch(range) => image.prefetch(*range),
         Call::Write { offset, data } => image.write(*offset, data, true),
         Call::Flush => image.flush(),

@@ -30,7 +30,7 @@ pub struct Disk {
     /// Changes since a migration's copier last looked, while there is one.
     dirty: RwLock<Option<Arc<DirtyBitmap>>>,
     /// Delay of every write, in microseconds.
-    hold: AtomicU64,
+    write_delay_us: AtomicU64,
 }
 
 /// A migration's view of the disk. It reads without passing the gate, because the migration is what
@@ -63,7 +63,7 @@ impl Disk {
             flush_errors: FlushErrors::default(),
             overlaps: OverlapTracker::default(),
             dirty: RwLock::new(None),
-            hold: AtomicU64::new(0),
+            write_delay_us: AtomicU64::new(0),
         }
     }
 
@@ -93,8 +93,8 @@ impl Disk {
 
     /// Whether every flush has succeeded so far.
     #[must_use]
-    pub fn is_flawless(&self) -> bool {
-        self.flush_errors.is_flawless()
+    pub fn all_flushes_succeeded(&self) -> bool {
+        self.flush_errors.all_flushes_succeeded()
     }
 
     /// The gate, for closing it.
@@ -139,14 +139,14 @@ impl Disk {
 
     /// How long a session has to delay each write, so that a migration can catch up.
     #[must_use]
-    pub fn hold(&self) -> Duration {
-        Duration::from_micros(self.hold.load(Ordering::Relaxed))
+    pub fn write_delay(&self) -> Duration {
+        Duration::from_micros(self.write_delay_us.load(Ordering::Relaxed))
     }
 
     /// Sets the delay of every write; zero for none.
-    pub fn set_hold(&self, hold: Duration) {
-        let micros = u64::try_from(hold.as_micros()).unwrap_or(u64::MAX);
-        self.hold.store(micros, Ordering::Relaxed);
+    pub fn set_write_delay(&self, delay: Duration) {
+        let micros = u64::try_from(delay.as_micros()).unwrap_or(u64::MAX);
+        self.write_delay_us.store(micros, Ordering::Relaxed);
     }
 
     /// Flushes the image without passing the gate.

@@ -44,7 +44,7 @@ pub(super) struct ConcurrentFlushes(u64);
 
 impl FlushErrors {
     /// Whether every flush has succeeded so far.
-    pub(super) fn is_flawless(&self) -> bool {
+    pub(super) fn all_flushes_succeeded(&self) -> bool {
         self.failure.load(Ordering::Acquire) == 0
     }
 
@@ -76,13 +76,16 @@ impl FlushErrors {
     }
 
     /// Those who are listening now, if there are any; `bell` rings when the last of them has ended.
-    pub(super) fn ring_after_others(&self, bell: &Arc<dyn Notifier>) -> Option<ConcurrentFlushes> {
+    pub(super) fn ring_after_others(
+        &self,
+        notifier: &Arc<dyn Notifier>,
+    ) -> Option<ConcurrentFlushes> {
         let mut listeners = self.lock();
         if listeners.listening.is_empty() {
             return None;
         }
         let before = listeners.next;
-        listeners.waiting.push((before, Arc::clone(bell)));
+        listeners.waiting.push((before, Arc::clone(notifier)));
         Some(ConcurrentFlushes(before))
     }
 
@@ -117,11 +120,11 @@ impl Drop for FlushGuard<'_> {
         listeners.listening.remove(&self.number);
         self.hearing.ended.notify_all();
         let waiting = std::mem::take(&mut listeners.waiting);
-        for (before, bell) in waiting {
+        for (before, notifier) in waiting {
             if listeners.have_ended(before) {
-                bell.ring();
+                notifier.notify();
             } else {
-                listeners.waiting.push((before, bell));
+                listeners.waiting.push((before, notifier));
             }
         }
     }
@@ -133,29 +136,29 @@ mod tests {
     use super::*;
     use nix::libc::{EIO, ENOSPC};
 
-    fn bell() -> (Arc<TestNotifier>, Arc<dyn Notifier>) {
-        let bell = Arc::new(TestNotifier::default());
-        (Arc::clone(&bell), bell)
+    fn notifier() -> (Arc<TestNotifier>, Arc<dyn Notifier>) {
+        let notifier = Arc::new(TestNotifier::default());
+        (Arc::clone(&notifier), notifier)
     }
 
     #[test]
     fn the_first_failure_is_what_everybody_hears_from_then_on() {
         let hearing = FlushErrors::default();
-        assert!(hearing.is_flawless() && hearing.check().is_ok());
+        assert!(hearing.all_flushes_succeeded() && hearing.check().is_ok());
         let says = |errno| hearing.failed(&io::Error::from_raw_os_error(errno)).raw_os_error();
         assert_eq!(says(ENOSPC), Some(ENOSPC));
         assert_eq!(says(EIO), Some(ENOSPC));
         assert_eq!(hearing.check().unwrap_err().raw_os_error(), Some(ENOSPC));
-        assert!(!hearing.is_flawless());
+        assert!(!hearing.all_flushes_succeeded());
     }
 
     #[test]
     fn whoever_listened_at_that_moment_is_waited_for_and_nobody_who_came_later() {
         let hearing = FlushErrors::default();
-        let (rung, bell) = bell();
-        assert!(hearing.ring_after_others(&bell).is_none());
+        let (rung, notifier) = notifier();
+        assert!(hearing.ring_after_others(&notifier).is_none());
         let (first, second) = (hearing.listen(), hearing.listen());
-        let others = hearing.ring_after_others(&bell).unwrap();
+        let others = hearing.ring_after_others(&notifier).unwrap();
         let later = hearing.listen();
         drop(first);
         assert!(!hearing.have_ended(others) && rung.count() == 0);

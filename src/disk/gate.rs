@@ -47,7 +47,7 @@ struct Closing {
     closers: u32,
     expiry: Expiry,
     /// To be rung when the gate opens, is retired, or is to open earlier by itself.
-    bells: Vec<Arc<dyn Notifier>>,
+    notifiers: Vec<Arc<dyn Notifier>>,
 }
 
 /// The end of a closing, independent of the closer.
@@ -146,17 +146,17 @@ impl Gate {
     /// session that waits for other things besides: it has to call this again at the time that is
     /// returned, at which the closing may expire.
     #[must_use]
-    pub fn ring_when_open(&self, bell: &Arc<dyn Notifier>) -> Option<Instant> {
+    pub fn notify_when_open(&self, notifier: &Arc<dyn Notifier>) -> Option<Instant> {
         let mut closing = self.lock();
         self.expire(&mut closing);
         let state = self.state.load(Ordering::Relaxed);
         if state & RETIRED != 0 || state & CLOSED == 0 {
             drop(closing);
-            bell.ring();
+            notifier.notify();
             return None;
         }
-        if !closing.bells.iter().any(|other| Arc::ptr_eq(other, bell)) {
-            closing.bells.push(Arc::clone(bell));
+        if !closing.notifiers.iter().any(|other| Arc::ptr_eq(other, notifier)) {
+            closing.notifiers.push(Arc::clone(notifier));
         }
         match closing.expiry {
             Expiry::At(end) => Some(end),
@@ -320,7 +320,7 @@ impl Gate {
     /// Tells everybody who waits to get in to look again.
     fn let_go(&self, closing: &mut MutexGuard<'_, Closing>) {
         self.opened.notify_all();
-        closing.bells.drain(..).for_each(|bell| bell.ring());
+        closing.notifiers.drain(..).for_each(|notifier| notifier.notify());
     }
 
     /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.

@@ -31,7 +31,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
-pub use work::{BYTES_MAX, UNDER_WAY_MAX, Work};
+pub use work::{BYTES_MAX, IN_FLIGHT_MAX, Work};
 use work::{Batched, Executor, NextStep, Operation, Queued};
 
 mod closing;
@@ -44,7 +44,7 @@ mod work;
 #[derive(Debug)]
 pub struct InFlight<'a, T> {
     disk: &'a Disk,
-    bell: Arc<dyn Notifier>,
+    notifier: Arc<dyn Notifier>,
     lane: Executor<'a>,
     /// Where the results of threads come in, and how many are to come.
     completions: Arc<Completions>,
@@ -66,19 +66,19 @@ pub struct InFlight<'a, T> {
     count: usize,
     bytes: usize,
     /// When to ask at the closed gate again.
-    gate_due: Cell<Option<Instant>>,
+    gate_expiry: Cell<Option<Instant>>,
     /// Nothing more is begun: whoever wanted it has gone.
     closing: bool,
 }
 
 impl<'a, T> InFlight<'a, T> {
     /// None yet. `bell` rings when something may be over.
-    pub fn new(disk: &'a Disk, bell: Arc<dyn Notifier>) -> Self {
+    pub fn new(disk: &'a Disk, notifier: Arc<dyn Notifier>) -> Self {
         Self {
             disk,
-            completions: Completions::new(&bell),
+            completions: Completions::new(&notifier),
             helped: 0,
-            bell,
+            notifier,
             lane: Executor::Unknown,
             next_key: 0,
             waiting: VecDeque::new(),
@@ -91,7 +91,7 @@ impl<'a, T> InFlight<'a, T> {
             over: VecDeque::new(),
             count: 0,
             bytes: 0,
-            gate_due: Cell::new(None),
+            gate_expiry: Cell::new(None),
             closing: false,
         }
     }
@@ -105,20 +105,20 @@ impl<'a, T> InFlight<'a, T> {
     /// Whether none has begun that is not over, and the outcome of each has been taken; some may
     /// wait for other sessions' changes.
     #[must_use]
-    pub fn is_at_rest(&self) -> bool {
+    pub fn is_quiescent(&self) -> bool {
         self.count == self.waiting.len() && self.over.is_empty()
     }
 
     /// Whether one may be begun that holds so many bytes.
     #[must_use]
     pub fn has_room(&self, bytes: usize) -> bool {
-        let is_free = self.count + self.over.len() < UNDER_WAY_MAX;
+        let is_free = self.count + self.over.len() < IN_FLIGHT_MAX;
         is_free && (self.bytes == 0 || self.bytes + bytes <= BYTES_MAX)
     }
 
     /// Whether some wait for an earlier change, for a part in flight, or for the gate.
     #[must_use]
-    pub fn are_waiting(&self) -> bool {
+    pub fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }
 
@@ -138,12 +138,12 @@ impl<'a, T> InFlight<'a, T> {
     /// A place among the changes in flight for one that the caller makes by itself, as soon as
     /// [`Change::is_first`].
     #[must_use]
-    pub fn take_place(&self, range: Range) -> Change<'a> {
-        self.disk.overlaps.register(range, &self.bell)
+    pub fn register_change(&self, range: Range) -> Change<'a> {
+        self.disk.overlaps.register(range, &self.notifier)
     }
 
     /// The session has written `range` by itself, not durably.
-    pub fn wrote(&mut self, range: Range) {
+    pub fn record_write(&mut self, range: Range) {
         if let Some((start, end)) = self.write_behind.wrote(range) {
             let disk = self.disk;
             let span = Range::whole(disk.size()).from(start).until(end);
@@ -168,7 +168,7 @@ impl<'a, T> InFlight<'a, T> {
             Ok(None) => Queued { token, work, change: None, weight },
             Ok(Some(range)) if range.is_empty() => return self.conclude(token, weight, Ok(())),
             Ok(Some(range)) => {
-                let change = Some(self.take_place(range));
+                let change = Some(self.register_change(range));
                 Queued { token, work, change, weight }
             }
             Err(error) => return self.conclude(token, weight, Err(error)),
@@ -193,15 +193,15 @@ impl<'a, T> InFlight<'a, T> {
     }
 
     /// Has the bell rung when the gate opens.
-    pub fn wait_for_the_gate(&self) {
-        self.gate_due.set(self.disk.gate.ring_when_open(&self.bell));
+    pub fn notify_when_gate_opens(&self) {
+        self.gate_expiry.set(self.disk.gate.notify_when_open(&self.notifier));
     }
 
-    /// When to go on whatever the bell said, if [`InFlight::wait_for_the_gate`] was called since this
+    /// When to go on whatever the bell said, if [`InFlight::notify_when_gate_opens`] was called since this
     /// was last asked: the gate may open by itself then.
     #[must_use]
-    pub fn gate_due(&self) -> Option<Instant> {
-        self.gate_due.take()
+    pub fn gate_expiry(&self) -> Option<Instant> {
+        self.gate_expiry.take()
     }
 
     /// Goes on with those that waited and need not wait any more.
@@ -218,7 +218,7 @@ impl<'a, T> InFlight<'a, T> {
                         self.start(visit, queued);
                     }
                 }
-                Ok(None) => return self.wait_for_the_gate(),
+                Ok(None) => return self.notify_when_gate_opens(),
                 // Whoever owns the session learns so at the gate.
                 Err(_) => return,
             }
@@ -232,12 +232,12 @@ impl<'a, T> InFlight<'a, T> {
         if let Executor::Lane(lane) = &mut self.lane
             && !lane.submit()
         {
-            self.bell.ring();
+            self.notifier.notify();
         }
     }
 
     /// The next that is over: what was given to [`InFlight::begin`], and its outcome.
-    pub fn next_over(&mut self) -> Option<(T, io::Result<()>)> {
+    pub fn next_completed(&mut self) -> Option<(T, io::Result<()>)> {
         if self.is_empty() {
             return None;
         }
@@ -264,12 +264,12 @@ impl<'a, T> InFlight<'a, T> {
 
     /// Whether an outcome waits to be taken, whatever the bell said.
     #[must_use]
-    pub fn has_news(&self) -> bool {
+    pub fn has_completed(&self) -> bool {
         !self.over.is_empty()
     }
 
     /// Gives back the lane if nothing is under way; it is made anew when needed.
-    pub fn relax(&mut self) {
+    pub fn shrink(&mut self) {
         if self.is_empty() {
             self.lane = Executor::Unknown;
         }
@@ -277,7 +277,7 @@ impl<'a, T> InFlight<'a, T> {
 
     /// Whether there is no lane to give back.
     #[must_use]
-    pub fn is_relaxed(&self) -> bool {
+    pub fn is_shrunk(&self) -> bool {
         !matches!(self.lane, Executor::Lane(_))
     }
 
@@ -287,7 +287,7 @@ impl<'a, T> InFlight<'a, T> {
         let within = |range: &Range| disk.range(range.offset(), range.length());
         let (range, durable) = match work {
             Work::Flush => return disk.flush_errors.check().map(|()| None),
-            Work::Load(range) | Work::Prefetch(range) => {
+            Work::Populate(range) | Work::Prefetch(range) => {
                 let range = within(range)?;
                 return Ok(range.is_empty().then_some(range));
             }
@@ -312,7 +312,7 @@ impl<'a, T> InFlight<'a, T> {
         let (then, listening, joined) = (NextStep::Nothing, None, Vec::new());
         let errand = Operation { token, visit, change, then, listening, joined, weight };
         match work {
-            Work::Load(range) => self.call(errand, Call::Load(range)),
+            Work::Populate(range) => self.call(errand, Call::Populate(range)),
             Work::Prefetch(range) => self.call(errand, Call::Prefetch(range)),
             Work::Flush => self.gathered.push(Batched { errand, write: None }),
             Work::Zero { range, how, durable } => {
@@ -357,7 +357,7 @@ impl<'a, T> InFlight<'a, T> {
         };
         if let Some(edges) = errand.visit.cold_edges(range) {
             errand.then = NextStep::Write { offset, data, durable };
-            self.call(errand, Call::Load(edges));
+            self.call(errand, Call::Populate(edges));
         } else if gaps == Some(false) {
             self.gathered.push(Batched { errand, write: Some((offset, data)) });
         } else {
@@ -373,7 +373,7 @@ impl<'a, T> InFlight<'a, T> {
             Ok(()) if durable => self.gathered.push(Batched { errand, write: None }),
             outcome => {
                 let length = data.len() as u64;
-                self.wrote(Range::whole(self.disk.size()).from(offset).split(length).0);
+                self.record_write(Range::whole(self.disk.size()).from(offset).split(length).0);
                 self.end(errand, outcome);
             }
         }
@@ -411,7 +411,7 @@ impl<'a, T> InFlight<'a, T> {
             errand.listening = Some(self.disk.flush_errors.listen());
         }
         if matches!(self.lane, Executor::Unknown) {
-            self.lane = match self.disk.image.queue(self.bell.as_eventfd()) {
+            self.lane = match self.disk.image.queue(self.notifier.as_eventfd()) {
                 Some(lane) => Executor::Lane(lane),
                 None => Executor::Helpers,
             };
@@ -433,7 +433,7 @@ impl<'a, T> InFlight<'a, T> {
     fn call_a_thread(&mut self, key: u64, call: Call) {
         let image = &self.disk.image;
         let declined = match call {
-            Call::Load(_) => Err(call),
+            Call::Populate(_) => Err(call),
             call => self.disk.threads.make(image, (key, call), &self.completions),
         };
         match declined {
@@ -442,7 +442,7 @@ impl<'a, T> InFlight<'a, T> {
                 let outcome = Some(execute(&**image, &call));
                 let made = Completion { key, call, outcome };
                 match made.call {
-                    Call::Load(_) => return self.made(made),
+                    Call::Populate(_) => return self.made(made),
                     // Heard of like the others, so that the session sees to other things between two
                     // parts.
                     _ => self.completions.put(made),
@@ -458,7 +458,7 @@ impl<'a, T> InFlight<'a, T> {
         let Some(outcome) = outcome else { return self.call_a_thread(key, call) };
         let Some(mut errand) = self.under_way.remove(&key) else { return };
         match (call, outcome) {
-            (Call::Load(_) | Call::Prefetch(_), outcome) => self.loaded(errand, outcome),
+            (Call::Populate(_) | Call::Prefetch(_), outcome) => self.loaded(errand, outcome),
             (Call::Flush, Ok(())) => {
                 self.write_behind.started();
                 self.heard(errand);
@@ -530,7 +530,7 @@ impl<'a, T> InFlight<'a, T> {
     /// The kernel has said that something is durable: ends, unless somebody else may know better.
     fn heard(&mut self, mut errand: Operation<'a, T>) {
         errand.listening = None;
-        match self.disk.flush_errors.ring_after_others(&self.bell) {
+        match self.disk.flush_errors.ring_after_others(&self.notifier) {
             None => self.end(errand, self.disk.flush_errors.check()),
             Some(others) => self.unsettled.push((others, errand)),
         }

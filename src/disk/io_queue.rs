@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 pub enum Call {
     /// Brings what the range holds into memory, so that it can be had without waiting. It may be
     /// gone again by then, and a failure will show when it is read.
-    Load(Range),
+    Populate(Range),
     /// Asks that the range be brought into memory, and does not wait until it is there.
     Prefetch(Range),
     /// Writes all of `data` to `offset`, durably.
@@ -71,7 +71,7 @@ pub trait IoQueue: std::fmt::Debug {
 /// Tells a session that something it waits for has happened.
 pub trait Notifier: Send + Sync + std::fmt::Debug {
     /// Rings, now or when somebody listens.
-    fn ring(&self);
+    fn notify(&self);
     /// An eventfd that rings it when it is written to.
     fn as_eventfd(&self) -> BorrowedFd<'_>;
 }

@@ -104,7 +104,7 @@ impl Drop for Change<'_> {
         let later = registered.by_arrival.range(self.number..);
         for (_, entry) in later.filter(|(_, entry)| entry.waits && overlap(entry.range, self.range))
         {
-            entry.owner.ring();
+            entry.owner.notify();
         }
     }
 }
@@ -126,9 +126,9 @@ mod tests {
         Range::within(SIZE, offset, length).unwrap()
     }
 
-    fn bell() -> (Arc<TestNotifier>, Arc<dyn Notifier>) {
-        let bell = Arc::new(TestNotifier::default());
-        (Arc::clone(&bell), bell)
+    fn notifier() -> (Arc<TestNotifier>, Arc<dyn Notifier>) {
+        let notifier = Arc::new(TestNotifier::default());
+        (Arc::clone(&notifier), notifier)
     }
 
     #[test]
@@ -144,10 +144,10 @@ mod tests {
 
     #[test]
     fn a_later_change_waits_and_is_woken_once() {
-        let (in_flight, (rung, bell), (other, theirs)) =
-            (OverlapTracker::default(), bell(), bell());
+        let (in_flight, (rung, notifier), (other, theirs)) =
+            (OverlapTracker::default(), notifier(), notifier());
         let first = in_flight.register(range(0, 4096), &theirs);
-        let second = in_flight.register(range(4095, 10), &bell);
+        let second = in_flight.register(range(4095, 10), &notifier);
         let apart = in_flight.register(range(8192, 10), &theirs);
         assert!(first.is_first() && !second.is_first() && apart.is_first());
         assert!(!in_flight.is_clear(range(0, 1)) && in_flight.is_clear(range(5000, 1)));
@@ -161,10 +161,10 @@ mod tests {
 
     #[test]
     fn a_waiting_change_holds_later_ones_in_order() {
-        let (in_flight, (_, bell)) = (OverlapTracker::default(), bell());
-        let first = in_flight.register(range(0, 100), &bell);
-        let second = in_flight.register(range(50, 100), &bell);
-        let third = in_flight.register(range(120, 100), &bell);
+        let (in_flight, (_, notifier)) = (OverlapTracker::default(), notifier());
+        let first = in_flight.register(range(0, 100), &notifier);
+        let second = in_flight.register(range(50, 100), &notifier);
+        let third = in_flight.register(range(120, 100), &notifier);
         assert!(!second.is_first() && !third.is_first(), "third overlaps only the second");
         drop(second);
         assert!(third.is_first(), "dropped before it began");
@@ -177,10 +177,10 @@ mod tests {
             places in prop::collection::vec((0..SIZE - 5000, 1u64..5000), 1..40),
             order in any::<u64>(),
         ) {
-            let (in_flight, (_, bell)) = (OverlapTracker::default(), bell());
+            let (in_flight, (_, notifier)) = (OverlapTracker::default(), notifier());
             let mut waiting: Vec<_> = places
                 .iter()
-                .map(|(offset, length)| in_flight.register(range(*offset, *length), &bell))
+                .map(|(offset, length)| in_flight.register(range(*offset, *length), &notifier))
                 .collect();
             let (mut begun, mut ended): (Vec<Change<'_>>, Vec<u64>) = (Vec::new(), Vec::new());
             let mut dice = order | 1;

@@ -35,7 +35,7 @@ impl Default for TestNotifier {
 }
 
 impl Notifier for TestNotifier {
-    fn ring(&self) {
+    fn notify(&self) {
         self.0.write(1).unwrap();
     }
 
@@ -72,7 +72,7 @@ struct Started {
     lane: u64,
     key: u64,
     call: Call,
-    bell: OwnedFd,
+    notifier: OwnedFd,
 }
 
 /// An image with slow lanes.
@@ -85,14 +85,14 @@ pub(crate) struct SlowBackend {
 #[derive(Debug)]
 struct SlowQueue<'a> {
     number: u64,
-    bell: OwnedFd,
+    notifier: OwnedFd,
     image: &'a SlowBackend,
     waiting: Vec<(u64, Call)>,
 }
 
 impl Slow {
     /// Nothing is in memory but what is loaded from now on.
-    pub(crate) fn go_cold(&self) {
+    pub(crate) fn evict_all(&self) {
         let mut state = self.lock();
         (state.cold, state.loaded) = (true, BTreeSet::new());
     }
@@ -114,30 +114,30 @@ impl Slow {
     }
 
     /// From now on everything is made at once.
-    pub(crate) fn hurry(&self, image: &dyn Backend) {
+    pub(crate) fn complete_all(&self, image: &dyn Backend) {
         self.lock().hurries = true;
         while self.count() > 0 {
-            self.finish(0, image);
+            self.complete(0, image);
         }
     }
 
     /// From now on nobody is told that a call is over, not even whoever waits for it.
-    pub(crate) fn go_mute(&self) {
+    pub(crate) fn drop_completions(&self) {
         self.lock().mute = true;
     }
 
     /// From now on nothing is begun, as by a kernel that takes nothing.
-    pub(crate) fn break_down(&self) {
+    pub(crate) fn reject_submissions(&self) {
         self.lock().broken = true;
     }
 
     /// From now on calls wait for the test again.
-    pub(crate) fn dawdle(&self) {
+    pub(crate) fn block_all(&self) {
         self.lock().hurries = false;
     }
 
     /// Makes the call that was begun as the `nth` of those under way, counted from 0.
-    pub(crate) fn finish(&self, nth: usize, image: &dyn Backend) {
+    pub(crate) fn complete(&self, nth: usize, image: &dyn Backend) {
         let begun = self.lock().begun.remove(nth).expect("so many are under way");
         let outcome = execute(image, &begun.call);
         self.end(begun, Some(outcome));
@@ -156,14 +156,14 @@ impl Slow {
     }
 
     fn end(&self, begun: Started, outcome: Option<io::Result<()>>) {
-        let Started { lane, key, call, bell } = begun;
+        let Started { lane, key, call, notifier } = begun;
         let mut state = self.lock();
-        if let Call::Load(range) = &call {
+        if let Call::Populate(range) = &call {
             state.loaded.extend(range.offset() / BLOCK..range.end().div_ceil(BLOCK));
         }
         state.over.push_back((lane, Completion { key, call, outcome }));
         drop(state);
-        nix::unistd::write(&bell, &1u64.to_ne_bytes()).unwrap();
+        nix::unistd::write(&notifier, &1u64.to_ne_bytes()).unwrap();
         self.changed.notify_all();
     }
 
@@ -195,8 +195,8 @@ impl IoQueue for SlowQueue<'_> {
         }
         drop(state);
         for (key, call) in self.waiting.drain(..) {
-            let bell = self.bell.try_clone().unwrap();
-            let begun = Started { lane: self.number, key, call, bell };
+            let notifier = self.notifier.try_clone().unwrap();
+            let begun = Started { lane: self.number, key, call, notifier };
             let hurries = slow.lock().hurries;
             if hurries {
                 let outcome = execute(&*self.image.image, &begun.call);
@@ -259,8 +259,8 @@ impl Backend for SlowBackend {
     fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
         let mut state = self.slow.lock();
         state.lanes += 1;
-        let (number, bell) = (state.lanes, notifier.try_clone_to_owned().unwrap());
-        Some(Box::new(SlowQueue { number, bell, image: self, waiting: Vec::new() }))
+        let (number, notifier) = (state.lanes, notifier.try_clone_to_owned().unwrap());
+        Some(Box::new(SlowQueue { number, notifier, image: self, waiting: Vec::new() }))
     }
 
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {

@@ -35,7 +35,7 @@ pub(super) fn run(disk: &Disk, work: Work) -> io::Result<()> {
     in_flight.begin(visit(disk), work, ());
     loop {
         in_flight.submit();
-        if let Some(((), outcome)) = in_flight.next_over() {
+        if let Some(((), outcome)) = in_flight.next_completed() {
             return outcome;
         }
         std::thread::yield_now();
@@ -193,7 +193,7 @@ fn the_last_byte_can_be_reached_and_the_one_after_it_not() {
     let beyond = range(SIZE - 1, 2);
     assert_eq!(errno(visit.extents(beyond, 9)), EINVAL);
     for work in [
-        Work::Load(beyond),
+        Work::Populate(beyond),
         Work::Prefetch(beyond),
         trim(beyond, false),
         zero(beyond, false),
@@ -214,7 +214,7 @@ fn nothing_to_do_touches_nothing() {
         zero(none, true),
         trim(none, true),
         Work::Prefetch(none),
-        Work::Load(none),
+        Work::Populate(none),
     ] {
         assert!(run(&disk, work).is_ok());
     }

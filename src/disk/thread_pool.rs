@@ -61,7 +61,7 @@ enum What {
 pub(super) struct Completions {
     made: Mutex<VecDeque<Completion>>,
     came: Condvar,
-    bell: Arc<dyn Notifier>,
+    notifier: Arc<dyn Notifier>,
 }
 
 impl ThreadPool {
@@ -181,16 +181,16 @@ impl Task {
 }
 
 impl Completions {
-    pub(super) fn new(bell: &Arc<dyn Notifier>) -> Arc<Self> {
+    pub(super) fn new(notifier: &Arc<dyn Notifier>) -> Arc<Self> {
         let (made, came) = (Mutex::default(), Condvar::new());
-        Arc::new(Self { made, came, bell: Arc::clone(bell) })
+        Arc::new(Self { made, came, notifier: Arc::clone(notifier) })
     }
 
     /// A call is over.
     pub(super) fn put(&self, made: Completion) {
         self.lock().push_back(made);
         self.came.notify_all();
-        self.bell.ring();
+        self.notifier.notify();
     }
 
     /// One of the calls that are over.
@@ -222,8 +222,8 @@ mod tests {
         let (helpers, faults) = (ThreadPool::default(), Arc::new(Faults::default()));
         let image: Arc<dyn Backend> =
             Arc::new(FailingBackend::new(MemoryBackend::new(SIZE), Arc::clone(&faults)));
-        let bell = Arc::new(TestNotifier::default());
-        let results = Completions::new(&(Arc::clone(&bell) as Arc<dyn Notifier>));
+        let notifier = Arc::new(TestNotifier::default());
+        let results = Completions::new(&(Arc::clone(&notifier) as Arc<dyn Notifier>));
         faults.fail_every(Op::Flush, nix::libc::EIO);
         let count = 3 * THREADS_MAX as u64;
         for key in 0..count {
@@ -239,7 +239,7 @@ mod tests {
             assert_eq!(made.outcome.unwrap().is_err(), made.key.is_multiple_of(2));
             assert!(seen.insert(made.key));
         }
-        assert!(bell.count() > 0);
+        assert!(notifier.count() > 0);
     }
 
     #[test]

@@ -90,7 +90,7 @@ impl<'a> Uring<'a> {
     ///
     /// # Errors
     /// When the kernel has no such thing, forbids it, or has no memory for it.
-    pub(super) fn new(file: &'a dyn RingFile, bell: BorrowedFd<'_>) -> io::Result<Self> {
+    pub(super) fn new(file: &'a dyn RingFile, notifier: BorrowedFd<'_>) -> io::Result<Self> {
         // Results are wanted when we come by, not at once: known since Linux 6.0.
         let mut builder = IoUring::builder();
         builder.setup_coop_taskrun().setup_single_issuer();
@@ -102,11 +102,11 @@ impl<'a> Uring<'a> {
         }
         // Known since Linux 5.15; before, four for each processor.
         let _ = ring.submitter().register_iowq_max_workers(&mut [KERNEL_THREADS_MAX; 2]);
-        Self::with(ring, file, bell)
+        Self::with(ring, file, notifier)
     }
 
-    fn with(ring: IoUring, file: &'a dyn RingFile, bell: BorrowedFd<'_>) -> io::Result<Self> {
-        ring.submitter().register_eventfd(bell.as_raw_fd())?;
+    fn with(ring: IoUring, file: &'a dyn RingFile, notifier: BorrowedFd<'_>) -> io::Result<Self> {
+        ring.submitter().register_eventfd(notifier.as_raw_fd())?;
         let mut landing = Vec::new();
         let length = LOAD_BY_READING_MAX as usize;
         landing.try_reserve_exact(length).map_err(|_| io::Error::from(Errno::ENOMEM))?;
@@ -127,7 +127,7 @@ impl<'a> Uring<'a> {
     /// The entries that make a call.
     fn entries(&mut self, key: u64, call: &Call) -> Option<Vec<squeue::Entry>> {
         match call {
-            Call::Load(range) => Some(self.load(key, *range)),
+            Call::Populate(range) => Some(self.load(key, *range)),
             Call::Prefetch(range) => Some(vec![self.advice(*range).user_data(key)]),
             Call::Write { offset, data } => {
                 self.file.writes_durably().then(|| vec![self.write(key, *offset, data)])
@@ -249,12 +249,12 @@ impl<'a> Uring<'a> {
         let Submitted { call, mut done } = begun;
         let errno = Errno::from_raw(result.saturating_neg().max(0));
         let again = matches!(errno, Errno::EINTR | Errno::EAGAIN);
-        if result < 0 && again && !matches!(call, Call::Load(_)) {
+        if result < 0 && again && !matches!(call, Call::Populate(_)) {
             return self.again(key, Submitted { call, done });
         }
         let outcome = match (&call, result) {
             // Whatever is wrong with it will be told when it is read.
-            (Call::Load(_), _) => Some(Ok(())),
+            (Call::Populate(_), _) => Some(Ok(())),
             (Call::Write { data, .. }, 1..) => {
                 done += result.unsigned_abs() as usize;
                 if done < data.len() {
@@ -405,9 +405,9 @@ mod tests {
     }
 
     /// A ring that the kernel does not look into before it is enabled.
-    fn disabled<'a>(image: &'a FileBackend, bell: &TestNotifier) -> Option<Uring<'a>> {
+    fn disabled<'a>(image: &'a FileBackend, notifier: &TestNotifier) -> Option<Uring<'a>> {
         let ring = IoUring::builder().setup_r_disabled().build(ENTRIES);
-        Uring::with(ring.ok()?, image, bell.as_eventfd()).ok()
+        Uring::with(ring.ok()?, image, notifier.as_eventfd()).ok()
     }
 
     fn write(byte: u8) -> Call {
@@ -416,8 +416,8 @@ mod tests {
 
     #[test]
     fn what_the_kernel_does_not_take_is_given_back_and_never_made_by_it_later() {
-        let ((_folder, image), bell) = (image(), TestNotifier::default());
-        let Some(mut ring) = disabled(&image, &bell) else { return };
+        let ((_folder, image), notifier) = (image(), TestNotifier::default());
+        let Some(mut ring) = disabled(&image, &notifier) else { return };
         ring.begin(1, write(1)).unwrap();
         ring.begin(2, Call::Flush).unwrap();
         assert!(!ring.submit(), "nobody rings for it");
@@ -438,8 +438,8 @@ mod tests {
 
     #[test]
     fn whoever_waits_for_a_call_that_has_to_go_on_waits_until_it_is_over() {
-        let ((_folder, image), bell) = (image(), TestNotifier::default());
-        let Ok(mut ring) = Uring::new(&image, bell.as_eventfd()) else { return };
+        let ((_folder, image), notifier) = (image(), TestNotifier::default());
+        let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         // As after a part of it was written.
         ring.again(1, Submitted { call: write(1), done: 512 });
         ring.wait();
@@ -452,8 +452,8 @@ mod tests {
 
     #[test]
     fn what_the_kernel_has_no_thread_for_is_left_to_the_session_and_is_no_failed_flush() {
-        let ((_folder, image), bell) = (image(), TestNotifier::default());
-        let Some(mut ring) = disabled(&image, &bell) else { return };
+        let ((_folder, image), notifier) = (image(), TestNotifier::default());
+        let Some(mut ring) = disabled(&image, &notifier) else { return };
         let zero = Call::Zero(Range::whole(4096), Zeroing::default());
         for call in [Call::Flush, write(1), zero, Call::Prefetch(Range::whole(4096))] {
             ring.take(1, Submitted { call, done: 0 }, -(Errno::ECANCELED as i32));
@@ -463,8 +463,8 @@ mod tests {
 
     #[test]
     fn changes_that_the_kernel_cannot_make_are_given_back() {
-        let ((_folder, image), bell) = (image(), TestNotifier::default());
-        let Some(mut ring) = disabled(&image, &bell) else { return };
+        let ((_folder, image), notifier) = (image(), TestNotifier::default());
+        let Some(mut ring) = disabled(&image, &notifier) else { return };
         let range = Range::whole(4096);
         let calls = || [Call::Zero(range, Zeroing::default()), Call::Trim(range)];
         for errno in [Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ENODEV, Errno::EPERM, Errno::ESPIPE]
@@ -486,8 +486,8 @@ mod tests {
 
     #[test]
     fn zeroing_with_odd_edges_is_exact_in_a_ring() {
-        let ((_folder, image), bell) = (image(), TestNotifier::default());
-        let Ok(mut ring) = Uring::new(&image, bell.as_eventfd()) else { return };
+        let ((_folder, image), notifier) = (image(), TestNotifier::default());
+        let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         image.write(0, &[7; 40_000], false).unwrap();
         let range = Range::whole(30_001).from(101);
         ring.begin(1, Call::Zero(range, Zeroing::default())).unwrap();
@@ -502,8 +502,8 @@ mod tests {
     #[test]
     fn what_cannot_go_on_in_a_ring_is_given_back() {
         let (_folder, image) = image();
-        let (image, bell) = (image.without_support(), TestNotifier::default());
-        let Ok(mut ring) = Uring::new(&image, bell.as_eventfd()) else { return };
+        let (image, notifier) = (image.without_support(), TestNotifier::default());
+        let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         let zero = Call::Zero(Range::whole(4096), Zeroing::default());
         ring.take(1, Submitted { call: zero, done: 0 }, -(Errno::EINTR as i32));
         assert!(ring.finished().unwrap().outcome.is_none());

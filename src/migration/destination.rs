@@ -295,9 +295,9 @@ mod tests {
                 if fails {
                     slow.fail(0, EIO);
                 } else {
-                    slow.finish(0, &memory);
+                    slow.complete(0, &memory);
                 }
-                assert!(errands.next_over().is_some());
+                assert!(errands.next_completed().is_some());
                 assert_eq!(waited, Ok(()));
                 asking.join().unwrap();
                 let expected =

@@ -234,7 +234,7 @@ impl Source {
             event = match action {
                 Action::End(outcome) => {
                     self.disk.untrack();
-                    self.disk.set_hold(Duration::ZERO);
+                    self.disk.set_write_delay(Duration::ZERO);
                     self.handle.close(&outcome, self.stats(now));
                     return outcome;
                 }
@@ -261,7 +261,7 @@ impl Source {
             },
             Action::OpenGate => self.open_gate(),
             Action::Hold(hold) => {
-                self.disk.set_hold(hold);
+                self.disk.set_write_delay(hold);
                 Event::Done
             }
             Action::Record(note) => self.record(note),

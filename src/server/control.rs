@@ -99,7 +99,7 @@ fn now() -> u64 {
 }
 
 impl Notifier for SessionControl {
-    fn ring(&self) {
+    fn notify(&self) {
         self.wake.wake();
     }
 

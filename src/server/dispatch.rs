@@ -195,7 +195,7 @@ impl Transmission<'_> {
         let outcome = visit.write(piece.offset(), &self.inbox.bytes()[..length]);
         self.place = None;
         self.written += piece.length();
-        self.worker.errands.wrote(piece);
+        self.worker.errands.record_write(piece);
         self.inbox.consume(length);
         match outcome {
             Ok(()) if !then.is_empty() => self.go_on_with(to, range, then, durable),
@@ -216,7 +216,7 @@ impl Transmission<'_> {
     /// false if the piece has to wait for earlier ones.
     fn takes_place(&mut self, piece: Range) -> bool {
         let errands = &self.worker.errands;
-        self.place.get_or_insert_with(|| errands.take_place(piece)).is_first()
+        self.place.get_or_insert_with(|| errands.register_change(piece)).is_first()
     }
 
     /// The rest of a write is to come.

@@ -1,7 +1,7 @@
 //! Sessions on a disk that is as slow as the test wants: what waits for it, and what does not.
 
 use super::*;
-use crate::disk::inflight::{BYTES_MAX, UNDER_WAY_MAX};
+use crate::disk::inflight::{BYTES_MAX, IN_FLIGHT_MAX};
 use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
 use crate::disk::slow::{Slow, SlowBackend};
 use crate::disk::{Backend, StillBusy};
@@ -92,7 +92,7 @@ impl Fixture {
     }
 
     fn finish(&self, nth: usize) {
-        self.slow.finish(nth, &self.image);
+        self.slow.complete(nth, &self.image);
     }
 
     /// Makes the first call of this kind that is under way, once it is.
@@ -109,7 +109,7 @@ impl Fixture {
     }
 
     fn hurry(&self) {
-        self.slow.hurry(&self.image);
+        self.slow.complete_all(&self.image);
     }
 
     fn wait_for_clients(&self, count: usize) {
@@ -213,13 +213,13 @@ fn reads_of_what_is_not_in_memory_are_answered_as_it_comes() {
     let mut client = fixture.client();
     fixture.memory.write(0, &[1; 4096], false).unwrap();
     fixture.memory.write(MIB, &[2; 100_000], false).unwrap();
-    fixture.slow.go_cold();
+    fixture.slow.evict_all();
     client.read(0, 4096, 1);
     client.read(MIB, 100_000, 2);
     client.write(PLAIN, 4 * MIB, &[3; 4096], 3);
     assert_eq!(client.head(), (3, 0));
     let loads = fixture.slow.wait_for(2);
-    assert!(loads.iter().all(|load| load.starts_with("Load")), "{loads:?}");
+    assert!(loads.iter().all(|load| load.starts_with("Populate")), "{loads:?}");
     fixture.finish(1);
     assert_eq!(client.head(), (2, 0));
     assert!(client.data(100_000) == [2; 100_000]);
@@ -232,7 +232,7 @@ fn reads_of_what_is_not_in_memory_are_answered_as_it_comes() {
 fn writes_to_parts_of_what_is_not_in_memory_wait_aside() {
     let fixture = plain();
     let mut client = fixture.client();
-    fixture.slow.go_cold();
+    fixture.slow.evict_all();
     client.write(PLAIN, 100, &[1; 100], 1);
     client.write(PLAIN, 4096, &[2; 4096], 2);
     assert_eq!(client.head(), (2, 0));
@@ -366,12 +366,12 @@ fn whatever_was_sent_before_the_client_ended_its_side_is_answered_when_it_is_don
     let fixture = plain();
     let mut client = fixture.client();
     // More than can be under way, so that some of it is still to be taken when the end is there.
-    let count = 2 * UNDER_WAY_MAX as u64;
+    let count = 2 * IN_FLIGHT_MAX as u64;
     for cookie in 0..count {
         client.cache(cookie);
     }
     client.0.shutdown(Shutdown::Write).unwrap();
-    fixture.slow.wait_for(UNDER_WAY_MAX);
+    fixture.slow.wait_for(IN_FLIGHT_MAX);
     fixture.hurry();
     for _ in 0..count {
         assert_eq!(client.head().1, 0);
@@ -386,12 +386,12 @@ fn what_is_under_way_stays_within_its_limits_however_much_is_asked() {
     const EACH: u64 = 128 << 10;
     let mut sending = Client(client.0.try_clone().unwrap());
     let asked = 3 * BYTES_MAX as u64 / EACH;
-    fixture.slow.go_cold();
+    fixture.slow.evict_all();
     let sender = thread::spawn(move || {
         for cookie in 0..asked {
             sending.write(PLAIN, cookie * EACH + 1, &vec![1; EACH as usize], cookie);
         }
-        for cookie in 0..2 * UNDER_WAY_MAX as u64 {
+        for cookie in 0..2 * IN_FLIGHT_MAX as u64 {
             sending.cache(cookie);
         }
     });
@@ -405,11 +405,11 @@ fn what_is_under_way_stays_within_its_limits_however_much_is_asked() {
         fixture.finish(0);
         assert_eq!(client.head().1, 0);
     }
-    fixture.slow.wait_for(UNDER_WAY_MAX);
+    fixture.slow.wait_for(IN_FLIGHT_MAX);
     (0..1000).for_each(|_| thread::yield_now());
-    assert_eq!(fixture.slow.count(), UNDER_WAY_MAX);
+    assert_eq!(fixture.slow.count(), IN_FLIGHT_MAX);
     fixture.hurry();
-    for _ in 0..2 * UNDER_WAY_MAX {
+    for _ in 0..2 * IN_FLIGHT_MAX {
         assert_eq!(client.head().1, 0);
     }
     sender.join().unwrap();
@@ -465,10 +465,10 @@ fn a_reset_connection_is_seen_while_a_long_zeroing_is_made() {
     client.ask(CommandKind::WriteZeroes, PLAIN, 0, SIZE, 1);
     fixture.slow.wait_for(1);
     // More than may be in flight, so that the session does not even look for requests.
-    for cookie in 0..2 * UNDER_WAY_MAX as u64 {
+    for cookie in 0..2 * IN_FLIGHT_MAX as u64 {
         client.cache(cookie + 10);
     }
-    fixture.slow.wait_for(UNDER_WAY_MAX);
+    fixture.slow.wait_for(IN_FLIGHT_MAX);
     let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
     nix::sys::socket::setsockopt(&client.0, nix::sys::socket::sockopt::Linger, &linger).unwrap();
     drop(client);
@@ -502,10 +502,10 @@ fn writing_back_starts_after_a_step_of_writes() {
 fn a_backlog_of_a_client_that_ended_its_side_changes_nothing() {
     let fixture = plain();
     let mut old = fixture.client();
-    for cookie in 0..UNDER_WAY_MAX as u64 {
+    for cookie in 0..IN_FLIGHT_MAX as u64 {
         old.cache(cookie);
     }
-    fixture.slow.wait_for(UNDER_WAY_MAX);
+    fixture.slow.wait_for(IN_FLIGHT_MAX);
     // There is no room for these: they wait where nobody sees what they are.
     old.write(PLAIN, 0, &[1; 4096], 1000);
     old.ask(CommandKind::WriteZeroes, PLAIN, 4096, 4096, 1001);

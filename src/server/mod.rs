@@ -290,7 +290,7 @@ impl Server {
         self.shared.sessions.pack_up(room);
         self.wait_until_empty(grace.into());
         let parcels = self.shared.sessions.parcels();
-        if !self.shared.disk.is_flawless() {
+        if !self.shared.disk.all_flushes_succeeded() {
             warn!("closing {}: a flush has failed", counted(parcels.len(), "session"));
             return StoredSessions::default();
         }

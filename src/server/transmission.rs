@@ -170,7 +170,7 @@ impl<'a> Transmission<'a> {
 
     /// Answers what errands are over for.
     fn conclude_errands(&mut self) {
-        while let Some((aside, outcome)) = self.worker.errands.next_over() {
+        while let Some((aside, outcome)) = self.worker.errands.next_completed() {
             self.worker.orders.heard();
             match aside {
                 Tag::Answer { to, request } => {
@@ -280,7 +280,7 @@ impl<'a> Transmission<'a> {
 
     /// Waits until the client, the server, the disk, or the clock wants something.
     fn wait(&mut self) -> Result<(), SessionEnd> {
-        if self.worker.errands.has_news() {
+        if self.worker.errands.has_completed() {
             return Ok(());
         }
         if self.worker.orders.current() != StopRequest::Serve {
@@ -294,7 +294,7 @@ impl<'a> Transmission<'a> {
         let now = Instant::now();
         let stalled = self.stalled_at(now);
         let deadline = stalled.or_else(|| self.may_relax().then(|| now + IDLE));
-        let gate_due = self.worker.errands.gate_due();
+        let gate_due = self.worker.errands.gate_expiry();
         let deadline = deadline.into_iter().chain(gate_due).min();
         let wake = &self.worker.orders.wake;
         let waits_for_client = interest != Interest::default();
@@ -321,7 +321,7 @@ impl<'a> Transmission<'a> {
         if ready.timed_out {
             self.inbox.relax();
             self.outbox.relax();
-            self.worker.errands.relax();
+            self.worker.errands.shrink();
         }
         Ok(())
     }
@@ -346,7 +346,7 @@ impl<'a> Transmission<'a> {
     /// Whether there is memory to give back once nothing has happened for a while.
     fn may_relax(&self) -> bool {
         let errands = &self.worker.errands;
-        let relaxed = self.inbox.is_relaxed() && self.outbox.is_relaxed() && errands.is_relaxed();
+        let relaxed = self.inbox.is_relaxed() && self.outbox.is_relaxed() && errands.is_shrunk();
         !relaxed && !self.outbox.has_bytes() && errands.is_empty()
     }
 

@@ -119,13 +119,13 @@ impl<'a> Worker<'a> {
     }
 
     fn wait_for_the_gate(&self) -> Option<Visit<'a>> {
-        self.errands.wait_for_the_gate();
+        self.errands.notify_when_gate_opens();
         None
     }
 
     /// Ends the session if the disk is gone: what waits to be begun never will be.
     pub(super) fn check_disk(&self) -> Result<(), SessionEnd> {
-        match self.errands.are_waiting().then(|| self.disk.enter_if_open()) {
+        match self.errands.has_waiting().then(|| self.disk.enter_if_open()) {
             Some(Err(_)) => Err(SessionEnd::DiskGone),
             _ => Ok(()),
         }
@@ -134,11 +134,11 @@ impl<'a> Worker<'a> {
     /// Makes a write wait, if a migration wants writers held back so that it can catch up. False if
     /// errands have to end before: nobody is to wait for them longer than they take.
     pub(super) fn hold_back(&mut self, stream: &Stream) -> Result<bool, SessionEnd> {
-        let wanted = self.disk.hold();
+        let wanted = self.disk.write_delay();
         if wanted.is_zero() {
             return Ok(true);
         }
-        if !self.errands.is_at_rest() {
+        if !self.errands.is_quiescent() {
             return Ok(false);
         }
         let delay = self.held.delay(self.began.elapsed(), wanted);
@@ -201,7 +201,7 @@ impl<'a> Worker<'a> {
         self.loading += range.length();
         let (length, under_way) = (range.length(), self.loading);
         let load = Populate { length, under_way, since: Instant::now() };
-        self.errands.begin(visit, Work::Load(range), Tag::Read(read, load));
+        self.errands.begin(visit, Work::Populate(range), Tag::Read(read, load));
     }
 
     /// A load is over.
@@ -246,7 +246,7 @@ impl<'a> Worker<'a> {
                 if concerns && !is_not_fast(request, &error) {
                     self.policy.write_failed(self.session, &error);
                 }
-                let is_lost = request == Request::Flush && !self.disk.is_flawless();
+                let is_lost = request == Request::Flush && !self.disk.all_flushes_succeeded();
                 let kind =
                     if is_lost { message_id::FLUSH_FAILED } else { message_id::REQUEST_FAILED };
                 let code = self.complain(kind, &request, &error);
@@ -341,9 +341,9 @@ mod tests {
         let stream = Stream::Unix(UnixStream::pair().unwrap().0);
         let hold = Duration::from_millis(50);
         thread::sleep(2 * hold);
-        disk.set_hold(hold);
+        disk.set_write_delay(hold);
         // An errand whose end was seen before anybody listened for it.
-        orders.ring();
+        orders.notify();
         let began = Instant::now();
         assert!(worker.hold_back(&stream).unwrap());
         assert!(began.elapsed() >= hold, "{:?}", began.elapsed());

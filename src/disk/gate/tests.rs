@@ -61,22 +61,22 @@ fn a_closed_gate_makes_a_session_wait_not_end() {
 fn a_bell_rings_when_the_gate_opens_or_is_retired() {
     let gate = Gate::default();
     let counts = Arc::new(super::super::slow::TestNotifier::default());
-    let bell: Arc<dyn Notifier> = Arc::clone(&counts) as _;
-    assert_eq!(gate.ring_when_open(&bell), None);
+    let notifier: Arc<dyn Notifier> = Arc::clone(&counts) as _;
+    assert_eq!(gate.notify_when_open(&notifier), None);
     assert_eq!(counts.count(), 1, "it is open");
     gate.close_and_drain(soon()).unwrap();
     gate.close_and_drain(soon()).unwrap();
-    assert_eq!(gate.ring_when_open(&bell), None);
-    assert_eq!(gate.ring_when_open(&bell), None);
+    assert_eq!(gate.notify_when_open(&notifier), None);
+    assert_eq!(gate.notify_when_open(&notifier), None);
     gate.reopen();
     assert!(counts.count() == 1 && !gate.is_open());
     gate.reopen();
     assert!(counts.count() == 2 && gate.is_open(), "once for each session");
     gate.close_and_drain(soon()).unwrap();
-    let _ = gate.ring_when_open(&bell);
+    let _ = gate.notify_when_open(&notifier);
     gate.retire();
     assert!(counts.count() == 3 && !gate.is_open());
-    let _ = gate.ring_when_open(&bell);
+    let _ = gate.notify_when_open(&notifier);
     assert_eq!(counts.count(), 4);
 }
 
@@ -84,17 +84,17 @@ fn a_bell_rings_when_the_gate_opens_or_is_retired() {
 fn a_session_with_a_bell_opens_an_expired_gate() {
     let gate = Gate::default();
     let counts = Arc::new(super::super::slow::TestNotifier::default());
-    let bell: Arc<dyn Notifier> = Arc::clone(&counts) as _;
+    let notifier: Arc<dyn Notifier> = Arc::clone(&counts) as _;
     gate.close_and_drain(soon()).unwrap();
     gate.expire_at(None).unwrap();
-    assert_eq!(gate.ring_when_open(&bell), None);
+    assert_eq!(gate.notify_when_open(&notifier), None);
     let end = soon();
     gate.expire_at(Some(end)).unwrap();
     assert_eq!(counts.count(), 1, "to look again");
-    assert_eq!(gate.ring_when_open(&bell), Some(end));
+    assert_eq!(gate.notify_when_open(&notifier), Some(end));
     gate.expire_at(Some(Instant::now())).unwrap();
     assert_eq!(counts.count(), 2);
-    assert_eq!(gate.ring_when_open(&bell), None);
+    assert_eq!(gate.notify_when_open(&notifier), None);
     assert!(counts.count() > 2 && gate.is_open());
     assert_eq!(gate.expire_at(None), Err(Expired));
 }

@@ -23,7 +23,7 @@ struct Fixture {
 
 struct Session<'a> {
     errands: InFlight<'a, u32>,
-    bell: Arc<TestNotifier>,
+    notifier: Arc<TestNotifier>,
 }
 
 fn fixture() -> Fixture {
@@ -36,12 +36,15 @@ fn fixture() -> Fixture {
 
 impl Fixture {
     fn session(&self) -> Session<'_> {
-        let bell = Arc::new(TestNotifier::default());
-        Session { errands: InFlight::new(&self.disk, Arc::clone(&bell) as Arc<dyn Notifier>), bell }
+        let notifier = Arc::new(TestNotifier::default());
+        Session {
+            errands: InFlight::new(&self.disk, Arc::clone(&notifier) as Arc<dyn Notifier>),
+            notifier,
+        }
     }
 
     fn finish(&self, nth: usize) {
-        self.slow.finish(nth, &*self.disk.image);
+        self.slow.complete(nth, &*self.disk.image);
     }
 
     fn closes(&self) -> bool {
@@ -57,7 +60,7 @@ impl<'a> Session<'a> {
 
     /// What a turn does.
     fn turn(&mut self) -> Option<(u32, Result<(), i32>)> {
-        let over = self.errands.next_over();
+        let over = self.errands.next_completed();
         self.errands.submit();
         over.map(|(token, outcome)| (token, outcome.map_err(|error| errno_of(&error))))
     }
@@ -84,12 +87,12 @@ fn a_later_change_of_another_session_waits_for_the_earlier() {
     new.begin(&fixture.disk, write(4096, 7, 4096), 1);
     new.begin(&fixture.disk, write(8192, 7, 4096), 2);
     assert_eq!(new.turn(), Some((2, Ok(()))), "it overlaps nothing");
-    assert!(new.turn().is_none() && new.errands.are_waiting());
+    assert!(new.turn().is_none() && new.errands.has_waiting());
     fixture.finish(0);
-    let rung = new.bell.count();
+    let rung = new.notifier.count();
     assert!(new.turn().is_none(), "it has not been heard of");
     assert_eq!(old.turn(), Some((0, Ok(()))));
-    assert!(new.bell.count() > rung, "told to go on");
+    assert!(new.notifier.count() > rung, "told to go on");
     assert!(new.turn().is_none());
     assert_eq!(new.turn(), Some((1, Ok(()))));
     assert_eq!(fixture.memory.contents()[4095..4097], [0, 7]);
@@ -110,10 +113,10 @@ fn what_a_dropped_session_has_not_begun_is_never_made() {
     new.begin(&fixture.disk, write(0, 7, 4096), 1);
     std::thread::scope(|scope| {
         let (slow, disk) = (&fixture.slow, &fixture.disk);
-        scope.spawn(move || (0..begun).for_each(|_| slow.finish(0, &*disk.image)));
+        scope.spawn(move || (0..begun).for_each(|_| slow.complete(0, &*disk.image)));
         drop(old);
     });
-    assert!(new.bell.count() > 0 && new.turn().is_none());
+    assert!(new.notifier.count() > 0 && new.turn().is_none());
     let ends = [new.turn(), new.turn()];
     assert!(ends.contains(&Some((0, Ok(())))) && ends.contains(&Some((1, Ok(())))));
     assert_eq!(fixture.faults.count(Op::Zero), begun as u64);
@@ -149,10 +152,10 @@ fn a_gate_closes_between_two_parts_and_the_rest_waits() {
         assert!(marked > 0 && marked * BLOCK < SIZE / 2, "what is done is marked: {marked}");
         assert!(fixture.slow.count() == 0 && session.turn().is_none());
         assert!(!session.errands.is_clear(range(SIZE - 512, 512)), "the rest keeps its place");
-        let rung = session.bell.count();
+        let rung = session.notifier.count();
         fixture.disk.gate().reopen();
-        assert!(session.bell.count() > rung, "told to go on");
-        fixture.slow.hurry(&*fixture.disk.image);
+        assert!(session.notifier.count() > rung, "told to go on");
+        fixture.slow.complete_all(&*fixture.disk.image);
         let end = std::iter::from_fn(|| Some(session.turn())).take(1000).flatten().next();
         assert_eq!(end, Some((0, Ok(()))));
         assert_eq!(dirty.count() * BLOCK, SIZE);
@@ -189,7 +192,7 @@ fn fast_zeroing_is_refused_before_anything_is_touched() {
     session.turn();
     let calls = fixture.slow.wait_for(1);
     assert!(calls[0].contains("only_if_fast: false"), "it was fast, and is finished: {calls:?}");
-    fixture.slow.hurry(&*fixture.disk.image);
+    fixture.slow.complete_all(&*fixture.disk.image);
 }
 
 #[test]
@@ -299,9 +302,9 @@ proptest! {
                 }
                 Step::Reconnect(which) => {
                     let old = std::mem::replace(&mut sessions[which], fixture.session());
-                    fixture.slow.hurry(&*fixture.disk.image);
+                    fixture.slow.complete_all(&*fixture.disk.image);
                     drop(old);
-                    fixture.slow.dawdle();
+                    fixture.slow.block_all();
                     // What it had sent may or may not have been made.
                     sent.retain(|_, (session, ..)| *session != which);
                 }
@@ -317,7 +320,7 @@ proptest! {
         if closed {
             fixture.disk.gate().reopen();
         }
-        fixture.slow.hurry(&*fixture.disk.image);
+        fixture.slow.complete_all(&*fixture.disk.image);
         for _ in 0..30 {
             settle(&mut sessions, &mut may_be, &mut sent);
         }

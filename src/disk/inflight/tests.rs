@@ -16,20 +16,20 @@ struct Fixture {
     memory: MemoryBackend,
     faults: Arc<Faults>,
     slow: Arc<Slow>,
-    bell: Arc<TestNotifier>,
+    notifier: Arc<TestNotifier>,
 }
 
 fn fixture() -> Fixture {
     let (memory, faults) = (MemoryBackend::new(SIZE), Arc::new(Faults::default()));
-    let (slow, bell) = (Arc::new(Slow::default()), Arc::default());
+    let (slow, notifier) = (Arc::new(Slow::default()), Arc::default());
     let image = FailingBackend::new(memory.clone(), Arc::clone(&faults));
     let disk = Disk::new(Box::new(SlowBackend::new(image, Arc::clone(&slow))), false);
-    Fixture { disk, memory, faults, slow, bell }
+    Fixture { disk, memory, faults, slow, notifier }
 }
 
 impl Fixture {
     fn errands(&self) -> InFlight<'_, u32> {
-        InFlight::new(&self.disk, Arc::clone(&self.bell) as Arc<dyn Notifier>)
+        InFlight::new(&self.disk, Arc::clone(&self.notifier) as Arc<dyn Notifier>)
     }
 
     fn begin<'a>(&'a self, errands: &mut InFlight<'a, u32>, work: Work, token: u32) {
@@ -38,7 +38,7 @@ impl Fixture {
     }
 
     fn finish(&self, nth: usize) {
-        self.slow.finish(nth, &*self.disk.image);
+        self.slow.complete(nth, &*self.disk.image);
     }
 
     /// Waits until something holds.
@@ -84,7 +84,7 @@ fn zero(offset: u64, length: u64) -> Work {
 }
 
 fn told(errands: &mut InFlight<'_, u32>) -> Option<(u32, Result<(), i32>)> {
-    let (token, outcome) = errands.next_over()?;
+    let (token, outcome) = errands.next_completed()?;
     Some((token, outcome.map_err(|error| errno_of(&error))))
 }
 
@@ -97,9 +97,9 @@ fn errands_end_in_whatever_order_their_calls_do() {
     }
     assert!(told(&mut errands).is_none() && !errands.is_empty());
     for (nth, token) in [(1, 1), (1, 2), (0, 0)] {
-        let rung = fixture.bell.count();
+        let rung = fixture.notifier.count();
         fixture.finish(nth);
-        assert_eq!(fixture.bell.count(), rung + 1);
+        assert_eq!(fixture.notifier.count(), rung + 1);
         assert_eq!(told(&mut errands), Some((token, Ok(()))));
     }
     assert!(errands.is_empty());
@@ -108,7 +108,7 @@ fn errands_end_in_whatever_order_their_calls_do() {
 #[test]
 fn the_gate_cannot_be_closed_behind_an_errand() {
     let fixture = fixture();
-    for work in [Work::Flush, write(0, 512), zero(0, 512), Work::Load(range(0, 512))] {
+    for work in [Work::Flush, write(0, 512), zero(0, 512), Work::Populate(range(0, 512))] {
         let mut errands = fixture.errands();
         fixture.begin(&mut errands, work.clone(), 0);
         while fixture.slow.count() > 0 {
@@ -144,9 +144,9 @@ fn what_changes_is_marked_after_the_bytes_are_there_and_before_anybody_is_told()
             assert_eq!(dirty.take_next(0, BLOCK), Some(range(0, BLOCK)), "{work:?}");
             assert_eq!(fails, outcome == Some((0, Err(ENOSPC))), "{work:?}");
             fixture.faults.heal();
-            fixture.slow.hurry(&*fixture.disk.image);
+            fixture.slow.complete_all(&*fixture.disk.image);
             drop(errands);
-            fixture.slow.dawdle();
+            fixture.slow.block_all();
         }
     }
 }
@@ -163,8 +163,8 @@ fn errands_that_are_dropped_are_waited_for_and_their_changes_marked() {
         let ending = scope.spawn(|| {
             slow.wait_for(2);
             assert_eq!(disk.gate().close_and_drain(Instant::now()).unwrap_err().visits, 2);
-            slow.finish(1, &*disk.image);
-            slow.finish(0, &*disk.image);
+            slow.complete(1, &*disk.image);
+            slow.complete(0, &*disk.image);
         });
         drop(errands);
         ending.join().unwrap();
@@ -180,7 +180,7 @@ fn the_gate_is_never_closed_behind_what_nobody_tells_the_end_of() {
     let fixture = fixture();
     let mut errands = fixture.errands();
     fixture.begin(&mut errands, write(0, 512), 0);
-    fixture.slow.go_mute();
+    fixture.slow.drop_completions();
     drop(errands);
     assert!(fixture.gate_is_busy());
     let mut others = fixture.errands();
@@ -192,14 +192,14 @@ fn the_gate_is_never_closed_behind_what_nobody_tells_the_end_of() {
 fn there_is_room_up_to_the_limits_and_not_beyond() {
     let fixture = fixture();
     let mut errands = fixture.errands();
-    for _ in 0..UNDER_WAY_MAX {
+    for _ in 0..IN_FLIGHT_MAX {
         assert!(errands.has_room(0));
         fixture.begin(&mut errands, Work::Flush, 0);
     }
     assert!(!errands.has_room(0));
-    fixture.slow.hurry(&*fixture.disk.image);
+    fixture.slow.complete_all(&*fixture.disk.image);
     while told(&mut errands).is_some() {}
-    fixture.slow.dawdle();
+    fixture.slow.block_all();
 
     assert!(errands.has_room(usize::MAX), "one alone may be of any size");
     fixture.begin(&mut errands, write(0, BYTES_MAX - 512), 0);
@@ -212,7 +212,7 @@ fn there_is_room_up_to_the_limits_and_not_beyond() {
 fn two_changes_overlap_if_they_share_a_byte() {
     let fixture = fixture();
     let mut errands = fixture.errands();
-    fixture.begin(&mut errands, Work::Load(range(0, SIZE)), 0);
+    fixture.begin(&mut errands, Work::Populate(range(0, SIZE)), 0);
     fixture.begin(&mut errands, write(1000, 10), 1);
     for (offset, length, shares) in
         [(0, 1000, false), (0, 1001, true), (1009, 1, true), (1010, 9, false), (1005, 0, false)]
@@ -247,9 +247,9 @@ fn calls_that_a_lane_declines_are_made_by_threads() {
 fn what_is_given_back_by_a_kernel_that_takes_nothing_is_heard_of() {
     let fixture = fixture();
     let mut errands = fixture.errands();
-    fixture.slow.break_down();
+    fixture.slow.reject_submissions();
     fixture.begin(&mut errands, Work::Flush, 0);
-    assert!(errands.has_news() || fixture.bell.count() > 0, "or nobody would look");
+    assert!(errands.has_completed() || fixture.notifier.count() > 0, "or nobody would look");
     assert_eq!(fixture.end_of(&mut errands), (0, Ok(())));
     assert_eq!(fixture.faults.count(Op::Flush), 1);
 }
@@ -323,7 +323,7 @@ fn a_failed_flush_is_told_to_whoever_flushed_at_the_same_time() {
         assert!(fixture.gate_is_busy());
         fixture.slow.fail(0, EIO);
         assert_eq!(told(&mut theirs), Some((1, Err(EIO))));
-        assert!(fixture.bell.count() > 2, "{work:?}: told to look again");
+        assert!(fixture.notifier.count() > 2, "{work:?}: told to look again");
         assert_eq!(told(&mut ours), Some((0, Err(EIO))), "{work:?}");
         fixture.begin(&mut ours, Work::Flush, 2);
         assert_eq!(told(&mut ours), Some((2, Err(EIO))), "the kernel is not asked again");
@@ -352,7 +352,7 @@ fn nobody_waits_for_a_flush_that_began_after_theirs_had_ended() {
 fn a_write_to_parts_of_blocks_that_are_not_in_memory_loads_them_first() {
     let fixture = fixture();
     let mut errands = fixture.errands();
-    fixture.slow.go_cold();
+    fixture.slow.evict_all();
     let visit = fixture.disk.enter(&|| true).unwrap();
     for (offset, length, edges) in [
         (4096, 4096, None),
@@ -371,7 +371,7 @@ fn a_write_to_parts_of_blocks_that_are_not_in_memory_loads_them_first() {
         data[8999] = 5;
         fixture.begin(&mut errands, Work::Write { offset: 100, data, durable }, 0);
         let loads = fixture.slow.wait_for(1);
-        assert!(loads[0].starts_with("Load"), "{loads:?}");
+        assert!(loads[0].starts_with("Populate"), "{loads:?}");
         assert!(!fixture.memory.contents().contains(&5));
         fixture.finish(0);
         if durable {
@@ -384,6 +384,6 @@ fn a_write_to_parts_of_blocks_that_are_not_in_memory_loads_them_first() {
         assert_eq!(fixture.memory.allocated_blocks(), 1, "the zeros have filled a hole");
         fixture.memory.write(8192, &[0; 4096], false).unwrap();
         fixture.memory.trim(range(0, 16384)).unwrap();
-        fixture.slow.go_cold();
+        fixture.slow.evict_all();
     }
 }

@@ -8,7 +8,7 @@ use crate::range::Range;
 use std::time::Instant;
 
 /// How many errands of one session may be under way.
-pub const UNDER_WAY_MAX: usize = 128;
+pub const IN_FLIGHT_MAX: usize = 128;
 /// How many bytes they may hold, unless it is one alone.
 pub const BYTES_MAX: usize = 2 << 20;
 
@@ -16,7 +16,7 @@ pub const BYTES_MAX: usize = 2 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Work {
     /// Brings the range into memory, so that [`Visit::read_now`] is likely to find it. Never fails.
-    Load(Range),
+    Populate(Range),
     /// Asks the kernel to bring the range into memory (`NBD_CMD_CACHE`).
     Prefetch(Range),
     /// Makes everything durable that any visit wrote before.

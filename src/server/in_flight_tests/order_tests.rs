@@ -8,10 +8,10 @@ use std::sync::{Condvar, Mutex};
 #[test]
 fn a_client_that_takes_no_replies_keeps_no_range_from_others() {
     let fixture = plain();
-    fixture.slow.go_cold();
+    fixture.slow.evict_all();
     let mut lazy = fixture.client();
     lazy.read(4 * MIB, MIB, 1);
-    fixture.finish_one("Load");
+    fixture.finish_one("Populate");
     assert_eq!(lazy.head(), (1, 0));
     lazy.data(MIB);
     for cookie in 0..60 {
@@ -29,7 +29,7 @@ fn a_client_that_takes_no_replies_keeps_no_range_from_others() {
     lazy.write(PLAIN, 8 * MIB, &[2; 300 << 10], 3);
     fixture.slow.wait_for(61);
     for _ in 0..60 {
-        fixture.finish_one("Load");
+        fixture.finish_one("Populate");
     }
     fixture.finish_one("Write");
     let mut other = fixture.client();

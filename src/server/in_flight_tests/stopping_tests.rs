@@ -16,7 +16,7 @@ fn a_stopping_server_answers_what_is_under_way() {
         while !exit.0.is_closed() {
             thread::yield_now();
         }
-        slow.finish(0, image);
+        slow.complete(0, image);
         stopping.join().unwrap();
     });
     assert_eq!(client.head(), (1, 0));
@@ -50,7 +50,7 @@ fn a_reply_that_takes_the_disk_longer_than_the_grace_is_sent() {
                 assert!(Instant::now() < deadline, "the silent client stays");
                 thread::yield_now();
             }
-            slow.finish(0, image);
+            slow.complete(0, image);
             stopping.join().unwrap()
         });
         let _next = open(&fixture.disk, &fixture.recorder, SessionSettings::default(), luggage);
@@ -95,7 +95,7 @@ fn a_session_that_has_to_end_is_over_when_nothing_of_it_is_under_way() {
 fn a_session_is_packed_up_when_nothing_is_under_way_and_goes_on_with_the_rest() {
     let mut fixture = plain();
     let mut client = fixture.client();
-    fixture.slow.go_cold();
+    fixture.slow.evict_all();
     client.write(FUA, 0, &[1; 4096], 1);
     client.read(MIB, 4096, 2);
     fixture.slow.wait_for(2);
@@ -110,7 +110,7 @@ fn a_session_is_packed_up_when_nothing_is_under_way_and_goes_on_with_the_rest() 
         client.read(0, 4096, 3);
         (0..1000).for_each(|_| thread::yield_now());
         assert!(!packing.is_finished());
-        slow.hurry(image);
+        slow.complete_all(image);
         packing.join().unwrap()
     });
     assert_eq!(luggage.streams.len(), 1);
