@@ -29,8 +29,7 @@ mod transfer_refused;
 #[path = "cli/usage.rs"]
 mod usage;
 
-use harness::{Program, Server, skip};
-use nix::unistd::Uid;
+use harness::{Program, Server, require_root};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
@@ -54,8 +53,7 @@ fn write(place: &str, from: u64, data: &[u8]) -> Program {
 /// Our program as a user to whom permissions apply, from a copy that this user can reach. `None`,
 /// and a visible skip, when we may not become another user.
 fn as_nobody(dir: &Path) -> Option<Program> {
-    if !Uid::effective().is_root() {
-        skip("what another user may not do", "it needs root");
+    if !require_root("what another user may not do") {
         return None;
     }
     let copy = dir.join("flexnbd");

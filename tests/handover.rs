@@ -11,6 +11,7 @@ mod cuts;
 #[path = "migration/lives.rs"]
 mod lives;
 
+use harness::env_number;
 use lives::Life;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -19,13 +20,10 @@ const KILLS: u64 = 20;
 /// Schedules under way at once: mostly they wait for each other's seconds to pass.
 const AT_ONCE: u64 = 4;
 
-fn number(variable: &str, otherwise: u64) -> u64 {
-    std::env::var(variable).map_or(otherwise, |text| text.parse().unwrap())
-}
-
 #[test]
 fn whoever_is_killed_whenever_no_write_is_lost_and_nobody_owns_the_disk_twice() {
-    let (first, count) = (number("FLEXNBD_SEED", 1), number("FLEXNBD_KILLS", KILLS));
+    let first = env_number("FLEXNBD_SEED").unwrap_or(1);
+    let count = env_number("FLEXNBD_KILLS").unwrap_or(KILLS);
     let next = AtomicU64::new(first);
     std::thread::scope(|scope| {
         for _ in 0..AT_ONCE {

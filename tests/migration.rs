@@ -12,8 +12,8 @@ use harness::host::{Host, MIRROR_STARTED};
 use harness::image::{assert_as_sparse, assert_same, stamped_image, used_image};
 use harness::writers::{NO_PAUSE, Writers};
 use harness::{
-    Endpoint, FILE_SYSTEMS, GIB, MIB, Program, Running, allocated, poll_until, require_tool, skip,
-    sparse_file, temp_dir_in,
+    Endpoint, FILE_SYSTEMS, GIB, MIB, Program, Running, allocated, poll_until, require_root,
+    require_tool, sparse_file, temp_dir_in,
 };
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -230,8 +230,8 @@ fn a_read_error_at_the_source_is_told_as_such_and_ends_the_migration() {
 #[test]
 fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() {
     const SIZE: u64 = 32 * MIB;
-    if !nix::unistd::geteuid().is_root() {
-        return skip("a full destination", "only root may mount a small file system");
+    if !require_root("a full destination") {
+        return;
     }
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let small = dir.path().join("small");

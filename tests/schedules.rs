@@ -20,7 +20,7 @@ mod schedule;
 #[path = "schedules/side.rs"]
 mod side;
 
-use harness::require_tool;
+use harness::{env_number, require_tool};
 use plan::Plan;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,10 +30,6 @@ use std::time::Instant;
 const SCHEDULES: u64 = 24;
 /// Schedules under way at once: mostly they wait.
 const AT_ONCE: u64 = 8;
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|text| text.parse().unwrap())
-}
 
 /// Carries it out, and takes a panic of the fixture for a failure like any other.
 fn passes(seed: u64) -> bool {
@@ -52,8 +48,9 @@ fn no_schedule_loses_writes_or_has_two_servers() {
     if !require_tool("cc") {
         return;
     }
-    let seed = number("FLEXNBD_SEED");
-    let count = number("FLEXNBD_SCHEDULES").unwrap_or(if seed.is_some() { 1 } else { SCHEDULES });
+    let seed = env_number("FLEXNBD_SEED");
+    let count =
+        env_number("FLEXNBD_SCHEDULES").unwrap_or(if seed.is_some() { 1 } else { SCHEDULES });
     let first = seed.unwrap_or(1);
     let next = AtomicU64::new(first);
     let failed = Mutex::new(Vec::new());

@@ -2,7 +2,7 @@
 //! `/var/lib/flexnbd`. Each test has a mount namespace of its own for that.
 
 use crate::{NOBODY, as_nobody, permit};
-use harness::{Outcome, Program, TempDir, skip, temp_dir};
+use harness::{Outcome, Program, TempDir, require_root, temp_dir};
 use nix::unistd::{Uid, chown};
 
 /// The mode of the state directory: as the package makes it, as older ones did, as `mkdir` does.
@@ -34,8 +34,7 @@ struct Machine {
 impl Machine {
     /// None, and a visible skip, where there cannot be one.
     fn new() -> Option<Self> {
-        if !Uid::effective().is_root() {
-            skip("what an ordinary user may do", "it needs root");
+        if !require_root("what an ordinary user may do") {
             return None;
         }
         let dir = temp_dir();

@@ -132,7 +132,7 @@ fn an_address_that_cannot_be_had_is_named_with_the_reason() {
 fn a_privileged_port_is_not_for_everybody() {
     let first_free = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start");
     if first_free.is_ok_and(|port| port.trim().parse().unwrap_or(1024) < 1024) {
-        crate::skip("the refusal of a privileged port", "this host has none");
+        harness::skip("the refusal of a privileged port", "this host has none");
         return;
     }
     let dir = temp_dir();

@@ -1,6 +1,8 @@
 //! A file system in a file, mounted for the length of a test.
 
-use harness::{GIB, MIB, Program, TempDir, require_tool, skip, sparse_image, temp_dir};
+use harness::{
+    GIB, MIB, Program, TempDir, require_root, require_tool, skip, sparse_image, temp_dir,
+};
 use std::path::{Path, PathBuf};
 
 /// How large the file is that holds the file system. XFS refuses to be smaller than 300 MiB.
@@ -37,8 +39,7 @@ impl Mounted {
     /// Makes and mounts one. `None`, and a visible skip, where that is not possible.
     #[track_caller]
     pub(crate) fn new(kind: Kind) -> Option<Mounted> {
-        if !nix::unistd::geteuid().is_root() {
-            skip(kind.name, "only root may mount it");
+        if !require_root(kind.name) {
             return None;
         }
         let dir = fast_dir();

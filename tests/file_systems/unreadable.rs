@@ -3,8 +3,8 @@
 use harness::raw::*;
 use harness::session::*;
 use harness::{
-    Builder, KIB, MIB, Program, Server, TempDir, compile, require_tool, skip, sparse_image,
-    temp_dir, wait_until,
+    Builder, KIB, MIB, Program, Server, TempDir, compile, require_root, require_tool, skip,
+    sparse_image, temp_dir, wait_until,
 };
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -28,8 +28,7 @@ struct BadDisk {
 impl BadDisk {
     /// `None`, and a visible skip, where there are no loop devices.
     fn new() -> Option<BadDisk> {
-        if !nix::unistd::geteuid().is_root() {
-            skip("a disk that cannot be read", "only root may set up a loop device");
+        if !require_root("a disk that cannot be read") {
             return None;
         }
         let dir = temp_dir();

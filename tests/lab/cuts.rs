@@ -6,12 +6,12 @@
 use crate::host::{DISK, Frozen, Host, IMAGE, LISTEN, PORT};
 use crate::knock::{Turned, try_door};
 use crate::moving::{half_full, ownership, send, two_hosts, wait_for_arrival};
-use crate::session::{in_lab, number, tell};
+use crate::session::{in_lab, tell};
 use crate::steady::{Calamity, Memory, Steady};
 use fastrand::Rng;
 use harness::clients::{ClientOptions, Clients, Durable, Expected, Role};
 use harness::session::Mode;
-use harness::{Endpoint, MIB, poll_until};
+use harness::{Endpoint, MIB, env_number, poll_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::ops::Range;
@@ -35,8 +35,8 @@ const CONVERGENCE: Duration = Duration::from_secs(120);
 /// Within this time from its beginning a copy at full speed has come to its end, or nearly so.
 const WHOLE_COPY: Duration = Duration::from_millis(400);
 /// The seed of the cuts at a moment left to chance, and how many there are for each host.
-const SEED: usize = 1;
-const CUTS: usize = 1;
+const SEED: u64 = 1;
+const CUTS: u64 = 1;
 
 /// Whose power fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -223,7 +223,7 @@ impl World {
 
 /// Clients of a disk that goes from one to the other, whatever happens to it on the way.
 fn seek(from: &Host, to: &Host, expected: &Expected) -> Clients {
-    let manner = ClientOptions { durable: Durable::Flushed, may_fail: false, seed: SEED as u64 };
+    let manner = ClientOptions { durable: Durable::Flushed, may_fail: false, seed: SEED };
     Clients::start([from.nbd(), to.nbd()], expected, manner)
 }
 
@@ -293,9 +293,9 @@ fn after_the_arrival(victim: Victim) {
 
 /// At moments that nobody has chosen, one seed after the other.
 fn at_any_moment(victim: Victim) {
-    let first = number("FLEXNBD_LAB_SEED", SEED) as u64;
+    let first = env_number("FLEXNBD_LAB_SEED").unwrap_or(SEED);
     let mut world = World::new();
-    for seed in first..first + number("FLEXNBD_LAB_CUTS", CUTS) as u64 {
+    for seed in first..first + env_number("FLEXNBD_LAB_CUTS").unwrap_or(CUTS) {
         let delay = WHOLE_COPY * Rng::with_seed(seed).u64(..1000) as u32 / 1000;
         world.send("");
         thread::sleep(delay);

@@ -5,14 +5,14 @@ use crate::host::{DISK, Host};
 use crate::knock::Knocker;
 use crate::others::{Fio, Libnbd, Qemu};
 use crate::package;
-use crate::session::{in_lab, number, tell};
+use crate::session::{in_lab, tell};
 use crate::steady::{Halfway, Steady, wait_for_answers};
 use harness::session::{MODES, Mode, Request};
-use harness::{Endpoint, MIB, wait_until};
+use harness::{Endpoint, MIB, env_number, wait_until};
 use std::time::Duration;
 
 /// How often the service is restarted, unless the environment says otherwise.
-const RESTARTS: usize = 20;
+const RESTARTS: u64 = 20;
 /// The unix socket that the instance has besides.
 const UNIX: &str = "/run/flexnbd/disk.nbd.sock";
 /// What each client has to itself, in bytes. The first 128 MiB are fio's.
@@ -128,9 +128,9 @@ fn no_client_notices_a_restart() {
         let host = host();
         let load = Load::start(&host);
         load.assert_in_sync();
-        for round in 0..number("FLEXNBD_LAB_RESTARTS", RESTARTS) {
+        for round in 0..env_number("FLEXNBD_LAB_RESTARTS").unwrap_or(RESTARTS) {
             let before = host.pid(DISK);
-            let halves = load.halfway(round);
+            let halves = load.halfway(round as usize);
             host.systemctl(&format!("restart {DISK}"));
             assert_ne!(host.pid(DISK), before, "another process serves now");
             halves.into_iter().for_each(Halfway::finish);

@@ -5,7 +5,7 @@
 //! end. Inside, it runs the test, which sees no other network than that of its hosts.
 
 use crate::package;
-use harness::{project_path, require_tools, skip};
+use harness::{project_path, require_root, require_tools, skip};
 use std::any::type_name;
 use std::ffi::OsStr;
 use std::io::Write as _;
@@ -109,25 +109,17 @@ pub(crate) fn lab(words: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-/// The number in an environment variable, for what may be repeated more often than usual.
-pub(crate) fn number(variable: &str, otherwise: usize) -> usize {
-    std::env::var(variable).map_or(otherwise, |text| text.parse().unwrap())
-}
-
 /// Whether there can be a lab here. When not: fails under `CI`, says so elsewhere.
 fn can_be_had(name: &str) -> bool {
-    let missing = if !nix::unistd::geteuid().is_root() {
-        Some("only root can boot hosts")
-    } else if !std::path::Path::new("/dev/loop-control").exists() {
-        Some("there are no loop devices")
-    } else {
-        None
-    };
-    if let Some(why) = missing {
-        assert!(std::env::var_os("CI").is_none(), "{why}, and CI must not skip");
-        skip(name, why);
+    if !require_root(name) {
+        return false;
     }
-    missing.is_none() && require_tools(&TOOLS)
+    if !std::path::Path::new("/dev/loop-control").exists() {
+        assert!(std::env::var_os("CI").is_none(), "no loop devices, and CI must not skip");
+        skip(name, "there are no loop devices");
+        return false;
+    }
+    require_tools(&TOOLS)
 }
 
 fn session(name: &str, packages: &OsStr) -> Output {

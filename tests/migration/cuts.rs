@@ -1,11 +1,13 @@
 //! Migrations over a link that is cut and mended: what the source and its clients make of it.
 
-use crate::number;
 use harness::host::{Host, MIRROR_STARTED};
 use harness::image::{assert_same, stamped_image, used_image};
 use harness::proxy::{CutAt, FLUSH_HEADER, HANDOVER_HEADER, Proxy};
 use harness::writers::Writers;
-use harness::{Endpoint, FILE_SYSTEMS, MIB, poll_until, raw, skip, sparse_file, temp_dir_in};
+use harness::{
+    Endpoint, FILE_SYSTEMS, MIB, env_number, poll_until, raw, require_root, require_tool,
+    sparse_file, temp_dir_in,
+};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -26,7 +28,7 @@ const PATIENCE: (&str, &str) = ("FLEXNBD_MS_REQUEST_LIMIT_SECS", "1");
 
 /// How long the link stays cut.
 fn outage() -> Duration {
-    Duration::from_secs(number("FLEXNBD_CUT_SECONDS", 3))
+    Duration::from_secs(env_number("FLEXNBD_CUT_SECONDS").unwrap_or(3))
 }
 
 /// A migration over a proxy that is cut at some moment, and mended after a while.
@@ -243,8 +245,8 @@ fn ip(arguments: &[&str]) {
 
 #[test]
 fn a_cable_that_is_pulled_and_put_in_again_costs_only_the_time() {
-    if !nix::unistd::geteuid().is_root() || !harness::require_tool("ip") {
-        return skip("pulling a cable", "only root may make network namespaces");
+    if !require_root("pulling a cable") || !require_tool("ip") {
+        return;
     }
     let cable = Cable::new();
     let dir = temp_dir_in(FILE_SYSTEMS[0]);

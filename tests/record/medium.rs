@@ -1,7 +1,7 @@
 //! Small file systems in files, mounted for the length of a test.
 //! Never leaves anything mounted.
 
-use harness::{MIB, require_tool, skip, sparse_image};
+use harness::{MIB, require_root, require_tool, sparse_image};
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -12,21 +12,11 @@ pub(crate) struct Medium {
     pub(crate) root: PathBuf,
 }
 
-/// Whether this process may mount; a visible skip where it may not, an error under CI.
-pub(crate) fn may_mount(what: &str) -> bool {
-    if nix::unistd::geteuid().is_root() {
-        return true;
-    }
-    assert!(std::env::var_os("CI").is_none(), "{what} needs root, and CI must not skip");
-    skip(what, "it needs root");
-    false
-}
-
 impl Medium {
     /// An ext4 file system of 16 MiB with inodes of so many bytes: 256 have room for short
     /// attributes, 128 for none. `None`, and a visible skip, where it cannot be mounted.
     pub(crate) fn ext4(directory: &Path, inode_bytes: u32) -> Option<Medium> {
-        if !may_mount("a full file system") || !require_tool("mke2fs") {
+        if !require_root("a full file system") || !require_tool("mke2fs") {
             return None;
         }
         let image = sparse_image(directory, "medium", 16 * MIB);
@@ -41,7 +31,7 @@ impl Medium {
 
     /// Something mounted at a place that exists.
     pub(crate) fn mount(words: &[&str], paths: &[&Path], root: &Path) -> Option<Medium> {
-        if !may_mount("a mount") || !run("mount", words, &[paths, &[root]].concat()) {
+        if !require_root("a mount") || !run("mount", words, &[paths, &[root]].concat()) {
             return None;
         }
         Some(Medium { root: root.to_owned() })

@@ -215,7 +215,7 @@ fn a_record_in_the_state_directory_follows_its_file() {
 #[test]
 fn another_device_under_the_same_name_is_refused() {
     let directory = temp_dir_in("/var/tmp");
-    if !crate::medium::may_mount("a loop device") {
+    if !harness::require_root("a loop device") {
         return;
     }
     let (mut from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));

@@ -17,6 +17,7 @@ mod net;
 mod source;
 mod world;
 
+use harness::env_number;
 use world::World;
 
 /// Schedules that run when `FLEXNBD_SCHEDULES` does not say otherwise.
@@ -70,22 +71,18 @@ pub(crate) enum Mutation {
     TrustUnsyncedRecord,
 }
 
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
-}
-
 fn run(seed: u64, mutation: Mutation) -> Result<(), String> {
     World::new(seed, mutation).run()
 }
 
 #[test]
 fn schedules_of_any_kind_keep_the_five_invariants() {
-    if let Some(seed) = number("FLEXNBD_SEED") {
+    if let Some(seed) = env_number("FLEXNBD_SEED") {
         let mut world = World::new(seed, Mutation::None);
         world.verbose = true;
         return world.run().unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
     }
-    let count = number("FLEXNBD_SCHEDULES").unwrap_or(SCHEDULES);
+    let count = env_number("FLEXNBD_SCHEDULES").unwrap_or(SCHEDULES);
     let mut tally = world::Tally::default();
     for seed in 0..count {
         let mut world = World::new(seed, Mutation::None);
@@ -100,7 +97,7 @@ fn schedules_of_any_kind_keep_the_five_invariants() {
 
 /// Looks for a schedule in which the mistake, and nothing else, breaks that invariant.
 fn caught(mutation: Mutation, invariant: u8) {
-    let count = number("FLEXNBD_SCHEDULES").unwrap_or(MUTANT_SCHEDULES).max(MUTANT_SCHEDULES);
+    let count = env_number("FLEXNBD_SCHEDULES").unwrap_or(MUTANT_SCHEDULES).max(MUTANT_SCHEDULES);
     let broken = format!("({invariant})");
     let found = (0..count).find_map(|seed| {
         let why = run(seed, mutation).err()?;

@@ -35,7 +35,7 @@ pub use served::{Served, Style, Transport, over_every_transport_and_style};
 pub use server::{Builder, Resources, Server, StderrReader};
 pub use tempfile::TempDir;
 pub use tools::{
-    compile, failing_fsync, flexnbd, project_path, require_tool, require_tools,
-    restore_default_signals, run, skip,
+    compile, env_number, failing_fsync, flexnbd, project_path, require_root, require_tool,
+    require_tools, restore_default_signals, run, skip,
 };
 pub use wait::{TIMEOUT, poll_until, wait_until};

@@ -55,6 +55,24 @@ pub fn require_tools(names: &[&str]) -> bool {
     names.iter().filter(|name| !require_tool(name)).count() == 0
 }
 
+/// Whether this process is root, which `what` needs. If not: fails under `CI`; elsewhere prints so,
+/// and the caller returns.
+pub fn require_root(what: &str) -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    if !is_root {
+        assert!(std::env::var_os("CI").is_none(), "{what} needs root, and CI must not skip");
+        skip(what, "it needs root");
+    }
+    is_root
+}
+
+/// The number in an environment variable, for a test that can be repeated or scaled; `None` if it
+/// is not set.
+pub fn env_number(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is no number")))
+}
+
 /// Compiles a C source of the project into `dir`: a program, or with `-shared` among `flags` a
 /// library; its path.
 #[track_caller]
