@@ -1,15 +1,14 @@
 //! Latency of socket activation. The benchmark stands in for systemd: it holds the listening socket
 //! and starts the server when a client connects.
 
-use super::Error;
 use super::cells::Temperature;
-use super::image::Images;
 use super::nbd::Address;
-use super::options::{Options, pin_to};
+use super::options::Options;
 use super::process::{PATIENCE, Process};
 use super::report::{Table, figure};
 use super::servers::Server;
 use super::stats::median;
+use super::{Error, Setup, pin_to};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
@@ -46,21 +45,17 @@ impl ActivationRow {
 }
 
 /// Measures every server that takes a socket; prints which ones fail.
-pub(super) fn measure(
-    options: &Options,
-    servers: &[Server],
-    images: &Images,
-) -> Result<Vec<ActivationRow>, Error> {
-    let image = images.path(Temperature::Cached)?;
+pub(super) fn measure(setup: &Setup) -> Result<Vec<ActivationRow>, Error> {
+    let image = setup.images.path(Temperature::Cached)?;
     let row = |server: &Server| {
-        let (name, ours) = (server.name.clone(), server.is_ours());
+        let (name, ours) = (server.name.clone(), server.is_flexnbd());
         Some((ActivationRow { name, ours, starts_ms: Vec::new() }, server.activated(image)?))
     };
-    let mut rows: Vec<_> = servers.iter().filter_map(row).collect();
+    let mut rows: Vec<_> = setup.servers.iter().filter_map(row).collect();
     // The first start finds the program's file cold and does not count.
     for start in 0..=STARTS {
         for (row, command) in &mut rows {
-            match measure_once(options, command) {
+            match measure_once(&setup.options, command) {
                 Ok(latency) if start > 0 => row.starts_ms.push(latency.as_secs_f64() * 1e3),
                 Ok(_) => {}
                 Err(error) => println!("# activation: {}: {error}", row.name),

@@ -1,13 +1,11 @@
 //! The same loads from fio's nbd engine, which is libnbd: a client in real use.
 
-use super::Error;
 use super::cells::{Cell, Temperature, word};
-use super::image::Images;
 use super::options::Options;
 use super::process::find;
 use super::results::Sample;
 use super::servers::Running;
-use super::usage;
+use super::{Error, Setup, usage};
 use serde_json::Value;
 use std::process::Command;
 
@@ -23,17 +21,12 @@ pub(super) fn obstacle() -> Option<&'static str> {
 }
 
 /// Measures one load on a running server.
-pub(super) fn sample(
-    cell: &Cell,
-    options: &Options,
-    server: &Running,
-    images: &Images,
-) -> Result<Sample, Error> {
+pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sample, Error> {
     if cell.temperature == Temperature::Cold {
-        images.evict()?;
+        setup.images.evict()?;
     }
     let mut command = Command::new("fio");
-    command.args(arguments(cell, options, &server.export.uri()));
+    command.args(arguments(cell, &setup.options, &server.export.uri()));
     let cpu_before = usage::cpu_seconds(server.pid);
     let output = command.output()?;
     let server_cpu = usage::cpu_seconds(server.pid) - cpu_before;

@@ -1,15 +1,13 @@
 //! Memory of idle servers: alone, per idle session, and for a disk of 1 TiB. Each session has read
 //! once, so that the server's buffers count.
 
-use super::Error;
 use super::cells::{Temperature, Transport};
-use super::image::Images;
 use super::nbd::{REPLY_LENGTH, encode};
-use super::options::Options;
 use super::process::PATIENCE;
 use super::report::{Table, figure};
 use super::servers::{Running, Server};
 use super::usage::{pss_kib, rss_kib};
+use super::{Error, Setup};
 use flexnbd::nbd::wire::CommandKind;
 use flexnbd::net::Stream;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -60,32 +58,28 @@ pub(super) struct WithSessions {
 }
 
 /// Measures each server once, because memory hardly varies.
-pub(super) fn measure(
-    options: &Options,
-    servers: &[Server],
-    images: &Images,
-) -> Result<Vec<MemoryRow>, Error> {
+pub(super) fn measure(setup: &Setup) -> Result<Vec<MemoryRow>, Error> {
     // The default limit of open files is too low for a thousand sessions. Servers inherit it.
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
         println!("# cannot raise the limit of open files: {error}");
     }
-    let image = images.path(Temperature::Cached)?;
-    let large = NamedTempFile::new_in(&options.cached_dir)?;
+    let image = setup.images.path(Temperature::Cached)?;
+    let large = NamedTempFile::new_in(&setup.options.cached_dir)?;
     large.as_file().set_len(LARGE)?;
     let row = |server: &Server| MemoryRow {
         name: server.name.clone(),
-        ours: server.is_ours(),
-        usual: occupied(options, server, image, &SESSIONS),
-        large: occupied(options, server, large.path(), &SESSIONS[..1]),
+        ours: server.is_flexnbd(),
+        usual: occupied(setup, server, image, &SESSIONS),
+        large: occupied(setup, server, large.path(), &SESSIONS[..1]),
     };
-    Ok(servers.iter().map(row).collect())
+    Ok(setup.servers.iter().map(row).collect())
 }
 
-fn occupied(options: &Options, server: &Server, image: &Path, sessions: &[usize]) -> Occupied {
+fn occupied(setup: &Setup, server: &Server, image: &Path, sessions: &[usize]) -> Occupied {
     let mut occupied = Occupied::default();
-    if let Err(error) = observe(options, server, image, sessions, &mut occupied) {
+    if let Err(error) = observe(setup, server, image, sessions, &mut occupied) {
         println!("# memory: {}: {error}", server.name);
         occupied.trouble = Some(error.to_string());
     }
@@ -94,13 +88,13 @@ fn occupied(options: &Options, server: &Server, image: &Path, sessions: &[usize]
 
 /// Opens more and more sessions; `occupied` keeps the figures of those that succeeded.
 fn observe(
-    options: &Options,
+    setup: &Setup,
     server: &Server,
     image: &Path,
     sessions: &[usize],
     occupied: &mut Occupied,
 ) -> Result<(), Error> {
-    let server = options.start(server, image, Transport::Tcp)?;
+    let server = setup.start(server, image, Transport::Tcp)?;
     thread::sleep(SETTLE);
     occupied.rss_idle_kib = Some(rss_kib(server.pid));
     let pss_idle_kib = pss_kib(server.pid) as f64;
@@ -165,8 +159,8 @@ mod tests {
     fn a_server_is_measured_with_its_sessions() {
         let image = NamedTempFile::new().unwrap();
         image.as_file().set_len(LARGE).unwrap();
-        let options = clap::Parser::parse_from(["peers"]);
-        let seen = occupied(&options, &servers::ours(), image.path(), &[2]);
+        let setup = Setup::new(&clap::Parser::parse_from(["peers"])).unwrap();
+        let seen = occupied(&setup, &servers::flexnbd(), image.path(), &[2]);
         assert_eq!(seen.trouble, None);
         assert!(seen.rss_idle_kib > Some(0) && seen.with_sessions[0].rss_kib > 0, "{seen:?}");
     }

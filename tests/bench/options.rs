@@ -1,14 +1,9 @@
 //! The command line of `peers`.
 
-use super::Error;
-use super::cells::{Cell, Set, Transport};
+use super::cells::{Cell, Set};
 use super::report::named_path;
-use super::servers::{Running, Server};
 use clap::Parser;
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
-use std::path::{Path, PathBuf};
-use std::sync::Once;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Measures NBD servers side by side on this machine.
@@ -83,19 +78,6 @@ impl Options {
         self.includes(name) && (self.only.is_some() || self.set != Set::Small)
     }
 
-    /// Starts a server on its CPU, and returns to that of the client.
-    pub(super) fn start(
-        &self,
-        server: &Server,
-        image: &Path,
-        transport: Transport,
-    ) -> Result<Running, Error> {
-        pin_to(self.server_cpu);
-        let running = Running::start(server, image, transport);
-        pin_to(self.client_cpu);
-        running
-    }
-
     fn includes(&self, name: &str) -> bool {
         self.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
     }
@@ -105,18 +87,5 @@ fn seconds(text: &str) -> Result<Duration, String> {
     match text.parse::<f64>() {
         Ok(seconds) if seconds > 0.0 && seconds <= 3600.0 => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("not a number of seconds above 0 and up to 3600".to_owned()),
-    }
-}
-
-/// Pins this thread, and threads and processes that it starts, to one CPU. Prints a note once if
-/// that fails; the ratios are still valid then.
-pub(super) fn pin_to(cpu: usize) {
-    static NOTE: Once = Once::new();
-    let mut set = CpuSet::new();
-    let pinned = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
-    if let Err(error) = pinned {
-        NOTE.call_once(|| {
-            println!("# cannot run on CPU {cpu} alone ({error}): server and client share CPUs");
-        });
     }
 }

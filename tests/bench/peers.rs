@@ -27,12 +27,24 @@ mod usage;
 use cells::{Cell, Generator, Temperature, Transport};
 use clap::Parser;
 use image::Images;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
 use options::Options;
 use results::{CellResult, Results, Round, Sample};
 use servers::{Running, Server};
 use std::collections::HashMap;
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Once;
 use std::time::{Duration, Instant};
+
+/// What all measurements share.
+#[derive(Debug)]
+struct Setup {
+    options: Options,
+    servers: Vec<Server>,
+    images: Images,
+}
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 /// Servers that continue to run after a round.
@@ -75,27 +87,27 @@ fn run(options: &Options) -> Result<(), Error> {
 }
 
 fn measure(options: &Options) -> Result<Results, Error> {
-    let servers = servers::installed(&options.servers, &options.also)?;
-    let images = Images::new(options)?;
+    let setup = Setup::new(options)?;
     let cells = possible_cells(options);
-    let mut results = Results::new(options, &servers, &cells);
+    let mut results = Results::new(&setup, &cells);
     results.print_about();
-    let rounds = cells.len() as u32 * servers.len() as u32 * options.rounds;
+    let (cell_count, server_count) = (cells.len(), setup.servers.len());
+    let rounds = cell_count as u32 * server_count as u32 * options.rounds;
     let minutes = ((options.seconds + OVERHEAD) * rounds).as_secs_f64() / 60.0;
-    println!("# {} cells, {} servers, about {minutes:.1} minutes", cells.len(), servers.len());
+    println!("# {cell_count} cells, {server_count} servers, about {minutes:.1} minutes");
     let start = Instant::now();
     let mut kept = Kept::new();
     for cell in &cells {
-        let result = measure_cell(cell, options, &servers, &images, &mut kept);
+        let result = setup.measure_cell(cell, &mut kept);
         result.print();
         results.cells.push(result);
     }
     drop(kept);
     if options.measures("memory") {
-        results.memory = memory::measure(options, &servers, &images)?;
+        results.memory = memory::measure(&setup)?;
     }
     if options.measures("activation") {
-        results.activation = activation::measure(options, &servers, &images)?;
+        results.activation = activation::measure(&setup)?;
     }
     println!("\n# took {:.1} minutes", start.elapsed().as_secs_f64() / 60.0);
     Ok(results)
@@ -117,53 +129,69 @@ fn possible_cells(options: &Options) -> Vec<Cell> {
     cells
 }
 
-/// Measures all rounds of a cell. The servers take turns, and each round begins with another
-/// server, so that a disturbance of the machine does not always hit the same one.
-fn measure_cell(
-    cell: &Cell,
-    options: &Options,
-    servers: &[Server],
-    images: &Images,
-    kept: &mut Kept,
-) -> CellResult {
-    let mut result = CellResult::new(cell, servers);
-    for round in 0..options.rounds as usize {
-        for turn in 0..servers.len() {
-            let which = (round + turn) % servers.len();
-            let sample = measure_once(cell, options, &servers[which], images, kept);
-            result.servers[which].rounds.push(sample.map_or_else(
-                |error| {
-                    println!("# {cell}: {}: {error}", servers[which].name);
-                    Round::Failed(error.to_string())
-                },
-                Round::Measured,
-            ));
-        }
+impl Setup {
+    fn new(options: &Options) -> Result<Self, Error> {
+        let servers = servers::installed(&options.servers, &options.also)?;
+        Ok(Self { options: options.clone(), servers, images: Images::new(options)? })
     }
-    result
+
+    /// Measures all rounds of a cell. The servers take turns, and each round begins with another
+    /// server, so that a disturbance of the machine does not always hit the same one.
+    fn measure_cell(&self, cell: &Cell, kept: &mut Kept) -> CellResult {
+        let mut result = CellResult::new(cell, &self.servers);
+        for round in 0..self.options.rounds as usize {
+            for turn in 0..self.servers.len() {
+                let which = (round + turn) % self.servers.len();
+                let server = &self.servers[which];
+                result.servers[which].rounds.push(match self.measure_once(cell, server, kept) {
+                    Ok(sample) => Round::Measured(sample),
+                    Err(error) => {
+                        println!("# {cell}: {}: {error}", server.name);
+                        Round::Failed(error.to_string())
+                    }
+                });
+            }
+        }
+        result
+    }
+
+    /// Starts a new server for each round, except nbd-server, which is slow to start; each of its
+    /// sessions is a new process.
+    fn measure_once(&self, cell: &Cell, server: &Server, kept: &mut Kept) -> Result<Sample, Error> {
+        let image = self.images.path(cell.temperature)?;
+        let key = (server.name.clone(), cell.temperature, cell.transport);
+        let running = match kept.remove(&key) {
+            Some(running) => running,
+            None => self.start(server, image, cell.transport)?,
+        };
+        let sample = match cell.generator {
+            Generator::Raw => raw::sample(cell, self, &running),
+            Generator::Fio => fio::sample(cell, self, &running),
+        }?;
+        if server.forks() {
+            kept.insert(key, running);
+        }
+        Ok(sample)
+    }
+
+    /// Starts a server on its CPU, and returns to that of the client.
+    fn start(&self, server: &Server, image: &Path, transport: Transport) -> Result<Running, Error> {
+        pin_to(self.options.server_cpu);
+        let running = Running::start(server, image, transport);
+        pin_to(self.options.client_cpu);
+        running
+    }
 }
 
-/// Starts a new server for each round, except nbd-server, which is slow to start; each of its
-/// sessions is a new process.
-fn measure_once(
-    cell: &Cell,
-    options: &Options,
-    server: &Server,
-    images: &Images,
-    kept: &mut Kept,
-) -> Result<Sample, Error> {
-    let image = images.path(cell.temperature)?;
-    let key = (server.name.clone(), cell.temperature, cell.transport);
-    let running = match kept.remove(&key) {
-        Some(running) => running,
-        None => options.start(server, image, cell.transport)?,
-    };
-    let sample = match cell.generator {
-        Generator::Raw => raw::sample(cell, options, &running, images),
-        Generator::Fio => fio::sample(cell, options, &running, images),
-    }?;
-    if server.forks() {
-        kept.insert(key, running);
+/// Pins this thread, and threads and processes that it starts, to one CPU. Prints a note once if
+/// that fails; the ratios are still valid then.
+fn pin_to(cpu: usize) {
+    static NOTE: Once = Once::new();
+    let mut set = CpuSet::new();
+    let pinned = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
+    if let Err(error) = pinned {
+        NOTE.call_once(|| {
+            println!("# cannot run on CPU {cpu} alone ({error}): server and client share CPUs");
+        });
     }
-    Ok(sample)
 }

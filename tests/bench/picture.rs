@@ -37,6 +37,18 @@ const SLOWER: &str = "#D96B1F";
 const FASTER_LIMITED: &str = "#9FC2E6";
 const SLOWER_LIMITED: &str = "#F3BF96";
 
+/// The title, the meaning of the colours, and the heads of the columns.
+const LEGEND: &str = r##"<g fill="#59636E">
+<text x="16" y="32.5" fill="#1F2328" font-size="19" font-weight="bold">Requests per second: flexnbd against the best other server</text>
+<rect x="16" y="64" width="11" height="11" fill="#2B6CB0"/><text x="33" y="74">flexnbd faster</text>
+<rect x="147" y="64" width="11" height="11" fill="#D96B1F"/><text x="164" y="74">slower</text>
+<rect x="230" y="64" width="11" height="11" fill="#9FC2E6"/>
+<rect x="245" y="64" width="11" height="11" fill="#F3BF96"/>
+<text x="262" y="74">the client was the limit</text><text x="468" y="74">single rounds</text>
+<g font-size="11"><text x="72" y="108" text-anchor="end">request</text>
+<text x="212" y="108" text-anchor="end">depth</text><text x="282" y="108" text-anchor="end">sessions</text>
+<text x="808" y="108">best other</text></g></g>
+"##;
 /// Additional attributes of a text.
 const RIGHT: &str = r#"text-anchor="end""#;
 const BOLD: &str = r#"font-weight="bold""#;
@@ -128,7 +140,8 @@ impl Picture {
         }
         format!(
             r##"<svg width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"
- xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">
+ xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"
+ shape-rendering="crispEdges">
 <rect width="{WIDTH}" height="{height}" fill="#FFFFFF" stroke="#D0D7DE"/>
 {}{}{front}</svg>
 "##,
@@ -136,10 +149,8 @@ impl Picture {
         )
     }
 
-    /// Title, legend and column heads.
     fn draw_top(&mut self, about: &About) {
-        let title = "Requests per second: flexnbd against the best other server";
-        self.text(title, (MARGIN, 26.0), INK, r#"font-size="19" font-weight="bold""#);
+        self.front.push_str(LEGEND);
         let is_number = |word: &&str| word.starts_with(|c: char| c.is_ascii_digit());
         let peers = about.servers.iter().filter(|server| !server.ours).map(|server| {
             let version = server.version.split_whitespace().find(is_number).unwrap_or_default();
@@ -148,29 +159,7 @@ impl Picture {
         let peers = peers.collect::<Vec<_>>().join(", ");
         let text = format!("The others: {peers}. The best of them is named at the right.");
         self.text(&text, (MARGIN, 48.0), FAINT, "");
-        for (x, color) in
-            [(16.0, FASTER), (147.0, SLOWER), (230.0, FASTER_LIMITED), (245.0, SLOWER_LIMITED)]
-        {
-            self.front.push_str(&rectangle((x, x + 11.0), (64.0, 75.0), color));
-        }
-        for (x, text) in [
-            (33.0, "flexnbd faster"),
-            (164.0, "slower"),
-            (262.0, "the client was the limit"),
-            (468.0, "single rounds"),
-        ] {
-            self.text(text, (x, 70.0), FAINT, "");
-        }
         self.spread((438.0, 460.0), 70.0);
-        let right = format!("{SMALL} {RIGHT}");
-        for (text, x, attributes) in [
-            ("request", BLOCK_END, right.as_str()),
-            ("depth", DEPTH_END, &right),
-            ("sessions", SESSIONS_END, &right),
-            ("best other", PEER_BEGIN, SMALL),
-        ] {
-            self.text(text, (x, TOP - 12.0), FAINT, attributes);
-        }
     }
 
     fn draw_heading(&mut self, text: &str) {

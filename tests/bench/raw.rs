@@ -1,15 +1,12 @@
 //! The raw generator: pipelining NBD clients on non-blocking sockets, all in one thread.
 //! Keeps the server busy and counts replies; discards the data of reads.
 
-use super::Error;
 use super::cells::{Cell, Temperature, Work};
-use super::image::Images;
 use super::nbd::{self, Export, REPLY_LENGTH, REQUEST_LENGTH};
-use super::options::Options;
 use super::process::PATIENCE;
 use super::results::Sample;
 use super::servers::Running;
-use super::usage;
+use super::{Error, Setup, usage};
 use flexnbd::nbd::wire::CommandKind;
 use flexnbd::net::Stream;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -290,19 +287,14 @@ fn thread_time() -> nix::Result<Duration> {
 }
 
 /// Measures one load on a running server.
-pub(super) fn sample(
-    cell: &Cell,
-    options: &Options,
-    server: &Running,
-    images: &Images,
-) -> Result<Sample, Error> {
+pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sample, Error> {
     let mut sessions = Sessions::connect(cell, &server.export)?;
     let is_cold = cell.temperature == Temperature::Cold;
-    let mut limit = Limit { time: options.seconds, requests: u64::MAX };
+    let mut limit = Limit { time: setup.options.seconds, requests: u64::MAX };
     if is_cold {
-        images.evict()?;
+        setup.images.evict()?;
         // A second pass over the image would find it cached.
-        limit.requests = images.size() / u64::from(cell.block);
+        limit.requests = setup.images.size() / u64::from(cell.block);
     } else {
         sessions.run(Some(Limit { time: WARM_UP, ..limit }))?;
     }
@@ -334,7 +326,6 @@ mod tests {
     use super::super::servers;
     use super::*;
     use std::fs;
-    use std::io::Read;
     use std::os::unix::net::UnixStream;
 
     fn cell(work: Work, block: u32) -> Cell {
@@ -374,34 +365,6 @@ mod tests {
     }
 
     #[test]
-    fn writes_arrive_whole_although_the_socket_takes_parts() {
-        let block = 1 << 20;
-        let payload: Vec<u8> = (0..block).map(|i: u32| (i % 251) as u8).collect();
-        let (mut session, mut server) = session(&cell(Work::Write, block));
-        let length = REQUEST_LENGTH + block as usize;
-        let reader = std::thread::spawn(move || {
-            let mut all = vec![0; 8 * length];
-            server.read_exact(&mut all).unwrap();
-            all
-        });
-        session.fill(&payload).unwrap();
-        while !session.unsent.is_empty() {
-            let mut descriptors = [PollFd::new(session.stream.as_fd(), PollFlags::POLLOUT)];
-            poll(&mut descriptors, PollTimeout::NONE).unwrap();
-            session.send(&payload).unwrap();
-        }
-        let all = reader.join().unwrap();
-        assert!(all.chunks(length).all(|request| request[REQUEST_LENGTH..] == payload[..]));
-    }
-
-    #[test]
-    fn sequential_blocks_wrap_at_the_end() {
-        let mut picker = Picker::new(&cell(Work::Read, 1 << 20), 3, 1);
-        let picked: Vec<(u64, bool)> = (0..4).map(|_| picker.next()).collect();
-        assert_eq!(picked, [(1, false), (2, false), (0, false), (1, false)]);
-    }
-
-    #[test]
     fn random_blocks_cover_the_disk_and_mixed_requests_are_half_writes() {
         let mut picker = Picker::new(&cell(Work::Mixed, 4096), 16, 0);
         let (mut seen, mut writes) = ([0; 16], 0);
@@ -418,7 +381,7 @@ mod tests {
     fn run(transport: Transport, work: Work, block: u32) -> Vec<u8> {
         let image = tempfile::NamedTempFile::new().unwrap();
         fs::write(image.path(), vec![0; 8 << 20]).unwrap();
-        let server = servers::ours();
+        let server = servers::flexnbd();
         let server = Running::start(&server, image.path(), transport).unwrap();
         let cell = cell(work, block);
         let mut sessions = Sessions::connect(&cell, &server.export).unwrap();
@@ -455,11 +418,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().to_str().unwrap();
         let line = ["peers", "--size=8", "--seconds=0.1", "--cached-dir", path, "--dir", path];
-        let options: Options = clap::Parser::parse_from(line);
-        let images = Images::new(&options).unwrap();
-        let image = images.path(Temperature::Cached).unwrap();
-        let server = Running::start(&servers::ours(), image, Transport::Tcp).unwrap();
-        let seen = sample(&Set::Small.cells()[0], &options, &server, &images).unwrap();
+        let setup = Setup::new(&clap::Parser::parse_from(line)).unwrap();
+        let image = setup.images.path(Temperature::Cached).unwrap();
+        let server = Running::start(&servers::flexnbd(), image, Transport::Tcp).unwrap();
+        let seen = sample(&Set::Small.cells()[0], &setup, &server).unwrap();
         assert!(seen.requests_per_sec > 0.0 && seen.mb_per_sec > 0.0, "{seen:?}");
         assert!(seen.rss_peak_mib > 0.0 && seen.client_busy > 0.0, "{seen:?}");
     }

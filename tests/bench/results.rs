@@ -1,15 +1,14 @@
 //! The results of a run: the table of each cell, and the JSON file, which can be read back.
 
-use super::Error;
 use super::activation::ActivationRow;
 use super::cells::{Cell, Generator};
 use super::machine::{self, Machine};
 use super::memory::MemoryRow;
-use super::options::Options;
 use super::report::{Table, figure, write_json};
 use super::servers::Server;
 use super::stats::median;
 use super::summary;
+use super::{Error, Setup};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::fs;
@@ -154,7 +153,7 @@ impl CellResult {
     pub(super) fn new(cell: &Cell, servers: &[Server]) -> Self {
         let result = |server: &Server| ServerResult {
             name: server.name.clone(),
-            ours: server.is_ours(),
+            ours: server.is_flexnbd(),
             rounds: Vec::new(),
         };
         Self { cell: *cell, servers: servers.iter().map(result).collect() }
@@ -213,17 +212,18 @@ impl CellResult {
 }
 
 impl Results {
-    pub(super) fn new(options: &Options, servers: &[Server], cells: &[Cell]) -> Self {
+    pub(super) fn new(setup: &Setup, cells: &[Cell]) -> Self {
+        let options = &setup.options;
         let about_server = |server: &Server| AboutServer {
             name: server.name.clone(),
-            ours: server.is_ours(),
+            ours: server.is_flexnbd(),
             version: server.version(),
             usage: server.usage(),
         };
         let uses_fio = cells.iter().any(|cell| cell.generator == Generator::Fio);
         let about = About {
             machine: Machine::of_this_run("peers"),
-            servers: servers.iter().map(about_server).collect(),
+            servers: setup.servers.iter().map(about_server).collect(),
             fio: uses_fio.then(|| machine::version(Path::new("fio"))),
             rounds: options.rounds,
             seconds: options.seconds.as_secs_f64(),
@@ -323,9 +323,9 @@ pub(super) mod tests {
 
     #[test]
     fn results_are_read_back_as_written() {
-        let options: Options = clap::Parser::parse_from(["peers"]);
+        let setup = Setup::new(&clap::Parser::parse_from(["peers"])).unwrap();
         let cells = Set::Default.cells();
-        let mut results = Results::new(&options, &[], &cells);
+        let mut results = Results::new(&setup, &cells);
         results.cells.push(with_ratios(cells[0], &[2.0]));
         results.memory.push(MemoryRow::default());
         let file = tempfile::NamedTempFile::new().unwrap();

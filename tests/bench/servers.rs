@@ -29,53 +29,38 @@ pub(super) struct Server {
 }
 
 /// How to start a server.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct Kind {
     name: &'static str,
     program: &'static str,
     /// Arguments before those for the address, and between them and the image.
-    before: &'static str,
-    after: &'static str,
+    arguments: (&'static str, &'static str),
     /// The options for host, port and unix socket; nbd-server has a configuration file instead.
     listen: Option<[&'static str; 3]>,
 }
 
-const FLEXNBD: Kind = Kind {
-    name: "flexnbd",
-    program: env!("CARGO_BIN_EXE_flexnbd"),
-    // More than the benchmark opens.
-    before: "serve --quiet --max-clients=2000",
-    after: "--file",
-    listen: Some(["--addr", "--port", "--addr"]),
-};
-const NBDKIT: Kind = Kind {
-    name: "nbdkit",
-    program: "nbdkit",
-    before: "--foreground --exit-with-parent",
-    after: "file",
-    listen: Some(["--ipaddr", "--port", "--unix"]),
-};
-const QEMU: Kind = Kind {
-    name: "qemu-nbd",
-    program: "qemu-nbd",
-    before: QEMU_NBD,
-    after: "--aio=io_uring",
-    listen: Some(["--bind", "--port", "--socket"]),
-};
-const NBD_SERVER: Kind = Kind {
-    name: "nbd-server",
-    program: "nbd-server",
-    before: "",
-    after: "splice=true\n",
-    listen: None,
-};
+const fn kind(
+    name: &'static str,
+    program: &'static str,
+    arguments: (&'static str, &'static str),
+    listen: Option<[&'static str; 3]>,
+) -> Kind {
+    Kind { name, program, arguments, listen }
+}
+
+/// flexnbd accepts more clients than the benchmark opens.
+const FLEXNBD: (&str, &str) = ("serve --quiet --max-clients=2000", "--file");
+const FLEXNBD_LISTEN: Option<[&str; 3]> = Some(["--addr", "--port", "--addr"]);
+const NBDKIT: (&str, &str) = ("--foreground --exit-with-parent", "file");
+const NBDKIT_LISTEN: Option<[&str; 3]> = Some(["--ipaddr", "--port", "--unix"]);
+const QEMU_LISTEN: Option<[&str; 3]> = Some(["--bind", "--port", "--socket"]);
 static KINDS: [Kind; 6] = [
-    FLEXNBD,
-    NBDKIT,
-    QEMU,
-    Kind { name: "qemu-nbd-threads", after: "--aio=threads", ..QEMU },
-    NBD_SERVER,
-    Kind { name: "nbd-server-plain", after: "", ..NBD_SERVER },
+    kind("flexnbd", env!("CARGO_BIN_EXE_flexnbd"), FLEXNBD, FLEXNBD_LISTEN),
+    kind("nbdkit", "nbdkit", NBDKIT, NBDKIT_LISTEN),
+    kind("qemu-nbd", "qemu-nbd", (QEMU_NBD, "--aio=io_uring"), QEMU_LISTEN),
+    kind("qemu-nbd-threads", "qemu-nbd", (QEMU_NBD, "--aio=threads"), QEMU_LISTEN),
+    kind("nbd-server", "nbd-server", ("", "splice=true\n"), None),
+    kind("nbd-server-plain", "nbd-server", ("", ""), None),
 ];
 
 /// Those of `names` that are installed, and other builds of flexnbd; prints which are missing.
@@ -105,8 +90,8 @@ impl Server {
         machine::version(&self.program)
     }
 
-    pub(super) fn is_ours(&self) -> bool {
-        *self.kind == FLEXNBD
+    pub(super) fn is_flexnbd(&self) -> bool {
+        self.kind.name == "flexnbd"
     }
 
     /// Whether it is nbd-server, which forks for each session, runs in the background, and is slow
@@ -132,7 +117,8 @@ impl Server {
 
     fn arguments(&self, image: &Path, listen: &[OsString]) -> Vec<OsString> {
         let words = |words: &str| words.split(' ').map(OsString::from).collect::<Vec<_>>();
-        [&words(self.kind.before)[..], listen, &words(self.kind.after), &[image.into()]].concat()
+        [&words(self.kind.arguments.0)[..], listen, &words(self.kind.arguments.1), &[image.into()]]
+            .concat()
     }
 
     /// The command line that serves `image` at `address`. nbd-server has its configuration file
@@ -161,7 +147,7 @@ impl Server {
     }
 
     fn export_section(&self, image: &Path) -> String {
-        let (image, splice) = (image.display(), self.kind.after);
+        let (image, splice) = (image.display(), self.kind.arguments.1);
         format!("[{EXPORT}]\nexportname={image}\nflush=true\nfua=true\ntrim=true\n{splice}")
     }
 }
@@ -225,7 +211,7 @@ impl Drop for Running {
 /// The build under test.
 #[cfg(test)]
 #[allow(unused)] // See peers.rs.
-pub(super) fn ours() -> Server {
+pub(super) fn flexnbd() -> Server {
     installed(&["flexnbd".to_owned()], &[]).unwrap().remove(0)
 }
 

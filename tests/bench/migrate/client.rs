@@ -52,20 +52,9 @@ struct Shared {
     stream: Stream,
     stop: AtomicBool,
     blocks: u64,
-}
-
-/// When writes are due.
-#[derive(Clone, Copy, Debug)]
-struct Timetable {
     start: Instant,
+    /// Between writes at a fixed rate.
     interval: Duration,
-}
-
-impl Timetable {
-    fn due(self, number: u64) -> Instant {
-        // No run reaches the limit: 2^32 writes at one per microsecond take more than an hour.
-        self.start + self.interval * u32::try_from(number).unwrap_or(u32::MAX)
-    }
 }
 
 impl Client {
@@ -73,21 +62,24 @@ impl Client {
     pub(super) fn start(at: SocketAddr, pace: Pace, warm: usize) -> Result<Self, Error> {
         let (stream, size) = Export { address: Address::Tcp(at), name: "" }.open()?;
         let blocks = (size / BLOCK as u64).max(1);
-        let shared = Arc::new(Shared { stream, stop: AtomicBool::new(false), blocks });
+        let interval = match pace {
+            Pace::PerSecond(rate) => Duration::from_secs(1) / rate,
+            Pace::OneByOne => Duration::ZERO,
+        };
+        let (stop, start) = (AtomicBool::new(false), Instant::now());
+        let shared = Arc::new(Shared { stream, stop, blocks, start, interval });
         let (is_warm, warm_receiver) = mpsc::channel();
         let completed = move |count| {
             if count == warm {
                 let _ = is_warm.send(());
             }
         };
-        let (ours, theirs) = (Arc::clone(&shared), Arc::clone(&shared));
+        let (one, other) = (Arc::clone(&shared), Arc::clone(&shared));
         let (sender, receiver) = match pace {
-            Pace::OneByOne => (None, thread::spawn(move || ours.one_by_one(completed))),
-            Pace::PerSecond(rate) => {
-                let interval = Duration::from_secs(1) / rate;
-                let timetable = Timetable { start: Instant::now(), interval };
-                let sender = thread::spawn(move || ours.send(timetable));
-                (Some(sender), thread::spawn(move || theirs.receive(timetable, completed)))
+            Pace::OneByOne => (None, thread::spawn(move || one.one_by_one(completed))),
+            Pace::PerSecond(_) => {
+                let sender = thread::spawn(move || one.send());
+                (Some(sender), thread::spawn(move || other.receive(completed)))
             }
         };
         Ok(Self { shared, sender, receiver, warm: warm_receiver })
@@ -111,12 +103,18 @@ impl Client {
 }
 
 impl Shared {
+    /// When the write with this number is due.
+    fn due(&self, number: u64) -> Instant {
+        // No run reaches the limit: 2^32 writes at one per microsecond take more than an hour.
+        self.start + self.interval * u32::try_from(number).unwrap_or(u32::MAX)
+    }
+
     /// Sends writes when they are due, until the client stops or the connection ends.
-    fn send(&self, timetable: Timetable) {
+    fn send(&self) {
         // The default slack is 50 µs, which would add to each latency.
         let _ = set_timerslack(1);
         for number in 0.. {
-            if let Some(early) = timetable.due(number).checked_duration_since(Instant::now()) {
+            if let Some(early) = self.due(number).checked_duration_since(Instant::now()) {
                 thread::sleep(early);
             }
             if !self.request(CommandKind::Write, number, number, &[0xA5; BLOCK]) {
@@ -126,15 +124,11 @@ impl Shared {
     }
 
     /// Receives replies until the connection ends; calls `completed` with their number.
-    fn receive(
-        &self,
-        timetable: Timetable,
-        mut completed: impl FnMut(usize),
-    ) -> Result<Vec<Completion>, Error> {
+    fn receive(&self, mut completed: impl FnMut(usize)) -> Result<Vec<Completion>, Error> {
         let mut all = Vec::new();
         let mut reply = [0; REPLY_LENGTH];
         while self.stream.recv_exact(&mut reply, PATIENCE).is_ok() {
-            let due = timetable.due(cookie(reply)?);
+            let due = self.due(cookie(reply)?);
             all.push(Completion { due, latency: due.elapsed() });
             completed(all.len());
         }

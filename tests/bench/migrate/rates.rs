@@ -38,7 +38,7 @@ pub(super) struct SystemResult {
     #[serde(rename = "system")]
     name: String,
     #[serde(skip)]
-    is_ours: bool,
+    is_flexnbd: bool,
     pub(super) runs: Vec<Run>,
     #[serde(rename = "troubles")]
     pub(super) errors: Vec<String>,
@@ -48,7 +48,7 @@ impl KindResult {
     pub(super) fn new(kind: Kind, size: u64, systems: &[System]) -> Self {
         let result = |system: &System| SystemResult {
             name: system.name.clone(),
-            is_ours: system.flexnbd().is_some(),
+            is_flexnbd: system.flexnbd().is_some(),
             runs: Vec::new(),
             errors: Vec::new(),
         };
@@ -91,19 +91,19 @@ impl KindResult {
         1.02 * self.data() + 1024.0 * self.kind.runs(self.size) as f64
     }
 
-    fn ours(&self) -> Option<&SystemResult> {
-        self.systems.iter().find(|system| system.is_ours)
+    fn flexnbd(&self) -> Option<&SystemResult> {
+        self.systems.iter().find(|system| system.is_flexnbd)
     }
 
     /// flexnbd's median time.
     pub(super) fn seconds(&self) -> Option<f64> {
-        self.ours()?.seconds()
+        self.flexnbd()?.seconds()
     }
 
     /// flexnbd's rate over that of each peer.
     fn ratios(&self) -> Vec<(&str, f64)> {
         let Some(ours) = self.seconds() else { return Vec::new() };
-        let peers = self.systems.iter().filter(|system| !system.is_ours);
+        let peers = self.systems.iter().filter(|system| !system.is_flexnbd);
         peers.filter_map(|peer| Some((peer.name.as_str(), peer.seconds()? / ours))).collect()
     }
 
@@ -120,7 +120,7 @@ impl KindResult {
             Kind::Sparse25 => "bytes on the wire, 25 % of the disk data",
             Kind::Sparse1 => "bytes on the wire, 1 % of the disk data",
         };
-        let (wire, max, data) = (self.ours()?.wire_bytes()?, self.wire_bytes_max(), self.data());
+        let (wire, max, data) = (self.flexnbd()?.wire_bytes()?, self.wire_bytes_max(), self.data());
         let time = self.seconds().zip(dense).map(|(seconds, dense)| {
             let (time, part) = (seconds / dense, data / self.size as f64);
             format!("; × {time:.2} the time of a dense disk for × {part:.2} the data")
@@ -170,8 +170,8 @@ mod tests {
     fn system(name: &str, seconds: &[f64], wire_bytes: Option<u64>) -> SystemResult {
         let run = |seconds: &f64| Run { seconds: *seconds, wire_bytes, ..Run::default() };
         let runs = seconds.iter().map(run).collect();
-        let is_ours = name == "flexnbd";
-        SystemResult { name: name.to_owned(), is_ours, runs, errors: Vec::new() }
+        let is_flexnbd = name == "flexnbd";
+        SystemResult { name: name.to_owned(), is_flexnbd, runs, errors: Vec::new() }
     }
 
     #[test]

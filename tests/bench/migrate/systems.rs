@@ -26,16 +26,17 @@ pub(super) struct System {
     pub(super) name: String,
     pub(super) version: String,
     method: Method,
+    programs: Vec<PathBuf>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Method {
     /// `serve` and `listen`.
-    Flexnbd(PathBuf),
+    Flexnbd,
     /// nbdcopy between two nbdkits: offline, nothing may write meanwhile.
-    Nbdcopy { nbdcopy: PathBuf, nbdkit: PathBuf, flush: bool },
+    Nbdcopy { flush: bool },
     /// qemu-storage-daemon to qemu-nbd.
-    Qemu { daemon: PathBuf, nbd: PathBuf },
+    Qemu,
 }
 
 /// A finished migration.
@@ -55,61 +56,51 @@ pub(super) fn installed(
 ) -> Result<Vec<System>, Error> {
     let mut systems = Vec::new();
     for name in names {
-        match method(name)? {
-            Ok(method) => systems.push(System::new(name, method)),
+        let (method, programs): (_, &[&str]) = match name.as_str() {
+            "flexnbd" => (Method::Flexnbd, &[env!("CARGO_BIN_EXE_flexnbd")]),
+            "nbdcopy" => (Method::Nbdcopy { flush: false }, &["nbdcopy", "nbdkit"]),
+            "nbdcopy-flush" => (Method::Nbdcopy { flush: true }, &["nbdcopy", "nbdkit"]),
+            "qemu" => (Method::Qemu, &["qemu-storage-daemon", "qemu-nbd"]),
+            _ => return Err(format!("unknown system {name}").into()),
+        };
+        let found: Result<Vec<PathBuf>, &str> =
+            programs.iter().map(|program| find(program).ok_or(*program)).collect();
+        match found {
+            Ok(programs) => systems.push(System::new(name, method, programs)),
             Err(missing) => println!("# skipped {name}: {missing} is not installed"),
         }
     }
-    let build = |(name, path): &(String, PathBuf)| System::new(name, Method::Flexnbd(path.clone()));
-    systems.extend(also.iter().map(build));
+    let builds = also.iter();
+    systems
+        .extend(builds.map(|(name, path)| System::new(name, Method::Flexnbd, vec![path.clone()])));
     if systems.is_empty() { Err("there is no system to measure".into()) } else { Ok(systems) }
 }
 
-/// The method of that name, or the program that is missing.
-fn method(name: &str) -> Result<Result<Method, &'static str>, Error> {
-    let program = |name: &'static str| find(name).ok_or(name);
-    let nbdcopy = |flush| {
-        Ok(Method::Nbdcopy { nbdcopy: program("nbdcopy")?, nbdkit: program("nbdkit")?, flush })
-    };
-    let qemu =
-        || Ok(Method::Qemu { daemon: program("qemu-storage-daemon")?, nbd: program("qemu-nbd")? });
-    match name {
-        "flexnbd" => Ok(Ok(Method::Flexnbd(env!("CARGO_BIN_EXE_flexnbd").into()))),
-        "nbdcopy" => Ok(nbdcopy(false)),
-        "nbdcopy-flush" => Ok(nbdcopy(true)),
-        "qemu" => Ok(qemu()),
-        _ => Err(format!("unknown system {name}").into()),
-    }
-}
-
 impl System {
-    fn new(name: &str, method: Method) -> Self {
-        let (Method::Flexnbd(program)
-        | Method::Nbdcopy { nbdcopy: program, .. }
-        | Method::Qemu { daemon: program, .. }) = &method;
-        Self { name: name.to_owned(), version: version(program), method }
+    fn new(name: &str, method: Method, programs: Vec<PathBuf>) -> Self {
+        Self { name: name.to_owned(), version: version(&programs[0]), method, programs }
     }
 
     /// The program, if it is a build of flexnbd.
     pub(super) fn flexnbd(&self) -> Option<&Path> {
-        if let Method::Flexnbd(program) = &self.method { Some(program) } else { None }
+        (self.method == Method::Flexnbd).then_some(&self.programs[0])
     }
 
     pub(super) fn migrate(&self, pair: &Pair, network: &Network) -> Result<Moved, Error> {
         let before = network.bytes();
-        let (elapsed, bytes_sent) = match &self.method {
-            Method::Flexnbd(program) => {
-                let moved = Sides::start(program, pair)?.migrate(None)?;
+        let (elapsed, bytes_sent) = match self.method {
+            Method::Flexnbd => {
+                let moved = Sides::start(&self.programs[0], pair)?.migrate(None)?;
                 (moved.elapsed, Some(moved.summary.bytes_sent))
             }
-            Method::Qemu { daemon, nbd } => (qemu::migrate(daemon, nbd, pair)?, None),
-            // Over unix sockets, which the network does not count.
-            Method::Nbdcopy { nbdcopy, nbdkit, flush } => {
-                let elapsed = copy(nbdcopy, nbdkit, *flush, pair)?;
-                return Ok(Moved { elapsed, wire: None, bytes_sent: None });
+            Method::Qemu => (qemu::migrate(&self.programs[0], &self.programs[1], pair)?, None),
+            Method::Nbdcopy { flush } => {
+                (copy(&self.programs[0], &self.programs[1], flush, pair)?, None)
             }
         };
         let wire = network.bytes().zip(before).map(|(after, before)| after - before);
+        // The network does not count the unix sockets of nbdcopy.
+        let wire = wire.filter(|_| !matches!(self.method, Method::Nbdcopy { .. }));
         Ok(Moved { elapsed, wire, bytes_sent })
     }
 }
