@@ -19,6 +19,8 @@ mod session;
 #[path = "lab/steady.rs"]
 mod steady;
 
+#[path = "lab/beyond.rs"]
+mod beyond;
 #[path = "lab/crash.rs"]
 mod crash;
 #[path = "lab/cuts.rs"]
