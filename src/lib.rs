@@ -12,13 +12,14 @@
 //! 3   server  migration
 //! 2   client  control
 //! 1   nbd  disk  net  systemd
-//! 0   memory_reserve  message_id  range  small_file  transition_table  words
+//! 0   memory_reserve  message_id  range  small_file  sync  transition_table  words
 //! ```
 //!
 //! * [`memory_reserve`]: the global allocator, with a reserve for small allocations.
 //! * [`message_id`]: the message ids of the journal.
 //! * [`range`]: a byte range that can neither overflow nor leave its disk.
 //! * [`small_file`]: reads regular files of bounded size.
+//! * [`sync`]: locks and waits that ignore poisoning.
 //! * `transition_table`: compares decisions with their table in the source tree; in tests only.
 //! * [`words`]: numbers and times in sentences for people.
 //! * [`nbd`]: the NBD protocol, both roles: bytes in, values out; pure.
@@ -90,6 +91,7 @@ pub mod net;
 pub mod range;
 pub mod server;
 pub mod small_file;
+pub mod sync;
 pub mod systemd;
 #[cfg(test)]
 mod transition_table;

@@ -3,6 +3,7 @@
 
 use super::ProcessEvent;
 use crate::server::events::ServerEvents;
+use crate::sync;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
@@ -44,7 +45,7 @@ impl ActiveCommands {
 
     /// To be held while an order is obeyed; none when no more are.
     pub(super) fn begin(&self) -> Option<ActiveCommand<'_>> {
-        let closed = super::lock(&self.closed);
+        let closed = sync::lock(&self.closed);
         (!*closed).then(|| {
             self.count.fetch_add(1, Ordering::AcqRel);
             ActiveCommand(self)
@@ -54,7 +55,7 @@ impl ActiveCommands {
     /// Lets no order begin any more if none is being obeyed and `also` agrees. Returns whether that
     /// is so.
     pub(super) fn close_if_none(&self, also: impl FnOnce() -> bool) -> bool {
-        let mut closed = super::lock(&self.closed);
+        let mut closed = sync::lock(&self.closed);
         *closed = *closed || (self.count() == 0 && also());
         *closed
     }

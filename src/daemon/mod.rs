@@ -42,6 +42,7 @@ use crate::net::Listener;
 use crate::server::events::ServerEvents;
 use crate::server::policy::ExportPolicy;
 use crate::server::{Opening, STALL_LIMIT, Server, SessionSettings, StoredSessions, Style};
+use crate::sync::lock;
 use crate::systemd::{FdStore, InheritedSockets, ServiceManager, sockets};
 use crate::words::counted;
 use degraded::{DegradedResult, EarlyStart, ServerPurpose};
@@ -62,7 +63,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
@@ -461,9 +462,4 @@ fn tell(told: io::Result<()>) {
     if let Err(error) = told {
         warn!("cannot notify the service manager: {error}");
     }
-}
-
-/// A panic elsewhere leaves nothing half done under these locks, so that it does not count.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -4,7 +4,7 @@
 use super::config::{Admission, RereadConfig};
 use super::events::ActiveCommands;
 use super::migrations::{self, MigrationContext};
-use super::{claim, lock, tell};
+use super::{claim, tell};
 use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
@@ -14,10 +14,11 @@ use crate::message_id;
 use crate::migration::job::Outcome;
 use crate::migration::source::MigrationHandle;
 use crate::server::Server;
+use crate::sync::{self, lock};
 use crate::systemd::ServiceManager;
 use nix::sys::signal::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use tracing::{info, warn};
 
@@ -75,7 +76,7 @@ impl MigrationWaiters {
             if found.is_some() || *is_stopping {
                 return found;
             }
-            is_stopping = self.changed.wait(is_stopping).unwrap_or_else(PoisonError::into_inner);
+            is_stopping = sync::wait(&self.changed, is_stopping);
         }
     }
 }

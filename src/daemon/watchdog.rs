@@ -5,10 +5,11 @@
 //! with a new number; when all have answered the last one, the watchdog is fed. A part that does
 //! not answer starves it, and the service manager ends the process.
 
-use super::{ProcessEvent, lock};
+use super::ProcessEvent;
 use crate::disk::{Disk, SECTOR};
 use crate::message_id;
 use crate::server::AcceptorHandle;
+use crate::sync::lock;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -9,11 +9,12 @@ use super::overlap::OverlapTracker;
 use super::thread_pool::ThreadPool;
 use super::{extents, zeros};
 use crate::range::Range;
+use crate::sync;
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 /// A disk: an image behind a gate.
@@ -128,13 +129,13 @@ impl Disk {
     /// When there is no memory for the bitmap.
     pub fn track(&self) -> io::Result<Arc<DirtyBitmap>> {
         let dirty = Arc::new(DirtyBitmap::new(self.size())?);
-        *self.dirty.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&dirty));
+        *sync::write(&self.dirty) = Some(Arc::clone(&dirty));
         Ok(dirty)
     }
 
     /// Stops tracking changes.
     pub fn untrack(&self) {
-        *self.dirty.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *sync::write(&self.dirty) = None;
     }
 
     /// How long a session has to delay each write, so that a migration can catch up.
@@ -165,7 +166,7 @@ impl Disk {
     }
 
     pub(super) fn mark(&self, range: Range) {
-        if let Some(dirty) = &*self.dirty.read().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(dirty) = &*sync::read(&self.dirty) {
             dirty.mark(range);
         }
     }

@@ -7,10 +7,11 @@
 
 use super::backend::errno_of;
 use super::io_queue::Notifier;
+use crate::sync;
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 /// What is known of a disk's flushes.
 #[derive(Debug, Default)]
@@ -99,12 +100,12 @@ impl FlushErrors {
         let mut listeners = self.lock();
         let before = listeners.next;
         while !listeners.have_ended(before) {
-            listeners = self.ended.wait(listeners).unwrap_or_else(PoisonError::into_inner);
+            listeners = sync::wait(&self.ended, listeners);
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, InFlightFlushes> {
-        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.listeners)
     }
 }
 

@@ -7,8 +7,9 @@
 //! gate itself, whatever the closer's thread is blocked in.
 
 use super::io_queue::Notifier;
+use crate::sync;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
 /// Set for good once nobody will be let in any more.
@@ -219,8 +220,7 @@ impl Gate {
                 self.open_for_one(&mut closing);
                 return Err(StillBusy { visits });
             }
-            let woken = self.emptied.wait_timeout(closing, left);
-            closing = woken.unwrap_or_else(PoisonError::into_inner).0;
+            closing = sync::wait_timeout(&self.emptied, closing, left).0;
         }
     }
 
@@ -291,12 +291,9 @@ impl Gate {
             closing = match closing.expiry {
                 Expiry::At(end) => {
                     let left = end.saturating_duration_since(Instant::now());
-                    let woken = self.opened.wait_timeout(closing, left);
-                    woken.unwrap_or_else(PoisonError::into_inner).0
+                    sync::wait_timeout(&self.opened, closing, left).0
                 }
-                Expiry::Never | Expiry::Passed => {
-                    self.opened.wait(closing).unwrap_or_else(PoisonError::into_inner)
-                }
+                Expiry::Never | Expiry::Passed => sync::wait(&self.opened, closing),
             };
         }
     }
@@ -323,9 +320,8 @@ impl Gate {
         closing.notifiers.drain(..).for_each(|notifier| notifier.notify());
     }
 
-    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
     fn lock(&self) -> MutexGuard<'_, Closing> {
-        self.closing.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.closing)
     }
 }
 

@@ -12,9 +12,10 @@
 
 use super::io_queue::Notifier;
 use crate::range::Range;
+use crate::sync;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The registered changes of one disk.
 #[derive(Debug, Default)]
@@ -69,9 +70,8 @@ impl OverlapTracker {
         !self.lock().by_arrival.values().any(|entry| overlap(entry.range, range))
     }
 
-    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
     fn lock(&self) -> MutexGuard<'_, Tracked> {
-        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.registered)
     }
 }
 

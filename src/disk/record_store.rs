@@ -20,13 +20,14 @@ use super::file_id::FileId;
 use super::ownership::{BadRecord, RECORD_MAX, Record};
 use super::state::{directory_of_note, directory_of_record};
 use super::state_file::{self, Spare, StateFileLookup, beside};
+use crate::sync;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use tracing::warn;
 use xattr::FileExt;
 
@@ -510,9 +511,8 @@ impl RecordStore {
             .map_err(|source| RecordStoreError::Io { path: entry.path, source })
     }
 
-    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
-    fn spare(&self) -> std::sync::MutexGuard<'_, Option<Spare>> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    fn spare(&self) -> MutexGuard<'_, Option<Spare>> {
+        sync::lock(&self.spare)
     }
 }
 

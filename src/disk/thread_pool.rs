@@ -6,11 +6,12 @@ use super::backend::{Backend, execute};
 use super::io_queue::{Call, Completion, Notifier};
 use crate::memory_reserve::check_thread_headroom;
 use crate::range::Range;
+use crate::sync;
 use nix::errno::Errno;
 use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
@@ -141,8 +142,7 @@ impl Pool {
                 self.done.notify_all();
                 continue;
             }
-            let waited = self.wanted.wait_timeout(state, IDLE);
-            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            let (now, timeout) = sync::wait_timeout(&self.wanted, state, IDLE);
             state = now;
             if timeout.timed_out() && state.waiting.is_empty() {
                 state.threads -= 1;
@@ -152,9 +152,8 @@ impl Pool {
         }
     }
 
-    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
     fn lock(&self) -> MutexGuard<'_, Tasks> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.state)
     }
 }
 
@@ -205,7 +204,7 @@ impl Completions {
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Completion>> {
-        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.made)
     }
 }
 

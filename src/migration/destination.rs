@@ -8,7 +8,8 @@ use super::wire::{Handover, Question, WireError};
 use crate::disk::Disk;
 use crate::disk::ownership::{Provenance, Record};
 use crate::disk::record_store::RecordStore;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use crate::sync;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 /// What becomes of an incoming disk, observer once.
@@ -84,7 +85,7 @@ impl Destination {
     ) -> Result<ProbeDecision, WireError> {
         let question = Question::decode(data)?;
         // What it asks is being decided.
-        let _decided = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let _decided = sync::lock(&self.settling);
         let mut arrival = self.lock();
         let silent = self.silence_of_holder(&arrival, silence);
         Ok(arrival.on_introduction(connection, &question, silent))
@@ -172,7 +173,7 @@ impl Destination {
     /// HANDOVER arrived with this payload.
     pub fn on_handover(&self, connection: Connection, payload: &[u8]) -> HandoverResult {
         let Ok(handover) = Handover::decode(payload) else { return HandoverResult::Refuse };
-        let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let _settling = sync::lock(&self.settling);
         let ending = self.lock().on_handover(connection, &handover);
         match ending {
             ArrivalEnd::Settle(record) if self.settle(&record) => HandoverResult::Acknowledge,
@@ -183,7 +184,7 @@ impl Destination {
 
     /// DISC arrived.
     pub fn on_disconnect(&self, connection: Connection) {
-        let _settling = self.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        let _settling = sync::lock(&self.settling);
         let ending = self.lock().on_disconnect(connection);
         if let ArrivalEnd::Settle(record) = ending {
             self.settle(&record);
@@ -234,9 +235,8 @@ impl Destination {
         }
     }
 
-    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
     fn lock(&self) -> MutexGuard<'_, Arrival> {
-        self.arrival.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.arrival)
     }
 }
 

@@ -15,13 +15,14 @@ use crate::disk::record_store::RecordStore;
 use crate::disk::{Disk, is_zero};
 use crate::net::{Wake, wait_readable};
 use crate::range::Range;
+use crate::sync::lock;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::mpsc::{self, Sender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 /// How often the progress is written down for whoever asks.
@@ -510,11 +511,6 @@ fn read_error(image: &Path, offset: u64, error: &io::Error) -> Event {
 
 fn first_block(range: Range) -> u64 {
     range.length().min(LOOK_BLOCK - range.offset() % LOOK_BLOCK)
-}
-
-/// A panic elsewhere leaves nothing half done under these locks, so that it does not count.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Nobody waits for ever for a migration whose thread broke down.

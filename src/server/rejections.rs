@@ -8,9 +8,10 @@ use super::sessions::AdmissionError;
 use super::slots::SourceNetwork;
 use crate::message_id;
 use crate::net::Peer;
+use crate::sync;
 use crate::systemd::log_limit::{LogDecision, LogLimit, PERIOD};
 use std::fmt;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 use std::time::Instant;
 use tracing::{info, warn};
 
@@ -120,8 +121,7 @@ impl ServerShared {
         self.log_strangers(Instant::now() + PERIOD);
     }
 
-    /// Nothing is left half done under this lock.
     fn rejections(&self) -> MutexGuard<'_, Strangers> {
-        self.rejections.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.rejections)
     }
 }

@@ -9,9 +9,10 @@ use super::policy::{SessionId, SessionsView};
 use super::slots::{self, SilentConnection, SlotAvailability, SourceNetwork};
 use super::snapshot::SessionSnapshot;
 use crate::net::{Peer, Stream, Wake};
+use crate::sync;
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tracing::info;
 
@@ -378,8 +379,7 @@ impl Sessions {
             if left.is_zero() {
                 return false;
             }
-            let woken = self.left.wait_timeout(inner, left);
-            inner = woken.unwrap_or_else(PoisonError::into_inner).0;
+            inner = sync::wait_timeout(&self.left, inner, left).0;
         }
         true
     }
@@ -392,9 +392,8 @@ impl Sessions {
         self.lock().entries.len()
     }
 
-    /// A panic elsewhere leaves nothing half done under this lock, so that it does not count.
     fn lock(&self) -> MutexGuard<'_, SessionTable> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.inner)
     }
 }
 

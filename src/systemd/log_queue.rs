@@ -3,8 +3,9 @@
 //! writer a moment, so that a line is there before what follows from it; but only once, when the log
 //! turns out to be slow, until a message has been written within a moment again.
 
+use crate::sync;
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 /// Most messages that wait to be written.
@@ -99,7 +100,7 @@ impl<T> Queue<T> {
                 return WriterStep::Report(std::mem::take(&mut state.dropped));
             }
             self.drained.notify_all();
-            state = self.added.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = sync::wait(&self.added, state);
         }
     }
 
@@ -112,15 +113,13 @@ impl<T> Queue<T> {
             if left.is_zero() {
                 return false;
             }
-            let woken = self.drained.wait_timeout(state, left);
-            state = woken.unwrap_or_else(PoisonError::into_inner).0;
+            state = sync::wait_timeout(&self.drained, state, left).0;
         }
         true
     }
 
-    /// Nothing is left half done under this lock.
     fn lock(&self) -> MutexGuard<'_, LogQueueState<T>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        sync::lock(&self.state)
     }
 }
 
