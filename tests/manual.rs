@@ -1,5 +1,6 @@
 //! Holds what we tell people against the program: the manual pages (all of them in
-//! `manual/every.rs`, each in a file of its own) and the README (`manual/readme.rs`).
+//! `manual/every.rs`, each in a file of its own), the README (`manual/readme.rs`), and that of the
+//! tests (`manual/suites.rs`).
 //! Never judges the words, only whether they are true.
 
 #![allow(
@@ -26,6 +27,8 @@ mod release_notes;
 mod roff;
 #[path = "manual/service.rs"]
 mod service;
+#[path = "manual/suites.rs"]
+mod suites;
 
 use harness::project_path;
 
