@@ -1,138 +1,232 @@
-//! Whose disk an image is, before anything is done with it.
-//! Reads the record, asks the other host where only that knows, and puts the record right.
+//! Claims the disk at start-up: opens or creates the image, reads its ownership record, asks another
+//! host where only that host knows the owner, and updates the record.
+//! Start-up asks everything about ownership here, once. Never serves the disk.
 
-use super::config::{Config, OwnershipDenial, ProcessRole, RecordPolicy, StartError};
-use super::peer_query::{PeerQuery, StartupQuery};
-use crate::disk::FileBackend;
+use super::config::{Config, ProcessRole, RecordPolicy};
+use super::handover_query::{HandoverQuery, QueryError, StartupQuery};
+use super::start_error::{OwnershipDenial, StartError};
 use crate::disk::ownership::{
-    self, ForListen, ForServe, Id, Provenance, Record, RemoteAddress, for_listen, for_serve,
+    ForListen, ForServe, Id, OwnershipRefusal, Provenance, Record, RemoteAddress, for_listen,
+    for_serve,
 };
 use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
 use crate::disk::state::STATE_VARIABLE;
+use crate::disk::{Access, Disk, FileBackend};
 use crate::message_id;
 use crate::migration::job::HandoverVerdict;
-use crate::words::utc;
+use crate::migration::wire::Question;
+use crate::words::{counted, utc};
 use std::env;
+use std::sync::Arc;
 use std::time::SystemTime;
 use tracing::{info, warn};
 
-/// The ledger of the plan's image, which is open.
-pub(super) fn ledger(plan: &Config, image: &FileBackend) -> Result<RecordStore, StartError> {
-    let mut ledger = RecordStore::of(image).map_err(StartError::Record)?;
-    if let Some(file) = ledger.foreign_record() {
-        warn!(
-            "{}: the ownership record in {} is of another file, which had this path before, and \
-             says nothing about this one",
-            plan.image.display(),
-            file.display()
-        );
-    }
-    // A service closes its sockets when its disk has moved, and asks for the record then.
-    let is_service = env::var_os(STATE_VARIABLE).is_some();
-    if plan.create.is_some() || is_service {
-        ledger.leave_tombstone();
-    }
-    Ok(ledger)
+/// A disk, and what this process may do with it.
+pub(super) struct Claim {
+    pub(super) disk: Arc<Disk>,
+    pub(super) record_store: RecordStore,
+    pub(super) ownership: Ownership,
 }
 
-/// Whether an image that is not there may be made: not if it was deleted when it moved away, since
-/// clients would take an empty disk for theirs.
-pub(super) fn to_create(plan: &Config) -> Result<(), StartError> {
-    let is_missing =
-        plan.create.is_some() && plan.role == ProcessRole::Serve && !plan.image.exists();
-    if !is_missing {
-        return Ok(());
-    }
-    match read_tombstone(&plan.image).map_err(StartError::Record)? {
-        Some(Record::Departed { id, when, to }) => {
-            let why = format!(
-                "{} has moved to {to} and was deleted here (migration {id}, at {}), so that it is not \
-                 made anew, empty. Use it there; for an empty disk in its place make the file \
-                 yourself, with truncate(1), say",
-                plan.image.display(),
-                utc(when)
-            );
-            Err(StartError::Ownership(OwnershipDenial {
-                why,
-                departure: Some((id, to)),
-                inquiry: None,
-            }))
-        }
-        _ => Ok(()),
-    }
+/// Whose the disk is, according to its record and to the role of the process.
+pub(super) enum Ownership {
+    /// Ours: serve it.
+    Ours(Provenance),
+    /// Another host's: receive it.
+    Incoming {
+        /// The migration whose incomplete copy is in the image, if there is a copy; its id is `None`
+        /// if its sender was not a flexnbd.
+        copy: Option<Option<Id>>,
+        /// A second handle on the record, for `status`: the receiving side takes the first.
+        status_store: RecordStore,
+    },
+    /// Ours since an earlier process received it: there is nothing to receive.
+    AlreadyArrived,
 }
 
-/// By what title the image, of `size` bytes, may be served.
-pub(super) fn to_serve(
-    plan: &Config,
-    ledger: &RecordStore,
-    size: u64,
-    asker: &StartupQuery<'_>,
-) -> Result<Provenance, StartError> {
-    let record = ledger.read().map_err(StartError::Record)?;
-    match for_serve(record.as_ref()) {
-        ForServe::Serve(title) => {
-            remove_tombstone(ledger);
-            Ok(title)
-        }
-        ForServe::Refuse(denial) => Err(denied(plan, &denial)),
-        ForServe::Ask { id, to, from, before, refusal } => {
-            let inquiry = PeerQuery::new((id, size), (&to, from));
-            let fate = inquiry.as_ref().map(|inquiry| asker.what_became_of(inquiry)).transpose()?;
-            match fate.unwrap_or(HandoverVerdict::Unknown) {
-                HandoverVerdict::NotArrived => stays_here(ledger, (id, to), before),
-                HandoverVerdict::Arrived => Err(denied(plan, &left(ledger, id, to)?)),
-                HandoverVerdict::Unknown => Err(StartError::Ownership(OwnershipDenial {
-                    inquiry,
-                    ..denial(plan, &refusal)
-                })),
+impl Claim {
+    /// Opens the disk and claims it for the role of the process.
+    ///
+    /// # Errors
+    /// When the image cannot be opened, its record cannot be used, or the record forbids it.
+    pub(super) fn acquire(config: &Config, query: &StartupQuery<'_>) -> Result<Self, StartError> {
+        check_may_create(config)?;
+        let image = open_image(config)?;
+        let record_store = open_record_store(config, &image)?;
+        let is_new = image.is_new();
+        let disk = Arc::new(Disk::new(Box::new(image), config.read_only));
+        match config.role {
+            ProcessRole::Serve => {
+                let provenance = claim_to_serve(config, &record_store, disk.size(), query)?;
+                Ok(Self { disk, record_store, ownership: Ownership::Ours(provenance) })
+            }
+            ProcessRole::Listen { overwrite, records } => {
+                if is_new {
+                    record_incoming(&record_store, disk.size(), records)?;
+                }
+                let status_store = record_store.reopen().map_err(StartError::Record)?;
+                let ForListen::Accept { incomplete_copy } =
+                    claim_to_receive(config, &record_store, overwrite)?
+                else {
+                    return Ok(Self { disk, record_store, ownership: Ownership::AlreadyArrived });
+                };
+                let record_store =
+                    reserve_record(record_store, records).map_err(StartError::Unrecorded)?;
+                let ownership = Ownership::Incoming { copy: incomplete_copy, status_store };
+                Ok(Self { disk, record_store, ownership })
             }
         }
     }
 }
 
-/// The destination says that it has not the disk, and never will.
-fn stays_here(
-    ledger: &RecordStore,
-    (id, to): (Id, RemoteAddress),
+/// Refuses to create an image (`--create`) in the place of one that was deleted when its disk moved
+/// away: clients would take the empty disk for theirs.
+fn check_may_create(config: &Config) -> Result<(), StartError> {
+    let would_create =
+        config.create.is_some() && config.role == ProcessRole::Serve && !config.image.exists();
+    if !would_create {
+        return Ok(());
+    }
+    match read_tombstone(&config.image).map_err(StartError::Record)? {
+        Some(Record::Departed { id, when, to }) => {
+            let why = format!(
+                "{} has moved to {to} and was deleted here (migration {id}, at {}), so that it is not \
+                 made anew, empty. Use it there; for an empty disk in its place make the file \
+                 yourself, with truncate(1), say",
+                config.image.display(),
+                utc(when)
+            );
+            let departure = Some((id, to));
+            Err(StartError::Ownership(OwnershipDenial { why, departure, query: None }))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn open_image(config: &Config) -> Result<FileBackend, StartError> {
+    let access = Access { read_only: config.read_only };
+    let image = match config.create {
+        Some(size) => FileBackend::create(&config.image, size, access),
+        None => FileBackend::open(&config.image, access),
+    };
+    let image = image
+        .map_err(|error| StartError::Image(error, config.config.clone()))?
+        .with_holes(config.holes);
+    let tail = image.unserved_tail();
+    if tail > 0 {
+        warn!(
+            "{}: not serving its last {}, which do not fill a sector of 512",
+            config.image.display(),
+            counted(tail, "byte")
+        );
+    }
+    Ok(image)
+}
+
+fn open_record_store(config: &Config, image: &FileBackend) -> Result<RecordStore, StartError> {
+    let mut record_store = RecordStore::of(image).map_err(StartError::Record)?;
+    if let Some(file) = record_store.foreign_record() {
+        warn!(
+            "{}: the ownership record in {} is of another file, which had this path before, and \
+             says nothing about this one",
+            config.image.display(),
+            file.display()
+        );
+    }
+    // When a service has ended, its unit reads the record, even that of a deleted image, to close the
+    // sockets if the disk has moved.
+    let is_service = env::var_os(STATE_VARIABLE).is_some();
+    if config.create.is_some() || is_service {
+        record_store.leave_tombstone();
+    }
+    Ok(record_store)
+}
+
+/// The provenance of the image, of `size` bytes, if its record or another host says that it is ours.
+fn claim_to_serve(
+    config: &Config,
+    record_store: &RecordStore,
+    size: u64,
+    startup_query: &StartupQuery<'_>,
+) -> Result<Provenance, StartError> {
+    let record = record_store.read().map_err(StartError::Record)?;
+    match for_serve(record.as_ref()) {
+        ForServe::Serve(provenance) => {
+            remove_tombstone(record_store);
+            Ok(provenance)
+        }
+        ForServe::Refuse(refusal) => Err(StartError::Ownership(denial(config, &refusal))),
+        ForServe::Ask { id, to, from, before, refusal } => {
+            let query = HandoverQuery::new(Question { size, id }, &to, from);
+            let verdict = query.as_ref().map(|query| startup_query.run(query)).transpose()?;
+            match verdict.unwrap_or(HandoverVerdict::Unknown) {
+                HandoverVerdict::NotArrived => record_stayed(record_store, id, &to, before),
+                HandoverVerdict::Arrived => {
+                    let refusal = record_departed(record_store, id, to)?;
+                    Err(StartError::Ownership(denial(config, &refusal)))
+                }
+                HandoverVerdict::Unknown => {
+                    let denial = OwnershipDenial { query, ..denial(config, &refusal) };
+                    Err(StartError::Ownership(denial))
+                }
+            }
+        }
+    }
+}
+
+impl From<QueryError> for StartError {
+    fn from(error: QueryError) -> Self {
+        match error {
+            QueryError::Interrupted(signal) => Self::Interrupted(signal),
+            QueryError::System(error) => Self::System("ask another host", error),
+        }
+    }
+}
+
+/// Puts back the record `before` the handover: the destination does not have the disk, and never
+/// will.
+fn record_stayed(
+    record_store: &RecordStore,
+    id: Id,
+    to: &RemoteAddress,
     before: Provenance,
 ) -> Result<Provenance, StartError> {
     info!(
         "flexnbd.migration" = %id, "flexnbd.destination" = %to,
         "{to} says that the disk has not arrived there: serving it here again"
     );
-    ledger.write(before.record().as_ref()).map_err(StartError::Record)?;
+    record_store.write(before.record().as_ref()).map_err(StartError::Record)?;
     Ok(before)
 }
 
-/// The destination says that it has the disk.
-fn left(
-    ledger: &RecordStore,
+/// Records that the destination has the disk.
+fn record_departed(
+    record_store: &RecordStore,
     id: Id,
     to: RemoteAddress,
-) -> Result<ownership::OwnershipRefusal, StartError> {
+) -> Result<OwnershipRefusal, StartError> {
     let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
     let departed = Record::Departed { id, when, to: to.clone() };
-    ledger.write(Some(&departed)).map_err(StartError::Record)?;
-    Ok(ownership::OwnershipRefusal::Departed { id, when, to })
+    record_store.write(Some(&departed)).map_err(StartError::Record)?;
+    Ok(OwnershipRefusal::Departed { id, when, to })
 }
 
-/// The image was made just now, for a disk that is to come: until it has, this one is empty, and not
-/// to be served, whatever becomes of the process that waits for it. One of which that cannot be
-/// recorded is deleted, unless an operator has said that there may be no record.
-pub(super) fn to_come(
-    ledger: &RecordStore,
+/// Records that an image created for an incoming disk is incomplete, so that no process serves it,
+/// even if this one is killed. Deletes the image if that cannot be recorded, unless `records` is
+/// optional.
+fn record_incoming(
+    record_store: &RecordStore,
     size: u64,
     records: RecordPolicy,
 ) -> Result<(), StartError> {
-    match (ledger.write(Some(&Record::Incoming { id: None })), records) {
+    match (record_store.write(Some(&Record::Incoming { id: None })), records) {
         (Ok(()), _) => Ok(()),
         (Err(error), RecordPolicy::Optional) => {
             warn!("{error}");
             Ok(())
         }
         (Err(error), RecordPolicy::Required) => {
-            if let Err(error) = ledger.delete_image(None, size) {
+            if let Err(error) = record_store.delete_image(None, size) {
                 warn!("{error}");
             }
             Err(StartError::Unrecorded(error))
@@ -140,37 +234,40 @@ pub(super) fn to_come(
     }
 }
 
-/// Whether the image may be received into.
-pub(super) fn to_listen(
-    plan: &Config,
-    ledger: &RecordStore,
+/// Whether the record permits to receive into the image; a refusal is the error.
+fn claim_to_receive(
+    config: &Config,
+    record_store: &RecordStore,
     overwrite: bool,
 ) -> Result<ForListen, StartError> {
-    let record = ledger.read().map_err(StartError::Record)?;
+    let record = record_store.read().map_err(StartError::Record)?;
     match for_listen(record.as_ref(), overwrite) {
-        ForListen::Refuse(denial) => Err(denied(plan, &denial)),
+        ForListen::Refuse(refusal) => Err(StartError::Ownership(denial(config, &refusal))),
         verdict => {
-            remove_tombstone(ledger);
+            remove_tombstone(record_store);
             Ok(verdict)
         }
     }
 }
 
-/// There is an image again: what became of the one before it does not matter any more.
-fn remove_tombstone(ledger: &RecordStore) {
-    if let Err(error) = ledger.remove_tombstone() {
+/// Removes the note about a deleted image, which a new image at its path has made obsolete.
+fn remove_tombstone(record_store: &RecordStore) {
+    if let Err(error) = record_store.remove_tombstone() {
         warn!("{error}");
     }
 }
 
-/// The ledger, with room for the largest record; or, if an operator has said that there may be no
-/// record, one that keeps none.
-pub(super) fn with_room(
-    mut ledger: RecordStore,
-    records: RecordPolicy,
+/// Reserves space for the largest record. If that fails and `policy` makes records optional, the
+/// store keeps none from now on.
+///
+/// # Errors
+/// When there is no space and a record is required.
+pub(super) fn reserve_record(
+    mut record_store: RecordStore,
+    policy: RecordPolicy,
 ) -> Result<RecordStore, RecordStoreError> {
-    match (ledger.reserve(), records) {
-        (Ok(()), _) => Ok(ledger),
+    match (record_store.reserve(), policy) {
+        (Ok(()), _) => Ok(record_store),
         (Err(error), RecordPolicy::Required) => Err(error),
         (Err(error), RecordPolicy::Optional) => {
             warn!(
@@ -178,46 +275,19 @@ pub(super) fn with_room(
                 "{error}; going on without an ownership record, as ordered: after a crash nothing \
                  tells which copy of the disk is the right one, and both would be served"
             );
-            ledger.allow_unrecorded();
-            Ok(ledger)
+            record_store.allow_unrecorded();
+            Ok(record_store)
         }
     }
 }
 
-/// How to learn the name of the image's record while no migration away from here changes it: by
-/// the title that a disk is served by, or, while one is being received, by looking.
-pub(super) fn told(
-    ledger: RecordStore,
-    served_by: Option<Provenance>,
-) -> Box<dyn Fn() -> &'static str + Send + Sync> {
-    match served_by {
-        Some(title) => {
-            let name = name_of(title.record().as_ref());
-            Box::new(move || name)
-        }
-        None => Box::new(move || seen(&ledger)),
-    }
-}
-
-/// The name of the record that is there just now.
-pub(super) fn seen(ledger: &RecordStore) -> &'static str {
-    ledger.peek().map_or("unknown", |record| name_of(record.as_ref()))
-}
-
-fn name_of(record: Option<&Record>) -> &'static str {
-    record.map_or("none", Record::name)
-}
-
-fn denied(plan: &Config, refusal: &ownership::OwnershipRefusal) -> StartError {
-    StartError::Ownership(denial(plan, refusal))
-}
-
-fn denial(plan: &Config, refusal: &ownership::OwnershipRefusal) -> OwnershipDenial {
+fn denial(config: &Config, refusal: &OwnershipRefusal) -> OwnershipDenial {
     let departure = match refusal {
-        ownership::OwnershipRefusal::Departing { id, to }
-        | ownership::OwnershipRefusal::Departed { id, to, .. } => Some((*id, to.clone())),
-        ownership::OwnershipRefusal::Incomplete | ownership::OwnershipRefusal::Adopted => None,
+        OwnershipRefusal::Departing { id, to } | OwnershipRefusal::Departed { id, to, .. } => {
+            Some((*id, to.clone()))
+        }
+        OwnershipRefusal::Incomplete | OwnershipRefusal::Adopted => None,
     };
-    let why = refusal.explain(&plan.image.display().to_string());
-    OwnershipDenial { why, departure, inquiry: None }
+    let why = refusal.explain(&config.image.display().to_string());
+    OwnershipDenial { why, departure, query: None }
 }

@@ -1,24 +1,22 @@
-//! A process that cannot serve its disk, and what it does about clients that were promised one.
+//! A process that cannot serve its disk, while clients wait at its sockets: it closes every connection
+//! and tells operators why, until a signal stops it or another host says that it may serve.
 //! Never touches the disk, and never sends a client a byte.
 //!
-//! A service manager that holds the sockets starts the service for whoever waits at them. When it
-//! ends at once they still wait, and it is started again, and after some such rounds the sockets
-//! themselves fail. So, with somebody waiting, it stays: closes every connection, tells operators
-//! why, and ends when it is told to.
+//! Were the process to end, the service manager, which holds the sockets, would start it again for the
+//! same clients, and after some restarts the socket units would fail.
 
-use super::config::{ProcessEnd, ProcessRole, StartError};
-use super::peer_query::{QueryResult, RepeatedQuery, StartupQuery, readable, received};
-use super::signals::Signals;
-use super::{snapshot, tell};
+use super::config::ProcessRole;
+use super::event_loop::ProcessEnd;
+use super::handover_query::{QueryResult, RepeatedQuery};
+use super::inherited::Inherited;
+use super::notify::log_unsent;
+use super::start_error::StartError;
 use crate::control::{Command, ControlSocket, Credentials, Handle, Operator, Reply};
 use crate::disk::ownership::RemoteAddress;
 use crate::message_id;
 use crate::net::{Listener, Peer, wait_readable};
-use crate::server::StoredSessions;
-use crate::systemd::sockets;
-use crate::systemd::{InheritedSockets, ServiceManager};
+use crate::systemd::InheritedSockets;
 use nix::sys::signal::Signal;
-use nix::sys::stat::{SFlag, fstat};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -27,166 +25,113 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::{error, info, warn};
 
-/// Of refused clients there is one line in the log in this time.
-const LINE_EVERY: Duration = Duration::from_secs(60);
-/// How long to wait when a connection could not be accepted.
-const REST: Duration = Duration::from_secs(1);
+/// Refused clients get at most one line in the log in this time.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+/// Pause after a connection could not be accepted, for lack of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// Where a process stands before it is known whether it can serve: the sockets that it was handed,
-/// as copies, and the ways to hear and to tell.
-#[derive(Debug)]
-pub(super) struct EarlyStart {
-    purpose: ServerPurpose,
-    handed: InheritedSockets,
-    pub(super) notifier: ServiceManager,
-    pub(super) signals: Signals,
-}
-
-/// What the process is for, as far as that is known.
+/// What the process was started for, as far as that is known without a configuration.
 #[derive(Clone, Debug)]
 pub(super) struct ServerPurpose {
     pub(super) role: ProcessRole,
     pub(super) image: Option<PathBuf>,
-    /// Where a control socket is to be opened, if none was handed over.
+    /// The path of a control socket to open if none is inherited.
     pub(super) control: Option<PathBuf>,
 }
 
-/// What came of staying to refuse.
+/// How refusing clients ended.
 pub(super) enum DegradedResult {
-    /// The process ends so.
+    /// The process ends.
     Ended(ProcessEnd),
-    /// Another host has answered: begin again.
+    /// Another host has answered: start again.
     Answered(QueryResult),
 }
 
-impl EarlyStart {
-    /// Takes the sockets that were handed to this process, and the sessions that another one has
-    /// left. Call it once, before any thread starts: the environment is read and changed, and
-    /// threads inherit the signal mask.
-    pub(super) fn enter(purpose: ServerPurpose) -> Result<(Self, StoredSessions), StartError> {
-        let notifier = ServiceManager::from_env();
-        let mut handed = InheritedSockets::from_env();
-        // Also when it is of no use: what stays in the store keeps its client waiting for ever.
-        let luggage = snapshot::take_out(std::mem::take(&mut handed.stored), &notifier);
-        let signals = Signals::block()?;
-        Ok((Self { purpose, handed, notifier, signals }, luggage))
+/// Refuses clients for as long as that is useful, after a start that failed with `error`.
+///
+/// # Errors
+/// `error`, if the process should end at once.
+pub(super) fn run(
+    inherited: &Inherited,
+    purpose: &ServerPurpose,
+    error: StartError,
+) -> Result<DegradedResult, StartError> {
+    let notifier = &inherited.notifier;
+    if let StartError::Interrupted(signal) = error {
+        log_unsent(notifier.stopping());
+        return Ok(stopped(signal));
     }
-
-    /// The sockets that were handed over, for a process that begins to serve.
-    pub(super) fn sockets(&self) -> Result<InheritedSockets, StartError> {
-        match self.handed.bad.first() {
-            Some(bad) => Err(StartError::Inherited(bad.to_string())),
-            None => self.copies(),
-        }
+    if should_refuse_clients(inherited, purpose, &error) {
+        return refuse_clients(inherited, purpose, &error);
     }
-
-    fn copies(&self) -> Result<InheritedSockets, StartError> {
-        let copies = self.handed.try_clone();
-        copies.map_err(|error| StartError::System("copy the inherited sockets", error))
+    log_unsent(notifier.status(&error.to_string()));
+    if let Some(errno) = error.errno() {
+        log_unsent(notifier.errno(errno));
     }
-
-    /// Who asks another host about the disk; `answered` is what is known already.
-    pub(super) fn asker(&self, answered: Option<QueryResult>) -> StartupQuery<'_> {
-        StartupQuery { notifier: &self.notifier, signals: &self.signals, answered }
-    }
-
-    /// Comes to its end with a disk that cannot be served: at once, which is the error, or after
-    /// having refused clients for as long as that is wanted.
-    pub(super) fn refuse(&self, refusal: StartError) -> Result<DegradedResult, StartError> {
-        if let StartError::Interrupted(signal) = refusal {
-            tell(self.notifier.stopping());
-            info!(message_id = message_id::STOPPING, "stopping: received {signal}");
-            return Ok(DegradedResult::Ended(ProcessEnd::Well));
-        }
-        if self.has_to_stay(&refusal) {
-            return self.stay(&refusal);
-        }
-        tell(self.notifier.status(&refusal.to_string()));
-        if let Some(errno) = refusal.errno() {
-            tell(self.notifier.errno(errno));
-        }
-        Err(refusal)
-    }
-
-    /// A disk that is not ours stays so, and clients go on coming. Anything else is more likely to
-    /// have been found by whoever starts the service and looks what comes of it.
-    fn has_to_stay(&self, refusal: &StartError) -> bool {
-        let InheritedSockets { nbd, control, bad, .. } = &self.handed;
-        let was_handed_sockets = !nbd.is_empty() || control.is_some() || !bad.is_empty();
-        let serves = self.purpose.role == ProcessRole::Serve && was_handed_sockets;
-        serves && (matches!(refusal, StartError::Ownership(_)) || self.is_somebody_waiting())
-    }
-
-    /// Whether a client or an operator has connected already: we were probably started for it.
-    fn is_somebody_waiting(&self) -> bool {
-        let control = self.handed.control.as_ref().map(AsFd::as_fd);
-        // Somebody who waits at one that cannot be used starts the service again all the same.
-        let bad = self.handed.bad.iter().filter_map(|bad| bad.descriptor.as_ref());
-        let bad = bad.filter(|descriptor| can_wait(descriptor)).map(AsFd::as_fd);
-        let nbd = self.handed.nbd.iter().map(AsFd::as_fd);
-        let sockets: Vec<_> = nbd.chain(control).chain(bad).collect();
-        wait_readable(&sockets, Some(Instant::now())).is_ok_and(|ready| ready.contains(&true))
-    }
-
-    fn stay(&self, refusal: &StartError) -> Result<DegradedResult, StartError> {
-        let reason = refusal.to_string();
-        let Self { purpose, notifier, signals, .. } = self;
-        let InheritedSockets { nbd, control, .. } = self.copies()?;
-        let listeners = self.to_refuse_on(nbd);
-        let (departure, inquiry) = match refusal {
-            StartError::Ownership(denial) => (denial.departure.clone(), denial.inquiry.clone()),
-            _ => (None, None),
-        };
-        let (migration, to) = departure.unzip();
-        error!(
-            message_id = refusal.message_id(),
-            "flexnbd.migration" = migration.map(|id| id.to_string()),
-            "flexnbd.destination" = to.as_ref().map(RemoteAddress::as_str),
-            "flexnbd.image" = purpose.image.as_ref().map(|image| image.display().to_string()),
-            errno = refusal.errno(),
-            "refusing clients: {reason}"
-        );
-        let control = answer_operators(control, purpose.control.clone(), &reason);
-        tell(notifier.ready());
-        tell(notifier.status(&format!("refusing clients: {reason}")));
-        let pursuit = inquiry.map(|inquiry| RepeatedQuery::new(inquiry, Instant::now()));
-        let refuser = DegradedLoop { listeners, signals, notifier, reason: &reason, pursuit };
-        let outcome = refuser.turn_away();
-        if !matches!(outcome, Ok(DegradedEnd::Answered(_))) {
-            tell(notifier.stopping());
-        }
-        drop(control);
-        Ok(match outcome {
-            Ok(DegradedEnd::Signal(signal)) => {
-                info!(message_id = message_id::STOPPING, "stopping: received {signal}");
-                DegradedResult::Ended(ProcessEnd::Well)
-            }
-            Ok(DegradedEnd::Answered(answered)) => DegradedResult::Answered(answered),
-            Err(error) => {
-                let why = format!("cannot wait for clients to refuse: {error}");
-                DegradedResult::Ended(ProcessEnd::Badly(why))
-            }
-        })
-    }
-
-    /// Where clients are refused: what has the wrong name, and takes connections all the same,
-    /// refuses them like the others.
-    fn to_refuse_on(&self, nbd: Vec<sockets::InheritedListener>) -> Vec<Listener> {
-        let bad = self.handed.bad.iter().filter_map(|bad| bad.descriptor.as_ref());
-        let bad = bad.filter_map(|descriptor| descriptor.try_clone().ok());
-        let all = nbd.into_iter().map(OwnedFd::from).chain(bad);
-        all.filter_map(|descriptor| Listener::inherited(descriptor).ok()).collect()
-    }
+    Err(error)
 }
 
-/// Whether a service manager can wait for this to be readable: files always are.
-fn can_wait(descriptor: &OwnedFd) -> bool {
-    let kind =
-        fstat(descriptor).map_or(SFlag::empty(), |found| SFlag::from_bits_truncate(found.st_mode));
-    matches!(kind & SFlag::S_IFMT, SFlag::S_IFSOCK | SFlag::S_IFIFO)
+fn stopped(signal: Signal) -> DegradedResult {
+    info!(message_id = message_id::STOPPING, "stopping: received {signal}");
+    DegradedResult::Ended(ProcessEnd::Well)
 }
 
-/// Tells operators why, whatever they order.
+/// A disk that has moved away stays away, and its clients keep connecting. Any other error is more
+/// likely to be seen by an operator who starts the service and looks at the result, so the process
+/// stays only if a client or an operator has connected.
+fn should_refuse_clients(
+    inherited: &Inherited,
+    purpose: &ServerPurpose,
+    error: &StartError,
+) -> bool {
+    let serves = purpose.role == ProcessRole::Serve && inherited.has_sockets();
+    serves && (matches!(error, StartError::Ownership(_)) || inherited.has_connection_waiting())
+}
+
+fn refuse_clients(
+    inherited: &Inherited,
+    purpose: &ServerPurpose,
+    error: &StartError,
+) -> Result<DegradedResult, StartError> {
+    let notifier = &inherited.notifier;
+    let reason = error.to_string();
+    let InheritedSockets { nbd, control, .. } = inherited.usable_sockets()?;
+    let listeners = nbd.into_iter().map(OwnedFd::from);
+    let listeners = listeners.filter_map(|descriptor| Listener::inherited(descriptor).ok());
+    let listeners = listeners.chain(inherited.bad_listeners()).collect();
+    let (departure, query) = match error {
+        StartError::Ownership(denial) => (denial.departure.clone(), denial.query.clone()),
+        _ => (None, None),
+    };
+    let (migration, to) = departure.unzip();
+    error!(
+        message_id = error.message_id(),
+        "flexnbd.migration" = migration.map(|id| id.to_string()),
+        "flexnbd.destination" = to.as_ref().map(RemoteAddress::as_str),
+        "flexnbd.image" = purpose.image.as_ref().map(|image| image.display().to_string()),
+        errno = error.errno(),
+        "refusing clients: {reason}"
+    );
+    let control = answer_operators(control, purpose.control.clone(), &reason);
+    log_unsent(notifier.ready());
+    log_unsent(notifier.status(&format!("refusing clients: {reason}")));
+    let query = query.map(|query| RepeatedQuery::new(query, Instant::now()));
+    let outcome = DegradedLoop { listeners, inherited, reason: &reason, query }.run();
+    if !matches!(outcome, Ok(DegradedEnd::Answered(_))) {
+        log_unsent(notifier.stopping());
+    }
+    drop(control);
+    Ok(match outcome {
+        Ok(DegradedEnd::Signal(signal)) => stopped(signal),
+        Ok(DegradedEnd::Answered(answer)) => DegradedResult::Answered(answer),
+        Err(error) => {
+            let why = format!("cannot wait for clients to refuse: {error}");
+            DegradedResult::Ended(ProcessEnd::Badly(why))
+        }
+    })
+}
+
+/// Answers every command with the reason.
 struct RefusingOperator(String);
 
 impl Operator for RefusingOperator {
@@ -195,13 +140,14 @@ impl Operator for RefusingOperator {
     }
 }
 
-/// An error here must not keep us from refusing clients.
+/// Answers on the control socket, if there is one. Failures are logged only: they must not keep the
+/// process from refusing clients.
 fn answer_operators(
-    handed: Option<UnixListener>,
+    inherited: Option<UnixListener>,
     path: Option<PathBuf>,
     reason: &str,
 ) -> Option<Handle> {
-    let socket = match (handed, path) {
+    let socket = match (inherited, path) {
         (Some(listener), _) => Ok(ControlSocket::from_listener(listener)),
         (None, Some(path)) => ControlSocket::bind(&path).map_err(|error| error.to_string()),
         (None, None) => return None,
@@ -212,70 +158,66 @@ fn answer_operators(
     started.map_err(|error| warn!("orders cannot be answered: {error}")).ok()
 }
 
-/// Why refusing is over.
+/// Why [`DegradedLoop::run`] ended.
 enum DegradedEnd {
     Signal(Signal),
     Answered(QueryResult),
 }
 
-/// Everything that has to be watched while clients are refused.
+/// Waits for clients, signals, the answer of another host and the watchdog's interval.
 struct DegradedLoop<'a> {
     listeners: Vec<Listener>,
-    signals: &'a Signals,
-    notifier: &'a ServiceManager,
+    inherited: &'a Inherited,
     reason: &'a str,
-    /// Another host is asked meanwhile whether the disk can be served after all.
-    pursuit: Option<RepeatedQuery>,
+    /// Asks another host meanwhile whether the disk can be served after all.
+    query: Option<RepeatedQuery>,
 }
 
 impl DegradedLoop<'_> {
-    /// Closes every connection until a signal comes, or the answer of another host.
-    fn turn_away(mut self) -> io::Result<DegradedEnd> {
-        let signal = readable(self.signals)?;
-        let (mut tally, mut scarce_until) = (RefusalLog::default(), None);
-        let mut fed = Instant::now();
+    /// Closes every connection until a signal or the answer of another host arrives.
+    fn run(mut self) -> io::Result<DegradedEnd> {
+        let Inherited { signals, notifier, .. } = self.inherited;
+        let signal = signals.descriptor()?;
+        let (mut refusals, mut paused_until) = (RefusalLog::default(), None);
+        let mut fed_at = Instant::now();
         loop {
             let now = Instant::now();
-            if let Some(answered) = self.pursuit.as_mut().and_then(|pursuit| pursuit.look(now)) {
-                return Ok(DegradedEnd::Answered(answered));
+            if let Some(answer) = self.query.as_mut().and_then(|query| query.poll(now)) {
+                return Ok(DegradedEnd::Answered(answer));
             }
-            if let Some(count) = tally.take(now) {
-                log(count, tally.last, self.reason);
+            if let Some(count) = refusals.take_due(now) {
+                log_refusals(count, refusals.last, self.reason);
             }
-            let pause = scarce_until.filter(|until| now < *until);
-            let beat = self.notifier.watchdog_interval().map(|interval| fed + interval);
-            // What feeds it is this loop, which is all there is to get stuck.
-            if beat.is_some_and(|beat| beat <= now) {
-                fed = now;
-                tell(self.notifier.watchdog());
+            let pause = paused_until.filter(|until| now < *until);
+            let feed_at = notifier.watchdog_interval().map(|interval| fed_at + interval);
+            // Nothing else can get stuck: this loop is all that runs.
+            if feed_at.is_some_and(|feed_at| feed_at <= now) {
+                fed_at = now;
+                log_unsent(notifier.watchdog());
                 continue;
             }
-            let pursued = self.pursuit.as_ref();
-            let due = pursued.and_then(RepeatedQuery::due);
-            let deadline = [pause, beat, tally.due(), due].into_iter().flatten().min();
+            let query_at = self.query.as_ref().and_then(RepeatedQuery::deadline);
+            let deadline = [pause, feed_at, refusals.due(), query_at].into_iter().flatten().min();
+            let listeners = if pause.is_none() { self.listeners.as_slice() } else { &[] };
             let mut descriptors = vec![signal.as_fd()];
-            if pause.is_none() {
-                descriptors.extend(self.listeners.iter().map(AsFd::as_fd));
-            }
-            let waiting = descriptors.len() - 1;
-            descriptors.extend(pursued.and_then(RepeatedQuery::descriptor));
+            descriptors.extend(listeners.iter().map(AsFd::as_fd));
+            descriptors.extend(self.query.as_ref().and_then(RepeatedQuery::descriptor));
             let ready = wait_readable(&descriptors, deadline)?;
-            if let Some(signal) = received(&signal, self.signals)? {
+            if let Some(signal) = signals.read_stop(&signal)? {
                 return Ok(DegradedEnd::Signal(signal));
             }
-            let ready = &ready[1..=waiting];
-            for (listener, _) in self.listeners.iter().zip(ready).filter(|(_, ready)| **ready) {
+            for (listener, _) in listeners.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
                 match listener.accept() {
-                    Ok((_, peer)) => tally.refused(peer),
+                    Ok((_, peer)) => refusals.add(peer),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(_) => scarce_until = Some(Instant::now() + REST),
+                    Err(_) => paused_until = Some(Instant::now() + ACCEPT_PAUSE),
                 }
             }
         }
     }
 }
 
-fn log(count: u64, last: Option<Peer>, reason: &str) {
+fn log_refusals(count: u64, last: Option<Peer>, reason: &str) {
     let peer = last.map(|peer| peer.to_string()).unwrap_or_default();
     let others = match count {
         1 => String::new(),
@@ -290,33 +232,34 @@ fn log(count: u64, last: Option<Peer>, reason: &str) {
     );
 }
 
-/// Which refused clients are worth a line: the first at once, then all together once a minute.
+/// Limits the log of refused clients: the first gets a line at once, later ones share one line a
+/// minute.
 #[derive(Clone, Copy, Debug, Default)]
 struct RefusalLog {
-    told_at: Option<Instant>,
-    untold: u64,
+    logged_at: Option<Instant>,
+    unlogged: u64,
     last: Option<Peer>,
 }
 
 impl RefusalLog {
-    fn refused(&mut self, peer: Peer) {
-        self.untold = self.untold.saturating_add(1);
+    fn add(&mut self, peer: Peer) {
+        self.unlogged = self.unlogged.saturating_add(1);
         self.last = Some(peer);
     }
 
-    /// When there will be something to tell, if there is something.
+    /// When the next line is due; `None` if no client waits for one, or the line is due at once.
     fn due(&self) -> Option<Instant> {
-        let told_at = self.told_at.filter(|_| self.untold > 0)?;
-        Some(told_at + LINE_EVERY)
+        let logged_at = self.logged_at.filter(|_| self.unlogged > 0)?;
+        Some(logged_at + LOG_INTERVAL)
     }
 
-    /// How many clients to tell of now.
-    fn take(&mut self, now: Instant) -> Option<u64> {
-        if self.untold == 0 || self.due().is_some_and(|due| now < due) {
+    /// The number of clients to log now, if a line is due.
+    fn take_due(&mut self, now: Instant) -> Option<u64> {
+        if self.unlogged == 0 || self.due().is_some_and(|due| now < due) {
             return None;
         }
-        self.told_at = Some(now);
-        Some(std::mem::take(&mut self.untold))
+        self.logged_at = Some(now);
+        Some(std::mem::take(&mut self.unlogged))
     }
 }
 
@@ -325,22 +268,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_refused_client_is_told_of_at_once_and_others_once_a_minute() {
+    fn refusals_are_logged_at_once_then_once_a_minute() {
         let peer: Peer = Peer::Tcp("192.0.2.1:4711".parse().unwrap());
-        let mut tally = RefusalLog::default();
+        let mut refusals = RefusalLog::default();
         let start = Instant::now();
-        assert_eq!((tally.take(start), tally.due()), (None, None));
-        tally.refused(peer);
-        assert_eq!(tally.take(start), Some(1));
-        assert_eq!(tally.due(), None, "nothing to wake up for");
+        assert_eq!((refusals.take_due(start), refusals.due()), (None, None));
+        refusals.add(peer);
+        assert_eq!(refusals.take_due(start), Some(1));
+        assert_eq!(refusals.due(), None, "nothing to wake up for");
         for _ in 0..3 {
-            tally.refused(peer);
+            refusals.add(peer);
         }
-        let later = start + LINE_EVERY;
-        assert_eq!((tally.take(start), tally.due()), (None, Some(later)));
-        assert_eq!(tally.take(later), Some(3));
-        assert_eq!(tally.take(later + LINE_EVERY), None);
-        tally.refused(peer);
-        assert_eq!(tally.take(later + 2 * LINE_EVERY), Some(1));
+        let later = start + LOG_INTERVAL;
+        assert_eq!((refusals.take_due(start), refusals.due()), (None, Some(later)));
+        assert_eq!(refusals.take_due(later), Some(3));
+        assert_eq!(refusals.take_due(later + LOG_INTERVAL), None);
+        refusals.add(peer);
+        assert_eq!(refusals.take_due(later + 2 * LOG_INTERVAL), Some(1));
     }
 }

@@ -1,12 +1,13 @@
-//! The process while it runs: waits for one event after another, and closes the rooms in order.
+//! The process while it runs: handles one event after another, then closes the modules in order.
 //! Never opens anything.
 
-use super::config::{ProcessEnd, ProcessRole};
+use super::events::ProcessEvent;
 use super::idle::Idle;
+use super::notify::log_unsent;
 use super::operator::Service;
+use super::snapshot;
 use super::status::StatusReporter;
 use super::watchdog::Watchdog;
-use super::{DISK_GRACE, GRACE, ProcessEvent, snapshot, tell};
 use crate::control::Handle;
 use crate::disk::Disk;
 use crate::disk::ownership::Provenance;
@@ -22,127 +23,152 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 use tracing::info;
 
-/// Time to spare, where the service manager is told how long something may take.
-const SPARE: Duration = Duration::from_secs(5);
-/// How long closing may take: an order that waits for a destination to greet us, the grace that
-/// sessions have for the disk and once more for their clients, and what the service manager takes to
-/// store them.
-const CLOSING_LONGEST: Duration = Duration::from_secs(110);
+/// How long sessions may take, when the server stops, to answer the requests that they have received.
+const GRACE: Duration = Duration::from_secs(10);
+/// The same for sessions that wait for the disk, such as for a FLUSH of much dirty data.
+const DISK_GRACE: Duration = Duration::from_secs(60);
+/// Added to a time limit when it is announced to the service manager.
+const MARGIN: Duration = Duration::from_secs(5);
+/// How long closing may take: a command that waits for a destination's handshake, [`DISK_GRACE`], once
+/// more [`GRACE`] for the clients, and the time that the service manager takes to store the sessions.
+const CLOSING_MAX: Duration = Duration::from_secs(110);
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ProcessEnd {
+    /// In an orderly way.
+    Well,
+    /// With an error, for this reason.
+    Badly(String),
+}
 
 /// Everything that is open while the process runs.
 pub(super) struct Process {
     pub(super) service: Arc<Service>,
+    /// The sending ends are in the threads that report events.
+    pub(super) events: Receiver<ProcessEvent>,
     pub(super) control: Option<Handle>,
     pub(super) notifier: ServiceManager,
-    /// Where sessions are left for the next process.
+    /// Keeps sessions for the next process.
     pub(super) store: FdStore,
     pub(super) disk: Arc<Disk>,
     /// The image's path, for people.
     pub(super) image: String,
     pub(super) idle: Idle,
-    pub(super) beat: StatusReporter,
-    /// Feeds the watchdog, if there is one.
-    pub(super) pulse: Option<Watchdog>,
-}
-
-/// What happened while everything was being closed: a disk that arrived or left all the same.
-pub(super) fn last_word(ending: ProcessEnd, arrivals: &Receiver<ProcessEvent>) -> ProcessEnd {
-    let moved = |event| {
-        matches!(
-            event,
-            ProcessEvent::Incoming(ArrivalResult::Arrived(_))
-                | ProcessEvent::Migrated(Outcome::Arrived { .. })
-        )
-    };
-    if arrivals.try_iter().any(moved) {
-        info!("the disk has been moved, as it was about to be when the signal came");
-        return ProcessEnd::Well;
-    }
-    ending
+    pub(super) status: StatusReporter,
+    /// `None` if the service manager has no watchdog.
+    pub(super) watchdog: Option<Watchdog>,
 }
 
 impl Process {
-    /// Waits for the event that ends the process.
-    pub(super) fn wait(
-        &mut self,
-        arrivals: &Receiver<ProcessEvent>,
-        role: ProcessRole,
-    ) -> ProcessEnd {
+    /// Handles events until one ends the process, and closes everything.
+    pub(super) fn run(mut self) -> ProcessEnd {
+        let end = self.handle_events();
+        self.close(&end);
+        self.end_after_close(end)
+    }
+
+    fn handle_events(&mut self) -> ProcessEnd {
         loop {
-            if self.has_idled() {
+            if self.close_if_idle() {
                 info!(message_id = message_id::STOPPING, "stopping: there is nothing to do");
                 return ProcessEnd::Well;
             }
             let now = Instant::now();
-            self.beat.tell(now, self.service.server().clients());
-            let due = [self.idle.due(self.is_busy()), self.beat.due(now)];
-            // The channel cannot close: the thread that watches signals has its other end.
-            match next(arrivals, due.into_iter().flatten().min()) {
-                Some(ProcessEvent::Stop(signal)) => {
-                    return self.interrupted(signal, role, arrivals);
-                }
-                Some(ProcessEvent::Migrating(passage, desk)) => {
-                    self.beat.begin(passage, desk, Instant::now());
-                }
-                Some(ProcessEvent::MigrationNews) => self.beat.stir(),
-                Some(ProcessEvent::Migrated(outcome)) => {
-                    self.service.vigil.migration_over();
-                    self.beat.over(&outcome);
-                    if let Some(ending) = migrated(&outcome) {
-                        return ending;
-                    }
-                    self.idle.stir(Instant::now());
-                }
-                Some(ProcessEvent::Incoming(ArrivalResult::Arrived(title))) => {
-                    self.arrived(title);
-                    return ProcessEnd::Well;
-                }
-                Some(ProcessEvent::Incoming(ArrivalResult::Failed(why))) => {
-                    return ProcessEnd::Badly(why);
-                }
-                Some(ProcessEvent::Clients) => {
-                    self.idle.stir(Instant::now());
-                    self.beat.stir();
-                }
-                Some(ProcessEvent::NotAccepting(why)) => {
-                    return ProcessEnd::Badly(format!("no longer accepting clients: {why}"));
-                }
-                Some(ProcessEvent::Asked(number)) => self.answer(number),
-                Some(ProcessEvent::Obeyed) | None => {}
+            self.status.report_if_due(now, self.service.server().clients());
+            let deadlines = [self.idle.deadline(self.is_busy()), self.status.deadline(now)];
+            if let Some(event) = self.next_event(deadlines.into_iter().flatten().min())
+                && let Some(end) = self.handle(event)
+            {
+                return end;
             }
         }
     }
 
-    /// Whether there has been nothing to do for so long that the process ends; nobody is let in
+    /// The next event; `None` at the deadline.
+    fn next_event(&self, deadline: Option<Instant>) -> Option<ProcessEvent> {
+        // The channel cannot close: the thread that waits for signals holds a sending end.
+        match deadline {
+            None => self.events.recv().ok(),
+            Some(deadline) => {
+                let timeout = deadline.saturating_duration_since(Instant::now());
+                self.events.recv_timeout(timeout).ok()
+            }
+        }
+    }
+
+    /// Handles one event. Returns how the process ends, if the event ends it.
+    fn handle(&mut self, event: ProcessEvent) -> Option<ProcessEnd> {
+        match event {
+            ProcessEvent::Stop(signal) => return Some(self.stop(signal)),
+            ProcessEvent::MigrationStarted(log, migration) => {
+                self.status.migration_started(log, migration, Instant::now());
+            }
+            ProcessEvent::MigrationChanged => self.status.mark_changed(),
+            ProcessEvent::MigrationEnded(outcome) => {
+                let end = self.migration_ended(&outcome);
+                self.idle.restart(Instant::now());
+                return end;
+            }
+            ProcessEvent::ReceiveEnded(ArrivalResult::Arrived(provenance)) => {
+                self.report_arrival(provenance);
+                return Some(ProcessEnd::Well);
+            }
+            ProcessEvent::ReceiveEnded(ArrivalResult::Failed(why)) => {
+                return Some(ProcessEnd::Badly(why));
+            }
+            ProcessEvent::ClientsChanged => {
+                self.idle.restart(Instant::now());
+                self.status.mark_changed();
+            }
+            ProcessEvent::AcceptFailed(why) => {
+                return Some(ProcessEnd::Badly(format!("no longer accepting clients: {why}")));
+            }
+            ProcessEvent::HealthCheck(number) => self.answer_health_check(number),
+            // The loop looks at the deadline of an idle process anyway.
+            ProcessEvent::CommandEnded => {}
+        }
+        None
+    }
+
+    /// Whether the process has been idle up to its deadline. It accepts neither clients nor commands
     /// any more then.
-    fn has_idled(&mut self) -> bool {
+    fn close_if_idle(&mut self) -> bool {
         let now = Instant::now();
-        if self.idle.due(self.is_busy()).is_none_or(|due| now < due) {
+        if self.idle.deadline(self.is_busy()).is_none_or(|deadline| now < deadline) {
             return false;
         }
         if self.service.close_if_idle() {
             return true;
         }
-        // Somebody is just coming in.
-        self.idle.stir(now);
+        // A client or a command has just arrived.
+        self.idle.restart(now);
         false
     }
 
-    /// Whether there is a client, a migration or an order.
+    /// Whether there is a client, a migration or a command.
     fn is_busy(&self) -> bool {
-        let migrates = || self.service.desk().is_some_and(|desk| desk.outcome().is_none());
-        self.service.server().clients() > 0 || self.service.orders.count() > 0 || migrates()
+        self.service.server().clients() > 0
+            || self.service.commands.count() > 0
+            || self.service.running_migration().is_some()
     }
 
-    /// The watchdog has asked whether events are heard.
-    fn answer(&self, number: u64) {
-        if let Some(pulse) = &self.pulse {
-            pulse.answer(number);
+    fn answer_health_check(&self, number: u64) {
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.answer(number);
         }
     }
 
-    fn arrived(&self, title: Provenance) {
-        let migration = match title {
+    /// Tells waiting operators and the status. The process ends if the disk has left, and goes on
+    /// otherwise.
+    fn migration_ended(&mut self, outcome: &Outcome) -> Option<ProcessEnd> {
+        self.service.waiters.migration_ended();
+        self.status.migration_ended(outcome);
+        matches!(outcome, Outcome::Arrived { .. }).then_some(ProcessEnd::Well)
+    }
+
+    fn report_arrival(&self, provenance: Provenance) {
+        let migration = match provenance {
             Provenance::Arrived(id) => Some(id.to_string()),
             _ => None,
         };
@@ -153,54 +179,48 @@ impl Process {
             "flexnbd.bytes_total" = self.disk.size(),
             "the disk has arrived"
         );
-        tell(self.notifier.status("the disk has arrived"));
+        log_unsent(self.notifier.status("the disk has arrived"));
     }
 
-    fn interrupted(
-        &mut self,
-        signal: Signal,
-        role: ProcessRole,
-        arrivals: &Receiver<ProcessEvent>,
-    ) -> ProcessEnd {
+    /// Stops the process because of a signal, after abandoning a migration.
+    fn stop(&mut self, signal: Signal) -> ProcessEnd {
         info!(message_id = message_id::STOPPING, "stopping: received {signal}");
-        tell(self.notifier.stopping());
-        tell(self.notifier.status("stopping"));
-        if let ProcessRole::Listen { .. } = role {
+        log_unsent(self.notifier.stopping());
+        log_unsent(self.notifier.status("stopping"));
+        if self.service.is_receiving() {
             return ProcessEnd::Badly(format!(
                 "received {signal} before the disk has arrived; what is here is incomplete"
             ));
         }
-        // Before looking: a migration that is not found now ends before it begins.
-        self.service.vigil.interrupt();
-        match self.service.desk().filter(|desk| desk.outcome().is_none()) {
+        // Before looking for a migration: one that registers later finds this flag, and ends before
+        // it begins.
+        self.service.waiters.interrupt();
+        match self.service.running_migration() {
             None => ProcessEnd::Well,
-            Some(desk) => self.abandon(&desk, signal, arrivals),
+            Some(migration) => self.abandon(&migration, signal),
         }
     }
 
-    /// Breaks a migration off and waits until everything is as it was before it; or, if it is too
-    /// late for that, until the disk has left. Not for ever: the record tells the next process.
-    fn abandon(
-        &mut self,
-        desk: &MigrationHandle,
-        signal: Signal,
-        arrivals: &Receiver<ProcessEvent>,
-    ) -> ProcessEnd {
-        tell(self.notifier.status("stopping: breaking the migration off, or finishing it"));
-        tell(self.notifier.extend_timeout(GRACE + SPARE));
-        desk.request_break();
+    /// Abandons a migration, and waits until everything is as it was before or, if the handover has
+    /// been sent, until the disk has left. The wait is limited: the record tells the next process
+    /// what happened.
+    fn abandon(&mut self, migration: &MigrationHandle, signal: Signal) -> ProcessEnd {
+        let status = "stopping: breaking the migration off, or finishing it";
+        log_unsent(self.notifier.status(status));
+        log_unsent(self.notifier.extend_timeout(GRACE + MARGIN));
+        migration.request_break();
         let deadline = Instant::now() + GRACE;
         loop {
-            match arrivals.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(ProcessEvent::Migrated(outcome)) => {
-                    self.service.vigil.migration_over();
+            match self.next_event(Some(deadline)) {
+                Some(ProcessEvent::MigrationEnded(outcome)) => {
                     let interrupted = format!("received {signal} while the disk was being moved");
-                    self.beat.over(&outcome);
-                    return migrated(&outcome).unwrap_or(ProcessEnd::Badly(interrupted));
+                    return self
+                        .migration_ended(&outcome)
+                        .unwrap_or(ProcessEnd::Badly(interrupted));
                 }
-                Ok(ProcessEvent::Asked(number)) => self.answer(number),
-                Ok(_) => {}
-                Err(_) => {
+                Some(ProcessEvent::HealthCheck(number)) => self.answer_health_check(number),
+                Some(_) => {}
+                None => {
                     return ProcessEnd::Badly(format!(
                         "received {signal} while the disk was being handed over; its record tells \
                          whether it has left"
@@ -210,41 +230,47 @@ impl Process {
         }
     }
 
-    /// Closes the rooms in order. Sessions are left to the next process if there may be one that
-    /// `goes_on` with them: not while a disk is being received, since its sessions are the arrival,
-    /// and not after a flush has failed, since the next process would not know of it.
-    pub(super) fn close(self, ending: &ProcessEnd, goes_on: bool) {
-        tell(self.notifier.stopping());
-        tell(self.notifier.extend_timeout(CLOSING_LONGEST));
-        if let ProcessEnd::Badly(why) = ending {
-            tell(self.notifier.status(why));
+    /// Closes the modules in order: control socket, server, sessions.
+    ///
+    /// Sessions are stored for the next process, except while a disk is received, since its sessions
+    /// are the migration, and after a failed flush, of which the next process would not know.
+    fn close(&mut self, end: &ProcessEnd) {
+        let stores_sessions = !self.service.is_receiving() && self.disk.all_flushes_succeeded();
+        log_unsent(self.notifier.stopping());
+        log_unsent(self.notifier.extend_timeout(CLOSING_MAX));
+        if let ProcessEnd::Badly(why) = end {
+            log_unsent(self.notifier.status(why));
         }
-        if let Some(pulse) = &self.pulse {
-            pulse.close();
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.close();
         }
-        self.service.vigil.interrupt();
-        self.service.vigil.stop();
-        drop(self.control);
+        self.service.waiters.interrupt();
+        self.service.waiters.stop();
+        drop(self.control.take());
         let mut server = self.service.server();
         let grace = Grace { clients: GRACE, disk: DISK_GRACE };
         match self.store.room() {
-            room if goes_on && room > 0 => {
-                snapshot::put_in(&self.store, &server.pack_up(room, grace));
+            room if stores_sessions && room > 0 => {
+                snapshot::save(&self.store, &server.pack_up(room, grace));
             }
             _ => server.stop(grace),
         }
     }
-}
 
-/// The next event; none at that time, if there is one.
-fn next(arrivals: &Receiver<ProcessEvent>, at: Option<Instant>) -> Option<ProcessEvent> {
-    match at {
-        None => arrivals.recv().ok(),
-        Some(at) => arrivals.recv_timeout(at.saturating_duration_since(Instant::now())).ok(),
+    /// The end of the process, which is a good one if the disk has arrived or left during
+    /// [`Process::close`].
+    fn end_after_close(&self, end: ProcessEnd) -> ProcessEnd {
+        let has_moved = |event| {
+            matches!(
+                event,
+                ProcessEvent::ReceiveEnded(ArrivalResult::Arrived(_))
+                    | ProcessEvent::MigrationEnded(Outcome::Arrived { .. })
+            )
+        };
+        if self.events.try_iter().any(has_moved) {
+            info!("the disk has been moved, as it was about to be when the signal came");
+            return ProcessEnd::Well;
+        }
+        end
     }
-}
-
-/// How the process ends after a migration; it goes on if the disk stayed.
-fn migrated(outcome: &Outcome) -> Option<ProcessEnd> {
-    matches!(outcome, Outcome::Arrived { .. }).then_some(ProcessEnd::Well)
 }

@@ -1,35 +1,64 @@
-//! What happens in the rooms, as events for the one who waits for them.
-//! Never decides what comes of it.
+//! The events of the process, and the types that other modules report them through.
+//! Never decides what follows from an event.
 
-use super::ProcessEvent;
+use super::migration_log::MigrationLog;
+use crate::migration::destination::ArrivalResult;
+use crate::migration::job::Outcome;
+use crate::migration::source::MigrationHandle;
 use crate::server::events::ServerEvents;
-use crate::sync;
+use crate::sync::lock;
+use nix::sys::signal::Signal;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
-/// Listens to the server's door.
+/// What the event loop reacts to.
+///
+/// Senders ignore a closed channel: the event loop has ended then, and the process is about to.
+#[derive(Clone, Debug)]
+pub(super) enum ProcessEvent {
+    /// A signal stops the process.
+    Stop(Signal),
+    /// A migration to another host has begun.
+    MigrationStarted(MigrationLog, Arc<MigrationHandle>),
+    /// The status of the migration has changed.
+    MigrationChanged,
+    /// The migration has ended.
+    MigrationEnded(Outcome),
+    /// The process has received the disk, or cannot.
+    ReceiveEnded(ArrivalResult),
+    /// A client has connected or disconnected.
+    ClientsChanged,
+    /// An operator's command has been carried out.
+    CommandEnded,
+    /// The server cannot accept clients any more, for this reason.
+    AcceptFailed(String),
+    /// The watchdog checks that events are handled; the answer is the same number.
+    HealthCheck(u64),
+}
+
+/// Sends the server's events to the event loop.
 #[derive(Debug)]
 pub(super) struct ServerEventSender(pub(super) Sender<ProcessEvent>);
 
 impl ServerEvents for ServerEventSender {
     fn clients_changed(&self) {
-        // The process is ending already if nobody hears it.
-        let _ = self.0.send(ProcessEvent::Clients);
+        let _ = self.0.send(ProcessEvent::ClientsChanged);
     }
 
     fn accepting_failed(&self, why: &io::Error) {
-        let _ = self.0.send(ProcessEvent::NotAccepting(why.to_string()));
+        let _ = self.0.send(ProcessEvent::AcceptFailed(why.to_string()));
     }
 }
 
-/// The orders that are being obeyed.
+/// Counts the commands that are being carried out.
 #[derive(Debug)]
 pub(super) struct ActiveCommands {
     events: Sender<ProcessEvent>,
     count: AtomicUsize,
-    /// Held while an order begins, and while it is decided that none does any more.
+    /// No further command begins. Locked while a command begins and while this is set, so that a
+    /// command is either counted or refused.
     closed: Mutex<bool>,
 }
 
@@ -38,37 +67,37 @@ impl ActiveCommands {
         Arc::new(Self { events, count: AtomicUsize::new(0), closed: Mutex::new(false) })
     }
 
-    /// How many there are.
+    /// The number of commands that are being carried out.
     pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::Acquire)
     }
 
-    /// To be held while an order is obeyed; none when no more are.
+    /// Counts one more command, until the guard is dropped; `None` when commands are refused.
     pub(super) fn begin(&self) -> Option<ActiveCommand<'_>> {
-        let closed = sync::lock(&self.closed);
+        let closed = lock(&self.closed);
         (!*closed).then(|| {
             self.count.fetch_add(1, Ordering::AcqRel);
             ActiveCommand(self)
         })
     }
 
-    /// Lets no order begin any more if none is being obeyed and `also` agrees. Returns whether that
-    /// is so.
+    /// Refuses further commands if none is being carried out and `also` returns true. Returns
+    /// whether commands are refused now.
     pub(super) fn close_if_none(&self, also: impl FnOnce() -> bool) -> bool {
-        let mut closed = sync::lock(&self.closed);
+        let mut closed = lock(&self.closed);
         *closed = *closed || (self.count() == 0 && also());
         *closed
     }
 }
 
-/// An order is being obeyed; over when this is dropped.
+/// Guard of a command that is being carried out.
 #[derive(Debug)]
 pub(super) struct ActiveCommand<'a>(&'a ActiveCommands);
 
 impl Drop for ActiveCommand<'_> {
     fn drop(&mut self) {
         self.0.count.fetch_sub(1, Ordering::AcqRel);
-        let _ = self.0.events.send(ProcessEvent::Obeyed);
+        let _ = self.0.events.send(ProcessEvent::CommandEnded);
     }
 }
 
@@ -78,17 +107,17 @@ mod tests {
     use std::sync::mpsc;
 
     #[test]
-    fn no_order_begins_after_the_last_one_has_been_obeyed_and_it_was_closed() {
-        let (events, heard) = mpsc::channel();
-        let orders = ActiveCommands::new(events);
-        let order = orders.begin().unwrap();
-        assert!(!orders.close_if_none(|| true), "one is being obeyed");
-        drop(order);
-        assert!(matches!(heard.try_recv(), Ok(ProcessEvent::Obeyed)));
-        assert!(!orders.close_if_none(|| false), "somebody else objects");
-        drop(orders.begin().unwrap());
-        assert!(orders.close_if_none(|| true));
-        assert!(orders.begin().is_none());
-        assert_eq!(orders.count(), 0);
+    fn no_command_begins_after_closing() {
+        let (events, received) = mpsc::channel();
+        let commands = ActiveCommands::new(events);
+        let command = commands.begin().unwrap();
+        assert!(!commands.close_if_none(|| true), "a command is active");
+        drop(command);
+        assert!(matches!(received.try_recv(), Ok(ProcessEvent::CommandEnded)));
+        assert!(!commands.close_if_none(|| false), "the other condition fails");
+        drop(commands.begin().unwrap());
+        assert!(commands.close_if_none(|| true));
+        assert!(commands.begin().is_none());
+        assert_eq!(commands.count(), 0);
     }
 }

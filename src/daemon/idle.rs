@@ -1,12 +1,11 @@
-//! When a process that has had nothing to do ends (`--idle-exit`).
-//! Never looks at a clock; what happens, and when, is told to it.
+//! When an idle process ends (`--idle-exit`). Never reads a clock: the caller passes the time.
 
 use std::time::{Duration, Instant};
 
-/// How long there has been neither a client nor a migration.
+/// The time since the last client or migration.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Idle {
-    /// After how long the process ends; never without.
+    /// After how long the process ends; `None`: never.
     limit: Option<Duration>,
     since: Instant,
 }
@@ -16,15 +15,15 @@ impl Idle {
         Self { limit, since: now }
     }
 
-    /// A client or a migration has come or gone: the time begins anew.
-    pub(super) fn stir(&mut self, now: Instant) {
+    /// Restarts the time, because a client or a migration has come or gone.
+    pub(super) fn restart(&mut self, now: Instant) {
         self.since = now;
     }
 
-    /// When to end if nothing happens; not at all while the process is `busy`. An order that is
-    /// being obeyed keeps it busy, too, but does not make the time begin anew.
-    pub(super) fn due(&self, busy: bool) -> Option<Instant> {
-        // A time that cannot be reckoned with does not come.
+    /// When to end unless something happens; `None` while the process is `busy`. A command that is
+    /// being carried out keeps the process busy, too, but does not restart the time.
+    pub(super) fn deadline(&self, busy: bool) -> Option<Instant> {
+        // A deadline that `Instant` cannot represent never comes.
         self.since.checked_add(self.limit?).filter(|_| !busy)
     }
 }
@@ -34,19 +33,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_end_is_due_so_long_after_the_last_client_or_migration() {
+    fn the_deadline_counts_from_the_last_activity() {
         let (start, second) = (Instant::now(), Duration::from_secs(1));
         let mut idle = Idle::new(Some(5 * second), start);
-        assert_eq!(idle.due(false), Some(start + 5 * second));
-        assert_eq!(idle.due(true), None);
-        idle.stir(start + 3 * second);
-        assert_eq!(idle.due(false), Some(start + 8 * second));
+        assert_eq!(idle.deadline(false), Some(start + 5 * second));
+        assert_eq!(idle.deadline(true), None);
+        idle.restart(start + 3 * second);
+        assert_eq!(idle.deadline(false), Some(start + 8 * second));
     }
 
     #[test]
-    fn without_a_limit_it_never_is() {
+    fn without_a_limit_there_is_no_deadline() {
         let now = Instant::now();
-        assert_eq!(Idle::new(None, now).due(false), None);
-        assert_eq!(Idle::new(Some(Duration::MAX), now).due(false), None);
+        assert_eq!(Idle::new(None, now).deadline(false), None);
+        assert_eq!(Idle::new(Some(Duration::MAX), now).deadline(false), None);
     }
 }

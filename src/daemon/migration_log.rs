@@ -1,22 +1,13 @@
-//! A migration away from here, as the log, the daemon and the operator who waits hear of it.
-//! Decides nothing about it.
+//! The journal entries of a migration to another host. Decides nothing.
 
-use super::ProcessEvent;
 use crate::disk::ownership::Id;
 use crate::message_id;
 use crate::migration::job::{News, Obstacle, Outcome, Progress};
-use crate::migration::source::{MigrationStats, Observer};
-use crate::server::ShutdownHandle;
-use std::sync::mpsc::Sender;
+use crate::migration::source::MigrationStats;
 use tracing::{error, info, warn};
 
-/// What is heard of a migration until `mirror` can be answered.
-pub(super) enum StartResult {
-    Started,
-    Ended(Outcome),
-}
-
-/// A migration, as the log names it. Each copy that it begins has an id of its own.
+/// The fields that all entries of one migration share. The id is not among them: each copy that a
+/// migration begins has another one.
 #[derive(Clone, Debug)]
 pub(super) struct MigrationLog {
     pub(super) to: String,
@@ -25,10 +16,11 @@ pub(super) struct MigrationLog {
 }
 
 impl MigrationLog {
-    /// News, once, where they come up.
-    fn log(&self, id: Id, news: &News, line: &str) {
+    /// Logs a change of the migration.
+    pub(super) fn log_news(&self, id: Id, news: &News) {
         let Self { to, image, size } = self;
-        let kind = kind(news);
+        let kind = news_message_id(news);
+        let line = format!("migration to {to}: {}", describe(news));
         match news {
             News::Started
             | News::Resumed
@@ -52,8 +44,8 @@ impl MigrationLog {
         }
     }
 
-    /// How far it is.
-    pub(super) fn log_progress(&self, progress: &Progress, told: &str) {
+    /// Logs the progress, which `text` describes.
+    pub(super) fn log_progress(&self, progress: &Progress, text: &str) {
         let Self { to, image, size } = self;
         info!(
             message_id = message_id::MIGRATION_PROGRESS,
@@ -61,12 +53,12 @@ impl MigrationLog {
             "flexnbd.image" = image, "flexnbd.bytes_total" = size,
             "flexnbd.bytes_left" = progress.bytes_left,
             "flexnbd.bytes_per_second" = progress.bytes_per_second,
-            "migration to {to}: {told}"
+            "migration to {to}: {text}"
         );
     }
 
-    /// How it ended.
-    pub(super) fn log_end(&self, id: Id, outcome: &Outcome, tally: &MigrationStats) {
+    /// Logs the end.
+    pub(super) fn log_end(&self, id: Id, outcome: &Outcome, stats: &MigrationStats) {
         let Self { to, image, size } = self;
         match outcome {
             Outcome::Arrived { acknowledged } => {
@@ -78,15 +70,15 @@ impl MigrationLog {
                     message_id = message_id::MIGRATION_DEPARTED,
                     "flexnbd.migration" = %id, "flexnbd.destination" = to,
                     "flexnbd.image" = image, "flexnbd.bytes_total" = size,
-                    "flexnbd.bytes_sent" = tally.bytes_sent,
+                    "flexnbd.bytes_sent" = stats.bytes_sent,
                     "migration to {to}: the disk is at its destination ({how}; clients waited for \
-                     {} ms)", tally.pause.as_millis()
+                     {} ms)", stats.pause.as_millis()
                 );
             }
             Outcome::Broken => info!(
                 message_id = message_id::MIGRATION_BROKEN_OFF,
                 "flexnbd.migration" = %id, "flexnbd.destination" = to, "flexnbd.image" = image,
-                "flexnbd.bytes_sent" = tally.bytes_sent,
+                "flexnbd.bytes_sent" = stats.bytes_sent,
                 "migration to {to}: broken off; the disk stays here"
             ),
             Outcome::Failed(trouble) => warn!(
@@ -98,7 +90,7 @@ impl MigrationLog {
     }
 }
 
-fn kind(news: &News) -> Option<&'static str> {
+fn news_message_id(news: &News) -> Option<&'static str> {
     Some(match news {
         News::Started => message_id::MIGRATION_STARTED,
         News::Resumed | News::Restarted => message_id::MIGRATION_RESUMED,
@@ -108,36 +100,12 @@ fn kind(news: &News) -> Option<&'static str> {
         News::Throttled(_) => message_id::MIGRATION_HELD_BACK,
         News::GateClosed => message_id::MIGRATION_GATE_CLOSED,
         News::RecordFailed(_) => message_id::MIGRATION_RECORD_FAILED,
-        // It was told before that it is in doubt, and what comes of it will be.
+        // Follows an entry with MIGRATION_IN_DOUBT and precedes that of the verdict.
         News::HandingOverAgain => return None,
     })
 }
 
-/// Tells the log, the operator who waits, and the daemon.
-pub(super) struct Reporter {
-    pub(super) passage: MigrationLog,
-    pub(super) first: Sender<StartResult>,
-    pub(super) exit: ShutdownHandle,
-    pub(super) events: Sender<ProcessEvent>,
-}
-
-impl Observer for Reporter {
-    fn news(&self, id: Id, news: &News) {
-        if *news == News::Started {
-            let _ = self.first.send(StartResult::Started);
-        }
-        let line = format!("migration to {}: {}", self.passage.to, told(news));
-        self.passage.log(id, news, &line);
-        // The process is ending already if nobody hears it.
-        let _ = self.events.send(ProcessEvent::MigrationNews);
-    }
-
-    fn retire(&self) {
-        self.exit.leave();
-    }
-}
-
-fn told(news: &News) -> String {
+fn describe(news: &News) -> String {
     match news {
         News::Started => "started".to_owned(),
         News::Resumed => "resumed where it was".to_owned(),

@@ -1,13 +1,14 @@
-//! What operators may order of a running process, and what they are told.
-//! Called from the control socket's threads; never waits for a client.
+//! The operator's commands to a running process, and the replies.
+//! The threads of the control socket call it; it never waits for a client.
 
 use super::config::{Admission, RereadConfig};
 use super::events::ActiveCommands;
-use super::migrations::{self, MigrationContext};
-use super::{claim, tell};
+use super::migrations::{self, MigrationContext, PreparedMigration};
+use super::notify::log_unsent;
 use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
+use crate::disk::ownership::Record;
 use crate::disk::record_store::RecordStore;
 use crate::memory_reserve::check_thread_headroom;
 use crate::message_id;
@@ -22,43 +23,50 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use tracing::{info, warn};
 
-/// What orders are about.
+/// Everything that commands act on.
 pub(super) struct Service {
+    /// Bytes of the disk.
     pub(super) size: u64,
     pub(super) server: Mutex<Server>,
     pub(super) reread: Option<RereadConfig>,
-    /// Present when the disk is ours and can be moved away.
-    pub(super) departures: Option<OutgoingMigrations>,
-    /// The name of the image's record while no migration changes it.
-    pub(super) ownership: Box<dyn Fn() -> &'static str + Send + Sync>,
-    pub(super) vigil: MigrationWaiters,
-    pub(super) orders: Arc<ActiveCommands>,
+    pub(super) role: DiskRole,
+    pub(super) waiters: MigrationWaiters,
+    pub(super) commands: Arc<ActiveCommands>,
     pub(super) notifier: ServiceManager,
 }
 
-/// Lets operators wait for the end of a migration, but not beyond that of the process.
+/// What the process does with the disk.
+pub(super) enum DiskRole {
+    /// It serves a disk that is ours, and can move it away.
+    Serving(OutgoingMigrations),
+    /// It receives the disk, of which this is the record.
+    Receiving(RecordStore),
+}
+
+/// Operators who wait for the end of a migration (`mirror --wait`), at most until the process stops.
 #[derive(Debug, Default)]
 pub(super) struct MigrationWaiters {
     is_stopping: Mutex<bool>,
     changed: Condvar,
-    /// The process is about to stop: what is broken off from now on, nobody has ordered so.
+    /// The process is about to stop, and abandons its migration.
     is_interrupted: AtomicBool,
 }
 
 impl MigrationWaiters {
-    /// A migration is over.
-    pub(super) fn migration_over(&self) {
-        // Whoever waits holds the lock from looking until it sleeps, so that it misses nothing.
-        let _held = lock(&self.is_stopping);
+    /// Wakes the operators, because a migration has ended.
+    pub(super) fn migration_ended(&self) {
+        // A waiter holds the lock from checking for a result until it sleeps, so it cannot miss this.
+        let _guard = lock(&self.is_stopping);
         self.changed.notify_all();
     }
 
-    /// The process is going to stop, and whatever goes on is broken off for that.
+    /// Records that the process is about to stop: a migration abandoned from now on was not ended by
+    /// an operator.
     pub(super) fn interrupt(&self) {
         self.is_interrupted.store(true, Ordering::Release);
     }
 
-    /// The process is stopping: nobody may wait any longer.
+    /// Ends all waiting, because the process stops.
     pub(super) fn stop(&self) {
         *lock(&self.is_stopping) = true;
         self.changed.notify_all();
@@ -68,11 +76,11 @@ impl MigrationWaiters {
         self.is_interrupted.load(Ordering::Acquire)
     }
 
-    /// Waits until there is `news`; none when the process stops without any.
-    fn wait<T>(&self, news: impl Fn() -> Option<T>) -> Option<T> {
+    /// Waits until `result` returns a value; `None` if the process stops before.
+    fn wait<T>(&self, result: impl Fn() -> Option<T>) -> Option<T> {
         let mut is_stopping = lock(&self.is_stopping);
         loop {
-            let found = news();
+            let found = result();
             if found.is_some() || *is_stopping {
                 return found;
             }
@@ -81,14 +89,21 @@ impl MigrationWaiters {
     }
 }
 
-/// The migration away from here, if there is one.
+/// The migrations to other hosts, one at a time.
 pub(super) struct OutgoingMigrations {
-    pub(super) ground: MigrationContext,
-    /// The ledger of the image; each migration has another one of the same.
-    pub(super) ledger: RecordStore,
-    pub(super) desk: Mutex<Option<Arc<MigrationHandle>>>,
-    /// Held while a migration is being begun, so that a second one is turned away at once.
-    pub(super) beginning: Mutex<()>,
+    context: MigrationContext,
+    /// Each migration has a handle of its own on the same record.
+    record_store: RecordStore,
+    /// The last migration, which may have ended.
+    last: Mutex<Option<Arc<MigrationHandle>>>,
+    /// Locked while a migration starts; a second one is refused at once.
+    starting: Mutex<()>,
+}
+
+impl OutgoingMigrations {
+    pub(super) fn new(context: MigrationContext, record_store: RecordStore) -> Self {
+        Self { context, record_store, last: Mutex::default(), starting: Mutex::default() }
+    }
 }
 
 impl Service {
@@ -96,19 +111,33 @@ impl Service {
         lock(&self.server)
     }
 
-    /// The migration that was begun last, over or not.
-    pub(super) fn desk(&self) -> Option<Arc<MigrationHandle>> {
-        self.departures.as_ref().and_then(|departures| lock(&departures.desk).clone())
+    /// Whether the process receives a disk.
+    pub(super) fn is_receiving(&self) -> bool {
+        matches!(self.role, DiskRole::Receiving(_))
     }
 
-    /// Lets neither clients nor orders in any more, if there are none.
+    /// The last migration, if there was one; it may have ended.
+    fn last_migration(&self) -> Option<Arc<MigrationHandle>> {
+        match &self.role {
+            DiskRole::Serving(migrations) => lock(&migrations.last).clone(),
+            DiskRole::Receiving(_) => None,
+        }
+    }
+
+    /// The migration that has not ended yet, if there is one.
+    pub(super) fn running_migration(&self) -> Option<Arc<MigrationHandle>> {
+        self.last_migration().filter(|migration| migration.outcome().is_none())
+    }
+
+    /// Accepts neither clients nor commands any more, if there are none. Returns whether that is so.
     pub(super) fn close_if_idle(&self) -> bool {
-        let door = self.server().door();
-        self.orders.close_if_none(|| door.close_if_empty())
+        let acceptor = self.server().door();
+        self.commands.close_if_none(|| acceptor.close_if_empty())
     }
 
     fn status(&self) -> Status {
-        let desk = self.desk();
+        let migration = self.last_migration();
+        let migration = migration.as_deref();
         let mut status = {
             let server = self.server();
             Status {
@@ -116,18 +145,31 @@ impl Service {
                 size: self.size,
                 clients_allowed: server.accepts(),
                 num_clients: server.clients() as u64,
-                has_control: self.departures.is_some(),
+                has_control: !self.is_receiving(),
                 ..Status::default()
             }
         };
-        let record = migrations::describe(desk.as_ref(), &mut status);
-        let record = record.unwrap_or_else(|| match &self.departures {
-            Some(moving) if migrations::owes_record(desk.as_ref()) => claim::seen(&moving.ledger),
-            _ => (self.ownership)(),
-        });
+        let record = migrations::describe(migration, &mut status)
+            .unwrap_or_else(|| self.record_name(migration));
         status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
-        migrations::describe_obstacle(desk.as_ref(), &mut status);
+        let running = migration.filter(|migration| migration.outcome().is_none());
+        migrations::describe_obstacle(running, &mut status);
         status
+    }
+
+    /// The name of the image's record, unless the last migration tells it. The record of a served
+    /// disk is known, and read only if a migration could not put it back.
+    fn record_name(&self, migration: Option<&MigrationHandle>) -> &'static str {
+        let record_store = match &self.role {
+            DiskRole::Serving(outgoing) if migrations::owes_record(migration) => {
+                &outgoing.record_store
+            }
+            DiskRole::Serving(outgoing) => {
+                return name_of(outgoing.context.provenance.record().as_ref());
+            }
+            DiskRole::Receiving(record_store) => record_store,
+        };
+        record_store.peek().map_or("unknown", |record| name_of(record.as_ref()))
     }
 
     fn set_acl(&self, entries: &[String]) -> Reply {
@@ -138,27 +180,27 @@ impl Service {
     }
 
     fn reload(&self) -> Reply {
-        let Some(RereadConfig(read)) = &self.reread else {
+        let Some(RereadConfig(reread)) = &self.reread else {
             return Reply::refused("started without --config, so there is nothing to reload");
         };
-        tell(self.notifier.reloading());
-        let reply = match read() {
+        log_unsent(self.notifier.reloading());
+        let reply = match reread() {
             Ok(Admission { acl, clients_max }) => {
                 self.server().readmit(acl, clients_max);
                 Reply::success("reloaded")
             }
             Err(why) => Reply::refused(why),
         };
-        tell(self.notifier.ready());
+        log_unsent(self.notifier.ready());
         reply
     }
 
-    /// Reads the configuration again, as the order `reload` does, because of a signal. In a thread of
-    /// its own: the file may be on a file system that does not answer, and other signals may come.
-    pub(super) fn reload_aside(self: &Arc<Self>, signal: Signal) {
+    /// Reloads the configuration, as the command `reload` does, because of a signal. A thread of its
+    /// own does so, because reading the file may block while other signals arrive.
+    pub(super) fn reload_in_thread(self: &Arc<Self>, signal: Signal) {
         let service = Arc::clone(self);
         let reload = move || {
-            let Some(_obeying) = service.orders.begin() else { return };
+            let Some(_active) = service.commands.begin() else { return };
             let reply = service.reload();
             let succeeded = reply.is_success();
             let kind = if succeeded { message_id::RELOADED } else { message_id::RELOAD_FAILED };
@@ -175,48 +217,55 @@ impl Service {
         }
     }
 
-    fn mirror(&self, order: &Mirror) -> Result<Arc<MigrationHandle>, Reply> {
-        let Some(departures) = &self.departures else {
+    fn mirror(&self, command: &Mirror) -> Result<Arc<MigrationHandle>, Reply> {
+        let DiskRole::Serving(outgoing) = &self.role else {
             let why = "the disk has not arrived here, so it cannot be moved away";
             return Err(Reply::refused(why));
         };
         let running = || Err(Reply::refused("mirror already running"));
-        let Ok(_beginning) = departures.beginning.try_lock() else { return running() };
-        if self.desk().is_some_and(|desk| desk.outcome().is_none()) {
+        let Ok(_starting) = outgoing.starting.try_lock() else { return running() };
+        if self.running_migration().is_some() {
             return running();
         }
-        may_begin(self.desk().and_then(|desk| desk.outcome()).as_ref())?;
-        let ledger = migrations::ready(&departures.ledger, departures.ground.disk.size(), order)?;
-        let exit = self.server().exit();
-        let (prepared, desk) = migrations::prepare(&departures.ground, ledger, exit, order)?;
-        // The thread that stops the process says so, and then looks for a migration: either it
-        // finds this one, or this one ends before it begins.
-        *lock(&departures.desk) = Some(Arc::clone(&desk));
-        if self.vigil.is_interrupted() {
-            desk.request_break();
+        let last_outcome = self.last_migration().and_then(|migration| migration.outcome());
+        check_not_moved(last_outcome.as_ref())?;
+        let size = outgoing.context.disk.size();
+        let record_store = migrations::check(&outgoing.record_store, size, command)?;
+        let shutdown = self.server().exit();
+        let prepared = PreparedMigration::new(&outgoing.context, record_store, shutdown, command)?;
+        let handle = Arc::clone(&prepared.handle);
+        // The event loop sets `is_interrupted` and then looks for a migration. So either it finds
+        // this one, or this one sees the flag.
+        *lock(&outgoing.last) = Some(Arc::clone(&handle));
+        if self.waiters.is_interrupted() {
+            handle.request_break();
         }
         prepared.start()?.wait()?;
-        Ok(desk)
+        Ok(handle)
     }
 
-    fn mirror_and_wait(&self, order: &Mirror) -> Reply {
-        let desk = match self.mirror(order) {
-            Ok(desk) => desk,
+    fn mirror_and_wait(&self, command: &Mirror) -> Reply {
+        let migration = match self.mirror(command) {
+            Ok(migration) => migration,
             Err(reply) => return reply,
         };
-        let account = self.vigil.wait(|| desk.result());
-        // A process that stops breaks its migration off, which nobody has ordered.
-        let is_ordered =
-            |(outcome, _): &_| *outcome != Outcome::Broken || !self.vigil.is_interrupted();
-        match account.filter(is_ordered) {
-            Some((outcome, tally)) => migrations::account(&outcome, &tally),
+        let account = self.waiters.wait(|| migration.result());
+        // A process that stops breaks its migration off; that is not what `break` does.
+        let by_operator =
+            |(outcome, _): &_| *outcome != Outcome::Broken || !self.waiters.is_interrupted();
+        match account.filter(by_operator) {
+            Some((outcome, stats)) => migrations::end_reply(&outcome, &stats),
             None => Reply::refused("the server was stopped before the migration was over"),
         }
     }
 }
 
-/// Whether the disk may be moved, after a migration that ended like this.
-fn may_begin(last: Option<&Outcome>) -> Result<(), Reply> {
+fn name_of(record: Option<&Record>) -> &'static str {
+    record.map_or("none", Record::name)
+}
+
+/// Checks that the last migration, if it has ended so, has not moved the disk away.
+fn check_not_moved(last: Option<&Outcome>) -> Result<(), Reply> {
     match last {
         Some(Outcome::Arrived { .. }) => Err(Reply::refused("the disk has moved away")),
         _ => Ok(()),
@@ -225,20 +274,22 @@ fn may_begin(last: Option<&Outcome>) -> Result<(), Reply> {
 
 impl Operator for Service {
     fn obey(&self, command: Command, _from: Credentials) -> Reply {
-        let Some(_obeying) = self.orders.begin() else {
+        let Some(_active) = self.commands.begin() else {
             return Reply::refused("the server is stopping");
         };
         match command {
             Command::Status => Reply::success(self.status().to_string()),
             Command::Acl { entries } => self.set_acl(&entries),
             Command::Reload => self.reload(),
-            Command::Break => migrations::break_off(self.desk().as_ref()),
-            Command::MirrorMaxBps(limit) => migrations::set_speed(self.desk().as_ref(), limit),
-            Command::Mirror(order) => match self.mirror(&order) {
+            Command::Break => migrations::break_off(self.running_migration().as_deref()),
+            Command::MirrorMaxBps(limit) => {
+                migrations::set_speed(self.running_migration().as_deref(), limit)
+            }
+            Command::Mirror(mirror) => match self.mirror(&mirror) {
                 Ok(_) => Reply::success("Mirror started"),
                 Err(reply) => reply,
             },
-            Command::MirrorWait(order) => self.mirror_and_wait(&order),
+            Command::MirrorWait(mirror) => self.mirror_and_wait(&mirror),
         }
     }
 }
@@ -247,7 +298,7 @@ impl Operator for Service {
 mod tests {
     use super::*;
     use crate::control::command::ArrivalAction;
-    use crate::daemon::ProcessEvent;
+    use crate::daemon::events::ProcessEvent;
     use crate::disk::ownership::Provenance;
     use crate::disk::{Access, Disk, FileBackend};
     use crate::net::{Address, Listener};
@@ -258,100 +309,101 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
-    /// A process that serves a disk of its own.
+    /// The service of a process that serves a disk of 4096 bytes.
     fn service(directory: &tempfile::TempDir) -> (Service, mpsc::Receiver<ProcessEvent>) {
         let path = directory.path().join("image");
         std::fs::write(&path, [0; 4096]).unwrap();
         let image = FileBackend::open(&path, Access { read_only: false }).unwrap();
-        let ledger = RecordStore::of(&image).unwrap();
+        let record_store = RecordStore::of(&image).unwrap();
         let disk = Arc::new(Disk::new(Box::new(image), false));
         let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
         let server = Server::start(Opening::to_anybody(vec![listener], &disk)).unwrap();
-        let (events, heard) = mpsc::channel();
-        let ground = MigrationContext {
+        let (sender, events) = mpsc::channel();
+        let context = MigrationContext {
             disk,
             image: path,
-            title: Provenance::Native,
-            events: events.clone(),
+            provenance: Provenance::Native,
+            events: sender.clone(),
         };
-        let (desk, beginning) = (Mutex::new(None), Mutex::new(()));
         let service = Service {
             size: 4096,
             server: Mutex::new(server),
             reread: None,
-            departures: Some(OutgoingMigrations { ground, ledger, desk, beginning }),
-            ownership: Box::new(|| "none"),
-            vigil: MigrationWaiters::default(),
-            orders: ActiveCommands::new(events),
+            role: DiskRole::Serving(OutgoingMigrations::new(context, record_store)),
+            waiters: MigrationWaiters::default(),
+            commands: ActiveCommands::new(sender),
             notifier: ServiceManager::silent(),
         };
-        (service, heard)
+        (service, events)
     }
 
     #[test]
     fn a_mirror_ordered_while_stopping_connects_nowhere() {
         let directory = tempfile::tempdir_in("/var/tmp").unwrap();
-        let (service, heard) = service(&directory);
-        service.vigil.interrupt();
-        let far = TcpListener::bind("127.0.0.1:0").unwrap();
-        far.set_nonblocking(true).unwrap();
-        let to = far.local_addr().unwrap();
-        let order =
+        let (service, events) = service(&directory);
+        service.waiters.interrupt();
+        let destination = TcpListener::bind("127.0.0.1:0").unwrap();
+        destination.set_nonblocking(true).unwrap();
+        let to = destination.local_addr().unwrap();
+        let mirror =
             Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps: None, no_record: true };
         let operator = Credentials { pid: 1, uid: None };
-        assert!(!service.obey(Command::Mirror(order), operator).is_success());
-        assert_eq!(far.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
-        assert_eq!(service.desk().unwrap().outcome(), Some(Outcome::Broken));
-        let mut events = iter::from_fn(|| heard.recv_timeout(Duration::from_secs(20)).ok());
-        let ends = events.find(|event| matches!(event, ProcessEvent::Migrated(_)));
-        assert!(matches!(ends, Some(ProcessEvent::Migrated(Outcome::Broken))));
+        assert!(!service.obey(Command::Mirror(mirror), operator).is_success());
+        assert_eq!(destination.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+        assert_eq!(service.last_migration().unwrap().outcome(), Some(Outcome::Broken));
+        let mut events = iter::from_fn(|| events.recv_timeout(Duration::from_secs(20)).ok());
+        let end = events.find(|event| matches!(event, ProcessEvent::MigrationEnded(_)));
+        assert!(matches!(end, Some(ProcessEvent::MigrationEnded(Outcome::Broken))));
     }
 
     #[test]
     fn a_disk_that_has_moved_is_not_moved_again() {
-        assert!(may_begin(None).is_ok());
-        assert!(may_begin(Some(&Outcome::Broken)).is_ok());
-        assert!(may_begin(Some(&Outcome::Arrived { acknowledged: true })).is_err());
-        assert!(may_begin(Some(&Outcome::Arrived { acknowledged: false })).is_err());
+        assert!(check_not_moved(None).is_ok());
+        assert!(check_not_moved(Some(&Outcome::Broken)).is_ok());
+        assert!(check_not_moved(Some(&Outcome::Arrived { acknowledged: true })).is_err());
+        assert!(check_not_moved(Some(&Outcome::Arrived { acknowledged: false })).is_err());
     }
 
-    /// Whoever waits looks once and sleeps, then `happens`; what came of the waiting.
-    fn waiting(
-        news: impl Fn() -> Option<u8> + Send,
-        happens: impl FnOnce(&MigrationWaiters),
+    /// Starts a waiter, calls `wake` once the waiter has checked for a result, and returns what the
+    /// waiter got.
+    fn wait_until(
+        result: impl Fn() -> Option<u8> + Send,
+        wake: impl FnOnce(&MigrationWaiters),
     ) -> Option<u8> {
-        let vigil = MigrationWaiters::default();
-        let (looked, seen) = mpsc::channel();
+        let waiters = MigrationWaiters::default();
+        let (checked, has_checked) = mpsc::channel();
         thread::scope(|scope| {
             let waiter = scope.spawn(|| {
-                vigil.wait(move || {
-                    let _ = looked.send(());
-                    news()
+                waiters.wait(move || {
+                    let _ = checked.send(());
+                    result()
                 })
             });
-            seen.recv().unwrap();
-            happens(&vigil);
+            has_checked.recv().unwrap();
+            wake(&waiters);
             waiter.join().unwrap()
         })
     }
 
     #[test]
-    fn whoever_waits_for_a_migration_hears_of_its_end() {
-        let over = Mutex::new(None);
-        let news = || *lock(&over);
-        let found = waiting(news, |vigil| {
-            *lock(&over) = Some(1);
-            vigil.migration_over();
-        });
+    fn the_end_of_a_migration_wakes_its_waiter() {
+        let result = Mutex::new(None);
+        let found = wait_until(
+            || *lock(&result),
+            |waiters| {
+                *lock(&result) = Some(1);
+                waiters.migration_ended();
+            },
+        );
         assert_eq!(found, Some(1));
     }
 
     #[test]
-    fn nobody_waits_beyond_the_end_of_the_process() {
-        assert_eq!(waiting(|| None, MigrationWaiters::stop), None);
-        let vigil = MigrationWaiters::default();
-        vigil.stop();
-        assert_eq!(vigil.wait(|| None::<u8>), None);
-        assert_eq!(vigil.wait(|| Some(1)), Some(1), "an end that is known is told all the same");
+    fn waiting_ends_when_the_process_stops() {
+        assert_eq!(wait_until(|| None, MigrationWaiters::stop), None);
+        let waiters = MigrationWaiters::default();
+        waiters.stop();
+        assert_eq!(waiters.wait(|| None::<u8>), None);
+        assert_eq!(waiters.wait(|| Some(1)), Some(1), "a result that exists is returned");
     }
 }

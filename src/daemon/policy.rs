@@ -1,6 +1,5 @@
-//! The two answers to "whose disk is this?" that sessions can get: it is ours and served, or it
-//! is on its way to us. Translates between the server and the migration, which do not know each
-//! other; decides nothing.
+//! The two export policies: the disk is ours and is served, or it is incoming.
+//! Translates between the server and the migration, which do not know each other; decides nothing.
 
 use crate::disk::ownership::Provenance;
 use crate::migration::arrival::{self, AccessDenied, Sender, answer_when_serving};
@@ -13,7 +12,7 @@ use crate::server::policy::{
 };
 use std::io;
 
-/// A disk that is ours.
+/// The policy of a disk that is ours.
 #[derive(Debug)]
 pub(super) struct ServingPolicy(pub(super) Provenance);
 
@@ -47,7 +46,7 @@ impl ExportPolicy for ServingPolicy {
     fn closed(&self, _session: SessionId) {}
 }
 
-/// A disk that is on its way to us.
+/// The policy of an incoming disk.
 #[derive(Debug)]
 pub(super) struct ReceivingPolicy(pub(super) Destination);
 
@@ -58,7 +57,7 @@ impl ExportPolicy for ReceivingPolicy {
                 ProbeReply::Answer { data: answer.encode().to_vec(), retire, is_source: true }
             }
             Ok(arrival::ProbeDecision::Refuse(denied)) => {
-                let (why, holder) = self.explain(denied, (session, Some(data)), others);
+                let (why, holder) = self.explain(denied, session, Some(data), others);
                 let reply = OptionReply::error(OptionReplyKind::ErrPolicy, &why);
                 ProbeReply::Refuse { reply, holder }
             }
@@ -76,7 +75,7 @@ impl ExportPolicy for ReceivingPolicy {
         match entered {
             Ok(retire) => GoReply::Open(retire),
             Err(denied) => {
-                let (why, holder) = self.explain(denied, (session, None), others);
+                let (why, holder) = self.explain(denied, session, None, others);
                 GoReply::Closed { why, holder }
             }
         }
@@ -112,12 +111,13 @@ impl ExportPolicy for ReceivingPolicy {
 }
 
 impl ReceivingPolicy {
-    /// Why this client, with what it introduces itself with, is denied something, and the session
-    /// that is in its way.
+    /// Why a session is denied something, for its client, and the session that holds the place
+    /// instead. `introduction` is the data that the session introduces itself with, if any.
     fn explain(
         &self,
         denied: AccessDenied,
-        (session, introduction): (SessionId, Option<&[u8]>),
+        session: SessionId,
+        introduction: Option<&[u8]>,
         others: &dyn SessionsView,
     ) -> (String, Option<SessionId>) {
         let AccessDenied::SlotTaken(holder) = denied else { return (why(denied).to_owned(), None) };
@@ -127,10 +127,10 @@ impl ReceivingPolicy {
             _ => "not a flexnbd".to_owned(),
         };
         let silent = others.silence(holder).as_secs();
-        // None if it has left by now.
-        let patience = self.0.slot_timeout(session, introduction).map_or(0, |time| time.as_secs());
+        // `None` if the holder has left by now.
+        let timeout = self.0.slot_timeout(session, introduction).map_or(0, |time| time.as_secs());
         let why = format!(
-            "{}:{who} ({what}), silent for {silent} s; after {patience} s it loses its place",
+            "{}:{who} ({what}), silent for {silent} s; after {timeout} s it loses its place",
             why(denied)
         );
         (why, Some(holder))
@@ -170,9 +170,10 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    struct JustHeard;
+    /// Every session was active a second ago.
+    struct ActiveSessions;
 
-    impl SessionsView for JustHeard {
+    impl SessionsView for ActiveSessions {
         fn silence(&self, _: SessionId) -> Duration {
             Duration::from_secs(1)
         }
@@ -182,23 +183,23 @@ mod tests {
         }
     }
 
-    fn turned_away(receiving: &ReceivingPolicy) -> String {
-        match receiving.enters(2, true, &JustHeard) {
+    fn refusal(receiving: &ReceivingPolicy) -> String {
+        match receiving.enters(2, true, &ActiveSessions) {
             GoReply::Closed { why, .. } => why,
-            GoReply::Open(_) => panic!("let in"),
+            GoReply::Open(_) => panic!("admitted"),
         }
     }
 
     #[test]
-    fn a_refusal_names_the_time_that_applies() {
+    fn a_refusal_names_the_timeout_of_the_holder() {
         let disk = Arc::new(Disk::new(Box::new(MemoryBackend::new(4096)), false));
         let arrival = Arrival::new(Token([9; 16]), None, Admits::PlainWriter);
         let receiving = ReceivingPolicy(Destination::new(disk, None, arrival, Box::new(|_| {})));
-        receiving.enters(1, true, &JustHeard);
-        let why = turned_away(&receiving);
+        receiving.enters(1, true, &ActiveSessions);
+        let why = refusal(&receiving);
         assert!(why.contains("after 5 s"), "nothing written: {why}");
         receiving.permit(1, true).unwrap();
-        let why = turned_away(&receiving);
+        let why = refusal(&receiving);
         assert!(why.contains("after 60 s"), "a writer: {why}");
     }
 }

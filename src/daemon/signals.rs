@@ -9,11 +9,13 @@
 //! | `SIGUSR1` `SIGUSR2` `SIGIO` `SIGSTKFLT` | nothing, with a line in the log |
 //! | `SIGXFSZ` `SIGPIPE` `SIGTTOU` and real-time signals | ignored: the system call returns the error |
 
-use super::config::StartError;
 use nix::libc;
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::io;
+use tracing::warn;
 
-/// Signals that end the process in order.
+/// Signals that stop the process in an orderly way.
 const STOPPING: [Signal; 8] = [
     Signal::SIGTERM,
     Signal::SIGINT,
@@ -24,74 +26,97 @@ const STOPPING: [Signal; 8] = [
     Signal::SIGVTALRM,
     Signal::SIGPROF,
 ];
-/// Signals that have no meaning here.
+/// Signals that are only logged.
 const MEANINGLESS: [Signal; 4] =
     [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGIO, Signal::SIGSTKFLT];
-/// Signals that report what a system call returns as an error as well.
+/// Signals that repeat the error that a system call returns.
 const REDUNDANT: [libc::c_int; 3] = [libc::SIGXFSZ, libc::SIGPIPE, libc::SIGTTOU];
 
-/// What to do about a signal.
+/// What a signal makes the process do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SignalAction {
-    /// End the process in order.
+    /// Stop in an orderly way.
     Stop,
     /// Read the configuration again.
     Reload,
-    /// Go on.
-    Nothing,
+    /// Nothing but a line in the log.
+    Ignore,
 }
 
-/// The signals that the process waits for; blocked in every thread.
+/// The signals that the process handles, blocked in every thread so that one thread can wait for
+/// them.
 #[derive(Clone, Debug)]
 pub(super) struct Signals {
     pub(super) set: SigSet,
-    /// `nohup` or a shell has set `SIGHUP` to be ignored.
+    /// `SIGHUP` was ignored when the process started, as `nohup` does.
     hangup_ignored: bool,
 }
 
 impl Signals {
-    /// Blocks every signal that has a meaning, so that it can be waited for, and ignores those that
-    /// repeat an error. Call it before any thread starts: threads inherit the mask.
-    pub(super) fn block() -> Result<Self, StartError> {
-        let refused = |errno: nix::Error| StartError::System("set up signals", errno.into());
+    /// Blocks every signal that the process handles, and ignores the redundant ones. Call this before
+    /// any thread starts: threads inherit the mask.
+    pub(super) fn block() -> io::Result<Self> {
         let hangup_ignored = is_ignored(libc::SIGHUP);
         let mut set = SigSet::empty();
         STOPPING.into_iter().chain(MEANINGLESS).chain([Signal::SIGHUP]).for_each(|s| set.add(s));
-        set.thread_block().map_err(refused)?;
+        set.thread_block()?;
         REDUNDANT.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()).for_each(ignore);
         Ok(Self { set, hangup_ignored })
     }
 
-    /// What `signal` means to a process that has a configuration to read again, or has none.
-    pub(super) fn meaning(&self, signal: Signal, has_configuration: bool) -> SignalAction {
+    /// What `signal` makes a process do that can reload its configuration, or has none.
+    pub(super) fn action(&self, signal: Signal, has_configuration: bool) -> SignalAction {
         match signal {
             Signal::SIGHUP if has_configuration => SignalAction::Reload,
-            Signal::SIGHUP if self.hangup_ignored => SignalAction::Nothing,
-            signal if MEANINGLESS.contains(&signal) => SignalAction::Nothing,
+            Signal::SIGHUP if self.hangup_ignored => SignalAction::Ignore,
+            signal if MEANINGLESS.contains(&signal) => SignalAction::Ignore,
             _ => SignalAction::Stop,
+        }
+    }
+
+    /// A descriptor to read the signals from, for a start-up that has no signal thread yet.
+    pub(super) fn descriptor(&self) -> io::Result<SignalFd> {
+        Ok(SignalFd::with_flags(&self.set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
+    }
+
+    /// Reads the next signal from `descriptor`, and returns it if it stops a process that does not
+    /// serve yet.
+    pub(super) fn read_stop(&self, descriptor: &SignalFd) -> io::Result<Option<Signal>> {
+        let Some(info) = descriptor.read_signal()? else { return Ok(None) };
+        // The set holds only signals that `Signal` knows.
+        let number = i32::try_from(info.ssi_signo).unwrap_or_default();
+        let signal = Signal::try_from(number).unwrap_or(Signal::SIGTERM);
+        // SIGHUP ends a process that serves nothing to reload for: the next client starts a process
+        // that reads the configuration as it is then.
+        match self.action(signal, false) {
+            SignalAction::Stop => Ok(Some(signal)),
+            SignalAction::Reload | SignalAction::Ignore => {
+                warn!("received {signal}, which has no meaning here; going on");
+                Ok(None)
+            }
         }
     }
 }
 
-/// Lets a write beyond `RLIMIT_FSIZE` fail with `EFBIG`, rather than end the process.
+/// Ignores `SIGXFSZ`, so that a write beyond `RLIMIT_FSIZE` fails with `EFBIG`.
 pub fn ignore_file_size_signal() {
     ignore(libc::SIGXFSZ);
 }
 
 fn ignore(number: libc::c_int) {
-    // SAFETY: `SIG_IGN` runs no code of ours. It fails for numbers that are no signals only.
+    // SAFETY: `SIG_IGN` runs no code of ours. The call fails only for numbers that are no signals.
     unsafe { libc::signal(number, libc::SIG_IGN) };
 }
 
-/// Whether the process has been started with this signal ignored, as `nohup` does with `SIGHUP`, and a
-/// shell with the `SIGINT` of background jobs.
+/// Whether this signal is ignored. A new process inherits that, from `nohup` for `SIGHUP` and from a
+/// shell for the `SIGINT` of background jobs.
 #[must_use]
 pub fn is_ignored(number: libc::c_int) -> bool {
     // SAFETY: zeroes are a valid `sigaction`.
     let mut current: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: with no new action it only fills in the current one, which lives here.
-    let asked = unsafe { libc::sigaction(number, std::ptr::null(), &raw mut current) };
-    asked == 0 && current.sa_sigaction == libc::SIG_IGN
+    // SAFETY: without a new action the call only writes to `current`, which outlives it.
+    let result = unsafe { libc::sigaction(number, std::ptr::null(), &raw mut current) };
+    result == 0 && current.sa_sigaction == libc::SIG_IGN
 }
 
 #[cfg(test)]
@@ -103,21 +128,22 @@ mod tests {
     }
 
     #[test]
-    fn hangup_reloads_if_there_is_a_configuration() {
+    fn sighup_reloads_if_there_is_a_configuration() {
         for (ignored, configured, expected) in [
             (false, false, SignalAction::Stop),
-            (true, false, SignalAction::Nothing),
+            (true, false, SignalAction::Ignore),
             (false, true, SignalAction::Reload),
             (true, true, SignalAction::Reload),
         ] {
-            assert_eq!(signals(ignored).meaning(Signal::SIGHUP, configured), expected);
+            assert_eq!(signals(ignored).action(Signal::SIGHUP, configured), expected);
         }
     }
 
     #[test]
     fn every_signal_that_would_end_the_process_has_a_meaning() {
         use Signal::*;
-        // Faults of the program, what cannot be blocked, job control, and what does nothing anyway.
+        // Faults of the program, signals that cannot be blocked, job control, and signals whose
+        // default action is to do nothing.
         let others = [
             SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP, SIGKILL, SIGSTOP, SIGTSTP,
             SIGTTIN, SIGCHLD, SIGCONT, SIGURG, SIGWINCH,

@@ -1,8 +1,8 @@
-//! Sessions that outlive the process: taken out of the service manager's store when it begins, and
-//! put in there when it ends. Translates between the server and the store, which do not know each
-//! other.
+//! Sessions that outlive the process: the service manager's file descriptor store keeps them from
+//! the end of one process to the start of the next.
+//! Translates between the server and the store, which do not know each other.
 
-use super::migrations::random;
+use super::random;
 use crate::message_id;
 use crate::net::Stream;
 use crate::server::StoredSessions;
@@ -13,8 +13,8 @@ use std::io;
 use std::os::fd::AsFd;
 use tracing::{info, warn};
 
-/// What the last process has left for this one. What cannot be used is closed.
-pub(super) fn take_out(stored: StoredDescriptors, notifier: &ServiceManager) -> StoredSessions {
+/// Takes the last process's sessions out of the store. Closes descriptors that cannot be used.
+pub(super) fn restore(stored: StoredDescriptors, notifier: &ServiceManager) -> StoredSessions {
     let count = stored.count();
     match stored.take_out(notifier) {
         Ok(kept) => {
@@ -35,18 +35,18 @@ pub(super) fn take_out(stored: StoredDescriptors, notifier: &ServiceManager) -> 
     }
 }
 
-/// Leaves the sessions for the next process.
-pub(super) fn put_in(store: &FdStore, luggage: &StoredSessions) {
-    let count = luggage.streams.len();
+/// Stores the sessions for the next process.
+pub(super) fn save(store: &FdStore, sessions: &StoredSessions) {
+    let count = sessions.streams.len();
     if count == 0 {
         return;
     }
     let descriptors: BTreeMap<_, _> =
-        luggage.streams.iter().map(|(number, stream)| (*number, stream.as_fd())).collect();
-    let put = random()
+        sessions.streams.iter().map(|(number, stream)| (*number, stream.as_fd())).collect();
+    let stored = random::bytes()
         .map_err(io::Error::other)
-        .and_then(|bits: [u8; 8]| store.put(u64::from_ne_bytes(bits), &luggage.note, &descriptors));
-    match put {
+        .and_then(|id| store.put(u64::from_ne_bytes(id), &sessions.note, &descriptors));
+    match stored {
         Ok(()) => info!(
             message_id = message_id::SESSIONS_STORED,
             "flexnbd.clients" = count,

@@ -1,141 +1,144 @@
-//! What is told of the process from time to time: its status to the service manager, and how far a
-//! migration is to the journal. The one place that does something periodically.
-//! Never looks at a clock, and never has the process woken up while nothing changes.
+//! What the process reports from time to time: its status to the service manager (`STATUS=` of
+//! sd_notify(3)), and the progress of a migration to the journal. Nothing else is periodic.
+//! Never reads a clock, and never wakes the process while nothing changes.
+
+mod text;
 
 use super::migration_log::MigrationLog;
-use super::tell;
-use super::wording::{self, IdleStatus};
+use super::notify::log_unsent;
 use crate::migration::job::{Outcome, Progress};
 use crate::migration::source::MigrationHandle;
 use crate::systemd::ServiceManager;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+pub(super) use text::IdleStatus;
 
-/// The status is told no more often than this, and as often while a migration runs.
-const STATUS_EVERY: Duration = Duration::from_secs(1);
-/// The journal hears of a migration after so many percent of the disk,
+/// Shortest time between two reports, and the time between them while a migration runs.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+/// The journal gets a line about a migration after so many percent of the disk,
 const LINE_PERCENT: u64 = 10;
-/// or after so long, whichever comes first.
-const LINE_EVERY: Duration = Duration::from_secs(30);
+/// or after this time, whichever comes first.
+const LINE_INTERVAL: Duration = Duration::from_secs(30);
 
-/// The status as it was told, and what it is made of.
+/// Keeps the service manager's status line and the journal's progress lines up to date.
 #[derive(Debug)]
 pub(super) struct StatusReporter {
     notifier: ServiceManager,
-    rhythm: ReportSchedule,
-    standing: IdleStatus,
-    moving: Option<MigrationStatus>,
-    /// How the last migration went, if the disk has stayed.
-    afterword: Option<String>,
-    told: String,
+    schedule: ReportSchedule,
+    idle: IdleStatus,
+    migration: Option<MigrationStatus>,
+    /// How the last migration ended, if the disk has stayed.
+    last_migration: Option<String>,
+    /// The last status sent.
+    sent: String,
 }
 
-/// A migration under way.
+/// A running migration.
 #[derive(Debug)]
 struct MigrationStatus {
-    passage: MigrationLog,
-    desk: Arc<MigrationHandle>,
+    log: MigrationLog,
+    handle: Arc<MigrationHandle>,
     milestones: Milestones,
 }
 
 impl StatusReporter {
-    pub(super) fn new(notifier: ServiceManager, standing: IdleStatus) -> Self {
-        let rhythm = ReportSchedule::default();
-        let told = String::new();
-        Self { notifier, rhythm, standing, moving: None, afterword: None, told }
+    /// The first report is due at once.
+    pub(super) fn new(notifier: ServiceManager, idle: IdleStatus) -> Self {
+        let schedule = ReportSchedule { last: None, has_changed: true };
+        let sent = String::new();
+        Self { notifier, schedule, idle, migration: None, last_migration: None, sent }
     }
 
-    /// Something has changed that the status tells.
-    pub(super) fn stir(&mut self) {
-        self.rhythm.is_wanted = true;
+    /// Something that the status contains has changed.
+    pub(super) fn mark_changed(&mut self) {
+        self.schedule.has_changed = true;
     }
 
-    /// A migration has begun.
-    pub(super) fn begin(
+    pub(super) fn migration_started(
         &mut self,
-        passage: MigrationLog,
-        desk: Arc<MigrationHandle>,
+        log: MigrationLog,
+        handle: Arc<MigrationHandle>,
         now: Instant,
     ) {
         let milestones = Milestones { percent: 0, last: now };
-        self.moving = Some(MigrationStatus { passage, desk, milestones });
-        self.stir();
+        self.migration = Some(MigrationStatus { log, handle, milestones });
+        self.mark_changed();
     }
 
-    /// The migration is over.
-    pub(super) fn over(&mut self, outcome: &Outcome) {
-        let Some(MigrationStatus { passage, .. }) = self.moving.take() else { return };
-        self.afterword = match outcome {
+    pub(super) fn migration_ended(&mut self, outcome: &Outcome) {
+        let Some(MigrationStatus { log: MigrationLog { to, .. }, .. }) = self.migration.take()
+        else {
+            return;
+        };
+        self.last_migration = match outcome {
             Outcome::Arrived { .. } => {
-                tell(self.notifier.status(&format!("the disk has moved to {}", passage.to)));
+                log_unsent(self.notifier.status(&format!("the disk has moved to {to}")));
                 None
             }
-            Outcome::Broken => Some(format!("the migration to {} was broken off", passage.to)),
-            Outcome::Failed(why) => Some(format!("the migration to {} failed: {why}", passage.to)),
+            Outcome::Broken => Some(format!("the migration to {to} was broken off")),
+            Outcome::Failed(why) => Some(format!("the migration to {to} failed: {why}")),
         };
-        self.stir();
+        self.mark_changed();
     }
 
-    /// When there is something to tell again.
-    pub(super) fn due(&self, now: Instant) -> Option<Instant> {
-        self.rhythm.due(self.moving.is_some(), now)
+    /// When the next report is due; `None` while nothing changes.
+    pub(super) fn deadline(&self, now: Instant) -> Option<Instant> {
+        self.schedule.deadline(self.migration.is_some(), now)
     }
 
-    /// Tells how things are, if that is due.
-    pub(super) fn tell(&mut self, now: Instant, clients: usize) {
-        if self.due(now).is_none_or(|due| now < due) {
+    /// Sends the status and logs the progress, as far as they are due and have changed.
+    pub(super) fn report_if_due(&mut self, now: Instant, clients: usize) {
+        if self.deadline(now).is_none_or(|deadline| now < deadline) {
             return;
         }
-        self.rhythm.beat(now);
-        let status = match &mut self.moving {
-            Some(moving) => moving.told(now),
-            None => {
-                let afterword = self.afterword.as_ref().map(|word| format!("; {word}"));
-                self.standing.told(clients) + &afterword.unwrap_or_default()
-            }
+        self.schedule.reported(now);
+        let status = match (&mut self.migration, &self.last_migration) {
+            (Some(migration), _) => migration.report(now),
+            (None, None) => self.idle.describe(clients),
+            (None, Some(last)) => format!("{}; {last}", self.idle.describe(clients)),
         };
-        if status != self.told {
-            tell(self.notifier.status(&status));
-            self.told = status;
+        if status != self.sent {
+            log_unsent(self.notifier.status(&status));
+            self.sent = status;
         }
     }
 }
 
 impl MigrationStatus {
-    /// The status, and a line in the journal if one is due.
-    fn told(&mut self, now: Instant) -> String {
-        let Self { passage, desk, milestones } = self;
-        let progress = desk.progress();
-        let told = wording::progress(passage.size, progress.as_ref());
+    /// The status. Also logs the progress, if a line is due.
+    fn report(&mut self, now: Instant) -> String {
+        let Self { log, handle, milestones } = self;
+        let progress = handle.progress();
+        let text = text::progress(log.size, progress.as_ref());
         if let Some(progress) = progress.filter(Progress::is_copying)
-            && milestones.passes(now, wording::percent(passage.size, progress.bytes_left))
+            && milestones.passes(now, text::percent(log.size, progress.bytes_left))
         {
-            passage.log_progress(&progress, &told);
+            log.log_progress(&progress, &text);
         }
-        format!("moving {} to {}: {told}", passage.image, passage.to)
+        format!("moving {} to {}: {text}", log.image, log.to)
     }
 }
 
-/// When the status is told.
+/// When reports are due.
 #[derive(Clone, Copy, Debug, Default)]
 struct ReportSchedule {
     last: Option<Instant>,
-    /// Something has changed since.
-    is_wanted: bool,
+    /// Something has changed since the last report.
+    has_changed: bool,
 }
 
 impl ReportSchedule {
-    fn due(&self, is_moving: bool, now: Instant) -> Option<Instant> {
-        let next = self.last.map_or(now, |last| last + STATUS_EVERY);
-        (self.is_wanted || is_moving).then_some(next)
+    fn deadline(&self, is_migrating: bool, now: Instant) -> Option<Instant> {
+        let next = self.last.map_or(now, |last| last + REPORT_INTERVAL);
+        (self.has_changed || is_migrating).then_some(next)
     }
 
-    fn beat(&mut self, now: Instant) {
-        (self.last, self.is_wanted) = (Some(now), false);
+    fn reported(&mut self, now: Instant) {
+        (self.last, self.has_changed) = (Some(now), false);
     }
 }
 
-/// Which points on a migration's way are worth a line.
+/// Which points of a migration's progress get a line.
 #[derive(Clone, Copy, Debug)]
 struct Milestones {
     /// That of the last line, rounded down to a whole step.
@@ -146,10 +149,10 @@ struct Milestones {
 impl Milestones {
     fn passes(&mut self, now: Instant, percent: u64) -> bool {
         let percent = percent / LINE_PERCENT * LINE_PERCENT;
-        if percent <= self.percent && now < self.last + LINE_EVERY {
+        if percent <= self.percent && now < self.last + LINE_INTERVAL {
             return false;
         }
-        // What clients write again takes percents back, which are not worth a second line.
+        // Writes of clients reduce the percentage; the steps that follow get no second line.
         (self.percent, self.last) = (self.percent.max(percent), now);
         true
     }
@@ -160,36 +163,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_status_is_told_when_it_changes_and_not_more_than_once_a_second() {
+    fn changes_are_reported_at_most_once_a_second() {
         let start = Instant::now();
-        let mut rhythm = ReportSchedule::default();
-        assert_eq!(rhythm.due(false, start), None);
-        rhythm.is_wanted = true;
-        assert_eq!(rhythm.due(false, start), Some(start));
-        rhythm.beat(start);
-        assert_eq!(rhythm.due(false, start), None, "nothing to wake up for");
-        rhythm.is_wanted = true;
-        assert_eq!(rhythm.due(false, start), Some(start + STATUS_EVERY));
+        let mut schedule = ReportSchedule::default();
+        assert_eq!(schedule.deadline(false, start), None);
+        schedule.has_changed = true;
+        assert_eq!(schedule.deadline(false, start), Some(start));
+        schedule.reported(start);
+        assert_eq!(schedule.deadline(false, start), None, "nothing to wake up for");
+        schedule.has_changed = true;
+        assert_eq!(schedule.deadline(false, start), Some(start + REPORT_INTERVAL));
     }
 
     #[test]
-    fn while_a_migration_runs_the_status_is_told_every_second() {
+    fn a_migration_is_reported_every_second() {
         let start = Instant::now();
-        let mut rhythm = ReportSchedule::default();
-        assert_eq!(rhythm.due(true, start), Some(start));
-        rhythm.beat(start);
-        assert_eq!(rhythm.due(true, start), Some(start + STATUS_EVERY));
+        let mut schedule = ReportSchedule::default();
+        assert_eq!(schedule.deadline(true, start), Some(start));
+        schedule.reported(start);
+        assert_eq!(schedule.deadline(true, start), Some(start + REPORT_INTERVAL));
     }
 
     #[test]
-    fn each_tenth_of_the_disk_is_worth_a_line_and_every_half_a_minute() {
+    fn a_line_is_due_every_tenth_and_half_minute() {
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
         let mut milestones = Milestones { percent: 0, last: start };
         assert!(!milestones.passes(after(1), 9));
         assert!(milestones.passes(after(2), 10));
         assert!(!milestones.passes(after(3), 19));
-        assert!(milestones.passes(after(4), 45), "several at once are one line");
+        assert!(milestones.passes(after(4), 45), "several steps share one line");
         assert!(!milestones.passes(after(5), 38), "clients have written again");
         assert!(!milestones.passes(after(33), 41));
         assert!(milestones.passes(after(34), 41), "half a minute");

@@ -1,11 +1,11 @@
-//! Feeds the service manager's watchdog for as long as everything makes progress that has to.
-//! Never feeds it only because time has passed.
+//! Feeds the service manager's watchdog while every part of the process makes progress; never just
+//! because time has passed (sd_watchdog_enabled(3)).
 //!
-//! Twice as often as the watchdog has to be fed, every part that may get stuck is asked a question
-//! with a new number; when all have answered the last one, the watchdog is fed. A part that does
-//! not answer starves it, and the service manager ends the process.
+//! Twice in the watchdog's time limit each part that may get stuck gets a health check with a new
+//! number. When all parts have answered, the watchdog is fed. A part that does not answer starves it,
+//! and the service manager ends the process.
 
-use super::ProcessEvent;
+use super::events::ProcessEvent;
 use crate::disk::{Disk, SECTOR};
 use crate::message_id;
 use crate::server::AcceptorHandle;
@@ -19,59 +19,67 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{error, info};
 
-/// While an answer is missing it is looked for so many times in the time between two questions.
-const LOOKS: u32 = 8;
+/// How often in an interval to look for an answer that is missing.
+const LOOKS_PER_INTERVAL: u32 = 8;
 
-/// A part of the process that has to make progress.
+/// The parts of the process that may get stuck.
+pub(super) struct WatchedParts {
+    pub(super) acceptor: AcceptorHandle,
+    pub(super) events: Sender<ProcessEvent>,
+    pub(super) disk: Arc<Disk>,
+}
+
+/// The health check of one part.
 struct HealthCheck {
-    /// What it is, for people.
+    /// The part, for people.
     name: &'static str,
-    /// Whether it answers no more once the process is closing.
-    is_closed_early: bool,
-    /// Asks it; must not wait.
+    /// Whether the part stops answering when the process closes.
+    ends_on_close: bool,
+    /// Asks the part to answer with this number; must not block.
     ask: Box<dyn Fn(u64) + Send>,
-    /// The number of the last question that it has answered.
+    /// The last number that the part has answered.
     answered: Box<dyn Fn() -> u64 + Send>,
 }
 
 impl fmt::Debug for HealthCheck {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Sign").field(&self.name).finish()
+        f.debug_tuple("HealthCheck").field(&self.name).finish()
     }
 }
 
 impl HealthCheck {
-    /// That clients are let in.
-    fn of_door(door: AcceptorHandle) -> Self {
-        let asked = door.clone();
+    /// Checks that clients are accepted.
+    fn of_acceptor(acceptor: AcceptorHandle) -> Self {
+        let asked = acceptor.clone();
         Self {
             name: "the thread that lets clients in",
-            is_closed_early: false,
+            ends_on_close: false,
             ask: Box::new(move |number| asked.knock(number)),
-            answered: Box::new(move || door.answered()),
+            answered: Box::new(move || acceptor.answered()),
         }
     }
 
-    /// That events are heard: whoever hears of [`ProcessEvent::Asked`] puts its number into `answered`.
+    /// Checks that events are handled. The event loop stores the number of
+    /// [`ProcessEvent::HealthCheck`] in `answered`.
     fn of_events(events: Sender<ProcessEvent>, answered: Arc<AtomicU64>) -> Self {
         Self {
             name: "the thread that decides what is to be done",
-            is_closed_early: true,
+            ends_on_close: true,
             ask: Box::new(move |number| {
-                // The process is ending already if nobody hears it.
-                let _ = events.send(ProcessEvent::Asked(number));
+                let _ = events.send(ProcessEvent::HealthCheck(number));
             }),
             answered: Box::new(move || answered.load(Ordering::Acquire)),
         }
     }
 
-    /// That a read of the disk returns, be it with an error. It does not pass the gate, which may
-    /// be closed for long. Always another sector, since the kernel has those that it knows.
+    /// Checks that a read of the disk returns, even with an error. The read bypasses the gate, which
+    /// may stay closed for long, and takes another sector each time, because the page cache has the
+    /// earlier ones.
     ///
     /// # Errors
-    /// When there is no thread left.
+    /// When the thread that reads cannot start.
     fn of_disk(disk: Arc<Disk>) -> io::Result<Self> {
-        let (questions, asked) = mpsc::channel::<u64>();
+        let (ask, asked) = mpsc::channel::<u64>();
         let answered = Arc::new(AtomicU64::new(0));
         let answer = Arc::clone(&answered);
         thread::Builder::new().name("pulse-disk".into()).spawn(move || {
@@ -82,19 +90,19 @@ impl HealthCheck {
         })?;
         Ok(Self {
             name: "the disk",
-            is_closed_early: false,
+            ends_on_close: false,
             ask: Box::new(move |number| {
-                // Nobody is there if the thread broke down; that is no answer.
-                let _ = questions.send(number);
+                // The channel is closed if the thread has panicked; it does not answer then.
+                let _ = ask.send(number);
             }),
             answered: Box::new(move || answered.load(Ordering::Acquire)),
         })
     }
 }
 
-/// Where to read for the question of this number: all over the disk.
+/// The offset of the sector to read for this number: consecutive numbers are spread over the disk.
 fn sector(number: u64, size: u64) -> u64 {
-    // 2^64 over the golden ratio: one number after the other is far from those before.
+    // 2^64 divided by the golden ratio: multiples of it are far from all earlier ones.
     const STRIDE: u64 = 0x9e37_79b9_7f4a_7c15;
     let sectors = u128::from(size / SECTOR);
     let part = u128::from(number.wrapping_mul(STRIDE));
@@ -102,77 +110,79 @@ fn sector(number: u64, size: u64) -> u64 {
     u64::try_from((part * sectors) >> u64::BITS).unwrap_or(0) * SECTOR
 }
 
-/// The thread that asks and feeds; it ends when this is dropped.
+/// The thread that checks the parts and feeds the watchdog. It ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     closing: Mutex<Sender<()>>,
-    heard: Arc<AtomicU64>,
+    /// The last health check that the event loop has answered.
+    events_answered: Arc<AtomicU64>,
 }
 
 impl Watchdog {
-    /// Begins to ask everybody who matters, every `interval`, and to `feed`.
+    /// Checks all parts every `interval`, and calls `feed` when they have answered.
     ///
     /// # Errors
-    /// When there is no thread left.
-    pub(super) fn of(
-        (disk, door, events): (Arc<Disk>, AcceptorHandle, Sender<ProcessEvent>),
+    /// When a thread cannot start.
+    pub(super) fn start(
+        parts: WatchedParts,
         interval: Duration,
         feed: Box<dyn Fn() + Send>,
     ) -> io::Result<Self> {
-        let heard = Arc::new(AtomicU64::new(0));
-        let signs = vec![
-            HealthCheck::of_door(door),
-            HealthCheck::of_events(events, Arc::clone(&heard)),
-            HealthCheck::of_disk(disk)?,
+        let events_answered = Arc::new(AtomicU64::new(0));
+        let checks = vec![
+            HealthCheck::of_acceptor(parts.acceptor),
+            HealthCheck::of_events(parts.events, Arc::clone(&events_answered)),
+            HealthCheck::of_disk(parts.disk)?,
         ];
-        Self::start(interval, signs, heard, feed)
+        Self::start_checks(checks, events_answered, interval, feed)
     }
 
-    fn start(
+    fn start_checks(
+        checks: Vec<HealthCheck>,
+        events_answered: Arc<AtomicU64>,
         interval: Duration,
-        signs: Vec<HealthCheck>,
-        heard: Arc<AtomicU64>,
         feed: Box<dyn Fn() + Send>,
     ) -> io::Result<Self> {
-        let (closing, told) = mpsc::channel();
+        let (closing, closed) = mpsc::channel();
         let thread = thread::Builder::new().name("pulse".into());
-        thread.spawn(move || run(interval, signs, &feed, &told))?;
-        Ok(Self { closing: Mutex::new(closing), heard })
+        thread.spawn(move || run(checks, interval, &feed, &closed))?;
+        Ok(Self { closing: Mutex::new(closing), events_answered })
     }
 
-    /// [`ProcessEvent::Asked`] was heard.
+    /// Records the answer of the event loop to [`ProcessEvent::HealthCheck`].
     pub(super) fn answer(&self, number: u64) {
-        self.heard.store(number, Ordering::Release);
+        self.events_answered.store(number, Ordering::Release);
     }
 
-    /// From now on no events are heard any more: the process waits for what is limited in time.
+    /// Stops checking the parts that end when the process closes, which has time limits of its own.
     pub(super) fn close(&self) {
-        // The other end is gone only if the thread broke down.
+        // The channel is closed only if the thread has panicked.
         let _ = lock(&self.closing).send(());
     }
 }
 
-fn run(interval: Duration, mut signs: Vec<HealthCheck>, feed: &dyn Fn(), told: &Receiver<()>) {
-    let mut rounds = CheckSchedule::new(interval, Instant::now());
-    signs.iter().for_each(|sign| (sign.ask)(rounds.number));
+fn run(mut checks: Vec<HealthCheck>, interval: Duration, feed: &dyn Fn(), closed: &Receiver<()>) {
+    let mut schedule = CheckSchedule::new(interval, Instant::now());
+    checks.iter().for_each(|check| (check.ask)(schedule.number));
     loop {
-        match told.recv_timeout(rounds.look_at.saturating_duration_since(Instant::now())) {
-            Ok(()) => signs.retain(|sign| !sign.is_closed_early),
+        let timeout = schedule.look_at.saturating_duration_since(Instant::now());
+        match closed.recv_timeout(timeout) {
+            Ok(()) => checks.retain(|check| !check.ends_on_close),
             Err(RecvTimeoutError::Disconnected) => return,
             Err(RecvTimeoutError::Timeout) => {}
         }
-        let late = signs.iter().find(|sign| (sign.answered)() < rounds.number);
-        match rounds.look(Instant::now(), late.is_none()) {
-            WatchdogAction::Early => {}
-            WatchdogAction::Feed { after_all } => {
+        let late = checks.iter().find(|check| (check.answered)() < schedule.number);
+        match schedule.look(Instant::now(), late.is_none()) {
+            WatchdogAction::Wait => {}
+            WatchdogAction::Feed { was_starving } => {
                 feed();
-                if after_all {
+                if was_starving {
                     info!(message_id = message_id::WATCHDOG, "everything makes progress again");
                 }
-                signs.iter().for_each(|sign| (sign.ask)(rounds.number));
+                checks.iter().for_each(|check| (check.ask)(schedule.number));
             }
-            WatchdogAction::Starve { news } => {
-                if let Some(late) = late.filter(|_| news) {
+            WatchdogAction::Starve { is_new } => {
+                if let Some(late) = late.filter(|_| is_new) {
                     error!(
                         message_id = message_id::WATCHDOG,
                         "{} has not answered for {} s; not feeding the watchdog until it does",
@@ -185,11 +195,11 @@ fn run(interval: Duration, mut signs: Vec<HealthCheck>, feed: &dyn Fn(), told: &
     }
 }
 
-/// When to ask, and what to make of the answers.
+/// When to check the parts, and what follows from their answers. Pure.
 #[derive(Clone, Copy, Debug)]
 struct CheckSchedule {
     interval: Duration,
-    /// Of the last question.
+    /// The number of the last health check.
     number: u64,
     look_at: Instant,
     is_starving: bool,
@@ -199,38 +209,32 @@ struct CheckSchedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum WatchdogAction {
     /// Nothing yet.
-    Early,
-    /// Feed it, and ask the next question.
-    Feed {
-        /// It was starving.
-        after_all: bool,
-    },
-    /// Do not feed it, but look again soon.
-    Starve {
-        /// That has just begun.
-        news: bool,
-    },
+    Wait,
+    /// Feed it, and send the next health check.
+    Feed { was_starving: bool },
+    /// Do not feed it, and look for the answer again soon. `is_new`: this is the first time in a row.
+    Starve { is_new: bool },
 }
 
 impl CheckSchedule {
-    /// The first question is asked now.
+    /// The first health check is sent now.
     fn new(interval: Duration, now: Instant) -> Self {
         Self { interval, number: 1, look_at: now + interval, is_starving: false }
     }
 
     fn look(&mut self, now: Instant, all_answered: bool) -> WatchdogAction {
         if now < self.look_at {
-            return WatchdogAction::Early;
+            return WatchdogAction::Wait;
         }
         let was_starving = self.is_starving;
         self.is_starving = !all_answered;
         if all_answered {
             self.number += 1;
             self.look_at = now + self.interval;
-            WatchdogAction::Feed { after_all: was_starving }
+            WatchdogAction::Feed { was_starving }
         } else {
-            self.look_at = now + self.interval / LOOKS;
-            WatchdogAction::Starve { news: !was_starving }
+            self.look_at = now + self.interval / LOOKS_PER_INTERVAL;
+            WatchdogAction::Starve { is_new: !was_starving }
         }
     }
 }
@@ -241,87 +245,85 @@ mod tests {
     use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
 
     const SECOND: Duration = Duration::from_secs(1);
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(20);
 
     #[test]
-    fn the_watchdog_is_fed_once_in_an_interval_if_all_have_answered() {
+    fn the_watchdog_is_fed_every_interval_if_all_answer() {
         let start = Instant::now();
-        let mut rounds = CheckSchedule::new(8 * SECOND, start);
-        assert_eq!(rounds.look(start + 7 * SECOND, true), WatchdogAction::Early);
-        assert_eq!(
-            rounds.look(start + 8 * SECOND, true),
-            WatchdogAction::Feed { after_all: false }
-        );
-        assert_eq!((rounds.number, rounds.look_at), (2, start + 16 * SECOND));
+        let mut schedule = CheckSchedule::new(8 * SECOND, start);
+        assert_eq!(schedule.look(start + 7 * SECOND, true), WatchdogAction::Wait);
+        let feed = WatchdogAction::Feed { was_starving: false };
+        assert_eq!(schedule.look(start + 8 * SECOND, true), feed);
+        assert_eq!((schedule.number, schedule.look_at), (2, start + 16 * SECOND));
     }
 
     #[test]
-    fn one_who_does_not_answer_starves_it_and_is_told_of_once() {
+    fn a_missing_answer_starves_the_watchdog() {
         let start = Instant::now();
-        let mut rounds = CheckSchedule::new(8 * SECOND, start);
-        assert_eq!(rounds.look(start + 8 * SECOND, false), WatchdogAction::Starve { news: true });
+        let mut schedule = CheckSchedule::new(8 * SECOND, start);
+        let starve = |is_new| WatchdogAction::Starve { is_new };
+        assert_eq!(schedule.look(start + 8 * SECOND, false), starve(true));
         for seconds in 9..16 {
-            assert_eq!(rounds.look_at, start + seconds * SECOND, "it is looked for soon");
-            let verdict = rounds.look(start + seconds * SECOND, false);
-            assert_eq!((verdict, rounds.number), (WatchdogAction::Starve { news: false }, 1));
+            assert_eq!(schedule.look_at, start + seconds * SECOND, "looks again soon");
+            let action = schedule.look(start + seconds * SECOND, false);
+            assert_eq!((action, schedule.number), (starve(false), 1));
         }
-        assert_eq!(
-            rounds.look(start + 16 * SECOND, true),
-            WatchdogAction::Feed { after_all: true }
-        );
-        assert_eq!((rounds.number, rounds.look_at), (2, start + 24 * SECOND));
+        let feed = WatchdogAction::Feed { was_starving: true };
+        assert_eq!(schedule.look(start + 16 * SECOND, true), feed);
+        assert_eq!((schedule.number, schedule.look_at), (2, start + 24 * SECOND));
     }
 
-    /// One that answers what it is asked up to a number.
-    fn sign(answers_until: u64, is_closed_early: bool) -> HealthCheck {
+    /// A check that is answered up to this number.
+    fn check(answers_until: u64, ends_on_close: bool) -> HealthCheck {
         let answered = Arc::new(AtomicU64::new(0));
         let answer = Arc::clone(&answered);
         HealthCheck {
-            name: "a sign",
-            is_closed_early,
+            name: "a part",
+            ends_on_close,
             ask: Box::new(move |number| answer.store(number.min(answers_until), Ordering::Release)),
             answered: Box::new(move || answered.load(Ordering::Acquire)),
         }
     }
 
-    /// A pulse, and what it has fed.
-    fn pulse(signs: Vec<HealthCheck>) -> (Watchdog, Receiver<()>) {
-        let (fed, feeding) = mpsc::channel();
-        let feed = Box::new(move || fed.send(()).unwrap_or_default());
-        (Watchdog::start(Duration::from_millis(5), signs, Arc::default(), feed).unwrap(), feeding)
+    /// Starts a watchdog; the channel receives one message for each time that it is fed.
+    fn start(checks: Vec<HealthCheck>) -> (Watchdog, Receiver<()>) {
+        let (sender, fed) = mpsc::channel();
+        let feed = Box::new(move || sender.send(()).unwrap_or_default());
+        let interval = Duration::from_millis(5);
+        (Watchdog::start_checks(checks, Arc::default(), interval, feed).unwrap(), fed)
     }
 
     #[test]
-    fn who_answers_no_more_is_left_out_once_the_process_closes() {
-        let (pulse, feeding) = pulse(vec![sign(u64::MAX, false), sign(2, true)]);
+    fn parts_that_end_on_close_are_no_longer_checked() {
+        let (watchdog, fed) = start(vec![check(u64::MAX, false), check(2, true)]);
         for _ in 0..2 {
-            feeding.recv_timeout(PATIENCE).unwrap();
+            fed.recv_timeout(TIMEOUT).unwrap();
         }
-        // The third question is not answered by all.
-        assert!(feeding.recv_timeout(Duration::from_millis(50)).is_err());
-        pulse.close();
+        // One part does not answer the third health check.
+        assert!(fed.recv_timeout(Duration::from_millis(50)).is_err());
+        watchdog.close();
         for _ in 0..3 {
-            feeding.recv_timeout(PATIENCE).unwrap();
+            fed.recv_timeout(TIMEOUT).unwrap();
         }
     }
 
     #[test]
-    fn a_disk_that_fails_is_alive() {
+    fn a_disk_that_returns_errors_is_healthy() {
         let faults = Arc::new(Faults::default());
         let image = FailingBackend::new(MemoryBackend::new(1 << 20), Arc::clone(&faults));
         let disk = Arc::new(Disk::new(Box::new(image), true));
-        // A closed gate keeps nobody from looking.
-        disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
-        let sign = HealthCheck::of_disk(Arc::clone(&disk)).unwrap();
+        // The health check bypasses the closed gate.
+        disk.gate().close_and_drain(Instant::now() + TIMEOUT).unwrap();
+        let check = HealthCheck::of_disk(Arc::clone(&disk)).unwrap();
         faults.fail_every(Op::Read, nix::libc::EIO);
-        let (_pulse, feeding) = pulse(vec![sign]);
+        let (_watchdog, fed) = start(vec![check]);
         for _ in 0..3 {
-            feeding.recv_timeout(PATIENCE).unwrap();
+            fed.recv_timeout(TIMEOUT).unwrap();
         }
     }
 
     #[test]
-    fn questions_are_about_sectors_all_over_the_disk() {
+    fn health_checks_read_sectors_all_over_the_disk() {
         let size = 1000 * SECTOR + 100;
         let mut seen: Vec<u64> = (1..=200).map(|number| sector(number, size)).collect();
         assert!(seen.iter().all(|offset| offset + SECTOR <= size && offset % SECTOR == 0));

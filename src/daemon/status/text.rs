@@ -1,35 +1,34 @@
-//! How the process is doing, in one line for people who look at `systemctl status`.
-//! Only words: what is so is told to it.
+//! The texts of the status line, for people who look at `systemctl status`. Pure.
 
 use crate::migration::job::{Obstacle, Progress, Stage};
 use crate::words::counted;
 
-/// What a process is there for while nothing is moved, and where.
+/// The status while no migration runs.
 #[derive(Clone, Debug)]
-pub(super) struct IdleStatus {
+pub(in crate::daemon) struct IdleStatus {
     /// `serving` or `receiving`.
-    pub(super) doing: &'static str,
-    pub(super) image: String,
+    pub(in crate::daemon) verb: &'static str,
+    pub(in crate::daemon) image: String,
     /// Bytes of the disk.
-    pub(super) size: u64,
-    /// The addresses listened on.
-    pub(super) places: String,
+    pub(in crate::daemon) size: u64,
+    /// The addresses that the server listens on.
+    pub(in crate::daemon) addresses: String,
 }
 
 impl IdleStatus {
     /// `serving /srv/disk.img (10 GiB) on [::]:10809, 3 clients`.
-    pub(super) fn told(&self, clients: usize) -> String {
-        let Self { doing, image, size, places } = self;
+    pub(super) fn describe(&self, clients: usize) -> String {
+        let Self { verb, image, size, addresses } = self;
         let clients = match clients {
             0 => "no clients".to_owned(),
             count => counted(count, "client"),
         };
-        format!("{doing} {image} ({}) on {places}, {clients}", bytes(*size))
+        format!("{verb} {image} ({}) on {addresses}, {clients}", bytes(*size))
     }
 }
 
-/// `43 % copied, 112 MiB/s, about 12 s left`, and what is in its way; or what a migration does
-/// instead of copying.
+/// `43 % copied, 112 MiB/s, about 12 s left`, and the obstacle, if there is one; or what the migration
+/// does instead of copying.
 pub(super) fn progress(size: u64, progress: Option<&Progress>) -> String {
     let Some(now) = progress else { return "connecting".to_owned() };
     match (now.stage, &now.obstacle) {
@@ -56,13 +55,13 @@ pub(super) fn progress(size: u64, progress: Option<&Progress>) -> String {
     }
 }
 
-/// How much of the disk has been brought over; 100 only if all of it.
+/// The percentage of the disk that has been copied; 100 only if nothing is left.
 pub(super) fn percent(size: u64, bytes_left: u64) -> u64 {
     let done = u128::from(size.saturating_sub(bytes_left));
     u64::try_from(done * 100 / u128::from(size.max(1))).unwrap_or(100)
 }
 
-/// `512 bytes`, `4.5 KiB`, `112 MiB`: three digits at least, as far as there are so many.
+/// `512 bytes`, `4.5 KiB`, `112 MiB`: at least two significant digits.
 fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if count < 1024 {
@@ -114,26 +113,26 @@ mod tests {
     };
 
     #[test]
-    fn a_server_tells_what_where_and_to_how_many() {
-        let standing = IdleStatus {
-            doing: "serving",
+    fn the_idle_status_counts_clients() {
+        let status = IdleStatus {
+            verb: "serving",
             image: "/srv/disk.img".to_owned(),
             size: 10 << 30,
-            places: "[::]:10809".to_owned(),
+            addresses: "[::]:10809".to_owned(),
         };
         let start = "serving /srv/disk.img (10 GiB) on [::]:10809, ";
         for (count, clients) in [(0, "no clients"), (1, "1 client"), (3, "3 clients")] {
-            assert_eq!(standing.told(count), format!("{start}{clients}"));
+            assert_eq!(status.describe(count), format!("{start}{clients}"));
         }
     }
 
     #[test]
-    fn a_migration_tells_how_far_it_is_or_what_is_in_the_way() {
-        let told = |now: &Progress| progress(100, Some(now));
-        assert_eq!(told(&COPYING), "43 % copied, 112 MiB/s, about 12 s left");
+    fn a_migration_shows_its_progress_or_its_obstacle() {
+        let text = |now: &Progress| progress(100, Some(now));
+        assert_eq!(text(&COPYING), "43 % copied, 112 MiB/s, about 12 s left");
         let stuck = Progress { seconds_left: None, bytes_per_second: 0, ..COPYING };
-        assert_eq!(told(&stuck), "43 % copied, 0 bytes/s");
-        let at = |stage, obstacle| told(&Progress { stage, obstacle, ..COPYING });
+        assert_eq!(text(&stuck), "43 % copied, 0 bytes/s");
+        let at = |stage, obstacle| text(&Progress { stage, obstacle, ..COPYING });
         let slowed = "43 % copied, 112 MiB/s, about 12 s left, clients are slowed down";
         assert_eq!(at(Stage::Copying, Some(Obstacle::Writers)), slowed);
         let no_route = Trouble::Connect("no route".to_owned());
@@ -151,18 +150,18 @@ mod tests {
     }
 
     #[test]
-    fn all_of_the_disk_is_100_percent_and_nothing_less() {
+    fn only_a_complete_copy_is_100_percent() {
         assert_eq!(percent(u64::MAX, 1), 99);
         assert_eq!(percent(u64::MAX, 0), 100);
         assert_eq!(percent(512, 512), 0);
-        assert_eq!(percent(512, 600), 0, "more was written again than there is");
+        assert_eq!(percent(512, 600), 0, "more is left than there is");
         assert_eq!(percent(0, 0), 0);
     }
 
     #[test]
-    fn numbers_are_for_people() {
-        let told = [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (4608, "4.5 KiB")];
-        for (count, expected) in told {
+    fn sizes_and_times_are_rounded() {
+        let sizes = [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (4608, "4.5 KiB")];
+        for (count, expected) in sizes {
             assert_eq!(bytes(count), expected);
         }
         assert_eq!(bytes((1 << 20) - 1), "1023 KiB");

@@ -1,0 +1,332 @@
+//! The start of a process, in one order: inherited, claim, sockets, server, control, watchdog, ready.
+//! Never handles an event.
+
+use super::claim::{Claim, Ownership};
+use super::config::{Admission, Config, ProcessRole, RereadConfig};
+use super::degraded::{self, DegradedResult, ServerPurpose};
+use super::event_loop::{Process, ProcessEnd};
+use super::events::{ActiveCommands, ProcessEvent, ServerEventSender};
+use super::handover_query::QueryResult;
+use super::idle::Idle;
+use super::inherited::Inherited;
+use super::migrations::MigrationContext;
+use super::notify::log_unsent;
+use super::operator::{DiskRole, MigrationWaiters, OutgoingMigrations, Service};
+use super::policy::{ReceivingPolicy, ServingPolicy};
+use super::random;
+use super::signals::{SignalAction, Signals};
+use super::sockets::Sockets;
+use super::start_error::StartError;
+use super::status::{IdleStatus, StatusReporter};
+use super::watchdog::{Watchdog, WatchedParts};
+use crate::control::{ControlSocket, Handle, Operator};
+use crate::disk::Disk;
+use crate::message_id;
+use crate::migration::arrival::{Admits, Arrival};
+use crate::migration::destination::Destination;
+use crate::migration::wire::Token;
+use crate::net::Listener;
+use crate::server::policy::ExportPolicy;
+use crate::server::{Opening, STALL_LIMIT, Server, SessionSettings, StoredSessions, Style};
+use crate::sync::lock;
+use crate::systemd::FdStore;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+use tracing::{info, warn};
+
+/// Serves or receives a disk until a signal, or the disk's move, ends the process. `reread` reads the
+/// configuration file again, if there is one.
+///
+/// # Errors
+/// When the process cannot start, and no client waits to be refused.
+pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, StartError> {
+    let purpose = ServerPurpose {
+        role: config.role,
+        image: Some(config.image.clone()),
+        control: config.control.clone(),
+    };
+    let (inherited, sessions) = Inherited::take()?;
+    raise_descriptor_limit();
+    fix_mmap_threshold();
+    let mut startup = Startup { config, reread, inherited, sessions, answer: None };
+    let process = loop {
+        match startup.start() {
+            Ok(Some(process)) => break process,
+            Ok(None) => return Ok(ProcessEnd::Well),
+            Err(error) => {
+                // Sessions of the last process end now, not when refusing ends.
+                startup.sessions = StoredSessions::default();
+                match degraded::run(&startup.inherited, &purpose, error)? {
+                    DegradedResult::Ended(end) => return Ok(end),
+                    DegradedResult::Answered(answer) => startup.answer = Some(answer),
+                }
+            }
+        }
+    };
+    // Closes the originals of the inherited sockets; the server has copies.
+    drop(startup);
+    Ok(process.run())
+}
+
+/// Refuses clients and operators that wait at inherited sockets, for a process whose configuration
+/// cannot be used, for this reason. `control` is the path of the configured control socket.
+/// Returns `None` at once if no client waits.
+#[must_use]
+pub fn refuse(role: ProcessRole, control: Option<PathBuf>, reason: &str) -> Option<ProcessEnd> {
+    // The caller reports the configuration; an error here matters less.
+    let (inherited, _) = Inherited::take().ok()?;
+    let purpose = ServerPurpose { role, image: None, control };
+    let error = StartError::Configuration(reason.to_owned());
+    match degraded::run(&inherited, &purpose, error).ok()? {
+        DegradedResult::Ended(end) => Some(end),
+        // Such an error asks no other host.
+        DegradedResult::Answered(_) => None,
+    }
+}
+
+/// What a start needs. It is kept over a start that failed, so that the next one can follow.
+struct Startup {
+    config: Config,
+    reread: Option<RereadConfig>,
+    inherited: Inherited,
+    /// Sessions of the last process; the first start takes them.
+    sessions: StoredSessions,
+    /// The answer of another host, if a start failed for lack of it.
+    answer: Option<QueryResult>,
+}
+
+impl Startup {
+    /// Opens everything in order, and reports that the process is ready. `None` if there is nothing to
+    /// do: the disk has arrived already.
+    fn start(&mut self) -> Result<Option<Process>, StartError> {
+        let inherited_sockets = self.inherited.sockets()?;
+        let claim = Claim::acquire(&self.config, &self.inherited.startup_query(self.answer))?;
+        let disk = Arc::clone(&claim.disk);
+        let (sender, events) = mpsc::channel();
+        let Some(role) = Role::new(&self.config, claim, &sender)? else {
+            warn!("{}: the disk has arrived already; not listening", self.config.image.display());
+            // A service that ends without READY=1 has failed for systemd, whatever its exit status,
+            // and units that wait for the arrival would not start.
+            log_unsent(self.inherited.notifier.ready());
+            return Ok(None);
+        };
+        let sockets = Sockets::open(&self.config, inherited_sockets)?;
+        let addresses = sockets.addresses();
+        let server = self.start_server(sockets.listeners, &disk, role.policy, &sender)?;
+        let notifier = self.inherited.notifier.clone();
+        let service = Arc::new(Service {
+            size: disk.size(),
+            server: Mutex::new(server),
+            reread: self.reread.take(),
+            role: role.disk_role,
+            waiters: MigrationWaiters::default(),
+            commands: ActiveCommands::new(sender.clone()),
+            notifier: notifier.clone(),
+        });
+        // If one of these fails, the sockets must be free for refusing clients.
+        let stop_server = |_: &StartError| service.server().stop(Duration::ZERO);
+        let control = start_control(sockets.control, &service).inspect_err(stop_server)?;
+        let watchdog = self.start_watchdog(&disk, &service, &sender).inspect_err(stop_server)?;
+        let signals = self.inherited.signals.clone();
+        start_signal_thread(signals, sender, &service).inspect_err(stop_server)?;
+        let (image, size) = (self.config.image.display().to_string(), disk.size());
+        log_unsent(notifier.ready());
+        info!(
+            message_id = message_id::READY,
+            "flexnbd.image" = image,
+            "flexnbd.bytes_total" = size,
+            "{} {image} ({size} bytes) on {addresses}",
+            role.verb
+        );
+        let store = FdStore::from_env(&notifier);
+        let idle = Idle::new(self.config.idle_exit, Instant::now());
+        let status = IdleStatus { verb: role.verb, image: image.clone(), size, addresses };
+        let status = StatusReporter::new(notifier.clone(), status);
+        let process = Process {
+            service,
+            events,
+            control,
+            notifier,
+            store,
+            disk,
+            image,
+            idle,
+            status,
+            watchdog,
+        };
+        Ok(Some(process))
+    }
+
+    fn start_server(
+        &mut self,
+        listeners: Vec<Listener>,
+        disk: &Arc<Disk>,
+        policy: Arc<dyn ExportPolicy>,
+        events: &Sender<ProcessEvent>,
+    ) -> Result<Server, StartError> {
+        let config = &self.config;
+        let sessions = std::mem::take(&mut self.sessions);
+        let settings = SessionSettings {
+            style: if config.oldstyle { Style::Oldstyle } else { Style::Newstyle },
+            stall_limit: config.killswitch.then_some(STALL_LIMIT),
+            ..SessionSettings::default()
+        };
+        let Admission { acl, clients_max } = config.admission.clone();
+        let opening = Opening {
+            listeners,
+            disk: Arc::clone(disk),
+            policy,
+            name: &config.export,
+            acl,
+            clients_max,
+            settings,
+            luggage: match config.role {
+                ProcessRole::Serve => sessions,
+                ProcessRole::Listen { .. } => StoredSessions::default(),
+            },
+            events: Arc::new(ServerEventSender(events.clone())),
+        };
+        Server::start(opening).map_err(|error| StartError::System("start serving", error))
+    }
+
+    /// Starts to feed the service manager's watchdog, if it has one.
+    fn start_watchdog(
+        &self,
+        disk: &Arc<Disk>,
+        service: &Service,
+        events: &Sender<ProcessEvent>,
+    ) -> Result<Option<Watchdog>, StartError> {
+        let notifier = self.inherited.notifier.clone();
+        let Some(interval) = notifier.watchdog_interval() else { return Ok(None) };
+        let parts = WatchedParts {
+            acceptor: service.server().door(),
+            events: events.clone(),
+            disk: Arc::clone(disk),
+        };
+        let feed = Box::new(move || log_unsent(notifier.watchdog()));
+        Watchdog::start(parts, interval, feed).map(Some).map_err(no_thread)
+    }
+}
+
+/// What serving and receiving differ in.
+struct Role {
+    /// For people: `serving` or `receiving`.
+    verb: &'static str,
+    policy: Arc<dyn ExportPolicy>,
+    disk_role: DiskRole,
+}
+
+impl Role {
+    /// The role that follows from a claim; `None` if the disk has arrived already.
+    fn new(
+        config: &Config,
+        claim: Claim,
+        events: &Sender<ProcessEvent>,
+    ) -> Result<Option<Self>, StartError> {
+        let Claim { disk, record_store, ownership } = claim;
+        match ownership {
+            Ownership::AlreadyArrived => Ok(None),
+            Ownership::Ours(provenance) => {
+                let (image, events) = (config.image.clone(), events.clone());
+                let context = MigrationContext { disk, image, provenance, events };
+                Ok(Some(Self {
+                    verb: "serving",
+                    policy: Arc::new(ServingPolicy(provenance)),
+                    disk_role: DiskRole::Serving(OutgoingMigrations::new(context, record_store)),
+                }))
+            }
+            Ownership::Incoming { copy, status_store } => {
+                let token = random::bytes().map(Token).map_err(|error| {
+                    StartError::System("draw random numbers", io::Error::other(error))
+                })?;
+                let arrival = Arrival::new(token, copy, admits(config));
+                let events = Mutex::new(events.clone());
+                let report = Box::new(move |result| {
+                    let _ = lock(&events).send(ProcessEvent::ReceiveEnded(result));
+                });
+                let destination = Destination::new(disk, Some(record_store), arrival, report);
+                Ok(Some(Self {
+                    verb: "receiving",
+                    policy: Arc::new(ReceivingPolicy(destination)),
+                    disk_role: DiskRole::Receiving(status_store),
+                }))
+            }
+        }
+    }
+}
+
+fn admits(config: &Config) -> Admits {
+    match (config.oldstyle, config.plain) {
+        (true, _) => Admits::OldStyle,
+        (false, true) => Admits::PlainWriter,
+        (false, false) => Admits::Sources,
+    }
+}
+
+fn start_control(
+    socket: Option<ControlSocket>,
+    service: &Arc<Service>,
+) -> Result<Option<Handle>, StartError> {
+    let Some(socket) = socket else { return Ok(None) };
+    let operator: Arc<dyn Operator> = Arc::clone(service) as _;
+    let started = socket.start(operator);
+    started.map(Some).map_err(|error| StartError::System("answer on the control socket", error))
+}
+
+fn start_signal_thread(
+    signals: Signals,
+    events: Sender<ProcessEvent>,
+    service: &Arc<Service>,
+) -> Result<(), StartError> {
+    let service = Arc::clone(service);
+    let handle_signals = move || {
+        while let Ok(signal) = signals.set.wait() {
+            match signals.action(signal, service.reread.is_some()) {
+                SignalAction::Stop if events.send(ProcessEvent::Stop(signal)).is_err() => return,
+                SignalAction::Stop => {}
+                SignalAction::Reload => service.reload_in_thread(signal),
+                SignalAction::Ignore => {
+                    warn!("received {signal}, which has no meaning here; going on");
+                }
+            }
+        }
+    };
+    let thread = thread::Builder::new().name("signals".into()).spawn(handle_signals);
+    thread.map(drop).map_err(no_thread)
+}
+
+fn no_thread(error: io::Error) -> StartError {
+    StartError::System("start a thread", error)
+}
+
+/// Raises the soft limit of descriptors, usually 1024, to the hard limit: a client takes two.
+fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        warn!("cannot raise the limit of {soft} file descriptors: {error}");
+    }
+}
+
+/// Makes glibc return large buffers to the kernel when they are freed.
+///
+/// Session buffers are large, and live only while their session is busy. After the first free(3) of
+/// such a buffer glibc would raise its mmap threshold, and keep later ones in the arena of each thread
+/// (mallopt(3), `M_MMAP_THRESHOLD`).
+fn fix_mmap_threshold() {
+    #[cfg(target_env = "gnu")]
+    {
+        use nix::libc::{M_MMAP_THRESHOLD, mallopt};
+        /// The initial threshold of glibc, in bytes; setting it switches its adjustment off.
+        const THRESHOLD: i32 = 128 << 10;
+        // SAFETY: takes two integers, and changes only the allocator's own settings, under the
+        // allocator's lock.
+        unsafe { mallopt(M_MMAP_THRESHOLD, THRESHOLD) };
+    }
+}
