@@ -1,46 +1,51 @@
 //! Where the log goes: to the journal when stderr is connected to it, else to stderr.
-//! Never fails for want of a journal, and no thread that logs waits for a log that is stuck: messages
-//! go into a bounded queue (`log_queue`), and a thread of its own writes them. What does not fit is
+//! The log never fails for lack of a journal, and no thread waits for a slow one: messages go into a
+//! bounded queue (`log_queue`), and a thread of its own writes them. Messages that do not fit are
 //! dropped and counted; the count is logged when the log can be written again.
 //!
 //! | | stderr | journal |
 //! |---|---|---|
-//! | quiet | what ends the program | the same |
-//! | normal | warnings and errors | and what is going on, which people expect of `journalctl` |
-//! | verbose | and what is going on | the same |
+//! | quiet | errors that end the program | the same |
+//! | normal | warnings and errors | and information, which operators expect of `journalctl` |
+//! | verbose | and information | the same |
 //! | verbose, debug build | everything | everything |
 //!
-//! Spans are not shown on stderr; a thread's name tells whose line it is.
+//! An entry of the journal has the event's own fields and those of the spans around it. Where two have
+//! the same name, the innermost one counts. A line on stderr shows no span: the thread's name says
+//! whose line it is. A span is entered once per thread, so that it costs nothing per request.
 
-use super::line::{self, EventFields, FATAL, LineContext, Severity};
+use super::line::{self, FATAL, LineContext, MESSAGE, Severity};
 use super::log_queue::{Queue, WriterStep};
-use libsystemd::logging::{SD_JOURNAL_SOCK_PATH, connected_to_journal};
+use libsystemd::logging::{Priority, SD_JOURNAL_SOCK_PATH, connected_to_journal, journal_send};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::time::{ClockId, clock_gettime};
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
-use tracing::field::{Field, Value, Visit};
-use tracing::{Dispatch, Event, Metadata, Subscriber, warn};
-use tracing_journald::{Priority, PriorityMappings};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber, warn};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
 
 /// How long the end of the process waits for the log to be written.
 pub const FLUSH_MAX: Duration = Duration::from_secs(1);
 
 /// The queue of the writer thread, once there is one.
 static QUEUE: OnceLock<Arc<Queue<Message>>> = OnceLock::new();
-/// There is no writer thread: whoever logs writes.
+/// There is no writer thread: each thread writes what it logs, to stderr.
 static WRITES_DIRECTLY: AtomicBool = AtomicBool::new(false);
 
 /// Logs an error that ends the program; written as `tracing::error!` is.
@@ -53,12 +58,12 @@ macro_rules! fatal {
     };
 }
 
-/// How much the operator wants to hear.
+/// How much is logged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verbosity {
-    /// Only what ends the program (`--quiet`).
+    /// Only errors that end the program (`--quiet`).
     Quiet,
-    /// What goes wrong.
+    /// Warnings and errors.
     #[default]
     Normal,
     /// Everything (`--verbose`).
@@ -75,63 +80,47 @@ pub enum LogTarget {
 }
 
 /// The log was set up before; it stays as it was.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("the log was set up before")]
 pub struct AlreadySetUp;
 
-impl fmt::Display for AlreadySetUp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the log was set up before")
-    }
-}
-
-impl std::error::Error for AlreadySetUp {}
-
-/// Sends everything that is logged from now on to where it belongs, panics included; once in a
-/// process.
+/// Sets up the log of the process, panics included. To be called once.
 ///
 /// # Errors
 ///
-/// It was called before.
+/// [`AlreadySetUp`] at a second call.
 pub fn init(verbosity: Verbosity) -> Result<LogTarget, AlreadySetUp> {
     let has_journal = || Path::new(SD_JOURNAL_SOCK_PATH).exists();
-    let destination = if connected_to_journal() && has_journal() {
+    let target = if connected_to_journal() && has_journal() {
         LogTarget::Journal
     } else {
         LogTarget::Stderr
     };
-    let threshold = Threshold::new(verbosity, destination);
+    let threshold = Threshold::new(verbosity, target);
     let queue = QUEUE.get_or_init(Arc::default);
-    let for_events = Arc::clone(queue);
+    let queue_of_collector = Arc::clone(queue);
     let deliver = move |message: Message| {
         if WRITES_DIRECTLY.load(Ordering::Relaxed) {
             return write_to_stderr(&message.line());
         }
         let bytes = message.bytes();
-        for_events.add(message, bytes);
+        queue_of_collector.add(message, bytes);
     };
-    let collector = Collector { deliver };
-    set_up(tracing_subscriber::registry().with(collector).with(threshold))
-        .map_err(|_| AlreadySetUp)?;
+    let subscriber = tracing_subscriber::registry().with(Collector { deliver }).with(threshold);
+    tracing::subscriber::set_global_default(subscriber).map_err(|_| AlreadySetUp)?;
     std::panic::set_hook(Box::new(log_panic));
-    start_writer(queue, destination, threshold);
-    Ok(destination)
+    start_writer(queue, target);
+    Ok(target)
 }
 
-/// Waits until what was logged has been written, at most for [`FLUSH_MAX`]; for the end of the
-/// process.
+/// Waits for the queue to be written, at most for [`FLUSH_MAX`]. To be called before the process ends.
 pub fn flush() {
     if let Some(queue) = QUEUE.get() {
         queue.flush(FLUSH_MAX);
     }
 }
 
-fn set_up(
-    subscriber: impl Subscriber + Send + Sync,
-) -> Result<(), tracing::subscriber::SetGlobalDefaultError> {
-    tracing::subscriber::set_global_default(subscriber)
-}
-
-/// A session's panic must not wait for stderr, as the standard hook would.
+/// The panic hook. The standard one writes to stderr, for which a session must not wait.
 fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
     let backtrace = Backtrace::capture();
     if backtrace.status() == BacktraceStatus::Captured {
@@ -145,14 +134,13 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
     }
 }
 
-/// Starts the thread that writes the log. It has all signals blocked, so that they go to the
-/// threads that wait for them. A system that has no thread for it lets whoever logs write, which is
-/// the end of a server that can have no threads.
-fn start_writer(queue: &Arc<Queue<Message>>, destination: LogTarget, threshold: Threshold) {
-    let for_thread = Arc::clone(queue);
-    let write = move || write_log(&for_thread, destination, threshold);
+/// Starts the writer thread. It blocks all signals, so that they go to the threads that wait for them.
+/// If the system has no thread for it, the threads write directly; a server cannot work then anyway.
+fn start_writer(queue: &Arc<Queue<Message>>, target: LogTarget) {
+    let queue = Arc::clone(queue);
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
-    let started = thread::Builder::new().name("log".into()).spawn(write);
+    let started =
+        thread::Builder::new().name("log".into()).spawn(move || write_log(&queue, target));
     if let Ok(before) = before {
         let _ = before.thread_set_mask();
     }
@@ -162,47 +150,46 @@ fn start_writer(queue: &Arc<Queue<Message>>, destination: LogTarget, threshold: 
     }
 }
 
-/// Writes one message after another, for as long as the process lives. The only code that waits for
-/// the journal or for stderr.
-fn write_log(queue: &Queue<Message>, destination: LogTarget, threshold: Threshold) {
-    let journal = match destination {
-        // Waits as well while the journal does not read; fails when there is none after all.
-        LogTarget::Journal => tracing_journald::layer().ok().map(for_flexnbd),
-        LogTarget::Stderr => None,
-    };
-    // With the threshold: the most talkative of all subscribers decides what is formatted at all.
-    let journal = journal
-        .map(|layer| Dispatch::new(tracing_subscriber::registry().with(layer).with(threshold)));
+/// The writer thread: writes one message after another until the process ends. The only code that
+/// waits for the journal or for stderr.
+fn write_log(queue: &Queue<Message>, target: LogTarget) {
+    let has_journal = target == LogTarget::Journal && is_journal_reachable();
+    let identifier = program_name();
     loop {
-        match (queue.next(), &journal) {
-            (WriterStep::Write(message), Some(journal)) => message.send_to(journal),
-            (WriterStep::Write(message), None) => write_to_stderr(&message.line()),
-            (WriterStep::Report(1), _) => {
+        match queue.next() {
+            // An error cannot be reported anywhere.
+            WriterStep::Write(message) if has_journal => drop(message.send(&identifier)),
+            WriterStep::Write(message) => write_to_stderr(&message.line()),
+            WriterStep::Report(1) => {
                 warn!("a message of the log was dropped: it was not written in time");
             }
-            (WriterStep::Report(count), _) => {
+            WriterStep::Report(count) => {
                 warn!("{count} messages of the log were dropped: it was not written in time");
             }
         }
     }
 }
 
-/// Without a prefix `"flexnbd.client"` becomes FLEXNBD_CLIENT and `message_id` MESSAGE_ID.
-fn for_flexnbd(journal: tracing_journald::Layer) -> tracing_journald::Layer {
-    journal.with_field_prefix(None).with_priority_mappings(PriorityMappings {
-        info: Priority::Informational,
-        debug: Priority::Debug,
-        ..PriorityMappings::new()
-    })
+/// Tries the journal's socket with an empty datagram, which journald ignores.
+fn is_journal_reachable() -> bool {
+    UnixDatagram::unbound().and_then(|socket| socket.send_to(&[], SD_JOURNAL_SOCK_PATH)).is_ok()
 }
 
-/// Lets through what is severe enough.
+/// The journal's `SYSLOG_IDENTIFIER`, as syslog(3) has it: the file name of the program as it was
+/// started.
+fn program_name() -> String {
+    let started_as = std::env::args_os().next();
+    let name = started_as.as_deref().map(Path::new).and_then(Path::file_name);
+    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// The least severity that is logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Threshold(Severity);
 
 impl Threshold {
-    fn new(verbosity: Verbosity, destination: LogTarget) -> Self {
-        Self(match (verbosity, destination) {
+    fn new(verbosity: Verbosity, target: LogTarget) -> Self {
+        Self(match (verbosity, target) {
             (Verbosity::Quiet, _) => Severity::Fatal,
             (Verbosity::Normal, LogTarget::Stderr) => Severity::Warning,
             (Verbosity::Normal, LogTarget::Journal) => Severity::Info,
@@ -227,95 +214,153 @@ impl<S: Subscriber> Layer<S> for Threshold {
     }
 }
 
-/// An event is fatal if it has that field at all: [`crate::fatal!`] is the only one to set it.
+/// An event with the field [`FATAL`] is fatal whatever its value: only [`crate::fatal!`] sets it.
 fn severity_of(metadata: &Metadata<'_>) -> Severity {
     Severity::of(*metadata.level(), metadata.fields().field(FATAL).is_some())
 }
 
-/// An event that can wait to be written.
+/// The fields of an event or a span as text, the only type that the journal and stderr take.
+#[derive(Clone, Debug)]
+struct Fields {
+    metadata: &'static Metadata<'static>,
+    /// One for each field of the metadata, in their order; `None` for an empty one.
+    values: Vec<Option<String>>,
+}
+
+impl Fields {
+    fn new(metadata: &'static Metadata<'static>) -> Self {
+        Self { metadata, values: vec![None; metadata.fields().len()] }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let fields = self.metadata.fields().iter().zip(&self.values);
+        fields.filter_map(|(field, value)| Some((field.name(), value.as_deref()?)))
+    }
+}
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.values[field.index()] = Some(value.to_owned());
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.values[field.index()] = Some(format!("{value:?}"));
+    }
+}
+
+/// An event in the queue.
 #[derive(Debug)]
 struct Message {
-    metadata: &'static Metadata<'static>,
-    /// One for each field, in their order; as text, which is all that the journal and stderr take.
-    values: Vec<Option<String>>,
+    event: Fields,
+    /// The spans around the event, the outermost first.
+    spans: Vec<Arc<Fields>>,
     milliseconds: u64,
     thread: String,
 }
 
 impl Message {
-    fn of(event: &Event<'_>) -> Self {
-        let metadata = event.metadata();
-        let mut values = Values(vec![None; metadata.fields().len()]);
-        event.record(&mut values);
+    fn new(event: &Event<'_>, spans: Vec<Arc<Fields>>) -> Self {
+        let mut fields = Fields::new(event.metadata());
+        event.record(&mut fields);
         let thread = thread::current().name().unwrap_or("unnamed").to_owned();
-        Self { metadata, values: values.0, milliseconds: monotonic_milliseconds(), thread }
+        Self { event: fields, spans, milliseconds: monotonic_milliseconds(), thread }
     }
 
-    /// About how much memory it takes.
+    /// About how much memory it takes, in bytes. The fields of a span are shared by its messages.
     fn bytes(&self) -> usize {
-        size_of::<Self>() + self.values.iter().flatten().map(String::len).sum::<usize>()
+        size_of::<Self>() + self.event.values.iter().flatten().map(String::len).sum::<usize>()
     }
 
-    /// Has it sent to the journal as the event that it was.
-    fn send_to(&self, journal: &Dispatch) {
-        let values: Vec<Option<&dyn Value>> =
-            self.values.iter().map(|value| value.as_ref().map(|text| text as &dyn Value)).collect();
-        let values = self.metadata.fields().value_set_all(&values);
-        journal.event(&Event::new(self.metadata, &values));
+    /// Sends the event to the journal.
+    fn send(&self, identifier: &str) -> Result<(), libsystemd::errors::SdError> {
+        let priority = match severity_of(self.event.metadata) {
+            Severity::Debug => Priority::Debug,
+            Severity::Info => Priority::Info,
+            Severity::Warning => Priority::Warning,
+            Severity::Error | Severity::Fatal => Priority::Error,
+        };
+        let message = self.event.iter().find(|(name, _)| *name == MESSAGE);
+        let fields = self.journal_fields(identifier);
+        journal_send(priority, message.map_or("", |(_, text)| text), fields.iter())
+    }
+
+    /// The fields of the journal (systemd.journal-fields(7)), without text and priority.
+    fn journal_fields(&self, identifier: &str) -> BTreeMap<String, String> {
+        let metadata = self.event.metadata;
+        let mut fields = BTreeMap::new();
+        let spans = self.spans.iter().flat_map(|span| span.iter());
+        for (name, value) in spans.chain(self.event.iter()).filter(|(name, _)| *name != MESSAGE) {
+            // `flexnbd.client` becomes FLEXNBD_CLIENT.
+            fields.insert(name.replace('.', "_").to_ascii_uppercase(), value.to_owned());
+        }
+        let line = metadata.line().map(|line| line.to_string());
+        let source = [
+            ("CODE_FILE", metadata.file()),
+            ("CODE_LINE", line.as_deref()),
+            ("SYSLOG_IDENTIFIER", Some(identifier)),
+            ("TARGET", Some(metadata.target())),
+        ];
+        let source = source.into_iter().filter_map(|(name, value)| Some((name, value?)));
+        fields.extend(source.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        fields
     }
 
     /// The line on stderr.
     fn line(&self) -> String {
-        let mut fields = EventFields::default();
-        for (field, value) in self.metadata.fields().iter().zip(&self.values) {
-            if let Some(value) = value {
-                fields.note(field.name(), value.clone());
-            }
-        }
-        let about = LineContext {
+        let metadata = self.event.metadata;
+        let context = LineContext {
             milliseconds: self.milliseconds,
-            severity: severity_of(self.metadata),
+            severity: severity_of(metadata),
             pid: std::process::id(),
             thread: &self.thread,
-            file: self.metadata.file().unwrap_or("unknown"),
-            line: self.metadata.line().unwrap_or(0),
+            file: metadata.file().unwrap_or("unknown"),
+            line: metadata.line().unwrap_or(0),
         };
-        line::format(&about, &fields)
+        line::format(&context, self.event.iter())
     }
 }
 
-/// Takes down the values of an event as text.
-struct Values(Vec<Option<String>>);
-
-impl Visit for Values {
-    fn record_str(&mut self, field: &Field, value: &str) {
-        self.0[field.index()] = Some(value.to_owned());
-    }
-
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.0[field.index()] = Some(format!("{value:?}"));
-    }
-}
-
-/// Makes a message of each event and delivers it.
+/// Makes a message of each event, with the fields of its spans, and delivers it.
 struct Collector<D> {
     deliver: D,
 }
 
-impl<S: Subscriber, D: Fn(Message) + 'static> Layer<S> for Collector<D> {
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        (self.deliver)(Message::of(event));
+impl<S, D> Layer<S> for Collector<D>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    D: Fn(Message) + 'static,
+{
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        let mut fields = Fields::new(attributes.metadata());
+        attributes.record(&mut fields);
+        if let Some(span) = context.span(id) {
+            span.extensions_mut().insert(Arc::new(fields));
+        }
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+        let Some(span) = context.span(id) else { return };
+        if let Some(fields) = span.extensions_mut().get_mut::<Arc<Fields>>() {
+            let fields: &mut Fields = Arc::make_mut(fields);
+            values.record(fields);
+        }
+    }
+
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+        let spans = context.event_scope(event).into_iter().flat_map(|scope| scope.from_root());
+        let spans = spans.filter_map(|span| span.extensions().get::<Arc<Fields>>().cloned());
+        (self.deliver)(Message::new(event, spans.collect()));
     }
 }
 
-/// Past the lock of [`io::stderr`]: who holds that may be waiting for a reader that reads no more.
+/// Writes without the lock of [`io::stderr`]: its holder may wait for a reader that does not read.
 fn write_to_stderr(line: &str) {
     let (stderr, mut rest) = (io::stderr(), line.as_bytes());
     while !rest.is_empty() {
         match nix::unistd::write(&stderr, rest) {
             Ok(count) => rest = &rest[count..],
             Err(Errno::EINTR) => {}
-            // Somebody has made the pipe non-blocking, for all who hold it.
+            // Another process made the pipe non-blocking, which holds for every process that has it.
             Err(Errno::EAGAIN) => {
                 let mut writable = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
                 let _ = poll(&mut writable, PollTimeout::NONE);
@@ -326,7 +371,6 @@ fn write_to_stderr(line: &str) {
     }
 }
 
-/// Zero if there is no such clock, which the kernel always has.
 fn monotonic_milliseconds() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC)
         .ok()

@@ -1,34 +1,35 @@
-//! One event → one line of the log on stderr, in the format of flexnbd(1), "LOGGING".
-//! Pure: time, process and thread are given to it.
+//! The lines of the log on stderr, in the format of flexnbd(1), "LOGGING": one for each event.
+//! Pure: time, process and thread are arguments.
 
 use tracing::Level;
 
-/// The field that makes an error one that ends the program.
+/// The field of an error that ends the program.
 pub const FATAL: &str = "fatal";
 /// The field that holds the text.
-const MESSAGE: &str = "message";
-/// The field by which the journal knows the kind of an event; of no use on stderr.
-const MESSAGE_ID: &str = "message_id";
-/// The kernel's number for what went wrong, which the text says in words.
-const ERRNO: &str = "errno";
+pub const MESSAGE: &str = "message";
+/// Fields that only the journal keeps: the kind of the event, and the error number, which the text
+/// says in words.
+const JOURNAL_FIELDS: [&str; 2] = ["message_id", "errno"];
+/// Prefix of further fields that only the journal keeps; the text says the same in words.
+const JOURNAL_PREFIX: &str = "flexnbd.";
 
-/// How bad it is, as the letter in the line.
+/// Severity of an event, shown as a letter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// For those who work on the program.
+    /// For developers.
     Debug,
-    /// What is going on.
+    /// Normal operation.
     Info,
-    /// Something went wrong with a request, and we coped.
+    /// A request or a client failed; the server goes on.
     Warning,
-    /// Something went wrong.
+    /// An error.
     Error,
-    /// What went wrong ends the program.
+    /// An error that ends the program.
     Fatal,
 }
 
 impl Severity {
-    /// Of an event of this level.
+    /// The severity of an event of this level.
     #[must_use]
     pub fn of(level: Level, is_fatal: bool) -> Self {
         match level {
@@ -51,45 +52,58 @@ impl Severity {
     }
 }
 
-/// What a line tells besides the event itself.
+/// Where and when an event was logged.
 #[derive(Clone, Copy, Debug)]
 pub struct LineContext<'a> {
-    /// When, in milliseconds of the monotonic clock.
+    /// Time in milliseconds of the monotonic clock.
     pub milliseconds: u64,
-    /// How bad.
+    /// Severity.
     pub severity: Severity,
-    /// In which process.
+    /// Process id.
     pub pid: u32,
-    /// In which thread.
+    /// Name of the thread.
     pub thread: &'a str,
-    /// In which source file.
+    /// Source file.
     pub file: &'a str,
-    /// In which of its lines.
+    /// Line in the source file.
     pub line: u32,
 }
 
-/// The line, with its line break. `fields` is the event's text and what it says besides.
+/// Formats an event with its fields as a line, with the line break.
 #[must_use]
-pub fn format(about: &LineContext<'_>, fields: &EventFields) -> String {
-    let LineContext { milliseconds, pid, file, line, .. } = about;
+pub fn format<'a>(
+    context: &LineContext<'_>,
+    fields: impl Iterator<Item = (&'static str, &'a str)>,
+) -> String {
+    let LineContext { milliseconds, pid, file, line, .. } = context;
     let (letter, thread) =
-        (about.severity.letter(), about.thread.replace(char::is_whitespace, "_"));
+        (context.severity.letter(), context.thread.replace(char::is_whitespace, "_"));
     let mut out = format!("{milliseconds}:{letter}:{pid} {thread} {file}:{line}: ");
-    push_escaped(&mut out, &fields.message);
-    for (name, value) in &fields.others {
-        let is_plain =
-            !value.is_empty() && !value.contains(|c: char| c.is_whitespace() || c == '"');
-        let quoted = if is_plain { value.clone() } else { format!("{value:?}") };
-        out.push(' ');
-        out.push_str(name);
-        out.push('=');
-        push_escaped(&mut out, &quoted);
+    let mut others = String::new();
+    for (name, value) in fields {
+        if name == MESSAGE {
+            push_escaped(&mut out, value);
+        } else if is_shown(name) {
+            push_field(&mut others, name, value);
+        }
     }
-    out.push('\n');
-    out
+    out + &others + "\n"
 }
 
-/// Control characters would break the line, or the terminal it is shown on.
+fn is_shown(name: &str) -> bool {
+    name != FATAL && !JOURNAL_FIELDS.contains(&name) && !name.starts_with(JOURNAL_PREFIX)
+}
+
+fn push_field(out: &mut String, name: &str, value: &str) {
+    let is_plain = !value.is_empty() && !value.contains(|c: char| c.is_whitespace() || c == '"');
+    let quoted = if is_plain { value.to_owned() } else { format!("{value:?}") };
+    out.push(' ');
+    out.push_str(name);
+    out.push('=');
+    push_escaped(out, &quoted);
+}
+
+/// Appends `text` with its control characters escaped: they could break the line, or the terminal.
 fn push_escaped(out: &mut String, text: &str) {
     for c in text.chars() {
         if c.is_control() {
@@ -100,34 +114,11 @@ fn push_escaped(out: &mut String, text: &str) {
     }
 }
 
-/// How the names of fields begin that only the journal keeps.
-const JOURNAL_FIELD: &str = "flexnbd.";
-
-/// What an event says, taken down field by field.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct EventFields {
-    message: String,
-    others: Vec<(&'static str, String)>,
-}
-
-impl EventFields {
-    /// Adds a field of the event.
-    pub fn note(&mut self, name: &'static str, value: String) {
-        match name {
-            MESSAGE => self.message = value,
-            FATAL | MESSAGE_ID | ERRNO => {}
-            // The words say these; as fields they are for the journal.
-            _ if name.starts_with(JOURNAL_FIELD) => {}
-            _ => self.others.push((name, value)),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const ABOUT: LineContext<'_> = LineContext {
+    const CONTEXT: LineContext<'_> = LineContext {
         milliseconds: 1234,
         severity: Severity::Warning,
         pid: 42,
@@ -136,21 +127,18 @@ mod tests {
         line: 7,
     };
 
-    fn fields(message: &str, others: &[(&'static str, &str)]) -> EventFields {
-        let others = others.iter().map(|&(name, value)| (name, value.to_owned())).collect();
-        EventFields { message: message.to_owned(), others }
+    fn line(context: &LineContext<'_>, fields: &[(&'static str, &str)]) -> String {
+        format(context, fields.iter().copied())
     }
 
     #[test]
-    fn a_line_looks_as_the_manual_says() {
-        assert_eq!(
-            format(&ABOUT, &fields("something is odd", &[])),
-            "1234:W:42 main src/daemon.rs:7: something is odd\n"
-        );
+    fn a_line_has_the_format_of_the_manual() {
+        let line = line(&CONTEXT, &[(MESSAGE, "something is odd")]);
+        assert_eq!(line, "1234:W:42 main src/daemon.rs:7: something is odd\n");
     }
 
     #[test]
-    fn each_severity_has_its_letter_and_they_are_in_order() {
+    fn severities_are_ordered_and_have_letters() {
         let all = [
             Severity::of(Level::TRACE, false),
             Severity::of(Level::DEBUG, false),
@@ -165,26 +153,29 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_one_line_whatever_it_says() {
-        let line = format(&ABOUT, &fields("a\nb\x1b[31m", &[("why", "c\nd")]));
+    fn control_characters_are_escaped() {
+        let line = line(&CONTEXT, &[(MESSAGE, "a\nb\x1b[31m"), ("why", "c\nd")]);
         assert_eq!(line, "1234:W:42 main src/daemon.rs:7: a\\nb\\u{1b}[31m why=\"c\\nd\"\n");
     }
 
     #[test]
-    fn further_fields_follow_and_keep_their_names() {
-        let fields = fields(
-            "refused",
-            &[("client", "10.0.0.1:4"), ("reason", "not welcome"), ("empty", "")],
-        );
-        assert!(
-            format(&ABOUT, &fields)
-                .ends_with("refused client=10.0.0.1:4 reason=\"not welcome\" empty=\"\"\n")
-        );
+    fn further_fields_follow_the_text() {
+        let fields =
+            [("client", "10.0.0.1:4"), (MESSAGE, "refused"), ("reason", "not welcome"), ("no", "")];
+        let line = line(&CONTEXT, &fields);
+        assert!(line.ends_with(": refused client=10.0.0.1:4 reason=\"not welcome\" no=\"\"\n"));
     }
 
     #[test]
-    fn a_threads_name_is_one_word() {
-        let about = LineContext { thread: "my thread", ..ABOUT };
-        assert!(format(&about, &fields("", &[])).starts_with("1234:W:42 my_thread src/"));
+    fn fields_for_the_journal_are_not_shown() {
+        let fields =
+            [(MESSAGE, "x"), ("message_id", "0"), ("errno", "28"), ("flexnbd.client", "::1")];
+        assert!(line(&CONTEXT, &fields).ends_with(": x\n"));
+    }
+
+    #[test]
+    fn spaces_in_a_thread_name_are_replaced() {
+        let context = LineContext { thread: "my thread", ..CONTEXT };
+        assert!(line(&context, &[]).starts_with("1234:W:42 my_thread src/"));
     }
 }

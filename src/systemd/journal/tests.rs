@@ -1,20 +1,41 @@
-//! What `journal.rs` promises.
+//! Tests of `journal.rs`.
 
 use super::super::child;
 use super::*;
 use std::fs::File;
 use std::os::linux::fs::MetadataExt;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
+use tracing::{Level, info_span};
+
+/// The messages delivered while `log` runs.
+fn messages_of(threshold: Threshold, log: impl FnOnce()) -> Vec<Message> {
+    let delivered = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&delivered);
+    let deliver = move |message: Message| sink.lock().unwrap().push(message);
+    let subscriber = tracing_subscriber::registry().with(Collector { deliver }).with(threshold);
+    tracing::subscriber::with_default(subscriber, log);
+    std::mem::take(&mut *delivered.lock().unwrap())
+}
 
 /// The lines written while `log` runs.
 fn lines_of(threshold: Threshold, log: impl FnOnce()) -> Vec<String> {
-    let written = Arc::new(Mutex::new(Vec::new()));
-    let sink = Arc::clone(&written);
-    let deliver = move |message: Message| sink.lock().unwrap().push(message.line());
-    let subscriber = tracing_subscriber::registry().with(Collector { deliver }).with(threshold);
-    tracing::subscriber::with_default(subscriber, log);
-    written.lock().unwrap().clone()
+    messages_of(threshold, log).iter().map(Message::line).collect()
+}
+
+/// The fields of the journal, without those of the place in the source, for the only event of `log`.
+fn journal_fields_of(log: impl FnOnce()) -> Vec<(String, String)> {
+    let messages = messages_of(Threshold(Severity::Info), log);
+    let [message] = messages.as_slice() else { panic!("one event: {messages:?}") };
+    let mut fields = message.journal_fields("flexnbd");
+    assert_eq!(fields.remove("CODE_FILE").unwrap(), file!());
+    assert!(fields.remove("CODE_LINE").unwrap().parse::<u32>().is_ok());
+    assert_eq!(fields.remove("TARGET").unwrap(), module_path!());
+    assert_eq!(fields.remove("SYSLOG_IDENTIFIER").unwrap(), "flexnbd");
+    fields.into_iter().collect()
+}
+
+fn owned(fields: &[(&str, &str)]) -> Vec<(String, String)> {
+    fields.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect()
 }
 
 fn log_everything() {
@@ -26,10 +47,10 @@ fn log_everything() {
 }
 
 #[test]
-fn each_verbosity_lets_through_what_the_manual_says() {
+fn each_verbosity_logs_what_the_manual_says() {
     use {LogTarget::*, Verbosity::*};
     let verbose = if cfg!(debug_assertions) { "DIWEF" } else { "IWEF" };
-    for (verbosity, destination, expected) in [
+    for (verbosity, target, expected) in [
         (Quiet, Stderr, "F"),
         (Quiet, Journal, "F"),
         (Normal, Stderr, "WEF"),
@@ -37,14 +58,14 @@ fn each_verbosity_lets_through_what_the_manual_says() {
         (Verbose, Stderr, verbose),
         (Verbose, Journal, verbose),
     ] {
-        let lines = lines_of(Threshold::new(verbosity, destination), log_everything);
+        let lines = lines_of(Threshold::new(verbosity, target), log_everything);
         let letters: String = lines.iter().map(|line| line.split(':').nth(1).unwrap()).collect();
-        assert_eq!(letters, expected, "{verbosity:?} to {destination:?}");
+        assert_eq!(letters, expected, "{verbosity:?} to {target:?}");
     }
 }
 
 #[test]
-fn a_line_tells_when_who_and_where() {
+fn a_line_has_time_thread_and_source() {
     let before = monotonic_milliseconds();
     let lines = lines_of(Threshold(Severity::Fatal), || {
         crate::fatal!(
@@ -68,14 +89,85 @@ fn a_line_tells_when_who_and_where() {
 }
 
 #[test]
-#[ignore = "a part of other tests, which run it in a process of its own"]
+fn an_event_sends_its_fields_to_the_journal() {
+    let fields = journal_fields_of(|| {
+        tracing::info!(message_id = "0123", "flexnbd.client" = %"::1", errno = 28, "full");
+    });
+    let expected = [("ERRNO", "28"), ("FLEXNBD_CLIENT", "::1"), ("MESSAGE_ID", "0123")];
+    assert_eq!(fields, owned(&expected));
+}
+
+#[test]
+fn an_event_has_the_fields_of_its_spans_in_the_journal() {
+    let fields = journal_fields_of(|| {
+        let id: u64 = 7;
+        let _session = info_span!("session", "flexnbd.client" = %"::1", "flexnbd.session" = id);
+        let _session = _session.entered();
+        let _inner = info_span!("inner", "flexnbd.session" = 8).entered();
+        tracing::info!("flexnbd.bytes_sent" = 9, "sent");
+    });
+    let expected =
+        [("FLEXNBD_BYTES_SENT", "9"), ("FLEXNBD_CLIENT", "::1"), ("FLEXNBD_SESSION", "8")];
+    assert_eq!(fields, owned(&expected));
+}
+
+#[test]
+fn an_event_replaces_fields_of_its_spans() {
+    let fields = journal_fields_of(|| {
+        let _span = info_span!("session", "flexnbd.client" = "::1").entered();
+        tracing::info!("flexnbd.client" = "::2", "refused");
+    });
+    assert_eq!(fields, owned(&[("FLEXNBD_CLIENT", "::2")]));
+}
+
+#[test]
+fn a_field_recorded_later_is_in_later_events_only() {
+    let messages = messages_of(Threshold(Severity::Info), || {
+        let span = info_span!("session", "flexnbd.session" = tracing::field::Empty).entered();
+        tracing::info!("before");
+        span.record("flexnbd.session", 7);
+        tracing::info!("after");
+    });
+    let session = |message: &Message| message.journal_fields("").remove("FLEXNBD_SESSION");
+    let sessions: Vec<_> = messages.iter().map(session).collect();
+    assert_eq!(sessions, [None, Some("7".to_owned())]);
+}
+
+#[test]
+fn a_line_on_stderr_shows_no_span() {
+    let lines = lines_of(Threshold(Severity::Info), || {
+        let _span = info_span!("session", "flexnbd.client" = "::1", other = 1).entered();
+        tracing::info!("connected");
+    });
+    assert!(lines[0].ends_with(": connected\n"), "{lines:?}");
+}
+
+#[test]
+fn events_after_a_span_have_none_of_its_fields() {
+    let fields = journal_fields_of(|| {
+        drop(info_span!("session", "flexnbd.client" = "::1").entered());
+        tracing::info!("idle");
+    });
+    assert_eq!(fields, []);
+}
+
+#[test]
+fn the_journal_gets_spans_whenever_it_gets_information() {
+    for verbosity in [Verbosity::Normal, Verbosity::Verbose] {
+        let threshold = Threshold::new(verbosity, LogTarget::Journal);
+        assert!(threshold.0 <= Severity::of(Level::INFO, false));
+    }
+}
+
+#[test]
+#[ignore = "other tests run it in a process of its own"]
 fn a_child_that_logs() {
-    let destination = init(Verbosity::Normal).unwrap();
-    tracing::info!("not to be seen");
-    tracing::warn!("to be seen");
+    let target = init(Verbosity::Normal).unwrap();
+    tracing::info!("below the threshold");
+    tracing::warn!("a warning");
     assert!(init(Verbosity::Verbose).is_err());
     flush();
-    child::say(&format!("{destination:?}"));
+    child::say(&format!("{target:?}"));
 }
 
 const CHILD: &str = "systemd::journal::tests::a_child_that_logs";
@@ -85,13 +177,13 @@ fn without_a_journal_the_log_goes_to_stderr() {
     let output = child::running(CHILD).output().unwrap();
     assert_eq!(child::said(&output), ["Stderr"]);
     let log = String::from_utf8(output.stderr).unwrap();
-    assert!(log.ends_with(": to be seen\n") && !log.contains("not to be seen"), "{log}");
+    assert!(log.ends_with(": a warning\n") && !log.contains("below"), "{log}");
 }
 
 #[test]
-fn a_journal_that_is_promised_but_absent_is_replaced_by_stderr() {
+fn an_absent_journal_is_replaced_by_stderr() {
     if Path::new("/run/systemd/journal/socket").exists() {
-        return; // It is there.
+        return; // This host has one.
     }
     let file = tempfile::NamedTempFile::new().unwrap();
     let metadata = file.as_file().metadata().unwrap();
@@ -101,11 +193,11 @@ fn a_journal_that_is_promised_but_absent_is_replaced_by_stderr() {
         .output()
         .unwrap();
     assert_eq!(child::said(&output), ["Stderr"]);
-    assert!(std::fs::read_to_string(file.path()).unwrap().ends_with(": to be seen\n"));
+    assert!(std::fs::read_to_string(file.path()).unwrap().ends_with(": a warning\n"));
 }
 
 #[test]
-fn a_log_that_cannot_be_written_disturbs_nobody() {
+fn write_errors_of_the_log_are_ignored() {
     let full = File::options().write(true).open("/dev/full").unwrap();
     let output = child::running(CHILD).stderr(full).output().unwrap();
     assert_eq!(child::said(&output), ["Stderr"]);
