@@ -75,7 +75,7 @@ impl Process {
                 return ProcessEnd::Well;
             }
             let now = Instant::now();
-            self.status.report_if_due(now, self.service.server().clients());
+            self.status.report_if_due(now, self.service.server().client_count());
             let deadlines = [self.idle.deadline(self.is_busy()), self.status.deadline(now)];
             if let Some(event) = self.next_event(deadlines.into_iter().flatten().min())
                 && let Some(end) = self.handle(event)
@@ -148,7 +148,7 @@ impl Process {
 
     /// Whether there is a client, a migration or a command.
     fn is_busy(&self) -> bool {
-        self.service.server().clients() > 0
+        self.service.server().client_count() > 0
             || self.service.commands.count() > 0
             || self.service.running_migration().is_some()
     }
@@ -251,7 +251,7 @@ impl Process {
         let grace = Grace { clients: GRACE, disk: DISK_GRACE };
         match self.store.room() {
             room if stores_sessions && room > 0 => {
-                snapshot::save(&self.store, &server.pack_up(room, grace));
+                snapshot::save(&self.store, &server.suspend(room, grace));
             }
             _ => server.stop(grace),
         }

@@ -87,7 +87,7 @@ impl Observer for Reporter {
     }
 
     fn retire(&self) {
-        self.shutdown.leave();
+        self.shutdown.shut_down();
     }
 }
 

@@ -131,7 +131,7 @@ impl Service {
 
     /// Accepts neither clients nor commands any more, if there are none. Returns whether that is so.
     pub(super) fn close_if_idle(&self) -> bool {
-        let acceptor = self.server().door();
+        let acceptor = self.server().acceptor_handle();
         self.commands.close_if_none(|| acceptor.close_if_empty())
     }
 
@@ -143,8 +143,8 @@ impl Service {
             Status {
                 pid: std::process::id(),
                 size: self.size,
-                clients_allowed: server.accepts(),
-                num_clients: server.clients() as u64,
+                clients_allowed: server.is_accepting(),
+                num_clients: server.client_count() as u64,
                 has_control: !self.is_receiving(),
                 ..Status::default()
             }
@@ -186,7 +186,7 @@ impl Service {
         log_unsent(self.notifier.reloading());
         let reply = match reread() {
             Ok(Admission { acl, clients_max }) => {
-                self.server().readmit(acl, clients_max);
+                self.server().set_admission(acl, clients_max);
                 Reply::success("reloaded")
             }
             Err(why) => Reply::refused(why),
@@ -231,7 +231,7 @@ impl Service {
         check_not_moved(last_outcome.as_ref())?;
         let size = outgoing.context.disk.size();
         let record_store = migrations::check(&outgoing.record_store, size, command)?;
-        let shutdown = self.server().exit();
+        let shutdown = self.server().shutdown_handle();
         let prepared = PreparedMigration::new(&outgoing.context, record_store, shutdown, command)?;
         let handle = Arc::clone(&prepared.handle);
         // The event loop sets `is_interrupted` and then looks for a migration. So either it finds
@@ -302,7 +302,7 @@ mod tests {
     use crate::disk::ownership::Provenance;
     use crate::disk::{Access, Disk, FileBackend};
     use crate::net::{Address, Listener};
-    use crate::server::Opening;
+    use crate::server::ServerConfig;
     use std::io::ErrorKind;
     use std::iter;
     use std::net::TcpListener;
@@ -317,7 +317,7 @@ mod tests {
         let record_store = RecordStore::of(&image).unwrap();
         let disk = Arc::new(Disk::new(Box::new(image), false));
         let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
-        let server = Server::start(Opening::to_anybody(vec![listener], &disk)).unwrap();
+        let server = Server::start(ServerConfig::allow_all(vec![listener], &disk)).unwrap();
         let (sender, events) = mpsc::channel();
         let context = MigrationContext {
             disk,

@@ -17,33 +17,33 @@ use std::io;
 pub(super) struct ServingPolicy(pub(super) Provenance);
 
 impl ExportPolicy for ServingPolicy {
-    fn introduced(&self, _: SessionId, data: &[u8], _: &dyn SessionsView) -> ProbeReply {
+    fn probe(&self, _: SessionId, data: &[u8], _: &dyn SessionsView) -> ProbeReply {
         match Question::decode(data) {
             Ok(question) => {
                 let data = answer_when_serving(self.0, &question).encode().to_vec();
-                ProbeReply::Answer { data, retire: Vec::new(), is_source: false }
+                ProbeReply::Answer { data, displaced: Vec::new(), is_source: false }
             }
             Err(error) => invalid(error),
         }
     }
 
-    fn enters(&self, _: SessionId, _now: bool, _: &dyn SessionsView) -> GoReply {
-        GoReply::Open(Vec::new())
+    fn go(&self, _: SessionId, _enters: bool, _: &dyn SessionsView) -> GoReply {
+        GoReply::Allow(Vec::new())
     }
 
     fn permit(&self, _: SessionId, _changes: bool) -> Result<(), (ErrorCode, &'static str)> {
         Ok(())
     }
 
-    fn write_failed(&self, _session: SessionId, _error: &io::Error) {}
+    fn on_write_failure(&self, _session: SessionId, _error: &io::Error) {}
 
-    fn handed_over(&self, _session: SessionId, _payload: &[u8]) -> HandoverReply {
+    fn handover(&self, _session: SessionId, _payload: &[u8]) -> HandoverReply {
         HandoverReply::Refuse(ErrorCode::Invalid)
     }
 
-    fn said_goodbye(&self, _session: SessionId) {}
+    fn on_disconnect(&self, _session: SessionId) {}
 
-    fn closed(&self, _session: SessionId) {}
+    fn on_session_end(&self, _session: SessionId) {}
 }
 
 /// The policy of an incoming disk.
@@ -51,11 +51,13 @@ impl ExportPolicy for ServingPolicy {
 pub(super) struct ReceivingPolicy(pub(super) Destination);
 
 impl ExportPolicy for ReceivingPolicy {
-    fn introduced(&self, session: SessionId, data: &[u8], others: &dyn SessionsView) -> ProbeReply {
+    fn probe(&self, session: SessionId, data: &[u8], others: &dyn SessionsView) -> ProbeReply {
         match self.0.on_introduction(session, data, &|other| others.silence(other)) {
-            Ok(arrival::ProbeDecision::Answer { answer, retire }) => {
-                ProbeReply::Answer { data: answer.encode().to_vec(), retire, is_source: true }
-            }
+            Ok(arrival::ProbeDecision::Answer { answer, retire }) => ProbeReply::Answer {
+                data: answer.encode().to_vec(),
+                displaced: retire,
+                is_source: true,
+            },
             Ok(arrival::ProbeDecision::Refuse(denied)) => {
                 let (why, holder) = self.explain(denied, session, Some(data), others);
                 let reply = OptionReply::error(OptionReplyKind::ErrPolicy, &why);
@@ -65,18 +67,18 @@ impl ExportPolicy for ReceivingPolicy {
         }
     }
 
-    fn enters(&self, session: SessionId, now: bool, others: &dyn SessionsView) -> GoReply {
+    fn go(&self, session: SessionId, enters: bool, others: &dyn SessionsView) -> GoReply {
         let silence = |other| others.silence(other);
-        let entered = if now {
+        let entered = if enters {
             self.0.enter(session, &silence)
         } else {
             self.0.may_enter(session, &silence).map(|()| Vec::new())
         };
         match entered {
-            Ok(retire) => GoReply::Open(retire),
+            Ok(retire) => GoReply::Allow(retire),
             Err(denied) => {
                 let (why, holder) = self.explain(denied, session, None, others);
-                GoReply::Closed { why, holder }
+                GoReply::Refuse { why, holder }
             }
         }
     }
@@ -85,23 +87,23 @@ impl ExportPolicy for ReceivingPolicy {
         self.0.permit(session, changes).map_err(|denied| (ErrorCode::NotPermitted, why(denied)))
     }
 
-    fn write_failed(&self, _session: SessionId, error: &io::Error) {
+    fn on_write_failure(&self, _session: SessionId, error: &io::Error) {
         self.0.on_write_failure(&format!("cannot write the incoming disk: {error}"));
     }
 
-    fn handed_over(&self, session: SessionId, payload: &[u8]) -> HandoverReply {
+    fn handover(&self, session: SessionId, payload: &[u8]) -> HandoverReply {
         match self.0.on_handover(session, payload) {
             HandoverResult::Acknowledge => HandoverReply::Acknowledge,
             HandoverResult::Refuse => HandoverReply::Refuse(ErrorCode::Invalid),
-            HandoverResult::Silence => HandoverReply::Silence,
+            HandoverResult::Silence => HandoverReply::Close,
         }
     }
 
-    fn said_goodbye(&self, session: SessionId) {
+    fn on_disconnect(&self, session: SessionId) {
         self.0.on_disconnect(session);
     }
 
-    fn closed(&self, session: SessionId) {
+    fn on_session_end(&self, session: SessionId) {
         self.0.on_close(session);
     }
 
@@ -184,9 +186,9 @@ mod tests {
     }
 
     fn refusal(receiving: &ReceivingPolicy) -> String {
-        match receiving.enters(2, true, &ActiveSessions) {
-            GoReply::Closed { why, .. } => why,
-            GoReply::Open(_) => panic!("admitted"),
+        match receiving.go(2, true, &ActiveSessions) {
+            GoReply::Refuse { why, .. } => why,
+            GoReply::Allow(_) => panic!("admitted"),
         }
     }
 
@@ -195,7 +197,7 @@ mod tests {
         let disk = Arc::new(Disk::new(Box::new(MemoryBackend::new(4096)), false));
         let arrival = Arrival::new(Token([9; 16]), None, Admits::PlainWriter);
         let receiving = ReceivingPolicy(Destination::new(disk, None, arrival, Box::new(|_| {})));
-        receiving.enters(1, true, &ActiveSessions);
+        receiving.go(1, true, &ActiveSessions);
         let why = refusal(&receiving);
         assert!(why.contains("after 5 s"), "nothing written: {why}");
         receiving.permit(1, true).unwrap();

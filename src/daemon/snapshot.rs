@@ -23,7 +23,7 @@ pub(super) fn restore(stored: StoredDescriptors, notifier: &ServiceManager) -> S
                 let usable = stream.inspect_err(|error| warn!("closed a stored session: {error}"));
                 Some((number, usable.ok()?))
             });
-            StoredSessions { note: kept.note, streams: streams.collect() }
+            StoredSessions { snapshot: kept.note, streams: streams.collect() }
         }
         Err(why) => {
             warn!(
@@ -45,7 +45,7 @@ pub(super) fn save(store: &FdStore, sessions: &StoredSessions) {
         sessions.streams.iter().map(|(number, stream)| (*number, stream.as_fd())).collect();
     let stored = random::bytes()
         .map_err(io::Error::other)
-        .and_then(|id| store.put(u64::from_ne_bytes(id), &sessions.note, &descriptors));
+        .and_then(|id| store.put(u64::from_ne_bytes(id), &sessions.snapshot, &descriptors));
     match stored {
         Ok(()) => info!(
             message_id = message_id::SESSIONS_STORED,

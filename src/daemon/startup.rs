@@ -27,7 +27,7 @@ use crate::migration::destination::Destination;
 use crate::migration::wire::Token;
 use crate::net::Listener;
 use crate::server::policy::ExportPolicy;
-use crate::server::{Opening, STALL_LIMIT, Server, SessionSettings, StoredSessions, Style};
+use crate::server::{STALL_LIMIT, Server, ServerConfig, SessionSettings, StoredSessions, Style};
 use crate::sync::lock;
 use crate::systemd::FdStore;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -177,21 +177,21 @@ impl Startup {
             ..SessionSettings::default()
         };
         let Admission { acl, clients_max } = config.admission.clone();
-        let opening = Opening {
+        let server = ServerConfig {
             listeners,
             disk: Arc::clone(disk),
             policy,
-            name: &config.export,
+            export_name: &config.export,
             acl,
             clients_max,
             settings,
-            luggage: match config.role {
+            stored: match config.role {
                 ProcessRole::Serve => sessions,
                 ProcessRole::Listen { .. } => StoredSessions::default(),
             },
             events: Arc::new(ServerEventSender(events.clone())),
         };
-        Server::start(opening).map_err(|error| StartError::System("start serving", error))
+        Server::start(server).map_err(|error| StartError::System("start serving", error))
     }
 
     /// Starts to feed the service manager's watchdog, if it has one.
@@ -204,7 +204,7 @@ impl Startup {
         let notifier = self.inherited.notifier.clone();
         let Some(interval) = notifier.watchdog_interval() else { return Ok(None) };
         let parts = WatchedParts {
-            acceptor: service.server().door(),
+            acceptor: service.server().acceptor_handle(),
             events: events.clone(),
             disk: Arc::clone(disk),
         };

@@ -54,7 +54,7 @@ impl HealthCheck {
         Self {
             name: "the thread that lets clients in",
             ends_on_close: false,
-            ask: Box::new(move |number| asked.knock(number)),
+            ask: Box::new(move |number| asked.probe(number)),
             answered: Box::new(move || acceptor.answered()),
         }
     }

@@ -1,14 +1,15 @@
-//! Lets clients in: greets each, and starts a thread for it once it has said something.
-//! Waits for all listening sockets and all silent connections at once, and knows nothing of what
-//! clients say.
+//! The acceptor: accepts and greets connections, and starts a session's thread once a client has sent
+//! something. One `poll` waits for all listening sockets and all silent connections. Never parses
+//! what clients send.
 
 use super::control::StopRequest;
 use super::end::SessionEnd;
 use super::rejections::RejectReason;
 use super::session::Session;
 use super::sessions::{AcceptReadiness, AdmissionError, Registration, SuspendedSession};
+use super::settings::Style;
+use super::shared::ServerShared;
 use super::snapshot::SessionSnapshot;
-use super::{ServerShared, Style};
 use crate::memory_reserve::check_thread_headroom;
 use crate::message_id;
 use crate::nbd::handshake::server::ServerHandshake;
@@ -23,186 +24,193 @@ use tracing::{info, warn};
 
 /// Stack of a session's thread in bytes; its buffers are elsewhere.
 const STACK: usize = 256 << 10;
-/// How long to wait for a descriptor to become free when there is none.
-const SCARCITY: Duration = Duration::from_secs(1);
-/// How many connections of one socket to accept before looking at the others.
+/// How long to wait before accepting again when the process or the system had no descriptor left.
+const SCARCITY_BACKOFF: Duration = Duration::from_secs(1);
+/// How many connections of one socket to accept before polling the others.
 const BATCH: usize = 64;
-/// Length of the client flags in bytes, and of those with the head of an option.
+/// Length of the client flags in bytes.
 const CLIENT_FLAGS: usize = 4;
-const OPTION_HEAD_SENT: i32 = 20;
-/// How many descriptors no connection takes, or a quarter where there are few.
+/// Length of the client flags and the header of the first option in bytes.
+const FLAGS_AND_OPTION_HEADER: i32 = 20;
+/// How many descriptors connections never take; a quarter of the limit if that is less.
 const DESCRIPTORS_RESERVED: u64 = 32;
 
-/// Lets clients in until the roster is closed. Those who were accepted by then go on: what becomes of
-/// them is for their sessions.
+/// Accepts clients until the server stops accepting. Connections accepted by then get sessions, which
+/// end by themselves.
 pub(super) fn accept_clients(shared: &Arc<ServerShared>, listeners: &[Listener]) {
-    let mut lobby = Lobby::default();
-    if let Err(error) = accept_until_closed(shared, listeners, &mut lobby) {
+    let mut silent = SilentConnections::default();
+    if let Err(error) = accept_until_closed(shared, listeners, &mut silent) {
         shared.sessions.events.accepting_failed(&error);
     }
-    lobby.enter_all(shared);
-    shared.log_last_strangers();
+    silent.start_all(shared);
+    shared.rejections.log_remaining_counts();
 }
 
 fn accept_until_closed(
     shared: &Arc<ServerShared>,
     listeners: &[Listener],
-    lobby: &mut Lobby,
+    silent: &mut SilentConnections,
 ) -> io::Result<()> {
     let mut scarce_until: Option<Instant> = None;
     while !shared.sessions.is_closed() {
         shared.sessions.heartbeat.answer();
         let now = Instant::now();
-        let counts_due = shared.log_strangers(now);
-        lobby.dismiss(shared, now);
+        let counts_due = shared.rejections.log_counts(now);
+        silent.close_ended(shared, now);
         let scarce = scarce_until.filter(|until| now < *until);
-        let (accepts, opens_at) = match shared.sessions.entrance(now) {
+        let (accepts, ready_at) = match shared.sessions.accept_readiness(now) {
             _ if scarce.is_some() => (false, scarce),
-            AcceptReadiness::Open => (true, None),
-            AcceptReadiness::OpensAt(at) => (false, Some(at)),
-            AcceptReadiness::Shut => (false, None),
+            AcceptReadiness::Ready => (true, None),
+            AcceptReadiness::ReadyAt(at) => (false, Some(at)),
+            AcceptReadiness::NotReady => (false, None),
         };
         let accepted_from = if accepts { listeners } else { &[] };
-        let mut descriptors: Vec<BorrowedFd<'_>> = vec![shared.sessions.bell.as_fd()];
+        let mut descriptors: Vec<BorrowedFd<'_>> = vec![shared.sessions.acceptor_wake.as_fd()];
         descriptors.extend(accepted_from.iter().map(AsFd::as_fd));
-        descriptors.extend(lobby.descriptors());
-        let deadline = [opens_at, counts_due, lobby.deadline(shared)].into_iter().flatten().min();
+        descriptors.extend(silent.descriptors());
+        let deadline = [ready_at, counts_due, silent.deadline(shared)].into_iter().flatten().min();
         let ready = wait_readable(&descriptors, deadline)?;
         if ready[0] {
-            shared.sessions.bell.clear();
-            // Whoever has left may have left a descriptor.
+            shared.sessions.acceptor_wake.clear();
+            // A session that has ended may have freed a descriptor.
             scarce_until = None;
         }
-        let (at_doors, in_lobby) = ready[1..].split_at(accepted_from.len());
-        lobby.enter(shared, in_lobby);
-        for (listener, _) in accepted_from.iter().zip(at_doors).filter(|(_, ready)| **ready) {
-            scarce_until = scarce_until.max(accept_waiting(shared, listener, lobby));
+        let (listeners_ready, silent_ready) = ready[1..].split_at(accepted_from.len());
+        silent.start_ready(shared, silent_ready);
+        for (listener, _) in accepted_from.iter().zip(listeners_ready).filter(|(_, ready)| **ready)
+        {
+            scarce_until = scarce_until.max(accept_batch(shared, listener, silent));
         }
     }
     Ok(())
 }
 
-/// Accepts those who wait, while there is a place for the next, but not for ever: others wait at
-/// other sockets. Returns until when to wait, if the process has no descriptor left.
-fn accept_waiting(
+/// Accepts up to [`BATCH`] connections while there are slots. If the process has no descriptor left,
+/// returns when to try again.
+fn accept_batch(
     shared: &Arc<ServerShared>,
     listener: &Listener,
-    lobby: &mut Lobby,
+    silent: &mut SilentConnections,
 ) -> Option<Instant> {
     for _ in 0..BATCH {
-        if shared.sessions.entrance(Instant::now()) != AcceptReadiness::Open {
+        if shared.sessions.accept_readiness(Instant::now()) != AcceptReadiness::Ready {
             return None;
         }
-        match accept(shared, listener, lobby) {
-            Accepted::One(newcomer) => lobby.0.extend(newcomer),
+        match accept(shared, listener, silent) {
+            Accepted::One(connection) => silent.0.extend(connection),
             Accepted::None => return None,
             Accepted::Scarce(until) => return Some(until),
         }
-        lobby.dismiss(shared, Instant::now());
+        silent.close_ended(shared, Instant::now());
     }
     None
 }
 
-/// Connections that have been greeted and have not said anything. They cost a descriptor or two, and
-/// no thread, so that they can give way at once.
+/// Greeted connections from which nothing has arrived. They cost a descriptor or two and no thread,
+/// so that the acceptor can evict them at once.
 #[derive(Default)]
-struct Lobby(Vec<Newcomer>);
+struct SilentConnections(Vec<SilentConnection>);
 
-struct Newcomer {
+struct SilentConnection {
     stream: Stream,
     peer: Peer,
     registration: Registration,
-    /// It has sent its flags, and nothing behind them by then.
+    /// The client has sent its flags, and had sent nothing more when we looked.
     has_sent_flags: bool,
 }
 
-impl Lobby {
+impl SilentConnections {
     fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.0.iter().map(|newcomer| newcomer.stream.as_fd())
+        self.0.iter().map(|connection| connection.stream.as_fd())
     }
 
-    /// When the next handshake has taken too long. Old style has none.
+    /// When the next handshake times out. The old style has no handshake to wait for.
     fn deadline(&self, shared: &ServerShared) -> Option<Instant> {
         let limit = (shared.settings.style == Style::Newstyle)
             .then_some(shared.settings.handshake_timeout)?;
-        self.0.iter().map(|newcomer| newcomer.registration.since + limit).min()
+        self.0.iter().map(|connection| connection.registration.since + limit).min()
     }
 
-    /// Closes the connections that were told to leave, or have said nothing for too long.
-    fn dismiss(&mut self, shared: &ServerShared, now: Instant) {
+    /// Closes connections that have timed out or are requested to stop.
+    fn close_ended(&mut self, shared: &ServerShared, now: Instant) {
         let newstyle = shared.settings.style == Style::Newstyle;
-        self.0.retain(|Newcomer { peer, registration, .. }| {
-            let end = match registration.orders.current() {
+        self.0.retain(|SilentConnection { peer, registration, .. }| {
+            let end = match registration.control.current() {
                 StopRequest::Serve
                     if newstyle
                         && registration.since + shared.settings.handshake_timeout <= now =>
                 {
                     SessionEnd::HandshakeTimeout
                 }
-                // These are obeyed by a session.
-                StopRequest::Serve | StopRequest::PackUp | StopRequest::Finish => return true,
-                order => SessionEnd::Ordered(order),
+                // A session will handle these.
+                StopRequest::Serve | StopRequest::Suspend | StopRequest::Finish => return true,
+                request => SessionEnd::Requested(request),
             };
-            shared.log_end_in_handshake(peer, registration.id, &end);
+            shared.rejections.log_handshake_end(peer, registration.id, &end);
             false
         });
     }
 
-    /// Starts sessions for those who have said something, or have gone.
-    fn enter(&mut self, shared: &Arc<ServerShared>, ready: &[bool]) {
+    /// Starts sessions for connections from which something has arrived, or that are closed.
+    fn start_ready(&mut self, shared: &Arc<ServerShared>, ready: &[bool]) {
         let mut ready = ready.iter();
-        let said = self.0.extract_if(.., |newcomer| {
-            ready.next().is_some_and(|ready| *ready) && !newcomer.has_only_sent_flags()
+        let started = self.0.extract_if(.., |connection| {
+            ready.next().is_some_and(|ready| *ready) && !connection.has_only_sent_flags()
         });
-        said.for_each(|newcomer| newcomer.enter(shared));
+        started.for_each(|connection| connection.start(shared));
     }
 
-    fn enter_all(self, shared: &Arc<ServerShared>) {
-        self.0.into_iter().for_each(|newcomer| newcomer.enter(shared));
+    fn start_all(self, shared: &Arc<ServerShared>) {
+        self.0.into_iter().for_each(|connection| connection.start(shared));
     }
 }
 
-impl Newcomer {
-    /// Whether the client has sent good flags and no byte more: then it is heard of again when it
-    /// has sent the head of an option.
+impl SilentConnection {
+    /// Whether the client has sent valid flags and no byte more. If so, raises `SO_RCVLOWAT` so that
+    /// the connection becomes readable with the header of the first option.
     fn has_only_sent_flags(&mut self) -> bool {
         if self.has_sent_flags {
-            return false; // More has come, or the end.
+            return false; // Now there is more, or the end of the stream.
         }
-        let mut words = [0; CLIENT_FLAGS + 1];
-        let count = self.stream.peek(&mut words);
-        let good =
-            words[..CLIENT_FLAGS - 1] == [0; CLIENT_FLAGS - 1] && words[CLIENT_FLAGS - 1] <= 3;
+        let mut bytes = [0; CLIENT_FLAGS + 1];
+        let count = self.stream.peek(&mut bytes);
+        let valid =
+            bytes[..CLIENT_FLAGS - 1] == [0; CLIENT_FLAGS - 1] && bytes[CLIENT_FLAGS - 1] <= 3;
         self.has_sent_flags = matches!(count, Ok(CLIENT_FLAGS))
-            && good
-            && self.stream.be_readable_from(OPTION_HEAD_SENT);
+            && valid
+            && self.stream.be_readable_from(FLAGS_AND_OPTION_HEADER);
         self.has_sent_flags
     }
 
-    fn enter(self, shared: &Arc<ServerShared>) {
+    fn start(self, shared: &Arc<ServerShared>) {
         let Self { stream, peer, registration, has_sent_flags: _ } = self;
         stream.be_readable_from(1);
-        run(shared, stream, peer, registration, None);
+        spawn_session(shared, stream, peer, registration, None);
     }
 }
 
-/// What came of accepting.
+/// Result of one `accept`.
 enum Accepted {
-    /// A connection; none if it was refused.
-    One(Option<Newcomer>),
-    /// Nobody waits, or nobody is let in any more.
+    /// A connection; `None` if it was refused.
+    One(Option<SilentConnection>),
+    /// The backlog is empty, or the server has stopped accepting.
     None,
-    /// The system has nothing left for another connection; worth trying again at this time.
+    /// The system has no resources for another connection; try again at this time.
     Scarce(Instant),
 }
 
-/// Lets one client in.
-fn accept(shared: &Arc<ServerShared>, listener: &Listener, lobby: &mut Lobby) -> Accepted {
-    let Some(_arriving) = shared.sessions.expect() else { return Accepted::None };
+/// Accepts, registers and greets one connection.
+fn accept(
+    shared: &Arc<ServerShared>,
+    listener: &Listener,
+    silent: &mut SilentConnections,
+) -> Accepted {
+    let Some(_accepting) = shared.sessions.begin_accept() else { return Accepted::None };
     match listener.accept() {
         Ok((stream, peer)) => {
-            let admitted = admit(shared, stream, peer, lobby);
-            let admitted = admitted.inspect_err(|why| shared.log_refusal(&peer, *why)).ok();
+            let admitted = admit(shared, stream, peer, silent);
+            let admitted =
+                admitted.inspect_err(|why| shared.rejections.log_refusal(&peer, *why)).ok();
             Accepted::One(
                 admitted
                     .and_then(|(stream, registration)| greet(shared, stream, peer, registration)),
@@ -210,40 +218,41 @@ fn accept(shared: &Arc<ServerShared>, listener: &Listener, lobby: &mut Lobby) ->
         }
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Accepted::None,
         Err(error) => {
-            // A connection that says nothing makes room, if there is one.
-            shared.sessions.free_something(Instant::now());
-            let nobody = Peer::Unix { pid: None, uid: None };
-            if shared.is_worth_a_line(RejectReason::Scarce, &nobody) {
+            shared.sessions.evict_one(Instant::now());
+            let unknown = Peer::Unix { pid: None, uid: None };
+            if shared.rejections.allows_line(RejectReason::Scarce, &unknown) {
                 warn!("cannot accept a client: {error}; trying again when a session has ended");
             }
-            Accepted::Scarce(Instant::now() + SCARCITY)
+            Accepted::Scarce(Instant::now() + SCARCITY_BACKOFF)
         }
     }
 }
 
-/// A place for this client, or why there is none. The last descriptors are for operators and for
-/// the disk: another connection takes one of them only if a silent one gives way.
+/// Registers a connection, or returns why it is refused. The last descriptors are reserved for
+/// operators and for the disk: a connection that got one of them stays only if a silent connection
+/// can be evicted for it.
 fn admit(
     shared: &ServerShared,
     stream: Stream,
     peer: Peer,
-    lobby: &mut Lobby,
+    silent: &mut SilentConnections,
 ) -> Result<(Stream, Registration), AdmissionError> {
     let now = Instant::now();
     if !is_reserved(&stream) {
         return shared.sessions.admit(peer, now).map(|registration| (stream, registration));
     }
-    if !shared.sessions.free_something(now) {
+    if !shared.sessions.evict_one(now) {
         return Err(AdmissionError::NoDescriptors);
     }
-    lobby.dismiss(shared, now);
-    // The number that has become free: those in use stay the lowest, by which they are counted.
+    silent.close_ended(shared, now);
+    // Move to the number that has become free: `is_reserved` relies on the lowest numbers being in
+    // use.
     let stream = stream.at_lowest_number().map_err(|_| AdmissionError::NoDescriptors)?;
     shared.sessions.admit(peer, now).map(|registration| (stream, registration))
 }
 
-/// Whether a new connection has one of the last descriptors that the process can have: the kernel
-/// always gives the lowest free number.
+/// Whether a new connection got one of the last descriptors that the process can have: the kernel
+/// always assigns the lowest free number.
 fn is_reserved(stream: &Stream) -> bool {
     let descriptor = stream.as_fd().as_raw_fd();
     let Ok((limit, _)) = getrlimit(Resource::RLIMIT_NOFILE) else { return false };
@@ -251,76 +260,75 @@ fn is_reserved(stream: &Stream) -> bool {
     u64::try_from(descriptor).is_ok_and(|descriptor| descriptor >= limit - reserved)
 }
 
-/// Speaks first, as a server does. None if the connection is gone already.
+/// Sends the greeting. Returns `None` if the connection is closed, or has become a session.
 fn greet(
     shared: &Arc<ServerShared>,
     stream: Stream,
     peer: Peer,
     registration: Registration,
-) -> Option<Newcomer> {
-    // A connection that takes no options is on its way out, which the session will see.
+) -> Option<SilentConnection> {
+    // Setting options fails only on a connection that is being closed; the session will see that.
     let _ = stream.tune().and_then(|()| stream.never_block());
     let _ = stream.leave_little_unsent();
     if shared.settings.style == Style::Oldstyle {
-        // Who gets at the disk is decided before the greeting, which is all there is.
-        run(shared, stream, peer, registration, None);
+        // The greeting is the whole handshake, so that the session asks the policy before it.
+        spawn_session(shared, stream, peer, registration, None);
         return None;
     }
     stream.be_readable_from(CLIENT_FLAGS as i32);
     let mut greeting = Vec::new();
     ServerHandshake::new(shared.export.clone()).greet(&mut greeting);
-    // It fits: nothing was sent before it.
+    // It fits into the socket's buffer, which is empty.
     match stream.try_send(&greeting, false) {
         Ok(count) if count == greeting.len() => {
-            Some(Newcomer { stream, peer, registration, has_sent_flags: false })
+            Some(SilentConnection { stream, peer, registration, has_sent_flags: false })
         }
         Ok(_) => None,
         Err(error) => {
-            shared.log_end_in_handshake(&peer, registration.id, &SessionEnd::Connection(error));
+            let end = SessionEnd::Connection(error);
+            shared.rejections.log_handshake_end(&peer, registration.id, &end);
             None
         }
     }
 }
 
-/// Goes on with a session that another process has packed up, or says why not and closes it.
-pub(super) fn resume(
+/// Starts a session of the previous process, or closes its connection and logs why.
+pub(super) fn restore(
     shared: &Arc<ServerShared>,
-    SuspendedSession { carried, stream }: SuspendedSession,
+    SuspendedSession { snapshot, stream }: SuspendedSession,
 ) {
-    let session = carried.session;
-    let greeting_since = carried.is_greeting().then(Instant::now);
-    let taken = stream.peer().map_err(|error| error.to_string()).and_then(|peer| {
-        let registration = shared.sessions.take_over(session, peer, greeting_since);
+    let session = snapshot.session;
+    let handshake_since = snapshot.is_in_handshake().then(Instant::now);
+    let registered = stream.peer().map_err(|error| error.to_string()).and_then(|peer| {
+        let registration = shared.sessions.restore(session, peer, handshake_since);
         registration
             .map(|registration| (peer, registration))
             .map_err(|why| format!("{peer}: {why}"))
     });
-    match taken {
+    match registered {
         Ok((peer, registration)) => {
             info!("flexnbd.client" = %peer, "flexnbd.session" = session, "{peer} goes on");
-            run(shared, stream, peer, registration, Some(carried));
+            spawn_session(shared, stream, peer, registration, Some(snapshot));
         }
         Err(why) => warn!("flexnbd.session" = session, "closed a session taken over: {why}"),
     }
 }
 
-/// Starts the thread of a session.
-fn run(
+fn spawn_session(
     shared: &Arc<ServerShared>,
     stream: Stream,
     peer: Peer,
     registration: Registration,
-    carried: Option<SessionSnapshot>,
+    snapshot: Option<SessionSnapshot>,
 ) {
     let (name, for_session) = (format!("client-{}", registration.id), Arc::clone(shared));
     let thread = thread::Builder::new().name(name).stack_size(STACK);
     let started = check_thread_headroom().and_then(|()| {
-        thread.spawn(move || serve(&for_session, stream, peer, registration, carried))
+        thread.spawn(move || run_session(&for_session, stream, peer, registration, snapshot))
     });
     let Err(error) = started else { return };
-    // A connection that says nothing makes room for the next, if there is one.
-    shared.sessions.free_something(Instant::now());
-    if shared.is_worth_a_line(RejectReason::Scarce, &peer) {
+    shared.sessions.evict_one(Instant::now());
+    if shared.rejections.allows_line(RejectReason::Scarce, &peer) {
         let who = peer.to_string();
         warn!(
             "flexnbd.client" = who,
@@ -329,12 +337,12 @@ fn run(
     }
 }
 
-fn serve(
+fn run_session(
     shared: &ServerShared,
     stream: Stream,
     peer: Peer,
     registration: Registration,
-    carried: Option<SessionSnapshot>,
+    snapshot: Option<SessionSnapshot>,
 ) {
     let id = registration.id;
     let session = Session {
@@ -347,37 +355,37 @@ fn serve(
         settings: shared.settings,
         cpus: shared.cpus,
     };
-    let (end, carried) = session.run(carried);
-    shared.policy.closed(id);
-    if session.registration.is_seated() || matches!(end, SessionEnd::PackedUp) {
+    let (end, snapshot) = session.run(snapshot);
+    shared.policy.on_session_end(id);
+    if session.registration.is_established() || matches!(end, SessionEnd::Suspended) {
         log_end(&session.peer, id, &end);
     } else {
-        shared.log_end_in_handshake(&session.peer, id, &end);
+        shared.rejections.log_handshake_end(&session.peer, id, &end);
     }
-    if let Some(carried) = carried {
+    if let Some(snapshot) = snapshot {
         let Session { stream, registration, .. } = session;
-        registration.hand_in(SuspendedSession { carried, stream });
+        registration.suspend(SuspendedSession { snapshot, stream });
     }
 }
 
 fn log_end(peer: &Peer, id: u64, end: &SessionEnd) {
-    if matches!(end, SessionEnd::PackedUp) {
+    if matches!(end, SessionEnd::Suspended) {
         info!("flexnbd.client" = %peer, "flexnbd.session" = id, "packed up the session of {peer}");
         return;
     }
-    let kind = match end {
+    let message_id = match end {
         SessionEnd::Stalled => Some(message_id::CLIENT_STALLED),
-        SessionEnd::Ordered(StopRequest::NotAdmitted) => Some(message_id::CLIENT_NOT_ADMITTED),
+        SessionEnd::Requested(StopRequest::NotAdmitted) => Some(message_id::CLIENT_NOT_ADMITTED),
         _ => None,
     };
     if end.is_trouble() {
         warn!(
-            message_id = kind, "flexnbd.client" = %peer, "flexnbd.session" = id,
+            message_id, "flexnbd.client" = %peer, "flexnbd.session" = id,
             "closed the session of {peer}: {end}"
         );
     } else {
         info!(
-            message_id = kind, "flexnbd.client" = %peer, "flexnbd.session" = id,
+            message_id, "flexnbd.client" = %peer, "flexnbd.session" = id,
             "closed the session of {peer}: {end}"
         );
     }

@@ -1,60 +1,52 @@
-//! Which addresses may come in (flexnbd(1), "Access control").
-//! Pure. Knows addresses, not sockets; unix sockets are governed by their permissions instead.
+//! The access control list: which addresses may connect (flexnbd(1), "Access control").
+//! Pure. Knows addresses, not sockets; access to unix sockets depends on their permissions instead.
 
 use ipnet::IpNet;
 use std::net::IpAddr;
+use thiserror::Error;
 
-/// Who may connect.
+/// An access control list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Acl {
     entries: Vec<IpNet>,
     default_deny: bool,
 }
 
-/// An entry that is neither an address nor an address with a prefix length.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The entry is neither an address nor an address with a prefix length.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "'{0}' is not an access control entry; give an IPv4 or IPv6 address, or one with a prefix \
+     length, such as 192.0.2.0/24"
+)]
 pub struct BadEntry(pub String);
 
-impl std::fmt::Display for BadEntry {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "'{}' is not an access control entry; give an IPv4 or IPv6 address, or one with a \
-             prefix length, such as 192.0.2.0/24",
-            self.0
-        )
-    }
-}
-
-impl std::error::Error for BadEntry {}
-
 impl Acl {
-    /// The list of these entries. An empty one admits everybody, or nobody with `default_deny`.
+    /// A list of these entries. An empty list admits all addresses, or none with `default_deny`.
     ///
     /// # Errors
-    /// The first entry that is none.
+    /// The first malformed entry.
     pub fn parse<S: AsRef<str>>(entries: &[S], default_deny: bool) -> Result<Self, BadEntry> {
         let entries =
             entries.iter().map(|entry| parse(entry.as_ref())).collect::<Result<_, _>>()?;
         Ok(Self { entries, default_deny })
     }
 
-    /// The same way of treating an empty list, with other entries.
+    /// A list of other entries that treats an empty list as this one does.
     ///
     /// # Errors
-    /// The first entry that is none.
-    pub fn replaced<S: AsRef<str>>(&self, entries: &[S]) -> Result<Self, BadEntry> {
+    /// The first malformed entry.
+    pub fn with_entries<S: AsRef<str>>(&self, entries: &[S]) -> Result<Self, BadEntry> {
         Self::parse(entries, self.default_deny)
     }
 
-    /// Its entries in their plainest form: `192.0.2.0/24`, mapped IPv4 addresses as IPv4.
+    /// The entries in canonical form: `192.0.2.0/24`, IPv4-mapped addresses as IPv4.
     #[must_use]
     pub fn entries(&self) -> Vec<String> {
         self.entries.iter().map(|entry| entry.trunc().to_string()).collect()
     }
 
-    /// Whether a client at this address may come in. An IPv4 client of a dual-stack socket is one
-    /// of IPv4.
+    /// Whether a client at this address may connect. IPv4 entries apply to IPv4 clients of a
+    /// dual-stack socket, which have IPv4-mapped addresses.
     #[must_use]
     pub fn admits(&self, client: IpAddr) -> bool {
         let client = client.to_canonical();
@@ -76,7 +68,7 @@ fn parse(entry: &str) -> Result<IpNet, BadEntry> {
     let width = if canonical.is_ipv4() { 32 } else { 128 };
     let length = match prefix {
         None => width,
-        // A mapped IPv4 address counts its prefix from the start of its IPv6 form.
+        // The prefix of an IPv4-mapped address counts from the start of its IPv6 form.
         Some(prefix) if given.is_ipv6() && canonical.is_ipv4() => {
             digits(prefix).and_then(|length| length.checked_sub(96)).ok_or_else(bad)?
         }
@@ -85,7 +77,7 @@ fn parse(entry: &str) -> Result<IpNet, BadEntry> {
     IpNet::new(canonical, length).map_err(|_| bad())
 }
 
-/// A number as it is usually written: a leading zero may mean octal, or a digit that was mistyped.
+/// Parses a prefix length. Refuses a leading zero, which may mean octal or a missing digit.
 fn digits(prefix: &str) -> Option<u8> {
     let is_plain = prefix.bytes().all(|byte| byte.is_ascii_digit());
     let has_leading_zero = prefix.len() > 1 && prefix.starts_with('0');
@@ -101,13 +93,13 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_list_admits_everybody_or_nobody_as_told() {
+    fn an_empty_list_admits_all_or_none_as_configured() {
         assert!(admits(&[], false, "192.0.2.1"));
         assert!(!admits(&[], true, "192.0.2.1"));
     }
 
     #[test]
-    fn only_those_listed_come_in_whatever_the_default() {
+    fn only_listed_addresses_are_admitted_with_either_default() {
         for default_deny in [false, true] {
             assert!(admits(&["192.0.2.1"], default_deny, "192.0.2.1"));
             assert!(!admits(&["192.0.2.1"], default_deny, "192.0.2.2"));
@@ -117,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_cover_their_network_and_bits_behind_them_do_not_count() {
+    fn prefixes_cover_their_network_and_ignore_host_bits() {
         assert!(admits(&["192.0.2.77/24"], false, "192.0.2.255"));
         assert!(!admits(&["192.0.2.0/24"], false, "192.0.3.0"));
         assert!(admits(&["0.0.0.0/0"], false, "8.8.8.8"));
@@ -126,9 +118,9 @@ mod tests {
     }
 
     #[test]
-    fn entries_are_told_in_their_plainest_form() {
-        let told = Acl::parse(&["192.0.2.77/24", "::1", "::ffff:192.0.2.9/120"], false).unwrap();
-        assert_eq!(told.entries(), ["192.0.2.0/24", "::1/128", "192.0.2.0/24"]);
+    fn entries_are_returned_in_canonical_form() {
+        let acl = Acl::parse(&["192.0.2.77/24", "::1", "::ffff:192.0.2.9/120"], false).unwrap();
+        assert_eq!(acl.entries(), ["192.0.2.0/24", "::1/128", "192.0.2.0/24"]);
     }
 
     #[test]
@@ -137,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_entry_is_named() {
+    fn a_malformed_entry_is_named() {
         for entry in [
             "",
             "localhost",

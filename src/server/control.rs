@@ -1,5 +1,5 @@
-//! What the server tells a session while that is busy or waiting.
-//! One order at a time, and never a milder one after a harsher.
+//! Stop requests from the server to one session, which may be busy or waiting.
+//! A stronger request replaces a weaker one, never the reverse.
 
 use crate::disk::Notifier;
 use crate::net::Wake;
@@ -9,90 +9,93 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What a session is to do.
+/// What the server requests of a session, from the weakest to the strongest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(super) enum StopRequest {
-    /// Go on.
+    /// No request: serve.
     Serve = 0,
-    /// Stop between two requests, and pack up for the next process.
-    PackUp = 1,
-    /// Answer what has been received, then close.
+    /// Stop between two requests of the client, and save a snapshot for the next process.
+    Suspend = 1,
+    /// Answer the received requests, then close.
     Finish = 2,
-    /// Close now: the client is no longer admitted.
+    /// Close now: the access control list no longer admits the client.
     NotAdmitted = 3,
-    /// Close now: somebody else waits to greet, and this client has not in all its time.
-    GiveWay = 4,
+    /// Close now: another client needs the slot of this slow handshake.
+    Evict = 4,
     /// Close now: the server ends.
-    Leave = 5,
-    /// Close now: another connection has got the seat at the arriving disk.
+    Disconnect = 5,
+    /// Close now: another connection of the same source writes the incoming disk.
     Displaced = 6,
 }
 
-/// The way from the server to one session.
+/// The channel from the server to one session. It wakes the session for completions of disk I/O, too.
 #[derive(Debug)]
 pub(super) struct SessionControl {
     current: AtomicU8,
-    /// Whether the session has been told to end and waits for the disk before it does.
+    /// The session has a stop request, and waits for the disk before it can end.
     waits_for_disk: AtomicBool,
-    /// Set whenever there is a new order, or news of an errand.
+    /// Woken by each new request, and by each completion.
     pub(super) wake: Wake,
-    /// When something was last heard of the client, on the clock of [`now`].
-    heard: AtomicU64,
+    /// When the session was last active, in milliseconds on the clock of [`now`].
+    last_activity: AtomicU64,
 }
 
 impl SessionControl {
-    /// The way to a session that is to serve.
+    /// A channel without a request.
     ///
     /// # Errors
-    /// When there is no descriptor left.
+    /// When no descriptor is left.
     pub(super) fn new() -> io::Result<Self> {
-        let (current, heard) = (AtomicU8::new(StopRequest::Serve as u8), AtomicU64::new(now()));
-        let waits_for_disk = AtomicBool::new(false);
-        Ok(Self { current, waits_for_disk, wake: Wake::new()?, heard })
+        Ok(Self {
+            current: AtomicU8::new(StopRequest::Serve as u8),
+            waits_for_disk: AtomicBool::new(false),
+            wake: Wake::new()?,
+            last_activity: AtomicU64::new(now()),
+        })
     }
 
-    /// Gives an order, unless a harsher one was given.
-    pub(super) fn give(&self, order: StopRequest) {
-        self.current.fetch_max(order as u8, Ordering::AcqRel);
+    /// Sends a request, unless there is a stronger one.
+    pub(super) fn request(&self, request: StopRequest) {
+        self.current.fetch_max(request as u8, Ordering::AcqRel);
         self.wake.wake();
     }
 
-    /// The session, which has been told to end, waits for the disk; or does no more.
+    /// The session sets whether it waits for the disk, once it has a stop request.
     pub(super) fn set_waits_for_disk(&self, waits: bool) {
         self.waits_for_disk.store(waits, Ordering::Release);
     }
 
-    /// Whether the session waits for the disk before it ends.
+    /// Whether the session waits for the disk before it can end.
     pub(super) fn waits_for_disk(&self) -> bool {
         self.waits_for_disk.load(Ordering::Acquire)
     }
 
-    /// Something came from the client, or something that it waited for was done.
-    pub(super) fn heard(&self) {
-        self.heard.store(now(), Ordering::Relaxed);
+    /// The session records that bytes have arrived from the client, or that disk I/O has completed.
+    pub(super) fn record_activity(&self) {
+        self.last_activity.store(now(), Ordering::Relaxed);
     }
 
-    /// For how long the client has been silent.
+    /// The time since the last activity.
     pub(super) fn silence(&self) -> Duration {
-        Duration::from_millis(now().saturating_sub(self.heard.load(Ordering::Relaxed)))
+        Duration::from_millis(now().saturating_sub(self.last_activity.load(Ordering::Relaxed)))
     }
 
-    /// The order that holds now.
+    /// The strongest request so far.
     pub(super) fn current(&self) -> StopRequest {
         match self.current.load(Ordering::Acquire) {
             0 => StopRequest::Serve,
-            1 => StopRequest::PackUp,
+            1 => StopRequest::Suspend,
             2 => StopRequest::Finish,
             3 => StopRequest::NotAdmitted,
-            4 => StopRequest::GiveWay,
-            5 => StopRequest::Leave,
+            4 => StopRequest::Evict,
+            5 => StopRequest::Disconnect,
             _ => StopRequest::Displaced,
         }
     }
 }
 
-/// Milliseconds on a clock that costs no system call, and is right to some of them.
+/// Milliseconds on a coarse clock: reading it needs no system call, and it is up to a tick late.
 fn now() -> u64 {
     let time = ClockId::CLOCK_MONOTONIC_COARSE.now().map(Duration::from);
     time.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
@@ -113,16 +116,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_milder_order_does_not_take_back_a_harsher_one() {
-        let orders = SessionControl::new().unwrap();
-        assert_eq!(orders.current(), StopRequest::Serve);
-        let mild = [StopRequest::PackUp, StopRequest::Finish, StopRequest::NotAdmitted];
-        let all = [&mild[..], &[StopRequest::GiveWay, StopRequest::Leave, StopRequest::Displaced]]
-            .concat();
-        for order in all {
-            orders.give(order);
-            orders.give(StopRequest::PackUp);
-            assert_eq!(orders.current(), order);
+    fn a_weaker_request_does_not_replace_a_stronger_one() {
+        let control = SessionControl::new().unwrap();
+        assert_eq!(control.current(), StopRequest::Serve);
+        let weak = [StopRequest::Suspend, StopRequest::Finish, StopRequest::NotAdmitted];
+        let strong = [StopRequest::Evict, StopRequest::Disconnect, StopRequest::Displaced];
+        for request in [weak, strong].concat() {
+            control.request(request);
+            control.request(StopRequest::Suspend);
+            assert_eq!(control.current(), request);
         }
     }
 }

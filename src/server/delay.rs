@@ -1,67 +1,67 @@
-//! Whether what a session has received was kept waiting for so long that its client may have gone,
-//! and come back, in the meantime.
-//! Looks at a coarse clock only, which costs no system call.
+//! How long a session has kept received bytes waiting: if too long, the client may have given up and
+//! reconnected in the meantime.
+//! Reads only a coarse clock, which costs no system call.
 
 use nix::time::{ClockId, clock_gettime};
 use std::time::Duration;
 
-/// A session that was busy for longer than this with one thing has kept the rest waiting.
-const LATE: Duration = Duration::from_millis(20);
-/// No more often than this is the connection looked at while things are late.
-const LOOK_EVERY: Duration = Duration::from_millis(4);
+/// One step that takes a session longer than this makes the bytes received behind it late.
+const LATE_AFTER: Duration = Duration::from_millis(20);
+/// While bytes are late, the connection is checked at most once in this time.
+const CHECK_INTERVAL: Duration = Duration::from_millis(4);
 
-/// How long the received bytes of one session have been waiting.
+/// The delay of one session's received bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ReceiveDelay {
-    /// When it last received something or began a change.
-    last: Duration,
-    /// Something has been kept waiting since there last was no backlog.
+    /// When the session last received bytes or began a change.
+    last_step: Duration,
+    /// Bytes have been kept waiting since there last was no backlog.
     late: bool,
-    /// It has been waiting for new requests since.
+    /// The session has waited for new requests since the last step.
     idle: bool,
-    looked: Duration,
+    last_check: Duration,
 }
 
 impl Default for ReceiveDelay {
     fn default() -> Self {
-        Self { last: Duration::ZERO, late: false, idle: true, looked: Duration::ZERO }
+        Self { last_step: Duration::ZERO, late: false, idle: true, last_check: Duration::ZERO }
     }
 }
 
 impl ReceiveDelay {
-    /// Bytes have been received.
+    /// The session has received bytes.
     pub(super) fn received(&mut self) {
-        self.went_on(now());
+        self.step(now());
     }
 
-    /// The session waits for something; with a backlog that it cannot begin now, or for new requests.
+    /// The session waits: with a backlog that it cannot begin now, or for new requests.
     pub(super) fn waits(&mut self, has_backlog: bool) {
         (self.late, self.idle) = (has_backlog, !has_backlog);
     }
 
-    /// Whether to look if the client is still there, before a change is begun.
-    pub(super) fn counts_as_late(&mut self) -> bool {
-        self.looks(now())
+    /// Whether the session must check, before it begins a change, that the client is still there.
+    pub(super) fn needs_check(&mut self) -> bool {
+        self.needs_check_at(now())
     }
 
-    fn went_on(&mut self, now: Duration) {
-        let stalled = now.saturating_sub(self.last) > LATE;
-        self.late |= stalled && !std::mem::take(&mut self.idle);
-        self.last = now;
+    fn step(&mut self, now: Duration) {
+        let delayed = now.saturating_sub(self.last_step) > LATE_AFTER;
+        self.late |= delayed && !std::mem::take(&mut self.idle);
+        self.last_step = now;
     }
 
-    fn looks(&mut self, now: Duration) -> bool {
-        self.went_on(now);
-        let looks = self.late && now.saturating_sub(self.looked) >= LOOK_EVERY;
-        if looks {
-            self.looked = now;
+    fn needs_check_at(&mut self, now: Duration) -> bool {
+        self.step(now);
+        let needed = self.late && now.saturating_sub(self.last_check) >= CHECK_INTERVAL;
+        if needed {
+            self.last_check = now;
         }
-        looks
+        needed
     }
 }
 
 fn now() -> Duration {
-    // It cannot fail for a clock that exists; without one, everything is late.
+    // This fails only without such a clock; then all bytes are late.
     clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(Duration::MAX, Duration::from)
 }
 
@@ -72,30 +72,30 @@ mod tests {
     const START: Duration = Duration::from_secs(9);
 
     #[test]
-    fn a_session_is_late_after_one_long_step_and_not_after_many_short_ones() {
+    fn bytes_are_late_after_one_long_step_only() {
         let mut delay = ReceiveDelay::default();
         delay.waits(false);
-        delay.went_on(START);
+        delay.step(START);
         for step in 1..100 {
-            assert!(!delay.looks(START + step * LATE));
+            assert!(!delay.needs_check_at(START + step * LATE_AFTER));
         }
-        delay.went_on(START + 99 * LATE + LATE + Duration::from_nanos(1));
-        assert!(delay.looks(START + 101 * LATE));
+        delay.step(START + 99 * LATE_AFTER + LATE_AFTER + Duration::from_nanos(1));
+        assert!(delay.needs_check_at(START + 101 * LATE_AFTER));
     }
 
     #[test]
-    fn a_backlog_is_late_until_the_session_waits_for_new_requests() {
+    fn a_backlog_is_late_until_the_session_is_idle() {
         let mut delay = ReceiveDelay::default();
         delay.waits(false);
-        delay.went_on(START);
+        delay.step(START);
         delay.waits(true);
-        assert!(delay.looks(START));
-        delay.went_on(START + LATE);
-        assert!(delay.looks(START + LATE), "received behind the backlog");
-        assert!(!delay.looks(START + LATE), "looked at just now");
-        assert!(delay.looks(START + LATE + LOOK_EVERY));
+        assert!(delay.needs_check_at(START));
+        delay.step(START + LATE_AFTER);
+        assert!(delay.needs_check_at(START + LATE_AFTER), "received behind the backlog");
+        assert!(!delay.needs_check_at(START + LATE_AFTER), "checked just now");
+        assert!(delay.needs_check_at(START + LATE_AFTER + CHECK_INTERVAL));
         delay.waits(false);
-        delay.went_on(START + 9 * LATE);
-        assert!(!delay.looks(START + 10 * LATE));
+        delay.step(START + 9 * LATE_AFTER);
+        assert!(!delay.needs_check_at(START + 10 * LATE_AFTER));
     }
 }

@@ -52,7 +52,7 @@ impl Transmission<'_> {
             }
             Err(refusal) => {
                 if length > PAYLOAD_ABSURD {
-                    return Err(SessionEnd::AbsurdPayload(length));
+                    return Err(SessionEnd::PayloadTooLong(length));
                 }
                 self.worker.refuse(to, refusal.code, refusal.why, &mut self.outbox);
                 if length > 0 {
@@ -104,7 +104,7 @@ impl Transmission<'_> {
                 self.progress.payload = Some(Payload { to, left: length, purpose });
             }
             Request::Disconnect => {
-                self.worker.policy.said_goodbye(self.worker.session);
+                self.worker.policy.on_disconnect(self.worker.session);
                 self.progress.leaving = Some(SessionEnd::Goodbye);
             }
             _ => return self.worker.answer(to, request, &mut self.outbox),
@@ -116,15 +116,15 @@ impl Transmission<'_> {
     /// its side since: it may be connected anew, and the change would be made over newer ones. What
     /// can be made as it comes is made.
     fn check_that_it_counts(&mut self) -> Result<(), SessionEnd> {
-        if self.delay.counts_as_late() && self.stream.has_peer_ended().is_ok_and(|ended| ended) {
-            return Err(SessionEnd::Vanished);
+        if self.delay.needs_check() && self.stream.has_peer_ended().is_ok_and(|ended| ended) {
+            return Err(SessionEnd::Truncated);
         }
         Ok(())
     }
 
     /// Whether no errand stands in the way of a request.
     fn may_begin(&self, request: Request) -> bool {
-        let errands = &self.worker.errands;
+        let errands = &self.worker.in_flight;
         match request {
             Request::Read { .. } => true,
             Request::Write { .. }
@@ -164,7 +164,7 @@ impl Transmission<'_> {
             return Ok(false);
         }
         let visit = match self.worker.visit()? {
-            Some(visit) if self.worker.errands.has_room(length) => visit,
+            Some(visit) if self.worker.in_flight.has_room(length) => visit,
             _ => {
                 self.go_on_with(to, range, rest, durable);
                 self.stuck = true;
@@ -173,7 +173,7 @@ impl Transmission<'_> {
         };
         self.check_that_it_counts()?;
         let what = Request::Write { range, durable };
-        let is_clear = self.worker.errands.is_clear(piece);
+        let is_clear = self.worker.in_flight.is_clear(piece);
         // One piece is written durably; of several, all are made durable after the last.
         if piece == range && (durable || !is_clear || visit.cold_edges(range).is_some()) {
             let mut data = Vec::new();
@@ -183,10 +183,10 @@ impl Transmission<'_> {
             data.extend_from_slice(&self.inbox.bytes()[..length]);
             let work = Work::Write { offset: range.offset(), data, durable };
             self.inbox.consume(length);
-            self.worker.errands.begin(visit, work, Tag::Answer { to, request: what });
+            self.worker.in_flight.begin(visit, work, Tag::Answer { to, request: what });
             return Ok(true);
         }
-        let needs_place = !is_clear || !self.worker.errands.writes_are_ordered();
+        let needs_place = !is_clear || !self.worker.in_flight.writes_are_ordered();
         if needs_place && !self.takes_place(piece) {
             self.go_on_with(to, range, rest, durable);
             self.stuck = true;
@@ -195,13 +195,13 @@ impl Transmission<'_> {
         let outcome = visit.write(piece.offset(), &self.inbox.bytes()[..length]);
         self.place = None;
         self.written += piece.length();
-        self.worker.errands.record_write(piece);
+        self.worker.in_flight.record_write(piece);
         self.inbox.consume(length);
         match outcome {
             Ok(()) if !then.is_empty() => self.go_on_with(to, range, then, durable),
             Ok(()) if durable => {
                 let aside = Tag::Answer { to, request: what };
-                self.worker.errands.begin(visit, Work::Flush, aside);
+                self.worker.in_flight.begin(visit, Work::Flush, aside);
             }
             Err(error) if !then.is_empty() => {
                 let purpose = PayloadPurpose::Skip { failed: Some((what, error)) };
@@ -215,7 +215,7 @@ impl Transmission<'_> {
     /// Takes a place among the changes in flight for a piece of a longer write, unless it has one;
     /// false if the piece has to wait for earlier ones.
     fn takes_place(&mut self, piece: Range) -> bool {
-        let errands = &self.worker.errands;
+        let errands = &self.worker.in_flight;
         self.place.get_or_insert_with(|| errands.register_change(piece)).is_first()
     }
 
@@ -247,13 +247,13 @@ impl Transmission<'_> {
         self.inbox.consume(step);
         let left = left - step as u64;
         // Reads may have begun errands since it was announced.
-        self.stuck = left == 0 && !self.worker.errands.is_empty();
+        self.stuck = left == 0 && !self.worker.in_flight.is_empty();
         if left > 0 || self.stuck {
             self.progress.payload =
                 Some(Payload { to, left, purpose: PayloadPurpose::Private { data } });
             return Ok(step > 0 && !self.stuck);
         }
-        match self.worker.policy.handed_over(self.worker.session, &data) {
+        match self.worker.policy.handover(self.worker.session, &data) {
             HandoverReply::Acknowledge => {
                 self.outbox.reply(|out| self.worker.dialect.success(to, out));
             }
@@ -261,7 +261,7 @@ impl Transmission<'_> {
                 let why = "not a handover of the migration that is under way";
                 self.worker.refuse(to, code, why, &mut self.outbox);
             }
-            HandoverReply::Silence => return Err(SessionEnd::Ordered(StopRequest::Leave)),
+            HandoverReply::Close => return Err(SessionEnd::Requested(StopRequest::Disconnect)),
         }
         Ok(true)
     }
@@ -273,7 +273,7 @@ impl Transmission<'_> {
             Malformed::Magic(magic) => magic as u32,
             _ => 0,
         };
-        let end = SessionEnd::NoRequest(magic);
+        let end = SessionEnd::BadMagic(magic);
         if !self.answers_nonsense {
             return Err(end);
         }

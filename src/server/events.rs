@@ -1,18 +1,18 @@
-//! Events that a server reports to its owner. Never decides what follows from them.
+//! Callbacks of a server to its owner. Never decides what follows from them.
 
 use std::fmt;
 use std::io;
 
-/// Whoever runs a server. Called from many threads at once, with locks held: must neither wait nor
-/// ask the server anything.
+/// The owner of a server. Several threads call it, some with locks held: it must neither block nor
+/// call the server.
 pub trait ServerEvents: Send + Sync + fmt::Debug {
-    /// A client has come or gone.
+    /// A client has connected or disconnected.
     fn clients_changed(&self);
-    /// Nobody can be let in any more, for this reason.
+    /// The acceptor has failed for this reason and accepts no more clients.
     fn accepting_failed(&self, why: &io::Error);
 }
 
-/// Does not care.
+/// Does nothing.
 #[cfg(test)]
 #[derive(Debug)]
 pub(crate) struct IgnoreEvents;

@@ -3,16 +3,16 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Questions to the thread that lets clients in, by number, and its answers.
+/// The numbers of the last request and of the last reply.
 #[derive(Debug, Default)]
 pub(super) struct Heartbeat {
-    pub(super) asked: AtomicU64,
+    pub(super) requested: AtomicU64,
     pub(super) answered: AtomicU64,
 }
 
 impl Heartbeat {
-    /// I am here.
+    /// Answers the last request.
     pub(super) fn answer(&self) {
-        self.answered.store(self.asked.load(Ordering::Acquire), Ordering::Release);
+        self.answered.store(self.requested.load(Ordering::Acquire), Ordering::Release);
     }
 }

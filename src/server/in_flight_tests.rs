@@ -1,6 +1,7 @@
 //! Sessions on a disk that is as slow as the test wants: what waits for it, and what does not.
 
-use super::*;
+use super::{Grace, Server, ServerConfig, SessionSettings, StoredSessions};
+use crate::disk::Disk;
 use crate::disk::inflight::{BYTES_MAX, IN_FLIGHT_MAX};
 use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
 use crate::disk::slow::{Slow, SlowBackend};
@@ -9,11 +10,14 @@ use crate::nbd::handshake::option::encode_option;
 use crate::nbd::reply::{Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND, PRIVATE_OPTION};
-use crate::net::Address;
+use crate::net::{Address, Listener};
 use crate::server::policy::{ExportPolicy, RecordingPolicy};
 use nix::libc::ENOSPC;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 mod order_tests;
 mod stopping_tests;
@@ -49,13 +53,13 @@ fn open(
     disk: &Arc<Disk>,
     recorder: &Arc<RecordingPolicy>,
     settings: SessionSettings,
-    luggage: StoredSessions,
+    stored: StoredSessions,
 ) -> (Server, Address) {
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
-    let anybody = Opening::to_anybody(vec![listener], disk);
+    let anybody = ServerConfig::allow_all(vec![listener], disk);
     let policy = Arc::clone(recorder) as Arc<dyn ExportPolicy>;
-    (Server::start(Opening { policy, settings, luggage, ..anybody }).unwrap(), address)
+    (Server::start(ServerConfig { policy, settings, stored, ..anybody }).unwrap(), address)
 }
 
 fn plain() -> Fixture {
@@ -114,8 +118,8 @@ impl Fixture {
 
     fn wait_for_clients(&self, count: usize) {
         let deadline = Instant::now() + PATIENCE;
-        while self.server.clients() != count {
-            assert!(Instant::now() < deadline, "{} clients", self.server.clients());
+        while self.server.client_count() != count {
+            assert!(Instant::now() < deadline, "{} clients", self.server.client_count());
             thread::yield_now();
         }
     }
@@ -299,7 +303,7 @@ fn what_fails_aside_is_told_and_the_session_goes_on() {
     fixture.faults.fail_every(Op::Write, ENOSPC);
     fixture.slow.fail(0, ENOSPC);
     assert_eq!(client.head(), (2, ErrorCode::NoSpace.number()));
-    assert_eq!(fixture.recorder.all(), ["failed", "failed"]);
+    assert_eq!(fixture.recorder.calls(), ["on_write_failure", "on_write_failure"]);
     fixture.faults.heal();
     client.is_answered_first();
 }
@@ -348,17 +352,17 @@ fn goodbye_and_handover_come_after_all_that_was_asked_before() {
     client.0.write_all(&bytes).unwrap();
     client.0.write_all(b"over").unwrap();
     fixture.slow.wait_for(1);
-    assert_eq!(fixture.recorder.all(), <[&str; 0]>::default());
+    assert_eq!(fixture.recorder.calls(), <[&str; 0]>::default());
     fixture.finish(0);
     assert_eq!((client.head(), client.head()), ((1, 0), (2, 0)));
     client.write(FUA, 0, &[1; 4096], 3);
     client.ask(CommandKind::Disconnect, PLAIN, 0, 0, 4);
     fixture.slow.wait_for(1);
-    assert_eq!(fixture.recorder.all(), ["handed over"]);
+    assert_eq!(fixture.recorder.calls(), ["handover"]);
     fixture.finish(0);
     assert_eq!(client.head(), (3, 0));
     fixture.wait_for_clients(0);
-    assert_eq!(fixture.recorder.all(), ["handed over", "goodbye", "closed"]);
+    assert_eq!(fixture.recorder.calls(), ["handover", "on_disconnect", "on_session_end"]);
 }
 
 #[test]

@@ -1,30 +1,28 @@
-//! Bytes that a client sent and that were not used yet.
-//! Never asks for more than its buffer holds, so that a client cannot make it grow.
+//! Receive buffer: bytes that a client has sent and the session has not consumed.
+//! Never larger than [`CAPACITY`], so that a client cannot make it grow.
 
 use crate::net::Stream;
 use memmap2::MmapMut;
 use std::io;
 
-/// How much is received at once, in bytes. Large enough for a whole piece of a write behind the
-/// end of another one.
+/// Size of the buffer in bytes. Large enough for a whole piece of a write behind the end of another.
 pub(super) const CAPACITY: usize = 320 << 10;
 
-/// A buffer between the socket and the parser. A payload is written to the disk from where it lies.
-/// Where that is, is left to chance: to write 256 KiB took 18.7 µs from the beginning of a page and
-/// 19.5 µs from 28 bytes behind it, where the first payload lies.
+/// A buffer between the socket and the parser, from which payloads are written to the disk without a
+/// copy. Payloads are not aligned to pages: to write 256 KiB took 18.7 µs from the beginning of a page
+/// and 19.5 µs from 28 bytes behind it, where the first payload is.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
-    /// None while nothing is held, so that an idle session costs no memory. Mapped, since the kernel
-    /// can refuse that: memory that the allocator does not get ends the process.
+    /// `None` while it is empty and the session idle. Mapped, because a failed `mmap` is an error
+    /// that we can handle, whereas a failed allocation ends the process.
     buffer: Option<MmapMut>,
     start: usize,
     end: usize,
 }
 
 impl Inbox {
-    /// One that holds these bytes already; none if they are more than it can hold, or there is no
-    /// memory.
-    pub(super) fn holding(bytes: &[u8]) -> Option<Self> {
+    /// An inbox that contains these bytes. `None` if they are too many, or no memory is left.
+    pub(super) fn restore(bytes: &[u8]) -> Option<Self> {
         let mut inbox = Self::default();
         if bytes.len() > CAPACITY {
             return None;
@@ -37,12 +35,12 @@ impl Inbox {
         Some(inbox)
     }
 
-    /// What arrived and was not used.
+    /// The bytes that have not been consumed.
     pub(super) fn bytes(&self) -> &[u8] {
         self.buffer.as_deref().map_or(&[], |buffer| &buffer[self.start..self.end])
     }
 
-    /// Marks the first `count` bytes as used.
+    /// Removes the first `count` bytes.
     pub(super) fn consume(&mut self, count: usize) {
         self.start += count.min(self.end - self.start);
         if self.start == self.end {
@@ -50,11 +48,11 @@ impl Inbox {
         }
     }
 
-    /// Takes what the client has sent, as far as there is room; 0 is the end of the stream.
+    /// Receives as many bytes as have arrived and fit; returns how many, 0 at the end of the stream.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing has arrived; `OutOfMemory` when there is no room at all, or no memory;
-    /// otherwise the connection is broken.
+    /// `WouldBlock` when nothing has arrived; `OutOfMemory` when the buffer is full or no memory is
+    /// left; otherwise the connection is broken.
     pub(super) fn receive(&mut self, from: &Stream) -> io::Result<usize> {
         if self.is_full() {
             return Err(io::ErrorKind::OutOfMemory.into());
@@ -72,20 +70,20 @@ impl Inbox {
         Ok(count)
     }
 
-    /// Whether nothing more can be received before something is used.
+    /// Whether bytes must be consumed before more can be received.
     pub(super) fn is_full(&self) -> bool {
         self.end - self.start == CAPACITY
     }
 
-    /// Gives the memory back if nothing is held.
-    pub(super) fn relax(&mut self) {
+    /// Frees the buffer if it is empty.
+    pub(super) fn shrink(&mut self) {
         if self.start == self.end {
             self.buffer = None;
         }
     }
 
-    /// Whether there is memory to give back.
-    pub(super) fn is_relaxed(&self) -> bool {
+    /// Whether the buffer is freed.
+    pub(super) fn is_shrunk(&self) -> bool {
         self.buffer.is_none()
     }
 }
@@ -102,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_come_out_in_the_order_they_came_in_however_they_are_used() {
+    fn bytes_keep_their_order_with_any_consumption() {
         let (mut client, stream) = pair();
         let mut inbox = Inbox::default();
         let mut expected = 0u32;
@@ -126,20 +124,20 @@ mod tests {
     }
 
     #[test]
-    fn an_inbox_goes_on_where_another_one_was() {
+    fn a_restored_inbox_continues_the_stream() {
         let (mut client, stream) = pair();
-        let mut inbox = Inbox::holding(b"abc").unwrap();
+        let mut inbox = Inbox::restore(b"abc").unwrap();
         client.write_all(b"def").unwrap();
         inbox.consume(1);
         inbox.receive(&stream).unwrap();
         assert_eq!(inbox.bytes(), b"bcdef");
-        assert!(Inbox::holding(&[]).unwrap().is_relaxed());
-        assert!(Inbox::holding(&[0; CAPACITY]).unwrap().is_full());
-        assert!(Inbox::holding(&[0; CAPACITY + 1]).is_none());
+        assert!(Inbox::restore(&[]).unwrap().is_shrunk());
+        assert!(Inbox::restore(&[0; CAPACITY]).unwrap().is_full());
+        assert!(Inbox::restore(&[0; CAPACITY + 1]).is_none());
     }
 
     #[test]
-    fn a_full_inbox_asks_for_no_more_and_an_empty_one_costs_nothing() {
+    fn a_full_inbox_receives_nothing_and_an_empty_one_shrinks() {
         let (mut client, stream) = pair();
         let mut inbox = Inbox::default();
         while !inbox.is_full() {
@@ -149,10 +147,10 @@ mod tests {
         assert_eq!(inbox.bytes().len(), CAPACITY);
         let more = inbox.receive(&stream).unwrap_err();
         assert_eq!(more.kind(), io::ErrorKind::OutOfMemory);
-        inbox.relax();
-        assert!(!inbox.is_relaxed());
+        inbox.shrink();
+        assert!(!inbox.is_shrunk());
         inbox.consume(CAPACITY);
-        inbox.relax();
-        assert!(inbox.is_relaxed());
+        inbox.shrink();
+        assert!(inbox.is_shrunk());
     }
 }

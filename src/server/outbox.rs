@@ -1,8 +1,8 @@
-//! Replies that a client has not taken yet.
-//! Keeps the replies in one piece each: what comes up while a simple read is being sent waits
-//! behind it. Data of a long read may wait behind the bytes by reference ([`Pinned`]). Of a read that
-//! is too long to be in hand as a whole, the rest has its place here as a promise: a part of the disk
-//! that is to be read, and put behind the bytes, piece by piece.
+//! Send buffer: replies that the client has not received yet.
+//! Keeps each reply contiguous: replies that complete while a simple read is being sent are deferred
+//! until it is complete. The data of a long read may follow the buffer by reference ([`Pinned`]). A
+//! simple read that is too long for the buffer is announced by its header first; its range of the
+//! disk is then read and appended piece by piece.
 
 use super::pinned::Pinned;
 use super::snapshot::UnsentSnapshot;
@@ -12,34 +12,34 @@ use nix::errno::Errno;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-/// With this many bytes waiting, a session sends before it answers more reads. Not more, although
-/// fewer calls would do: while the session answers the next, the client deals with these. (Reads of
-/// 4 KiB at depth 32 are answered 1.7 times as fast as with 256 KiB.)
+/// With this many unsent bytes, a session sends before it answers more reads. Larger batches need
+/// fewer calls, but the client could not process one batch while the session answers the next. (Reads
+/// of 4 KiB at depth 32 are answered 1.7 times as fast as with 256 KiB.)
 pub(super) const FULL: usize = 32 << 10;
-/// With this many bytes waiting, a session answers nothing more at all: more than the longest simple
-/// reply that is in hand as a whole, beside which other requests are still answered.
+/// With this many unsent bytes, a session answers nothing more. Greater than the longest simple reply
+/// that is buffered as a whole, so that other requests are still answered beside it.
 pub(super) const OVERFULL: usize = (512 << 10) + (1 << 20);
-/// How large the buffer is at least, in bytes: so much that the allocator gives it back to the
-/// kernel when it is freed. (With 64 KiB an idle session kept 76 KiB, with this 18 KiB.)
-const ROOM: usize = 320 << 10;
-/// With this many bytes waiting behind a read that is being sent, a session answers nothing more.
-pub(super) const HELD_MAX: usize = 64 << 10;
+/// Smallest size of the buffer in bytes: large enough that the allocator returns it to the kernel when
+/// it is freed. (With 64 KiB an idle session kept 76 KiB, with this 18 KiB.)
+const BUFFER_MIN: usize = 320 << 10;
+/// With this many bytes deferred behind a simple read, a session answers nothing more.
+pub(super) const DEFERRED_MAX: usize = 64 << 10;
 
-/// A buffer between the session's work and the socket.
+/// A buffer between the execution of requests and the socket.
 #[derive(Debug)]
 pub(super) struct Outbox {
-    /// Every byte of it has been written once: what lies beyond `end` is room, not garbage.
+    /// All bytes are initialized; those beyond `end` are free space.
     buffer: Vec<u8>,
     start: usize,
     end: usize,
-    /// While the data of a simple read is incomplete: what must come behind it.
-    held: Option<Vec<u8>>,
-    /// Data behind the bytes that wait.
+    /// While the data of a simple read is incomplete: the replies to follow it.
+    deferred: Option<Vec<u8>>,
+    /// Data that follows the buffer.
     pinned: Pinned,
-    /// What the head of a reply has promised, and is still to be read.
-    promised: Range,
-    /// The allocator had nothing for a reply, which is lost: the session has to end.
-    is_exhausted: bool,
+    /// The rest of the range that the header of a simple reply has announced, still to be read.
+    announced: Range,
+    /// A reply was lost because no memory was left: the session has to end.
+    out_of_memory: bool,
     scratch: Vec<u8>,
 }
 
@@ -49,43 +49,43 @@ impl Default for Outbox {
             buffer: Vec::new(),
             start: 0,
             end: 0,
-            held: None,
+            deferred: None,
             pinned: Pinned::default(),
-            promised: Range::whole(0),
-            is_exhausted: false,
+            announced: Range::whole(0),
+            out_of_memory: false,
             scratch: Vec::new(),
         }
     }
 }
 
 impl Outbox {
-    /// Everything that was not sent.
+    /// Saves everything that was not sent.
     ///
     /// # Errors
-    /// When what is held by reference cannot be had: the reply cannot be completed.
-    pub(super) fn pack(mut self) -> io::Result<UnsentSnapshot> {
+    /// When pinned data cannot be read or a reply is lost: the stream of replies cannot be continued.
+    pub(super) fn save(mut self) -> io::Result<UnsentSnapshot> {
         if self.pinned.length() > 0 {
-            let pinned = self.pinned.take()?;
+            let pinned = self.pinned.drain()?;
             self.append(&pinned);
-            self.release();
+            self.release_deferred();
         }
-        if self.is_exhausted {
+        if self.out_of_memory {
             return Err(Errno::ENOMEM.into());
         }
         let bytes = self.buffer[self.start..self.end].to_vec();
-        Ok(UnsentSnapshot { bytes, from_disk: self.promised.into(), held: self.held })
+        Ok(UnsentSnapshot { bytes, from_disk: self.announced.into(), held: self.deferred })
     }
 
-    /// The same on a disk of `size` bytes; none if it does not fit there.
-    pub(super) fn unpack(waiting: UnsentSnapshot, size: u64) -> Option<Self> {
-        let UnsentSnapshot { bytes, from_disk, held } = waiting;
-        let (end, promised) = (bytes.len(), from_disk.within(size)?);
-        Some(Self { buffer: bytes, end, held, promised, ..Self::default() })
+    /// Restores an outbox on a disk of `size` bytes; `None` if the announced range exceeds it.
+    pub(super) fn restore(unsent: UnsentSnapshot, size: u64) -> Option<Self> {
+        let UnsentSnapshot { bytes, from_disk, held } = unsent;
+        let (end, announced) = (bytes.len(), from_disk.within(size)?);
+        Some(Self { buffer: bytes, end, deferred: held, announced, ..Self::default() })
     }
 
     /// Whether everything was sent.
     pub(super) fn is_empty(&self) -> bool {
-        !self.has_bytes() && self.held.is_none()
+        !self.has_bytes() && self.deferred.is_none()
     }
 
     /// Whether something can be sent now.
@@ -100,13 +100,14 @@ impl Outbox {
 
     /// Whether to send before answering anything at all.
     pub(super) fn is_overfull(&self) -> bool {
-        self.end - self.start >= OVERFULL || self.held.as_ref().is_some_and(|h| h.len() >= HELD_MAX)
+        self.end - self.start >= OVERFULL
+            || self.deferred.as_ref().is_some_and(|deferred| deferred.len() >= DEFERRED_MAX)
     }
 
-    /// Appends what `write` writes, a whole reply.
+    /// Appends the whole reply that `write` writes.
     pub(super) fn reply(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
-        if let Some(held) = &mut self.held {
-            return write(held);
+        if let Some(deferred) = &mut self.deferred {
+            return write(deferred);
         }
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.clear();
@@ -115,34 +116,34 @@ impl Outbox {
         self.scratch = scratch;
     }
 
-    /// Appends bytes; without memory for them the session ends, at the next [`Outbox::send`].
+    /// Appends bytes. If no memory is left, the next [`Outbox::send`] fails.
     fn append(&mut self, bytes: &[u8]) {
-        match self.room(bytes.len()) {
-            Ok(room) => {
-                room.copy_from_slice(bytes);
+        match self.reserve(bytes.len()) {
+            Ok(space) => {
+                space.copy_from_slice(bytes);
                 self.end += bytes.len();
             }
-            Err(_) => self.is_exhausted = true,
+            Err(_) => self.out_of_memory = true,
         }
     }
 
-    /// Appends a head that `head` writes once `fill` has filled the `length` bytes behind it;
-    /// appends nothing when it fails.
+    /// Appends the header that `head` writes and `length` bytes that `fill` fills in; appends nothing
+    /// if `fill` fails.
     ///
     /// # Errors
-    /// What `fill` failed with, or `ENOMEM`.
+    /// The error of `fill`, or `ENOMEM`.
     pub(super) fn reply_with_data(
         &mut self,
         head: impl FnOnce(&mut Vec<u8>),
         length: usize,
         fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        debug_assert!(self.held.is_none(), "a reply inside another one's data");
+        debug_assert!(self.deferred.is_none(), "a reply inside the data of another");
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.clear();
         head(&mut scratch);
-        let outcome = self.room(scratch.len() + length).and_then(|room| {
-            let (front, data) = room.split_at_mut(scratch.len());
+        let outcome = self.reserve(scratch.len() + length).and_then(|space| {
+            let (front, data) = space.split_at_mut(scratch.len());
             front.copy_from_slice(&scratch);
             fill(data)
         });
@@ -153,11 +154,11 @@ impl Outbox {
         outcome
     }
 
-    /// Appends a head that `head` writes once `fill` has put the `length` bytes behind it into a pipe;
-    /// appends nothing when it fails. What comes up before they are sent waits behind them.
+    /// Appends the header that `head` writes and `length` bytes that `fill` puts into a pipe; appends
+    /// nothing if `fill` fails. Defers later replies until these bytes are sent.
     ///
     /// # Errors
-    /// `Unsupported` when there is no pipe; what `fill` failed with.
+    /// `Unsupported` when there is no pipe; the error of `fill`.
     pub(super) fn reply_with_pinned(
         &mut self,
         head: impl FnOnce(&mut Vec<u8>),
@@ -166,68 +167,68 @@ impl Outbox {
     ) -> io::Result<()> {
         self.pinned.pin(length, fill)?;
         self.reply(head);
-        self.hold();
+        self.defer_replies();
         Ok(())
     }
 
-    /// Whether `fill` fills `length` bytes; they are then forgotten.
+    /// Tries whether `fill` can fill `length` bytes, and discards them.
     ///
     /// # Errors
-    /// What `fill` failed with, or `ENOMEM`.
-    pub(super) fn try_out(
+    /// The error of `fill`, or `ENOMEM`.
+    pub(super) fn try_fill(
         &mut self,
         length: usize,
         fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        fill(self.room(length)?)
+        fill(self.reserve(length)?)
     }
 
-    /// After the head of a reply: this part of the disk is to be its data. What comes up before all of
-    /// it is here waits behind it.
-    pub(super) fn promise(&mut self, range: Range) {
-        debug_assert!(self.promised.is_empty(), "one part of the disk at a time");
-        self.promised = range;
-        self.hold();
+    /// Called after the header of a simple reply: its data is this range of the disk. Defers later
+    /// replies until the range is appended.
+    pub(super) fn announce(&mut self, range: Range) {
+        debug_assert!(self.announced.is_empty(), "one range at a time");
+        self.announced = range;
+        self.defer_replies();
     }
 
-    /// What is still promised.
-    pub(super) fn promised(&self) -> Range {
-        self.promised
+    /// The rest of the announced range.
+    pub(super) fn announced(&self) -> Range {
+        self.announced
     }
 
-    /// Appends the next `length` bytes of what was promised, that `fill` fills.
+    /// Appends the next `length` bytes of the announced range, which `fill` fills in.
     ///
     /// # Errors
-    /// What `fill` failed with, or `ENOMEM`; then the reply cannot be completed.
-    pub(super) fn keep_promise(
+    /// The error of `fill`, or `ENOMEM`; then the reply cannot be completed.
+    pub(super) fn append_announced(
         &mut self,
         length: usize,
         fill: impl FnOnce(&mut [u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        fill(self.room(length)?)?;
+        fill(self.reserve(length)?)?;
         self.end += length;
-        self.promised = self.promised.split(length as u64).1;
+        self.announced = self.announced.split(length as u64).1;
         Ok(())
     }
 
-    /// From now on more data of the reply before will come: hold other replies back.
-    pub(super) fn hold(&mut self) {
-        self.held.get_or_insert_default();
+    /// Defers replies from now on: data of the previous one is still to be appended.
+    fn defer_replies(&mut self) {
+        self.deferred.get_or_insert_default();
     }
 
-    /// The reply before is complete: what was held back may follow.
-    pub(super) fn release(&mut self) {
-        if let Some(held) = self.held.take() {
-            self.append(&held);
+    /// Appends the deferred replies: the previous one is complete.
+    pub(super) fn release_deferred(&mut self) {
+        if let Some(deferred) = self.deferred.take() {
+            self.append(&deferred);
         }
     }
 
-    /// Sends as many bytes as the client takes now; false if some are left.
+    /// Sends as many bytes as the socket accepts now; false if some are left.
     ///
     /// # Errors
-    /// When the connection is broken, or a reply is lost for want of memory.
+    /// When the connection is broken, or a reply is lost because no memory was left.
     pub(super) fn send(&mut self, to: &Stream) -> io::Result<bool> {
-        if self.is_exhausted {
+        if self.out_of_memory {
             return Err(Errno::ENOMEM.into());
         }
         if !self.send_bytes(to)? {
@@ -239,7 +240,7 @@ impl Outbox {
         if !self.pinned.send(to)? {
             return Ok(false);
         }
-        self.release();
+        self.release_deferred();
         self.send_bytes(to)
     }
 
@@ -256,34 +257,34 @@ impl Outbox {
         Ok(true)
     }
 
-    /// Gives the memory back if nothing is waiting.
-    pub(super) fn relax(&mut self) {
+    /// Frees the memory and the pipe if everything was sent.
+    pub(super) fn shrink(&mut self) {
         if self.is_empty() {
             self.buffer = Vec::new();
             self.scratch = Vec::new();
-            self.pinned.relax();
+            self.pinned.shrink();
         }
     }
 
-    /// Whether there is memory to give back.
-    pub(super) fn is_relaxed(&self) -> bool {
-        self.buffer.is_empty() && self.pinned.is_relaxed()
+    /// Whether there is nothing to free.
+    pub(super) fn is_shrunk(&self) -> bool {
+        self.buffer.is_empty() && self.pinned.is_shrunk()
     }
 
-    /// How many bytes wait, those held by reference included.
-    pub(super) fn waiting(&self) -> u64 {
+    /// The number of bytes that can be sent, pinned ones included.
+    pub(super) fn unsent(&self) -> u64 {
         (self.end - self.start + self.pinned.length()) as u64
     }
 
-    /// Room for `length` bytes behind those that wait.
-    fn room(&mut self, length: usize) -> io::Result<&mut [u8]> {
+    /// Space for `length` bytes at the end.
+    fn reserve(&mut self, length: usize) -> io::Result<&mut [u8]> {
         if self.start > 0 && self.end + length > self.buffer.len() {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
         let needed = self.end + length;
         if needed > self.buffer.len() {
-            let wanted = needed.max(ROOM);
+            let wanted = needed.max(BUFFER_MIN);
             let more = wanted - self.buffer.len();
             self.buffer.try_reserve(more).map_err(|_| Errno::ENOMEM)?;
             self.buffer.resize(wanted, 0);
@@ -316,22 +317,22 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_up_during_a_reply_waits_behind_it() {
+    fn replies_during_a_simple_read_are_deferred() {
         let mut outbox = Outbox::default();
         outbox.reply(|out| out.extend_from_slice(b"a"));
         outbox.reply_with_data(|out| out.extend_from_slice(b"h"), 2, fill(b'1')).unwrap();
-        outbox.hold();
+        outbox.defer_replies();
         outbox.reply(|out| out.extend_from_slice(b"late"));
-        outbox.try_out(2, fill(b'x')).unwrap();
-        outbox.keep_promise(2, fill(b'2')).unwrap();
+        outbox.try_fill(2, fill(b'x')).unwrap();
+        outbox.append_announced(2, fill(b'2')).unwrap();
         assert!(!outbox.is_empty());
-        outbox.release();
+        outbox.release_deferred();
         assert_eq!(sent(&mut outbox), b"ah1122late");
         assert!(outbox.is_empty());
     }
 
     #[test]
-    fn data_that_could_not_be_had_leaves_no_trace() {
+    fn a_failed_fill_appends_nothing() {
         let mut outbox = Outbox::default();
         let failing = |_: &mut [u8]| Err(io::Error::other("broken"));
         assert!(outbox.reply_with_data(|out| out.extend_from_slice(b"h"), 9, failing).is_err());
@@ -340,21 +341,21 @@ mod tests {
     }
 
     #[test]
-    fn it_is_full_at_its_limits_and_not_before() {
+    fn the_outbox_is_full_exactly_at_its_limits() {
         let mut outbox = Outbox::default();
-        outbox.keep_promise(FULL - 1, fill(0)).unwrap();
+        outbox.append_announced(FULL - 1, fill(0)).unwrap();
         assert!(!outbox.is_full());
-        outbox.keep_promise(1, fill(0)).unwrap();
+        outbox.append_announced(1, fill(0)).unwrap();
         assert!(outbox.is_full() && !outbox.is_overfull());
-        outbox.hold();
-        outbox.reply(|out| out.resize(HELD_MAX - 1, 0));
+        outbox.defer_replies();
+        outbox.reply(|out| out.resize(DEFERRED_MAX - 1, 0));
         assert!(!outbox.is_overfull());
         outbox.reply(|out| out.push(0));
         assert!(outbox.is_overfull());
-        outbox.release();
-        outbox.keep_promise(OVERFULL - FULL - HELD_MAX - 1, fill(0)).unwrap();
+        outbox.release_deferred();
+        outbox.append_announced(OVERFULL - FULL - DEFERRED_MAX - 1, fill(0)).unwrap();
         assert!(!outbox.is_overfull());
-        outbox.keep_promise(1, fill(0)).unwrap();
+        outbox.append_announced(1, fill(0)).unwrap();
         assert!(outbox.is_overfull());
     }
 
@@ -366,70 +367,70 @@ mod tests {
     }
 
     #[test]
-    fn pinned_data_has_its_place_among_the_replies() {
+    fn pinned_data_keeps_its_place_among_replies() {
         let mut outbox = Outbox::default();
         outbox.reply(|out| out.extend_from_slice(b"first"));
         outbox.reply_with_pinned(|out| out.extend_from_slice(b"head"), 4, pin(b"data")).unwrap();
         outbox.reply(|out| out.extend_from_slice(b"late"));
         assert!(outbox.is_full() && outbox.has_bytes() && !outbox.is_empty());
-        assert_eq!(outbox.waiting(), 13);
+        assert_eq!(outbox.unsent(), 13);
         assert_eq!(sent(&mut outbox), b"firstheaddatalate");
         assert!(outbox.is_empty() && !outbox.is_full());
     }
 
     #[test]
-    fn pinned_data_is_packed_as_bytes() {
+    fn pinned_data_is_saved_as_bytes() {
         let mut outbox = Outbox::default();
         outbox.reply_with_pinned(|out| out.extend_from_slice(b"head"), 4, pin(b"data")).unwrap();
         outbox.reply(|out| out.extend_from_slice(b"late"));
-        let packed = outbox.pack().unwrap();
-        assert_eq!((&packed.bytes[..], &packed.held), (&b"headdatalate"[..], &None));
-        let mut outbox = Outbox::unpack(packed, 512).unwrap();
+        let saved = outbox.save().unwrap();
+        assert_eq!((&saved.bytes[..], &saved.held), (&b"headdatalate"[..], &None));
+        let mut outbox = Outbox::restore(saved, 512).unwrap();
         assert_eq!(sent(&mut outbox), b"headdatalate");
     }
 
     #[test]
-    fn what_is_tried_out_is_not_sent() {
+    fn try_fill_sends_nothing() {
         let mut outbox = Outbox::default();
         outbox.reply(|out| out.push(b'a'));
-        outbox.try_out(100_000, fill(b'x')).unwrap();
-        assert!(outbox.try_out(5, |_| Err(io::Error::other("broken"))).is_err());
+        outbox.try_fill(100_000, fill(b'x')).unwrap();
+        assert!(outbox.try_fill(5, |_| Err(io::Error::other("broken"))).is_err());
         outbox.reply(|out| out.push(b'b'));
         assert_eq!(sent(&mut outbox), b"ab");
     }
 
     #[test]
-    fn a_promise_is_kept_before_later_replies() {
+    fn announced_data_precedes_later_replies() {
         let mut outbox = Outbox::default();
-        let part = Range::within(1 << 30, 4096, 5).unwrap();
+        let range = Range::within(1 << 30, 4096, 5).unwrap();
         outbox.reply(|out| out.extend_from_slice(b"head"));
-        outbox.promise(part);
+        outbox.announce(range);
         outbox.reply(|out| out.extend_from_slice(b"late"));
-        outbox.keep_promise(2, fill(b'1')).unwrap();
-        assert!(outbox.keep_promise(3, |_| Err(io::Error::other("broken"))).is_err());
-        assert_eq!(outbox.promised(), part.from(4098));
-        outbox.keep_promise(3, fill(b'2')).unwrap();
-        assert!(outbox.promised().is_empty());
-        outbox.release();
+        outbox.append_announced(2, fill(b'1')).unwrap();
+        assert!(outbox.append_announced(3, |_| Err(io::Error::other("broken"))).is_err());
+        assert_eq!(outbox.announced(), range.from(4098));
+        outbox.append_announced(3, fill(b'2')).unwrap();
+        assert!(outbox.announced().is_empty());
+        outbox.release_deferred();
         assert_eq!(sent(&mut outbox), b"head11222late");
     }
 
     #[test]
-    fn an_outbox_goes_on_where_another_one_was() {
+    fn a_restored_outbox_continues_the_stream() {
         let mut outbox = Outbox::default();
-        let part = Range::within(1 << 30, 4096, 1 << 20).unwrap();
+        let range = Range::within(1 << 30, 4096, 1 << 20).unwrap();
         outbox.reply(|out| out.extend_from_slice(b"head"));
-        outbox.promise(part);
+        outbox.announce(range);
         outbox.reply(|out| out.extend_from_slice(b"late"));
-        let packed = outbox.pack().unwrap();
-        assert!(Outbox::unpack(packed.clone(), part.end() - 1).is_none());
-        let mut outbox = Outbox::unpack(packed, part.end()).unwrap();
+        let saved = outbox.save().unwrap();
+        assert!(Outbox::restore(saved.clone(), range.end() - 1).is_none());
+        let mut outbox = Outbox::restore(saved, range.end()).unwrap();
         assert_eq!(sent(&mut outbox), b"head");
-        assert_eq!(outbox.promised(), part);
-        outbox.keep_promise(1 << 20, fill(0)).unwrap();
-        outbox.release();
+        assert_eq!(outbox.announced(), range);
+        outbox.append_announced(1 << 20, fill(0)).unwrap();
+        outbox.release_deferred();
         outbox.reply(|out| out.extend_from_slice(b"new"));
-        let size = outbox.waiting() as usize;
+        let size = outbox.unsent() as usize;
         let (mut client, stream) = UnixStream::pair().unwrap();
         let reader = std::thread::spawn(move || {
             let mut all = vec![0; size];
@@ -443,13 +444,13 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_outbox_costs_nothing() {
+    fn an_empty_outbox_shrinks() {
         let mut outbox = Outbox::default();
         outbox.reply(|out| out.push(1));
-        outbox.relax();
-        assert!(!outbox.is_relaxed());
+        outbox.shrink();
+        assert!(!outbox.is_shrunk());
         sent(&mut outbox);
-        outbox.relax();
-        assert!(outbox.is_relaxed());
+        outbox.shrink();
+        assert!(outbox.is_shrunk());
     }
 }

@@ -1,9 +1,9 @@
-//! Data of a reply that is held by reference: pages of the image in a pipe, to be sent from there.
-//! Never copies them, unless the session is packed up, and never holds more than a pipe does.
+//! Reply data by reference: pages of the image in a pipe (`splice(2)`), to be sent from there.
+//! Never copies them except into a snapshot, and never holds more than one pipe does.
 //!
-//! Data is in the pipe before the head of its reply is promised: an error of the disk shows when the
-//! pipe is filled, and what is in it is certain to come. Until the client has it, it may still
-//! change, but only in bytes that a client changes meanwhile: only images of which that is known
+//! The pipe is filled before the reply's header is written: an error of the disk shows while filling,
+//! and data in the pipe will certainly arrive. Until the client has it, the data may still change,
+//! but only in bytes that a client changes meanwhile: only images on file systems with this property
 //! are pinned (`disk/file_system`).
 
 use crate::net::Stream;
@@ -13,29 +13,29 @@ use nix::unistd::{pipe2, read};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// How large the pipe is, in bytes of whole pages, of which it holds one in each slot: as large as
-/// anybody may have one (`pipe-max-size` in proc(5)).
+/// Size of the pipe in bytes; each of its slots holds one page. The most that an unprivileged process
+/// may set (`pipe-max-size` in proc(5)).
 const PIPE_SIZE: i32 = 1 << 20;
-/// The size of most pages, in bytes. Where they are larger, what does not fit is seen when it is tried.
+/// The usual page size in bytes. Where pages are larger, filling the pipe fails if a piece does not
+/// fit.
 const PAGE: u64 = 4096;
-/// From this length on data is pinned: below, one copy costs less than the system calls that it would
-/// save.
+/// Shortest piece to pin, in bytes: copying a shorter one costs less than the system calls.
 pub(super) const PIN_MIN: u64 = 64 << 10;
 
-/// Whether a piece is worth pinning, and the pages that it lies in fit into the pipe.
+/// Whether to pin a piece: it is long enough, and its pages fit into the pipe.
 pub(super) fn fits(piece: Range) -> bool {
     let pages = piece.end().div_ceil(PAGE) - piece.offset() / PAGE;
     piece.length() >= PIN_MIN && pages * PAGE <= PIPE_SIZE as u64
 }
 
-/// A pipe for one piece at a time, made when it is needed.
+/// A pipe for one piece at a time, created on first use.
 #[derive(Debug, Default)]
 pub(super) struct Pinned {
     pipe: Option<Pipe>,
-    /// Bytes that are in it.
+    /// Bytes in the pipe.
     length: usize,
-    /// None can be had, of that size: there are limits, of descriptors and of memory for pipes.
-    unable: bool,
+    /// No pipe of this size could be created: descriptors and memory for pipes are limited.
+    unavailable: bool,
 }
 
 #[derive(Debug)]
@@ -53,24 +53,24 @@ impl Pipe {
 }
 
 impl Pinned {
-    /// How many bytes wait in it.
+    /// How many bytes are in the pipe.
     pub(super) fn length(&self) -> usize {
         self.length
     }
 
-    /// Puts `length` bytes into the empty pipe, with `fill`; nothing when that fails.
+    /// Lets `fill` put `length` bytes into the empty pipe. The pipe stays empty if that fails.
     ///
     /// # Errors
-    /// `Unsupported` when there is no pipe; what `fill` failed with.
+    /// `Unsupported` when there is no pipe; the error of `fill`.
     pub(super) fn pin(
         &mut self,
         length: usize,
         fill: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
     ) -> io::Result<()> {
         debug_assert!(self.length == 0, "one piece at a time");
-        if self.pipe.is_none() && !self.unable {
+        if self.pipe.is_none() && !self.unavailable {
             self.pipe = Pipe::new().ok();
-            self.unable = self.pipe.is_none();
+            self.unavailable = self.pipe.is_none();
         }
         let Some(pipe) = &self.pipe else { return Err(io::ErrorKind::Unsupported.into()) };
         match fill(pipe.write.as_fd()) {
@@ -79,14 +79,14 @@ impl Pinned {
                 Ok(())
             }
             Err(error) => {
-                // A part may be in it, that nobody is to get.
+                // Discards a part that may be in the pipe.
                 self.pipe = None;
                 Err(error)
             }
         }
     }
 
-    /// Sends what the client takes now; false if some is left.
+    /// Sends as much as the socket accepts now; false if some is left.
     ///
     /// # Errors
     /// When the connection is broken.
@@ -103,18 +103,18 @@ impl Pinned {
         Ok(true)
     }
 
-    /// Takes everything out of it, as bytes.
+    /// Empties the pipe into memory.
     ///
     /// # Errors
-    /// When it holds less than it should.
-    pub(super) fn take(&mut self) -> io::Result<Vec<u8>> {
+    /// When the pipe contains less than was put in.
+    pub(super) fn drain(&mut self) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; std::mem::take(&mut self.length)];
-        let mut taken = 0;
-        while taken < bytes.len() {
+        let mut drained = 0;
+        while drained < bytes.len() {
             let Some(pipe) = &self.pipe else { return Err(io::ErrorKind::BrokenPipe.into()) };
-            match read(&pipe.read, &mut bytes[taken..]) {
+            match read(&pipe.read, &mut bytes[drained..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => taken += count,
+                Ok(count) => drained += count,
                 Err(nix::errno::Errno::EINTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -122,15 +122,15 @@ impl Pinned {
         Ok(bytes)
     }
 
-    /// Gives the pipe back, if nothing is in it.
-    pub(super) fn relax(&mut self) {
+    /// Closes the pipe if it is empty.
+    pub(super) fn shrink(&mut self) {
         if self.length == 0 {
             *self = Self::default();
         }
     }
 
-    /// Whether there is no pipe to give back.
-    pub(super) fn is_relaxed(&self) -> bool {
+    /// Whether there is no pipe.
+    pub(super) fn is_shrunk(&self) -> bool {
         self.pipe.is_none()
     }
 }
@@ -140,45 +140,45 @@ mod tests {
     use super::*;
     use nix::unistd::write;
 
-    fn put(bytes: &[u8]) -> impl FnOnce(BorrowedFd<'_>) -> io::Result<()> + '_ {
+    fn write_all(bytes: &[u8]) -> impl FnOnce(BorrowedFd<'_>) -> io::Result<()> + '_ {
         move |pipe| {
             assert_eq!(write(pipe, bytes), Ok(bytes.len()));
             Ok(())
         }
     }
 
-    fn filled(bytes: &[u8]) -> Pinned {
+    fn pinned(bytes: &[u8]) -> Pinned {
         let mut pinned = Pinned::default();
-        pinned.pin(bytes.len(), put(bytes)).unwrap();
+        pinned.pin(bytes.len(), write_all(bytes)).unwrap();
         pinned
     }
 
     #[test]
-    fn pinned_bytes_are_taken_out_as_they_are() {
-        let mut pinned = filled(b"some pages");
-        assert_eq!((pinned.length(), pinned.is_relaxed()), (10, false));
-        pinned.relax();
-        assert_eq!(pinned.take().unwrap(), b"some pages");
+    fn pinned_bytes_are_drained_unchanged() {
+        let mut pinned = pinned(b"some pages");
+        assert_eq!((pinned.length(), pinned.is_shrunk()), (10, false));
+        pinned.shrink();
+        assert_eq!(pinned.drain().unwrap(), b"some pages");
         assert_eq!(pinned.length(), 0);
-        pinned.relax();
-        assert!(pinned.is_relaxed());
+        pinned.shrink();
+        assert!(pinned.is_shrunk());
     }
 
     #[test]
-    fn a_piece_that_cannot_be_read_leaves_nothing_behind() {
-        let mut pinned = filled(b"");
+    fn a_failed_fill_leaves_the_pipe_empty() {
+        let mut pinned = pinned(b"");
         let half = |pipe: BorrowedFd<'_>| {
             write(pipe, b"half").unwrap();
             Err(io::Error::from_raw_os_error(nix::libc::EIO))
         };
         assert_eq!(pinned.pin(8, half).unwrap_err().raw_os_error(), Some(nix::libc::EIO));
         assert_eq!(pinned.length(), 0);
-        pinned.pin(2, put(b"ok")).unwrap();
-        assert_eq!(pinned.take().unwrap(), b"ok");
+        pinned.pin(2, write_all(b"ok")).unwrap();
+        assert_eq!(pinned.drain().unwrap(), b"ok");
     }
 
     #[test]
-    fn long_pieces_are_pinned_as_far_as_the_pipe_holds_their_pages() {
+    fn long_pieces_whose_pages_fit_are_pinned() {
         let piece = |offset, length| fits(Range::within(1 << 40, offset, length).unwrap());
         assert!(piece(0, PIN_MIN) && piece(511, PIN_MIN) && !piece(0, PIN_MIN - 1));
         let most = PIPE_SIZE as u64;

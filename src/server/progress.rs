@@ -49,35 +49,35 @@ pub(super) enum PayloadPurpose {
 impl SessionProgress {
     /// Whether the next process can go on from here. That the client has ended its side is seen
     /// there once more; that its last bytes were no request is not.
-    pub(super) fn can_be_packed(&self) -> bool {
-        use SessionEnd::{Goodbye, Left, Vanished};
-        matches!(self.leaving, None | Some(Goodbye | Left | Vanished))
+    pub(super) fn can_be_suspended(&self) -> bool {
+        use SessionEnd::{Closed, Goodbye, Truncated};
+        matches!(self.leaving, None | Some(Goodbye | Closed | Truncated))
     }
 
     /// What is outstanding. The clocks of `--killswitch` start anew in the next process.
-    pub(super) fn pack(self) -> snapshot::PendingSnapshot {
+    pub(super) fn save(self) -> snapshot::PendingSnapshot {
         snapshot::PendingSnapshot {
-            payload: self.payload.map(Payload::pack),
-            reads: self.reads.into_iter().map(Read::pack).collect(),
+            payload: self.payload.map(Payload::save),
+            reads: self.reads.into_iter().map(Read::save).collect(),
             said_goodbye: matches!(self.leaving, Some(SessionEnd::Goodbye)),
         }
     }
 
     /// The same on a disk of `size` bytes; none if it does not fit there.
-    pub(super) fn unpack(packed: snapshot::PendingSnapshot, size: u64) -> Option<Self> {
+    pub(super) fn restore(packed: snapshot::PendingSnapshot, size: u64) -> Option<Self> {
         let snapshot::PendingSnapshot { payload, reads, said_goodbye } = packed;
         let payload = match payload {
-            Some(payload) => Some(Payload::unpack(payload, size)?),
+            Some(payload) => Some(Payload::restore(payload, size)?),
             None => None,
         };
-        let reads = reads.into_iter().map(|read| Read::unpack(read, size));
+        let reads = reads.into_iter().map(|read| Read::restore(read, size));
         let leaving = said_goodbye.then_some(SessionEnd::Goodbye);
         Some(Self { payload, reads: reads.collect::<Option<_>>()?, leaving, ..Self::default() })
     }
 }
 
 impl Payload {
-    fn pack(self) -> snapshot::PayloadSnapshot {
+    fn save(self) -> snapshot::PayloadSnapshot {
         let purpose = match self.purpose {
             PayloadPurpose::Write { range, rest, durable } => {
                 snapshot::PurposeSnapshot::Write { range: range.into(), rest: rest.into(), durable }
@@ -92,7 +92,7 @@ impl Payload {
         snapshot::PayloadSnapshot { to: self.to.into(), left: self.left, purpose }
     }
 
-    fn unpack(packed: snapshot::PayloadSnapshot, size: u64) -> Option<Self> {
+    fn restore(packed: snapshot::PayloadSnapshot, size: u64) -> Option<Self> {
         let snapshot::PayloadSnapshot { to, left, purpose } = packed;
         let purpose = match purpose {
             snapshot::PurposeSnapshot::Write { range, rest, durable } => {

@@ -63,13 +63,13 @@ pub(super) enum ReadStep<'a> {
 }
 
 impl Read {
-    pub(super) fn pack(self) -> snapshot::ReadSnapshot {
+    pub(super) fn save(self) -> snapshot::ReadSnapshot {
         let Self { to, rest, whole, begun, attached, .. } = self;
         snapshot::ReadSnapshot { to: to.into(), rest: rest.into(), whole, begun, attached }
     }
 
     /// The same on a disk of `size` bytes; none if it does not fit there.
-    pub(super) fn unpack(packed: snapshot::ReadSnapshot, size: u64) -> Option<Self> {
+    pub(super) fn restore(packed: snapshot::ReadSnapshot, size: u64) -> Option<Self> {
         let snapshot::ReadSnapshot { to, rest, whole, begun, attached } = packed;
         Some(Self { begun, attached, ..Self::new(to.into(), rest.within(size)?, whole) })
     }
@@ -91,7 +91,7 @@ impl Read {
 
     /// Promises all that is left.
     fn promise(&mut self, out: &mut Outbox) {
-        out.promise(self.rest);
+        out.announce(self.rest);
         self.answered(self.rest.length());
         self.attached = true;
     }
@@ -135,9 +135,9 @@ impl<'a> Worker<'a> {
         read: &mut Read,
         out: &mut Outbox,
     ) -> Result<ReadStep<'a>, SessionEnd> {
-        if read.attached && out.promised().is_empty() {
+        if read.attached && out.announced().is_empty() {
             read.attached = false;
-            out.release();
+            out.release_deferred();
             if read.rest.is_empty() {
                 self.conclude_read(read, out);
                 return Ok(ReadStep::Answered);
@@ -145,7 +145,7 @@ impl<'a> Worker<'a> {
         }
         let Some(visit) = self.visit()? else { return Ok(ReadStep::Waits) };
         if read.attached {
-            keep_promise(&visit, out).map_err(SessionEnd::ReadBrokeOff)?;
+            keep_promise(&visit, out).map_err(SessionEnd::ReplyIncomplete)?;
             Ok(ReadStep::GoesOn)
         } else if self.dialect == Dialect::Simple {
             Ok(self.advance_simple(visit, read, out))
@@ -188,7 +188,7 @@ impl<'a> Worker<'a> {
         let piece = unchecked.split(piece_length(unchecked)).0;
         let is_loaded = read.is_loaded(piece);
         let try_out = |data: &mut [u8]| fill(&visit, is_loaded, piece.offset(), data);
-        if let Err(error) = out.try_out(piece.length() as usize, try_out) {
+        if let Err(error) = out.try_fill(piece.length() as usize, try_out) {
             return self.cold_or_failed(visit, read, piece, &error, out);
         }
         read.checked = piece.end();
@@ -236,14 +236,14 @@ impl<'a> Worker<'a> {
         let head = |out: &mut Vec<u8>| dialect.data_head(to, at, length as u32, done, out);
         let is_loaded = read.is_loaded(piece);
         if pinned::fits(piece) && self.disk.pins() {
-            let waits = self.patience.waits();
+            let waits = self.inline_reads.waits();
             if !is_loaded && !waits && !visit.is_resident(piece) {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
             let began = waits.then(Instant::now);
             let outcome = out.reply_with_pinned(head, length, |pipe| visit.pin(at, length, pipe));
             if let Some(began) = began {
-                self.patience.waited(piece.length(), began.elapsed());
+                self.inline_reads.waited(piece.length(), began.elapsed());
             }
             match outcome {
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
@@ -310,10 +310,10 @@ fn data_part(data: Range) -> ChunkContent {
 
 /// Reads the next piece of what has been promised.
 fn keep_promise(visit: &Visit<'_>, out: &mut Outbox) -> io::Result<()> {
-    let promised = out.promised();
+    let promised = out.announced();
     let piece = promised.split(piece_length(promised)).0;
     // It fits: a piece is at most 256 KiB.
-    out.keep_promise(piece.length() as usize, |data| visit.read(piece.offset(), data))
+    out.append_announced(piece.length() as usize, |data| visit.read(piece.offset(), data))
 }
 
 /// Fills `data` from the disk, waiting for it only if it has been loaded.

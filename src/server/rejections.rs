@@ -1,7 +1,6 @@
-//! What the log says of connections that never became clients: anybody can cause it, so it is limited
-//! by reason and address ([`LogLimit`]).
+//! The log of connections that never became clients. Anybody on the network can cause these lines,
+//! so a [`LogLimit`] bounds them by reason and source network, and counts the rest.
 
-use super::ServerShared;
 use super::control::StopRequest;
 use super::end::SessionEnd;
 use super::sessions::AdmissionError;
@@ -11,19 +10,22 @@ use crate::net::Peer;
 use crate::sync;
 use crate::systemd::log_limit::{LogDecision, LogLimit, PERIOD};
 use std::fmt;
-use std::sync::MutexGuard;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 use tracing::{info, warn};
 
-/// Events by reason and by where the connections came from.
-pub(super) type Strangers = LogLimit<(RejectReason, SourceNetwork)>;
+/// The rejected connections of a server.
+#[derive(Debug, Default)]
+pub(super) struct Rejections(Mutex<RejectionLimit>);
+
+type RejectionLimit = LogLimit<(RejectReason, SourceNetwork)>;
 
 /// Why a connection did not become a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum RejectReason {
     /// The access control list does not admit it.
     Acl,
-    /// As many clients were connected as may be.
+    /// The number of clients is at its limit.
     Full,
     /// The server was stopping, or had no descriptors or threads left.
     Scarce,
@@ -52,28 +54,28 @@ impl fmt::Display for RejectReason {
     }
 }
 
-impl ServerShared {
-    /// Logs that a connection was closed without a greeting.
+impl Rejections {
+    /// Logs that a connection was closed before it was greeted.
     pub(super) fn log_refusal(&self, peer: &Peer, why: AdmissionError) {
         let reason = match why {
             AdmissionError::Acl => RejectReason::Acl,
             AdmissionError::Full(_) => RejectReason::Full,
             AdmissionError::Stopping | AdmissionError::NoDescriptors => RejectReason::Scarce,
         };
-        if self.is_worth_a_line(reason, peer) {
+        if self.allows_line(reason, peer) {
             let message_id = reason.message_id();
             warn!(message_id, "flexnbd.client" = %peer, "refused {peer}: {why}");
         }
     }
 
-    /// Logs how a connection ended that was in the handshake until then.
-    pub(super) fn log_end_in_handshake(&self, peer: &Peer, session: u64, end: &SessionEnd) {
+    /// Logs why a session ended during its handshake.
+    pub(super) fn log_handshake_end(&self, peer: &Peer, session: u64, end: &SessionEnd) {
         let reason = match end {
             SessionEnd::Full => RejectReason::Full,
-            SessionEnd::Ordered(StopRequest::NotAdmitted) => RejectReason::Acl,
+            SessionEnd::Requested(StopRequest::NotAdmitted) => RejectReason::Acl,
             _ => RejectReason::Handshake,
         };
-        if !self.is_worth_a_line(reason, peer) {
+        if !self.allows_line(reason, peer) {
             return;
         }
         let message_id = reason.message_id();
@@ -90,22 +92,23 @@ impl ServerShared {
         }
     }
 
-    pub(super) fn is_worth_a_line(&self, reason: RejectReason, peer: &Peer) -> bool {
-        self.rejections().note((reason, peer.into()), Instant::now()) == LogDecision::Log
+    /// Whether the limit allows a line about this connection; counts it otherwise.
+    pub(super) fn allows_line(&self, reason: RejectReason, peer: &Peer) -> bool {
+        self.limit().note((reason, peer.into()), Instant::now()) == LogDecision::Log
     }
 
     /// Logs the counts that are due, and returns when the next ones are.
-    pub(super) fn log_strangers(&self, now: Instant) -> Option<Instant> {
+    pub(super) fn log_counts(&self, now: Instant) -> Option<Instant> {
         let (counts, due) = {
-            let mut rejections = self.rejections();
-            (rejections.take_counts(now), rejections.due())
+            let mut limit = self.limit();
+            (limit.take_counts(now), limit.due())
         };
         for (kind, count) in counts {
             match kind {
-                Some((reason, quarter)) => warn!(
-                    message_id = reason.message_id(), "flexnbd.client" = %quarter,
+                Some((reason, network)) => warn!(
+                    message_id = reason.message_id(), "flexnbd.client" = %network,
                     "flexnbd.clients" = count,
-                    "{count} more connections from {quarter} closed: {reason}"
+                    "{count} more connections from {network} closed: {reason}"
                 ),
                 None => warn!(
                     "flexnbd.clients" = count,
@@ -116,12 +119,12 @@ impl ServerShared {
         due
     }
 
-    /// Logs what was counted, at the end of the server.
-    pub(super) fn log_last_strangers(&self) {
-        self.log_strangers(Instant::now() + PERIOD);
+    /// Logs all remaining counts when the server stops.
+    pub(super) fn log_remaining_counts(&self) {
+        self.log_counts(Instant::now() + PERIOD);
     }
 
-    fn rejections(&self) -> MutexGuard<'_, Strangers> {
-        sync::lock(&self.rejections)
+    fn limit(&self) -> MutexGuard<'_, RejectionLimit> {
+        sync::lock(&self.0)
     }
 }

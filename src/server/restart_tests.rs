@@ -1,17 +1,21 @@
 //! Sessions that go on in another server, as over a restart: packed up between any two bytes.
 
-use super::*;
+use super::{Server, ServerConfig, SessionSettings, StoredSessions, Style};
+use crate::disk::Disk;
 use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
 use crate::disk::{Access, FileBackend};
 use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
-use crate::net::Address;
+use crate::net::{Address, Listener};
 use nix::libc::{EIO, ENOSPC};
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 4 * MIB;
@@ -35,11 +39,11 @@ fn open(
     disk: &Arc<Disk>,
     listeners: Vec<Listener>,
     style: Style,
-    luggage: StoredSessions,
+    stored: StoredSessions,
 ) -> Server {
     let settings = SessionSettings { style, ..SessionSettings::default() };
-    let anybody = Opening::to_anybody(listeners, disk);
-    Server::start(Opening { settings, luggage, ..anybody }).unwrap()
+    let anybody = ServerConfig::allow_all(listeners, disk);
+    Server::start(ServerConfig { settings, stored, ..anybody }).unwrap()
 }
 
 /// Data that is not zero anywhere, then a hole, then what is written to.
@@ -294,7 +298,7 @@ fn converse(seed: u64, dialect: Dialect, oldstyle: bool, unix: bool) {
     let script = Script::new(dialect, oldstyle, &mut dice);
     let mut wire = Wire::to(&address);
     let deadline = Instant::now() + PATIENCE;
-    while server.clients() == 0 {
+    while server.client_count() == 0 {
         assert!(Instant::now() < deadline, "seed {seed}: nobody came");
         thread::yield_now();
     }
@@ -303,8 +307,8 @@ fn converse(seed: u64, dialect: Dialect, oldstyle: bool, unix: bool) {
         assert!(Instant::now() < deadline, "seed {seed}: {} bytes left to say", rest.len());
         match dice.below(8) {
             0 => {
-                let luggage = server.pack_up(4, PATIENCE);
-                server = open(&disk, Vec::new(), style, luggage);
+                let stored = server.suspend(4, PATIENCE);
+                server = open(&disk, Vec::new(), style, stored);
             }
             1..=4 => {
                 let most = [40, 5000, 400_000][dice.below(3) as usize];
@@ -361,15 +365,15 @@ fn a_write_that_failed_before_the_restart_is_answered_after_it() {
         assert!(Instant::now() < deadline, "nothing was written");
         thread::yield_now();
     }
-    let luggage = server.pack_up(1, PATIENCE);
+    let stored = server.suspend(1, PATIENCE);
     faults.heal();
-    let mut server = open(&disk, Vec::new(), Style::Oldstyle, luggage);
+    let mut server = open(&disk, Vec::new(), Style::Oldstyle, stored);
     client.write_all(after).unwrap();
     let mut reply = [0; 16];
     client.read_exact(&mut reply).unwrap();
     let (head, _) = Head::decode(&reply).unwrap().unwrap();
     assert_eq!(head, Head::Simple { cookie: 7, error: ErrorCode::NoSpace.number() });
-    assert_eq!(server.clients(), 1);
+    assert_eq!(server.client_count(), 1);
     server.stop(PATIENCE);
 }
 
@@ -383,14 +387,14 @@ fn nobody_goes_on_when_the_last_thing_that_happened_is_a_failed_flush() {
     let mut server = open(&disk, vec![listener], Style::Oldstyle, StoredSessions::default());
     let _client = Wire::to(&address);
     let deadline = Instant::now() + PATIENCE;
-    while server.clients() != 1 {
+    while server.client_count() != 1 {
         assert!(Instant::now() < deadline, "nobody came");
         thread::yield_now();
     }
     faults.fail_every(Op::Flush, EIO);
     assert!(disk.enter(&|| false).unwrap().flush().is_err());
-    let luggage = server.pack_up(1, PATIENCE);
-    assert!(luggage.note.is_empty() && luggage.streams.is_empty());
+    let stored = server.suspend(1, PATIENCE);
+    assert!(stored.snapshot.is_empty() && stored.streams.is_empty());
 }
 
 #[test]
@@ -403,21 +407,21 @@ fn those_for_whom_there_is_no_room_are_closed_and_the_others_keep_their_numbers(
     let deadline = Instant::now() + PATIENCE;
     for count in 1..=3 {
         clients.push(Wire::to(&address));
-        while server.clients() != count {
+        while server.client_count() != count {
             assert!(Instant::now() < deadline, "not {count} clients");
             thread::yield_now();
         }
     }
-    let luggage = server.pack_up(2, PATIENCE);
-    assert_eq!(luggage.streams.keys().copied().collect::<Vec<_>>(), [1, 2]);
+    let stored = server.suspend(2, PATIENCE);
+    assert_eq!(stored.streams.keys().copied().collect::<Vec<_>>(), [1, 2]);
     while !clients[2].receive(100, &mut Vec::new()) {
         assert!(Instant::now() < deadline, "the third was not closed");
         thread::yield_now();
     }
-    let mut server = open(&disk, Vec::new(), Style::Newstyle, luggage);
-    assert_eq!(server.clients(), 2);
-    let luggage = server.pack_up(2, PATIENCE);
-    assert_eq!(luggage.streams.len(), 2);
+    let mut server = open(&disk, Vec::new(), Style::Newstyle, stored);
+    assert_eq!(server.client_count(), 2);
+    let stored = server.suspend(2, PATIENCE);
+    assert_eq!(stored.streams.len(), 2);
 }
 
 #[test]
@@ -428,14 +432,14 @@ fn sessions_of_another_version_are_closed() {
     let mut server = open(&disk, vec![listener], Style::Newstyle, StoredSessions::default());
     let mut client = Wire::to(&address);
     let deadline = Instant::now() + PATIENCE;
-    while server.clients() != 1 {
+    while server.client_count() != 1 {
         assert!(Instant::now() < deadline, "nobody came");
         thread::yield_now();
     }
-    let mut luggage = server.pack_up(1, PATIENCE);
-    luggage.note[11] ^= 1;
-    let server = open(&disk, Vec::new(), Style::Newstyle, luggage);
-    assert_eq!(server.clients(), 0);
+    let mut stored = server.suspend(1, PATIENCE);
+    stored.snapshot[11] ^= 1;
+    let server = open(&disk, Vec::new(), Style::Newstyle, stored);
+    assert_eq!(server.client_count(), 0);
     while !client.receive(100, &mut Vec::new()) {
         assert!(Instant::now() < deadline, "not closed");
         thread::yield_now();

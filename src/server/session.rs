@@ -1,5 +1,5 @@
-//! One client, from greeting to goodbye.
-//! Ends for one reason, which it returns; whoever started it logs that.
+//! One client's session: handshake, then transmission, in a thread of its own.
+//! Ends for one reason, which it returns; the acceptor's code logs it.
 
 use super::control::StopRequest;
 use super::delay::ReceiveDelay;
@@ -10,10 +10,10 @@ use super::policy::{ExportPolicy, GoReply, ProbeReply, SessionId};
 use super::polling::AdaptivePolling;
 use super::progress::SessionProgress;
 use super::sessions::Registration;
+use super::settings::{SessionSettings, Style};
 use super::snapshot::{PhaseSnapshot, SessionSnapshot, TransmissionSnapshot};
 use super::transmission::Transmission;
 use super::work::Worker;
-use super::{SessionSettings, Style};
 use crate::disk::Disk;
 use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::option::OptionReply;
@@ -25,22 +25,22 @@ use crate::net::{Interest, Peer, Stream};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// Largest payload that is accepted in newstyle. Twice what is advertised: some clients ask for
-/// no block sizes and assume more than the specification lets them.
+/// Largest payload in newstyle, in bytes. Twice the advertised maximum: some clients do not request
+/// block sizes and assume more than the specification allows them.
 pub const PAYLOAD_MAX: u32 = 64 << 20;
-/// Largest payload in old style, which cannot advertise any: what `flexnbd read` and `write`
-/// allow in `--size`.
+/// Largest payload in old style, which cannot advertise a maximum, in bytes: the largest `--size` of
+/// `flexnbd read` and `write`.
 pub const PAYLOAD_MAX_OLDSTYLE: u32 = 1 << 30;
-/// Length of the client flags in bytes; every option is longer.
+/// Length of the client flags in bytes; every option header is longer.
 const CLIENT_FLAGS: usize = 4;
-/// How long a source that has come back waits for what its earlier connection still does.
-const DISMISSAL: Duration = Duration::from_secs(4);
-/// How long a newcomer waits for the end of a connection that is in its way.
-const LEAVING: Duration = Duration::from_millis(500);
-/// How long to wait for a client to read the last replies.
-const LINGER: Duration = Duration::from_secs(1);
+/// How long a source that reconnects waits for the end of its earlier connection.
+const DISPLACED_END_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long a client waits for the end of a session that is in its way.
+const HOLDER_END_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long to wait for a client to receive the last replies.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A client and everything it needs.
+/// A connection, and all that its session needs.
 #[derive(Debug)]
 pub(super) struct Session<'a> {
     pub(super) stream: Stream,
@@ -53,70 +53,70 @@ pub(super) struct Session<'a> {
     pub(super) cpus: usize,
 }
 
-/// Where a session begins, or goes on.
+/// The state that a session starts from, new or restored.
 struct SessionStart {
     inbox: Inbox,
     outbox: Outbox,
-    stage: SessionPhase,
+    phase: SessionPhase,
 }
 
 enum SessionPhase {
-    Greeting(Box<ServerHandshake>),
+    Handshake(Box<ServerHandshake>),
     Transmission(Terms, Box<SessionProgress>),
 }
 
 impl Session<'_> {
-    /// Serves the client until there is a reason not to, from the greeting on or from where another
-    /// process has left it; with what it was in the middle of when it was packed up.
+    /// Serves the client until the session ends, starting with the handshake or from a snapshot.
+    /// Returns a snapshot if the end is [`SessionEnd::Suspended`].
     pub(super) fn run(
         &self,
-        carried: Option<SessionSnapshot>,
+        snapshot: Option<SessionSnapshot>,
     ) -> (SessionEnd, Option<SessionSnapshot>) {
-        let begun = match carried {
+        let start = match snapshot {
             None => match self.start() {
-                Ok(start) => Some(start),
+                Ok(start) => start,
                 Err(end) => return (end, None),
             },
-            Some(carried) => self.resume(carried),
+            Some(snapshot) => match self.restore(snapshot) {
+                Some(start) => start,
+                None => return (SessionEnd::NotRestorable, None),
+            },
         };
-        let Some(start) = begun else { return (SessionEnd::Unfit, None) };
-        let (end, carried) = self.serve(start);
-        if end.leaves_replies() {
+        let (end, snapshot) = self.serve(start);
+        if end.needs_linger() {
             self.linger();
         }
-        (end, carried)
+        (end, snapshot)
     }
 
-    /// In newstyle it has been greeted.
+    /// The start of a new session. In newstyle the acceptor has greeted the client.
     fn start(&self) -> Result<SessionStart, SessionEnd> {
         let (inbox, mut outbox) = (Inbox::default(), Outbox::default());
-        let stage = match self.settings.style {
+        let phase = match self.settings.style {
             Style::Oldstyle => {
-                self.let_in(true).map_err(SessionEnd::NotLetIn)?;
+                self.check_policy(true).map_err(SessionEnd::Refused)?;
                 let mut greeting = Vec::new();
                 let agreement = ServerHandshake::greet_oldstyle(&self.export, &mut greeting);
                 outbox.reply(|out| out.extend_from_slice(&greeting));
-                SessionPhase::Transmission(
-                    self.terms(agreement.dialect, false, false),
-                    Box::default(),
-                )
+                let terms = self.terms(agreement.dialect, false, false);
+                SessionPhase::Transmission(terms, Box::default())
             }
             Style::Newstyle => {
-                SessionPhase::Greeting(Box::new(ServerHandshake::new(self.export.clone())))
+                SessionPhase::Handshake(Box::new(ServerHandshake::new(self.export.clone())))
             }
         };
-        Ok(SessionStart { inbox, outbox, stage })
+        Ok(SessionStart { inbox, outbox, phase })
     }
 
-    /// None if it does not fit this server.
-    fn resume(&self, carried: SessionSnapshot) -> Option<SessionStart> {
+    /// The start of a session from a snapshot; `None` if that does not fit this server.
+    fn restore(&self, snapshot: SessionSnapshot) -> Option<SessionStart> {
         let size = self.export.size;
-        let inbox = Inbox::holding(&carried.inbox)?;
-        let outbox = Outbox::unpack(carried.outbox, size)?;
-        let stage = match carried.phase {
-            PhaseSnapshot::Greeting(greeting) => {
-                let handshake = ServerHandshake::resume(self.export.clone(), greeting.position()?);
-                SessionPhase::Greeting(Box::new(handshake))
+        let inbox = Inbox::restore(&snapshot.inbox)?;
+        let outbox = Outbox::restore(snapshot.outbox, size)?;
+        let phase = match snapshot.phase {
+            PhaseSnapshot::Greeting(handshake) => {
+                let handshake = ServerHandshake::resume(self.export.clone(), handshake.position()?);
+                SessionPhase::Handshake(Box::new(handshake))
             }
             PhaseSnapshot::Transmission(TransmissionSnapshot {
                 form,
@@ -125,53 +125,59 @@ impl Session<'_> {
                 outstanding,
             }) => {
                 let terms = self.terms(form.into(), allocation_selected, introduced);
-                SessionPhase::Transmission(
-                    terms,
-                    Box::new(SessionProgress::unpack(outstanding, size)?),
-                )
+                let progress = SessionProgress::restore(outstanding, size)?;
+                SessionPhase::Transmission(terms, Box::new(progress))
             }
         };
-        Some(SessionStart { inbox, outbox, stage })
+        Some(SessionStart { inbox, outbox, phase })
     }
 
     fn serve(&self, start: SessionStart) -> (SessionEnd, Option<SessionSnapshot>) {
-        let SessionStart { mut inbox, mut outbox, stage } = start;
-        let (terms, progress) = match stage {
+        let SessionStart { mut inbox, mut outbox, phase } = start;
+        let (terms, progress) = match phase {
             SessionPhase::Transmission(terms, progress) => (terms, *progress),
-            SessionPhase::Greeting(mut handshake) => {
+            SessionPhase::Handshake(mut handshake) => {
                 match self.handshake(&mut handshake, &mut inbox, &mut outbox) {
                     Ok(agreed) => {
                         let selected = agreed.allocation_context.is_some();
-                        let introduced = handshake.is_introduced();
-                        (
-                            self.terms(agreed.dialect, selected, introduced),
-                            SessionProgress::default(),
-                        )
+                        let terms = self.terms(agreed.dialect, selected, handshake.is_introduced());
+                        (terms, SessionProgress::default())
                     }
-                    Err(SessionEnd::Ordered(StopRequest::PackUp)) => {
-                        let (session, inbox) = (self.registration.id, inbox.bytes().to_vec());
-                        let phase = PhaseSnapshot::Greeting(handshake.position().into());
-                        let outbox = match outbox.pack() {
-                            Ok(outbox) => outbox,
-                            Err(error) => return (SessionEnd::Connection(error), None),
-                        };
-                        let carried = SessionSnapshot { session, inbox, outbox, phase };
-                        return (SessionEnd::PackedUp, Some(carried));
+                    Err(SessionEnd::Requested(StopRequest::Suspend)) => {
+                        return self.save_handshake(&handshake, &inbox, outbox);
                     }
                     Err(end) => {
-                        // What was said before the end, such as the answer to an abort, is still
-                        // to go.
+                        // Sends replies made before the end, such as the one to `NBD_OPT_ABORT`.
                         let _ = outbox.send(&self.stream);
                         return (end, None);
                     }
                 }
             }
         };
-        // In old style nothing is known of a client before its first request.
-        if self.settings.style == Style::Newstyle && !self.registration.greeted() {
+        // In old style the first request ends the handshake.
+        if self.settings.style == Style::Newstyle && !self.registration.establish() {
             return (SessionEnd::Full, None);
         }
         self.transmission(terms, inbox, outbox, progress).run()
+    }
+
+    fn save_handshake(
+        &self,
+        handshake: &ServerHandshake,
+        inbox: &Inbox,
+        outbox: Outbox,
+    ) -> (SessionEnd, Option<SessionSnapshot>) {
+        let outbox = match outbox.save() {
+            Ok(outbox) => outbox,
+            Err(error) => return (SessionEnd::Connection(error), None),
+        };
+        let snapshot = SessionSnapshot {
+            session: self.registration.id,
+            inbox: inbox.bytes().to_vec(),
+            outbox,
+            phase: PhaseSnapshot::Greeting(handshake.position().into()),
+        };
+        (SessionEnd::Suspended, Some(snapshot))
     }
 
     fn handshake(
@@ -186,7 +192,7 @@ impl Session<'_> {
         loop {
             self.send_greeting(outbox, deadline)?;
             self.receive_greeting(inbox, deadline)?;
-            // A client that always has something to say never makes us wait.
+            // A client that sends without a pause never makes us wait, so that `wait` sees no timeout.
             if Instant::now() >= deadline {
                 return Err(SessionEnd::HandshakeTimeout);
             }
@@ -196,7 +202,7 @@ impl Session<'_> {
         }
     }
 
-    /// Takes the handshake as far as it can be taken with what has arrived.
+    /// Handles the options that have arrived.
     fn advance(
         &self,
         handshake: &mut ServerHandshake,
@@ -208,81 +214,83 @@ impl Session<'_> {
             outbox.reply(|out| step = handshake.advance(inbox.bytes(), out));
             let (used, next) = step.map_err(SessionEnd::Misbehaved)?;
             inbox.consume(used);
-            // Not for its flags: they commit a client to nothing.
+            // The flags do not count: any client can send them.
             if used > CLIENT_FLAGS {
-                self.registration.spoke(Instant::now());
+                self.registration.option_received(Instant::now());
             }
             match next {
                 ServerStep::More => return Ok(None),
                 ServerStep::Asked(data) => {
-                    let answer = self.introduce(&data).map(|(data, is_source)| {
+                    let answer = self.probe(&data).map(|(data, is_source)| {
                         if is_source {
-                            self.registration.introduced();
+                            self.registration.mark_source();
                         }
                         data
                     });
                     outbox.reply(|out| handshake.answer_private(answer, out));
                 }
-                ServerStep::Wants { to_enter } => handshake.decide(self.let_in(to_enter)),
+                ServerStep::Wants { to_enter } => handshake.decide(self.check_policy(to_enter)),
                 ServerStep::Goodbye => return Err(SessionEnd::Aborted),
                 ServerStep::Transmission(agreement) => return Ok(Some(agreement)),
             }
         }
     }
 
-    /// The answer to the private option, and whether the client counts as a source.
-    fn introduce(&self, data: &[u8]) -> Result<(Vec<u8>, bool), OptionReply> {
-        let mut waits = true;
+    /// Data of the reply to the private option, and whether the client counts as a source.
+    fn probe(&self, data: &[u8]) -> Result<(Vec<u8>, bool), OptionReply> {
+        let mut may_wait = true;
         loop {
-            match self.policy.introduced(self.registration.id, data, self.registration.sessions()) {
-                ProbeReply::Answer { data, retire, is_source } => {
-                    let gone = self.dismiss(&retire);
-                    return gone
+            match self.policy.probe(self.registration.id, data, self.registration.sessions()) {
+                ProbeReply::Answer { data, displaced, is_source } => {
+                    return self
+                        .disconnect(&displaced)
                         .map(|()| (data, is_source))
                         .map_err(|why| OptionReply::error(OptionReplyKind::ErrPolicy, &why));
                 }
                 ProbeReply::Refuse { holder: Some(holder), .. }
-                    if std::mem::take(&mut waits) && self.sees_leave(holder) => {}
+                    if std::mem::take(&mut may_wait) && self.wait_for_end_of(holder) => {}
                 ProbeReply::Refuse { reply, .. } => return Err(reply),
             }
         }
     }
 
-    /// Whether the client gets at the export, and enters the transmission phase if `now`.
-    fn let_in(&self, now: bool) -> Result<(), String> {
-        if let Some(why) = self.registration.closed() {
+    /// Asks the policy for access to the export; with `enters`, to enter the transmission phase. Returns
+    /// why it is refused.
+    fn check_policy(&self, enters: bool) -> Result<(), String> {
+        if let Some(why) = self.registration.establish_refusal() {
             return Err(why.to_owned());
         }
         if self.disk.gate().is_parting() {
             return Err("the disk is being handed over to another host".to_owned());
         }
-        let mut waits = true;
+        let mut may_wait = true;
         loop {
-            match self.policy.enters(self.registration.id, now, self.registration.sessions()) {
-                GoReply::Open(retire) => {
-                    // What it has got is free for the next one.
-                    return self.dismiss(&retire).inspect_err(|_| {
-                        self.policy.closed(self.registration.id);
+            match self.policy.go(self.registration.id, enters, self.registration.sessions()) {
+                GoReply::Allow(displaced) => {
+                    // On failure the policy must release what it has just given to this session.
+                    return self.disconnect(&displaced).inspect_err(|_| {
+                        self.policy.on_session_end(self.registration.id);
                     });
                 }
-                GoReply::Closed { holder: Some(holder), .. }
-                    if std::mem::take(&mut waits) && self.sees_leave(holder) => {}
-                GoReply::Closed { why, .. } => return Err(why),
+                GoReply::Refuse { holder: Some(holder), .. }
+                    if std::mem::take(&mut may_wait) && self.wait_for_end_of(holder) => {}
+                GoReply::Refuse { why, .. } => return Err(why),
             }
         }
     }
 
-    /// Ends sessions that may do nothing any more, and waits until nothing of them is under way.
-    fn dismiss(&self, retire: &[SessionId]) -> Result<(), String> {
-        if self.registration.dismiss(retire, Instant::now() + DISMISSAL) {
+    /// Disconnects other sessions, and waits until they have no I/O in flight.
+    fn disconnect(&self, displaced: &[SessionId]) -> Result<(), String> {
+        if self.registration.disconnect_others(displaced, Instant::now() + DISPLACED_END_TIMEOUT) {
             return Ok(());
         }
         Err("an earlier connection is still at work on the disk; try again".to_owned())
     }
 
-    /// A client that connects again at once may be here before the end of its last connection.
-    fn sees_leave(&self, holder: SessionId) -> bool {
-        self.registration.sees_leave(holder, Instant::now() + LEAVING)
+    /// Waits for a session in the way: a client that reconnects at once may arrive before its earlier
+    /// session has ended.
+    fn wait_for_end_of(&self, holder: SessionId) -> bool {
+        self.registration.wait_for_end_of(holder, Instant::now() + HOLDER_END_TIMEOUT)
     }
 
     fn send_greeting(&self, outbox: &mut Outbox, deadline: Instant) -> Result<(), SessionEnd> {
@@ -295,10 +303,10 @@ impl Session<'_> {
     fn receive_greeting(&self, inbox: &mut Inbox, deadline: Instant) -> Result<(), SessionEnd> {
         loop {
             match inbox.receive(&self.stream) {
-                Ok(0) if inbox.bytes().is_empty() => return Err(SessionEnd::Left),
-                Ok(0) => return Err(SessionEnd::Vanished),
+                Ok(0) if inbox.bytes().is_empty() => return Err(SessionEnd::Closed),
+                Ok(0) => return Err(SessionEnd::Truncated),
                 Ok(_) => {
-                    self.registration.orders.heard();
+                    self.registration.control.record_activity();
                     return Ok(());
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -310,16 +318,16 @@ impl Session<'_> {
     }
 
     fn wait(&self, interest: Interest, deadline: Instant) -> Result<(), SessionEnd> {
-        let wake = &self.registration.orders.wake;
+        let wake = &self.registration.control.wake;
         let ready = self
             .stream
             .wait(interest, Some(wake), Some(deadline))
             .map_err(SessionEnd::Connection)?;
-        // Nothing is outstanding in a handshake: to finish is to leave.
-        match self.registration.orders.current() {
+        // A handshake has no requests to finish: every stop request ends it.
+        match self.registration.control.current() {
             StopRequest::Serve if ready.timed_out => Err(SessionEnd::HandshakeTimeout),
             StopRequest::Serve => Ok(()),
-            order => Err(SessionEnd::Ordered(order)),
+            request => Err(SessionEnd::Requested(request)),
         }
     }
 
@@ -344,12 +352,12 @@ impl Session<'_> {
         progress: SessionProgress,
     ) -> Transmission<'_> {
         let who = (self.peer.to_string(), self.registration.id);
-        let orders = &self.registration.orders;
+        let control = &self.registration.control;
         Transmission {
             stream: &self.stream,
             registration: &self.registration,
             cpus: self.cpus,
-            worker: Worker::new(self.disk, orders, self.policy, terms.dialect, who),
+            worker: Worker::new(self.disk, control, self.policy, terms.dialect, who),
             terms,
             answers_nonsense: self.settings.style == Style::Oldstyle,
             stall_limit: self.settings.stall_limit,
@@ -366,17 +374,17 @@ impl Session<'_> {
         }
     }
 
-    /// Lets the client read the last replies: closing with unread requests in the socket would
-    /// make the kernel throw the replies away on both sides.
+    /// Lets the client receive the last replies: closing a socket with unread requests makes the
+    /// kernel send a reset, which discards replies on both sides.
     fn linger(&self) {
-        let deadline = Instant::now() + LINGER;
-        let mut rest = [0; 4096];
+        let deadline = Instant::now() + LINGER_TIMEOUT;
+        let mut discarded = [0; 4096];
         let interest = Interest { readable: true, writable: false };
         if self.stream.shutdown_write().is_err() {
             return;
         }
         loop {
-            match self.stream.try_recv(&mut rest) {
+            match self.stream.try_recv(&mut discarded) {
                 Ok(0) => return,
                 Ok(_) if Instant::now() < deadline => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {

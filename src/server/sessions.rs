@@ -1,12 +1,13 @@
-//! Who is connected, who may be, and how to reach them all.
-//! Decides under one lock, so that a client cannot slip in between a new list and its enforcement.
+//! The table of sessions: registers clients within the limits, and reaches all of them.
+//! One lock covers the access control list and the table, so that no client can be registered between
+//! a change of the list and its enforcement.
 
 use super::acl::{Acl, BadEntry};
 use super::control::{SessionControl, StopRequest};
 use super::events::ServerEvents;
 use super::heartbeat::Heartbeat;
 use super::policy::{SessionId, SessionsView};
-use super::slots::{self, SilentConnection, SlotAvailability, SourceNetwork};
+use super::slots::{self, HandshakeSlot, SlotAvailability, SourceNetwork};
 use super::snapshot::SessionSnapshot;
 use crate::net::{Peer, Stream, Wake};
 use crate::sync;
@@ -14,32 +15,32 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+use thiserror::Error;
 use tracing::info;
 
-/// How many connections that were told to give way may still be about to.
-const LEAVING_MAX: usize = 16;
+/// How many evicted connections may not have been closed yet before accepting pauses.
+const EVICTED_MAX: usize = 16;
 
-/// How many clients there may be.
+/// The limits of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
-    /// Beyond the handshake.
+    /// Clients that have finished the handshake.
     pub(super) sessions: usize,
-    /// Besides, in the handshake.
+    /// Connections in the handshake, in addition.
     pub(super) handshakes: usize,
-    /// The longest that a handshake keeps its place from others.
-    pub(super) patience: Duration,
+    /// The longest that a connection in the handshake keeps its slot while others wait.
+    pub(super) handshake_timeout: Duration,
 }
 
-/// Everybody who is connected.
+/// All sessions of a server.
 #[derive(Debug)]
 pub(super) struct Sessions {
     capacity: Capacity,
     inner: Mutex<SessionTable>,
-    /// Whenever somebody has left.
-    left: Condvar,
-    /// Rung whenever somebody leaves, finishes the handshake, or the server is to stop.
-    pub(super) bell: Wake,
-    /// Hears of everybody who comes and goes.
+    /// Notified whenever a session is removed.
+    removed: Condvar,
+    /// Wakes the acceptor: a slot or descriptor may be free, or the server is to stop.
+    pub(super) acceptor_wake: Wake,
     pub(super) events: Arc<dyn ServerEvents>,
     pub(super) heartbeat: Heartbeat,
 }
@@ -48,107 +49,98 @@ pub(super) struct Sessions {
 struct SessionTable {
     acl: Acl,
     sessions_max: usize,
-    /// Nobody is accepted any more; who has been may still come in.
+    /// The acceptor has to stop. A connection that it has accepted may still be registered.
     closed: bool,
+    /// No connection is registered any more.
     stopping: bool,
-    /// Somebody is being accepted who has no place yet.
-    arriving: bool,
+    /// The acceptor is accepting a connection that is not registered yet.
+    accepting: bool,
     next_id: u64,
     entries: Entries,
-    /// What those who were told to pack up have handed in.
-    parcels: Vec<SuspendedSession>,
+    /// The sessions suspended so far.
+    suspended: Vec<SuspendedSession>,
 }
 
-/// Somebody is being accepted; over when this is dropped.
+/// Guard: the acceptor is accepting a connection.
 #[derive(Debug)]
 pub(super) struct PendingAccept<'a>(&'a Sessions);
 
 impl Drop for PendingAccept<'_> {
     fn drop(&mut self) {
-        self.0.lock().arriving = false;
+        self.0.lock().accepting = false;
     }
 }
 
-/// A session packed up, and its connection.
+/// The state of a session that has ended for a restart, and its connection.
 #[derive(Debug)]
 pub(super) struct SuspendedSession {
-    pub(super) carried: SessionSnapshot,
+    pub(super) snapshot: SessionSnapshot,
     pub(super) stream: Stream,
 }
 
-/// By id, so that the oldest comes first.
+/// By id, so that the oldest session comes first.
 type Entries = BTreeMap<u64, SessionEntry>;
 
 #[derive(Debug)]
 struct SessionEntry {
     peer: Peer,
-    orders: Arc<SessionControl>,
-    place: SlotKind,
+    control: Arc<SessionControl>,
+    slot: SlotKind,
 }
 
-/// Which kind of place a connection has.
+/// The limit that a connection counts against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SlotKind {
     /// In the handshake.
-    Greeting(SilentConnection),
-    /// It was told to give way to another connection, and is about to.
-    Leaving,
-    /// Beyond the handshake: it is one of the clients that `--max-clients` limits.
-    Seated,
+    Handshake(HandshakeSlot),
+    /// Evicted from the handshake, but not closed yet.
+    Evicted,
+    /// Beyond the handshake: a client that `--max-clients` counts.
+    Established,
 }
 
 /// Whether the next connection can be accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AcceptReadiness {
-    Open,
-    /// Not before then, unless the bell rings earlier.
-    OpensAt(Instant),
-    /// Not before the bell rings.
-    Shut,
+    Ready,
+    /// At this time, or after `acceptor_wake` if that is earlier.
+    ReadyAt(Instant),
+    /// After `acceptor_wake`.
+    NotReady,
 }
 
-/// Why a client was sent away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why a client is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub(super) enum AdmissionError {
-    /// The access control list does not admit it.
+    #[error("the access control list does not admit it")]
     Acl,
-    /// There are as many as there may be, of its own address among them.
+    /// The number of clients is at this limit, and one of them has the same address.
+    #[error("{}, which is the limit", clients_are_connected(*.0))]
     Full(usize),
-    /// No more clients are taken.
+    #[error("the server is stopping")]
     Stopping,
-    /// No descriptors are left.
+    #[error("no file descriptors are left")]
     NoDescriptors,
 }
 
-impl std::fmt::Display for AdmissionError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Acl => f.write_str("the access control list does not admit it"),
-            Self::Full(1) => f.write_str("1 client is connected, which is the limit"),
-            Self::Full(limit) => write!(f, "{limit} clients are connected, which is the limit"),
-            Self::Stopping => f.write_str("the server is stopping"),
-            Self::NoDescriptors => f.write_str("no file descriptors are left"),
-        }
+fn clients_are_connected(count: usize) -> String {
+    if count == 1 {
+        "1 client is connected".to_owned()
+    } else {
+        format!("{count} clients are connected")
     }
 }
 
-/// A client's place. It is free again when this is dropped.
+/// A client's entry in the table, which dropping this removes.
 #[derive(Debug)]
 pub(super) struct Registration {
     sessions: Arc<Sessions>,
-    /// Number of the session; never used twice.
+    /// Id of the session, never used twice.
     pub(super) id: u64,
     /// When its handshake began, in this process.
     pub(super) since: Instant,
-    /// What the session is told.
-    pub(super) orders: Arc<SessionControl>,
-}
-
-impl Registration {
-    /// How many sessions there are, this one included.
-    pub(super) fn company(&self) -> usize {
-        self.sessions.count()
-    }
+    /// Carries stop requests to the session.
+    pub(super) control: Arc<SessionControl>,
 }
 
 impl Sessions {
@@ -162,37 +154,45 @@ impl Sessions {
             sessions_max: capacity.sessions,
             closed: false,
             stopping: false,
-            arriving: false,
+            accepting: false,
             next_id: 1,
             entries: BTreeMap::new(),
-            parcels: Vec::new(),
+            suspended: Vec::new(),
         };
-        let (inner, left, heartbeat) = (Mutex::new(inner), Condvar::new(), Heartbeat::default());
-        Ok(Arc::new(Self { capacity, inner, left, bell: Wake::new()?, events, heartbeat }))
+        let (inner, removed, heartbeat) = (Mutex::new(inner), Condvar::new(), Heartbeat::default());
+        Ok(Arc::new(Self {
+            capacity,
+            inner,
+            removed,
+            acceptor_wake: Wake::new()?,
+            events,
+            heartbeat,
+        }))
     }
 
-    /// To be held while a client is accepted, until it has a place or has been refused one. None
-    /// when nobody is accepted any more.
-    pub(super) fn expect(&self) -> Option<PendingAccept<'_>> {
+    /// Begins to accept a connection. The acceptor holds the guard until the connection is registered
+    /// or refused. `None` if accepting has stopped.
+    pub(super) fn begin_accept(&self) -> Option<PendingAccept<'_>> {
         let mut inner = self.lock();
         if inner.closed || inner.stopping {
             return None;
         }
-        inner.arriving = true;
+        inner.accepting = true;
         Some(PendingAccept(self))
     }
 
-    /// Accepts nobody any more, if nobody is here or arriving. Returns whether that is so.
+    /// Stops accepting if no client is registered or being accepted; returns whether accepting has
+    /// stopped.
     pub(super) fn close_if_empty(&self) -> bool {
         let mut inner = self.lock();
-        inner.closed |= inner.entries.is_empty() && !inner.arriving;
+        inner.closed |= inner.entries.is_empty() && !inner.accepting;
         let closed = inner.closed;
         drop(inner);
-        self.bell.wake();
+        self.acceptor_wake.wake();
         closed
     }
 
-    /// A place for this client, or why there is none.
+    /// Registers a new connection, for which another one may be evicted from the handshake.
     pub(super) fn admit(
         self: &Arc<Self>,
         peer: Peer,
@@ -208,166 +208,161 @@ impl Sessions {
         if inner.is_full() && inner.has_client_of(&peer) {
             return Err(AdmissionError::Full(inner.sessions_max));
         }
-        if let SlotAvailability::Instead(id) = inner.room(self.capacity, now) {
+        if let SlotAvailability::AfterEvicting(id) = inner.slot_availability(self.capacity, now) {
             inner.evict(id);
         }
         let id = inner.next_id;
-        self.registration(
-            &mut inner,
-            id,
-            peer,
-            SlotKind::Greeting(SilentConnection::new(&peer, now)),
-        )
+        let slot = SlotKind::Handshake(HandshakeSlot::new(&peer, now));
+        self.register(&mut inner, id, peer, slot)
     }
 
-    /// Ends the connection in the handshake that is the first to give way to another one, even if it
-    /// came just now; false if there is none that has been quiet for a moment. For when the system
-    /// has nothing left for another connection.
-    pub(super) fn free_something(&self, now: Instant) -> bool {
+    /// Evicts the connection in the handshake that is first in order, even a new one, when the system
+    /// has no descriptor or thread for another. False if every connection has just sent an option.
+    pub(super) fn evict_one(&self, now: Instant) -> bool {
         let mut inner = self.lock();
-        let everybody = Capacity { handshakes: 0, ..self.capacity };
-        let room = inner.room(everybody, now + slots::FIRST_OPTION);
-        if let SlotAvailability::Instead(id) = room {
-            inner.evict(id);
-        }
-        matches!(room, SlotAvailability::Instead(_))
+        let none_free = Capacity { handshakes: 0, ..self.capacity };
+        let availability = inner.slot_availability(none_free, now + slots::FIRST_OPTION_TIMEOUT);
+        let SlotAvailability::AfterEvicting(id) = availability else { return false };
+        inner.evict(id);
+        true
     }
 
     /// Whether the next connection can be accepted.
-    pub(super) fn entrance(&self, now: Instant) -> AcceptReadiness {
+    pub(super) fn accept_readiness(&self, now: Instant) -> AcceptReadiness {
         let inner = self.lock();
-        let leaving =
-            inner.entries.values().filter(|entry| entry.place == SlotKind::Leaving).count();
-        if leaving >= LEAVING_MAX {
-            return AcceptReadiness::Shut;
+        let evicted = inner.entries.values().filter(|entry| entry.slot == SlotKind::Evicted);
+        if evicted.count() >= EVICTED_MAX {
+            return AcceptReadiness::NotReady;
         }
-        match inner.room(self.capacity, now) {
-            SlotAvailability::Free | SlotAvailability::Instead(_) => AcceptReadiness::Open,
-            SlotAvailability::From(at) => AcceptReadiness::OpensAt(at),
-            SlotAvailability::None => AcceptReadiness::Shut,
+        match inner.slot_availability(self.capacity, now) {
+            SlotAvailability::Free | SlotAvailability::AfterEvicting(_) => AcceptReadiness::Ready,
+            SlotAvailability::At(at) => AcceptReadiness::ReadyAt(at),
+            SlotAvailability::None => AcceptReadiness::NotReady,
         }
     }
 
-    /// A place for a client that another process has let in, under the number that it had there;
-    /// as with a new list, it has to be admitted by that, and the number of clients does not count.
-    pub(super) fn take_over(
+    /// Registers a session of the previous process under the id that it had there. As after a change
+    /// of the access control list, that has to admit it, and the number of clients does not matter.
+    pub(super) fn restore(
         self: &Arc<Self>,
         id: u64,
         peer: Peer,
-        greeting_since: Option<Instant>,
+        handshake_since: Option<Instant>,
     ) -> Result<Registration, AdmissionError> {
         let mut inner = self.lock();
         if !peer.ip().is_none_or(|ip| inner.acl.admits(ip)) {
             return Err(AdmissionError::Acl);
         }
-        let greeting = greeting_since.map(|since| SilentConnection::new(&peer, since));
-        self.registration(
-            &mut inner,
-            id,
-            peer,
-            greeting.map_or(SlotKind::Seated, SlotKind::Greeting),
-        )
+        let slot = handshake_since.map_or(SlotKind::Established, |since| {
+            SlotKind::Handshake(HandshakeSlot::new(&peer, since))
+        });
+        self.register(&mut inner, id, peer, slot)
     }
 
-    fn registration(
+    fn register(
         self: &Arc<Self>,
         inner: &mut SessionTable,
         id: u64,
         peer: Peer,
-        place: SlotKind,
+        slot: SlotKind,
     ) -> Result<Registration, AdmissionError> {
-        let orders = Arc::new(SessionControl::new().map_err(|_| AdmissionError::NoDescriptors)?);
+        let control = Arc::new(SessionControl::new().map_err(|_| AdmissionError::NoDescriptors)?);
         inner.next_id = inner.next_id.max(id.saturating_add(1));
-        let entry = SessionEntry { peer, orders: Arc::clone(&orders), place };
+        let entry = SessionEntry { peer, control: Arc::clone(&control), slot };
         inner.entries.insert(id, entry);
         self.events.clients_changed();
-        let since = match place {
-            SlotKind::Greeting(greeting) => greeting.since,
-            SlotKind::Leaving | SlotKind::Seated => Instant::now(),
+        let since = match slot {
+            SlotKind::Handshake(handshake) => handshake.since,
+            SlotKind::Evicted | SlotKind::Established => Instant::now(),
         };
-        Ok(Registration { sessions: Arc::clone(self), id, since, orders })
+        Ok(Registration { sessions: Arc::clone(self), id, since, control })
     }
 
-    /// Accepts nobody any more. Whoever has been accepted still gets a place.
+    /// Stops accepting. A connection that is being accepted is still registered.
     pub(super) fn close(&self) {
         self.lock().closed = true;
-        self.bell.wake();
+        self.acceptor_wake.wake();
     }
 
-    /// Whether nobody is accepted any more.
+    /// Whether accepting has stopped.
     pub(super) fn is_closed(&self) -> bool {
         let inner = self.lock();
         inner.closed || inner.stopping
     }
 
-    /// Takes no more clients, tells the first `room` of those who are here to pack up and the others
-    /// to finish.
-    pub(super) fn pack_up(&self, room: usize) {
+    /// Registers no more clients, and requests the oldest `capacity` sessions to suspend and the
+    /// others to finish.
+    pub(super) fn suspend(&self, capacity: usize) {
         let mut inner = self.lock();
         inner.stopping = true;
-        for (place, entry) in inner.entries.values().enumerate() {
-            entry.orders.give(if place < room { StopRequest::PackUp } else { StopRequest::Finish });
+        for (index, entry) in inner.entries.values().enumerate() {
+            let suspends = index < capacity;
+            entry.control.request(if suspends {
+                StopRequest::Suspend
+            } else {
+                StopRequest::Finish
+            });
         }
     }
 
-    /// Replaces the list; sessions that it does not admit are told to end.
+    /// Replaces the entries of the access control list, and enforces it.
     pub(super) fn set_acl<S: AsRef<str>>(&self, entries: &[S]) -> Result<(), BadEntry> {
         let mut inner = self.lock();
-        inner.acl = inner.acl.replaced(entries)?;
-        inner.expel();
+        inner.acl = inner.acl.with_entries(entries)?;
+        inner.enforce_acl();
         drop(inner);
-        self.bell.wake();
+        self.acceptor_wake.wake();
         Ok(())
     }
 
-    /// Replaces the list, how an empty one is treated, and how many there may be. Of those who are
-    /// here, only the ones that the list does not admit are told to end.
-    pub(super) fn readmit(&self, acl: Acl, sessions_max: usize) {
+    /// Replaces the whole access control list, and enforces it; replaces the largest number of
+    /// clients, which applies to new ones.
+    pub(super) fn set_admission(&self, acl: Acl, sessions_max: usize) {
         let mut inner = self.lock();
         (inner.acl, inner.sessions_max) = (acl, sessions_max);
-        inner.expel();
+        inner.enforce_acl();
         drop(inner);
-        self.bell.wake();
+        self.acceptor_wake.wake();
     }
 
-    /// Takes no more clients, and tells those who are here to finish.
+    /// Registers no more clients, and requests all sessions to finish.
     pub(super) fn stop(&self) {
         let mut inner = self.lock();
         inner.stopping = true;
-        inner.entries.values().for_each(|entry| entry.orders.give(StopRequest::Finish));
+        inner.entries.values().for_each(|entry| entry.control.request(StopRequest::Finish));
         drop(inner);
-        self.bell.wake();
+        self.acceptor_wake.wake();
     }
 
-    /// What has been handed in by now.
-    pub(super) fn parcels(&self) -> Vec<SuspendedSession> {
-        std::mem::take(&mut self.lock().parcels)
+    /// The sessions suspended since the last call.
+    pub(super) fn take_suspended(&self) -> Vec<SuspendedSession> {
+        std::mem::take(&mut self.lock().suspended)
     }
 
-    /// Tells these sessions to leave at once and waits until they have; false if they have not by
-    /// `deadline`.
-    fn dismiss(&self, ids: &[u64], deadline: Instant) -> bool {
+    /// Disconnects these sessions and waits for their end; false if one has not ended by `deadline`.
+    fn disconnect(&self, ids: &[u64], deadline: Instant) -> bool {
         let inner = self.lock();
-        let leaving = ids.iter().filter_map(|id| inner.entries.get(id));
-        leaving.for_each(|entry| entry.orders.give(StopRequest::Displaced));
+        let displaced = ids.iter().filter_map(|id| inner.entries.get(id));
+        displaced.for_each(|entry| entry.control.request(StopRequest::Displaced));
         drop(inner);
         let gone = |entries: &Entries| !ids.iter().any(|id| entries.contains_key(id));
         self.wait_until(gone, deadline)
     }
 
-    /// Tells those to leave at once that do not wait for the disk.
-    pub(super) fn clear_but_for_disk(&self) {
+    /// Disconnects the sessions that do not wait for the disk.
+    pub(super) fn disconnect_waiting_for_client(&self) {
         let inner = self.lock();
-        let entries = inner.entries.values().filter(|entry| !entry.orders.waits_for_disk());
-        entries.for_each(|entry| entry.orders.give(StopRequest::Leave));
+        let entries = inner.entries.values().filter(|entry| !entry.control.waits_for_disk());
+        entries.for_each(|entry| entry.control.request(StopRequest::Disconnect));
     }
 
-    /// Tells everybody to leave at once.
-    pub(super) fn clear(&self) {
-        self.lock().entries.values().for_each(|entry| entry.orders.give(StopRequest::Leave));
+    /// Disconnects all sessions.
+    pub(super) fn disconnect_all(&self) {
+        let inner = self.lock();
+        inner.entries.values().for_each(|entry| entry.control.request(StopRequest::Disconnect));
     }
 
-    /// Waits until everybody has left; false if somebody has not by `deadline`.
+    /// Waits until all sessions have ended; false if one has not by `deadline`.
     pub(super) fn wait_until_empty(&self, deadline: Instant) -> bool {
         self.wait_until(BTreeMap::is_empty, deadline)
     }
@@ -379,7 +374,7 @@ impl Sessions {
             if left.is_zero() {
                 return false;
             }
-            inner = sync::wait_timeout(&self.left, inner, left).0;
+            inner = sync::wait_timeout(&self.removed, inner, left).0;
         }
         true
     }
@@ -398,125 +393,132 @@ impl Sessions {
 }
 
 impl SessionTable {
-    /// Whether there are as many clients as there may be.
+    fn established(&self) -> impl Iterator<Item = &SessionEntry> {
+        self.entries.values().filter(|entry| entry.slot == SlotKind::Established)
+    }
+
+    /// Whether the number of clients is at its limit.
     fn is_full(&self) -> bool {
-        let seated = self.entries.values().filter(|entry| entry.place == SlotKind::Seated);
-        seated.count() >= self.sessions_max
+        self.established().count() >= self.sessions_max
     }
 
-    /// Whether a client has a place that comes from the same address, or network, as this one. A
-    /// connection from elsewhere is greeted even in a full house: it may be a source, or the question
-    /// of one, from a host that has no client here.
+    /// Whether an established client comes from the same network as this peer. A connection from
+    /// another network is greeted even when the table is full: it may be a source, or probe for one,
+    /// from a host that has no client here.
     fn has_client_of(&self, peer: &Peer) -> bool {
-        let quarter = SourceNetwork::from(peer);
-        let mut seated = self.entries.values().filter(|entry| entry.place == SlotKind::Seated);
-        seated.any(|entry| SourceNetwork::from(&entry.peer) == quarter)
+        let network = SourceNetwork::from(peer);
+        self.established().any(|entry| SourceNetwork::from(&entry.peer) == network)
     }
 
-    /// Whether this client may go on beyond the handshake. A source may always: who has a disk to
-    /// hand over is not kept out by others.
-    fn may_sit(&self, id: u64) -> bool {
-        match self.entries.get(&id).map(|entry| &entry.place) {
-            Some(SlotKind::Greeting(greeting)) => greeting.introduced || !self.is_full(),
-            Some(SlotKind::Leaving | SlotKind::Seated) => true,
+    /// Whether this client may leave the handshake. A source always may: clients must not be able to
+    /// lock out the host that hands the disk over.
+    fn may_establish(&self, id: u64) -> bool {
+        match self.entries.get(&id).map(|entry| &entry.slot) {
+            Some(SlotKind::Handshake(handshake)) => handshake.is_source || !self.is_full(),
+            Some(SlotKind::Evicted | SlotKind::Established) => true,
             None => false,
         }
     }
 
-    fn room(&self, capacity: Capacity, now: Instant) -> SlotAvailability {
-        let greeting = self.entries.iter().filter_map(|(id, entry)| match &entry.place {
-            SlotKind::Greeting(greeting) => Some((*id, greeting)),
-            SlotKind::Leaving | SlotKind::Seated => None,
+    fn slot_availability(&self, capacity: Capacity, now: Instant) -> SlotAvailability {
+        let handshakes = self.entries.iter().filter_map(|(id, entry)| match &entry.slot {
+            SlotKind::Handshake(handshake) => Some((*id, handshake)),
+            SlotKind::Evicted | SlotKind::Established => None,
         });
-        slots::room(greeting, capacity.handshakes, capacity.patience, now)
+        slots::availability(handshakes, capacity.handshakes, capacity.handshake_timeout, now)
     }
 
     fn evict(&mut self, id: u64) {
         if let Some(entry) = self.entries.get_mut(&id) {
-            entry.orders.give(StopRequest::GiveWay);
-            entry.place = SlotKind::Leaving;
+            entry.control.request(StopRequest::Evict);
+            entry.slot = SlotKind::Evicted;
         }
     }
 
-    fn expel(&self) {
+    /// Disconnects clients that the access control list does not admit.
+    fn enforce_acl(&self) {
         for entry in self.entries.values() {
             if !entry.peer.ip().is_none_or(|ip| self.acl.admits(ip)) {
-                entry.orders.give(StopRequest::NotAdmitted);
+                entry.control.request(StopRequest::NotAdmitted);
             }
         }
     }
 }
 
 impl Registration {
-    /// Tells other sessions to leave and waits until they have; false if they have not by
-    /// `deadline`.
-    pub(super) fn dismiss(&self, others: &[u64], deadline: Instant) -> bool {
-        others.is_empty() || self.sessions.dismiss(others, deadline)
+    /// The number of sessions, this one included.
+    pub(super) fn session_count(&self) -> usize {
+        self.sessions.count()
     }
 
-    /// Waits until another session has left; false if it has not by `deadline`.
-    pub(super) fn sees_leave(&self, other: u64, deadline: Instant) -> bool {
+    /// Disconnects other sessions and waits for their end; false if one has not ended by `deadline`.
+    pub(super) fn disconnect_others(&self, others: &[u64], deadline: Instant) -> bool {
+        others.is_empty() || self.sessions.disconnect(others, deadline)
+    }
+
+    /// Waits for the end of another session; false if it has not ended by `deadline`.
+    pub(super) fn wait_for_end_of(&self, other: u64, deadline: Instant) -> bool {
         self.sessions.wait_until(|entries| !entries.contains_key(&other), deadline)
     }
 
-    /// All sessions.
+    /// All sessions, for the policy.
     pub(super) fn sessions(&self) -> &dyn SessionsView {
         &*self.sessions
     }
 
-    /// Leaves the place, and the session packed up.
-    pub(super) fn hand_in(self, parcel: SuspendedSession) {
-        self.sessions.lock().parcels.push(parcel);
+    /// Removes the session, and keeps its snapshot for the next process.
+    pub(super) fn suspend(self, suspended: SuspendedSession) {
+        self.sessions.lock().suspended.push(suspended);
     }
 
-    /// The client has sent an option.
-    pub(super) fn spoke(&self, now: Instant) {
-        self.greeting(|greeting| greeting.spoke = Some(now));
+    /// The client has sent a whole option.
+    pub(super) fn option_received(&self, now: Instant) {
+        self.update_handshake(|handshake| handshake.last_option = Some(now));
     }
 
-    /// The client has introduced itself, and was accepted.
-    pub(super) fn introduced(&self) {
-        self.greeting(|greeting| greeting.introduced = true);
+    /// The client is the source of a migration, and accepted as such.
+    pub(super) fn mark_source(&self) {
+        self.update_handshake(|handshake| handshake.is_source = true);
     }
 
-    fn greeting(&self, change: impl FnOnce(&mut SilentConnection)) {
+    fn update_handshake(&self, change: impl FnOnce(&mut HandshakeSlot)) {
         let mut inner = self.sessions.lock();
-        if let Some(SessionEntry { place: SlotKind::Greeting(greeting), .. }) =
+        if let Some(SessionEntry { slot: SlotKind::Handshake(handshake), .. }) =
             inner.entries.get_mut(&self.id)
         {
-            change(greeting);
+            change(handshake);
         }
     }
 
-    /// Why the client cannot go on beyond the handshake, if it cannot.
-    pub(super) fn closed(&self) -> Option<&'static str> {
+    /// Why the client cannot leave the handshake now, if so.
+    pub(super) fn establish_refusal(&self) -> Option<&'static str> {
         let inner = self.sessions.lock();
-        (!inner.may_sit(self.id)).then_some("as many clients are connected as may be")
+        (!inner.may_establish(self.id)).then_some("as many clients are connected as may be")
     }
 
     /// Whether the handshake is over.
-    pub(super) fn is_seated(&self) -> bool {
+    pub(super) fn is_established(&self) -> bool {
         let inner = self.sessions.lock();
-        inner.entries.get(&self.id).is_some_and(|entry| entry.place == SlotKind::Seated)
+        inner.entries.get(&self.id).is_some_and(|entry| entry.slot == SlotKind::Established)
     }
 
-    /// The handshake is over: its place is free for another client. False if there are as many
-    /// clients as there may be, so that this one has to leave.
-    pub(super) fn greeted(&self) -> bool {
+    /// Ends the handshake and frees its slot. False if the number of clients is at its limit, so that
+    /// the session has to end.
+    pub(super) fn establish(&self) -> bool {
         let mut inner = self.sessions.lock();
-        if !inner.may_sit(self.id) {
+        if !inner.may_establish(self.id) {
             return false;
         }
         let Some(entry) = inner.entries.get_mut(&self.id) else { return false };
-        let (peer, before) = (entry.peer, entry.place);
-        if matches!(before, SlotKind::Greeting(_)) {
-            entry.place = SlotKind::Seated;
+        let (peer, before) = (entry.peer, entry.slot);
+        if matches!(before, SlotKind::Handshake(_)) {
+            entry.slot = SlotKind::Established;
         }
         drop(inner);
-        if matches!(before, SlotKind::Greeting(_)) {
+        if matches!(before, SlotKind::Handshake(_)) {
             info!("flexnbd.client" = %peer, "flexnbd.session" = self.id, "{peer} connected");
         }
-        self.sessions.bell.wake();
+        self.sessions.acceptor_wake.wake();
         true
     }
 }
@@ -524,7 +526,7 @@ impl Registration {
 impl SessionsView for Sessions {
     fn silence(&self, session: SessionId) -> Duration {
         let inner = self.lock();
-        inner.entries.get(&session).map_or(Duration::ZERO, |entry| entry.orders.silence())
+        inner.entries.get(&session).map_or(Duration::ZERO, |entry| entry.control.silence())
     }
 
     fn peer(&self, session: SessionId) -> Option<Peer> {
@@ -538,8 +540,8 @@ impl Drop for Registration {
         inner.entries.remove(&self.id);
         drop(inner);
         self.sessions.events.clients_changed();
-        self.sessions.left.notify_all();
-        self.sessions.bell.wake();
+        self.sessions.removed.notify_all();
+        self.sessions.acceptor_wake.wake();
     }
 }
 

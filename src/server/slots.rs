@@ -1,10 +1,10 @@
-//! Places in the handshake: which connection gives way when all are taken.
-//! Pure: time is an argument, and it neither tells nor closes anybody.
+//! Slots for connections in the handshake: which connection is evicted when all slots are taken.
+//! Pure: time is an argument, and the caller evicts.
 //!
-//! Anybody can open connections and say nothing. So a place is never kept by waiting: while others
-//! wait at the door, connections that have said nothing give way first, those of the address that
-//! holds the most places before others, the oldest of them first. One that has sent an option has
-//! longer; and one that has introduced itself as the source of a migration keeps its place.
+//! Anybody can open connections and send nothing, so a silent connection must not keep its slot while
+//! others wait to be accepted. Silent connections are evicted first, among them those of the network
+//! with the most slots, among those the oldest. A connection that has sent an option has more time,
+//! and one that has identified itself as the source of a migration keeps its slot.
 
 use crate::net::Peer;
 use std::cmp::Reverse;
@@ -12,15 +12,15 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
-/// How long a new connection has its place to itself, to send its first option.
-pub(super) const FIRST_OPTION: Duration = Duration::from_millis(20);
-/// How long a connection may be quiet between two options.
-pub(super) const QUIET: Duration = Duration::from_millis(250);
-/// How many introduced connections keep their places.
-pub(super) const INTRODUCED_MAX: usize = 4;
+/// How long a new connection has to send its first option before it can be evicted.
+pub(super) const FIRST_OPTION_TIMEOUT: Duration = Duration::from_millis(20);
+/// How long a connection has to send each further option before it can be evicted.
+pub(super) const NEXT_OPTION_TIMEOUT: Duration = Duration::from_millis(250);
+/// How many sources keep their slots.
+pub(super) const SOURCES_MAX: usize = 4;
 
-/// Where connections come from, as far as places are shared out: an IPv4 address, an IPv6 network of
-/// 64 bits, which is what one host gets, or a local user.
+/// The origin of a connection, by which slots are shared out: an IPv4 address, an IPv6 /64, which is
+/// what one host gets, or a local user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum SourceNetwork {
     V4(Ipv4Addr),
@@ -54,75 +54,78 @@ impl std::fmt::Display for SourceNetwork {
     }
 }
 
-/// One connection in the handshake.
+/// The slot of one connection in the handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct SilentConnection {
-    pub(super) quarter: SourceNetwork,
-    /// When it came.
+pub(super) struct HandshakeSlot {
+    pub(super) network: SourceNetwork,
+    /// When the handshake began.
     pub(super) since: Instant,
-    /// When it sent its last whole option.
-    pub(super) spoke: Option<Instant>,
-    /// It is the source of a migration, or asks about one.
-    pub(super) introduced: bool,
+    /// When the last whole option arrived.
+    pub(super) last_option: Option<Instant>,
+    /// The client is the source of a migration.
+    pub(super) is_source: bool,
 }
 
-impl SilentConnection {
+impl HandshakeSlot {
     pub(super) fn new(peer: &Peer, since: Instant) -> Self {
-        Self { quarter: peer.into(), since, spoke: None, introduced: false }
+        Self { network: peer.into(), since, last_option: None, is_source: false }
     }
 
-    /// From when on it gives way; `patience` is the longest that it keeps its place from others.
-    fn gives_way_at(&self, patience: Duration) -> Instant {
-        let quiet = self.spoke.map_or(self.since + FIRST_OPTION, |spoke| spoke + QUIET);
-        quiet.min(self.since + patience)
+    /// When the connection can be evicted; `timeout` is the longest that it keeps its slot.
+    fn evictable_at(&self, timeout: Duration) -> Instant {
+        let next_option = self
+            .last_option
+            .map_or(self.since + FIRST_OPTION_TIMEOUT, |last| last + NEXT_OPTION_TIMEOUT);
+        next_option.min(self.since + timeout)
     }
 }
 
-/// Whether another connection can have a place.
+/// Whether another connection can have a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SlotAvailability {
-    /// There is one.
+    /// One is free.
     Free,
-    /// If this one gives way.
-    Instead(u64),
-    /// Not before this time, unless a place becomes free earlier.
-    From(Instant),
-    /// Not before a place becomes free.
+    /// One becomes free by evicting this connection.
+    AfterEvicting(u64),
+    /// At this time, unless a connection ends earlier.
+    At(Instant),
+    /// Not before a connection ends.
     None,
 }
 
-/// Whether there is a place among `limit`, for the connections in `greeting`, by number.
-pub(super) fn room<'a>(
-    greeting: impl Iterator<Item = (u64, &'a SilentConnection)>,
+/// Whether one of `limit` slots is available beside the connections in `handshakes`, which are given
+/// with their ids.
+pub(super) fn availability<'a>(
+    handshakes: impl Iterator<Item = (u64, &'a HandshakeSlot)>,
     limit: usize,
-    patience: Duration,
+    timeout: Duration,
     now: Instant,
 ) -> SlotAvailability {
-    let all: Vec<(u64, &SilentConnection)> = greeting.collect();
-    let mut introduced: Vec<u64> =
-        all.iter().filter(|(_, greeting)| greeting.introduced).map(|(id, _)| *id).collect();
-    introduced.sort_unstable();
-    introduced.truncate(INTRODUCED_MAX);
-    // These have places of their own.
-    let others: Vec<(u64, &SilentConnection)> =
-        all.into_iter().filter(|(id, _)| !introduced.contains(id)).collect();
+    let all: Vec<(u64, &HandshakeSlot)> = handshakes.collect();
+    let mut sources: Vec<u64> =
+        all.iter().filter(|(_, slot)| slot.is_source).map(|(id, _)| *id).collect();
+    sources.sort_unstable();
+    sources.truncate(SOURCES_MAX);
+    // These do not count against the limit.
+    let others: Vec<(u64, &HandshakeSlot)> =
+        all.into_iter().filter(|(id, _)| !sources.contains(id)).collect();
     if others.len() < limit {
         return SlotAvailability::Free;
     }
-    let mut held: BTreeMap<SourceNetwork, usize> = BTreeMap::new();
-    for (_, greeting) in &others {
-        *held.entry(greeting.quarter).or_default() += 1;
+    let mut by_network: BTreeMap<SourceNetwork, usize> = BTreeMap::new();
+    for (_, slot) in &others {
+        *by_network.entry(slot.network).or_default() += 1;
     }
-    let due = others.iter().filter(|(_, greeting)| greeting.gives_way_at(patience) <= now);
-    let first = due.min_by_key(|(id, greeting)| {
-        let held = held.get(&greeting.quarter).copied().unwrap_or_default();
-        let last = greeting.spoke.unwrap_or(greeting.since);
-        (greeting.introduced, greeting.spoke.is_some(), Reverse(held), last, *id)
+    let evictable = others.iter().filter(|(_, slot)| slot.evictable_at(timeout) <= now);
+    let first = evictable.min_by_key(|(id, slot)| {
+        let of_network = by_network.get(&slot.network).copied().unwrap_or_default();
+        let last = slot.last_option.unwrap_or(slot.since);
+        (slot.is_source, slot.last_option.is_some(), Reverse(of_network), last, *id)
     });
-    let next = || others.iter().map(|(_, greeting)| greeting.gives_way_at(patience)).min();
+    let next = || others.iter().map(|(_, slot)| slot.evictable_at(timeout)).min();
     match first {
-        Some((id, _)) => SlotAvailability::Instead(*id),
-        None => next().map_or(SlotAvailability::None, SlotAvailability::From),
+        Some((id, _)) => SlotAvailability::AfterEvicting(*id),
+        None => next().map_or(SlotAvailability::None, SlotAvailability::At),
     }
 }
 
@@ -132,93 +135,103 @@ mod tests {
     use proptest::prelude::*;
 
     const LIMIT: usize = 4;
-    const PATIENCE: Duration = Duration::from_secs(1);
+    const TIMEOUT: Duration = Duration::from_secs(1);
     const MS: Duration = Duration::from_millis(1);
 
     fn peer(address: &str) -> Peer {
         Peer::Tcp((address.parse::<IpAddr>().unwrap(), 4711).into())
     }
 
-    /// Connections of these addresses that came one millisecond after another.
-    fn came(start: Instant, addresses: &[&str]) -> Vec<SilentConnection> {
+    /// Connections of these addresses, one millisecond apart.
+    fn connections(start: Instant, addresses: &[&str]) -> Vec<HandshakeSlot> {
         let at = |index: usize| start + MS * index as u32;
-        addresses.iter().enumerate().map(|(i, a)| SilentConnection::new(&peer(a), at(i))).collect()
+        addresses.iter().enumerate().map(|(i, a)| HandshakeSlot::new(&peer(a), at(i))).collect()
     }
 
-    fn room_among(greeting: &[SilentConnection], now: Instant) -> SlotAvailability {
-        room((0..).zip(greeting), LIMIT, PATIENCE, now)
-    }
-
-    #[test]
-    fn a_full_queue_has_no_room_until_somebody_was_quiet_for_long_enough() {
-        let start = Instant::now();
-        let mut all = came(start, &["192.0.2.1", "192.0.2.1", "192.0.2.1"]);
-        assert_eq!(room_among(&all, start), SlotAvailability::Free);
-        all.push(SilentConnection::new(&peer("192.0.2.1"), start));
-        assert_eq!(room_among(&all, start), SlotAvailability::From(start + FIRST_OPTION));
-        assert_eq!(room_among(&all, start + FIRST_OPTION), SlotAvailability::Instead(0));
+    fn availability_among(slots: &[HandshakeSlot], now: Instant) -> SlotAvailability {
+        availability((0..).zip(slots), LIMIT, TIMEOUT, now)
     }
 
     #[test]
-    fn the_address_with_the_most_places_gives_way_first() {
+    fn full_slots_open_after_the_first_option_timeout() {
         let start = Instant::now();
-        let all = came(start, &["192.0.2.1", "192.0.2.2", "192.0.2.2", "2001:db8::1"]);
-        assert_eq!(room_among(&all, start + PATIENCE), SlotAvailability::Instead(1));
-        let all = came(start, &["192.0.2.1", "2001:db8::1", "192.0.2.2", "2001:db8::ffff:2"]);
+        let mut all = connections(start, &["192.0.2.1", "192.0.2.1", "192.0.2.1"]);
+        assert_eq!(availability_among(&all, start), SlotAvailability::Free);
+        all.push(HandshakeSlot::new(&peer("192.0.2.1"), start));
         assert_eq!(
-            room_among(&all, start + PATIENCE),
-            SlotAvailability::Instead(1),
+            availability_among(&all, start),
+            SlotAvailability::At(start + FIRST_OPTION_TIMEOUT)
+        );
+        assert_eq!(
+            availability_among(&all, start + FIRST_OPTION_TIMEOUT),
+            SlotAvailability::AfterEvicting(0)
+        );
+    }
+
+    #[test]
+    fn the_network_with_most_slots_is_evicted_first() {
+        let start = Instant::now();
+        let all = connections(start, &["192.0.2.1", "192.0.2.2", "192.0.2.2", "2001:db8::1"]);
+        assert_eq!(availability_among(&all, start + TIMEOUT), SlotAvailability::AfterEvicting(1));
+        let all =
+            connections(start, &["192.0.2.1", "2001:db8::1", "192.0.2.2", "2001:db8::ffff:2"]);
+        assert_eq!(
+            availability_among(&all, start + TIMEOUT),
+            SlotAvailability::AfterEvicting(1),
             "one /64 is one host"
         );
-        let all = came(start, &["192.0.2.1", "2001:db8::1", "192.0.2.1", "2001:db8:0:1::1"]);
-        assert_eq!(room_among(&all, start + PATIENCE), SlotAvailability::Instead(0));
+        let all = connections(start, &["192.0.2.1", "2001:db8::1", "192.0.2.1", "2001:db8:0:1::1"]);
+        assert_eq!(availability_among(&all, start + TIMEOUT), SlotAvailability::AfterEvicting(0));
     }
 
     #[test]
-    fn the_silent_give_way_before_those_that_spoke() {
+    fn silent_connections_are_evicted_before_active_ones() {
         let start = Instant::now();
-        let mut all = came(start, &["192.0.2.1", "192.0.2.1", "192.0.2.1", "192.0.2.2"]);
-        for spoken in &mut all[..3] {
-            spoken.spoke = Some(start + 10 * MS);
+        let mut all = connections(start, &["192.0.2.1", "192.0.2.1", "192.0.2.1", "192.0.2.2"]);
+        for slot in &mut all[..3] {
+            slot.last_option = Some(start + 10 * MS);
         }
-        assert_eq!(room_among(&all, start + 30 * MS), SlotAvailability::Instead(3));
-        all[3].spoke = Some(start + 10 * MS);
+        assert_eq!(availability_among(&all, start + 30 * MS), SlotAvailability::AfterEvicting(3));
+        all[3].last_option = Some(start + 10 * MS);
         assert_eq!(
-            room_among(&all, start + 30 * MS),
-            SlotAvailability::From(start + 10 * MS + QUIET)
+            availability_among(&all, start + 30 * MS),
+            SlotAvailability::At(start + 10 * MS + NEXT_OPTION_TIMEOUT)
         );
-        for spoken in &mut all {
-            spoken.spoke = Some(start + PATIENCE - MS);
+        for slot in &mut all {
+            slot.last_option = Some(start + TIMEOUT - MS);
         }
         assert_eq!(
-            room_among(&all, start + PATIENCE),
-            SlotAvailability::Instead(0),
-            "nobody talks for ever"
+            availability_among(&all, start + TIMEOUT),
+            SlotAvailability::AfterEvicting(0),
+            "options extend the handshake without limit"
         );
     }
 
     #[test]
-    fn introduced_sources_keep_their_places_and_take_none_from_others() {
+    fn a_few_sources_keep_slots_of_their_own() {
         let start = Instant::now();
-        let mut all = came(start, &["192.0.2.1"; LIMIT + INTRODUCED_MAX]);
-        let late = start + 60 * PATIENCE;
-        for source in &mut all[..INTRODUCED_MAX] {
-            source.introduced = true;
+        let mut all = connections(start, &["192.0.2.1"; LIMIT + SOURCES_MAX]);
+        let late = start + 60 * TIMEOUT;
+        for source in &mut all[..SOURCES_MAX] {
+            source.is_source = true;
         }
-        assert_eq!(room_among(&all[..all.len() - 1], late), SlotAvailability::Free);
-        assert_eq!(room_among(&all, late), SlotAvailability::Instead(INTRODUCED_MAX as u64));
+        assert_eq!(availability_among(&all[..all.len() - 1], late), SlotAvailability::Free);
+        assert_eq!(
+            availability_among(&all, late),
+            SlotAvailability::AfterEvicting(SOURCES_MAX as u64)
+        );
         for source in &mut all {
-            source.introduced = true;
+            source.is_source = true;
         }
         assert_eq!(
-            room_among(&all, late),
-            SlotAvailability::Instead(INTRODUCED_MAX as u64),
-            "not everybody"
+            availability_among(&all, late),
+            SlotAvailability::AfterEvicting(SOURCES_MAX as u64),
+            "too many sources keep their slots"
         );
     }
 
     #[test]
-    fn local_users_are_told_apart() {
+    fn local_users_are_distinguished() {
         let user = |uid| SourceNetwork::from(&Peer::Unix { pid: Some(1), uid });
         assert_ne!(user(Some(1)), user(Some(2)));
         assert_eq!(user(None).to_string(), "unix");
@@ -228,43 +241,43 @@ mod tests {
     }
 
     proptest! {
-        /// A simulated door: silent connections wait in a row of any length, from few or many
-        /// addresses; the honest one behind them is accepted in time and then left alone until it
-        /// has spoken.
+        /// An acceptor behind whose backlog of silent connections, from few or many addresses, an
+        /// honest client waits. The client is accepted in time, and not evicted before its first
+        /// option.
         #[test]
-        fn an_honest_client_behind_silent_ones_is_let_in_soon(
+        fn silent_connections_delay_an_honest_client_only_briefly(
             silent in 0usize..1000,
             addresses in 1u8..20,
             limit in 1usize..64,
             latency in 0u64..15,
         ) {
             let start = Instant::now();
-            let (mut now, mut inside, mut next) = (start, Vec::<(u64, SilentConnection)>::new(), 0);
+            let (mut now, mut accepted, mut next) = (start, Vec::<(u64, HandshakeSlot)>::new(), 0);
             while next <= silent as u64 {
                 let from = if next == silent as u64 { 0 } else { 1 + (next % u64::from(addresses)) };
-                match room(inside.iter().map(|(id, g)| (*id, g)), limit, PATIENCE, now) {
+                match availability(accepted.iter().map(|(id, slot)| (*id, slot)), limit, TIMEOUT, now) {
                     SlotAvailability::Free => {}
-                    SlotAvailability::Instead(id) => inside.retain(|(other, _)| *other != id),
-                    SlotAvailability::From(later) => { prop_assert!(later > now); now = later; continue }
-                    SlotAvailability::None => prop_assert!(false, "nobody is introduced"),
+                    SlotAvailability::AfterEvicting(id) => accepted.retain(|(other, _)| *other != id),
+                    SlotAvailability::At(later) => { prop_assert!(later > now); now = later; continue }
+                    SlotAvailability::None => prop_assert!(false, "no connection is a source"),
                 }
-                let greeting = SilentConnection::new(&peer(&format!("192.0.2.{from}")), now);
-                inside.push((next, greeting));
+                let slot = HandshakeSlot::new(&peer(&format!("192.0.2.{from}")), now);
+                accepted.push((next, slot));
                 next += 1;
             }
             let rounds = silent.div_ceil(limit) as u32;
-            prop_assert!(now <= start + FIRST_OPTION * rounds);
-            // More silent ones come while the honest one thinks.
-            let spoken = now + MS * latency as u32;
+            prop_assert!(now <= start + FIRST_OPTION_TIMEOUT * rounds);
+            // More silent connections arrive before the client sends its option.
+            let sent_at = now + MS * latency as u32;
             for more in next..next + 1000 {
-                match room(inside.iter().map(|(id, g)| (*id, g)), limit, PATIENCE, spoken) {
-                    SlotAvailability::Instead(id) => inside.retain(|(other, _)| *other != id),
+                match availability(accepted.iter().map(|(id, slot)| (*id, slot)), limit, TIMEOUT, sent_at) {
+                    SlotAvailability::AfterEvicting(id) => accepted.retain(|(other, _)| *other != id),
                     SlotAvailability::Free => {}
                     _ => break,
                 }
-                inside.push((more, SilentConnection::new(&peer("192.0.2.1"), spoken)));
+                accepted.push((more, HandshakeSlot::new(&peer("192.0.2.1"), sent_at)));
             }
-            prop_assert!(inside.iter().any(|(id, _)| *id == silent as u64));
+            prop_assert!(accepted.iter().any(|(id, _)| *id == silent as u64));
         }
     }
 }

@@ -6,7 +6,7 @@
 //! would write one client's bytes where another one's belong, and one that is closed only has to be
 //! opened again. [`VERSION`] changes whenever a field changes its meaning.
 
-use super::Style;
+use super::settings::Style;
 use crate::disk::Identity;
 use crate::nbd::handshake::server::{Export, HandshakePosition};
 use crate::nbd::reply::{Dialect, ReplyTo};
@@ -204,7 +204,7 @@ pub(super) struct RangeSnapshot {
 
 impl SessionSnapshot {
     /// Whether it is in the handshake.
-    pub(super) fn is_greeting(&self) -> bool {
+    pub(super) fn is_in_handshake(&self) -> bool {
         matches!(self.phase, PhaseSnapshot::Greeting(_))
     }
 }
@@ -348,6 +348,9 @@ pub(super) fn decode(
     cargo.promise.kept_by(promise)?;
     Ok(cargo.sessions)
 }
+
+#[cfg(test)]
+mod golden_tests;
 
 #[cfg(test)]
 mod tests {

@@ -1,17 +1,17 @@
-//! Whether something that should move has stood still for too long (`--killswitch`).
+//! Progress timeout of a request or reply (`--killswitch`).
 //! Pure: time is an argument.
 
 use std::time::{Duration, Instant};
 
-/// Watches one count that should grow while something is pending.
+/// Observes one byte count that must grow while a transfer is pending.
 #[derive(Debug, Default)]
 pub(super) struct Stall {
-    /// The count when it last moved, and when that was; nothing while nothing is pending.
+    /// The last count, and when it changed; `None` while nothing is pending.
     last: Option<(u64, Instant)>,
 }
 
 impl Stall {
-    /// Until when the count must have moved, if anything is `pending`.
+    /// When the transfer times out unless `count` changes before; `None` if none is `pending`.
     pub(super) fn deadline(
         &mut self,
         pending: bool,
@@ -35,7 +35,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(120);
 
     #[test]
-    fn every_step_forward_starts_the_clock_anew() {
+    fn progress_restarts_the_timeout() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut stall = Stall::default();
@@ -45,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn time_in_which_nothing_was_pending_does_not_count() {
+    fn idle_time_does_not_count() {
         let start = Instant::now();
         let later = start + Duration::from_secs(1000);
         let mut stall = Stall::default();

@@ -1,17 +1,23 @@
 //! A whole server over real sockets, on disks in memory that fail when told to.
 
-use super::*;
+use super::acl::Acl;
+use super::reads;
+use super::{Server, ServerConfig, SessionSettings, policy};
 use crate::client::{ClientError, Connection};
+use crate::disk::Disk;
 use crate::disk::memory::{FailingBackend, Faults, MemoryBackend};
 use crate::nbd::handshake::client::{ClientHandshake, ClientOffer, ClientStep};
 use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
-use crate::net::{Address, Stream, connect};
+use crate::net::{Address, Listener, Stream, connect};
 use crate::server::policy::{ExportPolicy, RecordingPolicy};
 use nix::libc::{EIO, ENOSPC};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const SIZE: u64 = 8 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -38,8 +44,8 @@ fn serve_with(
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let address = listener.local_address().unwrap();
-    let anybody = Opening::to_anybody(vec![listener], &disk);
-    let opening = Opening { policy, clients_max, settings, ..anybody };
+    let anybody = ServerConfig::allow_all(vec![listener], &disk);
+    let opening = ServerConfig { policy, clients_max, settings, ..anybody };
     let server = Server::start(opening).unwrap();
     Fixture { server, address, disk, memory, faults }
 }
@@ -86,8 +92,8 @@ impl Fixture {
 
     fn wait_for_clients(&self, count: usize) {
         let deadline = Instant::now() + PATIENCE;
-        while self.server.clients() != count {
-            assert!(Instant::now() < deadline, "{} clients", self.server.clients());
+        while self.server.client_count() != count {
+            assert!(Instant::now() < deadline, "{} clients", self.server.client_count());
             thread::yield_now();
         }
     }
@@ -210,13 +216,13 @@ fn a_write_that_fails_and_a_flush_that_fails_are_told_to_whoever_knows_whose_the
     let mut client = fixture.client();
     fixture.faults.fail_nth(1, ENOSPC);
     client.write(0, &[1; 4096]).unwrap_err();
-    assert_eq!(recorder.all().len(), 1);
+    assert_eq!(recorder.calls().len(), 1);
     fixture.faults.fail_nth(1, EIO);
     client.flush().unwrap_err();
-    assert_eq!(recorder.all().len(), 2);
+    assert_eq!(recorder.calls().len(), 2);
     fixture.faults.fail_nth(1, EIO);
     bytes_of(&mut client, 0, 4096).unwrap_err();
-    assert_eq!(recorder.all().len(), 2, "a read changes nothing");
+    assert_eq!(recorder.calls().len(), 2, "a read changes nothing");
 }
 
 #[test]
@@ -418,7 +424,7 @@ fn a_new_list_ends_sessions_that_wait_at_a_closed_gate_too() {
         // Let it get to the gate; if it does not in time, it ends all the same.
         (0..1000).for_each(|_| thread::yield_now());
         if reload {
-            fixture.server.readmit(Acl::parse(&["192.0.2.1"], false).unwrap(), 4);
+            fixture.server.set_admission(Acl::parse(&["192.0.2.1"], false).unwrap(), 4);
         } else {
             fixture.server.set_acl(&["192.0.2.1"]).unwrap();
         }
@@ -473,10 +479,10 @@ fn a_disk_that_is_gone_closes_sessions_without_an_answer() {
 #[test]
 fn whoever_lets_clients_in_answers_a_knock() {
     let fixture = plain();
-    let door = fixture.server.door();
+    let door = fixture.server.acceptor_handle();
     assert_eq!(door.answered(), 0);
     for number in [1, 2] {
-        door.knock(number);
+        door.probe(number);
         let deadline = Instant::now() + PATIENCE;
         while door.answered() != number {
             assert!(Instant::now() < deadline, "no answer");
@@ -489,7 +495,7 @@ fn whoever_lets_clients_in_answers_a_knock() {
 fn a_door_is_closed_only_while_nobody_is_there() {
     let fixture = plain();
     let client = fixture.client();
-    let door = fixture.server.door();
+    let door = fixture.server.acceptor_handle();
     assert!(!door.close_if_empty());
     drop(client);
     let deadline = Instant::now() + PATIENCE;
@@ -497,7 +503,7 @@ fn a_door_is_closed_only_while_nobody_is_there() {
         assert!(Instant::now() < deadline, "it does not close");
         thread::yield_now();
     }
-    assert_eq!(fixture.server.clients(), 0);
-    door.knock(4711);
+    assert_eq!(fixture.server.client_count(), 0);
+    door.probe(4711);
     assert_eq!(door.answered(), 4711);
 }

@@ -78,10 +78,10 @@ impl<'a> Transmission<'a> {
         loop {
             match self.turn() {
                 Ok(()) => {}
-                Err(SessionEnd::PackedUp) => {
+                Err(SessionEnd::Suspended) => {
                     return match self.pack() {
-                        Ok(packed) => (SessionEnd::PackedUp, Some(packed)),
-                        Err(error) => (SessionEnd::ReadBrokeOff(error), None),
+                        Ok(packed) => (SessionEnd::Suspended, Some(packed)),
+                        Err(error) => (SessionEnd::ReplyIncomplete(error), None),
                     };
                 }
                 Err(end) => return (end, None),
@@ -95,12 +95,12 @@ impl<'a> Transmission<'a> {
         Ok(SessionSnapshot {
             session: self.worker.session,
             inbox: self.inbox.bytes().to_vec(),
-            outbox: self.outbox.pack()?,
+            outbox: self.outbox.save()?,
             phase: PhaseSnapshot::Transmission(TransmissionSnapshot {
                 form: dialect.into(),
                 allocation_selected,
                 introduced: private,
-                outstanding: self.progress.pack(),
+                outstanding: self.progress.save(),
             }),
         })
     }
@@ -110,12 +110,12 @@ impl<'a> Transmission<'a> {
         self.obey()?;
         self.worker.check_disk()?;
         self.work()?;
-        self.worker.errands.submit();
+        self.worker.in_flight.submit();
         let blocked = self.is_blocked();
         let sent_all = self.send()?;
-        let quiet = self.worker.errands.is_empty();
-        if self.is_packing() {
-            return if quiet { Err(SessionEnd::PackedUp) } else { self.wait() };
+        let quiet = self.worker.in_flight.is_empty();
+        if self.is_suspending() {
+            return if quiet { Err(SessionEnd::Suspended) } else { self.wait() };
         }
         if self.unfinished {
             return Ok(());
@@ -138,9 +138,9 @@ impl<'a> Transmission<'a> {
 
     /// Sends what waits; false if the client does not take all of it now.
     fn send(&mut self) -> Result<bool, SessionEnd> {
-        let before = self.outbox.waiting();
+        let before = self.outbox.unsent();
         let sent_all = self.outbox.send(self.stream).map_err(SessionEnd::Connection)?;
-        self.progress.sent += before.saturating_sub(self.outbox.waiting());
+        self.progress.sent += before.saturating_sub(self.outbox.unsent());
         Ok(sent_all)
     }
 
@@ -149,7 +149,7 @@ impl<'a> Transmission<'a> {
         (self.stuck, self.unfinished, self.written) = (false, false, 0);
         loop {
             self.conclude_errands();
-            if self.is_packing() {
+            if self.is_suspending() {
                 return Ok(());
             }
             self.answer_reads()?;
@@ -170,8 +170,8 @@ impl<'a> Transmission<'a> {
 
     /// Answers what errands are over for.
     fn conclude_errands(&mut self) {
-        while let Some((aside, outcome)) = self.worker.errands.next_completed() {
-            self.worker.orders.heard();
+        while let Some((aside, outcome)) = self.worker.in_flight.next_completed() {
+            self.worker.control.record_activity();
             match aside {
                 Tag::Answer { to, request } => {
                     self.worker.conclude(to, outcome, request, &mut self.outbox);
@@ -206,7 +206,7 @@ impl<'a> Transmission<'a> {
     /// Has what the first read needs loaded aside, or waits for it if there is nothing else to do
     /// and that will not take long.
     fn load(&mut self, visit: Visit<'a>, range: Range) -> Result<(), SessionEnd> {
-        if self.worker.patience.waits()
+        if self.worker.inline_reads.waits()
             && self.has_nothing_else_to_do()
             && let Some(read) = self.progress.reads.front_mut()
         {
@@ -216,8 +216,8 @@ impl<'a> Transmission<'a> {
             if let ReadStep::Answered = self.worker.advance(read, &mut self.outbox)? {
                 self.progress.reads.pop_front();
             }
-            self.worker.patience.waited(range.length(), began.elapsed());
-        } else if !self.worker.errands.has_room(0) {
+            self.worker.inline_reads.waited(range.length(), began.elapsed());
+        } else if !self.worker.in_flight.has_room(0) {
             self.stuck = true;
         } else if let Some(read) = self.progress.reads.pop_front() {
             self.worker.load(visit, range, read);
@@ -227,13 +227,13 @@ impl<'a> Transmission<'a> {
 
     /// Whether everything that the client has sent has been answered but for one read.
     fn has_nothing_else_to_do(&self) -> bool {
-        let answered = self.worker.errands.is_empty() && self.outbox.is_empty();
+        let answered = self.worker.in_flight.is_empty() && self.outbox.is_empty();
         answered && self.progress.reads.len() == 1 && self.inbox.bytes().is_empty()
     }
 
     /// Whether to stop as soon as nothing is under way on the disk, and to begin nothing.
-    fn is_packing(&self) -> bool {
-        self.worker.orders.current() == StopRequest::PackUp && self.progress.can_be_packed()
+    fn is_suspending(&self) -> bool {
+        self.worker.control.current() == StopRequest::Suspend && self.progress.can_be_suspended()
     }
 
     /// Whether nothing more may be taken on before the client takes replies.
@@ -244,12 +244,12 @@ impl<'a> Transmission<'a> {
     /// Whether nothing that the client sends counts any more. After the order to finish, what has
     /// been received still does.
     fn has_said_goodbye(&self) -> bool {
-        !matches!(self.progress.leaving, None | Some(SessionEnd::Ordered(_)))
+        !matches!(self.progress.leaving, None | Some(SessionEnd::Requested(_)))
     }
 
     /// Not while stuck: that the client has ended its side is to be seen after all that it said.
     fn receives(&self) -> bool {
-        let takes_on = !self.stuck && !self.is_blocked() && !self.is_packing();
+        let takes_on = !self.stuck && !self.is_blocked() && !self.is_suspending();
         self.progress.leaving.is_none() && takes_on && !self.inbox.is_full()
     }
 
@@ -258,17 +258,17 @@ impl<'a> Transmission<'a> {
         match self.inbox.receive(self.stream) {
             Ok(0) => {
                 let half = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
-                let end = if half { SessionEnd::Vanished } else { SessionEnd::Left };
+                let end = if half { SessionEnd::Truncated } else { SessionEnd::Closed };
                 self.progress.leaving = Some(end);
                 Ok(true)
             }
             Ok(count) => {
                 // In old style the first request ends the handshake.
-                if self.progress.received == 0 && !self.registration.greeted() {
+                if self.progress.received == 0 && !self.registration.establish() {
                     return Err(SessionEnd::Full);
                 }
                 self.delay.received();
-                self.worker.orders.heard();
+                self.worker.control.record_activity();
                 self.progress.received += count as u64;
                 self.progress.drained = count < DRAINED_BELOW;
                 Ok(true)
@@ -280,23 +280,23 @@ impl<'a> Transmission<'a> {
 
     /// Waits until the client, the server, the disk, or the clock wants something.
     fn wait(&mut self) -> Result<(), SessionEnd> {
-        if self.worker.errands.has_completed() {
+        if self.worker.in_flight.has_completed() {
             return Ok(());
         }
-        if self.worker.orders.current() != StopRequest::Serve {
-            self.worker.orders.set_waits_for_disk(!self.worker.errands.is_empty());
+        if self.worker.control.current() != StopRequest::Serve {
+            self.worker.control.set_waits_for_disk(!self.worker.in_flight.is_empty());
         }
         let interest = Interest { readable: self.receives(), writable: self.outbox.has_bytes() };
-        if interest == READABLE && self.worker.errands.is_empty() && self.look_out()? {
+        if interest == READABLE && self.worker.in_flight.is_empty() && self.look_out()? {
             return Ok(());
         }
         self.delay.waits(self.stuck || self.is_blocked());
         let now = Instant::now();
         let stalled = self.stalled_at(now);
         let deadline = stalled.or_else(|| self.may_relax().then(|| now + IDLE));
-        let gate_due = self.worker.errands.gate_expiry();
+        let gate_due = self.worker.in_flight.gate_expiry();
         let deadline = deadline.into_iter().chain(gate_due).min();
-        let wake = &self.worker.orders.wake;
+        let wake = &self.worker.control.wake;
         let waits_for_client = interest != Interest::default();
         let ready = if waits_for_client {
             self.stream.wait(interest, Some(wake), deadline)
@@ -309,7 +309,7 @@ impl<'a> Transmission<'a> {
         }
         if ready.readable && !waits_for_client {
             // It is over in both directions: nothing that waits is of use to anybody.
-            return Err(self.progress.leaving.take().unwrap_or(SessionEnd::Vanished));
+            return Err(self.progress.leaving.take().unwrap_or(SessionEnd::Truncated));
         }
         if ready.woken {
             wake.clear();
@@ -319,9 +319,9 @@ impl<'a> Transmission<'a> {
             return Err(SessionEnd::Stalled);
         }
         if ready.timed_out {
-            self.inbox.relax();
-            self.outbox.relax();
-            self.worker.errands.shrink();
+            self.inbox.shrink();
+            self.outbox.shrink();
+            self.worker.in_flight.shrink();
         }
         Ok(())
     }
@@ -330,12 +330,12 @@ impl<'a> Transmission<'a> {
     /// processor more; true if something came.
     fn look_out(&mut self) -> Result<bool, SessionEnd> {
         let expected = self.polling.looks_out(std::mem::take(&mut self.taken));
-        if !expected || self.registration.company() > self.cpus {
+        if !expected || self.registration.session_count() > self.cpus {
             return Ok(false);
         }
         let until = Instant::now() + LOOKOUT;
         let mut came = false;
-        while !came && self.worker.orders.current() == StopRequest::Serve && Instant::now() < until
+        while !came && self.worker.control.current() == StopRequest::Serve && Instant::now() < until
         {
             came = self.receive()?;
         }
@@ -345,19 +345,19 @@ impl<'a> Transmission<'a> {
 
     /// Whether there is memory to give back once nothing has happened for a while.
     fn may_relax(&self) -> bool {
-        let errands = &self.worker.errands;
-        let relaxed = self.inbox.is_relaxed() && self.outbox.is_relaxed() && errands.is_shrunk();
+        let errands = &self.worker.in_flight;
+        let relaxed = self.inbox.is_shrunk() && self.outbox.is_shrunk() && errands.is_shrunk();
         !relaxed && !self.outbox.has_bytes() && errands.is_empty()
     }
 
     fn obey(&mut self) -> Result<(), SessionEnd> {
-        match self.worker.orders.current() {
-            StopRequest::Serve | StopRequest::PackUp => Ok(()),
+        match self.worker.control.current() {
+            StopRequest::Serve | StopRequest::Suspend => Ok(()),
             StopRequest::Finish => {
-                self.progress.leaving.get_or_insert(SessionEnd::Ordered(StopRequest::Finish));
+                self.progress.leaving.get_or_insert(SessionEnd::Requested(StopRequest::Finish));
                 Ok(())
             }
-            order => Err(SessionEnd::Ordered(order)),
+            order => Err(SessionEnd::Requested(order)),
         }
     }
 

@@ -38,12 +38,12 @@ const COMPLAINTS_MAX: u32 = 10;
 #[derive(Debug)]
 pub(super) struct Worker<'a> {
     pub(super) disk: &'a Disk,
-    pub(super) orders: &'a Arc<SessionControl>,
+    pub(super) control: &'a Arc<SessionControl>,
     pub(super) policy: &'a dyn ExportPolicy,
     pub(super) dialect: Dialect,
     /// What is under way on the disk.
-    pub(super) errands: InFlight<'a, Tag>,
-    pub(super) patience: InlineReads,
+    pub(super) in_flight: InFlight<'a, Tag>,
+    pub(super) inline_reads: InlineReads,
     /// Bytes that are being loaded.
     loading: u64,
     /// For the log.
@@ -79,20 +79,20 @@ pub(super) struct Populate {
 impl<'a> Worker<'a> {
     pub(super) fn new(
         disk: &'a Disk,
-        orders: &'a Arc<SessionControl>,
+        control: &'a Arc<SessionControl>,
         policy: &'a dyn ExportPolicy,
         dialect: Dialect,
         (client, session): (String, SessionId),
     ) -> Self {
         let allocated = Range::whole(0);
-        let bell = Arc::clone(orders) as Arc<dyn Notifier>;
+        let notifier = Arc::clone(control) as Arc<dyn Notifier>;
         Self {
             disk,
-            orders,
+            control,
             policy,
             dialect,
-            errands: InFlight::new(disk, bell),
-            patience: InlineReads::default(),
+            in_flight: InFlight::new(disk, notifier),
+            inline_reads: InlineReads::default(),
             loading: 0,
             client,
             session,
@@ -109,23 +109,23 @@ impl<'a> Worker<'a> {
     pub(super) fn visit(&self) -> Result<Option<Visit<'a>>, SessionEnd> {
         match self.disk.enter_if_open() {
             Ok(Some(visit)) => Ok(Some(visit)),
-            Ok(None) => match self.orders.current() {
-                StopRequest::Serve | StopRequest::PackUp => Ok(self.wait_for_the_gate()),
-                _ if !self.errands.is_empty() => Ok(self.wait_for_the_gate()),
-                order => Err(SessionEnd::Ordered(order)),
+            Ok(None) => match self.control.current() {
+                StopRequest::Serve | StopRequest::Suspend => Ok(self.wait_for_the_gate()),
+                _ if !self.in_flight.is_empty() => Ok(self.wait_for_the_gate()),
+                order => Err(SessionEnd::Requested(order)),
             },
             Err(_) => Err(SessionEnd::DiskGone),
         }
     }
 
     fn wait_for_the_gate(&self) -> Option<Visit<'a>> {
-        self.errands.notify_when_gate_opens();
+        self.in_flight.notify_when_gate_opens();
         None
     }
 
     /// Ends the session if the disk is gone: what waits to be begun never will be.
     pub(super) fn check_disk(&self) -> Result<(), SessionEnd> {
-        match self.errands.has_waiting().then(|| self.disk.enter_if_open()) {
+        match self.in_flight.has_waiting().then(|| self.disk.enter_if_open()) {
             Some(Err(_)) => Err(SessionEnd::DiskGone),
             _ => Ok(()),
         }
@@ -138,12 +138,12 @@ impl<'a> Worker<'a> {
         if wanted.is_zero() {
             return Ok(true);
         }
-        if !self.errands.is_quiescent() {
+        if !self.in_flight.is_quiescent() {
             return Ok(false);
         }
         let delay = self.held.delay(self.began.elapsed(), wanted);
         let deadline = Some(Instant::now() + delay);
-        let wake = &self.orders.wake;
+        let wake = &self.control.wake;
         loop {
             let waited = stream.wait(Interest::default(), Some(wake), deadline);
             if !waited.map_err(SessionEnd::Connection)?.woken {
@@ -152,7 +152,7 @@ impl<'a> Worker<'a> {
             // An order ends the waiting, and is obeyed at the next turn; that an errand was over,
             // which may be rung for after it has been heard of, does not.
             wake.clear();
-            if self.orders.current() != StopRequest::Serve {
+            if self.control.current() != StopRequest::Serve {
                 return Ok(true);
             }
         }
@@ -192,7 +192,7 @@ impl<'a> Worker<'a> {
         work: Work,
     ) -> Result<bool, SessionEnd> {
         let Some(visit) = self.visit()? else { return Ok(false) };
-        self.errands.begin(visit, work, Tag::Answer { to, request });
+        self.in_flight.begin(visit, work, Tag::Answer { to, request });
         Ok(true)
     }
 
@@ -201,13 +201,13 @@ impl<'a> Worker<'a> {
         self.loading += range.length();
         let (length, under_way) = (range.length(), self.loading);
         let load = Populate { length, under_way, since: Instant::now() };
-        self.errands.begin(visit, Work::Populate(range), Tag::Read(read, load));
+        self.in_flight.begin(visit, Work::Populate(range), Tag::Read(read, load));
     }
 
     /// A load is over.
     pub(super) fn loaded(&mut self, load: &Populate) {
         self.loading -= load.length;
-        self.patience.loaded(load.under_way, load.since.elapsed());
+        self.inline_reads.loaded(load.under_way, load.since.elapsed());
     }
 
     fn block_status(
@@ -244,7 +244,7 @@ impl<'a> Worker<'a> {
             Err(error) => {
                 let concerns = request.writes() || request == Request::Flush;
                 if concerns && !is_not_fast(request, &error) {
-                    self.policy.write_failed(self.session, &error);
+                    self.policy.on_write_failure(self.session, &error);
                 }
                 let is_lost = request == Request::Flush && !self.disk.all_flushes_succeeded();
                 let kind =
@@ -335,19 +335,19 @@ mod tests {
     #[test]
     fn a_write_is_held_back_whatever_has_been_heard_from_the_disk_just_before() {
         let disk = Disk::new(Box::new(MemoryBackend::new(512)), false);
-        let orders = Arc::new(SessionControl::new().unwrap());
+        let control = Arc::new(SessionControl::new().unwrap());
         let who = (String::new(), 1);
-        let mut worker = Worker::new(&disk, &orders, &AllowAll, Dialect::Simple, who);
+        let mut worker = Worker::new(&disk, &control, &AllowAll, Dialect::Simple, who);
         let stream = Stream::Unix(UnixStream::pair().unwrap().0);
         let hold = Duration::from_millis(50);
         thread::sleep(2 * hold);
         disk.set_write_delay(hold);
         // An errand whose end was seen before anybody listened for it.
-        orders.notify();
+        control.notify();
         let began = Instant::now();
         assert!(worker.hold_back(&stream).unwrap());
         assert!(began.elapsed() >= hold, "{:?}", began.elapsed());
-        orders.give(StopRequest::PackUp);
+        control.request(StopRequest::Suspend);
         thread::sleep(2 * hold);
         let began = Instant::now();
         assert!(worker.hold_back(&stream).unwrap());

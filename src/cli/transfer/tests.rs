@@ -5,7 +5,7 @@ use crate::disk::Disk;
 use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
 use crate::nbd::wire::PAYLOAD_LENGTH_DEFAULT;
 use crate::net::{Address, Listener};
-use crate::server::{Opening, Server, SessionSettings, Style};
+use crate::server::{Server, ServerConfig, SessionSettings, Style};
 use nix::libc::EIO;
 use std::sync::Arc;
 
@@ -25,8 +25,8 @@ fn serve(style: Style) -> Fixture {
     let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let Address::Tcp(address) = listener.local_address().unwrap() else { panic!("not TCP") };
     let settings = SessionSettings { style, ..SessionSettings::default() };
-    let opening = Opening { settings, ..Opening::to_anybody(vec![listener], &disk) };
-    let server = Server::start(opening).unwrap();
+    let config = ServerConfig { settings, ..ServerConfig::allow_all(vec![listener], &disk) };
+    let server = Server::start(config).unwrap();
     let remote = Remote::Host { host: address.ip().to_string(), port: address.port() };
     Fixture { server, remote, memory, faults }
 }

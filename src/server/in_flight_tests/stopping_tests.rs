@@ -11,7 +11,7 @@ fn a_stopping_server_answers_what_is_under_way() {
     thread::scope(|scope| {
         let (slow, image) = (&fixture.slow, &fixture.image);
         let server = &mut fixture.server;
-        let exit = server.exit();
+        let exit = server.shutdown_handle();
         let stopping = scope.spawn(move || server.stop(PATIENCE));
         while !exit.0.is_closed() {
             thread::yield_now();
@@ -34,13 +34,13 @@ fn a_reply_that_takes_the_disk_longer_than_the_grace_is_sent() {
         silent.read(0, 12 * MIB, 2);
         fixture.wait_for_clients(2);
         let grace = Grace { clients: Duration::from_millis(10), disk: PATIENCE };
-        let luggage = thread::scope(|scope| {
+        let stored = thread::scope(|scope| {
             let (slow, image) = (&fixture.slow, &fixture.image);
-            let sessions = fixture.server.exit();
+            let sessions = fixture.server.shutdown_handle();
             let server = &mut fixture.server;
             let stopping = scope.spawn(move || {
                 if packs {
-                    server.pack_up(9, grace)
+                    server.suspend(9, grace)
                 } else {
                     (server.stop(grace), StoredSessions::default()).1
                 }
@@ -53,7 +53,7 @@ fn a_reply_that_takes_the_disk_longer_than_the_grace_is_sent() {
             slow.complete(0, image);
             stopping.join().unwrap()
         });
-        let _next = open(&fixture.disk, &fixture.recorder, SessionSettings::default(), luggage);
+        let _next = open(&fixture.disk, &fixture.recorder, SessionSettings::default(), stored);
         assert_eq!(client.head(), (1, 0), "{packs}");
     }
 }
@@ -66,7 +66,7 @@ fn the_grace_for_the_disk_is_bounded() {
     fixture.slow.wait_for(1);
     let soon = Duration::from_millis(10);
     fixture.server.stop(Grace { clients: soon, disk: 2 * soon });
-    assert_eq!(fixture.server.clients(), 1, "it is left to itself");
+    assert_eq!(fixture.server.client_count(), 1, "it is left to itself");
     fixture.hurry();
     assert!(client.is_closed());
 }
@@ -82,11 +82,11 @@ fn a_session_that_has_to_end_is_over_when_nothing_of_it_is_under_way() {
     fixture.server.set_acl(&["192.0.2.1"]).unwrap();
     // Whatever it does now, it has not closed.
     (0..1000).for_each(|_| thread::yield_now());
-    assert_eq!((fixture.server.clients(), fixture.recorder.all().len()), (1, 0));
+    assert_eq!((fixture.server.client_count(), fixture.recorder.calls().len()), (1, 0));
     fixture.finish(1);
     fixture.finish(0);
     fixture.wait_for_clients(0);
-    assert_eq!(fixture.recorder.all(), ["closed"]);
+    assert_eq!(fixture.recorder.calls(), ["on_session_end"]);
     assert_eq!(dirty.count(), 2);
     assert_eq!(fixture.slow.count(), 0);
 }
@@ -99,11 +99,11 @@ fn a_session_is_packed_up_when_nothing_is_under_way_and_goes_on_with_the_rest() 
     client.write(FUA, 0, &[1; 4096], 1);
     client.read(MIB, 4096, 2);
     fixture.slow.wait_for(2);
-    let luggage = thread::scope(|scope| {
+    let stored = thread::scope(|scope| {
         let (slow, image) = (&fixture.slow, &fixture.image);
         let server = &mut fixture.server;
-        let exit = server.exit();
-        let packing = scope.spawn(move || server.pack_up(9, PATIENCE));
+        let exit = server.shutdown_handle();
+        let packing = scope.spawn(move || server.suspend(9, PATIENCE));
         while !exit.0.is_closed() {
             thread::yield_now();
         }
@@ -113,8 +113,8 @@ fn a_session_is_packed_up_when_nothing_is_under_way_and_goes_on_with_the_rest() 
         slow.complete_all(image);
         packing.join().unwrap()
     });
-    assert_eq!(luggage.streams.len(), 1);
-    let next = open(&fixture.disk, &fixture.recorder, SessionSettings::default(), luggage);
+    assert_eq!(stored.streams.len(), 1);
+    let next = open(&fixture.disk, &fixture.recorder, SessionSettings::default(), stored);
     let mut answered = std::collections::BTreeSet::new();
     for _ in 0..3 {
         let (cookie, error) = client.head();
@@ -134,10 +134,10 @@ fn a_session_that_waits_at_a_closed_gate_is_packed_up() {
     fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
     client.write(PLAIN, 0, &[1; 4096], 1);
     client.read(0, 512, 2);
-    let luggage = fixture.server.pack_up(9, PATIENCE);
-    assert_eq!(luggage.streams.len(), 1);
+    let stored = fixture.server.suspend(9, PATIENCE);
+    assert_eq!(stored.streams.len(), 1);
     fixture.disk.gate().reopen();
-    let _next = open(&fixture.disk, &fixture.recorder, SessionSettings::default(), luggage);
+    let _next = open(&fixture.disk, &fixture.recorder, SessionSettings::default(), stored);
     let first = client.head();
     if first.0 == 2 {
         client.data(512);
