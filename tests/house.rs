@@ -82,8 +82,6 @@ const SHARED_NAMES: &[(&str, &str)] = &[];
 /// Pairs of files that may use each other, and why.
 const CIRCLES: &[(&str, &str, &str)] = &[
     ("cli/offline.rs", "cli/operate.rs", "to be cut"),
-    ("disk/lock.rs", "disk/open.rs", "to be cut"),
-    ("disk/record_store.rs", "disk/state.rs", "to be cut"),
     ("server/reads.rs", "server/work.rs", "the engine replaces both"),
 ];
 

@@ -1,13 +1,12 @@
-//! Locks on an image, of both kinds that other programs look for: flock(2), and the byte-range
-//! locks of QEMU's file driver. Never waits for a lock.
+//! Locks on an image, of both kinds that other programs check: flock(2), and the byte-range locks
+//! of QEMU's file driver. Never waits for a lock.
 //!
-//! QEMU (block/file-posix.c) puts read locks, which any number of processes can have, on single
-//! bytes: byte 100 + n says that permission n is used, byte 200 + n that it is not left to others.
-//! Whoever then finds somebody else's lock on a byte that contradicts its own gives up. The locks
-//! are those of an open file description (`F_OFD_SETLK` of fcntl(2)), as flock's are: they last
-//! until the last descriptor of this opening is closed. The bytes need not exist.
+//! QEMU (block/file-posix.c) puts read locks, which any number of processes can hold, on single
+//! bytes: byte 100 + n means that the holder uses permission n, byte 200 + n that it does not share
+//! permission n. A process that finds a foreign lock on a byte that conflicts with its own gives up.
+//! Both kinds belong to an open file description (`F_OFD_SETLK` of fcntl(2)) and last until its last
+//! descriptor is closed. The bytes need not exist.
 
-use super::open::{Access, OpenError};
 use super::syscalls;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -20,22 +19,41 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Where the bytes for permissions in use begin (`RAW_LOCK_PERM_BASE`).
+/// First byte for permissions in use (`RAW_LOCK_PERM_BASE`).
 const USED: libc::off_t = 100;
-/// Where those for permissions that are not shared begin (`RAW_LOCK_SHARED_BASE`).
+/// First byte for permissions that are not shared (`RAW_LOCK_SHARED_BASE`).
 const NOT_SHARED: libc::off_t = 200;
 
-/// The permissions, as numbers of bits (`BLK_PERM_*` of QEMU's block layer).
+/// The permissions, as bit numbers (`BLK_PERM_*` of QEMU's block layer).
 const CONSISTENT_READ: libc::off_t = 0;
 const WRITE: libc::off_t = 1;
 const WRITE_UNCHANGED: libc::off_t = 2;
 const RESIZE: libc::off_t = 3;
 
-/// SMB: there both kinds are one, so that they would contradict each other, and the first holds
-/// QEMU off by itself.
-const ONE_KIND: [FsType; 3] = [FsType(0x517B), FsType(0xFF53_4D42), FsType(0xFE53_4D42)];
+/// SMB implements both kinds with one lock, so the second would conflict with the first; flock(2)
+/// alone keeps QEMU out there.
+const SINGLE_LOCK_FILE_SYSTEMS: [FsType; 3] =
+    [FsType(0x517B), FsType(0xFF53_4D42), FsType(0xFE53_4D42)];
 
-/// Which permissions a server uses, and which it leaves to others.
+/// How a process uses an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LockMode {
+    /// It reads; other readers are welcome.
+    Shared,
+    /// It writes, alone.
+    Exclusive,
+}
+
+/// Why an image is not locked.
+#[derive(Debug)]
+pub(super) enum LockError {
+    /// Other processes hold a conflicting lock.
+    Held(Holders),
+    /// The file system does not support this kind of lock.
+    Failed { kind: LockKind, source: io::Error },
+}
+
+/// The permissions that a server uses, and those that it does not share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Permissions {
     used: &'static [libc::off_t],
@@ -43,15 +61,14 @@ struct Permissions {
 }
 
 impl Permissions {
-    /// As QEMU does for a virtual machine's disk: others may neither write nor resize, and they may
-    /// read only if they put up with writers. That is for themselves to say, in their own locks.
-    fn of(access: Access) -> Self {
-        let not_shared = &[WRITE, RESIZE];
-        if access.read_only {
-            Self { used: &[CONSISTENT_READ], not_shared }
-        } else {
-            Self { used: &[CONSISTENT_READ, WRITE, WRITE_UNCHANGED], not_shared }
-        }
+    /// The permissions that QEMU takes for the disk of a virtual machine: others may neither write
+    /// nor resize. A reader states in its own locks whether it tolerates our writes.
+    fn of(mode: LockMode) -> Self {
+        let used: &[_] = match mode {
+            LockMode::Shared => &[CONSISTENT_READ],
+            LockMode::Exclusive => &[CONSISTENT_READ, WRITE, WRITE_UNCHANGED],
+        };
+        Self { used, not_shared: &[WRITE, RESIZE] }
     }
 
     /// The bytes to lock.
@@ -60,8 +77,8 @@ impl Permissions {
         used.chain(self.not_shared.iter().map(|bit| NOT_SHARED + bit))
     }
 
-    /// The bytes that must not be locked by others.
-    fn contradicting(self) -> impl Iterator<Item = libc::off_t> {
+    /// The bytes that no other process may have locked.
+    fn conflicting(self) -> impl Iterator<Item = libc::off_t> {
         let used = self.used.iter().map(|bit| NOT_SHARED + bit);
         used.chain(self.not_shared.iter().map(|bit| USED + bit))
     }
@@ -72,7 +89,7 @@ impl Permissions {
 pub enum LockKind {
     /// flock(2).
     Flock,
-    /// A lock on a range of bytes, of an open file description.
+    /// A byte-range lock of an open file description.
     Range,
 }
 
@@ -85,7 +102,7 @@ impl fmt::Display for LockKind {
     }
 }
 
-/// The processes that have locked an image, as far as that can be seen.
+/// The processes that have locked an image, as far as `/proc` shows them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Holders(Vec<Holder>);
 
@@ -109,32 +126,30 @@ impl fmt::Display for Holders {
     }
 }
 
-/// Locks the image that is open there, against writers or, for writing, against everybody.
-pub(super) fn take(path: &Path, file: &File, access: Access) -> Result<(), OpenError> {
+/// Takes both locks on an open image.
+pub(super) fn acquire(file: &File, mode: LockMode) -> Result<(), LockError> {
     let failed = |kind, source: io::Error| match source.raw_os_error().map(Errno::from_raw) {
-        // For range locks the kernel may say either.
-        Some(Errno::EAGAIN | Errno::EACCES) => {
-            OpenError::AlreadyServed { path: path.to_owned(), by: holders(file) }
-        }
-        _ => OpenError::NotLocked { path: path.to_owned(), kind, source },
+        // For a held range lock fcntl(2) returns either.
+        Some(Errno::EAGAIN | Errno::EACCES) => LockError::Held(holders(file)),
+        _ => LockError::Failed { kind, source },
     };
-    syscalls::lock(file, !access.read_only).map_err(|error| failed(LockKind::Flock, error))?;
+    syscalls::lock(file, mode == LockMode::Exclusive)
+        .map_err(|error| failed(LockKind::Flock, error))?;
     let kind = fstatfs(file).map(|found| found.filesystem_type());
-    if kind.is_ok_and(|kind| ONE_KIND.contains(&kind)) {
+    if kind.is_ok_and(|kind| SINGLE_LOCK_FILE_SYSTEMS.contains(&kind)) {
         return Ok(());
     }
-    lock_ranges(file, Permissions::of(access))
-        .map_err(|errno| failed(LockKind::Range, errno.into()))
+    lock_ranges(file, Permissions::of(mode)).map_err(|errno| failed(LockKind::Range, errno.into()))
 }
 
-/// First the locks, then the look at those of others: of two that begin at the same time at least
-/// one sees the other.
+/// Takes our locks before it checks for foreign ones: of two processes that start at the same time,
+/// at least one sees the other.
 fn lock_ranges(file: &File, permissions: Permissions) -> nix::Result<()> {
     for byte in permissions.locks() {
         fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_RDLCK, byte)))?;
     }
-    for byte in permissions.contradicting() {
-        // What a write lock would meet is any lock of somebody else.
+    for byte in permissions.conflicting() {
+        // A write lock would conflict with every foreign lock, so this query finds any.
         let mut found = range(libc::F_WRLCK, byte);
         fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
         if i32::from(found.l_type) != libc::F_UNLCK {
@@ -146,18 +161,18 @@ fn lock_ranges(file: &File, permissions: Permissions) -> nix::Result<()> {
 
 fn range(kind: i32, byte: libc::off_t) -> libc::flock {
     libc::flock {
-        // One of three small numbers.
+        // `F_RDLCK`, `F_WRLCK` and `F_UNLCK` fit.
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: byte,
         l_len: 1,
-        // As it has to be for locks of an open file description.
+        // fcntl(2) demands 0 for locks of an open file description.
         l_pid: 0,
     }
 }
 
-/// Whoever has locked the file, but for this opening of it. The kernel does not tell who has a
-/// range lock; but it shows the locks of each descriptor (proc_pid_fdinfo(5)).
+/// The processes that have locked the file, except through this descriptor. fcntl(2) does not
+/// report the holder of such a range lock, but proc_pid_fdinfo(5) lists the locks of each descriptor.
 fn holders(file: &File) -> Holders {
     let Ok(wanted) = file.metadata() else { return Holders::default() };
     let (own, own_descriptor) = (std::process::id(), file.as_raw_fd());
@@ -184,60 +199,57 @@ fn holders(file: &File) -> Holders {
     Holders(pids.filter(|pid| holds(*pid)).map(holder).collect())
 }
 
-/// Whether the `fdinfo` of a descriptor shows a lock on a file of that inode number.
+/// Whether the `fdinfo` of a descriptor lists a lock on a file with this inode number.
 fn shows_lock(fdinfo: &str, inode: u64) -> bool {
-    let place = format!(":{inode}");
+    let suffix = format!(":{inode}");
     let locks = fdinfo.lines().filter_map(|line| line.strip_prefix("lock:"));
-    let mut places = locks.flat_map(str::split_whitespace);
-    places.any(|word| word.matches(':').count() == 2 && word.ends_with(&place))
+    let mut words = locks.flat_map(str::split_whitespace);
+    words.any(|word| word.matches(':').count() == 2 && word.ends_with(&suffix))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const WRITING: Access = Access { read_only: false };
-    const READING: Access = Access { read_only: true };
-
     #[test]
-    fn the_bytes_are_those_of_qemu() {
-        let bytes = |access| {
-            let permissions = Permissions::of(access);
-            (
-                permissions.locks().collect::<Vec<_>>(),
-                permissions.contradicting().collect::<Vec<_>>(),
-            )
+    fn locked_bytes_are_those_of_qemu() {
+        let bytes = |mode| {
+            let permissions = Permissions::of(mode);
+            (permissions.locks().collect::<Vec<_>>(), permissions.conflicting().collect::<Vec<_>>())
         };
-        assert_eq!(bytes(WRITING), (vec![100, 101, 102, 201, 203], vec![200, 201, 202, 101, 103]));
-        assert_eq!(bytes(READING), (vec![100, 201, 203], vec![200, 101, 103]));
+        assert_eq!(
+            bytes(LockMode::Exclusive),
+            (vec![100, 101, 102, 201, 203], vec![200, 201, 202, 101, 103])
+        );
+        assert_eq!(bytes(LockMode::Shared), (vec![100, 201, 203], vec![200, 101, 103]));
     }
 
     #[test]
-    fn range_locks_alone_keep_a_writer_off() {
+    fn range_locks_alone_keep_out_a_writer() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let open = || File::options().read(true).write(true).open(file.path()).unwrap();
         let (first, second, third) = (open(), open(), open());
-        lock_ranges(&first, Permissions::of(READING)).unwrap();
-        lock_ranges(&second, Permissions::of(READING)).unwrap();
-        assert_eq!(lock_ranges(&third, Permissions::of(WRITING)), Err(Errno::EAGAIN));
+        lock_ranges(&first, Permissions::of(LockMode::Shared)).unwrap();
+        lock_ranges(&second, Permissions::of(LockMode::Shared)).unwrap();
+        assert_eq!(lock_ranges(&third, Permissions::of(LockMode::Exclusive)), Err(Errno::EAGAIN));
         drop((first, second, third));
         let (first, second) = (open(), open());
-        lock_ranges(&first, Permissions::of(WRITING)).unwrap();
-        assert_eq!(lock_ranges(&second, Permissions::of(READING)), Err(Errno::EAGAIN));
+        lock_ranges(&first, Permissions::of(LockMode::Exclusive)).unwrap();
+        assert_eq!(lock_ranges(&second, Permissions::of(LockMode::Shared)), Err(Errno::EAGAIN));
     }
 
     #[test]
-    fn whoever_holds_a_lock_is_found() {
+    fn holder_of_a_lock_is_found() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (first, second) = (file.reopen().unwrap(), file.reopen().unwrap());
-        take(file.path(), &first, WRITING).unwrap();
-        assert_eq!(holders(&first), Holders::default(), "its own locks do not count");
+        acquire(&first, LockMode::Exclusive).unwrap();
+        assert_eq!(holders(&first), Holders::default(), "its own locks are listed");
         let [holder] = &holders(&second).0[..] else { panic!("not found") };
         assert_eq!(holder.pid, std::process::id());
     }
 
     #[test]
-    fn a_lock_is_told_by_the_inode_it_is_on() {
+    fn lock_is_matched_by_its_inode() {
         let shown = "pos:\t0\nlock:\t1: OFDLCK ADVISORY  READ -1 08:01:131 100 100\n";
         assert!(shows_lock(shown, 131));
         for (text, inode) in [(shown, 31), (shown, 100), ("ino:\t08:01:131\n", 131)] {
@@ -246,12 +258,12 @@ mod tests {
     }
 
     #[test]
-    fn holders_are_named_for_people() {
+    fn holders_are_listed_with_pid_and_name() {
         let holder = |pid| Holder { pid, name: "qemu".to_owned() };
-        let told = |count| Holders((1..=count).map(holder).collect()).to_string();
-        assert_eq!(told(0), "another process has locked it");
-        assert_eq!(told(1), "process 1 (qemu) has locked it");
-        assert_eq!(told(2), "process 1 (qemu) and 1 other process have locked it");
-        assert_eq!(told(3), "process 1 (qemu) and 2 other processes have locked it");
+        let text = |count| Holders((1..=count).map(holder).collect()).to_string();
+        assert_eq!(text(0), "another process has locked it");
+        assert_eq!(text(1), "process 1 (qemu) has locked it");
+        assert_eq!(text(2), "process 1 (qemu) and 1 other process have locked it");
+        assert_eq!(text(3), "process 1 (qemu) and 2 other processes have locked it");
     }
 }

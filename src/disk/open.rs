@@ -1,7 +1,7 @@
-//! Finding the image, and refusing what cannot be served, with a reason an operator can act on.
-//! Never waits for another process, and changes nothing in a file that exists.
+//! Opens an image, or refuses it with a reason that the operator can act on.
+//! Never waits for another process, and never changes a file that exists.
 
-use super::lock::{self, Holders, LockKind};
+use super::lock::{self, Holders, LockError, LockKind, LockMode};
 use super::syscalls;
 use nix::errno::Errno;
 use std::fs::{self, File, OpenOptions};
@@ -9,55 +9,76 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// What a disk is made of, in bytes. The tail of an image beyond its last whole sector is not
-/// served, and an image without a whole one cannot be.
+/// Size of a sector in bytes. The tail of an image beyond its last whole sector is not served, and
+/// an image smaller than one sector is refused.
 pub const SECTOR: u64 = 512;
 
-/// How an image is to be used.
+/// How an image is opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Access {
-    /// Nothing will be written; others may open the image read-only at the same time.
+    /// Only for reading; other processes may then open it read-only at the same time.
     pub read_only: bool,
 }
 
-/// Why an image cannot be served: one variant for each thing an operator can get wrong.
-#[derive(Debug)]
+/// Why an image cannot be served: one variant for each mistake an operator can make.
+#[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Nothing has that name.
+    /// The path does not exist.
+    #[error("{path} does not exist; --create SIZE would make it", path = .path.display())]
     Missing {
         /// The image.
         path: PathBuf,
     },
     /// It is a directory.
+    #[error("{path} is a directory; give a file or a block device", path = .path.display())]
     Directory {
         /// The image.
         path: PathBuf,
     },
-    /// It is a socket, a terminal or the like.
+    /// It is a character device, a pipe or a socket.
+    #[error("{path} is neither a regular file nor a block device", path = .path.display())]
     NotADisk {
         /// The image.
         path: PathBuf,
     },
-    /// We may not read it (or not even reach it).
+    /// The process may not read it, or not search a directory above it.
+    #[error(
+        "{path} may not be read by user id {uid}; check the permissions of the file and of the \
+         directories above it",
+        path = .path.display()
+    )]
     NotReadable {
         /// The image.
         path: PathBuf,
-        /// Who we are to the kernel.
+        /// Effective user id of the process.
         uid: u32,
     },
-    /// We may read it, but not write to it.
+    /// The process may read it, but not write to it.
+    #[error(
+        "{path} may be read but not written by user id {uid}; check its permissions, or serve it \
+         with --read-only",
+        path = .path.display()
+    )]
     NotWritable {
         /// The image.
         path: PathBuf,
-        /// Who we are to the kernel.
+        /// Effective user id of the process.
         uid: u32,
     },
-    /// It lies on a file system that is mounted read-only.
+    /// It is on a file system that is mounted read-only.
+    #[error(
+        "{path} is on a file system mounted read-only; serve it with --read-only",
+        path = .path.display()
+    )]
     ReadOnlyFileSystem {
         /// The image.
         path: PathBuf,
     },
-    /// It has not even one whole sector.
+    /// It is smaller than one sector.
+    #[error(
+        "{path} of {size} bytes is too small; a disk has at least {SECTOR} bytes",
+        path = .path.display()
+    )]
     TooSmall {
         /// The image.
         path: PathBuf,
@@ -65,43 +86,52 @@ pub enum OpenError {
         size: u64,
     },
     /// Other processes hold its lock.
+    #[error("{path} is in use: {by}; is it being served already?", path = .path.display())]
     AlreadyServed {
         /// The image.
         path: PathBuf,
-        /// Which.
+        /// The processes.
         by: Holders,
     },
-    /// Its file system does not let it be locked.
+    /// Its file system does not support locks.
+    #[error(
+        "{path} cannot be locked ({kind}): {source}; its file system must keep locks: on NFS, see \
+         that the lock services run on both hosts (rpc.statd, lockd), or mount it with \
+         local_lock=all if no other host uses the image",
+        path = .path.display()
+    )]
     NotLocked {
         /// The image.
         path: PathBuf,
-        /// In which of two ways.
+        /// The kind of lock that failed.
         kind: LockKind,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// It did not exist and could not be made.
+    /// It did not exist and could not be created.
+    #[error("{path} cannot be created: {source}", path = .path.display())]
     CannotCreate {
         /// The image.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
-    /// Anything else.
+    /// Another system call failed.
+    #[error("{path} cannot be opened: {source}", path = .path.display())]
     Other {
         /// The image.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
 }
 
-/// An image that may be served, locked against a second server.
+/// An open image, locked against a second server.
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) file: File,
     pub(super) kind: FileKind,
-    /// Bytes, all of them, the unserved tail included.
+    /// Size in bytes, the unserved tail included.
     pub(super) full_size: u64,
 }
 
@@ -109,27 +139,28 @@ pub(super) struct Opened {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FileKind {
     File,
-    /// `sector` is the device's own, in bytes: 512 or 4096 as a rule.
+    /// `sector` is the device's logical sector size in bytes, usually 512 or 4096.
     BlockDevice {
         sector: u64,
     },
 }
 
-/// Opens what exists.
+/// Opens and locks an existing image.
 pub(super) fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
-    // Look before opening: to open a pipe can wait for ever, and to open a device can do things.
-    let found = fs::metadata(path).map_err(|error| refusal(path, error, ImageFacts::Nothing))?;
+    // Check the type before opening: opening a pipe may block, opening a device may have effects.
+    let found = fs::metadata(path).map_err(|error| classify(path, error, ReadProbe::NotTried))?;
     check_type(path, found.file_type())?;
     let file = open_file(path, access)?;
     let other = |source| OpenError::Other { path: path.to_owned(), source };
     let file_type = file.metadata().map_err(other)?.file_type();
     check_type(path, file_type)?;
-    lock::take(path, &file, access)?;
+    let mode = if access.read_only { LockMode::Shared } else { LockMode::Exclusive };
+    lock::acquire(&file, mode).map_err(|error| not_locked(path, error))?;
     let kind = match file_type.is_block_device() {
         true => FileKind::BlockDevice { sector: syscalls::sector_size(&file).map_err(other)? },
         false => FileKind::File,
     };
-    // The end is where seeking says it is, for files and devices alike.
+    // `SEEK_END` works for files and devices alike; `st_size` of a device is 0.
     let full_size = (&file).seek(SeekFrom::End(0)).map_err(other)?;
     if full_size < SECTOR {
         return Err(OpenError::TooSmall { path: path.to_owned(), size: full_size });
@@ -137,13 +168,13 @@ pub(super) fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     Ok(Opened { file, kind, full_size })
 }
 
-/// How many bytes of an image can be served. Locks nothing, so that it can be asked of an image in
-/// use.
+/// The size of the disk in an image, in bytes: its whole sectors. Takes no lock, so it works on an
+/// image in use.
 ///
 /// # Errors
-/// When it is no image, or may not be read.
+/// When the path is no image, or may not be read.
 pub fn image_size(path: &Path) -> Result<u64, OpenError> {
-    let found = fs::metadata(path).map_err(|error| refusal(path, error, ImageFacts::Nothing))?;
+    let found = fs::metadata(path).map_err(|error| classify(path, error, ReadProbe::NotTried))?;
     check_type(path, found.file_type())?;
     let mut file = open_file(path, Access { read_only: true })?;
     let size = file.seek(SeekFrom::End(0));
@@ -151,19 +182,18 @@ pub fn image_size(path: &Path) -> Result<u64, OpenError> {
     Ok(size - size % SECTOR)
 }
 
-/// Makes a sparse file of `size` bytes, durably, unless something has that name already; whether it
-/// did.
+/// Creates a sparse file of `size` bytes, durably, unless the path exists. Returns whether it did.
 pub(super) fn create_if_missing(path: &Path, size: u64) -> Result<bool, OpenError> {
     if size < SECTOR {
-        // Make nothing that could not be served; what exists may still be good.
+        // Such an image could not be served. One that exists has its own size.
         let exists = fs::symlink_metadata(path).is_ok();
         let too_small = OpenError::TooSmall { path: path.to_owned(), size };
         return if exists { Ok(false) } else { Err(too_small) };
     }
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(file) => fill_new(path, &file, size).map(|()| true).map_err(|source| {
-            // Half an image would be mistaken for a whole one by the next start. If it cannot be
-            // removed either, there is nothing more to say than why it could not be made.
+            // The next start would take a partly created image for a complete one. A failure to
+            // remove it adds nothing to the error.
             let _ = fs::remove_file(path);
             OpenError::CannotCreate { path: path.to_owned(), source }
         }),
@@ -172,7 +202,7 @@ pub(super) fn create_if_missing(path: &Path, size: u64) -> Result<bool, OpenErro
     }
 }
 
-/// Gives a new file its size and makes it, and its name, durable.
+/// Sets the size of a new file, and makes the file and its directory entry durable.
 fn fill_new(path: &Path, file: &File, size: u64) -> io::Result<()> {
     file.set_len(size)?;
     file.sync_all()?;
@@ -193,28 +223,36 @@ fn check_type(path: &Path, kind: fs::FileType) -> Result<(), OpenError> {
 fn open_file(path: &Path, access: Access) -> Result<File, OpenError> {
     OpenOptions::new().read(true).write(!access.read_only).open(path).map_err(|error| {
         let readable = !access.read_only && File::open(path).is_ok();
-        refusal(path, error, if readable { ImageFacts::Readable } else { ImageFacts::Unreadable })
+        classify(path, error, if readable { ReadProbe::Readable } else { ReadProbe::Unreadable })
     })
 }
 
-/// What is known of an image when opening it fails.
+/// Whether an image that could not be opened can be opened for reading.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ImageFacts {
-    /// It was not even reached.
-    Nothing,
-    /// It is there.
+enum ReadProbe {
+    /// Not tried: stat(2) failed already.
+    NotTried,
+    /// It cannot be opened for reading.
     Unreadable,
-    /// It is there, and to open it for reading works.
+    /// It can be opened for reading.
     Readable,
 }
 
-/// What an error of the kernel means to the operator.
-fn refusal(path: &Path, error: io::Error, found: ImageFacts) -> OpenError {
+fn not_locked(path: &Path, error: LockError) -> OpenError {
+    let path = path.to_owned();
+    match error {
+        LockError::Held(by) => OpenError::AlreadyServed { path, by },
+        LockError::Failed { kind, source } => OpenError::NotLocked { path, kind, source },
+    }
+}
+
+/// The [`OpenError`] for an error of stat(2) or open(2).
+fn classify(path: &Path, error: io::Error, probe: ReadProbe) -> OpenError {
     let path = path.to_owned();
     let uid = nix::unistd::geteuid().as_raw();
-    match (error.kind(), found) {
+    match (error.kind(), probe) {
         (io::ErrorKind::NotFound, _) => OpenError::Missing { path },
-        (io::ErrorKind::PermissionDenied, ImageFacts::Readable) => {
+        (io::ErrorKind::PermissionDenied, ReadProbe::Readable) => {
             OpenError::NotWritable { path, uid }
         }
         (io::ErrorKind::PermissionDenied, _) => OpenError::NotReadable { path, uid },
@@ -224,7 +262,7 @@ fn refusal(path: &Path, error: io::Error, found: ImageFacts) -> OpenError {
 }
 
 impl OpenError {
-    /// The kernel's number for what is wrong, for programs that want one (errno(3)).
+    /// The error as a number of errno(3), for the `ERRNO=` of sd_notify(3).
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         let errno = match self {
@@ -245,66 +283,6 @@ impl OpenError {
     }
 }
 
-impl std::fmt::Display for OpenError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Missing { path } => {
-                write!(f, "{} does not exist; --create SIZE would make it", path.display())
-            }
-            Self::Directory { path } => {
-                write!(f, "{} is a directory; give a file or a block device", path.display())
-            }
-            Self::NotADisk { path } => {
-                write!(f, "{} is neither a regular file nor a block device", path.display())
-            }
-            Self::NotReadable { path, uid } => {
-                write!(f, "{} may not be read by user id {uid}; check ", path.display())?;
-                f.write_str("the permissions of the file and of the directories above it")
-            }
-            Self::NotWritable { path, uid } => {
-                write!(f, "{} may be read but not written by user id {uid}; ", path.display())?;
-                f.write_str("check its permissions, or serve it with --read-only")
-            }
-            Self::ReadOnlyFileSystem { path } => {
-                write!(f, "{} is on a file system mounted read-only; ", path.display())?;
-                f.write_str("serve it with --read-only")
-            }
-            Self::TooSmall { path, size } => {
-                write!(f, "{} of {size} bytes is too small; ", path.display())?;
-                write!(f, "a disk has at least {SECTOR} bytes")
-            }
-            Self::AlreadyServed { path, by } => {
-                write!(f, "{} is in use: {by}; is it being served already?", path.display())
-            }
-            Self::NotLocked { path, kind, source } => {
-                write!(f, "{} cannot be locked ({kind}): {source}; ", path.display())?;
-                f.write_str(
-                    "its file system must keep locks: on NFS, see that the lock services run on \
-                     both hosts (rpc.statd, lockd), or mount it with local_lock=all if no other \
-                     host uses the image",
-                )
-            }
-            Self::CannotCreate { path, source } => {
-                write!(f, "{} cannot be created: {source}", path.display())
-            }
-            Self::Other { path, source } => {
-                write!(f, "{} cannot be opened: {source}", path.display())
-            }
-        }
-    }
-}
-
-impl std::error::Error for OpenError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Self::CannotCreate { source, .. }
-            | Self::NotLocked { source, .. }
-            | Self::Other { source, .. } => Some(source),
-            _ => None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,26 +293,26 @@ mod tests {
     const WRITING: Access = Access { read_only: false };
     const READING: Access = Access { read_only: true };
 
-    /// A folder with a file in it of this size.
+    /// A directory, and an image of this size in it.
     fn file(size: u64) -> (TempDir, PathBuf) {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.img");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.img");
         File::create(&path).unwrap().set_len(size).unwrap();
-        (folder, path)
+        (directory, path)
     }
 
-    /// Refused, with a message that names the image; returns the error.
+    /// Asserts that opening fails with a message that begins with the path; returns the error.
     fn refused(path: &Path, access: Access) -> OpenError {
         let error = open(path, access).unwrap_err();
         assert!(error.to_string().starts_with(&path.display().to_string()), "{error}");
         error
     }
 
-    /// Opens as somebody whom permissions apply to.
+    /// The same as the user nobody, so that permissions apply when the tests run as root.
     fn refused_as_nobody(path: &Path, access: Access) -> OpenError {
         std::thread::scope(|scope| {
             let nobody = scope.spawn(|| {
-                // Of this thread only; without being root there is no need for it.
+                // Applies to this thread only, and has no effect unless the test runs as root.
                 nix::unistd::setfsuid(nix::unistd::Uid::from_raw(65534));
                 refused(path, access)
             });
@@ -347,24 +325,24 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_image_is_refused_with_a_hint_how_to_make_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let error = refused(&folder.path().join("none"), WRITING);
+    fn missing_image_is_refused_with_a_hint_to_create() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = refused(&directory.path().join("none"), WRITING);
         assert!(matches!(error, OpenError::Missing { .. }), "{error:?}");
         assert!(error.to_string().contains("--create"));
     }
 
     #[test]
-    fn a_directory_is_no_disk() {
-        let folder = tempfile::tempdir().unwrap();
-        let error = refused(folder.path(), READING);
+    fn directory_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = refused(directory.path(), READING);
         assert!(matches!(error, OpenError::Directory { .. }), "{error:?}");
     }
 
     #[test]
-    fn a_terminal_or_a_pipe_is_no_disk_and_opening_it_does_not_hang() {
-        let folder = tempfile::tempdir().unwrap();
-        let pipe = folder.path().join("pipe");
+    fn character_devices_and_pipes_are_refused_without_blocking() {
+        let directory = tempfile::tempdir().unwrap();
+        let pipe = directory.path().join("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
         for path in [&pipe, Path::new("/dev/null")] {
             let error = refused(path, READING);
@@ -373,9 +351,9 @@ mod tests {
     }
 
     #[test]
-    fn an_image_we_may_not_read_is_refused() {
-        let (folder, path) = file(4096);
-        permit(folder.path(), 0o755);
+    fn unreadable_image_is_refused() {
+        let (directory, path) = file(4096);
+        permit(directory.path(), 0o755);
         permit(&path, 0o000);
         for access in [READING, WRITING] {
             let error = refused_as_nobody(&path, access);
@@ -384,18 +362,18 @@ mod tests {
     }
 
     #[test]
-    fn an_image_we_may_not_even_reach_is_refused() {
-        let (folder, path) = file(4096);
-        permit(folder.path(), 0o000);
+    fn image_in_an_unsearchable_directory_is_refused() {
+        let (directory, path) = file(4096);
+        permit(directory.path(), 0o000);
         let error = refused_as_nobody(&path, READING);
-        permit(folder.path(), 0o755);
+        permit(directory.path(), 0o755);
         assert!(matches!(error, OpenError::NotReadable { .. }), "{error:?}");
     }
 
     #[test]
-    fn an_image_we_may_only_read_is_refused_with_a_hint_to_serve_it_read_only() {
-        let (folder, path) = file(4096);
-        permit(folder.path(), 0o755);
+    fn unwritable_image_is_refused_with_a_hint_to_read_only() {
+        let (directory, path) = file(4096);
+        permit(directory.path(), 0o755);
         permit(&path, 0o444);
         let error = refused_as_nobody(&path, WRITING);
         assert!(matches!(error, OpenError::NotWritable { .. }), "{error:?}");
@@ -404,33 +382,33 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_says_is_told_apart() {
-        let said =
-            |errno, found| refusal(Path::new("/disk"), io::Error::from_raw_os_error(errno), found);
-        let read_only = said(libc::EROFS, ImageFacts::Readable);
+    fn errors_of_open_are_classified() {
+        let error_of =
+            |errno, probe| classify(Path::new("/disk"), io::Error::from_raw_os_error(errno), probe);
+        let read_only = error_of(libc::EROFS, ReadProbe::Readable);
         assert!(matches!(read_only, OpenError::ReadOnlyFileSystem { .. }), "{read_only:?}");
         assert!(
             read_only.to_string().contains("/disk")
                 && read_only.to_string().contains("--read-only")
         );
-        let not_permitted = said(libc::EPERM, ImageFacts::Readable);
+        let not_permitted = error_of(libc::EPERM, ReadProbe::Readable);
         assert!(matches!(not_permitted, OpenError::NotWritable { .. }), "{not_permitted:?}");
-        let broken = said(libc::EIO, ImageFacts::Unreadable);
+        let broken = error_of(libc::EIO, ReadProbe::Unreadable);
         assert!(matches!(broken, OpenError::Other { .. }), "{broken:?}");
     }
 
     #[test]
-    fn the_smallest_disk_has_one_sector() {
-        let (_folder, path) = file(SECTOR - 1);
+    fn smallest_disk_has_one_sector() {
+        let (_directory, path) = file(SECTOR - 1);
         let error = refused(&path, WRITING);
         assert!(matches!(error, OpenError::TooSmall { size: 511, .. }), "{error:?}");
-        let (_folder, path) = file(SECTOR);
+        let (_directory, path) = file(SECTOR);
         assert_eq!(open(&path, WRITING).unwrap().full_size, SECTOR);
     }
 
     #[test]
-    fn an_image_is_never_served_twice() {
-        let (_folder, path) = file(4096);
+    fn image_in_use_is_refused() {
+        let (_directory, path) = file(4096);
         let first = open(&path, WRITING).unwrap();
         for access in [WRITING, READING] {
             let error = refused(&path, access);
@@ -441,24 +419,24 @@ mod tests {
     }
 
     #[test]
-    fn readers_share_an_image_and_keep_writers_out() {
-        let (_folder, path) = file(4096);
+    fn readers_share_an_image_and_keep_out_writers() {
+        let (_directory, path) = file(4096);
         let _readers = (open(&path, READING).unwrap(), open(&path, READING).unwrap());
         assert!(matches!(refused(&path, WRITING), OpenError::AlreadyServed { .. }));
     }
 
     #[test]
-    fn a_created_image_is_sparse_and_private() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("new.img");
+    fn created_image_is_sparse_and_private() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new.img");
         create_if_missing(&path, 1 << 30).unwrap();
         let made = fs::metadata(&path).unwrap();
         assert_eq!((made.len(), made.blocks(), made.mode() & 0o077), (1 << 30, 0, 0));
     }
 
     #[test]
-    fn what_exists_is_not_created_again() {
-        let (_folder, path) = file(0);
+    fn existing_image_is_not_created_again() {
+        let (_directory, path) = file(0);
         fs::write(&path, [7; 1024]).unwrap();
         create_if_missing(&path, 4096).unwrap();
         create_if_missing(&path, 0).unwrap();
@@ -466,9 +444,9 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_served_is_not_created() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("new.img");
+    fn image_smaller_than_a_sector_is_not_created() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("new.img");
         let error = create_if_missing(&path, SECTOR - 1).unwrap_err();
         assert!(matches!(error, OpenError::TooSmall { .. }), "{error:?}");
         assert!(!path.exists());
@@ -477,11 +455,11 @@ mod tests {
     }
 
     #[test]
-    fn an_image_that_cannot_be_made_leaves_nothing_behind() {
-        let folder = tempfile::tempdir().unwrap();
-        let nowhere = folder.path().join("no/such/folder.img");
-        // More than any file system takes.
-        let huge = folder.path().join("huge.img");
+    fn failed_creation_leaves_no_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let nowhere = directory.path().join("no/such/disk.img");
+        // Larger than any file system allows.
+        let huge = directory.path().join("huge.img");
         for (path, size) in [(&nowhere, 4096), (&huge, u64::MAX)] {
             let error = create_if_missing(path, size).unwrap_err();
             assert!(matches!(error, OpenError::CannotCreate { .. }), "{error:?}");

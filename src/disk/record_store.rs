@@ -1,27 +1,26 @@
-//! Where the ownership record of an image is kept, durably: beside its bytes, or in a file.
-//! Only keeps it; what it means is decided in [`super::ownership`].
+//! Reads and writes the ownership record of an image, durably: in an extended attribute, or in an
+//! entry of the state directory. [`super::ownership`] decides what a record means.
 //!
-//! A regular file carries its record as the extended attribute `user.flexnbd`, so that it moves
-//! and dies with the file. Where that is impossible (block devices, some file systems) or fails (a
-//! full file system) it is a file in the state directory; see `state_file`.
+//! A regular file has its record in the extended attribute `user.flexnbd`, so that the record moves
+//! and disappears with the file. Where that is impossible (block devices, some file systems) or fails
+//! (a full file system), `state_file` stores it in the state directory.
 //!
-//! Everything is done to the open file. The image's path is used for two things, the name of that
-//! file and the image's deletion, and only after device and inode were compared.
+//! All work goes through the open file. The image's path serves two purposes, to name the entry and
+//! to delete the image, and only after a comparison of device and inode.
 //!
-//! # Two places
+//! # Two locations
 //!
-//! A record in the state directory that is certainly about this file wins over the attribute. So
-//! moving a record from one place to the other is atomic, whichever way: to the state directory it
-//! is the file's appearance that counts, and back, with the attribute durable, its removal.
+//! An entry whose file id matches takes precedence over the attribute. So a record moves atomically
+//! in both directions: to the state directory when the entry appears, and back, once the attribute
+//! is durable, when the entry is removed.
 
 use super::deletion::{self, DeletionError, PathTarget};
 use super::file::FileBackend;
 use super::file_id::FileId;
 use super::ownership::{BadRecord, RECORD_MAX, Record};
-use super::state::{directory_of_note, directory_of_record};
-use super::state_file::{self, Spare, StateFileLookup, beside};
+use super::state::{Unsearchable, directory_of_record, directory_of_tombstone};
+use super::state_file::{self, SpareFile, StateFileLookup, tombstone_path};
 use crate::sync;
-use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -33,144 +32,132 @@ use xattr::FileExt;
 
 /// Name of the extended attribute.
 pub const ATTRIBUTE: &str = "user.flexnbd";
-/// Name of an attribute that is set and removed again, to see whether that can be done.
-const PROBE: &str = "user.flexnbd.probe";
+/// Name of an attribute that [`RecordStore::reserve`] sets and removes as a probe.
+const PROBE_ATTRIBUTE: &str = "user.flexnbd.probe";
 
-/// The record of one image.
+/// Access to the record of one image.
 #[derive(Debug)]
 pub struct RecordStore {
-    /// The image, in an opening of our own: the kernel reports a failed write-back once to each,
-    /// and what the disk's own is told is for its clients.
+    /// The image, in an open file description of our own: the kernel reports a write-back error once
+    /// to each, and those of the disk's are for its clients.
     image: File,
     /// The image's absolute path.
     path: PathBuf,
-    /// The image's lasting name.
+    /// The image's persistent id.
     id: Option<FileId>,
-    /// Where the record is usually, if it is not an attribute.
-    usual: PathBuf,
-    /// Whether a deleted image leaves a note behind.
-    leaves_note: bool,
-    /// Whether a record that cannot be kept is an error.
-    keeps: bool,
-    spare: Mutex<Option<Spare>>,
+    /// Path of the entry, unless another file had the image's path before.
+    default_path: PathBuf,
+    /// Whether deleting the image leaves a tombstone.
+    leaves_tombstone: bool,
+    /// Whether failing to store a record is an error.
+    is_required: bool,
+    spare: Mutex<Option<SpareFile>>,
 }
 
-/// What follows the name of a record's file in that of a note about an image that was deleted.
-pub(super) const NOTE: &str = ".departed";
-
 /// Why a record cannot be used.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum RecordStoreError {
     /// It cannot be read or written.
+    #[error("cannot keep the ownership record at {path}: {source}", path = .path.display())]
     Io {
-        /// The image or the record's file.
+        /// The image or the entry.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error of the system call.
         source: io::Error,
     },
     /// It is damaged, or from a newer flexnbd.
+    #[error("{image}: {why}", image = .image.display())]
     Bad {
         /// The image.
         image: PathBuf,
-        /// What is wrong with it.
+        /// Why its bytes are no record.
         why: BadRecord,
     },
-    /// Attribute and state directory say different things, and nothing tells which is newer.
+    /// Attribute and entry differ, and neither is known to be newer.
+    #[error(
+        "{image}: its attribute {ATTRIBUTE} and the record in {file} say different things, and \
+         nothing tells which is newer; if you know that this copy is the right one, run `flexnbd \
+         adopt --force`",
+        image = .image.display(),
+        file = .file.display()
+    )]
     Contradiction {
         /// The image.
         image: PathBuf,
-        /// The record's file.
+        /// The entry.
         file: PathBuf,
     },
-    /// It can be kept in neither place.
+    /// Neither location can store it.
+    #[error(
+        "no ownership record can be kept of {image}, neither as its attribute {ATTRIBUTE} \
+         ({attribute}) nor in the state directory ({file})",
+        image = .image.display()
+    )]
     Nowhere {
         /// The image.
         image: PathBuf,
-        /// What is against the attribute.
+        /// The error of the attribute.
         attribute: io::Error,
-        /// What is against the state directory.
+        /// The error of the state directory.
         file: Box<RecordStoreError>,
     },
-    /// The record in the state directory is that of another file with the same lasting name, too.
+    /// The entry belongs to another file with the same id, too.
+    #[error(
+        "{image}: its ownership record is also that of {other}, as of a snapshot's original, and is \
+         not removed; if you know that this copy is the right one, run `flexnbd adopt --force`",
+        image = .image.display(),
+        other = .other.display()
+    )]
     Shared {
         /// The image.
         image: PathBuf,
         /// The other file.
         other: PathBuf,
     },
-    /// It would be kept by the image's path, which is not the image's any more.
+    /// The entry would be named after a path that no longer leads to the image.
+    #[error("{path}: {target}", path = .path.display())]
     Renamed {
         /// The path.
         path: PathBuf,
-        /// What it leads to.
-        named: PathTarget,
+        /// The file that it leads to.
+        target: PathTarget,
     },
     /// The image is not deleted.
+    #[error("{path} is not deleted: {why}", path = .path.display())]
     NotDeleted {
         /// Its path.
         path: PathBuf,
-        /// Why not.
+        /// The reason.
         why: DeletionError,
     },
 }
 
-impl fmt::Display for RecordStoreError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Io { path, source } => {
-                write!(f, "cannot keep the ownership record at {}: {source}", path.display())
-            }
-            Self::Bad { image, why } => write!(f, "{}: {why}", image.display()),
-            Self::Contradiction { image, file } => write!(
-                f,
-                "{}: its attribute {ATTRIBUTE} and the record in {} say different things, and \
-                 nothing tells which is newer; if you know that this copy is the right one, run \
-                 `flexnbd adopt --force`",
-                image.display(),
-                file.display()
-            ),
-            Self::Nowhere { image, attribute, file } => write!(
-                f,
-                "no ownership record can be kept of {}, neither as its attribute {ATTRIBUTE} \
-                 ({attribute}) nor in the state directory ({file})",
-                image.display()
-            ),
-            Self::Shared { image, other } => write!(
-                f,
-                "{}: its ownership record is also that of {}, as of a snapshot's original, and is \
-                 not removed; if you know that this copy is the right one, run \
-                 `flexnbd adopt --force`",
-                image.display(),
-                other.display()
-            ),
-            Self::Renamed { path, named } => write!(f, "{}: {named}", path.display()),
-            Self::NotDeleted { path, why } => write!(f, "{} is not deleted: {why}", path.display()),
-        }
+impl From<Unsearchable> for RecordStoreError {
+    fn from(error: Unsearchable) -> Self {
+        Self::Io { path: error.directory, source: error.source }
     }
 }
 
-impl std::error::Error for RecordStoreError {}
-
 impl RecordStore {
-    /// The ledger of an image that is open.
+    /// The store of an open image.
     ///
     /// # Errors
-    /// When the image cannot be opened a second time, or the state directory not be searched.
+    /// When the image cannot be opened again, or the state directory cannot be searched.
     pub fn of(image: &FileBackend) -> Result<Self, RecordStoreError> {
         let failed = |source| RecordStoreError::Io { path: image.path().to_owned(), source };
         let path = absolute(image.path())?;
         Self::new(reopen_file(image.file()).map_err(failed)?, path, None)
     }
 
-    /// The ledger of whatever image is at `path` now, for looking at it.
+    /// The store of the image at `path`, opened for reading.
     ///
     /// # Errors
-    /// When there is no such image, it cannot be read, or the state directory not be searched.
+    /// When the image cannot be opened, or the state directory cannot be searched.
     pub fn at(path: &Path) -> Result<Self, RecordStoreError> {
         Self::open(path, None)
     }
 
-    /// The same with this state directory, which need not exist yet, or with the usual one.
+    /// The same with a given state directory, which need not exist, or with the default one.
     pub(crate) fn open(path: &Path, state: Option<&Path>) -> Result<Self, RecordStoreError> {
         let failed = |source| RecordStoreError::Io { path: path.to_owned(), source };
         let absolute = absolute(path)?;
@@ -184,20 +171,33 @@ impl RecordStore {
             Some(state) => state.to_owned(),
             None => directory_of_record(&path, id.as_ref())?,
         };
-        let (usual, spare) = (state_file::usual_place(&state, &path), Mutex::default());
-        Ok(Self { image, path, id, usual, leaves_note: false, keeps: true, spare })
+        let default_path = state_file::default_path(&state, &path);
+        Ok(Self {
+            image,
+            path,
+            id,
+            default_path,
+            leaves_tombstone: false,
+            is_required: true,
+            spare: Mutex::default(),
+        })
     }
 
-    /// Another ledger of the same image, in an opening of its own.
+    /// Another store of the same image, with an open file description of its own.
     ///
     /// # Errors
     /// When the image cannot be opened again.
     pub fn reopen(&self) -> Result<Self, RecordStoreError> {
         let failed = |source| RecordStoreError::Io { path: self.path.clone(), source };
         let image = reopen_file(&self.image).map_err(failed)?;
-        let (path, id, usual) = (self.path.clone(), self.id.clone(), self.usual.clone());
-        let Self { leaves_note, keeps, .. } = *self;
-        Ok(Self { image, path, id, usual, leaves_note, keeps, spare: Mutex::default() })
+        Ok(Self {
+            image,
+            path: self.path.clone(),
+            id: self.id.clone(),
+            default_path: self.default_path.clone(),
+            spare: Mutex::default(),
+            ..*self
+        })
     }
 
     /// The image's absolute path.
@@ -206,97 +206,95 @@ impl RecordStore {
         &self.path
     }
 
-    /// From now on an image that is deleted leaves a note behind, for [`read_tombstone`]. For those who make
-    /// a missing image anew (`--create`): a disk that has moved away must not come back empty; and
-    /// for services, whose sockets must not wait for clients any more.
+    /// Makes [`RecordStore::delete_image`] leave a tombstone for [`read_tombstone`]. Needed with
+    /// `--create`, which must not replace a disk that has moved away with an empty one, and by
+    /// services, whose sockets must stop waiting for clients.
     pub fn leave_tombstone(&mut self) {
-        self.leaves_note = true;
+        self.leaves_tombstone = true;
     }
 
-    /// From now on a record that cannot be kept is no error, by an operator's explicit word
-    /// (`--no-record`); see [`RecordStore::write`].
+    /// Makes a record that cannot be stored no error, as the operator ordered with `--no-record`;
+    /// see [`RecordStore::write`].
     pub fn allow_unrecorded(&mut self) {
-        self.keeps = false;
+        self.is_required = false;
     }
 
     /// The record, if there is one.
     ///
-    /// It is made durable before it is believed: whoever wrote it may have been killed before it
-    /// was, and what is done on the strength of it must not be taken back by a power cut.
+    /// Makes the record durable first: a crash may have killed its writer before the sync, and a
+    /// power cut must not undo a record on which we have acted.
     ///
     /// # Errors
-    /// When it cannot be read, or is none that we understand.
+    /// When it cannot be read, or is damaged.
     pub fn read(&self) -> Result<Option<Record>, RecordStoreError> {
         let record = self.peek()?;
         if record.is_some() {
-            self.settle()?;
+            self.sync()?;
         }
         Ok(record)
     }
 
-    /// The record as it is just now, perhaps not durable yet; for showing, not for acting on.
+    /// The record, which may not be durable yet: to be displayed, not acted on.
     ///
     /// # Errors
     /// As [`RecordStore::read`].
     pub fn peek(&self) -> Result<Option<Record>, RecordStoreError> {
         let attribute = self.image.get_xattr(ATTRIBUTE);
         let found = self.find()?;
-        let entry = found.entry.as_ref().map(|entry| (entry, found.certain));
+        let id_matches = found.entry.is_some() && found.id_matches;
         let attribute = match attribute {
             Ok(attribute) => attribute,
-            Err(error) if is_impossible(&error) || entry.is_some_and(|(_, certain)| certain) => {
-                None
-            }
+            Err(error) if is_unsupported(&error) || id_matches => None,
             Err(source) => return Err(RecordStoreError::Io { path: self.path.clone(), source }),
         };
-        let state = entry.map(|(entry, certain)| (entry.line.as_slice(), certain));
-        let Ok(bytes) = which(attribute.as_deref(), state) else {
-            let file = found.place.clone();
+        let entry = found.entry.as_ref().map(|entry| (entry.line.as_slice(), id_matches));
+        let Ok(bytes) = choose_location(attribute.as_deref(), entry) else {
+            let file = found.path.clone();
             return Err(RecordStoreError::Contradiction { image: self.path.clone(), file });
         };
         let decoded = bytes.map(Record::decode).transpose();
         decoded.map_err(|why| RecordStoreError::Bad { image: self.path.clone(), why })
     }
 
-    /// The record of another file that had the image's path, which is not believed of this one.
+    /// The entry of another file that had the image's path before, which says nothing about this one.
     #[must_use]
     pub fn foreign_record(&self) -> Option<PathBuf> {
         self.find().ok()?.foreign
     }
 
-    /// Makes `record` the record, durably; none removes it. After [`RecordStore::allow_unrecorded`] one that
-    /// cannot be kept is given up, and the old one removed unless it still holds.
+    /// Stores `record`, durably; none removes it. After [`RecordStore::allow_unrecorded`], failing to
+    /// store it is no error, and the old record is removed unless it remains valid.
     ///
     /// # Errors
-    /// When it cannot be kept in either place. What is kept then is the old record or the new.
+    /// When neither location can store it. Either the old record or the new one is in place then.
     pub fn write(&self, record: Option<&Record>) -> Result<(), RecordStoreError> {
-        let (error, record) = match (self.keep(record), record) {
-            (Err(error), Some(record)) if !self.keeps => (error, record),
-            (kept, _) => return kept,
+        let (error, record) = match (self.store(record), record) {
+            (Err(error), Some(record)) if !self.is_required => (error, record),
+            (stored, _) => return stored,
         };
         warn!("{error}; going on without an ownership record, as ordered");
         match self.peek() {
             Ok(Some(old)) if old.remains_valid_after(record) => Ok(()),
-            _ => self.keep(None),
+            _ => self.store(None),
         }
     }
 
-    fn keep(&self, record: Option<&Record>) -> Result<(), RecordStoreError> {
+    fn store(&self, record: Option<&Record>) -> Result<(), RecordStoreError> {
         if let Some(path) = self.find()?.shared_with {
-            return self.keep_apart(record, path);
+            return self.store_separately(record, path);
         }
         let attribute = match (self.write_attribute(record), record) {
             (Ok(()), _) => return self.remove_entry(),
-            (Err(error), None) if is_impossible(&error) => return self.remove_entry(),
+            (Err(error), None) if is_unsupported(&error) => return self.remove_entry(),
             (Err(source), None) => {
                 return Err(RecordStoreError::Io { path: self.path.clone(), source });
             }
             (Err(error), Some(_)) => error,
         };
-        let kept = record.map_or(Ok(()), |record| self.write_entry(record));
-        match kept {
+        let stored = record.map_or(Ok(()), |record| self.write_entry(record));
+        match stored {
             Ok(()) => {
-                // Whatever is left there is not believed any more, but may be shown by others.
+                // The entry takes precedence over an old attribute, but other tools may show that.
                 let _ = self.write_attribute(None);
                 Ok(())
             }
@@ -308,11 +306,11 @@ impl RecordStore {
         }
     }
 
-    /// Finds out whether the largest record can be kept, and keeps room for it as far as that can
-    /// be done. Makes nothing of the image durable, which can take long.
+    /// Checks that the largest record can be stored, and preallocates space for it where possible.
+    /// Does not sync the image, which can take long.
     ///
     /// # Errors
-    /// Why not.
+    /// When neither location can store it.
     pub fn reserve(&self) -> Result<(), RecordStoreError> {
         let attribute = self.try_attribute();
         let is_needed = attribute.is_err();
@@ -327,57 +325,58 @@ impl RecordStore {
         }
     }
 
-    /// What the image's path leads to now.
+    /// The file that the image's path leads to now.
     ///
     /// # Errors
-    /// When that cannot be found out.
+    /// When stat(2) fails.
     pub fn path_target(&self) -> Result<PathTarget, RecordStoreError> {
         deletion::path_target(&self.path, &self.image)
             .map_err(|errno| RecordStoreError::Io { path: self.path.clone(), source: errno.into() })
     }
 
-    /// How many bytes the image has beyond the first `served`.
+    /// The size of the image in bytes beyond the first `served`.
     ///
     /// # Errors
-    /// When that cannot be found out.
+    /// When stat(2) fails.
     pub fn bytes_beyond(&self, served: u64) -> Result<u64, RecordStoreError> {
         let failed = |source| RecordStoreError::Io { path: self.path.clone(), source };
         let found = self.image.metadata().map_err(failed)?;
-        // A device's size is not that of its node.
+        // `st_size` of a block device is 0.
         let size = if found.file_type().is_block_device() { served } else { found.len() };
         Ok(size.saturating_sub(served))
     }
 
-    /// Whether the image, of which the first `served` bytes are the disk, could be deleted now.
+    /// Checks that [`RecordStore::delete_image`] could delete the image now; its first `served` bytes
+    /// are the disk.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason why it could not.
     pub fn check_deletable(&self, served: u64) -> Result<(), RecordStoreError> {
-        let kept = |why| RecordStoreError::NotDeleted { path: self.path.clone(), why };
-        deletion::check_deletable(&self.path, &self.image).map_err(kept)?;
+        let not_deleted = |why| RecordStoreError::NotDeleted { path: self.path.clone(), why };
+        deletion::check_deletable(&self.path, &self.image).map_err(not_deleted)?;
         match self.bytes_beyond(served)? {
             0 => Ok(()),
-            bytes => Err(kept(DeletionError::Tail(bytes))),
+            bytes => Err(not_deleted(DeletionError::Tail(bytes))),
         }
     }
 
-    /// Deletes the image, durably, with its record, if its path still is the only name of the file
-    /// and its first `served` bytes are all; `last`, if it is wanted, says in a note what became of
-    /// it.
+    /// Deletes the image and its record, durably, if its path is the only name of the file and the
+    /// disk, its first `served` bytes, is the whole file. A tombstone, if one is to be left, holds
+    /// `last`. An image that has no name counts as deleted.
     ///
     /// # Errors
-    /// Why it is not deleted; one without a name counts as deleted.
+    /// The reason why it is not deleted.
     pub fn delete_image(&self, last: Option<&Record>, served: u64) -> Result<(), RecordStoreError> {
         let failed = |source| RecordStoreError::Io { path: self.path.clone(), source };
         let found = self.image.metadata().map_err(failed)?;
         if found.nlink() > 0 {
             self.check_deletable(served)?;
         }
-        if let Some(record) = last.filter(|_| self.leaves_note) {
-            // First: in between, the image's own record still tells what is going on.
-            let note = beside(&self.usual, NOTE);
-            state_file::write(&note, &record.encode(), None, None)
-                .map_err(|source| RecordStoreError::Io { path: note, source })?;
+        if let Some(record) = last.filter(|_| self.leaves_tombstone) {
+            // Before the deletion: after a crash in between, the image still has its own record.
+            let path = tombstone_path(&self.default_path);
+            state_file::write(&path, &record.encode(), None, None)
+                .map_err(|source| RecordStoreError::Io { path, source })?;
         }
         let spare = format!(".flexnbd-deleting-{}", found.ino());
         deletion::delete(&self.path, &self.image, spare.as_ref())
@@ -385,29 +384,29 @@ impl RecordStore {
         self.remove_entry()
     }
 
-    /// Removes the note about an image that was here before this one.
+    /// Removes the tombstone of an earlier image with this path.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// When it cannot be removed.
     pub fn remove_tombstone(&self) -> Result<(), RecordStoreError> {
-        let path = beside(&self.usual, NOTE);
+        let path = tombstone_path(&self.default_path);
         if !path.exists() {
             return Ok(());
         }
         state_file::remove(&path).map_err(|source| RecordStoreError::Io { path, source })
     }
 
-    /// Makes the record durable that is there now, in whichever place it is.
-    fn settle(&self) -> Result<(), RecordStoreError> {
+    /// Makes the current record durable, in both locations.
+    fn sync(&self) -> Result<(), RecordStoreError> {
         if let Some(entry) = self.find()?.entry {
-            state_file::settle(&entry.path)
+            state_file::sync(&entry.path)
                 .map_err(|source| RecordStoreError::Io { path: entry.path, source })?;
         }
         match self.image.sync_all() {
-            // What cannot be written to cannot lose it either.
+            // A read-only file system has nothing to sync.
             Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(()),
-            settled => {
-                settled.map_err(|source| RecordStoreError::Io { path: self.path.clone(), source })
+            synced => {
+                synced.map_err(|source| RecordStoreError::Io { path: self.path.clone(), source })
             }
         }
     }
@@ -425,37 +424,43 @@ impl RecordStore {
         self.image.sync_all()
     }
 
-    /// Beside the record that is there: what fits so fits in its place, too.
+    /// Sets a second attribute of the largest size and removes it: a record that fits beside the
+    /// current one fits in its place, too.
     fn try_attribute(&self) -> io::Result<()> {
-        self.image.set_xattr(PROBE, &[b' '; RECORD_MAX])?;
-        self.image.remove_xattr(PROBE)
+        self.image.set_xattr(PROBE_ATTRIBUTE, &[b' '; RECORD_MAX])?;
+        self.image.remove_xattr(PROBE_ATTRIBUTE)
     }
 
     // The state directory.
 
     fn find(&self) -> Result<StateFileLookup, RecordStoreError> {
-        state_file::find(&self.usual, self.id.as_ref(), &|path| self.is_another(path))
-            .map_err(|source| RecordStoreError::Io { path: self.usual.clone(), source })
+        state_file::find(&self.default_path, self.id.as_ref(), &|path| self.is_another(path))
+            .map_err(|source| RecordStoreError::Io { path: self.default_path.clone(), source })
     }
 
-    /// Whether the path leads to another file that has our file's lasting name.
+    /// Whether the path leads to another file with the same id.
     fn is_another(&self, path: &Path) -> bool {
         let (Ok(ours), Ok(theirs)) = (self.image.metadata(), fs::metadata(path)) else {
             return false;
         };
         let is_same = (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino());
-        let named = || File::open(path).ok().and_then(|file| FileId::of(&file));
-        theirs.is_file() && !is_same && named() == self.id
+        let id = || File::open(path).ok().and_then(|file| FileId::of(&file));
+        theirs.is_file() && !is_same && id() == self.id
     }
 
-    /// Keeps the record where only this file's path leads, since the entry is another file's, too.
-    fn keep_apart(&self, record: Option<&Record>, other: PathBuf) -> Result<(), RecordStoreError> {
+    /// Stores the record in an entry that only this file's path leads to, since the current entry
+    /// belongs to another file, too.
+    fn store_separately(
+        &self,
+        record: Option<&Record>,
+        other: PathBuf,
+    ) -> Result<(), RecordStoreError> {
         let Some(record) = record else {
             return Err(RecordStoreError::Shared { image: self.path.clone(), other });
         };
         self.check_path()?;
-        self.write_entry_at(self.find()?.own, record)?;
-        // Another that is older is not believed any more, but goes with the file.
+        self.write_entry_at(self.find()?.own_path, record)?;
+        // The entry takes precedence over an old attribute, but the attribute moves with the file.
         let _ = self.write_attribute(Some(record));
         Ok(())
     }
@@ -464,65 +469,65 @@ impl RecordStore {
         if self.id.is_none() {
             self.check_path()?;
         }
-        self.write_entry_at(self.find()?.place, record)
+        self.write_entry_at(self.find()?.path, record)
     }
 
-    fn write_entry_at(&self, place: PathBuf, record: &Record) -> Result<(), RecordStoreError> {
+    fn write_entry_at(&self, path: PathBuf, record: &Record) -> Result<(), RecordStoreError> {
         let spare = self.spare().take();
         let had_spare = spare.is_some();
-        let written = state_file::write(&place, &record.encode(), self.id.as_ref(), spare);
-        written.map_err(|source| RecordStoreError::Io { path: place.clone(), source })?;
+        let written = state_file::write(&path, &record.encode(), self.id.as_ref(), spare);
+        written.map_err(|source| RecordStoreError::Io { path: path.clone(), source })?;
         if had_spare {
-            // For the next. If there is no room for it now, there may be then.
-            *self.spare() = Spare::make(&place).ok();
+            // For the next record. Without space now, that record may still find space later.
+            *self.spare() = SpareFile::create(&path).ok();
         }
         Ok(())
     }
 
     fn reserve_entry(&self, is_needed: bool) -> Result<(), RecordStoreError> {
-        let directory = state_file::directory_of(&self.usual);
+        let directory = state_file::directory_of(&self.default_path);
         if !is_needed && !directory.exists() {
             return Ok(());
         }
         self.check_path()?;
-        let place = self.find()?.place;
+        let path = self.find()?.path;
         let spare =
-            Spare::make(&place).map_err(|source| RecordStoreError::Io { path: place, source })?;
+            SpareFile::create(&path).map_err(|source| RecordStoreError::Io { path, source })?;
         *self.spare() = Some(spare);
         Ok(())
     }
 
-    /// A record that is named after the image's path must not be that of another file.
+    /// Checks that the image's path still leads to the image, before an entry is named after it.
     fn check_path(&self) -> Result<(), RecordStoreError> {
         match self.path_target()? {
             PathTarget::Same => Ok(()),
-            named => Err(RecordStoreError::Renamed { path: self.path.clone(), named }),
+            target => Err(RecordStoreError::Renamed { path: self.path.clone(), target }),
         }
     }
 
     fn remove_entry(&self) -> Result<(), RecordStoreError> {
         let found = self.find()?;
         let Some(entry) = found.entry else { return Ok(()) };
-        // One that is found by the path alone is that of the file that has the path.
-        if !found.certain && matches!(self.path_target()?, PathTarget::Other { .. }) {
+        // An entry found by path only belongs to the file that has the path now.
+        if !found.id_matches && matches!(self.path_target()?, PathTarget::Other { .. }) {
             self.check_path()?;
         }
         state_file::remove(&entry.path)
             .map_err(|source| RecordStoreError::Io { path: entry.path, source })
     }
 
-    fn spare(&self) -> MutexGuard<'_, Option<Spare>> {
+    fn spare(&self) -> MutexGuard<'_, Option<SpareFile>> {
         sync::lock(&self.spare)
     }
 }
 
-/// The two places say different things.
+/// The two locations have different records.
 #[derive(Debug, PartialEq, Eq)]
 struct Disagreement;
 
-/// Which of an attribute and an entry of the state directory counts; the entry is certainly about
-/// this file, or about whatever has its path.
-fn which<'a>(
+/// Chooses between the attribute and the entry, which comes with whether its file id matches. An
+/// entry without a matching id belongs to the file that has the path now.
+fn choose_location<'a>(
     attribute: Option<&'a [u8]>,
     entry: Option<(&'a [u8], bool)>,
 ) -> Result<Option<&'a [u8]>, Disagreement> {
@@ -534,39 +539,37 @@ fn which<'a>(
     }
 }
 
-/// The record that the image at `path` had at last, if it was deleted when it moved away, and has
-/// left a note.
+/// The tombstone at `path`: the last record of an image that was deleted when it moved away.
 ///
 /// # Errors
-/// When the note cannot be read, or is none that we understand.
+/// When the tombstone cannot be read, or is damaged.
 pub fn read_tombstone(path: &Path) -> Result<Option<Record>, RecordStoreError> {
-    read_tombstone_in(path, &directory_of_note(&absolute(path)?)?)
+    read_tombstone_in(path, &directory_of_tombstone(&absolute(path)?)?)
 }
 
 fn read_tombstone_in(path: &Path, state: &Path) -> Result<Option<Record>, RecordStoreError> {
     let image = absolute(path)?;
-    let note = beside(&state_file::usual_place(state, &image), NOTE);
-    let entry =
-        state_file::read(&note).map_err(|source| RecordStoreError::Io { path: note, source })?;
+    let path = tombstone_path(&state_file::default_path(state, &image));
+    let entry = state_file::read(&path).map_err(|source| RecordStoreError::Io { path, source })?;
     let decoded = entry.map(|entry| Record::decode(&entry.line)).transpose();
     decoded.map_err(|why| RecordStoreError::Bad { image, why })
 }
 
-/// Links are not followed: /dev/mapper/disk stays what it is when /dev/dm-3 does not.
+/// Does not follow links: /dev/mapper/disk is stable across restarts, /dev/dm-3 is not.
 fn absolute(path: &Path) -> Result<PathBuf, RecordStoreError> {
     std::path::absolute(path)
         .map_err(|source| RecordStoreError::Io { path: path.to_owned(), source })
 }
 
-/// The same file, whatever its name is now, in an opening of its own; in the same one where there
-/// is no /proc.
+/// Opens the same file again, independent of its name, with an open file description of its own;
+/// shares the given one where `/proc` is not mounted.
 fn reopen_file(file: &File) -> io::Result<File> {
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
     OpenOptions::new().read(true).open(link).or_else(|_| file.try_clone())
 }
 
-/// Whether this kind of image cannot have attributes at all.
-fn is_impossible(error: &io::Error) -> bool {
+/// Whether this kind of image cannot have extended attributes at all.
+fn is_unsupported(error: &io::Error) -> bool {
     use nix::libc::{ENOSYS, EOPNOTSUPP, EPERM};
     matches!(error.raw_os_error(), Some(EOPNOTSUPP | EPERM | ENOSYS))
 }

@@ -1,15 +1,14 @@
-//! Where ownership records are kept that cannot be attributes of their image: the state directory.
-//! Looks whether a record is there; never reads or writes one.
+//! Chooses the state directory, which stores ownership records that cannot be extended attributes.
+//! Checks whether a record exists; never reads or writes one.
 //!
-//! Services and root keep records in [`SHARED`]. Other users may not write there, and have a state
+//! Services and root keep records in [`SHARED`]. Other users may not write there and have a state
 //! directory of their own (XDG Base Directory Specification, `$XDG_STATE_HOME`). A record in
-//! [`SHARED`] comes first for every user: the disk may have been moved away by the service. So a
-//! record has one place for as long as it exists, and a user who cannot write there cannot change
-//! it.
+//! [`SHARED`] comes first for every user, since the service may have moved the disk away. So a
+//! record stays in one directory as long as it exists, and a user who cannot write there cannot
+//! change it.
 
 use super::file_id::FileId;
-use super::record_store::{NOTE, RecordStoreError};
-use super::state_file::{self, beside, usual_place};
+use super::state_file::{self, default_path, tombstone_path};
 use nix::unistd::{Uid, User};
 use std::env;
 use std::ffi::OsString;
@@ -19,21 +18,28 @@ use std::path::{Path, PathBuf};
 
 /// The state directory of services and of root (`StateDirectory=` of systemd.exec(5)).
 pub const SHARED: &str = "/var/lib/flexnbd";
-/// The variable by which the service manager, or an operator, names another one.
+/// The variable by which the service manager, or an operator, sets another directory.
 pub const STATE_VARIABLE: &str = "STATE_DIRECTORY";
-/// The variable that names a user's directory for state.
+/// The variable with a user's state directory.
 const XDG_STATE_VARIABLE: &str = "XDG_STATE_HOME";
-/// The variable that names a user's home directory.
+/// The variable with a user's home directory.
 const HOME_VARIABLE: &str = "HOME";
-/// Where a user's state is below the home directory, unless `$XDG_STATE_HOME` says otherwise.
+/// Default of `$XDG_STATE_HOME`, relative to the home directory.
 const HOME_STATE: &str = ".local/state";
-/// Our part of a user's state.
-const OURS: &str = "flexnbd";
+/// Our subdirectory of a user's state directory.
+const SUBDIRECTORY: &str = "flexnbd";
 
-/// What decides where records are kept.
+/// The state directory of `$STATE_DIRECTORY` cannot be searched.
+#[derive(Debug)]
+pub(super) struct Unsearchable {
+    pub(super) directory: PathBuf,
+    pub(super) source: io::Error,
+}
+
+/// The environment that determines the candidates.
 #[derive(Clone, Debug, Default)]
 struct StateLocations {
-    /// `$STATE_DIRECTORY`, which may name several, separated by colons.
+    /// `$STATE_DIRECTORY`, which may list several directories, separated by colons.
     state: Option<OsString>,
     /// `$XDG_STATE_HOME`.
     xdg_state: Option<OsString>,
@@ -44,51 +50,51 @@ struct StateLocations {
     is_root: bool,
 }
 
-/// The directories that can hold the record of an image.
+/// The directories that may contain the record of an image, apart from [`SHARED`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Candidates {
-    /// An order that must be obeyed, so that a directory that cannot be searched is an error.
-    ordered: Option<PathBuf>,
     /// For new records, best first; the last one takes them when no other can be searched.
-    own: Vec<PathBuf>,
+    directories: Vec<PathBuf>,
+    /// `$STATE_DIRECTORY` sets the directory, so failing to search it is an error.
+    is_mandatory: bool,
 }
 
-/// The state directory for the record of the image at this absolute path, or of that lasting name:
-/// the one that holds it, or else the one for new records.
+/// The state directory for the record of the image with this absolute path and file id: the one
+/// that contains the record, or else the one for new records.
 ///
 /// # Errors
 /// When `$STATE_DIRECTORY` cannot be searched.
 pub(super) fn directory_of_record(
     image: &Path,
     id: Option<&FileId>,
-) -> Result<PathBuf, RecordStoreError> {
-    choose(&StateLocations::here().candidates(), Path::new(SHARED), |directory| {
-        holds_record(&usual_place(directory, image), id)
+) -> Result<PathBuf, Unsearchable> {
+    choose(&StateLocations::from_environment().candidates(), Path::new(SHARED), |directory| {
+        contains_record(&default_path(directory, image), id)
     })
 }
 
-/// The same for the note about an image that was deleted ([`super::record_store::read_tombstone`]).
+/// The state directory for the tombstone of the image at this absolute path.
 ///
 /// # Errors
 /// As [`directory_of_record`].
-pub(super) fn directory_of_note(image: &Path) -> Result<PathBuf, RecordStoreError> {
-    choose(&StateLocations::here().candidates(), Path::new(SHARED), |directory| {
-        is_there(&beside(&usual_place(directory, image), NOTE))
+pub(super) fn directory_of_tombstone(image: &Path) -> Result<PathBuf, Unsearchable> {
+    choose(&StateLocations::from_environment().candidates(), Path::new(SHARED), |directory| {
+        exists(&tombstone_path(&default_path(directory, image)))
     })
 }
 
-/// Whether there is a record of the image whose usual place and lasting name these are.
-fn holds_record(usual: &Path, id: Option<&FileId>) -> io::Result<bool> {
-    let has_path = is_there(usual)?;
-    match state_file::find(usual, id, &|_| false) {
+/// Whether the state directory of `default_path` has a record for this path or file id.
+fn contains_record(default_path: &Path, id: Option<&FileId>) -> io::Result<bool> {
+    let has_path = exists(default_path)?;
+    match state_file::find(default_path, id, &|_| false) {
         Ok(found) => Ok(found.entry.is_some()),
-        // To read it will tell why.
+        // Reading the record reports the error.
         Err(_) => Ok(has_path),
     }
 }
 
 impl StateLocations {
-    fn here() -> Self {
+    fn from_environment() -> Self {
         let user = Uid::effective();
         let account = if user.is_root() { None } else { User::from_uid(user).ok().flatten() };
         Self {
@@ -101,54 +107,54 @@ impl StateLocations {
     }
 
     fn candidates(&self) -> Candidates {
-        let ordered = self.state.as_ref().and_then(first);
-        if ordered.is_some() || self.is_root {
-            let own = ordered.clone().unwrap_or_else(|| SHARED.into());
-            return Candidates { ordered, own: vec![own] };
+        let mandatory = self.state.as_ref().and_then(first_path);
+        if mandatory.is_some() || self.is_root {
+            let is_mandatory = mandatory.is_some();
+            let directory = mandatory.unwrap_or_else(|| SHARED.into());
+            return Candidates { directories: vec![directory], is_mandatory };
         }
-        // The specification ignores relative paths.
+        // The XDG specification ignores relative paths.
         let absolute = |path: &OsString| Some(PathBuf::from(path)).filter(|it| it.is_absolute());
-        let below = |home: PathBuf| home.join(HOME_STATE);
-        let homes = [
+        let state_below = |home: PathBuf| home.join(HOME_STATE);
+        let states = [
             self.xdg_state.as_ref().and_then(absolute),
-            self.home.as_ref().and_then(absolute).map(below),
-            self.account_home.clone().map(below),
+            self.home.as_ref().and_then(absolute).map(state_below),
+            self.account_home.clone().map(state_below),
         ];
-        let own = homes.into_iter().flatten().map(|state| state.join(OURS));
-        Candidates { ordered: None, own: own.chain([SHARED.into()]).collect() }
+        let own = states.into_iter().flatten().map(|state| state.join(SUBDIRECTORY));
+        Candidates { directories: own.chain([SHARED.into()]).collect(), is_mandatory: false }
     }
 }
 
-/// Chooses the directory; `found` tells whether a directory holds what is looked for.
+/// Chooses the directory; `contains` checks whether a directory has the record or tombstone.
 fn choose(
     candidates: &Candidates,
     shared: &Path,
-    found: impl Fn(&Path) -> io::Result<bool>,
-) -> Result<PathBuf, RecordStoreError> {
-    let Candidates { ordered, own } = candidates;
-    if matches!(found(shared), Ok(true)) {
+    contains: impl Fn(&Path) -> io::Result<bool>,
+) -> Result<PathBuf, Unsearchable> {
+    if matches!(contains(shared), Ok(true)) {
         return Ok(shared.to_owned());
     }
     let mut for_new = None;
-    for directory in own {
-        match found(directory) {
+    for directory in &candidates.directories {
+        match contains(directory) {
             Ok(true) => return Ok(directory.clone()),
             Ok(false) => {
                 for_new.get_or_insert(directory);
             }
-            Err(source) if ordered.is_some() => {
-                return Err(RecordStoreError::Io { path: directory.clone(), source });
+            Err(source) if candidates.is_mandatory => {
+                return Err(Unsearchable { directory: directory.clone(), source });
             }
-            // Nothing that this user has kept is there.
+            // This user cannot have stored a record there.
             Err(_) => {}
         }
     }
     Ok(for_new.map_or_else(|| shared.to_owned(), Clone::clone))
 }
 
-/// Whether the file exists; the error is that its directory cannot be searched. What cannot be seen
-/// for another reason counts as there, so that reading it tells why.
-fn is_there(file: &Path) -> io::Result<bool> {
+/// Whether the file exists; the error means that its directory cannot be searched. After any other
+/// error the file counts as existing, so that reading it reports that error.
+fn exists(file: &Path) -> io::Result<bool> {
     use io::ErrorKind::{InvalidFilename, NotADirectory, NotFound, PermissionDenied};
     match fs::symlink_metadata(file) {
         Ok(_) => Ok(true),
@@ -160,9 +166,9 @@ fn is_there(file: &Path) -> io::Result<bool> {
     }
 }
 
-/// The first of several paths that are separated by colons.
-fn first(several: &OsString) -> Option<PathBuf> {
-    env::split_paths(several).find(|one| !one.as_os_str().is_empty())
+/// The first non-empty path of a list separated by colons.
+fn first_path(list: &OsString) -> Option<PathBuf> {
+    env::split_paths(list).find(|one| !one.as_os_str().is_empty())
 }
 
 #[cfg(test)]
@@ -179,93 +185,97 @@ mod tests {
         }
     }
 
-    fn own(of: &StateLocations) -> Vec<String> {
-        of.candidates().own.iter().map(|path| path.display().to_string()).collect()
+    fn candidates(locations: &StateLocations) -> Vec<String> {
+        locations.candidates().directories.iter().map(|path| path.display().to_string()).collect()
     }
 
     #[test]
-    fn state_directory_variable_wins_and_its_first_entry_counts() {
+    fn first_path_of_state_directory_variable_wins() {
         for (text, expected) in [("/a:/b", "/a"), (":/b", "/b"), ("/a", "/a")] {
             for is_root in [true, false] {
-                let of = StateLocations { state: Some(text.into()), is_root, ..user() };
-                assert_eq!(own(&of), [expected], "{text}");
+                let locations = StateLocations { state: Some(text.into()), is_root, ..user() };
+                assert_eq!(candidates(&locations), [expected], "{text}");
             }
         }
         let empty = StateLocations { state: Some("".into()), is_root: true, ..user() };
-        assert_eq!(own(&empty), [SHARED]);
+        assert_eq!(candidates(&empty), [SHARED]);
     }
 
     #[test]
     fn root_keeps_records_in_the_shared_directory() {
-        assert_eq!(own(&StateLocations { is_root: true, ..user() }), [SHARED]);
+        assert_eq!(candidates(&StateLocations { is_root: true, ..user() }), [SHARED]);
     }
 
     #[test]
     fn users_keep_records_below_their_own_state() {
         let homes = ["/home/u/.local/state/flexnbd", "/account/u/.local/state/flexnbd", SHARED];
-        assert_eq!(own(&user()), homes);
+        assert_eq!(candidates(&user()), homes);
         let xdg = StateLocations { xdg_state: Some("/x".into()), ..user() };
-        assert_eq!(own(&xdg)[0], "/x/flexnbd");
+        assert_eq!(candidates(&xdg)[0], "/x/flexnbd");
         let relative = StateLocations { xdg_state: Some("x".into()), ..user() };
-        assert_eq!(own(&relative), homes);
+        assert_eq!(candidates(&relative), homes);
         let unset = StateLocations { home: None, ..user() };
-        assert_eq!(own(&unset), homes[1..]);
-        assert_eq!(own(&StateLocations::default()), [SHARED], "a user without an account");
+        assert_eq!(candidates(&unset), homes[1..]);
+        assert_eq!(candidates(&StateLocations::default()), [SHARED], "a user without an account");
     }
 
-    /// What is chosen when these directories hold the record, and those cannot be searched.
-    fn chosen(of: &StateLocations, holding: &[&str], closed: &[&str]) -> Result<String, String> {
+    /// The choice when the directories of `holding` contain the record, and those of `closed` cannot
+    /// be searched.
+    fn chosen(
+        locations: &StateLocations,
+        holding: &[&str],
+        closed: &[&str],
+    ) -> Result<String, PathBuf> {
         let is_among =
             |directory: &Path, all: &[&str]| all.iter().any(|it| Path::new(it) == directory);
-        let found = |directory: &Path| {
+        let contains = |directory: &Path| {
             let closed = is_among(directory, closed);
             let error = || io::Error::from(io::ErrorKind::PermissionDenied);
             if closed { Err(error()) } else { Ok(is_among(directory, holding)) }
         };
-        let chosen = choose(&of.candidates(), Path::new(SYSTEM), found);
-        chosen.map(|path| path.display().to_string()).map_err(|error| error.to_string())
+        let chosen = choose(&locations.candidates(), Path::new(SYSTEM), contains);
+        chosen.map(|path| path.display().to_string()).map_err(|error| error.directory)
     }
 
     const HOME: &str = "/home/u/.local/state/flexnbd";
     const ACCOUNT: &str = "/account/u/.local/state/flexnbd";
 
     #[test]
-    fn a_record_in_the_shared_directory_comes_first() {
+    fn record_in_the_shared_directory_comes_first() {
         assert_eq!(chosen(&user(), &[SYSTEM, HOME], &[]), Ok(SYSTEM.into()));
-        let ordered = StateLocations { state: Some("/a".into()), ..user() };
-        assert_eq!(chosen(&ordered, &[SYSTEM, "/a"], &[]), Ok(SYSTEM.into()));
+        let mandatory = StateLocations { state: Some("/a".into()), ..user() };
+        assert_eq!(chosen(&mandatory, &[SYSTEM, "/a"], &[]), Ok(SYSTEM.into()));
     }
 
     #[test]
-    fn a_record_that_exists_stays_where_it_is() {
+    fn existing_record_stays_in_its_directory() {
         assert_eq!(chosen(&user(), &[ACCOUNT], &[]), Ok(ACCOUNT.into()));
         assert_eq!(chosen(&user(), &[], &[]), Ok(HOME.into()));
     }
 
     #[test]
-    fn unsearchable_directories_are_passed_over() {
+    fn unsearchable_directories_are_skipped() {
         assert_eq!(chosen(&user(), &[], &[SYSTEM, HOME]), Ok(ACCOUNT.into()));
         assert_eq!(chosen(&user(), &[], &[HOME, ACCOUNT]), Ok(SHARED.into()));
         assert_eq!(chosen(&user(), &[], &[SYSTEM, HOME, ACCOUNT, SHARED]), Ok(SYSTEM.into()));
     }
 
     #[test]
-    fn an_unsearchable_state_directory_variable_is_an_error() {
-        let ordered = StateLocations { state: Some("/a".into()), ..user() };
-        let refused = chosen(&ordered, &[], &["/a"]).unwrap_err();
-        assert!(refused.contains("at /a: "), "{refused}");
+    fn unsearchable_state_directory_variable_is_an_error() {
+        let mandatory = StateLocations { state: Some("/a".into()), ..user() };
+        assert_eq!(chosen(&mandatory, &[], &["/a"]), Err("/a".into()));
     }
 
     #[test]
-    fn what_cannot_be_seen_for_other_reasons_counts_as_there() {
+    fn file_that_cannot_be_examined_counts_as_existing() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         std::fs::write(path("file"), "").unwrap();
         std::os::unix::fs::symlink("loop", path("loop")).unwrap();
-        assert!(is_there(&path("file")).unwrap());
-        assert!(!is_there(&path("none")).unwrap());
-        assert!(!is_there(&path("file/below")).unwrap());
-        assert!(!is_there(&path(&"x".repeat(300))).unwrap());
-        assert!(is_there(&path("loop/below")).unwrap(), "too many links");
+        assert!(exists(&path("file")).unwrap());
+        assert!(!exists(&path("none")).unwrap());
+        assert!(!exists(&path("file/below")).unwrap());
+        assert!(!exists(&path(&"x".repeat(300))).unwrap());
+        assert!(exists(&path("loop/below")).unwrap(), "too many links");
     }
 }

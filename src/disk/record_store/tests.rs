@@ -1,4 +1,4 @@
-//! Records of real files, on a file system that has attributes, with a state directory beside.
+//! Records of real files, on a file system with extended attributes, and a state directory.
 
 use super::*;
 use crate::disk::Access;
@@ -8,22 +8,22 @@ const OURS: Record = Record::Ours(Provenance::Adopted);
 const INCOMING: Record = Record::Incoming { id: None };
 const SIZE: u64 = 4096;
 
-struct Setting {
+struct Fixture {
     directory: tempfile::TempDir,
     path: PathBuf,
     state: PathBuf,
 }
 
-fn setting() -> Setting {
+fn fixture() -> Fixture {
     let directory = tempfile::tempdir_in("/var/tmp").unwrap();
     let path = directory.path().join("disk.img");
     fs::write(&path, [0; SIZE as usize]).unwrap();
     let state = directory.path().join("state");
-    Setting { directory, path, state }
+    Fixture { directory, path, state }
 }
 
-impl Setting {
-    fn ledger(&self) -> RecordStore {
+impl Fixture {
+    fn store(&self) -> RecordStore {
         RecordStore::open(&self.path, Some(&self.state)).unwrap()
     }
 
@@ -31,91 +31,90 @@ impl Setting {
         self.directory.path().join(name)
     }
 
-    fn kept(&self) -> usize {
+    fn entries(&self) -> usize {
         fs::read_dir(&self.state).map_or(0, Iterator::count)
     }
 }
 
 #[test]
-fn a_record_is_read_back_by_whoever_opens_the_image_next() {
-    let setting = setting();
-    let ledger = setting.ledger();
-    assert_eq!(ledger.read().unwrap(), None);
+fn record_is_read_back_after_reopening_the_image() {
+    let fixture = fixture();
+    let store = fixture.store();
+    assert_eq!(store.read().unwrap(), None);
     for record in [Some(&OURS), Some(&INCOMING), None] {
-        ledger.write(record).unwrap();
-        assert_eq!(setting.ledger().read().unwrap().as_ref(), record);
+        store.write(record).unwrap();
+        assert_eq!(fixture.store().read().unwrap().as_ref(), record);
     }
 }
 
 #[test]
-fn the_record_is_that_of_the_open_file() {
-    let setting = setting();
-    let image = FileBackend::open(&setting.path, Access { read_only: false }).unwrap();
-    let ledger = RecordStore::of(&image).unwrap();
-    let moved = setting.beside("moved");
-    fs::rename(&setting.path, &moved).unwrap();
-    fs::write(&setting.path, [1; SIZE as usize]).unwrap();
-    ledger.reopen().unwrap().write(Some(&OURS)).unwrap();
-    assert_eq!(setting.ledger().read().unwrap(), None);
+fn record_belongs_to_the_open_file() {
+    let fixture = fixture();
+    let image = FileBackend::open(&fixture.path, Access { read_only: false }).unwrap();
+    let store = RecordStore::of(&image).unwrap();
+    let moved = fixture.beside("moved");
+    fs::rename(&fixture.path, &moved).unwrap();
+    fs::write(&fixture.path, [1; SIZE as usize]).unwrap();
+    store.reopen().unwrap().write(Some(&OURS)).unwrap();
+    assert_eq!(fixture.store().read().unwrap(), None);
     assert_eq!(
-        RecordStore::open(&moved, Some(&setting.state)).unwrap().read().unwrap(),
+        RecordStore::open(&moved, Some(&fixture.state)).unwrap().read().unwrap(),
         Some(OURS)
     );
 }
 
 #[test]
-fn a_record_moves_between_its_two_places() {
-    let setting = setting();
-    let ledger = setting.ledger();
-    ledger.write(Some(&OURS)).unwrap();
-    // As if the attribute could not be written, and not removed either.
-    ledger.write_entry(&INCOMING).unwrap();
-    assert_eq!(ledger.read().unwrap(), Some(INCOMING), "the attribute is older");
-    ledger.write(Some(&OURS)).unwrap();
-    assert_eq!((ledger.read().unwrap(), setting.kept()), (Some(OURS), 0));
-    ledger.write_entry(&INCOMING).unwrap();
-    ledger.write(None).unwrap();
-    assert_eq!((ledger.read().unwrap(), setting.kept()), (None, 0));
+fn record_moves_between_its_two_locations() {
+    let fixture = fixture();
+    let store = fixture.store();
+    store.write(Some(&OURS)).unwrap();
+    // As if the attribute could be neither written nor removed.
+    store.write_entry(&INCOMING).unwrap();
+    assert_eq!(store.read().unwrap(), Some(INCOMING), "the attribute is older");
+    store.write(Some(&OURS)).unwrap();
+    assert_eq!((store.read().unwrap(), fixture.entries()), (Some(OURS), 0));
+    store.write_entry(&INCOMING).unwrap();
+    store.write(None).unwrap();
+    assert_eq!((store.read().unwrap(), fixture.entries()), (None, 0));
 }
 
 #[test]
-fn of_two_records_the_certain_or_the_only_one_counts() {
+fn matching_or_only_record_is_chosen() {
     let (a, b) = (&b"a"[..], &b"b"[..]);
-    assert_eq!(which(None, None), Ok(None));
-    assert_eq!(which(Some(a), None), Ok(Some(a)));
-    for certain in [true, false] {
-        assert_eq!(which(None, Some((b, certain))), Ok(Some(b)));
-        assert_eq!(which(Some(b), Some((b, certain))), Ok(Some(b)));
+    assert_eq!(choose_location(None, None), Ok(None));
+    assert_eq!(choose_location(Some(a), None), Ok(Some(a)));
+    for id_matches in [true, false] {
+        assert_eq!(choose_location(None, Some((b, id_matches))), Ok(Some(b)));
+        assert_eq!(choose_location(Some(b), Some((b, id_matches))), Ok(Some(b)));
     }
-    assert_eq!(which(Some(a), Some((b, true))), Ok(Some(b)));
-    assert_eq!(which(Some(a), Some((b, false))), Err(Disagreement));
+    assert_eq!(choose_location(Some(a), Some((b, true))), Ok(Some(b)));
+    assert_eq!(choose_location(Some(a), Some((b, false))), Err(Disagreement));
 }
 
 #[test]
-fn records_that_contradict_each_other_are_an_error() {
-    let setting = setting();
-    let ledger = setting.ledger();
-    ledger.write(Some(&OURS)).unwrap();
-    fs::create_dir(&setting.state).unwrap();
-    // Without a lasting name, as an older flexnbd has written it.
-    fs::write(&ledger.usual, INCOMING.encode()).unwrap();
-    let error = ledger.read().unwrap_err();
+fn contradictory_records_are_an_error() {
+    let fixture = fixture();
+    let store = fixture.store();
+    store.write(Some(&OURS)).unwrap();
+    fs::create_dir(&fixture.state).unwrap();
+    // Without a file id, as an older flexnbd has written it.
+    fs::write(&store.default_path, INCOMING.encode()).unwrap();
+    let error = store.read().unwrap_err();
     assert!(error.to_string().contains("adopt --force"), "{error}");
-    ledger.write(Some(&OURS)).unwrap();
-    assert_eq!(ledger.read().unwrap(), Some(OURS));
+    store.write(Some(&OURS)).unwrap();
+    assert_eq!(store.read().unwrap(), Some(OURS));
 }
 
 #[test]
-fn a_record_follows_its_file_and_not_its_path() {
-    let setting = setting();
-    let moved = setting.beside("moved");
-    setting.ledger().write_entry(&OURS).unwrap();
-    fs::rename(&setting.path, &moved).unwrap();
-    fs::write(&setting.path, [1; SIZE as usize]).unwrap();
-    let (next, first) =
-        (setting.ledger(), RecordStore::open(&moved, Some(&setting.state)).unwrap());
+fn record_follows_its_file_not_its_path() {
+    let fixture = fixture();
+    let moved = fixture.beside("moved");
+    fixture.store().write_entry(&OURS).unwrap();
+    fs::rename(&fixture.path, &moved).unwrap();
+    fs::write(&fixture.path, [1; SIZE as usize]).unwrap();
+    let (next, first) = (fixture.store(), RecordStore::open(&moved, Some(&fixture.state)).unwrap());
     assert_eq!(next.read().unwrap(), None);
-    assert_eq!(next.foreign_record(), Some(next.usual.clone()));
+    assert_eq!(next.foreign_record(), Some(next.default_path.clone()));
     assert_eq!(first.read().unwrap(), Some(OURS));
     next.write_entry(&INCOMING).unwrap();
     assert_eq!((next.read().unwrap(), first.read().unwrap()), (Some(INCOMING), Some(OURS)));
@@ -124,119 +123,123 @@ fn a_record_follows_its_file_and_not_its_path() {
 }
 
 #[test]
-fn what_is_no_record_is_an_error_and_not_none() {
-    let setting = setting();
-    let ledger = setting.ledger();
-    fs::create_dir(&setting.state).unwrap();
+fn damaged_entry_is_an_error() {
+    let fixture = fixture();
+    let store = fixture.store();
+    fs::create_dir(&fixture.state).unwrap();
     for nonsense in ["nonsense", &"x".repeat(RECORD_MAX + 900), ""] {
-        fs::write(&ledger.usual, nonsense).unwrap();
-        assert!(matches!(ledger.read(), Err(RecordStoreError::Bad { .. })), "{nonsense}");
+        fs::write(&store.default_path, nonsense).unwrap();
+        assert!(matches!(store.read(), Err(RecordStoreError::Bad { .. })), "{nonsense}");
     }
 }
 
 #[test]
-fn room_for_a_record_is_found_without_leaving_one() {
-    let setting = setting();
-    let ledger = setting.ledger();
-    ledger.reserve().unwrap();
-    assert_eq!(setting.kept(), 0, "a state directory that is not needed is not made");
-    fs::create_dir(&setting.state).unwrap();
-    ledger.reserve().unwrap();
-    assert_eq!((ledger.read().unwrap(), setting.kept()), (None, 0));
-    assert!(ledger.spare().is_some());
-    assert_eq!(ledger.image.list_xattr().unwrap().count(), 0);
-    ledger.write_entry(&OURS).unwrap();
-    assert!(ledger.spare().is_some(), "room for the next");
-    assert_eq!(setting.kept(), 1);
-    assert_eq!(setting.ledger().read().unwrap(), Some(OURS));
+fn reserving_leaves_no_record() {
+    let fixture = fixture();
+    let store = fixture.store();
+    store.reserve().unwrap();
+    assert_eq!(fixture.entries(), 0, "created a state directory without need");
+    fs::create_dir(&fixture.state).unwrap();
+    store.reserve().unwrap();
+    assert_eq!((store.read().unwrap(), fixture.entries()), (None, 0));
+    assert!(store.spare().is_some());
+    assert_eq!(store.image.list_xattr().unwrap().count(), 0);
+    store.write_entry(&OURS).unwrap();
+    assert!(store.spare().is_some(), "no spare file for the next record");
+    assert_eq!(fixture.entries(), 1);
+    assert_eq!(fixture.store().read().unwrap(), Some(OURS));
 }
 
-/// As on a full file system: a record can be removed, and none be written.
-fn without_room(setting: &Setting) -> RecordStore {
-    let mut ledger = setting.ledger();
-    // Neither as an attribute, which procfs does not have, nor as an entry, whose temporary name is
-    // a directory that is not empty.
-    ledger.image = File::open("/proc/self/status").unwrap();
-    let temporary = beside(&ledger.usual, "~new");
+/// A store as on a full file system: it can remove records, but not write any.
+fn full(fixture: &Fixture) -> RecordStore {
+    let mut store = fixture.store();
+    // procfs has no extended attributes, and the temporary name of the entry is a directory that is
+    // not empty.
+    store.image = File::open("/proc/self/status").unwrap();
+    let temporary = state_file::with_suffix(&store.default_path, "~new");
     fs::create_dir_all(temporary.join("taken")).unwrap();
-    ledger
+    store
 }
 
 #[test]
-fn an_unrecorded_move_keeps_what_record_fits() {
-    let setting = setting();
-    let mut ledger = setting.ledger();
-    ledger.write(Some(&INCOMING)).unwrap();
-    ledger.allow_unrecorded();
-    ledger.reopen().unwrap().write(Some(&OURS)).unwrap();
-    assert_eq!(setting.ledger().read().unwrap(), Some(OURS));
+fn unrecorded_move_stores_a_record_that_fits() {
+    let fixture = fixture();
+    let mut store = fixture.store();
+    store.write(Some(&INCOMING)).unwrap();
+    store.allow_unrecorded();
+    store.reopen().unwrap().write(Some(&OURS)).unwrap();
+    assert_eq!(fixture.store().read().unwrap(), Some(OURS));
 }
 
 #[test]
-fn an_unrecorded_move_removes_a_record_that_became_wrong() {
-    let setting = setting();
-    setting.ledger().write_entry(&INCOMING).unwrap();
-    let mut ledger = without_room(&setting);
-    assert!(ledger.write(Some(&OURS)).is_err(), "there is room");
-    assert_eq!(ledger.peek().unwrap(), Some(INCOMING));
-    ledger.allow_unrecorded();
-    ledger.write(Some(&OURS)).unwrap();
-    assert_eq!(setting.ledger().read().unwrap(), None);
+fn unrecorded_move_removes_an_invalid_record() {
+    let fixture = fixture();
+    fixture.store().write_entry(&INCOMING).unwrap();
+    let mut store = full(&fixture);
+    assert!(store.write(Some(&OURS)).is_err(), "a full file system stored a record");
+    assert_eq!(store.peek().unwrap(), Some(INCOMING));
+    store.allow_unrecorded();
+    store.write(Some(&OURS)).unwrap();
+    assert_eq!(fixture.store().read().unwrap(), None);
 }
 
 #[test]
-fn an_unrecorded_move_fails_if_an_old_record_stays() {
-    let setting = setting();
-    let mut ledger = without_room(&setting);
-    ledger.allow_unrecorded();
-    // What cannot be read cannot be removed, either.
-    fs::create_dir(&ledger.usual).unwrap();
-    assert!(ledger.write(Some(&OURS)).is_err());
+fn unrecorded_move_fails_if_an_old_record_stays() {
+    let fixture = fixture();
+    let mut store = full(&fixture);
+    store.allow_unrecorded();
+    // An entry that cannot be read cannot be removed, either.
+    fs::create_dir(&store.default_path).unwrap();
+    assert!(store.write(Some(&OURS)).is_err());
 }
 
 #[test]
-fn an_unrecorded_departure_leaves_departing_in_place() {
-    let setting = setting();
+fn unrecorded_departure_leaves_departing_in_place() {
+    let fixture = fixture();
     let (id, to) = (Id([1; 16]), RemoteAddress::new("192.0.2.1:10809").unwrap());
     let leaving =
         |id| Record::Departing { id, before: Provenance::Native, to: to.clone(), from: None };
-    setting.ledger().write_entry(&leaving(id)).unwrap();
-    let mut ledger = without_room(&setting);
-    ledger.allow_unrecorded();
-    ledger.write(Some(&Record::Departed { id, when: 0, to: to.clone() })).unwrap();
-    assert_eq!(ledger.peek().unwrap(), Some(leaving(id)));
-    ledger.write(Some(&Record::Departed { id: id.next(), when: 0, to: to.clone() })).unwrap();
-    assert_eq!(ledger.peek().unwrap(), None);
+    fixture.store().write_entry(&leaving(id)).unwrap();
+    let mut store = full(&fixture);
+    store.allow_unrecorded();
+    store.write(Some(&Record::Departed { id, when: 0, to: to.clone() })).unwrap();
+    assert_eq!(store.peek().unwrap(), Some(leaving(id)));
+    store.write(Some(&Record::Departed { id: id.next(), when: 0, to: to.clone() })).unwrap();
+    assert_eq!(store.peek().unwrap(), None);
 }
 
 #[test]
-fn a_file_without_id_keeps_the_next_files_record() {
-    let setting = setting();
-    let mut ledger = setting.ledger();
-    ledger.id = None;
-    ledger.write_entry(&OURS).unwrap();
-    fs::rename(&setting.path, setting.beside("moved")).unwrap();
-    fs::write(&setting.path, [1; SIZE as usize]).unwrap();
-    let error = ledger.write(None).unwrap_err();
+fn image_without_id_keeps_the_next_files_record() {
+    let fixture = fixture();
+    let mut store = fixture.store();
+    store.id = None;
+    store.write_entry(&OURS).unwrap();
+    fs::rename(&fixture.path, fixture.beside("moved")).unwrap();
+    fs::write(&fixture.path, [1; SIZE as usize]).unwrap();
+    let error = store.write(None).unwrap_err();
     assert!(error.to_string().contains("names another file now"), "{error}");
-    assert_eq!(setting.kept(), 1);
-    fs::remove_file(&setting.path).unwrap();
-    ledger.write(None).unwrap();
-    assert_eq!(setting.kept(), 0, "no file has the path");
+    assert_eq!(fixture.entries(), 1);
+    fs::remove_file(&fixture.path).unwrap();
+    store.write(None).unwrap();
+    assert_eq!(fixture.entries(), 0, "no file has the path");
 }
 
-/// A snapshot of a btrfs subvolume holds files with the inode numbers of the original's.
+/// Files in a snapshot of a btrfs subvolume have the inode numbers of the originals.
 #[test]
 fn adopting_a_snapshot_keeps_the_originals_record() {
-    let setting = setting();
-    let original = setting.ledger();
+    let fixture = fixture();
+    let original = fixture.store();
     original.write_entry(&INCOMING).unwrap();
-    let copy = setting.beside("before.img");
+    let copy = fixture.beside("before.img");
     fs::write(&copy, [0; SIZE as usize]).unwrap();
-    let mut snapshot = RecordStore::open(&copy, Some(&setting.state)).unwrap();
+    let mut snapshot = RecordStore::open(&copy, Some(&fixture.state)).unwrap();
     snapshot.id = original.id.clone();
-    assert_eq!(snapshot.read().unwrap(), Some(INCOMING), "a copy of an incomplete disk");
-    assert!(snapshot.write(None).is_err(), "the record of the original");
+    assert_eq!(
+        snapshot.read().unwrap(),
+        Some(INCOMING),
+        "the copy of an incomplete disk is incomplete"
+    );
+    assert!(snapshot.write(None).is_err(), "removed the record of the original");
     snapshot.write(Some(&OURS)).unwrap();
     assert_eq!(snapshot.read().unwrap(), Some(OURS));
     assert_eq!(original.read().unwrap(), Some(INCOMING));
@@ -247,19 +250,19 @@ fn adopting_a_snapshot_keeps_the_originals_record() {
 }
 
 #[test]
-fn a_renamed_snapshot_does_not_bear_its_originals_record() {
-    let setting = setting();
-    // Its entry is found before that of the snapshot.
-    let original = setting.beside("before.img");
+fn renamed_snapshot_does_not_get_its_originals_record() {
+    let fixture = fixture();
+    // The search finds its entry before that of the snapshot.
+    let original = fixture.beside("before.img");
     fs::write(&original, [0; SIZE as usize]).unwrap();
-    let original = RecordStore::open(&original, Some(&setting.state)).unwrap();
+    let original = RecordStore::open(&original, Some(&fixture.state)).unwrap();
     original.write_entry(&OURS).unwrap();
-    let mut snapshot = setting.ledger();
+    let mut snapshot = fixture.store();
     snapshot.id = original.id.clone();
     snapshot.write(Some(&INCOMING)).unwrap();
-    let moved = setting.beside("moved");
-    fs::rename(&setting.path, &moved).unwrap();
-    let mut snapshot = RecordStore::open(&moved, Some(&setting.state)).unwrap();
+    let moved = fixture.beside("moved");
+    fs::rename(&fixture.path, &moved).unwrap();
+    let mut snapshot = RecordStore::open(&moved, Some(&fixture.state)).unwrap();
     snapshot.id = original.id.clone();
     assert_eq!(snapshot.read().unwrap(), Some(INCOMING));
     snapshot.write(None).unwrap();
@@ -267,74 +270,71 @@ fn a_renamed_snapshot_does_not_bear_its_originals_record() {
 }
 
 #[test]
-fn a_device_has_its_record_in_the_state_directory_by_path() {
-    let setting = setting();
-    let node = setting.beside("node");
+fn device_record_is_stored_by_path() {
+    let fixture = fixture();
+    let node = fixture.beside("node");
     std::os::unix::fs::symlink("/dev/null", &node).unwrap();
-    let mut ledger = RecordStore::open(&node, Some(&setting.state)).unwrap();
-    ledger.id = None;
-    // It cannot be flushed, as reading would.
-    ledger.write(Some(&OURS)).unwrap();
-    assert_eq!(ledger.peek().unwrap(), Some(OURS));
+    let mut store = RecordStore::open(&node, Some(&fixture.state)).unwrap();
+    store.id = None;
+    // `read` would sync the image, and /dev/null does not support that.
+    store.write(Some(&OURS)).unwrap();
+    assert_eq!(store.peek().unwrap(), Some(OURS));
     fs::remove_file(&node).unwrap();
     fs::write(&node, "").unwrap();
-    let error = ledger.write(Some(&INCOMING)).unwrap_err();
+    let error = store.write(Some(&INCOMING)).unwrap_err();
     assert!(error.to_string().contains("names another file now"), "{error}");
-    let error = ledger.reserve().unwrap_err();
+    let error = store.reserve().unwrap_err();
     assert!(error.to_string().contains("names another file now"), "{error}");
 }
 
 #[test]
-fn a_deleted_image_is_gone_with_its_record() {
-    let setting = setting();
-    let ledger = setting.ledger();
-    ledger.write_entry(&OURS).unwrap();
-    ledger.delete_image(Some(&OURS), SIZE).unwrap();
-    assert!(!setting.path.exists() && setting.kept() == 0);
-    ledger.delete_image(Some(&OURS), SIZE).unwrap();
+fn deleting_an_image_removes_its_record() {
+    let fixture = fixture();
+    let store = fixture.store();
+    store.write_entry(&OURS).unwrap();
+    store.delete_image(Some(&OURS), SIZE).unwrap();
+    assert!(!fixture.path.exists() && fixture.entries() == 0);
+    store.delete_image(Some(&OURS), SIZE).unwrap();
     assert_eq!(
-        read_tombstone_in(&setting.path, &setting.state).unwrap(),
+        read_tombstone_in(&fixture.path, &fixture.state).unwrap(),
         None,
-        "nobody wanted a note"
+        "left a tombstone unasked"
     );
 }
 
 #[test]
-fn an_image_is_deleted_only_if_all_of_it_was_served() {
-    let setting = setting();
-    let ledger = setting.ledger();
-    let error = ledger.delete_image(None, SIZE - 512).unwrap_err();
+fn image_with_an_unserved_tail_is_not_deleted() {
+    let fixture = fixture();
+    let store = fixture.store();
+    let error = store.delete_image(None, SIZE - 512).unwrap_err();
     assert!(error.to_string().contains("the last 512 bytes of it do not move"), "{error}");
-    assert!(setting.path.exists());
-    assert_eq!(
-        (ledger.bytes_beyond(SIZE).unwrap(), ledger.bytes_beyond(SIZE - 1).unwrap()),
-        (0, 1)
-    );
-    ledger.delete_image(None, SIZE).unwrap();
+    assert!(fixture.path.exists());
+    assert_eq!((store.bytes_beyond(SIZE).unwrap(), store.bytes_beyond(SIZE - 1).unwrap()), (0, 1));
+    store.delete_image(None, SIZE).unwrap();
 }
 
 #[test]
-fn a_deleted_image_can_leave_a_note_that_is_no_record_of_the_next_one() {
-    let setting = setting();
-    let mut ledger = setting.ledger();
-    ledger.leave_tombstone();
-    ledger.delete_image(Some(&OURS), SIZE).unwrap();
-    assert_eq!(read_tombstone_in(&setting.path, &setting.state).unwrap(), Some(OURS));
-    fs::write(&setting.path, [0; SIZE as usize]).unwrap();
-    let next = setting.ledger();
+fn tombstone_is_no_record_of_the_next_image() {
+    let fixture = fixture();
+    let mut store = fixture.store();
+    store.leave_tombstone();
+    store.delete_image(Some(&OURS), SIZE).unwrap();
+    assert_eq!(read_tombstone_in(&fixture.path, &fixture.state).unwrap(), Some(OURS));
+    fs::write(&fixture.path, [0; SIZE as usize]).unwrap();
+    let next = fixture.store();
     assert_eq!(next.read().unwrap(), None);
     next.remove_tombstone().unwrap();
-    assert_eq!(read_tombstone_in(&setting.path, &setting.state).unwrap(), None);
+    assert_eq!(read_tombstone_in(&fixture.path, &fixture.state).unwrap(), None);
     next.remove_tombstone().unwrap();
 }
 
 #[test]
-fn a_path_too_long_for_a_record_has_none() {
-    let setting = setting();
-    let long = setting.beside(&"d".repeat(250));
+fn path_too_long_for_an_entry_has_no_record() {
+    let fixture = fixture();
+    let long = fixture.beside(&"d".repeat(250));
     fs::create_dir(&long).unwrap();
     fs::write(long.join("disk.img"), [0; 4096]).unwrap();
-    let ledger = RecordStore::open(&long.join("disk.img"), Some(&setting.state)).unwrap();
-    assert_eq!(ledger.read().unwrap(), None);
-    assert!(ledger.write_entry(&OURS).is_err());
+    let store = RecordStore::open(&long.join("disk.img"), Some(&fixture.state)).unwrap();
+    assert_eq!(store.read().unwrap(), None);
+    assert!(store.write_entry(&OURS).is_err());
 }
