@@ -12,16 +12,16 @@
 //! 3   server  migration
 //! 2   client  control
 //! 1   nbd  disk  net  systemd
-//! 0   memory_reserve  message_id  range  small_file  sync  transition_table  words
+//! 0   human  memory_reserve  message_id  range  small_file  sync  transition_table
 //! ```
 //!
+//! * [`human`]: counts, sizes, times and percentages in texts for operators.
 //! * [`memory_reserve`]: the global allocator, with a reserve for small allocations.
 //! * [`message_id`]: the message ids of the journal.
 //! * [`range`]: a byte range that can neither overflow nor leave its disk.
 //! * [`small_file`]: reads regular files of bounded size.
 //! * [`sync`]: locks and waits that ignore poisoning.
 //! * `transition_table`: compares decisions with their table in the source tree; in tests only.
-//! * [`words`]: numbers and times in sentences for people.
 //! * [`nbd`]: the NBD protocol, both roles: bytes in, values out; pure.
 //! * [`disk`]: the image, its gate, its I/O, its ownership record.
 //! * [`net`]: sockets, with the options and waits that NBD needs.
@@ -83,6 +83,7 @@ pub mod client;
 pub mod control;
 pub mod daemon;
 pub mod disk;
+pub mod human;
 pub mod memory_reserve;
 pub mod message_id;
 pub mod migration;
@@ -95,4 +96,3 @@ pub mod sync;
 pub mod systemd;
 #[cfg(test)]
 mod transition_table;
-pub mod words;

@@ -10,13 +10,13 @@ use std::path::{Path, PathBuf};
 
 /// The floor of each room. A room may use rooms below it; those on one floor never use each other.
 const FLOORS: &[(&str, u32)] = &[
+    ("human", 0),
     ("memory_reserve", 0),
     ("message_id", 0),
     ("range", 0),
     ("small_file", 0),
     ("sync", 0),
     ("transition_table", 0),
-    ("words", 0),
     ("nbd", 1),
     ("disk", 1),
     ("net", 1),
@@ -34,7 +34,7 @@ const FLOORS: &[(&str, u32)] = &[
 /// Files and rooms that decide without doing.
 const PURE: &[&str] = &[
     "range.rs",
-    "words.rs",
+    "human.rs",
     "nbd",
     "server/acl.rs",
     "server/snapshot.rs",

@@ -81,7 +81,7 @@ fn whoever_waits_hears_of_the_end_even_if_it_comes_at_once() {
         let wait = following(directory.path(), &destination, "0");
         let (code, out, err) = ended(wait);
         assert_eq!(code, Some(0), "{err}");
-        let expected = "Migration started\nMigration finished: 64.00 KiB sent in ";
+        let expected = "Migration started\nMigration finished: 64 KiB sent in ";
         assert!(out.starts_with(expected), "{out}");
         assert_eq!(source.wait_for_end().code(), Some(0), "{}", source.stderr());
         assert_eq!(destination.wait_for_end().code(), Some(0), "{}", destination.stderr());

@@ -12,10 +12,10 @@ use crate::disk::ownership::{
 use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
 use crate::disk::state::STATE_VARIABLE;
 use crate::disk::{Access, Disk, FileBackend};
+use crate::human::{counted, utc};
 use crate::message_id;
 use crate::migration::job::HandoverVerdict;
 use crate::migration::wire::Question;
-use crate::words::{counted, utc};
 use std::env;
 use std::sync::Arc;
 use std::time::SystemTime;

@@ -3,11 +3,11 @@
 //! Translates between the server and the store, which do not know each other.
 
 use super::random;
+use crate::human::counted;
 use crate::message_id;
 use crate::net::Stream;
 use crate::server::StoredSessions;
 use crate::systemd::{FdStore, ServiceManager, StoredDescriptors};
-use crate::words::counted;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;

@@ -6,6 +6,7 @@ mod text;
 
 use super::migration_log::MigrationLog;
 use super::notify::log_unsent;
+use crate::human;
 use crate::migration::job::{Outcome, Progress};
 use crate::migration::source::MigrationHandle;
 use crate::systemd::ServiceManager;
@@ -111,7 +112,7 @@ impl MigrationStatus {
         let progress = handle.progress();
         let text = text::progress(log.size, progress.as_ref());
         if let Some(progress) = progress.filter(Progress::is_copying)
-            && milestones.passes(now, text::percent(log.size, progress.bytes_left))
+            && milestones.passes(now, human::percent_done(log.size, progress.bytes_left))
         {
             log.log_progress(&progress, &text);
         }

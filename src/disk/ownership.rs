@@ -20,7 +20,7 @@
 //!
 //! `ownership/decisions.txt` lists every decision; a test compares it with the code.
 
-use crate::words::utc;
+use crate::human::utc;
 use std::fmt;
 use std::net::IpAddr;
 

@@ -12,9 +12,9 @@ use super::settings::{CONTENDED_HANDSHAKE_TIMEOUT, Grace, HANDSHAKES_MAX, Sessio
 use super::shared::{ServerShared, export};
 use super::snapshot;
 use crate::disk::Disk;
+use crate::human::counted;
 use crate::message_id;
 use crate::net::{Listener, Stream};
-use crate::words::counted;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;

@@ -1,7 +1,8 @@
 //! The texts of the status line, for people who look at `systemctl status`. Pure.
 
+use crate::human::{self, counted};
 use crate::migration::job::{Obstacle, Progress, Stage};
-use crate::words::counted;
+use std::time::Duration;
 
 /// The status while no migration runs.
 #[derive(Clone, Debug)]
@@ -23,7 +24,7 @@ impl IdleStatus {
             0 => "no clients".to_owned(),
             count => counted(count, "client"),
         };
-        format!("{verb} {image} ({}) on {addresses}, {clients}", bytes(*size))
+        format!("{verb} {image} ({}) on {addresses}, {clients}", human::size(*size))
     }
 }
 
@@ -35,17 +36,19 @@ pub(super) fn progress(size: u64, progress: Option<&Progress>) -> String {
         (Stage::Connecting | Stage::InDoubt, Some(obstacle)) => obstacle.to_string(),
         (Stage::Connecting, None) => "connecting".to_owned(),
         (Stage::Copying, _) => {
-            let left = now.seconds_left.map(|seconds| format!(", about {} left", time(seconds)));
+            let left = now.seconds_left.map(Duration::from_secs).map(human::duration);
+            let left = left.map(|left| format!(", about {left} left"));
             let why = match &now.obstacle {
                 None => String::new(),
                 Some(Obstacle::Writers) => ", clients are slowed down".to_owned(),
                 Some(obstacle) => format!("; {obstacle}"),
             };
-            let (percent, speed) = (percent(size, now.bytes_left), bytes(now.bytes_per_second));
+            let percent = human::percent_done(size, now.bytes_left);
+            let speed = human::size(now.bytes_per_second);
             format!("{percent} % copied, {speed}/s{}{why}", left.unwrap_or_default())
         }
         (Stage::Closing, _) => {
-            format!("clients wait while the last {} are sent", bytes(now.bytes_left))
+            format!("clients wait while the last {} are sent", human::size(now.bytes_left))
         }
         (Stage::HandingOver, _) => "handing the disk over".to_owned(),
         (Stage::InDoubt, None) => {
@@ -55,49 +58,11 @@ pub(super) fn progress(size: u64, progress: Option<&Progress>) -> String {
     }
 }
 
-/// The percentage of the disk that has been copied; 100 only if nothing is left.
-pub(super) fn percent(size: u64, bytes_left: u64) -> u64 {
-    let done = u128::from(size.saturating_sub(bytes_left));
-    u64::try_from(done * 100 / u128::from(size.max(1))).unwrap_or(100)
-}
-
-/// `512 bytes`, `4.5 KiB`, `112 MiB`: at least two significant digits.
-fn bytes(count: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if count < 1024 {
-        return counted(count, "byte");
-    }
-    let mut unit = 1024;
-    let mut name = UNITS[0];
-    for larger in &UNITS[1..] {
-        if count / unit < 1024 {
-            break;
-        }
-        (unit, name) = (unit * 1024, larger);
-    }
-    let (whole, tenths) = (count / unit, count % unit * 10 / unit);
-    if whole < 10 && tenths > 0 {
-        format!("{whole}.{tenths} {name}")
-    } else {
-        format!("{whole} {name}")
-    }
-}
-
-/// `12 s`, `4 min`, `3 h 20 min`.
-fn time(seconds: u64) -> String {
-    match seconds {
-        0..90 => format!("{seconds} s"),
-        90..3600 => format!("{} min", (seconds + 30) / 60),
-        _ => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::disk::ownership::Id;
     use crate::migration::job::Trouble;
-    use std::time::Duration;
 
     const COPYING: Progress = Progress {
         id: Id([0; 16]),
@@ -147,31 +112,5 @@ mod tests {
         let doubt = at(Stage::InDoubt, Some(Obstacle::Acknowledgement(no_route)));
         assert!(doubt.starts_with("the handover was not acknowledged (no route)"), "{doubt}");
         assert_eq!(progress(100, None), "connecting");
-    }
-
-    #[test]
-    fn only_a_complete_copy_is_100_percent() {
-        assert_eq!(percent(u64::MAX, 1), 99);
-        assert_eq!(percent(u64::MAX, 0), 100);
-        assert_eq!(percent(512, 512), 0);
-        assert_eq!(percent(512, 600), 0, "more is left than there is");
-        assert_eq!(percent(0, 0), 0);
-    }
-
-    #[test]
-    fn sizes_and_times_are_rounded() {
-        let sizes = [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1 KiB"), (4608, "4.5 KiB")];
-        for (count, expected) in sizes {
-            assert_eq!(bytes(count), expected);
-        }
-        assert_eq!(bytes((1 << 20) - 1), "1023 KiB");
-        assert_eq!(bytes(10 << 20 | 1 << 19), "10 MiB");
-        assert_eq!(bytes(3 << 39), "1.5 TiB");
-        assert_eq!(bytes(u64::MAX), "16383 PiB");
-        for (seconds, expected) in
-            [(0, "0 s"), (89, "89 s"), (90, "2 min"), (3599, "60 min"), (12_000, "3 h 20 min")]
-        {
-            assert_eq!(time(seconds), expected);
-        }
     }
 }
