@@ -232,11 +232,11 @@ fn times_are_those_of_the_units_and_the_program() {
         "WHEN A DISK CANNOT BE SERVED",
         "Only another host knows whether the disk has moved",
     );
-    for (seconds, name) in numbers(&asks).into_iter().zip(["FIRST", "EVERY_MAX"]) {
-        let constant = format!("REFUSING_ASK_{name}: Duration = Duration::from_secs({seconds});");
+    for (seconds, name) in numbers(&asks).into_iter().zip(["FIRST", "MAX"]) {
+        let constant = format!("REFUSING_PAUSE_{name}: Duration = Duration::from_secs({seconds});");
         assert!(module_source("daemon").contains(&constant), "there is no `{constant}`");
     }
-    let constant = "const LINE_EVERY: Duration = Duration::from_secs(60);";
+    let constant = "const LOG_INTERVAL: Duration = Duration::from_secs(60);";
     let refusing = page.item_text("WHEN A DISK CANNOT BE SERVED", "A client waits");
     assert!(refusing.contains("no more than one in a minute"));
     assert!(module_source("daemon").contains(constant), "there is no `{constant}`");
