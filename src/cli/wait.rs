@@ -203,7 +203,7 @@ mod tests {
         let done = Reply::success(Summary::default().to_string());
         let (printed, answer) = following(&done, 2);
         assert_eq!(answer, Ok(done));
-        assert_eq!(printed, ["Migration started", "50 %, 0 B/s, 50 B left, pass 1"]);
+        assert_eq!(printed, ["Migration started", "50 %, 0 bytes/s, 50 bytes left, pass 1"]);
     }
 
     #[test]
