@@ -155,8 +155,8 @@ impl Disk {
     /// # Errors
     /// The backend's. The kernel reports a failure once, so later flushes return it too.
     pub fn write_back(&self) -> io::Result<()> {
-        let _guard = self.flush_errors.listen();
-        self.image.flush().map_err(|error| self.flush_errors.failed(&error))
+        let _guard = self.flush_errors.begin_flush();
+        self.image.flush().map_err(|error| self.flush_errors.record(&error))
     }
 
     /// The view of a migration.
@@ -274,7 +274,7 @@ impl Visit<'_> {
         let flush_errors = &self.disk.flush_errors;
         flush_errors.check()?;
         self.disk.write_back()?;
-        flush_errors.wait_for_others();
+        flush_errors.wait_for_concurrent();
         flush_errors.check()
     }
 

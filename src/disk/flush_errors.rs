@@ -1,9 +1,7 @@
-//! Whether everything that was to be durable is, and who may know better.
-//!
-//! The kernel tells a failed write-back once, to one of those who wait for it, and calls the next
-//! flush a success. So the first failure is remembered for ever. And since another thread may be
-//! told what was meant for us, too, a flush has succeeded only when all those who were listening at
-//! the same time have said what they heard.
+//! Sticky write-back errors. The kernel reports a failed write-back to only one of the callers whose
+//! fsync waits for it, and the next fsync succeeds; so this remembers the first failure for good.
+//! And since the report meant for us may go to a concurrent fsync of another thread, a flush succeeds
+//! only once every fsync that was in flight at the same time has reported.
 
 use super::backend::errno_of;
 use super::io_queue::Notifier;
@@ -13,33 +11,32 @@ use std::io;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-/// What is known of a disk's flushes.
+/// The outcome of a disk's flushes so far.
 #[derive(Debug, Default)]
 pub(super) struct FlushErrors {
-    /// The errno of the first that failed; 0 as long as none has.
+    /// The errno of the first failure; 0 while there is none.
     failure: AtomicI32,
-    listeners: Mutex<InFlightFlushes>,
-    /// Whoever waits here rather than for a bell.
+    in_flight: Mutex<InFlightFlushes>,
+    /// For threads that block instead of waiting for a notification.
     ended: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct InFlightFlushes {
     next: u64,
-    listening: BTreeSet<u64>,
-    /// Who waits until none below this number listens any more.
-    waiting: Vec<(u64, Arc<dyn Notifier>)>,
+    numbers: BTreeSet<u64>,
+    /// To be notified once no flush below the number is in flight.
+    waiters: Vec<(u64, Arc<dyn Notifier>)>,
 }
 
-/// Somebody whom the kernel may tell of a failure. Dropping it says that whatever was heard has
-/// been remembered.
+/// Guard held while an fsync is in flight. Drop it only after a failure has been recorded.
 #[derive(Debug)]
 pub(super) struct FlushGuard<'a> {
-    hearing: &'a FlushErrors,
+    flush_errors: &'a FlushErrors,
     number: u64,
 }
 
-/// Those who were listening at some moment.
+/// The flushes that were in flight at one moment: all numbers below this one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ConcurrentFlushes(u64);
 
@@ -49,7 +46,7 @@ impl FlushErrors {
         self.failure.load(Ordering::Acquire) == 0
     }
 
-    /// Fails as the first failed flush did, if there was one.
+    /// Returns the error of the first failed flush, if there was one.
     pub(super) fn check(&self) -> io::Result<()> {
         match self.failure.load(Ordering::Acquire) {
             0 => Ok(()),
@@ -57,8 +54,8 @@ impl FlushErrors {
         }
     }
 
-    /// Remembers that data may be lost, and returns what every later flush will say.
-    pub(super) fn failed(&self, error: &io::Error) -> io::Error {
+    /// Records a failure, and returns the first one, which every later flush returns too.
+    pub(super) fn record(&self, error: &io::Error) -> io::Error {
         let (new, all) = (errno_of(error), Ordering::AcqRel);
         let first = match self.failure.compare_exchange(0, new, all, Ordering::Acquire) {
             Ok(_) => new,
@@ -67,65 +64,65 @@ impl FlushErrors {
         io::Error::from_raw_os_error(first)
     }
 
-    /// To be called before the kernel is asked to make something durable.
-    pub(super) fn listen(&self) -> FlushGuard<'_> {
-        let mut listeners = self.lock();
-        let number = listeners.next;
-        listeners.next += 1;
-        listeners.listening.insert(number);
-        FlushGuard { hearing: self, number }
+    /// Registers an fsync or a durable write. Call it before the system call.
+    pub(super) fn begin_flush(&self) -> FlushGuard<'_> {
+        let mut in_flight = self.lock();
+        let number = in_flight.next;
+        in_flight.next += 1;
+        in_flight.numbers.insert(number);
+        FlushGuard { flush_errors: self, number }
     }
 
-    /// Those who are listening now, if there are any; `bell` rings when the last of them has ended.
-    pub(super) fn ring_after_others(
+    /// The flushes in flight now, if there are any; notifies when the last of them has ended.
+    pub(super) fn notify_after_concurrent(
         &self,
         notifier: &Arc<dyn Notifier>,
     ) -> Option<ConcurrentFlushes> {
-        let mut listeners = self.lock();
-        if listeners.listening.is_empty() {
+        let mut in_flight = self.lock();
+        if in_flight.numbers.is_empty() {
             return None;
         }
-        let before = listeners.next;
-        listeners.waiting.push((before, Arc::clone(notifier)));
+        let before = in_flight.next;
+        in_flight.waiters.push((before, Arc::clone(notifier)));
         Some(ConcurrentFlushes(before))
     }
 
     /// Whether all of them have ended.
-    pub(super) fn have_ended(&self, others: ConcurrentFlushes) -> bool {
-        self.lock().have_ended(others.0)
+    pub(super) fn have_ended(&self, concurrent: ConcurrentFlushes) -> bool {
+        self.lock().have_ended(concurrent.0)
     }
 
-    /// Waits until those who are listening now have ended.
-    pub(super) fn wait_for_others(&self) {
-        let mut listeners = self.lock();
-        let before = listeners.next;
-        while !listeners.have_ended(before) {
-            listeners = sync::wait(&self.ended, listeners);
+    /// Blocks until the flushes in flight now have ended.
+    pub(super) fn wait_for_concurrent(&self) {
+        let mut in_flight = self.lock();
+        let before = in_flight.next;
+        while !in_flight.have_ended(before) {
+            in_flight = sync::wait(&self.ended, in_flight);
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, InFlightFlushes> {
-        sync::lock(&self.listeners)
+        sync::lock(&self.in_flight)
     }
 }
 
 impl InFlightFlushes {
     fn have_ended(&self, before: u64) -> bool {
-        self.listening.first().is_none_or(|first| *first >= before)
+        self.numbers.first().is_none_or(|first| *first >= before)
     }
 }
 
 impl Drop for FlushGuard<'_> {
     fn drop(&mut self) {
-        let mut listeners = self.hearing.lock();
-        listeners.listening.remove(&self.number);
-        self.hearing.ended.notify_all();
-        let waiting = std::mem::take(&mut listeners.waiting);
-        for (before, notifier) in waiting {
-            if listeners.have_ended(before) {
+        let mut in_flight = self.flush_errors.lock();
+        in_flight.numbers.remove(&self.number);
+        self.flush_errors.ended.notify_all();
+        let waiters = std::mem::take(&mut in_flight.waiters);
+        for (before, notifier) in waiters {
+            if in_flight.have_ended(before) {
                 notifier.notify();
             } else {
-                listeners.waiting.push((before, notifier));
+                in_flight.waiters.push((before, notifier));
             }
         }
     }
@@ -137,35 +134,32 @@ mod tests {
     use super::*;
     use nix::libc::{EIO, ENOSPC};
 
-    fn notifier() -> (Arc<TestNotifier>, Arc<dyn Notifier>) {
-        let notifier = Arc::new(TestNotifier::default());
-        (Arc::clone(&notifier), notifier)
+    #[test]
+    fn the_first_failure_is_returned_for_good() {
+        let flush_errors = FlushErrors::default();
+        assert!(flush_errors.all_flushes_succeeded() && flush_errors.check().is_ok());
+        let record =
+            |errno| flush_errors.record(&io::Error::from_raw_os_error(errno)).raw_os_error();
+        assert_eq!(record(ENOSPC), Some(ENOSPC));
+        assert_eq!(record(EIO), Some(ENOSPC));
+        assert_eq!(flush_errors.check().unwrap_err().raw_os_error(), Some(ENOSPC));
+        assert!(!flush_errors.all_flushes_succeeded());
     }
 
     #[test]
-    fn the_first_failure_is_what_everybody_hears_from_then_on() {
-        let hearing = FlushErrors::default();
-        assert!(hearing.all_flushes_succeeded() && hearing.check().is_ok());
-        let says = |errno| hearing.failed(&io::Error::from_raw_os_error(errno)).raw_os_error();
-        assert_eq!(says(ENOSPC), Some(ENOSPC));
-        assert_eq!(says(EIO), Some(ENOSPC));
-        assert_eq!(hearing.check().unwrap_err().raw_os_error(), Some(ENOSPC));
-        assert!(!hearing.all_flushes_succeeded());
-    }
-
-    #[test]
-    fn whoever_listened_at_that_moment_is_waited_for_and_nobody_who_came_later() {
-        let hearing = FlushErrors::default();
-        let (rung, notifier) = notifier();
-        assert!(hearing.ring_after_others(&notifier).is_none());
-        let (first, second) = (hearing.listen(), hearing.listen());
-        let others = hearing.ring_after_others(&notifier).unwrap();
-        let later = hearing.listen();
+    fn only_flushes_in_flight_at_that_moment_are_awaited() {
+        let flush_errors = FlushErrors::default();
+        let counter = Arc::new(TestNotifier::default());
+        let notifier: Arc<dyn Notifier> = Arc::clone(&counter) as _;
+        assert!(flush_errors.notify_after_concurrent(&notifier).is_none());
+        let (first, second) = (flush_errors.begin_flush(), flush_errors.begin_flush());
+        let concurrent = flush_errors.notify_after_concurrent(&notifier).unwrap();
+        let later = flush_errors.begin_flush();
         drop(first);
-        assert!(!hearing.have_ended(others) && rung.count() == 0);
+        assert!(!flush_errors.have_ended(concurrent) && counter.count() == 0);
         drop(second);
-        assert!(hearing.have_ended(others) && rung.count() == 1);
+        assert!(flush_errors.have_ended(concurrent) && counter.count() == 1);
         drop(later);
-        assert_eq!(rung.count(), 1, "rung once for each who waits");
+        assert_eq!(counter.count(), 1, "one notification for each waiter");
     }
 }

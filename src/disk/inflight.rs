@@ -1,19 +1,19 @@
-//! What one session has done aside on the disk, so that the requests behind it need not wait.
+//! The in-flight operations of one session: asynchronous disk I/O, so that a slow request does not
+//! delay the requests behind it. Starts nothing by itself, and holds a bounded number of bytes.
 //!
-//! An errand is one piece of [`Work`] and the calls that it takes. Until it is over it holds the
-//! visit that it was begun with: whoever closes the gate waits for it. What it changes is marked
-//! when the bytes are there, before anybody is told.
+//! An operation is one [`Work`] and the backend calls that it takes. It holds its visit until it
+//! completes, so closing the gate waits for it. The bytes it changes are marked dirty after they are
+//! written and before the completion is reported.
 //!
-//! A change that overlaps an earlier one in flight, of whichever session, waits for it in a queue,
-//! and holds no visit meanwhile. A zeroing or trim is made in parts ([`super::parts`]), and gives
-//! its visit up between two of them when the gate is closed. What waits is dropped with its session.
+//! A change that overlaps an earlier one in flight, of any session, waits for it in a queue, without
+//! holding a visit. Zeroing and trimming run in parts ([`super::parts`]); between two parts they
+//! give up the visit if the gate is closed. Waiting operations are dropped with their session.
 //!
-//! What is to be durable is gathered until [`InFlight::submit`]: one write is then made durable by
-//! itself, which leaves alone what others wrote; several things are written, and made durable by one
-//! flush.
+//! Group commit: durable operations are batched until [`InFlight::submit`]. A single write uses
+//! `RWF_DSYNC`, which does not flush unrelated data; two or more share one fsync.
 //!
-//! Where the image has no lane, or none can be had, threads make the same calls (`helpers`). Never
-//! begins anything by itself, and holds a bounded number of bytes.
+//! Where the backend provides no I/O queue, threads execute the same calls
+//! ([`super::thread_pool`]).
 
 use super::backend::{errno_of, execute};
 use super::device::{Disk, Visit};
@@ -37,58 +37,61 @@ use work::{Batched, Executor, NextStep, Operation, Queued};
 mod closing;
 mod work;
 
-/// The errands of one session. `T` is what it wants back with the outcome of each.
+/// The operations of one session. `T` is the caller's tag, returned with each outcome.
 ///
-/// Dropping them drops those that wait, and waits for those that have begun, which end after the
-/// part that they are at; what became of them is then not told.
+/// Dropping it drops the operations that wait, and blocks until those in flight complete; a zeroing
+/// or trim ends after its current part. Their outcomes are lost.
 #[derive(Debug)]
 pub struct InFlight<'a, T> {
     disk: &'a Disk,
     notifier: Arc<dyn Notifier>,
-    lane: Executor<'a>,
-    /// Where the results of threads come in, and how many are to come.
+    executor: Executor<'a>,
+    /// Results of calls that threads execute.
     completions: Arc<Completions>,
-    helped: usize,
+    /// Calls given to threads whose completion has not been taken.
+    in_threads: usize,
     next_key: u64,
-    /// In the order of their arrival: not begun, or between two parts.
+    /// Not started, or between two parts; in order of arrival.
     waiting: VecDeque<Queued<'a, T>>,
-    under_way: BTreeMap<u64, Operation<'a, T>>,
-    /// How many parts of zeroings and trims are in flight, and how they are cut.
+    /// By the key of the call in flight.
+    executing: BTreeMap<u64, Operation<'a, T>>,
+    /// Parts of zeroings and trims in flight.
     parts: usize,
     part_sizes: PartSizes,
     write_behind: WriteBehind,
-    /// What is to be made durable next.
-    gathered: Vec<Batched<'a, T>>,
-    /// Flushed, while others may still be hearing that it was in vain.
-    unsettled: Vec<(ConcurrentFlushes, Operation<'a, T>)>,
-    over: VecDeque<(T, io::Result<()>)>,
-    /// Those that are not over, and the bytes that they hold.
+    /// Durable operations for the next commit.
+    commit_batch: Vec<Batched<'a, T>>,
+    /// Flushed successfully; a concurrent flush may still report a failure that concerns them.
+    awaiting_verdict: Vec<(ConcurrentFlushes, Operation<'a, T>)>,
+    completed: VecDeque<(T, io::Result<()>)>,
+    /// Operations that have not completed.
     count: usize,
+    /// Bytes of data that they hold.
     bytes: usize,
-    /// When to ask at the closed gate again.
+    /// When the closing of the gate expires, and the gate has to be tried again.
     gate_expiry: Cell<Option<Instant>>,
-    /// Nothing more is begun: whoever wanted it has gone.
+    /// The session is gone, so nothing more is started.
     closing: bool,
 }
 
 impl<'a, T> InFlight<'a, T> {
-    /// None yet. `bell` rings when something may be over.
+    /// No operations yet. `notifier` is notified when one may have completed.
     pub fn new(disk: &'a Disk, notifier: Arc<dyn Notifier>) -> Self {
         Self {
             disk,
             completions: Completions::new(&notifier),
-            helped: 0,
+            in_threads: 0,
             notifier,
-            lane: Executor::Unknown,
+            executor: Executor::Unknown,
             next_key: 0,
             waiting: VecDeque::new(),
             parts: 0,
             part_sizes: PartSizes::default(),
             write_behind: WriteBehind::default(),
-            under_way: BTreeMap::new(),
-            gathered: Vec::new(),
-            unsettled: Vec::new(),
-            over: VecDeque::new(),
+            executing: BTreeMap::new(),
+            commit_batch: Vec::new(),
+            awaiting_verdict: Vec::new(),
+            completed: VecDeque::new(),
             count: 0,
             bytes: 0,
             gate_expiry: Cell::new(None),
@@ -96,53 +99,52 @@ impl<'a, T> InFlight<'a, T> {
         }
     }
 
-    /// Whether none is under way, and the outcome of each has been taken.
+    /// Whether all operations have completed and every outcome has been taken.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.count == 0 && self.over.is_empty()
+        self.count == 0 && self.completed.is_empty()
     }
 
-    /// Whether none has begun that is not over, and the outcome of each has been taken; some may
-    /// wait for other sessions' changes.
+    /// Whether all operations that started have completed and every outcome has been taken; others
+    /// may still wait to start.
     #[must_use]
     pub fn is_quiescent(&self) -> bool {
-        self.count == self.waiting.len() && self.over.is_empty()
+        self.count == self.waiting.len() && self.completed.is_empty()
     }
 
-    /// Whether one may be begun that holds so many bytes.
+    /// Whether an operation that holds this many bytes may begin.
     #[must_use]
     pub fn has_room(&self, bytes: usize) -> bool {
-        let is_free = self.count + self.over.len() < IN_FLIGHT_MAX;
+        let is_free = self.count + self.completed.len() < IN_FLIGHT_MAX;
         is_free && (self.bytes == 0 || self.bytes + bytes <= BYTES_MAX)
     }
 
-    /// Whether some wait for an earlier change, for a part in flight, or for the gate.
+    /// Whether operations wait for an earlier change, for a part in flight, or for the gate.
     #[must_use]
     pub fn has_waiting(&self) -> bool {
         !self.waiting.is_empty()
     }
 
-    /// Whether nothing in flight on the disk overlaps `range`: a change of it may be made at once.
+    /// Whether no change in flight on the disk overlaps `range`, so that a change of it may start.
     #[must_use]
     pub fn is_clear(&self, range: Range) -> bool {
         self.disk.overlaps.is_clear(range)
     }
 
-    /// Whether a write that begins after another one of the same bytes ends after it by itself, so
-    /// that a plain write needs no place among the changes in flight.
+    /// Whether the backend orders writes of the same bytes ([`super::Backend::orders_writes`]), so
+    /// that a plain write need not be registered.
     #[must_use]
     pub fn writes_are_ordered(&self) -> bool {
         self.disk.image.orders_writes()
     }
 
-    /// A place among the changes in flight for one that the caller makes by itself, as soon as
-    /// [`Change::is_first`].
+    /// Registers a change that the caller executes itself, once [`Change::is_first`].
     #[must_use]
     pub fn register_change(&self, range: Range) -> Change<'a> {
         self.disk.overlaps.register(range, &self.notifier)
     }
 
-    /// The session has written `range` by itself, not durably.
+    /// Records a non-durable write that the session executed itself; may start write-back.
     pub fn record_write(&mut self, range: Range) {
         if let Some((start, end)) = self.write_behind.wrote(range) {
             let disk = self.disk;
@@ -153,34 +155,34 @@ impl<'a, T> InFlight<'a, T> {
         }
     }
 
-    /// Begins an errand, as soon as [`InFlight::submit`] is called, if not before; or, if an earlier
-    /// change overlaps it, when that has ended. It is the caller's business to ask
+    /// Begins an operation. It starts at the latest with the next [`InFlight::submit`], or, if an
+    /// earlier change overlaps it, once that has completed. The caller checks
     /// [`InFlight::has_room`] first.
     ///
-    /// It ends with `EPERM` if it would change a read-only disk, with `EINVAL` beyond its end, as
-    /// the first flush that failed if it is to be durable and one has, and as the image says; then
-    /// any part of a change may have been made.
+    /// It fails with `EPERM` if it would change a read-only disk, with `EINVAL` beyond the end, with
+    /// the error of the first failed flush if it is durable, or with the backend's error; then any
+    /// part of the change may have been written.
     pub fn begin(&mut self, visit: Visit<'a>, work: Work, token: T) {
         let weight = if let Work::Write { data, .. } = &work { data.len() } else { 0 };
         self.count += 1;
         self.bytes += weight;
         let queued = match self.check(&work) {
             Ok(None) => Queued { token, work, change: None, weight },
-            Ok(Some(range)) if range.is_empty() => return self.conclude(token, weight, Ok(())),
+            Ok(Some(range)) if range.is_empty() => return self.complete(token, weight, Ok(())),
             Ok(Some(range)) => {
                 let change = Some(self.register_change(range));
                 Queued { token, work, change, weight }
             }
-            Err(error) => return self.conclude(token, weight, Err(error)),
+            Err(error) => return self.complete(token, weight, Err(error)),
         };
-        if self.may_begin(&queued) {
+        if self.may_start(&queued) {
             self.start(visit, queued);
         } else {
             self.waiting.push_back(queued);
         }
     }
 
-    fn may_begin(&self, queued: &Queued<'a, T>) -> bool {
+    fn may_start(&self, queued: &Queued<'a, T>) -> bool {
         let how = match queued.work {
             Work::Zero { how, .. } => Some(how),
             Work::Trim { .. } => Some(Zeroing::default()),
@@ -192,23 +194,24 @@ impl<'a, T> InFlight<'a, T> {
         has_slot && queued.change.as_ref().is_none_or(Change::is_first)
     }
 
-    /// Has the bell rung when the gate opens.
+    /// Requests a notification when the gate opens.
     pub fn notify_when_gate_opens(&self) {
         self.gate_expiry.set(self.disk.gate.notify_when_open(&self.notifier));
     }
 
-    /// When to go on whatever the bell said, if [`InFlight::notify_when_gate_opens`] was called since this
-    /// was last asked: the gate may open by itself then.
+    /// When to submit again even without a notification, if
+    /// [`InFlight::notify_when_gate_opens`] was called since the last call of this: the closing of
+    /// the gate may expire then.
     #[must_use]
     pub fn gate_expiry(&self) -> Option<Instant> {
         self.gate_expiry.take()
     }
 
-    /// Goes on with those that waited and need not wait any more.
-    fn go_on(&mut self) {
+    /// Starts the waiting operations that may start now.
+    fn start_waiting(&mut self) {
         let mut at = 0;
         while at < self.waiting.len() && !self.closing {
-            if !self.may_begin(&self.waiting[at]) {
+            if !self.may_start(&self.waiting[at]) {
                 at += 1;
                 continue;
             }
@@ -219,69 +222,70 @@ impl<'a, T> InFlight<'a, T> {
                     }
                 }
                 Ok(None) => return self.notify_when_gate_opens(),
-                // Whoever owns the session learns so at the gate.
+                // The session finds out itself when it next enters the gate.
                 Err(_) => return,
             }
         }
     }
 
-    /// Begins all that has been taken on.
+    /// Starts and commits everything that has begun. Notifies if some of it completed synchronously.
     pub fn submit(&mut self) {
-        self.go_on();
-        self.make_durable();
-        if let Executor::Lane(lane) = &mut self.lane
-            && !lane.submit()
+        self.start_waiting();
+        self.commit();
+        if let Executor::Queue(queue) = &mut self.executor
+            && !queue.submit()
         {
             self.notifier.notify();
         }
     }
 
-    /// The next that is over: what was given to [`InFlight::begin`], and its outcome.
+    /// The next completed operation: the tag given to [`InFlight::begin`], and the outcome.
     pub fn next_completed(&mut self) -> Option<(T, io::Result<()>)> {
         if self.is_empty() {
             return None;
         }
-        while let Some(made) = self.next_made() {
-            self.made(made);
+        while let Some(completion) = self.next_completion() {
+            self.on_completion(completion);
         }
-        self.settle();
-        self.over.pop_front()
+        self.complete_verified();
+        self.completed.pop_front()
     }
 
-    /// A call that is over.
-    fn next_made(&mut self) -> Option<Completion> {
-        if self.helped > 0
-            && let Some(made) = self.completions.take()
+    /// The next completed call.
+    fn next_completion(&mut self) -> Option<Completion> {
+        if self.in_threads > 0
+            && let Some(completion) = self.completions.pop()
         {
-            self.helped -= 1;
-            return Some(made);
+            self.in_threads -= 1;
+            return Some(completion);
         }
-        match &mut self.lane {
-            Executor::Lane(lane) if self.under_way.len() > self.helped => lane.finished(),
+        match &mut self.executor {
+            Executor::Queue(queue) if self.executing.len() > self.in_threads => queue.poll(),
             _ => None,
         }
     }
 
-    /// Whether an outcome waits to be taken, whatever the bell said.
+    /// Whether an outcome waits to be taken; there may be no further notification for it.
     #[must_use]
     pub fn has_completed(&self) -> bool {
-        !self.over.is_empty()
+        !self.completed.is_empty()
     }
 
-    /// Gives back the lane if nothing is under way; it is made anew when needed.
+    /// Frees the I/O queue if nothing is in flight; the next call creates a new one.
     pub fn shrink(&mut self) {
         if self.is_empty() {
-            self.lane = Executor::Unknown;
+            self.executor = Executor::Unknown;
         }
     }
 
-    /// Whether there is no lane to give back.
+    /// Whether there is no I/O queue to free.
     #[must_use]
     pub fn is_shrunk(&self) -> bool {
-        !matches!(self.lane, Executor::Lane(_))
+        !matches!(self.executor, Executor::Queue(_))
     }
 
-    /// The range that it changes; empty if there is nothing to do, none if it changes nothing.
+    /// Validates an operation. Returns the range it changes, `None` if it changes nothing, and an
+    /// empty range if there is nothing to do.
     fn check(&self, work: &Work) -> io::Result<Option<Range>> {
         let disk = self.disk;
         let within = |range: &Range| disk.range(range.offset(), range.length());
@@ -309,25 +313,25 @@ impl<'a, T> InFlight<'a, T> {
 
     fn start(&mut self, visit: Visit<'a>, queued: Queued<'a, T>) {
         let Queued { token, work, change, weight } = queued;
-        let (then, listening, joined) = (NextStep::Nothing, None, Vec::new());
-        let errand = Operation { token, visit, change, then, listening, joined, weight };
+        let (next_step, flush_guard, members) = (NextStep::Nothing, None, Vec::new());
+        let operation = Operation { token, visit, change, next_step, flush_guard, members, weight };
         match work {
-            Work::Populate(range) => self.call(errand, Call::Populate(range)),
-            Work::Prefetch(range) => self.call(errand, Call::Prefetch(range)),
-            Work::Flush => self.gathered.push(Batched { errand, write: None }),
+            Work::Populate(range) => self.call(operation, Call::Populate(range)),
+            Work::Prefetch(range) => self.call(operation, Call::Prefetch(range)),
+            Work::Flush => self.commit_batch.push(Batched { operation, write: None }),
             Work::Zero { range, how, durable } => {
                 let (part, range) = self.cut(range, how);
-                // Whether it can be fast is decided by the first part, before anything is changed.
+                // The first part decides whether it can be fast, before any byte has changed.
                 let later = Zeroing { only_if_fast: false, ..how };
                 let rest = Work::Zero { range, how: later, durable };
-                self.call_part(errand, Call::Zero(part, how), rest);
+                self.call_part(operation, Call::Zero(part, how), rest);
             }
             Work::Trim { range, durable } => {
                 let (part, range) = self.cut(range, Zeroing::default());
-                self.call_part(errand, Call::Trim(part), Work::Trim { range, durable });
+                self.call_part(operation, Call::Trim(part), Work::Trim { range, durable });
             }
             Work::Write { offset, data, durable } => {
-                self.start_write(errand, offset, data, durable);
+                self.start_write(operation, offset, data, durable);
             }
         }
     }
@@ -336,15 +340,15 @@ impl<'a, T> InFlight<'a, T> {
         self.part_sizes.cut(range, self.disk.image.zeroes_by_extent(how))
     }
 
-    fn call_part(&mut self, mut errand: Operation<'a, T>, call: Call, rest: Work) {
+    fn call_part(&mut self, mut operation: Operation<'a, T>, call: Call, rest: Work) {
         self.parts += 1;
-        errand.then = NextStep::Rest { rest, since: Instant::now() };
-        self.call(errand, call);
+        operation.next_step = NextStep::Rest { rest, since: Instant::now() };
+        self.call(operation, call);
     }
 
     fn start_write(
         &mut self,
-        mut errand: Operation<'a, T>,
+        mut operation: Operation<'a, T>,
         offset: u64,
         data: Vec<u8>,
         durable: bool,
@@ -353,228 +357,237 @@ impl<'a, T> InFlight<'a, T> {
         let image = &*self.disk.image;
         let gaps = match durable.then(|| zeros::leaves_gaps(image, offset, &data)).transpose() {
             Ok(gaps) => gaps,
-            Err(error) => return self.end(errand, Err(error)),
+            Err(error) => return self.finish(operation, Err(error)),
         };
-        if let Some(edges) = errand.visit.cold_edges(range) {
-            errand.then = NextStep::Write { offset, data, durable };
-            self.call(errand, Call::Populate(edges));
+        if let Some(edges) = operation.visit.cold_edges(range) {
+            operation.next_step = NextStep::Write { offset, data, durable };
+            self.call(operation, Call::Populate(edges));
         } else if gaps == Some(false) {
-            self.gathered.push(Batched { errand, write: Some((offset, data)) });
+            self.commit_batch.push(Batched { operation, write: Some((offset, data)) });
         } else {
-            self.write(errand, offset, &data, durable);
+            self.write(operation, offset, &data, durable);
         }
     }
 
-    /// Writes without waiting for a disk.
-    fn write(&mut self, mut errand: Operation<'a, T>, offset: u64, data: &[u8], durable: bool) {
+    /// Writes to the page cache, without waiting for the device.
+    fn write(&mut self, mut operation: Operation<'a, T>, offset: u64, data: &[u8], durable: bool) {
         let written = zeros::write_around_holes(&*self.disk.image, offset, data);
-        self.mark(&mut errand);
+        self.mark(&mut operation);
         match written {
-            Ok(()) if durable => self.gathered.push(Batched { errand, write: None }),
+            Ok(()) if durable => self.commit_batch.push(Batched { operation, write: None }),
             outcome => {
                 let length = data.len() as u64;
                 self.record_write(Range::whole(self.disk.size()).from(offset).split(length).0);
-                self.end(errand, outcome);
+                self.finish(operation, outcome);
             }
         }
     }
 
-    /// Makes durable what has been gathered.
-    fn make_durable(&mut self) {
-        let mut gathered = std::mem::take(&mut self.gathered);
-        if let [Batched { write: Some(_), .. }] = gathered[..]
-            && let Some(Batched { errand, write: Some((offset, data)) }) = gathered.pop()
+    /// Makes the batched operations durable.
+    fn commit(&mut self) {
+        let mut commit_batch = std::mem::take(&mut self.commit_batch);
+        if let [Batched { write: Some(_), .. }] = commit_batch[..]
+            && let Some(Batched { operation, write: Some((offset, data)) }) = commit_batch.pop()
         {
-            return self.call(errand, Call::Write { offset, data });
+            return self.call(operation, Call::Write { offset, data });
         }
         let mut written = Vec::new();
-        for Batched { mut errand, write } in gathered {
+        for Batched { mut operation, write } in commit_batch {
             let outcome = write.map_or(Ok(()), |(offset, data)| {
                 let outcome = self.disk.image.write(offset, &data, false);
-                self.mark(&mut errand);
+                self.mark(&mut operation);
                 outcome
             });
             match outcome {
-                Ok(()) => written.push(errand),
-                Err(error) => self.end(errand, Err(error)),
+                Ok(()) => written.push(operation),
+                Err(error) => self.finish(operation, Err(error)),
             }
         }
-        if let Some(mut errand) = written.pop() {
-            errand.joined = written;
-            self.call(errand, Call::Flush);
+        if let Some(mut operation) = written.pop() {
+            operation.members = written;
+            self.call(operation, Call::Flush);
         }
     }
 
-    /// Makes a call, aside if that is possible.
-    fn call(&mut self, mut errand: Operation<'a, T>, call: Call) {
+    /// Starts a call, asynchronously if possible.
+    fn call(&mut self, mut operation: Operation<'a, T>, call: Call) {
         if matches!(call, Call::Flush | Call::Write { .. }) {
-            errand.listening = Some(self.disk.flush_errors.listen());
+            operation.flush_guard = Some(self.disk.flush_errors.begin_flush());
         }
-        if matches!(self.lane, Executor::Unknown) {
-            self.lane = match self.disk.image.queue(self.notifier.as_eventfd()) {
-                Some(lane) => Executor::Lane(lane),
-                None => Executor::Helpers,
+        if matches!(self.executor, Executor::Unknown) {
+            self.executor = match self.disk.image.queue(self.notifier.as_eventfd()) {
+                Some(queue) => Executor::Queue(queue),
+                None => Executor::Threads,
             };
         }
         let key = self.next_key;
         self.next_key += 1;
-        self.under_way.insert(key, errand);
-        let declined = match &mut self.lane {
-            Executor::Lane(lane) => lane.begin(key, call).err(),
+        self.executing.insert(key, operation);
+        let declined = match &mut self.executor {
+            Executor::Queue(queue) => queue.push(key, call).err(),
             _ => Some(call),
         };
         if let Some(call) = declined {
-            self.call_a_thread(key, call);
+            self.call_in_thread(key, call);
         }
     }
 
-    /// Has a call made that the lane has declined; makes it here if there is no thread either, and
-    /// if it waits for nothing.
-    fn call_a_thread(&mut self, key: u64, call: Call) {
+    /// Gives a call that the I/O queue declined to a thread, or executes it here if there is no
+    /// thread. Populating is skipped: a later read waits instead.
+    fn call_in_thread(&mut self, key: u64, call: Call) {
         let image = &self.disk.image;
         let declined = match call {
             Call::Populate(_) => Err(call),
-            call => self.disk.threads.make(image, (key, call), &self.completions),
+            call => self.disk.threads.execute(image, (key, call), &self.completions),
         };
         match declined {
-            Ok(()) => self.helped += 1,
+            Ok(()) => self.in_threads += 1,
             Err(call) => {
                 let outcome = Some(execute(&**image, &call));
-                let made = Completion { key, call, outcome };
-                match made.call {
-                    Call::Populate(_) => return self.made(made),
-                    // Heard of like the others, so that the session sees to other things between two
-                    // parts.
-                    _ => self.completions.put(made),
+                let completion = Completion { key, call, outcome };
+                match completion.call {
+                    Call::Populate(_) => return self.on_completion(completion),
+                    // Completes through the queue, not recursively, so that the session can do other
+                    // work between two parts.
+                    _ => self.completions.push(completion),
                 }
-                self.helped += 1;
+                self.in_threads += 1;
             }
         }
     }
 
-    /// Goes on with an errand after one of its calls.
-    fn made(&mut self, made: Completion) {
-        let Completion { key, call, outcome } = made;
-        let Some(outcome) = outcome else { return self.call_a_thread(key, call) };
-        let Some(mut errand) = self.under_way.remove(&key) else { return };
+    /// Continues an operation after one of its calls.
+    fn on_completion(&mut self, completion: Completion) {
+        let Completion { key, call, outcome } = completion;
+        let Some(outcome) = outcome else { return self.call_in_thread(key, call) };
+        let Some(mut operation) = self.executing.remove(&key) else { return };
         match (call, outcome) {
-            (Call::Populate(_) | Call::Prefetch(_), outcome) => self.loaded(errand, outcome),
+            (Call::Populate(_) | Call::Prefetch(_), outcome) => {
+                self.on_populated(operation, outcome);
+            }
             (Call::Flush, Ok(())) => {
                 self.write_behind.started();
-                self.heard(errand);
+                self.on_durable(operation);
             }
-            (Call::Flush, Err(error)) => self.fail(errand, &error),
+            (Call::Flush, Err(error)) => self.fail_durable(operation, &error),
             (Call::Write { .. }, Ok(())) => {
-                self.mark(&mut errand);
-                self.heard(errand);
+                self.mark(&mut operation);
+                self.on_durable(operation);
             }
-            // Was it to write, or to make durable? Written once more without, it shows.
+            // The error may be of the write or of the flush. A plain write tells which: if it
+            // succeeds, durability failed.
             (Call::Write { offset, data }, Err(error)) => {
                 let written = self.disk.image.write(offset, &data, false);
-                self.mark(&mut errand);
+                self.mark(&mut operation);
                 match written {
-                    Ok(()) => self.fail(errand, &error),
-                    Err(error) => self.end(errand, Err(error)),
+                    Ok(()) => self.fail_durable(operation, &error),
+                    Err(error) => self.finish(operation, Err(error)),
                 }
             }
             (Call::Zero(part, _) | Call::Trim(part), outcome) => {
-                self.part_made(errand, part, outcome);
+                self.on_part_completed(operation, part, outcome);
             }
         }
     }
 
-    /// Goes on after a part of a zeroing or trim.
-    fn part_made(&mut self, mut errand: Operation<'a, T>, part: Range, outcome: io::Result<()>) {
+    /// Continues after a part of a zeroing or trim.
+    fn on_part_completed(
+        &mut self,
+        mut operation: Operation<'a, T>,
+        part: Range,
+        outcome: io::Result<()>,
+    ) {
         self.parts -= 1;
         self.disk.mark(part);
-        let then = std::mem::replace(&mut errand.then, NextStep::Nothing);
-        let (Ok(()), NextStep::Rest { rest, since }) = (&outcome, then) else {
-            return self.end(errand, outcome);
+        let next_step = std::mem::replace(&mut operation.next_step, NextStep::Nothing);
+        let (Ok(()), NextStep::Rest { rest, since }) = (&outcome, next_step) else {
+            return self.finish(operation, outcome);
         };
         self.part_sizes.took(part.length(), since.elapsed());
         let (Work::Zero { range, durable, .. } | Work::Trim { range, durable }) = &rest else {
-            return self.end(errand, outcome);
+            return self.finish(operation, outcome);
         };
         if range.is_empty() {
-            errand.change = None;
+            operation.change = None;
             if *durable {
-                self.gathered.push(Batched { errand, write: None });
+                self.commit_batch.push(Batched { operation, write: None });
             } else {
-                self.end(errand, Ok(()));
+                self.finish(operation, Ok(()));
             }
         } else if self.closing {
-            self.end(errand, Ok(()));
+            self.finish(operation, Ok(()));
         } else {
-            let Operation { token, visit, change, weight, .. } = errand;
+            let Operation { token, visit, change, weight, .. } = operation;
             let queued = Queued { token, work: rest, change, weight };
-            if self.disk.gate.is_open() && self.may_begin(&queued) {
+            if self.disk.gate.is_open() && self.may_start(&queued) {
                 self.start(visit, queued);
             } else {
-                // Whoever closes the gate need not wait for the rest.
+                // Leave the gate, so that closing it does not wait for the rest.
                 drop(visit);
                 self.waiting.push_front(queued);
             }
         }
     }
 
-    /// Goes on with what was to be loaded first.
-    fn loaded(&mut self, mut errand: Operation<'a, T>, outcome: io::Result<()>) {
-        match std::mem::replace(&mut errand.then, NextStep::Nothing) {
+    /// Continues with the write that needed its edges populated.
+    fn on_populated(&mut self, mut operation: Operation<'a, T>, outcome: io::Result<()>) {
+        match std::mem::replace(&mut operation.next_step, NextStep::Nothing) {
             NextStep::Write { offset, data, durable } if !self.closing => {
-                self.write(errand, offset, &data, durable);
+                self.write(operation, offset, &data, durable);
             }
-            _ => self.end(errand, outcome),
+            _ => self.finish(operation, outcome),
         }
     }
 
-    /// The kernel has said that something is durable: ends, unless somebody else may know better.
-    fn heard(&mut self, mut errand: Operation<'a, T>) {
-        errand.listening = None;
-        match self.disk.flush_errors.ring_after_others(&self.notifier) {
-            None => self.end(errand, self.disk.flush_errors.check()),
-            Some(others) => self.unsettled.push((others, errand)),
+    /// Completes a durable operation after its fsync succeeded, once every concurrent fsync has
+    /// reported: the kernel may report a failure to one of them only.
+    fn on_durable(&mut self, mut operation: Operation<'a, T>) {
+        operation.flush_guard = None;
+        match self.disk.flush_errors.notify_after_concurrent(&self.notifier) {
+            None => self.finish(operation, self.disk.flush_errors.check()),
+            Some(others) => self.awaiting_verdict.push((others, operation)),
         }
     }
 
-    /// Ends those of whom everybody has said what was heard.
-    fn settle(&mut self) {
-        let hearing = &self.disk.flush_errors;
+    /// Completes flushed operations whose concurrent flushes have all reported.
+    fn complete_verified(&mut self) {
+        let flush_errors = &self.disk.flush_errors;
         let mut at = 0;
-        while at < self.unsettled.len() {
-            if hearing.have_ended(self.unsettled[at].0) {
-                let (_, errand) = self.unsettled.swap_remove(at);
-                self.end(errand, hearing.check());
+        while at < self.awaiting_verdict.len() {
+            if flush_errors.have_ended(self.awaiting_verdict[at].0) {
+                let (_, operation) = self.awaiting_verdict.swap_remove(at);
+                self.finish(operation, flush_errors.check());
             } else {
                 at += 1;
             }
         }
     }
 
-    /// What was to be durable is not, and never will be known to be.
-    fn fail(&mut self, errand: Operation<'a, T>, error: &io::Error) {
-        let told = self.disk.flush_errors.failed(error);
-        self.end(errand, Err(told));
+    /// Fails an operation whose data may not be durable, and every later durable one.
+    fn fail_durable(&mut self, operation: Operation<'a, T>, error: &io::Error) {
+        let first = self.disk.flush_errors.record(error);
+        self.finish(operation, Err(first));
     }
 
-    fn end(&mut self, errand: Operation<'a, T>, outcome: io::Result<()>) {
+    fn finish(&mut self, operation: Operation<'a, T>, outcome: io::Result<()>) {
         let errno = outcome.as_ref().err().map(errno_of);
-        for joined in errand.joined {
+        for member in operation.members {
             let outcome = errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
-            self.end(joined, outcome);
+            self.finish(member, outcome);
         }
-        self.conclude(errand.token, errand.weight, outcome);
+        self.complete(operation.token, operation.weight, outcome);
     }
 
-    fn conclude(&mut self, token: T, weight: usize, outcome: io::Result<()>) {
+    fn complete(&mut self, token: T, weight: usize, outcome: io::Result<()>) {
         self.count -= 1;
         self.bytes -= weight;
-        self.over.push_back((token, outcome));
+        self.completed.push_back((token, outcome));
     }
 
-    /// Marks what an errand has changed, be it only in part: after the bytes are there. The copier
-    /// takes the mark first and reads second, so that a change may be sent twice but never missed.
-    fn mark(&self, errand: &mut Operation<'a, T>) {
-        if let Some(change) = errand.change.take() {
+    /// Marks the changed range dirty, even after a partial write. Call it after writing: the copier
+    /// takes the mark first and reads second, so it may send a change twice but never misses one.
+    fn mark(&self, operation: &mut Operation<'a, T>) {
+        if let Some(change) = operation.change.take() {
             self.disk.mark(change.range());
         }
     }

@@ -1,30 +1,30 @@
-//! Disk work that is done aside: what can be begun, and what is heard when it is made.
-//! Decides nothing: what a call is for, and what follows it, is known to `errands`.
+//! The interface to asynchronous I/O: calls, completions, queues and notifiers.
+//! Decides nothing: `inflight` knows what a call is for and what follows it.
 
 use crate::range::Range;
 use std::io;
 use std::os::fd::BorrowedFd;
 
-/// One thing that an image may take long to do.
+/// A backend operation that may take long.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Call {
-    /// Brings what the range holds into memory, so that it can be had without waiting. It may be
-    /// gone again by then, and a failure will show when it is read.
+    /// Populates the page cache and completes when the range is resident. Best effort: the pages may
+    /// be evicted before they are read, and a failure shows when they are.
     Populate(Range),
-    /// Asks that the range be brought into memory, and does not wait until it is there.
+    /// Starts readahead of the range, without waiting for it.
     Prefetch(Range),
     /// Writes all of `data` to `offset`, durably.
     Write {
         /// Where, in bytes.
         offset: u64,
-        /// What.
+        /// The bytes.
         data: Vec<u8>,
     },
-    /// Makes everything durable that was written before.
+    /// Makes everything written before durable.
     Flush,
     /// Makes the range read as zeros.
     Zero(Range, Zeroing),
-    /// Gives back what it can of the range.
+    /// Deallocates what it can of the range.
     Trim(Range),
 }
 
@@ -38,40 +38,40 @@ pub struct Zeroing {
     pub only_if_fast: bool,
 }
 
-/// A call that is over.
+/// A completed call.
 #[derive(Debug)]
 pub struct Completion {
-    /// The number that it was begun with.
+    /// The key it was pushed with.
     pub key: u64,
-    /// What it was.
+    /// The call itself.
     pub call: Call,
-    /// How it ended; none when it cannot be done aside, and nothing has been changed.
+    /// Its result; `None` if the queue cannot execute the call and has changed nothing.
     pub outcome: Option<io::Result<()>>,
 }
 
-/// Makes calls, many at a time and in whatever order they end, while its owner does other things.
+/// The I/O queue of one session: executes many calls at once and completes them in any order.
 ///
-/// Dropping it waits until all of them are over.
+/// Dropping it blocks until all of them have completed.
 pub trait IoQueue: std::fmt::Debug {
-    /// Takes a call on. It may begin at once, and has begun after the next [`IoQueue::submit`].
+    /// Queues a call. It may start at once, and at the latest with the next [`IoQueue::submit`].
     ///
     /// # Errors
-    /// The call, if it cannot be made here.
-    fn begin(&mut self, key: u64, call: Call) -> Result<(), Call>;
-    /// Begins what has been taken on. False if calls have come to their end by that for which the
-    /// bell does not ring.
+    /// Returns the call if this queue cannot execute it.
+    fn push(&mut self, key: u64, call: Call) -> Result<(), Call>;
+    /// Submits everything queued. Returns false if some calls completed synchronously, in which case
+    /// no notification follows and the caller must poll.
     fn submit(&mut self) -> bool;
-    /// One of the calls that are over, if there is one. When there will be, the bell rings that the
-    /// lane was made with.
-    fn finished(&mut self) -> Option<Completion>;
-    /// Waits until [`IoQueue::finished`] has something to tell, if it ever will.
+    /// Returns one completion, if there is one. Each later completion adds to the eventfd that the
+    /// queue was created with.
+    fn poll(&mut self) -> Option<Completion>;
+    /// Blocks until [`IoQueue::poll`] has a completion. Returns early if none will ever come.
     fn wait(&mut self);
 }
 
-/// Tells a session that something it waits for has happened.
+/// Wakes a session when something it waits for has happened.
 pub trait Notifier: Send + Sync + std::fmt::Debug {
-    /// Rings, now or when somebody listens.
+    /// Wakes the session, now or when it next waits.
     fn notify(&self);
-    /// An eventfd that rings it when it is written to.
+    /// The eventfd that does the same when it is written to.
     fn as_eventfd(&self) -> BorrowedFd<'_>;
 }

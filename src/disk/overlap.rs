@@ -1,14 +1,14 @@
-//! Changes in flight on one disk, in the order of their arrival, whichever session sent them.
+//! Orders overlapping changes of one disk by arrival, across all sessions. Never touches the disk.
 //!
-//! A change that takes long (a zeroing, a trim, a durable write, a write that has to load its edges)
-//! is registered when it arrives. It may begin when no earlier change overlaps it; an earlier one
-//! may belong to a session whose client has gone. The order is total, so that two sessions never
-//! wait for each other. Never touches the disk.
+//! A change that may take long (a zeroing, a trim, a durable write, a write that has to populate its
+//! edges) is registered when it arrives. It may start when no earlier change overlaps it; the earlier
+//! one may belong to a session whose client has disconnected. The order is total, so two sessions
+//! never wait for each other.
 //!
-//! A plain write, which the session makes at once, only asks whether anything is in flight: one load
-//! of a counter while nothing is. That is enough for files, where the kernel makes writes of the same
-//! bytes one after another. On a block device it does not, and a write that sleeps there for a dead
-//! session could end after one of the next: plain writes are registered, too.
+//! A plain write, which the session executes synchronously, only checks whether an overlapping change
+//! is in flight: one load of a counter while there is none. That suffices for files, because the
+//! kernel serializes writes of the same bytes. On a block device it does not, and a write that sleeps
+//! there for a dead session could end after one of a later session: plain writes are registered, too.
 
 use super::io_queue::Notifier;
 use crate::range::Range;
@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// The registered changes of one disk.
 #[derive(Debug, Default)]
 pub(super) struct OverlapTracker {
-    /// How many are registered; changed only under the lock.
+    /// Registered changes; written only under the lock.
     count: AtomicUsize,
     registered: Mutex<Tracked>,
 }
@@ -36,21 +36,21 @@ struct Pending {
     range: Range,
     /// Wakes the session that the change belongs to.
     owner: Arc<dyn Notifier>,
-    /// It was told that it has to wait.
+    /// It has found that it must wait.
     waits: bool,
 }
 
-/// A registered change, from its arrival until it is made or dropped. Dropping it wakes the sessions
-/// whose changes waited for it.
+/// A registered change, from its arrival until it completes. Dropping it wakes the sessions whose
+/// changes wait for it.
 #[derive(Debug)]
 pub struct Change<'a> {
-    in_flight: &'a OverlapTracker,
+    tracker: &'a OverlapTracker,
     number: u64,
     range: Range,
 }
 
 impl OverlapTracker {
-    /// Registers a change of `range` behind all that have been registered before.
+    /// Registers a change of `range` behind all earlier ones.
     pub(super) fn register(&self, range: Range, owner: &Arc<dyn Notifier>) -> Change<'_> {
         let mut registered = self.lock();
         let number = registered.next;
@@ -58,11 +58,11 @@ impl OverlapTracker {
         let entry = Pending { range, owner: Arc::clone(owner), waits: false };
         registered.by_arrival.insert(number, entry);
         self.count.store(registered.by_arrival.len(), Ordering::Release);
-        Change { in_flight: self, number, range }
+        Change { tracker: self, number, range }
     }
 
-    /// Whether no registered change overlaps `range`: then a change that is made at once need not
-    /// be registered.
+    /// Whether no registered change overlaps `range`, so that a change executed synchronously need
+    /// not be registered.
     pub(super) fn is_clear(&self, range: Range) -> bool {
         if self.count.load(Ordering::Acquire) == 0 {
             return true;
@@ -76,17 +76,17 @@ impl OverlapTracker {
 }
 
 impl Change<'_> {
-    /// What is changed.
+    /// The changed bytes.
     #[must_use]
     pub fn range(&self) -> Range {
         self.range
     }
 
-    /// Whether no earlier change overlaps this one. If one does, the bell given at the registration
-    /// rings when it has ended.
+    /// Whether no earlier change overlaps this one. If one does, its end notifies the owner given at
+    /// the registration.
     #[must_use]
     pub fn is_first(&self) -> bool {
-        let mut registered = self.in_flight.lock();
+        let mut registered = self.tracker.lock();
         let mut earlier = registered.by_arrival.range(..self.number);
         let waits = earlier.any(|(_, entry)| overlap(entry.range, self.range));
         if let Some(entry) = registered.by_arrival.get_mut(&self.number) {
@@ -98,9 +98,9 @@ impl Change<'_> {
 
 impl Drop for Change<'_> {
     fn drop(&mut self) {
-        let mut registered = self.in_flight.lock();
+        let mut registered = self.tracker.lock();
         registered.by_arrival.remove(&self.number);
-        self.in_flight.count.store(registered.by_arrival.len(), Ordering::Release);
+        self.tracker.count.store(registered.by_arrival.len(), Ordering::Release);
         let later = registered.by_arrival.range(self.number..);
         for (_, entry) in later.filter(|(_, entry)| entry.waits && overlap(entry.range, self.range))
         {
@@ -144,57 +144,57 @@ mod tests {
 
     #[test]
     fn a_later_change_waits_and_is_woken_once() {
-        let (in_flight, (rung, notifier), (other, theirs)) =
+        let (tracker, (counter, notifier), (other, theirs)) =
             (OverlapTracker::default(), notifier(), notifier());
-        let first = in_flight.register(range(0, 4096), &theirs);
-        let second = in_flight.register(range(4095, 10), &notifier);
-        let apart = in_flight.register(range(8192, 10), &theirs);
+        let first = tracker.register(range(0, 4096), &theirs);
+        let second = tracker.register(range(4095, 10), &notifier);
+        let apart = tracker.register(range(8192, 10), &theirs);
         assert!(first.is_first() && !second.is_first() && apart.is_first());
-        assert!(!in_flight.is_clear(range(0, 1)) && in_flight.is_clear(range(5000, 1)));
+        assert!(!tracker.is_clear(range(0, 1)) && tracker.is_clear(range(5000, 1)));
         drop(apart);
-        assert_eq!(rung.count(), 0);
+        assert_eq!(counter.count(), 0);
         drop(first);
-        assert!(second.is_first() && rung.count() == 1 && other.count() == 0);
+        assert!(second.is_first() && counter.count() == 1 && other.count() == 0);
         drop(second);
-        assert!(in_flight.is_clear(range(0, SIZE)));
+        assert!(tracker.is_clear(range(0, SIZE)));
     }
 
     #[test]
     fn a_waiting_change_holds_later_ones_in_order() {
-        let (in_flight, (_, notifier)) = (OverlapTracker::default(), notifier());
-        let first = in_flight.register(range(0, 100), &notifier);
-        let second = in_flight.register(range(50, 100), &notifier);
-        let third = in_flight.register(range(120, 100), &notifier);
+        let (tracker, (_, notifier)) = (OverlapTracker::default(), notifier());
+        let first = tracker.register(range(0, 100), &notifier);
+        let second = tracker.register(range(50, 100), &notifier);
+        let third = tracker.register(range(120, 100), &notifier);
         assert!(!second.is_first() && !third.is_first(), "third overlaps only the second");
         drop(second);
-        assert!(third.is_first(), "dropped before it began");
+        assert!(third.is_first(), "the second was dropped before it started");
         drop(first);
     }
 
     proptest! {
         #[test]
-        fn some_change_may_always_begin_and_overlaps_never_meet(
+        fn some_change_can_always_start_and_overlapping_ones_never_run_together(
             places in prop::collection::vec((0..SIZE - 5000, 1u64..5000), 1..40),
             order in any::<u64>(),
         ) {
-            let (in_flight, (_, notifier)) = (OverlapTracker::default(), notifier());
+            let (tracker, (_, notifier)) = (OverlapTracker::default(), notifier());
             let mut waiting: Vec<_> = places
                 .iter()
-                .map(|(offset, length)| in_flight.register(range(*offset, *length), &notifier))
+                .map(|(offset, length)| tracker.register(range(*offset, *length), &notifier))
                 .collect();
-            let (mut begun, mut ended): (Vec<Change<'_>>, Vec<u64>) = (Vec::new(), Vec::new());
-            let mut dice = order | 1;
-            while !waiting.is_empty() || !begun.is_empty() {
+            let (mut started, mut ended): (Vec<Change<'_>>, Vec<u64>) = (Vec::new(), Vec::new());
+            let mut random = order | 1;
+            while !waiting.is_empty() || !started.is_empty() {
                 let (ready, rest): (Vec<_>, Vec<_>) =
                     waiting.into_iter().partition(Change::is_first);
                 waiting = rest;
                 for change in ready {
-                    prop_assert!(!begun.iter().any(|other| overlap(other.range, change.range)));
-                    begun.push(change);
+                    prop_assert!(!started.iter().any(|other| overlap(other.range, change.range)));
+                    started.push(change);
                 }
-                prop_assert!(!begun.is_empty(), "all of them wait");
-                dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                let change = begun.swap_remove((dice >> 33) as usize % begun.len());
+                prop_assert!(!started.is_empty(), "all changes wait");
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let change = started.swap_remove((random >> 33) as usize % started.len());
                 let (offset, length) = places[change.number as usize];
                 for earlier in (0..change.number).filter(|earlier| !ended.contains(earlier)) {
                     let (at, size) = places[earlier as usize];
@@ -202,7 +202,7 @@ mod tests {
                 }
                 ended.push(change.number);
             }
-            prop_assert_eq!(in_flight.count.load(Ordering::Acquire), 0);
+            prop_assert_eq!(tracker.count.load(Ordering::Acquire), 0);
         }
     }
 }

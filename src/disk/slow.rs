@@ -1,5 +1,5 @@
-//! For tests: an image whose calls are made when the test says so, and a bell that counts.
-//! Never in a released program.
+//! For tests: a backend whose I/O queue completes calls when the test says so, and a notifier that
+//! counts. Never in a released program.
 
 use super::backend::{Backend, Extent, execute};
 use super::io_queue::{Call, Completion, IoQueue, Notifier, Zeroing};
@@ -12,15 +12,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(20);
-/// What is in memory or not, in bytes.
+/// Unit of residency, in bytes.
 const BLOCK: u64 = 4096;
 
-/// Counts how often it is rung.
+/// Counts its notifications.
 #[derive(Debug)]
 pub(crate) struct TestNotifier(EventFd);
 
 impl TestNotifier {
-    /// Since it was last asked.
+    /// Notifications so far.
     pub(crate) fn count(&self) -> u64 {
         let count = self.0.read().unwrap_or(0);
         let _ = self.0.write(count);
@@ -44,7 +44,7 @@ impl Notifier for TestNotifier {
     }
 }
 
-/// What stays with the test.
+/// The test's control over a [`SlowBackend`].
 #[derive(Debug, Default)]
 pub(crate) struct Slow {
     state: Mutex<SlowState>,
@@ -53,29 +53,29 @@ pub(crate) struct Slow {
 
 #[derive(Debug, Default)]
 struct SlowState {
-    lanes: u64,
-    begun: VecDeque<Started>,
-    over: VecDeque<(u64, Completion)>,
-    /// Nothing is made late any more.
-    hurries: bool,
-    /// Nothing is told any more.
-    mute: bool,
-    /// Nothing is begun any more.
-    broken: bool,
-    /// Reads have to be loaded first.
+    queues: u64,
+    in_flight: VecDeque<Started>,
+    completed: VecDeque<(u64, Completion)>,
+    /// Calls complete as soon as they are submitted.
+    completes_all: bool,
+    /// No completion is delivered any more.
+    drops_completions: bool,
+    /// No submission is accepted any more.
+    rejects: bool,
+    /// Only blocks in `resident` can be read without waiting.
     cold: bool,
-    loaded: BTreeSet<u64>,
+    resident: BTreeSet<u64>,
 }
 
 #[derive(Debug)]
 struct Started {
-    lane: u64,
+    queue: u64,
     key: u64,
     call: Call,
     notifier: OwnedFd,
 }
 
-/// An image with slow lanes.
+/// A backend whose I/O queues are controlled by a test.
 #[derive(Debug)]
 pub(crate) struct SlowBackend {
     image: Box<dyn Backend>,
@@ -91,77 +91,78 @@ struct SlowQueue<'a> {
 }
 
 impl Slow {
-    /// Nothing is in memory but what is loaded from now on.
+    /// Only blocks populated from now on are resident.
     pub(crate) fn evict_all(&self) {
         let mut state = self.lock();
-        (state.cold, state.loaded) = (true, BTreeSet::new());
+        (state.cold, state.resident) = (true, BTreeSet::new());
     }
 
-    /// Waits until so many calls are under way, and says which.
+    /// Waits until this many calls are in flight, and returns their debug texts.
     pub(crate) fn wait_for(&self, count: usize) -> Vec<String> {
         let waited = self
             .changed
-            .wait_timeout_while(self.lock(), PATIENCE, |state| state.begun.len() < count);
+            .wait_timeout_while(self.lock(), PATIENCE, |state| state.in_flight.len() < count);
         let state = waited.unwrap().0;
-        let calls: Vec<_> = state.begun.iter().map(|begun| format!("{:?}", begun.call)).collect();
-        assert!(calls.len() >= count, "only {calls:?} of {count} calls were begun");
+        let calls: Vec<_> =
+            state.in_flight.iter().map(|started| format!("{:?}", started.call)).collect();
+        assert!(calls.len() >= count, "only {calls:?} of {count} calls are in flight");
         calls
     }
 
-    /// How many calls are under way now.
+    /// Calls in flight.
     pub(crate) fn count(&self) -> usize {
-        self.lock().begun.len()
+        self.lock().in_flight.len()
     }
 
-    /// From now on everything is made at once.
+    /// Completes all calls in flight, and from now on every call when it is submitted.
     pub(crate) fn complete_all(&self, image: &dyn Backend) {
-        self.lock().hurries = true;
+        self.lock().completes_all = true;
         while self.count() > 0 {
             self.complete(0, image);
         }
     }
 
-    /// From now on nobody is told that a call is over, not even whoever waits for it.
+    /// From now on no completion is delivered, and waiting for one returns without it.
     pub(crate) fn drop_completions(&self) {
-        self.lock().mute = true;
+        self.lock().drops_completions = true;
     }
 
-    /// From now on nothing is begun, as by a kernel that takes nothing.
+    /// From now on no submission is accepted, as by a kernel that accepts none.
     pub(crate) fn reject_submissions(&self) {
-        self.lock().broken = true;
+        self.lock().rejects = true;
     }
 
-    /// From now on calls wait for the test again.
+    /// From now on calls wait for the test again, as at the beginning.
     pub(crate) fn block_all(&self) {
-        self.lock().hurries = false;
+        self.lock().completes_all = false;
     }
 
-    /// Makes the call that was begun as the `nth` of those under way, counted from 0.
+    /// Executes and completes the `nth` call in flight, counted from 0.
     pub(crate) fn complete(&self, nth: usize, image: &dyn Backend) {
-        let begun = self.lock().begun.remove(nth).expect("so many are under way");
-        let outcome = execute(image, &begun.call);
-        self.end(begun, Some(outcome));
+        let started = self.lock().in_flight.remove(nth).expect("so many are in flight");
+        let outcome = execute(image, &started.call);
+        self.finish(started, Some(outcome));
     }
 
-    /// Ends the same with an error, and makes nothing.
+    /// Fails the `nth` call in flight without executing it.
     pub(crate) fn fail(&self, nth: usize, errno: i32) {
-        let begun = self.lock().begun.remove(nth).expect("so many are under way");
-        self.end(begun, Some(Err(io::Error::from_raw_os_error(errno))));
+        let started = self.lock().in_flight.remove(nth).expect("so many are in flight");
+        self.finish(started, Some(Err(io::Error::from_raw_os_error(errno))));
     }
 
-    /// Says of the same that it cannot be done aside.
+    /// Returns the `nth` call in flight as one that the queue cannot execute.
     pub(crate) fn decline(&self, nth: usize) {
-        let begun = self.lock().begun.remove(nth).expect("so many are under way");
-        self.end(begun, None);
+        let started = self.lock().in_flight.remove(nth).expect("so many are in flight");
+        self.finish(started, None);
     }
 
-    fn end(&self, begun: Started, outcome: Option<io::Result<()>>) {
-        let Started { lane, key, call, notifier } = begun;
+    fn finish(&self, started: Started, outcome: Option<io::Result<()>>) {
+        let Started { queue, key, call, notifier } = started;
         let mut state = self.lock();
         if let Call::Populate(range) = &call {
-            state.loaded.extend(range.offset() / BLOCK..range.end().div_ceil(BLOCK));
+            state.resident.extend(range.offset() / BLOCK..range.end().div_ceil(BLOCK));
         }
-        state.over.push_back((lane, Completion { key, call, outcome }));
+        state.completed.push_back((queue, Completion { key, call, outcome }));
         drop(state);
         nix::unistd::write(&notifier, &1u64.to_ne_bytes()).unwrap();
         self.changed.notify_all();
@@ -180,7 +181,7 @@ impl SlowBackend {
 }
 
 impl IoQueue for SlowQueue<'_> {
-    fn begin(&mut self, key: u64, call: Call) -> Result<(), Call> {
+    fn push(&mut self, key: u64, call: Call) -> Result<(), Call> {
         self.waiting.push((key, call));
         Ok(())
     }
@@ -188,34 +189,34 @@ impl IoQueue for SlowQueue<'_> {
     fn submit(&mut self) -> bool {
         let slow = &self.image.slow;
         let mut state = slow.lock();
-        if state.broken {
-            let unmade = |(key, call)| (self.number, Completion { key, call, outcome: None });
-            state.over.extend(self.waiting.drain(..).map(unmade));
+        if state.rejects {
+            let returned = |(key, call)| (self.number, Completion { key, call, outcome: None });
+            state.completed.extend(self.waiting.drain(..).map(returned));
             return false;
         }
         drop(state);
         for (key, call) in self.waiting.drain(..) {
             let notifier = self.notifier.try_clone().unwrap();
-            let begun = Started { lane: self.number, key, call, notifier };
-            let hurries = slow.lock().hurries;
-            if hurries {
-                let outcome = execute(&*self.image.image, &begun.call);
-                slow.end(begun, Some(outcome));
+            let started = Started { queue: self.number, key, call, notifier };
+            let completes_all = slow.lock().completes_all;
+            if completes_all {
+                let outcome = execute(&*self.image.image, &started.call);
+                slow.finish(started, Some(outcome));
             } else {
-                slow.lock().begun.push_back(begun);
+                slow.lock().in_flight.push_back(started);
                 slow.changed.notify_all();
             }
         }
         true
     }
 
-    fn finished(&mut self) -> Option<Completion> {
+    fn poll(&mut self) -> Option<Completion> {
         let mut state = self.image.slow.lock();
-        if state.mute {
+        if state.drops_completions {
             return None;
         }
-        let at = state.over.iter().position(|(lane, _)| *lane == self.number)?;
-        state.over.remove(at).map(|(_, made)| made)
+        let at = state.completed.iter().position(|(queue, _)| *queue == self.number)?;
+        state.completed.remove(at).map(|(_, completion)| completion)
     }
 
     fn wait(&mut self) {
@@ -223,12 +224,13 @@ impl IoQueue for SlowQueue<'_> {
             return;
         }
         let slow = &self.image.slow;
-        if slow.lock().mute {
+        if slow.lock().drops_completions {
             return;
         }
-        let none = |state: &mut SlowState| state.over.iter().all(|(lane, _)| *lane != self.number);
+        let none =
+            |state: &mut SlowState| state.completed.iter().all(|(queue, _)| *queue != self.number);
         let waited = slow.changed.wait_timeout_while(slow.lock(), PATIENCE, none).unwrap();
-        assert!(!waited.1.timed_out(), "the test never let the calls end");
+        assert!(!waited.1.timed_out(), "the test completed no call");
     }
 }
 
@@ -245,7 +247,7 @@ impl Backend for SlowBackend {
         let end = offset + into.len() as u64;
         let state = self.slow.lock();
         let mut blocks = offset / BLOCK..end.div_ceil(BLOCK);
-        if state.cold && !blocks.all(|block| state.loaded.contains(&block)) {
+        if state.cold && !blocks.all(|block| state.resident.contains(&block)) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         drop(state);
@@ -258,8 +260,8 @@ impl Backend for SlowBackend {
 
     fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
         let mut state = self.slow.lock();
-        state.lanes += 1;
-        let (number, notifier) = (state.lanes, notifier.try_clone_to_owned().unwrap());
+        state.queues += 1;
+        let (number, notifier) = (state.queues, notifier.try_clone_to_owned().unwrap());
         Some(Box::new(SlowQueue { number, notifier, image: self, waiting: Vec::new() }))
     }
 

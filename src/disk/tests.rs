@@ -239,14 +239,14 @@ fn the_gate_waits_for_a_visit_and_keeps_others_out() {
 fn a_flush_waits_until_whoever_heard_of_a_failure_has_remembered_it() {
     let (disk, ..) = disk(false);
     // Somebody else is being told what was meant for us, too, and has not remembered it yet.
-    let listening = disk.flush_errors.listen();
+    let listening = disk.flush_errors.begin_flush();
     std::thread::scope(|scope| {
         let flushes = [
             scope.spawn(|| visit(&disk).flush()),
             scope.spawn(|| run(&disk, Work::Flush)),
             scope.spawn(|| run(&disk, write(0, &[1; 8], true))),
         ];
-        disk.flush_errors.failed(&io::Error::from_raw_os_error(EIO));
+        disk.flush_errors.record(&io::Error::from_raw_os_error(EIO));
         drop(listening);
         for flush in flushes {
             assert_eq!(errno(flush.join().unwrap()), EIO);

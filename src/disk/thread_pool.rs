@@ -1,6 +1,6 @@
-//! Threads that make blocking calls where `io_uring(7)` cannot: so a session never waits in one.
-//! Decides nothing. A thread is started when there is work and none is free, and ends when there has
-//! been none for a while.
+//! Threads that execute blocking calls where `io_uring(7)` cannot, so that no session blocks in one.
+//! Decides nothing. A thread starts when there is work and no thread is idle, and ends after being
+//! idle for [`IDLE`].
 
 use super::backend::{Backend, execute};
 use super::io_queue::{Call, Completion, Notifier};
@@ -15,11 +15,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-/// How many threads one disk has at most: as many as the kernel makes for a ring.
+/// Most threads of one disk: as many as the kernel creates for a ring.
 pub(super) const THREADS_MAX: usize = 8;
-/// A thread that has had no work for so long ends.
+/// An idle thread ends after this time.
 const IDLE: Duration = Duration::from_secs(5);
-/// Nothing here needs much of it.
+/// Stack size of a thread, in bytes; the calls need little.
 const STACK: usize = 128 << 10;
 
 /// The threads of one disk.
@@ -31,82 +31,82 @@ pub(super) struct ThreadPool {
 #[derive(Debug, Default)]
 struct Pool {
     state: Mutex<Tasks>,
-    wanted: Condvar,
-    done: Condvar,
+    work_available: Condvar,
+    task_ended: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct Tasks {
     waiting: VecDeque<Task>,
     threads: usize,
-    /// Of those, waiting for work.
-    free: usize,
-    /// Whether a write-back has been asked for and is not under way or over.
-    writes_back: bool,
+    /// Threads that wait for work.
+    idle: usize,
+    /// Whether a write-back is queued or running.
+    write_back_pending: bool,
 }
 
 #[derive(Debug)]
 struct Task {
     image: Arc<dyn Backend>,
-    what: What,
+    kind: TaskKind,
 }
 
 #[derive(Debug)]
-enum What {
+enum TaskKind {
     Call { key: u64, call: Call, to: Arc<Completions> },
     WriteBack(Range),
 }
 
-/// Where the results for one session come in.
+/// The completions for one session.
 #[derive(Debug)]
 pub(super) struct Completions {
-    made: Mutex<VecDeque<Completion>>,
-    came: Condvar,
+    queue: Mutex<VecDeque<Completion>>,
+    arrived: Condvar,
     notifier: Arc<dyn Notifier>,
 }
 
 impl ThreadPool {
-    /// Has a call made by a thread.
+    /// Gives a call to a thread.
     ///
     /// # Errors
-    /// The call, if there is no thread and none can be started.
-    pub(super) fn make(
+    /// Returns the call if there is no thread and none can be started.
+    pub(super) fn execute(
         &self,
         image: &Arc<dyn Backend>,
         (key, call): (u64, Call),
         to: &Arc<Completions>,
     ) -> Result<(), Call> {
-        let what = What::Call { key, call, to: Arc::clone(to) };
-        match self.submit(Task { image: Arc::clone(image), what }) {
-            Some(Task { what: What::Call { call, .. }, .. }) => Err(call),
+        let kind = TaskKind::Call { key, call, to: Arc::clone(to) };
+        match self.submit(Task { image: Arc::clone(image), kind }) {
+            Some(Task { kind: TaskKind::Call { call, .. }, .. }) => Err(call),
             _ => Ok(()),
         }
     }
 
-    /// Has the write-back of what is dirty in `range` started by a thread; false if that has been
-    /// asked for already and is not done, or there is no thread.
+    /// Has a thread start the write-back of `range`. Returns false if another write-back is queued or
+    /// running, or if there is no thread.
     pub(super) fn start_write_back(&self, image: &Arc<dyn Backend>, range: Range) -> bool {
-        if std::mem::replace(&mut self.pool.lock().writes_back, true) {
+        if std::mem::replace(&mut self.pool.lock().write_back_pending, true) {
             return false;
         }
-        let task = Task { image: Arc::clone(image), what: What::WriteBack(range) };
+        let task = Task { image: Arc::clone(image), kind: TaskKind::WriteBack(range) };
         let is_taken = self.submit(task).is_none();
         if !is_taken {
-            self.pool.lock().writes_back = false;
+            self.pool.lock().write_back_pending = false;
         }
         is_taken
     }
 
-    /// Gives a task to a thread; gives it back if there is none.
+    /// Gives a task to a thread; returns it if there is none.
     fn submit(&self, task: Task) -> Option<Task> {
         let mut state = self.pool.lock();
-        if state.free <= state.waiting.len() && state.threads < THREADS_MAX {
+        if state.idle <= state.waiting.len() && state.threads < THREADS_MAX {
             let pool = Arc::clone(&self.pool);
             let thread = thread::Builder::new().name("disk".into()).stack_size(STACK);
             let started = check_thread_headroom().and_then(|()| thread.spawn(move || pool.work()));
             if started.is_ok() {
                 state.threads += 1;
-                state.free += 1;
+                state.idle += 1;
             }
         }
         if state.threads == 0 {
@@ -114,39 +114,39 @@ impl ThreadPool {
         }
         state.waiting.push_back(task);
         drop(state);
-        self.pool.wanted.notify_one();
+        self.pool.work_available.notify_one();
         None
     }
 }
 
 impl Drop for ThreadPool {
-    /// Waits until nothing is under way: a thread that still had the image would keep it locked.
+    /// Blocks until no task is left: a thread that still held the image would keep it locked.
     fn drop(&mut self) {
-        let busy = |state: &mut Tasks| !state.waiting.is_empty() || state.free < state.threads;
-        drop(self.pool.done.wait_while(self.pool.lock(), busy));
+        let busy = |state: &mut Tasks| !state.waiting.is_empty() || state.idle < state.threads;
+        drop(self.pool.task_ended.wait_while(self.pool.lock(), busy));
     }
 }
 
 impl Pool {
-    /// One thread's life. It counts as free when it begins.
+    /// The loop of one thread. The thread counts as idle when it starts.
     fn work(&self) {
         let mut state = self.lock();
         loop {
             if let Some(task) = state.waiting.pop_front() {
-                state.free -= 1;
+                state.idle -= 1;
                 drop(state);
                 let wrote_back = task.run();
                 state = self.lock();
-                state.free += 1;
-                state.writes_back &= !wrote_back;
-                self.done.notify_all();
+                state.idle += 1;
+                state.write_back_pending &= !wrote_back;
+                self.task_ended.notify_all();
                 continue;
             }
-            let (now, timeout) = sync::wait_timeout(&self.wanted, state, IDLE);
+            let (now, timeout) = sync::wait_timeout(&self.work_available, state, IDLE);
             state = now;
             if timeout.timed_out() && state.waiting.is_empty() {
                 state.threads -= 1;
-                state.free -= 1;
+                state.idle -= 1;
                 return;
             }
         }
@@ -158,20 +158,21 @@ impl Pool {
 }
 
 impl Task {
-    /// Makes the call; true if it was a write-back.
+    /// Executes the task; returns whether it was a write-back.
     fn run(self) -> bool {
-        let Self { image, what } = self;
-        match what {
-            What::Call { key, call, to } => {
-                let made = catch_unwind(AssertUnwindSafe(|| execute(&*image, &call)));
-                let outcome = made.unwrap_or_else(|_| Err(io::Error::from(Errno::EIO)));
-                // The session may go, and the disk with it, as soon as it hears of it.
+        let Self { image, kind } = self;
+        match kind {
+            TaskKind::Call { key, call, to } => {
+                let result = catch_unwind(AssertUnwindSafe(|| execute(&*image, &call)));
+                let outcome = result.unwrap_or_else(|_| Err(io::Error::from(Errno::EIO)));
+                // Before the completion: the session, and the disk with it, may end as soon as it
+                // has that.
                 drop(image);
-                to.put(Completion { key, call, outcome: Some(outcome) });
+                to.push(Completion { key, call, outcome: Some(outcome) });
                 false
             }
-            What::WriteBack(range) => {
-                // A failure is reported by the next flush.
+            TaskKind::WriteBack(range) => {
+                // The next flush reports a failure.
                 let _ = catch_unwind(AssertUnwindSafe(|| image.start_write_back(range)));
                 true
             }
@@ -181,30 +182,30 @@ impl Task {
 
 impl Completions {
     pub(super) fn new(notifier: &Arc<dyn Notifier>) -> Arc<Self> {
-        let (made, came) = (Mutex::default(), Condvar::new());
-        Arc::new(Self { made, came, notifier: Arc::clone(notifier) })
+        let (queue, arrived) = (Mutex::default(), Condvar::new());
+        Arc::new(Self { queue, arrived, notifier: Arc::clone(notifier) })
     }
 
-    /// A call is over.
-    pub(super) fn put(&self, made: Completion) {
-        self.lock().push_back(made);
-        self.came.notify_all();
+    /// Adds a completion and notifies the session.
+    pub(super) fn push(&self, completion: Completion) {
+        self.lock().push_back(completion);
+        self.arrived.notify_all();
         self.notifier.notify();
     }
 
-    /// One of the calls that are over.
-    pub(super) fn take(&self) -> Option<Completion> {
+    /// Takes one completion.
+    pub(super) fn pop(&self) -> Option<Completion> {
         self.lock().pop_front()
     }
 
-    /// Waits until [`Completions::take`] has one. Only for a caller that knows that one will come.
+    /// Blocks until [`Completions::pop`] has one. Only for a caller that knows that one will come.
     pub(super) fn wait(&self) {
-        let none = |made: &mut VecDeque<Completion>| made.is_empty();
-        drop(self.came.wait_while(self.lock(), none));
+        let none = |queue: &mut VecDeque<Completion>| queue.is_empty();
+        drop(self.arrived.wait_while(self.lock(), none));
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Completion>> {
-        sync::lock(&self.made)
+        sync::lock(&self.queue)
     }
 }
 
@@ -217,8 +218,8 @@ mod tests {
     const SIZE: u64 = 1 << 20;
 
     #[test]
-    fn calls_are_made_by_threads_and_reported_with_their_outcome() {
-        let (helpers, faults) = (ThreadPool::default(), Arc::new(Faults::default()));
+    fn threads_execute_calls_and_report_their_outcomes() {
+        let (threads, faults) = (ThreadPool::default(), Arc::new(Faults::default()));
         let image: Arc<dyn Backend> =
             Arc::new(FailingBackend::new(MemoryBackend::new(SIZE), Arc::clone(&faults)));
         let notifier = Arc::new(TestNotifier::default());
@@ -228,29 +229,29 @@ mod tests {
         for key in 0..count {
             let call =
                 if key.is_multiple_of(2) { Call::Flush } else { Call::Trim(Range::whole(SIZE)) };
-            assert!(helpers.make(&image, (key, call), &results).is_ok());
+            assert!(threads.execute(&image, (key, call), &results).is_ok());
         }
-        assert!(helpers.pool.lock().threads <= THREADS_MAX);
+        assert!(threads.pool.lock().threads <= THREADS_MAX);
         let mut seen = std::collections::BTreeSet::new();
         while seen.len() < count as usize {
             results.wait();
-            let made = results.take().unwrap();
-            assert_eq!(made.outcome.unwrap().is_err(), made.key.is_multiple_of(2));
-            assert!(seen.insert(made.key));
+            let completion = results.pop().unwrap();
+            assert_eq!(completion.outcome.unwrap().is_err(), completion.key.is_multiple_of(2));
+            assert!(seen.insert(completion.key));
         }
         assert!(notifier.count() > 0);
     }
 
     #[test]
     fn only_one_write_back_is_started_at_a_time() {
-        let (helpers, faults) = (ThreadPool::default(), Arc::new(Faults::default()));
+        let (threads, faults) = (ThreadPool::default(), Arc::new(Faults::default()));
         let image: Arc<dyn Backend> =
             Arc::new(FailingBackend::new(MemoryBackend::new(SIZE), Arc::clone(&faults)));
-        helpers.pool.lock().writes_back = true;
-        assert!(!helpers.start_write_back(&image, Range::whole(SIZE)));
-        helpers.pool.lock().writes_back = false;
-        assert!(helpers.start_write_back(&image, Range::whole(SIZE)));
-        while helpers.pool.lock().writes_back {
+        threads.pool.lock().write_back_pending = true;
+        assert!(!threads.start_write_back(&image, Range::whole(SIZE)));
+        threads.pool.lock().write_back_pending = false;
+        assert!(threads.start_write_back(&image, Range::whole(SIZE)));
+        while threads.pool.lock().write_back_pending {
             thread::yield_now();
         }
         assert_eq!(faults.count(Op::WriteBack), 1);

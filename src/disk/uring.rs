@@ -1,6 +1,6 @@
-//! Calls to a file or block device that the kernel makes meanwhile (`io_uring(7)`).
-//! Only carries them: never decides what is called, and never looks at what is loaded. Of a zeroing it
-//! lets the kernel do the whole blocks, and then has the image write the edges.
+//! An I/O queue on a file or block device by `io_uring(7)`.
+//! Never decides what to call, and never looks at populated bytes. The kernel zeroes whole blocks; the
+//! edges of a zeroing are written synchronously afterwards.
 
 use super::io_queue::{Call, Completion, IoQueue, Zeroing};
 use super::syscalls;
@@ -16,20 +16,21 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::thread;
 use std::time::Duration;
 
-/// How many entries are submitted at once; twice as many can be under way.
+/// Most entries submitted at once; twice as many can be in flight.
 const ENTRIES: u32 = 128;
-/// How many entries can be under way: as many results as the kernel has room for.
+/// Most entries in flight: the size of the completion queue.
 const IN_KERNEL_MAX: usize = 2 * ENTRIES as usize;
-/// Up to this length a range is loaded by reading it. A longer one by advice, and by reading its
-/// last byte to know when it is there: bytes that nobody looks at are not worth copying. (To read
-/// it in steps of 128 KiB made mixed loads of 256 KiB and 1 MiB from a disk a seventh slower.)
-const LOAD_BY_READING_MAX: u64 = 64 << 10;
-/// How many threads the kernel may make for what it cannot do without waiting.
+/// Longest range, in bytes, that is populated by reading it. A longer one is populated by
+/// `POSIX_FADV_WILLNEED`, and by reading its last byte to learn when it is resident, which saves
+/// copying bytes that are discarded. (Reading it in steps of 128 KiB completion mixed populates of 256 KiB
+/// and 1 MiB from a disk a seventh slower.)
+const POPULATE_BY_READING_MAX: u64 = 64 << 10;
+/// Most threads that the kernel may create for operations that block.
 const KERNEL_THREADS_MAX: u32 = 8;
-/// How long to leave the kernel alone when it is short of memory.
+/// How long to wait before submitting again when the kernel is short of memory.
 const RETRY: Duration = Duration::from_millis(1);
-/// Marks entries of which the end is of no interest.
-const NOBODY: u64 = u64::MAX;
+/// User data of entries whose completion is ignored.
+const IGNORED: u64 = u64::MAX;
 
 /// The file or block device that a ring does its I/O on.
 pub(super) trait RingFile {
@@ -59,75 +60,74 @@ pub(super) struct FallocateCall {
     pub(super) blocks: Range,
 }
 
-/// A ring of one session. Whatever the kernel may still touch belongs to it until the kernel is
-/// done.
+/// The ring of one session. It owns all memory that the kernel may access until the kernel is done.
 pub(super) struct Uring<'a> {
     file: &'a dyn RingFile,
     ring: IoUring,
-    /// Whether the kernel would take nothing when nothing was under way; then it is not asked again.
+    /// The kernel accepted no submission while none was in flight, so nothing is submitted any more.
     broken: bool,
-    begun: BTreeMap<u64, Submitted>,
-    /// Entries that the ring has had no room for yet.
+    in_flight: BTreeMap<u64, Submitted>,
+    /// Entries that wait for room in the ring.
     queue: VecDeque<squeue::Entry>,
-    /// Entries in the ring that the kernel has not taken.
+    /// Entries in the ring that the kernel has not accepted.
     in_ring: usize,
-    /// Entries that the kernel has taken and not ended.
+    /// Entries that the kernel has accepted and not completed.
     in_kernel: usize,
-    over: VecDeque<Completion>,
-    /// Where all loads land. Nobody ever reads it.
-    landing: Box<[MaybeUninit<u8>]>,
+    completed: VecDeque<Completion>,
+    /// Scratch buffer of all populating reads; its bytes are never looked at.
+    scratch: Box<[MaybeUninit<u8>]>,
 }
 
 #[derive(Debug)]
 struct Submitted {
     call: Call,
-    /// Bytes of a write that have been written.
+    /// Bytes written so far.
     done: usize,
 }
 
 impl<'a> Uring<'a> {
-    /// A ring for work on `image`, of which each result adds to the eventfd `bell`.
+    /// A ring for I/O on `file`. Each completion adds to the eventfd `notifier`.
     ///
     /// # Errors
-    /// When the kernel has no such thing, forbids it, or has no memory for it.
+    /// When the kernel lacks io_uring or an operation of it, forbids it, or has no memory for it.
     pub(super) fn new(file: &'a dyn RingFile, notifier: BorrowedFd<'_>) -> io::Result<Self> {
-        // Results are wanted when we come by, not at once: known since Linux 6.0.
+        // Completions may wait until we enter the kernel: Linux 6.0 and later.
         let mut builder = IoUring::builder();
         builder.setup_coop_taskrun().setup_single_issuer();
         let ring = builder.build(ENTRIES).or_else(|_| IoUring::new(ENTRIES))?;
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        if !knows_all(&probe) {
+        if !supports_all(&probe) {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        // Known since Linux 5.15; before, four for each processor.
+        // Linux 5.15 and later; earlier kernels use four for each processor.
         let _ = ring.submitter().register_iowq_max_workers(&mut [KERNEL_THREADS_MAX; 2]);
         Self::with(ring, file, notifier)
     }
 
     fn with(ring: IoUring, file: &'a dyn RingFile, notifier: BorrowedFd<'_>) -> io::Result<Self> {
         ring.submitter().register_eventfd(notifier.as_raw_fd())?;
-        let mut landing = Vec::new();
-        let length = LOAD_BY_READING_MAX as usize;
-        landing.try_reserve_exact(length).map_err(|_| io::Error::from(Errno::ENOMEM))?;
-        landing.resize(length, MaybeUninit::uninit());
+        let mut scratch = Vec::new();
+        let length = POPULATE_BY_READING_MAX as usize;
+        scratch.try_reserve_exact(length).map_err(|_| io::Error::from(Errno::ENOMEM))?;
+        scratch.resize(length, MaybeUninit::uninit());
         Ok(Self {
             file,
             ring,
             broken: false,
-            begun: BTreeMap::new(),
+            in_flight: BTreeMap::new(),
             queue: VecDeque::new(),
             in_ring: 0,
             in_kernel: 0,
-            over: VecDeque::new(),
-            landing: landing.into_boxed_slice(),
+            completed: VecDeque::new(),
+            scratch: scratch.into_boxed_slice(),
         })
     }
 
-    /// The entries that make a call.
+    /// The entries that execute a call; `None` if the kernel cannot.
     fn entries(&mut self, key: u64, call: &Call) -> Option<Vec<squeue::Entry>> {
         match call {
-            Call::Populate(range) => Some(self.load(key, *range)),
+            Call::Populate(range) => Some(self.populate(key, *range)),
             Call::Prefetch(range) => Some(vec![self.advice(*range).user_data(key)]),
             Call::Write { offset, data } => {
                 self.file.writes_durably().then(|| vec![self.write(key, *offset, data)])
@@ -138,68 +138,69 @@ impl<'a> Uring<'a> {
             }
             Call::Zero(range, how) => {
                 let step = self.file.zero_call(*range, *how)?;
-                // The edges are written when the rest is done, and should not wait for a disk then.
+                // The edges are written synchronously afterwards; populate them, so that this does
+                // not wait for the device.
                 let edges = self.file.edges(*range);
                 let link = squeue::Flags::IO_HARDLINK;
-                let loads = edges.into_iter().map(|edge| self.read(NOBODY, edge).flags(link));
-                let mut entries: Vec<_> = loads.collect();
-                entries.push(self.allocation(key, step));
+                let reads = edges.into_iter().map(|edge| self.read(IGNORED, edge).flags(link));
+                let mut entries: Vec<_> = reads.collect();
+                entries.push(self.fallocate(key, step));
                 Some(entries)
             }
             Call::Trim(range) => {
                 let step = self.file.trim_call(*range)?;
-                Some(vec![self.allocation(key, step)])
+                Some(vec![self.fallocate(key, step)])
             }
         }
     }
 
-    fn load(&mut self, key: u64, range: Range) -> Vec<squeue::Entry> {
-        if range.length() <= LOAD_BY_READING_MAX {
+    fn populate(&mut self, key: u64, range: Range) -> Vec<squeue::Entry> {
+        if range.length() <= POPULATE_BY_READING_MAX {
             return vec![self.read(key, range)];
         }
-        let advice = self.advice(range).user_data(NOBODY).flags(squeue::Flags::IO_LINK);
+        let advice = self.advice(range).user_data(IGNORED).flags(squeue::Flags::IO_LINK);
         vec![advice, self.read(key, range.from(range.end() - 1))]
     }
 
     fn read(&mut self, key: u64, range: Range) -> squeue::Entry {
-        // It fits: no more than where it lands.
-        let length = range.length().min(self.landing.len() as u64) as u32;
-        let landing = self.landing.as_mut_ptr().cast();
-        opcode::Read::new(self.fd(), landing, length).offset(range.offset()).build().user_data(key)
+        // Fits: at most the length of the scratch buffer.
+        let length = range.length().min(self.scratch.len() as u64) as u32;
+        let scratch = self.scratch.as_mut_ptr().cast();
+        opcode::Read::new(self.fd(), scratch, length).offset(range.offset()).build().user_data(key)
     }
 
     fn advice(&self, range: Range) -> squeue::Entry {
-        // The entry has 32 bits for it, and the kernel loads less than that for one advice.
+        // The entry has 32 bits for it, and the kernel reads less than that ahead for one advice.
         let length = range.length().min(u32::MAX.into()) as libc::off_t;
         let advice = opcode::Fadvise::new(self.fd(), length, libc::POSIX_FADV_WILLNEED);
         advice.offset(range.offset()).build()
     }
 
-    /// A write of `data`, which has to stay where it is until the entry has ended.
+    /// A write of `data`, which must not move or be freed until the entry completes.
     fn write(&self, key: u64, offset: u64, data: &[u8]) -> squeue::Entry {
         let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
         let write = opcode::Write::new(self.fd(), data.as_ptr(), length).offset(offset);
         write.rw_flags(libc::RWF_DSYNC).build().user_data(key)
     }
 
-    fn allocation(&self, key: u64, step: FallocateCall) -> squeue::Entry {
+    fn fallocate(&self, key: u64, step: FallocateCall) -> squeue::Entry {
         let mode = (step.mode | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits();
-        let allocation = opcode::Fallocate::new(self.fd(), step.blocks.length());
-        allocation.offset(step.blocks.offset()).mode(mode).build().user_data(key)
+        let entry = opcode::Fallocate::new(self.fd(), step.blocks.length());
+        entry.offset(step.blocks.offset()).mode(mode).build().user_data(key)
     }
 
     fn fd(&self) -> types::Fd {
         types::Fd(self.file.fd())
     }
 
-    /// Puts as many entries into the ring as there is room for.
+    /// Moves as many queued entries into the ring as there is room for.
     fn fill(&mut self) {
         while self.in_ring + self.in_kernel < IN_KERNEL_MAX
             && let Some(entry) = self.queue.front()
         {
-            // SAFETY: what the entry points to is `landing` or the data of a call in `begun`, which
-            // is not moved or dropped before the entry has ended: `take` removes it only then, and
-            // `drop` waits for it or leaks it.
+            // SAFETY: the entry points to `scratch` or to the data of a call in `in_flight`, which
+            // are not moved or dropped before the entry completes: `on_result` removes the call only
+            // then, and `drop` waits for it or leaks both.
             if unsafe { self.ring.submission().push(entry) }.is_err() {
                 break;
             }
@@ -208,8 +209,8 @@ impl<'a> Uring<'a> {
         }
     }
 
-    /// Gives the kernel what is in the ring; false if it takes nothing now.
-    fn hand_over(&mut self) -> bool {
+    /// Submits the entries in the ring; false if the kernel accepts none now.
+    fn submit_ring(&mut self) -> bool {
         loop {
             match self.ring.submit() {
                 Ok(count) => {
@@ -223,42 +224,43 @@ impl<'a> Uring<'a> {
         }
     }
 
-    /// Returns everything unmade: the kernel takes nothing, and has nothing that could end.
-    fn give_up(&mut self) {
+    /// Fails all queued calls back to the caller: the kernel accepts no submissions and none are in
+    /// flight.
+    fn fail_all(&mut self) {
         self.broken = true;
         self.queue.clear();
-        for (key, Submitted { call, .. }) in mem::take(&mut self.begun) {
-            self.over.push_back(Completion { key, call, outcome: None });
+        for (key, Submitted { call, .. }) in mem::take(&mut self.in_flight) {
+            self.completed.push_back(Completion { key, call, outcome: None });
         }
     }
 
-    /// Takes all results that there are.
+    /// Takes all entries of the completion queue.
     fn collect(&mut self) {
         loop {
             let Some(entry) = self.ring.completion().next() else { return };
             self.in_kernel -= 1;
             let (key, result) = (entry.user_data(), entry.result());
-            if let Some(begun) = self.begun.remove(&key) {
-                self.take(key, begun, result);
+            if let Some(submitted) = self.in_flight.remove(&key) {
+                self.on_result(key, submitted, result);
             }
         }
     }
 
-    /// Ends a call with the result of its last entry, or goes on with it.
-    fn take(&mut self, key: u64, begun: Submitted, result: i32) {
-        let Submitted { call, mut done } = begun;
+    /// Completes a call with the result of its last entry, or resubmits the rest of it.
+    fn on_result(&mut self, key: u64, submitted: Submitted, result: i32) {
+        let Submitted { call, mut done } = submitted;
         let errno = Errno::from_raw(result.saturating_neg().max(0));
-        let again = matches!(errno, Errno::EINTR | Errno::EAGAIN);
-        if result < 0 && again && !matches!(call, Call::Populate(_)) {
-            return self.again(key, Submitted { call, done });
+        let is_transient = matches!(errno, Errno::EINTR | Errno::EAGAIN);
+        if result < 0 && is_transient && !matches!(call, Call::Populate(_)) {
+            return self.resubmit(key, Submitted { call, done });
         }
         let outcome = match (&call, result) {
-            // Whatever is wrong with it will be told when it is read.
+            // A failure shows when the range is read.
             (Call::Populate(_), _) => Some(Ok(())),
             (Call::Write { data, .. }, 1..) => {
                 done += result.unsigned_abs() as usize;
                 if done < data.len() {
-                    return self.again(key, Submitted { call, done });
+                    return self.resubmit(key, Submitted { call, done });
                 }
                 Some(Ok(()))
             }
@@ -267,36 +269,38 @@ impl<'a> Uring<'a> {
             (_, 0..) => Some(Ok(())),
             (Call::Zero(..) | Call::Trim(_), _) if syscalls::is_unable(errno) => None,
             _ if matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS) => None,
-            // The kernel may have no more threads (`TasksMax=`): it has not made it, but we can.
+            // The kernel could not create a thread (`TasksMax=`) and has not executed the call.
             _ if errno == Errno::ECANCELED => None,
             _ => Some(Err(errno.into())),
         };
-        self.over.push_back(Completion { key, call, outcome });
+        self.completed.push_back(Completion { key, call, outcome });
     }
 
-    /// Puts what is left of a call in line once more. It may have turned out meanwhile that it
-    /// cannot be made here.
-    fn again(&mut self, key: u64, begun: Submitted) {
-        let entries = match &begun.call {
+    /// Queues the rest of a call again, or returns the call if the kernel has turned out to be unable
+    /// to execute it.
+    fn resubmit(&mut self, key: u64, submitted: Submitted) {
+        let entries = match &submitted.call {
             Call::Write { offset, data } => {
-                let rest = &data[begun.done..];
-                Some(vec![self.write(key, offset + begun.done as u64, rest)])
+                let rest = &data[submitted.done..];
+                Some(vec![self.write(key, offset + submitted.done as u64, rest)])
             }
             call => self.entries(key, call),
         };
         match entries {
             Some(entries) => {
                 self.queue.extend(entries);
-                self.begun.insert(key, begun);
+                self.in_flight.insert(key, submitted);
             }
-            None => self.over.push_back(Completion { key, call: begun.call, outcome: None }),
+            None => {
+                self.completed.push_back(Completion { key, call: submitted.call, outcome: None });
+            }
         }
     }
 }
 
-/// Whether a kernel knows all that we ask of it: one that does not would say `EINVAL`, which we would
-/// take for what became of the call. Not all of it came with io_uring itself (Linux 5.6).
-fn knows_all(probe: &Probe) -> bool {
+/// Whether the kernel supports all operations used here. One that does not fails with `EINVAL`, which
+/// would be taken for the result of the call. Some are newer than io_uring itself (Linux 5.6).
+fn supports_all(probe: &Probe) -> bool {
     let codes = [
         opcode::Read::CODE,
         opcode::Write::CODE,
@@ -308,27 +312,27 @@ fn knows_all(probe: &Probe) -> bool {
 }
 
 impl IoQueue for Uring<'_> {
-    fn begin(&mut self, key: u64, call: Call) -> Result<(), Call> {
+    fn push(&mut self, key: u64, call: Call) -> Result<(), Call> {
         if self.broken {
             return Err(call);
         }
         let Some(entries) = self.entries(key, &call) else { return Err(call) };
         self.queue.extend(entries);
-        self.begun.insert(key, Submitted { call, done: 0 });
+        self.in_flight.insert(key, Submitted { call, done: 0 });
         Ok(())
     }
 
     fn submit(&mut self) -> bool {
-        // What is still in a ring that was given up points to memory that is not ours any more.
+        // A broken ring may hold entries that point to freed memory.
         while !self.broken {
             self.fill();
             if self.in_ring == 0 {
                 break;
             }
-            if !self.hand_over() {
-                // It may be short of memory until something has ended.
+            if !self.submit_ring() {
+                // With entries in flight the kernel may only be short of memory until one completes.
                 if self.in_kernel == 0 {
-                    self.give_up();
+                    self.fail_all();
                     return false;
                 }
                 break;
@@ -337,30 +341,30 @@ impl IoQueue for Uring<'_> {
         true
     }
 
-    fn finished(&mut self) -> Option<Completion> {
-        if self.over.is_empty() {
+    fn poll(&mut self) -> Option<Completion> {
+        if self.completed.is_empty() {
             self.collect();
         }
-        self.over.pop_front()
+        self.completed.pop_front()
     }
 
     fn wait(&mut self) {
         loop {
             self.collect();
-            // Calls that have to go on are begun, too: they are not over before.
+            // Resubmitted calls have to be submitted, or they would never complete.
             self.submit();
-            if !self.over.is_empty() || self.in_kernel == 0 {
+            if !self.completed.is_empty() || self.in_kernel == 0 {
                 return;
             }
             match self.ring.submitter().submit_and_wait(1) {
-                // What it took besides is counted.
+                // It may have accepted entries as well.
                 Ok(count) => {
                     self.in_ring -= count;
                     self.in_kernel += count;
                 }
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                     Some(Errno::EINTR) => {}
-                    // It took nothing, and therefore did not wait: what it has ends all the same.
+                    // It accepted nothing, and therefore did not wait; entries in flight go on.
                     Some(Errno::EAGAIN | Errno::EBUSY | Errno::ENOMEM) => thread::sleep(RETRY),
                     _ => return,
                 },
@@ -372,12 +376,12 @@ impl IoQueue for Uring<'_> {
 impl Drop for Uring<'_> {
     fn drop(&mut self) {
         while self.in_kernel > 0 {
-            self.over.clear();
+            self.completed.clear();
             self.wait();
-            if self.over.is_empty() && self.in_kernel > 0 {
-                // The kernel does not tell: better to lose memory than to let it write there.
-                mem::forget(mem::take(&mut self.begun));
-                mem::forget(mem::take(&mut self.landing));
+            if self.completed.is_empty() && self.in_kernel > 0 {
+                // The wait failed. Leak the memory that the kernel may still access.
+                mem::forget(mem::take(&mut self.in_flight));
+                mem::forget(mem::take(&mut self.scratch));
                 return;
             }
         }
@@ -386,7 +390,7 @@ impl Drop for Uring<'_> {
 
 impl std::fmt::Debug for Uring<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Uring").field("begun", &self.begun).finish_non_exhaustive()
+        f.debug_struct("Uring").field("in_flight", &self.in_flight).finish_non_exhaustive()
     }
 }
 
@@ -404,7 +408,7 @@ mod tests {
         (folder, image)
     }
 
-    /// A ring that the kernel does not look into before it is enabled.
+    /// A ring that accepts no submission until it is enabled.
     fn disabled<'a>(image: &'a FileBackend, notifier: &TestNotifier) -> Option<Uring<'a>> {
         let ring = IoUring::builder().setup_r_disabled().build(ENTRIES);
         Uring::with(ring.ok()?, image, notifier.as_eventfd()).ok()
@@ -415,18 +419,18 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_does_not_take_is_given_back_and_never_made_by_it_later() {
+    fn rejected_calls_are_returned_and_never_executed_later() {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Some(mut ring) = disabled(&image, &notifier) else { return };
-        ring.begin(1, write(1)).unwrap();
-        ring.begin(2, Call::Flush).unwrap();
-        assert!(!ring.submit(), "nobody rings for it");
+        ring.push(1, write(1)).unwrap();
+        ring.push(2, Call::Flush).unwrap();
+        assert!(!ring.submit(), "completed without a notification");
         for key in [1, 2] {
-            let made = ring.finished().unwrap();
-            assert!(made.key == key && made.outcome.is_none());
+            let completion = ring.poll().unwrap();
+            assert!(completion.key == key && completion.outcome.is_none());
         }
-        assert_eq!(ring.begin(3, write(3)), Err(write(3)));
-        // What was taken back has been freed by now: the kernel must not come for it.
+        assert_eq!(ring.push(3, write(3)), Err(write(3)));
+        // The data of the returned calls is freed: the kernel must not execute their entries.
         ring.ring.submitter().register_enable_rings().unwrap();
         assert!(ring.submit());
         ring.wait();
@@ -437,32 +441,36 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_for_a_call_that_has_to_go_on_waits_until_it_is_over() {
+    fn wait_blocks_until_a_resubmitted_call_completes() {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
-        // As after a part of it was written.
-        ring.again(1, Submitted { call: write(1), done: 512 });
+        // As after a short write.
+        ring.resubmit(1, Submitted { call: write(1), done: 512 });
         ring.wait();
-        let made = ring.finished().expect("it has been waited for");
-        assert!(made.key == 1 && matches!(made.outcome, Some(Ok(()))), "{:?}", made.outcome);
+        let completion = ring.poll().expect("wait returned");
+        assert!(
+            completion.key == 1 && matches!(completion.outcome, Some(Ok(()))),
+            "{:?}",
+            completion.outcome
+        );
         let mut found = [9; 4096];
         image.read(0, &mut found).unwrap();
         assert!(found[..512] == [0; 512] && found[512..] == [1; 3584]);
     }
 
     #[test]
-    fn what_the_kernel_has_no_thread_for_is_left_to_the_session_and_is_no_failed_flush() {
+    fn ecanceled_returns_the_call_instead_of_failing_it() {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Some(mut ring) = disabled(&image, &notifier) else { return };
         let zero = Call::Zero(Range::whole(4096), Zeroing::default());
         for call in [Call::Flush, write(1), zero, Call::Prefetch(Range::whole(4096))] {
-            ring.take(1, Submitted { call, done: 0 }, -(Errno::ECANCELED as i32));
-            assert!(ring.finished().unwrap().outcome.is_none());
+            ring.on_result(1, Submitted { call, done: 0 }, -(Errno::ECANCELED as i32));
+            assert!(ring.poll().unwrap().outcome.is_none());
         }
     }
 
     #[test]
-    fn changes_that_the_kernel_cannot_make_are_given_back() {
+    fn unsupported_changes_are_returned_and_other_errors_fail_them() {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Some(mut ring) = disabled(&image, &notifier) else { return };
         let range = Range::whole(4096);
@@ -470,29 +478,29 @@ mod tests {
         for errno in [Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ENODEV, Errno::EPERM, Errno::ESPIPE]
         {
             for call in calls() {
-                ring.take(1, Submitted { call, done: 0 }, -(errno as i32));
-                assert!(ring.finished().unwrap().outcome.is_none(), "{errno}");
+                ring.on_result(1, Submitted { call, done: 0 }, -(errno as i32));
+                assert!(ring.poll().unwrap().outcome.is_none(), "{errno}");
             }
         }
         for errno in [Errno::EIO, Errno::ENOSPC, Errno::EDQUOT] {
             for call in calls() {
-                ring.take(1, Submitted { call, done: 0 }, -(errno as i32));
-                assert!(matches!(ring.finished().unwrap().outcome, Some(Err(_))), "{errno}");
+                ring.on_result(1, Submitted { call, done: 0 }, -(errno as i32));
+                assert!(matches!(ring.poll().unwrap().outcome, Some(Err(_))), "{errno}");
             }
         }
-        ring.take(1, Submitted { call: Call::Flush, done: 0 }, -(Errno::EINVAL as i32));
-        assert!(matches!(ring.finished().unwrap().outcome, Some(Err(_))), "no change");
+        ring.on_result(1, Submitted { call: Call::Flush, done: 0 }, -(Errno::EINVAL as i32));
+        assert!(matches!(ring.poll().unwrap().outcome, Some(Err(_))), "a flush is no change");
     }
 
     #[test]
-    fn zeroing_with_odd_edges_is_exact_in_a_ring() {
+    fn zeroing_with_unaligned_edges_is_exact() {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         image.write(0, &[7; 40_000], false).unwrap();
         let range = Range::whole(30_001).from(101);
-        ring.begin(1, Call::Zero(range, Zeroing::default())).unwrap();
+        ring.push(1, Call::Zero(range, Zeroing::default())).unwrap();
         ring.wait();
-        assert!(matches!(ring.finished().unwrap().outcome, Some(Ok(()))));
+        assert!(matches!(ring.poll().unwrap().outcome, Some(Ok(()))));
         let (mut found, mut expected) = ([9; 40_000], [7; 40_000]);
         image.read(0, &mut found).unwrap();
         expected[101..30_001].fill(0);
@@ -500,17 +508,17 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_go_on_in_a_ring_is_given_back() {
+    fn a_resubmission_that_became_unsupported_is_returned() {
         let (_folder, image) = image();
         let (image, notifier) = (image.without_support(), TestNotifier::default());
         let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         let zero = Call::Zero(Range::whole(4096), Zeroing::default());
-        ring.take(1, Submitted { call: zero, done: 0 }, -(Errno::EINTR as i32));
-        assert!(ring.finished().unwrap().outcome.is_none());
+        ring.on_result(1, Submitted { call: zero, done: 0 }, -(Errno::EINTR as i32));
+        assert!(ring.poll().unwrap().outcome.is_none());
     }
 
     #[test]
-    fn a_kernel_that_does_not_know_all_of_it_is_not_asked() {
-        assert!(!knows_all(&Probe::new()));
+    fn a_kernel_without_the_operations_is_not_used() {
+        assert!(!supports_all(&Probe::new()));
     }
 }

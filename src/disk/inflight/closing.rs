@@ -1,16 +1,18 @@
-//! The end of a session: operations that wait are dropped, those in flight are waited for.
+//! The end of a session: drops the operations that wait, and blocks until those in flight complete.
 
 use super::{Executor, InFlight};
 use nix::errno::Errno;
 
 impl<T> InFlight<'_, T> {
-    /// Lets those go of which nobody tells the end. They may still be made: rather is the gate never
-    /// closed again than behind them. And a flush may have failed: better call one so that has not.
+    /// Abandons operations whose completion will never arrive. They may still execute, so their
+    /// visits are leaked on purpose: a gate that never drains is safer than one that closes before
+    /// them. A lost flush counts as failed.
     fn abandon(&mut self) {
-        let mut abandoned = std::mem::take(&mut self.under_way);
-        for errand in abandoned.values_mut().filter(|errand| errand.listening.is_some()) {
-            let _ = self.disk.flush_errors.failed(&Errno::EIO.into());
-            errand.listening = None;
+        let mut abandoned = std::mem::take(&mut self.executing);
+        for operation in abandoned.values_mut().filter(|operation| operation.flush_guard.is_some())
+        {
+            let _ = self.disk.flush_errors.record(&Errno::EIO.into());
+            operation.flush_guard = None;
         }
         std::mem::forget(abandoned);
     }
@@ -20,16 +22,16 @@ impl<T> Drop for InFlight<'_, T> {
     fn drop(&mut self) {
         self.closing = true;
         self.waiting.clear();
-        while !self.under_way.is_empty() {
-            if let Some(made) = self.next_made() {
-                self.made(made);
-            } else if self.helped > 0 {
+        while !self.executing.is_empty() {
+            if let Some(completion) = self.next_completion() {
+                self.on_completion(completion);
+            } else if self.in_threads > 0 {
                 self.completions.wait();
-            } else if let Executor::Lane(lane) = &mut self.lane {
-                lane.submit();
-                lane.wait();
-                match lane.finished() {
-                    Some(made) => self.made(made),
+            } else if let Executor::Queue(queue) = &mut self.executor {
+                queue.submit();
+                queue.wait();
+                match queue.poll() {
+                    Some(completion) => self.on_completion(completion),
                     None => return self.abandon(),
                 }
             } else {

@@ -1,5 +1,5 @@
-//! Overlapping changes of several sessions, and long zeroings, on an image that makes its calls when
-//! the test says so.
+//! Overlapping changes of several sessions, and long zeroings, on a backend that completes its calls
+//! when the test says so.
 
 use super::super::dirty::BLOCK;
 use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
@@ -22,7 +22,7 @@ struct Fixture {
 }
 
 struct Session<'a> {
-    errands: InFlight<'a, u32>,
+    in_flight: InFlight<'a, u32>,
     notifier: Arc<TestNotifier>,
 }
 
@@ -38,12 +38,12 @@ impl Fixture {
     fn session(&self) -> Session<'_> {
         let notifier = Arc::new(TestNotifier::default());
         Session {
-            errands: InFlight::new(&self.disk, Arc::clone(&notifier) as Arc<dyn Notifier>),
+            in_flight: InFlight::new(&self.disk, Arc::clone(&notifier) as Arc<dyn Notifier>),
             notifier,
         }
     }
 
-    fn finish(&self, nth: usize) {
+    fn complete(&self, nth: usize) {
         self.slow.complete(nth, &*self.disk.image);
     }
 
@@ -54,15 +54,15 @@ impl Fixture {
 
 impl<'a> Session<'a> {
     fn begin(&mut self, disk: &'a Disk, work: Work, token: u32) {
-        self.errands.begin(disk.enter(&|| true).unwrap(), work, token);
-        self.errands.submit();
+        self.in_flight.begin(disk.enter(&|| true).unwrap(), work, token);
+        self.in_flight.submit();
     }
 
-    /// What a turn does.
+    /// One turn of the session's loop.
     fn turn(&mut self) -> Option<(u32, Result<(), i32>)> {
-        let over = self.errands.next_completed();
-        self.errands.submit();
-        over.map(|(token, outcome)| (token, outcome.map_err(|error| errno_of(&error))))
+        let completed = self.in_flight.next_completed();
+        self.in_flight.submit();
+        completed.map(|(token, outcome)| (token, outcome.map_err(|error| errno_of(&error))))
     }
 }
 
@@ -79,54 +79,54 @@ fn write(offset: u64, byte: u8, length: usize) -> Work {
 }
 
 #[test]
-fn a_later_change_of_another_session_waits_for_the_earlier() {
+fn a_change_waits_for_an_overlapping_one_of_another_session() {
     let fixture = fixture();
     let (mut old, mut new) = (fixture.session(), fixture.session());
     old.begin(&fixture.disk, zero(0, 8192), 0);
-    assert!(!new.errands.is_clear(range(4096, 1)));
+    assert!(!new.in_flight.is_clear(range(4096, 1)));
     new.begin(&fixture.disk, write(4096, 7, 4096), 1);
     new.begin(&fixture.disk, write(8192, 7, 4096), 2);
     assert_eq!(new.turn(), Some((2, Ok(()))), "it overlaps nothing");
-    assert!(new.turn().is_none() && new.errands.has_waiting());
-    fixture.finish(0);
-    let rung = new.notifier.count();
-    assert!(new.turn().is_none(), "it has not been heard of");
+    assert!(new.turn().is_none() && new.in_flight.has_waiting());
+    fixture.complete(0);
+    let before = new.notifier.count();
+    assert!(new.turn().is_none(), "the earlier completion has not been taken");
     assert_eq!(old.turn(), Some((0, Ok(()))));
-    assert!(new.notifier.count() > rung, "told to go on");
+    assert!(new.notifier.count() > before, "woken to go on");
     assert!(new.turn().is_none());
     assert_eq!(new.turn(), Some((1, Ok(()))));
     assert_eq!(fixture.memory.contents()[4095..4097], [0, 7]);
-    assert!(new.errands.is_clear(range(0, SIZE)));
+    assert!(new.in_flight.is_clear(range(0, SIZE)));
 }
 
 #[test]
-fn what_a_dropped_session_has_not_begun_is_never_made() {
+fn waiting_changes_of_a_dropped_session_are_never_executed() {
     let fixture = fixture();
     let (mut old, mut new) = (fixture.session(), fixture.session());
     fixture.memory.write(0, &[1; 1 << 20], false).unwrap();
     for token in 0..24 {
         old.begin(&fixture.disk, zero(u64::from(token) * 4096, 4096), token);
     }
-    let begun = fixture.slow.count();
-    assert!(begun < 4, "{begun} of 24 are out of our hands at once");
+    let started = fixture.slow.count();
+    assert!(started < 4, "{started} of 24 were started at once");
     new.begin(&fixture.disk, write(23 * 4096, 7, 4096), 0);
     new.begin(&fixture.disk, write(0, 7, 4096), 1);
     std::thread::scope(|scope| {
         let (slow, disk) = (&fixture.slow, &fixture.disk);
-        scope.spawn(move || (0..begun).for_each(|_| slow.complete(0, &*disk.image)));
+        scope.spawn(move || (0..started).for_each(|_| slow.complete(0, &*disk.image)));
         drop(old);
     });
     assert!(new.notifier.count() > 0 && new.turn().is_none());
     let ends = [new.turn(), new.turn()];
     assert!(ends.contains(&Some((0, Ok(())))) && ends.contains(&Some((1, Ok(())))));
-    assert_eq!(fixture.faults.count(Op::Zero), begun as u64);
+    assert_eq!(fixture.faults.count(Op::Zero), started as u64);
     let contents = fixture.memory.contents();
     assert!(contents[..4096] == [7; 4096] && contents[23 * 4096..][..4096] == [7; 4096]);
     assert!(contents[22 * 4096..23 * 4096] == [1; 4096], "dropped");
 }
 
 #[test]
-fn a_gate_closes_between_two_parts_and_the_rest_waits() {
+fn a_gate_closes_between_two_parts() {
     for durable in [false, true] {
         let fixture = fixture();
         let mut session = fixture.session();
@@ -144,17 +144,17 @@ fn a_gate_closes_between_two_parts_and_the_rest_waits() {
             while gate.is_open() {
                 std::thread::yield_now();
             }
-            fixture.finish(0);
+            fixture.complete(0);
             assert!(session.turn().is_none());
             assert_eq!(closing.join().unwrap(), Ok(()), "{first:?}");
         });
         let marked = dirty.count();
-        assert!(marked > 0 && marked * BLOCK < SIZE / 2, "what is done is marked: {marked}");
+        assert!(marked > 0 && marked * BLOCK < SIZE / 2, "completed parts are marked: {marked}");
         assert!(fixture.slow.count() == 0 && session.turn().is_none());
-        assert!(!session.errands.is_clear(range(SIZE - 512, 512)), "the rest keeps its place");
-        let rung = session.notifier.count();
+        assert!(!session.in_flight.is_clear(range(SIZE - 512, 512)), "the rest stays registered");
+        let before = session.notifier.count();
         fixture.disk.gate().reopen();
-        assert!(session.notifier.count() > rung, "told to go on");
+        assert!(session.notifier.count() > before, "woken to go on");
         fixture.slow.complete_all(&*fixture.disk.image);
         let end = std::iter::from_fn(|| Some(session.turn())).take(1000).flatten().next();
         assert_eq!(end, Some((0, Ok(()))));
@@ -165,19 +165,19 @@ fn a_gate_closes_between_two_parts_and_the_rest_waits() {
 }
 
 #[test]
-fn a_long_trim_that_fails_ends_with_the_part_that_failed() {
+fn a_long_trim_ends_with_the_first_failed_part() {
     let fixture = fixture();
     let mut session = fixture.session();
     session.begin(&fixture.disk, Work::Trim { range: range(0, SIZE), durable: true }, 0);
-    fixture.finish(0);
+    fixture.complete(0);
     assert!(session.turn().is_none());
     fixture.slow.fail(0, EIO);
     assert_eq!(session.turn(), Some((0, Err(EIO))));
-    assert!(session.errands.is_clear(range(0, SIZE)) && fixture.closes());
+    assert!(session.in_flight.is_clear(range(0, SIZE)) && fixture.closes());
 }
 
 #[test]
-fn fast_zeroing_is_refused_before_anything_is_touched() {
+fn fast_zeroing_is_refused_by_its_first_part_only() {
     let fixture = fixture();
     let mut session = fixture.session();
     let how = Zeroing { only_if_fast: true, keep_allocated: false };
@@ -188,23 +188,23 @@ fn fast_zeroing_is_refused_before_anything_is_touched() {
     fixture.slow.fail(0, EOPNOTSUPP);
     assert_eq!(session.turn(), Some((0, Err(EOPNOTSUPP))));
     session.begin(&fixture.disk, fast(0), 1);
-    fixture.finish(0);
+    fixture.complete(0);
     session.turn();
     let calls = fixture.slow.wait_for(1);
-    assert!(calls[0].contains("only_if_fast: false"), "it was fast, and is finished: {calls:?}");
+    assert!(calls[0].contains("only_if_fast: false"), "the first part was fast: {calls:?}");
     fixture.slow.complete_all(&*fixture.disk.image);
 }
 
 #[test]
-fn waiting_changes_end_with_the_disk() {
+fn waiting_changes_never_start_on_a_retired_disk() {
     let fixture = fixture();
     let (mut old, mut new) = (fixture.session(), fixture.session());
     old.begin(&fixture.disk, zero(0, 4096), 0);
     new.begin(&fixture.disk, zero(0, 4096), 1);
     fixture.disk.gate().retire();
-    fixture.finish(0);
+    fixture.complete(0);
     assert_eq!(old.turn(), Some((0, Ok(()))));
-    assert!(new.turn().is_none() && fixture.slow.count() == 0, "never begun");
+    assert!(new.turn().is_none() && fixture.slow.count() == 0, "never started");
     assert!(fixture.closes());
 }
 
@@ -213,16 +213,16 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// One step of several sessions.
 #[derive(Clone, Debug)]
 enum Step {
-    /// A change by that session, of these blocks.
+    /// A session changes some blocks.
     Change {
         session: usize,
         block: u64,
         blocks: u64,
         kind: u8,
     },
-    /// The call that was begun as that one ends.
-    Finish(usize),
-    /// That session loses its connection, and another takes its place.
+    /// A call in flight completes.
+    Complete(usize),
+    /// A session loses its connection, and a new one takes its place.
     Reconnect(usize),
     CloseGate,
     OpenGate,
@@ -232,7 +232,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         6 => (0..3usize, 0..12u64, 1..5u64, 0..4u8)
             .prop_map(|(session, block, blocks, kind)| Step::Change { session, block, blocks, kind }),
-        6 => (0..6usize).prop_map(Step::Finish),
+        6 => (0..6usize).prop_map(Step::Complete),
         1 => (0..3usize).prop_map(Step::Reconnect),
         1 => Just(Step::CloseGate),
         1 => Just(Step::OpenGate),
@@ -242,16 +242,16 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever happens, a block holds what the last acknowledged change made of it, unless a change
-    /// that came later, or was not acknowledged when that was sent, came out on top.
+    /// A block always holds the value of the last acknowledged change, unless a change that arrived
+    /// later, or was unacknowledged when that one arrived, overwrote it.
     #[test]
-    fn acknowledged_changes_are_never_undone_by_earlier_ones(
+    fn earlier_changes_never_undo_acknowledged_ones(
         steps in prop::collection::vec(step(), 1..60),
     ) {
         let fixture = fixture();
         let mut sessions: Vec<Session<'_>> = (0..3).map(|_| fixture.session()).collect();
-        // Of each block: the values that it may have. A change adds its value when it is sent, and
-        // takes those away that were there before when it is acknowledged.
+        // The values that each block may have. A change adds its value when it is sent, and removes
+        // the earlier values when it is acknowledged.
         let mut may_be: Vec<Vec<u32>> = vec![vec![0]; 16];
         let mut sent: BTreeMap<u32, (usize, u64, u64)> = BTreeMap::new();
         let (mut next, mut closed) = (1u32, false);
@@ -283,8 +283,8 @@ proptest! {
                         },
                     };
                     let Ok(Some(visit)) = fixture.disk.enter_if_open() else { continue };
-                    sessions[session].errands.begin(visit, work, next);
-                    sessions[session].errands.submit();
+                    sessions[session].in_flight.begin(visit, work, next);
+                    sessions[session].in_flight.submit();
                     for values in &mut may_be[block as usize..(block + blocks) as usize] {
                         values.push(next);
                     }
@@ -294,10 +294,10 @@ proptest! {
                     sent.insert(next, (session, block, blocks));
                     next += 1;
                 }
-                Step::Finish(nth) => {
+                Step::Complete(nth) => {
                     let count = fixture.slow.count();
                     if count > 0 {
-                        fixture.finish(nth % count);
+                        fixture.complete(nth % count);
                     }
                 }
                 Step::Reconnect(which) => {
@@ -305,7 +305,7 @@ proptest! {
                     fixture.slow.complete_all(&*fixture.disk.image);
                     drop(old);
                     fixture.slow.block_all();
-                    // What it had sent may or may not have been made.
+                    // Its unacknowledged changes may or may not have been executed.
                     sent.retain(|_, (session, ..)| *session != which);
                 }
                 Step::CloseGate if !closed => closed = fixture.closes(),
@@ -324,7 +324,7 @@ proptest! {
         for _ in 0..30 {
             settle(&mut sessions, &mut may_be, &mut sent);
         }
-        prop_assert!(sent.is_empty(), "never ended: {:?}", sent);
+        prop_assert!(sent.is_empty(), "never completed: {:?}", sent);
         let mut contents = [0; 16 * BLOCK as usize];
         fixture.memory.read(0, &mut contents).unwrap();
         for (block, values) in may_be.iter().enumerate() {

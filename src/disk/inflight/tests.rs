@@ -1,4 +1,4 @@
-//! Errands on an image that makes its calls when the test says so: what holds until they are over.
+//! Operations on a backend that completes its calls when the test says so: invariants meanwhile.
 
 use super::super::dirty::BLOCK;
 use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
@@ -28,33 +28,32 @@ fn fixture() -> Fixture {
 }
 
 impl Fixture {
-    fn errands(&self) -> InFlight<'_, u32> {
+    fn in_flight(&self) -> InFlight<'_, u32> {
         InFlight::new(&self.disk, Arc::clone(&self.notifier) as Arc<dyn Notifier>)
     }
 
-    fn begin<'a>(&'a self, errands: &mut InFlight<'a, u32>, work: Work, token: u32) {
-        errands.begin(self.disk.enter(&|| true).unwrap(), work, token);
-        errands.submit();
+    fn begin<'a>(&'a self, in_flight: &mut InFlight<'a, u32>, work: Work, token: u32) {
+        in_flight.begin(self.disk.enter(&|| true).unwrap(), work, token);
+        in_flight.submit();
     }
 
-    fn finish(&self, nth: usize) {
+    fn complete(&self, nth: usize) {
         self.slow.complete(nth, &*self.disk.image);
     }
 
-    /// Waits until something holds.
     fn wait_until(&self, mut holds: impl FnMut() -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !holds() {
-            assert!(Instant::now() < deadline, "it never comes true");
+            assert!(Instant::now() < deadline, "timed out");
             std::thread::yield_now();
         }
     }
 
-    /// The next errand that ends, and how.
-    fn end_of(&self, errands: &mut InFlight<'_, u32>) -> (u32, Result<(), i32>) {
+    /// Waits for the next outcome.
+    fn end_of(&self, in_flight: &mut InFlight<'_, u32>) -> (u32, Result<(), i32>) {
         let mut end = None;
         self.wait_until(|| {
-            end = told(errands);
+            end = next_outcome(in_flight);
             end.is_some()
         });
         end.unwrap()
@@ -83,81 +82,81 @@ fn zero(offset: u64, length: u64) -> Work {
     Work::Zero { range: range(offset, length), how: Zeroing::default(), durable: true }
 }
 
-fn told(errands: &mut InFlight<'_, u32>) -> Option<(u32, Result<(), i32>)> {
-    let (token, outcome) = errands.next_completed()?;
+fn next_outcome(in_flight: &mut InFlight<'_, u32>) -> Option<(u32, Result<(), i32>)> {
+    let (token, outcome) = in_flight.next_completed()?;
     Some((token, outcome.map_err(|error| errno_of(&error))))
 }
 
 #[test]
-fn errands_end_in_whatever_order_their_calls_do() {
+fn operations_complete_in_the_order_of_their_calls() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
+    let mut in_flight = fixture.in_flight();
     for token in 0..3 {
-        fixture.begin(&mut errands, Work::Prefetch(range(0, 512)), token);
+        fixture.begin(&mut in_flight, Work::Prefetch(range(0, 512)), token);
     }
-    assert!(told(&mut errands).is_none() && !errands.is_empty());
+    assert!(next_outcome(&mut in_flight).is_none() && !in_flight.is_empty());
     for (nth, token) in [(1, 1), (1, 2), (0, 0)] {
-        let rung = fixture.notifier.count();
-        fixture.finish(nth);
-        assert_eq!(fixture.notifier.count(), rung + 1);
-        assert_eq!(told(&mut errands), Some((token, Ok(()))));
+        let before = fixture.notifier.count();
+        fixture.complete(nth);
+        assert_eq!(fixture.notifier.count(), before + 1);
+        assert_eq!(next_outcome(&mut in_flight), Some((token, Ok(()))));
     }
-    assert!(errands.is_empty());
+    assert!(in_flight.is_empty());
 }
 
 #[test]
-fn the_gate_cannot_be_closed_behind_an_errand() {
+fn the_gate_does_not_close_before_an_operation_completes() {
     let fixture = fixture();
     for work in [Work::Flush, write(0, 512), zero(0, 512), Work::Populate(range(0, 512))] {
-        let mut errands = fixture.errands();
-        fixture.begin(&mut errands, work.clone(), 0);
+        let mut in_flight = fixture.in_flight();
+        fixture.begin(&mut in_flight, work.clone(), 0);
         while fixture.slow.count() > 0 {
             assert!(fixture.gate_is_busy(), "{work:?}");
-            fixture.finish(0);
-            assert!(fixture.gate_is_busy(), "{work:?}: it has not been heard of");
-            if told(&mut errands).is_some() {
+            fixture.complete(0);
+            assert!(fixture.gate_is_busy(), "{work:?}: its completion has not been taken");
+            if next_outcome(&mut in_flight).is_some() {
                 break;
             }
-            errands.submit();
+            in_flight.submit();
         }
         assert!(!fixture.gate_is_busy(), "{work:?}");
     }
 }
 
 #[test]
-fn what_changes_is_marked_after_the_bytes_are_there_and_before_anybody_is_told() {
+fn changes_are_marked_after_writing_and_before_the_outcome() {
     let fixture = fixture();
     let works = [write(0, 512), Work::Trim { range: range(0, 512), durable: false }, zero(0, 512)];
     for work in works {
         for fails in [false, true] {
-            let mut errands = fixture.errands();
-            fixture.begin(&mut errands, work.clone(), 0);
+            let mut in_flight = fixture.in_flight();
+            fixture.begin(&mut in_flight, work.clone(), 0);
             let dirty = fixture.disk.track().unwrap();
             assert_eq!(dirty.count(), 0);
             if fails {
                 fixture.slow.fail(0, ENOSPC);
                 fixture.faults.fail_every(Op::Write, ENOSPC);
             } else {
-                fixture.finish(0);
+                fixture.complete(0);
             }
-            let outcome = told(&mut errands);
+            let outcome = next_outcome(&mut in_flight);
             assert_eq!(dirty.take_next(0, BLOCK), Some(range(0, BLOCK)), "{work:?}");
             assert_eq!(fails, outcome == Some((0, Err(ENOSPC))), "{work:?}");
             fixture.faults.heal();
             fixture.slow.complete_all(&*fixture.disk.image);
-            drop(errands);
+            drop(in_flight);
             fixture.slow.block_all();
         }
     }
 }
 
 #[test]
-fn errands_that_are_dropped_are_waited_for_and_their_changes_marked() {
+fn dropping_waits_for_operations_and_marks_their_changes() {
     let fixture = fixture();
     let dirty = fixture.disk.track().unwrap();
-    let mut errands = fixture.errands();
-    fixture.begin(&mut errands, write(0, 512), 0);
-    fixture.begin(&mut errands, zero(BLOCK, BLOCK), 1);
+    let mut in_flight = fixture.in_flight();
+    fixture.begin(&mut in_flight, write(0, 512), 0);
+    fixture.begin(&mut in_flight, zero(BLOCK, BLOCK), 1);
     std::thread::scope(|scope| {
         let (disk, slow) = (&fixture.disk, &fixture.slow);
         let ending = scope.spawn(|| {
@@ -166,192 +165,192 @@ fn errands_that_are_dropped_are_waited_for_and_their_changes_marked() {
             slow.complete(1, &*disk.image);
             slow.complete(0, &*disk.image);
         });
-        drop(errands);
+        drop(in_flight);
         ending.join().unwrap();
     });
     assert!(!fixture.gate_is_busy());
     assert_eq!(dirty.count(), 2);
     assert_eq!(fixture.memory.contents()[..512], [7; 512]);
-    assert_eq!(fixture.faults.count(Op::Flush), 0, "nothing is begun for nobody");
+    assert_eq!(fixture.faults.count(Op::Flush), 0, "nothing is started for a dropped session");
 }
 
 #[test]
-fn the_gate_is_never_closed_behind_what_nobody_tells_the_end_of() {
+fn a_lost_completion_keeps_the_gate_busy_and_fails_flushes() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
-    fixture.begin(&mut errands, write(0, 512), 0);
+    let mut in_flight = fixture.in_flight();
+    fixture.begin(&mut in_flight, write(0, 512), 0);
     fixture.slow.drop_completions();
-    drop(errands);
+    drop(in_flight);
     assert!(fixture.gate_is_busy());
-    let mut others = fixture.errands();
+    let mut others = fixture.in_flight();
     fixture.begin(&mut others, Work::Flush, 1);
-    assert_eq!(told(&mut others), Some((1, Err(EIO))), "it may have been that one's failure");
+    assert_eq!(next_outcome(&mut others), Some((1, Err(EIO))), "the lost flush may have failed");
 }
 
 #[test]
-fn there_is_room_up_to_the_limits_and_not_beyond() {
+fn there_is_room_up_to_the_limits() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
+    let mut in_flight = fixture.in_flight();
     for _ in 0..IN_FLIGHT_MAX {
-        assert!(errands.has_room(0));
-        fixture.begin(&mut errands, Work::Flush, 0);
+        assert!(in_flight.has_room(0));
+        fixture.begin(&mut in_flight, Work::Flush, 0);
     }
-    assert!(!errands.has_room(0));
+    assert!(!in_flight.has_room(0));
     fixture.slow.complete_all(&*fixture.disk.image);
-    while told(&mut errands).is_some() {}
+    while next_outcome(&mut in_flight).is_some() {}
     fixture.slow.block_all();
 
-    assert!(errands.has_room(usize::MAX), "one alone may be of any size");
-    fixture.begin(&mut errands, write(0, BYTES_MAX - 512), 0);
-    assert!(errands.has_room(512) && !errands.has_room(513));
-    fixture.finish(0);
-    assert!(told(&mut errands).is_some() && errands.has_room(usize::MAX));
+    assert!(in_flight.has_room(usize::MAX), "a single operation may be of any size");
+    fixture.begin(&mut in_flight, write(0, BYTES_MAX - 512), 0);
+    assert!(in_flight.has_room(512) && !in_flight.has_room(513));
+    fixture.complete(0);
+    assert!(next_outcome(&mut in_flight).is_some() && in_flight.has_room(usize::MAX));
 }
 
 #[test]
 fn two_changes_overlap_if_they_share_a_byte() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
-    fixture.begin(&mut errands, Work::Populate(range(0, SIZE)), 0);
-    fixture.begin(&mut errands, write(1000, 10), 1);
+    let mut in_flight = fixture.in_flight();
+    fixture.begin(&mut in_flight, Work::Populate(range(0, SIZE)), 0);
+    fixture.begin(&mut in_flight, write(1000, 10), 1);
     for (offset, length, shares) in
         [(0, 1000, false), (0, 1001, true), (1009, 1, true), (1010, 9, false), (1005, 0, false)]
     {
-        assert_eq!(!errands.is_clear(range(offset, length)), shares, "{length} at {offset}");
+        assert_eq!(!in_flight.is_clear(range(offset, length)), shares, "{length} at {offset}");
     }
-    fixture.finish(1);
-    assert!(told(&mut errands).is_some() && errands.is_clear(range(0, SIZE)));
-    fixture.finish(0);
+    fixture.complete(1);
+    assert!(next_outcome(&mut in_flight).is_some() && in_flight.is_clear(range(0, SIZE)));
+    fixture.complete(0);
 }
 
 #[test]
-fn calls_that_a_lane_declines_are_made_by_threads() {
+fn threads_execute_calls_that_the_queue_declines() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
+    let mut in_flight = fixture.in_flight();
     fixture.memory.write(0, &[1; 8192], false).unwrap();
-    fixture.begin(&mut errands, zero(0, 8192), 0);
+    fixture.begin(&mut in_flight, zero(0, 8192), 0);
     fixture.slow.decline(0);
-    assert!(told(&mut errands).is_none());
+    assert!(next_outcome(&mut in_flight).is_none());
     fixture.wait_until(|| fixture.memory.allocated_blocks() == 0);
     fixture.wait_until(|| {
-        assert!(told(&mut errands).is_none());
-        errands.submit();
+        assert!(next_outcome(&mut in_flight).is_none());
+        in_flight.submit();
         fixture.slow.count() == 1
     });
     fixture.slow.decline(0);
-    assert_eq!(fixture.end_of(&mut errands), (0, Ok(())));
+    assert_eq!(fixture.end_of(&mut in_flight), (0, Ok(())));
     assert_eq!(fixture.faults.count(Op::Flush), 1);
 }
 
 #[test]
-fn what_is_given_back_by_a_kernel_that_takes_nothing_is_heard_of() {
+fn rejected_submissions_are_noticed_and_executed_by_threads() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
+    let mut in_flight = fixture.in_flight();
     fixture.slow.reject_submissions();
-    fixture.begin(&mut errands, Work::Flush, 0);
-    assert!(errands.has_completed() || fixture.notifier.count() > 0, "or nobody would look");
-    assert_eq!(fixture.end_of(&mut errands), (0, Ok(())));
+    fixture.begin(&mut in_flight, Work::Flush, 0);
+    assert!(in_flight.has_completed() || fixture.notifier.count() > 0, "the session must wake");
+    assert_eq!(fixture.end_of(&mut in_flight), (0, Ok(())));
     assert_eq!(fixture.faults.count(Op::Flush), 1);
 }
 
 #[test]
-fn what_is_to_be_durable_is_flushed_after_it_was_made_and_not_if_that_failed() {
+fn a_durable_change_flushes_after_it_succeeded_only() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
-    fixture.begin(&mut errands, zero(0, 512), 0);
-    fixture.finish(0);
-    assert!(told(&mut errands).is_none());
-    errands.submit();
+    let mut in_flight = fixture.in_flight();
+    fixture.begin(&mut in_flight, zero(0, 512), 0);
+    fixture.complete(0);
+    assert!(next_outcome(&mut in_flight).is_none());
+    in_flight.submit();
     assert_eq!(fixture.slow.wait_for(1), ["Flush"]);
-    fixture.finish(0);
-    assert_eq!(told(&mut errands), Some((0, Ok(()))));
-    fixture.begin(&mut errands, zero(0, 512), 1);
+    fixture.complete(0);
+    assert_eq!(next_outcome(&mut in_flight), Some((0, Ok(()))));
+    fixture.begin(&mut in_flight, zero(0, 512), 1);
     fixture.slow.fail(0, ENOSPC);
-    assert_eq!(told(&mut errands), Some((1, Err(ENOSPC))));
+    assert_eq!(next_outcome(&mut in_flight), Some((1, Err(ENOSPC))));
     assert_eq!(fixture.slow.count(), 0);
 }
 
 #[test]
-fn what_is_gathered_is_written_and_made_durable_by_one_flush() {
+fn batched_durable_operations_share_one_flush() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
+    let mut in_flight = fixture.in_flight();
     let dirty = fixture.disk.track().unwrap();
     let visit = || fixture.disk.enter(&|| true).unwrap();
     for (token, work) in (0..).zip([write(0, 512), Work::Flush, write(BLOCK, 512)]) {
-        errands.begin(visit(), work, token);
+        in_flight.begin(visit(), work, token);
     }
-    assert!(!errands.is_clear(range(0, 1)), "it is not written yet");
+    assert!(!in_flight.is_clear(range(0, 1)), "it is not written yet");
     assert_eq!((fixture.slow.count(), dirty.count()), (0, 0));
-    errands.submit();
+    in_flight.submit();
     assert_eq!(fixture.slow.wait_for(1), ["Flush"]);
     assert_eq!((dirty.count(), fixture.faults.count(Op::Write)), (2, 2));
-    assert!(errands.is_clear(range(0, SIZE)), "what is written may be overwritten");
+    assert!(in_flight.is_clear(range(0, SIZE)), "written bytes may be overwritten");
     assert!(fixture.gate_is_busy());
     fixture.slow.fail(0, EIO);
-    let mut all: Vec<_> = std::iter::from_fn(|| told(&mut errands)).collect();
+    let mut all: Vec<_> = std::iter::from_fn(|| next_outcome(&mut in_flight)).collect();
     all.sort_unstable();
     assert_eq!(all, [(0, Err(EIO)), (1, Err(EIO)), (2, Err(EIO))]);
-    assert!(errands.is_empty() && !fixture.gate_is_busy());
+    assert!(in_flight.is_empty() && !fixture.gate_is_busy());
 }
 
 #[test]
-fn a_write_that_fails_among_others_fails_alone() {
+fn a_failed_write_in_a_batch_fails_alone() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
+    let mut in_flight = fixture.in_flight();
     for token in 0..3 {
         let work = write(u64::from(token) * 512, 512);
-        errands.begin(fixture.disk.enter(&|| true).unwrap(), work, token);
+        in_flight.begin(fixture.disk.enter(&|| true).unwrap(), work, token);
     }
     fixture.faults.fail_nth(2, ENOSPC);
-    errands.submit();
-    assert_eq!(told(&mut errands), Some((1, Err(ENOSPC))));
-    fixture.finish(0);
-    assert_eq!(told(&mut errands), Some((0, Ok(()))));
-    assert_eq!(told(&mut errands), Some((2, Ok(()))));
+    in_flight.submit();
+    assert_eq!(next_outcome(&mut in_flight), Some((1, Err(ENOSPC))));
+    fixture.complete(0);
+    assert_eq!(next_outcome(&mut in_flight), Some((0, Ok(()))));
+    assert_eq!(next_outcome(&mut in_flight), Some((2, Ok(()))));
 }
 
 #[test]
-fn a_failed_flush_is_told_to_whoever_flushed_at_the_same_time() {
+fn a_failed_flush_fails_concurrent_flushes() {
     for work in [Work::Flush, write(0, 512)] {
         let fixture = fixture();
-        let (mut ours, mut theirs) = (fixture.errands(), fixture.errands());
+        let (mut ours, mut theirs) = (fixture.in_flight(), fixture.in_flight());
         fixture.begin(&mut theirs, Work::Flush, 1);
         fixture.begin(&mut ours, work.clone(), 0);
-        // The kernel says success to us, but only because it tells the failure to them.
-        fixture.finish(1);
-        assert!(told(&mut ours).is_none() && !ours.is_empty(), "{work:?}");
+        // Our fsync succeeds, but only because the kernel reports the failure to theirs.
+        fixture.complete(1);
+        assert!(next_outcome(&mut ours).is_none() && !ours.is_empty(), "{work:?}");
         assert!(fixture.gate_is_busy());
         fixture.slow.fail(0, EIO);
-        assert_eq!(told(&mut theirs), Some((1, Err(EIO))));
-        assert!(fixture.notifier.count() > 2, "{work:?}: told to look again");
-        assert_eq!(told(&mut ours), Some((0, Err(EIO))), "{work:?}");
+        assert_eq!(next_outcome(&mut theirs), Some((1, Err(EIO))));
+        assert!(fixture.notifier.count() > 2, "{work:?}: woken to check again");
+        assert_eq!(next_outcome(&mut ours), Some((0, Err(EIO))), "{work:?}");
         fixture.begin(&mut ours, Work::Flush, 2);
-        assert_eq!(told(&mut ours), Some((2, Err(EIO))), "the kernel is not asked again");
+        assert_eq!(next_outcome(&mut ours), Some((2, Err(EIO))), "the kernel is not asked again");
         assert!(!fixture.gate_is_busy());
     }
 }
 
 #[test]
-fn nobody_waits_for_a_flush_that_began_after_theirs_had_ended() {
+fn a_flush_does_not_wait_for_later_flushes() {
     let fixture = fixture();
-    let (mut ours, mut theirs) = (fixture.errands(), fixture.errands());
+    let (mut ours, mut theirs) = (fixture.in_flight(), fixture.in_flight());
     fixture.begin(&mut theirs, Work::Flush, 1);
     fixture.begin(&mut ours, Work::Flush, 0);
-    fixture.finish(1);
-    assert!(told(&mut ours).is_none());
+    fixture.complete(1);
+    assert!(next_outcome(&mut ours).is_none());
     fixture.begin(&mut theirs, Work::Flush, 2);
-    fixture.finish(0);
-    assert_eq!(told(&mut theirs), None, "the second is under way");
-    assert_eq!(told(&mut ours), Some((0, Ok(()))));
-    fixture.finish(0);
-    assert_eq!(told(&mut theirs), Some((2, Ok(()))));
-    assert_eq!(told(&mut theirs), Some((1, Ok(()))));
+    fixture.complete(0);
+    assert_eq!(next_outcome(&mut theirs), None, "the second is in flight");
+    assert_eq!(next_outcome(&mut ours), Some((0, Ok(()))));
+    fixture.complete(0);
+    assert_eq!(next_outcome(&mut theirs), Some((2, Ok(()))));
+    assert_eq!(next_outcome(&mut theirs), Some((1, Ok(()))));
 }
 
 #[test]
-fn a_write_to_parts_of_blocks_that_are_not_in_memory_loads_them_first() {
+fn a_write_populates_cold_edges_first() {
     let fixture = fixture();
-    let mut errands = fixture.errands();
+    let mut in_flight = fixture.in_flight();
     fixture.slow.evict_all();
     let visit = fixture.disk.enter(&|| true).unwrap();
     for (offset, length, edges) in [
@@ -366,22 +365,22 @@ fn a_write_to_parts_of_blocks_that_are_not_in_memory_loads_them_first() {
     }
     drop(visit);
     for durable in [false, true] {
-        // Zeros at the beginning, in a hole: what is durable has to be flushed then.
+        // Zeros at the beginning, in a hole, so a durable write has to flush.
         let mut data = vec![0; 9000];
         data[8999] = 5;
-        fixture.begin(&mut errands, Work::Write { offset: 100, data, durable }, 0);
+        fixture.begin(&mut in_flight, Work::Write { offset: 100, data, durable }, 0);
         let loads = fixture.slow.wait_for(1);
         assert!(loads[0].starts_with("Populate"), "{loads:?}");
         assert!(!fixture.memory.contents().contains(&5));
-        fixture.finish(0);
+        fixture.complete(0);
         if durable {
-            assert!(told(&mut errands).is_none());
-            errands.submit();
-            fixture.finish(0);
+            assert!(next_outcome(&mut in_flight).is_none());
+            in_flight.submit();
+            fixture.complete(0);
         }
-        assert_eq!(told(&mut errands), Some((0, Ok(()))));
+        assert_eq!(next_outcome(&mut in_flight), Some((0, Ok(()))));
         assert_eq!(fixture.memory.contents()[9099], 5);
-        assert_eq!(fixture.memory.allocated_blocks(), 1, "the zeros have filled a hole");
+        assert_eq!(fixture.memory.allocated_blocks(), 1, "the zeros filled a hole");
         fixture.memory.write(8192, &[0; 4096], false).unwrap();
         fixture.memory.trim(range(0, 16384)).unwrap();
         fixture.slow.evict_all();

@@ -1,4 +1,4 @@
-//! What an errand is, and what is kept of it while it waits and while it is under way.
+//! The operations of a session, and their state while they wait and while they execute.
 
 use super::super::device::Visit;
 use super::super::flush_errors::FlushGuard;
@@ -7,40 +7,40 @@ use super::super::overlap::Change;
 use crate::range::Range;
 use std::time::Instant;
 
-/// How many errands of one session may be under way.
+/// Most operations of one session in flight.
 pub const IN_FLIGHT_MAX: usize = 128;
-/// How many bytes they may hold, unless it is one alone.
+/// Most bytes of data that they hold; a single operation may hold more.
 pub const BYTES_MAX: usize = 2 << 20;
 
-/// What can be done aside.
+/// What an operation does.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// Brings the range into memory, so that [`Visit::read_now`] is likely to find it. Never fails.
+    /// Populates the page cache, so that [`Visit::read_now`] is likely to succeed. Never fails.
     Populate(Range),
-    /// Asks the kernel to bring the range into memory (`NBD_CMD_CACHE`).
+    /// Starts readahead of the range (`NBD_CMD_CACHE`).
     Prefetch(Range),
-    /// Makes everything durable that any visit wrote before.
+    /// Makes everything durable that any visit wrote before (`NBD_CMD_FLUSH`).
     Flush,
-    /// Writes all of `data`; zeros that would go into a hole leave it one.
+    /// Writes all of `data`, leaving out zeros that would go into a hole.
     Write {
         /// Where, in bytes.
         offset: u64,
-        /// What.
+        /// The bytes.
         data: Vec<u8>,
-        /// Over only once it is on stable storage (`NBD_CMD_FLAG_FUA`).
+        /// Complete only once it is on stable storage (`NBD_CMD_FLAG_FUA`).
         durable: bool,
     },
-    /// Makes the range read as zeros, to the byte.
+    /// Makes exactly the range read as zeros.
     Zero {
         /// Where.
         range: Range,
-        /// With or without a hole.
+        /// Hole or allocated, fast or not.
         how: Zeroing,
         /// As for a write.
         durable: bool,
     },
-    /// Gives back what can be given back of the range, of which the bytes may then read as
-    /// anything. That the image cannot is no error.
+    /// Deallocates what can be deallocated; the bytes may then read as anything. Succeeds where the
+    /// image cannot.
     Trim {
         /// Where.
         range: Range,
@@ -49,18 +49,18 @@ pub enum Work {
     },
 }
 
-/// How calls are made.
+/// What executes the calls.
 #[derive(Debug)]
 pub(super) enum Executor<'a> {
-    /// Not known until the first call.
+    /// Chosen at the first call.
     Unknown,
-    /// By a lane.
-    Lane(Box<dyn IoQueue + 'a>),
-    /// By threads.
-    Helpers,
+    /// The backend's I/O queue.
+    Queue(Box<dyn IoQueue + 'a>),
+    /// The disk's threads.
+    Threads,
 }
 
-/// An errand that has to wait before it goes on.
+/// An operation that waits to start, or to continue with its next part.
 #[derive(Debug)]
 pub(super) struct Queued<'a, T> {
     pub(super) token: T,
@@ -69,25 +69,26 @@ pub(super) struct Queued<'a, T> {
     pub(super) weight: usize,
 }
 
+/// An operation that executes, or is batched for a commit.
 #[derive(Debug)]
 pub(super) struct Operation<'a, T> {
     pub(super) token: T,
     pub(super) visit: Visit<'a>,
-    /// Until the bytes are there.
+    /// Until the bytes are written.
     pub(super) change: Option<Change<'a>>,
-    /// What is to follow the call that is under way.
-    pub(super) then: NextStep,
-    pub(super) listening: Option<FlushGuard<'a>>,
-    /// Those whom the flush that is under way is for, too.
-    pub(super) joined: Vec<Operation<'a, T>>,
-    /// Bytes that it holds.
+    /// What follows the call in flight.
+    pub(super) next_step: NextStep,
+    pub(super) flush_guard: Option<FlushGuard<'a>>,
+    /// Other operations that the same flush makes durable.
+    pub(super) members: Vec<Operation<'a, T>>,
+    /// Bytes of data that it holds.
     pub(super) weight: usize,
 }
 
-/// An errand that is to be made durable, and what it has not written yet.
+/// A durable operation, with the write that it has not executed yet.
 #[derive(Debug)]
 pub(super) struct Batched<'a, T> {
-    pub(super) errand: Operation<'a, T>,
+    pub(super) operation: Operation<'a, T>,
     pub(super) write: Option<(u64, Vec<u8>)>,
 }
 
@@ -99,7 +100,7 @@ pub(super) enum NextStep {
         data: Vec<u8>,
         durable: bool,
     },
-    /// This, which may be empty, after the part that was begun at that time.
+    /// The rest of a zeroing or trim, which may be empty, after the part started at `since`.
     Rest {
         rest: Work,
         since: Instant,
