@@ -12,12 +12,13 @@
 //! 3   server  migration
 //! 2   client  control
 //! 1   nbd  disk  net  systemd
-//! 0   human  memory_reserve  message_id  range  small_file  sync  transition_table
+//! 0   human  memory_reserve  message_id  milestones  range  small_file  sync  transition_table
 //! ```
 //!
 //! * [`human`]: counts, sizes, times and percentages in texts for operators.
 //! * [`memory_reserve`]: the global allocator, with a reserve for small allocations.
 //! * [`message_id`]: the message ids of the journal.
+//! * [`milestones`]: which points of a copy's progress get a line.
 //! * [`range`]: a byte range that can neither overflow nor leave its disk.
 //! * [`small_file`]: reads regular files of bounded size.
 //! * [`sync`]: locks and waits that ignore poisoning.
@@ -87,6 +88,7 @@ pub mod human;
 pub mod memory_reserve;
 pub mod message_id;
 pub mod migration;
+pub mod milestones;
 pub mod nbd;
 pub mod net;
 pub mod range;

@@ -13,6 +13,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("human", 0),
     ("memory_reserve", 0),
     ("message_id", 0),
+    ("milestones", 0),
     ("range", 0),
     ("small_file", 0),
     ("sync", 0),
@@ -33,6 +34,7 @@ const FLOORS: &[(&str, u32)] = &[
 
 /// Files and rooms that decide without doing.
 const PURE: &[&str] = &[
+    "milestones.rs",
     "range.rs",
     "human.rs",
     "nbd",

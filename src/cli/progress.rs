@@ -4,13 +4,9 @@
 use crate::control::status::{MIGRATION_PASSES, MIGRATION_STAGE};
 use crate::control::{Status, Summary};
 use crate::human;
+use crate::milestones::Milestones;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::time::Duration;
-
-/// How many percent of the disk are worth a line.
-const LINE_PERCENT: u64 = 10;
-/// After how long without a line there is one all the same.
-const LINE_EVERY: Duration = Duration::from_secs(30);
 
 /// What one status tells of a running migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,25 +126,23 @@ impl Display {
 
 const TEMPLATE: &str = "[{wide_bar}] {msg}";
 
-/// Decides which sights are worth a line.
+/// Selects the samples that get a line: milestones, and those with another obstacle than before.
 #[derive(Debug, Default)]
 pub(super) struct LineFilter {
-    /// The percentage of the last line, rounded down to a whole step.
-    percent: u64,
-    last: Duration,
+    milestones: Milestones,
     obstacle: Option<ShownObstacle>,
 }
 
 impl LineFilter {
     fn next(&mut self, at: Duration, sight: &StatusSample) -> Option<String> {
-        let percent = sight.percent() / LINE_PERCENT * LINE_PERCENT;
-        let changed = sight.obstacle != self.obstacle;
-        if percent <= self.percent && at < self.last + LINE_EVERY && !changed {
-            return None;
+        let percent = sight.percent();
+        if !self.milestones.pass(at, percent) {
+            if sight.obstacle == self.obstacle {
+                return None;
+            }
+            self.milestones.record(at, percent);
         }
-        // What clients write again takes percents back, which are not worth a second line.
-        self.percent = self.percent.max(percent);
-        (self.last, self.obstacle) = (at, sight.obstacle);
+        self.obstacle = sight.obstacle;
         Some(sight.told())
     }
 }
@@ -225,24 +219,11 @@ mod tests {
     }
 
     #[test]
-    fn every_ten_percent_are_worth_one_line() {
+    fn a_milestone_gets_a_line() {
         let mut lines = LineFilter::default();
-        let mut told = |percent| lines.next(seconds(1), &at(percent)).is_some();
-        let due: Vec<u64> = (0..=35).filter(|percent| told(*percent)).collect();
-        assert_eq!(due, [10, 20, 30]);
-        assert!(told(70), "steps may be skipped");
-        assert!(!told(60) && !told(70), "what is done again is not told again");
-        assert!(told(80));
-    }
-
-    #[test]
-    fn thirty_seconds_are_worth_a_line() {
-        let mut lines = LineFilter::default();
-        let mut told = |time| lines.next(time, &START).is_some();
-        assert!(!told(LINE_EVERY - Duration::from_millis(1)));
-        assert!(told(LINE_EVERY));
-        assert!(!told(LINE_EVERY + seconds(29)));
-        assert!(told(LINE_EVERY + LINE_EVERY));
+        assert_eq!(lines.next(seconds(1), &at(9)), None);
+        assert_eq!(lines.next(seconds(2), &at(10)), Some(at(10).told()));
+        assert_eq!(lines.next(seconds(3), &at(11)), None);
     }
 
     #[test]

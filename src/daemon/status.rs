@@ -9,6 +9,7 @@ use super::notify::log_unsent;
 use crate::human;
 use crate::migration::job::{Outcome, Progress};
 use crate::migration::source::MigrationHandle;
+use crate::milestones::Milestones;
 use crate::systemd::ServiceManager;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,10 +17,6 @@ pub(super) use text::IdleStatus;
 
 /// Shortest time between two reports, and the time between them while a migration runs.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// The journal gets a line about a migration after so many percent of the disk,
-const LINE_PERCENT: u64 = 10;
-/// or after this time, whichever comes first.
-const LINE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Keeps the service manager's status line and the journal's progress lines up to date.
 #[derive(Debug)]
@@ -39,6 +36,7 @@ pub(super) struct StatusReporter {
 struct MigrationStatus {
     log: MigrationLog,
     handle: Arc<MigrationHandle>,
+    started: Instant,
     milestones: Milestones,
 }
 
@@ -61,8 +59,8 @@ impl StatusReporter {
         handle: Arc<MigrationHandle>,
         now: Instant,
     ) {
-        let milestones = Milestones { percent: 0, last: now };
-        self.migration = Some(MigrationStatus { log, handle, milestones });
+        let milestones = Milestones::default();
+        self.migration = Some(MigrationStatus { log, handle, started: now, milestones });
         self.mark_changed();
     }
 
@@ -108,11 +106,12 @@ impl StatusReporter {
 impl MigrationStatus {
     /// The status. Also logs the progress, if a line is due.
     fn report(&mut self, now: Instant) -> String {
-        let Self { log, handle, milestones } = self;
+        let Self { log, handle, started, milestones } = self;
+        let elapsed = now.saturating_duration_since(*started);
         let progress = handle.progress();
         let text = text::progress(log.size, progress.as_ref());
         if let Some(progress) = progress.filter(Progress::is_copying)
-            && milestones.passes(now, human::percent_done(log.size, progress.bytes_left))
+            && milestones.pass(elapsed, human::percent_done(log.size, progress.bytes_left))
         {
             log.log_progress(&progress, &text);
         }
@@ -136,26 +135,6 @@ impl ReportSchedule {
 
     fn reported(&mut self, now: Instant) {
         (self.last, self.has_changed) = (Some(now), false);
-    }
-}
-
-/// Which points of a migration's progress get a line.
-#[derive(Clone, Copy, Debug)]
-struct Milestones {
-    /// That of the last line, rounded down to a whole step.
-    percent: u64,
-    last: Instant,
-}
-
-impl Milestones {
-    fn passes(&mut self, now: Instant, percent: u64) -> bool {
-        let percent = percent / LINE_PERCENT * LINE_PERCENT;
-        if percent <= self.percent && now < self.last + LINE_INTERVAL {
-            return false;
-        }
-        // Writes of clients reduce the percentage; the steps that follow get no second line.
-        (self.percent, self.last) = (self.percent.max(percent), now);
-        true
     }
 }
 
@@ -183,21 +162,5 @@ mod tests {
         assert_eq!(schedule.deadline(true, start), Some(start));
         schedule.reported(start);
         assert_eq!(schedule.deadline(true, start), Some(start + REPORT_INTERVAL));
-    }
-
-    #[test]
-    fn a_line_is_due_every_tenth_and_half_minute() {
-        let start = Instant::now();
-        let after = |seconds| start + Duration::from_secs(seconds);
-        let mut milestones = Milestones { percent: 0, last: start };
-        assert!(!milestones.passes(after(1), 9));
-        assert!(milestones.passes(after(2), 10));
-        assert!(!milestones.passes(after(3), 19));
-        assert!(milestones.passes(after(4), 45), "several steps share one line");
-        assert!(!milestones.passes(after(5), 38), "clients have written again");
-        assert!(!milestones.passes(after(33), 41));
-        assert!(milestones.passes(after(34), 41), "half a minute");
-        assert!(!milestones.passes(after(35), 49));
-        assert!(milestones.passes(after(36), 50));
     }
 }
