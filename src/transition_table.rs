@@ -7,14 +7,14 @@ use std::fmt::Write;
 use std::path::Path;
 use std::{env, fs, thread};
 
-/// The variable that makes a test rewrite its table.
-const ACCEPT_VARIABLE: &str = "FLEXNBD_ACCEPT";
+/// The environment variable that makes a test rewrite its table.
+const ACCEPT: &str = "FLEXNBD_ACCEPT";
 
 /// Fails with a diff unless the file at `path`, relative to `src`, holds exactly `table`.
 #[track_caller]
 pub(crate) fn assert_accepted(path: &str, table: &str) {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(path);
-    if env::var_os(ACCEPT_VARIABLE).is_some_and(|value| value == "1") {
+    if env::var_os(ACCEPT).is_some_and(|value| value == "1") {
         fs::write(&file, table).unwrap();
         return;
     }
@@ -25,7 +25,7 @@ pub(crate) fn assert_accepted(path: &str, table: &str) {
         changed.is_empty(),
         "src/{path} (-) is not what the code decides (+):\n{changed}\
          If the change is intended, accept it and commit the file:\n\
-         {ACCEPT_VARIABLE}=1 cargo test --lib {test}",
+         {ACCEPT}=1 cargo test --lib {test}",
     );
 }
 
