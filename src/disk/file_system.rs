@@ -1,42 +1,41 @@
-//! What lies under an image: how coarse its file system works, and what it is known to do right.
-//! What is concluded is pure; [`probe`] asks the kernel, and changes nothing.
+//! Properties of the file system under an image: its block size, and whether its pages and holes can
+//! be trusted. Pure, except [`probe`], which queries the kernel and changes nothing.
 //!
 //! # Whole blocks
 //!
-//! `fallocate(2)` takes any range, and is exact on the disk. In memory it need not be: XFS rounds a
-//! range outwards to its allocation unit and to pages, writes back what is unwritten there, and
-//! drops it from the page cache; where the rounded range ends inside a large folio, its part of the
-//! folio is zeroed first. Whoever holds a reference to such a page, as a socket does after
-//! `splice(2)` or `sendfile(2)`, then reads zeros in place of bytes that nobody changed. So only
-//! whole blocks are given to `fallocate`: blocks of [`FileSystem::block`], which are pages at least.
-//! What is left over at the edges is written (a zero) or left alone (a trim).
+//! `fallocate(2)` takes any range, and is exact on the disk, but not in memory. XFS rounds a range
+//! outwards to its allocation unit and to pages, writes back the dirty pages there, and drops the
+//! range from the page cache; where the rounded range ends inside a large folio, XFS first zeroes its
+//! part of the folio. A socket that holds a reference to such a page, after `splice(2)` or
+//! `sendfile(2)`, then sends zeros instead of bytes that no client changed. So we call `fallocate`
+//! with whole blocks only, of [`FileSystem::block`] bytes, which is at least a page. At the edges, a
+//! zero request writes zeros and a trim does nothing.
 //!
 //! # By reference
 //!
-//! A reply that refers to the page cache changes with it until it has been received. That is right
-//! as long as a page changes only in bytes that a client changes: it then gets what it would get if
-//! its read had been a little earlier or later. Writes do so everywhere, and punches of whole blocks
-//! on the file systems listed here, and on block devices. Of others nothing is known, and what is
-//! sent is copied first.
+//! A reply that refers to the page cache changes with it until the client has received it. That is
+//! correct as long as a page changes only in bytes that a client changes: the read then returns what
+//! it would have returned a little earlier or later. Writes behave so on every file system, punches
+//! of whole blocks on [`KNOWN`] file systems and block devices. On other file systems replies are
+//! copied first.
 //!
 //! # Holes
 //!
-//! The same file systems keep `SEEK_DATA` right (`lseek(2)`): what is only in memory is data to
-//! them, and the kernel's own tests hold them to that. Elsewhere data was seen in what was called a
-//! hole: ZFS before 2.2.2, FUSE servers and network file systems, which answer for what they know.
-//! There everything is data, unless an operator says otherwise ([`HolePolicy`]). Wherever a hole is
-//! believed, it is so for reads, block status and migrations; a write of zeros is left out only after
-//! its place was read, and found to be zero.
+//! The same file systems keep `SEEK_DATA` correct (`lseek(2)`): they report dirty pages as data, and
+//! the kernel's own tests check that. Others have reported data as a hole: ZFS before 2.2.2, FUSE
+//! servers and network file systems, which answer for the state of the server. There everything
+//! counts as data, unless an operator sets a [`HolePolicy`]. A trusted hole is one for reads, block
+//! status and migrations; a write of zeros is skipped only after a read of its range returned zeros.
 
 use super::open::FileKind;
 use super::syscalls;
 use nix::unistd::{SysconfVar, sysconf};
 use std::fs::File;
 
-/// The size of a page where the kernel does not tell, in bytes.
+/// Page size in bytes if sysconf(3) fails.
 const PAGE: u64 = 4096;
-/// The largest block that a file system is believed to have, in bytes. Network file systems give
-/// the size of a transfer, and others that of a record, of which they change parts without harm.
+/// Largest plausible block size in bytes. Network file systems report the size of a transfer, and
+/// others that of a record, parts of which they change without harm.
 const BLOCK_MAX: u64 = 64 << 10;
 
 /// `f_type` of `statfs(2)`.
@@ -49,24 +48,23 @@ mod magic {
     pub(super) const F2FS: u64 = 0xf2f5_2010;
 }
 
-/// File systems that are known to change no page but where they are told to, and to tell data from
-/// holes.
+/// File systems known to change pages only in the requested range, and to report holes correctly.
 const KNOWN: [u64; 5] = [magic::EXT, magic::XFS, magic::BTRFS, magic::TMPFS, magic::F2FS];
 
-/// Whether a file system is believed when it says where a file has no data.
+/// Whether to trust the holes that a file system reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HolePolicy {
-    /// If it is one of those that are known to be right.
+    /// Trust file systems known to be correct.
     #[default]
     Auto,
-    /// Always: an operator knows it to be right.
+    /// Trust any: the operator knows that it is correct.
     Trust,
-    /// Never: everything is data.
+    /// Trust none: everything is data.
     Ignore,
 }
 
 impl HolePolicy {
-    /// Whether to believe one that is known to be right, or is not.
+    /// Whether to trust a file system; `is_known` if it is known to be correct.
     pub(super) fn trusts(self, is_known: bool) -> bool {
         match self {
             Self::Auto => is_known,
@@ -76,30 +74,30 @@ impl HolePolicy {
     }
 }
 
-/// What is known of what lies under an image.
+/// The properties of the file system or block device under an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileSystem {
-    /// In bytes: what `fallocate(2)` is given begins and ends at multiples of it.
+    /// Block size in bytes, by which ranges of `fallocate(2)` are aligned.
     pub(super) block: u64,
-    /// Whether a reference to a page may be handed to a socket.
+    /// Whether a socket may refer to pages: they change only in bytes that a client changes.
     pub(super) has_stable_pages: bool,
-    /// Whether what it calls a hole is one.
+    /// Whether the holes that it reports are to be trusted.
     pub(super) reports_holes: bool,
 }
 
-/// What the kernel says of it.
+/// The kernel's answers about a file system.
 #[derive(Clone, Copy, Debug)]
 struct ProbeResult {
     /// `f_type` of `statfs(2)`.
     kind: u64,
     /// `f_bsize` of `statfs(2)`.
     block: u64,
-    /// What XFS allocates at least, in bytes; none where it did not say.
+    /// Allocation unit of XFS in bytes; none on other file systems, or if the query failed.
     xfs_unit: Option<u64>,
     page: u64,
 }
 
-/// Asks what lies under `file`.
+/// Queries the properties under `file`.
 pub(super) fn probe(file: &File, kind: FileKind) -> FileSystem {
     let page = match sysconf(SysconfVar::PAGE_SIZE) {
         Ok(Some(page)) => u64::try_from(page).unwrap_or(PAGE),
@@ -110,7 +108,7 @@ pub(super) fn probe(file: &File, kind: FileKind) -> FileSystem {
     }
     match nix::sys::statfs::fstatfs(file) {
         Ok(found) => {
-            // The type has the sign and width that the machine likes; the magic number has 32 bits.
+            // Sign and width of `f_type` depend on the architecture; the magic number has 32 bits.
             let kind = found.filesystem_type().0 as u64 & 0xffff_ffff;
             let block = u64::try_from(found.block_size()).unwrap_or(0);
             let xfs_unit = if kind == magic::XFS { syscalls::xfs_unit(file).ok() } else { None };
@@ -127,7 +125,7 @@ fn device(sector: u64, page: u64) -> FileSystem {
 fn file_system(found: ProbeResult) -> FileSystem {
     let known = KNOWN.contains(&found.kind);
     let unit = match found.kind {
-        // Of realtime files it may be a gigabyte, and is not what statfs says.
+        // The unit of realtime files may be a gigabyte; statfs(2) does not report it.
         magic::XFS => found.xfs_unit,
         _ => Some(found.block),
     };
@@ -149,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_are_pages_at_least() {
+    fn blocks_are_at_least_a_page() {
         for kind in KNOWN {
             for (block, whole) in [(1024, 4096), (4096, 4096), (16_384, 16_384), (65_536, 65_536)] {
                 let expected =
@@ -160,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn block_sizes_that_cannot_be_are_not_believed() {
+    fn implausible_block_sizes_are_ignored() {
         let nfs = found(0x6969, 1 << 20);
         assert_eq!(nfs, FileSystem { block: 4096, has_stable_pages: false, reports_holes: false });
         for block in [0, 3000, 2 * BLOCK_MAX, u64::MAX] {
@@ -174,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_xfs_with_large_or_unknown_units_are_copied() {
+    fn pages_of_xfs_with_odd_units_are_not_stable() {
         let xfs = |xfs_unit| {
             let known = ProbeResult { kind: magic::XFS, block: 4096, xfs_unit, page: 4096 };
             let found = file_system(known);
@@ -189,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn large_pages_count_for_files_and_devices() {
+    fn page_size_bounds_blocks_of_files_and_devices() {
         let page = 65_536;
         assert_eq!(device(512, page).block, page);
         assert_eq!(device(512, 4096).block, 4096);
@@ -199,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operator_can_have_holes_trusted_or_ignored() {
+    fn hole_policy_overrides_the_known_file_systems() {
         for is_known in [false, true] {
             assert_eq!(HolePolicy::Auto.trusts(is_known), is_known);
             assert!(HolePolicy::Trust.trusts(is_known));
@@ -211,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_under_a_file_is_found() {
+    fn probe_finds_a_valid_block_size() {
         let file = tempfile::tempfile().unwrap();
         let found = probe(&file, FileKind::File);
         assert!(found.block >= PAGE && found.block.is_power_of_two());

@@ -501,16 +501,23 @@ impl RecordStore {
     fn check_path(&self) -> Result<(), RecordStoreError> {
         match self.path_target()? {
             PathTarget::Same => Ok(()),
-            target => Err(RecordStoreError::Renamed { path: self.path.clone(), target }),
+            target => Err(self.renamed(target)),
         }
+    }
+
+    fn renamed(&self, target: PathTarget) -> RecordStoreError {
+        RecordStoreError::Renamed { path: self.path.clone(), target }
     }
 
     fn remove_entry(&self) -> Result<(), RecordStoreError> {
         let found = self.find()?;
         let Some(entry) = found.entry else { return Ok(()) };
         // An entry found by path only belongs to the file that has the path now.
-        if !found.id_matches && matches!(self.path_target()?, PathTarget::Other { .. }) {
-            self.check_path()?;
+        if !found.id_matches {
+            match self.path_target()? {
+                PathTarget::Same | PathTarget::Nothing => {}
+                target => return Err(self.renamed(target)),
+            }
         }
         state_file::remove(&entry.path)
             .map_err(|source| RecordStoreError::Io { path: entry.path, source })

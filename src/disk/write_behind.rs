@@ -1,26 +1,26 @@
-//! When to start writing back what a session has written, so that a later FLUSH has little to do.
-//! Pure: bytes written in, the range to write back out.
+//! Decides when to start the write-back of a session's writes, so that a later FLUSH is short.
+//! Pure: takes the ranges written, returns the range to write back.
 //!
-//! The kernel leaves written bytes in memory for up to half a minute, and a FLUSH then takes as long
-//! as the disk needs for all of them. A session therefore has its writes written back after every
-//! [`STEP_BYTES`]; nobody waits for that.
+//! The kernel keeps dirty pages in memory for up to half a minute, and a FLUSH waits until all of
+//! them are on the disk. A session therefore starts write-back after every [`STEP_BYTES`], and does
+//! not wait for it.
 
 use crate::range::Range;
 
-/// After so many written bytes of one session their write-back is started.
+/// Bytes that a session writes before it starts their write-back.
 pub const STEP_BYTES: u64 = 8 << 20;
 
-/// What a session has written since its write-back was last started.
+/// The writes of a session since it last started write-back.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct WriteBehind {
     bytes: u64,
-    /// From the first byte written to behind the last.
+    /// From the first byte written to the end of the last.
     span: Option<(u64, u64)>,
 }
 
 impl WriteBehind {
-    /// The session has written `range`. Returns what to start the write-back of, when that is due;
-    /// until [`WriteBehind::started`] it stays due.
+    /// Records a write. Returns the span to write back when it is due; it stays due until
+    /// [`WriteBehind::started`].
     pub(super) fn wrote(&mut self, range: Range) -> Option<(u64, u64)> {
         self.bytes += range.length();
         let (start, end) = self.span.unwrap_or((range.offset(), range.end()));
@@ -29,7 +29,7 @@ impl WriteBehind {
         (self.bytes >= STEP_BYTES).then_some(span)
     }
 
-    /// The write-back has been started, or everything has been made durable.
+    /// Records that write-back was started, or that a flush made everything durable.
     pub(super) fn started(&mut self) {
         *self = Self::default();
     }
@@ -47,9 +47,13 @@ mod tests {
     fn write_back_is_due_after_a_step_and_covers_all_writes() {
         let mut behind = WriteBehind::default();
         assert_eq!(behind.wrote(range(STEP_BYTES, 4096)), None);
-        assert_eq!(behind.wrote(range(100, STEP_BYTES - 4097)), None, "a byte less");
+        assert_eq!(behind.wrote(range(100, STEP_BYTES - 4097)), None, "due one byte early");
         assert_eq!(behind.wrote(range(3 * STEP_BYTES, 1)), Some((100, 3 * STEP_BYTES + 1)));
-        assert_eq!(behind.wrote(range(0, 1)), Some((0, 3 * STEP_BYTES + 1)), "not started yet");
+        assert_eq!(
+            behind.wrote(range(0, 1)),
+            Some((0, 3 * STEP_BYTES + 1)),
+            "no longer due before its start"
+        );
         behind.started();
         assert_eq!(behind.wrote(range(7, STEP_BYTES - 1)), None);
         assert_eq!(behind.wrote(range(7, 1)), Some((7, 7 + STEP_BYTES - 1)));
