@@ -1,23 +1,22 @@
 //! Turns each `/etc/flexnbd/NAME.conf` into drop-ins for the units of instance NAME, at boot and at
 //! each daemon-reload: see systemd.generator(7).
-//! Never looks at a disk, which may be on a file system that is not there yet; and a file that is
-//! wrong breaks nobody else's units.
+//! Never accesses a disk, whose file system may not be mounted yet. An invalid configuration never
+//! affects the units of other instances.
 //!
 //! | key | becomes |
 //! |---|---|
 //! | `ADDR` `PORT` | `ListenStream=` of `flexnbd@NAME.socket` |
-//! | `FILE` | what `flexnbd@NAME.service` and `flexnbd-listen@NAME.service` may touch |
-//! | `MAX_CLIENTS` | room for so many sessions in the service's fd store |
-//! | `AUTOSTART` | the instance is wanted at boot, or its sockets are |
+//! | `FILE` | sandbox exceptions of `flexnbd@NAME.service` and `flexnbd-listen@NAME.service` |
+//! | `MAX_CLIENTS` | size of the service's file descriptor store |
+//! | `AUTOSTART` | links that start the instance, or its sockets, at boot |
 //! | `ACL` with `IP_FILTER` | `IPAddressAllow=` of the socket |
 //!
 //! # Why `ACL` alone is no `IPAddressAllow=`
 //!
-//! The list can be changed while a server runs, by `systemctl reload` and `flexnbd acl`, and holds
-//! from then on: for a client that was not admitted before, too. A filter in the socket unit is
-//! changed by a daemon-reload and by nothing else, so that it would go on keeping that client out.
-//! It also drops packets silently, where the server closes the connection and logs whose it was. So
-//! the filter is there for those who ask for it.
+//! `systemctl reload` and `flexnbd acl` change the list of a running server at once, and may admit
+//! another client. Only a daemon-reload changes a filter in the socket unit, which would keep that
+//! client out until then. It also drops packets silently, while the server closes the connection and
+//! logs the peer. So the filter needs `IP_FILTER`.
 
 use flexnbd::cli::operate::Instance;
 use flexnbd::cli::settings::{Autostart, Settings};
@@ -34,35 +33,35 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// What we call ourselves in the log.
+/// The program's name in the log.
 const PROGRAM: &str = "flexnbd-generator";
-/// What the name of a configuration ends with.
+/// Suffix of a configuration file.
 const SUFFIX: &str = ".conf";
 
 /// `StateDirectory=` of the services.
 const STATE: &str = "/var/lib/flexnbd";
-/// How many clients the units themselves provide for.
-const CLIENTS_PROVIDED_FOR: usize = 1024;
-/// Threads of a server besides those of its clients, generously.
+/// Clients for which the limits of the packaged units suffice.
+const UNIT_CLIENTS_MAX: usize = 1024;
+/// Generous number of threads of a server besides those of its clients.
 const OTHER_THREADS: usize = 64;
-/// Where the sockets are that nobody asked for elsewhere.
+/// Directory of the sockets that replace an invalid address.
 const RUN: &str = "/run/flexnbd";
-/// Where the templates are, for links to them.
+/// Directory of the unit templates, the targets of our links.
 const TEMPLATES: &str = "/usr/lib/systemd/system";
 
-/// What is to be there below the directory that the service manager reads.
+/// The files and links below the directory that the service manager reads.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Generated {
     /// Path → text.
     files: BTreeMap<String, String>,
-    /// Path → what it links to.
+    /// Path → target.
     links: BTreeMap<String, String>,
-    /// What is wrong with the configuration, if anything.
-    complaint: Option<String>,
+    /// The first error in the configuration.
+    error: Option<String>,
 }
 
 fn main() -> ExitCode {
-    // The first directory is for units that yield to those in /etc and go before those in /usr.
+    // Units in the first directory override those in /usr, and units in /etc override them.
     let Some(directory) = env::args_os().nth(1).map(PathBuf::from) else {
         warn(PROGRAM, "started by systemd with three directories; see systemd.generator(7)");
         return ExitCode::from(2);
@@ -72,10 +71,10 @@ fn main() -> ExitCode {
         let Some(instance) = instance_of(&file) else { continue };
         let generated = match instance {
             Ok(name) => generate(&name, &file, read(&file).as_deref().map_err(String::clone)),
-            Err(why) => Generated { complaint: Some(why), ..Generated::default() },
+            Err(why) => Generated { error: Some(why), ..Generated::default() },
         };
-        if let Some(complaint) = &generated.complaint {
-            warn(PROGRAM, complaint);
+        if let Some(error) = &generated.error {
+            warn(PROGRAM, error);
         }
         if let Err(error) = generated.write(&directory) {
             let failed = format!("{}: cannot write below {}", file.display(), directory.display());
@@ -86,7 +85,7 @@ fn main() -> ExitCode {
     outcome
 }
 
-/// Everything in the directory, in order; nothing if it cannot be read, or is not there.
+/// The files in the directory, sorted; none if it is missing or cannot be read.
 fn configurations_in(directory: &Path) -> Vec<PathBuf> {
     let entries = match fs::read_dir(directory) {
         Ok(entries) => entries,
@@ -109,19 +108,19 @@ fn read(file: &Path) -> Result<String, String> {
 
 impl Generated {
     fn write(&self, directory: &Path) -> io::Result<()> {
-        let place = |path: &str| {
+        let prepare = |path: &str| {
             let path = directory.join(path);
             path.parent().map_or(Ok(()), fs::create_dir_all).map(|()| path)
         };
         for (path, text) in &self.files {
-            fs::write(place(path)?, text)?;
+            fs::write(prepare(path)?, text)?;
         }
-        self.links.iter().try_for_each(|(path, target)| symlink(target, place(path)?))
+        self.links.iter().try_for_each(|(path, target)| symlink(target, prepare(path)?))
     }
 }
 
-/// The instance that a file in the directory configures, or why it can configure none; nothing if
-/// it is not meant to.
+/// The instance that a file in the directory configures, or an error if its name is invalid; none
+/// for a file that is no configuration.
 fn instance_of(file: &Path) -> Option<Result<String, String>> {
     let full = file.file_name()?.to_string_lossy();
     let name = full.strip_suffix(SUFFIX).filter(|_| !full.starts_with('.'))?;
@@ -131,49 +130,51 @@ fn instance_of(file: &Path) -> Option<Result<String, String>> {
             file.display()
         )));
     }
-    let fitting = name.parse::<Instance>().map(|_| name.to_owned());
-    Some(fitting.map_err(|error| format!("{}: {error}; skipped", file.display())))
+    let instance = name.parse::<Instance>().map(|_| name.to_owned());
+    Some(instance.map_err(|error| format!("{}: {error}; skipped", file.display())))
 }
 
-/// What a configuration is turned into. Pure.
+/// The units of a configuration. Pure.
 ///
-/// A wrong one is turned into what can be made of it: the service refuses it and says why, but
-/// clients wait where they are used to, and not on the default port, which may be somebody else's.
+/// An invalid configuration yields the units of its valid settings: the service refuses to start and
+/// logs the error, while clients wait at their usual address, and not at the default port, which may
+/// belong to another instance.
 fn generate(name: &str, file: &Path, text: Result<&str, String>) -> Generated {
-    let about = |why: String| format!("{}: {why}", file.display());
-    let mut wrong = Vec::new();
+    let in_file = |why: String| format!("{}: {why}", file.display());
+    let mut errors = Vec::new();
     let settings = match text.map(|text| config::salvage(file, text)) {
         Ok((settings, error)) => {
-            wrong.extend(error.map(|error| error.to_string()));
+            errors.extend(error.map(|error| error.to_string()));
             settings
         }
         Err(why) => {
-            wrong.push(about(why));
+            errors.push(in_file(why));
             Settings::default()
         }
     };
-    let image = Image::of(&settings).map_err(|why| wrong.push(about(why))).ok();
-    let place = place(&settings).map_err(|why| wrong.push(about(why))).unwrap_or_default();
-    let nowhere = (!wrong.is_empty()).then(|| format!("{RUN}/{name}.none"));
+    let image = Image::of(&settings).map_err(|why| errors.push(in_file(why))).ok();
+    let address =
+        socket_address(&settings).map_err(|why| errors.push(in_file(why))).unwrap_or_default();
+    let unused_socket = (!errors.is_empty()).then(|| format!("{RUN}/{name}.none"));
     let autostart = settings.autostart.unwrap_or_default();
     let units = [
-        (format!("flexnbd@{name}.socket.d"), socket(place.or(nowhere), &settings)),
+        (format!("flexnbd@{name}.socket.d"), socket(address.or(unused_socket), &settings)),
         (format!("flexnbd@{name}.service.d"), service(&settings, image.as_ref())),
-        // It writes, even if the disk is then served read-only.
+        // The receiver writes, even if the disk is later served read-only.
         (format!("flexnbd-listen@{name}.service.d"), access(image.as_ref(), false)),
         ("multi-user.target.d".to_owned(), boot(autostart, image.as_ref())),
     ];
     let files = units.into_iter().filter(|(_, lines)| !lines.is_empty());
-    // Drop-ins count in the order of their names: those of operators come later, and win.
+    // systemd applies drop-ins in the order of their names, so those of operators override ours.
     let path = |directory| format!("{directory}/00-flexnbd-{name}.conf");
     Generated {
-        files: files.map(|(place, lines)| (path(place), drop_in(file, &lines))).collect(),
+        files: files.map(|(unit, lines)| (path(unit), drop_in(file, &lines))).collect(),
         links: links(name, autostart),
-        complaint: wrong.into_iter().next(),
+        error: errors.into_iter().next(),
     }
 }
 
-/// A line of a drop-in, after the name of its section.
+/// A section, and one setting in it.
 type Line = (&'static str, String);
 
 fn drop_in(from: &Path, lines: &[Line]) -> String {
@@ -189,23 +190,23 @@ fn drop_in(from: &Path, lines: &[Line]) -> String {
     text
 }
 
-/// What the socket unit listens on; nothing if the configuration leaves it to that.
-fn place(settings: &Settings) -> Result<Option<String>, String> {
-    Ok(instance::place(settings)?.map(|place| unspecific(&place)))
+/// The address for `ListenStream=`; none if the configuration keeps that of the template.
+fn socket_address(settings: &Settings) -> Result<Option<String>, String> {
+    Ok(instance::place(settings)?.map(|address| unspecific(&address)))
 }
 
-fn socket(place: Option<String>, settings: &Settings) -> Vec<Line> {
+fn socket(address: Option<String>, settings: &Settings) -> Vec<Line> {
     let mut lines = Vec::new();
-    if let Some(place) = place {
-        // The empty one takes the template's away.
+    if let Some(address) = address {
+        // The empty assignment resets that of the template.
         lines.push(("Socket", "ListenStream=".to_owned()));
-        lines.push(("Socket", format!("ListenStream={place}")));
+        lines.push(("Socket", format!("ListenStream={address}")));
     }
     if settings.ip_filter {
         let acl = Acl::parse(&settings.acl, settings.default_deny).unwrap_or_default();
-        // Everybody is said, not left out: a filter that is in force stays when none takes its place.
-        let everybody = acl.entries().is_empty() && !settings.default_deny;
-        let admitted = if everybody { vec!["any".to_owned()] } else { acl.entries() };
+        // `any` is explicit, since systemd keeps an active filter when the setting disappears.
+        let admits_all = acl.entries().is_empty() && !settings.default_deny;
+        let admitted = if admits_all { vec!["any".to_owned()] } else { acl.entries() };
         lines.push(("Socket", "IPAddressDeny=any".to_owned()));
         lines.extend(admitted.iter().map(|net| ("Socket", format!("IPAddressAllow={net}"))));
     }
@@ -214,18 +215,18 @@ fn socket(place: Option<String>, settings: &Settings) -> Vec<Line> {
 
 fn service(settings: &Settings, image: Option<&Image>) -> Vec<Line> {
     let mut lines = access(image, settings.read_only);
-    if let Some(clients) = settings.max_clients.filter(|number| *number > CLIENTS_PROVIDED_FOR) {
-        // One more descriptor for what is to be known about the others.
-        let room = clients + 1;
-        lines.push(("Service", format!("FileDescriptorStoreMax={room}")));
-        lines.push(("Service", format!("Environment=FDSTORE={room}")));
+    if let Some(clients) = settings.max_clients.filter(|number| *number > UNIT_CLIENTS_MAX) {
+        // One more descriptor for the snapshot of the sessions.
+        let descriptors = clients + 1;
+        lines.push(("Service", format!("FileDescriptorStoreMax={descriptors}")));
+        lines.push(("Service", format!("Environment=FDSTORE={descriptors}")));
         lines.push(("Service", format!("TasksMax={}", clients + OTHER_THREADS)));
     }
     lines
 }
 
-/// Boot waits for the device of a disk that starts with it. The service alone does not wait, though
-/// it comes after: who starts it by hand is to be told at once that the device is missing.
+/// Makes boot wait for the device of a disk that starts at boot. The service has `After=` only, so
+/// that an operator who starts it by hand learns at once that the device is missing.
 fn boot(autostart: Autostart, image: Option<&Image>) -> Vec<Line> {
     match (autostart, image) {
         (Autostart::Yes, Some(Image::Device(device))) => {
@@ -235,7 +236,7 @@ fn boot(autostart: Autostart, image: Option<&Image>) -> Vec<Line> {
     }
 }
 
-/// What `systemctl enable` would make.
+/// The links that `systemctl enable` would create.
 fn links(name: &str, autostart: Autostart) -> BTreeMap<String, String> {
     let link = |target: &str, unit: &str, kind: &str| {
         let path = format!("{target}.wants/{unit}@{name}.{kind}");
@@ -253,7 +254,7 @@ fn links(name: &str, autostart: Autostart) -> BTreeMap<String, String> {
     links
 }
 
-/// Where the bytes are, by the look of the path: whatever it names may not be there yet.
+/// The kind of image, judged by the path, since the image itself may not exist yet.
 enum Image {
     Device(String),
     File { path: String, directory: String },
@@ -270,7 +271,7 @@ impl Image {
     }
 }
 
-/// The gaps in the sandbox that the image takes.
+/// The sandbox exceptions that the image needs.
 fn access(image: Option<&Image>, read_only: bool) -> Vec<Line> {
     match image {
         None => Vec::new(),
@@ -286,25 +287,25 @@ fn device_access(path: &str, read_only: bool) -> Vec<Line> {
         ("Unit", format!("After={}", device_unit(path))),
         ("Service", "PrivateDevices=no".to_owned()),
         ("Service", format!("DeviceAllow={} {rights}", quoted(path))),
-        // The group counts only where it is known.
+        // `PrivateUsers=` would map the group to nobody.
         ("Service", "PrivateUsers=no".to_owned()),
         ("Service", "SupplementaryGroups=disk".to_owned()),
     ]
 }
 
-/// `place` is the image's directory: it is made and deleted there. A disk that is served read-only
-/// is no exception, since its ownership record is written when it moves, to the image itself.
-fn file_access(place: &str) -> Vec<Line> {
+/// Grants write access to the image's directory, where the image is created and deleted. A disk that
+/// is served read-only needs it too, since a migration writes its ownership record to the image.
+fn file_access(directory: &str) -> Vec<Line> {
     let below =
-        |directories: &[&str]| directories.iter().any(|it| Path::new(place).starts_with(it));
-    // Missing (-) it is the image that is missing, which the program tells better.
-    let optional = quoted(&format!("-{place}"));
-    let mut lines = vec![("Unit", format!("RequiresMountsFor={}", quoted(place)))];
+        |parents: &[&str]| parents.iter().any(|parent| Path::new(directory).starts_with(parent));
+    // Optional (-), since the program reports a missing image better than systemd does.
+    let optional = quoted(&format!("-{directory}"));
+    let mut lines = vec![("Unit", format!("RequiresMountsFor={}", quoted(directory)))];
     if !below(&[STATE]) {
         lines.push(("Service", format!("ReadWritePaths={optional}")));
     }
     if below(&["/home", "/root", "/run/user"]) {
-        // Nothing else there is to be seen.
+        // Hides everything else there.
         lines.push(("Service", "ProtectHome=tmpfs".to_owned()));
         lines.push(("Service", format!("BindPaths={optional}")));
     }
@@ -324,44 +325,44 @@ mod tests {
     const RECEIVER: &str = "flexnbd-listen@disk.service.d/00-flexnbd-disk.conf";
     const BOOT: &str = "multi-user.target.d/00-flexnbd-disk.conf";
 
-    fn made_of(text: &str) -> Generated {
+    fn generate_from(text: &str) -> Generated {
         generate("disk", Path::new("/etc/flexnbd/disk.conf"), Ok(text))
     }
 
-    /// The settings in a drop-in, without the comment; nothing if there is none.
-    fn settings<'a>(made: &'a Generated, path: &str) -> Vec<&'a str> {
-        let lines = made.files.get(path).map(String::as_str).unwrap_or_default().lines();
+    /// The settings in a drop-in, without the comment; empty if there is no drop-in.
+    fn settings<'a>(generated: &'a Generated, path: &str) -> Vec<&'a str> {
+        let lines = generated.files.get(path).map(String::as_str).unwrap_or_default().lines();
         lines.filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
     }
 
-    /// What `ListenStream=` becomes, and the complaint.
-    fn listens(text: &str) -> (Option<String>, Option<String>) {
-        let made = made_of(&format!("FILE=/a.img\n{text}"));
-        let settings = settings(&made, SOCKET);
+    /// The value of `ListenStream=`, and the error.
+    fn listen_stream(text: &str) -> (Option<String>, Option<String>) {
+        let generated = generate_from(&format!("FILE=/a.img\n{text}"));
+        let settings = settings(&generated, SOCKET);
         if settings.is_empty() {
-            return (None, made.complaint);
+            return (None, generated.error);
         }
-        assert_eq!(settings[..2], ["[Socket]", "ListenStream="], "the template's stays");
-        (settings[2].strip_prefix("ListenStream=").map(str::to_owned), made.complaint)
+        assert_eq!(settings[..2], ["[Socket]", "ListenStream="], "keeps the template's address");
+        (settings[2].strip_prefix("ListenStream=").map(str::to_owned), generated.error)
     }
 
     fn access(file: &str) -> Vec<String> {
-        let made = made_of(&format!("FILE={file}"));
-        assert_eq!(made.complaint, None, "{file}");
-        assert_eq!(settings(&made, SERVICE), settings(&made, RECEIVER), "{file}");
-        settings(&made, SERVICE).into_iter().map(str::to_owned).collect()
+        let generated = generate_from(&format!("FILE={file}"));
+        assert_eq!(generated.error, None, "{file}");
+        assert_eq!(settings(&generated, SERVICE), settings(&generated, RECEIVER), "{file}");
+        settings(&generated, SERVICE).into_iter().map(str::to_owned).collect()
     }
 
     #[test]
-    fn a_drop_in_says_where_it_comes_from_and_has_sections() {
+    fn drop_in_names_its_source_and_has_sections() {
         let expected = "# Made by flexnbd-generator from /etc/flexnbd/disk.conf.\n\
             \n[Unit]\nRequiresMountsFor=\"/srv\"\n\
             \n[Service]\nReadWritePaths=\"-/srv\"\n";
-        assert_eq!(made_of("FILE=/srv/a.img").files[SERVICE], expected);
+        assert_eq!(generate_from("FILE=/srv/a.img").files[SERVICE], expected);
     }
 
     #[test]
-    fn the_socket_listens_on_address_and_port() {
+    fn socket_listens_on_address_and_port() {
         for (text, expected) in [
             ("ADDR=::\nPORT=10810", "[::]:10810"),
             ("ADDR=192.0.2.1\nPORT=7", "192.0.2.1:7"),
@@ -369,14 +370,14 @@ mod tests {
             ("ADDR=/run/a b.sock", "/run/a b.sock"),
             ("ADDR=/run/100%n", "/run/100%%n"),
         ] {
-            assert_eq!(listens(text), (Some(expected.to_owned()), None), "{text}");
+            assert_eq!(listen_stream(text), (Some(expected.to_owned()), None), "{text}");
         }
-        assert_eq!(listens(""), (None, None), "the template knows where");
+        assert_eq!(listen_stream(""), (None, None), "overrides the template without need");
     }
 
     #[test]
-    fn where_nobody_can_listen_nobody_takes_the_default_port() {
-        for (text, complaint) in [
+    fn invalid_address_does_not_fall_back_to_the_default() {
+        for (text, expected) in [
             ("PORT=7", "/etc/flexnbd/disk.conf: PORT needs ADDR as well"),
             ("ADDR=::\nPORT=0", "/etc/flexnbd/disk.conf: PORT: a socket unit needs a port that"),
             ("ADDR=::\nPORT=x", "/etc/flexnbd/disk.conf, line 3: PORT: `x` is not a port"),
@@ -385,37 +386,37 @@ mod tests {
             ("ADDR=/a/../b", "/etc/flexnbd/disk.conf: ADDR: /a/../b: a path with .. in it"),
             ("WHAT=1", "/etc/flexnbd/disk.conf, line 2: unknown key WHAT"),
         ] {
-            let (listens, told) = listens(text);
-            assert_eq!(listens.as_deref(), Some("/run/flexnbd/disk.none"), "{text}");
-            let told = told.unwrap();
-            assert!(told.starts_with(complaint), "{told}");
+            let (address, error) = listen_stream(text);
+            assert_eq!(address.as_deref(), Some("/run/flexnbd/disk.none"), "{text}");
+            let error = error.unwrap();
+            assert!(error.starts_with(expected), "{error}");
         }
         let path = |bytes: usize| format!("ADDR=/{}", "x".repeat(bytes - 1));
-        assert_eq!(listens(&path(107)).1, None);
-        assert!(listens(&path(108)).1.unwrap().contains("cannot listen"));
+        assert_eq!(listen_stream(&path(107)).1, None);
+        assert!(listen_stream(&path(108)).1.unwrap().contains("cannot listen"));
     }
 
     #[test]
-    fn a_configuration_with_a_mistake_keeps_its_units_where_they_were() {
-        let good = made_of("ADDR=::\nPORT=7\nFILE=/srv/a\nAUTOSTART=yes\n");
-        let bad = made_of("ADDR=::\nPORT=7\nFILE=/srv/a\nAUTOSTART=yes\nPROT=8\n");
+    fn configuration_error_keeps_the_units_unchanged() {
+        let good = generate_from("ADDR=::\nPORT=7\nFILE=/srv/a\nAUTOSTART=yes\n");
+        let bad = generate_from("ADDR=::\nPORT=7\nFILE=/srv/a\nAUTOSTART=yes\nPROT=8\n");
         assert_eq!((&good.files, &good.links), (&bad.files, &bad.links));
-        let complaint = "/etc/flexnbd/disk.conf, line 5: unknown key PROT; perhaps PORT is meant";
-        assert_eq!((good.complaint, bad.complaint.as_deref()), (None, Some(complaint)));
+        let error = "/etc/flexnbd/disk.conf, line 5: unknown key PROT; perhaps PORT is meant";
+        assert_eq!((good.error, bad.error.as_deref()), (None, Some(error)));
     }
 
     #[test]
-    fn a_configuration_that_cannot_be_read_has_a_socket_out_of_the_way_and_a_complaint() {
+    fn unreadable_configuration_gets_an_unused_socket() {
         let file = Path::new("/etc/flexnbd/disk.conf");
-        let made = generate("disk", file, Err("not a regular file".to_owned()));
-        let complaint = "/etc/flexnbd/disk.conf: not a regular file";
-        assert_eq!(made.complaint.as_deref(), Some(complaint));
-        assert_eq!(settings(&made, SOCKET)[2], "ListenStream=/run/flexnbd/disk.none");
-        assert_eq!((made.files.len(), made.links.len()), (1, 0));
+        let generated = generate("disk", file, Err("not a regular file".to_owned()));
+        let error = "/etc/flexnbd/disk.conf: not a regular file";
+        assert_eq!(generated.error.as_deref(), Some(error));
+        assert_eq!(settings(&generated, SOCKET)[2], "ListenStream=/run/flexnbd/disk.none");
+        assert_eq!((generated.files.len(), generated.links.len()), (1, 0));
     }
 
     #[test]
-    fn a_file_takes_its_directory_along_and_nothing_more() {
+    fn service_may_write_only_the_images_directory() {
         let mounts = |at| format!("RequiresMountsFor=\"{at}\"");
         let inside = mounts("/var/lib/flexnbd");
         assert_eq!(access("/var/lib/flexnbd/a.img"), ["[Unit]", &inside]);
@@ -432,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn of_a_home_only_the_directory_of_the_image_is_seen() {
+    fn service_sees_only_the_images_directory_below_home() {
         for at in ["/home/u/disks", "/root", "/run/user/7"] {
             let (writable, bound) =
                 (format!("ReadWritePaths=\"-{at}\""), format!("BindPaths=\"-{at}\""));
@@ -443,14 +444,14 @@ mod tests {
     }
 
     #[test]
-    fn an_image_in_tmp_is_in_the_one_that_everybody_sees() {
+    fn image_in_tmp_disables_private_tmp() {
         for file in ["/tmp/a.img", "/var/tmp/x/a.img"] {
             assert_eq!(access(file).last().map(String::as_str), Some("PrivateTmp=no"), "{file}");
         }
     }
 
     #[test]
-    fn a_block_device_is_one_by_the_look_of_its_path() {
+    fn path_below_dev_is_a_block_device() {
         let expected = [
             "[Unit]",
             "After=dev-vg-my\\x2ddisk.device",
@@ -464,41 +465,47 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_is_served_read_only_is_received_into_all_the_same() {
-        let made = made_of("FILE=/dev/sdz\nREAD_ONLY=yes");
-        assert!(settings(&made, SERVICE).contains(&"DeviceAllow=\"/dev/sdz\" r"));
-        assert!(settings(&made, RECEIVER).contains(&"DeviceAllow=\"/dev/sdz\" rw"));
+    fn receiver_may_write_a_read_only_device() {
+        let generated = generate_from("FILE=/dev/sdz\nREAD_ONLY=yes");
+        assert!(settings(&generated, SERVICE).contains(&"DeviceAllow=\"/dev/sdz\" r"));
+        assert!(settings(&generated, RECEIVER).contains(&"DeviceAllow=\"/dev/sdz\" rw"));
     }
 
     #[test]
-    fn a_file_that_no_unit_can_name_is_complained_about() {
+    fn path_that_no_unit_can_express_is_an_error() {
         for (file, why) in [
             ("FILE=/srv/../a", "FILE: /srv/../a: a path with .. in it cannot be in a unit"),
             ("FILE=a.img", "FILE: a.img: a path in a unit begins with /"),
             ("FILE=/srv/\u{1}/a", "such characters cannot be in a unit"),
             ("", "there is no FILE="),
         ] {
-            let made = made_of(&format!("ADDR=::\nPORT=7\n{file}"));
-            assert!(made.complaint.unwrap().ends_with(why), "{why}");
-            assert_eq!(made.files.keys().collect::<Vec<_>>(), [SOCKET], "{file}");
+            let generated = generate_from(&format!("ADDR=::\nPORT=7\n{file}"));
+            assert!(generated.error.unwrap().ends_with(why), "{why}");
+            assert_eq!(generated.files.keys().collect::<Vec<_>>(), [SOCKET], "{file}");
         }
     }
 
     #[test]
-    fn the_fd_store_has_room_for_as_many_clients_as_may_come() {
-        let made = |clients| made_of(&format!("FILE={STATE}/a\nMAX_CLIENTS={clients}"));
-        assert!(!made(1024).files[SERVICE].contains("[Service]"), "the unit provides for them");
-        let made = made(1025);
+    fn fd_store_grows_with_max_clients() {
+        let generated = |clients| generate_from(&format!("FILE={STATE}/a\nMAX_CLIENTS={clients}"));
+        assert!(
+            !generated(1024).files[SERVICE].contains("[Service]"),
+            "the limits of the unit suffice"
+        );
+        let generated = generated(1025);
         let expected = ["FileDescriptorStoreMax=1026", "Environment=FDSTORE=1026", "TasksMax=1089"];
-        assert_eq!(settings(&made, SERVICE)[3..], expected);
-        assert!(!made.files[RECEIVER].contains("[Service]"), "nobody is carried over there");
+        assert_eq!(settings(&generated, SERVICE)[3..], expected);
+        assert!(
+            !generated.files[RECEIVER].contains("[Service]"),
+            "the receiver stores no sessions"
+        );
     }
 
     #[test]
-    fn an_acl_is_a_filter_only_if_asked_for() {
+    fn acl_becomes_an_ip_filter_only_with_ip_filter() {
         let filter = |text| {
-            let made = made_of(&format!("FILE=/a\n{text}"));
-            settings(&made, SOCKET).join(" ")
+            let generated = generate_from(&format!("FILE=/a\n{text}"));
+            settings(&generated, SOCKET).join(" ")
         };
         assert_eq!(filter("ACL=::1"), "");
         assert_eq!(filter("IP_FILTER=yes"), "[Socket] IPAddressDeny=any IPAddressAllow=any");
@@ -510,7 +517,7 @@ mod tests {
 
     #[test]
     fn autostart_wants_the_service_or_its_sockets() {
-        let links = |autostart| made_of(&format!("FILE=/a\nAUTOSTART={autostart}")).links;
+        let links = |autostart| generate_from(&format!("FILE=/a\nAUTOSTART={autostart}")).links;
         let link =
             |path: &str, to: &str| (path.to_owned(), format!("/usr/lib/systemd/system/{to}"));
         let sockets = [
@@ -525,15 +532,15 @@ mod tests {
     }
 
     #[test]
-    fn boot_waits_for_the_device_of_a_disk_that_starts_with_it() {
-        let boot = |text| settings(&made_of(text), BOOT).join(" ");
+    fn boot_waits_for_the_device_of_an_autostarted_disk() {
+        let boot = |text| settings(&generate_from(text), BOOT).join(" ");
         assert_eq!(boot("FILE=/dev/sdz\nAUTOSTART=yes"), "[Unit] Wants=dev-sdz.device");
         assert_eq!(boot("FILE=/dev/sdz\nAUTOSTART=on-demand"), "");
         assert_eq!(boot("FILE=/srv/a\nAUTOSTART=yes"), "");
     }
 
     #[test]
-    fn only_names_that_units_can_have_are_instances() {
+    fn only_valid_unit_names_are_instances() {
         let instance = |name: &str| instance_of(&Path::new("/etc/flexnbd").join(name));
         assert_eq!(instance("a-b_c.d@e.conf"), Some(Ok("a-b_c.d@e".to_owned())));
         for name in ["disk.conf~", "disk.conf.dpkg-old", ".disk.conf", ".conf", "README"] {
@@ -549,11 +556,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_configuration_can_put_a_setting_of_its_own_into_a_unit(
+        fn configuration_cannot_inject_settings_into_a_unit(
             path in "/[ -~\u{80}-\u{ff}\t\u{b}\u{85}]{0,30}",
         ) {
             let text = format!("ADDR='{path}'\nFILE='{path}'");
-            for line in made_of(&text).files.values().flat_map(|text| text.lines()) {
+            for line in generate_from(&text).files.values().flat_map(|text| text.lines()) {
                 let known = ["# Made by", "[", "ListenStream=", "RequiresMountsFor=\"", "PrivateTmp=no",
                     "ReadWritePaths=\"-", "After=", "PrivateDevices=no", "DeviceAllow=\"",
                     "PrivateUsers=no", "SupplementaryGroups=disk", "BindPaths=\"-", "ProtectHome="];

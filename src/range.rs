@@ -1,7 +1,7 @@
-//! A span of the disk that can neither overflow nor leave the disk.
-//! Knows nothing of what the bytes are or where they lie.
+//! A byte range that can neither overflow nor exceed its disk.
+//! Pure arithmetic; never accesses the bytes.
 
-/// A span of bytes that was checked against the size of its disk when it was made.
+/// A byte range that was checked against the size of its disk at construction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
     offset: u64,
@@ -9,46 +9,46 @@ pub struct Range {
 }
 
 impl Range {
-    /// The `length` bytes from `offset` on, if all of them lie within a disk of `disk_size` bytes.
+    /// The `length` bytes from `offset` on, if a disk of `disk_size` bytes has all of them.
     ///
-    /// An empty range may start anywhere up to and including the end of the disk.
+    /// An empty range may start at the end of the disk.
     #[must_use]
     pub fn within(disk_size: u64, offset: u64, length: u64) -> Option<Self> {
         let end = offset.checked_add(length)?;
         (end <= disk_size).then_some(Self { offset, length })
     }
 
-    /// The whole of a disk of `disk_size` bytes.
+    /// All bytes of a disk of `disk_size` bytes.
     #[must_use]
     pub fn whole(disk_size: u64) -> Self {
         Self { offset: 0, length: disk_size }
     }
 
-    /// First byte.
+    /// Offset of the first byte.
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// How many bytes.
+    /// Length in bytes.
     #[must_use]
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// The byte after the last; it cannot overflow, since the range was checked when made.
+    /// Offset after the last byte; the check at construction rules out an overflow.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.offset + self.length
     }
 
-    /// Whether there is nothing in it.
+    /// Whether the length is 0.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// The first `length` bytes (at most all), and what remains.
+    /// The first `length` bytes (at most all), and the rest.
     #[must_use]
     pub fn split(&self, length: u64) -> (Self, Self) {
         let first = length.min(self.length);
@@ -71,7 +71,7 @@ impl Range {
     }
 
     /// The largest part of this range whose edges are multiples of `block`, a power of two.
-    /// Empty, at the range's start, when no whole block lies inside.
+    /// Empty, at the range's start, if it contains no whole block.
     #[must_use]
     pub fn aligned_within(&self, block: u64) -> Self {
         debug_assert!(block.is_power_of_two());
@@ -87,7 +87,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_range_may_end_at_the_end_of_the_disk_and_not_one_byte_later() {
+    fn range_may_end_at_the_disk_end_not_beyond() {
         assert!(Range::within(4096, 4095, 1).is_some());
         assert!(Range::within(4096, 4095, 2).is_none());
         assert!(Range::within(4096, 4096, 0).is_some());
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_that_wraps_around_does_not_exist() {
+    fn overflowing_range_is_rejected() {
         assert!(Range::within(u64::MAX, u64::MAX, 1).is_none());
         assert!(Range::within(u64::MAX, 1, u64::MAX).is_none());
     }
@@ -113,7 +113,7 @@ mod tests {
         }
 
         #[test]
-        fn the_aligned_part_is_inside_and_the_rest_is_less_than_a_block_each_side(
+        fn aligned_part_leaves_less_than_a_block_each_side(
             size in 0u64.., offset: u64, length: u64, shift in 0u32..20,
         ) {
             if let Some(range) = Range::within(size, offset, length) {

@@ -1,31 +1,33 @@
-//! Reads small files whole: regular files up to a size limit.
-//! Never waits for a pipe, and never reads a device, whatever is at the path.
+//! Reads whole regular files up to a size limit.
+//! Never blocks on a pipe and never reads a device, even if the path leads to one.
 
-use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Why a file was not read. Its `Display` names no path.
-#[derive(Debug)]
+/// Why a file was not read. The texts do not contain the path.
+#[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// It is a directory, a pipe, a socket or a device.
+    #[error("not a regular file")]
     NotRegular,
-    /// It has more bytes than this limit.
+    /// It is longer than this limit in bytes.
+    #[error("longer than {0} bytes")]
     TooLong(u64),
-    /// The system refused.
-    Io(io::Error),
+    /// A system call failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
 }
 
 /// The content of the regular file at `path`, of at most `bytes_max` bytes.
 ///
 /// # Errors
-/// [`ReadError`]; then nothing was read but at most `bytes_max` + 1 bytes of a regular file.
+/// [`ReadError`]; at most `bytes_max` + 1 bytes of a regular file have been read then.
 pub fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, ReadError> {
-    // Opening alone has effects on some devices, and a socket cannot be opened at all.
+    // Opening some devices has effects, and opening a socket fails with a misleading error.
     check_regular(&fs::metadata(path)?)?;
-    // Another file may be there by now: O_NONBLOCK keeps the opening of a pipe from waiting.
+    // The path may lead to another file by now: O_NONBLOCK keeps open(2) of a pipe from blocking.
     let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     check_regular(&file.metadata()?)?;
@@ -38,31 +40,13 @@ fn check_regular(metadata: &fs::Metadata) -> Result<(), ReadError> {
     if metadata.is_file() { Ok(()) } else { Err(ReadError::NotRegular) }
 }
 
-impl From<io::Error> for ReadError {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-impl fmt::Display for ReadError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotRegular => f.write_str("not a regular file"),
-            Self::TooLong(bytes_max) => write!(f, "longer than {bytes_max} bytes"),
-            Self::Io(error) => error.fmt(f),
-        }
-    }
-}
-
-impl std::error::Error for ReadError {}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use nix::sys::stat::Mode;
 
     #[test]
-    fn a_regular_file_is_read_up_to_the_limit() {
+    fn regular_file_is_read_up_to_the_limit() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
         for length in [0, 1, 8] {
