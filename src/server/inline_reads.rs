@@ -1,42 +1,44 @@
-//! Whether a session waits for the disk by itself, rather than have what it reads loaded aside.
-//! Pure: how long things took is an argument.
+//! Whether a session reads cold data inline, blocking, or has it populated asynchronously first.
+//! Pure: durations are arguments.
 //!
-//! To have a read loaded costs more than to wait for it, and a long one is loaded best by whoever
-//! sends it: the kernel then reads ahead in its own way. But whatever the client asks meanwhile
-//! waits as well, and that must not be long. So only a disk is waited for that has been quick in
-//! loading; and not once it has been slow, until it has been quick in loading again.
+//! Populating the page cache asynchronously costs more than a blocking read, and defeats the kernel's
+//! readahead for long reads. A blocking read, however, delays every request behind it. So a session
+//! blocks only on a disk whose last [`QUICK_LOADS_NEEDED`] loads were quick, and after one slow read no
+//! more until as many loads in a row were quick again.
 
 use std::time::Duration;
 
-/// What takes no longer than this is quick, and ...
+/// A read is quick if it takes at most this long, plus the time for its bytes at ...
 const QUICK: Duration = Duration::from_millis(1);
-/// ... besides as long as it takes at so many bytes a second.
+/// ... this rate.
 const QUICK_BYTES_PER_SEC: u64 = 256 << 20;
-/// How many loads in a row have to be quick.
-const ROW: u8 = 8;
+/// How many loads in a row have to be quick before a session blocks.
+const QUICK_LOADS_NEEDED: u8 = 8;
 
-/// What a session knows of its disk.
+/// How fast the disk was for one session.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct InlineReads {
-    quick: u8,
+    /// Quick loads in a row.
+    quick_loads: u8,
 }
 
 impl InlineReads {
-    /// A load took so long, of which so many bytes were under way when it was begun.
-    pub(super) fn loaded(&mut self, bytes: u64, took: Duration) {
-        self.quick = if is_quick(bytes, took) { self.quick.saturating_add(1) } else { 0 };
+    /// A load took this long; `bytes` were being loaded when it began, its own included.
+    pub(super) fn record_load(&mut self, bytes: u64, took: Duration) {
+        self.quick_loads =
+            if is_quick(bytes, took) { self.quick_loads.saturating_add(1) } else { 0 };
     }
 
-    /// So many bytes were waited for so long, in memory or not.
-    pub(super) fn waited(&mut self, bytes: u64, took: Duration) {
+    /// A blocking read of so many bytes took this long. They may have been in memory.
+    pub(super) fn record_blocking_read(&mut self, bytes: u64, took: Duration) {
         if !is_quick(bytes, took) {
-            self.quick = 0;
+            self.quick_loads = 0;
         }
     }
 
-    /// Whether to wait.
-    pub(super) fn waits(self) -> bool {
-        self.quick >= ROW
+    /// Whether to block.
+    pub(super) fn may_block(self) -> bool {
+        self.quick_loads >= QUICK_LOADS_NEEDED
     }
 }
 
@@ -52,33 +54,33 @@ mod tests {
     const LATE: Duration = Duration::from_nanos(1_000_001);
 
     #[test]
-    fn only_a_disk_that_was_quick_so_many_times_in_a_row_is_waited_for() {
-        let mut patience = InlineReads::default();
-        for _ in 0..ROW {
-            assert!(!patience.waits());
-            patience.loaded(0, QUICK);
+    fn a_session_blocks_only_after_enough_quick_loads() {
+        let mut inline = InlineReads::default();
+        for _ in 0..QUICK_LOADS_NEEDED {
+            assert!(!inline.may_block());
+            inline.record_load(0, QUICK);
         }
-        assert!(patience.waits());
-        (0..1000).for_each(|_| patience.loaded(0, Duration::ZERO));
-        patience.loaded(0, LATE);
-        assert!(!patience.waits());
-        (1..ROW).for_each(|_| patience.loaded(0, QUICK));
-        assert!(!patience.waits());
+        assert!(inline.may_block());
+        (0..1000).for_each(|_| inline.record_load(0, Duration::ZERO));
+        inline.record_load(0, LATE);
+        assert!(!inline.may_block());
+        (1..QUICK_LOADS_NEEDED).for_each(|_| inline.record_load(0, QUICK));
+        assert!(!inline.may_block());
     }
 
     #[test]
-    fn once_it_was_slow_only_quick_loads_count_and_not_what_may_have_been_in_memory() {
-        let mut patience = InlineReads::default();
-        (0..ROW).for_each(|_| patience.loaded(0, QUICK));
-        patience.waited(0, QUICK);
-        assert!(patience.waits());
-        patience.waited(0, LATE);
-        (0..100).for_each(|_| patience.waited(0, QUICK));
-        assert!(!patience.waits());
+    fn after_a_slow_read_only_loads_count() {
+        let mut inline = InlineReads::default();
+        (0..QUICK_LOADS_NEEDED).for_each(|_| inline.record_load(0, QUICK));
+        inline.record_blocking_read(0, QUICK);
+        assert!(inline.may_block());
+        inline.record_blocking_read(0, LATE);
+        (0..100).for_each(|_| inline.record_blocking_read(0, QUICK));
+        assert!(!inline.may_block());
     }
 
     #[test]
-    fn more_bytes_may_take_longer() {
+    fn longer_reads_may_take_longer() {
         let second = Duration::from_secs(1);
         assert!(is_quick(QUICK_BYTES_PER_SEC, second + QUICK));
         assert!(!is_quick(QUICK_BYTES_PER_SEC, second + LATE));

@@ -73,14 +73,14 @@ impl Outbox {
             return Err(Errno::ENOMEM.into());
         }
         let bytes = self.buffer[self.start..self.end].to_vec();
-        Ok(UnsentSnapshot { bytes, from_disk: self.announced.into(), held: self.deferred })
+        Ok(UnsentSnapshot { bytes, announced: self.announced.into(), deferred: self.deferred })
     }
 
     /// Restores an outbox on a disk of `size` bytes; `None` if the announced range exceeds it.
     pub(super) fn restore(unsent: UnsentSnapshot, size: u64) -> Option<Self> {
-        let UnsentSnapshot { bytes, from_disk, held } = unsent;
-        let (end, announced) = (bytes.len(), from_disk.within(size)?);
-        Some(Self { buffer: bytes, end, deferred: held, announced, ..Self::default() })
+        let UnsentSnapshot { bytes, announced, deferred } = unsent;
+        let (end, announced) = (bytes.len(), announced.within(size)?);
+        Some(Self { buffer: bytes, end, deferred, announced, ..Self::default() })
     }
 
     /// Whether everything was sent.
@@ -384,7 +384,7 @@ mod tests {
         outbox.reply_with_pinned(|out| out.extend_from_slice(b"head"), 4, pin(b"data")).unwrap();
         outbox.reply(|out| out.extend_from_slice(b"late"));
         let saved = outbox.save().unwrap();
-        assert_eq!((&saved.bytes[..], &saved.held), (&b"headdatalate"[..], &None));
+        assert_eq!((&saved.bytes[..], &saved.deferred), (&b"headdatalate"[..], &None));
         let mut outbox = Outbox::restore(saved, 512).unwrap();
         assert_eq!(sent(&mut outbox), b"headdatalate");
     }

@@ -1,53 +1,53 @@
-//! Whether a session looks out for the next request for a moment before it sleeps.
-//! Pure: what happened is an argument.
+//! Adaptive polling: whether to busy-poll the socket briefly before blocking.
+//! Pure: results are arguments.
 //!
-//! A client on this host that sends one request at a time sends the next some microseconds after it
-//! has the reply. To fall asleep and to be woken takes longer than that, and costs as much computing
-//! as looking out does. A client that is further away, or has something else to do, is not looked
-//! out for: each time in vain doubles how often the session goes to sleep at once.
+//! A client on this host that sends one request at a time sends the next a few microseconds after it
+//! has the reply. To block and be woken takes longer than that, and as much processor time as polling.
+//! Each unsuccessful poll doubles the number of times that the session skips polling, so that remote
+//! and idle clients cost nothing.
 
 use std::time::Duration;
 
-/// How long a session looks out. QEMU does so for its own queues for up to 32 µs.
-pub(super) const LOOKOUT: Duration = Duration::from_micros(30);
-/// How often in a row a session goes to sleep at once, at most.
+/// How long to poll. QEMU polls its own queues for up to 32 µs.
+pub(super) const POLL_TIME: Duration = Duration::from_micros(30);
+/// How often in a row a session skips polling at most.
 const SKIPS_MAX: u32 = 1024;
-/// How many requests in a row have to come one at a time, once several have come at once.
-const ROW: u32 = 64;
+/// How many requests in a row a client has to send one at a time after it has pipelined several.
+const SINGLES_AFTER_PIPELINING: u32 = 64;
 
-/// What a session expects of its client.
+/// The polling state of one session.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct AdaptivePolling {
-    /// How often to go to sleep at once, before it is tried again.
+    /// How often to skip polling before the next poll.
     skips: u32,
-    /// How often that will be when it was in vain once more.
+    /// The number of skips after the next unsuccessful poll.
     next_skips: u32,
-    /// How many requests have to come one at a time before the client counts as one that waits for
-    /// each reply.
-    to_come: u32,
+    /// How many more requests have to arrive one at a time before the session polls again.
+    singles_needed: u32,
 }
 
 impl AdaptivePolling {
-    /// Whether to look out now, after so many requests have been taken since the last time.
-    pub(super) fn looks_out(&mut self, taken: u32) -> bool {
-        // Whoever sends several at once does not wait for each reply, even if he is so slow that
-        // they are often met one by one.
-        if taken != 1 {
-            self.to_come = if taken > 1 { ROW } else { self.to_come };
+    /// Whether to poll now; `requests` is the number of requests begun since the last call.
+    pub(super) fn should_poll(&mut self, requests: u32) -> bool {
+        // A client that pipelines does not wait for each reply, even if it is so slow that its requests
+        // often arrive one by one.
+        if requests != 1 {
+            self.singles_needed =
+                if requests > 1 { SINGLES_AFTER_PIPELINING } else { self.singles_needed };
             return false;
         }
-        if self.to_come > 0 {
-            self.to_come -= 1;
+        if self.singles_needed > 0 {
+            self.singles_needed -= 1;
             return false;
         }
-        let looks = self.skips == 0;
+        let polls = self.skips == 0;
         self.skips = self.skips.saturating_sub(1);
-        looks
+        polls
     }
 
-    /// Something came while the session looked out, or nothing did.
-    pub(super) fn note(&mut self, came: bool) {
-        if came {
+    /// Adapts to the result of a poll: whether a request arrived.
+    pub(super) fn record(&mut self, arrived: bool) {
+        if arrived {
             self.next_skips = 0;
         } else {
             self.next_skips = (2 * self.next_skips).clamp(1, SKIPS_MAX);
@@ -60,43 +60,43 @@ impl AdaptivePolling {
 mod tests {
     use super::*;
 
-    /// How often it sleeps at once before it looks out again.
-    fn sleeps(polling: &mut AdaptivePolling) -> u32 {
+    /// How often the session skips polling before it polls.
+    fn skips(polling: &mut AdaptivePolling) -> u32 {
         let mut count = 0;
-        while !polling.looks_out(1) {
+        while !polling.should_poll(1) {
             count += 1;
         }
         count
     }
 
     #[test]
-    fn a_client_that_sends_one_request_at_a_time_is_looked_out_for_as_long_as_it_comes() {
+    fn a_client_with_one_request_at_a_time_is_polled() {
         let mut polling = AdaptivePolling::default();
         for _ in 0..100 {
-            assert!(polling.looks_out(1));
-            polling.note(true);
+            assert!(polling.should_poll(1));
+            polling.record(true);
         }
-        assert!(!polling.looks_out(0));
-        assert!(polling.looks_out(1));
+        assert!(!polling.should_poll(0));
+        assert!(polling.should_poll(1));
     }
 
     #[test]
-    fn a_client_that_sent_several_at_once_has_to_send_many_one_by_one_first() {
+    fn polling_resumes_long_after_pipelined_requests() {
         let mut polling = AdaptivePolling::default();
-        assert!(!polling.looks_out(2));
-        assert_eq!(sleeps(&mut polling), ROW);
-        polling.note(true);
-        assert!(!polling.looks_out(0) && polling.looks_out(1));
+        assert!(!polling.should_poll(2));
+        assert_eq!(skips(&mut polling), SINGLES_AFTER_PIPELINING);
+        polling.record(true);
+        assert!(!polling.should_poll(0) && polling.should_poll(1));
     }
 
     #[test]
-    fn a_client_that_does_not_come_is_looked_out_for_ever_less_often_up_to_a_limit() {
+    fn polling_backs_off_exponentially_up_to_a_limit() {
         let mut polling = AdaptivePolling::default();
-        let mut last = sleeps(&mut polling);
+        let mut last = skips(&mut polling);
         assert_eq!(last, 0);
         loop {
-            polling.note(false);
-            let next = sleeps(&mut polling);
+            polling.record(false);
+            let next = skips(&mut polling);
             if last == SKIPS_MAX {
                 assert_eq!(next, SKIPS_MAX);
                 break;
@@ -104,7 +104,7 @@ mod tests {
             assert_eq!(next, (2 * last).max(1));
             last = next;
         }
-        polling.note(true);
-        assert_eq!(sleeps(&mut polling), 0);
+        polling.record(true);
+        assert_eq!(skips(&mut polling), 0);
     }
 }

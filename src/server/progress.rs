@@ -1,5 +1,5 @@
-//! How far a session has come between two turns, and how that is packed up for the next process.
-//! Only what is remembered: what follows from it is decided in `transmission`.
+//! The state of a session between two turns of its loop, and its snapshot.
+//! Only state: `transmission` decides what follows from it.
 
 use super::end::SessionEnd;
 use super::reads::Read;
@@ -12,67 +12,72 @@ use crate::range::Range;
 use std::collections::VecDeque;
 use std::io;
 
-/// How far a session has come.
+/// The state of a session in the transmission phase.
 #[derive(Debug, Default)]
 pub(super) struct SessionProgress {
+    /// The payload that is arriving.
     pub(super) payload: Option<Payload>,
+    /// Reads that are not completely answered.
     pub(super) reads: VecDeque<Read>,
-    /// Why the session ends once everything has been answered and sent.
-    pub(super) leaving: Option<SessionEnd>,
+    /// Why the session ends once all replies are sent.
+    pub(super) end: Option<SessionEnd>,
+    /// Bytes received.
     pub(super) received: u64,
-    /// So little came the last time that it was all there was.
+    /// So few bytes arrived the last time that the socket is empty.
     pub(super) drained: bool,
+    /// Bytes sent.
     pub(super) sent: u64,
     pub(super) request_stall: Stall,
     pub(super) reply_stall: Stall,
 }
 
-/// A payload of which not everything has arrived.
+/// A payload that has not completely arrived.
 #[derive(Debug)]
 pub(super) struct Payload {
     pub(super) to: ReplyTo,
-    pub(super) left: u64,
+    /// Bytes still to arrive.
+    pub(super) remaining: u64,
     pub(super) purpose: PayloadPurpose,
 }
 
-/// What a payload is for.
+/// What to do with a payload.
 #[derive(Debug)]
 pub(super) enum PayloadPurpose {
-    /// To be written to the rest of this range.
+    /// Write it to `rest`, the end of `range`.
     Write { range: Range, rest: Range, durable: bool },
-    /// To be read past; the reply is in the outbox or will be made at the end.
+    /// Skip it. The reply is in the outbox already, or is this failure of the write.
     Skip { failed: Option<(Request, io::Error)> },
-    /// To be understood by the reception, once all of it is here.
+    /// Pass it to the policy once it is complete.
     Private { data: Vec<u8> },
 }
 
 impl SessionProgress {
-    /// Whether the next process can go on from here. That the client has ended its side is seen
-    /// there once more; that its last bytes were no request is not.
+    /// Whether the next process can restore the session. It will observe the end of the stream again,
+    /// but not a framing error.
     pub(super) fn can_be_suspended(&self) -> bool {
         use SessionEnd::{Closed, Goodbye, Truncated};
-        matches!(self.leaving, None | Some(Goodbye | Closed | Truncated))
+        matches!(self.end, None | Some(Goodbye | Closed | Truncated))
     }
 
-    /// What is outstanding. The clocks of `--killswitch` start anew in the next process.
+    /// Saves the pending requests. The timeouts of `--killswitch` restart in the next process.
     pub(super) fn save(self) -> snapshot::PendingSnapshot {
         snapshot::PendingSnapshot {
             payload: self.payload.map(Payload::save),
             reads: self.reads.into_iter().map(Read::save).collect(),
-            said_goodbye: matches!(self.leaving, Some(SessionEnd::Goodbye)),
+            disconnect_received: matches!(self.end, Some(SessionEnd::Goodbye)),
         }
     }
 
-    /// The same on a disk of `size` bytes; none if it does not fit there.
-    pub(super) fn restore(packed: snapshot::PendingSnapshot, size: u64) -> Option<Self> {
-        let snapshot::PendingSnapshot { payload, reads, said_goodbye } = packed;
+    /// Restores the state on a disk of `size` bytes; `None` if a range exceeds it.
+    pub(super) fn restore(saved: snapshot::PendingSnapshot, size: u64) -> Option<Self> {
+        let snapshot::PendingSnapshot { payload, reads, disconnect_received } = saved;
         let payload = match payload {
             Some(payload) => Some(Payload::restore(payload, size)?),
             None => None,
         };
         let reads = reads.into_iter().map(|read| Read::restore(read, size));
-        let leaving = said_goodbye.then_some(SessionEnd::Goodbye);
-        Some(Self { payload, reads: reads.collect::<Option<_>>()?, leaving, ..Self::default() })
+        let end = disconnect_received.then_some(SessionEnd::Goodbye);
+        Some(Self { payload, reads: reads.collect::<Option<_>>()?, end, ..Self::default() })
     }
 }
 
@@ -89,23 +94,25 @@ impl Payload {
             PayloadPurpose::Skip { failed: _ } => snapshot::PurposeSnapshot::Skip,
             PayloadPurpose::Private { data } => snapshot::PurposeSnapshot::Private { data },
         };
-        snapshot::PayloadSnapshot { to: self.to.into(), left: self.left, purpose }
+        snapshot::PayloadSnapshot { to: self.to.into(), remaining: self.remaining, purpose }
     }
 
-    fn restore(packed: snapshot::PayloadSnapshot, size: u64) -> Option<Self> {
-        let snapshot::PayloadSnapshot { to, left, purpose } = packed;
+    fn restore(saved: snapshot::PayloadSnapshot, size: u64) -> Option<Self> {
+        let snapshot::PayloadSnapshot { to, remaining, purpose } = saved;
         let purpose = match purpose {
             snapshot::PurposeSnapshot::Write { range, rest, durable } => {
                 let (range, rest) = (range.within(size)?, rest.within(size)?);
                 PayloadPurpose::Write { range, rest, durable }
             }
             snapshot::PurposeSnapshot::SkipFailed { range, durable, errno } => {
-                let what = Request::Write { range: range.within(size)?, durable };
-                PayloadPurpose::Skip { failed: Some((what, io::Error::from_raw_os_error(errno))) }
+                let request = Request::Write { range: range.within(size)?, durable };
+                PayloadPurpose::Skip {
+                    failed: Some((request, io::Error::from_raw_os_error(errno))),
+                }
             }
             snapshot::PurposeSnapshot::Skip => PayloadPurpose::Skip { failed: None },
             snapshot::PurposeSnapshot::Private { data } => PayloadPurpose::Private { data },
         };
-        Some(Self { to: to.into(), left, purpose })
+        Some(Self { to: to.into(), remaining, purpose })
     }
 }

@@ -1,14 +1,14 @@
-//! Answering reads: piece by piece, holes as holes, and nothing before it is in hand.
-//! Never waits for the client: what it does not take now is continued later. Waits for the disk only
-//! after an errand has loaded what is read, which may be gone again: then, to get on at all.
+//! Replies to READ: piece by piece, holes as holes, and no header before its data is certain.
+//! Never waits for the client: the read continues when the client has received more. Reads from the
+//! disk without blocking, except after its pages were populated, since they may be evicted again.
 //!
-//! A piece is in hand when it has been read into the outbox, or, if it is long and the image allows
-//! it, when the kernel has put references to its pages into a pipe (`splice(2)`). Only then does its
-//! head go out: an error of the disk is told in place of it, and the session goes on. With structured
-//! replies a read is a row of such pieces, each a chunk. A simple reply has one head, and no word for
-//! an error behind it: up to [`IN_HAND_MAX`] bytes are in hand as a whole; a longer read is read once
-//! from its beginning to its end to see that it can be ("Simple reply message"), and then promised.
-//! Should the disk fail after that, the session ends: the client would take anything else for data.
+//! A piece is certain once it is read into the outbox, or, if it is long and the image allows it, once
+//! the kernel has put references to its pages into a pipe (`splice(2)`). Only then is its header
+//! written: an error of the disk is an error reply, and the session continues. With structured replies
+//! a read is a sequence of such pieces, one chunk each. A simple reply has a single header and cannot
+//! carry an error behind it: up to [`BUFFERED_MAX`] bytes are buffered as a whole; a longer read is
+//! tried once from beginning to end ("Simple reply message"), then announced and read again. If the
+//! disk fails after that, the session ends, because the client would take any bytes for data.
 
 use super::end::SessionEnd;
 use super::outbox::Outbox;
@@ -23,77 +23,80 @@ use crate::range::Range;
 use std::io;
 use std::time::Instant;
 
-/// Longest read that is answered in one chunk because the client wants it so (`DF`).
+/// Longest read with `NBD_CMD_FLAG_DF` (one chunk), in bytes.
 pub(super) const WHOLE_READ_MAX: u64 = 1 << 20;
-/// From this length on it is worth asking whether a read is of a hole.
-const HOLE_WORTH_ASKING: u64 = 64 << 10;
-/// Longest simple reply that is in hand as a whole, in bytes.
-const IN_HAND_MAX: u64 = 1 << 20;
-/// How much of a long read is loaded at once, in bytes.
-const LOAD_MAX: u64 = 1 << 20;
+/// Shortest read whose range is checked for holes, in bytes.
+const HOLE_CHECK_MIN: u64 = 64 << 10;
+/// Longest simple reply that is buffered as a whole, in bytes.
+const BUFFERED_MAX: u64 = 1 << 20;
+/// How much of a long read is populated at once, in bytes.
+const POPULATE_MAX: u64 = 1 << 20;
 
-/// A read that is not completely answered.
+/// A read with a part still to be answered.
 #[derive(Debug)]
 pub(super) struct Read {
     to: ReplyTo,
-    /// What is still to be answered.
+    /// The part still to be answered.
     rest: Range,
+    /// The reply has to be one chunk (`NBD_CMD_FLAG_DF`).
     whole: bool,
+    /// A part is answered.
     begun: bool,
-    /// The head of a part of it has gone out, and what that promised is with the outbox.
-    attached: bool,
-    /// Up to here everything could be read.
-    checked: u64,
-    /// Up to here everything is being loaded, or has been.
-    loading: u64,
-    loaded: u64,
+    /// The rest of the data is announced in the outbox.
+    announced: bool,
+    /// The read was tried up to this offset.
+    tried_to: u64,
+    /// Population of the page cache has been requested up to this offset,
+    populating_to: u64,
+    /// and has completed up to this one.
+    populated_to: u64,
 }
 
-/// How far a read has come.
+/// Result of one step of a read.
 #[derive(Debug)]
 pub(super) enum ReadStep<'a> {
-    /// It is answered, by success or failure.
+    /// It is answered, with success or an error.
     Answered,
-    /// A part of it is; the next may follow at once, as far as the outbox takes it.
-    GoesOn,
-    /// This is to be loaded first, by an errand that takes the visit along.
+    /// A part is answered; continue unless the outbox is full.
+    Continue,
+    /// This range has to be populated first, by I/O in flight that keeps the visit.
     Cold(Visit<'a>, Range),
-    /// It has to wait for errands.
-    Waits,
+    /// It has to wait: the gate is closed.
+    Blocked,
 }
 
 impl Read {
     pub(super) fn save(self) -> snapshot::ReadSnapshot {
-        let Self { to, rest, whole, begun, attached, .. } = self;
-        snapshot::ReadSnapshot { to: to.into(), rest: rest.into(), whole, begun, attached }
+        let Self { to, rest, whole, begun, announced, .. } = self;
+        snapshot::ReadSnapshot { to: to.into(), rest: rest.into(), whole, begun, announced }
     }
 
-    /// The same on a disk of `size` bytes; none if it does not fit there.
-    pub(super) fn restore(packed: snapshot::ReadSnapshot, size: u64) -> Option<Self> {
-        let snapshot::ReadSnapshot { to, rest, whole, begun, attached } = packed;
-        Some(Self { begun, attached, ..Self::new(to.into(), rest.within(size)?, whole) })
+    /// Restores a read on a disk of `size` bytes; `None` if its range exceeds it.
+    pub(super) fn restore(saved: snapshot::ReadSnapshot, size: u64) -> Option<Self> {
+        let snapshot::ReadSnapshot { to, rest, whole, begun, announced } = saved;
+        Some(Self { begun, announced, ..Self::new(to.into(), rest.within(size)?, whole) })
     }
 
     fn new(to: ReplyTo, rest: Range, whole: bool) -> Self {
-        let (begun, attached) = (false, false);
-        Self { to, rest, whole, begun, attached, checked: 0, loading: 0, loaded: 0 }
+        let (begun, announced) = (false, false);
+        Self { to, rest, whole, begun, announced, tried_to: 0, populating_to: 0, populated_to: 0 }
     }
 
-    /// Notes that what was cold has been loaded, or could not be.
-    pub(super) fn warm(&mut self) {
-        self.loaded = self.loading;
+    /// The requested population has completed, or failed: read the range blocking.
+    pub(super) fn mark_populated(&mut self) {
+        self.populated_to = self.populating_to;
     }
 
-    /// Whether to wait for `piece`, since it has been loaded once.
-    fn is_loaded(&self, piece: Range) -> bool {
-        piece.end() <= self.loaded
+    /// Whether `piece` was populated once, so that reading it may block.
+    fn is_populated(&self, piece: Range) -> bool {
+        piece.end() <= self.populated_to
     }
 
-    /// Promises all that is left.
-    fn promise(&mut self, out: &mut Outbox) {
+    /// Announces the rest in the outbox.
+    fn announce(&mut self, out: &mut Outbox) {
         out.announce(self.rest);
         self.answered(self.rest.length());
-        self.attached = true;
+        self.announced = true;
     }
 
     /// The next `length` bytes have been answered.
@@ -103,14 +106,14 @@ impl Read {
     }
 }
 
-/// What one chunk tells.
+/// The content of one chunk.
 struct ChunkContent {
     range: Range,
     hole: bool,
 }
 
 impl<'a> Worker<'a> {
-    /// A read to be answered, unless it is answered already, by its refusal perhaps.
+    /// Begins a read; `None` if it is answered already, such as with an error.
     pub(super) fn read(
         &mut self,
         to: ReplyTo,
@@ -119,7 +122,7 @@ impl<'a> Worker<'a> {
         out: &mut Outbox,
     ) -> Option<Read> {
         if whole && range.length() > WHOLE_READ_MAX {
-            self.refuse(to, ErrorCode::Overflow, "too long for one chunk", out);
+            self.reject(to, ErrorCode::Overflow, "too long for one chunk", out);
             return None;
         }
         if range.is_empty() {
@@ -129,24 +132,24 @@ impl<'a> Worker<'a> {
         Some(Read::new(to, range, whole))
     }
 
-    /// Answers the next piece of a read, if that can be done without waiting for a disk.
+    /// Answers the next piece of a read if its data is in memory.
     pub(super) fn advance(
         &mut self,
         read: &mut Read,
         out: &mut Outbox,
     ) -> Result<ReadStep<'a>, SessionEnd> {
-        if read.attached && out.announced().is_empty() {
-            read.attached = false;
+        if read.announced && out.announced().is_empty() {
+            read.announced = false;
             out.release_deferred();
             if read.rest.is_empty() {
-                self.conclude_read(read, out);
+                self.end_reply(read, out);
                 return Ok(ReadStep::Answered);
             }
         }
-        let Some(visit) = self.visit()? else { return Ok(ReadStep::Waits) };
-        if read.attached {
-            keep_promise(&visit, out).map_err(SessionEnd::ReplyIncomplete)?;
-            Ok(ReadStep::GoesOn)
+        let Some(visit) = self.visit()? else { return Ok(ReadStep::Blocked) };
+        if read.announced {
+            append_announced(&visit, out).map_err(SessionEnd::ReplyIncomplete)?;
+            Ok(ReadStep::Continue)
         } else if self.dialect == Dialect::Simple {
             Ok(self.advance_simple(visit, read, out))
         } else {
@@ -154,8 +157,8 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Ends a reply of which the last chunk did not say that it is.
-    fn conclude_read(&self, read: &Read, out: &mut Outbox) {
+    /// Ends a reply whose last chunk was not marked as such.
+    fn end_reply(&self, read: &Read, out: &mut Outbox) {
         if self.dialect != Dialect::Simple {
             out.reply(|out| self.dialect.success(read.to, out));
         }
@@ -169,30 +172,30 @@ impl<'a> Worker<'a> {
     ) -> ReadStep<'a> {
         let rest = read.rest;
         if read.begun {
-            // By another process, which had sent the head.
-            read.promise(out);
-            return ReadStep::GoesOn;
+            // By the previous process, which has sent the header.
+            read.announce(out);
+            return ReadStep::Continue;
         }
-        if rest.length() <= IN_HAND_MAX {
-            if let Err(error) = self.put(&visit, read, rest, true, out) {
+        if rest.length() <= BUFFERED_MAX {
+            if let Err(error) = self.append_piece(&visit, read, rest, true, out) {
                 return self.cold_or_failed(visit, read, rest, &error, out);
             }
             return ReadStep::Answered;
         }
-        let unchecked = rest.from(read.checked);
-        if unchecked.is_empty() {
+        let untried = rest.from(read.tried_to);
+        if untried.is_empty() {
             out.reply(|out| self.dialect.data_head(read.to, 0, 0, false, out));
-            read.promise(out);
-            return ReadStep::GoesOn;
+            read.announce(out);
+            return ReadStep::Continue;
         }
-        let piece = unchecked.split(piece_length(unchecked)).0;
-        let is_loaded = read.is_loaded(piece);
-        let try_out = |data: &mut [u8]| fill(&visit, is_loaded, piece.offset(), data);
-        if let Err(error) = out.try_fill(piece.length() as usize, try_out) {
+        let piece = untried.split(piece_length(untried)).0;
+        let is_populated = read.is_populated(piece);
+        let try_fill = |data: &mut [u8]| fill(&visit, is_populated, piece.offset(), data);
+        if let Err(error) = out.try_fill(piece.length() as usize, try_fill) {
             return self.cold_or_failed(visit, read, piece, &error, out);
         }
-        read.checked = piece.end();
-        ReadStep::GoesOn
+        read.tried_to = piece.end();
+        ReadStep::Continue
     }
 
     fn advance_in_chunks(
@@ -201,8 +204,8 @@ impl<'a> Worker<'a> {
         read: &mut Read,
         out: &mut Outbox,
     ) -> ReadStep<'a> {
-        let ChunkContent { range, hole } = match self.next_part(&visit, read) {
-            Ok(part) => part,
+        let ChunkContent { range, hole } = match self.next_chunk(&visit, read) {
+            Ok(chunk) => chunk,
             Err(error) => {
                 self.fail_read(read, read.rest, &error, out);
                 return ReadStep::Answered;
@@ -213,16 +216,15 @@ impl<'a> Worker<'a> {
             // It fits: a read has no more than 32 bits.
             let (at, length) = (range.offset(), range.length() as u32);
             out.reply(|out| self.dialect.hole(read.to, at, length, done, out));
-        } else if let Err(error) = self.put(&visit, read, range, done, out) {
+        } else if let Err(error) = self.append_piece(&visit, read, range, done, out) {
             return self.cold_or_failed(visit, read, range, &error, out);
         }
         read.answered(range.length());
-        if done { ReadStep::Answered } else { ReadStep::GoesOn }
+        if done { ReadStep::Answered } else { ReadStep::Continue }
     }
 
-    /// Takes `piece` in hand, and puts it and its head into the outbox. `WouldBlock` if it has to be
-    /// loaded first.
-    fn put(
+    /// Appends `piece` and its header to the outbox. `WouldBlock` if it has to be populated first.
+    fn append_piece(
         &mut self,
         visit: &Visit<'_>,
         read: &Read,
@@ -234,26 +236,26 @@ impl<'a> Worker<'a> {
         let (at, length) = (piece.offset(), piece.length() as usize);
         let (dialect, to) = (self.dialect, read.to);
         let head = |out: &mut Vec<u8>| dialect.data_head(to, at, length as u32, done, out);
-        let is_loaded = read.is_loaded(piece);
+        let is_populated = read.is_populated(piece);
         if pinned::fits(piece) && self.disk.pins() {
-            let waits = self.inline_reads.waits();
-            if !is_loaded && !waits && !visit.is_resident(piece) {
+            let may_block = self.inline_reads.may_block();
+            if !is_populated && !may_block && !visit.is_resident(piece) {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
-            let began = waits.then(Instant::now);
+            let began = may_block.then(Instant::now);
             let outcome = out.reply_with_pinned(head, length, |pipe| visit.pin(at, length, pipe));
             if let Some(began) = began {
-                self.inline_reads.waited(piece.length(), began.elapsed());
+                self.inline_reads.record_blocking_read(piece.length(), began.elapsed());
             }
             match outcome {
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
                 outcome => return outcome,
             }
         }
-        out.reply_with_data(head, length, |data| fill(visit, is_loaded, at, data))
+        out.reply_with_data(head, length, |data| fill(visit, is_populated, at, data))
     }
 
-    /// What to do with a read of which `piece` could not be had.
+    /// The next step of a read after `piece` could not be read.
     fn cold_or_failed(
         &mut self,
         visit: Visit<'a>,
@@ -262,9 +264,9 @@ impl<'a> Worker<'a> {
         error: &io::Error,
         out: &mut Outbox,
     ) -> ReadStep<'a> {
-        if error.kind() == io::ErrorKind::WouldBlock && !read.is_loaded(piece) {
-            let next = read.rest.from(piece.offset()).split(piece.length().max(LOAD_MAX)).0;
-            read.loading = next.end();
+        if error.kind() == io::ErrorKind::WouldBlock && !read.is_populated(piece) {
+            let next = read.rest.from(piece.offset()).split(piece.length().max(POPULATE_MAX)).0;
+            read.populating_to = next.end();
             return ReadStep::Cold(visit, next);
         }
         drop(visit);
@@ -272,18 +274,18 @@ impl<'a> Worker<'a> {
         ReadStep::Answered
     }
 
-    /// The next part of a read that is told in one chunk.
-    fn next_part(&mut self, visit: &Visit<'_>, read: &Read) -> io::Result<ChunkContent> {
+    /// The content of the next chunk of a read.
+    fn next_chunk(&mut self, visit: &Visit<'_>, read: &Read) -> io::Result<ChunkContent> {
         let rest = read.rest;
         if read.whole {
             return Ok(ChunkContent { range: rest, hole: false });
         }
         let allocated = self.allocated;
         if allocated.offset() <= rest.offset() && rest.offset() < allocated.end() {
-            return Ok(data_part(rest.until(allocated.end())));
+            return Ok(data_chunk(rest.until(allocated.end())));
         }
-        if rest.length() < HOLE_WORTH_ASKING && !read.begun {
-            return Ok(data_part(rest));
+        if rest.length() < HOLE_CHECK_MIN && !read.begun {
+            return Ok(data_chunk(rest));
         }
         let Extent { range, allocated } = visit.extent(rest.offset())?;
         let within = rest.until(range.end());
@@ -291,32 +293,32 @@ impl<'a> Worker<'a> {
             return Ok(ChunkContent { range: within, hole: true });
         }
         self.allocated = range;
-        Ok(data_part(within))
+        Ok(data_chunk(within))
     }
 
     fn fail_read(&mut self, read: &Read, piece: Range, error: &io::Error, out: &mut Outbox) {
         let kind = message_id::REQUEST_FAILED;
-        let code = self.complain(kind, &format_args!("read of {piece:?}"), error);
-        // Where, only if a part was answered before: that part then is true.
+        let code = self.log_error(kind, &format_args!("read of {piece:?}"), error);
+        // The offset makes the chunks before it valid, so it is given only if there are any.
         let at = read.begun.then_some(piece.offset());
         out.reply(|out| self.dialect.failure(read.to, code, at, "", out));
     }
 }
 
-/// The first piece of data that is told in one chunk.
-fn data_part(data: Range) -> ChunkContent {
+/// A chunk with the first piece of `data`.
+fn data_chunk(data: Range) -> ChunkContent {
     ChunkContent { range: data.split(piece_length(data)).0, hole: false }
 }
 
-/// Reads the next piece of what has been promised.
-fn keep_promise(visit: &Visit<'_>, out: &mut Outbox) -> io::Result<()> {
-    let promised = out.announced();
-    let piece = promised.split(piece_length(promised)).0;
+/// Reads the next piece of the announced range.
+fn append_announced(visit: &Visit<'_>, out: &mut Outbox) -> io::Result<()> {
+    let announced = out.announced();
+    let piece = announced.split(piece_length(announced)).0;
     // It fits: a piece is at most 256 KiB.
     out.append_announced(piece.length() as usize, |data| visit.read(piece.offset(), data))
 }
 
-/// Fills `data` from the disk, waiting for it only if it has been loaded.
-fn fill(visit: &Visit<'_>, loaded: bool, offset: u64, data: &mut [u8]) -> io::Result<()> {
-    if loaded { visit.read(offset, data) } else { visit.read_now(offset, data) }
+/// Fills `data` from the disk; blocks only if the range was populated.
+fn fill(visit: &Visit<'_>, populated: bool, offset: u64, data: &mut [u8]) -> io::Result<()> {
+    if populated { visit.read(offset, data) } else { visit.read_now(offset, data) }
 }

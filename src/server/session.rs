@@ -114,7 +114,7 @@ impl Session<'_> {
         let inbox = Inbox::restore(&snapshot.inbox)?;
         let outbox = Outbox::restore(snapshot.outbox, size)?;
         let phase = match snapshot.phase {
-            PhaseSnapshot::Greeting(handshake) => {
+            PhaseSnapshot::Handshake(handshake) => {
                 let handshake = ServerHandshake::resume(self.export.clone(), handshake.position()?);
                 SessionPhase::Handshake(Box::new(handshake))
             }
@@ -122,10 +122,10 @@ impl Session<'_> {
                 form,
                 allocation_selected,
                 introduced,
-                outstanding,
+                pending,
             }) => {
                 let terms = self.terms(form.into(), allocation_selected, introduced);
-                let progress = SessionProgress::restore(outstanding, size)?;
+                let progress = SessionProgress::restore(pending, size)?;
                 SessionPhase::Transmission(terms, Box::new(progress))
             }
         };
@@ -175,7 +175,7 @@ impl Session<'_> {
             session: self.registration.id,
             inbox: inbox.bytes().to_vec(),
             outbox,
-            phase: PhaseSnapshot::Greeting(handshake.position().into()),
+            phase: PhaseSnapshot::Handshake(handshake.position().into()),
         };
         (SessionEnd::Suspended, Some(snapshot))
     }
@@ -359,17 +359,17 @@ impl Session<'_> {
             cpus: self.cpus,
             worker: Worker::new(self.disk, control, self.policy, terms.dialect, who),
             terms,
-            answers_nonsense: self.settings.style == Style::Oldstyle,
+            answers_malformed: self.settings.style == Style::Oldstyle,
             stall_limit: self.settings.stall_limit,
             inbox,
             outbox,
             progress,
             stuck: false,
-            place: None,
+            waiting_change: None,
             delay: ReceiveDelay::default(),
             written: 0,
             unfinished: false,
-            taken: 0,
+            begun: 0,
             polling: AdaptivePolling::default(),
         }
     }

@@ -1,10 +1,11 @@
-//! A session packed up for the next process, and unpacked there: what it is in the middle of ⇄ bytes.
-//! Knows no socket: who passes the bytes and the connections on is not decided here.
+//! Session snapshots: the state of suspended sessions as bytes, for the next process.
+//! Knows no socket, and never decides where the bytes go.
 //!
-//! The bytes are a magic number, a version, and a MessagePack map with named fields. Whoever reads
-//! another version, another field, or one field too few takes nothing: a session that is misread
-//! would write one client's bytes where another one's belong, and one that is closed only has to be
-//! opened again. [`VERSION`] changes whenever a field changes its meaning.
+//! The bytes are a magic number, a version, and a MessagePack map with named fields. Another version,
+//! an unknown field or a missing one makes the whole snapshot unreadable, and all sessions are closed:
+//! a misread session could write one client's bytes to the wrong place, whereas the client of a closed
+//! one only has to reconnect. Whenever a field changes its meaning, [`VERSION`] has to change. The
+//! names in the bytes stay: a field that is renamed in Rust gets `#[serde(rename)]`.
 
 use super::settings::Style;
 use crate::disk::Identity;
@@ -13,53 +14,40 @@ use crate::nbd::reply::{Dialect, ReplyTo};
 use crate::nbd::wire::{ClientFlags, TransmissionFlags};
 use crate::range::Range;
 use serde::{Deserialize, Serialize};
-use std::fmt;
 use std::ops::Not;
+use thiserror::Error;
 
-/// Of what is written here, and the only one that is read.
+/// Version of the format; no other is read.
 pub const VERSION: u32 = 1;
-/// What the bytes begin with.
 const MAGIC: [u8; 8] = *b"FLEXNBDc";
-/// Magic and version.
-const HEAD: usize = MAGIC.len() + size_of::<u32>();
+/// Length of magic number and version in bytes.
+const HEADER: usize = MAGIC.len() + size_of::<u32>();
 
-/// Why packed sessions cannot be taken over. They have to be closed.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Why a snapshot cannot be restored. All its sessions have to be closed.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub(super) enum SnapshotError {
-    /// These are no packed sessions.
-    Foreign,
-    /// Another version of the program has packed them.
+    /// The bytes do not begin with [`MAGIC`].
+    #[error("they are in no form that this program knows")]
+    NotASnapshot,
+    #[error("another version of the program has packed them (form {0}, this one reads {VERSION})")]
     Version(u32),
-    /// They are not what they should be.
-    Garbled(String),
-    /// What the clients were promised no longer holds.
-    Promise(&'static str),
+    #[error("they are garbled: {0}")]
+    Malformed(String),
+    /// The export has changed in a way that its clients would notice.
+    #[error("{0} is not what their clients were told")]
+    ExportChanged(&'static str),
 }
 
-impl fmt::Display for SnapshotError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Foreign => f.write_str("they are in no form that this program knows"),
-            Self::Version(version) => write!(
-                f,
-                "another version of the program has packed them (form {version}, this one reads \
-                 {VERSION})"
-            ),
-            Self::Garbled(how) => write!(f, "they are garbled: {how}"),
-            Self::Promise(what) => write!(f, "{what} is not what their clients were told"),
-        }
-    }
-}
-
-/// All sessions of a server.
+/// The sessions of a server.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ServerSnapshot {
-    promise: ExportFingerprint,
+    #[serde(rename = "promise")]
+    fingerprint: ExportFingerprint,
     sessions: Vec<SessionSnapshot>,
 }
 
-/// What clients were told about the export, and the disk behind it.
+/// The export as its clients know it, and the identity of the disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ExportFingerprint {
@@ -70,42 +58,42 @@ pub(super) struct ExportFingerprint {
     oldstyle: bool,
 }
 
-/// One session. Its connection goes beside it, under the session's number.
+/// One session. The caller stores its connection under the session's id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SessionSnapshot {
-    /// Number of the session.
+    /// Id of the session.
     pub(super) session: u64,
-    /// What arrived and was not used.
+    /// Received bytes that are not consumed.
     #[serde(with = "serde_bytes")]
     pub(super) inbox: Vec<u8>,
     pub(super) outbox: UnsentSnapshot,
     pub(super) phase: PhaseSnapshot,
 }
 
-/// What is still to be sent.
+/// Replies that are not sent: three parts, in this order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct UnsentSnapshot {
     #[serde(with = "serde_bytes")]
     pub(super) bytes: Vec<u8>,
-    /// Behind `bytes`, from the disk.
-    pub(super) from_disk: RangeSnapshot,
-    /// Behind that, once the read that is being sent is complete.
-    #[serde(with = "serde_bytes")]
-    pub(super) held: Option<Vec<u8>>,
+    /// The rest of a simple read's data, still to be read from the disk.
+    #[serde(rename = "from_disk")]
+    pub(super) announced: RangeSnapshot,
+    /// Replies deferred until the simple read is complete.
+    #[serde(rename = "held", with = "serde_bytes")]
+    pub(super) deferred: Option<Vec<u8>>,
 }
 
-/// How far a session has come.
+/// The phase of a session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum PhaseSnapshot {
-    /// In the handshake.
-    Greeting(HandshakeSnapshot),
-    /// Past it.
+    #[serde(rename = "Greeting")]
+    Handshake(HandshakeSnapshot),
     Transmission(TransmissionSnapshot),
 }
 
-/// A handshake that is not over.
+/// An unfinished handshake.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct HandshakeSnapshot {
@@ -117,30 +105,32 @@ pub(super) struct HandshakeSnapshot {
     introduced: bool,
 }
 
-/// A session that serves requests.
+/// A session in the transmission phase.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct TransmissionSnapshot {
     pub(super) form: ReplyFormSnapshot,
     pub(super) allocation_selected: bool,
-    /// Whether the private command is understood. Left out where it is not, as all versions of this
-    /// program that do not know the field leave it out.
+    /// Whether the private command is enabled. Omitted if not, because versions of this program that
+    /// do not know the field omit it.
     #[serde(default, skip_serializing_if = "Not::not")]
     pub(super) introduced: bool,
-    pub(super) outstanding: PendingSnapshot,
+    #[serde(rename = "outstanding")]
+    pub(super) pending: PendingSnapshot,
 }
 
-/// What a session still owes its client.
+/// Requests that are not completed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PendingSnapshot {
     pub(super) payload: Option<PayloadSnapshot>,
     pub(super) reads: Vec<ReadSnapshot>,
-    /// Whatever comes behind what the client has said counts no more.
-    pub(super) said_goodbye: bool,
+    /// The client has sent `NBD_CMD_DISC`: bytes behind it are ignored.
+    #[serde(rename = "said_goodbye")]
+    pub(super) disconnect_received: bool,
 }
 
-/// The form of requests and replies.
+/// The form of requests and replies ([`Dialect`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum ReplyFormSnapshot {
     Simple,
@@ -148,33 +138,35 @@ pub(super) enum ReplyFormSnapshot {
     Extended,
 }
 
-/// A payload of which not everything has arrived.
+/// A payload that has not completely arrived.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PayloadSnapshot {
     pub(super) to: RequestSnapshot,
-    pub(super) left: u64,
+    /// Bytes still to be received.
+    #[serde(rename = "left")]
+    pub(super) remaining: u64,
     pub(super) purpose: PurposeSnapshot,
 }
 
-/// What a payload is for.
+/// What to do with a payload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) enum PurposeSnapshot {
-    /// To be written to the end of this part of the disk.
+    /// Write it to `rest`, the end of `range`.
     Write { range: RangeSnapshot, rest: RangeSnapshot, durable: bool },
-    /// To be read past: the request was refused, and that is answered already.
+    /// Skip it: the request was refused, and is answered.
     Skip,
-    /// To be read past: a write failed with this error, which is still to be answered.
+    /// Skip it, then reply with this error: an earlier piece of the write failed.
     SkipFailed { range: RangeSnapshot, durable: bool, errno: i32 },
-    /// To be understood once it is all there.
+    /// Pass it to the policy once it is complete.
     Private {
         #[serde(with = "serde_bytes")]
         data: Vec<u8>,
     },
 }
 
-/// A read that is not completely answered.
+/// A read with a part still to be answered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct ReadSnapshot {
@@ -182,10 +174,12 @@ pub(super) struct ReadSnapshot {
     pub(super) rest: RangeSnapshot,
     pub(super) whole: bool,
     pub(super) begun: bool,
-    pub(super) attached: bool,
+    /// The rest of the data is announced in the outbox.
+    #[serde(rename = "attached")]
+    pub(super) announced: bool,
 }
 
-/// A request, as far as its reply repeats it.
+/// The fields of a request that its reply needs ([`ReplyTo`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RequestSnapshot {
@@ -194,7 +188,7 @@ pub(super) struct RequestSnapshot {
     chunked: bool,
 }
 
-/// A range that was not checked against the disk yet.
+/// A range that is not checked against the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RangeSnapshot {
@@ -203,14 +197,14 @@ pub(super) struct RangeSnapshot {
 }
 
 impl SessionSnapshot {
-    /// Whether it is in the handshake.
+    /// Whether the session is in the handshake.
     pub(super) fn is_in_handshake(&self) -> bool {
-        matches!(self.phase, PhaseSnapshot::Greeting(_))
+        matches!(self.phase, PhaseSnapshot::Handshake(_))
     }
 }
 
 impl RangeSnapshot {
-    /// The same as a range of a disk of `disk_size` bytes, if it lies within.
+    /// The range on a disk of `disk_size` bytes, if it lies within.
     pub(super) fn within(self, disk_size: u64) -> Option<Range> {
         Range::within(disk_size, self.offset, self.length)
     }
@@ -263,7 +257,7 @@ impl From<HandshakePosition> for HandshakeSnapshot {
 }
 
 impl HandshakeSnapshot {
-    /// The same for the handshake itself, if its flags are known.
+    /// The position in the handshake; `None` if it has unknown flags.
     pub(super) fn position(self) -> Option<HandshakePosition> {
         let Self { client_flags, skipping, form, allocation_for, introduced } = self;
         let client = match client_flags {
@@ -286,67 +280,67 @@ impl ExportFingerprint {
         Self { disk, name, size, flags: export.flags.bits(), oldstyle: style == Style::Oldstyle }
     }
 
-    /// Whether a server that promises something else keeps it. That may be able to do more.
-    fn kept_by(&self, now: &Self) -> Result<(), SnapshotError> {
+    /// Checks that the export `now` can serve clients of this one. It may have more capabilities.
+    fn check_compatible(&self, now: &Self) -> Result<(), SnapshotError> {
         let read_only = TransmissionFlags::READ_ONLY.bits();
-        let promised = self.flags & !read_only;
-        let broken = [
+        let capabilities = self.flags & !read_only;
+        let changes = [
             (self.size != now.size, "the size of the disk"),
             (self.disk != now.disk, "the disk itself"),
             (self.name != now.name, "the name of the export"),
             (self.oldstyle != now.oldstyle, "the style of the handshake"),
             ((self.flags ^ now.flags) & read_only != 0, "whether the disk can be changed"),
-            (promised & !now.flags != 0, "what can be done with the disk"),
+            (capabilities & !now.flags != 0, "what can be done with the disk"),
         ];
-        match broken.into_iter().find(|(is_broken, _)| *is_broken) {
-            Some((_, what)) => Err(SnapshotError::Promise(what)),
+        match changes.into_iter().find(|(has_changed, _)| *has_changed) {
+            Some((_, what)) => Err(SnapshotError::ExportChanged(what)),
             None => Ok(()),
         }
     }
 }
 
-/// `sessions` of a server that has promised this, in one piece.
+/// Encodes the sessions of a server.
 ///
 /// # Errors
-/// When they cannot be put in a row, which can only be a mistake in this file.
+/// When they cannot be serialized, which only a mistake in this file can cause.
 pub(super) fn encode(
-    promise: ExportFingerprint,
+    fingerprint: ExportFingerprint,
     sessions: Vec<SessionSnapshot>,
 ) -> Result<Vec<u8>, SnapshotError> {
-    let cargo = ServerSnapshot { promise, sessions };
+    let snapshot = ServerSnapshot { fingerprint, sessions };
     let mut bytes = Vec::from(MAGIC);
     bytes.extend_from_slice(&VERSION.to_be_bytes());
-    let body = rmp_serde::to_vec_named(&cargo)
-        .map_err(|error| SnapshotError::Garbled(error.to_string()))?;
+    let body = rmp_serde::to_vec_named(&snapshot)
+        .map_err(|error| SnapshotError::Malformed(error.to_string()))?;
     bytes.extend_from_slice(&body);
     Ok(bytes)
 }
 
-/// The sessions in `bytes`, if a server that promises this can go on with them.
+/// Decodes the sessions in `bytes` for a server with this fingerprint.
 ///
 /// # Errors
-/// Why none of them can be taken over.
+/// Why the sessions cannot be restored.
 pub(super) fn decode(
     bytes: &[u8],
-    promise: &ExportFingerprint,
+    fingerprint: &ExportFingerprint,
 ) -> Result<Vec<SessionSnapshot>, SnapshotError> {
-    let (head, body) = bytes.split_at_checked(HEAD).ok_or(SnapshotError::Foreign)?;
-    let (magic, version) = head.split_at(MAGIC.len());
+    let (header, body) = bytes.split_at_checked(HEADER).ok_or(SnapshotError::NotASnapshot)?;
+    let (magic, version) = header.split_at(MAGIC.len());
     if magic != MAGIC {
-        return Err(SnapshotError::Foreign);
+        return Err(SnapshotError::NotASnapshot);
     }
     let version = version.first_chunk().map_or(0, |version| u32::from_be_bytes(*version));
     if version != VERSION {
         return Err(SnapshotError::Version(version));
     }
-    let mut left = body;
-    let cargo: ServerSnapshot = rmp_serde::from_read(&mut left)
-        .map_err(|error| SnapshotError::Garbled(error.to_string()))?;
-    if !left.is_empty() {
-        return Err(SnapshotError::Garbled(format!("{} bytes too many", left.len())));
+    let mut rest = body;
+    let snapshot: ServerSnapshot = rmp_serde::from_read(&mut rest)
+        .map_err(|error| SnapshotError::Malformed(error.to_string()))?;
+    if !rest.is_empty() {
+        return Err(SnapshotError::Malformed(format!("{} bytes too many", rest.len())));
     }
-    cargo.promise.kept_by(promise)?;
-    Ok(cargo.sessions)
+    snapshot.fingerprint.check_compatible(fingerprint)?;
+    Ok(snapshot.sessions)
 }
 
 #[cfg(test)]
@@ -370,7 +364,7 @@ mod tests {
         }
     }
 
-    fn promise(export: &Export) -> ExportFingerprint {
+    fn fingerprint(export: &Export) -> ExportFingerprint {
         ExportFingerprint::of(export, Style::Newstyle, Some((8, 1)))
     }
 
@@ -384,18 +378,19 @@ mod tests {
             PurposeSnapshot::SkipFailed { range, durable: false, errno: 28 },
             PurposeSnapshot::Private { data: vec![0xff; 3] },
         ];
-        let read = ReadSnapshot { to, rest, whole: true, begun: false, attached: true };
+        let read = ReadSnapshot { to, rest, whole: true, begun: false, announced: true };
         let serving = |purpose| TransmissionSnapshot {
             form: ReplyFormSnapshot::Extended,
             allocation_selected: true,
             introduced: true,
-            outstanding: PendingSnapshot {
-                payload: Some(PayloadSnapshot { to, left: 5, purpose }),
+            pending: PendingSnapshot {
+                payload: Some(PayloadSnapshot { to, remaining: 5, purpose }),
                 reads: vec![read.clone(); 2],
-                said_goodbye: true,
+                disconnect_received: true,
             },
         };
-        let outbox = UnsentSnapshot { bytes: vec![1; 300], from_disk: rest, held: Some(vec![2]) };
+        let outbox =
+            UnsentSnapshot { bytes: vec![1; 300], announced: rest, deferred: Some(vec![2]) };
         let mut all: Vec<SessionSnapshot> = (1..)
             .zip(purposes)
             .map(|(session, purpose)| SessionSnapshot {
@@ -405,7 +400,7 @@ mod tests {
                 phase: PhaseSnapshot::Transmission(serving(purpose)),
             })
             .collect();
-        let greeting = HandshakeSnapshot {
+        let handshake = HandshakeSnapshot {
             client_flags: Some(3),
             skipping: 4,
             form: ReplyFormSnapshot::Structured,
@@ -417,72 +412,75 @@ mod tests {
             session: 9,
             inbox,
             outbox,
-            phase: PhaseSnapshot::Greeting(greeting),
+            phase: PhaseSnapshot::Handshake(handshake),
         });
         all
     }
 
-    fn packed() -> Vec<u8> {
-        encode(promise(&export()), sessions()).unwrap()
+    fn encoded() -> Vec<u8> {
+        encode(fingerprint(&export()), sessions()).unwrap()
     }
 
-    fn unpacked(bytes: &[u8]) -> Result<Vec<SessionSnapshot>, SnapshotError> {
-        decode(bytes, &promise(&export()))
-    }
-
-    #[test]
-    fn what_is_unpacked_is_what_was_packed() {
-        assert_eq!(unpacked(&packed()), Ok(sessions()));
+    fn decoded(bytes: &[u8]) -> Result<Vec<SessionSnapshot>, SnapshotError> {
+        decode(bytes, &fingerprint(&export()))
     }
 
     #[test]
-    fn a_session_without_introduction_has_the_earlier_form() {
+    fn decoding_restores_the_encoded_sessions() {
+        assert_eq!(decoded(&encoded()), Ok(sessions()));
+    }
+
+    #[test]
+    fn a_session_without_the_private_command_omits_the_field() {
         let mut plain = sessions();
-        for carried in &mut plain {
-            match &mut carried.phase {
-                PhaseSnapshot::Greeting(greeting) => greeting.introduced = false,
+        for session in &mut plain {
+            match &mut session.phase {
+                PhaseSnapshot::Handshake(handshake) => handshake.introduced = false,
                 PhaseSnapshot::Transmission(serving) => serving.introduced = false,
             }
         }
-        let bytes = encode(promise(&export()), plain.clone()).unwrap();
+        let bytes = encode(fingerprint(&export()), plain.clone()).unwrap();
         assert!(!bytes.windows(10).any(|window| window == b"introduced"));
-        assert_eq!(unpacked(&bytes), Ok(plain));
+        assert_eq!(decoded(&bytes), Ok(plain));
     }
 
     #[test]
-    fn another_version_is_never_misread() {
-        let mut bytes = packed();
+    fn another_version_is_refused() {
+        let mut bytes = encoded();
         for version in [0, VERSION - 1, VERSION + 1, u32::MAX] {
-            bytes[MAGIC.len()..HEAD].copy_from_slice(&version.to_be_bytes());
-            assert_eq!(unpacked(&bytes), Err(SnapshotError::Version(version)));
+            bytes[MAGIC.len()..HEADER].copy_from_slice(&version.to_be_bytes());
+            assert_eq!(decoded(&bytes), Err(SnapshotError::Version(version)));
         }
         bytes[0] ^= 1;
-        assert_eq!(unpacked(&bytes), Err(SnapshotError::Foreign));
+        assert_eq!(decoded(&bytes), Err(SnapshotError::NotASnapshot));
     }
 
     #[test]
-    fn a_field_more_or_less_is_never_misread() {
+    fn an_unknown_or_missing_field_is_refused() {
         #[derive(Serialize)]
         struct More {
-            promise: ExportFingerprint,
+            #[serde(rename = "promise")]
+            fingerprint: ExportFingerprint,
             sessions: Vec<SessionSnapshot>,
             more: u8,
         }
         #[derive(Serialize)]
         struct Less {
-            promise: ExportFingerprint,
+            #[serde(rename = "promise")]
+            fingerprint: ExportFingerprint,
         }
-        let promise = promise(&export());
-        let more = More { promise: promise.clone(), sessions: sessions(), more: 0 };
-        let bodies = [rmp_serde::to_vec_named(&more), rmp_serde::to_vec_named(&Less { promise })];
+        let fingerprint = fingerprint(&export());
+        let more = More { fingerprint: fingerprint.clone(), sessions: sessions(), more: 0 };
+        let bodies =
+            [rmp_serde::to_vec_named(&more), rmp_serde::to_vec_named(&Less { fingerprint })];
         for body in bodies {
-            let bytes = [&packed()[..HEAD], &body.unwrap()].concat();
-            assert!(matches!(unpacked(&bytes), Err(SnapshotError::Garbled(_))));
+            let bytes = [&encoded()[..HEADER], &body.unwrap()].concat();
+            assert!(matches!(decoded(&bytes), Err(SnapshotError::Malformed(_))));
         }
     }
 
     #[test]
-    fn nor_is_one_within_what_a_payload_is_for() {
+    fn an_unknown_field_in_a_purpose_is_refused() {
         #[derive(Serialize)]
         enum Newer {
             SkipFailed { range: RangeSnapshot, durable: bool, errno: i32, more: u8 },
@@ -494,54 +492,54 @@ mod tests {
     }
 
     #[test]
-    fn every_end_but_the_last_is_too_early_and_one_more_is_too_late() {
-        let bytes = packed();
+    fn truncated_and_longer_snapshots_are_refused() {
+        let bytes = encoded();
         for end in (0..300).chain(bytes.len() - 300..bytes.len()) {
-            assert!(unpacked(&bytes[..end]).is_err(), "{end}");
+            assert!(decoded(&bytes[..end]).is_err(), "{end}");
         }
         let long = [bytes.as_slice(), &[0]].concat();
-        assert!(matches!(unpacked(&long), Err(SnapshotError::Garbled(_))));
+        assert!(matches!(decoded(&long), Err(SnapshotError::Malformed(_))));
     }
 
     #[test]
-    fn a_server_that_does_not_keep_the_promise_takes_nobody_over() {
+    fn a_changed_export_restores_no_session() {
         let with = |change: fn(&mut Export)| {
             let mut other = export();
             change(&mut other);
-            decode(&packed(), &promise(&other))
+            decode(&encoded(), &fingerprint(&other))
         };
-        let broken = |what| Err(SnapshotError::Promise(what));
-        assert_eq!(with(|export| export.size -= 512), broken("the size of the disk"));
-        assert_eq!(with(|export| export.name.clear()), broken("the name of the export"));
+        let refused = |what| Err(SnapshotError::ExportChanged(what));
+        assert_eq!(with(|export| export.size -= 512), refused("the size of the disk"));
+        assert_eq!(with(|export| export.name.clear()), refused("the name of the export"));
         let read_only = |export: &mut Export| export.flags |= TransmissionFlags::READ_ONLY;
-        assert_eq!(with(read_only), broken("whether the disk can be changed"));
+        assert_eq!(with(read_only), refused("whether the disk can be changed"));
         let less = |export: &mut Export| export.flags -= TransmissionFlags::SEND_FLUSH;
-        assert_eq!(with(less), broken("what can be done with the disk"));
+        assert_eq!(with(less), refused("what can be done with the disk"));
         let more = |export: &mut Export| export.flags |= TransmissionFlags::SEND_CACHE;
         assert_eq!(with(more), Ok(sessions()));
-        let replaced = ExportFingerprint { disk: Some((8, 2)), ..promise(&export()) };
-        assert_eq!(decode(&packed(), &replaced), broken("the disk itself"));
+        let replaced = ExportFingerprint { disk: Some((8, 2)), ..fingerprint(&export()) };
+        assert_eq!(decode(&encoded(), &replaced), refused("the disk itself"));
         let oldstyle =
-            decode(&packed(), &ExportFingerprint { oldstyle: true, ..promise(&export()) });
-        assert_eq!(oldstyle, broken("the style of the handshake"));
+            decode(&encoded(), &ExportFingerprint { oldstyle: true, ..fingerprint(&export()) });
+        assert_eq!(oldstyle, refused("the style of the handshake"));
     }
 
     #[test]
-    fn a_part_of_the_disk_that_lies_outside_is_none() {
-        let span = |offset, length| RangeSnapshot { offset, length };
-        assert!(span(SIZE - 1, 1).within(SIZE).is_some());
+    fn a_range_outside_the_disk_is_refused() {
+        let range = |offset, length| RangeSnapshot { offset, length };
+        assert!(range(SIZE - 1, 1).within(SIZE).is_some());
         for (offset, length) in [(SIZE, 1), (SIZE - 1, 2), (u64::MAX, 1)] {
-            assert_eq!(span(offset, length).within(SIZE), None);
+            assert_eq!(range(offset, length).within(SIZE), None);
         }
     }
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(at in HEAD..400usize, byte: u8, tail in prop::collection::vec(any::<u8>(), 0..64)) {
-            let mut bytes = packed();
+        fn no_bytes_make_decoding_panic(at in HEADER..400usize, byte: u8, tail in prop::collection::vec(any::<u8>(), 0..64)) {
+            let mut bytes = encoded();
             bytes[at] = byte;
-            let _ = unpacked(&bytes);
-            let _ = unpacked(&[&bytes[..at], &tail].concat());
+            let _ = decoded(&bytes);
+            let _ = decoded(&[&bytes[..at], &tail].concat());
         }
     }
 }

@@ -1,22 +1,22 @@
 //! The transmission phase of one session: requests in, replies out, in batches.
 //!
-//! Reading requests and sending replies never wait for each other. While the client takes no
-//! replies, reads wait in a queue, everything else is still done, and only when the queue or the
-//! held replies reach their limits does the session stop receiving: back-pressure in bounded
-//! memory, so that a client may send a long row of requests before it reads the first reply.
+//! Receiving and sending never wait for each other. While the client does not receive replies, reads
+//! wait in a queue and all other requests are executed; the session stops receiving only when the
+//! queue or the deferred replies reach their limits. That is back-pressure in bounded memory, and lets
+//! a client pipeline many requests before it receives the first reply.
 //!
-//! Nor do requests wait for each other: what the disk takes long for is an errand, and what was
-//! asked behind it may be answered before. A change of what an earlier change in flight is changing,
-//! of whichever session, waits among the errands. Only these wait with all that is behind them: a
-//! piece of a long write to such a place; what must come last; and anything while there is no room
-//! for more errands, or while the gate is closed.
+//! Requests do not wait for each other either: slow disk I/O is in flight while later requests are
+//! answered. Of two overlapping changes, whichever sessions they belong to, the later one waits within
+//! the in-flight I/O. These requests wait with everything behind them: a piece of a long write that
+//! overlaps a change in flight; a request that must come after all others; and every request while the
+//! in-flight I/O is at its limits or the gate is closed.
 
 use super::control::StopRequest;
 use super::delay::ReceiveDelay;
 use super::end::SessionEnd;
 use super::inbox::Inbox;
 use super::outbox::Outbox;
-use super::polling::{AdaptivePolling, LOOKOUT};
+use super::polling::{AdaptivePolling, POLL_TIME};
 use super::progress::SessionProgress;
 use super::reads::ReadStep;
 use super::sessions::Registration;
@@ -29,18 +29,18 @@ use crate::range::Range;
 use std::io;
 use std::time::{Duration, Instant};
 
-/// After so many bytes have been written, replies are sent before more is: the client deals with
-/// them meanwhile. (Writes of 4 KiB at depth 32 are answered 1.7 times as fast as without.)
-const BATCH: u64 = 32 << 10;
-/// How many reads may wait for the client to take replies.
+/// After so many written bytes, the session sends replies before it writes more, so that the client can
+/// process them meanwhile. (Writes of 4 KiB at depth 32 are answered 1.7 times as fast as without.)
+const WRITE_BATCH: u64 = 32 << 10;
+/// How many reads may wait for the client to receive replies.
 pub(super) const READS_MAX: usize = 1024;
-/// When less than this was received at once, it is not worth asking for more before waiting: a
-/// client with one or two requests under way waits for their replies first.
+/// When fewer bytes than this arrived at once, the session does not try to receive more before it
+/// waits: a client with one or two requests in flight waits for their replies first.
 const DRAINED_BELOW: usize = 64;
-/// Nothing but a request is waited for.
+/// Waits for requests only.
 const READABLE: Interest = Interest { readable: true, writable: false };
-/// After this time without anything to do, a session gives its buffers back.
-const IDLE: Duration = Duration::from_secs(1);
+/// After this time without activity, a session frees its buffers.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One session's transmission phase.
 #[derive(Debug)]
@@ -51,36 +51,36 @@ pub(super) struct Transmission<'a> {
     pub(super) cpus: usize,
     pub(super) worker: Worker<'a>,
     pub(super) terms: Terms,
-    /// Answer bytes that are no request with an error before closing, as the original did.
-    pub(super) answers_nonsense: bool,
+    /// Reply to a malformed request with an error before closing, as the original did.
+    pub(super) answers_malformed: bool,
     pub(super) stall_limit: Option<Duration>,
     pub(super) inbox: Inbox,
     pub(super) outbox: Outbox,
     pub(super) progress: SessionProgress,
-    /// Nothing more can be begun before an errand is over.
+    /// No request can be begun before I/O in flight completes.
     pub(super) stuck: bool,
-    /// The place of the next piece of a long write among the changes in flight, if it has to wait.
-    pub(super) place: Option<Change<'a>>,
-    /// How long what was received has been kept waiting.
+    /// The next piece of a long write, registered among the changes in flight because it has to wait.
+    pub(super) waiting_change: Option<Change<'a>>,
+    /// How long received bytes have been waiting.
     pub(super) delay: ReceiveDelay,
     /// Bytes written since replies were last sent.
     pub(super) written: u64,
-    /// Replies are sent before more is done that could be.
+    /// There is more to do, but replies are sent first.
     pub(super) unfinished: bool,
-    /// Requests taken since the last time that there were none.
-    pub(super) taken: u32,
+    /// Requests begun since the session last waited for one.
+    pub(super) begun: u32,
     pub(super) polling: AdaptivePolling,
 }
 
 impl<'a> Transmission<'a> {
-    /// Serves until the session ends; what it was in the middle of when it was packed up.
+    /// Serves until the session ends. Returns a snapshot if the end is [`SessionEnd::Suspended`].
     pub(super) fn run(mut self) -> (SessionEnd, Option<SessionSnapshot>) {
         loop {
             match self.turn() {
                 Ok(()) => {}
                 Err(SessionEnd::Suspended) => {
-                    return match self.pack() {
-                        Ok(packed) => (SessionEnd::Suspended, Some(packed)),
+                    return match self.save() {
+                        Ok(snapshot) => (SessionEnd::Suspended, Some(snapshot)),
                         Err(error) => (SessionEnd::ReplyIncomplete(error), None),
                     };
                 }
@@ -89,8 +89,8 @@ impl<'a> Transmission<'a> {
         }
     }
 
-    /// Nothing is under way on the disk: what is held here is all there is.
-    fn pack(self) -> io::Result<SessionSnapshot> {
+    /// Saves the session, which has no I/O in flight.
+    fn save(self) -> io::Result<SessionSnapshot> {
         let Terms { dialect, allocation_selected, private, .. } = self.terms;
         Ok(SessionSnapshot {
             session: self.worker.session,
@@ -100,14 +100,14 @@ impl<'a> Transmission<'a> {
                 form: dialect.into(),
                 allocation_selected,
                 introduced: private,
-                outstanding: self.progress.save(),
+                pending: self.progress.save(),
             }),
         })
     }
 
     fn turn(&mut self) -> Result<(), SessionEnd> {
-        // Before anything that arrived after the order is answered.
-        self.obey()?;
+        // First, so that no request that arrived after a stop request is answered.
+        self.handle_stop_request()?;
         self.worker.check_disk()?;
         self.work()?;
         self.worker.in_flight.submit();
@@ -125,18 +125,18 @@ impl<'a> Transmission<'a> {
         }
         if sent_all
             && quiet
-            && let Some(end) = self.progress.leaving.take()
+            && let Some(end) = self.progress.end.take()
         {
             return Err(end);
         }
-        // While requests that are here already wait, more of them, or their end, can wait, too.
+        // Do not receive more while received requests are blocked.
         if !blocked && !self.progress.drained && self.receives() && self.receive()? {
             return Ok(());
         }
         self.wait()
     }
 
-    /// Sends what waits; false if the client does not take all of it now.
+    /// Sends replies; false if the socket does not accept all of them now.
     fn send(&mut self) -> Result<bool, SessionEnd> {
         let before = self.outbox.unsent();
         let sent_all = self.outbox.send(self.stream).map_err(SessionEnd::Connection)?;
@@ -144,57 +144,57 @@ impl<'a> Transmission<'a> {
         Ok(sent_all)
     }
 
-    /// Does everything that can be done without waiting for the client or for an errand.
+    /// Does everything that is possible without waiting for the client or for I/O in flight.
     fn work(&mut self) -> Result<(), SessionEnd> {
         (self.stuck, self.unfinished, self.written) = (false, false, 0);
         loop {
-            self.conclude_errands();
+            self.complete_requests();
             if self.is_suspending() {
                 return Ok(());
             }
             self.answer_reads()?;
             if self.is_blocked() {
-                // A client that takes no replies must not make other sessions wait for its change.
-                self.place = None;
+                // A client that does not receive replies must not make other sessions wait for its change.
+                self.waiting_change = None;
             }
-            let held_up = self.stuck || self.is_blocked() || self.has_said_goodbye();
-            if held_up || !self.take()? {
+            let blocked = self.stuck || self.is_blocked() || self.ignores_input();
+            if blocked || !self.dispatch()? {
                 return Ok(());
             }
-            if self.written >= BATCH {
+            if self.written >= WRITE_BATCH {
                 self.unfinished = true;
                 return Ok(());
             }
         }
     }
 
-    /// Answers what errands are over for.
-    fn conclude_errands(&mut self) {
-        while let Some((aside, outcome)) = self.worker.in_flight.next_completed() {
+    /// Answers the requests whose I/O has completed.
+    fn complete_requests(&mut self) {
+        while let Some((tag, outcome)) = self.worker.in_flight.next_completed() {
             self.worker.control.record_activity();
-            match aside {
+            match tag {
                 Tag::Answer { to, request } => {
-                    self.worker.conclude(to, outcome, request, &mut self.outbox);
+                    self.worker.complete(to, outcome, request, &mut self.outbox);
                 }
                 Tag::Read(mut read, load) => {
-                    self.worker.loaded(&load);
-                    read.warm();
+                    self.worker.record_load(&load);
+                    read.mark_populated();
                     self.progress.reads.push_back(read);
                 }
             }
         }
     }
 
-    /// Answers reads as far as the outbox takes them.
+    /// Answers reads until the outbox is full.
     fn answer_reads(&mut self) -> Result<(), SessionEnd> {
         while !self.outbox.is_full()
             && let Some(read) = self.progress.reads.front_mut()
         {
             match self.worker.advance(read, &mut self.outbox)? {
-                ReadStep::GoesOn => {}
+                ReadStep::Continue => {}
                 ReadStep::Answered => drop(self.progress.reads.pop_front()),
-                ReadStep::Cold(visit, range) => self.load(visit, range)?,
-                ReadStep::Waits => self.stuck = true,
+                ReadStep::Cold(visit, range) => self.populate(visit, range)?,
+                ReadStep::Blocked => self.stuck = true,
             }
             if self.stuck {
                 return Ok(());
@@ -203,63 +203,62 @@ impl<'a> Transmission<'a> {
         Ok(())
     }
 
-    /// Has what the first read needs loaded aside, or waits for it if there is nothing else to do
-    /// and that will not take long.
-    fn load(&mut self, visit: Visit<'a>, range: Range) -> Result<(), SessionEnd> {
-        if self.worker.inline_reads.waits()
+    /// Populates the page cache for the first read, or reads it inline, blocking, if the disk is fast and
+    /// the session has nothing else to do.
+    fn populate(&mut self, visit: Visit<'a>, range: Range) -> Result<(), SessionEnd> {
+        if self.worker.inline_reads.may_block()
             && self.has_nothing_else_to_do()
             && let Some(read) = self.progress.reads.front_mut()
         {
             drop(visit);
-            read.warm();
+            read.mark_populated();
             let began = Instant::now();
             if let ReadStep::Answered = self.worker.advance(read, &mut self.outbox)? {
                 self.progress.reads.pop_front();
             }
-            self.worker.inline_reads.waited(range.length(), began.elapsed());
+            self.worker.inline_reads.record_blocking_read(range.length(), began.elapsed());
         } else if !self.worker.in_flight.has_room(0) {
             self.stuck = true;
         } else if let Some(read) = self.progress.reads.pop_front() {
-            self.worker.load(visit, range, read);
+            self.worker.populate(visit, range, read);
         }
         Ok(())
     }
 
-    /// Whether everything that the client has sent has been answered but for one read.
+    /// Whether one read is the only request that is not answered.
     fn has_nothing_else_to_do(&self) -> bool {
         let answered = self.worker.in_flight.is_empty() && self.outbox.is_empty();
         answered && self.progress.reads.len() == 1 && self.inbox.bytes().is_empty()
     }
 
-    /// Whether to stop as soon as nothing is under way on the disk, and to begin nothing.
+    /// Whether to begin no request, and to suspend as soon as no I/O is in flight.
     fn is_suspending(&self) -> bool {
         self.worker.control.current() == StopRequest::Suspend && self.progress.can_be_suspended()
     }
 
-    /// Whether nothing more may be taken on before the client takes replies.
+    /// Whether no request may be begun before the client receives replies.
     fn is_blocked(&self) -> bool {
         self.outbox.is_overfull() || self.progress.reads.len() >= READS_MAX
     }
 
-    /// Whether nothing that the client sends counts any more. After the order to finish, what has
-    /// been received still does.
-    fn has_said_goodbye(&self) -> bool {
-        !matches!(self.progress.leaving, None | Some(SessionEnd::Requested(_)))
+    /// Whether to ignore received bytes. After the request to finish, the received ones still count.
+    fn ignores_input(&self) -> bool {
+        !matches!(self.progress.end, None | Some(SessionEnd::Requested(_)))
     }
 
-    /// Not while stuck: that the client has ended its side is to be seen after all that it said.
+    /// Whether to receive. Not while stuck: the end of the stream must be seen after all requests.
     fn receives(&self) -> bool {
-        let takes_on = !self.stuck && !self.is_blocked() && !self.is_suspending();
-        self.progress.leaving.is_none() && takes_on && !self.inbox.is_full()
+        let can_begin = !self.stuck && !self.is_blocked() && !self.is_suspending();
+        self.progress.end.is_none() && can_begin && !self.inbox.is_full()
     }
 
-    /// Receives what has arrived; false if nothing has.
+    /// Receives; false if nothing has arrived.
     fn receive(&mut self) -> Result<bool, SessionEnd> {
         match self.inbox.receive(self.stream) {
             Ok(0) => {
-                let half = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
-                let end = if half { SessionEnd::Truncated } else { SessionEnd::Closed };
-                self.progress.leaving = Some(end);
+                let truncated = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
+                let end = if truncated { SessionEnd::Truncated } else { SessionEnd::Closed };
+                self.progress.end = Some(end);
                 Ok(true)
             }
             Ok(count) => {
@@ -278,7 +277,7 @@ impl<'a> Transmission<'a> {
         }
     }
 
-    /// Waits until the client, the server, the disk, or the clock wants something.
+    /// Waits for the client, a stop request, a completion or a timeout.
     fn wait(&mut self) -> Result<(), SessionEnd> {
         if self.worker.in_flight.has_completed() {
             return Ok(());
@@ -287,13 +286,13 @@ impl<'a> Transmission<'a> {
             self.worker.control.set_waits_for_disk(!self.worker.in_flight.is_empty());
         }
         let interest = Interest { readable: self.receives(), writable: self.outbox.has_bytes() };
-        if interest == READABLE && self.worker.in_flight.is_empty() && self.look_out()? {
+        if interest == READABLE && self.worker.in_flight.is_empty() && self.poll()? {
             return Ok(());
         }
         self.delay.waits(self.stuck || self.is_blocked());
         let now = Instant::now();
-        let stalled = self.stalled_at(now);
-        let deadline = stalled.or_else(|| self.may_relax().then(|| now + IDLE));
+        let stalled = self.stall_deadline(now);
+        let deadline = stalled.or_else(|| self.may_shrink().then(|| now + IDLE_TIMEOUT));
         let gate_due = self.worker.in_flight.gate_expiry();
         let deadline = deadline.into_iter().chain(gate_due).min();
         let wake = &self.worker.control.wake;
@@ -308,8 +307,8 @@ impl<'a> Transmission<'a> {
             self.progress.drained = false;
         }
         if ready.readable && !waits_for_client {
-            // It is over in both directions: nothing that waits is of use to anybody.
-            return Err(self.progress.leaving.take().unwrap_or(SessionEnd::Truncated));
+            // The connection is closed in both directions: no reply can arrive.
+            return Err(self.progress.end.take().unwrap_or(SessionEnd::Truncated));
         }
         if ready.woken {
             wake.clear();
@@ -326,50 +325,52 @@ impl<'a> Transmission<'a> {
         Ok(())
     }
 
-    /// Looks out for the next request, if it is likely to come at once and nobody needs the
-    /// processor more; true if something came.
-    fn look_out(&mut self) -> Result<bool, SessionEnd> {
-        let expected = self.polling.looks_out(std::mem::take(&mut self.taken));
-        if !expected || self.registration.session_count() > self.cpus {
+    /// Busy-polls for the next request if it is likely to arrive at once and there are enough
+    /// processors; true if bytes arrived.
+    fn poll(&mut self) -> Result<bool, SessionEnd> {
+        let polls = self.polling.should_poll(std::mem::take(&mut self.begun));
+        if !polls || self.registration.session_count() > self.cpus {
             return Ok(false);
         }
-        let until = Instant::now() + LOOKOUT;
-        let mut came = false;
-        while !came && self.worker.control.current() == StopRequest::Serve && Instant::now() < until
+        let until = Instant::now() + POLL_TIME;
+        let mut arrived = false;
+        while !arrived
+            && self.worker.control.current() == StopRequest::Serve
+            && Instant::now() < until
         {
-            came = self.receive()?;
+            arrived = self.receive()?;
         }
-        self.polling.note(came);
-        Ok(came)
+        self.polling.record(arrived);
+        Ok(arrived)
     }
 
-    /// Whether there is memory to give back once nothing has happened for a while.
-    fn may_relax(&self) -> bool {
-        let errands = &self.worker.in_flight;
-        let relaxed = self.inbox.is_shrunk() && self.outbox.is_shrunk() && errands.is_shrunk();
-        !relaxed && !self.outbox.has_bytes() && errands.is_empty()
+    /// Whether there is memory to free once the session is idle.
+    fn may_shrink(&self) -> bool {
+        let in_flight = &self.worker.in_flight;
+        let shrunk = self.inbox.is_shrunk() && self.outbox.is_shrunk() && in_flight.is_shrunk();
+        !shrunk && !self.outbox.has_bytes() && in_flight.is_empty()
     }
 
-    fn obey(&mut self) -> Result<(), SessionEnd> {
+    fn handle_stop_request(&mut self) -> Result<(), SessionEnd> {
         match self.worker.control.current() {
             StopRequest::Serve | StopRequest::Suspend => Ok(()),
             StopRequest::Finish => {
-                self.progress.leaving.get_or_insert(SessionEnd::Requested(StopRequest::Finish));
+                self.progress.end.get_or_insert(SessionEnd::Requested(StopRequest::Finish));
                 Ok(())
             }
-            order => Err(SessionEnd::Requested(order)),
+            request => Err(SessionEnd::Requested(request)),
         }
     }
 
-    /// When `--killswitch` strikes, unless something moves before. Nobody is to blame for what
-    /// waits for the disk.
-    fn stalled_at(&mut self, now: Instant) -> Option<Instant> {
+    /// When `--killswitch` ends the session unless bytes move before. Time that a request waits for the
+    /// disk does not count.
+    fn stall_deadline(&mut self, now: Instant) -> Option<Instant> {
         let limit = self.stall_limit?;
-        let begun = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
-        let half = begun && !self.stuck;
+        let has_input = self.progress.payload.is_some() || !self.inbox.bytes().is_empty();
+        let waits_for_rest = has_input && !self.stuck;
         let sends = self.outbox.has_bytes();
         let SessionProgress { request_stall, reply_stall, received, sent, .. } = &mut self.progress;
-        let request = request_stall.deadline(half, *received, now, limit);
+        let request = request_stall.deadline(waits_for_rest, *received, now, limit);
         let reply = reply_stall.deadline(sends, *sent, now, limit);
         request.into_iter().chain(reply).min()
     }

@@ -1,7 +1,7 @@
-//! Carrying out requests on the disk and putting their replies into the outbox; reads have a file
-//! of their own, since they take several steps.
-//! Never waits for the client: the gate is held over disk work only. Waits for the disk only where
-//! that is the only way; else what takes long is an errand, and is answered when it is over.
+//! Executes requests on the disk and puts their replies into the outbox. Reads take several steps and
+//! are in `reads`.
+//! Never waits for the client while it holds a visit. Waits for the disk only where nothing else is
+//! possible: slow operations are in flight, and answered when they complete.
 
 use super::control::{SessionControl, StopRequest};
 use super::end::SessionEnd;
@@ -24,55 +24,54 @@ use std::sync::Arc;
 use std::time::Instant;
 use tracing::warn;
 
-/// How many bytes are read from, or written to, the disk at once.
+/// The most bytes to read or write at once.
 pub(super) const PIECE: u64 = 256 << 10;
-/// Most extents in one reply; the client asks again for the rest. The specification's limit is
-/// 2^20, which would take 16 MiB.
+/// The most extents in one reply; the client asks again for the rest. The specification allows 2^20,
+/// which would take 16 MiB.
 pub(super) const EXTENTS_MAX: usize = 16 << 10;
 /// Pieces end at multiples of this, so that the disk sees whole blocks.
 const BLOCK: u64 = 4096;
 /// How many failed requests of one session are logged.
-const COMPLAINTS_MAX: u32 = 10;
+const FAILURES_LOGGED_MAX: u32 = 10;
 
-/// What a session needs to work for its client.
+/// Executes the requests of one session.
 #[derive(Debug)]
 pub(super) struct Worker<'a> {
     pub(super) disk: &'a Disk,
     pub(super) control: &'a Arc<SessionControl>,
     pub(super) policy: &'a dyn ExportPolicy,
     pub(super) dialect: Dialect,
-    /// What is under way on the disk.
+    /// The session's I/O in flight.
     pub(super) in_flight: InFlight<'a, Tag>,
     pub(super) inline_reads: InlineReads,
-    /// Bytes that are being loaded.
-    loading: u64,
+    /// Bytes that are being populated.
+    populating: u64,
     /// For the log.
     pub(super) client: String,
     pub(super) session: u64,
-    complaints: u32,
-    /// How long its writes have been held back.
-    held: Throttle,
-    began: Instant,
-    /// Part of the disk that was seen to be allocated. It may have become a hole since; then zeros
-    /// are sent as data, which costs time but is true.
+    failures: u32,
+    throttle: Throttle,
+    started: Instant,
+    /// A range found to be allocated. It may have become a hole since; then zeros are sent as data, which
+    /// is slower but correct.
     pub(super) allocated: Range,
 }
 
-/// What waits for an errand.
+/// What to do with a completion.
 #[derive(Debug)]
 pub(super) enum Tag {
-    /// To be answered with its outcome.
+    /// Reply with its result.
     Answer { to: ReplyTo, request: Request },
-    /// To be gone on with: what it needs is in memory.
+    /// Continue this read: its data is in memory.
     Read(Read, Populate),
 }
 
-/// What is being loaded for a read.
+/// A running population of the page cache for a read.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Populate {
     length: u64,
-    /// What was being loaded for this session when it was begun, this included.
-    under_way: u64,
+    /// Bytes that the session was populating when this began, its own included.
+    in_flight: u64,
     since: Instant,
 }
 
@@ -93,37 +92,36 @@ impl<'a> Worker<'a> {
             dialect,
             in_flight: InFlight::new(disk, notifier),
             inline_reads: InlineReads::default(),
-            loading: 0,
+            populating: 0,
             client,
             session,
-            complaints: 0,
-            held: Throttle::default(),
-            began: Instant::now(),
+            failures: 0,
+            throttle: Throttle::default(),
+            started: Instant::now(),
             allocated,
         }
     }
 
-    /// Permission to touch the disk. None while the gate is closed: the session then waits in its one
-    /// place for that, too, and is woken when the gate opens. A session that is to finish, and of
-    /// which nothing is in flight, ends there.
+    /// Enters the gate. `None` while it is closed: the session then waits in its loop, and is woken when
+    /// the gate opens. A session that is requested to finish and has no I/O in flight ends instead.
     pub(super) fn visit(&self) -> Result<Option<Visit<'a>>, SessionEnd> {
         match self.disk.enter_if_open() {
             Ok(Some(visit)) => Ok(Some(visit)),
             Ok(None) => match self.control.current() {
-                StopRequest::Serve | StopRequest::Suspend => Ok(self.wait_for_the_gate()),
-                _ if !self.in_flight.is_empty() => Ok(self.wait_for_the_gate()),
-                order => Err(SessionEnd::Requested(order)),
+                StopRequest::Serve | StopRequest::Suspend => Ok(self.wait_for_gate()),
+                _ if !self.in_flight.is_empty() => Ok(self.wait_for_gate()),
+                request => Err(SessionEnd::Requested(request)),
             },
             Err(_) => Err(SessionEnd::DiskGone),
         }
     }
 
-    fn wait_for_the_gate(&self) -> Option<Visit<'a>> {
+    fn wait_for_gate(&self) -> Option<Visit<'a>> {
         self.in_flight.notify_when_gate_opens();
         None
     }
 
-    /// Ends the session if the disk is gone: what waits to be begun never will be.
+    /// Ends the session if the disk is gone: I/O that waits to begin never will.
     pub(super) fn check_disk(&self) -> Result<(), SessionEnd> {
         match self.in_flight.has_waiting().then(|| self.disk.enter_if_open()) {
             Some(Err(_)) => Err(SessionEnd::DiskGone),
@@ -131,9 +129,9 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Makes a write wait, if a migration wants writers held back so that it can catch up. False if
-    /// errands have to end before: nobody is to wait for them longer than they take.
-    pub(super) fn hold_back(&mut self, stream: &Stream) -> Result<bool, SessionEnd> {
+    /// Delays a write if a migration throttles writers so that it converges. False if I/O in flight has
+    /// to complete first, so that the delay does not postpone its replies.
+    pub(super) fn throttle(&mut self, stream: &Stream) -> Result<bool, SessionEnd> {
         let wanted = self.disk.write_delay();
         if wanted.is_zero() {
             return Ok(true);
@@ -141,7 +139,7 @@ impl<'a> Worker<'a> {
         if !self.in_flight.is_quiescent() {
             return Ok(false);
         }
-        let delay = self.held.delay(self.began.elapsed(), wanted);
+        let delay = self.throttle.delay(self.started.elapsed(), wanted);
         let deadline = Some(Instant::now() + delay);
         let wake = &self.control.wake;
         loop {
@@ -149,8 +147,8 @@ impl<'a> Worker<'a> {
             if !waited.map_err(SessionEnd::Connection)?.woken {
                 return Ok(true);
             }
-            // An order ends the waiting, and is obeyed at the next turn; that an errand was over,
-            // which may be rung for after it has been heard of, does not.
+            // Only a stop request ends the delay; the next turn handles it. A late notification of an
+            // earlier completion may wake us as well: keep waiting.
             wake.clear();
             if self.control.current() != StopRequest::Serve {
                 return Ok(true);
@@ -158,8 +156,8 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Answers everything but reads and writes, which take several steps, or begins to. False if
-    /// that has to wait for errands.
+    /// Begins a request that takes a single step, which a read or write does not. False if it has to
+    /// wait for I/O in flight.
     pub(super) fn answer(
         &mut self,
         to: ReplyTo,
@@ -175,39 +173,34 @@ impl<'a> Worker<'a> {
                 Work::Zero { range, how, durable }
             }
             Request::BlockStatus { range, one } => return self.block_status(to, range, one, out),
-            // These have steps of their own, or no answer.
+            // These take several steps, or have no reply.
             Request::Read { .. }
             | Request::Write { .. }
             | Request::Private { .. }
             | Request::Disconnect => return Ok(true),
         };
-        self.send_out(to, request, work)
+        self.submit(to, request, work)
     }
 
-    /// Begins an errand whose outcome is the answer; false if that has to wait for others.
-    pub(super) fn send_out(
-        &mut self,
-        to: ReplyTo,
-        request: Request,
-        work: Work,
-    ) -> Result<bool, SessionEnd> {
+    /// Begins I/O whose result is the reply; false while the gate is closed.
+    fn submit(&mut self, to: ReplyTo, request: Request, work: Work) -> Result<bool, SessionEnd> {
         let Some(visit) = self.visit()? else { return Ok(false) };
         self.in_flight.begin(visit, work, Tag::Answer { to, request });
         Ok(true)
     }
 
-    /// Begins to load what a read needs. Its turn comes again when that is over.
-    pub(super) fn load(&mut self, visit: Visit<'a>, range: Range, read: Read) {
-        self.loading += range.length();
-        let (length, under_way) = (range.length(), self.loading);
-        let load = Populate { length, under_way, since: Instant::now() };
+    /// Begins to populate the page cache for a read, which continues when that completes.
+    pub(super) fn populate(&mut self, visit: Visit<'a>, range: Range, read: Read) {
+        self.populating += range.length();
+        let (length, in_flight) = (range.length(), self.populating);
+        let load = Populate { length, in_flight, since: Instant::now() };
         self.in_flight.begin(visit, Work::Populate(range), Tag::Read(read, load));
     }
 
-    /// A load is over.
-    pub(super) fn loaded(&mut self, load: &Populate) {
-        self.loading -= load.length;
-        self.inline_reads.loaded(load.under_way, load.since.elapsed());
+    /// A population has completed.
+    pub(super) fn record_load(&mut self, load: &Populate) {
+        self.populating -= load.length;
+        self.inline_reads.record_load(load.in_flight, load.since.elapsed());
     }
 
     fn block_status(
@@ -222,17 +215,17 @@ impl<'a> Worker<'a> {
         let found = visit.extents(range, limit);
         drop(visit);
         match found {
-            Ok(extents) if !extents.is_empty() => self.report(to, &extents, out),
+            Ok(extents) if !extents.is_empty() => self.reply_status(to, &extents, out),
             outcome => {
                 let request = Request::BlockStatus { range, one };
-                self.conclude(to, outcome.map(drop), request, out);
+                self.complete(to, outcome.map(drop), request, out);
             }
         }
         Ok(true)
     }
 
-    /// Success or failure of a request, as its reply.
-    pub(super) fn conclude(
+    /// Replies to a request with its result.
+    pub(super) fn complete(
         &mut self,
         to: ReplyTo,
         outcome: io::Result<()>,
@@ -242,36 +235,36 @@ impl<'a> Worker<'a> {
         match outcome {
             Ok(()) => out.reply(|out| self.dialect.success(to, out)),
             Err(error) => {
-                let concerns = request.writes() || request == Request::Flush;
-                if concerns && !is_not_fast(request, &error) {
+                let concerns_policy = request.writes() || request == Request::Flush;
+                if concerns_policy && !is_not_fast(request, &error) {
                     self.policy.on_write_failure(self.session, &error);
                 }
                 let is_lost = request == Request::Flush && !self.disk.all_flushes_succeeded();
                 let kind =
                     if is_lost { message_id::FLUSH_FAILED } else { message_id::REQUEST_FAILED };
-                let code = self.complain(kind, &request, &error);
+                let code = self.log_error(kind, &request, &error);
                 out.reply(|out| self.dialect.failure(to, code, None, "", out));
             }
         }
     }
 
-    /// A request that cannot be carried out as it stands.
-    pub(super) fn refuse(&mut self, to: ReplyTo, code: ErrorCode, why: &str, out: &mut Outbox) {
+    /// Rejects a request that cannot be executed.
+    pub(super) fn reject(&mut self, to: ReplyTo, code: ErrorCode, why: &str, out: &mut Outbox) {
         self.log(None, format_args!("refused a request: {why}; answered {code}"));
         out.reply(|out| self.dialect.failure(to, code, None, why, out));
     }
 
-    fn report(&self, to: ReplyTo, extents: &[Extent], out: &mut Outbox) {
+    fn reply_status(&self, to: ReplyTo, extents: &[Extent], out: &mut Outbox) {
         let hole = (Allocation::HOLE | Allocation::ZERO).bits();
-        let told: Vec<StatusExtent> = extents
+        let status: Vec<StatusExtent> = extents
             .iter()
             .map(|extent| (extent.range.length(), if extent.allocated { 0 } else { hole }))
             .collect();
-        out.reply(|out| self.dialect.status(to, ALLOCATION_CONTEXT_ID, &told, out));
+        out.reply(|out| self.dialect.status(to, ALLOCATION_CONTEXT_ID, &status, out));
     }
 
-    /// Something of this kind has failed.
-    pub(super) fn complain(
+    /// Logs a failure with a message id, and returns the error to reply with.
+    pub(super) fn log_error(
         &mut self,
         kind: &'static str,
         what: &impl std::fmt::Debug,
@@ -283,13 +276,13 @@ impl<'a> Worker<'a> {
         code
     }
 
-    /// Logs a failed request, unless this client has had enough of them logged.
+    /// Logs a failed request, unless this session has reached its limit.
     fn log(&mut self, failure: Option<(&str, Option<i32>)>, what: std::fmt::Arguments<'_>) {
         let (kind, errno) = failure.unzip();
         let errno = errno.flatten();
-        self.complaints = self.complaints.saturating_add(1);
+        self.failures = self.failures.saturating_add(1);
         let (client, session) = (self.client.as_str(), self.session);
-        if self.complaints <= COMPLAINTS_MAX {
+        if self.failures <= FAILURES_LOGGED_MAX {
             warn!(
                 message_id = kind,
                 "flexnbd.client" = client,
@@ -298,7 +291,7 @@ impl<'a> Worker<'a> {
                 "{client}: {what}"
             );
         }
-        if self.complaints == COMPLAINTS_MAX {
+        if self.failures == FAILURES_LOGGED_MAX {
             warn!(
                 "flexnbd.client" = client,
                 "flexnbd.session" = session,
@@ -308,13 +301,13 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Whether a request was not carried out only because it cannot be done as fast as it must.
+/// Whether a request failed only because zeroing would not be fast (`NBD_CMD_FLAG_FAST_ZERO`).
 fn is_not_fast(request: Request, error: &io::Error) -> bool {
     let code = ErrorCode::from_errno(errno_of(error));
     matches!(request, Request::WriteZeroes { fast: true, .. }) && code == ErrorCode::NotSupported
 }
 
-/// How much of `range` to do at once: a piece, ending between two blocks unless it is the last.
+/// Length of the next piece of `range`, which ends at a block boundary unless it is the last.
 pub(super) fn piece_length(range: Range) -> u64 {
     if range.length() <= PIECE {
         return range.length();
@@ -333,29 +326,29 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn a_write_is_held_back_whatever_has_been_heard_from_the_disk_just_before() {
+    fn a_spurious_wake_up_does_not_shorten_a_throttle_delay() {
         let disk = Disk::new(Box::new(MemoryBackend::new(512)), false);
         let control = Arc::new(SessionControl::new().unwrap());
         let who = (String::new(), 1);
         let mut worker = Worker::new(&disk, &control, &AllowAll, Dialect::Simple, who);
         let stream = Stream::Unix(UnixStream::pair().unwrap().0);
-        let hold = Duration::from_millis(50);
-        thread::sleep(2 * hold);
-        disk.set_write_delay(hold);
-        // An errand whose end was seen before anybody listened for it.
+        let delay = Duration::from_millis(50);
+        thread::sleep(2 * delay);
+        disk.set_write_delay(delay);
+        // The late notification of a completion that was handled before.
         control.notify();
         let began = Instant::now();
-        assert!(worker.hold_back(&stream).unwrap());
-        assert!(began.elapsed() >= hold, "{:?}", began.elapsed());
+        assert!(worker.throttle(&stream).unwrap());
+        assert!(began.elapsed() >= delay, "{:?}", began.elapsed());
         control.request(StopRequest::Suspend);
-        thread::sleep(2 * hold);
+        thread::sleep(2 * delay);
         let began = Instant::now();
-        assert!(worker.hold_back(&stream).unwrap());
-        assert!(began.elapsed() < hold, "an order ends the waiting");
+        assert!(worker.throttle(&stream).unwrap());
+        assert!(began.elapsed() < delay, "a stop request ends the delay");
     }
 
     #[test]
-    fn pieces_end_between_blocks_and_are_never_empty() {
+    fn pieces_end_at_block_boundaries_and_are_never_empty() {
         for offset in [0, 1, 4095, 4096, 5000] {
             let long = Range::within(1 << 40, offset, 1 << 30).unwrap();
             let length = piece_length(long);

@@ -56,25 +56,25 @@ fn fingerprint() -> ExportFingerprint {
 fn sessions() -> Vec<SessionSnapshot> {
     let range = |offset, length| RangeSnapshot { offset, length };
     let to = |cookie, chunked| RequestSnapshot { cookie, offset: 512, chunked };
-    let read = |cookie, whole, begun, attached| ReadSnapshot {
+    let read = |cookie, whole, begun, announced| ReadSnapshot {
         to: to(cookie, true),
         rest: range(4096, 8192),
         whole,
         begun,
-        attached,
+        announced,
     };
-    let transmission = |form, introduced, payload, reads, said_goodbye| {
-        let outstanding = PendingSnapshot { payload, reads, said_goodbye };
+    let transmission = |form, introduced, payload, reads, disconnect_received| {
+        let pending = PendingSnapshot { payload, reads, disconnect_received };
         PhaseSnapshot::Transmission(TransmissionSnapshot {
             form,
             allocation_selected: introduced,
             introduced,
-            outstanding,
+            pending,
         })
     };
-    let payload = |purpose| Some(PayloadSnapshot { to: to(7, false), left: 5, purpose });
+    let payload = |purpose| Some(PayloadSnapshot { to: to(7, false), remaining: 5, purpose });
     let handshake = |client_flags, form, allocation_for, introduced| {
-        PhaseSnapshot::Greeting(HandshakeSnapshot {
+        PhaseSnapshot::Handshake(HandshakeSnapshot {
             client_flags,
             skipping: 4,
             form,
@@ -115,8 +115,8 @@ fn sessions() -> Vec<SessionSnapshot> {
         UnsentSnapshot::default(),
         UnsentSnapshot {
             bytes: b"reply".to_vec(),
-            from_disk: range(4096, 512),
-            held: Some(b"later".to_vec()),
+            announced: range(4096, 512),
+            deferred: Some(b"later".to_vec()),
         },
     ];
     (1..)
