@@ -7,9 +7,9 @@
 //! system refuses come from a fixed reserve, so that this session can end in order. The reserve is
 //! part of the program's zeroed data and takes no pages before it is used.
 //!
-//! A thread that starts allocates where neither Rust nor the C library can report a failure (the
-//! alternate signal stack, the registration of destructors); both abort the process. So threads that
-//! peers cause are started only after [`check_thread_headroom`].
+//! A starting thread allocates where neither Rust nor the C library can report a failure (the
+//! alternate signal stack, the registration of destructors), and a failure aborts the process. So we
+//! start threads on behalf of peers only after [`check_thread_headroom`].
 
 use linked_list_allocator::Heap;
 use memmap2::MmapMut;
@@ -23,20 +23,20 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// and the commit limit from the start of the process.
 pub const RESERVE_SIZE: usize = 2 << 20;
 
-/// The longest allocation in bytes that the reserve serves. A longer one fails as the system says,
-/// so that a buffer cannot take what error paths need.
+/// The longest allocation in bytes that the reserve serves. A longer one fails, so that a buffer
+/// cannot take the memory that error paths need.
 pub const RESERVED_ALLOCATION_MAX: usize = 8 << 10;
 
-/// Memory in bytes that must be left where a thread is to start, its stack not counted.
+/// Free memory in bytes that starting a thread requires, besides its stack.
 pub const THREAD_HEADROOM: usize = 1 << 20;
 
-/// Checks that a thread can start without running out of memory on its way.
+/// Checks that a thread can start without running out of memory before it runs our code.
 ///
 /// Another thread can take the memory in between; the check makes an abort unlikely, not impossible.
 ///
 /// # Errors
 ///
-/// The error of mmap(2) where less than [`THREAD_HEADROOM`] is left.
+/// The error of mmap(2) if less than [`THREAD_HEADROOM`] is left.
 pub fn check_thread_headroom() -> io::Result<()> {
     MmapMut::map_anon(THREAD_HEADROOM).map(drop)
 }
@@ -44,7 +44,7 @@ pub fn check_thread_headroom() -> io::Result<()> {
 #[repr(C, align(4096))]
 struct Memory<const SIZE: usize>(UnsafeCell<[u8; SIZE]>);
 
-/// [`System`], and behind it a reserve of `SIZE` bytes.
+/// The [`System`] allocator with a reserve of `SIZE` bytes.
 pub struct ReservingAllocator<const SIZE: usize> {
     memory: Memory<SIZE>,
     heap: Mutex<Option<Heap>>,

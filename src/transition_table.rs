@@ -8,13 +8,13 @@ use std::path::Path;
 use std::{env, fs, thread};
 
 /// The environment variable that makes a test rewrite its table.
-const ACCEPT: &str = "FLEXNBD_ACCEPT";
+const ACCEPT_VARIABLE: &str = "FLEXNBD_ACCEPT";
 
 /// Fails with a diff unless the file at `path`, relative to `src`, holds exactly `table`.
 #[track_caller]
 pub(crate) fn assert_accepted(path: &str, table: &str) {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(path);
-    if env::var_os(ACCEPT).is_some_and(|value| value == "1") {
+    if env::var_os(ACCEPT_VARIABLE).is_some_and(|value| value == "1") {
         fs::write(&file, table).unwrap();
         return;
     }
@@ -25,14 +25,14 @@ pub(crate) fn assert_accepted(path: &str, table: &str) {
         changed.is_empty(),
         "src/{path} (-) is not what the code decides (+):\n{changed}\
          If the change is intended, accept it and commit the file:\n\
-         {ACCEPT}=1 cargo test --lib {test}",
+         {ACCEPT_VARIABLE}=1 cargo test --lib {test}",
     );
 }
 
 /// The lines that only one of the two texts has, in their order.
 fn diff(accepted: &str, found: &str) -> String {
     let (old, new): (Vec<&str>, Vec<&str>) = (accepted.lines().collect(), found.lines().collect());
-    // Longest common subsequence, by its length from each pair of lines on.
+    // `common[i][j]` is the length of the longest common subsequence of `old[i..]` and `new[j..]`.
     let mut common = vec![vec![0; new.len() + 1]; old.len() + 1];
     for (i, line) in old.iter().enumerate().rev() {
         for (j, other) in new.iter().enumerate().rev() {

@@ -77,7 +77,7 @@ impl HolePolicy {
 /// The properties of the file system or block device under an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileSystem {
-    /// Block size in bytes, by which ranges of `fallocate(2)` are aligned.
+    /// Block size in bytes, to which we align ranges of `fallocate(2)`.
     pub(super) block: u64,
     /// Whether a socket may refer to pages: they change only in bytes that a client changes.
     pub(super) has_stable_pages: bool,

@@ -49,7 +49,7 @@ pub(super) enum LockMode {
 pub(super) enum LockError {
     /// Other processes hold a conflicting lock.
     Held(Holders),
-    /// The file system does not support this kind of lock.
+    /// The system call failed, as on a file system without this kind of lock.
     Failed { kind: LockKind, source: io::Error },
 }
 

@@ -93,7 +93,7 @@ pub enum OpenError {
         /// The processes.
         by: Holders,
     },
-    /// Its file system does not support locks.
+    /// It cannot be locked.
     #[error(
         "{path} cannot be locked ({kind}): {source}; its file system must keep locks: on NFS, see \
          that the lock services run on both hosts (rpc.statd, lockd), or mount it with \
@@ -262,7 +262,7 @@ fn classify(path: &Path, error: io::Error, probe: ReadProbe) -> OpenError {
 }
 
 impl OpenError {
-    /// The error as a number of errno(3), for the `ERRNO=` of sd_notify(3).
+    /// The error as a number of errno(3), for the journal and the service manager.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         let errno = match self {

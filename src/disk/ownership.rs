@@ -100,7 +100,7 @@ impl fmt::Display for RemoteAddress {
 /// How a disk became ours. A handover that did not happen restores this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provenance {
-    /// It was created here and never moved: no record.
+    /// It never moved: no record.
     Native,
     /// It arrived with the migration of this id.
     Arrived(Id),
@@ -357,7 +357,8 @@ pub enum ForListen {
         /// is none for a sender that could not introduce itself.
         incomplete_copy: Option<Option<Id>>,
     },
-    /// Exit with success, since the disk has arrived; none of a disk that came without an id.
+    /// Report that the disk has arrived, and exit with success; none of a disk that came without an
+    /// id.
     AlreadyArrived(Option<Id>),
     /// Refuse to receive into it.
     Refuse(OwnershipRefusal),

@@ -39,7 +39,7 @@ const PROBE_ATTRIBUTE: &str = "user.flexnbd.probe";
 #[derive(Debug)]
 pub struct RecordStore {
     /// The image, in an open file description of our own: the kernel reports a write-back error once
-    /// to each, and those of the disk's are for its clients.
+    /// to each description, and flushes of the disk must not miss theirs.
     image: File,
     /// The image's absolute path.
     path: PathBuf,

@@ -50,7 +50,7 @@ struct StateLocations {
     is_root: bool,
 }
 
-/// The directories that may contain the record of an image, apart from [`SHARED`].
+/// The directories that may contain the record of an image, searched after [`SHARED`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Candidates {
     /// For new records, best first; the last one takes them when no other can be searched.
