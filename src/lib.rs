@@ -64,6 +64,41 @@
 //!                                                              which restores it the same way
 //! ```
 //!
+//! # Threads
+//!
+//! | name | runs | waits for |
+//! |---|---|---|
+//! | `flexnbd` | the event loop (`daemon/event_loop`); starts and stops all others | its channel of events |
+//! | `signals` | turns signals into events | signals |
+//! | `log` | writes log lines (`systemd/log_queue`), so that a blocked log blocks no session | the queue of lines |
+//! | `serve` | accepts clients and greets them (`server/accept`) | listening sockets, silent connections |
+//! | `client-N` | session N (`server/session`) | its socket, its completions, the gate |
+//! | `disk` | disk I/O where io_uring cannot be used, and write-back (`disk/thread_pool`) | work |
+//! | `control`, `control-client` | the control socket, and each of its clients | the sockets |
+//! | `mirror` | one outgoing migration (`migration/source`) | the destination, the disk, its deadlines |
+//! | `pulse`, `pulse-disk` | the watchdog, and the read that it uses as a probe of the disk | time; the disk |
+//! | `reload`, `asking` | one reload; one question to another host | their answers |
+//!
+//! Threads that a peer causes start only where memory is left ([`memory_reserve`]).
+//!
+//! # Lock order
+//!
+//! From first to last; a thread that holds one of them takes only later ones.
+//!
+//! 1. `OutgoingMigrations::starting`: held while a migration starts; never waited for, since a second
+//!    order is refused.
+//! 2. `Service::server`: held during calls to the server.
+//! 3. `Destination::settling`: held while data and record are made durable. Never waited for by a thread
+//!    with I/O in flight, because the flush waits for all I/O.
+//! 4. `Destination::arrival`: the state of an incoming disk.
+//! 5. The table in `server/sessions`. Under it `ServerEvents` are reported: their handlers only send.
+//! 6. Leaves, under which no other lock is taken and nothing is waited for: overlap, flush errors,
+//!    record store, queues, the memory reserve.
+//!
+//! The gate is not a lock, but is waited for like one. It is entered with none of them held but
+//! `settling`, since nothing closes the gate of a disk that arrives. Closing waits for all visits, so
+//! that a visit never waits for a peer.
+//!
 //! # Glossary
 //!
 //! Words of our own, used for nothing else. All others are those of the NBD specification, of the

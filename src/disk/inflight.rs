@@ -13,7 +13,7 @@
 //! `RWF_DSYNC`, which does not flush unrelated data; two or more share one fsync.
 //!
 //! Where the backend provides no I/O queue, threads execute the same calls
-//! ([`super::thread_pool`]).
+//! (`disk/thread_pool`).
 
 use super::backend::{errno_of, execute};
 use super::device::{Disk, Visit};

@@ -265,7 +265,7 @@ pub(super) fn write(
     sync_directory(directory_of(path))
 }
 
-/// Makes the entry at `path` durable: its directory entry, since [`write`] syncs the bytes before
+/// Makes the entry at `path` durable: its directory entry, since [`write()`] syncs the bytes before
 /// the file gets its name.
 pub(super) fn sync(path: &Path) -> io::Result<()> {
     match sync_directory(directory_of(path)) {
