@@ -4,62 +4,72 @@ use crate::disk::ownership::Id;
 use crate::message_id;
 use crate::migration::job::{News, Obstacle, Outcome, Progress};
 use crate::migration::source::MigrationStats;
-use tracing::{error, info, warn};
+use tracing::{Span, error, error_span, info, warn};
 
-/// The fields that all entries of one migration share. The id is not among them: each copy that a
-/// migration begins has another one.
+/// A migration, and the journal fields that all its entries share. The id is not among them: each copy
+/// that a migration begins has another one.
 #[derive(Clone, Debug)]
 pub(super) struct MigrationLog {
+    /// The destination's address.
     pub(super) to: String,
+    /// The image's path.
     pub(super) image: String,
+    /// Bytes of the disk.
     pub(super) size: u64,
+    /// Adds the shared fields to the entries logged inside.
+    span: Span,
 }
 
 impl MigrationLog {
+    pub(super) fn new(to: String, image: String, size: u64) -> Self {
+        // Of the highest level, so that no verbosity disables the span while it shows an entry.
+        let span = error_span!(
+            parent: None, "migration", "flexnbd.destination" = to, "flexnbd.image" = image
+        );
+        Self { to, image, size, span }
+    }
+
     /// Logs a change of the migration.
     pub(super) fn log_news(&self, id: Id, news: &News) {
-        let Self { to, image, size } = self;
+        let _entered = self.span.enter();
         let kind = news_message_id(news);
-        let line = format!("migration to {to}: {}", describe(news));
+        let line = format!("migration to {}: {}", self.to, describe(news));
         match news {
             News::Started
             | News::Resumed
             | News::Restarted
             | News::GateClosed
             | News::HandingOverAgain => info!(
-                message_id = kind, "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                "flexnbd.image" = image, "flexnbd.bytes_total" = size,
+                message_id = kind, "flexnbd.migration" = %id,
+                "flexnbd.bytes_total" = self.size,
                 "{line}"
             ),
-            News::Obstructed(Obstacle::Acknowledgement(_)) | News::RecordFailed(_) => error!(
-                message_id = kind, "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                "flexnbd.image" = image,
-                "{line}"
-            ),
-            News::Obstructed(_) | News::Throttled(_) => warn!(
-                message_id = kind, "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                "flexnbd.image" = image,
-                "{line}"
-            ),
+            News::Obstructed(Obstacle::Acknowledgement(_)) | News::RecordFailed(_) => {
+                error!(message_id = kind, "flexnbd.migration" = %id, "{line}");
+            }
+            News::Obstructed(_) | News::Throttled(_) => {
+                warn!(message_id = kind, "flexnbd.migration" = %id, "{line}");
+            }
         }
     }
 
     /// Logs the progress, which `text` describes.
     pub(super) fn log_progress(&self, progress: &Progress, text: &str) {
-        let Self { to, image, size } = self;
+        let _entered = self.span.enter();
         info!(
             message_id = message_id::MIGRATION_PROGRESS,
-            "flexnbd.migration" = %progress.id, "flexnbd.destination" = to,
-            "flexnbd.image" = image, "flexnbd.bytes_total" = size,
+            "flexnbd.migration" = %progress.id,
+            "flexnbd.bytes_total" = self.size,
             "flexnbd.bytes_left" = progress.bytes_left,
             "flexnbd.bytes_per_second" = progress.bytes_per_second,
-            "migration to {to}: {text}"
+            "migration to {}: {text}", self.to
         );
     }
 
     /// Logs the end.
     pub(super) fn log_end(&self, id: Id, outcome: &Outcome, stats: &MigrationStats) {
-        let Self { to, image, size } = self;
+        let _entered = self.span.enter();
+        let to = &self.to;
         match outcome {
             Outcome::Arrived { acknowledged } => {
                 let how = match acknowledged {
@@ -68,8 +78,8 @@ impl MigrationLog {
                 };
                 info!(
                     message_id = message_id::MIGRATION_DEPARTED,
-                    "flexnbd.migration" = %id, "flexnbd.destination" = to,
-                    "flexnbd.image" = image, "flexnbd.bytes_total" = size,
+                    "flexnbd.migration" = %id,
+                    "flexnbd.bytes_total" = self.size,
                     "flexnbd.bytes_sent" = stats.bytes_sent,
                     "migration to {to}: the disk is at its destination ({how}; clients waited for \
                      {} ms)", stats.pause.as_millis()
@@ -77,13 +87,13 @@ impl MigrationLog {
             }
             Outcome::Broken => info!(
                 message_id = message_id::MIGRATION_BROKEN_OFF,
-                "flexnbd.migration" = %id, "flexnbd.destination" = to, "flexnbd.image" = image,
+                "flexnbd.migration" = %id,
                 "flexnbd.bytes_sent" = stats.bytes_sent,
                 "migration to {to}: broken off; the disk stays here"
             ),
             Outcome::Failed(trouble) => warn!(
                 message_id = message_id::MIGRATION_FAILED,
-                "flexnbd.migration" = %id, "flexnbd.destination" = to, "flexnbd.image" = image,
+                "flexnbd.migration" = %id,
                 "migration to {to}: failed: {trouble}; the disk stays here"
             ),
         }

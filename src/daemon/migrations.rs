@@ -145,11 +145,8 @@ impl PreparedMigration {
     ) -> Result<Self, Reply> {
         let (start_result, receiver) = mpsc::channel();
         let job = job(context, command)?;
-        let log = MigrationLog {
-            to: command.to.to_string(),
-            image: context.image.display().to_string(),
-            size: context.disk.size(),
-        };
+        let image = context.image.display().to_string();
+        let log = MigrationLog::new(command.to.to_string(), image, context.disk.size());
         let events = context.events.clone();
         let reporter = Reporter {
             log: log.clone(),
