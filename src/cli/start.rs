@@ -92,7 +92,7 @@ impl StartRequest {
         let image = settings.file.ok_or_else(|| StartRequestError::Misuse(self.image_missing()))?;
         Ok(Config {
             role: self.role,
-            config: self.config.clone(),
+            config_file: self.config.clone(),
             address,
             image,
             create: settings.create,
@@ -172,7 +172,7 @@ mod tests {
     fn what_is_not_said_has_its_default() {
         let expected = Config {
             role: ProcessRole::Serve,
-            config: None,
+            config_file: None,
             address: None,
             image: "/a".into(),
             create: None,
@@ -196,7 +196,7 @@ mod tests {
             ACL=::1\n";
         let expected = Config {
             role: ProcessRole::Serve,
-            config: Some("disk.conf".into()),
+            config_file: Some("disk.conf".into()),
             address: Some(Address::Tcp("[::]:7".parse().unwrap())),
             image: "/a".into(),
             create: Some(1 << 20),

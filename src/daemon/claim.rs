@@ -28,7 +28,7 @@ pub(super) struct Claim {
     pub(super) ownership: Ownership,
 }
 
-/// Whose the disk is, according to its record and to the role of the process.
+/// Whose the disk is, according to the record and the role of the process.
 pub(super) enum Ownership {
     /// Ours: serve it.
     Ours(Provenance),
@@ -79,8 +79,8 @@ impl Claim {
     }
 }
 
-/// Refuses to create an image (`--create`) in the place of one that was deleted when its disk moved
-/// away: clients would take the empty disk for theirs.
+/// Refuses to create an image (`--create`) where one was deleted when its disk moved away: clients
+/// would take the empty disk for theirs.
 fn check_may_create(config: &Config) -> Result<(), StartError> {
     let would_create =
         config.create.is_some() && config.role == ProcessRole::Serve && !config.image.exists();
@@ -110,7 +110,7 @@ fn open_image(config: &Config) -> Result<FileBackend, StartError> {
         None => FileBackend::open(&config.image, access),
     };
     let image = image
-        .map_err(|error| StartError::Image(error, config.config.clone()))?
+        .map_err(|error| StartError::Image(error, config.config_file.clone()))?
         .with_holes(config.holes);
     let tail = image.unserved_tail();
     if tail > 0 {
@@ -133,7 +133,7 @@ fn open_record_store(config: &Config, image: &FileBackend) -> Result<RecordStore
             file.display()
         );
     }
-    // When a service has ended, its unit reads the record, even that of a deleted image, to close the
+    // When a service has ended, its unit looks up the record, even of a deleted image, and closes the
     // sockets if the disk has moved.
     let is_service = env::var_os(STATE_VARIABLE).is_some();
     if config.create.is_some() || is_service {
@@ -211,9 +211,9 @@ fn record_departed(
     Ok(OwnershipRefusal::Departed { id, when, to })
 }
 
-/// Records that an image created for an incoming disk is incomplete, so that no process serves it,
-/// even if this one is killed. Deletes the image if that cannot be recorded, unless `records` is
-/// optional.
+/// Records that a new image is incomplete until the incoming disk is here, so that no process serves
+/// the empty image, even if this one is killed. An image without such a record is deleted, unless
+/// records are optional.
 fn record_incoming(
     record_store: &RecordStore,
     size: u64,
@@ -234,7 +234,7 @@ fn record_incoming(
     }
 }
 
-/// Whether the record permits to receive into the image; a refusal is the error.
+/// Checks whether the record permits receiving into the image; a refusal is the error.
 fn claim_to_receive(
     config: &Config,
     record_store: &RecordStore,
@@ -250,7 +250,7 @@ fn claim_to_receive(
     }
 }
 
-/// Removes the note about a deleted image, which a new image at its path has made obsolete.
+/// Removes the tombstone of an image that was deleted at this path: there is an image again.
 fn remove_tombstone(record_store: &RecordStore) {
     if let Err(error) = record_store.remove_tombstone() {
         warn!("{error}");

@@ -13,7 +13,7 @@ pub struct Config {
     /// Whether to serve the disk or to receive it.
     pub role: ProcessRole,
     /// The configuration file, if there is one; error messages then name its keys, not options.
-    pub config: Option<PathBuf>,
+    pub config_file: Option<PathBuf>,
     /// The address to listen on; not needed when sockets are inherited.
     pub address: Option<Address>,
     /// The image file or block device.

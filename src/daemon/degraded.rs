@@ -2,8 +2,8 @@
 //! and tells operators why, until a signal stops it or another host says that it may serve.
 //! Never touches the disk, and never sends a client a byte.
 //!
-//! Were the process to end, the service manager, which holds the sockets, would start it again for the
-//! same clients, and after some restarts the socket units would fail.
+//! If the process ended, the service manager, which holds the sockets, would start it again for the same
+//! clients, and after some restarts the socket units would fail.
 
 use super::config::ProcessRole;
 use super::event_loop::ProcessEnd;
@@ -190,7 +190,7 @@ impl DegradedLoop<'_> {
             }
             let pause = paused_until.filter(|until| now < *until);
             let feed_at = notifier.watchdog_interval().map(|interval| fed_at + interval);
-            // Nothing else can get stuck: this loop is all that runs.
+            // The loop is all that can get stuck, so each turn of it may feed the watchdog.
             if feed_at.is_some_and(|feed_at| feed_at <= now) {
                 fed_at = now;
                 log_unsent(notifier.watchdog());

@@ -53,7 +53,7 @@ impl Inherited {
         }
     }
 
-    /// Copies of the sockets, without those that are bad.
+    /// Copies of the sockets, without the bad ones.
     ///
     /// # Errors
     /// When no descriptor is left for a copy.

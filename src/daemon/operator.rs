@@ -157,8 +157,8 @@ impl Service {
         status
     }
 
-    /// The name of the image's record, unless the last migration tells it. The record of a served
-    /// disk is known, and read only if a migration could not put it back.
+    /// The name of the image's record, if the last migration does not determine it. A served disk has
+    /// the record of its provenance, unless a migration could not put that back.
     fn record_name(&self, migration: Option<&MigrationHandle>) -> &'static str {
         let record_store = match &self.role {
             DiskRole::Serving(outgoing) if migrations::owes_record(migration) => {
@@ -250,7 +250,8 @@ impl Service {
             Err(reply) => return reply,
         };
         let account = self.waiters.wait(|| migration.result());
-        // A process that stops breaks its migration off; that is not what `break` does.
+        // A migration that the stopping process breaks off must not be reported as broken off by
+        // `break`.
         let by_operator =
             |(outcome, _): &_| *outcome != Outcome::Broken || !self.waiters.is_interrupted();
         match account.filter(by_operator) {
@@ -264,7 +265,7 @@ fn name_of(record: Option<&Record>) -> &'static str {
     record.map_or("none", Record::name)
 }
 
-/// Checks that the last migration, if it has ended so, has not moved the disk away.
+/// Checks that the last migration has not moved the disk away.
 fn check_not_moved(last: Option<&Outcome>) -> Result<(), Reply> {
     match last {
         Some(Outcome::Arrived { .. }) => Err(Reply::refused("the disk has moved away")),

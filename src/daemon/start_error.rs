@@ -27,7 +27,7 @@ pub enum StartError {
     /// No ownership record of the image can be kept, and one is required.
     #[error("{0}; {advice}", advice = UNRECORDED_ADVICE)]
     Unrecorded(RecordStoreError),
-    /// The ownership record forbids to serve the image, or to receive into it.
+    /// The ownership record forbids serving the image, or receiving into it.
     #[error("{}", .0.why)]
     Ownership(OwnershipDenial),
     /// The address cannot be listened on.
@@ -50,7 +50,7 @@ pub enum StartError {
     Interrupted(Signal),
 }
 
-/// Why the ownership record forbids to serve an image, or to receive into it.
+/// Why the ownership record forbids serving an image, or receiving into it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnershipDenial {
     /// A sentence for the operator.

@@ -64,7 +64,9 @@ fn plan(mode: &str, text: &str) -> Config {
     let line = ["flexnbd", mode, "--config", file.to_str().unwrap()].map(Into::into);
     match cli::parse(line.into_iter()).unwrap().command {
         // Each text is in a file of its own, which is no difference that counts.
-        CliCommand::Start(start) => Config { config: None, ..StartRequest::plan(&start).unwrap() },
+        CliCommand::Start(start) => {
+            Config { config_file: None, ..StartRequest::plan(&start).unwrap() }
+        }
         other => panic!("{mode} is {other:?}"),
     }
 }
