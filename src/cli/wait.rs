@@ -153,7 +153,7 @@ mod tests {
     }
 
     impl Operator for Fake {
-        fn obey(&self, command: Command, _from: Credentials) -> Reply {
+        fn execute(&self, command: Command, _from: Credentials) -> Reply {
             match command {
                 Command::Status => {
                     *self.looks.lock().unwrap() += 1;

@@ -1,10 +1,9 @@
-//! Asks on a control socket, ours or the original's: one command, one reply.
-//! Never waits without a deadline but for the end of a migration, and never interprets the reply.
+//! The client of the control socket, of our servers and the original's: one command, one reply.
+//! Every wait has a deadline except that for the end of a migration. Never interprets the reply.
 
-use super::command::{Command, NoWireForm};
+use super::command::{Command, CommandEncodeError};
 use super::reply::{NotAReply, Reply};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
-use std::fmt;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
@@ -13,62 +12,62 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long an answer may take. A `mirror` is answered when the destination has spoken or failed
-/// to, which takes some 15 seconds.
-pub const ANSWER_TIME_MAX: Duration = Duration::from_secs(60);
-/// Longest answer that is read, in bytes.
+/// Time limit for a reply. The reply to `mirror` comes when the destination has answered or failed to,
+/// which takes some 15 seconds.
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest accepted reply in bytes.
 pub const REPLY_BYTES_MAX: usize = 64 * 1024;
 
-/// Gives `command` to the server whose control socket is at `path`, and returns what it answers
-/// within [`ANSWER_TIME_MAX`].
+/// Sends `command` to the control socket at `path`, and returns the reply, if it comes within
+/// [`REPLY_TIMEOUT`].
 ///
 /// # Errors
 ///
 /// One [`AskFailure`] for each reason why there is no reply. A refusal is a reply.
 pub fn ask(path: &Path, command: &Command) -> Result<Reply, AskError> {
-    ask_within(path, command, ANSWER_TIME_MAX)
+    ask_within(path, command, REPLY_TIMEOUT)
 }
 
-/// As [`ask`], with `limit` in place of [`ANSWER_TIME_MAX`].
+/// As [`ask`], with `limit` in place of [`REPLY_TIMEOUT`].
 ///
 /// # Errors
 ///
 /// As [`ask`].
 pub fn ask_within(path: &Path, command: &Command, limit: Duration) -> Result<Reply, AskError> {
     let deadline = Instant::now() + limit;
-    converse(path, command, deadline, Some(deadline)).map_err(|trouble| at(path, trouble))
+    exchange(path, command, deadline, Some(deadline)).map_err(|failure| at(path, failure))
 }
 
-/// As [`ask`], for an order that is answered when it has been carried out, however long that takes
-/// ([`Command::MirrorWait`]): only until it has been given there is a limit.
+/// As [`ask`], without a time limit once the command has been sent: for [`Command::MirrorWait`], whose
+/// reply comes when the migration has ended.
 ///
 /// # Errors
 ///
-/// As [`ask`]; when the server dies meanwhile, [`AskFailure::NoReply`].
+/// As [`ask`]; [`AskFailure::NoReply`] if the server dies meanwhile.
 pub fn ask_and_wait(path: &Path, command: &Command) -> Result<Reply, AskError> {
-    let deadline = Instant::now() + ANSWER_TIME_MAX;
-    converse(path, command, deadline, None).map_err(|trouble| at(path, trouble))
+    let deadline = Instant::now() + REPLY_TIMEOUT;
+    exchange(path, command, deadline, None).map_err(|failure| at(path, failure))
 }
 
-fn at(path: &Path, trouble: AskFailure) -> AskError {
-    AskError { path: path.to_owned(), trouble }
+fn at(path: &Path, failure: AskFailure) -> AskError {
+    AskError { path: path.to_owned(), failure }
 }
 
-/// Gives the order until `deadline` and waits for the answer until `answer_by`, if there is such.
-fn converse(
+/// Sends the command until `deadline` and receives the reply until `reply_deadline` (none: for ever).
+fn exchange(
     path: &Path,
     command: &Command,
     deadline: Instant,
-    answer_by: Option<Instant>,
+    reply_deadline: Option<Instant>,
 ) -> Result<Reply, AskFailure> {
-    let wire = command.to_wire().map_err(AskFailure::CannotSay)?;
+    let wire = command.to_wire().map_err(AskFailure::NotSendable)?;
     let mut stream = connect(path, deadline)?;
     match stream.write_all(&wire) {
-        // It closed before it had heard everything; it may still have said why.
+        // The server closed before it had received everything; the reason may be in its reply.
         Err(error) if is_hang_up(&error) => {}
         sent => sent.map_err(AskFailure::from)?,
     }
-    let line = read_line(&mut stream, answer_by)?;
+    let line = read_line(&mut stream, reply_deadline)?;
     if line.is_empty() {
         return Err(AskFailure::NoReply);
     }
@@ -76,19 +75,19 @@ fn converse(
 }
 
 fn connect(path: &Path, deadline: Instant) -> Result<UnixStream, AskFailure> {
-    let dial = || -> io::Result<UnixStream> {
+    let connect = || -> io::Result<UnixStream> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
         let stream = UnixStream::from(socket);
-        // Also bounds the wait for a place in the server's backlog.
+        // It also limits the wait for a place in the server's backlog.
         stream.set_write_timeout(Some(time_until(deadline)?))?;
         socket::connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
         Ok(stream)
     };
-    dial().map_err(|error| match error.kind() {
+    connect().map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => AskFailure::NoSuchSocket,
         io::ErrorKind::PermissionDenied => AskFailure::NotPermitted,
-        io::ErrorKind::ConnectionRefused if is_socket(path) => AskFailure::NobodyListens,
+        io::ErrorKind::ConnectionRefused if is_socket(path) => AskFailure::NotListening,
         io::ErrorKind::ConnectionRefused => AskFailure::NotASocket,
         _ => error.into(),
     })
@@ -102,7 +101,7 @@ fn is_hang_up(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
-/// What comes before the first line break or the end, whichever is first.
+/// Reads up to the first line break or the end of the stream.
 fn read_line(stream: &mut UnixStream, deadline: Option<Instant>) -> Result<Vec<u8>, AskFailure> {
     let mut line = Vec::new();
     let mut buffer = [0; 4096];
@@ -126,85 +125,65 @@ fn read_line(stream: &mut UnixStream, deadline: Option<Instant>) -> Result<Vec<u
     }
 }
 
-/// Never zero, which sockets take to mean for ever.
+/// The time until `deadline`, never zero: a socket timeout of zero means none.
 fn time_until(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
-/// Why a server gave no reply. Its `Display` is for the operator.
-#[derive(Debug)]
+/// Why there is no reply; the text is for the operator.
+#[derive(Debug, thiserror::Error)]
+#[error("control socket {}: {failure}", path.display())]
 pub struct AskError {
     /// The control socket.
     pub path: PathBuf,
-    /// What happened there.
-    pub trouble: AskFailure,
+    /// The reason.
+    pub failure: AskFailure,
 }
 
-/// What can happen instead of a reply.
-#[derive(Debug)]
+/// The reasons why there is no reply.
+#[derive(Debug, thiserror::Error)]
 pub enum AskFailure {
-    /// The command has no wire form; nothing was sent.
-    CannotSay(NoWireForm),
-    /// Nothing is at the path.
+    /// The command cannot be encoded; nothing was sent.
+    #[error("nothing was sent: {0}")]
+    NotSendable(CommandEncodeError),
+    /// The path does not exist.
+    #[error("no such socket; is the server running?")]
     NoSuchSocket,
-    /// Something other than a socket is at the path.
+    /// The path is not a socket.
+    #[error("this is not a socket")]
     NotASocket,
-    /// A socket is there, but its server is gone.
-    NobodyListens,
-    /// We may not talk to it.
+    /// The socket exists, but its server is gone.
+    #[error("nobody listens there; the server seems to have died")]
+    NotListening,
+    /// We have no permission to connect.
+    #[error("permission denied; only the server's user and root may control it")]
     NotPermitted,
-    /// The server took longer than allowed.
-    TooSlow,
-    /// The server closed the connection without a word.
+    /// The time limit has passed.
+    #[error("the server did not answer in time")]
+    Timeout,
+    /// The server closed the connection without a reply.
+    #[error("the server closed the connection without an answer")]
     NoReply,
     /// The reply is longer than [`REPLY_BYTES_MAX`].
+    #[error("the server's answer is longer than {REPLY_BYTES_MAX} bytes")]
     ReplyTooLong,
-    /// The server said something else.
+    /// The line is no reply.
+    #[error("not an answer of a flexnbd server: {0}")]
     NotAReply(NotAReply),
-    /// The system said no.
+    /// A system call failed.
+    #[error("{0}")]
     Io(io::Error),
 }
 
 impl From<io::Error> for AskFailure {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Self::TooSlow,
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Self::Timeout,
             _ => Self::Io(error),
         }
     }
 }
-
-impl fmt::Display for AskError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "control socket {}: {}", self.path.display(), self.trouble)
-    }
-}
-
-impl fmt::Display for AskFailure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::CannotSay(reason) => write!(f, "nothing was sent: {reason}"),
-            Self::NoSuchSocket => f.write_str("no such socket; is the server running?"),
-            Self::NotASocket => f.write_str("this is not a socket"),
-            Self::NobodyListens => {
-                f.write_str("nobody listens there; the server seems to have died")
-            }
-            Self::NotPermitted => {
-                f.write_str("permission denied; only the server's user and root may control it")
-            }
-            Self::TooSlow => f.write_str("the server did not answer in time"),
-            Self::NoReply => f.write_str("the server closed the connection without an answer"),
-            Self::ReplyTooLong => {
-                write!(f, "the server's answer is longer than {REPLY_BYTES_MAX} bytes")
-            }
-            Self::NotAReply(line) => write!(f, "not an answer of a flexnbd server: {line}"),
-            Self::Io(error) => write!(f, "{error}"),
-        }
-    }
-}
-
-impl std::error::Error for AskError {}
 
 #[cfg(test)]
 mod tests;

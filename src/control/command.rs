@@ -1,9 +1,9 @@
-//! What operators order: text ⇄ [`Command`].
-//! Knows no socket, clock or log; a command that parses is one that can be meant.
+//! Commands of the control socket: [`Command`] ⇄ text.
+//! Pure: no socket, clock or log. A command that parses is valid.
 //!
 //! On the wire a command is lines, each ended by LF, then an empty line: first the word, then one
-//! argument a line. The original's client sends an optional argument that was not given as an
-//! empty line, which so ends the command; what follows the empty line is not looked at.
+//! argument per line. The original's client sends an optional argument that was not given as an empty
+//! line, which so ends the command; bytes after the empty line are ignored.
 
 use super::reply::{MISSING_COMMAND, Reply, UNKNOWN_COMMAND};
 // Values only; `core` rather than `std` because this file opens no connections.
@@ -13,35 +13,35 @@ use std::num::IntErrorKind;
 
 /// Longest line of a command, in bytes, its line break not counted.
 pub const LINE_BYTES_MAX: usize = 256;
-/// Most lines of a command: the word and its arguments; the empty line is not counted.
+/// Most lines of a command: the word and its arguments, without the empty line.
 pub const LINES_MAX: usize = 4096;
 /// Most arguments that `mirror` takes.
 const MIRROR_ARGUMENTS_MAX: usize = 6;
-/// The last argument of `mirror` when there may be no ownership record.
+/// The last argument of `mirror` if it may move a disk without an ownership record.
 const NO_RECORD: &str = "no-record";
-/// How many ACL entries a summary shows.
+/// ACL entries that the log shows.
 const ENTRIES_SHOWN: usize = 8;
 
-/// One order.
+/// A command of an operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Tell how things are; changes nothing.
+    /// Report the status; changes nothing.
     Status,
     /// Replace the access control list.
     Acl {
-        /// The new entries, not yet looked at: whoever obeys parses them.
+        /// The new entries; the operator parses them.
         entries: Vec<String>,
     },
     /// Start a migration.
     Mirror(Mirror),
-    /// Start a migration, and answer only when it is over. In one command, because a migration may
-    /// be over, and its server gone, before a second one could ask for its end.
+    /// Start a migration, and reply when it has ended. One command, because the migration may have
+    /// ended, and its server exited, before a second command could ask for its end.
     MirrorWait(Mirror),
     /// Change the speed limit of the running migration, in bytes per second.
     MirrorMaxBps(u64),
     /// Stop the running migration.
     Break,
-    /// Read the configuration file again.
+    /// Reload the configuration file.
     Reload,
 }
 
@@ -50,21 +50,21 @@ pub enum Command {
 pub struct Mirror {
     /// The destination.
     pub to: SocketAddr,
-    /// What to do once the disk has arrived there.
+    /// What the source does once the disk has arrived.
     pub action: ArrivalAction,
     /// The local address to connect from; an unspecified one (`0.0.0.0`, `::`) means any and is
     /// read as `None`.
     pub bind: Option<IpAddr>,
     /// Speed limit, in bytes per second; `None` for none.
     pub max_bps: Option<u64>,
-    /// Move the disk even if no ownership record can be kept. An operator's explicit word.
+    /// Move the disk even if no ownership record can be kept.
     pub no_record: bool,
 }
 
-/// What the source does when its disk has arrived at the destination.
+/// What the source does once its disk has arrived at the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ArrivalAction {
-    /// Exit; what a `mirror` without an action means.
+    /// Exit; the default of `mirror`.
     #[default]
     Exit,
     /// Remove the image, then exit.
@@ -88,7 +88,7 @@ impl ArrivalAction {
 }
 
 impl Command {
-    /// Whether obeying changes anything; such orders are logged with who gave them.
+    /// Whether the command changes anything; such commands are logged with the client's credentials.
     #[must_use]
     pub fn changes_something(&self) -> bool {
         *self != Self::Status
@@ -108,12 +108,12 @@ impl Command {
         }
     }
 
-    /// Makes a command of its lines. Arguments to `status`, `break` and `reload`, which take none,
-    /// are not looked at: the original's client passes on whatever it was given.
+    /// Parses the lines of a command. Arguments to `status`, `break` and `reload`, which take none,
+    /// are ignored: the original's client sends all arguments of its command line.
     ///
     /// # Errors
     ///
-    /// One [`CommandError`] per way to get it wrong.
+    /// One [`CommandError`] per mistake.
     pub fn from_lines(lines: &[String]) -> Result<Self, CommandError> {
         let (word, arguments) = lines.split_first().ok_or(CommandError::MissingCommand)?;
         Ok(match word.as_str() {
@@ -130,21 +130,21 @@ impl Command {
         })
     }
 
-    /// The bytes to send, with the empty line.
+    /// Encodes the command, with the empty line.
     ///
     /// # Errors
     ///
-    /// Only an ACL can have no wire form: an entry that is empty, holds a line break or is longer
-    /// than [`LINE_BYTES_MAX`], or more than [`LINES_MAX`] − 1 entries.
-    pub fn to_wire(&self) -> Result<Vec<u8>, NoWireForm> {
+    /// Only for an ACL: an entry is empty, holds a line break or is longer than [`LINE_BYTES_MAX`], or
+    /// there are more than [`LINES_MAX`] − 1 entries.
+    pub fn to_wire(&self) -> Result<Vec<u8>, CommandEncodeError> {
         let arguments = self.arguments();
         if arguments.len() >= LINES_MAX {
-            return Err(NoWireForm::TooManyEntries(arguments.len()));
+            return Err(CommandEncodeError::TooManyEntries(arguments.len()));
         }
         let mut wire = format!("{}\n", self.word());
         for argument in &arguments {
             if argument.is_empty() || argument.contains('\n') || argument.len() > LINE_BYTES_MAX {
-                return Err(NoWireForm::BadEntry(argument.clone()));
+                return Err(CommandEncodeError::BadEntry(argument.clone()));
             }
             wire.push_str(argument);
             wire.push('\n');
@@ -163,7 +163,7 @@ impl Command {
     }
 }
 
-/// The order as a log tells it: the word and its arguments, a long ACL shortened.
+/// The command as the log shows it: the word and its arguments, a long ACL shortened.
 impl fmt::Display for Command {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.word())?;
@@ -185,7 +185,7 @@ impl Mirror {
             return Err(CommandError::MirrorWithoutDestination);
         };
         if arguments.len() > MIRROR_ARGUMENTS_MAX {
-            return Err(CommandError::MirrorWithTooMuch);
+            return Err(CommandError::TooManyMirrorArguments);
         }
         let no_record = argument(5).map_or(Ok(false), no_record)?;
         let limit = argument(4).map(max_bps).transpose()?;
@@ -193,7 +193,7 @@ impl Mirror {
             to: destination(ip, port)?,
             action: argument(2).map_or(Ok(ArrivalAction::default()), action)?,
             bind: argument(3).map_or(Ok(None), bind)?,
-            // Before a sixth argument there has to be a fifth.
+            // A limit of 0 before `no-record` fills the place of the fifth argument.
             max_bps: limit.filter(|limit| *limit > 0 || !no_record),
             no_record,
         })
@@ -205,8 +205,8 @@ impl Mirror {
             self.to.port().to_string(),
             self.action.word().to_owned(),
         ];
-        // Arguments go by position, and an empty one would end the command: a limit without a
-        // bind address needs an address in between that means any.
+        // Arguments are positional, and an empty one would end the command: before a limit, the
+        // unspecified address stands for no bind address.
         let limit = self.max_bps.or(self.no_record.then_some(0));
         match (self.bind, limit) {
             (Some(bind), _) => arguments.push(bind.to_string()),
@@ -257,7 +257,7 @@ fn max_bps(number: &str) -> Result<u64, CommandError> {
     })
 }
 
-/// A command that is still arriving.
+/// A command that is being received.
 #[derive(Debug, Default)]
 pub struct Incoming {
     lines: Vec<String>,
@@ -265,13 +265,13 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Takes the bytes that arrived next, however they were cut. `None`: the command is not
-    /// complete. What follows a complete command is dropped.
+    /// Takes the next bytes, split anywhere. `None`: the command is not complete. Bytes after a
+    /// complete command are dropped.
     ///
     /// # Errors
     ///
-    /// A limit was exceeded, a line is not UTF-8, or the complete command is refused by
-    /// [`Command::from_lines`]. Nothing more may be fed then.
+    /// A limit is exceeded, a line is not UTF-8, or [`Command::from_lines`] refuses the command.
+    /// Do not feed more bytes then.
     pub fn feed(&mut self, bytes: &[u8]) -> Result<Option<Command>, CommandError> {
         for &byte in bytes {
             match byte {
@@ -285,8 +285,8 @@ impl Incoming {
         Ok(None)
     }
 
-    /// The connection ended without an empty line: complete lines count as a complete command
-    /// (simple tools just close), a line cut short does not (it may be half a number).
+    /// Ends the command at end of file, without the empty line: complete lines are a complete
+    /// command (simple tools just close), but an incomplete line may be half a number.
     ///
     /// # Errors
     ///
@@ -298,7 +298,7 @@ impl Incoming {
         Command::from_lines(&self.lines)
     }
 
-    /// Whether nothing has arrived yet.
+    /// Whether no byte has arrived.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.lines.is_empty() && self.partial.is_empty()
@@ -322,104 +322,79 @@ impl Incoming {
     }
 }
 
-/// Why an order was not understood. Its `Display` is the text of the [`Reply`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why a command is invalid; the text is that of the [`Reply`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
-    /// Nothing was ordered.
+    /// There is no line.
+    #[error("missing command")]
     MissingCommand,
-    /// The first line is no word we know.
+    /// The first line is not a command.
+    #[error("unknown command")]
     UnknownCommand,
     /// A line is longer than [`LINE_BYTES_MAX`].
+    #[error("line longer than {LINE_BYTES_MAX} bytes")]
     LineTooLong,
-    /// There are more lines than [`LINES_MAX`].
+    /// There are more than [`LINES_MAX`] lines.
+    #[error("more than {LINES_MAX} lines")]
     TooManyLines,
     /// A line is not UTF-8.
+    #[error("line is not UTF-8 text")]
     NotText,
     /// The connection ended in the middle of a line.
+    #[error("command ends in the middle of a line")]
     CutShort,
     /// `mirror` without address and port.
+    #[error("mirror needs an IP address and a port")]
     MirrorWithoutDestination,
-    /// `mirror` with more arguments than it takes.
-    MirrorWithTooMuch,
-    /// `mirror`: the address is none.
+    /// `mirror` with too many arguments.
+    #[error("mirror takes at most {MIRROR_ARGUMENTS_MAX} arguments")]
+    TooManyMirrorArguments,
+    /// `mirror`: the address is invalid.
+    #[error("bad IP address")]
     BadAddress,
-    /// `mirror`: the port is none.
+    /// `mirror`: the port is invalid.
+    #[error("bad port: must be 1 to 65535")]
     BadPort,
-    /// `mirror`: the action is none of three.
+    /// `mirror`: the action is unknown.
+    #[error("bad action: must be exit, unlink or nothing")]
     BadAction,
-    /// `mirror`: the address to connect from is none.
+    /// `mirror`: the address to connect from is invalid.
+    #[error("bad bind address")]
     BadBindAddress,
-    /// `mirror`: the sixth argument is not the one that there is.
+    /// `mirror`: the sixth argument is not `no-record`.
+    #[error("bad word: must be {NO_RECORD}, or not there")]
     BadRecordWord,
     /// `mirror_max_bps` without a number.
+    #[error("max_bps missing")]
     MaxBpsMissing,
     /// The limit is not a number.
+    #[error("max_bps is not a number")]
     MaxBpsNotANumber,
     /// The limit does not fit 64 bits.
+    #[error("max_bps is out of range")]
     MaxBpsTooLarge,
 }
 
-impl fmt::Display for CommandError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::MissingCommand => f.write_str("missing command"),
-            Self::UnknownCommand => f.write_str("unknown command"),
-            Self::LineTooLong => write!(f, "line longer than {LINE_BYTES_MAX} bytes"),
-            Self::TooManyLines => write!(f, "more than {LINES_MAX} lines"),
-            Self::NotText => f.write_str("line is not UTF-8 text"),
-            Self::CutShort => f.write_str("command ends in the middle of a line"),
-            Self::MirrorWithoutDestination => f.write_str("mirror needs an IP address and a port"),
-            Self::MirrorWithTooMuch => {
-                write!(f, "mirror takes at most {MIRROR_ARGUMENTS_MAX} arguments")
-            }
-            Self::BadAddress => f.write_str("bad IP address"),
-            Self::BadPort => f.write_str("bad port: must be 1 to 65535"),
-            Self::BadAction => f.write_str("bad action: must be exit, unlink or nothing"),
-            Self::BadBindAddress => f.write_str("bad bind address"),
-            Self::BadRecordWord => write!(f, "bad word: must be {NO_RECORD}, or not there"),
-            Self::MaxBpsMissing => f.write_str("max_bps missing"),
-            Self::MaxBpsNotANumber => f.write_str("max_bps is not a number"),
-            Self::MaxBpsTooLarge => f.write_str("max_bps is out of range"),
-        }
-    }
-}
-
-impl std::error::Error for CommandError {}
-
 impl From<CommandError> for Reply {
-    fn from(refusal: CommandError) -> Self {
-        match refusal {
-            CommandError::MissingCommand => Self::new(MISSING_COMMAND, refusal.to_string()),
-            CommandError::UnknownCommand => Self::new(UNKNOWN_COMMAND, refusal.to_string()),
-            _ => Self::refused(refusal.to_string()),
+    fn from(error: CommandError) -> Self {
+        match error {
+            CommandError::MissingCommand => Self::new(MISSING_COMMAND, error.to_string()),
+            CommandError::UnknownCommand => Self::new(UNKNOWN_COMMAND, error.to_string()),
+            _ => Self::refused(error.to_string()),
         }
     }
 }
 
-/// A command that cannot be said on the wire.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NoWireForm {
+/// Why a command cannot be encoded.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommandEncodeError {
     /// This ACL entry is empty, holds a line break or is longer than [`LINE_BYTES_MAX`].
+    #[error("{0:?} cannot be sent: an entry is one line of 1 to {LINE_BYTES_MAX} bytes")]
     BadEntry(String),
-    /// So many ACL entries, where at most [`LINES_MAX`] − 1 fit.
+    /// Number of ACL entries, of which at most [`LINES_MAX`] − 1 fit.
+    #[error("{0} entries are too many, {max} can be sent", max = LINES_MAX - 1)]
     TooManyEntries(usize),
 }
-
-impl fmt::Display for NoWireForm {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::BadEntry(entry) => write!(
-                f,
-                "{entry:?} cannot be sent: an entry is one line of 1 to {LINE_BYTES_MAX} bytes"
-            ),
-            Self::TooManyEntries(count) => {
-                write!(f, "{count} entries are too many, {} can be sent", LINES_MAX - 1)
-            }
-        }
-    }
-}
-
-impl std::error::Error for NoWireForm {}
 
 #[cfg(test)]
 mod tests;

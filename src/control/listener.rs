@@ -1,20 +1,18 @@
-//! Answers on the control socket: hears an order, has it obeyed, sends the reply.
-//! Never decides what an order means, and never lets a slow or talkative client hold up others.
+//! The serving side of the control socket: receives a command, has it executed, sends the reply.
+//! Never decides what a command means, and never lets a slow client delay others.
 //!
-//! One thread accepts, and keeps connections that have said nothing, since anybody can open those;
-//! one thread serves each of the others. All of them wait in `poll` for their sockets or for the order
-//! to stop, whichever comes first. A descriptor is kept in reserve, and without a thread left orders
-//! are obeyed one after another: operators are answered when clients have used everything up.
+//! One thread accepts connections and keeps those that are silent, since any local user could open
+//! them in numbers; each of the others has a thread. All threads wait for their sockets and for the
+//! request to stop, whichever comes first. A file descriptor is kept in reserve, and without a
+//! thread left commands are executed one after another: operators get answers even when clients
+//! have used everything up.
 
 use super::command::{Command, CommandError, Incoming};
 use super::reply::Reply;
 use super::socket::ControlSocket;
 use crate::memory_reserve::check_thread_headroom;
 use crate::message_id;
-use crate::net::visible_user;
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use crate::net::{Wake, visible_user, wait_readable};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use std::collections::VecDeque;
 use std::fmt;
@@ -26,42 +24,41 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle, Scope};
 use std::time::{Duration, Instant};
+use tracing::{debug, error, info, warn};
 
-/// Most connections served at once; more wait until one of these ends.
+/// Most connections that have a thread; further ones wait until one of these ends.
 pub const CONNECTIONS_MAX: usize = 16;
-/// Most connections that have said nothing; the oldest gives way to another one.
+/// Most silent connections; the oldest is closed for a new one.
 pub const SILENT_MAX: usize = 64;
-/// How long a connection may make no progress while it has to be served without a thread.
-const PATIENCE_ALONE: Duration = Duration::from_secs(1);
-/// What an order that would wait there for a migration is answered.
+/// How long a connection may make no progress.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// The same for a connection that is served without a thread of its own, while others wait.
+const TIMEOUT_WITHOUT_THREAD: Duration = Duration::from_secs(1);
+/// The reply to a command that would wait for a migration on the only thread.
 const NO_THREAD_TO_WAIT: &str =
     "the system has no thread left to wait in; mirror without waiting, and look at the status";
-/// How long a connection may make no progress.
-pub const PATIENCE: Duration = Duration::from_secs(10);
-/// How long to let connections wait after one could not be accepted.
-const REST: Duration = Duration::from_secs(1);
-/// How many bytes that came after the command to take before closing, so that closing does not
-/// look like a failure to the client.
+/// Pause after a connection could not be accepted.
+const ACCEPT_RETRY: Duration = Duration::from_secs(1);
+/// Most bytes after the command that are read before closing. Unread bytes would reset the
+/// connection, which looks like a failure to the client.
 const LEFTOVER_BYTES_MAX: usize = 1 << 20;
+/// How long a stopping server waits for a client that it has rejected to hang up. A client that is
+/// about to send its command can then send it, and reads the reply.
+const REJECTED_LINGER: Duration = Duration::from_millis(250);
 
-/// How long the end of the server waits for a client that was told of it to hang up, so that one
-/// that is just about to give its order can give it, and then hears the answer.
-const LEAVE: Duration = Duration::from_millis(250);
-
-/// Who carries out what operators order.
+/// Executes the commands of operators.
 pub trait Operator: Send + Sync {
-    /// Carries out `command` and says how that went. Called from many threads at once; may take
-    /// its time, but must return promptly once the server is stopping, since
-    /// [`Handle::stop`] waits for it.
-    fn obey(&self, command: Command, from: Credentials) -> Reply;
+    /// Executes `command` and returns the result. Called from many threads at once. May take long,
+    /// but must return promptly once the server is stopping, since [`Handle::stop`] waits for it.
+    fn execute(&self, command: Command, from: Credentials) -> Reply;
 }
 
-/// Who is at the other end, as the kernel knows it (`SO_PEERCRED` of unix(7)).
+/// The client's process and user, from the kernel (`SO_PEERCRED` of unix(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credentials {
     /// Process id, at the time of connecting.
     pub pid: i32,
-    /// User id; none when the user is not in our user namespace.
+    /// User id; none if the user is not in our user namespace.
     pub uid: Option<u32>,
 }
 
@@ -83,46 +80,40 @@ impl fmt::Display for Credentials {
 }
 
 impl ControlSocket {
-    /// Begins to answer, until the handle is stopped or dropped.
+    /// Starts to serve, until the handle is stopped or dropped.
     ///
     /// # Errors
     ///
-    /// The system has no thread or descriptor left.
+    /// When the system has no thread or file descriptor left.
     pub fn start(self, operator: Arc<dyn Operator>) -> io::Result<Handle> {
-        self.start_with_patience(operator, PATIENCE)
+        self.start_with_timeout(operator, TIMEOUT)
     }
 
-    fn start_with_patience(
+    fn start_with_timeout(
         self,
         operator: Arc<dyn Operator>,
-        patience: Duration,
+        timeout: Duration,
     ) -> io::Result<Handle> {
         self.listener().set_nonblocking(true)?;
-        let shared = Arc::new(ListenerState {
-            operator,
-            patience,
-            stopping: event()?,
-            freed: event()?,
-            connections: AtomicUsize::new(0),
-        });
-        let for_thread = Arc::clone(&shared);
+        let state = Arc::new(ListenerState::new(operator, timeout)?);
+        let state_of_thread = Arc::clone(&state);
         let thread = thread::Builder::new()
             .name("control".to_owned())
-            .spawn(move || accept_until_stopped(&self, &for_thread))?;
-        Ok(Handle { shared, thread: Some(thread) })
+            .spawn(move || accept_until_stopped(&self, &state_of_thread))?;
+        Ok(Handle { state, thread: Some(thread) })
     }
 }
 
-/// A control socket that answers. Dropping it is the same as [`Handle::stop`].
+/// A control socket that is served. Dropping it is the same as [`Handle::stop`].
 #[derive(Debug)]
 pub struct Handle {
-    shared: Arc<ListenerState>,
+    state: Arc<ListenerState>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Handle {
-    /// Stops answering: waits for orders that are being obeyed, ends all other connections, and
-    /// removes the socket if it is ours.
+    /// Stops serving: waits for commands that are being executed, ends all other connections, and
+    /// removes the socket if we made it.
     pub fn stop(self) {
         drop(self);
     }
@@ -130,122 +121,123 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        signal(&self.shared.stopping);
+        self.state.stopping.wake();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("control socket: a thread panicked; its client got no answer");
+            error!("control socket: a thread panicked; its client got no answer");
         }
     }
 }
 
-/// What all threads of one control socket know.
+/// What all threads of a control socket share.
 struct ListenerState {
     operator: Arc<dyn Operator>,
-    patience: Duration,
-    /// Signalled once and never reset: stop.
-    stopping: EventFd,
-    /// Signalled whenever a connection ends.
-    freed: EventFd,
+    timeout: Duration,
+    /// Set once and never cleared: stop.
+    stopping: Wake,
+    /// Set whenever a slot is freed.
+    freed: Wake,
+    /// Slots in use.
     connections: AtomicUsize,
 }
 
 impl fmt::Debug for ListenerState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("connections", &self.connections).finish_non_exhaustive()
+        f.debug_struct("ListenerState")
+            .field("connections", &self.connections)
+            .finish_non_exhaustive()
     }
-}
-
-fn event() -> nix::Result<EventFd> {
-    EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-}
-
-fn signal(event: &EventFd) {
-    // Fails only when the counter is full, and then it is signalled already.
-    let _ = event.write(1);
 }
 
 impl ListenerState {
-    /// Whether there are as many threads for connections as there may be.
-    fn is_full(&self) -> bool {
-        self.connections.load(Ordering::SeqCst) >= CONNECTIONS_MAX
+    fn new(operator: Arc<dyn Operator>, timeout: Duration) -> io::Result<Self> {
+        let (stopping, freed) = (Wake::new()?, Wake::new()?);
+        Ok(Self { operator, timeout, stopping, freed, connections: AtomicUsize::new(0) })
+    }
+
+    fn free_slots(&self) -> usize {
+        CONNECTIONS_MAX.saturating_sub(self.connections.load(Ordering::SeqCst))
     }
 }
 
-/// One of the connections that may be served at once; dropping it makes room for another.
+/// One of the [`CONNECTIONS_MAX`] slots for connections with a thread; dropping it frees the slot.
 struct ClientSlot<'a>(&'a ListenerState);
 
 impl<'a> ClientSlot<'a> {
-    fn take(shared: &'a ListenerState) -> Self {
-        shared.connections.fetch_add(1, Ordering::SeqCst);
-        Self(shared)
+    fn take(state: &'a ListenerState) -> Self {
+        state.connections.fetch_add(1, Ordering::SeqCst);
+        Self(state)
     }
 }
 
 impl Drop for ClientSlot<'_> {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Ordering::SeqCst);
-        signal(&self.0.freed);
+        self.0.freed.wake();
     }
 }
 
-fn accept_until_stopped(socket: &ControlSocket, shared: &ListenerState) {
+fn accept_until_stopped(socket: &ControlSocket, state: &ListenerState) {
     thread::scope(|scope| {
-        let mut porch = SilentClients::default();
+        let mut clients = SilentClients::default();
         loop {
-            match porch.wait(socket, shared) {
-                Ok(StopSignal::Stop) => return turn_away(scope, socket, shared, porch),
-                Ok(StopSignal::LookAgain) => {}
-                Ok(StopSignal::Arrival) => porch.accept(socket),
-                Err(errno) => {
-                    tracing::error!("control socket: cannot wait: {errno}; no longer answering");
+            match clients.wait(socket, state) {
+                Ok(WaitResult::Stop) => return reject_the_rest(scope, socket, state, clients),
+                Ok(WaitResult::Continue) => {}
+                Ok(WaitResult::Arrival) => clients.accept(socket),
+                Err(error) => {
+                    error!("control socket: cannot wait: {error}; no longer answering");
                     return;
                 }
             }
-            for stream in porch.speakers(shared) {
-                welcome(scope, stream, shared);
+            for stream in clients.take_ready(state) {
+                serve_on_thread(scope, stream, state);
             }
         }
     });
 }
 
-/// Nobody else is to come, and whoever has connected is told so: a connection that is closed
-/// unaccepted looks like a failure to its client. There are no more than the backlog holds. On a
-/// socket that goes on without us they wait for whoever answers there next.
-fn turn_away<'scope>(
+/// Tells the clients that have connected that the server is stopping: a connection that is closed
+/// before it is accepted looks like a failure to its client. There are at most as many as the backlog
+/// holds. On a socket that the service manager keeps, they wait for the next process instead.
+fn reject_the_rest<'scope>(
     scope: &'scope Scope<'scope, '_>,
     socket: &'scope ControlSocket,
-    shared: &'scope ListenerState,
-    mut porch: SilentClients,
+    state: &'scope ListenerState,
+    mut clients: SilentClients,
 ) {
     let is_ours = socket.hide();
     loop {
-        for silent in std::mem::take(&mut porch.silent) {
-            welcome(scope, silent.stream, shared);
+        for silent in std::mem::take(&mut clients.silent) {
+            serve_on_thread(scope, silent.stream, state);
         }
         if !is_ours || !is_readable(socket.listener()) {
             return;
         }
-        porch.accept(socket);
-        if porch.silent.is_empty() {
+        clients.accept(socket);
+        if clients.silent.is_empty() {
             return;
         }
     }
 }
 
-enum StopSignal {
+/// What ended a wait of the accepting thread.
+enum WaitResult {
     Stop,
+    /// A connection can be accepted.
     Arrival,
-    LookAgain,
+    /// Some other event; look at everything again.
+    Continue,
 }
 
-/// Connections that have been accepted and have said nothing. They have no thread, and the oldest
-/// gives way when there are too many.
+/// Accepted connections from which no byte has arrived. They have no thread.
 #[derive(Default)]
 struct SilentClients {
+    /// The oldest first.
     silent: VecDeque<Silent>,
-    /// Kept open to be closed when the process has no other descriptor for an operator.
-    spare: Option<EventFd>,
-    /// Until then nobody is accepted, since the system could not do it.
-    resting_until: Option<Instant>,
+    /// A descriptor in reserve, closed when the process has no other one for an operator.
+    spare: Option<Wake>,
+    /// Set when the system could not accept: no further attempt before this time.
+    retry_at: Option<Instant>,
 }
 
 struct Silent {
@@ -254,68 +246,59 @@ struct Silent {
 }
 
 impl SilentClients {
-    /// Waits for a connection, for one of those here to speak, or for the end of a longer silence
-    /// than `shared` has patience for.
-    fn wait(&mut self, socket: &ControlSocket, shared: &ListenerState) -> nix::Result<StopSignal> {
+    /// Waits for a connection, for the first bytes of one, for a free slot, or for the timeout of the
+    /// oldest one.
+    fn wait(&mut self, socket: &ControlSocket, state: &ListenerState) -> io::Result<WaitResult> {
         let now = Instant::now();
-        self.resting_until = self.resting_until.filter(|until| now < *until);
-        self.spare = self.spare.take().or_else(|| event().ok());
-        let is_full = shared.is_full();
-        let mut sources = vec![
-            PollFd::new(shared.stopping.as_fd(), PollFlags::POLLIN),
-            PollFd::new(shared.freed.as_fd(), PollFlags::POLLIN),
-        ];
-        let accepts = self.resting_until.is_none() && (!is_full || self.silent.len() < SILENT_MAX);
-        let arrivals = if accepts { PollFlags::POLLIN } else { PollFlags::empty() };
-        sources.push(PollFd::new(socket.listener().as_fd(), arrivals));
+        self.retry_at = self.retry_at.filter(|retry_at| now < *retry_at);
+        self.spare = self.spare.take().or_else(|| Wake::new().ok());
+        let is_full = state.free_slots() == 0;
+        let accepts = self.retry_at.is_none() && (!is_full || self.silent.len() < SILENT_MAX);
+        let mut sources = vec![state.stopping.as_fd(), state.freed.as_fd()];
+        // While all slots are taken, readable connections must not end the wait.
         if !is_full {
-            let streams = self.silent.iter().map(|silent| silent.stream.as_fd());
-            sources.extend(streams.map(|stream| PollFd::new(stream, PollFlags::POLLIN)));
+            sources.extend(self.silent.iter().map(|silent| silent.stream.as_fd()));
         }
-        let longest = self.silent.front().map(|silent| silent.since + shared.patience);
-        let deadline = longest.filter(|_| !is_full).into_iter().chain(self.resting_until).min();
-        let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
-            in_poll_time(deadline.saturating_duration_since(now))
-        });
-        match poll(&mut sources, timeout) {
-            Ok(_) => {}
-            Err(Errno::EINTR) => return Ok(StopSignal::LookAgain),
-            Err(errno) => return Err(errno),
+        if accepts {
+            sources.push(socket.listener().as_fd());
         }
-        let happened = |index: usize| sources[index].any().unwrap_or(false);
-        let (stopping, freed, arrived) = (happened(0), happened(1), happened(2));
-        if freed {
-            let _ = shared.freed.read();
+        let timeout = self.silent.front().map(|oldest| oldest.since + state.timeout);
+        let deadline = timeout.filter(|_| !is_full).into_iter().chain(self.retry_at).min();
+        let ready = wait_readable(&sources, deadline)?;
+        if ready[1] {
+            state.freed.clear();
         }
-        Ok(match (stopping, arrived) {
-            (true, _) => StopSignal::Stop,
-            (false, true) => StopSignal::Arrival,
-            (false, false) => StopSignal::LookAgain,
+        Ok(if ready[0] {
+            WaitResult::Stop
+        } else if accepts && ready.last() == Some(&true) {
+            WaitResult::Arrival
+        } else {
+            WaitResult::Continue
         })
     }
 
-    /// Accepts one connection. Who has said nothing for longest gives way if there are too many.
+    /// Accepts one connection. If there are too many, the oldest silent one is closed for it.
     fn accept(&mut self, socket: &ControlSocket) {
         if self.silent.len() >= SILENT_MAX && !self.close_oldest() {
             return;
         }
         let accepted = socket.listener().accept().or_else(|error| match error {
-            error if went_away(&error) => Err(error),
-            // The last descriptor is for this.
+            error if is_transient(&error) => Err(error),
+            // No descriptor is left: free one, and try once more.
             _ if self.spare.take().is_some() || self.close_oldest() => socket.listener().accept(),
             error => Err(error),
         });
         match accepted {
             Ok((stream, _)) => self.silent.push_back(Silent { stream, since: Instant::now() }),
-            Err(error) if went_away(&error) => {}
+            Err(error) if is_transient(&error) => {}
             Err(error) => {
-                tracing::warn!("control socket: cannot accept: {error}; trying again in {REST:?}");
-                self.resting_until = Some(Instant::now() + REST);
+                warn!("control socket: cannot accept: {error}; trying again in {ACCEPT_RETRY:?}");
+                self.retry_at = Some(Instant::now() + ACCEPT_RETRY);
             }
         }
     }
 
-    /// Closes the connection that has said nothing for longest; false if all have spoken.
+    /// Closes the oldest connection from which nothing has arrived; false if there is none.
     fn close_oldest(&mut self) -> bool {
         let oldest = self.silent.iter().position(|silent| !is_readable(&silent.stream));
         let Some(silent) = oldest.and_then(|oldest| self.silent.remove(oldest)) else {
@@ -325,29 +308,29 @@ impl SilentClients {
         true
     }
 
-    /// Takes those out who have spoken, as many as there are seats for, and closes those who have
-    /// said nothing for too long.
-    fn speakers(&mut self, shared: &ListenerState) -> Vec<UnixStream> {
-        let mut speakers = Vec::new();
+    /// Takes the connections from which bytes have arrived, as many as there are free slots, and
+    /// closes those whose timeout has passed.
+    fn take_ready(&mut self, state: &ListenerState) -> Vec<UnixStream> {
+        let mut ready = Vec::new();
         for _ in 0..self.silent.len() {
             let Some(silent) = self.silent.pop_front() else { break };
-            let seats = CONNECTIONS_MAX.saturating_sub(shared.connections.load(Ordering::SeqCst));
-            if is_readable(&silent.stream) && speakers.len() < seats {
-                speakers.push(silent.stream);
-            } else if silent.since.elapsed() >= shared.patience && !is_readable(&silent.stream) {
-                silent.refuse(&format!("no progress for {:?}", shared.patience));
+            if is_readable(&silent.stream) && ready.len() < state.free_slots() {
+                ready.push(silent.stream);
+            } else if silent.since.elapsed() >= state.timeout && !is_readable(&silent.stream) {
+                silent.refuse(&format!("no progress for {:?}", state.timeout));
             } else {
                 self.silent.push_back(silent);
             }
         }
-        speakers
+        ready
     }
 }
 
 impl Silent {
-    /// Closes the connection with a reason, which fits into the socket's buffer or is lost.
+    /// Closes the connection with a reason. If the reason does not fit into the socket's buffer, it
+    /// is lost.
     fn refuse(self, reason: &str) {
-        tracing::debug!("control socket: {reason}, closing a connection");
+        debug!("control socket: {reason}, closing a connection");
         let mut stream = self.stream;
         if stream.set_nonblocking(true).is_ok() {
             let _ = stream.write(&Reply::refused(reason).to_wire());
@@ -355,170 +338,136 @@ impl Silent {
     }
 }
 
-/// Whether something has arrived there, or has ended.
+/// Whether a socket has bytes, a connection or an end to read.
 fn is_readable(socket: &impl AsFd) -> bool {
-    let mut source = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    poll(&mut source, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    wait_readable(&[socket.as_fd()], Some(Instant::now())).is_ok_and(|ready| ready[0])
 }
 
-/// Gives a connection a thread; or serves it here if the system has none left, so that operators
-/// can see what is going on.
-fn welcome<'scope>(
+/// Serves a connection on a thread of its own; or on this one if the system has none left, so that
+/// an operator can still ask for the status.
+fn serve_on_thread<'scope>(
     scope: &'scope Scope<'scope, '_>,
     stream: UnixStream,
-    shared: &'scope ListenerState,
+    state: &'scope ListenerState,
 ) {
-    let seat = ClientSlot::take(shared);
+    let slot = ClientSlot::take(state);
     let stream = Arc::new(stream);
-    let for_thread = Arc::clone(&stream);
+    let stream_of_thread = Arc::clone(&stream);
     let serve_alone = move || {
-        serve(&for_thread, shared, shared.patience, Thread::Own);
-        drop(seat);
+        serve(&stream_of_thread, state, state.timeout, Thread::Own);
+        drop(slot);
     };
     let thread = thread::Builder::new().name("control-client".to_owned());
     let spawned = check_thread_headroom().and_then(|()| thread.spawn_scoped(scope, serve_alone));
     if let Err(error) = spawned {
-        tracing::warn!("control socket: no thread for a client: {error}; others wait meanwhile");
-        let _seat = ClientSlot::take(shared);
-        serve(&stream, shared, PATIENCE_ALONE.min(shared.patience), Thread::Shared);
+        warn!("control socket: no thread for a client: {error}; others wait meanwhile");
+        let _slot = ClientSlot::take(state);
+        serve(&stream, state, TIMEOUT_WITHOUT_THREAD.min(state.timeout), Thread::Shared);
     }
 }
 
-/// The connection that was to be accepted is not there any more.
-fn went_away(error: &io::Error) -> bool {
+/// Whether an error of accept(2) or read(2) says nothing about the system or the connection.
+fn is_transient(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
 }
 
-/// The thread that a connection is served by.
+/// The thread that serves a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Thread {
     Own,
-    /// Others wait for it.
+    /// Other connections wait for it.
     Shared,
 }
 
-/// One connection, from its first byte to its end.
-fn serve(mut stream: &UnixStream, shared: &ListenerState, patience: Duration, thread: Thread) {
+/// Serves one connection, from its first byte to its end.
+fn serve(mut stream: &UnixStream, state: &ListenerState, timeout: Duration, thread: Thread) {
     let ended = Credentials::of(stream).and_then(|from| {
-        let reply = match hear(&mut stream, shared, patience)? {
-            ReadOutcome::Order(Command::MirrorWait(_)) if thread == Thread::Shared => {
+        let reply = match receive(&mut stream, state, timeout)? {
+            Received::Command(Command::MirrorWait(_)) if thread == Thread::Shared => {
                 Reply::refused(NO_THREAD_TO_WAIT)
             }
-            ReadOutcome::Order(command) => obey(command, from, shared),
-            ReadOutcome::Nothing => CommandError::MissingCommand.into(),
-            ReadOutcome::Nonsense(refusal) => {
-                tracing::warn!("control socket: {refusal} ({from}), closing the connection");
-                refusal.into()
+            Received::Command(command) => execute(command, from, state),
+            Received::Nothing => CommandError::MissingCommand.into(),
+            Received::Invalid(error) => {
+                warn!("control socket: {error} ({from}), closing the connection");
+                error.into()
             }
-            ReadOutcome::Silence => {
-                let reason = format!("no progress for {patience:?}");
-                tracing::warn!("control socket: {reason} ({from}), closing the connection");
+            Received::Timeout => {
+                let reason = format!("no progress for {timeout:?}");
+                warn!("control socket: {reason} ({from}), closing the connection");
                 Reply::refused(reason)
             }
-            ReadOutcome::Stop => {
-                let told = answer(&mut stream, &Reply::refused("the server is stopping"), LEAVE);
-                return told.and_then(|()| see_off(&mut stream, LEAVE));
+            Received::Stop => {
+                send_reply(
+                    &mut stream,
+                    &Reply::refused("the server is stopping"),
+                    REJECTED_LINGER,
+                )?;
+                return drain_until_closed(&mut stream, REJECTED_LINGER);
             }
         };
-        answer(&mut stream, &reply, patience)
+        send_reply(&mut stream, &reply, timeout)
     });
     if let Err(error) = ended {
-        tracing::debug!("control socket: a client went away: {error}");
+        debug!("control socket: a client went away: {error}");
     }
 }
 
-/// What came of listening to a client.
-enum ReadOutcome {
-    Order(Command),
-    /// It closed without a byte, as one does who only wants to know whether we are here.
+/// What came from a client.
+enum Received {
+    Command(Command),
+    /// The client closed without sending a byte, as a probe for the server does.
     Nothing,
-    Nonsense(CommandError),
-    Silence,
+    Invalid(CommandError),
+    Timeout,
+    /// The server stops before the command was complete.
     Stop,
 }
 
-fn hear(
+fn receive(
     stream: &mut &UnixStream,
-    shared: &ListenerState,
-    patience: Duration,
-) -> io::Result<ReadOutcome> {
+    state: &ListenerState,
+    timeout: Duration,
+) -> io::Result<Received> {
     stream.set_nonblocking(true)?;
     let mut incoming = Incoming::default();
     let mut buffer = [0; 4096];
     loop {
-        match wait_for_bytes(stream, shared, patience)? {
-            Some(Interruption::Stop) => return Ok(ReadOutcome::Stop),
-            Some(Interruption::Silence) => return Ok(ReadOutcome::Silence),
-            None => {}
+        let sources = [state.stopping.as_fd(), stream.as_fd()];
+        match wait_readable(&sources, Some(Instant::now() + timeout))?[..] {
+            [false, false] => return Ok(Received::Timeout),
+            [false, true] => {}
+            _ => return Ok(Received::Stop),
         }
         match stream.read(&mut buffer) {
-            Ok(0) if incoming.is_empty() => return Ok(ReadOutcome::Nothing),
-            Ok(0) => {
-                return Ok(incoming.end().map_or_else(ReadOutcome::Nonsense, ReadOutcome::Order));
-            }
+            Ok(0) if incoming.is_empty() => return Ok(Received::Nothing),
+            Ok(0) => return Ok(incoming.end().map_or_else(Received::Invalid, Received::Command)),
             Ok(count) => match incoming.feed(&buffer[..count]) {
                 Ok(None) => {}
-                Ok(Some(command)) => return Ok(ReadOutcome::Order(command)),
-                Err(refusal) => return Ok(ReadOutcome::Nonsense(refusal)),
+                Ok(Some(command)) => return Ok(Received::Command(command)),
+                Err(error) => return Ok(Received::Invalid(error)),
             },
-            Err(error) if went_away(&error) => {}
+            Err(error) if is_transient(&error) => {}
             Err(error) => return Err(error),
         }
     }
 }
 
-enum Interruption {
-    Stop,
-    Silence,
-}
-
-fn wait_for_bytes(
-    stream: &UnixStream,
-    shared: &ListenerState,
-    patience: Duration,
-) -> io::Result<Option<Interruption>> {
-    let deadline = Instant::now() + patience;
-    loop {
-        let mut sources = [
-            PollFd::new(shared.stopping.as_fd(), PollFlags::POLLIN),
-            PollFd::new(stream.as_fd(), PollFlags::POLLIN),
-        ];
-        let left = deadline.saturating_duration_since(Instant::now());
-        match poll(&mut sources, in_poll_time(left)) {
-            Ok(0) => return Ok(Some(Interruption::Silence)),
-            Err(Errno::EINTR) => continue,
-            Err(errno) => return Err(errno.into()),
-            Ok(_) => {}
-        }
-        let [stopping, arrived] = sources.map(|source| source.any().unwrap_or(false));
-        match (stopping, arrived) {
-            (true, _) => return Ok(Some(Interruption::Stop)),
-            (false, true) => return Ok(None),
-            (false, false) => {}
-        }
-    }
-}
-
-/// Rounded up, so that a wait is never shorter than asked for.
-fn in_poll_time(duration: Duration) -> PollTimeout {
-    let milliseconds = duration.as_micros().div_ceil(1000);
-    i32::try_from(milliseconds).ok().and_then(|ms| ms.try_into().ok()).unwrap_or(PollTimeout::MAX)
-}
-
-fn obey(command: Command, from: Credentials, shared: &ListenerState) -> Reply {
-    let order = command.changes_something().then(|| command.to_string());
+/// Executes a command, and logs it if it changes something.
+fn execute(command: Command, from: Credentials, state: &ListenerState) -> Reply {
+    let text = command.changes_something().then(|| command.to_string());
     let word = command.word();
-    let reply = shared.operator.obey(command, from);
-    if let Some(order) = order {
-        let kind = kind(word, reply.is_success());
-        tracing::info!(message_id = kind, "{}", account(&order, from, &reply));
+    let reply = state.operator.execute(command, from);
+    if let Some(text) = text {
+        let message_id = message_id_of(word, reply.is_success());
+        info!(message_id, "{}", log_text(&text, from, &reply));
     }
     reply
 }
 
-/// What kind of event it is that this order was carried out, or was not.
-fn kind(word: &str, is_success: bool) -> Option<&'static str> {
+/// The message id of a command's result, if it has one.
+fn message_id_of(word: &str, is_success: bool) -> Option<&'static str> {
     match (word, is_success) {
         ("reload", true) => Some(message_id::RELOADED),
         ("reload", false) => Some(message_id::RELOAD_FAILED),
@@ -527,45 +476,36 @@ fn kind(word: &str, is_success: bool) -> Option<&'static str> {
     }
 }
 
-/// The line in the log for an order that changes something.
-fn account(order: &str, from: Credentials, reply: &Reply) -> String {
-    format!("control socket: {order:?} from {from}: answered {:?}", reply.to_string())
+fn log_text(command: &str, from: Credentials, reply: &Reply) -> String {
+    format!("control socket: {command:?} from {from}: answered {:?}", reply.to_string())
 }
 
-/// Sends the reply, takes what the client may still have sent, and is done.
-fn answer(stream: &mut &UnixStream, reply: &Reply, patience: Duration) -> io::Result<()> {
+/// Sends the reply, reads what the client has sent after its command, and ends our side.
+fn send_reply(stream: &mut &UnixStream, reply: &Reply, timeout: Duration) -> io::Result<()> {
     stream.set_nonblocking(false)?;
-    stream.set_write_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(timeout))?;
     stream.write_all(&reply.to_wire())?;
     stream.shutdown(Shutdown::Write)?;
     stream.set_nonblocking(true)?;
     let leftovers = (*stream).take(LEFTOVER_BYTES_MAX as u64);
-    // Unread bytes would make the client see a reset connection after the reply.
     match io::copy(&mut { leftovers }, &mut io::sink()) {
         Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
         _ => Ok(()),
     }
 }
 
-/// Takes what the client still sends, until it hangs up or has had its time.
-fn see_off(stream: &mut &UnixStream, limit: Duration) -> io::Result<()> {
+/// Reads and drops what the client sends, until it closes the connection or `limit` has passed.
+fn drain_until_closed(stream: &mut &UnixStream, limit: Duration) -> io::Result<()> {
     let deadline = Instant::now() + limit;
     let mut buffer = [0; 4096];
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let mut source = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut source, in_poll_time(left)) {
-            Ok(0) => return Ok(()),
-            Err(Errno::EINTR) => continue,
-            Err(errno) => return Err(errno.into()),
-            Ok(_) => {}
-        }
+    while wait_readable(&[stream.as_fd()], Some(deadline))?[0] {
         match stream.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Err(error) if !went_away(&error) => return Err(error),
+            Ok(0) => break,
+            Err(error) if !is_transient(&error) => return Err(error),
             _ => {}
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
-//! Orders from operators: the control socket, what is said over it, and both ends of it.
+//! The control socket, on which operators send commands: its protocol, its server, its client.
 //!
-//! Says what was asked and carries back what was answered; never decides what an order means to
-//! the server (that is the [`Operator`]'s part) and never parses an access control list.
+//! Never decides what a command means to the server, which the [`Operator`] does, and never parses
+//! an access control list.
 //!
 //! ```text
-//! client ──Command──▶ listener ──obey──▶ Operator
-//!        ◀──Reply───           ◀─Reply──
+//! client ──Command──▶ listener ──execute──▶ Operator
+//!        ◀──Reply───           ◀──Reply────
 //! ```
 
 pub mod client;

@@ -1,18 +1,17 @@
-//! What a control socket answers: one line, a number and a text.
-//! Knows no socket and no command.
+//! The reply of the control socket: one line with a code and a text. Pure.
 
 use std::fmt;
 
-/// The number that says an order was carried out.
+/// The code of a command that was executed.
 pub const SUCCESS: u32 = 0;
-/// The number that says an order was understood but refused.
+/// The code of a valid command that was refused.
 pub const REFUSED: u32 = 1;
-/// The number that says nothing was ordered.
+/// The code of a missing command.
 pub const MISSING_COMMAND: u32 = 9;
-/// The number that says the order is not known here.
+/// The code of an unknown command.
 pub const UNKNOWN_COMMAND: u32 = 10;
 
-/// One answer on the control socket, `N: text`.
+/// A reply on the control socket, `N: text`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     code: u32,
@@ -20,7 +19,7 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// An answer with any number. Line breaks in `text` become spaces: an answer is one line.
+    /// A reply with any code. Line breaks in `text` become spaces, since a reply is one line.
     #[must_use]
     pub fn new(code: u32, text: impl Into<String>) -> Self {
         let text = text.into();
@@ -40,44 +39,44 @@ impl Reply {
         Self::new(REFUSED, text)
     }
 
-    /// The number; 0 is success.
+    /// The code; 0 is success.
     #[must_use]
     pub fn code(&self) -> u32 {
         self.code
     }
 
-    /// The text, without number and line break.
+    /// The text, without code and line break.
     #[must_use]
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// Whether the order was carried out.
+    /// Whether the command was executed.
     #[must_use]
     pub fn is_success(&self) -> bool {
         self.code == SUCCESS
     }
 
-    /// The exit status of a command line that got this answer: the number, or 255 if it is larger.
+    /// The exit status of a program that got this reply: the code, or 255 if it is larger.
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         u8::try_from(self.code).unwrap_or(u8::MAX)
     }
 
-    /// The bytes to send, with the line break.
+    /// Encodes the reply, with the line break.
     #[must_use]
     pub fn to_wire(&self) -> Vec<u8> {
         format!("{self}\n").into_bytes()
     }
 
-    /// Reads one line, with or without its line break.
+    /// Parses one line, with or without its line break.
     ///
-    /// Strict on the number, which must be followed by a colon; lenient on the text, which may be
-    /// missing, lack the space in front, or not be UTF-8.
+    /// The code must be a number and followed by a colon. The text may be missing, lack the space in
+    /// front, or not be UTF-8.
     ///
     /// # Errors
     ///
-    /// [`NotAReply`] holds the line when it does not begin with a number and a colon.
+    /// [`NotAReply`] when the line does not begin with a number and a colon.
     pub fn from_wire(line: &[u8]) -> Result<Self, NotAReply> {
         let line = String::from_utf8_lossy(line);
         let line = line.trim_end_matches(['\n', '\r']);
@@ -97,17 +96,10 @@ impl fmt::Display for Reply {
     }
 }
 
-/// A line that is no answer: it does not begin with a number and a colon. Holds the line.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A line that is no reply. Holds the line.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} does not begin with a number and a colon")]
 pub struct NotAReply(pub String);
-
-impl fmt::Display for NotAReply {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} does not begin with a number and a colon", self.0)
-    }
-}
-
-impl std::error::Error for NotAReply {}
 
 #[cfg(test)]
 mod tests {
@@ -115,7 +107,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn the_wire_form_is_number_colon_space_text_line_break() {
+    fn a_reply_is_encoded_as_code_and_text() {
         assert_eq!(Reply::success("updated").to_wire(), b"0: updated\n");
         assert_eq!(Reply::new(10, "unknown command").to_wire(), b"10: unknown command\n");
     }
@@ -126,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_foreign_servers_text_may_be_anything_but_its_number_must_be_one() {
+    fn any_text_is_parsed_but_only_a_number_as_code() {
         assert_eq!(Reply::from_wire(b"0:ok\n"), Ok(Reply::success("ok")));
         assert_eq!(Reply::from_wire(b"1:"), Ok(Reply::refused("")));
         assert_eq!(Reply::from_wire(b"1:  two spaces\r\n"), Ok(Reply::refused(" two spaces")));
@@ -137,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn the_exit_status_is_the_number_up_to_255() {
+    fn the_exit_status_is_the_code_up_to_255() {
         assert_eq!(Reply::new(9, "").exit_status(), 9);
         assert_eq!(Reply::new(255, "").exit_status(), 255);
         assert_eq!(Reply::new(256, "").exit_status(), 255);
@@ -151,7 +143,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_reading_a_reply_panic(line: Vec<u8>) {
+        fn parsing_never_panics(line: Vec<u8>) {
             let _ = Reply::from_wire(&line);
         }
     }

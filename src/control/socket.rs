@@ -1,16 +1,15 @@
-//! The control socket's place in the file system: made, taken over, removed.
+//! The control socket in the file system: created, replaced if stale, removed.
 //! Never accepts a connection, and never touches a path that is not a socket.
 //!
-//! A socket is made under a temporary name beside its place, private and listening, and only then
-//! renamed there. So whoever finds it under its name is answered, nobody else ever gets in, and of
-//! two servers that want the same place one is told so.
+//! A socket is created under a temporary name in the same directory, with mode 0600 and listening, and
+//! only then renamed. So a client that finds it is answered, no other user can ever connect, and of
+//! two servers with the same path one fails.
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
 use nix::sys::stat::{Mode, fchmod};
 use std::ffi::OsStr;
-use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -21,39 +20,39 @@ use std::path::{Path, PathBuf};
 
 /// Longest path of a unix socket, in bytes (`sun_path` of unix(7) less its closing NUL).
 pub const PATH_BYTES_MAX: usize = 107;
-/// How often to look again when a place changes between looking and taking.
+/// Attempts when the path changes between the check and the rename.
 const ATTEMPTS_MAX: usize = 4;
 
-/// A control socket that listens but does not answer yet; see [`ControlSocket::start`].
+/// A control socket that listens but is not served yet; see [`ControlSocket::start`].
 ///
-/// Dropping one that was made by [`ControlSocket::bind`] removes it from the file system, unless
-/// something else has taken its place.
+/// Dropping one that [`ControlSocket::bind`] created removes its file, unless the path names another
+/// file by then.
 #[derive(Debug)]
 pub struct ControlSocket {
-    // Order matters: the place is given up while the socket is open, since an open socket's inode
-    // number cannot be anybody else's.
-    place: Option<OwnedPath>,
+    // The order matters: the file is removed while the socket is open, since no other file can have
+    // the inode number of an open socket.
+    path: Option<OwnedPath>,
     listener: UnixListener,
 }
 
 impl ControlSocket {
-    /// Makes a socket at `path`, for its owner only (mode 0600). Replaces a stale socket, that is,
-    /// one that nobody listens on.
+    /// Creates a socket at `path` for its owner only (mode 0600). Replaces a stale socket, which no
+    /// process listens on.
     ///
     /// # Errors
     ///
-    /// One [`ControlSocketError`] per thing an operator can get wrong; the path is then as it was.
+    /// One [`ControlSocketError`] per mistake of an operator; the path is unchanged then.
     pub fn bind(path: &Path) -> Result<Self, ControlSocketError> {
-        // Before anything is made: most mistakes are seen here.
-        inhabitant(path)?;
+        // Most mistakes are found here, before anything is created.
+        stale_socket_at(path)?;
         let temporary = temporary_beside(path)?;
         let listener = listen_at(&temporary, path)?;
         let moved = SocketIdentity::of(&temporary)
             .map_err(|error| ControlSocketError::io(path, "look at the new socket", error))
-            .and_then(|identity| move_into_place(&temporary, path).map(|()| identity));
+            .and_then(|identity| rename_into_place(&temporary, path).map(|()| identity));
         match moved {
             Ok(identity) => {
-                Ok(Self { place: Some(OwnedPath { path: path.to_owned(), identity }), listener })
+                Ok(Self { path: Some(OwnedPath { path: path.to_owned(), identity }), listener })
             }
             Err(error) => {
                 let _ = fs::remove_file(&temporary);
@@ -62,25 +61,25 @@ impl ControlSocket {
         }
     }
 
-    /// Takes a socket that somebody else made and will remove, such as the service manager.
+    /// Uses a socket that the service manager created and will remove.
     #[must_use]
     pub fn from_listener(listener: UnixListener) -> Self {
-        Self { place: None, listener }
+        Self { path: None, listener }
     }
 
-    /// What to accept connections from.
+    /// The socket to accept connections from.
     pub(super) fn listener(&self) -> &UnixListener {
         &self.listener
     }
 
-    /// Lets nobody else find it; whoever has found it already can still be accepted. False for a
-    /// socket that somebody else made: it goes on without us.
+    /// Removes the file: no further client can connect, those in the backlog can still be accepted.
+    /// False for the service manager's socket, which outlives us.
     pub(super) fn hide(&self) -> bool {
-        self.place.as_ref().inspect(|place| place.give_up()).is_some()
+        self.path.as_ref().inspect(|path| path.remove()).is_some()
     }
 }
 
-/// Which file it is, whatever its name.
+/// Device and inode of a socket file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct SocketIdentity {
     device: u64,
@@ -99,7 +98,7 @@ impl From<&fs::Metadata> for SocketIdentity {
     }
 }
 
-/// A name in the file system that is ours to remove for as long as it leads to our socket.
+/// The path of our socket. Removed only while it names our socket.
 #[derive(Debug)]
 struct OwnedPath {
     path: PathBuf,
@@ -107,7 +106,7 @@ struct OwnedPath {
 }
 
 impl OwnedPath {
-    fn give_up(&self) {
+    fn remove(&self) {
         if SocketIdentity::of(&self.path).is_ok_and(|found| found == self.identity) {
             let _ = fs::remove_file(&self.path);
         }
@@ -116,26 +115,26 @@ impl OwnedPath {
 
 impl Drop for OwnedPath {
     fn drop(&mut self) {
-        self.give_up();
+        self.remove();
     }
 }
 
-/// A listening socket of mode 0600 at `temporary`; errors speak of `path`.
+/// Creates a listening socket of mode 0600 at `temporary`; errors name `path`.
 fn listen_at(temporary: &Path, path: &Path) -> Result<UnixListener, ControlSocketError> {
-    // Left behind by a process that had our number and is dead.
+    // Left by a dead process that had our process id.
     if fs::symlink_metadata(temporary).is_ok_and(|found| found.file_type().is_socket()) {
         let _ = fs::remove_file(temporary);
     }
-    let make = || -> nix::Result<OwnedFd> {
+    let create = || -> nix::Result<OwnedFd> {
         let socket = stream_socket(SockFlag::SOCK_CLOEXEC)?;
-        // The mode of the socket is the mode of the file that bind() makes, so that there is no
-        // moment at which the file is open to more.
+        // bind(2) gives the file the mode of the socket, so that other users can connect at no
+        // moment.
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
         socket::bind(socket.as_raw_fd(), &UnixAddr::new(temporary)?)?;
         socket::listen(&socket, Backlog::MAXCONN)?;
         Ok(socket)
     };
-    match make() {
+    match create() {
         Ok(socket) => Ok(UnixListener::from(socket)),
         Err(Errno::ENOENT) => Err(ControlSocketError::NoDirectory { path: path.to_owned() }),
         Err(errno) => Err(ControlSocketError::io(path, "make the socket", errno.into())),
@@ -146,8 +145,8 @@ fn stream_socket(flags: SockFlag) -> nix::Result<OwnedFd> {
     socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)
 }
 
-/// A name in the same directory that no other living process chooses: the socket's own, cut where
-/// needed, and our process id.
+/// A path in the same directory that no other living process uses: the socket's name, shortened if
+/// necessary, and our process id.
 fn temporary_beside(path: &Path) -> Result<PathBuf, ControlSocketError> {
     let length = path.as_os_str().len();
     let too_long = || ControlSocketError::TooLong { path: path.to_owned(), length };
@@ -162,16 +161,16 @@ fn temporary_beside(path: &Path) -> Result<PathBuf, ControlSocketError> {
     Ok(path.with_file_name(std::ffi::OsString::from_vec(temporary)))
 }
 
-/// Puts the socket at `temporary` where `path` says, in place of nothing or of a stale socket.
-fn move_into_place(temporary: &Path, path: &Path) -> Result<(), ControlSocketError> {
+/// Renames the socket from `temporary` to `path`, which does not exist or is a stale socket.
+fn rename_into_place(temporary: &Path, path: &Path) -> Result<(), ControlSocketError> {
     for _ in 0..ATTEMPTS_MAX {
-        let moved = match inhabitant(path)? {
+        let moved = match stale_socket_at(path)? {
             None => rename(temporary, path, RenameFlags::RENAME_NOREPLACE),
             Some(stale) => replace(temporary, path, stale),
         };
         match moved {
             Ok(()) => return Ok(()),
-            // The place changed after we had looked: look again.
+            // The path has changed since the check: check again.
             Err(Errno::EEXIST | Errno::ENOENT) => {}
             Err(errno) => {
                 return Err(ControlSocketError::io(
@@ -185,8 +184,8 @@ fn move_into_place(temporary: &Path, path: &Path) -> Result<(), ControlSocketErr
     Err(ControlSocketError::InUse { path: path.to_owned() })
 }
 
-/// Changes places with the stale socket, then removes it; changes back if it turns out to be
-/// another than the one we found stale.
+/// Exchanges our socket with the stale one, then removes that. Exchanges them back if the file is not
+/// the one that was found stale.
 fn replace(temporary: &Path, path: &Path, stale: SocketIdentity) -> nix::Result<()> {
     rename(temporary, path, RenameFlags::RENAME_EXCHANGE)?;
     match SocketIdentity::of(temporary) {
@@ -198,22 +197,22 @@ fn replace(temporary: &Path, path: &Path, stale: SocketIdentity) -> nix::Result<
             let _ = fs::remove_file(temporary);
             Ok(())
         }
-        // A file system that knows only plain renames.
+        // A file system that supports only plain renames.
         Err(_) => Ok(()),
     }
 }
 
 fn rename(from: &Path, to: &Path, flags: RenameFlags) -> nix::Result<()> {
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, flags) {
-        // A few file systems know no flags. There two servers that start at the same moment may
-        // both take the place, and the later one keeps it.
+        // A few file systems support no flags. Two servers that start at the same moment may then both
+        // take the path, and the later one keeps it.
         Err(Errno::EINVAL) => renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::empty()),
         done => done,
     }
 }
 
-/// What is at `path`: nothing, or a stale socket.
-fn inhabitant(path: &Path) -> Result<Option<SocketIdentity>, ControlSocketError> {
+/// The stale socket at `path`, if the path exists.
+fn stale_socket_at(path: &Path) -> Result<Option<SocketIdentity>, ControlSocketError> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -222,10 +221,10 @@ fn inhabitant(path: &Path) -> Result<Option<SocketIdentity>, ControlSocketError>
     if !metadata.file_type().is_socket() {
         return Err(ControlSocketError::NotASocket { path: path.to_owned() });
     }
-    match knock(path) {
+    match probe(path) {
         Err(Errno::ECONNREFUSED) => Ok(Some(SocketIdentity::from(&metadata))),
         Err(Errno::ENOENT) => Ok(None),
-        // Full is also an answer.
+        // A full backlog shows that a server listens.
         Ok(()) | Err(Errno::EAGAIN) => Err(ControlSocketError::InUse { path: path.to_owned() }),
         Err(errno) => Err(ControlSocketError::io(
             path,
@@ -235,44 +234,63 @@ fn inhabitant(path: &Path) -> Result<Option<SocketIdentity>, ControlSocketError>
     }
 }
 
-/// Connects, without waiting, and closes.
-fn knock(path: &Path) -> nix::Result<()> {
+/// Connects without blocking, and closes the connection.
+fn probe(path: &Path) -> nix::Result<()> {
     let socket = stream_socket(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
     socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
-/// Why there is no control socket. Its `Display` is for the operator.
-#[derive(Debug)]
+/// Why there is no control socket; the text is for the operator.
+#[derive(Debug, thiserror::Error)]
 pub enum ControlSocketError {
-    /// The path is longer than [`PATH_BYTES_MAX`], or its directory's name leaves no room.
+    /// The path is longer than [`PATH_BYTES_MAX`], or its directory leaves no room for a name.
+    #[error(
+        "control socket {}: the path has {length} bytes where {PATH_BYTES_MAX} are possible; \
+         choose a shorter one",
+        path.display()
+    )]
     TooLong {
-        /// Where the socket was wanted.
+        /// The path.
         path: PathBuf,
         /// Its length in bytes.
         length: usize,
     },
-    /// There is no such directory.
+    /// The directory does not exist.
+    #[error(
+        "control socket {}: its directory does not exist; create it or choose another path",
+        path.display()
+    )]
     NoDirectory {
-        /// Where the socket was wanted.
+        /// The path.
         path: PathBuf,
     },
-    /// Something else is there already.
+    /// The path is another kind of file.
+    #[error(
+        "control socket {}: something that is not a socket is there; remove it or choose another \
+         path",
+        path.display()
+    )]
     NotASocket {
-        /// Where the socket was wanted.
+        /// The path.
         path: PathBuf,
     },
     /// Another server listens there.
+    #[error(
+        "control socket {}: another server answers there; stop it or choose another path",
+        path.display()
+    )]
     InUse {
-        /// Where the socket was wanted.
+        /// The path.
         path: PathBuf,
     },
-    /// The system said no.
+    /// A system call failed.
+    #[error("control socket {}: cannot {doing}: {error}", path.display())]
     Io {
-        /// Where the socket was wanted.
+        /// The path.
         path: PathBuf,
-        /// What was being done, as in "cannot …".
+        /// What failed, as in "cannot …".
         doing: &'static str,
-        /// What the system said.
+        /// The system's error.
         error: io::Error,
     },
 }
@@ -282,7 +300,7 @@ impl ControlSocketError {
         Self::Io { path: path.to_owned(), doing, error }
     }
 
-    /// The kernel's number for what is wrong, for programs that want one (errno(3)).
+    /// The error number of the cause (errno(3)), for the service manager.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         let errno = match self {
@@ -294,41 +312,7 @@ impl ControlSocketError {
         };
         Some(errno as i32)
     }
-
-    fn path(&self) -> &Path {
-        match self {
-            Self::TooLong { path, .. }
-            | Self::NoDirectory { path }
-            | Self::NotASocket { path }
-            | Self::InUse { path }
-            | Self::Io { path, .. } => path,
-        }
-    }
 }
-
-impl fmt::Display for ControlSocketError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "control socket {}: ", self.path().display())?;
-        match self {
-            Self::TooLong { length, .. } => write!(
-                f,
-                "the path has {length} bytes where {PATH_BYTES_MAX} are possible; choose a shorter one"
-            ),
-            Self::NoDirectory { .. } => {
-                f.write_str("its directory does not exist; create it or choose another path")
-            }
-            Self::NotASocket { .. } => f.write_str(
-                "something that is not a socket is there; remove it or choose another path",
-            ),
-            Self::InUse { .. } => {
-                f.write_str("another server answers there; stop it or choose another path")
-            }
-            Self::Io { doing, error, .. } => write!(f, "cannot {doing}: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for ControlSocketError {}
 
 #[cfg(test)]
 mod tests {
@@ -345,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_socket_answers_is_private_and_goes_when_dropped() {
+    fn a_new_socket_is_private_and_removed_on_drop() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         let socket = ControlSocket::bind(&path).unwrap();
@@ -357,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_is_private_before_anybody_can_find_it() {
+    fn the_temporary_file_is_private() {
         let directory = directory();
         let temporary = directory.path().join("t");
         let _listener = listen_at(&temporary, &temporary).unwrap();
@@ -365,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    fn only_a_stale_socket_is_replaced() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         drop(UnixListener::bind(&path).unwrap());
@@ -378,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_came_alive_after_we_looked_is_given_back_its_place() {
+    fn a_socket_that_is_not_the_stale_one_is_restored() {
         let directory = directory();
         let (path, ours) = (directory.path().join("live"), directory.path().join("ours"));
         drop(UnixListener::bind(&path).unwrap());
@@ -392,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_a_socket_is_left_alone() {
+    fn a_file_that_is_not_a_socket_is_unchanged() {
         let directory = directory();
         let path = directory.path().join("precious");
         fs::write(&path, "data").unwrap();
@@ -405,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_directory_is_said_to_be_missing() {
+    fn a_missing_directory_is_an_error() {
         let error = ControlSocket::bind(&directory().path().join("no/control.sock")).unwrap_err();
         assert!(matches!(error, ControlSocketError::NoDirectory { .. }), "{error}");
         let error = ControlSocket::bind(Path::new("/dev/null/control.sock")).unwrap_err();
@@ -413,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_may_have_107_bytes_and_not_one_more() {
+    fn a_path_has_at_most_107_bytes() {
         let directory = directory();
         let room = PATH_BYTES_MAX - directory.path().as_os_str().len() - 1;
         let longest = directory.path().join("s".repeat(room));
@@ -424,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_took_our_place_is_not_removed() {
+    fn another_socket_at_our_path_is_not_removed() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         let ours = ControlSocket::bind(&path).unwrap();
@@ -435,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_was_handed_to_us_is_not_removed() {
+    fn an_inherited_socket_is_not_removed() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         drop(ControlSocket::from_listener(UnixListener::bind(&path).unwrap()));
@@ -443,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_dead_process_of_our_number_left_behind_is_no_obstacle() {
+    fn a_temporary_file_of_a_dead_process_is_replaced() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         drop(UnixListener::bind(temporary_beside(&path).unwrap()).unwrap());

@@ -1,55 +1,53 @@
-//! How a server is doing: [`Status`] ⇄ the line of `key=value` pairs that `status` answers.
-//! Knows no server and measures nothing; the numbers are given to it.
+//! The state of a server: [`Status`] ⇄ the line of `key=value` pairs in the reply to `status`. Pure.
 //!
 //! No key or value holds a space: white space, control characters and `%` (and `=` in a key) are
-//! written as `%` and two hexadecimal digits for each byte, and read back so. A reader that knows
-//! nothing of this can still split at spaces and at the first `=`.
+//! percent-encoded, as `%` and two hexadecimal digits for each byte. A reader that does not know
+//! that can still split at spaces and at the first `=`.
 
 use std::fmt;
 
-/// Key of [`Status::extra`]: where a running migration is, one word.
+/// Key of [`Status::extra`]: the stage of the running migration, one word.
 pub const MIGRATION_STAGE: &str = "migration_stage";
-/// Key of [`Status::extra`]: how many passes over the disk a running migration has completed.
+/// Key of [`Status::extra`]: the completed passes of the running migration.
 pub const MIGRATION_PASSES: &str = "migration_passes";
-/// The key of why the last migration failed, until there is another one.
+/// Key of [`Status::extra`]: why the last migration failed, until another one starts.
 pub const MIGRATION_FAILED: &str = "migration_failed";
-/// Key of [`Status::extra`]: what keeps a running migration from going on, one word; not there when
-/// nothing does.
+/// Key of [`Status::extra`]: what the running migration waits for, one word; absent if it runs on.
 pub const MIGRATION_WAITING: &str = "migration_waiting";
 /// Key of [`Status::extra`]: the same as a sentence.
 pub const MIGRATION_REASON: &str = "migration_reason";
 /// Key of [`Status::extra`]: the name of the image's ownership record, or `none`.
 pub const OWNERSHIP: &str = "ownership";
 
-/// Everything `status` tells, in this order.
+/// The reply to `status`, in the order of its keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
     /// The server's process id.
     pub pid: u32,
     /// Size of the disk, in bytes.
     pub size: u64,
-    /// Whether new clients are let in.
+    /// Whether new clients are accepted.
     pub clients_allowed: bool,
     /// How many clients are connected.
     pub num_clients: u64,
-    /// Whether the disk is this server's: false for `listen` until the disk has arrived.
+    /// Whether this server owns the disk: false for `listen` until the disk has arrived.
     pub has_control: bool,
-    /// The running migration; its presence is what `is_mirroring` tells.
+    /// The running migration; encoded with `is_mirroring`, which says whether there is one.
     pub migration: Option<Migration>,
-    /// Newer keys and their values, in the order they are shown, after all others.
+    /// Newer keys with their values, encoded in this order after all others.
     pub extra: Vec<(String, String)>,
 }
 
-/// How a running migration is doing.
+/// The progress of a running migration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Migration {
     /// Bytes per second.
     pub speed: u64,
-    /// Seconds since it began.
+    /// Seconds since it started.
     pub duration: u64,
-    /// Seconds until it ends, as far as can be told.
+    /// Estimated seconds until it ends; 0 if unknown.
     pub seconds_left: u64,
-    /// Bytes still to be sent.
+    /// Bytes still to send.
     pub bytes_left: u64,
     /// The speed limit in bytes per second, if there is one.
     pub speed_limit: Option<u64>,
@@ -81,18 +79,17 @@ impl fmt::Display for Migration {
 }
 
 impl Status {
-    /// The value of a newer key, if the server told it.
+    /// The value of a newer key, if the server sent it.
     #[must_use]
     pub fn extra(&self, key: &str) -> Option<&str> {
         self.extra.iter().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
     }
 
-    /// Reads a server's line. Keys may come in any order; those not known end up in
-    /// [`Status::extra`].
+    /// Parses a server's line. Keys may come in any order; unknown ones go to [`Status::extra`].
     ///
     /// # Errors
     ///
-    /// A word that is no pair, a known key that is missing or whose value is not what it must be.
+    /// A word is not a pair, a known key is missing, or its value has the wrong type.
     pub fn from_line(line: &str) -> Result<Self, StatusError> {
         let mut pairs = Pairs(pairs(line)?);
         let is_mirroring: bool = pairs.take("is_mirroring")?;
@@ -115,12 +112,12 @@ impl Migration {
             duration: pairs.take("migration_duration")?,
             seconds_left: pairs.take("migration_seconds_left")?,
             bytes_left: pairs.take("migration_bytes_left")?,
-            speed_limit: pairs.take_if_there("migration_speed_limit")?,
+            speed_limit: pairs.take_optional("migration_speed_limit")?,
         })
     }
 }
 
-/// The line of these pairs, in this order.
+/// Encodes pairs as a line, in this order.
 #[must_use]
 pub fn line(pairs: &[(&str, String)]) -> String {
     pairs.iter().map(|(key, value)| pair(key, value)).collect::<Vec<_>>().join(" ")
@@ -130,7 +127,7 @@ fn pair(key: &str, value: &str) -> String {
     format!("{}={}", escaped(key, true), escaped(value, false))
 }
 
-/// The pairs of a line, in its order.
+/// Parses a line into pairs, in its order.
 ///
 /// # Errors
 ///
@@ -144,8 +141,8 @@ pub fn pairs(line: &str) -> Result<Vec<(String, String)>, StatusError> {
         .collect()
 }
 
-/// A server's line as a JSON object, keys in the line's order: whole and decimal numbers become
-/// numbers, `true` and `false` booleans, all else strings. Of a key that comes twice the first
+/// Converts a server's line to a JSON object with the keys in the same order. Whole and decimal
+/// numbers become numbers, `true` and `false` booleans, all else strings. Of a repeated key the first
 /// counts.
 ///
 /// # Errors
@@ -171,7 +168,7 @@ fn json_value(text: &str) -> String {
     if is_bare { text.to_owned() } else { json_string(text) }
 }
 
-/// Only what is a number beyond doubt: an identifier such as `007`, `1e5` or one of 32 digits is
+/// Whether the text is certainly a number: identifiers such as `007`, `1e5` or one of 32 digits are
 /// none.
 fn is_number(text: &str) -> bool {
     let is_whole = |text: &str| text.parse().is_ok_and(|number: u64| number.to_string() == text);
@@ -199,7 +196,7 @@ fn escaped(text: &str, is_key: bool) -> String {
     out
 }
 
-/// Lenient: a `%` that no two hexadecimal digits follow stands for itself.
+/// Decodes percent-encoding. A `%` without two hexadecimal digits after it stands for itself.
 fn unescaped(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -223,7 +220,7 @@ fn escaped_byte(digits: &[u8]) -> Option<u8> {
     u8::try_from(digit(0)? * 16 + digit(1)?).ok()
 }
 
-/// What is left of a line while a value is made of it.
+/// The pairs of a line that have not been taken yet.
 pub(super) struct Pairs(pub(super) Vec<(String, String)>);
 
 impl Pairs {
@@ -231,10 +228,10 @@ impl Pairs {
         &mut self,
         key: &'static str,
     ) -> Result<T, StatusError> {
-        self.take_if_there(key)?.ok_or(StatusError::Missing(key))
+        self.take_optional(key)?.ok_or(StatusError::Missing(key))
     }
 
-    pub(super) fn take_if_there<T: std::str::FromStr>(
+    pub(super) fn take_optional<T: std::str::FromStr>(
         &mut self,
         key: &'static str,
     ) -> Result<Option<T>, StatusError> {
@@ -246,34 +243,24 @@ impl Pairs {
     }
 }
 
-/// Why a line is no status.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Why a line is no status or summary.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StatusError {
     /// This word has no `=`.
+    #[error("what the server tells cannot be read: {0:?} is not key=value")]
     NotAPair(String),
-    /// This key is not there.
+    /// This key is missing.
+    #[error("what the server tells cannot be read: {0} is missing")]
     Missing(&'static str),
-    /// This key's value is not of its kind.
+    /// The value has the wrong type.
+    #[error("what the server tells cannot be read: {key} cannot be {value:?}")]
     BadValue {
         /// The key.
         key: &'static str,
-        /// What it was set to.
+        /// Its value.
         value: String,
     },
 }
-
-impl fmt::Display for StatusError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("what the server tells cannot be read: ")?;
-        match self {
-            Self::NotAPair(word) => write!(f, "{word:?} is not key=value"),
-            Self::Missing(key) => write!(f, "{key} is missing"),
-            Self::BadValue { key, value } => write!(f, "{key} cannot be {value:?}"),
-        }
-    }
-}
-
-impl std::error::Error for StatusError {}
 
 #[cfg(test)]
 mod tests {
@@ -292,14 +279,14 @@ mod tests {
     }
 
     #[test]
-    fn keys_come_in_the_order_operators_know() {
+    fn keys_have_a_fixed_order() {
         let line = "pid=9635 size=4096 is_mirroring=false clients_allowed=true num_clients=2 \
                     has_control=true";
         assert_eq!(serving().to_string(), line);
     }
 
     #[test]
-    fn a_migration_tells_its_progress_and_its_limit_only_if_it_has_one() {
+    fn a_migration_adds_its_progress_and_its_limit() {
         let migration = Migration { speed: 5, duration: 6, seconds_left: 7, ..Default::default() };
         let mut status = Status { migration: Some(migration), ..serving() };
         let line = "pid=9635 size=4096 is_mirroring=true clients_allowed=true num_clients=2 \
@@ -312,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn json_keeps_order_and_kinds_and_reads_an_older_servers_line() {
+    fn json_keeps_order_and_types() {
         assert_eq!(
             to_json("pid=9 is_mirroring=false rate=1.5 off=-3 name=a%20\"b\" id=007 pid=10")
                 .unwrap(),
@@ -324,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_no_status_says_why() {
+    fn parsing_reports_what_is_wrong() {
         assert_eq!(Status::from_line("pid"), Err(StatusError::NotAPair("pid".into())));
         assert_eq!(Status::from_line("pid=1"), Err(StatusError::Missing("is_mirroring")));
         let bad = StatusError::BadValue { key: "is_mirroring", value: "yes".into() };
@@ -332,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_percent_sign_in_a_value_is_not_taken_for_an_escape() {
+    fn a_percent_sign_in_a_value_is_encoded() {
         let status = Status { extra: vec![("done".into(), "100%20".into())], ..serving() };
         assert!(status.to_string().ends_with(" done=100%2520"));
         assert_eq!(Status::from_line(&status.to_string()), Ok(status));
@@ -364,7 +351,7 @@ mod tests {
             migration in proptest::option::of(any_migration()),
             extra in proptest::collection::vec(("(?s:.){0,8}", "(?s:.){0,8}"), 0..4),
         ) -> Status {
-            // A prefix keeps the made-up keys apart from the known ones.
+            // The prefix keeps random keys apart from known ones.
             let extra = extra.into_iter().map(|(key, value)| (format!("x{key}"), value)).collect();
             Status { pid, size, clients_allowed, num_clients, has_control, migration, extra }
         }
@@ -377,14 +364,14 @@ mod tests {
         }
 
         #[test]
-        fn no_key_or_value_holds_white_space_or_a_line_break(status in any_status()) {
+        fn no_key_or_value_holds_white_space(status in any_status()) {
             let line = status.to_string();
             prop_assert!(line.split(' ').all(|word| word.contains('=')));
             prop_assert!(!line.chars().any(|c| c != ' ' && (c.is_whitespace() || c.is_control())));
         }
 
         #[test]
-        fn every_status_becomes_json_with_the_same_values(status in any_status()) {
+        fn json_has_the_same_values(status in any_status()) {
             let json = to_json(&status.to_string()).unwrap();
             let object: serde_json::Value = serde_json::from_str(&json).unwrap();
             prop_assert_eq!(&object["size"], &serde_json::json!(status.size));
@@ -392,7 +379,7 @@ mod tests {
         }
 
         #[test]
-        fn no_line_makes_reading_a_status_panic(line in "(?s:.){0,32}|([a%= ]|%[0-9a-f]){0,16}") {
+        fn parsing_never_panics(line in "(?s:.){0,32}|([a%= ]|%[0-9a-f]){0,16}") {
             let _ = (Status::from_line(&line), to_json(&line));
         }
     }

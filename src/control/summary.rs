@@ -1,22 +1,21 @@
-//! What a migration came to: [`Summary`] ⇄ the `key=value` pairs that `mirror_wait` answers.
-//! Knows no migration and measures nothing; the numbers are given to it.
+//! The result of a migration: [`Summary`] ⇄ the `key=value` pairs in the reply to `mirror_wait`. Pure.
 
 use super::status::{Pairs, StatusError, pairs};
 use std::fmt;
 use std::time::Duration;
 
-/// A migration that has brought its disk to the destination. Times are told in whole milliseconds.
+/// A migration whose disk has moved. Encoded with times in whole milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// The destination said that the disk has arrived; otherwise it does not know how to.
+    /// Whether the destination acknowledged the disk; an old one cannot.
     pub acknowledged: bool,
-    /// From the order to the end.
+    /// From the command to the end.
     pub duration: Duration,
-    /// Bytes of data sent, those that were sent again included.
+    /// Bytes of data sent, including those sent again.
     pub bytes_sent: u64,
     /// Passes over the disk.
     pub passes: u64,
-    /// How long clients waited at the end.
+    /// How long clients were paused at the end.
     pub pause: Duration,
 }
 
@@ -29,11 +28,11 @@ impl fmt::Display for Summary {
 }
 
 impl Summary {
-    /// Reads a server's line. Keys may come in any order; those not known are passed over.
+    /// Parses a server's line. Keys may come in any order; unknown ones are ignored.
     ///
     /// # Errors
     ///
-    /// A word that is no pair, a key that is missing or whose value is not what it must be.
+    /// A word is not a pair, a key is missing, or a value has the wrong type.
     pub fn from_line(line: &str) -> Result<Self, StatusError> {
         let mut pairs = Pairs(pairs(line)?);
         Ok(Self {
@@ -52,7 +51,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_summary_is_told_in_pairs() {
+    fn a_summary_is_a_line_of_pairs() {
         let summary = Summary {
             acknowledged: true,
             duration: Duration::from_micros(1_234_567),
@@ -65,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_no_summary_says_why() {
+    fn parsing_reports_what_is_wrong() {
         assert_eq!(Summary::from_line("done"), Err(StatusError::NotAPair("done".into())));
         assert_eq!(Summary::from_line("acknowledged=true"), Err(missing("duration_ms")));
         assert_eq!(Summary::from_line(""), Err(missing("acknowledged")));

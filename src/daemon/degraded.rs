@@ -135,7 +135,7 @@ fn refuse_clients(
 struct RefusingOperator(String);
 
 impl Operator for RefusingOperator {
-    fn obey(&self, _command: Command, _from: Credentials) -> Reply {
+    fn execute(&self, _command: Command, _from: Credentials) -> Reply {
         Reply::refused(self.0.as_str())
     }
 }

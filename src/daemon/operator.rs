@@ -274,7 +274,7 @@ fn check_not_moved(last: Option<&Outcome>) -> Result<(), Reply> {
 }
 
 impl Operator for Service {
-    fn obey(&self, command: Command, _from: Credentials) -> Reply {
+    fn execute(&self, command: Command, _from: Credentials) -> Reply {
         let Some(_active) = self.commands.begin() else {
             return Reply::refused("the server is stopping");
         };
@@ -349,7 +349,7 @@ mod tests {
         let mirror =
             Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps: None, no_record: true };
         let operator = Credentials { pid: 1, uid: None };
-        assert!(!service.obey(Command::Mirror(mirror), operator).is_success());
+        assert!(!service.execute(Command::Mirror(mirror), operator).is_success());
         assert_eq!(destination.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
         assert_eq!(service.last_migration().unwrap().outcome(), Some(Outcome::Broken));
         let mut events = iter::from_fn(|| events.recv_timeout(Duration::from_secs(20)).ok());

@@ -190,11 +190,11 @@ fn the_limits_and_timeouts_are_those_of_the_program() {
         let constant = format!("const {name}: Duration = Duration::from_secs({seconds});");
         assert!(constants.contains(&constant), "there is no `{constant}`");
     }
-    let (most, patience) = (control::listener::CONNECTIONS_MAX, control::listener::PATIENCE);
+    let (most, patience) = (control::listener::CONNECTIONS_MAX, control::listener::TIMEOUT);
     assert_eq!(told("Control connections"), [most as u64, patience.as_secs()]);
     let (length, lines) = (control::command::LINE_BYTES_MAX, control::command::LINES_MAX);
     assert_eq!(told("Control commands"), [length as u64, lines as u64]);
-    assert_eq!(told("Orders"), [control::client::ANSWER_TIME_MAX.as_secs()]);
+    assert_eq!(told("Orders"), [control::client::REPLY_TIMEOUT.as_secs()]);
 }
 
 #[test]

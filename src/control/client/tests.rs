@@ -1,4 +1,4 @@
-//! What `client.rs` promises, over real sockets.
+//! Tests of `client.rs` over real sockets.
 
 use super::*;
 use crate::control::command::{ArrivalAction, LINE_BYTES_MAX, LINES_MAX, Mirror};
@@ -8,17 +8,17 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
 
-/// Long enough never to matter.
+/// A timeout that never expires in a test.
 const LONG: Duration = Duration::from_secs(60);
-/// Short, for waits that are meant to end in vain.
+/// A timeout that a test waits for.
 const SHORT: Duration = Duration::from_millis(20);
 
 fn directory() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
 }
 
-/// What we make of a server that does `talk` with its first client.
-fn asking(
+/// The result of `command` to a server that runs `talk` for its first client.
+fn ask_server(
     command: &Command,
     limit: Duration,
     talk: impl FnOnce(UnixStream) + Send,
@@ -28,24 +28,24 @@ fn asking(
     let listener = UnixListener::bind(&path).unwrap();
     thread::scope(|scope| {
         scope.spawn(move || talk(listener.accept().unwrap().0));
-        ask_within(&path, command, limit).map_err(|error| error.trouble)
+        ask_within(&path, command, limit).map_err(|error| error.failure)
     })
 }
 
-fn asking_one_that_says(answer: &[u8]) -> Result<Reply, AskFailure> {
-    asking(&Command::Status, LONG, |mut stream| stream.write_all(answer).unwrap())
+fn ask_server_that_sends(reply: &[u8]) -> Result<Reply, AskFailure> {
+    ask_server(&Command::Status, LONG, |mut stream| stream.write_all(reply).unwrap())
 }
 
 struct Echo;
 
 impl Operator for Echo {
-    fn obey(&self, command: Command, _from: Credentials) -> Reply {
+    fn execute(&self, command: Command, _from: Credentials) -> Reply {
         Reply::success(command.to_string())
     }
 }
 
 #[test]
-fn our_own_server_understands_us() {
+fn our_server_executes_our_commands() {
     let directory = directory();
     let path = directory.path().join("control.sock");
     let _handle = ControlSocket::bind(&path).unwrap().start(Arc::new(Echo)).unwrap();
@@ -56,123 +56,123 @@ fn our_own_server_understands_us() {
 }
 
 #[test]
-fn exactly_the_wire_form_is_sent() {
-    let mut heard = [0; 20];
-    let reply = asking(&Command::MirrorMaxBps(1), LONG, |mut stream| {
-        stream.read_exact(&mut heard[..18]).unwrap();
+fn the_encoded_command_is_sent() {
+    let mut received = [0; 20];
+    let reply = ask_server(&Command::MirrorMaxBps(1), LONG, |mut stream| {
+        stream.read_exact(&mut received[..18]).unwrap();
         stream.set_nonblocking(true).unwrap();
-        assert!(stream.read(&mut heard[18..]).is_err(), "there was more to read");
+        assert!(stream.read(&mut received[18..]).is_err(), "more bytes");
         stream.write_all(b"1: Not currently mirroring\n").unwrap();
     });
     assert_eq!(reply.unwrap(), Reply::refused("Not currently mirroring"));
-    assert_eq!(&heard[..18], b"mirror_max_bps\n1\n\n");
+    assert_eq!(&received[..18], b"mirror_max_bps\n1\n\n");
 }
 
 #[test]
-fn a_reply_may_arrive_in_pieces_or_without_its_line_break() {
-    let in_pieces = asking(&Command::Status, LONG, |mut stream| {
+fn a_reply_may_be_split_or_lack_its_line_break() {
+    let in_pieces = ask_server(&Command::Status, LONG, |mut stream| {
         for piece in ["0", ": pi", "d=1\nmore"] {
             stream.write_all(piece.as_bytes()).unwrap();
         }
     });
     assert_eq!(in_pieces.unwrap(), Reply::success("pid=1"));
-    assert_eq!(asking_one_that_says(b"0: pid=1").unwrap(), Reply::success("pid=1"));
+    assert_eq!(ask_server_that_sends(b"0: pid=1").unwrap(), Reply::success("pid=1"));
 }
 
 #[test]
-fn a_server_that_refuses_before_it_has_heard_everything_is_still_heard() {
-    // More than fits the socket's buffers.
+fn a_refusal_of_an_incomplete_command_is_read() {
+    // Longer than the socket's buffers.
     let entries = vec!["1".repeat(LINE_BYTES_MAX); LINES_MAX - 1];
-    let reply = asking(&Command::Acl { entries }, LONG, |mut stream| {
+    let reply = ask_server(&Command::Acl { entries }, LONG, |mut stream| {
         stream.write_all(b"1: enough\n").unwrap();
     });
     assert_eq!(reply.unwrap(), Reply::refused("enough"));
 }
 
 #[test]
-fn each_kind_of_absence_has_its_own_name() {
+fn each_cause_of_a_failed_connection_has_its_error() {
     let directory = directory();
-    let trouble = |name: &str| {
-        ask_within(&directory.path().join(name), &Command::Status, LONG).unwrap_err().trouble
+    let failure = |name: &str| {
+        ask_within(&directory.path().join(name), &Command::Status, LONG).unwrap_err().failure
     };
-    assert!(matches!(trouble("missing"), AskFailure::NoSuchSocket));
+    assert!(matches!(failure("missing"), AskFailure::NoSuchSocket));
     std::fs::write(directory.path().join("file"), "").unwrap();
-    assert!(matches!(trouble("file"), AskFailure::NotASocket));
+    assert!(matches!(failure("file"), AskFailure::NotASocket));
     drop(UnixListener::bind(directory.path().join("stale")).unwrap());
-    assert!(matches!(trouble("stale"), AskFailure::NobodyListens));
-    assert!(matches!(trouble(&"x".repeat(200)), AskFailure::Io(_)));
+    assert!(matches!(failure("stale"), AskFailure::NotListening));
+    assert!(matches!(failure(&"x".repeat(200)), AskFailure::Io(_)));
 }
 
 #[test]
-fn a_server_that_says_nothing_or_nonsense_is_not_taken_for_an_answer() {
-    assert!(matches!(asking_one_that_says(b""), Err(AskFailure::NoReply)));
-    assert!(matches!(asking_one_that_says(b"\n"), Err(AskFailure::NoReply)));
-    let Err(AskFailure::NotAReply(line)) = asking_one_that_says(b"NBDMAGIC") else {
-        panic!("this is no answer");
+fn an_empty_or_invalid_reply_is_an_error() {
+    assert!(matches!(ask_server_that_sends(b""), Err(AskFailure::NoReply)));
+    assert!(matches!(ask_server_that_sends(b"\n"), Err(AskFailure::NoReply)));
+    let Err(AskFailure::NotAReply(line)) = ask_server_that_sends(b"NBDMAGIC") else {
+        panic!("this is no reply");
     };
     assert_eq!(line.0, "NBDMAGIC");
 }
 
 #[test]
-fn a_reply_may_be_65536_bytes_and_not_one_more() {
+fn a_reply_has_at_most_65536_bytes() {
     let longest = [b"0: ".as_slice(), &b"x".repeat(REPLY_BYTES_MAX - 3), b"\n"].concat();
-    assert_eq!(asking_one_that_says(&longest).unwrap().text().len(), REPLY_BYTES_MAX - 3);
+    assert_eq!(ask_server_that_sends(&longest).unwrap().text().len(), REPLY_BYTES_MAX - 3);
     let longer = [b"0: ".as_slice(), &b"x".repeat(REPLY_BYTES_MAX - 2), b"\n"].concat();
-    assert!(matches!(asking_one_that_says(&longer), Err(AskFailure::ReplyTooLong)));
+    assert!(matches!(ask_server_that_sends(&longer), Err(AskFailure::ReplyTooLong)));
 }
 
 #[test]
-fn a_server_that_does_not_answer_in_time_is_given_up() {
-    let silent = asking(&Command::Status, SHORT, |mut stream| {
-        // Held open until the asking is over.
+fn a_missing_reply_is_a_timeout() {
+    let silent = ask_server(&Command::Status, SHORT, |mut stream| {
+        // Keeps the connection open until the client closes it.
         io::copy(&mut stream, &mut io::sink()).unwrap();
     });
-    assert!(matches!(silent, Err(AskFailure::TooSlow)), "{silent:?}");
+    assert!(matches!(silent, Err(AskFailure::Timeout)), "{silent:?}");
 }
 
 #[test]
-fn the_end_of_a_migration_is_heard_and_so_is_the_end_of_the_server_before_it() {
+fn mirror_wait_ends_with_the_migration_or_the_server() {
     let to = "10.0.0.1:1".parse().unwrap();
-    let order =
+    let mirror =
         Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps: None, no_record: false };
-    let asking = |talk: fn(UnixStream)| {
+    let ask_server = |talk: fn(UnixStream)| {
         let directory = directory();
         let path = directory.path().join("control.sock");
         let listener = UnixListener::bind(&path).unwrap();
         thread::scope(|scope| {
             scope.spawn(move || talk(listener.accept().unwrap().0));
-            ask_and_wait(&path, &Command::MirrorWait(order.clone())).map_err(|error| error.trouble)
+            ask_and_wait(&path, &Command::MirrorWait(mirror.clone())).map_err(|error| error.failure)
         })
     };
-    let done = asking(|mut stream| stream.write_all(b"0: done\n").unwrap());
+    let done = ask_server(|mut stream| stream.write_all(b"0: done\n").unwrap());
     assert_eq!(done.unwrap(), Reply::success("done"));
-    assert!(matches!(asking(drop), Err(AskFailure::NoReply)));
+    assert!(matches!(ask_server(drop), Err(AskFailure::NoReply)));
 }
 
 #[test]
-fn a_server_that_answers_ever_so_slowly_is_given_up() {
-    let slow = asking(&Command::Status, SHORT, |mut stream| {
+fn a_slow_reply_is_a_timeout() {
+    let slow = ask_server(&Command::Status, SHORT, |mut stream| {
         while stream.write_all(b"0").is_ok() {
             thread::sleep(Duration::from_millis(1));
         }
     });
-    assert!(matches!(slow, Err(AskFailure::TooSlow)), "{slow:?}");
+    assert!(matches!(slow, Err(AskFailure::Timeout)), "{slow:?}");
 }
 
 #[test]
-fn a_server_that_does_not_even_accept_is_given_up() {
+fn a_full_backlog_is_a_timeout() {
     let directory = directory();
     let path = directory.path().join("control.sock");
     let listener = UnixListener::bind(&path).unwrap();
     socket::listen(&listener, Backlog::new(0).unwrap()).unwrap();
     let _fills_the_backlog = UnixStream::connect(&path).unwrap();
     let error = ask_within(&path, &Command::Status, SHORT).unwrap_err();
-    assert!(matches!(error.trouble, AskFailure::TooSlow), "{error}");
+    assert!(matches!(error.failure, AskFailure::Timeout), "{error}");
 }
 
 #[test]
-fn a_command_without_a_wire_form_is_not_sent() {
+fn a_command_that_cannot_be_encoded_is_not_sent() {
     let bad = Command::Acl { entries: vec!["a\nb".to_owned()] };
     let error = ask(Path::new("/nowhere"), &bad).unwrap_err();
-    assert!(matches!(error.trouble, AskFailure::CannotSay(_)), "{error}");
+    assert!(matches!(error.failure, AskFailure::NotSendable(_)), "{error}");
 }

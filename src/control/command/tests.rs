@@ -1,4 +1,4 @@
-//! What `command.rs` promises.
+//! Tests of `command.rs`.
 
 use super::*;
 use proptest::prelude::*;
@@ -28,7 +28,7 @@ fn acl(entries: &[&str]) -> Command {
 }
 
 #[test]
-fn what_the_originals_client_sends_is_understood() {
+fn commands_of_the_originals_client_are_parsed() {
     let bound = Mirror {
         action: ArrivalAction::Unlink,
         bind: Some("10.0.0.9".parse().unwrap()),
@@ -39,7 +39,7 @@ fn what_the_originals_client_sends_is_understood() {
         (b"break\n\n", Command::Break),
         (b"acl\n\n", acl(&[])),
         (b"acl\n127.0.0.1\n10.0.0.0/8\n\n", acl(&["127.0.0.1", "10.0.0.0/8"])),
-        // The bind address was not given: its empty line ends the command, one more follows.
+        // Without a bind address, its empty line ends the command; another one follows.
         (b"mirror\n10.0.0.1\n4777\nexit\n\n\n", Command::Mirror(mirror("10.0.0.1:4777"))),
         (b"mirror\n10.0.0.1\n4777\nunlink\n10.0.0.9\n\n", Command::Mirror(bound)),
         (b"mirror_max_bps\n1048576\n\n", Command::MirrorMaxBps(1_048_576)),
@@ -50,7 +50,7 @@ fn what_the_originals_client_sends_is_understood() {
 }
 
 #[test]
-fn what_we_send_is_what_the_originals_server_expects() {
+fn commands_are_encoded_as_the_originals_server_expects() {
     let limited = Mirror { max_bps: Some(7), ..mirror("[::1]:4777") };
     let cases: [(Command, &[u8]); 7] = [
         (Command::Status, b"status\n\n"),
@@ -58,7 +58,7 @@ fn what_we_send_is_what_the_originals_server_expects() {
         (Command::MirrorWait(mirror("[::1]:1")), b"mirror_wait\n::1\n1\nexit\n\n"),
         (acl(&["::1"]), b"acl\n::1\n\n"),
         (Command::Mirror(mirror("10.0.0.1:4777")), b"mirror\n10.0.0.1\n4777\nexit\n\n"),
-        // No empty line may stand in for the bind address, or the limit would be lost.
+        // An empty line for the bind address would end the command before the limit.
         (Command::Mirror(limited), b"mirror\n::1\n4777\nexit\n::\n7\n\n"),
         (Command::MirrorMaxBps(0), b"mirror_max_bps\n0\n\n"),
     ];
@@ -70,12 +70,12 @@ fn what_we_send_is_what_the_originals_server_expects() {
 }
 
 #[test]
-fn mirror_without_an_action_exits_when_done() {
+fn mirror_without_an_action_exits() {
     assert_eq!(parse(b"mirror\n10.0.0.1\n1\n\n"), Ok(Some(Command::Mirror(mirror("10.0.0.1:1")))));
 }
 
 #[test]
-fn every_wrong_argument_has_its_own_refusal() {
+fn each_wrong_argument_has_its_own_error() {
     let cases: [(&[u8], CommandError); 18] = [
         (b"\n", CommandError::MissingCommand),
         (b"dance\n\n", CommandError::UnknownCommand),
@@ -91,7 +91,7 @@ fn every_wrong_argument_has_its_own_refusal() {
         (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nmore\n\n", CommandError::BadRecordWord),
         (
             b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nno-record\nmore\n\n",
-            CommandError::MirrorWithTooMuch,
+            CommandError::TooManyMirrorArguments,
         ),
         (b"mirror_max_bps\n\n", CommandError::MaxBpsMissing),
         (b"mirror_max_bps\n-1\n\n", CommandError::MaxBpsNotANumber),
@@ -99,13 +99,13 @@ fn every_wrong_argument_has_its_own_refusal() {
         (b"mirror_max_bps\n18446744073709551616\n\n", CommandError::MaxBpsTooLarge),
         (b"\xff\n\n", CommandError::NotText),
     ];
-    for (wire, refusal) in cases {
-        assert_eq!(parse(wire), Err(refusal), "{}", wire.escape_ascii());
+    for (wire, error) in cases {
+        assert_eq!(parse(wire), Err(error), "{}", wire.escape_ascii());
     }
 }
 
 #[test]
-fn numbers_at_their_limits_are_understood() {
+fn numbers_at_their_limits_are_parsed() {
     assert!(parse(b"mirror\n10.0.0.1\n1\n\n").is_ok());
     assert!(parse(b"mirror\n10.0.0.1\n65535\n\n").is_ok());
     assert_eq!(
@@ -115,38 +115,41 @@ fn numbers_at_their_limits_are_understood() {
 }
 
 #[test]
-fn missing_and_unknown_commands_have_numbers_of_their_own() {
+fn missing_and_unknown_commands_have_their_own_codes() {
     assert_eq!(Reply::from(CommandError::MissingCommand).to_wire(), b"9: missing command\n");
     assert_eq!(Reply::from(CommandError::UnknownCommand).to_wire(), b"10: unknown command\n");
     assert_eq!(Reply::from(CommandError::BadAddress).to_wire(), b"1: bad IP address\n");
 }
 
 #[test]
-fn a_line_may_be_256_bytes_and_not_one_more() {
+fn a_line_has_at_most_256_bytes() {
     let entry = "1".repeat(LINE_BYTES_MAX);
     assert_eq!(parse(format!("acl\n{entry}\n\n").as_bytes()), Ok(Some(acl(&[&entry]))));
     assert_eq!(parse(format!("acl\n{entry}1").as_bytes()), Err(CommandError::LineTooLong));
 }
 
 #[test]
-fn a_command_may_be_4096_lines_and_not_one_more() {
+fn a_command_has_at_most_4096_lines() {
     let full = format!("acl\n{}", "::1\n".repeat(LINES_MAX - 1));
     let Ok(Some(Command::Acl { entries })) = parse(format!("{full}\n").as_bytes()) else {
-        panic!("a command of {LINES_MAX} lines must be understood");
+        panic!("a command of {LINES_MAX} lines must be parsed");
     };
     assert_eq!(entries.len(), LINES_MAX - 1);
     assert_eq!(parse(format!("{full}:").as_bytes()), Err(CommandError::TooManyLines));
 }
 
 #[test]
-fn an_acl_that_does_not_fit_the_wire_is_refused_before_it_is_sent() {
+fn an_acl_that_cannot_be_encoded_is_refused() {
     let longest = "1".repeat(LINE_BYTES_MAX);
     assert!(acl(&[&longest]).to_wire().is_ok());
     for bad in ["", "a\nb", &format!("{longest}1")] {
-        assert_eq!(acl(&[bad]).to_wire(), Err(NoWireForm::BadEntry(bad.to_owned())));
+        assert_eq!(acl(&[bad]).to_wire(), Err(CommandEncodeError::BadEntry(bad.to_owned())));
     }
     assert!(acl(&vec!["::1"; LINES_MAX - 1]).to_wire().is_ok());
-    assert_eq!(acl(&vec!["::1"; LINES_MAX]).to_wire(), Err(NoWireForm::TooManyEntries(LINES_MAX)));
+    assert_eq!(
+        acl(&vec!["::1"; LINES_MAX]).to_wire(),
+        Err(CommandEncodeError::TooManyEntries(LINES_MAX))
+    );
 }
 
 #[test]
