@@ -21,7 +21,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How many zeros are written at a time where the kernel does not do it for us, in bytes.
+/// Length of one write of zeros, in bytes.
 const ZEROS_LENGTH: usize = 256 * 1024;
 static ZEROS: [u8; ZEROS_LENGTH] = [0; ZEROS_LENGTH];
 
@@ -31,15 +31,15 @@ pub struct FileBackend {
     file: File,
     path: PathBuf,
     kind: FileKind,
-    under: FileSystem,
+    file_system: FileSystem,
     /// Whole sectors, in bytes.
     size: u64,
     unserved_tail: u64,
     is_new: bool,
-    lacks: Unsupported,
+    unsupported: Unsupported,
 }
 
-/// What file system or device were seen not to support, so that it is not tried each time.
+/// Operations that the file system or device turned out not to support; they are not tried again.
 #[derive(Debug, Default)]
 struct Unsupported {
     punch_hole: AtomicBool,
@@ -47,16 +47,16 @@ struct Unsupported {
     durable_write: AtomicBool,
     seek_data: AtomicBool,
     read_without_waiting: AtomicBool,
-    /// Only in tests: a kernel without `io_uring(7)`.
-    ring: AtomicBool,
+    /// Set in tests only: a kernel without `io_uring(7)`.
+    io_uring: AtomicBool,
 }
 
-/// A way to let the kernel do the zeroing.
+/// A mode of `fallocate(2)` that zeroes a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ZeroMethod {
-    /// Gives the space back. On a block device: unmaps it, or lets the device make the zeros.
+    /// Deallocates the range. On a block device: unmaps it, or has the device write zeros.
     PunchHole,
-    /// Keeps the space. On a block device the kernel may write the zeros itself.
+    /// Keeps the range allocated. On a block device the kernel may write the zeros itself.
     ZeroRange,
 }
 
@@ -74,77 +74,76 @@ impl FileBackend {
     /// `access` is read-only. The lock ends with the last descriptor of this opening.
     ///
     /// # Errors
-    /// One variant of [`OpenError`] for each way in which it cannot be served.
+    /// One variant of [`OpenError`] for each reason why it cannot be served.
     pub fn open(path: &Path, access: Access) -> Result<Self, OpenError> {
         let opened = open::open(path, access)?;
         let unserved_tail = opened.full_size % SECTOR;
-        let under = file_system::probe(&opened.file, opened.kind);
+        let file_system = file_system::probe(&opened.file, opened.kind);
         Ok(Self {
             file: opened.file,
             path: path.to_owned(),
             kind: opened.kind,
-            under,
+            file_system,
             size: opened.full_size - unserved_tail,
             unserved_tail,
             is_new: false,
-            lacks: Unsupported::default(),
+            unsupported: Unsupported::default(),
         })
     }
 
-    /// Opens the image at `path`, after making it as a sparse file of `size` bytes with mode 0600
-    /// if nothing has that name. What exists is opened as it is, of whatever size.
+    /// Opens the image at `path`, creating a sparse file of `size` bytes with mode 0600 if the path
+    /// does not exist. An existing image is opened as it is, whatever its size.
     ///
     /// # Errors
-    /// [`OpenError::CannotCreate`], [`OpenError::TooSmall`], or what [`FileBackend::open`] says.
+    /// [`OpenError::CannotCreate`], [`OpenError::TooSmall`], or those of [`FileBackend::open`].
     pub fn create(path: &Path, size: u64, access: Access) -> Result<Self, OpenError> {
         let is_new = open::create_if_missing(path, size)?;
         Ok(Self { is_new, ..Self::open(path, access)? })
     }
 
-    /// The same, which believes what it is told of holes, or does not.
+    /// Sets whether to trust the holes that the file system reports.
     #[must_use]
     pub fn with_holes(mut self, policy: HolePolicy) -> Self {
-        self.under.reports_holes = policy.trusts(self.under.reports_holes);
+        self.file_system.reports_holes = policy.trusts(self.file_system.reports_holes);
         self
     }
 
-    /// Whether it was made when it was opened: there was nothing of that name.
+    /// Whether [`FileBackend::create`] created the file.
     #[must_use]
     pub fn is_new(&self) -> bool {
         self.is_new
     }
 
-    /// How many bytes after the last whole sector of 512 are not served; the caller may want to
-    /// warn of them.
+    /// Bytes after the last whole sector, which are not served; the caller may warn about them.
     #[must_use]
     pub fn unserved_tail(&self) -> u64 {
         self.unserved_tail
     }
 
-    /// What is open.
+    /// The open file.
     pub(super) fn file(&self) -> &File {
         &self.file
     }
 
-    /// The path that it was opened by.
+    /// The path it was opened by.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    fn lack(&self, way: ZeroMethod) -> &AtomicBool {
-        match way {
-            ZeroMethod::PunchHole => &self.lacks.punch_hole,
-            ZeroMethod::ZeroRange => &self.lacks.zero_range,
+    fn unsupported_flag(&self, method: ZeroMethod) -> &AtomicBool {
+        match method {
+            ZeroMethod::PunchHole => &self.unsupported.punch_hole,
+            ZeroMethod::ZeroRange => &self.unsupported.zero_range,
         }
     }
 
-    /// The part of `range` that the kernel may zero or trim ([`file_system`]).
+    /// The whole blocks of `range`, which the kernel may zero or trim ([`file_system`]).
     fn whole_blocks(&self, range: Range) -> Range {
-        range.aligned_within(self.under.block)
+        range.aligned_within(self.file_system.block)
     }
 
-    /// What to try, best first.
-    fn ways(&self, how: Zeroing) -> &'static [ZeroMethod] {
+    /// The methods to try, best first.
+    fn zero_methods(&self, how: Zeroing) -> &'static [ZeroMethod] {
         match (self.kind, how.keep_allocated, how.only_if_fast) {
             (FileKind::File, false, _) => &[ZeroMethod::PunchHole],
             (FileKind::File, true, _) => &[ZeroMethod::ZeroRange],
@@ -152,17 +151,17 @@ impl FileBackend {
                 &[ZeroMethod::PunchHole, ZeroMethod::ZeroRange]
             }
             (FileKind::BlockDevice { .. }, true, false) => &[ZeroMethod::ZeroRange],
-            // To be asked is not free: the kernel drops what it has cached of the range, written
-            // back or not, before it finds that the device cannot, or writes the zeros itself.
+            // A failing attempt is not free: the kernel drops its cached pages of the range, even
+            // dirty ones, before it finds that the device cannot, or writes the zeros itself.
             (FileKind::BlockDevice { .. }, _, true) => &[],
         }
     }
 
-    /// Lets the kernel zero `range`; false if it does not know how. Then nothing in a file has
-    /// changed, but on a block device the range is to be written anew.
-    fn try_way(&self, way: ZeroMethod, range: Range) -> io::Result<bool> {
-        let (lacks, mode) = (self.lack(way), way.mode());
-        if lacks.load(Ordering::Relaxed) {
+    /// Zeroes `range` by one method; false if that is unsupported. Then a file is unchanged, but on
+    /// a block device the caller must write the whole range.
+    fn try_zero_method(&self, method: ZeroMethod, range: Range) -> io::Result<bool> {
+        let (unsupported, mode) = (self.unsupported_flag(method), method.mode());
+        if unsupported.load(Ordering::Relaxed) {
             return Ok(false);
         }
         let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -173,9 +172,9 @@ impl FileBackend {
                 Ok(()) => return Ok(true),
                 Err(Errno::EINTR) => {}
                 Err(error) if syscalls::is_unable(error) => {
-                    // Others may be about this range or this moment, and are asked again.
+                    // Other errors may concern this range or this moment only: try again later.
                     if syscalls::is_unsupported(error) {
-                        lacks.store(true, Ordering::Relaxed);
+                        unsupported.store(true, Ordering::Relaxed);
                     }
                     return Ok(false);
                 }
@@ -184,24 +183,26 @@ impl FileBackend {
         }
     }
 
-    /// Whether all ways to zero so were seen to be impossible.
-    fn lacks_all(&self, how: Zeroing) -> bool {
-        self.ways(how).iter().all(|way| self.lack(*way).load(Ordering::Relaxed))
+    /// Whether all methods turned out to be unsupported.
+    fn supports_none(&self, how: Zeroing) -> bool {
+        self.zero_methods(how)
+            .iter()
+            .all(|method| self.unsupported_flag(*method).load(Ordering::Relaxed))
     }
 
-    /// Lets the kernel zero `range` in the first way that works; false if none does.
+    /// Zeroes `range` by the first method that works; false if none does.
     fn zero_by_kernel(&self, range: Range, how: Zeroing) -> io::Result<bool> {
-        for way in self.ways(how) {
-            if self.try_way(*way, range)? {
+        for method in self.zero_methods(how) {
+            if self.try_zero_method(*method, range)? {
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
-    /// Writes zeros over all of `range`, or, unless it is to be `allocated`, over what is not a hole
-    /// already. What is called a hole is read to be sure.
-    fn zero_by_hand(&self, range: Range, allocated: bool) -> io::Result<()> {
+    /// Writes zeros over `range`, leaving out holes unless the range has to be `allocated`. Reads a
+    /// reported hole to be sure.
+    fn write_zeros_outside_holes(&self, range: Range, allocated: bool) -> io::Result<()> {
         if allocated {
             return self.write_zeros(range);
         }
@@ -227,10 +228,10 @@ impl FileBackend {
         Ok(())
     }
 
-    /// Writes as much as the kernel takes with `RWF_DSYNC`, and returns how much is left.
+    /// Writes with `RWF_DSYNC` while that is supported, and returns the data that is left.
     fn write_durably<'a>(&self, offset: u64, data: &'a [u8]) -> io::Result<&'a [u8]> {
         let mut rest = data;
-        while !rest.is_empty() && !self.lacks.durable_write.load(Ordering::Relaxed) {
+        while !rest.is_empty() && !self.unsupported.durable_write.load(Ordering::Relaxed) {
             let at = offset + (data.len() - rest.len()) as u64;
             match syscalls::write_durably(&self.file, at, rest) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -241,19 +242,19 @@ impl FileBackend {
         Ok(rest)
     }
 
-    /// Whether to go on after `error`: to try again, or to do without durable writes.
+    /// Returns `Ok` to try again, or to go on without durable writes.
     fn after_durable_error(&self, error: io::Error) -> io::Result<()> {
         match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EINTR) => Ok(()),
             Some(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
-                self.lacks.durable_write.store(true, Ordering::Relaxed);
+                self.unsupported.durable_write.store(true, Ordering::Relaxed);
                 Ok(())
             }
             _ => Err(error),
         }
     }
 
-    /// No data to the end is a hole, but only if the end is still where it was.
+    /// Checks that a missing extent up to the end is a hole, and not a file cut short.
     fn check_not_shortened(&self) -> io::Result<()> {
         if self.file.metadata()?.len() < self.size { Err(self.shortened()) } else { Ok(()) }
     }
@@ -284,18 +285,18 @@ impl Backend for FileBackend {
     }
 
     fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let lacks = &self.lacks.read_without_waiting;
-        if lacks.load(Ordering::Relaxed) {
+        let unsupported = &self.unsupported.read_without_waiting;
+        if unsupported.load(Ordering::Relaxed) {
             return self.read(offset, into);
         }
         match syscalls::read_without_waiting(&self.file, offset, into) {
             Ok(count) if count == into.len() => Ok(()),
-            // That it ends here is to be found out by whoever may wait.
+            // Short: either the rest is not resident, or the file ended. A blocking read tells.
             Ok(_) => Err(io::ErrorKind::WouldBlock.into()),
             Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
                 Some(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
-                    lacks.store(true, Ordering::Relaxed);
+                    unsupported.store(true, Ordering::Relaxed);
                     self.read(offset, into)
                 }
                 _ => Err(error),
@@ -303,10 +304,9 @@ impl Backend for FileBackend {
         }
     }
 
-    /// Asks for the first byte, upon which the kernel begins to read ahead as it would for a
-    /// reader, and then for the last.
+    /// Probes the first byte, which also starts the kernel's readahead as for a reader, and the last.
     fn is_resident(&self, range: Range) -> bool {
-        if self.lacks.read_without_waiting.load(Ordering::Relaxed) {
+        if self.unsupported.read_without_waiting.load(Ordering::Relaxed) {
             return true;
         }
         [range.offset(), range.end().saturating_sub(1)].into_iter().all(|at| {
@@ -316,7 +316,7 @@ impl Backend for FileBackend {
     }
 
     fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
-        if self.lacks.ring.load(Ordering::Relaxed) {
+        if self.unsupported.io_uring.load(Ordering::Relaxed) {
             return None;
         }
         Some(Box::new(Uring::new(self, notifier).ok()?))
@@ -336,15 +336,16 @@ impl Backend for FileBackend {
 
     fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
         let blocks = self.whole_blocks(range);
-        let is_hopeless = how.only_if_fast && self.kind == FileKind::File && self.lacks_all(how);
-        // The kernel's part first: if it cannot be done fast, nothing has been touched.
-        if !is_hopeless && (blocks.is_empty() || self.zero_by_kernel(blocks, how)?) {
+        let cannot_be_fast =
+            how.only_if_fast && self.kind == FileKind::File && self.supports_none(how);
+        // Whole blocks first: if they cannot be zeroed fast, no byte has changed.
+        if !cannot_be_fast && (blocks.is_empty() || self.zero_by_kernel(blocks, how)?) {
             return self.zero_edges(range, how.keep_allocated);
         }
         if how.only_if_fast {
             return Err(Errno::EOPNOTSUPP.into());
         }
-        self.zero_by_hand(range, how.keep_allocated)
+        self.write_zeros_outside_holes(range, how.keep_allocated)
     }
 
     fn orders_writes(&self) -> bool {
@@ -352,8 +353,8 @@ impl Backend for FileBackend {
     }
 
     fn zeroes_by_extent(&self, how: Zeroing) -> bool {
-        let is_able = |way: &ZeroMethod| !self.lack(*way).load(Ordering::Relaxed);
-        self.kind == FileKind::File && self.ways(how).first().is_some_and(is_able)
+        let is_able = |method: &ZeroMethod| !self.unsupported_flag(*method).load(Ordering::Relaxed);
+        self.kind == FileKind::File && self.zero_methods(how).first().is_some_and(is_able)
     }
 
     fn trim(&self, range: Range) -> io::Result<()> {
@@ -362,7 +363,7 @@ impl Backend for FileBackend {
             return Ok(());
         }
         match self.kind {
-            FileKind::File => self.try_way(ZeroMethod::PunchHole, blocks).map(drop),
+            FileKind::File => self.try_zero_method(ZeroMethod::PunchHole, blocks).map(drop),
             FileKind::BlockDevice { .. } => match syscalls::discard(&self.file, blocks) {
                 Err(error) if syscalls::is_unable(errno(&error)) => Ok(()),
                 result => result,
@@ -371,7 +372,7 @@ impl Backend for FileBackend {
     }
 
     fn flush(&self) -> io::Result<()> {
-        // The size never changes: what else fsync would write is of no use to the data.
+        // fdatasync suffices, because the size never changes.
         self.file.sync_data()
     }
 
@@ -387,7 +388,7 @@ impl Backend for FileBackend {
     }
 
     fn pins(&self) -> bool {
-        self.under.has_stable_pages
+        self.file_system.has_stable_pages
     }
 
     fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
@@ -399,7 +400,7 @@ impl Backend for FileBackend {
                 Ok(0) => return Err(self.shortened()),
                 Ok(count) => left -= count.min(left),
                 Err(Errno::EINTR) => {}
-                // The pipe is full, or there is no such thing for this file.
+                // The pipe is full, or this file does not support splice(2).
                 Err(Errno::EAGAIN | Errno::EINVAL | Errno::ENOSYS) => {
                     return Err(io::ErrorKind::Unsupported.into());
                 }
@@ -410,7 +411,7 @@ impl Backend for FileBackend {
     }
 
     fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
-        if !self.under.has_stable_pages {
+        if !self.file_system.has_stable_pages {
             return Err(io::ErrorKind::Unsupported.into());
         }
         let mut from = syscalls::to_off_t(offset)?;
@@ -426,18 +427,18 @@ impl Backend for FileBackend {
         let rest = Range::whole(self.size).from(offset);
         let allocated = |range| Ok(Extent { range, allocated: true });
         let hole = |range| Ok(Extent { range, allocated: false });
-        let asks = self.kind == FileKind::File && self.under.reports_holes;
-        if !asks || self.lacks.seek_data.load(Ordering::Relaxed) {
+        let asks = self.kind == FileKind::File && self.file_system.reports_holes;
+        if !asks || self.unsupported.seek_data.load(Ordering::Relaxed) {
             return allocated(rest);
         }
         match extents::ask(rest, |offset, whence| seek(&self.file, offset, whence)) {
             SeekResult::Data(range) => allocated(range),
             SeekResult::Hole(range) => hole(range),
             SeekResult::NoMore => self.check_not_shortened().and_then(|()| hole(rest)),
-            // What is wrong with it, if anything is, will be told when it is read.
+            // A real defect shows when the range is read.
             SeekResult::Unable(errno) => {
                 let ever = syscalls::is_unsupported(errno) || errno == Errno::EINVAL;
-                self.lacks.seek_data.fetch_or(ever, Ordering::Relaxed);
+                self.unsupported.seek_data.fetch_or(ever, Ordering::Relaxed);
                 allocated(rest)
             }
         }
@@ -450,14 +451,14 @@ impl RingFile for FileBackend {
     }
 
     fn writes_durably(&self) -> bool {
-        !self.lacks.durable_write.load(Ordering::Relaxed)
+        !self.unsupported.durable_write.load(Ordering::Relaxed)
     }
 
     fn zero_call(&self, range: Range, how: Zeroing) -> Option<FallocateCall> {
-        let way = *self.ways(how).first()?;
+        let method = *self.zero_methods(how).first()?;
         let blocks = self.whole_blocks(range);
-        let able = !blocks.is_empty() && !self.lack(way).load(Ordering::Relaxed);
-        able.then(|| FallocateCall { mode: way.mode(), blocks })
+        let able = !blocks.is_empty() && !self.unsupported_flag(method).load(Ordering::Relaxed);
+        able.then(|| FallocateCall { mode: method.mode(), blocks })
     }
 
     fn trim_call(&self, range: Range) -> Option<FallocateCall> {
@@ -469,7 +470,7 @@ impl RingFile for FileBackend {
     }
 
     fn edges(&self, range: Range) -> Vec<Range> {
-        let size = self.under.block;
+        let size = self.file_system.block;
         let block = |at: u64| Range::whole(self.size).from(at - at % size).split(size).0;
         let ends = [range.offset(), range.end()];
         ends.into_iter().filter(|at| !at.is_multiple_of(size)).map(block).collect()
@@ -478,14 +479,14 @@ impl RingFile for FileBackend {
     fn zero_edges(&self, range: Range, allocated: bool) -> io::Result<()> {
         let blocks = self.whole_blocks(range);
         if blocks.is_empty() {
-            return self.zero_by_hand(range, allocated);
+            return self.write_zeros_outside_holes(range, allocated);
         }
-        self.zero_by_hand(range.until(blocks.offset()), allocated)?;
-        self.zero_by_hand(range.from(blocks.end()), allocated)
+        self.write_zeros_outside_holes(range.until(blocks.offset()), allocated)?;
+        self.write_zeros_outside_holes(range.from(blocks.end()), allocated)
     }
 }
 
-/// The kernel's number for an error, for those who tell one from another.
+/// The kernel's number for an error.
 fn errno(error: &io::Error) -> Errno {
     Errno::from_raw(errno_of(error))
 }
@@ -498,13 +499,18 @@ fn seek(file: &File, offset: u64, whence: Whence) -> nix::Result<u64> {
 
 #[cfg(test)]
 impl FileBackend {
-    /// As on a file system that supports none of what is nice to have.
+    /// Behaves as on a file system without any optional operation.
     pub(super) fn without_support(self) -> Self {
         let Unsupported {
-            punch_hole, zero_range, durable_write, read_without_waiting, ring, ..
-        } = &self.lacks;
-        for lack in [punch_hole, zero_range, durable_write, read_without_waiting, ring] {
-            lack.store(true, Ordering::Relaxed);
+            punch_hole,
+            zero_range,
+            durable_write,
+            read_without_waiting,
+            io_uring,
+            ..
+        } = &self.unsupported;
+        for flag in [punch_hole, zero_range, durable_write, read_without_waiting, io_uring] {
+            flag.store(true, Ordering::Relaxed);
         }
         self
     }

@@ -1,10 +1,10 @@
-//! Who may touch the disk now: many visits at a time, or nobody while the gate is closed.
-//! Knows nothing of disks. Never polls, and takes no lock while the gate is open.
+//! The gate: a barrier that any number of visits may pass, and that a closer drains and keeps closed.
+//! Knows nothing about disks. Never polls, and takes no lock while the gate is open.
 //!
-//! Two things keep a closed gate short. Visits are counted by *generation*
-//! ([`Gate::turn_generation`]), so that the closer learns, with the gate open, how long visits last.
-//! And a closing can *expire* ([`Gate::expire_at`]): the first session that waits longer opens the
-//! gate itself, whatever the closer's thread is blocked in.
+//! Two mechanisms keep the gate closed only briefly. Visits are counted by *generation*
+//! ([`Gate::turn_generation`]), so that the closer learns, while the gate is open, how long visits
+//! last. And a closing can *expire* ([`Gate::expire_at`]): the first session that waits longer opens
+//! the gate itself, even if the closer's thread is blocked.
 
 use super::io_queue::Notifier;
 use crate::sync;
@@ -12,80 +12,84 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
-/// Set for good once nobody will be let in any more.
+/// Set for good once the gate is retired.
 const RETIRED: u64 = 1 << 63;
 /// Set while the gate is closed.
 const CLOSED: u64 = 1 << 62;
-/// Tells which of the two generations new visits belong to.
+/// Selects the generation that new visits belong to.
 const GENERATION: u64 = 1 << 61;
-/// One visit of the one generation, and of the other: each is counted in 30 bits. A session is
-/// inside once or a few hundred times, so that there is room for millions of them.
+/// One visit of the first and of the second generation. Each count has 30 bits; a session holds at
+/// most a few hundred visits, so there is room for millions of sessions.
 const UNITS: [u64; 2] = [1, 1 << 30];
 /// The counts of both generations.
 const INSIDE: u64 = (1 << 60) - 1;
 /// The count of the first generation.
 const INSIDE_FIRST: u64 = (1 << 30) - 1;
 
-/// A gate that many may pass and that can be closed behind the last of them.
+/// A gate that many visits may pass, and that can be closed and drained.
 #[derive(Debug, Default)]
 pub struct Gate {
-    /// [`RETIRED`], [`CLOSED`], [`GENERATION`] and the counts. All of it in one word: whoever leaves
-    /// last after the gate was closed learns so from the same step with which it leaves.
+    /// [`RETIRED`], [`CLOSED`], [`GENERATION`] and the counts, in one word: the atomic decrement of a
+    /// leaving visit also tells whether it is the last one inside a closed gate.
     state: AtomicU64,
     /// [`CLOSED`] and [`RETIRED`] change only under this lock.
     closing: Mutex<Closing>,
     /// The disk is being handed over: see [`Gate::set_parting`].
     parting: AtomicBool,
-    /// Whoever is waiting to get in waits here.
+    /// For threads that wait to enter.
     opened: Condvar,
-    /// Whoever is waiting for the last to leave waits here.
+    /// For closers that wait for the last visit to leave.
     emptied: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct Closing {
-    /// How many hold the gate closed.
+    /// Closers that hold the gate closed.
     closers: u32,
     expiry: Expiry,
-    /// To be rung when the gate opens, is retired, or is to open earlier by itself.
+    /// To be notified when the gate opens or is retired, or when its expiry becomes earlier.
     notifiers: Vec<Arc<dyn Notifier>>,
 }
 
-/// The end of a closing, independent of the closer.
+/// When a closing ends independently of the closer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Expiry {
     #[default]
     Never,
     At(Instant),
-    /// The gate was opened by a session that waited until then.
+    /// A waiting session opened the gate at that time.
     Passed,
 }
 
-/// Why somebody was not let in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why a visit could not enter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoEntry {
     /// The disk is not ours any more and will not come back.
+    #[error("the disk is not served here any more")]
     Gone,
-    /// The gate was closed, and the visitor did not want to wait any longer.
+    /// The gate was closed, and the caller gave up waiting.
+    #[error("gave up waiting for the disk")]
     GaveUp,
 }
 
-/// The gate could not be closed in time, and is as it was before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The gate could not be drained in time, and is as it was before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{visits} operations on the disk did not end in time")]
 pub struct StillBusy {
-    /// How many had not left.
+    /// Visits that had not left.
     pub visits: u64,
 }
 
-/// The closing has expired: sessions have been let in since.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The closing has expired: sessions may have entered since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the gate has opened by itself")]
 pub struct Expired;
 
-/// Being inside; dropping it is leaving.
+/// Guard of one passage through the gate; dropping it leaves.
 #[derive(Debug)]
 pub struct Pass<'a> {
     gate: &'a Gate,
-    /// What it counts as: one of [`UNITS`].
+    /// The unit it is counted in: one of [`UNITS`].
     unit: u64,
 }
 
@@ -94,19 +98,19 @@ fn inside(state: u64) -> u64 {
     (state & INSIDE_FIRST) + ((state & INSIDE) >> 30)
 }
 
-/// What a new visit counts as.
+/// The unit that a new visit is counted in.
 fn unit(state: u64) -> u64 {
     UNITS[usize::from(state & GENERATION != 0)]
 }
 
 impl Gate {
-    /// Goes in, and waits for that as long as the gate is closed.
+    /// Enters, blocking while the gate is closed.
     ///
-    /// `give_up` is asked whenever there is a reason to wait: before waiting at all, and after
-    /// each [`Gate::nudge`]. It is called with the gate's lock held and must not use the gate.
+    /// `give_up` is called before each wait and after each [`Gate::nudge`]; if it returns true, the
+    /// wait ends. It is called with the gate's lock held and must not use the gate.
     ///
     /// # Errors
-    /// [`NoEntry::Gone`] once the gate is retired; [`NoEntry::GaveUp`] when `give_up` said so.
+    /// [`NoEntry::Gone`] once the gate is retired; [`NoEntry::GaveUp`] if `give_up` returned true.
     pub fn enter(&self, give_up: &dyn Fn() -> bool) -> Result<Pass<'_>, NoEntry> {
         match self.enter_if_open()? {
             Some(pass) => Ok(pass),
@@ -114,7 +118,7 @@ impl Gate {
         }
     }
 
-    /// Goes in if the gate is open, without waiting.
+    /// Enters if the gate is open, without waiting.
     ///
     /// # Errors
     /// [`NoEntry::Gone`] once the gate is retired.
@@ -127,7 +131,7 @@ impl Gate {
             if state & CLOSED != 0 {
                 return Ok(None);
             }
-            // Acquire: what was done to the disk while the gate was closed comes before this.
+            // Acquire: changes made to the disk while the gate was closed happen before this visit.
             let (success, failure) = (Ordering::Acquire, Ordering::Relaxed);
             let unit = unit(state);
             match self.state.compare_exchange_weak(state, state + unit, success, failure) {
@@ -137,15 +141,14 @@ impl Gate {
         }
     }
 
-    /// Whether it can be passed now.
+    /// Whether the gate can be entered now.
     #[must_use]
     pub fn is_open(&self) -> bool {
         self.state.load(Ordering::Relaxed) & (CLOSED | RETIRED) == 0
     }
 
-    /// Rings `bell` once when the gate opens or is retired; at once if it is not closed. For a
-    /// session that waits for other things besides: it has to call this again at the time that is
-    /// returned, at which the closing may expire.
+    /// Notifies once when the gate opens or is retired; at once if it is not closed. For sessions that
+    /// wait for several events: they call this again at the returned time, when the closing expires.
     #[must_use]
     pub fn notify_when_open(&self, notifier: &Arc<dyn Notifier>) -> Option<Instant> {
         let mut closing = self.lock();
@@ -165,22 +168,22 @@ impl Gate {
         }
     }
 
-    /// Whether a visit is under way.
+    /// Whether a visit is inside.
     #[must_use]
     pub fn is_occupied(&self) -> bool {
         self.state.load(Ordering::Relaxed) & INSIDE != 0
     }
 
-    /// Makes everybody who is waiting to get in ask again whether to give up. Change what they
-    /// look at first, nudge second; then nobody misses it.
+    /// Makes all threads that wait to enter call `give_up` again. Change what `give_up` reads before
+    /// the call, so that none misses it.
     pub fn nudge(&self) {
         drop(self.lock());
         self.opened.notify_all();
     }
 
-    /// Begins a new generation of visits, unless some of the generation before this one are inside
-    /// still. Between two calls that returned true every visit has ended that was inside at the
-    /// first: none is older than the time from there to the second. The gate stays as it is.
+    /// Begins a new generation of visits; returns false if visits of the previous generation are
+    /// still inside. Every visit that was inside at one successful call has left by the next one, so
+    /// no visit inside is older than the time between the two. Neither opens nor closes the gate.
     pub fn turn_generation(&self) -> bool {
         let mut state = self.state.load(Ordering::Relaxed);
         loop {
@@ -197,38 +200,38 @@ impl Gate {
         }
     }
 
-    /// Lets nobody in from now on and returns when the last has left.
+    /// Closes the gate and blocks until the last visit has left.
     ///
     /// The gate stays closed until [`Gate::reopen`] has been called as often as this returned
-    /// `Ok`, so that two who close it do not open it on each other.
+    /// `Ok`, so that two closers are independent.
     ///
     /// # Errors
-    /// [`StillBusy`] if somebody was still inside at `deadline`; then the gate is open again,
-    /// unless somebody else holds it closed.
+    /// [`StillBusy`] if a visit was still inside at `deadline`; then the gate is open again, unless
+    /// another closer holds it closed.
     pub fn close_and_drain(&self, deadline: Instant) -> Result<(), StillBusy> {
         let mut closing = self.lock();
         closing.closers += 1;
         self.state.fetch_or(CLOSED, Ordering::Relaxed);
         loop {
-            // Acquire: what those who left did to the disk comes before what the closer does.
+            // Acquire: changes by visits that have left happen before what the closer does.
             let visits = inside(self.state.load(Ordering::Acquire));
             if visits == 0 {
                 return Ok(());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.open_for_one(&mut closing);
+                self.open_for_one_closer(&mut closing);
                 return Err(StillBusy { visits });
             }
             closing = sync::wait_timeout(&self.emptied, closing, left).0;
         }
     }
 
-    /// Sets when the gate, which the caller has closed, opens by itself if it is closed then; none:
-    /// it does not, however long it takes. Of all who close the gate only one may use this.
+    /// Sets when the gate, which the caller has closed, opens by itself; `None` for never. Only one
+    /// of several closers may use this.
     ///
     /// # Errors
-    /// [`Expired`] when that has happened: what was so behind the closed gate is so no more.
+    /// [`Expired`] if the gate has opened: the disk may have changed since.
     pub fn expire_at(&self, end: Option<Instant>) -> Result<(), Expired> {
         let mut closing = self.lock();
         self.expire(&mut closing);
@@ -236,52 +239,53 @@ impl Gate {
             return Err(Expired);
         }
         let before = std::mem::replace(&mut closing.expiry, end.map_or(Expiry::Never, Expiry::At));
-        // Those who wait look at the time again by themselves, unless that would be too late.
+        // Waiting threads read the expiry again when the old one has passed; wake them if that is
+        // too late.
         let is_earlier = match (before, end) {
             (Expiry::At(before), Some(end)) => end < before,
             (_, end) => end.is_some(),
         };
         if is_earlier {
-            self.let_go(&mut closing);
+            self.wake_waiters(&mut closing);
         }
         Ok(())
     }
 
-    /// Says whether the disk is being handed over, or may have been: whoever is waiting at the closed
-    /// gate goes on waiting, and no new client is admitted, since the disk may be served elsewhere.
+    /// Sets whether the disk is being handed over, or may have been. Sessions at the closed gate then
+    /// keep waiting, and no new client is admitted, because another host may serve the disk.
     pub fn set_parting(&self, parting: bool) {
         self.parting.store(parting, Ordering::SeqCst);
     }
 
-    /// What was said last.
+    /// The last value set by [`Gate::set_parting`].
     #[must_use]
     pub fn is_parting(&self) -> bool {
         self.parting.load(Ordering::SeqCst)
     }
 
-    /// Undoes one [`Gate::close_and_drain`], and lets everybody in if that was the last.
+    /// Undoes one [`Gate::close_and_drain`], and opens the gate if no other closer holds it.
     pub fn reopen(&self) {
         let mut closing = self.lock();
         let expiry = std::mem::take(&mut closing.expiry);
         if expiry != Expiry::Passed {
-            self.open_for_one(&mut closing);
+            self.open_for_one_closer(&mut closing);
         }
     }
 
-    /// Lets nobody in any more, ever; whoever waits learns that the disk is gone. Those inside
-    /// stay until they leave; [`Gate::close_and_drain`] waits for them, before this or after.
+    /// Refuses all entry for good, also to waiting threads ([`NoEntry::Gone`]). Visits inside stay
+    /// until they leave; [`Gate::close_and_drain`] waits for them, before or after this.
     pub fn retire(&self) {
         let mut closing = self.lock();
         self.state.fetch_or(RETIRED, Ordering::Relaxed);
-        self.let_go(&mut closing);
+        self.wake_waiters(&mut closing);
     }
 
     fn wait_to_enter(&self, give_up: &dyn Fn() -> bool) -> Result<Pass<'_>, NoEntry> {
         let mut closing = self.lock();
         loop {
             self.expire(&mut closing);
-            // Under the lock, under which alone the gate opens: the news cannot be missed between
-            // looking and waiting.
+            // The gate opens only under the lock, so no wake-up is lost between this check and the
+            // wait.
             if let Some(pass) = self.enter_if_open()? {
                 return Ok(pass);
             }
@@ -298,24 +302,24 @@ impl Gate {
         }
     }
 
-    /// Opens a gate whose closing has expired.
+    /// Opens the gate if its closing has expired.
     fn expire(&self, closing: &mut MutexGuard<'_, Closing>) {
         if matches!(closing.expiry, Expiry::At(end) if Instant::now() >= end) {
             closing.expiry = Expiry::Passed;
-            self.open_for_one(closing);
+            self.open_for_one_closer(closing);
         }
     }
 
-    fn open_for_one(&self, closing: &mut MutexGuard<'_, Closing>) {
+    fn open_for_one_closer(&self, closing: &mut MutexGuard<'_, Closing>) {
         closing.closers = closing.closers.saturating_sub(1);
         if closing.closers == 0 {
             self.state.fetch_and(!CLOSED, Ordering::Release);
-            self.let_go(closing);
+            self.wake_waiters(closing);
         }
     }
 
-    /// Tells everybody who waits to get in to look again.
-    fn let_go(&self, closing: &mut MutexGuard<'_, Closing>) {
+    /// Wakes all sessions that wait to enter.
+    fn wake_waiters(&self, closing: &mut MutexGuard<'_, Closing>) {
         self.opened.notify_all();
         closing.notifiers.drain(..).for_each(|notifier| notifier.notify());
     }
@@ -329,40 +333,13 @@ impl Drop for Pass<'_> {
     fn drop(&mut self) {
         let before = self.gate.state.fetch_sub(self.unit, Ordering::Release);
         if before & CLOSED != 0 && before & INSIDE == self.unit {
-            // The closer holds the lock from looking at the count until it waits; having had the
-            // lock, we know that it hears us.
+            // The closer holds the lock from reading the count until it waits. Taking the lock once
+            // ensures that it is waiting, and receives the notification.
             drop(self.gate.lock());
             self.gate.emptied.notify_all();
         }
     }
 }
-
-impl std::fmt::Display for NoEntry {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Gone => "the disk is not served here any more",
-            Self::GaveUp => "gave up waiting for the disk",
-        })
-    }
-}
-
-impl std::error::Error for NoEntry {}
-
-impl std::fmt::Display for StillBusy {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} operations on the disk did not end in time", self.visits)
-    }
-}
-
-impl std::error::Error for StillBusy {}
-
-impl std::fmt::Display for Expired {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the gate has opened by itself")
-    }
-}
-
-impl std::error::Error for Expired {}
 
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! Images in real files: what they occupy, and what becomes of them when the file changes.
+//! Images in real files: allocated space, zeroing, extents, and files changed from outside.
 
 use super::*;
 use std::os::unix::fs::MetadataExt;
@@ -19,7 +19,7 @@ fn image_in(parent: &Path) -> (TempDir, FileBackend) {
     (folder, image)
 }
 
-/// Bytes that the file system has really set aside.
+/// Bytes that the file system has allocated.
 fn allocated(image: &FileBackend) -> u64 {
     image.flush().unwrap();
     image.file.metadata().unwrap().blocks() * 512
@@ -50,7 +50,7 @@ fn the_tail_beyond_the_last_whole_sector_is_not_served() {
 }
 
 #[test]
-fn a_hole_gives_its_space_back() {
+fn punching_holes_and_trimming_free_space() {
     let (_folder, image) = image();
     fill(&image);
     let full = allocated(&image);
@@ -61,7 +61,7 @@ fn a_hole_gives_its_space_back() {
 }
 
 #[test]
-fn zeroing_that_keeps_the_space_allocates_it() {
+fn zeroing_without_holes_allocates_space() {
     let (_folder, image) = image();
     image.zero(range(0, SIZE), NO_HOLE).unwrap();
     assert!(allocated(&image) >= SIZE);
@@ -69,7 +69,7 @@ fn zeroing_that_keeps_the_space_allocates_it() {
 }
 
 #[test]
-fn zeroing_is_exact_at_odd_edges_with_and_without_the_kernels_help() {
+fn zeroing_is_exact_with_and_without_fallocate() {
     for how in [HOLE, NO_HOLE] {
         for plain in [false, true] {
             let (_folder, mut image) = image();
@@ -86,7 +86,7 @@ fn zeroing_is_exact_at_odd_edges_with_and_without_the_kernels_help() {
 }
 
 #[test]
-fn what_cannot_be_fast_and_must_fails_before_it_touches_a_byte() {
+fn unsupported_fast_zeroing_fails_without_changing_bytes() {
     let (_folder, image) = image();
     let image = image.without_support();
     fill(&image);
@@ -99,15 +99,15 @@ fn what_cannot_be_fast_and_must_fails_before_it_touches_a_byte() {
 }
 
 #[test]
-fn what_is_not_supported_is_tried_once() {
+fn unsupported_operations_are_tried_once() {
     let Some((_folder, image)) = super::super::model_tests::in_shared_memory(image_in) else {
         return;
     };
     fill(&image);
     let fast = Zeroing { keep_allocated: true, only_if_fast: true };
     assert!(image.zero(range(0, 4096), fast).is_err());
-    assert!(image.lacks.zero_range.load(Ordering::Relaxed));
-    assert!(!image.lacks.punch_hole.load(Ordering::Relaxed));
+    assert!(image.unsupported.zero_range.load(Ordering::Relaxed));
+    assert!(!image.unsupported.punch_hole.load(Ordering::Relaxed));
     assert!(image.zero(range(0, 4096), fast).is_err());
     assert_eq!(read(&image, 0, 1), [7]);
     image.zero(range(0, 4096), NO_HOLE).unwrap();
@@ -115,7 +115,7 @@ fn what_is_not_supported_is_tried_once() {
 }
 
 #[test]
-fn zeros_written_by_hand_leave_holes_alone() {
+fn writing_zeros_leaves_holes_alone() {
     let (_folder, image) = image();
     let image = image.without_support();
     image.write(65536, &[1; 4096], false).unwrap();
@@ -126,7 +126,7 @@ fn zeros_written_by_hand_leave_holes_alone() {
 }
 
 #[test]
-fn trimming_where_it_is_not_possible_is_no_error() {
+fn unsupported_trimming_succeeds() {
     let (_folder, image) = image();
     let image = image.without_support();
     fill(&image);
@@ -134,7 +134,7 @@ fn trimming_where_it_is_not_possible_is_no_error() {
 }
 
 #[test]
-fn a_durable_write_is_written_with_and_without_the_kernels_help() {
+fn durable_writes_work_with_and_without_rwf_dsync() {
     let (_folder, mut image) = image();
     for round in 1..=2 {
         image.write(511, &[round; 70_000], true).unwrap();
@@ -144,7 +144,7 @@ fn a_durable_write_is_written_with_and_without_the_kernels_help() {
 }
 
 #[test]
-fn extents_tell_data_from_holes_up_to_the_end() {
+fn extents_distinguish_data_from_holes_to_the_end() {
     let (_folder, image) = image();
     image.write(65536, &[1; 65536], false).unwrap();
     let all = extents::extents(&image, range(0, SIZE), 9).unwrap();
@@ -155,7 +155,7 @@ fn extents_tell_data_from_holes_up_to_the_end() {
 }
 
 #[test]
-fn data_at_the_very_end_and_in_the_unserved_tail_does_not_lead_beyond_the_disk() {
+fn extents_never_reach_into_the_unserved_tail() {
     let folder = tempfile::tempdir().unwrap();
     let image =
         FileBackend::create(&folder.path().join("disk"), SIZE + 100, Access::default()).unwrap();
@@ -167,7 +167,7 @@ fn data_at_the_very_end_and_in_the_unserved_tail_does_not_lead_beyond_the_disk()
 }
 
 #[test]
-fn a_file_that_became_shorter_is_an_error_and_no_hole() {
+fn a_truncated_file_is_an_error_not_a_hole() {
     let (folder, image) = image();
     image.file.set_len(SIZE / 2).unwrap();
     let name = folder.path().display().to_string();
@@ -182,15 +182,15 @@ fn a_file_that_became_shorter_is_an_error_and_no_hole() {
 }
 
 #[test]
-fn a_file_system_that_cannot_tell_holes_holds_data_everywhere() {
+fn without_seek_data_everything_is_allocated() {
     let (_folder, image) = image();
-    image.lacks.seek_data.store(true, Ordering::Relaxed);
+    image.unsupported.seek_data.store(true, Ordering::Relaxed);
     let all = image.extent(5).unwrap();
     assert_eq!((all.range, all.allocated), (range(5, SIZE - 5), true));
 }
 
 #[test]
-fn reading_ahead_is_possible_anywhere() {
+fn prefetching_works_at_any_range() {
     let (_folder, image) = image();
     for at in [range(0, SIZE), range(511, 3), range(SIZE - 1, 1)] {
         image.prefetch(at).unwrap();
@@ -198,9 +198,9 @@ fn reading_ahead_is_possible_anywhere() {
 }
 
 #[test]
-fn zeroing_with_odd_edges_gives_whole_blocks_back() {
+fn unaligned_zeroing_and_trimming_free_whole_blocks() {
     let (_folder, image) = image();
-    let block = image.under.block;
+    let block = image.file_system.block;
     fill(&image);
     let full = allocated(&image);
     image.zero(range(1, 10 * block - 2), HOLE).unwrap();
@@ -212,20 +212,20 @@ fn zeroing_with_odd_edges_gives_whole_blocks_back() {
 }
 
 #[test]
-fn odd_edges_in_a_hole_leave_it_one() {
+fn unaligned_zeroing_in_a_hole_allocates_nothing() {
     let (_folder, image) = image();
     image.zero(range(100, 300_000), HOLE).unwrap();
     image.zero(range(5, 7), HOLE).unwrap();
     assert_eq!(allocated(&image), 0);
     image.zero(range(100, 300_000), NO_HOLE).unwrap();
-    let first = range(0, image.under.block);
-    assert!(image.extent(0).unwrap().allocated, "{first:?} was to be allocated");
+    let first = range(0, image.file_system.block);
+    assert!(image.extent(0).unwrap().allocated, "{first:?} must be allocated");
 }
 
 #[test]
-fn only_whole_blocks_are_given_to_the_kernel() {
+fn fallocate_gets_whole_blocks_only() {
     let (_folder, image) = image();
-    let block = image.under.block;
+    let block = image.file_system.block;
     let step = |offset, length| image.zero_call(range(offset, length), HOLE);
     let blocks = |offset, length| step(offset, length).map(|step| step.blocks);
     assert_eq!(blocks(0, block), Some(range(0, block)));
@@ -240,7 +240,7 @@ fn only_whole_blocks_are_given_to_the_kernel() {
 }
 
 #[test]
-fn small_changes_need_no_help_of_the_kernel() {
+fn changes_within_a_block_need_no_fallocate() {
     let (_folder, image) = image();
     fill(&image);
     let fast = Zeroing { keep_allocated: false, only_if_fast: true };

@@ -1,4 +1,4 @@
-//! Who gets in, who waits, and who is told, with real threads.
+//! Entering, waiting, closing and waking, with real threads.
 
 use super::*;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::Duration;
 
-/// Long enough for any machine; only a defect waits this long.
+/// Deadline that only a defect reaches.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn never() -> bool {
@@ -18,8 +18,8 @@ fn soon() -> Instant {
     Instant::now() + PATIENCE
 }
 
-/// Somebody who wants in on a thread of its own; tells when it begins to wait (that is when it
-/// first asks whether to give up), and how it ended.
+/// A thread that enters the gate. The first channel gets a message each time it is about to wait,
+/// that is, when it calls `give_up`; the second gets its result.
 fn visitor(
     gate: &Arc<Gate>,
     give_up: &Arc<AtomicBool>,
@@ -38,7 +38,7 @@ fn visitor(
 }
 
 #[test]
-fn an_open_gate_lets_everybody_in_at_once() {
+fn an_open_gate_admits_visits_at_once() {
     let gate = Gate::default();
     let one = gate.enter(&never).unwrap();
     let two = gate.enter(&never).unwrap();
@@ -47,7 +47,7 @@ fn an_open_gate_lets_everybody_in_at_once() {
 }
 
 #[test]
-fn a_closed_gate_makes_a_session_wait_not_end() {
+fn a_closed_gate_blocks_a_session_until_it_opens() {
     let gate = Arc::new(Gate::default());
     gate.close_and_drain(soon()).unwrap();
     let (waiting, ended) = visitor(&gate, &Arc::default());
@@ -58,7 +58,7 @@ fn a_closed_gate_makes_a_session_wait_not_end() {
 }
 
 #[test]
-fn a_bell_rings_when_the_gate_opens_or_is_retired() {
+fn a_notifier_fires_when_the_gate_opens_or_retires() {
     let gate = Gate::default();
     let counts = Arc::new(super::super::slow::TestNotifier::default());
     let notifier: Arc<dyn Notifier> = Arc::clone(&counts) as _;
@@ -71,7 +71,7 @@ fn a_bell_rings_when_the_gate_opens_or_is_retired() {
     gate.reopen();
     assert!(counts.count() == 1 && !gate.is_open());
     gate.reopen();
-    assert!(counts.count() == 2 && gate.is_open(), "once for each session");
+    assert!(counts.count() == 2 && gate.is_open(), "one notification for each notifier");
     gate.close_and_drain(soon()).unwrap();
     let _ = gate.notify_when_open(&notifier);
     gate.retire();
@@ -81,7 +81,7 @@ fn a_bell_rings_when_the_gate_opens_or_is_retired() {
 }
 
 #[test]
-fn a_session_with_a_bell_opens_an_expired_gate() {
+fn a_session_with_a_notifier_opens_an_expired_gate() {
     let gate = Gate::default();
     let counts = Arc::new(super::super::slow::TestNotifier::default());
     let notifier: Arc<dyn Notifier> = Arc::clone(&counts) as _;
@@ -90,7 +90,7 @@ fn a_session_with_a_bell_opens_an_expired_gate() {
     assert_eq!(gate.notify_when_open(&notifier), None);
     let end = soon();
     gate.expire_at(Some(end)).unwrap();
-    assert_eq!(counts.count(), 1, "to look again");
+    assert_eq!(counts.count(), 1, "woken to read the expiry again");
     assert_eq!(gate.notify_when_open(&notifier), Some(end));
     gate.expire_at(Some(Instant::now())).unwrap();
     assert_eq!(counts.count(), 2);
@@ -100,7 +100,7 @@ fn a_session_with_a_bell_opens_an_expired_gate() {
 }
 
 #[test]
-fn a_waiting_session_that_is_told_to_stop_gives_up() {
+fn a_waiting_session_gives_up_only_when_asked() {
     let gate = Arc::new(Gate::default());
     let stop = Arc::new(AtomicBool::new(false));
     gate.close_and_drain(soon()).unwrap();
@@ -108,19 +108,19 @@ fn a_waiting_session_that_is_told_to_stop_gives_up() {
     waiting.recv_timeout(PATIENCE).unwrap();
     gate.nudge();
     waiting.recv_timeout(PATIENCE).unwrap();
-    assert!(ended.try_recv().is_err(), "a nudge alone is no reason to give up");
+    assert!(ended.try_recv().is_err(), "a nudge alone ends no wait");
     stop.store(true, Ordering::Relaxed);
     gate.nudge();
     assert_eq!(ended.recv_timeout(PATIENCE), Ok(Err(NoEntry::GaveUp)));
 }
 
 #[test]
-fn nobody_gives_up_at_an_open_gate() {
+fn an_open_gate_ignores_give_up() {
     assert!(Gate::default().enter(&|| true).is_ok());
 }
 
 #[test]
-fn a_retired_gate_sends_everybody_away_those_who_wait_too() {
+fn a_retired_gate_refuses_new_and_waiting_sessions() {
     let gate = Arc::new(Gate::default());
     gate.close_and_drain(soon()).unwrap();
     let (waiting, ended) = visitor(&gate, &Arc::default());
@@ -132,13 +132,13 @@ fn a_retired_gate_sends_everybody_away_those_who_wait_too() {
 }
 
 #[test]
-fn closing_waits_for_the_last_visit_to_end() {
+fn closing_waits_for_the_last_visit() {
     let gate = Arc::new(Gate::default());
     let (one, two) = (gate.enter(&never).unwrap(), gate.enter(&never).unwrap());
     let (sender, drained) = mpsc::channel();
     let closer = gate.clone();
     thread::spawn(move || sender.send(closer.close_and_drain(soon())));
-    // The gate being closed is seen by a visitor that would rather not wait.
+    // Wait until the gate is closed.
     while gate.enter(&|| true).is_ok() {
         thread::yield_now();
     }
@@ -149,7 +149,7 @@ fn closing_waits_for_the_last_visit_to_end() {
 }
 
 #[test]
-fn a_visit_that_does_not_end_by_the_deadline_opens_the_gate_again() {
+fn a_visit_beyond_the_deadline_reopens_the_gate() {
     let gate = Gate::default();
     let _inside = gate.enter(&never).unwrap();
     let now = Instant::now();
@@ -158,7 +158,7 @@ fn a_visit_that_does_not_end_by_the_deadline_opens_the_gate_again() {
 }
 
 #[test]
-fn a_failed_closing_lets_those_in_who_came_to_wait_meanwhile() {
+fn a_failed_closing_admits_waiting_sessions() {
     let gate = Arc::new(Gate::default());
     let inside = gate.enter(&never).unwrap();
     let (sender, drained) = mpsc::channel();
@@ -172,7 +172,7 @@ fn a_failed_closing_lets_those_in_who_came_to_wait_meanwhile() {
 }
 
 #[test]
-fn two_who_close_the_gate_do_not_open_it_on_each_other() {
+fn the_gate_stays_closed_until_every_closer_reopens_it() {
     let gate = Gate::default();
     gate.close_and_drain(soon()).unwrap();
     gate.close_and_drain(soon()).unwrap();
@@ -182,22 +182,22 @@ fn two_who_close_the_gate_do_not_open_it_on_each_other() {
     assert!(gate.enter(&|| true).is_ok());
     gate.reopen();
     gate.close_and_drain(soon()).unwrap();
-    assert!(gate.enter(&|| true).is_err(), "one reopen too many must not count later");
+    assert!(gate.enter(&|| true).is_err(), "a surplus reopen must not count later");
 }
 
 #[test]
-fn an_expired_closing_lets_waiting_sessions_in() {
+fn an_expired_closing_admits_waiting_sessions() {
     let gate = Arc::new(Gate::default());
     gate.close_and_drain(soon()).unwrap();
     let (waiting, ended) = visitor(&gate, &Arc::default());
     waiting.recv_timeout(PATIENCE).unwrap();
-    // The session waits already, and hears of the end.
+    // The session waits already, and is woken to read the expiry.
     gate.expire_at(Some(Instant::now() + Duration::from_millis(20))).unwrap();
     assert_eq!(ended.recv_timeout(PATIENCE), Ok(Ok(())));
     assert_eq!(gate.expire_at(None), Err(Expired));
     gate.reopen();
     gate.close_and_drain(soon()).unwrap();
-    assert_eq!(gate.expire_at(None), Ok(()), "the next closing is a new one");
+    assert_eq!(gate.expire_at(None), Ok(()), "the next closing starts without an expiry");
     assert!(gate.enter(&|| true).is_err());
 }
 
@@ -220,7 +220,7 @@ fn a_closing_made_permanent_does_not_expire() {
     let (waiting, ended) = visitor(&gate, &Arc::default());
     waiting.recv_timeout(PATIENCE).unwrap();
     gate.expire_at(None).unwrap();
-    // It asks once more when the time is over that it was told first.
+    // It calls give_up once more when the first expiry has passed.
     waiting.recv_timeout(PATIENCE).unwrap();
     assert!(ended.try_recv().is_err());
     gate.reopen();
@@ -234,17 +234,17 @@ fn an_expiry_opens_the_gate_for_its_own_closer_alone() {
     gate.close_and_drain(soon()).unwrap();
     gate.expire_at(Some(Instant::now())).unwrap();
     assert_eq!(gate.expire_at(None), Err(Expired));
-    assert!(gate.enter(&|| true).is_err(), "the other holds it closed");
+    assert!(gate.enter(&|| true).is_err(), "the other closer holds it closed");
     gate.reopen();
     gate.reopen();
     assert!(gate.enter(&|| true).is_ok());
 }
 
 #[test]
-fn a_generation_turns_once_the_one_before_has_left() {
+fn a_generation_turns_once_the_previous_one_left() {
     let gate = Gate::default();
     let old = gate.enter(&never).unwrap();
-    assert!(gate.turn_generation(), "nobody was inside before it");
+    assert!(gate.turn_generation(), "no visit of an earlier generation is inside");
     let new = gate.enter(&never).unwrap();
     assert!(!gate.turn_generation());
     drop(old);
@@ -257,10 +257,10 @@ fn a_generation_turns_once_the_one_before_has_left() {
     assert!(gate.turn_generation());
 }
 
-/// Visitors in a crowd, and somebody who closes the gate again and again: nobody is inside
-/// while it is closed, everybody gets in in the end, and all learn when it is gone.
+/// Many visitors, and a closer that closes the gate again and again: no visit is inside while it is
+/// closed, every visitor enters eventually, and all of them end when the gate is retired.
 #[test]
-fn in_a_crowd_nobody_is_inside_a_closed_gate_and_no_wake_up_is_lost() {
+fn crowds_are_kept_out_and_lose_no_wake_up() {
     const VISITORS: usize = 12;
     const CLOSINGS: u64 = 300;
     let (gate, inside) = (Arc::new(Gate::default()), Arc::new(AtomicU64::new(0)));
@@ -277,7 +277,7 @@ fn in_a_crowd_nobody_is_inside_a_closed_gate_and_no_wake_up_is_lost() {
             thread::yield_now();
         }
         gate.reopen();
-        // Let somebody in before closing again.
+        // Let a visitor enter before closing again.
         drop(gate.enter(&never).unwrap());
         thread::yield_now();
     }
@@ -289,8 +289,7 @@ fn in_a_crowd_nobody_is_inside_a_closed_gate_and_no_wake_up_is_lost() {
     assert_eq!(inside.load(Ordering::Relaxed), 0);
 }
 
-/// Goes in and out, sometimes leaving slowly and sometimes not wanting to wait, until the gate
-/// is gone.
+/// Enters and leaves until the gate is retired, sometimes slowly, sometimes without waiting.
 fn visit_until_gone(gate: &Gate, inside: &AtomicU64, seed: u64) -> NoEntry {
     let mut random = seed;
     loop {
