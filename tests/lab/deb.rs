@@ -1,8 +1,8 @@
-//! The package as such: what lintian thinks, what comes with it, and what stays when it goes.
-//! Never judges the programs in it.
+//! The Debian package: lintian, its files, installation, upgrade, removal and purge.
+//! The behaviour of its programs is tested elsewhere.
 
+use crate::connect::{Probe, probe};
 use crate::host::{DISK, Host, IMAGE};
-use crate::knock::{Turned, try_door};
 use crate::package;
 use crate::session::in_lab;
 use harness::{MIB, require_tool, run};
@@ -13,7 +13,7 @@ fn lintian_finds_no_error() {
     if !require_tool("lintian") || !require_tool("cargo-deb") {
         return;
     }
-    let deb = Path::new(&package::both()).join("current.deb");
+    let deb = Path::new(&package::directory()).join("current.deb");
     run(
         "lintian",
         &["--allow-root", "--fail-on=error", "--no-tag-display-limit", deb.to_str().unwrap()],
@@ -21,14 +21,14 @@ fn lintian_finds_no_error() {
 }
 
 #[test]
-fn removing_it_ends_the_service_and_leaves_disks_and_configuration() {
+fn removal_stops_the_service_and_keeps_disks() {
     in_lab(|| {
         let host = Host::installed("a");
         host.configure_disk(MIB);
         host.systemctl(&format!("enable --now {DISK}"));
-        assert_eq!(try_door(&host.nbd()), Turned::In);
+        assert_eq!(probe(&host.nbd()), Probe::Greeted);
         host.ok("dpkg --remove flexnbd");
-        assert_eq!(try_door(&host.nbd()), Turned::Refused);
+        assert_eq!(probe(&host.nbd()), Probe::Refused);
         host.ok(&format!("test -e {IMAGE} -a -e /etc/flexnbd/disk.conf"));
         host.ok("dpkg --purge flexnbd");
         host.ok(&format!("test -e {IMAGE}"));
@@ -36,12 +36,12 @@ fn removing_it_ends_the_service_and_leaves_disks_and_configuration() {
         assert_eq!(host.ok("systemctl --failed --no-legend"), "");
         host.install(&package::current());
         host.systemctl(&format!("start {DISK}"));
-        assert_eq!(try_door(&host.nbd()), Turned::In);
+        assert_eq!(probe(&host.nbd()), Probe::Greeted);
     });
 }
 
 #[test]
-fn the_manuals_come_with_it() {
+fn the_package_contains_the_manual_pages() {
     in_lab(|| {
         let host = Host::installed("a");
         for page in [
@@ -57,13 +57,13 @@ fn the_manuals_come_with_it() {
     });
 }
 
-/// What an ordinary user runs beside the package; `wait` returns the server's status.
-const OWN: &str = "cd /srv/own; flexnbd serve --file disk.img --create 1M --addr $PWD/nbd --sock c & \
+/// Commands of an ordinary user beside the package; `wait` returns the server's exit status.
+const USER_COMMANDS: &str = "cd /srv/own; flexnbd serve --file disk.img --create 1M --addr $PWD/nbd --sock c & \
     until [ -S c ]; do sleep 0.05; done; flexnbd status --sock c; kill $!; wait $!; \
     flexnbd adopt --file disk.img; flexnbd status --file disk.img";
 
 #[test]
-fn ordinary_users_serve_their_own_files_beside_it() {
+fn ordinary_users_serve_their_own_files() {
     in_lab(|| {
         let host = Host::installed("a");
         let modes = "stat --format '%a %U:%G' /var/lib/flexnbd /run/flexnbd";
@@ -71,18 +71,22 @@ fn ordinary_users_serve_their_own_files_beside_it() {
         host.ok("install --directory --owner=nobody /srv/own");
         for home in ["HOME=/root", "-u HOME", "HOME=/srv/own"] {
             let user = "setpriv --reuid nobody --regid nogroup --clear-groups";
-            let told = host.ok(&format!("{user} env {home} sh -ec '{OWN}'; rm /srv/own/disk.img"));
-            assert!(told.contains("ownership=none") && told.contains("ownership=ours"), "{told}");
+            let output = host
+                .ok(&format!("{user} env {home} sh -ec '{USER_COMMANDS}'; rm /srv/own/disk.img"));
+            assert!(
+                output.contains("ownership=none") && output.contains("ownership=ours"),
+                "{output}"
+            );
         }
         host.configure("disk", "FILE=/var/lib/flexnbd/disk.img\nCREATE=1M\nADDR=::\nPORT=10809\n");
         host.systemctl(&format!("start {DISK}"));
         assert_eq!(host.ok(modes), "711 flexnbd:flexnbd\n750 root:flexnbd\n");
-        assert_eq!(try_door(&host.nbd()), Turned::In);
+        assert_eq!(probe(&host.nbd()), Probe::Greeted);
     });
 }
 
 #[test]
-fn an_upgrade_that_opens_the_directory_keeps_images_closed() {
+fn an_upgrade_makes_images_unreadable_to_others() {
     in_lab(|| {
         let host = Host::installed("a");
         let state = "cd /var/lib/flexnbd && touch own.img %2Fsrv%2Fother.img && chmod 644 *.img";
@@ -94,7 +98,7 @@ fn an_upgrade_that_opens_the_directory_keeps_images_closed() {
 }
 
 #[test]
-fn an_upgrade_leaves_a_service_with_a_wrong_configuration_alone() {
+fn an_upgrade_skips_services_with_invalid_configurations() {
     in_lab(|| {
         let host = Host::installed("a");
         host.configure_disk(MIB);
@@ -106,13 +110,13 @@ fn an_upgrade_leaves_a_service_with_a_wrong_configuration_alone() {
             ("sed -i s/=0/=10809/ $F; chmod 600 $F", "may not read /etc/flexnbd/disk.conf"),
         ] {
             host.ok(&format!("F=/etc/flexnbd/disk.conf; {mistake}"));
-            let said = host.install(&package::next());
-            assert!(said.contains("not restarting it") && said.contains(why), "{said}");
-            assert_eq!((host.pid(DISK), try_door(&host.nbd())), (before, Turned::In));
+            let output = host.install(&package::next());
+            assert!(output.contains("not restarting it") && output.contains(why), "{output}");
+            assert_eq!((host.pid(DISK), probe(&host.nbd())), (before, Probe::Greeted));
         }
         host.ok("chmod 644 /etc/flexnbd/disk.conf");
         host.install(&package::next());
         assert_ne!(host.pid(DISK), before);
-        assert_eq!(try_door(&host.nbd()), Turned::In);
+        assert_eq!(probe(&host.nbd()), Probe::Greeted);
     });
 }

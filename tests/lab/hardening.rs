@@ -1,9 +1,9 @@
-//! What systemd itself thinks of the units: nothing to complain of, and little that they may do.
-//! Never a matter of taste: the numbers are those of `systemd-analyze`.
+//! The units pass `systemd-analyze verify`, and their exposure in `systemd-analyze security` stays
+//! below fixed limits; the IP filter of the socket unit works.
 
 use crate::host::{DISK, Host, LISTEN, SOCKETS};
-use crate::session::{in_lab, lab, tell};
-use crate::steady::Steady;
+use crate::session::{in_lab, lab, report};
+use crate::verifier::Verifier;
 use harness::session::Mode;
 use harness::{Endpoint, MIB};
 use std::io::ErrorKind;
@@ -11,32 +11,33 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 const SIZE: u64 = 64 * MIB;
-/// After so long without an answer nobody answers; on this network one takes microseconds.
-const SILENCE: Duration = Duration::from_secs(2);
-/// The exposure that is allowed with an image in a file, in tenths.
+/// The time after which an unanswered SYN counts as dropped; replies take microseconds here.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// The highest exposure allowed with an image in a file, in tenths.
 const FILE_TENTHS: u32 = 12;
-/// The same with a block device.
+/// The highest exposure allowed with a block device, in tenths.
 const DEVICE_TENTHS: u32 = 16;
 
 #[track_caller]
 fn assert_exposed_at_most(host: &Host, unit: &str, tenths: u32) {
-    let said = host.sh(&format!("systemd-analyze security --threshold={tenths} {unit}"));
-    assert_eq!(said.code, 0, "{unit}: {said}");
-    tell(said.out.lines().rfind(|line| line.contains("exposure level")).unwrap_or_default());
+    let output = host.sh(&format!("systemd-analyze security --threshold={tenths} {unit}"));
+    assert_eq!(output.code, 0, "{unit}: {output}");
+    report(output.out.lines().rfind(|line| line.contains("exposure level")).unwrap_or_default());
 }
 
-/// Neither a template nor an instance, with whatever the generator adds, may be complained of.
+/// Fails if `systemd-analyze verify` prints anything about a template or an instance, with the
+/// generator's drop-ins.
 #[track_caller]
 fn assert_verified(host: &Host) {
     let instances = format!("{DISK} {LISTEN} {}", SOCKETS.join(" "));
     for units in [instances.as_str(), "/usr/lib/systemd/system/flexnbd*@.*"] {
-        let said = host.sh(&format!("systemd-analyze verify --man=no {units}"));
-        assert_eq!((said.code, &*said.out, &*said.err), (0, "", ""), "{units}");
+        let output = host.sh(&format!("systemd-analyze verify --man=no {units}"));
+        assert_eq!((output.code, &*output.out, &*output.err), (0, "", ""), "{units}");
     }
 }
 
 #[test]
-fn an_instance_with_a_file_is_in_order_and_shut_in() {
+fn units_with_a_file_verify_and_are_confined() {
     in_lab(|| {
         let host = Host::installed("a");
         host.configure_disk(SIZE);
@@ -47,7 +48,7 @@ fn an_instance_with_a_file_is_in_order_and_shut_in() {
 }
 
 #[test]
-fn who_is_not_in_the_list_does_not_even_reach_the_port() {
+fn the_ip_filter_drops_unlisted_clients() {
     in_lab(|| {
         let host = Host::installed("a");
         host.make_image(crate::host::IMAGE, SIZE);
@@ -55,20 +56,20 @@ fn who_is_not_in_the_list_does_not_even_reach_the_port() {
         host.configure("disk", &format!("{lines}10.99.0.99\n"));
         host.systemctl("start flexnbd@disk.socket");
         let Endpoint::Tcp(address) = host.nbd() else { panic!("a TCP address") };
-        let error = TcpStream::connect_timeout(&address, SILENCE).unwrap_err();
+        let error = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
-        assert_eq!(host.state(DISK), "inactive", "nobody has woken the service");
+        assert_eq!(host.state(DISK), "inactive", "no connection has started the service");
 
         host.configure("disk", &format!("{lines}10.99.0.1\n"));
         host.systemctl("reload-or-restart flexnbd@disk.socket");
-        let client = Steady::start(&host.nbd(), Mode::Structured, 0..SIZE);
-        client.wait_for_answers(100);
+        let client = Verifier::start(&host.nbd(), Mode::Structured, 0..SIZE);
+        client.wait_for_replies(100);
         client.stop();
     });
 }
 
 #[test]
-fn an_instance_with_a_block_device_is_in_order_and_shut_in_and_serves_it() {
+fn units_with_a_block_device_verify_and_serve() {
     in_lab(|| {
         let host = Host::installed("a");
         let output = lab(&["block", "a", "64M"]);
@@ -76,10 +77,10 @@ fn an_instance_with_a_block_device_is_in_order_and_shut_in_and_serves_it() {
         host.configure("disk", &format!("FILE={device}ADDR=::\nPORT=10809\n"));
         host.systemctl(&format!("start {DISK}"));
         assert_eq!(host.disk_status("disk")["size"], SIZE.to_string());
-        let client = Steady::start(&host.nbd(), Mode::Extended, 0..SIZE);
-        client.wait_for_answers(200);
+        let client = Verifier::start(&host.nbd(), Mode::Extended, 0..SIZE);
+        client.wait_for_replies(200);
         host.systemctl(&format!("restart {DISK}"));
-        client.wait_for_answers(200);
+        client.wait_for_replies(200);
         client.stop();
         assert_verified(&host);
         assert_exposed_at_most(&host, DISK, DEVICE_TENTHS);

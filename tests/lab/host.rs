@@ -1,5 +1,5 @@
-//! A throw-away host with real systemd: booted, worked on as its operator would, cut off, rebooted.
-//! Never waits without a deadline; a failing test shows what the host's journal says.
+//! A throw-away host with real systemd: boots, runs commands as its operator, loses power, reboots.
+//! Every wait has a deadline; a failing test prints the host's journal.
 
 use crate::package;
 use crate::session::lab;
@@ -16,29 +16,29 @@ use std::time::Duration;
 
 /// The port of NBD.
 pub(crate) const PORT: u16 = 10809;
-/// Where hosts keep disks: a file system that loses in a power cut what was not synced.
+/// The image of a host, on a file system that loses unsynced data in a power cut.
 pub(crate) const IMAGE: &str = "/srv/disk.img";
-/// The unit that serves the disk of that name.
+/// The unit that serves the instance `disk`.
 pub(crate) const DISK: &str = "flexnbd@disk.service";
-/// The unit that receives it.
+/// The unit that receives the instance `disk` in a migration.
 pub(crate) const LISTEN: &str = "flexnbd-listen@disk.service";
-/// The two that start the first.
+/// The socket units that start [`DISK`].
 pub(crate) const SOCKETS: [&str; 2] = ["flexnbd@disk.socket", "flexnbd-control@disk.socket"];
-/// Pause between two looks at a host: each takes a few processes, and the machine is small.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
-/// Lines of the journal to show when a test fails.
+/// Pause between two polls of a host: each starts several processes.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// The number of journal lines to print when a test fails.
 const JOURNAL_LINES: &str = "200";
 
-/// A host. Its end is that of the session.
+/// A host, which exists until the end of the session.
 pub(crate) struct Host {
     pub(crate) name: &'static str,
     /// The N of 10.99.0.N and fd99::N.
     number: u8,
 }
 
-/// What a command said, and how it ended.
+/// The exit status and output of a command.
 #[derive(Debug)]
-pub(crate) struct Said {
+pub(crate) struct CommandOutput {
     pub(crate) code: i32,
     pub(crate) out: String,
     pub(crate) err: String,
@@ -48,11 +48,11 @@ pub(crate) struct Said {
 pub(crate) type Entry = Map<String, Value>;
 
 impl Host {
-    /// Boots a host that has nothing of ours.
+    /// Boots a host without the package.
     #[track_caller]
     pub(crate) fn up(name: &'static str) -> Host {
-        obeyed(lab(&["up", name]));
-        let address = obeyed(lab(&["ip", name]));
+        stdout_of(lab(&["up", name]));
+        let address = stdout_of(lab(&["ip", name]));
         let number = address.trim().rsplit_once('.').unwrap().1.parse().unwrap();
         Host { name, number }
     }
@@ -65,48 +65,48 @@ impl Host {
         host
     }
 
-    /// Installs or upgrades, as an operator does; what dpkg said.
+    /// Installs or upgrades the package with dpkg; returns dpkg's output.
     #[track_caller]
     pub(crate) fn install(&self, deb: &Path) -> String {
-        self.bring(deb, "/root/flexnbd.deb");
+        self.copy_in(deb, "/root/flexnbd.deb");
         self.ok("dpkg --install /root/flexnbd.deb 2>&1")
     }
 
-    /// Boots it again after an end.
+    /// Boots the host again after [`Host::down`] or [`Host::cut`].
     #[track_caller]
     pub(crate) fn boot(&self) {
-        obeyed(lab(&["up", self.name]));
+        stdout_of(lab(&["up", self.name]));
     }
 
-    /// Shuts it down in good order.
+    /// Shuts the host down in order.
     #[track_caller]
     pub(crate) fn down(&self) {
-        obeyed(lab(&["down", self.name]));
+        stdout_of(lab(&["down", self.name]));
     }
 
     #[track_caller]
     pub(crate) fn reboot(&self) {
-        obeyed(lab(&["reboot", self.name]));
+        stdout_of(lab(&["reboot", self.name]));
     }
 
-    /// Cuts its power: see `lab.sh`. The disk is readable at once, the rest after [`Host::boot`].
+    /// Cuts the power: see `lab.sh`. The disk is readable at once, the rest after [`Host::boot`].
     #[track_caller]
     pub(crate) fn cut(&self) {
-        obeyed(lab(&["cut", self.name]));
+        stdout_of(lab(&["cut", self.name]));
     }
 
-    /// Runs a line of shell there.
+    /// Runs a line of shell on the host.
     #[track_caller]
-    pub(crate) fn sh(&self, line: &str) -> Said {
-        said(&lab(&["sh", self.name, "bash", "-c", line]))
+    pub(crate) fn sh(&self, line: &str) -> CommandOutput {
+        command_output(&lab(&["sh", self.name, "bash", "-c", line]))
     }
 
-    /// The same for what must succeed; its output.
+    /// Runs a line of shell that must succeed; returns its stdout.
     #[track_caller]
     pub(crate) fn ok(&self, line: &str) -> String {
-        let said = self.sh(line);
-        assert_eq!(said.code, 0, "{}: {line}: {said}", self.name);
-        said.out
+        let output = self.sh(line);
+        assert_eq!(output.code, 0, "{}: {line}: {output}", self.name);
+        output.out
     }
 
     #[track_caller]
@@ -126,20 +126,20 @@ impl Host {
         self.show(unit, "ActiveState")
     }
 
-    /// What `systemctl status` shows of it.
+    /// The output of `systemctl status` for a unit.
     #[track_caller]
     pub(crate) fn status(&self, unit: &str) -> String {
-        // It shows lines of the journal, which may still be on their way there.
+        // The output includes journal lines, which journald may not have written yet.
         self.sh(&format!("journalctl --sync; systemctl status --no-pager --full '{unit}'")).out
     }
 
-    /// The process id of the service's process, as the host sees it; 0 when there is none.
+    /// The main process id of the service in the host's pid namespace; 0 if it does not run.
     #[track_caller]
     pub(crate) fn pid(&self, unit: &str) -> u32 {
         self.show(unit, "MainPID").parse().unwrap()
     }
 
-    /// The service's process, as the session sees it.
+    /// The service's main process in the session's pid namespace.
     #[track_caller]
     pub(crate) fn process(&self, unit: &str) -> Pid {
         let inside = self.pid(unit).to_string();
@@ -165,37 +165,38 @@ impl Host {
         let look = || {
             let done = done();
             if !done {
-                thread::sleep(LOOK_AGAIN);
+                thread::sleep(POLL_INTERVAL);
             }
             done
         };
-        assert!(poll_until(TIMEOUT, look), "{}: waited in vain for {what}", self.name);
+        assert!(poll_until(TIMEOUT, look), "{}: timed out waiting for {what}", self.name);
     }
 
-    /// Writes `/etc/flexnbd/NAME.conf` and has systemd look at it.
+    /// Writes `/etc/flexnbd/INSTANCE.conf` and reloads systemd, which runs the generator.
     #[track_caller]
     pub(crate) fn configure(&self, instance: &str, text: &str) {
         self.write(&format!("/etc/flexnbd/{instance}.conf"), text);
         self.systemctl("daemon-reload");
     }
 
-    /// A disk of `size` bytes that flexnbd owns, served at the usual port on every address.
+    /// Configures the instance `disk` with a new image of `size` bytes, served at [`PORT`] on every
+    /// address.
     #[track_caller]
     pub(crate) fn configure_disk(&self, size: u64) {
         self.make_image(IMAGE, size);
         self.configure("disk", &format!("FILE={IMAGE}\nADDR=::\nPORT={PORT}\n"));
     }
 
-    /// A sparse image that flexnbd owns.
+    /// Creates a sparse image that the user flexnbd owns.
     #[track_caller]
     pub(crate) fn make_image(&self, path: &str, size: u64) {
         self.ok(&format!("truncate -s {size} {path} && chown flexnbd: {path} && sync -f {path}"));
     }
 
-    /// The path of a file of the host, as the test sees it.
+    /// The path of a host's file in the test's mount namespace.
     #[track_caller]
     pub(crate) fn path(&self, path: &str) -> PathBuf {
-        let root = obeyed(lab(&["root", self.name]));
+        let root = stdout_of(lab(&["root", self.name]));
         Path::new(root.trim()).join(path.trim_start_matches('/'))
     }
 
@@ -207,16 +208,16 @@ impl Host {
     }
 
     #[track_caller]
-    pub(crate) fn bring(&self, file: &Path, to: &str) {
+    pub(crate) fn copy_in(&self, file: &Path, to: &str) {
         std::fs::copy(file, self.path(to)).unwrap();
     }
 
-    /// An NBD server at its IPv4 address.
+    /// The NBD server at the host's IPv4 address.
     pub(crate) fn nbd(&self) -> Endpoint {
         Endpoint::Tcp(SocketAddr::new(self.ip4(), PORT))
     }
 
-    /// The same at its IPv6 address.
+    /// The NBD server at the host's IPv6 address.
     pub(crate) fn nbd6(&self) -> Endpoint {
         let ip = IpAddr::from([
             0xfd99,
@@ -235,7 +236,7 @@ impl Host {
         IpAddr::from([10, 99, 0, self.number])
     }
 
-    /// What `flexnbd status` says of an instance.
+    /// The keys and values of `flexnbd status` for an instance; empty if it fails.
     #[track_caller]
     pub(crate) fn disk_status(&self, instance: &str) -> BTreeMap<String, String> {
         let text = self.sh(&format!("flexnbd status --instance {instance}")).out;
@@ -243,16 +244,16 @@ impl Host {
         pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
     }
 
-    /// The entries of the journal that match, oldest first.
+    /// The journal entries that match the arguments of journalctl, oldest first.
     #[track_caller]
     pub(crate) fn journal(&self, matching: &str) -> Vec<Entry> {
         let words = ["journal", self.name, "--output=json", "--all"];
         let output = lab(&[&words[..], &matching.split_whitespace().collect::<Vec<_>>()].concat());
-        let text = obeyed(output);
+        let text = stdout_of(output);
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    /// Waits until the unit has logged something with `part` in it.
+    /// Waits until the unit has logged a message that contains `part`.
     #[track_caller]
     pub(crate) fn wait_for_message(&self, unit: &str, part: &str) -> Entry {
         let mut found = None;
@@ -265,19 +266,19 @@ impl Host {
     }
 }
 
-/// A process that does nothing until it is let go on.
+/// A process that SIGSTOP has stopped.
 pub(crate) struct Frozen {
     pid: Pid,
 }
 
 impl Frozen {
-    /// Stops a process where it is, without its noticing.
+    /// Stops a process.
     pub(crate) fn freeze(pid: Pid) -> Frozen {
         kill(pid, Signal::SIGSTOP).unwrap();
         Frozen { pid }
     }
 
-    /// Lets it go on, if it is still there.
+    /// Continues the process if it still exists.
     pub(crate) fn thaw(self) {
         let _ = kill(self.pid, Signal::SIGCONT);
     }
@@ -290,24 +291,24 @@ impl Drop for Host {
         }
         let units = "'flexnbd*' --all --no-pager --full --lines=0";
         let status = self.sh(&format!("systemctl list-sockets --all; systemctl status {units}"));
-        let journal = said(&lab(&["journal", self.name, "--lines", JOURNAL_LINES]));
+        let journal = command_output(&lab(&["journal", self.name, "--lines", JOURNAL_LINES]));
         eprintln!("-- {}:\n{}\n{}", self.name, status.out, journal.out);
     }
 }
 
-impl std::fmt::Display for Said {
+impl std::fmt::Display for CommandOutput {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "status {}\n{}{}", self.code, self.out, self.err)
     }
 }
 
-/// The text of a field; empty when the entry has none.
+/// The text of a field; empty if the entry does not have it.
 pub(crate) fn field<'a>(entry: &'a Entry, name: &str) -> &'a str {
     entry.get(name).and_then(Value::as_str).unwrap_or_default()
 }
 
-fn said(output: &Output) -> Said {
-    Said {
+fn command_output(output: &Output) -> CommandOutput {
+    CommandOutput {
         code: output.status.code().unwrap_or(-1),
         out: String::from_utf8_lossy(&output.stdout).into_owned(),
         err: String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -315,8 +316,8 @@ fn said(output: &Output) -> Said {
 }
 
 #[track_caller]
-fn obeyed(output: Output) -> String {
-    let said = said(&output);
-    assert_eq!(said.code, 0, "the lab: {said}");
-    said.out
+fn stdout_of(output: Output) -> String {
+    let output = command_output(&output);
+    assert_eq!(output.code, 0, "lab.sh: {output}");
+    output.out
 }

@@ -1,27 +1,27 @@
 #!/bin/bash
-# Throw-away hosts that run this machine's own systemd and journald, inside one private session:
-# mount, pid, network, IPC and UTS namespaces that vanish with everything in them.
+# Throw-away hosts that run this machine's systemd and journald inside one private session: mount,
+# pid, network, IPC and UTS namespaces that disappear with everything in them.
 # Needs root, cgroup v2 (hybrid will do) and the Debian packages
 #   systemd systemd-container dbus e2fsprogs iproute2 mount python3 util-linux
 #
-#   lab.sh run CMD [ARG...]       make a session, run CMD in it, tear all down, end as CMD did
+#   lab.sh run CMD [ARG...]       run CMD in a new session, tear it down, exit as CMD did
 # and inside the session, where $LAB is this script:
-#   lab.sh up NAME                boot the host NAME, which is made if it does not exist
-#   lab.sh sh NAME CMD [ARG...]   run CMD there (exit status and standard streams are CMD's)
-#   lab.sh ip NAME                its IPv4 address, 10.99.0.N; the IPv6 one is fd99::N
-#   lab.sh root NAME              the path of its root as seen from the session, until it boots anew
-#   lab.sh journal NAME [ARG...]  journalctl on its journal (also when it is down)
+#   lab.sh up NAME                boot the host NAME; create it if it does not exist
+#   lab.sh sh NAME CMD [ARG...]   run CMD on the host (exit status and standard streams are CMD's)
+#   lab.sh ip NAME                print its IPv4 address, 10.99.0.N; its IPv6 address is fd99::N
+#   lab.sh root NAME              print the path of its root in the session, valid until it reboots
+#   lab.sh journal NAME [ARG...]  run journalctl on its journal (also while it is down)
 #   lab.sh down NAME              orderly shutdown
-#   lab.sh reboot NAME            orderly reboot; files stay, but for /run and /tmp
-#   lab.sh block NAME SIZE        give it a block device of SIZE bytes, and say where it is there
-#   lab.sh cut NAME               power cut: processes die at once, the link goes dead without a
-#                                 word, and what no fsync has brought to the disk at /srv is lost
+#   lab.sh reboot NAME            orderly reboot; keeps files except /run and /tmp
+#   lab.sh block NAME SIZE        add a block device of SIZE bytes and print its path on the host
+#   lab.sh cut NAME               power cut: processes die at once, the link goes down without a
+#                                 FIN or RST, and unsynced data at /srv is lost
 #
 # A host has a copy-on-write view of this machine's /usr and package database, so that packages can
-# be installed and upgraded in it. All else is an empty tmpfs, but for /srv: an ext4 file system of
-# LAB_DISK bytes (512M) on a loop device. Power cuts are honest there and nowhere else: on the tmpfs
-# what was written stays written. LAB_DISK=none leaves /srv on the tmpfs.
-# LAB_ROOTFS=DIR boots another distribution's tree instead, e.g. one made by debootstrap.
+# be installed and upgraded in it. Everything else is an empty tmpfs, except /srv: an ext4 file system
+# of LAB_DISK bytes (512M) on a loop device. Only /srv loses unsynced data in a power cut; the tmpfs
+# keeps all writes. LAB_DISK=none leaves /srv on the tmpfs.
+# LAB_ROOTFS=DIR boots the tree of another distribution instead, e.g. one made by debootstrap.
 set -euo pipefail
 cd "$(pwd 2>/dev/null)" 2>/dev/null || cd /
 self=$(readlink -f "$0")
@@ -37,7 +37,7 @@ cmd_run() {
     local top dir=/tmp/flexnbd-lab.$$ status=0 old
     top=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/self/mounts)
     [ -n "$top" ] || die "no cgroup2 file system is mounted"
-    # What a session that was killed has left: two directories, no mounts, no processes.
+    # Remove the leftovers of killed sessions: two directories, no mounts, no processes.
     for old in /tmp/flexnbd-lab.*[0-9]; do
         if [ -d "$old" ] && [ ! -d "/proc/${old##*.}" ]; then clean "$top" "$old"; fi
     done
@@ -46,7 +46,7 @@ cmd_run() {
         unshare --mount --pid --net --ipc --uts --fork --kill-child --mount-proc \
         --propagation private "$self" _inner "$@" <&0 &
     local child=$!
-    trap 'kill -KILL $child 2>/dev/null || :' INT TERM HUP   # takes the pid namespace with it
+    trap 'kill -KILL $child 2>/dev/null || :' INT TERM HUP   # the kernel then kills its pid namespace
     wait "$child" || status=$?
     clean "$top" "$dir"
     return $status
@@ -68,7 +68,7 @@ clean() { # $1: the cgroup2 mount, $2: the session's directory
 cmd__inner() { # pid 1 of the session's pid namespace
     mkdir "$LAB_TOP/$LAB_CGROUP/session"
     echo 0 >"$LAB_TOP/$LAB_CGROUP/session/cgroup.procs"
-    # A pure view of cgroup v2, also on a hybrid machine; and this machine's /run stays as it is.
+    # Only cgroup v2, also on a hybrid machine; /run of this machine stays unchanged.
     [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 none /sys/fs/cgroup
     mkdir -p /run/systemd/nspawn
     mount -t tmpfs tmpfs /run/systemd
@@ -88,10 +88,10 @@ cmd__inner() { # pid 1 of the session's pid namespace
 # ---- A host: $host is its directory, with root/, idx, leader, supervisor and netns ----------------
 
 choose() { name=$1; host=$LAB_DIR/hosts/$1; [ -d "$host" ] || die "no host $1"; }
-leader() { cat "$host/leader"; }   # the pid of its pid 1, as the session sees it
+leader() { cat "$host/leader"; }   # the host's pid 1, as a pid of the session
 alive() { [ -d "/proc/$1" ] && ! grep -q '^State:.Z' "/proc/$1/status" 2>/dev/null; }
 
-# Units of no use to a server under test, or that cannot work in a container.
+# Units that tests do not need or that cannot work in a container.
 MASKED="systemd-logind.service getty.target systemd-firstboot.service systemd-hwdb-update.service
     systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-random-seed.service
     systemd-pstore.service systemd-machine-id-commit.service systemd-modules-load.service
@@ -105,7 +105,7 @@ MASKED="systemd-logind.service getty.target systemd-firstboot.service systemd-hw
     apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer
     man-db.timer motd-news.timer logrotate.timer"
 
-over() { # $1: what to lay a copy-on-write view of, $2: where
+mount_overlay() { # $1: the lower directory, $2: the mount point of the copy-on-write view
     local own=$host/cow/${2//\//_}
     mkdir -p "$own/up" "$own/scratch" "$2"
     mount -t overlay overlay -o "lowerdir=$1,upperdir=$own/up,workdir=$own/scratch" "$2"
@@ -114,7 +114,7 @@ over() { # $1: what to lay a copy-on-write view of, $2: where
 make_root() {
     local root=$host/root link unit
     if [ -n "${LAB_ROOTFS:-}" ]; then
-        over "$LAB_ROOTFS" "$root"
+        mount_overlay "$LAB_ROOTFS" "$root"
         rm -rf "$root"/etc/systemd/system/*.wants
         mkdir -p "$root"/{var/log/journal,etc/systemd/system,srv}
     else
@@ -124,15 +124,15 @@ make_root() {
         for link in bin sbin lib lib32 lib64 libx32; do
             if [ -L "/$link" ]; then cp -P "/$link" "$root/$link"; fi
         done
-        over /usr "$root/usr"
+        mount_overlay /usr "$root/usr"
         cp /etc/{passwd,group,shadow,ld.so.cache,debian_version} "$root/etc/"
         cp -a /etc/alternatives "$root/etc/"
         printf 'passwd: files systemd\ngroup: files systemd\nshadow: files\nhosts: files myhostname\n' \
             >"$root/etc/nsswitch.conf"
         ln -s ../usr/lib/os-release "$root/etc/os-release"
-        rm -f "$root/usr/sbin/policy-rc.d"   # by which a container image forbids starting services
-        # The package database, without the manual's index, which takes seconds to make anew.
-        over /var/lib/dpkg "$root/var/lib/dpkg"
+        rm -f "$root/usr/sbin/policy-rc.d"   # a container image uses it to forbid starting services
+        # The package database, without the trigger that rebuilds the man-db index, which takes seconds.
+        mount_overlay /var/lib/dpkg "$root/var/lib/dpkg"
         rm -f "$root"/var/lib/dpkg/lock*
         if [ -e "$root/var/lib/dpkg/triggers/File" ]; then
             sed -i '/man-db/d' "$root/var/lib/dpkg/triggers/File"
@@ -167,16 +167,16 @@ wait_until_detached() {
     die "something keeps the disk of $name"
 }
 
-# A network namespace with its addresses set before anything boots in it.
+# Creates the host's network namespace and its addresses before the host boots.
 make_network() {
     local number holder; number=$(cat "$host/idx")
-    unshare --net sleep infinity </dev/null >/dev/null 2>&1 &   # holds no pipe of the caller
+    unshare --net sleep infinity </dev/null >/dev/null 2>&1 &   # without the caller's pipes
     holder=$!
     echo "$holder" >"$host/netns"
     while [ "$(readlink "/proc/$holder/ns/net")" = "$(readlink /proc/self/ns/net)" ]; do
         sleep .005
     done
-    # Its hardware address outlives a power cut, as that of a real machine does.
+    # The hardware address survives a power cut, as that of a real machine does.
     ip link add "v$name" type veth peer name host0 address "02:00:00:00:00:$number" netns "$holder"
     ip link set "v$name" master br0 up
     nsenter -t "$holder" -n bash -c "ip link set lo up
@@ -185,7 +185,8 @@ make_network() {
         ip link set host0 up"
 }
 
-boot() { # becomes the host's supervisor, which sees no other host's disk and cannot keep it busy
+boot() { # becomes the host's supervisor, whose mount namespace has no other host's disk, so that
+         # it never keeps that disk busy
     local group=/sys/fs/cgroup/$LAB_CGROUP/$name
     mkdir -p "$group"
     echo "$BASHPID" >"$group/cgroup.procs"
@@ -213,7 +214,7 @@ wait_until_up() {
     supervisor=$(cat "$host/supervisor")
     for i in $(seq 1000); do
         alive "$supervisor" || { cat "$LAB_DIR/$name.log" >&2; die "$name did not boot"; }
-        # The supervisor's child that is pid 1 of a namespace of its own.
+        # The supervisor's child that is pid 1 of its own namespace.
         for child in $(cat "/proc/$supervisor/task/$supervisor/children" 2>/dev/null); do
             if [ "$(awk '/^NSpid/ { print $NF }' "/proc/$child/status" 2>/dev/null)" = 1 ]; then
                 found=$child
@@ -237,7 +238,7 @@ cmd_up() {
     name=$1; host=$LAB_DIR/hosts/$1
     if [ ! -d "$host" ]; then
         mkdir -p "$host/root" "$LAB_DIR/$name.journal"
-        # The next free address; hosts may come up in parallel.
+        # The next free address, under a lock because hosts boot in parallel.
         (
             flock 9
             number=$(cat "$LAB_DIR/next" 2>/dev/null || echo 11)
@@ -263,7 +264,7 @@ cmd_ip() { choose "$1"; echo "10.99.0.$(cat "$host/idx")"; }
 
 cmd_root() {
     choose "$1"
-    # Its own view has its /run, too.
+    # The root of a running host includes its /run.
     if alive "$(leader)"; then echo "/proc/$(leader)/root"; else echo "$host/root"; fi
 }
 
@@ -278,7 +279,7 @@ cmd_block() {
     local file device; file=$LAB_DIR/$name.block.$(find "$LAB_DIR" -name "$name.block.*" | wc -l)
     truncate -s "$2" "$file"
     device=$(losetup --show --find "$file")
-    # The host has a /dev of its own, in which nothing appears by itself.
+    # The host has its own /dev without udev, so the device node is created here.
     inside mknod -m 660 "$device" b "$((0x$(stat -c %t "$device")))" "$((0x$(stat -c %T "$device")))"
     inside chgrp disk "$device"
     echo "$device"
@@ -302,18 +303,19 @@ cmd_reboot() { cmd_down "$1"; cmd_up "$1"; }
 cmd_cut() {
     choose "$1"
     local supervisor; supervisor=$(cat "$host/supervisor")
-    ip link del "v$name"                       # first, so that no dying socket says good-bye
+    ip link del "v$name"                       # first, so that no closing socket sends FIN or RST
     kill -KILL "$(leader)"
     wait_until_gone "$supervisor" 1000 || kill -KILL "$supervisor"
-    kill -KILL "$(cat "$host/netns")"          # with it go the sockets that would retransmit
+    kill -KILL "$(cat "$host/netns")"          # this destroys the sockets that would retransmit
     wait_until_gone "$(cat "$host/netns")" 1000
     if mountpoint -q "$host/root/srv"; then
-        # EXT4_IOC_SHUTDOWN, without flushing even the journal: nothing reaches the disk any more.
+        # EXT4_IOC_SHUTDOWN with EXT4_GOING_FLAGS_NOLOGFLUSH: from now on nothing reaches the disk,
+        # not even the journal.
         python3 -c 'import fcntl, os, struct, sys
 fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587D, struct.pack("I", 2))' "$host/root/srv"
         umount "$host/root/srv"
-        # The host's own view of it goes a moment later; as long as it is there, mounting would
-        # bring the dead file system back.
+        # The host's mount of it disappears a moment later; mounting earlier would return the shut
+        # down file system.
         wait_until_detached
         attach_disk                            # replays the file system's journal
     fi

@@ -1,5 +1,5 @@
-# A client on libnbd: keeps 32 requests in flight until a line comes in, and verifies every read.
-# Usage: libnbd.py URI OFFSET. Ends with an exception when anything at all goes wrong.
+# A libnbd client: keeps 32 requests in flight until a line arrives on stdin, and verifies every read.
+# Usage: libnbd.py URI OFFSET. Any error ends it with an exception.
 import random
 import select
 import sys
@@ -16,7 +16,7 @@ handle.connect_uri(sys.argv[1])
 base = int(sys.argv[2])
 print("connected", flush=True)
 
-version = [0] * BLOCKS  # what each block holds; 0: nothing was written
+version = [0] * BLOCKS  # the version that each block holds; 0: never written
 pending = {}  # cookie: (block, buffer of a read or None)
 done = 0
 last = time.monotonic()
@@ -27,7 +27,7 @@ def content(block, number):
     return (b"%08d-%08d-" % (block, number)).ljust(32, b".") * (BLOCK // 32)
 
 
-def begin():
+def submit():
     block = random.randrange(BLOCKS)
     if any(block == other for other, _ in pending.values()):
         return
@@ -40,7 +40,7 @@ def begin():
         pending[handle.aio_pwrite(data, base + block * BLOCK)] = (block, None)
 
 
-def take():
+def complete():
     global done, last, worst
     cookies = [cookie for cookie in pending if handle.aio_command_completed(cookie)]
     for cookie in cookies:
@@ -54,13 +54,13 @@ def take():
 
 while not select.select([sys.stdin], [], [], 0)[0]:
     while len(pending) < DEPTH:
-        begin()
+        submit()
     if handle.poll(100) < 0:
         raise OSError("poll")
-    take()
+    complete()
 while pending:
     handle.poll(100)
-    take()
+    complete()
 handle.flush()
 handle.shutdown()
-print(f"libnbd: {done} requests, the worst stall {worst * 1000:.0f} ms")
+print(f"libnbd: {done} requests, longest stall {worst * 1000:.0f} ms")

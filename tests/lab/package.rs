@@ -1,5 +1,5 @@
-//! The Debian package, as it is and as its next version would be: made once for all tests.
-//! Never builds the programs: it packs those that cargo has built for the tests, in their profile.
+//! Builds the Debian package in two versions, once for all tests, with cargo-deb.
+//! Packs the programs that cargo has built for the tests, in their profile; never builds programs.
 
 use crate::session::packages;
 use nix::fcntl::{Flock, FlockArg};
@@ -9,43 +9,43 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-/// The version that is being tested, and one that replaces it.
+/// The version under test, and one that upgrades it.
 const VERSIONS: [(&str, &str); 2] = [
     ("current.deb", concat!(env!("CARGO_PKG_VERSION"), "-1")),
     ("next.deb", concat!(env!("CARGO_PKG_VERSION"), "-2")),
 ];
 
-/// Outside a session: the directory of both packages, which are made when first asked for.
-pub(crate) fn both() -> OsString {
-    static MADE: OnceLock<PathBuf> = OnceLock::new();
-    MADE.get_or_init(make).clone().into_os_string()
+/// Outside a session: the directory of both packages, which the first call builds.
+pub(crate) fn directory() -> OsString {
+    static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
+    DIRECTORY.get_or_init(build_all).clone().into_os_string()
 }
 
-/// Inside a session: the package that is being tested.
+/// Inside a session: the package under test.
 pub(crate) fn current() -> PathBuf {
     packages().join(VERSIONS[0].0)
 }
 
-/// Inside a session: the same with a higher version.
+/// Inside a session: the package with the higher version.
 pub(crate) fn next() -> PathBuf {
     packages().join(VERSIONS[1].0)
 }
 
-fn make() -> PathBuf {
+fn build_all() -> PathBuf {
     let programs = Path::new(env!("CARGO_BIN_EXE_flexnbd")).parent().unwrap();
     let place = programs.join("lab");
     fs::create_dir_all(&place).unwrap();
-    // Another test process may be at it.
+    // Another test process may be building them.
     let lock = File::create(place.join("lock")).unwrap();
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, e)| e).unwrap();
     for (name, version) in VERSIONS {
-        pack(programs.file_name().unwrap(), version, &place.join(format!("{name}.new")));
+        build(programs.file_name().unwrap(), version, &place.join(format!("{name}.new")));
         fs::rename(place.join(format!("{name}.new")), place.join(name)).unwrap();
     }
     place
 }
 
-fn pack(profile: &OsStr, version: &str, to: &Path) {
+fn build(profile: &OsStr, version: &str, to: &Path) {
     let profile = if profile == "debug" { OsStr::new("dev") } else { profile };
     let mut command = Command::new("cargo");
     command.args([
@@ -59,6 +59,6 @@ fn pack(profile: &OsStr, version: &str, to: &Path) {
     ]);
     command.arg(profile).args(["--deb-version", version, "--output"]).arg(to);
     let output = command.current_dir(harness::project_path("")).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "no package, {}: {said}", output.status);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "cargo deb failed with {}: {stderr}", output.status);
 }

@@ -1,108 +1,122 @@
-//! Restarts and upgrades while clients work: nobody is disconnected, refused, or told a lie.
-//! Never accepts a client that came back by itself: connections are those of the beginning.
+//! Restarts and upgrades under load: no client is disconnected or refused, or reads wrong data.
+//! The clients never reconnect, except QEMU and those that connect in a loop.
 
+use crate::connect::Reconnector;
 use crate::host::{DISK, Host};
-use crate::knock::Knocker;
-use crate::others::{Fio, Libnbd, Qemu};
 use crate::package;
-use crate::session::{in_lab, tell};
-use crate::steady::{Halfway, Steady, wait_for_answers};
+use crate::session::{in_lab, report};
+use crate::third_party::{Fio, Libnbd, Qemu};
+use crate::verifier::{PartialWrite, Verifier, wait_for_replies};
 use harness::session::{MODES, Mode, Request};
 use harness::{Endpoint, MIB, env_number, wait_until};
 use std::time::Duration;
 
-/// How often the service is restarted, unless the environment says otherwise.
+/// The default number of restarts.
 const RESTARTS: u64 = 20;
-/// The unix socket that the instance has besides.
+/// An additional unix socket of the instance.
 const UNIX: &str = "/run/flexnbd/disk.nbd.sock";
-/// What each client has to itself, in bytes. The first 128 MiB are fio's.
+/// The size of each client's part of the disk, in bytes, after fio's 128 MiB.
 const PART: u64 = 4 * MIB;
 const SIZE: u64 = 256 * MIB;
-const LIBNBD_PART: u64 = 200 * MIB;
-const HALFWAY_PART: u64 = 220 * MIB;
-/// The length of a write that is sent in two halves.
-const HALFWAY_LENGTH: usize = 64 << 10;
-/// How many more requests each client gets answered before the next restart.
-const BETWEEN: u64 = 30;
+const LIBNBD_OFFSET: u64 = 200 * MIB;
+const PARTIAL_WRITES_OFFSET: u64 = 220 * MIB;
+/// The payload length of a write that is sent in two parts.
+const PARTIAL_WRITE_LENGTH: usize = 64 << 10;
+/// The number of replies to each client before the next restart.
+const REPLIES_BETWEEN_RESTARTS: u64 = 30;
 
-/// Everybody at once.
+/// All clients.
 struct Load {
-    steady: Vec<Steady>,
-    knockers: Vec<(&'static str, Knocker)>,
+    steady: Vec<Verifier>,
+    reconnectors: Vec<(&'static str, Reconnector)>,
     fio: Fio,
     libnbd: Libnbd,
-    /// Must outlive the client behind it.
+    /// Outlives the client behind it.
     qemu: Qemu,
-    doors: [Endpoint; 3],
+    endpoints: [Endpoint; 3],
 }
 
 impl Load {
-    /// Our own clients in each reply style by TCP and by unix socket and one behind QEMU, fio on
-    /// four connections, libnbd, and three that connect in a loop.
+    /// Starts our clients in each reply mode over TCP and over a unix socket, one behind QEMU, fio
+    /// with four connections, libnbd, and three clients that connect in a loop.
     #[track_caller]
     fn start(host: &Host) -> Load {
-        let doors = [host.nbd(), host.nbd6(), Endpoint::Unix(host.path(UNIX))];
-        let qemu = Qemu::between(&doors[0]);
+        let endpoints = [host.nbd(), host.nbd6(), Endpoint::Unix(host.path(UNIX))];
+        let qemu = Qemu::between(&endpoints[0]);
         let part = |n: u64| 128 * MIB + n * PART..128 * MIB + (n + 1) * PART;
-        let ways = [&doors[0], &doors[2]].into_iter().flat_map(|d| MODES.map(|mode| (d, mode)));
-        let mut steady: Vec<Steady> =
-            ways.zip(0..).map(|((door, mode), n)| Steady::start(door, mode, part(n))).collect();
-        steady.push(Steady::start(&qemu.endpoint(), Mode::Structured, part(6)));
+        let ways =
+            [&endpoints[0], &endpoints[2]].into_iter().flat_map(|d| MODES.map(|mode| (d, mode)));
+        let mut steady: Vec<Verifier> = ways
+            .zip(0..)
+            .map(|((endpoint, mode), n)| Verifier::start(endpoint, mode, part(n)))
+            .collect();
+        steady.push(Verifier::start(&qemu.endpoint(), Mode::Structured, part(6)));
         let names = ["IPv4", "IPv6", "a unix socket"];
-        let knockers = names.into_iter().zip(doors.each_ref().map(Knocker::start)).collect();
-        let (fio, libnbd) = (Fio::start(&doors[0]), Libnbd::start(&doors[0], LIBNBD_PART));
-        Load { steady, knockers, fio, libnbd, qemu, doors }
+        let reconnectors =
+            names.into_iter().zip(endpoints.each_ref().map(Reconnector::start)).collect();
+        let (fio, libnbd) =
+            (Fio::start(&endpoints[0]), Libnbd::start(&endpoints[0], LIBNBD_OFFSET));
+        Load { steady, reconnectors, fio, libnbd, qemu, endpoints }
     }
 
-    /// Waits until everybody has been served anew.
+    /// Waits until every client has received more replies.
     #[track_caller]
-    fn assert_in_sync(&self) {
-        let before: Vec<_> = self.knockers.iter().map(|(_, knocker)| knocker.served()).collect();
-        wait_for_answers(&self.steady, BETWEEN);
-        for ((name, knocker), before) in self.knockers.iter().zip(before) {
-            wait_until(&format!("a new connection by {name}"), || knocker.served() > before + 1);
+    fn wait_for_progress(&self) {
+        let before: Vec<_> =
+            self.reconnectors.iter().map(|(_, reconnector)| reconnector.served()).collect();
+        wait_for_replies(&self.steady, REPLIES_BETWEEN_RESTARTS);
+        for ((name, reconnector), before) in self.reconnectors.iter().zip(before) {
+            wait_until(&format!("a new connection by {name}"), || {
+                reconnector.served() > before + 1
+            });
         }
     }
 
-    /// Writes of which so much has been sent, in each style and over each kind of socket.
+    /// Sends a part of a write in each reply mode over each kind of socket; `round` selects how much.
     #[track_caller]
-    fn halfway(&self, round: usize) -> Vec<Halfway> {
+    fn begin_partial_writes(&self, round: usize) -> Vec<PartialWrite> {
         let header = |mode| if mode == Mode::Extended { 32 } else { 28 };
-        let doors = [&self.doors[0], &self.doors[2]];
-        let ways = doors.into_iter().flat_map(|door| MODES.map(|mode| (door, mode)));
-        let begin = |(n, (door, mode)): (usize, (&Endpoint, Mode))| {
-            let data = harness::noise(HALFWAY_LENGTH, (round * 10 + n) as u64);
-            let request = Request::write(HALFWAY_PART + (n * HALFWAY_LENGTH) as u64, &data);
-            let whole = header(mode) + HALFWAY_LENGTH;
+        let endpoints = [&self.endpoints[0], &self.endpoints[2]];
+        let ways = endpoints.into_iter().flat_map(|endpoint| MODES.map(|mode| (endpoint, mode)));
+        let begin = |(n, (endpoint, mode)): (usize, (&Endpoint, Mode))| {
+            let data = harness::noise(PARTIAL_WRITE_LENGTH, (round * 10 + n) as u64);
+            let request =
+                Request::write(PARTIAL_WRITES_OFFSET + (n * PARTIAL_WRITE_LENGTH) as u64, &data);
+            let whole = header(mode) + PARTIAL_WRITE_LENGTH;
             let sent = [0, 1, header(mode) - 1, header(mode), whole / 2, whole - 1];
-            Halfway::begin(door, mode, request, sent[(round + n) % sent.len()])
+            PartialWrite::begin(endpoint, mode, request, sent[(round + n) % sent.len()])
         };
         ways.enumerate().map(begin).collect()
     }
 
-    /// Ends everybody; fails when anybody saw anything.
+    /// Stops all clients; fails if one of them has seen an error.
     #[track_caller]
     fn stop(self, what: &str) {
-        let ended: Vec<_> = self.steady.into_iter().map(Steady::stop).collect();
-        tell(&self.fio.stop());
-        tell(&self.libnbd.stop());
+        let summaries: Vec<_> = self.steady.into_iter().map(Verifier::stop).collect();
+        report(&self.fio.stop());
+        report(&self.libnbd.stop());
         drop(self.qemu);
         let mut slowest = Duration::ZERO;
-        for (name, knocker) in self.knockers {
-            let knocks = knocker.stop();
-            let bad = (knocks.refused, &knocks.failed[..]);
-            assert_eq!(bad, (0, &[][..]), "connections by {name}, {} went well", knocks.served);
-            slowest = slowest.max(knocks.worst);
+        for (name, reconnector) in self.reconnectors {
+            let connections = reconnector.stop();
+            let bad = (connections.refused, &connections.failed[..]);
+            assert_eq!(
+                bad,
+                (0, &[][..]),
+                "failed connections by {name}; {} succeeded",
+                connections.served
+            );
+            slowest = slowest.max(connections.worst);
         }
-        let answers: u64 = ended.iter().map(|e| e.answers).sum();
-        let stall = ended.iter().map(|e| e.worst_stall).max().unwrap();
-        tell(&format!(
-            "{what}: {answers} answers, the worst stall {stall:?}, the slowest new connection {slowest:?}"
+        let replies: u64 = summaries.iter().map(|e| e.replies).sum();
+        let stall = summaries.iter().map(|e| e.worst_stall).max().unwrap();
+        report(&format!(
+            "{what}: {replies} replies, longest stall {stall:?}, slowest new connection {slowest:?}"
         ));
     }
 }
 
-/// A host with everything that [`Load`] needs.
+/// A host with the sockets that [`Load`] uses.
 fn host() -> Host {
     let host = Host::installed("a");
     host.write(
@@ -114,7 +128,7 @@ fn host() -> Host {
     host
 }
 
-/// Nothing at all may have gone wrong.
+/// Fails if the service has logged a warning or an error.
 #[track_caller]
 fn assert_no_warnings(host: &Host) {
     let entries = host.journal(&format!("--unit={DISK} --priority=warning"));
@@ -123,18 +137,18 @@ fn assert_no_warnings(host: &Host) {
 }
 
 #[test]
-fn no_client_notices_a_restart() {
+fn restarts_are_invisible_to_clients() {
     in_lab(|| {
         let host = host();
         let load = Load::start(&host);
-        load.assert_in_sync();
+        load.wait_for_progress();
         for round in 0..env_number("FLEXNBD_LAB_RESTARTS").unwrap_or(RESTARTS) {
             let before = host.pid(DISK);
-            let halves = load.halfway(round as usize);
+            let partial_writes = load.begin_partial_writes(round as usize);
             host.systemctl(&format!("restart {DISK}"));
             assert_ne!(host.pid(DISK), before, "another process serves now");
-            halves.into_iter().for_each(Halfway::finish);
-            load.assert_in_sync();
+            partial_writes.into_iter().for_each(PartialWrite::finish);
+            load.wait_for_progress();
         }
         load.stop("restarts");
         assert_no_warnings(&host);
@@ -142,20 +156,20 @@ fn no_client_notices_a_restart() {
 }
 
 #[test]
-fn no_client_notices_an_upgrade_of_the_package() {
+fn package_upgrades_are_invisible_to_clients() {
     in_lab(|| {
         let host = host();
         let load = Load::start(&host);
-        load.assert_in_sync();
+        load.wait_for_progress();
         for (round, deb) in [package::next(), package::current()].iter().enumerate() {
             let before = host.pid(DISK);
-            let halves = load.halfway(round);
+            let partial_writes = load.begin_partial_writes(round);
             host.install(deb);
             let version = host.ok("dpkg-query --show --showformat='${Version}' flexnbd");
             assert!(version.ends_with(if round == 0 { "-2" } else { "-1" }), "{version}");
             assert_ne!(host.pid(DISK), before, "another process serves now");
-            halves.into_iter().for_each(Halfway::finish);
-            load.assert_in_sync();
+            partial_writes.into_iter().for_each(PartialWrite::finish);
+            load.wait_for_progress();
         }
         load.stop("upgrades");
         assert_no_warnings(&host);

@@ -1,8 +1,8 @@
-//! Runs a test inside a lab session: the test binary starts itself again there, for that one test.
-//! Never lets more than two sessions run at once, and never outlives its test.
+//! Runs a test inside a lab session: the test binary executes itself there for that one test.
+//! At most two sessions run at once, and none outlives its test.
 //!
-//! Outside, [`in_lab`] looks for what a lab needs, makes the packages, and waits for the session's
-//! end. Inside, it runs the test, which sees no other network than that of its hosts.
+//! Outside, [`in_lab`] checks the requirements, builds the packages, and waits for the session.
+//! Inside, it runs the test, whose network namespace contains only its hosts.
 
 use crate::package;
 use harness::{project_path, require_root, require_tools, skip};
@@ -14,21 +14,21 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
-/// Set inside a session.
+/// Environment variable that is set inside a session.
 const INSIDE: &str = "FLEXNBD_LAB_INSIDE";
-/// The directory of the packages, for those inside.
+/// Environment variable inside a session: the directory of the packages.
 const PACKAGES: &str = "FLEXNBD_LAB_PACKAGES";
-/// Sessions at once: more only slow each other down.
+/// Sessions at once; more would only slow each other down.
 const SESSIONS_MAX: usize = 2;
-/// How long a test may take that normally takes less than a minute.
+/// Time limit of a test, which normally takes less than a minute.
 const LIMIT: Duration = Duration::from_secs(400);
-/// What a line begins with that is to be seen although the test passes.
-const NEWS: &str = "\u{2}news: ";
+/// Prefix of a line that is printed even if the test passes.
+const REPORT_PREFIX: &str = "\u{2}report: ";
 
-/// The name of clients' threads.
+/// The thread name of clients.
 const CLIENT: &str = "client";
 
-/// What a lab is made of, and the clients that are let loose in it.
+/// The programs that a lab and its clients consist of.
 const TOOLS: [&str; 16] = [
     "cargo-deb",
     "dbus-daemon",
@@ -48,59 +48,59 @@ const TOOLS: [&str; 16] = [
     "unshare",
 ];
 
-/// Runs `body` in a session of its own. It must be the closure of a test that does nothing else:
-/// the name of the test is taken from it.
+/// Runs `body` in a session of its own. `body` must be the closure of a test function that does
+/// nothing else: its type name yields the name of the test.
 #[track_caller]
 pub(crate) fn in_lab<F: FnOnce()>(body: F) {
     if std::env::var_os(INSIDE).is_some() {
-        be_quiet_about_clients();
+        silence_client_panics();
         return body();
     }
     let path = type_name::<F>();
     let name = path.split_once("::").map_or(path, |(_, name)| name);
     let name = name.strip_suffix("::{{closure}}").expect("the body is a closure of the test");
-    if !can_be_had(name) {
+    if !requirements_met(name) {
         return;
     }
-    let packages = package::both();
-    let _slot = Slot::take();
-    let output = session(name, &packages);
+    let packages = package::directory();
+    let _slot = Slot::acquire();
+    let output = run_session(name, &packages);
     let text = String::from_utf8_lossy(&output.stdout);
     let text = format!("{text}{}", String::from_utf8_lossy(&output.stderr));
     let passed = output.status.success() && text.contains("1 passed");
-    assert!(passed, "{name} ended with {} and said:\n{text}", output.status);
-    for line in text.lines().filter_map(|line| line.strip_prefix(NEWS)) {
+    assert!(passed, "{name} exited with {}:\n{text}", output.status);
+    for line in text.lines().filter_map(|line| line.strip_prefix(REPORT_PREFIX)) {
         let _ = writeln!(std::io::stderr(), "{name}: {line}");
     }
 }
 
-/// The thread of a client, whose failure is for its test to report, if it is one.
-pub(crate) fn client<T: Send + 'static>(
+/// Spawns a client's thread. Its panics print nothing: the test decides whether they are failures.
+pub(crate) fn spawn_client<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> std::thread::JoinHandle<T> {
     std::thread::Builder::new().name(CLIENT.to_owned()).spawn(work).unwrap()
 }
 
-fn be_quiet_about_clients() {
-    let aloud = std::panic::take_hook();
+fn silence_client_panics() {
+    let default_hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         if std::thread::current().name() != Some(CLIENT) {
-            aloud(panic);
+            default_hook(panic);
         }
     }));
 }
 
-/// Says something that is to be seen although the test passes.
-pub(crate) fn tell(news: &str) {
-    println!("\n{NEWS}{news}");
+/// Prints a line that is shown even if the test passes.
+pub(crate) fn report(text: &str) {
+    println!("\n{REPORT_PREFIX}{text}");
 }
 
-/// Inside: where the packages are.
+/// Inside a session: the directory of the packages.
 pub(crate) fn packages() -> PathBuf {
     std::env::var_os(PACKAGES).expect("inside a session").into()
 }
 
-/// Runs `lab.sh` with these words to its end.
+/// Runs `lab.sh` with these arguments until it exits.
 #[track_caller]
 pub(crate) fn lab(words: &[&str]) -> Output {
     let script = std::env::var_os("LAB").expect("inside a session");
@@ -109,20 +109,20 @@ pub(crate) fn lab(words: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-/// Whether there can be a lab here. When not: fails under `CI`, says so elsewhere.
-fn can_be_had(name: &str) -> bool {
+/// Whether this machine can run a lab. If not: fails under `CI`, otherwise prints a skip line.
+fn requirements_met(name: &str) -> bool {
     if !require_root(name) {
         return false;
     }
     if !std::path::Path::new("/dev/loop-control").exists() {
-        assert!(std::env::var_os("CI").is_none(), "no loop devices, and CI must not skip");
+        assert!(std::env::var_os("CI").is_none(), "no loop devices; CI must not skip");
         skip(name, "there are no loop devices");
         return false;
     }
     require_tools(&TOOLS)
 }
 
-fn session(name: &str, packages: &OsStr) -> Output {
+fn run_session(name: &str, packages: &OsStr) -> Output {
     let script = project_path("tests/lab/lab.sh");
     let limit = LIMIT.as_secs().to_string();
     let mut command = Command::new("timeout");
@@ -133,23 +133,23 @@ fn session(name: &str, packages: &OsStr) -> Output {
     command.output().unwrap()
 }
 
-/// The right to run a session.
+/// A slot for one of the [`SESSIONS_MAX`] sessions.
 struct Slot;
 
-static TAKEN: Mutex<usize> = Mutex::new(0);
-static GIVEN_BACK: Condvar = Condvar::new();
+static SLOTS_TAKEN: Mutex<usize> = Mutex::new(0);
+static SLOT_RELEASED: Condvar = Condvar::new();
 
 impl Slot {
-    fn take() -> Slot {
-        let taken = TAKEN.lock().unwrap();
-        *GIVEN_BACK.wait_while(taken, |taken| *taken >= SESSIONS_MAX).unwrap() += 1;
+    fn acquire() -> Slot {
+        let taken = SLOTS_TAKEN.lock().unwrap();
+        *SLOT_RELEASED.wait_while(taken, |taken| *taken >= SESSIONS_MAX).unwrap() += 1;
         Slot
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        *TAKEN.lock().unwrap() -= 1;
-        GIVEN_BACK.notify_one();
+        *SLOTS_TAKEN.lock().unwrap() -= 1;
+        SLOT_RELEASED.notify_one();
     }
 }

@@ -1,16 +1,16 @@
-//! The README's block device: another engine keeps it, an instance serves it, and it moves to a
-//! block device of another host. A loop device stands for the engine's.
+//! The block device example in the README: an instance serves a device of another storage engine
+//! and migrates it to a block device of another host. A loop device replaces the engine's.
 
 use crate::host::{DISK, Host};
-use crate::moving::{send, wait_for_arrival};
+use crate::migration::{send, wait_for_arrival};
 use crate::session::{in_lab, lab};
-use crate::steady::{Calamity, Steady};
+use crate::verifier::{Crash, Verifier};
 use harness::session::Mode;
 use harness::{MIB, project_path};
 
 const SIZE: u64 = 64 * MIB;
 
-/// The configuration in the README, for this device instead of the one there.
+/// The configuration from the README, with `FILE` set to `device`.
 fn configuration(device: &str) -> String {
     let readme = std::fs::read_to_string(project_path("README.md")).unwrap();
     let (_, block) = readme.split_once("```conf device\n").expect("the README has a device");
@@ -35,11 +35,11 @@ fn a_block_device_moves_to_a_block_device() {
     in_lab(|| {
         let (a, b) = (host_with_device("a"), host_with_device("b"));
         a.systemctl(&format!("start {DISK}"));
-        let client = Steady::start(&a.nbd(), Mode::Extended, 0..SIZE);
-        client.wait_for_answers(200);
+        let client = Verifier::start(&a.nbd(), Mode::Extended, 0..SIZE);
+        client.wait_for_replies(200);
         send(&a, &b, "");
         wait_for_arrival(&a, &b);
-        let ended = client.lost();
-        ended.memory.clone().verify(&b.nbd(), Calamity::Death);
+        let summary = client.wait_for_loss();
+        summary.model.clone().verify(&b.nbd(), Crash::Process);
     });
 }

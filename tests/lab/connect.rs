@@ -1,7 +1,6 @@
-//! A client that connects in a loop: each time it shakes hands, reads a block, and leaves.
-//! Never tries again without counting what went wrong.
+//! A client that connects in a loop: handshake, one read, disconnect. Counts every failure.
 
-use crate::session::client;
+use crate::session::spawn_client;
 use harness::raw::{FIXED_NEWSTYLE, NO_ZEROES, READ, Wire};
 use harness::session::{Mode, Request, Session};
 use harness::{Endpoint, raw};
@@ -12,57 +11,57 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Between two connections, so that others get some of the machine.
+/// Pause between two connections, which leaves CPU time to other clients.
 const PAUSE: Duration = Duration::from_millis(3);
 
-/// How its connections went.
+/// Statistics of a client's connections.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Knocks {
+pub(crate) struct Connections {
     pub(crate) served: u64,
-    /// Nobody listened.
+    /// ECONNREFUSED.
     pub(crate) refused: u64,
-    /// Closed, or otherwise lost, after connecting: what was said of the first few.
+    /// The errors of connections that were closed or lost after connecting.
     pub(crate) failed: Vec<String>,
-    /// The longest time from connecting to having read.
+    /// The longest time from connecting to the reply.
     pub(crate) worst: Duration,
 }
 
-/// One at work.
-pub(crate) struct Knocker {
+/// The client, in a thread of its own.
+pub(crate) struct Reconnector {
     stop: Arc<AtomicBool>,
     served: Arc<AtomicU64>,
-    thread: JoinHandle<Knocks>,
+    thread: JoinHandle<Connections>,
 }
 
-impl Knocker {
-    pub(crate) fn start(target: &Endpoint) -> Knocker {
+impl Reconnector {
+    pub(crate) fn start(target: &Endpoint) -> Reconnector {
         let (stop, target) = (Arc::new(AtomicBool::new(false)), target.clone());
         let served = Arc::new(AtomicU64::new(0));
-        let (told, count) = (Arc::clone(&stop), Arc::clone(&served));
-        let thread = client(move || {
-            let mut knocks = Knocks::default();
-            while !told.load(Ordering::SeqCst) {
-                knocks.knock(&target);
-                count.store(knocks.served, Ordering::SeqCst);
+        let (stop_requested, count) = (Arc::clone(&stop), Arc::clone(&served));
+        let thread = spawn_client(move || {
+            let mut connections = Connections::default();
+            while !stop_requested.load(Ordering::SeqCst) {
+                connections.connect(&target);
+                count.store(connections.served, Ordering::SeqCst);
                 thread::sleep(PAUSE);
             }
-            knocks
+            connections
         });
-        Knocker { stop, served, thread }
+        Reconnector { stop, served, thread }
     }
 
     pub(crate) fn served(&self) -> u64 {
         self.served.load(Ordering::SeqCst)
     }
 
-    pub(crate) fn stop(self) -> Knocks {
+    pub(crate) fn stop(self) -> Connections {
         self.stop.store(true, Ordering::SeqCst);
         self.thread.join().unwrap()
     }
 }
 
-impl Knocks {
-    fn knock(&mut self, target: &Endpoint) {
+impl Connections {
+    fn connect(&mut self, target: &Endpoint) {
         let began = Instant::now();
         let wire = match Wire::try_connect(target) {
             Ok(wire) => wire,
@@ -72,7 +71,7 @@ impl Knocks {
             }
             Err(error) => return self.failed.push(error.to_string()),
         };
-        match catch_unwind(AssertUnwindSafe(|| visit(wire))) {
+        match catch_unwind(AssertUnwindSafe(|| read_one_block(wire))) {
             Ok(()) => self.served += 1,
             Err(panic) => self.failed.push(panic.downcast::<String>().map_or_else(
                 |_| "it failed".to_owned(),
@@ -83,7 +82,7 @@ impl Knocks {
     }
 }
 
-fn visit(mut wire: Wire) {
+fn read_one_block(mut wire: Wire) {
     let flags = wire.recv_greeting();
     assert_eq!(flags & 1, 1, "fixed newstyle");
     wire.send(&(FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
@@ -92,25 +91,25 @@ fn visit(mut wire: Wire) {
     session.wire.send(&raw::encode_request(raw::DISC, 0, 0, 0, 0));
 }
 
-/// How one connection to a server that refuses went.
+/// The result of one connection attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Turned {
-    /// Connected, and closed without a byte.
-    Away,
-    /// Nobody listened.
+pub(crate) enum Probe {
+    /// The server closed the connection without sending a byte.
+    Closed,
+    /// ECONNREFUSED.
     Refused,
-    /// Greeted: not refused at all.
-    In,
+    /// The server sent its greeting.
+    Greeted,
 }
 
-/// Connects once and sees what happens.
+/// Connects once.
 #[track_caller]
-pub(crate) fn try_door(target: &Endpoint) -> Turned {
-    let Ok(mut wire) = Wire::try_connect(target) else { return Turned::Refused };
+pub(crate) fn probe(target: &Endpoint) -> Probe {
+    let Ok(mut wire) = Wire::try_connect(target) else { return Probe::Refused };
     match wire.try_recv(&mut [0; 18]) {
-        Ok(0) => Turned::Away,
-        Ok(_) => Turned::In,
-        Err(error) if error.kind() == ErrorKind::ConnectionReset => Turned::Away,
+        Ok(0) => Probe::Closed,
+        Ok(_) => Probe::Greeted,
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Probe::Closed,
         Err(error) => panic!("neither greeted nor closed: {error}"),
     }
 }

@@ -1,5 +1,5 @@
-//! Clients that others have written: fio, libnbd, and QEMU, which reconnects by itself.
-//! Never takes a program's exit status for proof: each tells what it has done and what it missed.
+//! Third-party clients: fio, libnbd, and QEMU, which reconnects by itself.
+//! Checks what each program reports about its requests, besides its exit status.
 
 use harness::{Endpoint, TIMEOUT, TempDir, poll_until, project_path, temp_dir, wait_until};
 use nix::sys::signal::{Signal, kill};
@@ -7,14 +7,15 @@ use nix::unistd::Pid;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-/// Random writes over four connections, 32 in flight on each, read back and verified all the time.
+/// fio: random writes over four connections, 32 in flight on each, continuously read back and
+/// verified.
 pub(crate) struct Fio {
     child: Child,
     dir: TempDir,
 }
 
 impl Fio {
-    /// Keeps to the first 128 MiB of the disk.
+    /// Uses the first 128 MiB of the disk.
     #[track_caller]
     pub(crate) fn start(target: &Endpoint) -> Fio {
         let dir = temp_dir();
@@ -24,7 +25,7 @@ impl Fio {
              --size=16m --offset_increment=32m --numjobs=4 --iodepth=32 --verify=crc32c \
              --verify_backlog=512 --verify_fatal=1 --verify_state_save=0 --group_reporting \
              --time_based --runtime=3600 --output-format=json";
-        // It takes all it can get; the server and our own clients come first.
+        // fio uses all available CPU time; the server and our clients have priority.
         let mut command = Command::new("nice");
         command.arg("fio").args(words.split_whitespace()).arg(format!("--uri={}", target.uri()));
         command.current_dir(dir.path()).stdin(Stdio::null()).stdout(report).stderr(log);
@@ -38,12 +39,12 @@ impl Fio {
         file("log") + &file("report")
     }
 
-    /// Ends it; fails when it has seen any error. How much it has written and read, in requests,
-    /// and how long the slowest took.
+    /// Stops fio; fails if it reports an error. Returns a line with the number of requests and
+    /// the highest latency.
     #[track_caller]
     pub(crate) fn stop(mut self) -> String {
         let early = self.child.try_wait().unwrap();
-        assert!(early.is_none(), "fio has ended with {}: {}", early.unwrap(), self.log());
+        assert!(early.is_none(), "fio exited with {}: {}", early.unwrap(), self.log());
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).unwrap();
         wait_until("fio to end", || self.child.try_wait().unwrap().is_some());
         let log = self.log();
@@ -53,7 +54,7 @@ impl Fio {
         assert_eq!(job["error"], 0, "{log}");
         assert!(!log.contains("verify: bad"), "{log}");
         let (wrote, read) = (&job["write"]["total_ios"], &job["read"]["total_ios"]);
-        assert!(read.as_u64().unwrap() > 0, "fio has verified nothing: {log}");
+        assert!(read.as_u64().unwrap() > 0, "fio verified nothing: {log}");
         let slowest = job["write"]["clat_ns"]["max"].as_f64().unwrap_or(0.0) / 1e6;
         format!("fio: {wrote} writes, {read} verified, the slowest {slowest:.0} ms")
     }
@@ -61,12 +62,12 @@ impl Fio {
 
 impl Drop for Fio {
     fn drop(&mut self) {
-        end(&mut self.child);
+        kill_and_reap(&mut self.child);
     }
 }
 
-/// QEMU between a client and the server: it connects anew when its connection breaks, and sends
-/// again what was not answered, so that the client behind it must notice nothing at all.
+/// qemu-storage-daemon between a client and the server: it reconnects after a connection loss and
+/// resends unanswered requests, so the client behind it must see no error.
 pub(crate) struct Qemu {
     child: Child,
     dir: TempDir,
@@ -93,14 +94,14 @@ impl Qemu {
         let child = command.stdin(Stdio::null()).spawn().unwrap();
         let mut qemu = Qemu { child, dir };
         let up = poll_until(TIMEOUT, || {
-            assert!(qemu.child.try_wait().unwrap().is_none(), "qemu-storage-daemon has ended");
+            assert!(qemu.child.try_wait().unwrap().is_none(), "qemu-storage-daemon exited");
             std::os::unix::net::UnixStream::connect(&socket).is_ok()
         });
-        assert!(up, "qemu-storage-daemon does not serve");
+        assert!(up, "qemu-storage-daemon does not accept connections");
         qemu
     }
 
-    /// Where it serves what it gets.
+    /// The unix socket where it serves the disk.
     pub(crate) fn endpoint(&self) -> Endpoint {
         Endpoint::Unix(self.dir.path().join("nbd.sock"))
     }
@@ -108,11 +109,11 @@ impl Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        end(&mut self.child);
+        kill_and_reap(&mut self.child);
     }
 }
 
-/// A libnbd program that keeps 32 requests in flight and verifies what it reads.
+/// The libnbd client `libnbd.py`: keeps 32 requests in flight and verifies every read.
 pub(crate) struct Libnbd {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -120,11 +121,11 @@ pub(crate) struct Libnbd {
 }
 
 impl Libnbd {
-    /// Writes in the part of the disk from `offset` on, in bytes.
+    /// Uses the disk from `offset` on, in bytes.
     #[track_caller]
     pub(crate) fn start(target: &Endpoint, offset: u64) -> Libnbd {
         let script = project_path("tests/lab/libnbd.py");
-        // Debian's, which knows its packages, and not whichever comes first in PATH.
+        // Debian's Python, which has its packages; PATH may name another.
         let mut command = Command::new("nice");
         command.arg("/usr/bin/python3").arg(script).arg(target.uri()).arg(offset.to_string());
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -140,7 +141,7 @@ impl Libnbd {
         line.trim_end().to_owned()
     }
 
-    /// Ends it; fails when it has seen any error. What it says it has done.
+    /// Stops the client; fails if it exits with an error. Returns its summary line.
     #[track_caller]
     pub(crate) fn stop(mut self) -> String {
         let _ = self.stdin.take().unwrap().write_all(b"stop\n");
@@ -153,11 +154,11 @@ impl Libnbd {
 
 impl Drop for Libnbd {
     fn drop(&mut self) {
-        end(&mut self.child);
+        kill_and_reap(&mut self.child);
     }
 }
 
-fn end(child: &mut Child) {
+fn kill_and_reap(child: &mut Child) {
     if let Ok(None) = child.try_wait() {
         let _ = child.kill();
         let _ = child.wait();
