@@ -146,7 +146,7 @@ impl SilentConnections {
                 StopRequest::Serve | StopRequest::Suspend | StopRequest::Finish => return true,
                 request => SessionEnd::Requested(request),
             };
-            shared.rejections.log_handshake_end(peer, registration.id, &end);
+            registration.span.in_scope(|| shared.rejections.log_handshake_end(peer, &end));
             false
         });
     }
@@ -286,7 +286,7 @@ fn greet(
         Ok(_) => None,
         Err(error) => {
             let end = SessionEnd::Connection(error);
-            shared.rejections.log_handshake_end(&peer, registration.id, &end);
+            registration.span.in_scope(|| shared.rejections.log_handshake_end(&peer, &end));
             None
         }
     }
@@ -307,7 +307,7 @@ pub(super) fn restore(
     });
     match registered {
         Ok((peer, registration)) => {
-            info!("flexnbd.client" = %peer, "flexnbd.session" = session, "{peer} goes on");
+            registration.span.in_scope(|| info!("{peer} goes on"));
             spawn_session(shared, stream, peer, registration, Some(snapshot));
         }
         Err(why) => warn!("flexnbd.session" = session, "closed a session taken over: {why}"),
@@ -344,6 +344,7 @@ fn run_session(
     registration: Registration,
     snapshot: Option<SessionSnapshot>,
 ) {
+    let _entered = registration.span.clone().entered();
     let id = registration.id;
     let session = Session {
         stream,
@@ -358,9 +359,9 @@ fn run_session(
     let (end, snapshot) = session.run(snapshot);
     shared.policy.on_session_end(id);
     if session.registration.is_established() || matches!(end, SessionEnd::Suspended) {
-        log_end(&session.peer, id, &end);
+        log_end(&session.peer, &end);
     } else {
-        shared.rejections.log_handshake_end(&session.peer, id, &end);
+        shared.rejections.log_handshake_end(&session.peer, &end);
     }
     if let Some(snapshot) = snapshot {
         let Session { stream, registration, .. } = session;
@@ -368,9 +369,10 @@ fn run_session(
     }
 }
 
-fn log_end(peer: &Peer, id: u64, end: &SessionEnd) {
+/// Logs the end of a session inside its span.
+fn log_end(peer: &Peer, end: &SessionEnd) {
     if matches!(end, SessionEnd::Suspended) {
-        info!("flexnbd.client" = %peer, "flexnbd.session" = id, "packed up the session of {peer}");
+        info!("packed up the session of {peer}");
         return;
     }
     let message_id = match end {
@@ -379,14 +381,8 @@ fn log_end(peer: &Peer, id: u64, end: &SessionEnd) {
         _ => None,
     };
     if end.is_trouble() {
-        warn!(
-            message_id, "flexnbd.client" = %peer, "flexnbd.session" = id,
-            "closed the session of {peer}: {end}"
-        );
+        warn!(message_id, "closed the session of {peer}: {end}");
     } else {
-        info!(
-            message_id, "flexnbd.client" = %peer, "flexnbd.session" = id,
-            "closed the session of {peer}: {end}"
-        );
+        info!(message_id, "closed the session of {peer}: {end}");
     }
 }

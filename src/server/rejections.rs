@@ -1,4 +1,4 @@
-//! The log of connections that never became clients. Anybody on the network can cause these lines,
+//! The log of connections that never became clients. Any host on the network can cause these lines,
 //! so a [`LogLimit`] bounds them by reason and source network, and counts the rest.
 
 use super::control::StopRequest;
@@ -68,8 +68,8 @@ impl Rejections {
         }
     }
 
-    /// Logs why a session ended during its handshake.
-    pub(super) fn log_handshake_end(&self, peer: &Peer, session: u64, end: &SessionEnd) {
+    /// Logs why a session ended during its handshake. Called inside the session's span.
+    pub(super) fn log_handshake_end(&self, peer: &Peer, end: &SessionEnd) {
         let reason = match end {
             SessionEnd::Full => RejectReason::Full,
             SessionEnd::Requested(StopRequest::NotAdmitted) => RejectReason::Acl,
@@ -80,15 +80,9 @@ impl Rejections {
         }
         let message_id = reason.message_id();
         if end.is_trouble() {
-            warn!(
-                message_id, "flexnbd.client" = %peer, "flexnbd.session" = session,
-                "closed the session of {peer}: {end}"
-            );
+            warn!(message_id, "closed the session of {peer}: {end}");
         } else {
-            info!(
-                message_id, "flexnbd.client" = %peer, "flexnbd.session" = session,
-                "closed the session of {peer}: {end}"
-            );
+            info!(message_id, "closed the session of {peer}: {end}");
         }
     }
 

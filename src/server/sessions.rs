@@ -16,7 +16,7 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use thiserror::Error;
-use tracing::info;
+use tracing::{Span, info, info_span};
 
 /// How many evicted connections may not have been closed yet before accepting pauses.
 const EVICTED_MAX: usize = 16;
@@ -141,6 +141,8 @@ pub(super) struct Registration {
     pub(super) since: Instant,
     /// Carries stop requests to the session.
     pub(super) control: Arc<SessionControl>,
+    /// Gives the session's log lines their journal fields. The session's thread runs inside it.
+    pub(super) span: Span,
 }
 
 impl Sessions {
@@ -275,7 +277,8 @@ impl Sessions {
             SlotKind::Handshake(handshake) => handshake.since,
             SlotKind::Evicted | SlotKind::Established => Instant::now(),
         };
-        Ok(Registration { sessions: Arc::clone(self), id, since, control })
+        let span = info_span!("session", "flexnbd.client" = %peer, "flexnbd.session" = id);
+        Ok(Registration { sessions: Arc::clone(self), id, since, control, span })
     }
 
     /// Stops accepting. A connection that is being accepted is still registered.
@@ -516,7 +519,7 @@ impl Registration {
         }
         drop(inner);
         if matches!(before, SlotKind::Handshake(_)) {
-            info!("flexnbd.client" = %peer, "flexnbd.session" = self.id, "{peer} connected");
+            info!("{peer} connected");
         }
         self.sessions.acceptor_wake.wake();
         true

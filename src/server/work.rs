@@ -281,22 +281,12 @@ impl<'a> Worker<'a> {
         let (kind, errno) = failure.unzip();
         let errno = errno.flatten();
         self.failures = self.failures.saturating_add(1);
-        let (client, session) = (self.client.as_str(), self.session);
+        let client = &self.client;
         if self.failures <= FAILURES_LOGGED_MAX {
-            warn!(
-                message_id = kind,
-                "flexnbd.client" = client,
-                "flexnbd.session" = session,
-                errno,
-                "{client}: {what}"
-            );
+            warn!(message_id = kind, errno, "{client}: {what}");
         }
         if self.failures == FAILURES_LOGGED_MAX {
-            warn!(
-                "flexnbd.client" = client,
-                "flexnbd.session" = session,
-                "{client}: further failed requests are not logged"
-            );
+            warn!("{client}: further failed requests are not logged");
         }
     }
 }
