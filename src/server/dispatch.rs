@@ -227,7 +227,7 @@ impl Transmission<'_> {
 
     fn skip(&mut self, to: ReplyTo, remaining: u64, failed: Option<(Request, io::Error)>) -> bool {
         let step = remaining.min(self.inbox.bytes().len() as u64);
-        // It fits: no more than what is in the inbox.
+        // It fits: at most the length of the inbox.
         self.inbox.consume(step as usize);
         let remaining = remaining - step;
         if remaining > 0 {
@@ -246,7 +246,7 @@ impl Transmission<'_> {
         remaining: u64,
         mut data: Vec<u8>,
     ) -> Result<bool, SessionEnd> {
-        // It fits: no more than what is in the inbox.
+        // It fits: at most the length of the inbox.
         let step = remaining.min(self.inbox.bytes().len() as u64) as usize;
         data.extend_from_slice(&self.inbox.bytes()[..step]);
         self.inbox.consume(step);

@@ -1,5 +1,8 @@
-//! Sessions on a disk that is as slow as the test wants: what waits for it, and what does not.
+//! Tests of requests in flight, on a disk that completes each operation when the test says so.
 
+use super::test_support::{
+    TIMEOUT, connect_tcp, let_others_run, listen, wait_for_clients, wait_until,
+};
 use super::{Grace, Server, ServerConfig, SessionSettings, StoredSessions};
 use crate::disk::Disk;
 use crate::disk::inflight::{BYTES_MAX, IN_FLIGHT_MAX};
@@ -10,7 +13,7 @@ use crate::nbd::handshake::option::encode_option;
 use crate::nbd::reply::{Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND, PRIVATE_OPTION};
-use crate::net::{Address, Listener};
+use crate::net::Address;
 use crate::server::policy::{ExportPolicy, RecordingPolicy};
 use nix::libc::ENOSPC;
 use std::io::{self, Read, Write};
@@ -24,7 +27,6 @@ mod stopping_tests;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 16 * MIB;
-const PATIENCE: Duration = Duration::from_secs(20);
 const FUA: CommandFlags = CommandFlags::FUA;
 const PLAIN: CommandFlags = CommandFlags::empty();
 
@@ -39,12 +41,12 @@ struct Fixture {
     recorder: Arc<RecordingPolicy>,
 }
 
-fn fixture(settings: SessionSettings) -> Fixture {
+fn fixture_with(settings: SessionSettings) -> Fixture {
     let (memory, faults) = (MemoryBackend::new(SIZE), Arc::new(Faults::default()));
     let (slow, recorder) = (Arc::new(Slow::default()), Arc::new(RecordingPolicy::default()));
     let image = || FailingBackend::new(memory.clone(), Arc::clone(&faults));
-    let behind = Box::new(SlowBackend::new(image(), Arc::clone(&slow)));
-    let disk = Arc::new(Disk::new(behind, false));
+    let backend = Box::new(SlowBackend::new(image(), Arc::clone(&slow)));
+    let disk = Arc::new(Disk::new(backend, false));
     let (server, address) = open(&disk, &recorder, settings, StoredSessions::default());
     Fixture { server, address, disk, image: image(), memory, faults, slow, recorder }
 }
@@ -55,35 +57,32 @@ fn open(
     settings: SessionSettings,
     stored: StoredSessions,
 ) -> (Server, Address) {
-    let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
-    let address = listener.local_address().unwrap();
-    let anybody = ServerConfig::allow_all(vec![listener], disk);
+    let (listener, address) = listen();
+    let allow_all = ServerConfig::allow_all(vec![listener], disk);
     let policy = Arc::clone(recorder) as Arc<dyn ExportPolicy>;
-    (Server::start(ServerConfig { policy, settings, stored, ..anybody }).unwrap(), address)
+    (Server::start(ServerConfig { policy, settings, stored, ..allow_all }).unwrap(), address)
 }
 
-fn plain() -> Fixture {
-    fixture(SessionSettings::default())
+fn fixture() -> Fixture {
+    fixture_with(SessionSettings::default())
 }
 
 impl Fixture {
-    /// A client that has chosen the default export, and simple replies.
+    /// A client of the default export, with simple replies.
     fn client(&self) -> Client {
         self.client_after(&[])
     }
 
-    /// The same, after the private option was sent and answered.
-    fn introduced(&self) -> Client {
+    /// A client that has sent the private option.
+    fn client_with_private_command(&self) -> Client {
         let mut option = Vec::new();
         encode_option(PRIVATE_OPTION, &[], &mut option);
         self.client_after(&option)
     }
 
-    /// The same after one option with two replies that have no data, or none.
+    /// A client that has sent an option with two replies without data, or no option.
     fn client_after(&self, option: &[u8]) -> Client {
-        let Address::Tcp(address) = self.address else { panic!("not TCP") };
-        let mut stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut stream = connect_tcp(&self.address);
         stream.read_exact(&mut [0; 18]).unwrap();
         stream.write_all(b"\0\0\0\x03").unwrap();
         if !option.is_empty() {
@@ -95,33 +94,31 @@ impl Fixture {
         Client(stream)
     }
 
-    fn finish(&self, nth: usize) {
+    /// Completes the operation with this index.
+    fn complete(&self, nth: usize) {
         self.slow.complete(nth, &self.image);
     }
 
-    /// Makes the first call of this kind that is under way, once it is.
-    fn finish_one(&self, kind: &str) {
-        let deadline = Instant::now() + PATIENCE;
+    /// Completes the first operation of this kind, once it is in flight.
+    fn complete_one(&self, kind: &str) {
+        let deadline = Instant::now() + TIMEOUT;
         loop {
             let calls = self.slow.wait_for(0);
             if let Some(nth) = calls.iter().position(|call| call.starts_with(kind)) {
-                return self.finish(nth);
+                return self.complete(nth);
             }
             assert!(Instant::now() < deadline, "no {kind} among {calls:?}");
             thread::yield_now();
         }
     }
 
-    fn hurry(&self) {
+    /// Completes all operations, including later ones.
+    fn complete_all(&self) {
         self.slow.complete_all(&self.image);
     }
 
     fn wait_for_clients(&self, count: usize) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.server.client_count() != count {
-            assert!(Instant::now() < deadline, "{} clients", self.server.client_count());
-            thread::yield_now();
-        }
+        wait_for_clients(&self.server, count);
     }
 }
 
@@ -153,8 +150,8 @@ impl Client {
         self.ask(CommandKind::Cache, PLAIN, 0, 4096, cookie);
     }
 
-    /// The cookie and the error of the next reply.
-    fn head(&mut self) -> (u64, u32) {
+    /// Cookie and error of the next reply.
+    fn reply(&mut self) -> (u64, u32) {
         let mut head = [0; 16];
         self.0.read_exact(&mut head).unwrap();
         let Some((Head::Simple { cookie, error }, _)) = Head::decode(&head).unwrap() else {
@@ -169,10 +166,10 @@ impl Client {
         data
     }
 
-    /// Asks for something that is at hand, and for nothing else to be answered before.
-    fn is_answered_first(&mut self) {
+    /// Reads data in memory, and asserts that no other request is answered before.
+    fn assert_read_is_answered_first(&mut self) {
         self.read(8 * MIB, 512, 9999);
-        assert_eq!(self.head(), (9999, 0));
+        assert_eq!(self.reply(), (9999, 0));
         self.data(512);
     }
 
@@ -182,8 +179,8 @@ impl Client {
 }
 
 #[test]
-fn nothing_that_is_slow_holds_up_what_is_asked_behind_it() {
-    let fixture = plain();
+fn slow_requests_do_not_delay_later_ones() {
+    let fixture = fixture();
     let mut client = fixture.client();
     client.flush(1);
     fixture.slow.wait_for(1);
@@ -192,28 +189,28 @@ fn nothing_that_is_slow_holds_up_what_is_asked_behind_it() {
     client.ask(CommandKind::WriteZeroes, FUA, 2 * MIB, MIB, 4);
     client.cache(5);
     fixture.slow.wait_for(5);
-    client.is_answered_first();
+    client.assert_read_is_answered_first();
     for (kind, cookie) in [("Prefetch", 5), ("Trim", 3)] {
-        fixture.finish_one(kind);
-        assert_eq!(client.head(), (cookie, 0));
+        fixture.complete_one(kind);
+        assert_eq!(client.reply(), (cookie, 0));
     }
-    // Both may be told of a failure that concerns the other.
-    fixture.finish_one("Write");
-    client.is_answered_first();
-    fixture.finish_one("Flush");
-    let both = [client.head(), client.head()];
+    // Their replies wait for each other: the kernel may report an error of either to the other.
+    fixture.complete_one("Write");
+    client.assert_read_is_answered_first();
+    fixture.complete_one("Flush");
+    let both = [client.reply(), client.reply()];
     assert!(both.contains(&(1, 0)) && both.contains(&(2, 0)), "{both:?}");
-    // What is zeroed is then flushed.
-    fixture.finish_one("Zero");
+    // The durable zeroing is followed by a flush.
+    fixture.complete_one("Zero");
     fixture.slow.wait_for(1);
-    client.is_answered_first();
-    fixture.finish_one("Flush");
-    assert_eq!(client.head(), (4, 0));
+    client.assert_read_is_answered_first();
+    fixture.complete_one("Flush");
+    assert_eq!(client.reply(), (4, 0));
 }
 
 #[test]
-fn reads_of_what_is_not_in_memory_are_answered_as_it_comes() {
-    let fixture = plain();
+fn cold_reads_are_answered_as_their_data_arrives() {
+    let fixture = fixture();
     let mut client = fixture.client();
     fixture.memory.write(0, &[1; 4096], false).unwrap();
     fixture.memory.write(MIB, &[2; 100_000], false).unwrap();
@@ -221,69 +218,69 @@ fn reads_of_what_is_not_in_memory_are_answered_as_it_comes() {
     client.read(0, 4096, 1);
     client.read(MIB, 100_000, 2);
     client.write(PLAIN, 4 * MIB, &[3; 4096], 3);
-    assert_eq!(client.head(), (3, 0));
+    assert_eq!(client.reply(), (3, 0));
     let loads = fixture.slow.wait_for(2);
     assert!(loads.iter().all(|load| load.starts_with("Populate")), "{loads:?}");
-    fixture.finish(1);
-    assert_eq!(client.head(), (2, 0));
+    fixture.complete(1);
+    assert_eq!(client.reply(), (2, 0));
     assert!(client.data(100_000) == [2; 100_000]);
-    fixture.finish(0);
-    assert_eq!(client.head(), (1, 0));
+    fixture.complete(0);
+    assert_eq!(client.reply(), (1, 0));
     assert!(client.data(4096) == [1; 4096]);
 }
 
 #[test]
-fn writes_to_parts_of_what_is_not_in_memory_wait_aside() {
-    let fixture = plain();
+fn writes_with_cold_edges_do_not_delay_others() {
+    let fixture = fixture();
     let mut client = fixture.client();
     fixture.slow.evict_all();
     client.write(PLAIN, 100, &[1; 100], 1);
     client.write(PLAIN, 4096, &[2; 4096], 2);
-    assert_eq!(client.head(), (2, 0));
+    assert_eq!(client.reply(), (2, 0));
     fixture.slow.wait_for(1);
-    fixture.finish(0);
-    assert_eq!(client.head(), (1, 0));
+    fixture.complete(0);
+    assert_eq!(client.reply(), (1, 0));
     assert_eq!(fixture.memory.contents()[199..201], [1, 0]);
 }
 
 #[test]
-fn changes_of_the_same_bytes_are_made_in_the_order_in_which_they_came() {
-    let fixture = plain();
+fn overlapping_changes_keep_their_order() {
+    let fixture = fixture();
     let mut client = fixture.client();
     client.write(FUA, 0, &[1; 8192], 1);
     client.write(PLAIN, 4096, &[2; 4096], 2);
     client.write(PLAIN, 8000, &[3; 96], 3);
-    client.is_answered_first();
+    client.assert_read_is_answered_first();
     assert_eq!(fixture.slow.wait_for(1).len(), 1);
-    fixture.finish(0);
-    assert_eq!((client.head(), client.head(), client.head()), ((1, 0), (2, 0), (3, 0)));
+    fixture.complete(0);
+    assert_eq!((client.reply(), client.reply(), client.reply()), ((1, 0), (2, 0), (3, 0)));
     assert_eq!(fixture.memory.contents()[4095..4097], [1, 2]);
     assert_eq!(fixture.memory.contents()[7999..8001], [2, 3]);
 }
 
 #[test]
-fn what_is_to_be_durable_at_the_same_time_is_flushed_once() {
-    let fixture = plain();
+fn concurrent_durable_requests_share_flushes() {
+    let fixture = fixture();
     let mut client = fixture.client();
-    // Behind a read, so that all of it has arrived when it is looked at.
+    // A read at the closed gate first, so that all requests have arrived when they are parsed.
     let mut sent = Client(client.0.try_clone().unwrap());
-    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+    fixture.disk.gate().close_and_drain(Instant::now() + TIMEOUT).unwrap();
     sent.read(0, 512, 0);
     for cookie in 1..=20 {
         sent.write(FUA, cookie * 4096, &[1; 4096], cookie);
         sent.flush(100 + cookie);
     }
     fixture.disk.gate().reopen();
-    assert_eq!(client.head(), (0, 0));
+    assert_eq!(client.reply(), (0, 0));
     client.data(512);
     let mut answered = std::collections::BTreeSet::new();
     let mut flushes = 0;
     while answered.len() < 40 {
         flushes += fixture.slow.wait_for(1).len();
-        fixture.finish(0);
+        fixture.complete(0);
         client.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         while client.0.peek(&mut [0; 16]).is_ok_and(|count| count == 16) {
-            let (cookie, error) = client.head();
+            let (cookie, error) = client.reply();
             assert!(error == 0 && answered.insert(cookie));
         }
     }
@@ -292,25 +289,25 @@ fn what_is_to_be_durable_at_the_same_time_is_flushed_once() {
 }
 
 #[test]
-fn what_fails_aside_is_told_and_the_session_goes_on() {
-    let fixture = plain();
+fn failed_operations_are_error_replies_in_a_live_session() {
+    let fixture = fixture();
     let mut client = fixture.client();
     client.ask(CommandKind::WriteZeroes, PLAIN, 0, 4096, 1);
     client.write(FUA, 4096, &[1; 4096], 2);
     fixture.slow.wait_for(2);
     fixture.slow.fail(0, ENOSPC);
-    assert_eq!(client.head(), (1, ErrorCode::NoSpace.number()));
+    assert_eq!(client.reply(), (1, ErrorCode::NoSpace.number()));
     fixture.faults.fail_every(Op::Write, ENOSPC);
     fixture.slow.fail(0, ENOSPC);
-    assert_eq!(client.head(), (2, ErrorCode::NoSpace.number()));
+    assert_eq!(client.reply(), (2, ErrorCode::NoSpace.number()));
     assert_eq!(fixture.recorder.calls(), ["on_write_failure", "on_write_failure"]);
     fixture.faults.heal();
-    client.is_answered_first();
+    client.assert_read_is_answered_first();
 }
 
 #[test]
-fn the_gate_closes_behind_what_is_under_way_and_what_comes_then_waits() {
-    let fixture = plain();
+fn the_closing_gate_drains_io_and_delays_later_requests() {
+    let fixture = fixture();
     let mut client = fixture.client();
     client.write(FUA, 0, &[1; 4096], 1);
     fixture.slow.wait_for(1);
@@ -318,22 +315,21 @@ fn the_gate_closes_behind_what_is_under_way_and_what_comes_then_waits() {
     let busy = fixture.disk.gate().close_and_drain(soon);
     assert_eq!(busy, Err(StillBusy { visits: 1 }));
     thread::scope(|scope| {
-        let closing =
-            scope.spawn(|| fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE));
-        // Whatever arrives meanwhile must not keep the session from seeing the end of the write.
+        let closing = scope.spawn(|| fixture.disk.gate().close_and_drain(Instant::now() + TIMEOUT));
+        // Requests that arrive meanwhile must not keep the session from seeing the completion.
         for cookie in 2..40 {
             client.read(0, 4096, cookie);
             client.flush(100 + cookie);
         }
-        fixture.finish(0);
-        // If the flushes got in before the gate was closed, they have to end, too.
-        fixture.hurry();
+        fixture.complete(0);
+        // Flushes that passed the gate before it closed have to complete, too.
+        fixture.complete_all();
         assert_eq!(closing.join().unwrap(), Ok(()));
     });
     fixture.disk.gate().reopen();
     let mut answered = std::collections::BTreeSet::new();
     for _ in 0..77 {
-        let (cookie, error) = client.head();
+        let (cookie, error) = client.reply();
         assert!(error == 0 && answered.insert(cookie));
         if (2..40).contains(&cookie) {
             client.data(4096);
@@ -342,9 +338,9 @@ fn the_gate_closes_behind_what_is_under_way_and_what_comes_then_waits() {
 }
 
 #[test]
-fn goodbye_and_handover_come_after_all_that_was_asked_before() {
-    let fixture = plain();
-    let mut client = fixture.introduced();
+fn disconnect_and_handover_wait_for_earlier_requests() {
+    let fixture = fixture();
+    let mut client = fixture.client_with_private_command();
     client.write(FUA, 0, &[1; 4096], 1);
     let header = Header { flags: 0, kind: PRIVATE_COMMAND, cookie: 2, offset: 0, length: 4 };
     let mut bytes = Vec::new();
@@ -353,39 +349,39 @@ fn goodbye_and_handover_come_after_all_that_was_asked_before() {
     client.0.write_all(b"over").unwrap();
     fixture.slow.wait_for(1);
     assert_eq!(fixture.recorder.calls(), <[&str; 0]>::default());
-    fixture.finish(0);
-    assert_eq!((client.head(), client.head()), ((1, 0), (2, 0)));
+    fixture.complete(0);
+    assert_eq!((client.reply(), client.reply()), ((1, 0), (2, 0)));
     client.write(FUA, 0, &[1; 4096], 3);
     client.ask(CommandKind::Disconnect, PLAIN, 0, 0, 4);
     fixture.slow.wait_for(1);
     assert_eq!(fixture.recorder.calls(), ["handover"]);
-    fixture.finish(0);
-    assert_eq!(client.head(), (3, 0));
+    fixture.complete(0);
+    assert_eq!(client.reply(), (3, 0));
     fixture.wait_for_clients(0);
     assert_eq!(fixture.recorder.calls(), ["handover", "on_disconnect", "on_session_end"]);
 }
 
 #[test]
-fn whatever_was_sent_before_the_client_ended_its_side_is_answered_when_it_is_done() {
-    let fixture = plain();
+fn requests_before_end_of_stream_are_answered_on_completion() {
+    let fixture = fixture();
     let mut client = fixture.client();
-    // More than can be under way, so that some of it is still to be taken when the end is there.
+    // More than can be in flight, so that some are not begun when the end of the stream arrives.
     let count = 2 * IN_FLIGHT_MAX as u64;
     for cookie in 0..count {
         client.cache(cookie);
     }
     client.0.shutdown(Shutdown::Write).unwrap();
     fixture.slow.wait_for(IN_FLIGHT_MAX);
-    fixture.hurry();
+    fixture.complete_all();
     for _ in 0..count {
-        assert_eq!(client.head().1, 0);
+        assert_eq!(client.reply().1, 0);
     }
     assert!(client.is_closed());
 }
 
 #[test]
-fn what_is_under_way_stays_within_its_limits_however_much_is_asked() {
-    let fixture = plain();
+fn io_in_flight_stays_within_its_limits() {
+    let fixture = fixture();
     let mut client = fixture.client();
     const EACH: u64 = 128 << 10;
     let mut sending = Client(client.0.try_clone().unwrap());
@@ -399,61 +395,61 @@ fn what_is_under_way_stays_within_its_limits_however_much_is_asked() {
             sending.cache(cookie);
         }
     });
-    // Blocks at the edges have to be loaded: until then all of the data is kept.
+    // The blocks at the edges are populated first; until then the session keeps all of the data.
     let most = BYTES_MAX / EACH as usize;
     fixture.slow.wait_for(most);
-    (0..1000).for_each(|_| thread::yield_now());
+    let_others_run();
     assert_eq!(fixture.slow.count(), most);
     for _ in 0..asked {
         fixture.slow.wait_for(1);
-        fixture.finish(0);
-        assert_eq!(client.head().1, 0);
+        fixture.complete(0);
+        assert_eq!(client.reply().1, 0);
     }
     fixture.slow.wait_for(IN_FLIGHT_MAX);
-    (0..1000).for_each(|_| thread::yield_now());
+    let_others_run();
     assert_eq!(fixture.slow.count(), IN_FLIGHT_MAX);
-    fixture.hurry();
+    fixture.complete_all();
     for _ in 0..2 * IN_FLIGHT_MAX {
-        assert_eq!(client.head().1, 0);
+        assert_eq!(client.reply().1, 0);
     }
     sender.join().unwrap();
 }
 
 #[test]
-fn the_killswitch_does_not_strike_while_it_is_the_disk_that_is_slow() {
+fn the_killswitch_ignores_time_spent_on_the_disk() {
     let stall_limit = Some(Duration::from_millis(50));
-    let fixture = fixture(SessionSettings { stall_limit, ..SessionSettings::default() });
+    let fixture = fixture_with(SessionSettings { stall_limit, ..SessionSettings::default() });
     let mut client = fixture.client();
     client.write(FUA, 0, &[1; 4096], 1);
     // This one cannot be begun yet.
     client.write(PLAIN, 0, &[2; 4096], 2);
     fixture.slow.wait_for(1);
-    // There is nothing to wait for: nothing must happen.
+    // There is no event to wait for: the session must not end.
     thread::sleep(Duration::from_millis(200));
-    fixture.finish(0);
-    assert_eq!((client.head(), client.head()), ((1, 0), (2, 0)));
+    fixture.complete(0);
+    assert_eq!((client.reply(), client.reply()), ((1, 0), (2, 0)));
 }
 
 #[test]
-fn a_client_that_comes_back_overwrites_what_it_lost() {
-    let fixture = plain();
+fn a_reconnected_client_overwrites_its_lost_changes() {
+    let fixture = fixture();
     let mut old = fixture.client();
     for cookie in 0..24 {
         old.ask(CommandKind::WriteZeroes, PLAIN, cookie * 4096, 4096, cookie);
     }
-    old.is_answered_first();
+    old.assert_read_is_answered_first();
     let begun = fixture.slow.count();
     drop(old);
     let mut new = fixture.client();
-    // One that the old session has begun, one that it has not, and a long one across both.
+    // Over a change that the old session has begun, over one that waits, and over both.
     new.write(PLAIN, 0, &[1; 4096], 1);
     new.write(FUA, 23 * 4096, &[2; 4096], 2);
     new.write(PLAIN, 4096, &[3; 300 << 10], 3);
     new.0.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-    assert!(new.0.peek(&mut [0]).is_err(), "none of them may be made yet");
-    new.0.set_read_timeout(Some(PATIENCE)).unwrap();
-    fixture.hurry();
-    let mut answered: Vec<_> = (0..3).map(|_| new.head()).collect();
+    assert!(new.0.peek(&mut [0]).is_err(), "no write may be made yet");
+    new.0.set_read_timeout(Some(TIMEOUT)).unwrap();
+    fixture.complete_all();
+    let mut answered: Vec<_> = (0..3).map(|_| new.reply()).collect();
     answered.sort_unstable();
     assert_eq!(answered, [(1, 0), (2, 0), (3, 0)]);
     fixture.wait_for_clients(1);
@@ -463,12 +459,12 @@ fn a_client_that_comes_back_overwrites_what_it_lost() {
 }
 
 #[test]
-fn a_reset_connection_is_seen_while_a_long_zeroing_is_made() {
-    let fixture = plain();
+fn a_reset_connection_ends_a_long_zeroing() {
+    let fixture = fixture();
     let mut client = fixture.client();
     client.ask(CommandKind::WriteZeroes, PLAIN, 0, SIZE, 1);
     fixture.slow.wait_for(1);
-    // More than may be in flight, so that the session does not even look for requests.
+    // More than may be in flight, so that the session does not receive.
     for cookie in 0..2 * IN_FLIGHT_MAX as u64 {
         client.cache(cookie + 10);
     }
@@ -476,48 +472,44 @@ fn a_reset_connection_is_seen_while_a_long_zeroing_is_made() {
     let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
     nix::sys::socket::setsockopt(&client.0, nix::sys::socket::sockopt::Linger, &linger).unwrap();
     drop(client);
-    // The session ends with what it has begun: the zeroing after the part that it is at, or the one
-    // behind that if it has looked just before.
-    fixture.finish_one("Zero");
-    fixture.hurry();
+    // The session ends after the part of the zeroing that is being made, or the next if it has checked
+    // the connection just before.
+    fixture.complete_one("Zero");
+    fixture.complete_all();
     fixture.wait_for_clients(0);
     assert!(fixture.faults.count(Op::Zero) < 3, "{} parts", fixture.faults.count(Op::Zero));
 }
 
 #[test]
-fn writing_back_starts_after_a_step_of_writes() {
-    let fixture = plain();
+fn write_back_starts_after_a_step_of_writes() {
+    let fixture = fixture();
     let mut client = fixture.client();
     let step = crate::disk::write_behind::STEP_BYTES;
     for at in 0..step / MIB {
         assert_eq!(fixture.faults.count(Op::WriteBack), 0, "{at} MiB");
         client.write(PLAIN, at * MIB, &[1; MIB as usize], at);
-        assert_eq!(client.head(), (at, 0));
+        assert_eq!(client.reply(), (at, 0));
     }
-    let deadline = Instant::now() + PATIENCE;
-    while fixture.faults.count(Op::WriteBack) == 0 {
-        assert!(Instant::now() < deadline, "it never starts");
-        thread::yield_now();
-    }
-    assert_eq!(fixture.faults.count(Op::Flush), 0, "nobody waits for it");
+    wait_until("it never starts", || fixture.faults.count(Op::WriteBack) > 0);
+    assert_eq!(fixture.faults.count(Op::Flush), 0, "write-back is no flush");
 }
 
 #[test]
-fn a_backlog_of_a_client_that_ended_its_side_changes_nothing() {
-    let fixture = plain();
+fn a_backlog_of_a_disconnected_client_changes_nothing() {
+    let fixture = fixture();
     let mut old = fixture.client();
     for cookie in 0..IN_FLIGHT_MAX as u64 {
         old.cache(cookie);
     }
     fixture.slow.wait_for(IN_FLIGHT_MAX);
-    // There is no room for these: they wait where nobody sees what they are.
+    // The in-flight I/O is at its limit: these wait in the socket and the inbox.
     old.write(PLAIN, 0, &[1; 4096], 1000);
     old.ask(CommandKind::WriteZeroes, PLAIN, 4096, 4096, 1001);
     old.0.shutdown(Shutdown::Write).unwrap();
     let mut new = fixture.client();
     new.write(PLAIN, 0, &[2; 8192], 1);
-    assert_eq!(new.head(), (1, 0));
-    fixture.hurry();
+    assert_eq!(new.reply(), (1, 0));
+    fixture.complete_all();
     fixture.wait_for_clients(1);
     assert!(fixture.memory.contents()[..8192] == [2; 8192]);
 }

@@ -45,6 +45,8 @@ mod slots;
 mod snapshot;
 mod stall;
 #[cfg(test)]
+mod test_support;
+#[cfg(test)]
 mod tests;
 pub mod throttle;
 mod transmission;

@@ -157,7 +157,7 @@ impl Server {
     }
 
     /// Stops accepting, lets sessions answer the requests that they have received, and disconnects
-    /// those that have not done so within `grace`. Returns when all sessions have ended, or
+    /// the rest after `grace`. Returns when all sessions have ended, or
     /// `grace.clients` after the rest was disconnected.
     pub fn stop(&mut self, grace: impl Into<Grace>) {
         self.stop_accepting();
@@ -166,7 +166,7 @@ impl Server {
     }
 
     /// Stops accepting and suspends up to `capacity` sessions for the next process, each as soon as
-    /// it has no I/O in flight. Ends the others, and those that are not ready within `grace`, as
+    /// it has no I/O in flight. Ends the other sessions, and after `grace` the busy ones, as
     /// [`Server::stop`] does. Ends all of them if a flush has failed, even one of the last: the next
     /// process would not know of the failure and report the next flush as a success.
     pub fn suspend(&mut self, capacity: usize, grace: impl Into<Grace>) -> StoredSessions {

@@ -1,7 +1,7 @@
 //! Slots for connections in the handshake: which connection is evicted when all slots are taken.
 //! Pure: time is an argument, and the caller evicts.
 //!
-//! Anybody can open connections and send nothing, so a silent connection must not keep its slot while
+//! Any host can open connections and send nothing, so a silent connection must not keep its slot while
 //! others wait to be accepted. Silent connections are evicted first, among them those of the network
 //! with the most slots, among those the oldest. A connection that has sent an option has more time,
 //! and one that has identified itself as the source of a migration keeps its slot.

@@ -1,7 +1,10 @@
-//! A whole server over real sockets, on disks in memory that fail when told to.
+//! Tests of a whole server over real sockets, on a memory disk with injected faults.
 
 use super::acl::Acl;
 use super::reads;
+use super::test_support::{
+    TIMEOUT, connect_tcp, let_others_run, listen, wait_for_clients, wait_until,
+};
 use super::{Server, ServerConfig, SessionSettings, policy};
 use crate::client::{ClientError, Connection};
 use crate::disk::Disk;
@@ -10,7 +13,7 @@ use crate::nbd::handshake::client::{ClientHandshake, ClientOffer, ClientStep};
 use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
-use crate::net::{Address, Listener, Stream, connect};
+use crate::net::{Address, Stream, connect};
 use crate::server::policy::{ExportPolicy, RecordingPolicy};
 use nix::libc::{EIO, ENOSPC};
 use std::io::{Read, Write};
@@ -20,7 +23,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const SIZE: u64 = 8 << 20;
-const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Fixture {
     server: Server,
@@ -42,39 +44,35 @@ fn serve_with(
     let (memory, faults) = (MemoryBackend::new(SIZE), Arc::new(Faults::default()));
     let image = FailingBackend::new(memory.clone(), Arc::clone(&faults));
     let disk = Arc::new(Disk::new(Box::new(image), false));
-    let listener = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
-    let address = listener.local_address().unwrap();
-    let anybody = ServerConfig::allow_all(vec![listener], &disk);
-    let opening = ServerConfig { policy, clients_max, settings, ..anybody };
-    let server = Server::start(opening).unwrap();
+    let (listener, address) = listen();
+    let allow_all = ServerConfig::allow_all(vec![listener], &disk);
+    let config = ServerConfig { policy, clients_max, settings, ..allow_all };
+    let server = Server::start(config).unwrap();
     Fixture { server, address, disk, memory, faults }
 }
 
-fn plain() -> Fixture {
+fn fixture() -> Fixture {
     serve(SessionSettings::default(), 4)
 }
 
 impl Fixture {
     fn stream(&self) -> Stream {
-        connect(&self.address, None, PATIENCE).unwrap()
+        connect(&self.address, None, TIMEOUT).unwrap()
     }
 
     fn client(&self) -> Connection {
-        Connection::open(self.stream(), "", PATIENCE).unwrap()
+        Connection::open(self.stream(), "", TIMEOUT).unwrap()
     }
 
     fn raw(&self) -> TcpStream {
-        let Address::Tcp(address) = self.address else { panic!("not TCP") };
-        let stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream
+        connect_tcp(&self.address)
     }
 
     fn chunked(&self, extended: bool) -> Chunked {
         let mut stream = self.raw();
-        let wish =
+        let offer =
             ClientOffer { structured: true, extended, allocation: true, ..ClientOffer::default() };
-        let mut handshake = ClientHandshake::new(wish);
+        let mut handshake = ClientHandshake::new(offer);
         let mut input = Vec::new();
         loop {
             let mut byte = [0];
@@ -91,15 +89,11 @@ impl Fixture {
     }
 
     fn wait_for_clients(&self, count: usize) {
-        let deadline = Instant::now() + PATIENCE;
-        while self.server.client_count() != count {
-            assert!(Instant::now() < deadline, "{} clients", self.server.client_count());
-            thread::yield_now();
-        }
+        wait_for_clients(&self.server, count);
     }
 }
 
-/// A client that speaks structured or extended replies by hand.
+/// A raw client with structured or extended replies.
 struct Chunked {
     stream: TcpStream,
     dialect: Dialect,
@@ -125,7 +119,7 @@ impl Chunked {
         }
     }
 
-    /// All chunks of the next reply, and the data of each.
+    /// The chunks of the next reply with their data.
     fn reply(&mut self) -> Vec<(Chunk, Vec<u8>)> {
         let mut all = Vec::new();
         loop {
@@ -142,7 +136,7 @@ impl Chunked {
     }
 }
 
-fn bytes_of(client: &mut Connection, offset: u64, length: u32) -> Result<Vec<u8>, ClientError> {
+fn read(client: &mut Connection, offset: u64, length: u32) -> Result<Vec<u8>, ClientError> {
     let mut all = Vec::new();
     client.read(offset, length, &mut |data| {
         all.extend_from_slice(data);
@@ -152,15 +146,15 @@ fn bytes_of(client: &mut Connection, offset: u64, length: u32) -> Result<Vec<u8>
 }
 
 #[test]
-fn what_was_written_is_read_back_at_any_offset_and_length() {
-    let fixture = plain();
+fn written_data_is_read_back_at_any_offset_and_length() {
+    let fixture = fixture();
     let mut client = fixture.client();
     for (offset, length) in
         [(0, 1), (511, 4097), (4096, 300_000), (1 << 20, 3 << 20), (SIZE - 1, 1)]
     {
         let data: Vec<u8> = (0..length).map(|n: u32| (n % 251) as u8 + 1).collect();
         client.write(offset, &data).unwrap();
-        assert!(bytes_of(&mut client, offset, length).unwrap() == data, "{length} at {offset}");
+        assert!(read(&mut client, offset, length).unwrap() == data, "{length} at {offset}");
     }
     client.flush().unwrap();
     client.close();
@@ -169,7 +163,7 @@ fn what_was_written_is_read_back_at_any_offset_and_length() {
 
 #[test]
 fn zeros_written_into_holes_allocate_nothing() {
-    let fixture = plain();
+    let fixture = fixture();
     let mut client = fixture.client();
     client.write(4096, &vec![0; 1 << 20]).unwrap();
     assert_eq!(fixture.memory.allocated_blocks(), 0);
@@ -178,29 +172,29 @@ fn zeros_written_into_holes_allocate_nothing() {
 }
 
 #[test]
-fn the_nth_failing_operation_is_an_error_at_the_client_and_the_session_goes_on() {
+fn a_failed_operation_is_an_error_reply_in_a_live_session() {
     for n in 1..=4u64 {
-        let fixture = plain();
+        let fixture = fixture();
         let mut client = fixture.client();
         fixture.faults.fail_nth(n, ENOSPC);
         let outcomes = [
             client.write(0, &[1; 4096]),
-            bytes_of(&mut client, 0, 4096).map(drop),
+            read(&mut client, 0, 4096).map(drop),
             client.write(8192, &[2; 100]),
             client.flush(),
         ];
         for (index, outcome) in outcomes.iter().enumerate() {
             let fails = index as u64 + 1 == n;
-            let told = matches!(outcome, Err(ClientError::Refused(ErrorCode::NoSpace)));
-            assert_eq!(told, fails, "operation {index} with fault {n}: {outcome:?}");
+            let refused = matches!(outcome, Err(ClientError::Refused(ErrorCode::NoSpace)));
+            assert_eq!(refused, fails, "operation {index} with fault {n}: {outcome:?}");
         }
-        assert!(bytes_of(&mut client, 0, 512).is_ok());
+        assert!(read(&mut client, 0, 512).is_ok());
     }
 }
 
 #[test]
-fn a_failed_flush_is_told_to_every_later_flush() {
-    let fixture = plain();
+fn every_flush_fails_after_a_failed_one() {
+    let fixture = fixture();
     let mut client = fixture.client();
     fixture.faults.fail_nth(1, EIO);
     for _ in 0..3 {
@@ -210,7 +204,7 @@ fn a_failed_flush_is_told_to_every_later_flush() {
 }
 
 #[test]
-fn a_write_that_fails_and_a_flush_that_fails_are_told_to_whoever_knows_whose_the_disk_is() {
+fn the_policy_learns_of_failed_writes_and_flushes() {
     let recorder = Arc::new(RecordingPolicy::default());
     let fixture = serve_with(Arc::clone(&recorder) as _, SessionSettings::default(), 4);
     let mut client = fixture.client();
@@ -221,13 +215,13 @@ fn a_write_that_fails_and_a_flush_that_fails_are_told_to_whoever_knows_whose_the
     client.flush().unwrap_err();
     assert_eq!(recorder.calls().len(), 2);
     fixture.faults.fail_nth(1, EIO);
-    bytes_of(&mut client, 0, 4096).unwrap_err();
+    read(&mut client, 0, 4096).unwrap_err();
     assert_eq!(recorder.calls().len(), 2, "a read changes nothing");
 }
 
 #[test]
-fn whatever_was_sent_before_the_client_ended_its_side_is_answered() {
-    let fixture = plain();
+fn requests_before_end_of_stream_are_answered() {
+    let fixture = fixture();
     let mut client = fixture.chunked(false);
     const READS: usize = 6;
     for _ in 0..READS {
@@ -242,42 +236,42 @@ fn whatever_was_sent_before_the_client_ended_its_side_is_answered() {
 }
 
 #[test]
-fn a_simple_read_that_fails_anywhere_is_an_error_reply() {
-    let fixture = plain();
+fn a_failing_simple_read_is_an_error_reply() {
+    let fixture = fixture();
     let mut client = fixture.client();
     client.write(0, &vec![1; 3 << 20]).unwrap();
-    // One piece; several that are in hand together; more than that.
+    // A single piece; several that are buffered together; more than that.
     for (length, pieces) in
         [(4096, 1), (256 << 10, 1), (1 << 20, 1), ((1 << 20) + 1, 5), (3 << 20, 12)]
     {
         for nth in 1..=pieces {
             fixture.faults.fail_nth(nth, EIO);
-            let failed = bytes_of(&mut client, 0, length);
-            let told = matches!(&failed, Err(ClientError::Refused(ErrorCode::Io)));
-            assert!(told, "{length} bytes, read {nth} of the disk: {:?}", failed.map(|_| ()));
+            let failed = read(&mut client, 0, length);
+            let refused = matches!(&failed, Err(ClientError::Refused(ErrorCode::Io)));
+            assert!(refused, "{length} bytes, read {nth} of the disk: {:?}", failed.map(|_| ()));
         }
-        let read = bytes_of(&mut client, 0, length).unwrap();
+        let read = read(&mut client, 0, length).unwrap();
         assert!(read == vec![1; length as usize], "{length} bytes");
     }
 }
 
 #[test]
-fn a_disk_that_fails_after_it_was_read_once_ends_a_long_simple_read() {
-    let fixture = plain();
+fn a_long_simple_read_failing_after_its_header_ends_the_session() {
+    let fixture = fixture();
     fixture.client().write(0, &vec![1; 3 << 20]).unwrap();
     fixture.faults.fail_nth(12 + 2, EIO);
-    let simple = bytes_of(&mut fixture.client(), 0, 3 << 20);
+    let simple = read(&mut fixture.client(), 0, 3 << 20);
     assert!(matches!(simple, Err(ClientError::Connection(_))), "{:?}", simple.map(|_| ()));
 }
 
 #[test]
-fn a_structured_read_that_fails_half_way_says_where() {
-    let fixture = plain();
+fn a_partly_answered_structured_read_fails_with_an_offset() {
+    let fixture = fixture();
     let length = 1u32 << 20;
     fixture.client().write(0, &vec![1; length as usize]).unwrap();
     for extended in [false, true] {
         let mut client = fixture.chunked(extended);
-        // The first asks for the extent, the second reads, the third reads the second piece.
+        // The first operation asks for the extent, the second and third read two pieces.
         fixture.faults.fail_nth(3, EIO);
         client.ask(CommandKind::Read, CommandFlags::empty(), 0, u64::from(length));
         let reply = client.reply();
@@ -290,8 +284,8 @@ fn a_structured_read_that_fails_half_way_says_where() {
 }
 
 #[test]
-fn structured_reads_tell_holes_as_holes_unless_told_not_to_fragment() {
-    let fixture = plain();
+fn structured_reads_send_hole_chunks_except_with_df() {
+    let fixture = fixture();
     fixture.client().write(1 << 20, &[9; 4096]).unwrap();
     for extended in [false, true] {
         let mut client = fixture.chunked(extended);
@@ -315,8 +309,8 @@ fn structured_reads_tell_holes_as_holes_unless_told_not_to_fragment() {
 }
 
 #[test]
-fn one_extent_is_told_when_one_is_asked_for() {
-    let fixture = plain();
+fn req_one_limits_block_status_to_one_extent() {
+    let fixture = fixture();
     fixture.client().write(1 << 20, &[9; 4096]).unwrap();
     for extended in [false, true] {
         let mut client = fixture.chunked(extended);
@@ -333,10 +327,10 @@ fn one_extent_is_told_when_one_is_asked_for() {
 }
 
 #[test]
-fn two_hundred_requests_before_the_first_reply_is_read_do_not_deadlock() {
-    let fixture = plain();
+fn pipelining_two_hundred_requests_does_not_deadlock() {
+    let fixture = fixture();
     let mut client = fixture.raw();
-    // The default export by name, without options that have answers.
+    // `NBD_OPT_EXPORT_NAME` with the default export.
     client.read_exact(&mut [0; 18]).unwrap();
     client.write_all(&[0, 0, 0, 3]).unwrap();
     client.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
@@ -368,61 +362,61 @@ fn two_hundred_requests_before_the_first_reply_is_read_do_not_deadlock() {
 }
 
 #[test]
-fn clients_up_to_the_limit_are_served_and_the_next_is_closed_without_a_word() {
+fn a_client_beyond_the_limit_is_closed_without_greeting() {
     let fixture = serve(SessionSettings::default(), 3);
     let clients: Vec<_> = (0..3).map(|_| fixture.client()).collect();
-    let mut said = Vec::new();
-    fixture.raw().read_to_end(&mut said).unwrap();
-    assert!(said.is_empty());
+    let mut received = Vec::new();
+    fixture.raw().read_to_end(&mut received).unwrap();
+    assert!(received.is_empty());
     drop(clients);
     fixture.wait_for_clients(0);
-    bytes_of(&mut fixture.client(), 0, 512).unwrap();
+    read(&mut fixture.client(), 0, 512).unwrap();
 }
 
 #[test]
-fn a_handshake_that_takes_too_long_is_ended() {
+fn a_handshake_times_out() {
     let handshake_timeout = Duration::from_millis(50);
     let fixture = serve(SessionSettings { handshake_timeout, ..SessionSettings::default() }, 3);
-    let mut said = Vec::new();
-    fixture.raw().read_to_end(&mut said).unwrap();
-    assert_eq!(said.len(), 18);
+    let mut received = Vec::new();
+    fixture.raw().read_to_end(&mut received).unwrap();
+    assert_eq!(received.len(), 18);
     fixture.wait_for_clients(0);
 }
 
 #[test]
-fn the_killswitch_ends_a_client_in_the_middle_of_a_request_and_not_an_idle_one() {
+fn the_killswitch_ends_a_stalled_request_but_no_idle_client() {
     let stall_limit = Some(Duration::from_millis(50));
     let fixture = serve(SessionSettings { stall_limit, ..SessionSettings::default() }, 3);
     let mut idle = fixture.client();
-    let mut half = fixture.chunked(false);
-    half.ask(CommandKind::Write, CommandFlags::empty(), 0, 4096);
-    half.stream.write_all(&[1; 100]).unwrap();
+    let mut stalled = fixture.chunked(false);
+    stalled.ask(CommandKind::Write, CommandFlags::empty(), 0, 4096);
+    stalled.stream.write_all(&[1; 100]).unwrap();
     let mut rest = Vec::new();
-    half.stream.read_to_end(&mut rest).unwrap();
+    stalled.stream.read_to_end(&mut rest).unwrap();
     assert!(rest.is_empty());
-    bytes_of(&mut idle, 0, 512).unwrap();
+    read(&mut idle, 0, 512).unwrap();
 }
 
 #[test]
-fn a_new_list_ends_sessions_that_it_does_not_admit_at_once() {
-    let fixture = plain();
+fn a_new_acl_disconnects_clients_it_does_not_admit() {
+    let fixture = fixture();
     let mut client = fixture.client();
     fixture.server.set_acl(&["127.0.0.1"]).unwrap();
-    bytes_of(&mut client, 0, 512).unwrap();
+    read(&mut client, 0, 512).unwrap();
     fixture.server.set_acl(&["192.0.2.1"]).unwrap();
-    assert!(matches!(bytes_of(&mut client, 0, 512), Err(ClientError::Connection(_))));
+    assert!(matches!(read(&mut client, 0, 512), Err(ClientError::Connection(_))));
     fixture.wait_for_clients(0);
 }
 
 #[test]
-fn a_new_list_ends_sessions_that_wait_at_a_closed_gate_too() {
+fn a_new_acl_ends_sessions_that_wait_at_the_gate() {
     for reload in [false, true] {
-        let fixture = plain();
+        let fixture = fixture();
         let mut client = fixture.chunked(false);
-        fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+        fixture.disk.gate().close_and_drain(Instant::now() + TIMEOUT).unwrap();
         client.ask(CommandKind::Read, CommandFlags::empty(), 0, 512);
-        // Let it get to the gate; if it does not in time, it ends all the same.
-        (0..1000).for_each(|_| thread::yield_now());
+        // Usually the session then waits at the gate; it has to end in any case.
+        let_others_run();
         if reload {
             fixture.server.set_admission(Acl::parse(&["192.0.2.1"], false).unwrap(), 4);
         } else {
@@ -433,33 +427,33 @@ fn a_new_list_ends_sessions_that_wait_at_a_closed_gate_too() {
 }
 
 #[test]
-fn a_closed_gate_makes_requests_wait_and_a_session_end_when_the_server_stops() {
-    let mut fixture = plain();
+fn a_closed_gate_delays_requests_until_the_server_stops() {
+    let mut fixture = fixture();
     let mut client = fixture.client();
-    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
-    let waiting = thread::spawn(move || (bytes_of(&mut client, 0, 512).is_ok(), client));
+    fixture.disk.gate().close_and_drain(Instant::now() + TIMEOUT).unwrap();
+    let waiting = thread::spawn(move || (read(&mut client, 0, 512).is_ok(), client));
     let mut other = fixture.chunked(false);
     fixture.wait_for_clients(2);
     fixture.disk.gate().reopen();
     let (answered, _client) = waiting.join().unwrap();
     assert!(answered);
-    fixture.disk.gate().close_and_drain(Instant::now() + PATIENCE).unwrap();
+    fixture.disk.gate().close_and_drain(Instant::now() + TIMEOUT).unwrap();
     other.ask(CommandKind::Read, CommandFlags::empty(), 0, 512);
-    fixture.server.stop(PATIENCE);
+    fixture.server.stop(TIMEOUT);
     let mut rest = Vec::new();
     other.stream.read_to_end(&mut rest).unwrap();
     assert!(rest.is_empty());
 }
 
 #[test]
-fn stopping_answers_what_was_received_and_closes_without_an_error_reply() {
-    let mut fixture = plain();
+fn stopping_answers_received_requests_and_sends_no_error() {
+    let mut fixture = fixture();
     let mut client = fixture.chunked(false);
     for _ in 0..50 {
         client.ask(CommandKind::Read, CommandFlags::empty(), 0, 512);
     }
     client.reply();
-    fixture.server.stop(PATIENCE);
+    fixture.server.stop(TIMEOUT);
     let mut rest = Vec::new();
     client.stream.read_to_end(&mut rest).unwrap();
     assert_eq!(rest.len() % (20 + 8 + 512), 0);
@@ -468,8 +462,8 @@ fn stopping_answers_what_was_received_and_closes_without_an_error_reply() {
 }
 
 #[test]
-fn a_disk_that_is_gone_closes_sessions_without_an_answer() {
-    let fixture = plain();
+fn a_retired_gate_closes_sessions_without_a_reply() {
+    let fixture = fixture();
     let mut client = fixture.client();
     fixture.disk.gate().retire();
     assert!(matches!(client.flush(), Err(ClientError::Connection(_))));
@@ -477,33 +471,25 @@ fn a_disk_that_is_gone_closes_sessions_without_an_answer() {
 }
 
 #[test]
-fn whoever_lets_clients_in_answers_a_knock() {
-    let fixture = plain();
-    let door = fixture.server.acceptor_handle();
-    assert_eq!(door.answered(), 0);
+fn the_acceptor_answers_heartbeats() {
+    let fixture = fixture();
+    let acceptor = fixture.server.acceptor_handle();
+    assert_eq!(acceptor.answered(), 0);
     for number in [1, 2] {
-        door.probe(number);
-        let deadline = Instant::now() + PATIENCE;
-        while door.answered() != number {
-            assert!(Instant::now() < deadline, "no answer");
-            thread::yield_now();
-        }
+        acceptor.probe(number);
+        wait_until("no answer", || acceptor.answered() == number);
     }
 }
 
 #[test]
-fn a_door_is_closed_only_while_nobody_is_there() {
-    let fixture = plain();
+fn close_if_empty_fails_while_a_client_is_connected() {
+    let fixture = fixture();
     let client = fixture.client();
-    let door = fixture.server.acceptor_handle();
-    assert!(!door.close_if_empty());
+    let acceptor = fixture.server.acceptor_handle();
+    assert!(!acceptor.close_if_empty());
     drop(client);
-    let deadline = Instant::now() + PATIENCE;
-    while !door.close_if_empty() {
-        assert!(Instant::now() < deadline, "it does not close");
-        thread::yield_now();
-    }
+    wait_until("the server keeps accepting", || acceptor.close_if_empty());
     assert_eq!(fixture.server.client_count(), 0);
-    door.probe(4711);
-    assert_eq!(door.answered(), 4711);
+    acceptor.probe(4711);
+    assert_eq!(acceptor.answered(), 4711);
 }

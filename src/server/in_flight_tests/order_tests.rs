@@ -1,4 +1,4 @@
-//! Writes of several sessions to the same bytes: who waits for whom.
+//! Tests of the order of overlapping changes of several sessions.
 
 use super::*;
 use crate::disk::{Extent, Zeroing};
@@ -6,39 +6,40 @@ use crate::range::Range;
 use std::sync::{Condvar, Mutex};
 
 #[test]
-fn a_client_that_takes_no_replies_keeps_no_range_from_others() {
-    let fixture = plain();
+fn a_client_that_receives_no_replies_blocks_no_range() {
+    let fixture = fixture();
     fixture.slow.evict_all();
-    let mut lazy = fixture.client();
-    lazy.read(4 * MIB, MIB, 1);
-    fixture.finish_one("Populate");
-    assert_eq!(lazy.head(), (1, 0));
-    lazy.data(MIB);
+    let mut stalled = fixture.client();
+    stalled.read(4 * MIB, MIB, 1);
+    fixture.complete_one("Populate");
+    assert_eq!(stalled.reply(), (1, 0));
+    stalled.data(MIB);
     for cookie in 0..60 {
-        lazy.read(cookie * 8192, 4096, 100 + cookie);
+        stalled.read(cookie * 8192, 4096, 100 + cookie);
     }
     fixture.slow.wait_for(60);
     for cookie in 0..12 {
-        lazy.read(4 * MIB, MIB, 200 + cookie);
+        stalled.read(4 * MIB, MIB, 200 + cookie);
     }
     for cookie in 0..1000 {
-        lazy.read(4 * MIB, 4096, 1000 + cookie);
+        stalled.read(4 * MIB, 4096, 1000 + cookie);
     }
-    // The second one is registered behind the first; then loads end, more than replies are taken.
-    lazy.write(FUA, 8 * MIB, &[1; 4096], 2);
-    lazy.write(PLAIN, 8 * MIB, &[2; 300 << 10], 3);
+    // The second write is registered behind the first. Then more loads complete than the client receives
+    // replies for.
+    stalled.write(FUA, 8 * MIB, &[1; 4096], 2);
+    stalled.write(PLAIN, 8 * MIB, &[2; 300 << 10], 3);
     fixture.slow.wait_for(61);
     for _ in 0..60 {
-        fixture.finish_one("Populate");
+        fixture.complete_one("Populate");
     }
-    fixture.finish_one("Write");
+    fixture.complete_one("Write");
     let mut other = fixture.client();
     other.write(PLAIN, 8 * MIB, &[3; 4096], 1);
-    assert_eq!(other.head(), (1, 0));
+    assert_eq!(other.reply(), (1, 0));
 }
 
-/// An image that does not order writes of the same bytes, as a block device does not. A write that
-/// begins with [`STUCK`] sleeps until it may go on.
+/// State of a backend that does not order overlapping writes, as a block device does not: whether a
+/// write that begins with [`STUCK`] has begun, and whether it may complete.
 #[derive(Debug, Default)]
 struct Unordered {
     state: Mutex<(bool, bool)>,
@@ -48,7 +49,7 @@ struct Unordered {
 const STUCK: u8 = 7;
 
 #[derive(Debug)]
-struct UnorderedImage(MemoryBackend, Arc<Unordered>);
+struct UnorderedBackend(MemoryBackend, Arc<Unordered>);
 
 impl Unordered {
     fn wait(&self, until: impl Fn(&(bool, bool)) -> bool) {
@@ -62,7 +63,7 @@ impl Unordered {
     }
 }
 
-impl Backend for UnorderedImage {
+impl Backend for UnorderedBackend {
     fn size(&self) -> u64 {
         SIZE
     }
@@ -97,11 +98,11 @@ impl Backend for UnorderedImage {
 }
 
 #[test]
-fn a_plain_write_of_a_dead_session_comes_before_later_ones_on_a_device() {
-    let mut fixture = plain();
+fn a_dead_sessions_write_precedes_later_ones_on_devices() {
+    let mut fixture = fixture();
     let unordered = Arc::new(Unordered::default());
-    let image = UnorderedImage(fixture.memory.clone(), Arc::clone(&unordered));
-    let disk = Arc::new(Disk::new(Box::new(image), false));
+    let backend = UnorderedBackend(fixture.memory.clone(), Arc::clone(&unordered));
+    let disk = Arc::new(Disk::new(Box::new(backend), false));
     let recorder = Arc::clone(&fixture.recorder);
     let (server, address) =
         open(&disk, &recorder, SessionSettings::default(), StoredSessions::default());
@@ -113,10 +114,10 @@ fn a_plain_write_of_a_dead_session_comes_before_later_ones_on_a_device() {
     let mut new = fixture.client();
     new.write(PLAIN, 0, &[8; 4096], 1);
     new.0.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-    assert!(new.0.peek(&mut [0]).is_err(), "the write of the dead session is under way");
-    new.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(new.0.peek(&mut [0]).is_err(), "the write of the dead session is in flight");
+    new.0.set_read_timeout(Some(TIMEOUT)).unwrap();
     unordered.set(|state| state.1 = true);
-    assert_eq!(new.head(), (1, 0));
+    assert_eq!(new.reply(), (1, 0));
     assert_eq!(fixture.memory.contents()[..4096], [8; 4096]);
     drop(server);
 }
