@@ -67,7 +67,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let mut outcome = ExitCode::SUCCESS;
-    for file in configurations_in(&instance::configurations()) {
+    for file in configurations_in(&instance::config_directory()) {
         let Some(instance) = instance_of(&file) else { continue };
         let generated = match instance {
             Ok(name) => generate(&name, &file, read(&file).as_deref().map_err(String::clone)),
@@ -192,7 +192,7 @@ fn drop_in(from: &Path, lines: &[Line]) -> String {
 
 /// The address for `ListenStream=`; none if the configuration keeps that of the template.
 fn socket_address(settings: &Settings) -> Result<Option<String>, String> {
-    Ok(instance::place(settings)?.map(|address| unspecific(&address)))
+    Ok(instance::listen_address(settings)?.map(|address| unspecific(&address)))
 }
 
 fn socket(address: Option<String>, settings: &Settings) -> Vec<Line> {

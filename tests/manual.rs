@@ -53,10 +53,10 @@ fn module_source(module: &str) -> String {
     text
 }
 
-/// What `flexnbd LINE` would do, as far as the command line tells; panics if it cannot be meant.
+/// Panics unless the command line `flexnbd LINE` is valid.
 fn must_be_meant(line: &str) {
     let words = line.split_whitespace().map(std::ffi::OsString::from);
-    if let Err(flexnbd::cli::Stop::Misuse(misuse)) = flexnbd::cli::parse(words) {
-        panic!("`{line}` cannot be meant: {misuse}");
+    if let Err(flexnbd::cli::EarlyExit::Misuse(error)) = flexnbd::cli::parse(words) {
+        panic!("`{line}` is invalid: {error}");
     }
 }

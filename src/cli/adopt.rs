@@ -1,5 +1,5 @@
 //! `flexnbd adopt`: declares this copy of a disk the canonical one, in its ownership record.
-//! Never touches the disk's bytes, and nothing at all while somebody uses the image.
+//! Never changes the disk's bytes, and fails while another process has the image locked.
 
 use super::output;
 use crate::disk::ownership::{BadRecord, Provenance, Record, for_adopt};
@@ -20,62 +20,61 @@ pub struct Adopt {
     pub force: bool,
 }
 
-/// Why a copy was not adopted; each holds a sentence for the operator.
+/// Why a copy was not adopted; holds a sentence for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum AdoptError {
-    /// It is not fit to be, or not without `--force`.
+    /// The copy cannot be adopted, or only with `--force`.
     Refused(String),
-    /// The system failed us.
+    /// A system call failed.
     Io(String),
 }
 
-/// Adopts the copy, and tells what it was and is.
+/// Adopts the copy, and prints its old and new record.
 #[must_use]
 pub fn run(adopt: &Adopt) -> ExitCode {
-    match adopt.carry_out() {
-        Ok(told) => output::say(&told),
+    match adopt.execute() {
+        Ok(text) => output::print(&text),
         Err(AdoptError::Refused(why)) => {
-            output::complain(&format!("flexnbd adopt: {why}"), output::EXIT_CONFIG)
+            output::print_error(&format!("flexnbd adopt: {why}"), output::EXIT_CONFIG)
         }
         Err(AdoptError::Io(why)) => {
-            output::complain(&format!("flexnbd adopt: {why}"), output::EXIT_FAILURE)
+            output::print_error(&format!("flexnbd adopt: {why}"), output::EXIT_FAILURE)
         }
     }
 }
 
 impl Adopt {
-    fn carry_out(&self) -> Result<String, AdoptError> {
-        // Locked until the record is written, so that nobody serves it by the old one meanwhile.
+    fn execute(&self) -> Result<String, AdoptError> {
+        // Holds the image's lock until the record is written, so that no server starts from the old one.
         let image = FileBackend::open(&self.file, Access { read_only: false })
-            .map_err(|error| unfit(&self.file, error))?;
-        let ledger = RecordStore::of(&image).map_err(io)?;
-        let found = match ledger.read() {
-            Ok(found) => BesideImage::Record(found),
+            .map_err(|error| open_error(&self.file, error))?;
+        let store = RecordStore::of(&image).map_err(io_error)?;
+        let found = match store.read() {
+            Ok(record) => ExistingRecord::Valid(record),
             Err(RecordStoreError::Bad { why: BadRecord::Garbage(_), .. }) if self.force => {
-                BesideImage::Damaged
+                ExistingRecord::Damaged
             }
-            Err(RecordStoreError::Contradiction { .. }) if self.force => BesideImage::Damaged,
+            Err(RecordStoreError::Contradiction { .. }) if self.force => ExistingRecord::Damaged,
             Err(
                 error @ (RecordStoreError::Bad { .. } | RecordStoreError::Contradiction { .. }),
             ) => {
                 return Err(AdoptError::Refused(error.to_string()));
             }
-            Err(error) => return Err(io(error)),
+            Err(error) => return Err(io_error(error)),
         };
-        let record = self.judge(&found)?;
+        let record = self.record_to_write(&found)?;
         let image = self.file.display();
-        if found == BesideImage::Record(Some(record.clone())) {
+        if found == ExistingRecord::Valid(Some(record.clone())) {
             return Ok(format!("{image} is {} already; nothing changed", describe(&record)));
         }
-        ledger.write(Some(&record)).map_err(io)?;
+        store.write(Some(&record)).map_err(io_error)?;
         Ok(format!("{image} was {} and is now {}", found.describe(), describe(&record)))
     }
 
-    /// The record to write.
-    fn judge(&self, found: &BesideImage) -> Result<Record, AdoptError> {
+    fn record_to_write(&self, found: &ExistingRecord) -> Result<Record, AdoptError> {
         match found {
-            BesideImage::Damaged => Ok(Record::Ours(Provenance::Adopted)),
-            BesideImage::Record(record) => {
+            ExistingRecord::Damaged => Ok(Record::Ours(Provenance::Adopted)),
+            ExistingRecord::Valid(record) => {
                 for_adopt(record.as_ref(), self.force).map_err(|refusal| {
                     AdoptError::Refused(refusal.explain(&self.file.display().to_string()))
                 })
@@ -84,27 +83,27 @@ impl Adopt {
     }
 }
 
-/// What lies beside the image.
+/// The record that the image has.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum BesideImage {
-    Record(Option<Record>),
-    /// Something that is no record.
+enum ExistingRecord {
+    Valid(Option<Record>),
+    /// One that cannot be parsed, or two that contradict each other.
     Damaged,
 }
 
-impl BesideImage {
+impl ExistingRecord {
     fn describe(&self) -> String {
         match self {
-            Self::Record(Some(record)) => describe(record),
-            Self::Record(None) => "without a record".to_owned(),
+            Self::Valid(Some(record)) => describe(record),
+            Self::Valid(None) => "without a record".to_owned(),
             Self::Damaged => "with a damaged record".to_owned(),
         }
     }
 }
 
-/// A record for people: its name, and what there is to know of it.
+/// Formats a record for the operator: its name and its details.
 fn describe(record: &Record) -> String {
-    let more = match record {
+    let details = match record {
         Record::Incoming { id: None } => {
             "from a source without a name, or from nobody yet".to_owned()
         }
@@ -117,10 +116,10 @@ fn describe(record: &Record) -> String {
             format!("to {to}, migration {id}")
         }
     };
-    format!("{} ({more})", record.name())
+    format!("{} ({details})", record.name())
 }
 
-fn unfit(file: &Path, error: OpenError) -> AdoptError {
+fn open_error(file: &Path, error: OpenError) -> AdoptError {
     match error {
         OpenError::Missing { .. } => {
             AdoptError::Refused(format!("{} does not exist", file.display()))
@@ -133,7 +132,7 @@ fn unfit(file: &Path, error: OpenError) -> AdoptError {
     }
 }
 
-fn io(error: RecordStoreError) -> AdoptError {
+fn io_error(error: RecordStoreError) -> AdoptError {
     AdoptError::Io(error.to_string())
 }
 
@@ -146,7 +145,7 @@ mod tests {
 
     const ID: Id = Id([7; 16]);
 
-    /// An image in a directory of its own, on a file system that has attributes.
+    /// An image in a directory of its own, on a file system with extended attributes.
     struct Copy {
         _directory: tempfile::TempDir,
         file: PathBuf,
@@ -157,20 +156,20 @@ mod tests {
         let file = directory.path().join("disk.img");
         fs::write(&file, [0; 4096]).unwrap();
         let copy = Copy { _directory: directory, file };
-        copy.ledger().write(record).unwrap();
+        copy.store().write(record).unwrap();
         copy
     }
 
     impl Copy {
-        fn ledger(&self) -> RecordStore {
+        fn store(&self) -> RecordStore {
             RecordStore::at(&self.file).unwrap()
         }
 
-        /// What adopting it says, without the path.
+        /// Adopts it; returns the message without the path.
         fn adopt(&self, force: bool) -> Result<String, AdoptError> {
             let adopt = Adopt { file: self.file.clone(), force };
-            let told = adopt.carry_out();
-            told.map(|told| told.replace(&format!("{} ", self.file.display()), ""))
+            let outcome = adopt.execute();
+            outcome.map(|text| text.replace(&format!("{} ", self.file.display()), ""))
         }
     }
 
@@ -184,43 +183,44 @@ mod tests {
     fn a_copy_without_a_record_is_adopted() {
         let copy = copy(None);
         assert_eq!(copy.adopt(false), Ok("was without a record and is now ours (adopted)".into()));
-        assert_eq!(copy.ledger().read().unwrap(), Some(ADOPTED));
+        assert_eq!(copy.store().read().unwrap(), Some(ADOPTED));
     }
 
     #[test]
-    fn a_copy_that_may_be_elsewhere_is_adopted_by_force_only() {
+    fn a_departed_disk_is_adopted_only_by_force() {
         let copy = copy(Some(&departed()));
         let Err(AdoptError::Refused(why)) = copy.adopt(false) else { panic!("adopted") };
         assert!(why.contains("has moved to [::1]:7") && why.contains("adopt --force"), "{why}");
-        assert_eq!(copy.ledger().read().unwrap(), Some(departed()));
-        let told = format!("was departed (to [::1]:7, migration {ID}) and is now ours (adopted)");
-        assert_eq!(copy.adopt(true), Ok(told));
-        assert_eq!(copy.ledger().read().unwrap(), Some(ADOPTED));
+        assert_eq!(copy.store().read().unwrap(), Some(departed()));
+        let expected =
+            format!("was departed (to [::1]:7, migration {ID}) and is now ours (adopted)");
+        assert_eq!(copy.adopt(true), Ok(expected));
+        assert_eq!(copy.store().read().unwrap(), Some(ADOPTED));
     }
 
     #[test]
-    fn an_incomplete_copy_is_adopted_by_force_only() {
+    fn an_incomplete_copy_is_adopted_only_by_force() {
         let copy = copy(Some(&Record::Incoming { id: None }));
         assert!(matches!(copy.adopt(false), Err(AdoptError::Refused(_))));
         assert!(copy.adopt(true).unwrap().starts_with("was incoming (from a source without"));
     }
 
     #[test]
-    fn a_disk_that_has_arrived_keeps_the_migration_it_came_with() {
+    fn adopting_an_arrived_disk_keeps_its_record() {
         let record = Record::Ours(Provenance::Arrived(ID));
         let copy = copy(Some(&record));
-        let told = format!("is ours (arrived with migration {ID}) already; nothing changed");
-        assert_eq!(copy.adopt(true), Ok(told));
-        assert_eq!(copy.ledger().read().unwrap(), Some(record));
+        let expected = format!("is ours (arrived with migration {ID}) already; nothing changed");
+        assert_eq!(copy.adopt(true), Ok(expected));
+        assert_eq!(copy.store().read().unwrap(), Some(record));
     }
 
     #[test]
-    fn a_damaged_record_is_replaced_by_force_and_that_of_a_newer_flexnbd_never() {
+    fn force_replaces_a_damaged_record_but_no_newer_one() {
         let copy = copy(None);
         xattr::set(&copy.file, ATTRIBUTE, b"nonsense").unwrap();
         assert!(matches!(copy.adopt(false), Err(AdoptError::Refused(_))));
-        let told = "was with a damaged record and is now ours (adopted)";
-        assert_eq!(copy.adopt(true), Ok(told.into()));
+        let expected = "was with a damaged record and is now ours (adopted)";
+        assert_eq!(copy.adopt(true), Ok(expected.into()));
         xattr::set(&copy.file, ATTRIBUTE, b"flexnbd 2 ours\n").unwrap();
         for force in [false, true] {
             let Err(AdoptError::Refused(why)) = copy.adopt(force) else { panic!("adopted") };
@@ -234,18 +234,18 @@ mod tests {
         let server = FileBackend::open(&copy.file, Access { read_only: true }).unwrap();
         let Err(AdoptError::Refused(why)) = copy.adopt(true) else { panic!("adopted") };
         assert!(why.contains("in use"), "{why}");
-        assert_eq!(copy.ledger().read().unwrap(), Some(departed()));
+        assert_eq!(copy.store().read().unwrap(), Some(departed()));
         drop(server);
         assert!(copy.adopt(true).is_ok());
     }
 
     #[test]
-    fn what_is_no_image_is_refused() {
+    fn a_missing_file_or_directory_is_refused() {
         let nothing = Adopt { file: "/nowhere/disk.img".into(), force: true };
-        let refused = nothing.carry_out();
+        let refused = nothing.execute();
         assert_eq!(refused, Err(AdoptError::Refused("/nowhere/disk.img does not exist".into())));
         let directory = Adopt { file: "/".into(), force: true };
-        let refused = directory.carry_out();
+        let refused = directory.execute();
         assert!(matches!(refused, Err(AdoptError::Refused(why)) if why.contains("directory")));
     }
 }

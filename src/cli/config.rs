@@ -1,5 +1,5 @@
-//! The configuration file: text in, [`Settings`] out.
-//! Pure; the file is read elsewhere, and what is unknown or wrong in it is never passed over.
+//! The configuration file: parses its text into [`Settings`].
+//! Pure: [`super::start`] reads the file. Unknown keys and invalid values are errors, never ignored.
 //!
 //! ```text
 //! # A comment has a line of its own.
@@ -10,8 +10,8 @@
 //! READ_ONLY=yes
 //! ```
 //!
-//! Space around keys and values does not count. A value may stand in `'` or `"`, which are taken
-//! off; nothing inside is special. Switches are `yes true on 1` or `no false off 0`.
+//! White space around keys and values is ignored. A value may be quoted with `'` or `"`, without
+//! escapes. A switch is `yes`, `true`, `on` or `1`; or `no`, `false`, `off` or `0`.
 
 use super::settings::{
     Autostart, Settings, parse_acl_entry, parse_holes, parse_idle_exit, parse_max_clients,
@@ -21,9 +21,10 @@ use super::uri::parse_export;
 use crate::net::parse_port;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use strsim::levenshtein;
 
-/// Every key, named like the long option: in capitals, with `_` for `-`. The last ones have no
-/// option, since they are about the units of the service and not about the process.
+/// All keys, named like the long options: in capitals, with `_` for `-`. The last two have no
+/// option, because they configure the service's units, not the process.
 pub const KEYS: [&str; 17] = [
     "ADDR",
     "PORT",
@@ -44,63 +45,71 @@ pub const KEYS: [&str; 17] = [
     "IP_FILTER",
 ];
 
-/// Longest configuration file, in bytes. An access control list of 10,000 entries is shorter.
+/// Longest configuration file, in bytes. An access control list of 10,000 entries fits.
 pub const BYTES_MAX: u64 = 1 << 20;
 
-/// How many letters a key may be away from the one that is suggested for it.
+/// Largest Levenshtein distance between an unknown key and the key suggested for it.
 const HINT_DISTANCE_MAX: usize = 3;
 
-/// What is wrong, and where.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An error in a configuration file, with its position.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}, line {line}: {reason}", .file.display())]
 pub struct ConfigError {
     /// The file.
     pub file: PathBuf,
-    /// The line, counted from 1.
+    /// The number of the line, from 1.
     pub line: usize,
-    /// What is wrong there.
+    /// The error.
     pub reason: ConfigReason,
 }
 
-/// What can be wrong with a line of the configuration file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An error in one line of a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigReason {
-    /// Neither `KEY=VALUE` nor a comment nor blank; holds the line.
+    /// The line is neither `KEY=VALUE` nor a comment nor blank.
+    #[error("`{0}` is not KEY=VALUE")]
     NotAnAssignment(String),
-    /// A key that we do not know, and the one that may be meant.
-    UnknownKey(String, Option<&'static str>),
-    /// A key that an earlier line has set already.
+    /// An unknown key that is not similar to any other.
+    #[error("unknown key {0}; the keys are {keys}", keys = KEYS.join(" "))]
+    UnknownKey(String),
+    /// An unknown key, and the key to suggest.
+    #[error("unknown key {0}; perhaps {1} is meant")]
+    MisspelledKey(String, &'static str),
+    /// A key that an earlier line, of this number, has set already.
+    #[error("{0} is already set in line {1}")]
     Duplicate(String, usize),
-    /// A value that the key cannot have, and why.
-    BadValue(String, String),
+    /// A key, and why its value is invalid.
+    #[error("{0}: {1}")]
+    InvalidValue(String, String),
 }
 
-/// Reads the text of a configuration file; `file` is for the errors only.
+/// Parses the text of a configuration file; `file` is its path, for errors only.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// The first error in the file.
 pub fn parse(file: &Path, text: &str) -> Result<Settings, ConfigError> {
-    let (settings, wrong) = salvage(file, text);
-    wrong.map_or(Ok(settings), Err)
+    let (settings, error) = salvage(file, text);
+    error.map_or(Ok(settings), Err)
 }
 
-/// The good lines of a configuration file, and the first thing that is wrong with it.
+/// Parses the valid lines of a configuration file, and returns its first error as well.
 ///
-/// Nothing may be served by them if something is; but the units of an instance should be where
-/// they were while somebody is editing its file.
+/// For the generator, so that an instance keeps its units while an operator edits its file. A server
+/// must not start from a file with an error.
 #[must_use]
 pub fn salvage(file: &Path, text: &str) -> (Settings, Option<ConfigError>) {
     let mut settings = Settings::default();
     let mut seen: Vec<(&str, usize)> = Vec::new();
-    let mut wrong = None;
+    let mut first_error = None;
     for (line, content) in (1..).zip(text.lines()) {
-        if let Err(reason) = take_line(&mut settings, &mut seen, line, content.trim()) {
-            wrong.get_or_insert_with(|| ConfigError { file: file.to_owned(), line, reason });
+        if let Err(reason) = parse_line(&mut settings, &mut seen, line, content.trim()) {
+            first_error.get_or_insert_with(|| ConfigError { file: file.to_owned(), line, reason });
         }
     }
-    (settings, wrong)
+    (settings, first_error)
 }
 
-fn take_line<'a>(
+fn parse_line<'a>(
     settings: &mut Settings,
     seen: &mut Vec<(&'a str, usize)>,
     line: usize,
@@ -109,27 +118,30 @@ fn take_line<'a>(
     if content.is_empty() || content.starts_with('#') {
         return Ok(());
     }
-    let (key, value) = assignment(content)?;
+    let (key, value) = split_assignment(content)?;
     if !KEYS.contains(&key) {
-        return Err(ConfigReason::UnknownKey(key.to_owned(), nearest(key)));
+        return Err(match nearest_key(key) {
+            Some(nearest) => ConfigReason::MisspelledKey(key.to_owned(), nearest),
+            None => ConfigReason::UnknownKey(key.to_owned()),
+        });
     }
     if let Some((_, earlier)) = seen.iter().find(|(other, _)| *other == key) {
         return Err(ConfigReason::Duplicate(key.to_owned(), *earlier));
     }
     seen.push((key, line));
-    let bad = |why| ConfigReason::BadValue(key.to_owned(), why);
-    set(settings, key, unquoted(value).map_err(bad)?).map_err(bad)
+    let invalid = |why| ConfigReason::InvalidValue(key.to_owned(), why);
+    set(settings, key, unquote(value).map_err(invalid)?).map_err(invalid)
 }
 
-fn assignment(content: &str) -> Result<(&str, &str), ConfigReason> {
+fn split_assignment(content: &str) -> Result<(&str, &str), ConfigReason> {
     let (key, value) =
         content.split_once('=').ok_or_else(|| ConfigReason::NotAnAssignment(content.to_owned()))?;
     Ok((key.trim_end(), value.trim_start()))
 }
 
-/// Takes matching quotes off. What looks like a comment behind a value is an error, since part of
-/// a path may look so, too.
-fn unquoted(value: &str) -> Result<&str, String> {
+/// Removes matching quotes. A # after white space is an error, because it may begin a comment or be
+/// part of a path.
+fn unquote(value: &str) -> Result<&str, String> {
     for quote in ['"', '\''] {
         let Some(inner) = value.strip_prefix(quote) else { continue };
         let inner = inner.strip_suffix(quote).ok_or("the closing quote is missing")?;
@@ -147,38 +159,38 @@ fn unquoted(value: &str) -> Result<&str, String> {
 
 fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
     match key {
-        "ADDR" => settings.addr = Some(value.parse().map_err(said)?),
-        "PORT" => settings.port = Some(parse_port(value).map_err(said)?),
-        "FILE" => settings.file = Some(path(value)?),
-        "CREATE" => settings.create = Some(parse_create(value).map_err(said)?),
-        "SOCK" => settings.sock = Some(path(value)?),
-        "DEFAULT_DENY" => settings.default_deny = switch(value)?,
-        "KILLSWITCH" => settings.killswitch = switch(value)?,
-        "READ_ONLY" => settings.read_only = switch(value)?,
-        "EXPORT" => settings.export = Some(parse_export(value).map_err(said)?),
-        "OLDSTYLE" => settings.oldstyle = switch(value)?,
-        "PLAIN" => settings.plain = switch(value)?,
+        "ADDR" => settings.addr = Some(value.parse().map_err(to_text)?),
+        "PORT" => settings.port = Some(parse_port(value).map_err(to_text)?),
+        "FILE" => settings.file = Some(parse_path(value)?),
+        "CREATE" => settings.create = Some(parse_create(value).map_err(to_text)?),
+        "SOCK" => settings.sock = Some(parse_path(value)?),
+        "DEFAULT_DENY" => settings.default_deny = parse_switch(value)?,
+        "KILLSWITCH" => settings.killswitch = parse_switch(value)?,
+        "READ_ONLY" => settings.read_only = parse_switch(value)?,
+        "EXPORT" => settings.export = Some(parse_export(value).map_err(to_text)?),
+        "OLDSTYLE" => settings.oldstyle = parse_switch(value)?,
+        "PLAIN" => settings.plain = parse_switch(value)?,
         "MAX_CLIENTS" => settings.max_clients = Some(parse_max_clients(value)?),
         "IDLE_EXIT" => settings.idle_exit = Some(parse_idle_exit(value)?),
         "HOLES" => settings.holes = Some(parse_holes(value)?),
-        "ACL" => settings.acl = entries(value)?,
-        "AUTOSTART" => settings.autostart = Some(autostart(value)?),
-        "IP_FILTER" => settings.ip_filter = switch(value)?,
-        // A test holds this list against KEYS.
+        "ACL" => settings.acl = parse_acl(value)?,
+        "AUTOSTART" => settings.autostart = Some(parse_autostart(value)?),
+        "IP_FILTER" => settings.ip_filter = parse_switch(value)?,
+        // A test compares this list with KEYS.
         _ => return Err("the key has no meaning".to_owned()),
     }
     Ok(())
 }
 
-fn said(error: impl fmt::Display) -> String {
+fn to_text(error: impl fmt::Display) -> String {
     error.to_string()
 }
 
-fn path(value: &str) -> Result<PathBuf, String> {
+fn parse_path(value: &str) -> Result<PathBuf, String> {
     if value.is_empty() { Err("the path is empty".to_owned()) } else { Ok(value.into()) }
 }
 
-fn switch(value: &str) -> Result<bool, String> {
+fn parse_switch(value: &str) -> Result<bool, String> {
     match value.to_ascii_lowercase().as_str() {
         "yes" | "true" | "on" | "1" => Ok(true),
         "no" | "false" | "off" | "0" => Ok(false),
@@ -186,71 +198,30 @@ fn switch(value: &str) -> Result<bool, String> {
     }
 }
 
-fn autostart(value: &str) -> Result<Autostart, String> {
+fn parse_autostart(value: &str) -> Result<Autostart, String> {
     if value.eq_ignore_ascii_case("on-demand") {
         return Ok(Autostart::OnDemand);
     }
-    match switch(value) {
+    match parse_switch(value) {
         Ok(true) => Ok(Autostart::Yes),
         Ok(false) => Ok(Autostart::No),
         Err(_) => Err(format!("`{value}` is neither yes nor no nor on-demand")),
     }
 }
 
-/// Separated by spaces or commas, or both.
-fn entries(value: &str) -> Result<Vec<String>, String> {
+/// Parses entries that are separated by spaces, commas or both.
+fn parse_acl(value: &str) -> Result<Vec<String>, String> {
     let separator = |c: char| c == ',' || c.is_whitespace();
     value.split(separator).filter(|entry| !entry.is_empty()).map(parse_acl_entry).collect()
 }
 
-/// The key that may be meant.
-fn nearest(key: &str) -> Option<&'static str> {
+/// The key to suggest for an unknown one.
+fn nearest_key(key: &str) -> Option<&'static str> {
     let key = key.to_ascii_uppercase().replace('-', "_");
-    let (distance, nearest) =
-        KEYS.iter().map(|known| (distance(&key, known), *known)).min_by_key(|(far, _)| *far)?;
+    let candidates = KEYS.iter().map(|known| (levenshtein(&key, known), *known));
+    let (distance, nearest) = candidates.min_by_key(|(distance, _)| *distance)?;
     (distance <= HINT_DISTANCE_MAX && distance < nearest.len()).then_some(nearest)
 }
-
-/// How many letters must be put in, taken out or changed to get from one word to the other
-/// (Levenshtein).
-fn distance(one: &str, other: &str) -> usize {
-    let other: Vec<char> = other.chars().collect();
-    let mut row: Vec<usize> = (0..=other.len()).collect();
-    for (i, a) in one.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, b) in other.iter().enumerate() {
-            let changed = diagonal + usize::from(a != *b);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[other.len()]
-}
-
-impl fmt::Display for ConfigError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, line {}: {}", self.file.display(), self.line, self.reason)
-    }
-}
-
-impl fmt::Display for ConfigReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotAnAssignment(line) => write!(f, "`{line}` is not KEY=VALUE"),
-            Self::UnknownKey(key, Some(hint)) => {
-                write!(f, "unknown key {key}; perhaps {hint} is meant")
-            }
-            Self::UnknownKey(key, None) => {
-                write!(f, "unknown key {key}; the keys are {}", KEYS.join(" "))
-            }
-            Self::Duplicate(key, line) => write!(f, "{key} is already set in line {line}"),
-            Self::BadValue(key, why) => write!(f, "{key}: {why}"),
-        }
-    }
-}
-
-impl std::error::Error for ConfigError {}
 
 #[cfg(test)]
 mod tests {
@@ -258,16 +229,16 @@ mod tests {
     use crate::disk::HolePolicy;
     use proptest::prelude::*;
 
-    fn read(text: &str) -> Result<Settings, String> {
-        parse(Path::new("disk.conf"), text).map_err(said)
+    fn parse_text(text: &str) -> Result<Settings, String> {
+        parse(Path::new("disk.conf"), text).map_err(to_text)
     }
 
     fn refusal(text: &str) -> String {
-        read(text).unwrap_err()
+        parse_text(text).unwrap_err()
     }
 
     #[test]
-    fn every_key_is_taken() {
+    fn every_key_sets_its_setting() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
             KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nPLAIN=yes\nMAX_CLIENTS=3\n\
             IDLE_EXIT=60\nHOLES=trust\nACL=::/0\nAUTOSTART=on-demand\nIP_FILTER=yes\n";
@@ -290,14 +261,14 @@ mod tests {
             autostart: Some(Autostart::OnDemand),
             ip_filter: true,
         };
-        assert_eq!(read(text), Ok(expected));
+        assert_eq!(parse_text(text), Ok(expected));
         for key in KEYS {
-            assert!(text.contains(&format!("{key}=")), "{key} is not tried here");
+            assert!(text.contains(&format!("{key}=")), "{key} is missing here");
         }
     }
 
     #[test]
-    fn every_option_has_its_key_and_every_key_its_option_but_those_of_the_units() {
+    fn keys_correspond_to_options_except_the_units_keys() {
         let command = <Settings as clap::Args>::augment_args(clap::Command::new("serve"));
         let name = |arg: &clap::Arg| arg.get_long().unwrap_or(arg.get_id().as_str()).to_owned();
         let mut options: Vec<String> =
@@ -311,15 +282,15 @@ mod tests {
     }
 
     #[test]
-    fn blank_lines_comments_and_space_do_not_count() {
+    fn blank_lines_comments_and_spaces_are_ignored() {
         let text = "\n# FILE=/no\n  \t\n   # PORT=x\n  FILE =  /a b  \r\n";
         let expected = Settings { file: Some("/a b".into()), ..Settings::default() };
-        assert_eq!(read(text), Ok(expected));
-        assert_eq!(read(""), Ok(Settings::default()));
+        assert_eq!(parse_text(text), Ok(expected));
+        assert_eq!(parse_text(""), Ok(Settings::default()));
     }
 
     #[test]
-    fn matching_quotes_are_taken_off_and_nothing_inside_is_special() {
+    fn matching_quotes_are_removed_without_escapes() {
         for (value, expected) in [
             ("\" /a #b \"", " /a #b "),
             ("'/a\"b'", "/a\"b"),
@@ -328,13 +299,13 @@ mod tests {
             ("/a=b", "/a=b"),
             ("/a#b", "/a#b"),
         ] {
-            let settings = read(&format!("FILE={value}")).unwrap();
+            let settings = parse_text(&format!("FILE={value}")).unwrap();
             assert_eq!(settings.file, Some(expected.into()), "{value}");
         }
     }
 
     #[test]
-    fn quotes_that_do_not_match_are_refused() {
+    fn unmatched_quotes_are_refused() {
         let missing = "disk.conf, line 1: FILE: the closing quote is missing";
         for value in ["\"/a", "'/a\"", "\""] {
             assert_eq!(refusal(&format!("FILE={value}")), missing);
@@ -343,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_comment_behind_a_value_is_refused() {
+    fn a_comment_after_a_value_is_refused() {
         for line in ["FILE=/a # the disk", "FILE=/a\t# the disk", "FILE=# the disk"] {
             assert!(refusal(line).contains("a comment needs a line of its own"), "{line}");
         }
@@ -352,47 +323,47 @@ mod tests {
     #[test]
     fn acl_entries_are_separated_by_spaces_or_commas() {
         for value in ["::1 ::2 10.0.0.0/8", "::1,::2,10.0.0.0/8", "\"::1  ::2,,10.0.0.0/8,\""] {
-            let acl = read(&format!("ACL={value}")).unwrap().acl;
+            let acl = parse_text(&format!("ACL={value}")).unwrap().acl;
             assert_eq!(acl, ["::1", "::2", "10.0.0.0/8"], "{value}");
         }
         assert!(refusal("ACL=::1 a").contains("ACL: 'a' is not an access control entry"));
-        assert!(read("ACL=").unwrap().acl.is_empty());
+        assert!(parse_text("ACL=").unwrap().acl.is_empty());
     }
 
     #[test]
-    fn switches_have_four_words_each_way() {
+    fn switches_accept_four_words_each_way() {
         for value in ["yes", "TRUE", "On", "1"] {
-            assert!(read(&format!("READ_ONLY={value}")).unwrap().read_only);
+            assert!(parse_text(&format!("READ_ONLY={value}")).unwrap().read_only);
         }
         for value in ["no", "FALSE", "Off", "0"] {
-            assert!(!read(&format!("READ_ONLY={value}")).unwrap().read_only);
+            assert!(!parse_text(&format!("READ_ONLY={value}")).unwrap().read_only);
         }
     }
 
     #[test]
-    fn autostart_is_a_switch_with_a_third_position() {
-        let autostart = |value| read(&format!("AUTOSTART={value}")).unwrap().autostart;
+    fn autostart_is_a_switch_or_on_demand() {
+        let autostart = |value| parse_text(&format!("AUTOSTART={value}")).unwrap().autostart;
         assert_eq!(autostart("Yes"), Some(Autostart::Yes));
         assert_eq!(autostart("off"), Some(Autostart::No));
         assert_eq!(autostart("On-Demand"), Some(Autostart::OnDemand));
-        assert_eq!(read("").unwrap().autostart, None);
+        assert_eq!(parse_text("").unwrap().autostart, None);
         let refused = refusal("AUTOSTART=demand");
         assert!(refused.ends_with("AUTOSTART: `demand` is neither yes nor no nor on-demand"));
     }
 
     #[test]
-    fn good_lines_are_salvaged_from_among_bad_ones_and_the_first_bad_one_is_named() {
+    fn salvage_keeps_valid_lines_and_the_first_error() {
         let text = "PORT=7\nADR=::\nPORT=8\nREAD_ONLY=perhaps\nFILE=/a\n";
-        let (settings, wrong) = salvage(Path::new("disk.conf"), text);
-        let good = Settings { port: Some(7), file: Some("/a".into()), ..Settings::default() };
-        assert_eq!(settings, good);
-        let wrong = wrong.unwrap();
-        assert_eq!(wrong.to_string(), "disk.conf, line 2: unknown key ADR; perhaps ADDR is meant");
-        assert_eq!(parse(Path::new("disk.conf"), text), Err(wrong));
+        let (settings, error) = salvage(Path::new("disk.conf"), text);
+        let valid = Settings { port: Some(7), file: Some("/a".into()), ..Settings::default() };
+        assert_eq!(settings, valid);
+        let error = error.unwrap();
+        assert_eq!(error.to_string(), "disk.conf, line 2: unknown key ADR; perhaps ADDR is meant");
+        assert_eq!(parse(Path::new("disk.conf"), text), Err(error));
     }
 
     #[test]
-    fn an_unknown_key_is_named_with_file_and_line_and_what_may_be_meant() {
+    fn an_unknown_key_is_reported_with_a_suggestion() {
         let hint = |key| refusal(&format!("\nFILE=/a\n{key}=1\n"));
         assert_eq!(hint("PROT"), "disk.conf, line 3: unknown key PROT; perhaps PORT is meant");
         assert!(hint("port").ends_with("perhaps PORT is meant"));
@@ -403,19 +374,19 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_comes_twice_is_refused_with_both_lines() {
+    fn a_repeated_key_is_refused_with_both_lines() {
         let text = "FILE=/a\n\nFILE=/a\n";
         assert_eq!(refusal(text), "disk.conf, line 3: FILE is already set in line 1");
     }
 
     #[test]
-    fn a_line_that_is_no_assignment_is_shown() {
+    fn a_line_without_an_assignment_is_quoted() {
         assert_eq!(refusal("FILE /a"), "disk.conf, line 1: `FILE /a` is not KEY=VALUE");
     }
 
     #[test]
-    fn a_bad_value_is_refused_with_its_key() {
-        for (line, what) in [
+    fn an_invalid_value_is_refused_with_its_key() {
+        for (line, message) in [
             ("ADDR=localhost", "ADDR: `localhost` is neither an IPv4 or IPv6 address nor a path"),
             ("PORT=70000", "PORT: `70000` is not a port"),
             ("PORT=", "PORT: `` is not a port"),
@@ -430,24 +401,16 @@ mod tests {
             ("DEFAULT_DENY=", "DEFAULT_DENY: `` is neither yes nor no"),
         ] {
             let error = refusal(line);
-            assert!(error.starts_with(&format!("disk.conf, line 1: {what}")), "{error}");
+            assert!(error.starts_with(&format!("disk.conf, line 1: {message}")), "{error}");
         }
         let long = refusal(&format!("EXPORT={}", "x".repeat(4097)));
         assert!(long.contains("EXPORT: the name of the export is longer"), "{long}");
     }
 
-    #[test]
-    fn distance_counts_letters() {
-        assert_eq!(distance("", "ACL"), 3);
-        assert_eq!(distance("ACL", "ACL"), 0);
-        assert_eq!(distance("PROT", "PORT"), 2);
-        assert_eq!(distance("ADR", "ADDR"), 1);
-    }
-
     proptest! {
         #[test]
-        fn no_text_makes_it_panic(text in "[A-Z_=#\"' \n\\PC]{0,60}") {
-            let _ = read(&text);
+        fn no_text_panics(text in "[A-Z_=#\"' \n\\PC]{0,60}") {
+            let _ = parse_text(&text);
         }
     }
 }

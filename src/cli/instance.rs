@@ -1,6 +1,6 @@
-//! What a configuration in `/etc/flexnbd` may say, which becomes units of the service: more is
-//! refused there than in a file that is given to a server started by hand.
-//! Pure but for one variable, by which tests have another directory.
+//! Additional checks of the configurations in `/etc/flexnbd`, which the generator turns into
+//! systemd units: they must contain only paths and addresses that a unit file can express.
+//! Pure, except that tests select another directory by an environment variable.
 
 use super::settings::Settings;
 use crate::net::Address;
@@ -8,31 +8,31 @@ use crate::systemd::unit::plain;
 use std::env;
 use std::path::{Path, PathBuf};
 
-/// Where the configurations of the service are.
-pub const CONFIGURATIONS: &str = "/etc/flexnbd";
-/// Names another directory for them, in tests.
-const CONFIGURATIONS_VARIABLE: &str = "FLEXNBD_CONFIGURATIONS";
-/// Longest path of a unix socket, in bytes.
+/// The directory of the service's configurations.
+pub const CONFIG_DIRECTORY: &str = "/etc/flexnbd";
+/// The environment variable by which tests select another directory.
+const CONFIG_DIRECTORY_VARIABLE: &str = "FLEXNBD_CONFIGURATIONS";
+/// Longest path of a unix socket, in bytes (unix(7)).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
-/// The directory of the configurations of the service.
+/// The directory of the service's configurations, or the one that a test has selected.
 #[must_use]
-pub fn configurations() -> PathBuf {
-    env::var_os(CONFIGURATIONS_VARIABLE).unwrap_or_else(|| CONFIGURATIONS.into()).into()
+pub fn config_directory() -> PathBuf {
+    env::var_os(CONFIG_DIRECTORY_VARIABLE).unwrap_or_else(|| CONFIG_DIRECTORY.into()).into()
 }
 
-/// Whether this configuration is one of the service.
+/// Whether this file is a configuration of the service.
 #[must_use]
-pub fn is_of_the_service(file: &Path) -> bool {
-    file.parent().is_some_and(|directory| directory == configurations())
+pub fn is_service_config(file: &Path) -> bool {
+    file.parent().is_some_and(|directory| directory == config_directory())
 }
 
-/// Checks what only the service refuses.
+/// Checks that units can express the settings.
 ///
 /// # Errors
-/// A sentence for the operator, which begins with the key.
+/// A sentence for the operator that begins with the key.
 pub fn check(settings: &Settings) -> Result<(), String> {
-    place(settings)?;
+    listen_address(settings)?;
     image(settings)?;
     match &settings.sock {
         Some(path) => plain(path).map(drop).map_err(|why| format!("SOCK: {why}")),
@@ -40,7 +40,7 @@ pub fn check(settings: &Settings) -> Result<(), String> {
     }
 }
 
-/// The path of the image, in its shortest form.
+/// The normalized path of the image.
 ///
 /// # Errors
 /// As [`check`].
@@ -49,12 +49,12 @@ pub fn image(settings: &Settings) -> Result<String, String> {
     plain(path).map_err(|why| format!("FILE: {why}"))
 }
 
-/// What the socket unit listens on; nothing if the configuration leaves it to that.
+/// The value of `ListenStream=` in the socket unit; `None` if the configuration has no address.
 ///
 /// # Errors
 /// As [`check`].
-pub fn place(settings: &Settings) -> Result<Option<String>, String> {
-    match settings.address().map_err(|error| error.in_keys())? {
+pub fn listen_address(settings: &Settings) -> Result<Option<String>, String> {
+    match settings.address().map_err(|error| error.with_keys())? {
         None => Ok(None),
         Some(Address::Tcp(address)) if address.port() == 0 => {
             Err("PORT: a socket unit needs a port that is not 0".to_owned())
@@ -62,7 +62,7 @@ pub fn place(settings: &Settings) -> Result<Option<String>, String> {
         Some(Address::Tcp(address)) => Ok(Some(address.to_string())),
         Some(Address::Unix(path)) => {
             let path = plain(&path).map_err(|why| format!("ADDR: {why}"))?;
-            // Not quoted there: the line would go on, or end earlier.
+            // `ListenStream=` has no quotes: \ would continue the line, and a space would be trimmed.
             if path.len() > SOCKET_PATH_BYTES_MAX || path.ends_with(['\\', ' ']) {
                 return Err(format!("ADDR: a socket unit cannot listen on {path}"));
             }
@@ -76,12 +76,12 @@ mod tests {
     use super::*;
     use crate::cli::config;
 
-    fn checked(text: &str) -> Result<(), String> {
+    fn check_text(text: &str) -> Result<(), String> {
         check(&config::parse(Path::new("disk.conf"), text).unwrap())
     }
 
     #[test]
-    fn configurations_of_the_service_refuse_what_units_cannot_say() {
+    fn settings_that_units_cannot_express_are_refused() {
         for (text, refused) in [
             ("FILE=/a\nADDR=::\nPORT=0", "PORT: a socket unit needs a port that is not 0"),
             ("FILE=a", "FILE: a: a path in a unit begins with /"),
@@ -91,10 +91,10 @@ mod tests {
             ("FILE=/a\nPORT=7", "PORT needs ADDR as well"),
             ("PORT=7\nADDR=::", "there is no FILE="),
         ] {
-            assert_eq!(checked(text), Err(refused.to_owned()), "{text}");
+            assert_eq!(check_text(text), Err(refused.to_owned()), "{text}");
         }
         let path = |bytes: usize| format!("FILE=/a\nADDR=/{}", "x".repeat(bytes - 1));
-        assert_eq!(checked(&path(107)), Ok(()));
-        assert!(checked(&path(108)).is_err());
+        assert_eq!(check_text(&path(107)), Ok(()));
+        assert!(check_text(&path(108)).is_err());
     }
 }

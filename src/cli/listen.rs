@@ -1,5 +1,5 @@
-//! `flexnbd listen`: its flags, which are those of `serve` that make sense while a disk arrives.
-//! Only says what they are called; what follows from them is decided in [`super::start`].
+//! `flexnbd listen`: its flags, those of `serve` that apply while a disk is received, and its own.
+//! [`super::start`] checks them, and merges the configuration file.
 
 use super::settings::{Settings, parse_acl_entry, parse_holes};
 use super::size::parse_create;
@@ -79,9 +79,9 @@ pub struct ListenFlags {
 }
 
 impl ListenFlags {
-    /// What is meant by them.
+    /// The request that the flags make.
     #[must_use]
-    pub fn start(self) -> StartRequest {
+    pub fn into_request(self) -> StartRequest {
         let settings = Settings {
             addr: self.addr,
             port: self.port,

@@ -1,5 +1,5 @@
-//! `flexnbd mirror` and `mirror-speed`: their flags.
-//! Decides what was meant; moving the disk is the running server's part.
+//! `flexnbd mirror` and `mirror-speed`: their flags, and the commands to the running server, which
+//! migrates the disk.
 
 use super::operate::{CommandKind, OperatorCommand, ServerArgument};
 use super::size::parse_size;
@@ -56,17 +56,17 @@ pub struct SpeedFlags {
 }
 
 impl MirrorFlags {
-    /// What is meant by them.
+    /// Checks the flags, and builds the command.
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self) -> Result<OperatorCommand, String> {
+    pub fn validate(self) -> Result<OperatorCommand, String> {
         let Self { addr, port, bind, wait, .. } = self;
         let bind = bind.filter(|bind| !bind.is_unspecified());
         if let Some(bind) = bind.filter(|bind| bind.is_ipv4() != addr.is_ipv4()) {
             return Err(format!("--addr {addr} cannot be reached from --bind {bind}"));
         }
-        let order = Mirror {
+        let mirror = Mirror {
             to: SocketAddr::new(addr, port),
             action: if self.unlink { ArrivalAction::Unlink } else { ArrivalAction::Exit },
             bind,
@@ -75,17 +75,17 @@ impl MirrorFlags {
         };
         Ok(OperatorCommand {
             socket: self.server.socket()?,
-            kind: CommandKind::Mirror { order, wait },
+            kind: CommandKind::Mirror { mirror, wait },
         })
     }
 }
 
 impl SpeedFlags {
-    /// What is meant by them.
+    /// Checks the flags, and builds the command.
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self) -> Result<OperatorCommand, String> {
+    pub fn validate(self) -> Result<OperatorCommand, String> {
         Ok(OperatorCommand {
             socket: self.server.socket()?,
             kind: CommandKind::MirrorSpeed(self.max_speed),
@@ -93,7 +93,7 @@ impl SpeedFlags {
     }
 }
 
-/// Where a disk can be moved to; the control socket knows no other addresses.
+/// The address of a destination, which is always an IP address: the control protocol has no other.
 fn parse_destination(text: &str) -> Result<IpAddr, String> {
     if text.starts_with('/') {
         return Err(format!("`{text}` is a path, and disks are moved over TCP only"));

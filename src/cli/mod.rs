@@ -1,5 +1,5 @@
-//! The command line: one struct per command, one file per kind.
-//! Decides what was meant and says what was not understood; never does the work itself.
+//! The command line: parses the arguments into one struct per command, and reports usage errors.
+//! Each mode has a file; its work is done by the modules below.
 
 pub mod adopt;
 pub mod config;
@@ -14,6 +14,7 @@ pub mod serve;
 pub mod settings;
 pub mod size;
 pub mod start;
+pub mod status;
 #[cfg(test)]
 mod tests;
 pub mod transfer;
@@ -29,14 +30,15 @@ use adopt::Adopt;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 use offline::OfflineStatus;
-use operate::{CommandKind, OperatorCommand, StatusSubject};
+use operate::{CommandKind, OperatorCommand};
 use start::{StartRequest, StartRequestError};
+use status::StatusSubject;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use transfer::Transfer;
 use usage::UsageError;
 
-/// The modes, in the order in which they are shown.
+/// The modes, in the order of the help text.
 pub const MODES: [&str; 12] = [
     "serve",
     "listen",
@@ -52,16 +54,16 @@ pub const MODES: [&str; 12] = [
     "help",
 ];
 
-/// A command line that can be meant.
+/// A valid command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invocation {
     /// How much to log.
     pub verbosity: Verbosity,
-    /// What to do.
+    /// The command.
     pub command: CliCommand,
 }
 
-/// What to do.
+/// A command with its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CliCommand {
     /// Serve a disk, or receive one.
@@ -70,52 +72,55 @@ pub enum CliCommand {
     Read(Transfer),
     /// Copy from standard input to a server.
     Write(Transfer),
-    /// Tell a running server something.
+    /// Send a command to a running server.
     Operate(OperatorCommand),
-    /// Tell what is known of a disk, whether it is served or not.
+    /// Show the status of a disk, served or not.
     Inspect(OfflineStatus),
     /// Declare a copy of a disk the canonical one.
     Adopt(Adopt),
-    /// Show this text.
+    /// Print this help text.
     Help(String),
 }
 
-/// Why nothing is to be done.
+/// Why a command line does not lead to a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// Only help or the version was asked for; this is it.
-    Answer(String),
-    /// It cannot be meant.
+pub enum EarlyExit {
+    /// An option requested the help text or the version, which this is.
+    Output(String),
+    /// The command line is invalid.
     Misuse(UsageError),
 }
 
-/// Runs one command; `arguments` begin with the program's own name.
+/// Runs one command; `arguments` begin with the program's name.
 #[must_use]
 pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let status = match parse(arguments) {
         Ok(invocation) => invocation.run(),
-        Err(Stop::Answer(text)) => output::say(&text),
-        Err(Stop::Misuse(misuse)) => output::complain(&misuse.to_string(), output::EXIT_USAGE),
+        Err(EarlyExit::Output(text)) => output::print(&text),
+        Err(EarlyExit::Misuse(error)) => {
+            output::print_error(&error.to_string(), output::EXIT_USAGE)
+        }
     };
     journal::flush();
     status
 }
 
-/// What a command line means; `arguments` begin with the program's own name. Pure.
+/// Parses a command line; `arguments` begin with the program's name. Pure.
 ///
 /// # Errors
-/// [`Stop`]: help was asked for, or it cannot be meant.
-pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, Stop> {
+/// [`EarlyExit`].
+pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, EarlyExit> {
     let arguments: Vec<OsString> = arguments.collect();
     let line = CommandLine::try_parse_from(&arguments)
-        .map_err(|error| stopped(&error, mode_of(&arguments)))?;
-    let (within_mode, command) = line.mode.checked()?;
-    // What comes after the mode comes last, and the last one wins.
-    let verbosity = within_mode.verbosity().or(line.loudness.verbosity()).unwrap_or_default();
+        .map_err(|error| early_exit(&error, mode_of(&arguments)))?;
+    let (verbosity_after_mode, command) = line.mode.validate()?;
+    // The last flag wins, and those after the mode come last.
+    let verbosity =
+        verbosity_after_mode.verbosity().or(line.verbosity.verbosity()).unwrap_or_default();
     Ok(Invocation { verbosity, command })
 }
 
-/// The parser itself, for whoever wants to know every option: the manual's test does.
+/// The clap parser. Public because tests/manual compares its options with the manual pages.
 #[must_use]
 pub fn command() -> clap::Command {
     CommandLine::command()
@@ -123,45 +128,46 @@ pub fn command() -> clap::Command {
 
 impl Invocation {
     fn run(self) -> ExitCode {
-        // Once in a process, and this is where it begins.
+        // Fails only if called twice in a process.
         let _ = journal::init(self.verbosity);
         daemon::signals::ignore_file_size_signal();
         match self.command {
             CliCommand::Start(start) => run_start(&start),
             CliCommand::Read(transfer) => transfer::read(&transfer),
             CliCommand::Write(transfer) => transfer::write(&transfer),
-            CliCommand::Operate(order) => operate::run(&order),
-            CliCommand::Inspect(offline) => offline::run(&offline),
+            CliCommand::Operate(command) => operate::run(&command),
+            CliCommand::Inspect(status) => offline::run(&status),
             CliCommand::Adopt(adopt) => adopt::run(&adopt),
-            CliCommand::Help(text) => output::say(&text),
+            CliCommand::Help(text) => output::print(&text),
         }
     }
 }
 
 fn run_start(start: &StartRequest) -> ExitCode {
-    let plan = match start.plan() {
-        Ok(plan) => plan,
-        Err(no_plan) => return run_without_plan(start, &no_plan),
+    let config = match start.load() {
+        Ok(config) => config,
+        Err(error) => return report_invalid_start(start, &error),
     };
-    match daemon::run(plan, start.reread()) {
-        Ok(ending) => ended(&ending),
-        Err(refusal @ StartError::NoAddress) => misused(start, refusal.to_string()),
-        Err(refusal) => {
-            let (message_id, errno) = (refusal.message_id(), refusal.errno());
-            fatal!(message_id, errno, "{refusal}");
+    match daemon::run(config, start.reread()) {
+        Ok(end) => report_end(&end),
+        Err(error @ StartError::NoAddress) => report_misuse(start, error.to_string()),
+        Err(error) => {
+            let (message_id, errno) = (error.message_id(), error.errno());
+            fatal!(message_id, errno, "{error}");
             ExitCode::from(output::EXIT_CONFIG)
         }
     }
 }
 
-/// Nothing is to be done but to say so, to a client that waits for the service as well.
-fn run_without_plan(start: &StartRequest, no_plan: &StartRequestError) -> ExitCode {
-    let (StartRequestError::Misuse(sentence) | StartRequestError::Config(sentence)) = no_plan;
-    if let Some(ending) = daemon::refuse(start.role, start.settings.sock.clone(), sentence) {
-        return ended(&ending);
+/// Reports that the process cannot start: to waiting clients, if it has inherited their sockets;
+/// else to the operator.
+fn report_invalid_start(start: &StartRequest, error: &StartRequestError) -> ExitCode {
+    let (StartRequestError::Misuse(sentence) | StartRequestError::Config(sentence)) = error;
+    if let Some(end) = daemon::refuse(start.role, start.settings.sock.clone(), sentence) {
+        return report_end(&end);
     }
-    match no_plan {
-        StartRequestError::Misuse(sentence) => misused(start, sentence.clone()),
+    match error {
+        StartRequestError::Misuse(sentence) => report_misuse(start, sentence.clone()),
         StartRequestError::Config(sentence) => {
             fatal!(message_id = message_id::REFUSING_CONFIGURATION, "{sentence}");
             ExitCode::from(output::EXIT_CONFIG)
@@ -169,8 +175,8 @@ fn run_without_plan(start: &StartRequest, no_plan: &StartRequestError) -> ExitCo
     }
 }
 
-fn ended(ending: &ProcessEnd) -> ExitCode {
-    match ending {
+fn report_end(end: &ProcessEnd) -> ExitCode {
+    match end {
         ProcessEnd::Well => ExitCode::SUCCESS,
         ProcessEnd::Badly(why) => {
             fatal!(message_id = message_id::FAILED, "{why}");
@@ -179,9 +185,9 @@ fn ended(ending: &ProcessEnd) -> ExitCode {
     }
 }
 
-fn misused(start: &StartRequest, sentence: String) -> ExitCode {
-    let misuse = misuse(Some(start.mode()), sentence);
-    output::complain(&misuse.to_string(), output::EXIT_USAGE)
+fn report_misuse(start: &StartRequest, sentence: String) -> ExitCode {
+    let error = usage_error(Some(start.mode()), sentence);
+    output::print_error(&error.to_string(), output::EXIT_USAGE)
 }
 
 /// Serve a disk image or block device over NBD
@@ -197,14 +203,14 @@ fn misused(start: &StartRequest, sentence: String) -> ExitCode {
 )]
 struct CommandLine {
     #[command(flatten)]
-    loudness: Loudness,
+    verbosity: VerbosityFlags,
     #[command(subcommand)]
     mode: Mode,
 }
 
-/// Options that may stand before and after the mode.
+/// The verbosity options, accepted before and after the mode.
 #[derive(clap::Args, Clone, Copy, Debug)]
-struct Loudness {
+struct VerbosityFlags {
     /// Log everything; the last of -v and -q wins
     #[arg(short, long, overrides_with = "quiet")]
     verbose: bool,
@@ -213,13 +219,13 @@ struct Loudness {
     quiet: bool,
 }
 
-/// The options of a mode, and those of all modes.
+/// The options of one mode, with those that all modes have.
 #[derive(clap::Args, Debug)]
-struct With<T: clap::Args> {
+struct ModeFlags<T: clap::Args> {
     #[command(flatten)]
     flags: T,
     #[command(flatten)]
-    loudness: Loudness,
+    verbosity: VerbosityFlags,
 }
 
 #[derive(Subcommand, Debug)]
@@ -228,46 +234,46 @@ enum Mode {
     #[command(
         override_usage = "flexnbd serve --file FILE [--addr ADDR --port PORT] [OPTION]... [ACL_ENTRY]..."
     )]
-    Serve(With<serve::ServeFlags>),
+    Serve(ModeFlags<serve::ServeFlags>),
     /// Receive a disk from another server, and end when it has arrived
     #[command(
         override_usage = "flexnbd listen --file FILE [--addr ADDR --port PORT] [OPTION]... [ACL_ENTRY]..."
     )]
-    Listen(With<listen::ListenFlags>),
+    Listen(ModeFlags<listen::ListenFlags>),
     /// Move the disk of a running server to another server, while clients use it
     #[command(override_usage = "flexnbd mirror --addr ADDR --port PORT --sock SOCK [OPTION]...")]
-    Mirror(With<mirror::MirrorFlags>),
+    Mirror(ModeFlags<mirror::MirrorFlags>),
     /// Change the speed limit of a running migration
     #[command(override_usage = "flexnbd mirror-speed --sock SOCK --max-speed RATE [OPTION]...")]
-    MirrorSpeed(With<mirror::SpeedFlags>),
+    MirrorSpeed(ModeFlags<mirror::SpeedFlags>),
     /// Stop a running migration; the disk stays
     #[command(override_usage = "flexnbd break --sock SOCK [OPTION]...")]
-    Break(With<operate::ServerFlags>),
+    Break(ModeFlags<operate::ServerFlags>),
     /// Copy bytes from a server to standard output
     #[command(
         override_usage = "flexnbd read --addr ADDR --port PORT --from OFFSET --size SIZE [OPTION]..."
     )]
-    Read(With<transfer::TransferFlags>),
+    Read(ModeFlags<transfer::TransferFlags>),
     /// Copy bytes from standard input to a server
     #[command(
         override_usage = "flexnbd write --addr ADDR --port PORT --from OFFSET --size SIZE [OPTION]..."
     )]
-    Write(With<transfer::TransferFlags>),
+    Write(ModeFlags<transfer::TransferFlags>),
     /// Replace the access control list of a running server
     #[command(override_usage = "flexnbd acl --sock SOCK [OPTION]... ACL_ENTRY...")]
-    Acl(With<operate::AclFlags>),
+    Acl(ModeFlags<operate::AclFlags>),
     /// Show how a running server is doing, or what is known of a disk
     #[command(override_usage = "flexnbd status --sock SOCK [OPTION]...")]
-    Status(With<operate::StatusFlags>),
+    Status(ModeFlags<status::StatusFlags>),
     /// Make a running server read its configuration file again
     #[command(override_usage = "flexnbd reload --sock SOCK [OPTION]...")]
-    Reload(With<operate::ServerFlags>),
+    Reload(ModeFlags<operate::ServerFlags>),
     /// Declare this copy of a disk the canonical one
     #[command(override_usage = "flexnbd adopt --file FILE [OPTION]...")]
-    Adopt(With<Adopt>),
+    Adopt(ModeFlags<Adopt>),
     /// Show help, for all modes or for one
     #[command(override_usage = "flexnbd help [MODE] [OPTION]...")]
-    Help(With<HelpFlags>),
+    Help(ModeFlags<HelpFlags>),
 }
 
 #[derive(clap::Args, Debug)]
@@ -277,7 +283,7 @@ struct HelpFlags {
     mode: Option<String>,
 }
 
-impl Loudness {
+impl VerbosityFlags {
     fn verbosity(self) -> Option<Verbosity> {
         match (self.verbose, self.quiet) {
             (true, _) => Some(Verbosity::Verbose),
@@ -288,51 +294,55 @@ impl Loudness {
 }
 
 impl Mode {
-    fn checked(self) -> Result<(Loudness, CliCommand), Stop> {
-        let ordered = |mode, order: Result<OperatorCommand, String>| {
-            order
-                .map(CliCommand::Operate)
-                .map_err(|sentence| Stop::Misuse(misuse(Some(mode), sentence)))
+    fn validate(self) -> Result<(VerbosityFlags, CliCommand), EarlyExit> {
+        let misuse = |mode| move |sentence| EarlyExit::Misuse(usage_error(Some(mode), sentence));
+        let operate = |mode, command: Result<OperatorCommand, String>| {
+            command.map(CliCommand::Operate).map_err(misuse(mode))
         };
-        let wrong = |mode| move |sentence| Stop::Misuse(misuse(Some(mode), sentence));
         Ok(match self {
-            Self::Serve(With { flags, loudness }) => (loudness, CliCommand::Start(flags.start())),
-            Self::Listen(With { flags, loudness }) => (loudness, CliCommand::Start(flags.start())),
-            Self::Read(With { flags, loudness }) => {
-                (loudness, CliCommand::Read(flags.checked().map_err(wrong("read"))?))
+            Self::Serve(ModeFlags { flags, verbosity }) => {
+                (verbosity, CliCommand::Start(flags.into_request()))
             }
-            Self::Write(With { flags, loudness }) => {
-                (loudness, CliCommand::Write(flags.checked().map_err(wrong("write"))?))
+            Self::Listen(ModeFlags { flags, verbosity }) => {
+                (verbosity, CliCommand::Start(flags.into_request()))
             }
-            Self::Mirror(With { flags, loudness }) => {
-                (loudness, ordered("mirror", flags.checked())?)
+            Self::Read(ModeFlags { flags, verbosity }) => {
+                (verbosity, CliCommand::Read(flags.validate().map_err(misuse("read"))?))
             }
-            Self::MirrorSpeed(With { flags, loudness }) => {
-                (loudness, ordered("mirror-speed", flags.checked())?)
+            Self::Write(ModeFlags { flags, verbosity }) => {
+                (verbosity, CliCommand::Write(flags.validate().map_err(misuse("write"))?))
             }
-            Self::Break(With { flags, loudness }) => {
-                (loudness, ordered("break", flags.checked(CommandKind::Break))?)
+            Self::Mirror(ModeFlags { flags, verbosity }) => {
+                (verbosity, operate("mirror", flags.validate())?)
             }
-            Self::Acl(With { flags, loudness }) => (loudness, ordered("acl", flags.checked())?),
-            Self::Status(With { flags, loudness }) => {
-                let command = match flags.checked().map_err(wrong("status"))? {
-                    StatusSubject::Server(order) => CliCommand::Operate(order),
-                    StatusSubject::Disk(offline) => CliCommand::Inspect(offline),
+            Self::MirrorSpeed(ModeFlags { flags, verbosity }) => {
+                (verbosity, operate("mirror-speed", flags.validate())?)
+            }
+            Self::Break(ModeFlags { flags, verbosity }) => {
+                (verbosity, operate("break", flags.validate(CommandKind::Break))?)
+            }
+            Self::Acl(ModeFlags { flags, verbosity }) => {
+                (verbosity, operate("acl", flags.validate())?)
+            }
+            Self::Status(ModeFlags { flags, verbosity }) => {
+                let command = match flags.validate().map_err(misuse("status"))? {
+                    StatusSubject::Server(command) => CliCommand::Operate(command),
+                    StatusSubject::Disk(status) => CliCommand::Inspect(status),
                 };
-                (loudness, command)
+                (verbosity, command)
             }
-            Self::Reload(With { flags, loudness }) => {
-                (loudness, ordered("reload", flags.checked(CommandKind::Reload))?)
+            Self::Reload(ModeFlags { flags, verbosity }) => {
+                (verbosity, operate("reload", flags.validate(CommandKind::Reload))?)
             }
-            Self::Adopt(With { flags, loudness }) => (loudness, CliCommand::Adopt(flags)),
-            Self::Help(With { flags, loudness }) => {
-                (loudness, CliCommand::Help(help(flags.mode.as_deref()).map_err(wrong("help"))?))
+            Self::Adopt(ModeFlags { flags, verbosity }) => (verbosity, CliCommand::Adopt(flags)),
+            Self::Help(ModeFlags { flags, verbosity }) => {
+                (verbosity, CliCommand::Help(help(flags.mode.as_deref()).map_err(misuse("help"))?))
             }
         })
     }
 }
 
-/// What `flexnbd help [MODE]` shows.
+/// The text of `flexnbd help [MODE]`.
 fn help(mode: Option<&str>) -> Result<String, String> {
     let mut whole = command();
     whole.build();
@@ -343,17 +353,17 @@ fn help(mode: Option<&str>) -> Result<String, String> {
     }
 }
 
-/// The parser's error in our words; help and version are no errors.
-fn stopped(error: &clap::Error, mode: Option<&'static str>) -> Stop {
+/// Converts the parser's error; clap also returns help and version as errors.
+fn early_exit(error: &clap::Error, mode: Option<&'static str>) -> EarlyExit {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
-            Stop::Answer(error.render().to_string())
+            EarlyExit::Output(error.render().to_string())
         }
-        _ => Stop::Misuse(misuse(mode, usage::sentence(error))),
+        _ => EarlyExit::Misuse(usage_error(mode, usage::sentence(error))),
     }
 }
 
-fn misuse(mode: Option<&'static str>, sentence: String) -> UsageError {
+fn usage_error(mode: Option<&'static str>, sentence: String) -> UsageError {
     let mut whole = command();
     let usage = match mode.and_then(|mode| whole.find_subcommand_mut(mode)) {
         Some(command) => command.render_usage(),
@@ -363,7 +373,8 @@ fn misuse(mode: Option<&'static str>, sentence: String) -> UsageError {
     UsageError { mode, sentence, usage }
 }
 
-/// The first argument that is no option is the mode: none of the options before it has a value.
+/// The mode of an invalid command line: the first argument that is not an option. No option before
+/// the mode takes a value.
 fn mode_of(arguments: &[OsString]) -> Option<&'static str> {
     let is_option = |argument: &OsString| argument.as_encoded_bytes().starts_with(b"-");
     let first = arguments.iter().skip(1).find(|argument| !is_option(argument))?;

@@ -1,10 +1,9 @@
-//! `flexnbd status --file`: what is known of a disk without asking the server that may have it.
-//! Reads the image's size and record, locks nothing and changes nothing.
+//! `flexnbd status --file`: the status of a disk without a server. Reads the image's size and its
+//! ownership record; takes no lock and changes nothing.
 
-use super::operate;
 use super::output;
 use super::settings::Settings;
-use super::start::{StartRequest, StartRequestError};
+use super::start::StartRequest;
 use crate::control::status::{self, OWNERSHIP};
 use crate::daemon::ProcessRole;
 use crate::disk::ownership::Record;
@@ -13,48 +12,48 @@ use crate::disk::{OpenError, image_size};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Which disk to look at, and how to tell of it.
+/// A `status` command about a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OfflineStatus {
-    /// Where the image is found.
+    /// The disk.
     pub disk: DiskArgument,
-    /// As JSON.
+    /// Print it as JSON.
     pub json: bool,
 }
 
-/// Which disk is meant.
+/// Selects a disk by its image or by a configuration file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DiskArgument {
-    /// This image.
+    /// The path of the image.
     File(PathBuf),
-    /// The one of this configuration file.
+    /// The path of the configuration file, whose `FILE` is the image.
     Config(PathBuf),
 }
 
-/// Tells what there is to know.
+/// Prints the status of the disk.
 #[must_use]
-pub fn run(offline: &OfflineStatus) -> ExitCode {
-    match offline.told() {
-        Ok(line) => output::say(&line),
-        Err(why) => output::complain(&format!("flexnbd status: {why}"), output::EXIT_FAILURE),
+pub fn run(status: &OfflineStatus) -> ExitCode {
+    match status.render() {
+        Ok(text) => output::print(&text),
+        Err(why) => output::print_error(&format!("flexnbd status: {why}"), output::EXIT_FAILURE),
     }
 }
 
 impl OfflineStatus {
-    fn told(&self) -> Result<String, String> {
+    fn render(&self) -> Result<String, String> {
         let image = self.disk.image()?;
-        let said = |error: RecordStoreError| error.to_string();
+        let to_text = |error: RecordStoreError| error.to_string();
         let (size, record) = match image_size(&image) {
             Ok(size) => {
-                (size, RecordStore::at(&image).and_then(|ledger| ledger.peek()).map_err(said)?)
+                (size, RecordStore::at(&image).and_then(|store| store.peek()).map_err(to_text)?)
             }
+            // A migration with --unlink has deleted the image and left a tombstone.
             Err(error) => {
-                let last = read_tombstone(&image).map_err(said)?;
-                (0, Some(last.ok_or_else(|| unfit(error))?))
+                let tombstone = read_tombstone(&image).map_err(to_text)?;
+                (0, Some(tombstone.ok_or_else(|| describe_open_error(error))?))
             }
         };
-        let line = describe(&image, size, record.as_ref());
-        operate::as_asked(&line, self.json)
+        output::format_status(&status_line(&image, size, record.as_ref()), self.json)
     }
 }
 
@@ -64,20 +63,17 @@ impl DiskArgument {
             Self::File(image) => return Ok(image.clone()),
             Self::Config(path) => path,
         };
-        // All that keeps a server from starting with it is wrong here as well, so that a
-        // configuration can be tried before a restart.
+        // Every error that would prevent `serve` from starting is an error here as well, so that an
+        // operator can check a configuration before a restart.
         let config = Some(path.clone());
         let start =
             StartRequest { role: ProcessRole::Serve, settings: Settings::default(), config };
-        match start.plan() {
-            Ok(plan) => Ok(plan.image),
-            Err(StartRequestError::Misuse(why) | StartRequestError::Config(why)) => Err(why),
-        }
+        start.load().map(|config| config.image).map_err(|error| error.to_string())
     }
 }
 
-/// The pairs that hold for every record, then those of some.
-fn describe(image: &Path, size: u64, record: Option<&Record>) -> String {
+/// The status line: the pairs that every disk has, then those of its record.
+fn status_line(image: &Path, size: u64, record: Option<&Record>) -> String {
     let mut pairs = vec![
         ("image", image.display().to_string()),
         ("size", size.to_string()),
@@ -93,9 +89,9 @@ fn describe(image: &Path, size: u64, record: Option<&Record>) -> String {
     status::line(&pairs)
 }
 
-fn unfit(error: OpenError) -> String {
+fn describe_open_error(error: OpenError) -> String {
     match error {
-        // To make it is no advice for somebody who only looks.
+        // The error's own text advises to create the image, which `status` cannot do.
         OpenError::Missing { path } => format!("{} does not exist", path.display()),
         error => error.to_string(),
     }
@@ -107,19 +103,19 @@ mod tests {
     use crate::disk::ownership::{Id, Provenance, RemoteAddress};
 
     #[test]
-    fn each_record_has_its_pairs_and_no_value_a_space() {
+    fn each_record_has_its_pairs_without_spaces() {
         let (id, to) = (Id([7; 16]), RemoteAddress::new("192.0.2.7:10809").unwrap());
-        let told = |record: Option<Record>| describe(Path::new("/a disk"), 512, record.as_ref());
+        let line = |record: Option<Record>| status_line(Path::new("/a disk"), 512, record.as_ref());
         let start = "image=/a%20disk size=512 ownership=";
-        assert_eq!(told(None), format!("{start}none"));
-        assert_eq!(told(Some(Record::Incoming { id: None })), format!("{start}incoming"));
-        assert_eq!(told(Some(Record::Ours(Provenance::Adopted))), format!("{start}ours"));
+        assert_eq!(line(None), format!("{start}none"));
+        assert_eq!(line(Some(Record::Incoming { id: None })), format!("{start}incoming"));
+        assert_eq!(line(Some(Record::Ours(Provenance::Adopted))), format!("{start}ours"));
         let departing =
             Record::Departing { id, before: Provenance::Native, to: to.clone(), from: None };
         let expected = format!("{start}departing moving_to=192.0.2.7:10809");
-        assert_eq!(told(Some(departing)), expected);
+        assert_eq!(line(Some(departing)), expected);
         let departed = Record::Departed { id, when: 1_700_000_000, to };
         let expected = format!("{start}departed moved_to=192.0.2.7:10809 moved_at=1700000000");
-        assert_eq!(told(Some(departed)), expected);
+        assert_eq!(line(Some(departed)), expected);
     }
 }

@@ -1,32 +1,41 @@
-//! What a command tells, where it goes, and the exit status that goes with it.
-//! A reader that has gone away is never a reason to panic.
+//! Writes the result of a command to standard output or standard error, and chooses the exit status.
+//! Never panics when the reader has closed its end.
 
+use crate::control::status::to_json;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-/// It did not work.
+/// The command failed.
 pub(super) const EXIT_FAILURE: u8 = 1;
-/// The command line cannot be meant.
+/// The command line is invalid.
 pub(super) const EXIT_USAGE: u8 = 2;
-/// The configuration is wrong (`EX_CONFIG` of sysexits.h); a service manager need not try again.
+/// The configuration is invalid (`EX_CONFIG` of sysexits.h); the service manager need not retry.
 pub(super) const EXIT_CONFIG: u8 = 78;
 
-/// Writes one text to standard output. Success, unless it could not be written.
-pub(super) fn say(text: &str) -> ExitCode {
+/// Prints one text to standard output; fails if it cannot be written.
+pub(super) fn print(text: &str) -> ExitCode {
     let mut out = io::stdout().lock();
     match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read it had enough; there is nobody to tell.
+        // The reader has closed the pipe on purpose; a message would only be noise.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(EXIT_FAILURE),
         Err(error) => {
-            complain(&format!("flexnbd: cannot write to standard output: {error}"), EXIT_FAILURE)
+            print_error(&format!("flexnbd: cannot write to standard output: {error}"), EXIT_FAILURE)
         }
     }
 }
 
-/// Writes one text to standard error, and returns `status`.
-pub(super) fn complain(text: &str, status: u8) -> ExitCode {
-    // With standard error gone, the status alone must tell.
+/// Prints one text to standard error, and returns `status`.
+pub(super) fn print_error(text: &str, status: u8) -> ExitCode {
+    // If standard error is closed, the exit status is all that is left.
     let _ = writeln!(io::stderr(), "{}", text.trim_end_matches('\n'));
     ExitCode::from(status)
+}
+
+/// Formats a status line of `key=value` pairs as JSON, or returns it unchanged.
+///
+/// # Errors
+/// A message for the operator: the line does not consist of pairs.
+pub(super) fn format_status(line: &str, json: bool) -> Result<String, String> {
+    if json { to_json(line).map_err(|error| error.to_string()) } else { Ok(line.to_owned()) }
 }

@@ -1,5 +1,4 @@
-//! `flexnbd serve`: its flags.
-//! Only says what they are called; what follows from them is decided in [`super::start`].
+//! `flexnbd serve`: its flags. [`super::start`] checks them, and merges the configuration file.
 
 use super::settings::Settings;
 use super::start::StartRequest;
@@ -19,9 +18,9 @@ pub struct ServeFlags {
 }
 
 impl ServeFlags {
-    /// What is meant by them.
+    /// The request that the flags make.
     #[must_use]
-    pub fn start(self) -> StartRequest {
+    pub fn into_request(self) -> StartRequest {
         StartRequest { role: ProcessRole::Serve, settings: self.settings, config: self.config }
     }
 }

@@ -1,23 +1,22 @@
-//! What a server can be told, by flags or by a configuration file: the same things, one struct.
-//! Decides which of the two wins, never reads a file, and never opens what it names.
+//! The settings of a server, from flags and from a configuration file, and which of the two takes
+//! precedence. Pure: never reads a file, and never opens an image or a socket.
 
 use super::size::parse_create;
 use super::uri::parse_export;
 use crate::disk::HolePolicy;
 use crate::net::{Address, AddressError, Host, parse_port};
 use crate::server::acl::Acl;
-use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// How many clients `--max-clients` may admit. Each has a thread and a few descriptors.
+/// Range of `--max-clients`. Each client has a thread and a few file descriptors.
 pub const MAX_CLIENTS_RANGE: RangeInclusive<usize> = 1..=65_536;
 
-/// After how many seconds with nothing to do `--idle-exit` may end the process; a year at most.
+/// Range of `--idle-exit`, in seconds; a year at most.
 pub const IDLE_EXIT_RANGE: RangeInclusive<u64> = 1..=365 * 24 * 3600;
 
-/// Everything that both the flags of `serve` and a configuration file can say.
+/// The settings that the flags of `serve` and a configuration file share.
 ///
 /// Each long option is also a key of the file, in capitals and with `_` for `-`.
 #[derive(clap::Args, Clone, Debug, Default, PartialEq, Eq)]
@@ -63,7 +62,7 @@ pub struct Settings {
     #[arg(long)]
     pub oldstyle: bool,
 
-    /// Receive from one writer of another make, too; for `listen` only.
+    /// Receive also from one client that is not a flexnbd; for `listen` only.
     #[arg(skip)]
     pub plain: bool,
 
@@ -84,11 +83,11 @@ pub struct Settings {
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
     pub acl: Vec<String>,
 
-    /// When the service starts. For the generator of units only: a process has started already.
+    /// When the service starts. Only the generator uses it: a process has started already.
     #[arg(skip)]
     pub autostart: Option<Autostart>,
 
-    /// Whether the socket unit keeps out, too, whom the ACL does not admit; for the generator only.
+    /// Whether the socket unit filters packets by the ACL as well. Only the generator uses it.
     #[arg(skip)]
     pub ip_filter: bool,
 }
@@ -96,7 +95,7 @@ pub struct Settings {
 /// When the service of a configuration file starts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Autostart {
-    /// When an operator, or what an operator has enabled, starts it.
+    /// When an operator, or a unit that an operator has enabled, starts it.
     #[default]
     No,
     /// At boot.
@@ -105,72 +104,80 @@ pub enum Autostart {
     OnDemand,
 }
 
-/// Where to listen cannot be made out.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum AddressMissing {
-    /// A port, but no address.
+/// An invalid combination of `--addr` and `--port`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ListenAddressError {
+    /// A port without an address.
+    #[error("--port needs --addr as well")]
     AddressMissing,
-    /// The two do not fit each other.
-    Unfit(AddressError),
+    /// An IP address without a port.
+    #[error("--addr {0} needs --port as well")]
+    PortMissing(String),
+    /// Address and port do not fit each other.
+    #[error("--addr and --port: {0}")]
+    Mismatch(AddressError),
 }
 
 impl Settings {
-    /// These settings, and where they say nothing, those of `below`. What is only switched on by
-    /// being there is on when either says so; an ACL replaces the other as a whole.
+    /// These settings, with those that are missing taken from `fallback`. A switch is on if either
+    /// has it on; a non-empty ACL replaces the other as a whole.
     #[must_use]
-    pub fn over(self, below: Self) -> Self {
-        // The file's port belongs to the file's address: a path given instead has none.
-        let below_port = if matches!(self.addr, Some(Host::Path(_))) { None } else { below.port };
+    pub fn or(self, fallback: Self) -> Self {
+        // A unix socket has no port, so the fallback's port is not for it.
+        let is_path = matches!(self.addr, Some(Host::Path(_)));
+        let fallback_port = if is_path { None } else { fallback.port };
         Self {
-            addr: self.addr.or(below.addr),
-            port: self.port.or(below_port),
-            file: self.file.or(below.file),
-            create: self.create.or(below.create),
-            sock: self.sock.or(below.sock),
-            default_deny: self.default_deny || below.default_deny,
-            killswitch: self.killswitch || below.killswitch,
-            read_only: self.read_only || below.read_only,
-            export: self.export.or(below.export),
-            oldstyle: self.oldstyle || below.oldstyle,
-            plain: self.plain || below.plain,
-            max_clients: self.max_clients.or(below.max_clients),
-            idle_exit: self.idle_exit.or(below.idle_exit),
-            holes: self.holes.or(below.holes),
-            acl: if self.acl.is_empty() { below.acl } else { self.acl },
-            autostart: self.autostart.or(below.autostart),
-            ip_filter: self.ip_filter || below.ip_filter,
+            addr: self.addr.or(fallback.addr),
+            port: self.port.or(fallback_port),
+            file: self.file.or(fallback.file),
+            create: self.create.or(fallback.create),
+            sock: self.sock.or(fallback.sock),
+            default_deny: self.default_deny || fallback.default_deny,
+            killswitch: self.killswitch || fallback.killswitch,
+            read_only: self.read_only || fallback.read_only,
+            export: self.export.or(fallback.export),
+            oldstyle: self.oldstyle || fallback.oldstyle,
+            plain: self.plain || fallback.plain,
+            max_clients: self.max_clients.or(fallback.max_clients),
+            idle_exit: self.idle_exit.or(fallback.idle_exit),
+            holes: self.holes.or(fallback.holes),
+            acl: if self.acl.is_empty() { fallback.acl } else { self.acl },
+            autostart: self.autostart.or(fallback.autostart),
+            ip_filter: self.ip_filter || fallback.ip_filter,
         }
     }
 
-    /// These settings as far as `listen` heeds them. One file may feed both modes, so that the keys
-    /// that are about serving a disk that is ours are passed over, not refused.
+    /// Clears the settings that `listen` ignores. One file may configure both modes, so keys for
+    /// serving only are ignored, not refused.
     #[must_use]
-    pub fn to_listen(self) -> Self {
+    pub fn for_listen(self) -> Self {
         Self { killswitch: false, read_only: false, max_clients: None, idle_exit: None, ..self }
     }
 
-    /// These settings as far as `serve` heeds them.
+    /// Clears the settings that `serve` ignores.
     #[must_use]
-    pub fn to_serve(self) -> Self {
+    pub fn for_serve(self) -> Self {
         Self { plain: false, ..self }
     }
 
-    /// Where to listen; none if neither address nor port is given.
+    /// The address to listen on; `None` if neither address nor port is given.
     ///
     /// # Errors
-    /// When one of the two is missing or too much.
-    pub fn address(&self) -> Result<Option<Address>, AddressMissing> {
+    /// One of the two is missing, or a unix socket has a port.
+    pub fn address(&self) -> Result<Option<Address>, ListenAddressError> {
         match (&self.addr, self.port) {
             (None, None) => Ok(None),
-            (None, Some(_)) => Err(AddressMissing::AddressMissing),
-            (Some(host), port) => {
-                host.clone().with_port(port).map(Some).map_err(AddressMissing::Unfit)
-            }
+            (None, Some(_)) => Err(ListenAddressError::AddressMissing),
+            (Some(host), port) => match host.clone().with_port(port) {
+                Ok(address) => Ok(Some(address)),
+                Err(AddressError::PortMissing(ip)) => Err(ListenAddressError::PortMissing(ip)),
+                Err(error) => Err(ListenAddressError::Mismatch(error)),
+            },
         }
     }
 }
 
-/// One entry of the access control list, unchanged if it is one.
+/// Checks one entry of an access control list, and returns it unchanged.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -178,35 +185,35 @@ pub fn parse_acl_entry(text: &str) -> Result<String, String> {
     Acl::parse(&[text], false).map(|_| text.to_owned()).map_err(|bad| bad.to_string())
 }
 
-/// A number that is written in digits and nothing else.
-fn digits<N: FromStr>(text: &str) -> Option<N> {
-    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit());
-    if is_plain { text.parse().ok() } else { None }
+/// Parses a number of digits only; `str::parse` also accepts a leading +.
+fn parse_digits<N: FromStr>(text: &str) -> Option<N> {
+    let is_digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    if is_digits { text.parse().ok() } else { None }
 }
 
-/// `--max-clients`: a number within [`MAX_CLIENTS_RANGE`].
+/// Parses `--max-clients`: a number within [`MAX_CLIENTS_RANGE`].
 ///
 /// # Errors
 /// A sentence for the operator.
 pub fn parse_max_clients(text: &str) -> Result<usize, String> {
-    digits(text).filter(|number| MAX_CLIENTS_RANGE.contains(number)).ok_or_else(|| {
+    parse_digits(text).filter(|number| MAX_CLIENTS_RANGE.contains(number)).ok_or_else(|| {
         let (least, most) = (MAX_CLIENTS_RANGE.start(), MAX_CLIENTS_RANGE.end());
         format!("`{text}` is not a number from {least} to {most}")
     })
 }
 
-/// `--idle-exit`: a number of seconds within [`IDLE_EXIT_RANGE`].
+/// Parses `--idle-exit`: a number of seconds within [`IDLE_EXIT_RANGE`].
 ///
 /// # Errors
 /// A sentence for the operator.
 pub fn parse_idle_exit(text: &str) -> Result<u64, String> {
-    digits(text).filter(|number| IDLE_EXIT_RANGE.contains(number)).ok_or_else(|| {
+    parse_digits(text).filter(|number| IDLE_EXIT_RANGE.contains(number)).ok_or_else(|| {
         let (least, most) = (IDLE_EXIT_RANGE.start(), IDLE_EXIT_RANGE.end());
         format!("`{text}` is not a number of seconds from {least} to {most}")
     })
 }
 
-/// `--holes`: one of three words.
+/// Parses `--holes`.
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -219,27 +226,13 @@ pub fn parse_holes(text: &str) -> Result<HolePolicy, String> {
     }
 }
 
-impl AddressMissing {
-    /// The same, for those who have said it by the keys of a file.
+impl ListenAddressError {
+    /// The message with the keys of a configuration file in place of the options.
     #[must_use]
-    pub fn in_keys(&self) -> String {
+    pub fn with_keys(&self) -> String {
         self.to_string().replace("--addr", "ADDR").replace("--port", "PORT")
     }
 }
-
-impl fmt::Display for AddressMissing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::AddressMissing => write!(f, "--port needs --addr as well"),
-            Self::Unfit(AddressError::PortMissing(ip)) => {
-                write!(f, "--addr {ip} needs --port as well")
-            }
-            Self::Unfit(error) => write!(f, "--addr and --port: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for AddressMissing {}
 
 #[cfg(test)]
 mod tests {
@@ -263,47 +256,47 @@ mod tests {
             oldstyle: true,
             plain: true,
             max_clients: Some(number.into()),
-            holes: Some(if word == "above" { HolePolicy::Trust } else { HolePolicy::Ignore }),
+            holes: Some(if word == "flags" { HolePolicy::Trust } else { HolePolicy::Ignore }),
             idle_exit: Some(number.into()),
             acl: vec![word.to_owned()],
-            autostart: Some(if word == "above" { Autostart::Yes } else { Autostart::No }),
+            autostart: Some(if word == "flags" { Autostart::Yes } else { Autostart::No }),
             ip_filter: true,
         }
     }
 
     #[test]
-    fn what_is_above_wins_and_what_is_below_fills_the_gaps() {
-        let (above, below) = (full("above", 1), full("below", 2));
-        assert_eq!(above.clone().over(below.clone()), above);
-        assert_eq!(Settings::default().over(below.clone()), below);
-        assert_eq!(above.clone().over(Settings::default()), above);
+    fn the_fallback_fills_missing_settings() {
+        let (flags, file) = (full("flags", 1), full("file", 2));
+        assert_eq!(flags.clone().or(file.clone()), flags);
+        assert_eq!(Settings::default().or(file.clone()), file);
+        assert_eq!(flags.clone().or(Settings::default()), flags);
     }
 
     #[test]
-    fn a_path_above_has_no_port_from_below() {
-        let above = Settings { addr: host("/run/x"), ..Settings::default() };
-        let merged = above.over(full("below", 2));
+    fn a_socket_path_takes_no_port_from_the_fallback() {
+        let flags = Settings { addr: host("/run/x"), ..Settings::default() };
+        let merged = flags.or(full("file", 2));
         assert_eq!(merged.address(), Ok(Some(Address::Unix("/run/x".into()))));
     }
 
     #[test]
-    fn address_and_port_come_together_or_not_at_all() {
+    fn address_and_port_are_both_given_or_neither() {
         let settings = |addr, port| Settings { addr, port, ..Settings::default() };
         assert_eq!(settings(None, None).address(), Ok(None));
         let tcp = settings(host("::1"), Some(7)).address();
         assert_eq!(tcp, Ok(Some(Address::Tcp("[::1]:7".parse().unwrap()))));
-        assert_eq!(settings(None, Some(7)).address(), Err(AddressMissing::AddressMissing));
+        assert_eq!(settings(None, Some(7)).address(), Err(ListenAddressError::AddressMissing));
         let missing = settings(host("[::1]"), None).address().unwrap_err();
         assert_eq!(missing.to_string(), "--addr ::1 needs --port as well");
-        let unfit = settings(host("/x"), Some(7)).address().unwrap_err();
+        let mismatch = settings(host("/x"), Some(7)).address().unwrap_err();
         assert_eq!(
-            unfit.to_string(),
+            mismatch.to_string(),
             "--addr and --port: /x is the path of a unix socket, which has no port"
         );
     }
 
     #[test]
-    fn idling_ends_after_a_second_at_the_earliest_and_a_year_at_the_latest() {
+    fn idle_exit_is_between_a_second_and_a_year() {
         assert_eq!(parse_idle_exit("1"), Ok(1));
         assert_eq!(parse_idle_exit("31536000"), Ok(31_536_000));
         for text in ["0", "31536001", "", "never", "-1", "+1", " 1", "1s"] {
@@ -313,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn at_least_one_client_and_at_most_65536_may_be_admitted() {
+    fn max_clients_is_between_1_and_65536() {
         assert_eq!(parse_max_clients("1"), Ok(1));
         assert_eq!(parse_max_clients("65536"), Ok(65_536));
         for text in ["0", "65537", "", "many", "-1", "+1", "1 "] {

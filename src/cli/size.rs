@@ -1,69 +1,71 @@
-//! Numbers of bytes as operators write them.
-//! Pure; a number that parses is within its limits.
+//! Parses numbers of bytes with an optional unit, and checks their limits. Pure.
 //!
-//! A number may end in `K`, `M`, `G` or `T` (either case), which are powers of 1024, and those in
-//! `iB`: `4096`, `4K`, `4k` and `4KiB` are the same. `4KB` is refused, since to many it means 4000.
+//! The units `K`, `M`, `G` and `T`, in either case and with or without `iB`, are powers of 1024:
+//! `4096`, `4K`, `4k` and `4KiB` are equal. `4KB` is refused, because it can also mean 4000.
 
-use std::fmt;
 use std::ops::RangeInclusive;
 
-/// Where a `read` or `write` may begin, in bytes (flexnbd(1), `--from`).
+/// Range of `--from` of `read` and `write`, in bytes (flexnbd(1)).
 pub const FROM_RANGE: RangeInclusive<u64> = 0..=1 << 62;
-/// How many bytes a `read` or `write` may move (flexnbd(1), `--size`).
+/// Range of `--size` of `read` and `write`, in bytes (flexnbd(1)).
 pub const LENGTH_RANGE: RangeInclusive<u64> = 1..=1 << 30;
-/// How large an image may be created: from one sector to what a file offset can say.
+/// Range of `--create`, in bytes: from one sector to the largest file offset.
 pub const CREATE_RANGE: RangeInclusive<u64> = 512..=i64::MAX as u64;
 
-/// What is wrong with a number of bytes; each holds the text as it was given.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An invalid number of bytes; holds the text.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
-    /// Not digits with a known suffix.
+    /// Not digits with a known unit.
+    #[error("`{0}` is not a number of bytes, such as 4096, 4K, 100M, 20G or 1T")]
     NotASize(String),
-    /// A suffix that means powers of 1000 to some and of 1024 to others.
+    /// A unit that can mean a power of 1000 or of 1024.
+    #[error("`{0}` may mean powers of 1000 or of 1024; leave out the B for 1024")]
     Ambiguous(String),
     /// More than 64 bits.
+    #[error("`{0}` is more than 64 bits can hold")]
     Overflow(String),
-    /// Outside of what it may be here.
+    /// Outside the range of the option.
+    #[error("`{0}` is not between {least} and {most}", least = .1.start(), most = .1.end())]
     OutOfRange(String, RangeInclusive<u64>),
 }
 
-/// A number of bytes.
+/// Parses a number of bytes.
 ///
 /// # Errors
-/// One [`SizeError`] for each way to get it wrong, but for the range.
+/// [`SizeError`], except [`SizeError::OutOfRange`].
 pub fn parse_size(text: &str) -> Result<u64, SizeError> {
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (digits, suffix) = text.split_at(end);
+    let (digits, unit) = text.split_at(end);
     if digits.is_empty() {
         return Err(SizeError::NotASize(text.to_owned()));
     }
-    let unit = unit(suffix, text)?;
+    let factor = unit_factor(unit, text)?;
     let number = digits.parse::<u64>().ok();
     number
-        .and_then(|number| number.checked_mul(unit))
+        .and_then(|number| number.checked_mul(factor))
         .ok_or_else(|| SizeError::Overflow(text.to_owned()))
 }
 
-/// `--from`: within [`FROM_RANGE`].
+/// Parses `--from`: a number of bytes within [`FROM_RANGE`].
 ///
 /// # Errors
-/// As [`parse_size`], and [`SizeError::OutOfRange`].
+/// [`SizeError`].
 pub fn parse_from(text: &str) -> Result<u64, SizeError> {
     parse_within(text, FROM_RANGE)
 }
 
-/// `--size`: within [`LENGTH_RANGE`].
+/// Parses `--size`: a number of bytes within [`LENGTH_RANGE`].
 ///
 /// # Errors
-/// As [`parse_size`], and [`SizeError::OutOfRange`].
+/// [`SizeError`].
 pub fn parse_length(text: &str) -> Result<u64, SizeError> {
     parse_within(text, LENGTH_RANGE)
 }
 
-/// `--create`: within [`CREATE_RANGE`].
+/// Parses `--create`: a number of bytes within [`CREATE_RANGE`].
 ///
 /// # Errors
-/// As [`parse_size`], and [`SizeError::OutOfRange`].
+/// [`SizeError`].
 pub fn parse_create(text: &str) -> Result<u64, SizeError> {
     parse_within(text, CREATE_RANGE)
 }
@@ -77,8 +79,8 @@ fn parse_within(text: &str, range: RangeInclusive<u64>) -> Result<u64, SizeError
     }
 }
 
-fn unit(suffix: &str, text: &str) -> Result<u64, SizeError> {
-    match suffix.to_ascii_lowercase().as_str() {
+fn unit_factor(unit: &str, text: &str) -> Result<u64, SizeError> {
+    match unit.to_ascii_lowercase().as_str() {
         "" => Ok(1),
         "k" | "kib" => Ok(1 << 10),
         "m" | "mib" => Ok(1 << 20),
@@ -89,32 +91,13 @@ fn unit(suffix: &str, text: &str) -> Result<u64, SizeError> {
     }
 }
 
-impl fmt::Display for SizeError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotASize(text) => {
-                write!(f, "`{text}` is not a number of bytes, such as 4096, 4K, 100M, 20G or 1T")
-            }
-            Self::Ambiguous(text) => {
-                write!(f, "`{text}` may mean powers of 1000 or of 1024; leave out the B for 1024")
-            }
-            Self::Overflow(text) => write!(f, "`{text}` is more than 64 bits can hold"),
-            Self::OutOfRange(text, range) => {
-                write!(f, "`{text}` is not between {} and {}", range.start(), range.end())
-            }
-        }
-    }
-}
-
-impl std::error::Error for SizeError {}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
     #[test]
-    fn suffixes_are_powers_of_1024_in_either_case() {
+    fn units_are_powers_of_1024_in_either_case() {
         let cases = [("0", 0), ("512", 512), ("4K", 4096), ("4k", 4096), ("4KiB", 4096)];
         let more = [("3M", 3 << 20), ("3mib", 3 << 20), ("2G", 2 << 30), ("1T", 1 << 40)];
         for (text, bytes) in cases.into_iter().chain(more) {
@@ -123,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_size_is_refused() {
+    fn invalid_and_ambiguous_sizes_are_refused() {
         for text in ["", "K", "-1", "+1", "1.5G", "4 K", "4P", "4Ki", "0x10", "1_000", "4B"] {
             assert_eq!(parse_size(text), Err(SizeError::NotASize(text.to_owned())), "{text}");
         }
@@ -133,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_size_fits_into_64_bits_or_is_refused() {
+    fn a_size_over_64_bits_is_refused() {
         assert_eq!(parse_size("18446744073709551615"), Ok(u64::MAX));
         assert_eq!(parse_size("16777215T"), Ok(16_777_215 << 40));
         for text in ["18446744073709551616", "16777216T"] {
@@ -142,14 +125,14 @@ mod tests {
     }
 
     #[test]
-    fn from_reaches_to_two_to_the_62_and_no_further() {
+    fn from_is_at_most_2_to_the_62() {
         assert_eq!(parse_from("0"), Ok(0));
         assert_eq!(parse_from("4611686018427387904"), Ok(1 << 62));
         assert!(matches!(parse_from("4611686018427387905"), Err(SizeError::OutOfRange(..))));
     }
 
     #[test]
-    fn a_transfer_is_of_one_byte_to_one_gibibyte() {
+    fn length_is_between_1_byte_and_1_gib() {
         assert!(matches!(parse_length("0"), Err(SizeError::OutOfRange(..))));
         assert_eq!(parse_length("1"), Ok(1));
         assert_eq!(parse_length("1G"), Ok(1_073_741_824));
@@ -158,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_is_created_of_at_least_one_sector() {
+    fn create_takes_at_least_one_sector() {
         assert!(matches!(parse_create("511"), Err(SizeError::OutOfRange(..))));
         assert_eq!(parse_create("512"), Ok(512));
         assert_eq!(parse_create("9223372036854775807"), Ok(i64::MAX as u64));
@@ -167,7 +150,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_text_is_a_size_or_an_error_that_shows_it(text: String) {
+        fn every_error_quotes_the_text(text: String) {
             if let Err(error) = parse_size(&text) {
                 let quoted = format!("`{text}`");
                 prop_assert!(error.to_string().contains(&quoted));

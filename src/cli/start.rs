@@ -1,9 +1,9 @@
-//! What `serve` and `listen` have in common: from flags and configuration file to one plan.
-//! Reads the file and nothing else; opening what the plan names is the daemon's part.
+//! `serve` and `listen`: merges flags and configuration file into the daemon's [`Config`].
+//! Reads the configuration file and opens nothing else; the daemon opens image and sockets.
 
 use super::config;
-use super::instance::{self, is_of_the_service};
-use super::settings::{AddressMissing, Settings};
+use super::instance::{self, is_service_config};
+use super::settings::{ListenAddressError, Settings};
 use crate::daemon::{Admission, Config, ProcessRole, RereadConfig};
 use crate::server::CLIENTS_MAX;
 use crate::server::acl::Acl;
@@ -12,28 +12,30 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// A process to be started, as far as the command line tells.
+/// A `serve` or `listen` command line, before the configuration file is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StartRequest {
-    /// To serve a disk or to receive one.
+    /// Serve a disk, or receive one.
     pub role: ProcessRole,
-    /// What the configuration file can say as well.
+    /// The settings given by flags; they take precedence over the file.
     pub settings: Settings,
-    /// The configuration file.
+    /// The path of the configuration file.
     pub config: Option<PathBuf>,
 }
 
-/// Why there is no plan; each holds a sentence for the operator.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Why a process cannot start; holds a sentence for the operator.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StartRequestError {
-    /// The command line cannot be meant.
+    /// The command line is invalid.
+    #[error("{0}")]
     Misuse(String),
-    /// The configuration file cannot be read or is wrong.
+    /// The configuration file cannot be read, or is invalid.
+    #[error("{0}")]
     Config(String),
 }
 
 impl StartRequest {
-    /// The mode of the command line that it is.
+    /// The mode of the command line.
     #[must_use]
     pub fn mode(&self) -> &'static str {
         match self.role {
@@ -42,53 +44,51 @@ impl StartRequest {
         }
     }
 
-    /// Makes the plan, reading the configuration file as it is now.
+    /// Reads the configuration file, if there is one, and merges it with the flags.
     ///
     /// # Errors
     /// [`StartRequestError`].
-    pub fn plan(&self) -> Result<Config, StartRequestError> {
+    pub fn load(&self) -> Result<Config, StartRequestError> {
         let text =
             self.config.as_deref().map(read).transpose().map_err(StartRequestError::Config)?;
-        self.plan_with(text.as_deref())
+        self.merge(text.as_deref())
     }
 
-    /// How to learn later what the configuration file then says, if there is one.
+    /// Reads the configuration file again for a reload; `None` if there is no file.
     #[must_use]
     pub fn reread(&self) -> Option<RereadConfig> {
         self.config.as_ref()?;
         let start = self.clone();
-        Some(RereadConfig(Box::new(move || match start.plan() {
-            Ok(plan) => Ok(plan.admission),
-            Err(StartRequestError::Misuse(sentence) | StartRequestError::Config(sentence)) => {
-                Err(sentence)
-            }
+        Some(RereadConfig(Box::new(move || {
+            start.load().map(|config| config.admission).map_err(|error| error.to_string())
         })))
     }
 
-    /// [`StartRequest::plan`] with the text of the configuration file.
-    fn plan_with(&self, text: Option<&str>) -> Result<Config, StartRequestError> {
+    /// Merges the flags with the text of the configuration file.
+    fn merge(&self, text: Option<&str>) -> Result<Config, StartRequestError> {
         let file = match (&self.config, text) {
             (Some(path), Some(text)) => config::parse(path, text)
                 .map_err(|error| StartRequestError::Config(error.to_string()))?,
             _ => Settings::default(),
         };
-        let settings = self.settings.clone().over(file);
+        let settings = self.settings.clone().or(file);
         let settings = match self.role {
-            ProcessRole::Serve => settings.to_serve(),
-            ProcessRole::Listen { .. } => settings.to_listen(),
+            ProcessRole::Serve => settings.for_serve(),
+            ProcessRole::Listen { .. } => settings.for_listen(),
         };
         let acl = Acl::parse(&settings.acl, settings.default_deny)
             .map_err(|bad| StartRequestError::Misuse(bad.to_string()))?;
         let clients_max = settings.max_clients.unwrap_or(CLIENTS_MAX);
-        if let Some(file) = self.config.as_deref().filter(|file| is_of_the_service(file))
+        if let Some(file) = self.config.as_deref().filter(|file| is_service_config(file))
             && settings.file.is_some()
             && settings.address().is_ok()
         {
-            let wrong = |why| StartRequestError::Config(format!("{}: {why}", file.display()));
-            instance::check(&settings).map_err(wrong)?;
+            let invalid = |why| StartRequestError::Config(format!("{}: {why}", file.display()));
+            instance::check(&settings).map_err(invalid)?;
         }
-        let address =
-            settings.address().map_err(|error| StartRequestError::Misuse(self.nowhere(&error)))?;
+        let address = settings
+            .address()
+            .map_err(|error| StartRequestError::Misuse(self.describe_address_error(&error)))?;
         let image = settings.file.ok_or_else(|| StartRequestError::Misuse(self.image_missing()))?;
         Ok(Config {
             role: self.role,
@@ -115,18 +115,18 @@ impl StartRequest {
         }
     }
 
-    /// In options, if one of them has a part in it; else in the keys of the file.
-    fn nowhere(&self, error: &AddressMissing) -> String {
+    /// Names the options if one of them is involved, else the keys of the file.
+    fn describe_address_error(&self, error: &ListenAddressError) -> String {
         match &self.config {
             Some(path) if self.settings.addr.is_none() && self.settings.port.is_none() => {
-                format!("{}: {}", path.display(), error.in_keys())
+                format!("{}: {}", path.display(), error.with_keys())
             }
             _ => error.to_string(),
         }
     }
 }
 
-/// The text of a configuration file, which is a regular file of at most [`config::BYTES_MAX`].
+/// Reads a configuration file: a regular file of at most [`config::BYTES_MAX`].
 ///
 /// # Errors
 /// A sentence for the operator that names the file.
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_said_has_its_default() {
+    fn missing_settings_have_defaults() {
         let expected = Config {
             role: ProcessRole::Serve,
             config_file: None,
@@ -186,11 +186,11 @@ mod tests {
             holes: HolePolicy::Auto,
             admission: Admission { acl: Acl::default(), clients_max: 128 },
         };
-        assert_eq!(serve(file("/a"), None).plan(), Ok(expected));
+        assert_eq!(serve(file("/a"), None).load(), Ok(expected));
     }
 
     #[test]
-    fn everything_said_is_in_the_plan() {
+    fn every_key_reaches_the_config() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
             READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nPLAIN=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\nHOLES=ignore\n\
             ACL=::1\n";
@@ -210,88 +210,89 @@ mod tests {
             holes: HolePolicy::Ignore,
             admission: Admission { acl: Acl::parse(&["::1"], true).unwrap(), clients_max: 3 },
         };
-        let asked = serve(Settings::default(), Some("disk.conf"));
-        assert_eq!(asked.plan_with(Some(text)), Ok(expected));
+        let request = serve(Settings::default(), Some("disk.conf"));
+        assert_eq!(request.merge(Some(text)), Ok(expected));
     }
 
     #[test]
-    fn one_file_feeds_serve_and_listen_and_listen_passes_over_what_makes_no_sense_for_it() {
+    fn listen_ignores_keys_that_only_serve_uses() {
         let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n\
             IDLE_EXIT=60\nPLAIN=1\n";
         let role =
             ProcessRole::Listen { overwrite: true, records: crate::daemon::RecordPolicy::Required };
-        let start = StartRequest { role, ..serve(Settings::default(), Some("disk.conf")) };
-        let plan = start.plan_with(Some(text)).unwrap();
+        let request = StartRequest { role, ..serve(Settings::default(), Some("disk.conf")) };
+        let config = request.merge(Some(text)).unwrap();
         let admission = Admission { acl: Acl::parse(&["::1"], false).unwrap(), clients_max: 128 };
-        assert_eq!((plan.role, plan.export.as_str(), plan.admission), (role, "disk", admission));
-        assert_eq!((plan.killswitch, plan.read_only, plan.idle_exit), (false, false, None));
-        assert!(plan.plain);
+        assert_eq!(
+            (config.role, config.export.as_str(), config.admission),
+            (role, "disk", admission)
+        );
+        assert_eq!((config.killswitch, config.read_only, config.idle_exit), (false, false, None));
+        assert!(config.plain);
     }
 
     #[test]
-    fn flags_win_over_the_file() {
-        let asked = serve(file("/flag"), Some("disk.conf"));
-        let plan = asked.plan_with(Some("FILE=/file\nEXPORT=file\n")).unwrap();
-        assert_eq!((plan.image, plan.export), ("/flag".into(), "file".to_owned()));
+    fn flags_take_precedence_over_the_file() {
+        let request = serve(file("/flag"), Some("disk.conf"));
+        let config = request.merge(Some("FILE=/file\nEXPORT=file\n")).unwrap();
+        assert_eq!((config.image, config.export), ("/flag".into(), "file".to_owned()));
     }
 
     #[test]
-    fn without_an_image_there_is_no_plan() {
+    fn a_missing_image_is_misuse() {
         let misuse = |text: &str| Err(StartRequestError::Misuse(text.to_owned()));
-        let asked = serve(Settings::default(), None);
-        assert_eq!(asked.plan(), misuse("--file FILE is missing"));
-        let asked = serve(Settings::default(), Some("disk.conf"));
+        let request = serve(Settings::default(), None);
+        assert_eq!(request.load(), misuse("--file FILE is missing"));
+        let request = serve(Settings::default(), Some("disk.conf"));
         let expected = misuse("disk.conf has no FILE=");
-        assert_eq!(asked.plan_with(Some("")), expected);
+        assert_eq!(request.merge(Some("")), expected);
     }
 
     #[test]
-    fn an_address_that_does_not_fit_is_misuse_wherever_its_halves_come_from() {
-        let asked = serve(Settings { port: Some(7), ..file("/a") }, Some("disk.conf"));
-        let refused = asked.plan_with(Some("ADDR=/run/x\n")).unwrap_err();
+    fn address_and_port_from_different_sources_must_fit() {
+        let request = serve(Settings { port: Some(7), ..file("/a") }, Some("disk.conf"));
+        let error = request.merge(Some("ADDR=/run/x\n")).unwrap_err();
         assert!(
-            matches!(refused, StartRequestError::Misuse(text) if text.contains("/run/x is the path"))
+            matches!(error, StartRequestError::Misuse(text) if text.contains("/run/x is the path"))
         );
     }
 
     #[test]
-    fn messages_about_a_file_name_its_keys() {
-        let asked = serve(file("/a"), Some("disk.conf"));
-        let refused = asked.plan_with(Some("PORT=7\n"));
+    fn errors_in_the_file_name_its_keys() {
+        let request = serve(file("/a"), Some("disk.conf"));
+        let error = request.merge(Some("PORT=7\n"));
         assert_eq!(
-            refused,
+            error,
             Err(StartRequestError::Misuse("disk.conf: PORT needs ADDR as well".into()))
         );
-        let refused = asked.plan_with(Some("ADDR=::1\n"));
+        let error = request.merge(Some("ADDR=::1\n"));
         assert_eq!(
-            refused,
+            error,
             Err(StartRequestError::Misuse("disk.conf: ADDR ::1 needs PORT as well".into()))
         );
     }
 
     #[test]
-    fn files_of_the_service_refuse_what_units_cannot_say() {
+    fn service_configs_must_be_expressible_in_units() {
         let text = "FILE=/a\nADDR=::\nPORT=0\n";
-        let refused = serve(Settings::default(), Some("/etc/flexnbd/disk.conf"));
+        let request = serve(Settings::default(), Some("/etc/flexnbd/disk.conf"));
         let why = "/etc/flexnbd/disk.conf: PORT: a socket unit needs a port that is not 0";
-        assert_eq!(refused.plan_with(Some(text)), Err(StartRequestError::Config(why.to_owned())));
-        assert!(refused.plan_with(Some("FILE=a\n")).is_err());
+        assert_eq!(request.merge(Some(text)), Err(StartRequestError::Config(why.to_owned())));
+        assert!(request.merge(Some("FILE=a\n")).is_err());
         let by_hand = serve(Settings::default(), Some("/srv/disk.conf"));
-        assert!(
-            by_hand.plan_with(Some(text)).is_ok() && by_hand.plan_with(Some("FILE=a\n")).is_ok()
-        );
+        assert!(by_hand.merge(Some(text)).is_ok() && by_hand.merge(Some("FILE=a\n")).is_ok());
     }
 
     #[test]
-    fn what_is_wrong_in_the_file_is_the_files_fault() {
-        let asked = serve(file("/a"), Some("disk.conf"));
+    fn an_invalid_value_in_the_file_is_a_config_error() {
+        let request = serve(file("/a"), Some("disk.conf"));
         let expected = "disk.conf, line 1: PORT: `x` is not a port, a number up to 65535";
-        let refused = asked.plan_with(Some("PORT=x\n"));
-        assert_eq!(refused, Err(StartRequestError::Config(expected.to_owned())));
+        let error = request.merge(Some("PORT=x\n"));
+        assert_eq!(error, Err(StartRequestError::Config(expected.to_owned())));
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_is_named_with_the_reason() {
+    fn an_unreadable_file_is_named_with_the_reason() {
         let dir = tempfile::tempdir().unwrap();
         let binary = dir.path().join("binary");
         fs::write(&binary, [0xff, 0xfe]).unwrap();
@@ -308,20 +309,20 @@ mod tests {
             (dir.path(), "it is a directory"),
             (&binary, "it is not UTF-8 text"),
         ] {
-            let asked = serve(file("/a"), path.to_str());
+            let request = serve(file("/a"), path.to_str());
             let text = format!("cannot read the configuration file {}: {why}", path.display());
-            assert_eq!(asked.plan(), Err(StartRequestError::Config(text)));
+            assert_eq!(request.load(), Err(StartRequestError::Config(text)));
         }
     }
 
     #[test]
-    fn the_file_is_read_again_for_each_plan() {
+    fn each_load_reads_the_file_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.conf");
-        let asked = serve(file("/a"), path.to_str());
+        let request = serve(file("/a"), path.to_str());
         for limit in [1, 2] {
             fs::write(&path, format!("MAX_CLIENTS={limit}\n")).unwrap();
-            assert_eq!(asked.plan().unwrap().admission.clients_max, limit);
+            assert_eq!(request.load().unwrap().admission.clients_max, limit);
         }
     }
 }

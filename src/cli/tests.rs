@@ -1,5 +1,5 @@
-//! What a command line means, and what each mistake is answered with.
-//! Nothing here opens a socket or a disk.
+//! Valid command lines with their commands, and invalid ones with their usage errors. No test opens
+//! a socket or a disk.
 
 use super::offline::{DiskArgument, OfflineStatus};
 use super::operate::CommandKind;
@@ -8,53 +8,53 @@ use crate::control::command::{ArrivalAction, Mirror};
 use crate::daemon::{ProcessRole, RecordPolicy};
 use crate::net::Remote;
 
-fn parsed(line: &str) -> Result<Invocation, Stop> {
+fn parsed(line: &str) -> Result<Invocation, EarlyExit> {
     parse(["flexnbd"].into_iter().chain(line.split_whitespace()).map(OsString::from))
 }
 
-fn meant(line: &str) -> CliCommand {
+fn command_of(line: &str) -> CliCommand {
     match parsed(line) {
         Ok(invocation) => invocation.command,
-        Err(Stop::Misuse(misuse)) => panic!("{line}: {misuse}"),
-        Err(Stop::Answer(text)) => panic!("{line}: {text}"),
+        Err(EarlyExit::Misuse(error)) => panic!("{line}: {error}"),
+        Err(EarlyExit::Output(text)) => panic!("{line}: {text}"),
     }
 }
 
-fn started(line: &str) -> StartRequest {
-    match meant(line) {
-        CliCommand::Start(start) => start,
+fn start_request(line: &str) -> StartRequest {
+    match command_of(line) {
+        CliCommand::Start(request) => request,
         other => panic!("{line}: {other:?}"),
     }
 }
 
 fn settings(line: &str) -> settings::Settings {
-    started(line).settings
+    start_request(line).settings
 }
 
-fn refused(line: &str) -> UsageError {
+fn usage_error_of(line: &str) -> UsageError {
     match parsed(line) {
-        Err(Stop::Misuse(misuse)) => misuse,
+        Err(EarlyExit::Misuse(error)) => error,
         other => panic!("{line}: {other:?}"),
     }
 }
 
-/// Checks the sentence, and that the usage is one line and that of the mode.
+/// Checks the sentence, and that the usage is the mode's, in one line.
 #[track_caller]
-fn refuses(line: &str, sentence: &str) {
-    let misuse = refused(line);
-    assert_eq!(misuse.sentence, sentence, "{line}");
+fn assert_misuse(line: &str, sentence: &str) {
+    let error = usage_error_of(line);
+    assert_eq!(error.sentence, sentence, "{line}");
     let first = line.split_whitespace().find(|word| !word.starts_with('-'));
     let mode = first.filter(|word| MODES.contains(word));
-    assert_eq!(misuse.mode, mode, "{line}");
+    assert_eq!(error.mode, mode, "{line}");
     let prefix = mode.map_or("flexnbd MODE".to_owned(), |mode| format!("flexnbd {mode} "));
-    assert!(misuse.usage.starts_with(&prefix), "{line}: {}", misuse.usage);
-    assert_eq!(misuse.to_string().lines().count(), 2, "{misuse}");
+    assert!(error.usage.starts_with(&prefix), "{line}: {}", error.usage);
+    assert_eq!(error.to_string().lines().count(), 2, "{error}");
 }
 
 const TRANSFER: &str = "--addr ::1 --port 7 --from 0 --size 1";
 
 #[test]
-fn every_long_option_of_serve_is_understood() {
+fn every_long_option_of_serve_is_parsed() {
     let line = "serve --addr 127.0.0.1 --port 4777 --file /a --sock /b --default-deny --killswitch \
         --create 1G --read-only --export disk --oldstyle --max-clients 5 --idle-exit 60 --config /c \
         --holes trust 192.0.2.1 ::1";
@@ -77,13 +77,13 @@ fn every_long_option_of_serve_is_understood() {
     };
     let config = Some("/c".into());
     assert_eq!(
-        started(line),
+        start_request(line),
         StartRequest { role: ProcessRole::Serve, settings: expected, config }
     );
 }
 
 #[test]
-fn every_option_of_listen_is_understood() {
+fn every_option_of_listen_is_parsed() {
     let long = "listen --addr 127.0.0.1 --port 4777 --file /a --sock /b --default-deny \
         --create 1G --overwrite --export disk --oldstyle --config /c 192.0.2.1 ::1";
     let short = "listen -l 127.0.0.1 -p 4777 -f /a -s /b -d --create 1G --overwrite \
@@ -102,34 +102,34 @@ fn every_option_of_listen_is_understood() {
     };
     let role = ProcessRole::Listen { overwrite: true, records: RecordPolicy::Required };
     let expected = StartRequest { role, settings: expected, config: Some("/c".into()) };
-    assert_eq!(started(long), expected);
-    assert_eq!(started(short), expected);
+    assert_eq!(start_request(long), expected);
+    assert_eq!(start_request(short), expected);
     assert_eq!(
-        started("listen -f /a").role,
+        start_request("listen -f /a").role,
         ProcessRole::Listen { overwrite: false, records: RecordPolicy::Required }
     );
 }
 
 #[test]
-fn what_makes_no_sense_for_an_incoming_disk_is_no_option_of_listen() {
+fn listen_has_no_options_for_serving() {
     for option in ["-k", "-r", "--killswitch", "--read-only", "--max-clients"] {
-        refuses(&format!("listen -f /a {option}"), &format!("unknown option `{option}`"));
+        assert_misuse(&format!("listen -f /a {option}"), &format!("unknown option `{option}`"));
     }
-    refuses("serve -f /a --overwrite", "unknown option `--overwrite`");
+    assert_misuse("serve -f /a --overwrite", "unknown option `--overwrite`");
 }
 
-fn ordered(line: &str) -> CommandKind {
-    match meant(line) {
-        CliCommand::Operate(order) => {
-            assert_eq!(order.socket.to_str(), Some("/x"), "{line}");
-            order.kind
+fn operation(line: &str) -> CommandKind {
+    match command_of(line) {
+        CliCommand::Operate(command) => {
+            assert_eq!(command.socket.to_str(), Some("/x"), "{line}");
+            command.kind
         }
         other => panic!("{line}: {other:?}"),
     }
 }
 
 #[test]
-fn every_option_of_mirror_is_understood() {
+fn every_option_of_mirror_is_parsed() {
     let plain = |to: &str| Mirror {
         to: to.parse().unwrap(),
         action: ArrivalAction::Exit,
@@ -150,27 +150,27 @@ fn every_option_of_mirror_is_understood() {
         "mirror -l 192.0.2.1 -p 7 -s /x -u -b 192.0.2.9 --max-speed 10485760 --no-record --wait";
     for line in [long, short] {
         assert_eq!(
-            ordered(line),
-            CommandKind::Mirror { order: full.clone(), wait: true },
+            operation(line),
+            CommandKind::Mirror { mirror: full.clone(), wait: true },
             "{line}"
         );
     }
     for address in ["::1", "[::1]"] {
-        let order = ordered(&format!("mirror -l {address} -p 7 -s /x"));
-        assert_eq!(order, CommandKind::Mirror { order: plain("[::1]:7"), wait: false });
+        let kind = operation(&format!("mirror -l {address} -p 7 -s /x"));
+        assert_eq!(kind, CommandKind::Mirror { mirror: plain("[::1]:7"), wait: false });
     }
-    // No limit, and from anywhere: as if nothing had been said.
-    let order = ordered("mirror -l ::1 -p 7 -s /x --max-speed 0 -b ::");
-    assert_eq!(order, CommandKind::Mirror { order: plain("[::1]:7"), wait: false });
+    // No limit and any local address: the same as without these options.
+    let kind = operation("mirror -l ::1 -p 7 -s /x --max-speed 0 -b ::");
+    assert_eq!(kind, CommandKind::Mirror { mirror: plain("[::1]:7"), wait: false });
 }
 
 #[test]
-fn a_running_migration_can_be_slowed_and_stopped() {
-    assert_eq!(ordered("mirror-speed -s /x -m 4K"), CommandKind::MirrorSpeed(4096));
-    assert_eq!(ordered("mirror-speed --sock /x --max-speed 0"), CommandKind::MirrorSpeed(0));
-    assert_eq!(ordered("break --sock /x"), CommandKind::Break);
+fn mirror_speed_and_break_are_parsed() {
+    assert_eq!(operation("mirror-speed -s /x -m 4K"), CommandKind::MirrorSpeed(4096));
+    assert_eq!(operation("mirror-speed --sock /x --max-speed 0"), CommandKind::MirrorSpeed(0));
+    assert_eq!(operation("break --sock /x"), CommandKind::Break);
     assert_eq!(
-        meant("break --instance a"),
+        command_of("break --instance a"),
         CliCommand::Operate(OperatorCommand {
             socket: "/run/flexnbd/a.sock".into(),
             kind: CommandKind::Break
@@ -179,61 +179,64 @@ fn a_running_migration_can_be_slowed_and_stopped() {
 }
 
 #[test]
-fn a_migration_needs_to_know_where_from_and_where_to() {
-    refuses("mirror -s /x", "--addr ADDR and --port PORT are missing");
-    refuses("mirror -s /x -l ::1", "--port PORT is missing");
+fn a_migration_needs_a_server_and_a_destination() {
+    assert_misuse("mirror -s /x", "--addr ADDR and --port PORT are missing");
+    assert_misuse("mirror -s /x -l ::1", "--port PORT is missing");
     let missing = "the server is missing: give --sock SOCK or --instance NAME";
     for line in ["mirror -l ::1 -p 7", "mirror-speed -m 1", "break"] {
-        refuses(line, missing);
+        assert_misuse(line, missing);
     }
-    refuses("mirror-speed -s /x", "--max-speed RATE is missing");
-    refuses("mirror -l ::1 -p 7 -s /x --instance a", "--sock SOCK cannot go with --instance NAME");
+    assert_misuse("mirror-speed -s /x", "--max-speed RATE is missing");
+    assert_misuse(
+        "mirror -l ::1 -p 7 -s /x --instance a",
+        "--sock SOCK cannot go with --instance NAME",
+    );
 }
 
 #[test]
-fn a_migration_goes_over_tcp_from_an_address_to_one_of_its_kind() {
-    refuses(
+fn a_migration_needs_tcp_addresses_of_one_family() {
+    assert_misuse(
         "mirror -l /run/x -p 7 -s /x",
         "--addr ADDR: `/run/x` is a path, and disks are moved over TCP only",
     );
-    refuses(
+    assert_misuse(
         "mirror -l localhost -p 7 -s /x",
         "--addr ADDR: `localhost` is not an IPv4 or IPv6 address",
     );
-    refuses("mirror -l ::1 -p 0 -s /x", "--port PORT: port 0 is not a port to connect to");
-    refuses(
+    assert_misuse("mirror -l ::1 -p 0 -s /x", "--port PORT: port 0 is not a port to connect to");
+    assert_misuse(
         "mirror -l ::1 -p 65536 -s /x",
         "--port PORT: `65536` is not a port, a number up to 65535",
     );
-    refuses(
+    assert_misuse(
         "mirror -l ::1 -p 7 -s /x -b eth0",
         "--bind BIND_ADDR: `eth0` is not an IPv4 or IPv6 address",
     );
-    refuses(
+    assert_misuse(
         "mirror -l ::1 -p 7 -s /x -b 192.0.2.1",
         "--addr ::1 cannot be reached from --bind 192.0.2.1",
     );
 }
 
 #[test]
-fn a_speed_is_a_number_of_bytes() {
+fn a_speed_limit_is_a_number_of_bytes() {
     let sentence = "--max-speed RATE: `10M/s` is not a number of bytes, such as 4096, 4K, 100M, \
         20G or 1T";
-    refuses("mirror-speed -s /x -m 10M/s", sentence);
-    refuses("mirror -l ::1 -p 7 -s /x --max-speed 10M/s", sentence);
+    assert_misuse("mirror-speed -s /x -m 10M/s", sentence);
+    assert_misuse("mirror -l ::1 -p 7 -s /x --max-speed 10M/s", sentence);
 }
 
 #[test]
-fn a_copy_to_adopt_is_a_file() {
+fn adopt_needs_a_file() {
     let adopt = |force| CliCommand::Adopt(adopt::Adopt { file: "/a".into(), force });
-    assert_eq!(meant("adopt -f /a"), adopt(false));
-    assert_eq!(meant("adopt --file /a --force"), adopt(true));
-    refuses("adopt", "--file FILE is missing");
-    refuses("adopt /a", "`/a` has no meaning here");
+    assert_eq!(command_of("adopt -f /a"), adopt(false));
+    assert_eq!(command_of("adopt --file /a --force"), adopt(true));
+    assert_misuse("adopt", "--file FILE is missing");
+    assert_misuse("adopt /a", "`/a` has no meaning here");
 }
 
 #[test]
-fn every_short_option_of_serve_means_its_long_one() {
+fn short_options_of_serve_equal_the_long_ones() {
     let short = settings("serve -l ::1 -p 7 -f /a -s /b -d -k -r ::2");
     let long = settings(
         "serve --addr ::1 --port 7 --file /a --sock /b --default-deny --killswitch --read-only ::2",
@@ -248,12 +251,12 @@ fn acl_entries_may_stand_between_options() {
 }
 
 #[test]
-fn of_an_option_given_twice_the_last_counts() {
+fn the_last_of_a_repeated_option_wins() {
     assert_eq!(settings("serve -f /a -d --file /b -d").file, Some("/b".into()));
 }
 
 #[test]
-fn read_and_write_know_the_same_options() {
+fn read_and_write_have_the_same_options() {
     let expected = Transfer {
         remote: Remote::Host { host: "localhost".to_owned(), port: 7 },
         export: "disk".to_owned(),
@@ -264,14 +267,15 @@ fn read_and_write_know_the_same_options() {
     let long = "--addr localhost --port 7 --from 4K --size 1M --bind 127.0.0.9 --export disk";
     let short = "-l localhost -p 7 -F 4096 -S 1048576 -b 127.0.0.9 --export disk";
     for options in [long, short] {
-        assert_eq!(meant(&format!("read {options}")), CliCommand::Read(expected.clone()));
-        assert_eq!(meant(&format!("write {options}")), CliCommand::Write(expected.clone()));
+        assert_eq!(command_of(&format!("read {options}")), CliCommand::Read(expected.clone()));
+        assert_eq!(command_of(&format!("write {options}")), CliCommand::Write(expected.clone()));
     }
 }
 
 #[test]
-fn a_uri_names_server_and_export() {
-    let CliCommand::Read(transfer) = meant("read --uri nbd://[::1]/disk -F 0 -S 1 -b [::2]") else {
+fn a_uri_sets_server_and_export() {
+    let CliCommand::Read(transfer) = command_of("read --uri nbd://[::1]/disk -F 0 -S 1 -b [::2]")
+    else {
         panic!("read")
     };
     assert_eq!(transfer.remote, Remote::Host { host: "::1".to_owned(), port: 10809 });
@@ -279,7 +283,7 @@ fn a_uri_names_server_and_export() {
     assert_eq!(transfer.bind, Some("::2".parse().unwrap()));
     for (uri, export) in [("nbd://h", "disk"), ("nbd://h/disk", "disk")] {
         let CliCommand::Read(transfer) =
-            meant(&format!("read --uri {uri} --export {export} -F 0 -S 1"))
+            command_of(&format!("read --uri {uri} --export {export} -F 0 -S 1"))
         else {
             panic!("read")
         };
@@ -288,32 +292,40 @@ fn a_uri_names_server_and_export() {
 }
 
 #[test]
-fn a_transfer_may_go_over_a_unix_socket() {
-    let CliCommand::Write(transfer) = meant("write -l /run/x -F 0 -S 1") else { panic!("write") };
+fn a_transfer_can_use_a_unix_socket() {
+    let CliCommand::Write(transfer) = command_of("write -l /run/x -F 0 -S 1") else {
+        panic!("write")
+    };
     assert_eq!(transfer.remote, Remote::Unix("/run/x".into()));
 }
 
 #[test]
-fn orders_name_their_server_by_socket_or_instance() {
-    let order =
+fn a_server_is_selected_by_socket_or_instance() {
+    let operate =
         |socket: &str, kind| CliCommand::Operate(OperatorCommand { socket: socket.into(), kind });
     let entries = || CommandKind::Acl(vec!["::1".to_owned(), "192.0.2.0/24".to_owned()]);
-    assert_eq!(meant("acl --sock /x ::1 192.0.2.0/24"), order("/x", entries()));
-    assert_eq!(meant("acl ::1 -s /x 192.0.2.0/24"), order("/x", entries()));
+    assert_eq!(command_of("acl --sock /x ::1 192.0.2.0/24"), operate("/x", entries()));
+    assert_eq!(command_of("acl ::1 -s /x 192.0.2.0/24"), operate("/x", entries()));
     assert_eq!(
-        meant("status --instance a:b-1"),
-        order("/run/flexnbd/a:b-1.sock", CommandKind::Status { json: false })
+        command_of("status --instance a:b-1"),
+        operate("/run/flexnbd/a:b-1.sock", CommandKind::Status { json: false })
     );
-    assert_eq!(meant("status -s /x --json"), order("/x", CommandKind::Status { json: true }));
+    assert_eq!(
+        command_of("status -s /x --json"),
+        operate("/x", CommandKind::Status { json: true })
+    );
     let offline = |disk, json| CliCommand::Inspect(OfflineStatus { disk, json });
-    assert_eq!(meant("status -f /x"), offline(DiskArgument::File("/x".into()), false));
+    assert_eq!(command_of("status -f /x"), offline(DiskArgument::File("/x".into()), false));
     let named = DiskArgument::Config("/y".into());
-    assert_eq!(meant("status --config /y --json"), offline(named, true));
-    assert_eq!(meant("reload --instance a"), order("/run/flexnbd/a.sock", CommandKind::Reload));
+    assert_eq!(command_of("status --config /y --json"), offline(named, true));
+    assert_eq!(
+        command_of("reload --instance a"),
+        operate("/run/flexnbd/a.sock", CommandKind::Reload)
+    );
 }
 
 #[test]
-fn the_last_of_verbose_and_quiet_wins_before_and_after_the_mode() {
+fn the_last_of_verbose_and_quiet_wins() {
     for (line, expected) in [
         ("status -s /x", Verbosity::Normal),
         ("-v status -s /x", Verbosity::Verbose),
@@ -333,35 +345,35 @@ fn the_last_of_verbose_and_quiet_wins_before_and_after_the_mode() {
 }
 
 #[test]
-fn help_is_an_answer_wherever_it_is_asked_for() {
-    let answer = |line: &str| match parsed(line) {
-        Err(Stop::Answer(text)) => text,
+fn help_is_accepted_at_every_position() {
+    let help = |line: &str| match parsed(line) {
+        Err(EarlyExit::Output(text)) => text,
         Ok(Invocation { command: CliCommand::Help(text), .. }) => text,
         other => panic!("{line}: {other:?}"),
     };
     for line in ["-h", "--help", "help", "-v help", "help -q"] {
         for mode in MODES {
-            assert!(answer(line).contains(&format!("\n  {mode}  ")), "{line} lacks {mode}");
+            assert!(help(line).contains(&format!("\n  {mode}  ")), "{line} lacks {mode}");
         }
     }
     for line in ["serve -h", "serve --help", "help serve", "serve -f /a -h"] {
-        let text = answer(line);
+        let text = help(line);
         assert!(text.contains("Usage: flexnbd serve --file FILE [--addr"), "{line}: {text}");
         assert!(text.contains("-d, --default-deny"), "{line}: {text}");
     }
-    assert!(answer("help help").contains("Usage: flexnbd help [MODE]"));
-    assert!(answer("--version").starts_with("flexnbd "));
+    assert!(help("help help").contains("Usage: flexnbd help [MODE]"));
+    assert!(help("--version").starts_with("flexnbd "));
 }
 
 #[test]
-fn the_list_of_modes_is_the_parsers() {
+fn the_list_of_modes_matches_the_parser() {
     let command = command();
     let modes: Vec<&str> = command.get_subcommands().map(clap::Command::get_name).collect();
     assert_eq!(modes, MODES);
 }
 
 #[test]
-fn every_option_says_what_it_is_for() {
+fn every_option_and_mode_has_a_help_text() {
     for mode in command().get_subcommands() {
         for argument in mode.get_arguments() {
             assert!(argument.get_help().is_some(), "{} {}", mode.get_name(), argument.get_id());
@@ -371,65 +383,65 @@ fn every_option_says_what_it_is_for() {
 }
 
 #[test]
-fn the_parser_is_sound() {
+fn the_parsers_definition_is_consistent() {
     command().debug_assert();
 }
 
 #[test]
-fn without_a_mode_the_modes_are_listed() {
+fn a_missing_or_unknown_mode_lists_all() {
     let modes = "the modes are serve, listen, mirror, mirror-speed, break, read, write, acl, \
         status, reload, adopt and help";
     for line in ["", "-q", "--verbose"] {
-        refuses(line, &format!("a mode is missing; {modes}"));
+        assert_misuse(line, &format!("a mode is missing; {modes}"));
     }
-    refuses("sevre", &format!("unknown mode `sevre`; {modes}"));
-    refuses("-q mirrored -s /x", &format!("unknown mode `mirrored`; {modes}"));
-    refuses("help sevre", &format!("unknown mode `sevre`; {modes}"));
+    assert_misuse("sevre", &format!("unknown mode `sevre`; {modes}"));
+    assert_misuse("-q mirrored -s /x", &format!("unknown mode `mirrored`; {modes}"));
+    assert_misuse("help sevre", &format!("unknown mode `sevre`; {modes}"));
 }
 
 #[test]
-fn a_misuse_is_two_lines_who_and_what_then_the_usage() {
-    let misuse = refused("status");
+fn a_usage_error_is_a_sentence_and_the_usage() {
+    let error = usage_error_of("status");
     assert_eq!(
-        misuse.to_string(),
+        error.to_string(),
         "flexnbd status: the server is missing: give --sock SOCK or --instance NAME\n\
          Usage: flexnbd status --sock SOCK [OPTION]..."
     );
-    assert!(refused("sevre").to_string().starts_with("flexnbd: unknown mode"));
+    assert!(usage_error_of("sevre").to_string().starts_with("flexnbd: unknown mode"));
 }
 
 #[test]
-fn an_unknown_option_is_named_and_its_neighbour_suggested() {
-    refuses("serve --fil /a", "unknown option `--fil`; perhaps --file is meant");
-    refuses("serve --zzz", "unknown option `--zzz`");
-    refuses("serve -x", "unknown option `-x`");
-    refuses("-x serve", "unknown option `-x`");
-    refuses("status -s /x -f /y", "--sock SOCK cannot go with --file FILE");
-    refuses("status --config /x -f /y", "--config FILE cannot go with --file FILE");
-    refuses("status -s /x now", "`now` has no meaning here");
-    refuses("status -s /x --killswitch", "unknown option `--killswitch`");
-    refuses("help serve now", "`now` has no meaning here");
+fn an_unknown_option_is_named_with_a_suggestion() {
+    assert_misuse("serve --fil /a", "unknown option `--fil`; perhaps --file is meant");
+    assert_misuse("serve --zzz", "unknown option `--zzz`");
+    assert_misuse("serve -x", "unknown option `-x`");
+    assert_misuse("-x serve", "unknown option `-x`");
+    assert_misuse("status -s /x -f /y", "--sock SOCK cannot go with --file FILE");
+    assert_misuse("status --config /x -f /y", "--config FILE cannot go with --file FILE");
+    assert_misuse("status -s /x now", "`now` has no meaning here");
+    assert_misuse("status -s /x --killswitch", "unknown option `--killswitch`");
+    assert_misuse("help serve now", "`now` has no meaning here");
 }
 
 #[test]
-fn an_option_without_its_value_is_named() {
-    refuses("serve --file", "--file FILE needs a value");
-    refuses("serve -p", "--port PORT needs a value");
-    refuses("serve --file=", "--file FILE needs a value");
-    refuses("serve --killswitch=yes", "--killswitch takes no value, not `yes`");
+fn a_missing_or_unexpected_value_is_reported() {
+    assert_misuse("serve --file", "--file FILE needs a value");
+    assert_misuse("serve -p", "--port PORT needs a value");
+    assert_misuse("serve --file=", "--file FILE needs a value");
+    assert_misuse("serve --killswitch=yes", "--killswitch takes no value, not `yes`");
 }
 
 #[test]
-fn addresses_and_ports_that_are_none_are_refused() {
+fn invalid_addresses_and_ports_are_refused() {
     let no_address = "is neither an IPv4 or IPv6 address nor a path beginning with /";
-    refuses("serve -l localhost", &format!("--addr ADDR: `localhost` {no_address}"));
-    refuses(
+    assert_misuse("serve -l localhost", &format!("--addr ADDR: `localhost` {no_address}"));
+    assert_misuse(
         "serve -l 127.0.0.1:80",
         "--addr ADDR: `127.0.0.1:80` has a port in it; give the port by itself",
     );
     for mode in ["serve", "read", "write"] {
         for port in ["65536", "nbd"] {
-            refuses(
+            assert_misuse(
                 &format!("{mode} -p {port}"),
                 &format!("--port PORT: `{port}` is not a port, a number up to 65535"),
             );
@@ -439,60 +451,69 @@ fn addresses_and_ports_that_are_none_are_refused() {
 
 #[test]
 fn sizes_and_counts_outside_their_limits_are_refused() {
-    refuses(
+    assert_misuse(
         "serve --create 511",
         "--create SIZE: `511` is not between 512 and 9223372036854775807",
     );
-    refuses("serve --max-clients 0", "--max-clients N: `0` is not a number from 1 to 65536");
-    refuses(
+    assert_misuse("serve --max-clients 0", "--max-clients N: `0` is not a number from 1 to 65536");
+    assert_misuse(
         "read -l ::1 -p 7 -S 1 -F 4611686018427387905",
         "--from OFFSET: `4611686018427387905` is not between 0 and 4611686018427387904",
     );
-    refuses("write -l ::1 -p 7 -F 0 -S 0", "--size SIZE: `0` is not between 1 and 1073741824");
-    refuses(
+    assert_misuse(
+        "write -l ::1 -p 7 -F 0 -S 0",
+        "--size SIZE: `0` is not between 1 and 1073741824",
+    );
+    assert_misuse(
         "read -l ::1 -p 7 -F 0 -S 2x",
         "--size SIZE: `2x` is not a number of bytes, such as 4096, 4K, 100M, 20G or 1T",
     );
 }
 
 #[test]
-fn a_transfer_needs_to_know_what_and_where() {
-    refuses("read -l ::1 -p 7", "--from OFFSET and --size SIZE are missing");
-    refuses("write -l ::1 -p 7 -F 0", "--size SIZE is missing");
+fn a_transfer_needs_a_server_and_a_range() {
+    assert_misuse("read -l ::1 -p 7", "--from OFFSET and --size SIZE are missing");
+    assert_misuse("write -l ::1 -p 7 -F 0", "--size SIZE is missing");
     let server = "the server is missing: give --addr and --port, or --uri";
-    refuses("read -F 0 -S 1", server);
-    refuses("read -p 7 -F 0 -S 1", "--port needs --addr as well");
-    refuses("write -l ::1 -F 0 -S 1", "--addr and --port: address ::1 needs a port");
-    refuses("write -l ::1 -p 0 -F 0 -S 1", "--addr and --port: port 0 is not a port to connect to");
-    refuses(
+    assert_misuse("read -F 0 -S 1", server);
+    assert_misuse("read -p 7 -F 0 -S 1", "--port needs --addr as well");
+    assert_misuse("write -l ::1 -F 0 -S 1", "--addr and --port: address ::1 needs a port");
+    assert_misuse(
+        "write -l ::1 -p 0 -F 0 -S 1",
+        "--addr and --port: port 0 is not a port to connect to",
+    );
+    assert_misuse(
         "write -l /x -p 7 -F 0 -S 1",
         "--addr and --port: /x is the path of a unix socket, which has no port",
     );
 }
 
 #[test]
-fn a_transfer_that_contradicts_itself_is_refused() {
-    refuses(
+fn contradicting_options_of_a_transfer_are_refused() {
+    assert_misuse(
         "read --uri nbd://h -l ::1 -p 7 -F 0 -S 1",
         "--uri URI cannot go with --addr ADDR and --port PORT",
     );
-    refuses(&format!("read {TRANSFER} --uri nbd://h"), "--addr ADDR cannot go with --uri URI");
-    refuses("read --uri nbd://h -p 7 -F 0 -S 1", "--uri URI cannot go with --port PORT");
-    refuses("read --uri nbd://h/a --export b -F 0 -S 1", "--export b contradicts a in --uri");
-    refuses("read -l /x -b ::1 -F 0 -S 1", "--bind has no meaning for a unix socket");
-    refuses(
+    assert_misuse(
+        &format!("read {TRANSFER} --uri nbd://h"),
+        "--addr ADDR cannot go with --uri URI",
+    );
+    assert_misuse("read --uri nbd://h -p 7 -F 0 -S 1", "--uri URI cannot go with --port PORT");
+    assert_misuse("read --uri nbd://h/a --export b -F 0 -S 1", "--export b contradicts a in --uri");
+    assert_misuse("read -l /x -b ::1 -F 0 -S 1", "--bind has no meaning for a unix socket");
+    assert_misuse(
         &format!("read {TRANSFER} -b eth0"),
         "--bind BIND_ADDR: `eth0` is not an IPv4 or IPv6 address",
     );
 }
 
 #[test]
-fn a_uri_that_cannot_be_honoured_is_refused() {
-    refuses(
+fn an_unsupported_uri_is_refused() {
+    assert_misuse(
         "read --uri nbds://h -F 0 -S 1",
         "--uri URI: nbds means TLS, which is not supported here; use nbd",
     );
-    refuses(
+    assert_misuse(
         "read --uri http://h -F 0 -S 1",
         "--uri URI: `http://h` begins neither with nbd:// nor nbd+unix://",
     );
@@ -500,47 +521,47 @@ fn a_uri_that_cannot_be_honoured_is_refused() {
 
 #[test]
 fn an_export_name_over_the_limit_is_refused() {
-    let misuse = refused(&format!("serve --export {}", "x".repeat(4097)));
-    assert_eq!(misuse.sentence, "--export NAME: the name of the export is longer than 4096 bytes");
+    let error = usage_error_of(&format!("serve --export {}", "x".repeat(4097)));
+    assert_eq!(error.sentence, "--export NAME: the name of the export is longer than 4096 bytes");
 }
 
 #[test]
-fn an_order_needs_to_know_one_server() {
+fn a_command_needs_exactly_one_server() {
     let missing = "the server is missing: give --sock SOCK or --instance NAME";
     for line in ["status", "reload", "acl ::1"] {
-        refuses(line, missing);
+        assert_misuse(line, missing);
     }
     let both = "--sock SOCK cannot go with --instance NAME";
     for line in ["status -s /x --instance a", "acl -s /x --instance a ::1"] {
-        refuses(line, both);
+        assert_misuse(line, both);
     }
-    refuses("acl -s /x", "an ACL_ENTRY is missing; 0.0.0.0/0 and ::/0 admit everybody");
+    assert_misuse("acl -s /x", "an ACL_ENTRY is missing; 0.0.0.0/0 and ::/0 admit everybody");
 }
 
 #[test]
-fn an_instance_is_a_word_that_leads_nowhere_else() {
+fn an_instance_name_cannot_leave_the_run_directory() {
     for name in ["../x", "a/b", ".hidden", ".."] {
-        let misuse = refused(&format!("status --instance {name}"));
+        let error = usage_error_of(&format!("status --instance {name}"));
         let start = format!("--instance NAME: `{name}` is not the name of an instance");
-        assert!(misuse.sentence.starts_with(&start), "{misuse}");
+        assert!(error.sentence.starts_with(&start), "{error}");
     }
     let fits = "x".repeat(operate::INSTANCE_BYTES_MAX);
-    let CliCommand::Operate(order) = meant(&format!("status --instance {fits}")) else {
+    let CliCommand::Operate(command) = command_of(&format!("status --instance {fits}")) else {
         panic!("status")
     };
-    assert_eq!(order.socket.as_os_str().len(), 107);
-    let misuse = refused(&format!("status --instance {fits}x"));
-    assert!(misuse.sentence.ends_with("is longer than the 89 bytes of a name"), "{misuse}");
+    assert_eq!(command.socket.as_os_str().len(), 107);
+    let error = usage_error_of(&format!("status --instance {fits}x"));
+    assert!(error.sentence.ends_with("is longer than the 89 bytes of a name"), "{error}");
 }
 
 #[test]
-fn an_argument_that_is_not_utf8_is_refused_where_text_is_needed_and_taken_as_a_path() {
+fn only_paths_may_be_other_than_utf8() {
     use std::os::unix::ffi::OsStringExt;
     let with = |option: &str| {
         let odd = OsString::from_vec(b"/\xff".to_vec());
         parse(["flexnbd", "serve", option].map(OsString::from).into_iter().chain([odd]))
     };
     assert!(matches!(with("--file"), Ok(Invocation { command: CliCommand::Start(_), .. })));
-    let Err(Stop::Misuse(misuse)) = with("--export") else { panic!("export") };
-    assert_eq!(misuse.sentence, "an argument is not valid UTF-8");
+    let Err(EarlyExit::Misuse(error)) = with("--export") else { panic!("export") };
+    assert_eq!(error.sentence, "an argument is not valid UTF-8");
 }

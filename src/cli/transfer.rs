@@ -1,5 +1,5 @@
-//! `flexnbd read` and `flexnbd write`: which bytes of which export.
-//! Streams: holds one request's data at a time, whatever the size.
+//! `flexnbd read` and `flexnbd write`: copy a range of an export to standard output, or standard
+//! input to it. Streams: never holds more than one request's data.
 
 use super::output;
 use super::size::{parse_from, parse_length};
@@ -14,10 +14,10 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// How long connecting may take, for each address of the server.
+/// Timeout of connecting, for each address of the server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long the server may make no progress.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout of a read from or write to the connection without progress.
+const IO_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The flags of `read` and `write`.
 #[derive(clap::Args, Clone, Debug)]
@@ -58,7 +58,7 @@ pub struct TransferFlags {
     bind: Option<IpAddr>,
 }
 
-/// Bytes to move, from or to a server.
+/// A range of an export to read or write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transfer {
     /// The server.
@@ -67,24 +67,24 @@ pub struct Transfer {
     pub export: String,
     /// Offset of the first byte, at most 2^62.
     pub from: u64,
-    /// How many bytes, 1 to 2^30.
+    /// Number of bytes, 1 to 2^30.
     pub size: u64,
     /// Local address to connect from.
     pub bind: Option<IpAddr>,
 }
 
 impl TransferFlags {
-    /// What is meant by them.
+    /// Checks the flags, and builds the transfer.
     ///
     /// # Errors
     /// A sentence for the operator.
-    pub fn checked(self) -> Result<Transfer, String> {
-        let target = target(self.uri, self.addr, self.port)?;
+    pub fn validate(self) -> Result<Transfer, String> {
+        let target = parse_target(self.uri, self.addr, self.port)?;
         let export = match (self.export, target.export) {
-            (None, named) => named,
-            (Some(export), named) if named.is_empty() || named == export => export,
-            (Some(export), named) => {
-                return Err(format!("--export {export} contradicts {named} in --uri"));
+            (None, in_uri) => in_uri,
+            (Some(export), in_uri) if in_uri.is_empty() || in_uri == export => export,
+            (Some(export), in_uri) => {
+                return Err(format!("--export {export} contradicts {in_uri} in --uri"));
             }
         };
         if let (Remote::Unix(_), Some(_)) = (&target.remote, self.bind) {
@@ -98,27 +98,27 @@ impl TransferFlags {
 /// Copies bytes of the export to standard output.
 #[must_use]
 pub fn read(transfer: &Transfer) -> ExitCode {
-    told("read", transfer, transfer.read(&mut io::stdout().lock()))
+    report("read", transfer, transfer.read(&mut io::stdout().lock()))
 }
 
 /// Copies standard input to the export.
 #[must_use]
 pub fn write(transfer: &Transfer) -> ExitCode {
-    told("write", transfer, transfer.write(&mut io::stdin().lock()))
+    report("write", transfer, transfer.write(&mut io::stdin().lock()))
 }
 
-/// Why not everything was moved.
+/// Why a transfer failed.
 #[derive(Debug)]
 enum TransferError {
-    /// No address of the server could be connected to.
+    /// Connecting failed for every address of the server; holds the last error.
     Unreachable(io::Error),
-    /// The server, or the connection to it.
+    /// The server reported an error, or the connection failed.
     Server(ClientError),
-    /// The range is not within the export, which has this many bytes.
+    /// The range does not lie within the export, whose size in bytes this is.
     BeyondTheEnd(u64),
-    /// Standard input ended, or failed, after so many bytes; so many of them were written.
-    Input { had: u64, written: u64, error: Option<io::Error> },
-    /// Standard output failed.
+    /// Standard input ended or failed after `received` bytes, of which `written` were written.
+    Input { received: u64, written: u64, error: Option<io::Error> },
+    /// Writing to standard output failed.
     Output(io::Error),
 }
 
@@ -132,7 +132,7 @@ impl From<ClientError> for TransferError {
 }
 
 impl Transfer {
-    /// Streams from the server to `out`.
+    /// Copies from the server to `out`.
     fn read(&self, out: &mut dyn Write) -> Result<(), TransferError> {
         let mut connection = self.connect()?;
         for (offset, length) in self.requests(connection.payload_length_max()) {
@@ -143,18 +143,18 @@ impl Transfer {
         Ok(())
     }
 
-    /// Streams from `input` to the server. Every request is sent only when all of its data is at
-    /// hand, so that an input that ends too early leaves no half a request behind.
+    /// Copies from `input` to the server. Reads all data of a request before sending it, so that an
+    /// input that ends early never leaves a request half sent.
     fn write(&self, input: &mut dyn Read) -> Result<(), TransferError> {
         let mut connection = self.connect()?;
         let mut data = Vec::new();
         for (offset, length) in self.requests(connection.payload_length_max()) {
             data.clear();
-            let taken = input.take(u64::from(length)).read_to_end(&mut data);
-            if taken.is_err() || data.len() < length as usize {
+            let outcome = input.take(u64::from(length)).read_to_end(&mut data);
+            if outcome.is_err() || data.len() < length as usize {
                 let written = offset - self.from;
-                let had = written + data.len() as u64;
-                return Err(TransferError::Input { had, written, error: taken.err() });
+                let received = written + data.len() as u64;
+                return Err(TransferError::Input { received, written, error: outcome.err() });
             }
             connection.write(offset, &data)?;
         }
@@ -164,8 +164,8 @@ impl Transfer {
     }
 
     fn connect(&self) -> Result<Connection, TransferError> {
-        let stream = self.reach().map_err(TransferError::Unreachable)?;
-        let connection = Connection::open(stream, &self.export, PATIENCE)?;
+        let stream = self.connect_stream().map_err(TransferError::Unreachable)?;
+        let connection = Connection::open(stream, &self.export, IO_TIMEOUT)?;
         let size = connection.agreement().size;
         if Range::within(size, self.from, self.size).is_none() {
             connection.close();
@@ -175,8 +175,8 @@ impl Transfer {
         Ok(connection)
     }
 
-    /// Tries every address of the server; the last failure counts.
-    fn reach(&self) -> io::Result<Stream> {
+    /// Connects to the first address that accepts; returns the error of the last one if none does.
+    fn connect_stream(&self) -> io::Result<Stream> {
         let mut outcome = Err(io::Error::other("the host has no address"));
         for address in self.remote.resolve()? {
             outcome = connect(&address, self.bind, CONNECT_TIMEOUT);
@@ -189,18 +189,18 @@ impl Transfer {
         Ok(stream)
     }
 
-    /// The requests that move everything: one, where the server takes it.
+    /// Splits the range into requests (offset, length) of at most `length_max` bytes.
     fn requests(&self, length_max: u32) -> impl Iterator<Item = (u64, u32)> + use<> {
         let end = self.from + self.size;
         (self.from..end).step_by(length_max as usize).map(move |offset| {
-            // It fits: no more than the maximum, which has 32 bits.
+            // The cast loses nothing: the minimum is at most `length_max`.
             (offset, (end - offset).min(u64::from(length_max)) as u32)
         })
     }
 }
 
-/// Makes durable what was written, where the server can do that. nbdkit (seen in 1.32) announces
-/// FLUSH in old style, too, but calls it invalid there.
+/// Flushes the written data if the server supports it. nbdkit (seen in 1.32) announces
+/// NBD_FLAG_SEND_FLUSH in oldstyle, but rejects the flush with EINVAL.
 fn flush(connection: &mut Connection) -> Result<(), ClientError> {
     match connection.flush() {
         Err(ClientError::Refused(ErrorCode::Invalid)) if connection.agreement().oldstyle => Ok(()),
@@ -208,24 +208,24 @@ fn flush(connection: &mut Connection) -> Result<(), ClientError> {
     }
 }
 
-fn told(mode: &str, transfer: &Transfer, outcome: Result<(), TransferError>) -> ExitCode {
+fn report(mode: &str, transfer: &Transfer, outcome: Result<(), TransferError>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read it had enough; there is nobody to tell.
+        // The reader has closed the pipe on purpose; a message would only be noise.
         Err(TransferError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             ExitCode::from(output::EXIT_FAILURE)
         }
-        Err(failure) => {
-            let text = format!("flexnbd {mode}: {}", explained(transfer, &failure));
-            output::complain(&text, output::EXIT_FAILURE)
+        Err(error) => {
+            let text = format!("flexnbd {mode}: {}", describe(transfer, &error));
+            output::print_error(&text, output::EXIT_FAILURE)
         }
     }
 }
 
-fn explained(transfer: &Transfer, failure: &TransferError) -> String {
+fn describe(transfer: &Transfer, error: &TransferError) -> String {
     let Transfer { remote, from, size, .. } = transfer;
-    match failure {
-        // It says itself what was tried: the host may have several addresses.
+    match error {
+        // The error names the address, which `remote` need not: a host can have several.
         TransferError::Unreachable(error) => error.to_string(),
         TransferError::Server(error) => format!("{remote}: {error}"),
         TransferError::BeyondTheEnd(end) => {
@@ -233,12 +233,12 @@ fn explained(transfer: &Transfer, failure: &TransferError) -> String {
             let verb = if *size == 1 { "does" } else { "do" };
             format!("{remote}: {bytes} from {from} on {verb} not lie within its {end}")
         }
-        TransferError::Input { had, written, error: None } => format!(
-            "standard input ended after {had} of {}; the first {written} were written",
+        TransferError::Input { received, written, error: None } => format!(
+            "standard input ended after {received} of {}; the first {written} were written",
             counted(*size, "byte")
         ),
-        TransferError::Input { had, written, error: Some(error) } => format!(
-            "cannot read standard input after {had} of {}: {error}; the first {written} were \
+        TransferError::Input { received, written, error: Some(error) } => format!(
+            "cannot read standard input after {received} of {}: {error}; the first {written} were \
              written",
             counted(*size, "byte")
         ),
@@ -246,7 +246,11 @@ fn explained(transfer: &Transfer, failure: &TransferError) -> String {
     }
 }
 
-fn target(uri: Option<Target>, addr: Option<String>, port: Option<u16>) -> Result<Target, String> {
+fn parse_target(
+    uri: Option<Target>,
+    addr: Option<String>,
+    port: Option<u16>,
+) -> Result<Target, String> {
     match (uri, addr, port) {
         (Some(target), _, _) => Ok(target),
         (None, Some(addr), port) => match Remote::parse(&addr, port) {
@@ -260,7 +264,7 @@ fn target(uri: Option<Target>, addr: Option<String>, port: Option<u16>) -> Resul
     }
 }
 
-/// An IPv4 or IPv6 address, brackets allowed.
+/// Parses an IPv4 or IPv6 address, with or without brackets.
 pub(super) fn parse_ip(text: &str) -> Result<IpAddr, String> {
     unbracket(text).parse().map_err(|_| format!("`{text}` is not an IPv4 or IPv6 address"))
 }

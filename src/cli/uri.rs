@@ -1,82 +1,98 @@
 //! NBD URIs, as in `doc/uri.md` of the NBD project: `nbd://host[:port][/export]` and
 //! `nbd+unix:///export?socket=path`.
-//! Pure; what we could not honour is refused, never passed over.
+//! Pure. Parts of a URI that flexnbd does not support are errors, never ignored.
 
 use crate::nbd::wire::STRING_LENGTH_MAX;
 use crate::net::{AddressError, Remote, parse_port};
 use percent_encoding::percent_decode_str;
 use std::ffi::OsString;
-use std::fmt;
 use std::os::unix::ffi::OsStringExt;
 
-/// The port of NBD where none is given (IANA).
+/// The default port of NBD (assigned by IANA).
 pub const DEFAULT_PORT: u16 = 10809;
 
-/// A server, and which of its exports.
+/// A server and the name of an export.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// Where the server is.
+    /// The server's address.
     pub remote: Remote,
     /// The export's name; empty for the server's default.
     pub export: String,
 }
 
-/// What is wrong with a URI.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An invalid or unsupported URI.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UriError {
     /// It does not begin with `nbd://` or `nbd+unix://`.
+    #[error("`{0}` begins neither with nbd:// nor nbd+unix://")]
     Scheme(String),
-    /// It asks for TLS.
+    /// Its scheme requires TLS.
+    #[error("nbds means TLS, which is not supported here; use nbd")]
     Tls,
-    /// It has a user name, which only TLS has a use for.
+    /// It has a user name, which only TLS uses.
+    #[error("a user name has no meaning without TLS; leave it out")]
     User,
-    /// It has a part after `#`.
+    /// It has a fragment.
+    #[error("a # has no meaning here; write %23 for one in a name")]
     Fragment,
-    /// A parameter that we do not know, or that has no place here.
+    /// A query parameter that is unknown or does not apply to the scheme.
+    #[error("the parameter `{0}` has no meaning here")]
     Parameter(String),
     /// A `%` without two hexadecimal digits.
+    #[error("a % must be followed by two hexadecimal digits")]
     Percent,
     /// `nbd://` without a host.
+    #[error("the host is missing after nbd://")]
     HostMissing,
     /// `nbd+unix://` with a host.
+    #[error(
+        "`{0}` cannot be meant, since nbd+unix has no host; write nbd+unix:/// with three slashes"
+    )]
     HostWithSocket(String),
-    /// `nbd+unix://` without `socket=`, or twice.
+    /// `nbd+unix://` without `socket=`, or with two.
+    #[error("nbd+unix needs one ?socket=PATH")]
     SocketMissing,
-    /// The host or port.
+    /// An invalid host or port.
+    #[error("{0}")]
     Address(AddressError),
-    /// The name of the export.
+    /// An invalid name of an export.
+    #[error("{0}")]
     Export(ExportError),
     /// A NUL byte in the socket's path.
+    #[error("the socket's path has a NUL byte in it")]
     Nul,
 }
 
-/// What is wrong with the name of an export.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// An invalid name of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ExportError {
-    /// More than the 4096 bytes that the NBD specification allows.
+    /// Longer than the 4096 bytes that the NBD specification allows.
+    #[error("the name of the export is longer than {STRING_LENGTH_MAX} bytes")]
     TooLong,
-    /// It is not UTF-8.
+    /// Not UTF-8.
+    #[error("the name of the export is not UTF-8")]
     NotUtf8,
-    /// It has a NUL byte in it.
+    /// A NUL byte in the name.
+    #[error("the name of the export has a NUL byte in it")]
     Nul,
 }
 
-/// Reads a URI.
+/// Parses a URI.
 ///
 /// # Errors
-/// One [`UriError`] for each way to get it wrong.
+/// [`UriError`].
 pub fn parse(uri: &str) -> Result<Target, UriError> {
     let (scheme, rest) = uri.split_once("://").ok_or_else(|| UriError::Scheme(uri.to_owned()))?;
     let parts = Parts::of(rest)?;
     match scheme.to_ascii_lowercase().as_str() {
-        "nbd" => over_tcp(&parts),
-        "nbd+unix" => over_unix(&parts),
+        "nbd" => parse_tcp(&parts),
+        "nbd+unix" => parse_unix(&parts),
         "nbds" | "nbds+unix" | "nbds+vsock" => Err(UriError::Tls),
         _ => Err(UriError::Scheme(uri.to_owned())),
     }
 }
 
-/// The name of an export, checked against the limits of the NBD specification.
+/// Checks the name of an export against the NBD specification, and returns it unchanged.
 ///
 /// # Errors
 /// [`ExportError`].
@@ -90,10 +106,10 @@ pub fn parse_export(name: &str) -> Result<String, ExportError> {
     Ok(name.to_owned())
 }
 
-/// A URI after its scheme, split but not decoded.
+/// The parts of a URI after its scheme, still percent-encoded.
 struct Parts<'a> {
     authority: &'a str,
-    /// Without the slash that begins it.
+    /// Without its leading slash.
     path: &'a str,
     query: Option<&'a str>,
 }
@@ -121,23 +137,23 @@ impl<'a> Parts<'a> {
     }
 
     fn export(&self) -> Result<String, UriError> {
-        let name = String::from_utf8(decoded(self.path)?)
+        let name = String::from_utf8(percent_decode(self.path)?)
             .map_err(|_| UriError::Export(ExportError::NotUtf8))?;
         parse_export(&name).map_err(UriError::Export)
     }
 }
 
-fn over_tcp(parts: &Parts<'_>) -> Result<Target, UriError> {
+fn parse_tcp(parts: &Parts<'_>) -> Result<Target, UriError> {
     if let Some((key, _)) = parts.parameters().next() {
         return Err(UriError::Parameter(key.to_owned()));
     }
-    let (host, port) = host_and_port(parts.authority)?;
+    let (host, port) = split_host_port(parts.authority)?;
     let remote = Remote::parse(host, Some(port)).map_err(UriError::Address)?;
     Ok(Target { remote, export: parts.export()? })
 }
 
-/// `host`, `host:port` or `[address]:port`; an empty port is the default one.
-fn host_and_port(authority: &str) -> Result<(&str, u16), UriError> {
+/// Splits `host`, `host:port` or `[address]:port`; an empty port means [`DEFAULT_PORT`].
+fn split_host_port(authority: &str) -> Result<(&str, u16), UriError> {
     let (host, port) = match authority.rsplit_once(':') {
         Some((host, port)) if !port.contains(']') => (host, port),
         _ => (authority, ""),
@@ -149,14 +165,14 @@ fn host_and_port(authority: &str) -> Result<(&str, u16), UriError> {
     Ok((host, port.map_err(UriError::Address)?))
 }
 
-fn over_unix(parts: &Parts<'_>) -> Result<Target, UriError> {
+fn parse_unix(parts: &Parts<'_>) -> Result<Target, UriError> {
     if !parts.authority.is_empty() {
         return Err(UriError::HostWithSocket(parts.authority.to_owned()));
     }
     let mut socket = None;
     for (key, value) in parts.parameters() {
         match key {
-            "socket" if socket.is_none() => socket = Some(decoded(value)?),
+            "socket" if socket.is_none() => socket = Some(percent_decode(value)?),
             "socket" => return Err(UriError::SocketMissing),
             _ => return Err(UriError::Parameter(key.to_owned())),
         }
@@ -169,7 +185,7 @@ fn over_unix(parts: &Parts<'_>) -> Result<Target, UriError> {
     Ok(Target { remote, export: parts.export()? })
 }
 
-fn decoded(text: &str) -> Result<Vec<u8>, UriError> {
+fn percent_decode(text: &str) -> Result<Vec<u8>, UriError> {
     let mut escapes = text.split('%').skip(1);
     let is_escape =
         |rest: &str| rest.len() >= 2 && rest.bytes().take(2).all(|byte| byte.is_ascii_hexdigit());
@@ -178,45 +194,6 @@ fn decoded(text: &str) -> Result<Vec<u8>, UriError> {
     }
     Ok(percent_decode_str(text).collect())
 }
-
-impl fmt::Display for UriError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Scheme(uri) => write!(f, "`{uri}` begins neither with nbd:// nor nbd+unix://"),
-            Self::Tls => write!(f, "nbds means TLS, which is not supported here; use nbd"),
-            Self::User => write!(f, "a user name has no meaning without TLS; leave it out"),
-            Self::Fragment => write!(f, "a # has no meaning here; write %23 for one in a name"),
-            Self::Parameter(key) => write!(f, "the parameter `{key}` has no meaning here"),
-            Self::Percent => write!(f, "a % must be followed by two hexadecimal digits"),
-            Self::HostMissing => write!(f, "the host is missing after nbd://"),
-            Self::HostWithSocket(host) => write!(
-                f,
-                "`{host}` cannot be meant, since nbd+unix has no host; write nbd+unix:/// with \
-                 three slashes"
-            ),
-            Self::SocketMissing => write!(f, "nbd+unix needs one ?socket=PATH"),
-            Self::Address(error) => write!(f, "{error}"),
-            Self::Export(error) => write!(f, "{error}"),
-            Self::Nul => write!(f, "the socket's path has a NUL byte in it"),
-        }
-    }
-}
-
-impl std::error::Error for UriError {}
-
-impl fmt::Display for ExportError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::TooLong => {
-                write!(f, "the name of the export is longer than {STRING_LENGTH_MAX} bytes")
-            }
-            Self::NotUtf8 => write!(f, "the name of the export is not UTF-8"),
-            Self::Nul => write!(f, "the name of the export has a NUL byte in it"),
-        }
-    }
-}
-
-impl std::error::Error for ExportError {}
 
 #[cfg(test)]
 mod tests {
@@ -250,20 +227,20 @@ mod tests {
     }
 
     #[test]
-    fn names_and_paths_are_decoded() {
+    fn names_and_paths_are_percent_decode() {
         assert_eq!(parse("nbd://h/%C3%A4%20%23%2f"), host("h", 10809, "ä #/"));
         assert_eq!(parse("nbd+unix:///%3f?socket=/a%26b%3Dc"), unix("/a&b=c", "?"));
     }
 
     #[test]
-    fn tls_is_refused_by_its_name() {
+    fn tls_schemes_are_refused_as_tls() {
         for uri in ["nbds://h", "nbds+unix:///?socket=x", "NBDS://h"] {
             assert_eq!(parse(uri), Err(UriError::Tls), "{uri}");
         }
     }
 
     #[test]
-    fn other_schemes_are_refused() {
+    fn unknown_schemes_are_refused() {
         for uri in ["", "localhost", "http://h", "nbd:h:10809", "nbd+vsock://1"] {
             let error = parse(uri).unwrap_err();
             assert_eq!(error, UriError::Scheme(uri.to_owned()));
@@ -271,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_not_be_honoured_is_refused() {
+    fn unsupported_and_missing_parts_are_refused() {
         let parameter = |key: &str| UriError::Parameter(key.to_owned());
         let not_a_port = UriError::Address(AddressError::NotAPort("99999".to_owned()));
         let cases = [
@@ -297,14 +274,14 @@ mod tests {
     }
 
     #[test]
-    fn a_percent_sign_stands_before_two_hexadecimal_digits() {
+    fn a_percent_sign_needs_two_hexadecimal_digits() {
         for uri in ["nbd://h/%", "nbd://h/%4", "nbd://h/%zz", "nbd://h/%é", "nbd://h/a%%20"] {
             assert_eq!(parse(uri), Err(UriError::Percent), "{uri}");
         }
     }
 
     #[test]
-    fn the_name_of_an_export_has_at_most_4096_bytes() {
+    fn an_export_name_has_at_most_4096_bytes() {
         assert!(parse_export(&"x".repeat(4096)).is_ok());
         assert_eq!(parse_export(&"x".repeat(4097)), Err(ExportError::TooLong));
         assert_eq!(parse_export(&"ä".repeat(2049)), Err(ExportError::TooLong));
@@ -312,13 +289,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_text_makes_it_panic(rest: String) {
+        fn no_text_panics(rest: String) {
             let _ = parse(&format!("nbd://{rest}"));
             let _ = parse(&format!("nbd+unix:///{rest}"));
         }
 
         #[test]
-        fn every_name_survives_being_encoded(name in "[^\0]{0,40}") {
+        fn every_encoded_name_is_decoded(name in "[^\0]{0,40}") {
             let encoded: String = name.bytes().map(|byte| format!("%{byte:02x}")).collect();
             prop_assert_eq!(parse(&format!("nbd://h/{encoded}")), host("h", 10809, &name));
         }

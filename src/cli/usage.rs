@@ -1,44 +1,37 @@
-//! What was not understood, in one clear sentence and the usage line.
-//! Decides nothing: it says again, shorter, what the parser found.
+//! Usage errors: rewrites the errors of clap as one sentence with the mode's usage line.
 
 use super::MODES;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use std::error::Error;
-use std::fmt;
 
-/// A command line that cannot be meant.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An invalid command line. Printed as two lines: the program and the sentence, then the usage.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "flexnbd{}: {sentence}\nUsage: {usage}",
+    .mode.map_or_else(String::new, |mode| format!(" {mode}"))
+)]
 pub struct UsageError {
-    /// The mode it is about; none when there is no such mode, or none was given.
+    /// The mode; `None` if it is missing or unknown.
     pub mode: Option<&'static str>,
-    /// What is wrong: one sentence, without a full stop.
+    /// The error in one sentence, without a full stop.
     pub sentence: String,
-    /// How to do it right: the usage of the mode, without the word "Usage".
+    /// The usage of the mode, without the word "Usage".
     pub usage: String,
 }
 
-/// Two lines: who says it and what is wrong, then the usage.
-impl fmt::Display for UsageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mode = self.mode.map_or_else(String::new, |mode| format!(" {mode}"));
-        writeln!(f, "flexnbd{mode}: {}", self.sentence)?;
-        write!(f, "Usage: {}", self.usage)
-    }
-}
-
-impl Error for UsageError {}
-
-/// What the parser's error says, as one sentence.
+/// Describes the parser's error in one sentence.
 pub(super) fn sentence(error: &clap::Error) -> String {
-    let argument = shown(error, ContextKind::InvalidArg);
-    // `[ACL_ENTRY]...` is its place in the usage; it is called ACL_ENTRY.
+    let argument = context(error, ContextKind::InvalidArg);
+    // clap names it as in the usage: `[ACL_ENTRY]...`.
     let argument = argument.trim_start_matches('[').trim_end_matches("]...");
-    let value = shown(error, ContextKind::InvalidValue);
+    let value = context(error, ContextKind::InvalidValue);
     match error.kind() {
         ErrorKind::MissingSubcommand | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            format!("a mode is missing; {}", the_modes())
+            format!("a mode is missing; {}", list_of_modes())
         }
-        ErrorKind::InvalidSubcommand => unknown_mode(&shown(error, ContextKind::InvalidSubcommand)),
+        ErrorKind::InvalidSubcommand => {
+            unknown_mode(&context(error, ContextKind::InvalidSubcommand))
+        }
         ErrorKind::UnknownArgument => unknown_argument(error, argument),
         ErrorKind::MissingRequiredArgument if argument.contains(" and ") => {
             format!("{argument} are missing")
@@ -50,7 +43,7 @@ pub(super) fn sentence(error: &clap::Error) -> String {
             None => format!("{argument}: `{value}` is not what it may be"),
         },
         ErrorKind::ArgumentConflict => {
-            let other = shown(error, ContextKind::PriorArg);
+            let other = context(error, ContextKind::PriorArg);
             format!("{argument} cannot go with {other}")
         }
         ErrorKind::TooManyValues => format!("{argument} takes no value, not `{value}`"),
@@ -59,12 +52,12 @@ pub(super) fn sentence(error: &clap::Error) -> String {
     }
 }
 
-/// Names the modes there are.
+/// Describes an unknown mode, and lists all modes.
 pub(super) fn unknown_mode(name: &str) -> String {
-    format!("unknown mode `{name}`; {}", the_modes())
+    format!("unknown mode `{name}`; {}", list_of_modes())
 }
 
-fn the_modes() -> String {
+fn list_of_modes() -> String {
     match MODES.split_last() {
         Some((last, others)) => format!("the modes are {} and {last}", others.join(", ")),
         None => "there are none".to_owned(),
@@ -75,14 +68,14 @@ fn unknown_argument(error: &clap::Error, argument: &str) -> String {
     if !argument.starts_with('-') {
         return format!("`{argument}` has no meaning here");
     }
-    match shown(error, ContextKind::SuggestedArg) {
+    match context(error, ContextKind::SuggestedArg) {
         hint if hint.is_empty() => format!("unknown option `{argument}`"),
         hint => format!("unknown option `{argument}`; perhaps {hint} is meant"),
     }
 }
 
-/// A detail of the error; `--addr <ADDR>` becomes `--addr ADDR`, as in the manual.
-fn shown(error: &clap::Error, kind: ContextKind) -> String {
+/// One value of the error's context; `--addr <ADDR>` becomes `--addr ADDR`, as in the manual.
+fn context(error: &clap::Error, kind: ContextKind) -> String {
     let text = match error.get(kind) {
         Some(ContextValue::String(text)) => text.clone(),
         Some(ContextValue::Strings(texts)) => texts.join(" and "),
@@ -91,7 +84,7 @@ fn shown(error: &clap::Error, kind: ContextKind) -> String {
     text.replace(['<', '>'], "")
 }
 
-/// For kinds that should not come up: the parser's own words, on one line.
+/// The parser's own text on one line, for kinds of errors that should not occur.
 fn first_paragraph(text: &str) -> String {
     let text = text.trim_start_matches("error: ");
     let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());

@@ -1,8 +1,8 @@
-//! `flexnbd mirror --wait`: gives the order and follows the migration until it ends.
-//! Decides nothing about it: to stop this does not stop the migration, and SIGINT says so.
+//! `flexnbd mirror --wait`: starts a migration and shows its progress until it ends.
+//! Never stops the migration: SIGINT ends only this process, which prints how to stop the migration.
 
 use super::output;
-use super::progress::{Display, StatusSample, ended};
+use super::progress::{ProgressDisplay, StatusSample, describe_summary};
 use crate::control::reply::UNKNOWN_COMMAND;
 use crate::control::{AskError, Command, Reply, Status, Summary, ask_and_wait, ask_within};
 use crate::daemon::signals::is_ignored;
@@ -15,47 +15,47 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What `mirror` says when the migration has begun (flexnbd(1), MIRROR MODE).
+/// The message of `mirror` when the migration has started (flexnbd(1), MIRROR MODE).
 pub(super) const STARTED: &str = "Migration started";
 
-/// How often the server is asked how it is doing.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// How long it may take to say so; there will be another time.
-const LOOK_TIME_MAX: Duration = Duration::from_secs(2);
+/// Interval between two status requests.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
+/// Timeout of one status request; the next one follows anyway.
+const POLL_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Gives `command`, a [`Command::MirrorWait`], and shows what comes of it. The exit status is the
-/// answer's number, or 1 when there is none.
+/// Sends `command`, a [`Command::MirrorWait`], and shows the migration's progress and end. The exit
+/// status is the reply's code, or 1 without a reply.
 pub(super) fn run(socket: &Path, command: &Command) -> ExitCode {
     explain_interrupt(socket);
-    let display = Display::new(io::stderr().is_terminal());
+    let display = ProgressDisplay::new(io::stderr().is_terminal());
     let mut print = |line: &str| {
-        // Whoever read it had enough; the migration goes on, and so does the waiting.
-        let _ = output::say(line);
+        // A reader that has closed the pipe does not end the wait.
+        let _ = output::print(line);
     };
     match follow(socket, command, display, &mut print) {
-        Ok(reply) if reply.is_success() => output::say(&told(&reply)),
+        Ok(reply) if reply.is_success() => output::print(&describe_end(&reply)),
         Ok(reply) if reply.code() == UNKNOWN_COMMAND => {
             let why = "this server's flexnbd cannot be waited for; leave out --wait";
-            output::complain(&format!("flexnbd mirror: {why}"), reply.exit_status())
+            output::print_error(&format!("flexnbd mirror: {why}"), reply.exit_status())
         }
-        Ok(reply) => output::complain(reply.text(), reply.exit_status()),
-        Err(why) => output::complain(&format!("flexnbd mirror: {why}"), output::EXIT_FAILURE),
+        Ok(reply) => output::print_error(reply.text(), reply.exit_status()),
+        Err(why) => output::print_error(&format!("flexnbd mirror: {why}"), output::EXIT_FAILURE),
     }
 }
 
-/// Says at SIGINT, which ends the process, that the migration goes on. Call it before any thread is
-/// started that does not block all signals: threads inherit the mask.
+/// Prints on SIGINT, before it ends the process, that the migration continues. Must be called before
+/// any thread is started that does not block all signals, because threads inherit the mask.
 fn explain_interrupt(socket: &Path) {
     let mut interrupt = SigSet::empty();
     interrupt.add(Signal::SIGINT);
     if is_ignored(libc::SIGINT) || interrupt.thread_block().is_err() {
         return;
     }
-    let line = farewell(socket);
+    let line = interrupt_message(socket);
     let wait = move || {
         if interrupt.wait().is_ok() {
-            // Below the bar, which is left as it was.
-            let _ = output::complain(&format!("\n{line}"), output::EXIT_FAILURE);
+            // The newline leaves the progress bar on the line above.
+            let _ = output::print_error(&format!("\n{line}"), output::EXIT_FAILURE);
             let _ = interrupt.thread_unblock();
             let _ = raise(Signal::SIGINT);
         }
@@ -65,8 +65,8 @@ fn explain_interrupt(socket: &Path) {
     }
 }
 
-/// The message at SIGINT: the migration goes on, and how to see and end it.
-fn farewell(socket: &Path) -> String {
+/// The message on SIGINT.
+fn interrupt_message(socket: &Path) -> String {
     let socket = socket.display();
     format!(
         "flexnbd mirror: no longer waiting; a migration that has started goes on. To see it: `flexnbd \
@@ -74,64 +74,66 @@ fn farewell(socket: &Path) -> String {
     )
 }
 
-/// What a migration that succeeded came to; as the server says it, if that is not understood.
-fn told(reply: &Reply) -> String {
-    Summary::from_line(reply.text()).map_or_else(|_| reply.text().to_owned(), |it| ended(&it))
+/// Describes the end of a successful migration; falls back to the server's own text if that is not
+/// a summary.
+fn describe_end(reply: &Reply) -> String {
+    Summary::from_line(reply.text())
+        .map_or_else(|_| reply.text().to_owned(), |summary| describe_summary(&summary))
 }
 
-/// Returns the answer, which comes at the end.
+/// Sends the command and shows the progress until the server replies, which is at the end.
 fn follow(
     socket: &Path,
     command: &Command,
-    mut display: Display,
+    mut display: ProgressDisplay,
     print: &mut dyn FnMut(&str),
 ) -> Result<Reply, String> {
-    let (sender, answer) = mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     thread::scope(|scope| {
-        let order = move || {
-            // The receiver lives until this has come.
+        let request = move || {
+            // Cannot fail: the receiver outlives this thread.
             let _ = sender.send(ask_and_wait(socket, command));
         };
-        let thread = thread::Builder::new().spawn_scoped(scope, order);
+        let thread = thread::Builder::new().spawn_scoped(scope, request);
         thread.map_err(|error| format!("cannot start a thread: {error}"))?;
-        let began = Instant::now();
+        let start = Instant::now();
         let mut has_started = false;
-        let answer = watch(&answer, || {
-            let Some(sight) = look(socket) else { return };
+        let reply = wait_for_reply(&receiver, || {
+            let Some(sample) = request_status(socket) else { return };
             if !std::mem::replace(&mut has_started, true) {
                 print(STARTED);
             }
-            if let Some(line) = display.show(began.elapsed(), &sight) {
+            if let Some(line) = display.show(start.elapsed(), &sample) {
                 print(&line);
             }
         });
         display.end();
-        // It may be over before anybody could look.
-        if !has_started && answer.as_ref().is_ok_and(Reply::is_success) {
+        // A short migration can end before the first status request.
+        if !has_started && reply.as_ref().is_ok_and(Reply::is_success) {
             print(STARTED);
         }
-        answer
+        reply
     })
 }
 
-/// Looks every now and then until the answer is there.
-fn watch(
-    answer: &Receiver<Result<Reply, AskError>>,
-    mut look: impl FnMut(),
+/// Waits for the reply, and calls `poll` at each [`POLL_INTERVAL`] until then.
+fn wait_for_reply(
+    receiver: &Receiver<Result<Reply, AskError>>,
+    mut poll: impl FnMut(),
 ) -> Result<Reply, String> {
     loop {
-        match answer.recv_timeout(LOOK_EVERY) {
-            Ok(answer) => return answer.map_err(|error| error.to_string()),
-            Err(RecvTimeoutError::Timeout) => look(),
+        match receiver.recv_timeout(POLL_INTERVAL) {
+            Ok(reply) => return reply.map_err(|error| error.to_string()),
+            Err(RecvTimeoutError::Timeout) => poll(),
             Err(RecvTimeoutError::Disconnected) => return Err("gave up waiting".to_owned()),
         }
     }
 }
 
-/// How the migration is doing; none when the server does not say, perhaps because it has ended:
-/// then the answer tells how.
-fn look(socket: &Path) -> Option<StatusSample> {
-    let reply = ask_within(socket, &Command::Status, LOOK_TIME_MAX).ok()?;
+/// The migration's progress; `None` without a status, for example because the server has ended. The
+/// reply then tells the outcome.
+fn request_status(socket: &Path) -> Option<StatusSample> {
+    let reply = ask_within(socket, &Command::Status, POLL_TIMEOUT).ok()?;
     let status = reply.is_success().then(|| Status::from_line(reply.text()))?;
     StatusSample::of(&status.ok()?)
 }
@@ -144,29 +146,29 @@ mod tests {
     use crate::control::{ControlSocket, Credentials, Operator};
     use std::sync::{Arc, Condvar, Mutex};
 
-    /// A server that shows a migration at 50 % until it was asked for it twice, and then answers.
-    struct Fake {
+    /// A server with a migration at 50 %, which ends with `reply` after `polls_wanted` status requests.
+    struct FakeServer {
         reply: Reply,
-        looks: Mutex<u32>,
-        looked: Condvar,
-        looks_wanted: u32,
+        polls: Mutex<u32>,
+        polled: Condvar,
+        polls_wanted: u32,
     }
 
-    impl Operator for Fake {
+    impl Operator for FakeServer {
         fn execute(&self, command: Command, _from: Credentials) -> Reply {
             match command {
                 Command::Status => {
-                    *self.looks.lock().unwrap() += 1;
-                    self.looked.notify_all();
+                    *self.polls.lock().unwrap() += 1;
+                    self.polled.notify_all();
                     let migration = Migration { bytes_left: 50, ..Migration::default() };
                     let status =
                         Status { size: 100, migration: Some(migration), ..Status::default() };
                     Reply::success(status.to_string())
                 }
                 Command::MirrorWait(_) => {
-                    let looks = self.looks.lock().unwrap();
-                    let wanted = |looks: &mut u32| *looks < self.looks_wanted;
-                    drop(self.looked.wait_while(looks, wanted).unwrap());
+                    let polls = self.polls.lock().unwrap();
+                    let wanted = |polls: &mut u32| *polls < self.polls_wanted;
+                    drop(self.polled.wait_while(polls, wanted).unwrap());
                     self.reply.clone()
                 }
                 other => panic!("{other}"),
@@ -174,20 +176,20 @@ mod tests {
         }
     }
 
-    /// What is printed, and the answer.
-    fn following(reply: &Reply, looks_wanted: u32) -> (Vec<String>, Result<Reply, String>) {
+    /// Follows a migration; returns the printed lines and the reply.
+    fn follow_fake(reply: &Reply, polls_wanted: u32) -> (Vec<String>, Result<Reply, String>) {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("control.sock");
-        let (looks, looked) = Default::default();
-        let fake = Fake { reply: reply.clone(), looks, looked, looks_wanted };
+        let (polls, polled) = Default::default();
+        let fake = FakeServer { reply: reply.clone(), polls, polled, polls_wanted };
         let _handle = ControlSocket::bind(&socket).unwrap().start(Arc::new(fake)).unwrap();
         let mut printed = Vec::new();
         let mut print = |line: &str| printed.push(line.to_owned());
-        let answer = follow(&socket, &order(), Display::new(false), &mut print);
-        (printed, answer)
+        let reply = follow(&socket, &command(), ProgressDisplay::new(false), &mut print);
+        (printed, reply)
     }
 
-    fn order() -> Command {
+    fn command() -> Command {
         let to = "[::1]:7".parse().unwrap();
         Command::MirrorWait(Mirror {
             to,
@@ -201,34 +203,38 @@ mod tests {
     #[test]
     fn progress_is_printed_between_start_and_end() {
         let done = Reply::success(Summary::default().to_string());
-        let (printed, answer) = following(&done, 2);
-        assert_eq!(answer, Ok(done));
+        let (printed, reply) = follow_fake(&done, 2);
+        assert_eq!(reply, Ok(done));
         assert_eq!(printed, ["Migration started", "50 %, 0 bytes/s, 50 bytes left, pass 1"]);
     }
 
     #[test]
-    fn a_migration_that_is_over_at_once_has_started_all_the_same() {
+    fn a_migration_that_ends_at_once_reports_its_start() {
         let done = Reply::success(Summary::default().to_string());
-        assert_eq!(following(&done, 0), (vec!["Migration started".to_owned()], Ok(done)));
+        assert_eq!(follow_fake(&done, 0), (vec!["Migration started".to_owned()], Ok(done)));
     }
 
     #[test]
-    fn a_migration_that_never_began_has_not_started() {
+    fn a_refused_migration_reports_no_start() {
         let refused = Reply::refused("mirror already running");
-        assert_eq!(following(&refused, 0), (Vec::new(), Ok(refused)));
+        assert_eq!(follow_fake(&refused, 0), (Vec::new(), Ok(refused)));
     }
 
     #[test]
-    fn a_server_that_is_not_there_is_an_error() {
+    fn a_missing_server_is_an_error() {
         let nowhere = Path::new("/nowhere/control.sock");
-        let answer = follow(nowhere, &order(), Display::new(false), &mut |line| panic!("{line}"));
-        assert!(answer.unwrap_err().contains("no such socket"));
+        let reply =
+            follow(nowhere, &command(), ProgressDisplay::new(false), &mut |line| panic!("{line}"));
+        assert!(reply.unwrap_err().contains("no such socket"));
     }
 
     #[test]
-    fn what_the_end_says_is_told_even_if_it_is_not_understood() {
-        assert_eq!(told(&Reply::success("well done")), "well done");
+    fn an_unknown_summary_is_printed_unchanged() {
+        assert_eq!(describe_end(&Reply::success("well done")), "well done");
         let summary = Summary { acknowledged: true, ..Summary::default() };
-        assert!(told(&Reply::success(summary.to_string())).starts_with("Migration finished: 0 B"));
+        assert!(
+            describe_end(&Reply::success(summary.to_string()))
+                .starts_with("Migration finished: 0 bytes")
+        );
     }
 }

@@ -65,7 +65,7 @@ fn plan(mode: &str, text: &str) -> Config {
     match cli::parse(line.into_iter()).unwrap().command {
         // Each text is in a file of its own, which is no difference that counts.
         CliCommand::Start(start) => {
-            Config { config_file: None, ..StartRequest::plan(&start).unwrap() }
+            Config { config_file: None, ..StartRequest::load(&start).unwrap() }
         }
         other => panic!("{mode} is {other:?}"),
     }

@@ -1,4 +1,4 @@
-//! Bytes moved from and to a real server on a disk in memory, and what is said when they are not.
+//! Transfers from and to a real server with a disk in memory, and the messages of failed transfers.
 
 use super::*;
 use crate::disk::Disk;
@@ -38,15 +38,15 @@ impl Fixture {
     }
 
     fn stop(mut self) {
-        self.server.stop(PATIENCE);
+        self.server.stop(IO_TIMEOUT);
     }
 }
 
-/// What an operator is told of a failure.
-fn told_of<T>(transfer: &Transfer, outcome: Result<T, TransferError>) -> String {
+/// The message of a failed transfer.
+fn error_text<T>(transfer: &Transfer, outcome: Result<T, TransferError>) -> String {
     match outcome {
         Ok(_) => panic!("it worked"),
-        Err(failure) => explained(transfer, &failure),
+        Err(error) => describe(transfer, &error),
     }
 }
 
@@ -57,10 +57,10 @@ fn noise(size: usize) -> Vec<u8> {
 }
 
 #[test]
-fn what_is_written_is_read_back_in_either_style() {
+fn written_data_is_read_back_in_either_style() {
     for style in [Style::Newstyle, Style::Oldstyle] {
         let fixture = serve(style);
-        // More than one request's worth, at an odd place.
+        // More than one request, at an unaligned offset.
         let data = noise(PAYLOAD_LENGTH_DEFAULT as usize + 12345);
         let transfer = fixture.transfer(777, data.len() as u64);
         transfer.write(&mut data.as_slice()).unwrap();
@@ -73,7 +73,7 @@ fn what_is_written_is_read_back_in_either_style() {
 }
 
 #[test]
-fn one_request_moves_what_fits_into_one() {
+fn a_range_is_split_at_the_maximum_payload() {
     let fixture = serve(Style::Newstyle);
     let most = u64::from(PAYLOAD_LENGTH_DEFAULT);
     let requests = |size| fixture.transfer(5, size).requests(PAYLOAD_LENGTH_DEFAULT).count();
@@ -86,19 +86,19 @@ fn one_request_moves_what_fits_into_one() {
 }
 
 #[test]
-fn written_data_is_durable_before_success_is_told() {
+fn write_succeeds_only_after_a_flush() {
     let fixture = serve(Style::Newstyle);
     fixture.transfer(0, 3).write(&mut b"abc".as_slice()).unwrap();
     assert!(fixture.faults.count(Op::Flush) > 0, "nothing was flushed");
     fixture.faults.fail_every(Op::Flush, EIO);
     let transfer = fixture.transfer(0, 3);
-    let told = told_of(&transfer, transfer.write(&mut b"abc".as_slice()));
-    assert!(told.ends_with("the server answered: input/output error (EIO)"), "{told}");
+    let text = error_text(&transfer, transfer.write(&mut b"abc".as_slice()));
+    assert!(text.ends_with("the server answered: input/output error (EIO)"), "{text}");
     fixture.stop();
 }
 
 #[test]
-fn input_beyond_the_size_is_left_where_it_is() {
+fn input_beyond_the_size_is_not_read() {
     let fixture = serve(Style::Newstyle);
     let mut input = b"abcdef".as_slice();
     fixture.transfer(0, 4).write(&mut input).unwrap();
@@ -108,13 +108,13 @@ fn input_beyond_the_size_is_left_where_it_is() {
 }
 
 #[test]
-fn an_input_that_ends_too_early_says_how_much_was_written() {
+fn early_end_of_input_reports_the_bytes_written() {
     let fixture = serve(Style::Newstyle);
     let data = noise(PAYLOAD_LENGTH_DEFAULT as usize + 9);
     let transfer = fixture.transfer(0, data.len() as u64 + 1);
-    let told = told_of(&transfer, transfer.write(&mut data.as_slice()));
+    let text = error_text(&transfer, transfer.write(&mut data.as_slice()));
     assert_eq!(
-        told,
+        text,
         "standard input ended after 33554441 of 33554442 bytes; the first 33554432 were written"
     );
     let contents = fixture.memory.contents();
@@ -124,39 +124,39 @@ fn an_input_that_ends_too_early_says_how_much_was_written() {
 }
 
 #[test]
-fn a_range_beyond_the_end_is_refused_with_the_size() {
+fn a_range_beyond_the_end_reports_the_size() {
     let fixture = serve(Style::Newstyle);
     fixture.transfer(DISK_SIZE - 1, 1).read(&mut Vec::new()).unwrap();
     let transfer = fixture.transfer(DISK_SIZE, 1);
-    let told = told_of(&transfer, transfer.read(&mut Vec::new()));
-    assert!(told.ends_with("1 byte from 41943040 on does not lie within its 41943040 bytes"));
-    let told = told_of(&transfer, transfer.write(&mut b"x".as_slice()));
-    assert!(told.ends_with("does not lie within its 41943040 bytes"), "{told}");
+    let text = error_text(&transfer, transfer.read(&mut Vec::new()));
+    assert!(text.ends_with("1 byte from 41943040 on does not lie within its 41943040 bytes"));
+    let text = error_text(&transfer, transfer.write(&mut b"x".as_slice()));
+    assert!(text.ends_with("does not lie within its 41943040 bytes"), "{text}");
     fixture.stop();
 }
 
 #[test]
-fn a_disk_that_fails_is_told_as_the_server_tells_it() {
+fn a_disk_error_is_reported_as_the_servers_reply() {
     let fixture = serve(Style::Newstyle);
     fixture.faults.fail_every(Op::Write, EIO);
     let transfer = fixture.transfer(0, 1);
-    let told = told_of(&transfer, transfer.write(&mut b"x".as_slice()));
+    let text = error_text(&transfer, transfer.write(&mut b"x".as_slice()));
     let expected = format!("{}: the server answered: input/output error (EIO)", fixture.remote);
-    assert_eq!(told, expected);
+    assert_eq!(text, expected);
     fixture.stop();
 }
 
 #[test]
-fn an_export_that_is_not_there_is_told_by_the_server() {
+fn a_missing_export_is_reported_by_the_server() {
     let fixture = serve(Style::Newstyle);
     let transfer = Transfer { export: "none".to_owned(), ..fixture.transfer(0, 1) };
-    let told = told_of(&transfer, transfer.read(&mut Vec::new()));
-    assert!(told.contains("the server has no export of that name"), "{told}");
+    let text = error_text(&transfer, transfer.read(&mut Vec::new()));
+    assert!(text.contains("the server has no export of that name"), "{text}");
     fixture.stop();
 }
 
 #[test]
-fn an_output_that_fails_is_told_as_such() {
+fn a_failed_output_is_reported() {
     struct Full;
     impl Write for Full {
         fn write(&mut self, _: &[u8]) -> io::Result<usize> {
@@ -168,19 +168,19 @@ fn an_output_that_fails_is_told_as_such() {
     }
     let fixture = serve(Style::Newstyle);
     let transfer = fixture.transfer(0, 1);
-    let told = told_of(&transfer, transfer.read(&mut Full));
-    assert!(told.starts_with("cannot write to standard output: "), "{told}");
+    let text = error_text(&transfer, transfer.read(&mut Full));
+    assert!(text.starts_with("cannot write to standard output: "), "{text}");
     fixture.stop();
 }
 
 #[test]
-fn a_server_that_cannot_be_reached_is_named_once() {
+fn an_unreachable_server_is_named_once() {
     let unused = Listener::bind(&Address::parse("127.0.0.1", Some(0)).unwrap()).unwrap();
     let Address::Tcp(address) = unused.local_address().unwrap() else { panic!("not TCP") };
     drop(unused);
     let remote = Remote::Host { host: "127.0.0.1".to_owned(), port: address.port() };
     let transfer = Transfer { remote, export: String::new(), from: 0, size: 1, bind: None };
-    let told = told_of(&transfer, transfer.read(&mut Vec::new()));
-    assert!(told.starts_with(&format!("cannot connect to {address}: ")), "{told}");
-    assert_eq!(told.matches("cannot connect").count(), 1, "{told}");
+    let text = error_text(&transfer, transfer.read(&mut Vec::new()));
+    assert!(text.starts_with(&format!("cannot connect to {address}: ")), "{text}");
+    assert_eq!(text.matches("cannot connect").count(), 1, "{text}");
 }
