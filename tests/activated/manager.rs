@@ -1,5 +1,5 @@
-//! A service manager of the test's own: hands over sockets, hears what the service says, and keeps
-//! descriptors for the next one. Never restarts anything by itself.
+//! A minimal service manager: passes sockets to the service, receives its notifications, and keeps
+//! its fd store for the next process. Never restarts a service by itself.
 
 use harness::{StderrReader, TIMEOUT, TempDir, poll_until, temp_dir, wait_until};
 use nix::cmsg_space;
@@ -18,65 +18,65 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-/// Where the handed descriptors are in the service, beyond all that it opens by itself before.
-const FIRST: RawFd = 200;
+/// The first inherited descriptor in the service, above all that it opens before.
+const FIRST_FD: RawFd = 200;
 
-/// What is to be handed over.
+/// The sockets that a service inherits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Handed {
+pub(crate) enum Inherited {
     Nothing,
     Nbd,
     NbdAndControl,
 }
 
-pub(crate) struct Manager {
+pub(crate) struct ServiceManager {
     pub(crate) dir: TempDir,
     nbd: TcpListener,
     control: UnixListener,
-    heard: Arc<Mutex<Heard>>,
-    ear: Option<JoinHandle<()>>,
+    received: Arc<Mutex<Received>>,
+    receiver: Option<JoinHandle<()>>,
     variables: Vec<(&'static str, OsString)>,
 }
 
-/// What services have said and what they gave to keep.
+/// The messages and descriptors received from services.
 #[derive(Default)]
-struct Heard {
+struct Received {
     messages: VecDeque<String>,
     store: BTreeMap<String, OwnedFd>,
 }
 
-/// Ends the thread that listens to services.
-const ENOUGH: &str = "ENOUGH";
+/// The message that ends the receiving thread.
+const STOP_RECEIVING: &str = "STOP";
 
-impl Manager {
-    pub(crate) fn new() -> Manager {
+impl ServiceManager {
+    pub(crate) fn new() -> ServiceManager {
         let dir = temp_dir();
         let notify = UnixDatagram::bind(dir.path().join("notify")).unwrap();
-        let heard = Arc::default();
-        let for_ear = Arc::clone(&heard);
-        let ear = std::thread::spawn(move || while hear(&notify, &for_ear) {});
-        Manager {
+        let received = Arc::default();
+        let shared = Arc::clone(&received);
+        let receiver = std::thread::spawn(move || while receive(&notify, &shared) {});
+        ServiceManager {
             nbd: TcpListener::bind("127.0.0.1:0").unwrap(),
             control: UnixListener::bind(dir.path().join("control.sock")).unwrap(),
-            heard,
-            ear: Some(ear),
+            received,
+            receiver: Some(receiver),
             dir,
             variables: Vec::new(),
         }
     }
 
-    /// Sets a variable for the services started from now on.
-    pub(crate) fn env(mut self, name: &'static str, value: impl Into<OsString>) -> Manager {
+    /// Sets an environment variable for the services started from now on.
+    pub(crate) fn env(mut self, name: &'static str, value: impl Into<OsString>) -> ServiceManager {
         self.variables.push((name, value.into()));
         self
     }
 
-    /// Where clients connect.
+    /// The address of the NBD socket.
     pub(crate) fn address(&self) -> SocketAddr {
         self.nbd.local_addr().unwrap()
     }
 
-    /// Where operators connect.
+    /// The path of the control socket.
     pub(crate) fn control(&self) -> PathBuf {
         self.dir.path().join("control.sock")
     }
@@ -85,20 +85,20 @@ impl Manager {
         self.dir.path().join(name)
     }
 
-    /// Starts `flexnbd LINE` with `--file` and such to follow as `paths`.
+    /// Starts `flexnbd LINE PATHS`, with the sockets and the fd store.
     #[track_caller]
-    pub(crate) fn start(&self, handed: Handed, line: &str, paths: &[&Path]) -> Service {
-        let (mut descriptors, mut names): (Vec<RawFd>, Vec<String>) = match handed {
-            Handed::Nothing => (Vec::new(), Vec::new()),
-            Handed::Nbd => (vec![self.nbd.as_raw_fd()], vec!["nbd".to_owned()]),
-            Handed::NbdAndControl => (
+    pub(crate) fn start(&self, inherited: Inherited, line: &str, paths: &[&Path]) -> Service {
+        let (mut descriptors, mut names): (Vec<RawFd>, Vec<String>) = match inherited {
+            Inherited::Nothing => (Vec::new(), Vec::new()),
+            Inherited::Nbd => (vec![self.nbd.as_raw_fd()], vec!["nbd".to_owned()]),
+            Inherited::NbdAndControl => (
                 vec![self.control.as_raw_fd(), self.nbd.as_raw_fd()],
                 vec!["control".to_owned(), "nbd".to_owned()],
             ),
         };
-        let heard = self.heard();
-        descriptors.extend(heard.store.values().map(OwnedFd::as_raw_fd));
-        names.extend(heard.store.keys().cloned());
+        let received = self.received();
+        descriptors.extend(received.store.values().map(OwnedFd::as_raw_fd));
+        names.extend(received.store.keys().cloned());
         let mut command = Command::new(env!("CARGO_BIN_EXE_flexnbd"));
         command.args(line.split_whitespace()).args(paths);
         command.envs(self.variables.iter().cloned());
@@ -106,133 +106,133 @@ impl Manager {
         command.env("STATE_DIRECTORY", self.dir.path());
         if !descriptors.is_empty() {
             command.env("LISTEN_FDS", descriptors.len().to_string());
-            command.env("LISTEN_FDS_FIRST_FD", FIRST.to_string());
+            command.env("LISTEN_FDS_FIRST_FD", FIRST_FD.to_string());
             command.env("LISTEN_FDNAMES", names.join(":"));
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let hand_over = move || {
-            for (place, descriptor) in (FIRST..).zip(&descriptors) {
+        let inherit = move || {
+            for (target, descriptor) in (FIRST_FD..).zip(&descriptors) {
                 // SAFETY: two integers; the copy is not closed on exec, and its place is free.
-                if unsafe { nix::libc::dup2(*descriptor, place) } < 0 {
+                if unsafe { nix::libc::dup2(*descriptor, target) } < 0 {
                     return Err(std::io::Error::last_os_error());
                 }
             }
             Ok(())
         };
         // SAFETY: it calls nothing but dup2, which is async-signal-safe.
-        unsafe { command.pre_exec(hand_over) };
+        unsafe { command.pre_exec(inherit) };
         let mut child = command.spawn().unwrap();
         let stderr = StderrReader::start(&mut child);
         Service { child, stderr }
     }
 
-    /// The next message, or none if there is none yet.
+    /// The next message, if one has arrived.
     pub(crate) fn message(&self) -> Option<String> {
-        self.heard().messages.pop_front()
+        self.received().messages.pop_front()
     }
 
-    /// The names of what services gave to keep.
+    /// The names in the fd store.
     pub(crate) fn stored(&self) -> Vec<String> {
-        self.heard().store.keys().cloned().collect()
+        self.received().store.keys().cloned().collect()
     }
 
-    /// Takes what is kept under this name away from the next service.
+    /// Removes a descriptor from the fd store.
     pub(crate) fn take_from_store(&self, name: &str) -> OwnedFd {
-        self.heard().store.remove(name).unwrap()
+        self.received().store.remove(name).unwrap()
     }
 
-    /// Keeps something for the next service.
+    /// Adds a descriptor to the fd store.
     pub(crate) fn store(&self, name: &str, descriptor: OwnedFd) {
-        self.heard().store.insert(name.to_owned(), descriptor);
+        self.received().store.insert(name.to_owned(), descriptor);
     }
 
-    fn heard(&self) -> MutexGuard<'_, Heard> {
-        self.heard.lock().unwrap()
+    fn received(&self) -> MutexGuard<'_, Received> {
+        self.received.lock().unwrap()
     }
 
-    /// Takes messages until one of them has this line; returns them all.
+    /// Takes messages until one contains this line; returns them all.
     #[track_caller]
     pub(crate) fn wait_for(&self, line: &str) -> Vec<String> {
-        self.wait_for_message(line, |message| message.lines().any(|heard| heard == line))
+        self.wait_for_message(line, |message| message.lines().any(|received| received == line))
     }
 
-    /// Takes messages until one tells a status that has this in it; returns them all.
+    /// Takes messages until one reports a status that contains `part`; returns them all.
     #[track_caller]
     pub(crate) fn wait_for_status(&self, part: &str) -> Vec<String> {
-        let tells = |message: &str| message.starts_with("STATUS=") && message.contains(part);
-        self.wait_for_message(part, tells)
+        let matches = |message: &str| message.starts_with("STATUS=") && message.contains(part);
+        self.wait_for_message(part, matches)
     }
 
     #[track_caller]
-    fn wait_for_message(&self, what: &str, is_it: impl Fn(&str) -> bool) -> Vec<String> {
-        let mut heard: Vec<String> = Vec::new();
+    fn wait_for_message(&self, what: &str, matches: impl Fn(&str) -> bool) -> Vec<String> {
+        let mut received: Vec<String> = Vec::new();
         let found = poll_until(TIMEOUT, || {
             while let Some(message) = self.message() {
-                heard.push(message);
-                if heard.last().is_some_and(|message| is_it(message)) {
+                received.push(message);
+                if received.last().is_some_and(|message| matches(message)) {
                     return true;
                 }
             }
             false
         });
-        assert!(found, "waited in vain for {what:?}, heard {heard:?}");
-        heard
+        assert!(found, "timed out waiting for {what:?}; received {received:?}");
+        received
     }
 
-    /// Whether an operator has connected and nobody has accepted him.
-    pub(crate) fn somebody_waits_for_control(&self) -> bool {
+    /// Whether a connection to the control socket waits to be accepted.
+    pub(crate) fn control_connection_waits(&self) -> bool {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut sources = [PollFd::new(self.control.as_fd(), PollFlags::POLLIN)];
         poll(&mut sources, PollTimeout::ZERO).unwrap() > 0
     }
 
-    /// All messages up to now.
+    /// All messages that have arrived.
     pub(crate) fn messages(&self) -> Vec<String> {
         std::iter::from_fn(|| self.message()).collect()
     }
 }
 
-impl Drop for Manager {
+impl Drop for ServiceManager {
     fn drop(&mut self) {
-        let said = UnixDatagram::unbound()
-            .and_then(|socket| socket.send_to(ENOUGH.as_bytes(), self.path("notify")));
-        if let Some(ear) = self.ear.take().filter(|_| said.is_ok()) {
-            let _ = ear.join();
+        let sent = UnixDatagram::unbound()
+            .and_then(|socket| socket.send_to(STOP_RECEIVING.as_bytes(), self.path("notify")));
+        if let Some(receiver) = self.receiver.take().filter(|_| sent.is_ok()) {
+            let _ = receiver.join();
         }
     }
 }
 
-/// Takes the next message of a service; false after the last.
-fn hear(notify: &UnixDatagram, heard: &Mutex<Heard>) -> bool {
+/// Receives one message of a service; returns false after [`STOP_RECEIVING`].
+fn receive(notify: &UnixDatagram, received: &Mutex<Received>) -> bool {
     let mut buffer = [0; 8192];
     let mut slices = [IoSliceMut::new(&mut buffer)];
     let mut space = cmsg_space!([RawFd; 4]);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let got = recvmsg::<()>(notify.as_raw_fd(), &mut slices, Some(&mut space), flags).unwrap();
+    let datagram = recvmsg::<()>(notify.as_raw_fd(), &mut slices, Some(&mut space), flags).unwrap();
     let mut descriptors = Vec::new();
-    for message in got.cmsgs().unwrap() {
+    for message in datagram.cmsgs().unwrap() {
         if let ControlMessageOwned::ScmRights(raw) = message {
-            // SAFETY: the kernel has just made these descriptors for us, and for nobody else.
+            // SAFETY: the kernel has just created these descriptors, and only this message has them.
             descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }
     }
-    let count = got.bytes;
+    let count = datagram.bytes;
     let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
-    let mut heard = heard.lock().unwrap();
-    let named = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
-    let name = named("FDNAME=").unwrap_or_default().to_owned();
+    let mut received = received.lock().unwrap();
+    let value_of = |name: &str| text.lines().find_map(|line| line.strip_prefix(name));
+    let name = value_of("FDNAME=").unwrap_or_default().to_owned();
     if text.lines().any(|line| line == "FDSTORE=1") {
-        heard.store.extend(descriptors.pop().map(|descriptor| (name, descriptor)));
+        received.store.extend(descriptors.pop().map(|descriptor| (name, descriptor)));
     } else if text.lines().any(|line| line == "FDSTOREREMOVE=1") {
-        heard.store.remove(&name);
+        received.store.remove(&name);
     }
-    // A barrier is confirmed by closing what came with it, which happens here.
+    // Closing the descriptor of a `BARRIER=1` message confirms it.
     drop(descriptors);
-    heard.messages.push_back(text.clone());
-    text != ENOUGH
+    received.messages.push_back(text.clone());
+    text != STOP_RECEIVING
 }
 
-/// A service that was started. Dropping it kills it.
+/// A started service, which Drop kills.
 pub(crate) struct Service {
     child: Child,
     stderr: StderrReader,
@@ -256,9 +256,9 @@ impl Service {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }
 
-    /// Waits for its end, and what it has said until then.
+    /// Waits for its exit and the end of its stderr.
     #[track_caller]
-    pub(crate) fn ends(&mut self) -> ExitStatus {
+    pub(crate) fn wait_for_exit(&mut self) -> ExitStatus {
         let mut status = None;
         wait_until("the service to end", || {
             status = self.child.try_wait().unwrap();
@@ -271,7 +271,7 @@ impl Service {
     #[track_caller]
     pub(crate) fn stop(&mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
-        self.ends()
+        self.wait_for_exit()
     }
 }
 
@@ -280,7 +280,7 @@ impl Drop for Service {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            eprintln!("the service said:\n{}", self.stderr());
+            eprintln!("stderr of the service:\n{}", self.stderr());
         }
     }
 }

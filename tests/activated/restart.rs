@@ -1,6 +1,7 @@
-//! Sessions that outlive the process: left to the service manager by one, taken out by the next.
+//! Sessions that survive a restart: one process stores them in the fd store of the service manager,
+//! the next restores them.
 
-use crate::manager::{Handed, Manager, Service};
+use crate::manager::{Inherited, Service, ServiceManager};
 use harness::raw::{READ, WRITE};
 use harness::session::{Mode, Request, Session};
 use harness::{Endpoint, MIB, noise, read_at, sparse_image, wait_until};
@@ -13,38 +14,38 @@ use std::path::{Path, PathBuf};
 
 const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
 
-fn manager() -> (Manager, PathBuf) {
-    let manager = Manager::new().env("FDSTORE", "9");
+fn manager() -> (ServiceManager, PathBuf) {
+    let manager = ServiceManager::new().env("FDSTORE", "9");
     let image = sparse_image(manager.dir.path(), "disk.img", 8 * MIB);
     (manager, image)
 }
 
-fn serve(manager: &Manager, image: &Path) -> Service {
-    let service = manager.start(Handed::Nbd, "serve --file", &[image]);
+fn serve(manager: &ServiceManager, image: &Path) -> Service {
+    let service = manager.start(Inherited::Nbd, "serve --file", &[image]);
     manager.wait_for("READY=1");
     service
 }
 
-fn client(manager: &Manager, mode: Mode) -> Session {
+fn client(manager: &ServiceManager, mode: Mode) -> Session {
     Session::open(&Endpoint::Tcp(manager.address()), mode).unwrap()
 }
 
-/// The names in the store, but for the note's.
-fn sessions(manager: &Manager) -> Vec<String> {
-    let (note, rest): (Vec<_>, Vec<_>) =
+/// The names of sessions in the fd store, without the snapshot's.
+fn sessions(manager: &ServiceManager) -> Vec<String> {
+    let (snapshot, rest): (Vec<_>, Vec<_>) =
         manager.stored().into_iter().partition(|name| name.split('-').count() == 2);
-    assert_eq!(note.len(), usize::from(!rest.is_empty()), "notes");
+    assert_eq!(snapshot.len(), usize::from(!rest.is_empty()), "snapshots");
     rest
 }
 
 #[test]
-fn clients_do_not_notice_a_restart_whatever_they_have_under_way() {
+fn restarts_preserve_sessions_with_requests_in_flight() {
     let (manager, image) = manager();
     let mut service = serve(&manager, &image);
     let mut clients = MODES.map(|mode| client(&manager, mode));
     let mut expected = vec![0; 8 * MIB as usize];
     for round in 0..8u64 {
-        let mut halves = Vec::new();
+        let mut rests = Vec::new();
         for (place, client) in clients.iter_mut().enumerate() {
             let (offset, mut pending) = ((place as u64 * 2 + 1) * MIB, HashMap::new());
             for step in 0..32 {
@@ -59,31 +60,31 @@ fn clients_do_not_notice_a_restart_whatever_they_have_under_way() {
             let (before, after) = bytes.split_at(bytes.len() * (round as usize + 1) / 9);
             client.wire.send(before);
             pending.insert(cookie, request);
-            halves.push((pending, after.to_vec()));
+            rests.push((pending, after.to_vec()));
         }
         assert!(service.stop().success());
         assert_eq!(sessions(&manager).len(), 3, "{}", service.stderr());
         service = serve(&manager, &image);
-        assert_eq!(manager.stored(), [] as [&str; 0], "removed before anybody is served");
-        for (client, (mut pending, half)) in clients.iter_mut().zip(halves) {
-            client.wire.send(&half);
+        assert_eq!(manager.stored(), [] as [&str; 0], "removed before the first client is served");
+        for (client, (mut pending, rest)) in clients.iter_mut().zip(rests) {
+            client.wire.send(&rest);
             while !pending.is_empty() {
                 let (cookie, answer) = client.recv_reply(&pending);
                 let request = pending.remove(&cookie).unwrap();
                 assert_eq!(answer.error, 0);
                 if request.command != WRITE {
                     let there = &expected[request.offset as usize..][..16_384];
-                    assert!(answer.data == there, "what was read in round {round}");
+                    assert!(answer.data == there, "wrong data read in round {round}");
                 }
             }
         }
     }
-    assert!(read_at(&image, 0, expected.len()) == expected, "what was written");
+    assert!(read_at(&image, 0, expected.len()) == expected, "wrong data in the image");
     assert_eq!(service.stderr(), "");
 }
 
 #[test]
-fn a_client_that_is_half_way_through_the_handshake_goes_on_with_it() {
+fn a_session_in_its_handshake_survives_a_restart() {
     let (manager, image) = manager();
     let mut service = serve(&manager, &image);
     let target = Endpoint::Tcp(manager.address());
@@ -98,7 +99,7 @@ fn a_client_that_is_half_way_through_the_handshake_goes_on_with_it() {
 }
 
 #[test]
-fn a_crash_ends_sessions_and_they_do_not_come_back() {
+fn a_crash_ends_sessions_for_good() {
     let (manager, image) = manager();
     let mut service = serve(&manager, &image);
     let mut one = client(&manager, Mode::Structured);
@@ -106,45 +107,46 @@ fn a_crash_ends_sessions_and_they_do_not_come_back() {
     let mut service = serve(&manager, &image);
     one.assert_in_sync();
     service.signal(Signal::SIGKILL);
-    service.ends();
+    service.wait_for_exit();
     one.wire.expect_closed("its server was killed");
     assert!(manager.stored().is_empty());
     let _service = serve(&manager, &image);
     client(&manager, Mode::Structured).assert_in_sync();
 }
 
-/// What becomes of a session when something happens to what is kept; the service serves others.
-fn closed_after(happens: impl FnOnce(&Manager, &Path)) -> String {
+/// Stops a service with a session, calls `change`, and starts it again, which must close the
+/// session and serve new clients. Returns the second process's stderr.
+fn closed_after(change: impl FnOnce(&ServiceManager, &Path)) -> String {
     let (manager, image) = manager();
     let mut service = serve(&manager, &image);
     let mut one = client(&manager, Mode::Extended);
     assert!(service.stop().success());
     assert_eq!(sessions(&manager).len(), 1);
-    happens(&manager, &image);
+    change(&manager, &image);
     let mut service = serve(&manager, &image);
-    one.wire.expect_closed("it could not be taken over");
+    one.wire.expect_closed("it could not be restored");
     client(&manager, Mode::Extended).assert_in_sync();
     assert!(manager.stored().is_empty());
     assert!(service.stop().success());
     service.stderr()
 }
 
-fn note_of(manager: &Manager) -> String {
+fn snapshot_name(manager: &ServiceManager) -> String {
     manager.stored().into_iter().find(|name| name.split('-').count() == 2).unwrap()
 }
 
 #[test]
-fn another_version_of_the_program_closes_sessions() {
-    let told = closed_after(|manager, _| {
-        let name = note_of(manager);
+fn a_snapshot_of_another_version_closes_sessions() {
+    let log = closed_after(|manager, _| {
+        let name = snapshot_name(manager);
         let mut bytes = Vec::new();
-        let mut note = File::from(manager.take_from_store(&name));
-        note.rewind().unwrap();
-        note.read_to_end(&mut bytes).unwrap();
+        let mut snapshot = File::from(manager.take_from_store(&name));
+        snapshot.rewind().unwrap();
+        snapshot.read_to_end(&mut bytes).unwrap();
         bytes[11] += 1;
         manager.store(&name, sealed(&bytes));
     });
-    assert!(told.contains("another version of the program"), "{told}");
+    assert!(log.contains("another version of the program"), "{log}");
 }
 
 fn sealed(bytes: &[u8]) -> OwnedFd {
@@ -157,49 +159,49 @@ fn sealed(bytes: &[u8]) -> OwnedFd {
 }
 
 #[test]
-fn without_the_note_sessions_are_closed() {
-    let told = closed_after(|manager, _| drop(manager.take_from_store(&note_of(manager))));
-    assert!(told.contains("notes came with them"), "{told}");
+fn a_missing_snapshot_closes_sessions() {
+    let log = closed_after(|manager, _| drop(manager.take_from_store(&snapshot_name(manager))));
+    assert!(log.contains("notes came with them"), "{log}");
 }
 
 #[test]
 fn a_disk_of_another_size_closes_sessions() {
-    let told = closed_after(|_, image| {
+    let log = closed_after(|_, image| {
         File::options().write(true).open(image).unwrap().set_len(4 * MIB).unwrap();
     });
-    assert!(told.contains("the size of the disk is not what their clients were told"), "{told}");
+    assert!(log.contains("the size of the disk is not what their clients were told"), "{log}");
 }
 
 #[test]
-fn another_disk_of_the_same_name_and_size_closes_sessions() {
-    let told = closed_after(|manager, image| {
+fn another_disk_with_equal_size_closes_sessions() {
+    let log = closed_after(|manager, image| {
         std::fs::rename(image, manager.path("old.img")).unwrap();
         sparse_image(manager.dir.path(), "disk.img", 8 * MIB);
     });
-    assert!(told.contains("the disk itself is not what their clients were told"), "{told}");
+    assert!(log.contains("the disk itself is not what their clients were told"), "{log}");
 }
 
 #[test]
-fn without_room_in_the_store_sessions_are_answered_and_closed() {
+fn a_full_fd_store_closes_sessions_cleanly() {
     let (manager, image) = manager();
     let manager = manager.env("FDSTORE", "1");
     let mut service = serve(&manager, &image);
     let mut one = client(&manager, Mode::Simple);
     one.assert_in_sync();
     assert!(service.stop().success());
-    one.wire.expect_closed("there is no room");
+    one.wire.expect_closed("the fd store is full");
     assert!(manager.stored().is_empty());
 }
 
 #[test]
-fn a_disk_that_cannot_be_served_any_more_leaves_no_client_hanging() {
+fn a_missing_disk_closes_stored_sessions() {
     let (manager, image) = manager();
     let mut service = serve(&manager, &image);
     let mut one = client(&manager, Mode::Simple);
     assert!(service.stop().success());
     std::fs::rename(&image, manager.path("elsewhere")).unwrap();
-    let mut service = manager.start(Handed::Nbd, "serve --file", &[&image]);
-    assert_eq!(service.ends().code(), Some(78));
+    let mut service = manager.start(Inherited::Nbd, "serve --file", &[&image]);
+    assert_eq!(service.wait_for_exit().code(), Some(78));
     one.wire.expect_closed("its disk is gone");
     wait_until("the store to be empty", || manager.stored().is_empty());
 }
