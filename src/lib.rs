@@ -91,8 +91,9 @@
 //! 3. `Destination::settling`: held while data and record are made durable. Never waited for by a thread
 //!    with I/O in flight, because the flush waits for all I/O.
 //! 4. `Destination::arrival`: the state of an incoming disk.
-//! 5. The table in `server/sessions`. Under it `ServerEvents` are reported: their handlers only send.
-//! 6. Leaves, under which no other lock is taken and nothing is waited for: overlap, flush errors,
+//! 5. `ActiveCommands::closed`: held while an idle process stops accepting commands and clients.
+//! 6. The table in `server/sessions`. Under it `ServerEvents` are reported: their handlers only send.
+//! 7. Leaves, under which no other lock is taken and nothing is waited for: overlap, flush errors,
 //!    record store, queues, the memory reserve.
 //!
 //! The gate is not a lock, but is waited for like one. It is entered with none of them held but

@@ -291,3 +291,95 @@ fn denial(config: &Config, refusal: &OwnershipRefusal) -> OwnershipDenial {
     let why = refusal.explain(&config.image.display().to_string());
     OwnershipDenial { why, departure, query: None }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::config::Admission;
+    use crate::daemon::signals::Signals;
+    use crate::disk::HolePolicy;
+    use crate::server::acl::Acl;
+    use crate::systemd::ServiceManager;
+    use std::path::{Path, PathBuf};
+
+    const LISTEN: ProcessRole =
+        ProcessRole::Listen { overwrite: false, records: RecordPolicy::Required };
+    const ID: Id = Id([7; 16]);
+
+    /// A directory for an image, on a file system that keeps records.
+    fn directory() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+        let image = directory.path().join("image");
+        (directory, image)
+    }
+
+    fn claim(role: ProcessRole, image: &Path) -> Result<Claim, StartError> {
+        let config = Config {
+            role,
+            config_file: None,
+            address: None,
+            image: image.to_path_buf(),
+            create: Some(4096),
+            read_only: false,
+            export: String::new(),
+            oldstyle: false,
+            plain: false,
+            control: None,
+            killswitch: false,
+            idle_exit: None,
+            holes: HolePolicy::default(),
+            admission: Admission { acl: Acl::default(), clients_max: 1 },
+        };
+        let (notifier, signals) = (ServiceManager::silent(), Signals::none());
+        let query = StartupQuery { notifier: &notifier, signals: &signals, answer: None };
+        Claim::acquire(&config, &query)
+    }
+
+    #[test]
+    fn a_disk_without_a_record_is_ours() {
+        let (_directory, image) = directory();
+        let claim = claim(ProcessRole::Serve, &image).unwrap();
+        assert!(matches!(claim.ownership, Ownership::Ours(Provenance::Native)));
+        assert_eq!(claim.disk.size(), 4096);
+    }
+
+    #[test]
+    fn an_image_created_to_receive_into_is_not_served() {
+        let (_directory, image) = directory();
+        let claimed = claim(LISTEN, &image).unwrap();
+        assert!(matches!(claimed.ownership, Ownership::Incoming { copy: Some(None), .. }));
+        // The first claim locks the image.
+        drop(claimed);
+        assert!(matches!(claim(ProcessRole::Serve, &image), Err(StartError::Ownership(_))));
+    }
+
+    #[test]
+    fn a_disk_that_has_arrived_is_not_received_again() {
+        let (_directory, image) = directory();
+        let claimed = claim(LISTEN, &image).unwrap();
+        let arrived = Record::Ours(Provenance::Arrived(ID));
+        claimed.record_store.write(Some(&arrived)).unwrap();
+        drop(claimed);
+        let claimed = claim(LISTEN, &image).unwrap();
+        assert!(matches!(claimed.ownership, Ownership::AlreadyArrived));
+        drop(claimed);
+        let claimed = claim(ProcessRole::Serve, &image).unwrap();
+        assert!(matches!(claimed.ownership, Ownership::Ours(Provenance::Arrived(ID))));
+    }
+
+    #[test]
+    fn a_disk_in_doubt_is_not_served() {
+        let (_directory, image) = directory();
+        let claimed = claim(ProcessRole::Serve, &image).unwrap();
+        // No address that could be asked.
+        let to = RemoteAddress::new("/run/x").unwrap();
+        let departing =
+            Record::Departing { id: ID, before: Provenance::Native, to: to.clone(), from: None };
+        claimed.record_store.write(Some(&departing)).unwrap();
+        drop(claimed);
+        let Err(StartError::Ownership(denial)) = claim(ProcessRole::Serve, &image) else {
+            panic!("claimed");
+        };
+        assert_eq!((denial.departure, denial.query), (Some((ID, to)), None));
+    }
+}

@@ -64,6 +64,12 @@ impl Signals {
         Ok(Self { set, hangup_ignored })
     }
 
+    /// Handles no signal, and leaves the process's signals as they are.
+    #[cfg(test)]
+    pub(super) fn none() -> Self {
+        Self { set: SigSet::empty(), hangup_ignored: false }
+    }
+
     /// What `signal` makes a process do that can reload its configuration, or has none.
     pub(super) fn action(&self, signal: Signal, has_configuration: bool) -> SignalAction {
         match signal {
@@ -123,10 +129,6 @@ pub fn is_ignored(number: libc::c_int) -> bool {
 mod tests {
     use super::*;
 
-    fn signals(hangup_ignored: bool) -> Signals {
-        Signals { set: SigSet::empty(), hangup_ignored }
-    }
-
     #[test]
     fn sighup_reloads_if_there_is_a_configuration() {
         for (ignored, configured, expected) in [
@@ -135,7 +137,8 @@ mod tests {
             (false, true, SignalAction::Reload),
             (true, true, SignalAction::Reload),
         ] {
-            assert_eq!(signals(ignored).action(Signal::SIGHUP, configured), expected);
+            let signals = Signals { hangup_ignored: ignored, ..Signals::none() };
+            assert_eq!(signals.action(Signal::SIGHUP, configured), expected);
         }
     }
 
