@@ -95,9 +95,9 @@ impl Link {
         let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
             .map_err(|error| Trouble::Connect(error.to_string()))?;
         // A connection that takes no options is on its way out, which the handshake will see.
-        let _ = stream.tune().and_then(|()| stream.leave_little_unsent());
+        let _ = stream.tune().and_then(|()| stream.limit_unsent());
         // `sendfile(2)` has no flag for it; without, a destination that hangs would hang us.
-        stream.never_block().map_err(|error| Trouble::Local(error.to_string()))?;
+        stream.set_nonblocking().map_err(|error| Trouble::Local(error.to_string()))?;
         let private = question.map(|question| question.encode().to_vec());
         let wish = ClientOffer { private, ..ClientOffer::default() };
         let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);
@@ -205,7 +205,7 @@ impl Drop for Link {
     fn drop(&mut self) {
         if self.unfinished {
             // It cannot fail on a socket that is connected, and does not matter on another.
-            let _ = self.stream.close_abruptly();
+            let _ = self.stream.reset_on_close();
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Where to listen or to connect: parsed once, afterwards it is an address.
-//! Only [`resolve`] asks anybody anything (the host's resolver); the rest is pure.
+//! Addresses to listen on or to connect to, parsed and valid.
+//! Pure, except for [`resolve`], which queries the host's resolver.
 
 use std::fmt;
 use std::io;
@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// A place to listen on or to connect to.
+/// An address to listen on or to connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
     /// An IP address and a TCP port.
@@ -19,13 +19,13 @@ pub enum Address {
 /// An address without its port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Host {
-    /// An IP address, which needs a port.
+    /// An IP address; it needs a port.
     Ip(IpAddr),
-    /// The path of a unix socket, which has none.
+    /// The path of a unix socket; it has no port.
     Path(PathBuf),
 }
 
-/// A place to connect to, whose host may still be a name.
+/// An address to connect to, whose host may be a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Remote {
     /// A host name or IP address (without brackets) and a TCP port.
@@ -39,22 +39,29 @@ pub enum Remote {
     Unix(PathBuf),
 }
 
-/// What is wrong with an address that was given.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Why an address is invalid.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
     /// Neither an IP address nor a path.
+    #[error("`{0}` is neither an IPv4 or IPv6 address nor a path beginning with /")]
     NotAnAddress(String),
     /// Not a host name, an IP address or a path.
+    #[error("`{0}` is not a host name, an IP address, or a path beginning with /")]
     NotAHost(String),
-    /// An IP address with a port in it.
+    /// An IP address that includes a port.
+    #[error("`{0}` has a port in it; give the port by itself")]
     PortInAddress(String),
-    /// An IP address or a host, but no port.
+    /// An IP address or a host without a port.
+    #[error("address {0} needs a port")]
     PortMissing(String),
-    /// A path, and a port.
+    /// A path with a port.
+    #[error("{0} is the path of a unix socket, which has no port")]
     PortWithPath(String),
-    /// Not a number from 0 (here: any free one) to 65535.
+    /// Not a number from 0 (to listen: any free port) to 65535.
+    #[error("`{0}` is not a port, a number up to 65535")]
     NotAPort(String),
     /// Port 0 to connect to.
+    #[error("port 0 is not a port to connect to")]
     PortZero,
 }
 
@@ -63,7 +70,7 @@ impl Address {
     /// beginning with `/` without one. Port 0 lets the kernel choose.
     ///
     /// # Errors
-    /// Says which of the two is missing, too much, or no address at all.
+    /// The address is invalid, or the port is missing or superfluous.
     pub fn parse(address: &str, port: Option<u16>) -> Result<Self, AddressError> {
         address.parse::<Host>()?.with_port(port)
     }
@@ -101,7 +108,7 @@ impl Remote {
     /// An address to connect to: as [`Address::parse`], and the host may be a name.
     ///
     /// # Errors
-    /// Says which of the two is missing, too much, or no address at all.
+    /// The address is invalid, or the port is missing or superfluous.
     pub fn parse(host: &str, port: Option<u16>) -> Result<Self, AddressError> {
         if host.starts_with('/') {
             return match port {
@@ -117,10 +124,10 @@ impl Remote {
         }
     }
 
-    /// The addresses behind it, at least one, in the order in which they should be tried.
+    /// The addresses of the host, at least one, in the order in which to try them.
     ///
     /// # Errors
-    /// When the host is not known; the error names it.
+    /// The host is unknown; the error names it.
     pub fn resolve(&self) -> io::Result<Vec<Address>> {
         match self {
             Self::Unix(path) => Ok(vec![Address::Unix(path.clone())]),
@@ -132,10 +139,10 @@ impl Remote {
 }
 
 /// The addresses of `host`, a name or an IP address (brackets allowed), each with `port`; at least
-/// one. This may ask the network and take as long as the resolver takes.
+/// one. It may query the network and take as long as the resolver takes.
 ///
 /// # Errors
-/// When the host is not known; the error names it.
+/// The host is unknown; the error names it.
 pub fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     let unknown = |kind, reason: String| {
         io::Error::new(kind, format!("cannot find the address of host `{host}`: {reason}"))
@@ -162,7 +169,7 @@ pub fn parse_port(text: &str) -> Result<u16, AddressError> {
     }
 }
 
-/// `[::1]` as `::1`; anything else as it is.
+/// Removes the brackets of `[::1]`; any other text is unchanged.
 #[must_use]
 pub fn unbracket(text: &str) -> &str {
     text.strip_prefix('[').and_then(|inner| inner.strip_suffix(']')).unwrap_or(text)
@@ -180,7 +187,7 @@ fn not_an_ip(address: &str) -> AddressError {
     }
 }
 
-/// The host without brackets, if it can be one: an IP address, or a name without odd characters.
+/// The host without brackets: an IP address, or a name of letters, digits, `.`, `-` and `_`.
 fn host_of(text: &str) -> Result<String, AddressError> {
     let inner = unbracket(text);
     if inner.parse::<IpAddr>().is_ok() {
@@ -215,30 +222,6 @@ impl fmt::Display for Remote {
     }
 }
 
-impl fmt::Display for AddressError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotAnAddress(text) => {
-                write!(f, "`{text}` is neither an IPv4 or IPv6 address nor a path beginning with /")
-            }
-            Self::NotAHost(text) => {
-                write!(f, "`{text}` is not a host name, an IP address, or a path beginning with /")
-            }
-            Self::PortInAddress(text) => {
-                write!(f, "`{text}` has a port in it; give the port by itself")
-            }
-            Self::PortMissing(text) => write!(f, "address {text} needs a port"),
-            Self::PortWithPath(path) => {
-                write!(f, "{path} is the path of a unix socket, which has no port")
-            }
-            Self::NotAPort(text) => write!(f, "`{text}` is not a port, a number up to 65535"),
-            Self::PortZero => write!(f, "port 0 is not a port to connect to"),
-        }
-    }
-}
-
-impl std::error::Error for AddressError {}
-
 #[cfg(test)]
 mod tests {
     use super::{Address, AddressError, Remote, parse_port, resolve};
@@ -260,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_address_is_refused_by_name() {
+    fn the_error_names_an_invalid_address() {
         for text in ["", "localhost", "[::1", "127.1", "run/disk.sock", "1.2.3.4/24", "[localhost]"]
         {
             let error = Address::parse(text, Some(1)).unwrap_err();
@@ -270,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_belongs_to_ip_addresses_and_to_them_only() {
+    fn only_an_ip_address_has_a_port() {
         let path = || "/run/x".to_owned();
         assert_eq!(Address::parse("::1", None), Err(AddressError::PortMissing("::1".to_owned())));
         assert_eq!(Address::parse("/run/x", Some(1)), Err(AddressError::PortWithPath(path())));
@@ -310,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_remote_is_shown_as_it_would_be_typed_in_a_uri() {
+    fn a_remote_is_displayed_as_in_a_uri() {
         assert_eq!(Remote::parse("::1", Some(7)).unwrap().to_string(), "[::1]:7");
         assert_eq!(Remote::parse("localhost", Some(7)).unwrap().to_string(), "localhost:7");
         assert_eq!(Remote::Unix("/x".into()).to_string(), "/x");
@@ -327,8 +310,8 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_does_not_resolve_is_named() {
-        // An empty label is refused by every resolver without asking the network.
+    fn the_error_names_an_unknown_host() {
+        // Every resolver rejects an empty label without a query.
         let error = resolve("a..b", 9).unwrap_err();
         assert!(error.to_string().contains("`a..b`"), "{error}");
     }

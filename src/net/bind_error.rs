@@ -1,60 +1,72 @@
-//! Why we cannot listen somewhere, in words that tell an operator what to do.
-//! Pure: a kernel error and an address in, a reason out.
+//! Errors of listening, with texts that say what to do. Pure.
 
 use super::Address;
 use nix::errno::Errno;
-use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 
-/// Ports below this one are the privileged ones.
-const FIRST_FREE_PORT: u16 = 1024;
+/// Ports below this one are privileged.
+const FIRST_UNPRIVILEGED_PORT: u16 = 1024;
 
-/// Why we cannot listen there.
-#[derive(Debug)]
+/// Why we cannot listen on an address.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}: {reason}")]
 pub struct BindError {
-    /// Where.
+    /// The address.
     pub address: Address,
-    /// Why not.
+    /// The reason.
     pub reason: BindReason,
 }
 
-/// What stands in the way of listening on an address.
-#[derive(Debug)]
+/// The reasons why we cannot listen on an address.
+#[derive(Debug, thiserror::Error)]
 pub enum BindReason {
     /// Another program listens on the port.
+    #[error("another program has this port; stop it or choose another port")]
     PortInUse,
     /// No interface of this host has the address.
+    #[error("no interface of this host has this address; choose one that has, or 0.0.0.0 or ::")]
     NotOurAddress,
     /// A port below 1024 without the privilege for it.
+    #[error(
+        "a port below {FIRST_UNPRIVILEGED_PORT} needs root or CAP_NET_BIND_SERVICE; choose a higher \
+         one"
+    )]
     PrivilegedPort,
-    /// This host does not speak IPv6 (or IPv4).
+    /// The host does not support IPv6 (or IPv4).
+    #[error("this host does not speak this kind of address (IPv4 or IPv6)")]
     NoSuchFamily,
-    /// A program answers on the socket's path.
+    /// Another program listens on the path.
+    #[error("another program answers there; stop it or choose another path")]
     SocketInUse,
-    /// The path is there and is not a socket.
+    /// The path exists and is not a socket.
+    #[error("something that is not a socket is there; move it or choose another path")]
     NotASocket,
     /// The path does not fit into a socket address (107 bytes).
+    #[error("the path is too long for a socket; choose one of at most 107 bytes")]
     PathTooLong,
-    /// The path's directory is missing.
+    /// The path's directory does not exist.
+    #[error("its directory does not exist; create it first")]
     NoDirectory,
-    /// We may not make the socket there, or not look whether the one that is there is alive.
+    /// We have no permission to create the socket, or to probe the existing one.
+    #[error("permission denied; see who owns it, or choose another place")]
     NotAllowed,
-    /// Something else.
+    /// Any other system error.
+    #[error("{0}")]
     Other(io::Error),
 }
 
-/// The kernel's number for an error.
+/// The error number of a system call.
 pub(super) fn errno_of(error: &io::Error) -> Option<Errno> {
     error.raw_os_error().map(Errno::from_raw)
 }
 
-/// What an error of socket, bind or listen means for a TCP address.
+/// The reason for an error of socket, bind or listen on a TCP address.
 pub(super) fn tcp_reason(error: io::Error, to: SocketAddr) -> BindReason {
     match errno_of(&error) {
         Some(Errno::EADDRINUSE) => BindReason::PortInUse,
         Some(Errno::EADDRNOTAVAIL) => BindReason::NotOurAddress,
-        Some(Errno::EACCES) if (1..FIRST_FREE_PORT).contains(&to.port()) => {
+        Some(Errno::EACCES) if (1..FIRST_UNPRIVILEGED_PORT).contains(&to.port()) => {
             BindReason::PrivilegedPort
         }
         Some(Errno::EAFNOSUPPORT) => BindReason::NoSuchFamily,
@@ -63,7 +75,7 @@ pub(super) fn tcp_reason(error: io::Error, to: SocketAddr) -> BindReason {
     }
 }
 
-/// What an error of socket, bind, connect or stat means for a socket's path.
+/// The reason for an error of socket, bind, connect or stat on a socket's path.
 pub(super) fn unix_reason(error: io::Error) -> BindReason {
     match errno_of(&error) {
         Some(Errno::EADDRINUSE) => BindReason::SocketInUse,
@@ -75,7 +87,7 @@ pub(super) fn unix_reason(error: io::Error) -> BindReason {
 }
 
 impl BindError {
-    /// The kernel's number for what is wrong, for programs that want one (errno(3)).
+    /// The error number of the cause (errno(3)), for the service manager.
     #[must_use]
     pub fn errno(&self) -> Option<i32> {
         let errno = match &self.reason {
@@ -92,55 +104,12 @@ impl BindError {
     }
 }
 
-impl fmt::Display for BindError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cannot listen on {}: {}", self.address, self.reason)
-    }
-}
-
-impl fmt::Display for BindReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::PortInUse => {
-                write!(f, "another program has this port; stop it or choose another port")
-            }
-            Self::NotOurAddress => write!(
-                f,
-                "no interface of this host has this address; choose one that has, or 0.0.0.0 or ::"
-            ),
-            Self::PrivilegedPort => write!(
-                f,
-                "a port below {FIRST_FREE_PORT} needs root or CAP_NET_BIND_SERVICE; choose a higher one"
-            ),
-            Self::NoSuchFamily => {
-                write!(f, "this host does not speak this kind of address (IPv4 or IPv6)")
-            }
-            Self::SocketInUse => {
-                write!(f, "another program answers there; stop it or choose another path")
-            }
-            Self::NotASocket => {
-                write!(f, "something that is not a socket is there; move it or choose another path")
-            }
-            Self::PathTooLong => {
-                write!(f, "the path is too long for a socket; choose one of at most 107 bytes")
-            }
-            Self::NoDirectory => write!(f, "its directory does not exist; create it first"),
-            Self::NotAllowed => {
-                write!(f, "permission denied; see who owns it, or choose another place")
-            }
-            Self::Other(error) => write!(f, "{error}"),
-        }
-    }
-}
-
-impl std::error::Error for BindError {}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn each_kernel_error_has_its_own_sentence() {
+    fn each_system_error_has_its_reason() {
         let low: SocketAddr = "127.0.0.1:1023".parse().unwrap();
         let free: SocketAddr = "127.0.0.1:1024".parse().unwrap();
         let tcp = |errno: Errno, to| tcp_reason(errno.into(), to);

@@ -1,5 +1,5 @@
-//! Connects to an address within a given time.
-//! Tries once: whether to try again, and where, is for the caller.
+//! Connects to an address within a time limit.
+//! Tries once; whether to try again, and where, the caller decides.
 
 use super::wait::{happened, poll_until};
 use super::{Address, Stream};
@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 /// Connects to `address`, from the local address `from` if given, within `timeout`.
 ///
 /// # Errors
-/// `TimedOut` after `timeout`, `InvalidInput` when `from` cannot be meant (an address of the other
-/// family, or any for a unix socket), and what the kernel says; the text names what was tried.
+/// `TimedOut` after `timeout`, `InvalidInput` if `from` is of the other family or the destination is a
+/// unix socket, or the system's error. The text names both addresses.
 pub fn connect(address: &Address, from: Option<IpAddr>, timeout: Duration) -> io::Result<Stream> {
     let stream = match (address, from) {
         (Address::Tcp(to), None) => connect_tcp(*to, None, timeout),
@@ -28,9 +28,9 @@ pub fn connect(address: &Address, from: Option<IpAddr>, timeout: Duration) -> io
             Err(error) => Err(error),
         },
         (Address::Unix(path), None) => connect_unix(path, timeout),
-        (Address::Unix(_), Some(_)) => Err(impossible("a unix socket has no local address")),
+        (Address::Unix(_), Some(_)) => Err(invalid_input("a unix socket has no local address")),
     };
-    stream.map_err(|error| explained(&error, address, from))
+    stream.map_err(|error| with_addresses(&error, address, from))
 }
 
 fn connect_tcp(to: SocketAddr, from: Option<SocketAddr>, timeout: Duration) -> io::Result<Stream> {
@@ -50,7 +50,7 @@ fn connect_tcp(to: SocketAddr, from: Option<SocketAddr>, timeout: Duration) -> i
     Ok(Stream::over_tcp(stream))
 }
 
-/// Waits for the outcome of a connect that was begun.
+/// Waits for the result of a non-blocking connect.
 fn finish(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
     let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
     let deadline = Instant::now().checked_add(timeout);
@@ -60,7 +60,8 @@ fn finish(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
     stream.take_error()?.map_or(Ok(()), Err)
 }
 
-/// A unix socket cannot be connected in the background; the kernel keeps the time instead.
+/// A unix socket does not support non-blocking connects that complete later; the kernel limits the
+/// time instead (`SO_SNDTIMEO`).
 fn connect_unix(path: &Path, timeout: Duration) -> io::Result<Stream> {
     let address = UnixAddr::new(path)?;
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
@@ -79,23 +80,23 @@ fn connect_unix(path: &Path, timeout: Duration) -> io::Result<Stream> {
     Ok(Stream::Unix(UnixStream::from(fd)))
 }
 
-/// At least a microsecond, since zero would mean for ever.
+/// At least a microsecond, since zero means no timeout.
 fn time_value(timeout: Duration) -> TimeVal {
     TimeVal::microseconds(i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX).max(1))
 }
 
-/// Pure: the local address to bind to, of the family that the destination needs.
+/// The local address to bind to, in the family of the destination.
 fn local_for(ip: IpAddr, to: SocketAddr) -> io::Result<SocketAddr> {
     match (ip.to_canonical(), to) {
         (ip @ IpAddr::V4(_), SocketAddr::V4(_)) | (ip @ IpAddr::V6(_), SocketAddr::V6(_)) => {
             Ok(SocketAddr::new(ip, 0))
         }
-        (IpAddr::V4(_), _) => Err(impossible("an IPv4 address cannot reach an IPv6 one")),
-        (IpAddr::V6(_), _) => Err(impossible("an IPv6 address cannot reach an IPv4 one")),
+        (IpAddr::V4(_), _) => Err(invalid_input("an IPv4 address cannot reach an IPv6 one")),
+        (IpAddr::V6(_), _) => Err(invalid_input("an IPv6 address cannot reach an IPv4 one")),
     }
 }
 
-fn impossible(why: &str) -> io::Error {
+fn invalid_input(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
@@ -113,7 +114,7 @@ fn no_answer(timeout: Duration) -> String {
     format!("no answer within {} s", timeout.as_secs_f32())
 }
 
-fn explained(error: &io::Error, address: &Address, from: Option<IpAddr>) -> io::Error {
+fn with_addresses(error: &io::Error, address: &Address, from: Option<IpAddr>) -> io::Error {
     let from = from.map_or_else(String::new, |ip| format!(" from {ip}"));
     io::Error::new(error.kind(), format!("cannot connect to {address}{from}: {error}"))
 }
@@ -137,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_comes_from_the_address_asked_for() {
+    fn the_local_address_is_used() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = Address::Tcp(listener.local_addr().unwrap());
         let _stream = connect(&to, Some("127.0.0.9".parse().unwrap()), LONG).unwrap();
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connected_descriptor_is_left_blocking_and_without_a_timeout() {
+    fn a_connected_descriptor_blocks_without_a_timeout() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = Address::Tcp(listener.local_addr().unwrap());
         let stream = connect(&to, None, LONG).unwrap();
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_connection_says_where_to_and_from() {
+    fn the_error_names_both_addresses() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = listener.local_addr().unwrap();
         drop(listener);
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_or_abandoned_unix_socket_is_named() {
+    fn the_error_names_a_missing_or_stale_socket() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let error = connect(&Address::Unix(path.clone()), None, LONG).unwrap_err();
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_whose_queue_is_full_is_waited_for_no_longer_than_asked() {
+    fn a_full_unix_backlog_is_a_timeout() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();
@@ -203,8 +204,8 @@ mod tests {
     }
 
     #[test]
-    fn a_tcp_server_whose_queue_is_full_is_waited_for_no_longer_than_asked() {
-        let listener = tiny_queue();
+    fn a_full_tcp_backlog_is_a_timeout() {
+        let listener = listener_with_short_backlog();
         let to = Address::Tcp(listener.local_addr().unwrap());
         let mut waiting = Vec::new();
         let error = loop {
@@ -216,15 +217,15 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::TimedOut);
     }
 
-    /// A listener that nobody accepts from and whose backlog is as small as it can be.
-    fn tiny_queue() -> TcpListener {
+    /// A listener that never accepts, with the shortest backlog.
+    fn listener_with_short_backlog() -> TcpListener {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
         listener
     }
 
     #[test]
-    fn a_local_address_that_cannot_be_meant_is_refused() {
+    fn a_local_address_of_another_family_is_refused() {
         let v4 = "127.0.0.1".parse().unwrap();
         let v6 = "::1".parse().unwrap();
         let unix = Address::Unix("/nowhere".into());
@@ -246,13 +247,13 @@ mod tests {
     }
 
     #[test]
-    fn no_timeout_is_mistaken_for_for_ever() {
+    fn a_timeout_of_zero_is_not_infinite() {
         assert_eq!(time_value(Duration::ZERO).num_microseconds(), 1);
         assert_eq!(time_value(Duration::from_secs(2)).num_microseconds(), 2_000_000);
     }
 
     #[test]
-    fn connecting_to_our_own_listener_works_over_ipv6_too() {
+    fn connecting_works_over_ipv6() {
         let listener = Listener::bind(&tcp("[::1]:0")).unwrap();
         let stream = connect(&listener.local_address().unwrap(), None, LONG).unwrap();
         assert!(matches!(stream, Stream::Tcp(_)));

@@ -1,5 +1,5 @@
-//! Listens on an address and accepts who connects.
-//! Never waits, and never decides who may come in.
+//! Listens on an address and accepts connections.
+//! Never waits, and never decides which clients may connect.
 
 use super::bind_error::{BindError, BindReason, errno_of, tcp_reason, unix_reason};
 use super::stream::{family, unix_peer};
@@ -19,11 +19,11 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-/// How many connections may wait to be accepted.
+/// Most connections that wait to be accepted.
 pub const BACKLOG: i32 = 1024;
 
-/// A socket that listens. One that we bound to a path takes the path away again when it is
-/// dropped, unless the path has become somebody else's.
+/// A listening socket. If we bound it to a path, dropping it removes the path, unless that names
+/// another file by then.
 #[derive(Debug)]
 pub struct Listener {
     socket: Socket,
@@ -38,11 +38,11 @@ enum Socket {
 }
 
 impl Listener {
-    /// Listens on `address`. The IPv6 wildcard `::` admits IPv4 clients as well. A unix socket
-    /// that nobody answers on any more is replaced; its mode is what the umask leaves.
+    /// Listens on `address`. The IPv6 wildcard `::` accepts IPv4 clients as well. A stale unix socket is
+    /// replaced; the umask determines the mode of the new one.
     ///
     /// # Errors
-    /// One [`BindReason`] for each thing an operator can get wrong.
+    /// One [`BindReason`] for each mistake of an operator.
     pub fn bind(address: &Address) -> Result<Self, BindError> {
         let listener = match address {
             Address::Tcp(to) => bind_tcp(*to).map_err(|error| tcp_reason(error, *to)),
@@ -51,11 +51,11 @@ impl Listener {
         listener.map_err(|reason| BindError { address: address.clone(), reason })
     }
 
-    /// Adopts a listening socket that came from elsewhere. It is made non-blocking (as the
-    /// service manager's are), and its path, if it has one, is not ours to remove.
+    /// Uses an inherited listening socket. Makes it non-blocking (as the service manager's are), and
+    /// never removes its path.
     ///
     /// # Errors
-    /// When it is not a TCP or unix stream socket that listens.
+    /// When it is not a listening TCP or unix stream socket.
     pub fn inherited(fd: OwnedFd) -> io::Result<Self> {
         let wrong = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
         fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
@@ -73,24 +73,24 @@ impl Listener {
         }
     }
 
-    /// Takes the next connection that waits, and says who it is from.
+    /// Accepts the next connection. Skips connections that broke in the backlog.
     ///
     /// # Errors
-    /// `WouldBlock` when none waits; no descriptor or memory left (then the connection goes on
-    /// waiting). A connection that broke while it waited is passed over.
+    /// `WouldBlock` if there is none; no descriptor or memory is left (the connection then stays in the
+    /// backlog).
     pub fn accept(&self) -> io::Result<(Stream, Peer)> {
         loop {
             match self.accept_next() {
-                Err(error) if broke_while_waiting(&error) => {}
+                Err(error) if is_connection_error(&error) => {}
                 outcome => return outcome,
             }
         }
     }
 
-    /// Where it listens; with port 0, this is the way to learn which one the kernel chose.
+    /// The address it listens on, with the port that the kernel chose for port 0.
     ///
     /// # Errors
-    /// None that an open socket gives.
+    /// None for an open socket.
     pub fn local_address(&self) -> io::Result<Address> {
         match &self.socket {
             Socket::Tcp(listener) => Ok(Address::Tcp(listener.local_addr()?)),
@@ -98,11 +98,11 @@ impl Listener {
         }
     }
 
-    /// Whether it listens exactly there.
+    /// Whether it listens on exactly this address.
     #[must_use]
     pub fn is_at(&self, address: &Address) -> bool {
         match (self.local_address(), address) {
-            // Scope and flow of an IPv6 address are not told by those who write one down.
+            // An address in a configuration has no IPv6 scope and flow.
             (Ok(Address::Tcp(here)), Address::Tcp(there)) => {
                 (here.ip(), here.port()) == (there.ip(), there.port())
             }
@@ -149,7 +149,7 @@ impl AsFd for Listener {
     }
 }
 
-/// A path that we made, as the file that it was then.
+/// The path of our socket, with the identity of the file.
 #[derive(Debug)]
 struct OwnPath {
     path: PathBuf,
@@ -162,7 +162,7 @@ type FileId = (u64, u64);
 impl Drop for OwnPath {
     fn drop(&mut self) {
         if file_id(&self.path).is_ok_and(|now| now == self.file) {
-            // Nobody is left to hear of a failure; the next owner finds a stale socket.
+            // A failure leaves a stale socket, which the next server replaces.
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -182,11 +182,11 @@ fn bind_tcp(to: SocketAddr) -> io::Result<Listener> {
 
 fn bind_unix(path: &Path) -> Result<Listener, BindReason> {
     let address = UnixAddr::new(path).map_err(|errno| unix_reason(errno.into()))?;
-    clear_the_way(path, &address)?;
-    bind_unix_there(path, &address).map_err(unix_reason)
+    remove_stale_socket(path, &address)?;
+    bind_unix_path(path, &address).map_err(unix_reason)
 }
 
-fn bind_unix_there(path: &Path, address: &UnixAddr) -> io::Result<Listener> {
+fn bind_unix_path(path: &Path, address: &UnixAddr) -> io::Result<Listener> {
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     bind(fd.as_raw_fd(), address)?;
     let own = OwnPath { path: path.to_owned(), file: file_id(path)? };
@@ -194,8 +194,8 @@ fn bind_unix_there(path: &Path, address: &UnixAddr) -> io::Result<Listener> {
     Listener::unix(fd, Some(own))
 }
 
-/// Removes a socket that nobody answers on; whatever else is there stays, and is the error.
-fn clear_the_way(path: &Path, address: &UnixAddr) -> Result<(), BindReason> {
+/// Removes a stale socket. Any other file stays, and is an error.
+fn remove_stale_socket(path: &Path, address: &UnixAddr) -> Result<(), BindReason> {
     let there = match fs::symlink_metadata(path) {
         Ok(there) => there,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -204,22 +204,22 @@ fn clear_the_way(path: &Path, address: &UnixAddr) -> Result<(), BindReason> {
     if !there.file_type().is_socket() {
         return Err(BindReason::NotASocket);
     }
-    if somebody_answers(address)? {
+    if is_listening(address)? {
         return Err(BindReason::SocketInUse);
     }
-    // Another starting server may have put its own there meanwhile; that one is alive.
+    // Another server that starts may have replaced it by a live one meanwhile.
     if file_id(path).is_ok_and(|now| now == (there.dev(), there.ino())) {
         fs::remove_file(path).map_err(unix_reason)?;
     }
     Ok(())
 }
 
-/// Whether a server listens there, be it too busy to accept or of another socket type.
-fn somebody_answers(address: &UnixAddr) -> Result<bool, BindReason> {
+/// Whether a server listens, even with a full backlog or another socket type.
+fn is_listening(address: &UnixAddr) -> Result<bool, BindReason> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let asked = socket(AddressFamily::Unix, SockType::Stream, flags, None)
+    let probed = socket(AddressFamily::Unix, SockType::Stream, flags, None)
         .and_then(|fd| connect(fd.as_raw_fd(), address));
-    match asked {
+    match probed {
         Ok(()) | Err(Errno::EAGAIN | Errno::EPROTOTYPE) => Ok(true),
         Err(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(false),
         Err(errno) => Err(unix_reason(errno.into())),
@@ -231,7 +231,7 @@ fn file_id(path: &Path) -> io::Result<FileId> {
     Ok((file.dev(), file.ino()))
 }
 
-/// A unix address as a path; one without a file (abstract) as `@name`.
+/// A unix address as a path; an abstract one as `@name`.
 fn shown(address: &std::os::unix::net::SocketAddr) -> PathBuf {
     let name = address.as_abstract_name().map(String::from_utf8_lossy);
     match (address.as_pathname(), name) {
@@ -241,9 +241,9 @@ fn shown(address: &std::os::unix::net::SocketAddr) -> PathBuf {
     }
 }
 
-/// Linux reports what went wrong with a waiting connection as an error of accept (accept(2),
-/// "Error handling"); the listener itself is well.
-fn broke_while_waiting(error: &io::Error) -> bool {
+/// Whether an error of accept concerns the connection: Linux reports errors of a connection in the
+/// backlog there (accept(2), "Error handling").
+fn is_connection_error(error: &io::Error) -> bool {
     errno_of(error).is_some_and(|errno| {
         matches!(
             errno,
@@ -287,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn accepting_when_nobody_waits_would_block() {
+    fn accepting_from_an_empty_backlog_would_block() {
         let dir = tempfile::tempdir().unwrap();
         for to in [address("127.0.0.1:0"), Address::Unix(dir.path().join("socket"))] {
             let listener = Listener::bind(&to).unwrap();
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_knows_its_own_address_from_others() {
+    fn a_listener_compares_its_address() {
         let dir = tempfile::tempdir().unwrap();
         let path = Address::Unix(dir.path().join("socket"));
         let (tcp, unix) =
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn who_connects_is_accepted_and_known() {
+    fn an_accepted_connection_has_its_peer() {
         let listener = Listener::bind(&address("127.0.0.1:0")).unwrap();
         let stream = connect_to(&listener.local_address().unwrap(), None, LONG).unwrap();
         let (near, peer) = accepted(&listener);
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ipv6_wildcard_admits_ipv4_clients_and_shows_them_as_such() {
+    fn the_ipv6_wildcard_accepts_ipv4_clients() {
         let listener = Listener::bind(&address("[::]:0")).unwrap();
         let Address::Tcp(local) = listener.local_address().unwrap() else { panic!("TCP") };
         let to = Address::Tcp(SocketAddr::from(([127, 0, 0, 1], local.port())));
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_port_in_use_and_an_address_of_another_host_are_told_apart() {
+    fn each_failed_bind_has_its_reason() {
         let first = Listener::bind(&address("127.0.0.1:0")).unwrap();
         let error = refusal(&first.local_address().unwrap());
         assert!(matches!(error.reason, BindReason::PortInUse), "{error}");
@@ -344,19 +344,19 @@ mod tests {
     }
 
     #[test]
-    fn a_port_can_be_bound_again_at_once_after_a_connection_on_it() {
+    fn a_port_can_be_reused_at_once() {
         let first = Listener::bind(&address("127.0.0.1:0")).unwrap();
         let to = first.local_address().unwrap();
         let far = connect_to(&to, None, LONG).unwrap();
         let (near, _) = accepted(&first);
-        // We close first, so that our end is the one that lingers.
+        // We close first, so that our end is in TIME-WAIT.
         drop((first, near));
         drop(far);
         Listener::bind(&to).unwrap();
     }
 
     #[test]
-    fn a_stale_unix_socket_is_replaced_and_a_live_one_is_not() {
+    fn only_a_stale_socket_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         drop(UnixListener::bind(&path).unwrap());
@@ -365,13 +365,13 @@ mod tests {
         let live = Listener::bind(&to).unwrap();
         let error = refusal(&to);
         assert!(matches!(error.reason, BindReason::SocketInUse), "{error}");
-        // The question whether it is alive counts as a connection; then comes the real one.
+        // The probe is the first connection, this the second.
         let _far = connect_to(&to, None, LONG).unwrap();
         assert!(matches!(accepted(&live).1, Peer::Unix { pid: Some(_), uid: Some(_) }));
     }
 
     #[test]
-    fn what_is_not_a_socket_is_left_alone() {
+    fn a_file_that_is_not_a_socket_is_unchanged() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk.img");
         fs::write(&path, "precious").unwrap();
@@ -385,14 +385,14 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_directory_is_named() {
+    fn a_missing_directory_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let error = refusal(&Address::Unix(dir.path().join("missing/socket")));
         assert!(matches!(error.reason, BindReason::NoDirectory), "{error}");
     }
 
     #[test]
-    fn a_socket_path_of_107_bytes_fits_and_one_of_108_does_not() {
+    fn a_path_has_at_most_107_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let room = 107 - dir.path().as_os_str().len() - 1;
         Listener::bind(&Address::Unix(dir.path().join("x".repeat(room)))).unwrap();
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn our_path_goes_with_us_and_somebody_elses_stays() {
+    fn only_our_own_path_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn an_inherited_listener_accepts_without_waiting_and_leaves_its_path() {
+    fn an_inherited_listener_never_blocks_and_keeps_its_path() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn an_inherited_descriptor_must_be_a_socket_that_listens() {
+    fn an_inherited_descriptor_must_listen() {
         let file = fs::File::open("/dev/null").unwrap();
         assert!(Listener::inherited(file.into()).is_err());
         let (one, _other) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -444,9 +444,9 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_broke_is_not_the_listeners_trouble() {
-        assert!(broke_while_waiting(&Errno::ECONNABORTED.into()));
-        assert!(!broke_while_waiting(&Errno::EMFILE.into()));
-        assert!(!broke_while_waiting(&Errno::EAGAIN.into()));
+    fn errors_of_a_connection_are_not_the_listeners() {
+        assert!(is_connection_error(&Errno::ECONNABORTED.into()));
+        assert!(!is_connection_error(&Errno::EMFILE.into()));
+        assert!(!is_connection_error(&Errno::EAGAIN.into()));
     }
 }

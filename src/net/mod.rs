@@ -1,14 +1,13 @@
-//! Sockets as NBD wants them: TCP and unix sockets alike, never waiting without a deadline.
-//! Knows nothing of what the bytes mean, and never logs; errors go to the caller.
+//! TCP and unix sockets with the options and deadlines that NBD needs.
+//! Never interprets the bytes, and never logs; errors go to the caller.
 //!
-//! * [`Address`] is where to listen or connect, [`Remote`] the same with a host name in it.
+//! * [`Address`] is an address to listen on or to connect to, [`Remote`] the same with a host name.
 //! * [`Listener`] accepts, [`connect()`] connects; either gives a [`Stream`].
-//! * [`Peer`] is who is at the other end.
-//! * [`Wake`] ends somebody's waiting from another thread.
+//! * [`Peer`] is the address or process of the client.
+//! * [`Wake`] wakes a waiting thread from another one.
 //!
-//! Every descriptor made here closes on exec. Reads and writes never block by themselves
-//! (`MSG_DONTWAIT`), whatever mode the descriptor is in, so that one inherited from elsewhere
-//! behaves as one of ours.
+//! Every descriptor created here is close-on-exec. Reads and writes never block (`MSG_DONTWAIT`),
+//! whatever the mode of the descriptor, so that an inherited one behaves like ours.
 
 mod address;
 mod bind_error;

@@ -1,25 +1,24 @@
-//! Who is at the other end of a connection.
-//! Decides nothing about whether they may be there.
+//! The peer of a connection: its address or process. Never decides whether it may connect.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-/// The other end. An IPv4 address that came in over IPv6 (`::ffff:a.b.c.d`) counts as IPv4.
+/// The peer of a connection. A mapped IPv4 address (`::ffff:a.b.c.d`) equals the IPv4 one.
 #[derive(Clone, Copy, Debug)]
 pub enum Peer {
-    /// Over TCP, from this address.
+    /// The address of a TCP peer.
     Tcp(SocketAddr),
-    /// Over a unix socket, from this process, as far as the kernel tells (`SO_PEERCRED`).
+    /// The process at a unix socket, as far as the kernel knows it (`SO_PEERCRED`).
     Unix {
-        /// Process id when it connected; none when it is not in our pid namespace.
+        /// Process id when it connected; none outside our pid namespace.
         pid: Option<i32>,
-        /// User id when it connected; none when it is not in our user namespace.
+        /// User id when it connected; none outside our user namespace.
         uid: Option<u32>,
     },
 }
 
 impl Peer {
-    /// Its IP address; none for a unix socket.
+    /// The IP address; none for a unix socket.
     #[must_use]
     pub fn ip(&self) -> Option<IpAddr> {
         match self {
@@ -62,7 +61,7 @@ impl fmt::Display for Peer {
     }
 }
 
-/// A mapped address as what it stands for; every other as it is, scope and all.
+/// Converts a mapped address to IPv4; others, with their scope, are unchanged.
 fn canonical(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
         IpAddr::V4(ip) => SocketAddr::from((ip, address.port())),
@@ -79,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapped_address_is_shown_and_compared_as_ipv4() {
+    fn a_mapped_address_equals_its_ipv4_address() {
         let mapped = tcp("[::ffff:192.0.2.7]:4711");
         assert_eq!(mapped.to_string(), "192.0.2.7:4711");
         assert_eq!(mapped, tcp("192.0.2.7:4711"));
@@ -98,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unix_peer_shows_what_is_known_of_it() {
+    fn a_unix_peer_displays_its_known_ids() {
         let known = Peer::Unix { pid: Some(12), uid: Some(0) };
         assert_eq!(known.to_string(), "unix:pid=12,uid=0");
         assert_eq!(Peer::Unix { pid: None, uid: Some(5) }.to_string(), "unix:uid=5");

@@ -1,5 +1,5 @@
-//! One connection, TCP or unix, that never blocks except where it is told how long.
-//! Knows nothing of what the bytes mean and keeps none of them back.
+//! A TCP or unix connection that blocks only in methods with a time limit.
+//! Never interprets the bytes, and has no buffer.
 
 use super::user::visible_user;
 use super::wait::{happened, poll_until};
@@ -16,25 +16,25 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// How long a connection is silent before the kernel asks whether the peer is still there.
+/// Silence after which the kernel sends the first keepalive probe.
 pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-/// How long between two such questions.
+/// Time between two keepalive probes.
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// How many of them may go unanswered.
+/// Unanswered keepalive probes after which the connection ends.
 pub const KEEPALIVE_PROBES_MAX: u32 = 3;
 
-/// How long a TCP peer may leave what was sent to it unacknowledged, or take none of it, before the
-/// kernel ends the connection (`TCP_USER_TIMEOUT`, tcp(7)). Retransmission alone goes on for some
-/// 15 minutes, and suspends the keepalive probes.
+/// How long sent data may stay unacknowledged, or the peer's window closed, before the kernel ends the
+/// connection (`TCP_USER_TIMEOUT`, tcp(7)). Without it retransmission goes on for some 15 minutes, and
+/// suspends the keepalive probes.
 pub const PEER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How much may wait in the kernel for its turn to be sent, in bytes, where little is wanted.
+/// The limit of [`Stream::limit_unsent`] in bytes.
 const UNSENT_MAX: u32 = 64 << 10;
 
-/// As many slices as the kernel takes in one call (`UIO_MAXIOV`).
+/// Most slices of one call (`UIO_MAXIOV`).
 const SLICES_MAX: usize = 1024;
 
-/// The option behind [`Stream::leave_little_unsent`] (`TCP_NOTSENT_LOWAT`, tcp(7)).
+/// The option behind [`Stream::limit_unsent`] (`TCP_NOTSENT_LOWAT`, tcp(7)).
 #[derive(Clone, Copy, Debug)]
 struct UnsentMax;
 nix::setsockopt_impl!(
@@ -45,7 +45,7 @@ nix::setsockopt_impl!(
     sockopt::SetStruct<'_, u32>
 );
 
-/// The option behind [`Stream::be_readable_from`] (`SO_RCVLOWAT`, socket(7)).
+/// The option behind [`Stream::set_receive_low_water`] (`SO_RCVLOWAT`, socket(7)).
 #[derive(Clone, Copy, Debug)]
 struct ReadableFrom;
 nix::setsockopt_impl!(
@@ -56,7 +56,7 @@ nix::setsockopt_impl!(
     sockopt::SetStruct<'_, i32>
 );
 
-/// A connection. All methods take `&self`: one thread may read while another writes.
+/// A connection. All methods take `&self`: one thread can read while another writes.
 #[derive(Debug)]
 pub enum Stream {
     /// Over TCP.
@@ -65,39 +65,39 @@ pub enum Stream {
     Unix(UnixStream),
 }
 
-/// What to wait for. With neither, the connection is not looked at: not even its end is seen.
+/// Events to wait for. With none, the connection is not polled, not even for its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Interest {
-    /// There is something to read, or it is over.
+    /// Bytes or the end of the stream can be read.
     pub readable: bool,
-    /// There is room to write, or it is over.
+    /// The socket buffer has room, or the connection has ended.
     pub writable: bool,
 }
 
-/// What the waiting ended with; several can be true at once, at least one is.
+/// The events that ended a wait; at least one is true.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ready {
-    /// [`Stream::try_recv`] has something to say: bytes, the end, or an error. A connection that
-    /// hung up counts as readable whatever the interest was.
+    /// [`Stream::try_recv`] returns bytes, the end of the stream, or an error. A connection that hung
+    /// up is readable whatever the interest.
     pub readable: bool,
-    /// [`Stream::try_send`] has something to say; only when that was of interest.
+    /// [`Stream::try_send`] sends bytes or returns an error; only if that was of interest.
     pub writable: bool,
     /// The [`Wake`] is set.
     pub woken: bool,
-    /// Nothing of it happened before the deadline.
+    /// The deadline has passed without an event.
     pub timed_out: bool,
 }
 
 impl Stream {
-    /// A TCP connection that ends [`PEER_TIMEOUT`] after its peer has vanished: every connection
-    /// is made here, whether it was accepted, opened or inherited.
+    /// A TCP connection that ends [`PEER_TIMEOUT`] after its peer has vanished. Accepted, opened and
+    /// inherited connections are all created here.
     pub(super) fn over_tcp(stream: TcpStream) -> Self {
-        // A connection that takes no options is on its way out, which its user will see.
+        // Fails only on a broken connection, which its next use reports.
         let _ = setsockopt(&stream, sockopt::TcpUserTimeout, &milliseconds(PEER_TIMEOUT));
         Self::Tcp(stream)
     }
 
-    /// Adopts a connected stream socket that came from elsewhere.
+    /// Uses an inherited connected stream socket.
     ///
     /// # Errors
     /// When it is not a TCP or unix socket.
@@ -115,10 +115,10 @@ impl Stream {
         }
     }
 
-    /// Who is at the other end.
+    /// The peer.
     ///
     /// # Errors
-    /// For TCP, when the connection is already gone.
+    /// When a TCP connection has already ended.
     pub fn peer(&self) -> io::Result<Peer> {
         match self {
             Self::Tcp(stream) => Ok(stream.peer_addr()?.into()),
@@ -126,11 +126,10 @@ impl Stream {
         }
     }
 
-    /// Sends small replies at once, and notices a peer that vanished without a word. Nothing to
-    /// do on a unix socket.
+    /// Disables Nagle's algorithm and enables keepalive probes. Does nothing on a unix socket.
     ///
     /// # Errors
-    /// When the kernel refuses an option, which a connected socket does not see.
+    /// None for a connected socket.
     pub fn tune(&self) -> io::Result<()> {
         let Self::Tcp(stream) = self else { return Ok(()) };
         stream.set_nodelay(true)?;
@@ -141,36 +140,36 @@ impl Stream {
         Ok(())
     }
 
-    /// Lets the kernel take only so much as can go out soon. What it takes beyond that is sent by
-    /// whoever receives the acknowledgements; over loopback that is the receiver, which has enough
-    /// to do. How much is on its way is not touched by this. Nothing to do on a unix socket.
+    /// Limits the bytes in the socket buffer that the kernel has not sent yet. The thread that receives
+    /// the acknowledgements sends them; over loopback that is the receiver's, which is busy enough. Bytes
+    /// in flight are not limited. Does nothing on a unix socket.
     ///
     /// # Errors
-    /// When the kernel refuses the option, which a connected socket does not see.
-    pub fn leave_little_unsent(&self) -> io::Result<()> {
+    /// None for a connected socket.
+    pub fn limit_unsent(&self) -> io::Result<()> {
         let Self::Tcp(stream) = self else { return Ok(()) };
         setsockopt(stream, UnsentMax, &UNSENT_MAX)?;
         Ok(())
     }
 
-    /// Lets it count as readable only from so many bytes on, or at its end (`SO_RCVLOWAT`). False on
-    /// a unix socket, which knows no such limit when it is polled.
-    pub fn be_readable_from(&self, bytes: i32) -> bool {
+    /// Makes the stream readable only with this many bytes, or at its end (`SO_RCVLOWAT`). False on a
+    /// unix socket, where poll(2) ignores the option.
+    pub fn set_receive_low_water(&self, bytes: i32) -> bool {
         matches!(self, Self::Tcp(stream) if setsockopt(stream, ReadableFrom, &bytes).is_ok())
     }
 
-    /// The same connection under the lowest number that a descriptor can have now.
+    /// Duplicates the descriptor to the lowest free number, and closes the old one.
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn at_lowest_number(self) -> io::Result<Self> {
+    pub fn with_lowest_descriptor(self) -> io::Result<Self> {
         Ok(match self {
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
         })
     }
 
-    /// The first bytes that have arrived, which stay there to be received.
+    /// Copies the first bytes that have arrived, without receiving them.
     ///
     /// # Errors
     /// `WouldBlock` when nothing has arrived; otherwise the connection is broken.
@@ -179,31 +178,31 @@ impl Stream {
         uninterrupted(|| recv(fd, data, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK))
     }
 
-    /// Makes calls that others make on the descriptor itself, such as `sendfile(2)`, return rather
-    /// than wait, too. The methods here never wait by themselves.
+    /// Sets `O_NONBLOCK`, for system calls on the descriptor such as `sendfile(2)`. The methods here do
+    /// not need it.
     ///
     /// # Errors
-    /// When the kernel refuses it, which it does not for a connected socket.
-    pub fn never_block(&self) -> io::Result<()> {
+    /// None for a connected socket.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => stream.set_nonblocking(true),
             Self::Unix(stream) => stream.set_nonblocking(true),
         }
     }
 
-    /// Makes closing it throw away what the peer has not received yet, and tell the peer so.
-    /// Nothing to do on a unix socket, where what was sent has been received.
+    /// Makes closing drop unsent data and reset the connection. Does nothing on a unix socket, where
+    /// sent data is already in the peer's buffer.
     ///
     /// # Errors
-    /// When the kernel refuses it, which it does not for a connected socket.
-    pub fn close_abruptly(&self) -> io::Result<()> {
+    /// None for a connected socket.
+    pub fn reset_on_close(&self) -> io::Result<()> {
         let Self::Tcp(stream) = self else { return Ok(()) };
         setsockopt(stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
         Ok(())
     }
 
-    /// Takes what has arrived, up to the length of `into`; 0 is the end of the stream (or an
-    /// empty `into`).
+    /// Receives at most `into.len()` bytes that have arrived; 0 is the end of the stream (or an empty
+    /// `into`).
     ///
     /// # Errors
     /// `WouldBlock` when nothing has arrived; otherwise the connection is broken.
@@ -212,8 +211,8 @@ impl Stream {
         uninterrupted(|| recv(fd, into, MsgFlags::MSG_DONTWAIT))
     }
 
-    /// Gives away as much of `data` as there is room for now. `more` tells the kernel that the
-    /// rest of the message follows at once, so that it need not send a small packet.
+    /// Sends as much of `data` as the socket buffer takes. `more` tells the kernel that the rest of the
+    /// message follows at once, so that it need not send a small packet (`MSG_MORE`).
     ///
     /// # Errors
     /// `WouldBlock` when there is no room; otherwise the connection is broken.
@@ -222,8 +221,8 @@ impl Stream {
         uninterrupted(|| send(fd, data, send_flags(more)))
     }
 
-    /// Gives away as much of the next `length` bytes of a pipe as there is room for now, without a
-    /// copy. Only after [`Stream::never_block`].
+    /// Sends as much of the next `length` bytes of a pipe as the socket buffer takes, without a copy.
+    /// Only after [`Stream::set_nonblocking`].
     ///
     /// # Errors
     /// `WouldBlock` when there is no room; otherwise the connection is broken.
@@ -232,8 +231,7 @@ impl Stream {
         uninterrupted(|| splice(pipe, None, self.as_fd(), None, length, flags))
     }
 
-    /// [`Stream::try_send`] of several pieces as if they were one. Pieces after the first 1024
-    /// are left for the next call.
+    /// [`Stream::try_send`] of several pieces in sequence, at most 1024 of them.
     ///
     /// # Errors
     /// As [`Stream::try_send`].
@@ -243,8 +241,8 @@ impl Stream {
         uninterrupted(|| sendmsg::<()>(fd, pieces, &[], send_flags(false), None))
     }
 
-    /// Waits until something of interest happens, until `wake` is set, or until `deadline`;
-    /// without a deadline for as long as it takes. A deadline in the past asks without waiting.
+    /// Waits for an event of interest, for `wake`, or until `deadline` (none: for ever). A deadline in
+    /// the past polls without waiting.
     ///
     /// # Errors
     /// When `poll(2)` fails for lack of memory.
@@ -257,18 +255,18 @@ impl Stream {
         let mut events = PollFlags::empty();
         events.set(PollFlags::POLLIN, interest.readable);
         events.set(PollFlags::POLLOUT, interest.writable);
-        let looks = !events.is_empty();
+        let is_polled = !events.is_empty();
         let mut fds = Vec::with_capacity(2);
-        fds.extend(looks.then(|| PollFd::new(self.as_fd(), events)));
+        fds.extend(is_polled.then(|| PollFd::new(self.as_fd(), events)));
         fds.extend(wake.map(|wake| PollFd::new(wake.as_fd(), PollFlags::POLLIN)));
         let timed_out = !poll_until(&mut fds, deadline)?;
-        let stream = if looks { happened(&fds[0]) } else { PollFlags::empty() };
-        let woken = wake.is_some() && !happened(&fds[usize::from(looks)]).is_empty();
+        let stream = if is_polled { happened(&fds[0]) } else { PollFlags::empty() };
+        let woken = wake.is_some() && !happened(&fds[usize::from(is_polled)]).is_empty();
         Ok(Ready { woken, timed_out, ..ready(interest, stream) })
     }
 
-    /// Waits until the connection is over in both directions (then it is readable), until `wake` is
-    /// set, or until `deadline`. That the peer has ended only its own side is not seen.
+    /// Waits until the connection has ended in both directions (it is readable then), for `wake`, or
+    /// until `deadline`. The end of only the peer's side is no event.
     ///
     /// # Errors
     /// When `poll(2)` fails for lack of memory.
@@ -282,8 +280,8 @@ impl Stream {
         Ok(Ready { woken, timed_out, ..ready(Interest::default(), happened(&fds[0])) })
     }
 
-    /// Whether the peer will send nothing after what has arrived: it has ended its side, or the
-    /// connection is over. Does not wait.
+    /// Whether the peer sends nothing after the bytes that have arrived: it has ended its side, or the
+    /// connection has ended. Does not wait.
     ///
     /// # Errors
     /// When `poll(2)` fails for lack of memory.
@@ -294,11 +292,11 @@ impl Stream {
         Ok(!happened(&fds[0]).is_empty())
     }
 
-    /// Fills `into`, as long as bytes keep coming: each may take up to `progress_within`.
+    /// Fills `into`. Each wait for further bytes may take up to `progress_within`.
     ///
     /// # Errors
-    /// `UnexpectedEof` when the peer ends the stream before, `TimedOut` when no byte came in time,
-    /// or whatever broke the connection. How much of `into` was filled is then not known.
+    /// `UnexpectedEof` when the peer ends the stream before, `TimedOut` without progress in time, or
+    /// the error of the connection. How much of `into` was filled is unknown then.
     pub fn recv_exact(&self, into: &mut [u8], progress_within: Duration) -> io::Result<()> {
         let mut filled = 0;
         while filled < into.len() {
@@ -315,12 +313,11 @@ impl Stream {
         Ok(())
     }
 
-    /// Sends all of `data`, as long as the peer keeps taking it: each part may take up to
-    /// `progress_within`.
+    /// Sends all of `data`. Each wait for room may take up to `progress_within`.
     ///
     /// # Errors
-    /// `TimedOut` when nothing was taken in time, or whatever broke the connection. How much was
-    /// sent is then not known.
+    /// `TimedOut` without progress in time, or the error of the connection. How much was sent is
+    /// unknown then.
     pub fn send_all(&self, data: &[u8], progress_within: Duration) -> io::Result<()> {
         let mut rest = data;
         while !rest.is_empty() {
@@ -336,18 +333,18 @@ impl Stream {
         Ok(())
     }
 
-    /// Ends both directions; whoever waits on the stream, here or there, sees its end.
+    /// Ends both directions, and wakes the threads and the peer that wait for the stream.
     ///
     /// # Errors
-    /// When the peer has already gone (`NotConnected`).
+    /// `NotConnected` when the connection has already ended.
     pub fn shutdown_both(&self) -> io::Result<()> {
         self.shutdown(Shutdown::Both)
     }
 
-    /// Tells the peer that nothing more comes; what it sends can still be read.
+    /// Ends our direction; bytes of the peer can still be received.
     ///
     /// # Errors
-    /// When the peer has already gone (`NotConnected`).
+    /// `NotConnected` when the connection has already ended.
     pub fn shutdown_write(&self) -> io::Result<()> {
         self.shutdown(Shutdown::Write)
     }
@@ -378,29 +375,28 @@ impl AsFd for Stream {
     }
 }
 
-/// Which kind of socket a descriptor is; none if of a kind that nobody knows.
+/// The address family of a socket; none if nix does not know it.
 pub(super) fn family(fd: &impl AsFd) -> io::Result<Option<AddressFamily>> {
     Ok(getsockname::<SockaddrStorage>(fd.as_fd().as_raw_fd())?.family())
 }
 
-/// What the kernel tells about the process that connected.
+/// The process that connected, from the kernel.
 pub(super) fn unix_peer(stream: &UnixStream) -> Peer {
     match getsockopt(stream, sockopt::PeerCredentials) {
-        Ok(who) => {
-            let pid = Some(who.pid()).filter(|pid| *pid > 0);
-            Peer::Unix { pid, uid: visible_user(who.uid()) }
+        Ok(credentials) => {
+            let pid = Some(credentials.pid()).filter(|pid| *pid > 0);
+            Peer::Unix { pid, uid: visible_user(credentials.uid()) }
         }
         Err(_) => Peer::Unix { pid: None, uid: None },
     }
 }
 
-/// Pure: `poll(2)` flags of a stream in our words. An error or a full hang-up is seen by reading
-/// and by writing alike.
+/// Converts the `poll(2)` flags of a stream. Errors and hang-ups make it readable and writable.
 fn ready(interest: Interest, flags: PollFlags) -> Ready {
-    let over = flags.intersects(PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL);
+    let has_ended = flags.intersects(PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL);
     Ready {
-        readable: over || flags.contains(PollFlags::POLLIN),
-        writable: interest.writable && (over || flags.contains(PollFlags::POLLOUT)),
+        readable: has_ended || flags.contains(PollFlags::POLLIN),
+        writable: interest.writable && (has_ended || flags.contains(PollFlags::POLLOUT)),
         ..Ready::default()
     }
 }
@@ -410,7 +406,7 @@ fn send_flags(more: bool) -> MsgFlags {
     MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL | more
 }
 
-/// Does it again when a signal came between.
+/// Repeats a system call that a signal interrupted.
 fn uninterrupted<T>(mut call: impl FnMut() -> nix::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -424,12 +420,12 @@ fn ended() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the peer closed the connection")
 }
 
-/// `TCP_USER_TIMEOUT` takes milliseconds in 32 bits, far more than the constant above.
+/// For `TCP_USER_TIMEOUT`, which takes milliseconds in 32 bits.
 fn milliseconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }
 
-/// The keepalive options take seconds in 32 bits, far more than the constants above.
+/// For the keepalive options, which take seconds in 32 bits.
 fn whole_seconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
 }

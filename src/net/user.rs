@@ -1,25 +1,25 @@
 //! Whether a user id that the kernel reports (`SO_PEERCRED` of unix(7)) names a user.
 //!
-//! In a user namespace of its own, as a service has with `PrivateUsers=` of systemd.exec(5), the
-//! kernel reports every user that the namespace does not know as the overflow id, 65534
-//! (user_namespaces(7)). That is no user's id, and must not be logged as one.
+//! To a service with a user namespace of its own (`PrivateUsers=` of systemd.exec(5)) the kernel
+//! reports every user outside the namespace as the overflow id, 65534 (user_namespaces(7)). That is
+//! no user's id, and must not be logged as one.
 
 use std::fs;
 use std::sync::OnceLock;
 
-/// The ids of the namespace: first id, and how many follow it.
+/// The ids of the namespace: first id and count.
 type Mapped = Vec<(u32, u32)>;
 
-/// The user with that id, if our user namespace knows it.
+/// The user id, if our user namespace has this user.
 #[must_use]
 pub fn visible_user(uid: u32) -> Option<u32> {
     static MAPPED: OnceLock<Option<Mapped>> = OnceLock::new();
     let mapped = MAPPED.get_or_init(|| fs::read_to_string("/proc/self/uid_map").ok().map(mapped));
-    // A kernel without user namespaces has no such file, and no overflow either.
+    // A kernel without user namespaces has no such file, and no overflow id.
     mapped.as_ref().is_none_or(|mapped| is_mapped(uid, mapped)).then_some(uid)
 }
 
-/// Parses `uid_map`: lines of the first id inside, the first id outside, and the count.
+/// Parses `uid_map`: each line has the first id inside, the first id outside, and the count.
 fn mapped(text: impl AsRef<str>) -> Mapped {
     let line = |line: &str| {
         let mut words = line.split_whitespace();
@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_are_not_understood_map_nothing() {
+    fn invalid_lines_map_nothing() {
         assert_eq!(mapped("\nx 0 1\n5\n7 7\n9 9 2\n"), [(9, 2)]);
     }
 }

@@ -1,5 +1,4 @@
-//! Waiting for descriptors, with a deadline.
-//! Never reads or writes them.
+//! Waits for descriptors, with a deadline. Never reads or writes them.
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
@@ -8,16 +7,16 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-/// Longest time that the kernel is asked to wait at once; what is longer is waited for in parts.
+/// Longest timeout of one ppoll(2); a longer wait takes several.
 const WAIT_MAX: Duration = Duration::from_secs(24 * 3600);
 
-/// Waits until one of `descriptors` can be read, has hung up or failed, or until `deadline`
-/// (none: for ever). The answer has one entry for each descriptor; all false at the deadline.
+/// Waits until one of `descriptors` is readable, hung up or failed, or until `deadline` (none: for
+/// ever). The result has one entry for each descriptor; all are false at the deadline.
 ///
-/// A deadline in the past asks without waiting.
+/// A deadline in the past polls without waiting.
 ///
 /// # Errors
-/// When `poll(2)` fails: too many descriptors, or no memory.
+/// When `ppoll(2)` fails: too many descriptors, or no memory.
 pub fn wait_readable(
     descriptors: &[BorrowedFd<'_>],
     deadline: Option<Instant>,
@@ -28,12 +27,12 @@ pub fn wait_readable(
     Ok(fds.iter().map(|fd| !happened(fd).is_empty()).collect())
 }
 
-/// What `poll(2)` saw on `fd`. Flags that we do not know count as an error condition.
+/// The events on `fd`. Unknown flags count as an error condition.
 pub(super) fn happened(fd: &PollFd<'_>) -> PollFlags {
     fd.revents().unwrap_or(PollFlags::POLLERR)
 }
 
-/// `ppoll(2)` until `deadline`, going on after signals. False when the deadline came first.
+/// `ppoll(2)` until `deadline`, restarted after signals. False if the deadline has passed.
 pub(super) fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> io::Result<bool> {
     loop {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
@@ -46,7 +45,7 @@ pub(super) fn poll_until(fds: &mut [PollFd<'_>], deadline: Option<Instant>) -> i
     }
 }
 
-/// To the nanosecond: a writer is held back for parts of a millisecond.
+/// Exact to the nanosecond: a throttled writer waits for fractions of a millisecond.
 fn timeout(left: Option<Duration>) -> Option<TimeSpec> {
     left.map(|left| TimeSpec::from_duration(left.min(WAIT_MAX)))
 }
@@ -61,7 +60,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     #[test]
-    fn a_time_is_exact_and_one_that_is_too_long_is_waited_for_in_parts() {
+    fn a_timeout_is_exact_up_to_its_maximum() {
         let longest = Some(TimeSpec::from_duration(WAIT_MAX));
         let nanosecond = Duration::from_nanos(1);
         assert_eq!(timeout(Some(nanosecond)), Some(TimeSpec::new(0, 1)));
@@ -72,21 +71,21 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_millisecond_is_not_waited_for_as_a_whole_one() {
+    fn a_wait_is_not_rounded_to_milliseconds() {
         let (_a, b) = UnixStream::pair().unwrap();
         let wait = |micros| {
             let began = Instant::now();
             wait_readable(&[b.as_fd()], Some(began + Duration::from_micros(micros))).unwrap();
             began.elapsed()
         };
-        // The shortest of many: others use this machine, too.
+        // The shortest of many, since other processes delay some.
         let shortest = (0..100).map(|_| wait(100)).min().unwrap();
         assert!(shortest >= Duration::from_micros(100), "{shortest:?}");
         assert!(shortest < Duration::from_millis(1), "{shortest:?}");
     }
 
     #[test]
-    fn each_descriptor_gets_its_own_answer() {
+    fn each_descriptor_has_its_own_result() {
         let (mut a, b) = UnixStream::pair().unwrap();
         let (_c, d) = UnixStream::pair().unwrap();
         a.write_all(b"x").unwrap();
@@ -102,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_in_the_past_still_sees_what_is_there() {
+    fn a_deadline_in_the_past_still_polls() {
         let (a, b) = UnixStream::pair().unwrap();
         drop(a);
         assert_eq!(wait_readable(&[b.as_fd()], Some(Instant::now())).unwrap(), [true]);

@@ -1,17 +1,17 @@
-//! Ends somebody's waiting from another thread.
-//! Carries no message: what to do then, the woken side finds out elsewhere.
+//! Wakes a waiting thread from another one.
+//! Carries no message: the woken thread checks its own state.
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-/// A flag that `poll(2)` can see (an eventfd). Once set it stays set until cleared, so that a
-/// wake-up that comes before the waiting begins is not lost.
+/// A flag that `poll(2)` can wait for (an eventfd). It stays set until it is cleared, so that a
+/// wake-up before the wait is not lost.
 #[derive(Debug)]
 pub struct Wake(EventFd);
 
 impl Wake {
-    /// A new flag, not set.
+    /// Creates a flag that is not set.
     ///
     /// # Errors
     /// When the process or the host has no descriptor left.
@@ -20,15 +20,15 @@ impl Wake {
         Ok(Self(EventFd::from_flags(flags)?))
     }
 
-    /// Sets the flag: whoever waits with it, now or later, is woken.
+    /// Sets the flag: wakes the threads that wait for it now or later.
     pub fn wake(&self) {
-        // The only failure of a non-blocking eventfd is a full counter, and then it is set.
+        // Fails only with a full counter, and then the flag is set.
         let _ = self.0.write(1);
     }
 
-    /// Takes the flag down again.
+    /// Clears the flag.
     pub fn clear(&self) {
-        // The only failure is that it was not set.
+        // Fails only if the flag is not set.
         let _ = self.0.read();
     }
 }
@@ -57,13 +57,13 @@ mod tests {
         wake.wake();
         wake.wake();
         assert!(is_set(&wake));
-        assert!(is_set(&wake), "looking must not clear it");
+        assert!(is_set(&wake), "polling must not clear it");
         wake.clear();
-        assert!(!is_set(&wake), "one clear undoes any number of wake-ups");
+        assert!(!is_set(&wake), "one clear suffices for any number of wake-ups");
     }
 
     #[test]
-    fn clearing_what_is_not_set_does_not_wait() {
+    fn clearing_an_unset_flag_does_not_wait() {
         let wake = Wake::new().unwrap();
         wake.clear();
         assert!(!is_set(&wake));

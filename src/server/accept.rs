@@ -178,13 +178,13 @@ impl SilentConnection {
             bytes[..CLIENT_FLAGS - 1] == [0; CLIENT_FLAGS - 1] && bytes[CLIENT_FLAGS - 1] <= 3;
         self.has_sent_flags = matches!(count, Ok(CLIENT_FLAGS))
             && valid
-            && self.stream.be_readable_from(FLAGS_AND_OPTION_HEADER);
+            && self.stream.set_receive_low_water(FLAGS_AND_OPTION_HEADER);
         self.has_sent_flags
     }
 
     fn start(self, shared: &Arc<ServerShared>) {
         let Self { stream, peer, registration, has_sent_flags: _ } = self;
-        stream.be_readable_from(1);
+        stream.set_receive_low_water(1);
         spawn_session(shared, stream, peer, registration, None);
     }
 }
@@ -247,7 +247,7 @@ fn admit(
     silent.close_ended(shared, now);
     // Move to the number that has become free: `is_reserved` relies on the lowest numbers being in
     // use.
-    let stream = stream.at_lowest_number().map_err(|_| AdmissionError::NoDescriptors)?;
+    let stream = stream.with_lowest_descriptor().map_err(|_| AdmissionError::NoDescriptors)?;
     shared.sessions.admit(peer, now).map(|registration| (stream, registration))
 }
 
@@ -268,14 +268,14 @@ fn greet(
     registration: Registration,
 ) -> Option<SilentConnection> {
     // Setting options fails only on a connection that is being closed; the session will see that.
-    let _ = stream.tune().and_then(|()| stream.never_block());
-    let _ = stream.leave_little_unsent();
+    let _ = stream.tune().and_then(|()| stream.set_nonblocking());
+    let _ = stream.limit_unsent();
     if shared.settings.style == Style::Oldstyle {
         // The greeting is the whole handshake, so that the session asks the policy before it.
         spawn_session(shared, stream, peer, registration, None);
         return None;
     }
-    stream.be_readable_from(CLIENT_FLAGS as i32);
+    stream.set_receive_low_water(CLIENT_FLAGS as i32);
     let mut greeting = Vec::new();
     ServerHandshake::new(shared.export.clone()).greet(&mut greeting);
     // It fits into the socket's buffer, which is empty.

@@ -1,4 +1,4 @@
-//! Streams against their other ends, over TCP and unix sockets.
+//! Tests of `stream.rs` over TCP and unix sockets.
 
 use super::*;
 use crate::net::{Address, Listener, connect, wait_readable};
@@ -12,7 +12,7 @@ const READ: Interest = Interest { readable: true, writable: false };
 const WRITE: Interest = Interest { readable: false, writable: true };
 const NEITHER: Interest = Interest { readable: false, writable: false };
 
-/// A connection of each kind: ours, and the other end as std has it.
+/// A connection of each kind, with the peer's end as a type of std.
 trait Far: Read + Write + Send {}
 impl<T: Read + Write + Send> Far for T {}
 
@@ -38,7 +38,7 @@ fn fill(stream: &Stream) {
             Ok(_) => {}
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::WouldBlock);
-                // Loopback TCP may still be moving bytes over; full is full for a while.
+                // Loopback TCP may still move bytes: full means full for a while.
                 if stream.wait(WRITE, None, soon()).unwrap().timed_out {
                     return;
                 }
@@ -48,14 +48,14 @@ fn fill(stream: &Stream) {
 }
 
 #[test]
-fn reading_from_a_silent_peer_would_block_even_on_a_blocking_descriptor() {
+fn receiving_never_waits_on_a_blocking_descriptor() {
     for (near, _far) in both_kinds() {
         assert_eq!(near.try_recv(&mut [0; 8]).unwrap_err().kind(), ErrorKind::WouldBlock);
     }
 }
 
 #[test]
-fn reading_gives_what_there_is_and_then_the_end() {
+fn receiving_returns_bytes_then_the_end() {
     for (near, mut far) in both_kinds() {
         far.write_all(b"abc").unwrap();
         assert!(near.wait(READ, None, later()).unwrap().readable);
@@ -69,7 +69,7 @@ fn reading_gives_what_there_is_and_then_the_end() {
 }
 
 #[test]
-fn what_is_sent_in_pieces_arrives_in_order() {
+fn pieces_arrive_in_order() {
     for (near, mut far) in both_kinds() {
         assert_eq!(near.try_send(b"he", true).unwrap(), 2);
         let pieces = [IoSlice::new(b"l"), IoSlice::new(b""), IoSlice::new(b"lo")];
@@ -81,7 +81,7 @@ fn what_is_sent_in_pieces_arrives_in_order() {
 }
 
 #[test]
-fn more_pieces_than_the_kernel_takes_are_sent_in_part() {
+fn at_most_1024_pieces_are_sent_at_once() {
     for (near, _far) in both_kinds() {
         let pieces = vec![IoSlice::new(b"x"); SLICES_MAX + 1];
         assert_eq!(near.try_send_vectored(&pieces[..SLICES_MAX]).unwrap(), SLICES_MAX);
@@ -90,7 +90,7 @@ fn more_pieces_than_the_kernel_takes_are_sent_in_part() {
 }
 
 #[test]
-fn a_peer_that_takes_nothing_makes_sending_block_and_time_out() {
+fn sending_to_a_full_buffer_times_out() {
     for (near, _far) in both_kinds() {
         fill(&near);
         assert_eq!(near.try_send(b"x", false).unwrap_err().kind(), ErrorKind::WouldBlock);
@@ -101,7 +101,7 @@ fn a_peer_that_takes_nothing_makes_sending_block_and_time_out() {
 }
 
 #[test]
-fn sending_to_a_peer_that_has_gone_is_an_error() {
+fn sending_to_a_closed_peer_is_an_error() {
     for (near, far) in both_kinds() {
         drop(far);
         let error = loop {
@@ -115,7 +115,7 @@ fn sending_to_a_peer_that_has_gone_is_an_error() {
 }
 
 #[test]
-fn sending_never_waits_never_signals_and_says_when_more_follows() {
+fn send_flags_prevent_waits_and_signals() {
     for (more, expected) in [(false, 0), (true, libc::MSG_MORE)] {
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | expected;
         assert_eq!(send_flags(more).bits(), flags);
@@ -123,7 +123,7 @@ fn sending_never_waits_never_signals_and_says_when_more_follows() {
 }
 
 #[test]
-fn waiting_ends_at_the_deadline() {
+fn a_wait_ends_at_the_deadline() {
     for (near, _far) in both_kinds() {
         let expected = Ready { timed_out: true, ..Ready::default() };
         assert_eq!(near.wait(READ, None, soon()).unwrap(), expected);
@@ -132,7 +132,7 @@ fn waiting_ends_at_the_deadline() {
 }
 
 #[test]
-fn waiting_ends_when_woken_before_or_meanwhile() {
+fn a_wake_up_before_or_during_a_wait_ends_it() {
     for (near, _far) in both_kinds() {
         let wake = Wake::new().unwrap();
         let expected = Ready { woken: true, ..Ready::default() };
@@ -156,7 +156,7 @@ fn an_idle_stream_is_writable_and_not_readable() {
 }
 
 #[test]
-fn without_interest_the_stream_is_not_looked_at() {
+fn without_interest_the_stream_is_not_polled() {
     for (near, far) in both_kinds() {
         drop(far);
         assert!(near.wait(NEITHER, None, soon()).unwrap().timed_out);
@@ -164,7 +164,7 @@ fn without_interest_the_stream_is_not_looked_at() {
 }
 
 #[test]
-fn an_ended_side_is_told_from_a_connection_that_is_over() {
+fn a_half_closed_connection_is_not_hung_up() {
     let (wake, (near, far)) = (Wake::new().unwrap(), UnixStream::pair().unwrap());
     let near = Stream::Unix(near);
     assert!(!near.has_peer_ended().unwrap());
@@ -177,7 +177,7 @@ fn an_ended_side_is_told_from_a_connection_that_is_over() {
 }
 
 #[test]
-fn a_hang_up_counts_as_readable_and_wakes_who_waits_to_write() {
+fn a_hang_up_is_readable_and_writable() {
     let writing = ready(WRITE, PollFlags::POLLHUP);
     assert!(writing.readable && writing.writable);
     let reading = ready(READ, PollFlags::POLLHUP);
@@ -190,7 +190,7 @@ fn a_hang_up_counts_as_readable_and_wakes_who_waits_to_write() {
 }
 
 #[test]
-fn receiving_goes_on_as_long_as_bytes_keep_coming() {
+fn the_time_limit_restarts_with_each_byte() {
     for (near, mut far) in both_kinds() {
         thread::scope(|scope| {
             scope.spawn(move || {
@@ -211,7 +211,7 @@ fn receiving_goes_on_as_long_as_bytes_keep_coming() {
 }
 
 #[test]
-fn receiving_gives_up_on_a_peer_that_falls_silent() {
+fn receiving_from_a_silent_peer_times_out() {
     for (near, mut far) in both_kinds() {
         far.write_all(b"half").unwrap();
         let error = near.recv_exact(&mut [0; 8], SHORT).unwrap_err();
@@ -221,7 +221,7 @@ fn receiving_gives_up_on_a_peer_that_falls_silent() {
 }
 
 #[test]
-fn more_than_fits_is_sent_while_the_peer_reads() {
+fn more_than_the_buffer_is_sent_to_a_reading_peer() {
     for (near, mut far) in both_kinds() {
         let sent: Vec<u8> = (0..8_000_000u32).map(|i| (i % 251) as u8).collect();
         thread::scope(|scope| {
@@ -238,7 +238,7 @@ fn more_than_fits_is_sent_while_the_peer_reads() {
 }
 
 #[test]
-fn after_ending_the_writing_side_the_other_can_still_be_read() {
+fn a_stream_is_readable_after_shutdown_of_writing() {
     for (near, mut far) in both_kinds() {
         near.shutdown_write().unwrap();
         assert_eq!(far.read(&mut [0; 1]).unwrap(), 0);
@@ -248,7 +248,7 @@ fn after_ending_the_writing_side_the_other_can_still_be_read() {
 }
 
 #[test]
-fn ending_both_sides_wakes_who_waits_here() {
+fn shutdown_wakes_a_waiting_thread() {
     for (near, _far) in both_kinds() {
         thread::scope(|scope| {
             let waiting = scope.spawn(|| near.wait(READ, None, later()).unwrap());
@@ -260,7 +260,7 @@ fn ending_both_sides_wakes_who_waits_here() {
 }
 
 #[test]
-fn a_tuned_connection_sends_at_once_and_asks_after_its_peer() {
+fn tuning_sets_no_delay_and_keepalive() {
     let [(near, _far), (unix, _unix_far)] = both_kinds();
     near.tune().unwrap();
     unix.tune().unwrap();
@@ -272,15 +272,14 @@ fn a_tuned_connection_sends_at_once_and_asks_after_its_peer() {
     assert_eq!(getsockopt(stream, sockopt::TcpKeepCount).unwrap(), 3);
 }
 
-/// What the kernel waits for an acknowledgement on this connection, in milliseconds; 0 is what it
-/// does by itself.
+/// The `TCP_USER_TIMEOUT` of the connection in milliseconds; 0 is the kernel's default.
 fn user_timeout(stream: &Stream) -> u32 {
     let Stream::Tcp(stream) = stream else { panic!("the connection is TCP") };
     getsockopt(stream, sockopt::TcpUserTimeout).unwrap()
 }
 
 #[test]
-fn every_tcp_connection_gives_a_vanished_peer_one_minute() {
+fn every_tcp_connection_has_a_user_timeout() {
     let socket = TcpListener::bind("127.0.0.1:0").unwrap();
     let bound = Listener::bind(&Address::Tcp("127.0.0.1:0".parse().unwrap())).unwrap();
     for listener in [bound, Listener::inherited(socket.into()).unwrap()] {
@@ -295,12 +294,12 @@ fn every_tcp_connection_gives_a_vanished_peer_one_minute() {
 }
 
 #[test]
-fn of_a_stream_that_leaves_little_unsent_the_kernel_takes_less() {
+fn the_kernel_takes_less_with_limited_unsent_bytes() {
     let [taken, taken_with_it] = [false, true].map(|wanted| {
         let [(near, _far), (unix, _unix_far)] = both_kinds();
         if wanted {
-            near.leave_little_unsent().unwrap();
-            unix.leave_little_unsent().unwrap();
+            near.limit_unsent().unwrap();
+            unix.limit_unsent().unwrap();
         }
         let mut taken = 0;
         while let Ok(count) = near.try_send(&[7; 4096], false) {
@@ -312,7 +311,7 @@ fn of_a_stream_that_leaves_little_unsent_the_kernel_takes_less() {
 }
 
 #[test]
-fn an_inherited_descriptor_becomes_the_stream_that_it_was() {
+fn an_inherited_descriptor_keeps_its_kind() {
     let [(near, mut far), (unix, mut unix_far)] = both_kinds();
     let near = match near {
         Stream::Tcp(stream) => Stream::inherited(stream.into()).unwrap(),
@@ -330,7 +329,7 @@ fn an_inherited_descriptor_becomes_the_stream_that_it_was() {
 }
 
 #[test]
-fn an_inherited_descriptor_closes_on_exec_and_must_be_a_socket() {
+fn an_inherited_socket_becomes_close_on_exec() {
     let (near, _far) = UnixStream::pair().unwrap();
     fcntl(&near, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
     let stream = Stream::inherited(near.into()).unwrap();
@@ -341,7 +340,7 @@ fn an_inherited_descriptor_closes_on_exec_and_must_be_a_socket() {
 }
 
 #[test]
-fn each_stream_knows_its_peer() {
+fn each_stream_has_its_peer() {
     let [(near, _far), (unix, _unix_far)] = both_kinds();
     assert!(near.peer().unwrap().to_string().starts_with("127.0.0.1:"));
     let me = Peer::Unix {
