@@ -42,10 +42,7 @@ pub(super) struct SessionControl {
 }
 
 impl SessionControl {
-    /// A channel without a request.
-    ///
-    /// # Errors
-    /// When no descriptor is left.
+    /// A channel without a request. Fails when no descriptor is left.
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             current: AtomicU8::new(StopRequest::Serve as u8),
@@ -66,7 +63,6 @@ impl SessionControl {
         self.waits_for_disk.store(waits, Ordering::Release);
     }
 
-    /// Whether the session waits for the disk before it can end.
     pub(super) fn waits_for_disk(&self) -> bool {
         self.waits_for_disk.load(Ordering::Acquire)
     }
@@ -76,7 +72,6 @@ impl SessionControl {
         self.last_activity.store(now(), Ordering::Relaxed);
     }
 
-    /// The time since the last activity.
     pub(super) fn silence(&self) -> Duration {
         Duration::from_millis(now().saturating_sub(self.last_activity.load(Ordering::Relaxed)))
     }

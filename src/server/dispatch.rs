@@ -219,7 +219,6 @@ impl Transmission<'_> {
         self.waiting_change.get_or_insert_with(|| in_flight.register_change(piece)).is_first()
     }
 
-    /// Sets the payload to expect: the rest of a write.
     fn expect_payload(&mut self, to: ReplyTo, range: Range, rest: Range, durable: bool) {
         let purpose = PayloadPurpose::Write { range, rest, durable };
         self.progress.payload = Some(Payload { to, remaining: rest.length(), purpose });

@@ -35,7 +35,6 @@ impl Inbox {
         Some(inbox)
     }
 
-    /// The bytes that have not been consumed.
     pub(super) fn bytes(&self) -> &[u8] {
         self.buffer.as_deref().map_or(&[], |buffer| &buffer[self.start..self.end])
     }
@@ -49,10 +48,8 @@ impl Inbox {
     }
 
     /// Receives as many bytes as have arrived and fit; returns how many, 0 at the end of the stream.
-    ///
-    /// # Errors
-    /// `WouldBlock` when nothing has arrived; `OutOfMemory` when the buffer is full or no memory is
-    /// left; otherwise the connection is broken.
+    /// Errors: `WouldBlock` when nothing has arrived; `OutOfMemory` when the buffer is full or no memory
+    /// is left; otherwise the connection is broken.
     pub(super) fn receive(&mut self, from: &Stream) -> io::Result<usize> {
         if self.is_full() {
             return Err(io::ErrorKind::OutOfMemory.into());
@@ -82,7 +79,6 @@ impl Inbox {
         }
     }
 
-    /// Whether the buffer is freed.
     pub(super) fn is_shrunk(&self) -> bool {
         self.buffer.is_none()
     }

@@ -1,16 +1,14 @@
 //! The NBD server: accepts clients, checks the access control list, and runs one session for each.
 //! Never decides who owns the disk ([`policy::ExportPolicy`] does), and never ends the process.
 //!
-//! [`Server`] is the handle that the daemon holds. One thread accepts clients (`accept`), a table
-//! knows all of them (`sessions`), and each client has a thread that runs its `session`: handshake,
-//! then `transmission`, which receives requests into an inbox, executes them on the disk (`work`,
-//! `reads`) and sends replies from an outbox.
+//! [`Server`] is the handle that the daemon holds. One thread accepts clients (`accept`) within the
+//! limits (`sessions`, `slots`, `acl`). Each client has a thread that runs its `session`: handshake,
+//! then `transmission`, in whose loop requests are received (`inbox`), parsed and begun (`dispatch`),
+//! executed (`work`, `reads`) and answered (`outbox`). The server stops a session through `control`,
+//! and for a restart saves it as a `snapshot`.
 //!
 //! ```text
 //! Server ─▶ accept ─▶ session ─▶ transmission ─▶ dispatch ─▶ work, reads ─▶ disk
-//!             │ acl,    │ handshake,  │ inbox, outbox
-//!             │ slots   │ policy      │
-//!             └────────▶ sessions ◀──┘ control (stop requests to one session)
 //! ```
 
 mod accept;

@@ -59,10 +59,8 @@ impl Default for Outbox {
 }
 
 impl Outbox {
-    /// Saves everything that was not sent.
-    ///
-    /// # Errors
-    /// When pinned data cannot be read or a reply is lost: the stream of replies cannot be continued.
+    /// Saves everything that was not sent. Fails if pinned data cannot be read or a reply is lost: the
+    /// next process could not continue the stream.
     pub(super) fn save(mut self) -> io::Result<UnsentSnapshot> {
         if self.pinned.length() > 0 {
             let pinned = self.pinned.drain()?;
@@ -83,12 +81,10 @@ impl Outbox {
         Some(Self { buffer: bytes, end, deferred, announced, ..Self::default() })
     }
 
-    /// Whether everything was sent.
     pub(super) fn is_empty(&self) -> bool {
         !self.has_bytes() && self.deferred.is_none()
     }
 
-    /// Whether something can be sent now.
     pub(super) fn has_bytes(&self) -> bool {
         self.start < self.end || self.pinned.length() > 0
     }
@@ -128,10 +124,7 @@ impl Outbox {
     }
 
     /// Appends the header that `head` writes and `length` bytes that `fill` fills in; appends nothing
-    /// if `fill` fails.
-    ///
-    /// # Errors
-    /// The error of `fill`, or `ENOMEM`.
+    /// if `fill` fails. Fails with the error of `fill`, or `ENOMEM`.
     pub(super) fn reply_with_data(
         &mut self,
         head: impl FnOnce(&mut Vec<u8>),
@@ -156,9 +149,7 @@ impl Outbox {
 
     /// Appends the header that `head` writes and `length` bytes that `fill` puts into a pipe; appends
     /// nothing if `fill` fails. Defers later replies until these bytes are sent.
-    ///
-    /// # Errors
-    /// `Unsupported` when there is no pipe; the error of `fill`.
+    /// Fails with the error of `fill`, or `Unsupported` without a pipe.
     pub(super) fn reply_with_pinned(
         &mut self,
         head: impl FnOnce(&mut Vec<u8>),
@@ -171,10 +162,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// Tries whether `fill` can fill `length` bytes, and discards them.
-    ///
-    /// # Errors
-    /// The error of `fill`, or `ENOMEM`.
+    /// Tries whether `fill` can fill `length` bytes, and discards them. Fails with the error of `fill`,
+    /// or `ENOMEM`.
     pub(super) fn try_fill(
         &mut self,
         length: usize,
@@ -196,10 +185,8 @@ impl Outbox {
         self.announced
     }
 
-    /// Appends the next `length` bytes of the announced range, which `fill` fills in.
-    ///
-    /// # Errors
-    /// The error of `fill`, or `ENOMEM`; then the reply cannot be completed.
+    /// Appends the next `length` bytes of the announced range, which `fill` fills in. Fails
+    /// with the error of `fill`, or `ENOMEM`; then the reply cannot be completed.
     pub(super) fn append_announced(
         &mut self,
         length: usize,
@@ -223,10 +210,8 @@ impl Outbox {
         }
     }
 
-    /// Sends as many bytes as the socket accepts now; false if some are left.
-    ///
-    /// # Errors
-    /// When the connection is broken, or a reply is lost because no memory was left.
+    /// Sends as many bytes as the socket accepts now; false if some are left. Fails if the
+    /// connection is broken, or a reply is lost because no memory was left.
     pub(super) fn send(&mut self, to: &Stream) -> io::Result<bool> {
         if self.out_of_memory {
             return Err(Errno::ENOMEM.into());

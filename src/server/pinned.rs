@@ -2,7 +2,7 @@
 //! Never copies them except into a snapshot, and never holds more than one pipe does.
 //!
 //! The pipe is filled before the reply's header is written: an error of the disk shows while filling,
-//! and data in the pipe will certainly arrive. Until the client has it, the data may still change,
+//! and data in the pipe is certain to be sent. Until the client has it, the data may still change,
 //! but only in bytes that a client changes meanwhile: only images on file systems with this property
 //! are pinned (`disk/file_system`).
 
@@ -53,15 +53,12 @@ impl Pipe {
 }
 
 impl Pinned {
-    /// How many bytes are in the pipe.
     pub(super) fn length(&self) -> usize {
         self.length
     }
 
-    /// Lets `fill` put `length` bytes into the empty pipe. The pipe stays empty if that fails.
-    ///
-    /// # Errors
-    /// `Unsupported` when there is no pipe; the error of `fill`.
+    /// Lets `fill` put `length` bytes into the empty pipe. The pipe stays empty if that fails,
+    /// with the error of `fill` or with `Unsupported` without a pipe.
     pub(super) fn pin(
         &mut self,
         length: usize,
@@ -87,9 +84,6 @@ impl Pinned {
     }
 
     /// Sends as much as the socket accepts now; false if some is left.
-    ///
-    /// # Errors
-    /// When the connection is broken.
     pub(super) fn send(&mut self, to: &Stream) -> io::Result<bool> {
         while self.length > 0 {
             let Some(pipe) = &self.pipe else { return Err(io::ErrorKind::BrokenPipe.into()) };
@@ -103,10 +97,7 @@ impl Pinned {
         Ok(true)
     }
 
-    /// Empties the pipe into memory.
-    ///
-    /// # Errors
-    /// When the pipe contains less than was put in.
+    /// Empties the pipe into memory. Fails if it contains less than was put in.
     pub(super) fn drain(&mut self) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; std::mem::take(&mut self.length)];
         let mut drained = 0;
@@ -129,7 +120,6 @@ impl Pinned {
         }
     }
 
-    /// Whether there is no pipe.
     pub(super) fn is_shrunk(&self) -> bool {
         self.pipe.is_none()
     }

@@ -15,9 +15,7 @@ use std::io;
 /// The state of a session in the transmission phase.
 #[derive(Debug, Default)]
 pub(super) struct SessionProgress {
-    /// The payload that is arriving.
     pub(super) payload: Option<Payload>,
-    /// Reads that are not completely answered.
     pub(super) reads: VecDeque<Read>,
     /// Why the session ends once all replies are sent.
     pub(super) end: Option<SessionEnd>,

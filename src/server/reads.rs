@@ -36,7 +36,6 @@ const POPULATE_MAX: u64 = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Read {
     to: ReplyTo,
-    /// The part still to be answered.
     rest: Range,
     /// The reply has to be one chunk (`NBD_CMD_FLAG_DF`).
     whole: bool,
@@ -92,14 +91,12 @@ impl Read {
         piece.end() <= self.populated_to
     }
 
-    /// Announces the rest in the outbox.
     fn announce(&mut self, out: &mut Outbox) {
         out.announce(self.rest);
         self.answered(self.rest.length());
         self.announced = true;
     }
 
-    /// The next `length` bytes have been answered.
     fn answered(&mut self, length: u64) {
         self.rest = self.rest.split(length).1;
         self.begun = true;

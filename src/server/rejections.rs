@@ -23,13 +23,10 @@ type RejectionLimit = LogLimit<(RejectReason, SourceNetwork)>;
 /// Why a connection did not become a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum RejectReason {
-    /// The access control list does not admit it.
     Acl,
-    /// The number of clients is at its limit.
     Full,
     /// The server was stopping, or had no descriptors or threads left.
     Scarce,
-    /// It ended before its handshake did.
     Handshake,
 }
 
@@ -113,7 +110,6 @@ impl Rejections {
         due
     }
 
-    /// Logs all remaining counts when the server stops.
     pub(super) fn log_remaining_counts(&self) {
         self.log_counts(Instant::now() + PERIOD);
     }

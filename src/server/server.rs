@@ -29,7 +29,7 @@ const RECHECK_INTERVAL: Duration = Duration::from_millis(500);
 /// A running server. The owner must [`stop`](Self::stop) or [`suspend`](Self::suspend) it.
 #[derive(Debug)]
 pub struct Server {
-    pub(super) shared: Arc<ServerShared>,
+    shared: Arc<ServerShared>,
     acceptor: Option<JoinHandle<()>>,
 }
 

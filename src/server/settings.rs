@@ -24,7 +24,6 @@ pub struct Grace {
 }
 
 impl From<Duration> for Grace {
-    /// The same period for all sessions.
     fn from(both: Duration) -> Self {
         Self { clients: both, disk: both }
     }

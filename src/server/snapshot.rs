@@ -38,7 +38,6 @@ pub(super) enum SnapshotError {
     ExportChanged(&'static str),
 }
 
-/// The sessions of a server.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ServerSnapshot {
@@ -62,7 +61,6 @@ pub(super) struct ExportFingerprint {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SessionSnapshot {
-    /// Id of the session.
     pub(super) session: u64,
     /// Received bytes that are not consumed.
     #[serde(with = "serde_bytes")]
@@ -85,7 +83,6 @@ pub(super) struct UnsentSnapshot {
     pub(super) deferred: Option<Vec<u8>>,
 }
 
-/// The phase of a session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum PhaseSnapshot {
     #[serde(rename = "Greeting")]
@@ -93,7 +90,6 @@ pub(super) enum PhaseSnapshot {
     Transmission(TransmissionSnapshot),
 }
 
-/// An unfinished handshake.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct HandshakeSnapshot {
@@ -105,7 +101,6 @@ pub(super) struct HandshakeSnapshot {
     introduced: bool,
 }
 
-/// A session in the transmission phase.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct TransmissionSnapshot {
@@ -197,7 +192,6 @@ pub(super) struct RangeSnapshot {
 }
 
 impl SessionSnapshot {
-    /// Whether the session is in the handshake.
     pub(super) fn is_in_handshake(&self) -> bool {
         matches!(self.phase, PhaseSnapshot::Handshake(_))
     }
@@ -299,10 +293,7 @@ impl ExportFingerprint {
     }
 }
 
-/// Encodes the sessions of a server.
-///
-/// # Errors
-/// When they cannot be serialized, which only a mistake in this file can cause.
+/// Encodes the sessions of a server. Only a mistake in this file can make that fail.
 pub(super) fn encode(
     fingerprint: ExportFingerprint,
     sessions: Vec<SessionSnapshot>,
@@ -317,9 +308,6 @@ pub(super) fn encode(
 }
 
 /// Decodes the sessions in `bytes` for a server with this fingerprint.
-///
-/// # Errors
-/// Why the sessions cannot be restored.
 pub(super) fn decode(
     bytes: &[u8],
     fingerprint: &ExportFingerprint,

@@ -197,7 +197,6 @@ impl<'a> Worker<'a> {
         self.in_flight.begin(visit, Work::Populate(range), Tag::Read(read, load));
     }
 
-    /// A population has completed.
     pub(super) fn record_load(&mut self, load: &Populate) {
         self.populating -= load.length;
         self.inline_reads.record_load(load.in_flight, load.since.elapsed());

@@ -172,8 +172,8 @@ fn the_limits_and_timeouts_are_those_of_the_program() {
     let newstyle = u64::from(server::session::PAYLOAD_MAX) / MIB;
     let oldstyle = u64::from(server::session::PAYLOAD_MAX_OLDSTYLE) / (MIB << 10);
     assert_eq!(told("Clients at once"), [server::CLIENTS_MAX as u64]);
-    let patience = server::CONTENDED_HANDSHAKE_TIMEOUT.as_secs();
-    assert_eq!(told("Clients in the handshake"), [server::HANDSHAKES_MAX as u64, patience]);
+    let contended = server::CONTENDED_HANDSHAKE_TIMEOUT.as_secs();
+    assert_eq!(told("Clients in the handshake"), [server::HANDSHAKES_MAX as u64, contended]);
     assert_eq!(told("Handshake"), [server::HANDSHAKE_TIMEOUT.as_secs()]);
     assert_eq!(told("Killswitch"), [server::STALL_LIMIT.as_secs()]);
     assert_eq!(told("Payload"), [newstyle, oldstyle]);
