@@ -18,7 +18,7 @@
 //! client out until then. It also drops packets silently, while the server closes the connection and
 //! logs the peer. So the filter needs `IP_FILTER`.
 
-use flexnbd::cli::operate::Instance;
+use flexnbd::cli::instance::Instance;
 use flexnbd::cli::settings::{Autostart, Settings};
 use flexnbd::cli::{config, instance};
 use flexnbd::server::acl::Acl;

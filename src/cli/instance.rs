@@ -1,5 +1,6 @@
-//! Additional checks of the configurations in `/etc/flexnbd`, which the generator turns into
-//! systemd units: they must contain only paths and addresses that a unit file can express.
+//! An instance of the service: its name, its control socket, and its configuration in `/etc/flexnbd`,
+//! which the generator turns into systemd units. Such a configuration may contain only paths and
+//! addresses that a unit file can express; [`check`] refuses all others.
 //! Pure, except that tests select another directory by an environment variable.
 
 use super::settings::Settings;
@@ -7,6 +8,7 @@ use crate::net::Address;
 use crate::systemd::unit::plain;
 use std::env;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 /// The directory of the service's configurations.
 pub const CONFIG_DIRECTORY: &str = "/etc/flexnbd";
@@ -14,6 +16,54 @@ pub const CONFIG_DIRECTORY: &str = "/etc/flexnbd";
 const CONFIG_DIRECTORY_VARIABLE: &str = "FLEXNBD_CONFIGURATIONS";
 /// Longest path of a unix socket, in bytes (unix(7)).
 const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// The directory of the control sockets of the service's instances.
+const RUN_DIRECTORY: &str = "/run/flexnbd";
+/// Longest name of an instance, in bytes, so that `/run/flexnbd/NAME.sock` fits into a socket
+/// address (107 bytes, unix(7)).
+pub const INSTANCE_BYTES_MAX: usize = 89;
+
+/// The name of an instance: a file name without a path separator, so that its control socket always
+/// lies in the run directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance(String);
+
+/// An invalid instance name; holds the name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InstanceError {
+    /// Empty, hidden, or with a slash, space or control character in it.
+    #[error(
+        "`{0}` is not the name of an instance, which is a word without / and without a dot at its \
+         beginning"
+    )]
+    NotAName(String),
+    /// Longer than [`INSTANCE_BYTES_MAX`].
+    #[error("`{0}` is longer than the {INSTANCE_BYTES_MAX} bytes of a name")]
+    TooLong(String),
+}
+
+impl Instance {
+    /// The path of its control socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        Path::new(RUN_DIRECTORY).join(format!("{}.sock", self.0))
+    }
+}
+
+impl FromStr for Instance {
+    type Err = InstanceError;
+
+    fn from_str(text: &str) -> Result<Self, InstanceError> {
+        let is_invalid = |c: char| c == '/' || c.is_whitespace() || c.is_control();
+        if text.is_empty() || text.starts_with('.') || text.contains(is_invalid) {
+            return Err(InstanceError::NotAName(text.to_owned()));
+        }
+        if text.len() > INSTANCE_BYTES_MAX {
+            return Err(InstanceError::TooLong(text.to_owned()));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
 
 /// The directory of the service's configurations, or the one that a test has selected.
 #[must_use]
@@ -62,7 +112,7 @@ pub fn listen_address(settings: &Settings) -> Result<Option<String>, String> {
         Some(Address::Tcp(address)) => Ok(Some(address.to_string())),
         Some(Address::Unix(path)) => {
             let path = plain(&path).map_err(|why| format!("ADDR: {why}"))?;
-            // `ListenStream=` has no quotes: \ would continue the line, and a space would be trimmed.
+            // `ListenStream=` takes no quotes: systemd would read \ as a continuation, and trim a space.
             if path.len() > SOCKET_PATH_BYTES_MAX || path.ends_with(['\\', ' ']) {
                 return Err(format!("ADDR: a socket unit cannot listen on {path}"));
             }

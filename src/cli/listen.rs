@@ -98,6 +98,6 @@ impl ListenFlags {
         };
         let records = if self.no_record { RecordPolicy::Optional } else { RecordPolicy::Required };
         let role = ProcessRole::Listen { overwrite: self.overwrite, records };
-        StartRequest { role, settings, config: self.config }
+        StartRequest { role, settings, config_file: self.config }
     }
 }

@@ -1,5 +1,5 @@
 //! The command line: parses the arguments into one struct per command, and reports usage errors.
-//! Each mode has a file; its work is done by the modules below.
+//! Each mode has a file here; the modules below do its work.
 
 pub mod adopt;
 pub mod config;
@@ -85,7 +85,7 @@ pub enum CliCommand {
 /// Why a command line does not lead to a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EarlyExit {
-    /// An option requested the help text or the version, which this is.
+    /// The text of `--help` or `--version`.
     Output(String),
     /// The command line is invalid.
     Misuse(UsageError),
@@ -128,7 +128,7 @@ pub fn command() -> clap::Command {
 
 impl Invocation {
     fn run(self) -> ExitCode {
-        // Fails only if called twice in a process.
+        // Fails only at a second call in one process, and this is the only one.
         let _ = journal::init(self.verbosity);
         daemon::signals::ignore_file_size_signal();
         match self.command {
@@ -159,8 +159,8 @@ fn run_start(start: &StartRequest) -> ExitCode {
     }
 }
 
-/// Reports that the process cannot start: to waiting clients, if it has inherited their sockets;
-/// else to the operator.
+/// Reports that the process cannot start: to the clients that wait at inherited sockets, or to the
+/// operator if there are none.
 fn report_invalid_start(start: &StartRequest, error: &StartRequestError) -> ExitCode {
     let (StartRequestError::Misuse(sentence) | StartRequestError::Config(sentence)) = error;
     if let Some(end) = daemon::refuse(start.role, start.settings.sock.clone(), sentence) {

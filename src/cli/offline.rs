@@ -65,10 +65,12 @@ impl DiskArgument {
         };
         // Every error that would prevent `serve` from starting is an error here as well, so that an
         // operator can check a configuration before a restart.
-        let config = Some(path.clone());
-        let start =
-            StartRequest { role: ProcessRole::Serve, settings: Settings::default(), config };
-        start.load().map(|config| config.image).map_err(|error| error.to_string())
+        let request = StartRequest {
+            role: ProcessRole::Serve,
+            settings: Settings::default(),
+            config_file: Some(path.clone()),
+        };
+        request.load().map(|config| config.image).map_err(|error| error.to_string())
     }
 }
 

@@ -1,18 +1,12 @@
 //! `flexnbd acl`, `break`, `reload` and so on: sends one command to a running server and prints its
 //! reply. The reply's code becomes the exit status.
 
+use super::instance::Instance;
 use super::{output, wait};
 use crate::control::command::Mirror;
 use crate::control::{Command, Reply, ask};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::str::FromStr;
-
-/// The directory of the control sockets of the service's instances.
-const RUN_DIRECTORY: &str = "/run/flexnbd";
-/// Longest name of an instance, in bytes, so that `/run/flexnbd/NAME.sock` fits into a socket
-/// address (107 bytes, unix(7)).
-pub const INSTANCE_BYTES_MAX: usize = 89;
 
 /// Selects a server by its control socket or by its instance name.
 #[derive(clap::Args, Clone, Debug)]
@@ -24,25 +18,6 @@ pub struct ServerArgument {
     /// Name of the service's instance, for the control socket /run/flexnbd/NAME.sock
     #[arg(long, value_name = "NAME")]
     instance: Option<Instance>,
-}
-
-/// The name of an instance: a file name without a path separator, so that its control socket always
-/// lies in the run directory.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Instance(String);
-
-/// An invalid instance name; holds the name.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum InstanceError {
-    /// Empty, hidden, or with a slash, space or control character in it.
-    #[error(
-        "`{0}` is not the name of an instance, which is a word without / and without a dot at its \
-         beginning"
-    )]
-    NotAName(String),
-    /// Longer than [`INSTANCE_BYTES_MAX`].
-    #[error("`{0}` is longer than the {INSTANCE_BYTES_MAX} bytes of a name")]
-    TooLong(String),
 }
 
 /// The flags of `acl`.
@@ -169,29 +144,6 @@ impl ServerArgument {
                 Err("the server is missing: give --sock SOCK or --instance NAME".to_owned())
             }
         }
-    }
-}
-
-impl Instance {
-    /// The path of its control socket.
-    #[must_use]
-    pub fn socket(&self) -> PathBuf {
-        Path::new(RUN_DIRECTORY).join(format!("{}.sock", self.0))
-    }
-}
-
-impl FromStr for Instance {
-    type Err = InstanceError;
-
-    fn from_str(text: &str) -> Result<Self, InstanceError> {
-        let is_invalid = |c: char| c == '/' || c.is_whitespace() || c.is_control();
-        if text.is_empty() || text.starts_with('.') || text.contains(is_invalid) {
-            return Err(InstanceError::NotAName(text.to_owned()));
-        }
-        if text.len() > INSTANCE_BYTES_MAX {
-            return Err(InstanceError::TooLong(text.to_owned()));
-        }
-        Ok(Self(text.to_owned()))
     }
 }
 

@@ -21,6 +21,6 @@ impl ServeFlags {
     /// The request that the flags make.
     #[must_use]
     pub fn into_request(self) -> StartRequest {
-        StartRequest { role: ProcessRole::Serve, settings: self.settings, config: self.config }
+        StartRequest { role: ProcessRole::Serve, settings: self.settings, config_file: self.config }
     }
 }

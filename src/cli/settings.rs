@@ -1,5 +1,5 @@
-//! The settings of a server, from flags and from a configuration file, and which of the two takes
-//! precedence. Pure: never reads a file, and never opens an image or a socket.
+//! The settings of a server, given by flags or by a configuration file. Merges the two, the flags
+//! first. Pure: never reads a file, and never opens an image or a socket.
 
 use super::size::parse_create;
 use super::uri::parse_export;
@@ -182,7 +182,7 @@ impl Settings {
 /// # Errors
 /// A sentence for the operator.
 pub fn parse_acl_entry(text: &str) -> Result<String, String> {
-    Acl::parse(&[text], false).map(|_| text.to_owned()).map_err(|bad| bad.to_string())
+    Acl::parse(&[text], false).map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
 
 /// Parses a number of digits only; `str::parse` also accepts a leading +.

@@ -20,7 +20,7 @@ pub struct StartRequest {
     /// The settings given by flags; they take precedence over the file.
     pub settings: Settings,
     /// The path of the configuration file.
-    pub config: Option<PathBuf>,
+    pub config_file: Option<PathBuf>,
 }
 
 /// Why a process cannot start; holds a sentence for the operator.
@@ -50,14 +50,14 @@ impl StartRequest {
     /// [`StartRequestError`].
     pub fn load(&self) -> Result<Config, StartRequestError> {
         let text =
-            self.config.as_deref().map(read).transpose().map_err(StartRequestError::Config)?;
+            self.config_file.as_deref().map(read).transpose().map_err(StartRequestError::Config)?;
         self.merge(text.as_deref())
     }
 
     /// Reads the configuration file again for a reload; `None` if there is no file.
     #[must_use]
     pub fn reread(&self) -> Option<RereadConfig> {
-        self.config.as_ref()?;
+        self.config_file.as_ref()?;
         let start = self.clone();
         Some(RereadConfig(Box::new(move || {
             start.load().map(|config| config.admission).map_err(|error| error.to_string())
@@ -66,7 +66,7 @@ impl StartRequest {
 
     /// Merges the flags with the text of the configuration file.
     fn merge(&self, text: Option<&str>) -> Result<Config, StartRequestError> {
-        let file = match (&self.config, text) {
+        let file = match (&self.config_file, text) {
             (Some(path), Some(text)) => config::parse(path, text)
                 .map_err(|error| StartRequestError::Config(error.to_string()))?,
             _ => Settings::default(),
@@ -77,9 +77,9 @@ impl StartRequest {
             ProcessRole::Listen { .. } => settings.for_listen(),
         };
         let acl = Acl::parse(&settings.acl, settings.default_deny)
-            .map_err(|bad| StartRequestError::Misuse(bad.to_string()))?;
+            .map_err(|error| StartRequestError::Misuse(error.to_string()))?;
         let clients_max = settings.max_clients.unwrap_or(CLIENTS_MAX);
-        if let Some(file) = self.config.as_deref().filter(|file| is_service_config(file))
+        if let Some(file) = self.config_file.as_deref().filter(|file| is_service_config(file))
             && settings.file.is_some()
             && settings.address().is_ok()
         {
@@ -92,7 +92,7 @@ impl StartRequest {
         let image = settings.file.ok_or_else(|| StartRequestError::Misuse(self.image_missing()))?;
         Ok(Config {
             role: self.role,
-            config_file: self.config.clone(),
+            config_file: self.config_file.clone(),
             address,
             image,
             create: settings.create,
@@ -109,7 +109,7 @@ impl StartRequest {
     }
 
     fn image_missing(&self) -> String {
-        match &self.config {
+        match &self.config_file {
             None => "--file FILE is missing".to_owned(),
             Some(path) => format!("{} has no FILE=", path.display()),
         }
@@ -117,7 +117,7 @@ impl StartRequest {
 
     /// Names the options if one of them is involved, else the keys of the file.
     fn describe_address_error(&self, error: &ListenAddressError) -> String {
-        match &self.config {
+        match &self.config_file {
             Some(path) if self.settings.addr.is_none() && self.settings.port.is_none() => {
                 format!("{}: {}", path.display(), error.with_keys())
             }
@@ -160,7 +160,7 @@ mod tests {
         StartRequest {
             role: ProcessRole::Serve,
             settings: flags,
-            config: config.map(PathBuf::from),
+            config_file: config.map(PathBuf::from),
         }
     }
 

@@ -75,10 +75,10 @@ fn every_long_option_of_serve_is_parsed() {
         acl: vec!["192.0.2.1".to_owned(), "::1".to_owned()],
         ..settings::Settings::default()
     };
-    let config = Some("/c".into());
+    let config_file = Some("/c".into());
     assert_eq!(
         start_request(line),
-        StartRequest { role: ProcessRole::Serve, settings: expected, config }
+        StartRequest { role: ProcessRole::Serve, settings: expected, config_file }
     );
 }
 
@@ -101,7 +101,7 @@ fn every_option_of_listen_is_parsed() {
         ..settings::Settings::default()
     };
     let role = ProcessRole::Listen { overwrite: true, records: RecordPolicy::Required };
-    let expected = StartRequest { role, settings: expected, config: Some("/c".into()) };
+    let expected = StartRequest { role, settings: expected, config_file: Some("/c".into()) };
     assert_eq!(start_request(long), expected);
     assert_eq!(start_request(short), expected);
     assert_eq!(
@@ -545,7 +545,7 @@ fn an_instance_name_cannot_leave_the_run_directory() {
         let start = format!("--instance NAME: `{name}` is not the name of an instance");
         assert!(error.sentence.starts_with(&start), "{error}");
     }
-    let fits = "x".repeat(operate::INSTANCE_BYTES_MAX);
+    let fits = "x".repeat(instance::INSTANCE_BYTES_MAX);
     let CliCommand::Operate(command) = command_of(&format!("status --instance {fits}")) else {
         panic!("status")
     };

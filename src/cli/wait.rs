@@ -65,7 +65,6 @@ fn explain_interrupt(socket: &Path) {
     }
 }
 
-/// The message on SIGINT.
 fn interrupt_message(socket: &Path) -> String {
     let socket = socket.display();
     format!(
@@ -130,8 +129,8 @@ fn wait_for_reply(
     }
 }
 
-/// The migration's progress; `None` without a status, for example because the server has ended. The
-/// reply then tells the outcome.
+/// Requests the migration's progress; `None` if the server sends no status, for example because it
+/// has ended. The outcome is in the reply to the command.
 fn request_status(socket: &Path) -> Option<StatusSample> {
     let reply = ask_within(socket, &Command::Status, POLL_TIMEOUT).ok()?;
     let status = reply.is_success().then(|| Status::from_line(reply.text()))?;

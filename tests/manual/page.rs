@@ -4,7 +4,7 @@
 use super::roff::{Page, arguments_of, plain};
 use super::{module_source, read};
 use clap::{Arg, Command};
-use flexnbd::cli::{self, MODES, config, operate, settings, size, uri};
+use flexnbd::cli::{self, MODES, config, instance, settings, size, uri};
 use flexnbd::control::Status;
 use flexnbd::control::status::{
     MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE, MIGRATION_WAITING,
@@ -220,6 +220,6 @@ fn the_ranges_of_options_are_those_of_the_program() {
 
 #[test]
 fn an_instance_is_where_the_page_says() {
-    let name: operate::Instance = "NAME".parse().unwrap();
+    let name: instance::Instance = "NAME".parse().unwrap();
     assert_eq!(page().items("FILES"), [format!("Pa {}", name.socket().display())]);
 }

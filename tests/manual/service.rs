@@ -6,7 +6,7 @@ use super::generator::{INSTANCE, generate};
 use super::page::numbers;
 use super::roff::Page;
 use super::{module_source, read};
-use flexnbd::cli::operate::{INSTANCE_BYTES_MAX, Instance};
+use flexnbd::cli::instance::{INSTANCE_BYTES_MAX, Instance};
 use flexnbd::disk::OpenError;
 use flexnbd::message_id;
 use flexnbd::systemd::{fd_store, unit};
