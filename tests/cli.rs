@@ -1,8 +1,7 @@
-//! The command line as operators meet it: every mode against real servers, every mistake with its
-//! exit status and its words, signals, the log, the control socket.
+//! The command line as operators use it: every mode against real servers, the exit status and
+//! message of every error, signals, the log, the control socket.
 //!
-//! Never looks inside the library: what a process prints, how it ends and what it leaves behind is
-//! all that counts.
+//! Never uses the library: tests check a process's output, exit status and leftover files.
 
 #![allow(
     clippy::unwrap_used,
@@ -10,14 +9,12 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
+#[path = "cli/addresses.rs"]
+mod addresses;
+#[path = "cli/control.rs"]
+mod control;
 #[path = "cli/log.rs"]
 mod log;
-#[path = "cli/operate.rs"]
-mod operate;
-#[path = "cli/ordinary_user.rs"]
-mod ordinary_user;
-#[path = "cli/places.rs"]
-mod places;
 #[path = "cli/serve_refused.rs"]
 mod serve_refused;
 #[path = "cli/stream.rs"]
@@ -26,6 +23,8 @@ mod stream;
 mod transfer;
 #[path = "cli/transfer_refused.rs"]
 mod transfer_refused;
+#[path = "cli/unprivileged.rs"]
+mod unprivileged;
 #[path = "cli/usage.rs"]
 mod usage;
 
@@ -33,10 +32,10 @@ use harness::{Program, Server, require_root};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-/// The user that owns nothing.
+/// The user id of `nobody`.
 const NOBODY: &str = "65534";
 
-/// Where a server of ours is, in the client's words.
+/// The options by which a client reaches this server.
 fn flags_of(server: &Server) -> String {
     server.endpoint().flags()
 }
@@ -50,15 +49,15 @@ fn write(place: &str, from: u64, data: &[u8]) -> Program {
     Program::flexnbd(&format!("write {place} --from {from} --size {size}")).input(data)
 }
 
-/// Our program as a user to whom permissions apply, from a copy that this user can reach. `None`,
-/// and a visible skip, when we may not become another user.
+/// flexnbd as user `nobody`, to whom permissions apply, from a copy that this user can execute.
+/// `None`, with a skip line, unless the test runs as root.
 fn as_nobody(dir: &Path) -> Option<Program> {
     if !require_root("what another user may not do") {
         return None;
     }
     let copy = dir.join("flexnbd");
-    // By another process: what this one writes stays open in whatever its other threads start at
-    // that moment, and is too busy to be run.
+    // Copied by another process. If this process wrote the file, children that other threads fork at
+    // that moment would inherit the descriptor, and exec would fail with ETXTBSY.
     Program::new("cp").args([env!("CARGO_BIN_EXE_flexnbd")]).args([&copy]).run().succeeded();
     permit(&copy, 0o755);
     permit(dir, 0o755);

@@ -32,7 +32,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("generator", 6),
 ];
 
-/// Files and rooms that decide without doing.
+/// Files and rooms that only compute decisions, without I/O.
 const PURE: &[&str] = &[
     "milestones.rs",
     "range.rs",
@@ -69,7 +69,7 @@ const PURE: &[&str] = &[
     "cli/uri.rs",
 ];
 
-/// What a pure file does not name outside its tests.
+/// Paths that a pure file must not name outside its tests.
 const IMPURE: &[&str] = &["std::net::Tcp", "std::fs", "std::thread", "Instant::now", "tracing::"];
 
 /// Longest file in lines, tests included.
@@ -99,7 +99,7 @@ fn sources() -> Vec<(PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut found = Vec::new();
     visit(&root, &mut found);
-    assert!(found.len() > 20, "only {} files: looking in the wrong place?", found.len());
+    assert!(found.len() > 20, "only {} files: wrong directory?", found.len());
     let relative = |path: &PathBuf| path.strip_prefix(&root).unwrap().to_owned();
     found.iter().map(|path| (relative(path), fs::read_to_string(path).unwrap())).collect()
 }
@@ -109,7 +109,7 @@ fn room(path: &Path) -> String {
     first.trim_end_matches(".rs").to_owned()
 }
 
-/// The text of a file without its tests, which may use whatever helps them.
+/// The text of a file without its tests, which may use any module.
 fn without_tests(text: &str) -> &str {
     text.split("#[cfg(test)]\nmod tests {").next().unwrap()
 }
@@ -119,7 +119,7 @@ fn is_test(path: &Path) -> bool {
 }
 
 #[test]
-fn every_room_leans_only_on_rooms_below_it() {
+fn rooms_use_only_rooms_below_them() {
     let floors: BTreeMap<&str, u32> = FLOORS.iter().copied().collect();
     let mut seen = 0;
     for (path, text) in sources() {
@@ -143,11 +143,11 @@ fn every_room_leans_only_on_rooms_below_it() {
             );
         }
     }
-    assert!(seen > 50, "only {seen} uses seen: has the way of naming rooms changed?");
+    assert!(seen > 50, "only {seen} uses found: has the syntax of paths changed?");
 }
 
 #[test]
-fn pure_files_do_nothing() {
+fn pure_files_name_no_io() {
     for pure in PURE {
         let files: Vec<_> =
             sources().into_iter().filter(|(path, _)| path.starts_with(pure)).collect();
@@ -162,7 +162,7 @@ fn pure_files_do_nothing() {
 }
 
 #[test]
-fn poisoning_is_ignored_in_one_place() {
+fn only_sync_handles_lock_poisoning() {
     for (path, text) in sources() {
         // The global allocator uses no other module.
         let excepted = path.ends_with("sync.rs") || path.ends_with("memory_reserve.rs");
@@ -172,22 +172,22 @@ fn poisoning_is_ignored_in_one_place() {
 }
 
 #[test]
-fn no_file_is_longer_than_can_be_read() {
+fn files_stay_below_the_length_limit() {
     for (path, text) in sources() {
         let lines = text.lines().count();
         let reason = LONG.iter().find(|(long, _)| Path::new(long) == path);
         assert!(
             lines <= LINES_MAX || reason.is_some(),
-            "{} has {lines} lines; divide it, or state in this test why not",
+            "{} has {lines} lines; divide it, or add it to LONG with a reason",
             path.display()
         );
     }
 }
 
 #[test]
-fn every_file_begins_with_what_it_is_for() {
+fn every_file_has_a_module_comment() {
     for (path, text) in sources() {
-        assert!(text.starts_with("//! "), "{} does not say what it is for", path.display());
+        assert!(text.starts_with("//! "), "{} has no module comment", path.display());
     }
 }
 
@@ -226,7 +226,7 @@ fn a_type_name_is_defined_in_one_file() {
     }
     for (shared, _) in SHARED_NAMES {
         let files = defined.get(*shared).map_or(0, Vec::len);
-        assert!(files > 1, "{shared} needs no exception any more");
+        assert!(files > 1, "remove the unused exception {shared}");
     }
 }
 
@@ -278,8 +278,8 @@ fn uses(path: &Path, text: &str) -> Vec<Vec<String>> {
     found
 }
 
-/// Whether a file is the front door of a module, which its own files may use for its types.
-fn is_front_door(path: &Path) -> bool {
+/// Whether a file is the root of a module, from which the module's other files may import.
+fn is_module_root(path: &Path) -> bool {
     path.ends_with("mod.rs") || path == Path::new("lib.rs")
 }
 
@@ -288,11 +288,11 @@ fn no_two_files_use_each_other() {
     let files: Vec<_> = sources().into_iter().filter(|(path, _)| !is_test(path)).collect();
     let modules: BTreeMap<Vec<String>, &PathBuf> = files
         .iter()
-        .filter(|(path, _)| !is_front_door(path))
+        .filter(|(path, _)| !is_module_root(path))
         .map(|(path, _)| (module(path), path))
         .collect();
     let mut used: BTreeMap<&PathBuf, Vec<&PathBuf>> = BTreeMap::new();
-    for (path, text) in files.iter().filter(|(path, _)| !is_front_door(path)) {
+    for (path, text) in files.iter().filter(|(path, _)| !is_module_root(path)) {
         for mut target in uses(path, text) {
             while !target.is_empty() && !modules.contains_key(&target) {
                 target.pop();
@@ -303,7 +303,7 @@ fn no_two_files_use_each_other() {
         }
     }
     let arrows: usize = used.values().map(Vec::len).sum();
-    assert!(arrows > 150, "only {arrows} uses seen: has the way of importing changed?");
+    assert!(arrows > 150, "only {arrows} uses found: has the syntax of imports changed?");
     let uses = |from: &PathBuf, to: &PathBuf| used.get(from).is_some_and(|list| list.contains(&to));
     let mut excepted = 0;
     for from in used.keys() {
@@ -313,5 +313,5 @@ fn no_two_files_use_each_other() {
             excepted += 1;
         }
     }
-    assert_eq!(excepted, CIRCLES.len(), "an exception in CIRCLES is not needed any more");
+    assert_eq!(excepted, CIRCLES.len(), "remove the unused exception in CIRCLES");
 }

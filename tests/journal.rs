@@ -1,6 +1,6 @@
-//! What goes to the journal: every kind of event has an explanation, and every explanation an
-//! event; the fields that are promised are there.
-//! Never looks into a journal; whether the lines arrive there is tried under a real one.
+//! The message catalog: every message id has an entry, every entry an id, and the program sets the
+//! fields that entries show.
+//! Never reads a journal; the lab tests that lines arrive there.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -10,16 +10,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-/// Fields that the journal, or the unit, adds to each line.
-const GIVEN: [&str; 1] = ["FLEXNBD_INSTANCE"];
+/// Fields that the unit adds to each line.
+const UNIT_FIELDS: [&str; 1] = ["FLEXNBD_INSTANCE"];
 
-/// One explanation of the catalog.
+/// One entry of the catalog.
 struct Entry {
     headers: BTreeMap<String, String>,
     text: String,
 }
 
-/// The catalog, by id.
+/// The catalog's entries, by message id.
 fn catalog() -> BTreeMap<String, Entry> {
     let text = fs::read_to_string(project_path("systemd/flexnbd.catalog")).unwrap();
     let mut found = BTreeMap::new();
@@ -34,13 +34,13 @@ fn catalog() -> BTreeMap<String, Entry> {
     found
 }
 
-/// The program's source, less the tests that stand beside it.
+/// The source of the program without its unit tests.
 fn source() -> String {
-    fn visit(directory: &Path, text: &mut String) {
+    fn append(directory: &Path, text: &mut String) {
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                visit(&path, text);
+                append(&path, text);
             } else if !path.ends_with("message_id.rs") && !path.ends_with("tests.rs") {
                 let file = fs::read_to_string(&path).unwrap();
                 text.push_str(file.split("#[cfg(test)]\nmod tests {").next().unwrap());
@@ -48,11 +48,11 @@ fn source() -> String {
         }
     }
     let mut text = String::new();
-    visit(&project_path("src"), &mut text);
+    append(&project_path("src"), &mut text);
     text
 }
 
-/// The names of the journal's fields that the program sets.
+/// The names of the journal fields that the program sets.
 fn fields(source: &str) -> BTreeSet<String> {
     let named = source.split("\"flexnbd.").skip(1).filter_map(|rest| rest.split_once('"'));
     let fields = named.filter(|(_, rest)| rest.trim_start().starts_with('='));
@@ -60,7 +60,7 @@ fn fields(source: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_id_is_one_and_no_other() {
+fn message_ids_are_unique_lower_case_hex() {
     let ids: BTreeSet<&str> = message_id::ALL.iter().map(|(_, id)| *id).collect();
     assert_eq!(ids.len(), message_id::ALL.len(), "an id comes twice");
     for (name, id) in message_id::ALL {
@@ -70,14 +70,14 @@ fn every_id_is_one_and_no_other() {
 }
 
 #[test]
-fn every_kind_of_event_is_explained_and_nothing_else_is() {
+fn the_catalog_explains_exactly_the_known_ids() {
     let explained: BTreeSet<String> = catalog().into_keys().collect();
     let known: BTreeSet<String> = message_id::ALL.iter().map(|(_, id)| (*id).to_owned()).collect();
     assert_eq!(explained, known);
 }
 
 #[test]
-fn every_kind_of_event_can_happen() {
+fn every_message_id_is_logged_somewhere() {
     let source = source();
     for (name, _) in message_id::ALL {
         let is_used =
@@ -87,29 +87,32 @@ fn every_kind_of_event_can_happen() {
 }
 
 #[test]
-fn explanations_are_whole_and_fit_a_terminal() {
+fn catalog_entries_are_complete_and_fit_a_terminal() {
     for (id, Entry { headers, text }) in catalog() {
         let keys: Vec<&str> = headers.keys().map(String::as_str).collect();
         assert_eq!(keys, ["Defined-By", "Documentation", "Subject", "Support"], "{id}");
         assert_eq!(headers["Defined-By"], "flexnbd", "{id}");
         assert!(headers["Documentation"].contains("man:flexnbd.service(7)"), "{id}");
         assert!(headers["Subject"].len() > 10 && !headers["Subject"].ends_with('.'), "{id}");
-        assert!(text.len() > 80, "{id} explains almost nothing");
+        assert!(text.len() > 80, "the entry of {id} is too short");
         assert!(text.lines().all(|line| line.chars().count() <= 100), "{id} has a long line");
     }
 }
 
 #[test]
-fn every_field_that_an_explanation_shows_is_set_somewhere() {
+fn every_field_in_the_catalog_is_set() {
     let fields = fields(&source());
     assert!(fields.len() > 8, "only {fields:?} found");
     let mut shown = 0;
     for (id, Entry { headers, text }) in catalog() {
         let all = format!("{} {text}", headers["Subject"]);
-        // As in systemd: a name in capitals between two of them.
+        // The syntax of systemd's catalogs: @NAME@.
         for word in all.split('@').filter(|word| word.starts_with("FLEXNBD_")) {
-            let is_given = GIVEN.contains(&word);
-            assert!(is_given || fields.contains(word), "{id} shows {word}, which is never set");
+            let is_unit_field = UNIT_FIELDS.contains(&word);
+            assert!(
+                is_unit_field || fields.contains(word),
+                "{id} shows {word}, which is never set"
+            );
             shown += 1;
         }
     }

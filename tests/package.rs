@@ -1,6 +1,5 @@
-//! What the Debian package is made of: that its files are there, and what its units and scripts
-//! promise as far as that can be seen without a service manager.
-//! Never installs anything; that is for the tests that boot a systemd.
+//! The Debian package: its files, and its units and scripts as far as they can be tested without a
+//! service manager. The lab tests the installed package.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -16,7 +15,7 @@ const RECEIVER: &str = include_str!("../systemd/flexnbd-listen@.service");
 const SOCKET: &str = include_str!("../systemd/flexnbd@.socket");
 const CONTROL: &str = include_str!("../systemd/flexnbd-control@.socket");
 
-/// The settings of a unit, or of one of its sections, without comments.
+/// The settings in a section of a unit, without comments.
 fn settings<'a>(unit: &'a str, section: &str) -> Vec<&'a str> {
     let mut current = "";
     let mut found = Vec::new();
@@ -30,7 +29,7 @@ fn settings<'a>(unit: &'a str, section: &str) -> Vec<&'a str> {
     found
 }
 
-/// Each asset of the package: where it is here, and where it goes.
+/// The assets of the package: path in the repository and destination.
 fn assets() -> Vec<(&'static str, &'static str)> {
     let manifest = include_str!("../Cargo.toml");
     let list = manifest.split("\nassets = [").nth(1).unwrap().split("\n]").next().unwrap();
@@ -43,7 +42,7 @@ fn assets() -> Vec<(&'static str, &'static str)> {
 }
 
 #[test]
-fn every_file_of_the_package_is_there_and_every_unit_in_the_package() {
+fn packaged_files_exist_and_all_units_are_packaged() {
     let assets = assets();
     assert!(assets.len() > 10, "only {assets:?}");
     for (path, _) in assets.iter().filter(|(path, _)| !path.starts_with("target/")) {
@@ -60,7 +59,7 @@ fn every_file_of_the_package_is_there_and_every_unit_in_the_package() {
 }
 
 #[test]
-fn scripts_can_be_run_and_are_no_worse_than_sh() {
+fn scripts_are_executable_and_valid_sh() {
     for script in [
         "systemd/retire",
         "systemd/debian/postinst",
@@ -75,9 +74,9 @@ fn scripts_can_be_run_and_are_no_worse_than_sh() {
 }
 
 #[test]
-fn the_receiving_service_lives_in_the_same_sandbox() {
-    // What one has and the other not, on purpose.
-    let own = [
+fn both_services_have_the_same_sandbox() {
+    // Settings that differ on purpose.
+    let differing = [
         "ExecStart",
         "ExecReload",
         "ExecStopPost",
@@ -89,7 +88,7 @@ fn the_receiving_service_lives_in_the_same_sandbox() {
     ];
     let common = |unit| {
         let mut all = settings(unit, "[Service]");
-        all.retain(|line| !own.iter().any(|key| line.starts_with(&format!("{key}="))));
+        all.retain(|line| !differing.iter().any(|key| line.starts_with(&format!("{key}="))));
         all
     };
     assert!(common(SERVICE).len() > 30);
@@ -97,7 +96,7 @@ fn the_receiving_service_lives_in_the_same_sandbox() {
 }
 
 #[test]
-fn neither_service_begins_without_its_sockets_or_beside_the_other() {
+fn services_require_their_sockets_and_conflict() {
     let sockets = "flexnbd@%i.socket flexnbd-control@%i.socket";
     for (unit, other) in [(SERVICE, "flexnbd-listen@%i.service"), (RECEIVER, "flexnbd@%i.service")]
     {
@@ -109,24 +108,24 @@ fn neither_service_begins_without_its_sockets_or_beside_the_other() {
 }
 
 #[test]
-fn nothing_counts_starts_since_that_would_close_the_sockets() {
+fn units_have_no_start_limit() {
     for unit in [SERVICE, RECEIVER, SOCKET, CONTROL] {
         assert!(settings(unit, "[Unit]").contains(&"StartLimitIntervalSec=0"));
     }
 }
 
 #[test]
-fn sockets_have_the_names_that_the_program_goes_by() {
+fn socket_units_set_the_expected_descriptor_names() {
     use flexnbd::systemd::sockets::{CONTROL_NAME, NBD_NAME};
     for (unit, name) in [(SOCKET, NBD_NAME), (CONTROL, CONTROL_NAME)] {
         let line = format!("FileDescriptorName={name}");
         assert!(settings(unit, "[Socket]").contains(&&*line), "{name}");
     }
     let path = "ListenStream=/run/flexnbd/%i.sock";
-    assert!(settings(CONTROL, "[Socket]").contains(&path), "where --instance looks for it");
+    assert!(settings(CONTROL, "[Socket]").contains(&path), "the path that --instance uses");
 }
 
-/// A host whose `systemctl` writes down what it is told.
+/// A host with a stub of `systemctl` that records its arguments.
 struct Host {
     root: TempDir,
 }
@@ -146,19 +145,19 @@ impl Host {
         self.root.path().join(name)
     }
 
-    /// The job that the service that receives has, if any.
+    /// Installs the stub; `job` is the pending job of the receiving unit, if any.
     fn systemctl(&self, job: &str) {
         self.systemctl_with(job, "");
     }
 
-    /// The same, and the jobs of the service that serves.
+    /// Installs the stub with `jobs` as the job list of the serving unit.
     fn systemctl_with(&self, job: &str, jobs: &str) {
         let path = self.path("bin/systemctl");
-        let told = self.path("told");
+        let calls = self.path("calls");
         let text = format!(
             "#!/bin/sh\ncase \"$1\" in show) echo {job} ;; list-jobs) echo '{jobs}' ;; \
              *) echo \"$*\" >>{} ;; esac\n",
-            told.display()
+            calls.display()
         );
         fs::write(&path, text).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
@@ -168,18 +167,18 @@ impl Host {
         let image = self.path("disk.img");
         xattr::set(&image, "user.flexnbd", format!("flexnbd 1 {record}\n").as_bytes()).unwrap();
         let mut status = Command::new(env!("CARGO_BIN_EXE_flexnbd"));
-        let told = status.args(["status", "--file"]).arg(&image).output().unwrap();
-        assert!(told.status.success(), "{record}: {told:?}");
+        let output = status.args(["status", "--file"]).arg(&image).output().unwrap();
+        assert!(output.status.success(), "{record}: {output:?}");
     }
 
-    /// What systemd is told when the service has ended with this result.
-    fn retired(&self, result: &str) -> String {
-        self.retires(result);
-        fs::read_to_string(self.path("told")).unwrap_or_default()
+    /// Runs the script after a stop with this result; returns the recorded calls of systemctl.
+    fn calls_of_retire(&self, result: &str) -> String {
+        self.output_of_retire(result);
+        fs::read_to_string(self.path("calls")).unwrap_or_default()
     }
 
-    /// What is told in the journal then.
-    fn retires(&self, result: &str) -> String {
+    /// Runs the script after a stop with this result; returns its output to the journal.
+    fn output_of_retire(&self, result: &str) -> String {
         let output = Command::new(project_path("systemd/retire"))
             .arg("disk")
             .env("PATH", format!("{}:/usr/bin:/bin", self.path("bin").display()))
@@ -198,57 +197,60 @@ const DEPARTED: &str =
 const STOP: &str = "--no-block stop flexnbd@disk.socket flexnbd-control@disk.socket\n";
 
 #[test]
-fn sockets_stay_where_the_disk_is() {
+fn sockets_stay_while_the_disk_is_here() {
     let host = Host::new();
     for result in ["success", "exit-code", "signal", "watchdog"] {
-        assert_eq!(host.retired(result), "", "{result}");
+        assert_eq!(host.calls_of_retire(result), "", "{result}");
     }
     for record in ["incoming id=-", "ours title=adopted"] {
         host.record(record);
-        assert_eq!(host.retired("success"), "", "{record}");
+        assert_eq!(host.calls_of_retire("success"), "", "{record}");
     }
 }
 
 #[test]
-fn sockets_go_with_a_disk_that_has_moved() {
+fn sockets_stop_after_the_disk_departed() {
     let host = Host::new();
     host.record(DEPARTED);
-    assert_eq!(host.retired("success"), STOP);
+    assert_eq!(host.calls_of_retire("success"), STOP);
 }
 
 #[test]
-fn sockets_go_with_an_image_that_was_deleted_when_it_had_moved() {
+fn sockets_stop_after_a_departed_image_was_deleted() {
     let host = Host::new();
     fs::remove_file(host.path("disk.img")).unwrap();
     for result in ["success", "exit-code"] {
-        assert_eq!(host.retired(result), "", "it is merely missing: {result}");
+        assert_eq!(host.calls_of_retire(result), "", "missing without a record: {result}");
     }
     let name = host.path("disk.img").display().to_string().replace('/', "%2F");
     let note = host.root.path().join(name + ".departed");
     fs::write(note, format!("flexnbd 1 {DEPARTED}\n")).unwrap();
-    assert_eq!(host.retired("success"), STOP);
+    assert_eq!(host.calls_of_retire("success"), STOP);
 }
 
 #[test]
-fn sockets_stay_for_a_disk_that_comes_back() {
+fn sockets_stay_while_the_receiver_is_starting() {
     let host = Host::new();
     host.record(DEPARTED);
     host.systemctl("4711");
-    assert_eq!(host.retired("success"), "");
+    assert_eq!(host.calls_of_retire("success"), "");
     host.systemctl("0");
-    assert_eq!(host.retired("success"), STOP);
+    assert_eq!(host.calls_of_retire("success"), STOP);
 }
 
 #[test]
-fn a_receiver_that_replaces_a_serving_service_is_announced() {
+fn a_receiver_replacing_the_service_is_logged() {
     let host = Host::new();
-    assert_eq!(host.retires("success"), "", "an ordinary stop");
+    assert_eq!(host.output_of_retire("success"), "", "an ordinary stop");
     host.systemctl("4711");
-    let told = host.retires("success");
+    let output = host.output_of_retire("success");
     let remedy = "systemctl start flexnbd@disk.service";
-    assert!(told.contains("clients of disk are disconnected") && told.contains(remedy), "{told}");
+    assert!(
+        output.contains("clients of disk are disconnected") && output.contains(remedy),
+        "{output}"
+    );
     host.record(DEPARTED);
-    assert_eq!(host.retires("success"), "", "no client has a disk here");
+    assert_eq!(host.output_of_retire("success"), "", "no client uses the disk here");
 }
 
 #[test]
@@ -257,24 +259,24 @@ fn sockets_stay_while_the_service_is_restarted() {
     host.record(DEPARTED);
     for job in ["restart running", "start waiting"] {
         host.systemctl_with("0", &format!("7 flexnbd@disk.service {job}"));
-        assert_eq!(host.retired("success"), "", "{job}");
+        assert_eq!(host.calls_of_retire("success"), "", "{job}");
     }
     host.systemctl_with("0", "7 flexnbd@disk.service stop running");
-    assert_eq!(host.retired("success"), STOP);
+    assert_eq!(host.calls_of_retire("success"), STOP);
 }
 
 #[test]
-fn sockets_stay_when_nothing_can_be_found_out() {
+fn sockets_stay_if_the_ownership_is_unknown() {
     let host = Host::new();
     fs::write(host.path("disk.conf"), "nonsense\n").unwrap();
-    assert_eq!(host.retired("success"), "");
+    assert_eq!(host.calls_of_retire("success"), "");
     let image = temp_dir();
     fs::write(host.path("disk.conf"), format!("FILE={}\n", image.path().display())).unwrap();
-    assert_eq!(host.retired("success"), "", "a directory");
+    assert_eq!(host.calls_of_retire("success"), "", "a directory");
 }
 
 #[test]
-fn records_can_be_looked_up_and_the_directory_of_sockets_is_roots() {
+fn tmpfiles_set_modes_of_state_and_socket_directories() {
     let lines = include_str!("../systemd/flexnbd.tmpfiles").lines();
     let made: Vec<&str> = lines.filter(|line| !line.starts_with('#')).collect();
     assert!(made.contains(&"d /run/flexnbd 0750 root flexnbd -"), "{made:?}");
@@ -284,15 +286,15 @@ fn records_can_be_looked_up_and_the_directory_of_sockets_is_roots() {
     }
 }
 
-/// Runs `tests/install` where apt-get says this once before it works; what it said, and how often
-/// it was asked.
-fn installs_after(complaint: &str) -> (bool, String, usize) {
+/// Runs `tests/install` with a stub of apt-get that fails once with this error. Returns success,
+/// stderr, and the number of calls.
+fn install_after_error(error: &str) -> (bool, String, usize) {
     let dir = temp_dir();
     let path = |name: &str| dir.path().join(name);
-    let asked = path("asked").display().to_string();
+    let log = path("asked").display().to_string();
     let script = format!(
-        "#!/bin/sh\necho \"$*\" >>{asked}\n[ $(wc -l <{asked}) = 1 ] || exit 0\n\
-         echo \"{complaint}\" >&2\nexit 100\n"
+        "#!/bin/sh\necho \"$*\" >>{log}\n[ $(wc -l <{log}) = 1 ] || exit 0\n\
+         echo \"{error}\" >&2\nexit 100\n"
     );
     fs::write(path("apt-get"), script).unwrap();
     fs::write(path("sudo"), "#!/bin/sh\nexec \"$@\"\n").unwrap();
@@ -302,15 +304,15 @@ fn installs_after(complaint: &str) -> (bool, String, usize) {
     let mut install = Command::new(project_path("tests/install"));
     install.arg("no-such-package").env("PATH", format!("{}:/usr/bin:/bin", dir.path().display()));
     let output = install.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let count = fs::read_to_string(asked).unwrap().lines().count();
-    (output.status.success(), said, count)
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let count = fs::read_to_string(log).unwrap().lines().count();
+    (output.status.success(), stderr, count)
 }
 
 #[test]
-fn installing_for_tests_waits_for_the_locks_of_apt() {
+fn the_install_script_waits_for_apt_locks() {
     let lock = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7 (apt-get)";
-    assert_eq!(installs_after(lock), (true, String::new(), 3), "update twice, and install");
-    let (worked, said, count) = installs_after("E: no network");
-    assert_eq!((worked, said.as_str(), count), (false, "E: no network\n", 1));
+    assert_eq!(install_after_error(lock), (true, String::new(), 3), "update twice, then install");
+    let (worked, stderr, count) = install_after_error("E: no network");
+    assert_eq!((worked, stderr.as_str(), count), (false, "E: no network\n", 1));
 }

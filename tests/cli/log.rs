@@ -1,11 +1,11 @@
-//! The log on stderr: the manual's line format and levels, and that a lost log disturbs nobody.
+//! The log on stderr: line format and levels as in the manual; a closed stderr affects no client.
 
 use crate::{flags_of, read};
 use harness::raw::Wire;
 use harness::{Builder, Endpoint, Program, Served, Server, sparse_image, temp_dir};
 use std::process::Stdio;
 
-/// One line of the log, taken apart: `MS:LEVEL:PID THREAD FILE:LINE: MESSAGE`.
+/// The level of a log line, which must be `MS:LEVEL:PID THREAD FILE:LINE: MESSAGE`.
 #[track_caller]
 fn level_of(line: &str, pid: u32) -> char {
     let parts = || {
@@ -23,9 +23,9 @@ fn level_of(line: &str, pid: u32) -> char {
     parts().unwrap_or_else(|| panic!("not a line of the log: {line}"))
 }
 
-/// Refuses a client, serves one, and is asked nonsense by another; returns what was logged.
+/// Runs a server that serves a client, refuses one, and gets an invalid handshake from a third.
 #[track_caller]
-fn eventful_life(flags: &[&str]) -> (Server, String) {
+fn serve_and_log(flags: &[&str]) -> (Server, String) {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 4096);
     let mut server = Builder::serve(&image).args(flags).args(["127.0.0.1"]).start();
@@ -41,7 +41,7 @@ fn eventful_life(flags: &[&str]) -> (Server, String) {
 }
 
 fn levels(flags: &[&str]) -> String {
-    let (server, log) = eventful_life(flags);
+    let (server, log) = serve_and_log(flags);
     let mut levels: Vec<char> = log.lines().map(|line| level_of(line, server.pid())).collect();
     levels.sort_unstable();
     levels.dedup();
@@ -49,7 +49,7 @@ fn levels(flags: &[&str]) -> String {
 }
 
 #[test]
-fn each_level_of_loudness_lets_through_what_the_manual_says() {
+fn verbosity_options_select_the_documented_levels() {
     assert_eq!(levels(&["--quiet"]), "");
     assert_eq!(levels(&[]), "W");
     let verbose = levels(&["--verbose"]);
@@ -69,8 +69,8 @@ fn the_last_of_quiet_and_verbose_wins() {
 }
 
 #[test]
-fn each_failure_of_a_client_is_logged_once_with_its_address() {
-    let (_, log) = eventful_life(&[]);
+fn every_client_failure_is_logged_with_its_address() {
+    let (_, log) = serve_and_log(&[]);
     let lines: Vec<&str> = log.lines().collect();
     assert_eq!(lines.len(), 2, "{log}");
     assert!(lines[0].contains("refused 127.0.0.2:"), "{log}");
@@ -78,13 +78,13 @@ fn each_failure_of_a_client_is_logged_once_with_its_address() {
 }
 
 #[test]
-fn what_ends_the_program_is_said_even_when_quiet() {
+fn fatal_errors_are_logged_even_when_quiet() {
     let outcome = Program::flexnbd("--quiet serve --file /no/such/disk -l 127.0.0.1 -p 1").run();
     outcome.refused(78, &[":F:", "/no/such/disk does not exist"]);
 }
 
 #[test]
-fn a_debug_build_says_more_when_verbose() {
+fn a_verbose_debug_build_logs_debug_lines() {
     if !cfg!(debug_assertions) {
         return;
     }
@@ -93,14 +93,14 @@ fn a_debug_build_says_more_when_verbose() {
     let sock = dir.path().join("control.sock");
     let server = Builder::serve(&image).args(["-v", "--sock"]).args([&sock]).start();
     harness::wait_until("the control socket", || sock.exists());
-    // Asks, and does not stay for the answer.
+    // Closes the connection without reading the reply.
     let stream = std::os::unix::net::UnixStream::connect(&sock).unwrap();
     drop(stream);
     server.wait_for_stderr(":D:");
 }
 
 #[test]
-fn a_server_goes_on_when_nobody_reads_its_log_any_more() {
+fn a_server_survives_a_closed_stderr() {
     let served = Served::with(&[]);
     drop(served.server);
     let port = harness::free_port();
@@ -112,10 +112,10 @@ fn a_server_goes_on_when_nobody_reads_its_log_any_more() {
         std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
     });
     let outcomes = [(); 3].map(|()| read(&place.flags(), 0, 512).run());
-    let still_there = child.try_wait().unwrap().is_none();
+    let is_running = child.try_wait().unwrap().is_none();
     child.kill().unwrap();
     child.wait().unwrap();
-    assert!(up && still_there);
+    assert!(up && is_running);
     for outcome in outcomes {
         outcome.succeeded();
     }

@@ -1,4 +1,4 @@
-//! 1 GiB through a pipe: neither the client nor the server may hold it.
+//! `read` and `write` of 1 GiB through a pipe, in bounded memory of client and server.
 
 use crate::flags_of;
 use harness::{
@@ -8,11 +8,11 @@ use harness::{
 use std::io::{Read as _, Write as _};
 use std::process::Stdio;
 
-/// The most memory that either side may ever have had, in bytes.
+/// Limit for the peak resident set of either process, in bytes.
 const MEMORY_MAX: u64 = 100 * MIB;
-/// How much is left in the pipe, or not yet put into it, when the memory is looked at: more than
-/// a pipe holds, so that the client is still there.
-const KEPT_BACK: u64 = MIB;
+/// Bytes not yet transferred when memory is measured: more than a pipe buffers, so that the client
+/// still runs.
+const REMAINDER: u64 = MIB;
 
 fn served() -> Served {
     let dir = temp_dir();
@@ -22,11 +22,11 @@ fn served() -> Served {
 }
 
 #[track_caller]
-fn assert_modest(served: &Served, client: u32) {
+fn assert_bounded_memory(served: &Served, client: u32) {
     for (who, pid) in [("client", client), ("server", served.server.pid())] {
         let peak = Resources::of(pid).rss_bytes_peak;
-        assert!(peak > 0, "the {who} is there");
-        assert!(peak < MEMORY_MAX, "the {who} had {peak} bytes");
+        assert!(peak > 0, "the {who} runs");
+        assert!(peak < MEMORY_MAX, "peak of the {who}: {peak} bytes");
     }
 }
 
@@ -37,28 +37,28 @@ fn a_gibibyte_is_read_in_bounded_memory() {
     let mut child = Program::flexnbd(&arguments).start(Stdio::null(), Stdio::piped());
     let mut stdout = child.stdout.take().unwrap();
     let mut piece = vec![0; MIB as usize];
-    for _ in 0..(GIB - KEPT_BACK) / MIB {
+    for _ in 0..(GIB - REMAINDER) / MIB {
         stdout.read_exact(&mut piece).unwrap();
     }
-    assert_modest(&served, child.id());
+    assert_bounded_memory(&served, child.id());
     let mut rest = Vec::new();
     stdout.read_to_end(&mut rest).unwrap();
-    assert_eq!(rest.len() as u64, KEPT_BACK);
-    assert!(rest[..512] == noise(512, 1), "the right bytes come at the end");
+    assert_eq!(rest.len() as u64, REMAINDER);
+    assert!(rest[..512] == noise(512, 1), "wrong bytes at the end");
     assert!(wait_for_exit(&mut child, &arguments).success());
 }
 
 #[test]
-fn a_gibibyte_is_written_in_bounded_memory_and_zeros_stay_holes() {
+fn writing_a_gibibyte_of_zeros_stays_sparse() {
     let served = served();
     let arguments = format!("write {} --from 1M --size 1G", flags_of(&served.server));
     let mut child = Program::flexnbd(&arguments).start(Stdio::piped(), Stdio::null());
     let mut stdin = child.stdin.take().unwrap();
     let mut piece = vec![0; MIB as usize];
-    for _ in 0..(GIB - KEPT_BACK) / MIB {
+    for _ in 0..(GIB - REMAINDER) / MIB {
         stdin.write_all(&piece).unwrap();
     }
-    assert_modest(&served, child.id());
+    assert_bounded_memory(&served, child.id());
     piece[7] = 7;
     stdin.write_all(&piece).unwrap();
     drop(stdin);

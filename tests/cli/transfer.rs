@@ -1,4 +1,4 @@
-//! `read` and `write` against every server there is: ours, nbdkit's and QEMU's.
+//! `read` and `write` against flexnbd, nbdkit and qemu-nbd.
 
 use crate::{flags_of, read, write};
 use harness::{
@@ -7,29 +7,29 @@ use harness::{
 };
 use std::path::Path;
 
-/// Odd in every way: no block begins or ends there.
+/// Range without any block alignment.
 const FROM: u64 = 12_345;
 const LENGTH: usize = 1_000_003;
 
-/// Writes, reads back, and looks into the image.
+/// Writes, reads back, and checks the image.
 #[track_caller]
-fn goes_there_and_back(place: &str, image: &Path) {
+fn assert_round_trip(place: &str, image: &Path) {
     let data = noise(LENGTH, 6);
     write(place, FROM, &data).run().succeeded().prints_nothing();
     let outcome = read(place, FROM, LENGTH as u64).run();
     assert_eq!(outcome.succeeded().stderr, "");
-    assert!(outcome.stdout == data, "what was written is read");
-    assert!(read_at(image, FROM, LENGTH) == data, "what was written is in the image");
+    assert!(outcome.stdout == data, "wrong data read back");
+    assert!(read_at(image, FROM, LENGTH) == data, "wrong data in the image");
     assert_eq!(read_at(image, FROM - 1, 1), [0], "the byte before");
     assert_eq!(read_at(image, FROM + LENGTH as u64, 1), [0], "the byte after");
 }
 
 #[test]
-fn bytes_go_to_our_server_and_back_in_every_way() {
+fn flexnbd_round_trips_over_every_transport_and_style() {
     over_every_transport_and_style(|served, _| {
-        goes_there_and_back(&flags_of(&served.server), &served.image);
+        assert_round_trip(&flags_of(&served.server), &served.image);
         let by_uri = format!("--uri {}", served.uri());
-        goes_there_and_back(&by_uri, &served.image);
+        assert_round_trip(&by_uri, &served.image);
         assert_eq!(served.server.stderr(), "");
     });
 }
@@ -41,7 +41,7 @@ fn place(transport: Transport, dir: &Path) -> Endpoint {
     }
 }
 
-/// nbdkit with these arguments, over either kind of socket.
+/// Starts nbdkit with these arguments on either kind of socket.
 #[track_caller]
 pub(crate) fn nbdkit(place: Endpoint, arguments: &[&str]) -> Peer {
     let nbdkit = Program::new("nbdkit").words("-f");
@@ -53,7 +53,7 @@ pub(crate) fn nbdkit(place: Endpoint, arguments: &[&str]) -> Peer {
 }
 
 #[test]
-fn bytes_go_to_nbdkit_and_back_in_every_way() {
+fn nbdkit_round_trips_over_every_transport_and_style() {
     if !require_tool("nbdkit") {
         return;
     }
@@ -63,13 +63,13 @@ fn bytes_go_to_nbdkit_and_back_in_every_way() {
             let image = sparse_image(dir.path(), "image", 8 * MIB);
             let place = place(transport, dir.path());
             let peer = nbdkit(place, &[style, "file", image.to_str().unwrap()]);
-            goes_there_and_back(&peer.endpoint.flags(), &image);
+            assert_round_trip(&peer.endpoint.flags(), &image);
             peer.stop();
         }
     }
 }
 
-/// qemu-nbd over either kind of socket, with the export named `disk`.
+/// Starts qemu-nbd with an export named `disk` on either kind of socket.
 #[track_caller]
 pub(crate) fn qemu_nbd(place: Endpoint, image: &Path) -> Peer {
     let qemu_nbd = Program::new("qemu-nbd").words("-f raw -t -e 8 -x disk");
@@ -81,7 +81,7 @@ pub(crate) fn qemu_nbd(place: Endpoint, image: &Path) -> Peer {
 }
 
 #[test]
-fn bytes_go_to_qemu_nbd_and_back_in_every_way() {
+fn qemu_nbd_round_trips_over_every_transport() {
     if !require_tool("qemu-nbd") {
         return;
     }
@@ -89,16 +89,16 @@ fn bytes_go_to_qemu_nbd_and_back_in_every_way() {
         let dir = temp_dir();
         let image = sparse_image(dir.path(), "image", 8 * MIB);
         let peer = qemu_nbd(place(transport, dir.path()), &image);
-        goes_there_and_back(&format!("{} --export disk", peer.endpoint.flags()), &image);
+        assert_round_trip(&format!("{} --export disk", peer.endpoint.flags()), &image);
         let uri = peer.endpoint.uri_of("disk");
-        goes_there_and_back(&format!("--uri {uri}"), &image);
+        assert_round_trip(&format!("--uri {uri}"), &image);
         let unknown = format!("{} --export other", peer.endpoint.flags());
         read(&unknown, 0, 512).run().refused(1, &["no export of that name"]);
     }
 }
 
 #[test]
-fn an_export_is_reached_by_its_name_and_by_none_but_not_by_another() {
+fn exports_match_their_name_or_the_empty_name() {
     let served = Served::with(&["--export", "my disk"]);
     let place = flags_of(&served.server);
     let named = |name: &str| read(&place, 0, 512).args(["--export", name]).run();
@@ -116,12 +116,12 @@ fn an_export_is_reached_by_its_name_and_by_none_but_not_by_another() {
 }
 
 #[test]
-fn bind_chooses_the_address_that_the_server_sees() {
+fn bind_sets_the_source_address() {
     let served = Served::with(&["127.0.0.2"]);
     let place = flags_of(&served.server);
     let from = |address: &str| read(&place, 0, 512).args(["--bind", address]).run();
     from("127.0.0.2").succeeded();
-    // Its door closes without a word.
+    // The server closes the connection without a greeting.
     from("127.0.0.1").refused(1, &["flexnbd read: 127.0.0.1:", "connection"]);
     served.server.wait_for_stderr("refused 127.0.0.1:");
     from("192.0.2.1").refused(1, &["192.0.2.1"]);
@@ -129,7 +129,7 @@ fn bind_chooses_the_address_that_the_server_sees() {
 }
 
 #[test]
-fn the_last_byte_can_be_written_and_the_one_after_it_not() {
+fn writes_past_the_last_byte_are_refused() {
     let served = Served::with(&[]);
     let place = flags_of(&served.server);
     write(&place, 64 * MIB - 1, b"x").run().succeeded().prints_nothing();
@@ -139,5 +139,5 @@ fn the_last_byte_can_be_written_and_the_one_after_it_not() {
     write(&place, 64 * MIB - 1, b"xy").run().refused(1, &[&size]);
     let read = read(&place, 64 * MIB - 1, 2).run();
     assert!(read.refused(1, &["flexnbd read: ", &size]).stdout.is_empty());
-    assert_eq!(served.server.stderr(), "", "the client does not even ask");
+    assert_eq!(served.server.stderr(), "", "the client sends no request");
 }

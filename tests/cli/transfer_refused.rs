@@ -1,4 +1,4 @@
-//! What can keep `read` and `write` from doing their work, and what they then say.
+//! Errors of `read` and `write`, and their messages.
 
 use crate::transfer::nbdkit;
 use crate::{flags_of, read, write};
@@ -12,7 +12,7 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::process::Stdio;
 
 #[test]
-fn nobody_listening_is_said_once_with_the_address() {
+fn a_refused_connection_is_reported_once_with_address() {
     let place = Endpoint::localhost(free_port());
     let outcome = read(&place.flags(), 0, 512).run();
     outcome.refused(1, &["flexnbd read: cannot connect to 127.0.0.1:", "refused"]);
@@ -24,8 +24,8 @@ fn nobody_listening_is_said_once_with_the_address() {
     assert_eq!(outcome.stderr.matches("cannot connect").count(), 1, "{}", outcome.stderr);
 }
 
-/// Says this to one client, and takes whatever it says.
-fn stranger(words: &'static [u8]) -> (Endpoint, std::thread::JoinHandle<()>) {
+/// A server that sends `words` to one client and closes its side.
+fn scripted_server(words: &'static [u8]) -> (Endpoint, std::thread::JoinHandle<()>) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let thread = std::thread::spawn(move || {
@@ -38,23 +38,23 @@ fn stranger(words: &'static [u8]) -> (Endpoint, std::thread::JoinHandle<()>) {
 }
 
 #[test]
-fn a_server_of_another_kind_is_recognised() {
+fn servers_of_other_protocols_are_recognised() {
     let ssh = b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n";
     let unknown_magic = b"NBDMAGICSOMETHNG and so on and on and on and on";
     for words in [&ssh[..], unknown_magic] {
-        let (place, thread) = stranger(words);
+        let (place, thread) = scripted_server(words);
         read(&place.flags(), 0, 512).run().refused(1, &["flexnbd read: 127.0.0.1:", "NBD"]);
         thread.join().unwrap();
     }
     for words in [&b""[..], b"NBDMAGIC", b"NBDM"] {
-        let (place, thread) = stranger(words);
+        let (place, thread) = scripted_server(words);
         read(&place.flags(), 0, 512).run().refused(1, &["flexnbd read: 127.0.0.1:", "closed"]);
         thread.join().unwrap();
     }
 }
 
 #[test]
-fn a_server_that_insists_on_tls_is_left_with_the_reason() {
+fn a_server_that_requires_tls_is_refused() {
     if !require_tool("nbdkit") {
         return;
     }
@@ -69,7 +69,7 @@ fn a_server_that_insists_on_tls_is_left_with_the_reason() {
 }
 
 #[test]
-fn the_smallest_block_of_a_server_is_kept_to() {
+fn block_size_constraints_of_servers_are_respected() {
     if !require_tool("nbdkit") {
         return;
     }
@@ -86,7 +86,7 @@ fn the_smallest_block_of_a_server_is_kept_to() {
         outcome.refused(1, &["flexnbd read: ", "multiples of 512"]);
         assert!(outcome.stdout.is_empty());
     }
-    // Longer than its longest: split.
+    // Longer than the server's maximum, so the client splits it.
     let data = noise(300 * KIB as usize, 9);
     write(&place, 512, &data).run().succeeded().prints_nothing();
     assert!(read(&place, 512, 300 * KIB).run().succeeded().stdout == data);
@@ -94,12 +94,12 @@ fn the_smallest_block_of_a_server_is_kept_to() {
 }
 
 #[test]
-fn an_input_that_ends_early_leaves_nothing_half_written() {
+fn a_short_input_writes_nothing() {
     let served = Served::with(&[]);
     let place = flags_of(&served.server);
     let short = |input: &[u8]| write(&place, 0, &[0; 1000]).input(input).run();
-    let said = "flexnbd write: standard input ended after 999 of 1000 bytes";
-    short(&[7; 999]).refused(1, &[said]);
+    let message = "flexnbd write: standard input ended after 999 of 1000 bytes";
+    short(&[7; 999]).refused(1, &[message]);
     short(b"").refused(1, &["after 0 of 1000 bytes"]);
     assert_eq!(read_at(&served.image, 0, 1000), [0; 1000]);
     short(&[7; 1001]).succeeded().prints_nothing();
@@ -107,7 +107,7 @@ fn an_input_that_ends_early_leaves_nothing_half_written() {
 }
 
 #[test]
-fn a_read_only_export_is_read_and_not_written() {
+fn a_read_only_export_refuses_writes() {
     let served = Served::with(&["--read-only"]);
     let place = flags_of(&served.server);
     read(&place, 0, 512).run().succeeded();
@@ -116,7 +116,7 @@ fn a_read_only_export_is_read_and_not_written() {
 }
 
 #[test]
-fn an_output_that_nobody_reads_any_more_ends_it_without_a_word() {
+fn a_closed_output_pipe_ends_read_silently() {
     let served = Served::with(&[]);
     let mut child =
         read(&flags_of(&served.server), 0, 16 * MIB).start(Stdio::null(), Stdio::piped());
@@ -125,18 +125,18 @@ fn an_output_that_nobody_reads_any_more_ends_it_without_a_word() {
     drop(stdout);
     let status = wait_for_exit(&mut child, "flexnbd read");
     assert_eq!(status.code(), Some(1), "{status}");
-    let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(said, "");
+    let mut stderr = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert_eq!(stderr, "");
 }
 
 #[test]
-fn an_output_that_is_full_is_said() {
+fn a_full_output_is_reported() {
     let served = Served::with(&[]);
     let full = File::options().write(true).open("/dev/full").unwrap();
     let mut child = read(&flags_of(&served.server), 0, 512).start(Stdio::null(), full.into());
     assert_eq!(wait_for_exit(&mut child, "flexnbd read").code(), Some(1));
-    let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert!(said.contains("cannot write to standard output: No space left"), "{said}");
+    let mut stderr = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert!(stderr.contains("cannot write to standard output: No space left"), "{stderr}");
 }

@@ -1,23 +1,23 @@
-//! Bad usage: one sentence and the usage line on stderr, exit 2, nothing on stdout.
+//! Usage errors: one message and the usage line on stderr, exit status 2, nothing on stdout.
 
 use harness::Program;
 
 #[track_caller]
-fn misused(arguments: &str, part: &str) {
+fn assert_usage_error(arguments: &str, part: &str) {
     let outcome = Program::flexnbd(arguments).run();
     outcome.refused(2, &[part]);
     let mode = arguments.split_whitespace().find(|word| !word.starts_with('-'));
     let mode = mode.filter(|mode| *mode != "frobnicate").map_or(String::new(), |m| format!(" {m}"));
     let lines: Vec<&str> = outcome.stderr.lines().collect();
-    assert_eq!(lines.len(), 2, "one sentence and the usage: {lines:?}");
+    assert_eq!(lines.len(), 2, "one message and the usage: {lines:?}");
     assert!(lines[0].starts_with(&format!("flexnbd{mode}: ")), "{lines:?}");
     assert!(lines[1].starts_with(&format!("Usage: flexnbd{mode}")), "{lines:?}");
     assert_eq!(outcome.text(), "");
 }
 
 #[test]
-fn each_misuse_has_its_sentence() {
-    let somewhere = "--addr 127.0.0.1 --port 1 --from 0 --size 1";
+fn every_usage_error_has_its_message() {
+    let range = "--addr 127.0.0.1 --port 1 --from 0 --size 1";
     for (arguments, part) in [
         ("", "a mode is missing"),
         ("frobnicate", "unknown mode `frobnicate`"),
@@ -58,13 +58,13 @@ fn each_misuse_has_its_sentence() {
         ("reload --sock a --json", "unknown option `--json`"),
         ("help frobnicate", "unknown mode `frobnicate`"),
     ] {
-        misused(arguments, part);
+        assert_usage_error(arguments, part);
     }
-    misused(&format!("read {somewhere} --size"), "--size SIZE needs a value");
+    assert_usage_error(&format!("read {range} --size"), "--size SIZE needs a value");
 }
 
 #[test]
-fn help_is_given_on_standard_output_for_all_modes_and_for_each() {
+fn help_describes_every_mode_on_stdout() {
     let all = Program::flexnbd("help").ok();
     for mode in ["serve", "read", "write", "acl", "status", "reload", "help"] {
         assert!(all.contains(&format!("  {mode} ")), "{mode} is in: {all}");

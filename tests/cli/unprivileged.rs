@@ -1,14 +1,14 @@
-//! A user other than root and flexnbd on a machine that has the package, which has made
-//! `/var/lib/flexnbd`. Each test has a mount namespace of its own for that.
+//! An unprivileged user on a machine where the package has created `/var/lib/flexnbd`. Each test
+//! uses its own mount namespace.
 
 use crate::{NOBODY, as_nobody, permit};
 use harness::{Outcome, Program, TempDir, require_root, temp_dir};
 use nix::unistd::{Uid, chown};
 
-/// The mode of the state directory: as the package makes it, as older ones did, as `mkdir` does.
+/// Modes of the state directory: of the package, of older packages, of `mkdir`.
 const MODES: [&str; 3] = ["711", "750", "755"];
 
-/// What the environment can say about the home directory. `$D` is the test's directory.
+/// Environments that name a home directory, or none. `$D` is the test's directory.
 const HOMES: [&str; 5] = [
     "HOME=$D/home",
     "HOME=$D/missing",
@@ -17,7 +17,7 @@ const HOMES: [&str; 5] = [
     "HOME=/root XDG_STATE_HOME=$D/sealed",
 ];
 
-/// Serves the image, receives into another one, and asks for its own status while doing so.
+/// Script: serves an image, receives into another one, and queries the status of both servers.
 const SERVE_AND_LISTEN: &str = "
     up() { for i in $(seq 300); do [ -S $1 ] && return; sleep .1; done; echo \"no $1\"; exit 9; }
     $F serve --file $I/disk.img --create 1M --addr $D/own/nbd --sock $D/own/sock & server=$!
@@ -26,13 +26,13 @@ const SERVE_AND_LISTEN: &str = "
     up $D/own/in; $F status --sock $D/own/in; kill $server; wait $server; [ $? = 1 ] || exit 3
     $F adopt --file $I/disk.img && $F status --file $I/disk.img";
 
-/// A machine with the package, as one user sees it.
+/// The directories that the user's processes see.
 struct Machine {
     dir: TempDir,
 }
 
 impl Machine {
-    /// None, and a visible skip, where there cannot be one.
+    /// `None`, with a skip line, unless the test runs as root.
     fn new() -> Option<Self> {
         if !require_root("what an ordinary user may do") {
             return None;
@@ -50,9 +50,9 @@ impl Machine {
         Some(Self { dir })
     }
 
-    /// Runs `script` as this user. Before that, root runs `prepare` there. `$I` is a directory for
-    /// images, `$D/own`, or `$D/plain`, where files have no attributes; `$F` is the program, and
-    /// `$(R)` the record's file of `$I/disk.img` in the state directory that the package makes.
+    /// Runs `prepare` as root and then `script` as the user. `$I` is a directory for images: `$D/own`,
+    /// or `$D/plain`, which is without extended attributes. `$F` is the program, and `$(R)` the
+    /// record file of `$I/disk.img` in the package's state directory.
     fn user(
         &self,
         (mode, home, images): (&str, &str, &str),
@@ -78,42 +78,42 @@ impl Machine {
 }
 
 #[test]
-fn users_serve_listen_adopt_and_ask_wherever_home_is() {
+fn unprivileged_users_serve_and_listen_with_any_home() {
     let Some(machine) = Machine::new() else { return };
     let standard = MODES.map(|mode| (mode, HOMES[0]));
     for (mode, home) in standard.into_iter().chain(HOMES.map(|home| (MODES[0], home))) {
         let outcome = machine.user((mode, home, "own"), "rm -f $D/own/*", SERVE_AND_LISTEN);
-        let told = outcome.succeeded().text().to_owned();
+        let output = outcome.succeeded().text().to_owned();
         for part in ["ownership=none", "ownership=incoming", "is now ours", "ownership=ours"] {
-            assert!(told.contains(part), "{mode} {home}: no {part} in {told}");
+            assert!(output.contains(part), "{mode} {home}: no {part} in {output}");
         }
     }
 }
 
 #[test]
-fn a_users_record_is_kept_in_the_users_state_directory() {
+fn records_go_to_the_users_state_directory() {
     let Some(machine) = Machine::new() else { return };
-    let told = machine.user((MODES[0], HOMES[0], "plain"), "", SERVE_AND_LISTEN);
-    assert!(told.succeeded().text().contains("ownership=ours"));
+    let outcome = machine.user((MODES[0], HOMES[0], "plain"), "", SERVE_AND_LISTEN);
+    assert!(outcome.succeeded().text().contains("ownership=ours"));
     let kept = machine.dir.path().join("home/.local/state/flexnbd");
     let names: Vec<_> = std::fs::read_dir(&kept).unwrap().flatten().collect();
-    assert_eq!(names.len(), 2, "one for each image: {names:?}");
+    assert_eq!(names.len(), 2, "one record for each image: {names:?}");
 }
 
 #[test]
-fn a_record_that_no_place_takes_names_the_place() {
+fn an_unwritable_record_names_its_path() {
     let Some(machine) = Machine::new() else { return };
     let adopt = "truncate -s 1M $I/disk.img; exec $F adopt --file $I/disk.img";
     let outcome = machine.user((MODES[0], HOMES[2], "plain"), "", adopt);
     outcome.refused(1, &["/sealed/.local/state/flexnbd/", "Permission denied"]);
 }
 
-/// The service has moved the disk away.
+/// Script: the service's record says that the disk has departed.
 const DEPARTED: &str = "echo 'flexnbd 1 departed id=00112233445566778899aabbccddeeff \
     when=1700000000 to=192.0.2.7:10809' >$(R); truncate -s 1M $I/disk.img; chown 65534 $I/disk.img";
 
 #[test]
-fn a_record_of_the_service_is_not_overlooked() {
+fn records_of_the_service_bind_other_users() {
     let Some(machine) = Machine::new() else { return };
     for mode in ["711", "755"] {
         let user = |script: &str| machine.user((mode, HOMES[0], "plain"), DEPARTED, script);
@@ -127,7 +127,7 @@ fn a_record_of_the_service_is_not_overlooked() {
 }
 
 #[test]
-fn a_disk_the_service_deleted_is_not_made_anew() {
+fn a_disk_deleted_by_the_service_stays_deleted() {
     let Some(machine) = Machine::new() else { return };
     let prepare = format!("{DEPARTED}; mv $(R) $(R).departed; rm $I/disk.img");
     let serve = "exec $F serve --file $I/disk.img --create 1M --addr $D/own/nbd";

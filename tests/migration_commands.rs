@@ -1,5 +1,5 @@
-//! The commands that move a disk, as an operator gives them: what they print, their exit status.
-//! Never looks into a migration; whether the copy is right is tested elsewhere.
+//! Commands that start, follow, tune and stop a migration: their output and exit status.
+//! Whether the copy is correct is tested in `migration.rs`.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -11,31 +11,31 @@ use nix::sys::signal::Signal;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-/// `flexnbd LINE` in `directory`.
+/// The command `flexnbd LINE` in `directory`.
 fn flexnbd(directory: &Path, line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_flexnbd"));
     command.args(line.split_whitespace()).current_dir(directory).stdin(Stdio::null());
     command
 }
 
-/// Runs it to its end: exit status, standard output, standard error.
-fn ran(directory: &Path, line: &str) -> (Option<i32>, String, String) {
-    told(flexnbd(directory, line).output().unwrap())
+/// Runs `flexnbd LINE`; returns exit status, stdout and stderr.
+fn run(directory: &Path, line: &str) -> (Option<i32>, String, String) {
+    result_of(flexnbd(directory, line).output().unwrap())
 }
 
-fn told(output: Output) -> (Option<i32>, String, String) {
+fn result_of(output: Output) -> (Option<i32>, String, String) {
     let text = |bytes| String::from_utf8(bytes).unwrap();
     (output.status.code(), text(output.stdout), text(output.stderr))
 }
 
-/// What came of following a migration, once it is over.
-fn ended(mut wait: Child) -> (Option<i32>, String, String) {
-    wait_until("the end of the waiting", || wait.try_wait().unwrap().is_some());
-    told(wait.wait_with_output().unwrap())
+/// Waits for the exit of `mirror --wait`; returns exit status, stdout and stderr.
+fn wait_for_exit(mut wait: Child) -> (Option<i32>, String, String) {
+    wait_until("the exit of mirror --wait", || wait.try_wait().unwrap().is_some());
+    result_of(wait.wait_with_output().unwrap())
 }
 
-/// Starts following a migration, no faster than `speed`.
-fn following(directory: &Path, destination: &Server, speed: &str) -> Child {
+/// Starts `mirror --wait` with a speed limit.
+fn start_mirror_and_wait(directory: &Path, destination: &Server, speed: &str) -> Child {
     let port = destination.port();
     let line = format!("mirror -l 127.0.0.1 -p {port} -s {SOURCE} --wait --max-speed {speed}");
     let mut command = flexnbd(directory, &line);
@@ -45,8 +45,8 @@ fn following(directory: &Path, destination: &Server, speed: &str) -> Child {
 const SOURCE: &str = "source.sock";
 const DESTINATION: &str = "destination.sock";
 
-/// A source full of data, and a destination, of `size` bytes.
-fn pair(directory: &Path, size: u64) -> (Server, Server) {
+/// A source full of data and a destination, both of `size` bytes.
+fn start_pair(directory: &Path, size: u64) -> (Server, Server) {
     let from = sparse_image(directory, "from.img", size);
     write_at(&from, 0, &vec![7; usize::try_from(size).unwrap()]);
     let to = sparse_image(directory, "to.img", size);
@@ -60,13 +60,13 @@ fn pair(directory: &Path, size: u64) -> (Server, Server) {
 }
 
 fn status(directory: &Path, socket: &str) -> String {
-    ran(directory, &format!("status -s {socket}")).1
+    run(directory, &format!("status -s {socket}")).1
 }
 
-/// A migration that would take minutes, and is on its way.
-fn slow(directory: &Path) -> (Server, Server, Child) {
-    let (source, destination) = pair(directory, 4 * MIB);
-    let wait = following(directory, &destination, "32K");
+/// A running migration that would take minutes.
+fn start_slow_migration(directory: &Path) -> (Server, Server, Child) {
+    let (source, destination) = start_pair(directory, 4 * MIB);
+    let wait = start_mirror_and_wait(directory, &destination, "32K");
     wait_until("the copy to begin", || {
         status(directory, DESTINATION).contains("ownership=incoming")
     });
@@ -74,12 +74,12 @@ fn slow(directory: &Path) -> (Server, Server, Child) {
 }
 
 #[test]
-fn whoever_waits_hears_of_the_end_even_if_it_comes_at_once() {
+fn mirror_wait_reports_even_an_immediate_end() {
     for _ in 0..5 {
         let directory = temp_dir();
-        let (mut source, mut destination) = pair(directory.path(), 64 * KIB);
-        let wait = following(directory.path(), &destination, "0");
-        let (code, out, err) = ended(wait);
+        let (mut source, mut destination) = start_pair(directory.path(), 64 * KIB);
+        let wait = start_mirror_and_wait(directory.path(), &destination, "0");
+        let (code, out, err) = wait_for_exit(wait);
         assert_eq!(code, Some(0), "{err}");
         let expected = "Migration started\nMigration finished: 64 KiB sent in ";
         assert!(out.starts_with(expected), "{out}");
@@ -89,25 +89,25 @@ fn whoever_waits_hears_of_the_end_even_if_it_comes_at_once() {
 }
 
 #[test]
-fn mirror_says_that_it_has_started_and_returns() {
+fn mirror_reports_the_start_and_returns() {
     let directory = temp_dir();
-    let (mut source, destination) = pair(directory.path(), 64 * KIB);
+    let (mut source, destination) = start_pair(directory.path(), 64 * KIB);
     let line = format!("mirror -l 127.0.0.1 -p {} -s {SOURCE} -u", destination.port());
-    let (code, out, err) = ran(directory.path(), &line);
+    let (code, out, err) = run(directory.path(), &line);
     assert_eq!((code, out.as_str()), (Some(0), "Migration started\n"), "{err}");
     assert_eq!(source.wait_for_end().code(), Some(0), "{}", source.stderr());
-    assert!(!directory.path().join("from.img").exists(), "--unlink was ordered");
+    assert!(!directory.path().join("from.img").exists(), "--unlink deletes the image");
 }
 
 #[test]
-fn a_destination_that_is_not_there_is_told_with_status_1_and_the_source_serves_on() {
+fn an_unreachable_destination_fails_mirror_with_status_1() {
     let directory = temp_dir();
-    let (mut source, mut destination) = pair(directory.path(), 64 * KIB);
+    let (mut source, mut destination) = start_pair(directory.path(), 64 * KIB);
     let port = destination.port();
     assert_eq!(destination.stop().code(), Some(1), "stopped before the disk has arrived");
     for wait in ["", "--wait"] {
         let line = format!("mirror -l 127.0.0.1 -p {port} -s {SOURCE} {wait}");
-        let (code, out, err) = ran(directory.path(), &line);
+        let (code, out, err) = run(directory.path(), &line);
         assert_eq!((code, out.as_str()), (Some(1), ""), "{err}");
         assert!(err.starts_with("Mirror failed to connect"), "{err}");
     }
@@ -116,69 +116,69 @@ fn a_destination_that_is_not_there_is_told_with_status_1_and_the_source_serves_o
 }
 
 #[test]
-fn an_interrupted_wait_says_that_the_migration_goes_on() {
+fn an_interrupted_wait_leaves_the_migration_running() {
     restore_default_signals();
     let directory = temp_dir();
-    let (_source, _destination, mut wait) = slow(directory.path());
+    let (_source, _destination, mut wait) = start_slow_migration(directory.path());
     let pid = nix::unistd::Pid::from_raw(i32::try_from(wait.id()).unwrap());
     nix::sys::signal::kill(pid, Signal::SIGINT).unwrap();
-    wait_until("the end of the waiting", || wait.try_wait().unwrap().is_some());
+    wait_until("the exit of mirror --wait", || wait.try_wait().unwrap().is_some());
     let output = wait.wait_with_output().unwrap();
     let signal = std::os::unix::process::ExitStatusExt::signal(&output.status);
     assert_eq!(signal, Some(Signal::SIGINT as i32), "shells see the interrupt");
-    let said = String::from_utf8(output.stderr).unwrap();
-    let end_it = format!("to end it: `flexnbd break --sock {SOURCE}`");
-    assert!(said.contains("goes on") && said.contains(&end_it), "{said}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let remedy = format!("to end it: `flexnbd break --sock {SOURCE}`");
+    assert!(stderr.contains("goes on") && stderr.contains(&remedy), "{stderr}");
     assert!(status(directory.path(), SOURCE).contains("is_mirroring=true"));
 }
 
 #[test]
-fn break_ends_the_waiting_and_not_the_serving() {
+fn break_stops_the_migration_and_not_the_server() {
     let directory = temp_dir();
-    let (mut source, _destination, wait) = slow(directory.path());
+    let (mut source, _destination, wait) = start_slow_migration(directory.path());
     let second = format!("mirror -l 127.0.0.1 -p 1 -s {SOURCE} --wait");
     let refused = (Some(1), String::new(), "mirror already running\n".to_owned());
-    assert_eq!(ran(directory.path(), &second), refused);
-    let faster = ran(directory.path(), &format!("mirror-speed -s {SOURCE} -m 33K"));
+    assert_eq!(run(directory.path(), &second), refused);
+    let faster = run(directory.path(), &format!("mirror-speed -s {SOURCE} -m 33K"));
     assert_eq!(faster, (Some(0), "updated\n".to_owned(), String::new()));
     let limit = format!("migration_speed_limit={}", 33 * KIB);
     wait_until("the new limit", || status(directory.path(), SOURCE).contains(&limit));
-    let (code, out, _) = ran(directory.path(), &format!("break -s {SOURCE}"));
+    let (code, out, _) = run(directory.path(), &format!("break -s {SOURCE}"));
     assert_eq!((code, out.as_str()), (Some(0), "mirror stopped\n"));
-    let (code, _, err) = ended(wait);
+    let (code, _, err) = wait_for_exit(wait);
     assert_eq!(code, Some(1));
     assert!(err.starts_with("Mirroring abandoned"), "{err}");
     assert!(status(directory.path(), SOURCE).ends_with("ownership=none\n"));
     let none = (Some(1), String::new(), "not mirroring\n".to_owned());
-    assert_eq!(ran(directory.path(), &format!("break -s {SOURCE}")), none);
+    assert_eq!(run(directory.path(), &format!("break -s {SOURCE}")), none);
     assert_eq!(source.stop().code(), Some(0));
 }
 
 #[test]
-fn a_server_that_is_stopped_does_not_wait_for_whoever_waits_for_it() {
+fn stopping_the_server_ends_mirror_wait() {
     let directory = temp_dir();
-    let (mut source, _destination, wait) = slow(directory.path());
+    let (mut source, _destination, wait) = start_slow_migration(directory.path());
     assert_eq!(source.stop().code(), Some(1), "stopped while a migration was running");
-    let (code, _, err) = ended(wait);
+    let (code, _, err) = wait_for_exit(wait);
     let why = "the server was stopped before the migration was over\n";
     assert_eq!((code, err.as_str()), (Some(1), why));
 }
 
 #[test]
-fn a_server_that_dies_is_no_success() {
+fn killing_the_server_fails_mirror_wait() {
     let directory = temp_dir();
-    let (source, _destination, wait) = slow(directory.path());
+    let (source, _destination, wait) = start_slow_migration(directory.path());
     source.signal(Signal::SIGKILL);
-    let (code, _, err) = ended(wait);
+    let (code, _, err) = wait_for_exit(wait);
     assert_eq!(code, Some(1));
     assert!(err.contains("closed the connection without an answer"), "{err}");
 }
 
 #[test]
-fn an_incomplete_copy_is_adopted_by_force_once_nobody_uses_it() {
+fn adopt_needs_force_and_an_unused_incomplete_copy() {
     let directory = temp_dir();
-    let (_source, mut destination, mut wait) = slow(directory.path());
-    let adopt = |line| ran(directory.path(), line);
+    let (_source, mut destination, mut wait) = start_slow_migration(directory.path());
+    let adopt = |line| run(directory.path(), line);
     let (code, _, err) = adopt("adopt -f to.img --force");
     assert_eq!(code, Some(78));
     assert!(err.contains("in use"), "{err}");

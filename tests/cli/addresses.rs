@@ -1,4 +1,4 @@
-//! Where a server can listen, and how it ends: IPv4, IPv6, both at once, unix sockets, signals.
+//! Addresses that a server listens on (IPv4, IPv6, dual stack, unix sockets), and its exit on signals.
 
 use crate::{flags_of, read};
 use harness::{Builder, MIB, Program, Served, Style, Transport, free_port, sparse_image, temp_dir};
@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use std::net::{Ipv6Addr, TcpListener};
 use std::os::unix::net::UnixListener;
 
-fn ipv6() -> bool {
+fn has_ipv6() -> bool {
     let there = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
     if !there {
         harness::skip("what needs IPv6", "this host has no ::1");
@@ -14,7 +14,7 @@ fn ipv6() -> bool {
     there
 }
 
-/// Serves on this address, tells which places then answer.
+/// Serves on this address; returns which of `places` accept a client.
 #[track_caller]
 fn answers(address: &str, entries: &str, places: &[&str]) -> Vec<bool> {
     let dir = temp_dir();
@@ -22,7 +22,7 @@ fn answers(address: &str, entries: &str, places: &[&str]) -> Vec<bool> {
     let port = free_port();
     let serve = Program::flexnbd("serve --file").args([&image]);
     let serve = serve.words(&format!("--addr {address} --port {port} {entries}"));
-    // Any address that it may listen on is in the tables of the kernel.
+    // The kernel's tables show the listening socket, whatever its address.
     let up = || {
         let port = format!(":{port:04X} ");
         ["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|table| {
@@ -41,8 +41,8 @@ fn answers(address: &str, entries: &str, places: &[&str]) -> Vec<bool> {
 }
 
 #[test]
-fn an_ipv6_address_is_served_with_and_without_brackets() {
-    if !ipv6() {
+fn ipv6_addresses_work_with_and_without_brackets() {
+    if !has_ipv6() {
         return;
     }
     assert_eq!(answers("::1", "", &["::1", "[::1]", "127.0.0.1"]), [true, true, false]);
@@ -50,18 +50,18 @@ fn an_ipv6_address_is_served_with_and_without_brackets() {
 }
 
 #[test]
-fn every_address_in_ipv6_means_ipv4_as_well() {
-    if !ipv6() {
+fn the_ipv6_wildcard_address_includes_ipv4() {
+    if !has_ipv6() {
         return;
     }
     assert_eq!(answers("::", "", &["127.0.0.1", "::1"]), [true, true]);
-    assert_eq!(answers("::", "", &["localhost"]), [true], "by either address");
+    assert_eq!(answers("::", "", &["localhost"]), [true], "over either address");
     assert_eq!(answers("0.0.0.0", "", &["127.0.0.1", "::1"]), [true, false]);
 }
 
 #[test]
-fn an_ipv4_client_of_a_dual_stack_server_matches_ipv4_entries() {
-    if !ipv6() {
+fn ipv4_acl_entries_match_in_dual_stack() {
+    if !has_ipv6() {
         return;
     }
     assert_eq!(answers("::", "127.0.0.0/8", &["127.0.0.1", "::1"]), [true, false]);
@@ -69,13 +69,13 @@ fn an_ipv4_client_of_a_dual_stack_server_matches_ipv4_entries() {
 }
 
 #[test]
-fn without_entries_default_deny_admits_nobody() {
+fn default_deny_without_entries_admits_no_client() {
     assert_eq!(answers("127.0.0.1", "--default-deny", &["127.0.0.1"]), [false]);
     assert_eq!(answers("127.0.0.1", "--default-deny 127.0.0.1", &["127.0.0.1"]), [true]);
 }
 
 #[test]
-fn unix_clients_are_not_the_acls_business() {
+fn the_acl_ignores_unix_clients() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", MIB);
     let served =
@@ -84,7 +84,7 @@ fn unix_clients_are_not_the_acls_business() {
 }
 
 #[test]
-fn each_signal_that_ends_it_ends_it_well_and_leaves_no_sockets() {
+fn termination_signals_exit_with_0_and_remove_sockets() {
     for signal in [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
         let dir = temp_dir();
         let image = sparse_image(dir.path(), "image", MIB);
@@ -96,13 +96,13 @@ fn each_signal_that_ends_it_ends_it_well_and_leaves_no_sockets() {
         server.signal(signal);
         let status = server.wait_for_end();
         assert_eq!(status.code(), Some(0), "{signal}: {status}");
-        assert!(!nbd.exists() && !control.exists(), "{signal}: the sockets are gone");
+        assert!(!nbd.exists() && !control.exists(), "{signal}: the sockets are removed");
         assert_eq!(server.stderr(), "");
     }
 }
 
 #[test]
-fn a_stale_socket_to_serve_on_is_replaced_and_a_live_one_left_alone() {
+fn only_stale_nbd_sockets_are_replaced() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", MIB);
     let sock = dir.path().join("nbd.sock");
