@@ -1,21 +1,21 @@
-//! Which blocks changed since the copier last looked: a bitmap, never a queue.
-//! Never says what changed, or when, and never waits: marking is one atomic instruction per word.
+//! A bitmap of the blocks that changed since the migration's copier last read them.
+//! Never records what changed, or when, and never waits: marking is one atomic instruction per word.
 //!
-//! Two orders keep a change from being missed. A writer marks *after* its bytes are there and
-//! *before* it answers; a copier takes the mark *first* and reads *second*. A change may then be
-//! copied twice, but never not at all.
+//! Two orders ensure that no change is missed. A writer marks *after* its bytes are written and
+//! *before* it replies; a copier takes the mark *first* and reads *second*. A change may then be
+//! copied twice, but is never lost.
 
 use crate::range::Range;
 use memmap2::{MmapMut, MmapOptions};
 use std::io;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-/// Bytes of the disk that one bit stands for, at least: coarser marks multiply the traffic of small
+/// Fewest bytes of the disk that one bit stands for: coarser marks multiply the traffic of small
 /// random writes.
 pub const BLOCK: u64 = 4 * 1024;
 
-/// Most bytes that a bitmap takes. On a disk of more than [`FINE_MAX`] bytes one bit stands for 8 KiB
-/// rather than 4, on one of more than twice that for 16 KiB, and so on.
+/// Largest bitmap, in bytes. On a disk of more than [`FINE_MAX`] bytes one bit stands for 8 KiB rather
+/// than 4 KiB, on one of more than twice that for 16 KiB, and so on.
 pub const BITMAP_MAX: u64 = 64 << 20;
 
 /// Largest disk, in bytes, of which every [`BLOCK`] has a bit of its own.
@@ -31,16 +31,16 @@ const GROUP: u64 = 64;
 #[derive(Debug)]
 pub struct DirtyBitmap {
     words: AtomicWords,
-    /// A bit for each group of words that may hold marks, so that a look at the bitmap of a large
-    /// disk does not read all of it. Set after the word's bits; cleared before the group is read
-    /// for the last time (all of it sequentially consistent, so that one of the two sides sees the
-    /// other).
+    /// A bit for each group of words that may hold marks, so that a search of a large bitmap need not
+    /// read all of it. Set after the word's bits; cleared before the group is read for the last time.
+    /// All of these accesses are sequentially consistent, so that one of the two sides sees the
+    /// other.
     summary: AtomicWords,
     disk_size: u64,
     /// Bytes of the disk that one bit stands for: a power of two.
     block: u64,
-    /// Bits set, counted just after they are set and cleared: while marks are being made it may
-    /// lag behind (even below zero); with the gate closed it is exact.
+    /// Bits set, updated just after bits are set or cleared: while writers mark it may lag behind,
+    /// even below zero; with the gate closed it is exact.
     set: AtomicI64,
 }
 
@@ -48,7 +48,7 @@ impl DirtyBitmap {
     /// A bitmap for a disk of `disk_size` bytes, with nothing marked.
     ///
     /// # Errors
-    /// When the address space for it (at most [`BITMAP_MAX`]) cannot be had.
+    /// When the address space for it (at most [`BITMAP_MAX`]) is not available.
     pub fn new(disk_size: u64) -> io::Result<Self> {
         let coarser = disk_size.div_ceil(FINE_MAX).max(1).next_power_of_two();
         let block = BLOCK * coarser;
@@ -63,7 +63,7 @@ impl DirtyBitmap {
         self.block
     }
 
-    /// Notes that the bytes in `range` have changed. Call it after they have, before saying so.
+    /// Marks the bytes in `range` as changed. Call it after writing them and before replying.
     pub fn mark(&self, range: Range) {
         let last_block = self.disk_size.div_ceil(self.block);
         let first = (range.offset() / self.block).min(last_block);
@@ -83,8 +83,8 @@ impl DirtyBitmap {
         }
     }
 
-    /// Forgets the marks of all blocks that lie in `range` as a whole. For a copier that is going to
-    /// read all of it in any case: it forgets first and reads second.
+    /// Clears the marks of all blocks that lie entirely in `range`. For a copier that is going to read
+    /// all of it in any case: it clears first and reads second.
     pub fn forget(&self, range: Range) {
         let mut block = range.offset().div_ceil(self.block);
         let is_last = range.end() >= self.disk_size;
@@ -94,11 +94,11 @@ impl DirtyBitmap {
             let stop = end.min((block / BITS + 1) * BITS);
             let mask = ones(block % BITS, stop - block);
             let word = self.word(block / BITS);
-            // A mark that is not seen is made later than this, and so are the bytes that it is for
-            // or they are there already.
+            // A mark that this load misses is set later, and therefore stays, whether its bytes are
+            // written already or not.
             if word.load(Ordering::Acquire) & mask != 0 {
                 let had = word.fetch_and(!mask, Ordering::AcqRel) & mask;
-                self.counted(had, -1);
+                self.add_to_count(had, -1);
             }
             block = stop;
         }
@@ -116,7 +116,7 @@ impl DirtyBitmap {
                 let disk = Range::whole(self.disk_size);
                 return Some(disk.from(first * self.block).until((first + run) * self.block));
             }
-            block = first; // Somebody else took it between the look and the taking.
+            block = first; // Another thread took it between the search and the clearing.
         }
     }
 
@@ -126,7 +126,7 @@ impl DirtyBitmap {
         self.count() * self.block
     }
 
-    /// Blocks marked. Exact while nobody is marking; otherwise an estimate.
+    /// Blocks marked. Exact while no writer marks; otherwise an estimate.
     #[must_use]
     pub fn count(&self) -> u64 {
         u64::try_from(self.set.load(Ordering::Acquire)).unwrap_or(0)
@@ -140,10 +140,10 @@ impl DirtyBitmap {
             let group = index / GROUP;
             let end = self.words.len().min((group + 1) * GROUP);
             let (summary, bit) = (self.summary.get(group / BITS), 1 << (group % BITS));
-            let noted = summary.load(Ordering::SeqCst);
-            if noted & bit == 0 {
-                // On to the next group that is noted in this word, or to the next word.
-                let later = noted & (u64::MAX << (group % BITS));
+            let groups = summary.load(Ordering::SeqCst);
+            if groups & bit == 0 {
+                // Skip to the next group set in this summary word, or to the next summary word.
+                let later = groups & (u64::MAX << (group % BITS));
                 let next = group / BITS * BITS + u64::from(later.trailing_zeros());
                 (index, keep) = (next * GROUP, u64::MAX);
                 continue;
@@ -174,8 +174,7 @@ impl DirtyBitmap {
         None
     }
 
-    /// Clears the marks from `first` on while they follow each other, at most `most`, and says
-    /// how many there were.
+    /// Clears consecutive marks from `first` on, at most `most`, and returns how many.
     fn clear_run(&self, first: u64, most: u64) -> u64 {
         let mut run = 0;
         while run < most && (first + run) / BITS < self.words.len() {
@@ -188,12 +187,12 @@ impl DirtyBitmap {
             }
             let mask = ones(block % BITS, wanted);
             let had = word.fetch_and(!mask, Ordering::AcqRel) & mask;
-            self.counted(had, -1);
+            self.add_to_count(had, -1);
             let got = u64::from((had >> (block % BITS)).trailing_ones());
             run += got;
             if got != u64::from(had.count_ones()) {
-                // Another taker was in between: put back what lies beyond the gap.
-                self.put_back(block / BITS, had & !ones(block % BITS, got));
+                // Another thread took some of them: restore those beyond the gap.
+                self.set_again(block / BITS, had & !ones(block % BITS, got));
                 break;
             }
             if !(block + wanted).is_multiple_of(BITS) || got < wanted {
@@ -203,8 +202,8 @@ impl DirtyBitmap {
         run
     }
 
-    /// Marks again bits that were taken by mistake.
-    fn put_back(&self, index: u64, bits: u64) {
+    /// Sets bits again that were cleared by mistake.
+    fn set_again(&self, index: u64, bits: u64) {
         self.set_bits(index, bits);
     }
 
@@ -215,10 +214,10 @@ impl DirtyBitmap {
         if summary.load(Ordering::SeqCst) & bit == 0 {
             summary.fetch_or(bit, Ordering::SeqCst);
         }
-        self.counted(bits & !before, 1);
+        self.add_to_count(bits & !before, 1);
     }
 
-    fn counted(&self, bits: u64, sign: i64) {
+    fn add_to_count(&self, bits: u64, sign: i64) {
         if bits != 0 {
             self.set.fetch_add(sign * i64::from(bits.count_ones()), Ordering::AcqRel);
         }
@@ -234,7 +233,7 @@ fn ones(from: u64, count: u64) -> u64 {
     if count == 0 { 0 } else { (u64::MAX >> (BITS - count)) << from }
 }
 
-/// Anonymous memory seen as atomic words; pages nobody touched cost nothing.
+/// Anonymous memory viewed as atomic words; untouched pages cost nothing.
 #[derive(Debug)]
 struct AtomicWords {
     memory: MmapMut,
@@ -255,8 +254,8 @@ impl AtomicWords {
     fn get(&self, index: u64) -> &AtomicU64 {
         assert!(index < self.len, "block beyond the end of the bitmap");
         // SAFETY: `index < len`, so the eight bytes lie inside the mapping, which lives as long
-        // as `self`; a mapping starts on a page, so every word is aligned; and nothing ever
-        // touches these bytes but through the atomics made here.
+        // as `self`; a mapping starts on a page boundary, so every word is aligned; and all accesses
+        // to these bytes go through the atomics returned here.
         unsafe { &*self.memory.as_ptr().cast::<AtomicU64>().add(index as usize) }
     }
 }
@@ -299,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_is_at_most_as_long_as_asked_and_never_less_than_a_block() {
+    fn a_run_has_at_least_one_block_and_at_most_the_limit() {
         let dirty = DirtyBitmap::new(SIZE).unwrap();
         dirty.mark(range(60 * BLOCK, 80 * BLOCK));
         assert_eq!(dirty.take_next(0, 70 * BLOCK), Some(range(60 * BLOCK, 70 * BLOCK)));
@@ -329,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn only_blocks_that_are_read_as_a_whole_are_forgotten() {
+    fn only_whole_blocks_are_forgotten() {
         let dirty = DirtyBitmap::new(SIZE).unwrap();
         dirty.mark(range(0, SIZE));
         dirty.forget(range(BLOCK - 1, 2 * BLOCK + 1));
@@ -351,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_far_apart_are_found_again_and_again() {
+    fn marks_far_apart_are_found_repeatedly() {
         let dirty = DirtyBitmap::new(FINE_MAX).unwrap();
         let places = [0, 5, 63, 64, 64 * 64 - 1, 64 * 64, 9 << 20, (FINE_MAX / BLOCK) - 1];
         for _ in 0..3 {
@@ -369,8 +368,8 @@ mod tests {
         assert!(dirty.take_next(0, BLOCK).is_some());
     }
 
-    /// Writers stamp cells and mark; one taker takes and reads. Once all are quiet every last
-    /// stamp must have been read after a take.
+    /// Writers change cells and mark them; one thread takes marks and copies the cells. At the end
+    /// the copy must hold the last value of every cell.
     #[test]
     fn marks_from_many_threads_are_never_missed() {
         const CELLS: u64 = 64 * 64 + 130;
@@ -420,7 +419,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_taken_is_what_was_marked_once_each(
+        fn every_marked_block_is_taken_exactly_once(
             marks in proptest::collection::vec((0..SIZE, 0..20 * BLOCK), 0..20),
             longest in 0..100 * BLOCK,
         ) {

@@ -1,6 +1,6 @@
-//! Which spans of an image hold data and which are holes.
-//! Never claims a hole that the image did not claim, and never looks at bytes. An answer that makes no
-//! sense means data: to the end, so that it is asked for once.
+//! The allocated extents and holes of an image.
+//! Never reports a hole that the image did not report, and never looks at bytes. An inconsistent answer
+//! counts as data to the end of the disk, so that it is requested once.
 
 use super::backend::{Backend, Extent};
 use crate::range::Range;
@@ -8,34 +8,34 @@ use nix::errno::Errno;
 use nix::unistd::Whence;
 use std::io;
 
-/// How often an image is asked for one list of extents; the list then ends early. A file may have
-/// hundreds of thousands of them, and each costs two system calls.
+/// Most lookups for one list of extents; the list then ends early. A file may have hundreds of
+/// thousands of extents, and each lookup costs two system calls.
 pub(super) const LOOKUPS_MAX: usize = 4096;
 
-/// What `lseek(2)` says of the beginning of a range.
+/// The result of `lseek(2)` at the beginning of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SeekResult {
     /// Data.
     Data(Range),
     /// A hole.
     Hole(Range),
-    /// There is no data from here to the end of the file.
-    NoMore,
-    /// No answer.
-    Unable(Errno),
+    /// No data from here to the end of the file.
+    NoMoreData,
+    /// The call failed.
+    Failed(Errno),
 }
 
-/// Asks what `rest`, the rest of an image, begins with.
-pub(super) fn ask(rest: Range, seek: impl Fn(u64, Whence) -> nix::Result<u64>) -> SeekResult {
+/// Determines the kind of the extent at the beginning of `rest`, the rest of an image.
+pub(super) fn probe(rest: Range, seek: impl Fn(u64, Whence) -> nix::Result<u64>) -> SeekResult {
     let offset = rest.offset();
-    // Twice, since what was data may be punched before its end is asked for.
+    // Twice, because data found by the first call may be punched before the second.
     for _ in 0..2 {
         match seek(offset, Whence::SeekData) {
             Ok(data) if data > offset => return SeekResult::Hole(rest.until(data)),
             Ok(data) if data < offset => return SeekResult::Data(rest),
             Ok(_) => {}
-            Err(Errno::ENXIO) => return SeekResult::NoMore,
-            Err(errno) => return SeekResult::Unable(errno),
+            Err(Errno::ENXIO) => return SeekResult::NoMoreData,
+            Err(errno) => return SeekResult::Failed(errno),
         }
         match seek(offset, Whence::SeekHole) {
             Ok(hole) if hole == offset => {}
@@ -48,11 +48,11 @@ pub(super) fn ask(rest: Range, seek: impl Fn(u64, Whence) -> nix::Result<u64>) -
 
 /// The extents of `range`, in order, without gaps, clipped to it and with equal neighbours merged.
 ///
-/// At least one for a range that is not empty, and otherwise at most `limit`: when there are more, or
-/// the image would have to be asked more than [`LOOKUPS_MAX`] times, the answer ends early.
+/// At most `limit`, but at least one unless the range is empty. The list ends early at the limit, or
+/// after [`LOOKUPS_MAX`] lookups.
 ///
 /// # Errors
-/// What the image says when asked.
+/// The backend's.
 pub(super) fn extents(image: &dyn Backend, range: Range, limit: usize) -> io::Result<Vec<Extent>> {
     let mut found: Vec<Extent> = Vec::new();
     let mut rest = range;
@@ -74,11 +74,11 @@ pub(super) fn extents(image: &dyn Backend, range: Range, limit: usize) -> io::Re
     Ok(found)
 }
 
-/// The image's extent from `offset` on, which begins there and holds at least a byte, so that
-/// whoever walks from one to the next gets to the end.
+/// The image's extent from `offset` on. It begins there and has at least one byte, so that a walk from
+/// extent to extent reaches the end.
 ///
 /// # Errors
-/// What the image says when asked, or an error of its own beyond the end.
+/// The backend's; `EINVAL` at or beyond the end.
 pub(super) fn extent_at(image: &dyn Backend, offset: u64) -> io::Result<Extent> {
     let extent = image.extent(offset)?;
     if extent.range.offset() == offset && !extent.range.is_empty() {
@@ -93,14 +93,14 @@ pub(super) fn extent_at(image: &dyn Backend, offset: u64) -> io::Result<Extent> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
+    use super::super::memory::{FailingBackend, Faults, InMemory, MemoryBackend, Op};
     use super::*;
     use proptest::prelude::*;
     use std::sync::Arc;
 
     const BLOCK: u64 = 4096;
 
-    /// A disk of which the blocks marked true hold data.
+    /// A disk whose blocks marked true hold data.
     fn disk(blocks: &[bool]) -> MemoryBackend {
         let image = MemoryBackend::new(blocks.len() as u64 * BLOCK);
         for (block, _) in blocks.iter().enumerate().filter(|(_, data)| **data) {
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_neighbours_are_one_extent() {
+    fn equal_neighbours_are_merged() {
         let all = found(&[true, true, false, false, true], 0, 5 * BLOCK, 9);
         let expected =
             [(0, 2 * BLOCK, true), (2 * BLOCK, 2 * BLOCK, false), (4 * BLOCK, BLOCK, true)];
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_is_kept_and_the_last_extent_is_whole_all_the_same() {
+    fn the_last_extent_within_the_limit_is_complete() {
         let blocks = [true, true, false, true];
         assert_eq!(found(&blocks, 0, 4 * BLOCK, 1), [(0, 2 * BLOCK, true)]);
         assert_eq!(found(&blocks, 0, 4 * BLOCK, 2).len(), 2);
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_of_none_still_yields_the_one_extent_that_must_be() {
+    fn a_limit_of_zero_yields_one_extent() {
         assert_eq!(found(&[true, false], 0, 2 * BLOCK, 0), [(0, BLOCK, true)]);
     }
 
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_the_image_is_the_answer() {
+    fn errors_of_the_image_are_returned() {
         let faults = Arc::new(Faults::default());
         let image = FailingBackend::new(disk(&[true, false, true]), faults.clone());
         for nth in 1..=3 {
@@ -161,88 +161,76 @@ mod tests {
         assert_eq!(faults.count(Op::Extent), 1 + 2 + 3);
     }
 
-    /// An image whose every answer is the same.
+    /// An image that reports the same extent for every offset.
     #[derive(Debug)]
-    struct Stuck(Range);
-    impl Backend for Stuck {
-        fn size(&self) -> u64 {
-            BLOCK
+    struct ConstantExtent(MemoryBackend, Range);
+
+    impl InMemory for ConstantExtent {
+        fn memory(&self) -> &MemoryBackend {
+            &self.0
         }
-        fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
-            Ok(())
-        }
-        fn write(&self, _: u64, _: &[u8], _: bool) -> io::Result<()> {
-            Ok(())
-        }
-        fn zero(&self, _: Range, _: super::super::Zeroing) -> io::Result<()> {
-            Ok(())
-        }
-        fn trim(&self, _: Range) -> io::Result<()> {
-            Ok(())
-        }
-        fn flush(&self) -> io::Result<()> {
-            Ok(())
-        }
-        fn prefetch(&self, _: Range) -> io::Result<()> {
-            Ok(())
-        }
+
         fn extent(&self, _: u64) -> io::Result<Extent> {
-            Ok(Extent { range: self.0, allocated: true })
+            Ok(Extent { range: self.1, allocated: true })
         }
+    }
+
+    fn constant_extent(range: Range) -> ConstantExtent {
+        ConstantExtent(MemoryBackend::new(BLOCK), range)
     }
 
     #[test]
-    fn an_answer_that_makes_no_sense_is_data_to_the_end() {
+    fn an_inconsistent_extent_is_data_to_the_end() {
         let whole = Range::whole(BLOCK);
-        for nonsense in [Range::whole(0), whole.split(10).0, whole] {
-            let all = extents(&Stuck(nonsense), whole, 9).unwrap();
+        for inconsistent in [Range::whole(0), whole.split(10).0, whole] {
+            let all = extents(&constant_extent(inconsistent), whole, 9).unwrap();
             assert_eq!(all, [Extent { range: whole, allocated: true }]);
         }
-        assert!(extent_at(&Stuck(whole), BLOCK).is_err());
+        assert!(extent_at(&constant_extent(whole), BLOCK).is_err());
     }
 
-    fn told(data: nix::Result<u64>, hole: nix::Result<u64>) -> SeekResult {
+    fn seek_result(data: nix::Result<u64>, hole: nix::Result<u64>) -> SeekResult {
         let rest = Range::whole(100).from(10);
-        ask(rest, |at, whence| {
+        probe(rest, |at, whence| {
             assert_eq!(at, 10);
             if matches!(whence, Whence::SeekData) { data } else { hole }
         })
     }
 
     #[test]
-    fn answers_that_make_sense_are_taken() {
+    fn consistent_seek_results_are_used() {
         let rest = Range::whole(100).from(10);
-        assert_eq!(told(Ok(30), Err(Errno::EIO)), SeekResult::Hole(rest.until(30)));
-        assert_eq!(told(Ok(500), Err(Errno::EIO)), SeekResult::Hole(rest));
-        assert_eq!(told(Ok(10), Ok(40)), SeekResult::Data(rest.until(40)));
-        assert_eq!(told(Ok(10), Ok(500)), SeekResult::Data(rest));
-        assert_eq!(told(Err(Errno::ENXIO), Err(Errno::EIO)), SeekResult::NoMore);
-        assert_eq!(told(Err(Errno::EINVAL), Ok(40)), SeekResult::Unable(Errno::EINVAL));
+        assert_eq!(seek_result(Ok(30), Err(Errno::EIO)), SeekResult::Hole(rest.until(30)));
+        assert_eq!(seek_result(Ok(500), Err(Errno::EIO)), SeekResult::Hole(rest));
+        assert_eq!(seek_result(Ok(10), Ok(40)), SeekResult::Data(rest.until(40)));
+        assert_eq!(seek_result(Ok(10), Ok(500)), SeekResult::Data(rest));
+        assert_eq!(seek_result(Err(Errno::ENXIO), Err(Errno::EIO)), SeekResult::NoMoreData);
+        assert_eq!(seek_result(Err(Errno::EINVAL), Ok(40)), SeekResult::Failed(Errno::EINVAL));
     }
 
     #[test]
-    fn backward_and_empty_answers_are_data_to_the_end() {
+    fn backward_and_empty_seek_results_are_data() {
         let rest = Range::whole(100).from(10);
         for hole in [Ok(10), Ok(9), Ok(0), Err(Errno::ENXIO), Err(Errno::EIO)] {
-            assert_eq!(told(Ok(10), hole), SeekResult::Data(rest), "{hole:?}");
+            assert_eq!(seek_result(Ok(10), hole), SeekResult::Data(rest), "{hole:?}");
         }
         for data in [9, 0] {
-            assert_eq!(told(Ok(data), Ok(40)), SeekResult::Data(rest), "{data}");
+            assert_eq!(seek_result(Ok(data), Ok(40)), SeekResult::Data(rest), "{data}");
         }
     }
 
     #[test]
-    fn data_that_is_punched_meanwhile_is_asked_for_again() {
-        let asked = std::cell::Cell::new(0);
-        let told = ask(Range::whole(100), |_, whence| {
-            asked.set(asked.get() + 1);
-            Ok(if matches!(whence, Whence::SeekData) && asked.get() > 1 { 50 } else { 0 })
+    fn data_punched_between_two_calls_is_probed_again() {
+        let calls = std::cell::Cell::new(0);
+        let result = probe(Range::whole(100), |_, whence| {
+            calls.set(calls.get() + 1);
+            Ok(if matches!(whence, Whence::SeekData) && calls.get() > 1 { 50 } else { 0 })
         });
-        assert_eq!((told, asked.get()), (SeekResult::Hole(Range::whole(50)), 3));
+        assert_eq!((result, calls.get()), (SeekResult::Hole(Range::whole(50)), 3));
     }
 
     #[test]
-    fn a_list_of_extents_takes_so_many_lookups_at_most() {
+    fn a_list_of_extents_takes_bounded_lookups() {
         for (blocks, lookups) in [(LOOKUPS_MAX, LOOKUPS_MAX), (LOOKUPS_MAX + 1, LOOKUPS_MAX)] {
             let faults = Arc::new(Faults::default());
             let image =
@@ -256,7 +244,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn extents_cover_the_range_and_say_the_truth_of_each_block(
+        fn extents_cover_the_range_and_match_every_block(
             blocks in prop::collection::vec(any::<bool>(), 1..20),
             offset in 0u64..20 * BLOCK, length in 0u64..20 * BLOCK, limit in 1usize..9,
         ) {

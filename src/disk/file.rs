@@ -431,12 +431,12 @@ impl Backend for FileBackend {
         if !asks || self.unsupported.seek_data.load(Ordering::Relaxed) {
             return allocated(rest);
         }
-        match extents::ask(rest, |offset, whence| seek(&self.file, offset, whence)) {
+        match extents::probe(rest, |offset, whence| seek(&self.file, offset, whence)) {
             SeekResult::Data(range) => allocated(range),
             SeekResult::Hole(range) => hole(range),
-            SeekResult::NoMore => self.check_not_shortened().and_then(|()| hole(rest)),
+            SeekResult::NoMoreData => self.check_not_shortened().and_then(|()| hole(rest)),
             // A real defect shows when the range is read.
-            SeekResult::Unable(errno) => {
+            SeekResult::Failed(errno) => {
                 let ever = syscalls::is_unsupported(errno) || errno == Errno::EINVAL;
                 self.unsupported.seek_data.fetch_or(ever, Ordering::Relaxed);
                 allocated(rest)

@@ -189,8 +189,8 @@ impl<'a, T> InFlight<'a, T> {
             _ => None,
         };
         let by_extent = |how| self.disk.image.zeroes_by_extent(how);
-        let at_once = |how| self.part_sizes.at_once(by_extent(how));
-        let has_slot = how.is_none_or(|how| self.parts < at_once(how));
+        let parts_max = |how| self.part_sizes.in_flight_max(by_extent(how));
+        let has_slot = how.is_none_or(|how| self.parts < parts_max(how));
         has_slot && queued.change.as_ref().is_none_or(Change::is_first)
     }
 
@@ -320,14 +320,14 @@ impl<'a, T> InFlight<'a, T> {
             Work::Prefetch(range) => self.call(operation, Call::Prefetch(range)),
             Work::Flush => self.commit_batch.push(Batched { operation, write: None }),
             Work::Zero { range, how, durable } => {
-                let (part, range) = self.cut(range, how);
+                let (part, range) = self.split_next(range, how);
                 // The first part decides whether it can be fast, before any byte has changed.
                 let later = Zeroing { only_if_fast: false, ..how };
                 let rest = Work::Zero { range, how: later, durable };
                 self.call_part(operation, Call::Zero(part, how), rest);
             }
             Work::Trim { range, durable } => {
-                let (part, range) = self.cut(range, Zeroing::default());
+                let (part, range) = self.split_next(range, Zeroing::default());
                 self.call_part(operation, Call::Trim(part), Work::Trim { range, durable });
             }
             Work::Write { offset, data, durable } => {
@@ -336,8 +336,8 @@ impl<'a, T> InFlight<'a, T> {
         }
     }
 
-    fn cut(&self, range: Range, how: Zeroing) -> (Range, Range) {
-        self.part_sizes.cut(range, self.disk.image.zeroes_by_extent(how))
+    fn split_next(&self, range: Range, how: Zeroing) -> (Range, Range) {
+        self.part_sizes.split_next(range, self.disk.image.zeroes_by_extent(how))
     }
 
     fn call_part(&mut self, mut operation: Operation<'a, T>, call: Call, rest: Work) {
@@ -503,7 +503,7 @@ impl<'a, T> InFlight<'a, T> {
         let (Ok(()), NextStep::Rest { rest, since }) = (&outcome, next_step) else {
             return self.finish(operation, outcome);
         };
-        self.part_sizes.took(part.length(), since.elapsed());
+        self.part_sizes.record(part.length(), since.elapsed());
         let (Work::Zero { range, durable, .. } | Work::Trim { range, durable }) = &rest else {
             return self.finish(operation, outcome);
         };

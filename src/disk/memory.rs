@@ -1,4 +1,4 @@
-//! Images for the tests of the whole crate: one in memory, and one that fails when told to.
+//! Backends for the tests of the whole crate: in memory, partly overridden, and with injected faults.
 //! Never in a released program.
 
 use super::backend::{Backend, Extent};
@@ -9,13 +9,12 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
-/// What is allocated or not, in bytes.
+/// Unit of allocation, in bytes.
 const BLOCK: u64 = 4096;
 
 type Block = Box<[u8; BLOCK as usize]>;
 
-/// A sparse disk in memory; a clone is the same disk, so that a test can look inside one that it
-/// has given away.
+/// A sparse disk in memory. A clone is the same disk, so a test can inspect a disk it has given away.
 #[derive(Clone, Debug)]
 pub(crate) struct MemoryBackend {
     size: u64,
@@ -28,19 +27,19 @@ impl MemoryBackend {
         Self { size, blocks: Arc::default() }
     }
 
-    /// How many blocks of 4 KiB are not holes.
+    /// Allocated blocks of 4 KiB.
     pub(crate) fn allocated_blocks(&self) -> usize {
         self.blocks.lock().unwrap().len()
     }
 
-    /// All bytes.
+    /// All bytes of the disk.
     pub(crate) fn contents(&self) -> Vec<u8> {
         let mut bytes = vec![0; usize::try_from(self.size).unwrap()];
         self.read(0, &mut bytes).unwrap();
         bytes
     }
 
-    /// Cuts a range into what lies in each block: the block, and from where to where in it.
+    /// Splits a range at block boundaries, into block numbers and the bytes within each.
     fn parts(range: Range) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
         let mut rest = range;
         std::iter::from_fn(move || {
@@ -122,11 +121,66 @@ impl Backend for MemoryBackend {
     }
 }
 
-/// What an image is asked to do.
+/// A test backend that forwards every call it does not override to a disk in memory.
+pub(crate) trait InMemory: std::fmt::Debug + Send + Sync {
+    fn memory(&self) -> &MemoryBackend;
+
+    fn orders_writes(&self) -> bool {
+        true
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.memory().write(offset, data, false)
+    }
+
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        self.memory().extent(offset)
+    }
+}
+
+impl<T: InMemory> Backend for T {
+    fn size(&self) -> u64 {
+        self.memory().size()
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.memory().read(offset, into)
+    }
+
+    fn write(&self, offset: u64, data: &[u8], _durable: bool) -> io::Result<()> {
+        InMemory::write(self, offset, data)
+    }
+
+    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
+        self.memory().zero(range, how)
+    }
+
+    fn trim(&self, range: Range) -> io::Result<()> {
+        self.memory().trim(range)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.memory().flush()
+    }
+
+    fn orders_writes(&self) -> bool {
+        InMemory::orders_writes(self)
+    }
+
+    fn prefetch(&self, range: Range) -> io::Result<()> {
+        self.memory().prefetch(range)
+    }
+
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        InMemory::extent(self, offset)
+    }
+}
+
+/// An operation of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Op {
     Read,
-    /// A write that need not be durable.
+    /// A non-durable write.
     Write,
     DurableWrite,
     Zero,
@@ -138,7 +192,7 @@ pub(crate) enum Op {
     Send,
 }
 
-/// What is to fail in a [`FailingBackend`], and how much it was asked so far.
+/// The faults to inject into a [`FailingBackend`], and the count of its operations so far.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
     plan: Mutex<FaultPlan>,
@@ -147,40 +201,40 @@ pub(crate) struct Faults {
 #[derive(Debug, Default)]
 struct FaultPlan {
     counts: BTreeMap<Op, u64>,
-    /// Operations to go until one fails, that one included; and with what.
+    /// Operations until one fails, including that one, and its errno.
     nth: Option<(u64, i32)>,
     every: BTreeMap<Op, i32>,
 }
 
 impl Faults {
-    /// The `n`-th operation from now, of any kind and counted from 1, fails once with `errno`.
+    /// Makes the `n`-th operation from now, of any kind and counted from 1, fail once with `errno`.
     pub(crate) fn fail_nth(&self, n: u64, errno: i32) {
         self.plan.lock().unwrap().nth = Some((n, errno));
     }
 
-    /// Every operation of this kind fails with `errno`, until healed.
+    /// Makes every operation of this kind fail with `errno`, until [`Faults::heal`].
     pub(crate) fn fail_every(&self, op: Op, errno: i32) {
         self.plan.lock().unwrap().every.insert(op, errno);
     }
 
-    /// Nothing fails any more; the counts go on.
+    /// Removes all faults; the counts go on.
     pub(crate) fn heal(&self) {
         let mut plan = self.plan.lock().unwrap();
         plan.nth = None;
         plan.every.clear();
     }
 
-    /// How many operations of this kind were asked for, failed ones included.
+    /// Operations of this kind so far, including failed ones.
     pub(crate) fn count(&self, op: Op) -> u64 {
         self.plan.lock().unwrap().counts.get(&op).copied().unwrap_or(0)
     }
 
-    /// How many operations were asked for, failed ones included.
+    /// Operations so far, including failed ones.
     pub(crate) fn total(&self) -> u64 {
         self.plan.lock().unwrap().counts.values().sum()
     }
 
-    /// Counts one, and fails if it is to fail.
+    /// Counts an operation, and fails it if a fault is due.
     fn pass(&self, op: Op) -> io::Result<()> {
         let mut plan = self.plan.lock().unwrap();
         *plan.counts.entry(op).or_insert(0) += 1;
@@ -194,7 +248,7 @@ impl Faults {
     }
 }
 
-/// An image that fails when its [`Faults`] say so, before it has done anything.
+/// A backend whose operations fail as its [`Faults`] plan, without executing them.
 #[derive(Debug)]
 pub(crate) struct FailingBackend {
     image: Box<dyn Backend>,

@@ -1,9 +1,9 @@
-//! Random work on every kind of image, compared with plain bytes in memory.
-//! Whatever an image does behind the scenes, a disk reads back what was written.
+//! Random operations on every kind of image, compared with plain bytes in memory: a disk reads back
+//! the bytes that were written.
 
-use super::inflight::Work as Errand;
+use super::inflight::Work as DiskWork;
 use super::memory::MemoryBackend;
-use super::tests::run as run_errand;
+use super::tests::run as run_operation;
 use super::{Access, Backend, Disk, FileBackend, OpenError, Zeroing};
 use crate::range::Range;
 use nix::errno::Errno;
@@ -17,13 +17,13 @@ use std::process::Command;
 use tempfile::TempDir;
 
 const SIZE: usize = 80 * 1024;
-/// What follows the disk in its file and must never change.
+/// The unserved bytes behind the disk in its file, which must never change.
 const TAIL: [u8; 100] = [0xEE; 100];
-/// How often work of up to [`STEPS`] steps is tried, for each kind of image.
+/// Random sequences of up to [`STEPS`] steps for each kind of image.
 const CASES: u32 = 40;
 const STEPS: usize = 40;
 
-/// One thing a client may ask for.
+/// One request of a client.
 #[derive(Clone, Debug)]
 struct Step {
     offset: usize,
@@ -34,7 +34,7 @@ struct Step {
 
 #[derive(Clone, Debug)]
 enum Work {
-    /// Fills with this byte, which is often zero.
+    /// Fills the range with this byte, which is often zero.
     Fill(u8),
     /// Writes zeros with one other byte somewhere.
     Speckle(usize),
@@ -53,7 +53,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Work::Trim),
         1 => Just(Work::Flush),
     ];
-    // Often at the edges of blocks and sectors, as clients do; often anywhere.
+    // Half of the offsets are aligned to sectors, as most clients' are.
     let place = prop_oneof![0..SIZE, (0..SIZE / 512).prop_map(|at| at * 512)];
     let length = prop_oneof![0usize..600, 0usize..20_000, (0usize..9).prop_map(|n| n * 4096)];
     (place, length, any::<bool>(), work).prop_map(|(offset, length, durable, work)| Step {
@@ -64,13 +64,13 @@ fn step() -> impl Strategy<Value = Step> {
     })
 }
 
-/// Does one step to the disk and to the bytes that it must equal.
-fn take(disk: &Disk, model: &mut [u8], step: &Step) -> io::Result<()> {
+/// Executes one step on the disk and on the model.
+fn execute(disk: &Disk, model: &mut [u8], step: &Step) -> io::Result<()> {
     let (offset, length, durable) = (step.offset as u64, step.length as u64, step.durable);
     let range = Range::within(SIZE as u64, offset, length).unwrap();
     let bytes = &mut model[step.offset..][..step.length];
     match step.work {
-        Work::Flush => return run_errand(disk, Errand::Flush),
+        Work::Flush => return run_operation(disk, DiskWork::Flush),
         Work::Fill(byte) => bytes.fill(byte),
         Work::Speckle(at) => {
             bytes.fill(0);
@@ -78,7 +78,7 @@ fn take(disk: &Disk, model: &mut [u8], step: &Step) -> io::Result<()> {
                 bytes[at % step.length] = 9;
             }
         }
-        Work::Zero(how) => match run_errand(disk, Errand::Zero { range, how, durable }) {
+        Work::Zero(how) => match run_operation(disk, DiskWork::Zero { range, how, durable }) {
             Err(error) if how.only_if_fast => {
                 assert_eq!(error.raw_os_error(), Some(Errno::EOPNOTSUPP as i32));
                 return Ok(());
@@ -89,26 +89,26 @@ fn take(disk: &Disk, model: &mut [u8], step: &Step) -> io::Result<()> {
             }
         },
         Work::Trim => {
-            run_errand(disk, Errand::Trim { range, durable })?;
-            // Anything may be there now, but then it stays.
+            run_operation(disk, DiskWork::Trim { range, durable })?;
+            // Trimmed bytes may read as anything, but must not change again.
             return disk.enter(&|| true).unwrap().read(offset, bytes);
         }
     }
     if durable || step.offset.is_multiple_of(2) {
         let data = bytes.to_vec();
-        return run_errand(disk, Errand::Write { offset, data, durable });
+        return run_operation(disk, DiskWork::Write { offset, data, durable });
     }
     disk.enter(&|| true).unwrap().write(offset, bytes)
 }
 
-/// Takes all steps, and compares all bytes after each; in the end holes must be zero.
+/// Executes all steps, and compares all bytes after each; at the end holes must read as zeros.
 fn check(image: Box<dyn Backend>, steps: &[Step]) -> Result<(), TestCaseError> {
     let disk = Disk::new(image, false);
     let (mut model, mut found) = (vec![0; SIZE], vec![0; SIZE]);
     let visit = disk.enter(&|| true).unwrap();
     visit.read(0, &mut model).unwrap();
     for (at, step) in steps.iter().enumerate() {
-        let result = take(&disk, &mut model, step);
+        let result = execute(&disk, &mut model, step);
         prop_assert!(result.is_ok(), "step {} ({:?}): {:?}", at, step, result);
         visit.read(0, &mut found).unwrap();
         let differ = found.iter().zip(&model).position(|(found, model)| found != model);
@@ -122,7 +122,7 @@ fn check(image: Box<dyn Backend>, steps: &[Step]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// Runs random work on images that `make` makes; `after` looks at what is left.
+/// Runs random steps on images that `make` creates; `after` checks the result.
 fn run(
     cases: u32,
     make: impl Fn() -> Box<dyn Backend>,
@@ -137,8 +137,8 @@ fn run(
     outcome.unwrap_or_else(|error| panic!("{error}"));
 }
 
-/// Runs random work on a file in `folder`, anew for each case.
-fn run_on_files(folder: &Path, as_wanted: impl Fn(FileBackend) -> FileBackend) {
+/// Runs random steps on a new file in `folder` for each case.
+fn run_on_files(folder: &Path, configure: impl Fn(FileBackend) -> FileBackend) {
     let path = folder.join("disk.img");
     let make = || {
         let file = File::create(&path).unwrap();
@@ -146,7 +146,7 @@ fn run_on_files(folder: &Path, as_wanted: impl Fn(FileBackend) -> FileBackend) {
         drop(file);
         let image = FileBackend::open(&path, Access { read_only: false }).unwrap();
         assert_eq!((image.size(), image.unserved_tail()), (SIZE as u64, 100));
-        Box::new(as_wanted(image)) as Box<dyn Backend>
+        Box::new(configure(image)) as Box<dyn Backend>
     };
     run(CASES, make, || {
         let bytes = std::fs::read(&path).unwrap();
@@ -155,12 +155,12 @@ fn run_on_files(folder: &Path, as_wanted: impl Fn(FileBackend) -> FileBackend) {
     });
 }
 
-/// Says on the real stderr, which the test harness does not catch, that something is not tested.
+/// Reports a skipped test on the real stderr, which the test harness does not capture.
 fn skip(what: &str) {
     let _ = writeln!(io::stderr(), "SKIP {what}");
 }
 
-/// Calls `test` with `/dev/shm`, where there is one.
+/// Calls `test` with `/dev/shm`, if it exists.
 pub(super) fn in_shared_memory<T>(test: impl FnOnce(&Path) -> T) -> Option<T> {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() {
@@ -188,7 +188,7 @@ fn a_file_in_shared_memory_reads_back_what_was_written() {
 }
 
 #[test]
-fn a_file_on_a_poor_file_system_reads_back_what_was_written() {
+fn a_file_without_optional_operations_reads_back_what_was_written() {
     run_on_files(tempfile::tempdir().unwrap().path(), FileBackend::without_support);
 }
 
@@ -200,25 +200,26 @@ fn zeros_written_into_holes_of_a_file_allocate_nothing() {
         Disk::new(Box::new(FileBackend::create(&path, 1 << 30, Access::default()).unwrap()), false);
     let visit = disk.enter(&|| true).unwrap();
     let blocks = || std::fs::metadata(&path).unwrap().blocks();
-    let write_durably =
-        |offset, data| run_errand(&disk, Errand::Write { offset, data, durable: true }).unwrap();
+    let write_durably = |offset, data| {
+        run_operation(&disk, DiskWork::Write { offset, data, durable: true }).unwrap();
+    };
     visit.write(12_345, &vec![0; 8 << 20]).unwrap();
     write_durably(1 << 29, vec![0; 1 << 20]);
     assert_eq!(blocks(), 0);
-    // One byte of data among the zeros costs what the file system gives at least, not the lot.
+    // One byte of data among zeros costs the smallest allocation of the file system, not all of it.
     let mut speckled = vec![0; 8 << 20];
     speckled[4 << 20] = 1;
     write_durably(0, speckled);
     assert!((1..=2048).contains(&blocks()), "{} blocks", blocks());
 }
 
-/// A file as a block device; it is detached when dropped.
+/// A loop device on a file, detached when dropped.
 struct Loop {
     device: PathBuf,
 }
 
 impl Loop {
-    /// Attaches `file`, or says why not. On a machine for tests the tool must not be missing.
+    /// Attaches `file`, or skips the test. Under CI a missing `losetup` is a failure.
     fn attach(file: &Path, sector: &str) -> Option<Self> {
         let root = nix::unistd::geteuid().is_root();
         if !root || !Path::new("/dev/loop-control").exists() {
@@ -274,7 +275,7 @@ fn a_block_device_reads_back_what_was_written() {
 }
 
 #[test]
-fn a_block_device_is_opened_like_a_file_and_locked_like_one() {
+fn a_block_device_is_opened_and_locked_like_a_file() {
     let Some((_folder, _file, device)) = loop_device(&std::env::temp_dir(), "512") else { return };
     let image = device.open().unwrap();
     assert_eq!((image.size(), image.unserved_tail()), (SIZE as u64, 0));
@@ -284,7 +285,7 @@ fn a_block_device_is_opened_like_a_file_and_locked_like_one() {
 }
 
 #[test]
-fn a_block_device_is_zeroed_to_the_byte_and_gives_space_back() {
+fn zeroing_a_block_device_is_exact_and_frees_space() {
     let Some((_folder, file, device)) = loop_device(&std::env::temp_dir(), "512") else { return };
     let image = device.open().unwrap();
     let blocks = || {
@@ -306,10 +307,10 @@ fn a_block_device_is_zeroed_to_the_byte_and_gives_space_back() {
     assert!(blocks() < after_zero);
 }
 
-/// On shared memory: once the kernel has learned that the backing file cannot keep zeros allocated,
-/// it refuses to punch, too, but only after it has emptied its cache.
+/// On shared memory: once the kernel has found that the backing file cannot keep zeros allocated, it
+/// also refuses to punch holes, but only after dropping its cached pages.
 #[test]
-fn what_must_be_fast_on_a_block_device_is_refused_and_loses_nothing_that_is_not_written_back() {
+fn refused_fast_zeroing_of_a_device_loses_no_dirty_pages() {
     let Some(Some((_folder, _file, device))) = in_shared_memory(|dir| loop_device(dir, "512"))
     else {
         return;

@@ -1,62 +1,62 @@
-//! In how large parts a zeroing or trim is made, and how many of them at once.
-//! Pure: how long a part took is an argument.
+//! The length of the parts of a zeroing or trim, and how many of them are in flight.
+//! Pure: the duration of a part is an argument.
 //!
-//! Whoever closes the gate waits for the parts that are in flight, and for nothing behind them. So a
-//! part has to be short on a slow device, and long enough that a quick one is not held up: the
-//! length and the number follow the time that parts take.
+//! Closing the gate waits for the parts in flight, and not for those that follow. So a part has to be
+//! short on a slow device, and long enough not to slow down a fast one: length and number adapt to
+//! the time that parts take.
 
 use crate::range::Range;
 use std::time::Duration;
 
-/// Shortest part, in bytes. Parts end at multiples of it, so that they cut no block of the image.
+/// Shortest part, in bytes. Parts end at multiples of it, so that they split no block of the image.
 pub const PART_MIN: u64 = 1 << 20;
-/// The first part of a session, in bytes: a second at 4 MB/s.
+/// First part of a session, in bytes: one second at 4 MB/s.
 const PART_FIRST: u64 = 4 << 20;
-/// Longest part where the number of extents counts rather than that of bytes, in bytes: what one
-/// request can ask for without extended headers. (A hole of 1 TiB takes 256 of them.)
+/// Longest part, in bytes, where the number of extents determines the time rather than that of bytes:
+/// the longest request without extended headers. (A hole of 1 TiB takes 256 parts.)
 pub const PART_MAX_BY_EXTENT: u64 = 4 << 30;
-/// Longest part elsewhere, in bytes: what a disk of 100 MB/s writes in two thirds of a second, should it have
-/// to write zeros after all.
+/// Longest part elsewhere, in bytes: two thirds of a second on a disk of 100 MB/s that has to write
+/// zeros after all.
 pub const PART_MAX: u64 = 64 << 20;
-/// Parts that took no longer than this may become longer, and more.
+/// After a part that took no longer than this, length and number grow.
 const QUICK: Duration = Duration::from_millis(25);
-/// Parts that took longer than this become shorter, and fewer.
+/// After a part that took longer than this, length and number shrink.
 const SLOW: Duration = Duration::from_millis(100);
-/// Most bytes of parts in flight of one session where each byte counts.
-const BYTES_AT_ONCE_MAX: u64 = 2 * PART_MAX;
-/// How many parts of one session are in flight at first.
-const AT_ONCE_FIRST: usize = 2;
-/// How many at most.
-const AT_ONCE_MAX: usize = 128;
+/// Most bytes of one session's parts in flight where the number of bytes determines the time.
+const BYTES_IN_FLIGHT_MAX: u64 = 2 * PART_MAX;
+/// Parts of one session in flight at first.
+const IN_FLIGHT_FIRST: usize = 2;
+/// Most parts of one session in flight.
+const IN_FLIGHT_MAX: usize = 128;
 
-/// What a session knows of how fast its disk zeroes and trims.
+/// Adapts the length and number of one session's parts to the speed of its disk.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PartSizes {
     length: u64,
-    at_once: usize,
+    in_flight_max: usize,
 }
 
 impl Default for PartSizes {
     fn default() -> Self {
-        Self { length: PART_FIRST, at_once: AT_ONCE_FIRST }
+        Self { length: PART_FIRST, in_flight_max: IN_FLIGHT_FIRST }
     }
 }
 
 impl PartSizes {
-    /// How many parts may be in flight. Where each byte counts they are no more than
-    /// [`BYTES_AT_ONCE_MAX`] together: written at the speed of memory at first, they may have to wait
-    /// for the disk later.
-    pub(super) fn at_once(self, by_extent: bool) -> usize {
+    /// How many parts may be in flight. Where the number of bytes determines the time, together at
+    /// most [`BYTES_IN_FLIGHT_MAX`]: parts written at the speed of memory at first may have to wait for
+    /// the device later.
+    pub(super) fn in_flight_max(self, by_extent: bool) -> usize {
         if by_extent {
-            return self.at_once;
+            return self.in_flight_max;
         }
-        let fit = BYTES_AT_ONCE_MAX / self.length.min(PART_MAX);
-        self.at_once.min(usize::try_from(fit).unwrap_or(1))
+        let fit = BYTES_IN_FLIGHT_MAX / self.length.min(PART_MAX);
+        self.in_flight_max.min(usize::try_from(fit).unwrap_or(1))
     }
 
-    /// The next part of `range`, and what remains. No part is shorter than [`PART_MIN`], but for a
-    /// whole range that is.
-    pub(super) fn cut(self, range: Range, by_extent: bool) -> (Range, Range) {
+    /// Splits `range` into the next part and the rest. No part is shorter than [`PART_MIN`], unless
+    /// the whole range is.
+    pub(super) fn split_next(self, range: Range, by_extent: bool) -> (Range, Range) {
         let length = if by_extent { self.length } else { self.length.min(PART_MAX) };
         let end = range.offset().saturating_add(length);
         let end = end.checked_next_multiple_of(PART_MIN).unwrap_or(u64::MAX);
@@ -64,19 +64,19 @@ impl PartSizes {
         if rest.length() < PART_MIN { (range, range.split(range.length()).1) } else { (part, rest) }
     }
 
-    /// A part of so many bytes took so long, what was in flight before it included.
-    pub(super) fn took(&mut self, bytes: u64, time: Duration) {
+    /// Records that a part of this length took this time, including the parts queued before it.
+    pub(super) fn record(&mut self, bytes: u64, time: Duration) {
         if time > SLOW {
-            // They may have been slow only because there were many.
-            if self.at_once == 1 {
+            // Several parts may be slow only because of their number, so reduce that first.
+            if self.in_flight_max == 1 {
                 self.length = (self.length / 2).max(PART_MIN);
             }
-            self.at_once = (self.at_once / 2).max(1);
+            self.in_flight_max = (self.in_flight_max / 2).max(1);
         } else if time <= QUICK {
             if bytes >= self.length.min(PART_MAX) {
                 self.length = (self.length * 2).min(PART_MAX_BY_EXTENT);
             }
-            self.at_once = (self.at_once + 1).min(AT_ONCE_MAX);
+            self.in_flight_max = (self.in_flight_max + 1).min(IN_FLIGHT_MAX);
         }
     }
 }
@@ -91,35 +91,38 @@ mod tests {
     #[test]
     fn parts_grow_while_quick_and_shrink_once_slow() {
         let mut sizes = PartSizes::default();
-        assert_eq!((sizes.length, sizes.at_once(true)), (PART_FIRST, AT_ONCE_FIRST));
-        sizes.took(PART_FIRST - 1, QUICK);
-        assert_eq!(sizes.length, PART_FIRST, "less than a part says nothing of a longer one");
-        (0..200).for_each(|_| sizes.took(PART_MAX, QUICK));
-        assert_eq!((sizes.length, sizes.at_once(true)), (PART_MAX_BY_EXTENT, AT_ONCE_MAX));
-        sizes.took(PART_MAX, SLOW);
-        assert_eq!(sizes.at_once(true), AT_ONCE_MAX, "neither quick nor slow");
-        sizes.took(1, LATE);
-        assert_eq!((sizes.length, sizes.at_once(true)), (PART_MAX_BY_EXTENT, AT_ONCE_MAX / 2));
-        (0..7).for_each(|_| sizes.took(1, LATE));
-        assert_eq!((sizes.length, sizes.at_once(true)), (PART_MAX_BY_EXTENT / 2, 1));
-        (0..20).for_each(|_| sizes.took(1, LATE));
-        assert_eq!((sizes.length, sizes.at_once(true)), (PART_MIN, 1));
+        assert_eq!((sizes.length, sizes.in_flight_max(true)), (PART_FIRST, IN_FLIGHT_FIRST));
+        sizes.record(PART_FIRST - 1, QUICK);
+        assert_eq!(sizes.length, PART_FIRST, "a short part does not justify a longer one");
+        (0..200).for_each(|_| sizes.record(PART_MAX, QUICK));
+        assert_eq!((sizes.length, sizes.in_flight_max(true)), (PART_MAX_BY_EXTENT, IN_FLIGHT_MAX));
+        sizes.record(PART_MAX, SLOW);
+        assert_eq!(sizes.in_flight_max(true), IN_FLIGHT_MAX, "neither quick nor slow");
+        sizes.record(1, LATE);
+        assert_eq!(
+            (sizes.length, sizes.in_flight_max(true)),
+            (PART_MAX_BY_EXTENT, IN_FLIGHT_MAX / 2)
+        );
+        (0..7).for_each(|_| sizes.record(1, LATE));
+        assert_eq!((sizes.length, sizes.in_flight_max(true)), (PART_MAX_BY_EXTENT / 2, 1));
+        (0..20).for_each(|_| sizes.record(1, LATE));
+        assert_eq!((sizes.length, sizes.in_flight_max(true)), (PART_MIN, 1));
     }
 
     #[test]
-    fn parts_that_are_written_are_bounded_in_bytes() {
+    fn written_parts_are_bounded_in_bytes() {
         let mut sizes = PartSizes::default();
-        (0..200).for_each(|_| sizes.took(PART_MAX, QUICK));
-        assert_eq!((sizes.at_once(false), sizes.at_once(true)), (2, AT_ONCE_MAX));
-        let short = PartSizes { length: PART_MIN, at_once: AT_ONCE_MAX };
-        assert_eq!(short.at_once(false), AT_ONCE_MAX);
-        let one = PartSizes { length: 2 * PART_MIN, at_once: AT_ONCE_MAX };
-        assert_eq!(one.at_once(false), AT_ONCE_MAX / 2);
+        (0..200).for_each(|_| sizes.record(PART_MAX, QUICK));
+        assert_eq!((sizes.in_flight_max(false), sizes.in_flight_max(true)), (2, IN_FLIGHT_MAX));
+        let short = PartSizes { length: PART_MIN, in_flight_max: IN_FLIGHT_MAX };
+        assert_eq!(short.in_flight_max(false), IN_FLIGHT_MAX);
+        let one = PartSizes { length: 2 * PART_MIN, in_flight_max: IN_FLIGHT_MAX };
+        assert_eq!(one.in_flight_max(false), IN_FLIGHT_MAX / 2);
     }
 
     proptest! {
         #[test]
-        fn parts_cover_the_range_and_cut_no_block(
+        fn parts_cover_the_range_and_split_no_block(
             offset in 0..1u64 << 40, length in 1..1u64 << 33, quick in any::<bool>(),
             by_extent in any::<bool>(),
         ) {
@@ -127,13 +130,13 @@ mod tests {
             let mut sizes = PartSizes::default();
             let (mut rest, mut at) = (range, offset);
             while !rest.is_empty() {
-                let (part, after) = sizes.cut(rest, by_extent);
+                let (part, after) = sizes.split_next(rest, by_extent);
                 prop_assert_eq!(part.offset(), at);
                 prop_assert!(part.length() >= PART_MIN.min(length));
                 let most = if by_extent { PART_MAX_BY_EXTENT } else { PART_MAX };
                 prop_assert!(part.length() < most + 2 * PART_MIN);
                 prop_assert!(after.is_empty() || part.end() % PART_MIN == 0);
-                sizes.took(part.length(), if quick { QUICK } else { LATE });
+                sizes.record(part.length(), if quick { QUICK } else { LATE });
                 (rest, at) = (after, part.end());
             }
             prop_assert_eq!(at, range.end());

@@ -1,5 +1,5 @@
-//! The few system calls that have no safe wrapper elsewhere, each wrapped once.
-//! Decides nothing: what to retry, and what to do instead, is the caller's business.
+//! System calls that have no safe wrapper elsewhere, each wrapped once.
+//! Decides nothing: retries and fallbacks are up to the caller.
 
 use crate::range::Range;
 use nix::errno::Errno;
@@ -10,8 +10,8 @@ use std::os::fd::AsRawFd;
 
 /// Takes the advisory lock of `flock(2)`, shared or exclusive, without waiting.
 ///
-/// It belongs to the open file, not to the process: it ends when the last descriptor that was
-/// made from this one is closed. `WouldBlock` means that somebody else holds it.
+/// The lock belongs to the open file description, not to the process: it ends when the last duplicate
+/// of this descriptor is closed. `WouldBlock` means that another process or opening holds it.
 pub(super) fn lock(file: &File, exclusive: bool) -> io::Result<()> {
     let kind = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
     // SAFETY: takes a descriptor, open as long as `file`, and an integer; touches no memory.
@@ -19,8 +19,8 @@ pub(super) fn lock(file: &File, exclusive: bool) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Writes at most all of `data` and returns when that much is on stable storage (`RWF_DSYNC`,
-/// `pwritev2(2)`). Returns how many bytes those were.
+/// Writes `data` or a beginning of it and returns once that is on stable storage (`RWF_DSYNC`,
+/// `pwritev2(2)`). Returns the number of bytes written.
 pub(super) fn write_durably(file: &File, offset: u64, data: &[u8]) -> io::Result<usize> {
     let part = libc::iovec { iov_base: data.as_ptr().cast_mut().cast(), iov_len: data.len() };
     let offset = to_off_t(offset)?;
@@ -31,8 +31,8 @@ pub(super) fn write_durably(file: &File, offset: u64, data: &[u8]) -> io::Result
     usize::try_from(written).map_err(|_| io::Error::last_os_error())
 }
 
-/// Fills the beginning of `into`, as far as that is in memory (`RWF_NOWAIT`, `preadv2(2)`). Returns
-/// how many bytes those are; 0 at the end of the file; `WouldBlock` if there are none.
+/// Reads the bytes that are in the page cache, up to the first that is not (`RWF_NOWAIT`,
+/// `preadv2(2)`). Returns how many; 0 at the end of the file; `WouldBlock` if there are none.
 pub(super) fn read_without_waiting(file: &File, offset: u64, into: &mut [u8]) -> io::Result<usize> {
     let part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     let offset = to_off_t(offset)?;
@@ -43,8 +43,8 @@ pub(super) fn read_without_waiting(file: &File, offset: u64, into: &mut [u8]) ->
     usize::try_from(read).map_err(|_| io::Error::last_os_error())
 }
 
-/// Starts the write-back of what is dirty in `range`, without waiting for it (`sync_file_range(2)`).
-/// It may still wait for room in the device's queue. Leaves errors for the next `fdatasync(2)`.
+/// Starts the write-back of dirty pages in `range`, without waiting for it (`sync_file_range(2)`).
+/// May still wait for room in the device's queue. Leaves errors to the next `fdatasync(2)`.
 pub(super) fn start_write_back(file: &File, range: Range) -> io::Result<()> {
     let (offset, length) = (to_off_t(range.offset())?, to_off_t(range.length())?);
     let flags = libc::SYNC_FILE_RANGE_WRITE;
@@ -65,7 +65,7 @@ pub(super) fn sector_size(device: &File) -> io::Result<u64> {
     }
 }
 
-/// Tells a block device that the bytes of `range`, whole sectors, are not needed (`BLKDISCARD`).
+/// Discards `range`, whole sectors, of a block device (`BLKDISCARD`).
 pub(super) fn discard(device: &File, range: Range) -> io::Result<()> {
     const REQUEST: nix::sys::ioctl::ioctl_num_type = nix::request_code_none!(0x12, 119);
     let span = [range.offset(), range.length()];
@@ -75,10 +75,10 @@ pub(super) fn discard(device: &File, range: Range) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// What XFS allocates for a file at least, in bytes: a block, or an extent of the realtime device
+/// The smallest allocation of XFS for a file, in bytes: a block, or an extent of the realtime device
 /// (`FS_IOC_FSGETXATTR`, `XFS_IOC_FSGEOMETRY_V1`; ioctl_xfs_fsgetxattr(2)).
 pub(super) fn xfs_unit(file: &File) -> io::Result<u64> {
-    /// Lengths of the two structures in bytes, and what is of interest of them.
+    /// Lengths of the two structures in bytes, and the flag for a file on the realtime device.
     const ATTRIBUTES: usize = 28;
     const GEOMETRY: usize = 112;
     const IS_REALTIME: u32 = 1;
@@ -87,17 +87,19 @@ pub(super) fn xfs_unit(file: &File) -> io::Result<u64> {
     const GET_GEOMETRY: nix::sys::ioctl::ioctl_num_type =
         nix::request_code_read!(b'X', 100, GEOMETRY);
     let (mut attributes, mut geometry) = ([0u32; ATTRIBUTES / 4], [0u64; GEOMETRY / 8]);
-    // SAFETY: it writes a structure of the length in its number, and is given the address of as much.
+    // SAFETY: the ioctl writes a structure of the length encoded in its number, and gets the address
+    // of a buffer of that length.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), GET_ATTRIBUTES, attributes.as_mut_ptr()) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: as above; the structure begins with a number of 64-bit alignment at most.
+    // SAFETY: as above; the structure needs 64-bit alignment at most.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), GET_GEOMETRY, geometry.as_mut_ptr()) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    // It begins with two numbers of 32 bits: the size of a block, and that of a realtime extent in blocks.
+    // The structure begins with two 32-bit numbers: the block size, and that of a realtime extent in
+    // blocks.
     let first = geometry[0].to_ne_bytes();
     let word = |at: usize| {
         u64::from(u32::from_ne_bytes([first[at], first[at + 1], first[at + 2], first[at + 3]]))
@@ -106,8 +108,9 @@ pub(super) fn xfs_unit(file: &File) -> io::Result<u64> {
     Ok(if is_realtime { word(0) * word(4) } else { word(0) })
 }
 
-/// Whether an error of `fallocate(2)`, or of a discard, says that it cannot be done here, or not so:
-/// nothing has been done, and writing may do. What says that the disk is full or broken does not.
+/// Whether an error of `fallocate(2)` or of a discard means that the operation, or this form of it,
+/// is unsupported: nothing has changed, and the caller may write zeros instead. False for errors of a
+/// full or defective disk.
 pub(super) fn is_unable(errno: Errno) -> bool {
     is_unsupported(errno)
         || matches!(
@@ -120,29 +123,29 @@ pub(super) fn is_unable(errno: Errno) -> bool {
                 | Errno::EBUSY
                 | Errno::ETXTBSY
                 | Errno::EFBIG
-                // A number without a name: ENOTSUPP (524), which the kernel should keep to itself.
+                // ENOTSUPP (524), which some kernel code leaks and user space has no name for.
                 | Errno::UnknownErrno
         )
 }
 
-/// Whether an error says that it will never be possible here, whatever is asked for.
+/// Whether an error means that the operation is unsupported for every range of this file.
 pub(super) fn is_unsupported(errno: Errno) -> bool {
     matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::ENOTTY)
 }
 
-/// The generation of a file's inode (`FS_IOC_GETVERSION`): another one each time that the number of
-/// the inode is given to a new file.
+/// The generation of a file's inode (`FS_IOC_GETVERSION`). It changes each time the inode number is
+/// reused for a new file.
 pub(super) fn inode_generation(file: &File) -> io::Result<u32> {
     const REQUEST: nix::sys::ioctl::ioctl_num_type =
         nix::request_code_read!(b'v', 1, size_of::<libc::c_long>());
-    // Declared with a long, the kernel writes an int.
+    // The ioctl is declared with a long, but the kernel writes an int.
     let mut generation = [0_u32; 2];
     // SAFETY: FS_IOC_GETVERSION writes at most one long, and is given the address of as much.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), REQUEST, &raw mut generation) };
     if result == 0 { Ok(generation[0]) } else { Err(io::Error::last_os_error()) }
 }
 
-/// An offset or a length as the kernel takes it.
+/// Converts an offset or a length to the kernel's type.
 pub(super) fn to_off_t(bytes: u64) -> io::Result<libc::off_t> {
     libc::off_t::try_from(bytes).map_err(|_| io::Error::from_raw_os_error(libc::EOVERFLOW))
 }

@@ -1,4 +1,4 @@
-//! A disk in memory that fails when told to: what reaches whoever asked, and what is remembered.
+//! A disk in memory with injected faults: errors returned, and errors remembered.
 
 use super::inflight::{InFlight, Work};
 use super::memory::{FailingBackend, Faults, MemoryBackend, Op};
@@ -29,7 +29,7 @@ fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
     errno_of(&result.unwrap_err())
 }
 
-/// Runs one errand to its end, as on an image without a lane.
+/// Runs one operation to its completion, as on a backend without an I/O queue.
 pub(super) fn run(disk: &Disk, work: Work) -> io::Result<()> {
     let mut in_flight = InFlight::new(disk, Arc::new(TestNotifier::default()));
     in_flight.begin(visit(disk), work, ());
@@ -56,7 +56,7 @@ fn trim(range: Range, durable: bool) -> Work {
 
 type Job = (&'static str, fn(&Disk) -> io::Result<()>);
 
-/// Everything that can be asked of a disk, each of which is one operation of the image.
+/// Every request that a disk accepts; each takes one operation of the image.
 const READS: [Job; 4] = [
     ("read", |disk| visit(disk).read(0, &mut [0; 8])),
     ("extent", |disk| visit(disk).extent(0).map(drop)),
@@ -65,20 +65,20 @@ const READS: [Job; 4] = [
 ];
 const CHANGES: [Job; 4] = [
     ("write", |disk| visit(disk).write(0, &[1; 8])),
-    ("write aside", |disk| run(disk, write(0, &[1; 8], false))),
+    ("asynchronous write", |disk| run(disk, write(0, &[1; 8], false))),
     ("zero", |disk| run(disk, zero(range(0, 8), false))),
     ("trim", |disk| run(disk, trim(range(0, 8), false))),
 ];
 const DURABLE: [Job; 5] = [
     ("flush", |disk| run(disk, Work::Flush)),
-    ("flush by whoever waits", |disk| visit(disk).flush()),
+    ("blocking flush", |disk| visit(disk).flush()),
     ("durable write", |disk| run(disk, write(0, &[1; 8], true))),
     ("durable zero", |disk| run(disk, zero(range(0, 8), true))),
     ("durable trim", |disk| run(disk, trim(range(0, 8), true))),
 ];
 
 #[test]
-fn every_error_of_the_image_reaches_whoever_asked() {
+fn every_error_of_the_image_reaches_the_caller() {
     for (name, job) in READS.iter().chain(&CHANGES).chain(&DURABLE) {
         let (disk, _, faults) = disk(false);
         faults.fail_nth(1, ENOSPC);
@@ -88,7 +88,7 @@ fn every_error_of_the_image_reaches_whoever_asked() {
 }
 
 #[test]
-fn the_nth_failing_operation_fails_the_nth_job_and_no_other() {
+fn a_single_fault_fails_a_single_job() {
     for nth in 1..=3 {
         let (disk, _, faults) = disk(false);
         faults.fail_nth(nth, EIO);
@@ -99,7 +99,7 @@ fn the_nth_failing_operation_fails_the_nth_job_and_no_other() {
 }
 
 #[test]
-fn a_failed_flush_fails_everything_durable_from_then_on() {
+fn a_failed_flush_fails_all_later_durable_operations() {
     for (first, job) in DURABLE {
         let (disk, _, faults) = disk(false);
         faults.fail_every(Op::Flush, EIO);
@@ -110,7 +110,7 @@ fn a_failed_flush_fails_everything_durable_from_then_on() {
         for (name, job) in DURABLE {
             assert_eq!(errno(job(&disk)), EIO, "{name} after {first}");
         }
-        assert_eq!(faults.total(), before, "what cannot be made durable is not begun");
+        assert_eq!(faults.total(), before, "durable operations are not even started");
         for (name, job) in READS.iter().chain(&CHANGES) {
             assert!(job(&disk).is_ok(), "{name} after {first}");
         }
@@ -118,13 +118,13 @@ fn a_failed_flush_fails_everything_durable_from_then_on() {
 }
 
 #[test]
-fn later_flushes_say_what_the_first_one_said() {
+fn later_flushes_return_the_first_error() {
     let (disk, _, faults) = disk(false);
     faults.fail_every(Op::Flush, ENOSPC);
     assert_eq!(errno(visit(&disk).flush()), ENOSPC);
     faults.fail_every(Op::Flush, EIO);
     assert_eq!(errno(visit(&disk).flush()), ENOSPC);
-    assert_eq!(faults.count(Op::Flush), 1, "the kernel is not asked again");
+    assert_eq!(faults.count(Op::Flush), 1, "later flushes do not reach the image");
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn a_full_file_system_is_no_failed_flush() {
 }
 
 #[test]
-fn what_failed_for_lack_of_durability_is_written_all_the_same() {
+fn a_write_that_failed_to_become_durable_is_written() {
     let (disk, memory, faults) = disk(false);
     faults.fail_every(Op::DurableWrite, EIO);
     assert!(run(&disk, write(0, &[5; 3], true)).is_err());
@@ -147,7 +147,7 @@ fn what_failed_for_lack_of_durability_is_written_all_the_same() {
 }
 
 #[test]
-fn a_durable_change_that_left_zeros_out_flushes_before_it_succeeds() {
+fn durable_changes_without_a_durable_write_flush() {
     let (disk, memory, faults) = disk(false);
     run(&disk, write(0, &[0; 100], true)).unwrap();
     assert_eq!((faults.count(Op::Flush), faults.count(Op::DurableWrite)), (1, 0));
@@ -164,7 +164,7 @@ fn a_durable_change_that_left_zeros_out_flushes_before_it_succeeds() {
 }
 
 #[test]
-fn a_read_only_disk_can_be_read_and_flushed_but_not_changed() {
+fn a_read_only_disk_refuses_changes_only() {
     let (disk, _, faults) = disk(true);
     assert!(disk.read_only());
     for (name, job) in READS {
@@ -179,7 +179,7 @@ fn a_read_only_disk_can_be_read_and_flushed_but_not_changed() {
 }
 
 #[test]
-fn the_last_byte_can_be_reached_and_the_one_after_it_not() {
+fn the_last_byte_is_accessible_and_the_next_is_not() {
     let (disk, _, faults) = disk(false);
     let visit = visit(&disk);
     let byte = &mut [1];
@@ -205,7 +205,7 @@ fn the_last_byte_can_be_reached_and_the_one_after_it_not() {
 }
 
 #[test]
-fn nothing_to_do_touches_nothing() {
+fn empty_ranges_touch_nothing() {
     let (disk, _, faults) = disk(false);
     let (visit, none) = (visit(&disk), range(SIZE, 0));
     assert!(visit.read(SIZE, &mut []).is_ok() && visit.write(SIZE, &[]).is_ok());
@@ -223,7 +223,7 @@ fn nothing_to_do_touches_nothing() {
 }
 
 #[test]
-fn the_gate_waits_for_a_visit_and_keeps_others_out() {
+fn the_gate_waits_for_visits_and_refuses_new_ones() {
     let (disk, ..) = disk(false);
     let inside = visit(&disk);
     let now = std::time::Instant::now();
@@ -236,10 +236,10 @@ fn the_gate_waits_for_a_visit_and_keeps_others_out() {
 }
 
 #[test]
-fn a_flush_waits_until_whoever_heard_of_a_failure_has_remembered_it() {
+fn a_flush_waits_for_a_concurrent_failure_to_be_recorded() {
     let (disk, ..) = disk(false);
-    // Somebody else is being told what was meant for us, too, and has not remembered it yet.
-    let listening = disk.flush_errors.begin_flush();
+    // The kernel reports the failure to a concurrent flush, which has not recorded it yet.
+    let guard = disk.flush_errors.begin_flush();
     std::thread::scope(|scope| {
         let flushes = [
             scope.spawn(|| visit(&disk).flush()),
@@ -247,7 +247,7 @@ fn a_flush_waits_until_whoever_heard_of_a_failure_has_remembered_it() {
             scope.spawn(|| run(&disk, write(0, &[1; 8], true))),
         ];
         disk.flush_errors.record(&io::Error::from_raw_os_error(EIO));
-        drop(listening);
+        drop(guard);
         for flush in flushes {
             assert_eq!(errno(flush.join().unwrap()), EIO);
         }

@@ -1,46 +1,46 @@
-//! Writing without filling holes: zeros that would be written into a hole are there already, which is
-//! seen by reading it.
-//! Never turns data into a hole, and never makes more writes than there are holes to go around.
+//! Writes that do not fill holes with zeros. Before leaving zeros out, this reads the hole to verify
+//! that it reads as zeros.
+//! Never turns data into a hole, and never writes more often than the number of gaps plus one.
 
 use super::backend::{Backend, Extent};
 use super::extents::extent_at;
 use crate::range::Range;
 use std::io;
 
-/// How fine zeros are told from data, in bytes: the block of common file systems.
+/// Granularity at which zeros are told from data, in bytes: the block of common file systems.
 pub(super) const BLOCK: u64 = 4096;
 
-/// How many bytes are read at a time to see whether they are zero.
-const LOOK: usize = 16 << 10;
+/// Length of one read that checks for zeros, in bytes.
+const CHECK_LENGTH: usize = 16 << 10;
 
-/// So much zero, to compare with.
+/// One block of zeros, to compare with.
 static ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
-/// A part of a write whose blocks are all zero, or all not.
+/// A part of a write whose blocks are all zero, or all non-zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run<'a> {
-    /// Where on the disk it begins, in bytes.
+    /// Its offset on the disk, in bytes.
     pub(super) offset: u64,
-    /// Its bytes; never none.
+    /// Its bytes; never empty.
     pub(super) data: &'a [u8],
-    /// Whether every one of them is zero.
+    /// Whether all of them are zero.
     pub(super) zero: bool,
 }
 
 /// Splits a write of `data` to `offset` into runs, at multiples of [`BLOCK`] on the disk.
 ///
-/// A block that the write covers only in part counts by that part. A run of data may hold zeros,
+/// Of a block that the write covers in part, only that part counts. A run of data may contain zeros,
 /// but no whole block of them.
 pub(super) fn runs(offset: u64, data: &[u8]) -> Runs<'_> {
     Runs { offset, data, next_is_zero: None }
 }
 
-/// What [`runs`] returns.
+/// The iterator that [`runs`] returns.
 #[derive(Clone, Debug)]
 pub(super) struct Runs<'a> {
     offset: u64,
     data: &'a [u8],
-    /// The first block of `data`, when it has been looked at already.
+    /// Whether the first block of `data` is zero, if that has been checked already.
     next_is_zero: Option<bool>,
 }
 
@@ -68,14 +68,14 @@ impl<'a> Iterator for Runs<'a> {
     }
 }
 
-/// How much of `data` lies in the block that `offset` lies in.
+/// How many bytes of `data` lie in the block that contains `offset`.
 fn block_length(offset: u64, data: &[u8]) -> usize {
     let to_edge = BLOCK - offset % BLOCK;
     data.len().min(to_edge as usize)
 }
 
-/// Whether bytes, of any length, are all zero. Data is nearly always told by its first or its last
-/// word, before the rest is looked at.
+/// Whether bytes, of any length, are all zero. The first and the last word are checked first, because
+/// they nearly always decide.
 #[must_use]
 pub fn is_zero(bytes: &[u8]) -> bool {
     const NOTHING: [u8; 8] = [0; 8];
@@ -85,13 +85,13 @@ pub fn is_zero(bytes: &[u8]) -> bool {
         && bytes.chunks(ZEROS.len()).all(|block| *block == ZEROS[..block.len()])
 }
 
-/// Whether all of `range` is read as zeros. What cannot be read is not.
+/// Whether all of `range` reads as zeros; false if it cannot be read.
 pub(super) fn reads_as_zeros(image: &dyn Backend, range: Range) -> bool {
-    let mut bytes = [0; LOOK];
+    let mut bytes = [0; CHECK_LENGTH];
     let mut rest = range;
     while !rest.is_empty() {
-        let (part, after) = rest.split(LOOK as u64);
-        // It fits: no more than there is room for.
+        let (part, after) = rest.split(CHECK_LENGTH as u64);
+        // Fits: at most the length of the buffer.
         let bytes = &mut bytes[..part.length() as usize];
         if image.read(part.offset(), bytes).is_err() || !is_zero(bytes) {
             return false;
@@ -101,10 +101,9 @@ pub(super) fn reads_as_zeros(image: &dyn Backend, range: Range) -> bool {
     true
 }
 
-/// Writes `data` to `offset`, but for zeros where the image has a hole.
+/// Writes `data` to `offset`, leaving out zeros where the image has a hole.
 ///
-/// What lies between two holes is one write, however many runs it has, and all of it is one when
-/// nothing can be left out.
+/// The data between two gaps is one write, however many runs it has; without a gap all of it is one.
 pub(super) fn write_around_holes(image: &dyn Backend, offset: u64, data: &[u8]) -> io::Result<()> {
     let mut rest = Piece { offset, data };
     for gap in gaps(image, offset, data) {
@@ -115,14 +114,13 @@ pub(super) fn write_around_holes(image: &dyn Backend, offset: u64, data: &[u8]) 
     rest.write(image)
 }
 
-/// Whether [`write_around_holes`] would leave something out. What is left out is found on the disk
-/// as zeros that may not be durable yet: the hole may be a fresh one, and the old bytes would come
-/// back after a power cut.
+/// Whether [`write_around_holes`] would leave something out. The zeros of a hole may not be durable:
+/// a hole punched a moment ago may hold the old bytes again after a power failure.
 pub(super) fn leaves_gaps(image: &dyn Backend, offset: u64, data: &[u8]) -> io::Result<bool> {
     Ok(gaps(image, offset, data).next().transpose()?.is_some())
 }
 
-/// The parts of a write that are zero and lie in holes: from where to where on the disk, in order.
+/// The gaps: parts of a write that are zero and lie in holes, as start and end on the disk, in order.
 fn gaps<'a>(image: &'a dyn Backend, offset: u64, data: &'a [u8]) -> Gaps<'a> {
     Gaps { map: Map { image, known: None }, runs: runs(offset, data), zeros: (0, 0) }
 }
@@ -130,7 +128,7 @@ fn gaps<'a>(image: &'a dyn Backend, offset: u64, data: &'a [u8]) -> Gaps<'a> {
 struct Gaps<'a> {
     map: Map<'a>,
     runs: Runs<'a>,
-    /// What is left of the run of zeros that is being looked at.
+    /// The rest of the current run of zeros.
     zeros: (u64, u64),
 }
 
@@ -151,16 +149,16 @@ impl Iterator for Gaps<'_> {
             };
             let next = extent.range.end().min(end);
             self.zeros = (next, end);
-            // What is called a hole is read to be sure: not every file system is right.
-            let there = Range::whole(self.map.image.size()).from(at).until(next);
-            if !extent.allocated && reads_as_zeros(self.map.image, there) {
+            // Read a reported hole to be sure: not every file system reports holes correctly.
+            let hole = Range::whole(self.map.image.size()).from(at).until(next);
+            if !extent.allocated && reads_as_zeros(self.map.image, hole) {
                 return Some(Ok((at, next)));
             }
         }
     }
 }
 
-/// Bytes and where they belong.
+/// Bytes, and their offset on the disk.
 #[derive(Clone, Copy)]
 struct Piece<'a> {
     offset: u64,
@@ -168,12 +166,12 @@ struct Piece<'a> {
 }
 
 impl Piece<'_> {
-    /// What lies before `end`, a place on the disk within this piece.
+    /// The bytes before `end`, an offset on the disk within this piece.
     fn until(self, end: u64) -> Self {
         Self { data: &self.data[..(end - self.offset) as usize], ..self }
     }
 
-    /// What lies from `start` on, a place on the disk within this piece.
+    /// The bytes from `start` on, an offset on the disk within this piece.
     fn from(self, start: u64) -> Self {
         Self { offset: start, data: &self.data[(start - self.offset) as usize..] }
     }
@@ -183,14 +181,14 @@ impl Piece<'_> {
     }
 }
 
-/// The image's extents, the last one remembered: most zeros of one write lie in the same.
+/// The image's extents, with the last one cached: most zeros of one write lie in the same extent.
 struct Map<'a> {
     image: &'a dyn Backend,
     known: Option<Extent>,
 }
 
 impl Map<'_> {
-    /// The extent that `offset` lies in.
+    /// The extent that contains `offset`.
     fn extent(&mut self, offset: u64) -> io::Result<Extent> {
         let holds =
             |extent: &Extent| extent.range.offset() <= offset && offset < extent.range.end();
@@ -204,7 +202,7 @@ impl Map<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::FileBackend;
-    use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
+    use super::super::memory::{FailingBackend, Faults, InMemory, MemoryBackend, Op};
     use super::*;
     use proptest::prelude::*;
     use std::sync::Arc;
@@ -215,7 +213,7 @@ mod tests {
         runs(offset, data).map(|run| (run.offset, run.data.len(), run.zero)).collect()
     }
 
-    /// A memory disk that counts what is done to it.
+    /// A disk in memory that counts its operations.
     fn counted(blocks: u64) -> (MemoryBackend, FailingBackend, Arc<Faults>) {
         let image = MemoryBackend::new(blocks * BLOCK);
         let faults = Arc::new(Faults::default());
@@ -223,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_is_split_at_the_blocks_of_the_disk_not_of_the_buffer() {
+    fn runs_split_at_blocks_of_the_disk() {
         let mut data = vec![0; 2 * ONE];
         data[ONE] = 1;
         assert_eq!(kinds(BLOCK, &data), [(BLOCK, ONE, true), (2 * BLOCK, ONE, false)]);
@@ -234,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_single_byte_anywhere_makes_bytes_data_however_many_they_are() {
+    fn a_single_non_zero_byte_anywhere_makes_data() {
         for length in [1, 7, 8, 9, 16, 511, 512, ONE - 1, ONE, ONE + 1, 16 * ONE, 16 * ONE + 5] {
             assert!(is_zero(&vec![0; length]), "length {length}");
             for at in [0, 1, length / 2, length.saturating_sub(9), length - 1] {
@@ -254,47 +252,31 @@ mod tests {
     }
 
     #[test]
-    fn a_few_zeros_that_cover_only_part_of_a_hole_allocate_nothing() {
+    fn zeros_over_part_of_a_hole_allocate_nothing() {
         let (memory, image, _) = counted(2);
         assert!(write_around_holes(&image, 4000, &[0; 200]).is_ok());
         assert_eq!(memory.allocated_blocks(), 0);
     }
 
-    /// An image that calls everything a hole.
+    /// An image that reports everything as a hole.
     #[derive(Debug)]
-    struct Liar(MemoryBackend);
-    impl Backend for Liar {
-        fn size(&self) -> u64 {
-            self.0.size()
+    struct AllHoles(MemoryBackend);
+
+    impl InMemory for AllHoles {
+        fn memory(&self) -> &MemoryBackend {
+            &self.0
         }
-        fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-            self.0.read(offset, into)
-        }
-        fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
-            self.0.write(offset, data, durable)
-        }
-        fn zero(&self, range: Range, how: super::super::Zeroing) -> io::Result<()> {
-            self.0.zero(range, how)
-        }
-        fn trim(&self, range: Range) -> io::Result<()> {
-            self.0.trim(range)
-        }
-        fn flush(&self) -> io::Result<()> {
-            Ok(())
-        }
-        fn prefetch(&self, _: Range) -> io::Result<()> {
-            Ok(())
-        }
+
         fn extent(&self, offset: u64) -> io::Result<Extent> {
             Ok(Extent { range: Range::whole(self.size()).from(offset), allocated: false })
         }
     }
 
     #[test]
-    fn zeros_over_data_that_is_called_a_hole_are_written() {
+    fn zeros_over_data_reported_as_a_hole_are_written() {
         let memory = MemoryBackend::new(8 * BLOCK);
         memory.write(0, &vec![9; 6 * ONE], false).unwrap();
-        let image = Liar(memory.clone());
+        let image = AllHoles(memory.clone());
         assert!(!leaves_gaps(&image, 100, &vec![0; 2 * ONE]).unwrap());
         write_around_holes(&image, 100, &vec![0; 5 * ONE]).unwrap();
         let mut expected = vec![9; 8 * ONE];
@@ -302,7 +284,7 @@ mod tests {
         expected[6 * ONE..].fill(0);
         assert!(memory.contents() == expected);
         write_around_holes(&image, 6 * BLOCK, &vec![0; 2 * ONE]).unwrap();
-        assert_eq!(memory.allocated_blocks(), 6, "what is a hole stays one");
+        assert_eq!(memory.allocated_blocks(), 6, "a real hole stays one");
     }
 
     #[test]
@@ -316,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn where_nothing_can_be_left_out_there_is_one_write_and_one_question() {
+    fn a_write_without_gaps_is_one_write_and_one_lookup() {
         let folder = tempfile::tempdir().unwrap();
         let file = FileBackend::create(
             &folder.path().join("disk"),
@@ -339,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn data_asks_for_no_extent() {
+    fn data_without_zeros_looks_up_no_extent() {
         let (_, image, faults) = counted(4);
         assert!(write_around_holes(&image, 5, &vec![1; 3 * ONE]).is_ok());
         assert_eq!((faults.count(Op::Extent), faults.count(Op::Write)), (0, 1));
@@ -360,7 +342,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn runs_lose_no_byte_and_call_zero_what_is_zero(
+        fn runs_cover_every_byte_and_classify_zeros(
             offset in 0u64..3 * BLOCK, length in 0..5 * ONE,
             marks in prop::collection::vec(0..5 * ONE, 0..4),
         ) {
@@ -389,7 +371,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_written_around_holes_reads_back_and_fills_none_with_zeros(
+        fn writes_around_holes_read_back_and_fill_none(
             before in prop::collection::vec(any::<bool>(), 6),
             filled in prop::collection::vec(any::<bool>(), 6),
             offset in 0u64..2 * BLOCK, length in 0..4 * ONE,

@@ -1,8 +1,7 @@
 //! Tests of the order of overlapping changes of several sessions.
 
 use super::*;
-use crate::disk::{Extent, Zeroing};
-use crate::range::Range;
+use crate::disk::memory::InMemory;
 use std::sync::{Condvar, Mutex};
 
 #[test]
@@ -63,37 +62,21 @@ impl Unordered {
     }
 }
 
-impl Backend for UnorderedBackend {
-    fn size(&self) -> u64 {
-        SIZE
+impl InMemory for UnorderedBackend {
+    fn memory(&self) -> &MemoryBackend {
+        &self.0
     }
+
     fn orders_writes(&self) -> bool {
         false
     }
-    fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
-        self.0.read(at, into)
-    }
-    fn write(&self, at: u64, data: &[u8], durable: bool) -> io::Result<()> {
+
+    fn write(&self, at: u64, data: &[u8]) -> io::Result<()> {
         if data[0] == STUCK {
             self.1.set(|state| state.0 = true);
             self.1.wait(|state| state.1);
         }
-        self.0.write(at, data, durable)
-    }
-    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
-        self.0.zero(range, how)
-    }
-    fn trim(&self, range: Range) -> io::Result<()> {
-        self.0.trim(range)
-    }
-    fn flush(&self) -> io::Result<()> {
-        Ok(())
-    }
-    fn prefetch(&self, _: Range) -> io::Result<()> {
-        Ok(())
-    }
-    fn extent(&self, at: u64) -> io::Result<Extent> {
-        self.0.extent(at)
+        self.0.write(at, data, false)
     }
 }
 
