@@ -207,6 +207,29 @@ pub enum Event {
     Failed(String),
 }
 
+impl Event {
+    /// The name in traces of tests and in `machine/transitions.txt`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Begin => "Begin",
+            Self::Greeted(_) => "Greeted",
+            Self::Unreachable(_) => "Unreachable",
+            Self::Looked { .. } => "Looked",
+            Self::Taken { .. } => "Taken",
+            Self::Visits { .. } => "Visits",
+            Self::Reply { error: None, .. } => "Reply",
+            Self::Reply { error: Some(_), .. } => "Reply(error)",
+            Self::Lost(_) => "Lost",
+            Self::Unsent(_) => "Unsent",
+            Self::Unreadable(_) => "Unreadable",
+            Self::Tick => "Tick",
+            Self::Done => "Done",
+            Self::Failed(_) => "Failed",
+        }
+    }
+}
+
 /// What the source is to do now; what comes of it is the next [`Event`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -249,8 +272,8 @@ pub enum Action {
     Seal,
     /// Open the gate; it may be open already. → `Done`
     OpenGate,
-    /// From now on hold every write back for so long (zero: not at all). → `Done`
-    Hold(Duration),
+    /// Delay every client's write by this from now on; zero stops throttling. → `Done`
+    Throttle(Duration),
     /// Make the ownership record durable. → `Done`, `Failed`
     Record(RecordKind),
     /// Delete the image, durably. → `Done`, `Failed`
@@ -265,6 +288,42 @@ pub enum Action {
     Disconnect,
     /// Over: do not ask again.
     End(Outcome),
+}
+
+impl Action {
+    /// The name in traces of tests and in `machine/transitions.txt`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Connect(_) => "Connect",
+            Self::Ask(_) => "Ask",
+            Self::Look(_) => "Look",
+            Self::TakeDirty { .. } => "TakeDirty",
+            Self::Send(DestinationRequest { work, .. }) => match work {
+                RequestKind::Write(_) => "Send(Write)",
+                RequestKind::Zero(_) => "Send(Zero)",
+                RequestKind::Flush => "Send(Flush)",
+                RequestKind::Handover(_) => "Send(Handover)",
+                RequestKind::Disconnect => "Send(Disconnect)",
+            },
+            Self::Wait { .. } => "Wait",
+            Self::Probe => "Probe",
+            Self::CloseGate { .. } => "CloseGate",
+            Self::Seal => "Seal",
+            Self::OpenGate => "OpenGate",
+            Self::Throttle(_) => "Throttle",
+            Self::Record(RecordKind::Before) => "Record(Before)",
+            Self::Record(RecordKind::Departing) => "Record(Departing)",
+            Self::Record(RecordKind::Departed) => "Record(Departed)",
+            Self::Unlink => "Unlink",
+            Self::Retire => "Retire",
+            Self::HangUp => "HangUp",
+            Self::Disconnect => "Disconnect",
+            Self::End(Outcome::Arrived { .. }) => "End(Arrived)",
+            Self::End(Outcome::Broken) => "End(Broken)",
+            Self::End(Outcome::Failed(_)) => "End(Failed)",
+        }
+    }
 }
 
 /// A request to the destination.
@@ -293,6 +352,15 @@ pub enum RequestKind {
 }
 
 impl RequestKind {
+    /// The part of the disk that it copies.
+    #[must_use]
+    pub fn range(&self) -> Option<Range> {
+        match self {
+            Self::Write(range) | Self::Zero(range) => Some(*range),
+            Self::Flush | Self::Handover(_) | Self::Disconnect => None,
+        }
+    }
+
     /// Bytes of payload.
     #[must_use]
     pub fn payload(&self) -> u64 {
@@ -551,8 +619,8 @@ pub struct Progress {
     pub speed_limit: Option<NonZeroU64>,
     /// Passes completed.
     pub passes: u64,
-    /// How long every write is held back.
-    pub hold: Duration,
+    /// The delay of every client's write.
+    pub write_delay: Duration,
     /// The record says *departing* although the disk stays: it could not be put back until now.
     pub owes_record: bool,
     /// Why it does not go on just now.

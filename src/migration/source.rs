@@ -261,8 +261,8 @@ impl Source {
                 Err(expired) => Event::Failed(expired.to_string()),
             },
             Action::OpenGate => self.open_gate(),
-            Action::Hold(hold) => {
-                self.disk.set_write_delay(hold);
+            Action::Throttle(delay) => {
+                self.disk.set_write_delay(delay);
                 Event::Done
             }
             Action::Record(note) => self.record(note),

@@ -15,6 +15,7 @@ mod destination;
 mod medium;
 mod net;
 mod source;
+mod transitions;
 mod world;
 
 use harness::env_number;

@@ -3,6 +3,7 @@
 use super::Mutation;
 use super::medium::{Medium, Stamp, blocks};
 use super::net::{Down, Up};
+use super::transitions;
 use super::world::{Host, World};
 use flexnbd::disk::dirty::{BLOCK, DirtyBitmap};
 use flexnbd::disk::ownership::{ForServe, Id, Provenance, Record, RemoteAddress, for_serve};
@@ -231,8 +232,8 @@ impl World {
         };
         run.half = false;
         self.trace(|| format!("source: {event:?}"));
-        run.action = run.machine.step(self.now, event);
-        self.trace(|| format!("source: -> {:?}", run.action));
+        run.action = transitions::step(&mut run.machine, self.now, event)?;
+        self.trace(|| format!("source: -> {} {:?}", run.machine.phase_name(), run.action));
         if self.source.gate_closed && !matches!(run.action, Action::CloseGate { .. }) {
             self.source.gate_end = run.machine.freeze_end();
         }
@@ -303,7 +304,7 @@ impl World {
                 self.source.open_gate();
                 Some(Event::Done)
             }
-            Action::Hold(_) => Some(Event::Done),
+            Action::Throttle(_) => Some(Event::Done),
             Action::Record(note) => self.write_record(run, note),
             Action::Unlink => {
                 self.source.medium.exists.now = false;

@@ -72,7 +72,7 @@ mod tests {
         bytes_left: 57,
         speed_limit: None,
         passes: 0,
-        hold: Duration::ZERO,
+        write_delay: Duration::ZERO,
         owes_record: false,
         obstacle: None,
     };

@@ -1,177 +1,158 @@
-//! The last copy, behind the closed gate: every step of it has an end, after which clients go on.
-//! Never fails by itself: what cannot go on is thawed ([`Machine::thaw`]) or goes up to
-//! [`Machine::fail`].
+//! Stop-and-copy: from the closing of the gate until it is sealed. Every step is bounded in time,
+//! after which clients go on; a failure other than that is undone like any other.
 
-use super::{AfterRecord, Flush, LinkState, Machine, Phase, WriteAccess, link_trouble};
+use super::context::Context;
+use super::copying;
+use super::phase::{
+    AfterUndo, Flush, Handled, LinkState, Next, Phase, WriteAccess, impossible, link_trouble,
+};
 use crate::migration::freeze::{Freeze, FreezeDecision};
 use crate::migration::job::{
     Action, DestinationRequest, Event, News, Obstacle, Outcome, RecordKind, RequestKind, Trouble,
 };
 use std::time::Duration;
 
-/// In-flight requests of clients this old are told to be what keeps the gate open.
-const REQUEST_TOLD: Duration = Duration::from_secs(1);
+/// Clients' in-flight requests this old are reported as what keeps the gate open.
+const REQUEST_REPORTED: Duration = Duration::from_secs(1);
 
 const NOT_SENT: &str = "what is left could not be sent while clients waited";
 const NOT_FLUSHED: &str = "the destination did not flush while clients waited";
 const NOT_RECORDED: &str = "the record could not be made durable while clients waited";
 
-impl Machine {
-    /// A look at the requests in flight, with the gate open.
-    pub(super) fn probing(&mut self, now: Duration, link: LinkState, event: Event) -> Action {
-        let Event::Visits { turned } = event else {
-            return self.fail(now, Trouble::Confused("requests in flight were not looked at"));
-        };
-        match self.probe.looked(now, turned) {
-            FreezeDecision::Close(within) => {
-                self.undo.gate = true;
-                self.freeze = Some(Freeze::new(now));
-                self.enter(Phase::Closing(link), Action::CloseGate { within })
+/// The gate is still open, and the requests in flight were examined.
+pub(super) fn probing(cx: &mut Context, now: Duration, link: LinkState, event: Event) -> Handled {
+    let Event::Visits { turned } = event else { return Err(impossible(&event)) };
+    Ok(match cx.probe.looked(now, turned) {
+        FreezeDecision::Close(within) => {
+            cx.undo.gate = true;
+            cx.freeze = Some(Freeze::new(now));
+            Next::Do(Phase::ClosingGate(link), Action::CloseGate { within })
+        }
+        FreezeDecision::Wait(age) => {
+            if age >= REQUEST_REPORTED {
+                let why = "requests that clients have in flight take longer than a second";
+                cx.report_obstacle(now, Obstacle::Requests(why.to_owned()));
             }
-            FreezeDecision::Wait(age) => {
-                if age >= REQUEST_TOLD {
-                    let why = "requests that clients have in flight take longer than a second";
-                    self.obstructed(now, Obstacle::Requests(why.to_owned()));
-                }
-                self.copy(now, link, WriteAccess::Open)
+            Next::Copy(link, WriteAccess::Open)
+        }
+    })
+}
+
+pub(super) fn closing(cx: &mut Context, now: Duration, link: LinkState, event: Event) -> Handled {
+    match event {
+        Event::Done => {
+            cx.news.push_back(News::GateClosed);
+            cx.obstacle = None;
+            cx.plan.gate_closed();
+            if let Some(freeze) = &mut cx.freeze {
+                freeze.drained(now);
             }
+            Ok(Next::Copy(link, WriteAccess::Closed))
         }
+        Event::Failed(why) => {
+            cx.undo.gate = false;
+            cx.back_off(now);
+            cx.report_obstacle(now, Obstacle::Requests(why));
+            Ok(Next::Copy(link, WriteAccess::Open))
+        }
+        event => Err(impossible(&event)),
     }
+}
 
-    pub(super) fn closing(&mut self, now: Duration, link: LinkState, event: Event) -> Action {
-        match event {
-            Event::Done => {
-                self.news.push_back(News::GateClosed);
-                self.obstacle = None;
-                self.plan.gate_closed();
-                if let Some(freeze) = &mut self.freeze {
-                    freeze.drained(now);
-                }
-                self.copy(now, link, WriteAccess::Closed)
+/// Copies the rest while clients wait, but not for longer than they may.
+pub(super) fn copy_rest(cx: &mut Context, now: Duration, link: LinkState) -> Handled {
+    if cx.is_overdue(now) {
+        Ok(thaw(cx, now, link, NOT_SENT))
+    } else if cx.plan.is_done() {
+        Ok(copied(cx, now, link))
+    } else {
+        copying::proceed(cx, now, link, WriteAccess::Closed)
+    }
+}
+
+/// The last dirty block is acknowledged. A destination of ours makes everything durable as part
+/// of the handover; any other gets a FLUSH.
+fn copied(cx: &mut Context, now: Duration, mut link: LinkState) -> Next {
+    if let Some(freeze) = &mut cx.freeze {
+        freeze.last_step();
+    }
+    if !link.peer.flush || link.peer.token().is_some() {
+        return flushed(cx, now, link);
+    }
+    let cookie = cx.next_cookie();
+    link.last_progress = now;
+    link.flush = Flush::Asked { cookie, at: now };
+    let flush = DestinationRequest { cookie, work: RequestKind::Flush };
+    Next::Do(Phase::Flushing(link), Action::Send(flush))
+}
+
+pub(super) fn flushing(
+    cx: &mut Context,
+    now: Duration,
+    mut link: LinkState,
+    event: Event,
+) -> Handled {
+    let Flush::Asked { cookie, at } = link.flush else { return Err(impossible(&event)) };
+    let stuck = link.last_progress + cx.job.timeout;
+    match event {
+        Event::Reply { cookie: answered, error: None } if answered == cookie => {
+            link.flush = Flush::Done { at: now, took: now.saturating_sub(at) };
+            Ok(flushed(cx, now, link))
+        }
+        Event::Done | Event::Tick if cx.is_overdue(now) => Ok(thaw(cx, now, link, NOT_FLUSHED)),
+        Event::Done | Event::Tick if now < stuck => {
+            let until = cx.within_freeze(stuck);
+            Ok(Next::Do(Phase::Flushing(link), Action::Wait { until }))
+        }
+        Event::Done | Event::Tick => Err(Trouble::Stuck(cx.job.timeout)),
+        event => Err(link_trouble(event)),
+    }
+}
+
+/// The destination has every byte. The record says so before any message does.
+fn flushed(cx: &mut Context, now: Duration, link: LinkState) -> Next {
+    if cx.unlinked {
+        return check_link(now, link);
+    }
+    (cx.undo.record, cx.unrestored) = (true, None);
+    Next::Do(Phase::Recording(link), Action::Record(RecordKind::Departing))
+}
+
+pub(super) fn recording(cx: &mut Context, now: Duration, link: LinkState, event: Event) -> Handled {
+    match event {
+        Event::Done if cx.is_overdue(now) => Ok(thaw(cx, now, link, NOT_RECORDED)),
+        Event::Done => Ok(Next::Do(Phase::SealingGate(link), Action::Seal)),
+        // The fault is on this host: another copy would not help.
+        Event::Failed(why) => {
+            let failed = Outcome::Failed(Trouble::Record(why));
+            Ok(Next::Undo(AfterUndo::End(failed)))
+        }
+        event => Err(impossible(&event)),
+    }
+}
+
+/// If the gate has not opened by itself since it was closed, it never does from now on.
+pub(super) fn sealing(cx: &mut Context, now: Duration, link: LinkState, event: Event) -> Handled {
+    match event {
+        Event::Done => {
+            if let Some(freeze) = &mut cx.freeze {
+                freeze.seal();
             }
-            Event::Failed(why) => {
-                self.undo.gate = false;
-                self.closed_in_vain(now);
-                self.obstructed(now, Obstacle::Requests(why));
-                self.copy(now, link, WriteAccess::Open)
-            }
-            _ => self.fail(now, Trouble::Confused("the gate closed strangely")),
+            Ok(check_link(now, link))
         }
+        Event::Failed(_) => Ok(thaw(cx, now, link, NOT_RECORDED)),
+        event => Err(impossible(&event)),
     }
+}
 
-    /// The copy has got on: clients may be made to wait a little longer.
-    pub(super) fn progressed(&mut self, now: Duration) {
-        if let Some(freeze) = &mut self.freeze {
-            freeze.progressed(now);
-        }
-    }
+/// Looks whether the destination has hung up. One that cannot acknowledge would lose the disk
+/// silently; any other would leave us in doubt for nothing.
+fn check_link(now: Duration, link: LinkState) -> Next {
+    Next::Do(Phase::CheckingLink(link), Action::Wait { until: now })
+}
 
-    fn last_step(&mut self) {
-        if let Some(freeze) = &mut self.freeze {
-            freeze.last_step();
-        }
-    }
-
-    /// Whether clients have waited long enough.
-    pub(super) fn is_overdue(&self, now: Duration) -> bool {
-        self.freeze.is_some_and(|freeze| freeze.is_over(now))
-    }
-
-    /// The same time, or the end of the clients' waiting if that comes first.
-    pub(super) fn while_frozen(&self, until: Duration) -> Duration {
-        self.freeze.and_then(|freeze| freeze.until()).map_or(until, |end| until.min(end))
-    }
-
-    /// The last dirty block is acknowledged. A destination of ours makes everything durable as part
-    /// of the handover; any other is asked to.
-    pub(super) fn copied_all(&mut self, now: Duration, mut link: LinkState) -> Action {
-        self.last_step();
-        if !link.peer.flush || link.peer.token().is_some() {
-            return self.flushed(now, link);
-        }
-        let cookie = self.next_cookie();
-        link.heard = now;
-        link.flush = Flush::Asked { cookie, at: now };
-        let flush = DestinationRequest { cookie, work: RequestKind::Flush };
-        self.enter(Phase::Flushing(link), Action::Send(flush))
-    }
-
-    pub(super) fn flushing(&mut self, now: Duration, mut link: LinkState, event: Event) -> Action {
-        let Flush::Asked { cookie, at } = link.flush else {
-            return self.fail(now, Trouble::Confused("no flush is outstanding"));
-        };
-        let stuck = link.heard + self.job.timeout;
-        match event {
-            Event::Reply { cookie: answered, error: None } if answered == cookie => {
-                link.flush = Flush::Done { at: now, took: now.saturating_sub(at) };
-                self.flushed(now, link)
-            }
-            Event::Done | Event::Tick if self.is_overdue(now) => self.thaw(now, link, NOT_FLUSHED),
-            Event::Done | Event::Tick if now < stuck => {
-                let until = self.while_frozen(stuck);
-                self.enter(Phase::Flushing(link), Action::Wait { until })
-            }
-            Event::Done | Event::Tick => self.fail(now, Trouble::Stuck(self.job.timeout)),
-            event => self.fail(now, link_trouble(event)),
-        }
-    }
-
-    /// The destination has every byte. Say so in the record before saying it to anybody.
-    fn flushed(&mut self, now: Duration, link: LinkState) -> Action {
-        if self.unlinked {
-            return self.listen_once_more(now, link);
-        }
-        (self.undo.record, self.owed) = (true, None);
-        self.enter(Phase::Recording(link), Action::Record(RecordKind::Departing))
-    }
-
-    pub(super) fn recording(&mut self, now: Duration, link: LinkState, event: Event) -> Action {
-        match event {
-            Event::Done if self.is_overdue(now) => self.thaw(now, link, NOT_RECORDED),
-            Event::Done => self.enter(Phase::Sealing(link), Action::Seal),
-            // That is no trouble with the link, and to copy again would not make it better.
-            Event::Failed(why) => {
-                self.undo(now, AfterRecord::End(Outcome::Failed(Trouble::Record(why))))
-            }
-            _ => self.fail(now, Trouble::Confused("the record was written strangely")),
-        }
-    }
-
-    /// If no client has been let in since the gate was closed, none is from now on.
-    pub(super) fn sealing(&mut self, now: Duration, link: LinkState, event: Event) -> Action {
-        match event {
-            Event::Done => {
-                if let Some(freeze) = &mut self.freeze {
-                    freeze.seal();
-                }
-                self.listen_once_more(now, link)
-            }
-            Event::Failed(_) => self.thaw(now, link, NOT_RECORDED),
-            _ => self.fail(now, Trouble::Confused("the gate was sealed strangely")),
-        }
-    }
-
-    /// Lets clients go on, and the copy with them; the connection is as good as it was.
-    fn thaw(&mut self, now: Duration, link: LinkState, why: &'static str) -> Action {
-        self.obstructed(now, Obstacle::LastCopy(why));
-        self.undoing(now, AfterRecord::GoOn(link), Event::Done)
-    }
-
-    /// What is left, while clients wait: not for longer than they may.
-    pub(super) fn copy_the_rest(&mut self, now: Duration, link: LinkState) -> Action {
-        if self.is_overdue(now) {
-            self.thaw(now, link, NOT_SENT)
-        } else if self.plan.is_done() {
-            self.copied_all(now, link)
-        } else {
-            self.proceed(now, link, WriteAccess::Closed)
-        }
-    }
-
-    /// A closing has come to nothing.
-    pub(super) fn closed_in_vain(&mut self, now: Duration) {
-        if let Some(freeze) = self.freeze.take() {
-            self.backoff.failed(now, freeze.lasts(now));
-        }
-    }
+/// Lets clients go on, and the copy with them; the connection is as good as it was.
+fn thaw(cx: &mut Context, now: Duration, link: LinkState, why: &'static str) -> Next {
+    cx.report_obstacle(now, Obstacle::LastCopy(why));
+    Next::Undo(AfterUndo::Resume(link))
 }

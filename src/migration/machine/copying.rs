@@ -1,7 +1,7 @@
-//! How the machine copies: one request after the other, until what is left fits the pause.
-//! Never fails by itself: every trouble goes up to [`Machine::fail`].
+//! Pre-copy: one request after the other, until what is left fits the pause.
 
-use super::{AfterRecord, Flush, LinkState, Machine, Phase, WriteAccess, link_trouble};
+use super::context::Context;
+use super::phase::{AfterUndo, Flush, Handled, LinkState, Next, Phase, WriteAccess, link_trouble};
 use crate::migration::job::{
     Action, DestinationRequest, Event, News, Obstacle, RequestKind, Trouble,
 };
@@ -9,246 +9,231 @@ use crate::migration::plan::{AcknowledgedRequest, NextCopy};
 use crate::range::Range;
 use std::time::Duration;
 
-/// An early FLUSH makes the last one short; this old, it counts no more.
+/// An early FLUSH shortens the last one only while it is no older than this.
 const FLUSH_FRESH: Duration = Duration::from_secs(2);
 
-/// An early FLUSH that took longer is followed by another, which has less to do,
+/// An early FLUSH that took longer than this is followed by another, which has less to do,
 const FLUSH_QUICK: Duration = Duration::from_millis(500);
-/// but not by more than so many.
+/// but by no more than this many.
 const SLOW_FLUSHES_MAX: u32 = 3;
-/// A FLUSH that takes so long is told to be what the last copy waits for.
-const FLUSH_TOLD: Duration = Duration::from_secs(5);
+/// A FLUSH that takes longer than this is reported as an obstacle.
+const FLUSH_REPORTED: Duration = Duration::from_secs(5);
 
-/// Behind a link on which nothing was heard for so long, although requests are outstanding, the gate
-/// is not closed.
+/// The gate stays open while requests are outstanding on a link that has been silent for this long.
 const SILENT: Duration = Duration::from_millis(500);
 
-/// Bytes of a request header on the wire, with extended headers; without, it is shorter.
+/// Bytes of an extended request header on the wire; a compact one is shorter.
 const HEADER: u64 = 32;
 
-impl Machine {
-    pub(super) fn copying(
-        &mut self,
-        now: Duration,
-        mut link: LinkState,
-        event: Event,
-        gate: WriteAccess,
-    ) -> Action {
-        match self.copied(now, &mut link, event) {
-            Ok(()) => self.copy(now, link, gate),
-            Err(trouble) => self.fail(now, trouble),
+pub(super) fn copying(
+    cx: &mut Context,
+    now: Duration,
+    mut link: LinkState,
+    event: Event,
+    access: WriteAccess,
+) -> Handled {
+    match event {
+        Event::Looked { range, content } => cx.plan.looked(range, content),
+        Event::Taken { run, left } => taken(cx, now, run, left),
+        Event::Reply { cookie, error } => {
+            replied(cx, now, &mut link, cookie, error)?;
+            link.last_progress = now;
+            cx.extend_freeze(now);
+        }
+        Event::Tick => {
+            cx.plan.look_again();
+            check_progress(cx, now, &link)?;
+        }
+        Event::Done => {}
+        event => return Err(link_trouble(event)),
+    }
+    Ok(Next::Copy(link, access))
+}
+
+fn taken(cx: &mut Context, now: Duration, run: Option<Range>, left: u64) {
+    let is_first = cx.plan.passes() == 0;
+    let ended = cx.plan.taken(run, left);
+    if is_first {
+        cx.convergence.first_pass_ended(now, left, cx.job.size);
+    }
+    if is_first && left > 0 {
+        // From now on there are many small requests rather than few large ones.
+        cx.meter.restart(now);
+        cx.measured_after = cx.cookie;
+    }
+    if ended {
+        cx.convergence.pass_ended(now, cx.plan.left(), cx.meter.link_rate());
+    }
+}
+
+/// No reply came until now: is that too long?
+fn check_progress(cx: &mut Context, now: Duration, link: &LinkState) -> Result<(), Trouble> {
+    let awaiting = cx.plan.in_flight() || matches!(link.flush, Flush::Asked { .. });
+    if matches!(link.flush, Flush::Asked { at, .. } if now >= at + FLUSH_REPORTED) {
+        cx.report_obstacle(now, Obstacle::Flush);
+    }
+    let stuck = awaiting && now >= link.last_progress + cx.job.timeout;
+    if stuck { Err(Trouble::Stuck(cx.job.timeout)) } else { Ok(()) }
+}
+
+fn replied(
+    cx: &mut Context,
+    now: Duration,
+    link: &mut LinkState,
+    cookie: u64,
+    error: Option<u32>,
+) -> Result<(), Trouble> {
+    if let Some(error) = error {
+        return Err(Trouble::ErrorReply(error));
+    }
+    if let Flush::Asked { cookie: asked, at } = link.flush
+        && asked == cookie
+    {
+        flush_replied(cx, link, now, now.saturating_sub(at));
+        return Ok(());
+    }
+    let request = cx.plan.acknowledged(cookie).ok_or(Trouble::Cookie(cookie))?;
+    let more = cx.plan.in_flight();
+    if cookie > cx.measured_after {
+        cx.meter.acknowledged(now, request.payload, request.range.length(), more);
+    } else {
+        cx.meter.skipped(now, more);
+    }
+    Ok(())
+}
+
+fn flush_replied(cx: &mut Context, link: &mut LinkState, now: Duration, took: Duration) {
+    link.flush = Flush::Done { at: now, took };
+    link.slow_flushes = if took > FLUSH_QUICK { link.slow_flushes + 1 } else { 0 };
+    if cx.obstacle == Some(Obstacle::Flush) {
+        cx.obstacle = None;
+    }
+    cx.plan.look_again();
+}
+
+/// The next thing to do while the gate is open.
+pub(super) fn copy(cx: &mut Context, now: Duration, link: LinkState) -> Handled {
+    if cx.write_delay != cx.convergence.delay() {
+        Ok(throttle(cx, link))
+    } else if cx.must_restore(now) {
+        Ok(Next::Undo(AfterUndo::Resume(link)))
+    } else if has_caught_up(cx, now) {
+        caught_up(cx, now, link)
+    } else {
+        proceed(cx, now, link, WriteAccess::Open)
+    }
+}
+
+/// The next request, or the next look for one.
+pub(super) fn proceed(
+    cx: &mut Context,
+    now: Duration,
+    link: LinkState,
+    access: WriteAccess,
+) -> Handled {
+    let chunk = if access == WriteAccess::Open { cx.speed.chunk() } else { u64::MAX };
+    Ok(match cx.plan.next(chunk) {
+        NextCopy::Look(range) => stay(link, access, Action::Look(range)),
+        NextCopy::Take { from, longest } => stay(link, access, Action::TakeDirty { from, longest }),
+        NextCopy::Write(range) => send(cx, now, link, access, range, RequestKind::Write(range)),
+        NextCopy::Zero(range) => send(cx, now, link, access, range, RequestKind::Zero(range)),
+        NextCopy::Idle => {
+            let until = idle_until(cx, now, &link);
+            stay(link, access, Action::Wait { until })
+        }
+    })
+}
+
+/// How long there can be nothing to do.
+fn idle_until(cx: &Context, now: Duration, link: &LinkState) -> Duration {
+    let flushing = matches!(link.flush, Flush::Asked { .. });
+    let awaiting = flushing || cx.plan.in_flight();
+    let since = if awaiting { link.last_progress } else { now };
+    let mut until = since + cx.job.timeout;
+    let record = cx.unrestored.map_or(now, |record| record.at);
+    for due in [cx.backoff.from(), cx.probe.due(), record] {
+        if now < due {
+            until = until.min(due);
         }
     }
+    until = cx.within_freeze(until);
+    // Dirty blocks must not accumulate during a long FLUSH or while the gate may not close.
+    let accumulates = flushing || now < cx.backoff.from();
+    if accumulates { until.min(now + cx.job.pause) } else { until }
+}
 
-    /// Takes notice of what happened while copying.
-    fn copied(&mut self, now: Duration, link: &mut LinkState, event: Event) -> Result<(), Trouble> {
-        match event {
-            Event::Looked { range, content } => self.plan.looked(range, content),
-            Event::Taken { run, left } => self.taken(now, run, left),
-            Event::Reply { cookie, error } => {
-                self.replied(now, link, cookie, error)?;
-                link.heard = now;
-                self.progressed(now);
+fn stay(link: LinkState, access: WriteAccess, action: Action) -> Next {
+    match access {
+        WriteAccess::Open => Next::Do(Phase::Copying(link), action),
+        WriteAccess::Closed => Next::Do(Phase::FinalCopy(link), action),
+    }
+}
+
+/// Sends a part of the copy, once the speed limit allows it.
+fn send(
+    cx: &mut Context,
+    now: Duration,
+    mut link: LinkState,
+    access: WriteAccess,
+    range: Range,
+    work: RequestKind,
+) -> Next {
+    let bytes = HEADER + work.payload();
+    let ready = if access == WriteAccess::Open { cx.speed.ready_at(now, bytes) } else { now };
+    if ready > now {
+        let until = ready.min(link.last_progress.max(now) + cx.job.timeout);
+        return stay(link, access, Action::Wait { until });
+    }
+    if !cx.plan.in_flight() {
+        link.last_progress = now;
+    }
+    let cookie = cx.next_cookie();
+    cx.speed.sent(now, bytes);
+    cx.meter.sent(now);
+    cx.plan.sent(cookie, AcknowledgedRequest { range, payload: work.payload() });
+    stay(link, access, Action::Send(DestinationRequest { cookie, work }))
+}
+
+fn throttle(cx: &mut Context, link: LinkState) -> Next {
+    cx.write_delay = cx.convergence.delay();
+    cx.undo.throttle = true;
+    cx.news.push_back(News::Throttled(cx.write_delay));
+    Next::Do(Phase::Copying(link), Action::Throttle(cx.write_delay))
+}
+
+fn has_caught_up(cx: &mut Context, now: Duration) -> bool {
+    let (left, limit) = (cx.plan.left(), cx.speed.limit());
+    cx.plan.knows_what_is_left() && cx.convergence.may_end(now, left, cx.meter.link_rate(), limit)
+}
+
+/// What is left fits the pause. The gate closes once the destination has flushed the bulk and
+/// clients' in-flight requests are short.
+fn caught_up(cx: &mut Context, now: Duration, mut link: LinkState) -> Handled {
+    let may_be_slow = link.slow_flushes >= SLOW_FLUSHES_MAX;
+    // A low speed limit lets us learn only now and then how much is left.
+    let fresh = FLUSH_FRESH.max(cx.speed.spacing() * 4);
+    let is_ready = |at, took| now < at + fresh && (took <= FLUSH_QUICK || may_be_slow);
+    match link.flush {
+        _ if !link.peer.flush => probe(cx, now, link),
+        Flush::Asked { .. } => proceed(cx, now, link, WriteAccess::Open),
+        Flush::Done { at, took } if is_ready(at, took) => probe(cx, now, link),
+        Flush::Never | Flush::Done { .. } => {
+            let cookie = cx.next_cookie();
+            link.flush = Flush::Asked { cookie, at: now };
+            if !cx.plan.in_flight() {
+                link.last_progress = now;
             }
-            Event::Tick => {
-                self.plan.look_again();
-                self.check_progress(now, link)?;
-            }
-            Event::Done => {}
-            event => return Err(link_trouble(event)),
+            let flush = DestinationRequest { cookie, work: RequestKind::Flush };
+            Ok(Next::Do(Phase::Copying(link), Action::Send(flush)))
         }
-        Ok(())
     }
+}
 
-    fn taken(&mut self, now: Duration, run: Option<Range>, left: u64) {
-        let is_first = self.plan.passes() == 0;
-        let ended = self.plan.taken(run, left);
-        if is_first {
-            self.chase.first_pass_ended(now, left, self.job.size);
-        }
-        if is_first && left > 0 {
-            // From now on there are many small requests rather than few large ones.
-            self.meter.restart(now);
-            self.measured_from = self.cookie;
-        }
-        if ended {
-            self.chase.pass_ended(now, self.plan.left(), self.meter.link_rate());
-        }
+fn probe(cx: &mut Context, now: Duration, link: LinkState) -> Handled {
+    let is_silent = cx.plan.in_flight() && now >= link.last_progress + SILENT;
+    // Until then the destination gets a FLUSH now and then, which also shows it that we are alive.
+    if is_silent || now < cx.probe.due() || now < cx.backoff.from() {
+        return proceed(cx, now, link, WriteAccess::Open);
     }
-
-    /// Nothing came until now: is that too long?
-    fn check_progress(&mut self, now: Duration, link: &LinkState) -> Result<(), Trouble> {
-        let awaiting = self.plan.in_flight() || matches!(link.flush, Flush::Asked { .. });
-        if matches!(link.flush, Flush::Asked { at, .. } if now >= at + FLUSH_TOLD) {
-            self.obstructed(now, Obstacle::Flush);
-        }
-        let stuck = awaiting && now >= link.heard + self.job.timeout;
-        if stuck { Err(Trouble::Stuck(self.job.timeout)) } else { Ok(()) }
-    }
-
-    fn replied(
-        &mut self,
-        now: Duration,
-        link: &mut LinkState,
-        cookie: u64,
-        error: Option<u32>,
-    ) -> Result<(), Trouble> {
-        if let Some(error) = error {
-            return Err(Trouble::ErrorReply(error));
-        }
-        if let Flush::Asked { cookie: asked, at } = link.flush
-            && asked == cookie
-        {
-            self.flush_answered(link, now, now.saturating_sub(at));
-            return Ok(());
-        }
-        let flight = self.plan.acknowledged(cookie).ok_or(Trouble::Cookie(cookie))?;
-        let more = self.plan.in_flight();
-        if cookie > self.measured_from {
-            self.meter.acknowledged(now, flight.payload, flight.range.length(), more);
-        } else {
-            self.meter.skipped(now, more);
-        }
-        Ok(())
-    }
-
-    fn flush_answered(&mut self, link: &mut LinkState, now: Duration, took: Duration) {
-        link.flush = Flush::Done { at: now, took };
-        link.slow_flushes = if took > FLUSH_QUICK { link.slow_flushes + 1 } else { 0 };
-        if self.obstacle == Some(Obstacle::Flush) {
-            self.obstacle = None;
-        }
-        self.plan.look_again();
-    }
-
-    /// The next thing to do while copying.
-    pub(super) fn copy(&mut self, now: Duration, link: LinkState, gate: WriteAccess) -> Action {
-        match gate {
-            WriteAccess::Open if self.held != self.chase.delay() => self.hold_writers(link),
-            WriteAccess::Open if self.owes_now(now) => {
-                self.undoing(now, AfterRecord::GoOn(link), Event::Done)
-            }
-            WriteAccess::Open if self.has_caught_up(now) => self.caught_up(now, link),
-            WriteAccess::Open => self.proceed(now, link, gate),
-            WriteAccess::Closed => self.copy_the_rest(now, link),
-        }
-    }
-
-    pub(super) fn proceed(&mut self, now: Duration, link: LinkState, gate: WriteAccess) -> Action {
-        let chunk = if gate == WriteAccess::Open { self.speed.chunk() } else { u64::MAX };
-        match self.plan.next(chunk) {
-            NextCopy::Look(range) => self.stay(link, gate, Action::Look(range)),
-            NextCopy::Take { from, longest } => {
-                self.stay(link, gate, Action::TakeDirty { from, longest })
-            }
-            NextCopy::Write(range) => self.send(now, link, gate, RequestKind::Write(range)),
-            NextCopy::Zero(range) => self.send(now, link, gate, RequestKind::Zero(range)),
-            NextCopy::Idle => {
-                let until = self.idle_until(now, &link);
-                self.stay(link, gate, Action::Wait { until })
-            }
-        }
-    }
-
-    /// How long there can be nothing to do.
-    fn idle_until(&self, now: Duration, link: &LinkState) -> Duration {
-        let flushing = matches!(link.flush, Flush::Asked { .. });
-        let awaiting = flushing || self.plan.in_flight();
-        let since = if awaiting { link.heard } else { now };
-        let mut until = since + self.job.timeout;
-        let record = self.owed.map_or(now, |owed| owed.at);
-        for due in [self.backoff.from(), self.probe.due(), record] {
-            if now < due {
-                until = until.min(due);
-            }
-        }
-        until = self.while_frozen(until);
-        // Neither a long FLUSH nor a closing in vain is a reason to let the marks pile up.
-        let piles_up = flushing || now < self.backoff.from();
-        if piles_up { until.min(now + self.job.pause) } else { until }
-    }
-
-    fn stay(&mut self, link: LinkState, gate: WriteAccess, action: Action) -> Action {
-        match gate {
-            WriteAccess::Open => self.enter(Phase::Copying(link), action),
-            WriteAccess::Closed => self.enter(Phase::Last(link), action),
-        }
-    }
-
-    /// Sends a part of the copy, once the speed limit allows it.
-    fn send(
-        &mut self,
-        now: Duration,
-        mut link: LinkState,
-        gate: WriteAccess,
-        work: RequestKind,
-    ) -> Action {
-        let (RequestKind::Write(range) | RequestKind::Zero(range)) = work else {
-            return self.fail(now, Trouble::Confused("only parts of the disk are copied"));
-        };
-        let bytes = HEADER + work.payload();
-        let ready = if gate == WriteAccess::Open { self.speed.ready_at(now, bytes) } else { now };
-        if ready > now {
-            let until = ready.min(link.heard.max(now) + self.job.timeout);
-            return self.stay(link, gate, Action::Wait { until });
-        }
-        if !self.plan.in_flight() {
-            link.heard = now;
-        }
-        let cookie = self.next_cookie();
-        self.speed.sent(now, bytes);
-        self.meter.sent(now);
-        self.plan.sent(cookie, AcknowledgedRequest { range, payload: work.payload() });
-        self.stay(link, gate, Action::Send(DestinationRequest { cookie, work }))
-    }
-
-    pub(super) fn next_cookie(&mut self) -> u64 {
-        self.cookie += 1;
-        self.cookie
-    }
-
-    fn hold_writers(&mut self, link: LinkState) -> Action {
-        self.held = self.chase.delay();
-        self.undo.hold = true;
-        self.news.push_back(News::Throttled(self.held));
-        self.enter(Phase::Copying(link), Action::Hold(self.held))
-    }
-
-    fn has_caught_up(&mut self, now: Duration) -> bool {
-        let (left, limit) = (self.plan.left(), self.speed.limit());
-        self.plan.knows_what_is_left()
-            && self.chase.may_end(now, left, self.meter.link_rate(), limit)
-    }
-
-    /// What is left fits the pause: once the destination has flushed the bulk, and in-flight
-    /// requests are short, close the gate.
-    fn caught_up(&mut self, now: Duration, mut link: LinkState) -> Action {
-        let may_be_slow = link.slow_flushes >= SLOW_FLUSHES_MAX;
-        // Under a low speed limit what is left is known only now and then.
-        let fresh = FLUSH_FRESH.max(self.speed.spacing() * 4);
-        let is_ready = |at, took| now < at + fresh && (took <= FLUSH_QUICK || may_be_slow);
-        match link.flush {
-            _ if !link.peer.flush => self.look_at_requests(now, link),
-            Flush::Asked { .. } => self.proceed(now, link, WriteAccess::Open),
-            Flush::Done { at, took } if is_ready(at, took) => self.look_at_requests(now, link),
-            Flush::Never | Flush::Done { .. } => {
-                let cookie = self.next_cookie();
-                link.flush = Flush::Asked { cookie, at: now };
-                if !self.plan.in_flight() {
-                    link.heard = now;
-                }
-                let flush = DestinationRequest { cookie, work: RequestKind::Flush };
-                self.enter(Phase::Copying(link), Action::Send(flush))
-            }
-        }
-    }
-
-    fn look_at_requests(&mut self, now: Duration, link: LinkState) -> Action {
-        let is_silent = self.plan.in_flight() && now >= link.heard + SILENT;
-        // Until then the destination flushes now and then, which also tells it that we are there.
-        if is_silent || now < self.probe.due() || now < self.backoff.from() {
-            return self.proceed(now, link, WriteAccess::Open);
-        }
-        self.enter(Phase::Probing(link), Action::Probe)
-    }
+    Ok(Next::Do(Phase::Probing(link), Action::Probe))
 }

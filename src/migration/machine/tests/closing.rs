@@ -1,11 +1,11 @@
 //! The last copy: the gate opens again in time, and is closed when that is worth it.
 
-use super::*;
+use super::rig::*;
 use crate::migration::arrival::SOURCE_SILENCE;
 use crate::migration::freeze::{FREEZE_MAX, STALL_MAX};
 
 /// Behind the closed gate, with a request of the last copy on its way.
-fn in_the_last_copy(peer: DestinationInfo) -> Rig {
+fn in_final_copy(peer: DestinationInfo) -> Rig {
     let mut rig = Rig::new(job(), peer);
     rig.until(is_closing);
     rig.marks = VecDeque::from([Range::whole(SIZE).until(4096)]);
@@ -16,8 +16,8 @@ fn in_the_last_copy(peer: DestinationInfo) -> Rig {
 }
 
 #[test]
-fn a_silent_link_behind_the_closed_gate_opens_it_and_stays() {
-    let mut rig = in_the_last_copy(ours(TOKEN, Has::Nothing));
+fn silent_link_opens_the_gate_and_is_kept() {
+    let mut rig = in_final_copy(ours(TOKEN, Has::Nothing));
     let Action::Wait { until } = rig.action else { panic!("{:?}", rig.action) };
     assert!(until <= rig.now + STALL_MAX);
     rig.now = until - 20 * MS;
@@ -28,7 +28,7 @@ fn a_silent_link_behind_the_closed_gate_opens_it_and_stays() {
     assert_eq!(rig.give(Event::Tick), &Action::OpenGate);
     assert_eq!(rig.machine.progress(rig.now).obstacle.unwrap().word(), "last-copy");
     let opened = rig.now;
-    rig.pending.push_back(rig.machine.cookie);
+    rig.pending.push_back(rig.machine.context.cookie);
     rig.until(is_closing);
     assert!(rig.now >= opened + 4 * STALL_MAX, "clients had to wait again too soon");
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
@@ -38,12 +38,12 @@ fn a_silent_link_behind_the_closed_gate_opens_it_and_stays() {
 }
 
 #[test]
-fn the_gate_is_not_closed_behind_a_silent_link() {
-    let mut rig = in_the_last_copy(ours(TOKEN, Has::Nothing));
+fn silent_link_keeps_the_gate_open() {
+    let mut rig = in_final_copy(ours(TOKEN, Has::Nothing));
     rig.now += STALL_MAX;
     rig.give(Event::Tick);
     rig.until(|action| *action == Action::OpenGate);
-    let (since, cookie) = (rig.log.len(), rig.machine.cookie);
+    let (since, cookie) = (rig.log.len(), rig.machine.context.cookie);
     let end = rig.now + Duration::from_secs(50);
     while rig.now < end {
         rig.pending.clear();
@@ -51,20 +51,20 @@ fn the_gate_is_not_closed_behind_a_silent_link() {
         rig.give(event);
     }
     assert!(!rig.log[since..].iter().any(is_closing));
-    rig.pending.extend(cookie..=rig.machine.cookie);
+    rig.pending.extend(cookie..=rig.machine.context.cookie);
     rig.until(is_closing);
 }
 
 #[test]
-fn a_reply_that_comes_too_late_opens_the_gate() {
-    let mut rig = in_the_last_copy(ours(TOKEN, Has::Nothing));
+fn late_reply_opens_the_gate() {
+    let mut rig = in_final_copy(ours(TOKEN, Has::Nothing));
     rig.now = rig.machine.freeze_end().unwrap();
-    let cookie = rig.machine.cookie;
+    let cookie = rig.machine.context.cookie;
     assert_eq!(rig.give(Event::Reply { cookie, error: None }), &Action::OpenGate);
 }
 
 #[test]
-fn marks_are_taken_while_the_gate_stays_open() {
+fn dirty_blocks_are_copied_while_the_gate_backs_off() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     for _ in 0..5 {
         rig.until(is_closing).give(Event::Failed("a visit does not end".to_owned()));
@@ -80,7 +80,7 @@ fn marks_are_taken_while_the_gate_stays_open() {
 }
 
 #[test]
-fn a_source_is_heard_while_the_gate_stays_open() {
+fn source_keeps_sending_while_the_gate_backs_off() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     for _ in 0..5 {
         rig.until(is_closing).give(Event::Failed("a visit does not end".to_owned()));
@@ -101,8 +101,8 @@ fn is_take(action: &Action) -> bool {
 }
 
 #[test]
-fn a_slow_link_behind_the_closed_gate_has_four_seconds() {
-    let mut rig = in_the_last_copy(ours(TOKEN, Has::Nothing));
+fn slow_link_has_four_seconds_behind_the_gate() {
+    let mut rig = in_final_copy(ours(TOKEN, Has::Nothing));
     let closed = rig.now;
     rig.marks = (1..100).map(|at| Range::whole(SIZE).from(at * 8192).split(4096).0).collect();
     rig.give(Event::Tick);
@@ -118,13 +118,13 @@ fn a_slow_link_behind_the_closed_gate_has_four_seconds() {
 }
 
 #[test]
-fn a_flush_that_hangs_behind_the_closed_gate_opens_it() {
+fn hanging_flush_opens_the_gate() {
     let mut rig = Rig::new(job(), plain());
     rig.until(is_closing);
     rig.until(|action| {
         matches!(action, Action::Send(DestinationRequest { work: RequestKind::Flush, .. }))
     });
-    let cookie = rig.machine.cookie;
+    let cookie = rig.machine.context.cookie;
     let Action::Wait { until } = *rig.give(Event::Done) else { panic!("{:?}", rig.action) };
     assert!(until <= rig.now + FREEZE_MAX);
     rig.now = until;
@@ -137,7 +137,7 @@ fn a_flush_that_hangs_behind_the_closed_gate_opens_it() {
 }
 
 #[test]
-fn a_record_that_is_durable_too_late_is_taken_back_after_the_gate() {
+fn late_record_is_restored_after_the_gate_opens() {
     for expired in [false, true] {
         let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
         rig.until(|action| *action == Action::Record(RecordKind::Departing));
@@ -158,7 +158,7 @@ fn a_record_that_is_durable_too_late_is_taken_back_after_the_gate() {
 }
 
 #[test]
-fn a_sealed_gate_does_not_open_by_itself() {
+fn sealed_gate_has_no_freeze_end() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(|action| *action == Action::Seal);
     assert!(rig.machine.freeze_end().is_some());
@@ -167,7 +167,7 @@ fn a_sealed_gate_does_not_open_by_itself() {
 }
 
 #[test]
-fn a_failure_behind_the_closed_gate_takes_back_link_gate_and_record_in_this_order() {
+fn failure_undoes_link_gate_and_record_in_order() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(|action| *action == Action::Record(RecordKind::Departing));
     assert_eq!(rig.give(Event::Failed("disk full".to_owned())), &Action::HangUp);
@@ -178,7 +178,7 @@ fn a_failure_behind_the_closed_gate_takes_back_link_gate_and_record_in_this_orde
 }
 
 #[test]
-fn a_destination_that_has_hung_up_before_the_handover_leaves_no_doubt() {
+fn hang_up_before_the_handover_leaves_no_doubt() {
     for in_handover in [false, true] {
         let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
         rig.until(|action| *action == Action::Seal);
@@ -196,7 +196,7 @@ fn a_destination_that_has_hung_up_before_the_handover_leaves_no_doubt() {
 }
 
 #[test]
-fn clients_that_do_not_leave_the_disk_put_the_closing_off_for_a_second() {
+fn long_visits_postpone_the_closing_for_a_second() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(is_closing);
     let first = rig.now;
@@ -209,7 +209,7 @@ fn clients_that_do_not_leave_the_disk_put_the_closing_off_for_a_second() {
 }
 
 #[test]
-fn a_long_request_in_flight_keeps_the_gate_open_and_is_told() {
+fn long_request_keeps_the_gate_open_and_is_reported() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     let start = rig.now;
     while rig.now < start + Duration::from_secs(30) {
@@ -224,7 +224,7 @@ fn a_long_request_in_flight_keeps_the_gate_open_and_is_told() {
 }
 
 #[test]
-fn a_slow_flush_of_the_destination_is_repeated_before_the_gate_closes() {
+fn slow_flush_is_repeated_before_the_gate_closes() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     let mut flushes = 0;
     while !is_closing(&rig.action) {
@@ -239,7 +239,7 @@ fn a_slow_flush_of_the_destination_is_repeated_before_the_gate_closes() {
 }
 
 #[test]
-fn a_flush_that_takes_long_is_told_to_be_what_is_waited_for() {
+fn long_flush_is_reported_as_the_obstacle() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(|action| {
         matches!(action, Action::Send(DestinationRequest { work: RequestKind::Flush, .. }))
@@ -260,7 +260,7 @@ fn before() -> Action {
 }
 
 /// The record *departing* is durable too late, and clients go on: it is being put back.
-fn putting_the_record_back() -> Rig {
+fn restoring_the_record() -> Rig {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(|action| *action == Action::Record(RecordKind::Departing));
     rig.now = rig.machine.freeze_end().unwrap();
@@ -278,9 +278,9 @@ fn record_failures(rig: &mut Rig) -> usize {
 }
 
 #[test]
-fn a_record_not_put_back_is_tried_again() {
+fn unrestored_record_is_tried_again() {
     for link_is_lost in [false, true] {
-        let mut rig = putting_the_record_back();
+        let mut rig = restoring_the_record();
         for _ in 0..5 {
             rig.give(failed());
             assert!(rig.machine.progress(rig.now).owes_record);
@@ -300,8 +300,8 @@ fn a_record_not_put_back_is_tried_again() {
 }
 
 #[test]
-fn a_break_does_not_hide_a_record_failure() {
-    let mut rig = putting_the_record_back();
+fn break_does_not_hide_a_record_failure() {
+    let mut rig = restoring_the_record();
     rig.machine.request(OperatorRequest::Break).unwrap();
     assert_eq!(rig.give(failed()), &Action::HangUp);
     assert_eq!(record_failures(&mut rig), 1);
@@ -310,7 +310,7 @@ fn a_break_does_not_hide_a_record_failure() {
 }
 
 #[test]
-fn a_failed_migration_tries_to_restore_the_record() {
+fn failed_migration_tries_to_restore_the_record() {
     for failures in [1, RECORD_TRIES - 1, RECORD_TRIES] {
         let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
         rig.until(|action| *action == Action::Record(RecordKind::Departing)).give(failed());

@@ -1,10 +1,10 @@
 //! A handover that is not acknowledged.
 
-use super::*;
+use super::rig::*;
 use crate::migration::freeze::FREEZE_MAX;
 
 #[test]
-fn an_acknowledgement_that_was_lost_is_asked_for() {
+fn lost_acknowledgement_is_asked_for() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(is_handover);
     assert_eq!(rig.give(lost()), &Action::HangUp);
@@ -17,7 +17,7 @@ fn an_acknowledgement_that_was_lost_is_asked_for() {
 }
 
 #[test]
-fn every_end_of_the_handover_but_its_acknowledgement_leads_to_doubt() {
+fn handover_without_acknowledgement_leads_to_doubt() {
     let ends = [
         lost(),
         Event::Reply { cookie: 0, error: None },
@@ -39,10 +39,10 @@ fn every_end_of_the_handover_but_its_acknowledgement_leads_to_doubt() {
 }
 
 #[test]
-fn an_acknowledgement_that_comes_while_it_is_asked_for_counts() {
+fn acknowledgement_counts_while_being_asked_for() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(is_handover);
-    let cookie = rig.machine.cookie;
+    let cookie = rig.machine.context.cookie;
     rig.give(Event::Done);
     for _ in 0..3 {
         rig.until(is_wait);
@@ -58,7 +58,7 @@ fn an_acknowledgement_that_comes_while_it_is_asked_for_counts() {
 }
 
 #[test]
-fn a_handover_that_did_not_arrive_in_time_lets_clients_go_on() {
+fn handover_not_arrived_in_time_opens_the_gate() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(is_handover).give(Event::Done);
     rig.pending.clear();
@@ -75,7 +75,7 @@ fn a_handover_that_did_not_arrive_in_time_lets_clients_go_on() {
 }
 
 #[test]
-fn a_destination_that_still_has_the_copy_is_handed_it_again() {
+fn destination_with_the_copy_gets_another_handover() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(is_handover).give(lost());
     rig.give(Event::Done);
@@ -86,7 +86,7 @@ fn a_destination_that_still_has_the_copy_is_handed_it_again() {
 }
 
 #[test]
-fn a_destination_that_has_lost_the_copy_gives_the_disk_back() {
+fn destination_without_the_copy_returns_the_disk() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(is_handover).give(lost());
     rig.give(Event::Done);
@@ -96,7 +96,7 @@ fn a_destination_that_has_lost_the_copy_gives_the_disk_back() {
 }
 
 #[test]
-fn in_doubt_the_gate_stays_closed_however_long_it_takes() {
+fn gate_stays_closed_while_in_doubt() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(is_handover).give(lost());
     let since = rig.log.len();

@@ -1,0 +1,187 @@
+//! The handover, behind the sealed gate: sent, acknowledged or resolved, and what follows once the
+//! destination has the disk.
+
+use super::context::{Context, RETRY_EVERY};
+use super::phase::{
+    Doubt, Handled, Leaving, LegacyStep, LinkState, Next, Phase, SentHandover, link_trouble,
+};
+use crate::migration::freeze::FREEZE_MAX;
+use crate::migration::job::{
+    Action, DestinationInfo, DestinationRequest, Event, HandoverVerdict, News, Obstacle, Outcome,
+    RecordKind, RequestKind, Trouble, handover_verdict,
+};
+use crate::migration::wire::{Handover, Has, Token};
+use std::time::Duration;
+
+/// An acknowledgement that has not come after this time is asked for on a second connection.
+pub const ASK_AFTER: Duration = Duration::from_secs(2);
+
+const ACKNOWLEDGED: Outcome = Outcome::Arrived { acknowledged: true };
+
+/// The connection was looked at for the last time.
+pub(super) fn checking_link(
+    cx: &mut Context,
+    now: Duration,
+    link: LinkState,
+    event: Event,
+) -> Handled {
+    match (event, link.peer.token()) {
+        (Event::Tick, Some(token)) => Ok(hand_over(cx, now, token)),
+        (Event::Tick, None) if cx.job.unlink && !cx.unlinked => {
+            Ok(Next::Do(Phase::LegacyHandover(link, LegacyStep::Unlinking), Action::Unlink))
+        }
+        (Event::Tick, None) => Ok(send_disconnect(cx, link)),
+        (event, _) => Err(link_trouble(event)),
+    }
+}
+
+// A destination without the private option cannot acknowledge.
+
+fn send_disconnect(cx: &mut Context, link: LinkState) -> Next {
+    let cookie = cx.next_cookie();
+    let disconnect = DestinationRequest { cookie, work: RequestKind::Disconnect };
+    let phase = Phase::LegacyHandover(link, LegacyStep::Disconnecting);
+    Next::Do(phase, Action::Send(disconnect))
+}
+
+pub(super) fn legacy(cx: &mut Context, link: LinkState, step: LegacyStep, event: Event) -> Handled {
+    match (step, event) {
+        (LegacyStep::Unlinking, Event::Done) => {
+            (cx.unlinked, cx.undo.record) = (true, false);
+            Ok(send_disconnect(cx, link))
+        }
+        (LegacyStep::Unlinking, event) => {
+            cx.report_failure(failure(event));
+            Ok(send_disconnect(cx, link))
+        }
+        (LegacyStep::Disconnecting, Event::Done) => {
+            Ok(leave(cx, Outcome::Arrived { acknowledged: false }))
+        }
+        (LegacyStep::Disconnecting, event) => Err(link_trouble(event)),
+    }
+}
+
+// One of ours acknowledges, and answers questions about the handover.
+
+fn hand_over(cx: &mut Context, now: Duration, token: Token) -> Next {
+    let cookie = cx.next_cookie();
+    let work = RequestKind::Handover(Handover { id: cx.job.id, token });
+    let ask_at = now + ASK_AFTER.min(cx.job.timeout);
+    let sent = Phase::HandingOver(SentHandover { token, cookie, ask_at });
+    Next::Do(sent, Action::Send(DestinationRequest { cookie, work }))
+}
+
+pub(super) fn handing_over(
+    cx: &mut Context,
+    now: Duration,
+    sent: SentHandover,
+    event: Event,
+) -> Handled {
+    let SentHandover { token, cookie, ask_at } = sent;
+    Ok(match event {
+        Event::Reply { cookie: answered, error: None } if answered == cookie => {
+            leave(cx, ACKNOWLEDGED)
+        }
+        // Not a byte of the handover left this host: there is no doubt.
+        Event::Unsent(why) => return Err(Trouble::Lost(why)),
+        Event::Done | Event::Tick if now < ask_at => {
+            Next::Do(Phase::HandingOver(sent), Action::Wait { until: ask_at })
+        }
+        Event::Done | Event::Tick => {
+            let trouble = Trouble::Stuck(ASK_AFTER.min(cx.job.timeout));
+            cx.report_obstacle(now, Obstacle::Acknowledgement(trouble));
+            ask(cx, Doubt { token, awaited: Some(cookie), ask_at: now })
+        }
+        event => {
+            cx.report_obstacle(now, Obstacle::Acknowledgement(link_trouble(event)));
+            let doubt = Doubt { token, awaited: None, ask_at: now };
+            Next::Do(Phase::InDoubt(doubt), Action::HangUp)
+        }
+    })
+}
+
+/// Asks the destination whether the handover arrived. The first connection may still bring the
+/// acknowledgement until the second replaces it.
+fn ask(cx: &mut Context, doubt: Doubt) -> Next {
+    cx.undo.link = true;
+    let question = cx.job.question();
+    let action = match doubt.awaited {
+        Some(_) => Action::Ask(question),
+        None => Action::Connect(question),
+    };
+    Next::Do(Phase::InDoubt(doubt), action)
+}
+
+/// The acknowledgement did not come: asks until the destination knows.
+pub(super) fn in_doubt(cx: &mut Context, now: Duration, doubt: Doubt, event: Event) -> Handled {
+    let Doubt { token, awaited, ask_at } = doubt;
+    let later = Doubt { ask_at: now + RETRY_EVERY, ..doubt };
+    let without_link = Doubt { awaited: None, ..later };
+    Ok(match event {
+        Event::Reply { cookie, error: None } if Some(cookie) == awaited => leave(cx, ACKNOWLEDGED),
+        Event::Greeted(peer) => match handover_verdict(peer.answer.as_ref(), Some(token)) {
+            HandoverVerdict::Arrived => leave(cx, ACKNOWLEDGED),
+            HandoverVerdict::NotArrived => return not_arrived(cx, now, token, peer),
+            HandoverVerdict::Unknown => Next::Do(Phase::InDoubt(without_link), Action::HangUp),
+        },
+        Event::Reply { .. } | Event::Lost(_) => {
+            let doubt = Doubt { awaited: None, ..doubt };
+            Next::Do(Phase::InDoubt(doubt), Action::HangUp)
+        }
+        Event::Unreachable(_) => {
+            Next::Do(Phase::InDoubt(later), Action::Wait { until: later.ask_at })
+        }
+        _ if now < ask_at => Next::Do(Phase::InDoubt(doubt), Action::Wait { until: ask_at }),
+        _ => ask(cx, doubt),
+    })
+}
+
+/// The handover can no longer arrive. A process that still has the whole copy gets another, unless
+/// clients have waited for too long.
+fn not_arrived(cx: &mut Context, now: Duration, token: Token, peer: DestinationInfo) -> Handled {
+    let complete = peer.answer.is_some_and(|answer| answer.has == Has::Incomplete);
+    let in_time = cx.freeze.is_none_or(|freeze| freeze.lasts(now) < FREEZE_MAX);
+    let fits = complete && peer.token() == Some(token) && peer.unfit(&cx.job).is_none();
+    let why = match (fits, in_time) {
+        (true, true) => {
+            cx.obstacle = None;
+            cx.news.push_back(News::HandingOverAgain);
+            return Ok(hand_over(cx, now, token));
+        }
+        (true, false) => "the destination was asked, and had not got the handover",
+        (false, _) => "the destination has lost its copy",
+    };
+    Err(Trouble::Lost(why.to_owned()))
+}
+
+// The destination has the disk.
+
+fn leave(cx: &mut Context, outcome: Outcome) -> Next {
+    cx.obstacle = None;
+    Next::Do(Phase::Leaving(Leaving::Retiring, outcome), Action::Retire)
+}
+
+pub(super) fn leaving(cx: &mut Context, step: Leaving, outcome: Outcome, event: Event) -> Next {
+    let failed = cx.report_failure(failure(event));
+    let hang_up = match outcome {
+        Outcome::Arrived { acknowledged: true } => Action::Disconnect,
+        _ => Action::HangUp,
+    };
+    let (step, action) = match step {
+        Leaving::Retiring if cx.unlinked => (Leaving::Disconnecting, hang_up),
+        Leaving::Retiring if cx.job.unlink => (Leaving::Unlinking, Action::Unlink),
+        Leaving::Unlinking if !failed => (Leaving::Disconnecting, hang_up),
+        Leaving::Retiring | Leaving::Unlinking => {
+            (Leaving::Recording, Action::Record(RecordKind::Departed))
+        }
+        Leaving::Recording => (Leaving::Disconnecting, hang_up),
+        Leaving::Disconnecting => {
+            return Next::Do(Phase::Ended(outcome.clone()), Action::End(outcome));
+        }
+    };
+    Next::Do(Phase::Leaving(step, outcome), action)
+}
+
+fn failure(event: Event) -> Option<String> {
+    if let Event::Failed(why) = event { Some(why) } else { None }
+}
