@@ -55,6 +55,7 @@ const PURE: &[&str] = &[
     "migration/pace.rs",
     "migration/plan.rs",
     "migration/range_set.rs",
+    "migration/trouble.rs",
     "migration/wire.rs",
     "control/command.rs",
     "control/reply.rs",

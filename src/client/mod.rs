@@ -31,38 +31,27 @@ pub struct Connection {
 }
 
 /// What went wrong between us and the server.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The handshake failed.
+    #[error(transparent)]
     Handshake(HandshakeFailure),
-    /// The connection broke, or stood still for too long.
+    /// The connection broke, or made no progress for too long.
+    #[error("the connection broke: {0}")]
     Connection(io::Error),
-    /// The server carried a request out with an error.
+    /// The server answered a request with an error.
+    #[error("the server answered: {0}")]
     Refused(ErrorCode),
     /// The server broke the protocol.
+    #[error("the server broke the NBD protocol: {0}")]
     Protocol(&'static str),
-    /// The request does not fit the server's smallest block, in bytes.
+    /// The request does not fit the server's minimum block size, in bytes.
+    #[error("the server takes only offsets and lengths that are multiples of {0}")]
     Unaligned(u32),
-    /// What was read could not be handed on.
+    /// The caller could not consume the data that was read.
+    #[error("cannot hand on what was read: {0}")]
     Sink(io::Error),
 }
-
-impl std::fmt::Display for ClientError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Handshake(failure) => failure.fmt(f),
-            Self::Connection(error) => write!(f, "the connection broke: {error}"),
-            Self::Refused(code) => write!(f, "the server answered: {code}"),
-            Self::Protocol(what) => write!(f, "the server broke the NBD protocol: {what}"),
-            Self::Unaligned(block) => {
-                write!(f, "the server takes only offsets and lengths that are multiples of {block}")
-            }
-            Self::Sink(error) => write!(f, "cannot hand on what was read: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for ClientError {}
 
 impl From<Malformed> for ClientError {
     fn from(_: Malformed) -> Self {

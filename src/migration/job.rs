@@ -1,11 +1,12 @@
 //! What goes into and comes out of the source's machine: the job, events, actions, news.
 //! Never decides anything but what a peer's answer means; see [`super::machine`] for the life.
 
+pub use super::trouble::{Obstacle, Trouble};
+
 use super::plan::{BLOCK_MIN_MAX, Caps, Content, Limits};
 use super::wire::{Answer, Handover, Has, Question, Token};
 use crate::disk::ownership::{Id, Provenance, Record, RemoteAddress};
 use crate::range::Range;
-use std::fmt;
 use std::net::IpAddr;
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -397,169 +398,6 @@ pub enum Outcome {
     Broken,
     /// The destination was never fit to take it; we keep the disk.
     Failed(Trouble),
-}
-
-/// What went wrong.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Trouble {
-    /// No connection.
-    Connect(String),
-    /// It connected, and we were turned away.
-    Rejected(String),
-    /// It connected, and no NBD greeting came.
-    Silent(String),
-    /// Its export is not as large as our disk.
-    Size {
-        /// Bytes of ours.
-        local: u64,
-        /// Bytes of theirs.
-        remote: u64,
-    },
-    /// It takes no writes.
-    ReadOnly,
-    /// It serves a disk of its own.
-    Serving,
-    /// Its smallest block does not divide our disk.
-    BlockSize(u64),
-    /// The connection broke.
-    Lost(String),
-    /// No progress for so long.
-    Stuck(Duration),
-    /// It answered a request with this NBD error.
-    ErrorReply(u32),
-    /// It answered a request that we did not send.
-    Cookie(u64),
-    /// Something failed here.
-    Local(String),
-    /// The ownership record could not be written.
-    Record(String),
-    /// A part of the disk cannot be read.
-    Unreadable(String),
-    /// Something happened that cannot.
-    Confused(&'static str),
-}
-
-impl fmt::Display for Trouble {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Connect(why) => f.write_str(why),
-            Self::Rejected(why) => write!(f, "the destination turned us away: {why}"),
-            Self::Silent(why) => write!(f, "the destination did not greet us: {why}"),
-            Self::Size { local, remote } => write!(
-                f,
-                "the destination's disk has {remote} bytes, ours has {local}; make them equal"
-            ),
-            Self::ReadOnly => f.write_str("the destination's disk is read-only"),
-            Self::Serving => f.write_str(
-                "the destination serves a disk of its own; start `flexnbd listen` there instead",
-            ),
-            Self::BlockSize(block) => {
-                write!(
-                    f,
-                    "the destination wants blocks of {block} bytes, which our disk is not made of"
-                )
-            }
-            Self::Lost(why) => write!(f, "the connection broke: {why}"),
-            Self::Stuck(time) => {
-                write!(f, "the destination made no progress for {} s", time.as_secs())
-            }
-            Self::ErrorReply(error) => {
-                write!(f, "the destination answered with NBD error {error}; see its log")
-            }
-            Self::Cookie(cookie) => {
-                write!(f, "the destination answered request {cookie}, which is not outstanding")
-            }
-            Self::Local(why) | Self::Unreadable(why) => f.write_str(why),
-            Self::Record(why) => write!(f, "the ownership record cannot be kept: {why}"),
-            Self::Confused(what) => f.write_str(what),
-        }
-    }
-}
-
-/// Why a migration does not go on just now.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Obstacle {
-    /// The copy failed; it is tried again every second.
-    Trouble(Trouble),
-    /// Clients write faster than the copy can follow, and are held back.
-    Writers,
-    /// In-flight requests of clients take long: the gate is not closed behind them.
-    Requests(String),
-    /// The destination takes long to flush.
-    Flush,
-    /// What was left could not be sent, or not be recorded, while clients waited.
-    LastCopy(&'static str),
-    /// The handover was not acknowledged.
-    Acknowledgement(Trouble),
-}
-
-impl Obstacle {
-    /// One word for it.
-    #[must_use]
-    pub fn word(&self) -> &'static str {
-        match self {
-            Self::Trouble(trouble) => trouble.word(),
-            Self::Writers => "writers",
-            Self::Requests(_) => "requests",
-            Self::Flush => "flush",
-            Self::LastCopy(_) => "last-copy",
-            Self::Acknowledgement(_) => "acknowledgement",
-        }
-    }
-
-    /// Whether to hear of the one is to hear of the other.
-    pub(super) fn is_like(&self, other: &Self) -> bool {
-        match (self, other) {
-            // What the destination says may hold a time or a port, which is another every time.
-            (Self::Trouble(Trouble::Rejected(_)), Self::Trouble(Trouble::Rejected(_))) => true,
-            (Self::Trouble(one), Self::Trouble(other)) => one == other,
-            _ => std::mem::discriminant(self) == std::mem::discriminant(other),
-        }
-    }
-}
-
-impl fmt::Display for Obstacle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Trouble(trouble) => write!(f, "{trouble}; trying again every second"),
-            Self::Writers => f.write_str(
-                "clients write faster than the copy catches up, and each write is held back",
-            ),
-            Self::Requests(why) => {
-                write!(f, "{why}; the last copy waits until requests of clients are short")
-            }
-            Self::Flush => f.write_str("the destination takes long to flush what it has"),
-            Self::LastCopy(why) => {
-                write!(f, "{why}; clients go on, and the last copy is tried again later")
-            }
-            Self::Acknowledgement(trouble) => write!(
-                f,
-                "the handover was not acknowledged ({trouble}); clients wait until the destination \
-                 says whether the disk has arrived. If it is lost for good, stop this process and \
-                 run `flexnbd adopt --force`"
-            ),
-        }
-    }
-}
-
-impl Trouble {
-    fn word(&self) -> &'static str {
-        match self {
-            Self::Connect(_)
-            | Self::Silent(_)
-            | Self::Lost(_)
-            | Self::Stuck(_)
-            | Self::Cookie(_)
-            | Self::Confused(_) => "link",
-            Self::Rejected(_)
-            | Self::Size { .. }
-            | Self::ReadOnly
-            | Self::Serving
-            | Self::BlockSize(_) => "refused",
-            Self::ErrorReply(_) => "destination-error",
-            Self::Local(_) | Self::Record(_) | Self::Unreadable(_) => "source-error",
-        }
-    }
 }
 
 /// What is worth telling the operator.

@@ -31,4 +31,5 @@ pub mod pace;
 pub mod plan;
 pub mod range_set;
 pub mod source;
+pub mod trouble;
 pub mod wire;

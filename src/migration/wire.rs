@@ -89,32 +89,21 @@ pub struct Handover {
 }
 
 /// Why bytes are not the message they should be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     /// The message ends too early.
+    #[error("a private message that ends too early")]
     Incomplete,
     /// More bytes than the message has.
+    #[error("a private message that is too long")]
     TooLong,
-    /// A version that we do not know.
+    /// An unknown version.
+    #[error("a private message of version {0}; we know version {VERSION}")]
     Version(u32),
-    /// A field holds what it cannot hold.
+    /// A field has a value that it cannot have.
+    #[error("a private message with a value that cannot be")]
     Value,
 }
-
-impl fmt::Display for WireError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Incomplete => f.write_str("a private message that ends too early"),
-            Self::TooLong => f.write_str("a private message that is too long"),
-            Self::Version(version) => {
-                write!(f, "a private message of version {version}; we know version {VERSION}")
-            }
-            Self::Value => f.write_str("a private message with a value that cannot be"),
-        }
-    }
-}
-
-impl std::error::Error for WireError {}
 
 impl Question {
     /// Bytes of an encoded question.

@@ -3,6 +3,7 @@
 mod closing;
 mod doubt;
 mod legacy;
+mod listed;
 mod requests;
 mod rig;
 mod transitions;

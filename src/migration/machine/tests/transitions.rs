@@ -2,11 +2,11 @@
 //! every result that an action can have; the other tests and tests/simulation pass through
 //! transitions of that table only.
 
+use super::listed::is_result;
 use super::rig::*;
 use crate::transition_table::assert_accepted;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
-use std::sync::OnceLock;
 
 /// All phases, in the order of the table.
 const PHASES: [&str; 23] = [
@@ -45,80 +45,6 @@ const HEADER: &str = "\
 # Written by tests/transitions.rs.
 ";
 
-/// Phase and event, the next phase and its action.
-type Transition = [&'static str; 4];
-
-/// One step of a machine.
-pub(super) fn step(machine: &mut Machine, now: Duration, event: Event) -> (Transition, Action) {
-    let phase = machine.phase_name();
-    let event_name = if machine.is_breaking() { "(break)" } else { event.name() };
-    let action = machine.step(now, event);
-    let next = machine.phase_name();
-    ([phase, event_name, next, name(next, &action)], action)
-}
-
-/// The name of an action in the table: which step of the copy comes next is the plan's decision.
-fn name(phase: &str, action: &Action) -> &'static str {
-    let copies = match action {
-        Action::Send(request) => request.work.range().is_some(),
-        action => {
-            matches!(action, Action::Look(_) | Action::TakeDirty { .. } | Action::Wait { .. })
-        }
-    };
-    if copies && ["Copying", "FinalCopy"].contains(&phase) { "(copy)" } else { action.name() }
-}
-
-/// Fails if the table lacks a transition that a test passed through.
-pub(super) fn assert_listed(transition: Transition) {
-    static LISTED: OnceLock<BTreeSet<Vec<&str>>> = OnceLock::new();
-    if std::env::var_os("FLEXNBD_ACCEPT").is_some() {
-        return;
-    }
-    let listed = LISTED.get_or_init(|| {
-        let rows = include_str!("../transitions.txt").lines().filter(|line| !line.starts_with('#'));
-        rows.flat_map(|row| {
-            let mut fields = row.split([' ', ',']).filter(|field| !field.is_empty());
-            let known: Vec<_> = fields.by_ref().take(4).filter(|field| *field != "->").collect();
-            fields.map(move |action| [known.clone(), vec![action]].concat()).collect::<Vec<_>>()
-        })
-        .collect()
-    });
-    assert!(listed.contains(transition.as_slice()), "{transition:?} is not in transitions.txt");
-}
-
-/// Whether an action can have this result, as [`Action`] documents it, with a connection or without.
-pub(super) fn is_result(action: &Action, event: &Event, is_connected: bool) -> bool {
-    let is_write = is_write(action);
-    match action {
-        Action::Connect(_) | Action::Ask(_) => {
-            matches!(event, Event::Greeted(_) | Event::Unreachable(_))
-        }
-        Action::Look(_) => {
-            matches!(event, Event::Looked { .. } | Event::Unreadable(_) | Event::Failed(_))
-        }
-        Action::TakeDirty { .. } => matches!(event, Event::Taken { .. }),
-        Action::Send(_) => match event {
-            Event::Done | Event::Lost(_) | Event::Unsent(_) => true,
-            Event::Unreadable(_) | Event::Failed(_) => is_write,
-            _ => false,
-        },
-        Action::Wait { .. } => match event {
-            Event::Reply { .. } | Event::Lost(_) => is_connected,
-            event => *event == Event::Tick,
-        },
-        Action::Probe => matches!(event, Event::Visits { .. }),
-        Action::CloseGate { .. } | Action::Seal | Action::Record(_) | Action::Unlink => {
-            matches!(event, Event::Done | Event::Failed(_))
-        }
-        Action::OpenGate
-        | Action::Throttle(_)
-        | Action::Retire
-        | Action::HangUp
-        | Action::Disconnect => *event == Event::Done,
-        Action::End(_) => false,
-    }
-}
-
 /// A random schedule of one migration.
 struct Schedule {
     rig: Rig,
@@ -151,7 +77,8 @@ impl Schedule {
         let calm = [4, 10, 30, 100][dice.usize(..4)];
         let is_late = dice.bool();
         let idle = if is_late { 40 } else { [3, 8][dice.usize(..2)] };
-        Self { rig: Rig::new(job, destination), dice, calm, is_late, idle, destination }
+        let rig = Rig { is_checked: false, ..Rig::new(job, destination) };
+        Self { rig, dice, calm, is_late, idle, destination }
     }
 
     fn once_in(&mut self, many: u64) -> bool {
@@ -261,7 +188,7 @@ fn table() -> String {
         {
             schedule.step();
         }
-        for [phase, event, next, action] in std::mem::take(&mut schedule.rig.transitions) {
+        for [phase, event, next, action] in schedule.rig.transitions {
             rows.entry([phase, event, next]).or_default().insert(action);
         }
     }
