@@ -1,4 +1,4 @@
-//! A disk: a backend behind a gate, with what all its sessions share.
+//! A disk: a backend behind a gate, with the state that all its sessions share.
 //! Never waits for a peer, and never accesses bytes beyond the disk's end.
 
 use super::backend::{Backend, Extent, Identity};
@@ -34,7 +34,7 @@ pub struct Disk {
     write_delay_us: AtomicU64,
 }
 
-/// A migration's view of the disk. It reads without passing the gate, because the migration is what
+/// A migration's view of the disk. It reads without passing the gate, because the migration itself
 /// closes the gate.
 #[derive(Debug)]
 pub struct Copier<'a> {

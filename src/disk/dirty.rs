@@ -1,5 +1,5 @@
 //! A bitmap of the blocks that changed since the migration's copier last read them.
-//! Never records what changed, or when, and never waits: marking is one atomic instruction per word.
+//! Records neither contents nor times, and never waits: marking is one atomic instruction per word.
 //!
 //! Two orders ensure that no change is missed. A writer marks *after* its bytes are written and
 //! *before* it replies; a copier takes the mark *first* and reads *second*. A change may then be
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_covers_every_block_it_touches_and_no_other() {
+    fn a_mark_covers_exactly_the_touched_blocks() {
         let dirty = DirtyBitmap::new(SIZE).unwrap();
         dirty.mark(range(BLOCK - 1, 2));
         assert_eq!(dirty.take_next(0, u64::MAX), Some(range(0, 2 * BLOCK)));
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_has_at_least_one_block_and_at_most_the_limit() {
+    fn a_run_has_one_block_up_to_the_limit() {
         let dirty = DirtyBitmap::new(SIZE).unwrap();
         dirty.mark(range(60 * BLOCK, 80 * BLOCK));
         assert_eq!(dirty.take_next(0, 70 * BLOCK), Some(range(60 * BLOCK, 70 * BLOCK)));

@@ -213,7 +213,7 @@ impl Gate {
         closing.closers += 1;
         self.state.fetch_or(CLOSED, Ordering::Relaxed);
         loop {
-            // Acquire: changes by visits that have left happen before what the closer does.
+            // Acquire: changes by visits that have left happen before the closer's accesses.
             let visits = inside(self.state.load(Ordering::Acquire));
             if visits == 0 {
                 return Ok(());

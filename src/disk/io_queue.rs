@@ -1,5 +1,5 @@
 //! The interface to asynchronous I/O: calls, completions, queues and notifiers.
-//! Decides nothing: `inflight` knows what a call is for and what follows it.
+//! Decides nothing: `inflight` knows the purpose of a call and the step that follows it.
 
 use crate::range::Range;
 use std::io;
@@ -24,7 +24,7 @@ pub enum Call {
     Flush,
     /// Makes the range read as zeros.
     Zero(Range, Zeroing),
-    /// Deallocates what it can of the range.
+    /// Deallocates as much of the range as possible.
     Trim(Range),
 }
 

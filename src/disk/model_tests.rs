@@ -275,7 +275,7 @@ fn a_block_device_reads_back_what_was_written() {
 }
 
 #[test]
-fn a_block_device_is_opened_and_locked_like_a_file() {
+fn a_block_device_is_locked_like_a_file() {
     let Some((_folder, _file, device)) = loop_device(&std::env::temp_dir(), "512") else { return };
     let image = device.open().unwrap();
     assert_eq!((image.size(), image.unserved_tail()), (SIZE as u64, 0));
@@ -310,7 +310,7 @@ fn zeroing_a_block_device_is_exact_and_frees_space() {
 /// On shared memory: once the kernel has found that the backing file cannot keep zeros allocated, it
 /// also refuses to punch holes, but only after dropping its cached pages.
 #[test]
-fn refused_fast_zeroing_of_a_device_loses_no_dirty_pages() {
+fn refused_fast_zeroing_loses_no_dirty_pages() {
     let Some(Some((_folder, _file, device))) = in_shared_memory(|dir| loop_device(dir, "512"))
     else {
         return;

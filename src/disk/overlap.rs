@@ -173,7 +173,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn some_change_can_always_start_and_overlapping_ones_never_run_together(
+        fn changes_never_deadlock_and_never_overlap(
             places in prop::collection::vec((0..SIZE - 5000, 1u64..5000), 1..40),
             order in any::<u64>(),
         ) {

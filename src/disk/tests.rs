@@ -179,7 +179,7 @@ fn a_read_only_disk_refuses_changes_only() {
 }
 
 #[test]
-fn the_last_byte_is_accessible_and_the_next_is_not() {
+fn access_ends_with_the_last_byte() {
     let (disk, _, faults) = disk(false);
     let visit = visit(&disk);
     let byte = &mut [1];
@@ -236,7 +236,7 @@ fn the_gate_waits_for_visits_and_refuses_new_ones() {
 }
 
 #[test]
-fn a_flush_waits_for_a_concurrent_failure_to_be_recorded() {
+fn a_flush_waits_for_concurrent_failures() {
     let (disk, ..) = disk(false);
     // The kernel reports the failure to a concurrent flush, which has not recorded it yet.
     let guard = disk.flush_errors.begin_flush();

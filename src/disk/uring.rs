@@ -1,5 +1,5 @@
 //! An I/O queue on a file or block device by `io_uring(7)`.
-//! Never decides what to call, and never looks at populated bytes. The kernel zeroes whole blocks; the
+//! Makes no decisions, and never looks at populated bytes. The kernel zeroes whole blocks; the
 //! edges of a zeroing are written synchronously afterwards.
 
 use super::io_queue::{Call, Completion, IoQueue, Zeroing};
@@ -46,7 +46,7 @@ pub(super) trait RingFile {
     fn trim_call(&self, range: Range) -> Option<FallocateCall>;
     /// The blocks that `range` covers in part: a write to them reads them first.
     fn edges(&self, range: Range) -> Vec<Range>;
-    /// Writes zeros over what lies outside the whole blocks of `range`. A hole stays one, because it
+    /// Writes zeros over the bytes outside the whole blocks of `range`. A hole stays one, because it
     /// reads as zeros already, unless the range has to be `allocated`.
     fn zero_edges(&self, range: Range, allocated: bool) -> io::Result<()>;
 }

@@ -7,7 +7,7 @@ use super::extents::extent_at;
 use crate::range::Range;
 use std::io;
 
-/// Granularity at which zeros are told from data, in bytes: the block of common file systems.
+/// Granularity at which zeros are distinguished from data, in bytes: the block of common file systems.
 pub(super) const BLOCK: u64 = 4096;
 
 /// Length of one read that checks for zeros, in bytes.
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_without_gaps_is_one_write_and_one_lookup() {
+    fn a_write_without_gaps_is_issued_once() {
         let folder = tempfile::tempdir().unwrap();
         let file = FileBackend::create(
             &folder.path().join("disk"),

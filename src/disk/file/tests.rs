@@ -40,7 +40,7 @@ fn fill(image: &FileBackend) {
 }
 
 #[test]
-fn the_tail_beyond_the_last_whole_sector_is_not_served() {
+fn an_incomplete_last_sector_is_not_served() {
     for (length, size, tail) in [(1023, 512, 511), (1024, 1024, 0), (1025, 1024, 1)] {
         let folder = tempfile::tempdir().unwrap();
         let image =

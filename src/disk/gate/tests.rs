@@ -228,7 +228,7 @@ fn a_closing_made_permanent_does_not_expire() {
 }
 
 #[test]
-fn an_expiry_opens_the_gate_for_its_own_closer_alone() {
+fn an_expiry_ends_only_its_own_closing() {
     let gate = Gate::default();
     gate.close_and_drain(soon()).unwrap();
     gate.close_and_drain(soon()).unwrap();

@@ -79,7 +79,7 @@ fn write(offset: u64, byte: u8, length: usize) -> Work {
 }
 
 #[test]
-fn a_change_waits_for_an_overlapping_one_of_another_session() {
+fn a_change_waits_for_an_overlapping_earlier_one() {
     let fixture = fixture();
     let (mut old, mut new) = (fixture.session(), fixture.session());
     old.begin(&fixture.disk, zero(0, 8192), 0);

@@ -175,7 +175,7 @@ fn dropping_waits_for_operations_and_marks_their_changes() {
 }
 
 #[test]
-fn a_lost_completion_keeps_the_gate_busy_and_fails_flushes() {
+fn a_lost_completion_blocks_the_gate_and_fails_flushes() {
     let fixture = fixture();
     let mut in_flight = fixture.in_flight();
     fixture.begin(&mut in_flight, write(0, 512), 0);

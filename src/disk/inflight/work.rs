@@ -39,7 +39,7 @@ pub enum Work {
         /// As for a write.
         durable: bool,
     },
-    /// Deallocates what can be deallocated; the bytes may then read as anything. Succeeds where the
+    /// Deallocates as much as possible; the bytes may then read as anything. Succeeds where the
     /// image cannot.
     Trim {
         /// Where.
