@@ -23,7 +23,7 @@ use flexnbd::cli::settings::{Autostart, Settings};
 use flexnbd::cli::{config, instance};
 use flexnbd::server::acl::Acl;
 use flexnbd::small_file;
-use flexnbd::systemd::unit::{device_unit, is_instance_name, quoted, unspecific, warn};
+use flexnbd::systemd::unit::{device_unit, escape_specifiers, is_instance_name, quoted, warn};
 use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsStr;
@@ -192,7 +192,7 @@ fn drop_in(from: &Path, lines: &[Line]) -> String {
 
 /// The address for `ListenStream=`; none if the configuration keeps that of the template.
 fn socket_address(settings: &Settings) -> Result<Option<String>, String> {
-    Ok(instance::listen_address(settings)?.map(|address| unspecific(&address)))
+    Ok(instance::listen_address(settings)?.map(|address| escape_specifiers(&address)))
 }
 
 fn socket(address: Option<String>, settings: &Settings) -> Vec<Line> {

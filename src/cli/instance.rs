@@ -5,7 +5,7 @@
 
 use super::settings::Settings;
 use crate::net::Address;
-use crate::systemd::unit::plain;
+use crate::systemd::unit::normalized_path;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -85,7 +85,7 @@ pub fn check(settings: &Settings) -> Result<(), String> {
     listen_address(settings)?;
     image(settings)?;
     match &settings.sock {
-        Some(path) => plain(path).map(drop).map_err(|why| format!("SOCK: {why}")),
+        Some(path) => normalized_path(path).map(drop).map_err(|why| format!("SOCK: {why}")),
         None => Ok(()),
     }
 }
@@ -96,7 +96,7 @@ pub fn check(settings: &Settings) -> Result<(), String> {
 /// As [`check`].
 pub fn image(settings: &Settings) -> Result<String, String> {
     let path = settings.file.as_deref().ok_or("there is no FILE=")?;
-    plain(path).map_err(|why| format!("FILE: {why}"))
+    normalized_path(path).map_err(|why| format!("FILE: {why}"))
 }
 
 /// The value of `ListenStream=` in the socket unit; `None` if the configuration has no address.
@@ -111,7 +111,7 @@ pub fn listen_address(settings: &Settings) -> Result<Option<String>, String> {
         }
         Some(Address::Tcp(address)) => Ok(Some(address.to_string())),
         Some(Address::Unix(path)) => {
-            let path = plain(&path).map_err(|why| format!("ADDR: {why}"))?;
+            let path = normalized_path(&path).map_err(|why| format!("ADDR: {why}"))?;
             // `ListenStream=` takes no quotes: systemd would read \ as a continuation, and trim a space.
             if path.len() > SOCKET_PATH_BYTES_MAX || path.ends_with(['\\', ' ']) {
                 return Err(format!("ADDR: a socket unit cannot listen on {path}"));

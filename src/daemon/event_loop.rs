@@ -249,7 +249,7 @@ impl Process {
         drop(self.control.take());
         let mut server = self.service.server();
         let grace = Grace { clients: GRACE, disk: DISK_GRACE };
-        match self.store.room() {
+        match self.store.capacity() {
             room if stores_sessions && room > 0 => {
                 snapshot::save(&self.store, &server.suspend(room, grace));
             }

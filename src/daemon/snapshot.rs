@@ -16,7 +16,7 @@ use tracing::{info, warn};
 /// Takes the last process's sessions out of the store. Closes descriptors that cannot be used.
 pub(super) fn restore(stored: StoredDescriptors, notifier: &ServiceManager) -> StoredSessions {
     let count = stored.count();
-    match stored.take_out(notifier) {
+    match stored.take(notifier) {
         Ok(kept) => {
             let streams = kept.descriptors.into_iter().filter_map(|(number, descriptor)| {
                 let stream = Stream::inherited(descriptor);

@@ -85,14 +85,14 @@ impl Rejections {
 
     /// Whether the limit allows a line about this connection; counts it otherwise.
     pub(super) fn allows_line(&self, reason: RejectReason, peer: &Peer) -> bool {
-        self.limit().note((reason, peer.into()), Instant::now()) == LogDecision::Log
+        self.limit().record((reason, peer.into()), Instant::now()) == LogDecision::Log
     }
 
     /// Logs the counts that are due, and returns when the next ones are.
     pub(super) fn log_counts(&self, now: Instant) -> Option<Instant> {
         let (counts, due) = {
             let mut limit = self.limit();
-            (limit.take_counts(now), limit.due())
+            (limit.take_counts(now), limit.deadline())
         };
         for (kind, count) in counts {
             match kind {

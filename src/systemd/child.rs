@@ -1,12 +1,12 @@
-//! For tests of what depends on the environment and on inherited descriptors, both of which belong
-//! to a whole process: runs a single test of this program in a process of its own.
+//! Runs a single test in a process of its own: for tests that need their own environment and inherited
+//! descriptors.
 
 use std::process::{Command, Output, Stdio};
 
-/// What a child's words begin with, to be told apart from those of the test harness.
+/// Prefix of a child's output, which separates it from that of the test harness.
 const MARK: &str = "\u{2}child: ";
 
-/// Runs the ignored test `name`, a full path, once more configuration has been added.
+/// The command that runs the ignored test `name`, a full path.
 pub(super) fn running(name: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", name, "--ignored", "--nocapture", "--test-threads=1"]);
@@ -18,13 +18,13 @@ pub(super) fn running(name: &str) -> Command {
     command
 }
 
-/// In the child: tells the parent.
-pub(super) fn say(words: &str) {
-    println!("\n{MARK}{words}");
+/// In the child: writes a line for the parent.
+pub(super) fn say(text: &str) {
+    println!("\n{MARK}{text}");
 }
 
-/// In the parent: what the child said, one entry for each `say`.
-pub(super) fn said(output: &Output) -> Vec<String> {
+/// In the parent: the lines of the child, one for each [`say`].
+pub(super) fn output_of(output: &Output) -> Vec<String> {
     assert!(output.status.success(), "the child failed: {output:?}");
     let text = String::from_utf8_lossy(&output.stdout);
     text.lines().filter_map(|line| line.strip_prefix(MARK)).map(str::to_owned).collect()

@@ -1,11 +1,12 @@
-//! The service manager's store of descriptors: what is put in there outlives this process, and is
-//! handed to the next one (`FDSTORE=1` of sd_notify(3), "File descriptor store" of systemd.service(5)).
-//! Knows nothing of what the descriptors are: a note tells that, from one process to the next.
+//! The service manager's file descriptor store: descriptors stored there outlive this process, and the
+//! next one gets them (`FDSTORE=1` of sd_notify(3), "File descriptor store" of systemd.service(5)).
+//! Never interprets the descriptors: a *note*, a sealed memfd beside them, describes them to the next
+//! process.
 //!
-//! Everything that is put in together has a generation in its name, a random number, so that what
-//! one process left behind is never taken for another one's. Whoever takes something out removes it
-//! from the store, and makes sure of that before using it: after a crash it must not come out again,
-//! when it is not any more what the note says.
+//! The names of all descriptors that were stored together contain a generation, a random number, so
+//! that those of different processes are never mixed. [`StoredDescriptors::take`] removes all from the
+//! store, and waits for the confirmation, before they are used: after a crash they must not come back
+//! with a note that is no longer true.
 
 use super::ServiceManager;
 use memmap2::Mmap;
@@ -20,100 +21,91 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// Most descriptors that are put in beside the note. Their names come back in one variable of the
-/// environment, which may not be longer than 128 KiB (execve(2)).
+/// Most descriptors beside the note. Their names come back in one environment variable, which has at
+/// most 128 KiB (execve(2)).
 pub const DESCRIPTORS_MAX: usize = 2048;
-/// How long the service manager may take to confirm.
-const CONFIRMATION: Duration = Duration::from_secs(5);
-/// The variable that says how many descriptors there is room for. systemd sets it since version
-/// 254; before, the unit has to (`Environment=FDSTORE=`).
-const ROOM_VARIABLE: &str = "FDSTORE";
-/// What the names begin with.
+/// Time limit for the service manager to confirm.
+const BARRIER_TIMEOUT: Duration = Duration::from_secs(5);
+/// The variable with the capacity of the store. systemd sets it since version 254; with an older one
+/// the unit must (`Environment=FDSTORE=`).
+const CAPACITY_VARIABLE: &str = "FDSTORE";
+/// Prefix of the names.
 const PREFIX: &str = "carry-";
 
-/// The store, as somewhere to put things.
+/// The store, to put descriptors into.
 #[derive(Debug)]
 pub struct FdStore {
     notifier: ServiceManager,
-    room: usize,
+    capacity: usize,
 }
 
 impl FdStore {
-    /// Reads from the environment how much room there is.
+    /// Reads the capacity from the environment.
     #[must_use]
     pub fn from_env(notifier: &ServiceManager) -> Self {
-        let variable = std::env::var(ROOM_VARIABLE).ok();
-        let room = if notifier.is_connected() { room(variable.as_deref()) } else { 0 };
-        Self { notifier: notifier.clone(), room }
+        let variable = std::env::var(CAPACITY_VARIABLE).ok();
+        let capacity = if notifier.is_connected() { capacity(variable.as_deref()) } else { 0 };
+        Self { notifier: notifier.clone(), capacity }
     }
 
-    /// How many descriptors it takes, not counting the note.
+    /// The number of descriptors that fit beside the note.
     #[must_use]
-    pub fn room(&self) -> usize {
-        self.room
+    pub fn capacity(&self) -> usize {
+        self.capacity
     }
 
-    /// Puts in a note and what it is about, each under its number. They may be closed here
-    /// afterwards; `generation` is a random number.
+    /// Stores a note and the descriptors that it describes, each under its number. The caller may
+    /// close them afterwards. `generation` is a random number.
     ///
     /// # Errors
-    /// When the service manager did not confirm it; a part of it may be in the store all the same.
+    /// When the service manager does not confirm; some of them may be stored nevertheless.
     pub fn put(
         &self,
         generation: u64,
         note: &[u8],
         descriptors: &BTreeMap<u64, BorrowedFd<'_>>,
     ) -> io::Result<()> {
-        // The note first: without it nothing else is of use.
+        // The note first: without it the descriptors are useless.
         self.notifier
             .store(&StoredName { generation, number: None }.to_string(), sealed(note)?.as_fd())?;
         for (&number, descriptor) in descriptors {
             let name = StoredName { generation, number: Some(number) };
             self.notifier.store(&name.to_string(), *descriptor)?;
         }
-        self.notifier.barrier(CONFIRMATION)
+        self.notifier.barrier(BARRIER_TIMEOUT)
     }
 }
 
-/// What was in the store when this process was started.
+/// The descriptors from the store that this process inherited, under their names.
 #[derive(Debug, Default)]
 pub struct StoredDescriptors(Vec<(String, OwnedFd)>);
 
-/// What an earlier process has left for this one.
+/// The descriptors that the last process stored.
 #[derive(Debug, Default)]
 pub struct RestoredDescriptors {
-    /// What it says about the rest; empty if there is nothing.
+    /// Describes them; empty if there are none.
     pub note: Vec<u8>,
     /// Each under its number.
     pub descriptors: BTreeMap<u64, OwnedFd>,
 }
 
-/// Why what was in the store cannot be used. It is closed.
-#[derive(Debug)]
+/// Why the stored descriptors cannot be used. They are closed.
+#[derive(Debug, thiserror::Error)]
 pub enum FdStoreError {
-    /// The service manager does not confirm that it is out of the store.
+    /// The service manager does not confirm their removal.
+    #[error("the service manager does not give them up: {0}")]
     NotRemoved(io::Error),
-    /// There is no note, or more than one.
+    /// Number of notes, if it is not one.
+    #[error("{0} notes came with them instead of one")]
     Notes(usize),
     /// The note cannot be read.
+    #[error("the note that came with them: {0}")]
     Unreadable(io::Error),
-}
-
-impl fmt::Display for FdStoreError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotRemoved(error) => {
-                write!(f, "the service manager does not give them up: {error}")
-            }
-            Self::Notes(count) => write!(f, "{count} notes came with them instead of one"),
-            Self::Unreadable(error) => write!(f, "the note that came with them: {error}"),
-        }
-    }
 }
 
 impl StoredDescriptors {
     /// Whether a descriptor of this name comes from the store.
-    pub(super) fn owns(name: &str) -> bool {
+    pub(super) fn is_stored_name(name: &str) -> bool {
         name.starts_with(PREFIX)
     }
 
@@ -121,22 +113,24 @@ impl StoredDescriptors {
         self.0.push((name, descriptor));
     }
 
-    /// How many descriptors there are, notes included.
+    /// The number of descriptors, notes included.
     #[must_use]
     pub fn count(&self) -> usize {
         self.0.len()
     }
 
-    /// Removes everything from the store and hands out what belongs to the one note in there.
+    /// Removes all descriptors from the store, and returns the note with those of its generation.
     ///
     /// # Errors
     /// [`FdStoreError`].
-    pub fn take_out(self, notifier: &ServiceManager) -> Result<RestoredDescriptors, FdStoreError> {
+    pub fn take(self, notifier: &ServiceManager) -> Result<RestoredDescriptors, FdStoreError> {
         if self.0.is_empty() {
             return Ok(RestoredDescriptors::default());
         }
         let removed = self.0.iter().try_for_each(|(name, _)| notifier.remove(name));
-        removed.and_then(|()| notifier.barrier(CONFIRMATION)).map_err(FdStoreError::NotRemoved)?;
+        removed
+            .and_then(|()| notifier.barrier(BARRIER_TIMEOUT))
+            .map_err(FdStoreError::NotRemoved)?;
         let named =
             self.0.into_iter().filter_map(|(name, fd)| Some((StoredName::parse(&name)?, fd)));
         let (mut notes, rest): (Vec<_>, Vec<_>) =
@@ -152,8 +146,8 @@ impl StoredDescriptors {
     }
 }
 
-/// The name of a descriptor in the store: `carry-GENERATION` is a note, `carry-GENERATION-NUMBER`
-/// what it is about.
+/// The name of a descriptor in the store: `carry-GENERATION` of a note, `carry-GENERATION-NUMBER` of
+/// the descriptors that it describes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct StoredName {
     generation: u64,
@@ -178,13 +172,13 @@ impl StoredName {
     }
 }
 
-/// What the variable allows, one being for the note.
-fn room(variable: Option<&str>) -> usize {
+/// The capacity according to the variable, less one for the note.
+fn capacity(variable: Option<&str>) -> usize {
     let most: usize = variable.and_then(|number| number.parse().ok()).unwrap_or(0);
     most.saturating_sub(1).min(DESCRIPTORS_MAX)
 }
 
-/// A file in memory that holds `bytes` and never changes.
+/// Creates a file in memory that holds `bytes` and can never change.
 fn sealed(bytes: &[u8]) -> io::Result<OwnedFd> {
     let descriptor = without_execute(|flags| memfd_create(c"flexnbd-carry", flags))?;
     let mut file = File::from(descriptor);
@@ -193,8 +187,8 @@ fn sealed(bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Creates a sealable file in memory that can never be executed: the sysctl vm.memfd_noexec=2
-/// refuses any other with EACCES. Linux before 6.3 does not know the flag, nor the sysctl.
+/// Creates a sealable file in memory that can never be executed: with the sysctl vm.memfd_noexec=2
+/// any other fails with EACCES. Linux before 6.3 has neither the flag nor the sysctl.
 fn without_execute<T>(create: impl Fn(MFdFlags) -> nix::Result<T>) -> nix::Result<T> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
     match create(flags | MFdFlags::from_bits_retain(MFD_NOEXEC_SEAL)) {
@@ -208,7 +202,7 @@ fn read(note: OwnedFd) -> io::Result<Vec<u8>> {
     if !found.contains(seals()) {
         return Err(io::Error::other("it is not sealed"));
     }
-    // SAFETY: the seals keep everybody, us included, from changing the file or cutting it short
+    // SAFETY: the seals prevent every process, including ours, from changing or truncating the file
     // while it is mapped (F_ADD_SEALS of fcntl(2)).
     let mapped = unsafe { Mmap::map(&note) }?;
     Ok(mapped.to_vec())
@@ -227,14 +221,14 @@ mod tests {
     fn stored(named: Vec<(&str, OwnedFd)>) -> Result<RestoredDescriptors, FdStoreError> {
         let mut stored = StoredDescriptors::default();
         for (name, descriptor) in named {
-            assert!(StoredDescriptors::owns(name));
+            assert!(StoredDescriptors::is_stored_name(name));
             stored.add(name.to_owned(), descriptor);
         }
-        stored.take_out(&ServiceManager::silent())
+        stored.take(&ServiceManager::silent())
     }
 
     #[test]
-    fn what_is_taken_out_is_what_the_one_note_is_about() {
+    fn only_the_generation_of_the_note_is_returned() {
         let (one, mut other) = UnixStream::pair().unwrap();
         let (stale, mut closed) = UnixStream::pair().unwrap();
         let note = sealed(b"about 7").unwrap();
@@ -253,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn without_exactly_one_note_nothing_is_taken_out() {
+    fn anything_but_one_note_is_an_error() {
         let pair = || OwnedFd::from(UnixStream::pair().unwrap().0);
         assert!(matches!(stored(vec![("carry-ff-7", pair())]), Err(FdStoreError::Notes(0))));
         let note = || sealed(b"x").unwrap();
@@ -263,22 +257,22 @@ mod tests {
     }
 
     #[test]
-    fn a_note_that_can_change_or_is_none_is_not_read() {
+    fn a_note_without_seals_is_refused() {
         let open = memfd_create(c"open", MFdFlags::MFD_ALLOW_SEALING).unwrap();
         assert!(matches!(stored(vec![("carry-ff", open)]), Err(FdStoreError::Unreadable(_))));
         let socket = UnixStream::pair().unwrap().0.into();
         assert!(matches!(stored(vec![("carry-ff", socket)]), Err(FdStoreError::Unreadable(_))));
     }
 
-    /// `F_SEAL_EXEC` of fcntl(2), of which libc does not know.
+    /// `F_SEAL_EXEC` of fcntl(2), which libc lacks.
     const SEAL_EXEC: i32 = 0x20;
 
     #[test]
-    fn notes_cannot_be_executed_where_the_kernel_knows_that() {
-        // Of sysctl/vm in the kernel's documentation: it came along with the flag.
-        let is_known = std::path::Path::new("/proc/sys/vm/memfd_noexec").exists();
+    fn notes_are_not_executable_if_the_kernel_supports_that() {
+        // The sysctl came with the flag (sysctl/vm of the kernel's documentation).
+        let is_supported = std::path::Path::new("/proc/sys/vm/memfd_noexec").exists();
         let seals = fcntl(sealed(b"x").unwrap(), FcntlArg::F_GET_SEALS).unwrap();
-        assert_eq!(seals & SEAL_EXEC != 0, is_known);
+        assert_eq!(seals & SEAL_EXEC != 0, is_supported);
         let strict = |flags: MFdFlags| match flags.bits() & MFD_NOEXEC_SEAL {
             0 => Err(Errno::EACCES),
             _ => Ok(()),
@@ -287,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn kernels_without_the_noexec_flag_make_notes_without_it() {
+    fn old_kernels_create_notes_without_the_noexec_flag() {
         let old = |flags: MFdFlags| match flags.bits() & MFD_NOEXEC_SEAL {
             0 => Ok(()),
             _ => Err(Errno::EINVAL),
@@ -297,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn names_come_back_as_they_were() {
+    fn names_round_trip() {
         for name in [
             StoredName { generation: 0, number: None },
             StoredName { generation: u64::MAX, number: Some(u64::MAX) },
@@ -310,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_room_for_as_many_as_the_unit_allows_less_the_note() {
+    fn the_capacity_is_that_of_the_unit_less_the_note() {
         for (variable, expected) in [
             (None, 0),
             (Some(""), 0),
@@ -321,7 +315,7 @@ mod tests {
             (Some("2049"), DESCRIPTORS_MAX),
             (Some("2050"), DESCRIPTORS_MAX),
         ] {
-            assert_eq!(room(variable), expected, "{variable:?}");
+            assert_eq!(capacity(variable), expected, "{variable:?}");
         }
     }
 

@@ -1,29 +1,29 @@
-//! Limits the lines that strangers can cause in the log: the first of a kind at once, the others as
-//! a count once a minute.
-//! Pure: time is an argument. Never holds more than [`KINDS_MAX`] kinds.
+//! Rate limit for log lines that unauthenticated clients cause: the first event of a kind gets a line at
+//! once, further ones a count per minute.
+//! Pure: time is an argument. Never stores more than [`KINDS_MAX`] kinds.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// After a line of some kind, further events of that kind are counted for so long.
+/// How long events of a kind are counted after its line.
 pub const PERIOD: Duration = Duration::from_secs(60);
-/// Most kinds that are told apart at once; events of further kinds are counted together.
+/// Most kinds with a count of their own; events of further kinds share one.
 pub const KINDS_MAX: usize = 64;
 
-/// What becomes of an event.
+/// What to do with an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogDecision {
-    /// It gets its line.
+    /// Log it.
     Log,
-    /// It is counted.
+    /// It was counted; do not log it.
     Count,
 }
 
-/// Events by kind, such as a reason and an address.
+/// Counts of events by kind, such as a reason and an address.
 #[derive(Clone, Debug)]
 pub struct LogLimit<K> {
     kinds: BTreeMap<K, SuppressedCount>,
-    /// Events of kinds for which there was no room.
+    /// Events of kinds beyond [`KINDS_MAX`].
     others: Option<SuppressedCount>,
 }
 
@@ -40,11 +40,10 @@ impl<K> Default for LogLimit<K> {
 }
 
 impl<K: Ord> LogLimit<K> {
-    /// Takes note of an event. The counts of a period that is over must have been taken before
-    /// ([`LogLimit::take_counts`]), or the period goes on.
-    pub fn note(&mut self, kind: K, now: Instant) -> LogDecision {
-        if let Some(tally) = self.kinds.get_mut(&kind) {
-            tally.counted = tally.counted.saturating_add(1);
+    /// Counts an event. A period lasts until [`LogLimit::take_counts`] is called after its end.
+    pub fn record(&mut self, kind: K, now: Instant) -> LogDecision {
+        if let Some(entry) = self.kinds.get_mut(&kind) {
+            entry.counted = entry.counted.saturating_add(1);
             return LogDecision::Count;
         }
         let fresh = SuppressedCount { logged_at: now, counted: 0 };
@@ -53,8 +52,8 @@ impl<K: Ord> LogLimit<K> {
             return LogDecision::Log;
         }
         match &mut self.others {
-            Some(tally) => {
-                tally.counted = tally.counted.saturating_add(1);
+            Some(entry) => {
+                entry.counted = entry.counted.saturating_add(1);
                 LogDecision::Count
             }
             none => {
@@ -64,34 +63,34 @@ impl<K: Ord> LogLimit<K> {
         }
     }
 
-    /// When there will be counts to log or kinds to forget, if there are any.
+    /// When to call [`LogLimit::take_counts`] next, if there is any kind.
     #[must_use]
-    pub fn due(&self) -> Option<Instant> {
-        let tallies = self.kinds.values().chain(&self.others);
-        tallies.map(|tally| tally.logged_at + PERIOD).min()
+    pub fn deadline(&self) -> Option<Instant> {
+        let counts = self.kinds.values().chain(&self.others);
+        counts.map(|entry| entry.logged_at + PERIOD).min()
     }
 
-    /// The counts of periods that are over, by kind; none for the kinds that were not told apart. A
-    /// kind that was not counted is forgotten, and the next event of it gets a line.
+    /// The counts of periods that have ended, by kind; none for the shared count. A kind without a count
+    /// is removed, and its next event gets a line.
     pub fn take_counts(&mut self, now: Instant) -> Vec<(Option<K>, u64)>
     where
         K: Clone,
     {
-        let is_over = |tally: &SuppressedCount| tally.logged_at + PERIOD <= now;
+        let has_ended = |entry: &SuppressedCount| entry.logged_at + PERIOD <= now;
         let mut counts = Vec::new();
-        self.kinds.retain(|kind, tally| {
-            if is_over(tally) && tally.counted > 0 {
-                counts.push((Some(kind.clone()), tally.counted));
-                *tally = SuppressedCount { logged_at: now, counted: 0 };
-            } else if is_over(tally) {
+        self.kinds.retain(|kind, entry| {
+            if has_ended(entry) && entry.counted > 0 {
+                counts.push((Some(kind.clone()), entry.counted));
+                *entry = SuppressedCount { logged_at: now, counted: 0 };
+            } else if has_ended(entry) {
                 return false;
             }
             true
         });
-        if let Some(tally) = self.others.filter(is_over) {
+        if let Some(entry) = self.others.filter(has_ended) {
             let again = SuppressedCount { logged_at: now, counted: 0 };
-            self.others = (tally.counted > 0).then_some(again);
-            counts.extend((tally.counted > 0).then_some((None, tally.counted)));
+            self.others = (entry.counted > 0).then_some(again);
+            counts.extend((entry.counted > 0).then_some((None, entry.counted)));
         }
         counts
     }
@@ -102,36 +101,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_is_logged_at_once_and_others_are_counted() {
+    fn the_first_event_is_logged_and_others_counted() {
         let start = Instant::now();
         let mut limit = LogLimit::default();
         assert_eq!(
-            (limit.note("a", start), limit.note("b", start)),
+            (limit.record("a", start), limit.record("b", start)),
             (LogDecision::Log, LogDecision::Log)
         );
         for _ in 0..3 {
-            assert_eq!(limit.note("a", start), LogDecision::Count);
+            assert_eq!(limit.record("a", start), LogDecision::Count);
         }
-        assert_eq!(limit.due(), Some(start + PERIOD));
+        assert_eq!(limit.deadline(), Some(start + PERIOD));
         assert_eq!(limit.take_counts(start), []);
         assert_eq!(limit.take_counts(start + PERIOD), [(Some("a"), 3)]);
-        assert_eq!(limit.note("b", start + PERIOD), LogDecision::Log, "forgotten");
-        assert_eq!(limit.note("a", start + PERIOD), LogDecision::Count, "it goes on");
+        assert_eq!(limit.record("b", start + PERIOD), LogDecision::Log, "removed");
+        assert_eq!(limit.record("a", start + PERIOD), LogDecision::Count, "a new period");
         assert_eq!(limit.take_counts(start + 2 * PERIOD), [(Some("a"), 1)]);
         assert_eq!(limit.take_counts(start + 3 * PERIOD), []);
-        assert_eq!(limit.due(), None);
+        assert_eq!(limit.deadline(), None);
     }
 
     #[test]
-    fn kinds_beyond_the_limit_are_counted_together() {
+    fn kinds_beyond_the_limit_share_a_count() {
         let start = Instant::now();
         let mut limit = LogLimit::default();
         for kind in 0..KINDS_MAX {
-            assert_eq!(limit.note(kind, start), LogDecision::Log);
+            assert_eq!(limit.record(kind, start), LogDecision::Log);
         }
-        assert_eq!(limit.note(KINDS_MAX, start), LogDecision::Log);
+        assert_eq!(limit.record(KINDS_MAX, start), LogDecision::Log);
         for kind in KINDS_MAX..10 * KINDS_MAX {
-            assert_eq!(limit.note(kind, start), LogDecision::Count);
+            assert_eq!(limit.record(kind, start), LogDecision::Count);
         }
         let counts = limit.take_counts(start + PERIOD);
         assert_eq!(counts, [(None, 9 * KINDS_MAX as u64)]);

@@ -1,31 +1,31 @@
-//! A bounded queue between the threads that log and the one that writes the log.
-//! When the queue is full a message is dropped and counted. Who adds one to an idle queue gives the
-//! writer a moment, so that a line is there before what follows from it; but only once, when the log
-//! turns out to be slow, until a message has been written within a moment again.
+//! A bounded queue between the threads that log and the writer thread.
+//! A message that finds the queue full is dropped and counted. A thread that adds one to an idle queue
+//! waits briefly for the writer, so that a line is written before the effects of its event are seen. If
+//! the log is slow, threads stop waiting until a message is written in time again.
 
 use crate::sync;
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Most messages that wait to be written.
+/// Most messages in the queue.
 pub(super) const MESSAGES_MAX: usize = 1024;
-/// Most bytes of text that wait to be written. A single message may be longer.
+/// Most bytes of text in the queue. A single message may be longer.
 pub(super) const BYTES_MAX: usize = 1 << 20;
 
-/// How long who adds a message to an idle queue waits for it to be written.
-pub(super) const MOMENT: Duration = Duration::from_millis(5);
+/// How long a thread that adds a message to an idle queue waits for the writer.
+pub(super) const ADD_WAIT: Duration = Duration::from_millis(5);
 
-/// What the writer does next.
+/// The next step of the writer.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum WriterStep<T> {
     /// Write this message.
     Write(T),
-    /// Report that this many messages were dropped; everything before is written.
+    /// Report this number of dropped messages; all earlier ones are written.
     Report(u64),
 }
 
-/// Messages on their way to the log.
+/// The queue.
 #[derive(Debug)]
 pub(super) struct Queue<T> {
     state: Mutex<LogQueueState<T>>,
@@ -38,11 +38,11 @@ struct LogQueueState<T> {
     messages: VecDeque<(T, usize)>,
     bytes: usize,
     dropped: u64,
-    /// The writer has taken something and has not come back yet.
+    /// The writer has taken a message or report and has not returned yet.
     is_writing: bool,
-    /// When it took that.
+    /// When the writer took its message.
     writing_since: Option<Instant>,
-    /// A message was not written within a moment, and none behind it was yet.
+    /// The last message was not written within [`ADD_WAIT`].
     is_slow: bool,
 }
 
@@ -62,7 +62,7 @@ impl<T> Default for Queue<T> {
 }
 
 impl<T> Queue<T> {
-    /// Adds a message of `bytes` bytes, or drops it when there is no room.
+    /// Adds a message of `bytes` bytes, or drops it if the queue is full.
     pub(super) fn add(&self, message: T, bytes: usize) {
         let mut state = self.lock();
         let has_room = state.messages.len() < MESSAGES_MAX && state.bytes + bytes <= BYTES_MAX;
@@ -75,18 +75,17 @@ impl<T> Queue<T> {
         state.bytes += bytes;
         drop(state);
         self.added.notify_one();
-        if is_idle && !self.flush(MOMENT) {
+        if is_idle && !self.flush(ADD_WAIT) {
             self.lock().is_slow = true;
         }
     }
 
-    /// For the only writer: waits for what is to be written next. What it returned before counts as
-    /// written.
+    /// Waits for the next step of the writer, and marks the last one as done. For one thread only.
     pub(super) fn next(&self) -> WriterStep<T> {
         let mut state = self.lock();
         state.is_writing = false;
         if let Some(since) = state.writing_since.take() {
-            state.is_slow = since.elapsed() >= MOMENT;
+            state.is_slow = since.elapsed() >= ADD_WAIT;
         }
         loop {
             if let Some((message, bytes)) = state.messages.pop_front() {
@@ -104,7 +103,7 @@ impl<T> Queue<T> {
         }
     }
 
-    /// Waits until everything is written, at most for `limit`; false if something is left.
+    /// Waits until all messages are written, at most for `limit`; false if some are left.
     pub(super) fn flush(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let mut state = self.lock();
@@ -128,7 +127,7 @@ mod tests {
     use super::*;
     use std::thread;
 
-    const NO_TIME: Duration = Duration::ZERO;
+    const ZERO: Duration = Duration::ZERO;
 
     #[test]
     fn messages_come_out_in_order() {
@@ -140,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_drops_and_reports_how_many() {
+    fn a_full_queue_drops_messages_and_reports_them() {
         let queue = Queue::default();
         (0..MESSAGES_MAX + 2).for_each(|number| queue.add(number, 1));
         for number in 0..MESSAGES_MAX {
@@ -165,13 +164,13 @@ mod tests {
     }
 
     #[test]
-    fn flushing_waits_for_the_writer_but_not_for_ever() {
+    fn flushing_waits_for_the_writer_up_to_a_limit() {
         let queue = Queue::default();
-        assert!(queue.flush(NO_TIME), "nothing was added");
+        assert!(queue.flush(ZERO), "nothing was added");
         queue.add(1, 1);
-        assert!(!queue.flush(NO_TIME), "nobody writes");
+        assert!(!queue.flush(ZERO), "there is no writer");
         assert_eq!(queue.next(), WriterStep::Write(1));
-        assert!(!queue.flush(NO_TIME), "the writer has not come back");
+        assert!(!queue.flush(ZERO), "the writer has not returned");
         thread::scope(|scope| {
             let writer = scope.spawn(|| queue.next());
             assert!(queue.flush(Duration::from_secs(60)));

@@ -1,7 +1,7 @@
-//! What the service manager gives us and wants to hear: sockets, notifications, the journal.
+//! The interfaces of systemd: inherited sockets, notifications, the journal, the file descriptor store.
 //!
-//! Knows no other room and nothing of NBD. Without a service manager everything here still works:
-//! there are no sockets, nobody is notified, and the log goes to stderr.
+//! Knows nothing of NBD. Everything works without a service manager, too: there are no sockets, no
+//! notifications are sent, and the log goes to stderr.
 
 #[cfg(test)]
 mod child;

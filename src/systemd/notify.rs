@@ -1,5 +1,5 @@
-//! Tells the service manager how we are (sd_notify(3)).
-//! Never decides when; and says nothing to nobody when there is no service manager.
+//! Notifications to the service manager (sd_notify(3)).
+//! Never decides when to send one; sends none without a service manager.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sd_notify::NotifyState;
@@ -11,159 +11,160 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// The variable that says where to.
+/// The variable with the socket's address.
 const SOCKET_VARIABLE: &str = "NOTIFY_SOCKET";
 
-/// How long a message waits while the service manager does not read. It is lost then: who sends it
-/// has sessions to serve and signals to obey.
-pub const PATIENCE: Duration = Duration::from_millis(250);
+/// How long a message waits for a service manager that does not read. It is lost then, since the
+/// sending thread has sessions and signals to handle.
+pub const SEND_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// The line to the service manager. Every message fails with the system's error when it could not
-/// be sent, and succeeds without doing anything when there is no service manager.
+/// The connection to the service manager. A message that cannot be sent fails with the system's error;
+/// without a service manager every message succeeds and does nothing.
 #[derive(Clone, Debug)]
 pub struct ServiceManager {
     is_connected: bool,
-    /// Held open, so that a process that has no descriptor left can still say that it is alive.
-    line: Option<Arc<UnixDatagram>>,
+    /// Kept open, so that a process without a free descriptor can still send a watchdog message.
+    socket: Option<Arc<UnixDatagram>>,
     watchdog: Option<Duration>,
-    /// The last message was lost since the service manager does not read.
-    is_deaf: Arc<AtomicBool>,
+    /// The last message was lost, since the service manager does not read.
+    is_blocked: Arc<AtomicBool>,
 }
 
 impl ServiceManager {
-    /// Reads from the environment whether somebody listens and whether there is a watchdog.
+    /// Reads the socket's address and the watchdog interval from the environment.
     #[must_use]
     pub fn from_env() -> Self {
-        let socket = std::env::var_os(SOCKET_VARIABLE);
+        let address = std::env::var_os(SOCKET_VARIABLE);
         let open = |path: &OsString| {
-            let line = UnixDatagram::unbound()?;
-            line.connect(path)?;
-            line.set_write_timeout(Some(PATIENCE)).map(|()| Arc::new(line))
+            let socket = UnixDatagram::unbound()?;
+            socket.connect(path)?;
+            socket.set_write_timeout(Some(SEND_TIMEOUT)).map(|()| Arc::new(socket))
         };
         Self {
-            is_connected: socket.is_some(),
-            // Without, each message finds its own way, and says what is wrong with it.
-            line: socket.as_ref().and_then(|path| open(path).ok()),
+            is_connected: address.is_some(),
+            // If it cannot be connected now, each message tries again, and returns the error.
+            socket: address.as_ref().and_then(|path| open(path).ok()),
             watchdog: sd_notify::watchdog_enabled().filter(|limit| !limit.is_zero()),
-            is_deaf: Arc::default(),
+            is_blocked: Arc::default(),
         }
     }
 
-    /// One that never says anything.
+    /// Never sends anything.
     #[must_use]
     pub fn silent() -> Self {
-        Self { is_connected: false, line: None, watchdog: None, is_deaf: Arc::default() }
+        Self { is_connected: false, socket: None, watchdog: None, is_blocked: Arc::default() }
     }
 
-    /// Whether a service manager listens.
+    /// Whether there is a service manager.
     #[must_use]
     pub fn is_connected(&self) -> bool {
         self.is_connected
     }
 
-    /// We are up, or done reloading.
+    /// `READY=1`: the start or the reload is complete.
     ///
     /// # Errors
     ///
-    /// The message could not be sent.
+    /// The message cannot be sent.
     pub fn ready(&self) -> io::Result<()> {
         self.send(&[NotifyState::Ready])
     }
 
-    /// What we are doing, for people; one line.
+    /// `STATUS=`: a line for `systemctl status`.
     ///
     /// # Errors
     ///
-    /// The message could not be sent.
+    /// The message cannot be sent.
     pub fn status(&self, text: &str) -> io::Result<()> {
         self.send(&[NotifyState::Status(&one_line(text))])
     }
 
-    /// We are reading our configuration again; [`ServiceManager::ready`] must follow.
+    /// `RELOADING=1`: the configuration is being reloaded. [`ServiceManager::ready`] must follow.
     ///
     /// # Errors
     ///
-    /// The message could not be sent.
+    /// The message cannot be sent.
     pub fn reloading(&self) -> io::Result<()> {
         self.send(&[NotifyState::Reloading, NotifyState::monotonic_usec_now()?])
     }
 
-    /// We are about to end.
+    /// `STOPPING=1`: the process is about to exit.
     ///
     /// # Errors
     ///
-    /// The message could not be sent.
+    /// The message cannot be sent.
     pub fn stopping(&self) -> io::Result<()> {
         self.send(&[NotifyState::Stopping])
     }
 
-    /// The error number that we end with.
+    /// `ERRNO=`: the error number of the failure that ends the process.
     ///
     /// # Errors
     ///
-    /// The message could not be sent.
+    /// The message cannot be sent.
     pub fn errno(&self, number: i32) -> io::Result<()> {
         u32::try_from(number).map_or(Ok(()), |number| self.send(&[NotifyState::Errno(number)]))
     }
 
-    /// Starting, reloading or stopping takes up to this long from now. At most 71 minutes can be
-    /// asked for; longer is cut to that.
+    /// `EXTEND_TIMEOUT_USEC=`: starting, reloading or stopping takes up to this long from now. At most
+    /// 71 minutes; longer times are cut to that.
     ///
     /// # Errors
     ///
-    /// The message could not be sent.
+    /// The message cannot be sent.
     pub fn extend_timeout(&self, by: Duration) -> io::Result<()> {
         let microseconds = u32::try_from(by.as_micros()).unwrap_or(u32::MAX);
         self.send(&[NotifyState::ExtendTimeoutUsec(microseconds)])
     }
 
-    /// How often to call [`ServiceManager::watchdog`]: twice as often as the service manager demands.
-    /// `None` when it demands nothing.
+    /// The interval at which to call [`ServiceManager::watchdog`], half of what the service manager
+    /// demands. `None` without a watchdog.
     #[must_use]
     pub fn watchdog_interval(&self) -> Option<Duration> {
         self.watchdog.map(|limit| limit / 2)
     }
 
-    /// We are making progress.
+    /// `WATCHDOG=1`: the process makes progress.
     ///
     /// # Errors
     ///
-    /// The message could not be sent.
+    /// The message cannot be sent.
     pub fn watchdog(&self) -> io::Result<()> {
         self.send(&[NotifyState::Watchdog])
     }
 
-    /// Keep this descriptor for the next process, whatever happens on it.
+    /// `FDSTORE=1`: stores a descriptor for the next process, whatever its poll state.
     ///
     /// # Errors
     ///
-    /// The message could not be sent.
+    /// The message cannot be sent.
     pub fn store(&self, name: &str, descriptor: BorrowedFd<'_>) -> io::Result<()> {
         if !self.is_connected {
             return Ok(());
         }
-        // Without FDPOLL=0 a connection that its client ends would be dropped from the store at
-        // once, and its last replies with it.
+        // Without FDPOLL=0 the store would drop a connection when its client closes it, and the last
+        // replies would be lost.
         let poll = NotifyState::Custom("FDPOLL=0");
         let states = [NotifyState::FdStore, NotifyState::FdName(name), poll];
         self.wait_for_room()?;
         sd_notify::notify_with_fds(&states, &[descriptor])
     }
 
-    /// Forget the descriptors that were stored under this name.
+    /// `FDSTOREREMOVE=1`: removes the descriptors with this name from the store.
     ///
     /// # Errors
     ///
-    /// The message could not be sent.
+    /// The message cannot be sent.
     pub fn remove(&self, name: &str) -> io::Result<()> {
         self.send(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)])
     }
 
-    /// Waits until the service manager has taken in everything said before, at most for `limit`.
+    /// `BARRIER=1`: waits until the service manager has processed all earlier messages, at most for
+    /// `limit`.
     ///
     /// # Errors
     ///
-    /// The message could not be sent, or `TimedOut`.
+    /// The message cannot be sent, or `TimedOut`.
     pub fn barrier(&self, limit: Duration) -> io::Result<()> {
         if !self.is_connected {
             return Ok(());
@@ -171,7 +172,7 @@ impl ServiceManager {
         self.wait_for_room()?;
         let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
-        // It is passed on by now; the service manager closes the last copy when it gets to it.
+        // The message has its own copy, which the service manager closes when it processes it.
         drop(theirs);
         wait_until_closed(&ours, limit)
     }
@@ -181,25 +182,25 @@ impl ServiceManager {
             return Ok(());
         }
         let message: String = states.iter().map(|state| format!("{state}\n")).collect();
-        let sent = self.line.as_ref().map(|line| line.send(message.as_bytes()));
+        let sent = self.socket.as_ref().map(|socket| socket.send(message.as_bytes()));
         let is_lost =
             matches!(&sent, Some(Err(error)) if error.kind() == io::ErrorKind::WouldBlock);
-        let was_deaf = self.is_deaf.swap(is_lost, Ordering::Relaxed);
+        let was_blocked = self.is_blocked.swap(is_lost, Ordering::Relaxed);
         match sent {
             Some(Ok(_)) => Ok(()),
-            // Once is enough: it will not read the next message either.
-            Some(Err(_)) if is_lost && was_deaf => Ok(()),
+            // Report the loss once: the service manager will not read the next message either.
+            Some(Err(_)) if is_lost && was_blocked => Ok(()),
             Some(Err(_)) if is_lost => Err(does_not_read()),
-            // Whoever listened there may have made way for another one.
+            // The service manager may have a new socket at the address.
             Some(Err(_)) | None => sd_notify::notify(states),
         }
     }
 
-    /// Waits, at most for [`PATIENCE`], until a message can be sent without waiting.
+    /// Waits for room in the socket buffer, at most for [`SEND_TIMEOUT`].
     fn wait_for_room(&self) -> io::Result<()> {
-        let Some(line) = &self.line else { return Ok(()) };
-        let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
-        let mut sources = [PollFd::new(line.as_fd(), PollFlags::POLLOUT)];
+        let Some(socket) = &self.socket else { return Ok(()) };
+        let timeout = PollTimeout::try_from(SEND_TIMEOUT).unwrap_or(PollTimeout::MAX);
+        let mut sources = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
         match poll(&mut sources, timeout) {
             Ok(0) => Err(does_not_read()),
             _ => Ok(()),
@@ -211,7 +212,7 @@ fn does_not_read() -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, "it does not read its messages")
 }
 
-/// A line break would begin another message.
+/// Replaces line breaks, which would begin another variable.
 fn one_line(text: &str) -> String {
     text.replace(['\n', '\r'], " ")
 }
@@ -223,7 +224,7 @@ fn wait_until_closed(pipe: &OwnedFd, limit: Duration) -> io::Result<()> {
         match poll(&mut sources, timeout) {
             Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Ok(_) => return Ok(()),
-            // A signal; waiting anew may take longer than asked for, which does no harm.
+            // A signal restarts the wait, which may then take longer than `limit`; that is harmless.
             Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }

@@ -1,12 +1,11 @@
-//! The sockets that the service manager made for us, by name (sd_listen_fds(3)).
-//! Never goes by their order, which changes, and never accepts a connection.
+//! The sockets inherited from the service manager, by name (sd_listen_fds(3)).
+//! Never relies on their order, which changes, and never accepts a connection.
 
 use super::StoredDescriptors;
 use listenfd::ListenFd;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
-use std::fmt;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -16,9 +15,9 @@ use std::os::unix::net::UnixListener;
 pub const CONTROL_NAME: &str = "control";
 /// The name of a socket that NBD clients connect to.
 pub const NBD_NAME: &str = "nbd";
-/// What sd_listen_fds(3) calls a socket that was given no name.
+/// The name of a socket without a name in sd_listen_fds(3).
 const UNNAMED: &str = "unknown";
-/// The variable that holds the names, divided by colons.
+/// The variable with the names, separated by colons.
 const NAMES_VARIABLE: &str = "LISTEN_FDNAMES";
 /// The first descriptor that a service manager passes (`SD_LISTEN_FDS_START`).
 const FIRST_DESCRIPTOR: RawFd = 3;
@@ -59,55 +58,53 @@ impl From<InheritedListener> for OwnedFd {
     }
 }
 
-/// What we were handed.
+/// The inherited sockets.
 #[derive(Debug, Default)]
 pub struct InheritedSockets {
-    /// For NBD clients, in the order they came; none when nobody handed us any.
+    /// For NBD clients, in the inherited order.
     pub nbd: Vec<InheritedListener>,
     /// For operators.
     pub control: Option<UnixListener>,
-    /// Names that mean nothing here. Their sockets were taken to be for NBD clients; whoever
-    /// starts the log says so once.
+    /// Unknown names, whose sockets are used for NBD clients; the daemon logs them.
     pub unfamiliar: Vec<String>,
-    /// What an earlier process has left for this one.
+    /// Descriptors from the store.
     pub stored: StoredDescriptors,
-    /// Descriptors that are not what their names promise.
+    /// Descriptors that do not fit their names.
     pub bad: Vec<BadDescriptor>,
 }
 
 impl InheritedSockets {
-    /// Takes over every descriptor that was handed to this process, and sets it to be closed on
-    /// exec.
+    /// Takes all inherited descriptors, and makes them close-on-exec.
     ///
-    /// Descriptors that cannot be used are in [`InheritedSockets::bad`]; all others are there as well.
+    /// Those that cannot be used are in [`InheritedSockets::bad`]; the others are usable nevertheless.
     ///
-    /// Changes the environment, so call it once and before any thread starts (but the one that writes
-    /// the log).
+    /// Changes the environment: call it once, and before any thread starts except the one that writes
+    /// the log.
     #[must_use]
     pub fn from_env() -> Self {
-        // Before `ListenFd`, which knows no names.
+        // Before `ListenFd`, which removes the variables.
         let names = std::env::var(NAMES_VARIABLE).unwrap_or_default();
         let mut inherited = Self::default();
         if let Err(missing) = check_all_open(&names) {
-            // SAFETY: no other thread runs yet, as this function demands, but the one that writes the
-            // log, which reads the environment through `std::env` only if at all, and that locks it.
+            // SAFETY: as this function demands, the only other thread is the one that writes the log. It
+            // reads the environment only through `std::env`, which locks it.
             unsafe { std::env::set_var("LISTEN_FDS", missing.index.to_string()) };
             inherited.bad.push(missing);
         }
         let mut descriptors = ListenFd::from_env();
         for (index, name) in names_of(&names, descriptors.len()).into_iter().enumerate() {
-            if let Err((trouble, descriptor)) = inherited.adopt(&mut descriptors, index, &name) {
+            if let Err((fault, descriptor)) = inherited.adopt(&mut descriptors, index, &name) {
                 let descriptor = descriptor.or_else(|| take_other(&mut descriptors, index));
-                inherited.bad.push(BadDescriptor { index, name, trouble, descriptor });
+                inherited.bad.push(BadDescriptor { index, name, fault, descriptor });
             }
         }
         inherited
     }
 
-    /// The same sockets once more; what was stored, and what is bad, is there only once.
+    /// Duplicates the sockets, without the stored and the bad descriptors.
     ///
     /// # Errors
-    /// When there are no descriptors left.
+    /// When no descriptor is left.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
             nbd: self.nbd.iter().map(InheritedListener::try_clone).collect::<io::Result<_>>()?,
@@ -117,7 +114,7 @@ impl InheritedSockets {
         })
     }
 
-    /// The error has the descriptor if it was taken already.
+    /// The error has the descriptor if it was taken from `descriptors` already.
     fn adopt(
         &mut self,
         descriptors: &mut ListenFd,
@@ -149,10 +146,10 @@ impl InheritedSockets {
     }
 }
 
-/// What a socket of some name is for.
+/// The use of a descriptor, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum SocketRole {
-    /// Not a socket to listen on, but from the store of descriptors.
+    /// No listening socket, but a descriptor from the store.
     Stored,
     Control,
     Nbd {
@@ -161,20 +158,20 @@ enum SocketRole {
 }
 
 impl SocketRole {
-    /// Whatever is not the control socket is for NBD clients: a socket unit that gives no name
-    /// passes its own (`foo.socket`), other launchers pass `unknown` or `LISTEN_FD`.
+    /// Every socket except the control socket is for NBD clients: a socket unit without
+    /// `FileDescriptorName=` passes its own name (`foo.socket`), other launchers `unknown` or
+    /// `LISTEN_FD`.
     fn of(name: &str) -> Self {
         match name {
             CONTROL_NAME => Self::Control,
-            name if StoredDescriptors::owns(name) => Self::Stored,
+            name if StoredDescriptors::is_stored_name(name) => Self::Stored,
             NBD_NAME | UNNAMED | "LISTEN_FD" => Self::Nbd { is_familiar: true },
             _ => Self::Nbd { is_familiar: name.ends_with(".socket") },
         }
     }
 }
 
-/// Checks that every descriptor that `LISTEN_FDS` promises is open, before anything of that size is
-/// allocated. Reads the variables as `ListenFd` does.
+/// Checks that all `LISTEN_FDS` descriptors are open, before memory for their number is allocated. Reads the variables as `ListenFd` does.
 fn check_all_open(names: &str) -> Result<(), BadDescriptor> {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<RawFd>().ok());
     let text = std::env::var("LISTEN_FDS").unwrap_or_default();
@@ -187,8 +184,8 @@ fn check_all_open(names: &str) -> Result<(), BadDescriptor> {
     }
     let Some(index) = (0..promised).find(|index| !is_open(first, *index)) else { return Ok(()) };
     let name = names.split(':').nth(index).filter(|name| !name.is_empty()).unwrap_or(UNNAMED);
-    let trouble = DescriptorFault::Missing { promised };
-    Err(BadDescriptor { index, name: name.to_owned(), trouble, descriptor: None })
+    let fault = DescriptorFault::Missing { promised };
+    Err(BadDescriptor { index, name: name.to_owned(), fault, descriptor: None })
 }
 
 /// Whether descriptor `first + index` exists and is open.
@@ -200,7 +197,7 @@ fn is_open(first: RawFd, index: usize) -> bool {
     })
 }
 
-/// One name for each of `count` descriptors; surplus names are dropped, missing and empty ones are
+/// One name for each of `count` descriptors: surplus names are dropped, missing and empty ones are
 /// `unknown`.
 fn names_of(names: &str, count: usize) -> Vec<String> {
     let given = names.split(':').map(|name| if name.is_empty() { UNNAMED } else { name });
@@ -220,102 +217,78 @@ fn take_any(
     }
 }
 
-/// `None` when it is something else; it can then still be taken as that.
+/// `None` if it is no unix stream socket; it can then still be taken as another one.
 fn take_unix(descriptors: &mut ListenFd, index: usize) -> Option<UnixListener> {
     descriptors.take_unix_listener(index).ok().flatten()
 }
 
-/// `None` when there is no such descriptor.
+/// `None` if there is no such descriptor.
 fn take_other(descriptors: &mut ListenFd, index: usize) -> Option<OwnedFd> {
     let descriptor = descriptors.take_raw_fd(index).ok().flatten()?;
     // SAFETY: takes three integers, and fails with EBADF if the first is no open descriptor.
     let set = unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
     Errno::result(set).ok()?;
-    // SAFETY: it is open, as the call before has shown; it was handed to this process to be its
-    // own, and `ListenFd` gives each descriptor away once.
+    // SAFETY: it is open, since the call before succeeded; this process owns it, and `ListenFd` returns
+    // each descriptor once.
     Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 fn accepting<L: AsFd + Into<OwnedFd>>(
     listener: L,
 ) -> Result<L, (DescriptorFault, Option<OwnedFd>)> {
-    let trouble = match getsockopt(&listener, AcceptConn) {
+    let fault = match getsockopt(&listener, AcceptConn) {
         Ok(true) => return Ok(listener),
         Ok(false) => DescriptorFault::NotListening,
         Err(errno) => DescriptorFault::Io(errno.into()),
     };
-    Err((trouble, Some(listener.into())))
+    Err((fault, Some(listener.into())))
 }
 
-/// A descriptor that cannot be used. Its `Display` is for the operator.
-#[derive(Debug)]
+/// An inherited descriptor that cannot be used; the text is for the operator.
+#[derive(Debug, thiserror::Error)]
+#[error("inherited socket {name:?} (number {index} of LISTEN_FDS): {fault}")]
 pub struct BadDescriptor {
-    /// Which one, counting from 0.
+    /// Its index, from 0.
     pub index: usize,
     /// Its name.
     pub name: String,
-    /// What is wrong with it.
-    pub trouble: DescriptorFault,
-    /// The descriptor itself, if it is open: the service manager watches it for somebody who waits.
+    /// What is wrong.
+    pub fault: DescriptorFault,
+    /// The descriptor, if it is open: a client may wait there.
     pub descriptor: Option<OwnedFd>,
 }
 
-/// What can be wrong with a descriptor.
-#[derive(Debug)]
+/// Why a descriptor cannot be used.
+#[derive(Debug, thiserror::Error)]
 pub enum DescriptorFault {
-    /// It is no TCP and no unix stream socket.
+    /// It is neither a TCP nor a unix stream socket.
+    #[error("this is neither a TCP nor a unix stream socket; use ListenStream= in its unit")]
     NotAStream,
-    /// It is for operators and no unix stream socket.
+    /// It is named as the control socket, but is no unix stream socket.
+    #[error("the control socket must be a unix stream socket; give ListenStream= a path")]
     NotUnix,
-    /// There is another for operators already.
+    /// It is the second control socket.
+    #[error("there can be only one control socket; remove one ListenStream=")]
     SecondControl,
-    /// It is a connection, not a socket that takes connections.
+    /// It is a connection, not a listening socket.
+    #[error("it does not take connections; its unit must say Accept=no")]
     NotListening,
     /// It is not open.
+    #[error("it is not open")]
     Closed,
-    /// It is not open, though `LISTEN_FDS` promises this many descriptors.
+    /// It is not open, although it is one of the descriptors of `LISTEN_FDS`.
+    #[error(
+        "it is not open, though LISTEN_FDS={promised} promises it; start the service through its \
+         socket units, or unset LISTEN_FDS"
+    )]
     Missing {
         /// The number in `LISTEN_FDS`.
         promised: usize,
     },
-    /// The system would not tell.
+    /// A system call failed.
+    #[error("cannot find out what it is: {0}")]
     Io(io::Error),
 }
-
-impl fmt::Display for BadDescriptor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { index, name, trouble, .. } = self;
-        write!(f, "inherited socket {name:?} (number {index} of LISTEN_FDS): {trouble}")
-    }
-}
-
-impl fmt::Display for DescriptorFault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotAStream => f.write_str(
-                "this is neither a TCP nor a unix stream socket; use ListenStream= in its unit",
-            ),
-            Self::NotUnix => f.write_str(
-                "the control socket must be a unix stream socket; give ListenStream= a path",
-            ),
-            Self::SecondControl => {
-                f.write_str("there can be only one control socket; remove one ListenStream=")
-            }
-            Self::NotListening => {
-                f.write_str("it does not take connections; its unit must say Accept=no")
-            }
-            Self::Closed => f.write_str("it is not open"),
-            Self::Missing { promised } => write!(
-                f,
-                "it is not open, though LISTEN_FDS={promised} promises it; start the service \
-                 through its socket units, or unset LISTEN_FDS"
-            ),
-            Self::Io(error) => write!(f, "cannot find out what it is: {error}"),
-        }
-    }
-}
-
-impl std::error::Error for BadDescriptor {}
 
 #[cfg(test)]
 mod tests;

@@ -175,7 +175,7 @@ const CHILD: &str = "systemd::journal::tests::a_child_that_logs";
 #[test]
 fn without_a_journal_the_log_goes_to_stderr() {
     let output = child::running(CHILD).output().unwrap();
-    assert_eq!(child::said(&output), ["Stderr"]);
+    assert_eq!(child::output_of(&output), ["Stderr"]);
     let log = String::from_utf8(output.stderr).unwrap();
     assert!(log.ends_with(": a warning\n") && !log.contains("below"), "{log}");
 }
@@ -192,7 +192,7 @@ fn an_absent_journal_is_replaced_by_stderr() {
         .stderr(file.reopen().unwrap())
         .output()
         .unwrap();
-    assert_eq!(child::said(&output), ["Stderr"]);
+    assert_eq!(child::output_of(&output), ["Stderr"]);
     assert!(std::fs::read_to_string(file.path()).unwrap().ends_with(": a warning\n"));
 }
 
@@ -200,5 +200,5 @@ fn an_absent_journal_is_replaced_by_stderr() {
 fn write_errors_of_the_log_are_ignored() {
     let full = File::options().write(true).open("/dev/full").unwrap();
     let output = child::running(CHILD).stderr(full).output().unwrap();
-    assert_eq!(child::said(&output), ["Stderr"]);
+    assert_eq!(child::output_of(&output), ["Stderr"]);
 }

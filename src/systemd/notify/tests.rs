@@ -1,12 +1,12 @@
-//! What `notify.rs` promises, to a service manager of the test's own.
+//! Tests of `notify.rs` with a socket in place of the service manager.
 
 use super::super::child;
 use super::*;
 use std::process::Command;
 
-/// Long enough never to matter.
+/// A timeout that never expires in a test.
 const LONG: Duration = Duration::from_secs(60);
-/// Short, for waits that are meant to end in vain.
+/// A timeout that a test waits for.
 const SHORT: Duration = Duration::from_millis(20);
 
 #[test]
@@ -63,8 +63,8 @@ impl Manager {
         command
     }
 
-    /// A descriptor that came along is closed, as no room is given for it.
-    fn hear(&self) -> String {
+    /// Receives a message. A descriptor with it is dropped, since there is no control buffer.
+    fn receive(&self) -> String {
         let mut buffer = [0; 4096];
         let count = self.socket.recv(&mut buffer).unwrap();
         String::from_utf8(buffer[..count].to_vec()).unwrap()
@@ -72,45 +72,45 @@ impl Manager {
 }
 
 #[test]
-fn every_message_arrives_as_the_service_manager_expects_it() {
+fn messages_have_the_format_of_sd_notify() {
     let manager = Manager::new();
     let child = manager
         .child("a_child_that_says_everything")
         .env("WATCHDOG_USEC", "20000000")
         .spawn()
         .unwrap();
-    assert_eq!(manager.hear(), "STATUS=serving READY=1\n");
-    assert_eq!(manager.hear(), "READY=1\n");
-    let reloading = manager.hear();
+    assert_eq!(manager.receive(), "STATUS=serving READY=1\n");
+    assert_eq!(manager.receive(), "READY=1\n");
+    let reloading = manager.receive();
     let when = reloading.strip_prefix("RELOADING=1\nMONOTONIC_USEC=").unwrap().trim_end();
     assert!(when.parse::<u64>().is_ok_and(|when| when > 0), "{reloading}");
-    assert_eq!(manager.hear(), "WATCHDOG=1\n");
-    assert_eq!(manager.hear(), "EXTEND_TIMEOUT_USEC=1500000\n");
-    assert_eq!(manager.hear(), format!("EXTEND_TIMEOUT_USEC={}\n", u32::MAX));
-    assert_eq!(manager.hear(), "ERRNO=28\n");
-    assert_eq!(manager.hear(), "STOPPING=1\n");
-    assert_eq!(manager.hear(), "BARRIER=1\n");
-    let said = child::said(&child.wait_with_output().unwrap());
+    assert_eq!(manager.receive(), "WATCHDOG=1\n");
+    assert_eq!(manager.receive(), "EXTEND_TIMEOUT_USEC=1500000\n");
+    assert_eq!(manager.receive(), format!("EXTEND_TIMEOUT_USEC={}\n", u32::MAX));
+    assert_eq!(manager.receive(), "ERRNO=28\n");
+    assert_eq!(manager.receive(), "STOPPING=1\n");
+    assert_eq!(manager.receive(), "BARRIER=1\n");
+    let said = child::output_of(&child.wait_with_output().unwrap());
     assert_eq!(said, ["Some(10s)"]);
 }
 
 #[test]
-fn a_barrier_that_nobody_takes_down_ends_in_time() {
+fn a_barrier_without_confirmation_times_out() {
     let manager = Manager::new();
     let output = manager.child("a_child_that_waits_in_vain").output().unwrap();
-    assert_eq!(child::said(&output), ["TimedOut"]);
+    assert_eq!(child::output_of(&output), ["TimedOut"]);
 }
 
 #[test]
-fn a_service_manager_that_does_not_read_keeps_nobody_waiting() {
+fn a_service_manager_that_does_not_read_delays_once() {
     let manager = Manager::new();
     let output = manager.child("a_child_that_is_not_read").output().unwrap();
     let lost = "it does not read its messages";
-    assert_eq!(child::said(&output), [format!("{lost} {lost}")]);
+    assert_eq!(child::output_of(&output), [format!("{lost} {lost}")]);
 }
 
 #[test]
-fn without_a_service_manager_all_goes_well_and_nothing_is_said() {
+fn without_a_service_manager_every_message_succeeds() {
     let notifier = ServiceManager::silent();
     assert!(!notifier.is_connected());
     assert_eq!(notifier.watchdog_interval(), None);

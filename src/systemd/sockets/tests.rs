@@ -1,4 +1,4 @@
-//! What `sockets.rs` promises.
+//! Tests of `sockets.rs`.
 
 use super::super::child;
 use super::*;
@@ -9,7 +9,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 
 #[test]
-fn the_socket_named_control_is_for_operators_and_all_others_for_clients() {
+fn only_the_socket_named_control_is_for_operators() {
     assert_eq!(SocketRole::of("control"), SocketRole::Control);
     for name in ["nbd", "unknown", "LISTEN_FD", "flexnbd@disk.socket", "control.socket"] {
         assert_eq!(SocketRole::of(name), SocketRole::Nbd { is_familiar: true }, "{name}");
@@ -20,7 +20,7 @@ fn the_socket_named_control_is_for_operators_and_all_others_for_clients() {
 }
 
 #[test]
-fn every_descriptor_has_a_name_and_only_one() {
+fn every_descriptor_has_one_name() {
     assert_eq!(names_of("nbd:control", 2), ["nbd", "control"]);
     assert_eq!(names_of("nbd:control", 1), ["nbd"]);
     assert_eq!(names_of("nbd", 3), ["nbd", "unknown", "unknown"]);
@@ -36,7 +36,7 @@ struct Handed {
 }
 
 impl Handed {
-    /// Each test takes a `first` of its own.
+    /// Each test has its own `first`.
     fn from(first: RawFd, sockets: &[&dyn AsFd]) -> Self {
         for (place, socket) in (first..).zip(sockets) {
             let copy = fcntl(socket.as_fd(), FcntlArg::F_DUPFD(first)).unwrap();
@@ -45,18 +45,18 @@ impl Handed {
         Self { first, count: sockets.len() }
     }
 
-    /// What a child makes of them.
+    /// The sockets that a child process finds.
     fn as_seen(&self, names: &str) -> Vec<String> {
         self.as_promised(&self.count.to_string(), names)
     }
 
-    /// What a child makes of them when it is promised this many.
+    /// The same with this `LISTEN_FDS`.
     fn as_promised(&self, count: &str, names: &str) -> Vec<String> {
         let mut command = child::running("systemd::sockets::tests::a_child_that_inherits");
         command.env("LISTEN_FDS", count);
         command.env("LISTEN_FDS_FIRST_FD", self.first.to_string());
         command.env("LISTEN_FDNAMES", names);
-        child::said(&command.output().unwrap())
+        child::output_of(&command.output().unwrap())
     }
 }
 
@@ -97,7 +97,7 @@ fn unix(directory: &tempfile::TempDir, name: &str) -> (UnixListener, PathBuf) {
 }
 
 #[test]
-fn sockets_are_known_by_name_in_any_order_and_kind() {
+fn sockets_are_found_by_name_in_any_order() {
     let directory = tempfile::tempdir().unwrap();
     let (control, control_path) = unix(&directory, "control.sock");
     let (local, local_path) = unix(&directory, "nbd.sock");
@@ -106,7 +106,7 @@ fn sockets_are_known_by_name_in_any_order_and_kind() {
     let mut names = "nbd:control:disk.socket".to_owned();
     let mut expected =
         vec![format!("nbd {}", v4.local_addr().unwrap()), format!("nbd {}", local_path.display())];
-    // Not every machine has IPv6.
+    // Not every host has IPv6.
     if let Ok(v6) = &v6 {
         sockets.push(v6);
         names.push_str(":web");
@@ -123,7 +123,7 @@ fn without_a_service_manager_there_are_no_sockets() {
 }
 
 #[test]
-fn a_descriptor_that_is_not_what_its_name_promises_is_named() {
+fn the_error_names_a_bad_descriptor() {
     let directory = tempfile::tempdir().unwrap();
     let (control, path) = unix(&directory, "control.sock");
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -145,7 +145,7 @@ fn a_descriptor_that_is_not_what_its_name_promises_is_named() {
 }
 
 #[test]
-fn good_descriptors_are_taken_beside_bad_ones() {
+fn a_bad_descriptor_does_not_affect_the_others() {
     let directory = tempfile::tempdir().unwrap();
     let (control, path) = unix(&directory, "control.sock");
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -160,7 +160,7 @@ fn good_descriptors_are_taken_beside_bad_ones() {
 }
 
 #[test]
-fn a_promised_descriptor_that_is_not_open_is_refused() {
+fn a_closed_descriptor_is_an_error() {
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let handed = Handed::from(360, &[&tcp]);
     for count in ["2", "2147483647", "18446744073709551615"] {
