@@ -45,10 +45,7 @@ pub(super) enum Ownership {
 }
 
 impl Claim {
-    /// Opens the disk and claims it for the role of the process.
-    ///
-    /// # Errors
-    /// When the image cannot be opened, its record cannot be used, or the record forbids it.
+    /// Opens the disk and claims it for the role of the process. The record may forbid that.
     pub(super) fn acquire(config: &Config, query: &StartupQuery<'_>) -> Result<Self, StartError> {
         check_may_create(config)?;
         let image = open_image(config)?;
@@ -259,9 +256,6 @@ fn remove_tombstone(record_store: &RecordStore) {
 
 /// Reserves space for the largest record. If that fails and `policy` makes records optional, the
 /// store keeps none from now on.
-///
-/// # Errors
-/// When there is no space and a record is required.
 pub(super) fn reserve_record(
     mut record_store: RecordStore,
     policy: RecordPolicy,

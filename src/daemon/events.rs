@@ -18,17 +18,13 @@ use std::sync::{Arc, Mutex};
 /// Senders ignore a closed channel: the event loop has ended then, and the process is about to.
 #[derive(Clone, Debug)]
 pub(super) enum ProcessEvent {
-    /// A signal stops the process.
     Stop(Signal),
-    /// A migration to another host has begun.
     MigrationStarted(MigrationLog, Arc<MigrationHandle>),
     /// The status of the migration has changed.
     MigrationChanged,
-    /// The migration has ended.
     MigrationEnded(Outcome),
     /// The process has received the disk, or cannot.
     ReceiveEnded(ArrivalResult),
-    /// A client has connected or disconnected.
     ClientsChanged,
     /// An operator's command has been carried out.
     CommandEnded,
@@ -67,7 +63,6 @@ impl ActiveCommands {
         Arc::new(Self { events, count: AtomicUsize::new(0), closed: Mutex::new(false) })
     }
 
-    /// The number of commands that are being carried out.
     pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::Acquire)
     }

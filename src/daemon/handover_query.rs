@@ -127,9 +127,6 @@ pub(super) struct StartupQuery<'a> {
 
 impl StartupQuery<'_> {
     /// Whether the disk has arrived, as far as the destination says within a few attempts.
-    ///
-    /// # Errors
-    /// When a signal stops the process first, or a system call fails.
     pub(super) fn run(&self, query: &HandoverQuery) -> Result<HandoverVerdict, QueryError> {
         let HandoverQuery { to, question: Question { id, .. }, .. } = query;
         if let Some(answer) = self.answer.filter(|answer| answer.id == *id) {

@@ -28,9 +28,6 @@ impl Inherited {
     /// Takes over everything inherited, and the sessions that the last process has stored. Call this
     /// once, before any thread starts: it reads and changes the environment, and threads inherit the
     /// signal mask.
-    ///
-    /// # Errors
-    /// When signals cannot be blocked.
     pub(super) fn take() -> Result<(Self, StoredSessions), StartError> {
         let notifier = ServiceManager::from_env();
         let mut sockets = InheritedSockets::from_env();
@@ -42,10 +39,7 @@ impl Inherited {
         Ok((Self { sockets, notifier, signals }, sessions))
     }
 
-    /// Copies of the sockets, to serve on.
-    ///
-    /// # Errors
-    /// When a descriptor is not what its name promises, or no descriptor is left for a copy.
+    /// Copies of the sockets, to serve on. A descriptor that is not what its name promises is an error.
     pub(super) fn sockets(&self) -> Result<InheritedSockets, StartError> {
         match self.sockets.bad.first() {
             Some(bad) => Err(StartError::Inherited(bad.to_string())),
@@ -54,9 +48,6 @@ impl Inherited {
     }
 
     /// Copies of the sockets, without the bad ones.
-    ///
-    /// # Errors
-    /// When no descriptor is left for a copy.
     pub(super) fn usable_sockets(&self) -> Result<InheritedSockets, StartError> {
         let copies = self.sockets.try_clone();
         copies.map_err(|error| StartError::System("copy the inherited sockets", error))
@@ -67,7 +58,6 @@ impl Inherited {
         StartupQuery { notifier: &self.notifier, signals: &self.signals, answer }
     }
 
-    /// Whether the process has inherited any socket.
     pub(super) fn has_sockets(&self) -> bool {
         let InheritedSockets { nbd, control, bad, .. } = &self.sockets;
         !nbd.is_empty() || control.is_some() || !bad.is_empty()

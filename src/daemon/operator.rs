@@ -53,7 +53,6 @@ pub(super) struct MigrationWaiters {
 }
 
 impl MigrationWaiters {
-    /// Wakes the operators, because a migration has ended.
     pub(super) fn migration_ended(&self) {
         // A waiter holds the lock from checking for a result until it sleeps, so it cannot miss this.
         let _guard = lock(&self.is_stopping);
@@ -66,7 +65,6 @@ impl MigrationWaiters {
         self.is_interrupted.store(true, Ordering::Release);
     }
 
-    /// Ends all waiting, because the process stops.
     pub(super) fn stop(&self) {
         *lock(&self.is_stopping) = true;
         self.changed.notify_all();
@@ -111,7 +109,6 @@ impl Service {
         lock(&self.server)
     }
 
-    /// Whether the process receives a disk.
     pub(super) fn is_receiving(&self) -> bool {
         matches!(self.role, DiskRole::Receiving(_))
     }

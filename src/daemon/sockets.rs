@@ -12,7 +12,6 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use tracing::warn;
 
-/// Sockets that listen.
 pub(super) struct Sockets {
     pub(super) listeners: Vec<Listener>,
     pub(super) control: Option<ControlSocket>,
@@ -22,9 +21,6 @@ impl Sockets {
     /// Opens the sockets that the process has not inherited.
     ///
     /// The control socket comes last: a process that sees it knows that clients can connect.
-    ///
-    /// # Errors
-    /// When a socket cannot be opened, or there is none for clients.
     pub(super) fn open(config: &Config, inherited: InheritedSockets) -> Result<Self, StartError> {
         for name in &inherited.unfamiliar {
             warn!("a socket named '{name}' was handed over; taking it for one to serve on");

@@ -194,7 +194,6 @@ impl Startup {
         Server::start(server).map_err(|error| StartError::System("start serving", error))
     }
 
-    /// Starts to feed the service manager's watchdog, if it has one.
     fn start_watchdog(
         &self,
         disk: &Arc<Disk>,

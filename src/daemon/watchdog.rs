@@ -48,7 +48,6 @@ impl fmt::Debug for HealthCheck {
 }
 
 impl HealthCheck {
-    /// Checks that clients are accepted.
     fn of_acceptor(acceptor: AcceptorHandle) -> Self {
         let asked = acceptor.clone();
         Self {
@@ -75,9 +74,6 @@ impl HealthCheck {
     /// Checks that a read of the disk returns, even with an error. The read bypasses the gate, which
     /// may stay closed for long, and takes another sector each time, because the page cache has the
     /// earlier ones.
-    ///
-    /// # Errors
-    /// When the thread that reads cannot start.
     fn of_disk(disk: Arc<Disk>) -> io::Result<Self> {
         let (ask, asked) = mpsc::channel::<u64>();
         let answered = Arc::new(AtomicU64::new(0));
@@ -120,9 +116,6 @@ pub(super) struct Watchdog {
 
 impl Watchdog {
     /// Checks all parts every `interval`, and calls `feed` when they have answered.
-    ///
-    /// # Errors
-    /// When a thread cannot start.
     pub(super) fn start(
         parts: WatchedParts,
         interval: Duration,
