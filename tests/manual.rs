@@ -1,7 +1,6 @@
-//! Holds what we tell people against the program: the manual pages (all of them in
-//! `manual/every.rs`, each in a file of its own), the README (`manual/readme.rs`), and that of the
-//! tests (`manual/suites.rs`).
-//! Never judges the words, only whether they are true.
+//! Compares the documentation with the program: all manual pages (`manual/every_page.rs`), each page
+//! in a file of its own, README.md (`manual/readme.rs`), and tests/README.md
+//! (`manual/tests_readme.rs`). Checks facts, never wording.
 
 #![allow(
     clippy::unwrap_used,
@@ -9,16 +8,16 @@
     reason = "helpers of tests, too: what cannot go on fails the test"
 )]
 
+#[path = "manual/command_line.rs"]
+mod command_line;
 #[path = "manual/conf.rs"]
 mod conf;
-#[path = "manual/every.rs"]
-mod every;
+#[path = "manual/every_page.rs"]
+mod every_page;
 #[path = "manual/generator.rs"]
 mod generator;
 #[path = "manual/migration.rs"]
 mod migration;
-#[path = "manual/page.rs"]
-mod page;
 #[path = "manual/readme.rs"]
 mod readme;
 #[path = "manual/release_notes.rs"]
@@ -27,8 +26,8 @@ mod release_notes;
 mod roff;
 #[path = "manual/service.rs"]
 mod service;
-#[path = "manual/suites.rs"]
-mod suites;
+#[path = "manual/tests_readme.rs"]
+mod tests_readme;
 
 use harness::project_path;
 
@@ -36,7 +35,7 @@ fn read(path: &str) -> String {
     std::fs::read_to_string(project_path(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
-/// The source of a module, with all of its files: for constants and words that no test can reach.
+/// The source of a module with all its files, to find private constants and texts.
 fn module_source(module: &str) -> String {
     fn append(directory: &std::path::Path, text: &mut String) {
         for entry in std::fs::read_dir(directory).unwrap() {
@@ -54,7 +53,7 @@ fn module_source(module: &str) -> String {
 }
 
 /// Panics unless the command line `flexnbd LINE` is valid.
-fn must_be_meant(line: &str) {
+fn assert_valid(line: &str) {
     let words = line.split_whitespace().map(std::ffi::OsString::from);
     if let Err(flexnbd::cli::EarlyExit::Misuse(error)) = flexnbd::cli::parse(words) {
         panic!("`{line}` is invalid: {error}");

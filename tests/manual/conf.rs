@@ -1,7 +1,7 @@
-//! man/flexnbd.conf.5 and the program: keys, who heeds each of them, ranges, words and messages.
+//! man/flexnbd.conf.5: keys, which component uses each key, ranges, values and messages.
 
+use super::command_line::numbers;
 use super::generator::generate;
-use super::page::numbers;
 use super::read;
 use super::roff::Page;
 use flexnbd::cli::settings::{self, Settings};
@@ -20,8 +20,8 @@ fn page() -> Page {
     Page::parse(&read(PAGE))
 }
 
-/// Where each key is described.
-fn places(page: &Page) -> BTreeMap<String, String> {
+/// The section of each key's description.
+fn sections_of_keys(page: &Page) -> BTreeMap<String, String> {
     let sections = page.subsections("KEYS");
     assert!(sections.len() > 3, "only {sections:?} found");
     let places = sections.iter().map(|name| format!("KEYS/{name}"));
@@ -35,10 +35,10 @@ fn places(page: &Page) -> BTreeMap<String, String> {
     places
 }
 
-/// What is said of a key, on one line.
-fn said_of(key: &str) -> String {
+/// The description of a key, on one line.
+fn description(key: &str) -> String {
     let page = page();
-    page.item_text(&places(&page)[key], &format!("Va {key}"))
+    page.item_text(&sections_of_keys(&page)[key], &format!("Va {key}"))
 }
 
 fn parsed(text: &str) -> Result<Settings, String> {
@@ -46,24 +46,24 @@ fn parsed(text: &str) -> Result<Settings, String> {
 }
 
 #[test]
-fn every_key_is_described_and_no_other_is() {
-    let described: BTreeSet<String> = places(&page()).into_keys().collect();
+fn exactly_the_known_keys_are_described() {
+    let described: BTreeSet<String> = sections_of_keys(&page()).into_keys().collect();
     assert_eq!(described, BTreeSet::from(config::KEYS.map(str::to_owned)));
 }
 
-/// A configuration with one line for each of these keys.
+/// A configuration with these keys and values.
 fn text(lines: &BTreeMap<&str, &str>) -> String {
     lines.iter().map(|(key, value)| format!("{key}={value}\n")).collect()
 }
 
-/// What a mode would do with this file.
-fn plan(mode: &str, text: &str) -> Config {
+/// The server configuration that a mode loads from this text.
+fn load(mode: &str, text: &str) -> Config {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("disk.conf");
     std::fs::write(&file, text).unwrap();
     let line = ["flexnbd", mode, "--config", file.to_str().unwrap()].map(Into::into);
     match cli::parse(line.into_iter()).unwrap().command {
-        // Each text is in a file of its own, which is no difference that counts.
+        // The path differs with every call.
         CliCommand::Start(start) => {
             Config { config_file: None, ..StartRequest::load(&start).unwrap() }
         }
@@ -71,7 +71,7 @@ fn plan(mode: &str, text: &str) -> Config {
     }
 }
 
-/// Configurations that are good, and a value for each key that none of them has.
+/// Valid configurations; [`OTHER`] has a different value for each key.
 fn bases() -> [BTreeMap<&'static str, &'static str>; 2] {
     let open = BTreeMap::from([("FILE", "/dev/a"), ("ADDR", "::"), ("PORT", "7")]);
     let open = open.into_iter().chain([("IP_FILTER", "yes")]).collect::<BTreeMap<_, _>>();
@@ -99,8 +99,8 @@ const OTHER: [(&str, &str); 17] = [
     ("AUTOSTART", "yes"),
 ];
 
-/// Whether giving `key` this value makes a difference to what `look` sees of a configuration.
-fn heeds<T: PartialEq>(
+/// `yes` if setting `key` to this value changes the result of `look` for a configuration.
+fn uses<T: PartialEq>(
     (key, value): (&'static str, &'static str),
     look: impl Fn(&str) -> T,
 ) -> &'static str {
@@ -113,57 +113,58 @@ fn heeds<T: PartialEq>(
 }
 
 #[test]
-fn the_table_tells_who_heeds_each_key() {
+fn the_table_shows_who_uses_each_key() {
     assert_eq!(BTreeSet::from(OTHER.map(|(key, _)| key)), BTreeSet::from(config::KEYS));
     let page = page();
     let mut rows: Vec<&str> = page.items("WHO HEEDS WHAT");
     assert_eq!(rows.remove(0), "Em key Ta Cm serve Ta Cm listen Ta Em units Ta Cm reload");
     let expected = OTHER.map(|other| {
-        let serve = heeds(other, |text| plan("serve", text));
-        let listen = heeds(other, |text| plan("listen", text));
-        let units = heeds(other, |text| generate(text).made);
-        let reload = heeds(other, |text| plan("serve", text).admission);
+        let serve = uses(other, |text| load("serve", text));
+        let listen = uses(other, |text| load("listen", text));
+        let units = uses(other, |text| generate(text).files);
+        let reload = uses(other, |text| load("serve", text).admission);
         format!("Va {} Ta {serve} Ta {listen} Ta {units} Ta {reload}", other.0)
     });
     assert_eq!(rows, expected);
 }
 
 #[test]
-fn the_ranges_are_those_of_the_program() {
-    let told = |key| numbers(&said_of(key));
+fn documented_ranges_match_the_program() {
+    let documented = |key| numbers(&description(key));
     let (least, most) = (*settings::MAX_CLIENTS_RANGE.start(), *settings::MAX_CLIENTS_RANGE.end());
     let clients = [least, most, server::CLIENTS_MAX].map(|number| number as u64);
-    assert_eq!(told("MAX_CLIENTS")[..3], clients);
+    assert_eq!(documented("MAX_CLIENTS")[..3], clients);
     let (least, most) = (*settings::IDLE_EXIT_RANGE.start(), *settings::IDLE_EXIT_RANGE.end());
-    assert_eq!(told("IDLE_EXIT"), [least, most]);
-    assert_eq!(told("CREATE"), [*size::CREATE_RANGE.start()]);
-    assert_eq!(told("PORT"), [u64::from(u16::MAX), 0]);
-    assert_eq!(told("KILLSWITCH"), [server::STALL_LIMIT.as_secs()]);
-    let longest = numbers(&said_of("EXPORT"))[0] as usize;
+    assert_eq!(documented("IDLE_EXIT"), [least, most]);
+    assert_eq!(documented("CREATE"), [*size::CREATE_RANGE.start()]);
+    assert_eq!(documented("PORT"), [u64::from(u16::MAX), 0]);
+    assert_eq!(documented("KILLSWITCH"), [server::STALL_LIMIT.as_secs()]);
+    let longest = numbers(&description("EXPORT"))[0] as usize;
     assert!(parsed(&format!("EXPORT={}", "x".repeat(longest))).is_ok());
     assert!(parsed(&format!("EXPORT={}", "x".repeat(longest + 1))).is_err());
-    let said = said_of("ADDR");
-    let longest = numbers(said.split("at most ").nth(1).unwrap())[0] as usize;
+    let text_of_key = description("ADDR");
+    let longest = numbers(text_of_key.split("at most ").nth(1).unwrap())[0] as usize;
     let fits = |bytes: usize| SocketAddr::from_pathname(format!("/{}", "x".repeat(bytes - 1)));
     assert!(fits(longest).is_ok() && fits(longest + 1).is_err());
 }
 
 #[test]
-fn the_generator_reads_no_more_than_is_told() {
+fn the_size_limit_of_the_generator_is_documented() {
     let page = page();
     let mut lines = page.at("WHEN IT IS WRONG");
-    let told = lines.find_map(|line| line.strip_prefix("A configuration longer than")).unwrap();
-    let most = usize::try_from(numbers(told)[0]).unwrap();
+    let documented =
+        lines.find_map(|line| line.strip_prefix("A configuration longer than")).unwrap();
+    let most = usize::try_from(numbers(documented)[0]).unwrap();
     let start = "FILE=/a\nADDR=::\nPORT=7\n";
     let padded = |length: usize| format!("{start}{}", "\n".repeat(length - start.len()));
-    assert_eq!(generate(&padded(most)).told, "");
-    assert!(generate(&padded(most + 1)).told.contains(&format!("longer than {most} bytes")));
+    assert_eq!(generate(&padded(most)).errors, "");
+    assert!(generate(&padded(most + 1)).errors.contains(&format!("longer than {most} bytes")));
 }
 
 #[test]
-fn a_switch_has_the_words_that_are_told() {
-    let told = page().item_text("SYNTAX", "switch");
-    let words: Vec<&str> = told.split([' ', ',']).filter(|word| !word.is_empty()).collect();
+fn documented_switch_values_are_accepted() {
+    let documented = page().item_text("SYNTAX", "switch");
+    let words: Vec<&str> = documented.split([' ', ',']).filter(|word| !word.is_empty()).collect();
     let (yes, rest) = words.split_at(words.iter().position(|word| *word == "and").unwrap());
     let no = &rest[1..rest.iter().position(|word| *word == "in").unwrap()];
     let read = |word: &&&str| parsed(&format!("READ_ONLY={word}")).map(|found| found.read_only);
@@ -177,7 +178,7 @@ fn a_switch_has_the_words_that_are_told() {
 }
 
 #[test]
-fn autostart_has_the_words_that_are_told() {
+fn documented_autostart_values_are_accepted() {
     let page = page();
     let items = page.items("KEYS/The service");
     let words: Vec<&str> = items.iter().filter_map(|item| item.strip_prefix("Li ")).collect();
@@ -185,16 +186,16 @@ fn autostart_has_the_words_that_are_told() {
     let meant: Vec<settings::Autostart> = words.iter().map(read).collect();
     let all = [settings::Autostart::No, settings::Autostart::Yes, settings::Autostart::OnDemand];
     assert_eq!(meant, all);
-    assert_eq!(meant[0], settings::Autostart::default(), "the first is said to be the default");
+    assert_eq!(meant[0], settings::Autostart::default(), "the first is documented as the default");
 }
 
 #[test]
-fn keys_without_an_option_are_named() {
+fn keys_without_an_option_are_documented() {
     let serve = <Settings as clap::Args>::augment_args(clap::Command::new("serve"));
     let name = |arg: &clap::Arg| arg.get_long().unwrap_or(arg.get_id().as_str()).to_owned();
     let mut options: Vec<String> =
         serve.get_arguments().map(|arg| name(arg).to_uppercase().replace('-', "_")).collect();
-    // An option of `listen` alone.
+    // An option of `listen` only.
     options.push("PLAIN".to_owned());
     let without: BTreeSet<&str> =
         config::KEYS.into_iter().filter(|key| !options.iter().any(|known| known == key)).collect();
@@ -205,7 +206,7 @@ fn keys_without_an_option_are_named() {
     assert_eq!(without, named);
 }
 
-/// Whether a message is as the page shows it, words in capitals standing for what changes.
+/// Whether a message matches the page, where words in capitals are placeholders.
 fn is_as_shown(message: &str, shown: &str) -> bool {
     let shown = shown.replace('\'', "`").replace("KEY KEY ...", "WHY");
     let words = ["LINE", "WORD", "KEY", "WHY", "N"];
@@ -227,7 +228,7 @@ fn is_as_shown(message: &str, shown: &str) -> bool {
 }
 
 #[test]
-fn the_messages_are_those_of_the_program() {
+fn documented_messages_match_the_program() {
     let wrong = [
         "FILE /a",
         "PROT=1",
@@ -254,14 +255,14 @@ fn the_messages_are_those_of_the_program() {
 }
 
 #[test]
-fn the_examples_are_configurations_that_the_generator_likes() {
+fn the_generator_accepts_the_examples() {
     let page = page();
     let examples = page.blocks("EXAMPLES");
     assert!(examples.len() >= 3, "only {examples:?} found");
     for example in &examples {
-        assert_eq!(generate(example).told, "", "{example}");
-        plan("serve", example);
-        plan("listen", example);
+        assert_eq!(generate(example).errors, "", "{example}");
+        load("serve", example);
+        load("listen", example);
     }
     for lines in page.blocks("KEYS") {
         parsed(&lines).unwrap();
@@ -269,7 +270,7 @@ fn the_examples_are_configurations_that_the_generator_likes() {
 }
 
 #[test]
-fn the_files_are_there() {
+fn documented_files_are_packaged() {
     let page = page();
     let items = page.items("FILES");
     let example = items.iter().find_map(|item| item.strip_prefix("Pa /usr/share/doc/flexnbd/"));

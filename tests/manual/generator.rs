@@ -1,39 +1,38 @@
-//! What the generator of units makes of a configuration, for those who hold a text against it.
-//! Never judges it.
+//! Runs the systemd generator on a configuration, for tests that compare its output with a text.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// The instance whose configuration it is.
+/// The name of the instance.
 pub(crate) const INSTANCE: &str = "disk";
 
-/// What was made of one configuration.
+/// The output for one configuration.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Generated {
-    /// Path below the generator's directory → text, or where a link leads.
-    pub(crate) made: BTreeMap<String, String>,
-    /// What it complained of.
-    pub(crate) told: String,
+    /// The text of a file or the target of a link, by its path below the output directory.
+    pub(crate) files: BTreeMap<String, String>,
+    /// The errors on stderr.
+    pub(crate) errors: String,
 }
 
 impl Generated {
     /// The settings of all drop-ins, without sections and comments.
     pub(crate) fn settings(&self) -> Vec<&str> {
-        let lines = self.made.values().flat_map(|text| text.lines());
+        let lines = self.files.values().flat_map(|text| text.lines());
         lines.filter(|line| line.contains('=') && !line.starts_with('#')).collect()
     }
 }
 
-/// Runs the generator on this configuration alone.
+/// Runs the generator with only this configuration.
 pub(crate) fn generate(configuration: &str) -> Generated {
     let root = tempfile::tempdir().unwrap();
-    let place = |name: &str| {
+    let create_directory = |name: &str| {
         let path = root.path().join(name);
         std::fs::create_dir(&path).unwrap();
         path
     };
-    let (etc, outcome) = (place("etc"), place("outcome"));
+    let (etc, outcome) = (create_directory("etc"), create_directory("outcome"));
     std::fs::write(etc.join(format!("{INSTANCE}.conf")), configuration).unwrap();
     let output = Command::new(env!("CARGO_BIN_EXE_flexnbd-generator"))
         .args([&outcome, &outcome, &outcome])
@@ -42,28 +41,28 @@ pub(crate) fn generate(configuration: &str) -> Generated {
         .stdin(Stdio::null())
         .output()
         .unwrap();
-    assert!(output.status.success(), "the generator ended with {}", output.status);
-    let told = String::from_utf8(output.stderr).unwrap();
-    // The comment in each file names the directory, which is another one each time.
-    let plain = |text: String| text.replace(root.path().to_str().unwrap(), "");
-    let mut made = BTreeMap::new();
-    collect(&outcome, &outcome, &mut made);
+    assert!(output.status.success(), "the generator exited with {}", output.status);
+    let errors = String::from_utf8(output.stderr).unwrap();
+    // The comment in each file names the temporary directory.
+    let without_directory = |text: String| text.replace(root.path().to_str().unwrap(), "");
+    let mut files = BTreeMap::new();
+    collect(&outcome, &outcome, &mut files);
     Generated {
-        made: made.into_iter().map(|(path, text)| (path, plain(text))).collect(),
-        told: plain(told),
+        files: files.into_iter().map(|(path, text)| (path, without_directory(text))).collect(),
+        errors: without_directory(errors),
     }
 }
 
-fn collect(root: &Path, directory: &Path, made: &mut BTreeMap<String, String>) {
+fn collect(root: &Path, directory: &Path, files: &mut BTreeMap<String, String>) {
     for entry in std::fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
         let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
         if path.is_symlink() {
-            made.insert(name, std::fs::read_link(&path).unwrap().to_str().unwrap().to_owned());
+            files.insert(name, std::fs::read_link(&path).unwrap().to_str().unwrap().to_owned());
         } else if path.is_dir() {
-            collect(root, &path, made);
+            collect(root, &path, files);
         } else {
-            made.insert(name, std::fs::read_to_string(&path).unwrap());
+            files.insert(name, std::fs::read_to_string(&path).unwrap());
         }
     }
 }

@@ -1,10 +1,9 @@
-//! The README's tour is run as it stands there, and shows what it says that it shows. Its blocks
-//! of shell are those marked `sh tour`; what follows as `text` is what one of them prints, `...`
-//! standing for whatever changes.
+//! Runs the tour in README.md and compares its output. Blocks marked `sh tour` are the script; a
+//! following block marked `text` is the expected output, in which `...` matches any text.
 
-use super::every::units;
+use super::every_page::units;
 use super::generator::generate;
-use super::{must_be_meant, read};
+use super::{assert_valid, read};
 use harness::{flexnbd, free_port, project_path, require_tool, require_tools};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -16,14 +15,14 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-/// How long the tour may take; without a debugger in between it is two seconds.
+/// Time limit of the tour, which takes about two seconds.
 const DEADLINE: Duration = Duration::from_secs(120);
-/// The port in the README, for which the test takes a free one.
+/// The port in the README, which the test replaces by a free one.
 const PORT: &str = "10809";
-/// Begins the output of each step.
+/// The line before the output of each step.
 const MARK: &str = "== next step ==";
 
-/// A fenced block: what stands behind the fence, and what is in it.
+/// The fenced blocks: info string and content.
 fn blocks(markdown: &str) -> Vec<(String, String)> {
     let mut found: Vec<(String, String)> = Vec::new();
     let mut is_open = false;
@@ -46,7 +45,7 @@ fn blocks(markdown: &str) -> Vec<(String, String)> {
     found
 }
 
-/// What to type, and what is then to be seen.
+/// A script and its expected output.
 struct Step {
     shell: String,
     shown: String,
@@ -66,7 +65,7 @@ fn tour(port: u16) -> Vec<Step> {
     steps
 }
 
-/// Ends everything that was started, also when the test fails.
+/// Kills the script's process group, also after a failure.
 struct Group(Pid);
 
 impl Drop for Group {
@@ -75,7 +74,7 @@ impl Drop for Group {
     }
 }
 
-/// Runs a script, and returns how it ended and all that it printed.
+/// Runs a script; returns its exit status (`None` after [`DEADLINE`]) and its output.
 fn run(script: &str, directory: &Path) -> (Option<ExitStatus>, String) {
     let output = directory.join("output of the tour");
     let file = File::create(&output).unwrap();
@@ -90,7 +89,7 @@ fn run(script: &str, directory: &Path) -> (Option<ExitStatus>, String) {
     command.env("PATH", std::env::join_paths(path).unwrap()).env("LC_ALL", "C.UTF-8");
     command.stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file).process_group(0);
     let child = command.spawn().unwrap();
-    // A process id fits.
+    // Process ids fit into i32.
     let _group = Group(Pid::from_raw(child.id() as i32));
     let status = wait(child);
     (status, std::fs::read_to_string(output).unwrap())
@@ -102,7 +101,7 @@ fn wait(mut child: Child) -> Option<ExitStatus> {
     receiver.recv_timeout(DEADLINE).ok()
 }
 
-/// Whether a line is as shown, any white space being as good as any other.
+/// Whether a line matches the expected one, where all white space is equal.
 fn is_as_shown(line: &str, shown: &str) -> bool {
     let plain = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     let (line, shown) = (plain(line), plain(shown));
@@ -123,7 +122,7 @@ fn is_as_shown(line: &str, shown: &str) -> bool {
 }
 
 #[test]
-fn dots_stand_for_whatever_changes_and_for_nothing_else() {
+fn dots_match_any_text() {
     for (line, shown) in
         [("a", "a"), ("a  b", "a\tb"), ("pid=12 size=3", "pid=... size=3"), ("xyz", "...")]
     {
@@ -137,7 +136,7 @@ fn dots_stand_for_whatever_changes_and_for_nothing_else() {
 }
 
 #[test]
-fn the_tour_shows_what_it_says() {
+fn the_tour_prints_the_documented_output() {
     if !require_tools(&["bash", "nbdinfo", "nbdcopy", "qemu-img"]) {
         return;
     }
@@ -146,53 +145,53 @@ fn the_tour_shows_what_it_says() {
         steps.iter().map(|step| format!("echo '{MARK}'\n{}", step.shell)).collect();
     let directory = tempfile::tempdir().unwrap();
     let (status, output) = run(&script, directory.path());
-    let said = "this is what the tour printed";
-    let status = status.unwrap_or_else(|| panic!("not done in {DEADLINE:?}; {said}:\n{output}"));
-    assert!(status.success(), "the tour ended with {status}; {said}:\n{output}");
+    let label = "output of the tour";
+    let status = status.unwrap_or_else(|| panic!("timeout of {DEADLINE:?}; {label}:\n{output}"));
+    assert!(status.success(), "the tour exited with {status}; {label}:\n{output}");
     for (step, printed) in steps.iter().zip(output.split(MARK).skip(1)) {
         let mut lines = printed.lines();
         for shown in step.shown.lines().filter(|line| *line != "...") {
             let found = lines.any(|line| is_as_shown(line, shown));
-            assert!(found, "`{shown}` is not printed by\n{}\n{said}:\n{output}", step.shell);
+            assert!(found, "`{shown}` is not printed by\n{}\n{label}:\n{output}", step.shell);
         }
     }
 }
 
 #[test]
-fn the_command_that_serves_a_disk_can_be_meant() {
+fn the_serve_command_is_valid() {
     let readme = read("README.md");
     let line = readme.lines().find_map(|line| line.strip_prefix("cargo run --release -- serve"));
-    must_be_meant(&format!("flexnbd serve{}", line.unwrap()));
+    assert_valid(&format!("flexnbd serve{}", line.unwrap()));
 }
 
-/// The section about services, as far as the next one.
-fn as_a_service() -> String {
+/// The section "As a service".
+fn service_section() -> String {
     let readme = read("README.md");
     let section = readme.split("\n## As a service\n").nth(1).unwrap();
     section.split("\n## ").next().unwrap().to_owned()
 }
 
-/// The configuration in that section.
+/// The configuration in the section "As a service".
 fn four_lines() -> String {
-    let mut found = blocks(&as_a_service());
+    let mut found = blocks(&service_section());
     found.retain(|(kind, _)| kind == "conf");
     assert_eq!(found.len(), 1, "{found:?}");
     found.remove(0).1
 }
 
 #[test]
-fn four_lines_make_a_service() {
+fn the_four_lines_configure_a_service() {
     let text = four_lines();
     assert_eq!(text.lines().count(), 4, "{text}");
     let generated = generate(&text);
-    assert_eq!(generated.told, "");
+    assert_eq!(generated.errors, "");
     assert!(generated.settings().contains(&"ListenStream=[::]:10809"), "{generated:?}");
     let manual = read("man/flexnbd.service.7");
-    assert!(manual.contains(&text), "the manual has other lines");
+    assert!(manual.contains(&text), "the lines in the manual differ");
 }
 
 #[test]
-fn the_four_lines_are_served_without_a_service_manager_too() {
+fn serve_accepts_the_four_lines() {
     if !require_tool("bash") {
         return;
     }
@@ -218,24 +217,24 @@ fn the_four_lines_are_served_without_a_service_manager_too() {
 }
 
 #[test]
-fn commands_about_the_service_can_be_meant_and_their_units_are_ours() {
-    let section = as_a_service();
+fn service_commands_are_valid_and_units_exist() {
+    let section = service_section();
     let found = blocks(&section);
     let lines: Vec<&str> = found.iter().flat_map(|(_, text)| text.lines()).collect();
     let commands = lines.iter().filter_map(|line| line.split('#').next());
-    let ours_to_check: Vec<&str> =
+    let ours: Vec<&str> =
         commands.map(str::trim).filter(|line| line.starts_with("flexnbd ")).collect();
-    assert!(ours_to_check.len() >= 2, "only {ours_to_check:?} found");
-    ours_to_check.into_iter().for_each(must_be_meant);
+    assert!(ours.len() >= 2, "only {ours:?} found");
+    ours.into_iter().for_each(assert_valid);
     let mentioned = units(&section);
     assert!(mentioned.len() >= 3, "only {mentioned:?} found");
     for unit in mentioned {
-        assert!(project_path("systemd").join(&unit).is_file(), "{unit} is not ours");
+        assert!(project_path("systemd").join(&unit).is_file(), "{unit} does not exist");
     }
 }
 
 #[test]
-fn files_that_the_readme_points_to_exist() {
+fn linked_files_exist() {
     let readme = read("README.md");
     let targets = readme.split("](").skip(1).filter_map(|rest| rest.split(')').next());
     let is_file = |target: &&str| !target.contains("://") && !target.starts_with('#');
@@ -247,14 +246,14 @@ fn files_that_the_readme_points_to_exist() {
 }
 
 #[test]
-fn the_rust_that_is_needed_is_told() {
+fn the_required_rust_version_is_documented() {
     let needed = format!("Rust {} or later", env!("CARGO_PKG_RUST_VERSION"));
     assert!(read("README.md").contains(&needed), "the README does not say `{needed}`");
 }
 
 #[test]
-fn no_command_has_a_comment_behind_it() {
-    // An interactive zsh takes the comment for arguments.
+fn commands_have_no_trailing_comments() {
+    // An interactive zsh passes the comment as arguments.
     let readme = read("README.md");
     let mut is_shell = false;
     for line in readme.lines() {

@@ -1,4 +1,4 @@
-//! man/flexnbd-release-notes.7 and the program: the newest version, and the versions of the formats.
+//! man/flexnbd-release-notes.7: the newest version, and the versions of the formats.
 
 use super::read;
 use flexnbd::disk::ownership;
@@ -8,10 +8,10 @@ use flexnbd::server::SNAPSHOT_VERSION;
 const PAGE: &str = "man/flexnbd-release-notes.7";
 
 #[test]
-fn newest_version_is_that_of_the_program() {
+fn the_newest_version_matches_the_program() {
     let source = read(PAGE);
     let mut headings = source.lines().filter_map(|line| line.strip_prefix(".Sh VERSION "));
-    // "VERSION NUMBERS" is a heading, too.
+    // Skips the heading "VERSION NUMBERS".
     let newest = headings.find(|heading| heading.contains('.'));
     assert_eq!(newest, Some(env!("CARGO_PKG_VERSION")));
 }
@@ -28,7 +28,7 @@ fn formats() -> Vec<(String, String)> {
 }
 
 #[test]
-fn formats_have_the_versions_of_the_program() {
+fn format_versions_match_the_program() {
     let records = format!("{} and {}", ownership::VERSION, ownership::VERSION_WITH_FROM);
     for (format, version) in [
         ("private messages", wire::VERSION.to_string()),

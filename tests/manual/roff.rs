@@ -1,18 +1,18 @@
-//! Reads as much mdoc(7) as our pages use: sections, list items, and what is in them.
-//! Never renders anything.
+//! Parser for the subset of mdoc(7) in our pages: sections, list items and literal blocks.
+//! Never renders a page.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A manual page in its source form.
 pub(crate) struct Page(Vec<Line>);
 
-/// A line and where it is.
+/// A line and its position.
 struct Line {
     /// `SECTION`, or `SECTION/subsection`.
     place: String,
-    /// With `\-` and `\e` as what they print.
+    /// The text, with `\-` and `\e` replaced by the characters that they print.
     text: String,
-    /// Within which `.Bd` and `.Ed`, counted from the start of the page.
+    /// The index of the enclosing `.Bd` block in the page.
     block: Option<usize>,
 }
 
@@ -43,12 +43,12 @@ impl Page {
         found
     }
 
-    /// The items of the lists at a place, each without its macro and its text.
+    /// The headings of list items in a section, without `.It`.
     pub(crate) fn items(&self, place: &str) -> Vec<&str> {
         self.at(place).filter_map(|line| line.strip_prefix(".It ")).collect()
     }
 
-    /// An item's text, on one line.
+    /// The text of a list item, on one line.
     pub(crate) fn item_text(&self, place: &str, item: &str) -> String {
         let heading = format!(".It {item}");
         let mut after = self.at(place).skip_while(|line| *line != heading);
@@ -61,7 +61,7 @@ impl Page {
         words.collect::<Vec<_>>().join(" ")
     }
 
-    /// The lines at a place that are not shown as they are.
+    /// The lines of a section outside literal blocks.
     pub(crate) fn at(&self, place: &str) -> impl Iterator<Item = &str> {
         self.0
             .iter()
@@ -69,14 +69,14 @@ impl Page {
             .map(|line| line.text.as_str())
     }
 
-    /// The lines that are shown as they are, those that end in `\` joined with the next one.
+    /// The lines in literal blocks; one that ends in `\` is joined with the next.
     pub(crate) fn literal(&self) -> Vec<String> {
         let shown = self.0.iter().filter(|line| line.block.is_some());
         let text: Vec<&str> = shown.map(|line| line.text.as_str()).collect();
         text.join("\n").replace("\\\n", " ").lines().map(str::to_owned).collect()
     }
 
-    /// The blocks of such lines in a section and its subsections.
+    /// The literal blocks of a section and its subsections.
     pub(crate) fn blocks(&self, section: &str) -> Vec<String> {
         let is_within = |place: &str| place.split('/').next() == Some(section);
         let mut blocks: BTreeMap<usize, String> = BTreeMap::new();
@@ -88,7 +88,7 @@ impl Page {
         blocks.into_values().collect()
     }
 
-    /// Every option that is named outside of the synopsis, where they come in bundles.
+    /// Every option that is named outside the synopsis, which has bundles of short options.
     pub(crate) fn options(&self) -> BTreeSet<String> {
         let lines = self.0.iter().filter(|line| line.place != "SYNOPSIS" && line.block.is_none());
         lines
@@ -98,7 +98,7 @@ impl Page {
     }
 }
 
-/// The arguments of a macro such as `Fl`, of those that take one word, in a line of macros.
+/// The arguments of a macro with one argument, such as `Fl`, in a macro line.
 pub(crate) fn arguments_of(name: &str, line: &str) -> Vec<String> {
     let Some(line) = line.strip_prefix('.') else { return Vec::new() };
     let words: Vec<&str> = line.split_whitespace().collect();
@@ -106,7 +106,7 @@ pub(crate) fn arguments_of(name: &str, line: &str) -> Vec<String> {
     follows.map(|pair| pair[1].to_owned()).collect()
 }
 
-/// `Fl f , Fl -file Ar FILE` as `-f, --file FILE`.
+/// Converts `Fl f , Fl -file Ar FILE` to `-f, --file FILE`.
 pub(crate) fn plain(item: &str) -> String {
     let mut text = String::new();
     let mut words = item.split_whitespace();

@@ -1,9 +1,9 @@
-//! man/flexnbd.service.7, the program and the files in systemd/: units and their settings, what the
-//! generator writes, limits, fields and messages of the journal, files of the package.
+//! man/flexnbd.service.7 against the program and systemd/: units and their settings, output of the
+//! generator, limits, fields and messages of the journal, files of the package.
 
-use super::every::units;
+use super::command_line::numbers;
+use super::every_page::units;
 use super::generator::{INSTANCE, generate};
-use super::page::numbers;
 use super::roff::Page;
 use super::{module_source, read};
 use flexnbd::cli::instance::{INSTANCE_BYTES_MAX, Instance};
@@ -17,14 +17,14 @@ use std::path::{Path, PathBuf};
 const PAGE: &str = "man/flexnbd.service.7";
 const SERVE: &str = "systemd/flexnbd@.service";
 const LISTEN: &str = "systemd/flexnbd-listen@.service";
-/// What an operator may write into a drop-in, and nothing of ours does.
+/// Documented settings for an operator's drop-in that our units do not have.
 const FOR_OPERATORS: [&str; 1] = ["FileDescriptorStorePreserve=yes"];
 
 fn page() -> Page {
     Page::parse(&read(PAGE))
 }
 
-/// All of the text at a place, on one line and without macros.
+/// The text of a section, on one line and without macros.
 fn text(page: &Page, place: &str) -> String {
     let words = page.at(place).map(|line| match line.strip_prefix('.') {
         Some(macros) => macros.split_once(' ').map_or("", |(_, rest)| rest),
@@ -33,14 +33,14 @@ fn text(page: &Page, place: &str) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// The templates, by the names of their files.
+/// The file names of the unit templates.
 fn templates() -> BTreeSet<String> {
     let entries = std::fs::read_dir(project_path("systemd")).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.ends_with(".service") || name.ends_with(".socket")).collect()
 }
 
-/// The lines of all templates that set something.
+/// The settings of all templates.
 fn settings() -> Vec<String> {
     let lines = |name: &String| -> Vec<String> {
         read(&format!("systemd/{name}")).lines().map(str::to_owned).collect()
@@ -49,7 +49,7 @@ fn settings() -> Vec<String> {
     all.into_iter().filter(|line| line.contains('=') && !line.starts_with('#')).collect()
 }
 
-/// The values of a setting in a file.
+/// The values of a setting in a unit file.
 fn values(file: &str, setting: &str) -> Vec<String> {
     let text = read(file);
     let lines = text.lines().filter_map(|line| line.strip_prefix(setting));
@@ -57,7 +57,7 @@ fn values(file: &str, setting: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_unit_is_described_and_no_other_is() {
+fn exactly_our_units_are_described() {
     let page = page();
     let described: BTreeSet<String> =
         page.items("UNITS").iter().map(|item| item.replace("Pa ", "")).collect();
@@ -69,7 +69,7 @@ fn every_unit_is_described_and_no_other_is() {
     assert_eq!(synopsis, templates());
 }
 
-/// Whether a word is a setting of a unit, `Name=` or `Name=value`.
+/// Whether a word is a unit setting, `Name=` or `Name=value`.
 fn is_setting(word: &str) -> bool {
     let name = word.split('=').next().unwrap();
     name.len() < word.len()
@@ -78,13 +78,13 @@ fn is_setting(word: &str) -> bool {
         && name.contains(|c: char| c.is_ascii_lowercase())
 }
 
-/// The settings that some text names.
+/// The settings named in a text.
 fn settings_in(text: &str) -> BTreeSet<&str> {
     text.split(' ').filter(|word| is_setting(word)).collect()
 }
 
-/// Configurations that are turned into everything that the generator can write, and by which items
-/// of the page.
+/// Configurations that together produce every setting of the generator, with the item of the page
+/// that describes the settings.
 const CONFIGURATIONS: [(&str, &str); 11] = [
     ("Va ADDR , PORT", "FILE=/var/lib/flexnbd/a\nADDR=::\nPORT=7"),
     ("Va FILE , No when it is a file", "FILE=/srv/a"),
@@ -100,72 +100,75 @@ const CONFIGURATIONS: [(&str, &str); 11] = [
 ];
 
 #[test]
-fn what_the_generator_writes_is_what_it_is_said_to() {
+fn generated_settings_match_the_documentation() {
     let page = page();
     let place = "WHAT THE GENERATOR WRITES";
     let items = page.items(place);
     assert_eq!(items, {
-        // in the order of the page
+        // In the order of the page.
         let mut known: Vec<&str> = CONFIGURATIONS.iter().map(|(item, _)| *item).collect();
         known.dedup();
         known
     });
-    let mut told_before: BTreeSet<String> = BTreeSet::from(["RequiresMountsFor".to_owned()]);
+    let mut documented_before: BTreeSet<String> = BTreeSet::from(["RequiresMountsFor".to_owned()]);
     for item in items {
-        let said = page.item_text(place, item);
-        let said = settings_in(&said);
+        let documented = page.item_text(place, item);
+        let documented = settings_in(&documented);
         let mut written: BTreeSet<String> = BTreeSet::new();
         for (_, text) in CONFIGURATIONS.iter().filter(|(of, _)| *of == item) {
-            let made = generate(text);
-            assert_eq!(made.told, "", "{text}");
-            written.extend(made.settings().into_iter().map(str::to_owned));
+            let generated = generate(text);
+            assert_eq!(generated.errors, "", "{text}");
+            written.extend(generated.settings().into_iter().map(str::to_owned));
         }
-        for setting in &said {
+        for setting in &documented {
             let is_there = |line: &String| line.starts_with(setting);
-            assert!(written.iter().any(is_there), "{item}: nothing begins with {setting}");
+            assert!(
+                written.iter().any(is_there),
+                "{item}: no generated line begins with {setting}"
+            );
         }
         let name = |line: &str| line.split('=').next().unwrap().to_owned();
-        let said: BTreeSet<String> = said.into_iter().map(name).collect();
-        let unsaid: Vec<String> = written.iter().map(|line| name(line)).collect();
-        let unsaid: Vec<_> = unsaid
+        let documented: BTreeSet<String> = documented.into_iter().map(name).collect();
+        let undocumented: Vec<String> = written.iter().map(|line| name(line)).collect();
+        let undocumented: Vec<_> = undocumented
             .iter()
-            .filter(|name| !said.contains(*name) && !told_before.contains(*name))
+            .filter(|name| !documented.contains(*name) && !documented_before.contains(*name))
             .collect();
-        assert!(unsaid.is_empty(), "{item}: {unsaid:?} are written, too");
-        told_before.extend(said);
+        assert!(undocumented.is_empty(), "{item}: {undocumented:?} are not documented");
+        documented_before.extend(documented);
     }
 }
 
 #[test]
-fn the_generator_makes_room_for_as_many_clients_as_it_is_said_to() {
+fn documented_client_limits_match_the_generated_settings() {
     let page = page();
     let item = "Va MAX_CLIENTS , No when it is more than 1024";
     let provided = numbers(item)[0];
-    let made = |clients| generate(&format!("FILE=/var/lib/flexnbd/a\nMAX_CLIENTS={clients}"));
-    assert!(!made(provided).settings().iter().any(|line| line.starts_with("TasksMax=")));
+    let generated = |clients| generate(&format!("FILE=/var/lib/flexnbd/a\nMAX_CLIENTS={clients}"));
+    assert!(!generated(provided).settings().iter().any(|line| line.starts_with("TasksMax=")));
     let more = numbers(&page.item_text("WHAT THE GENERATOR WRITES", item))[0];
     let expected = format!("TasksMax={}", provided + 1 + more);
-    assert!(made(provided + 1).settings().contains(&expected.as_str()), "no {expected}");
+    assert!(generated(provided + 1).settings().contains(&expected.as_str()), "no {expected}");
     assert_eq!(values(SERVE, "FileDescriptorStoreMax"), [(provided + 1).to_string()]);
-    let carried = page.at("RESTART AND UPGRADE/Who is disconnected all the same");
-    let carried: Vec<u64> = carried.flat_map(numbers).collect();
-    assert_eq!(carried[..2], [provided, fd_store::DESCRIPTORS_MAX as u64]);
+    let descriptors = page.at("RESTART AND UPGRADE/Who is disconnected all the same");
+    let descriptors: Vec<u64> = descriptors.flat_map(numbers).collect();
+    assert_eq!(descriptors[..2], [provided, fd_store::DESCRIPTORS_MAX as u64]);
 }
 
 #[test]
-fn drop_ins_have_the_names_that_are_told() {
+fn documented_drop_in_names_match() {
     let page = page();
     let names: Vec<&str> = page
         .at("WHAT THE GENERATOR WRITES")
         .filter_map(|line| line.strip_prefix(".Pa 00"))
         .collect();
     let name = format!("00{}", names[0].replace("NAME", INSTANCE));
-    let made = generate("FILE=/srv/a\nADDR=::\nPORT=7\n").made;
-    assert!(made.keys().all(|path| path.ends_with(&name)), "{made:?} without {name}");
+    let generated = generate("FILE=/srv/a\nADDR=::\nPORT=7\n").files;
+    assert!(generated.keys().all(|path| path.ends_with(&name)), "{generated:?} without {name}");
 }
 
 #[test]
-fn settings_that_are_quoted_are_those_of_the_units() {
+fn quoted_settings_match_the_units() {
     let page = page();
     let generated: Vec<String> = CONFIGURATIONS
         .iter()
@@ -186,7 +189,7 @@ fn settings_that_are_quoted_are_those_of_the_units() {
         };
         assert!(is_there, "no unit has {setting}");
     }
-    // A command line in a drop-in of an operator is that of the unit, but for what it is there for.
+    // The command line in the example drop-in is the unit's, with --overwrite.
     let replaced = page.literal();
     let replaced = replaced.iter().find(|line| line.contains("=/usr/bin/flexnbd")).unwrap();
     let plain = replaced.replace("--overwrite ", "");
@@ -195,19 +198,19 @@ fn settings_that_are_quoted_are_those_of_the_units() {
 }
 
 #[test]
-fn the_commands_of_the_units_are_those_that_are_told() {
+fn documented_commands_match_the_units() {
     let page = page();
-    let told = page.item_text("UNITS", "Pa flexnbd@.service");
+    let documented = page.item_text("UNITS", "Pa flexnbd@.service");
     let words = ["serve", "--config", "/etc/flexnbd/NAME.conf"];
     let exec = values(SERVE, "ExecStart");
     assert_eq!(exec, [format!("/usr/bin/flexnbd {}", words.join(" ").replace("NAME", "%i"))]);
     for word in words {
-        assert!(told.contains(word.trim_start_matches("--")), "{told} has no {word}");
+        assert!(documented.contains(word.trim_start_matches("--")), "{documented} has no {word}");
     }
 }
 
 #[test]
-fn times_are_those_of_the_units_and_the_program() {
+fn documented_times_match_units_and_program() {
     let page = page();
     let in_units = |setting: &str| {
         let all: BTreeSet<String> =
@@ -243,14 +246,14 @@ fn times_are_those_of_the_units_and_the_program() {
 }
 
 #[test]
-fn names_of_instances_are_as_the_page_says() {
+fn documented_instance_names_are_accepted() {
     let page = page();
     let characters: BTreeSet<char> = page
         .at("INSTANCES")
         .filter_map(|line| line.strip_prefix(".Sq "))
         .map(|rest| rest.trim_start_matches(r"\&").chars().next().unwrap())
         .collect();
-    // A backslash is for those who know how systemd escapes; nobody is told to use one.
+    // Backslashes are valid, for systemd's escapes, but not documented.
     let others = (0x20_u8..0x7f).map(char::from).filter(|c| !c.is_alphanumeric() && *c != '\\');
     for c in others {
         let is_told = characters.contains(&c);
@@ -260,12 +263,12 @@ fn names_of_instances_are_as_the_page_says() {
         }
     }
     assert!(".a".parse::<Instance>().is_err());
-    let said = text(&page, "INSTANCES");
-    assert!(said.contains(&format!("at most {INSTANCE_BYTES_MAX} bytes")), "{said}");
+    let documented = text(&page, "INSTANCES");
+    assert!(documented.contains(&format!("at most {INSTANCE_BYTES_MAX} bytes")), "{documented}");
 }
 
 #[test]
-fn every_kind_of_message_is_listed_with_its_number_and_no_other_is() {
+fn exactly_the_known_message_ids_are_listed() {
     let page = page();
     let listed: Vec<String> =
         page.items("JOURNAL/Messages").into_iter().map(str::to_owned).collect();
@@ -279,11 +282,11 @@ fn every_kind_of_message_is_listed_with_its_number_and_no_other_is() {
         .collect();
     assert!(!queried.is_empty());
     for id in queried {
-        assert!(message_id::ALL.iter().any(|(_, known)| *known == id), "nothing has {id}");
+        assert!(message_id::ALL.iter().any(|(_, known)| *known == id), "unknown id {id}");
     }
 }
 
-/// The program's source but for its tests.
+/// The source of the program without its unit tests.
 fn source() -> String {
     fn visit(directory: &Path, found: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(directory).unwrap() {
@@ -302,7 +305,7 @@ fn source() -> String {
 }
 
 #[test]
-fn every_field_of_the_journal_is_listed_and_no_other_is() {
+fn exactly_the_journal_fields_set_are_listed() {
     let source = source();
     let named = source.split("\"flexnbd.").skip(1).filter_map(|rest| rest.split_once('"'));
     let set = named.filter(|(_, rest)| rest.trim_start().starts_with('='));
@@ -325,7 +328,7 @@ fn every_field_of_the_journal_is_listed_and_no_other_is() {
 }
 
 #[test]
-fn exit_statuses_are_treated_as_is_told() {
+fn documented_exit_statuses_match_the_units() {
     let page = page();
     assert_eq!(page.items("EXIT STATUS"), ["0", "1", "2 , 78"]);
     assert_eq!(values(SERVE, "RestartPreventExitStatus"), ["2 78"]);
@@ -336,12 +339,12 @@ fn exit_statuses_are_treated_as_is_told() {
 }
 
 #[test]
-fn the_environment_is_what_the_program_looks_at() {
-    /// Read by crates that we use for it.
-    const ELSEWHERE: [&str; 5] =
+fn exactly_the_variables_read_are_listed() {
+    /// Variables that dependencies read.
+    const DEPENDENCIES: [&str; 5] =
         ["LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM"];
-    /// Of the generator, described in another page, or of the tests in `src`.
-    const OTHERS: [&str; 6] = [
+    /// Variables of the generator, of another page, or of the unit tests.
+    const UNLISTED: [&str; 6] = [
         "SYSTEMD_SCOPE",
         "FLEXNBD_CONFIGURATIONS",
         "FLEXNBD_MS_REQUEST_LIMIT_SECS",
@@ -359,15 +362,16 @@ fn the_environment_is_what_the_program_looks_at() {
     let read: BTreeSet<&str> =
         constants.chain(direct).map(|rest| rest.split('"').next().unwrap()).collect();
     let expected: BTreeSet<&str> =
-        read.into_iter().filter(|name| !OTHERS.contains(name)).chain(ELSEWHERE).collect();
+        read.into_iter().filter(|name| !UNLISTED.contains(name)).chain(DEPENDENCIES).collect();
     assert_eq!(listed, expected);
-    assert!(page.at("ENVIRONMENT").any(|line| line.contains(OTHERS[2])));
+    assert!(page.at("ENVIRONMENT").any(|line| line.contains(UNLISTED[2])));
 }
 
 #[test]
-fn every_file_of_the_package_is_listed_and_no_other_is() {
-    /// What everybody expects there, and no operator ever looks for.
-    const USUAL: [&str; 4] = ["usr/bin/", "usr/share/man/", "usr/share/doc/", "usr/share/lintian/"];
+fn exactly_the_packaged_files_are_listed() {
+    /// Directories whose files the page does not list.
+    const UNLISTED_DIRECTORIES: [&str; 4] =
+        ["usr/bin/", "usr/share/man/", "usr/share/doc/", "usr/share/lintian/"];
     let package = read("Cargo.toml");
     let assets = package.lines().filter_map(|line| line.trim().strip_prefix("[\""));
     let installed: BTreeSet<String> = assets
@@ -376,7 +380,8 @@ fn every_file_of_the_package_is_listed_and_no_other_is() {
             let (from, to) = (parts.next()?, parts.next()?);
             let name = from.rsplit('/').next()?;
             let path = if to.ends_with('/') { format!("{to}{name}") } else { to.to_owned() };
-            (!USUAL.iter().any(|usual| to.starts_with(usual))).then(|| format!("/{path}"))
+            (!UNLISTED_DIRECTORIES.iter().any(|usual| to.starts_with(usual)))
+                .then(|| format!("/{path}"))
         })
         .collect();
     let page = page();
@@ -390,11 +395,11 @@ fn every_file_of_the_package_is_listed_and_no_other_is() {
     let control = values("systemd/flexnbd-control@.socket", "ListenStream");
     assert_eq!(control, [socket.replace("NAME", "%i")]);
     let directory = format!("d {} ", Path::new(&socket).parent().unwrap().display());
-    assert!(read("systemd/flexnbd.tmpfiles").contains(&directory), "nobody makes {directory}");
+    assert!(read("systemd/flexnbd.tmpfiles").contains(&directory), "tmpfiles lacks {directory}");
 }
 
 #[test]
-fn an_image_that_is_not_the_services_own_is_told_in_the_words_of_the_program() {
+fn documented_permission_errors_match_the_messages() {
     let path = PathBuf::from("/srv/disks/disk.img");
     let refusals = [
         OpenError::NotReadable { path: path.clone(), uid: 7 }.to_string(),
@@ -412,15 +417,15 @@ fn an_image_that_is_not_the_services_own_is_told_in_the_words_of_the_program() {
 }
 
 #[test]
-fn the_words_of_the_status_are_those_of_the_program() {
+fn documented_status_texts_match_the_program() {
     let source = source();
     let page = page();
     let quoted = page.at("STATUS AND WATCHDOG/Status").filter_map(|line| line.strip_prefix(".Dq "));
     let quoted: Vec<&str> = quoted.map(|line| line.trim_end_matches([' ', ',', '.'])).collect();
     assert_eq!(quoted.len(), 6, "{quoted:?}");
-    // The first and the last are systemd's.
+    // systemd writes the first and the last.
     for words in &quoted[1..5] {
-        assert!(source.contains(&format!("\"{words}")), "nothing begins with `{words}`");
+        assert!(source.contains(&format!("\"{words}")), "no text begins with `{words}`");
     }
     let shown = page.blocks("STATUS AND WATCHDOG").remove(0);
     for words in [" on ", " clients", " % copied, ", "/s", ", about ", " left"] {
@@ -429,10 +434,10 @@ fn the_words_of_the_status_are_those_of_the_program() {
 }
 
 #[test]
-fn four_lines_are_enough_and_the_example_with_every_key_says_the_same_ones() {
+fn the_quick_start_lines_are_in_the_example() {
     let page = page();
     let quick = &page.blocks("QUICK START")[0];
-    assert_eq!((quick.lines().count(), generate(quick).told.as_str()), (4, ""));
+    assert_eq!((quick.lines().count(), generate(quick).errors.as_str()), (4, ""));
     let lines = |text: &str| -> Vec<String> {
         let lines = text.lines().map(|line| line.trim_start_matches(['#', ' ']).to_owned());
         lines.map(|line| line.replace("NAME", INSTANCE)).collect()

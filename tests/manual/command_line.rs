@@ -1,5 +1,4 @@
-//! man/flexnbd.1 and the program, in both directions: what the program knows is in the page, and
-//! what is in the page the program knows.
+//! man/flexnbd.1: modes, options, keys, limits and paths match the program in both directions.
 
 use super::roff::{Page, arguments_of, plain};
 use super::{module_source, read};
@@ -21,7 +20,7 @@ fn page() -> Page {
     Page::parse(&read(PAGE))
 }
 
-/// The parser with everything that it adds by itself.
+/// The parser, built with the arguments that clap adds.
 fn program() -> Command {
     let mut command = cli::command();
     command.build();
@@ -47,25 +46,25 @@ fn arguments(command: &Command) -> BTreeSet<String> {
     command.get_arguments().map(shown).collect()
 }
 
-/// The options that every mode has.
+/// The options of every mode.
 fn global() -> BTreeSet<String> {
     let version = "-V, --version";
     arguments(&program()).into_iter().filter(|option| option != version).collect()
 }
 
-/// Those items of a place that are arguments, as opposed to keys.
+/// The items of a section that are arguments, not keys.
 fn documented(page: &Page, place: &str) -> BTreeSet<String> {
     let items = page.items(place).into_iter().filter(|item| !item.starts_with("Va "));
     items.map(plain).collect()
 }
 
-/// The keys that a place describes, in order.
+/// The keys that a section describes, in order.
 fn keys<'a>(page: &'a Page, place: &str) -> Vec<&'a str> {
     page.items(place).into_iter().filter_map(|item| item.strip_prefix("Va ")).collect()
 }
 
 #[test]
-fn every_mode_has_its_place_and_there_is_no_other() {
+fn exactly_the_known_modes_have_sections() {
     assert_eq!(page().subsections("MODES"), MODES);
     let known: Vec<String> =
         program().get_subcommands().map(|mode| mode.get_name().to_owned()).collect();
@@ -73,7 +72,7 @@ fn every_mode_has_its_place_and_there_is_no_other() {
 }
 
 #[test]
-fn every_argument_is_described_where_it_belongs_and_no_other_is() {
+fn each_mode_describes_exactly_its_arguments() {
     let page = page();
     for name in MODES {
         let all = arguments(&mode(name));
@@ -84,12 +83,11 @@ fn every_argument_is_described_where_it_belongs_and_no_other_is() {
 }
 
 #[test]
-fn the_global_options_are_described_in_their_own_section() {
+fn global_options_have_their_own_section() {
     assert_eq!(documented(&page(), "GLOBAL OPTIONS"), arguments(&program()));
 }
 
-/// Every option and argument that the synopsis shows for a mode: bundles such as `-qv` as `-q` and
-/// `-v`.
+/// The options of a mode in the synopsis; a bundle such as `-qv` yields `-q` and `-v`.
 fn in_synopsis(page: &Page, name: &str) -> BTreeSet<String> {
     let lines: Vec<&str> = page.at("SYNOPSIS").collect();
     let uses = lines.split(|line| *line == ".Nm");
@@ -111,7 +109,7 @@ fn in_synopsis(page: &Page, name: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_synopsis_shows_each_option_of_each_mode_once_and_no_other() {
+fn the_synopsis_shows_each_option_once() {
     let page = page();
     for name in MODES {
         let shown = in_synopsis(&page, name);
@@ -131,7 +129,7 @@ fn the_synopsis_shows_each_option_of_each_mode_once_and_no_other() {
 }
 
 #[test]
-fn the_status_keys_are_those_that_a_server_tells_in_its_order() {
+fn status_keys_match_the_server_in_order() {
     let migration = Migration { speed_limit: Some(1), ..Migration::default() };
     let newer = [
         MIGRATION_STAGE,
@@ -143,13 +141,13 @@ fn the_status_keys_are_those_that_a_server_tells_in_its_order() {
     ];
     let extra = newer.map(|key| (key.to_owned(), String::new())).to_vec();
     let line = Status { migration: Some(migration), extra, ..Status::default() }.to_string();
-    let told: Vec<String> =
+    let served: Vec<String> =
         control::status::pairs(&line).unwrap().into_iter().map(|(key, _)| key).collect();
-    assert_eq!(keys(&page(), "MODES/status"), told);
+    assert_eq!(keys(&page(), "MODES/status"), served);
 }
 
 #[test]
-fn the_configuration_file_in_the_examples_is_one() {
+fn the_example_configuration_file_is_valid() {
     let is_setting = |line: &&String| {
         line.split_once('=').is_some_and(|(key, _)| key.chars().all(|c| c.is_ascii_uppercase()))
     };
@@ -158,47 +156,53 @@ fn the_configuration_file_in_the_examples_is_one() {
     config::parse(Path::new("disk.conf"), &lines.join("\n")).unwrap();
 }
 
-/// The whole numbers of a text, in order.
+/// The integers in a text, in order.
 pub(crate) fn numbers(text: &str) -> Vec<u64> {
     let digits = text.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
     digits.map(|part| part.parse().unwrap()).collect()
 }
 
 #[test]
-fn the_limits_and_timeouts_are_those_of_the_program() {
+fn documented_limits_and_timeouts_match_the_program() {
     const MIB: u64 = 1 << 20;
     let page = page();
-    let told = |item: &str| numbers(&page.item_text("LIMITS AND TIMEOUTS", item));
+    let documented_numbers = |item: &str| numbers(&page.item_text("LIMITS AND TIMEOUTS", item));
     let newstyle = u64::from(server::session::PAYLOAD_MAX) / MIB;
     let oldstyle = u64::from(server::session::PAYLOAD_MAX_OLDSTYLE) / (MIB << 10);
-    assert_eq!(told("Clients at once"), [server::CLIENTS_MAX as u64]);
+    assert_eq!(documented_numbers("Clients at once"), [server::CLIENTS_MAX as u64]);
     let contended = server::CONTENDED_HANDSHAKE_TIMEOUT.as_secs();
-    assert_eq!(told("Clients in the handshake"), [server::HANDSHAKES_MAX as u64, contended]);
-    assert_eq!(told("Handshake"), [server::HANDSHAKE_TIMEOUT.as_secs()]);
-    assert_eq!(told("Killswitch"), [server::STALL_LIMIT.as_secs()]);
-    assert_eq!(told("Payload"), [newstyle, oldstyle]);
+    assert_eq!(
+        documented_numbers("Clients in the handshake"),
+        [server::HANDSHAKES_MAX as u64, contended]
+    );
+    assert_eq!(documented_numbers("Handshake"), [server::HANDSHAKE_TIMEOUT.as_secs()]);
+    assert_eq!(documented_numbers("Killswitch"), [server::STALL_LIMIT.as_secs()]);
+    assert_eq!(documented_numbers("Payload"), [newstyle, oldstyle]);
     let (idle, every) = (net::KEEPALIVE_IDLE.as_secs(), net::KEEPALIVE_INTERVAL.as_secs());
-    assert_eq!(told("TCP keepalive"), [idle, every, u64::from(net::KEEPALIVE_PROBES_MAX)]);
-    assert_eq!(told("Vanished peer"), [net::PEER_TIMEOUT.as_secs()]);
+    assert_eq!(
+        documented_numbers("TCP keepalive"),
+        [idle, every, u64::from(net::KEEPALIVE_PROBES_MAX)]
+    );
+    assert_eq!(documented_numbers("Vanished peer"), [net::PEER_TIMEOUT.as_secs()]);
     let mib = |bytes: u64| bytes / MIB;
     let (least, most) = (mib(parts::PART_MIN), mib(parts::PART_MAX));
     let by_extent = mib(parts::PART_MAX_BY_EXTENT);
-    assert_eq!(told("Trims and zeroing"), [least, most, by_extent]);
-    assert_eq!(told("Writing back"), [mib(write_behind::STEP_BYTES)]);
+    assert_eq!(documented_numbers("Trims and zeroing"), [least, most, by_extent]);
+    assert_eq!(documented_numbers("Writing back"), [mib(write_behind::STEP_BYTES)]);
     let constants = module_source("daemon");
-    for (name, seconds) in ["GRACE", "DISK_GRACE"].into_iter().zip(told("Stopping")) {
+    for (name, seconds) in ["GRACE", "DISK_GRACE"].into_iter().zip(documented_numbers("Stopping")) {
         let constant = format!("const {name}: Duration = Duration::from_secs({seconds});");
         assert!(constants.contains(&constant), "there is no `{constant}`");
     }
     let (most, patience) = (control::listener::CONNECTIONS_MAX, control::listener::TIMEOUT);
-    assert_eq!(told("Control connections"), [most as u64, patience.as_secs()]);
+    assert_eq!(documented_numbers("Control connections"), [most as u64, patience.as_secs()]);
     let (length, lines) = (control::command::LINE_BYTES_MAX, control::command::LINES_MAX);
-    assert_eq!(told("Control commands"), [length as u64, lines as u64]);
-    assert_eq!(told("Orders"), [control::client::REPLY_TIMEOUT.as_secs()]);
+    assert_eq!(documented_numbers("Control commands"), [length as u64, lines as u64]);
+    assert_eq!(documented_numbers("Orders"), [control::client::REPLY_TIMEOUT.as_secs()]);
 }
 
 #[test]
-fn the_ranges_of_options_are_those_of_the_program() {
+fn documented_option_ranges_match_the_program() {
     let page = page();
     let serve = |item: &str| numbers(&page.item_text("MODES/serve", item));
     let (least, most) = (*settings::MAX_CLIENTS_RANGE.start(), *settings::MAX_CLIENTS_RANGE.end());
@@ -208,18 +212,21 @@ fn the_ranges_of_options_are_those_of_the_program() {
     assert_eq!(serve("Fl -idle-exit Ar SECONDS"), [0, least, most]);
     assert_eq!(serve("Fl -create Ar SIZE"), [*size::CREATE_RANGE.start()]);
     for mode in ["MODES/read", "MODES/write"] {
-        let told = |item: &str| numbers(&page.item_text(mode, item));
+        let documented_numbers = |item: &str| numbers(&page.item_text(mode, item));
         let from = *size::FROM_RANGE.end();
-        assert_eq!((told("Fl F , Fl -from Ar OFFSET"), from), (vec![2, 62], 1 << 62));
+        assert_eq!((documented_numbers("Fl F , Fl -from Ar OFFSET"), from), (vec![2, 62], 1 << 62));
         let most = *size::LENGTH_RANGE.end();
-        assert_eq!((told("Fl S , Fl -size Ar SIZE"), most), (vec![1, 2, 30], 1 << 30));
+        assert_eq!(
+            (documented_numbers("Fl S , Fl -size Ar SIZE"), most),
+            (vec![1, 2, 30], 1 << 30)
+        );
     }
     let port = page.at("ADDRESSES").find(|line| line.starts_with("The port is ")).unwrap();
     assert_eq!(numbers(port), [u64::from(uri::DEFAULT_PORT)]);
 }
 
 #[test]
-fn an_instance_is_where_the_page_says() {
+fn the_documented_instance_socket_matches() {
     let name: instance::Instance = "NAME".parse().unwrap();
     assert_eq!(page().items("FILES"), [format!("Pa {}", name.socket().display())]);
 }

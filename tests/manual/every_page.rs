@@ -1,14 +1,14 @@
-//! What holds for every page in man/: it can be formatted and is installed, and what it points to,
-//! mentions or tells people to type exists.
+//! Checks for every page in man/: it formats without warnings and is installed; the pages, sections,
+//! options, commands and units that it names exist.
 
 use super::roff::Page;
-use super::{must_be_meant, read};
+use super::{assert_valid, read};
 use harness::{project_path, require_tool, require_tools};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
-/// A page, by its file's name.
+/// A page and the name of its file.
 struct Manual {
     file: String,
     source: String,
@@ -29,14 +29,13 @@ fn manuals() -> Vec<Manual> {
 }
 
 impl Manual {
-    /// `flexnbd 1`, as other pages refer to it.
+    /// The name in references of other pages, as in `flexnbd 1`.
     fn name(&self) -> String {
         let (name, section) = self.file.rsplit_once('.').unwrap();
         format!("{name} {section}")
     }
 
-    /// The commands that people are told to type, without the prompt: of this host's user, or
-    /// root, or of one of several hosts.
+    /// The example commands, without the prompt (`$`, `#`, or with the name of a host before it).
     fn commands(&self) -> Vec<String> {
         let prompted = |line: &String| {
             let (prompt, command) = line.split_once(' ')?;
@@ -48,28 +47,28 @@ impl Manual {
 }
 
 #[test]
-fn formatters_have_nothing_to_complain_of() {
+fn pages_format_without_warnings() {
     for Manual { file, .. } in manuals() {
-        let complaints = |program: &str, arguments: &[&str]| {
+        let warnings = |program: &str, arguments: &[&str]| {
             let mut command = Command::new(program);
             command.args(arguments).arg(project_path("man").join(&file));
             let output = command.env("LC_ALL", "C.UTF-8").env("MANWIDTH", "80").output();
             let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
-            assert!(output.status.success(), "{program} ended with {}", output.status);
-            assert!(output.stdout.len() > 4_000, "{program} has formatted almost nothing: {file}");
+            assert!(output.status.success(), "{program} exited with {}", output.status);
+            assert!(output.stdout.len() > 4_000, "{program} printed almost nothing of {file}");
             String::from_utf8_lossy(&output.stderr).into_owned()
         };
         if require_tool("man") {
-            assert_eq!(complaints("man", &["--warnings", "-l"]), "", "{file}");
+            assert_eq!(warnings("man", &["--warnings", "-l"]), "", "{file}");
         }
         if require_tool("groff") {
-            assert_eq!(complaints("groff", &["-man", "-Tutf8", "-ww"]), "", "{file}");
+            assert_eq!(warnings("groff", &["-man", "-Tutf8", "-ww"]), "", "{file}");
         }
     }
 }
 
 #[test]
-fn pages_fit_into_80_columns() {
+fn pages_fit_80_columns() {
     if !require_tools(&["man", "col"]) {
         return;
     }
@@ -86,7 +85,7 @@ fn pages_fit_into_80_columns() {
 }
 
 #[test]
-fn a_page_is_named_like_its_file_and_is_in_the_package() {
+fn page_titles_match_their_packaged_files() {
     let package = read("Cargo.toml");
     for manual in manuals() {
         let title = format!("\n.Dt {}\n", manual.name().to_uppercase()).replace('-', "\\-");
@@ -100,7 +99,7 @@ fn a_page_is_named_like_its_file_and_is_in_the_package() {
 }
 
 #[test]
-fn all_pages_refer_to_each_other_and_to_no_others_of_ours() {
+fn pages_refer_to_exactly_our_other_pages() {
     let all = manuals();
     let names: BTreeSet<String> = all.iter().map(Manual::name).collect();
     for manual in &all {
@@ -112,20 +111,20 @@ fn all_pages_refer_to_each_other_and_to_no_others_of_ours() {
             .collect();
         let expected = names.iter().map(String::as_str).filter(|name| *name != manual.name());
         let missing: Vec<&str> = expected.filter(|name| !seen.contains(name)).collect();
-        assert!(missing.is_empty(), "{} does not point to {missing:?}", manual.file);
+        assert!(missing.is_empty(), "{} does not refer to {missing:?}", manual.file);
         let source = manual.source.replace(r"\-", "-");
         for reference in source.split("Xr ").skip(1) {
             let mut words = reference.split_whitespace();
             let (Some(name), Some(section)) = (words.next(), words.next()) else { continue };
             let name = format!("{name} {section}");
             let is_ours = name.starts_with("flexnbd");
-            assert!(!is_ours || names.contains(&name), "{} points to {name}", manual.file);
+            assert!(!is_ours || names.contains(&name), "{} refers to {name}", manual.file);
         }
     }
 }
 
 #[test]
-fn sections_that_are_pointed_to_exist() {
+fn referenced_sections_exist() {
     for Manual { file, source, .. } in manuals() {
         let source = source.replace(r"\-", "-");
         let headings: Vec<&str> = source
@@ -143,7 +142,7 @@ fn sections_that_are_pointed_to_exist() {
 }
 
 #[test]
-fn options_that_are_mentioned_exist() {
+fn mentioned_options_exist() {
     let mut program = flexnbd::cli::command();
     program.build();
     let modes = program.get_subcommands().flat_map(clap::Command::get_arguments);
@@ -160,13 +159,13 @@ fn options_that_are_mentioned_exist() {
 }
 
 #[test]
-fn commands_in_examples_can_be_meant() {
+fn commands_in_examples_are_valid() {
     let mut count = 0;
     for manual in manuals() {
         for command in manual.commands() {
             for part in command.split(['|', '&']).map(str::trim) {
                 if part.starts_with("flexnbd ") {
-                    must_be_meant(part);
+                    assert_valid(part);
                     count += 1;
                 }
             }
@@ -175,14 +174,14 @@ fn commands_in_examples_can_be_meant() {
     assert!(count >= 20, "only {count} commands found");
 }
 
-/// The units in a text, `flexnbd@disk.service` as `flexnbd@.service`.
+/// The units in a text as templates: `flexnbd@disk.service` becomes `flexnbd@.service`.
 pub(crate) fn units(text: &str) -> BTreeSet<String> {
     let is_part = |c: char| c.is_ascii_alphanumeric() || "-@.".contains(c);
     let words = text.split(|c: char| !is_part(c)).map(|word| word.trim_end_matches('.'));
     let units = words.filter(|word| word.starts_with("flexnbd") && word.contains('@'));
     units
         .filter_map(|unit| {
-            // Its directory of drop-ins as well.
+            // Also accepts the directory of drop-ins.
             let (template, rest) = unit.trim_end_matches(".d").split_once('@')?;
             let (_, kind) = rest.rsplit_once('.')?;
             Some(format!("{template}@.{kind}"))
@@ -191,7 +190,7 @@ pub(crate) fn units(text: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn units_that_are_mentioned_are_ours() {
+fn mentioned_units_exist() {
     for Manual { file, source, .. } in manuals() {
         for unit in units(&source.replace(r"\-", "-")) {
             let known = project_path("systemd").join(&unit);

@@ -1,4 +1,4 @@
-//! tests/README.md and the test targets: each has a row, and every command finds what it names.
+//! tests/README.md: every test target has a row; commands, tests and files that it names exist.
 
 use super::read;
 use harness::project_path;
@@ -7,7 +7,7 @@ use std::path::Path;
 
 const README: &str = "tests/README.md";
 
-/// The names of all test targets, as cargo finds them.
+/// The names of all test targets, found as cargo does.
 fn targets() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for entry in std::fs::read_dir(project_path("tests")).unwrap() {
@@ -40,7 +40,7 @@ fn every_test_target_has_a_row() {
 }
 
 #[test]
-fn commands_name_targets_and_tests_that_exist() {
+fn named_targets_and_tests_exist() {
     let text = read(README);
     let mut seen = 0;
     for line in text.lines().filter(|line| line.contains("cargo test ")) {
@@ -64,7 +64,7 @@ fn commands_name_targets_and_tests_that_exist() {
 }
 
 #[test]
-fn files_it_names_exist() {
+fn named_files_exist() {
     let text = read(README);
     let links = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
     let quoted = text.split('`').skip(1).step_by(2).filter_map(|word| word.strip_prefix("tests/"));
