@@ -1,18 +1,15 @@
-//! Our own conformance suite for NBD servers, speaking raw bytes: one test for each point at which
-//! servers commonly go wrong.
+//! Conformance suite for NBD servers, on the level of raw bytes. Each test opens with the sentence
+//! of the NBD specification (`doc/proto.md` of NetworkBlockDevice/nbd, section in parentheses) that
+//! it checks, where there is one.
 //!
-//! It starts the server it asks, or asks any other one: `FLEXNBD_CONFORMANCE_ADDR` is an address
-//! with a port (`127.0.0.1:10809`) or the path of a unix socket. That server's default export must
-//! be writable, at least 8 MiB, and WILL BE OVERWRITTEN. What cannot be asked of a foreign server
-//! (how it was started, what its disk does) is skipped then, and says so on stderr.
+//! By default each test starts a flexnbd server. `FLEXNBD_CONFORMANCE_ADDR` selects another server
+//! by address and port (`127.0.0.1:10809`) or by the path of a unix socket. Its default export must
+//! be writable, at least 8 MiB large, and WILL BE OVERWRITTEN. Tests that need other options of the
+//! server, or its image, are then skipped with a line on stderr.
 //!
-//! It never uses the library: its numbers and encoders are its own (`common/raw.rs`).
+//! Never uses the library under test: constants and encoders are those of `harness::raw`.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "helpers of tests, too: what cannot go on fails the test"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
 
 #[path = "conformance/subject.rs"]
 mod subject;

@@ -1,19 +1,19 @@
-//! Points 8 to 12: what is refused, with which error, and that the session survives it.
+//! Requests that are refused: with which error, and that the session stays usable.
 
 use crate::subject::{Ours, Subject};
 use harness::raw::*;
 use harness::session::{MODES, Mode, Request, Session};
 use harness::{GIB, MIB, noise, read_at};
 
-/// Our own server's largest READ and WRITE, in bytes; in old style it keeps the original's.
+/// Largest READ and WRITE of flexnbd in bytes; in old style, that of the original flexnbd.
 const PAYLOAD_MAX: u64 = 64 * MIB;
 const OLD_STYLE_PAYLOAD_MAX: u64 = GIB;
 
-/// A length that no specification lets a server call a denial of service.
-const FAIR_LENGTH: u64 = 32 * MIB;
+/// The largest payload that every server must accept ("Block size constraints").
+const PORTABLE_PAYLOAD_MAX: u64 = 32 * MIB;
 
-/// The commands that name a span and carry no payload, with the error for a span beyond the end.
-const SPANS: [(u16, u32); 5] = [
+/// The commands with a range and no payload, and the error for a range beyond the end.
+const RANGE_COMMANDS: [(u16, u32); 5] = [
     (READ, EINVAL),
     (TRIM, EINVAL),
     (CACHE, EINVAL),
@@ -21,8 +21,8 @@ const SPANS: [(u16, u32); 5] = [
     (WRITE_ZEROES, ENOSPC),
 ];
 
-/// Offsets and lengths that leave a disk of this size, most of them by wrapping around.
-fn beyond(size: u64) -> Vec<(u64, u64)> {
+/// Ranges that end beyond a disk of `size` bytes; the last ones overflow 64 bits.
+fn out_of_bounds(size: u64) -> Vec<(u64, u64)> {
     vec![
         (size, 1),
         (size - 1, 2),
@@ -39,31 +39,36 @@ fn beyond(size: u64) -> Vec<(u64, u64)> {
     ]
 }
 
+/// "The server SHOULD return `NBD_ENOSPC` if it receives a write request including one or more
+/// sectors beyond the size of the device", and "`NBD_EINVAL` if it receives a read or trim request"
+/// there ("Error values"; for WRITE_ZEROES and BLOCK_STATUS, "Request types").
 #[test]
-fn point_08_offset_plus_length_never_wraps_and_each_refusal_has_its_error() {
+fn requests_beyond_the_end_are_refused() {
     let subject = Subject::any();
     for mut session in subject.sessions() {
         let size = session.size;
         session.ok(Request::write(size - 1, &[0]));
-        for (offset, length) in beyond(size) {
-            for (command, error) in SPANS {
+        for (offset, length) in out_of_bounds(size) {
+            for (command, error) in RANGE_COMMANDS {
                 let fits = session.mode == Mode::Extended || length <= u64::from(u32::MAX);
                 if fits && session.offers(command) {
                     session.refused(Request::new(command, offset, length), &[error]);
                 }
             }
         }
-        for (offset, length) in beyond(size).into_iter().filter(|(_, l)| *l <= FAIR_LENGTH) {
+        for (offset, length) in
+            out_of_bounds(size).into_iter().filter(|(_, l)| *l <= PORTABLE_PAYLOAD_MAX)
+        {
             session.refused(Request::new(WRITE, offset, length), &[ENOSPC]);
         }
-        assert_eq!(session.read(size - 1, 1), [0], "nothing was written near the end");
+        assert_eq!(session.read(size - 1, 1), [0], "the last byte is unchanged");
     }
-    a_read_only_export_permits_nothing_that_writes();
-    old_style_keeps_its_habit();
-    a_file_that_may_not_grow_has_no_space();
 }
 
-fn a_read_only_export_permits_nothing_that_writes() {
+/// "Finally, it SHOULD return `NBD_EPERM` if it receives a write or trim request on a read-only
+/// export" ("Error values").
+#[test]
+fn a_read_only_export_refuses_writes() {
     let Some(ours) = Ours::start("a read-only export", 8 * MIB, &["--read-only"]) else { return };
     for mode in MODES {
         let mut session = ours.session(mode);
@@ -78,24 +83,27 @@ fn a_read_only_export_permits_nothing_that_writes() {
     }
 }
 
-fn old_style_keeps_its_habit() {
+/// The original flexnbd replies ENOSPC to READ, too, and its clients may depend on it.
+#[test]
+fn old_style_replies_enospc_beyond_the_end() {
     let Some(ours) = Ours::start("old style", 8 * MIB, &["--oldstyle"]) else { return };
     let mut session = Session::open_old_style(ours.endpoint());
     assert_eq!(session.size, 8 * MIB);
     assert_ne!(session.flags & HAS_FLAGS, 0);
-    for (offset, length) in beyond(8 * MIB) {
+    for (offset, length) in out_of_bounds(8 * MIB) {
         session.refused(Request::new(READ, offset, length), &[ENOSPC]);
         session.refused(Request::new(WRITE, offset, length), &[ENOSPC]);
     }
 }
 
-/// EFBIG is no error of the protocol: whatever the kernel says is translated.
-fn a_file_that_may_not_grow_has_no_space() {
-    let what = "a write that the kernel refuses with EFBIG";
+/// "It also SHOULD map the `EDQUOT` and `EFBIG` errors to `NBD_ENOSPC`" ("Error values").
+#[test]
+fn efbig_is_replied_as_enospc() {
+    let what = "a write that fails with EFBIG";
     let limited = ["sh", "-c", "trap '' XFSZ; ulimit -f 2048; exec \"$@\"", "sh"];
     let Some(ours) = Ours::start_with(what, 8 * MIB, |b, _, _| b.through(limited)) else { return };
     let writable = file_size_limit(ours.server.pid());
-    assert!(writable < 8 * MIB, "the limit is in force: {writable}");
+    assert!(writable < 8 * MIB, "limit {writable}");
     for mode in MODES {
         let mut session = ours.session(mode);
         session.ok(Request::write(writable - 512, &[7; 512]));
@@ -103,80 +111,85 @@ fn a_file_that_may_not_grow_has_no_space() {
     }
 }
 
-/// The limit on file sizes of a process, in bytes.
+/// RLIMIT_FSIZE of a process in bytes.
 fn file_size_limit(pid: u32) -> u64 {
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
     let line = limits.lines().find(|l| l.starts_with("Max file size")).unwrap();
     line.split_whitespace().nth(3).unwrap().parse().unwrap()
 }
 
-/// A payload made of requests: a server that reads fewer bytes than it should obeys them and gives
-/// itself away, both by its replies and by what it writes at the start of the disk.
-fn treacherous_payload(mode: Mode, length: u64) -> Vec<u8> {
-    let trap = match mode {
+/// A payload that consists of WRITE_ZEROES requests: a server that consumes too few bytes of it
+/// executes them, which shows in its replies and at the start of the disk.
+fn payload_of_requests(mode: Mode, length: u64) -> Vec<u8> {
+    let request = match mode {
         Mode::Extended => encode_extended_request(WRITE_ZEROES, 0, 0xdead, 0, 512),
         _ => encode_request(WRITE_ZEROES, 0, 0xdead, 0, 512),
     };
     let length = length as usize;
-    let mut payload = trap.repeat(length / trap.len() + 1);
+    let mut payload = request.repeat(length / request.len() + 1);
     payload.truncate(length);
     payload
 }
 
+/// "The client MUST follow the request header with *length* number of bytes to be written to the
+/// device" ("Request types", WRITE): a server that refuses the request has to skip exactly these.
 #[test]
-fn point_09_the_payload_of_a_refused_write_is_consumed_exactly() {
+fn payloads_of_refused_writes_are_skipped_exactly() {
     let subject = Subject::any();
     for mut session in subject.sessions() {
         let marker = noise(512, 9);
         session.ok(Request::write(0, &marker));
-        for length in [1, 27, 28, 29, 512, 4095, MIB, MIB + 3, FAIR_LENGTH] {
-            let payload = treacherous_payload(session.mode, length);
-            let almost_out = session.size - (length / 2).min(512);
-            session.refused(Request::write(almost_out, &payload), &[ENOSPC]);
+        for length in [1, 27, 28, 29, 512, 4095, MIB, MIB + 3, PORTABLE_PAYLOAD_MAX] {
+            let payload = payload_of_requests(session.mode, length);
+            let near_end = session.size - (length / 2).min(512);
+            session.refused(Request::write(near_end, &payload), &[ENOSPC]);
             session.refused(Request::write(4096, &payload).flags(1 << 14), &[EINVAL]);
-            assert_eq!(session.read(0, 512), marker, "{length} bytes were not payload but obeyed");
+            assert_eq!(
+                session.read(0, 512),
+                marker,
+                "part of a payload of {length} bytes was executed"
+            );
         }
     }
-    eof_in_the_middle_ends_the_session(&subject);
-    a_refused_payload_is_not_held_in_memory();
-    a_read_only_export_consumes_payloads();
 }
 
-fn eof_in_the_middle_ends_the_session(subject: &Subject) {
+#[test]
+fn eof_within_a_payload_closes_the_connection() {
+    let subject = Subject::any();
     for mut session in subject.sessions() {
         for offset in [0, session.size] {
-            let mut torn = Session::open(subject.endpoint(), session.mode).unwrap();
-            let (_, bytes) = torn.encode(&Request::write(offset, &[1; 4096]));
-            torn.wire.send(&bytes[..bytes.len() - 1]);
-            torn.wire.shutdown_write();
+            let mut truncated = Session::open(subject.endpoint(), session.mode).unwrap();
+            let (_, bytes) = truncated.encode(&Request::write(offset, &[1; 4096]));
+            truncated.wire.send(&bytes[..bytes.len() - 1]);
+            truncated.wire.shutdown_write();
             if offset == 0 {
-                torn.wire.expect_closed("EOF before the last byte of a payload");
+                truncated.wire.expect_closed("EOF before the last byte of a payload");
             } else {
-                only_a_refusal_comes(&mut torn, offset);
+                assert_at_most_an_error_reply(&mut truncated, offset);
             }
         }
         session.assert_in_sync();
     }
 }
 
-/// The refusal may be sent before the payload is there; then the session ends all the same.
+/// The server may send the error before the payload is complete, and must then close the
+/// connection.
 #[track_caller]
-fn only_a_refusal_comes(torn: &mut Session, offset: u64) {
-    let last_words = torn.wire.recv_to_end();
-    let error = match torn.mode {
-        Mode::Simple => last_words.get(4..8),
-        Mode::Structured if last_words.starts_with(&SIMPLE_REPLY.to_be_bytes()) => {
-            last_words.get(4..8)
-        }
-        Mode::Structured => last_words.get(20..24),
-        Mode::Extended => last_words.get(32..36),
+fn assert_at_most_an_error_reply(truncated: &mut Session, offset: u64) {
+    let received = truncated.wire.recv_to_end();
+    let error = match truncated.mode {
+        Mode::Simple => received.get(4..8),
+        Mode::Structured if received.starts_with(&SIMPLE_REPLY.to_be_bytes()) => received.get(4..8),
+        Mode::Structured => received.get(20..24),
+        Mode::Extended => received.get(32..36),
     };
     let refusal = error.is_some_and(|e| e == ENOSPC.to_be_bytes() || e == EINVAL.to_be_bytes());
-    assert!(last_words.is_empty() || refusal, "a torn WRITE at {offset}: {last_words:02x?}");
+    assert!(received.is_empty() || refusal, "a truncated WRITE at {offset}: {received:02x?}");
 }
 
-fn a_refused_payload_is_not_held_in_memory() {
-    let what = "memory held for a refused WRITE";
+#[test]
+fn payloads_of_refused_writes_are_not_buffered() {
+    let what = "memory for the payload of a refused WRITE";
     let Some(ours) = Ours::start(what, 512 * MIB, &[]) else { return };
     for mode in MODES {
         let mut session = ours.session(mode);
@@ -185,25 +198,27 @@ fn a_refused_payload_is_not_held_in_memory() {
         session.refused(Request::new(WRITE, 0, 256 * MIB), &[EINVAL]);
         session.refused(Request::new(WRITE, 512 * MIB - 1, 48 * MIB), &[ENOSPC]);
         let grown = ours.server.resources().rss_bytes_peak - before;
-        assert!(grown < 32 * MIB, "{grown} bytes more for payloads that nobody wants ({mode:?})");
+        assert!(grown < 32 * MIB, "{grown} bytes allocated for refused payloads ({mode:?})");
     }
     assert_eq!(read_at(&ours.image, 0, 4096), [0; 4096], "nothing was written");
 }
 
-fn a_read_only_export_consumes_payloads() {
+#[test]
+fn a_read_only_export_skips_payloads_exactly() {
     let what = "payloads for a read-only export";
     let Some(ours) = Ours::start(what, 8 * MIB, &["--read-only"]) else { return };
     for mode in MODES {
         let mut session = ours.session(mode);
         for length in [1, 512, MIB + 3] {
-            let payload = treacherous_payload(mode, length);
+            let payload = payload_of_requests(mode, length);
             session.refused(Request::write(0, &payload), &[EPERM]);
         }
     }
 }
 
+/// The maximum block size limits payloads only ("Block size constraints").
 #[test]
-fn point_10_only_reads_and_writes_have_a_longest_length() {
+fn requests_without_payload_may_span_the_disk() {
     let subject = Subject::any();
     for mut session in subject.sessions() {
         let longest = if session.mode == Mode::Extended { u64::MAX } else { 0xffff_fe00 };
@@ -215,13 +230,11 @@ fn point_10_only_reads_and_writes_have_a_longest_length() {
         }
         session.assert_in_sync();
     }
-    spans_may_be_longer_than_any_payload();
-    payloads_have_a_limit();
-    old_style_has_the_originals_limit();
 }
 
-fn spans_may_be_longer_than_any_payload() {
-    let Some(ours) = Ours::start("spans of 6 GiB", 6 * GIB, &[]) else { return };
+#[test]
+fn ranges_may_exceed_the_largest_payload() {
+    let Some(ours) = Ours::start("ranges of 6 GiB", 6 * GIB, &[]) else { return };
     for mode in MODES {
         let mut session = ours.session(mode);
         session.ok(Request::write(5 * GIB, &[1; 512]));
@@ -232,12 +245,13 @@ fn spans_may_be_longer_than_any_payload() {
                 session.ok(Request::new(command, offset, length));
             }
         }
-        assert_eq!(session.read(5 * GIB, 512), [0; 512], "the span reached this far");
+        assert_eq!(session.read(5 * GIB, 512), [0; 512], "zeroed at 5 GiB");
     }
 }
 
-fn payloads_have_a_limit() {
-    let Some(ours) = Ours::start("the longest payload", 128 * MIB, &[]) else { return };
+#[test]
+fn payloads_over_64_mib_are_refused() {
+    let Some(ours) = Ours::start("the largest payload", 128 * MIB, &[]) else { return };
     for mode in MODES {
         let mut session = ours.session(mode);
         session.ok(Request::new(READ, 1, PAYLOAD_MAX));
@@ -247,14 +261,15 @@ fn payloads_have_a_limit() {
     }
 }
 
-fn old_style_has_the_originals_limit() {
-    let what = "the longest payload in old style";
+#[test]
+fn old_style_payloads_over_1_gib_are_refused() {
+    let what = "the largest payload in old style";
     let Some(ours) = Ours::start(what, 3 * GIB, &["--oldstyle"]) else { return };
     let mut session = Session::open_old_style(ours.endpoint());
     session.refused(Request::new(READ, 0, OLD_STYLE_PAYLOAD_MAX + 1), &[EINVAL]);
     let cookie = session.send(&Request::new(READ, 0, OLD_STYLE_PAYLOAD_MAX));
     assert_eq!(session.wire.recv_u32(), SIMPLE_REPLY);
-    assert_eq!(session.wire.recv_u32(), 0, "the longest READ succeeds");
+    assert_eq!(session.wire.recv_u32(), 0, "the largest READ succeeds");
     assert_eq!(session.wire.recv_u64(), cookie);
     for _ in 0..OLD_STYLE_PAYLOAD_MAX / MIB {
         session.wire.recv(MIB as usize);
@@ -262,8 +277,10 @@ fn old_style_has_the_originals_limit() {
     session.assert_in_sync();
 }
 
+/// "... the behavior of a server on such a request is unspecified although the server SHOULD NOT
+/// disconnect" ("Request types"). flexnbd replies success.
 #[test]
-fn point_11_length_zero_succeeds_and_does_nothing() {
+fn length_zero_succeeds_without_effect() {
     let subject = Subject::any();
     for mut session in subject.sessions() {
         let before = noise(8192, 11);
@@ -271,26 +288,26 @@ fn point_11_length_zero_succeeds_and_does_nothing() {
         for offset in [0, 4096, 5000, session.size] {
             for command in [READ, WRITE, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS] {
                 if session.offers(command) {
-                    nothing_happens(&subject, &mut session, command, offset);
+                    assert_no_effect(&subject, &mut session, command, offset);
                 }
             }
         }
-        assert_eq!(session.read(4096, 8192), before, "nothing changed");
+        assert_eq!(session.read(4096, 8192), before, "the data is unchanged");
     }
 }
 
 #[track_caller]
-fn nothing_happens(subject: &Subject, session: &mut Session, command: u16, offset: u64) {
+fn assert_no_effect(subject: &Subject, session: &mut Session, command: u16, offset: u64) {
     let answer = session.ask(Request::new(command, offset, 0));
-    assert!(answer.data.is_empty() && answer.extents.is_empty(), "nothing can be given");
+    assert!(answer.data.is_empty() && answer.extents.is_empty(), "no data and no extents");
     if subject.is_ours() {
         assert_eq!(answer.error, 0, "command {command} of length 0 at {offset}");
     }
     session.assert_in_sync();
 }
 
-/// Flags that do not belong to a command, for each of them.
-fn foreign_flags(session: &Session) -> Vec<(u16, Vec<u16>)> {
+/// For each command, the flags that are not valid for it.
+fn invalid_flags(session: &Session) -> Vec<(u16, Vec<u16>)> {
     let also_unknown = if session.mode == Mode::Extended { 1 << 7 } else { PAYLOAD_LEN };
     let unknown = [also_unknown, 1 << 6, 1 << 10, 1 << 15];
     let df_is_unknown = session.flags & SEND_DF == 0;
@@ -314,8 +331,11 @@ fn length_for(command: u16) -> u64 {
     if command == FLUSH { 0 } else { 4096 }
 }
 
+/// "The server SHOULD return `NBD_EINVAL` if it receives an unknown command flag. It also SHOULD
+/// return `NBD_EINVAL` if it receives a request with a flag not explicitly documented as applicable
+/// to the given request", and for "an unknown command" ("Error values").
 #[test]
-fn point_12_unknown_commands_and_flags_are_invalid_and_the_session_goes_on() {
+fn unknown_commands_and_flags_are_refused() {
     let subject = Subject::any();
     for mut session in subject.sessions() {
         let before = noise(4096, 12);
@@ -324,21 +344,21 @@ fn point_12_unknown_commands_and_flags_are_invalid_and_the_session_goes_on() {
             session.refused(Request::new(command, 0, 0), &[EINVAL]);
             session.refused(Request::new(command, 0, 4096), &[EINVAL]);
         }
-        for (command, flags) in foreign_flags(&session) {
+        for (command, flags) in invalid_flags(&session) {
             if session.offers(command) {
-                refuses_flags(&mut session, command, &flags);
+                assert_flags_refused(&mut session, command, &flags);
             }
         }
-        assert_eq!(session.read(0, 4096), before, "what was refused had no effect");
-        fua_belongs_to_everything(&mut session);
+        assert_eq!(session.read(0, 4096), before, "refused requests had no effect");
+        assert_fua_accepted(&mut session);
     }
 }
 
-/// The private command of a migration (flexnbd-migration(7)).
+/// The private command HANDOVER of a migration (flexnbd-migration(7)).
 const HANDOVER: u16 = 0x464c;
 
 #[track_caller]
-fn has_no_private_command(session: &mut Session) {
+fn assert_handover_refused(session: &mut Session) {
     for length in [0, 1, 36, 256, 257, 1 << 20, u64::from(u32::MAX)] {
         session.refused(Request::new(HANDOVER, 0, length), &[EINVAL]);
         session.refused(Request::new(HANDOVER, 512, length).flags(FUA), &[EINVAL]);
@@ -351,20 +371,20 @@ fn has_no_private_command(session: &mut Session) {
 }
 
 #[test]
-fn point_12_the_private_command_without_introduction_is_unknown() {
+fn the_private_command_needs_the_private_option() {
     let subject = Subject::any();
     for mut session in subject.sessions() {
-        has_no_private_command(&mut session);
+        assert_handover_refused(&mut session);
     }
     let arguments = ["--oldstyle"];
     if let Some(ours) = Ours::start("the private command in old style", MIB, &arguments) {
-        has_no_private_command(&mut Session::open_old_style(ours.endpoint()));
+        assert_handover_refused(&mut Session::open_old_style(ours.endpoint()));
     }
 }
 
 #[test]
-fn point_12_an_introduced_client_has_its_payload_consumed() {
-    let Some(ours) = Ours::start("an introduction to a server", MIB, &[]) else { return };
+fn the_private_command_of_a_source_is_refused() {
+    let Some(ours) = Ours::start("the private option", MIB, &[]) else { return };
     for mode in MODES {
         let mut wire = Wire::haggle(ours.endpoint(), FIXED_NEWSTYLE | NO_ZEROES);
         match mode {
@@ -385,7 +405,7 @@ fn point_12_an_introduced_client_has_its_payload_consumed() {
 }
 
 #[track_caller]
-fn refuses_flags(session: &mut Session, command: u16, flags: &[u16]) {
+fn assert_flags_refused(session: &mut Session, command: u16, flags: &[u16]) {
     for flag in flags {
         for with in [*flag, *flag | FUA] {
             let request = Request::new(command, 0, length_for(command)).flags(with);
@@ -394,8 +414,10 @@ fn refuses_flags(session: &mut Session, command: u16, flags: &[u16]) {
     }
 }
 
+/// "This flag is valid for all commands, provided `NBD_FLAG_SEND_FUA` has been negotiated"
+/// ("Command flags").
 #[track_caller]
-fn fua_belongs_to_everything(session: &mut Session) {
+fn assert_fua_accepted(session: &mut Session) {
     if session.flags & SEND_FUA == 0 {
         return;
     }

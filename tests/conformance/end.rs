@@ -1,4 +1,4 @@
-//! Points 18 to 21: how sessions end, and how they do not.
+//! How sessions end, and that many requests in flight do not end them.
 
 use crate::subject::{Ours, Subject};
 use harness::raw::*;
@@ -6,8 +6,10 @@ use harness::session::{MODES, Mode, Request, Session};
 use harness::{KIB, MIB, noise, read_at};
 use std::collections::HashMap;
 
+/// "A disconnect request. The server MUST handle all outstanding requests, shut down the TLS
+/// session (if one is running), and close the TCP session" ("Request types").
 #[test]
-fn point_18_disc_ends_the_session_after_every_reply_and_means_nothing_else() {
+fn disc_closes_after_all_replies() {
     let subject = Subject::any();
     let mut bystander = subject.session(Mode::Simple).unwrap();
     for mut session in subject.sessions() {
@@ -27,25 +29,27 @@ fn point_18_disc_ends_the_session_after_every_reply_and_means_nothing_else() {
         session.wire.send(&bytes);
         while !pending.is_empty() {
             let (cookie, answer) = session.recv_reply(&pending);
-            assert_eq!(answer.error, 0, "what was asked before DISC is done");
+            assert_eq!(answer.error, 0, "a request before DISC");
             pending.remove(&cookie);
         }
         session.wire.expect_closed("after DISC");
         for i in 0..50 {
             let data = bystander.read(4 * MIB + i * 4096, 4096);
-            assert!(data == noise(4096, i), "write {i} before DISC has happened");
+            assert!(data == noise(4096, i), "write {i} before DISC");
         }
         bystander.ok(Request::new(WRITE_ZEROES, 4 * MIB, MIB));
     }
     subject.still_serves();
 }
 
+/// "Either side MAY initiate a hard disconnect if it detects a violation by the other party of a
+/// mandatory condition within this document" ("Terminating the transmission phase").
 #[test]
-fn point_19_a_bad_request_magic_ends_the_session() {
+fn a_bad_request_magic_closes_the_connection() {
     let subject = Subject::any();
     for mode in MODES {
-        let wrong_dialect = if mode == Mode::Extended { REQUEST } else { EXTENDED_REQUEST };
-        for magic in [0, u32::MAX, 0x1256_0953, 0x2560_9514, SIMPLE_REPLY, wrong_dialect] {
+        let wrong_mode = if mode == Mode::Extended { REQUEST } else { EXTENDED_REQUEST };
+        for magic in [0, u32::MAX, 0x1256_0953, 0x2560_9514, SIMPLE_REPLY, wrong_mode] {
             let Some(mut session) = subject.session(mode) else { continue };
             session.assert_in_sync();
             let (_, mut bytes) = session.encode_header(READ, 0, 0, 512);
@@ -55,17 +59,17 @@ fn point_19_a_bad_request_magic_ends_the_session() {
             if subject.is_ours() {
                 session.wire.expect_closed(&why);
             } else {
-                let last_words = session.wire.recv_to_end();
-                assert!(last_words.len() < 512, "{why}: no data in answer to it");
+                let received = session.wire.recv_to_end();
+                assert!(received.len() < 512, "{why}: data in the reply");
             }
         }
     }
     subject.still_serves();
-    old_style_says_so_first();
 }
 
-/// The original answers before it closes, and its clients may count on it.
-fn old_style_says_so_first() {
+/// The original flexnbd replies before it closes, and its clients may depend on it.
+#[test]
+fn old_style_replies_einval_to_a_bad_magic() {
     let Some(ours) = Ours::start("a bad magic in old style", MIB, &["--oldstyle"]) else { return };
     let mut session = Session::open_old_style(ours.endpoint());
     let (cookie, mut bytes) = session.encode_header(READ, 0, 0, 512);
@@ -77,9 +81,11 @@ fn old_style_says_so_first() {
     session.wire.expect_closed("a bad magic in old style");
 }
 
+/// Receiving requests and sending replies must not wait for each other in a cycle.
 #[test]
-fn point_20_a_client_may_send_200_requests_before_it_reads() {
-    /// More in all than the kernel's socket buffers swallow: the server has to take it.
+fn a_client_may_send_200_requests_unread() {
+    /// In sum more than the socket buffers of the kernel hold, so that the server has to receive
+    /// it.
     const LENGTH: u64 = 256 * KIB;
     let subject = Subject::any();
     for mut session in subject.sessions() {
@@ -93,7 +99,7 @@ fn point_20_a_client_may_send_200_requests_before_it_reads() {
         let mut answered = 0;
         session.pipeline(mix, |request, answer| {
             assert_eq!(answer.error, 0);
-            assert!(request.command == WRITE || answer.data == data, "the data of a READ");
+            assert!(request.command == WRITE || answer.data == data, "data of a READ");
             answered += 1;
         });
         assert_eq!(answered, 200);
@@ -101,15 +107,18 @@ fn point_20_a_client_may_send_200_requests_before_it_reads() {
     }
 }
 
-/// Requests that are in flight when the server is told to end: a few whose replies fill every buffer,
-/// and behind them more than the server will have received, so that its closing finds them unread.
+/// Count and length of the requests in flight at SIGTERM: a few whose replies fill all buffers,
+/// then more than the server can have received, so that it closes a socket with unread data.
 const LONG: (u64, u64) = (8, 4 * MIB);
 const SHORT: (u64, u64) = (40_000, 1);
 
+/// "On a server shutdown, the server SHOULD wait for inflight requests to be serviced prior to
+/// initiating a hard disconnect" ("Terminating the transmission phase"). It MAY reply ESHUTDOWN
+/// instead; flexnbd never does, since QEMU then fails the guest's I/O instead of reconnecting.
 #[test]
-fn point_21_a_planned_end_finishes_what_is_in_flight_and_never_says_eshutdown() {
+fn sigterm_completes_requests_in_flight() {
     for mode in MODES {
-        let Some(mut ours) = Ours::start("a planned end", 16 * MIB, &[]) else { return };
+        let Some(mut ours) = Ours::start("SIGTERM", 16 * MIB, &[]) else { return };
         let mut idle = ours.session(mode);
         let mut session = ours.session(mode);
         session.ok(Request::write(0, &noise(LONG.1 as usize, 22)));
@@ -126,18 +135,19 @@ fn point_21_a_planned_end_finishes_what_is_in_flight_and_never_says_eshutdown() 
         let mut stream = session.wire.recv(4);
         ours.server.signal(nix::sys::signal::Signal::SIGTERM);
         let (rest, end) = session.wire.recv_to_end_or_error();
-        assert!(end.is_ok(), "replies on their way are not thrown away ({mode:?}): {end:?}");
+        assert!(end.is_ok(), "the connection is reset with replies in transit ({mode:?}): {end:?}");
         stream.extend(rest);
         let complete = complete_replies(mode, &stream, &lengths);
         assert!((1..=lengths.len()).contains(&complete), "{complete} replies ({mode:?})");
         drop(session);
-        idle.wire.expect_closed("an idle session when the server ends");
-        assert_eq!(ours.server.wait_for_end().code(), Some(0), "a planned end is a success");
-        assert!(read_at(&ours.image, 0, 4096) == noise(4096, 22), "the image is as it was left");
+        idle.wire.expect_closed("an idle session after SIGTERM");
+        assert_eq!(ours.server.wait_for_end().code(), Some(0), "exit status after SIGTERM");
+        assert!(read_at(&ours.image, 0, 4096) == noise(4096, 22), "the image is unchanged");
     }
 }
 
-/// How many whole, successful replies to READs of these lengths make up the stream.
+/// Counts the complete replies in `stream` to READs of `lengths` (by cookie). Fails on an error
+/// reply and on an incomplete one.
 #[track_caller]
 fn complete_replies(mode: Mode, stream: &[u8], lengths: &HashMap<u64, u64>) -> usize {
     let mut at = 0;
@@ -146,7 +156,7 @@ fn complete_replies(mode: Mode, stream: &[u8], lengths: &HashMap<u64, u64>) -> u
     while at < stream.len() {
         let head = &stream[at..stream.len().min(at + 32)];
         let header = [16, 20, 32][mode as usize];
-        assert!(head.len() >= header, "the last reply is torn within its header");
+        assert!(head.len() >= header, "the header of the last reply is truncated");
         let length = lengths[&big_endian(&head[8..16])];
         let (payload, done, failed) = match mode {
             Mode::Simple => (length, true, big_endian(&head[4..8]) != 0),
@@ -158,7 +168,11 @@ fn complete_replies(mode: Mode, stream: &[u8], lengths: &HashMap<u64, u64>) -> u
         complete += usize::from(done);
         last_is_done = done;
     }
-    assert!(at == stream.len() && last_is_done, "the last reply is torn: {at}, {}", stream.len());
+    assert!(
+        at == stream.len() && last_is_done,
+        "the last reply is truncated: {at}, {}",
+        stream.len()
+    );
     complete
 }
 

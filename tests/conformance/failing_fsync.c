@@ -1,4 +1,5 @@
-/* Preloaded into the server under test: counts what makes data durable, and makes it fail on demand.
+/* Preloaded into the server under test: counts the calls that make data durable, and fails them on
+ * demand.
  *
  * FAILING_FSYNC_DIR names a directory. Each call appends a byte to its file "count"; while its file
  * "fail" exists, each call fails with EIO and does nothing.
@@ -11,7 +12,7 @@
 #include <sys/mman.h>
 #include <sys/uio.h>
 
-static int refused(void)
+static int fails(void)
 {
     const char *dir = getenv("FAILING_FSYNC_DIR");
     char path[4096];
@@ -33,29 +34,29 @@ static int refused(void)
 
 int fsync(int fd)
 {
-    return refused() ? -1 : NEXT(fsync, fd);
+    return fails() ? -1 : NEXT(fsync, fd);
 }
 
 int fdatasync(int fd)
 {
-    return refused() ? -1 : NEXT(fdatasync, fd);
+    return fails() ? -1 : NEXT(fdatasync, fd);
 }
 
 int msync(void *start, size_t length, int flags)
 {
-    return refused() ? -1 : NEXT(msync, start, length, flags);
+    return fails() ? -1 : NEXT(msync, start, length, flags);
 }
 
 ssize_t pwritev2(int fd, const struct iovec *pieces, int count, off_t offset, int flags)
 {
-    if ((flags & (RWF_DSYNC | RWF_SYNC)) && refused())
+    if ((flags & (RWF_DSYNC | RWF_SYNC)) && fails())
         return -1;
     return NEXT(pwritev2, fd, pieces, count, offset, flags);
 }
 
 ssize_t pwritev64v2(int fd, const struct iovec *pieces, int count, off64_t offset, int flags)
 {
-    if ((flags & (RWF_DSYNC | RWF_SYNC)) && refused())
+    if ((flags & (RWF_DSYNC | RWF_SYNC)) && fails())
         return -1;
     return NEXT(pwritev64v2, fd, pieces, count, offset, flags);
 }

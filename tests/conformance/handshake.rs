@@ -1,4 +1,4 @@
-//! Points 1 to 7: the haggling, up to the first request.
+//! The handshake: client flags, options, exports, meta contexts, extended headers.
 
 use crate::subject::{Ours, Subject};
 use harness::raw::*;
@@ -6,50 +6,57 @@ use harness::session::{Mode, Request, Session};
 use harness::{MIB, noise, wait_until};
 use std::collections::HashMap;
 
-/// An option that nobody has defined.
+/// An undefined option.
 const UNKNOWN_OPTION: u32 = 0x7777_0001;
 
-/// Ends the haggling with EXPORT_NAME; `padded` says whether zeroes must follow.
+/// Ends the option haggling with EXPORT_NAME; with `padded`, 124 zero bytes must follow.
 #[track_caller]
 fn enter_by_name(mut wire: Wire, name: &[u8], padded: bool) -> Session {
     wire.send_option(OPT_EXPORT_NAME, name);
     let size = wire.recv_u64();
     let flags = wire.recv_u16();
     if padded {
-        assert_eq!(wire.recv(ZEROES), [0; ZEROES], "the padding is zero");
+        assert_eq!(wire.recv(ZEROES), [0; ZEROES], "padding");
     }
     Session::after_handshake(wire, Mode::Simple, None, size, flags)
 }
 
+/// "... the server MUST drop the TCP connection if the client sets an unknown flag" ("Client
+/// flags").
 #[test]
-fn point_01_unknown_client_flags_end_the_session_and_known_ones_decide_the_padding() {
+fn unknown_client_flags_close_the_connection() {
     let subject = Subject::any();
     for unknown in [1 << 2, 1 << 15, FIXED_NEWSTYLE | 1 << 16, NO_ZEROES | 1 << 31, u32::MAX] {
         let mut wire = Wire::haggle(subject.endpoint(), unknown);
         let _ = wire.try_send(&encode_option(OPT_EXPORT_NAME, b""));
         wire.expect_closed(&format!("client flags {unknown:#x}"));
     }
+}
+
+/// "If set, the server MUST NOT send the 124 bytes of zeroes when the client ends negotiation with
+/// `NBD_OPT_EXPORT_NAME`" ("Client flags"). "The server MUST NOT send any zero padding bytes after
+/// the `NBD_REP_ACK` data" ("Option types").
+#[test]
+fn no_zeroes_omits_the_padding() {
+    let subject = Subject::any();
     for flags in [0, FIXED_NEWSTYLE, NO_ZEROES, FIXED_NEWSTYLE | NO_ZEROES] {
         let wire = Wire::haggle(subject.endpoint(), flags);
         let padded = flags & NO_ZEROES == 0;
         let mut session = enter_by_name(wire, b"", padded);
-        assert!(session.size >= 8 * MIB, "the size of the export, client flags {flags:#x}");
+        assert!(session.size >= 8 * MIB, "export size, client flags {flags:#x}");
         session.assert_in_sync();
     }
     let unpadded_after_go = Wire::haggle(subject.endpoint(), FIXED_NEWSTYLE);
     Session::go(unpadded_after_go, Mode::Simple, None, b"").assert_in_sync();
 }
 
+/// "The presence of the option length in every option allows the server to skip any options
+/// presented by the client that it does not understand" ("Newstyle negotiation"). To STARTTLS a
+/// server without TLS "MUST respond with `NBD_REP_ERR_POLICY` ..., `NBD_REP_ERR_UNSUP`" ("NOTLS
+/// mode").
 #[test]
-fn point_02_unknown_options_are_skipped_absurd_lengths_end_it_and_strings_are_checked() {
+fn unknown_options_are_skipped() {
     let subject = Subject::any();
-    unknown_options_are_skipped(&subject);
-    absurd_lengths_end_the_session(&subject);
-    names_are_checked(&subject);
-    subject.still_serves();
-}
-
-fn unknown_options_are_skipped(subject: &Subject) {
     let mut wire = subject.haggle();
     for option in [UNKNOWN_OPTION, 0, OPT_PEEK_EXPORT, 12, u32::MAX] {
         for length in [0, 1, 300, STRING_MAX, 8 << 10] {
@@ -61,29 +68,35 @@ fn unknown_options_are_skipped(subject: &Subject) {
     assert!([REP_ERR_UNSUP, REP_ERR_POLICY].contains(&tls), "STARTTLS: {tls:#x}");
     wire.assert_haggling_in_sync();
     Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
+    subject.still_serves();
 }
 
-fn absurd_lengths_end_the_session(subject: &Subject) {
-    let before = memory_peak(subject);
+/// "... if a server believes a client's behaviour constitutes a denial of service, it MAY initiate
+/// a hard disconnect" ("Termination of the session during option haggling").
+#[test]
+fn oversized_options_close_the_connection() {
+    let subject = Subject::any();
+    let before = memory_peak(&subject);
     for option in [UNKNOWN_OPTION, OPT_EXPORT_NAME, OPT_GO, OPT_LIST, OPT_SET_META_CONTEXT] {
         for length in [u32::MAX, i32::MAX as u32, 1 << 30] {
             let mut wire = subject.haggle();
             wire.send(&encode_option_of_length(option, length, &[]));
-            let last_words = wire.recv_to_end();
-            let lies = last_words.len() > 20 + STRING_MAX;
-            assert!(!lies, "option {option} of {length} bytes is answered at length");
+            let received = wire.recv_to_end();
+            let is_short = received.len() <= 20 + STRING_MAX;
+            assert!(is_short, "option {option} of {length} bytes: more than one error reply");
             let mut wire = subject.haggle();
             wire.send(&encode_option_of_length(option, length, &[]));
             let filler = vec![0; MIB as usize];
-            let swallowed = (0..64).all(|_| wire.try_send(&filler).is_ok());
-            assert!(!swallowed, "option {option} of {length} bytes does not end the session");
+            let all_sent = (0..64).all(|_| wire.try_send(&filler).is_ok());
+            assert!(!all_sent, "option {option} of {length} bytes: the connection stays open");
         }
     }
-    let grown = memory_peak(subject).saturating_sub(before);
-    assert!(grown < 32 * MIB, "{grown} bytes of memory for lengths that were only claimed");
+    let grown = memory_peak(&subject).saturating_sub(before);
+    assert!(grown < 32 * MIB, "{grown} bytes allocated for announced lengths");
+    subject.still_serves();
 }
 
-/// The most memory our own server ever had; zero for another one, of which we cannot know.
+/// Peak resident memory of flexnbd in bytes; 0 for a foreign server, where it is unknown.
 fn memory_peak(subject: &Subject) -> u64 {
     match subject {
         Subject::Ours(ours) => ours.server.resources().rss_bytes_peak,
@@ -91,7 +104,12 @@ fn memory_peak(subject: &Subject) -> u64 {
     }
 }
 
-fn names_are_checked(subject: &Subject) {
+/// A string "MUST NOT contain `NUL` characters, SHOULD be no longer than 256 bytes and MUST be no
+/// longer than 4096 bytes" ("Conventions"). "If the chosen export does not exist ..., the server
+/// MUST terminate the session" ("Option types", EXPORT_NAME).
+#[test]
+fn invalid_export_names_are_refused() {
+    let subject = Subject::any();
     let mut wire = subject.haggle();
     for option in [OPT_INFO, OPT_GO] {
         let longest = vec![b'n'; STRING_MAX];
@@ -104,19 +122,22 @@ fn names_are_checked(subject: &Subject) {
         for wrong in [b"a\0b".as_slice(), b"\xff\xfe", b"\xed\xa0\x80"] {
             let answer = wire.ask_final(option, &encode_go(wrong, &[]));
             let refusals = [REP_ERR_INVALID, REP_ERR_UNKNOWN];
-            assert!(refusals.contains(&answer), "the name {wrong:02x?}: {answer:#x}");
+            assert!(refusals.contains(&answer), "name {wrong:02x?}: {answer:#x}");
         }
     }
     wire.assert_haggling_in_sync();
     for name in [b"no such export".to_vec(), vec![b'n'; STRING_MAX + 1]] {
         let mut wire = subject.haggle();
         wire.send_option(OPT_EXPORT_NAME, &name);
-        wire.expect_closed("EXPORT_NAME has no way to refuse but closing");
+        wire.expect_closed("EXPORT_NAME, which has no error reply, of an unknown export");
     }
+    subject.still_serves();
 }
 
+/// "The client MUST NOT send any additional data with the option, and the server SHOULD reject a
+/// request that includes data with `NBD_REP_ERR_INVALID`" ("Option types").
 #[test]
-fn point_03_options_without_data_refuse_data_and_abort_is_acknowledged() {
+fn options_without_data_refuse_data() {
     let subject = Subject::any();
     let mut wire = subject.haggle();
     for option in [OPT_LIST, OPT_STRUCTURED_REPLY, OPT_EXTENDED_HEADERS] {
@@ -127,9 +148,16 @@ fn point_03_options_without_data_refuse_data_and_abort_is_acknowledged() {
             assert!(refused, "option {option} with data: {answer:#x}");
         }
     }
-    the_list_names_the_default_export(&mut wire);
+    list_names_an_export(&mut wire);
     Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
+}
 
+/// "The server MUST reply with `NBD_REP_ACK`", "SHOULD ignore any data sent by the client", and
+/// "SHOULD gracefully handle the client sending an `NBD_OPT_ABORT` and closing the connection
+/// without waiting for a reply" ("Option types").
+#[test]
+fn abort_is_acknowledged_before_the_close() {
+    let subject = Subject::any();
     for length in [0, 7, 64 << 10, 1 << 20] {
         let mut wire = subject.haggle();
         let answer = wire.ask_final(OPT_ABORT, &vec![b'!'; length]);
@@ -142,7 +170,7 @@ fn point_03_options_without_data_refuse_data_and_abort_is_acknowledged() {
     subject.still_serves();
 }
 
-fn the_list_names_the_default_export(wire: &mut Wire) {
+fn list_names_an_export(wire: &mut Wire) {
     let (replies, last) = wire.ask(OPT_LIST, &[]);
     assert_eq!(last, REP_ACK, "LIST without data");
     let names: Vec<&[u8]> = replies
@@ -153,30 +181,29 @@ fn the_list_names_the_default_export(wire: &mut Wire) {
             &reply.data[4..4 + length]
         })
         .collect();
-    assert!(!names.is_empty(), "LIST names what there is");
+    assert!(!names.is_empty(), "LIST names an export");
     assert!(names.iter().all(|name| std::str::from_utf8(name).is_ok()), "names are UTF-8");
 }
 
+/// "... the server MUST reply with the same set of information, such as transmission flags in the
+/// `NBD_INFO_EXPORT` reply" ("Option types", INFO and GO).
 #[test]
-fn point_04_info_and_go_say_the_same_and_their_lengths_must_add_up() {
+fn info_and_go_reply_the_same() {
     let subject = Subject::any();
     let all = [INFO_EXPORT, INFO_NAME, INFO_DESCRIPTION, INFO_BLOCK_SIZE, INFO_BLOCK_SIZE, 0x4242];
-    for wishes in [&[][..], &all, &[INFO_BLOCK_SIZE], &[0xffff, 0xffff]] {
+    for requests in [&[][..], &all, &[INFO_BLOCK_SIZE], &[0xffff, 0xffff]] {
         let mut wire = subject.haggle();
-        let info = all_infos(&mut wire, OPT_INFO, wishes);
-        let go = all_infos(&mut wire, OPT_GO, wishes);
-        assert_eq!(info, go, "INFO and GO, asked for {wishes:?}");
-        check_infos(&subject, &go, wishes);
+        let info = all_infos(&mut wire, OPT_INFO, requests);
+        let go = all_infos(&mut wire, OPT_GO, requests);
+        assert_eq!(info, go, "INFO and GO with requests {requests:?}");
+        check_infos(&subject, &go, requests);
         Session::after_handshake(wire, Mode::Simple, None, 0, 0).assert_in_sync();
     }
-    malformed_requests_are_refused(&subject);
-    unknown_exports_are_unknown_to_both(&subject);
-    the_flags_belong_to_the_dialect(&subject);
 }
 
 #[track_caller]
-fn all_infos(wire: &mut Wire, option: u32, wishes: &[u16]) -> Vec<OptionReply> {
-    let (mut replies, last) = wire.ask(option, &encode_go(b"", wishes));
+fn all_infos(wire: &mut Wire, option: u32, requests: &[u16]) -> Vec<OptionReply> {
+    let (mut replies, last) = wire.ask(option, &encode_go(b"", requests));
     assert_eq!(last, REP_ACK, "option {option} for the default export");
     replies.sort();
     replies
@@ -187,29 +214,33 @@ fn info_of(replies: &[OptionReply], kind: u16) -> Vec<&[u8]> {
     replies.iter().filter(|r| r.data[..2] == wanted).map(|r| &r.data[2..]).collect()
 }
 
-fn check_infos(subject: &Subject, replies: &[OptionReply], wishes: &[u16]) {
+fn check_infos(subject: &Subject, replies: &[OptionReply], requests: &[u16]) {
     assert!(replies.iter().all(|r| r.kind == REP_INFO), "only INFO replies before the ACK");
     for kind in [INFO_EXPORT, INFO_NAME, INFO_DESCRIPTION, INFO_BLOCK_SIZE] {
-        assert!(info_of(replies, kind).len() <= 1, "info {kind} comes once, however often asked");
+        assert!(info_of(replies, kind).len() <= 1, "info {kind} is sent once");
     }
     let export = info_of(replies, INFO_EXPORT);
-    assert_eq!(export.len(), 1, "INFO_EXPORT always comes");
-    assert_eq!(export[0].len(), 10, "the length of INFO_EXPORT");
+    assert_eq!(export.len(), 1, "INFO_EXPORT is always sent");
+    assert_eq!(export[0].len(), 10, "length of INFO_EXPORT");
     if let Some(sizes) = info_of(replies, INFO_BLOCK_SIZE).first() {
-        assert_eq!(sizes.len(), 12, "the length of INFO_BLOCK_SIZE");
+        assert_eq!(sizes.len(), 12, "length of INFO_BLOCK_SIZE");
         let size = |i: usize| u32::from_be_bytes(sizes[i..i + 4].try_into().unwrap());
         let (minimum, preferred, maximum) = (size(0), size(4), size(8));
         assert!(minimum.is_power_of_two() && minimum <= 1 << 16, "minimum {minimum}");
         assert!(preferred.is_power_of_two() && preferred >= minimum.max(512), "{preferred}");
         assert!(maximum == u32::MAX || maximum % minimum == 0, "maximum {maximum}");
     }
-    if subject.is_ours() && wishes.contains(&INFO_BLOCK_SIZE) {
+    if subject.is_ours() && requests.contains(&INFO_BLOCK_SIZE) {
         let sizes = [1_u32, 4096, 32 << 20].map(u32::to_be_bytes).concat();
-        assert_eq!(info_of(replies, INFO_BLOCK_SIZE), [sizes], "our block sizes");
+        assert_eq!(info_of(replies, INFO_BLOCK_SIZE), [sizes], "block sizes of flexnbd");
     }
 }
 
-fn malformed_requests_are_refused(subject: &Subject) {
+/// Length of name "MUST be no larger than the option data length - 6" ("Option types", INFO and
+/// GO).
+#[test]
+fn malformed_info_and_go_are_refused() {
+    let subject = Subject::any();
     let mut wire = subject.haggle();
     let good = encode_go(b"name", &[INFO_NAME, INFO_BLOCK_SIZE]);
     let with = |at: usize, bytes: &[u8]| {
@@ -226,8 +257,8 @@ fn malformed_requests_are_refused(subject: &Subject) {
         ("a name that leaves no room for the count", with(0, &[0, 0, 0, 9])),
         ("a name of 4 GiB", with(0, &[0xff; 4])),
         ("a length whose sum wraps", with(0, &[0xff, 0xff, 0xff, 0xfc])),
-        ("more requests than there are", with(8, &[0, 3])),
-        ("fewer requests than there are", with(8, &[0, 1])),
+        ("more requests announced than sent", with(8, &[0, 3])),
+        ("fewer requests announced than sent", with(8, &[0, 1])),
         ("65535 requests", with(8, &[0xff, 0xff])),
         ("half a request", good[..13].to_vec()),
         ("a byte too many", [&good[..], &[0]].concat()),
@@ -240,45 +271,48 @@ fn malformed_requests_are_refused(subject: &Subject) {
     wire.assert_haggling_in_sync();
 }
 
-fn unknown_exports_are_unknown_to_both(subject: &Subject) {
+/// "`NBD_REP_ERR_UNKNOWN`: The chosen export does not exist on this server. In this case, the
+/// server SHOULD NOT send `NBD_REP_INFO` replies" ("Option types", INFO and GO).
+#[test]
+fn info_and_go_refuse_unknown_exports() {
+    let subject = Subject::any();
     let mut wire = subject.haggle();
     for option in [OPT_INFO, OPT_GO] {
         let (infos, last) = wire.ask(option, &encode_go(b"no such export", &[INFO_NAME]));
-        assert_eq!(last, REP_ERR_UNKNOWN, "option {option} for an export that is not there");
-        assert!(infos.is_empty(), "nothing is told about an export that is not there");
+        assert_eq!(last, REP_ERR_UNKNOWN, "option {option} for an unknown export");
+        assert!(infos.is_empty(), "INFO replies for an unknown export");
     }
     Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
 }
 
-fn the_flags_belong_to_the_dialect(subject: &Subject) {
+/// "`NBD_FLAG_HAS_FLAGS`: MUST always be 1." DF: "MUST leave this flag clear if structured replies
+/// have not been negotiated." FAST_ZERO: "MUST set this transmission flag to 0 if
+/// `NBD_FLAG_SEND_WRITE_ZEROES` is not set" ("Transmission flags").
+#[test]
+fn transmission_flags_match_the_negotiated_mode() {
+    let subject = Subject::any();
     for session in subject.sessions() {
         assert_ne!(session.flags & HAS_FLAGS, 0, "HAS_FLAGS is always set");
         let fast_zero_alone =
             session.flags & SEND_FAST_ZERO != 0 && session.flags & SEND_WRITE_ZEROES == 0;
-        assert!(!fast_zero_alone, "FAST_ZERO belongs to WRITE_ZEROES");
+        assert!(!fast_zero_alone, "FAST_ZERO without WRITE_ZEROES");
         if session.mode == Mode::Simple {
-            assert_eq!(session.flags & SEND_DF, 0, "no DF without structured replies");
+            assert_eq!(session.flags & SEND_DF, 0, "DF without structured replies");
         }
         if subject.is_ours() {
             let ours = SEND_FLUSH | SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES | SEND_CACHE;
             let more = CAN_MULTI_CONN | SEND_FAST_ZERO;
             let df = if session.mode == Mode::Simple { 0 } else { SEND_DF };
-            assert_eq!(session.flags, HAS_FLAGS | ours | more | df, "all that we offer");
+            assert_eq!(session.flags, HAS_FLAGS | ours | more | df, "all flags of flexnbd");
         }
     }
 }
 
+/// "This option MUST NOT be requested unless structured replies have been negotiated first. If a
+/// client attempts to do so, a server SHOULD send `NBD_REP_ERR_INVALID`" ("Option types").
 #[test]
-fn point_05_meta_contexts_are_chosen_anew_each_time_and_for_one_export() {
+fn set_meta_context_needs_structured_replies() {
     let subject = Subject::any();
-    contexts_need_structured_replies(&subject);
-    queries_select_what_they_name(&subject);
-    malformed_queries_are_refused(&subject);
-    a_later_choice_replaces_the_earlier_one(&subject);
-    a_choice_is_bound_to_its_export();
-}
-
-fn contexts_need_structured_replies(subject: &Subject) {
     let mut wire = subject.haggle();
     let query = encode_meta(b"", &[ALLOCATION.as_bytes()]);
     let answer = wire.ask_final(OPT_SET_META_CONTEXT, &query);
@@ -303,34 +337,44 @@ fn structured(subject: &Subject) -> Wire {
     wire
 }
 
-fn queries_select_what_they_name(subject: &Subject) {
-    let mut wire = structured(subject);
+/// "If zero queries are sent, then the server MUST return all the metadata contexts" (LIST). "If
+/// zero queries are sent, the server MUST select no metadata contexts" (SET). "... the server MUST
+/// ignore query strings belonging to an unknown namespace" ("Option types").
+#[test]
+fn meta_context_queries_select_their_matches() {
+    let subject = Subject::any();
+    let mut wire = structured(&subject);
     let (list, set) = (OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT);
     let own = ALLOCATION.as_bytes();
-    let finding: [&[&[u8]]; 5] = [&[], &[b"base:"], &[own], &[own, own], &[b"x-none:such", own]];
-    for queries in finding {
+    let listing: [&[&[u8]]; 5] = [&[], &[b"base:"], &[own], &[own, own], &[b"x-none:such", own]];
+    for queries in listing {
         let found = contexts(&mut wire, list, queries);
         assert!(found.iter().any(|c| c == ALLOCATION), "LIST of {queries:?}: {found:?}");
         let once = found.iter().filter(|c| *c == ALLOCATION).count();
-        assert_eq!(once, 1, "LIST of {queries:?} names it once");
+        assert_eq!(once, 1, "LIST of {queries:?} returns it once");
     }
     let selecting: [&[&[u8]]; 3] = [&[own], &[own, own], &[b"x-none:such", own, b"base:"]];
     for queries in selecting {
         assert_eq!(contexts(&mut wire, set, queries), [ALLOCATION], "SET of {queries:?}");
     }
-    let nothing: [&[&[u8]]; 5] =
+    let selecting_nothing: [&[&[u8]]; 5] =
         [&[], &[b"base:"], &[b"x-none:such"], &[b"base:none"], &[b"base:allocations"]];
-    for queries in nothing {
+    for queries in selecting_nothing {
         assert!(contexts(&mut wire, set, queries).is_empty(), "SET of {queries:?}");
     }
-    let strange: [&[&[u8]]; 3] = [&[b"x-none:"], &[b"base:none"], &[b"base:alloc"]];
-    for queries in strange {
+    let listing_nothing: [&[&[u8]]; 3] = [&[b"x-none:"], &[b"base:none"], &[b"base:alloc"]];
+    for queries in listing_nothing {
         assert!(contexts(&mut wire, list, queries).is_empty(), "LIST of {queries:?}");
     }
 }
 
-fn malformed_queries_are_refused(subject: &Subject) {
-    let mut wire = structured(subject);
+/// "If the option request is syntactically invalid (such as a query length that would require
+/// reading beyond the original length given in the option header), the server MUST fail the request
+/// with `NBD_REP_ERR_INVALID`" ("Option types").
+#[test]
+fn malformed_meta_context_queries_are_refused() {
+    let subject = Subject::any();
+    let mut wire = structured(&subject);
     let good = encode_meta(b"", &[ALLOCATION.as_bytes()]);
     let with = |at: usize, value: u32| {
         let mut data = good.clone();
@@ -357,23 +401,30 @@ fn malformed_queries_are_refused(subject: &Subject) {
         for (what, data) in &wrong {
             assert_eq!(wire.ask_final(option, data), REP_ERR_INVALID, "{what} in option {option}");
         }
-        let endless = encode_meta(b"", &[&[b'q'; STRING_MAX + 1]]);
-        let answer = wire.ask_final(option, &endless);
-        let fine = [REP_ERR_INVALID, REP_ERR_TOO_BIG].contains(&answer);
-        assert!(fine || !subject.is_ours(), "a query over {STRING_MAX} bytes: {answer:#x}");
+        let oversized = encode_meta(b"", &[&[b'q'; STRING_MAX + 1]]);
+        let answer = wire.ask_final(option, &oversized);
+        let is_refused = [REP_ERR_INVALID, REP_ERR_TOO_BIG].contains(&answer);
+        assert!(is_refused || !subject.is_ours(), "a query over {STRING_MAX} bytes: {answer:#x}");
     }
     wire.assert_haggling_in_sync();
 }
 
-fn a_later_choice_replaces_the_earlier_one(subject: &Subject) {
+/// "Issuing this command replaces all previously-set metadata contexts (including when this command
+/// fails)" ("Option types").
+#[test]
+fn set_meta_context_replaces_the_previous_selection() {
+    let subject = Subject::any();
     let later: [(&str, Vec<u8>); 4] = [
-        ("an empty choice", encode_meta(b"", &[])),
-        ("a choice of nothing known", encode_meta(b"", &[b"x-none:such"])),
-        ("a malformed choice", vec![0, 0]),
-        ("a choice for an unknown export", encode_meta(b"no such export", &[b"base:allocation"])),
+        ("an empty selection", encode_meta(b"", &[])),
+        ("a selection of unknown contexts", encode_meta(b"", &[b"x-none:such"])),
+        ("a malformed selection", vec![0, 0]),
+        (
+            "a selection for an unknown export",
+            encode_meta(b"no such export", &[b"base:allocation"]),
+        ),
     ];
     for (what, data) in later {
-        let mut wire = structured(subject);
+        let mut wire = structured(&subject);
         assert_eq!(
             contexts(&mut wire, OPT_SET_META_CONTEXT, &[ALLOCATION.as_bytes()]),
             [ALLOCATION]
@@ -386,29 +437,34 @@ fn a_later_choice_replaces_the_earlier_one(subject: &Subject) {
     }
 }
 
-fn a_choice_is_bound_to_its_export() {
-    let what = "meta contexts bound to an export's name";
+/// "A client MUST NOT send `NBD_CMD_BLOCK_STATUS` unless" the last SET_META_CONTEXT "referred to
+/// the same export name that was ultimately selected for transmission phase" ("Option types").
+#[test]
+fn meta_contexts_are_bound_to_the_export_name() {
+    let what = "meta contexts bound to an export name";
     let Some(ours) = Ours::start(what, 8 * MIB, &["--export", "disk"]) else { return };
-    for (chosen, entered) in [("disk", ""), ("", "disk"), ("disk", "disk"), ("", "")] {
+    for (selected, entered) in [("disk", ""), ("", "disk"), ("disk", "disk"), ("", "")] {
         let mut wire = Wire::haggle(ours.endpoint(), FIXED_NEWSTYLE | NO_ZEROES);
         assert_eq!(wire.ask_final(OPT_STRUCTURED_REPLY, &[]), REP_ACK);
-        let query = encode_meta(chosen.as_bytes(), &[ALLOCATION.as_bytes()]);
+        let query = encode_meta(selected.as_bytes(), &[ALLOCATION.as_bytes()]);
         let (granted, last) = wire.ask(OPT_SET_META_CONTEXT, &query);
-        assert_eq!((granted.len(), last), (1, REP_ACK), "a context for {chosen:?}");
+        assert_eq!((granted.len(), last), (1, REP_ACK), "a context for {selected:?}");
         let id = u32::from_be_bytes(granted[0].data[..4].try_into().unwrap());
         let mut session = Session::go(wire, Mode::Structured, Some(id), entered.as_bytes());
         let answer = session.ask(Request::new(BLOCK_STATUS, 0, 4096));
-        let expected = if chosen == entered { 0 } else { EINVAL };
-        assert_eq!(answer.error, expected, "chosen for {chosen:?}, entered as {entered:?}");
+        let expected = if selected == entered { 0 } else { EINVAL };
+        assert_eq!(answer.error, expected, "selected for {selected:?}, entered {entered:?}");
         session.assert_in_sync();
     }
 }
 
+/// "When successful, this option takes precedence over structured replies" ("Option types",
+/// EXTENDED_HEADERS).
 #[test]
-fn point_06_extended_headers_imply_structured_replies_and_leave_no_way_back() {
+fn extended_headers_replace_structured_replies_for_good() {
     let subject = Subject::any();
     let Some(mut session) = subject.session(Mode::Extended) else { return };
-    assert!(session.context.is_some(), "contexts need no other option first");
+    assert!(session.context.is_some(), "contexts without the option STRUCTURED_REPLY");
     session.assert_in_sync();
 
     let mut wire = extended(&subject);
@@ -421,17 +477,19 @@ fn point_06_extended_headers_imply_structured_replies_and_leave_no_way_back() {
     wire.expect_closed("EXPORT_NAME after extended headers");
 
     let mut wire = structured(&subject);
-    assert_eq!(wire.ask_final(OPT_EXTENDED_HEADERS, &[]), REP_ACK, "an upgrade");
+    assert_eq!(
+        wire.ask_final(OPT_EXTENDED_HEADERS, &[]),
+        REP_ACK,
+        "extended headers after structured replies"
+    );
     let mut session = Session::go(wire, Mode::Extended, None, b"");
     session.assert_in_sync();
 
     session.wire.send(&encode_request(READ, 0, 1, 0, 512));
     session.wire.send(&[0; 4]);
-    let last_words = session.wire.recv_to_end();
-    let silent = last_words.is_empty() || !subject.is_ours();
-    assert!(silent && last_words.len() < 512, "a compact request ends an extended session");
-    lengths_have_64_bits(&subject);
-    a_payload_is_what_the_flag_says(&subject);
+    let received = session.wire.recv_to_end();
+    let is_closed = received.is_empty() || !subject.is_ours();
+    assert!(is_closed && received.len() < 512, "a compact request ends an extended session");
 }
 
 #[track_caller]
@@ -441,7 +499,9 @@ fn extended(subject: &Subject) -> Wire {
     wire
 }
 
-fn lengths_have_64_bits(subject: &Subject) {
+#[test]
+fn extended_requests_have_64_bit_lengths() {
+    let subject = Subject::any();
     let Some(mut session) = subject.session(Mode::Extended) else { return };
     for length in [1 << 32, (1 << 32) + 512, 1 << 63, u64::MAX] {
         for command in [READ, TRIM, CACHE, BLOCK_STATUS] {
@@ -451,14 +511,16 @@ fn lengths_have_64_bits(subject: &Subject) {
     }
 }
 
-fn a_payload_is_what_the_flag_says(subject: &Subject) {
+#[test]
+fn payload_len_announces_a_payload() {
+    let subject = Subject::any();
     let Some(mut session) = subject.session(Mode::Extended) else { return };
     let (cookie, mut bytes) = session.encode_header(TRIM, PAYLOAD_LEN, 0, 512);
     bytes.extend([0x25; 512]);
     session.wire.send(&bytes);
     expect_extended_error(&mut session, cookie, 0, EINVAL);
     session.assert_in_sync();
-    // A write without the flag has its payload nevertheless: QEMU 10 writes so.
+    // QEMU 10 sends WRITE with a payload and without the flag.
     let data = noise(512, 6);
     let (cookie, mut bytes) = session.encode_header(WRITE, 0, 4096, 512);
     bytes.extend(&data);
@@ -468,7 +530,7 @@ fn a_payload_is_what_the_flag_says(subject: &Subject) {
     assert_eq!(session.read(4096, 512), data);
 }
 
-/// Takes one extended error chunk byte by byte.
+/// Receives one extended error chunk and checks each field.
 #[track_caller]
 fn expect_extended_error(session: &mut Session, cookie: u64, offset: u64, error: u32) {
     let wire = &mut session.wire;
@@ -476,19 +538,20 @@ fn expect_extended_error(session: &mut Session, cookie: u64, offset: u64, error:
     assert_eq!(wire.recv_u16(), CHUNK_DONE);
     assert_eq!(wire.recv_u16() >> 15, 1, "an error chunk");
     assert_eq!(wire.recv_u64(), cookie);
-    assert_eq!(wire.recv_u64(), offset, "the offset is repeated");
+    assert_eq!(wire.recv_u64(), offset, "offset of the request");
     let length = wire.recv_u64();
     assert!(length <= 4096 + 14, "an error chunk of {length} bytes");
     let payload = wire.recv(length as usize);
-    assert_eq!(payload[..4], error.to_be_bytes(), "the error");
+    assert_eq!(payload[..4], error.to_be_bytes(), "error");
 }
 
+/// A connection may end after any byte of the handshake, by FIN or RST; it must change nothing.
 #[test]
-fn point_07_a_client_that_vanishes_at_any_byte_of_the_handshake_changes_nothing() {
+fn an_aborted_handshake_changes_nothing() {
     let subject = Subject::any();
     let mut bystander = subject.session(Mode::Simple).unwrap();
-    bystander.ok(Request::write(4096, b"as it was"));
-    let held = match &subject {
+    bystander.ok(Request::write(4096, b"unchanged"));
+    let initial = match &subject {
         Subject::Ours(ours) => Some((ours, ours.server.settled_resources())),
         Subject::Foreign { .. } => None,
     };
@@ -498,14 +561,14 @@ fn point_07_a_client_that_vanishes_at_any_byte_of_the_handshake_changes_nothing(
         wire.send(&handshake[..length]);
         if length % 2 == 0 { wire.reset() } else { drop(wire) }
     }
-    if let Some((ours, before)) = held {
-        wait_until("the sessions of the vanished to end", || {
+    if let Some((ours, before)) = initial {
+        wait_until("the sessions to end", || {
             let now = ours.server.resources();
             now.threads <= before.threads && now.descriptors <= before.descriptors
         });
     }
-    assert_eq!(bystander.read(4096, 9), b"as it was");
+    assert_eq!(bystander.read(4096, 9), b"unchanged");
     let mut plain = subject.session(Mode::Simple).unwrap();
     plain.refused(Request::new(BLOCK_STATUS, 0, 4096), &[EINVAL]);
-    assert_eq!(plain.read(4096, 9), b"as it was");
+    assert_eq!(plain.read(4096, 9), b"unchanged");
 }

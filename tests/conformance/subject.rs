@@ -1,5 +1,5 @@
-//! Which server is asked: our own, started for one test, or a foreign one somewhere.
-//! Never lets two tests write to the one export of a foreign server at the same time.
+//! The server under test: flexnbd, started for one test, or a foreign server that is already
+//! running. Never lets two tests write to the export of a foreign server at the same time.
 
 use harness::raw::{FIXED_NEWSTYLE, NO_ZEROES, Wire};
 use harness::session::{MODES, Mode, Request, Session};
@@ -10,16 +10,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const ADDRESS: &str = "FLEXNBD_CONFORMANCE_ADDR";
 
-/// Size of our own image when a test has no wish.
+/// Size of the image in bytes, unless the test chooses it.
 const IMAGE_SIZE: u64 = 64 * MIB;
 
-/// The server that a test asks.
+/// The server under test.
 pub(crate) enum Subject {
     Ours(Box<Ours>),
     Foreign { target: Endpoint, _turn: MutexGuard<'static, ()> },
 }
 
-/// A server that we have started, with its image.
+/// A flexnbd server, with its image.
 pub(crate) struct Ours {
     pub(crate) server: Server,
     pub(crate) image: PathBuf,
@@ -27,8 +27,8 @@ pub(crate) struct Ours {
 }
 
 impl Ours {
-    /// A server over a sparse image of `size` bytes, after `adapt` has had its way with both.
-    /// `None`, and a visible skip, when another server is to be asked.
+    /// Starts a server of a sparse image of `size` bytes; `adapt` changes the command and the image
+    /// before. Returns `None`, and reports `what` as skipped, if a foreign server is under test.
     #[track_caller]
     pub(crate) fn start_with(
         what: &str,
@@ -36,7 +36,7 @@ impl Ours {
         adapt: impl FnOnce(Builder, &Path, &TempDir) -> Builder,
     ) -> Option<Ours> {
         if foreign().is_some() {
-            skip(what, "it needs a server of our own, and another one is asked");
+            skip(what, "it needs a flexnbd server, and a foreign server is under test");
             return None;
         }
         let dir = temp_dir();
@@ -45,7 +45,7 @@ impl Ours {
         Some(Ours { server, image, _dir: dir })
     }
 
-    /// The same, with arguments only.
+    /// Like [`Ours::start_with`], with additional arguments only.
     #[track_caller]
     pub(crate) fn start(what: &str, size: u64, arguments: &[&str]) -> Option<Ours> {
         Ours::start_with(what, size, |builder, _, _| builder.args(arguments))
@@ -55,15 +55,15 @@ impl Ours {
         self.server.endpoint()
     }
 
-    /// A session with our own server, which speaks every dialect.
+    /// Opens a session; flexnbd supports every mode.
     #[track_caller]
     pub(crate) fn session(&self, mode: Mode) -> Session {
-        Session::open(self.endpoint(), mode).expect("our own server speaks every dialect")
+        Session::open(self.endpoint(), mode).expect("flexnbd supports every mode")
     }
 }
 
 impl Subject {
-    /// Whatever server is to be asked.
+    /// The foreign server if one is configured, else a new flexnbd server.
     #[track_caller]
     pub(crate) fn any() -> Subject {
         static TURN: Mutex<()> = Mutex::new(());
@@ -83,35 +83,36 @@ impl Subject {
         }
     }
 
-    /// Our own server must do what a foreign one may do otherwise.
+    /// Whether to check choices of flexnbd that the specification leaves to the server.
     pub(crate) fn is_ours(&self) -> bool {
         matches!(self, Subject::Ours(_))
     }
 
-    /// A session, or a visible skip when a foreign server does not speak the dialect.
+    /// Opens a session; skips, with a line on stderr, a mode that a foreign server does not
+    /// support.
     #[track_caller]
     pub(crate) fn session(&self, mode: Mode) -> Option<Session> {
         let session = Session::open(self.endpoint(), mode);
         if session.is_none() {
-            assert!(!self.is_ours(), "our own server speaks {mode:?}");
-            skip(&format!("what is asked in the {mode:?} dialect"), "the server does not speak it");
+            assert!(!self.is_ours(), "flexnbd supports {mode:?}");
+            skip(&format!("requests in {mode:?} mode"), "the server does not support it");
         }
         session
     }
 
-    /// A session for each dialect that the server speaks.
+    /// Opens a session in each mode that the server supports.
     #[track_caller]
     pub(crate) fn sessions(&self) -> Vec<Session> {
         MODES.iter().filter_map(|mode| self.session(*mode)).collect()
     }
 
-    /// A connection that has exchanged flags and may send options.
+    /// Connects and exchanges flags; the next bytes are options.
     #[track_caller]
     pub(crate) fn haggle(&self) -> Wire {
         Wire::haggle(self.endpoint(), FIXED_NEWSTYLE | NO_ZEROES)
     }
 
-    /// Fails unless a new client is served.
+    /// Fails unless a new client can read.
     #[track_caller]
     pub(crate) fn still_serves(&self) {
         let mut session = Session::open(self.endpoint(), Mode::Simple).unwrap();
@@ -125,5 +126,5 @@ fn foreign() -> Option<Endpoint> {
         return Some(Endpoint::Unix(address.into()));
     }
     let resolved = address.to_socket_addrs().ok().and_then(|mut all| all.next());
-    Some(Endpoint::Tcp(resolved.unwrap_or_else(|| panic!("{ADDRESS}={address} is no address"))))
+    Some(Endpoint::Tcp(resolved.unwrap_or_else(|| panic!("{ADDRESS}={address} is not an address"))))
 }

@@ -1,6 +1,6 @@
-/* How many pages of a part of a file wait to be written to the disk, or are being written:
+/* Prints how many pages of a range of a file are dirty or under write-back:
  *
- *     unwritten FILE OFFSET LENGTH
+ *     dirty_pages FILE OFFSET LENGTH
  *
  * Exits with 2 if the kernel cannot tell (cachestat(2), since Linux 6.5).
  */
