@@ -1,5 +1,5 @@
-//! What the destination decides: who may write the incoming disk, and when it is ours.
-//! Never writes, connects or waits: the `listen` process asks before it acts, and reports.
+//! The destination's decisions: which connection may write the incoming disk, and when it is ours.
+//! Never writes, connects or waits: the `listen` process asks before it acts, and reports results.
 //!
 //! ```text
 //!                    first byte                     HANDOVER
@@ -9,32 +9,32 @@
 //!                                                               └▶ failed: exit, say nothing
 //! ```
 //!
-//! Three promises hold the source's half of the handover up:
+//! Three promises, on which the source's half of the handover relies:
 //!
 //! * The record *incoming* is durable before the first byte is written, so that a half-written
 //!   copy is never taken for a disk.
 //! * A source that introduces itself again closes its earlier connection for good: the caller
-//!   ends that connection and waits for its last request *before* it sends the answer. So does one
-//!   that gets the seat of a holder that has been silent for too long. Nothing acknowledged can be
-//!   lost by that, be the holder dead or only slow: what it sent for its own handover is refused
-//!   without the seat, and its source keeps its disk and serves it until a handover is acknowledged.
-//! * HANDOVER is acknowledged after the data and after the record *ours* are durable. When
-//!   either fails nobody can tell what is on the medium: the process ends without an answer, and
-//!   what the record then says is the truth.
+//!   ends that connection and waits for its last request *before* it sends the answer. So does a
+//!   source that takes the slot of a sender that was silent for too long. That loses nothing
+//!   acknowledged, whether the silent sender is dead or slow: its handover is refused without the
+//!   slot, and its source keeps and serves its disk until a handover is acknowledged.
+//! * HANDOVER is acknowledged after the data and then the record *ours* are durable. When either
+//!   fails, the state of the medium is unknown: the process exits without an answer, and the
+//!   record tells the truth.
+//!
+//! `arrival/transitions.txt` lists every transition; a test keeps it true.
 
 use super::wire::{Answer, Handover, Has, Question, Token};
 use crate::disk::ownership::{Id, Provenance, Record};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-/// A source's seat is given to another source, one with another id, after so long without a byte
-/// from it.
+/// A source that sends nothing for this long loses its slot to a source with another id.
 pub const SOURCE_SILENCE: Duration = Duration::from_secs(5);
-/// The seat of a writer that cannot introduce itself is given to the next one after so long without
-/// a byte from it.
+/// A writer without introduction that sends nothing for this long loses its slot to the next one.
 pub const WRITER_SILENCE: Duration = Duration::from_secs(60);
-/// So many migrations that have held the seat are remembered.
-const HOLDERS_MAX: usize = 64;
+/// Migrations whose former tenure of the slot is remembered.
+const FORMER_SENDERS_MAX: usize = 64;
 
 /// The caller's number for a connection; never used twice.
 pub type Connection = u64;
@@ -50,14 +50,14 @@ pub enum Admits {
     OldStyle,
 }
 
-/// What a client of a listening process is.
+/// The kind of a listening process's client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sender {
     /// A source of ours, which introduced itself with this migration.
     Source(Id),
     /// A client of old style; its DISC after writing means that the disk is complete.
     OldStyle,
-    /// Any other client of new style; nothing is inferred from what it does.
+    /// Any other client of new style; its DISC means nothing.
     Plain,
 }
 
@@ -70,18 +70,18 @@ impl Sender {
     }
 }
 
-/// Why a client is not admitted, or a request of it refused.
+/// Why a client or one of its requests is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AccessDenied {
     /// It did not introduce itself (`NBD_REP_ERR_POLICY`).
     NotIntroduced,
-    /// This other connection holds the seat (`NBD_REP_ERR_POLICY`; for a request `EPERM`).
+    /// This other connection holds the sender's slot (`NBD_REP_ERR_POLICY`; for a request `EPERM`).
     SlotTaken(Connection),
-    /// The connection does not hold the seat, or has lost it.
+    /// The connection does not hold the slot, or has lost it.
     NotSender,
     /// The image holds an incomplete copy that another connection began (a request: `EPERM`).
     Incomplete,
-    /// The disk is just being made ours, or is ours.
+    /// The handover is being made durable, or the disk is ours.
     Complete,
     /// The process is about to exit with an error.
     Failed,
@@ -90,11 +90,11 @@ pub enum AccessDenied {
 /// What to do about a source that introduces itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ProbeDecision {
-    /// Close `retire` for good and wait until no request of them is under way; then answer.
+    /// Close `retire` for good and wait until their requests have ended; then answer.
     Answer {
-        /// What to say.
+        /// The answer to send.
         answer: Answer,
-        /// Connections that have lost the seat.
+        /// Connections that have lost the slot.
         retire: Vec<Connection>,
     },
     /// Refuse the option.
@@ -129,15 +129,15 @@ pub struct Arrival {
     token: Token,
     admits: Admits,
     state: ArrivalState,
-    /// Whose incomplete copy the durable record says is here.
+    /// The incomplete copy that the durable record names.
     holds: Holds,
     /// The migration with which each connection introduced itself; of several connections with the
     /// same one, only the latest.
     introduced: BTreeMap<Connection, Id>,
-    /// Connections that have lost the seat, and may still have requests under way.
+    /// Connections that have lost the slot, and may still have requests in flight.
     retiring: BTreeSet<Connection>,
-    /// The migrations that have held the seat, the latest first.
-    holders: VecDeque<Id>,
+    /// The migrations that have held the slot, the latest first.
+    former_senders: VecDeque<Id>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,7 +152,7 @@ enum ArrivalState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct SenderSlot {
     connection: Connection,
-    guest: Sender,
+    sender: Sender,
     wrote: bool,
 }
 
@@ -163,14 +163,14 @@ enum Holds {
 }
 
 impl SenderSlot {
-    /// Whether the seat is given to `contender` when its holder has been silent for so long.
+    /// Whether `contender` gets the slot after its holder has been `silent`.
     fn yields(self, contender: Sender, silent: Duration) -> bool {
         silent >= self.slot_timeout(contender)
     }
 
-    /// For how long the holder must have been silent for `contender` to get the seat.
+    /// The silence after which `contender` gets the slot.
     fn slot_timeout(self, contender: Sender) -> Duration {
-        match (self.guest, contender) {
+        match (self.sender, contender) {
             (Sender::Source(_), Sender::Source(_)) => SOURCE_SILENCE,
             (Sender::Plain, Sender::Source(_)) if !self.wrote => Duration::ZERO,
             (Sender::Plain, Sender::Plain) if !self.wrote => SOURCE_SILENCE,
@@ -180,8 +180,8 @@ impl SenderSlot {
 }
 
 impl Arrival {
-    /// A process of this name, whose image holds an incomplete copy from the migration `holds`, if
-    /// it holds one (see [`crate::disk::ownership::ForListen::Accept`]).
+    /// A process with this token, whose image holds an incomplete copy from the migration `holds`, if
+    /// any (see [`crate::disk::ownership::ForListen::Accept`]).
     #[must_use]
     pub fn new(token: Token, holds: Option<Option<Id>>, admits: Admits) -> Self {
         Self {
@@ -191,33 +191,33 @@ impl Arrival {
             holds: holds.map_or(Holds::Nothing, Holds::CopyOf),
             introduced: BTreeMap::new(),
             retiring: BTreeSet::new(),
-            holders: VecDeque::new(),
+            former_senders: VecDeque::new(),
         }
     }
 
-    /// The connection that holds the seat, and what it is.
+    /// The connection that holds the slot, and its kind.
     #[must_use]
     pub fn holder(&self) -> Option<(Connection, Sender)> {
         match self.state {
-            ArrivalState::Receiving(Some(seat)) => Some((seat.connection, seat.guest)),
+            ArrivalState::Receiving(Some(slot)) => Some((slot.connection, slot.sender)),
             _ => None,
         }
     }
 
-    /// After how long a silence of its holder the seat is given to `contender`: a source if it
-    /// introduces itself just now, else what it is already. None if the seat is free.
+    /// The silence of its holder after which `contender` gets the slot; `introduces` is the id with
+    /// which it introduces itself just now. None if the slot is free.
     #[must_use]
     pub fn slot_timeout(&self, contender: Connection, introduces: Option<Id>) -> Option<Duration> {
-        let guest = introduces.map_or_else(|| self.guest(contender), Sender::Source);
-        let ArrivalState::Receiving(Some(seat)) = self.state else { return None };
-        Some(seat.slot_timeout(guest))
+        let sender = introduces.map_or_else(|| self.sender(contender), Sender::Source);
+        let ArrivalState::Receiving(Some(slot)) = self.state else { return None };
+        Some(slot.slot_timeout(sender))
     }
 
-    /// A source introduces itself on `connection`, or asks what has become of its disk: it gets the
-    /// seat only when it [enters](Arrival::enter). The holder has been silent for so long.
+    /// A source introduces itself on `connection`, or asks whether its disk has arrived, after the
+    /// holder has been `silent`. It gets the slot only when it [enters](Arrival::enter).
     ///
-    /// The answer is about the migration asked about, so that it is given to one that has held the
-    /// seat whoever holds it now.
+    /// The answer concerns the migration asked about: one that has held the slot gets it, whichever
+    /// connection holds the slot now.
     pub fn on_introduction(
         &mut self,
         connection: Connection,
@@ -227,15 +227,15 @@ impl Arrival {
         let id = question.id;
         match self.state {
             ArrivalState::Arrived(_) | ArrivalState::Receiving(None) => {}
-            ArrivalState::Receiving(Some(seat)) if seat.guest == Sender::Source(id) => {
-                if seat.connection != connection {
-                    self.unseat(seat.connection);
+            ArrivalState::Receiving(Some(slot)) if slot.sender == Sender::Source(id) => {
+                if slot.connection != connection {
+                    self.revoke_slot(slot.connection);
                 }
             }
-            ArrivalState::Receiving(Some(seat)) => {
-                let known = self.holders.contains(&id);
-                if !known && !seat.yields(Sender::Source(id), silent) {
-                    return ProbeDecision::Refuse(AccessDenied::SlotTaken(seat.connection));
+            ArrivalState::Receiving(Some(slot)) => {
+                let known = self.former_senders.contains(&id);
+                if !known && !slot.yields(Sender::Source(id), silent) {
+                    return ProbeDecision::Refuse(AccessDenied::SlotTaken(slot.connection));
                 }
             }
             state => return ProbeDecision::Refuse(denied(state)),
@@ -256,8 +256,7 @@ impl Arrival {
         }
     }
 
-    /// Whether `connection` may enter the transmission phase now, the holder having been silent for
-    /// so long. Changes nothing.
+    /// Whether `connection` may enter the transmission phase after the holder has been `silent`.
     ///
     /// # Errors
     /// Why not.
@@ -265,9 +264,9 @@ impl Arrival {
         self.entrance(connection, silent).map(drop)
     }
 
-    /// `connection` is about to enter the transmission phase, the holder having been silent for so
-    /// long. One that speaks new style then holds the seat. First close these connections for good,
-    /// and wait until no request of them is under way.
+    /// `connection` is about to enter the transmission phase after the holder has been `silent`. A
+    /// newstyle connection then holds the slot. First close the returned connections for good, and
+    /// wait until their requests have ended.
     ///
     /// # Errors
     /// Why it may not.
@@ -276,39 +275,39 @@ impl Arrival {
         connection: Connection,
         silent: Duration,
     ) -> Result<Vec<Connection>, AccessDenied> {
-        let (guest, outgoing) = self.entrance(connection, silent)?;
+        let (sender, outgoing) = self.entrance(connection, silent)?;
         if let Some(outgoing) = outgoing {
-            self.unseat(outgoing);
+            self.revoke_slot(outgoing);
         }
-        if guest != Sender::OldStyle {
-            self.seat(connection, guest, false);
+        if sender != Sender::OldStyle {
+            self.assign_slot(connection, sender, false);
         }
         Ok(self.retiring())
     }
 
-    /// What the connection is, and which one has to leave for it.
+    /// The kind of the connection, and the connection that loses the slot to it.
     fn entrance(
         &self,
         connection: Connection,
         silent: Duration,
     ) -> Result<(Sender, Option<Connection>), AccessDenied> {
-        let guest = self.guest(connection);
-        let ArrivalState::Receiving(seat) = self.state else { return Err(denied(self.state)) };
-        if guest == Sender::Plain && self.admits != Admits::PlainWriter {
+        let sender = self.sender(connection);
+        let ArrivalState::Receiving(slot) = self.state else { return Err(denied(self.state)) };
+        if sender == Sender::Plain && self.admits != Admits::PlainWriter {
             return Err(AccessDenied::NotIntroduced);
         }
-        match seat {
-            Some(seat) if seat.connection == connection => Ok((guest, None)),
-            Some(seat) if seat.yields(guest, silent) => Ok((guest, Some(seat.connection))),
-            // Its requests are refused one by one, since old style has no other way.
-            Some(seat) if guest != Sender::OldStyle => {
-                Err(AccessDenied::SlotTaken(seat.connection))
+        match slot {
+            Some(slot) if slot.connection == connection => Ok((sender, None)),
+            Some(slot) if slot.yields(sender, silent) => Ok((sender, Some(slot.connection))),
+            // Old style cannot refuse a connection: its requests are refused one by one.
+            Some(slot) if sender != Sender::OldStyle => {
+                Err(AccessDenied::SlotTaken(slot.connection))
             }
-            _ => Ok((guest, None)),
+            _ => Ok((sender, None)),
         }
     }
 
-    fn guest(&self, connection: Connection) -> Sender {
+    fn sender(&self, connection: Connection) -> Sender {
         match self.introduced.get(&connection) {
             Some(id) => Sender::Source(*id),
             None if self.admits == Admits::OldStyle => Sender::OldStyle,
@@ -316,17 +315,17 @@ impl Arrival {
         }
     }
 
-    fn seat(&mut self, connection: Connection, guest: Sender, wrote: bool) {
-        self.state = ArrivalState::Receiving(Some(SenderSlot { connection, guest, wrote }));
-        if let Some(id) = guest.id()
-            && !self.holders.contains(&id)
+    fn assign_slot(&mut self, connection: Connection, sender: Sender, wrote: bool) {
+        self.state = ArrivalState::Receiving(Some(SenderSlot { connection, sender, wrote }));
+        if let Some(id) = sender.id()
+            && !self.former_senders.contains(&id)
         {
-            self.holders.truncate(HOLDERS_MAX - 1);
-            self.holders.push_front(id);
+            self.former_senders.truncate(FORMER_SENDERS_MAX - 1);
+            self.former_senders.push_front(id);
         }
     }
 
-    fn unseat(&mut self, connection: Connection) {
+    fn revoke_slot(&mut self, connection: Connection) {
         self.state = ArrivalState::Receiving(None);
         self.introduced.remove(&connection);
         self.retiring.insert(connection);
@@ -336,21 +335,21 @@ impl Arrival {
         self.retiring.iter().copied().collect()
     }
 
-    /// Whether a request of `connection` that does not change the disk may be carried out: only
-    /// the holder reads an arriving disk, and a plain one only after it has written if there is an
-    /// incomplete copy. Where any client of old style may turn out to be the writer, they may read
-    /// what was there before.
+    /// Whether a request of `connection` that does not change the disk may be executed. Only the
+    /// holder reads an arriving disk; a plain one only after it has written, if there is an
+    /// incomplete copy. Any oldstyle client may turn out to be the writer: until one has written,
+    /// all may read the bytes from before.
     ///
     /// # Errors
     /// Why not.
     pub fn may_use(&self, connection: Connection) -> Result<(), AccessDenied> {
         match self.state {
-            ArrivalState::Receiving(Some(seat)) if seat.connection == connection => {
+            ArrivalState::Receiving(Some(slot)) if slot.connection == connection => {
                 let reads_half =
-                    seat.guest == Sender::Plain && !seat.wrote && self.holds != Holds::Nothing;
+                    slot.sender == Sender::Plain && !slot.wrote && self.holds != Holds::Nothing;
                 if reads_half { Err(AccessDenied::Incomplete) } else { Ok(()) }
             }
-            ArrivalState::Receiving(Some(seat)) => Err(AccessDenied::SlotTaken(seat.connection)),
+            ArrivalState::Receiving(Some(slot)) => Err(AccessDenied::SlotTaken(slot.connection)),
             ArrivalState::Receiving(None)
                 if self.may_be_the_writer(connection) && self.holds == Holds::Nothing =>
             {
@@ -367,26 +366,26 @@ impl Arrival {
 
     /// `connection` wants to change the disk.
     pub fn on_write_request(&mut self, connection: Connection) -> WritePermission {
-        let guest = match self.state {
-            ArrivalState::Receiving(Some(seat)) if seat.connection == connection => seat.guest,
-            ArrivalState::Receiving(Some(seat)) => {
-                return WritePermission::Refuse(AccessDenied::SlotTaken(seat.connection));
+        let sender = match self.state {
+            ArrivalState::Receiving(Some(slot)) if slot.connection == connection => slot.sender,
+            ArrivalState::Receiving(Some(slot)) => {
+                return WritePermission::Refuse(AccessDenied::SlotTaken(slot.connection));
             }
             ArrivalState::Receiving(None) if self.may_be_the_writer(connection) => Sender::OldStyle,
-            // A source that has lost its seat to its own next connection, which has closed.
+            // A source that lost its slot to its own next connection, which has closed since.
             ArrivalState::Receiving(None) => {
                 return WritePermission::Refuse(AccessDenied::NotSender);
             }
             state => return WritePermission::Refuse(denied(state)),
         };
-        self.seat(connection, guest, true);
-        if self.holds == Holds::CopyOf(guest.id()) {
+        self.assign_slot(connection, sender, true);
+        if self.holds == Holds::CopyOf(sender.id()) {
             return WritePermission::Go;
         }
-        WritePermission::RecordFirst(Record::Incoming { id: guest.id() })
+        WritePermission::RecordFirst(Record::Incoming { id: sender.id() })
     }
 
-    /// The record *incoming* with `id` is durable, or could not be made so; then the process ends.
+    /// The record *incoming* with `id` is durable, or failed; then the process ends.
     pub fn on_recorded(&mut self, id: Option<Id>, durable: bool) {
         if durable {
             self.holds = Holds::CopyOf(id);
@@ -398,27 +397,27 @@ impl Arrival {
     /// HANDOVER arrived on `connection`.
     pub fn on_handover(&mut self, connection: Connection, handover: &Handover) -> ArrivalEnd {
         let id = handover.id;
-        let seated = self.holder() == Some((connection, Sender::Source(id)));
+        let is_sender = self.holder() == Some((connection, Sender::Source(id)));
         let ours = handover.token == self.token && self.holds == Holds::CopyOf(Some(id));
-        if !(seated && ours) {
+        if !(is_sender && ours) {
             return ArrivalEnd::Refuse;
         }
         self.state = ArrivalState::Settling(Some(id));
         ArrivalEnd::Settle(Record::Ours(Provenance::Arrived(id)))
     }
 
-    /// DISC arrived on `connection`, and everything before it has been carried out.
+    /// DISC arrived on `connection`, and every request before it has been executed.
     pub fn on_disconnect(&mut self, connection: Connection) -> ArrivalEnd {
-        let seated = self.holder() == Some((connection, Sender::OldStyle));
-        if !(seated && self.holds == Holds::CopyOf(None)) {
+        let is_sender = self.holder() == Some((connection, Sender::OldStyle));
+        if !(is_sender && self.holds == Holds::CopyOf(None)) {
             return ArrivalEnd::Nothing;
         }
         self.state = ArrivalState::Settling(None);
         ArrivalEnd::Settle(Record::Ours(Provenance::Received))
     }
 
-    /// Data and record are durable, or could not be made so. True: the disk is ours, acknowledge
-    /// and exit with success. False: exit with an error and without another word to the source.
+    /// Data and record are durable, or one of them failed. True: the disk is ours, acknowledge
+    /// and exit with success. False: exit with an error, without an answer to the source.
     pub fn on_settled(&mut self, durable: bool) -> bool {
         self.state = match self.state {
             ArrivalState::Settling(id) if durable => ArrivalState::Arrived(id),
@@ -427,8 +426,8 @@ impl Arrival {
         durable
     }
 
-    /// A change that was permitted could not be made: the copy has a gap, whatever its sender says
-    /// next. True: the process exits with an error. False: the copy was complete before.
+    /// A permitted change failed: the copy has a gap, whatever its sender sends next. True: the
+    /// process exits with an error. False: the copy was complete before.
     pub fn on_write_failure(&mut self) -> bool {
         if matches!(self.state, ArrivalState::Receiving(_)) {
             self.state = ArrivalState::Failed;
@@ -436,7 +435,7 @@ impl Arrival {
         self.state == ArrivalState::Failed
     }
 
-    /// `connection` is gone, and none of its requests is under way.
+    /// `connection` is closed, and its requests have ended.
     pub fn on_close(&mut self, connection: Connection) {
         self.introduced.remove(&connection);
         self.retiring.remove(&connection);
@@ -454,12 +453,15 @@ fn denied(state: ArrivalState) -> AccessDenied {
     }
 }
 
-/// What a `serve` process, whose disk is ours by this title, answers a source.
+/// The answer of a `serve` process to a source, given the provenance of its disk.
 #[must_use]
-pub fn answer_when_serving(title: Provenance, question: &Question) -> Answer {
-    let has = if title == Provenance::Arrived(question.id) { Has::Arrived } else { Has::Nothing };
+pub fn answer_when_serving(provenance: Provenance, question: &Question) -> Answer {
+    let has =
+        if provenance == Provenance::Arrived(question.id) { Has::Arrived } else { Has::Nothing };
     Answer { listening: None, has }
 }
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod transition_tests;

@@ -121,7 +121,7 @@ impl Destination {
     /// What the connection that holds the seat is, if it is this one.
     #[must_use]
     pub fn holder(&self, connection: Connection) -> Option<Sender> {
-        self.lock().holder().filter(|(holder, _)| *holder == connection).map(|(_, guest)| guest)
+        self.lock().holder().filter(|(holder, _)| *holder == connection).map(|(_, sender)| sender)
     }
 
     /// After how long a silence of its holder the seat is given to this connection, which
@@ -263,10 +263,10 @@ mod tests {
             let (memory, slow) = (MemoryBackend::new(1 << 20), Arc::new(Slow::default()));
             let image = SlowBackend::new(memory.clone(), Arc::clone(&slow));
             let disk = Arc::new(Disk::new(Box::new(image), false));
-            let (fates, observer) = mpsc::channel();
+            let (results, observer) = mpsc::channel();
             let tell = Box::new({
-                let fates = Mutex::new(fates);
-                move |fate| fates.lock().unwrap().send(fate).unwrap()
+                let results = Mutex::new(results);
+                move |result| results.lock().unwrap().send(result).unwrap()
             });
             let arrival = Arrival::new(TOKEN, None, Admits::Sources);
             let destination = Destination::new(Arc::clone(&disk), None, arrival, tell);
@@ -304,8 +304,8 @@ mod tests {
                     if fails { HandoverResult::Silence } else { HandoverResult::Acknowledge };
                 assert_eq!(handing.join().unwrap(), expected);
             });
-            let fate = observer.recv_timeout(PATIENCE).unwrap();
-            assert_eq!(fails, matches!(fate, ArrivalResult::Failed(_)));
+            let result = observer.recv_timeout(PATIENCE).unwrap();
+            assert_eq!(fails, matches!(result, ArrivalResult::Failed(_)));
         }
     }
 }

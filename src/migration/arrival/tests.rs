@@ -27,8 +27,8 @@ fn refused(denied: AccessDenied) -> WritePermission {
     WritePermission::Refuse(denied)
 }
 
-fn policy(guest: Sender) -> Admits {
-    match guest {
+fn policy(sender: Sender) -> Admits {
+    match sender {
         Sender::Source(_) => Admits::Sources,
         Sender::Plain => Admits::PlainWriter,
         Sender::OldStyle => Admits::OldStyle,
@@ -56,10 +56,10 @@ fn writes(arrival: &mut Arrival, connection: Connection) {
     assert_eq!(arrival.on_write_request(connection), WritePermission::Go);
 }
 
-/// A destination that has taken a byte of `guest` on `connection`.
-fn receiving(connection: Connection, guest: Sender) -> Arrival {
-    let mut arrival = Arrival::new(TOKEN, None, policy(guest));
-    if let Sender::Source(id) = guest {
+/// A destination that has taken a byte of `sender` on `connection`.
+fn receiving(connection: Connection, sender: Sender) -> Arrival {
+    let mut arrival = Arrival::new(TOKEN, None, policy(sender));
+    if let Sender::Source(id) = sender {
         arrival.on_introduction(connection, &ask(id), ALIVE);
     }
     arrival.enter(connection, ALIVE).unwrap();
@@ -380,7 +380,7 @@ fn goodbye_counts_from_the_old_style_peer_that_has_written_and_from_nobody_else(
 #[test]
 fn only_so_many_holders_are_remembered() {
     let mut arrival = fresh();
-    let many = u8::try_from(HOLDERS_MAX).unwrap() + 1;
+    let many = u8::try_from(FORMER_SENDERS_MAX).unwrap() + 1;
     for number in 0..many {
         let connection = Connection::from(number);
         comes(&mut arrival, connection, Id([number; 16]), ALIVE);
