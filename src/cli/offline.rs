@@ -12,7 +12,7 @@ use crate::disk::{OpenError, image_size};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// A `status` command about a disk.
+/// A `status` command for a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OfflineStatus {
     /// The disk.
@@ -47,7 +47,7 @@ impl OfflineStatus {
             Ok(size) => {
                 (size, RecordStore::at(&image).and_then(|store| store.peek()).map_err(to_text)?)
             }
-            // A migration with --unlink has deleted the image and left a tombstone.
+            // A migration with --unlink may have deleted the image and left a tombstone.
             Err(error) => {
                 let tombstone = read_tombstone(&image).map_err(to_text)?;
                 (0, Some(tombstone.ok_or_else(|| describe_open_error(error))?))

@@ -58,9 +58,9 @@ impl StartRequest {
     #[must_use]
     pub fn reread(&self) -> Option<RereadConfig> {
         self.config_file.as_ref()?;
-        let start = self.clone();
+        let request = self.clone();
         Some(RereadConfig(Box::new(move || {
-            start.load().map(|config| config.admission).map_err(|error| error.to_string())
+            request.load().map(|config| config.admission).map_err(|error| error.to_string())
         })))
     }
 

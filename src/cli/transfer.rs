@@ -114,7 +114,7 @@ enum TransferError {
     Unreachable(io::Error),
     /// The server reported an error, or the connection failed.
     Server(ClientError),
-    /// The range does not lie within the export, whose size in bytes this is.
+    /// The range does not lie within the export; holds the export's size in bytes.
     BeyondTheEnd(u64),
     /// Standard input ended or failed after `received` bytes, of which `written` were written.
     Input { received: u64, written: u64, error: Option<io::Error> },
@@ -199,8 +199,8 @@ impl Transfer {
     }
 }
 
-/// Flushes the written data if the server supports it. nbdkit (seen in 1.32) announces
-/// NBD_FLAG_SEND_FLUSH in oldstyle, but rejects the flush with EINVAL.
+/// Flushes the written data if the server supports it. Ignores EINVAL in oldstyle: nbdkit (seen in
+/// 1.32) announces NBD_FLAG_SEND_FLUSH there, but rejects the request.
 fn flush(connection: &mut Connection) -> Result<(), ClientError> {
     match connection.flush() {
         Err(ClientError::Refused(ErrorCode::Invalid)) if connection.agreement().oldstyle => Ok(()),

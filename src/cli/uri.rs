@@ -46,7 +46,7 @@ pub enum UriError {
     HostMissing,
     /// `nbd+unix://` with a host.
     #[error(
-        "`{0}` cannot be meant, since nbd+unix has no host; write nbd+unix:/// with three slashes"
+        "`{0}` has no meaning here: nbd+unix takes no host; write nbd+unix:/// with three slashes"
     )]
     HostWithSocket(String),
     /// `nbd+unix://` without `socket=`, or with two.

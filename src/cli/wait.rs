@@ -35,7 +35,7 @@ pub(super) fn run(socket: &Path, command: &Command) -> ExitCode {
     match follow(socket, command, display, &mut print) {
         Ok(reply) if reply.is_success() => output::print(&describe_end(&reply)),
         Ok(reply) if reply.code() == UNKNOWN_COMMAND => {
-            let why = "this server's flexnbd cannot be waited for; leave out --wait";
+            let why = "this server does not support --wait; leave it out";
             output::print_error(&format!("flexnbd mirror: {why}"), reply.exit_status())
         }
         Ok(reply) => output::print_error(reply.text(), reply.exit_status()),
@@ -124,7 +124,9 @@ fn wait_for_reply(
         match receiver.recv_timeout(POLL_INTERVAL) {
             Ok(reply) => return reply.map_err(|error| error.to_string()),
             Err(RecvTimeoutError::Timeout) => poll(),
-            Err(RecvTimeoutError::Disconnected) => return Err("gave up waiting".to_owned()),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err("the request ended without a reply".to_owned());
+            }
         }
     }
 }
