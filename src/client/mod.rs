@@ -1,5 +1,5 @@
-//! One connection to somebody else's export, one request at a time.
-//! Never reconnects and never guesses: what went wrong goes to the caller.
+//! One connection to another server's export, one request at a time.
+//! Never reconnects and never guesses: errors go to the caller.
 //!
 //! [`Connection`] is the handshake of [`crate::nbd`] done over a [`Stream`], and requests in the
 //! simple dialect after it, in which the bytes of a read come in order and can be streamed.
@@ -26,7 +26,7 @@ const REPLY_LENGTH: usize = 16;
 pub struct Connection {
     stream: Stream,
     agreement: Agreement,
-    patience: Duration,
+    timeout: Duration,
     cookie: u64,
 }
 
@@ -61,14 +61,14 @@ impl From<Malformed> for ClientError {
 
 impl Connection {
     /// Does the handshake over a connected stream, for the export of this name. All of it may take
-    /// up to `patience`, and so may every message later.
+    /// up to `timeout`, and so may every message later.
     ///
     /// # Errors
     /// When the server does not give us the export.
-    pub fn open(stream: Stream, export: &str, patience: Duration) -> Result<Self, ClientError> {
-        let wish = ClientOffer { export: export.to_owned(), ..ClientOffer::default() };
-        let agreement = shake_hands(&stream, wish, patience).1?;
-        Ok(Self { stream, agreement, patience, cookie: 0 })
+    pub fn open(stream: Stream, export: &str, timeout: Duration) -> Result<Self, ClientError> {
+        let offer = ClientOffer { export: export.to_owned(), ..ClientOffer::default() };
+        let agreement = shake_hands(&stream, offer, timeout).1?;
+        Ok(Self { stream, agreement, timeout, cookie: 0 })
     }
 
     /// What the server said of itself and the export.
@@ -129,7 +129,7 @@ impl Connection {
         self.request(CommandKind::Write, offset, length, data)
     }
 
-    /// Makes what was written durable, where the server has a word for that.
+    /// Sends FLUSH, if the server supports it.
     ///
     /// # Errors
     /// What the server answered, or how the connection failed.
@@ -149,7 +149,7 @@ impl Connection {
         let mut goodbye = Vec::new();
         header(CommandKind::Disconnect, 0, 0, 0).encode(Dialect::Simple, &mut goodbye);
         // Everything has been answered; a server that has gone already needs no goodbye.
-        let _ = self.stream.send_all(&goodbye, self.patience);
+        let _ = self.stream.send_all(&goodbye, self.timeout);
     }
 
     fn request(
@@ -179,11 +179,11 @@ impl Connection {
     }
 
     fn send(&self, bytes: &[u8]) -> Result<(), ClientError> {
-        self.stream.send_all(bytes, self.patience).map_err(ClientError::Connection)
+        self.stream.send_all(bytes, self.timeout).map_err(ClientError::Connection)
     }
 
     fn receive(&self, into: &mut [u8]) -> Result<(), ClientError> {
-        self.stream.recv_exact(into, self.patience).map_err(ClientError::Connection)
+        self.stream.recv_exact(into, self.timeout).map_err(ClientError::Connection)
     }
 }
 
@@ -193,15 +193,14 @@ fn header(kind: CommandKind, cookie: u64, offset: u64, length: u32) -> Header {
 }
 
 /// Does the client's side of a handshake over a connected stream. Returns the answer to the
-/// private option, if there was one, and what was agreed on; the one is worth something without
-/// the other. All of it may take up to `patience`, however busily the server talks.
+/// private option, if any, and the agreement; each is useful without the other. All of it may take up to `timeout`, however busily the server talks.
 pub fn shake_hands(
     stream: &Stream,
-    wish: ClientOffer,
-    patience: Duration,
+    offer: ClientOffer,
+    timeout: Duration,
 ) -> (Option<Vec<u8>>, Result<Agreement, ClientError>) {
-    let mut handshake = ClientHandshake::new(wish);
-    let agreed = converse(stream, &mut handshake, patience);
+    let mut handshake = ClientHandshake::new(offer);
+    let agreed = converse(stream, &mut handshake, timeout);
     (handshake.private_answer().map(<[u8]>::to_vec), agreed)
 }
 
@@ -210,14 +209,14 @@ pub fn shake_hands(
 fn converse(
     stream: &Stream,
     handshake: &mut ClientHandshake,
-    patience: Duration,
+    timeout: Duration,
 ) -> Result<Agreement, ClientError> {
-    let deadline = Instant::now() + patience;
+    let deadline = Instant::now() + timeout;
     let mut input = Vec::new();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            let text = format!("the handshake took longer than {} s", patience.as_secs_f32());
+            let text = format!("the handshake took longer than {} s", timeout.as_secs_f32());
             let late = io::Error::new(io::ErrorKind::TimedOut, text);
             return Err(ClientError::Connection(late));
         }
@@ -227,7 +226,7 @@ fn converse(
         let mut out = Vec::new();
         let (used, next) = handshake.advance(&input, &mut out).map_err(ClientError::Handshake)?;
         input.drain(..used);
-        stream.send_all(&out, patience).map_err(ClientError::Connection)?;
+        stream.send_all(&out, timeout).map_err(ClientError::Connection)?;
         if let ClientStep::Transmission(agreement) = next {
             return Ok(agreement);
         }
@@ -246,7 +245,7 @@ mod tests {
     use std::sync::mpsc;
     use std::thread;
 
-    const PATIENCE: Duration = Duration::from_secs(10);
+    const TIMEOUT: Duration = Duration::from_secs(10);
 
     fn export(minimum: u32, maximum: u32) -> Export {
         Export {
@@ -286,7 +285,7 @@ mod tests {
             server.read_exact(&mut [0; 28]).unwrap();
             server.write_all(&answer).unwrap();
         });
-        Connection::open(Stream::Unix(client), "", PATIENCE).unwrap()
+        Connection::open(Stream::Unix(client), "", TIMEOUT).unwrap()
     }
 
     fn reply(cookie: u64, error: u32) -> Vec<u8> {
@@ -296,14 +295,14 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_the_server_is_told_by_its_name() {
+    fn server_error_keeps_its_code() {
         let mut connection = against(export(1, 4096), false, reply(1, 28));
         let error = connection.flush().unwrap_err();
         assert!(matches!(error, ClientError::Refused(ErrorCode::NoSpace)), "{error}");
     }
 
     #[test]
-    fn a_reply_with_another_cookie_or_none_is_a_broken_protocol() {
+    fn reply_with_a_wrong_cookie_is_a_protocol_error() {
         for answer in [reply(2, 0), b"HTTP/1.1 400 Bad".to_vec()] {
             let mut connection = against(export(1, 4096), false, answer);
             assert!(matches!(connection.flush(), Err(ClientError::Protocol(_))));
@@ -311,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_haggles_without_end_is_given_up_on() {
+    fn endless_haggling_times_out() {
         let (mut server, client) = UnixStream::pair().unwrap();
         thread::spawn(move || {
             let mut greeting = Vec::new();
@@ -324,10 +323,10 @@ mod tests {
         });
         let (told, outcome) = mpsc::channel();
         thread::spawn(move || {
-            let patience = Duration::from_millis(100);
-            told.send(Connection::open(Stream::Unix(client), "", patience).map(drop))
+            let timeout = Duration::from_millis(100);
+            told.send(Connection::open(Stream::Unix(client), "", timeout).map(drop))
         });
-        match outcome.recv_timeout(PATIENCE).expect("it goes on for ever") {
+        match outcome.recv_timeout(TIMEOUT).expect("it goes on for ever") {
             Err(ClientError::Connection(error)) => {
                 assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
             }
@@ -336,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_leaves_in_the_middle_of_data_is_a_broken_connection() {
+    fn server_that_leaves_within_data_breaks_the_connection() {
         let answer = [reply(1, 0), vec![7; 100]].concat();
         let mut connection = against(export(1, 4096), true, answer);
         let mut read = Vec::new();
@@ -348,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn the_servers_block_sizes_are_kept() {
+    fn server_block_sizes_are_respected() {
         let connection = against(export(512, 1 << 20), false, Vec::new());
         assert_eq!(connection.payload_length_max(), 1 << 20);
         assert!(connection.check_alignment(1024, 512).is_ok());

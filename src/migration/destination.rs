@@ -1,5 +1,5 @@
-//! The receiving side of a migration: carries out what [`super::arrival`] decides.
-//! Knows no socket: whoever serves the incoming disk asks it, and it answers.
+//! The receiving side of a migration: executes the decisions of [`super::arrival`].
+//! Knows no socket: the server of the incoming disk asks it, and it answers.
 
 use super::arrival::{
     AccessDenied, Arrival, ArrivalEnd, Connection, ProbeDecision, Sender, WritePermission,
@@ -12,23 +12,23 @@ use crate::sync;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// What becomes of an incoming disk, observer once.
+/// The outcome of a reception, reported once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ArrivalResult {
-    /// It is complete, durable, and ours, by this title.
+    /// The disk is complete, durable, and ours, with this provenance.
     Arrived(Provenance),
-    /// It cannot be received here, for this reason. The process ends with an error.
+    /// The disk cannot be received here, for this reason. The process exits with an error.
     Failed(String),
 }
 
 /// What to do after a HANDOVER.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HandoverResult {
-    /// It is ours: acknowledge.
+    /// The disk is ours: acknowledge.
     Acknowledge,
-    /// It was not meant for us.
+    /// The handover was not meant for us.
     Refuse,
-    /// Nobody can tell whether it is durable: say nothing at all.
+    /// Unknown whether the disk is durable: send no answer at all.
     Silence,
 }
 
@@ -38,8 +38,8 @@ pub struct Destination {
     /// None where no record can be kept.
     record_store: Option<RecordStore>,
     arrival: Mutex<Arrival>,
-    /// Held while data and record are made durable. Never waited for by whoever may have requests
-    /// under way: to flush is to wait for theirs.
+    /// Serializes settling. Lock order: never take this while holding in-flight I/O, because the flush
+    /// waits for the I/O of all sessions.
     settling: Mutex<()>,
     observer: Box<dyn Fn(ArrivalResult) + Send + Sync>,
 }
@@ -54,7 +54,7 @@ impl std::fmt::Debug for Destination {
 }
 
 impl Destination {
-    /// A destination whose decisions `arrival` makes. `observer` is called with what becomes of the disk,
+    /// A destination whose decisions `arrival` makes. `observer` is called with the outcome,
     /// and must not wait.
     #[must_use]
     pub fn new(
@@ -136,7 +136,7 @@ impl Destination {
         self.lock().slot_timeout(connection, question.map(|question| question.id))
     }
 
-    /// A holder whose request is under way on the disk waits for us, and is not silent.
+    /// A holder with a request in flight on the disk waits for us, and is not silent.
     fn silence_of_holder(&self, arrival: &Arrival, silence: Silence<'_>) -> Duration {
         match arrival.holder() {
             Some((holder, _)) if !self.disk.gate().is_occupied() => silence(holder),
@@ -205,7 +205,7 @@ impl Destination {
         }
     }
 
-    /// The data first, then the record: only then is the disk ours. Meanwhile others are observer that
+    /// The data first, then the record: only then is the disk ours. Meanwhile others get the answer that
     /// it is complete.
     fn settle(&self, record: &Record) -> bool {
         let settled = self.flush().and_then(|()| self.keep(record));
@@ -258,12 +258,12 @@ mod tests {
     const TOKEN: Token = Token([9; 16]);
 
     #[test]
-    fn a_handover_does_not_wait_for_a_flush_whose_session_waits_for_the_handover() {
+    fn handover_does_not_deadlock_with_an_in_flight_flush() {
         for fails in [false, true] {
             let (memory, slow) = (MemoryBackend::new(1 << 20), Arc::new(Slow::default()));
             let image = SlowBackend::new(memory.clone(), Arc::clone(&slow));
             let disk = Arc::new(Disk::new(Box::new(image), false));
-            let (results, observer) = mpsc::channel();
+            let (results, receiver) = mpsc::channel();
             let tell = Box::new({
                 let results = Mutex::new(results);
                 move |result| results.lock().unwrap().send(result).unwrap()
@@ -304,7 +304,7 @@ mod tests {
                     if fails { HandoverResult::Silence } else { HandoverResult::Acknowledge };
                 assert_eq!(handing.join().unwrap(), expected);
             });
-            let result = observer.recv_timeout(PATIENCE).unwrap();
+            let result = receiver.recv_timeout(PATIENCE).unwrap();
             assert_eq!(fails, matches!(result, ArrivalResult::Failed(_)));
         }
     }

@@ -73,7 +73,7 @@ impl Freeze {
         self.until = self.until.map(|_| (now + STALL_MAX).min(end));
     }
 
-    /// What follows is one step, of which no part can be seen: it may take what is left.
+    /// One step remains, whose progress is invisible: it may take all the time that is left.
     pub fn last_step(&mut self) {
         self.until = self.until.map(|_| self.since + FREEZE_MAX);
     }
@@ -125,7 +125,7 @@ impl Backoff {
     }
 }
 
-/// What is known of the requests that are in flight while the gate is open.
+/// The age of clients' in-flight requests while the gate is open.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Probe {
     /// When this probe began; none between two.

@@ -87,7 +87,7 @@ pub enum RecordKind {
     Departed,
 }
 
-/// Who answered, as far as a migration cares.
+/// The destination's properties that matter to a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DestinationInfo {
     /// Bytes of its export.
@@ -131,14 +131,14 @@ impl DestinationInfo {
     }
 }
 
-/// What has become of a disk whose handover was sent, judged by an answer to the question.
+/// Whether a handover arrived, according to the answer to a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HandoverVerdict {
     /// The destination has it.
     Arrived,
     /// It has not arrived, and nothing that was sent so far can make it arrive.
     NotArrived,
-    /// Whoever answered does not know.
+    /// The server that answered does not know.
     Unknown,
 }
 
@@ -279,7 +279,7 @@ pub enum Action {
     Record(RecordKind),
     /// Delete the image, durably. → `Done`, `Failed`
     Unlink,
-    /// The disk is somebody else's: end all sessions, without answering what they have in flight.
+    /// The destination owns the disk: end all sessions, without answering their in-flight requests.
     /// → `Done`
     Retire,
     /// Close the connection, if there is one, without a DISC: for some destinations it would mean
@@ -400,7 +400,7 @@ pub enum Outcome {
     Failed(Trouble),
 }
 
-/// What is worth telling the operator.
+/// An event for the log and for `mirror`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
     /// The destination greeted us for the first time: `mirror` may answer.
@@ -411,7 +411,7 @@ pub enum News {
     Resumed,
     /// Another destination process is there: from the beginning.
     Restarted,
-    /// Writers are held back for so long per write, since the copy cannot catch up.
+    /// Each write is delayed by this, since the copy cannot catch up.
     Throttled(Duration),
     /// Clients wait while the rest is sent.
     GateClosed,
@@ -432,7 +432,7 @@ pub enum Stage {
     Closing,
     /// The handover is under way.
     HandingOver,
-    /// The handover was sent, and nobody knows whether it arrived.
+    /// The handover was sent, and its outcome is unknown.
     InDoubt,
     /// The destination has the disk; leaving.
     Leaving,

@@ -200,8 +200,8 @@ impl Link {
 }
 
 impl Drop for Link {
-    /// What was sent over a connection that is given up must not arrive later than what is sent
-    /// over the next one: the kernel would go on delivering it once the network is back.
+    /// Bytes of an abandoned connection must not arrive after those of the next one: the kernel would
+    /// go on delivering them once the network is back.
     fn drop(&mut self) {
         if self.unfinished {
             // It cannot fail on a socket that is connected, and does not matter on another.

@@ -37,7 +37,7 @@ impl Speed {
         Self { limit, ..Self::default() }
     }
 
-    /// Replaces the limit; what was sent in the last second counts against the new one.
+    /// Replaces the limit; bytes sent in the last second count against the new one.
     pub fn set_limit(&mut self, limit: Option<NonZeroU64>) {
         self.limit = limit;
     }
@@ -174,7 +174,7 @@ impl Meter {
         }
     }
 
-    /// From now on the requests are of another kind: what is known of the rates counts no more.
+    /// From now on the requests are of another kind: the measured rates are void.
     pub fn restart(&mut self, now: Duration) {
         *self = Self { busy_since: self.busy_since.map(|_| now), ..Self::new(now) };
     }
@@ -272,17 +272,17 @@ pub const AIM_FOR: Duration = SECOND;
 #[derive(Debug)]
 pub struct Convergence {
     pause: Duration,
-    /// Since when what is left could have been sent within the pause, now and then.
+    /// When the rest could first have been sent within the pause.
     fits_since: Option<Duration>,
     step: usize,
     stubborn: u32,
-    /// When passes were compared last, and what was left then.
+    /// When passes were compared last, and the bytes left then.
     before: Option<(Duration, u64)>,
 }
 
 impl Convergence {
-    /// A chase that ends when what is left can be sent within `pause`, or better, in a quarter
-    /// of it.
+    /// A convergence that ends when the rest can be sent within `pause`, or better, in a quarter of
+    /// it.
     #[must_use]
     pub fn new(pause: Duration) -> Self {
         Self { pause, fits_since: None, step: 0, stubborn: 0, before: None }
@@ -350,7 +350,7 @@ impl Convergence {
         }
     }
 
-    /// How long every write is to be held back (at most `DELAY_MAX` of the server).
+    /// The delay of every client's write (at most `DELAY_MAX` of the server).
     #[must_use]
     pub fn delay(&self) -> Duration {
         Duration::from_micros(DELAYS_US[self.step])

@@ -1,5 +1,5 @@
 //! Which range goes next: everything once, then what became dirty meanwhile, until nothing is left.
-//! Never reads the disk or the bitmap itself: it says what to look at, and is told what was found.
+//! Never reads the disk or the bitmap itself: it names the range to examine, and gets the result.
 //!
 //! Two rules keep the copy right:
 //!
@@ -37,7 +37,7 @@ impl Default for Limits {
 /// Largest minimum block size of a destination, in bytes, that a disk can be copied to.
 pub const BLOCK_MIN_MAX: u64 = 16 << 10;
 
-/// Spans waiting for a request in flight, beyond which no more marks are taken.
+/// Ranges waiting for a request in flight, beyond which no more dirty blocks are taken.
 const WAITING_MAX: usize = 64;
 
 /// What the destination can do.
@@ -60,7 +60,7 @@ pub enum Content {
     Zeros,
 }
 
-/// What is to be done next.
+/// The next step of the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NextCopy {
     /// Say what the beginning of this range holds: answer with [`CopyPlan::looked`].
@@ -89,7 +89,7 @@ pub struct AcknowledgedRequest {
     pub payload: u64,
 }
 
-/// What has been copied, what is on its way, and what is left.
+/// The parts of the disk that are copied, in flight, and left.
 #[derive(Debug)]
 pub struct CopyPlan {
     disk: Range,
@@ -158,7 +158,7 @@ impl CopyPlan {
         self.look_again();
     }
 
-    /// What is to be done next; `data_max` bounds a WRITE in bytes, as far as the destination's
+    /// The next step; `data_max` bounds a WRITE in bytes, as far as the destination's
     /// smallest block allows. Asking again without doing it gives the same answer.
     #[must_use]
     pub fn next(&self, data_max: u64) -> NextCopy {
@@ -194,7 +194,7 @@ impl CopyPlan {
         if fits || self.flights.is_empty() { NextCopy::Write(part) } else { NextCopy::Idle }
     }
 
-    /// Nothing can be sent of what is known: are there marks?
+    /// No known part can be sent: are there dirty blocks?
     fn more(&self) -> NextCopy {
         // A new pass begins only when the last one's blocks are on their way: else a fast writer
         // would keep us busy with marks while the replies that unblock us wait to be read.
@@ -270,7 +270,7 @@ impl CopyPlan {
         Some(flight)
     }
 
-    /// Nobody can mark any more: what was found empty is to be asked once again.
+    /// No client can write any more: the bitmap is examined once again, even if it was empty.
     pub fn gate_closed(&mut self) {
         self.cursor = 0;
         self.look_again();

@@ -1,5 +1,5 @@
-//! The source's hands: carries out what [`super::machine`] decides, one action after another.
-//! Never decides: every result goes back as the next event.
+//! The source's driver: executes the actions of [`super::machine`], one after another.
+//! Never decides: the result of each action is the machine's next event.
 
 use super::job::{
     Action, DestinationRequest, Event, Job, News, OperatorRequest, Outcome, Progress, RecordKind,
@@ -25,41 +25,41 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
-/// How often the progress is written down for whoever asks.
+/// Interval at which the handle's progress is updated.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
-/// Data is looked at for zeros in blocks of this size.
+/// Granularity of zero detection in data, in bytes.
 const LOOK_BLOCK: u64 = 64 << 10;
-/// Of each such block this much is read first; only if it is all zero is the rest worth reading.
+/// Bytes of a block that are read first; only if they are all zero is the rest read.
 const LOOK_SAMPLE: usize = 4096;
-/// How much of an extent is looked at before something is sent.
+/// Bytes of an extent that are examined before the next request is sent.
 const LOOK_MAX: u64 = 8 << 20;
 
-/// What the source reports to whoever started it. Must not wait.
+/// Receives the source's reports. Must not block.
 pub trait Observer: Send {
-    /// Something worth telling has happened to the copy of this name.
+    /// Something happened to the copy with this id.
     fn news(&self, id: Id, news: &News);
-    /// The disk is somebody else's: end all sessions without answering them.
+    /// The destination owns the disk: end all sessions without answering them.
     fn retire(&self);
 }
 
-/// What is needed to move a disk.
+/// The parameters of a migration.
 pub struct MigrationParams {
     /// The disk; its gate is the source's from now on.
     pub disk: Arc<Disk>,
-    /// Where its record is kept, and by which the image is deleted if that is ordered.
+    /// The store of its record, which also deletes the image if the job says so.
     pub record_store: RecordStore,
-    /// How to get there.
+    /// The way to the destination.
     pub route: Route,
-    /// What is ordered.
+    /// The operator's order.
     pub job: Job,
-    /// Who is told.
+    /// Receives reports.
     pub observer: Box<dyn Observer>,
 }
 
-/// An order, and where to say whether it was taken.
+/// A request, and the channel for its result.
 type Pending = (OperatorRequest, Sender<Result<(), TooLate>>);
 
-/// The way from operators to a running migration, and what they see of it.
+/// Control of a running migration: requests of operators in, progress and outcome out.
 #[derive(Debug)]
 pub struct MigrationHandle {
     requests: Mutex<VecDeque<Pending>>,
@@ -80,7 +80,7 @@ impl MigrationHandle {
         }))
     }
 
-    /// Gives an order and waits until it is taken, or the migration is over.
+    /// Makes a request and waits until the machine has taken it, or the migration has ended.
     ///
     /// # Errors
     /// [`TooLate`] for a `break` when the disk is no longer ours to keep.
@@ -88,15 +88,15 @@ impl MigrationHandle {
         let (taken, answer) = mpsc::channel();
         lock(&self.requests).push_back((order, taken));
         if self.outcome().is_some() {
-            // It ended just before, and nobody will look at requests any more.
+            // The migration ended just before, and will take no more requests.
             lock(&self.requests).clear();
         }
         self.wake.wake();
-        // The sender is dropped when the migration ends before it takes the order.
+        // The sender is dropped when the migration ends before it takes the request.
         answer.recv().unwrap_or(Err(TooLate))
     }
 
-    /// Gives the order to break off without waiting until it is taken.
+    /// Requests a break without waiting until the machine has taken it.
     pub fn request_break(&self) {
         let (taken, _) = mpsc::channel();
         lock(&self.requests).push_back((OperatorRequest::Break, taken));
@@ -121,7 +121,7 @@ impl MigrationHandle {
         self.result().map(|(outcome, _)| outcome)
     }
 
-    /// How it ended and what it took, if it has ended.
+    /// How it ended and its statistics, if it has ended.
     #[must_use]
     pub fn result(&self) -> Option<(Outcome, MigrationStats)> {
         lock(&self.outcome).clone()
@@ -133,12 +133,12 @@ impl MigrationHandle {
     }
 }
 
-/// What a migration took.
+/// The statistics of a migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MigrationStats {
     /// From its beginning to its end.
     pub duration: Duration,
-    /// Bytes of data sent, those that were sent again included.
+    /// Bytes of data sent, including those sent again.
     pub bytes_sent: u64,
     /// Passes over the disk.
     pub passes: u64,
@@ -269,7 +269,7 @@ impl Source {
             Action::Unlink => self.unlink(),
             Action::Retire => {
                 self.stats.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
-                // Nobody is let in again between the two.
+                // The server stops admitting clients before the gate lets the waiting ones go.
                 self.observer.retire();
                 self.disk.gate().retire();
                 Event::Done
@@ -289,7 +289,7 @@ impl Source {
         }
     }
 
-    /// The connection that there is stays until there is another.
+    /// The present connection stays until another replaces it.
     fn connect(&mut self, question: &Question) -> Event {
         let open = |route: &Route| Link::open(route, Some(question));
         let opened = match self.machine.stage() {
@@ -305,11 +305,11 @@ impl Source {
         }
     }
 
-    /// What the beginning of `range` holds. In data, blocks of zeros are found by a sample first,
-    /// so that what is not zero is hardly read twice.
+    /// The content of the beginning of `range`. Zero blocks in data are detected by a sample first, so
+    /// that little of the data is read twice.
     fn look(&mut self, range: Range) -> Event {
-        // All of it is going to be sent: what is marked by now need not be sent again. Not later,
-        // when it is sent, since data that has become a hole meanwhile is to be looked at again.
+        // The whole part will be sent, so its dirty marks of now are void. Not those at the time of
+        // sending: data that has become a hole by then must be examined again.
         self.dirty.forget(range.split(LOOK_MAX).0);
         match self.look_at(range) {
             Ok((range, content)) => Event::Looked { range, content },
@@ -381,12 +381,12 @@ impl Source {
         }
     }
 
-    /// Behind the closed gate the record will be made durable, and with it, on most file systems,
-    /// whatever is unwritten of the image. So that little is, it is written while the destination
-    /// flushes what it has, before it is decided that the gate may close.
+    /// The fsync of the record, with the gate closed, also writes back dirty pages of the image on
+    /// most file systems. Writing them back now, in parallel with the destination's flush, keeps
+    /// the pause short.
     fn write_back(&self) {
         if self.gate_closed.is_none() {
-            // A failure is the clients' to hear, with their next flush.
+            // Clients get a failure with their next flush.
             let _ = self.disk.write_back();
         }
     }
@@ -395,7 +395,7 @@ impl Source {
         let deadline = self.clock + until;
         let wake = &self.handle.wake;
         let Some(link) = &mut self.link else {
-            // Whatever ends the waiting, the machine looks at the time again.
+            // The machine looks at the time again, however the wait ends.
             let _ = wait_readable(&[wake.as_fd()], Some(deadline));
             wake.clear();
             return Event::Tick;
@@ -418,8 +418,8 @@ impl Source {
         }
     }
 
-    /// Tells the gate when to open by itself. Whatever the next action takes, clients do not wait
-    /// longer.
+    /// Sets the time at which the gate opens by itself, so that clients wait no longer however long
+    /// the next action takes.
     fn bound_freeze(&mut self) {
         let end = self.machine.freeze_end().filter(|_| self.gate_closed.is_some());
         if end == self.freeze_end {
@@ -427,7 +427,7 @@ impl Source {
         }
         self.freeze_end = end;
         if let Some(end) = end {
-            // That it has opened already is noticed before anything is sent that matters.
+            // A gate that has opened already makes `Seal` fail before HANDOVER is sent.
             let _ = self.disk.gate().expire_at(Some(self.clock + end));
         }
     }
@@ -445,8 +445,8 @@ impl Source {
         if let Err(error) = self.record_store.write(record.as_ref()) {
             return Event::Failed(error.to_string());
         }
-        // From the handover on the disk may be served elsewhere: a client that looks for it at both
-        // hosts is not to be let in here.
+        // From the handover on the destination may serve the disk: this host admits no client that
+        // tries both.
         if note == RecordKind::Departing {
             self.disk.gate().set_parting(true);
         }
@@ -474,8 +474,8 @@ impl Source {
 
     fn report(&mut self, now: Duration) {
         let news: Vec<_> = std::iter::from_fn(|| self.machine.news()).collect();
-        // First, since whoever hears the news may ask for the progress.
-        // A stage may last: whoever asks must not be told the one before all the while.
+        // Before the news, since their observer may ask for the progress. At once for a new stage, which
+        // may last.
         let stage = Some(self.machine.stage());
         if !news.is_empty() || now >= self.progress_at || stage != self.reported_stage {
             (self.progress_at, self.reported_stage) = (now + PROGRESS_EVERY, stage);
@@ -487,22 +487,22 @@ impl Source {
     }
 }
 
-/// Asks whoever is there what has become of a disk.
+/// Asks the server at the end of `route` whether a disk has arrived.
 ///
 /// # Errors
-/// When nobody answers who could know.
+/// When no server answers that could know.
 pub fn ask(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble> {
     Link::ask(route, question)
 }
 
 fn take_requests(handle: &MigrationHandle, machine: &mut Machine) {
     while let Some((order, taken)) = lock(&handle.requests).pop_front() {
-        // Whoever gave it may have gone away.
+        // The caller may have gone away.
         let _ = taken.send(machine.request(order));
     }
 }
 
-/// What it means that the image could not be read: only a lack of memory passes.
+/// The event of a failed read of the image: only a lack of memory is temporary.
 fn read_error(image: &Path, offset: u64, error: &io::Error) -> Event {
     let why = format!("cannot read {} at byte {offset}: {error}", image.display());
     let is_memory = error.kind() == io::ErrorKind::OutOfMemory;
@@ -513,7 +513,7 @@ fn first_block(range: Range) -> u64 {
     range.length().min(LOOK_BLOCK - range.offset() % LOOK_BLOCK)
 }
 
-/// Nobody waits for ever for a migration whose thread broke down.
+/// Ends the wait of callers when the migration's thread has panicked.
 impl Drop for Source {
     fn drop(&mut self) {
         if self.handle.outcome().is_none() {
@@ -529,7 +529,7 @@ mod tests {
     use nix::libc::{EIO, ENOMEM, ESTALE};
 
     #[test]
-    fn a_read_without_memory_is_tried_again() {
+    fn read_without_memory_is_retried() {
         let event =
             |errno| read_error(Path::new("/srv/image"), 4096, &io::Error::from_raw_os_error(errno));
         for errno in [EIO, ESTALE] {
@@ -539,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn an_order_that_comes_just_after_the_end_is_too_late_and_does_not_wait_for_ever() {
+    fn request_after_the_end_is_too_late() {
         let handle = MigrationHandle::new().unwrap();
         handle.close(&Outcome::Broken, MigrationStats::default());
         let (told, answer) = mpsc::channel();

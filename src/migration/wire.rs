@@ -6,7 +6,7 @@
 //! During option haggling, before `NBD_OPT_GO`, a source sends the option [`OPTION`] with a
 //! [`Question`] as its data. A server that does not know it answers `NBD_REP_ERR_UNSUP`, and
 //! the source goes on without. Ours answers with one reply of type [`REPLY`] holding an
-//! [`Answer`], then `NBD_REP_ACK`; or, while somebody else's migration is connected, with
+//! [`Answer`], then `NBD_REP_ACK`; or, while another migration is connected, with
 //! `NBD_REP_ERR_POLICY`.
 //!
 //! | `Question` | bytes | | `Answer` | bytes |
@@ -49,7 +49,7 @@ impl fmt::Debug for Token {
     }
 }
 
-/// A source introduces itself, and asks what has become of its disk.
+/// A source introduces itself, and asks whether its disk has arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Question {
     /// Bytes of the disk that is to be moved.
@@ -159,7 +159,7 @@ impl Answer {
     /// The answer that option reply data is.
     ///
     /// # Errors
-    /// See [`WireError`]; whoever sent it cannot be trusted with a disk.
+    /// See [`WireError`]; a server that sent it cannot be trusted with a disk.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let mut fields = MessageReader::versioned(bytes)?;
         let [role, has, zero, nil] = fields.take()?;
@@ -208,7 +208,7 @@ impl Handover {
     }
 }
 
-/// What is left of a message being read.
+/// The unread rest of a message.
 struct MessageReader<'a>(&'a [u8]);
 
 impl<'a> MessageReader<'a> {

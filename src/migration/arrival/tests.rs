@@ -1,4 +1,4 @@
-//! Who gets the seat, who loses it, and what then counts.
+//! Which connection gets the slot, which loses it, and which handovers count.
 
 use super::*;
 use crate::disk::ownership::{ForListen, for_listen};
@@ -68,7 +68,7 @@ fn receiving(connection: Connection, sender: Sender) -> Arrival {
 }
 
 #[test]
-fn the_first_byte_waits_for_the_record() {
+fn first_byte_waits_for_the_record() {
     let mut arrival = fresh();
     assert_eq!(arrival.on_introduction(1, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
     arrival.enter(1, ALIVE).unwrap();
@@ -80,7 +80,7 @@ fn the_first_byte_waits_for_the_record() {
 }
 
 #[test]
-fn a_record_that_cannot_be_written_ends_the_process_before_a_byte_is_taken() {
+fn failed_record_refuses_every_write() {
     let mut arrival = fresh();
     comes(&mut arrival, 1, ID, ALIVE);
     arrival.on_write_request(1);
@@ -115,7 +115,7 @@ fn a_client_without_introduction_is_never_admitted() {
 }
 
 #[test]
-fn another_source_is_refused_while_the_holder_is_heard() {
+fn another_source_is_refused_while_the_sender_is_active() {
     let mut arrival = receiving(1, Sender::Source(ID));
     assert_eq!(arrival.on_introduction(2, &ask(OTHER), JUST_ALIVE), taken(1));
     assert_eq!(arrival.on_write_request(2), refused(AccessDenied::SlotTaken(1)));
@@ -130,7 +130,7 @@ fn another_source_is_refused_while_the_holder_is_heard() {
 }
 
 #[test]
-fn another_source_gets_the_seat_of_a_silent_holder() {
+fn another_source_gets_the_slot_of_a_silent_sender() {
     let mut arrival = receiving(1, Sender::Source(ID));
     assert_eq!(comes(&mut arrival, 2, OTHER, SOURCE_SILENCE), [1], "it is closed first");
     for late in [arrival.on_write_request(1), arrival.on_write_request(1)] {
@@ -150,7 +150,7 @@ fn another_source_gets_the_seat_of_a_silent_holder() {
 }
 
 #[test]
-fn a_holder_that_was_unseated_is_waited_for_by_every_later_source() {
+fn later_sources_wait_for_a_revoked_sender() {
     let mut arrival = receiving(1, Sender::Source(ID));
     assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
     // Its requests did not end in time: the answer was not sent, and the source comes again.
@@ -162,7 +162,7 @@ fn a_holder_that_was_unseated_is_waited_for_by_every_later_source() {
 }
 
 #[test]
-fn a_question_alone_holds_no_seat() {
+fn question_alone_holds_no_slot() {
     let mut arrival = receiving(1, Sender::Source(ID));
     arrival.on_close(1);
     assert_eq!(arrival.on_introduction(2, &ask(OTHER), ALIVE), listening(Has::Nothing, &[]));
@@ -172,7 +172,7 @@ fn a_question_alone_holds_no_seat() {
 }
 
 #[test]
-fn the_same_source_comes_again_and_its_earlier_connection_is_closed_for_good() {
+fn returning_source_closes_its_earlier_connection() {
     let mut arrival = receiving(1, Sender::Source(ID));
     assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
     assert_eq!(arrival.on_write_request(1), refused(AccessDenied::NotSender));
@@ -200,7 +200,7 @@ fn of_two_introductions_with_one_id_only_the_later_may_enter() {
 }
 
 #[test]
-fn a_source_that_introduces_itself_twice_on_one_connection_does_not_wait_for_itself() {
+fn second_introduction_on_one_connection_does_not_wait() {
     let mut arrival = fresh();
     arrival.on_introduction(1, &ask(ID), ALIVE);
     assert_eq!(arrival.on_introduction(1, &ask(ID), ALIVE), listening(Has::Nothing, &[]));
@@ -209,7 +209,7 @@ fn a_source_that_introduces_itself_twice_on_one_connection_does_not_wait_for_its
 }
 
 #[test]
-fn after_a_write_that_failed_neither_a_handover_nor_a_goodbye_makes_the_disk_ours() {
+fn failed_write_prevents_handover_and_arrival_by_disc() {
     let mut arrival = receiving(1, Sender::Source(ID));
     arrival.on_write_failure();
     assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse);
@@ -221,7 +221,7 @@ fn after_a_write_that_failed_neither_a_handover_nor_a_goodbye_makes_the_disk_our
 }
 
 #[test]
-fn a_copy_that_a_plain_writer_has_written_into_is_not_resumed() {
+fn copy_changed_by_a_plain_writer_is_not_resumed() {
     let mut arrival = Arrival::new(TOKEN, Some(Some(ID)), Admits::PlainWriter);
     assert!(arrival.enter(1, ALIVE).is_ok());
     let incoming = WritePermission::RecordFirst(Record::Incoming { id: None });
@@ -232,7 +232,7 @@ fn a_copy_that_a_plain_writer_has_written_into_is_not_resumed() {
 }
 
 #[test]
-fn a_plain_writer_is_the_only_one_until_it_leaves_or_falls_silent() {
+fn plain_writer_keeps_the_slot_until_silent_or_gone() {
     let mut arrival = receiving(1, Sender::Plain);
     let almost = WRITER_SILENCE.checked_sub(Duration::from_millis(1)).unwrap();
     assert_eq!(arrival.enter(2, almost), Err(AccessDenied::SlotTaken(1)));
@@ -252,7 +252,7 @@ fn a_plain_writer_is_the_only_one_until_it_leaves_or_falls_silent() {
 }
 
 #[test]
-fn a_plain_client_that_has_written_nothing_gives_way_to_a_source() {
+fn plain_client_without_writes_yields_to_a_source() {
     let mut arrival = Arrival::new(TOKEN, None, Admits::PlainWriter);
     arrival.enter(1, ALIVE).unwrap();
     assert_eq!(arrival.enter(2, JUST_ALIVE), Err(AccessDenied::SlotTaken(1)));
@@ -261,7 +261,7 @@ fn a_plain_client_that_has_written_nothing_gives_way_to_a_source() {
 }
 
 #[test]
-fn in_old_style_only_the_writer_uses_the_arriving_disk() {
+fn only_the_oldstyle_writer_uses_the_arriving_disk() {
     let mut arrival = Arrival::new(TOKEN, None, Admits::OldStyle);
     for connection in [1, 2] {
         arrival.enter(connection, ALIVE).unwrap();
@@ -325,7 +325,7 @@ fn a_restarted_destination_knows_whose_copy_it_has() {
 }
 
 #[test]
-fn a_handover_with_the_wrong_id_or_token_or_from_elsewhere_is_refused() {
+fn handover_with_wrong_id_token_or_connection_is_refused() {
     let mut arrival = receiving(1, Sender::Source(ID));
     let wrong_id = Handover { id: OTHER, ..HANDOVER };
     let wrong_token = Handover { token: Token([8; 16]), ..HANDOVER };
@@ -337,14 +337,14 @@ fn a_handover_with_the_wrong_id_or_token_or_from_elsewhere_is_refused() {
 }
 
 #[test]
-fn a_handover_of_a_disk_that_was_never_written_is_refused() {
+fn handover_of_an_unwritten_disk_is_refused() {
     let mut arrival = fresh();
     comes(&mut arrival, 1, ID, ALIVE);
     assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse);
 }
 
 #[test]
-fn while_the_disk_is_being_settled_no_question_is_answered() {
+fn no_question_is_answered_while_settling() {
     let mut arrival = receiving(1, Sender::Source(ID));
     arrival.on_handover(1, &HANDOVER);
     let complete = ProbeDecision::Refuse(AccessDenied::Complete);
@@ -359,7 +359,7 @@ fn while_the_disk_is_being_settled_no_question_is_answered() {
 }
 
 #[test]
-fn a_disk_that_cannot_be_made_durable_never_arrives_and_nothing_is_said() {
+fn disk_that_cannot_be_made_durable_never_arrives() {
     let mut arrival = receiving(1, Sender::Source(ID));
     arrival.on_handover(1, &HANDOVER);
     assert!(!arrival.on_settled(false));
@@ -368,7 +368,7 @@ fn a_disk_that_cannot_be_made_durable_never_arrives_and_nothing_is_said() {
 }
 
 #[test]
-fn goodbye_counts_from_the_old_style_peer_that_has_written_and_from_nobody_else() {
+fn disc_counts_only_from_the_oldstyle_writer() {
     let received = ArrivalEnd::Settle(Record::Ours(Provenance::Received));
     assert_eq!(receiving(1, Sender::OldStyle).on_disconnect(1), received);
     assert_eq!(receiving(1, Sender::OldStyle).on_disconnect(2), ArrivalEnd::Nothing);
@@ -378,7 +378,7 @@ fn goodbye_counts_from_the_old_style_peer_that_has_written_and_from_nobody_else(
 }
 
 #[test]
-fn only_so_many_holders_are_remembered() {
+fn number_of_remembered_senders_is_bounded() {
     let mut arrival = fresh();
     let many = u8::try_from(FORMER_SENDERS_MAX).unwrap() + 1;
     for number in 0..many {
@@ -393,7 +393,7 @@ fn only_so_many_holders_are_remembered() {
 }
 
 #[test]
-fn a_serving_process_knows_the_migration_its_disk_came_with_and_no_other() {
+fn serving_process_knows_only_its_own_migration() {
     let arrived = Answer { listening: None, has: Has::Arrived };
     let nothing = Answer { listening: None, has: Has::Nothing };
     assert_eq!(answer_when_serving(Provenance::Arrived(ID), &ask(ID)), arrived);
