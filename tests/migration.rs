@@ -1,5 +1,5 @@
-//! A disk moves from one process to another while clients use it: what is there afterwards.
-//! Never kills or cuts anything; that is for `handover.rs`.
+//! Migrations under load: content, sparseness and records of both images afterwards.
+//! Never kills a process or cuts the network; `handover.rs` does.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -19,13 +19,13 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::time::Duration;
 
-/// Between two batches of a writer that the copy keeps up with.
+/// Pause between two batches of a writer, so that the copy keeps up with it.
 const PAUSE: Duration = Duration::from_millis(20);
-/// For what takes many passes, since writers are held back in steps of a pass.
-const LONG: Duration = Duration::from_secs(120);
+/// Deadline of a migration of many passes: the throttling of writers changes once in each pass.
+const CONVERGENCE_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// A disk of 128 MiB, a quarter of it data, moves under four writers to where old bytes lie.
-fn moves_under_writers(place: &str) {
+/// Migrates a disk of 128 MiB, a quarter of it data, under four writers onto an image with old data.
+fn migrate_under_writers(place: &str) {
     const SIZE: u64 = 128 * MIB;
     let dir = temp_dir_in(place);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
@@ -38,7 +38,7 @@ fn moves_under_writers(place: &str) {
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let written = writers.stop();
-    assert_eq!(written.connections, 4, "sessions stayed until the disk was gone");
+    assert_eq!(written.connections, 4, "sessions stay open until the handover");
     assert_same(&source.image, &destination.image);
     written.assert_all_present(&destination.image, place);
     assert_as_sparse(&source.image, &destination.image);
@@ -46,17 +46,17 @@ fn moves_under_writers(place: &str) {
 }
 
 #[test]
-fn every_acknowledged_write_is_at_the_destination_on_a_disk_file_system() {
-    moves_under_writers(FILE_SYSTEMS[0]);
+fn destination_has_acknowledged_writes_on_disk_file_system() {
+    migrate_under_writers(FILE_SYSTEMS[0]);
 }
 
 #[test]
-fn every_acknowledged_write_is_at_the_destination_on_tmpfs() {
-    moves_under_writers(FILE_SYSTEMS[1]);
+fn destination_has_acknowledged_writes_on_tmpfs() {
+    migrate_under_writers(FILE_SYSTEMS[1]);
 }
 
-/// Moves what `fill` makes of an empty image; both ends must succeed and be equal afterwards.
-fn moves(place: &str, size: u64, fill: impl FnOnce(&File)) {
+/// Migrates an image that `fill` has written to; both processes must succeed, with equal images.
+fn migrate_filled(place: &str, size: u64, fill: impl FnOnce(&File)) {
     let dir = temp_dir_in(place);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     sparse_file(&source.image, size);
@@ -71,9 +71,9 @@ fn moves(place: &str, size: u64, fill: impl FnOnce(&File)) {
 }
 
 #[test]
-fn a_sparse_tebibyte_moves_as_fast_as_its_data() {
+fn sparse_tebibyte_migrates_in_the_time_of_its_data() {
     for place in FILE_SYSTEMS {
-        moves(place, 1024 * GIB, |image| {
+        migrate_filled(place, 1024 * GIB, |image| {
             for part in 0..100 {
                 let data = harness::noise(MIB as usize, part);
                 image.write_all_at(&data, part * 10 * GIB + part * 4096).unwrap();
@@ -83,17 +83,17 @@ fn a_sparse_tebibyte_moves_as_fast_as_its_data() {
 }
 
 #[test]
-fn a_disk_without_data_moves() {
-    moves(FILE_SYSTEMS[0], 64 * MIB, |_| {});
+fn disk_without_data_migrates() {
+    migrate_filled(FILE_SYSTEMS[0], 64 * MIB, |_| {});
 }
 
 #[test]
-fn the_smallest_disk_that_may_move_moves() {
-    moves(FILE_SYSTEMS[0], 4096, |image| image.write_all_at(b"small", 4000).unwrap());
+fn smallest_allowed_disk_migrates() {
+    migrate_filled(FILE_SYSTEMS[0], 4096, |image| image.write_all_at(b"small", 4000).unwrap());
 }
 
 #[test]
-fn a_disk_below_4096_bytes_stays_and_is_served_on() {
+fn mirror_of_a_disk_below_4096_bytes_is_refused() {
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     sparse_file(&source.image, 3584);
@@ -107,7 +107,7 @@ fn a_disk_below_4096_bytes_stays_and_is_served_on() {
 }
 
 #[test]
-fn zeros_that_take_disk_at_the_source_take_none_at_the_destination() {
+fn allocated_zeros_become_holes_at_the_destination() {
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     std::fs::write(&source.image, vec![0; 64 * MIB as usize]).unwrap();
@@ -118,11 +118,12 @@ fn zeros_that_take_disk_at_the_source_take_none_at_the_destination() {
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_same(&source.image, &destination.image);
     let (before, after) = (allocated(&source.image), allocated(&destination.image));
-    assert!(before >= 64 * MIB && after < MIB, "{before} bytes of disk became {after}");
+    assert!(before >= 64 * MIB && after < MIB, "{before} allocated bytes became {after}");
 }
 
-/// The source must turn the operator away, serve on, and be able to move elsewhere afterwards.
-fn refuses_a_destination_of(size: u64) {
+/// A `mirror` to a destination of `size` bytes is refused; the source goes on serving and migrates to
+/// another destination afterwards.
+fn assert_size_is_refused(size: u64) {
     const SIZE: u64 = MIB;
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let [source, wrong, right] = ["source", "wrong", "right"].map(|n| Host::new(dir.path(), n));
@@ -135,7 +136,7 @@ fn refuses_a_destination_of(size: u64) {
     let reply = source.mirror_to(wrong.address, &[]);
     assert!(reply.starts_with("1: Remote size does not match local size"), "{reply}");
     writers.wait_for_writes(10);
-    assert_eq!(wrong.record(), "", "nothing was written there");
+    assert_eq!(wrong.record(), "", "no write reaches the refused destination");
     assert!(listening.is_running());
     let mut listening = right.listen();
     assert_eq!(source.mirror_to(right.address, &[]), MIRROR_STARTED);
@@ -147,17 +148,17 @@ fn refuses_a_destination_of(size: u64) {
 }
 
 #[test]
-fn a_smaller_destination_is_refused_and_clients_do_not_notice() {
-    refuses_a_destination_of(MIB - 512);
+fn smaller_destination_is_refused() {
+    assert_size_is_refused(MIB - 512);
 }
 
 #[test]
-fn a_larger_destination_is_refused_and_clients_do_not_notice() {
-    refuses_a_destination_of(MIB + 512);
+fn larger_destination_is_refused() {
+    assert_size_is_refused(MIB + 512);
 }
 
 #[test]
-fn a_second_mirror_is_refused_while_one_runs_and_break_ends_the_first() {
+fn second_mirror_is_refused_until_break_ends_the_first() {
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, 16 * MIB);
@@ -185,7 +186,7 @@ fn a_second_mirror_is_refused_while_one_runs_and_break_ends_the_first() {
 }
 
 #[test]
-fn writers_faster_than_the_link_are_caught_up_with() {
+fn migration_converges_although_writers_outpace_the_link() {
     const SIZE: u64 = 4 * MIB;
     let dir = temp_dir_in(FILE_SYSTEMS[1]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
@@ -196,8 +197,8 @@ fn writers_faster_than_the_link_are_caught_up_with() {
     writers.wait_for_writes(1000);
     let link = harness::proxy::Proxy::slow(destination.address, 2 * SIZE);
     assert_eq!(source.mirror_to(link.address, &[]), MIRROR_STARTED);
-    let ended = poll_until(LONG, || !serving.is_running());
-    assert!(ended, "it does not converge; {:?}", source.status());
+    let ended = poll_until(CONVERGENCE_TIMEOUT, || !serving.is_running());
+    assert!(ended, "the migration does not converge: {:?}", source.status());
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     let written = writers.stop();
@@ -207,7 +208,7 @@ fn writers_faster_than_the_link_are_caught_up_with() {
 }
 
 #[test]
-fn a_read_error_at_the_source_is_told_as_such_and_ends_the_migration() {
+fn source_read_error_ends_the_migration_without_a_retry() {
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, 16 * MIB);
@@ -215,11 +216,11 @@ fn a_read_error_at_the_source_is_told_as_such_and_ends_the_migration() {
     let (mut serving, _listening) = (source.serve(), destination.listen());
     let slowly = ["exit", "0.0.0.0", "2000000"];
     assert_eq!(source.mirror_to(destination.address, &slowly), MIRROR_STARTED);
-    // As after a shrunk volume: what lies behind cannot be read any more.
+    // As when a volume shrinks: the blocks past its new end cannot be read.
     File::options().write(true).open(&source.image).unwrap().set_len(8 * MIB).unwrap();
     source.wait_for_status("is_mirroring", "false");
     let image = source.image.display();
-    // The end is logged a moment after the status tells of it.
+    // The log line follows the change of the status.
     serving.wait_for_stderr(&format!("failed: cannot read {image} at byte "));
     let log = serving.stderr();
     assert!(!log.contains("trying again"), "{log}");
@@ -228,7 +229,7 @@ fn a_read_error_at_the_source_is_told_as_such_and_ends_the_migration() {
 }
 
 #[test]
-fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() {
+fn full_destination_exits_with_an_error_and_source_retries() {
     const SIZE: u64 = 32 * MIB;
     if !require_root("a full destination") {
         return;
@@ -250,8 +251,8 @@ fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() 
     let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (2, 1, PAUSE));
     assert_eq!(source.mirror_to(full.address, &[]), MIRROR_STARTED);
     assert_eq!(listening.wait_for_end().code(), Some(1));
-    let said = listening.stderr();
-    assert!(said.contains("cannot write the incoming disk: No space left on device"), "{said}");
+    let stderr = listening.stderr();
+    assert!(stderr.contains("cannot write the incoming disk: No space left on device"), "{stderr}");
     writers.wait_for_writes(50);
     serving.wait_for_stderr("trying again every second");
     let mut listening = roomy.listen();
@@ -262,8 +263,9 @@ fn a_full_destination_ends_with_an_error_and_the_source_serves_on_and_retries() 
     written.assert_all_present(&roomy.image, "the destination with room");
 }
 
-/// Moves a disk under writers to somebody else's server, which cannot acknowledge.
-fn moves_to_a_plain_destination(start: impl FnOnce(&Host) -> Running) {
+/// Migrates a disk under writers to an NBD server other than flexnbd, which cannot acknowledge a
+/// handover.
+fn migrate_to_third_party(start: impl FnOnce(&Host) -> Running) {
     const SIZE: u64 = 32 * MIB;
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
@@ -285,8 +287,8 @@ fn moves_to_a_plain_destination(start: impl FnOnce(&Host) -> Running) {
     assert_eq!(source.record(), "departed");
 }
 
-/// Whether somebody listens at that host's address. Does not connect: some servers take one
-/// client in their life.
+/// Whether a process listens at the host's address. Reads `/proc/net/tcp` instead of connecting: some
+/// servers accept only one client.
 fn is_listening(host: &Host) -> bool {
     let octets = match host.address.ip() {
         std::net::IpAddr::V4(ip) => ip.octets(),
@@ -298,34 +300,34 @@ fn is_listening(host: &Host) -> bool {
 }
 
 #[test]
-fn a_disk_moves_to_qemu_nbd() {
+fn disk_migrates_to_qemu_nbd() {
     if !require_tool("qemu-nbd") {
         return;
     }
-    moves_to_a_plain_destination(|host| {
+    migrate_to_third_party(|host| {
         let (ip, port) = (host.address.ip().to_string(), host.address.port().to_string());
         let image = host.image.to_str().unwrap();
-        let words =
+        let command =
             ["qemu-nbd", "-f", "raw", "--discard=unmap", "-t", "-b", &ip, "-p", &port, image];
-        Program::new(words[0]).args(&words[1..]).start_until(|| is_listening(host))
+        Program::new(command[0]).args(&command[1..]).start_until(|| is_listening(host))
     });
 }
 
 #[test]
-fn a_disk_moves_to_nbdkit() {
+fn disk_migrates_to_nbdkit() {
     if !require_tool("nbdkit") {
         return;
     }
-    moves_to_a_plain_destination(|host| {
+    migrate_to_third_party(|host| {
         let (ip, port) = (host.address.ip().to_string(), host.address.port().to_string());
         let image = host.image.to_str().unwrap();
-        let words = ["nbdkit", "-f", "-i", &ip, "-p", &port, "file", image];
-        Program::new(words[0]).args(&words[1..]).start_until(|| is_listening(host))
+        let command = ["nbdkit", "-f", "-i", &ip, "-p", &port, "file", image];
+        Program::new(command[0]).args(&command[1..]).start_until(|| is_listening(host))
     });
 }
 
 #[test]
-fn a_read_only_destination_is_refused_and_the_source_serves_on() {
+fn read_only_destination_is_refused() {
     if !require_tool("nbdkit") {
         return;
     }
@@ -333,9 +335,9 @@ fn a_read_only_destination_is_refused_and_the_source_serves_on() {
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, MIB);
     let (ip, port) = (destination.address.ip().to_string(), destination.address.port().to_string());
-    let words = ["nbdkit", "-f", "-r", "-i", &ip, "-p", &port, "memory", "1M"];
+    let command = ["nbdkit", "-f", "-r", "-i", &ip, "-p", &port, "memory", "1M"];
     let _plain =
-        Program::new(words[0]).args(&words[1..]).start_until(|| is_listening(&destination));
+        Program::new(command[0]).args(&command[1..]).start_until(|| is_listening(&destination));
     let mut serving = source.serve();
     let reply = source.mirror_to(destination.address, &[]);
     assert_eq!(reply, "1: Mirror was rejected (the destination's disk is read-only)");
@@ -346,20 +348,21 @@ fn a_read_only_destination_is_refused_and_the_source_serves_on() {
 }
 
 #[test]
-fn qemu_mirrors_a_disk_onto_us() {
+fn qemu_blockdev_mirror_copies_a_disk_to_flexnbd() {
     if !require_tool("qemu-storage-daemon") {
         return;
     }
     const SIZE: u64 = 32 * MIB;
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
-    let (theirs, ours) = (dir.path().join("theirs.img"), Host::new(dir.path(), "ours"));
-    stamped_image(&theirs, SIZE);
+    let (qemu_image, ours) = (dir.path().join("theirs.img"), Host::new(dir.path(), "ours"));
+    stamped_image(&qemu_image, SIZE);
     used_image(&ours.image, SIZE);
     let mut serving = ours.serve();
     let socket = dir.path().join("monitor");
     let chardev = format!("socket,id=c,path={},server=on,wait=off", socket.display());
-    let image = format!("driver=file,node-name=file,filename={},discard=unmap", theirs.display());
-    let words = [
+    let image =
+        format!("driver=file,node-name=file,filename={},discard=unmap", qemu_image.display());
+    let command = [
         "qemu-storage-daemon",
         "--chardev",
         &chardev,
@@ -370,7 +373,7 @@ fn qemu_mirrors_a_disk_onto_us() {
         "--blockdev",
         "driver=raw,node-name=disk,file=file",
     ];
-    let program = Program::new(words[0]).args(&words[1..]).start_until(|| socket.exists());
+    let program = Program::new(command[0]).args(&command[1..]).start_until(|| socket.exists());
     let mut monitor = qemu::Monitor::connect(&socket);
     let (ip, port) = (ours.address.ip(), ours.address.port());
     monitor.execute(
@@ -389,12 +392,12 @@ fn qemu_mirrors_a_disk_onto_us() {
     monitor.wait_for("BLOCK_JOB_COMPLETED");
     program.stop();
     assert!(serving.stop().success());
-    assert_same(&theirs, &ours.image);
-    assert_as_sparse(&theirs, &ours.image);
+    assert_same(&qemu_image, &ours.image);
+    assert_as_sparse(&qemu_image, &ours.image);
 }
 
 #[test]
-fn a_guest_of_qemu_lives_through_a_migration_when_the_address_is_taken_over() {
+fn qemu_guest_survives_migration_with_address_takeover() {
     if !require_tool("qemu-storage-daemon") {
         return;
     }
@@ -410,17 +413,17 @@ fn a_guest_of_qemu_lives_through_a_migration_when_the_address_is_taken_over() {
         "driver=nbd,node-name=disk,server.type=inet,server.host={ip},server.port={port},\
          reconnect-delay=60"
     );
-    let door = format!("addr.type=unix,addr.path={}", socket.display());
-    let words = [
+    let server_address = format!("addr.type=unix,addr.path={}", socket.display());
+    let command = [
         "qemu-storage-daemon",
         "--blockdev",
         &disk,
         "--nbd-server",
-        &door,
+        &server_address,
         "--export",
         "type=nbd,id=guest,node-name=disk,writable=on,name=",
     ];
-    let _program = Program::new(words[0]).args(&words[1..]).start_until(|| socket.exists());
+    let _program = Program::new(command[0]).args(&command[1..]).start_until(|| socket.exists());
     let writers = Writers::start(Endpoint::Unix(socket), SIZE, (2, 1, PAUSE));
     writers.wait_for_writes(50);
     assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
@@ -429,7 +432,7 @@ fn a_guest_of_qemu_lives_through_a_migration_when_the_address_is_taken_over() {
     let mut serving = destination.clone().at(source.address).serve();
     writers.wait_for_writes(200);
     let written = writers.stop();
-    assert_eq!(written.connections, 2, "the guest noticed nothing");
+    assert_eq!(written.connections, 2, "the connections of the guest stay open");
     assert!(serving.stop().success());
-    written.assert_all_present(&destination.image, "what the guest wrote");
+    written.assert_all_present(&destination.image, "the writes of the guest");
 }

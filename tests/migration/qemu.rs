@@ -1,11 +1,11 @@
-//! The monitor of a qemu program (QMP), for tests in which qemu is the peer.
+//! A client of the QEMU Machine Protocol (QMP), for tests with QEMU as the peer.
 
 use harness::{TIMEOUT, poll_until};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-/// A connection to the monitor of a qemu program.
+/// A connection to the QMP socket of a QEMU program.
 pub(crate) struct Monitor {
     replies: BufReader<UnixStream>,
 }
@@ -14,11 +14,11 @@ impl Monitor {
     #[track_caller]
     pub(crate) fn connect(path: &Path) -> Monitor {
         let mut stream = None;
-        let came = poll_until(TIMEOUT, || {
+        let connected = poll_until(TIMEOUT, || {
             stream = UnixStream::connect(path).ok();
             stream.is_some()
         });
-        assert!(came, "no monitor at {}", path.display());
+        assert!(connected, "no monitor at {}", path.display());
         let stream = stream.unwrap();
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         let mut monitor = Monitor { replies: BufReader::new(stream) };
@@ -27,20 +27,20 @@ impl Monitor {
         monitor
     }
 
-    /// Gives an order in JSON, which must succeed.
+    /// Executes a command, given in JSON, which must succeed.
     #[track_caller]
-    pub(crate) fn execute(&mut self, order: &str) {
-        writeln!(self.replies.get_mut(), "{order}").unwrap();
+    pub(crate) fn execute(&mut self, command: &str) {
+        writeln!(self.replies.get_mut(), "{command}").unwrap();
         self.wait_for("\"return\"");
     }
 
-    /// Reads until something holds this word.
+    /// Reads lines up to the first that contains `word`, and returns it.
     #[track_caller]
     pub(crate) fn wait_for(&mut self, word: &str) -> String {
         loop {
             let mut line = String::new();
             self.replies.read_line(&mut line).unwrap();
-            assert!(!line.is_empty(), "the monitor closed before it said {word}");
+            assert!(!line.is_empty(), "the monitor closed the connection before {word}");
             assert!(!line.contains("\"error\":"), "waiting for {word}: {line}");
             if line.contains(word) {
                 return line;

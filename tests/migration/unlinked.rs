@@ -1,10 +1,11 @@
-//! A disk that was deleted where it left (`--unlink`): it is not made anew, empty.
+//! Images that `mirror` with `unlink` deleted at the source: `--create` must not replace the disk by
+//! an empty one.
 
 use harness::host::{Host, MIRROR_STARTED};
 use harness::{Endpoint, MIB, Server, read_at, sparse_image, temp_dir_in, write_at};
 
 #[test]
-fn a_disk_that_was_deleted_when_it_left_does_not_come_back_empty() {
+fn unlinked_disk_is_not_created_again_while_departed() {
     let directory = temp_dir_in("/dev/shm");
     let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
     sparse_image(directory.path(), "a.img", 4 * MIB);
@@ -15,13 +16,13 @@ fn a_disk_that_was_deleted_when_it_left_does_not_come_back_empty() {
     assert!(serving.wait_for_end().success() && listening.wait_for_end().success());
     assert!(!from.image.exists());
 
-    let mut refused = from.mode("serve").args(["--create", "4M"]).at(place(&from)).spawn();
+    let mut refused = from.mode("serve").args(["--create", "4M"]).at(endpoint(&from)).spawn();
     assert_eq!(refused.wait_for_end().code(), Some(78));
-    let told = refused.stderr();
-    assert!(told.contains("has moved to") && told.contains("not made anew"), "{told}");
+    let stderr = refused.stderr();
+    assert!(stderr.contains("has moved to") && stderr.contains("not made anew"), "{stderr}");
     assert!(!from.image.exists());
 
-    // Coming home it may be made, and is a disk like any other from then on.
+    // `listen` may create the image for the disk that comes back; afterwards `--create` works as usual.
     let mut listening = from.mode("listen").args(["--create", "4M"]).start();
     let mut serving = to.serve();
     assert_eq!(to.mirror_to(from.address, &["unlink"]), MIRROR_STARTED);
@@ -29,12 +30,12 @@ fn a_disk_that_was_deleted_when_it_left_does_not_come_back_empty() {
     assert_eq!(read_at(&from.image, MIB, 8), b"precious");
     drop(serve(&from));
     std::fs::remove_file(&from.image).unwrap();
-    let _anew = serve(&from);
+    let _serving = serve(&from);
     assert_eq!(read_at(&from.image, MIB, 8), [0; 8]);
 }
 
 #[test]
-fn an_image_that_was_made_for_a_disk_that_never_came_is_not_served() {
+fn image_created_by_listen_is_refused_without_a_disk() {
     let directory = temp_dir_in("/dev/shm");
     let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
     sparse_image(directory.path(), "a.img", 4 * MIB);
@@ -43,14 +44,14 @@ fn an_image_that_was_made_for_a_disk_that_never_came_is_not_served() {
     assert_eq!(from.mirror_to(to.address, &["unlink"]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success() && listening.wait_for_end().success());
 
-    // It is to come home, but nobody sends it.
+    // `listen` creates the image, but no source sends the disk.
     let mut listening = from.mode("listen").args(["--create", "4M"]).start();
     assert!(!listening.stop().success());
     assert!(from.image.exists());
-    let mut refused = from.mode("serve").args(["--create", "4M"]).at(place(&from)).spawn();
+    let mut refused = from.mode("serve").args(["--create", "4M"]).at(endpoint(&from)).spawn();
     assert_eq!(refused.wait_for_end().code(), Some(78));
 
-    // One that was there before is as good as it was.
+    // An image that existed before `listen` stays servable.
     sparse_image(directory.path(), "c.img", 4 * MIB);
     let other = Host::new(directory.path(), "c");
     let mut listening = other.mode("listen").args(["--create", "4M"]).start();
@@ -58,11 +59,11 @@ fn an_image_that_was_made_for_a_disk_that_never_came_is_not_served() {
     drop(serve(&other));
 }
 
-/// Serves the image, which is made if it is not there.
+/// Serves the image, creating it if it does not exist.
 fn serve(host: &Host) -> Server {
     host.mode("serve").args(["--create", "4M"]).start()
 }
 
-fn place(host: &Host) -> Endpoint {
+fn endpoint(host: &Host) -> Endpoint {
     Endpoint::Tcp(host.address)
 }

@@ -1,4 +1,4 @@
-//! What rude sources, and others who happen by, do to our `listen`.
+//! Sources that break the protocol, and clients that are no sources, against our `listen`.
 
 use harness::host::{Host, MIRROR_STARTED};
 use harness::image::{assert_same, stamped_image};
@@ -15,16 +15,16 @@ use nix::sys::signal::Signal;
 use std::time::Duration;
 
 const SIZE: u64 = MIB;
-/// Longest write of the sources here.
-const PIECE: usize = 64 << 10;
+/// Length of the longest write of these tests.
+const CHUNK: usize = 64 << 10;
 
-/// The private command and its version (flexnbd-migration(7)).
+/// The private handover command and the version of its payload, see flexnbd-migration(7).
 const HANDOVER: u16 = 0x464c;
 const VERSION: [u8; 4] = [0, 0, 0, 1];
-const MINE: [u8; 16] = [7; 16];
-const OTHERS: [u8; 16] = [8; 16];
+const MIGRATION_ID: [u8; 16] = [7; 16];
+const OTHER_ID: [u8; 16] = [8; 16];
 
-/// A process that listens for a disk.
+/// A `listen` process that waits for a disk.
 struct Listening {
     host: Host,
     server: Server,
@@ -56,47 +56,49 @@ impl Listening {
         self.server.endpoint().clone()
     }
 
-    /// A session of old style.
-    fn old(&self) -> Session {
+    /// Opens an oldstyle session.
+    fn oldstyle_session(&self) -> Session {
         Session::open_old_style(&self.endpoint())
     }
 
-    /// The haggling of newstyle, just begun.
+    /// Starts a newstyle handshake.
     fn haggle(&self) -> Wire {
         Wire::haggle(&self.endpoint(), FIXED_NEWSTYLE | NO_ZEROES)
     }
 
-    /// Introduces itself with that migration, and goes on to transmission; also the token.
+    /// Opens a session of a source that has introduced itself with migration `id`; also returns the
+    /// token of the `listen` process.
     fn introduced(&self, id: [u8; 16]) -> (Session, Vec<u8>) {
         let mut wire = self.haggle();
-        let (replies, last) = wire.ask(OPT_PRIVATE, &question(id));
-        assert_eq!(last, REP_ACK, "the question is answered");
+        let (replies, last) = wire.ask(OPT_PRIVATE, &introduction(id));
+        assert_eq!(last, REP_ACK, "the introduction is answered");
         let token = replies[0].data[8..24].to_vec();
         (Session::go(wire, Mode::Simple, None, b""), token)
     }
 
-    /// Nothing has arrived, and it waits for somebody who sends a whole disk, as the original does.
-    fn listens_on(mut self, record: &str) {
+    /// Asserts that no disk has arrived, that the process goes on listening, as the original flexnbd
+    /// does, and that the record is `record`.
+    fn assert_still_waiting(mut self, record: &str) {
         assert_eq!(self.host.record(), record);
         assert!(self.server.is_running(), "{}", self.server.stderr());
         assert_eq!(self.host.status_of("has_control"), "false");
         self.server.signal(Signal::SIGTERM);
-        assert_eq!(self.server.wait_for_end().code(), Some(1), "nothing has arrived");
+        assert_eq!(self.server.wait_for_end().code(), Some(1), "`listen` exits without a disk");
         assert_eq!(self.host.record(), record);
-        // An incomplete copy is not served; what was never touched is.
+        // `serve` refuses an incomplete copy, and accepts an image without any write.
         let mut serving = self.host.mode("serve").spawn();
         assert_eq!(serving.starts_listening(), record.is_empty());
     }
 
-    /// Whoever comes next and behaves succeeds.
-    fn still_receives(mut self) {
+    /// Asserts that the process still receives a disk from a correct oldstyle source.
+    fn assert_still_receives(mut self) {
         let directory = temp_dir_in(FILE_SYSTEMS[1]);
         let disk = directory.path().join("sent");
         stamped_image(&disk, SIZE);
         let bytes = std::fs::read(&disk).unwrap();
-        let mut session = self.old();
-        for (index, piece) in bytes.chunks(PIECE).enumerate() {
-            session.ok(Request::write((index * PIECE) as u64, piece));
+        let mut session = self.oldstyle_session();
+        for (index, piece) in bytes.chunks(CHUNK).enumerate() {
+            session.ok(Request::write((index * CHUNK) as u64, piece));
         }
         session.send(&Request::new(DISC, 0, 0));
         assert!(self.server.wait_for_end().success(), "{}", self.server.stderr());
@@ -105,11 +107,11 @@ impl Listening {
     }
 }
 
-fn question(id: [u8; 16]) -> Vec<u8> {
+fn introduction(id: [u8; 16]) -> Vec<u8> {
     [&VERSION[..], &SIZE.to_be_bytes(), &id].concat()
 }
 
-/// Sends a HANDOVER and takes its reply: the error.
+/// Sends a handover request and returns the error of its reply.
 fn hand_over(session: &mut Session, id: [u8; 16], token: &[u8]) -> u32 {
     let payload = [&VERSION[..], &id, token].concat();
     let header = encode_request(HANDOVER, 0, 77, 0, payload.len() as u32);
@@ -121,133 +123,133 @@ fn hand_over(session: &mut Session, id: [u8; 16], token: &[u8]) -> u32 {
 }
 
 #[test]
-fn an_honest_source_of_old_style_is_received_from() {
+fn correct_oldstyle_source_is_accepted() {
     let listening = Listening::oldstyle();
-    listening.still_receives();
+    listening.assert_still_receives();
 }
 
 #[test]
-fn connects_and_leaves() {
+fn connections_without_handshake_are_tolerated() {
     let listening = Listening::oldstyle();
     Wire::connect(&listening.endpoint()).reset();
     drop(Wire::connect(&listening.endpoint()));
-    listening.still_receives();
+    listening.assert_still_receives();
 }
 
 #[test]
-fn says_goodbye_without_having_written() {
+fn disc_without_a_write_does_not_count() {
     let listening = Listening::oldstyle();
-    let mut session = listening.old();
+    let mut session = listening.oldstyle_session();
     session.read(0, 512);
     session.send(&Request::new(DISC, 0, 0));
     session.wire.expect_closed("after a DISC");
-    listening.listens_on("");
+    listening.assert_still_waiting("");
 }
 
 #[test]
-fn leaves_without_goodbye_after_having_written() {
+fn close_without_disc_leaves_the_copy_incomplete() {
     let listening = Listening::oldstyle();
-    let mut session = listening.old();
-    session.ok(Request::write(0, &[0xee; PIECE]));
+    let mut session = listening.oldstyle_session();
+    session.ok(Request::write(0, &[0xee; CHUNK]));
     drop(session);
     listening.host.wait_for_status("num_clients", "0");
     assert_eq!(listening.host.record(), "incoming");
-    listening.still_receives();
+    listening.assert_still_receives();
 }
 
 #[test]
-fn vanishes_after_a_write_and_another_one_starts_over() {
+fn source_may_start_over_after_a_reset() {
     let listening = Listening::oldstyle();
-    let mut session = listening.old();
-    session.ok(Request::write(0, &[0xee; PIECE]));
+    let mut session = listening.oldstyle_session();
+    session.ok(Request::write(0, &[0xee; CHUNK]));
     session.wire.reset();
     listening.host.wait_for_status("num_clients", "0");
-    listening.still_receives();
+    listening.assert_still_receives();
 }
 
 #[test]
-fn an_incomplete_copy_is_never_served() {
+fn incomplete_copy_is_not_served() {
     let listening = Listening::oldstyle();
-    let mut session = listening.old();
+    let mut session = listening.oldstyle_session();
     session.ok(Request::write(0, &[0xee; 512]));
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn closes_in_the_middle_of_a_request() {
+fn close_within_a_request_header_writes_nothing() {
     let listening = Listening::oldstyle();
-    let mut session = listening.old();
+    let mut session = listening.oldstyle_session();
     let (_, bytes) = session.encode(&Request::write(0, &[0xee; 512]));
     session.wire.send(&bytes[..17]);
     drop(session);
     listening.host.wait_for_status("num_clients", "0");
-    listening.listens_on("");
+    listening.assert_still_waiting("");
 }
 
 #[test]
-fn closes_in_the_middle_of_the_data() {
+fn close_within_a_payload_is_tolerated() {
     let listening = Listening::oldstyle();
-    let mut session = listening.old();
-    let (_, bytes) = session.encode(&Request::write(0, &[0xee; PIECE]));
-    session.wire.send(&bytes[..PIECE / 2]);
+    let mut session = listening.oldstyle_session();
+    let (_, bytes) = session.encode(&Request::write(0, &[0xee; CHUNK]));
+    session.wire.send(&bytes[..CHUNK / 2]);
     drop(session);
     listening.host.wait_for_status("num_clients", "0");
-    listening.still_receives();
+    listening.assert_still_receives();
 }
 
 #[test]
-fn writes_out_of_range_and_says_goodbye() {
+fn disc_after_out_of_range_writes_does_not_count() {
     let listening = Listening::oldstyle();
-    let mut session = listening.old();
+    let mut session = listening.oldstyle_session();
     session.refused(Request::write(SIZE - 512, &[0xee; 1024]), &[ENOSPC]);
     session.refused(Request::write(u64::MAX - 511, &[0xee; 1024]), &[ENOSPC]);
     session.send(&Request::new(DISC, 0, 0));
     session.wire.expect_closed("after a DISC");
-    listening.listens_on("");
+    listening.assert_still_waiting("");
 }
 
 #[test]
-fn sends_what_is_no_request() {
+fn wrong_request_magic_ends_the_session_only() {
     let listening = Listening::oldstyle();
-    let mut session = listening.old();
+    let mut session = listening.oldstyle_session();
     session.ok(Request::write(0, &[0xee; 512]));
     session.wire.send(&[0x47; 28]);
     session.wire.recv_to_end();
     listening.host.wait_for_status("num_clients", "0");
-    listening.still_receives();
+    listening.assert_still_receives();
 }
 
 #[test]
-fn a_second_source_may_neither_write_nor_end_what_the_first_has_begun() {
+fn second_oldstyle_source_can_neither_write_nor_finish() {
     let listening = Listening::oldstyle();
-    let mut first = listening.old();
+    let mut first = listening.oldstyle_session();
     first.ok(Request::write(0, &[0xee; 512]));
-    let mut second = listening.old();
+    let mut second = listening.oldstyle_session();
     assert_eq!(second.ask(Request::write(0, &[0xdd; 512])).error, EPERM);
     second.send(&Request::new(DISC, 0, 0));
     second.wire.expect_closed("after a DISC");
     first.ok(Request::write(512, &[0xee; 512]));
     drop(first);
     listening.host.wait_for_status("num_clients", "0");
-    listening.still_receives();
+    listening.assert_still_receives();
 }
 
 #[test]
-fn a_second_source_may_not_even_greet_where_it_could_be_told_so() {
+fn second_newstyle_source_is_refused_in_the_handshake() {
     let listening = Listening::newstyle();
-    let (mut first, _) = listening.introduced(MINE);
+    let (mut first, _) = listening.introduced(MIGRATION_ID);
     let mut wire = listening.haggle();
     assert_eq!(wire.ask_final(OPT_GO, &encode_go(b"", &[])), REP_ERR_POLICY);
-    assert_eq!(wire.ask_final(OPT_PRIVATE, &question(OTHERS)), REP_ERR_POLICY);
+    assert_eq!(wire.ask_final(OPT_PRIVATE, &introduction(OTHER_ID)), REP_ERR_POLICY);
     wire.send_option(OPT_EXPORT_NAME, b"");
-    wire.expect_closed("an export that is taken");
+    wire.expect_closed("an export with another source");
     first.ok(Request::write(0, &[0xee; 512]));
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
-/// Not one way into the transmission phase is open to a client that did not introduce itself.
+/// Asserts that no option takes a client without introduction into the transmission phase.
 #[track_caller]
-fn is_closed_to_strangers(listening: &Listening) {
+fn assert_unintroduced_is_refused(listening: &Listening) {
     for option in [OPT_GO, OPT_INFO] {
         let mut wire = listening.haggle();
         assert_eq!(wire.ask_final(option, &encode_go(b"", &[])), REP_ERR_POLICY, "{option}");
@@ -255,49 +257,49 @@ fn is_closed_to_strangers(listening: &Listening) {
     }
     let mut wire = listening.haggle();
     wire.send_option(OPT_EXPORT_NAME, b"");
-    wire.expect_closed("an export name from a stranger");
+    wire.expect_closed("an export name without introduction");
 }
 
 #[test]
-fn a_client_without_introduction_is_refused_before_and_between_sources() {
+fn client_without_introduction_is_always_refused() {
     let listening = Listening::newstyle();
-    is_closed_to_strangers(&listening);
-    let (mut first, _) = listening.introduced(MINE);
-    is_closed_to_strangers(&listening);
+    assert_unintroduced_is_refused(&listening);
+    let (mut first, _) = listening.introduced(MIGRATION_ID);
+    assert_unintroduced_is_refused(&listening);
     first.ok(Request::write(0, &[0xee; 512]));
     drop(first);
     listening.host.wait_for_status("num_clients", "0");
-    is_closed_to_strangers(&listening);
-    listening.listens_on("incoming");
+    assert_unintroduced_is_refused(&listening);
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn a_client_that_haggles_before_the_source_is_refused_after_it() {
+fn earlier_handshake_without_introduction_is_refused() {
     let listening = Listening::newstyle();
     let mut early = listening.haggle();
-    let (mut source, _) = listening.introduced(MINE);
+    let (mut source, _) = listening.introduced(MIGRATION_ID);
     source.ok(Request::write(0, &[0xee; 512]));
     assert_eq!(early.ask_final(OPT_GO, &encode_go(b"", &[])), REP_ERR_POLICY);
     source.ok(Request::write(512, &[0xee; 512]));
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn a_question_without_entering_keeps_no_source_out() {
+fn introduction_without_opt_go_blocks_no_other_source() {
     let listening = Listening::newstyle();
-    let mut asking = listening.haggle();
-    assert_eq!(asking.ask(OPT_PRIVATE, &question(MINE)).1, REP_ACK);
-    let (mut source, _) = listening.introduced(OTHERS);
+    let mut introduced = listening.haggle();
+    assert_eq!(introduced.ask(OPT_PRIVATE, &introduction(MIGRATION_ID)).1, REP_ACK);
+    let (mut source, _) = listening.introduced(OTHER_ID);
     source.ok(Request::write(0, &[0xee; 512]));
-    assert_eq!(asking.ask_final(OPT_GO, &encode_go(b"", &[])), REP_ERR_POLICY);
+    assert_eq!(introduced.ask_final(OPT_GO, &encode_go(b"", &[])), REP_ERR_POLICY);
     source.ok(Request::write(512, &[0xee; 512]));
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn a_refused_source_is_told_the_holder_and_its_silence() {
+fn refusal_names_the_active_source_and_its_silence() {
     let listening = Listening::newstyle();
-    let (mut first, _) = listening.introduced(MINE);
+    let (mut first, _) = listening.introduced(MIGRATION_ID);
     first.ok(Request::write(0, &[0xee; 512]));
     let source = Host::new(listening.host.image.parent().unwrap(), "source");
     stamped_image(&source.image, SIZE);
@@ -309,11 +311,11 @@ fn a_refused_source_is_told_the_holder_and_its_silence() {
         assert!(reply.contains(part), "{part:?} is not in {reply}");
     }
     first.ok(Request::write(512, &[0xee; 512]));
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn a_stopped_source_loses_its_seat_to_another_within_seconds() {
+fn stopped_source_is_displaced_within_seconds() {
     let directory = temp_dir_in(FILE_SYSTEMS[1]);
     let [stopped, source, destination] =
         ["stopped", "source", "dest"].map(|name| Host::new(directory.path(), name));
@@ -322,14 +324,14 @@ fn a_stopped_source_loses_its_seat_to_another_within_seconds() {
     sparse_file(&destination.image, 16 * SIZE);
     let (holder, mut serving) = (stopped.serve(), source.serve());
     let mut listening = destination.listen();
-    // In full flight: the copy takes a minute.
+    // The copy takes a minute, so that the source is stopped in the middle of it.
     let speed = (16 * SIZE / 60).to_string();
     assert_eq!(
         stopped.mirror_to(destination.address, &["exit", "0.0.0.0", &speed]),
         MIRROR_STARTED
     );
-    let began = poll_until(TIMEOUT, || destination.record() == "incoming");
-    assert!(began, "nothing is copied");
+    let copying = poll_until(TIMEOUT, || destination.record() == "incoming");
+    assert!(copying, "no block is copied");
     let reply = source.mirror_to(destination.address, &[]);
     assert!(reply.starts_with("1: Mirror was rejected"), "a live source is not displaced: {reply}");
     holder.signal(Signal::SIGSTOP);
@@ -344,164 +346,168 @@ fn a_stopped_source_loses_its_seat_to_another_within_seconds() {
     assert_same(&source.image, &destination.image);
     holder.signal(Signal::SIGCONT);
     stopped.command(&["break"]);
-    assert_eq!(stopped.record(), "", "its disk is still its own");
+    assert_eq!(stopped.record(), "", "the stopped source keeps its disk");
 }
 
 #[test]
-fn one_plain_writer_is_admitted_at_a_time() {
+fn plain_mode_admits_one_writer_at_a_time() {
     let listening = Listening::plain();
     let mut first = Session::open(&listening.endpoint(), Mode::Structured).unwrap();
-    assert_eq!(first.flags & CAN_MULTI_CONN, 0, "one connection is all there is");
+    assert_eq!(first.flags & CAN_MULTI_CONN, 0, "plain mode allows one connection");
     first.ok(Request::write(0, &[0xee; 512]));
-    is_closed_to_strangers(&listening);
-    let source = listening.haggle().ask_final(OPT_PRIVATE, &question(MINE));
+    assert_unintroduced_is_refused(&listening);
+    let source = listening.haggle().ask_final(OPT_PRIVATE, &introduction(MIGRATION_ID));
     assert_eq!(source, REP_ERR_POLICY);
     first.ok(Request::write(512, &[0xee; 512]));
-    // The next one comes before the end of the first was seen.
+    // The second client connects before the server has seen the first one close.
     drop(first);
     let mut second = Session::open(&listening.endpoint(), Mode::Simple).unwrap();
     second.ok(Request::write(0, &[0xdd; 512]));
-    assert_eq!(second.read(0, 512), [0xdd; 512], "it reads its own copy");
+    assert_eq!(second.read(0, 512), [0xdd; 512], "the writer reads its own data");
     drop(second);
-    let (mut source, token) = listening.introduced(MINE);
+    let (mut source, token) = listening.introduced(MIGRATION_ID);
     source.ok(Request::write(0, &[0xcc; 512]));
-    assert_eq!(hand_over(&mut source, MINE, &token), 0);
+    assert_eq!(hand_over(&mut source, MIGRATION_ID, &token), 0);
 }
 
 #[test]
-fn a_plain_client_that_wrote_nothing_is_ended_by_a_source() {
+fn source_displaces_a_plain_client_without_writes() {
     let listening = Listening::plain();
     let mut reader = Session::open(&listening.endpoint(), Mode::Simple).unwrap();
     reader.read(0, 512);
-    let (mut source, _) = listening.introduced(MINE);
+    let (mut source, _) = listening.introduced(MIGRATION_ID);
     source.ok(Request::write(0, &[0xee; 512]));
     reader.wire.recv_to_end();
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn only_the_writer_of_old_style_reads_the_arriving_disk() {
+fn only_the_oldstyle_writer_reads_the_incoming_disk() {
     let listening = Listening::oldstyle();
-    let mut early = listening.old();
+    let mut early = listening.oldstyle_session();
     early.read(0, 512);
-    let mut writer = listening.old();
+    let mut writer = listening.oldstyle_session();
     writer.ok(Request::write(0, &[0xee; 512]));
     assert_eq!(writer.read(0, 512), [0xee; 512]);
-    let mut late = listening.old();
+    let mut late = listening.oldstyle_session();
     for other in [&mut early, &mut late] {
         assert_eq!(other.ask(Request::new(READ, 0, 512)).error, EPERM);
         assert_eq!(other.ask(Request::new(WRITE, 0, 512)).error, EPERM);
     }
     drop((writer, late));
     listening.host.wait_for_status("num_clients", "1");
-    assert_eq!(early.ask(Request::new(READ, 0, 512)).error, EPERM, "half a copy");
+    assert_eq!(early.ask(Request::new(READ, 0, 512)).error, EPERM, "an incomplete copy");
     drop(early);
     listening.host.wait_for_status("num_clients", "0");
-    listening.still_receives();
+    listening.assert_still_receives();
 }
 
 #[test]
-fn a_plain_client_that_writes_and_says_goodbye_has_not_sent_a_disk() {
+fn disc_of_a_plain_writer_does_not_count() {
     let listening = Listening::plain();
     let mut session = Session::open(&listening.endpoint(), Mode::Simple).unwrap();
     session.ok(Request::write(0, &[0xee; 512]));
     session.send(&Request::new(DISC, 0, 0));
     session.wire.expect_closed("after a DISC");
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn introduces_itself_with_nonsense() {
+fn malformed_introductions_are_refused() {
     let listening = Listening::newstyle();
     let mut wire = listening.haggle();
-    let good = question(MINE);
+    let good = introduction(MIGRATION_ID);
     for bad in [&b""[..], &good[..27], &[&good[..], &[0]].concat(), &[&[9], &good[1..]].concat()] {
         assert_eq!(wire.ask_final(OPT_PRIVATE, bad), REP_ERR_INVALID, "{bad:02x?}");
     }
     wire.assert_haggling_in_sync();
-    listening.listens_on("");
+    listening.assert_still_waiting("");
 }
 
 #[test]
-fn hands_over_without_an_introduction() {
+fn handover_without_introduction_is_refused() {
     let listening = Listening::plain();
     let mut session = Session::open(&listening.endpoint(), Mode::Simple).unwrap();
     session.ok(Request::write(0, &[0xee; 512]));
     session.refused(Request::new(HANDOVER, 0, 36), &[EINVAL]);
     session.assert_in_sync();
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn hands_over_a_disk_that_it_has_not_sent() {
+fn handover_without_a_write_is_refused() {
     let listening = Listening::newstyle();
-    let (mut session, token) = listening.introduced(MINE);
-    assert_eq!(hand_over(&mut session, MINE, &token), EINVAL);
+    let (mut session, token) = listening.introduced(MIGRATION_ID);
+    assert_eq!(hand_over(&mut session, MIGRATION_ID, &token), EINVAL);
     session.assert_in_sync();
-    listening.listens_on("");
+    listening.assert_still_waiting("");
 }
 
 #[test]
-fn hands_over_to_another_process_or_another_migration() {
+fn handover_with_wrong_token_or_id_is_refused() {
     let listening = Listening::newstyle();
-    let (mut session, token) = listening.introduced(MINE);
+    let (mut session, token) = listening.introduced(MIGRATION_ID);
     session.ok(Request::write(0, &[0xee; 512]));
-    assert_eq!(hand_over(&mut session, MINE, &[0x55; 16]), EINVAL);
-    assert_eq!(hand_over(&mut session, OTHERS, &token), EINVAL);
+    assert_eq!(hand_over(&mut session, MIGRATION_ID, &[0x55; 16]), EINVAL);
+    assert_eq!(hand_over(&mut session, OTHER_ID, &token), EINVAL);
     session.assert_in_sync();
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn a_handover_as_it_should_be_is_acknowledged_and_ends_it() {
+fn correct_handover_is_acknowledged_and_ends_listen() {
     let mut listening = Listening::newstyle();
-    let (mut session, token) = listening.introduced(MINE);
+    let (mut session, token) = listening.introduced(MIGRATION_ID);
     session.ok(Request::write(0, &[0xee; 512]));
-    assert_eq!(hand_over(&mut session, MINE, &token), 0);
+    assert_eq!(hand_over(&mut session, MIGRATION_ID, &token), 0);
     assert!(listening.server.wait_for_end().success(), "{}", listening.server.stderr());
     assert_eq!(listening.host.record(), "ours");
-    // A second `listen` says so; a `serve` answers the question that only it can answer.
+    // A second `listen` exits successfully at once; a `serve` answers probes of the source.
     let mut again = listening.host.mode("listen").spawn();
     assert!(!again.starts_listening());
     assert!(again.wait_for_end().success(), "{}", again.stderr());
     let serving = listening.host.serve();
-    for (id, has) in [(MINE, 2), (OTHERS, 0)] {
+    for (id, has) in [(MIGRATION_ID, 2), (OTHER_ID, 0)] {
         let mut wire = Wire::haggle(serving.endpoint(), FIXED_NEWSTYLE | NO_ZEROES);
-        let (replies, last) = wire.ask(OPT_PRIVATE, &question(id));
-        assert_eq!((last, &replies[0].data[4..6]), (REP_ACK, &[2, has][..]), "serving; has it");
+        let (replies, last) = wire.ask(OPT_PRIVATE, &introduction(id));
+        assert_eq!(
+            (last, &replies[0].data[4..6]),
+            (REP_ACK, &[2, has][..]),
+            "state and disk of migration {id:02x?}"
+        );
     }
 }
 
 #[test]
-fn comes_again_while_its_first_connection_is_still_there() {
+fn reconnecting_source_replaces_its_first_connection() {
     let listening = Listening::newstyle();
-    let (mut first, token) = listening.introduced(MINE);
+    let (mut first, token) = listening.introduced(MIGRATION_ID);
     first.ok(Request::write(0, &[0xee; 512]));
-    let (mut second, same) = listening.introduced(MINE);
-    assert_eq!(token, same, "a token is the process's");
+    let (mut second, same) = listening.introduced(MIGRATION_ID);
+    assert_eq!(token, same, "the token belongs to the process");
     first.wire.recv_to_end();
     second.ok(Request::write(512, &[0xee; 512]));
-    listening.listens_on("incoming");
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn what_a_source_left_in_its_first_connection_is_not_carried_out_after_it_came_again() {
+fn late_write_of_a_replaced_connection_is_discarded() {
     let listening = Listening::newstyle();
-    let (mut first, _) = listening.introduced(MINE);
+    let (mut first, _) = listening.introduced(MIGRATION_ID);
     first.ok(Request::write(0, &[0xee; 512]));
-    // Half a write stays on its way while the source comes again.
-    let (_, late) = first.encode(&Request::write(0, &[0xaa; PIECE]));
-    first.wire.send(&late[..PIECE]);
-    let (mut second, _) = listening.introduced(MINE);
-    second.ok(Request::write(0, &[0xbb; PIECE]));
-    let _ = first.wire.try_send(&late[PIECE..]);
+    // The source reconnects while half a write of its first connection is in flight.
+    let (_, late) = first.encode(&Request::write(0, &[0xaa; CHUNK]));
+    first.wire.send(&late[..CHUNK]);
+    let (mut second, _) = listening.introduced(MIGRATION_ID);
+    second.ok(Request::write(0, &[0xbb; CHUNK]));
+    let _ = first.wire.try_send(&late[CHUNK..]);
     first.wire.recv_to_end();
-    assert_eq!(second.read(0, PIECE as u64), vec![0xbb; PIECE]);
-    listening.listens_on("incoming");
+    assert_eq!(second.read(0, CHUNK as u64), vec![0xbb; CHUNK]);
+    listening.assert_still_waiting("incoming");
 }
 
 #[test]
-fn a_source_from_a_banned_address_is_refused_until_it_binds_one_that_is_not() {
+fn source_outside_the_acl_is_refused() {
     let directory = temp_dir_in(FILE_SYSTEMS[1]);
     let source = Host::new(directory.path(), "source");
     let destination = Host::new(directory.path(), "dest");
@@ -518,25 +524,25 @@ fn a_source_from_a_banned_address_is_refused_until_it_binds_one_that_is_not() {
 }
 
 #[test]
-fn a_disk_is_not_moved_onto_one_that_is_served() {
+fn served_disk_is_refused_as_destination() {
     let directory = temp_dir_in(FILE_SYSTEMS[1]);
     let [source, other] = ["source", "other"].map(|name| Host::new(directory.path(), name));
     for host in [&source, &other] {
         stamped_image(&host.image, SIZE);
     }
-    let (mut serving, mut serving_too) = (source.serve(), other.serve());
+    let (mut serving, mut other_serving) = (source.serve(), other.serve());
     let reply = source.mirror_to(other.address, &[]);
     assert!(reply.starts_with("1: Mirror was rejected (the destination serves"), "{reply}");
-    for server in [&mut serving, &mut serving_too] {
+    for server in [&mut serving, &mut other_serving] {
         assert!(server.stop().success());
     }
     assert_same(&source.image, &other.image);
 }
 
 #[test]
-fn sigterm_after_hello_ends_a_listen_with_an_error() {
+fn sigterm_ends_listen_with_an_error() {
     let mut listening = Listening::newstyle();
-    let (mut session, _) = listening.introduced(MINE);
+    let (mut session, _) = listening.introduced(MIGRATION_ID);
     listening.server.signal(Signal::SIGTERM);
     assert_eq!(listening.server.wait_for_end().code(), Some(1));
     session.wire.recv_to_end();

@@ -1,6 +1,6 @@
-//! Destinations made of a few bytes: they speak old style (or the beginning of newstyle), and can
-//! be told to misbehave on their first connection. From the second on they are honest.
-//! Never uses the library.
+//! A minimal migration destination. It speaks oldstyle (or the beginning of newstyle) and misbehaves on
+//! its first connection as a test wants; from the second on it follows the protocol.
+//! Never uses the library under test.
 
 use harness::raw::{
     DISC, FIXED_NEWSTYLE, GREETING, HAS_FLAGS, I_HAVE_OPT, OLD_STYLE, OPTION_REPLY, REP_ERR_UNSUP,
@@ -15,71 +15,74 @@ use std::os::fd::AsRawFd as _;
 use std::sync::mpsc::{self, Receiver};
 use std::thread;
 
-/// A request as it came.
+/// A received request.
 #[derive(Clone, Debug)]
-pub(crate) struct Asked {
+pub(crate) struct ReceivedRequest {
     pub(crate) command: u16,
     pub(crate) cookie: u64,
     pub(crate) offset: u64,
     pub(crate) payload: Vec<u8>,
 }
 
-/// A connection from a source.
-pub(crate) struct Guest {
+/// A connection accepted from a source.
+pub(crate) struct Connection {
     pub(crate) stream: TcpStream,
     pub(crate) size: u64,
 }
 
-/// A destination that runs on a thread of its own until it has a disk.
-pub(crate) struct Rude {
+/// A destination on a thread of its own, which ends when it has received a disk.
+pub(crate) struct FakeDestination {
     pub(crate) address: SocketAddr,
     disk: Receiver<Vec<u8>>,
 }
 
-impl Rude {
-    /// Does that to the first connection, and receives a disk honestly on a later one.
-    pub(crate) fn first(size: u64, misbehave: impl FnOnce(&mut Guest) + Send + 'static) -> Rude {
-        Rude::with_goodbye(size, misbehave, || {})
+impl FakeDestination {
+    /// Runs `misbehave` on the first connection, and receives a disk correctly on a later one.
+    pub(crate) fn misbehave_first(
+        size: u64,
+        misbehave: impl FnOnce(&mut Connection) + Send + 'static,
+    ) -> FakeDestination {
+        FakeDestination::with_on_disc(size, misbehave, || {})
     }
 
-    /// The same, calling `goodbye` when the DISC arrives.
-    pub(crate) fn with_goodbye(
+    /// Like [`FakeDestination::misbehave_first`]; calls `on_disc` when NBD_CMD_DISC arrives.
+    pub(crate) fn with_on_disc(
         size: u64,
-        misbehave: impl FnOnce(&mut Guest) + Send + 'static,
-        goodbye: impl FnOnce() + Send + 'static,
-    ) -> Rude {
+        misbehave: impl FnOnce(&mut Connection) + Send + 'static,
+        on_disc: impl FnOnce() + Send + 'static,
+    ) -> FakeDestination {
         let address = unused_loopback_address();
         let listener = TcpListener::bind(address).unwrap();
         let (done, disk) = mpsc::channel();
         thread::spawn(move || {
-            misbehave(&mut Guest::accept(&listener, size));
+            misbehave(&mut Connection::accept(&listener, size));
             let disk = loop {
-                if let Ok(disk) = Guest::accept(&listener, size).receive() {
+                if let Ok(disk) = Connection::accept(&listener, size).receive_disk() {
                     break disk;
                 }
             };
-            goodbye();
+            on_disc();
             let _ = done.send(disk);
         });
-        Rude { address, disk }
+        FakeDestination { address, disk }
     }
 
-    /// The disk, once it has arrived.
+    /// Waits until a whole disk has arrived, and returns its bytes.
     #[track_caller]
     pub(crate) fn disk(self) -> Vec<u8> {
-        self.disk.recv_timeout(TIMEOUT).expect("the disk arrives at the honest destination")
+        self.disk.recv_timeout(TIMEOUT).expect("a whole disk arrives")
     }
 }
 
-impl Guest {
-    fn accept(listener: &TcpListener, size: u64) -> Guest {
+impl Connection {
+    fn accept(listener: &TcpListener, size: u64) -> Connection {
         let (stream, _) = listener.accept().unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-        Guest { stream, size }
+        Connection { stream, size }
     }
 
-    /// The greeting of old style: everything in one piece.
+    /// Sends the oldstyle greeting, which ends the handshake.
     pub(crate) fn greet(&mut self) {
         self.greet_with(OLD_STYLE, self.size);
     }
@@ -91,23 +94,23 @@ impl Guest {
         self.send(&hello);
     }
 
-    /// The greeting of newstyle, and the first option that comes: its number and its data.
+    /// Sends the newstyle greeting; returns number and data of the client's first option.
     pub(crate) fn greet_newstyle(&mut self) -> (u32, Vec<u8>) {
         self.send(&[GREETING, I_HAVE_OPT].map(u64::to_be_bytes).concat());
         self.send(&(FIXED_NEWSTYLE as u16).to_be_bytes());
-        self.take(4);
-        self.take_option()
+        self.recv(4);
+        self.recv_option()
     }
 
-    pub(crate) fn take_option(&mut self) -> (u32, Vec<u8>) {
-        self.take(8);
+    pub(crate) fn recv_option(&mut self) -> (u32, Vec<u8>) {
+        self.recv(8);
         let number = |bytes: Vec<u8>| u32::from_be_bytes(bytes.try_into().unwrap());
-        let option = number(self.take(4));
-        let length = number(self.take(4));
-        (option, self.take(length as usize))
+        let option = number(self.recv(4));
+        let length = number(self.recv(4));
+        (option, self.recv(length as usize))
     }
 
-    pub(crate) fn answer_option(&mut self, option: u32, kind: u32, data: &[u8]) {
+    pub(crate) fn reply_to_option(&mut self, option: u32, kind: u32, data: &[u8]) {
         let mut reply = OPTION_REPLY.to_be_bytes().to_vec();
         for word in [option, kind, data.len() as u32] {
             reply.extend(word.to_be_bytes());
@@ -116,25 +119,25 @@ impl Guest {
         self.send(&reply);
     }
 
-    pub(crate) fn answer_unknown(&mut self, option: u32) {
-        self.answer_option(option, REP_ERR_UNSUP, b"");
+    pub(crate) fn reject_option(&mut self, option: u32) {
+        self.reply_to_option(option, REP_ERR_UNSUP, b"");
     }
 
-    /// The next request, with its payload.
-    pub(crate) fn request(&mut self) -> Asked {
-        self.try_request().unwrap()
+    /// Receives the next request with its payload.
+    pub(crate) fn recv_request(&mut self) -> ReceivedRequest {
+        self.try_recv_request().unwrap()
     }
 
-    fn try_request(&mut self) -> io::Result<Asked> {
+    fn try_recv_request(&mut self) -> io::Result<ReceivedRequest> {
         let mut head = [0; 28];
         self.stream.read_exact(&mut head)?;
         let word = |at: usize| u32::from_be_bytes(head[at..at + 4].try_into().unwrap());
         let long = |at: usize| u64::from_be_bytes(head[at..at + 8].try_into().unwrap());
-        assert_eq!(word(0), REQUEST, "requests begin as requests");
+        assert_eq!(word(0), REQUEST, "the magic of a request");
         let command = word(4) as u16;
         let mut payload = vec![0; if command == WRITE { word(24) as usize } else { 0 }];
         self.stream.read_exact(&mut payload)?;
-        Ok(Asked { command, cookie: long(8), offset: long(16), payload })
+        Ok(ReceivedRequest { command, cookie: long(8), offset: long(16), payload })
     }
 
     pub(crate) fn reply(&mut self, cookie: u64, error: u32) {
@@ -147,66 +150,66 @@ impl Guest {
         self.send(&reply);
     }
 
-    /// Receives the whole disk once, and leaves with the last reply: whoever reads it finds the
-    /// connection closed.
-    pub(crate) fn leave_with_the_last_reply(&mut self) {
+    /// Receives the whole disk and closes the connection together with the last reply, so that the
+    /// source finds end of file right behind that reply.
+    pub(crate) fn close_with_the_last_reply(&mut self) {
         self.greet();
         let mut left = self.size as usize;
         loop {
-            let asked = self.request();
-            left -= asked.payload.len();
+            let request = self.recv_request();
+            left -= request.payload.len();
             if left == 0 {
                 let mut reply = [SIMPLE_REPLY, 0].map(u32::to_be_bytes).concat();
-                reply.extend(asked.cookie.to_be_bytes());
-                // Held back until the end of the connection goes with it.
+                reply.extend(request.cookie.to_be_bytes());
+                // MSG_MORE: the kernel holds the reply back and sends it with the FIN.
                 send(self.stream.as_raw_fd(), &reply, MsgFlags::from_bits_retain(libc::MSG_MORE))
                     .unwrap();
                 return self.stream.shutdown(Shutdown::Write).unwrap();
             }
-            self.reply(asked.cookie, 0);
+            self.reply(request.cookie, 0);
         }
     }
 
-    /// Takes so many bytes and forgets them.
-    pub(crate) fn take(&mut self, length: usize) -> Vec<u8> {
+    /// Receives exactly `length` bytes.
+    pub(crate) fn recv(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         self.stream.read_exact(&mut bytes).unwrap();
         bytes
     }
 
-    /// Whoever has hung up does not take it; that is no failure of a rude destination.
+    /// Ignores errors: the source may have closed the connection, which is no failure of the test.
     fn send(&mut self, bytes: &[u8]) {
         let _ = self.stream.write_all(bytes);
     }
 
-    /// Waits for the source to hang up, reading what it says until then. True: it threw away what
-    /// had not been delivered yet.
-    pub(crate) fn outlast(&mut self) -> bool {
+    /// Reads and discards until the source closes the connection. True if it closed with a RST, which
+    /// discards undelivered data.
+    pub(crate) fn wait_for_close(&mut self) -> bool {
         let mut buffer = [0; 4096];
         loop {
             match self.stream.read(&mut buffer) {
                 Ok(0) => return false,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return true,
-                Err(error) => panic!("the source neither speaks nor hangs up: {error}"),
+                Err(error) => panic!("the source neither sends nor closes: {error}"),
             }
         }
     }
 
-    /// Receives a disk as it should be received: to the DISC.
-    fn receive(&mut self) -> io::Result<Vec<u8>> {
+    /// Receives a disk as the protocol says, up to NBD_CMD_DISC.
+    fn receive_disk(&mut self) -> io::Result<Vec<u8>> {
         self.greet();
         let mut disk = vec![0xdb; self.size as usize];
         loop {
-            let asked = self.try_request()?;
-            match asked.command {
+            let request = self.try_recv_request()?;
+            match request.command {
                 WRITE => {
-                    let start = asked.offset as usize;
-                    disk[start..start + asked.payload.len()].copy_from_slice(&asked.payload);
-                    self.reply(asked.cookie, 0);
+                    let start = request.offset as usize;
+                    disk[start..start + request.payload.len()].copy_from_slice(&request.payload);
+                    self.reply(request.cookie, 0);
                 }
                 DISC => return Ok(disk),
-                command => panic!("command {command} was not offered"),
+                command => panic!("unexpected command {command}"),
             }
         }
     }
