@@ -3,12 +3,10 @@
 
 use super::cells::Temperature;
 use super::nbd::Address;
-use super::options::Options;
 use super::process::{PATIENCE, Process};
-use super::report::{Table, figure};
+use super::report::{figure, median, print_row};
 use super::servers::Server;
-use super::stats::median;
-use super::{Error, Setup, pin_to};
+use super::{Error, Options, Setup, pin_to};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
@@ -26,29 +24,22 @@ const SCRIPT: &str = "export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=nbd
     exec \"$@\" 3<&0 </dev/null";
 /// Length of the server's greeting in bytes.
 const GREETING_LENGTH: usize = 18;
-const TABLE: Table<4> = Table { name_width: 16, widths: [10; 4] };
 
 /// All starts of one server.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ActivationRow {
     #[serde(rename = "server")]
     name: String,
     pub(super) ours: bool,
     /// From before `connect(2)` to the greeting, in milliseconds.
-    starts_ms: Vec<f64>,
-}
-
-impl ActivationRow {
-    pub(super) fn median_ms(&self) -> Option<f64> {
-        median(self.starts_ms.clone())
-    }
+    pub(super) starts_ms: Vec<f64>,
 }
 
 /// Measures every server that takes a socket; prints which ones fail.
 pub(super) fn measure(setup: &Setup) -> Result<Vec<ActivationRow>, Error> {
     let image = setup.images.path(Temperature::Cached)?;
     let row = |server: &Server| {
-        let (name, ours) = (server.name.clone(), server.is_flexnbd());
+        let (name, ours) = (server.name.clone(), server.ours);
         Some((ActivationRow { name, ours, starts_ms: Vec::new() }, server.activated(image)?))
     };
     let mut rows: Vec<_> = setup.servers.iter().filter_map(row).collect();
@@ -93,36 +84,11 @@ pub(super) fn print(rows: &[ActivationRow]) {
         return;
     }
     println!("\nmilliseconds from connect to greeting, the server being started by that");
-    TABLE.print_row("", ["starts", "median", "shortest", "longest"]);
-    for row in rows {
-        let reduce = |f: fn(f64, f64) -> f64| row.starts_ms.iter().copied().reduce(f);
-        TABLE.print_row(
-            &row.name,
-            [
-                row.starts_ms.len().to_string(),
-                figure(row.median_ms(), 1),
-                figure(reduce(f64::min), 1),
-                figure(reduce(f64::max), 1),
-            ],
-        );
-    }
-}
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::super::servers;
-    use super::*;
-
-    #[test]
-    fn every_server_that_takes_a_socket_greets_its_first_client() {
-        let image = tempfile::NamedTempFile::new().unwrap();
-        image.as_file().set_len(1 << 20).unwrap();
-        let names = ["flexnbd", "nbdkit", "qemu-nbd", "nbd-server"].map(str::to_owned);
-        for server in servers::installed(&names, &[]).unwrap() {
-            let Some(command) = server.activated(image.path()) else { continue };
-            let options = clap::Parser::parse_from(["peers"]);
-            assert!(measure_once(&options, &command).unwrap() > Duration::ZERO, "{command:?}");
-        }
+    print_row("", [10; 4], ["starts", "median", "shortest", "longest"]);
+    for ActivationRow { name, starts_ms, .. } in rows {
+        let reduce = |f: fn(f64, f64) -> f64| figure(starts_ms.iter().copied().reduce(f), 1);
+        let middle = figure(median(starts_ms.iter().copied()), 1);
+        let cells = [starts_ms.len().to_string(), middle, reduce(f64::min), reduce(f64::max)];
+        print_row(name, [10; 4], cells);
     }
 }

@@ -1,11 +1,10 @@
 //! The same loads from fio's nbd engine, which is libnbd: a client in real use.
 
 use super::cells::{Cell, Temperature, word};
-use super::options::Options;
 use super::process::find;
 use super::results::Sample;
 use super::servers::Running;
-use super::{Error, Setup, usage};
+use super::{Error, Options, Setup, usage};
 use serde_json::Value;
 use std::process::Command;
 
@@ -34,13 +33,14 @@ pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sam
         let stderr = String::from_utf8_lossy(&output.stderr);
         return Err(format!("fio failed: {}", stderr.lines().next().unwrap_or_default()).into());
     }
-    let figures = parse(&output.stdout).ok_or("fio printed no figures")?;
+    let [requests, requests_per_sec, busy] =
+        parse(&output.stdout).ok_or("fio printed no figures")?;
     Ok(Sample {
-        requests_per_sec: figures.requests_per_sec,
-        mb_per_sec: figures.requests_per_sec * f64::from(cell.block) / 1e6,
-        server_cpu_us_per_request: server_cpu * 1e6 / figures.requests.max(1.0),
+        requests_per_sec,
+        mb_per_sec: requests_per_sec * f64::from(cell.block) / 1e6,
+        server_cpu_us_per_request: server_cpu * 1e6 / requests.max(1.0),
         // fio prints the mean of its jobs, which share one CPU.
-        client_busy: figures.busy * cell.sessions as f64,
+        client_busy: busy * cell.sessions as f64,
         rss_peak_mib: usage::rss_peak_kib(server.pid) as f64 / 1024.0,
     })
 }
@@ -71,15 +71,9 @@ fn arguments(cell: &Cell, options: &Options, uri: &str) -> Vec<String> {
     arguments
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Figures {
-    requests: f64,
-    requests_per_sec: f64,
-    busy: f64,
-}
-
-/// Parses fio's JSON, which may follow warnings.
-fn parse(output: &[u8]) -> Option<Figures> {
+/// Parses fio's JSON, which may follow warnings: requests, requests per second, and the part of the
+/// time in which a job computed.
+fn parse(output: &[u8]) -> Option<[f64; 3]> {
     let start = output.iter().position(|byte| *byte == b'{')?;
     let all: Value = serde_json::from_slice(&output[start..]).ok()?;
     let job = &all["jobs"][0];
@@ -88,7 +82,7 @@ fn parse(output: &[u8]) -> Option<Figures> {
     }
     let sum = |key: &str| Some(job["read"][key].as_f64()? + job["write"][key].as_f64()?);
     let busy = (job["usr_cpu"].as_f64()? + job["sys_cpu"].as_f64()?) / 100.0;
-    Some(Figures { requests: sum("total_ios")?, requests_per_sec: sum("iops")?, busy })
+    Some([sum("total_ios")?, sum("iops")?, busy])
 }
 
 #[cfg(test)]
@@ -105,8 +99,7 @@ mod tests {
                  \"write\": {{\"iops\": 1.5, \"total_ios\": 2}}}}]}}"
             )
         };
-        let expected = Figures { requests: 22.0, requests_per_sec: 12.0, busy: 0.5 };
-        assert_eq!(parse(text(0).as_bytes()), Some(expected));
+        assert_eq!(parse(text(0).as_bytes()), Some([22.0, 12.0, 0.5]));
         assert_eq!(parse(text(5).as_bytes()), None);
         assert_eq!(parse(b"nothing"), None);
     }

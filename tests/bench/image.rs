@@ -1,9 +1,8 @@
 //! The images that the servers serve: full of data, one in memory and one on a disk.
 
-use super::Error;
 use super::cells::Temperature;
 use super::data::{PORTION, write_data};
-use super::options::Options;
+use super::{Error, Options};
 use memmap2::Mmap;
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};

@@ -4,7 +4,7 @@
 use super::cells::{Temperature, Transport};
 use super::nbd::{REPLY_LENGTH, encode};
 use super::process::PATIENCE;
-use super::report::{Table, figure};
+use super::report::{figure, print_row};
 use super::servers::{Running, Server};
 use super::usage::{pss_kib, rss_kib};
 use super::{Error, Setup};
@@ -25,10 +25,10 @@ const LARGE: u64 = 1 << 40;
 const SETTLE: Duration = Duration::from_secs(2);
 /// How much each session reads, in bytes.
 const READ_LENGTH: usize = 4096;
-const TABLE: Table<6> = Table { name_width: 16, widths: [9, 13, 9, 13, 9, 13] };
+const WIDTHS: [usize; 6] = [9, 13, 9, 13, 9, 13];
 
 /// One server.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct MemoryRow {
     #[serde(rename = "server")]
     name: String,
@@ -40,7 +40,7 @@ pub(super) struct MemoryRow {
 }
 
 /// The memory of one server with one disk.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Occupied {
     /// Without any session.
     pub(super) rss_idle_kib: Option<u64>,
@@ -49,7 +49,7 @@ pub(super) struct Occupied {
     trouble: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct WithSessions {
     sessions: usize,
     rss_kib: u64,
@@ -70,49 +70,42 @@ pub(super) fn measure(setup: &Setup) -> Result<Vec<MemoryRow>, Error> {
     large.as_file().set_len(LARGE)?;
     let row = |server: &Server| MemoryRow {
         name: server.name.clone(),
-        ours: server.is_flexnbd(),
+        ours: server.ours,
         usual: occupied(setup, server, image, &SESSIONS),
         large: occupied(setup, server, large.path(), &SESSIONS[..1]),
     };
     Ok(setup.servers.iter().map(row).collect())
 }
 
+/// Opens more and more sessions; keeps the figures of those that succeeded.
 fn occupied(setup: &Setup, server: &Server, image: &Path, sessions: &[usize]) -> Occupied {
     let mut occupied = Occupied::default();
-    if let Err(error) = observe(setup, server, image, sessions, &mut occupied) {
+    let mut observe = || -> Result<(), Error> {
+        let running = setup.start(server, image, Transport::Tcp)?;
+        thread::sleep(SETTLE);
+        occupied.rss_idle_kib = Some(rss_kib(running.pid));
+        let pss_idle_kib = pss_kib(running.pid) as f64;
+        let mut open: Vec<Stream> = Vec::new();
+        for count in sessions {
+            while open.len() < *count {
+                let stream = read_once(&running);
+                open.push(stream.map_err(|error| format!("session {}: {error}", open.len() + 1))?);
+            }
+            thread::sleep(SETTLE);
+            let growth_kib = pss_kib(running.pid) as f64 - pss_idle_kib;
+            occupied.with_sessions.push(WithSessions {
+                sessions: *count,
+                rss_kib: rss_kib(running.pid),
+                pss_per_session_kib: growth_kib / *count as f64,
+            });
+        }
+        Ok(())
+    };
+    if let Err(error) = observe() {
         println!("# memory: {}: {error}", server.name);
         occupied.trouble = Some(error.to_string());
     }
     occupied
-}
-
-/// Opens more and more sessions; `occupied` keeps the figures of those that succeeded.
-fn observe(
-    setup: &Setup,
-    server: &Server,
-    image: &Path,
-    sessions: &[usize],
-    occupied: &mut Occupied,
-) -> Result<(), Error> {
-    let server = setup.start(server, image, Transport::Tcp)?;
-    thread::sleep(SETTLE);
-    occupied.rss_idle_kib = Some(rss_kib(server.pid));
-    let pss_idle_kib = pss_kib(server.pid) as f64;
-    let mut open: Vec<Stream> = Vec::new();
-    for count in sessions {
-        while open.len() < *count {
-            let stream = read_once(&server);
-            open.push(stream.map_err(|error| format!("session {}: {error}", open.len() + 1))?);
-        }
-        thread::sleep(SETTLE);
-        let growth_kib = pss_kib(server.pid) as f64 - pss_idle_kib;
-        occupied.with_sessions.push(WithSessions {
-            sessions: *count,
-            rss_kib: rss_kib(server.pid),
-            pss_per_session_kib: growth_kib / *count as f64,
-        });
-    }
-    Ok(())
 }
 
 /// A session that has read once.
@@ -134,7 +127,7 @@ pub(super) fn print(rows: &[MemoryRow]) {
     let rss = |count| format!("RSS {count}");
     let of = |count| format!("of {count}");
     let idle = || "RSS idle".to_owned();
-    TABLE.print_row("", [idle(), rss(many), of(few), of(many), idle(), rss(few)]);
+    print_row("", WIDTHS, [idle(), rss(many), of(few), of(many), idle(), rss(few)]);
     for MemoryRow { name, usual, large, .. } in rows {
         let with = |disk: &Occupied, count, of: fn(&WithSessions) -> f64, places| {
             let with = disk.with_sessions.iter().find(|with| with.sessions == count);
@@ -145,23 +138,6 @@ pub(super) fn print(rows: &[MemoryRow]) {
         let pss = |count| with(usual, count, |with| with.pss_per_session_kib, 1);
         let cells =
             [idle(usual), rss(usual, many), pss(few), pss(many), idle(large), rss(large, few)];
-        TABLE.print_row(name, cells);
-    }
-}
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::super::servers;
-    use super::*;
-
-    #[test]
-    fn a_server_is_measured_with_its_sessions() {
-        let image = NamedTempFile::new().unwrap();
-        image.as_file().set_len(LARGE).unwrap();
-        let setup = Setup::new(&clap::Parser::parse_from(["peers"])).unwrap();
-        let seen = occupied(&setup, &servers::flexnbd(), image.path(), &[2]);
-        assert_eq!(seen.trouble, None);
-        assert!(seen.rss_idle_kib > Some(0) && seen.with_sessions[0].rss_kib > 0, "{seen:?}");
+        print_row(name, WIDTHS, cells);
     }
 }

@@ -5,9 +5,8 @@ mod data;
 mod machine;
 mod nbd;
 mod process;
-mod report;
 #[allow(dead_code, reason = "each benchmark uses some of them")]
-mod stats;
+mod report;
 
 #[path = "migrate/client.rs"]
 mod client;
@@ -29,8 +28,8 @@ use disks::{Kind, Pair};
 use flexnbd::cli::size::parse_size;
 use machine::Machine;
 use network::Network;
-use pause::{Load, PauseResult};
-use rates::{KindResult, Run};
+use pause::PauseResult;
+use rates::{KindResult, Run, SystemResult};
 use report::{Target, named_path, print_targets, write_json};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -135,17 +134,13 @@ fn run(options: &Options) -> Result<(), Error> {
     println!("\n# took {:.1} minutes", start.elapsed().as_secs_f64() / 60.0);
     let dense = kinds.iter().find(|result| result.kind == Kind::Dense);
     let dense = dense.and_then(KindResult::seconds);
-    let ours = pauses.iter().filter(|result| result.name == "flexnbd");
+    let ours = pauses.iter().filter(|result| result.system == "flexnbd");
     let kind_targets = kinds.iter().filter_map(|result| result.target(dense));
     let targets: Vec<Target> = kind_targets.chain(ours.filter_map(PauseResult::target)).collect();
     print_targets(&targets);
     let Some(file) = &options.json else { return Ok(()) };
-    let kinds: Vec<Value> = kinds.iter().map(KindResult::json).collect();
-    let pauses: Vec<Value> = pauses.iter().map(PauseResult::json).collect();
-    write_json(
-        file,
-        &json!({ "about": about, "images": kinds, "pauses": pauses, "targets": targets }),
-    )
+    let json = json!({ "about": about, "images": kinds, "pauses": pauses, "targets": targets });
+    write_json(file, &json)
 }
 
 /// Prints the environment and returns it as JSON.
@@ -155,7 +150,7 @@ fn about(options: &Options, systems: &[System], network: &Network) -> Value {
     for system in systems {
         println!("# {}: {}", system.name, system.version);
     }
-    if let Some(why) = network.why_shared() {
+    if let Some(why) = &network.why_shared {
         println!("# bytes on the wire are not counted: {why}");
     }
     let versions: serde_json::Map<String, Value> =
@@ -177,20 +172,21 @@ fn measure_kind(
     systems: &[System],
     network: &Network,
 ) -> KindResult {
-    let mut result = KindResult::new(kind, options.size, systems);
+    let mut runs = vec![Vec::new(); systems.len()];
     for round in 0..options.rounds as usize {
         for turn in 0..systems.len() {
             let which = (round + turn) % systems.len();
-            match measure_once(kind, options, &systems[which], network) {
-                Ok(run) => result.systems[which].runs.push(run),
-                Err(error) => {
-                    println!("# {}: {}: {error}", kind.word(), systems[which].name);
-                    result.systems[which].errors.push(error.to_string());
-                }
-            }
+            let run = measure_once(kind, options, &systems[which], network);
+            runs[which].push(run.map_err(|error| {
+                println!("# {}: {}: {error}", kind.word(), systems[which].name);
+                error.to_string()
+            }));
         }
     }
-    result
+    let systems = systems.iter().zip(runs);
+    let systems = systems
+        .map(|(system, runs)| SystemResult::new(&system.name, system.flexnbd().is_some(), runs));
+    KindResult::new(kind, options.size, systems.collect())
 }
 
 fn measure_once(
@@ -217,14 +213,8 @@ fn measure_pauses(options: &Options, systems: &[System]) -> Vec<PauseResult> {
     let mut results = Vec::new();
     for system in systems {
         let Some(program) = system.flexnbd() else { continue };
-        for load in Load::all(options) {
-            let mut result = PauseResult::new(&system.name, load, options);
-            for number in 1..=options.migrations {
-                match pause::measure_once(program, load, options) {
-                    Ok(observation) => result.observations.push(observation),
-                    Err(error) => println!("# migration {number}: {}: {error}", system.name),
-                }
-            }
+        for load in pause::loads(options) {
+            let result = PauseResult::measure(&system.name, program, load, options);
             result.print();
             results.push(result);
         }

@@ -12,31 +12,113 @@ mod image;
 mod machine;
 mod memory;
 mod nbd;
-mod options;
 mod picture;
 mod process;
 mod raw;
+#[allow(dead_code, reason = "each benchmark uses some of them")]
 mod report;
 mod results;
 mod servers;
-#[allow(dead_code, reason = "each benchmark uses some of them")]
-mod stats;
-mod summary;
 mod usage;
 
-use cells::{Cell, Generator, Temperature, Transport};
+use cells::{Cell, Generator, Set, Temperature, Transport};
 use clap::Parser;
 use image::Images;
+use machine::Machine;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
-use options::Options;
-use results::{CellResult, Results, Round, Sample};
+use report::named_path;
+use results::{About, CellResult, Results, Round, Sample, ServerResult};
 use servers::{Running, Server};
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Once;
 use std::time::{Duration, Instant};
+
+/// Measures NBD servers side by side on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "peers")]
+struct Options {
+    /// Which cells to measure
+    #[arg(long, value_enum, default_value = "default")]
+    set: Set,
+    /// Only the cells whose name contains this; `memory` and `activation` are names, too
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Print the names of the cells and measure nothing
+    #[arg(long)]
+    list: bool,
+    /// Which servers to measure; those that are not installed are left out
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "NAME,...",
+        default_value = "flexnbd,nbdkit,qemu-nbd,nbd-server"
+    )]
+    servers: Vec<String>,
+    /// Another build of flexnbd to measure beside the one just built
+    #[arg(long, value_parser = named_path, value_name = "NAME=PATH")]
+    also: Vec<(String, PathBuf)>,
+    /// How often to measure each server in each cell; the median counts
+    #[arg(long, default_value = "3", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Duration of each round
+    #[arg(long, default_value = "0.5", value_parser = seconds)]
+    seconds: Duration,
+    /// Size of the image in MiB
+    #[arg(long, default_value = "1024", value_parser = clap::value_parser!(u64).range(1..))]
+    size: u64,
+    /// Where to put the image of cold cells: a directory on a real disk
+    #[arg(long, value_name = "DIR", default_value = env!("CARGO_TARGET_TMPDIR"))]
+    dir: PathBuf,
+    /// Where to put the image of cached cells
+    #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
+    cached_dir: PathBuf,
+    /// The CPU of the servers
+    #[arg(long, default_value = "0", value_name = "NUMBER")]
+    server_cpu: usize,
+    /// The CPU of the client
+    #[arg(long, default_value = "1", value_name = "NUMBER")]
+    client_cpu: usize,
+    /// Write all figures to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Draw the ratios of all cells into this file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Measure nothing; print (and draw with --svg) the figures of an earlier run's --json
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    again: Option<PathBuf>,
+    /// `cargo bench` adds this
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl Options {
+    fn cells(&self) -> Vec<Cell> {
+        let mut cells = self.set.cells();
+        cells.retain(|cell| self.includes(&cell.to_string()));
+        cells
+    }
+
+    /// Whether to measure `memory` or `activation`. The small set has neither unless `--only`
+    /// names it.
+    fn measures(&self, name: &str) -> bool {
+        self.includes(name) && (self.only.is_some() || self.set != Set::Small)
+    }
+
+    fn includes(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if seconds > 0.0 && seconds <= 3600.0 => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("not a number of seconds above 0 and up to 3600".to_owned()),
+    }
+}
 
 /// What all measurements share.
 #[derive(Debug)]
@@ -54,7 +136,7 @@ type Kept = HashMap<(String, Temperature, Transport), Running>;
 const OVERHEAD: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    match run(Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("peers: {error}");
@@ -63,54 +145,27 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: &Options) -> Result<(), Error> {
+fn run(options: Options) -> Result<(), Error> {
     if options.list {
         options.cells().iter().for_each(|cell| println!("{cell}"));
         return Ok(());
     }
-    let results = match &options.again {
+    let (json, svg) = (options.json.clone(), options.svg.clone());
+    let mut results = match &options.again {
         Some(file) => {
             let results = Results::read(file)?;
             results.print_about();
             results.cells.iter().for_each(CellResult::print);
             results
         }
-        None => measure(options)?,
+        None => Setup::new(options)?.measure()?,
     };
-    memory::print(&results.memory);
-    activation::print(&results.activation);
-    summary::print(&results);
-    if let Some(file) = &options.json {
-        results.write(file)?;
+    results.summarize();
+    results.print();
+    if let Some(file) = json {
+        report::write_json(&file, &results)?;
     }
-    options.svg.as_ref().map_or(Ok(()), |file| picture::draw(&results, file))
-}
-
-fn measure(options: &Options) -> Result<Results, Error> {
-    let setup = Setup::new(options)?;
-    let cells = possible_cells(options);
-    let mut results = Results::new(&setup, &cells);
-    results.print_about();
-    let (cell_count, server_count) = (cells.len(), setup.servers.len());
-    let rounds = cell_count as u32 * server_count as u32 * options.rounds;
-    let minutes = ((options.seconds + OVERHEAD) * rounds).as_secs_f64() / 60.0;
-    println!("# {cell_count} cells, {server_count} servers, about {minutes:.1} minutes");
-    let start = Instant::now();
-    let mut kept = Kept::new();
-    for cell in &cells {
-        let result = setup.measure_cell(cell, &mut kept);
-        result.print();
-        results.cells.push(result);
-    }
-    drop(kept);
-    if options.measures("memory") {
-        results.memory = memory::measure(&setup)?;
-    }
-    if options.measures("activation") {
-        results.activation = activation::measure(&setup)?;
-    }
-    println!("\n# took {:.1} minutes", start.elapsed().as_secs_f64() / 60.0);
-    Ok(results)
+    svg.map_or(Ok(()), |file| picture::draw(&results, &file))
 }
 
 /// The cells that this machine can measure; prints how many it cannot, and why.
@@ -130,20 +185,63 @@ fn possible_cells(options: &Options) -> Vec<Cell> {
 }
 
 impl Setup {
-    fn new(options: &Options) -> Result<Self, Error> {
+    fn new(options: Options) -> Result<Self, Error> {
         let servers = servers::installed(&options.servers, &options.also)?;
-        Ok(Self { options: options.clone(), servers, images: Images::new(options)? })
+        Ok(Self { images: Images::new(&options)?, options, servers })
+    }
+
+    fn measure(&self) -> Result<Results, Error> {
+        let options = &self.options;
+        let cells = possible_cells(options);
+        let uses_fio = cells.iter().any(|cell| cell.generator == Generator::Fio);
+        let about = About {
+            machine: Machine::of_this_run("peers"),
+            servers: self.servers.clone(),
+            fio: uses_fio.then(|| machine::version(Path::new("fio"))),
+            rounds: options.rounds,
+            seconds: options.seconds.as_secs_f64(),
+            image_mib: options.size,
+        };
+        let (cell_count, server_count) = (cells.len(), self.servers.len());
+        let mut results = Results {
+            about,
+            cells: Vec::new(),
+            memory: Vec::new(),
+            activation: Vec::new(),
+            summary: Vec::new(),
+            targets: Vec::new(),
+        };
+        results.print_about();
+        let rounds = cell_count as u32 * server_count as u32 * options.rounds;
+        let minutes = ((options.seconds + OVERHEAD) * rounds).as_secs_f64() / 60.0;
+        println!("# {cell_count} cells, {server_count} servers, about {minutes:.1} minutes");
+        let start = Instant::now();
+        let mut kept = Kept::new();
+        for cell in cells {
+            let result = self.measure_cell(cell, &mut kept);
+            result.print();
+            results.cells.push(result);
+        }
+        drop(kept);
+        if options.measures("memory") {
+            results.memory = memory::measure(self)?;
+        }
+        if options.measures("activation") {
+            results.activation = activation::measure(self)?;
+        }
+        println!("\n# took {:.1} minutes", start.elapsed().as_secs_f64() / 60.0);
+        Ok(results)
     }
 
     /// Measures all rounds of a cell. The servers take turns, and each round begins with another
     /// server, so that a disturbance of the machine does not always hit the same one.
-    fn measure_cell(&self, cell: &Cell, kept: &mut Kept) -> CellResult {
-        let mut result = CellResult::new(cell, &self.servers);
+    fn measure_cell(&self, cell: Cell, kept: &mut Kept) -> CellResult {
+        let mut rounds = vec![Vec::new(); self.servers.len()];
         for round in 0..self.options.rounds as usize {
             for turn in 0..self.servers.len() {
                 let which = (round + turn) % self.servers.len();
                 let server = &self.servers[which];
-                result.servers[which].rounds.push(match self.measure_once(cell, server, kept) {
+                rounds[which].push(match self.measure_once(&cell, server, kept) {
                     Ok(sample) => Round::Measured(sample),
                     Err(error) => {
                         println!("# {cell}: {}: {error}", server.name);
@@ -152,7 +250,10 @@ impl Setup {
                 });
             }
         }
-        result
+        let servers = self.servers.iter().zip(rounds);
+        let servers =
+            servers.map(|(server, rounds)| ServerResult::new(&server.name, server.ours, rounds));
+        CellResult::new(cell, servers.collect())
     }
 
     /// Starts a new server for each round, except nbd-server, which is slow to start; each of its

@@ -127,31 +127,3 @@ pub(super) fn find(program: &str) -> Option<PathBuf> {
     let candidates = std::env::split_paths(&path).map(|directory| directory.join(program));
     candidates.into_iter().find(|candidate| candidate.is_file())
 }
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::*;
-
-    fn shell(script: &str) -> Process {
-        let mut command = Command::new("sh");
-        command.args(["-c", script]);
-        Process::start(command, Stdio::null()).unwrap()
-    }
-
-    #[test]
-    fn a_failure_quotes_the_last_line_of_stderr() {
-        shell("exit 0").wait_for_success(PATIENCE).unwrap();
-        let error = shell("echo no >&2; echo disk >&2; exit 3").wait_for_success(PATIENCE);
-        let error = error.unwrap_err().to_string();
-        assert!(error.starts_with("sh ended") && error.ends_with(": disk"), "{error}");
-    }
-
-    #[test]
-    fn dropping_a_process_stops_it() {
-        let process = shell("exec sleep 600");
-        let id = pid(process.pid);
-        drop(process);
-        assert!(kill(id, None).is_err(), "{id} still runs");
-    }
-}

@@ -381,8 +381,8 @@ mod tests {
     fn run(transport: Transport, work: Work, block: u32) -> Vec<u8> {
         let image = tempfile::NamedTempFile::new().unwrap();
         fs::write(image.path(), vec![0; 8 << 20]).unwrap();
-        let server = servers::flexnbd();
-        let server = Running::start(&server, image.path(), transport).unwrap();
+        let server = &servers::installed(&["flexnbd".to_owned()], &[]).unwrap()[0];
+        let server = Running::start(server, image.path(), transport).unwrap();
         let cell = cell(work, block);
         let mut sessions = Sessions::connect(&cell, &server.export).unwrap();
         let limit = Limit { time: Duration::from_secs(600), requests: 300 };
@@ -411,18 +411,5 @@ mod tests {
     #[test]
     fn large_reads_and_writes_do_not_block_each_other() {
         run(Transport::Tcp, Work::Mixed, 1 << 20);
-    }
-
-    #[test]
-    fn a_sample_has_all_its_figures() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().to_str().unwrap();
-        let line = ["peers", "--size=8", "--seconds=0.1", "--cached-dir", path, "--dir", path];
-        let setup = Setup::new(&clap::Parser::parse_from(line)).unwrap();
-        let image = setup.images.path(Temperature::Cached).unwrap();
-        let server = Running::start(&servers::flexnbd(), image, Transport::Tcp).unwrap();
-        let seen = sample(&Set::Small.cells()[0], &setup, &server).unwrap();
-        assert!(seen.requests_per_sec > 0.0 && seen.mb_per_sec > 0.0, "{seen:?}");
-        assert!(seen.rss_peak_mib > 0.0 && seen.client_busy > 0.0, "{seen:?}");
     }
 }

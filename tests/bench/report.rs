@@ -1,22 +1,46 @@
-//! Output of both benchmarks: tables, targets and JSON.
+//! What both benchmarks share to report results: statistics, tables, targets and JSON.
 
 use super::Error;
 use serde::Serialize;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// The middle value, or the mean of the middle two.
+pub(super) fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    let high = *values.get(values.len() / 2)?;
+    Some(f64::midpoint(values[(values.len() - 1) / 2], high))
+}
+
+/// The mean of ratios, for which twice and half as fast are opposites.
+pub(super) fn geometric_mean(values: &[f64]) -> Option<f64> {
+    if values.is_empty() || values.iter().any(|value| *value <= 0.0) {
+        return None;
+    }
+    let sum: f64 = values.iter().map(|value| value.ln()).sum();
+    Some((sum / values.len() as f64).exp())
+}
+
+/// The smallest value that `percent` of all values do not exceed.
+pub(super) fn percentile(mut values: Vec<f64>, percent: usize) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let rank = (values.len() * percent).div_ceil(100);
+    values.get(rank.saturating_sub(1)).copied()
+}
+
 /// A goal for flexnbd beside the result of this run. Meeting it or not does not change the exit status.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(super) struct Target {
-    of: &'static str,
-    wanted: &'static str,
+    of: String,
+    wanted: String,
     seen: String,
     pub(super) met: bool,
 }
 
 impl Target {
-    pub(super) fn new(of: &'static str, wanted: &'static str, seen: String, met: bool) -> Self {
-        Self { of, wanted, seen, met }
+    pub(super) fn new(of: &str, wanted: &str, seen: String, met: bool) -> Self {
+        Self { of: of.to_owned(), wanted: wanted.to_owned(), seen, met }
     }
 }
 
@@ -29,20 +53,15 @@ pub(super) fn print_targets(targets: &[Target]) {
     }
 }
 
-/// A table whose first column is a name; the others are right-aligned.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Table<const N: usize> {
-    pub(super) name_width: usize,
-    pub(super) widths: [usize; N],
-}
-
-impl<const N: usize> Table<N> {
-    pub(super) fn print_row(&self, name: &str, cells: [impl AsRef<str>; N]) {
-        let cells = cells.iter().zip(self.widths);
-        let cells: String =
-            cells.map(|(cell, width)| format!(" {:>width$}", cell.as_ref())).collect();
-        println!("  {name:name_width$}{}", cells.trim_end(), name_width = self.name_width);
-    }
+/// Prints a row of a table: a name, and right-aligned cells of these widths.
+pub(super) fn print_row<const N: usize>(
+    name: &str,
+    widths: [usize; N],
+    cells: [impl AsRef<str>; N],
+) {
+    let cells = cells.iter().zip(widths);
+    let cells: String = cells.map(|(cell, width)| format!(" {:>width$}", cell.as_ref())).collect();
+    println!("  {name:16}{}", cells.trim_end());
 }
 
 /// A figure in a table, or a dash if it could not be measured.
@@ -62,5 +81,25 @@ pub(super) fn named_path(text: &str) -> Result<(String, PathBuf), String> {
             Ok((name.to_owned(), path.into()))
         }
         _ => Err("not of the form NAME=PATH".to_owned()),
+    }
+}
+
+#[cfg(test)]
+#[allow(unused)] // See peers.rs.
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_of_few_and_of_many_values() {
+        assert_eq!(median([3.0, 1000.0, 2.0]), Some(3.0));
+        assert_eq!(median([4.0, 2.0]), Some(3.0));
+        assert_eq!(median([]), None);
+        let mean = geometric_mean(&[2.0, 0.5]).unwrap();
+        assert!((mean - 1.0).abs() < 1e-12, "{mean}");
+        assert_eq!((geometric_mean(&[]), geometric_mean(&[1.0, 0.0])), (None, None));
+        let values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!(percentile(values.clone(), 99), Some(198.0));
+        assert_eq!(percentile(values, 100), Some(200.0));
+        assert_eq!(percentile(Vec::new(), 99), None);
     }
 }

@@ -1,56 +1,54 @@
-//! The results of a run: the table of each cell, and the JSON file, which can be read back.
+//! The results of a run: tables, ratios, targets, and the JSON file, which can be read back.
 
-use super::activation::ActivationRow;
-use super::cells::{Cell, Generator};
-use super::machine::{self, Machine};
-use super::memory::MemoryRow;
-use super::report::{Table, figure, write_json};
+use super::Error;
+use super::activation::{self, ActivationRow};
+use super::cells::{Cell, Generator, word};
+use super::machine::Machine;
+use super::memory::{self, MemoryRow, SESSIONS};
+use super::report::{Target, figure, geometric_mean, median, print_row, print_targets};
 use super::servers::Server;
-use super::stats::median;
-use super::summary;
-use super::{Error, Setup};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 
 /// A client that computes for more than this part of the time is probably the bottleneck.
 const CLIENT_BUSY_MAX: f64 = 0.95;
-const TABLE: Table<6> = Table { name_width: 16, widths: [11, 9, 12, 12, 12, 0] };
+const WIDTHS: [usize; 6] = [11, 9, 12, 12, 12, 0];
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Results {
     pub(super) about: About,
     pub(super) cells: Vec<CellResult>,
     pub(super) memory: Vec<MemoryRow>,
     pub(super) activation: Vec<ActivationRow>,
+    #[serde(skip_deserializing)]
+    pub(super) summary: Vec<Mean>,
+    #[serde(skip_deserializing)]
+    pub(super) targets: Vec<Target>,
 }
 
 /// The environment and options of the run.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct About {
     pub(super) machine: Machine,
-    pub(super) servers: Vec<AboutServer>,
+    pub(super) servers: Vec<Server>,
     /// Version of fio, if any cell uses it.
-    fio: Option<String>,
+    pub(super) fio: Option<String>,
     pub(super) rounds: u32,
     pub(super) seconds: f64,
-    image_mib: u64,
+    pub(super) image_mib: u64,
 }
 
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(super) struct AboutServer {
-    pub(super) name: String,
-    pub(super) ours: bool,
-    pub(super) version: String,
-    usage: String,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct CellResult {
+    name: String,
+    sequential: bool,
     #[serde(flatten)]
     pub(super) cell: Cell,
-    pub(super) servers: Vec<ServerResult>,
+    servers: Vec<ServerResult>,
+    /// Computed again when read: JSON has no infinity, the ratio of unmeasurably short times.
+    #[serde(skip_deserializing)]
+    pub(super) ratio: Option<Ratio>,
 }
 
 /// One server in one cell.
@@ -59,10 +57,12 @@ pub(super) struct ServerResult {
     #[serde(rename = "server")]
     name: String,
     ours: bool,
-    pub(super) rounds: Vec<Round>,
+    rounds: Vec<Round>,
+    /// Of the measured rounds, each figure by itself.
+    median: Option<Sample>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Round {
     Measured(Sample),
@@ -70,7 +70,7 @@ pub(super) enum Round {
 }
 
 /// The figures of one round.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Sample {
     pub(super) requests_per_sec: f64,
     /// Millions of bytes.
@@ -94,163 +94,116 @@ pub(super) struct Ratio {
     pub(super) rate_lowest: f64,
     pub(super) rate_highest: f64,
     /// Processor time per request over the lowest of any peer.
-    pub(super) cpu: f64,
+    cpu: f64,
     pub(super) limited_by_client: bool,
 }
 
-impl Sample {
-    /// The median of each figure by itself.
-    fn median(samples: &[Self]) -> Option<Self> {
-        let of = |figure: fn(&Self) -> f64| median(samples.iter().map(figure).collect());
-        Some(Self {
-            requests_per_sec: of(|s| s.requests_per_sec)?,
-            mb_per_sec: of(|s| s.mb_per_sec)?,
-            server_cpu_us_per_request: of(|s| s.server_cpu_us_per_request)?,
-            client_busy: of(|s| s.client_busy)?,
-            rss_peak_mib: of(|s| s.rss_peak_mib)?,
-        })
-    }
-
-    fn is_limited_by_client(&self) -> bool {
-        self.client_busy > CLIENT_BUSY_MAX
-    }
+/// The means of all cells with one generator.
+#[derive(Debug, Serialize)]
+pub(super) struct Mean {
+    pub(super) generator: Generator,
+    pub(super) cells: usize,
+    /// Geometric mean of the ratios.
+    pub(super) rate: f64,
+    rate_lowest: f64,
+    /// `None` if a round's processor time was too short to measure.
+    cpu: Option<f64>,
 }
 
 impl Round {
-    fn rate(&self) -> Option<f64> {
-        self.sample().map(|sample| sample.requests_per_sec)
-    }
-
-    fn sample(&self) -> Option<Sample> {
-        if let Self::Measured(sample) = self { Some(*sample) } else { None }
+    fn sample(&self) -> Option<&Sample> {
+        if let Self::Measured(sample) = self { Some(sample) } else { None }
     }
 }
 
 impl ServerResult {
-    fn median(&self) -> Option<Sample> {
-        Sample::median(&self.rounds.iter().filter_map(Round::sample).collect::<Vec<_>>())
-    }
-
-    fn print(&self) {
-        let Some(median) = self.median() else {
-            println!("  {:16} failed", self.name);
-            return;
+    pub(super) fn new(name: &str, ours: bool, rounds: Vec<Round>) -> Self {
+        let of = |figure: fn(&Sample) -> f64| {
+            median(rounds.iter().filter_map(Round::sample).map(figure))
         };
-        let limited = if median.is_limited_by_client() { " limited by the client" } else { "" };
-        let cells = [
-            figure(median.requests_per_sec, 0),
-            figure(median.mb_per_sec, 0),
-            figure(median.server_cpu_us_per_request, 2),
-            figure(median.client_busy * 100.0, 0) + "%",
-            figure(median.rss_peak_mib, 1),
-            limited.to_owned(),
-        ];
-        TABLE.print_row(&self.name, cells);
+        let median = of(|s| s.requests_per_sec).map(|requests_per_sec| Sample {
+            requests_per_sec,
+            mb_per_sec: of(|s| s.mb_per_sec).unwrap_or_default(),
+            server_cpu_us_per_request: of(|s| s.server_cpu_us_per_request).unwrap_or_default(),
+            client_busy: of(|s| s.client_busy).unwrap_or_default(),
+            rss_peak_mib: of(|s| s.rss_peak_mib).unwrap_or_default(),
+        });
+        Self { name: name.to_owned(), ours, rounds, median }
     }
 }
 
 impl CellResult {
-    pub(super) fn new(cell: &Cell, servers: &[Server]) -> Self {
-        let result = |server: &Server| ServerResult {
-            name: server.name.clone(),
-            ours: server.is_flexnbd(),
-            rounds: Vec::new(),
-        };
-        Self { cell: *cell, servers: servers.iter().map(result).collect() }
+    pub(super) fn new(cell: Cell, servers: Vec<ServerResult>) -> Self {
+        let (name, sequential, ratio) = (cell.to_string(), cell.is_sequential(), ratio(&servers));
+        Self { name, sequential, cell, servers, ratio }
     }
 
     pub(super) fn print(&self) {
-        println!("\n{}", self.cell);
-        let head = ["requests/s", "MB/s", "CPU µs/req.", "client busy", "RSS MiB", ""];
-        TABLE.print_row("", head);
-        self.servers.iter().for_each(ServerResult::print);
-        if let Some(ratio) = self.ratio() {
-            let Ratio { peer, rate, rate_lowest, rate_highest, cpu, .. } = ratio;
+        println!("\n{}", self.name);
+        print_row("", WIDTHS, ["requests/s", "MB/s", "CPU µs/req.", "client busy", "RSS MiB", ""]);
+        for ServerResult { name, median, .. } in &self.servers {
+            let Some(median) = median else {
+                println!("  {name:16} failed");
+                continue;
+            };
+            let limited = median.client_busy > CLIENT_BUSY_MAX;
+            let cells = [
+                figure(median.requests_per_sec, 0),
+                figure(median.mb_per_sec, 0),
+                figure(median.server_cpu_us_per_request, 2),
+                figure(median.client_busy * 100.0, 0) + "%",
+                figure(median.rss_peak_mib, 1),
+                if limited { " limited by the client" } else { "" }.to_owned(),
+            ];
+            print_row(name, WIDTHS, cells);
+        }
+        if let Some(Ratio { peer, rate, rate_lowest, rate_highest, cpu, .. }) = &self.ratio {
             println!(
                 "  flexnbd against {peer}, the best: rate × {rate:.2} (rounds: × {rate_lowest:.2} \
                  to × {rate_highest:.2}), processor time × {cpu:.2}"
             );
         }
     }
+}
 
-    /// The first flexnbd against the best peer; `None` without a result of both.
-    pub(super) fn ratio(&self) -> Option<Ratio> {
-        let ours = self.servers.iter().find(|server| server.ours)?;
-        let our_median = ours.median()?;
-        let peers = self.servers.iter().filter(|server| !server.ours);
-        let peers: Vec<_> = peers.filter_map(|peer| Some((peer, peer.median()?))).collect();
-        let (best, best_median) = peers.iter().max_by(|(_, one), (_, other)| {
-            one.requests_per_sec.total_cmp(&other.requests_per_sec)
-        })?;
-        let peer_cpu = peers.iter().map(|(_, median)| median.server_cpu_us_per_request);
-        let rounds = || {
-            let pairs = ours.rounds.iter().zip(&best.rounds);
-            pairs.filter_map(|(our, peer)| Some(our.rate()? / peer.rate()?))
-        };
-        let rate = our_median.requests_per_sec / best_median.requests_per_sec;
-        Some(Ratio {
-            peer: best.name.clone(),
-            rate,
-            rate_lowest: rounds().fold(rate, f64::min),
-            rate_highest: rounds().fold(rate, f64::max),
-            cpu: our_median.server_cpu_us_per_request / peer_cpu.fold(f64::INFINITY, f64::min),
-            limited_by_client: our_median.is_limited_by_client(),
-        })
-    }
-
-    /// All rounds, with the values computed from them, which are not read back.
-    fn json(&self) -> serde_json::Result<Value> {
-        let mut json = serde_json::to_value(self)?;
-        json["name"] = self.cell.to_string().into();
-        json["sequential"] = self.cell.is_sequential().into();
-        json["ratio"] = json!(self.ratio());
-        for (at, server) in self.servers.iter().enumerate() {
-            json["servers"][at]["median"] = json!(server.median());
-        }
-        Ok(json)
-    }
+/// The first flexnbd against the best peer; `None` without a result of both.
+fn ratio(servers: &[ServerResult]) -> Option<Ratio> {
+    let ours = servers.iter().find(|server| server.ours)?;
+    let our_median = ours.median?;
+    let peers = servers.iter().filter(|server| !server.ours);
+    let peers: Vec<_> = peers.filter_map(|peer| Some((peer, peer.median?))).collect();
+    let (best, best_median) = peers
+        .iter()
+        .max_by(|(_, one), (_, other)| one.requests_per_sec.total_cmp(&other.requests_per_sec))?;
+    let peer_cpu = peers.iter().map(|(_, median)| median.server_cpu_us_per_request);
+    let rounds = ours.rounds.iter().zip(&best.rounds).filter_map(|(our, peer)| {
+        Some(our.sample()?.requests_per_sec / peer.sample()?.requests_per_sec)
+    });
+    let rate = our_median.requests_per_sec / best_median.requests_per_sec;
+    Some(Ratio {
+        peer: best.name.clone(),
+        rate,
+        rate_lowest: rounds.clone().fold(rate, f64::min),
+        rate_highest: rounds.fold(rate, f64::max),
+        cpu: our_median.server_cpu_us_per_request / peer_cpu.fold(f64::INFINITY, f64::min),
+        limited_by_client: our_median.client_busy > CLIENT_BUSY_MAX,
+    })
 }
 
 impl Results {
-    pub(super) fn new(setup: &Setup, cells: &[Cell]) -> Self {
-        let options = &setup.options;
-        let about_server = |server: &Server| AboutServer {
-            name: server.name.clone(),
-            ours: server.is_flexnbd(),
-            version: server.version(),
-            usage: server.usage(),
-        };
-        let uses_fio = cells.iter().any(|cell| cell.generator == Generator::Fio);
-        let about = About {
-            machine: Machine::of_this_run("peers"),
-            servers: setup.servers.iter().map(about_server).collect(),
-            fio: uses_fio.then(|| machine::version(Path::new("fio"))),
-            rounds: options.rounds,
-            seconds: options.seconds.as_secs_f64(),
-            image_mib: options.size,
-        };
-        Self { about, cells: Vec::new(), memory: Vec::new(), activation: Vec::new() }
-    }
-
     pub(super) fn read(file: &Path) -> Result<Self, Error> {
-        let error = |error: Error| format!("{}: {error}", file.display());
-        let text = fs::read_to_string(file).map_err(|e| error(e.into()))?;
-        Ok(serde_json::from_str(&text).map_err(|e| error(e.into()))?)
-    }
-
-    pub(super) fn write(&self, file: &Path) -> Result<(), Error> {
-        let mut json = serde_json::to_value(self)?;
-        let cells = self.cells.iter().map(CellResult::json);
-        json["cells"] = cells.collect::<serde_json::Result<Vec<_>>>()?.into();
-        json["summary"] = json!(summary::means(&self.cells));
-        json["targets"] = json!(summary::targets(self));
-        write_json(file, &json)
+        let read = || -> Result<Self, Error> { Ok(serde_json::from_slice(&fs::read(file)?)?) };
+        let mut results = read().map_err(|error| format!("{}: {error}", file.display()))?;
+        for cell in &mut results.cells {
+            cell.ratio = ratio(&cell.servers);
+        }
+        Ok(results)
     }
 
     pub(super) fn print_about(&self) {
         let About { machine, servers, fio, rounds, seconds, image_mib } = &self.about;
         machine.print();
-        for AboutServer { name, version, usage, .. } in servers {
+        for Server { name, version, usage, .. } in servers {
             println!("# {name}: {version}: {usage}");
         }
         if let Some(version) = fio {
@@ -258,80 +211,175 @@ impl Results {
         }
         println!("# {rounds} rounds of {seconds} s, image of {image_mib} MiB");
     }
+
+    /// Computes the means and the targets that this run has figures for.
+    pub(super) fn summarize(&mut self) {
+        self.summary = means(&self.cells);
+        self.targets = cell_targets(&self.cells);
+        let ours = self.memory.iter().filter(|row| row.ours);
+        self.targets.extend(ours.flat_map(memory_targets));
+        let ours = self.activation.iter().find(|row| row.ours);
+        if let Some(ms) = ours.and_then(|row| median(row.starts_ms.iter().copied())) {
+            let of = "from connect to greeting under socket activation, median";
+            self.targets.push(Target::new(of, "≤ 30 ms", format!("{ms:.1} ms"), ms <= 30.0));
+        }
+    }
+
+    /// Prints everything except the cells.
+    pub(super) fn print(&self) {
+        memory::print(&self.memory);
+        activation::print(&self.activation);
+        if !self.summary.is_empty() {
+            println!("\nflexnbd against the best peer of each cell");
+        }
+        for Mean { generator, cells, rate, rate_lowest, cpu } in &self.summary {
+            println!(
+                "  {:5} {cells:>4} cells: rate × {rate:.2} (geometric mean), × {rate_lowest:.2} \
+                 at worst; processor time × {}",
+                word(generator),
+                cpu.map_or("?".to_owned(), |mean| format!("{mean:.2}"))
+            );
+        }
+        let ranked = ranked(&self.cells);
+        let below = ranked.iter().filter(|(_, ratio)| ratio.rate < 1.0);
+        if !self.summary.is_empty() {
+            println!("  below × 1.00: {} of {}", below.clone().count(), ranked.len());
+        }
+        for (cell, ratio) in below {
+            let Ratio { peer, rate, rate_lowest, rate_highest, limited_by_client, .. } = ratio;
+            println!(
+                "    {:36} × {rate:.2} (× {rate_lowest:.2} to × {rate_highest:.2}) of {peer}{}{}",
+                cell.to_string(),
+                if *rate_highest >= 1.0 { "; not in every round" } else { "" },
+                if *limited_by_client { "; limited by the client" } else { "" }
+            );
+        }
+        print_targets(&self.targets);
+    }
+}
+
+/// All cells with a ratio, the lowest first.
+fn ranked(cells: &[CellResult]) -> Vec<(Cell, &Ratio)> {
+    let ratios = cells.iter().filter_map(|result| Some((result.cell, result.ratio.as_ref()?)));
+    let mut ranked: Vec<_> = ratios.collect();
+    ranked.sort_by(|(_, one), (_, other)| one.rate.total_cmp(&other.rate));
+    ranked
+}
+
+fn means(cells: &[CellResult]) -> Vec<Mean> {
+    let mean = |generator| {
+        let mut ranked = ranked(cells);
+        ranked.retain(|(cell, _)| cell.generator == generator);
+        let rates: Vec<f64> = ranked.iter().map(|(_, ratio)| ratio.rate).collect();
+        let cpus: Vec<f64> = ranked.iter().map(|(_, ratio)| ratio.cpu).collect();
+        let (rate, cpu) = (geometric_mean(&rates)?, geometric_mean(&cpus));
+        Some(Mean { generator, cells: rates.len(), rate, rate_lowest: rates[0], cpu })
+    };
+    [Generator::Raw, Generator::Fio].into_iter().filter_map(mean).collect()
+}
+
+fn cell_targets(cells: &[CellResult]) -> Vec<Target> {
+    let mut targets = Vec::new();
+    let ranked = ranked(cells);
+    if let Some((_, lowest)) = ranked.first() {
+        let (all, lowest) = (ranked.len(), lowest.rate);
+        let reached = ranked.iter().filter(|(_, ratio)| ratio.rate >= 1.0).count();
+        let seen = format!("{reached} of {all} cells, × {lowest:.2} at worst");
+        let of = "rate in every cell against its best peer";
+        targets.push(Target::new(of, "≥ × 1.00", seen, reached == all));
+    }
+    for Mean { generator, rate, .. } in means(cells) {
+        let (of, min) = match generator {
+            Generator::Raw => ("rate, geometric mean of the cells of our own generator", 2.0),
+            Generator::Fio => ("rate, geometric mean of fio's cells", 1.5),
+        };
+        let wanted = format!("≥ × {min:.2}");
+        targets.push(Target::new(of, &wanted, format!("× {rate:.2}"), rate >= min));
+    }
+    let small = ranked.iter().filter(|(cell, _)| cell.block == 4096 && cell.depth == 32);
+    let cpus: Vec<f64> = small.map(|(_, ratio)| ratio.cpu).collect();
+    if let Some(worst) = cpus.iter().copied().reduce(f64::max) {
+        let reached = cpus.iter().filter(|cpu| **cpu <= 0.5).count();
+        let seen = format!("{reached} of {} cells, × {worst:.2} at worst", cpus.len());
+        let of = "server's processor time per 4 KiB request at depth 32 against the best peer's";
+        targets.push(Target::new(of, "≤ × 0.50", seen, reached == cpus.len()));
+    }
+    targets
+}
+
+fn memory_targets(row: &MemoryRow) -> Vec<Target> {
+    let mib = |kib: u64| format!("{:.1} MiB", kib as f64 / 1024.0);
+    let mut targets = Vec::new();
+    if let Some(kib) = row.usual.rss_idle_kib {
+        targets.push(Target::new("RSS idle", "≤ 6 MiB", mib(kib), kib <= 6 << 10));
+    }
+    let each = row.usual.with_sessions.iter().map(|with| with.pss_per_session_kib);
+    if each.len() == SESSIONS.len() {
+        let seen: Vec<String> = each.clone().map(|kib| format!("{kib:.0} KiB")).collect();
+        let of = "memory of an idle session, with 100 and with 1,000 of them";
+        let met = each.clone().all(|kib| kib <= 512.0);
+        targets.push(Target::new(of, "≤ 512 KiB", seen.join(" and "), met));
+    }
+    if let Some((usual, large)) = row.usual.rss_idle_kib.zip(row.large.rss_idle_kib) {
+        let (of, wanted) = ("RSS idle for a disk of 1 TiB", "as for a small one, within 256 KiB");
+        let seen = format!("{} after {}", mib(large), mib(usual));
+        targets.push(Target::new(of, wanted, seen, large <= usual + 256));
+    }
+    targets
 }
 
 #[cfg(test)]
 #[allow(unused)] // See peers.rs.
-pub(super) mod tests {
+mod tests {
     use super::super::cells::Set;
     use super::*;
 
-    /// A server with this processor time per request and these rates.
-    fn server(name: &str, cpu: f64, rates: &[f64]) -> ServerResult {
-        let sample = |rate: &f64| Sample {
-            requests_per_sec: *rate,
-            server_cpu_us_per_request: cpu,
-            ..Sample::default()
+    /// A server with this processor time per request and these rates; 0 is a failed round.
+    fn server(name: &str, server_cpu_us_per_request: f64, rates: &[f64]) -> ServerResult {
+        let round = |rate: &f64| match *rate {
+            0.0 => Round::Failed("died".to_owned()),
+            requests_per_sec => Round::Measured(Sample {
+                requests_per_sec,
+                server_cpu_us_per_request,
+                ..Sample::default()
+            }),
         };
-        let rounds = rates.iter().map(|rate| Round::Measured(sample(rate))).collect();
-        ServerResult { name: name.to_owned(), ours: name.starts_with("flexnbd"), rounds }
-    }
-
-    fn ratio(servers: Vec<ServerResult>) -> Option<Ratio> {
-        CellResult { cell: Set::Default.cells()[0], servers }.ratio()
-    }
-
-    /// A cell in which flexnbd has these ratios to its only peer.
-    pub(in super::super) fn with_ratios(cell: Cell, rates: &[f64]) -> CellResult {
-        let peer = server("nbdkit", 4.0, &vec![1.0; rates.len()]);
-        CellResult { cell, servers: vec![server("flexnbd", 2.0, rates), peer] }
+        ServerResult::new(name, name.starts_with("flexnbd"), rates.iter().map(round).collect())
     }
 
     #[test]
     fn each_figure_has_its_own_best_peer() {
-        let ratio = ratio(vec![
-            server("flexnbd", 2.0, &[300.0]),
-            server("nbdkit", 8.0, &[200.0]),
-            server("qemu-nbd", 4.0, &[100.0]),
-        ]);
-        let ratio = ratio.unwrap();
-        assert_eq!((ratio.peer.as_str(), ratio.rate, ratio.cpu), ("nbdkit", 1.5, 0.5));
+        let ours = server("flexnbd", 2.0, &[300.0]);
+        let (nbdkit, qemu) = (server("nbdkit", 8.0, &[200.0]), server("qemu-nbd", 4.0, &[100.0]));
+        let found = ratio(&[ours.clone(), nbdkit, qemu]).unwrap();
+        assert_eq!((found.peer.as_str(), found.rate, found.cpu), ("nbdkit", 1.5, 0.5));
+        assert_eq!(ratio(&[ours.clone(), server("flexnbd-old", 1.0, &[6.0])]), None);
+        assert_eq!(ratio(&[ours, server("nbdkit", 1.0, &[0.0])]), None);
     }
 
     #[test]
-    fn the_spread_compares_rounds_with_the_same_peer() {
-        let mut rows = vec![
-            server("flexnbd", 1.0, &[30.0, 10.0, 20.0]),
-            server("nbdkit", 1.0, &[10.0, 20.0, 10.0]),
-            server("qemu-nbd", 1.0, &[1.0, 100.0, 1.0]),
-        ];
-        let spread = |rows: &[_]| {
-            let ratio = ratio(rows.to_vec()).unwrap();
+    fn the_spread_compares_measured_rounds_with_the_same_peer() {
+        let spread = |ours: &[f64]| {
+            let nbdkit = server("nbdkit", 1.0, &[10.0, 20.0, 10.0]);
+            let qemu = server("qemu-nbd", 1.0, &[1.0, 100.0, 1.0]);
+            let ratio = ratio(&[server("flexnbd", 1.0, ours), nbdkit, qemu]).unwrap();
             (ratio.rate_lowest, ratio.rate, ratio.rate_highest)
         };
-        assert_eq!(spread(&rows), (0.5, 2.0, 3.0));
-        rows[0].rounds[1] = Round::Failed("died".to_owned());
-        assert_eq!(spread(&rows), (2.0, 2.5, 3.0));
+        assert_eq!(spread(&[30.0, 10.0, 20.0]), (0.5, 2.0, 3.0));
+        assert_eq!(spread(&[30.0, 0.0, 20.0]), (2.0, 2.5, 3.0));
     }
 
     #[test]
-    fn another_build_or_a_failed_server_is_no_peer() {
-        let ours = server("flexnbd", 2.0, &[3.0]);
-        assert_eq!(ratio(vec![ours.clone(), server("flexnbd-old", 1.0, &[6.0])]), None);
-        assert_eq!(ratio(vec![ours, server("nbdkit", 1.0, &[])]), None);
-    }
-
-    #[test]
-    fn results_are_read_back_as_written() {
-        let setup = Setup::new(&clap::Parser::parse_from(["peers"])).unwrap();
-        let cells = Set::Default.cells();
-        let mut results = Results::new(&setup, &cells);
-        results.cells.push(with_ratios(cells[0], &[2.0]));
-        results.memory.push(MemoryRow::default());
-        let file = tempfile::NamedTempFile::new().unwrap();
-        results.write(file.path()).unwrap();
-        let again = Results::read(file.path()).unwrap();
-        assert_eq!(again.cells[0].ratio(), results.cells[0].ratio());
-        assert_eq!((again.cells[0].cell, again.memory), (cells[0], results.memory));
+    fn each_generator_has_its_own_mean() {
+        let small = Set::Small.cells()[0];
+        let fio = Cell { generator: Generator::Fio, ..small };
+        let cells = [(small, 4.0), (small, 1.0), (fio, 0.5)].map(|(cell, rate)| {
+            let servers = vec![server("flexnbd", 2.0, &[rate]), server("nbdkit", 4.0, &[1.0])];
+            CellResult::new(cell, servers)
+        });
+        let means: Vec<_> = means(&cells).iter().map(|mean| (mean.cells, mean.rate)).collect();
+        assert_eq!(means, [(2, 2.0), (1, 0.5)]);
+        let met: Vec<bool> = cell_targets(&cells).iter().map(|target| target.met).collect();
+        assert_eq!(met, [false, true, false, true]);
     }
 }

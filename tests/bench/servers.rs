@@ -8,6 +8,7 @@ use super::machine;
 use super::nbd::{Address, Export};
 use super::process::{PATIENCE, Process, find, free_port, pid, wait_until};
 use nix::sys::signal::{Signal, kill};
+use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,49 +20,27 @@ const LOOPBACK: &str = "127.0.0.1";
 const EXPORT: &str = "disk";
 /// Any number of clients, the page cache as with the others, and holes for trimmed ranges.
 const QEMU_NBD: &str = "--format=raw --persistent --shared=0 --cache=writeback --discard=unmap";
+const QEMU_NBD_LISTEN: Option<[&str; 3]> = Some(["--bind", "--port", "--socket"]);
 
 /// An installed server.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Server {
     pub(super) name: String,
-    kind: &'static Kind,
+    /// Whether it is a build of flexnbd.
+    pub(super) ours: bool,
+    pub(super) version: String,
+    /// Its arguments, or its configuration, on one line.
+    pub(super) usage: String,
+    #[serde(skip)]
     program: PathBuf,
-}
-
-/// How to start a server.
-#[derive(Debug)]
-struct Kind {
-    name: &'static str,
-    program: &'static str,
-    /// Arguments before those for the address, and between them and the image.
+    /// Arguments before those for the address, and between them and the image. nbd-server has a
+    /// configuration file instead.
+    #[serde(skip)]
     arguments: (&'static str, &'static str),
-    /// The options for host, port and unix socket; nbd-server has a configuration file instead.
+    /// The options for host, port and unix socket; none for nbd-server.
+    #[serde(skip)]
     listen: Option<[&'static str; 3]>,
 }
-
-const fn kind(
-    name: &'static str,
-    program: &'static str,
-    arguments: (&'static str, &'static str),
-    listen: Option<[&'static str; 3]>,
-) -> Kind {
-    Kind { name, program, arguments, listen }
-}
-
-/// flexnbd accepts more clients than the benchmark opens.
-const FLEXNBD: (&str, &str) = ("serve --quiet --max-clients=2000", "--file");
-const FLEXNBD_LISTEN: Option<[&str; 3]> = Some(["--addr", "--port", "--addr"]);
-const NBDKIT: (&str, &str) = ("--foreground --exit-with-parent", "file");
-const NBDKIT_LISTEN: Option<[&str; 3]> = Some(["--ipaddr", "--port", "--unix"]);
-const QEMU_LISTEN: Option<[&str; 3]> = Some(["--bind", "--port", "--socket"]);
-static KINDS: [Kind; 6] = [
-    kind("flexnbd", env!("CARGO_BIN_EXE_flexnbd"), FLEXNBD, FLEXNBD_LISTEN),
-    kind("nbdkit", "nbdkit", NBDKIT, NBDKIT_LISTEN),
-    kind("qemu-nbd", "qemu-nbd", (QEMU_NBD, "--aio=io_uring"), QEMU_LISTEN),
-    kind("qemu-nbd-threads", "qemu-nbd", (QEMU_NBD, "--aio=threads"), QEMU_LISTEN),
-    kind("nbd-server", "nbd-server", ("", "splice=true\n"), None),
-    kind("nbd-server-plain", "nbd-server", ("", ""), None),
-];
 
 /// Those of `names` that are installed, and other builds of flexnbd; prints which are missing.
 pub(super) fn installed(
@@ -70,43 +49,57 @@ pub(super) fn installed(
 ) -> Result<Vec<Server>, Error> {
     let mut servers = Vec::new();
     for name in names {
-        let kind = KINDS.iter().find(|kind| kind.name == name);
-        let kind = kind.ok_or_else(|| format!("unknown server {name}"))?;
-        match find(kind.program) {
-            Some(program) => servers.push(Server { name: name.clone(), kind, program }),
-            None => println!("# skipped {name}: {} is not installed", kind.program),
+        let flexnbd = env!("CARGO_BIN_EXE_flexnbd");
+        let program = match name.as_str() {
+            "flexnbd" => flexnbd,
+            "qemu-nbd-threads" => "qemu-nbd",
+            "nbd-server-plain" => "nbd-server",
+            "nbdkit" | "qemu-nbd" | "nbd-server" => name,
+            _ => return Err(format!("unknown server {name}").into()),
+        };
+        match find(program) {
+            Some(path) => servers.push(Server::new(name, name, path)),
+            None => println!("# skipped {name}: {program} is not installed"),
         }
     }
-    servers.extend(also.iter().cloned().map(|(name, program)| Server {
-        name,
-        kind: &KINDS[0],
-        program,
-    }));
+    servers.extend(also.iter().map(|(name, path)| Server::new(name, "flexnbd", path.clone())));
     if servers.is_empty() { Err("there is no server to measure".into()) } else { Ok(servers) }
 }
 
 impl Server {
-    pub(super) fn version(&self) -> String {
-        machine::version(&self.program)
-    }
-
-    pub(super) fn is_flexnbd(&self) -> bool {
-        self.kind.name == "flexnbd"
+    fn new(name: &str, kind: &str, program: PathBuf) -> Self {
+        let (arguments, listen) = match kind {
+            // It accepts more clients than the benchmark opens.
+            "flexnbd" => {
+                let arguments = ("serve --quiet --max-clients=2000", "--file");
+                (arguments, Some(["--addr", "--port", "--addr"]))
+            }
+            "nbdkit" => {
+                let arguments = ("--foreground --exit-with-parent", "file");
+                (arguments, Some(["--ipaddr", "--port", "--unix"]))
+            }
+            "qemu-nbd" => ((QEMU_NBD, "--aio=io_uring"), QEMU_NBD_LISTEN),
+            "qemu-nbd-threads" => ((QEMU_NBD, "--aio=threads"), QEMU_NBD_LISTEN),
+            "nbd-server" => (("", "splice=true\n"), None),
+            _ => (("", ""), None),
+        };
+        let (name, version) = (name.to_owned(), machine::version(&program));
+        let ours = kind == "flexnbd";
+        let mut server =
+            Self { name, ours, version, usage: String::new(), program, arguments, listen };
+        let image = Path::new("IMAGE");
+        server.usage = if server.forks() {
+            server.export_section(image).trim().replace('\n', " ")
+        } else {
+            server.arguments(image, &[]).join(" ".as_ref()).to_string_lossy().into_owned()
+        };
+        server
     }
 
     /// Whether it is nbd-server, which forks for each session, runs in the background, and is slow
     /// to start: it makes Diffie-Hellman parameters before it listens.
     pub(super) fn forks(&self) -> bool {
-        self.kind.listen.is_none()
-    }
-
-    /// Its arguments, or its configuration, on one line.
-    pub(super) fn usage(&self) -> String {
-        let image = Path::new("IMAGE");
-        if self.forks() {
-            return self.export_section(image).trim().replace('\n', " ");
-        }
-        self.arguments(image, &[]).join(" ".as_ref()).to_string_lossy().into_owned()
+        self.listen.is_none()
     }
 
     /// The command line that serves `image` on a socket passed as systemd passes it, if possible.
@@ -117,15 +110,15 @@ impl Server {
 
     fn arguments(&self, image: &Path, listen: &[OsString]) -> Vec<OsString> {
         let words = |words: &str| words.split(' ').map(OsString::from).collect::<Vec<_>>();
-        [&words(self.kind.arguments.0)[..], listen, &words(self.kind.arguments.1), &[image.into()]]
-            .concat()
+        let (before, after) = self.arguments;
+        [&words(before)[..], listen, &words(after), &[image.into()]].concat()
     }
 
     /// The command line that serves `image` at `address`. nbd-server has its configuration file
     /// and its process id in `folder`.
     fn command(&self, image: &Path, address: &Address, folder: &Path) -> Result<Command, Error> {
         let mut command = Command::new(&self.program);
-        match (self.kind.listen, address) {
+        match (self.listen, address) {
             (Some([host, port, _]), Address::Tcp(at)) => {
                 let listen = [host, LOOPBACK, port, &at.port().to_string()].map(OsString::from);
                 command.args(self.arguments(image, &listen));
@@ -147,7 +140,7 @@ impl Server {
     }
 
     fn export_section(&self, image: &Path) -> String {
-        let (image, splice) = (image.display(), self.kind.arguments.1);
+        let (image, splice) = (image.display(), self.arguments.1);
         format!("[{EXPORT}]\nexportname={image}\nflush=true\nfua=true\ntrim=true\n{splice}")
     }
 }
@@ -208,13 +201,6 @@ impl Drop for Running {
     }
 }
 
-/// The build under test.
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-pub(super) fn flexnbd() -> Server {
-    installed(&["flexnbd".to_owned()], &[]).unwrap().remove(0)
-}
-
 #[cfg(test)]
 #[allow(unused)] // See peers.rs.
 mod tests {
@@ -224,13 +210,11 @@ mod tests {
     fn every_installed_server_serves_the_image_and_stops() {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(1 << 20).unwrap();
-        let names: Vec<String> = KINDS.iter().map(|kind| kind.name.to_owned()).collect();
+        let names = ["flexnbd", "nbdkit", "qemu-nbd", "nbd-server"].map(str::to_owned);
         for server in installed(&names, &[]).unwrap() {
             for transport in [Transport::Tcp, Transport::Unix] {
                 let running = Running::start(&server, image.path(), transport).unwrap();
-                let (stream, size) = running.export.open().unwrap();
-                assert_eq!(size, 1 << 20, "{}", server.name);
-                drop(stream);
+                assert_eq!(running.export.open().unwrap().1, 1 << 20, "{}", server.name);
                 let id = pid(running.pid);
                 drop(running);
                 assert!(kill(id, None).is_err(), "{} still runs", server.name);

@@ -86,15 +86,4 @@ mod tests {
         }
         assert!(cpu_seconds(std::process::id()) > before);
     }
-
-    #[test]
-    fn memory_and_children_are_found() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let pids = tree(std::process::id());
-        let _ = child.kill();
-        let _ = child.wait();
-        assert!(pids.contains(&child.id()), "{} in {pids:?}", child.id());
-        let root = std::process::id();
-        assert!(rss_kib(root) >= pss_kib(root) && pss_kib(root) > 0 && rss_peak_kib(root) > 0);
-    }
 }
