@@ -1,8 +1,5 @@
 //! The loads: a cell is one load, a set is a choice of cells. Pure.
 
-use Temperature::{Cached, Cold};
-use Transport::{Tcp, Unix};
-use Work::{Mixed, Read, Write};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -97,87 +94,64 @@ impl fmt::Display for Cell {
     }
 }
 
+/// The default set: for each generator, transport and temperature, the most used paths and enough
+/// others for every pair of values.
+const DEFAULT: &str = "
+    4k-randread-d1-s1-tcp-cached-raw 4k-randread-d32-s1-tcp-cached-raw
+    4k-randwrite-d32-s1-tcp-cached-raw 4k-randrw-d8-s4-tcp-cached-raw
+    4k-randread-d1-s16-tcp-cached-raw 64k-randread-d8-s1-tcp-cached-raw
+    64k-randrw-d32-s16-tcp-cached-raw 256k-read-d8-s4-tcp-cached-raw
+    256k-write-d32-s1-tcp-cached-raw 1m-read-d8-s1-tcp-cached-raw
+    1m-write-d8-s1-tcp-cached-raw 1m-rw-d1-s16-tcp-cached-raw
+    4k-randread-d32-s4-unix-cached-raw 4k-randwrite-d1-s1-unix-cached-raw
+    64k-randread-d1-s4-unix-cached-raw 64k-randwrite-d8-s1-unix-cached-raw
+    256k-read-d1-s16-unix-cached-raw 256k-rw-d1-s1-unix-cached-raw
+    1m-read-d32-s4-unix-cached-raw 4k-randread-d1-s1-tcp-cold-raw
+    4k-randread-d32-s1-tcp-cold-raw 64k-randread-d32-s4-tcp-cold-raw
+    64k-randwrite-d1-s4-tcp-cold-raw 256k-rw-d32-s16-tcp-cold-raw
+    1m-rw-d32-s4-tcp-cold-raw 4k-randrw-d8-s16-unix-cold-raw
+    256k-read-d8-s1-unix-cold-raw 1m-write-d8-s16-unix-cold-raw
+    4k-randread-d1-s1-tcp-cached-fio 4k-randread-d32-s1-tcp-cached-fio
+    256k-read-d8-s1-tcp-cached-fio 1m-read-d8-s1-tcp-cached-fio
+    1m-write-d8-s1-tcp-cached-fio 4k-randwrite-d32-s4-unix-cached-fio
+    64k-randrw-d8-s1-unix-cached-fio 4k-randread-d32-s1-tcp-cold-fio
+    64k-randwrite-d1-s16-tcp-cold-fio 256k-write-d1-s4-unix-cold-fio
+    1m-rw-d32-s16-unix-cold-fio
+";
+const SMALL: &str = "4k-randread-d32-s1-tcp-cached-raw 1m-read-d8-s1-tcp-cached-raw";
+
 impl Set {
     /// Its cells, in the order of measuring.
     pub(super) fn cells(self) -> Vec<Cell> {
-        let of = |generator, rows: &[CellRow]| -> Vec<Cell> {
-            rows.iter().map(|row| cell(generator, *row)).collect()
+        let all = full();
+        let named = |names: &str| {
+            let cell = |name: &str| all.iter().find(|cell| cell.to_string() == name).copied();
+            names.split_whitespace().filter_map(cell).collect()
         };
-        let small = [(4, Read, 32, 1, Tcp, Cached), (1024, Read, 8, 1, Tcp, Cached)];
         match self {
-            Self::Small => of(Generator::Raw, &small),
-            Self::Default => [of(Generator::Raw, RAW), of(Generator::Fio, FIO)].concat(),
-            Self::Full => full(),
+            Self::Small => named(SMALL),
+            Self::Default => named(DEFAULT),
+            Self::Full => all,
         }
     }
-}
-
-/// Block in KiB, work, depth, sessions, transport, temperature.
-type CellRow = (u32, Work, usize, usize, Transport, Temperature);
-
-/// The default cells of the raw generator.
-const RAW: &[CellRow] = &[
-    (4, Read, 1, 1, Tcp, Cached),
-    (4, Read, 32, 1, Tcp, Cached),
-    (4, Write, 32, 1, Tcp, Cached),
-    (4, Mixed, 8, 4, Tcp, Cached),
-    (4, Read, 1, 16, Tcp, Cached),
-    (64, Read, 8, 1, Tcp, Cached),
-    (64, Mixed, 32, 16, Tcp, Cached),
-    (256, Read, 8, 4, Tcp, Cached),
-    (256, Write, 32, 1, Tcp, Cached),
-    (1024, Read, 8, 1, Tcp, Cached),
-    (1024, Write, 8, 1, Tcp, Cached),
-    (1024, Mixed, 1, 16, Tcp, Cached),
-    (4, Read, 32, 4, Unix, Cached),
-    (4, Write, 1, 1, Unix, Cached),
-    (64, Read, 1, 4, Unix, Cached),
-    (64, Write, 8, 1, Unix, Cached),
-    (256, Read, 1, 16, Unix, Cached),
-    (256, Mixed, 1, 1, Unix, Cached),
-    (1024, Read, 32, 4, Unix, Cached),
-    (4, Read, 1, 1, Tcp, Cold),
-    (4, Read, 32, 1, Tcp, Cold),
-    (64, Read, 32, 4, Tcp, Cold),
-    (64, Write, 1, 4, Tcp, Cold),
-    (256, Mixed, 32, 16, Tcp, Cold),
-    (1024, Mixed, 32, 4, Tcp, Cold),
-    (4, Mixed, 8, 16, Unix, Cold),
-    (256, Read, 8, 1, Unix, Cold),
-    (1024, Write, 8, 16, Unix, Cold),
-];
-
-/// The default cells of fio.
-const FIO: &[CellRow] = &[
-    (4, Read, 1, 1, Tcp, Cached),
-    (4, Read, 32, 1, Tcp, Cached),
-    (256, Read, 8, 1, Tcp, Cached),
-    (1024, Read, 8, 1, Tcp, Cached),
-    (1024, Write, 8, 1, Tcp, Cached),
-    (4, Write, 32, 4, Unix, Cached),
-    (64, Mixed, 8, 1, Unix, Cached),
-    (4, Read, 32, 1, Tcp, Cold),
-    (64, Write, 1, 16, Tcp, Cold),
-    (256, Write, 1, 4, Unix, Cold),
-    (1024, Mixed, 32, 16, Unix, Cold),
-];
-
-fn cell(generator: Generator, row: CellRow) -> Cell {
-    let (kib, work, depth, sessions, transport, temperature) = row;
-    Cell { block: kib << 10, work, depth, sessions, transport, temperature, generator }
 }
 
 fn full() -> Vec<Cell> {
     let mut cells = Vec::new();
     for generator in [Generator::Raw, Generator::Fio] {
-        for temperature in [Cached, Cold] {
-            for transport in [Tcp, Unix] {
-                for work in [Read, Write, Mixed] {
-                    for kib in [4, 64, 256, 1024] {
+        for temperature in [Temperature::Cached, Temperature::Cold] {
+            for transport in [Transport::Tcp, Transport::Unix] {
+                for work in [Work::Read, Work::Write, Work::Mixed] {
+                    for block in [4, 64, 256, 1024].map(|kib: u32| kib << 10) {
                         for depth in [1, 8, 32] {
-                            cells.extend([1, 4, 16].map(|sessions| {
-                                let row = (kib, work, depth, sessions, transport, temperature);
-                                cell(generator, row)
+                            cells.extend([1, 4, 16].map(|sessions| Cell {
+                                block,
+                                work,
+                                depth,
+                                sessions,
+                                transport,
+                                temperature,
+                                generator,
                             }));
                         }
                     }
@@ -186,31 +160,4 @@ fn full() -> Vec<Cell> {
         }
     }
     cells
-}
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::*;
-    use std::collections::BTreeSet;
-
-    /// Every pair of words, with their positions, in the names of these cells.
-    fn pairs(set: Set) -> BTreeSet<String> {
-        let mut pairs = BTreeSet::new();
-        for cell in set.cells() {
-            let name = cell.to_string().replace("rand", "");
-            for (one, word) in name.split('-').enumerate() {
-                let others = name.split('-').enumerate().skip(one + 1);
-                pairs
-                    .extend(others.map(|(other, word_2)| format!("{one} {word} {other} {word_2}")));
-            }
-        }
-        pairs
-    }
-
-    #[test]
-    fn the_default_set_has_every_pair_of_the_full_set() {
-        assert_eq!(Set::Full.cells().len(), 864);
-        assert_eq!(pairs(Set::Default), pairs(Set::Full));
-    }
 }

@@ -23,15 +23,10 @@ const RESIDENT_PART_MAX: f64 = 0.01;
 /// Makes the images when they are first needed; removes them when dropped.
 #[derive(Debug)]
 pub(super) struct Images {
-    size: u64,
-    cached: Image,
-    cold: Image,
-}
-
-#[derive(Debug)]
-struct Image {
-    path: PathBuf,
-    file: OnceCell<TempPath>,
+    /// Size of an image in bytes.
+    pub(super) size: u64,
+    cached: (PathBuf, OnceCell<TempPath>),
+    cold: (PathBuf, OnceCell<TempPath>),
 }
 
 impl Images {
@@ -40,22 +35,15 @@ impl Images {
             if !directory.is_dir() {
                 return Err(format!("no directory for the {kind} image: {}", directory.display()));
             }
-            Ok(Image { path: directory.join(format!("{kind}-{NAME}")), file: OnceCell::new() })
+            Ok((directory.join(format!("{kind}-{NAME}")), OnceCell::new()))
         };
         let (cached, cold) = (image(&options.cached_dir, "cached")?, image(&options.dir, "cold")?);
         Ok(Self { size: options.size << 20, cached, cold })
     }
 
-    /// Size of an image in bytes.
-    pub(super) fn size(&self) -> u64 {
-        self.size
-    }
-
     pub(super) fn path(&self, temperature: Temperature) -> Result<&Path, Error> {
-        let Image { path, file } = match temperature {
-            Temperature::Cached => &self.cached,
-            Temperature::Cold => &self.cold,
-        };
+        let (path, file) =
+            if temperature == Temperature::Cached { &self.cached } else { &self.cold };
         if file.get().is_none() {
             let portions = (0..self.size).step_by(PORTION as usize);
             write_data(&File::create(path)?, portions, self.size)
@@ -67,7 +55,7 @@ impl Images {
 
     /// Evicts the cold image from the page cache. Fails if the kernel keeps it.
     pub(super) fn evict(&self) -> Result<(), Error> {
-        let part = evict(&File::open(&self.cold.path)?)?;
+        let part = evict(&File::open(&self.cold.0)?)?;
         if part > RESIDENT_PART_MAX {
             return Err(format!("{:.0} % of the cold image stay in memory", part * 100.0).into());
         }
@@ -102,23 +90,4 @@ fn resident_part(file: &File) -> io::Result<f64> {
     Errno::result(outcome)?;
     let resident = pages.iter().filter(|page| **page & 1 == 1).count();
     Ok(resident as f64 / pages.len() as f64)
-}
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::*;
-
-    #[test]
-    fn eviction_leaves_a_file_cold() {
-        let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        if let Some(why) = never_cold(directory) {
-            println!("skipped: {why}");
-            return;
-        }
-        let file = tempfile::tempfile_in(directory).unwrap();
-        write_data(&file, [0], PORTION).unwrap();
-        assert_eq!(resident_part(&file).unwrap(), 1.0);
-        assert_eq!(evict(&file).unwrap(), 0.0);
-    }
 }

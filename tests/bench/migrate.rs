@@ -12,12 +12,8 @@ mod report;
 mod client;
 #[path = "migrate/disks.rs"]
 mod disks;
-#[path = "migrate/network.rs"]
-mod network;
 #[path = "migrate/pause.rs"]
 mod pause;
-#[path = "migrate/qemu.rs"]
-mod qemu;
 #[path = "migrate/rates.rs"]
 mod rates;
 #[path = "migrate/systems.rs"]
@@ -27,7 +23,6 @@ use clap::Parser;
 use disks::{Kind, Pair};
 use flexnbd::cli::size::parse_size;
 use machine::Machine;
-use network::Network;
 use pause::PauseResult;
 use rates::{KindResult, Run, SystemResult};
 use report::{Target, named_path, print_targets, write_json};
@@ -35,7 +30,7 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
-use systems::System;
+use systems::{Network, System};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 

@@ -30,6 +30,8 @@ const LEGEND: &str = r##"<g fill="#59636E">
 "##;
 const INK: &str = "#1F2328";
 const FAINT: &str = "#59636E";
+/// The attribute of a text that ends at its position.
+const END: &str = r#"text-anchor="end""#;
 
 /// Draws the picture into a file.
 pub(super) fn draw(results: &Results, file: &Path) -> Result<(), Error> {
@@ -45,23 +47,27 @@ pub(super) fn draw(results: &Results, file: &Path) -> Result<(), Error> {
         (low.min(ratio.rate_lowest / ROOM), high.max(ratio.rate_highest * ROOM))
     });
     let scale = (low.log2().floor() as i32, high.log2().ceil() as i32);
-    let mut picture = Picture { scale, bands: String::new(), front: String::new(), bottom: TOP };
+    let groups = cells.chunk_by(|(one, _), (other, _)| group(one) == group(other));
+    let lines = 1 + results.summary.len() + groups.clone().count() + cells.len();
+    let bottom = TOP + LINE * lines as f64;
+    let mut picture = Picture { scale, svg: String::new(), line_end: TOP };
+    picture.draw_frame(&results.about, bottom);
     picture.draw_heading("Geometric means");
     for mean in &results.summary {
         let y = picture.next_line();
         let text = format!("{}, {} cells", generator_name(mean.generator), mean.cells);
-        picture.front += &text_at(16.0, y, INK, "", &text);
+        picture.text(16.0, y, INK, "", &text);
         picture.draw_bar(mean.rate, (mean.rate, mean.rate), false, y);
     }
-    for cells in cells.chunk_by(|(one, _), (other, _)| group(one) == group(other)) {
+    for cells in groups {
         let (generator, temperature, transport) = group(&cells[0].0);
         let transport = if transport == Transport::Tcp { "TCP" } else { "unix socket" };
         let generator = generator_name(generator);
         picture.draw_heading(&format!("{generator} · {transport} · {}", word(temperature)));
         cells.iter().for_each(|(cell, ratio)| picture.draw_cell(cell, ratio));
     }
-    let svg = picture.finish(&results.about);
-    fs::write(file, svg).map_err(|error| format!("{}: {error}", file.display()).into())
+    fs::write(file, picture.svg + "</svg>\n")
+        .map_err(|error| format!("{}: {error}", file.display()).into())
 }
 
 fn generator_name(generator: Generator) -> &'static str {
@@ -72,19 +78,16 @@ fn generator_name(generator: Generator) -> &'static str {
 struct Picture {
     /// The logarithms of both ends.
     scale: (i32, i32),
-    /// The bands of the headings, behind the grid.
-    bands: String,
-    /// Everything in front of the grid.
-    front: String,
+    svg: String,
     /// Lower end of the last line.
-    bottom: f64,
+    line_end: f64,
 }
 
 impl Picture {
     /// Begins a line; returns the vertical position of its middle.
     fn next_line(&mut self) -> f64 {
-        self.bottom += LINE;
-        self.bottom - LINE / 2.0
+        self.line_end += LINE;
+        self.line_end - LINE / 2.0
     }
 
     fn x(&self, ratio: f64) -> f64 {
@@ -92,66 +95,26 @@ impl Picture {
         SCALE_X.0 + (ratio.log2() - low) / (high - low) * SCALE_X.1
     }
 
-    fn draw_heading(&mut self, text: &str) {
-        let y = self.next_line();
-        self.bands += &rectangle((1.0, 899.0), y, LINE, "#F1F4F7");
-        self.front += &text_at(16.0, y, INK, r#"font-weight="bold""#, text);
-    }
-
-    fn draw_cell(&mut self, cell: &Cell, ratio: &Ratio) {
-        let y = self.next_line();
-        let (block, unit) = cell.block_in_units();
-        let order = if cell.is_sequential() { "" } else { "random " };
-        let work = match cell.work {
-            Work::Read => "reads",
-            Work::Write => "writes",
-            Work::Mixed => "mixed",
-        };
-        self.front += &text_at(72.0, y, INK, END, &format!("{block} {unit}"));
-        self.front += &text_at(80.0, y, INK, "", &format!("{order}{work}"));
-        self.front += &text_at(212.0, y, INK, END, &cell.depth.to_string());
-        self.front += &text_at(282.0, y, INK, END, &cell.sessions.to_string());
-        self.front += &text_at(808.0, y, FAINT, "", &ratio.peer);
-        let spread = (ratio.rate_lowest, ratio.rate_highest);
-        self.draw_bar(ratio.rate, spread, ratio.limited_by_client, y);
-        let (low, high, top, bottom) = (self.x(spread.0), self.x(spread.1), y - 3.0, y + 3.0);
-        let lines =
-            format!("M{low:.1} {y}H{high:.1}M{low:.1} {top}V{bottom}M{high:.1} {top}V{bottom}");
-        self.front += &format!("<path d=\"{lines}\" stroke=\"{INK}\"/>\n");
-    }
-
-    fn draw_bar(&mut self, rate: f64, (low, high): (f64, f64), limited: bool, y: f64) {
-        let color = match (rate >= 1.0, limited) {
-            (true, false) => "#2B6CB0",
-            (true, true) => "#9FC2E6",
-            (false, false) => "#D96B1F",
-            (false, true) => "#F3BF96",
-        };
-        self.front += &rectangle((self.x(rate.min(1.0)), self.x(rate.max(1.0))), y, 13.0, color);
-        let (x, attributes) = if rate >= 1.0 {
-            (self.x(high.max(rate)) + 6.0, "")
-        } else {
-            (self.x(low.min(rate)) - 6.0, END)
-        };
-        self.front += &text_at(x, y, INK, attributes, &format!("{rate:.2}"));
-    }
-
-    fn finish(&self, about: &About) -> String {
-        let Self { bands, front, bottom, .. } = self;
+    /// Draws everything except the lines.
+    fn draw_frame(&mut self, about: &About, bottom: f64) {
         let height = bottom + 78.0;
-        let mut grid = String::new();
+        self.svg = format!(
+            r##"<svg width="900" height="{height}" viewBox="0 0 900 {height}"
+ xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"
+ shape-rendering="crispEdges">
+<rect width="900" height="{height}" fill="#FFFFFF" stroke="#D0D7DE"/>
+{LEGEND}"##
+        );
         for power in self.scale.0..=self.scale.1 {
             let x = self.x(f64::from(power).exp2());
             let (line, ink, weight) =
                 if power == 0 { (INK, INK, "bold") } else { ("#E2E6EB", FAINT, "normal") };
-            let (top, end) = (TOP - 4.0, bottom + 4.0);
-            grid += &format!("<path d=\"M{x:.1} {top}V{end}\" stroke=\"{line}\"/>\n");
+            self.path(&format!("M{x:.1} {}V{}", TOP - 4.0, bottom + 4.0), line);
             let factor = 1_u32 << power.unsigned_abs();
             let tick = if power < 0 { format!("× 1/{factor}") } else { format!("× {factor}") };
-            let attributes =
-                format!(r#"font-size="11" font-weight="{weight}" text-anchor="middle""#);
-            grid += &text_at(x, TOP - 12.0, ink, &attributes, &tick);
-            grid += &text_at(x, bottom + 12.0, ink, &attributes, &tick);
+            let style = format!(r#"font-size="11" font-weight="{weight}" text-anchor="middle""#);
+            self.text(x, TOP - 12.0, ink, &style, &tick);
+            self.text(x, bottom + 12.0, ink, &style, &tick);
         }
         let About { machine, rounds, seconds, .. } = about;
         let environment = format!(
@@ -165,38 +128,70 @@ impl Picture {
         });
         let peers = peers.collect::<Vec<_>>().join(", ");
         let peers = format!("The others: {peers}. The best of them is named at the right.");
-        let texts = [
-            text_at(16.0, 48.0, FAINT, "", &peers),
-            text_at(16.0, height - 35.0, FAINT, r#"font-size="11""#, &environment),
-            text_at(16.0, height - 16.0, FAINT, r#"font-family="monospace""#, &machine.command),
-        ];
-        format!(
-            r##"<svg width="900" height="{height}" viewBox="0 0 900 {height}"
- xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12"
- shape-rendering="crispEdges">
-<rect width="900" height="{height}" fill="#FFFFFF" stroke="#D0D7DE"/>
-{bands}{grid}{LEGEND}{front}{}</svg>
-"##,
-            texts.concat()
-        )
+        self.text(16.0, 48.0, FAINT, "", &peers);
+        self.text(16.0, height - 35.0, FAINT, r#"font-size="11""#, &environment);
+        let style = r#"font-size="11" font-family="monospace""#;
+        self.text(16.0, height - 16.0, FAINT, style, &machine.command);
     }
-}
 
-/// The attribute of a text that ends at its position.
-const END: &str = r#"text-anchor="end""#;
+    fn draw_heading(&mut self, text: &str) {
+        let y = self.next_line();
+        self.rectangle((1.0, 899.0), y, LINE, "rgba(33,87,141,0.06)");
+        self.text(16.0, y, INK, r#"font-weight="bold""#, text);
+    }
 
-/// A line of text, vertically centred at `y`.
-fn text_at(x: f64, y: f64, color: &str, attributes: &str, text: &str) -> String {
-    let text = text.replace('&', "&amp;").replace('<', "&lt;");
-    format!(
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" dy=\"0.35em\" fill=\"{color}\" {attributes}>{text}</text>\n"
-    )
-}
+    fn draw_cell(&mut self, cell: &Cell, ratio: &Ratio) {
+        let y = self.next_line();
+        let (block, unit) = cell.block_in_units();
+        let order = if cell.is_sequential() { "" } else { "random " };
+        let work = match cell.work {
+            Work::Read => "reads",
+            Work::Write => "writes",
+            Work::Mixed => "mixed",
+        };
+        self.text(72.0, y, INK, END, &format!("{block} {unit}"));
+        self.text(80.0, y, INK, "", &format!("{order}{work}"));
+        self.text(212.0, y, INK, END, &cell.depth.to_string());
+        self.text(282.0, y, INK, END, &cell.sessions.to_string());
+        self.text(808.0, y, FAINT, "", &ratio.peer);
+        let spread = (ratio.rate_lowest, ratio.rate_highest);
+        self.draw_bar(ratio.rate, spread, ratio.limited_by_client, y);
+        let (low, high, top, bottom) = (self.x(spread.0), self.x(spread.1), y - 3.0, y + 3.0);
+        let ends = format!("M{low:.1} {top}V{bottom}M{high:.1} {top}V{bottom}");
+        self.path(&format!("M{low:.1} {y}H{high:.1}{ends}"), INK);
+    }
 
-/// A rectangle, vertically centred at `y`.
-fn rectangle((left, right): (f64, f64), y: f64, height: f64, color: &str) -> String {
-    let (top, width) = (y - height / 2.0, right - left);
-    format!(
-        "<rect x=\"{left:.1}\" y=\"{top:.1}\" width=\"{width:.1}\" height=\"{height}\" fill=\"{color}\"/>\n"
-    )
+    fn draw_bar(&mut self, rate: f64, (low, high): (f64, f64), limited: bool, y: f64) {
+        let color = match (rate >= 1.0, limited) {
+            (true, false) => "#2B6CB0",
+            (true, true) => "#9FC2E6",
+            (false, false) => "#D96B1F",
+            (false, true) => "#F3BF96",
+        };
+        self.rectangle((self.x(rate.min(1.0)), self.x(rate.max(1.0))), y, 13.0, color);
+        let (x, attributes) = if rate >= 1.0 {
+            (self.x(high.max(rate)) + 6.0, "")
+        } else {
+            (self.x(low.min(rate)) - 6.0, END)
+        };
+        self.text(x, y, INK, attributes, &format!("{rate:.2}"));
+    }
+
+    /// A line of text, vertically centred at `y`.
+    fn text(&mut self, x: f64, y: f64, color: &str, attributes: &str, text: &str) {
+        let text = text.replace('&', "&amp;").replace('<', "&lt;");
+        let place = format!(r#"x="{x:.1}" y="{y:.1}" dy="0.35em""#);
+        self.svg += &format!("<text {place} fill=\"{color}\" {attributes}>{text}</text>\n");
+    }
+
+    /// A rectangle, vertically centred at `y`.
+    fn rectangle(&mut self, (left, right): (f64, f64), y: f64, height: f64, color: &str) {
+        let (top, width) = (y - height / 2.0, right - left);
+        let place = format!(r#"x="{left:.1}" y="{top:.1}" width="{width:.1}" height="{height}""#);
+        self.svg += &format!("<rect {place} fill=\"{color}\"/>\n");
+    }
+
+    fn path(&mut self, path: &str, color: &str) {
+        self.svg += &format!("<path d=\"{path}\" stroke=\"{color}\"/>\n");
+    }
 }

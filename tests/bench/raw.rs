@@ -294,7 +294,7 @@ pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sam
     if is_cold {
         setup.images.evict()?;
         // A second pass over the image would find it cached.
-        limit.requests = setup.images.size() / u64::from(cell.block);
+        limit.requests = setup.images.size / u64::from(cell.block);
     } else {
         sessions.run(Some(Limit { time: WARM_UP, ..limit }))?;
     }

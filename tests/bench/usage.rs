@@ -62,28 +62,3 @@ fn sum_kib(root: u32, file: &str, key: &str) -> u64 {
     };
     tree(root).into_iter().filter_map(value).sum()
 }
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::*;
-    use std::time::Instant;
-
-    #[test]
-    fn a_name_with_parentheses_does_not_shift_the_fields() {
-        let stat = "7 (a) b (c) S 1 2 3 4 5 6 7 8 9 10 100 20 3 4 0";
-        assert_eq!(exited_ticks(stat), Some(7));
-        assert_eq!(exited_ticks("7 (a) S 1"), None);
-    }
-
-    #[test]
-    fn processor_time_grows_while_a_process_computes() {
-        let before = cpu_seconds(std::process::id());
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let mut sum = 0_u64;
-        while cpu_seconds(std::process::id()) <= before && Instant::now() < deadline {
-            sum = std::hint::black_box(sum + 1);
-        }
-        assert!(cpu_seconds(std::process::id()) > before);
-    }
-}

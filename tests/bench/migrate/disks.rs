@@ -97,27 +97,3 @@ pub(super) fn same(one: &Path, other: &Path) -> io::Result<bool> {
         }
     }
 }
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::*;
-    use clap::ValueEnum;
-
-    const SIZE: u64 = (8 << 20) + 512;
-
-    #[test]
-    fn each_kind_occupies_the_space_of_its_data() {
-        let directory = tempfile::tempdir().unwrap();
-        for kind in Kind::value_variants() {
-            let pair = Pair::new(directory.path(), *kind, SIZE).unwrap();
-            let written = if *kind == Kind::Zeros { SIZE } else { kind.data(SIZE) };
-            let occupied = allocated(&pair.source).unwrap();
-            assert!((written..written + (64 << 10)).contains(&occupied), "{kind:?}: {occupied}");
-            assert_eq!(allocated(&pair.destination).unwrap(), 0);
-            let is_zero = same(&pair.source, &pair.destination).unwrap();
-            assert_eq!(is_zero, *kind == Kind::Zeros, "{kind:?}");
-        }
-        assert_eq!((Kind::Sparse25.data(SIZE), Kind::Sparse25.runs(SIZE)), ((2 << 20) + 512, 3));
-    }
-}

@@ -1,14 +1,18 @@
 //! The systems that migrate a disk. The time excludes starting and stopping their servers.
 
+use super::Error;
 use super::disks::Pair;
 use super::machine::version;
 use super::nbd::{Address, Export};
-use super::network::{Network, wait_for_listener};
 use super::process::{PATIENCE, Process, find, free_port, wait_until};
-use super::{Error, qemu};
 use flexnbd::control::command::{ArrivalAction, Mirror};
 use flexnbd::control::{Command as Order, Summary, ask_and_wait};
+use nix::sched::{CloneFlags, unshare};
+use serde_json::{Value, json};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
@@ -17,7 +21,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Time limit of a migration.
-pub(super) const MIGRATION_TIME_MAX: Duration = Duration::from_secs(600);
+const MIGRATION_TIME_MAX: Duration = Duration::from_secs(600);
 /// Time limit for both sides to exit after the migration.
 const EXIT_TIME_MAX: Duration = Duration::from_secs(60);
 
@@ -93,7 +97,7 @@ impl System {
                 let moved = Sides::start(&self.programs[0], pair)?.migrate(None)?;
                 (moved.elapsed, Some(moved.summary.bytes_sent))
             }
-            Method::Qemu => (qemu::migrate(&self.programs[0], &self.programs[1], pair)?, None),
+            Method::Qemu => (mirror(&self.programs[0], &self.programs[1], pair)?, None),
             Method::Nbdcopy { flush } => {
                 (copy(&self.programs[0], &self.programs[1], flush, pair)?, None)
             }
@@ -188,6 +192,132 @@ impl Sides {
         let source = self.source.wait_for_success(EXIT_TIME_MAX)?;
         let destination = self.destination.wait_for_success(EXIT_TIME_MAX)?;
         Ok(FlexnbdMoved { summary, ordered, elapsed: source.max(destination) - ordered })
+    }
+}
+
+/// qemu-storage-daemon mirrors the disk to qemu-nbd. The time ends when the job is ready, which is
+/// when QEMU could switch over.
+fn mirror(daemon: &Path, nbd: &Path, pair: &Pair) -> Result<Duration, Error> {
+    let folder = tempfile::tempdir()?;
+    let to = free_port()?;
+    let (host, port) = (to.ip().to_string(), to.port().to_string());
+    let mut command = Command::new(nbd);
+    command.args(["--format=raw", "--persistent", "--shared=0", "--cache=writeback"]);
+    command.args(["--discard=unmap", "--detect-zeroes=unmap", "--aio=threads"]);
+    command.args(["--bind", &host, "--port", &port]).arg(&pair.destination);
+    let _destination = Process::start(command, Stdio::null())?;
+    let socket = folder.path().join("qmp");
+    let mut command = Command::new(daemon);
+    command.args(["--chardev", &format!("socket,id=c,path={},server=on,wait=off", value(&socket))]);
+    command.args(["--monitor", "chardev=c", "--blockdev"]);
+    let image = value(&pair.source);
+    command.arg(format!("driver=file,node-name=file,filename={image},discard=unmap"));
+    command.args(["--blockdev", "driver=raw,node-name=source,file=file"]);
+    let _source = Process::start(command, Stdio::null())?;
+    wait_for_listener(to)?;
+    let mut monitor = Monitor::connect(&socket)?;
+    let is_return = |line: &Value| line.get("return").is_some();
+    monitor.execute("qmp_capabilities", &json!({}), is_return)?;
+    let start = Instant::now();
+    let server = json!({ "type": "inet", "host": host, "port": port });
+    let node = json!({ "driver": "nbd", "node-name": "target", "server": server, "export": "" });
+    monitor.execute("blockdev-add", &node, is_return)?;
+    let job = json!({ "job-id": "move", "device": "source", "target": "target", "sync": "full" });
+    // The event may precede the return.
+    monitor.execute("blockdev-mirror", &job, |line| line["event"] == "BLOCK_JOB_READY")?;
+    Ok(start.elapsed())
+}
+
+/// A path as an option value, in which QEMU expects double commas.
+fn value(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// A QMP connection: one JSON value per line.
+#[derive(Debug)]
+struct Monitor {
+    stream: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    fn connect(path: &Path) -> Result<Self, Error> {
+        wait_until(PATIENCE, || Ok(UnixStream::connect(path).is_ok()))?;
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(MIGRATION_TIME_MAX))?;
+        Ok(Self { stream: BufReader::new(stream) })
+    }
+
+    /// Executes a command and reads lines until one ends it; fails if the command or a job fails.
+    fn execute(
+        &mut self,
+        name: &str,
+        arguments: &Value,
+        ends: impl Fn(&Value) -> bool,
+    ) -> Result<(), Error> {
+        writeln!(self.stream.get_mut(), "{}", json!({ "execute": name, "arguments": arguments }))?;
+        loop {
+            let mut line = String::new();
+            self.stream.read_line(&mut line)?;
+            // Fails at the end of the stream, too.
+            let line: Value = serde_json::from_str(&line)?;
+            let failures = ["BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_JOB_CANCELLED"];
+            if line.get("error").is_some() || failures.iter().any(|event| line["event"] == *event) {
+                return Err(format!("qemu-storage-daemon: {name} failed: {line}").into());
+            }
+            if ends(&line) {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// A network namespace of the benchmark's own, whose loopback counts only bytes of the migration.
+#[derive(Debug)]
+pub(super) struct Network {
+    /// Why the namespace is not the benchmark's own, if so.
+    pub(super) why_shared: Option<String>,
+}
+
+impl Network {
+    /// Moves this thread, and threads and processes that it starts, into a new network namespace.
+    /// Without root it stays in its own.
+    pub(super) fn new() -> Self {
+        let enter = || -> Result<(), Error> {
+            unshare(CloneFlags::CLONE_NEWNET)
+                .map_err(|error| format!("cannot make a network namespace ({error})"))?;
+            let up = Command::new("ip").args(["link", "set", "lo", "up"]).status()?;
+            if up.success() { Ok(()) } else { Err("`ip link set lo up` failed".into()) }
+        };
+        Self { why_shared: enter().err().map(|error| error.to_string()) }
+    }
+
+    /// All bytes sent over loopback, headers of IP and TCP included, if only this benchmark sends.
+    pub(super) fn bytes(&self) -> Option<u64> {
+        if self.why_shared.is_some() {
+            return None;
+        }
+        let devices = fs::read_to_string("/proc/thread-self/net/dev").ok()?;
+        let line = devices.lines().find_map(|line| line.trim_start().strip_prefix("lo:"))?;
+        // The ninth number is that of bytes sent.
+        line.split_whitespace().nth(8)?.parse().ok()
+    }
+}
+
+/// Waits for a listener without connecting: a destination may take the first client for its source.
+fn wait_for_listener(address: SocketAddr) -> Result<(), Error> {
+    let port = format!(":{:04X}", address.port());
+    let is_listening = || {
+        let sockets = fs::read_to_string("/proc/thread-self/net/tcp")?;
+        Ok(sockets.lines().any(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            // 0A is TCP_LISTEN.
+            matches!(fields[..], [_, local, _, "0A", ..] if local.ends_with(&port))
+        }))
+    };
+    if wait_until(PATIENCE, is_listening)? {
+        Ok(())
+    } else {
+        Err(format!("nothing listens at {address}").into())
     }
 }
 
