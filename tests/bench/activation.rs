@@ -16,7 +16,6 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often each server is started.
 const STARTS: usize = 30;
 /// Executes the server with the socket, its stdin, where systemd puts it (`sd_listen_fds(3)`). Only
 /// the new process knows the id that `LISTEN_PID` must have.
@@ -25,7 +24,6 @@ const SCRIPT: &str = "export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=nbd
 /// Length of the server's greeting in bytes.
 const GREETING_LENGTH: usize = 18;
 
-/// All starts of one server.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct ActivationRow {
     #[serde(rename = "server")]
@@ -78,7 +76,6 @@ fn measure_once(options: &Options, server: &[OsString]) -> Result<Duration, Erro
     latency.map_err(|error| process.error(&format!("does not greet ({error})")))
 }
 
-/// Prints the table, unless it is empty.
 pub(super) fn print(rows: &[ActivationRow]) {
     if rows.is_empty() {
         return;

@@ -24,7 +24,6 @@ pub(super) struct Cell {
 pub(super) enum Work {
     Read,
     Write,
-    /// Half reads, half writes, at random.
     #[serde(rename = "rw")]
     Mixed,
 }
@@ -32,7 +31,6 @@ pub(super) enum Work {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Transport {
-    /// Loopback.
     Tcp,
     Unix,
 }
@@ -45,7 +43,6 @@ pub(super) enum Temperature {
     Cold,
 }
 
-/// The client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Generator {
@@ -121,7 +118,6 @@ const DEFAULT: &str = "
 const SMALL: &str = "4k-randread-d32-s1-tcp-cached-raw 1m-read-d8-s1-tcp-cached-raw";
 
 impl Set {
-    /// Its cells, in the order of measuring.
     pub(super) fn cells(self) -> Vec<Cell> {
         let all = full();
         let named = |names: &str| {

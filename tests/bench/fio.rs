@@ -19,7 +19,6 @@ pub(super) fn obstacle() -> Option<&'static str> {
     if has_nbd { None } else { Some("this fio has no nbd engine") }
 }
 
-/// Measures one load on a running server.
 pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sample, Error> {
     if cell.temperature == Temperature::Cold {
         setup.images.evict()?;
@@ -41,7 +40,7 @@ pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sam
         server_cpu_us_per_request: server_cpu * 1e6 / requests.max(1.0),
         // fio prints the mean of its jobs, which share one CPU.
         client_busy: busy * cell.sessions as f64,
-        rss_peak_mib: usage::rss_peak_kib(server.pid) as f64 / 1024.0,
+        rss_peak_mib: usage::memory_kib(server.pid, usage::RSS_PEAK) as f64 / 1024.0,
     })
 }
 

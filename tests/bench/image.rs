@@ -23,7 +23,6 @@ const RESIDENT_PART_MAX: f64 = 0.01;
 /// Makes the images when they are first needed; removes them when dropped.
 #[derive(Debug)]
 pub(super) struct Images {
-    /// Size of an image in bytes.
     pub(super) size: u64,
     cached: (PathBuf, OnceCell<TempPath>),
     cold: (PathBuf, OnceCell<TempPath>),

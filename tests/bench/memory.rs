@@ -6,7 +6,7 @@ use super::nbd::{REPLY_LENGTH, encode};
 use super::process::PATIENCE;
 use super::report::{figure, print_row};
 use super::servers::{Running, Server};
-use super::usage::{pss_kib, rss_kib};
+use super::usage::{PSS, RSS, memory_kib};
 use super::{Error, Setup};
 use flexnbd::nbd::wire::CommandKind;
 use flexnbd::net::Stream;
@@ -17,7 +17,6 @@ use std::thread;
 use std::time::Duration;
 use tempfile::NamedTempFile;
 
-/// Numbers of idle sessions.
 pub(super) const SESSIONS: [usize; 2] = [100, 1000];
 /// Size of the large disk in bytes. It is one hole.
 const LARGE: u64 = 1 << 40;
@@ -27,7 +26,6 @@ const SETTLE: Duration = Duration::from_secs(2);
 const READ_LENGTH: usize = 4096;
 const WIDTHS: [usize; 6] = [9, 13, 9, 13, 9, 13];
 
-/// One server.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct MemoryRow {
     #[serde(rename = "server")]
@@ -39,7 +37,6 @@ pub(super) struct MemoryRow {
     pub(super) large: Occupied,
 }
 
-/// The memory of one server with one disk.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Occupied {
     /// Without any session.
@@ -83,8 +80,8 @@ fn occupied(setup: &Setup, server: &Server, image: &Path, sessions: &[usize]) ->
     let mut observe = || -> Result<(), Error> {
         let running = setup.start(server, image, Transport::Tcp)?;
         thread::sleep(SETTLE);
-        occupied.rss_idle_kib = Some(rss_kib(running.pid));
-        let pss_idle_kib = pss_kib(running.pid) as f64;
+        occupied.rss_idle_kib = Some(memory_kib(running.pid, RSS));
+        let pss_idle_kib = memory_kib(running.pid, PSS) as f64;
         let mut open: Vec<Stream> = Vec::new();
         for count in sessions {
             while open.len() < *count {
@@ -92,10 +89,10 @@ fn occupied(setup: &Setup, server: &Server, image: &Path, sessions: &[usize]) ->
                 open.push(stream.map_err(|error| format!("session {}: {error}", open.len() + 1))?);
             }
             thread::sleep(SETTLE);
-            let growth_kib = pss_kib(running.pid) as f64 - pss_idle_kib;
+            let growth_kib = memory_kib(running.pid, PSS) as f64 - pss_idle_kib;
             occupied.with_sessions.push(WithSessions {
                 sessions: *count,
-                rss_kib: rss_kib(running.pid),
+                rss_kib: memory_kib(running.pid, RSS),
                 pss_per_session_kib: growth_kib / *count as f64,
             });
         }
@@ -108,7 +105,6 @@ fn occupied(setup: &Setup, server: &Server, image: &Path, sessions: &[usize]) ->
     occupied
 }
 
-/// A session that has read once.
 fn read_once(server: &Running) -> Result<Stream, Error> {
     let (stream, _size) = server.export.open()?;
     stream.send_all(&encode(CommandKind::Read, 0, 0, READ_LENGTH), PATIENCE)?;
@@ -116,7 +112,6 @@ fn read_once(server: &Running) -> Result<Stream, Error> {
     Ok(stream)
 }
 
-/// Prints the table, unless it is empty.
 pub(super) fn print(rows: &[MemoryRow]) {
     if rows.is_empty() {
         return;

@@ -24,7 +24,7 @@ use disks::{Kind, Pair};
 use flexnbd::cli::size::parse_size;
 use machine::Machine;
 use pause::PauseResult;
-use rates::{KindResult, Run, SystemResult};
+use rates::{KindResult, SystemResult};
 use report::{Target, named_path, print_targets, write_json};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -171,7 +171,8 @@ fn measure_kind(
     for round in 0..options.rounds as usize {
         for turn in 0..systems.len() {
             let which = (round + turn) % systems.len();
-            let run = measure_once(kind, options, &systems[which], network);
+            let run = Pair::new(&options.dir, kind, options.size).map_err(Error::from);
+            let run = run.and_then(|pair| systems[which].migrate(&pair, network));
             runs[which].push(run.map_err(|error| {
                 println!("# {}: {}: {error}", kind.word(), systems[which].name);
                 error.to_string()
@@ -182,25 +183,6 @@ fn measure_kind(
     let systems = systems
         .map(|(system, runs)| SystemResult::new(&system.name, system.flexnbd().is_some(), runs));
     KindResult::new(kind, options.size, systems.collect())
-}
-
-fn measure_once(
-    kind: Kind,
-    options: &Options,
-    system: &System,
-    network: &Network,
-) -> Result<Run, Error> {
-    let pair = Pair::new(&options.dir, kind, options.size)?;
-    let allocated_before = disks::allocated(&pair.source)?;
-    let moved = system.migrate(&pair, network)?;
-    Ok(Run {
-        seconds: moved.elapsed.as_secs_f64(),
-        wire_bytes: moved.wire,
-        bytes_sent: moved.bytes_sent,
-        allocated_before,
-        allocated_after: disks::allocated(&pair.destination)?,
-        same: disks::same(&pair.source, &pair.destination)?,
-    })
 }
 
 /// The effect on clients of each build of flexnbd; other systems have no pause that a client sees.

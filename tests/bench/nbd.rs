@@ -17,7 +17,6 @@ pub(super) const REQUEST_LENGTH: usize = 28;
 /// Length of a simple reply without data, in bytes.
 pub(super) const REPLY_LENGTH: usize = 16;
 
-/// An export of a running server.
 #[derive(Clone, Debug)]
 pub(super) struct Export {
     pub(super) address: Address,
@@ -42,7 +41,6 @@ impl Address {
 }
 
 impl Export {
-    /// The NBD URI, for libnbd.
     pub(super) fn uri(&self) -> String {
         match &self.address {
             Address::Tcp(address) => format!("nbd://{address}/{}", self.name),

@@ -203,14 +203,7 @@ impl Setup {
             image_mib: options.size,
         };
         let (cell_count, server_count) = (cells.len(), self.servers.len());
-        let mut results = Results {
-            about,
-            cells: Vec::new(),
-            memory: Vec::new(),
-            activation: Vec::new(),
-            summary: Vec::new(),
-            targets: Vec::new(),
-        };
+        let mut results = Results { about, ..Results::default() };
         results.print_about();
         let rounds = cell_count as u32 * server_count as u32 * options.rounds;
         let minutes = ((options.seconds + OVERHEAD) * rounds).as_secs_f64() / 60.0;

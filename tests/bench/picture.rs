@@ -33,7 +33,6 @@ const FAINT: &str = "#59636E";
 /// The attribute of a text that ends at its position.
 const END: &str = r#"text-anchor="end""#;
 
-/// Draws the picture into a file.
 pub(super) fn draw(results: &Results, file: &Path) -> Result<(), Error> {
     let ratios = results.cells.iter().filter_map(|cell| Some((cell.cell, cell.ratio.as_ref()?)));
     let mut cells: Vec<(Cell, &Ratio)> = ratios.collect();

@@ -17,12 +17,9 @@ use std::time::{Duration, Instant};
 
 /// How long a server may take for one step before it counts as failed.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
-/// Interval of [`wait_until`].
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
-/// How much of stderr is looked at, in bytes.
 const STDERR_MAX: usize = 64 << 10;
 
-/// A running program.
 #[derive(Debug)]
 pub(super) struct Process {
     name: String,

@@ -16,7 +16,6 @@ use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-/// Size of the receive buffer, in bytes.
 const BUFFER_LENGTH: usize = 256 << 10;
 /// How long a cached load runs before the measurement begins.
 const WARM_UP: Duration = Duration::from_millis(200);
@@ -286,7 +285,6 @@ fn thread_time() -> nix::Result<Duration> {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from)
 }
 
-/// Measures one load on a running server.
 pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sample, Error> {
     let mut sessions = Sessions::connect(cell, &server.export)?;
     let is_cold = cell.temperature == Temperature::Cold;
@@ -315,7 +313,7 @@ pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sam
         mb_per_sec: requests * f64::from(cell.block) / elapsed / 1e6,
         server_cpu_us_per_request: server_cpu * 1e6 / requests.max(1.0),
         client_busy: progress.cpu.as_secs_f64() / elapsed,
-        rss_peak_mib: usage::rss_peak_kib(server.pid) as f64 / 1024.0,
+        rss_peak_mib: usage::memory_kib(server.pid, usage::RSS_PEAK) as f64 / 1024.0,
     })
 }
 
@@ -395,21 +393,14 @@ mod tests {
     }
 
     #[test]
-    fn reads_are_answered_and_change_nothing() {
+    fn all_requests_are_answered_and_only_writes_reach_the_image() {
         for block in [4 << 10, 1 << 20] {
             assert!(run(Transport::Tcp, Work::Read, block).iter().all(|byte| *byte == 0));
         }
-    }
-
-    #[test]
-    fn writes_reach_the_image() {
         let image = run(Transport::Unix, Work::Write, 1 << 20);
         let written: Vec<u8> = (0..1 << 20).map(|i| (i % 251) as u8 + 1).collect();
         assert!(image.chunks(1 << 20).all(|block| block == written), "the data differs");
-    }
-
-    #[test]
-    fn large_reads_and_writes_do_not_block_each_other() {
+        // Large reads and writes must not block each other.
         run(Transport::Tcp, Work::Mixed, 1 << 20);
     }
 }

@@ -15,7 +15,7 @@ use std::path::Path;
 const CLIENT_BUSY_MAX: f64 = 0.95;
 const WIDTHS: [usize; 6] = [11, 9, 12, 12, 12, 0];
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct Results {
     pub(super) about: About,
     pub(super) cells: Vec<CellResult>,
@@ -28,7 +28,7 @@ pub(super) struct Results {
 }
 
 /// The environment and options of the run.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct About {
     pub(super) machine: Machine,
     pub(super) servers: Vec<Server>,

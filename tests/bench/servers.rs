@@ -22,7 +22,6 @@ const EXPORT: &str = "disk";
 const QEMU_NBD: &str = "--format=raw --persistent --shared=0 --cache=writeback --discard=unmap";
 const QEMU_NBD_LISTEN: Option<[&str; 3]> = Some(["--bind", "--port", "--socket"]);
 
-/// An installed server.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Server {
     pub(super) name: String,

@@ -38,23 +38,15 @@ fn exited_ticks(stat: &str) -> Option<u64> {
     Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
 }
 
-/// The sum of the peak resident sizes, in KiB.
-pub(super) fn rss_peak_kib(root: u32) -> u64 {
-    sum_kib(root, "status", "VmHWM:")
-}
+/// A figure of a process in `/proc`: the file and the key of its line.
+type Figure = (&'static str, &'static str);
+pub(super) const RSS_PEAK: Figure = ("status", "VmHWM:");
+pub(super) const RSS: Figure = ("smaps_rollup", "Rss:");
+/// The proportional set size: memory that processes share is divided among them.
+pub(super) const PSS: Figure = ("smaps_rollup", "Pss:");
 
-/// The resident size in KiB; memory that processes share counts in each.
-pub(super) fn rss_kib(root: u32) -> u64 {
-    sum_kib(root, "smaps_rollup", "Rss:")
-}
-
-/// The proportional set size in KiB; memory that processes share is divided among them.
-pub(super) fn pss_kib(root: u32) -> u64 {
-    sum_kib(root, "smaps_rollup", "Pss:")
-}
-
-/// The sum of the values of `key` in `/proc/PID/FILE`.
-fn sum_kib(root: u32, file: &str, key: &str) -> u64 {
+/// The sum over the process and its descendants, in KiB.
+pub(super) fn memory_kib(root: u32, (file, key): Figure) -> u64 {
     let value = |pid| {
         let text = fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?;
         let line = text.lines().find_map(|line| line.strip_prefix(key))?;

@@ -25,13 +25,11 @@ const STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pace {
-    /// Writes per second.
     PerSecond(u32),
     /// Reads and writes in turn, one at a time.
     OneByOne,
 }
 
-/// A completed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Completion {
     pub(super) due: Instant,

@@ -9,11 +9,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// The content of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Kind {
-    /// Data everywhere.
     Dense,
     /// 1 MiB of data in every 4, holes between.
     #[value(name = "sparse25")]
@@ -83,7 +81,6 @@ pub(super) fn allocated(path: &Path) -> io::Result<u64> {
     Ok(fs::metadata(path)?.blocks() * 512)
 }
 
-/// Whether two files have the same content.
 pub(super) fn same(one: &Path, other: &Path) -> io::Result<bool> {
     let (one, other) = (File::open(one)?, File::open(other)?);
     let (mut left, mut right) = (Vec::new(), Vec::new());

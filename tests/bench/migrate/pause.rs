@@ -18,7 +18,6 @@ const WARM_TIME_MAX: Duration = Duration::from_secs(60);
 /// The first column leaves room for the longer names of this table.
 const WIDTHS: [usize; 4] = [17, 12, 12, 12];
 
-/// One migration under load.
 #[derive(Debug, Serialize)]
 pub(super) struct Observation {
     /// From gate closed to acknowledged, as the source reports.
@@ -161,7 +160,6 @@ impl PauseResult {
         }
     }
 
-    /// Prints the table, unless there are no migrations.
     pub(super) fn print(&self) {
         let Some((median, worst)) = self.pause_ms_median.zip(self.pause_ms_worst) else { return };
         let (name, count, mib) = (&self.system, self.migrations.len(), self.size >> 20);
@@ -181,7 +179,6 @@ impl PauseResult {
         }
     }
 
-    /// The target for this load.
     pub(super) fn target(&self) -> Option<Target> {
         if self.writes_per_sec.is_some() {
             let (worst, median) = self.pause_ms_worst.zip(self.pause_ms_median)?;

@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 const MIB: f64 = (1 << 20) as f64;
 const WIDTHS: [usize; 6] = [9, 9, 12, 10, 16, 9];
 
-/// One migration.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(super) struct Run {
     pub(super) seconds: f64,
@@ -43,7 +42,6 @@ pub(super) struct SystemResult {
     is_flexnbd: bool,
     runs: Vec<Run>,
     troubles: Vec<String>,
-    /// The medians of the runs.
     seconds: Option<f64>,
     wire_bytes: Option<f64>,
 }
@@ -72,7 +70,6 @@ impl KindResult {
         result
     }
 
-    /// flexnbd's median time.
     pub(super) fn seconds(&self) -> Option<f64> {
         self.systems.iter().find(|system| system.is_flexnbd)?.seconds
     }

@@ -1,10 +1,11 @@
 //! The systems that migrate a disk. The time excludes starting and stopping their servers.
 
 use super::Error;
-use super::disks::Pair;
+use super::disks::{self, Pair};
 use super::machine::version;
 use super::nbd::{Address, Export};
 use super::process::{PATIENCE, Process, find, free_port, wait_until};
+use super::rates::Run;
 use flexnbd::control::command::{ArrivalAction, Mirror};
 use flexnbd::control::{Command as Order, Summary, ask_and_wait};
 use nix::sched::{CloneFlags, unshare};
@@ -20,7 +21,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Time limit of a migration.
 const MIGRATION_TIME_MAX: Duration = Duration::from_secs(600);
 /// Time limit for both sides to exit after the migration.
 const EXIT_TIME_MAX: Duration = Duration::from_secs(60);
@@ -41,16 +41,6 @@ enum Method {
     Nbdcopy { flush: bool },
     /// qemu-storage-daemon to qemu-nbd.
     Qemu,
-}
-
-/// A finished migration.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Moved {
-    pub(super) elapsed: Duration,
-    /// Bytes over TCP, if they could be counted.
-    pub(super) wire: Option<u64>,
-    /// Bytes of data that the source reports as sent, if it reports them.
-    pub(super) bytes_sent: Option<u64>,
 }
 
 /// Those of `names` that are installed, and other builds of flexnbd; prints which are missing.
@@ -90,22 +80,28 @@ impl System {
         (self.method == Method::Flexnbd).then_some(&self.programs[0])
     }
 
-    pub(super) fn migrate(&self, pair: &Pair, network: &Network) -> Result<Moved, Error> {
+    pub(super) fn migrate(&self, pair: &Pair, network: &Network) -> Result<Run, Error> {
+        let allocated_before = disks::allocated(&pair.source)?;
         let before = network.bytes();
+        let program = &self.programs[0];
         let (elapsed, bytes_sent) = match self.method {
             Method::Flexnbd => {
-                let moved = Sides::start(&self.programs[0], pair)?.migrate(None)?;
+                let moved = Sides::start(program, pair)?.migrate(None)?;
                 (moved.elapsed, Some(moved.summary.bytes_sent))
             }
-            Method::Qemu => (mirror(&self.programs[0], &self.programs[1], pair)?, None),
-            Method::Nbdcopy { flush } => {
-                (copy(&self.programs[0], &self.programs[1], flush, pair)?, None)
-            }
+            Method::Qemu => (mirror(program, &self.programs[1], pair)?, None),
+            Method::Nbdcopy { flush } => (copy(program, &self.programs[1], flush, pair)?, None),
         };
-        let wire = network.bytes().zip(before).map(|(after, before)| after - before);
-        // The network does not count the unix sockets of nbdcopy.
-        let wire = wire.filter(|_| !matches!(self.method, Method::Nbdcopy { .. }));
-        Ok(Moved { elapsed, wire, bytes_sent })
+        let wire_bytes = network.bytes().zip(before).map(|(after, before)| after - before);
+        Ok(Run {
+            seconds: elapsed.as_secs_f64(),
+            // The network does not count the unix sockets of nbdcopy.
+            wire_bytes: wire_bytes.filter(|_| !matches!(self.method, Method::Nbdcopy { .. })),
+            bytes_sent,
+            allocated_before,
+            allocated_after: disks::allocated(&pair.destination)?,
+            same: disks::same(&pair.source, &pair.destination)?,
+        })
     }
 }
 
@@ -141,7 +137,6 @@ pub(super) struct Sides {
     _folder: TempDir,
 }
 
-/// A finished migration by flexnbd.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FlexnbdMoved {
     pub(super) summary: Summary,
@@ -324,7 +319,7 @@ fn wait_for_listener(address: SocketAddr) -> Result<(), Error> {
 #[cfg(test)]
 #[allow(unused)] // See peers.rs.
 mod tests {
-    use super::super::disks::{Kind, same};
+    use super::super::disks::Kind;
     use super::*;
 
     #[test]
@@ -333,13 +328,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         for system in installed(&names, &[]).unwrap() {
             let pair = Pair::new(directory.path(), Kind::Sparse25, 8 << 20).unwrap();
-            let network = Network::new();
-            let moved = system.migrate(&pair, &network).unwrap();
-            assert!(same(&pair.source, &pair.destination).unwrap(), "{}", system.name);
-            for bytes in [moved.wire, moved.bytes_sent].into_iter().flatten() {
-                assert!(bytes >= 2 << 20, "{}: {moved:?}", system.name);
+            let run = system.migrate(&pair, &Network::new()).unwrap();
+            assert!(run.same, "{}", system.name);
+            for bytes in [run.wire_bytes, run.bytes_sent].into_iter().flatten() {
+                assert!(bytes >= 2 << 20, "{}: {run:?}", system.name);
             }
         }
-        assert!(installed(&["carrier-pigeon".to_owned()], &[]).is_err());
     }
 }
