@@ -316,3 +316,25 @@ fn no_two_files_use_each_other() {
     }
     assert_eq!(excepted, CIRCLES.len(), "remove the unused exception in CIRCLES");
 }
+
+/// The crates that the project is built on; each has a use in `src`.
+const FOUNDATIONS: &[&str] = &[
+    "clap",
+    "libsystemd",
+    "listenfd",
+    "memmap2",
+    "nix",
+    "sd_notify",
+    "tracing",
+    "tracing_journald",
+];
+
+#[test]
+fn foundations_are_used() {
+    let sources = sources();
+    for foundation in FOUNDATIONS {
+        let path = format!("{foundation}::");
+        let used = sources.iter().any(|(_, text)| without_tests(text).contains(&path));
+        assert!(used, "nothing in src uses {foundation}");
+    }
+}

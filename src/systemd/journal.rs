@@ -13,28 +13,31 @@
 //! An entry of the journal has the event's own fields and those of the spans around it. Where two have
 //! the same name, the innermost one counts. A line on stderr shows no span: the thread's name says
 //! whose line it is. A span is entered once per thread, so that it costs nothing per request.
+//!
+//! tracing-journald writes the journal. It sends where an event is logged, and blocks there; so the
+//! event and its spans are kept as text, and dispatched to it again by the writer thread.
 
-use super::line::{self, FATAL, LineContext, MESSAGE, Severity};
+use super::line::{self, FATAL, LineContext, Severity};
 use super::log_queue::{Queue, WriterStep};
-use libsystemd::logging::{Priority, SD_JOURNAL_SOCK_PATH, connected_to_journal, journal_send};
+use libsystemd::logging::{SD_JOURNAL_SOCK_PATH, connected_to_journal};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, SigmaskHow};
 use nix::time::{ClockId, clock_gettime};
 use std::backtrace::{Backtrace, BacktraceStatus};
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
-use tracing::field::{Field, Visit};
+use tracing::field::{Field, Value, Visit};
 use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Metadata, Subscriber, warn};
+use tracing::{Dispatch, Event, Metadata, Subscriber, warn};
+use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::{Context, SubscriberExt};
@@ -109,7 +112,7 @@ pub fn init(verbosity: Verbosity) -> Result<LogTarget, AlreadySetUp> {
     let subscriber = tracing_subscriber::registry().with(Collector { deliver }).with(threshold);
     tracing::subscriber::set_global_default(subscriber).map_err(|_| AlreadySetUp)?;
     std::panic::set_hook(Box::new(log_panic));
-    start_writer(queue, target);
+    start_writer(queue, target, threshold);
     Ok(target)
 }
 
@@ -136,11 +139,11 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
 
 /// Starts the writer thread. It blocks all signals, so that they go to the threads that wait for them.
 /// If the system has no thread for it, the threads write directly; a server cannot work then anyway.
-fn start_writer(queue: &Arc<Queue<Message>>, target: LogTarget) {
+fn start_writer(queue: &Arc<Queue<Message>>, target: LogTarget, threshold: Threshold) {
     let queue = Arc::clone(queue);
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
-    let started =
-        thread::Builder::new().name("log".into()).spawn(move || write_log(&queue, target));
+    let write = move || write_log(&queue, target, threshold);
+    let started = thread::Builder::new().name("log".into()).spawn(write);
     if let Ok(before) = before {
         let _ = before.thread_set_mask();
     }
@@ -152,35 +155,36 @@ fn start_writer(queue: &Arc<Queue<Message>>, target: LogTarget) {
 
 /// The writer thread: writes one message after another until the process ends. The only code that
 /// waits for the journal or for stderr.
-fn write_log(queue: &Queue<Message>, target: LogTarget) {
-    let has_journal = target == LogTarget::Journal && is_journal_reachable();
-    let identifier = program_name();
+fn write_log(queue: &Queue<Message>, target: LogTarget, threshold: Threshold) {
+    let journal = match target {
+        // Fails if the journal cannot be reached; then the lines go to stderr.
+        LogTarget::Journal => tracing_journald::layer().ok().map(configure_journal),
+        LogTarget::Stderr => None,
+    };
+    // With the threshold, because the most verbose of all subscribers decides what is formatted.
+    let journal = journal
+        .map(|layer| Dispatch::new(tracing_subscriber::registry().with(layer).with(threshold)));
     loop {
-        match queue.next() {
-            // An error cannot be reported anywhere.
-            WriterStep::Write(message) if has_journal => drop(message.send(&identifier)),
-            WriterStep::Write(message) => write_to_stderr(&message.line()),
-            WriterStep::Report(1) => {
+        match (queue.next(), &journal) {
+            (WriterStep::Write(message), Some(journal)) => message.send(journal),
+            (WriterStep::Write(message), None) => write_to_stderr(&message.line()),
+            (WriterStep::Report(1), _) => {
                 warn!("a message of the log was dropped: it was not written in time");
             }
-            WriterStep::Report(count) => {
+            (WriterStep::Report(count), _) => {
                 warn!("{count} messages of the log were dropped: it was not written in time");
             }
         }
     }
 }
 
-/// Tries the journal's socket with an empty datagram, which journald ignores.
-fn is_journal_reachable() -> bool {
-    UnixDatagram::unbound().and_then(|socket| socket.send_to(&[], SD_JOURNAL_SOCK_PATH)).is_ok()
-}
-
-/// The journal's `SYSLOG_IDENTIFIER`, as syslog(3) has it: the file name of the program as it was
-/// started.
-fn program_name() -> String {
-    let started_as = std::env::args_os().next();
-    let name = started_as.as_deref().map(Path::new).and_then(Path::file_name);
-    name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+/// Without a prefix `"flexnbd.client"` becomes FLEXNBD_CLIENT and `message_id` MESSAGE_ID.
+fn configure_journal(journal: tracing_journald::Layer) -> tracing_journald::Layer {
+    journal.with_field_prefix(None).with_priority_mappings(PriorityMappings {
+        info: Priority::Informational,
+        debug: Priority::Debug,
+        ..PriorityMappings::new()
+    })
 }
 
 /// The least severity that is logged.
@@ -238,6 +242,25 @@ impl Fields {
     }
 }
 
+impl Fields {
+    fn values(&self) -> Vec<Option<&dyn Value>> {
+        self.values.iter().map(|value| value.as_ref().map(|text| text as &dyn Value)).collect()
+    }
+
+    /// A copy without the fields whose names are taken; the others' names are taken afterwards.
+    fn take_new<'a>(&'a self, names: &mut BTreeSet<&'a str>) -> Self {
+        let mut fields = Self::new(self.metadata);
+        for (field, (value, own)) in
+            self.metadata.fields().iter().zip(self.values.iter().zip(&mut fields.values))
+        {
+            if value.is_some() && names.insert(field.name()) {
+                own.clone_from(value);
+            }
+        }
+        fields
+    }
+}
+
 impl Visit for Fields {
     fn record_str(&mut self, field: &Field, value: &str) {
         self.values[field.index()] = Some(value.to_owned());
@@ -271,38 +294,28 @@ impl Message {
         size_of::<Self>() + self.event.values.iter().flatten().map(String::len).sum::<usize>()
     }
 
-    /// Sends the event to the journal.
-    fn send(&self, identifier: &str) -> Result<(), libsystemd::errors::SdError> {
-        let priority = match severity_of(self.event.metadata) {
-            Severity::Debug => Priority::Debug,
-            Severity::Info => Priority::Info,
-            Severity::Warning => Priority::Warning,
-            Severity::Error | Severity::Fatal => Priority::Error,
-        };
-        let message = self.event.iter().find(|(name, _)| *name == MESSAGE);
-        let fields = self.journal_fields(identifier);
-        journal_send(priority, message.map_or("", |(_, text)| text), fields.iter())
-    }
-
-    /// The fields of the journal (systemd.journal-fields(7)), without text and priority.
-    fn journal_fields(&self, identifier: &str) -> BTreeMap<String, String> {
-        let metadata = self.event.metadata;
-        let mut fields = BTreeMap::new();
-        let spans = self.spans.iter().flat_map(|span| span.iter());
-        for (name, value) in spans.chain(self.event.iter()).filter(|(name, _)| *name != MESSAGE) {
-            // `flexnbd.client` becomes FLEXNBD_CLIENT.
-            fields.insert(name.replace('.', "_").to_ascii_uppercase(), value.to_owned());
+    /// Sends the event to the journal, in its spans. A field of a span is left out where the event, or
+    /// a span further in, has one of that name.
+    fn send(&self, journal: &Dispatch) {
+        let mut names: BTreeSet<&str> = self.event.iter().map(|(name, _)| name).collect();
+        let mut spans: Vec<_> =
+            self.spans.iter().rev().map(|span| span.take_new(&mut names)).collect();
+        spans.reverse();
+        let mut entered = Vec::with_capacity(spans.len());
+        for span in &spans {
+            let values = span.values();
+            let values = span.metadata.fields().value_set_all(&values);
+            let id = journal.new_span(&Attributes::new(span.metadata, &values));
+            journal.enter(&id);
+            entered.push(id);
         }
-        let line = metadata.line().map(|line| line.to_string());
-        let source = [
-            ("CODE_FILE", metadata.file()),
-            ("CODE_LINE", line.as_deref()),
-            ("SYSLOG_IDENTIFIER", Some(identifier)),
-            ("TARGET", Some(metadata.target())),
-        ];
-        let source = source.into_iter().filter_map(|(name, value)| Some((name, value?)));
-        fields.extend(source.map(|(name, value)| (name.to_owned(), value.to_owned())));
-        fields
+        let values = self.event.values();
+        let values = self.event.metadata.fields().value_set_all(&values);
+        journal.event(&Event::new(self.event.metadata, &values));
+        for id in entered.into_iter().rev() {
+            journal.exit(&id);
+            journal.try_close(id);
+        }
     }
 
     /// The line on stderr.
