@@ -81,8 +81,10 @@ fn mirror_wait_reports_even_an_immediate_end() {
         let wait = start_mirror_and_wait(directory.path(), &destination, "0");
         let (code, out, err) = wait_for_exit(wait);
         assert_eq!(code, Some(0), "{err}");
-        let expected = "Migration started\nMigration finished: 64 KiB sent in ";
-        assert!(out.starts_with(expected), "{out}");
+        // A slow machine prints lines of progress in between.
+        let last = out.lines().last().unwrap_or_default();
+        assert!(out.starts_with("Migration started\n"), "{out}");
+        assert!(last.starts_with("Migration finished: 64 KiB sent in "), "{out}");
         assert_eq!(source.wait_for_end().code(), Some(0), "{}", source.stderr());
         assert_eq!(destination.wait_for_end().code(), Some(0), "{}", destination.stderr());
     }

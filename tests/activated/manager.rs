@@ -47,6 +47,8 @@ struct Received {
 
 /// The message that ends the receiving thread.
 const STOP_RECEIVING: &str = "STOP";
+/// A message of the test, behind all that services have sent.
+const FENCE: &str = "FENCE";
 
 impl ServiceManager {
     pub(crate) fn new() -> ServiceManager {
@@ -186,9 +188,15 @@ impl ServiceManager {
         poll(&mut sources, PollTimeout::ZERO).unwrap() > 0
     }
 
-    /// All messages that have arrived.
+    /// All messages that were sent before this call.
+    #[track_caller]
     pub(crate) fn messages(&self) -> Vec<String> {
-        std::iter::from_fn(|| self.message()).collect()
+        // Datagrams keep their order, and the receiving thread may not have read the last ones.
+        let socket = UnixDatagram::unbound().unwrap();
+        socket.send_to(FENCE.as_bytes(), self.path("notify")).unwrap();
+        let mut messages = self.wait_for(FENCE);
+        messages.pop();
+        messages
     }
 }
 
