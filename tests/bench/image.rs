@@ -54,7 +54,11 @@ impl Images {
 
     /// Evicts the cold image from the page cache. Fails if the kernel keeps it.
     pub(super) fn evict(&self) -> Result<(), Error> {
-        let part = evict(&File::open(&self.cold.0)?)?;
+        let file = File::open(&self.cold.0)?;
+        // The kernel does not evict dirty pages.
+        file.sync_all()?;
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        let part = resident_part(&file)?;
         if part > RESIDENT_PART_MAX {
             return Err(format!("{:.0} % of the cold image stay in memory", part * 100.0).into());
         }
@@ -66,14 +70,6 @@ impl Images {
 pub(super) fn never_cold(directory: &Path) -> Option<&'static str> {
     let is_tmpfs = statfs(directory).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
     is_tmpfs.then_some("a file in a tmpfs is never cold; name another directory with --dir")
-}
-
-/// Evicts a file from the page cache; returns the part that is still resident.
-fn evict(file: &File) -> io::Result<f64> {
-    // The kernel does not evict dirty pages.
-    file.sync_all()?;
-    posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
-    resident_part(file)
 }
 
 /// The part of a file that the page cache holds, from mincore(2).

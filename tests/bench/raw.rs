@@ -209,23 +209,12 @@ impl Picker {
     }
 }
 
-/// All sessions of one load.
+/// All sessions of one load, and what they have done.
 #[derive(Debug)]
 struct Sessions {
     sessions: Vec<Session>,
     payload: Vec<u8>,
     buffer: Vec<u8>,
-}
-
-/// When to stop sending requests.
-#[derive(Clone, Copy, Debug)]
-struct Limit {
-    time: Duration,
-    requests: u64,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Progress {
     requests: u64,
     elapsed: Duration,
     /// Processor time of this thread.
@@ -240,29 +229,33 @@ impl Sessions {
             // Not zeros, which a server might turn into holes.
             payload: (0..cell.block).map(|i| (i % 251) as u8 + 1).collect(),
             buffer: vec![0; BUFFER_LENGTH],
+            requests: 0,
+            elapsed: Duration::ZERO,
+            cpu: Duration::ZERO,
         })
     }
 
-    /// Runs the load until a limit is reached and leaves its requests in flight; without a limit,
-    /// sends no more requests and waits for all replies.
-    fn run(&mut self, limit: Option<Limit>) -> Result<Progress, Error> {
+    /// Runs the load for this time and at most until this number of requests is complete, and leaves
+    /// its requests in flight; without a limit, sends no more requests and waits for all replies.
+    fn run(&mut self, limit: Option<(Duration, u64)>) -> Result<(), Error> {
         let send = if limit.is_some() { Session::fill } else { Session::send };
         let (start, cpu) = (Instant::now(), thread_time()?);
-        let mut requests = 0;
         for session in &mut self.sessions {
             send(session, &self.payload)?;
         }
         while match limit {
-            Some(limit) => start.elapsed() < limit.time && requests < limit.requests,
+            Some((time, requests)) => start.elapsed() < time && self.requests < requests,
             None => !self.sessions.iter().all(Session::is_idle),
         } {
             for ready in self.wait()? {
                 let session = &mut self.sessions[ready];
-                requests += session.receive(&mut self.buffer)?;
+                self.requests += session.receive(&mut self.buffer)?;
                 send(session, &self.payload)?;
             }
         }
-        Ok(Progress { requests, elapsed: start.elapsed(), cpu: thread_time()? - cpu })
+        self.elapsed += start.elapsed();
+        self.cpu += thread_time()? - cpu;
+        Ok(())
     }
 
     /// The sessions whose sockets are ready.
@@ -288,31 +281,29 @@ fn thread_time() -> nix::Result<Duration> {
 pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sample, Error> {
     let mut sessions = Sessions::connect(cell, &server.export)?;
     let is_cold = cell.temperature == Temperature::Cold;
-    let mut limit = Limit { time: setup.options.seconds, requests: u64::MAX };
+    let mut requests_max = u64::MAX;
     if is_cold {
         setup.images.evict()?;
         // A second pass over the image would find it cached.
-        limit.requests = setup.images.size / u64::from(cell.block);
+        requests_max = setup.images.size / u64::from(cell.block);
     } else {
-        sessions.run(Some(Limit { time: WARM_UP, ..limit }))?;
+        sessions.run(Some((WARM_UP, u64::MAX)))?;
+        (sessions.requests, sessions.elapsed, sessions.cpu) = (0, Duration::ZERO, Duration::ZERO);
     }
     let cpu_before = usage::cpu_seconds(server.pid);
-    let mut progress = sessions.run(Some(limit))?;
+    sessions.run(Some((setup.options.seconds, requests_max)))?;
     if is_cold {
         // A cached load begins and ends with the same number of requests in flight, a cold load
         // begins with none.
-        let rest = sessions.run(None)?;
-        progress.requests += rest.requests;
-        progress.elapsed += rest.elapsed;
-        progress.cpu += rest.cpu;
+        sessions.run(None)?;
     }
     let server_cpu = usage::cpu_seconds(server.pid) - cpu_before;
-    let (requests, elapsed) = (progress.requests as f64, progress.elapsed.as_secs_f64());
+    let (requests, elapsed) = (sessions.requests as f64, sessions.elapsed.as_secs_f64());
     Ok(Sample {
         requests_per_sec: requests / elapsed,
         mb_per_sec: requests * f64::from(cell.block) / elapsed / 1e6,
         server_cpu_us_per_request: server_cpu * 1e6 / requests.max(1.0),
-        client_busy: progress.cpu.as_secs_f64() / elapsed,
+        client_busy: sessions.cpu.as_secs_f64() / elapsed,
         rss_peak_mib: usage::memory_kib(server.pid, usage::RSS_PEAK) as f64 / 1024.0,
     })
 }
@@ -383,10 +374,11 @@ mod tests {
         let server = Running::start(server, image.path(), transport).unwrap();
         let cell = cell(work, block);
         let mut sessions = Sessions::connect(&cell, &server.export).unwrap();
-        let limit = Limit { time: Duration::from_secs(600), requests: 300 };
-        let progress = sessions.run(Some(limit)).unwrap();
-        assert!(progress.requests >= 300 && progress.cpu <= progress.elapsed, "{progress:?}");
-        assert_eq!(sessions.run(None).unwrap().requests, (cell.depth * cell.sessions) as u64);
+        sessions.run(Some((Duration::from_secs(600), 300))).unwrap();
+        let complete = sessions.requests;
+        assert!(complete >= 300 && sessions.cpu <= sessions.elapsed, "{complete}");
+        sessions.run(None).unwrap();
+        assert_eq!(sessions.requests - complete, (cell.depth * cell.sessions) as u64);
         drop(sessions);
         drop(server);
         fs::read(image.path()).unwrap()

@@ -12,8 +12,7 @@ use flexnbd::net::Stream;
 use nix::sys::prctl::set_timerslack;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -22,6 +21,9 @@ const BLOCK: usize = 4096;
 /// Distance of successive requests, in blocks. It is odd, so that they visit every block of a disk
 /// whose size is a power of two.
 const STRIDE: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// Time limit of the requests before the migration.
+const WARM_TIME_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pace {
@@ -42,13 +44,11 @@ pub(super) struct Client {
     /// Sends at fixed times. Otherwise the receiver sends.
     sender: Option<JoinHandle<()>>,
     receiver: JoinHandle<Result<Vec<Completion>, Error>>,
-    warm: Receiver<()>,
 }
 
 #[derive(Debug)]
 struct Shared {
     stream: Stream,
-    stop: AtomicBool,
     blocks: u64,
     start: Instant,
     /// Between writes at a fixed rate.
@@ -56,7 +56,7 @@ struct Shared {
 }
 
 impl Client {
-    /// Connects and starts sending. [`Self::wait_until_warm`] waits for `warm` completions.
+    /// Connects, starts sending, and waits for `warm` completions.
     pub(super) fn start(at: SocketAddr, pace: Pace, warm: usize) -> Result<Self, Error> {
         let (stream, size) = Export { address: Address::Tcp(at), name: "" }.open()?;
         let blocks = (size / BLOCK as u64).max(1);
@@ -64,9 +64,9 @@ impl Client {
             Pace::PerSecond(rate) => Duration::from_secs(1) / rate,
             Pace::OneByOne => Duration::ZERO,
         };
-        let (stop, start) = (AtomicBool::new(false), Instant::now());
-        let shared = Arc::new(Shared { stream, stop, blocks, start, interval });
-        let (is_warm, warm_receiver) = mpsc::channel();
+        let start = Instant::now();
+        let shared = Arc::new(Shared { stream, blocks, start, interval });
+        let (is_warm, warmed) = mpsc::channel();
         let completed = move |count| {
             if count == warm {
                 let _ = is_warm.send(());
@@ -80,18 +80,15 @@ impl Client {
                 (Some(sender), thread::spawn(move || other.receive(completed)))
             }
         };
-        Ok(Self { shared, sender, receiver, warm: warm_receiver })
-    }
-
-    pub(super) fn wait_until_warm(&self, timeout: Duration) -> Result<(), Error> {
-        let warm = self.warm.recv_timeout(timeout);
-        warm.map_err(|_| "the server does not answer the client's requests".into())
+        warmed
+            .recv_timeout(WARM_TIME_MAX)
+            .map_err(|_| "the server does not answer the client's requests")?;
+        Ok(Self { shared, sender, receiver })
     }
 
     /// Stops; returns all completions, or the error of a failed request.
     pub(super) fn finish(self) -> Result<Vec<Completion>, Error> {
-        self.shared.stop.store(true, Ordering::SeqCst);
-        // Fails if the server has closed the connection.
+        // Requests fail from here on. This fails if the server has closed the connection.
         let _ = self.shared.stream.shutdown_both();
         if let Some(sender) = self.sender {
             sender.join().map_err(|_| "the sender panicked")?;
@@ -164,6 +161,6 @@ impl Shared {
         if kind == CommandKind::Write {
             request.extend(data);
         }
-        !self.stop.load(Ordering::SeqCst) && self.stream.send_all(&request, PATIENCE).is_ok()
+        self.stream.send_all(&request, PATIENCE).is_ok()
     }
 }

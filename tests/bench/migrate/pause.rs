@@ -8,13 +8,12 @@ use super::systems::Sides;
 use super::{Error, Options};
 use serde::Serialize;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// How many requests precede the migration, at a fixed rate and one at a time, which is faster.
 const REQUESTS_BEFORE: (usize, usize) = (2000, 10_000);
 /// The first requests find caches cold and do not count.
 const REQUESTS_WARMING: usize = 500;
-const WARM_TIME_MAX: Duration = Duration::from_secs(60);
 /// The first column leaves room for the longer names of this table.
 const WIDTHS: [usize; 4] = [17, 12, 12, 12];
 
@@ -80,7 +79,6 @@ fn measure_once(
         Pace::OneByOne => REQUESTS_BEFORE.1,
     };
     let client = Client::start(sides.address, pace, requests_before)?;
-    client.wait_until_warm(WARM_TIME_MAX)?;
     let moved = sides.migrate(max_speed)?;
     let (before, during) = divide(&client.finish()?, moved.ordered);
     Ok(Observation {
@@ -113,8 +111,7 @@ impl Latencies {
 
     fn print(&self, name: &str) {
         let of = |us| figure(us, 0);
-        let cells = [of(self.p50_us), of(self.p99_us), of(self.worst_us)];
-        let [p50, p99, worst] = cells;
+        let (p50, p99, worst) = (of(self.p50_us), of(self.p99_us), of(self.worst_us));
         print_row(name, WIDTHS, [self.requests.to_string(), p50, p99, worst]);
     }
 }
@@ -200,6 +197,7 @@ impl PauseResult {
 mod tests {
     use super::*;
     use clap::Parser;
+    use std::time::Duration;
 
     #[test]
     fn a_request_in_flight_at_the_order_does_not_count() {
