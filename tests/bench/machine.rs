@@ -76,7 +76,8 @@ pub(super) fn version(program: &Path) -> String {
     if line.is_empty() { "unknown".to_owned() } else { line }
 }
 
-/// The first line that is not blank of what a program prints. nbd-server prints its version to stderr.
+/// The first line that is not blank of what a program prints, to stdout or, as nbd-server does, to
+/// stderr.
 fn first_line(program: impl AsRef<OsStr>, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().ok();
     let output = output.filter(|output| output.status.success());

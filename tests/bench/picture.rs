@@ -17,7 +17,8 @@ const SCALE: (f64, f64) = (0.5, 4.0);
 const ROOM: f64 = 1.15;
 /// The title, the meaning of the colours, and the heads of the columns.
 const LEGEND: &str = r##"<g fill="#59636E">
-<text x="16" y="32.5" fill="#1F2328" font-size="19" font-weight="bold">Requests per second: flexnbd against the best other server</text>
+<text x="16" y="32.5" fill="#1F2328" font-size="19" font-weight="bold"
+>Requests per second: flexnbd against the best other server</text>
 <rect x="16" y="64" width="11" height="11" fill="#2B6CB0"/><text x="33" y="74">flexnbd faster</text>
 <rect x="147" y="64" width="11" height="11" fill="#D96B1F"/><text x="164" y="74">slower</text>
 <rect x="230" y="64" width="11" height="11" fill="#9FC2E6"/>
@@ -25,7 +26,8 @@ const LEGEND: &str = r##"<g fill="#59636E">
 <text x="262" y="74">the client was the limit</text><text x="468" y="74">single rounds</text>
 <path d="M438 70H460M438 67V73M460 67V73" stroke="#1F2328"/>
 <g font-size="11"><text x="72" y="108" text-anchor="end">request</text>
-<text x="212" y="108" text-anchor="end">depth</text><text x="282" y="108" text-anchor="end">sessions</text>
+<text x="212" y="108" text-anchor="end">depth</text>
+<text x="282" y="108" text-anchor="end">sessions</text>
 <text x="808" y="108">best other</text></g></g>
 "##;
 const INK: &str = "#1F2328";

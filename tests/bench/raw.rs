@@ -235,7 +235,7 @@ impl Sessions {
         })
     }
 
-    /// Runs the load for this time and at most until this number of requests is complete, and leaves
+    /// Runs the load for this time, at most until this number of requests is complete, and leaves
     /// its requests in flight; without a limit, sends no more requests and waits for all replies.
     fn run(&mut self, limit: Option<(Duration, u64)>) -> Result<(), Error> {
         let send = if limit.is_some() { Session::fill } else { Session::send };

@@ -29,7 +29,7 @@ pub(super) fn percentile(mut values: Vec<f64>, percent: usize) -> Option<f64> {
     values.get(rank.saturating_sub(1)).copied()
 }
 
-/// A goal for flexnbd beside the result of this run. Meeting it or not does not change the exit status.
+/// A goal for flexnbd beside the result of this run. It does not change the exit status.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Target {
     of: String,
