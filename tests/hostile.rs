@@ -1,12 +1,8 @@
-//! Clients that no server deserves: each is let loose on a server of our own, which must then be as
-//! it was. Other clients are served, and descriptors, threads and memory are back.
-//! Never judges by the clock: what must happen is waited for, with a deadline far beyond it.
+//! Misbehaving clients: they abort, stall, flood, or never read. Other clients must be served
+//! meanwhile, and descriptors, threads and memory must be released afterwards.
+//! Never measures time: each test waits for an event, with a generous deadline.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "helpers of tests, too: what cannot go on fails the test"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
 
 use harness::raw::*;
 use harness::session::{MODES, Mode, Request, Session};
@@ -19,40 +15,40 @@ use std::time::{Duration, Instant};
 
 const IMAGE_SIZE: u64 = 16 * MIB;
 
-/// What an allocator may keep for later when all clients are gone.
-const MEMORY_KEPT_MAX: u64 = 16 * MIB;
+/// Memory in bytes that the allocator may retain after all clients have gone.
+const MEMORY_RETAINED_MAX: u64 = 16 * MIB;
 
-/// What one session may occupy while its client reads nothing: less than half of what was asked.
-const MEMORY_BUSY_MAX: u64 = 96 * MIB;
+/// Memory in bytes of one session whose client does not read: less than half of the data requested.
+const SESSION_MEMORY_MAX: u64 = 96 * MIB;
 
 /// The default of `--max-clients`.
 const CLIENTS_MAX: usize = 128;
 
-/// A server and how it looked before anything happened.
-struct Victim {
+/// A server, and its resources before any client.
+struct Subject {
     server: Server,
     before: Resources,
     _dir: TempDir,
 }
 
-impl Victim {
+impl Subject {
     #[track_caller]
-    fn over_tcp() -> Victim {
-        Victim::start(|builder, _| builder)
+    fn over_tcp() -> Subject {
+        Subject::start(|builder, _| builder)
     }
 
     #[track_caller]
-    fn over_unix() -> Victim {
-        Victim::start(|builder, dir| builder.unix(&dir.path().join("nbd.sock")))
+    fn over_unix() -> Subject {
+        Subject::start(|builder, dir| builder.unix(&dir.path().join("nbd.sock")))
     }
 
     #[track_caller]
-    fn start(adapt: impl FnOnce(Builder, &TempDir) -> Builder) -> Victim {
+    fn start(adapt: impl FnOnce(Builder, &TempDir) -> Builder) -> Subject {
         let dir = temp_dir();
         let image = sparse_image(dir.path(), "image", IMAGE_SIZE);
         let server = adapt(Builder::serve(&image), &dir).start();
         let before = server.settled_resources();
-        Victim { server, before, _dir: dir }
+        Subject { server, before, _dir: dir }
     }
 
     fn endpoint(&self) -> &Endpoint {
@@ -61,29 +57,29 @@ impl Victim {
 
     #[track_caller]
     fn session(&self, mode: Mode) -> Session {
-        Session::open(self.endpoint(), mode).expect("our own server speaks every dialect")
+        Session::open(self.endpoint(), mode).expect("flexnbd supports every mode")
     }
 
-    /// Fails unless another client is served, and everything that was taken is given back.
+    /// Fails unless another client is served and the resources return to their initial level.
     #[track_caller]
-    fn must_be_as_before(mut self) {
+    fn assert_recovered(mut self) {
         let mut session = self.session(Mode::Structured);
         session.ok(Request::write(0, &noise(4096, 1)));
-        assert!(session.read(0, 4096) == noise(4096, 1), "others are served");
+        assert!(session.read(0, 4096) == noise(4096, 1), "another client is served");
         drop(session);
         let before = self.before;
-        let is_back = |now: Resources| {
+        let is_released = |now: Resources| {
             now.descriptors <= before.descriptors
                 && now.threads <= before.threads
-                && now.rss_bytes < before.rss_bytes + MEMORY_KEPT_MAX
+                && now.rss_bytes < before.rss_bytes + MEMORY_RETAINED_MAX
         };
-        let back = poll_until(TIMEOUT, || is_back(self.server.resources()));
-        assert!(back, "before: {before:?}\nafter: {:?}", self.server.resources());
+        let released = poll_until(TIMEOUT, || is_released(self.server.resources()));
+        assert!(released, "before: {before:?}\nafter: {:?}", self.server.resources());
         assert!(self.server.is_running());
     }
 }
 
-/// Requests of which all are sent before the first reply is taken.
+/// A pipeline of 200 requests.
 fn reads_and_writes() -> Vec<Request> {
     let patch = noise(64 << 10, 3);
     let mix = |i: u64| match i % 2 {
@@ -102,10 +98,10 @@ fn small_reads() -> Vec<Request> {
 }
 
 #[track_caller]
-fn survives_a_client_that_reads_late(victim: Victim) {
+fn check_late_reader(subject: Subject) {
     let data = noise(2 * MIB as usize, 2);
     for mode in MODES {
-        let mut session = victim.session(mode);
+        let mut session = subject.session(mode);
         session.ok(Request::write(0, &data));
         for requests in [reads_and_writes(), large_reads(), small_reads()] {
             let asked = requests.len();
@@ -115,110 +111,114 @@ fn survives_a_client_that_reads_late(victim: Victim) {
                 let at = request.offset as usize;
                 let same = request.command == WRITE
                     || answer.data == data[at..at + request.length as usize];
-                assert!(same, "the data of a READ at {at}");
+                assert!(same, "data of a READ at {at}");
                 answered += 1;
             });
-            assert_eq!(answered, asked, "every request is answered ({mode:?})");
+            assert_eq!(answered, asked, "replies ({mode:?})");
         }
         assert!(session.read(8 * MIB + 199 * KIB, 64 * KIB) == noise(64 << 10, 3));
     }
-    let peak = victim.server.resources().rss_bytes_peak;
-    let grown = peak - victim.before.rss_bytes;
-    assert!(grown < MEMORY_BUSY_MAX, "{grown} bytes more for one client that did not read");
-    victim.must_be_as_before();
+    let peak = subject.server.resources().rss_bytes_peak;
+    let grown = peak - subject.before.rss_bytes;
+    assert!(grown < SESSION_MEMORY_MAX, "{grown} bytes more for one client that does not read");
+    subject.assert_recovered();
 }
 
 #[test]
-fn a_client_that_sends_200_requests_before_it_reads_is_served_over_tcp() {
-    survives_a_client_that_reads_late(Victim::over_tcp());
+fn late_readers_get_200_replies_over_tcp() {
+    check_late_reader(Subject::over_tcp());
 }
 
 #[test]
-fn a_client_that_sends_200_requests_before_it_reads_is_served_over_unix() {
-    survives_a_client_that_reads_late(Victim::over_unix());
+fn late_readers_get_200_replies_over_unix() {
+    check_late_reader(Subject::over_unix());
 }
 
 #[test]
-fn a_client_that_never_reads_is_held_back_and_others_are_served() {
-    let victim = Victim::over_tcp();
-    let mut deaf: Vec<Session> = MODES.map(|mode| victim.session(mode)).into();
-    for session in &mut deaf {
+fn clients_that_never_read_use_bounded_memory() {
+    let subject = Subject::over_tcp();
+    let mut silent: Vec<Session> = MODES.map(|mode| subject.session(mode)).into();
+    for session in &mut silent {
         for request in large_reads() {
             session.send(&request);
         }
     }
-    let mut other = victim.session(Mode::Simple);
+    let mut other = subject.session(Mode::Simple);
     for i in 0..100 {
         other.ok(Request::write(i * 4096, &[1; 4096]));
         other.read(i * 4096, 4096);
     }
-    let grown = victim.server.resources().rss_bytes_peak - victim.before.rss_bytes;
-    assert!(grown < 3 * MEMORY_BUSY_MAX, "{grown} bytes more for three clients that do not read");
+    let grown = subject.server.resources().rss_bytes_peak - subject.before.rss_bytes;
+    assert!(
+        grown < 3 * SESSION_MEMORY_MAX,
+        "{grown} bytes more for three clients that do not read"
+    );
     drop(other);
-    for session in deaf {
+    for session in silent {
         session.wire.reset();
     }
-    victim.must_be_as_before();
+    subject.assert_recovered();
 }
 
 #[test]
-fn a_client_that_vanishes_at_any_byte_of_its_handshake_leaves_nothing_behind() {
-    let victim = Victim::over_tcp();
+fn aborted_handshakes_release_their_resources() {
+    let subject = Subject::over_tcp();
     let handshake = typical_handshake();
-    for vanish in [Wire::reset, drop::<Wire>] {
+    for abort in [Wire::reset, drop::<Wire>] {
         for length in 0..=handshake.len() {
-            let mut wire = Wire::connect_with_retries(victim.endpoint());
+            let mut wire = Wire::connect_with_retries(subject.endpoint());
             wire.send(&handshake[..length]);
-            vanish(wire);
+            abort(wire);
         }
     }
-    drop(Wire::connect(victim.endpoint()));
-    victim.must_be_as_before();
+    drop(Wire::connect(subject.endpoint()));
+    subject.assert_recovered();
 }
 
 #[test]
-fn a_client_that_vanishes_at_any_byte_of_a_write_leaves_nothing_behind() {
+fn aborted_writes_release_their_resources() {
     const AT: u64 = 4096;
     const LENGTH: usize = 300;
-    let victim = Victim::over_tcp();
-    let mut bystander = victim.session(Mode::Simple);
+    let subject = Subject::over_tcp();
+    let mut bystander = subject.session(Mode::Simple);
     let around = noise(3 * 4096, 4);
     bystander.ok(Request::write(0, &around));
     let mode_of = |i: usize| MODES[i % MODES.len()];
     for length in 0..=28 + LENGTH {
-        let mut session = patient_session(victim.endpoint(), mode_of(length));
+        let mut session = session_with_retries(subject.endpoint(), mode_of(length));
         let (_, bytes) = session.encode(&Request::write(AT, &[7; LENGTH]));
         session.wire.send(&bytes[..length]);
         if length % 2 == 0 { session.wire.reset() } else { drop(session) }
     }
     let after = bystander.read(0, 3 * 4096);
     let (start, end) = (AT as usize, AT as usize + LENGTH);
-    assert!(after[..start] == around[..start] && after[end..] == around[end..], "the neighbours");
+    assert!(after[..start] == around[..start] && after[end..] == around[end..], "the bytes around");
     drop(bystander);
-    victim.must_be_as_before();
+    subject.assert_recovered();
 }
 
-/// A session with a server that may just be busy with burying others.
+/// Opens a session, with retries, since the server may still hold the places of clients that have
+/// gone.
 #[track_caller]
-fn patient_session(target: &Endpoint, mode: Mode) -> Session {
+fn session_with_retries(target: &Endpoint, mode: Mode) -> Session {
     let mut wire = Wire::connect_with_retries(target);
     wire.send(&(FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
-    let dialect = match mode {
+    let option = match mode {
         Mode::Simple => return Session::go(wire, mode, None, b""),
         Mode::Structured => OPT_STRUCTURED_REPLY,
         Mode::Extended => OPT_EXTENDED_HEADERS,
     };
-    assert_eq!(wire.ask_final(dialect, &[]), REP_ACK);
+    assert_eq!(wire.ask_final(option, &[]), REP_ACK);
     Session::go(wire, mode, None, b"")
 }
 
-/// What a slow client sends, piece by piece.
+/// What a slow client sends, once a second.
 #[derive(Clone, Copy, Debug)]
 enum Trickle {
     Nothing,
-    /// A handshake, byte by byte.
+    /// A handshake, one byte at a time.
     Bytes,
-    /// Whole options that are answered, without end.
+    /// Valid options, endlessly.
     Options,
 }
 
@@ -234,21 +234,21 @@ impl Trickle {
     }
 }
 
-/// Sends a piece a second until the server closes; fails when it never does.
+/// Sends a piece per second until the server closes; fails at [`TIMEOUT`].
 #[track_caller]
-fn trickles_until_cut(target: &Endpoint, trickle: Trickle) {
+fn trickle_until_closed(target: &Endpoint, trickle: Trickle) {
     let mut wire = Wire::connect_with_retries(target);
     wire.set_read_timeout(Duration::from_secs(1));
     let start = Instant::now();
     for i in 0.. {
-        assert!(start.elapsed() < TIMEOUT, "{trickle:?}: after {TIMEOUT:?} still not cut");
-        if wire.try_send(&trickle.piece(i)).is_err() || is_cut_within_a_second(&mut wire) {
+        assert!(start.elapsed() < TIMEOUT, "{trickle:?}: not closed after {TIMEOUT:?}");
+        if wire.try_send(&trickle.piece(i)).is_err() || is_closed_within_a_second(&mut wire) {
             return;
         }
     }
 }
 
-fn is_cut_within_a_second(wire: &mut Wire) -> bool {
+fn is_closed_within_a_second(wire: &mut Wire) -> bool {
     loop {
         match wire.try_recv(&mut [0; 4096]) {
             Ok(0) => return true,
@@ -260,71 +260,71 @@ fn is_cut_within_a_second(wire: &mut Wire) -> bool {
 }
 
 #[test]
-fn a_client_that_trickles_its_handshake_is_cut_at_the_deadline_and_others_are_served() {
-    let victim = Victim::over_tcp();
-    let target = victim.endpoint();
+fn slow_handshakes_are_closed_at_the_deadline() {
+    let subject = Subject::over_tcp();
+    let target = subject.endpoint();
     std::thread::scope(|scope| {
         let slow: Vec<_> = [Trickle::Nothing, Trickle::Bytes, Trickle::Options]
-            .map(|trickle| scope.spawn(move || trickles_until_cut(target, trickle)))
+            .map(|trickle| scope.spawn(move || trickle_until_closed(target, trickle)))
             .into();
-        let mut other = victim.session(Mode::Structured);
+        let mut other = subject.session(Mode::Structured);
         while !slow.iter().all(|thread| thread.is_finished()) {
             other.ok(Request::write(0, &[1; 4096]));
             std::thread::park_timeout(Duration::from_millis(100));
         }
     });
-    victim.must_be_as_before();
+    subject.assert_recovered();
 }
 
-/// Options without end, as fast as they are taken; whether the answers are read makes no
-/// difference.
+/// Sends options as fast as possible until the server closes, with the replies read or unread.
 #[track_caller]
-fn floods_until_cut(target: &Endpoint, reads: bool) {
+fn flood_until_closed(target: &Endpoint, reads: bool) {
     let mut wire = Wire::connect_with_retries(target);
     wire.send(&(FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
-    let mut ear = wire.try_clone();
+    let mut replies = wire.try_clone();
     let options = encode_option(OPT_LIST, &[]).repeat(1000);
     let start = Instant::now();
     std::thread::scope(|scope| {
         if reads {
             let mut buffer = vec![0; 1 << 16];
-            scope.spawn(move || while matches!(ear.try_recv(&mut buffer), Ok(1..)) {});
+            scope.spawn(move || while matches!(replies.try_recv(&mut buffer), Ok(1..)) {});
         }
         while wire.try_send(&options).is_ok() {
-            let endless = start.elapsed() > TIMEOUT;
-            if endless {
+            let is_overdue = start.elapsed() > TIMEOUT;
+            if is_overdue {
                 wire.shutdown_write();
             }
-            assert!(!endless, "after {TIMEOUT:?} still not cut, reading: {reads}");
+            assert!(!is_overdue, "not closed after {TIMEOUT:?}, reading: {reads}");
         }
     });
 }
 
 #[test]
-fn a_client_that_haggles_without_end_is_cut_at_the_deadline_and_others_are_served() {
-    let victim = Victim::over_tcp();
-    let target = victim.endpoint();
+fn endless_handshakes_are_closed_at_the_deadline() {
+    let subject = Subject::over_tcp();
+    let target = subject.endpoint();
     std::thread::scope(|scope| {
-        let floods: Vec<_> =
-            [true, false].map(|reads| scope.spawn(move || floods_until_cut(target, reads))).into();
-        let mut other = victim.session(Mode::Structured);
+        let floods: Vec<_> = [true, false]
+            .map(|reads| scope.spawn(move || flood_until_closed(target, reads)))
+            .into();
+        let mut other = subject.session(Mode::Structured);
         while !floods.iter().all(|thread| thread.is_finished()) {
             other.ok(Request::write(0, &[1; 4096]));
             std::thread::park_timeout(Duration::from_millis(100));
         }
     });
-    let grown = victim.server.resources().rss_bytes_peak - victim.before.rss_bytes;
-    assert!(grown < MEMORY_KEPT_MAX, "{grown} bytes more for two clients that only haggle");
-    victim.must_be_as_before();
+    let grown = subject.server.resources().rss_bytes_peak - subject.before.rss_bytes;
+    assert!(grown < MEMORY_RETAINED_MAX, "{grown} bytes more for two clients in option haggling");
+    subject.assert_recovered();
 }
 
 #[test]
-fn the_129th_client_is_closed_without_a_greeting_and_128_are_served() {
-    let victim = Victim::over_tcp();
+fn clients_over_the_limit_are_closed_without_greeting() {
+    let subject = Subject::over_tcp();
     let mut sessions: Vec<Session> =
-        (0..CLIENTS_MAX).map(|i| victim.session(MODES[i % MODES.len()])).collect();
+        (0..CLIENTS_MAX).map(|i| subject.session(MODES[i % MODES.len()])).collect();
     for _ in 0..3 {
-        Wire::connect(victim.endpoint()).expect_closed("one client too many");
+        Wire::connect(subject.endpoint()).expect_closed("one client too many");
     }
     for (i, session) in sessions.iter_mut().enumerate() {
         let at = i as u64 * 4096;
@@ -332,15 +332,15 @@ fn the_129th_client_is_closed_without_a_greeting_and_128_are_served() {
     }
     for (i, session) in sessions.iter_mut().enumerate() {
         let at = (CLIENTS_MAX - 1 - i) as u64 * 4096;
-        assert!(session.read(at, 4096) == noise(4096, at), "client {i} sees what others wrote");
+        assert!(session.read(at, 4096) == noise(4096, at), "client {i} reads the data of another");
     }
-    let (_, goodbye) = sessions[0].encode_header(DISC, 0, 0, 0);
-    sessions[0].wire.send(&goodbye);
+    let (_, disc) = sessions[0].encode_header(DISC, 0, 0, 0);
+    sessions[0].wire.send(&disc);
     sessions[0].wire.expect_closed("after DISC");
-    patient_session(victim.endpoint(), Mode::Simple).assert_in_sync();
+    session_with_retries(subject.endpoint(), Mode::Simple).assert_in_sync();
     drop(sessions);
     wait_until("the sessions to end", || {
-        victim.server.resources().threads <= victim.before.threads
+        subject.server.resources().threads <= subject.before.threads
     });
-    victim.must_be_as_before();
+    subject.assert_recovered();
 }

@@ -1,12 +1,8 @@
-//! Changes that are still in flight when their client has gone: they are never made over what is
-//! written and acknowledged later. Real processes, on a file whose changes take long (nbdfuse on top
-//! of nbdkit's delay filter), with io_uring and without.
+//! Writes in flight whose client has gone: they never overwrite data that a later connection has
+//! written and the server has acknowledged. The image is a file with slow writes (nbdfuse over
+//! nbdkit's delay filter); with io_uring and without.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "helpers of tests, too: what cannot go on fails the test"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
 
 use harness::mount::{NbdFile, mount_nbd_as_file};
 use harness::raw::{FLUSH, FUA, TRIM, WRITE, WRITE_ZEROES};
@@ -16,24 +12,24 @@ use nix::sys::signal::Signal;
 use std::collections::HashMap;
 use std::path::Path;
 
-/// How many changes the client has in flight, and how long each is.
+/// How many operations the client has in flight, and the length of each in bytes.
 const COUNT: u64 = 8;
 const LENGTH: u64 = 64 << 10;
-const SLOW: &str = "delay-trim=100ms delay-zero=100ms";
+const SLOW_ZEROING: &str = "delay-trim=100ms delay-zero=100ms";
 const SLOW_WRITES: &str = "delay-write=50ms";
 
-/// What becomes of the first connection.
+/// How the first connection ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
-    /// The client closes it.
+    /// By FIN.
     Closed,
-    /// It is reset.
+    /// By RST.
     Reset,
-    /// Nothing is heard of it, as after a cable was cut.
+    /// Not at all, as after a network failure.
     Silence,
 }
 
-/// A file of which some changes take long.
+/// A file with slow operations.
 struct SlowFile {
     file: NbdFile,
     _nbdkit: Peer,
@@ -52,9 +48,9 @@ fn slow_file(dir: &Path, delays: &str) -> Option<SlowFile> {
     Some(SlowFile { file, _nbdkit: nbdkit })
 }
 
-/// A client has slow changes in flight when it loses its connection, comes back, and writes new data
-/// in the same places; afterwards that is there.
-fn new_data_stays(old: &Request, delays: &str, end: End, has_io_uring: bool) {
+/// A client has slow operations in flight when its connection ends. It reconnects and writes new
+/// data to the same ranges, which must persist.
+fn check_later_data(old: &Request, delays: &str, end: End, has_io_uring: bool) {
     let dir = temp_dir();
     let Some(slow) = slow_file(dir.path(), delays) else { return };
     let mut builder = Builder::serve(&slow.file.file).args(["--quiet"]);
@@ -64,13 +60,13 @@ fn new_data_stays(old: &Request, delays: &str, end: End, has_io_uring: bool) {
     let mut server = builder.start();
     let mut first = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let mut pending = HashMap::new();
-    for place in 0..COUNT {
-        let request = Request { offset: place * LENGTH, ..old.clone() };
+    for block in 0..COUNT {
+        let request = Request { offset: block * LENGTH, ..old.clone() };
         pending.insert(first.send(&request), request);
     }
-    // The server has received them: the first is made.
+    // The first reply shows that the server has received them.
     assert_eq!(first.recv_reply(&pending).1.error, 0);
-    let kept = match end {
+    let silent = match end {
         End::Closed => {
             drop(first);
             None
@@ -83,70 +79,70 @@ fn new_data_stays(old: &Request, delays: &str, end: End, has_io_uring: bool) {
     };
     let mut second = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let new = vec![0xaa; LENGTH as usize];
-    for place in (0..COUNT).rev() {
-        second.ok(Request::write(place * LENGTH, &new));
-        let found = second.read(place * LENGTH, LENGTH);
+    for block in (0..COUNT).rev() {
+        second.ok(Request::write(block * LENGTH, &new));
+        let found = second.read(block * LENGTH, LENGTH);
         let lost = found.iter().position(|byte| *byte != 0xaa);
-        assert_eq!(lost, None, "place {place}, {end:?}: just written");
+        assert_eq!(lost, None, "block {block}, {end:?}: read after its write");
     }
     second.ok(Request::new(FLUSH, 0, 0));
-    // The server ends when nothing is in flight any more.
+    // The server exits once nothing is in flight.
     server.signal(Signal::SIGTERM);
     drop(second);
     server.wait_for_end();
-    drop(kept);
+    drop(silent);
     let found = harness::read_at(&slow.file.file, 0, (COUNT * LENGTH) as usize);
-    let lost = (0..COUNT).find(|place| found[(place * LENGTH) as usize..][..new.len()] != new);
+    let lost = (0..COUNT).find(|block| found[(block * LENGTH) as usize..][..new.len()] != new);
     assert_eq!(lost, None, "command {}, {end:?}, io_uring: {has_io_uring}", old.command);
     slow.file.unmount();
 }
 
-fn in_every_way(old: &Request, delays: &str, ends: &[End]) {
+fn check_all_ends(old: &Request, delays: &str, ends: &[End]) {
     for has_io_uring in [true, false] {
         for end in ends {
-            new_data_stays(old, delays, *end, has_io_uring);
+            check_later_data(old, delays, *end, has_io_uring);
         }
     }
 }
 
-const ALL: [End; 3] = [End::Closed, End::Reset, End::Silence];
-/// That a write which the server has not read from its socket is an old one is known only when the
-/// connection is known to be broken.
-const BROKEN: [End; 2] = [End::Closed, End::Reset];
+const ALL_ENDS: [End; 3] = [End::Closed, End::Reset, End::Silence];
+/// The server discards writes that are still in the socket buffer only if it sees the connection
+/// end.
+const DETECTED_ENDS: [End; 2] = [End::Closed, End::Reset];
 
 #[test]
 fn zeroing_in_flight_never_overwrites_later_data() {
-    in_every_way(&Request::new(WRITE_ZEROES, 0, LENGTH), SLOW, &ALL);
+    check_all_ends(&Request::new(WRITE_ZEROES, 0, LENGTH), SLOW_ZEROING, &ALL_ENDS);
 }
 
 #[test]
 fn trimming_in_flight_never_overwrites_later_data() {
-    in_every_way(&Request::new(TRIM, 0, LENGTH), SLOW, &ALL);
+    check_all_ends(&Request::new(TRIM, 0, LENGTH), SLOW_ZEROING, &ALL_ENDS);
 }
 
 #[test]
 fn durable_writes_in_flight_never_overwrite_later_data() {
-    in_every_way(&Request::new(WRITE, 0, LENGTH).flags(FUA), SLOW_WRITES, &BROKEN);
+    check_all_ends(&Request::new(WRITE, 0, LENGTH).flags(FUA), SLOW_WRITES, &DETECTED_ENDS);
 }
 
 #[test]
 fn plain_writes_in_flight_never_overwrite_later_data() {
-    in_every_way(&Request::new(WRITE, 0, LENGTH), SLOW_WRITES, &BROKEN);
+    check_all_ends(&Request::new(WRITE, 0, LENGTH), SLOW_WRITES, &DETECTED_ENDS);
 }
 
 #[test]
-fn changes_of_a_killed_server_never_overwrite_later_data() {
+fn operations_of_a_killed_server_never_overwrite_later_data() {
     let dir = temp_dir();
-    let Some(slow) = slow_file(dir.path(), SLOW) else { return };
+    let Some(slow) = slow_file(dir.path(), SLOW_ZEROING) else { return };
     let mut server = Builder::serve(&slow.file.file).args(["--quiet"]).start();
     let mut first = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let mut pending = HashMap::new();
-    for place in 0..COUNT {
-        let request = Request::new(WRITE_ZEROES, place * LENGTH, LENGTH);
+    for block in 0..COUNT {
+        let request = Request::new(WRITE_ZEROES, block * LENGTH, LENGTH);
         pending.insert(first.send(&request), request);
     }
     assert_eq!(first.recv_reply(&pending).1.error, 0);
-    // The process is not gone before the kernel has ended what it was doing for it.
+    // The process exits only after the kernel has completed its operations.
     server.signal(Signal::SIGKILL);
     server.wait_for_end();
     let mut server = Builder::serve(&slow.file.file).args(["--quiet"]).start();

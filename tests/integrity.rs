@@ -1,12 +1,8 @@
-//! Nothing is lost or mixed up while everything happens at once: fio verifies what it writes over
-//! four connections at depth 32, others flush, trim and zero meanwhile, and the kernel is made to
-//! forget what it has in memory again and again. With io_uring and without.
+//! Data integrity under a mixed load: fio verifies its writes is_stopping four connections at depth
+//! 32, other clients write, flush, trim and zero, and the page cache is dropped continuously. With
+//! io_uring and without.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "helpers of tests, too: what cannot go on fails the test"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
 
 use fastrand::Rng;
 use harness::raw::{FLUSH, FUA, NO_HOLE, TRIM, WRITE_ZEROES};
@@ -21,35 +17,35 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-/// What fio works on, and behind it a part for each of those who disturb it.
+/// Size in bytes of the range of fio; behind it each other client has a part.
 const FIO: u64 = 4 * 16 * MIB;
 const PART: u64 = 8 * MIB;
-/// A disturber asks for so many things at once.
+/// Requests in flight of each other client.
 const DEPTH: u64 = 16;
-/// Its part is divided into spans, in each of which at most one thing is under way.
+/// A part is divided into spans with at most one request in flight each.
 const SPAN: u64 = PART / DEPTH;
 
-/// Makes the kernel forget what it has of `image`, as far as that is written.
-fn forget(image: &Path) {
+/// Drops the page cache of `image`, as far as it is clean.
+fn drop_page_cache(image: &Path) {
     let file = File::open(image).unwrap();
     let _ = file.sync_data();
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
 }
 
-/// Writes, zeroes, trims and flushes in its own part of the disk until told to stop, and knows what
-/// must be there at any time.
-struct Disturber {
+/// A client that writes, zeroes, trims and flushes in its own part of the disk, and knows the
+/// expected content.
+struct Client {
     session: Session,
     dice: Rng,
     start: u64,
     expected: Vec<u8>,
-    /// Trimmed bytes may read as anything.
+    /// Trimmed bytes: they may have any value.
     unknown: Vec<bool>,
 }
 
-impl Disturber {
-    fn new(target: &Endpoint, mode: Mode, number: u64) -> Disturber {
-        Disturber {
+impl Client {
+    fn new(target: &Endpoint, mode: Mode, number: u64) -> Client {
+        Client {
             session: Session::open(target, mode).unwrap(),
             dice: Rng::with_seed(number + 1),
             start: FIO + number * PART,
@@ -58,8 +54,8 @@ impl Disturber {
         }
     }
 
-    /// Something to do in a span, and what it does to the bytes there.
-    fn thing(&mut self, span: u64) -> Request {
+    /// A random request in a span; updates the expected content.
+    fn request(&mut self, span: u64) -> Request {
         let (offset, length) = (self.dice.u64(..SPAN - 1), 1 + self.dice.u64(..40_000));
         let length = length.min(SPAN - offset);
         let at = span * SPAN + offset;
@@ -87,11 +83,12 @@ impl Disturber {
         }
     }
 
-    /// Many things at once, answered in whatever order; then everything is read and compared.
+    /// Sends a request in each span, receives the replies in any order, then compares the whole
+    /// part.
     fn round(&mut self) {
         let mut pending = HashMap::new();
         for span in 0..DEPTH {
-            let request = self.thing(span);
+            let request = self.request(span);
             pending.insert(self.session.send(&request), request);
         }
         while !pending.is_empty() {
@@ -102,12 +99,11 @@ impl Disturber {
         let found = self.session.read(self.start, PART);
         let differs =
             (0..found.len()).find(|at| !self.unknown[*at] && found[*at] != self.expected[*at]);
-        assert_eq!(differs, None, "of the part that begins at {}", self.start);
+        assert_eq!(differs, None, "first wrong byte of the part at {}", self.start);
     }
 }
 
-/// Everything at once.
-fn everything_at_once(has_io_uring: bool) {
+fn check_mixed_load(has_io_uring: bool) {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", FIO + MODES.len() as u64 * PART);
     let mut builder = Builder::serve(&image).args(["--quiet"]);
@@ -116,19 +112,19 @@ fn everything_at_once(has_io_uring: bool) {
         builder = builder.env("LD_PRELOAD", library).env("FAILING_FSYNC_DIR", dir.path());
     }
     let server = builder.start();
-    let over = AtomicBool::new(false);
+    let is_stopping = AtomicBool::new(false);
     thread::scope(|scope| {
-        let (over, image, server) = (&over, &image, &server);
+        let (is_stopping, image, server) = (&is_stopping, &image, &server);
         scope.spawn(move || {
-            while !over.load(Ordering::Acquire) {
-                forget(image);
+            while !is_stopping.load(Ordering::Acquire) {
+                drop_page_cache(image);
             }
         });
         for (number, mode) in (0..).zip(MODES) {
             scope.spawn(move || {
-                let mut disturber = Disturber::new(server.endpoint(), mode, number);
-                while !over.load(Ordering::Acquire) {
-                    disturber.round();
+                let mut client = Client::new(server.endpoint(), mode, number);
+                while !is_stopping.load(Ordering::Acquire) {
+                    client.round();
                 }
             });
         }
@@ -139,24 +135,24 @@ fn everything_at_once(has_io_uring: bool) {
              --verify_state_save=0 --fsync=50 --randseed=11 --group_reporting",
         );
         let outcome = fio.args([format!("--uri={}", server.uri())]).run();
-        over.store(true, Ordering::Release);
+        is_stopping.store(true, Ordering::Release);
         outcome.succeeded();
     });
-    assert_eq!(server.stderr(), "", "nothing went wrong");
+    assert_eq!(server.stderr(), "", "no warnings");
     let flushes = std::fs::metadata(dir.path().join("count")).map_or(0, |count| count.len());
-    assert!(has_io_uring || flushes > 0, "it was not seen to flush: with io_uring after all?");
+    assert!(has_io_uring || flushes > 0, "no fsync was intercepted: io_uring is in use");
 }
 
 #[test]
-fn nothing_is_lost_or_mixed_up_while_everything_happens_at_once() {
+fn data_survives_a_mixed_load() {
     if require_tool("fio") {
-        everything_at_once(true);
+        check_mixed_load(true);
     }
 }
 
 #[test]
-fn nothing_is_lost_or_mixed_up_where_there_is_no_io_uring() {
+fn data_survives_a_mixed_load_without_io_uring() {
     if require_tool("fio") && require_tool("cc") {
-        everything_at_once(false);
+        check_mixed_load(false);
     }
 }

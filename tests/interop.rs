@@ -1,14 +1,8 @@
-//! Third parties: the programs that people use with NBD servers, against ours, over TCP and unix
-//! sockets, newstyle and old style.
-//!
-//! Of these, everything speaks old style; what it cannot tell there (the map, the list of exports)
-//! is asked in newstyle only. Never takes our own client's word for anything.
+//! Third-party clients (fio, libnbd, nbdkit, QEMU) against flexnbd, over TCP and unix sockets, in
+//! newstyle and old style. Old style has neither maps nor a list of exports; these are tested in
+//! newstyle only. Never uses a client of our own.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "helpers of tests, too: what cannot go on fails the test"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
 
 #[path = "interop/fio.rs"]
 mod fio;
@@ -22,18 +16,19 @@ mod qemu;
 use harness::{MIB, noise, sparse_image, write_at};
 use std::path::Path;
 
-/// Fills an image in part: data at both ends and in the middle, of odd lengths, and holes between.
-fn sprinkle(image: &Path) {
+/// Writes data at both ends and in the middle of an image, in unaligned lengths, with holes
+/// between.
+fn write_sparse_data(image: &Path) {
     write_at(image, 0, &noise(100_000, 1));
     write_at(image, 5 * MIB + 4096, &noise(3 << 20, 2));
     write_at(image, 40 * MIB - 7, &noise(1_000_001, 3));
     write_at(image, 64 * MIB - 512, &noise(512, 4));
 }
 
-/// An image of 64 MiB made by [`sprinkle`].
-fn sprinkled_image(dir: &Path, name: &str) -> std::path::PathBuf {
+/// An image of 64 MiB filled by [`write_sparse_data`].
+fn image_with_holes(dir: &Path, name: &str) -> std::path::PathBuf {
     let path = sparse_image(dir, name, 64 * MIB);
-    sprinkle(&path);
+    write_sparse_data(&path);
     path
 }
 

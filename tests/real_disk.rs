@@ -1,11 +1,7 @@
-//! Real input: an ext4 file system made from a directory tree, served, copied, mapped and worked on.
-//! Never judges a copy by our own server's word: other programs and the file itself tell.
+//! An ext4 file system made from a directory tree: served, copied, mapped, and mounted for a
+//! workload. Never trusts the server about a copy: other programs compare the files.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    reason = "helpers of tests, too: what cannot go on fails the test"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
 
 use harness::mount::{Loop, Mount, mount_nbd_as_file};
 use harness::{
@@ -17,11 +13,11 @@ use std::path::{Path, PathBuf};
 
 const IMAGE_SIZE: u64 = 160 * MIB;
 
-/// What the image may take up more than its original, in bytes: block maps differ by file system.
+/// Bytes that a copy may have allocated beyond its original: block maps differ by file system.
 const ALLOCATION_SLACK: u64 = MIB;
 
-/// Puts a tree of some 40 MiB there: our own sources, and files of every kind of size.
-fn grow_tree(root: &Path) {
+/// Creates a tree of about 40 MiB: our own sources, and files of sizes around block boundaries.
+fn create_tree(root: &Path) {
     copy_tree(&project_path("src"), &root.join("src"));
     for (i, size) in [0, 1, 511, 512, 4095, 4096, 4097, 65_536, 1_000_003].iter().enumerate() {
         for copy in 0..30 {
@@ -50,11 +46,11 @@ fn copy_tree(from: &Path, to: &Path) {
     }
 }
 
-/// A directory with an ext4 file system of such a tree in `image`, and the tree in `tree`.
+/// Creates a directory with such a tree in `tree`, and an ext4 file system of it in `image`.
 fn ext4() -> (TempDir, PathBuf) {
     let dir = temp_dir();
     let tree = dir.path().join("tree");
-    grow_tree(&tree);
+    create_tree(&tree);
     let image = sparse_image(dir.path(), "image", IMAGE_SIZE);
     let make = Program::new("mke2fs").words("-q -F -t ext4 -E lazy_itable_init=1 -d");
     make.args([&tree, &image]).ok();
@@ -76,11 +72,14 @@ fn assert_same(left: &str, right: &str) {
 #[track_caller]
 fn assert_as_sparse(copy: &Path, original: &Path) {
     let (has, had) = (allocated(copy), allocated(original));
-    assert!(has <= had + ALLOCATION_SLACK, "{has} bytes are allocated of the copy, {had} before");
+    assert!(
+        has <= had + ALLOCATION_SLACK,
+        "the copy has {has} bytes allocated, the original {had}"
+    );
 }
 
-/// Copies the image out, and the copy into another served image; then all are compared.
-fn out_and_back_in(transport: Transport, style: Style) {
+/// Copies the image to a file, and the file to another served image; compares all three.
+fn check_round_trip(transport: Transport, style: Style) {
     if !require_tools(&["mke2fs", "e2fsck", "nbdcopy", "qemu-img"]) {
         return;
     }
@@ -104,26 +103,26 @@ fn out_and_back_in(transport: Transport, style: Style) {
 }
 
 #[test]
-fn a_file_system_goes_out_and_back_in_unharmed_and_as_sparse_as_it_was() {
-    out_and_back_in(Transport::Unix, Style::New);
+fn copies_are_identical_and_as_sparse() {
+    check_round_trip(Transport::Unix, Style::New);
 }
 
 #[test]
-fn a_file_system_goes_out_and_back_in_over_old_style_as_well() {
-    out_and_back_in(Transport::Tcp, Style::Old);
+fn copies_over_old_style_are_identical_and_sparse() {
+    check_round_trip(Transport::Tcp, Style::Old);
 }
 
 /// A span of the map: offset, length, and whether it holds data.
 type Span = (u64, u64, bool);
 
-/// The file's own extents, from SEEK_DATA and SEEK_HOLE.
-fn own_extents(image: &Path) -> Vec<Span> {
+/// The extents of the file, from SEEK_DATA and SEEK_HOLE.
+fn file_extents(image: &Path) -> Vec<Span> {
     use nix::unistd::{Whence, lseek64};
     let file = File::open(image).unwrap();
     let size = i64::try_from(file.metadata().unwrap().len()).unwrap();
     let (mut spans, mut at) = (Vec::new(), 0);
     while at < size {
-        // ENXIO: no data any more.
+        // ENXIO: no data up to the end.
         let data = lseek64(&file, at, Whence::SeekData).unwrap_or(size);
         if data > at {
             spans.push((at as u64, (data - at) as u64, false));
@@ -138,7 +137,7 @@ fn own_extents(image: &Path) -> Vec<Span> {
     spans
 }
 
-/// Joins neighbours of one kind: a client that asks in pieces need not.
+/// Merges adjacent spans of one kind, since clients that query piecewise do not.
 fn merged(spans: Vec<Span>) -> Vec<Span> {
     let mut all: Vec<Span> = Vec::new();
     for (offset, length, data) in spans {
@@ -160,29 +159,30 @@ fn spans_of(json: &str, start: &str, is_data: impl Fn(&serde_json::Value) -> boo
 }
 
 #[test]
-fn the_map_of_a_disk_equals_the_files_own_extents() {
+fn maps_equal_the_extents_of_the_file() {
     if !require_tools(&["mke2fs", "nbdinfo", "qemu-img"]) {
         return;
     }
     let (dir, image) = ext4();
-    let extents = own_extents(&image);
-    assert!(extents.len() > 2, "there is something to map: {extents:?}");
+    let extents = file_extents(&image);
+    assert!(extents.len() > 2, "data and holes: {extents:?}");
     let served = Served::existing(dir, image, Transport::Tcp, Style::New, &[]);
-    let told = Program::new("nbdinfo").words("--map --json").args([served.uri()]).ok();
+    let output = Program::new("nbdinfo").words("--map --json").args([served.uri()]).ok();
     // base:allocation: 0 is data, 3 a hole that reads as zero.
-    let map = spans_of(&told, "offset", |e| match e["type"].as_u64() {
+    let map = spans_of(&output, "offset", |e| match e["type"].as_u64() {
         Some(0) => true,
         Some(3) => false,
         other => panic!("a span of type {other:?}"),
     });
-    assert_eq!(map, extents, "as nbdinfo has it");
-    let told = Program::new("qemu-img").words("map -f raw --output=json").args([served.uri()]).ok();
-    let map = spans_of(&told, "start", |e| e["data"] == true);
-    assert_eq!(map, extents, "as qemu-img has it");
+    assert_eq!(map, extents, "map of nbdinfo");
+    let output =
+        Program::new("qemu-img").words("map -f raw --output=json").args([served.uri()]).ok();
+    let map = spans_of(&output, "start", |e| e["data"] == true);
+    assert_eq!(map, extents, "map of qemu-img");
 }
 
 #[test]
-fn a_file_system_worked_on_through_nbdfuse_is_clean_afterwards() {
+fn e2fsck_is_clean_after_a_workload_through_nbdfuse() {
     if !require_tools(&["mke2fs", "e2fsck", "nbdfuse", "losetup"]) {
         return;
     }
@@ -204,11 +204,10 @@ fn a_file_system_worked_on_through_nbdfuse_is_clean_afterwards() {
     assert_eq!(served.server.stderr(), "");
     assert_clean(&served.image);
     let debugfs = Program::new("debugfs").words("-R").args(["cat /new/4"]);
-    assert!(debugfs.args([&served.image]).run().stdout == written, "what was written is there");
+    assert!(debugfs.args([&served.image]).run().stdout == written, "content of new/4");
 }
 
-/// Reads all, writes new files, deletes and truncates old ones, and syncs; returns what it wrote to
-/// `new/4`.
+/// Reads, writes, deletes, renames and truncates files, and syncs; returns the content of `new/4`.
 fn workload(root: &Path, tree: &Path) -> Vec<u8> {
     assert!(fs::read(root.join("big")).unwrap() == fs::read(tree.join("big")).unwrap());
     assert!(fs::read(root.join("sparse")).unwrap() == fs::read(tree.join("sparse")).unwrap());

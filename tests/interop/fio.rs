@@ -1,9 +1,9 @@
-//! fio with its NBD engine: random writes from four connections at once, each block verified.
+//! fio with its NBD engine: verified random writes over four connections.
 
 use harness::{Program, over_every_transport_and_style, require_tool, wait_until};
 
 #[test]
-fn fio_verifies_what_four_connections_wrote() {
+fn fio_verifies_writes_of_four_connections() {
     if !require_tool("fio") {
         return;
     }
@@ -15,7 +15,7 @@ fn fio_verifies_what_four_connections_wrote() {
         );
         let uri = format!("--uri={}", served.uri());
         let text = fio.args([uri]).ok();
-        // fio may say something before its report.
+        // Messages may precede the report.
         let report: serde_json::Value =
             serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
         let job = &report["jobs"][0];

@@ -1,6 +1,6 @@
 //! libnbd's programs: nbdinfo, nbdcopy, nbdsh and nbdfuse.
 
-use crate::{assert_same_files, sprinkled_image};
+use crate::{assert_same_files, image_with_holes};
 use harness::mount::mount_nbd_as_file;
 use harness::{
     MIB, Program, Served, Style, Transport, noise, over_every_transport_and_style, read_at,
@@ -9,7 +9,8 @@ use harness::{
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 
-/// What nbdinfo's `--can` and `--is` can ask, and what we answer: in newstyle, in old style.
+/// The queries of `nbdinfo --can` and `--is`, with the expected results in newstyle and in old
+/// style.
 const ABILITIES: [(&str, bool, bool); 14] = [
     ("--can connect", true, true),
     ("--can read", true, true),
@@ -32,21 +33,24 @@ fn nbdinfo(arguments: &str, served: &Served) -> Program {
 }
 
 #[test]
-fn nbdinfo_sees_what_the_export_can_do() {
+fn nbdinfo_reports_the_abilities_of_the_export() {
     if !require_tool("nbdinfo") {
         return;
     }
     over_every_transport_and_style(|served, style| {
         assert_eq!(nbdinfo("--size", served).ok(), "67108864\n");
         for (question, new, old) in ABILITIES {
-            let yes = if style == Style::New { new } else { old };
-            nbdinfo(question, served).run().ended_with(if yes { 0 } else { 2 }).prints_nothing();
+            let is_able = if style == Style::New { new } else { old };
+            nbdinfo(question, served)
+                .run()
+                .ended_with(if is_able { 0 } else { 2 })
+                .prints_nothing();
         }
         let json = nbdinfo("--json", served).ok();
-        let told: serde_json::Value = serde_json::from_str(&json).unwrap();
+        let report: serde_json::Value = serde_json::from_str(&json).unwrap();
         let protocol = if style == Style::New { "newstyle-fixed" } else { "oldstyle" };
-        assert_eq!(told["protocol"], protocol);
-        let export = &told["exports"][0];
+        assert_eq!(report["protocol"], protocol);
+        let export = &report["exports"][0];
         assert_eq!(export["export-size"], 64 * MIB);
         if style == Style::New {
             let sizes =
@@ -58,14 +62,14 @@ fn nbdinfo_sees_what_the_export_can_do() {
 }
 
 #[test]
-fn nbdinfo_lists_the_export_by_its_name_and_reaches_it_without() {
+fn nbdinfo_finds_the_export_with_and_without_name() {
     if !require_tool("nbdinfo") {
         return;
     }
     let served = Served::with(&["--export", "a disk/ä", "--read-only"]);
-    let told = nbdinfo("--list --json", &served).ok();
-    let told: serde_json::Value = serde_json::from_str(&told).unwrap();
-    let exports = told["exports"].as_array().unwrap();
+    let report = nbdinfo("--list --json", &served).ok();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let exports = report["exports"].as_array().unwrap();
     let names: Vec<_> = exports.iter().map(|e| e["export-name"].as_str().unwrap()).collect();
     assert_eq!(names, ["a disk/ä"]);
     let by_name = format!("{}/a%20disk/%C3%A4", served.uri());
@@ -78,12 +82,12 @@ fn nbdinfo_lists_the_export_by_its_name_and_reaches_it_without() {
 }
 
 #[test]
-fn nbdcopy_with_four_connections_brings_a_disk_in_and_out() {
+fn nbdcopy_copies_both_ways_over_four_connections() {
     if !require_tool("nbdcopy") {
         return;
     }
     over_every_transport_and_style(|served, _| {
-        let original = sprinkled_image(served.dir.path(), "original");
+        let original = image_with_holes(served.dir.path(), "original");
         let copy = || Program::new("nbdcopy").words("--connections=4 --requests=64 --flush");
         copy().args([&original]).args([served.uri()]).ok();
         assert_same_files(&original, &served.image);
@@ -93,8 +97,8 @@ fn nbdcopy_with_four_connections_brings_a_disk_in_and_out() {
     });
 }
 
-/// Requests that no well-behaved client sends, and what must come back; the session goes on.
-const NONSENSE: &str = r#"
+/// Invalid requests and their expected errors; the session must stay usable after each.
+const INVALID_REQUESTS: &str = r#"
 h.set_strict_mode(0)
 size = h.get_size()
 old = h.get_protocol() == "oldstyle"
@@ -132,21 +136,21 @@ h.shutdown()
 "#;
 
 #[test]
-fn nbdsh_sends_nonsense_and_is_refused_each_time_by_the_right_error() {
+fn invalid_requests_of_nbdsh_get_specified_errors() {
     if !require_tool("nbdsh") {
         return;
     }
     over_every_transport_and_style(|served, _| {
-        // Its module belongs to the system's Python, not to one that may come first in PATH.
+        // The module nbd is installed for the system's Python; PATH may begin with another one.
         let nbdsh = Program::new("env").args(["PATH=/usr/bin:/bin", "nbdsh"]);
-        let nbdsh = nbdsh.args(["-u", &served.uri(), "-c", NONSENSE]);
+        let nbdsh = nbdsh.args(["-u", &served.uri(), "-c", INVALID_REQUESTS]);
         nbdsh.run().succeeded().prints_nothing();
         assert_eq!(read_at(&served.image, 1_000_001, 999), b"odd".repeat(333));
     });
 }
 
 #[test]
-fn a_disk_is_a_file_through_nbdfuse() {
+fn nbdfuse_reads_and_writes_the_disk() {
     over_every_transport_and_style(|served, _| {
         let Some(disk) = mount_nbd_as_file(&served.uri(), &served.path("fuse")) else { return };
         assert_eq!(disk.file.metadata().unwrap().len(), 64 * MIB);
@@ -155,18 +159,18 @@ fn a_disk_is_a_file_through_nbdfuse() {
         file.seek(SeekFrom::Start(4321)).unwrap();
         file.write_all(&data).unwrap();
         file.sync_all().unwrap();
-        assert!(read_at(&served.image, 4321, data.len()) == data, "what was written is there");
+        assert!(read_at(&served.image, 4321, data.len()) == data, "data in the image");
         let mut back = vec![0; data.len()];
         file.seek(SeekFrom::Start(4321)).unwrap();
         file.read_exact(&mut back).unwrap();
-        assert!(back == data, "what was written is read");
+        assert!(back == data, "data read through nbdfuse");
         drop(file);
         disk.unmount();
     });
 }
 
 #[test]
-fn nbdinfo_says_that_old_style_has_no_map_and_no_list() {
+fn nbdinfo_fails_to_map_and_list_old_style() {
     if !require_tool("nbdinfo") {
         return;
     }

@@ -1,11 +1,11 @@
-//! nbdkit: as a source of known bytes, as a judge of what we give back, and as our client.
+//! nbdkit as a source of known data, as the verifier of a copy, and as a proxy.
 
-use crate::{assert_same_files, sprinkled_image};
+use crate::{assert_same_files, image_with_holes};
 use harness::{
     Endpoint, MIB, Program, Served, allocated, over_every_transport_and_style, require_tools,
 };
 
-/// Runs nbdkit with these arguments, and nbdcopy from it to us (`to_us`) or the other way.
+/// Runs nbdkit with these arguments, and nbdcopy from it to flexnbd (`to_us`) or back.
 #[track_caller]
 fn copy(nbdkit: &str, served: &Served, to_us: bool) {
     let ours = served.uri();
@@ -15,7 +15,7 @@ fn copy(nbdkit: &str, served: &Served, to_us: bool) {
 }
 
 #[test]
-fn nbdkits_pattern_arrives_byte_for_byte() {
+fn the_nbdkit_pattern_is_copied_exactly() {
     if !require_tools(&["nbdkit", "nbdcopy"]) {
         return;
     }
@@ -23,28 +23,28 @@ fn nbdkits_pattern_arrives_byte_for_byte() {
         copy("pattern size=48M", served, true);
         let bytes = std::fs::read(&served.image).unwrap();
         let (head, tail) = bytes.split_at(48 << 20);
-        // Each eight bytes hold their own offset.
+        // Each 8 bytes are their own offset, big-endian.
         let fits = |(i, eight): (usize, &[u8])| eight == (i as u64 * 8).to_be_bytes();
-        assert!(head.chunks(8).enumerate().all(fits), "the pattern");
-        assert!(tail.iter().all(|byte| *byte == 0), "nothing behind it");
+        assert!(head.chunks(8).enumerate().all(fits), "pattern");
+        assert!(tail.iter().all(|byte| *byte == 0), "zeroes behind the pattern");
     });
 }
 
 #[test]
-fn nbdkit_finds_its_sparse_random_disk_unchanged_when_it_comes_back() {
+fn nbdkit_verifies_its_sparse_disk_after_a_round_trip() {
     if !require_tools(&["nbdkit", "nbdcopy"]) {
         return;
     }
     over_every_transport_and_style(|served, _| {
         let disk = "sparse-random size=64M seed=42 percent=20";
         copy(disk, served, true);
-        assert!(allocated(&served.image) < 40 * MIB, "sparse stays sparse");
+        assert!(allocated(&served.image) < 40 * MIB, "the copy is sparse");
         copy(&format!("--filter=checkwrite {disk}"), served, false);
     });
 }
 
 #[test]
-fn nbdkit_passes_our_disk_on() {
+fn nbdkit_proxies_the_disk() {
     if !require_tools(&["nbdkit", "nbdcopy"]) {
         return;
     }
@@ -53,7 +53,7 @@ fn nbdkit_passes_our_disk_on() {
         let nbdkit = Program::new("nbdkit").words("-f -U").args([&socket]).args(["nbd"]);
         let nbdkit = nbdkit.args([format!("uri={}", served.uri())]);
         let upstream = nbdkit.serve_at(Endpoint::Unix(socket));
-        let original = sprinkled_image(served.dir.path(), "original");
+        let original = image_with_holes(served.dir.path(), "original");
         let out = served.path("out");
         let copy = || Program::new("nbdcopy").words("--flush");
         copy().args([&original]).args([upstream.uri()]).ok();

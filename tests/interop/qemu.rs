@@ -1,6 +1,6 @@
-//! QEMU: qemu-io, qemu-img, and qemu-storage-daemon mirroring a disk onto us.
+//! QEMU: qemu-io, qemu-img, and qemu-storage-daemon with flexnbd as the target of a mirror job.
 
-use crate::{assert_same_files, sprinkle, sprinkled_image};
+use crate::{assert_same_files, image_with_holes, write_sparse_data};
 use harness::{
     MIB, Program, Served, Style, TIMEOUT, Transport, allocated, over_every_transport_and_style,
     read_at, require_tool, wait_for_exit,
@@ -9,7 +9,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc::{self, Receiver};
 
-/// Runs qemu-io; each command must succeed, or it ends with 1.
+/// Runs qemu-io, which exits with 1 if a command fails.
 #[track_caller]
 fn qemu_io(served: &Served, commands: &[&str]) {
     let qemu_io = Program::new("qemu-io").words("-f raw");
@@ -22,7 +22,7 @@ fn qemu_img(arguments: &str) -> Program {
 }
 
 #[test]
-fn qemu_io_reads_what_it_wrote_zeroed_and_discarded() {
+fn qemu_io_reads_back_writes_zeroes_and_discards() {
     if !require_tool("qemu-io") {
         return;
     }
@@ -53,18 +53,18 @@ fn qemu_io_reads_what_it_wrote_zeroed_and_discarded() {
             ],
         );
         let data = read_at(&served.image, 64 << 10, 4096);
-        assert_eq!((data[0], data[4095]), (7, 7), "what was written is in the file");
+        assert_eq!((data[0], data[4095]), (7, 7), "data in the image");
         assert_eq!(served.server.stderr(), "");
     });
 }
 
 #[test]
-fn qemu_img_converts_a_disk_in_and_out() {
+fn qemu_img_converts_both_ways() {
     if !require_tool("qemu-img") {
         return;
     }
     over_every_transport_and_style(|served, _| {
-        let original = sprinkled_image(served.dir.path(), "original");
+        let original = image_with_holes(served.dir.path(), "original");
         let (out, qcow) = (served.path("out"), served.path("out.qcow2"));
         let convert = |way: &str| qemu_img("convert -m 8 -W").words(way);
         convert("-n -f raw -O raw").args([&original]).args([served.uri()]).ok();
@@ -78,13 +78,13 @@ fn qemu_img_converts_a_disk_in_and_out() {
 }
 
 #[test]
-fn qemu_img_finds_the_holes_where_the_file_has_them() {
+fn qemu_img_maps_the_holes_of_the_file() {
     if !require_tool("qemu-img") {
         return;
     }
     for transport in [Transport::Tcp, Transport::Unix] {
         let served = Served::start(transport, Style::New);
-        sprinkle(&served.image);
+        write_sparse_data(&served.image);
         let map = |disk: &str| {
             let json = qemu_img("map -U -f raw --output=json").args([disk]).ok();
             let map: serde_json::Value = serde_json::from_str(&json).unwrap();
@@ -101,7 +101,7 @@ fn qemu_img_finds_the_holes_where_the_file_has_them() {
 }
 
 #[test]
-fn qemu_img_bench_keeps_many_requests_going() {
+fn qemu_img_bench_succeeds_at_depth_64() {
     if !require_tool("qemu-img") {
         return;
     }
@@ -114,7 +114,7 @@ fn qemu_img_bench_keeps_many_requests_going() {
     });
 }
 
-/// A conversation with qemu-storage-daemon.
+/// A QMP connection to qemu-storage-daemon.
 struct Monitor {
     daemon: Child,
     stdin: ChildStdin,
@@ -142,7 +142,7 @@ impl Monitor {
         self.wait_for("\"return\"");
     }
 
-    /// Waits for a line with `part`; no error may come before.
+    /// Waits for a line that contains `part`; fails on an error before it.
     #[track_caller]
     fn wait_for(&mut self, part: &str) -> String {
         loop {
@@ -166,12 +166,12 @@ impl Drop for Monitor {
 }
 
 #[test]
-fn qemu_storage_daemon_mirrors_a_disk_onto_us() {
+fn qemu_storage_daemon_mirrors_to_flexnbd() {
     if !require_tool("qemu-storage-daemon") {
         return;
     }
     over_every_transport_and_style(|served, style| {
-        let original = sprinkled_image(served.dir.path(), "original");
+        let original = image_with_holes(served.dir.path(), "original");
         let server = match served.uri().strip_prefix("nbd://127.0.0.1:") {
             Some(port) => format!("server.type=inet,server.host=127.0.0.1,server.port={port}"),
             None => format!("server.type=unix,server.path={}", served.path("nbd.sock").display()),
@@ -194,7 +194,7 @@ fn qemu_storage_daemon_mirrors_a_disk_onto_us() {
         assert!(wait_for_exit(&mut qemu.daemon, "qemu-storage-daemon").success());
         assert_same_files(&original, &served.image);
         if style == Style::New {
-            assert!(allocated(&served.image) <= allocated(&original) + MIB, "as sparse as before");
+            assert!(allocated(&served.image) <= allocated(&original) + MIB, "the copy is sparse");
         }
     });
 }
