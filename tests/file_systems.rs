@@ -1,20 +1,19 @@
-//! Images on the file systems that people keep disks on, each mounted from a file of its own: what
-//! a client does to its bytes must leave its neighbours' bytes alone, whatever the file system does.
-//! Never leaves anything mounted.
+//! Images on common file systems, each mounted from its own file: a request changes only the bytes in
+//! its range, whatever the file system does. Every mount ends with its test.
 
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
-    reason = "helpers of tests, too: what cannot go on fails the test"
+    reason = "a helper that cannot continue fails its test"
 )]
 
+#[path = "file_systems/concurrent_reads.rs"]
+mod concurrent_reads;
 #[path = "file_systems/holes.rs"]
 mod holes;
 #[path = "file_systems/mounted.rs"]
 mod mounted;
-#[path = "file_systems/neighbours.rs"]
-mod neighbours;
-#[path = "file_systems/unable.rs"]
-mod unable;
 #[path = "file_systems/unreadable.rs"]
 mod unreadable;
+#[path = "file_systems/unsupported.rs"]
+mod unsupported;

@@ -9,7 +9,7 @@ use harness::{GIB, MIB, noise, read_at};
 const PAYLOAD_MAX: u64 = 64 * MIB;
 const OLD_STYLE_PAYLOAD_MAX: u64 = GIB;
 
-/// The largest payload that every server must accept ("Block size constraints").
+/// A payload up to this length should not count as denial of service ("Block size constraints").
 const PORTABLE_PAYLOAD_MAX: u64 = 32 * MIB;
 
 /// The commands with a range and no payload, and the error for a range beyond the end.
@@ -216,7 +216,7 @@ fn a_read_only_export_skips_payloads_exactly() {
     }
 }
 
-/// The maximum block size limits payloads only ("Block size constraints").
+/// A request without payload may be longer than the maximum payload ("Block size constraints").
 #[test]
 fn requests_without_payload_may_span_the_disk() {
     let subject = Subject::any();

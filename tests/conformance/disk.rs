@@ -220,7 +220,8 @@ fn flush_and_fua_leave_no_dirty_pages() {
     }
 }
 
-/// A failed write with FUA may have lost earlier writes, as a failed FLUSH may.
+/// The specification leaves open what a failed FUA write means for earlier writes. This server
+/// treats its failed fsync like that of a FLUSH: earlier writes stay in doubt, and FLUSH fails.
 #[test]
 fn flush_fails_after_a_failed_fua() {
     let write = Request::write(4096, &[3; 4096]).flags(FUA);

@@ -1,4 +1,4 @@
-//! File systems whose `SEEK_DATA` is wrong, or makes no sense, or takes long.
+//! File systems whose `SEEK_DATA` is wrong, inconsistent or slow.
 
 use harness::host::Host;
 use harness::raw::*;
@@ -11,20 +11,20 @@ use std::path::{Path, PathBuf};
 const SIZE: u64 = 4 * MIB;
 /// `f_type` of NFS.
 const NFS: &str = "6969";
-/// Most calls of `lseek(2)` for one request, as a multiple of which no client notices the time.
+/// The most `lseek(2)` calls that one request may cause: few enough that their time stays small.
 const SEEKS_MAX: u64 = 10_000;
 
 fn odd(dir: &Path) -> PathBuf {
     compile(dir, "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"])
 }
 
-/// A server of `image` on a file system that is odd in these ways.
+/// A server of `image` with the variables of `odd.c` in its environment.
 fn serve(image: &Path, dir: &Path, oddities: &[(&str, &str)], arguments: &[&str]) -> Server {
     let builder = Builder::serve(image).args(arguments).env("LD_PRELOAD", odd(dir));
     oddities.iter().fold(builder, |builder, (name, value)| builder.env(name, value)).start()
 }
 
-/// An image full of noise.
+/// An image without holes, filled with noise.
 fn full(dir: &Path) -> (PathBuf, Vec<u8>) {
     let (image, content) = (dir.join("image"), noise(SIZE as usize, 7));
     std::fs::write(&image, &content).unwrap();
@@ -36,7 +36,7 @@ fn status(session: &mut Session, size: u64) -> Vec<(u64, u64)> {
 }
 
 #[test]
-fn zeros_over_what_is_falsely_called_a_hole_are_written() {
+fn zeros_are_written_over_falsely_reported_holes() {
     if !require_tool("cc") {
         return;
     }
@@ -60,7 +60,7 @@ fn zeros_over_what_is_falsely_called_a_hole_are_written() {
 }
 
 #[test]
-fn holes_of_unknown_file_systems_are_data() {
+fn holes_on_unknown_file_systems_are_data() {
     if !require_tool("cc") {
         return;
     }
@@ -85,7 +85,7 @@ fn holes_of_unknown_file_systems_are_data() {
 }
 
 #[test]
-fn a_disk_on_an_unknown_file_system_moves_as_a_whole() {
+fn a_migration_copies_unverified_holes_as_data() {
     if !require_tool("cc") {
         return;
     }
@@ -106,7 +106,7 @@ fn a_disk_on_an_unknown_file_system_moves_as_a_whole() {
 }
 
 #[test]
-fn answers_that_make_no_sense_are_data_to_the_end() {
+fn inconsistent_seek_results_are_reported_as_data() {
     if !require_tool("cc") {
         return;
     }
@@ -126,7 +126,7 @@ fn answers_that_make_no_sense_are_data_to_the_end() {
 }
 
 #[test]
-fn block_status_takes_a_bounded_number_of_calls() {
+fn block_status_makes_a_bounded_number_of_seeks() {
     if !require_tool("cc") {
         return;
     }

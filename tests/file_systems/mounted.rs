@@ -5,20 +5,20 @@ use harness::{
 };
 use std::path::{Path, PathBuf};
 
-/// How large the file is that holds the file system. XFS refuses to be smaller than 300 MiB.
+/// Size of the file that holds the file system. mkfs.xfs refuses less than 300 MiB.
 const SIZE: u64 = 512 * MIB;
 
-/// A file system and how it is made.
+/// A file system type, with the command that makes it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kind {
     pub(crate) name: &'static str,
-    /// As `mount -t`.
+    /// The argument of `mount -t`.
     kind: &'static str,
-    /// Program and arguments; none if there is nothing to make.
+    /// The mkfs program and its arguments; empty for tmpfs.
     make: &'static str,
 }
 
-/// All that the host's kernel is likely to mount. A block size that it does not is skipped.
+/// Skipped where the host's kernel does not mount them.
 pub(crate) const KINDS: [Kind; 7] = [
     Kind { name: "xfs", kind: "xfs", make: "mkfs.xfs -q" },
     Kind { name: "xfs, 1 KiB blocks", kind: "xfs", make: "mkfs.xfs -q -b size=1024" },
@@ -36,7 +36,7 @@ pub(crate) struct Mounted {
 }
 
 impl Mounted {
-    /// Makes and mounts one. `None`, and a visible skip, where that is not possible.
+    /// Makes and mounts one. `None`, with a visible skip, where that is not possible.
     #[track_caller]
     pub(crate) fn new(kind: Kind) -> Option<Mounted> {
         if !require_root(kind.name) {
@@ -55,7 +55,7 @@ impl Mounted {
         let mount = Program::new("mount").words(options).args([kind.kind]);
         let outcome = mount.args([&device, &point]).run();
         if !outcome.status.success() {
-            // Block sizes above a page are new in Linux; everything else is there.
+            // Only recent kernels mount block sizes above a page; CI mounts all others.
             let is_optional = kind.name.contains("64 KiB") || std::env::var_os("CI").is_none();
             assert!(is_optional, "{} cannot be mounted: {}", kind.name, outcome.stderr);
             skip(kind.name, &format!("it cannot be mounted: {}", outcome.stderr.trim()));
@@ -69,7 +69,7 @@ impl Mounted {
     }
 }
 
-/// A directory in memory if there is room, since a punch writes back what is unwritten around it.
+/// A directory in memory if there is room: punching a hole writes back the dirty pages around it.
 fn fast_dir() -> TempDir {
     let memory = Path::new("/dev/shm");
     let has_room = nix::sys::statvfs::statvfs(memory)

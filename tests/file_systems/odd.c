@@ -1,9 +1,9 @@
-/* Preloaded into the server under test: a file system that is odd in ways that some are.
+/* Preloaded into the server under test: imitates defects and limits of some file systems.
  *
  *     ODD_FALLOCATE=N      fallocate(2) and BLKDISCARD fail with error number N, and do nothing
  *     ODD_SEEK=hole        SEEK_DATA finds no data at all
- *     ODD_SEEK=stuck       SEEK_DATA and SEEK_HOLE answer with where they were asked
- *     ODD_SEEK=back        ... with a place before that
+ *     ODD_SEEK=stuck       SEEK_DATA and SEEK_HOLE return the offset of the call
+ *     ODD_SEEK=back        ... an offset before that of the call
  *     ODD_SEEK=striped     ... as if every other 4096 bytes were a hole
  *     ODD_TYPE=HEX         fstatfs(2) finds a file system of this type
  *     ODD_SEEK_COUNT=FILE  each such call appends a byte to FILE
@@ -73,7 +73,7 @@ static void count(void)
     }
 }
 
-/* Whether the answer is odd; then it is in *answer, or -1 and errno. */
+/* Whether the result is replaced; *answer is then the offset, or -1 with errno set. */
 static int odd_seek(off64_t offset, int whence, off64_t *answer)
 {
     const char *how = getenv("ODD_SEEK");

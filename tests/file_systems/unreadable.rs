@@ -1,4 +1,4 @@
-//! Disks of which a part cannot be read: that costs a request an error, and nobody the connection.
+//! Disks with an unreadable part: a READ of it fails with EIO, and the connection stays usable.
 
 use harness::raw::*;
 use harness::session::*;
@@ -12,21 +12,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 const SIZE: u64 = 36 * MIB;
-/// From here on it cannot be read.
+/// Offset from which reads fail.
 const BAD: u64 = 34 * MIB;
 /// The longest read that the server advertises.
 const LONGEST: u64 = 32 * MIB;
-/// How much memory a server needs at most for all this, in bytes.
+/// Limit of the server's peak resident memory, in bytes.
 const MEMORY_MAX: u64 = 32 * MIB;
 
-/// A device of zeros that ends earlier than it says: a loop over a file that was cut short.
+/// A device of zeros with an unreadable end: a loop device over a file that was truncated.
 struct BadDisk {
     device: PathBuf,
     _dir: TempDir,
 }
 
 impl BadDisk {
-    /// `None`, and a visible skip, where there are no loop devices.
+    /// `None`, with a visible skip, where there are no loop devices.
     fn new() -> Option<BadDisk> {
         if !require_root("a disk that cannot be read") {
             return None;
@@ -38,7 +38,10 @@ impl BadDisk {
         let disk = BadDisk { device, _dir: dir };
         File::options().write(true).open(&file).unwrap().set_len(BAD).unwrap();
         let opened = File::open(&disk.device).unwrap();
-        assert!(opened.read_exact_at(&mut [0; 512], BAD).is_err(), "it can be read after all");
+        assert!(
+            opened.read_exact_at(&mut [0; 512], BAD).is_err(),
+            "reads beyond the truncation succeed"
+        );
         Some(disk)
     }
 }
@@ -50,7 +53,7 @@ impl Drop for BadDisk {
     }
 }
 
-/// Reads of all lengths, before, across and behind the first byte that cannot be read.
+/// Reads of all lengths before, across and after the first unreadable byte.
 fn only_bad_reads_fail(session: &mut Session) {
     let kinds = if session.mode == Mode::Simple { &[0][..] } else { &[0, DF] };
     for length in [512, 64 * KIB, 256 * KIB, MIB, MIB + 4096] {
@@ -77,7 +80,7 @@ fn only_bad_reads_fail(session: &mut Session) {
     session.assert_in_sync();
 }
 
-fn in_all_dialects(server: &Server) {
+fn only_bad_reads_fail_in_all_modes(server: &Server) {
     for mode in MODES {
         only_bad_reads_fail(&mut Session::open(server.endpoint(), mode).unwrap());
     }
@@ -92,34 +95,34 @@ fn odd(dir: &Path) -> PathBuf {
 }
 
 #[test]
-fn a_bad_sector_costs_its_reads_an_error_and_no_connection() {
+fn reads_of_a_bad_sector_fail_with_eio() {
     if let Some(disk) = BadDisk::new() {
-        in_all_dialects(&Builder::serve(&disk.device).args(["--quiet"]).start());
+        only_bad_reads_fail_in_all_modes(&Builder::serve(&disk.device).args(["--quiet"]).start());
         let old = Builder::serve(&disk.device).args(["--quiet", "--oldstyle"]).start();
         only_bad_reads_fail(&mut Session::open_old_style(old.endpoint()));
     }
 }
 
 #[test]
-fn a_bad_sector_costs_no_connection_without_io_uring() {
+fn reads_of_a_bad_sector_fail_without_io_uring() {
     let (Some(disk), true) = (BadDisk::new(), require_tool("cc")) else { return };
     let dir = temp_dir();
     let builder = Builder::serve(&disk.device).args(["--quiet"]);
-    in_all_dialects(&builder.env("LD_PRELOAD", odd(dir.path())).start());
+    only_bad_reads_fail_in_all_modes(&builder.env("LD_PRELOAD", odd(dir.path())).start());
 }
 
 #[test]
-fn a_bad_sector_costs_no_connection_over_unix() {
+fn reads_of_a_bad_sector_fail_over_unix() {
     if let Some(disk) = BadDisk::new() {
         let dir = temp_dir();
         let builder = Builder::serve(&disk.device).args(["--quiet"]);
-        in_all_dialects(&builder.unix(&dir.path().join("nbd.sock")).start());
+        only_bad_reads_fail_in_all_modes(&builder.unix(&dir.path().join("nbd.sock")).start());
     }
 }
 
-/// A file system of which nothing is known, so that its pages are copied.
+/// FUSE is not among the known file systems, so the server copies its pages.
 #[test]
-fn a_bad_sector_under_fuse_costs_no_connection() {
+fn reads_of_a_bad_sector_fail_under_fuse() {
     if !["nbdkit", "nbdfuse", "fusermount3"].into_iter().all(require_tool) {
         return;
     }
@@ -134,10 +137,10 @@ fn a_bad_sector_under_fuse_costs_no_connection() {
     let child = nbdfuse.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let _fuse = Fuse { child, point };
     wait_until("a file under FUSE", || file.exists());
-    in_all_dialects(&Builder::serve(&file).args(["--quiet"]).start());
+    only_bad_reads_fail_in_all_modes(&Builder::serve(&file).args(["--quiet"]).start());
 }
 
-/// What is mounted through FUSE; unmounted when dropped.
+/// A FUSE mount; unmounted when dropped.
 struct Fuse {
     child: Child,
     point: PathBuf,
@@ -152,11 +155,11 @@ impl Drop for Fuse {
 }
 
 #[test]
-fn a_file_that_is_cut_short_costs_an_error_and_no_connection() {
+fn reads_beyond_a_truncated_file_fail_with_eio() {
     let dir = temp_dir();
     let image = dir.path().join("image");
     std::fs::write(&image, vec![0; SIZE as usize]).unwrap();
     let server = Builder::serve(&image).args(["--quiet"]).start();
     File::options().write(true).open(&image).unwrap().set_len(BAD).unwrap();
-    in_all_dialects(&server);
+    only_bad_reads_fail_in_all_modes(&server);
 }

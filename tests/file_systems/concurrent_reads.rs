@@ -1,4 +1,4 @@
-//! Reads beside changes: a byte that nobody changes is read as it is, at every moment.
+//! Reads concurrent with changes: a byte that no request changes always has its old value.
 
 use crate::mounted::{KINDS, Kind, Mounted};
 use harness::host::Host;
@@ -7,13 +7,13 @@ use harness::session::*;
 use harness::{Builder, KIB, MIB, Transport, noise, sparse_image, temp_dir};
 
 const SIZE: u64 = 4 * MIB;
-/// How much is copied to another host, and how fast at first, in bytes a second: it takes longer than
-/// all changes do.
-const COPIED: u64 = 16 * MIB;
-const SPEED: u64 = MIB;
+/// Size of the disk that is migrated.
+const MIGRATED_SIZE: u64 = 16 * MIB;
+/// The first rate of the migration, in bytes per second: it takes longer than all changes do.
+const RATE: u64 = MIB;
 
-/// Where a change begins, and how long it is: inside a page, in the middle of a large folio, across
-/// several of them; a whole number of pages last.
+/// Offset and length of the changes: inside a page, in the middle of a large folio, across several
+/// folios, and last a whole number of pages.
 const CHANGES: [(u64, u64); 7] = [
     (5000, 512),
     (8000, 10_000),
@@ -24,11 +24,12 @@ const CHANGES: [(u64, u64); 7] = [
     (16_384, 32_768),
 ];
 const COMMANDS: [(u16, u16); 3] = [(TRIM, 0), (WRITE_ZEROES, 0), (WRITE_ZEROES, NO_HOLE)];
-/// Around the length from which data is sent without a copy, and beyond.
+/// Lengths of reads: around the threshold of sending without a copy, and above it.
 const LENGTHS: [u64; 3] = [64 * KIB, 200 * KIB, MIB];
 
-/// A reply lies in the socket while a neighbour's change is made, and is taken afterwards.
-fn unchanged_bytes_are_read_beside_changes(kind: Kind, transport: Transport) {
+/// A reply waits in the socket while another client changes a part of its range, and is received
+/// afterwards.
+fn reads_return_unchanged_bytes(kind: Kind, transport: Transport) {
     let Some(mounted) = Mounted::new(kind) else { return };
     let content = noise(SIZE as usize, 11);
     let image = mounted.path().join("image");
@@ -48,7 +49,7 @@ fn unchanged_bytes_are_read_beside_changes(kind: Kind, transport: Transport) {
                 let (command, flags) = *commands.next().unwrap();
                 let read = Request::new(READ, 0, length);
                 let cookie = reader.send(&read);
-                // What a unix socket holds at once.
+                // A unix socket buffers this much at once.
                 reader.wire.wait_for_bytes(30_000);
                 changer.ok(Request::new(command, offset, changed).flags(flags));
                 let asked = [(cookie, read)].into();
@@ -64,10 +65,10 @@ fn unchanged_bytes_are_read_beside_changes(kind: Kind, transport: Transport) {
             }
         }
     }
-    assert!(changer.read(0, SIZE) == content, "{}: all was written again", kind.name);
+    assert!(changer.read(0, SIZE) == content, "{}: the old bytes were written back", kind.name);
 }
 
-/// Every byte is the old one, or zero where that was asked for.
+/// Every byte has its old value, or is zero within the changed range.
 #[track_caller]
 fn check(found: &[u8], content: &[u8], (offset, length): (u64, u64), what: &str) {
     let changed = offset as usize..(offset + length) as usize;
@@ -77,30 +78,30 @@ fn check(found: &[u8], content: &[u8], (offset, length): (u64, u64), what: &str)
 }
 
 #[test]
-fn unchanged_bytes_are_read_beside_changes_over_tcp() {
-    KINDS.iter().for_each(|kind| unchanged_bytes_are_read_beside_changes(*kind, Transport::Tcp));
+fn concurrent_changes_leave_other_bytes_over_tcp() {
+    KINDS.iter().for_each(|kind| reads_return_unchanged_bytes(*kind, Transport::Tcp));
 }
 
 #[test]
-fn unchanged_bytes_are_read_beside_changes_over_unix() {
-    KINDS.iter().for_each(|kind| unchanged_bytes_are_read_beside_changes(*kind, Transport::Unix));
+fn concurrent_changes_leave_other_bytes_over_unix() {
+    KINDS.iter().for_each(|kind| reads_return_unchanged_bytes(*kind, Transport::Unix));
 }
 
-/// The disk is copied slowly while a client changes it, and then as fast as it can be.
-fn unchanged_bytes_are_copied_beside_changes(kind: Kind) {
+/// The disk migrates slowly while a client changes it, and then without a limit of the rate.
+fn a_migration_copies_unchanged_bytes(kind: Kind) {
     let Some(mounted) = Mounted::new(kind) else { return };
-    let content = noise(COPIED as usize, 12);
+    let content = noise(MIGRATED_SIZE as usize, 12);
     let here = Host::new(mounted.path(), "here");
     let there = Host::new(mounted.path(), "there");
     std::fs::write(&here.image, &content).unwrap();
-    sparse_image(mounted.path(), "there.img", COPIED);
+    sparse_image(mounted.path(), "there.img", MIGRATED_SIZE);
     let (mut listener, mut server) = (there.listen(), here.serve());
     let mut changer = Session::open(server.endpoint(), Mode::Simple).unwrap();
-    let speed = SPEED.to_string();
-    let reply = here.mirror_to(there.address, &["exit", &here.address.ip().to_string(), &speed]);
+    let rate = RATE.to_string();
+    let reply = here.mirror_to(there.address, &["exit", &here.address.ip().to_string(), &rate]);
     assert!(reply.starts_with("0:"), "{reply}");
     let mut commands = COMMANDS.iter().cycle();
-    for part in 0..COPIED / MIB {
+    for part in 0..MIGRATED_SIZE / MIB {
         for (offset, changed) in CHANGES {
             let (command, flags) = *commands.next().unwrap();
             let offset = part * MIB + offset;
@@ -114,10 +115,15 @@ fn unchanged_bytes_are_copied_beside_changes(kind: Kind) {
     assert!(server.wait_for_end().success() && listener.wait_for_end().success());
     let copy = std::fs::read(&there.image).unwrap();
     let wrong = (0..copy.len()).find(|at| copy[*at] != content[*at]);
-    assert_eq!((copy.len() as u64, wrong), (COPIED, None), "the first wrong byte, {}", kind.name);
+    assert_eq!(
+        (copy.len() as u64, wrong),
+        (MIGRATED_SIZE, None),
+        "the first wrong byte, {}",
+        kind.name
+    );
 }
 
 #[test]
-fn unchanged_bytes_are_copied_beside_changes_to_another_host() {
-    KINDS.iter().for_each(|kind| unchanged_bytes_are_copied_beside_changes(*kind));
+fn a_migration_with_concurrent_changes_copies_other_bytes() {
+    KINDS.iter().for_each(|kind| a_migration_copies_unchanged_bytes(*kind));
 }

@@ -1,5 +1,5 @@
-//! File systems that cannot punch or zero, or not now: zeros are written instead, and a trim that
-//! has no effect succeeds.
+//! File systems that never or temporarily refuse to punch holes or zero ranges: the server writes
+//! zeros instead, and a TRIM without effect succeeds.
 
 use crate::mounted::{KINDS, Kind, Mounted};
 use harness::raw::*;
@@ -9,10 +9,10 @@ use nix::errno::Errno;
 use std::path::{Path, PathBuf};
 
 const SIZE: u64 = 4 * MIB;
-/// Offset and length of changes: whole blocks, and blocks with something at the edges.
+/// Offset and length of the changes: whole blocks, and ranges with partial blocks at the edges.
 const CHANGES: [(u64, u64); 3] = [(64 << 10, 128 << 10), (5000, 100_000), (MIB + 100, 300)];
 
-/// An image full of noise that only a server of ours may change.
+/// An image filled with noise, and the server that serves it.
 struct Subject {
     server: Server,
     image: PathBuf,
@@ -33,8 +33,8 @@ impl Subject {
         Session::open(self.server.endpoint(), mode).unwrap()
     }
 
-    /// Everything that may have to be done by writing, while nothing can be done otherwise.
-    fn does_without(&self, what: &str) {
+    /// TRIM has no effect, WRITE_ZEROES writes, and a fast zero is refused.
+    fn assert_zeroes_by_writing(&self, what: &str) {
         for mode in [Mode::Simple, Mode::Structured] {
             let mut session = self.session(mode);
             for (offset, length) in CHANGES {
@@ -42,7 +42,7 @@ impl Subject {
                 let mut zeroed = self.content.clone();
                 zeroed[start..end].fill(0);
                 session.ok(Request::new(TRIM, offset, length));
-                assert!(session.read(0, SIZE) == self.content, "{what}: a trim has no effect");
+                assert!(session.read(0, SIZE) == self.content, "{what}: TRIM has no effect");
                 for flags in [0, NO_HOLE, FUA] {
                     session.ok(Request::new(WRITE_ZEROES, offset, length).flags(flags));
                     assert!(session.read(0, SIZE) == zeroed, "{what}: zeroed at {offset}, {flags}");
@@ -51,19 +51,19 @@ impl Subject {
             }
             let fast = Request::new(WRITE_ZEROES, 64 << 10, 128 << 10).flags(FAST_ZERO);
             session.refused(fast, &[ENOTSUP]);
-            assert!(session.read(0, SIZE) == self.content, "{what}: refused before it began");
+            assert!(session.read(0, SIZE) == self.content, "{what}: refused without an effect");
         }
     }
 }
 
 #[test]
-fn fallocate_that_fails_as_unable_is_done_by_writing() {
+fn zeros_are_written_where_fallocate_is_unsupported() {
     if !require_tool("cc") {
         return;
     }
     let dir = harness::temp_dir();
     let library = compile(dir.path(), "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"]);
-    let unable = [
+    let unsupported = [
         Errno::EOPNOTSUPP as i32,
         Errno::ENOSYS as i32,
         Errno::ENOTTY as i32,
@@ -75,41 +75,41 @@ fn fallocate_that_fails_as_unable_is_done_by_writing() {
         // ENOTSUPP, which has no name outside the kernel.
         524,
     ];
-    for number in unable {
+    for number in unsupported {
         let number = number.to_string();
         let odd = [("LD_PRELOAD", library.to_str().unwrap()), ("ODD_FALLOCATE", &number)];
         let subject = Subject::new(dir.path(), &odd);
-        subject.does_without(&format!("error {number}"));
+        subject.assert_zeroes_by_writing(&format!("error {number}"));
     }
 }
 
 #[test]
-fn fallocate_that_fails_for_the_disk_is_an_error() {
+fn other_fallocate_errors_reach_the_client() {
     if !require_tool("cc") {
         return;
     }
     let dir = harness::temp_dir();
     let library = compile(dir.path(), "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"]);
-    for (errno, told) in [(Errno::ENOSPC, ENOSPC), (Errno::EIO, EIO), (Errno::EDQUOT, ENOSPC)] {
+    for (errno, error) in [(Errno::ENOSPC, ENOSPC), (Errno::EIO, EIO), (Errno::EDQUOT, ENOSPC)] {
         let number = (errno as i32).to_string();
         let odd = [("LD_PRELOAD", library.to_str().unwrap()), ("ODD_FALLOCATE", &number)];
         let subject = Subject::new(dir.path(), &odd);
         let mut session = subject.session(Mode::Simple);
         for command in [TRIM, WRITE_ZEROES] {
-            session.refused(Request::new(command, 0, MIB), &[told]);
+            session.refused(Request::new(command, 0, MIB), &[error]);
         }
         assert!(session.read(0, SIZE) == subject.content, "{errno}");
     }
 }
 
-/// With `io_uring`, where there is one: a file that may only be appended to has EPERM for it, and
-/// what is open already can still be written.
-fn punching_that_is_forbidden_for_a_while(kind: Kind) {
+/// With `io_uring`, where there is one. Punching an append-only file fails with EPERM; descriptors
+/// that are already open can still write to it.
+fn punching_resumes_after_append_only(kind: Kind) {
     let Some(mounted) = Mounted::new(kind) else { return };
     let subject = Subject::new(mounted.path(), &[]);
     let chattr = |how| Program::new("chattr").words(how).args([&subject.image]).ok();
     chattr("+a");
-    subject.does_without(kind.name);
+    subject.assert_zeroes_by_writing(kind.name);
     chattr("-a");
     let before = allocated(&subject.image);
     let mut session = subject.session(Mode::Simple);
@@ -126,15 +126,12 @@ fn punching_works_again_once_it_is_permitted() {
         return;
     }
     let can_append_only = |kind: &&Kind| ["xfs", "btrfs", "ext4"].contains(&kind.name);
-    KINDS
-        .iter()
-        .filter(can_append_only)
-        .for_each(|kind| punching_that_is_forbidden_for_a_while(*kind));
+    KINDS.iter().filter(can_append_only).for_each(|kind| punching_resumes_after_append_only(*kind));
 }
 
-/// A sealed memory file may be neither punched nor written: a trim of it succeeds all the same.
+/// A sealed memory file can be neither punched nor written; TRIM is advisory and succeeds.
 #[test]
-fn a_sealed_file_can_be_trimmed_without_effect() {
+fn trim_of_a_sealed_file_succeeds_without_effect() {
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::io::Write as _;
