@@ -1,5 +1,5 @@
 //! The NBD language: bytes in, values out, for both roles.
-//! Knows no socket, file, clock, thread or log; a message that decodes is one we can obey.
+//! Knows no socket, file, clock, thread or log; a message that decodes is well formed.
 //!
 //! The specification is `doc/proto.md` of NetworkBlockDevice/nbd; section names in this room's
 //! documentation refer to it. [`wire`] holds every number of it, once. A conversation begins with

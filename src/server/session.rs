@@ -187,8 +187,8 @@ impl Session<'_> {
         outbox: &mut Outbox,
     ) -> Result<Agreement, SessionEnd> {
         let deadline = self.registration.since + self.settings.handshake_timeout;
-        handshake.understand_private();
-        handshake.admit_selectively();
+        handshake.enable_private_option();
+        handshake.require_admission();
         loop {
             self.send_greeting(outbox, deadline)?;
             self.receive_greeting(inbox, deadline)?;
@@ -220,7 +220,7 @@ impl Session<'_> {
             }
             match next {
                 ServerStep::More => return Ok(None),
-                ServerStep::Asked(data) => {
+                ServerStep::PrivateOption(data) => {
                     let answer = self.probe(&data).map(|(data, is_source)| {
                         if is_source {
                             self.registration.mark_source();
@@ -229,8 +229,10 @@ impl Session<'_> {
                     });
                     outbox.reply(|out| handshake.answer_private(answer, out));
                 }
-                ServerStep::Wants { to_enter } => handshake.decide(self.check_policy(to_enter)),
-                ServerStep::Goodbye => return Err(SessionEnd::Aborted),
+                ServerStep::AdmissionRequired { to_enter } => {
+                    handshake.decide(self.check_policy(to_enter));
+                }
+                ServerStep::Aborted => return Err(SessionEnd::Aborted),
                 ServerStep::Transmission(agreement) => return Ok(Some(agreement)),
             }
         }

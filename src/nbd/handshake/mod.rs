@@ -82,7 +82,7 @@ impl Greeting {
 
     fn oldstyle(reader: &mut Reader<'_>) -> Option<Self> {
         let size = reader.u64()?;
-        // The upper half of these 32 bits were handshake flags that nobody ever defined.
+        // The upper half of these 32 bits were handshake flags; none was ever defined.
         let flags = TransmissionFlags::from_bits_truncate((reader.u32()? & 0xffff) as u16);
         reader.take(RESERVED_ZEROES)?;
         Some(Self::Oldstyle { size, flags })

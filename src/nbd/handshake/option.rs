@@ -16,7 +16,7 @@ pub const OPTION_REPLY_HEAD_LENGTH: usize = 20;
 /// Longest data of an option that is looked at; more is read past and answered with an error.
 pub const OPTION_LENGTH_MAX: u32 = 64 << 10;
 /// Longest data of an option that is read past; more ends the session.
-pub const OPTION_LENGTH_ABSURD: u32 = 32 << 20;
+pub const OPTION_SKIP_LENGTH_MAX: u32 = 32 << 20;
 /// Longest data of a reply to an option that a client accepts.
 pub const OPTION_REPLY_LENGTH_MAX: u32 = 64 << 10;
 

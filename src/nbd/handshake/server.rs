@@ -7,7 +7,7 @@ use super::super::wire::{
     OptionReplyKind, PRIVATE_OPTION, RESERVED_ZEROES, STRING_LENGTH_MAX, TransmissionFlags,
 };
 use super::option::{
-    InfoRequest, MetaContextRequest, OPTION_LENGTH_ABSURD, OPTION_LENGTH_MAX, OptionFault,
+    InfoRequest, MetaContextRequest, OPTION_LENGTH_MAX, OPTION_SKIP_LENGTH_MAX, OptionFault,
     OptionHead, OptionReply, decode_text,
 };
 use super::{ALLOCATION_CONTEXT_ID, Agreement, BlockSizes, Greeting};
@@ -34,15 +34,15 @@ pub enum ProtocolViolation {
     UnknownClientFlags(u32),
     /// An option did not begin as one: framing is lost.
     NoOption(u64),
-    /// An option said it was this long.
-    AbsurdOption(u32),
+    /// An option announced this many bytes, over [`OPTION_SKIP_LENGTH_MAX`].
+    OptionTooLong(u32),
     /// `NBD_OPT_EXPORT_NAME` for an export that does not exist, or a name that is none.
     NoSuchExport,
     /// `NBD_OPT_EXPORT_NAME` after extended headers were agreed on.
     ExportNameAfterExtendedHeaders,
     /// An option that must be answered, from a client that does not know answers.
     OptionBeforeFixedNewstyle(u32),
-    /// `NBD_OPT_EXPORT_NAME` while nobody is let in.
+    /// `NBD_OPT_EXPORT_NAME` from a client that was refused admission.
     NotAdmitted(String),
 }
 
@@ -51,7 +51,7 @@ impl std::fmt::Display for ProtocolViolation {
         match self {
             Self::UnknownClientFlags(flags) => write!(f, "it sent unknown client flags {flags:#x}"),
             Self::NoOption(magic) => write!(f, "it sent {magic:#x} where an option should begin"),
-            Self::AbsurdOption(length) => write!(f, "it announced an option of {length} bytes"),
+            Self::OptionTooLong(length) => write!(f, "it announced an option of {length} bytes"),
             Self::NoSuchExport => f.write_str("it asked for an export that does not exist"),
             Self::ExportNameAfterExtendedHeaders => {
                 f.write_str("it sent NBD_OPT_EXPORT_NAME after extended headers")
@@ -73,15 +73,15 @@ pub enum ServerStep {
     Transmission(Agreement),
     /// The client sent the private option, with this data: go on with
     /// [`ServerHandshake::answer_private`].
-    Asked(Vec<u8>),
+    PrivateOption(Vec<u8>),
     /// The client wants to know about the export, or to enter the transmission phase. Go on after
     /// [`ServerHandshake::decide`], with the same input.
-    Wants {
+    AdmissionRequired {
         /// It would be in the transmission phase.
         to_enter: bool,
     },
     /// The client gave up: send what there is to send, then close.
-    Goodbye,
+    Aborted,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,22 +179,22 @@ impl ServerHandshake {
         self.introduced
     }
 
-    /// From now on the private option is understood.
-    pub fn understand_private(&mut self) {
+    /// Enables the private option; without this call it is answered as unknown.
+    pub fn enable_private_option(&mut self) {
         self.private = true;
     }
 
-    /// From now on nobody gets at the export before that was [decided](ServerHandshake::decide).
-    pub fn admit_selectively(&mut self) {
+    /// Requires a [decision](ServerHandshake::decide) before each access to the export.
+    pub fn require_admission(&mut self) {
         self.selective = true;
     }
 
-    /// Decides [`ServerStep::Wants`]; the error is why not (`NBD_REP_ERR_POLICY`).
+    /// Decides [`ServerStep::AdmissionRequired`]; the error is why not (`NBD_REP_ERR_POLICY`).
     pub fn decide(&mut self, verdict: Result<(), String>) {
         self.verdict = Some(verdict);
     }
 
-    /// Answers the private option, after [`ServerStep::Asked`].
+    /// Answers the private option, after [`ServerStep::PrivateOption`].
     pub fn answer_private(&mut self, answer: Result<Vec<u8>, OptionReply>, out: &mut Vec<u8>) {
         match answer {
             Ok(data) => {
@@ -293,13 +293,14 @@ impl ServerHandshake {
         let after_head = super::option::OPTION_HEAD_LENGTH;
         if self.private && head.number == PRIVATE_OPTION && head.length <= OPTION_LENGTH_MAX {
             let end = after_head + head.length as usize;
-            let data = input.get(after_head..end).map(|data| ServerStep::Asked(data.to_vec()));
+            let data =
+                input.get(after_head..end).map(|data| ServerStep::PrivateOption(data.to_vec()));
             return Ok(data.map_or((0, ServerStep::More), |next| (end, next)));
         }
         if kind == Ok(OptionKind::Abort) {
             // Whatever data it has does not matter any more.
             OptionReply::Ack.encode(head.number, out);
-            return Ok((after_head, ServerStep::Goodbye));
+            return Ok((after_head, ServerStep::Aborted));
         }
         if let Some(answer) = Self::answer_unread(kind, head)? {
             answer.encode(head.number, out);
@@ -312,8 +313,8 @@ impl ServerHandshake {
         let end = after_head + head.length as usize;
         let Some(data) = input.get(after_head..end) else { return Ok((0, ServerStep::More)) };
         // Only known kinds get here: unknown ones were answered unread.
-        let next = kind.map_or(Ok(ServerStep::More), |kind| self.obey(kind, data, out))?;
-        let used = if matches!(next, ServerStep::Wants { .. }) { 0 } else { end };
+        let next = kind.map_or(Ok(ServerStep::More), |kind| self.handle_option(kind, data, out))?;
+        let used = if matches!(next, ServerStep::AdmissionRequired { .. }) { 0 } else { end };
         Ok((used, next))
     }
 
@@ -322,8 +323,8 @@ impl ServerHandshake {
         kind: Result<OptionKind, u32>,
         head: OptionHead,
     ) -> Result<Option<OptionReply>, ProtocolViolation> {
-        if head.length > OPTION_LENGTH_ABSURD {
-            return Err(ProtocolViolation::AbsurdOption(head.length));
+        if head.length > OPTION_SKIP_LENGTH_MAX {
+            return Err(ProtocolViolation::OptionTooLong(head.length));
         }
         match kind {
             Ok(OptionKind::ExportName) if head.length as usize > STRING_LENGTH_MAX => {
@@ -340,7 +341,7 @@ impl ServerHandshake {
         }
     }
 
-    fn obey(
+    fn handle_option(
         &mut self,
         kind: OptionKind,
         data: &[u8],
@@ -375,7 +376,7 @@ impl ServerHandshake {
             return Err(ProtocolViolation::NoSuchExport);
         }
         match self.verdict.take() {
-            None if self.selective => return Ok(ServerStep::Wants { to_enter: true }),
+            None if self.selective => return Ok(ServerStep::AdmissionRequired { to_enter: true }),
             Some(Err(why)) => return Err(ProtocolViolation::NotAdmitted(why)),
             None | Some(Ok(())) => {}
         }
@@ -434,7 +435,7 @@ impl ServerHandshake {
         }
         match self.verdict.take() {
             None if self.selective => {
-                return ServerStep::Wants { to_enter: kind == OptionKind::Go };
+                return ServerStep::AdmissionRequired { to_enter: kind == OptionKind::Go };
             }
             Some(Err(why)) => {
                 refuse(OptionReplyKind::ErrPolicy, &why).encode(number, out);

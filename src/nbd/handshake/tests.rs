@@ -124,8 +124,8 @@ fn unknown_options_of_sane_length_are_read_and_answered() {
 }
 
 #[test]
-fn an_absurd_length_ends_the_session_before_its_data_arrives() {
-    for (length, ends) in [(OPTION_LENGTH_ABSURD, false), (OPTION_LENGTH_ABSURD + 1, true)] {
+fn an_option_over_the_skip_limit_ends_the_session() {
+    for (length, ends) in [(OPTION_SKIP_LENGTH_MAX, false), (OPTION_SKIP_LENGTH_MAX + 1, true)] {
         let mut head = OPTION_MAGIC.to_be_bytes().to_vec();
         head.extend_from_slice(&4711u32.to_be_bytes());
         head.extend_from_slice(&length.to_be_bytes());
@@ -245,7 +245,7 @@ fn extended_headers_imply_structured_replies_and_exclude_export_name() {
 #[test]
 fn abort_is_acknowledged() {
     let (answers, next) = Talk::fixed().option(OptionKind::Abort.number(), &[]);
-    assert_eq!((&answers[..], next), (&[OptionReply::Ack][..], server::ServerStep::Goodbye));
+    assert_eq!((&answers[..], next), (&[OptionReply::Ack][..], server::ServerStep::Aborted));
 }
 
 #[test]
@@ -407,15 +407,15 @@ fn what_is_no_greeting_is_refused_at_its_eighth_byte() {
 }
 
 #[test]
-fn the_private_option_is_answered_by_whoever_understands_it() {
+fn private_option_is_unsupported_unless_enabled() {
     let introduced = |understands: bool| {
         let mut talk = Talk::fixed();
         if understands {
-            talk.server.understand_private();
+            talk.server.enable_private_option();
         }
         talk.option(PRIVATE_OPTION, b"who am I")
     };
-    assert_eq!(introduced(true), (vec![], server::ServerStep::Asked(b"who am I".to_vec())));
+    assert_eq!(introduced(true), (vec![], server::ServerStep::PrivateOption(b"who am I".to_vec())));
     let unsupported = OptionReplyKind::ErrUnsupported.number();
     assert!(matches!(&introduced(false).0[..], [OptionReply::Error { number, .. }]
         if *number == unsupported));
@@ -424,8 +424,8 @@ fn the_private_option_is_answered_by_whoever_understands_it() {
 #[test]
 fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export() {
     let mut server = server::ServerHandshake::new(export());
-    server.understand_private();
-    server.admit_selectively();
+    server.enable_private_option();
+    server.require_admission();
     let wish = ClientOffer { private: Some(b"who".to_vec()), ..ClientOffer::default() };
     let mut client = client::ClientHandshake::new(wish);
     let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
@@ -438,10 +438,10 @@ fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export()
         let (used, next) = server.advance(&to_server, &mut to_client).unwrap();
         to_server.drain(..used);
         match next {
-            server::ServerStep::Asked(data) => {
+            server::ServerStep::PrivateOption(data) => {
                 server.answer_private(Ok([&data[..], b"?"].concat()), &mut to_client);
             }
-            server::ServerStep::Wants { to_enter } => {
+            server::ServerStep::AdmissionRequired { to_enter } => {
                 assert!(to_enter, "GO enters");
                 server.decide(Err("not now".to_owned()));
             }
@@ -456,7 +456,7 @@ fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export()
 #[test]
 fn each_wish_for_the_export_is_decided_anew() {
     let mut server = server::ServerHandshake::new(export());
-    server.admit_selectively();
+    server.require_admission();
     let mut bytes = vec![0, 0, 0, 3];
     for kind in [OptionKind::Info, OptionKind::Go, OptionKind::Go] {
         encode_option(kind.number(), &go(""), &mut bytes);
@@ -466,7 +466,7 @@ fn each_wish_for_the_export_is_decided_anew() {
         let (used, next) = server.advance(&bytes, &mut Vec::new()).unwrap();
         bytes.drain(..used);
         match next {
-            server::ServerStep::Wants { to_enter } => {
+            server::ServerStep::AdmissionRequired { to_enter } => {
                 wishes.push(to_enter);
                 let admitted = wishes.len() == 3;
                 server.decide(if admitted { Ok(()) } else { Err("no".to_owned()) });
