@@ -232,7 +232,9 @@ impl World {
         };
         run.half = false;
         self.trace(|| format!("source: {event:?}"));
-        run.action = transitions::step(&mut run.machine, self.now, event)?;
+        let (action, unlisted) = transitions::step(&mut run.machine, self.now, event);
+        run.action = action;
+        self.unlisted.extend(unlisted);
         self.trace(|| format!("source: -> {} {:?}", run.machine.phase_name(), run.action));
         if self.source.gate_closed && !matches!(run.action, Action::CloseGate { .. }) {
             self.source.gate_end = run.machine.freeze_end();

@@ -1,4 +1,4 @@
-//! The transitions of the machine that are listed beside it.
+//! Compares the machine's transitions with the table beside it, `machine/transitions.txt`.
 
 use flexnbd::migration::job::{Action, Event};
 use flexnbd::migration::machine::Machine;
@@ -6,13 +6,20 @@ use std::collections::BTreeSet;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+/// Phase and event, the next phase and its action.
+pub(crate) type Transition = [&'static str; 4];
+
+/// The table.
+pub(crate) const PATH: &str = "src/migration/machine/transitions.txt";
+
 const TABLE: &str = include_str!("../../src/migration/machine/transitions.txt");
 
-/// Steps the machine.
-///
-/// # Errors
-/// When the table lacks the transition.
-pub(crate) fn step(machine: &mut Machine, now: Duration, event: Event) -> Result<Action, String> {
+/// Steps the machine; also returns the transition if the table lacks it.
+pub(crate) fn step(
+    machine: &mut Machine,
+    now: Duration,
+    event: Event,
+) -> (Action, Option<Transition>) {
     let phase = machine.phase_name();
     let event_name = if machine.is_breaking() { "(break)" } else { event.name() };
     let action = machine.step(now, event);
@@ -21,15 +28,12 @@ pub(crate) fn step(machine: &mut Machine, now: Duration, event: Event) -> Result
         && ["Look", "TakeDirty", "Send(Write)", "Send(Zero)", "Wait"].contains(&action.name());
     let action_name = if copies { "(copy)" } else { action.name() };
     let row = [phase, event_name, next, action_name];
-    if listed().contains(&row) {
-        return Ok(action);
-    }
-    Err(format!("{row:?} is not in src/migration/machine/transitions.txt"))
+    (action, (!listed().contains(&row)).then_some(row))
 }
 
 /// The rows of the table, one for each action.
-fn listed() -> &'static BTreeSet<[&'static str; 4]> {
-    static LISTED: OnceLock<BTreeSet<[&str; 4]>> = OnceLock::new();
+fn listed() -> &'static BTreeSet<Transition> {
+    static LISTED: OnceLock<BTreeSet<Transition>> = OnceLock::new();
     LISTED.get_or_init(|| {
         let mut rows = BTreeSet::new();
         for line in TABLE.lines().filter(|line| !line.starts_with('#')) {

@@ -6,8 +6,10 @@ use super::destination::{Destination, Process};
 use super::medium::{Cell, Dice, Medium, Stamp};
 use super::net::Net;
 use super::source::{Role, Source};
+use super::transitions::Transition;
 use flexnbd::disk::ownership::Record;
 use flexnbd::migration::job::Stage;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// Turns in which things may go wrong, and turns to come to rest afterwards, at most.
@@ -107,6 +109,8 @@ pub(crate) struct World {
     /// The destination has settled a handover.
     pub(crate) settled: bool,
     pub(crate) tally: Tally,
+    /// The machine's transitions that its table lacks.
+    pub(crate) unlisted: BTreeSet<Transition>,
     /// The destination knows FLUSH; that it must not depend on the source's is a point.
     pub(crate) flush: bool,
     /// One fault in so many turns.
@@ -143,6 +147,7 @@ impl World {
             source_lost_power: false,
             settled: false,
             tally: Tally::default(),
+            unlisted: BTreeSet::new(),
             rough,
             flush: !dice.once_in(4),
             dice,
