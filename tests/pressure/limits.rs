@@ -1,4 +1,4 @@
-//! Limits of the system that a server runs into: one request or one session fails, no more.
+//! Resource limits of the process: one request or one session fails, and the server continues.
 
 use harness::raw::{DF, ENOSPC, READ, Wire};
 use harness::session::{MODES, Mode, Request, Session};
@@ -6,7 +6,7 @@ use harness::{Builder, KIB, MIB, Program, Server, noise, sparse_image, temp_dir,
 use nix::libc;
 use std::path::Path;
 
-/// A shell that sets limits and then becomes the server.
+/// The command of a shell that sets a limit and then executes the server.
 fn limited(limit: &str) -> [String; 4] {
     ["sh", "-c", &format!("ulimit {limit} && exec \"$@\""), "sh"].map(str::to_owned)
 }
@@ -15,7 +15,7 @@ fn limited(limit: &str) -> [String; 4] {
 fn a_write_beyond_the_file_size_limit_is_enospc() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 64 * KIB);
-    // Blocks of 512 bytes: the second half of the image cannot be written.
+    // In blocks of 512 bytes: writes to the second half of the image fail.
     let server = Builder::serve(Path::new(&image)).through(limited("-f 64")).start();
     let half = 32 * KIB;
     for mode in MODES {
@@ -28,7 +28,7 @@ fn a_write_beyond_the_file_size_limit_is_enospc() {
     }
 }
 
-/// Lets a server have this much more address space than it has.
+/// Limits the server's address space to its current size and `more` bytes.
 fn limit_memory(server: &Server, more: u64) {
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
@@ -36,14 +36,14 @@ fn limit_memory(server: &Server, more: u64) {
     let most = kib * KIB + more;
     let limit = libc::rlimit { rlim_cur: most, rlim_max: libc::RLIM_INFINITY };
     let pid = server.pid().cast_signed();
-    // SAFETY: it reads the limit, which lives here, and has no place for the old one.
+    // SAFETY: it reads `limit`, which outlives the call, and writes no old limit through null.
     let set =
         unsafe { libc::prlimit(pid, libc::RLIMIT_AS, &raw const limit, std::ptr::null_mut()) };
     assert_eq!(set, 0);
 }
 
 #[test]
-fn memory_that_is_refused_ends_no_more_than_a_session() {
+fn failed_allocations_end_one_session_at_most() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 4 * MIB);
     write_at(&image, 0, &noise(4 * MIB as usize, 1));
@@ -56,7 +56,7 @@ fn memory_that_is_refused_ends_no_more_than_a_session() {
     // Threads, buffers and small allocations fail at different limits.
     for more in [3 * MIB, 2 * MIB, MIB, 512 * KIB, 256 * KIB, 64 * KIB, 0] {
         limit_memory(&server, more);
-        // Each wants a thread, buffers, and a reply of 1 MiB in one piece.
+        // Each needs a thread, buffers, and a reply of 1 MiB in one piece.
         for _ in 0..16 {
             let Ok(mut wire) = Wire::try_connect(server.endpoint()) else { continue };
             let mut greeting = [0; 18];
@@ -72,7 +72,7 @@ fn memory_that_is_refused_ends_no_more_than_a_session() {
             let _ = wire.try_send(&read);
             while matches!(wire.try_recv(&mut [0; 4096]), Ok(4096)) {}
         }
-        assert!(server.is_running(), "with {more} bytes more");
+        assert!(server.is_running(), "{more} bytes above the current size");
         Program::flexnbd("status").args(socket).ok();
         first.ok(Request::write(0, &[7; 512]));
     }

@@ -1,4 +1,4 @@
-//! A log that cannot be written: no thread that serves, accepts or decides waits for it.
+//! A log that cannot be written: no thread that serves, accepts or controls waits for it.
 
 use harness::raw::Wire;
 use harness::session::{Mode, Request, Session};
@@ -13,20 +13,20 @@ use std::os::linux::fs::MetadataExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command, Stdio};
 
-/// More lines than the queue of the log, a pipe and a journal's socket hold together.
+/// More lines than the queue of the log, a pipe and the journal's socket buffer together.
 const LINES: usize = 2400;
 
-/// A server whose log nobody reads. Dropping it kills it.
-struct Unheard {
+/// A server whose log is not read. Dropping it kills it.
+struct UnreadLog {
     child: Child,
     target: Endpoint,
     _dir: TempDir,
 }
 
-impl Unheard {
-    /// Starts `words... serve` and waits until it serves.
+impl UnreadLog {
+    /// Starts `words... serve` and waits until it accepts connections.
     #[track_caller]
-    fn start(words: &[&str], stderr: Stdio, adapt: impl FnOnce(&mut Command)) -> Unheard {
+    fn start(words: &[&str], stderr: Stdio, adapt: impl FnOnce(&mut Command)) -> UnreadLog {
         let dir = temp_dir();
         let image = sparse_image(dir.path(), "image", 64 * KIB);
         let port = free_port();
@@ -37,17 +37,17 @@ impl Unheard {
         adapt(&mut command);
         let child = command.spawn().unwrap();
         let target = Endpoint::Tcp((Ipv4Addr::LOCALHOST, port).into());
-        let unheard = Unheard { child, target, _dir: dir };
-        let up = poll_until(TIMEOUT, || Wire::try_connect(&unheard.target).is_ok());
-        assert!(up, "it does not serve");
-        unheard
+        let server = UnreadLog { child, target, _dir: dir };
+        let up = poll_until(TIMEOUT, || Wire::try_connect(&server.target).is_ok());
+        assert!(up, "the server accepts no connection");
+        server
     }
 
-    /// Has more logged than anything holds, while a session goes on and others come.
+    /// Causes more lines than the buffers hold while a session continues and new ones open.
     #[track_caller]
-    fn goes_on_while_it_logs(&self) {
+    fn assert_serves_while_the_log_blocks(&self) {
         let mut session = Session::open(&self.target, Mode::Simple).unwrap();
-        // Each tells that it connected and how it ended.
+        // Each logs that it connected and how it ended.
         for _ in 0..LINES / 2 {
             drop(Session::open(&self.target, Mode::Simple));
         }
@@ -56,19 +56,19 @@ impl Unheard {
     }
 
     #[track_caller]
-    fn ends_at_sigterm(&mut self) {
+    fn assert_ends_after_sigterm(&mut self) {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
         let mut status = None;
         let ended = poll_until(TIMEOUT, || {
             status = self.child.try_wait().unwrap();
             status.is_some()
         });
-        assert!(ended, "SIGTERM is not obeyed");
+        assert!(ended, "the server does not end after SIGTERM");
         assert_eq!(status.unwrap().code(), Some(0));
     }
 }
 
-impl Drop for Unheard {
+impl Drop for UnreadLog {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -76,36 +76,36 @@ impl Drop for Unheard {
 }
 
 #[test]
-fn a_full_pipe_as_stderr_stops_nothing_but_the_log() {
-    let mut unheard = Unheard::start(&["env"], Stdio::piped(), |_| ());
-    unheard.goes_on_while_it_logs();
-    unheard.ends_at_sigterm();
+fn a_full_stderr_pipe_stops_only_the_log() {
+    let mut server = UnreadLog::start(&["env"], Stdio::piped(), |_| ());
+    server.assert_serves_while_the_log_blocks();
+    server.assert_ends_after_sigterm();
 }
 
 #[test]
-fn dropped_lines_are_counted_when_the_log_is_read_again() {
-    let mut unheard = Unheard::start(&["env"], Stdio::piped(), |_| ());
-    unheard.goes_on_while_it_logs();
-    let mut stderr = unheard.child.stderr.take().unwrap();
+fn dropped_lines_are_counted_once_the_log_drains() {
+    let mut server = UnreadLog::start(&["env"], Stdio::piped(), |_| ());
+    server.assert_serves_while_the_log_blocks();
+    let mut stderr = server.child.stderr.take().unwrap();
     let mut log = String::new();
     let mut buffer = [0; 1 << 16];
-    let told = poll_until(TIMEOUT, || {
+    let is_counted = poll_until(TIMEOUT, || {
         let count = stderr.read(&mut buffer).unwrap();
         log.push_str(&String::from_utf8_lossy(&buffer[..count]));
         log.contains(" messages of the log were dropped")
     });
-    assert!(told, "no count of dropped lines");
-    drop(Session::open(&unheard.target, Mode::Simple));
+    assert!(is_counted, "no count of dropped lines");
+    drop(Session::open(&server.target, Mode::Simple));
     while !log.rsplit(" messages of the log were dropped").next().unwrap().contains("connected") {
         let count = stderr.read(&mut buffer).unwrap();
         log.push_str(&String::from_utf8_lossy(&buffer[..count]));
     }
 }
 
-/// A stopped journald: a socket where the journal's should be, which is never read. Sees to it in a
-/// mount namespace of the server's own.
+/// A stopped journald: a socket at the journal's path that is never read, mounted in a namespace of
+/// the server's own.
 #[test]
-fn a_stopped_journal_stops_nothing_but_the_log() {
+fn a_stopped_journal_stops_only_the_log() {
     if !require_root("a stopped journal") {
         return;
     }
@@ -113,21 +113,21 @@ fn a_stopped_journal_stops_nothing_but_the_log() {
     let _journal = UnixDatagram::bind(dir.path().join("socket")).unwrap();
     let stream = std::fs::File::create(dir.path().join("stream")).unwrap();
     let metadata = stream.metadata().unwrap();
-    let there = "mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/journal && \
+    let script = "mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/journal && \
                  mount --bind \"$0\" /run/systemd/journal && exec \"$@\"";
     let place = dir.path().to_str().unwrap();
-    let words = ["unshare", "--mount", "sh", "-c", there, place];
-    let mut unheard = Unheard::start(&words, stream.into(), |command| {
+    let words = ["unshare", "--mount", "sh", "-c", script, place];
+    let mut server = UnreadLog::start(&words, stream.into(), |command| {
         let stream = format!("{}:{}", metadata.st_dev(), metadata.st_ino());
         command.env("JOURNAL_STREAM", stream);
     });
-    unheard.goes_on_while_it_logs();
-    unheard.ends_at_sigterm();
+    server.assert_serves_while_the_log_blocks();
+    server.assert_ends_after_sigterm();
     let lines = std::fs::read_to_string(dir.path().join("stream")).unwrap();
-    assert_eq!(lines, "", "it all went to the journal");
+    assert_eq!(lines, "", "every line goes to the journal");
 }
 
-/// The last line of a process that ends at once appears.
+/// The queue of the log is flushed even if the process ends at once.
 #[test]
 fn a_fatal_line_is_written_before_the_process_ends() {
     for _ in 0..20 {

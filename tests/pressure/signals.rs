@@ -1,4 +1,4 @@
-//! What each signal does to a server (flexnbd(1), "SIGNALS").
+//! The effect of each signal on a server (flexnbd(1), "SIGNALS").
 
 use harness::session::{Mode, Request, Session};
 use harness::{Builder, KIB, Server, TempDir, restore_default_signals, sparse_image, temp_dir};
@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
 
-/// A verbose server, whose log tells when it has dealt with a signal, and its directory.
+/// A verbose server, whose log shows each signal that it handled, and its directory.
 fn server(config: Option<&str>) -> (Server, TempDir) {
     restore_default_signals();
     let dir = temp_dir();
@@ -18,7 +18,7 @@ fn server(config: Option<&str>) -> (Server, TempDir) {
         fs::write(&path, text).unwrap();
         builder = builder.args(["--config".as_ref(), path.as_os_str()]);
     }
-    // A server that listens may still be setting its signals up: sessions come after that.
+    // A server that listens may still install its signal handlers; this line comes after that.
     let server = builder.start();
     server.wait_for_stderr("serving ");
     (server, dir)
@@ -37,7 +37,7 @@ fn stopping_signals_end_the_server_cleanly() {
 }
 
 #[test]
-fn meaningless_signals_leave_sessions_alone() {
+fn unused_signals_leave_sessions_open() {
     use Signal::*;
     let (server, _dir) = server(None);
     let mut session = Session::open(server.endpoint(), Mode::Simple).unwrap();
@@ -46,14 +46,14 @@ fn meaningless_signals_leave_sessions_alone() {
         server.wait_for_stderr(&format!("received {signal}, which has no meaning here"));
     }
     for number in [libc::SIGRTMIN(), libc::SIGRTMAX(), libc::SIGXFSZ, libc::SIGPIPE] {
-        // SAFETY: two integers, the first the id of our own child.
+        // SAFETY: it takes two integers; the first is the pid of a child that is not reaped yet.
         assert_eq!(unsafe { libc::kill(server.pid().cast_signed(), number) }, 0);
         session.ok(Request::write(0, &[1; 512]));
     }
 }
 
 #[test]
-fn hangup_reloads_a_configuration() {
+fn sighup_reloads_the_configuration() {
     let (server, dir) = server(Some("MAX_CLIENTS=2\n"));
     let mut session = Session::open(server.endpoint(), Mode::Simple).unwrap();
     server.signal(Signal::SIGHUP);
@@ -64,11 +64,11 @@ fn hangup_reloads_a_configuration() {
     session.ok(Request::write(0, &[1; 512]));
     fs::write(dir.path().join("config"), "ACL=192.0.2.1\n").unwrap();
     server.signal(Signal::SIGHUP);
-    session.wire.expect_closed("the list does not admit it any more");
+    session.wire.expect_closed("the reloaded ACL excludes the client");
 }
 
 #[test]
-fn hangup_under_nohup_changes_nothing() {
+fn sighup_under_nohup_is_ignored() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 64 * KIB);
     let server = Builder::serve(&image).args(["--verbose"]).through(["nohup"]).start();

@@ -1,5 +1,5 @@
-//! Connections that say nothing keep nobody out: not clients, not a source, not the operator; and
-//! strangers do not fill the log.
+//! Silent connections exclude no client, no source and no operator, and refused connections do not
+//! fill the log.
 
 use harness::raw::{OPT_GO, OPT_PRIVATE, Wire, encode_go};
 use harness::session::{Mode, Request, Session};
@@ -10,10 +10,10 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 
-/// Replies to an option.
+/// Types of option replies.
 const ACK: u32 = 1;
 const POLICY: u32 = 0x8000_0002;
-/// So many silent connections kept the old server from others for a minute.
+/// Number of silent connections: so many blocked the previous server for a minute.
 const MANY: usize = 1000;
 
 fn server(flags: &str) -> (Server, TempDir) {
@@ -33,7 +33,7 @@ fn address(target: &Endpoint) -> SocketAddr {
 fn silent(target: &Endpoint, count: usize, bytes: &[u8]) -> Vec<TcpStream> {
     let connect = |_| {
         let mut stream = TcpStream::connect(address(target)).unwrap();
-        // It may have given way already.
+        // The server may have closed it in favour of a later one.
         let _ = stream.write_all(bytes);
         stream
     };
@@ -41,27 +41,27 @@ fn silent(target: &Endpoint, count: usize, bytes: &[u8]) -> Vec<TcpStream> {
 }
 
 #[track_caller]
-fn is_served(target: &Endpoint) {
+fn assert_served(target: &Endpoint) {
     Session::open(target, Mode::Structured).unwrap().ok(Request::write(0, &[1; 512]));
 }
 
 #[test]
-fn silent_connections_delay_no_honest_client() {
+fn silent_connections_do_not_block_clients() {
     let (server, _dir) = server("");
     for bytes in [&b""[..], &[0, 0, 0, 3]] {
         let _silent = silent(server.endpoint(), MANY, bytes);
-        is_served(server.endpoint());
+        assert_served(server.endpoint());
     }
 }
 
 #[test]
-fn silent_connections_fill_no_small_house() {
+fn silent_connections_do_not_count_as_clients() {
     let (server, _dir) = server("--max-clients 1");
     let _silent = silent(server.endpoint(), 100, b"");
     let session = Session::open(server.endpoint(), Mode::Structured).unwrap();
-    Wire::connect(server.endpoint()).expect_closed("there is one client already");
+    Wire::connect(server.endpoint()).expect_closed("the limit of one client is reached");
     drop(session);
-    wait_until("the place to be free", || {
+    wait_until("the place of the closed session to be free", || {
         let mut wire = Wire::connect(server.endpoint());
         let greeted = wire.try_recv(&mut [0; 18]);
         !matches!(greeted, Ok(0) | Err(_))
@@ -69,36 +69,36 @@ fn silent_connections_fill_no_small_house() {
 }
 
 #[test]
-fn a_question_at_a_serving_host_is_answered_beyond_the_limit_and_buys_no_place() {
+fn ownership_queries_are_answered_beyond_the_client_limit() {
     let (server, _dir) = server("--max-clients 1");
     let _session = Session::open(server.endpoint(), Mode::Simple).unwrap();
-    // From a host that has no client here; those that have are closed without a greeting.
-    let mut asking = connect_from(Ipv4Addr::new(127, 0, 0, 2), server.endpoint());
-    asking.read_exact(&mut [0; 18]).unwrap();
-    asking.write_all(&3u32.to_be_bytes()).unwrap();
+    // From an address without a client: those with one are closed without a greeting.
+    let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, 2), server.endpoint());
+    stream.read_exact(&mut [0; 18]).unwrap();
+    stream.write_all(&3u32.to_be_bytes()).unwrap();
     let mut ask = |option: u32, data: &[u8]| {
         let length = u32::try_from(data.len()).unwrap();
         let option = [&b"IHAVEOPT"[..], &option.to_be_bytes(), &length.to_be_bytes(), data];
-        asking.write_all(&option.concat()).unwrap();
+        stream.write_all(&option.concat()).unwrap();
         loop {
             // Magic, option, type, length.
             let mut head = [0; 20];
-            asking.read_exact(&mut head).unwrap();
+            stream.read_exact(&mut head).unwrap();
             let [kind, length] = [12, 16].map(|at| head[at..].first_chunk::<4>().unwrap());
             let [kind, length] = [kind, length].map(|bytes| u32::from_be_bytes(*bytes));
-            asking.read_exact(&mut vec![0; length as usize]).unwrap();
+            stream.read_exact(&mut vec![0; length as usize]).unwrap();
             if kind == ACK || kind == POLICY {
                 return kind;
             }
         }
     };
-    let question = [&1u32.to_be_bytes()[..], &(64 * KIB).to_be_bytes(), &[7; 16]].concat();
-    assert_eq!(ask(OPT_PRIVATE, &question), ACK, "whether its disk has arrived");
+    let query = [&1u32.to_be_bytes()[..], &(64 * KIB).to_be_bytes(), &[7; 16]].concat();
+    assert_eq!(ask(OPT_PRIVATE, &query), ACK, "the query whether the disk has arrived");
     assert_eq!(ask(OPT_GO, &encode_go(b"", &[])), POLICY);
 }
 
 #[test]
-fn silent_connections_fill_no_old_style_house() {
+fn silent_connections_do_not_block_oldstyle_clients() {
     let (server, _dir) = server("--max-clients 2 --oldstyle");
     let _silent = silent(server.endpoint(), 100, b"");
     let mut session = Session::open_old_style(server.endpoint());
@@ -106,7 +106,7 @@ fn silent_connections_fill_no_old_style_house() {
 }
 
 #[test]
-fn the_limit_holds_for_clients_that_greet_at_once() {
+fn the_client_limit_holds_for_concurrent_handshakes() {
     let (server, _dir) = server("--max-clients 1");
     let mut late = Wire::haggle(server.endpoint(), 3);
     let _session = Session::open(server.endpoint(), Mode::Simple).unwrap();
@@ -114,7 +114,7 @@ fn the_limit_holds_for_clients_that_greet_at_once() {
 }
 
 #[test]
-fn a_source_gets_past_silent_connections() {
+fn silent_connections_do_not_block_a_migration() {
     let dir = temp_dir();
     let (here, there) =
         (sparse_image(dir.path(), "here", 64 * KIB), sparse_image(dir.path(), "there", 64 * KIB));
@@ -130,7 +130,7 @@ fn a_source_gets_past_silent_connections() {
 }
 
 #[test]
-fn the_operator_is_answered_when_descriptors_are_used_up() {
+fn status_is_answered_without_free_descriptors() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 64 * KIB);
     let control = dir.path().join("control.sock");
@@ -141,7 +141,7 @@ fn the_operator_is_answered_when_descriptors_are_used_up() {
     server.wait_for_control(&control);
     let _silent = silent(server.endpoint(), 200, b"");
     let mut sessions = Vec::new();
-    // Until no more are let in.
+    // Until the server accepts no more.
     loop {
         let mut wire = Wire::connect(server.endpoint());
         match wire.try_recv(&mut [0; 18]) {
@@ -159,7 +159,7 @@ fn the_operator_is_answered_when_descriptors_are_used_up() {
 }
 
 #[test]
-fn the_operator_is_answered_beside_silent_operators() {
+fn status_is_answered_beside_silent_control_connections() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 64 * KIB);
     let control = dir.path().join("control.sock");
@@ -171,10 +171,10 @@ fn the_operator_is_answered_beside_silent_operators() {
 }
 
 #[test]
-fn refused_strangers_are_logged_at_once_and_then_counted() {
+fn refused_connections_are_logged_once_and_then_counted() {
     const REFUSED: usize = 300;
     let (mut server, _dir) = server("192.0.2.1");
-    let from = |last: u8| {
+    let connect_refused = |last: u8| {
         let mut stream = connect_from(Ipv4Addr::new(127, 0, 0, last), server.endpoint());
         match stream.read(&mut [0; 18]) {
             Ok(0) => {}
@@ -182,8 +182,8 @@ fn refused_strangers_are_logged_at_once_and_then_counted() {
             other => panic!("{other:?}"),
         }
     };
-    (0..REFUSED).for_each(|_| from(2));
-    from(3);
+    (0..REFUSED).for_each(|_| connect_refused(2));
+    connect_refused(3);
     assert!(server.stop().success());
     let log = server.stderr();
     let lines: Vec<&str> = log.lines().collect();
@@ -195,7 +195,7 @@ fn refused_strangers_are_logged_at_once_and_then_counted() {
 }
 
 #[test]
-fn broken_handshakes_are_logged_at_once_and_then_counted() {
+fn broken_handshakes_are_logged_once_and_then_counted() {
     const BROKEN: usize = 100;
     let (mut server, _dir) = server("--verbose");
     for number in 0..BROKEN {
@@ -204,7 +204,7 @@ fn broken_handshakes_are_logged_at_once_and_then_counted() {
         wire.send(&[if number == 0 { 0xff } else { number as u8 | 0x40 }; 4]);
         wire.expect_closed("unknown client flags");
     }
-    is_served(server.endpoint());
+    assert_served(server.endpoint());
     assert!(server.stop().success());
     let log = server.stderr();
     let closed = log.lines().filter(|line| line.contains("the client broke the handshake"));
@@ -216,7 +216,7 @@ fn broken_handshakes_are_logged_at_once_and_then_counted() {
     assert_eq!(log.matches(" connected").count(), 1, "clients only: {log}");
 }
 
-/// A connection from another address of the loopback network.
+/// A connection from an address of the loopback network.
 fn connect_from(from: Ipv4Addr, to: &Endpoint) -> TcpStream {
     use nix::sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket,
