@@ -37,8 +37,8 @@
 //! `main.rs` is the program. `generator.rs` is another, which systemd runs at boot: it turns
 //! configurations into drop-ins for the units in `systemd/`.
 //!
-//! `client` has a floor of its own because the command line and a migration both speak to other
-//! servers, in one way.
+//! `client` stands below both the command line and a migration, because both speak to other servers, in
+//! one way. A peer is called by trait where it stands above: `ServerEvents`, `ExportPolicy`, `Notifier`.
 //!
 //! # A request
 //!
@@ -48,11 +48,11 @@
 //!                              acl       a batch           bytes
 //! ```
 //!
-//! Each module is entered once and nothing goes back up. Decisions are pure: values in, values out,
+//! Decisions are pure: values in, values out,
 //! with time, randomness and I/O as arguments.
-//! Slow disk I/O is in flight (`disk/inflight`): it takes its visit along, io_uring (`disk/uring`) or a
-//! thread (`disk/thread_pool`) executes it while the session goes on with the next request, and its
-//! completion is answered out of order. Of two overlapping changes the earlier is executed first,
+//! Disk I/O that may block, or must be durable, is in flight (`disk/inflight`): an operation becomes calls
+//! (`disk/io_queue`) to io_uring (`disk/uring`) or a thread (`disk/thread_pool`), the session goes on with
+//! the next request, and the completion is answered out of order. Of two overlapping changes the earlier is executed first,
 //! whichever sessions they belong to (`disk/overlap`).
 //! A peer's fault ends that peer's session; our own fault propagates to `main`.
 //!
@@ -93,8 +93,8 @@
 //! 4. `Destination::arrival`: the state of an incoming disk.
 //! 5. `ActiveCommands::closed`: held while an idle process stops accepting commands and clients.
 //! 6. The table in `server/sessions`. Under it `ServerEvents` are reported: their handlers only send.
-//! 7. Leaves, under which no other lock is taken and nothing is waited for: overlap, flush errors,
-//!    record store, queues, the memory reserve.
+//! 7. Leaves, under which no other lock is taken and nothing is waited for but their own condition
+//!    variables: all others, such as overlap, flush errors, record store and queues.
 //!
 //! The gate is not a lock, but is waited for like one. It is entered with none of them held but
 //! `settling`, since nothing closes the gate of a disk that arrives. Closing waits for all visits, so
@@ -102,18 +102,20 @@
 //!
 //! # Glossary
 //!
-//! Words of our own, used for nothing else. All others are those of the NBD specification, of the
+//! Words of our own. All others are those of the NBD specification, of the
 //! kernel's block layer and of QEMU's.
 //!
 //! * **disk**: the exported bytes, whatever keeps them. **image**: the file or block device that does.
 //! * **gate**: the barrier that all disk access of sessions passes. Closing it drains what is inside.
 //! * **visit**: the guard of one passage through the gate; disk access happens through it.
-//! * **copier**: the view of a migration, which reads behind the closed gate.
+//! * **copier**: the view that reads without passing the gate: for a migration, which is the one that
+//!   closes it, and for the watchdog's probe.
 //! * **record**: the ownership record beside an image: *incoming* (half a copy), *ours*, *departing*
 //!   (a handover was begun), *departed* (another host owns the disk now).
 //! * **handover**: the request by which a source gives the disk away. **in doubt**: it was sent and its
 //!   outcome is unknown; neither side serves until that is resolved.
-//! * **provenance**: how a disk became ours: native, arrived, received or adopted.
+//! * **provenance**: how a disk became ours: native; arrived, from a source that introduced itself;
+//!   received, from a sender that could not; or adopted, by an operator's command.
 
 pub mod cli;
 pub mod client;

@@ -42,11 +42,11 @@ const PURE: &[&str] = &[
     "server/snapshot.rs",
     "server/polling.rs",
     "server/inline_reads.rs",
-    "server/slots.rs",
-    "server/progress.rs",
+    "server/handshake_slots.rs",
+    "server/session_state.rs",
     "server/stall.rs",
     "disk/ownership.rs",
-    "server/throttle.rs",
+    "server/write_throttle.rs",
     "migration/arrival.rs",
     "migration/job.rs",
     "migration/machine.rs",
@@ -62,7 +62,7 @@ const PURE: &[&str] = &[
     "control/status.rs",
     "control/summary.rs",
     "daemon/idle.rs",
-    "daemon/status/text.rs",
+    "daemon/status_reporter/text.rs",
     "systemd/log_limit.rs",
     "cli/config.rs",
     "cli/settings.rs",
@@ -84,7 +84,7 @@ const SHARED_NAMES: &[(&str, &str)] = &[];
 
 /// Pairs of files that may use each other, and why.
 const CIRCLES: &[(&str, &str, &str)] =
-    &[("server/reads.rs", "server/work.rs", "the engine replaces both")];
+    &[("server/executor.rs", "server/reads.rs", "the engine replaces both")];
 
 fn sources() -> Vec<(PathBuf, String)> {
     fn visit(directory: &Path, found: &mut Vec<PathBuf>) {

@@ -10,7 +10,7 @@ use crate::disk::ownership::{
     for_serve,
 };
 use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
-use crate::disk::state::STATE_VARIABLE;
+use crate::disk::state_directory::STATE_VARIABLE;
 use crate::disk::{Access, Disk, FileBackend};
 use crate::human::{counted, utc};
 use crate::message_id;

@@ -3,10 +3,10 @@
 
 use super::events::ProcessEvent;
 use super::idle::Idle;
-use super::notify::log_unsent;
+use super::log_unsent::log_unsent;
 use super::operator::Service;
 use super::snapshot;
-use super::status::StatusReporter;
+use super::status_reporter::StatusReporter;
 use super::watchdog::Watchdog;
 use crate::control::Handle;
 use crate::disk::Disk;

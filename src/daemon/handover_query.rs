@@ -2,7 +2,7 @@
 //! long, so a thread asks, while the process handles signals, feeds the watchdog and refuses clients.
 //! Never decides what follows from the answer.
 
-use super::notify::log_unsent;
+use super::log_unsent::log_unsent;
 use super::signals::Signals;
 use crate::disk::ownership::{Id, RemoteAddress};
 use crate::memory_reserve::check_thread_headroom;

@@ -15,24 +15,24 @@
 
 mod claim;
 mod config;
-mod degraded;
 mod event_loop;
 mod events;
+mod export_policies;
 mod handover_query;
 mod idle;
 mod inherited;
+mod log_unsent;
 mod migration_log;
-mod migrations;
-mod notify;
 mod operator;
-mod policy;
+mod outgoing;
 mod random;
+mod refusing;
 pub mod signals;
 mod snapshot;
 mod sockets;
 mod start_error;
 mod startup;
-mod status;
+mod status_reporter;
 mod watchdog;
 
 pub use config::{Admission, Config, ProcessRole, RecordPolicy, RereadConfig};

@@ -3,8 +3,8 @@
 
 use super::config::{Admission, RereadConfig};
 use super::events::ActiveCommands;
-use super::migrations::{self, MigrationContext, PreparedMigration};
-use super::notify::log_unsent;
+use super::log_unsent::log_unsent;
+use super::outgoing::{self, MigrationContext, PreparedMigration};
 use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
@@ -146,11 +146,11 @@ impl Service {
                 ..Status::default()
             }
         };
-        let record = migrations::describe(migration, &mut status)
+        let record = outgoing::describe(migration, &mut status)
             .unwrap_or_else(|| self.record_name(migration));
         status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
         let running = migration.filter(|migration| migration.outcome().is_none());
-        migrations::describe_obstacle(running, &mut status);
+        outgoing::describe_obstacle(running, &mut status);
         status
     }
 
@@ -158,7 +158,7 @@ impl Service {
     /// the record of its provenance, unless a migration could not put that back.
     fn record_name(&self, migration: Option<&MigrationHandle>) -> &'static str {
         let record_store = match &self.role {
-            DiskRole::Serving(outgoing) if migrations::owes_record(migration) => {
+            DiskRole::Serving(outgoing) if outgoing::owes_record(migration) => {
                 &outgoing.record_store
             }
             DiskRole::Serving(outgoing) => {
@@ -227,7 +227,7 @@ impl Service {
         let last_outcome = self.last_migration().and_then(|migration| migration.outcome());
         check_not_moved(last_outcome.as_ref())?;
         let size = outgoing.context.disk.size();
-        let record_store = migrations::check(&outgoing.record_store, size, command)?;
+        let record_store = outgoing::check(&outgoing.record_store, size, command)?;
         let shutdown = self.server().shutdown_handle();
         let prepared = PreparedMigration::new(&outgoing.context, record_store, shutdown, command)?;
         let handle = Arc::clone(&prepared.handle);
@@ -252,7 +252,7 @@ impl Service {
         let by_operator =
             |(outcome, _): &_| *outcome != Outcome::Broken || !self.waiters.is_interrupted();
         match account.filter(by_operator) {
-            Some((outcome, stats)) => migrations::end_reply(&outcome, &stats),
+            Some((outcome, stats)) => outgoing::end_reply(&outcome, &stats),
             None => Reply::refused("the server was stopped before the migration was over"),
         }
     }
@@ -279,9 +279,9 @@ impl Operator for Service {
             Command::Status => Reply::success(self.status().to_string()),
             Command::Acl { entries } => self.set_acl(&entries),
             Command::Reload => self.reload(),
-            Command::Break => migrations::break_off(self.running_migration().as_deref()),
+            Command::Break => outgoing::break_off(self.running_migration().as_deref()),
             Command::MirrorMaxBps(limit) => {
-                migrations::set_speed(self.running_migration().as_deref(), limit)
+                outgoing::set_speed(self.running_migration().as_deref(), limit)
             }
             Command::Mirror(mirror) => match self.mirror(&mirror) {
                 Ok(_) => Reply::success("Mirror started"),

@@ -3,21 +3,21 @@
 
 use super::claim::{Claim, Ownership};
 use super::config::{Admission, Config, ProcessRole, RereadConfig};
-use super::degraded::{self, DegradedResult, ServerPurpose};
 use super::event_loop::{Process, ProcessEnd};
 use super::events::{ActiveCommands, ProcessEvent, ServerEventSender};
+use super::export_policies::{ReceivingPolicy, ServingPolicy};
 use super::handover_query::QueryResult;
 use super::idle::Idle;
 use super::inherited::Inherited;
-use super::migrations::MigrationContext;
-use super::notify::log_unsent;
+use super::log_unsent::log_unsent;
 use super::operator::{DiskRole, MigrationWaiters, OutgoingMigrations, Service};
-use super::policy::{ReceivingPolicy, ServingPolicy};
+use super::outgoing::MigrationContext;
 use super::random;
+use super::refusing::{self, RefusalResult, ServerPurpose};
 use super::signals::{SignalAction, Signals};
 use super::sockets::Sockets;
 use super::start_error::StartError;
-use super::status::{IdleStatus, StatusReporter};
+use super::status_reporter::{IdleStatus, StatusReporter};
 use super::watchdog::{Watchdog, WatchedParts};
 use crate::control::{ControlSocket, Handle, Operator};
 use crate::disk::Disk;
@@ -26,7 +26,7 @@ use crate::migration::arrival::{Admits, Arrival};
 use crate::migration::destination::Destination;
 use crate::migration::wire::Token;
 use crate::net::Listener;
-use crate::server::policy::ExportPolicy;
+use crate::server::export_policy::ExportPolicy;
 use crate::server::{STALL_LIMIT, Server, ServerConfig, SessionSettings, StoredSessions, Style};
 use crate::sync::lock;
 use crate::systemd::FdStore;
@@ -61,9 +61,9 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
             Err(error) => {
                 // Sessions of the last process end now, not when refusing ends.
                 startup.sessions = StoredSessions::default();
-                match degraded::run(&startup.inherited, &purpose, error)? {
-                    DegradedResult::Ended(end) => return Ok(end),
-                    DegradedResult::Answered(answer) => startup.answer = Some(answer),
+                match refusing::run(&startup.inherited, &purpose, error)? {
+                    RefusalResult::Ended(end) => return Ok(end),
+                    RefusalResult::Answered(answer) => startup.answer = Some(answer),
                 }
             }
         }
@@ -82,10 +82,10 @@ pub fn refuse(role: ProcessRole, control: Option<PathBuf>, reason: &str) -> Opti
     let (inherited, _) = Inherited::take().ok()?;
     let purpose = ServerPurpose { role, image: None, control };
     let error = StartError::Configuration(reason.to_owned());
-    match degraded::run(&inherited, &purpose, error).ok()? {
-        DegradedResult::Ended(end) => Some(end),
+    match refusing::run(&inherited, &purpose, error).ok()? {
+        RefusalResult::Ended(end) => Some(end),
         // Such an error asks no other host.
-        DegradedResult::Answered(_) => None,
+        RefusalResult::Answered(_) => None,
     }
 }
 

@@ -235,7 +235,7 @@ impl CheckSchedule {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
+    use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
 
     const SECOND: Duration = Duration::from_secs(1);
     const TIMEOUT: Duration = Duration::from_secs(20);

@@ -93,7 +93,7 @@ pub(super) fn extent_at(image: &dyn Backend, offset: u64) -> io::Result<Extent> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::{FailingBackend, Faults, InMemory, MemoryBackend, Op};
+    use super::super::memory_backend::{FailingBackend, Faults, InMemory, MemoryBackend, Op};
     use super::*;
     use proptest::prelude::*;
     use std::sync::Arc;

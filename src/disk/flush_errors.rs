@@ -130,7 +130,7 @@ impl Drop for FlushGuard<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::slow::TestNotifier;
+    use super::super::slow_backend::TestNotifier;
     use super::*;
     use nix::libc::{EIO, ENOSPC};
 

@@ -6,7 +6,7 @@
 //! written and before the completion is reported.
 //!
 //! A change that overlaps an earlier one in flight, of any session, waits for it in a queue, without
-//! holding a visit. Zeroing and trimming run in parts ([`super::parts`]); between two parts they
+//! holding a visit. Zeroing and trimming run in parts ([`super::part_sizes`]); between two parts they
 //! give up the visit if the gate is closed. Waiting operations are dropped with their session.
 //!
 //! Group commit: durable operations are batched until [`InFlight::submit`]. A single write uses
@@ -16,14 +16,14 @@
 //! (`disk/thread_pool`).
 
 use super::backend::{errno_of, execute};
-use super::device::{Disk, Visit};
+use super::detect_zeros;
+use super::disk::{Disk, Visit};
 use super::flush_errors::ConcurrentFlushes;
 use super::io_queue::{Call, Completion, Notifier, Zeroing};
 use super::overlap::Change;
-use super::parts::PartSizes;
+use super::part_sizes::PartSizes;
 use super::thread_pool::Completions;
 use super::write_behind::WriteBehind;
-use super::zeros;
 use crate::range::Range;
 use nix::errno::Errno;
 use std::cell::Cell;
@@ -355,10 +355,11 @@ impl<'a, T> InFlight<'a, T> {
     ) {
         let range = Range::whole(self.disk.size()).from(offset).split(data.len() as u64).0;
         let image = &*self.disk.image;
-        let gaps = match durable.then(|| zeros::leaves_gaps(image, offset, &data)).transpose() {
-            Ok(gaps) => gaps,
-            Err(error) => return self.finish(operation, Err(error)),
-        };
+        let gaps =
+            match durable.then(|| detect_zeros::leaves_gaps(image, offset, &data)).transpose() {
+                Ok(gaps) => gaps,
+                Err(error) => return self.finish(operation, Err(error)),
+            };
         if let Some(edges) = operation.visit.cold_edges(range) {
             operation.next_step = NextStep::Write { offset, data, durable };
             self.call(operation, Call::Populate(edges));
@@ -371,7 +372,7 @@ impl<'a, T> InFlight<'a, T> {
 
     /// Writes to the page cache, without waiting for the device.
     fn write(&mut self, mut operation: Operation<'a, T>, offset: u64, data: &[u8], durable: bool) {
-        let written = zeros::write_around_holes(&*self.disk.image, offset, data);
+        let written = detect_zeros::write_around_holes(&*self.disk.image, offset, data);
         self.mark(&mut operation);
         match written {
             Ok(()) if durable => self.commit_batch.push(Batched { operation, write: None }),

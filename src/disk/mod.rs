@@ -11,11 +11,12 @@
 
 mod backend;
 mod deletion;
-mod device;
+mod detect_zeros;
 pub mod dirty;
+#[expect(clippy::module_inception, reason = "the file of the type `Disk`")]
+mod disk;
 mod extents;
-mod file;
-mod file_id;
+mod file_backend;
 mod file_system;
 mod flush_errors;
 mod gate;
@@ -23,35 +24,35 @@ pub mod inflight;
 mod io_queue;
 mod lock;
 #[cfg(test)]
-pub(crate) mod memory;
+pub(crate) mod memory_backend;
 #[cfg(test)]
 mod model_tests;
 mod open;
 mod overlap;
 pub mod ownership;
-pub mod parts;
+pub mod part_sizes;
+mod persistent_id;
 pub mod record_store;
 #[cfg(test)]
-pub(crate) mod slow;
-pub mod state;
-mod state_file;
+pub(crate) mod slow_backend;
+pub mod state_directory;
+mod state_entries;
 mod syscalls;
 mod thread_pool;
 mod uring;
 pub mod write_behind;
-mod zeros;
 
 pub use backend::{Backend, Extent, Identity, errno_of};
 pub use deletion::{DeletionError, PathTarget};
-pub use device::{Copier, Disk, Visit};
-pub use file::FileBackend;
+pub use detect_zeros::is_zero;
+pub use disk::{Copier, Disk, Visit};
+pub use file_backend::FileBackend;
 pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
 pub use io_queue::{Call, Completion, IoQueue, Notifier, Zeroing};
 pub use lock::{Holders, LockKind};
 pub use open::{Access, OpenError, SECTOR, image_size};
 pub use overlap::Change;
-pub use zeros::is_zero;
 
 #[cfg(test)]
 mod tests;

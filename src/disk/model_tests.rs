@@ -2,7 +2,7 @@
 //! the bytes that were written.
 
 use super::inflight::Work as DiskWork;
-use super::memory::MemoryBackend;
+use super::memory_backend::MemoryBackend;
 use super::tests::run as run_operation;
 use super::{Access, Backend, Disk, FileBackend, OpenError, Zeroing};
 use crate::range::Range;

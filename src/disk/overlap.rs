@@ -116,7 +116,7 @@ fn overlap(one: Range, other: Range) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::slow::TestNotifier;
+    use super::super::slow_backend::TestNotifier;
     use super::*;
     use proptest::prelude::*;
 

@@ -15,11 +15,11 @@
 //! is durable, when the entry is removed.
 
 use super::deletion::{self, DeletionError, PathTarget};
-use super::file::FileBackend;
-use super::file_id::FileId;
+use super::file_backend::FileBackend;
 use super::ownership::{BadRecord, RECORD_MAX, Record};
-use super::state::{Unsearchable, directory_of_record, directory_of_tombstone};
-use super::state_file::{self, SpareFile, StateFileLookup, tombstone_path};
+use super::persistent_id::FileId;
+use super::state_directory::{Unsearchable, directory_of_record, directory_of_tombstone};
+use super::state_entries::{self, SpareFile, StateFileLookup, tombstone_path};
 use crate::sync;
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -171,7 +171,7 @@ impl RecordStore {
             Some(state) => state.to_owned(),
             None => directory_of_record(&path, id.as_ref())?,
         };
-        let default_path = state_file::default_path(&state, &path);
+        let default_path = state_entries::default_path(&state, &path);
         Ok(Self {
             image,
             path,
@@ -375,7 +375,7 @@ impl RecordStore {
         if let Some(record) = last.filter(|_| self.leaves_tombstone) {
             // Before the deletion: after a crash in between, the image still has its own record.
             let path = tombstone_path(&self.default_path);
-            state_file::write(&path, &record.encode(), None, None)
+            state_entries::write(&path, &record.encode(), None, None)
                 .map_err(|source| RecordStoreError::Io { path, source })?;
         }
         let spare = format!(".flexnbd-deleting-{}", found.ino());
@@ -393,13 +393,13 @@ impl RecordStore {
         if !path.exists() {
             return Ok(());
         }
-        state_file::remove(&path).map_err(|source| RecordStoreError::Io { path, source })
+        state_entries::remove(&path).map_err(|source| RecordStoreError::Io { path, source })
     }
 
     /// Makes the current record durable, in both locations.
     fn sync(&self) -> Result<(), RecordStoreError> {
         if let Some(entry) = self.find()?.entry {
-            state_file::sync(&entry.path)
+            state_entries::sync(&entry.path)
                 .map_err(|source| RecordStoreError::Io { path: entry.path, source })?;
         }
         match self.image.sync_all() {
@@ -434,7 +434,7 @@ impl RecordStore {
     // The state directory.
 
     fn find(&self) -> Result<StateFileLookup, RecordStoreError> {
-        state_file::find(&self.default_path, self.id.as_ref(), &|path| self.is_another(path))
+        state_entries::find(&self.default_path, self.id.as_ref(), &|path| self.is_another(path))
             .map_err(|source| RecordStoreError::Io { path: self.default_path.clone(), source })
     }
 
@@ -475,7 +475,7 @@ impl RecordStore {
     fn write_entry_at(&self, path: PathBuf, record: &Record) -> Result<(), RecordStoreError> {
         let spare = self.spare().take();
         let had_spare = spare.is_some();
-        let written = state_file::write(&path, &record.encode(), self.id.as_ref(), spare);
+        let written = state_entries::write(&path, &record.encode(), self.id.as_ref(), spare);
         written.map_err(|source| RecordStoreError::Io { path: path.clone(), source })?;
         if had_spare {
             // For the next record. Without space now, that record may still find space later.
@@ -485,7 +485,7 @@ impl RecordStore {
     }
 
     fn reserve_entry(&self, is_needed: bool) -> Result<(), RecordStoreError> {
-        let directory = state_file::directory_of(&self.default_path);
+        let directory = state_entries::directory_of(&self.default_path);
         if !is_needed && !directory.exists() {
             return Ok(());
         }
@@ -519,7 +519,7 @@ impl RecordStore {
                 target => return Err(self.renamed(target)),
             }
         }
-        state_file::remove(&entry.path)
+        state_entries::remove(&entry.path)
             .map_err(|source| RecordStoreError::Io { path: entry.path, source })
     }
 
@@ -556,8 +556,9 @@ pub fn read_tombstone(path: &Path) -> Result<Option<Record>, RecordStoreError> {
 
 fn read_tombstone_in(path: &Path, state: &Path) -> Result<Option<Record>, RecordStoreError> {
     let image = absolute(path)?;
-    let path = tombstone_path(&state_file::default_path(state, &image));
-    let entry = state_file::read(&path).map_err(|source| RecordStoreError::Io { path, source })?;
+    let path = tombstone_path(&state_entries::default_path(state, &image));
+    let entry =
+        state_entries::read(&path).map_err(|source| RecordStoreError::Io { path, source })?;
     let decoded = entry.map(|entry| Record::decode(&entry.line)).transpose();
     decoded.map_err(|why| RecordStoreError::Bad { image, why })
 }

@@ -1,8 +1,8 @@
 //! A disk in memory with injected faults: errors returned, and errors remembered.
 
 use super::inflight::{InFlight, Work};
-use super::memory::{FailingBackend, Faults, MemoryBackend, Op};
-use super::slow::TestNotifier;
+use super::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+use super::slow_backend::TestNotifier;
 use super::*;
 use crate::range::Range;
 use nix::libc::{EINVAL, EIO, ENOSPC, EPERM};

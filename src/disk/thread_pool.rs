@@ -211,8 +211,8 @@ impl Completions {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
-    use super::super::slow::TestNotifier;
+    use super::super::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+    use super::super::slow_backend::TestNotifier;
     use super::*;
 
     const SIZE: u64 = 1 << 20;

@@ -396,7 +396,7 @@ impl std::fmt::Debug for Uring<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::slow::TestNotifier;
+    use super::super::slow_backend::TestNotifier;
     use super::super::{Access, Backend, FileBackend, Notifier};
     use super::*;
     use tempfile::TempDir;

@@ -244,9 +244,9 @@ impl Destination {
 mod tests {
     use super::*;
     use crate::disk::inflight::{InFlight, Work};
-    use crate::disk::memory::MemoryBackend;
+    use crate::disk::memory_backend::MemoryBackend;
     use crate::disk::ownership::Id;
-    use crate::disk::slow::{Slow, SlowBackend, TestNotifier};
+    use crate::disk::slow_backend::{Slow, SlowBackend, TestNotifier};
     use crate::migration::arrival::Admits;
     use crate::migration::wire::Token;
     use nix::libc::EIO;

@@ -376,7 +376,7 @@ fn trouble(error: ClientError) -> Trouble {
 mod tests {
     use super::*;
     use crate::disk::Disk;
-    use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
+    use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
     use nix::libc::{EBADMSG, ECONNRESET, EIO, ENODATA, ENOMEM, EPIPE, ESTALE, ETIMEDOUT};
     use std::io::Read;
     use std::os::unix::net::UnixStream;

@@ -33,8 +33,8 @@
 //! * A destination without the private option cannot acknowledge. To it: last write, FLUSH,
 //!   *departing*, deletion if ordered, DISC, *departed*. Its phase is `LegacyHandover`.
 //!
-//! A file per group of phases holds the handlers. They share [`context::Context`], return a
-//! [`phase::Next`] and never call those of another phase; [`Machine::step`] follows it.
+//! A file per group of phases holds the handlers. They share `context::Context`, return a
+//! `phase::Next` and never call those of another phase; [`Machine::step`] follows it.
 
 mod closing;
 mod connecting;

@@ -2,7 +2,6 @@
 //! something. One `poll` waits for all listening sockets and all silent connections. Never parses
 //! what clients send.
 
-use super::control::StopRequest;
 use super::end::SessionEnd;
 use super::rejections::RejectReason;
 use super::session::Session;
@@ -10,6 +9,7 @@ use super::sessions::{AcceptReadiness, AdmissionError, Registration, SuspendedSe
 use super::settings::Style;
 use super::shared::ServerShared;
 use super::snapshot::SessionSnapshot;
+use super::stop_request::StopRequest;
 use crate::memory_reserve::check_thread_headroom;
 use crate::message_id;
 use crate::nbd::handshake::server::ServerHandshake;

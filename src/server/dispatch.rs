@@ -1,12 +1,12 @@
 //! Request dispatch: parses requests and payloads from the inbox, and begins to execute them.
 //! Never consumes a request that cannot be begun: it stays in the inbox until I/O in flight completes.
 
-use super::control::StopRequest;
 use super::end::SessionEnd;
-use super::policy::HandoverReply;
-use super::progress::{Payload, PayloadPurpose};
+use super::executor::{Tag, piece_length};
+use super::export_policy::HandoverReply;
+use super::session_state::{Payload, PayloadPurpose};
+use super::stop_request::StopRequest;
 use super::transmission::Transmission;
-use super::work::{Tag, piece_length};
 use crate::disk::inflight::Work;
 use crate::nbd::Malformed;
 use crate::nbd::reply::{Dialect, ReplyTo};

@@ -1,7 +1,7 @@
 //! Why a session ended, for the one line that the log has about it.
 //! One variant for each way to end, so that a test can name exactly what it provokes.
 
-use super::control::StopRequest;
+use super::stop_request::StopRequest;
 use crate::nbd::handshake::server::ProtocolViolation;
 use std::io;
 use thiserror::Error;

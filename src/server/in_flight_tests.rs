@@ -6,15 +6,15 @@ use super::test_support::{
 use super::{Grace, Server, ServerConfig, SessionSettings, StoredSessions};
 use crate::disk::Disk;
 use crate::disk::inflight::{BYTES_MAX, IN_FLIGHT_MAX};
-use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
-use crate::disk::slow::{Slow, SlowBackend};
+use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+use crate::disk::slow_backend::{Slow, SlowBackend};
 use crate::disk::{Backend, StillBusy};
 use crate::nbd::handshake::option::encode_option;
 use crate::nbd::reply::{Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND, PRIVATE_OPTION};
 use crate::net::Address;
-use crate::server::policy::{ExportPolicy, RecordingPolicy};
+use crate::server::export_policy::{ExportPolicy, RecordingPolicy};
 use nix::libc::ENOSPC;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};

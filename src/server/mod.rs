@@ -1,5 +1,5 @@
 //! The NBD server: accepts clients, checks the access control list, and runs one session for each.
-//! Never decides who owns the disk ([`policy::ExportPolicy`] does), and never ends the process.
+//! Never decides who owns the disk ([`export_policy::ExportPolicy`] does), and never ends the process.
 //!
 //! [`Server`] is the handle that the daemon holds. One thread accepts clients (`accept`) within the
 //! limits (`sessions`, `slots`, `acl`). Each client has a thread that runs its `session`: handshake,
@@ -13,12 +13,12 @@
 
 mod accept;
 pub mod acl;
-mod control;
-mod delay;
 mod dispatch;
 mod end;
 pub mod events;
-mod handles;
+mod executor;
+pub mod export_policy;
+mod handshake_slots;
 mod heartbeat;
 #[cfg(test)]
 mod in_flight_tests;
@@ -26,32 +26,32 @@ mod inbox;
 mod inline_reads;
 mod outbox;
 mod pinned;
-pub mod policy;
 mod polling;
-mod progress;
 mod reads;
+mod receive_delay;
 mod rejections;
 #[cfg(test)]
 mod restart_tests;
 #[expect(clippy::module_inception, reason = "the file of the type `Server`")]
 mod server;
+mod server_handles;
 pub mod session;
+mod session_state;
 mod sessions;
 mod settings;
 mod shared;
-mod slots;
 mod snapshot;
 mod stall;
+mod stop_request;
 #[cfg(test)]
 mod test_support;
 #[cfg(test)]
 mod tests;
-pub mod throttle;
 mod transmission;
-mod work;
+pub mod write_throttle;
 
-pub use handles::{AcceptorHandle, ShutdownHandle};
 pub use server::{Server, ServerConfig, StoredSessions};
+pub use server_handles::{AcceptorHandle, ShutdownHandle};
 pub use settings::{
     CLIENTS_MAX, CONTENDED_HANDSHAKE_TIMEOUT, Grace, HANDSHAKE_TIMEOUT, HANDSHAKES_MAX,
     STALL_LIMIT, SessionSettings, Style,

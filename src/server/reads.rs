@@ -11,10 +11,10 @@
 //! disk fails after that, the session ends, because the client would take any bytes for data.
 
 use super::end::SessionEnd;
+use super::executor::{Worker, piece_length};
 use super::outbox::Outbox;
 use super::pinned;
 use super::snapshot;
-use super::work::{Worker, piece_length};
 use crate::disk::{Extent, Visit};
 use crate::message_id;
 use crate::nbd::reply::{Dialect, ReplyTo};

@@ -1,10 +1,10 @@
 //! The log of connections that never became clients. Any host on the network can cause these lines,
 //! so a [`LogLimit`] bounds them by reason and source network, and counts the rest.
 
-use super::control::StopRequest;
 use super::end::SessionEnd;
+use super::handshake_slots::SourceNetwork;
 use super::sessions::AdmissionError;
-use super::slots::SourceNetwork;
+use super::stop_request::StopRequest;
 use crate::message_id;
 use crate::net::Peer;
 use crate::sync;

@@ -3,7 +3,7 @@
 use super::test_support::{TIMEOUT, connect_tcp, listen, wait_for_clients, wait_until};
 use super::{Server, ServerConfig, SessionSettings, StoredSessions, Style};
 use crate::disk::Disk;
-use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
+use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
 use crate::disk::{Access, FileBackend};
 use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;

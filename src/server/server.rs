@@ -4,9 +4,9 @@
 use super::accept;
 use super::acl::{Acl, BadEntry};
 use super::events::ServerEvents;
-use super::handles::{AcceptorHandle, ShutdownHandle};
-use super::policy::ExportPolicy;
+use super::export_policy::ExportPolicy;
 use super::rejections::Rejections;
+use super::server_handles::{AcceptorHandle, ShutdownHandle};
 use super::sessions::{Capacity, Sessions, SuspendedSession};
 use super::settings::{CONTENDED_HANDSHAKE_TIMEOUT, Grace, HANDSHAKES_MAX, SessionSettings};
 use super::shared::{ServerShared, export};
@@ -63,7 +63,7 @@ impl ServerConfig<'static> {
         Self {
             listeners,
             disk: Arc::clone(disk),
-            policy: Arc::new(super::policy::AllowAll),
+            policy: Arc::new(super::export_policy::AllowAll),
             export_name: "disk",
             acl: Acl::default(),
             clients_max: 4,

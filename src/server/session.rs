@@ -1,19 +1,19 @@
 //! One client's session: handshake, then transmission, in a thread of its own.
 //! Ends for one reason, which it returns; the acceptor's code logs it.
 
-use super::control::StopRequest;
-use super::delay::ReceiveDelay;
 use super::end::SessionEnd;
+use super::executor::Worker;
+use super::export_policy::{ExportPolicy, GoReply, ProbeReply, SessionId};
 use super::inbox::Inbox;
 use super::outbox::Outbox;
-use super::policy::{ExportPolicy, GoReply, ProbeReply, SessionId};
 use super::polling::AdaptivePolling;
-use super::progress::SessionProgress;
+use super::receive_delay::ReceiveDelay;
+use super::session_state::SessionProgress;
 use super::sessions::Registration;
 use super::settings::{SessionSettings, Style};
 use super::snapshot::{PhaseSnapshot, SessionSnapshot, TransmissionSnapshot};
+use super::stop_request::StopRequest;
 use super::transmission::Transmission;
-use super::work::Worker;
 use crate::disk::Disk;
 use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::option::OptionReply;

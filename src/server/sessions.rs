@@ -3,12 +3,12 @@
 //! a change of the list and its enforcement.
 
 use super::acl::{Acl, BadEntry};
-use super::control::{SessionControl, StopRequest};
 use super::events::ServerEvents;
+use super::export_policy::{SessionId, SessionsView};
+use super::handshake_slots::{self, HandshakeSlot, SlotAvailability, SourceNetwork};
 use super::heartbeat::Heartbeat;
-use super::policy::{SessionId, SessionsView};
-use super::slots::{self, HandshakeSlot, SlotAvailability, SourceNetwork};
 use super::snapshot::SessionSnapshot;
+use super::stop_request::{SessionControl, StopRequest};
 use crate::net::{Peer, Stream, Wake};
 use crate::sync;
 use std::collections::BTreeMap;
@@ -223,7 +223,8 @@ impl Sessions {
     pub(super) fn evict_one(&self, now: Instant) -> bool {
         let mut inner = self.lock();
         let none_free = Capacity { handshakes: 0, ..self.capacity };
-        let availability = inner.slot_availability(none_free, now + slots::FIRST_OPTION_TIMEOUT);
+        let availability =
+            inner.slot_availability(none_free, now + handshake_slots::FIRST_OPTION_TIMEOUT);
         let SlotAvailability::AfterEvicting(id) = availability else { return false };
         inner.evict(id);
         true
@@ -428,7 +429,12 @@ impl SessionTable {
             SlotKind::Handshake(handshake) => Some((*id, handshake)),
             SlotKind::Evicted | SlotKind::Established => None,
         });
-        slots::availability(handshakes, capacity.handshakes, capacity.handshake_timeout, now)
+        handshake_slots::availability(
+            handshakes,
+            capacity.handshakes,
+            capacity.handshake_timeout,
+            now,
+        )
     }
 
     fn evict(&mut self, id: u64) {

@@ -1,6 +1,6 @@
 //! What the acceptor and all sessions of one server share.
 
-use super::policy::ExportPolicy;
+use super::export_policy::ExportPolicy;
 use super::rejections::Rejections;
 use super::sessions::Sessions;
 use super::settings::SessionSettings;

@@ -5,16 +5,16 @@ use super::reads;
 use super::test_support::{
     TIMEOUT, connect_tcp, let_others_run, listen, wait_for_clients, wait_until,
 };
-use super::{Server, ServerConfig, SessionSettings, policy};
+use super::{Server, ServerConfig, SessionSettings, export_policy};
 use crate::client::{ClientError, Connection};
 use crate::disk::Disk;
-use crate::disk::memory::{FailingBackend, Faults, MemoryBackend};
+use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend};
 use crate::nbd::handshake::client::{ClientHandshake, ClientOffer, ClientStep};
 use crate::nbd::reply::{Chunk, Dialect, Head};
 use crate::nbd::request::Header;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
 use crate::net::{Address, Stream, connect};
-use crate::server::policy::{ExportPolicy, RecordingPolicy};
+use crate::server::export_policy::{ExportPolicy, RecordingPolicy};
 use nix::libc::{EIO, ENOSPC};
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -33,7 +33,7 @@ struct Fixture {
 }
 
 fn serve(settings: SessionSettings, clients_max: usize) -> Fixture {
-    serve_with(Arc::new(policy::AllowAll), settings, clients_max)
+    serve_with(Arc::new(export_policy::AllowAll), settings, clients_max)
 }
 
 fn serve_with(

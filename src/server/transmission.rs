@@ -11,17 +11,17 @@
 //! overlaps a change in flight; a request that must come after all others; and every request while the
 //! in-flight I/O is at its limits or the gate is closed.
 
-use super::control::StopRequest;
-use super::delay::ReceiveDelay;
 use super::end::SessionEnd;
+use super::executor::{Tag, Worker};
 use super::inbox::Inbox;
 use super::outbox::Outbox;
 use super::polling::{AdaptivePolling, POLL_TIME};
-use super::progress::SessionProgress;
 use super::reads::ReadStep;
+use super::receive_delay::ReceiveDelay;
+use super::session_state::SessionProgress;
 use super::sessions::Registration;
 use super::snapshot::{PhaseSnapshot, SessionSnapshot, TransmissionSnapshot};
-use super::work::{Tag, Worker};
+use super::stop_request::StopRequest;
 use crate::disk::{Change, Visit};
 use crate::nbd::request::Terms;
 use crate::net::{Interest, Stream};

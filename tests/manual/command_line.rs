@@ -9,7 +9,7 @@ use flexnbd::control::status::{
     MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE, MIGRATION_WAITING,
     Migration, OWNERSHIP,
 };
-use flexnbd::disk::{parts, write_behind};
+use flexnbd::disk::{part_sizes, write_behind};
 use flexnbd::{control, net, server};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -185,8 +185,8 @@ fn documented_limits_and_timeouts_match_the_program() {
     );
     assert_eq!(documented_numbers("Vanished peer"), [net::PEER_TIMEOUT.as_secs()]);
     let mib = |bytes: u64| bytes / MIB;
-    let (least, most) = (mib(parts::PART_MIN), mib(parts::PART_MAX));
-    let by_extent = mib(parts::PART_MAX_BY_EXTENT);
+    let (least, most) = (mib(part_sizes::PART_MIN), mib(part_sizes::PART_MAX));
+    let by_extent = mib(part_sizes::PART_MAX_BY_EXTENT);
     assert_eq!(documented_numbers("Trims and zeroing"), [least, most, by_extent]);
     assert_eq!(documented_numbers("Writing back"), [mib(write_behind::STEP_BYTES)]);
     let constants = module_source("daemon");

@@ -9,7 +9,7 @@ use flexnbd::disk::ownership::{
     RemoteAddress, for_adopt, for_listen, for_serve,
 };
 use flexnbd::disk::record_store::RecordStoreError;
-use flexnbd::disk::{DeletionError, dirty, record_store, state};
+use flexnbd::disk::{DeletionError, dirty, record_store, state_directory};
 use flexnbd::migration::arrival::{SOURCE_SILENCE, WRITER_SILENCE};
 use flexnbd::migration::freeze::{
     BACKOFF_FIRST, BACKOFF_MAX, DRAIN_MAX, DRAIN_MIN, FREEZE_MAX, OPEN_SHARE, STALL_MAX,
@@ -20,7 +20,7 @@ use flexnbd::migration::pace::{AIM_FOR, AIM_SHARE, CHUNK_MIN, Convergence};
 use flexnbd::migration::plan::Limits;
 use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
 use flexnbd::nbd::wire::{ErrorCode, PRIVATE_PAYLOAD_MAX};
-use flexnbd::server::throttle;
+use flexnbd::server::write_throttle;
 use std::time::Duration;
 
 const PAGE: &str = "man/flexnbd-migration.7";
@@ -54,7 +54,7 @@ fn documented_limits_match_the_program() {
     let (usual, limits) = (job(), Limits::default());
     let pause = u64::try_from(usual.pause.as_millis()).unwrap();
     let (window, most) = (limits.window >> 20, limits.data_max >> 20);
-    let delay_max = u64::try_from(throttle::DELAY_MAX.as_millis()).unwrap();
+    let delay_max = u64::try_from(write_throttle::DELAY_MAX.as_millis()).unwrap();
     assert_eq!(documented("Smallest disk"), [SIZE_MIN]);
     let aim = [pause / u64::from(AIM_SHARE), pause, AIM_FOR.as_secs()];
     assert_eq!(documented("Pause aimed at"), aim);
@@ -106,7 +106,7 @@ fn documented_writer_delays_match_the_program() {
     let steps: Vec<u64> =
         steps.iter().skip(1).map(|step| u64::try_from(step.as_micros()).unwrap()).collect();
     assert!(steps.windows(2).all(|pair| pair[1] == 2 * pair[0]), "not doubled: {steps:?}");
-    let delay_max = u64::try_from(throttle::DELAY_MAX.as_millis()).unwrap();
+    let delay_max = u64::try_from(write_throttle::DELAY_MAX.as_millis()).unwrap();
     let expected = [steps[0], steps[steps.len() - 1], delay_max, at_the_last];
     assert_eq!(numbers(&text(&page(), "SPEED/Convergence")), expected);
 }
@@ -204,7 +204,7 @@ fn example_records_are_valid_and_cover_every_kind() {
 fn record_paths_match_the_program() {
     let page = page();
     let attribute = format!("Va {}", record_store::ATTRIBUTE);
-    let directory = format!("Pa {}", state::SHARED);
+    let directory = format!("Pa {}", state_directory::SHARED);
     let own = "Pa ~/.local/state/flexnbd".to_owned();
     assert_eq!(page.items("FILES"), [attribute, directory, own]);
     let asks = format!("getfattr --only-values -n {} disk.img", record_store::ATTRIBUTE);

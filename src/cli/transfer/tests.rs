@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::disk::Disk;
-use crate::disk::memory::{FailingBackend, Faults, MemoryBackend, Op};
+use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
 use crate::nbd::wire::PAYLOAD_LENGTH_DEFAULT;
 use crate::net::{Address, Listener};
 use crate::server::{Server, ServerConfig, SessionSettings, Style};

@@ -60,7 +60,7 @@ fn a_closed_gate_blocks_a_session_until_it_opens() {
 #[test]
 fn a_notifier_fires_when_the_gate_opens_or_retires() {
     let gate = Gate::default();
-    let counts = Arc::new(super::super::slow::TestNotifier::default());
+    let counts = Arc::new(super::super::slow_backend::TestNotifier::default());
     let notifier: Arc<dyn Notifier> = Arc::clone(&counts) as _;
     assert_eq!(gate.notify_when_open(&notifier), None);
     assert_eq!(counts.count(), 1, "it is open");
@@ -83,7 +83,7 @@ fn a_notifier_fires_when_the_gate_opens_or_retires() {
 #[test]
 fn a_session_with_a_notifier_opens_an_expired_gate() {
     let gate = Gate::default();
-    let counts = Arc::new(super::super::slow::TestNotifier::default());
+    let counts = Arc::new(super::super::slow_backend::TestNotifier::default());
     let notifier: Arc<dyn Notifier> = Arc::clone(&counts) as _;
     gate.close_and_drain(soon()).unwrap();
     gate.expire_at(None).unwrap();

@@ -2,9 +2,9 @@
 //! when the test says so.
 
 use super::super::dirty::BLOCK;
-use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
-use super::super::parts::PART_MIN;
-use super::super::slow::{Slow, SlowBackend, TestNotifier};
+use super::super::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+use super::super::part_sizes::PART_MIN;
+use super::super::slow_backend::{Slow, SlowBackend, TestNotifier};
 use super::super::{Backend, errno_of};
 use super::*;
 use nix::libc::{EIO, EOPNOTSUPP};

@@ -1,8 +1,8 @@
 //! Operations on a backend that completes its calls when the test says so: invariants meanwhile.
 
 use super::super::dirty::BLOCK;
-use super::super::memory::{FailingBackend, Faults, MemoryBackend, Op};
-use super::super::slow::{Slow, SlowBackend, TestNotifier};
+use super::super::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+use super::super::slow_backend::{Slow, SlowBackend, TestNotifier};
 use super::super::{Backend, StillBusy, errno_of};
 use super::*;
 use nix::libc::{EIO, ENOSPC};

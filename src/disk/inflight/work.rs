@@ -1,6 +1,6 @@
 //! The operations of a session, and their state while they wait and while they execute.
 
-use super::super::device::Visit;
+use super::super::disk::Visit;
 use super::super::flush_errors::FlushGuard;
 use super::super::io_queue::{IoQueue, Zeroing};
 use super::super::overlap::Change;

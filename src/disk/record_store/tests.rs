@@ -156,7 +156,7 @@ fn full(fixture: &Fixture) -> RecordStore {
     // procfs has no extended attributes, and the temporary name of the entry is a directory that is
     // not empty.
     store.image = File::open("/proc/self/status").unwrap();
-    let temporary = state_file::with_suffix(&store.default_path, "~new");
+    let temporary = state_entries::with_suffix(&store.default_path, "~new");
     fs::create_dir_all(temporary.join("taken")).unwrap();
     store
 }

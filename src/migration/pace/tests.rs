@@ -161,7 +161,7 @@ fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
     }
     assert!(delays.is_sorted());
     assert_eq!(delays.last(), Some(&Duration::from_millis(32)));
-    assert!(*delays.last().unwrap() <= crate::server::throttle::DELAY_MAX);
+    assert!(*delays.last().unwrap() <= crate::server::write_throttle::DELAY_MAX);
 }
 
 #[test]

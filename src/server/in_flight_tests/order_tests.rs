@@ -1,7 +1,7 @@
 //! Tests of the order of overlapping changes of several sessions.
 
 use super::*;
-use crate::disk::memory::InMemory;
+use crate::disk::memory_backend::InMemory;
 use std::sync::{Condvar, Mutex};
 
 #[test]

@@ -1,7 +1,7 @@
 //! Tests of `sessions.rs`.
 
 use super::super::events::IgnoreEvents;
-use super::super::slots::FIRST_OPTION_TIMEOUT;
+use super::super::handshake_slots::FIRST_OPTION_TIMEOUT;
 use super::*;
 
 fn sessions(sessions: usize, handshakes: usize, entries: &[&str]) -> Arc<Sessions> {

@@ -7,7 +7,7 @@ use crate::migration::destination::{Destination, HandoverResult};
 use crate::migration::wire::{Question, WireError};
 use crate::nbd::handshake::option::OptionReply;
 use crate::nbd::wire::{ErrorCode, OptionReplyKind};
-use crate::server::policy::{
+use crate::server::export_policy::{
     ExportPolicy, GoReply, HandoverReply, ProbeReply, SessionId, SessionsView,
 };
 use std::io;
@@ -165,7 +165,7 @@ fn invalid(error: WireError) -> ProbeReply {
 mod tests {
     use super::*;
     use crate::disk::Disk;
-    use crate::disk::memory::MemoryBackend;
+    use crate::disk::memory_backend::MemoryBackend;
     use crate::migration::arrival::{Admits, Arrival};
     use crate::migration::wire::Token;
     use crate::net::Peer;

@@ -4,8 +4,8 @@
 
 mod text;
 
+use super::log_unsent::log_unsent;
 use super::migration_log::MigrationLog;
-use super::notify::log_unsent;
 use crate::human;
 use crate::migration::job::{Outcome, Progress};
 use crate::migration::source::MigrationHandle;

@@ -7,7 +7,7 @@ use super::flush_errors::FlushErrors;
 use super::gate::{Gate, NoEntry, Pass};
 use super::overlap::OverlapTracker;
 use super::thread_pool::ThreadPool;
-use super::{extents, zeros};
+use super::{detect_zeros, extents};
 use crate::range::Range;
 use crate::sync;
 use nix::errno::Errno;
@@ -234,8 +234,8 @@ impl Visit<'_> {
     pub fn cold_edges(&self, range: Range) -> Option<Range> {
         let whole = Range::whole(self.disk.size());
         let cold_block = |at: u64| {
-            let block = whole.from(at - at % zeros::BLOCK).split(zeros::BLOCK).0;
-            (!at.is_multiple_of(zeros::BLOCK) && !self.disk.image.is_resident(block))
+            let block = whole.from(at - at % detect_zeros::BLOCK).split(detect_zeros::BLOCK).0;
+            (!at.is_multiple_of(detect_zeros::BLOCK) && !self.disk.image.is_resident(block))
                 .then_some(block)
         };
         let edges = (cold_block(range.offset()), cold_block(range.end()));
@@ -256,7 +256,7 @@ impl Visit<'_> {
         if self.disk.read_only {
             return Err(Errno::EPERM.into());
         }
-        let written = zeros::write_around_holes(&*self.disk.image, offset, data);
+        let written = detect_zeros::write_around_holes(&*self.disk.image, offset, data);
         // Mark after writing, even after a partial write: the copier takes the mark first and reads
         // second, so it may send a change twice but never misses one.
         self.disk.mark(range);

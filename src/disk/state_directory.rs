@@ -7,8 +7,8 @@
 //! record stays in one directory as long as it exists, and a user who cannot write there cannot
 //! change it.
 
-use super::file_id::FileId;
-use super::state_file::{self, default_path, tombstone_path};
+use super::persistent_id::FileId;
+use super::state_entries::{self, default_path, tombstone_path};
 use nix::unistd::{Uid, User};
 use std::env;
 use std::ffi::OsString;
@@ -86,7 +86,7 @@ pub(super) fn directory_of_tombstone(image: &Path) -> Result<PathBuf, Unsearchab
 /// Whether the state directory of `default_path` has a record for this path or file id.
 fn contains_record(default_path: &Path, id: Option<&FileId>) -> io::Result<bool> {
     let has_path = exists(default_path)?;
-    match state_file::find(default_path, id, &|_| false) {
+    match state_entries::find(default_path, id, &|_| false) {
         Ok(found) => Ok(found.entry.is_some()),
         // Reading the record reports the error.
         Err(_) => Ok(has_path),

@@ -3,12 +3,12 @@
 //! Never waits for the client while it holds a visit. Waits for the disk only where nothing else is
 //! possible: slow operations are in flight, and answered when they complete.
 
-use super::control::{SessionControl, StopRequest};
 use super::end::SessionEnd;
+use super::export_policy::{ExportPolicy, SessionId};
 use super::inline_reads::InlineReads;
 use super::outbox::Outbox;
-use super::policy::{ExportPolicy, SessionId};
 use super::reads::Read;
+use super::stop_request::{SessionControl, StopRequest};
 use crate::disk::inflight::{InFlight, Work};
 use crate::disk::{Disk, Extent, Notifier, Visit, Zeroing, errno_of};
 use crate::message_id;
@@ -18,7 +18,7 @@ use crate::nbd::request::Request;
 use crate::nbd::wire::{Allocation, ErrorCode};
 use crate::net::{Interest, Stream};
 use crate::range::Range;
-use crate::server::throttle::Throttle;
+use crate::server::write_throttle::Throttle;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
@@ -306,10 +306,10 @@ pub(super) fn piece_length(range: Range) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::policy::AllowAll;
+    use super::super::export_policy::AllowAll;
     use super::*;
     use crate::disk::Notifier;
-    use crate::disk::memory::MemoryBackend;
+    use crate::disk::memory_backend::MemoryBackend;
     use std::os::unix::net::UnixStream;
     use std::thread;
     use std::time::Duration;

@@ -6,8 +6,8 @@
 //! after the image was renamed, and reject it for another file that took over the path. Encoded
 //! paths contain no `~`, which marks temporary files, and the entries of further files with one path.
 
-use super::file_id::{FILE_ID_MAX, FileId};
 use super::ownership::RECORD_MAX;
+use super::persistent_id::{FILE_ID_MAX, FileId};
 use nix::fcntl::{AT_FDCWD, AtFlags};
 use nix::libc;
 use nix::unistd::linkat;
@@ -323,7 +323,7 @@ fn is_denied(error: &io::Error) -> bool {
 }
 
 /// Whether the directory of `path` cannot be searched, so that this user has no record in it;
-/// [`super::state`] refuses a mandatory directory of this kind before. An entry that exists but
+/// [`super::state_directory`] refuses a mandatory directory of this kind before. An entry that exists but
 /// cannot be read is an error.
 fn is_unsearchable(path: &Path, error: &io::Error) -> bool {
     is_denied(error) && fs::symlink_metadata(path).is_err_and(|error| is_denied(&error))

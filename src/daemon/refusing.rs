@@ -9,7 +9,7 @@ use super::config::ProcessRole;
 use super::event_loop::ProcessEnd;
 use super::handover_query::{QueryResult, RepeatedQuery};
 use super::inherited::Inherited;
-use super::notify::log_unsent;
+use super::log_unsent::log_unsent;
 use super::start_error::StartError;
 use crate::control::{Command, ControlSocket, Credentials, Handle, Operator, Reply};
 use crate::disk::ownership::RemoteAddress;
@@ -40,7 +40,7 @@ pub(super) struct ServerPurpose {
 }
 
 /// How refusing clients ended.
-pub(super) enum DegradedResult {
+pub(super) enum RefusalResult {
     /// The process ends.
     Ended(ProcessEnd),
     /// Another host has answered: start again.
@@ -55,7 +55,7 @@ pub(super) fn run(
     inherited: &Inherited,
     purpose: &ServerPurpose,
     error: StartError,
-) -> Result<DegradedResult, StartError> {
+) -> Result<RefusalResult, StartError> {
     let notifier = &inherited.notifier;
     if let StartError::Interrupted(signal) = error {
         log_unsent(notifier.stopping());
@@ -71,9 +71,9 @@ pub(super) fn run(
     Err(error)
 }
 
-fn stopped(signal: Signal) -> DegradedResult {
+fn stopped(signal: Signal) -> RefusalResult {
     info!(message_id = message_id::STOPPING, "stopping: received {signal}");
-    DegradedResult::Ended(ProcessEnd::Well)
+    RefusalResult::Ended(ProcessEnd::Well)
 }
 
 /// A disk that has moved away stays away, and its clients keep connecting. Any other error is more
@@ -92,7 +92,7 @@ fn refuse_clients(
     inherited: &Inherited,
     purpose: &ServerPurpose,
     error: &StartError,
-) -> Result<DegradedResult, StartError> {
+) -> Result<RefusalResult, StartError> {
     let notifier = &inherited.notifier;
     let reason = error.to_string();
     let InheritedSockets { nbd, control, .. } = inherited.usable_sockets()?;
@@ -116,17 +116,17 @@ fn refuse_clients(
     log_unsent(notifier.ready());
     log_unsent(notifier.status(&format!("refusing clients: {reason}")));
     let query = query.map(|query| RepeatedQuery::new(query, Instant::now()));
-    let outcome = DegradedLoop { listeners, inherited, reason: &reason, query }.run();
-    if !matches!(outcome, Ok(DegradedEnd::Answered(_))) {
+    let outcome = RefusalLoop { listeners, inherited, reason: &reason, query }.run();
+    if !matches!(outcome, Ok(RefusalEnd::Answered(_))) {
         log_unsent(notifier.stopping());
     }
     drop(control);
     Ok(match outcome {
-        Ok(DegradedEnd::Signal(signal)) => stopped(signal),
-        Ok(DegradedEnd::Answered(answer)) => DegradedResult::Answered(answer),
+        Ok(RefusalEnd::Signal(signal)) => stopped(signal),
+        Ok(RefusalEnd::Answered(answer)) => RefusalResult::Answered(answer),
         Err(error) => {
             let why = format!("cannot wait for clients to refuse: {error}");
-            DegradedResult::Ended(ProcessEnd::Badly(why))
+            RefusalResult::Ended(ProcessEnd::Badly(why))
         }
     })
 }
@@ -158,14 +158,14 @@ fn answer_operators(
     started.map_err(|error| warn!("orders cannot be answered: {error}")).ok()
 }
 
-/// Why [`DegradedLoop::run`] ended.
-enum DegradedEnd {
+/// Why [`RefusalLoop::run`] ended.
+enum RefusalEnd {
     Signal(Signal),
     Answered(QueryResult),
 }
 
 /// Waits for clients, signals, the answer of another host and the watchdog's interval.
-struct DegradedLoop<'a> {
+struct RefusalLoop<'a> {
     listeners: Vec<Listener>,
     inherited: &'a Inherited,
     reason: &'a str,
@@ -173,9 +173,9 @@ struct DegradedLoop<'a> {
     query: Option<RepeatedQuery>,
 }
 
-impl DegradedLoop<'_> {
+impl RefusalLoop<'_> {
     /// Closes every connection until a signal or the answer of another host arrives.
-    fn run(mut self) -> io::Result<DegradedEnd> {
+    fn run(mut self) -> io::Result<RefusalEnd> {
         let Inherited { signals, notifier, .. } = self.inherited;
         let signal = signals.descriptor()?;
         let (mut refusals, mut paused_until) = (RefusalLog::default(), None);
@@ -183,7 +183,7 @@ impl DegradedLoop<'_> {
         loop {
             let now = Instant::now();
             if let Some(answer) = self.query.as_mut().and_then(|query| query.poll(now)) {
-                return Ok(DegradedEnd::Answered(answer));
+                return Ok(RefusalEnd::Answered(answer));
             }
             if let Some(count) = refusals.take_due(now) {
                 log_refusals(count, refusals.last, self.reason);
@@ -204,7 +204,7 @@ impl DegradedLoop<'_> {
             descriptors.extend(self.query.as_ref().and_then(RepeatedQuery::descriptor));
             let ready = wait_readable(&descriptors, deadline)?;
             if let Some(signal) = signals.read_stop(&signal)? {
-                return Ok(DegradedEnd::Signal(signal));
+                return Ok(RefusalEnd::Signal(signal));
             }
             for (listener, _) in listeners.iter().zip(&ready[1..]).filter(|(_, ready)| **ready) {
                 match listener.accept() {

@@ -202,7 +202,7 @@ impl Map<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::FileBackend;
-    use super::super::memory::{FailingBackend, Faults, InMemory, MemoryBackend, Op};
+    use super::super::memory_backend::{FailingBackend, Faults, InMemory, MemoryBackend, Op};
     use super::*;
     use proptest::prelude::*;
     use std::sync::Arc;

@@ -7,7 +7,7 @@ use super::file_system::{self, FileSystem, HolePolicy};
 use super::io_queue::{IoQueue, Zeroing};
 use super::open::{self, Access, FileKind, OpenError, SECTOR};
 use super::uring::{FallocateCall, RingFile, Uring};
-use super::{extents, syscalls, zeros};
+use super::{detect_zeros, extents, syscalls};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
@@ -210,7 +210,7 @@ impl FileBackend {
         while !rest.is_empty() {
             let extent = extents::extent_at(self, rest.offset())?;
             let (part, after) = rest.split(extent.range.length());
-            if extent.allocated || !zeros::reads_as_zeros(self, part) {
+            if extent.allocated || !detect_zeros::reads_as_zeros(self, part) {
                 self.write_zeros(part)?;
             }
             rest = after;

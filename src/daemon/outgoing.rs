@@ -330,7 +330,7 @@ fn failed(trouble: &Trouble) -> Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::memory::MemoryBackend;
+    use crate::disk::memory_backend::MemoryBackend;
     use crate::disk::ownership::Record;
     use crate::migration::job::RecordKind;
 
