@@ -113,3 +113,13 @@ pub(crate) fn probe(target: &Endpoint) -> Probe {
         Err(error) => panic!("neither greeted nor closed: {error}"),
     }
 }
+
+/// How long [`serves`] waits for a reply. A source in doubt greets, and replies to nothing.
+const SERVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Whether a new client can read from the disk, which a greeting does not promise.
+pub(crate) fn serves(target: &Endpoint) -> bool {
+    let Ok(wire) = Wire::try_connect(target) else { return false };
+    wire.set_read_timeout(SERVE_TIMEOUT);
+    catch_unwind(AssertUnwindSafe(|| read_one_block(wire))).is_ok()
+}

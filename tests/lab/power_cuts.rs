@@ -3,7 +3,7 @@
 //! never find the disk at both; the hosts share a configuration without an access control list.
 //! `lab.sh cut` defines what a cut does.
 
-use crate::connect::{Probe, probe};
+use crate::connect::{Probe, probe, serves};
 use crate::host::{DISK, Frozen, Host, IMAGE, LISTEN, PORT};
 use crate::migration::{half_full, ownership, send, two_hosts, wait_for_arrival};
 use crate::session::{in_lab, report};
@@ -138,7 +138,7 @@ impl Setup {
         let arrived = poll_until(ARRIVAL_TIMEOUT, || {
             assert_eq!(self.failover_clients.violation(), None);
             let here = probe(&self.a.nbd()) == Probe::Greeted;
-            assert!(!(there && here), "both hosts serve the disk");
+            assert!(!(there && here && serves(&self.a.nbd())), "both hosts serve the disk");
             there |= self.b.state(DISK) == "active" && probe(&self.b.nbd()) == Probe::Greeted;
             if here && !there {
                 self.speed_up_or_retry();
