@@ -22,8 +22,8 @@ const ENTRIES: u32 = 128;
 const IN_KERNEL_MAX: usize = 2 * ENTRIES as usize;
 /// Longest range, in bytes, that is populated by reading it. A longer one is populated by
 /// `POSIX_FADV_WILLNEED`, and by reading its last byte to learn when it is resident, which saves
-/// copying bytes that are discarded. (Reading it in steps of 128 KiB completion mixed populates of 256 KiB
-/// and 1 MiB from a disk a seventh slower.)
+/// copying bytes that are discarded. (With reads in steps of 128 KiB, a mix of 256 KiB and 1 MiB
+/// populates took a seventh longer.)
 const POPULATE_BY_READING_MAX: u64 = 64 << 10;
 /// Most threads that the kernel may create for operations that block.
 const KERNEL_THREADS_MAX: u32 = 8;

@@ -1,13 +1,13 @@
-//! The NBD language: bytes in, values out, for both roles.
+//! The NBD protocol: bytes in, values out, for both roles.
 //! Knows no socket, file, clock, thread or log; a message that decodes is well formed.
 //!
-//! The specification is `doc/proto.md` of NetworkBlockDevice/nbd; section names in this room's
+//! The specification is `doc/proto.md` of NetworkBlockDevice/nbd; section names in this module's
 //! documentation refer to it. [`wire`] holds every number of it, once. A conversation begins with
 //! a [`handshake`] and goes on with [`request`]s and [`reply`]s.
 //!
 //! Every decoder takes the bytes received so far. It answers `Ok(None)` while the message is
 //! incomplete, `Ok(Some((value, used)))` when it is whole, and `Err(Malformed)` as soon as it can
-//! no longer become a valid one. None of them panics or allocates by a length it was told.
+//! no longer become a valid one. None of them panics or allocates by a length that a peer sent.
 
 mod bytes;
 pub mod handshake;

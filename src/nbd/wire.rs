@@ -31,7 +31,7 @@ pub const RESERVED_ZEROES: usize = 124;
 /// ("Block size constraints").
 pub const PAYLOAD_LENGTH_DEFAULT: u32 = 32 << 20;
 /// Number of the private option with which a migration's source introduces itself, and of the
-/// reply to it; the specification leaves such numbers unassigned.
+/// reply to it; the specification assigns no such number.
 pub const PRIVATE_OPTION: u32 = 0x464C_4558;
 /// Type of the private request with which a source hands its disk over.
 pub const PRIVATE_COMMAND: u16 = 0x464C;
