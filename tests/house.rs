@@ -251,8 +251,8 @@ fn uses(path: &Path, text: &str) -> Vec<Vec<String>> {
         });
     for used in text.split("\nuse ").skip(1) {
         let Some((used, _)) = used.split_once(';') else { continue };
-        let names = used.split_once('{').map_or((used, ""), |(prefix, names)| (prefix, names));
-        let prefix: Vec<&str> = names.0.trim_end_matches("::").split("::").collect();
+        let (prefix, names) = used.split_once('{').unwrap_or((used, ""));
+        let prefix: Vec<&str> = prefix.trim_end_matches("::").split("::").collect();
         let mut base = match prefix.first() {
             Some(&"crate") => Vec::new(),
             Some(&"super") => {
@@ -269,8 +269,7 @@ fn uses(path: &Path, text: &str) -> Vec<Vec<String>> {
                 base.push((*part).to_owned());
             }
         }
-        let imported =
-            names.1.split([',', '}']).map(|name| name.trim().split("::").next().unwrap());
+        let imported = names.split([',', '}']).map(|name| name.trim().split("::").next().unwrap());
         for name in imported.filter(|name| !name.is_empty()) {
             found.push(base.iter().cloned().chain([name.to_owned()]).collect());
         }
