@@ -26,24 +26,6 @@ impl ExportPolicy for ServingPolicy {
             Err(error) => invalid(error),
         }
     }
-
-    fn go(&self, _: SessionId, _enters: bool, _: &dyn SessionsView) -> GoReply {
-        GoReply::Allow(Vec::new())
-    }
-
-    fn permit(&self, _: SessionId, _changes: bool) -> Result<(), (ErrorCode, &'static str)> {
-        Ok(())
-    }
-
-    fn on_write_failure(&self, _session: SessionId, _error: &io::Error) {}
-
-    fn handover(&self, _session: SessionId, _payload: &[u8]) -> HandoverReply {
-        HandoverReply::Refuse(ErrorCode::Invalid)
-    }
-
-    fn on_disconnect(&self, _session: SessionId) {}
-
-    fn on_session_end(&self, _session: SessionId) {}
 }
 
 /// The policy of an incoming disk.

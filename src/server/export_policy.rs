@@ -66,27 +66,34 @@ pub enum HandoverReply {
     Close,
 }
 
-/// The owner's decisions about clients. Several sessions call it at once.
+/// The owner's decisions about clients. Several sessions call it at once. By default a client may do
+/// everything but hand a disk over, as at a disk that is served.
 pub trait ExportPolicy: Send + Sync + std::fmt::Debug {
     /// A client sent the private option with this data.
     fn probe(&self, session: SessionId, data: &[u8], others: &dyn SessionsView) -> ProbeReply;
-    /// A client requests the export. With `enters`, it enters the transmission phase
+    /// A client requests the export. With `_enters`, it enters the transmission phase
     /// (`NBD_OPT_GO`); otherwise it only asks whether it could (`NBD_OPT_INFO`).
-    fn go(&self, session: SessionId, enters: bool, others: &dyn SessionsView) -> GoReply;
-    /// Whether a request may be executed, which then happens at once. `changes` tells whether it
+    fn go(&self, _session: SessionId, _enters: bool, _others: &dyn SessionsView) -> GoReply {
+        GoReply::Allow(Vec::new())
+    }
+    /// Whether a request may be executed, which then happens at once. `_changes` tells whether it
     /// changes the disk.
     ///
     /// # Errors
     /// The error to reply with, and its reason for the log.
-    fn permit(&self, session: SessionId, changes: bool) -> Result<(), (ErrorCode, &'static str)>;
+    fn permit(&self, _: SessionId, _changes: bool) -> Result<(), (ErrorCode, &'static str)> {
+        Ok(())
+    }
     /// A request that changes the disk or makes it durable has failed.
-    fn on_write_failure(&self, session: SessionId, error: &io::Error);
+    fn on_write_failure(&self, _session: SessionId, _error: &io::Error) {}
     /// The private command has arrived, and all earlier requests are completed.
-    fn handover(&self, session: SessionId, payload: &[u8]) -> HandoverReply;
+    fn handover(&self, _session: SessionId, _payload: &[u8]) -> HandoverReply {
+        HandoverReply::Refuse(ErrorCode::Invalid)
+    }
     /// The client has sent `NBD_CMD_DISC`, and all earlier requests are completed.
-    fn on_disconnect(&self, session: SessionId);
+    fn on_disconnect(&self, _session: SessionId) {}
     /// The session has ended, with no request in flight.
-    fn on_session_end(&self, session: SessionId);
+    fn on_session_end(&self, _session: SessionId) {}
     /// Whether the policy admits one client at a time, so that the server must not offer several
     /// connections.
     fn is_exclusive(&self) -> bool {
@@ -104,24 +111,6 @@ impl ExportPolicy for AllowAll {
     fn probe(&self, _: SessionId, _data: &[u8], _: &dyn SessionsView) -> ProbeReply {
         ProbeReply::Answer { data: Vec::new(), displaced: Vec::new(), is_source: true }
     }
-
-    fn go(&self, _: SessionId, _enters: bool, _: &dyn SessionsView) -> GoReply {
-        GoReply::Allow(Vec::new())
-    }
-
-    fn permit(&self, _: SessionId, _changes: bool) -> Result<(), (ErrorCode, &'static str)> {
-        Ok(())
-    }
-
-    fn on_write_failure(&self, _session: SessionId, _error: &io::Error) {}
-
-    fn handover(&self, _session: SessionId, _payload: &[u8]) -> HandoverReply {
-        HandoverReply::Refuse(ErrorCode::Invalid)
-    }
-
-    fn on_disconnect(&self, _session: SessionId) {}
-
-    fn on_session_end(&self, _session: SessionId) {}
 }
 
 /// Allows everything, and records the calls.
