@@ -77,7 +77,7 @@ impl ExportPolicy for ReceivingPolicy {
         match self.0.on_handover(session, payload) {
             HandoverResult::Acknowledge => HandoverReply::Acknowledge,
             HandoverResult::Refuse => HandoverReply::Refuse(ErrorCode::Invalid),
-            HandoverResult::Silence => HandoverReply::Close,
+            HandoverResult::NoReply => HandoverReply::Close,
         }
     }
 

@@ -95,7 +95,7 @@ impl RunningQuery {
         let for_thread = Arc::clone(&pending);
         let HandoverQuery { route, question, .. } = query.clone();
         let ask = move || {
-            let answer = route.or_from_anywhere(|route| source::ask(route, &question));
+            let answer = route.with_bind_fallback(|route| source::ask(route, &question));
             // Only this thread sets the cell, and once.
             let _ = for_thread.answer.set(answer);
             for_thread.wake.wake();

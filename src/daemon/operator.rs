@@ -158,7 +158,7 @@ impl Service {
     /// the record of its provenance, unless a migration could not put that back.
     fn record_name(&self, migration: Option<&MigrationHandle>) -> &'static str {
         let record_store = match &self.role {
-            DiskRole::Serving(outgoing) if outgoing::owes_record(migration) => {
+            DiskRole::Serving(outgoing) if outgoing::record_unrestored(migration) => {
                 &outgoing.record_store
             }
             DiskRole::Serving(outgoing) => {

@@ -260,9 +260,9 @@ pub(super) fn describe(
 }
 
 /// Whether the disk has stayed here, and its record could not be put back so far.
-pub(super) fn owes_record(migration: Option<&MigrationHandle>) -> bool {
+pub(super) fn record_unrestored(migration: Option<&MigrationHandle>) -> bool {
     let progress = migration.and_then(MigrationHandle::progress);
-    progress.is_some_and(|progress| progress.owes_record)
+    progress.is_some_and(|progress| progress.record_unrestored)
 }
 
 /// Adds to the reply to `status` why a running migration waits.

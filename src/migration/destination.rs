@@ -29,7 +29,7 @@ pub enum HandoverResult {
     /// The handover was not meant for us.
     Refuse,
     /// Unknown whether the disk is durable: send no answer at all.
-    Silence,
+    NoReply,
 }
 
 /// One `listen` process and the disk it waits for.
@@ -45,7 +45,7 @@ pub struct Destination {
 }
 
 /// For how long nothing has come from a connection.
-pub type Silence<'a> = &'a dyn Fn(Connection) -> Duration;
+pub type SilenceOf<'a> = &'a dyn Fn(Connection) -> Duration;
 
 impl std::fmt::Debug for Destination {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -81,7 +81,7 @@ impl Destination {
         &self,
         connection: Connection,
         data: &[u8],
-        silence: Silence<'_>,
+        silence: SilenceOf<'_>,
     ) -> Result<ProbeDecision, WireError> {
         let question = Question::decode(data)?;
         // What it asks is being decided.
@@ -98,7 +98,7 @@ impl Destination {
     pub fn may_enter(
         &self,
         connection: Connection,
-        silence: Silence<'_>,
+        silence: SilenceOf<'_>,
     ) -> Result<(), AccessDenied> {
         let arrival = self.lock();
         arrival.may_enter(connection, self.silence_of_holder(&arrival, silence))
@@ -111,7 +111,7 @@ impl Destination {
     pub fn enter(
         &self,
         connection: Connection,
-        silence: Silence<'_>,
+        silence: SilenceOf<'_>,
     ) -> Result<Vec<Connection>, AccessDenied> {
         let mut arrival = self.lock();
         let silent = self.silence_of_holder(&arrival, silence);
@@ -137,7 +137,7 @@ impl Destination {
     }
 
     /// A holder with a request in flight on the disk waits for us, and is not silent.
-    fn silence_of_holder(&self, arrival: &Arrival, silence: Silence<'_>) -> Duration {
+    fn silence_of_holder(&self, arrival: &Arrival, silence: SilenceOf<'_>) -> Duration {
         match arrival.holder() {
             Some((holder, _)) if !self.disk.gate().is_occupied() => silence(holder),
             _ => Duration::ZERO,
@@ -177,7 +177,7 @@ impl Destination {
         let ending = self.lock().on_handover(connection, &handover);
         match ending {
             ArrivalEnd::Settle(record) if self.settle(&record) => HandoverResult::Acknowledge,
-            ArrivalEnd::Settle(_) => HandoverResult::Silence,
+            ArrivalEnd::Settle(_) => HandoverResult::NoReply,
             ArrivalEnd::Refuse | ArrivalEnd::Nothing => HandoverResult::Refuse,
         }
     }
@@ -270,7 +270,7 @@ mod tests {
             });
             let arrival = Arrival::new(TOKEN, None, Admits::Sources);
             let destination = Destination::new(Arc::clone(&disk), None, arrival, tell);
-            let silence: Silence<'_> = &|_| Duration::ZERO;
+            let silence: SilenceOf<'_> = &|_| Duration::ZERO;
             let question = Question { size: 1 << 20, id: ID }.encode();
             destination.on_introduction(1, &question, silence).unwrap();
             destination.enter(1, silence).unwrap();
@@ -301,7 +301,7 @@ mod tests {
                 assert_eq!(waited, Ok(()));
                 asking.join().unwrap();
                 let expected =
-                    if fails { HandoverResult::Silence } else { HandoverResult::Acknowledge };
+                    if fails { HandoverResult::NoReply } else { HandoverResult::Acknowledge };
                 assert_eq!(handing.join().unwrap(), expected);
             });
             let result = receiver.recv_timeout(PATIENCE).unwrap();

@@ -97,7 +97,7 @@ impl Freeze {
 
     /// How long clients have waited.
     #[must_use]
-    pub fn lasts(&self, now: Duration) -> Duration {
+    pub fn elapsed(&self, now: Duration) -> Duration {
         now.saturating_sub(self.since)
     }
 }
@@ -231,7 +231,7 @@ mod tests {
         freeze.progressed(2 * SECOND);
         freeze.last_step();
         assert_eq!((freeze.until(), freeze.is_over(3600 * SECOND)), (None, false));
-        assert_eq!(freeze.lasts(3 * SECOND), 2 * SECOND);
+        assert_eq!(freeze.elapsed(3 * SECOND), 2 * SECOND);
     }
 
     #[test]

@@ -110,7 +110,7 @@ impl DestinationInfo {
     }
 
     /// Why this peer cannot take that disk.
-    pub(super) fn unfit(&self, job: &Job) -> Option<Trouble> {
+    pub(super) fn incompatibility(&self, job: &Job) -> Option<Trouble> {
         match self.answer {
             Some(Answer { listening: None, .. }) => return Some(Trouble::Serving),
             Some(Answer { has: Has::Arrived, .. }) => {
@@ -300,7 +300,7 @@ impl Action {
             Self::Ask(_) => "Ask",
             Self::Look(_) => "Look",
             Self::TakeDirty { .. } => "TakeDirty",
-            Self::Send(DestinationRequest { work, .. }) => match work {
+            Self::Send(DestinationRequest { kind, .. }) => match kind {
                 RequestKind::Write(_) => "Send(Write)",
                 RequestKind::Zero(_) => "Send(Zero)",
                 RequestKind::Flush => "Send(Flush)",
@@ -333,7 +333,7 @@ pub struct DestinationRequest {
     /// Never used twice in a migration.
     pub cookie: u64,
     /// What to do there.
-    pub work: RequestKind,
+    pub kind: RequestKind,
 }
 
 /// What a request asks for.
@@ -460,7 +460,7 @@ pub struct Progress {
     /// The delay of every client's write.
     pub write_delay: Duration,
     /// The record says *departing* although the disk stays: it could not be put back until now.
-    pub owes_record: bool,
+    pub record_unrestored: bool,
     /// Why it does not go on just now.
     pub obstacle: Option<Obstacle>,
 }

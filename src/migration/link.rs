@@ -45,7 +45,7 @@ impl Route {
     ///
     /// # Errors
     /// That of the attempt that connected, or both.
-    pub(crate) fn or_from_anywhere<T>(
+    pub(crate) fn with_bind_fallback<T>(
         &self,
         attempt: impl Fn(&Self) -> Result<T, Trouble>,
     ) -> Result<T, Trouble> {
@@ -134,11 +134,11 @@ impl Link {
         wake: &Wake,
         give_up: &mut dyn FnMut() -> bool,
     ) -> Result<(), SendError> {
-        self.unfinished = request.work != RequestKind::Disconnect;
+        self.unfinished = request.kind != RequestKind::Disconnect;
         let mut sending = Sending { stream: &self.stream, patience, wake, give_up, begun: false };
         let mut head = Vec::new();
         header(request).encode(Dialect::Simple, &mut head);
-        match request.work {
+        match request.kind {
             RequestKind::Write(range) => {
                 sending.bytes(&head, true)?;
                 sending.data(copier, range)
@@ -189,10 +189,10 @@ impl Link {
     }
 
     /// DISC, and closed.
-    pub(super) fn say_goodbye(mut self) {
+    pub(super) fn disconnect(mut self) {
         self.unfinished = false;
         let mut goodbye = Vec::new();
-        header(&DestinationRequest { cookie: 0, work: RequestKind::Disconnect })
+        header(&DestinationRequest { cookie: 0, kind: RequestKind::Disconnect })
             .encode(Dialect::Simple, &mut goodbye);
         // Everything that matters has been answered.
         let _ = self.stream.send_all(&goodbye, GOODBYE_PATIENCE);
@@ -318,7 +318,7 @@ fn is_sockets(error: &io::Error) -> bool {
 }
 
 fn header(request: &DestinationRequest) -> Header {
-    let (kind, range) = match request.work {
+    let (kind, range) = match request.kind {
         RequestKind::Write(range) => (CommandKind::Write.number(), Some(range)),
         RequestKind::Zero(range) => (CommandKind::WriteZeroes.number(), Some(range)),
         RequestKind::Flush => (CommandKind::Flush.number(), None),
@@ -326,7 +326,7 @@ fn header(request: &DestinationRequest) -> Header {
         RequestKind::Handover(_) => (COMMAND, None),
     };
     let offset = range.map_or(0, |range| range.offset());
-    let length = match request.work {
+    let length = match request.kind {
         RequestKind::Handover(_) => Handover::LENGTH as u64,
         _ => range.map_or(0, |range| range.length()),
     };

@@ -190,7 +190,7 @@ impl Machine {
             speed_limit: cx.speed.limit(),
             passes: cx.plan.passes(),
             write_delay: cx.write_delay,
-            owes_record: cx.unrestored.is_some(),
+            record_unrestored: cx.unrestored.is_some(),
             obstacle: cx.obstacle.clone().or_else(|| {
                 let throttles = cx.write_delay > Duration::ZERO && cx.freeze.is_none();
                 throttles.then_some(Obstacle::Writers)

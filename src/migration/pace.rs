@@ -58,7 +58,7 @@ impl Speed {
 
     /// How long such a burst takes.
     #[must_use]
-    pub fn spacing(&self) -> Duration {
+    pub fn chunk_duration(&self) -> Duration {
         self.limit.map_or(Duration::ZERO, |limit| time_for(self.chunk(), limit))
     }
 
@@ -101,7 +101,7 @@ impl Speed {
         };
         // A wake-up that comes a little late does not put off all that follow.
         let due = self.burst.map_or(now, |(began, sent)| began + time_for(sent, limit));
-        let next = if due + self.spacing() > now { due.min(now) } else { now };
+        let next = if due + self.chunk_duration() > now { due.min(now) } else { now };
         let (began, before) = self.burst.filter(goes_with).unwrap_or((next, 0));
         self.burst = Some((began, before + bytes));
     }
@@ -262,11 +262,11 @@ const STEPS_MAX: u64 = 4;
 const COMPARE_EVERY: Duration = SECOND;
 
 /// The part of the allowed pause that is tried for first: a pass more or two often get there.
-pub const AIM_SHARE: u32 = 4;
+pub const SHORT_PAUSE_DIVISOR: u32 = 4;
 
 /// How long that is tried for before the whole of the allowed pause will do; not at all if a
 /// single pass would take longer.
-pub const AIM_FOR: Duration = SECOND;
+pub const SHORT_PAUSE_ATTEMPT: Duration = SECOND;
 
 /// Whether the copy catches up with the writers, and what to do when it does not.
 #[derive(Debug)]
@@ -307,7 +307,7 @@ impl Convergence {
     /// Whether the gate may be closed with `left` bytes to go, at `link_rate` bytes per second; as
     /// long as it is open, at no more than `limit`.
     #[must_use]
-    pub fn may_end(
+    pub fn may_close_gate(
         &mut self,
         now: Duration,
         left: u64,
@@ -321,8 +321,10 @@ impl Convergence {
             return false;
         }
         let since = *self.fits_since.get_or_insert(now);
-        let is_slow = limit.is_some_and(|limit| time_for(left, limit) > AIM_FOR);
-        fits(left, link_rate, self.pause / AIM_SHARE) || is_slow || now >= since + AIM_FOR
+        let is_slow = limit.is_some_and(|limit| time_for(left, limit) > SHORT_PAUSE_ATTEMPT);
+        fits(left, link_rate, self.pause / SHORT_PAUSE_DIVISOR)
+            || is_slow
+            || now >= since + SHORT_PAUSE_ATTEMPT
     }
 
     /// A pass is over and left so many bytes. One that did not shrink by a quarter since the last

@@ -155,7 +155,7 @@ impl CopyPlan {
         }
         self.busy = RangeSet::none(self.disk.length());
         (self.payload_in_flight, self.zeroes_in_flight) = (0, 0);
-        self.look_again();
+        self.recheck_bitmap();
     }
 
     /// The next step; `data_max` bounds a WRITE in bytes, as far as the destination's
@@ -266,24 +266,24 @@ impl CopyPlan {
         self.busy.remove(flight.range);
         self.payload_in_flight -= flight.payload;
         self.zeroes_in_flight -= usize::from(flight.payload == 0);
-        self.look_again();
+        self.recheck_bitmap();
         Some(flight)
     }
 
     /// No client can write any more: the bitmap is examined once again, even if it was empty.
     pub fn gate_closed(&mut self) {
         self.cursor = 0;
-        self.look_again();
+        self.recheck_bitmap();
     }
 
     /// Time has passed: there may be new marks.
-    pub fn look_again(&mut self) {
+    pub fn recheck_bitmap(&mut self) {
         (self.dry, self.fresh) = (false, false);
     }
 
     /// Whether the whole disk was sent once and [`CopyPlan::left`] is what it is right now.
     #[must_use]
-    pub fn knows_what_is_left(&self) -> bool {
+    pub fn is_left_known(&self) -> bool {
         self.passes > 0 && self.fresh
     }
 

@@ -280,7 +280,7 @@ impl Source {
             }
             Action::Disconnect => {
                 if let Some(link) = self.link.take() {
-                    link.say_goodbye();
+                    link.disconnect();
                 }
                 Event::Done
             }
@@ -293,7 +293,7 @@ impl Source {
     fn connect(&mut self, question: &Question) -> Event {
         let open = |route: &Route| Link::open(route, Some(question));
         let opened = match self.machine.stage() {
-            Stage::InDoubt => self.route.or_from_anywhere(open),
+            Stage::InDoubt => self.route.with_bind_fallback(open),
             _ => open(&self.route),
         };
         match opened {
@@ -368,7 +368,7 @@ impl Source {
         let sent = link.send(request, &disk.copier(), patience, &handle.wake, &mut give_up);
         match sent {
             Ok(()) => {
-                match request.work {
+                match request.kind {
                     RequestKind::Write(range) => self.stats.bytes_sent += range.length(),
                     RequestKind::Flush => self.write_back(),
                     RequestKind::Zero(_) | RequestKind::Handover(_) | RequestKind::Disconnect => {}

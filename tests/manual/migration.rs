@@ -16,7 +16,7 @@ use flexnbd::migration::freeze::{
 };
 use flexnbd::migration::job::{Job, Obstacle, SIZE_MIN, Trouble};
 use flexnbd::migration::machine::{ASK_AFTER, RETRY_EVERY};
-use flexnbd::migration::pace::{AIM_FOR, AIM_SHARE, CHUNK_MIN, Convergence};
+use flexnbd::migration::pace::{CHUNK_MIN, Convergence, SHORT_PAUSE_ATTEMPT, SHORT_PAUSE_DIVISOR};
 use flexnbd::migration::plan::Limits;
 use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
 use flexnbd::nbd::wire::{ErrorCode, PRIVATE_PAYLOAD_MAX};
@@ -56,7 +56,7 @@ fn documented_limits_match_the_program() {
     let (window, most) = (limits.window >> 20, limits.data_max >> 20);
     let delay_max = u64::try_from(write_throttle::DELAY_MAX.as_millis()).unwrap();
     assert_eq!(documented("Smallest disk"), [SIZE_MIN]);
-    let aim = [pause / u64::from(AIM_SHARE), pause, AIM_FOR.as_secs()];
+    let aim = [pause / u64::from(SHORT_PAUSE_DIVISOR), pause, SHORT_PAUSE_ATTEMPT.as_secs()];
     assert_eq!(documented("Pause aimed at"), aim);
     assert_eq!(documented("Patience"), [usual.timeout.as_secs()]);
     assert_eq!(documented("Trying again"), [RETRY_EVERY.as_secs()]);
@@ -93,7 +93,7 @@ fn convergence_delays() -> (Vec<Duration>, u64) {
         } else {
             at_the_last += 1;
         }
-        if convergence.may_end(Duration::from_secs(second), 1 << 30, None, None) {
+        if convergence.may_close_gate(Duration::from_secs(second), 1 << 30, None, None) {
             return (steps, at_the_last);
         }
     }
@@ -117,7 +117,7 @@ fn numbers_in_the_text_match_the_program() {
     let (pause, patience) = (job().pause.as_millis(), job().timeout.as_secs());
     let pause = u64::try_from(pause).unwrap();
     let catching_up = text(&page, "WHAT HAPPENS/Catching up");
-    let aim = [pause / u64::from(AIM_SHARE), AIM_FOR.as_secs(), pause];
+    let aim = [pause / u64::from(SHORT_PAUSE_DIVISOR), SHORT_PAUSE_ATTEMPT.as_secs(), pause];
     assert_eq!(numbers(&catching_up), aim);
     let limit = page.item_text("ENVIRONMENT", "Ev FLEXNBD_MS_REQUEST_LIMIT_SECS");
     assert_eq!(numbers(&limit), [patience, 1]);

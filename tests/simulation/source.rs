@@ -429,7 +429,7 @@ impl World {
     fn send(&mut self, run: &mut Run, request: DestinationRequest) -> Event {
         let Some(at) = run.connection else { return Event::Lost("hung up".to_owned()) };
         let cookie = request.cookie;
-        let message = match request.work {
+        let message = match request.kind {
             RequestKind::Write(range) => {
                 let early = run.early.take();
                 let read = |block: usize| match &early {

@@ -73,7 +73,7 @@ mod tests {
         speed_limit: None,
         passes: 0,
         write_delay: Duration::ZERO,
-        owes_record: false,
+        record_unrestored: false,
         obstacle: None,
     };
 

@@ -82,7 +82,7 @@ fn copied(cx: &mut Context, now: Duration, mut link: LinkState) -> Next {
     let cookie = cx.next_cookie();
     link.last_progress = now;
     link.flush = Flush::Asked { cookie, at: now };
-    let flush = DestinationRequest { cookie, work: RequestKind::Flush };
+    let flush = DestinationRequest { cookie, kind: RequestKind::Flush };
     Next::Do(Phase::Flushing(link), Action::Send(flush))
 }
 

@@ -14,7 +14,7 @@ pub(super) fn connect(cx: &mut Context) -> Next {
 
 pub(super) fn connecting(cx: &mut Context, now: Duration, event: Event) -> Handled {
     match event {
-        Event::Greeted(peer) => match peer.unfit(&cx.job) {
+        Event::Greeted(peer) => match peer.incompatibility(&cx.job) {
             None => Ok(greeted(cx, now, peer)),
             Some(trouble) => Err(trouble),
         },

@@ -148,7 +148,7 @@ impl Context {
     /// The gate was closed in vain: it stays open for a while.
     pub(super) fn back_off(&mut self, now: Duration) {
         if let Some(freeze) = self.freeze.take() {
-            self.backoff.failed(now, freeze.lasts(now));
+            self.backoff.failed(now, freeze.elapsed(now));
         }
     }
 

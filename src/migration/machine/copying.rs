@@ -41,7 +41,7 @@ pub(super) fn copying(
             cx.extend_freeze(now);
         }
         Event::Tick => {
-            cx.plan.look_again();
+            cx.plan.recheck_bitmap();
             check_progress(cx, now, &link)?;
         }
         Event::Done => {}
@@ -108,7 +108,7 @@ fn flush_replied(cx: &mut Context, link: &mut LinkState, now: Duration, took: Du
     if cx.obstacle == Some(Obstacle::Flush) {
         cx.obstacle = None;
     }
-    cx.plan.look_again();
+    cx.plan.recheck_bitmap();
 }
 
 /// The next thing to do while the gate is open.
@@ -176,9 +176,9 @@ fn send(
     mut link: LinkState,
     access: WriteAccess,
     range: Range,
-    work: RequestKind,
+    kind: RequestKind,
 ) -> Next {
-    let bytes = HEADER + work.payload();
+    let bytes = HEADER + kind.payload();
     let ready = if access == WriteAccess::Open { cx.speed.ready_at(now, bytes) } else { now };
     if ready > now {
         let until = ready.min(link.last_progress.max(now) + cx.job.timeout);
@@ -190,8 +190,8 @@ fn send(
     let cookie = cx.next_cookie();
     cx.speed.sent(now, bytes);
     cx.meter.sent(now);
-    cx.plan.sent(cookie, AcknowledgedRequest { range, payload: work.payload() });
-    stay(link, access, Action::Send(DestinationRequest { cookie, work }))
+    cx.plan.sent(cookie, AcknowledgedRequest { range, payload: kind.payload() });
+    stay(link, access, Action::Send(DestinationRequest { cookie, kind }))
 }
 
 fn throttle(cx: &mut Context, link: LinkState) -> Next {
@@ -203,7 +203,7 @@ fn throttle(cx: &mut Context, link: LinkState) -> Next {
 
 fn has_caught_up(cx: &mut Context, now: Duration) -> bool {
     let (left, limit) = (cx.plan.left(), cx.speed.limit());
-    cx.plan.knows_what_is_left() && cx.convergence.may_end(now, left, cx.meter.link_rate(), limit)
+    cx.plan.is_left_known() && cx.convergence.may_close_gate(now, left, cx.meter.link_rate(), limit)
 }
 
 /// What is left fits the pause. The gate closes once the destination has flushed the bulk and
@@ -211,7 +211,7 @@ fn has_caught_up(cx: &mut Context, now: Duration) -> bool {
 fn caught_up(cx: &mut Context, now: Duration, mut link: LinkState) -> Handled {
     let may_be_slow = link.slow_flushes >= SLOW_FLUSHES_MAX;
     // A low speed limit lets us learn only now and then how much is left.
-    let fresh = FLUSH_FRESH.max(cx.speed.spacing() * 4);
+    let fresh = FLUSH_FRESH.max(cx.speed.chunk_duration() * 4);
     let is_ready = |at, took| now < at + fresh && (took <= FLUSH_QUICK || may_be_slow);
     match link.flush {
         _ if !link.peer.flush => probe(cx, now, link),
@@ -223,7 +223,7 @@ fn caught_up(cx: &mut Context, now: Duration, mut link: LinkState) -> Handled {
             if !cx.plan.in_flight() {
                 link.last_progress = now;
             }
-            let flush = DestinationRequest { cookie, work: RequestKind::Flush };
+            let flush = DestinationRequest { cookie, kind: RequestKind::Flush };
             Ok(Next::Do(Phase::Copying(link), Action::Send(flush)))
         }
     }

@@ -39,7 +39,7 @@ pub(super) fn checking_link(
 
 fn send_disconnect(cx: &mut Context, link: LinkState) -> Next {
     let cookie = cx.next_cookie();
-    let disconnect = DestinationRequest { cookie, work: RequestKind::Disconnect };
+    let disconnect = DestinationRequest { cookie, kind: RequestKind::Disconnect };
     let phase = Phase::LegacyHandover(link, LegacyStep::Disconnecting);
     Next::Do(phase, Action::Send(disconnect))
 }
@@ -65,10 +65,10 @@ pub(super) fn legacy(cx: &mut Context, link: LinkState, step: LegacyStep, event:
 
 fn hand_over(cx: &mut Context, now: Duration, token: Token) -> Next {
     let cookie = cx.next_cookie();
-    let work = RequestKind::Handover(Handover { id: cx.job.id, token });
+    let kind = RequestKind::Handover(Handover { id: cx.job.id, token });
     let ask_at = now + ASK_AFTER.min(cx.job.timeout);
     let sent = Phase::HandingOver(SentHandover { token, cookie, ask_at });
-    Next::Do(sent, Action::Send(DestinationRequest { cookie, work }))
+    Next::Do(sent, Action::Send(DestinationRequest { cookie, kind }))
 }
 
 pub(super) fn handing_over(
@@ -140,8 +140,8 @@ pub(super) fn in_doubt(cx: &mut Context, now: Duration, doubt: Doubt, event: Eve
 /// clients have waited for too long.
 fn not_arrived(cx: &mut Context, now: Duration, token: Token, peer: DestinationInfo) -> Handled {
     let complete = peer.answer.is_some_and(|answer| answer.has == Has::Incomplete);
-    let in_time = cx.freeze.is_none_or(|freeze| freeze.lasts(now) < FREEZE_MAX);
-    let fits = complete && peer.token() == Some(token) && peer.unfit(&cx.job).is_none();
+    let in_time = cx.freeze.is_none_or(|freeze| freeze.elapsed(now) < FREEZE_MAX);
+    let fits = complete && peer.token() == Some(token) && peer.incompatibility(&cx.job).is_none();
     let why = match (fits, in_time) {
         (true, true) => {
             cx.obstacle = None;

@@ -108,7 +108,7 @@ fn fast_writers_are_throttled_and_released() {
 fn dirty_blocks_are_copied_during_a_long_flush() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(|action| {
-        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Flush, .. }))
+        matches!(action, Action::Send(DestinationRequest { kind: RequestKind::Flush, .. }))
     });
     rig.give(Event::Done);
     while !matches!(rig.action, Action::Wait { .. }) {

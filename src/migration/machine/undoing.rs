@@ -76,7 +76,7 @@ fn undone(cx: &mut Context, now: Duration, then: AfterUndo) -> Next {
             Next::Do(Phase::Ended(outcome.clone()), Action::End(outcome))
         }
         (AfterUndo::Resume(link), _) => {
-            cx.plan.look_again();
+            cx.plan.recheck_bitmap();
             Next::Copy(link, WriteAccess::Open)
         }
         (AfterUndo::Retry, _) => {

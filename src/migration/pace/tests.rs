@@ -112,28 +112,33 @@ fn holes_count_for_the_time_left_but_not_for_the_speed() {
 fn the_gate_closes_when_the_rest_fits_a_quarter_of_the_pause_and_not_a_byte_earlier() {
     let mut chase = Convergence::new(100 * MS);
     let rate = NonZeroU64::new(1000);
-    assert!(chase.may_end(SECOND, 25, rate, None));
-    assert!(!chase.may_end(SECOND, 26, rate, None));
-    assert!(!chase.may_end(SECOND, 1, None, None), "nothing was measured");
-    assert!(chase.may_end(SECOND, 0, None, None));
+    assert!(chase.may_close_gate(SECOND, 25, rate, None));
+    assert!(!chase.may_close_gate(SECOND, 26, rate, None));
+    assert!(!chase.may_close_gate(SECOND, 1, None, None), "nothing was measured");
+    assert!(chase.may_close_gate(SECOND, 0, None, None));
 }
 
 #[test]
 fn a_rest_that_fits_the_whole_pause_is_tried_to_be_made_smaller_for_a_second() {
     let mut chase = Convergence::new(100 * MS);
     let rate = NonZeroU64::new(1000);
-    assert!(!chase.may_end(SECOND, 101, rate, None));
-    assert!(!chase.may_end(2 * SECOND, 100, rate, None), "it has only just begun to fit");
-    assert!(!chase.may_end(3 * SECOND - MS, 100, rate, None));
-    assert!(chase.may_end(3 * SECOND, 100, rate, None));
-    assert!(!chase.may_end(3 * SECOND, 101, rate, None), "not a byte more, however long it takes");
+    assert!(!chase.may_close_gate(SECOND, 101, rate, None));
+    assert!(!chase.may_close_gate(2 * SECOND, 100, rate, None), "it has only just begun to fit");
+    assert!(!chase.may_close_gate(3 * SECOND - MS, 100, rate, None));
+    assert!(chase.may_close_gate(3 * SECOND, 100, rate, None));
+    assert!(
+        !chase.may_close_gate(3 * SECOND, 101, rate, None),
+        "not a byte more, however long it takes"
+    );
 }
 
 #[test]
 fn under_a_limit_that_makes_a_pass_long_nothing_smaller_is_tried_for() {
     let (rate, left) = (NonZeroU64::new(1000), 100);
-    let long = Convergence::new(100 * MS).may_end(SECOND, left, rate, NonZeroU64::new(left - 1));
-    let short = Convergence::new(100 * MS).may_end(SECOND, left, rate, NonZeroU64::new(left));
+    let long =
+        Convergence::new(100 * MS).may_close_gate(SECOND, left, rate, NonZeroU64::new(left - 1));
+    let short =
+        Convergence::new(100 * MS).may_close_gate(SECOND, left, rate, NonZeroU64::new(left));
     assert_eq!((long, short), (true, false));
 }
 
@@ -153,7 +158,7 @@ fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
     let mut chase = Convergence::new(100 * MS);
     let mut delays = vec![chase.delay()];
     let mut second = 1;
-    while !chase.may_end(second * SECOND, 1 << 30, NonZeroU64::new(1), None) {
+    while !chase.may_close_gate(second * SECOND, 1 << 30, NonZeroU64::new(1), None) {
         chase.pass_ended(second * SECOND, 1 << 30, NonZeroU64::new(1));
         delays.push(chase.delay());
         second += 1;

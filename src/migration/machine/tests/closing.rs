@@ -122,7 +122,7 @@ fn hanging_flush_opens_the_gate() {
     let mut rig = Rig::new(job(), plain());
     rig.until(is_closing);
     rig.until(|action| {
-        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Flush, .. }))
+        matches!(action, Action::Send(DestinationRequest { kind: RequestKind::Flush, .. }))
     });
     let cookie = rig.machine.context.cookie;
     let Action::Wait { until } = *rig.give(Event::Done) else { panic!("{:?}", rig.action) };
@@ -228,7 +228,7 @@ fn slow_flush_is_repeated_before_the_gate_closes() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     let mut flushes = 0;
     while !is_closing(&rig.action) {
-        if let Action::Send(DestinationRequest { work: RequestKind::Flush, .. }) = rig.action {
+        if let Action::Send(DestinationRequest { kind: RequestKind::Flush, .. }) = rig.action {
             flushes += 1;
             rig.now += Duration::from_secs(1);
         }
@@ -242,7 +242,7 @@ fn slow_flush_is_repeated_before_the_gate_closes() {
 fn long_flush_is_reported_as_the_obstacle() {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(|action| {
-        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Flush, .. }))
+        matches!(action, Action::Send(DestinationRequest { kind: RequestKind::Flush, .. }))
     });
     rig.give(Event::Done);
     for _ in 0..60 {
@@ -283,7 +283,7 @@ fn unrestored_record_is_tried_again() {
         let mut rig = restoring_the_record();
         for _ in 0..5 {
             rig.give(failed());
-            assert!(rig.machine.progress(rig.now).owes_record);
+            assert!(rig.machine.progress(rig.now).record_unrestored);
             if link_is_lost {
                 rig.until(is_wait).give(lost());
             }
@@ -293,7 +293,7 @@ fn unrestored_record_is_tried_again() {
             assert!(rig.now <= at + 3 * RETRY_EVERY, "{:?}", rig.now - at);
         }
         rig.give(Event::Done);
-        assert!(!rig.machine.progress(rig.now).owes_record);
+        assert!(!rig.machine.progress(rig.now).record_unrestored);
         assert_eq!(record_failures(&mut rig), 1, "it is told once");
         assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
     }
@@ -320,7 +320,7 @@ fn failed_migration_tries_to_restore_the_record() {
         assert!(matches!(rig.until_end(), Outcome::Failed(Trouble::Record(_))));
         let tries = rig.log.iter().filter(|action| **action == before()).count();
         assert_eq!(tries as u32, RECORD_TRIES.min(failures + 1));
-        assert_eq!(rig.machine.progress(rig.now).owes_record, failures == RECORD_TRIES);
+        assert_eq!(rig.machine.progress(rig.now).record_unrestored, failures == RECORD_TRIES);
         assert_eq!(record_failures(&mut rig), 1);
     }
 }

@@ -42,7 +42,7 @@ fn image_is_deleted_just_before_the_disc() {
 fn unsent_disc_is_undone() {
     let mut rig = Rig::new(job(), plain());
     rig.until(|action| {
-        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Disconnect, .. }))
+        matches!(action, Action::Send(DestinationRequest { kind: RequestKind::Disconnect, .. }))
     });
     assert_eq!(rig.give(lost()), &Action::HangUp);
     assert_eq!(rig.give(Event::Done), &Action::OpenGate);
@@ -67,7 +67,7 @@ fn hang_up_before_the_disc_keeps_the_disk_here() {
 fn deleted_image_keeps_the_gate_closed_and_copies_again() {
     let mut rig = Rig::new(Job { unlink: true, ..job() }, plain());
     rig.until(|action| {
-        matches!(action, Action::Send(DestinationRequest { work: RequestKind::Disconnect, .. }))
+        matches!(action, Action::Send(DestinationRequest { kind: RequestKind::Disconnect, .. }))
     });
     let before = rig.written();
     rig.give(lost());

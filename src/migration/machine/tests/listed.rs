@@ -21,7 +21,7 @@ pub(super) fn step(machine: &mut Machine, now: Duration, event: Event) -> (Trans
 /// The name of an action in the table: which step of the copy comes next is the plan's decision.
 fn name(phase: &str, action: &Action) -> &'static str {
     let copies = match action {
-        Action::Send(request) => request.work.range().is_some(),
+        Action::Send(request) => request.kind.range().is_some(),
         action => {
             matches!(action, Action::Look(_) | Action::TakeDirty { .. } | Action::Wait { .. })
         }
@@ -60,7 +60,7 @@ pub(super) fn is_result(action: &Action, event: &Event, is_connected: bool) -> b
         Action::Send(request) => match event {
             Event::Done | Event::Lost(_) | Event::Unsent(_) => true,
             Event::Unreadable(_) | Event::Failed(_) => {
-                matches!(request.work, RequestKind::Write(_))
+                matches!(request.kind, RequestKind::Write(_))
             }
             _ => false,
         },

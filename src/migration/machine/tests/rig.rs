@@ -104,7 +104,7 @@ impl Rig {
                 Event::Taken { run, left: self.marks.iter().map(Range::length).sum() }
             }
             Action::Send(request) => {
-                if request.work != RequestKind::Disconnect {
+                if request.kind != RequestKind::Disconnect {
                     self.pending.push_back(request.cookie);
                 }
                 Event::Done
@@ -155,13 +155,13 @@ impl Rig {
             Action::Probe => None,
             Action::CloseGate { .. } => Some("CloseGate".to_owned()),
             Action::Send(DestinationRequest {
-                work: RequestKind::Write(_) | RequestKind::Zero(_),
+                kind: RequestKind::Write(_) | RequestKind::Zero(_),
                 ..
             }) => None,
-            Action::Send(DestinationRequest { work: RequestKind::Handover(_), .. }) => {
+            Action::Send(DestinationRequest { kind: RequestKind::Handover(_), .. }) => {
                 Some("Handover".to_owned())
             }
-            Action::Send(DestinationRequest { work, .. }) => Some(format!("{work:?}")),
+            Action::Send(DestinationRequest { kind, .. }) => Some(format!("{kind:?}")),
             Action::Connect(_) => Some("Connect".to_owned()),
             Action::End(_) => Some("End".to_owned()),
             other => Some(format!("{other:?}")),
@@ -171,7 +171,7 @@ impl Rig {
 
     pub(super) fn written(&self) -> u64 {
         let bytes = |action: &Action| match action {
-            Action::Send(request) => request.work.payload(),
+            Action::Send(request) => request.kind.payload(),
             _ => 0,
         };
         self.log.iter().map(bytes).sum()
@@ -179,7 +179,7 @@ impl Rig {
 }
 
 pub(super) fn is_handover(action: &Action) -> bool {
-    matches!(action, Action::Send(DestinationRequest { work: RequestKind::Handover(_), .. }))
+    matches!(action, Action::Send(DestinationRequest { kind: RequestKind::Handover(_), .. }))
 }
 
 pub(super) fn is_closing(action: &Action) -> bool {
@@ -191,7 +191,7 @@ pub(super) fn is_wait(action: &Action) -> bool {
 }
 
 pub(super) fn is_write(action: &Action) -> bool {
-    matches!(action, Action::Send(DestinationRequest { work: RequestKind::Write(_), .. }))
+    matches!(action, Action::Send(DestinationRequest { kind: RequestKind::Write(_), .. }))
 }
 
 pub(super) fn lost() -> Event {

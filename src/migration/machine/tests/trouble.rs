@@ -193,10 +193,10 @@ fn another_process_gets_everything_under_another_id() {
     rig.give(lost());
     rig.peer = ours(OTHER, Has::Incomplete);
     rig.until(is_handover);
-    let Action::Send(DestinationRequest { work, .. }) = rig.action else {
+    let Action::Send(DestinationRequest { kind, .. }) = rig.action else {
         panic!("{:?}", rig.action)
     };
-    assert_eq!(work, RequestKind::Handover(Handover { id: ID.next(), token: OTHER }));
+    assert_eq!(kind, RequestKind::Handover(Handover { id: ID.next(), token: OTHER }));
     assert_eq!(rig.machine.job().id, ID.next());
     assert_eq!(rig.machine.progress(rig.now).id, ID.next());
     assert!(rig.news().contains(&News::Restarted));
