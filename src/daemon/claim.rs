@@ -289,10 +289,7 @@ fn denial(config: &Config, refusal: &OwnershipRefusal) -> OwnershipDenial {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::config::Admission;
     use crate::daemon::signals::Signals;
-    use crate::disk::HolePolicy;
-    use crate::server::acl::Acl;
     use crate::systemd::ServiceManager;
     use std::path::{Path, PathBuf};
 
@@ -308,22 +305,7 @@ mod tests {
     }
 
     fn claim(role: ProcessRole, image: &Path) -> Result<Claim, StartError> {
-        let config = Config {
-            role,
-            config_file: None,
-            address: None,
-            image: image.to_path_buf(),
-            create: Some(4096),
-            read_only: false,
-            export: String::new(),
-            oldstyle: false,
-            plain: false,
-            control: None,
-            killswitch: false,
-            idle_exit: None,
-            holes: HolePolicy::default(),
-            admission: Admission { acl: Acl::default(), clients_max: 1 },
-        };
+        let config = Config { role, create: Some(4096), ..Config::serve(image) };
         let (notifier, signals) = (ServiceManager::silent(), Signals::none());
         let query = StartupQuery { notifier: &notifier, signals: &signals, answer: None };
         Claim::acquire(&config, &query)

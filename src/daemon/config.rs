@@ -40,6 +40,29 @@ pub struct Config {
     pub admission: Admission,
 }
 
+#[cfg(test)]
+impl Config {
+    /// `serve --file IMAGE` without any other option.
+    pub(crate) fn serve(image: impl Into<PathBuf>) -> Self {
+        Self {
+            role: ProcessRole::Serve,
+            config_file: None,
+            address: None,
+            image: image.into(),
+            create: None,
+            read_only: false,
+            export: String::new(),
+            oldstyle: false,
+            plain: false,
+            control: None,
+            killswitch: false,
+            idle_exit: None,
+            holes: HolePolicy::Auto,
+            admission: Admission { acl: Acl::default(), clients_max: 128 },
+        }
+    }
+}
+
 /// The mode of a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ProcessRole {

@@ -3,7 +3,6 @@
 
 use super::events::ProcessEvent;
 use super::idle::Idle;
-use super::log_unsent::log_unsent;
 use super::operator::Service;
 use super::snapshot;
 use super::status_reporter::StatusReporter;
@@ -16,7 +15,7 @@ use crate::migration::destination::ArrivalResult;
 use crate::migration::job::Outcome;
 use crate::migration::source::MigrationHandle;
 use crate::server::Grace;
-use crate::systemd::{FdStore, ServiceManager};
+use crate::systemd::{FdStore, ServiceManager, log_unsent};
 use nix::sys::signal::Signal;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;

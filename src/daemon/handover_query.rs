@@ -2,7 +2,6 @@
 //! long, so a thread asks, while the process handles signals, feeds the watchdog and refuses clients.
 //! Never decides what follows from the answer.
 
-use super::log_unsent::log_unsent;
 use super::signals::Signals;
 use crate::disk::ownership::{Id, RemoteAddress};
 use crate::memory_reserve::check_thread_headroom;
@@ -11,7 +10,7 @@ use crate::migration::link::Route;
 use crate::migration::source;
 use crate::migration::wire::{Answer, Question};
 use crate::net::{Address, Wake, wait_readable};
-use crate::systemd::ServiceManager;
+use crate::systemd::{ServiceManager, log_unsent};
 use nix::sys::signal::Signal;
 use std::io;
 use std::net::IpAddr;

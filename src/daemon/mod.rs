@@ -21,7 +21,6 @@ mod export_policies;
 mod handover_query;
 mod idle;
 mod inherited;
-mod log_unsent;
 mod migration_log;
 mod operator;
 mod outgoing;

@@ -3,7 +3,6 @@
 
 use super::config::{Admission, RereadConfig};
 use super::events::ActiveCommands;
-use super::log_unsent::log_unsent;
 use super::outgoing::{self, MigrationContext, PreparedMigration};
 use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
@@ -16,7 +15,7 @@ use crate::migration::job::Outcome;
 use crate::migration::source::MigrationHandle;
 use crate::server::Server;
 use crate::sync::{self, lock};
-use crate::systemd::ServiceManager;
+use crate::systemd::{ServiceManager, log_unsent};
 use nix::sys::signal::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};

@@ -4,13 +4,12 @@
 
 mod text;
 
-use super::log_unsent::log_unsent;
 use super::migration_log::MigrationLog;
 use crate::human;
 use crate::migration::job::{Outcome, Progress};
 use crate::migration::source::MigrationHandle;
 use crate::milestones::Milestones;
-use crate::systemd::ServiceManager;
+use crate::systemd::{ServiceManager, log_unsent};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 pub(super) use text::IdleStatus;

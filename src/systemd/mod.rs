@@ -16,5 +16,5 @@ pub mod unit;
 
 pub use fd_store::{FdStore, StoredDescriptors};
 pub use journal::Verbosity;
-pub use notify::ServiceManager;
+pub use notify::{ServiceManager, log_unsent};
 pub use sockets::{InheritedListener, InheritedSockets};

@@ -1,5 +1,6 @@
 //! Notifications to the service manager (sd_notify(3)).
-//! Never decides when to send one; sends none without a service manager.
+//! Never decides when to send one; sends none without a service manager. A lost message never stops
+//! the process.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sd_notify::NotifyState;
@@ -10,6 +11,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tracing::warn;
 
 /// The variable with the socket's address.
 const SOCKET_VARIABLE: &str = "NOTIFY_SOCKET";
@@ -205,6 +207,13 @@ impl ServiceManager {
             Ok(0) => Err(does_not_read()),
             _ => Ok(()),
         }
+    }
+}
+
+/// Logs that a message to the service manager could not be sent.
+pub fn log_unsent(sent: io::Result<()>) {
+    if let Err(error) = sent {
+        warn!("cannot notify the service manager: {error}");
     }
 }
 
