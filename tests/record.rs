@@ -1,43 +1,48 @@
-//! The ownership record of an image, and its locks: on file systems without room or attributes, for
-//! files that were renamed or replaced while they are served, and beside QEMU.
-//! Needs root for what it mounts; says so and passes over it elsewhere.
+//! Ownership records and image locks: on full file systems, on file systems without extended
+//! attributes, for images renamed or replaced while served, and beside QEMU.
+//! Tests that mount a file system need root; without it they are skipped.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
 #[path = "record/locks.rs"]
 mod locks;
-#[path = "record/medium.rs"]
-mod medium;
+#[path = "record/mount.rs"]
+mod mount;
+#[path = "record/no_space.rs"]
+mod no_space;
 #[path = "record/renamed.rs"]
 mod renamed;
-#[path = "record/room.rs"]
-mod room;
 #[path = "record/tail.rs"]
 mod tail;
 
 use harness::host::Host;
 use harness::{MIB, sparse_image, write_at};
 
-/// Size of the disks here, in bytes.
+/// Size of the disks, in bytes.
 pub(crate) const SIZE: u64 = 4 * MIB;
 
-/// An image of [`SIZE`] bytes for that host, which begins with `mark`.
-pub(crate) fn image(host: &Host, mark: &[u8]) {
+/// Creates the host's image: [`SIZE`] bytes that begin with `content`.
+pub(crate) fn image(host: &Host, content: &[u8]) {
     sparse_image(host.image.parent().unwrap(), name(host), SIZE);
-    write_at(&host.image, 0, mark);
+    write_at(&host.image, 0, content);
 }
 
 fn name(host: &Host) -> &str {
     host.image.file_name().unwrap().to_str().unwrap()
 }
 
-/// Fails unless `serve` refuses the host's image with status 78; what it said.
+/// Asserts that the mode exits with status 78 for the host's image; returns its stderr.
 #[track_caller]
-pub(crate) fn refused_by_serve(host: &Host) -> String {
-    let target = harness::Endpoint::Tcp(host.address);
-    let mut refused = host.mode("serve").at(target).spawn();
+pub(crate) fn assert_refused(host: &Host, mode: &str, flags: &[&str]) -> String {
+    let endpoint = harness::Endpoint::Tcp(host.address);
+    let mut refused = host.mode(mode).args(flags).at(endpoint).spawn();
     let status = refused.wait_for_end();
-    let told = refused.stderr();
-    assert_eq!(status.code(), Some(78), "{told}");
-    told
+    let stderr = refused.stderr();
+    assert_eq!(status.code(), Some(78), "{stderr}");
+    stderr
+}
+
+#[track_caller]
+pub(crate) fn assert_serve_refused(host: &Host) -> String {
+    assert_refused(host, "serve", &[])
 }

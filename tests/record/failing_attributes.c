@@ -1,4 +1,4 @@
-/* Runs a program for which every change of an extended attribute fails with EIO, as on a bad disk:
+/* Runs a program; each of its changes to an extended attribute fails with EIO, as on a bad disk:
  *
  *   failing_attributes PROGRAM [ARGUMENT...]
  */

@@ -1,6 +1,6 @@
-/* Preloaded into the server under test: makes locks of one kind fail, as some file systems do.
+/* Preloaded into the server under test: locks of one kind fail, as on some file systems.
  *
- * FAILING_LOCK is "flock" or "fcntl", and FAILING_ERRNO the number of the error.
+ * FAILING_LOCK is "flock" or "fcntl"; FAILING_ERRNO is the error number.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -1,7 +1,7 @@
-//! Records where there is no room for them: kept elsewhere, or the order is refused.
+//! Records on a full file system: kept in the state directory, or the command is refused.
 
-use crate::medium::Medium;
-use crate::{image, refused_by_serve};
+use crate::mount::Mount;
+use crate::{assert_serve_refused, image};
 use harness::host::{Host, MIRROR_STARTED};
 use harness::{
     Endpoint, MIB, TIMEOUT, compile, noise, poll_until, read_at, require_tool, temp_dir_in,
@@ -10,203 +10,208 @@ use harness::{
 use std::fs;
 use std::path::Path;
 
-/// A directory that nothing can be made in.
-const NOWHERE: &str = "/dev/null/flexnbd";
+/// A state directory in which no file can be created.
+const UNUSABLE: &str = "/dev/null/flexnbd";
 
 fn hosts(directory: &Path, root: &Path) -> (Host, Host) {
-    let (mut from, to) = (Host::new(root, "a"), Host::new(directory, "b"));
-    from.control = directory.join("a.sock");
-    image(&from, b"precious");
-    image(&to, b"old bytes");
-    (from, to)
+    let (mut source, destination) = (Host::new(root, "a"), Host::new(directory, "b"));
+    source.control = directory.join("a.sock");
+    image(&source, b"precious");
+    image(&destination, b"old bytes");
+    (source, destination)
 }
 
-/// On a full file system the record goes to the state directory, and holds.
-fn moves_from_a_full_disk(inode_bytes: u32) {
+/// On a full file system the record is written to the state directory, and `serve` obeys it.
+fn full_disk_is_recorded_in_state_directory(inode_bytes: u32) {
     let directory = temp_dir_in("/var/tmp");
-    let Some(medium) = Medium::ext4(directory.path(), inode_bytes) else { return };
-    let (from, to) = hosts(directory.path(), &medium.root);
+    let Some(mount) = Mount::ext4(directory.path(), inode_bytes) else { return };
+    let (source, destination) = hosts(directory.path(), &mount.root);
     let state = directory.path().join("state");
     fs::create_dir(&state).unwrap();
-    let from = from.env("STATE_DIRECTORY", state.to_str().unwrap());
-    let (mut serving, mut listening) = (from.serve(), to.listen());
-    medium.fill();
-    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
-    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
-    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
-    assert_eq!(read_at(&to.image, 0, 8), b"precious");
-    let told = refused_by_serve(&from);
-    assert!(told.contains("has moved to"), "{told}");
+    let source = source.env("STATE_DIRECTORY", state.to_str().unwrap());
+    let (mut server, mut listener) = (source.serve(), destination.listen());
+    mount.fill();
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
+    assert!(server.wait_for_end().success(), "{}", server.stderr());
+    assert!(listener.wait_for_end().success(), "{}", listener.stderr());
+    assert_eq!(read_at(&destination.image, 0, 8), b"precious");
+    let message = assert_serve_refused(&source);
+    assert!(message.contains("has moved to"), "{message}");
     let kept: Vec<_> = fs::read_dir(&state).unwrap().map(|e| e.unwrap().path()).collect();
-    assert_eq!(kept.len(), 1, "one record and nothing else: {kept:?}");
+    assert_eq!(kept.len(), 1, "a single record: {kept:?}");
     assert!(fs::read_to_string(&kept[0]).unwrap().starts_with("flexnbd 1 departed "));
 }
 
 #[test]
 fn a_full_disk_is_recorded_in_the_state_directory() {
-    moves_from_a_full_disk(256);
+    full_disk_is_recorded_in_state_directory(256);
 }
 
 #[test]
-fn small_inodes_on_a_full_disk_are_recorded_too() {
-    moves_from_a_full_disk(128);
+fn small_inodes_are_recorded_in_the_state_directory() {
+    full_disk_is_recorded_in_state_directory(128);
 }
 
 #[test]
 fn mirror_is_refused_when_no_record_can_be_kept() {
     let directory = temp_dir_in("/var/tmp");
-    let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
-    let (from, to) = hosts(directory.path(), &medium.root);
-    let from = from.env("STATE_DIRECTORY", NOWHERE);
-    let (mut serving, mut listening) = (from.serve(), to.listen());
-    medium.fill();
+    let Some(mount) = Mount::ext4(directory.path(), 128) else { return };
+    let (source, destination) = hosts(directory.path(), &mount.root);
+    let source = source.env("STATE_DIRECTORY", UNUSABLE);
+    let (mut server, mut listener) = (source.serve(), destination.listen());
+    mount.fill();
     for action in ["exit", "unlink"] {
-        let reply = from.mirror_to(to.address, &[action]);
+        let reply = source.mirror_to(destination.address, &[action]);
         assert!(reply.starts_with("1: no ownership record can be kept"), "{reply}");
-        assert!(reply.contains("user.flexnbd") && reply.contains(NOWHERE), "{reply}");
+        assert!(reply.contains("user.flexnbd") && reply.contains(UNUSABLE), "{reply}");
         assert!(reply.contains("--no-record"), "{reply}");
     }
-    assert_eq!(from.status_of("is_mirroring"), "false");
-    assert!(serving.is_running() && listening.is_running());
+    assert_eq!(source.status_of("is_mirroring"), "false");
+    assert!(server.is_running() && listener.is_running());
 
-    // An operator's explicit word.
-    let to_address = to.address;
-    let reply = from.mirror_to(to_address, &["exit", "0.0.0.0", "0", "no-record"]);
+    // The operator permits a migration without a record.
+    let options = ["exit", "0.0.0.0", "0", "no-record"];
+    let reply = source.mirror_to(destination.address, &options);
     assert_eq!(reply, MIRROR_STARTED);
-    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
-    assert!(serving.stderr().contains("without an ownership record"), "{}", serving.stderr());
-    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
-    // Which is what it costs.
-    assert_eq!(from.record(), "");
-    drop(from.serve());
+    assert!(server.wait_for_end().success(), "{}", server.stderr());
+    assert!(server.stderr().contains("without an ownership record"), "{}", server.stderr());
+    assert!(listener.wait_for_end().success(), "{}", listener.stderr());
+    // Without a record the source serves its stale copy: the documented cost.
+    assert_eq!(source.record(), "");
+    drop(source.serve());
 }
 
 #[test]
 fn listen_is_refused_when_no_record_can_be_kept() {
     let directory = temp_dir_in("/var/tmp");
-    let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
-    let (to, from) = hosts(directory.path(), &medium.root);
-    medium.fill();
-    let to = to.env("STATE_DIRECTORY", NOWHERE);
-    let place = || Endpoint::Tcp(to.address);
-    let mut refused = to.mode("listen").at(place()).spawn();
+    let Some(mount) = Mount::ext4(directory.path(), 128) else { return };
+    let (destination, source) = hosts(directory.path(), &mount.root);
+    mount.fill();
+    let destination = destination.env("STATE_DIRECTORY", UNUSABLE);
+    let endpoint = || Endpoint::Tcp(destination.address);
+    let mut refused = destination.mode("listen").at(endpoint()).spawn();
     assert_eq!(refused.wait_for_end().code(), Some(78), "{}", refused.stderr());
     assert!(refused.stderr().contains("--no-record"), "{}", refused.stderr());
 
-    // An image that is made has to be recorded at once, and is not left behind without.
-    fs::remove_file(&to.image).unwrap();
-    let mut refused = to.mode("listen").args(["--create", "4M"]).at(place()).spawn();
+    // A new image must have a record before anything else, or it is deleted again.
+    fs::remove_file(&destination.image).unwrap();
+    let mut refused = destination.mode("listen").args(["--create", "4M"]).at(endpoint()).spawn();
     assert_eq!(refused.wait_for_end().code(), Some(78), "{}", refused.stderr());
-    assert!(!to.image.exists(), "an empty image that serve would take for a disk");
+    assert!(!destination.image.exists(), "serve would take the empty image for a disk");
 
-    image(&to, b"");
-    let mut listening = to.mode("listen").args(["--no-record"]).start();
-    let mut serving = from.serve();
-    medium.empty();
-    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
-    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
-    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    image(&destination, b"");
+    let mut listener = destination.mode("listen").args(["--no-record"]).start();
+    let mut server = source.serve();
+    mount.free();
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
+    assert!(server.wait_for_end().success(), "{}", server.stderr());
+    assert!(listener.wait_for_end().success(), "{}", listener.stderr());
 }
 
-/// There is room for a short record, and none for the largest.
+/// The attribute has space for a short record, but not for the longest.
 #[test]
-fn a_disk_received_without_room_is_served() {
+fn a_disk_received_without_record_space_is_served() {
     let directory = temp_dir_in("/var/tmp");
-    let Some(medium) = Medium::ext4(directory.path(), 256) else { return };
-    let (to, from) = hosts(directory.path(), &medium.root);
-    let to = to.env("STATE_DIRECTORY", NOWHERE);
-    let bytes = fs::metadata(&to.image).unwrap().len();
-    write_at(&to.image, 0, &noise(usize::try_from(bytes).unwrap(), 1));
-    xattr::set(&to.image, "user.flexnbd", b"flexnbd 1 incoming id=-\n").unwrap();
-    medium.fill();
-    let mut listening = to.mode("listen").args(["--no-record"]).start();
-    let mut serving = from.serve();
-    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
-    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
-    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
-    let told = listening.stderr();
-    assert!(told.contains("without an ownership record"), "there was room: {told}");
-    assert_eq!((from.record(), to.record()), ("departed".into(), "ours".into()));
-    drop(to.serve());
+    let Some(mount) = Mount::ext4(directory.path(), 256) else { return };
+    let (destination, source) = hosts(directory.path(), &mount.root);
+    let destination = destination.env("STATE_DIRECTORY", UNUSABLE);
+    let bytes = fs::metadata(&destination.image).unwrap().len();
+    write_at(&destination.image, 0, &noise(usize::try_from(bytes).unwrap(), 1));
+    xattr::set(&destination.image, "user.flexnbd", b"flexnbd 1 incoming id=-\n").unwrap();
+    mount.fill();
+    let mut listener = destination.mode("listen").args(["--no-record"]).start();
+    let mut server = source.serve();
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
+    assert!(server.wait_for_end().success(), "{}", server.stderr());
+    assert!(listener.wait_for_end().success(), "{}", listener.stderr());
+    let message = listener.stderr();
+    assert!(message.contains("without an ownership record"), "there was space: {message}");
+    assert_eq!((source.record(), destination.record()), ("departed".into(), "ours".into()));
+    drop(destination.serve());
 }
 
-/// The record could be kept when the migration began, and cannot when it is to be written.
+/// The file system fills up after the migration has begun.
 #[test]
-fn a_record_that_fails_later_ends_the_migration() {
+fn a_late_record_failure_ends_the_migration() {
     let directory = temp_dir_in("/var/tmp");
-    let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
-    let (from, to) = hosts(directory.path(), &medium.root);
-    let from = from.env("STATE_DIRECTORY", NOWHERE);
-    harness::write_at(&from.image, 0, &harness::noise(2 * MIB as usize, 1));
-    let (mut serving, _listening) = (from.serve(), to.listen());
-    assert_eq!(from.mirror_to(to.address, &["exit", "0.0.0.0", "300000"]), MIRROR_STARTED);
-    medium.fill();
-    from.command(&["mirror_max_bps", "0"]);
-    serving.wait_for_stderr("the ownership record cannot be kept");
-    let over = poll_until(TIMEOUT, || from.status_of("is_mirroring") == "false");
-    assert!(over, "it is tried again: {}", serving.stderr());
-    let status = from.status();
+    let Some(mount) = Mount::ext4(directory.path(), 128) else { return };
+    let (source, destination) = hosts(directory.path(), &mount.root);
+    let source = source.env("STATE_DIRECTORY", UNUSABLE);
+    write_at(&source.image, 0, &noise(2 * MIB as usize, 1));
+    let (mut server, _listener) = (source.serve(), destination.listen());
+    assert_eq!(
+        source.mirror_to(destination.address, &["exit", "0.0.0.0", "300000"]),
+        MIRROR_STARTED
+    );
+    mount.fill();
+    source.command(&["mirror_max_bps", "0"]);
+    server.wait_for_stderr("the ownership record cannot be kept");
+    let ended = poll_until(TIMEOUT, || source.status_of("is_mirroring") == "false");
+    assert!(ended, "the migration goes on: {}", server.stderr());
+    let status = source.status();
     assert!(status["migration_failed"].contains("record"), "{status:?}");
     assert_eq!(status["ownership"], "none");
-    assert!(serving.is_running());
-    let mut wire = harness::raw::Wire::haggle(serving.endpoint(), 3);
+    assert!(server.is_running());
+    let mut wire = harness::raw::Wire::haggle(server.endpoint(), 3);
     wire.assert_haggling_in_sync();
-    medium.empty();
-    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
-    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
-    assert_eq!(from.record(), "departed");
+    mount.free();
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
+    assert!(server.wait_for_end().success(), "{}", server.stderr());
+    assert_eq!(source.record(), "departed");
 }
 
-/// The same at the destination: it ends with an error, and the source serves on.
+/// The destination's file system fills up after the migration has begun: it exits with an error, and
+/// the source goes on serving.
 #[test]
-fn a_destination_that_cannot_record_ends_with_an_error() {
+fn a_destination_without_record_space_exits_with_1() {
     let directory = temp_dir_in("/var/tmp");
-    let Some(medium) = Medium::ext4(directory.path(), 128) else { return };
-    let (to, from) = hosts(directory.path(), &medium.root);
-    let to = to.env("STATE_DIRECTORY", NOWHERE);
-    let (serving, mut listening) = (from.serve(), to.listen());
-    medium.fill();
-    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
-    assert_eq!(listening.wait_for_end().code(), Some(1), "{}", listening.stderr());
-    let told = listening.stderr();
-    assert!(told.contains("no ownership record can be kept of"), "{told}");
-    assert_eq!(from.status_of("is_mirroring"), "true", "it tries again");
-    medium.empty();
-    let (mut serving, mut listening) = (serving, to.listen());
-    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
-    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
-    assert_eq!((from.record(), to.record()), ("departed".into(), "ours".into()));
+    let Some(mount) = Mount::ext4(directory.path(), 128) else { return };
+    let (destination, source) = hosts(directory.path(), &mount.root);
+    let destination = destination.env("STATE_DIRECTORY", UNUSABLE);
+    let (server, mut listener) = (source.serve(), destination.listen());
+    mount.fill();
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
+    assert_eq!(listener.wait_for_end().code(), Some(1), "{}", listener.stderr());
+    let message = listener.stderr();
+    assert!(message.contains("no ownership record can be kept of"), "{message}");
+    assert_eq!(source.status_of("is_mirroring"), "true", "the source retries");
+    mount.free();
+    let (mut server, mut listener) = (server, destination.listen());
+    assert!(server.wait_for_end().success(), "{}", server.stderr());
+    assert!(listener.wait_for_end().success(), "{}", listener.stderr());
+    assert_eq!((source.record(), destination.record()), ("departed".into(), "ours".into()));
 }
 
-/// An error that is not about room: the record goes to the state directory, and wins over what the
-/// attribute still says.
+/// The attribute cannot be changed (EIO): the new record goes to the state directory, and takes
+/// precedence over the stale attribute.
 #[test]
-fn an_attribute_that_cannot_be_changed_does_not_count() {
+fn a_record_in_the_state_directory_overrides_the_attribute() {
     if !require_tool("cc") {
         return;
     }
     let directory = temp_dir_in("/var/tmp");
     let launcher = compile(directory.path(), "tests/record/failing_attributes.c", &[]);
     let launcher = [launcher.to_str().unwrap()];
-    let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
-    image(&from, b"precious");
-    image(&to, b"old bytes");
-    xattr::set(&from.image, "user.flexnbd", b"flexnbd 1 ours title=adopted\n").unwrap();
-    let failing = from.clone().through(&launcher);
-    let mut serving = failing.clone().env("STATE_DIRECTORY", NOWHERE).serve();
-    let mut listening = to.clone().through(&launcher).listen();
-    let reply = from.mirror_to(to.address, &[]);
+    let (source, destination) =
+        (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
+    image(&source, b"precious");
+    image(&destination, b"old bytes");
+    xattr::set(&source.image, "user.flexnbd", b"flexnbd 1 ours title=adopted\n").unwrap();
+    let failing = source.clone().through(&launcher);
+    let mut server = failing.clone().env("STATE_DIRECTORY", UNUSABLE).serve();
+    let mut listener = destination.clone().through(&launcher).listen();
+    let reply = source.mirror_to(destination.address, &[]);
     assert!(reply.contains("no ownership record can be kept") && reply.contains("(os error 5)"));
-    assert!(serving.stop().success());
+    assert!(server.stop().success());
 
-    let mut serving = failing.serve();
-    assert_eq!(from.mirror_to(to.address, &[]), MIRROR_STARTED);
-    assert!(serving.wait_for_end().success(), "{}", serving.stderr());
-    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
-    assert_eq!((from.record(), to.record()), ("departed".into(), "ours".into()));
-    let attribute = xattr::get(&from.image, "user.flexnbd").unwrap().unwrap();
+    let mut server = failing.serve();
+    assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
+    assert!(server.wait_for_end().success(), "{}", server.stderr());
+    assert!(listener.wait_for_end().success(), "{}", listener.stderr());
+    assert_eq!((source.record(), destination.record()), ("departed".into(), "ours".into()));
+    let attribute = xattr::get(&source.image, "user.flexnbd").unwrap().unwrap();
     assert!(attribute.starts_with(b"flexnbd 1 ours"), "{}", attribute.escape_ascii());
-    let told = refused_by_serve(&from);
-    assert!(told.contains("has moved to"), "{told}");
-    drop(to.serve());
+    let message = assert_serve_refused(&source);
+    assert!(message.contains("has moved to"), "{message}");
+    drop(destination.serve());
 }

@@ -1,36 +1,40 @@
-//! Bytes of an image that are not part of the disk: not moved, and so never deleted.
+//! Bytes of an image beyond its disk: a migration does not copy them, so it must not delete them.
 
 use crate::{SIZE, image};
 use harness::host::{Host, MIRROR_STARTED};
 use harness::{read_at, temp_dir_in, write_at};
 use std::fs::File;
 
-/// The image gets so many bytes, the last of them this one, before or after it is served.
+/// Extends the image to `size` bytes, before or after `serve` opens it; its last byte is not zero.
 fn unlink_is_refused(size: u64, grows_while_served: bool) {
     let directory = temp_dir_in("/var/tmp");
-    let (from, to) = (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
-    image(&from, b"precious");
-    image(&to, b"old bytes");
+    let (source, destination) =
+        (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
+    image(&source, b"precious");
+    image(&destination, b"old bytes");
     let grow = || {
-        File::options().write(true).open(&from.image).unwrap().set_len(size).unwrap();
-        write_at(&from.image, size - 1, b"t");
+        File::options().write(true).open(&source.image).unwrap().set_len(size).unwrap();
+        write_at(&source.image, size - 1, b"t");
     };
     if !grows_while_served {
         grow();
     }
-    let (mut serving, mut listening) = (from.serve(), to.listen());
+    let (mut server, mut listener) = (source.serve(), destination.listen());
     grow();
-    let reply = from.mirror_to(to.address, &["unlink"]);
-    let words = format!("the last {} bytes of ", size - SIZE);
-    assert!(reply.starts_with("1: ") && reply.contains(&words), "{reply}");
-    assert!(from.image.exists() && serving.is_running());
-    // Without deletion nothing is lost, and it is said that not everything moves.
-    assert_eq!(from.mirror_to(to.address, &["exit"]), MIRROR_STARTED);
-    assert!(serving.wait_for_end().success() && listening.wait_for_end().success());
-    let told = serving.stderr();
-    assert!(told.contains(&format!("{words}{} do not move", from.image.display())), "{told}");
-    assert_eq!(read_at(&from.image, size - 1, 1), b"t");
-    assert_eq!(from.record(), "departed");
+    let reply = source.mirror_to(destination.address, &["unlink"]);
+    let tail = format!("the last {} bytes of ", size - SIZE);
+    assert!(reply.starts_with("1: ") && reply.contains(&tail), "{reply}");
+    assert!(source.image.exists() && server.is_running());
+    // Without deletion no byte is lost; the log says that the tail is not copied.
+    assert_eq!(source.mirror_to(destination.address, &["exit"]), MIRROR_STARTED);
+    assert!(server.wait_for_end().success() && listener.wait_for_end().success());
+    let message = server.stderr();
+    assert!(
+        message.contains(&format!("{tail}{} do not move", source.image.display())),
+        "{message}"
+    );
+    assert_eq!(read_at(&source.image, size - 1, 1), b"t");
+    assert_eq!(source.record(), "departed");
 }
 
 #[test]
@@ -39,6 +43,6 @@ fn an_unserved_tail_is_not_deleted() {
 }
 
 #[test]
-fn what_an_image_has_grown_by_is_not_deleted() {
+fn bytes_appended_while_serving_are_not_deleted() {
     unlink_is_refused(SIZE + 4096, true);
 }
