@@ -1,36 +1,36 @@
-//! Two writers that never stop, and what they know to be written.
+//! Two clients that write until the schedule's writes are used up, and the content that they expect.
 
 use super::Mutation;
-use super::medium::Stamp;
+use super::image::Stamp;
 use super::world::{Host, World};
 use flexnbd::disk::dirty::BLOCK;
 use flexnbd::range::Range;
 
-/// What clients know of a block.
+/// The content of a block that clients accept.
 #[derive(Clone, Debug)]
-pub(crate) struct Known {
-    /// The last write that was answered.
+pub(crate) struct ExpectedBlock {
+    /// The last acknowledged write.
     pub(crate) acknowledged: Stamp,
-    /// Later writes that were not.
-    pub(crate) perhaps: Vec<Stamp>,
+    /// Later writes, without a reply.
+    pub(crate) unacknowledged: Vec<Stamp>,
 }
 
-impl Known {
+impl ExpectedBlock {
     pub(crate) fn allows(&self, stamp: Stamp) -> bool {
-        stamp == self.acknowledged || self.perhaps.contains(&stamp)
+        stamp == self.acknowledged || self.unacknowledged.contains(&stamp)
     }
 }
 
-/// One writer, which has one write under way at most, to blocks that nobody else writes to.
+/// A client with at most one write in flight. It alone writes to its blocks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Writer {
     Idle,
-    /// Inside the gate.
+    /// The write has entered the gate.
     Entered(Write),
-    /// One of the two halves of a write is done: bytes, then mark.
+    /// The bytes are written, but not marked dirty.
     Halfway(Write),
-    /// Both are; the answer is not sent yet.
-    Answering(Write),
+    /// The bytes are written and marked dirty; the reply is not sent yet.
+    Replying(Write),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -41,38 +41,38 @@ pub(crate) struct Write {
 }
 
 impl World {
-    pub(crate) fn client_turn(&mut self, which: usize) -> bool {
-        match self.writers[which] {
-            Writer::Idle => self.begin_write(which),
+    pub(crate) fn client_turn(&mut self, client: usize) -> bool {
+        match self.writers[client] {
+            Writer::Idle => self.begin_write(client),
             Writer::Entered(write) => {
                 if self.mutation == Mutation::MarkBeforeWrite {
-                    self.mark(write);
+                    self.mark_dirty(write);
                 } else {
-                    self.put(write);
+                    self.write_bytes(write);
                 }
-                self.writers[which] = Writer::Halfway(write);
+                self.writers[client] = Writer::Halfway(write);
                 true
             }
             Writer::Halfway(write) => {
                 if self.mutation == Mutation::MarkBeforeWrite {
-                    self.put(write);
+                    self.write_bytes(write);
                 } else {
-                    self.mark(write);
+                    self.mark_dirty(write);
                 }
-                self.writers[which] = Writer::Answering(write);
+                self.writers[client] = Writer::Replying(write);
                 true
             }
-            Writer::Answering(write) => {
-                let known = &mut self.known[write.block];
-                known.acknowledged = write.stamp;
-                known.perhaps.clear();
-                self.leave(which);
+            Writer::Replying(write) => {
+                let expected = &mut self.expected[write.block];
+                expected.acknowledged = write.stamp;
+                expected.unacknowledged.clear();
+                self.leave_gate(client);
                 true
             }
         }
     }
 
-    fn begin_write(&mut self, which: usize) -> bool {
+    fn begin_write(&mut self, client: usize) -> bool {
         let host = match (self.source_serves(), self.destination_serves()) {
             (true, _) => Host::Source,
             (_, true) => Host::Destination,
@@ -82,52 +82,53 @@ impl World {
             return false;
         }
         self.writes_left -= 1;
-        if self.dice.once_in(8) {
-            self.medium(host).flush();
+        if self.rng.one_in(8) {
+            self.image(host).flush();
             return true;
         }
-        let count = self.known.len() as u64;
-        let block = (self.dice.below(count) / 2 * 2 + which as u64) % count;
-        let block = if block as usize % 2 == which { block as usize } else { which };
+        // Client 0 writes to even blocks, client 1 to odd ones.
+        let count = self.expected.len() as u64;
+        let block = (self.rng.below(count) / 2 * 2 + client as u64) % count;
+        let block = if block as usize % 2 == client { block as usize } else { client };
         self.next_stamp += 1;
-        let stamp = if self.dice.once_in(5) { 0 } else { self.next_stamp };
-        self.known[block].perhaps.push(stamp);
+        let stamp = if self.rng.one_in(5) { 0 } else { self.next_stamp };
+        self.expected[block].unacknowledged.push(stamp);
         if host == Host::Source {
             self.source.visits += 1;
         }
-        self.writers[which] = Writer::Entered(Write { host, block, stamp });
+        self.writers[client] = Writer::Entered(Write { host, block, stamp });
         true
     }
 
-    fn put(&mut self, write: Write) {
-        self.medium(write.host).write(write.block, write.stamp, write.stamp != 0);
+    fn write_bytes(&mut self, write: Write) {
+        self.image(write.host).write(write.block, write.stamp, write.stamp != 0);
     }
 
-    fn mark(&mut self, write: Write) {
+    fn mark_dirty(&mut self, write: Write) {
         if let (Host::Source, Some(dirty)) = (write.host, &self.source.dirty) {
-            let disk = Range::whole(self.known.len() as u64 * BLOCK);
+            let disk = Range::whole(self.expected.len() as u64 * BLOCK);
             dirty.mark(disk.from(write.block as u64 * BLOCK).split(BLOCK).0);
         }
     }
 
-    fn leave(&mut self, which: usize) {
-        if let Writer::Entered(write) | Writer::Halfway(write) | Writer::Answering(write) =
-            self.writers[which]
+    fn leave_gate(&mut self, client: usize) {
+        if let Writer::Entered(write) | Writer::Halfway(write) | Writer::Replying(write) =
+            self.writers[client]
             && write.host == Host::Source
         {
             self.source.visits -= 1;
         }
-        self.writers[which] = Writer::Idle;
+        self.writers[client] = Writer::Idle;
     }
 
-    /// A host's process is gone, and with it the writes that were inside.
+    /// Ends the writes in flight at a host whose process was killed.
     pub(crate) fn abandon_writes(&mut self, host: Host) {
-        for which in 0..self.writers.len() {
-            if let Writer::Entered(write) | Writer::Halfway(write) | Writer::Answering(write) =
-                self.writers[which]
+        for client in 0..self.writers.len() {
+            if let Writer::Entered(write) | Writer::Halfway(write) | Writer::Replying(write) =
+                self.writers[client]
                 && write.host == host
             {
-                self.leave(which);
+                self.leave_gate(client);
             }
         }
     }

@@ -1,8 +1,8 @@
-//! The destination host: what `listen`, and `serve` after it, do around their decisions.
+//! The destination host: models `listen`, and the `serve` that follows it, around the real decisions.
 
 use super::Mutation;
-use super::medium::{Medium, Stamp, blocks};
-use super::net::{Down, Up};
+use super::image::{Image, Stamp, block_indices};
+use super::network::{ToDestination, ToSource};
 use super::world::{Host, World};
 use flexnbd::disk::ownership::{
     ForListen, ForServe, Id, Provenance, Record, for_listen, for_serve,
@@ -15,21 +15,23 @@ use flexnbd::migration::wire::{Answer, Handover, Has, Question, Token};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// NBD's EPERM and EINVAL.
+/// Error numbers of NBD.
 const EPERM: u32 = 1;
+const EIO: u32 = 5;
 const EINVAL: u32 = 22;
 
 #[derive(Debug)]
 pub(crate) struct Destination {
-    pub(crate) medium: Medium,
-    /// Another image, which an operator may start `listen` with instead.
-    pub(crate) other: Medium,
-    pub(crate) process: Process,
-    processes: u8,
+    pub(crate) image: Image,
+    /// Another image, with which the operator may start `listen` instead.
+    pub(crate) other_image: Image,
+    pub(crate) process: DestinationProcess,
+    /// Number of `listen` processes started; the token of the last one.
+    process_count: u8,
 }
 
 #[derive(Debug)]
-pub(crate) enum Process {
+pub(crate) enum DestinationProcess {
     Down,
     Listen(Box<Listen>),
     Serve(Provenance),
@@ -39,18 +41,18 @@ pub(crate) enum Process {
 pub(crate) struct Listen {
     arrival: Arrival,
     token: Token,
-    /// The migration that each connection was introduced with.
-    guests: BTreeMap<usize, Id>,
-    /// Requests under way, which may be carried out in any order.
-    work: Vec<(usize, Up)>,
+    /// The migration ID that each connection has introduced itself with.
+    introduced: BTreeMap<usize, Id>,
+    /// Requests in flight, by connection. They complete in any order.
+    in_flight: Vec<(usize, ToDestination)>,
     busy: Busy,
 }
 
-/// Something with several steps that nothing else comes between, save a kill.
+/// An operation of several steps. Only a kill can interrupt it.
 #[derive(Clone, Debug)]
 enum Busy {
     No,
-    /// The record *incoming* is written, and not yet durable.
+    /// The record *incoming* is written but not durable.
     Recording(Id),
     Settling {
         connection: usize,
@@ -69,153 +71,162 @@ enum Settle {
 }
 
 impl Destination {
-    pub(crate) fn new(medium: Medium, other: Medium) -> Self {
-        Self { medium, other, process: Process::Down, processes: 0 }
+    pub(crate) fn new(image: Image, other_image: Image) -> Self {
+        Self { image, other_image, process: DestinationProcess::Down, process_count: 0 }
     }
 }
 
 impl World {
     pub(crate) fn destination_serves(&self) -> bool {
-        matches!(self.destination.process, Process::Serve(_))
+        matches!(self.destination.process, DestinationProcess::Serve(_))
     }
 
     pub(crate) fn destination_accepts(&self) -> bool {
-        !matches!(self.destination.process, Process::Down)
+        !matches!(self.destination.process, DestinationProcess::Down)
     }
 
-    /// systemd, or an operator, starts `listen`, and `serve` when the disk has arrived.
+    /// Starts `listen`, or `serve` if the disk has arrived, as systemd or the operator does.
     pub(crate) fn start_destination(&mut self) -> Result<(), String> {
         if self.mutation != Mutation::TrustUnsyncedRecord {
-            self.destination.medium.record.sync();
+            self.destination.image.record.sync();
         }
-        let record = self.destination.medium.record.now.clone();
+        let record = self.destination.image.record.current.clone();
         self.destination.process = match for_listen(record.as_ref(), false) {
             ForListen::Accept { .. } if self.serves_incomplete() => {
-                Process::Serve(Provenance::Native)
+                DestinationProcess::Serve(Provenance::Native)
             }
             ForListen::Accept { incomplete_copy } => self.listen(incomplete_copy),
             ForListen::AlreadyArrived(_) => match for_serve(record.as_ref()) {
-                ForServe::Serve(title) => Process::Serve(title),
-                _ => Process::Down,
+                ForServe::Serve(provenance) => DestinationProcess::Serve(provenance),
+                _ => DestinationProcess::Down,
             },
-            ForListen::Refuse(_) => Process::Down,
+            ForListen::Refuse(_) => DestinationProcess::Down,
         };
-        let arrived = matches!(self.destination.process, Process::Serve(Provenance::Arrived(_)));
-        if arrived { self.arrived() } else { Ok(()) }
+        let arrived =
+            matches!(self.destination.process, DestinationProcess::Serve(Provenance::Arrived(_)));
+        if arrived { self.on_arrival() } else { Ok(()) }
     }
 
-    /// The disk is here: the last moment before clients come is the moment to look at it.
-    fn arrived(&mut self) -> Result<(), String> {
+    /// Checks the copy when it arrives for the first time, before clients can change it.
+    fn on_arrival(&mut self) -> Result<(), String> {
         let first = !std::mem::replace(&mut self.settled, true);
         if first { self.check_arrival() } else { Ok(()) }
     }
 
+    /// For [`Mutation::ServeIncomplete`].
     fn serves_incomplete(&self) -> bool {
-        let record = &self.destination.medium.record.now;
+        let record = &self.destination.image.record.current;
         self.mutation == Mutation::ServeIncomplete
             && matches!(record, Some(Record::Incoming { .. }))
     }
 
-    fn listen(&mut self, incomplete_copy: Option<Option<Id>>) -> Process {
-        self.destination.processes += 1;
-        let token = Token([self.destination.processes; 16]);
-        Process::Listen(Box::new(Listen {
+    fn listen(&mut self, incomplete_copy: Option<Option<Id>>) -> DestinationProcess {
+        self.destination.process_count += 1;
+        let token = Token([self.destination.process_count; 16]);
+        DestinationProcess::Listen(Box::new(Listen {
             arrival: Arrival::new(token, incomplete_copy, Admits::Sources),
             token,
-            guests: BTreeMap::new(),
-            work: Vec::new(),
+            introduced: BTreeMap::new(),
+            in_flight: Vec::new(),
             busy: Busy::No,
         }))
     }
 
     pub(crate) fn swap_images(&mut self) {
-        std::mem::swap(&mut self.destination.medium, &mut self.destination.other);
+        std::mem::swap(&mut self.destination.image, &mut self.destination.other_image);
     }
 
-    /// Puts the image in place that the disk went to, if it went to one.
-    pub(crate) fn put_right_image(&mut self) {
-        let leaving = match &self.source.medium.record.now {
+    /// Selects the image that received the disk, if one did, as an operator would.
+    pub(crate) fn select_migrated_image(&mut self) {
+        let departing_id = match &self.source.image.record.current {
             Some(Record::Departing { id, .. } | Record::Departed { id, .. }) => Some(*id),
             _ => None,
         };
-        let rank = |medium: &Medium| match &medium.record.now {
+        let rank = |image: &Image| match &image.record.current {
             Some(Record::Ours(_)) => 2,
-            Some(Record::Incoming { id }) if leaving.is_some() && *id == leaving => 1,
+            Some(Record::Incoming { id }) if departing_id.is_some() && *id == departing_id => 1,
             _ => 0,
         };
-        if rank(&self.destination.other) > rank(&self.destination.medium) {
+        if rank(&self.destination.other_image) > rank(&self.destination.image) {
             self.kill_destination(false);
             self.swap_images();
         }
     }
 
-    pub(crate) fn kill_destination(&mut self, power: bool) {
-        self.destination.process = Process::Down;
-        for connection in &mut self.net.all {
+    /// Kills the process, or with `power_cut` the host, which loses writes that are not durable.
+    pub(crate) fn kill_destination(&mut self, power_cut: bool) {
+        self.destination.process = DestinationProcess::Down;
+        for connection in &mut self.network.connections {
             if !connection.destination_closed {
-                if power {
-                    connection.cut(&mut self.dice);
+                if power_cut {
+                    connection.cut(&mut self.rng);
                 }
                 connection.destination_closed = true;
-                connection.up.clear();
+                connection.to_destination.clear();
             }
         }
         self.abandon_writes(Host::Destination);
-        if power {
-            self.destination.medium.power_cut(&mut self.dice);
-            self.destination.other.power_cut(&mut self.dice);
-            self.forget_unflushed_at_destination();
+        if power_cut {
+            self.destination.image.power_cut(&mut self.rng);
+            self.destination.other_image.power_cut(&mut self.rng);
+            self.expect_content_of_destination();
         }
     }
 
-    /// After the arrival a power cut takes what clients have not flushed.
-    fn forget_unflushed_at_destination(&mut self) {
-        let Destination { medium, other, .. } = &self.destination;
-        let ours = |medium: &&Medium| matches!(medium.record.now, Some(Record::Ours(_)));
-        let Some(medium) = [medium, other].into_iter().find(ours) else { return };
+    /// After a power cut of the disk's new owner clients expect the content of its image, without writes
+    /// that were not flushed.
+    fn expect_content_of_destination(&mut self) {
+        let Destination { image, other_image, .. } = &self.destination;
+        let ours = |image: &&Image| matches!(image.record.current, Some(Record::Ours(_)));
+        let Some(image) = [image, other_image].into_iter().find(ours) else { return };
         if self.settled {
-            for (block, known) in self.known.iter_mut().enumerate() {
-                known.acknowledged = medium.stamp(block);
-                known.perhaps.clear();
+            for (block, expected) in self.expected.iter_mut().enumerate() {
+                expected.acknowledged = image.stamp(block);
+                expected.unacknowledged.clear();
             }
         }
     }
 
     pub(crate) fn destination_turn(&mut self) -> Result<bool, String> {
-        match std::mem::replace(&mut self.destination.process, Process::Down) {
-            Process::Down => Ok(false),
-            Process::Serve(title) => {
-                self.destination.process = Process::Serve(title);
-                Ok(self.serve_questions(title))
+        match std::mem::replace(&mut self.destination.process, DestinationProcess::Down) {
+            DestinationProcess::Down => Ok(false),
+            DestinationProcess::Serve(provenance) => {
+                self.destination.process = DestinationProcess::Serve(provenance);
+                Ok(self.answer_while_serving(provenance))
             }
-            Process::Listen(mut listen) => {
-                self.destination.process = Process::Down;
+            DestinationProcess::Listen(mut listen) => {
+                self.destination.process = DestinationProcess::Down;
                 let (progress, next) = self.listen_turn(&mut listen)?;
-                self.destination.process = next.unwrap_or(Process::Listen(listen));
+                self.destination.process = next.unwrap_or(DestinationProcess::Listen(listen));
                 Ok(progress)
             }
         }
     }
 
-    /// What a `serve` process says to a source.
-    fn serve_questions(&mut self, title: Provenance) -> bool {
-        let up = self.net.up;
-        let hello = self.net.all.iter_mut().find_map(|connection| {
-            if !up || connection.destination_closed {
+    /// Answers the question of a source, as `serve` does.
+    fn answer_while_serving(&mut self, provenance: Provenance) -> bool {
+        let is_up = self.network.is_up;
+        let received = self.network.connections.iter_mut().find_map(|connection| {
+            if !is_up || connection.destination_closed {
                 return None;
             }
-            let Up::Hello(question) = connection.up.pop_front()? else { return None };
+            let ToDestination::Question(question) = connection.to_destination.pop_front()? else {
+                return None;
+            };
             Some((connection, question))
         });
-        let Some((connection, question)) = hello else { return false };
-        connection.send_down(Down::Welcome(answer_when_serving(title, &question)));
+        let Some((connection, question)) = received else { return false };
+        connection.send_to_source(ToSource::Answer(answer_when_serving(provenance, &question)));
         true
     }
 
-    fn listen_turn(&mut self, listen: &mut Listen) -> Result<(bool, Option<Process>), String> {
+    fn listen_turn(
+        &mut self,
+        listen: &mut Listen,
+    ) -> Result<(bool, Option<DestinationProcess>), String> {
         match listen.busy.clone() {
             Busy::Recording(id) => {
-                self.destination.medium.record.sync();
+                self.destination.image.record.sync();
                 listen.arrival.on_recorded(Some(id), true);
                 listen.busy = Busy::No;
                 Ok((true, None))
@@ -223,137 +234,163 @@ impl World {
             Busy::Settling { connection, cookie, record, steps } => {
                 self.settle(listen, connection, cookie, &record, steps)
             }
-            Busy::No if !self.stalled && !listen.work.is_empty() && self.dice.once_in(2) => {
-                self.work(listen)?;
+            Busy::No
+                if !self.destination_stalled
+                    && !listen.in_flight.is_empty()
+                    && self.rng.one_in(2) =>
+            {
+                self.complete_one_request(listen)?;
                 Ok((true, None))
             }
             Busy::No => Ok((self.receive(listen)?, None)),
         }
     }
 
-    /// Takes one message, or the end, of some connection.
+    /// Receives one message or EOF from one connection.
     fn receive(&mut self, listen: &mut Listen) -> Result<bool, String> {
-        let count = self.net.all.len();
-        let first = self.dice.below(count.max(1) as u64) as usize;
+        let count = self.network.connections.len();
+        let first = self.rng.below(count.max(1) as u64) as usize;
         for at in (0..count).map(|step| (first + step) % count) {
-            if self.net.all[at].destination_closed {
+            if self.network.connections[at].destination_closed {
                 continue;
             }
-            let pending = listen.work.iter().any(|(connection, _)| *connection == at);
-            if self.net.all[at].ended_for_destination() && !pending {
-                self.net.all[at].destination_closed = true;
+            let has_requests = listen.in_flight.iter().any(|(connection, _)| *connection == at);
+            if self.network.connections[at].ended_for_destination() && !has_requests {
+                self.network.connections[at].destination_closed = true;
                 listen.arrival.on_close(at as u64);
                 return Ok(true);
             }
-            let message = if self.net.up { self.net.all[at].up.pop_front() } else { None };
+            let message = if self.network.is_up {
+                self.network.connections[at].to_destination.pop_front()
+            } else {
+                None
+            };
             if let Some(message) = message {
-                self.take(listen, at, message)?;
+                self.on_message(listen, at, message)?;
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
-    fn take(&mut self, listen: &mut Listen, at: usize, message: Up) -> Result<(), String> {
+    fn on_message(
+        &mut self,
+        listen: &mut Listen,
+        at: usize,
+        message: ToDestination,
+    ) -> Result<(), String> {
         match message {
-            Up::Hello(question) => self.introduce(listen, at, question),
-            Up::Handover { cookie, handover } => {
-                self.handed_over(listen, at, cookie, handover);
+            ToDestination::Question(question) => self.on_question(listen, at, question),
+            ToDestination::Handover { cookie, handover } => {
+                self.on_handover(listen, at, cookie, handover);
                 Ok(())
             }
-            Up::Goodbye => match listen.arrival.on_disconnect(at as u64) {
+            ToDestination::Disconnect => match listen.arrival.on_disconnect(at as u64) {
                 ArrivalEnd::Nothing => Ok(()),
-                ending => Err(format!("(2) a goodbye made the destination say {ending:?}")),
+                ending => Err(format!("(2) DISC made the destination reply {ending:?}")),
             },
-            request => self.admit(listen, at, request),
+            request => self.on_request(listen, at, request),
         }
     }
 
-    fn admit(&mut self, listen: &mut Listen, at: usize, request: Up) -> Result<(), String> {
-        let Some(&id) = listen.guests.get(&at) else {
-            return Err("a request came before its connection was introduced".to_owned());
+    fn on_request(
+        &mut self,
+        listen: &mut Listen,
+        at: usize,
+        request: ToDestination,
+    ) -> Result<(), String> {
+        let Some(&id) = listen.introduced.get(&at) else {
+            return Err("a request precedes the introduction of its connection".to_owned());
         };
-        if let Up::Write { range, .. } | Up::Zero { range, .. } = &request {
-            let clash = listen.work.iter().any(|(connection, other)| match other {
-                Up::Write { range: other, .. } | Up::Zero { range: other, .. } => {
+        if let ToDestination::Write { range, .. } | ToDestination::Zero { range, .. } = &request {
+            let overlaps = listen.in_flight.iter().any(|(connection, other)| match other {
+                ToDestination::Write { range: other, .. }
+                | ToDestination::Zero { range: other, .. } => {
                     *connection == at
                         && other.offset() < range.end()
                         && range.offset() < other.end()
                 }
                 _ => false,
             });
-            if clash {
-                return Err(format!("two requests in flight cover {range:?}"));
+            if overlaps {
+                return Err(format!("two requests in flight overlap at {range:?}"));
             }
         }
         match listen.arrival.on_write_request(at as u64) {
-            WritePermission::Go => listen.work.push((at, request)),
+            WritePermission::Go => listen.in_flight.push((at, request)),
             WritePermission::Refuse(_) => self.reply(at, &request, Some(EPERM)),
             WritePermission::RecordFirst(record) => {
-                self.destination.medium.record.now = Some(record);
+                self.destination.image.record.current = Some(record);
                 listen.busy = Busy::Recording(id);
-                self.net.all[at].up.push_front(request);
+                self.network.connections[at].to_destination.push_front(request);
             }
         }
         Ok(())
     }
 
-    fn reply(&mut self, at: usize, request: &Up, error: Option<u32>) {
-        let (Up::Write { cookie, .. } | Up::Zero { cookie, .. } | Up::Flush { cookie }) = *request
+    fn reply(&mut self, at: usize, request: &ToDestination, error: Option<u32>) {
+        let (ToDestination::Write { cookie, .. }
+        | ToDestination::Zero { cookie, .. }
+        | ToDestination::Flush { cookie }) = *request
         else {
             return;
         };
-        self.net.all[at].send_down(Down::Reply { cookie, error });
+        self.network.connections[at].send_to_source(ToSource::Reply { cookie, error });
     }
 
-    /// Carries out any one of the requests under way.
-    fn work(&mut self, listen: &mut Listen) -> Result<(), String> {
-        let which = self.dice.below(listen.work.len() as u64) as usize;
-        let (at, request) = listen.work.swap_remove(which);
-        if self.faulty && self.dice.once_in(200) {
-            self.reply(at, &request, Some(5));
+    /// Executes one of the requests in flight, or fails it.
+    fn complete_one_request(&mut self, listen: &mut Listen) -> Result<(), String> {
+        let index = self.rng.below(listen.in_flight.len() as u64) as usize;
+        let (at, request) = listen.in_flight.swap_remove(index);
+        if self.faults_enabled && self.rng.one_in(200) {
+            self.reply(at, &request, Some(EIO));
             return Ok(());
         }
-        self.carry_out(&request);
+        self.execute(&request);
         self.reply(at, &request, None);
         Ok(())
     }
 
-    fn carry_out(&mut self, request: &Up) {
-        let medium = &mut self.destination.medium;
+    fn execute(&mut self, request: &ToDestination) {
+        let image = &mut self.destination.image;
         match request {
-            Up::Write { range, stamps, .. } => {
-                let put = |(block, stamp): (usize, &Stamp)| medium.write(block, *stamp, true);
-                blocks(*range).zip(stamps).for_each(put);
+            ToDestination::Write { range, stamps, .. } => {
+                let put = |(block, stamp): (usize, &Stamp)| image.write(block, *stamp, true);
+                block_indices(*range).zip(stamps).for_each(put);
             }
-            Up::Zero { range, .. } => {
-                blocks(*range).for_each(|block| medium.write(block, 0, false));
+            ToDestination::Zero { range, .. } => {
+                block_indices(*range).for_each(|block| image.write(block, 0, false));
             }
-            Up::Flush { .. } => medium.flush(),
+            ToDestination::Flush { .. } => image.flush(),
             _ => {}
         }
     }
 
-    fn introduce(&mut self, listen: &mut Listen, at: usize, ask: Question) -> Result<(), String> {
-        if self.mutation == Mutation::EarlierConnectionLeft
-            && listen.guests.values().any(|id| *id == ask.id)
+    fn on_question(
+        &mut self,
+        listen: &mut Listen,
+        at: usize,
+        question: Question,
+    ) -> Result<(), String> {
+        if self.mutation == Mutation::KeepEarlierConnection
+            && listen.introduced.values().any(|id| *id == question.id)
         {
             let answer = Answer { listening: Some(listen.token), has: Has::Incomplete };
-            listen.guests.insert(at, ask.id);
-            self.net.all[at].send_down(Down::Welcome(answer));
+            listen.introduced.insert(at, question.id);
+            self.network.connections[at].send_to_source(ToSource::Answer(answer));
             return Ok(());
         }
-        // A holder may have been silent for long, whatever it still has on its way.
-        let silent = if self.dice.once_in(2) { SOURCE_SILENCE } else { Duration::ZERO };
+        // The earlier connection may have been silent for long, even with messages in transit.
+        let silent = if self.rng.one_in(2) { SOURCE_SILENCE } else { Duration::ZERO };
         let connection = at as u64;
-        let answer = match listen.arrival.on_introduction(connection, &ask, silent) {
+        let answer = match listen.arrival.on_introduction(connection, &question, silent) {
             ProbeDecision::Refuse(_) => None,
             ProbeDecision::Answer { answer, retire } => {
                 self.retire_all(listen, &retire);
                 Some(answer)
             }
         };
-        // Who only asks does not go on; it makes no difference here.
+        // A source that only asks would close the connection now; the model lets it enter.
         let entered = answer.and_then(|answer| {
             let retire = listen.arrival.enter(connection, silent).ok()?;
             Some((answer, retire))
@@ -361,15 +398,15 @@ impl World {
         match (answer, entered) {
             (_, Some((answer, retire))) => {
                 self.retire_all(listen, &retire);
-                listen.guests.insert(at, ask.id);
-                self.net.all[at].send_down(Down::Welcome(answer));
+                listen.introduced.insert(at, question.id);
+                self.network.connections[at].send_to_source(ToSource::Answer(answer));
             }
             (Some(answer), None) if answer.is_final() => {
-                self.net.all[at].send_down(Down::Welcome(answer));
+                self.network.connections[at].send_to_source(ToSource::Answer(answer));
             }
             _ => {
-                self.net.all[at].send_down(Down::Refused);
-                self.net.all[at].destination_closed = true;
+                self.network.connections[at].send_to_source(ToSource::Refused);
+                self.network.connections[at].destination_closed = true;
                 listen.arrival.on_close(connection);
             }
         }
@@ -382,27 +419,28 @@ impl World {
         }
     }
 
-    /// Closes an earlier connection for good, once its requests under way are done.
+    /// Closes an earlier connection after its requests in flight are done.
     fn retire(&mut self, listen: &mut Listen, old: usize) {
-        self.tally.retired += 1;
-        if self.mutation != Mutation::EarlierWritesLeft {
+        self.coverage.retired += 1;
+        if self.mutation != Mutation::KeepEarlierWrites {
             let (done, others) =
-                std::mem::take(&mut listen.work).into_iter().partition(|(at, _)| *at == old);
-            listen.work = others;
-            let done: Vec<(usize, Up)> = done;
-            done.iter().for_each(|(_, request)| self.carry_out(request));
+                std::mem::take(&mut listen.in_flight).into_iter().partition(|(at, _)| *at == old);
+            listen.in_flight = others;
+            let done: Vec<(usize, ToDestination)> = done;
+            done.iter().for_each(|(_, request)| self.execute(request));
         }
-        self.net.all[old].up.clear();
-        self.net.all[old].destination_closed = true;
+        self.network.connections[old].to_destination.clear();
+        self.network.connections[old].destination_closed = true;
         listen.arrival.on_close(old as u64);
     }
 
-    fn handed_over(&mut self, listen: &mut Listen, at: usize, cookie: u64, mut asked: Handover) {
+    fn on_handover(&mut self, listen: &mut Listen, at: usize, cookie: u64, mut handover: Handover) {
         if self.mutation == Mutation::ResumeAcrossTokens {
-            asked.token = listen.token;
+            handover.token = listen.token;
         }
-        let ArrivalEnd::Settle(record) = listen.arrival.on_handover(at as u64, &asked) else {
-            self.net.all[at].send_down(Down::Reply { cookie, error: Some(EINVAL) });
+        let ArrivalEnd::Settle(record) = listen.arrival.on_handover(at as u64, &handover) else {
+            self.network.connections[at]
+                .send_to_source(ToSource::Reply { cookie, error: Some(EINVAL) });
             return;
         };
         let steps = match self.mutation {
@@ -427,18 +465,19 @@ impl World {
         cookie: u64,
         record: &Record,
         mut steps: Vec<Settle>,
-    ) -> Result<(bool, Option<Process>), String> {
+    ) -> Result<(bool, Option<DestinationProcess>), String> {
         let step = steps.remove(0);
-        let failing = self.faulty && matches!(step, Settle::Flush | Settle::Sync);
-        if failing && self.dice.once_in(20) {
+        let may_fail = self.faults_enabled && matches!(step, Settle::Flush | Settle::Sync);
+        if may_fail && self.rng.one_in(20) {
             return Ok((true, Some(self.settling_failed(listen))));
         }
         match step {
-            Settle::Flush => self.destination.medium.flush(),
-            Settle::Record => self.destination.medium.record.now = Some(record.clone()),
-            Settle::Sync => self.destination.medium.record.sync(),
+            Settle::Flush => self.destination.image.flush(),
+            Settle::Record => self.destination.image.record.current = Some(record.clone()),
+            Settle::Sync => self.destination.image.record.sync(),
             Settle::Acknowledge => {
-                self.net.all[at].send_down(Down::Reply { cookie, error: None });
+                self.network.connections[at]
+                    .send_to_source(ToSource::Reply { cookie, error: None });
             }
         }
         if !steps.is_empty() {
@@ -447,27 +486,27 @@ impl World {
             return Ok((true, None));
         }
         listen.arrival.on_settled(true);
-        self.arrived()?;
+        self.on_arrival()?;
         Ok((true, Some(self.exit_and_serve(record))))
     }
 
-    /// Without a word to the source: it asks whoever is here next.
-    fn settling_failed(&mut self, listen: &mut Listen) -> Process {
+    /// Exits without a reply: the source will ask the next process.
+    fn settling_failed(&mut self, listen: &mut Listen) -> DestinationProcess {
         listen.arrival.on_settled(false);
-        for connection in &mut self.net.all {
+        for connection in &mut self.network.connections {
             connection.destination_closed = true;
         }
-        Process::Down
+        DestinationProcess::Down
     }
 
     /// `listen` exits with success, which closes its connections; `serve` follows.
-    fn exit_and_serve(&mut self, record: &Record) -> Process {
-        for connection in &mut self.net.all {
+    fn exit_and_serve(&mut self, record: &Record) -> DestinationProcess {
+        for connection in &mut self.network.connections {
             connection.destination_closed = true;
         }
         match for_serve(Some(record)) {
-            ForServe::Serve(title) => Process::Serve(title),
-            _ => Process::Down,
+            ForServe::Serve(provenance) => DestinationProcess::Serve(provenance),
+            _ => DestinationProcess::Down,
         }
     }
 }

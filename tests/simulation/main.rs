@@ -1,9 +1,10 @@
-//! Source, destination, a busy client and a bad network, in one thread and by the dice.
-//! Runs the real decisions (`migration::machine`, `plan`, `arrival`, `disk::ownership`, `disk::dirty`)
-//! against modelled disks and a modelled network; no socket, file, thread or clock is used.
+//! Deterministic simulation of a migration: source, destination, two writing clients and a faulty
+//! network, in one thread. Runs the real decisions (`migration::machine`, `plan`, `arrival`,
+//! `disk::ownership`, `disk::dirty`) against modelled images and a modelled network; uses no socket,
+//! file, thread or clock.
 //!
-//! A schedule is decided by its seed alone. After every single turn, and at the end, the five
-//! invariants of flexnbd-migration(7) are checked. A failure prints the seed:
+//! A schedule depends on its seed alone. Every turn, and the end of the schedule, is checked against
+//! the five promises of flexnbd-migration(7), here invariants 1 to 5. A failure prints the seed:
 //!
 //! ```text
 //! FLEXNBD_SEED=1234 cargo test --test simulation schedules -- --nocapture
@@ -12,8 +13,8 @@
 
 mod client;
 mod destination;
-mod medium;
-mod net;
+mod image;
+mod network;
 mod source;
 mod transitions;
 mod world;
@@ -22,30 +23,30 @@ use harness::env_number;
 use std::collections::BTreeSet;
 use world::World;
 
-/// Schedules that run when `FLEXNBD_SCHEDULES` does not say otherwise.
+/// Number of schedules, unless `FLEXNBD_SCHEDULES` is set.
 const SCHEDULES: u64 = 6_000;
 
-/// Schedules within which every mutation has to be caught.
+/// Number of schedules within which every mutation must break its invariant.
 const MUTANT_SCHEDULES: u64 = 20_000;
 
-/// A mistake that an engineer could make, built into the model.
+/// A mistake that an engineer could make, built into the model. The simulation must detect it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutation {
-    /// None: as it should be.
+    /// The correct model.
     None,
-    /// A client's write is marked before its bytes are there.
+    /// A client's write is marked dirty before its bytes are written.
     MarkBeforeWrite,
-    /// The copier reads the bytes and takes the mark afterwards.
+    /// The copier reads the bytes before it takes the dirty mark.
     ReadBeforeMark,
-    /// The copier looks at a range that is to be sent anyway, and forgets its marks afterwards.
-    ForgetAfterRead,
-    /// HANDOVER is sent although the gate has opened by itself.
-    HandoverAfterExpiry,
+    /// The copier looks up the content of a range before it clears the dirty marks in it.
+    ClearMarkAfterRead,
+    /// HANDOVER is sent although the freeze has expired and the gate is open.
+    HandoverAfterFreeze,
     /// HANDOVER is sent without the durable record *departing*.
     HandoverBeforeDeparting,
-    /// The record *departing* is written, but not made durable, before HANDOVER is sent.
+    /// HANDOVER is sent while the record *departing* is written but not durable.
     DepartingNotDurable,
-    /// The image is deleted when HANDOVER is sent, not when it is acknowledged.
+    /// The image is deleted when HANDOVER is sent instead of when it is acknowledged.
     UnlinkBeforeAcknowledgement,
     /// The source exits without the record *departed*.
     ExitBeforeRecord,
@@ -55,21 +56,21 @@ pub(crate) enum Mutation {
     AcknowledgeBeforeRecord,
     /// The destination records *ours* before its data is durable.
     RecordBeforeDurable,
-    /// The destination answers a question and leaves the earlier connection as it is.
-    EarlierConnectionLeft,
-    /// The destination lets a question in while the earlier connection's writes are under way.
-    EarlierWritesLeft,
-    /// A restarted source serves a departing disk when nobody answers.
+    /// The destination answers a second connection without retiring the first.
+    KeepEarlierConnection,
+    /// The destination answers a second connection while writes of the first are in flight.
+    KeepEarlierWrites,
+    /// A restarted source serves a departing disk if the destination is unreachable.
     ServeOnUnreachable,
     /// A source in doubt opens the gate.
     ServeInDoubt,
-    /// A restarted source takes "I know nothing of it" for "it has not arrived".
-    NothingMeansNo,
-    /// Another destination process is taken for the one that has the copy.
+    /// A restarted source takes the answer "no copy here" for "the disk has not arrived".
+    NoCopyMeansNotArrived,
+    /// The source takes a new destination process for the one that has the copy.
     ResumeAcrossTokens,
-    /// A restarted destination serves what it has.
+    /// A restarted destination serves an incomplete copy.
     ServeIncomplete,
-    /// A record is believed that may not be durable.
+    /// A restarted process acts on a record that may not be durable.
     TrustUnsyncedRecord,
 }
 
@@ -78,7 +79,7 @@ fn run(seed: u64, mutation: Mutation) -> Result<(), String> {
 }
 
 #[test]
-fn schedules_of_any_kind_keep_the_five_invariants() {
+fn schedules_keep_the_five_invariants() {
     if let Some(seed) = env_number("FLEXNBD_SEED") {
         let mut world = World::new(seed, Mutation::None);
         world.verbose = true;
@@ -88,30 +89,30 @@ fn schedules_of_any_kind_keep_the_five_invariants() {
     }
     let count = env_number("FLEXNBD_SCHEDULES").unwrap_or(SCHEDULES);
     let mut unlisted = BTreeSet::new();
-    let mut tally = world::Tally::default();
+    let mut coverage = world::Coverage::default();
     for seed in 0..count {
         let mut world = World::new(seed, Mutation::None);
         if let Err(broken) = world.run() {
             panic!("FLEXNBD_SEED={seed}: {broken}");
         }
-        tally.add(&world.tally);
+        coverage.add(&world.coverage);
         unlisted.extend(world.unlisted);
     }
-    println!("{count} schedules: {tally:?}");
+    println!("{count} schedules: {coverage:?}");
     println!("not in {}: {unlisted:?}", transitions::PATH);
-    // Random schedules fill the table too, so other seeds than the usual ones may find a rare row.
+    // The table is filled from these seeds; other seeds may reach a rare row that it lacks.
     assert!(count > SCHEDULES || unlisted.is_empty(), "not in the table: {unlisted:?}");
-    assert!(tally.reaches_everything(), "the schedules do not reach every corner: {tally:?}");
+    assert!(coverage.is_complete(), "the schedules do not cover every event: {coverage:?}");
 }
 
-/// Looks for a schedule in which the mistake, and nothing else, breaks that invariant.
-fn caught(mutation: Mutation, invariant: u8) {
+/// Asserts that some schedule breaks the invariant with the mutation, and none without it.
+fn assert_caught(mutation: Mutation, invariant: u8) {
     let count = env_number("FLEXNBD_SCHEDULES").unwrap_or(MUTANT_SCHEDULES).max(MUTANT_SCHEDULES);
     let broken = format!("({invariant})");
     let found = (0..count).find_map(|seed| {
         let why = run(seed, mutation).err()?;
-        let guilty = why.starts_with(&broken) && run(seed, Mutation::None).is_ok();
-        guilty.then_some((seed, why))
+        let is_cause = why.starts_with(&broken) && run(seed, Mutation::None).is_ok();
+        is_cause.then_some((seed, why))
     });
     assert!(
         found.is_some(),
@@ -126,29 +127,29 @@ macro_rules! mutations {
     ($($name:ident: $mutation:ident breaks $invariant:literal),* $(,)?) => {
         $(#[test]
         fn $name() {
-            caught(Mutation::$mutation, $invariant);
+            assert_caught(Mutation::$mutation, $invariant);
         })*
     };
 }
 
 mutations! {
-    marking_before_writing_is_caught: MarkBeforeWrite breaks 1,
-    reading_before_taking_the_mark_is_caught: ReadBeforeMark breaks 1,
-    forgetting_marks_after_reading_is_caught: ForgetAfterRead breaks 1,
-    a_handover_after_the_gate_opened_by_itself_is_caught: HandoverAfterExpiry breaks 2,
+    marking_dirty_before_writing_is_caught: MarkBeforeWrite breaks 1,
+    reading_before_taking_dirty_marks_is_caught: ReadBeforeMark breaks 1,
+    clearing_dirty_marks_after_reading_is_caught: ClearMarkAfterRead breaks 1,
+    a_handover_after_the_freeze_expired_is_caught: HandoverAfterFreeze breaks 2,
     a_handover_without_a_departing_record_is_caught: HandoverBeforeDeparting breaks 2,
     a_departing_record_that_is_not_durable_is_caught: DepartingNotDurable breaks 2,
     deleting_before_the_acknowledgement_is_caught: UnlinkBeforeAcknowledgement breaks 3,
     exiting_before_the_departed_record_is_caught: ExitBeforeRecord breaks 3,
     acknowledging_before_the_data_is_durable_is_caught: AcknowledgeBeforeDurable breaks 4,
     acknowledging_before_the_record_is_durable_is_caught: AcknowledgeBeforeRecord breaks 4,
-    a_record_before_the_data_is_durable_is_caught: RecordBeforeDurable breaks 1,
-    an_earlier_connection_left_open_is_caught: EarlierConnectionLeft breaks 2,
-    earlier_writes_left_under_way_are_caught: EarlierWritesLeft breaks 1,
-    serving_a_departing_disk_because_nobody_answers_is_caught: ServeOnUnreachable breaks 2,
+    recording_before_the_data_is_durable_is_caught: RecordBeforeDurable breaks 1,
+    leaving_an_earlier_connection_open_is_caught: KeepEarlierConnection breaks 2,
+    leaving_earlier_writes_in_flight_is_caught: KeepEarlierWrites breaks 1,
+    serving_while_the_destination_is_unreachable_is_caught: ServeOnUnreachable breaks 2,
     serving_in_doubt_is_caught: ServeInDoubt breaks 2,
-    taking_ignorance_for_a_no_is_caught: NothingMeansNo breaks 2,
-    resuming_with_another_process_is_caught: ResumeAcrossTokens breaks 1,
+    taking_no_copy_for_not_arrived_is_caught: NoCopyMeansNotArrived breaks 2,
+    resuming_with_another_destination_process_is_caught: ResumeAcrossTokens breaks 1,
     serving_an_incomplete_copy_is_caught: ServeIncomplete breaks 2,
-    believing_a_record_that_is_not_durable_is_caught: TrustUnsyncedRecord breaks 3,
+    trusting_a_record_not_durable_is_caught: TrustUnsyncedRecord breaks 3,
 }

@@ -1,8 +1,9 @@
-//! The source host: what `source.rs` and `serve` do around the machine, one action a turn.
+//! The source host: models `serve` and `migration/source.rs`, which drive the real machine. Performs
+//! at most one action of the machine per turn.
 
 use super::Mutation;
-use super::medium::{Medium, Stamp, blocks};
-use super::net::{Down, Up};
+use super::image::{Image, Stamp, block_indices};
+use super::network::{ToDestination, ToSource};
 use super::transitions;
 use super::world::{Host, World};
 use flexnbd::disk::dirty::{BLOCK, DirtyBitmap};
@@ -20,35 +21,36 @@ use std::time::Duration;
 
 #[derive(Debug)]
 pub(crate) struct Source {
-    pub(crate) medium: Medium,
-    pub(crate) role: Role,
+    pub(crate) image: Image,
+    pub(crate) process: SourceProcess,
     pub(crate) gate_closed: bool,
-    /// When the closed gate opens by itself.
+    /// When the freeze expires and the gate opens by itself.
     gate_end: Option<Duration>,
-    /// It has.
+    /// The freeze has expired.
     gate_expired: bool,
-    /// Writes inside the gate.
+    /// Number of writes inside the gate.
     pub(crate) visits: usize,
     pub(crate) dirty: Option<DirtyBitmap>,
 }
 
-/// What its process does.
+/// The state of the source's process.
 #[derive(Debug)]
-pub(crate) enum Role {
+pub(crate) enum SourceProcess {
     Down,
     Serving,
-    Migrating(Box<Run>),
-    /// Restarted with the record *departing*: serves nothing, asks the destination.
-    Asking(Ask),
+    Migrating(Box<Migration>),
+    /// Restarted with the record *departing*: asks the destination whether the disk has arrived, and
+    /// does not serve.
+    Asking(HandoverQuery),
     /// Restarted with the record *departed*, or exited with success.
     Moved,
 }
 
 impl Source {
-    pub(crate) fn new(medium: Medium) -> Self {
+    pub(crate) fn new(image: Image) -> Self {
         Self {
-            medium,
-            role: Role::Down,
+            image,
+            process: SourceProcess::Down,
             gate_closed: false,
             gate_end: None,
             gate_expired: false,
@@ -63,89 +65,98 @@ impl Source {
 }
 
 #[derive(Debug)]
-pub(crate) struct Run {
+pub(crate) struct Migration {
     pub(crate) machine: Machine,
     pub(crate) action: Action,
     connection: Option<usize>,
-    /// A second one, on which it is asked what has become of the handover.
-    asking: Option<usize>,
-    /// The action is half done.
-    half: bool,
+    /// The connection on which the source asks about the outcome of the handover.
+    second_connection: Option<usize>,
+    /// The action needs a second turn.
+    is_half_done: bool,
     deadline: Duration,
     first_token: Option<Token>,
-    /// For [`Mutation::ReadBeforeMark`]: what was read before the mark was taken.
-    early: Option<Vec<Stamp>>,
-    /// For [`Mutation::ForgetAfterRead`]: what was found before marks were forgotten.
-    early_look: Option<Event>,
+    /// For [`Mutation::ReadBeforeMark`]: the bytes read before the mark was taken.
+    stale_stamps: Option<Vec<Stamp>>,
+    /// For [`Mutation::ClearMarkAfterRead`]: the content looked up before marks were cleared.
+    premature_lookup: Option<Event>,
 }
 
 #[derive(Debug)]
-pub(crate) struct Ask {
+pub(crate) struct HandoverQuery {
     id: Id,
     before: Provenance,
     connection: Option<usize>,
-    pub(crate) at: Duration,
+    /// When the next attempt begins, or this one times out.
+    pub(crate) deadline: Duration,
     verdict: Option<HandoverVerdict>,
 }
 
 const SECOND: Duration = Duration::from_secs(1);
 
 impl World {
-    /// Whether clients can write here.
+    /// Whether clients can write to the source.
     pub(crate) fn source_serves(&self) -> bool {
-        matches!(self.source.role, Role::Serving | Role::Migrating(_)) && !self.source.gate_closed
+        matches!(self.source.process, SourceProcess::Serving | SourceProcess::Migrating(_))
+            && !self.source.gate_closed
     }
 
     fn size(&self) -> u64 {
-        self.known.len() as u64 * BLOCK
+        self.expected.len() as u64 * BLOCK
     }
 
-    /// The process starts, as `serve`.
+    /// Starts the process, as `flexnbd serve`.
     pub(crate) fn start_source(&mut self) {
-        if !self.source.medium.exists.now {
-            self.source.role = Role::Moved;
+        if !self.source.image.exists.current {
+            self.source.process = SourceProcess::Moved;
             return;
         }
         if self.mutation != Mutation::TrustUnsyncedRecord {
-            self.source.medium.record.sync();
+            self.source.image.record.sync();
         }
-        match for_serve(self.source.medium.record.now.as_ref()) {
+        match for_serve(self.source.image.record.current.as_ref()) {
             ForServe::Serve(_) => self.serve_at_source(),
-            ForServe::Refuse(_) => self.source.role = Role::Moved,
+            ForServe::Refuse(_) => self.source.process = SourceProcess::Moved,
             ForServe::Ask { id, before, .. } => {
-                self.tally.asked_after_restart += 1;
-                let ask = Ask { id, before, connection: None, at: self.now, verdict: None };
-                self.source.role = Role::Asking(ask);
+                self.coverage.asked_after_restart += 1;
+                let query = HandoverQuery {
+                    id,
+                    before,
+                    connection: None,
+                    deadline: self.now,
+                    verdict: None,
+                };
+                self.source.process = SourceProcess::Asking(query);
             }
         }
     }
 
-    /// Serves what is there; a power cut may have taken writes that were not flushed.
+    /// Serves the image. After a power cut, clients expect its content, without writes that were not
+    /// flushed.
     fn serve_at_source(&mut self) {
-        self.source.role = Role::Serving;
+        self.source.process = SourceProcess::Serving;
         self.source.open_gate();
         if std::mem::take(&mut self.source_lost_power) {
-            for (block, known) in self.known.iter_mut().enumerate() {
-                known.acknowledged = self.source.medium.stamp(block);
-                known.perhaps.clear();
+            for (block, expected) in self.expected.iter_mut().enumerate() {
+                expected.acknowledged = self.source.image.stamp(block);
+                expected.unacknowledged.clear();
             }
         }
     }
 
-    /// An operator orders a migration.
+    /// Starts a migration, as the operator's `mirror` does.
     pub(crate) fn start_migration(&mut self) {
         self.migrations += 1;
         let mut id = [0; 16];
         id[0] = self.migrations;
-        let to = RemoteAddress::new("destination 4779").expect("a place");
-        let before = match self.source.medium.record.now {
-            Some(Record::Ours(title)) => title,
+        let to = RemoteAddress::new("destination 4779").expect("a valid address");
+        let before = match self.source.image.record.current {
+            Some(Record::Ours(provenance)) => provenance,
             _ => Provenance::Native,
         };
-        let data_max = BLOCK << self.dice.below(2);
+        let data_max = BLOCK << self.rng.below(2);
         let job = Job {
-            unlink: self.dice.once_in(3),
-            speed: NonZeroU64::new(self.dice.below(3) * 40 * BLOCK),
+            unlink: self.rng.one_in(3),
+            speed: NonZeroU64::new(self.rng.below(3) * 40 * BLOCK),
             limits: Limits {
                 data_max,
                 zero_max: 4 * BLOCK,
@@ -153,115 +164,117 @@ impl World {
                 requests: 4,
                 zeroes: 3,
             },
-            pause: Duration::from_millis(self.dice.below(2) * 20),
+            pause: Duration::from_millis(self.rng.below(2) * 20),
             timeout: 3 * SECOND,
             ..Job::new(Id(id), self.size(), to, before)
         };
         let mut machine = Machine::new(job, self.now).expect("large enough");
         let action = machine.step(self.now, Event::Begin);
         self.source.dirty = Some(DirtyBitmap::new(self.size()).expect("memory"));
-        self.source.role = Role::Migrating(Box::new(Run {
+        self.source.process = SourceProcess::Migrating(Box::new(Migration {
             machine,
             action,
             connection: None,
-            asking: None,
-            half: false,
+            second_connection: None,
+            is_half_done: false,
             deadline: Duration::ZERO,
             first_token: None,
-            early: None,
-            early_look: None,
+            stale_stamps: None,
+            premature_lookup: None,
         }));
     }
 
-    /// When the source would do something if nothing came.
+    /// The next deadline of the source; `None` if it waits for none.
     pub(crate) fn source_waits_until(&self) -> Option<Duration> {
-        match &self.source.role {
-            Role::Migrating(run) => match run.action {
+        match &self.source.process {
+            SourceProcess::Migrating(migration) => match migration.action {
                 Action::Wait { until } => Some(until),
-                Action::Connect(_) | Action::Ask(_) if run.half => Some(run.deadline),
+                Action::Connect(_) | Action::Ask(_) if migration.is_half_done => {
+                    Some(migration.deadline)
+                }
                 _ => None,
             },
-            Role::Asking(ask) => Some(ask.at),
+            SourceProcess::Asking(query) => Some(query.deadline),
             _ => None,
         }
     }
 
-    pub(crate) fn order(&mut self) {
-        let speed = NonZeroU64::new(self.dice.below(2) * 100 * BLOCK);
-        let order = if self.dice.once_in(3) {
-            OperatorRequest::Break
-        } else {
-            OperatorRequest::Speed(speed)
-        };
-        if let Role::Migrating(run) = &mut self.source.role {
-            let _ = run.machine.request(order);
+    /// Changes the speed of the migration or breaks it off, if one runs.
+    pub(crate) fn send_operator_request(&mut self) {
+        let speed = NonZeroU64::new(self.rng.below(2) * 100 * BLOCK);
+        let request =
+            if self.rng.one_in(3) { OperatorRequest::Break } else { OperatorRequest::Speed(speed) };
+        if let SourceProcess::Migrating(migration) = &mut self.source.process {
+            let _ = migration.machine.request(request);
         }
     }
 
-    /// Sessions that have waited long enough open the gate, whatever the copier does.
+    /// Opens the gate once the freeze has lasted too long, as the waiting sessions do.
     pub(crate) fn expire_gate(&mut self) {
         let end = self.source.gate_end.filter(|end| self.now >= *end);
         if end.is_some() && self.source.gate_closed {
             self.trace(|| "source: the gate opens by itself".to_owned());
-            self.tally.expired += 1;
+            self.coverage.gates_expired += 1;
             (self.source.gate_closed, self.source.gate_end) = (false, None);
             self.source.gate_expired = true;
         }
     }
 
     pub(crate) fn source_turn(&mut self) -> Result<bool, String> {
-        match std::mem::replace(&mut self.source.role, Role::Down) {
-            Role::Migrating(run) => self.migrate(run),
-            Role::Asking(ask) => self.ask(ask),
-            Role::Serving if self.migrations < 3 && self.dice.once_in(4) => {
+        match std::mem::replace(&mut self.source.process, SourceProcess::Down) {
+            SourceProcess::Migrating(migration) => self.migrate(migration),
+            SourceProcess::Asking(query) => self.query_destination(query),
+            SourceProcess::Serving if self.migrations < 3 && self.rng.one_in(4) => {
                 self.start_migration();
                 Ok(true)
             }
-            role => {
-                self.source.role = role;
+            process => {
+                self.source.process = process;
                 Ok(false)
             }
         }
     }
 
-    fn migrate(&mut self, mut run: Box<Run>) -> Result<bool, String> {
-        let event = self.perform(&mut run)?;
+    fn migrate(&mut self, mut migration: Box<Migration>) -> Result<bool, String> {
+        let event = self.perform(&mut migration)?;
         let Some(event) = event else {
-            self.source.role = Role::Migrating(run);
+            self.source.process = SourceProcess::Migrating(migration);
             return Ok(false);
         };
-        run.half = false;
+        migration.is_half_done = false;
         self.trace(|| format!("source: {event:?}"));
-        let (action, unlisted) = transitions::step(&mut run.machine, self.now, event);
-        run.action = action;
+        let (action, unlisted) = transitions::step(&mut migration.machine, self.now, event);
+        migration.action = action;
         self.unlisted.extend(unlisted);
-        self.trace(|| format!("source: -> {} {:?}", run.machine.phase_name(), run.action));
-        if self.source.gate_closed && !matches!(run.action, Action::CloseGate { .. }) {
-            self.source.gate_end = run.machine.freeze_end();
+        self.trace(|| {
+            format!("source: -> {} {:?}", migration.machine.phase_name(), migration.action)
+        });
+        if self.source.gate_closed && !matches!(migration.action, Action::CloseGate { .. }) {
+            self.source.gate_end = migration.machine.freeze_end();
         }
-        while let Some(news) = run.machine.news() {
-            self.hear(&news);
+        while let Some(news) = migration.machine.news() {
+            self.on_news(&news);
         }
-        match &run.action {
+        match &migration.action {
             Action::End(outcome) => self.migration_ended(outcome.clone())?,
-            _ => self.source.role = Role::Migrating(run),
+            _ => self.source.process = SourceProcess::Migrating(migration),
         }
         Ok(true)
     }
 
-    fn hear(&mut self, news: &News) {
+    fn on_news(&mut self, news: &News) {
         match news {
             News::Obstructed(Obstacle::Acknowledgement(_)) => {
-                self.tally.in_doubt += 1;
+                self.coverage.in_doubt += 1;
                 if self.mutation == Mutation::ServeInDoubt {
                     self.source.open_gate();
                 }
             }
-            News::Resumed => self.tally.resumed += 1,
-            News::Restarted => self.tally.restarted += 1,
-            News::HandingOverAgain => self.tally.handed_over_again += 1,
-            News::Obstructed(Obstacle::Requests(_)) => self.tally.gate_busy += 1,
-            News::Obstructed(Obstacle::LastCopy(_)) => self.tally.thawed += 1,
+            News::Resumed => self.coverage.resumed += 1,
+            News::Restarted => self.coverage.restarted += 1,
+            News::HandingOverAgain => self.coverage.handed_over_again += 1,
+            News::Obstructed(Obstacle::Requests(_)) => self.coverage.drains_refused += 1,
+            News::Obstructed(Obstacle::LastCopy(_)) => self.coverage.final_copies_failed += 1,
             _ => {}
         }
     }
@@ -269,72 +282,74 @@ impl World {
     fn migration_ended(&mut self, outcome: Outcome) -> Result<(), String> {
         self.source.dirty = None;
         if outcome != (Outcome::Arrived { acknowledged: true }) {
-            self.tally.kept += 1;
-            self.source.role = Role::Serving;
+            self.coverage.not_arrived += 1;
+            self.source.process = SourceProcess::Serving;
             return if self.source.gate_closed {
-                Err("(4) the migration ended, and clients are still waiting".to_owned())
+                Err("(4) the migration ended with the gate closed".to_owned())
             } else {
                 Ok(())
             };
         }
-        self.tally.arrived += 1;
-        self.source.role = Role::Moved;
-        let Medium { record, exists, .. } = &self.source.medium;
-        let departed = matches!(record.safe, Some(Record::Departed { .. }));
-        if exists.safe && !departed {
-            return Err("(3) the source exited, and nothing durable says why".to_owned());
+        self.coverage.arrived += 1;
+        self.source.process = SourceProcess::Moved;
+        let Image { record, exists, .. } = &self.source.image;
+        let departed = matches!(record.durable, Some(Record::Departed { .. }));
+        if exists.durable && !departed {
+            return Err("(3) the source exited without a durable record".to_owned());
         }
         Ok(())
     }
 
-    /// Does the action, or a part of it; none when it is not over yet.
-    fn perform(&mut self, run: &mut Run) -> Result<Option<Event>, String> {
-        Ok(match run.action.clone() {
-            Action::Connect(question) => self.connect(run, question),
-            Action::Ask(question) => self.ask_beside(run, question),
-            Action::Look(range) => self.look(run, range),
-            Action::TakeDirty { from, longest } => self.take_dirty(run, from, longest),
-            Action::Send(request) => Some(self.send(run, request)),
-            Action::Wait { until } => self.wait(run, until),
+    /// Performs the action or the first part of it. Returns the event, or `None` if the action is not
+    /// complete.
+    fn perform(&mut self, migration: &mut Migration) -> Result<Option<Event>, String> {
+        Ok(match migration.action.clone() {
+            Action::Connect(question) => self.connect(migration, question),
+            Action::Ask(question) => self.ask_on_second_connection(migration, question),
+            Action::Look(range) => self.look(migration, range),
+            Action::TakeDirty { from, longest } => self.take_dirty(migration, from, longest),
+            Action::Send(request) => Some(self.send(migration, request)),
+            Action::Wait { until } => self.wait(migration, until),
             Action::Probe => {
-                let turned = self.dice.once_in(2);
+                let turned = self.rng.one_in(2);
                 Some(Event::Visits { turned })
             }
             Action::CloseGate { .. } => self.close_gate(),
-            Action::Seal => self.seal(run),
+            Action::Seal => self.seal(migration),
             Action::OpenGate => {
                 self.source.open_gate();
                 Some(Event::Done)
             }
             Action::Throttle(_) => Some(Event::Done),
-            Action::Record(note) => self.write_record(run, note),
+            Action::Record(kind) => self.write_record(migration, kind),
             Action::Unlink => {
-                self.source.medium.exists.now = false;
-                self.in_two_turns(run, |medium| medium.exists.sync())
+                self.source.image.exists.current = false;
+                self.in_two_turns(migration, |image| image.exists.sync())
             }
             Action::Retire => {
-                self.check_arrived("sessions ended")?;
+                self.check_destination_owns("sessions ended")?;
                 Some(Event::Done)
             }
             Action::HangUp | Action::Disconnect => {
-                self.hang_up(run.connection.take());
+                self.close_connection(migration.connection.take());
                 Some(Event::Done)
             }
             Action::End(_) => None,
         })
     }
 
-    /// The first turn does it, the second makes it durable: a power cut can come between.
-    fn in_two_turns(&mut self, run: &mut Run, finish: fn(&mut Medium)) -> Option<Event> {
-        if !std::mem::replace(&mut run.half, true) {
+    /// The first turn changes the image, the second makes the change durable: a power cut can occur
+    /// between them.
+    fn in_two_turns(&mut self, migration: &mut Migration, finish: fn(&mut Image)) -> Option<Event> {
+        if !std::mem::replace(&mut migration.is_half_done, true) {
             return None;
         }
-        finish(&mut self.source.medium);
+        finish(&mut self.source.image);
         Some(Event::Done)
     }
 
-    fn write_record(&mut self, run: &mut Run, note: RecordKind) -> Option<Event> {
-        let skipped = match note {
+    fn write_record(&mut self, migration: &mut Migration, kind: RecordKind) -> Option<Event> {
+        let skipped = match kind {
             RecordKind::Departing => self.mutation == Mutation::HandoverBeforeDeparting,
             RecordKind::Departed => self.mutation == Mutation::ExitBeforeRecord,
             RecordKind::Before => false,
@@ -342,21 +357,25 @@ impl World {
         if skipped {
             return Some(Event::Done);
         }
-        if note == RecordKind::Departing && self.faulty && self.dice.once_in(30) {
+        if kind == RecordKind::Departing && self.faults_enabled && self.rng.one_in(30) {
             return Some(Event::Failed("no space for the record".to_owned()));
         }
-        if note == RecordKind::Before && self.faulty && self.dice.once_in(4) {
-            return Some(Event::Failed("the record's medium fails".to_owned()));
+        if kind == RecordKind::Before && self.faults_enabled && self.rng.one_in(4) {
+            return Some(Event::Failed("cannot write the record".to_owned()));
         }
-        if note == RecordKind::Departing && self.faulty && run.half && self.dice.once_in(20) {
-            // The medium is slow.
+        if kind == RecordKind::Departing
+            && self.faults_enabled
+            && migration.is_half_done
+            && self.rng.one_in(20)
+        {
+            // The disk is slow.
             self.now += 5 * SECOND;
         }
-        self.source.medium.record.now = run.machine.job().record(note, 1);
-        if note == RecordKind::Departing && self.mutation == Mutation::DepartingNotDurable {
+        self.source.image.record.current = migration.machine.job().record(kind, 1);
+        if kind == RecordKind::Departing && self.mutation == Mutation::DepartingNotDurable {
             return Some(Event::Done);
         }
-        self.in_two_turns(run, |medium| medium.record.sync())
+        self.in_two_turns(migration, |image| image.record.sync())
     }
 
     fn close_gate(&mut self) -> Option<Event> {
@@ -364,164 +383,174 @@ impl World {
         if self.source.visits == 0 {
             return Some(Event::Done);
         }
-        if self.dice.once_in(20) {
+        if self.rng.one_in(20) {
             self.source.open_gate();
             return Some(Event::Failed("a visit does not end".to_owned()));
         }
         None
     }
 
-    /// Clients may come between the record and this.
-    fn seal(&mut self, run: &mut Run) -> Option<Event> {
-        if !std::mem::replace(&mut run.half, true) {
-            if self.faulty && self.dice.once_in(10) {
+    /// Takes two turns, so that clients act between the record and the seal.
+    fn seal(&mut self, migration: &mut Migration) -> Option<Event> {
+        if !std::mem::replace(&mut migration.is_half_done, true) {
+            if self.faults_enabled && self.rng.one_in(10) {
                 self.now += 5 * SECOND;
             }
             return None;
         }
-        if self.source.gate_expired && self.mutation != Mutation::HandoverAfterExpiry {
+        if self.source.gate_expired && self.mutation != Mutation::HandoverAfterFreeze {
             return Some(Event::Failed("the gate has opened by itself".to_owned()));
         }
         self.source.gate_end = None;
         Some(Event::Done)
     }
 
-    fn look(&mut self, run: &mut Run, range: Range) -> Option<Event> {
-        if self.faulty && self.dice.once_in(3000) {
-            self.hang_up(run.connection.take());
+    fn look(&mut self, migration: &mut Migration, range: Range) -> Option<Event> {
+        if self.faults_enabled && self.rng.one_in(3000) {
+            self.close_connection(migration.connection.take());
             return Some(Event::Unreadable("bad sector".to_owned()));
         }
-        if self.mutation == Mutation::ForgetAfterRead && run.early_look.is_none() {
-            run.early_look = Some(self.found(range));
+        if self.mutation == Mutation::ClearMarkAfterRead && migration.premature_lookup.is_none() {
+            migration.premature_lookup = Some(self.look_up(range));
             return None;
         }
         if let Some(dirty) = &self.source.dirty {
             dirty.forget(range);
         }
-        Some(run.early_look.take().unwrap_or_else(|| self.found(range)))
+        Some(migration.premature_lookup.take().unwrap_or_else(|| self.look_up(range)))
     }
 
-    fn found(&mut self, range: Range) -> Event {
-        let all = blocks(range);
-        let medium = &self.source.medium;
-        let zero = medium.stamp(all.start) == 0;
+    /// The content at the start of the range, for an arbitrary length.
+    fn look_up(&mut self, range: Range) -> Event {
+        let all = block_indices(range);
+        let image = &self.source.image;
+        let zero = image.stamp(all.start) == 0;
         let same =
-            all.clone().take_while(|block| (medium.stamp(*block) == 0) == zero).count() as u64;
-        let said = 1 + self.dice.below(same);
+            all.clone().take_while(|block| (image.stamp(*block) == 0) == zero).count() as u64;
+        let length = 1 + self.rng.below(same);
         let content = if zero { Content::Zeros } else { Content::Data };
-        Event::Looked { range: range.split(said * BLOCK).0, content }
+        Event::Looked { range: range.split(length * BLOCK).0, content }
     }
 
-    fn take_dirty(&mut self, run: &mut Run, from: u64, longest: u64) -> Option<Event> {
-        if self.mutation == Mutation::ReadBeforeMark && run.early.is_none() {
-            let cells = &self.source.medium.cells;
-            run.early = Some(cells.iter().map(|cell| cell.now.stamp).collect());
+    fn take_dirty(&mut self, migration: &mut Migration, from: u64, longest: u64) -> Option<Event> {
+        if self.mutation == Mutation::ReadBeforeMark && migration.stale_stamps.is_none() {
+            let blocks = &self.source.image.blocks;
+            migration.stale_stamps = Some(blocks.iter().map(|block| block.current.stamp).collect());
             return None;
         }
         let dirty = self.source.dirty.as_ref()?;
         let taken = dirty.take_next(from, longest);
         if taken.is_none() {
-            run.early = None;
+            migration.stale_stamps = None;
         }
         Some(Event::Taken { run: taken, left: dirty.bytes() })
     }
 
-    fn send(&mut self, run: &mut Run, request: DestinationRequest) -> Event {
-        let Some(at) = run.connection else { return Event::Lost("hung up".to_owned()) };
+    fn send(&mut self, migration: &mut Migration, request: DestinationRequest) -> Event {
+        let Some(at) = migration.connection else { return Event::Lost("closed".to_owned()) };
         let cookie = request.cookie;
         let message = match request.kind {
             RequestKind::Write(range) => {
-                let early = run.early.take();
-                let read = |block: usize| match &early {
+                let stale_stamps = migration.stale_stamps.take();
+                let read = |block: usize| match &stale_stamps {
                     Some(stamps) => stamps[block],
-                    None => self.source.medium.stamp(block),
+                    None => self.source.image.stamp(block),
                 };
-                self.tally.data_blocks += blocks(range).len() as u64;
-                Up::Write { cookie, range, stamps: blocks(range).map(read).collect() }
-            }
-            RequestKind::Zero(range) => Up::Zero { cookie, range },
-            RequestKind::Flush => Up::Flush { cookie },
-            RequestKind::Handover(handover) => {
-                self.tally.handovers += 1;
-                if self.mutation == Mutation::UnlinkBeforeAcknowledgement {
-                    self.source.medium.exists = super::medium::Kept::new(false);
+                self.coverage.data_blocks += block_indices(range).len() as u64;
+                ToDestination::Write {
+                    cookie,
+                    range,
+                    stamps: block_indices(range).map(read).collect(),
                 }
-                Up::Handover { cookie, handover }
             }
-            RequestKind::Disconnect => Up::Goodbye,
+            RequestKind::Zero(range) => ToDestination::Zero { cookie, range },
+            RequestKind::Flush => ToDestination::Flush { cookie },
+            RequestKind::Handover(handover) => {
+                self.coverage.handovers += 1;
+                if self.mutation == Mutation::UnlinkBeforeAcknowledgement {
+                    self.source.image.exists = super::image::Cached::new(false);
+                }
+                ToDestination::Handover { cookie, handover }
+            }
+            RequestKind::Disconnect => ToDestination::Disconnect,
         };
-        let connection = &mut self.net.all[at];
-        if connection.destination_closed && self.dice.once_in(2) {
+        let connection = &mut self.network.connections[at];
+        if connection.destination_closed && self.rng.one_in(2) {
             return Event::Unsent("broken pipe".to_owned());
         }
-        connection.send_up(message);
+        connection.send_to_destination(message);
         Event::Done
     }
 
-    fn wait(&mut self, run: &mut Run, until: Duration) -> Option<Event> {
-        if let Some(at) = run.connection {
-            if self.net.up
-                && let Some(Down::Reply { cookie, error }) = self.net.all[at].down.pop_front()
+    fn wait(&mut self, migration: &mut Migration, until: Duration) -> Option<Event> {
+        if let Some(at) = migration.connection {
+            if self.network.is_up
+                && let Some(ToSource::Reply { cookie, error }) =
+                    self.network.connections[at].to_source.pop_front()
             {
                 return Some(Event::Reply { cookie, error });
             }
-            let connection = &self.net.all[at];
-            if connection.ended_for_source() || connection.dead && self.dice.once_in(8) {
+            let connection = &self.network.connections[at];
+            if connection.ended_for_source() || connection.is_broken && self.rng.one_in(8) {
                 return Some(Event::Lost("connection reset".to_owned()));
             }
         }
         (self.now >= until).then_some(Event::Tick)
     }
 
-    fn connect(&mut self, run: &mut Run, question: Question) -> Option<Event> {
-        if !run.half {
-            if !self.net.up || !self.destination_accepts() {
+    fn connect(&mut self, migration: &mut Migration, question: Question) -> Option<Event> {
+        if !migration.is_half_done {
+            if !self.network.is_up || !self.destination_accepts() {
                 return Some(Event::Unreachable(Trouble::Connect("refused".to_owned())));
             }
-            run.connection = Some(self.say_hello(question));
-            (run.half, run.deadline) = (true, self.now + SECOND);
+            migration.connection = Some(self.send_question(question));
+            (migration.is_half_done, migration.deadline) = (true, self.now + SECOND);
             return None;
         }
-        let at = run.connection?;
-        let event = match self.hear_answer(at, run.deadline)? {
-            Ok(answer) => Event::Greeted(self.peer(run, answer)),
+        let at = migration.connection?;
+        let event = match self.receive_answer(at, migration.deadline)? {
+            Ok(answer) => Event::Greeted(self.destination_info(migration, answer)),
             Err(trouble) => {
-                self.hang_up(run.connection.take());
+                self.close_connection(migration.connection.take());
                 Event::Unreachable(trouble)
             }
         };
         Some(event)
     }
 
-    /// The first connection stays until the second is there.
-    fn ask_beside(&mut self, run: &mut Run, question: Question) -> Option<Event> {
-        if !run.half {
-            if !self.net.up || !self.destination_accepts() {
+    /// The first connection stays open until the second has an answer.
+    fn ask_on_second_connection(
+        &mut self,
+        migration: &mut Migration,
+        question: Question,
+    ) -> Option<Event> {
+        if !migration.is_half_done {
+            if !self.network.is_up || !self.destination_accepts() {
                 return Some(Event::Unreachable(Trouble::Connect("refused".to_owned())));
             }
-            self.tally.asked_beside += 1;
-            run.asking = Some(self.say_hello(question));
-            (run.half, run.deadline) = (true, self.now + SECOND);
+            self.coverage.asked_on_second_connection += 1;
+            migration.second_connection = Some(self.send_question(question));
+            (migration.is_half_done, migration.deadline) = (true, self.now + SECOND);
             return None;
         }
-        let at = run.asking?;
-        let answer = self.hear_answer(at, run.deadline)?;
-        run.asking = None;
+        let at = migration.second_connection?;
+        let answer = self.receive_answer(at, migration.deadline)?;
+        migration.second_connection = None;
         Some(match answer {
             Ok(answer) => {
-                self.hang_up(run.connection.replace(at));
-                Event::Greeted(self.peer(run, answer))
+                self.close_connection(migration.connection.replace(at));
+                Event::Greeted(self.destination_info(migration, answer))
             }
             Err(trouble) => {
-                self.hang_up(Some(at));
+                self.close_connection(Some(at));
                 Event::Unreachable(trouble)
             }
         })
     }
 
-    fn peer(&self, run: &mut Run, mut answer: Answer) -> DestinationInfo {
+    fn destination_info(&self, migration: &mut Migration, mut answer: Answer) -> DestinationInfo {
         if let (Mutation::ResumeAcrossTokens, Some(token)) = (self.mutation, answer.listening) {
-            let first = *run.first_token.get_or_insert(token);
+            let first = *migration.first_token.get_or_insert(token);
             if first != token {
                 answer = Answer { listening: Some(first), has: Has::Incomplete };
             }
@@ -529,24 +558,25 @@ impl World {
         DestinationInfo {
             size: self.size(),
             read_only: false,
-            flush: self.flush,
+            flush: self.destination_has_flush,
             caps: Caps { zeroes: true, block_min: BLOCK, data_max: 32 << 20 },
             answer: Some(answer),
         }
     }
 
-    fn say_hello(&mut self, question: Question) -> usize {
-        let at = self.net.open();
-        self.net.all[at].send_up(Up::Hello(question));
+    /// Opens a connection and sends the question; returns the connection's index.
+    fn send_question(&mut self, question: Question) -> usize {
+        let at = self.network.open();
+        self.network.connections[at].send_to_destination(ToDestination::Question(question));
         at
     }
 
-    /// The answer to a hello, or why there is none; none when it may yet come.
-    fn hear_answer(&mut self, at: usize, deadline: Duration) -> Option<Result<Answer, Trouble>> {
-        let connection = &mut self.net.all[at];
-        let message = if self.net.up { connection.down.pop_front() } else { None };
+    /// The answer to the question, or the error; `None` while it is outstanding.
+    fn receive_answer(&mut self, at: usize, deadline: Duration) -> Option<Result<Answer, Trouble>> {
+        let connection = &mut self.network.connections[at];
+        let message = if self.network.is_up { connection.to_source.pop_front() } else { None };
         match message {
-            Some(Down::Welcome(answer)) => Some(Ok(answer)),
+            Some(ToSource::Answer(answer)) => Some(Ok(answer)),
             Some(_) => Some(Err(Trouble::Rejected("busy".to_owned()))),
             None if connection.ended_for_source() || self.now >= deadline => {
                 Some(Err(Trouble::Silent("no greeting".to_owned())))
@@ -555,81 +585,83 @@ impl World {
         }
     }
 
-    pub(crate) fn hang_up(&mut self, at: Option<usize>) {
+    pub(crate) fn close_connection(&mut self, at: Option<usize>) {
         if let Some(at) = at {
-            self.net.all[at].source_closed = true;
+            self.network.connections[at].source_closed = true;
         }
     }
 
-    /// A restarted source with the record *departing*.
-    fn ask(&mut self, mut ask: Ask) -> Result<bool, String> {
-        if let Some(verdict) = ask.verdict {
-            self.source.medium.record.sync();
+    /// One turn of a restarted source with the record *departing*.
+    fn query_destination(&mut self, mut query: HandoverQuery) -> Result<bool, String> {
+        if let Some(verdict) = query.verdict {
+            self.source.image.record.sync();
             match verdict {
-                HandoverVerdict::Arrived => self.source.role = Role::Moved,
+                HandoverVerdict::Arrived => self.source.process = SourceProcess::Moved,
                 HandoverVerdict::NotArrived | HandoverVerdict::Unknown => self.serve_at_source(),
             }
             return Ok(true);
         }
-        let progress = self.ask_on(&mut ask);
-        self.source.role = Role::Asking(ask);
+        let progress = self.query_on_connection(&mut query);
+        self.source.process = SourceProcess::Asking(query);
         Ok(progress)
     }
 
-    fn ask_on(&mut self, ask: &mut Ask) -> bool {
-        let Some(at) = ask.connection else {
-            if self.now < ask.at {
+    fn query_on_connection(&mut self, query: &mut HandoverQuery) -> bool {
+        let Some(at) = query.connection else {
+            if self.now < query.deadline {
                 return false;
             }
-            ask.at = self.now + SECOND;
-            if self.net.up && self.destination_accepts() {
-                let question = Question { size: self.size(), id: ask.id };
-                ask.connection = Some(self.say_hello(question));
+            query.deadline = self.now + SECOND;
+            if self.network.is_up && self.destination_accepts() {
+                let question = Question { size: self.size(), id: query.id };
+                query.connection = Some(self.send_question(question));
             } else if self.mutation == Mutation::ServeOnUnreachable {
-                self.judge(ask, HandoverVerdict::NotArrived);
+                self.apply_verdict(query, HandoverVerdict::NotArrived);
             }
             return true;
         };
-        let Some(answer) = self.hear_answer(at, ask.at) else { return false };
-        self.hang_up(ask.connection.take());
+        let Some(answer) = self.receive_answer(at, query.deadline) else { return false };
+        self.close_connection(query.connection.take());
         let mut verdict = handover_verdict(answer.as_ref().ok(), None);
-        let ignorant = matches!(answer, Ok(Answer { has: Has::Nothing, .. }));
-        if self.mutation == Mutation::NothingMeansNo && ignorant {
+        let has_no_copy = matches!(answer, Ok(Answer { has: Has::Nothing, .. }));
+        if self.mutation == Mutation::NoCopyMeansNotArrived && has_no_copy {
             verdict = HandoverVerdict::NotArrived;
         }
         self.trace(|| format!("source asks: {verdict:?}"));
-        self.judge(ask, verdict);
+        self.apply_verdict(query, verdict);
         true
     }
 
-    fn judge(&mut self, ask: &mut Ask, verdict: HandoverVerdict) {
-        let to = RemoteAddress::new("destination 4779").expect("a place");
-        self.source.medium.record.now = match verdict {
-            HandoverVerdict::Arrived => Some(Record::Departed { id: ask.id, when: 1, to }),
-            HandoverVerdict::NotArrived => ask.before.record(),
+    fn apply_verdict(&mut self, query: &mut HandoverQuery, verdict: HandoverVerdict) {
+        let to = RemoteAddress::new("destination 4779").expect("a valid address");
+        self.source.image.record.current = match verdict {
+            HandoverVerdict::Arrived => Some(Record::Departed { id: query.id, when: 1, to }),
+            HandoverVerdict::NotArrived => query.before.record(),
             HandoverVerdict::Unknown => return,
         };
-        ask.verdict = Some(verdict);
+        query.verdict = Some(verdict);
     }
 
-    /// The process is gone; with `power`, so is what was not durable.
-    pub(crate) fn kill_source(&mut self, power: bool) {
-        let connections = match std::mem::replace(&mut self.source.role, Role::Down) {
-            Role::Migrating(run) => [run.connection, run.asking],
-            Role::Asking(ask) => [ask.connection, None],
-            Role::Down | Role::Serving | Role::Moved => [None, None],
+    /// Kills the process, or with `power_cut` the host, which loses writes that are not durable.
+    pub(crate) fn kill_source(&mut self, power_cut: bool) {
+        let connections = match std::mem::replace(&mut self.source.process, SourceProcess::Down) {
+            SourceProcess::Migrating(migration) => {
+                [migration.connection, migration.second_connection]
+            }
+            SourceProcess::Asking(query) => [query.connection, None],
+            SourceProcess::Down | SourceProcess::Serving | SourceProcess::Moved => [None, None],
         };
         for at in connections.into_iter().flatten() {
-            if power {
-                self.net.all[at].cut(&mut self.dice);
+            if power_cut {
+                self.network.connections[at].cut(&mut self.rng);
             }
-            self.net.all[at].source_closed = true;
+            self.network.connections[at].source_closed = true;
         }
         self.source.dirty = None;
         self.source.open_gate();
         self.abandon_writes(Host::Source);
-        if power {
-            self.source.medium.power_cut(&mut self.dice);
+        if power_cut {
+            self.source.image.power_cut(&mut self.rng);
             self.source_lost_power = true;
         }
     }

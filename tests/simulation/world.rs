@@ -1,29 +1,31 @@
-//! The two hosts, what lies between them, the dice, and the five invariants.
+//! The simulated world: two hosts, their clients and network, its faults, and the checks of the five
+//! invariants.
 
 use super::Mutation;
-use super::client::{Known, Writer};
-use super::destination::{Destination, Process};
-use super::medium::{Cell, Dice, Medium, Stamp};
-use super::net::Net;
-use super::source::{Role, Source};
+use super::client::{ExpectedBlock, Writer};
+use super::destination::{Destination, DestinationProcess};
+use super::image::{Block, Image, Rng, Stamp};
+use super::network::Network;
+use super::source::{Source, SourceProcess};
 use super::transitions::Transition;
 use flexnbd::disk::ownership::Record;
 use flexnbd::migration::job::Stage;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// Turns in which things may go wrong, and turns to come to rest afterwards, at most.
+/// Turns with faults at the beginning of a schedule.
 const FAULTY_TURNS: u64 = 400;
+/// The most turns without faults at its end, within which the migration must end.
 const QUIET_TURNS: u64 = 20_000;
 
-/// Turns without progress after which time passes although something might yet have come.
-const IMPATIENT_TURNS: u64 = 15;
+/// With faults: turns without progress after which time advances, even if a message is in transit.
+const IDLE_FAULTY_TURNS: u64 = 15;
 
-/// Turns without progress after which only the passing of time can help.
+/// Without faults: turns without progress after which time advances, as nothing is in transit.
 const IDLE_TURNS: u64 = 80;
 
-/// Turns without progress after which everything is at rest.
-const REST_TURNS: u64 = 300;
+/// Turns without progress, and without a deadline, after which the schedule ends.
+const END_TURNS: u64 = 300;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Host {
@@ -31,11 +33,11 @@ pub(crate) enum Host {
     Destination,
 }
 
-/// How often the schedules came through the rarer places.
+/// How often the schedules reached each of the rarer events.
 #[derive(Debug, Default)]
-pub(crate) struct Tally {
+pub(crate) struct Coverage {
     pub(crate) arrived: u64,
-    pub(crate) kept: u64,
+    pub(crate) not_arrived: u64,
     pub(crate) handovers: u64,
     pub(crate) in_doubt: u64,
     pub(crate) handed_over_again: u64,
@@ -43,19 +45,19 @@ pub(crate) struct Tally {
     pub(crate) restarted: u64,
     pub(crate) retired: u64,
     pub(crate) asked_after_restart: u64,
-    pub(crate) gate_busy: u64,
-    pub(crate) thawed: u64,
-    pub(crate) expired: u64,
-    pub(crate) asked_beside: u64,
+    pub(crate) drains_refused: u64,
+    pub(crate) final_copies_failed: u64,
+    pub(crate) gates_expired: u64,
+    pub(crate) asked_on_second_connection: u64,
     pub(crate) data_blocks: u64,
     pub(crate) turns: u64,
 }
 
-impl Tally {
+impl Coverage {
     fn counts(&mut self) -> [&mut u64; 15] {
         [
             &mut self.arrived,
-            &mut self.kept,
+            &mut self.not_arrived,
             &mut self.handovers,
             &mut self.in_doubt,
             &mut self.handed_over_again,
@@ -63,10 +65,10 @@ impl Tally {
             &mut self.restarted,
             &mut self.retired,
             &mut self.asked_after_restart,
-            &mut self.gate_busy,
-            &mut self.thawed,
-            &mut self.expired,
-            &mut self.asked_beside,
+            &mut self.drains_refused,
+            &mut self.final_copies_failed,
+            &mut self.gates_expired,
+            &mut self.asked_on_second_connection,
             &mut self.data_blocks,
             &mut self.turns,
         ]
@@ -79,8 +81,8 @@ impl Tally {
         }
     }
 
-    /// Schedules that never come to a place prove nothing about it.
-    pub(crate) fn reaches_everything(&self) -> bool {
+    /// Whether every event was reached: schedules prove nothing about others.
+    pub(crate) fn is_complete(&self) -> bool {
         let mut all = Self { ..*self };
         all.counts().iter().all(|count| **count > 0)
     }
@@ -88,107 +90,106 @@ impl Tally {
 
 #[derive(Debug)]
 pub(crate) struct World {
-    pub(crate) dice: Dice,
+    pub(crate) rng: Rng,
     pub(crate) mutation: Mutation,
     pub(crate) verbose: bool,
     pub(crate) now: Duration,
-    pub(crate) net: Net,
+    pub(crate) network: Network,
     pub(crate) source: Source,
     pub(crate) destination: Destination,
     pub(crate) writers: [Writer; 2],
-    pub(crate) known: Vec<Known>,
+    pub(crate) expected: Vec<ExpectedBlock>,
     pub(crate) next_stamp: Stamp,
     pub(crate) writes_left: u64,
     pub(crate) migrations: u8,
-    /// Things may go wrong.
-    pub(crate) faulty: bool,
-    /// The destination's disk carries nothing out.
-    pub(crate) stalled: bool,
-    /// What the source's image holds may lack writes that were not flushed.
+    pub(crate) faults_enabled: bool,
+    /// The destination's disk completes no request.
+    pub(crate) destination_stalled: bool,
+    /// The source's image may have lost writes that were not flushed.
     pub(crate) source_lost_power: bool,
     /// The destination has settled a handover.
     pub(crate) settled: bool,
-    pub(crate) tally: Tally,
+    pub(crate) coverage: Coverage,
     /// The machine's transitions that its table lacks.
     pub(crate) unlisted: BTreeSet<Transition>,
-    /// The destination knows FLUSH; that it must not depend on the source's is a point.
-    pub(crate) flush: bool,
-    /// One fault in so many turns.
-    rough: u64,
+    /// The destination supports FLUSH. It must be durable without one, too.
+    pub(crate) destination_has_flush: bool,
+    /// The average number of turns between faults.
+    fault_interval: u64,
 }
 
 impl World {
     pub(crate) fn new(seed: u64, mutation: Mutation) -> Self {
-        let mut dice = Dice::new(seed);
-        let count = 4 + dice.below(5);
+        let mut rng = Rng::new(seed);
+        let count = 4 + rng.below(5);
         let stamps: Vec<Stamp> =
-            (1..=count).map(|stamp| if dice.once_in(3) { 0 } else { stamp as Stamp }).collect();
-        let old: Vec<Stamp> = (0..count).map(|_| 900 * dice.below(2) as Stamp).collect();
-        let known = |&stamp| Known { acknowledged: stamp, perhaps: Vec::new() };
-        let rough = [8, 25, 80, 250][dice.below(4) as usize];
-        let writes_left = dice.below(80);
+            (1..=count).map(|stamp| if rng.one_in(3) { 0 } else { stamp as Stamp }).collect();
+        let old: Vec<Stamp> = (0..count).map(|_| 900 * rng.below(2) as Stamp).collect();
+        let expected = |&stamp| ExpectedBlock { acknowledged: stamp, unacknowledged: Vec::new() };
+        let fault_interval = [8, 25, 80, 250][rng.below(4) as usize];
+        let writes_left = rng.below(80);
         Self {
             mutation,
             verbose: false,
             now: Duration::from_secs(1),
-            net: Net { up: true, all: Vec::new() },
-            known: stamps.iter().map(known).collect(),
-            source: Source::new(Medium::new(stamps.into_iter())),
+            network: Network { is_up: true, connections: Vec::new() },
+            expected: stamps.iter().map(expected).collect(),
+            source: Source::new(Image::new(stamps.into_iter())),
             destination: Destination::new(
-                Medium::new(old.iter().copied()),
-                Medium::new(old.iter().map(|_| 0)),
+                Image::new(old.iter().copied()),
+                Image::new(old.iter().map(|_| 0)),
             ),
             writers: [Writer::Idle; 2],
             next_stamp: 1000,
             writes_left,
             migrations: 0,
-            faulty: true,
-            stalled: false,
+            faults_enabled: true,
+            destination_stalled: false,
             source_lost_power: false,
             settled: false,
-            tally: Tally::default(),
+            coverage: Coverage::default(),
             unlisted: BTreeSet::new(),
-            rough,
-            flush: !dice.once_in(4),
-            dice,
+            fault_interval,
+            destination_has_flush: !rng.one_in(4),
+            rng,
         }
     }
 
-    pub(crate) fn trace(&self, what: impl FnOnce() -> String) {
+    pub(crate) fn trace(&self, line: impl FnOnce() -> String) {
         if self.verbose {
-            println!("{:>9.3} s  {}", self.now.as_secs_f64(), what());
+            println!("{:>9.3} s  {}", self.now.as_secs_f64(), line());
         }
     }
 
-    pub(crate) fn medium(&mut self, host: Host) -> &mut Medium {
+    pub(crate) fn image(&mut self, host: Host) -> &mut Image {
         match host {
-            Host::Source => &mut self.source.medium,
-            Host::Destination => &mut self.destination.medium,
+            Host::Source => &mut self.source.image,
+            Host::Destination => &mut self.destination.image,
         }
     }
 
-    /// The whole schedule.
+    /// Runs the schedule; the error names the invariant that it breaks.
     pub(crate) fn run(&mut self) -> Result<(), String> {
         self.start_source();
         self.start_destination()?;
         let mut idle = 0;
         for _ in 0..FAULTY_TURNS {
-            let rough = if self.is_parting() { self.rough.min(10) } else { self.rough };
-            if self.dice.once_in(rough) {
-                self.fault()?;
+            let interval_max = if self.is_handing_over() { 10 } else { u64::MAX };
+            if self.rng.one_in(self.fault_interval.min(interval_max)) {
+                self.inject_fault()?;
             }
             idle = if self.turn()? { 0 } else { idle + 1 };
-            if idle > IMPATIENT_TURNS {
-                self.pass_time();
+            if idle > IDLE_FAULTY_TURNS {
+                self.advance_time();
                 idle = 0;
             }
         }
-        self.calm_down()?;
+        self.stop_faults()?;
         for _ in 0..QUIET_TURNS {
             idle = if self.turn()? { 0 } else { idle + 1 };
             if idle > IDLE_TURNS {
-                self.put_right_image();
-                if !self.pass_time() && idle > REST_TURNS {
+                self.select_migrated_image();
+                if !self.advance_time() && idle > END_TURNS {
                     break;
                 }
             }
@@ -196,117 +197,120 @@ impl World {
                 self.start_destination()?;
             }
         }
-        self.check_rest()
+        self.check_final_state()
     }
 
-    /// Where a fault tells most: from the last FLUSH until the source has left.
-    fn is_parting(&self) -> bool {
-        match &self.source.role {
-            Role::Migrating(run) => {
-                let stage = run.machine.progress(self.now).stage;
+    /// From the last FLUSH until the source has exited or serves again: faults matter most here, and
+    /// are more frequent.
+    fn is_handing_over(&self) -> bool {
+        match &self.source.process {
+            SourceProcess::Migrating(migration) => {
+                let stage = migration.machine.progress(self.now).stage;
                 matches!(stage, Stage::HandingOver | Stage::InDoubt | Stage::Leaving)
             }
-            Role::Asking(_) => true,
-            Role::Down => matches!(self.source.medium.record.now, Some(Record::Departing { .. })),
-            Role::Serving | Role::Moved => false,
+            SourceProcess::Asking(_) => true,
+            SourceProcess::Down => {
+                matches!(self.source.image.record.current, Some(Record::Departing { .. }))
+            }
+            SourceProcess::Serving | SourceProcess::Moved => false,
         }
     }
 
-    /// One of all that can happen next; false when nothing came of it.
+    /// Performs one random step of a host or a client; returns whether it made progress.
     fn turn(&mut self) -> Result<bool, String> {
         self.now += Duration::from_millis(1);
-        self.tally.turns += 1;
+        self.coverage.turns += 1;
         self.expire_gate();
-        let progress = match self.dice.below(9) {
+        let progress = match self.rng.below(9) {
             0..=3 => self.source_turn()?,
             4..=6 => self.destination_turn()?,
-            which => self.client_turn(which as usize - 7),
+            client => self.client_turn(client as usize - 7),
         };
-        self.check_always()?;
+        self.check_every_turn()?;
         Ok(progress)
     }
 
-    /// Jumps to when the source wants to be woken; false when it does not.
-    fn pass_time(&mut self) -> bool {
+    /// Advances the clock to the source's next deadline; false if it has none.
+    fn advance_time(&mut self) -> bool {
         self.source_waits_until().is_some_and(|until| {
             self.now = self.now.max(until);
             true
         })
     }
 
-    fn fault(&mut self) -> Result<(), String> {
-        match self.dice.below(18) {
+    fn inject_fault(&mut self) -> Result<(), String> {
+        match self.rng.below(18) {
             0 => self.kill(Host::Source, false),
             1 => self.kill(Host::Source, true),
             2 => self.kill(Host::Destination, false),
             3 => self.kill(Host::Destination, true),
-            4 | 5 if matches!(self.source.role, Role::Down) => self.start_source(),
+            4 | 5 if matches!(self.source.process, SourceProcess::Down) => self.start_source(),
             6 | 7 if self.destination_may_start() => self.start_destination()?,
-            8 => self.net.up = !self.net.up,
+            8 => self.network.is_up = !self.network.is_up,
             9 | 10 => self.cut(),
-            11 => self.order(),
-            12 if self.destination_may_start() && self.dice.once_in(2) => {
+            11 => self.send_operator_request(),
+            12 if self.destination_may_start() && self.rng.one_in(2) => {
                 self.swap_images();
                 self.start_destination()?;
             }
-            13 => self.notice_dead(),
+            13 => self.detect_broken_connections(),
             14 => {
-                self.stalled = true;
+                self.destination_stalled = true;
                 self.cut();
             }
-            15 => self.stalled = !self.stalled,
+            15 => self.destination_stalled = !self.destination_stalled,
             _ => {
-                self.pass_time();
+                self.advance_time();
             }
         }
         Ok(())
     }
 
-    fn kill(&mut self, host: Host, power: bool) {
-        self.trace(|| format!("--- {host:?} killed, power {power}"));
+    fn kill(&mut self, host: Host, power_cut: bool) {
+        self.trace(|| format!("--- {host:?} killed, power cut: {power_cut}"));
         match host {
-            Host::Source => self.kill_source(power),
-            Host::Destination => self.kill_destination(power),
+            Host::Source => self.kill_source(power_cut),
+            Host::Destination => self.kill_destination(power_cut),
         }
     }
 
     fn cut(&mut self) {
         self.trace(|| "--- link cut".to_owned());
-        for connection in self.net.all.iter_mut().filter(|connection| !connection.source_closed) {
-            connection.cut(&mut self.dice);
+        for connection in
+            self.network.connections.iter_mut().filter(|connection| !connection.source_closed)
+        {
+            connection.cut(&mut self.rng);
         }
     }
 
-    fn notice_dead(&mut self) {
-        let dead = self.net.all.iter_mut().filter(|connection| connection.dead);
-        dead.for_each(|connection| connection.noticed = true);
+    fn detect_broken_connections(&mut self) {
+        let broken = self.network.connections.iter_mut().filter(|connection| connection.is_broken);
+        broken.for_each(|connection| connection.break_detected = true);
     }
 
     fn destination_may_start(&self) -> bool {
-        matches!(self.destination.process, Process::Down)
+        matches!(self.destination.process, DestinationProcess::Down)
     }
 
-    /// From now on nothing goes wrong, and what was down comes up.
-    fn calm_down(&mut self) -> Result<(), String> {
-        self.trace(|| "--- nothing goes wrong any more".to_owned());
-        self.faulty = false;
-        self.stalled = false;
-        self.net.up = true;
-        self.notice_dead();
-        self.put_right_image();
+    /// Ends all faults and starts the processes that are down.
+    fn stop_faults(&mut self) -> Result<(), String> {
+        self.trace(|| "--- no more faults".to_owned());
+        self.faults_enabled = false;
+        self.destination_stalled = false;
+        self.network.is_up = true;
+        self.detect_broken_connections();
+        self.select_migrated_image();
         if self.destination_may_start() {
             self.start_destination()?;
         }
-        if matches!(self.source.role, Role::Down) {
+        if matches!(self.source.process, SourceProcess::Down) {
             self.start_source();
         }
         Ok(())
     }
 
-    // The invariants.
-
-    /// Held after every turn.
-    fn check_always(&self) -> Result<(), String> {
+    /// Invariants 2 and 3, which must hold after every turn.
+    fn check_every_turn(&self) -> Result<(), String> {
         if self.source_serves() && self.destination_serves() {
             return Err("(2) both hosts serve the disk".to_owned());
         }
@@ -314,75 +318,81 @@ impl World {
             return Ok(());
         }
         Err(format!(
-            "(3) no host holds a complete copy and says so: source {:?} {:?}, destination {:?}",
-            self.source.medium.exists, self.source.medium.record, self.destination.medium.record
+            "(3) no host owns a complete copy: source {:?} {:?}, destination {:?}",
+            self.source.image.exists, self.source.image.record, self.destination.image.record
         ))
     }
 
-    /// Whatever happens now, the source's copy is there and is not declared departed.
+    /// Whether the source's copy exists and is not recorded as departed, even after a power cut.
     fn source_is_owner(&self) -> bool {
-        let Medium { record, exists, .. } = &self.source.medium;
-        let keeps = |record: &Option<Record>| !matches!(record, Some(Record::Departed { .. }));
-        exists.now && exists.safe && keeps(&record.now) && keeps(&record.safe)
+        let Image { record, exists, .. } = &self.source.image;
+        let not_departed =
+            |record: &Option<Record>| !matches!(record, Some(Record::Departed { .. }));
+        exists.current
+            && exists.durable
+            && not_departed(&record.current)
+            && not_departed(&record.durable)
     }
 
     fn destination_is_owner(&self) -> bool {
-        let Destination { medium, other, .. } = &self.destination;
-        let ours = |medium: &Medium| matches!(medium.record.safe, Some(Record::Ours(_)));
-        ours(medium) || ours(other)
+        let Destination { image, other_image, .. } = &self.destination;
+        let ours = |image: &Image| matches!(image.record.durable, Some(Record::Ours(_)));
+        ours(image) || ours(other_image)
     }
 
-    /// When the destination has settled the handover, before anybody writes there.
+    /// Checks the copy when the destination has settled the handover, before a client writes to it.
     pub(crate) fn check_arrival(&self) -> Result<(), String> {
-        let medium = &self.destination.medium;
-        for (block, known) in self.known.iter().enumerate() {
-            let Cell { stamp, allocated } = medium.cells[block].now;
-            if !known.allows(stamp) {
+        let image = &self.destination.image;
+        for (block, expected) in self.expected.iter().enumerate() {
+            let Block { stamp, allocated } = image.blocks[block].current;
+            if !expected.allows(stamp) {
                 return Err(format!(
-                    "(1) block {block} arrived as {stamp}, clients know {known:?}"
+                    "(1) block {block} arrived as {stamp}, clients expect {expected:?}"
                 ));
             }
             if allocated && stamp == 0 {
-                return Err(format!("(5) block {block} was a hole and takes space now"));
+                return Err(format!(
+                    "(5) block {block} is a hole at the source and allocated here"
+                ));
             }
         }
-        if medium.is_flushed() {
+        if image.is_flushed() {
             Ok(())
         } else {
             Err("(3) the disk has arrived and is not durable".to_owned())
         }
     }
 
-    /// Sessions end only when the disk is somebody else's, durably.
-    pub(crate) fn check_arrived(&self, what: &str) -> Result<(), String> {
+    /// Invariant 4: the source's sessions end only when the destination durably owns the disk.
+    pub(crate) fn check_destination_owns(&self, event: &str) -> Result<(), String> {
         if self.destination_is_owner() {
             return Ok(());
         }
-        Err(format!("(4) {what} before the destination had the disk"))
+        Err(format!("(4) {event} before the destination had the disk"))
     }
 
-    /// Nothing has gone wrong for a long time: the disk is with one host, complete, and served.
-    fn check_rest(&mut self) -> Result<(), String> {
+    /// Checks that after a long time without faults one host serves the complete disk.
+    fn check_final_state(&mut self) -> Result<(), String> {
         let host = match (self.source_serves(), self.destination_serves()) {
             (true, false) => Host::Source,
             (false, true) => Host::Destination,
             _ => {
                 return Err(format!(
-                    "(4) at rest, and nobody serves the disk: source {:?}, destination {:?}",
-                    self.source.role, self.destination.process
+                    "(4) at the end no host serves the disk: source {:?}, destination {:?}",
+                    self.source.process, self.destination.process
                 ));
             }
         };
-        let migrating = matches!(self.source.role, Role::Migrating(_));
+        let migrating = matches!(self.source.process, SourceProcess::Migrating(_));
         if migrating && host == Host::Source {
             return Err("the migration neither ends nor goes on".to_owned());
         }
-        let known = self.known.clone();
-        let medium = self.medium(host);
-        for (block, known) in known.iter().enumerate() {
-            if !known.allows(medium.stamp(block)) {
-                let stamp = medium.stamp(block);
-                return Err(format!("(1) block {block} is {stamp}, clients know {known:?}"));
+        let expected = self.expected.clone();
+        let image = self.image(host);
+        for (block, expected) in expected.iter().enumerate() {
+            if !expected.allows(image.stamp(block)) {
+                let stamp = image.stamp(block);
+                return Err(format!("(1) block {block} is {stamp}, clients expect {expected:?}"));
             }
         }
         Ok(())
