@@ -1,64 +1,64 @@
-//! How long clients may wait behind the closed gate, and when closing it is worth trying.
-//! Never waits and never looks at a clock; every question brings the time with it.
+//! The freeze: when the gate may be closed for the last copy, and how long it may stay closed.
+//! Never waits and never reads a clock: callers pass the time.
 //!
-//! Three rules bound what clients feel of a migration:
+//! Three rules bound the time that clients wait:
 //!
-//! * The gate is closed only when the in-flight requests that it has to wait for are short
-//!   ([`Probe`]), as far as that can be had.
+//! * The gate closes only while the in-flight requests of clients are short ([`Probe`]), or after
+//!   several probes that found long ones.
 //! * Until the record *departing* is durable, a closed gate opens again after [`STALL_MAX`] without
 //!   progress, and after [`FREEZE_MAX`] in any case ([`Freeze`]).
-//! * After a closing that came to nothing the gate stays open for [`OPEN_SHARE`] times as long as it
-//!   was closed, and longer after each further one ([`Backoff`]).
+//! * After a failed attempt the gate stays open for at least [`OPEN_SHARE`] times as long as it was
+//!   closed, and for longer after each further failure ([`Backoff`]).
 
 use std::time::Duration;
 
 /// Longest time from the closing of the gate until the handover is sent.
 pub const FREEZE_MAX: Duration = Duration::from_secs(4);
 
-/// Longest time behind the closed gate in which the destination acknowledges nothing.
+/// Longest time without an acknowledgement while the gate is closed.
 pub const STALL_MAX: Duration = Duration::from_millis(1500);
 
-/// After a closing in vain the gate is open for at least so many times as long as it was closed.
+/// After a failed attempt the gate is open for at least this many times as long as it was closed.
 pub const OPEN_SHARE: u32 = 4;
 
-/// The gate is open for at least so long after the first closing in vain, twice as long after the
-/// second, and so on,
+/// After the first failed attempt the gate is open for at least this time. The time doubles with
+/// each further one, up to [`BACKOFF_MAX`].
 pub const BACKOFF_FIRST: Duration = Duration::from_secs(1);
-/// up to this.
+/// Upper limit of the doubled times.
 pub const BACKOFF_MAX: Duration = Duration::from_secs(16);
 
-/// In-flight requests that are no older end soon enough for the gate to be closed at once.
-pub const QUIET: Duration = Duration::from_millis(100);
+/// The gate closes at once if no request in flight is older than this.
+pub const SHORT_REQUEST: Duration = Duration::from_millis(100);
 
-/// How often in-flight requests are looked at before the gate is closed.
+/// Interval of probes of the requests in flight.
 pub const PROBE_EVERY: Duration = Duration::from_millis(10);
 
-/// Probes that may find older requests before the gate is closed all the same.
+/// Probes that may find older requests; after them the gate closes anyway.
 pub const PROBES_MAX: u32 = 3;
 
-/// How long in-flight requests may take to end once the gate is closed: twice as long as they were
-/// seen to take, but at least
+/// The closing gate waits for in-flight requests for twice their age at the last probe, within
+/// `DRAIN_MIN..=DRAIN_MAX`.
 pub const DRAIN_MIN: Duration = Duration::from_millis(250);
-/// and at most so long.
+/// See [`DRAIN_MIN`].
 pub const DRAIN_MAX: Duration = Duration::from_secs(2);
 
-/// A gate that is closed, or being closed.
+/// The time limit of a gate that is closed or closing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Freeze {
     since: Duration,
-    /// When it is to be opened unless there is progress; none once the handover may be sent.
+    /// When the gate opens without further progress; `None` once it is sealed.
     until: Option<Duration>,
 }
 
 impl Freeze {
-    /// Clients begin to wait now.
+    /// The gate begins to close now.
     #[must_use]
     pub fn new(now: Duration) -> Self {
         Self { since: now, until: Some(now + STALL_MAX) }
     }
 
-    /// The destination has acknowledged something. Too late, it prolongs nothing: the gate may have
-    /// opened.
+    /// The destination acknowledged a request, which extends the freeze unless it is over: the gate
+    /// may have opened already.
     pub fn progressed(&mut self, now: Duration) {
         if self.is_over(now) {
             return;
@@ -67,18 +67,18 @@ impl Freeze {
         self.until = self.until.map(|until| until.max(now + STALL_MAX).min(end));
     }
 
-    /// Every request that was in flight has ended: what follows may begin only now.
+    /// The gate is closed and all in-flight requests have ended: [`STALL_MAX`] counts from now.
     pub fn drained(&mut self, now: Duration) {
         let end = self.since + FREEZE_MAX;
         self.until = self.until.map(|_| (now + STALL_MAX).min(end));
     }
 
-    /// One step remains, whose progress is invisible: it may take all the time that is left.
+    /// Only steps without visible progress remain: they may take the rest of [`FREEZE_MAX`].
     pub fn last_step(&mut self) {
         self.until = self.until.map(|_| self.since + FREEZE_MAX);
     }
 
-    /// The gate does not open by itself any more.
+    /// The gate no longer opens by itself.
     pub fn seal(&mut self) {
         self.until = None;
     }
@@ -89,7 +89,7 @@ impl Freeze {
         self.until
     }
 
-    /// Whether clients have waited long enough.
+    /// Whether the time limit has passed.
     #[must_use]
     pub fn is_over(&self, now: Duration) -> bool {
         self.until.is_some_and(|until| now >= until)
@@ -110,7 +110,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// A closing was in vain, and clients waited for so long.
+    /// An attempt failed, in which clients waited for `waited`.
     pub fn failed(&mut self, now: Duration, waited: Duration) {
         let doubled = BACKOFF_FIRST * 2u32.pow(self.failures.min(10));
         let share = waited.min(FREEZE_MAX) * OPEN_SHARE;
@@ -118,43 +118,44 @@ impl Backoff {
         self.from = now + doubled.min(BACKOFF_MAX).max(share);
     }
 
-    /// Not earlier than this.
+    /// The earliest time to close the gate.
     #[must_use]
     pub fn from(&self) -> Duration {
         self.from
     }
 }
 
-/// The age of clients' in-flight requests while the gate is open.
+/// Measures how long clients' in-flight requests take while the gate is open.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Probe {
-    /// When this probe began; none between two.
+    /// Start of the current measurement, if one has begun.
     began: Option<Duration>,
-    /// Since when the present generation of visits has been let in, if that is known
-    /// ([`crate::disk::Gate::turn_generation`]).
+    /// Start of the current generation of visits ([`crate::disk::Gate::turn_generation`]), if it
+    /// began during this measurement.
     turned: Option<Duration>,
     last: Duration,
     slow: u32,
 }
 
-/// What a look at the requests in flight says about closing the gate.
+/// Whether to close the gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FreezeDecision {
-    /// Look again soon: the oldest is at least so old.
+    /// Probe again soon: the oldest request is at least this old.
     Wait(Duration),
-    /// Close the gate; in-flight requests should end within this.
+    /// Close the gate, and wait for in-flight requests for this time.
     Close(Duration),
 }
 
 impl Probe {
-    /// When the next look is due.
+    /// When the next probe is due.
     #[must_use]
     pub fn due(&self) -> Duration {
         self.began.map_or(Duration::ZERO, |_| self.last + PROBE_EVERY)
     }
 
-    /// The generation before the present one has ended, or has not.
-    pub fn looked(&mut self, now: Duration, turned: bool) -> FreezeDecision {
+    /// A probe found that the previous generation of visits has left, and a new one began (`turned`),
+    /// or that visits of the previous one are still inside.
+    pub fn on_probe(&mut self, now: Duration, turned: bool) -> FreezeDecision {
         self.last = now;
         let began = *self.began.get_or_insert(now);
         let age = now.saturating_sub(self.turned.unwrap_or(began));
@@ -164,7 +165,7 @@ impl Probe {
         if self.turned.replace(now).is_none() {
             return FreezeDecision::Wait(Duration::ZERO);
         }
-        if age > QUIET && self.slow < PROBES_MAX {
+        if age > SHORT_REQUEST && self.slow < PROBES_MAX {
             self.slow += 1;
             return FreezeDecision::Wait(Duration::ZERO);
         }
@@ -182,25 +183,25 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn a_freeze_without_progress_ends_after_the_stall_limit() {
+    fn freeze_without_progress_ends_at_the_stall_limit() {
         let freeze = Freeze::new(SECOND);
         assert!(!freeze.is_over(SECOND + STALL_MAX - MS));
         assert!(freeze.is_over(SECOND + STALL_MAX));
     }
 
     #[test]
-    fn progress_prolongs_a_freeze_up_to_its_limit() {
+    fn progress_extends_a_freeze_up_to_its_limit() {
         let mut freeze = Freeze::new(SECOND);
         for step in 0..100 {
             freeze.progressed(SECOND + step * 100 * MS);
         }
         assert_eq!(freeze.until(), Some(SECOND + FREEZE_MAX));
         freeze.progressed(SECOND);
-        assert_eq!(freeze.until(), Some(SECOND + FREEZE_MAX), "nothing shortens it");
+        assert_eq!(freeze.until(), Some(SECOND + FREEZE_MAX), "it was shortened");
     }
 
     #[test]
-    fn progress_after_its_end_prolongs_no_freeze() {
+    fn late_progress_does_not_extend_a_freeze() {
         let mut freeze = Freeze::new(SECOND);
         freeze.progressed(SECOND + STALL_MAX);
         assert_eq!(freeze.until(), Some(SECOND + STALL_MAX));
@@ -208,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_drain_leaves_time_for_the_last_copy() {
+    fn long_drain_leaves_time_for_the_last_copy() {
         let mut freeze = Freeze::new(SECOND);
         let drained = SECOND + DRAIN_MAX;
         freeze.drained(drained);
@@ -218,14 +219,14 @@ mod tests {
     }
 
     #[test]
-    fn a_last_step_may_take_what_is_left() {
+    fn last_step_may_take_the_remaining_time() {
         let mut freeze = Freeze::new(SECOND);
         freeze.last_step();
         assert_eq!(freeze.until(), Some(SECOND + FREEZE_MAX));
     }
 
     #[test]
-    fn a_sealed_freeze_lasts() {
+    fn sealed_freeze_never_ends() {
         let mut freeze = Freeze::new(SECOND);
         freeze.seal();
         freeze.progressed(2 * SECOND);
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn the_gate_is_tried_ever_less_often_up_to_a_limit() {
+    fn attempts_back_off_exponentially_up_to_a_limit() {
         let mut backoff = Backoff::default();
         let waits: Vec<_> = (0..7)
             .map(|_| {
@@ -248,7 +249,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn clients_wait_for_a_fifth_of_the_time_at_most(
+        fn clients_wait_at_most_a_fifth_of_the_time(
             waits in proptest::collection::vec(0..4000u32, 1..20),
         ) {
             let (mut now, mut waited, mut backoff) = (SECOND, Duration::ZERO, Backoff::default());
@@ -263,7 +264,7 @@ mod tests {
         }
     }
 
-    /// Probes in-flight requests of that age, all the time, until the gate is to be closed.
+    /// Probes requests that take `age` each until the gate may close; returns when, and the decision.
     fn probe(age: Duration) -> (Duration, FreezeDecision) {
         let (mut probe, mut now) = (Probe::default(), SECOND);
         let mut generation = now;
@@ -272,9 +273,9 @@ mod tests {
             if turned {
                 generation = now;
             }
-            let verdict = probe.looked(now, turned);
-            if matches!(verdict, FreezeDecision::Close(_)) || now > 60 * SECOND {
-                return (now - SECOND, verdict);
+            let decision = probe.on_probe(now, turned);
+            if matches!(decision, FreezeDecision::Close(_)) || now > 60 * SECOND {
+                return (now - SECOND, decision);
             }
             assert!(probe.due() > now);
             now = probe.due();
@@ -284,34 +285,37 @@ mod tests {
     #[test]
     fn short_requests_let_the_gate_close_within_milliseconds() {
         assert_eq!(probe(Duration::ZERO), (PROBE_EVERY, FreezeDecision::Close(DRAIN_MIN)));
-        assert_eq!(probe(QUIET), (2 * QUIET, FreezeDecision::Close(DRAIN_MIN)));
+        assert_eq!(probe(SHORT_REQUEST), (2 * SHORT_REQUEST, FreezeDecision::Close(DRAIN_MIN)));
     }
 
     #[test]
-    fn slow_requests_are_given_time_once_there_is_no_other_way() {
-        let (after, verdict) = probe(500 * MS);
-        assert_eq!(verdict, FreezeDecision::Close(SECOND));
+    fn gate_closes_despite_slow_requests_after_several_probes() {
+        let (after, decision) = probe(500 * MS);
+        assert_eq!(decision, FreezeDecision::Close(SECOND));
         assert!(after >= PROBES_MAX * 500 * MS, "{after:?}");
         assert_eq!(probe(10 * SECOND).1, FreezeDecision::Close(DRAIN_MAX));
     }
 
     #[test]
-    fn one_long_request_keeps_the_gate_open_however_long_it_takes() {
+    fn one_long_request_keeps_the_gate_open() {
         let mut probe = Probe::default();
-        assert_eq!(probe.looked(SECOND, true), FreezeDecision::Wait(Duration::ZERO));
+        assert_eq!(probe.on_probe(SECOND, true), FreezeDecision::Wait(Duration::ZERO));
         for ms in (10..30_000).step_by(10) {
-            assert_eq!(probe.looked(SECOND + ms * MS, false), FreezeDecision::Wait(ms * MS));
+            assert_eq!(probe.on_probe(SECOND + ms * MS, false), FreezeDecision::Wait(ms * MS));
         }
-        assert_eq!(probe.looked(31 * SECOND, true), FreezeDecision::Wait(Duration::ZERO));
-        assert_eq!(probe.looked(31 * SECOND + PROBE_EVERY, true), FreezeDecision::Close(DRAIN_MIN));
+        assert_eq!(probe.on_probe(31 * SECOND, true), FreezeDecision::Wait(Duration::ZERO));
+        assert_eq!(
+            probe.on_probe(31 * SECOND + PROBE_EVERY, true),
+            FreezeDecision::Close(DRAIN_MIN)
+        );
     }
 
     #[test]
-    fn probes_that_are_far_apart_let_the_gate_close_in_the_end() {
+    fn rare_probes_close_the_gate_in_the_end() {
         let mut probe = Probe::default();
         for second in 1..=1 + PROBES_MAX {
-            assert_eq!(probe.looked(second * SECOND, true), FreezeDecision::Wait(Duration::ZERO));
+            assert_eq!(probe.on_probe(second * SECOND, true), FreezeDecision::Wait(Duration::ZERO));
         }
-        assert_eq!(probe.looked(9 * SECOND, true), FreezeDecision::Close(DRAIN_MAX));
+        assert_eq!(probe.on_probe(9 * SECOND, true), FreezeDecision::Close(DRAIN_MAX));
     }
 }

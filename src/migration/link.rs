@@ -1,4 +1,4 @@
-//! The connection to a destination: requests out, many in flight, replies in as they come.
+//! The connection to a destination: sends requests and receives replies, with many in flight.
 //! Never decides what to send or what a reply means.
 
 use super::job::{DestinationInfo, DestinationRequest, RequestKind, Trouble};
@@ -18,33 +18,30 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-/// How long connecting may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long every message of the handshake may take; with connecting, `mirror` answers within
-/// some 15 s.
-const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(5);
-/// How long the goodbye may take.
-const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
-/// How much is sent at once where the kernel cannot send straight from the image.
-const PORTION: usize = 256 << 10;
+/// For each message of the handshake: `mirror` answers within about 15 s.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Buffer size in bytes where `sendfile(2)` cannot send from the image.
+const COPY_BUFFER: usize = 256 << 10;
 /// Length of a simple reply in bytes.
 const REPLY_LENGTH: usize = 16;
 
-/// How to get to a destination.
+/// The addresses of a connection to a destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
-    /// Where it listens.
+    /// The destination's address.
     pub to: Address,
     /// The local address to connect from.
     pub bind: Option<IpAddr>,
 }
 
 impl Route {
-    /// What `attempt` brings over this route or, if that does not connect, from any local address:
-    /// an address that an operator chose may be gone when only an answer is wanted.
+    /// Calls `attempt` with this route and, if that does not connect, without the local address:
+    /// the operator's address may be gone, and a question can be asked from any other.
     ///
     /// # Errors
-    /// That of the attempt that connected, or both.
+    /// That of the attempt that connected, or those of both.
     pub(crate) fn with_bind_fallback<T>(
         &self,
         attempt: impl Fn(&Self) -> Result<T, Trouble>,
@@ -60,18 +57,17 @@ impl Route {
     }
 }
 
-/// Why a request did not go out as a whole.
+/// Why a request was not sent completely. The connection cannot be used afterwards.
 #[derive(Debug)]
 pub(super) enum SendError {
-    /// The connection is no more.
+    /// The connection failed; some bytes of the request may have been sent.
     Link(String),
-    /// The connection is no more, and was before the first byte of the request went out.
+    /// The connection failed before the first byte of the request was sent.
     Unsent(String),
-    /// The disk could not be read; the connection cannot be used any more.
+    /// The disk could not be read.
     Disk {
-        /// At this byte or soon after it.
+        /// The read that failed begins at this byte.
         offset: u64,
-        /// What the kernel said.
         error: io::Error,
     },
 }
@@ -81,79 +77,81 @@ pub(super) enum SendError {
 pub(super) struct Link {
     stream: Stream,
     received: Vec<u8>,
-    /// Changes were sent, and no goodbye after them.
+    /// Requests were sent, and no DISC after them.
     unfinished: bool,
 }
 
 impl Link {
-    /// Connects and shakes hands, with the private question if there is one. There is no link if
-    /// the server answered the question and then did not let us in.
+    /// Connects and negotiates, with the private option if there is a question. Returns no link if
+    /// the server answered the question finally and then refused the transmission phase.
     pub(super) fn open(
         route: &Route,
         question: Option<&Question>,
     ) -> Result<(Option<Self>, DestinationInfo), Trouble> {
         let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
             .map_err(|error| Trouble::Connect(error.to_string()))?;
-        // A connection that takes no options is on its way out, which the handshake will see.
+        // Setting an option fails only on a broken connection, which the handshake detects.
         let _ = stream.tune().and_then(|()| stream.limit_unsent());
-        // `sendfile(2)` has no flag for it; without, a destination that hangs would hang us.
+        // `sendfile(2)` has no flag for one call, and must not block on a destination that hangs.
         stream.set_nonblocking().map_err(|error| Trouble::Local(error.to_string()))?;
         let private = question.map(|question| question.encode().to_vec());
-        let wish = ClientOffer { private, ..ClientOffer::default() };
-        let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);
-        match (agreed, decoded(answer)?) {
+        let offer = ClientOffer { private, ..ClientOffer::default() };
+        let (answer, agreed) = shake_hands(&stream, offer, HANDSHAKE_TIMEOUT);
+        match (agreed, decode_answer(answer)?) {
             (Ok(agreement), answer) => {
-                let peer = peer(&agreement, answer);
-                Ok((Some(Self { stream, received: Vec::new(), unfinished: false }), peer))
+                let info = destination_info(&agreement, answer);
+                Ok((Some(Self { stream, received: Vec::new(), unfinished: false }), info))
             }
-            (Err(_), Some(answer)) if answer.is_final() => Ok((None, told_only(answer))),
-            (Err(error), _) => Err(trouble(error)),
+            (Err(_), Some(answer)) if answer.is_final() => Ok((None, info_without_export(answer))),
+            (Err(error), _) => Err(handshake_trouble(error)),
         }
     }
 
-    /// Asks the private question, and leaves again without having wanted anything else.
+    /// Connects, asks the private question and closes the connection.
     pub(super) fn ask(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble> {
         let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
             .map_err(|error| Trouble::Connect(error.to_string()))?;
         let private = Some(question.encode().to_vec());
-        let wish = ClientOffer { private, private_only: true, ..ClientOffer::default() };
-        let (answer, agreed) = shake_hands(&stream, wish, HANDSHAKE_PATIENCE);
-        match (agreed, decoded(answer)?) {
-            (Err(error), None) => Err(trouble(error)),
+        let offer = ClientOffer { private, private_only: true, ..ClientOffer::default() };
+        let (answer, agreed) = shake_hands(&stream, offer, HANDSHAKE_TIMEOUT);
+        match (agreed, decode_answer(answer)?) {
+            (Err(error), None) => Err(handshake_trouble(error)),
             (_, answer) => Ok(answer),
         }
     }
 
-    /// Sends a request, reading the disk for it. While the destination does not take it, orders
-    /// are heard: `give_up` is asked whenever `wake` is set.
+    /// Sends a request, and reads the disk for it. While the socket's buffer is full, `wake` interrupts
+    /// the wait, and the send fails if `give_up` then returns true.
     pub(super) fn send(
         &mut self,
         request: &DestinationRequest,
         copier: &Copier<'_>,
-        patience: Duration,
+        timeout: Duration,
         wake: &Wake,
         give_up: &mut dyn FnMut() -> bool,
     ) -> Result<(), SendError> {
         self.unfinished = request.kind != RequestKind::Disconnect;
-        let mut sending = Sending { stream: &self.stream, patience, wake, give_up, begun: false };
+        let mut sender =
+            RequestSender { stream: &self.stream, timeout, wake, give_up, is_begun: false };
         let mut head = Vec::new();
         header(request).encode(Dialect::Simple, &mut head);
         match request.kind {
             RequestKind::Write(range) => {
-                sending.bytes(&head, true)?;
-                sending.data(copier, range)
+                sender.send_bytes(&head, true)?;
+                sender.send_data(copier, range)
             }
             RequestKind::Handover(handover) => {
                 head.extend_from_slice(&handover.encode());
-                sending.bytes(&head, false)
+                sender.send_bytes(&head, false)
             }
             RequestKind::Zero(_) | RequestKind::Flush | RequestKind::Disconnect => {
-                sending.bytes(&head, false)
+                sender.send_bytes(&head, false)
             }
         }
     }
 
-    /// The next reply, with its error if it is one; none when the deadline or `wake` came first.
+    /// The cookie and NBD error, if any, of the next reply; `None` if the deadline or `wake` came
+    /// first.
     pub(super) fn next_reply(
         &mut self,
         deadline: Instant,
@@ -168,10 +166,10 @@ impl Link {
                 Ok(None) => {}
                 _ => return Err("it sent something that is no reply".to_owned()),
             }
-            let mut some = [0; 64 * REPLY_LENGTH];
-            match self.stream.try_recv(&mut some) {
+            let mut buffer = [0; 64 * REPLY_LENGTH];
+            match self.stream.try_recv(&mut buffer) {
                 Ok(0) => return Err("the destination closed it".to_owned()),
-                Ok(count) => self.received.extend_from_slice(&some[..count]),
+                Ok(count) => self.received.extend_from_slice(&buffer[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let interest = Interest { readable: true, writable: false };
                     let ready = self.stream.wait(interest, Some(wake), Some(deadline));
@@ -188,76 +186,73 @@ impl Link {
         }
     }
 
-    /// DISC, and closed.
+    /// Sends DISC and closes the connection.
     pub(super) fn disconnect(mut self) {
         self.unfinished = false;
-        let mut goodbye = Vec::new();
+        let mut request = Vec::new();
         header(&DestinationRequest { cookie: 0, kind: RequestKind::Disconnect })
-            .encode(Dialect::Simple, &mut goodbye);
-        // Everything that matters has been answered.
-        let _ = self.stream.send_all(&goodbye, GOODBYE_PATIENCE);
+            .encode(Dialect::Simple, &mut request);
+        // The handover is acknowledged, so a lost DISC changes nothing.
+        let _ = self.stream.send_all(&request, DISCONNECT_TIMEOUT);
     }
 }
 
 impl Drop for Link {
-    /// Bytes of an abandoned connection must not arrive after those of the next one: the kernel would
-    /// go on delivering them once the network is back.
+    /// Requests of this connection must not arrive after those of the next one: without a reset, the
+    /// kernel would deliver them once the network is back.
     fn drop(&mut self) {
         if self.unfinished {
-            // It cannot fail on a socket that is connected, and does not matter on another.
+            // Succeeds on a connected socket; another has no unsent bytes.
             let _ = self.stream.reset_on_close();
         }
     }
 }
 
-/// One request on its way out.
-struct Sending<'a> {
+/// Sends one request.
+struct RequestSender<'a> {
     stream: &'a Stream,
-    patience: Duration,
+    timeout: Duration,
     wake: &'a Wake,
     give_up: &'a mut dyn FnMut() -> bool,
-    /// Some bytes of the request went out.
-    begun: bool,
+    /// Some bytes of the request were sent.
+    is_begun: bool,
 }
 
-impl Sending<'_> {
-    fn bytes(&mut self, bytes: &[u8], more: bool) -> Result<(), SendError> {
+impl RequestSender<'_> {
+    fn send_bytes(&mut self, bytes: &[u8], more: bool) -> Result<(), SendError> {
         let mut rest = bytes;
         while !rest.is_empty() {
             match self.stream.try_send(rest, more) {
                 Ok(count) => {
-                    self.begun |= count > 0;
+                    self.is_begun |= count > 0;
                     rest = &rest[count..];
                 }
-                Err(error) => self.wait_for_room(error)?,
+                Err(error) => self.wait_writable(error)?,
             }
         }
         Ok(())
     }
 
-    /// The connection is of no use any more.
-    fn broken(&self, why: String) -> SendError {
-        if self.begun { SendError::Link(why) } else { SendError::Unsent(why) }
+    fn link_error(&self, why: String) -> SendError {
+        if self.is_begun { SendError::Link(why) } else { SendError::Unsent(why) }
     }
 
-    /// The bytes of the disk, straight from the page cache where the kernel can do that.
-    fn data(&mut self, copier: &Copier<'_>, range: Range) -> Result<(), SendError> {
+    /// Sends a range of the disk, with `sendfile(2)` where the image supports it.
+    fn send_data(&mut self, copier: &Copier<'_>, range: Range) -> Result<(), SendError> {
         let mut rest = range;
         while !rest.is_empty() {
             // It fits: a request's payload has 32 bits.
             let length = rest.length() as usize;
-            match self.send_file(copier, rest.offset(), length) {
+            match copier.send(rest.offset(), length, self.stream.as_fd()) {
                 Ok(count) => rest = rest.split(count as u64).1,
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                    return self.copied(copier, rest);
+                    return self.read_and_send(copier, rest);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock || is_sockets(&error) => {
-                    self.wait_for_room(error)?;
-                }
-                // Of the disk or of the socket: to read and to send tells which.
+                Err(error) if is_socket_error(&error) => self.wait_writable(error)?,
+                // The error of the disk or of the socket: separate calls tell which.
                 Err(error) => {
-                    return self.copied(copier, rest).map_err(|then| match then {
+                    return self.read_and_send(copier, rest).map_err(|then| match then {
                         SendError::Link(_) => SendError::Link(error.to_string()),
                         then => then,
                     });
@@ -267,54 +262,52 @@ impl Sending<'_> {
         Ok(())
     }
 
-    fn send_file(&self, copier: &Copier<'_>, offset: u64, length: usize) -> io::Result<usize> {
-        copier.send(offset, length, self.stream.as_fd())
-    }
-
-    fn copied(&mut self, copier: &Copier<'_>, range: Range) -> Result<(), SendError> {
-        let mut portion = vec![0; PORTION.min(range.length() as usize)];
+    fn read_and_send(&mut self, copier: &Copier<'_>, range: Range) -> Result<(), SendError> {
+        let mut buffer = vec![0; COPY_BUFFER.min(range.length() as usize)];
         let mut rest = range;
         while !rest.is_empty() {
-            let (piece, then) = rest.split(portion.len() as u64);
-            let data = &mut portion[..piece.length() as usize];
-            let offset = piece.offset();
+            let (part, then) = rest.split(buffer.len() as u64);
+            let data = &mut buffer[..part.length() as usize];
+            let offset = part.offset();
             copier.read(offset, data).map_err(|error| SendError::Disk { offset, error })?;
-            self.bytes(data, !then.is_empty())?;
+            self.send_bytes(data, !then.is_empty())?;
             rest = then;
         }
         Ok(())
     }
 
-    fn wait_for_room(&mut self, error: io::Error) -> Result<(), SendError> {
+    /// Waits for room in the socket's buffer if that is the error; any other is returned.
+    fn wait_writable(&mut self, error: io::Error) -> Result<(), SendError> {
         if error.kind() != io::ErrorKind::WouldBlock {
-            return Err(self.broken(error.to_string()));
+            return Err(self.link_error(error.to_string()));
         }
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.timeout;
         let interest = Interest { readable: false, writable: true };
         let ready = self.stream.wait(interest, Some(self.wake), Some(deadline));
-        let ready = ready.map_err(|error| self.broken(error.to_string()))?;
+        let ready = ready.map_err(|error| self.link_error(error.to_string()))?;
         if ready.woken {
             self.wake.clear();
             if (self.give_up)() {
-                return Err(self.broken("broken off".to_owned()));
+                return Err(self.link_error("broken off".to_owned()));
             }
         }
         if ready.timed_out {
-            let seconds = self.patience.as_secs();
-            return Err(self.broken(format!("nothing was taken for {seconds} s")));
+            let seconds = self.timeout.as_secs();
+            return Err(self.link_error(format!("nothing was taken for {seconds} s")));
         }
         Ok(())
     }
 }
 
-/// Whether `sendfile(2)` certainly failed on the socket's side rather than the disk's.
-fn is_sockets(error: &io::Error) -> bool {
+/// Whether an error of `sendfile(2)` is certainly the socket's rather than the disk's.
+fn is_socket_error(error: &io::Error) -> bool {
     use nix::libc::{
         ECONNABORTED, ECONNRESET, EHOSTUNREACH, ENETDOWN, ENETUNREACH, ENOBUFS, ENOTCONN, EPIPE,
     };
-    let sockets =
+    let errors =
         [ECONNABORTED, ECONNRESET, EHOSTUNREACH, ENETDOWN, ENETUNREACH, ENOBUFS, ENOTCONN, EPIPE];
-    error.raw_os_error().is_some_and(|errno| sockets.contains(&errno))
+    error.kind() == io::ErrorKind::WouldBlock
+        || error.raw_os_error().is_some_and(|errno| errors.contains(&errno))
 }
 
 fn header(request: &DestinationRequest) -> Header {
@@ -333,7 +326,7 @@ fn header(request: &DestinationRequest) -> Header {
     Header { flags: 0, kind, cookie: request.cookie, offset, length }
 }
 
-fn peer(agreement: &Agreement, answer: Option<Answer>) -> DestinationInfo {
+fn destination_info(agreement: &Agreement, answer: Option<Answer>) -> DestinationInfo {
     let has = |flag| agreement.flags.contains(flag);
     let sizes = agreement.block_sizes;
     let data_max = sizes.map_or(PAYLOAD_LENGTH_DEFAULT, |sizes| sizes.maximum);
@@ -350,20 +343,20 @@ fn peer(agreement: &Agreement, answer: Option<Answer>) -> DestinationInfo {
     }
 }
 
-/// A server of which nothing is known but its answer.
-fn told_only(answer: Answer) -> DestinationInfo {
+/// A server that answered the question and described no export.
+fn info_without_export(answer: Answer) -> DestinationInfo {
     let caps = Caps { zeroes: false, block_min: 1, data_max: u64::from(PAYLOAD_LENGTH_DEFAULT) };
     DestinationInfo { size: 0, read_only: true, flush: false, caps, answer: Some(answer) }
 }
 
-fn decoded(answer: Option<Vec<u8>>) -> Result<Option<Answer>, Trouble> {
+fn decode_answer(answer: Option<Vec<u8>>) -> Result<Option<Answer>, Trouble> {
     answer
         .map(|data| Answer::decode(&data))
         .transpose()
         .map_err(|_| Trouble::Confused("the destination's answer is of another version"))
 }
 
-fn trouble(error: ClientError) -> Trouble {
+fn handshake_trouble(error: ClientError) -> Trouble {
     match error {
         ClientError::Connection(error) if error.kind() == io::ErrorKind::TimedOut => {
             Trouble::Silent(error.to_string())
@@ -382,22 +375,23 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::sync::Arc;
 
-    /// What comes of a part of the disk when the kernel cannot send it, and perhaps not read it, to a
-    /// peer that is there or not.
-    fn sent(errno: i32, read: Option<i32>, is_there: bool) -> Result<Vec<u8>, SendError> {
+    /// Sends a part of a disk for which `sendfile(2)` fails with `send`, and reads fail with `read`
+    /// if given, to a peer that has or has not closed the connection. Returns the bytes received.
+    fn sent(send: i32, read: Option<i32>, is_open: bool) -> Result<Vec<u8>, SendError> {
         let faults = Arc::new(Faults::default());
-        faults.fail_every(Op::Send, errno);
+        faults.fail_every(Op::Send, send);
         if let Some(errno) = read {
             faults.fail_every(Op::Read, errno);
         }
         let image = FailingBackend::new(MemoryBackend::new(1 << 20), faults);
         let disk = Disk::new(Box::new(image), false);
         let (near, far) = UnixStream::pair().unwrap();
-        let far = is_there.then_some(far);
+        let far = is_open.then_some(far);
         let (stream, wake) = (Stream::Unix(near), Wake::new().unwrap());
-        let (patience, give_up) = (Duration::from_secs(1), &mut || false);
-        let mut sending = Sending { stream: &stream, patience, wake: &wake, give_up, begun: true };
-        sending.data(&disk.copier(), Range::whole(1 << 20).from(8192).split(1000).0)?;
+        let (timeout, give_up) = (Duration::from_secs(1), &mut || false);
+        let mut sender =
+            RequestSender { stream: &stream, timeout, wake: &wake, give_up, is_begun: true };
+        sender.send_data(&disk.copier(), Range::whole(1 << 20).from(8192).split(1000).0)?;
         drop(stream);
         let mut received = Vec::new();
         far.unwrap().read_to_end(&mut received).unwrap();
@@ -405,7 +399,7 @@ mod tests {
     }
 
     #[test]
-    fn any_read_error_while_sending_is_the_disks() {
+    fn read_error_while_sending_is_a_disk_error() {
         for errno in [EIO, ESTALE, ETIMEDOUT, ENODATA, EBADMSG] {
             match sent(errno, Some(errno), true) {
                 Err(SendError::Disk { offset: 8192, error }) => {
@@ -417,14 +411,14 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_can_be_read_is_sent() {
+    fn readable_disk_is_sent_without_sendfile() {
         for errno in [ETIMEDOUT, ENOMEM, EIO] {
             assert_eq!(sent(errno, None, true).unwrap(), [0; 1000], "{errno}");
         }
     }
 
     #[test]
-    fn a_broken_socket_does_not_blame_the_disk() {
+    fn socket_error_is_not_a_disk_error() {
         for (errno, read) in [(EPIPE, Some(EIO)), (ECONNRESET, Some(EIO)), (ETIMEDOUT, None)] {
             let Err(SendError::Link(why)) = sent(errno, read, false) else { panic!("{errno}") };
             assert_eq!(why, io::Error::from_raw_os_error(errno).to_string());

@@ -1,19 +1,19 @@
-//! Moving a disk to another host while its clients keep using it.
+//! Live migration: moves a disk to another host while its clients keep using it.
 //!
-//! What decides is pure: [`machine`] is the source's whole life, [`arrival`] the destination's;
-//! [`plan`] says which range goes next, [`pace`] how fast, [`freeze`] how long clients may wait,
-//! [`wire`] how the two sides introduce
-//! themselves. None of these connects, reads a clock, touches a disk or logs, so that
-//! `tests/simulation` can play them against each other by the thousand. [`source`] carries out
-//! what the machine decides, over a [`link`]; [`destination`] asks the arrival before it acts.
+//! The decisions are pure: [`machine`] is the state machine of the source, [`arrival`] that of the
+//! destination; [`plan`] selects the next range to copy, [`pace`] limits the speed, [`freeze`] bounds
+//! the time that clients wait, [`wire`] encodes the messages that NBD does not have. None of these
+//! connects, reads a clock, touches a disk or logs, so `tests/simulation` can run thousands of
+//! migrations. [`source`] carries out the machine's actions, over a [`link`]; [`destination`] asks
+//! the arrival before it acts.
 //!
-//! The source is a loop: the action's result is the next event, and orders are given between two
-//! steps.
+//! The source is a loop: the result of each action is the next event, and operators' requests are
+//! taken between two steps.
 //!
 //! ```text
 //! let mut event = Event::Begin;
 //! loop {
-//!     take_orders();
+//!     take_requests();
 //!     let action = machine.step(now(), event);
 //!     report(machine.news() …);
 //!     if let Action::End(outcome) = action { return outcome }

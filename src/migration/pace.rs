@@ -1,6 +1,5 @@
-//! How fast: the speed limit, the measured rate, and when the copy has caught up with the writers.
-//! Never waits and never looks at a clock; every question brings the time with it, as the
-//! time since some fixed moment.
+//! The speed limit, the measured rates, and whether the copy converges.
+//! Never waits and never reads a clock: callers pass the time, counted from any fixed moment.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -8,36 +7,35 @@ use std::time::Duration;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Smallest request in bytes that a speed limit asks for.
+/// Smallest request in bytes under a speed limit.
 pub const CHUNK_MIN: u64 = 4096;
 
-/// Requests that a speed limit is spread over in a second, at least: with few large ones, the one
-/// that does not fit into a second any more is a large part of the limit.
+/// A speed limit is spread over at least this many requests a second. A request that no longer fits
+/// into the second leaves its bytes of the limit unused, which is little only for small requests.
 const CHUNKS_PER_SECOND: u64 = 64;
 
-/// `--max-speed`: at most so many bytes on the wire over any second.
+/// The rate limiter of `--max-speed`: bounds the bytes on the wire in any interval of one second.
 ///
-/// A limit below one request of [`CHUNK_MIN`] bytes a second cannot be kept over every second; it
-/// is then kept on average.
+/// A limit below [`CHUNK_MIN`] bytes per second is kept on average only.
 #[derive(Debug, Default)]
 pub struct Speed {
     limit: Option<NonZeroU64>,
-    /// When how much was sent, over the last second.
+    /// Times and bytes of the requests sent in the last second.
     recent: VecDeque<(Duration, u64)>,
     recent_bytes: u64,
-    /// When the last burst began, and its bytes: small requests go together, so that neither the
-    /// link nor we wait for each of them.
+    /// Start and bytes of the last burst. Small requests are sent in bursts, which saves a wake-up
+    /// for each of them.
     burst: Option<(Duration, u64)>,
 }
 
 impl Speed {
-    /// A limit in bytes per second; none is no limit.
+    /// Limits to this many bytes per second; `None` means no limit.
     #[must_use]
     pub fn new(limit: Option<NonZeroU64>) -> Self {
         Self { limit, ..Self::default() }
     }
 
-    /// Replaces the limit; bytes sent in the last second count against the new one.
+    /// Replaces the limit. Bytes sent in the last second count against the new one.
     pub fn set_limit(&mut self, limit: Option<NonZeroU64>) {
         self.limit = limit;
     }
@@ -48,7 +46,7 @@ impl Speed {
         self.limit
     }
 
-    /// Longest request, or burst of requests, in bytes that keeps the flow even.
+    /// Longest request, or burst of requests, in bytes.
     #[must_use]
     pub fn chunk(&self) -> u64 {
         let Some(limit) = self.limit else { return u64::MAX };
@@ -56,35 +54,35 @@ impl Speed {
         (share / CHUNK_MIN).max(1) * CHUNK_MIN
     }
 
-    /// How long such a burst takes.
+    /// How long a burst of [`Speed::chunk`] bytes takes at the limit.
     #[must_use]
     pub fn chunk_duration(&self) -> Duration {
         self.limit.map_or(Duration::ZERO, |limit| time_for(self.chunk(), limit))
     }
 
-    /// When `bytes` may be sent; not after `now` means at once.
+    /// The earliest time at which `bytes` may be sent; at once if it is not after `now`.
     #[must_use]
     pub fn ready_at(&self, now: Duration, bytes: u64) -> Duration {
         let Some(limit) = self.limit else { return now };
-        let evenly = match self.burst {
+        let after_burst = match self.burst {
             None => now,
             Some((began, sent)) if sent + bytes <= self.chunk() => began,
             Some((began, sent)) => began + time_for(sent, limit),
         };
         let mut sum = self.recent_bytes;
-        let mut after = now;
+        let mut within_limit = now;
         for &(at, sent) in &self.recent {
             let counts = at + SECOND > now;
             if counts && sum + bytes <= limit.get() {
                 break;
             }
             sum -= sent;
-            after = after.max(at + SECOND);
+            within_limit = within_limit.max(at + SECOND);
         }
-        evenly.max(after)
+        after_burst.max(within_limit)
     }
 
-    /// So many bytes are sent now.
+    /// Accounts for `bytes` sent now.
     pub fn sent(&mut self, now: Duration, bytes: u64) {
         while let Some(&(at, old)) = self.recent.front() {
             if at + SECOND > now {
@@ -96,13 +94,14 @@ impl Speed {
         let Some(limit) = self.limit else { return };
         self.recent.push_back((now, bytes));
         self.recent_bytes += bytes;
-        let goes_with = |(began, sent): &(Duration, u64)| {
+        let fits_burst = |(began, sent): &(Duration, u64)| {
             sent + bytes <= self.chunk() && now < *began + time_for(*sent, limit)
         };
-        // A wake-up that comes a little late does not put off all that follow.
+        // The next burst counts from the time at which it was due, so that a late wake-up does not
+        // delay all later bursts.
         let due = self.burst.map_or(now, |(began, sent)| began + time_for(sent, limit));
         let next = if due + self.chunk_duration() > now { due.min(now) } else { now };
-        let (began, before) = self.burst.filter(goes_with).unwrap_or((next, 0));
+        let (began, before) = self.burst.filter(fits_burst).unwrap_or((next, 0));
         self.burst = Some((began, before + bytes));
     }
 }
@@ -117,18 +116,18 @@ fn rate(bytes: u64, time: Duration) -> Option<NonZeroU64> {
     NonZeroU64::new(u64::try_from(per_second).unwrap_or(u64::MAX))
 }
 
-/// One part of the time that [`Meter`] looks back on.
+/// [`Meter`] covers the last `SLOTS` intervals of this length.
 const SLOT: Duration = Duration::from_millis(250);
 const SLOTS: usize = 8;
 
-/// How fast the destination acknowledges, over the last two seconds.
+/// The rate at which the destination acknowledges requests, over the last two seconds.
 #[derive(Debug)]
 pub struct Meter {
     slots: [MeterSlot; SLOTS],
-    /// Number of the newest slot since the beginning of time.
+    /// Number of the newest slot, counted from time zero.
     newest: u64,
     started: Duration,
-    /// Since when requests have been in flight without a pause in the accounting.
+    /// Start of the time with requests in flight that no slot counts yet.
     busy_since: Option<Duration>,
     link_rate: Option<NonZeroU64>,
 }
@@ -153,44 +152,44 @@ impl Meter {
         }
     }
 
-    /// A request goes out.
+    /// A request was sent.
     pub fn sent(&mut self, now: Duration) {
         self.busy_since.get_or_insert(now);
     }
 
-    /// A request was acknowledged that carried `payload` bytes of data for `covered` bytes of the
-    /// disk; `more` says whether others are still in flight.
+    /// The destination acknowledged a request with `payload` bytes of data, for `covered` bytes of
+    /// the disk; `more`: others are still in flight.
     pub fn acknowledged(&mut self, now: Duration, payload: u64, covered: u64, more: bool) {
-        self.turn_to(now);
+        self.advance_to(now);
         let busy = self.busy_since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
         let slot = &mut self.slots[(self.newest % SLOTS as u64) as usize];
         slot.payload += payload;
         slot.covered += covered;
         slot.busy += busy;
         self.busy_since = more.then_some(now);
-        let all = self.sum(now);
-        if all.payload > 0 {
-            self.link_rate = rate(all.payload, all.busy);
+        let sum = self.sum(now);
+        if sum.payload > 0 {
+            self.link_rate = rate(sum.payload, sum.busy);
         }
     }
 
-    /// From now on the requests are of another kind: the measured rates are void.
+    /// Discards the measured rates, because the following requests differ in size.
     pub fn restart(&mut self, now: Duration) {
         *self = Self { busy_since: self.busy_since.map(|_| now), ..Self::new(now) };
     }
 
-    /// A request from before the restart was acknowledged.
-    pub fn skipped(&mut self, now: Duration, more: bool) {
+    /// The destination acknowledged a request that was sent before the restart: counts no bytes.
+    pub fn acknowledged_uncounted(&mut self, now: Duration, more: bool) {
         self.busy_since = more.then_some(now);
     }
 
-    /// The link is gone; nothing is in flight any more.
-    pub fn lost(&mut self) {
+    /// The connection is lost: no requests are in flight.
+    pub fn link_lost(&mut self) {
         self.busy_since = None;
     }
 
-    /// Bytes of data per second that the link carries while it is used, however little a speed
-    /// limit lets through; none until data has been acknowledged.
+    /// Bytes of data per second while requests are in flight, so that a speed limit does not lower
+    /// the rate. `None` until data has been acknowledged.
     #[must_use]
     pub fn link_rate(&self) -> Option<NonZeroU64> {
         self.link_rate
@@ -202,14 +201,14 @@ impl Meter {
         rate(self.sum(now).payload, self.window(now)).map_or(0, NonZeroU64::get)
     }
 
-    /// Seconds that `left` bytes of the disk will take, holes included; none when nothing moves.
+    /// Seconds that `left` bytes of the disk will take, holes included; `None` without progress.
     #[must_use]
     pub fn seconds_left(&self, now: Duration, left: u64) -> Option<u64> {
         let covered = rate(self.sum(now).covered, self.window(now))?;
         Some(left.div_ceil(covered.get()))
     }
 
-    /// The part of the past that `sum` looks at.
+    /// The time that `sum` covers.
     fn window(&self, now: Duration) -> Duration {
         let oldest = (slot_of(now) + 1).saturating_sub(SLOTS as u64);
         let nanos = u64::try_from(SLOT.as_nanos()).unwrap_or(u64::MAX);
@@ -218,8 +217,8 @@ impl Meter {
 
     fn sum(&self, now: Duration) -> MeterSlot {
         let oldest = (slot_of(now) + 1).saturating_sub(SLOTS as u64);
-        let held = (self.newest + 1).saturating_sub(SLOTS as u64)..=self.newest;
-        held.filter(|slot| *slot >= oldest).fold(MeterSlot::default(), |sum, number| {
+        let kept = (self.newest + 1).saturating_sub(SLOTS as u64)..=self.newest;
+        kept.filter(|slot| *slot >= oldest).fold(MeterSlot::default(), |sum, number| {
             let slot = self.slots[(number % SLOTS as u64) as usize];
             MeterSlot {
                 payload: sum.payload + slot.payload,
@@ -229,8 +228,8 @@ impl Meter {
         })
     }
 
-    /// Forgets the slots that `now` leaves behind.
-    fn turn_to(&mut self, now: Duration) {
+    /// Makes the slot of `now` the newest, and clears those in between.
+    fn advance_to(&mut self, now: Duration) {
         let now = slot_of(now).max(self.newest);
         let stale = (now - self.newest).min(SLOTS as u64);
         for number in now + 1 - stale..=now {
@@ -244,68 +243,68 @@ fn slot_of(now: Duration) -> u64 {
     u64::try_from(now.as_nanos() / SLOT.as_nanos()).unwrap_or(u64::MAX - 1)
 }
 
-/// Whether so much can be sent in that time, as far as is known.
+/// Whether `bytes` can be sent in `time`; not if the rate of the link is unknown.
 fn fits(bytes: u64, link_rate: Option<NonZeroU64>, time: Duration) -> bool {
     link_rate.is_some_and(|rate| time_for(bytes, rate) <= time)
 }
 
-/// How long writers are held per write at each step; the first step is not at all.
+/// The delay of each write, in microseconds, at each throttling step.
 const DELAYS_US: [u64; 9] = [0, 250, 500, 1000, 2000, 4000, 8000, 16_000, 32_000];
 
-/// Passes that may fail to shrink at the last step before the gate is closed all the same.
-const PATIENCE: u32 = 3;
+/// Passes without progress at the last throttling step, after which the gate closes anyway.
+const STALLED_PASSES_MAX: u32 = 3;
 
-/// Steps that a pass of many seconds is worth, at most; one of a second is worth one.
+/// A pass without progress advances one step for each second that it took, up to this many steps.
 const STEPS_MAX: u64 = 4;
 
-/// Passes are compared at most this often, so that short ones are not taken for a trend.
+/// Passes are compared at most this often, since short ones show no trend.
 const COMPARE_EVERY: Duration = SECOND;
 
-/// The part of the allowed pause that is tried for first: a pass more or two often get there.
+/// The gate first waits until the rest can be sent in the allowed pause divided by this: one or two
+/// more passes often suffice.
 pub const SHORT_PAUSE_DIVISOR: u32 = 4;
 
-/// How long that is tried for before the whole of the allowed pause will do; not at all if a
-/// single pass would take longer.
+/// How long the gate waits for that before the rest may take the whole allowed pause. It does not
+/// wait if a single pass would take longer.
 pub const SHORT_PAUSE_ATTEMPT: Duration = SECOND;
 
-/// Whether the copy catches up with the writers, and what to do when it does not.
+/// Decides when the copy has caught up with the writers, and throttles them if it does not.
 #[derive(Debug)]
 pub struct Convergence {
     pause: Duration,
     /// When the rest could first have been sent within the pause.
     fits_since: Option<Duration>,
     step: usize,
-    stubborn: u32,
-    /// When passes were compared last, and the bytes left then.
-    before: Option<(Duration, u64)>,
+    stalled_passes: u32,
+    /// Time of the last comparison of passes, and the bytes left then.
+    compared: Option<(Duration, u64)>,
 }
 
 impl Convergence {
-    /// A convergence that ends when the rest can be sent within `pause`, or better, in a quarter of
-    /// it.
+    /// Converged when the rest can be sent within `pause`; see [`SHORT_PAUSE_DIVISOR`].
     #[must_use]
     pub fn new(pause: Duration) -> Self {
-        Self { pause, fits_since: None, step: 0, stubborn: 0, before: None }
+        Self { pause, fits_since: None, step: 0, stalled_passes: 0, compared: None }
     }
 
-    /// The copy begins, or goes on.
+    /// The copy begins or resumes.
     pub fn began(&mut self, now: Duration) {
-        self.before.get_or_insert((now, u64::MAX));
+        self.compared.get_or_insert((now, u64::MAX));
     }
 
-    /// The whole disk, of `size` bytes, was sent once, and `dirty` bytes are marked again: as good as
-    /// all of them means that the next pass will be no shorter.
+    /// The whole disk of `size` bytes was sent once, and `dirty` bytes are marked again. If they are
+    /// nearly all, the next pass will be no shorter: this counts as a pass without progress.
     pub fn first_pass_ended(&mut self, now: Duration, dirty: u64, size: u64) {
-        let began = self.before.map_or(now, |(at, _)| at);
-        self.before = Some((began, size));
+        let began = self.compared.map_or(now, |(at, _)| at);
+        self.compared = Some((began, size));
         if dirty > size - size / 4 {
             self.pass_ended(now, dirty, None);
         }
-        self.before = None;
+        self.compared = None;
     }
 
-    /// Whether the gate may be closed with `left` bytes to go, at `link_rate` bytes per second; as
-    /// long as it is open, at no more than `limit`.
+    /// Whether the gate may be closed with `left` bytes to send, at `link_rate` bytes per second. As
+    /// long as the gate is open, `limit` applies, in bytes per second.
     #[must_use]
     pub fn may_close_gate(
         &mut self,
@@ -314,7 +313,7 @@ impl Convergence {
         link_rate: Option<NonZeroU64>,
         limit: Option<NonZeroU64>,
     ) -> bool {
-        if left == 0 || self.stubborn >= PATIENCE {
+        if left == 0 || self.stalled_passes >= STALLED_PASSES_MAX {
             return true;
         }
         if !fits(left, link_rate, self.pause) {
@@ -327,19 +326,19 @@ impl Convergence {
             || now >= since + SHORT_PAUSE_ATTEMPT
     }
 
-    /// A pass is over and left so many bytes. One that did not shrink by a quarter since the last
-    /// comparison holds the writers back a step more, unless the gate may close soon as it is; one
-    /// that took seconds, as under a low speed limit, holds them back several steps more.
+    /// A pass ended with `left` bytes still to send. Unless they fit the pause, or are fewer by a
+    /// quarter than at the last comparison, writers are throttled by a further step, or by several
+    /// after a pass of several seconds, as under a low speed limit.
     pub fn pass_ended(&mut self, now: Duration, left: u64, link_rate: Option<NonZeroU64>) {
-        let Some((since, before)) = self.before else {
-            self.before = Some((now, left));
+        let Some((since, before)) = self.compared else {
+            self.compared = Some((now, left));
             return;
         };
         let took = now.saturating_sub(since);
         if took < COMPARE_EVERY {
             return;
         }
-        self.before = Some((now, left));
+        self.compared = Some((now, left));
         if left <= before - before / 4 || fits(left, link_rate, self.pause) {
             return;
         }
@@ -348,11 +347,11 @@ impl Convergence {
             let steps = (took.as_secs() / COMPARE_EVERY.as_secs()).clamp(1, STEPS_MAX);
             self.step = last.min(self.step + steps as usize);
         } else {
-            self.stubborn += 1;
+            self.stalled_passes += 1;
         }
     }
 
-    /// The delay of every client's write (at most `DELAY_MAX` of the server).
+    /// The delay of each write of a client, at most `DELAY_MAX` of the server.
     #[must_use]
     pub fn delay(&self) -> Duration {
         Duration::from_micros(DELAYS_US[self.step])

@@ -1,30 +1,31 @@
-//! Which range goes next: everything once, then what became dirty meanwhile, until nothing is left.
-//! Never reads the disk or the bitmap itself: it names the range to examine, and gets the result.
+//! The copy plan: selects the next range to copy. First the whole disk, then the dirty blocks, in
+//! passes over the dirty bitmap until no mark is left.
+//! Never reads the disk or the bitmap: it asks the caller to examine a range, and gets the result.
 //!
 //! Two rules keep the copy right:
 //!
-//! * A server may carry out requests in any order, so no two requests in flight ever overlap: a
-//!   block that became dirty while it is in flight waits for that request's reply.
-//! * Every range is looked at again each time before it is sent, and nothing is taken from the
-//!   bitmap between the look and the sending. A range found to be zeros that is written to
-//!   in between is marked later than it was looked at, so its new bytes follow.
+//! * A server may execute requests in any order, so no two requests in flight overlap: a block that
+//!   becomes dirty while it is in flight waits for the reply to that request.
+//! * Every range is examined each time before it is sent, and no marks are taken from the bitmap
+//!   between the two. If a client writes to zeros after they were examined, the new mark stays in
+//!   the bitmap, and the bytes are sent later.
 
 use super::range_set::RangeSet;
 use crate::range::Range;
 use std::collections::BTreeMap;
 
-/// How much is asked of the destination at once.
+/// Limits of requests and of the data in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Longest WRITE in bytes.
     pub data_max: u64,
     /// Longest WRITE_ZEROES in bytes.
     pub zero_max: u64,
-    /// Bytes of data in flight.
+    /// Most bytes of data in flight.
     pub window: u64,
-    /// Requests in flight.
+    /// Most requests in flight.
     pub requests: usize,
-    /// WRITE_ZEROES in flight, of which each may take long.
+    /// Most WRITE_ZEROES in flight; each may take long.
     pub zeroes: usize,
 }
 
@@ -34,27 +35,28 @@ impl Default for Limits {
     }
 }
 
-/// Largest minimum block size of a destination, in bytes, that a disk can be copied to.
+/// A destination's minimum block size is at most this, in bytes.
 pub const BLOCK_MIN_MAX: u64 = 16 << 10;
 
-/// Ranges waiting for a request in flight, beyond which no more dirty blocks are taken.
+/// No more marks are taken while this many ranges wait for a request in flight.
 const WAITING_MAX: usize = 64;
 
-/// What the destination can do.
+/// The destination's capabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caps {
-    /// It knows WRITE_ZEROES; otherwise zeros are sent as data.
+    /// It supports WRITE_ZEROES; otherwise zeros are sent as data.
     pub zeroes: bool,
-    /// Its requests start and end at multiples of this: a power of two, at most [`BLOCK_MIN_MAX`].
+    /// Minimum block size in bytes: a power of two, at most [`BLOCK_MIN_MAX`]. Requests start and
+    /// end at its multiples.
     pub block_min: u64,
     /// Longest payload in bytes.
     pub data_max: u64,
 }
 
-/// What a range was found to hold.
+/// The content of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Bytes to be sent.
+    /// Data.
     Data,
     /// A hole, or bytes that are all zero.
     Zeros,
@@ -63,60 +65,61 @@ pub enum Content {
 /// The next step of the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NextCopy {
-    /// Say what the beginning of this range holds: answer with [`CopyPlan::looked`].
+    /// Examine the beginning of this range; report with [`CopyPlan::looked`].
     Look(Range),
-    /// Take the next marks at or after `from`: answer with [`CopyPlan::taken`].
+    /// Take the next marks at or after `from`; report with [`CopyPlan::taken`].
     Take {
-        /// Byte of the disk.
+        /// Byte offset.
         from: u64,
-        /// At most so many bytes.
+        /// Most bytes to take.
         longest: u64,
     },
-    /// Send this range as data: answer with [`CopyPlan::sent`].
+    /// Send this range as data; report with [`CopyPlan::sent`].
     Write(Range),
-    /// Send this range as zeros: answer with [`CopyPlan::sent`].
+    /// Send this range as zeros; report with [`CopyPlan::sent`].
     Zero(Range),
-    /// Nothing, until a request in flight is acknowledged.
+    /// Wait until a request in flight is acknowledged.
     Idle,
 }
 
-/// A request that the destination has carried out.
+/// A request that copies a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AcknowledgedRequest {
-    /// What of the disk it was about.
+pub struct CopyRequest {
+    /// The range of the disk.
     pub range: Range,
-    /// Bytes of data that it carried.
+    /// Bytes of data in the request; 0 for WRITE_ZEROES.
     pub payload: u64,
 }
 
-/// The parts of the disk that are copied, in flight, and left.
+/// The ranges of the disk that are in flight or not copied yet.
 #[derive(Debug)]
 pub struct CopyPlan {
     disk: Range,
     limits: Limits,
     caps: Caps,
-    /// To be looked at and sent.
+    /// To be examined and sent.
     todo: RangeSet,
-    /// Looked at, and to be sent next.
+    /// Examined, and to be sent next.
     ready: Option<(Range, Content)>,
-    flights: BTreeMap<u64, AcknowledgedRequest>,
-    /// The ranges of `flights`.
+    /// Requests in flight by cookie.
+    in_flight: BTreeMap<u64, CopyRequest>,
+    /// The ranges of `in_flight`.
     busy: RangeSet,
     payload_in_flight: u64,
     zeroes_in_flight: usize,
-    /// Where the pass over the bitmap has come to.
+    /// Position of the current pass in the bitmap.
     cursor: u64,
-    /// Bytes marked when the bitmap was last asked.
+    /// Bytes marked in the bitmap when it was last read.
     dirty: u64,
-    /// The bitmap was empty when it was last asked, and nothing has happened since.
-    dry: bool,
-    /// Nothing has happened since the bitmap was last asked.
-    fresh: bool,
+    /// The bitmap was empty when it was last read, and no reply or time has passed since.
+    bitmap_is_empty: bool,
+    /// No request, reply or time has passed since the bitmap was last read.
+    dirty_is_current: bool,
     passes: u64,
 }
 
 impl CopyPlan {
-    /// The plan for a disk of `size` bytes of which nothing has been copied.
+    /// A plan that copies a disk of `size` bytes from the beginning.
     #[must_use]
     pub fn new(size: u64, limits: Limits) -> Self {
         let caps = Caps { zeroes: false, block_min: 1, data_max: limits.data_max };
@@ -127,28 +130,28 @@ impl CopyPlan {
             caps,
             todo,
             ready: None,
-            flights: BTreeMap::new(),
+            in_flight: BTreeMap::new(),
             busy,
             payload_in_flight: 0,
             zeroes_in_flight: 0,
             cursor: 0,
             dirty: 0,
-            dry: false,
-            fresh: false,
+            bitmap_is_empty: false,
+            dirty_is_current: false,
             passes: 0,
         }
     }
 
-    /// Starts from the beginning, to a destination that has nothing.
+    /// Starts from the beginning, to a destination with these capabilities.
     pub fn restart(&mut self, caps: Caps) {
         *self = Self { caps, ..Self::new(self.disk.length(), self.limits) };
     }
 
-    /// Goes on, to the destination that has what it acknowledged and can do what it could: what
-    /// was in flight is to be sent again.
+    /// Resumes after a lost connection, to the same destination: sends the requests again that were
+    /// in flight.
     pub fn resume(&mut self) {
-        for flight in std::mem::take(&mut self.flights).values() {
-            self.todo.insert(flight.range);
+        for request in std::mem::take(&mut self.in_flight).values() {
+            self.todo.insert(request.range);
         }
         if let Some((range, _)) = self.ready.take() {
             self.todo.insert(range);
@@ -158,25 +161,25 @@ impl CopyPlan {
         self.recheck_bitmap();
     }
 
-    /// The next step; `data_max` bounds a WRITE in bytes, as far as the destination's
-    /// smallest block allows. Asking again without doing it gives the same answer.
+    /// The next step. A WRITE is at most `data_max` bytes long, or one block of the destination if
+    /// that is longer. Until a step is reported, the next step stays the same.
     #[must_use]
     pub fn next(&self, data_max: u64) -> NextCopy {
-        if self.flights.len() >= self.limits.requests {
+        if self.in_flight.len() >= self.limits.requests {
             return NextCopy::Idle;
         }
         match self.ready {
-            Some((range, content)) => self.cut(range, content, data_max),
+            Some((range, content)) => self.first_request(range, content, data_max),
             None => match self.todo.first_outside(&self.busy) {
                 Some(range) if self.caps.zeroes => NextCopy::Look(range),
-                Some(range) => self.cut(range, Content::Data, data_max),
-                None => self.more(),
+                Some(range) => self.first_request(range, Content::Data, data_max),
+                None => self.take_marks(),
             },
         }
     }
 
-    /// The first request of a range that is known to hold `content`.
-    fn cut(&self, range: Range, content: Content, data_max: u64) -> NextCopy {
+    /// The first request of a range with this content.
+    fn first_request(&self, range: Range, content: Content, data_max: u64) -> NextCopy {
         let longest = |most: u64| {
             let blocks = (most / self.caps.block_min).max(1) * self.caps.block_min;
             range.split(blocks - range.offset() % blocks).0
@@ -191,28 +194,29 @@ impl CopyPlan {
         }
         let part = longest(data_max.min(self.limits.data_max).min(self.caps.data_max));
         let fits = self.payload_in_flight + part.length() <= self.limits.window;
-        if fits || self.flights.is_empty() { NextCopy::Write(part) } else { NextCopy::Idle }
+        if fits || self.in_flight.is_empty() { NextCopy::Write(part) } else { NextCopy::Idle }
     }
 
-    /// No known part can be sent: are there dirty blocks?
-    fn more(&self) -> NextCopy {
-        // A new pass begins only when the last one's blocks are on their way: else a fast writer
-        // would keep us busy with marks while the replies that unblock us wait to be read.
+    /// No range can be sent: takes marks from the bitmap.
+    fn take_marks(&self) -> NextCopy {
+        // A new pass begins only once all blocks of the last one are in flight. Otherwise a fast
+        // writer would keep us taking marks while we receive no replies.
         let pass_waits = self.cursor == 0 && !self.todo.is_empty();
-        if self.dry || pass_waits || self.todo.count() >= WAITING_MAX {
+        if self.bitmap_is_empty || pass_waits || self.todo.count() >= WAITING_MAX {
             return NextCopy::Idle;
         }
         NextCopy::Take { from: self.cursor, longest: self.limits.data_max }
     }
 
-    /// The beginning of a [`NextCopy::Look`], `range`, was found to hold `content`.
+    /// `range`, the beginning of that of [`NextCopy::Look`], holds `content`.
     pub fn looked(&mut self, range: Range, content: Content) {
         let Some(asked) = self.todo.first_outside(&self.busy) else { return };
         let asked = asked.from(range.offset());
         let block = self.caps.block_min;
-        let down =
-            if range.end() >= self.disk.end() { range.end() } else { down(range.end(), block) };
+        let is_last = range.end() >= self.disk.end();
+        let down = if is_last { range.end() } else { round_down(range.end(), block) };
         let up = range.end().checked_next_multiple_of(block).unwrap_or(u64::MAX);
+        // Only whole blocks are sent as zeros; a block with zeros and data is sent as data.
         let (known, content) = match content {
             Content::Zeros if down > asked.offset() => (asked.until(down), Content::Zeros),
             Content::Zeros | Content::Data => {
@@ -223,83 +227,84 @@ impl CopyPlan {
         self.ready = (!known.is_empty()).then_some((known, content));
     }
 
-    /// The bitmap gave `run`, and `dirty` bytes are marked still. True when a pass is over in which
-    /// something was marked.
+    /// Taking marks returned `run`, and left `dirty` bytes marked. Returns whether a pass with marks
+    /// has ended.
     pub fn taken(&mut self, run: Option<Range>, dirty: u64) -> bool {
-        (self.dirty, self.fresh) = (dirty, true);
+        (self.dirty, self.dirty_is_current) = (dirty, true);
         self.passes = self.passes.max(1);
         if let Some(run) = run {
-            // Marks may be finer than what the destination takes.
+            // The blocks of the bitmap may be smaller than those of the destination.
             let block = self.caps.block_min;
             let end = run.end().checked_next_multiple_of(block).unwrap_or(u64::MAX);
-            self.todo.insert(self.disk.from(down(run.offset(), block)).until(end));
+            self.todo.insert(self.disk.from(round_down(run.offset(), block)).until(end));
             self.cursor = run.end();
             return false;
         }
-        // A look at a bitmap in which nothing was marked is no pass.
         let is_pass = self.cursor > 0;
         self.passes += u64::from(is_pass);
         self.cursor = 0;
-        self.dry = dirty == 0;
+        self.bitmap_is_empty = dirty == 0;
         is_pass
     }
 
-    /// The request of a [`NextCopy::Write`] or [`NextCopy::Zero`] goes out under this cookie.
-    pub fn sent(&mut self, cookie: u64, flight: AcknowledgedRequest) {
+    /// The request of a [`NextCopy::Write`] or [`NextCopy::Zero`] is sent with this cookie.
+    pub fn sent(&mut self, cookie: u64, request: CopyRequest) {
         match self.ready.take() {
             Some((range, content)) => {
-                let rest = range.from(flight.range.end());
+                let rest = range.from(request.range.end());
                 self.ready = (!rest.is_empty()).then_some((rest, content));
             }
-            None => self.todo.remove(flight.range),
+            None => self.todo.remove(request.range),
         }
-        self.fresh = false;
-        self.busy.insert(flight.range);
-        self.payload_in_flight += flight.payload;
-        self.zeroes_in_flight += usize::from(flight.payload == 0);
-        self.flights.insert(cookie, flight);
+        self.dirty_is_current = false;
+        self.busy.insert(request.range);
+        self.payload_in_flight += request.payload;
+        self.zeroes_in_flight += usize::from(request.payload == 0);
+        self.in_flight.insert(cookie, request);
     }
 
-    /// The destination has carried out that request; none when there is no such request.
-    pub fn acknowledged(&mut self, cookie: u64) -> Option<AcknowledgedRequest> {
-        let flight = self.flights.remove(&cookie)?;
-        self.busy.remove(flight.range);
-        self.payload_in_flight -= flight.payload;
-        self.zeroes_in_flight -= usize::from(flight.payload == 0);
+    /// The destination acknowledged the request with this cookie. Returns it, or `None` if no such
+    /// request is in flight.
+    pub fn acknowledged(&mut self, cookie: u64) -> Option<CopyRequest> {
+        let request = self.in_flight.remove(&cookie)?;
+        self.busy.remove(request.range);
+        self.payload_in_flight -= request.payload;
+        self.zeroes_in_flight -= usize::from(request.payload == 0);
         self.recheck_bitmap();
-        Some(flight)
+        Some(request)
     }
 
-    /// No client can write any more: the bitmap is examined once again, even if it was empty.
+    /// Clients cannot write any more: reads the bitmap from the start, even if it was empty.
     pub fn gate_closed(&mut self) {
         self.cursor = 0;
         self.recheck_bitmap();
     }
 
-    /// Time has passed: there may be new marks.
+    /// Time has passed: the bitmap may have new marks.
     pub fn recheck_bitmap(&mut self) {
-        (self.dry, self.fresh) = (false, false);
+        (self.bitmap_is_empty, self.dirty_is_current) = (false, false);
     }
 
-    /// Whether the whole disk was sent once and [`CopyPlan::left`] is what it is right now.
+    /// Whether the whole disk was sent once, and [`CopyPlan::left`] is current.
     #[must_use]
     pub fn is_left_known(&self) -> bool {
-        self.passes > 0 && self.fresh
+        self.passes > 0 && self.dirty_is_current
     }
 
     /// Whether requests are in flight.
     #[must_use]
-    pub fn in_flight(&self) -> bool {
-        !self.flights.is_empty()
+    pub fn has_in_flight(&self) -> bool {
+        !self.in_flight.is_empty()
     }
 
-    /// Whether every byte is acknowledged and no mark was left when the bitmap was last asked.
+    /// Whether every byte is acknowledged and the bitmap was empty when it was last read.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        self.dry && self.todo.is_empty() && self.ready.is_none() && self.flights.is_empty()
+        let is_all_sent = self.todo.is_empty() && self.ready.is_none();
+        self.bitmap_is_empty && is_all_sent && self.in_flight.is_empty()
     }
 
-    /// Bytes of the disk not acknowledged yet, as far as known.
+    /// Bytes of the disk not acknowledged yet, with the marks of the last read of the bitmap.
     #[must_use]
     pub fn left(&self) -> u64 {
         let ready = self.ready.map_or(0, |(range, _)| range.length());
@@ -313,8 +318,8 @@ impl CopyPlan {
     }
 }
 
-/// The last multiple of `block` that is not beyond `value`.
-fn down(value: u64, block: u64) -> u64 {
+/// The largest multiple of `block` up to `value`.
+fn round_down(value: u64, block: u64) -> u64 {
     debug_assert!(block.is_power_of_two() && block <= BLOCK_MIN_MAX);
     value & !(block - 1)
 }

@@ -1,4 +1,4 @@
-//! A set of disjoint ranges of the disk, merged where they touch, with their sum.
+//! A set of byte ranges of a disk. Adjacent ranges are merged.
 //! Never knows the purpose of the ranges.
 
 use crate::range::Range;
@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 #[derive(Clone, Debug)]
 pub struct RangeSet {
     disk: Range,
-    /// First byte → byte after the last; disjoint, never touching, never empty.
+    /// Offset → end of each range. Ranges are not empty, and neither overlap nor touch.
     ranges: BTreeMap<u64, u64>,
     bytes: u64,
 }
@@ -28,7 +28,7 @@ impl RangeSet {
         set
     }
 
-    /// The sum of all lengths.
+    /// The number of bytes in the set.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -60,7 +60,7 @@ impl RangeSet {
             .map(|(&start, &end)| self.disk.from(start).until(end))
     }
 
-    /// Adds `range`; bytes that the set has already are added once.
+    /// Adds the bytes of `range`.
     pub fn insert(&mut self, range: Range) {
         if range.is_empty() {
             return;
@@ -81,21 +81,21 @@ impl RangeSet {
 
     /// Removes the bytes of `range`.
     pub fn remove(&mut self, range: Range) {
-        let touched: Vec<Range> = self.overlapping(range).collect();
-        for span in touched {
-            self.ranges.remove(&span.offset());
-            self.bytes -= span.length();
-            self.insert(span.until(range.offset()));
-            self.insert(span.from(range.end()));
+        let overlapping: Vec<Range> = self.overlapping(range).collect();
+        for old in overlapping {
+            self.ranges.remove(&old.offset());
+            self.bytes -= old.length();
+            self.insert(old.until(range.offset()));
+            self.insert(old.from(range.end()));
         }
     }
 
     /// The first part of the set that shares no byte with `others`.
     #[must_use]
     pub fn first_outside(&self, others: &Self) -> Option<Range> {
-        self.iter().find_map(|span| {
-            let mut rest = span;
-            for other in others.overlapping(span) {
+        self.iter().find_map(|range| {
+            let mut rest = range;
+            for other in others.overlapping(range) {
                 let free = rest.until(other.offset());
                 if !free.is_empty() {
                     return Some(free);
@@ -121,8 +121,8 @@ mod tests {
 
     fn members(ranges: &RangeSet) -> Vec<bool> {
         let mut model = vec![false; SIZE as usize];
-        for span in ranges.iter() {
-            (span.offset()..span.end()).for_each(|byte| model[byte as usize] = true);
+        for range in ranges.iter() {
+            (range.offset()..range.end()).for_each(|byte| model[byte as usize] = true);
         }
         model
     }

@@ -1,12 +1,12 @@
-//! What can go wrong with a migration, and what can keep it from progressing.
-//! Never decides what follows; see [`super::machine`].
+//! Failures of a migration, and the obstacles that keep it from progressing.
+//! Never decides the reaction; see [`super::machine`].
 
 use std::time::Duration;
 
-/// What went wrong.
+/// Why an attempt failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Trouble {
-    /// No connection.
+    /// The connection could not be established.
     #[error("{0}")]
     Connect(String),
     /// The destination refused us during the handshake.
@@ -23,7 +23,7 @@ pub enum Trouble {
         /// Bytes of the destination's.
         remote: u64,
     },
-    /// The destination takes no writes.
+    /// The destination's export is read-only.
     #[error("the destination's disk is read-only")]
     ReadOnly,
     /// The destination serves a disk of its own.
@@ -44,7 +44,7 @@ pub enum Trouble {
     /// The destination answered a request that is not outstanding.
     #[error("the destination answered request {0}, which is not outstanding")]
     Cookie(u64),
-    /// Something failed on this host.
+    /// An operation on this host failed.
     #[error("{0}")]
     Local(String),
     /// The ownership record could not be written.
@@ -53,7 +53,7 @@ pub enum Trouble {
     /// A part of the disk cannot be read.
     #[error("{0}")]
     Unreadable(String),
-    /// Something happened that cannot.
+    /// An event or a reply that cannot occur: a defect of the peer or of this program.
     #[error("{0}")]
     Confused(&'static str),
 }
@@ -86,7 +86,7 @@ pub enum Obstacle {
 }
 
 impl Obstacle {
-    /// The word for it in `status`.
+    /// The value of the key `migration_waiting` in `status`.
     #[must_use]
     pub fn word(&self) -> &'static str {
         match self {
@@ -99,10 +99,10 @@ impl Obstacle {
         }
     }
 
-    /// Whether a report of one makes a report of the other redundant.
+    /// Whether the report of one makes a report of the other redundant.
     pub(super) fn is_like(&self, other: &Self) -> bool {
         match (self, other) {
-            // The destination's text may hold a time or a port, which differs every time.
+            // The destination's text may hold a time or a port, which differs each time.
             (Self::Trouble(Trouble::Rejected(_)), Self::Trouble(Trouble::Rejected(_))) => true,
             (Self::Trouble(one), Self::Trouble(other)) => one == other,
             _ => std::mem::discriminant(self) == std::mem::discriminant(other),

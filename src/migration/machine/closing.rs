@@ -22,7 +22,7 @@ const NOT_RECORDED: &str = "the record could not be made durable while clients w
 /// The gate is still open, and the requests in flight were examined.
 pub(super) fn probing(cx: &mut Context, now: Duration, link: LinkState, event: Event) -> Handled {
     let Event::Visits { turned } = event else { return Err(impossible(&event)) };
-    Ok(match cx.probe.looked(now, turned) {
+    Ok(match cx.probe.on_probe(now, turned) {
         FreezeDecision::Close(within) => {
             cx.undo.gate = true;
             cx.freeze = Some(Freeze::new(now));

@@ -5,7 +5,7 @@ use super::phase::{AfterUndo, Flush, Handled, LinkState, Next, Phase, WriteAcces
 use crate::migration::job::{
     Action, DestinationRequest, Event, News, Obstacle, RequestKind, Trouble,
 };
-use crate::migration::plan::{AcknowledgedRequest, NextCopy};
+use crate::migration::plan::{CopyRequest, NextCopy};
 use crate::range::Range;
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ fn taken(cx: &mut Context, now: Duration, run: Option<Range>, left: u64) {
 
 /// No reply came until now: is that too long?
 fn check_progress(cx: &mut Context, now: Duration, link: &LinkState) -> Result<(), Trouble> {
-    let awaiting = cx.plan.in_flight() || matches!(link.flush, Flush::Asked { .. });
+    let awaiting = cx.plan.has_in_flight() || matches!(link.flush, Flush::Asked { .. });
     if matches!(link.flush, Flush::Asked { at, .. } if now >= at + FLUSH_REPORTED) {
         cx.report_obstacle(now, Obstacle::Flush);
     }
@@ -93,11 +93,11 @@ fn replied(
         return Ok(());
     }
     let request = cx.plan.acknowledged(cookie).ok_or(Trouble::Cookie(cookie))?;
-    let more = cx.plan.in_flight();
+    let more = cx.plan.has_in_flight();
     if cookie > cx.measured_after {
         cx.meter.acknowledged(now, request.payload, request.range.length(), more);
     } else {
-        cx.meter.skipped(now, more);
+        cx.meter.acknowledged_uncounted(now, more);
     }
     Ok(())
 }
@@ -147,7 +147,7 @@ pub(super) fn proceed(
 /// How long there can be nothing to do.
 fn idle_until(cx: &Context, now: Duration, link: &LinkState) -> Duration {
     let flushing = matches!(link.flush, Flush::Asked { .. });
-    let awaiting = flushing || cx.plan.in_flight();
+    let awaiting = flushing || cx.plan.has_in_flight();
     let since = if awaiting { link.last_progress } else { now };
     let mut until = since + cx.job.timeout;
     let record = cx.unrestored.map_or(now, |record| record.at);
@@ -184,13 +184,13 @@ fn send(
         let until = ready.min(link.last_progress.max(now) + cx.job.timeout);
         return stay(link, access, Action::Wait { until });
     }
-    if !cx.plan.in_flight() {
+    if !cx.plan.has_in_flight() {
         link.last_progress = now;
     }
     let cookie = cx.next_cookie();
     cx.speed.sent(now, bytes);
     cx.meter.sent(now);
-    cx.plan.sent(cookie, AcknowledgedRequest { range, payload: kind.payload() });
+    cx.plan.sent(cookie, CopyRequest { range, payload: kind.payload() });
     stay(link, access, Action::Send(DestinationRequest { cookie, kind }))
 }
 
@@ -220,7 +220,7 @@ fn caught_up(cx: &mut Context, now: Duration, mut link: LinkState) -> Handled {
         Flush::Never | Flush::Done { .. } => {
             let cookie = cx.next_cookie();
             link.flush = Flush::Asked { cookie, at: now };
-            if !cx.plan.in_flight() {
+            if !cx.plan.has_in_flight() {
                 link.last_progress = now;
             }
             let flush = DestinationRequest { cookie, kind: RequestKind::Flush };
@@ -230,7 +230,7 @@ fn caught_up(cx: &mut Context, now: Duration, mut link: LinkState) -> Handled {
 }
 
 fn probe(cx: &mut Context, now: Duration, link: LinkState) -> Handled {
-    let is_silent = cx.plan.in_flight() && now >= link.last_progress + SILENT;
+    let is_silent = cx.plan.has_in_flight() && now >= link.last_progress + SILENT;
     // Until then the destination gets a FLUSH now and then, which also shows it that we are alive.
     if is_silent || now < cx.probe.due() || now < cx.backoff.from() {
         return proceed(cx, now, link, WriteAccess::Open);

@@ -14,7 +14,7 @@ use std::time::Duration;
 /// Begins to undo. Unless the copy goes on, its measurements are void.
 pub(super) fn begin(cx: &mut Context, now: Duration, then: AfterUndo) -> Next {
     if !matches!(then, AfterUndo::Resume(_)) {
-        cx.meter.lost();
+        cx.meter.link_lost();
         cx.convergence = Convergence::new(cx.job.pause);
         cx.unrestored = cx.unrestored.map(|_| UnrestoredRecord { at: now, tries: 0 });
     }

@@ -1,4 +1,4 @@
-//! Limits are kept over any second, rates are those of the link, and a chase always ends.
+//! The speed limit holds over any second, rates are those of the link, and convergence ends.
 
 use super::*;
 use proptest::prelude::*;
@@ -9,7 +9,7 @@ fn speed(limit: u64) -> Speed {
     Speed::new(NonZeroU64::new(limit))
 }
 
-/// Sends chunks as early as allowed until `end`; what went when.
+/// Sends chunks as early as allowed until `end`; returns their times and sizes.
 fn send_until(speed: &mut Speed, mut now: Duration, end: Duration) -> Vec<(Duration, u64)> {
     let mut sent = Vec::new();
     while now < end {
@@ -26,7 +26,7 @@ fn send_until(speed: &mut Speed, mut now: Duration, end: Duration) -> Vec<(Durat
 }
 
 #[test]
-fn without_a_limit_everything_goes_at_once() {
+fn without_a_limit_all_is_sent_at_once() {
     let mut speed = speed(0);
     speed.sent(MS, 1 << 40);
     assert_eq!(speed.ready_at(MS, 1 << 40), MS);
@@ -34,7 +34,7 @@ fn without_a_limit_everything_goes_at_once() {
 }
 
 #[test]
-fn a_limit_is_used_nearly_in_full() {
+fn limit_is_used_nearly_in_full() {
     let mut speed = speed(10 << 20);
     let sent = send_until(&mut speed, SECOND, 11 * SECOND);
     let bytes: u64 = sent.iter().map(|(_, bytes)| bytes).sum();
@@ -42,7 +42,7 @@ fn a_limit_is_used_nearly_in_full() {
 }
 
 #[test]
-fn late_wake_ups_do_not_slow_a_limited_copy_down() {
+fn late_wake_ups_do_not_slow_the_copy() {
     let mut speed = speed(10 << 20);
     let (mut now, mut bytes) = (SECOND, 0);
     while now < 11 * SECOND {
@@ -59,7 +59,7 @@ fn late_wake_ups_do_not_slow_a_limited_copy_down() {
 }
 
 #[test]
-fn a_lower_limit_counts_what_was_just_sent() {
+fn lower_limit_counts_bytes_just_sent() {
     let mut speed = speed(1 << 20);
     send_until(&mut speed, SECOND, 2 * SECOND);
     speed.set_limit(NonZeroU64::new(64 << 10));
@@ -67,7 +67,7 @@ fn a_lower_limit_counts_what_was_just_sent() {
 }
 
 #[test]
-fn a_limit_below_one_request_is_kept_on_average() {
+fn limit_below_one_request_is_kept_on_average() {
     let mut speed = speed(1000);
     let sent = send_until(&mut speed, SECOND, 101 * SECOND);
     let bytes: u64 = sent.iter().map(|(_, bytes)| bytes).sum();
@@ -75,7 +75,7 @@ fn a_limit_below_one_request_is_kept_on_average() {
 }
 
 #[test]
-fn the_rate_of_the_link_is_not_that_of_the_limit() {
+fn link_rate_exceeds_a_limited_speed() {
     let mut meter = Meter::new(SECOND);
     let mut now = SECOND;
     for _ in 0..20 {
@@ -89,7 +89,7 @@ fn the_rate_of_the_link_is_not_that_of_the_limit() {
 }
 
 #[test]
-fn a_rate_is_forgotten_after_two_seconds_of_silence_but_not_that_of_the_link() {
+fn link_rate_outlasts_two_silent_seconds() {
     let mut meter = Meter::new(SECOND);
     meter.sent(SECOND);
     meter.acknowledged(SECOND + MS, 1000, 1000, false);
@@ -100,7 +100,7 @@ fn a_rate_is_forgotten_after_two_seconds_of_silence_but_not_that_of_the_link() {
 }
 
 #[test]
-fn holes_count_for_the_time_left_but_not_for_the_speed() {
+fn holes_count_for_time_left_not_speed() {
     let mut meter = Meter::new(SECOND);
     meter.sent(SECOND);
     meter.acknowledged(2 * SECOND, 0, 1 << 30, false);
@@ -109,31 +109,28 @@ fn holes_count_for_the_time_left_but_not_for_the_speed() {
 }
 
 #[test]
-fn the_gate_closes_when_the_rest_fits_a_quarter_of_the_pause_and_not_a_byte_earlier() {
-    let mut chase = Convergence::new(100 * MS);
+fn gate_may_close_at_a_quarter_pause() {
+    let mut convergence = Convergence::new(100 * MS);
     let rate = NonZeroU64::new(1000);
-    assert!(chase.may_close_gate(SECOND, 25, rate, None));
-    assert!(!chase.may_close_gate(SECOND, 26, rate, None));
-    assert!(!chase.may_close_gate(SECOND, 1, None, None), "nothing was measured");
-    assert!(chase.may_close_gate(SECOND, 0, None, None));
+    assert!(convergence.may_close_gate(SECOND, 25, rate, None));
+    assert!(!convergence.may_close_gate(SECOND, 26, rate, None));
+    assert!(!convergence.may_close_gate(SECOND, 1, None, None), "the link's rate is unknown");
+    assert!(convergence.may_close_gate(SECOND, 0, None, None));
 }
 
 #[test]
-fn a_rest_that_fits_the_whole_pause_is_tried_to_be_made_smaller_for_a_second() {
-    let mut chase = Convergence::new(100 * MS);
+fn gate_may_close_at_the_whole_pause_after_a_second() {
+    let mut convergence = Convergence::new(100 * MS);
     let rate = NonZeroU64::new(1000);
-    assert!(!chase.may_close_gate(SECOND, 101, rate, None));
-    assert!(!chase.may_close_gate(2 * SECOND, 100, rate, None), "it has only just begun to fit");
-    assert!(!chase.may_close_gate(3 * SECOND - MS, 100, rate, None));
-    assert!(chase.may_close_gate(3 * SECOND, 100, rate, None));
-    assert!(
-        !chase.may_close_gate(3 * SECOND, 101, rate, None),
-        "not a byte more, however long it takes"
-    );
+    assert!(!convergence.may_close_gate(SECOND, 101, rate, None));
+    assert!(!convergence.may_close_gate(2 * SECOND, 100, rate, None), "it fits for the first time");
+    assert!(!convergence.may_close_gate(3 * SECOND - MS, 100, rate, None));
+    assert!(convergence.may_close_gate(3 * SECOND, 100, rate, None));
+    assert!(!convergence.may_close_gate(3 * SECOND, 101, rate, None), "a byte too many");
 }
 
 #[test]
-fn under_a_limit_that_makes_a_pass_long_nothing_smaller_is_tried_for() {
+fn low_speed_limit_skips_the_short_pause() {
     let (rate, left) = (NonZeroU64::new(1000), 100);
     let long =
         Convergence::new(100 * MS).may_close_gate(SECOND, left, rate, NonZeroU64::new(left - 1));
@@ -143,26 +140,26 @@ fn under_a_limit_that_makes_a_pass_long_nothing_smaller_is_tried_for() {
 }
 
 #[test]
-fn passes_that_shrink_hold_nobody_back() {
-    let mut chase = Convergence::new(100 * MS);
+fn shrinking_passes_do_not_throttle() {
+    let mut convergence = Convergence::new(100 * MS);
     let mut left = 1 << 30;
     for second in 1..20 {
-        chase.pass_ended(second * SECOND, left, None);
+        convergence.pass_ended(second * SECOND, left, None);
         left -= left / 4;
     }
-    assert_eq!(chase.delay(), Duration::ZERO);
+    assert_eq!(convergence.delay(), Duration::ZERO);
 }
 
 #[test]
-fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
-    let mut chase = Convergence::new(100 * MS);
-    let mut delays = vec![chase.delay()];
+fn stalled_passes_throttle_stepwise_then_close_the_gate() {
+    let mut convergence = Convergence::new(100 * MS);
+    let mut delays = vec![convergence.delay()];
     let mut second = 1;
-    while !chase.may_close_gate(second * SECOND, 1 << 30, NonZeroU64::new(1), None) {
-        chase.pass_ended(second * SECOND, 1 << 30, NonZeroU64::new(1));
-        delays.push(chase.delay());
+    while !convergence.may_close_gate(second * SECOND, 1 << 30, NonZeroU64::new(1), None) {
+        convergence.pass_ended(second * SECOND, 1 << 30, NonZeroU64::new(1));
+        delays.push(convergence.delay());
         second += 1;
-        assert!(second < 100, "the chase does not end");
+        assert!(second < 100, "it does not converge");
     }
     assert!(delays.is_sorted());
     assert_eq!(delays.last(), Some(&Duration::from_millis(32)));
@@ -170,33 +167,33 @@ fn passes_that_do_not_shrink_hold_writers_back_step_by_step_and_at_last_end() {
 }
 
 #[test]
-fn long_passes_that_do_not_shrink_hold_writers_back_several_steps() {
-    let mut chase = Convergence::new(100 * MS);
-    chase.pass_ended(SECOND, 1 << 30, None);
-    let mut held = vec![];
+fn long_stalled_pass_throttles_by_several_steps() {
+    let mut convergence = Convergence::new(100 * MS);
+    convergence.pass_ended(SECOND, 1 << 30, None);
+    let mut delays = vec![];
     for pass in 1..4 {
-        chase.pass_ended((1 + 30 * pass) * SECOND, 1 << 30, None);
-        held.push(chase.delay());
+        convergence.pass_ended((1 + 30 * pass) * SECOND, 1 << 30, None);
+        delays.push(convergence.delay());
     }
-    assert_eq!(held, [2 * MS, 32 * MS, 32 * MS]);
+    assert_eq!(delays, [2 * MS, 32 * MS, 32 * MS]);
 }
 
 #[test]
-fn a_first_pass_behind_which_all_is_dirty_holds_writers_back() {
-    for (dirty, held) in [(1000, true), (751, true), (750, false), (0, false)] {
-        let mut chase = Convergence::new(100 * MS);
-        chase.began(SECOND);
-        chase.first_pass_ended(30 * SECOND, dirty, 1000);
-        assert_eq!(chase.delay() > Duration::ZERO, held, "{dirty}");
+fn first_pass_throttles_if_nearly_all_is_dirty() {
+    for (dirty, throttles) in [(1000, true), (751, true), (750, false), (0, false)] {
+        let mut convergence = Convergence::new(100 * MS);
+        convergence.began(SECOND);
+        convergence.first_pass_ended(30 * SECOND, dirty, 1000);
+        assert_eq!(convergence.delay() > Duration::ZERO, throttles, "{dirty}");
     }
-    let mut chase = Convergence::new(100 * MS);
-    chase.began(SECOND);
-    chase.first_pass_ended(2 * SECOND - MS, 1000, 1000);
-    assert_eq!(chase.delay(), Duration::ZERO, "too short to tell");
+    let mut convergence = Convergence::new(100 * MS);
+    convergence.began(SECOND);
+    convergence.first_pass_ended(2 * SECOND - MS, 1000, 1000);
+    assert_eq!(convergence.delay(), Duration::ZERO, "the pass was too short to compare");
 }
 
 #[test]
-fn small_requests_go_in_bursts_and_keep_the_limit() {
+fn small_requests_are_sent_in_bursts_within_the_limit() {
     let mut speed = speed(16 << 20);
     let (mut now, mut wakes, mut sent) = (SECOND, 0, 0);
     while now < 3 * SECOND {
@@ -213,41 +210,41 @@ fn small_requests_go_in_bursts_and_keep_the_limit() {
 }
 
 #[test]
-fn a_restarted_meter_knows_only_what_follows() {
+fn restarted_meter_counts_only_later_requests() {
     let mut meter = Meter::new(SECOND);
     meter.sent(SECOND);
     meter.acknowledged(SECOND + MS, 1_000_000, 1_000_000, true);
     meter.restart(SECOND + MS);
     meter.sent(SECOND + MS);
-    meter.skipped(SECOND + 11 * MS, true);
+    meter.acknowledged_uncounted(SECOND + 11 * MS, true);
     assert_eq!(meter.link_rate(), None);
     meter.acknowledged(SECOND + 12 * MS, 4096, 4096, false);
     assert_eq!(meter.link_rate().map(NonZeroU64::get), Some(4_096_000));
 }
 
 #[test]
-fn nobody_is_held_back_when_the_rest_fits_the_pause_already() {
+fn writers_are_not_throttled_once_the_rest_fits() {
     let rate = NonZeroU64::new(1000);
-    for (left, held) in [(100, false), (101, true)] {
-        let mut chase = Convergence::new(100 * MS);
-        chase.pass_ended(SECOND, left, rate);
-        chase.pass_ended(2 * SECOND, left, rate);
-        assert_eq!(chase.delay() > Duration::ZERO, held, "{left} bytes");
+    for (left, throttles) in [(100, false), (101, true)] {
+        let mut convergence = Convergence::new(100 * MS);
+        convergence.pass_ended(SECOND, left, rate);
+        convergence.pass_ended(2 * SECOND, left, rate);
+        assert_eq!(convergence.delay() > Duration::ZERO, throttles, "{left} bytes");
     }
 }
 
 #[test]
-fn short_passes_are_not_taken_for_a_trend() {
-    let mut chase = Convergence::new(100 * MS);
+fn short_passes_are_not_compared() {
+    let mut convergence = Convergence::new(100 * MS);
     for turn in 0..900 {
-        chase.pass_ended(SECOND + turn * MS, 1 << 30, None);
+        convergence.pass_ended(SECOND + turn * MS, 1 << 30, None);
     }
-    assert_eq!(chase.delay(), Duration::ZERO);
+    assert_eq!(convergence.delay(), Duration::ZERO);
 }
 
 proptest! {
     #[test]
-    fn no_second_carries_more_than_the_limit(
+    fn limit_holds_over_any_second(
         limit in 2 * CHUNK_MIN..1 << 30,
         pauses in proptest::collection::vec(0u64..2_000_000, 0..10),
     ) {
@@ -267,7 +264,7 @@ proptest! {
     }
 
     #[test]
-    fn an_answer_that_says_wait_is_true_when_the_time_has_come(
+    fn bytes_are_ready_at_the_promised_time(
         limit in 1u64..1 << 24, bytes in 1u64..1 << 21, first in 1u64..1 << 21,
     ) {
         let mut speed = speed(limit);

@@ -1,4 +1,4 @@
-//! Every byte is sent, in requests that fit, and never two of them at once over the same byte.
+//! The plan sends every byte, in requests within the limits that never overlap.
 
 use super::*;
 use crate::disk::dirty::BLOCK;
@@ -20,13 +20,13 @@ fn send(plan: &mut CopyPlan, cookie: u64, next: NextCopy) -> Range {
     let (range, payload) = match next {
         NextCopy::Write(range) => (range, range.length()),
         NextCopy::Zero(range) => (range, 0),
-        other => panic!("{other:?} is nothing to send"),
+        other => panic!("{other:?} sends nothing"),
     };
-    plan.sent(cookie, AcknowledgedRequest { range, payload });
+    plan.sent(cookie, CopyRequest { range, payload });
     range
 }
 
-/// Looks and sends until the plan wants something else; the disk is all data.
+/// Examines and sends until the plan takes marks or idles; the whole disk is data.
 fn send_all(plan: &mut CopyPlan) -> Vec<Range> {
     let mut sent = Vec::new();
     loop {
@@ -42,7 +42,7 @@ fn send_all(plan: &mut CopyPlan) -> Vec<Range> {
 }
 
 #[test]
-fn sixteen_mebibytes_and_more_are_in_flight_before_the_first_reply() {
+fn at_least_16_mib_are_in_flight_before_a_reply() {
     let mut plan = plan(100 * MIB, Limits::default(), caps());
     let sent = send_all(&mut plan);
     assert!(sent.iter().map(Range::length).sum::<u64>() >= 16 * MIB);
@@ -51,7 +51,7 @@ fn sixteen_mebibytes_and_more_are_in_flight_before_the_first_reply() {
 }
 
 #[test]
-fn the_window_and_the_number_of_requests_are_kept_exactly() {
+fn window_and_request_limit_are_used_exactly() {
     let limits = Limits { window: 3 * MIB, requests: 2, ..Limits::default() };
     assert_eq!(send_all(&mut plan(100 * MIB, limits, caps())).len(), 2);
     let limits = Limits { window: 3 * MIB, requests: 9, ..Limits::default() };
@@ -74,7 +74,7 @@ fn write_zeroes_in_flight_are_bounded() {
 }
 
 #[test]
-fn a_finer_mark_than_the_destination_s_block_is_widened() {
+fn mark_is_widened_to_the_destinations_block() {
     let caps = Caps { block_min: BLOCK_MIN_MAX, ..caps() };
     let mut plan = plan(MIB, Limits::default(), caps);
     send_all(&mut plan);
@@ -86,9 +86,9 @@ fn a_finer_mark_than_the_destination_s_block_is_widened() {
 }
 
 #[test]
-fn a_hole_goes_as_zeros_two_gibibytes_at_a_time() {
+fn hole_is_sent_as_zeros_of_two_gibibytes() {
     let mut plan = plan(5 << 30, Limits::default(), caps());
-    let NextCopy::Look(range) = plan.next(MIB) else { panic!("nothing to look at") };
+    let NextCopy::Look(range) = plan.next(MIB) else { panic!("no range to examine") };
     plan.looked(range, Content::Zeros);
     let lengths: Vec<u64> = (0..3)
         .map(|cookie| {
@@ -101,20 +101,20 @@ fn a_hole_goes_as_zeros_two_gibibytes_at_a_time() {
 }
 
 #[test]
-fn a_destination_without_write_zeroes_is_sent_data_without_looking() {
+fn without_write_zeroes_data_is_sent_unexamined() {
     let mut plan = plan(3 * MIB, Limits::default(), Caps { zeroes: false, ..caps() });
     assert!(matches!(plan.next(u64::MAX), NextCopy::Write(_)));
     assert_eq!(send_all(&mut plan).len(), 3);
 }
 
 #[test]
-fn the_destination_s_largest_payload_is_respected() {
+fn write_keeps_the_destinations_maximum_payload() {
     let mut plan = plan(3 * MIB, Limits::default(), Caps { data_max: 65536, ..caps() });
     assert!(send_all(&mut plan).iter().all(|range| range.length() == 65536));
 }
 
 #[test]
-fn zeros_that_do_not_fill_the_destination_s_block_go_as_data() {
+fn partly_zero_block_is_sent_as_data() {
     let mut plan = plan(64 * 1024, Limits::default(), Caps { block_min: 4096, ..caps() });
     let disk = Range::whole(64 * 1024);
     plan.looked(disk.until(1000), Content::Zeros);
@@ -128,22 +128,19 @@ fn zeros_that_do_not_fill_the_destination_s_block_go_as_data() {
 }
 
 #[test]
-fn a_dirty_block_waits_for_the_older_copy_of_itself() {
+fn dirty_block_waits_for_its_request_in_flight() {
     let mut plan = plan(2 * MIB, Limits::default(), caps());
     let sent = send_all(&mut plan);
     plan.taken(Some(Range::whole(2 * MIB).until(BLOCK)), 0);
     assert!(!matches!(plan.next(u64::MAX), NextCopy::Look(_) | NextCopy::Write(_)));
     plan.acknowledged(1);
-    assert!(
-        !matches!(plan.next(u64::MAX), NextCopy::Look(_)),
-        "request 1 was about something else"
-    );
+    assert!(!matches!(plan.next(u64::MAX), NextCopy::Look(_)), "request 1 was of another range");
     plan.acknowledged(0);
     assert_eq!(plan.next(u64::MAX), NextCopy::Look(sent[0].until(BLOCK)));
 }
 
 #[test]
-fn marks_are_not_hoarded_while_requests_in_flight_hold_them_up() {
+fn number_of_waiting_marks_is_bounded() {
     let mut plan = plan(100 * MIB, Limits { window: 100 * MIB, ..Limits::default() }, caps());
     send_all(&mut plan);
     let disk = Range::whole(100 * MIB);
@@ -155,7 +152,7 @@ fn marks_are_not_hoarded_while_requests_in_flight_hold_them_up() {
 }
 
 #[test]
-fn a_new_pass_waits_until_the_last_one_is_on_its_way() {
+fn new_pass_waits_until_the_last_is_sent() {
     let mut plan = plan(4 * MIB, Limits::default(), caps());
     send_all(&mut plan);
     plan.taken(Some(Range::whole(4 * MIB).until(BLOCK)), BLOCK);
@@ -167,14 +164,14 @@ fn a_new_pass_waits_until_the_last_one_is_on_its_way() {
 }
 
 #[test]
-fn nothing_is_taken_between_the_look_and_the_sending() {
+fn no_marks_are_taken_between_look_and_send() {
     let mut plan = plan(4 << 30, Limits::default(), caps());
     plan.looked(Range::whole(4 << 30), Content::Zeros);
     assert!(matches!(plan.next(u64::MAX), NextCopy::Zero(_)));
 }
 
 #[test]
-fn after_a_lost_link_only_what_was_not_acknowledged_is_sent_again() {
+fn resume_sends_only_unacknowledged_ranges() {
     let mut plan = plan(8 * MIB, Limits::default(), caps());
     let sent = send_all(&mut plan);
     for cookie in [0, 1, 4] {
@@ -189,7 +186,7 @@ fn after_a_lost_link_only_what_was_not_acknowledged_is_sent_again() {
 }
 
 #[test]
-fn a_reply_to_nothing_in_flight_is_noticed() {
+fn reply_without_request_is_detected() {
     let mut plan = plan(MIB, Limits::default(), caps());
     send_all(&mut plan);
     assert!(plan.acknowledged(0).is_some());
@@ -197,47 +194,48 @@ fn a_reply_to_nothing_in_flight_is_noticed() {
 }
 
 #[test]
-fn a_plan_is_done_only_once_the_bitmap_was_found_empty_after_the_last_reply() {
+fn plan_is_done_with_an_empty_bitmap_only() {
     let mut plan = plan(MIB, Limits::default(), caps());
     send_all(&mut plan);
     assert!(!plan.taken(None, 0), "nothing was marked");
     assert!(!plan.is_done(), "a request is in flight");
     plan.acknowledged(0);
-    assert!(!plan.is_done(), "a mark may have been made since");
+    assert!(!plan.is_done(), "a client may have written since");
     assert!(matches!(plan.next(u64::MAX), NextCopy::Take { from: 0, .. }));
     plan.taken(None, 0);
     assert!(plan.is_done());
     plan.gate_closed();
-    assert!(!plan.is_done(), "the last writers may have marked");
+    assert!(!plan.is_done(), "clients may have written before the gate closed");
 }
 
 #[derive(Clone, Debug)]
 enum Step {
-    Go,
+    Advance,
     Acknowledge(usize),
     Write(u64, bool),
-    Lose,
+    LoseLink,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let step = prop_oneof![
-        8 => Just(Step::Go),
+        8 => Just(Step::Advance),
         3 => (0usize..8).prop_map(Step::Acknowledge),
         2 => (0..BLOCKS, any::<bool>()).prop_map(|(block, zero)| Step::Write(block, zero)),
-        1 => Just(Step::Lose),
+        1 => Just(Step::LoseLink),
     ];
     proptest::collection::vec(step, 0..200)
 }
 
 const BLOCKS: u64 = 12;
 
-/// A disk, its marks and a destination that carries requests out when they are acknowledged.
+/// A disk, its marks, and a destination that executes requests when it acknowledges them.
 struct World {
     plan: CopyPlan,
     disk: Vec<u32>,
     marks: Vec<bool>,
     copy: Vec<u32>,
-    flying: Vec<(u64, Range, Vec<u32>)>,
+    /// Requests in flight: cookie, range, stamps of its blocks.
+    requests: Vec<(u64, Range, Vec<u32>)>,
     cookie: u64,
 }
 
@@ -251,14 +249,14 @@ impl World {
         let plan = plan(BLOCKS * BLOCK, limits, caps());
         let disk = vec![1, 0, 0, 0, 2, 3, 4, 5, 0, 6, 0, 7];
         let n = BLOCKS as usize;
-        Self { plan, disk, marks: vec![false; n], copy: vec![99; n], flying: vec![], cookie: 0 }
+        Self { plan, disk, marks: vec![false; n], copy: vec![99; n], requests: vec![], cookie: 0 }
     }
 
-    fn go(&mut self) {
+    fn advance(&mut self) {
         match self.plan.next(u64::MAX) {
             NextCopy::Look(range) => self.look(range),
             NextCopy::Take { from, .. } => self.take(from),
-            next @ (NextCopy::Write(_) | NextCopy::Zero(_)) => self.fly(next),
+            next @ (NextCopy::Write(_) | NextCopy::Zero(_)) => self.send(next),
             NextCopy::Idle => {}
         }
     }
@@ -282,19 +280,19 @@ impl World {
         self.plan.taken(run, left);
     }
 
-    fn fly(&mut self, next: NextCopy) {
+    fn send(&mut self, next: NextCopy) {
         let range = send(&mut self.plan, self.cookie, next);
         let overlap = |other: &Range| other.offset() < range.end() && range.offset() < other.end();
-        assert!(!self.flying.iter().any(|(_, other, _)| overlap(other)), "two at once");
+        assert!(!self.requests.iter().any(|(_, other, _)| overlap(other)), "two requests overlap");
         let zero = matches!(next, NextCopy::Zero(_));
         let stamps = self.disk[blocks(range)].iter().map(|&s| if zero { 0 } else { s }).collect();
-        self.flying.push((self.cookie, range, stamps));
+        self.requests.push((self.cookie, range, stamps));
         self.cookie += 1;
     }
 
     fn acknowledge(&mut self, which: usize) {
-        if which < self.flying.len() {
-            let (cookie, range, stamps) = self.flying.swap_remove(which);
+        if which < self.requests.len() {
+            let (cookie, range, stamps) = self.requests.swap_remove(which);
             self.copy[blocks(range)].copy_from_slice(&stamps);
             assert!(self.plan.acknowledged(cookie).is_some());
         }
@@ -309,15 +307,15 @@ impl World {
 
 proptest! {
     #[test]
-    fn whatever_happens_the_copy_is_equal_once_the_plan_is_done(steps in steps()) {
+    fn copy_equals_the_disk_once_the_plan_is_done(steps in steps()) {
         let mut world = World::new();
         for step in steps {
             match step {
-                Step::Go => world.go(),
+                Step::Advance => world.advance(),
                 Step::Acknowledge(which) => world.acknowledge(which),
                 Step::Write(block, zero) => world.write(block, zero),
-                Step::Lose => {
-                    world.flying.clear();
+                Step::LoseLink => {
+                    world.requests.clear();
                     world.plan.resume();
                 }
             }
@@ -327,7 +325,7 @@ proptest! {
             if world.plan.is_done() {
                 break;
             }
-            world.go();
+            world.advance();
             world.acknowledge(0);
         }
         prop_assert!(world.plan.is_done());
