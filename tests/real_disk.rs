@@ -191,11 +191,11 @@ fn e2fsck_is_clean_after_a_workload_through_nbdfuse() {
     let (point, root) = (served.path("fuse"), served.path("root"));
     fs::create_dir_all(&root).unwrap();
     let Some(disk) = mount_nbd_as_file(&served.uri(), &point) else { return };
-    let Some(device) = Loop::over(&disk.file) else {
+    let Some(device) = Loop::attach(&disk.file) else {
         skip("a workload on a mounted file system", "loop devices need root");
         return;
     };
-    let mounted = Mount::of(&device, &root);
+    let mounted = Mount::ext4(&device, &root);
     let written = workload(&root, &served.path("tree"));
     mounted.unmount();
     device.detach();

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 fn has_ipv6() -> bool {
     let there = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
     if !there {
-        harness::skip("what needs IPv6", "this host has no ::1");
+        harness::skip("a test that needs IPv6", "this host has no ::1");
     }
     there
 }

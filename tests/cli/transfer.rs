@@ -2,8 +2,8 @@
 
 use crate::{flags_of, read, write};
 use harness::{
-    Endpoint, MIB, Peer, Program, Served, Transport, free_port, noise,
-    over_every_transport_and_style, read_at, require_tool, sparse_image, temp_dir,
+    Endpoint, MIB, Peer, Program, Served, Transport, for_each_transport_and_style, free_port,
+    noise, read_at, require_tool, sparse_image, temp_dir,
 };
 use std::path::Path;
 
@@ -26,7 +26,7 @@ fn assert_round_trip(place: &str, image: &Path) {
 
 #[test]
 fn flexnbd_round_trips_over_every_transport_and_style() {
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         assert_round_trip(&flags_of(&served.server), &served.image);
         let by_uri = format!("--uri {}", served.uri());
         assert_round_trip(&by_uri, &served.image);

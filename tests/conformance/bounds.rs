@@ -87,7 +87,7 @@ fn a_read_only_export_refuses_writes() {
 #[test]
 fn old_style_replies_enospc_beyond_the_end() {
     let Some(ours) = Ours::start("old style", 8 * MIB, &["--oldstyle"]) else { return };
-    let mut session = Session::open_old_style(ours.endpoint());
+    let mut session = Session::open_oldstyle(ours.endpoint());
     assert_eq!(session.size, 8 * MIB);
     assert_ne!(session.flags & HAS_FLAGS, 0);
     for (offset, length) in out_of_bounds(8 * MIB) {
@@ -265,7 +265,7 @@ fn payloads_over_64_mib_are_refused() {
 fn old_style_payloads_over_1_gib_are_refused() {
     let what = "the largest payload in old style";
     let Some(ours) = Ours::start(what, 3 * GIB, &["--oldstyle"]) else { return };
-    let mut session = Session::open_old_style(ours.endpoint());
+    let mut session = Session::open_oldstyle(ours.endpoint());
     session.refused(Request::new(READ, 0, OLD_STYLE_PAYLOAD_MAX + 1), &[EINVAL]);
     let cookie = session.send(&Request::new(READ, 0, OLD_STYLE_PAYLOAD_MAX));
     assert_eq!(session.wire.recv_u32(), SIMPLE_REPLY);
@@ -378,7 +378,7 @@ fn the_private_command_needs_the_private_option() {
     }
     let arguments = ["--oldstyle"];
     if let Some(ours) = Ours::start("the private command in old style", MIB, &arguments) {
-        assert_handover_refused(&mut Session::open_old_style(ours.endpoint()));
+        assert_handover_refused(&mut Session::open_oldstyle(ours.endpoint()));
     }
 }
 

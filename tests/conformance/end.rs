@@ -71,7 +71,7 @@ fn a_bad_request_magic_closes_the_connection() {
 #[test]
 fn old_style_replies_einval_to_a_bad_magic() {
     let Some(ours) = Ours::start("a bad magic in old style", MIB, &["--oldstyle"]) else { return };
-    let mut session = Session::open_old_style(ours.endpoint());
+    let mut session = Session::open_oldstyle(ours.endpoint());
     let (cookie, mut bytes) = session.encode_header(READ, 0, 0, 512);
     bytes[0] ^= 0xff;
     session.wire.send(&bytes);

@@ -99,7 +99,7 @@ fn reads_of_a_bad_sector_fail_with_eio() {
     if let Some(disk) = BadDisk::new() {
         only_bad_reads_fail_in_all_modes(&Builder::serve(&disk.device).args(["--quiet"]).start());
         let old = Builder::serve(&disk.device).args(["--quiet", "--oldstyle"]).start();
-        only_bad_reads_fail(&mut Session::open_old_style(old.endpoint()));
+        only_bad_reads_fail(&mut Session::open_oldstyle(old.endpoint()));
     }
 }
 

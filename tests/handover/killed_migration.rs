@@ -158,8 +158,8 @@ impl KilledMigration {
         assert!(expected, "unexpected reply to mirror: {}", self.describe());
     }
 
-    /// Waits for the trigger. Spins, since sleeping would miss delays of microseconds. If the record
-    /// is never seen, returns once a process has exited or [`RECORD_TIMEOUT`] has passed.
+    /// Waits for the trigger. Spins, since sleeping would miss delays of microseconds. If the
+    /// record is never seen, returns once a process has exited or [`RECORD_TIMEOUT`] has passed.
     fn wait_for_trigger(&mut self) {
         let (host, word, delay) = match self.schedule.trigger {
             Trigger::Started(delay) => return std::thread::sleep(delay),

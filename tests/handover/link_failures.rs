@@ -21,8 +21,8 @@ const WRITTEN_SIZE: u64 = MIB;
 const BYTES_PER_SEC_MAX: &str = "32000000";
 /// Pause between two batches of a writer.
 const PAUSE: Duration = Duration::from_millis(20);
-/// Bytes beyond `DATA` that the source may send if it sends nothing twice: requests in flight during
-/// the cut, blocks that writers dirtied, and headers.
+/// Bytes beyond `DATA` that the source may send if it sends nothing twice: requests in flight
+/// during the cut, blocks that writers dirtied, and headers.
 const SLACK: u64 = 12 * MIB;
 /// Seconds without progress after which the source gives up a connection: variable and value.
 const REQUEST_LIMIT: (&str, &str) = ("FLEXNBD_MS_REQUEST_LIMIT_SECS", "1");
@@ -107,8 +107,8 @@ fn longest_stall(writers: &Writers, mut is_over: impl FnMut() -> bool) -> Durati
 
 #[test]
 fn silent_link_with_closed_gate_blocks_clients_briefly() {
-    // If no client writes between the last pass and the closing of the gate, there is no final copy:
-    // the proxy holds the handover, which is then in doubt.
+    // If no client writes between the last pass and the closing of the gate, there is no final
+    // copy: the proxy holds the handover, which is then in doubt.
     assert!((0..10).any(|_| check_silent_link()), "no final copy in ten attempts");
 }
 

@@ -1,5 +1,5 @@
-/* For the libraries that tests preload into the server. Hides io_uring: what a server submits there
- * is carried out by the kernel without a call through libc, so that no preloaded function sees it.
+/* For the libraries that tests preload into the server. Hides io_uring: the kernel executes its
+ * submissions without calls through libc, so that no preloaded function would see them.
  *
  * Include it first; link with -ldl.
  */

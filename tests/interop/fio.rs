@@ -1,13 +1,13 @@
 //! fio with its NBD engine: verified random writes over four connections.
 
-use harness::{Program, over_every_transport_and_style, require_tool, wait_until};
+use harness::{Program, for_each_transport_and_style, require_tool, wait_until};
 
 #[test]
 fn fio_verifies_writes_of_four_connections() {
     if !require_tool("fio") {
         return;
     }
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         let fio = Program::new("fio").words(
             "--name=verify --ioengine=nbd --rw=randwrite --bsrange=512-64k --bs_unaligned=0 \
              --size=12m --offset_increment=16m --numjobs=4 --iodepth=16 --verify=crc32c \

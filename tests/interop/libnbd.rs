@@ -3,7 +3,7 @@
 use crate::{assert_same_files, image_with_holes};
 use harness::mount::mount_nbd_as_file;
 use harness::{
-    MIB, Program, Served, Style, Transport, noise, over_every_transport_and_style, read_at,
+    MIB, Program, Served, Style, Transport, for_each_transport_and_style, noise, read_at,
     require_tool,
 };
 use std::fs::File;
@@ -37,7 +37,7 @@ fn nbdinfo_reports_the_abilities_of_the_export() {
     if !require_tool("nbdinfo") {
         return;
     }
-    over_every_transport_and_style(|served, style| {
+    for_each_transport_and_style(|served, style| {
         assert_eq!(nbdinfo("--size", served).ok(), "67108864\n");
         for (question, new, old) in ABILITIES {
             let is_able = if style == Style::New { new } else { old };
@@ -86,7 +86,7 @@ fn nbdcopy_copies_both_ways_over_four_connections() {
     if !require_tool("nbdcopy") {
         return;
     }
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         let original = image_with_holes(served.dir.path(), "original");
         let copy = || Program::new("nbdcopy").words("--connections=4 --requests=64 --flush");
         copy().args([&original]).args([served.uri()]).ok();
@@ -140,7 +140,7 @@ fn invalid_requests_of_nbdsh_get_specified_errors() {
     if !require_tool("nbdsh") {
         return;
     }
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         // The module nbd is installed for the system's Python; PATH may begin with another one.
         let nbdsh = Program::new("env").args(["PATH=/usr/bin:/bin", "nbdsh"]);
         let nbdsh = nbdsh.args(["-u", &served.uri(), "-c", INVALID_REQUESTS]);
@@ -151,7 +151,7 @@ fn invalid_requests_of_nbdsh_get_specified_errors() {
 
 #[test]
 fn nbdfuse_reads_and_writes_the_disk() {
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         let Some(disk) = mount_nbd_as_file(&served.uri(), &served.path("fuse")) else { return };
         assert_eq!(disk.file.metadata().unwrap().len(), 64 * MIB);
         let mut file = File::options().read(true).write(true).open(&disk.file).unwrap();

@@ -2,7 +2,7 @@
 
 use crate::{assert_same_files, image_with_holes};
 use harness::{
-    Endpoint, MIB, Program, Served, allocated, over_every_transport_and_style, require_tools,
+    Endpoint, MIB, Program, Served, allocated, for_each_transport_and_style, require_tools,
 };
 
 /// Runs nbdkit with these arguments, and nbdcopy from it to flexnbd (`to_us`) or back.
@@ -19,7 +19,7 @@ fn the_nbdkit_pattern_is_copied_exactly() {
     if !require_tools(&["nbdkit", "nbdcopy"]) {
         return;
     }
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         copy("pattern size=48M", served, true);
         let bytes = std::fs::read(&served.image).unwrap();
         let (head, tail) = bytes.split_at(48 << 20);
@@ -35,7 +35,7 @@ fn nbdkit_verifies_its_sparse_disk_after_a_round_trip() {
     if !require_tools(&["nbdkit", "nbdcopy"]) {
         return;
     }
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         let disk = "sparse-random size=64M seed=42 percent=20";
         copy(disk, served, true);
         assert!(allocated(&served.image) < 40 * MIB, "the copy is sparse");
@@ -48,7 +48,7 @@ fn nbdkit_proxies_the_disk() {
     if !require_tools(&["nbdkit", "nbdcopy"]) {
         return;
     }
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         let socket = served.path("nbdkit.sock");
         let nbdkit = Program::new("nbdkit").words("-f -U").args([&socket]).args(["nbd"]);
         let nbdkit = nbdkit.args([format!("uri={}", served.uri())]);

@@ -2,7 +2,7 @@
 
 use crate::{assert_same_files, image_with_holes, write_sparse_data};
 use harness::{
-    MIB, Program, Served, Style, TIMEOUT, Transport, allocated, over_every_transport_and_style,
+    MIB, Program, Served, Style, TIMEOUT, Transport, allocated, for_each_transport_and_style,
     read_at, require_tool, wait_for_exit,
 };
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -26,7 +26,7 @@ fn qemu_io_reads_back_writes_zeroes_and_discards() {
     if !require_tool("qemu-io") {
         return;
     }
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         qemu_io(
             served,
             &[
@@ -63,7 +63,7 @@ fn qemu_img_converts_both_ways() {
     if !require_tool("qemu-img") {
         return;
     }
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         let original = image_with_holes(served.dir.path(), "original");
         let (out, qcow) = (served.path("out"), served.path("out.qcow2"));
         let convert = |way: &str| qemu_img("convert -m 8 -W").words(way);
@@ -105,7 +105,7 @@ fn qemu_img_bench_succeeds_at_depth_64() {
     if !require_tool("qemu-img") {
         return;
     }
-    over_every_transport_and_style(|served, _| {
+    for_each_transport_and_style(|served, _| {
         let bench = |options: &str| qemu_img("bench -f raw").words(options).args([served.uri()]);
         bench("-c 2000 -d 64 -s 4096").ok();
         bench("-c 1000 -d 64 -s 65536 -S 65536").ok();
@@ -170,7 +170,7 @@ fn qemu_storage_daemon_mirrors_to_flexnbd() {
     if !require_tool("qemu-storage-daemon") {
         return;
     }
-    over_every_transport_and_style(|served, style| {
+    for_each_transport_and_style(|served, style| {
         let original = image_with_holes(served.dir.path(), "original");
         let server = match served.uri().strip_prefix("nbd://127.0.0.1:") {
             Some(port) => format!("server.type=inet,server.host=127.0.0.1,server.port={port}"),

@@ -58,7 +58,7 @@ impl Listening {
 
     /// Opens an oldstyle session.
     fn oldstyle_session(&self) -> Session {
-        Session::open_old_style(&self.endpoint())
+        Session::open_oldstyle(&self.endpoint())
     }
 
     /// Starts a newstyle handshake.

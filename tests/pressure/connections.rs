@@ -101,7 +101,7 @@ fn ownership_queries_are_answered_beyond_the_client_limit() {
 fn silent_connections_do_not_block_oldstyle_clients() {
     let (server, _dir) = server("--max-clients 2 --oldstyle");
     let _silent = silent(server.endpoint(), 100, b"");
-    let mut session = Session::open_old_style(server.endpoint());
+    let mut session = Session::open_oldstyle(server.endpoint());
     session.ok(Request::write(0, &[1; 512]));
 }
 

@@ -38,12 +38,12 @@ impl Ground {
         let file = sparse_image(self.directory.path(), "ext4", size);
         let point = self.directory.path().join("mounted");
         std::fs::create_dir(&point).unwrap();
-        let Some(device) = Loop::over(&file) else {
+        let Some(device) = Loop::attach(&file) else {
             return skip("a full file system", "loop devices need root");
         };
         let words = format!("-q -F -O ^has_journal -m 0 -b 4096 -I {inode_bytes}");
         harness::Program::new("mkfs.ext4").words(&words).args([&file]).ok();
-        self.mount = Some(Mount::of(&device, &point));
+        self.mount = Some(Mount::ext4(&device, &point));
         self._device = Some(device);
     }
 

@@ -63,7 +63,7 @@ impl Side {
         };
         if !setting.has_state_directory {
             // Nobody can make a directory there, not even root.
-            std::fs::write(side.host.state(), "").unwrap();
+            std::fs::write(side.host.state_directory(), "").unwrap();
         }
         side
     }
@@ -77,8 +77,8 @@ impl Side {
     pub(crate) fn heal(&mut self) {
         self.faults.set(&[]);
         self.ground.relieve();
-        if self.host.state().is_file() {
-            std::fs::remove_file(self.host.state()).unwrap();
+        if self.host.state_directory().is_file() {
+            std::fs::remove_file(self.host.state_directory()).unwrap();
         }
         self.freeze(false);
     }

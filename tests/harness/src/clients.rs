@@ -1,14 +1,14 @@
-//! Clients that use a disk at both hosts of a migration all the time, and check what they read.
-//! Never use the library, and never look at an image or a process while they run.
+//! Clients that use a migrating disk at both hosts continuously and check the data they read.
+//! Never use the library, and never access an image or a process while they run.
 //!
 //! Writers number every write of a block, and remember which version was acknowledged and which was
-//! flushed; readers connect for a moment, read, and disconnect. A block must read as some version
-//! between the last durable one at the time of the READ and the last attempted one at the time of its
-//! reply.
+//! flushed; readers connect, read for less than a second, and disconnect. A block must read as some
+//! version between the last durable one at the time of the READ and the last attempted one at the
+//! time of its reply.
 //!
-//! The disk moves once: after the destination has replied to something, the source must not reply to
-//! a request sent later. A time is taken before a request is sent and after its reply is received, so
-//! that two requests that merely overlap never count as a violation.
+//! The disk moves once: after a reply of the destination, the source must not reply to a request
+//! sent later. Times are taken before a request is sent and after its reply is received, so that
+//! two requests that overlap never count as a violation.
 
 use super::image::{BLOCK, stamped, unit};
 use super::writers::Versions;
@@ -34,25 +34,26 @@ const DEPTH: u64 = 16;
 const PAUSE: Duration = Duration::from_millis(15);
 /// Pause between two attempts to connect.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
-/// How long a server may take for a step of the handshake before a client tries the other host.
+/// Timeout of each step of the handshake, after which a client tries the other host.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_millis(700);
-/// How long a writer waits for a reply before it tries the other host, in milliseconds: a minimum,
-/// and the limit of a random addition.
+/// Timeout of a reply, in milliseconds, after which a writer tries the other host: the minimum, and
+/// the limit of a random addition.
 const REPLY_TIMEOUT_MS: (u64, u64) = (400, 2000);
-/// How long a session of a reader lasts at most, in milliseconds, and the pause between two READs.
-const STAY_MAX_MS: u64 = 400;
-const READ_EVERY: Duration = Duration::from_millis(10);
+/// Limit of the duration of a reader's session, in milliseconds.
+const READER_SESSION_MS_MAX: u64 = 400;
+/// Pause between two READs of a reader.
+const READ_INTERVAL: Duration = Duration::from_millis(10);
 
 /// One of the two hosts of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// Where the disk is at first.
+    /// The host that serves the disk at first.
     Source,
-    /// Where it moves to.
+    /// The host that the disk moves to.
     Destination,
 }
 
-/// Both, source first.
+/// Both hosts, source first.
 const ROLES: [Role; 2] = [Role::Source, Role::Destination];
 
 /// Which writes must survive the faults of a test.
@@ -60,14 +61,14 @@ const ROLES: [Role; 2] = [Role::Source, Role::Destination];
 pub enum Durable {
     /// Every acknowledged write: processes are killed, hosts are not.
     Acknowledged,
-    /// Every write that was flushed, or had FUA: hosts lose power.
+    /// Every write that was flushed or had FUA: hosts lose power.
     Flushed,
 }
 
 /// The options of all clients of a test.
 #[derive(Clone, Copy, Debug)]
 pub struct ClientOptions {
-    /// Which writes must survive.
+    /// The writes that must survive.
     pub durable: Durable,
     /// Whether errors in replies are allowed.
     pub may_fail: bool,
@@ -78,15 +79,15 @@ pub struct ClientOptions {
 /// What clients observed of one host, in nanoseconds since they were started.
 #[derive(Debug)]
 struct HostLog {
-    /// When the last request was sent that succeeded.
+    /// When the latest successful request was sent.
     last_sent: AtomicU64,
     /// When the first successful reply was received.
     first_reply: AtomicU64,
-    /// When the last client connected whose handshake succeeded, and when the first such handshake
-    /// was over.
+    /// When the latest connection with a successful handshake was opened.
     last_connect: AtomicU64,
+    /// When the first successful handshake was completed.
     first_admitted: AtomicU64,
-    /// Successful replies.
+    /// Count of successful replies.
     replies: AtomicU64,
 }
 
@@ -102,7 +103,7 @@ impl HostLog {
     }
 }
 
-/// The versions of one block.
+/// The latest flushed, acknowledged and attempted version of a block, updated by its writer.
 #[derive(Debug)]
 struct Block {
     number: u64,
@@ -111,7 +112,7 @@ struct Block {
     attempted: AtomicU64,
 }
 
-/// The versions of one block at one moment.
+/// A snapshot of a [`Block`].
 #[derive(Clone, Copy, Debug)]
 struct Progress {
     flushed: u64,
@@ -121,7 +122,8 @@ struct Progress {
 
 impl Block {
     fn progress(&self) -> Progress {
-        // In this order, so that no number is less than the one loaded before it.
+        // Writers raise the numbers in the opposite order: so none is less than one loaded before
+        // it.
         let flushed = self.flushed.load(SeqCst);
         let acknowledged = self.acknowledged.load(SeqCst);
         Progress { flushed, acknowledged, attempted: self.attempted.load(SeqCst) }
@@ -129,7 +131,7 @@ impl Block {
 }
 
 impl Progress {
-    /// The versions that the block may hold.
+    /// The versions that the block may hold, if these writes must survive.
     fn versions(self, durable: Durable) -> Versions {
         let acknowledged = match durable {
             Durable::Acknowledged => self.acknowledged,
@@ -147,14 +149,14 @@ pub struct Expected {
 }
 
 impl Expected {
-    /// This range of a disk, in bytes, in the state in which [`super::image::stamped_image`] makes it.
+    /// A range of a disk, in bytes, with the content of [`super::image::stamped_image`].
     pub fn stamped(part: Range<u64>) -> Expected {
         let nothing = Progress { flushed: 0, acknowledged: 0, attempted: 0 };
         let count = (part.end - part.start) / BLOCK;
         Expected { first: part.start / BLOCK, blocks: vec![nothing; count as usize] }
     }
 
-    /// Writes that state into an image that is zero there.
+    /// Writes the initial content to an image that reads as zero in this range.
     pub fn stamp(&self, image: &Path) {
         let file = File::options().write(true).open(image).unwrap();
         for block in self.first..self.first + self.blocks.len() as u64 {
@@ -165,7 +167,7 @@ impl Expected {
         file.sync_all().unwrap();
     }
 
-    /// A message about the blocks of the image that hold no allowed version; `None` if there are none.
+    /// An error message if blocks of the image hold no allowed version.
     pub fn missing_in(&self, image: &Path, durable: Durable) -> Option<String> {
         let file = File::open(image).unwrap();
         let mut data = vec![0; BLOCK as usize];
@@ -200,9 +202,9 @@ struct Shared {
     log: [HostLog; 2],
     blocks: Vec<Block>,
     options: ClientOptions,
-    /// Whether writers must have no session.
+    /// Set while writers must have no session.
     paused: AtomicBool,
-    /// Count of writers that have, or open, a session.
+    /// Count of writers that have or open a session.
     writers_active: AtomicU64,
     violations: Mutex<Vec<String>>,
 }
@@ -248,7 +250,7 @@ impl Clients {
         Clients { shared, threads }
     }
 
-    /// How many requests have succeeded at this host.
+    /// Count of successful requests at this host.
     pub fn replies(&self, role: Role) -> u64 {
         self.shared.log(role).replies.load(SeqCst)
     }
@@ -259,7 +261,7 @@ impl Clients {
         violations.first().cloned().or_else(|| self.shared.both_serve())
     }
 
-    /// Makes writers end their sessions and open none; returns when no writer has one.
+    /// Makes writers close their sessions and open none. Returns once no writer has a session.
     #[track_caller]
     pub fn pause_writers(&self) {
         self.shared.paused.store(true, SeqCst);
@@ -271,7 +273,7 @@ impl Clients {
         self.shared.paused.store(false, SeqCst);
     }
 
-    /// Ends all clients; the versions that the disk may hold now.
+    /// Stops all clients. Returns the versions that the disk may hold now.
     pub fn stop(mut self) -> Expected {
         self.shared.stop.store(true, SeqCst);
         for thread in std::mem::take(&mut self.threads) {
@@ -297,16 +299,16 @@ impl Shared {
         self.began.elapsed().as_nanos() as u64
     }
 
-    fn stopping(&self) -> bool {
+    fn is_stopping(&self) -> bool {
         self.stop.load(SeqCst)
     }
 
     fn may_write(&self) -> bool {
-        !self.paused.load(SeqCst) && !self.stopping()
+        !self.paused.load(SeqCst) && !self.is_stopping()
     }
 
-    fn report(&self, what: String) {
-        self.violations.lock().unwrap().push(what);
+    fn report(&self, violation: String) {
+        self.violations.lock().unwrap().push(violation);
     }
 
     fn record_reply(&self, role: Role, sent: u64) {
@@ -316,7 +318,7 @@ impl Shared {
         log.first_reply.fetch_min(self.now(), SeqCst);
     }
 
-    /// A message if the source replied, or let a client in, after the destination had.
+    /// An error message if the source replied, or admitted a client, after the destination had.
     fn both_serve(&self) -> Option<String> {
         let [source, destination] = &self.log;
         let late = |last: &AtomicU64, first: &AtomicU64| {
@@ -327,10 +329,10 @@ impl Shared {
             return Some(format!("both serve: the source replies {late:?} after the destination"));
         }
         let late = late(&source.last_connect, &destination.first_admitted)?;
-        Some(format!("both let clients in: the source does {late:?} after the destination"))
+        Some(format!("both admit clients: the source does {late:?} after the destination"))
     }
 
-    /// Connects to this host and chooses the default export.
+    /// Connects to this host and completes the handshake for the default export.
     fn open_session(&self, role: Role) -> io::Result<Wire> {
         let began = self.now();
         let mut wire = Wire::try_connect_within(&self.endpoints[role as usize], HANDSHAKE_TIMEOUT)?;
@@ -356,12 +358,13 @@ impl Shared {
         Ok(wire)
     }
 
-    /// Receives the header of the next reply: its cookie, and whether it is a success.
+    /// Receives the header of the next reply. Returns its cookie, and whether the request
+    /// succeeded.
     fn recv_reply_header(&self, wire: &mut Wire) -> io::Result<(u64, bool)> {
         let head = receive::<16>(wire)?;
         let error = word(&head, 4);
         if word(&head, 0) != raw::SIMPLE_REPLY {
-            self.report(format!("a reply begins with {head:02x?}"));
+            self.report(format!("malformed reply header {head:02x?}"));
             return Err(ErrorKind::InvalidData.into());
         }
         if error != 0 && !self.options.may_fail {
@@ -371,10 +374,10 @@ impl Shared {
     }
 }
 
-/// Writes to its own blocks at whichever host lets it in.
+/// Writes to its own blocks at the host that admits it.
 struct Writer {
     shared: Arc<Shared>,
-    /// Its blocks are those whose index has this remainder when divided by [`WRITERS`].
+    /// Owns the blocks with index modulo [`WRITERS`] equal to this.
     number: u64,
     random: Rng,
     /// Index and version of the writes acknowledged in this session since the last FLUSH was sent.
@@ -385,7 +388,7 @@ struct Writer {
 #[derive(Debug)]
 enum Pending {
     /// A write: index of the block, version, whether with FUA.
-    Written(usize, u64, bool),
+    Write(usize, u64, bool),
     /// A READ: index of the block, versions that it may hold.
     Read(usize, Versions),
     /// A FLUSH: index and version of the writes that it makes durable.
@@ -394,13 +397,13 @@ enum Pending {
 
 impl Writer {
     fn run(mut self) {
-        while !self.shared.stopping() {
+        while !self.shared.is_stopping() {
             for role in ROLES {
                 self.shared.writers_active.fetch_add(1, SeqCst);
                 if self.shared.may_write()
                     && let Ok(wire) = self.shared.open_session(role)
                 {
-                    self.work(wire, role);
+                    self.run_session(wire, role);
                 }
                 self.shared.writers_active.fetch_sub(1, SeqCst);
             }
@@ -408,13 +411,13 @@ impl Writer {
         }
     }
 
-    /// Sends batches until the connection is lost, or a reply takes too long.
-    fn work(&mut self, mut wire: Wire, role: Role) {
+    /// Sends batches until the connection is lost or a reply times out.
+    fn run_session(&mut self, mut wire: Wire, role: Role) {
         let timeout = REPLY_TIMEOUT_MS.0 + self.random.u64(..REPLY_TIMEOUT_MS.1);
         wire.set_read_timeout(Duration::from_millis(timeout));
-        // Writes of an earlier session that were not flushed may be lost.
+        // A FLUSH covers no write of an earlier session: that server may have lost it.
         self.unflushed.clear();
-        while self.shared.may_write() && self.batch(&mut wire, role).is_ok() {
+        while self.shared.may_write() && self.run_batch(&mut wire, role).is_ok() {
             thread::sleep(PAUSE);
         }
         if self.random.u64(..2) == 0 {
@@ -422,8 +425,8 @@ impl Writer {
         }
     }
 
-    /// Sends some requests and receives their replies.
-    fn batch(&mut self, wire: &mut Wire, role: Role) -> io::Result<()> {
+    /// Sends up to [`DEPTH`] requests and receives their replies.
+    fn run_batch(&mut self, wire: &mut Wire, role: Role) -> io::Result<()> {
         let sent = self.shared.now();
         let mut pending = HashMap::new();
         let mut bytes = Vec::new();
@@ -437,13 +440,13 @@ impl Writer {
         wire.try_send(&bytes)?;
         while !pending.is_empty() {
             let (cookie, success) = self.shared.recv_reply_header(wire)?;
-            let Some(pending_request) = pending.remove(&cookie) else {
-                self.shared.report(format!("a reply to {cookie}, which is no pending request"));
+            let Some(request) = pending.remove(&cookie) else {
+                self.shared.report(format!("a reply to cookie {cookie}, which is not in flight"));
                 return Err(ErrorKind::InvalidData.into());
             };
             if success {
                 self.shared.record_reply(role, sent);
-                self.record(wire, pending_request)?;
+                self.complete(wire, request)?;
             }
         }
         Ok(())
@@ -471,20 +474,21 @@ impl Writer {
             bytes.extend(raw::encode_request(raw::WRITE, flags, index, offset, length));
             bytes.extend(unit(block.number, version).repeat(BLOCK as usize / 16));
         }
-        Pending::Written(index as usize, version, flags == raw::FUA)
+        Pending::Write(index as usize, version, flags == raw::FUA)
     }
 
-    fn record(&mut self, wire: &mut Wire, pending_request: Pending) -> io::Result<()> {
+    /// Updates the versions after a success; receives and checks the data of a READ.
+    fn complete(&mut self, wire: &mut Wire, request: Pending) -> io::Result<()> {
         let blocks = &self.shared.blocks;
-        match pending_request {
+        match request {
             Pending::Flush(flushed) => {
                 for (index, version) in flushed {
                     blocks[index].flushed.fetch_max(version, SeqCst);
                 }
             }
-            Pending::Written(index, version, durably) => {
+            Pending::Write(index, version, fua) => {
                 blocks[index].acknowledged.fetch_max(version, SeqCst);
-                if durably {
+                if fua {
                     blocks[index].flushed.fetch_max(version, SeqCst);
                 } else {
                     self.unflushed.insert(index, version);
@@ -510,14 +514,15 @@ struct Reader {
 
 impl Reader {
     fn run(mut self) {
-        while !self.shared.stopping() {
+        while !self.shared.is_stopping() {
             if let Ok(mut wire) = self.shared.open_session(self.role) {
-                let until = Instant::now() + Duration::from_millis(self.random.u64(..STAY_MAX_MS));
+                let until = Instant::now()
+                    + Duration::from_millis(self.random.u64(..READER_SESSION_MS_MAX));
                 while self.read(&mut wire).is_ok()
                     && Instant::now() < until
-                    && !self.shared.stopping()
+                    && !self.shared.is_stopping()
                 {
-                    thread::sleep(READ_EVERY);
+                    thread::sleep(READ_INTERVAL);
                 }
             }
             thread::sleep(RETRY_INTERVAL);

@@ -1,18 +1,18 @@
-//! Where a server listens, and addresses for servers that no other test uses.
+//! Endpoints of servers, and addresses that no other test uses.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The port of NBD, from which [`unused_loopback_address`] counts on.
+/// The port of NBD: the first port of [`unused_loopback_address`].
 const NBD_PORT: u16 = 10809;
-/// Ports below those that the kernel gives to clients: 32768 and up (ip(7),
+/// The ports of [`free_port`]: below those that the kernel gives to clients, 32768 and up (ip(7),
 /// `ip_local_port_range`).
 const SERVER_PORT_MIN: u32 = 15_000;
 const SERVER_PORTS: u32 = 17_000;
 
-/// Where a server listens.
+/// An address at which a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// A TCP address and port.
@@ -22,12 +22,12 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// This port of 127.0.0.1.
+    /// A port of 127.0.0.1.
     pub fn localhost(port: u16) -> Endpoint {
         Endpoint::Tcp((Ipv4Addr::LOCALHOST, port).into())
     }
 
-    /// The NBD URI of the default export there.
+    /// The NBD URI of the default export.
     pub fn uri(&self) -> String {
         match self {
             Endpoint::Tcp(address) => format!("nbd://{address}"),
@@ -35,7 +35,7 @@ impl Endpoint {
         }
     }
 
-    /// The NBD URI of an export there.
+    /// The NBD URI of an export.
     pub fn uri_of(&self, export: &str) -> String {
         match self {
             Endpoint::Tcp(address) => format!("nbd://{address}/{export}"),
@@ -51,7 +51,7 @@ impl Endpoint {
         }
     }
 
-    /// Whether a connection is accepted there now. Connects, and closes the connection at once.
+    /// Whether a server accepts connections. Connects, and closes the connection at once.
     pub(crate) fn accepts(&self) -> bool {
         match self {
             Endpoint::Tcp(address) => TcpStream::connect(address).is_ok(),
@@ -60,8 +60,8 @@ impl Endpoint {
     }
 }
 
-/// A TCP port of 127.0.0.1 on which nothing listens, that this process has not been given lately,
-/// and that the kernel gives to no client.
+/// A TCP port of 127.0.0.1 without a listener. Not one that this process has got recently, nor one
+/// that the kernel gives to clients.
 pub fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let start = std::process::id().wrapping_mul(97);

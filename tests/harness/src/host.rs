@@ -18,7 +18,7 @@ const STATE_DIRECTORY: &str = "STATE_DIRECTORY";
 pub struct Host {
     /// The image, which need not exist.
     pub image: PathBuf,
-    /// Where clients and sources connect.
+    /// The address at which the process listens.
     pub address: SocketAddr,
     /// The control socket.
     pub control: PathBuf,
@@ -28,7 +28,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// A host whose files are in `directory` under this name. Creates nothing.
+    /// A host whose files in `directory` have this name. Creates no files.
     pub fn new(directory: &Path, name: &str) -> Host {
         let state = directory.join(format!("{name}.state"));
         Host {
@@ -41,18 +41,18 @@ impl Host {
         }
     }
 
-    /// The state directory, for records that cannot be kept with the image.
-    pub fn state(&self) -> &Path {
+    /// The state directory, which holds records that cannot be stored with the image.
+    pub fn state_directory(&self) -> &Path {
         &self.state
     }
 
-    /// Runs every process of this host by a wrapper that executes its arguments.
+    /// Starts every process of this host through a wrapper that executes its arguments.
     pub fn through(mut self, wrapper: &[&str]) -> Host {
         self.wrapper = wrapper.iter().map(ToString::to_string).collect();
         self
     }
 
-    /// Listens at this address instead.
+    /// Sets the address.
     pub fn at(mut self, address: SocketAddr) -> Host {
         self.address = address;
         self
@@ -64,7 +64,7 @@ impl Host {
         self
     }
 
-    /// `flexnbd MODE` on this image, with the control socket, not yet started.
+    /// `flexnbd MODE` on this image with a control socket, to be started by the caller.
     pub fn mode(&self, mode: &str) -> Builder {
         let _ = std::fs::create_dir_all(&self.state);
         let mut builder = Builder::mode(mode, &self.image)
@@ -90,26 +90,27 @@ impl Host {
         self.mode("listen").start()
     }
 
-    /// Sends `mirror` to this address; the reply. `more` follows the port: action, bind, speed.
+    /// Sends `mirror` to this address and returns the reply. `more` are the arguments after the
+    /// port: action, bind address, speed.
     #[track_caller]
     pub fn mirror_to(&self, to: SocketAddr, more: &[&str]) -> String {
         let (ip, port) = (to.ip().to_string(), to.port().to_string());
         self.command(&[&["mirror", &ip, &port], more].concat())
     }
 
-    /// Sends a command, for [`TIMEOUT`] until there is a reply; the reply.
+    /// Sends a command and returns the reply. Retries for [`TIMEOUT`] while no process replies.
     #[track_caller]
     pub fn command(&self, lines: &[&str]) -> String {
         let mut reply = None;
-        let asked = poll_until(TIMEOUT, || {
+        let replied = poll_until(TIMEOUT, || {
             reply = self.try_command(lines);
             reply.is_some()
         });
-        assert!(asked, "no reply at the control socket {}", self.control.display());
+        assert!(replied, "no reply at the control socket {}", self.control.display());
         reply.unwrap()
     }
 
-    /// Sends a command once; the reply, if a process listens and replies.
+    /// Sends a command once. Returns the reply; `None` if no process listens or replies.
     pub fn try_command(&self, lines: &[&str]) -> Option<String> {
         let mut socket = UnixStream::connect(&self.control).ok()?;
         socket.set_read_timeout(Some(TIMEOUT)).ok()?;
@@ -131,27 +132,27 @@ impl Host {
         self.status().remove(key).unwrap_or_default()
     }
 
-    /// Waits until `status` shows this value of this key.
+    /// Waits until `status` has this value of this key.
     #[track_caller]
     pub fn wait_for_status(&self, key: &str, value: &str) {
-        let mut seen = BTreeMap::new();
-        let came = poll_until(TIMEOUT, || {
-            seen = self.status();
-            seen.get(key).is_some_and(|now| now == value)
+        let mut last = BTreeMap::new();
+        let matched = poll_until(TIMEOUT, || {
+            last = self.status();
+            last.get(key).is_some_and(|now| now == value)
         });
-        assert!(came, "waited in vain for {key}={value}; last: {seen:?}");
+        assert!(matched, "no {key}={value} within {TIMEOUT:?}; last status: {last:?}");
     }
 
-    /// The word of the ownership record; empty if there is none.
+    /// The state in the ownership record, such as `departed`; empty if there is no record.
     pub fn record(&self) -> String {
-        // The program prefers a record in the state directory, too.
+        // In the order of flexnbd, which prefers a record in the state directory.
         let record = self.record_in_state_directory();
         let record = record.or_else(|| xattr::get(&self.image, "user.flexnbd").ok().flatten());
         let text = String::from_utf8(record.unwrap_or_default()).unwrap();
         text.split_whitespace().nth(2).unwrap_or_default().to_owned()
     }
 
-    /// The newest record in the state directory, except temporary files and records of deleted
+    /// The newest record in the state directory, without temporary files and tombstones of deleted
     /// images.
     fn record_in_state_directory(&self) -> Option<Vec<u8>> {
         let is_record = |path: &PathBuf| {

@@ -1,5 +1,5 @@
-//! What the tests in `tests/*.rs` share: a `flexnbd` process for the length of a test, an NBD client
-//! that checks every reply, other programs, images, mounts, and what a migration needs.
+//! Helpers shared by the tests in `tests/*.rs`: `flexnbd` processes, an NBD client that checks
+//! every reply, other programs, images, mounts, and the hosts, clients and links of migrations.
 //! Never uses the library under test, and never ends a process that it has not started itself.
 
 #![allow(
@@ -31,7 +31,7 @@ pub use files::{
     temp_dir_in, write_at,
 };
 pub use program::{Outcome, Peer, Program, Running, wait_for_exit};
-pub use served::{Served, Style, Transport, over_every_transport_and_style};
+pub use served::{Served, Style, Transport, for_each_transport_and_style};
 pub use server::{Builder, Resources, Server, StderrReader};
 pub use tempfile::TempDir;
 pub use tools::{

@@ -4,23 +4,23 @@
 use crate::{Program, Running, TIMEOUT, poll_until, require_tool, skip};
 use std::path::{Path, PathBuf};
 
-/// An export as a file.
+/// An export, mounted as a file by nbdfuse(1).
 pub struct NbdFile {
-    /// The export.
+    /// The path of that file.
     pub file: PathBuf,
     point: PathBuf,
     nbdfuse: Option<Running>,
 }
 
-/// Mounts the export at `uri` as a file in the directory `point`, which it makes. Where that is not
-/// permitted, prints a skip and returns `None`.
+/// Mounts the export at `uri` as a file in the directory `point`, which it creates. Where that is
+/// not permitted, prints a skip and returns `None`.
 #[track_caller]
 pub fn mount_nbd_as_file(uri: &str, point: &Path) -> Option<NbdFile> {
     if !require_tool("nbdfuse") {
         return None;
     }
     if std::fs::File::options().read(true).write(true).open("/dev/fuse").is_err() {
-        skip("what needs nbdfuse", "/dev/fuse may not be opened");
+        skip("a test that needs nbdfuse", "/dev/fuse cannot be opened");
         return None;
     }
     std::fs::create_dir_all(point).unwrap();
@@ -31,7 +31,7 @@ pub fn mount_nbd_as_file(uri: &str, point: &Path) -> Option<NbdFile> {
 }
 
 impl NbdFile {
-    /// Unmounts it; nbdfuse then ends by itself.
+    /// Unmounts it, and waits for nbdfuse to exit.
     #[track_caller]
     pub fn unmount(mut self) {
         unmount_fuse(&self.point);
@@ -47,19 +47,20 @@ impl Drop for NbdFile {
     }
 }
 
-/// Unmounts, and tries again while another process, such as a scanner of new mounts, uses it.
+/// Unmounts `point`. Retries while it is busy: other processes, such as scanners, may open new
+/// mounts.
 #[track_caller]
 fn unmount_fuse(point: &Path) {
     let unmount = || Program::new("fusermount3").words("-u").args([point]).run();
     let mut last = unmount();
-    let gone = poll_until(TIMEOUT, || {
-        let gone = last.status.success();
-        if !gone {
+    let unmounted = poll_until(TIMEOUT, || {
+        let unmounted = last.status.success();
+        if !unmounted {
             last = unmount();
         }
-        gone
+        unmounted
     });
-    assert!(gone, "{} cannot be unmounted: {}", point.display(), last.stderr);
+    assert!(unmounted, "{} cannot be unmounted: {}", point.display(), last.stderr);
 }
 
 /// A loop device over a file.
@@ -68,8 +69,8 @@ pub struct Loop {
 }
 
 impl Loop {
-    /// Makes a loop device; `None` where that is not permitted.
-    pub fn over(file: &Path) -> Option<Loop> {
+    /// Attaches `file` to a free loop device. `None` where that is not permitted.
+    pub fn attach(file: &Path) -> Option<Loop> {
         let outcome = Program::new("losetup").words("--show -f").args([file]).run();
         let device = outcome.status.success().then(|| outcome.text().trim().to_owned());
         device.map(|device| Loop { device: Some(device) })
@@ -100,7 +101,7 @@ pub struct Mount {
 impl Mount {
     /// Mounts the ext4 file system on `device` at `point`.
     #[track_caller]
-    pub fn of(device: &Loop, point: &Path) -> Mount {
+    pub fn ext4(device: &Loop, point: &Path) -> Mount {
         let device = device.device.as_deref().unwrap();
         Program::new("mount").words("-t ext4").args([Path::new(device), point]).ok();
         Mount { point: point.to_owned(), mounted: true }

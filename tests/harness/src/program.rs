@@ -1,5 +1,5 @@
-//! Other programs, and flexnbd as a command: run until they end, or beside the test.
-//! Never waits without a timeout, and never ends a process that it has not started itself.
+//! Other programs, and flexnbd as a command: run until they exit, or in the background.
+//! Never waits without a timeout, and never kills a process that it has not started itself.
 
 use crate::{Endpoint, TIMEOUT, poll_until, wait_until};
 use nix::sys::signal::{Signal, kill};
@@ -15,15 +15,15 @@ pub struct Program {
     input: Vec<u8>,
 }
 
-/// Exit status and output of a program that has ended.
+/// Exit status and output of a program that has exited.
 pub struct Outcome {
     /// The command line, for messages.
-    pub shown: String,
-    /// Its exit status.
+    pub command_line: String,
+    /// The exit status.
     pub status: ExitStatus,
-    /// All of its stdout.
+    /// The complete stdout.
     pub stdout: Vec<u8>,
-    /// All of its stderr.
+    /// The complete stderr.
     pub stderr: String,
 }
 
@@ -49,29 +49,29 @@ impl Program {
         self
     }
 
-    /// Gives it these bytes on stdin, which is empty otherwise.
+    /// Sets the bytes of stdin, which is empty otherwise.
     pub fn input(mut self, bytes: &[u8]) -> Program {
         self.input = bytes.to_vec();
         self
     }
 
-    /// Runs it until it ends, successfully or not.
+    /// Runs the program until it exits, successfully or not.
     #[track_caller]
     pub fn run(self) -> Outcome {
-        let shown = show(&self.words);
+        let command_line = join(&self.words);
         let mut child = self.start(Stdio::piped(), Stdio::piped());
         let (mut stdin, input) = (child.stdin.take().unwrap(), self.input);
-        // The program may end before it has read everything.
+        // Ignores errors: the program may exit before it has read all of stdin.
         let feed = thread::spawn(move || drop(stdin.write_all(&input)));
         let stdout = drain(child.stdout.take().unwrap());
         let stderr = drain(child.stderr.take().unwrap());
-        let status = wait_for_exit(&mut child, &shown);
+        let status = wait_for_exit(&mut child, &command_line);
         feed.join().unwrap();
         let stderr = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
-        Outcome { shown, status, stdout: stdout.join().unwrap(), stderr }
+        Outcome { command_line, status, stdout: stdout.join().unwrap(), stderr }
     }
 
-    /// Runs it until it ends, fails unless it succeeded, and returns its stdout.
+    /// Runs the program until it exits, fails unless it succeeded, and returns its stdout.
     #[track_caller]
     pub fn ok(self) -> String {
         let outcome = self.run();
@@ -79,26 +79,26 @@ impl Program {
         outcome.text()
     }
 
-    /// Starts it with a pipe for stderr; the caller must wait for the child.
+    /// Starts the program with a pipe for stderr. The caller must wait for the child.
     #[track_caller]
     pub fn start(&self, stdin: Stdio, output: Stdio) -> Child {
         let mut command = Command::new(&self.words[0]);
         command.args(&self.words[1..]).stdin(stdin).stdout(output).stderr(Stdio::piped());
-        command.spawn().unwrap_or_else(|e| panic!("cannot start {}: {e}", show(&self.words)))
+        command.spawn().unwrap_or_else(|e| panic!("cannot start {}: {e}", join(&self.words)))
     }
 
-    /// Starts it as a server, and returns when it accepts a connection at `endpoint`.
+    /// Starts the program as a server, and returns once it accepts a connection at `endpoint`.
     #[track_caller]
     pub fn serve_at(self, endpoint: Endpoint) -> Peer {
         let process = self.start_until(|| endpoint.accepts());
         Peer { process, endpoint }
     }
 
-    /// Starts it, and returns when `ready` is true; fails if the program ends before.
+    /// Starts the program, and returns once `ready` is true. Fails if it exits before.
     #[track_caller]
     pub fn start_until(self, ready: impl Fn() -> bool) -> Running {
         let mut child = self.start(Stdio::null(), Stdio::null());
-        let shown = show(&self.words);
+        let command_line = join(&self.words);
         let stderr = drain(child.stderr.take().unwrap());
         let mut ended = None;
         let is_ready = poll_until(TIMEOUT, || {
@@ -108,40 +108,45 @@ impl Program {
         let process = Running { child };
         if let Some(status) = ended {
             let printed = String::from_utf8_lossy(&stderr.join().unwrap()).into_owned();
-            panic!("{shown} ended with {status} and printed: {printed}");
+            panic!("{command_line} exited with {status}, stderr: {printed}");
         }
-        assert!(is_ready, "{shown} is not ready");
+        assert!(is_ready, "{command_line} is not ready");
         process
     }
 }
 
 impl Outcome {
-    /// Its stdout as text.
+    /// The stdout as text.
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
-    /// Fails unless it succeeded.
+    /// Fails unless the exit status is 0.
     #[track_caller]
     pub fn succeeded(&self) -> &Outcome {
         self.ended_with(0)
     }
 
-    /// Fails unless it ended with this exit status.
+    /// Fails unless this is the exit status.
     #[track_caller]
     pub fn ended_with(&self, code: i32) -> &Outcome {
-        let Outcome { shown, status, stderr, .. } = self;
+        let Outcome { command_line, status, stderr, .. } = self;
         let printed = self.text();
-        assert_eq!(status.code(), Some(code), "{shown}: {status}; {stderr}{printed}");
+        assert_eq!(status.code(), Some(code), "{command_line}: {status}; {stderr}{printed}");
         self
     }
 
-    /// Fails unless it ended with this exit status and each of `parts` is in its stderr.
+    /// Fails unless this is the exit status, and stderr contains each of `parts`.
     #[track_caller]
     pub fn refused(&self, code: i32, parts: &[&str]) -> &Outcome {
         self.ended_with(code);
         for part in parts {
-            assert!(self.stderr.contains(part), "{}: no {part:?} in: {}", self.shown, self.stderr);
+            assert!(
+                self.stderr.contains(part),
+                "{}: no {part:?} in: {}",
+                self.command_line,
+                self.stderr
+            );
         }
         self
     }
@@ -149,12 +154,12 @@ impl Outcome {
     /// Fails unless stdout and stderr are empty.
     #[track_caller]
     pub fn prints_nothing(&self) -> &Outcome {
-        assert_eq!((self.text().as_str(), self.stderr.as_str()), ("", ""), "{}", self.shown);
+        assert_eq!((self.text().as_str(), self.stderr.as_str()), ("", ""), "{}", self.command_line);
         self
     }
 }
 
-fn show(words: &[OsString]) -> String {
+fn join(words: &[OsString]) -> String {
     let words: Vec<_> = words.iter().map(|w| w.to_string_lossy()).collect();
     words.join(" ")
 }
@@ -167,9 +172,9 @@ fn drain(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     })
 }
 
-/// Waits for a child that must end by itself; kills it and fails if it does not.
+/// Waits until a child exits. After twice [`TIMEOUT`], kills it and fails.
 #[track_caller]
-pub fn wait_for_exit(child: &mut Child, shown: &str) -> ExitStatus {
+pub fn wait_for_exit(child: &mut Child, command_line: &str) -> ExitStatus {
     let mut status = None;
     let ended = poll_until(2 * TIMEOUT, || {
         status = child.try_wait().unwrap();
@@ -178,25 +183,25 @@ pub fn wait_for_exit(child: &mut Child, shown: &str) -> ExitStatus {
     if !ended {
         let _ = child.kill();
         let _ = child.wait();
-        panic!("{shown} does not end");
+        panic!("{command_line} does not exit");
     }
     status.unwrap()
 }
 
-/// Another program that runs beside the test. Dropping it kills it.
+/// Another program in the background. Dropping it kills it.
 pub struct Running {
     child: Child,
 }
 
 impl Running {
-    /// Asks it to end, and waits until it has: everything it holds is then written.
+    /// Sends SIGTERM and waits until it exits. It has then written all data that it buffers.
     #[track_caller]
     pub fn stop(self) {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
         self.wait();
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until it exits.
     #[track_caller]
     pub fn wait(mut self) {
         wait_until("a program to end", || self.child.try_wait().unwrap().is_some());
@@ -212,10 +217,10 @@ impl Drop for Running {
     }
 }
 
-/// Another NBD server for the length of a test.
+/// An NBD server other than flexnbd.
 pub struct Peer {
     process: Running,
-    /// Where it listens.
+    /// The endpoint at which it listens.
     pub endpoint: Endpoint,
 }
 
@@ -225,7 +230,7 @@ impl Peer {
         self.endpoint.uri()
     }
 
-    /// Asks it to end, and waits until it has: everything it holds is then written.
+    /// Sends SIGTERM and waits until it exits. It has then written all data that it buffers.
     #[track_caller]
     pub fn stop(self) {
         self.process.stop();

@@ -1,6 +1,5 @@
-//! The numbers of the NBD protocol, from `doc/proto.md` of the NBD project and its
-//! extended-headers extension. Written down a second time, so that a wrong number in the program
-//! cannot hide in its tests.
+//! The numbers of the NBD protocol, from `doc/proto.md` of the NBD project and its extended-headers
+//! extension. A second copy, so that the tests detect a wrong number in the program.
 
 #![allow(missing_docs, reason = "each has the name that the specification gives it")]
 
@@ -19,7 +18,8 @@ pub const GREETING_LENGTH: usize = 18;
 /// Handshake flags of the server and client flags alike.
 pub const FIXED_NEWSTYLE: u32 = 1;
 pub const NO_ZEROES: u32 = 2;
-/// The zeroes at the end of the old handshakes.
+/// Count of reserved zero bytes at the end of the oldstyle greeting and of the reply to
+/// EXPORT_NAME.
 pub const ZEROES: usize = 124;
 
 pub const OPT_EXPORT_NAME: u32 = 1;
@@ -98,7 +98,7 @@ pub const ENOSPC: u32 = 28;
 pub const EOVERFLOW: u32 = 75;
 pub const ENOTSUP: u32 = 95;
 pub const ESHUTDOWN: u32 = 108;
-/// The only errors that may go over the wire.
+/// The error values that the specification defines. A server sends no others.
 pub const LISTED_ERRORS: [u32; 8] =
     [EPERM, EIO, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN];
 

@@ -1,6 +1,6 @@
-//! A TCP proxy between source and destination that a test can slow down or cut.
-//! A cut is silent, as when a cable is pulled: the proxy forwards nothing more, tells neither side,
-//! and leaves both connections half open. Never changes a byte.
+//! A TCP proxy between source and destination that a test can slow down or cut. A cut is silent,
+//! like that of a cable: the proxy forwards no more bytes, and sends neither FIN nor RST to either
+//! side. Never changes a byte.
 
 use crate::unused_loopback_address;
 use std::io::{Read as _, Write as _};
@@ -10,24 +10,25 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// The beginning of a FLUSH in a compact request header.
+/// The first bytes of a compact request header with FLUSH.
 pub const FLUSH_HEADER: [u8; 8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0, 3];
-/// The beginning of the private command HANDOVER (flexnbd-migration(7)) in such a header.
+/// The first bytes of a compact request header with the private command HANDOVER
+/// (flexnbd-migration(7)).
 pub const HANDOVER_HEADER: [u8; 8] = [0x25, 0x60, 0x95, 0x13, 0, 0, 0x46, 0x4c];
 
-/// When the proxy cuts its connections by itself, judged by what the source sends.
+/// The point in the bytes from the source at which the proxy cuts all connections by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CutAt {
     /// Never.
     Never,
-    /// Once the destination has been sent so many bytes.
+    /// After this number of bytes in all connections.
     Bytes(u64),
-    /// Before the n-th request that begins with these bytes, which is not forwarded.
+    /// Before the n-th request that begins with these bytes: the request is not forwarded.
     Before([u8; 8], u64),
-    /// After the first such request: it is forwarded, its reply is not.
+    /// After the first request that begins with these bytes: its reply is not forwarded.
     After([u8; 8]),
-    /// After the first such request: it is forwarded, and so is its reply, but nothing that the
-    /// source sends later until [`Proxy::release`].
+    /// After the first request that begins with these bytes: its reply is still forwarded, but
+    /// later bytes from the source are held until [`Proxy::release`].
     Hold([u8; 8]),
 }
 
@@ -36,33 +37,33 @@ struct Shared {
     cut_at: Mutex<CutAt>,
     cut: AtomicBool,
     held: AtomicBool,
-    /// Counts repairs. A connection of an earlier generation stays dead.
+    /// Count of repairs. Connections of an earlier generation stay dead.
     generation: AtomicU64,
     closed: AtomicBool,
-    /// Nothing is forwarded for the time being.
+    /// Set by [`Proxy::set_paused`].
     paused: AtomicBool,
     /// Both ends of every connection so far.
     connections: Mutex<Vec<TcpStream>>,
     bytes_sent: AtomicU64,
-    /// Bytes per second to the destination.
+    /// Limit of the bytes per second to the destination.
     bytes_per_sec_max: Option<u64>,
 }
 
-/// A proxy. Dropping it closes everything.
+/// A running proxy. Dropping it closes all connections.
 pub struct Proxy {
-    /// Where the source connects to reach the destination.
+    /// The address that the source connects to.
     pub address: SocketAddr,
     shared: Arc<Shared>,
     acceptor: Option<JoinHandle<()>>,
 }
 
 impl Proxy {
-    /// A proxy to this address, reached at an address of its own.
+    /// Starts a proxy to this address, at an address of its own.
     pub fn to(to: SocketAddr, cut_at: CutAt) -> Proxy {
         Proxy::new(to, cut_at, None)
     }
 
-    /// The same, never cut, which forwards so many bytes per second from the source.
+    /// Starts a proxy with a limit of the bytes per second from the source, and without cuts.
     pub fn slow(to: SocketAddr, bytes_per_sec_max: u64) -> Proxy {
         Proxy::new(to, CutAt::Never, Some(bytes_per_sec_max))
     }
@@ -85,17 +86,17 @@ impl Proxy {
         proxy
     }
 
-    /// Whether it forwards nothing new: it is cut, or holds.
+    /// Whether it is cut, or holds bytes from the source.
     pub fn is_cut(&self) -> bool {
         self.shared.cut.load(Ordering::SeqCst) || self.is_held()
     }
 
-    /// Whether it holds what the source sends ([`CutAt::Hold`]).
+    /// Whether it holds bytes from the source ([`CutAt::Hold`]).
     pub fn is_held(&self) -> bool {
         self.shared.held.load(Ordering::SeqCst)
     }
 
-    /// Forwards what it held, and neither holds nor cuts again by itself.
+    /// Forwards the held bytes. Afterwards the proxy neither holds nor cuts by itself.
     pub fn release(&self) {
         *self.shared.cut_at.lock().unwrap() = CutAt::Never;
         self.shared.held.store(false, Ordering::SeqCst);
@@ -106,27 +107,27 @@ impl Proxy {
         self.shared.bytes_sent.load(Ordering::SeqCst)
     }
 
-    /// Cuts it now.
+    /// Cuts all connections.
     pub fn cut(&self) {
         self.shared.cut.store(true, Ordering::SeqCst);
     }
 
-    /// Stops forwarding in both directions, or goes on.
+    /// Pauses or resumes forwarding in both directions.
     pub fn set_paused(&self, paused: bool) {
         self.shared.paused.store(paused, Ordering::SeqCst);
     }
 
-    /// Closes every connection at both ends.
+    /// Closes all connections at both ends.
     pub fn reset(&self) {
         for end in self.shared.connections.lock().unwrap().drain(..) {
             let _ = end.shutdown(Shutdown::Both);
         }
     }
 
-    /// Forwards new connections again, and never cuts again by itself.
+    /// Accepts new connections again. Afterwards the proxy never cuts by itself.
     pub fn repair(&mut self) {
         *self.shared.cut_at.lock().unwrap() = CutAt::Never;
-        // A proxy that only holds still has its acceptor, which ends when it is cut.
+        // A proxy that holds still has its acceptor thread, which ends once the proxy is cut.
         self.shared.cut.store(true, Ordering::SeqCst);
         self.close();
         self.shared.generation.fetch_add(1, Ordering::SeqCst);
@@ -157,7 +158,8 @@ impl Drop for Proxy {
 }
 
 impl Shared {
-    /// Forwards every connection. Ends when the proxy is cut, and closes the listening socket.
+    /// Accepts connections and forwards their bytes. Returns once the proxy is cut or closed; the
+    /// caller then closes the listening socket, so that connections are refused.
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
         while !self.is_dead(self.generation.load(Ordering::SeqCst)) {
             match listener.accept() {
@@ -175,7 +177,7 @@ impl Shared {
     }
 
     fn forward(self: &Arc<Self>, near: TcpStream) {
-        // A destination that refuses the connection must seem to close it behind the proxy, too.
+        // If the destination refuses the connection, close that of the source.
         let Ok(far) = TcpStream::connect(self.to) else { return };
         near.set_nonblocking(false).unwrap();
         let generation = self.generation.load(Ordering::SeqCst);
@@ -229,8 +231,8 @@ impl Shared {
         }
     }
 
-    /// Looks for the bytes at which to cut. If they are there: cuts, and returns how many bytes of
-    /// `bytes` are still forwarded.
+    /// Searches `bytes` for the point of the cut. If found, cuts and returns how many of `bytes` to
+    /// forward still.
     fn search(&self, bytes: &[u8], search: &mut Search, generation: u64) -> Option<usize> {
         let length = bytes.len() as u64;
         let bytes_sent = self.bytes_sent.fetch_add(length, Ordering::SeqCst) + length;
@@ -263,12 +265,12 @@ impl Shared {
     }
 }
 
-/// The state of the search in the bytes of one connection.
+/// The state of a search in one connection.
 #[derive(Default)]
 struct Search {
-    /// The last bytes of the earlier reads, so that a pattern across two reads is found.
+    /// The last bytes of earlier reads, since a pattern may span two reads.
     tail: Vec<u8>,
-    /// How often [`CutAt::Before`] has found its pattern.
+    /// Count of patterns found for [`CutAt::Before`].
     seen: u64,
 }
 

@@ -1,6 +1,6 @@
-//! The NBD protocol as bytes: a connection, option haggling, encoded requests.
-//! Never uses the library under test, so that a misreading of the specification in the program cannot
-//! hide in its tests.
+//! The NBD protocol as bytes: a connection, option haggling, encoded requests. Never uses the
+//! library under test, so that a misreading of the specification in the program cannot hide in its
+//! tests.
 
 pub use crate::proto::*;
 use crate::{Endpoint, TIMEOUT, wait_until};
@@ -11,15 +11,15 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-enum Link {
+enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
 }
 
-/// One connection to a server. Unless a function returns an error, a connection that fails or a
-/// server that breaks the protocol fails the test.
+/// One connection to a server. A failed connection or a violation of the protocol fails the test,
+/// except in functions that return an error.
 pub struct Wire {
-    link: Link,
+    stream: Stream,
 }
 
 impl Wire {
@@ -30,88 +30,88 @@ impl Wire {
             .unwrap_or_else(|e| panic!("cannot connect to {endpoint:?}: {e}"))
     }
 
-    /// The same for a server that may refuse the connection.
+    /// Connects to a server that may refuse the connection.
     pub fn try_connect(endpoint: &Endpoint) -> io::Result<Wire> {
         Wire::try_connect_within(endpoint, TIMEOUT)
     }
 
-    /// The same with another timeout for the TCP connection.
+    /// Connects with another timeout for the TCP connection.
     pub(crate) fn try_connect_within(endpoint: &Endpoint, timeout: Duration) -> io::Result<Wire> {
-        let link = match endpoint {
-            Endpoint::Tcp(address) => Link::Tcp(TcpStream::connect_timeout(address, timeout)?),
-            Endpoint::Unix(path) => Link::Unix(UnixStream::connect(path)?),
+        let stream = match endpoint {
+            Endpoint::Tcp(address) => Stream::Tcp(TcpStream::connect_timeout(address, timeout)?),
+            Endpoint::Unix(path) => Stream::Unix(UnixStream::connect(path)?),
         };
-        if let Link::Tcp(stream) = &link {
-            stream.set_nodelay(true)?;
+        if let Stream::Tcp(tcp) = &stream {
+            tcp.set_nodelay(true)?;
         }
-        let wire = Wire { link };
+        let wire = Wire { stream };
         wire.set_read_timeout(TIMEOUT);
         wire.set_write_timeout(TIMEOUT);
         Ok(wire)
     }
 
-    /// Sets how long a read waits before it fails.
+    /// Sets the timeout of reads.
     pub fn set_read_timeout(&self, timeout: Duration) {
         let timeout = Some(timeout);
-        match &self.link {
-            Link::Tcp(s) => s.set_read_timeout(timeout).unwrap(),
-            Link::Unix(s) => s.set_read_timeout(timeout).unwrap(),
+        match &self.stream {
+            Stream::Tcp(s) => s.set_read_timeout(timeout).unwrap(),
+            Stream::Unix(s) => s.set_read_timeout(timeout).unwrap(),
         }
     }
 
     fn set_write_timeout(&self, timeout: Duration) {
         let timeout = Some(timeout);
-        match &self.link {
-            Link::Tcp(s) => s.set_write_timeout(timeout).unwrap(),
-            Link::Unix(s) => s.set_write_timeout(timeout).unwrap(),
+        match &self.stream {
+            Stream::Tcp(s) => s.set_write_timeout(timeout).unwrap(),
+            Stream::Unix(s) => s.set_write_timeout(timeout).unwrap(),
         }
     }
 
-    /// Waits until at least this many bytes have arrived (`FIONREAD`), and takes none of them.
+    /// Waits until at least `count` bytes can be read (`FIONREAD`), and reads none of them.
     #[track_caller]
     pub fn wait_for_bytes(&self, count: usize) {
-        let fd = match &self.link {
-            Link::Tcp(s) => s.as_raw_fd(),
-            Link::Unix(s) => s.as_raw_fd(),
+        let fd = match &self.stream {
+            Stream::Tcp(s) => s.as_raw_fd(),
+            Stream::Unix(s) => s.as_raw_fd(),
         };
         wait_until("bytes of a reply", || {
             let mut arrived: nix::libc::c_int = 0;
-            // SAFETY: FIONREAD writes one int, and is given the address of one.
-            let asked = unsafe { nix::libc::ioctl(fd, nix::libc::FIONREAD, &raw mut arrived) };
-            asked == 0 && arrived as usize >= count
+            // SAFETY: FIONREAD writes one int, to the address of one.
+            let result = unsafe { nix::libc::ioctl(fd, nix::libc::FIONREAD, &raw mut arrived) };
+            result == 0 && arrived as usize >= count
         });
     }
 
     /// Address and port of this end of a TCP connection.
     pub fn local_address(&self) -> String {
-        match &self.link {
-            Link::Tcp(s) => s.local_addr().unwrap().to_string(),
-            Link::Unix(_) => panic!("not TCP"),
+        match &self.stream {
+            Stream::Tcp(s) => s.local_addr().unwrap().to_string(),
+            Stream::Unix(_) => panic!("not TCP"),
         }
     }
 
-    /// A second handle on the same connection, to send and receive at the same time.
+    /// A second handle of the connection, to send and receive concurrently.
     pub fn try_clone(&self) -> Wire {
-        let link = match &self.link {
-            Link::Tcp(s) => Link::Tcp(s.try_clone().unwrap()),
-            Link::Unix(s) => Link::Unix(s.try_clone().unwrap()),
+        let stream = match &self.stream {
+            Stream::Tcp(s) => Stream::Tcp(s.try_clone().unwrap()),
+            Stream::Unix(s) => Stream::Unix(s.try_clone().unwrap()),
         };
-        Wire { link }
+        Wire { stream }
     }
 
-    /// Sends all of `bytes`, if the server takes them.
+    /// Sends all of `bytes` to a server that may close the connection.
     pub fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match &mut self.link {
-            Link::Tcp(s) => s.write_all(bytes),
-            Link::Unix(s) => s.write_all(bytes),
+        match &mut self.stream {
+            Stream::Tcp(s) => s.write_all(bytes),
+            Stream::Unix(s) => s.write_all(bytes),
         }
     }
 
-    /// One read into `buffer`: the count of bytes, zero at the end of the stream.
+    /// Reads once into `buffer`. Returns the count of bytes, zero at the end of the stream.
     pub fn try_recv(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match &mut self.link {
-            Link::Tcp(s) => s.read(buffer),
-            Link::Unix(s) => s.read(buffer),
+        match &mut self.stream {
+            Stream::Tcp(s) => s.read(buffer),
+            Stream::Unix(s) => s.read(buffer),
         }
     }
 
@@ -119,7 +119,7 @@ impl Wire {
     #[track_caller]
     pub fn send(&mut self, bytes: &[u8]) {
         if let Err(e) = self.try_send(bytes) {
-            panic!("the server does not take {} bytes: {e}", bytes.len());
+            panic!("cannot send {} bytes: {e}", bytes.len());
         }
     }
 
@@ -157,7 +157,7 @@ impl Wire {
         u64::from_be_bytes(self.recv(8).try_into().unwrap())
     }
 
-    /// Everything until the server closes the connection; a reset counts as closing.
+    /// Receives all bytes until the server closes the connection, with FIN or RST.
     #[track_caller]
     pub fn recv_to_end(&mut self) -> Vec<u8> {
         let (data, end) = self.recv_to_end_or_error();
@@ -168,7 +168,7 @@ impl Wire {
         }
     }
 
-    /// Everything until the stream ends, and the error that ended it.
+    /// Receives all bytes until the stream ends. Also returns the error that ended it.
     pub fn recv_to_end_or_error(&mut self) -> (Vec<u8>, io::Result<()>) {
         let mut data = Vec::new();
         let mut buffer = vec![0; 1 << 16];
@@ -182,26 +182,26 @@ impl Wire {
         }
     }
 
-    /// Fails unless the server closes without sending anything more.
+    /// Fails unless the server closes the connection without sending more bytes.
     #[track_caller]
     pub fn expect_closed(&mut self, why: &str) {
         let rest = self.recv_to_end();
-        assert!(rest.is_empty(), "{why}: the server sent {rest:02x?} before it closed");
+        assert!(rest.is_empty(), "{why}: the server sent {rest:02x?} before closing");
     }
 
-    /// Closes this direction of the connection; the other can still be received from.
+    /// Closes the direction to the server. Replies can still be received.
     pub fn shutdown_write(&self) {
-        let _ = match &self.link {
-            Link::Tcp(s) => s.shutdown(Shutdown::Write),
-            Link::Unix(s) => s.shutdown(Shutdown::Write),
+        let _ = match &self.stream {
+            Stream::Tcp(s) => s.shutdown(Shutdown::Write),
+            Stream::Unix(s) => s.shutdown(Shutdown::Write),
         };
     }
 
-    /// Closes the connection as a crashed client does: with a reset, where the transport has one.
+    /// Closes the connection with a RST, as a crashed client does; a unix socket is only closed.
     pub fn reset(self) {
-        if let Link::Tcp(s) = &self.link {
-            let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
-            setsockopt(s, sockopt::Linger, &at_once).unwrap();
+        if let Stream::Tcp(s) = &self.stream {
+            let no_linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+            setsockopt(s, sockopt::Linger, &no_linger).unwrap();
         }
     }
 }
@@ -211,20 +211,20 @@ impl Wire {
 pub struct OptionReply {
     /// The reply type, such as [`REP_ACK`].
     pub kind: u32,
-    /// What follows the reply header.
+    /// The data after the reply header.
     pub data: Vec<u8>,
 }
 
 impl OptionReply {
-    /// Whether it is the last reply to its option.
+    /// Whether it is the final reply to its option.
     pub fn is_final(&self) -> bool {
         self.kind == REP_ACK || self.kind & REP_IS_ERROR != 0
     }
 }
 
-/// Option haggling, from the greeting on.
+/// The handshake: greeting and option haggling.
 impl Wire {
-    /// Connects, receives the newstyle greeting and sends these client flags.
+    /// Connects, receives the newstyle greeting and sends `client_flags`.
     #[track_caller]
     pub fn haggle(endpoint: &Endpoint, client_flags: u32) -> Wire {
         let mut wire = Wire::connect(endpoint);
@@ -234,22 +234,22 @@ impl Wire {
         wire
     }
 
-    /// Connects and receives the newstyle greeting; tries again while a server at its limit of
-    /// clients closes without one.
+    /// Connects and receives the newstyle greeting. Retries while the server is at its limit of
+    /// clients and closes connections without a greeting.
     #[track_caller]
     pub fn connect_with_retries(endpoint: &Endpoint) -> Wire {
         let mut greeted = None;
         wait_until("a greeting", || {
             let mut wire = Wire::connect(endpoint);
             let mut greeting = [0; GREETING_LENGTH];
-            let came = matches!(wire.try_recv(&mut greeting), Ok(GREETING_LENGTH));
-            greeted = came.then_some(wire);
-            came
+            let received = matches!(wire.try_recv(&mut greeting), Ok(GREETING_LENGTH));
+            greeted = received.then_some(wire);
+            received
         });
         greeted.unwrap()
     }
 
-    /// Receives the newstyle greeting; its handshake flags.
+    /// Receives the newstyle greeting and returns its handshake flags.
     #[track_caller]
     pub fn recv_greeting(&mut self) -> u16 {
         assert_eq!(self.recv_u64(), GREETING, "the greeting begins with NBDMAGIC");
@@ -263,7 +263,7 @@ impl Wire {
         self.send(&encode_option(option, data));
     }
 
-    /// Receives one reply to this option, and checks its form.
+    /// Receives one reply to this option and checks its format.
     #[track_caller]
     fn recv_option_reply(&mut self, option: u32) -> OptionReply {
         assert_eq!(self.recv_u64(), OPTION_REPLY, "magic of a reply to option {option}");
@@ -277,7 +277,8 @@ impl Wire {
         reply
     }
 
-    /// Sends an option and receives every reply to it: those before the final one, and its type.
+    /// Sends an option and receives all replies. Returns those before the final reply, and the type
+    /// of the final reply.
     #[track_caller]
     pub fn ask(&mut self, option: u32, data: &[u8]) -> (Vec<OptionReply>, u32) {
         self.send_option(option, data);
@@ -291,7 +292,7 @@ impl Wire {
         }
     }
 
-    /// The same for an option of which only the type of the final reply matters.
+    /// Sends an option, receives all replies, and returns only the type of the final reply.
     #[track_caller]
     pub fn ask_final(&mut self, option: u32, data: &[u8]) -> u32 {
         self.ask(option, data).1
@@ -324,7 +325,7 @@ pub fn encode_option(option: u32, data: &[u8]) -> Vec<u8> {
     encode_option_of_length(option, u32::try_from(data.len()).unwrap(), data)
 }
 
-/// An option whose header may give another length than that of its data.
+/// An option whose header may have a wrong length.
 pub fn encode_option_of_length(option: u32, length: u32, data: &[u8]) -> Vec<u8> {
     let mut bytes = I_HAVE_OPT.to_be_bytes().to_vec();
     bytes.extend(option.to_be_bytes());
@@ -333,8 +334,8 @@ pub fn encode_option_of_length(option: u32, length: u32, data: &[u8]) -> Vec<u8>
     bytes
 }
 
-/// Everything that a client with structured replies and `base:allocation` sends before
-/// transmission, in one piece.
+/// All bytes that a client with structured replies and `base:allocation` sends before the
+/// transmission phase.
 pub fn typical_handshake() -> Vec<u8> {
     [
         (FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes().to_vec(),
@@ -361,7 +362,7 @@ pub fn encode_meta(name: &[u8], queries: &[&[u8]]) -> Vec<u8> {
     data
 }
 
-/// A string with its length of 32 bits before it.
+/// A string after its length in 32 bits.
 fn encode_string(string: &[u8]) -> Vec<u8> {
     let mut data = u32::try_from(string.len()).unwrap().to_be_bytes().to_vec();
     data.extend(string);

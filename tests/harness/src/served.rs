@@ -26,9 +26,9 @@ pub enum Transport {
 pub struct Served {
     /// The process.
     pub server: Server,
-    /// What it serves.
+    /// The served image.
     pub image: PathBuf,
-    /// Where both the image and the unix socket are.
+    /// The directory of the image and of the unix socket.
     pub dir: TempDir,
 }
 
@@ -41,7 +41,7 @@ impl Served {
         Served::existing(dir, image, transport, style, &[])
     }
 
-    /// The same in newstyle over TCP, with arguments.
+    /// Serves such an image in newstyle over TCP, with more arguments.
     #[track_caller]
     pub fn with(arguments: &[&str]) -> Served {
         let dir = temp_dir();
@@ -86,9 +86,10 @@ const TRANSPORTS_AND_STYLES: [(Transport, Style); 4] = [
     (Transport::Unix, Style::Old),
 ];
 
-/// Runs `test` against a server of 64 MiB for each transport and style; a failure names them.
+/// Runs `test` against a new server of 64 MiB for each transport and style. Prints them, so that
+/// the output of a failed test names them.
 #[track_caller]
-pub fn over_every_transport_and_style(test: impl Fn(&Served, Style)) {
+pub fn for_each_transport_and_style(test: impl Fn(&Served, Style)) {
     for (transport, style) in TRANSPORTS_AND_STYLES {
         let served = Served::start(transport, style);
         eprintln!("over {transport:?}, {style:?} style:");

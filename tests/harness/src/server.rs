@@ -1,6 +1,6 @@
-//! A `flexnbd` server process for the length of a test: starts it, waits until it listens, reads its
-//! stderr and `/proc` entries, ends it.
-//! Never waits by connecting: the server under test sees no client but those of the test.
+//! A `flexnbd` server process: starts it, waits until it listens, reads its stderr and `/proc`
+//! entries, stops it. Never waits by connecting, so that the server has no clients but those of the
+//! test.
 
 use crate::wait::POLL_INTERVAL;
 use crate::{Endpoint, TIMEOUT, free_port, poll_until, wait_until};
@@ -29,7 +29,7 @@ impl Builder {
         Builder::mode("serve", image)
     }
 
-    /// The same for another mode, such as `listen`.
+    /// `flexnbd MODE --file IMAGE`, such as `listen`, on a free port of 127.0.0.1.
     pub fn mode(mode: &str, image: &Path) -> Builder {
         let arguments = vec![mode.into(), "--file".into(), image.into()];
         Builder { arguments, wrapper: Vec::new(), environment: Vec::new(), endpoint: None }
@@ -52,8 +52,8 @@ impl Builder {
         self
     }
 
-    /// Runs the server by a wrapper such as prlimit(1), which must `exec` its arguments so that the
-    /// process id stays the same.
+    /// Starts the server through a wrapper such as prlimit(1), which must `exec` its arguments, so
+    /// that the process id stays the same.
     pub fn through<S: AsRef<OsStr>>(mut self, wrapper: impl IntoIterator<Item = S>) -> Self {
         self.wrapper = wrapper.into_iter().map(|a| a.as_ref().to_owned()).collect();
         self
@@ -65,14 +65,14 @@ impl Builder {
         self
     }
 
-    /// Starts the server and returns when it listens. Without an endpoint, tries up to three ports:
-    /// another process may bind a free port before the server does.
+    /// Starts the server and returns once it listens. Without an endpoint, tries up to three ports,
+    /// since another process may bind a free port first.
     #[track_caller]
     pub fn start(self) -> Server {
         let mut last = String::new();
         for _ in 0..3 {
-            let anywhere = || Endpoint::localhost(free_port());
-            let mut server = self.spawn_at(self.endpoint.clone().unwrap_or_else(anywhere));
+            let free = || Endpoint::localhost(free_port());
+            let mut server = self.spawn_at(self.endpoint.clone().unwrap_or_else(free));
             if server.starts_listening() {
                 return server;
             }
@@ -117,7 +117,7 @@ pub struct StderrReader {
 }
 
 impl StderrReader {
-    /// Starts reading the stderr of a child that was started with a pipe for it.
+    /// Starts to read the stderr of a child, which must be a pipe.
     pub fn start(child: &mut Child) -> StderrReader {
         let mut pipe = child.stderr.take().unwrap();
         let text = Arc::new(Mutex::new(String::new()));
@@ -131,13 +131,12 @@ impl StderrReader {
         StderrReader { text, thread: Some(thread) }
     }
 
-    /// Everything read so far.
+    /// The text read so far.
     pub fn text(&self) -> String {
         self.text.lock().unwrap().clone()
     }
 
-    /// Waits until the pipe is closed at the other end, after which [`StderrReader::text`] is
-    /// complete.
+    /// Waits for the end of the pipe. Afterwards [`StderrReader::text`] is complete.
     pub fn wait(&mut self) {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -145,7 +144,7 @@ impl StderrReader {
     }
 }
 
-/// A running server. Dropping it kills it; if the test fails, its stderr is printed.
+/// A running server. Dropping it kills it, and prints its stderr if the test fails.
 pub struct Server {
     child: Child,
     endpoint: Endpoint,
@@ -153,7 +152,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Where it listens.
+    /// The endpoint at which it listens.
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }
@@ -176,7 +175,7 @@ impl Server {
         self.endpoint.uri()
     }
 
-    /// What it has printed to stderr so far.
+    /// The text printed to stderr so far.
     pub fn stderr(&self) -> String {
         self.stderr.text()
     }
@@ -185,7 +184,7 @@ impl Server {
     #[track_caller]
     pub fn wait_for_stderr(&self, part: &str) {
         let found = poll_until(TIMEOUT, || self.stderr().contains(part));
-        assert!(found, "waited in vain for {part:?} on stderr, which is: {}", self.stderr());
+        assert!(found, "no {part:?} within {TIMEOUT:?} on stderr: {}", self.stderr());
     }
 
     /// Waits until it accepts connections at this control socket.
@@ -200,7 +199,7 @@ impl Server {
         kill(Pid::from_raw(self.pid().cast_signed()), signal).unwrap();
     }
 
-    /// Waits for the process to end by itself.
+    /// Waits until the process exits.
     #[track_caller]
     pub fn wait_for_end(&mut self) -> ExitStatus {
         let mut status = None;
@@ -212,7 +211,7 @@ impl Server {
         status.unwrap()
     }
 
-    /// Sends SIGTERM and waits for the process to end.
+    /// Sends SIGTERM and waits until the process exits.
     #[track_caller]
     pub fn stop(&mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
@@ -224,18 +223,18 @@ impl Server {
         self.child.try_wait().unwrap()
     }
 
-    /// Whether the process has not ended.
+    /// Whether the process has not exited.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Its resources now.
+    /// Its present resources.
     pub fn resources(&self) -> Resources {
         Resources::of(self.pid())
     }
 
-    /// Its resources once descriptors and threads have stopped changing: a server that listens may
-    /// still be starting threads, and one whose client has gone may still be ending some.
+    /// Its resources once the counts of descriptors and threads are stable. A server that listens
+    /// may still start threads, and sessions of closed connections may still end.
     #[track_caller]
     pub fn settled_resources(&self) -> Resources {
         const SAME_SAMPLES: u32 = 20;
@@ -251,14 +250,18 @@ impl Server {
         last
     }
 
-    /// Waits until it listens or ends; whether it listens.
+    /// Waits until it listens or exits. Returns whether it listens.
     pub fn starts_listening(&mut self) -> bool {
         let start = Instant::now();
         while !self.listens() {
             if !self.is_running() {
                 return false;
             }
-            assert!(start.elapsed() < TIMEOUT, "it neither listens nor ends: {}", self.stderr());
+            assert!(
+                start.elapsed() < TIMEOUT,
+                "the server neither listens nor exits: {}",
+                self.stderr()
+            );
             std::thread::sleep(POLL_INTERVAL);
         }
         true
@@ -271,7 +274,7 @@ impl Server {
 
     fn failure(&mut self) -> String {
         let status = self.wait_for_end();
-        format!("it ended with {status} and printed: {}", self.stderr())
+        format!("it exited with {status}, stderr: {}", self.stderr())
     }
 }
 
@@ -285,7 +288,7 @@ impl Drop for Server {
     }
 }
 
-/// The listening sockets at `endpoint` in the network namespace of the process, in the form of the
+/// The listening sockets at `endpoint` in the network namespace of the process, as the targets of
 /// links in `/proc/PID/fd`.
 fn listening_inodes(pid: u32, endpoint: &Endpoint) -> HashSet<String> {
     let table = match endpoint {
@@ -301,7 +304,7 @@ fn listening_inodes(pid: u32, endpoint: &Endpoint) -> HashSet<String> {
     text.lines().filter_map(inode).collect()
 }
 
-/// The inode in one line of `/proc/PID/net/*`, if that is a listening socket at `endpoint`.
+/// The inode in a line of `/proc/PID/net/*` if it describes a listening socket at `endpoint`.
 fn listening_inode<'a>(endpoint: &Endpoint, fields: &[&'a str]) -> Option<&'a str> {
     let field = |i: usize| fields.get(i).copied();
     match endpoint {
@@ -310,13 +313,13 @@ fn listening_inode<'a>(endpoint: &Endpoint, fields: &[&'a str]) -> Option<&'a st
             (field(3)? == "0A" && field(1)?.ends_with(&port)).then(|| field(9)).flatten()
         }
         Endpoint::Unix(path) => {
-            let here = field(7).is_some_and(|p| path == Path::new(p));
-            (field(3)? == "00010000" && here).then(|| field(6)).flatten()
+            let is_path = field(7).is_some_and(|p| path == Path::new(p));
+            (field(3)? == "00010000" && is_path).then(|| field(6)).flatten()
         }
     }
 }
 
-/// The target of each link in `/proc/PID/fd`; empty if the process is gone.
+/// The targets of the links in `/proc/PID/fd`; empty if the process has exited.
 fn descriptors(pid: u32) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
     let link = |entry: std::fs::DirEntry| std::fs::read_link(entry.path()).ok();
@@ -330,14 +333,14 @@ pub struct Resources {
     pub descriptors: usize,
     /// Threads.
     pub threads: u64,
-    /// Resident memory now.
+    /// Resident memory.
     pub rss_bytes: u64,
-    /// The peak of its resident memory.
+    /// The peak of resident memory.
     pub rss_bytes_peak: u64,
 }
 
 impl Resources {
-    /// The resources of any process; zero if it is gone.
+    /// The resources of any process; zero if it has exited.
     pub fn of(pid: u32) -> Resources {
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
         let number = |key: &str| -> u64 {

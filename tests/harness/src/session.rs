@@ -1,5 +1,5 @@
-//! The transmission phase from the side of a client, with simple replies, structured replies and
-//! extended headers. Checks the form of every reply against the specification, in every test.
+//! The client of a transmission phase, with simple replies, structured replies or extended headers.
+//! Checks the format of every reply against the specification.
 //! Never uses the library under test.
 
 use crate::Endpoint;
@@ -7,7 +7,7 @@ use crate::raw::*;
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// The form of replies and requests.
+/// The format of requests and replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Simple replies, 32-bit lengths.
@@ -18,21 +18,21 @@ pub enum Mode {
     Extended,
 }
 
-/// All three.
+/// All modes.
 pub const MODES: [Mode; 3] = [Mode::Simple, Mode::Structured, Mode::Extended];
 
-/// A request, independent of the form of its header.
+/// A request, independent of the format of its header.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The request type, such as `WRITE`.
     pub command: u16,
     /// Command flags.
     pub flags: u16,
-    /// In bytes.
+    /// Offset in bytes.
     pub offset: u64,
-    /// In bytes, of the range; the payload has a length of its own.
+    /// Length of the range in bytes, independent of that of the payload.
     pub length: u64,
-    /// What follows the header.
+    /// The bytes after the header.
     pub payload: Vec<u8>,
 }
 
@@ -49,7 +49,7 @@ impl Request {
         Request { command: WRITE, flags: 0, offset, length: data.len() as u64, payload }
     }
 
-    /// With these command flags.
+    /// Sets the command flags.
     pub fn flags(mut self, flags: u16) -> Request {
         self.flags = flags;
         self
@@ -67,12 +67,12 @@ pub struct Chunk {
     pub done: bool,
     /// The chunk type, such as `CHUNK_DATA`.
     pub kind: u16,
-    /// What follows the header.
+    /// The bytes after the header.
     pub payload: Vec<u8>,
 }
 
 impl Chunk {
-    /// Whether it describes content of the disk.
+    /// Whether it holds or describes content of the disk.
     pub fn is_content(&self) -> bool {
         self.kind == CHUNK_DATA || self.kind == CHUNK_HOLE
     }
@@ -89,21 +89,21 @@ impl Chunk {
 /// A complete reply.
 #[derive(Clone, Debug, Default)]
 pub struct Reply {
-    /// Zero for success.
+    /// The NBD error, zero for success.
     pub error: u32,
     /// The data of a READ, assembled from all chunks.
     pub data: Vec<u8>,
     /// The extents of BLOCK_STATUS: length in bytes and flags.
     pub extents: Vec<(u64, u64)>,
-    /// Empty for a simple reply.
+    /// The chunks; none in a simple reply.
     pub chunks: Vec<Chunk>,
 }
 
 /// One connection in the transmission phase.
 pub struct Session {
-    /// The connection, for bytes that no request of this type describes.
+    /// The connection, for bytes that [`Request`] cannot express.
     pub wire: Wire,
-    /// What was negotiated.
+    /// The negotiated mode.
     pub mode: Mode,
     /// Size of the export in bytes.
     pub size: u64,
@@ -116,7 +116,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Connects to the default export. `None` if the server does not support this mode.
+    /// Connects to the default export. `None` if the server does not support the mode.
     #[track_caller]
     pub fn open(endpoint: &Endpoint, mode: Mode) -> Option<Session> {
         let mut wire = Wire::haggle(endpoint, FIXED_NEWSTYLE | NO_ZEROES);
@@ -148,18 +148,18 @@ impl Session {
 
     /// Connects to an oldstyle server, which has no options.
     #[track_caller]
-    pub fn open_old_style(endpoint: &Endpoint) -> Session {
+    pub fn open_oldstyle(endpoint: &Endpoint) -> Session {
         let mut wire = Wire::connect(endpoint);
         assert_eq!(wire.recv_u64(), GREETING, "the greeting begins with NBDMAGIC");
-        assert_eq!(wire.recv_u64(), OLD_STYLE, "an old style greeting goes on with its magic");
+        assert_eq!(wire.recv_u64(), OLD_STYLE, "the magic of oldstyle");
         let size = wire.recv_u64();
         let flags = wire.recv_u32();
-        assert_eq!(flags >> 16, 0, "old style has no handshake flags");
+        assert_eq!(flags >> 16, 0, "oldstyle has no handshake flags");
         assert_eq!(wire.recv(ZEROES), [0; ZEROES], "the reserved bytes are zero");
         Session::after_handshake(wire, Mode::Simple, None, size, flags as u16)
     }
 
-    /// Wraps a connection whose transmission phase has just begun.
+    /// A session on a connection that has completed its handshake.
     pub fn after_handshake(
         wire: Wire,
         mode: Mode,
@@ -170,7 +170,7 @@ impl Session {
         Session { wire, mode, size, flags, context, requests: 0, unfinished: HashMap::new() }
     }
 
-    /// Whether the server has announced this command, by transmission flags or by a context.
+    /// Whether the server announced this command, by transmission flags or a metadata context.
     pub fn offers(&self, command: u16) -> bool {
         match command {
             FLUSH => self.flags & SEND_FLUSH != 0,
@@ -182,8 +182,8 @@ impl Session {
         }
     }
 
-    /// The bytes of a request with its payload, and its cookie. An extended WRITE gets the flag
-    /// that announces its payload.
+    /// The cookie of a request, and its bytes with payload. Adds the flag PAYLOAD_LEN to an
+    /// extended WRITE.
     pub fn encode(&mut self, request: &Request) -> (u64, Vec<u8>) {
         let extended = self.mode == Mode::Extended;
         let announced = if extended && request.command == WRITE { PAYLOAD_LEN } else { 0 };
@@ -194,7 +194,7 @@ impl Session {
         (cookie, bytes)
     }
 
-    /// Exactly this header, in the form of the session, and its cookie.
+    /// The cookie of a request, and its header in the format of the session. Adds no flags.
     pub fn encode_header(
         &mut self,
         command: u16,
@@ -211,7 +211,7 @@ impl Session {
         (cookie, bytes)
     }
 
-    /// Sends a request; its cookie.
+    /// Sends a request and returns its cookie.
     #[track_caller]
     pub fn send(&mut self, request: &Request) -> u64 {
         let (cookie, bytes) = self.encode(request);
@@ -219,33 +219,33 @@ impl Session {
         cookie
     }
 
-    /// Sends one request and receives its whole reply.
+    /// Sends one request and receives its complete reply.
     #[track_caller]
     pub fn ask(&mut self, request: Request) -> Reply {
         let cookie = self.send(&request);
         self.recv_reply(&HashMap::from([(cookie, request)])).1
     }
 
-    /// The same for a request that must succeed.
+    /// Sends one request, which must succeed.
     #[track_caller]
     pub fn ok(&mut self, request: Request) -> Reply {
-        let shown = show(self.mode, &request);
-        let answer = self.ask(request);
-        assert_eq!(answer.error, 0, "error of {shown}");
-        answer
+        let shown = describe(self.mode, &request);
+        let reply = self.ask(request);
+        assert_eq!(reply.error, 0, "error of {shown}");
+        reply
     }
 
-    /// The same for a request that must fail with one of these errors and leave the session usable.
+    /// Sends one request, which must fail with one of these errors and leave the session usable.
     #[track_caller]
     pub fn refused(&mut self, request: Request, errors: &[u32]) {
-        let shown = show(self.mode, &request);
-        let answer = self.ask(request);
-        assert!(errors.contains(&answer.error), "{shown}: {} is not of {errors:?}", answer.error);
-        assert!(!answer.chunks.iter().any(Chunk::is_content), "{shown}: content of a refusal");
+        let shown = describe(self.mode, &request);
+        let reply = self.ask(request);
+        assert!(errors.contains(&reply.error), "{shown}: {} is not of {errors:?}", reply.error);
+        assert!(!reply.chunks.iter().any(Chunk::is_content), "{shown}: content in an error reply");
         self.assert_in_sync();
     }
 
-    /// Sends all requests before it receives the first reply, then calls `check` with each reply.
+    /// Sends all requests, then receives all replies and calls `check` with each.
     #[track_caller]
     pub fn pipeline(
         &mut self,
@@ -258,38 +258,38 @@ impl Session {
             pending.insert(cookie, request);
         }
         while !pending.is_empty() {
-            let (cookie, answer) = self.recv_reply(&pending);
-            check(&pending.remove(&cookie).unwrap(), &answer);
+            let (cookie, reply) = self.recv_reply(&pending);
+            check(&pending.remove(&cookie).unwrap(), &reply);
         }
     }
 
-    /// The data of a READ that must succeed.
+    /// Sends a READ, which must succeed, and returns its data.
     #[track_caller]
     pub fn read(&mut self, offset: u64, length: u64) -> Vec<u8> {
         self.ok(Request::new(READ, offset, length)).data
     }
 
-    /// Fails unless the server still parses requests correctly: it must answer a READ.
+    /// Fails unless the server still parses requests correctly: it must reply a READ.
     #[track_caller]
     pub fn assert_in_sync(&mut self) {
         self.read(0, 1);
     }
 
-    /// Receives the next reply that becomes complete, to any of the pending requests.
+    /// Receives the next complete reply to one of the pending requests, and returns its cookie.
     #[track_caller]
     pub fn recv_reply(&mut self, pending: &HashMap<u64, Request>) -> (u64, Reply) {
         loop {
             let magic = self.wire.recv_u32();
-            let (cookie, answer) = match (self.mode, magic) {
+            let (cookie, reply) = match (self.mode, magic) {
                 (Mode::Simple | Mode::Structured, SIMPLE_REPLY) => self.recv_simple(pending),
                 (Mode::Structured, STRUCTURED_REPLY) => self.recv_chunk(pending),
                 (Mode::Extended, EXTENDED_REPLY) => self.recv_chunk(pending),
-                (mode, magic) => panic!("a reply of magic {magic:#x} in a {mode:?} session"),
+                (mode, magic) => panic!("a reply with magic {magic:#x} in a {mode:?} session"),
             };
-            if let Some(answer) = answer {
-                let known = answer.error == 0 || LISTED_ERRORS.contains(&answer.error);
-                assert!(known, "error {} is not for the wire", answer.error);
-                return (cookie, answer);
+            if let Some(reply) = reply {
+                let known = reply.error == 0 || LISTED_ERRORS.contains(&reply.error);
+                assert!(known, "error {} is not an NBD error", reply.error);
+                return (cookie, reply);
             }
         }
     }
@@ -299,14 +299,17 @@ impl Session {
         let error = self.wire.recv_u32();
         let cookie = self.wire.recv_u64();
         let request = request_of(pending, cookie);
-        let mut answer = Reply { error, ..Reply::default() };
+        let mut reply = Reply { error, ..Reply::default() };
         if self.mode != Mode::Simple {
-            assert_ne!(request.command, READ, "a READ is always answered with chunks here");
-            assert!(request.command != BLOCK_STATUS || error != 0, "no extents came");
+            assert_ne!(request.command, READ, "a simple reply to a READ");
+            assert!(
+                request.command != BLOCK_STATUS || error != 0,
+                "a simple reply to BLOCK_STATUS"
+            );
         } else if request.command == READ && error == 0 {
-            answer.data = self.wire.recv(request.length as usize);
+            reply.data = self.wire.recv(request.length as usize);
         }
-        (cookie, Some(answer))
+        (cookie, Some(reply))
     }
 
     #[track_caller]
@@ -335,49 +338,54 @@ impl Session {
 fn request_of(pending: &HashMap<u64, Request>, cookie: u64) -> &Request {
     pending
         .get(&cookie)
-        .unwrap_or_else(|| panic!("a reply to {cookie:#x}, which is no pending request"))
+        .unwrap_or_else(|| panic!("a reply to cookie {cookie:#x}, which is not in flight"))
 }
 
-fn show(mode: Mode, r: &Request) -> String {
+fn describe(mode: Mode, r: &Request) -> String {
     let (command, flags, offset, length) = (r.command, r.flags, r.offset, r.length);
     format!("command {command} flags {flags:#x} offset {offset:#x} length {length:#x} ({mode:?})")
 }
 
-/// Checks the chunks of one reply against each other and the request, and joins them.
+/// Assembles a reply from its chunks, and checks them against each other and the request.
 #[track_caller]
 fn assemble(mode: Mode, context: Option<u32>, request: &Request, chunks: Vec<Chunk>) -> Reply {
-    let mut answer = Reply::default();
+    let mut reply = Reply::default();
     let mut covered: Vec<Range<u64>> = Vec::new();
     for chunk in &chunks {
         match chunk.kind {
             CHUNK_NONE => {
                 assert!(chunk.done && chunk.payload.is_empty(), "NONE is empty and last");
             }
-            CHUNK_DATA | CHUNK_HOLE => place(request, chunk, &mut answer.data, &mut covered),
+            CHUNK_DATA | CHUNK_HOLE => copy_content(request, chunk, &mut reply.data, &mut covered),
             CHUNK_BLOCK_STATUS | CHUNK_BLOCK_STATUS_EXT => {
-                assert!(answer.extents.is_empty(), "one chunk for one context");
-                answer.extents = extents(mode, context, request, chunk);
+                assert!(reply.extents.is_empty(), "one BLOCK_STATUS chunk for each context");
+                reply.extents = extents(mode, context, request, chunk);
             }
-            kind if kind >> 15 == 1 => answer.error = error_of(request, chunk),
+            kind if kind >> 15 == 1 => reply.error = error_of(request, chunk),
             kind => panic!("unknown chunk type {kind:#x}"),
         }
     }
-    if answer.error == 0 && request.command == READ {
+    if reply.error == 0 && request.command == READ {
         let sum: u64 = covered.iter().map(|r| r.end - r.start).sum();
-        assert_eq!(sum, request.length, "a READ that succeeds is covered entirely");
+        assert_eq!(sum, request.length, "the chunks of a READ cover its range");
     }
     if request.flags & DF != 0 {
         let content = chunks.iter().filter(|c| c.is_content()).count();
-        assert!(content <= 1, "{content} content chunks in spite of DF");
+        assert!(content <= 1, "{content} content chunks despite DF");
     }
-    answer.chunks = chunks;
-    answer
+    reply.chunks = chunks;
+    reply
 }
 
 /// Copies a content chunk into the data of the reply.
 #[track_caller]
-fn place(request: &Request, chunk: &Chunk, data: &mut Vec<u8>, covered: &mut Vec<Range<u64>>) {
-    assert_eq!(request.command, READ, "only a READ has content");
+fn copy_content(
+    request: &Request,
+    chunk: &Chunk,
+    data: &mut Vec<u8>,
+    covered: &mut Vec<Range<u64>>,
+) {
+    assert_eq!(request.command, READ, "content chunks belong to READ");
     let start = chunk.u64_at(0);
     let length = if chunk.kind == CHUNK_HOLE {
         assert_eq!(chunk.payload.len(), 12, "length of a hole chunk");
@@ -385,15 +393,15 @@ fn place(request: &Request, chunk: &Chunk, data: &mut Vec<u8>, covered: &mut Vec
     } else {
         chunk.payload.len() as u64 - 8
     };
-    let span = start..start.checked_add(length).expect("a chunk's end does not wrap");
+    let range = start..start.checked_add(length).expect("a chunk's end does not overflow");
     assert!(length > 0, "a content chunk is not empty");
     assert!(
-        span.start >= request.offset && span.end <= request.end(),
-        "{span:?} is outside of the request"
+        range.start >= request.offset && range.end <= request.end(),
+        "{range:?} is outside the request"
     );
-    let apart = covered.iter().all(|c| c.end <= span.start || span.end <= c.start);
-    assert!(apart, "{span:?} overlaps one of {covered:?}");
-    covered.push(span);
+    let disjoint = covered.iter().all(|c| c.end <= range.start || range.end <= c.start);
+    assert!(disjoint, "{range:?} overlaps one of {covered:?}");
+    covered.push(range);
     data.resize(request.length as usize, 0);
     if chunk.kind == CHUNK_DATA {
         let at = (start - request.offset) as usize;
@@ -404,13 +412,13 @@ fn place(request: &Request, chunk: &Chunk, data: &mut Vec<u8>, covered: &mut Vec
 /// The extents of a BLOCK_STATUS chunk, as lengths and flags.
 #[track_caller]
 fn extents(mode: Mode, context: Option<u32>, request: &Request, chunk: &Chunk) -> Vec<(u64, u64)> {
-    assert_eq!(request.command, BLOCK_STATUS, "only BLOCK_STATUS has extents");
-    assert_eq!(Some(chunk.u32_at(0)), context, "the context that was granted");
+    assert_eq!(request.command, BLOCK_STATUS, "extents belong to BLOCK_STATUS");
+    assert_eq!(Some(chunk.u32_at(0)), context, "the id of the negotiated context");
     let (head, width, kind) = match mode {
         Mode::Extended => (8, 16, CHUNK_BLOCK_STATUS_EXT),
         _ => (4, 8, CHUNK_BLOCK_STATUS),
     };
-    assert_eq!(chunk.kind, kind, "the form of BLOCK_STATUS that belongs to {mode:?}");
+    assert_eq!(chunk.kind, kind, "the type of a BLOCK_STATUS chunk in a {mode:?} session");
     let count = (chunk.payload.len() - head) / width;
     assert_eq!(chunk.payload.len(), head + count * width, "whole descriptors");
     let all: Vec<(u64, u64)> = (0..count)
@@ -433,10 +441,10 @@ fn check_extents(request: &Request, extents: &[(u64, u64)]) {
     assert!(extents.len() <= 1 << 20, "{} extents", extents.len());
     assert!(extents.iter().all(|(length, _)| *length > 0), "no extent is empty: {extents:?}");
     let before: u64 = others.iter().map(|(length, _)| length).sum();
-    assert!(before < request.length, "only the last extent may run past the request");
+    assert!(before < request.length, "only the last extent may exceed the request");
     if request.flags & REQ_ONE != 0 {
         assert!(others.is_empty(), "REQ_ONE: one extent");
-        assert!(last.0 <= request.length, "REQ_ONE: not longer than asked");
+        assert!(last.0 <= request.length, "REQ_ONE: not longer than the request");
     }
 }
 
@@ -449,14 +457,17 @@ fn error_of(request: &Request, chunk: &Chunk) -> u32 {
         kind => panic!("unknown error chunk {kind:#x}"),
     };
     let error = chunk.u32_at(0);
-    assert_ne!(error, 0, "an error chunk holds an error");
+    assert_ne!(error, 0, "the error of an error chunk is not zero");
     let message = usize::from(u16::from_be_bytes(chunk.payload[4..6].try_into().unwrap()));
     assert!(message <= STRING_MAX, "an error message of {message} bytes");
     assert_eq!(chunk.payload.len(), 6 + message + tail, "the length of an error chunk");
     assert!(std::str::from_utf8(&chunk.payload[6..6 + message]).is_ok(), "a message is UTF-8");
     if chunk.kind == CHUNK_ERROR_OFFSET {
         let offset = chunk.u64_at(6 + message);
-        assert!(request.offset <= offset && offset < request.end(), "an offset that was asked");
+        assert!(
+            request.offset <= offset && offset < request.end(),
+            "the offset of an error lies in the request"
+        );
     }
     error
 }

@@ -1,4 +1,4 @@
-//! What a test needs of the machine: the program under test, installed tools, compiled preloads.
+//! Requirements of tests: the program under test, installed tools, rights, compiled C sources.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -32,20 +32,20 @@ pub fn restore_default_signals() {
     }
 }
 
-/// Prints on the real stderr, past the test runner that hides what passing tests print, that (a
-/// part of) a test was not run.
+/// Prints that (a part of) a test was skipped. Writes to stderr directly, since the test runner
+/// hides the output of passing tests.
 pub fn skip(what: &str, why: &str) {
     let _ = writeln!(std::io::stderr(), "SKIP {what}: {why}");
 }
 
-/// Whether the program `name` is installed. If not: fails under `CI`; elsewhere prints so, and the
-/// caller returns.
+/// Whether the program `name` is installed. If not, fails where `CI` is set, and otherwise prints a
+/// skip; the caller then returns.
 pub fn require_tool(name: &str) -> bool {
     let found = std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).is_file()));
     if !found {
         assert!(std::env::var_os("CI").is_none(), "{name} is not installed, and CI must not skip");
-        skip(&format!("what needs {name}"), "it is not installed");
+        skip(&format!("a test that needs {name}"), "it is not installed");
     }
     found
 }
@@ -55,8 +55,8 @@ pub fn require_tools(names: &[&str]) -> bool {
     names.iter().filter(|name| !require_tool(name)).count() == 0
 }
 
-/// Whether this process is root, which `what` needs. If not: fails under `CI`; elsewhere prints so,
-/// and the caller returns.
+/// Whether this process is root, which `what` needs. If not, fails where `CI` is set, and otherwise
+/// prints a skip; the caller then returns.
 pub fn require_root(what: &str) -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root {
@@ -70,11 +70,11 @@ pub fn require_root(what: &str) -> bool {
 /// is not set.
 pub fn env_number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is no number")))
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number")))
 }
 
-/// Compiles a C source of the project into `dir`: a program, or with `-shared` among `flags` a
-/// library; its path.
+/// Compiles a C source of the project into `dir` and returns the path of the program, or of the
+/// library if `flags` contain `-shared`.
 #[track_caller]
 pub fn compile(dir: &Path, source: &str, flags: &[&str]) -> PathBuf {
     let source = project_path(source).display().to_string();
@@ -90,7 +90,7 @@ pub fn failing_fsync(dir: &Path) -> PathBuf {
     compile(dir, "tests/conformance/failing_fsync.c", &["-shared", "-fPIC", "-ldl"])
 }
 
-/// Runs a program to its end and returns its stdout; fails with its stderr if it fails.
+/// Runs a program and returns its stdout. Fails with its stderr unless it succeeds.
 #[track_caller]
 pub fn run(program: &str, arguments: &[&str]) -> String {
     let output =

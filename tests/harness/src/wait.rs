@@ -1,13 +1,13 @@
-//! Waiting for a condition, never for a time.
+//! Waits for conditions, never for a fixed time.
 
 use std::time::{Duration, Instant};
 
-/// How long anything may take that normally takes milliseconds. Long, because test machines are
-/// slow; a passing test never waits for it.
+/// Limit of each wait. Far longer than any event takes, because test machines are slow; a passing
+/// test never waits for so long.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Pause between two looks at a condition that cannot wake the test (another process's `/proc`
-/// entry).
+/// Pause between two polls. Conditions are polled because most of them, such as `/proc` entries,
+/// cannot wake the test.
 pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Polls `condition` until it is true; fails the test after [`TIMEOUT`], naming `what`.
@@ -16,7 +16,7 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     assert!(poll_until(TIMEOUT, &mut condition), "waited {TIMEOUT:?} in vain for {what}");
 }
 
-/// Polls `condition` until it is true or `timeout` has passed; whether it became true.
+/// Polls `condition` until it is true or `timeout` has passed. Returns whether it became true.
 pub fn poll_until(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     loop {

@@ -1,11 +1,11 @@
-//! Clients that write all the time, number every write, and remember which were acknowledged.
-//! They connect to whichever host serves the disk. Never use the library.
+//! Clients of a migrating disk that write continuously, number every write, and remember which were
+//! acknowledged. They reconnect to the host that serves the disk. Never use the library.
 //!
 //! Every block belongs to one writer, which writes it in versions 1, 2, 3 …; some versions are
-//! WRITE_ZEROES. After a connection is lost the writes in flight may or may not have happened. So
+//! WRITE_ZEROES. When a connection is lost, writes in flight may or may not have been executed. So
 //! a block may hold any version from the last acknowledged to the last attempted, and no other.
 
-use super::image::{BLOCK, begins_as_data, stamped, unit};
+use super::image::{BLOCK, is_data_initially, stamped, unit};
 use crate::raw::{self, encode_request};
 use crate::{Endpoint, TIMEOUT, poll_until};
 use fastrand::Rng;
@@ -32,9 +32,9 @@ pub const NO_PAUSE: Duration = Duration::ZERO;
 /// The versions that one block may hold.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Versions {
-    /// The last that was acknowledged.
+    /// The last acknowledged version.
     pub(crate) acknowledged: u64,
-    /// The last that was sent.
+    /// The last sent version.
     pub(crate) attempted: u64,
 }
 
@@ -48,10 +48,10 @@ struct Shared {
     began: Instant,
     acknowledged: AtomicU64,
     connections: AtomicU64,
-    /// When the last write was sent that the source acknowledged, in nanoseconds.
-    source_last: AtomicU64,
-    /// When the destination acknowledged its first write.
-    destination_first: AtomicU64,
+    /// When the latest write that the source acknowledged was sent, in nanoseconds since `began`.
+    source_last_ns: AtomicU64,
+    /// When the destination acknowledged its first write; `u64::MAX` before.
+    destination_first_ns: AtomicU64,
     errors: Mutex<Vec<String>>,
     pause: Duration,
 }
@@ -63,24 +63,24 @@ pub struct Writers {
     count: u64,
 }
 
-/// What was written, once all writers have stopped.
+/// The versions that each block may hold after all writers have stopped.
 pub struct Written {
     blocks: Vec<Versions>,
-    /// How many writes were acknowledged.
+    /// Count of acknowledged writes.
     pub acknowledged: u64,
-    /// How many connections had a write acknowledged.
+    /// Count of connections with at least one acknowledged write.
     pub connections: u64,
 }
 
 impl Writers {
     /// Starts writers on a disk of `size` bytes at `source`, made by
-    /// [`super::image::stamped_image`]. `how`: their number, their seed, and the pause between two
-    /// batches of each.
+    /// [`super::image::stamped_image`]. `how`: number of writers, seed, and pause between two
+    /// batches.
     pub fn start(source: Endpoint, size: u64, how: (u64, u64, Duration)) -> Writers {
         Writers::start_with(source, vec![Versions::default(); (size / BLOCK) as usize], how)
     }
 
-    /// The same on a disk to which other writers have written before.
+    /// Starts writers on a disk that earlier writers have written to.
     pub fn continue_after(
         before: &Written,
         source: Endpoint,
@@ -101,8 +101,8 @@ impl Writers {
             began: Instant::now(),
             acknowledged: AtomicU64::new(0),
             connections: AtomicU64::new(0),
-            source_last: AtomicU64::new(0),
-            destination_first: AtomicU64::new(u64::MAX),
+            source_last_ns: AtomicU64::new(0),
+            destination_first_ns: AtomicU64::new(u64::MAX),
             errors: Mutex::default(),
             pause,
         });
@@ -119,45 +119,47 @@ impl Writers {
         Writers { shared, threads, count }
     }
 
-    /// Lets writers look for the disk at this endpoint, too.
+    /// Adds the endpoint of the destination, which writers try if the source does not serve.
     pub fn add_destination(&self, destination: Endpoint) {
         *self.shared.destination.lock().unwrap() = Some(destination);
     }
 
-    /// How many writes have been acknowledged so far.
+    /// Count of writes acknowledged so far.
     pub fn acknowledged(&self) -> u64 {
         self.shared.acknowledged.load(Ordering::SeqCst)
     }
 
-    /// Waits until `more` writes have been acknowledged from now on.
+    /// Waits for `more` acknowledged writes.
     #[track_caller]
     pub fn wait_for_writes(&self, more: u64) {
-        let until = self.acknowledged() + more;
-        let came = poll_until(TIMEOUT, || self.acknowledged() >= until);
-        assert!(came, "{} writes of {until} were acknowledged", self.acknowledged());
+        let target = self.acknowledged() + more;
+        let reached = poll_until(TIMEOUT, || self.acknowledged() >= target);
+        assert!(reached, "only {} of {target} writes are acknowledged", self.acknowledged());
     }
 
     /// Waits until the destination has acknowledged a write.
     #[track_caller]
     pub fn wait_for_destination(&self) {
-        let first = &self.shared.destination_first;
-        let came = poll_until(TIMEOUT, || first.load(Ordering::SeqCst) != u64::MAX);
-        assert!(came, "the destination acknowledges no write");
+        let first = &self.shared.destination_first_ns;
+        let reached = poll_until(TIMEOUT, || first.load(Ordering::SeqCst) != u64::MAX);
+        assert!(reached, "the destination acknowledges no write");
     }
 
-    /// Stops all writers. Fails if one of them received an error or a malformed reply, or if both
-    /// hosts served the disk; a lost connection is no error.
+    /// Stops all writers. Fails if one of them received an error or a malformed reply, or if the
+    /// source acknowledged a write sent after the first reply of the destination. Lost connections
+    /// are no failure.
     #[track_caller]
     pub fn stop(self) -> Written {
         self.shared.stop.store(true, Ordering::SeqCst);
         let lists: Vec<_> = self.threads.into_iter().map(|t| t.join().unwrap()).collect();
         let errors = self.shared.errors.lock().unwrap();
         assert!(errors.is_empty(), "writers report: {errors:?}");
-        let last = self.shared.source_last.load(Ordering::SeqCst);
-        let first = self.shared.destination_first.load(Ordering::SeqCst);
+        let last = self.shared.source_last_ns.load(Ordering::SeqCst);
+        let first = self.shared.destination_first_ns.load(Ordering::SeqCst);
         assert!(
             last < first,
-            "both hosts serve: the source acknowledges a write sent {} ns too late",
+            "both hosts serve: the source acknowledged a write sent {} ns after the destination's first \
+             reply",
             last - first
         );
         let total: usize = lists.iter().map(Vec::len).sum();
@@ -171,15 +173,15 @@ impl Writers {
 }
 
 impl Written {
-    /// Fails unless every block of the image holds an allowed version; blocks never written must be
-    /// as [`super::image::stamped_image`] made them.
+    /// Fails unless every block of the image holds an allowed version. A block that was never
+    /// written has the content of [`super::image::stamped_image`].
     #[track_caller]
     pub fn assert_all_present(&self, image: &Path, context: &str) {
         let file = std::fs::File::open(image).unwrap();
         let mut data = vec![0; BLOCK as usize];
         for (block, versions) in (0..).zip(&self.blocks) {
             file.read_exact_at(&mut data, block * BLOCK).unwrap();
-            // A write that was never acknowledged may have been carried out in part.
+            // By unit, since a write that was never acknowledged may have been executed in part.
             for (index, found) in data.chunks(16).enumerate() {
                 assert!(
                     versions.permits(block, found),
@@ -202,7 +204,11 @@ impl Versions {
 
     /// Whether this version of this block is written by WRITE_ZEROES.
     pub(crate) fn is_zero(block: u64, version: u64) -> bool {
-        if version == 0 { !begins_as_data(block) } else { (block + 3 * version).is_multiple_of(11) }
+        if version == 0 {
+            !is_data_initially(block)
+        } else {
+            (block + 3 * version).is_multiple_of(11)
+        }
     }
 }
 
@@ -217,15 +223,14 @@ struct Writer {
 
 impl Writer {
     fn run(mut self) -> Vec<Versions> {
-        while !self.stopping() {
-            match self.find() {
+        while !self.is_stopping() {
+            match self.connect() {
                 Some((at_source, mut stream)) => {
                     let before = self.acknowledged;
-                    // Until the connection is lost.
-                    while !self.stopping() && self.batch(&mut stream, at_source).is_ok() {
+                    while !self.is_stopping() && self.run_batch(&mut stream, at_source).is_ok() {
                         thread::sleep(self.shared.pause);
                     }
-                    // A host that the disk is just leaving may greet and then do nothing.
+                    // A host whose disk is departing may complete a handshake and then close.
                     let served = u64::from(self.acknowledged > before);
                     self.shared.connections.fetch_add(served, Ordering::SeqCst);
                 }
@@ -235,49 +240,50 @@ impl Writer {
         self.blocks
     }
 
-    fn stopping(&self) -> bool {
+    fn is_stopping(&self) -> bool {
         self.shared.stop.load(Ordering::SeqCst)
     }
 
-    /// A connection to the host that serves the disk, and whether that is the source.
-    fn find(&self) -> Option<(bool, Stream)> {
+    /// Connects to the source, or else to the destination. The flag tells whether it is the source.
+    fn connect(&self) -> Option<(bool, Stream)> {
         let destination = self.shared.destination.lock().unwrap().clone();
         let source = Stream::open(&self.shared.source).ok().map(|stream| (true, stream));
         source.or_else(|| Some((false, Stream::open(&destination?).ok()?)))
     }
 
-    /// Sends some writes and receives their replies.
-    fn batch(&mut self, stream: &mut Stream, at_source: bool) -> io::Result<()> {
-        let began = self.now();
+    /// Sends up to [`DEPTH`] writes and receives their replies.
+    fn run_batch(&mut self, stream: &mut Stream, at_source: bool) -> io::Result<()> {
+        let sent_ns = self.now_ns();
         let mut bytes = Vec::new();
         let mut indexes = Vec::new();
         while indexes.len() < DEPTH.min(self.blocks.len()) {
             let index = self.random.usize(..self.blocks.len());
             if !indexes.contains(&index) {
                 indexes.push(index);
-                self.attempt(index, &mut bytes);
+                self.push_write(index, &mut bytes);
             }
         }
         stream.write_all(&bytes)?;
         while !indexes.is_empty() {
-            let index = self.reply(stream)?;
+            let index = self.recv_reply(stream)?;
             let Some(at) = indexes.iter().position(|pending| *pending == index) else {
-                return self.fail(format!("a reply to {index}, which is not in flight"));
+                return self.report(format!("a reply to cookie {index}, which is not in flight"));
             };
             indexes.swap_remove(at);
-            self.acknowledge(index, began, at_source);
+            self.acknowledge(index, sent_ns, at_source);
         }
         Ok(())
     }
 
-    fn attempt(&mut self, index: usize, bytes: &mut Vec<u8>) {
+    /// Appends a write of the next version of a block to `bytes`; its cookie is `index`.
+    fn push_write(&mut self, index: usize, bytes: &mut Vec<u8>) {
         let block = index as u64 * self.count + self.number;
         self.blocks[index].attempted += 1;
         let version = self.blocks[index].attempted;
         let zero = Versions::is_zero(block, version);
         let command = if zero { raw::WRITE_ZEROES } else { raw::WRITE };
         let (offset, length) = (block * BLOCK, BLOCK as u32);
-        // Writes with FUA are acknowledged later, so that replies change their order.
+        // Writes with FUA take longer, so that replies arrive out of order.
         let flags = if version.is_multiple_of(3) { raw::FUA } else { 0 };
         bytes.extend(encode_request(command, flags, index as u64, offset, length));
         if !zero {
@@ -285,54 +291,55 @@ impl Writer {
         }
     }
 
-    fn acknowledge(&mut self, index: usize, began: u64, at_source: bool) {
+    fn acknowledge(&mut self, index: usize, sent_ns: u64, at_source: bool) {
         self.blocks[index].acknowledged = self.blocks[index].attempted;
         self.acknowledged += 1;
         self.shared.acknowledged.fetch_add(1, Ordering::SeqCst);
         if at_source {
-            self.shared.source_last.fetch_max(began, Ordering::SeqCst);
+            self.shared.source_last_ns.fetch_max(sent_ns, Ordering::SeqCst);
         } else {
-            self.shared.destination_first.fetch_min(self.now(), Ordering::SeqCst);
+            self.shared.destination_first_ns.fetch_min(self.now_ns(), Ordering::SeqCst);
         }
     }
 
-    /// Receives the next reply; the index of its block.
-    fn reply(&self, stream: &mut Stream) -> io::Result<usize> {
+    /// Receives the next reply and returns its cookie.
+    fn recv_reply(&self, stream: &mut Stream) -> io::Result<usize> {
         let mut reply = [0; 16];
         let mut have = 0;
         while have < reply.len() {
             match stream.read(&mut reply[have..]) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(count) => have += count,
-                Err(error) if !is_timeout(&error) || self.stopping() => return Err(error),
+                Err(error) if !is_timeout(&error) || self.is_stopping() => return Err(error),
                 Err(_) => {}
             }
         }
         let word = |at: usize| u32::from_be_bytes(reply[at..at + 4].try_into().unwrap());
         if word(0) != raw::SIMPLE_REPLY || word(4) != 0 {
-            return self.fail(format!("the reply {reply:02x?}"));
+            return self.report(format!("the reply {reply:02x?}"));
         }
         Ok(u64::from_be_bytes(reply[8..].try_into().unwrap()) as usize)
     }
 
-    fn fail<T>(&self, what: String) -> io::Result<T> {
-        self.shared.errors.lock().unwrap().push(what);
+    /// Records an error, for which [`Writers::stop`] fails.
+    fn report<T>(&self, error: String) -> io::Result<T> {
+        self.shared.errors.lock().unwrap().push(error);
         Err(ErrorKind::InvalidData.into())
     }
 
-    fn now(&self) -> u64 {
+    fn now_ns(&self) -> u64 {
         self.shared.began.elapsed().as_nanos() as u64
     }
 }
 
-/// A connection whose handshake is over.
+/// A connection in the transmission phase.
 enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
 }
 
 impl Stream {
-    /// Connects and chooses the default export, newstyle or oldstyle.
+    /// Connects and completes the handshake for the default export, newstyle or oldstyle.
     fn open(endpoint: &Endpoint) -> io::Result<Stream> {
         let mut stream = match endpoint {
             Endpoint::Tcp(address) => Stream::Tcp(TcpStream::connect(address)?),
