@@ -198,7 +198,10 @@ fn documented_limits_and_timeouts_match_the_program() {
     assert_eq!(documented_numbers("Control connections"), [most as u64, patience.as_secs()]);
     let (length, lines) = (control::command::LINE_BYTES_MAX, control::command::LINES_MAX);
     assert_eq!(documented_numbers("Control commands"), [length as u64, lines as u64]);
-    assert_eq!(documented_numbers("Orders"), [control::client::REPLY_TIMEOUT.as_secs()]);
+    assert_eq!(
+        documented_numbers("Replies to commands"),
+        [control::client::REPLY_TIMEOUT.as_secs()]
+    );
 }
 
 #[test]

@@ -116,7 +116,7 @@ fn uses<T: PartialEq>(
 fn the_table_shows_who_uses_each_key() {
     assert_eq!(BTreeSet::from(OTHER.map(|(key, _)| key)), BTreeSet::from(config::KEYS));
     let page = page();
-    let mut rows: Vec<&str> = page.items("WHO HEEDS WHAT");
+    let mut rows: Vec<&str> = page.items("USE OF EACH KEY");
     assert_eq!(rows.remove(0), "Em key Ta Cm serve Ta Cm listen Ta Em units Ta Cm reload");
     let expected = OTHER.map(|other| {
         let serve = uses(other, |text| load("serve", text));
@@ -151,7 +151,7 @@ fn documented_ranges_match_the_program() {
 #[test]
 fn the_size_limit_of_the_generator_is_documented() {
     let page = page();
-    let mut lines = page.at("WHEN IT IS WRONG");
+    let mut lines = page.at("INVALID CONFIGURATIONS");
     let documented =
         lines.find_map(|line| line.strip_prefix("A configuration longer than")).unwrap();
     let most = usize::try_from(numbers(documented)[0]).unwrap();
@@ -240,7 +240,7 @@ fn documented_messages_match_the_program() {
         "PORT=x",
     ];
     let page = page();
-    let shown = page.items("WHEN IT IS WRONG");
+    let shown = page.items("INVALID CONFIGURATIONS");
     let shown = &shown[4..];
     assert_eq!(shown.len(), wrong.len(), "{shown:?}");
     for (shown, wrong) in shown.iter().zip(wrong) {
@@ -248,7 +248,7 @@ fn documented_messages_match_the_program() {
         let (_, message) = error.split_once(": ").unwrap();
         assert!(is_as_shown(message, shown), "`{message}` as `{shown}`");
     }
-    let place = page.at("WHEN IT IS WRONG").find_map(|line| line.strip_prefix(".Dq "));
+    let place = page.at("INVALID CONFIGURATIONS").find_map(|line| line.strip_prefix(".Dq "));
     let place = place.unwrap().trim_end_matches(" .");
     let error = config::parse(Path::new("/etc/flexnbd/disk.conf"), "\n\nWHAT=1").unwrap_err();
     assert!(error.to_string().starts_with(place), "{error} does not begin with `{place}`");

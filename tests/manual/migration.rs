@@ -57,9 +57,9 @@ fn documented_limits_match_the_program() {
     let delay_max = u64::try_from(write_throttle::DELAY_MAX.as_millis()).unwrap();
     assert_eq!(documented("Smallest disk"), [SIZE_MIN]);
     let aim = [pause / u64::from(SHORT_PAUSE_DIVISOR), pause, SHORT_PAUSE_ATTEMPT.as_secs()];
-    assert_eq!(documented("Pause aimed at"), aim);
-    assert_eq!(documented("Patience"), [usual.timeout.as_secs()]);
-    assert_eq!(documented("Trying again"), [RETRY_EVERY.as_secs()]);
+    assert_eq!(documented("Target of the pause"), aim);
+    assert_eq!(documented("Progress timeout"), [usual.timeout.as_secs()]);
+    assert_eq!(documented("Retry interval"), [RETRY_EVERY.as_secs()]);
     let requests = [window, limits.requests as u64, most, limits.zeroes as u64];
     assert_eq!(documented("Requests in flight"), requests);
     let drain = [DRAIN_MIN.as_millis() as u64, DRAIN_MAX.as_secs()];
@@ -68,10 +68,10 @@ fn documented_limits_match_the_program() {
         documented("Clients wait"),
         [FREEZE_MAX, STALL_MAX].map(|time| time.as_millis() as u64)
     );
-    assert_eq!(documented("Asking"), [ASK_AFTER.as_secs()]);
-    assert_eq!(documented("Holding back"), [delay_max]);
+    assert_eq!(documented("Acknowledgement"), [ASK_AFTER.as_secs()]);
+    assert_eq!(documented("Write delay"), [delay_max]);
     let marks = [dirty::BLOCK >> 10, dirty::BITMAP_MAX >> 20, dirty::FINE_MAX >> 40];
-    assert_eq!(documented("Marks"), marks);
+    assert_eq!(documented("Dirty bitmap"), marks);
     let silence = [SOURCE_SILENCE, WRITER_SILENCE].map(|silence| silence.as_secs());
     assert_eq!(documented("Silence"), silence);
     assert_eq!(documented("Record"), [RECORD_MAX as u64]);
@@ -250,7 +250,7 @@ fn documented_obstacles_match_status() {
         Obstacle::Acknowledgement(Trouble::Stuck(ASK_AFTER)),
     ];
     let words = obstacles.map(|obstacle| format!("Li {}", obstacle.word()));
-    assert_eq!(page().items("STAGES/What is in the way"), words);
+    assert_eq!(page().items("STAGES/Obstacles"), words);
 }
 
 /// Replaces every number by `N`.
