@@ -3,7 +3,7 @@
 //! # The map
 //!
 //! Modules are floors: a module uses those below it, never one beside or above it. `tests/house.rs`
-//! keeps it so.
+//! enforces this.
 //!
 //! ```text
 //! 6   main  generator                   programs; they never use each other
@@ -18,11 +18,11 @@
 //! * [`human`]: counts, sizes, times and percentages in texts for operators.
 //! * [`memory_reserve`]: the global allocator, with a reserve for small allocations.
 //! * [`message_id`]: the message ids of the journal.
-//! * [`milestones`]: which points of a copy's progress get a line.
+//! * [`milestones`]: the points of a copy's progress that get a line.
 //! * [`range`]: a byte range that can neither overflow nor leave its disk.
 //! * [`small_file`]: reads regular files of bounded size.
 //! * [`sync`]: locks and waits that ignore poisoning.
-//! * `transition_table`: compares decisions with their table in the source tree; in tests only.
+//! * `transition_table`: compares decisions with their table in the source tree; only in tests.
 //! * [`nbd`]: the NBD protocol, both roles: bytes in, values out; pure.
 //! * [`disk`]: the image, its gate, its I/O, its ownership record.
 //! * [`net`]: sockets, with the options and waits that NBD needs.
@@ -32,13 +32,13 @@
 //! * [`server`]: sessions of clients.
 //! * [`migration`]: moves the disk to another server; both sides.
 //! * [`daemon`]: one process: opens the modules, handles their events, closes them in order.
-//! * [`cli`]: one struct per command.
+//! * [`cli`]: the command line; one struct per command.
 //!
-//! `main.rs` is the program. `generator.rs` is another, which systemd runs at boot: it turns
-//! configurations into drop-ins for the units in `systemd/`.
+//! `main.rs` is the program. `generator.rs` is a second program, which systemd runs at boot: it writes
+//! drop-ins for the units in `systemd/` from the configurations.
 //!
-//! `client` stands below both the command line and a migration, because both speak to other servers, in
-//! one way. A peer is called by trait where it stands above: `ServerEvents`, `ExportPolicy`, `Notifier`.
+//! `client` is below both the command line and the migration, because both connect to other servers. A
+//! module calls one that is not below it only through a trait: `ServerEvents`, `ExportPolicy`, `Notifier`.
 //!
 //! # A request
 //!
@@ -48,12 +48,14 @@
 //!                              acl       a batch           bytes
 //! ```
 //!
-//! Decisions are pure: values in, values out,
-//! with time, randomness and I/O as arguments.
-//! Disk I/O that may block, or must be durable, is in flight (`disk/inflight`): an operation becomes calls
-//! (`disk/io_queue`) to io_uring (`disk/uring`) or a thread (`disk/thread_pool`), the session goes on with
-//! the next request, and the completion is answered out of order. Of two overlapping changes the earlier is executed first,
-//! whichever sessions they belong to (`disk/overlap`).
+//! Decisions are pure: values in, values out, with time, randomness and I/O as arguments.
+//!
+//! Disk I/O that may block, or must be durable, runs asynchronously (`disk/inflight`): an operation
+//! becomes calls (`disk/io_queue`) to io_uring (`disk/uring`) or a thread (`disk/thread_pool`), the
+//! session continues with the next request, and the reply is sent out of order, at the completion. Of
+//! two overlapping changes the earlier one is executed first, whichever sessions they belong to
+//! (`disk/overlap`).
+//!
 //! A peer's fault ends that peer's session; our own fault propagates to `main`.
 //!
 //! # A restart
@@ -86,30 +88,30 @@
 //! From first to last; a thread that holds one of them takes only later ones.
 //!
 //! 1. `OutgoingMigrations::starting`: held while a migration starts; never waited for, since a second
-//!    order is refused.
+//!    command is refused.
 //! 2. `Service::server`: held during calls to the server.
 //! 3. `Destination::settling`: held while data and record are made durable. Never waited for by a thread
 //!    with I/O in flight, because the flush waits for all I/O.
 //! 4. `Destination::arrival`: the state of an incoming disk.
 //! 5. `ActiveCommands::closed`: held while an idle process stops accepting commands and clients.
 //! 6. The table in `server/sessions`. Under it `ServerEvents` are reported: their handlers only send.
-//! 7. Leaves, under which no other lock is taken and nothing is waited for but their own condition
-//!    variables: all others, such as overlap, flush errors, record store and queues.
+//! 7. Leaves: all other locks, such as those of overlap, flush errors, record store and queues. A thread
+//!    that holds one takes no other lock and waits only for the condition variable of that lock.
 //!
-//! The gate is not a lock, but is waited for like one. It is entered with none of them held but
-//! `settling`, since nothing closes the gate of a disk that arrives. Closing waits for all visits, so
-//! that a visit never waits for a peer.
+//! The gate is not a lock, but threads wait for it as for one. A thread that enters it holds none of
+//! these locks except `settling`, since nothing closes the gate of an incoming disk. Closing the gate
+//! waits for all visits; therefore a visit never waits for a peer.
 //!
 //! # Glossary
 //!
-//! Words of our own. All others are those of the NBD specification, of the
-//! kernel's block layer and of QEMU's.
+//! Words of our own. All others are those of the NBD specification and of the block layers of the kernel
+//! and QEMU.
 //!
-//! * **disk**: the exported bytes, whatever keeps them. **image**: the file or block device that does.
-//! * **gate**: the barrier that all disk access of sessions passes. Closing it drains what is inside.
+//! * **disk**: the exported bytes. **image**: the file or block device that stores them.
+//! * **gate**: the barrier that all disk access of sessions passes. Closing it drains the visits inside.
 //! * **visit**: the guard of one passage through the gate; disk access happens through it.
-//! * **copier**: the view that reads without passing the gate: for a migration, which is the one that
-//!   closes it, and for the watchdog's probe.
+//! * **copier**: the view that reads without passing the gate: for the migration that closes the gate,
+//!   and for the watchdog's probe.
 //! * **record**: the ownership record beside an image: *incoming* (half a copy), *ours*, *departing*
 //!   (a handover was begun), *departed* (another host owns the disk now).
 //! * **handover**: the request by which a source gives the disk away. **in doubt**: it was sent and its
