@@ -14,26 +14,27 @@ use std::process::{Command, Stdio};
 
 const VALID: &str = "FILE=/srv/disks/a.img\nADDR=::\nPORT=10810\nAUTOSTART=yes\n";
 
-/// A directory of configurations.
-struct Etc {
+/// A directory of configurations, `etc`, in a temporary directory.
+struct Configurations {
     root: TempDir,
 }
 
-struct Run {
+/// The result of one run of the generator.
+struct Output {
     status: Option<i32>,
     errors: Vec<String>,
     /// The text of a file or the target of a link, by its path in the first output directory.
     files: BTreeMap<String, String>,
 }
 
-impl Etc {
-    fn new(configurations: &[(&str, &str)]) -> Self {
-        let etc = Self { root: temp_dir() };
-        fs::create_dir(etc.directory()).unwrap();
-        for (name, text) in configurations {
-            fs::write(etc.directory().join(name), text).unwrap();
+impl Configurations {
+    fn new(files: &[(&str, &str)]) -> Self {
+        let configurations = Self { root: temp_dir() };
+        fs::create_dir(configurations.directory()).unwrap();
+        for (name, text) in files {
+            fs::write(configurations.directory().join(name), text).unwrap();
         }
-        etc
+        configurations
     }
 
     fn directory(&self) -> PathBuf {
@@ -41,22 +42,22 @@ impl Etc {
     }
 
     /// Runs the generator with empty output directories.
-    fn run(&self) -> Run {
-        let place = |name: &str| {
+    fn run(&self) -> Output {
+        let create = |name: &str| {
             let path = self.root.path().join(name);
             let _ = fs::remove_dir_all(&path);
             fs::create_dir(&path).unwrap();
             path
         };
-        let places = ["normal", "early", "late"].map(place);
+        let directories = ["normal", "early", "late"].map(create);
         let output = Command::new(env!("CARGO_BIN_EXE_flexnbd-generator"))
-            .args(&places)
+            .args(&directories)
             .env("FLEXNBD_CONFIGURATIONS", self.directory())
             .env_remove("SYSTEMD_SCOPE")
             .stdin(Stdio::null())
             .output()
             .unwrap();
-        let [normal, early, late] = places;
+        let [normal, early, late] = directories;
         assert!(
             files_below(&early).is_empty() && files_below(&late).is_empty(),
             "files in the wrong directory"
@@ -64,7 +65,7 @@ impl Etc {
         assert_eq!(output.stdout, b"");
         let stderr = String::from_utf8(output.stderr).unwrap();
         let stderr = stderr.replace(self.root.path().to_str().unwrap(), "");
-        Run {
+        Output {
             status: output.status.code(),
             errors: stderr.lines().map(str::to_owned).collect(),
             files: files_below(&normal),
@@ -72,12 +73,12 @@ impl Etc {
     }
 }
 
-impl Run {
+impl Output {
     fn text(&self, path: &str) -> &str {
         &self.files[path]
     }
 
-    fn has(&self, paths: &[&str]) -> bool {
+    fn contains(&self, paths: &[&str]) -> bool {
         paths.iter().all(|path| self.files.contains_key(*path))
     }
 }
@@ -113,8 +114,8 @@ const FILES_OF_A: [&str; 6] = [
 ];
 
 #[test]
-fn a_configuration_generates_drop_ins_and_links() {
-    let run = Etc::new(&[("a.conf", VALID)]).run();
+fn configuration_generates_drop_ins_and_links() {
+    let run = Configurations::new(&[("a.conf", VALID)]).run();
     assert_eq!((run.status, &run.errors[..]), (Some(0), &[][..]));
     assert!(run.files.keys().eq(FILES_OF_A), "{:?}", run.files);
     assert!(run.text(FILES_OF_A[0]).contains("ReadWritePaths=\"-/srv/disks\"\n"));
@@ -124,7 +125,7 @@ fn a_configuration_generates_drop_ins_and_links() {
 
 #[test]
 fn links_point_to_templates_of_the_package() {
-    let run = Etc::new(&[("a.conf", VALID)]).run();
+    let run = Configurations::new(&[("a.conf", VALID)]).run();
     for link in &FILES_OF_A[3..] {
         let template = run.text(link).strip_prefix("/usr/lib/systemd/system/").unwrap();
         let source = project_path("systemd").join(template);
@@ -138,15 +139,16 @@ fn links_point_to_templates_of_the_package() {
 #[test]
 fn invalid_configurations_are_named_and_affect_no_other() {
     let broken = "FILE=/srv/b.img\nADDR=::\nPORT=10811\nREADONLY=yes\nAUTOSTART=yes\n";
-    let run = Etc::new(&[("a.conf", VALID), ("b.conf", broken), ("c.conf", "nonsense")]).run();
+    let run =
+        Configurations::new(&[("a.conf", VALID), ("b.conf", broken), ("c.conf", "nonsense")]).run();
     assert_eq!(run.status, Some(0), "the boot continues");
     let expected = [
         "flexnbd-generator: /etc/b.conf, line 4: unknown key READONLY; perhaps READ_ONLY is meant",
         "flexnbd-generator: /etc/c.conf, line 1: `nonsense` is not KEY=VALUE",
     ];
     assert_eq!(run.errors, expected);
-    assert!(run.has(&FILES_OF_A));
-    // Their sockets exist, so that the service refuses clients with the reason.
+    assert!(run.contains(&FILES_OF_A));
+    // The sockets exist, so that the service refuses clients with an error message.
     let listens = |name| run.text(&format!("flexnbd@{name}.socket.d/00-flexnbd-{name}.conf"));
     assert!(listens("b").contains("ListenStream=[::]:10811\n"));
     assert!(listens("c").contains("ListenStream=/run/flexnbd/c.none\n"));
@@ -154,13 +156,13 @@ fn invalid_configurations_are_named_and_affect_no_other() {
 
 #[test]
 fn unreadable_files_are_reported_without_blocking() {
-    let etc = Etc::new(&[("a.conf", VALID)]);
-    fs::create_dir(etc.directory().join("directory.conf")).unwrap();
-    mkfifo(&etc.directory().join("fifo.conf"), Mode::S_IRUSR).unwrap();
-    symlink("/nowhere", etc.directory().join("gone.conf")).unwrap();
-    fs::write(etc.directory().join("binary.conf"), [0xff]).unwrap();
-    fs::write(etc.directory().join("huge.conf"), vec![b'\n'; (1 << 20) + 1]).unwrap();
-    let run = etc.run();
+    let configurations = Configurations::new(&[("a.conf", VALID)]);
+    fs::create_dir(configurations.directory().join("directory.conf")).unwrap();
+    mkfifo(&configurations.directory().join("fifo.conf"), Mode::S_IRUSR).unwrap();
+    symlink("/nowhere", configurations.directory().join("gone.conf")).unwrap();
+    fs::write(configurations.directory().join("binary.conf"), [0xff]).unwrap();
+    fs::write(configurations.directory().join("huge.conf"), vec![b'\n'; (1 << 20) + 1]).unwrap();
+    let run = configurations.run();
     assert_eq!(run.status, Some(0));
     let expected = [
         "flexnbd-generator: /etc/binary.conf: it is not UTF-8 text",
@@ -170,7 +172,7 @@ fn unreadable_files_are_reported_without_blocking() {
         "flexnbd-generator: /etc/huge.conf: longer than 1048576 bytes",
     ];
     assert_eq!(run.errors, expected);
-    assert!(run.has(&FILES_OF_A));
+    assert!(run.contains(&FILES_OF_A));
 }
 
 #[test]
@@ -178,7 +180,7 @@ fn other_files_are_ignored_and_invalid_names_reported() {
     let ignored = ["a.conf~", "a.conf.dpkg-new", ".a.conf.swp", "README"];
     let configurations: Vec<_> =
         ignored.into_iter().chain(["a.conf", "my disk.conf"]).map(|name| (name, VALID)).collect();
-    let run = Etc::new(&configurations).run();
+    let run = Configurations::new(&configurations).run();
     assert!(run.files.keys().eq(FILES_OF_A), "{:?}", run.files);
     let expected = "flexnbd-generator: /etc/my disk.conf: the name of an instance has letters, digits \
         and : - _ . @ only; skipped";
@@ -187,19 +189,22 @@ fn other_files_are_ignored_and_invalid_names_reported() {
 
 #[test]
 fn without_configurations_nothing_is_generated() {
-    let etc = Etc::new(&[]);
-    assert_eq!((etc.run().status, etc.run().files), (Some(0), BTreeMap::new()));
-    fs::remove_dir(etc.directory()).unwrap();
-    let run = etc.run();
+    let configurations = Configurations::new(&[]);
+    assert_eq!(
+        (configurations.run().status, configurations.run().files),
+        (Some(0), BTreeMap::new())
+    );
+    fs::remove_dir(configurations.directory()).unwrap();
+    let run = configurations.run();
     assert_eq!((run.status, run.errors, run.files), (Some(0), Vec::new(), BTreeMap::new()));
 }
 
 #[test]
-fn an_unwritable_output_directory_is_an_error() {
-    let etc = Etc::new(&[("a.conf", VALID)]);
+fn unwritable_output_directory_is_an_error() {
+    let configurations = Configurations::new(&[("a.conf", VALID)]);
     let output = Command::new(env!("CARGO_BIN_EXE_flexnbd-generator"))
         .args(["/proc/nowhere", "/proc/nowhere", "/proc/nowhere"])
-        .env("FLEXNBD_CONFIGURATIONS", etc.directory())
+        .env("FLEXNBD_CONFIGURATIONS", configurations.directory())
         .env_remove("SYSTEMD_SCOPE")
         .output()
         .unwrap();
@@ -209,21 +214,21 @@ fn an_unwritable_output_directory_is_an_error() {
 }
 
 #[test]
-fn the_packaged_example_is_valid_with_every_key() {
+fn packaged_example_is_valid_with_every_key() {
     let example = include_str!("../systemd/examples/disk.conf");
-    let run = Etc::new(&[("disk.conf", example)]).run();
+    let run = Configurations::new(&[("disk.conf", example)]).run();
     assert_eq!((run.status, &run.errors[..]), (Some(0), &[][..]));
     for key in flexnbd::cli::config::KEYS {
         let sets = |line: &str| line.trim_start_matches('#').starts_with(&format!("{key}="));
         assert_eq!(example.lines().filter(|line| sets(line)).count(), 1, "{key}");
     }
-    // The lines that are commented out are valid, too.
+    // Commented lines are valid, too.
     let all: String = example
         .lines()
         .filter(|line| !line.starts_with("# "))
         .map(|line| format!("{line}\n"))
         .collect();
     let all = all.replace('#', "").replace("SOCK=\n", "SOCK=/run/x\n");
-    let run = Etc::new(&[("disk.conf", &all)]).run();
+    let run = Configurations::new(&[("disk.conf", &all)]).run();
     assert_eq!((run.status, &run.errors[..]), (Some(0), &[][..]), "{all}");
 }

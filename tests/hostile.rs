@@ -15,16 +15,16 @@ use std::time::{Duration, Instant};
 
 const IMAGE_SIZE: u64 = 16 * MIB;
 
-/// Memory in bytes that the allocator may retain after all clients have gone.
-const MEMORY_RETAINED_MAX: u64 = 16 * MIB;
+/// Memory that the allocator may retain after all clients have gone.
+const MEMORY_RETAINED_BYTES_MAX: u64 = 16 * MIB;
 
-/// Memory in bytes of one session whose client does not read: less than half of the data requested.
-const SESSION_MEMORY_MAX: u64 = 96 * MIB;
+/// Memory of one session whose client does not read: less than half of the requested data.
+const SESSION_MEMORY_BYTES_MAX: u64 = 96 * MIB;
 
 /// The default of `--max-clients`.
 const CLIENTS_MAX: usize = 128;
 
-/// A server, and its resources before any client.
+/// A server, and its resources before the first connection.
 struct Subject {
     server: Server,
     before: Resources,
@@ -71,7 +71,7 @@ impl Subject {
         let is_released = |now: Resources| {
             now.descriptors <= before.descriptors
                 && now.threads <= before.threads
-                && now.rss_bytes < before.rss_bytes + MEMORY_RETAINED_MAX
+                && now.rss_bytes < before.rss_bytes + MEMORY_RETAINED_BYTES_MAX
         };
         let released = poll_until(TIMEOUT, || is_released(self.server.resources()));
         assert!(released, "before: {before:?}\nafter: {:?}", self.server.resources());
@@ -104,23 +104,26 @@ fn check_late_reader(subject: Subject) {
         let mut session = subject.session(mode);
         session.ok(Request::write(0, &data));
         for requests in [reads_and_writes(), large_reads(), small_reads()] {
-            let asked = requests.len();
-            let mut answered = 0;
-            session.pipeline(requests, |request, answer| {
-                assert_eq!(answer.error, 0);
+            let requested = requests.len();
+            let mut completed = 0;
+            session.pipeline(requests, |request, reply| {
+                assert_eq!(reply.error, 0);
                 let at = request.offset as usize;
                 let same = request.command == WRITE
-                    || answer.data == data[at..at + request.length as usize];
+                    || reply.data == data[at..at + request.length as usize];
                 assert!(same, "data of a READ at {at}");
-                answered += 1;
+                completed += 1;
             });
-            assert_eq!(answered, asked, "replies ({mode:?})");
+            assert_eq!(completed, requested, "count of replies ({mode:?})");
         }
         assert!(session.read(8 * MIB + 199 * KIB, 64 * KIB) == noise(64 << 10, 3));
     }
     let peak = subject.server.resources().rss_bytes_peak;
-    let grown = peak - subject.before.rss_bytes;
-    assert!(grown < SESSION_MEMORY_MAX, "{grown} bytes more for one client that does not read");
+    let growth = peak - subject.before.rss_bytes;
+    assert!(
+        growth < SESSION_MEMORY_BYTES_MAX,
+        "growth of {growth} bytes for one client that does not read"
+    );
     subject.assert_recovered();
 }
 
@@ -148,10 +151,10 @@ fn clients_that_never_read_use_bounded_memory() {
         other.ok(Request::write(i * 4096, &[1; 4096]));
         other.read(i * 4096, 4096);
     }
-    let grown = subject.server.resources().rss_bytes_peak - subject.before.rss_bytes;
+    let growth = subject.server.resources().rss_bytes_peak - subject.before.rss_bytes;
     assert!(
-        grown < 3 * SESSION_MEMORY_MAX,
-        "{grown} bytes more for three clients that do not read"
+        growth < 3 * SESSION_MEMORY_BYTES_MAX,
+        "growth of {growth} bytes for three clients that do not read"
     );
     drop(other);
     for session in silent {
@@ -197,8 +200,7 @@ fn aborted_writes_release_their_resources() {
     subject.assert_recovered();
 }
 
-/// Opens a session, with retries, since the server may still hold the places of clients that have
-/// gone.
+/// Opens a session. Retries while closed connections still count for the limit of clients.
 #[track_caller]
 fn session_with_retries(target: &Endpoint, mode: Mode) -> Session {
     let mut wire = Wire::connect_with_retries(target);
@@ -212,7 +214,7 @@ fn session_with_retries(target: &Endpoint, mode: Mode) -> Session {
     Session::go(wire, mode, None, b"")
 }
 
-/// What a slow client sends, once a second.
+/// The pieces that a slow client sends, one per second.
 #[derive(Clone, Copy, Debug)]
 enum Trickle {
     Nothing,
@@ -276,16 +278,16 @@ fn slow_handshakes_are_closed_at_the_deadline() {
     subject.assert_recovered();
 }
 
-/// Sends options as fast as possible until the server closes, with the replies read or unread.
+/// Sends options as fast as possible until the server closes, reading the replies or not.
 #[track_caller]
-fn flood_until_closed(target: &Endpoint, reads: bool) {
+fn flood_until_closed(target: &Endpoint, reads_replies: bool) {
     let mut wire = Wire::connect_with_retries(target);
     wire.send(&(FIXED_NEWSTYLE | NO_ZEROES).to_be_bytes());
     let mut replies = wire.try_clone();
     let options = encode_option(OPT_LIST, &[]).repeat(1000);
     let start = Instant::now();
     std::thread::scope(|scope| {
-        if reads {
+        if reads_replies {
             let mut buffer = vec![0; 1 << 16];
             scope.spawn(move || while matches!(replies.try_recv(&mut buffer), Ok(1..)) {});
         }
@@ -294,7 +296,7 @@ fn flood_until_closed(target: &Endpoint, reads: bool) {
             if is_overdue {
                 wire.shutdown_write();
             }
-            assert!(!is_overdue, "not closed after {TIMEOUT:?}, reading: {reads}");
+            assert!(!is_overdue, "not closed after {TIMEOUT:?}, reading replies: {reads_replies}");
         }
     });
 }
@@ -305,7 +307,7 @@ fn endless_handshakes_are_closed_at_the_deadline() {
     let target = subject.endpoint();
     std::thread::scope(|scope| {
         let floods: Vec<_> = [true, false]
-            .map(|reads| scope.spawn(move || flood_until_closed(target, reads)))
+            .map(|reads_replies| scope.spawn(move || flood_until_closed(target, reads_replies)))
             .into();
         let mut other = subject.session(Mode::Structured);
         while !floods.iter().all(|thread| thread.is_finished()) {
@@ -313,8 +315,11 @@ fn endless_handshakes_are_closed_at_the_deadline() {
             std::thread::park_timeout(Duration::from_millis(100));
         }
     });
-    let grown = subject.server.resources().rss_bytes_peak - subject.before.rss_bytes;
-    assert!(grown < MEMORY_RETAINED_MAX, "{grown} bytes more for two clients in option haggling");
+    let growth = subject.server.resources().rss_bytes_peak - subject.before.rss_bytes;
+    assert!(
+        growth < MEMORY_RETAINED_BYTES_MAX,
+        "growth of {growth} bytes for two clients in option haggling"
+    );
     subject.assert_recovered();
 }
 
@@ -324,7 +329,7 @@ fn clients_over_the_limit_are_closed_without_greeting() {
     let mut sessions: Vec<Session> =
         (0..CLIENTS_MAX).map(|i| subject.session(MODES[i % MODES.len()])).collect();
     for _ in 0..3 {
-        Wire::connect(subject.endpoint()).expect_closed("one client too many");
+        Wire::connect(subject.endpoint()).expect_closed("a client over the limit");
     }
     for (i, session) in sessions.iter_mut().enumerate() {
         let at = i as u64 * 4096;

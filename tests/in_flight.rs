@@ -1,6 +1,6 @@
-//! Writes in flight whose client has gone: they never overwrite data that a later connection has
-//! written and the server has acknowledged. The image is a file with slow writes (nbdfuse over
-//! nbdkit's delay filter); with io_uring and without.
+//! Writes in flight at the end of their connection: they never overwrite data that the server has
+//! acknowledged to a later connection. The image is a file with slow writes (nbdfuse over nbdkit's
+//! delay filter), with io_uring and without.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
 
@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use std::collections::HashMap;
 use std::path::Path;
 
-/// How many operations the client has in flight, and the length of each in bytes.
+/// Operations in flight, and their length in bytes.
 const COUNT: u64 = 8;
 const LENGTH: u64 = 64 << 10;
 const SLOW_ZEROING: &str = "delay-trim=100ms delay-zero=100ms";
@@ -25,11 +25,11 @@ enum End {
     Closed,
     /// By RST.
     Reset,
-    /// Not at all, as after a network failure.
+    /// Not at all, as after a link failure.
     Silence,
 }
 
-/// A file with slow operations.
+/// A file with slow operations, and the nbdkit process that provides it.
 struct SlowFile {
     file: NbdFile,
     _nbdkit: Peer,
@@ -64,7 +64,7 @@ fn check_later_data(old: &Request, delays: &str, end: End, has_io_uring: bool) {
         let request = Request { offset: block * LENGTH, ..old.clone() };
         pending.insert(first.send(&request), request);
     }
-    // The first reply shows that the server has received them.
+    // After the first reply the server has received them.
     assert_eq!(first.recv_reply(&pending).1.error, 0);
     let silent = match end {
         End::Closed => {
@@ -106,8 +106,8 @@ fn check_all_ends(old: &Request, delays: &str, ends: &[End]) {
 }
 
 const ALL_ENDS: [End; 3] = [End::Closed, End::Reset, End::Silence];
-/// The server discards writes that are still in the socket buffer only if it sees the connection
-/// end.
+/// Only if the server detects the end of the connection does it discard writes that are still in
+/// the socket buffer.
 const DETECTED_ENDS: [End; 2] = [End::Closed, End::Reset];
 
 #[test]

@@ -1,5 +1,5 @@
-//! Data integrity under a mixed load: fio verifies its writes is_stopping four connections at depth
-//! 32, other clients write, flush, trim and zero, and the page cache is dropped continuously. With
+//! Data integrity under a mixed load: fio verifies its writes over four connections at depth 32,
+//! other clients write, flush, trim and zero, and the page cache is dropped continuously. With
 //! io_uring and without.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
@@ -17,29 +17,29 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-/// Size in bytes of the range of fio; behind it each other client has a part.
-const FIO: u64 = 4 * 16 * MIB;
-const PART: u64 = 8 * MIB;
+/// Size in bytes of the range that fio uses. The part of each other client follows.
+const FIO_SIZE: u64 = 4 * 16 * MIB;
+const PART_SIZE: u64 = 8 * MIB;
 /// Requests in flight of each other client.
 const DEPTH: u64 = 16;
-/// A part is divided into spans with at most one request in flight each.
-const SPAN: u64 = PART / DEPTH;
+/// Size in bytes of a slot. A part has one for each request in flight, so that they never overlap.
+const SLOT_SIZE: u64 = PART_SIZE / DEPTH;
 
-/// Drops the page cache of `image`, as far as it is clean.
+/// Drops clean pages of `image` from the page cache.
 fn drop_page_cache(image: &Path) {
     let file = File::open(image).unwrap();
     let _ = file.sync_data();
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
 }
 
-/// A client that writes, zeroes, trims and flushes in its own part of the disk, and knows the
-/// expected content.
+/// A client that writes, zeroes, trims and flushes its own part of the disk, and keeps the expected
+/// content.
 struct Client {
     session: Session,
-    dice: Rng,
+    random: Rng,
     start: u64,
     expected: Vec<u8>,
-    /// Trimmed bytes: they may have any value.
+    /// Set for trimmed bytes, which may have any value.
     unknown: Vec<bool>,
 }
 
@@ -47,65 +47,65 @@ impl Client {
     fn new(target: &Endpoint, mode: Mode, number: u64) -> Client {
         Client {
             session: Session::open(target, mode).unwrap(),
-            dice: Rng::with_seed(number + 1),
-            start: FIO + number * PART,
-            expected: vec![0; PART as usize],
-            unknown: vec![false; PART as usize],
+            random: Rng::with_seed(number + 1),
+            start: FIO_SIZE + number * PART_SIZE,
+            expected: vec![0; PART_SIZE as usize],
+            unknown: vec![false; PART_SIZE as usize],
         }
     }
 
-    /// A random request in a span; updates the expected content.
-    fn request(&mut self, span: u64) -> Request {
-        let (offset, length) = (self.dice.u64(..SPAN - 1), 1 + self.dice.u64(..40_000));
-        let length = length.min(SPAN - offset);
-        let at = span * SPAN + offset;
-        let place = at as usize..(at + length) as usize;
-        let durable = if self.dice.u64(..3) == 0 { FUA } else { 0 };
+    /// Returns a random request for a slot, and updates the expected content.
+    fn request(&mut self, slot: u64) -> Request {
+        let (offset, length) = (self.random.u64(..SLOT_SIZE - 1), 1 + self.random.u64(..40_000));
+        let length = length.min(SLOT_SIZE - offset);
+        let at = slot * SLOT_SIZE + offset;
+        let range = at as usize..(at + length) as usize;
+        let durable = if self.random.u64(..3) == 0 { FUA } else { 0 };
         let at = self.start + at;
-        match self.dice.u64(..6) {
+        match self.random.u64(..6) {
             0 => Request::new(FLUSH, 0, 0),
             1 => {
-                self.unknown[place].fill(true);
+                self.unknown[range].fill(true);
                 Request::new(TRIM, at, length).flags(durable)
             }
             2 => {
-                self.unknown[place.clone()].fill(false);
-                self.expected[place].fill(0);
-                let hole = if self.dice.u64(..2) == 0 { NO_HOLE } else { 0 };
+                self.unknown[range.clone()].fill(false);
+                self.expected[range].fill(0);
+                let hole = if self.random.u64(..2) == 0 { NO_HOLE } else { 0 };
                 Request::new(WRITE_ZEROES, at, length).flags(durable | hole)
             }
             _ => {
-                let data = noise(length as usize, self.dice.u64(..1 << 40));
-                self.unknown[place.clone()].fill(false);
-                self.expected[place].copy_from_slice(&data);
+                let data = noise(length as usize, self.random.u64(..1 << 40));
+                self.unknown[range.clone()].fill(false);
+                self.expected[range].copy_from_slice(&data);
                 Request::write(at, &data).flags(durable)
             }
         }
     }
 
-    /// Sends a request in each span, receives the replies in any order, then compares the whole
-    /// part.
-    fn round(&mut self) {
+    /// Sends a request for each slot, receives the replies in any order, then compares the part
+    /// with its expected content.
+    fn run_round(&mut self) {
         let mut pending = HashMap::new();
-        for span in 0..DEPTH {
-            let request = self.request(span);
+        for slot in 0..DEPTH {
+            let request = self.request(slot);
             pending.insert(self.session.send(&request), request);
         }
         while !pending.is_empty() {
-            let (cookie, answer) = self.session.recv_reply(&pending);
-            assert_eq!(answer.error, 0, "{:?}", pending[&cookie]);
+            let (cookie, reply) = self.session.recv_reply(&pending);
+            assert_eq!(reply.error, 0, "{:?}", pending[&cookie]);
             pending.remove(&cookie);
         }
-        let found = self.session.read(self.start, PART);
+        let found = self.session.read(self.start, PART_SIZE);
         let differs =
             (0..found.len()).find(|at| !self.unknown[*at] && found[*at] != self.expected[*at]);
-        assert_eq!(differs, None, "first wrong byte of the part at {}", self.start);
+        assert_eq!(differs, None, "first wrong byte in the part at {}", self.start);
     }
 }
 
 fn check_mixed_load(has_io_uring: bool) {
     let dir = temp_dir();
-    let image = sparse_image(dir.path(), "image", FIO + MODES.len() as u64 * PART);
+    let image = sparse_image(dir.path(), "image", FIO_SIZE + MODES.len() as u64 * PART_SIZE);
     let mut builder = Builder::serve(&image).args(["--quiet"]);
     if !has_io_uring {
         let library = failing_fsync(dir.path());
@@ -124,7 +124,7 @@ fn check_mixed_load(has_io_uring: bool) {
             scope.spawn(move || {
                 let mut client = Client::new(server.endpoint(), mode, number);
                 while !is_stopping.load(Ordering::Acquire) {
-                    client.round();
+                    client.run_round();
                 }
             });
         }

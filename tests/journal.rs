@@ -29,12 +29,12 @@ fn catalog() -> BTreeMap<String, Entry> {
         let headers = headers.lines().map(|line| line.split_once(": ").unwrap());
         let headers = headers.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
         let entry = Entry { headers, text: text.to_owned() };
-        assert!(found.insert(id.to_owned(), entry).is_none(), "{id} comes twice");
+        assert!(found.insert(id.to_owned(), entry).is_none(), "duplicate entry {id}");
     }
     found
 }
 
-/// The source of the program without its unit tests.
+/// The source text of the program, without unit tests and `message_id.rs`.
 fn source() -> String {
     fn append(directory: &Path, text: &mut String) {
         for entry in fs::read_dir(directory).unwrap() {
@@ -52,7 +52,7 @@ fn source() -> String {
     text
 }
 
-/// The names of the journal fields that the program sets.
+/// The journal fields that the program sets.
 fn fields(source: &str) -> BTreeSet<String> {
     let named = source.split("\"flexnbd.").skip(1).filter_map(|rest| rest.split_once('"'));
     let fields = named.filter(|(_, rest)| rest.trim_start().starts_with('='));
@@ -62,15 +62,15 @@ fn fields(source: &str) -> BTreeSet<String> {
 #[test]
 fn message_ids_are_unique_lower_case_hex() {
     let ids: BTreeSet<&str> = message_id::ALL.iter().map(|(_, id)| *id).collect();
-    assert_eq!(ids.len(), message_id::ALL.len(), "an id comes twice");
+    assert_eq!(ids.len(), message_id::ALL.len(), "duplicate id");
     for (name, id) in message_id::ALL {
-        let strict = |digit: u8| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
-        assert!(id.len() == 32 && id.bytes().all(strict), "{name} is {id}");
+        let is_lower_hex = |digit: u8| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
+        assert!(id.len() == 32 && id.bytes().all(is_lower_hex), "{name} is {id}");
     }
 }
 
 #[test]
-fn the_catalog_explains_exactly_the_known_ids() {
+fn catalog_explains_exactly_the_known_ids() {
     let explained: BTreeSet<String> = catalog().into_keys().collect();
     let known: BTreeSet<String> = message_id::ALL.iter().map(|(_, id)| (*id).to_owned()).collect();
     assert_eq!(explained, known);
@@ -111,7 +111,7 @@ fn every_field_in_the_catalog_is_set() {
             let is_unit_field = UNIT_FIELDS.contains(&word);
             assert!(
                 is_unit_field || fields.contains(word),
-                "{id} shows {word}, which is never set"
+                "the entry of {id} shows {word}, which is never set"
             );
             shown += 1;
         }

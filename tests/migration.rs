@@ -24,10 +24,11 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// Deadline of a migration of many passes: the throttling of writers changes once in each pass.
 const CONVERGENCE_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Migrates a disk of 128 MiB, a quarter of it data, under four writers onto an image with old data.
-fn migrate_under_writers(place: &str) {
+/// Migrates a disk of 128 MiB, a quarter of it data, under four writers onto an image with old
+/// data.
+fn migrate_under_writers(parent: &str) {
     const SIZE: u64 = 128 * MIB;
-    let dir = temp_dir_in(place);
+    let dir = temp_dir_in(parent);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     stamped_image(&source.image, SIZE);
     used_image(&destination.image, SIZE);
@@ -40,7 +41,7 @@ fn migrate_under_writers(place: &str) {
     let written = writers.stop();
     assert_eq!(written.connections, 4, "sessions stay open until the handover");
     assert_same(&source.image, &destination.image);
-    written.assert_all_present(&destination.image, place);
+    written.assert_all_present(&destination.image, parent);
     assert_as_sparse(&source.image, &destination.image);
     assert_eq!((source.record(), destination.record()), ("departed".into(), "ours".into()));
 }
@@ -56,8 +57,8 @@ fn destination_has_acknowledged_writes_on_tmpfs() {
 }
 
 /// Migrates an image that `fill` has written to; both processes must succeed, with equal images.
-fn migrate_filled(place: &str, size: u64, fill: impl FnOnce(&File)) {
-    let dir = temp_dir_in(place);
+fn migrate_filled(parent: &str, size: u64, fill: impl FnOnce(&File)) {
+    let dir = temp_dir_in(parent);
     let (source, destination) = (Host::new(dir.path(), "source"), Host::new(dir.path(), "dest"));
     sparse_file(&source.image, size);
     sparse_file(&destination.image, size);
@@ -71,9 +72,9 @@ fn migrate_filled(place: &str, size: u64, fill: impl FnOnce(&File)) {
 }
 
 #[test]
-fn sparse_tebibyte_migrates_in_the_time_of_its_data() {
-    for place in FILE_SYSTEMS {
-        migrate_filled(place, 1024 * GIB, |image| {
+fn sparse_tebibyte_migrates_within_the_timeout() {
+    for parent in FILE_SYSTEMS {
+        migrate_filled(parent, 1024 * GIB, |image| {
             for part in 0..100 {
                 let data = harness::noise(MIB as usize, part);
                 image.write_all_at(&data, part * 10 * GIB + part * 4096).unwrap();
@@ -103,7 +104,7 @@ fn mirror_of_a_disk_below_4096_bytes_is_refused() {
     assert_eq!(reply, "1: the disk is smaller than 4096 bytes, which cannot be mirrored");
     assert_eq!(source.status_of("is_mirroring"), "false");
     assert!(serving.stop().success());
-    assert_eq!(listening.stop().code(), Some(1), "nothing has arrived");
+    assert_eq!(listening.stop().code(), Some(1), "`listen` exits without a disk");
 }
 
 #[test]
@@ -118,11 +119,14 @@ fn allocated_zeros_become_holes_at_the_destination() {
     assert!(listening.wait_for_end().success(), "{}", listening.stderr());
     assert_same(&source.image, &destination.image);
     let (before, after) = (allocated(&source.image), allocated(&destination.image));
-    assert!(before >= 64 * MIB && after < MIB, "{before} allocated bytes became {after}");
+    assert!(
+        before >= 64 * MIB && after < MIB,
+        "allocated: {before} bytes at the source, {after} at the destination"
+    );
 }
 
-/// A `mirror` to a destination of `size` bytes is refused; the source goes on serving and migrates to
-/// another destination afterwards.
+/// A `mirror` to a destination of `size` bytes is refused; the source goes on serving and migrates
+/// to another destination afterwards.
 fn assert_size_is_refused(size: u64) {
     const SIZE: u64 = MIB;
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
@@ -165,8 +169,8 @@ fn second_mirror_is_refused_until_break_ends_the_first() {
     sparse_file(&destination.image, 16 * MIB);
     let (mut serving, mut listening) = (source.serve(), destination.listen());
     let writers = Writers::start(Endpoint::Tcp(source.address), 16 * MIB, (2, 1, PAUSE));
-    let slowly = ["exit", "0.0.0.0", "100000"];
-    assert_eq!(source.mirror_to(destination.address, &slowly), MIRROR_STARTED);
+    let options = ["exit", "0.0.0.0", "100000"];
+    assert_eq!(source.mirror_to(destination.address, &options), MIRROR_STARTED);
     assert_eq!(source.status_of("migration_speed_limit"), "100000");
     assert_eq!(source.mirror_to(destination.address, &[]), "1: mirror already running");
     assert_eq!(source.command(&["mirror_max_bps", "200000"]), "0: updated");
@@ -214,13 +218,13 @@ fn source_read_error_ends_the_migration_without_a_retry() {
     stamped_image(&source.image, 16 * MIB);
     sparse_file(&destination.image, 16 * MIB);
     let (mut serving, _listening) = (source.serve(), destination.listen());
-    let slowly = ["exit", "0.0.0.0", "2000000"];
-    assert_eq!(source.mirror_to(destination.address, &slowly), MIRROR_STARTED);
-    // As when a volume shrinks: the blocks past its new end cannot be read.
+    let options = ["exit", "0.0.0.0", "2000000"];
+    assert_eq!(source.mirror_to(destination.address, &options), MIRROR_STARTED);
+    // Blocks past the new end cannot be read, as when a volume shrinks.
     File::options().write(true).open(&source.image).unwrap().set_len(8 * MIB).unwrap();
     source.wait_for_status("is_mirroring", "false");
     let image = source.image.display();
-    // The log line follows the change of the status.
+    // The source changes its status before it logs.
     serving.wait_for_stderr(&format!("failed: cannot read {image} at byte "));
     let log = serving.stderr();
     assert!(!log.contains("trying again"), "{log}");
@@ -272,23 +276,23 @@ fn migrate_to_third_party(start: impl FnOnce(&Host) -> Running) {
     stamped_image(&source.image, SIZE);
     used_image(&destination.image, SIZE);
     let mut serving = source.serve();
-    let plain = start(&destination);
+    let server = start(&destination);
     let writers = Writers::start(Endpoint::Tcp(source.address), SIZE, (2, 1, PAUSE));
     writers.wait_for_writes(50);
     assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
     assert!(serving.wait_for_end().success(), "{}", serving.stderr());
     assert!(serving.stderr().contains("as far as we know"), "{}", serving.stderr());
-    drop(plain);
+    drop(server);
     let written = writers.stop();
     assert_eq!(written.connections, 2);
     assert_same(&source.image, &destination.image);
-    written.assert_all_present(&destination.image, "a plain destination");
+    written.assert_all_present(&destination.image, "a third-party destination");
     assert_as_sparse(&source.image, &destination.image);
     assert_eq!(source.record(), "departed");
 }
 
-/// Whether a process listens at the host's address. Reads `/proc/net/tcp` instead of connecting: some
-/// servers accept only one client.
+/// Whether a process listens at the host's address. Reads `/proc/net/tcp` instead of connecting:
+/// some servers accept only one client.
 fn is_listening(host: &Host) -> bool {
     let octets = match host.address.ip() {
         std::net::IpAddr::V4(ip) => ip.octets(),
@@ -354,10 +358,10 @@ fn qemu_blockdev_mirror_copies_a_disk_to_flexnbd() {
     }
     const SIZE: u64 = 32 * MIB;
     let dir = temp_dir_in(FILE_SYSTEMS[0]);
-    let (qemu_image, ours) = (dir.path().join("theirs.img"), Host::new(dir.path(), "ours"));
+    let (qemu_image, destination) = (dir.path().join("qemu.img"), Host::new(dir.path(), "dest"));
     stamped_image(&qemu_image, SIZE);
-    used_image(&ours.image, SIZE);
-    let mut serving = ours.serve();
+    used_image(&destination.image, SIZE);
+    let mut serving = destination.serve();
     let socket = dir.path().join("monitor");
     let chardev = format!("socket,id=c,path={},server=on,wait=off", socket.display());
     let image =
@@ -375,25 +379,25 @@ fn qemu_blockdev_mirror_copies_a_disk_to_flexnbd() {
     ];
     let program = Program::new(command[0]).args(&command[1..]).start_until(|| socket.exists());
     let mut monitor = qemu::Monitor::connect(&socket);
-    let (ip, port) = (ours.address.ip(), ours.address.port());
+    let (ip, port) = (destination.address.ip(), destination.address.port());
     monitor.execute(
         &format!(
-            r#"{{"execute": "blockdev-add", "arguments": {{"driver": "nbd", "node-name": "there",
+            r#"{{"execute": "blockdev-add", "arguments": {{"driver": "nbd", "node-name": "target",
         "discard": "unmap", "detect-zeroes": "unmap",
         "server": {{"type": "inet", "host": "{ip}", "port": "{port}"}}}}}}"#
         )
         .replace('\n', ""),
     );
     monitor.execute(
-        r#"{"execute": "blockdev-mirror", "arguments": {"job-id": "move", "device": "disk", "target": "there", "sync": "full"}}"#,
+        r#"{"execute": "blockdev-mirror", "arguments": {"job-id": "move", "device": "disk", "target": "target", "sync": "full"}}"#,
     );
     monitor.wait_for("BLOCK_JOB_READY");
     monitor.execute(r#"{"execute": "block-job-complete", "arguments": {"device": "move"}}"#);
     monitor.wait_for("BLOCK_JOB_COMPLETED");
     program.stop();
     assert!(serving.stop().success());
-    assert_same(&qemu_image, &ours.image);
-    assert_as_sparse(&qemu_image, &ours.image);
+    assert_same(&qemu_image, &destination.image);
+    assert_as_sparse(&qemu_image, &destination.image);
 }
 
 #[test]
@@ -432,7 +436,7 @@ fn qemu_guest_survives_migration_with_address_takeover() {
     let mut serving = destination.clone().at(source.address).serve();
     writers.wait_for_writes(200);
     let written = writers.stop();
-    assert_eq!(written.connections, 2, "the connections of the guest stay open");
+    assert_eq!(written.connections, 2, "connections of the guest stay open");
     assert!(serving.stop().success());
     written.assert_all_present(&destination.image, "the writes of the guest");
 }

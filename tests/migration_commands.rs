@@ -1,5 +1,5 @@
 //! Commands that start, follow, tune and stop a migration: their output and exit status.
-//! Whether the copy is correct is tested in `migration.rs`.
+//! The content of the copy is tested in `migration.rs`.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -45,7 +45,7 @@ fn start_mirror_and_wait(directory: &Path, destination: &Server, speed: &str) ->
 const SOURCE: &str = "source.sock";
 const DESTINATION: &str = "destination.sock";
 
-/// A source full of data and a destination, both of `size` bytes.
+/// Starts a source with `size` bytes of data, and a destination of the same size.
 fn start_pair(directory: &Path, size: u64) -> (Server, Server) {
     let from = sparse_image(directory, "from.img", size);
     write_at(&from, 0, &vec![7; usize::try_from(size).unwrap()]);
@@ -63,7 +63,7 @@ fn status(directory: &Path, socket: &str) -> String {
     run(directory, &format!("status -s {socket}")).1
 }
 
-/// A running migration that would take minutes.
+/// Starts a migration that would take minutes.
 fn start_slow_migration(directory: &Path) -> (Server, Server, Child) {
     let (source, destination) = start_pair(directory, 4 * MIB);
     let wait = start_mirror_and_wait(directory, &destination, "32K");
@@ -81,7 +81,7 @@ fn mirror_wait_reports_even_an_immediate_end() {
         let wait = start_mirror_and_wait(directory.path(), &destination, "0");
         let (code, out, err) = wait_for_exit(wait);
         assert_eq!(code, Some(0), "{err}");
-        // A slow machine prints lines of progress in between.
+        // On a slow machine progress lines are printed in between.
         let last = out.lines().last().unwrap_or_default();
         assert!(out.starts_with("Migration started\n"), "{out}");
         assert!(last.starts_with("Migration finished: 64 KiB sent in "), "{out}");
@@ -102,7 +102,7 @@ fn mirror_reports_the_start_and_returns() {
 }
 
 #[test]
-fn an_unreachable_destination_fails_mirror_with_status_1() {
+fn mirror_to_an_unreachable_destination_exits_with_1() {
     let directory = temp_dir();
     let (mut source, mut destination) = start_pair(directory.path(), 64 * KIB);
     let port = destination.port();
@@ -118,7 +118,7 @@ fn an_unreachable_destination_fails_mirror_with_status_1() {
 }
 
 #[test]
-fn an_interrupted_wait_leaves_the_migration_running() {
+fn interrupted_wait_leaves_the_migration_running() {
     restore_default_signals();
     let directory = temp_dir();
     let (_source, _destination, mut wait) = start_slow_migration(directory.path());
@@ -127,7 +127,7 @@ fn an_interrupted_wait_leaves_the_migration_running() {
     wait_until("the exit of mirror --wait", || wait.try_wait().unwrap().is_some());
     let output = wait.wait_with_output().unwrap();
     let signal = std::os::unix::process::ExitStatusExt::signal(&output.status);
-    assert_eq!(signal, Some(Signal::SIGINT as i32), "shells see the interrupt");
+    assert_eq!(signal, Some(Signal::SIGINT as i32), "a shell sees that a signal ended the command");
     let stderr = String::from_utf8(output.stderr).unwrap();
     let remedy = format!("to end it: `flexnbd break --sock {SOURCE}`");
     assert!(stderr.contains("goes on") && stderr.contains(&remedy), "{stderr}");
@@ -162,8 +162,8 @@ fn stopping_the_server_ends_mirror_wait() {
     let (mut source, _destination, wait) = start_slow_migration(directory.path());
     assert_eq!(source.stop().code(), Some(1), "stopped while a migration was running");
     let (code, _, err) = wait_for_exit(wait);
-    let why = "the server was stopped before the migration was over\n";
-    assert_eq!((code, err.as_str()), (Some(1), why));
+    let expected = "the server was stopped before the migration was over\n";
+    assert_eq!((code, err.as_str()), (Some(1), expected));
 }
 
 #[test]
@@ -180,15 +180,14 @@ fn killing_the_server_fails_mirror_wait() {
 fn adopt_needs_force_and_an_unused_incomplete_copy() {
     let directory = temp_dir();
     let (_source, mut destination, mut wait) = start_slow_migration(directory.path());
-    let adopt = |line| run(directory.path(), line);
-    let (code, _, err) = adopt("adopt -f to.img --force");
+    let (code, _, err) = run(directory.path(), "adopt -f to.img --force");
     assert_eq!(code, Some(78));
     assert!(err.contains("in use"), "{err}");
     destination.stop();
-    let (code, _, err) = adopt("adopt -f to.img");
+    let (code, _, err) = run(directory.path(), "adopt -f to.img");
     assert_eq!(code, Some(78));
     assert!(err.starts_with("flexnbd adopt: to.img is an incomplete copy"), "{err}");
-    let (code, out, err) = adopt("adopt -f to.img --force");
+    let (code, out, err) = run(directory.path(), "adopt -f to.img --force");
     assert_eq!(code, Some(0), "{err}");
     assert!(out.contains("and is now ours (adopted)"), "{out}");
     wait.kill().unwrap();

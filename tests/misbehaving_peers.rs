@@ -1,5 +1,5 @@
-//! Peers that break the migration protocol, one test for each way: destinations against our `mirror`,
-//! sources against our `listen`. Clients must not be affected, and no acknowledged write is lost.
+//! Peers that violate the migration protocol: destinations against our `mirror`, sources against
+//! our `listen`. Sessions of clients must not be affected, and no acknowledged write may be lost.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 

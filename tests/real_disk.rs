@@ -1,5 +1,5 @@
-//! An ext4 file system made from a directory tree: served, copied, mapped, and mounted for a
-//! workload. Never trusts the server about a copy: other programs compare the files.
+//! An ext4 file system with a directory tree: served, copied, mapped, and mounted for a workload.
+//! Copies are compared by other programs, never through the server alone.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
 
@@ -13,10 +13,12 @@ use std::path::{Path, PathBuf};
 
 const IMAGE_SIZE: u64 = 160 * MIB;
 
-/// Bytes that a copy may have allocated beyond its original: block maps differ by file system.
+/// Bytes that a copy may have allocated in excess of its original: block maps differ by file
+/// system.
 const ALLOCATION_SLACK: u64 = MIB;
 
-/// Creates a tree of about 40 MiB: our own sources, and files of sizes around block boundaries.
+/// Creates a tree of about 40 MiB: the sources of flexnbd, and files of sizes near block
+/// boundaries.
 fn create_tree(root: &Path) {
     copy_tree(&project_path("src"), &root.join("src"));
     for (i, size) in [0, 1, 511, 512, 4095, 4096, 4097, 65_536, 1_000_003].iter().enumerate() {
@@ -46,8 +48,8 @@ fn copy_tree(from: &Path, to: &Path) {
     }
 }
 
-/// Creates a directory with such a tree in `tree`, and an ext4 file system of it in `image`.
-fn ext4() -> (TempDir, PathBuf) {
+/// Creates a directory with such a tree in `tree`, and with an ext4 file system of it in `image`.
+fn create_ext4() -> (TempDir, PathBuf) {
     let dir = temp_dir();
     let tree = dir.path().join("tree");
     create_tree(&tree);
@@ -71,10 +73,10 @@ fn assert_same(left: &str, right: &str) {
 
 #[track_caller]
 fn assert_as_sparse(copy: &Path, original: &Path) {
-    let (has, had) = (allocated(copy), allocated(original));
+    let (copied, expected) = (allocated(copy), allocated(original));
     assert!(
-        has <= had + ALLOCATION_SLACK,
-        "the copy has {has} bytes allocated, the original {had}"
+        copied <= expected + ALLOCATION_SLACK,
+        "the copy has {copied} bytes allocated, the original {expected}"
     );
 }
 
@@ -83,7 +85,7 @@ fn check_round_trip(transport: Transport, style: Style) {
     if !require_tools(&["mke2fs", "e2fsck", "nbdcopy", "qemu-img"]) {
         return;
     }
-    let (dir, image) = ext4();
+    let (dir, image) = create_ext4();
     let served = Served::existing(dir, image, transport, style, &[]);
     let out = served.path("out");
     Program::new("nbdcopy").words("--connections=4").args([&served.uri()]).args([&out]).ok();
@@ -108,39 +110,39 @@ fn copies_are_identical_and_as_sparse() {
 }
 
 #[test]
-fn copies_over_old_style_are_identical_and_sparse() {
+fn oldstyle_copies_are_identical_and_as_sparse() {
     check_round_trip(Transport::Tcp, Style::Old);
 }
 
-/// A span of the map: offset, length, and whether it holds data.
-type Span = (u64, u64, bool);
+/// An extent: offset, length, and whether it holds data.
+type Extent = (u64, u64, bool);
 
 /// The extents of the file, from SEEK_DATA and SEEK_HOLE.
-fn file_extents(image: &Path) -> Vec<Span> {
+fn file_extents(image: &Path) -> Vec<Extent> {
     use nix::unistd::{Whence, lseek64};
     let file = File::open(image).unwrap();
     let size = i64::try_from(file.metadata().unwrap().len()).unwrap();
-    let (mut spans, mut at) = (Vec::new(), 0);
+    let (mut extents, mut at) = (Vec::new(), 0);
     while at < size {
         // ENXIO: no data up to the end.
         let data = lseek64(&file, at, Whence::SeekData).unwrap_or(size);
         if data > at {
-            spans.push((at as u64, (data - at) as u64, false));
+            extents.push((at as u64, (data - at) as u64, false));
         }
         if data < size {
             at = lseek64(&file, data, Whence::SeekHole).unwrap();
-            spans.push((data as u64, (at - data) as u64, true));
+            extents.push((data as u64, (at - data) as u64, true));
         } else {
             at = size;
         }
     }
-    spans
+    extents
 }
 
-/// Merges adjacent spans of one kind, since clients that query piecewise do not.
-fn merged(spans: Vec<Span>) -> Vec<Span> {
-    let mut all: Vec<Span> = Vec::new();
-    for (offset, length, data) in spans {
+/// Merges adjacent extents of one type. Clients that query ranges separately do not merge them.
+fn merged(extents: Vec<Extent>) -> Vec<Extent> {
+    let mut all: Vec<Extent> = Vec::new();
+    for (offset, length, data) in extents {
         match all.last_mut() {
             Some((start, size, kind)) if *start + *size == offset && *kind == data => {
                 *size += length;
@@ -151,11 +153,15 @@ fn merged(spans: Vec<Span>) -> Vec<Span> {
     all
 }
 
-fn spans_of(json: &str, start: &str, is_data: impl Fn(&serde_json::Value) -> bool) -> Vec<Span> {
+fn extents_of(
+    json: &str,
+    start: &str,
+    is_data: impl Fn(&serde_json::Value) -> bool,
+) -> Vec<Extent> {
     let map: serde_json::Value = serde_json::from_str(json).unwrap();
     let number = |entry: &serde_json::Value, key: &str| entry[key].as_u64().unwrap();
-    let span = |e| (number(e, start), number(e, "length"), is_data(e));
-    merged(map.as_array().unwrap().iter().map(span).collect())
+    let extent = |e| (number(e, start), number(e, "length"), is_data(e));
+    merged(map.as_array().unwrap().iter().map(extent).collect())
 }
 
 #[test]
@@ -163,21 +169,21 @@ fn maps_equal_the_extents_of_the_file() {
     if !require_tools(&["mke2fs", "nbdinfo", "qemu-img"]) {
         return;
     }
-    let (dir, image) = ext4();
+    let (dir, image) = create_ext4();
     let extents = file_extents(&image);
     assert!(extents.len() > 2, "data and holes: {extents:?}");
     let served = Served::existing(dir, image, Transport::Tcp, Style::New, &[]);
     let output = Program::new("nbdinfo").words("--map --json").args([served.uri()]).ok();
     // base:allocation: 0 is data, 3 a hole that reads as zero.
-    let map = spans_of(&output, "offset", |e| match e["type"].as_u64() {
+    let map = extents_of(&output, "offset", |e| match e["type"].as_u64() {
         Some(0) => true,
         Some(3) => false,
-        other => panic!("a span of type {other:?}"),
+        other => panic!("an extent of type {other:?}"),
     });
     assert_eq!(map, extents, "map of nbdinfo");
     let output =
         Program::new("qemu-img").words("map -f raw --output=json").args([served.uri()]).ok();
-    let map = spans_of(&output, "start", |e| e["data"] == true);
+    let map = extents_of(&output, "start", |e| e["data"] == true);
     assert_eq!(map, extents, "map of qemu-img");
 }
 
@@ -186,7 +192,7 @@ fn e2fsck_is_clean_after_a_workload_through_nbdfuse() {
     if !require_tools(&["mke2fs", "e2fsck", "nbdfuse", "losetup"]) {
         return;
     }
-    let (dir, image) = ext4();
+    let (dir, image) = create_ext4();
     let mut served = Served::existing(dir, image, Transport::Unix, Style::New, &[]);
     let (point, root) = (served.path("fuse"), served.path("root"));
     fs::create_dir_all(&root).unwrap();

@@ -18,7 +18,7 @@ impl Monitor {
             stream = UnixStream::connect(path).ok();
             stream.is_some()
         });
-        assert!(connected, "no monitor at {}", path.display());
+        assert!(connected, "no QMP socket at {}", path.display());
         let stream = stream.unwrap();
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         let mut monitor = Monitor { replies: BufReader::new(stream) };
@@ -40,8 +40,8 @@ impl Monitor {
         loop {
             let mut line = String::new();
             self.replies.read_line(&mut line).unwrap();
-            assert!(!line.is_empty(), "the monitor closed the connection before {word}");
-            assert!(!line.contains("\"error\":"), "waiting for {word}: {line}");
+            assert!(!line.is_empty(), "QEMU closed the connection before {word}");
+            assert!(!line.contains("\"error\":"), "an error instead of {word}: {line}");
             if line.contains(word) {
                 return line;
             }

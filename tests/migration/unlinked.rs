@@ -1,5 +1,5 @@
-//! Images that `mirror` with `unlink` deleted at the source: `--create` must not replace the disk by
-//! an empty one.
+//! Images that `mirror` with `unlink` deleted at the source: `--create` must not replace the disk
+//! by an empty one.
 
 use harness::host::{Host, MIRROR_STARTED};
 use harness::{Endpoint, MIB, Server, read_at, sparse_image, temp_dir_in, write_at};
@@ -22,7 +22,8 @@ fn unlinked_disk_is_not_created_again_while_departed() {
     assert!(stderr.contains("has moved to") && stderr.contains("not made anew"), "{stderr}");
     assert!(!from.image.exists());
 
-    // `listen` may create the image for the disk that comes back; afterwards `--create` works as usual.
+    // `listen` may create the image for the disk that comes back; afterwards `--create` works as
+    // usual.
     let mut listening = from.mode("listen").args(["--create", "4M"]).start();
     let mut serving = to.serve();
     assert_eq!(to.mirror_to(from.address, &["unlink"]), MIRROR_STARTED);

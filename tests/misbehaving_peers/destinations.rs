@@ -1,4 +1,4 @@
-//! Destinations that break the protocol, against our `mirror`.
+//! Destinations that violate the protocol, against our `mirror`.
 
 use crate::fake_destination::{Connection, FakeDestination};
 use harness::host::{Host, MIRROR_STARTED};
@@ -211,7 +211,7 @@ fn close_before_disc_is_retried_with_unlink() {
     assert_close_before_disc_is_retried("unlink");
 }
 
-/// A time longer than the request limit of the source.
+/// Longer than the request limit of the source.
 const HANG: Duration = Duration::from_secs(3);
 
 #[test]
@@ -347,7 +347,7 @@ fn sigterm_during_migration_fails_and_keeps_the_disk() {
     assert_eq!(source.host.record(), "");
     let written = source.writers.stop();
     written.assert_all_present(&source.host.image, "after SIGTERM");
-    assert!(source.host.serve().stop().success(), "a new `serve` accepts the image");
+    assert!(source.host.serve().stop().success(), "a second `serve` accepts the image");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! A minimal migration destination. It speaks oldstyle (or the beginning of newstyle) and misbehaves on
-//! its first connection as a test wants; from the second on it follows the protocol.
+//! A minimal migration destination: oldstyle, and the first steps of newstyle. The test defines its
+//! behaviour on the first connection; on later ones it follows the protocol.
 //! Never uses the library under test.
 
 use harness::raw::{
@@ -30,14 +30,14 @@ pub(crate) struct Connection {
     pub(crate) size: u64,
 }
 
-/// A destination on a thread of its own, which ends when it has received a disk.
+/// A destination on its own thread, which exits once it has received a disk.
 pub(crate) struct FakeDestination {
     pub(crate) address: SocketAddr,
     disk: Receiver<Vec<u8>>,
 }
 
 impl FakeDestination {
-    /// Runs `misbehave` on the first connection, and receives a disk correctly on a later one.
+    /// Runs `misbehave` on the first connection, and receives a disk on a later one.
     pub(crate) fn misbehave_first(
         size: u64,
         misbehave: impl FnOnce(&mut Connection) + Send + 'static,
@@ -67,10 +67,10 @@ impl FakeDestination {
         FakeDestination { address, disk }
     }
 
-    /// Waits until a whole disk has arrived, and returns its bytes.
+    /// Waits for a complete disk and returns its bytes.
     #[track_caller]
     pub(crate) fn disk(self) -> Vec<u8> {
-        self.disk.recv_timeout(TIMEOUT).expect("a whole disk arrives")
+        self.disk.recv_timeout(TIMEOUT).expect("a complete disk arrives")
     }
 }
 
@@ -88,10 +88,10 @@ impl Connection {
     }
 
     pub(crate) fn greet_with(&mut self, magic: u64, size: u64) {
-        let mut hello = [GREETING, magic, size].map(u64::to_be_bytes).concat();
-        hello.extend(u32::from(HAS_FLAGS).to_be_bytes());
-        hello.extend([0; ZEROES]);
-        self.send(&hello);
+        let mut greeting = [GREETING, magic, size].map(u64::to_be_bytes).concat();
+        greeting.extend(u32::from(HAS_FLAGS).to_be_bytes());
+        greeting.extend([0; ZEROES]);
+        self.send(&greeting);
     }
 
     /// Sends the newstyle greeting; returns number and data of the client's first option.
@@ -150,8 +150,8 @@ impl Connection {
         self.send(&reply);
     }
 
-    /// Receives the whole disk and closes the connection together with the last reply, so that the
-    /// source finds end of file right behind that reply.
+    /// Receives the complete disk and sends the last reply together with a FIN, so that the source
+    /// reads end of file directly after the reply.
     pub(crate) fn close_with_the_last_reply(&mut self) {
         self.greet();
         let mut left = self.size as usize;
@@ -161,7 +161,7 @@ impl Connection {
             if left == 0 {
                 let mut reply = [SIMPLE_REPLY, 0].map(u32::to_be_bytes).concat();
                 reply.extend(request.cookie.to_be_bytes());
-                // MSG_MORE: the kernel holds the reply back and sends it with the FIN.
+                // MSG_MORE: the kernel delays the reply and sends it with the FIN.
                 send(self.stream.as_raw_fd(), &reply, MsgFlags::from_bits_retain(libc::MSG_MORE))
                     .unwrap();
                 return self.stream.shutdown(Shutdown::Write).unwrap();
@@ -177,13 +177,13 @@ impl Connection {
         bytes
     }
 
-    /// Ignores errors: the source may have closed the connection, which is no failure of the test.
+    /// Ignores errors, since the source may have closed the connection.
     fn send(&mut self, bytes: &[u8]) {
         let _ = self.stream.write_all(bytes);
     }
 
-    /// Reads and discards until the source closes the connection. True if it closed with a RST, which
-    /// discards undelivered data.
+    /// Reads and discards bytes until the source closes the connection. True if it closed with a
+    /// RST, which discards undelivered data.
     pub(crate) fn wait_for_close(&mut self) -> bool {
         let mut buffer = [0; 4096];
         loop {
@@ -196,7 +196,7 @@ impl Connection {
         }
     }
 
-    /// Receives a disk as the protocol says, up to NBD_CMD_DISC.
+    /// Receives a disk according to the protocol, up to NBD_CMD_DISC.
     fn receive_disk(&mut self) -> io::Result<Vec<u8>> {
         self.greet();
         let mut disk = vec![0xdb; self.size as usize];

@@ -1,4 +1,4 @@
-//! Sources that break the protocol, and clients that are no sources, against our `listen`.
+//! Sources that violate the protocol, and clients that are not sources, against our `listen`.
 
 use harness::host::{Host, MIRROR_STARTED};
 use harness::image::{assert_same, stamped_image};
@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use std::time::Duration;
 
 const SIZE: u64 = MIB;
-/// Length of the longest write of these tests.
+/// Length of the longest write in these tests.
 const CHUNK: usize = 64 << 10;
 
 /// The private handover command and the version of its payload, see flexnbd-migration(7).
@@ -71,13 +71,13 @@ impl Listening {
     fn introduced(&self, id: [u8; 16]) -> (Session, Vec<u8>) {
         let mut wire = self.haggle();
         let (replies, last) = wire.ask(OPT_PRIVATE, &introduction(id));
-        assert_eq!(last, REP_ACK, "the introduction is answered");
+        assert_eq!(last, REP_ACK, "the server accepts the introduction");
         let token = replies[0].data[8..24].to_vec();
         (Session::go(wire, Mode::Simple, None, b""), token)
     }
 
-    /// Asserts that no disk has arrived, that the process goes on listening, as the original flexnbd
-    /// does, and that the record is `record`.
+    /// Asserts that no disk has arrived, that the record is `record`, and that the process still
+    /// listens, like the original flexnbd.
     fn assert_still_waiting(mut self, record: &str) {
         assert_eq!(self.host.record(), record);
         assert!(self.server.is_running(), "{}", self.server.stderr());
@@ -137,7 +137,7 @@ fn connections_without_handshake_are_tolerated() {
 }
 
 #[test]
-fn disc_without_a_write_does_not_count() {
+fn disc_without_a_write_completes_no_migration() {
     let listening = Listening::oldstyle();
     let mut session = listening.oldstyle_session();
     session.read(0, 512);
@@ -158,7 +158,7 @@ fn close_without_disc_leaves_the_copy_incomplete() {
 }
 
 #[test]
-fn source_may_start_over_after_a_reset() {
+fn source_may_restart_the_copy_after_a_reset() {
     let listening = Listening::oldstyle();
     let mut session = listening.oldstyle_session();
     session.ok(Request::write(0, &[0xee; CHUNK]));
@@ -198,7 +198,7 @@ fn close_within_a_payload_is_tolerated() {
 }
 
 #[test]
-fn disc_after_out_of_range_writes_does_not_count() {
+fn disc_after_failed_writes_completes_no_migration() {
     let listening = Listening::oldstyle();
     let mut session = listening.oldstyle_session();
     session.refused(Request::write(SIZE - 512, &[0xee; 1024]), &[ENOSPC]);
@@ -242,7 +242,7 @@ fn second_newstyle_source_is_refused_in_the_handshake() {
     assert_eq!(wire.ask_final(OPT_GO, &encode_go(b"", &[])), REP_ERR_POLICY);
     assert_eq!(wire.ask_final(OPT_PRIVATE, &introduction(OTHER_ID)), REP_ERR_POLICY);
     wire.send_option(OPT_EXPORT_NAME, b"");
-    wire.expect_closed("an export with another source");
+    wire.expect_closed("EXPORT_NAME while another source is active");
     first.ok(Request::write(0, &[0xee; 512]));
     listening.assert_still_waiting("incoming");
 }
@@ -257,7 +257,7 @@ fn assert_unintroduced_is_refused(listening: &Listening) {
     }
     let mut wire = listening.haggle();
     wire.send_option(OPT_EXPORT_NAME, b"");
-    wire.expect_closed("an export name without introduction");
+    wire.expect_closed("EXPORT_NAME without introduction");
 }
 
 #[test]
@@ -285,7 +285,7 @@ fn earlier_handshake_without_introduction_is_refused() {
 }
 
 #[test]
-fn introduction_without_opt_go_blocks_no_other_source() {
+fn introduction_without_opt_go_excludes_no_other_source() {
     let listening = Listening::newstyle();
     let mut introduced = listening.haggle();
     assert_eq!(introduced.ask(OPT_PRIVATE, &introduction(MIGRATION_ID)).1, REP_ACK);
@@ -324,14 +324,14 @@ fn stopped_source_is_displaced_within_seconds() {
     sparse_file(&destination.image, 16 * SIZE);
     let (holder, mut serving) = (stopped.serve(), source.serve());
     let mut listening = destination.listen();
-    // The copy takes a minute, so that the source is stopped in the middle of it.
+    // The copy takes a minute, so that SIGSTOP interrupts it.
     let speed = (16 * SIZE / 60).to_string();
     assert_eq!(
         stopped.mirror_to(destination.address, &["exit", "0.0.0.0", &speed]),
         MIRROR_STARTED
     );
     let copying = poll_until(TIMEOUT, || destination.record() == "incoming");
-    assert!(copying, "no block is copied");
+    assert!(copying, "the copy does not start");
     let reply = source.mirror_to(destination.address, &[]);
     assert!(reply.starts_with("1: Mirror was rejected"), "a live source is not displaced: {reply}");
     holder.signal(Signal::SIGSTOP);
@@ -403,7 +403,7 @@ fn only_the_oldstyle_writer_reads_the_incoming_disk() {
 }
 
 #[test]
-fn disc_of_a_plain_writer_does_not_count() {
+fn disc_of_a_plain_writer_completes_no_migration() {
     let listening = Listening::plain();
     let mut session = Session::open(&listening.endpoint(), Mode::Simple).unwrap();
     session.ok(Request::write(0, &[0xee; 512]));
@@ -467,12 +467,12 @@ fn correct_handover_is_acknowledged_and_ends_listen() {
     assert!(!again.starts_listening());
     assert!(again.wait_for_end().success(), "{}", again.stderr());
     let serving = listening.host.serve();
-    for (id, has) in [(MIGRATION_ID, 2), (OTHER_ID, 0)] {
+    for (id, disk) in [(MIGRATION_ID, 2), (OTHER_ID, 0)] {
         let mut wire = Wire::haggle(serving.endpoint(), FIXED_NEWSTYLE | NO_ZEROES);
         let (replies, last) = wire.ask(OPT_PRIVATE, &introduction(id));
         assert_eq!(
             (last, &replies[0].data[4..6]),
-            (REP_ACK, &[2, has][..]),
+            (REP_ACK, &[2, disk][..]),
             "state and disk of migration {id:02x?}"
         );
     }
