@@ -1,26 +1,26 @@
-//! The destination's decisions: which connection may write the incoming disk, and when it is ours.
-//! Never writes, connects or waits: the `listen` process asks before it acts, and reports results.
+//! The state machine of the destination: which connection may write the incoming disk, and when the
+//! disk is ours. Never writes, connects or waits: the caller asks before it acts, and reports results.
 //!
 //! ```text
 //!                    first byte                     HANDOVER
 //!   waiting ─────▶ receiving (incoming, durable) ─────────▶ settling ─────▶ arrived
-//!      ▲ ◀──────────────┘  its connection is gone               │   data durable, then
+//!      ▲ ◀──────────────┘  its connection is closed             │   data durable, then
 //!                                                               │   record ours durable
-//!                                                               └▶ failed: exit, say nothing
+//!                                                               └▶ failed: exit without a reply
 //! ```
 //!
-//! Three promises, on which the source's half of the handover relies:
+//! Three invariants, on which the source's half of the handover relies:
 //!
-//! * The record *incoming* is durable before the first byte is written, so that a half-written
-//!   copy is never taken for a disk.
+//! * The record *incoming* is durable before the first byte is written, so that an incomplete copy
+//!   is never served as a disk.
 //! * A source that introduces itself again closes its earlier connection for good: the caller
-//!   ends that connection and waits for its last request *before* it sends the answer. So does a
-//!   source that takes the slot of a sender that was silent for too long. That loses nothing
-//!   acknowledged, whether the silent sender is dead or slow: its handover is refused without the
-//!   slot, and its source keeps and serves its disk until a handover is acknowledged.
-//! * HANDOVER is acknowledged after the data and then the record *ours* are durable. When either
-//!   fails, the state of the medium is unknown: the process exits without an answer, and the
-//!   record tells the truth.
+//!   ends that connection and waits for its last request *before* it sends the answer. The same
+//!   holds for a source that takes the slot of a sender that was silent for too long. Neither loses
+//!   acknowledged data: without the slot the handover of the silent sender is refused, so its source
+//!   keeps and serves its disk.
+//! * HANDOVER is acknowledged after first the data and then the record *ours* are durable. If either
+//!   fails, the state of the medium is unknown: the process exits without a reply, and the next one
+//!   reads the record.
 //!
 //! `arrival/transitions.txt` lists every transition; a test keeps it true.
 
@@ -29,11 +29,11 @@ use crate::disk::ownership::{Id, Provenance, Record};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-/// A source that sends nothing for this long loses its slot to a source with another id.
+/// A source that is silent for this time loses its slot to a source with another id.
 pub const SOURCE_SILENCE: Duration = Duration::from_secs(5);
-/// A writer without introduction that sends nothing for this long loses its slot to the next one.
+/// A writer without introduction that is silent for this time loses its slot to the next client.
 pub const WRITER_SILENCE: Duration = Duration::from_secs(60);
-/// Migrations whose former tenure of the slot is remembered.
+/// Most migrations remembered as former holders of the slot.
 const FORMER_SENDERS_MAX: usize = 64;
 
 /// The caller's number for a connection; never used twice.
@@ -44,20 +44,20 @@ pub type Connection = u64;
 pub enum Admits {
     /// Sources that introduced themselves.
     Sources,
-    /// The same, or one writer that did not (`--plain`).
+    /// The same, or one writer without introduction (`--plain`).
     PlainWriter,
-    /// Clients of old style, which cannot introduce themselves (`--oldstyle`).
+    /// Oldstyle clients, which cannot introduce themselves (`--oldstyle`).
     OldStyle,
 }
 
-/// The kind of a listening process's client.
+/// The kind of a client of a listening process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sender {
-    /// A source of ours, which introduced itself with this migration.
+    /// A flexnbd source that introduced itself with this migration.
     Source(Id),
-    /// A client of old style; its DISC after writing means that the disk is complete.
+    /// An oldstyle client. Its DISC after writing means that the disk is complete.
     OldStyle,
-    /// Any other client of new style; its DISC means nothing.
+    /// Any other newstyle client. Its DISC has no such meaning.
     Plain,
 }
 
@@ -73,9 +73,9 @@ impl Sender {
 /// Why a client or one of its requests is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AccessDenied {
-    /// It did not introduce itself (`NBD_REP_ERR_POLICY`).
+    /// The client did not introduce itself (`NBD_REP_ERR_POLICY`).
     NotIntroduced,
-    /// This other connection holds the sender's slot (`NBD_REP_ERR_POLICY`; for a request `EPERM`).
+    /// Another connection, this one, holds the slot (`NBD_REP_ERR_POLICY`; for a request `EPERM`).
     SlotTaken(Connection),
     /// The connection does not hold the slot, or has lost it.
     NotSender,
@@ -87,7 +87,7 @@ pub enum AccessDenied {
     Failed,
 }
 
-/// What to do about a source that introduces itself.
+/// The reaction to the introduction of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ProbeDecision {
     /// Close `retire` for good and wait until their requests have ended; then answer.
@@ -101,10 +101,10 @@ pub enum ProbeDecision {
     Refuse(AccessDenied),
 }
 
-/// What to do about a request that changes the disk.
+/// The reaction to a request that changes the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WritePermission {
-    /// Carry it out.
+    /// Execute the request.
     Go,
     /// Make this record durable, report with [`Arrival::on_recorded`], and ask again.
     RecordFirst(Record),
@@ -112,31 +112,31 @@ pub enum WritePermission {
     Refuse(AccessDenied),
 }
 
-/// What to do about the end of the copy.
+/// The reaction to a HANDOVER or DISC.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ArrivalEnd {
     /// Make the data durable, then this record; report with [`Arrival::on_settled`].
     Settle(Record),
-    /// A HANDOVER that is not meant for us: answer it with `EINVAL`.
+    /// Reply `EINVAL` to a HANDOVER for another migration, process or connection.
     Refuse,
-    /// Nothing follows from it.
+    /// The DISC does not complete the disk.
     Nothing,
 }
 
-/// One `listen` process.
+/// The state of one `listen` process.
 #[derive(Debug)]
 pub struct Arrival {
     token: Token,
     admits: Admits,
     state: ArrivalState,
-    /// The incomplete copy that the durable record names.
-    holds: Holds,
+    /// The incomplete copy in the image, according to the durable record.
+    copy: RecordedCopy,
     /// The migration with which each connection introduced itself; of several connections with the
     /// same one, only the latest.
     introduced: BTreeMap<Connection, Id>,
     /// Connections that have lost the slot, and may still have requests in flight.
     retiring: BTreeSet<Connection>,
-    /// The migrations that have held the slot, the latest first.
+    /// The migrations that hold or have held the slot, the latest first.
     former_senders: VecDeque<Id>,
 }
 
@@ -157,18 +157,18 @@ struct SenderSlot {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Holds {
+enum RecordedCopy {
     Nothing,
-    CopyOf(Option<Id>),
+    Of(Option<Id>),
 }
 
 impl SenderSlot {
-    /// Whether `contender` gets the slot after its holder has been `silent`.
+    /// Whether `contender` gets the slot after the holder's silence of `silent`.
     fn yields(self, contender: Sender, silent: Duration) -> bool {
         silent >= self.slot_timeout(contender)
     }
 
-    /// The silence after which `contender` gets the slot.
+    /// The silence of the holder after which `contender` gets the slot.
     fn slot_timeout(self, contender: Sender) -> Duration {
         match (self.sender, contender) {
             (Sender::Source(_), Sender::Source(_)) => SOURCE_SILENCE,
@@ -180,15 +180,15 @@ impl SenderSlot {
 }
 
 impl Arrival {
-    /// A process with this token, whose image holds an incomplete copy from the migration `holds`, if
-    /// any (see [`crate::disk::ownership::ForListen::Accept`]).
+    /// A process with this token. `copy` is the incomplete copy in its image, if any (see
+    /// [`crate::disk::ownership::ForListen::Accept`]).
     #[must_use]
-    pub fn new(token: Token, holds: Option<Option<Id>>, admits: Admits) -> Self {
+    pub fn new(token: Token, copy: Option<Option<Id>>, admits: Admits) -> Self {
         Self {
             token,
             admits,
             state: ArrivalState::Receiving(None),
-            holds: holds.map_or(Holds::Nothing, Holds::CopyOf),
+            copy: copy.map_or(RecordedCopy::Nothing, RecordedCopy::Of),
             introduced: BTreeMap::new(),
             retiring: BTreeSet::new(),
             former_senders: VecDeque::new(),
@@ -204,20 +204,20 @@ impl Arrival {
         }
     }
 
-    /// The silence of its holder after which `contender` gets the slot; `introduces` is the id with
-    /// which it introduces itself just now. None if the slot is free.
+    /// The silence of its holder after which `contender` gets the slot; `id` is the migration with
+    /// which it introduces itself just now, if it does. `None` if the slot is free.
     #[must_use]
-    pub fn slot_timeout(&self, contender: Connection, introduces: Option<Id>) -> Option<Duration> {
-        let sender = introduces.map_or_else(|| self.sender(contender), Sender::Source);
+    pub fn slot_timeout(&self, contender: Connection, id: Option<Id>) -> Option<Duration> {
+        let sender = id.map_or_else(|| self.sender(contender), Sender::Source);
         let ArrivalState::Receiving(Some(slot)) = self.state else { return None };
         Some(slot.slot_timeout(sender))
     }
 
     /// A source introduces itself on `connection`, or asks whether its disk has arrived, after the
-    /// holder has been `silent`. It gets the slot only when it [enters](Arrival::enter).
+    /// holder's silence of `silent`. It gets the slot only when it [enters](Arrival::enter).
     ///
-    /// The answer concerns the migration asked about: one that has held the slot gets it, whichever
-    /// connection holds the slot now.
+    /// A migration that has held the slot gets an answer even while another connection holds the
+    /// slot, because its source may be in doubt.
     pub fn on_introduction(
         &mut self,
         connection: Connection,
@@ -247,37 +247,37 @@ impl Arrival {
     }
 
     fn has(&self, id: Id) -> Has {
-        match (self.state, self.holds) {
+        match (self.state, self.copy) {
             (ArrivalState::Arrived(Some(arrived)), _) if arrived == id => Has::Arrived,
-            (ArrivalState::Receiving(_), Holds::CopyOf(Some(copy))) if copy == id => {
+            (ArrivalState::Receiving(_), RecordedCopy::Of(Some(copy))) if copy == id => {
                 Has::Incomplete
             }
             _ => Has::Nothing,
         }
     }
 
-    /// Whether `connection` may enter the transmission phase after the holder has been `silent`.
+    /// Whether `connection` may enter the transmission phase after the holder's silence of `silent`.
     ///
     /// # Errors
-    /// Why not.
+    /// If it may not.
     pub fn may_enter(&self, connection: Connection, silent: Duration) -> Result<(), AccessDenied> {
-        self.entrance(connection, silent).map(drop)
+        self.check_entry(connection, silent).map(drop)
     }
 
-    /// `connection` is about to enter the transmission phase after the holder has been `silent`. A
-    /// newstyle connection then holds the slot. First close the returned connections for good, and
-    /// wait until their requests have ended.
+    /// `connection` is about to enter the transmission phase after the holder's silence of `silent`.
+    /// A newstyle connection then holds the slot. The caller first closes the returned connections
+    /// for good, and waits until their requests have ended.
     ///
     /// # Errors
-    /// Why it may not.
+    /// If it may not.
     pub fn enter(
         &mut self,
         connection: Connection,
         silent: Duration,
     ) -> Result<Vec<Connection>, AccessDenied> {
-        let (sender, outgoing) = self.entrance(connection, silent)?;
-        if let Some(outgoing) = outgoing {
-            self.revoke_slot(outgoing);
+        let (sender, displaced) = self.check_entry(connection, silent)?;
+        if let Some(displaced) = displaced {
+            self.revoke_slot(displaced);
         }
         if sender != Sender::OldStyle {
             self.assign_slot(connection, sender, false);
@@ -286,7 +286,7 @@ impl Arrival {
     }
 
     /// The kind of the connection, and the connection that loses the slot to it.
-    fn entrance(
+    fn check_entry(
         &self,
         connection: Connection,
         silent: Duration,
@@ -299,7 +299,7 @@ impl Arrival {
         match slot {
             Some(slot) if slot.connection == connection => Ok((sender, None)),
             Some(slot) if slot.yields(sender, silent) => Ok((sender, Some(slot.connection))),
-            // Old style cannot refuse a connection: its requests are refused one by one.
+            // The oldstyle handshake cannot refuse a connection, so each request is refused.
             Some(slot) if sender != Sender::OldStyle => {
                 Err(AccessDenied::SlotTaken(slot.connection))
             }
@@ -336,23 +336,20 @@ impl Arrival {
     }
 
     /// Whether a request of `connection` that does not change the disk may be executed. Only the
-    /// holder reads an arriving disk; a plain one only after it has written, if there is an
-    /// incomplete copy. Any oldstyle client may turn out to be the writer: until one has written,
-    /// all may read the bytes from before.
+    /// holder of the slot reads an incomplete copy, and a plain client only after it has written.
+    /// Before any copy, any oldstyle client may become the writer, so all may read the image.
     ///
     /// # Errors
-    /// Why not.
+    /// If it may not.
     pub fn may_use(&self, connection: Connection) -> Result<(), AccessDenied> {
+        let has_copy = self.copy != RecordedCopy::Nothing;
         match self.state {
             ArrivalState::Receiving(Some(slot)) if slot.connection == connection => {
-                let reads_half =
-                    slot.sender == Sender::Plain && !slot.wrote && self.holds != Holds::Nothing;
-                if reads_half { Err(AccessDenied::Incomplete) } else { Ok(()) }
+                let reads_incomplete = slot.sender == Sender::Plain && !slot.wrote && has_copy;
+                if reads_incomplete { Err(AccessDenied::Incomplete) } else { Ok(()) }
             }
             ArrivalState::Receiving(Some(slot)) => Err(AccessDenied::SlotTaken(slot.connection)),
-            ArrivalState::Receiving(None)
-                if self.may_be_the_writer(connection) && self.holds == Holds::Nothing =>
-            {
+            ArrivalState::Receiving(None) if self.may_be_the_writer(connection) && !has_copy => {
                 Ok(())
             }
             ArrivalState::Receiving(None) => Err(AccessDenied::NotSender),
@@ -364,7 +361,7 @@ impl Arrival {
         self.admits == Admits::OldStyle && !self.retiring.contains(&connection)
     }
 
-    /// `connection` wants to change the disk.
+    /// A request that changes the disk was received on `connection`.
     pub fn on_write_request(&mut self, connection: Connection) -> WritePermission {
         let sender = match self.state {
             ArrivalState::Receiving(Some(slot)) if slot.connection == connection => slot.sender,
@@ -372,33 +369,33 @@ impl Arrival {
                 return WritePermission::Refuse(AccessDenied::SlotTaken(slot.connection));
             }
             ArrivalState::Receiving(None) if self.may_be_the_writer(connection) => Sender::OldStyle,
-            // A source that lost its slot to its own next connection, which has closed since.
+            // The source has lost the slot to its own later connection, which is closed by now.
             ArrivalState::Receiving(None) => {
                 return WritePermission::Refuse(AccessDenied::NotSender);
             }
             state => return WritePermission::Refuse(denied(state)),
         };
         self.assign_slot(connection, sender, true);
-        if self.holds == Holds::CopyOf(sender.id()) {
+        if self.copy == RecordedCopy::Of(sender.id()) {
             return WritePermission::Go;
         }
         WritePermission::RecordFirst(Record::Incoming { id: sender.id() })
     }
 
-    /// The record *incoming* with `id` is durable, or failed; then the process ends.
+    /// The record *incoming* with `id` is durable, or could not be written: the process then exits.
     pub fn on_recorded(&mut self, id: Option<Id>, durable: bool) {
         if durable {
-            self.holds = Holds::CopyOf(id);
+            self.copy = RecordedCopy::Of(id);
         } else {
             self.state = ArrivalState::Failed;
         }
     }
 
-    /// HANDOVER arrived on `connection`.
+    /// HANDOVER was received on `connection`.
     pub fn on_handover(&mut self, connection: Connection, handover: &Handover) -> ArrivalEnd {
         let id = handover.id;
         let is_sender = self.holder() == Some((connection, Sender::Source(id)));
-        let ours = handover.token == self.token && self.holds == Holds::CopyOf(Some(id));
+        let ours = handover.token == self.token && self.copy == RecordedCopy::Of(Some(id));
         if !(is_sender && ours) {
             return ArrivalEnd::Refuse;
         }
@@ -406,18 +403,18 @@ impl Arrival {
         ArrivalEnd::Settle(Record::Ours(Provenance::Arrived(id)))
     }
 
-    /// DISC arrived on `connection`, and every request before it has been executed.
+    /// DISC was received on `connection`, and every request before it has been executed.
     pub fn on_disconnect(&mut self, connection: Connection) -> ArrivalEnd {
         let is_sender = self.holder() == Some((connection, Sender::OldStyle));
-        if !(is_sender && self.holds == Holds::CopyOf(None)) {
+        if !(is_sender && self.copy == RecordedCopy::Of(None)) {
             return ArrivalEnd::Nothing;
         }
         self.state = ArrivalState::Settling(None);
         ArrivalEnd::Settle(Record::Ours(Provenance::Received))
     }
 
-    /// Data and record are durable, or one of them failed. True: the disk is ours, acknowledge
-    /// and exit with success. False: exit with an error, without an answer to the source.
+    /// Data and record are durable, or one of them failed. Returns whether the disk is ours: if so,
+    /// acknowledge, else exit with an error, without a reply to the source.
     pub fn on_settled(&mut self, durable: bool) -> bool {
         self.state = match self.state {
             ArrivalState::Settling(id) if durable => ArrivalState::Arrived(id),
@@ -426,8 +423,8 @@ impl Arrival {
         durable
     }
 
-    /// A permitted change failed: the copy has a gap, whatever its sender sends next. True: the
-    /// process exits with an error. False: the copy was complete before.
+    /// A permitted write failed: the copy has a gap. Returns whether the process must exit with an
+    /// error; not if the copy was complete before.
     pub fn on_write_failure(&mut self) -> bool {
         if matches!(self.state, ArrivalState::Receiving(_)) {
             self.state = ArrivalState::Failed;
@@ -453,7 +450,7 @@ fn denied(state: ArrivalState) -> AccessDenied {
     }
 }
 
-/// The answer of a `serve` process to a source, given the provenance of its disk.
+/// The answer of a `serve` process whose disk has this provenance.
 #[must_use]
 pub fn answer_when_serving(provenance: Provenance, question: &Question) -> Answer {
     let has =

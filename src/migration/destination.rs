@@ -1,5 +1,5 @@
 //! The receiving side of a migration: executes the decisions of [`super::arrival`].
-//! Knows no socket: the server of the incoming disk asks it, and it answers.
+//! Never uses a socket: the server of the incoming disk calls it.
 
 use super::arrival::{
     AccessDenied, Arrival, ArrivalEnd, Connection, ProbeDecision, Sender, WritePermission,
@@ -26,25 +26,25 @@ pub enum ArrivalResult {
 pub enum HandoverResult {
     /// The disk is ours: acknowledge.
     Acknowledge,
-    /// The handover was not meant for us.
+    /// The handover names another migration, process or connection.
     Refuse,
-    /// Unknown whether the disk is durable: send no answer at all.
+    /// It is unknown whether the disk is durable: send no reply.
     NoReply,
 }
 
-/// One `listen` process and the disk it waits for.
+/// One `listen` process and its incoming disk.
 pub struct Destination {
     disk: Arc<Disk>,
-    /// None where no record can be kept.
+    /// `None` if the image has no place for a record.
     record_store: Option<RecordStore>,
     arrival: Mutex<Arrival>,
-    /// Serializes settling. Lock order: never take this while holding in-flight I/O, because the flush
-    /// waits for the I/O of all sessions.
+    /// Serializes settling. Lock order: a thread with I/O in flight never takes it, because the flush
+    /// under it waits for the I/O of all sessions.
     settling: Mutex<()>,
     observer: Box<dyn Fn(ArrivalResult) + Send + Sync>,
 }
 
-/// For how long nothing has come from a connection.
+/// Returns for how long a connection has received nothing.
 pub type SilenceOf<'a> = &'a dyn Fn(Connection) -> Duration;
 
 impl std::fmt::Debug for Destination {
@@ -54,8 +54,8 @@ impl std::fmt::Debug for Destination {
 }
 
 impl Destination {
-    /// A destination whose decisions `arrival` makes. `observer` is called with the outcome,
-    /// and must not wait.
+    /// A destination that receives into `disk`. It calls `observer` with the outcome, which must not
+    /// block.
     #[must_use]
     pub fn new(
         disk: Arc<Disk>,
@@ -72,11 +72,10 @@ impl Destination {
         }
     }
 
-    /// A source introduces itself with this data. `silence` tells for how long nothing has come
-    /// from a connection.
+    /// A source introduces itself with this data of the private option.
     ///
     /// # Errors
-    /// When it is no question.
+    /// If the data is no valid question.
     pub fn on_introduction(
         &self,
         connection: Connection,
@@ -84,8 +83,8 @@ impl Destination {
         silence: SilenceOf<'_>,
     ) -> Result<ProbeDecision, WireError> {
         let question = Question::decode(data)?;
-        // What it asks is being decided.
-        let _decided = sync::lock(&self.settling);
+        // The answer depends on the outcome of a handover that is being settled.
+        let _settled = sync::lock(&self.settling);
         let mut arrival = self.lock();
         let silent = self.silence_of_holder(&arrival, silence);
         Ok(arrival.on_introduction(connection, &question, silent))
@@ -94,7 +93,7 @@ impl Destination {
     /// Whether this connection may enter the transmission phase; see [`Arrival::may_enter`].
     ///
     /// # Errors
-    /// Why not.
+    /// If it may not.
     pub fn may_enter(
         &self,
         connection: Connection,
@@ -107,7 +106,7 @@ impl Destination {
     /// This connection is about to enter the transmission phase; see [`Arrival::enter`].
     ///
     /// # Errors
-    /// Why it may not.
+    /// If it may not.
     pub fn enter(
         &self,
         connection: Connection,
@@ -118,14 +117,14 @@ impl Destination {
         arrival.enter(connection, silent)
     }
 
-    /// What the connection that holds the seat is, if it is this one.
+    /// The kind of this connection, if it holds the slot.
     #[must_use]
     pub fn holder(&self, connection: Connection) -> Option<Sender> {
         self.lock().holder().filter(|(holder, _)| *holder == connection).map(|(_, sender)| sender)
     }
 
-    /// After how long a silence of its holder the seat is given to this connection, which
-    /// introduces itself with this data, if any; see [`Arrival::slot_timeout`].
+    /// The silence of its holder after which this connection gets the slot. `introduction` is the
+    /// data with which it introduces itself just now, if any; see [`Arrival::slot_timeout`].
     #[must_use]
     pub fn slot_timeout(
         &self,
@@ -136,7 +135,7 @@ impl Destination {
         self.lock().slot_timeout(connection, question.map(|question| question.id))
     }
 
-    /// A holder with a request in flight on the disk waits for us, and is not silent.
+    /// A holder with a request in flight on the disk is not silent: it waits for our reply.
     fn silence_of_holder(&self, arrival: &Arrival, silence: SilenceOf<'_>) -> Duration {
         match arrival.holder() {
             Some((holder, _)) if !self.disk.gate().is_occupied() => silence(holder),
@@ -144,11 +143,11 @@ impl Destination {
         }
     }
 
-    /// Whether a request of this connection may be carried out, now; `changes` tells whether it
-    /// changes the disk. Makes the record *incoming* durable before the first change.
+    /// Whether a request of this connection may be executed now; `changes`: it changes the disk.
+    /// Makes the record *incoming* durable before the first change.
     ///
     /// # Errors
-    /// Why not.
+    /// If it may not.
     pub fn permit(&self, connection: Connection, changes: bool) -> Result<(), AccessDenied> {
         let mut arrival = self.lock();
         if !changes {
@@ -159,10 +158,10 @@ impl Destination {
                 WritePermission::Go => return Ok(()),
                 WritePermission::Refuse(denied) => return Err(denied),
                 WritePermission::RecordFirst(record) => {
-                    let kept = self.keep(&record);
+                    let written = self.write_record(&record);
                     let id = if let Record::Incoming { id } = record { id } else { None };
-                    arrival.on_recorded(id, kept.is_ok());
-                    if let Err(why) = kept {
+                    arrival.on_recorded(id, written.is_ok());
+                    if let Err(why) = written {
                         (self.observer)(ArrivalResult::Failed(why));
                     }
                 }
@@ -170,7 +169,7 @@ impl Destination {
         }
     }
 
-    /// HANDOVER arrived with this payload.
+    /// HANDOVER was received with this payload.
     pub fn on_handover(&self, connection: Connection, payload: &[u8]) -> HandoverResult {
         let Ok(handover) = Handover::decode(payload) else { return HandoverResult::Refuse };
         let _settling = sync::lock(&self.settling);
@@ -182,7 +181,7 @@ impl Destination {
         }
     }
 
-    /// DISC arrived.
+    /// DISC was received.
     pub fn on_disconnect(&self, connection: Connection) {
         let _settling = sync::lock(&self.settling);
         let ending = self.lock().on_disconnect(connection);
@@ -191,29 +190,29 @@ impl Destination {
         }
     }
 
-    /// The connection is gone, and none of its requests is under way.
+    /// The connection is closed, and its requests have ended.
     pub fn on_close(&self, connection: Connection) {
         self.lock().on_close(connection);
     }
 
-    /// A request that changes the disk, or makes it durable, failed: this image cannot be written,
-    /// so that waiting for the source to try again would be in vain (flexnbd(1), LISTEN MODE).
+    /// A write or flush failed: the image cannot be written, so another attempt of the source would
+    /// fail as well (flexnbd(1), LISTEN MODE).
     pub fn on_write_failure(&self, why: &str) {
-        // Once it is being settled, what is to be durable then is known by another flush.
+        // After a handover the failure does not count: settling flushes the disk itself.
         if self.lock().on_write_failure() {
             (self.observer)(ArrivalResult::Failed(why.to_owned()));
         }
     }
 
-    /// The data first, then the record: only then is the disk ours. Meanwhile others get the answer that
-    /// it is complete.
+    /// Makes the data durable, then the record; the disk is ours after both. Requests meanwhile fail
+    /// with [`AccessDenied::Complete`].
     fn settle(&self, record: &Record) -> bool {
-        let settled = self.flush().and_then(|()| self.keep(record));
+        let settled = self.flush().and_then(|()| self.write_record(record));
         let mut arrival = self.lock();
         let ours = arrival.on_settled(settled.is_ok());
         (self.observer)(match settled {
             Ok(()) => ArrivalResult::Arrived(match record {
-                Record::Ours(title) => *title,
+                Record::Ours(provenance) => *provenance,
                 _ => Provenance::Received,
             }),
             Err(why) => ArrivalResult::Failed(why),
@@ -226,7 +225,7 @@ impl Destination {
         visit.flush().map_err(|error| format!("cannot make the disk durable: {error}"))
     }
 
-    fn keep(&self, record: &Record) -> Result<(), String> {
+    fn write_record(&self, record: &Record) -> Result<(), String> {
         match &self.record_store {
             Some(record_store) => {
                 record_store.write(Some(record)).map_err(|error| error.to_string())
@@ -253,7 +252,7 @@ mod tests {
     use std::sync::mpsc;
     use std::thread;
 
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(20);
     const ID: Id = Id([1; 16]);
     const TOKEN: Token = Token([9; 16]);
 
@@ -264,47 +263,47 @@ mod tests {
             let image = SlowBackend::new(memory.clone(), Arc::clone(&slow));
             let disk = Arc::new(Disk::new(Box::new(image), false));
             let (results, receiver) = mpsc::channel();
-            let tell = Box::new({
+            let observer = Box::new({
                 let results = Mutex::new(results);
                 move |result| results.lock().unwrap().send(result).unwrap()
             });
             let arrival = Arrival::new(TOKEN, None, Admits::Sources);
-            let destination = Destination::new(Arc::clone(&disk), None, arrival, tell);
+            let destination = Destination::new(Arc::clone(&disk), None, arrival, observer);
             let silence: SilenceOf<'_> = &|_| Duration::ZERO;
             let question = Question { size: 1 << 20, id: ID }.encode();
             destination.on_introduction(1, &question, silence).unwrap();
             destination.enter(1, silence).unwrap();
             destination.permit(1, true).unwrap();
-            // A reader has come before, and has a flush under way.
-            let mut errands = InFlight::new(&disk, Arc::new(TestNotifier::default()));
-            errands.begin(disk.enter(&|| true).unwrap(), Work::Flush, ());
-            errands.submit();
-            let (asked, answer) = mpsc::channel();
+            // A reader connected earlier, and has a flush in flight.
+            let mut in_flight = InFlight::new(&disk, Arc::new(TestNotifier::default()));
+            in_flight.begin(disk.enter(&|| true).unwrap(), Work::Flush, ());
+            in_flight.submit();
+            let (refused, is_refused) = mpsc::channel();
             let handover = Handover { id: ID, token: TOKEN }.encode();
             thread::scope(|scope| {
                 let destination = &destination;
-                let handing = scope.spawn(|| destination.on_handover(1, &handover));
-                let asking = scope.spawn(move || {
+                let handover = scope.spawn(|| destination.on_handover(1, &handover));
+                let reader = scope.spawn(move || {
                     while destination.permit(2, true) != Err(AccessDenied::Complete) {
                         thread::yield_now();
                     }
-                    asked.send(()).unwrap();
+                    refused.send(()).unwrap();
                 });
-                let waited = answer.recv_timeout(PATIENCE);
-                assert!(!handing.is_finished(), "the flush may know better");
+                let waited = is_refused.recv_timeout(TIMEOUT);
+                assert!(!handover.is_finished(), "it did not wait for the flush");
                 if fails {
                     slow.fail(0, EIO);
                 } else {
                     slow.complete(0, &memory);
                 }
-                assert!(errands.next_completed().is_some());
+                assert!(in_flight.next_completed().is_some());
                 assert_eq!(waited, Ok(()));
-                asking.join().unwrap();
+                reader.join().unwrap();
                 let expected =
                     if fails { HandoverResult::NoReply } else { HandoverResult::Acknowledge };
-                assert_eq!(handing.join().unwrap(), expected);
+                assert_eq!(handover.join().unwrap(), expected);
             });
-            let result = receiver.recv_timeout(PATIENCE).unwrap();
+            let result = receiver.recv_timeout(TIMEOUT).unwrap();
             assert_eq!(fails, matches!(result, ArrivalResult::Failed(_)));
         }
     }

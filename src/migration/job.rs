@@ -1,5 +1,5 @@
-//! What goes into and comes out of the source's machine: the job, events, actions, news.
-//! Never decides anything but what a peer's answer means; see [`super::machine`] for the life.
+//! The inputs and outputs of the source's machine: job, events, actions, news, progress.
+//! Never decides, except on whether a destination is compatible and what its answer means.
 
 pub use super::trouble::{Obstacle, Trouble};
 
@@ -14,34 +14,33 @@ use std::time::Duration;
 /// Disks smaller than this cannot be migrated (flexnbd(1), MIRROR MODE).
 pub const SIZE_MIN: u64 = 4096;
 
-/// One migration, as ordered.
+/// The parameters of one migration.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// Its name: random, and never used before. The machine counts it up for every copy that it
-    /// has to begin anew.
+    /// Random and never used before. The machine increments it for each copy that starts over.
     pub id: Id,
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     pub size: u64,
-    /// Where to.
+    /// The destination's address.
     pub to: RemoteAddress,
     /// The local address to connect from, if the operator chose one.
     pub from: Option<IpAddr>,
     /// Delete the image once the destination has it.
     pub unlink: bool,
-    /// What the disk is if the handover does not happen.
+    /// Provenance of the disk before the migration, restored if it fails.
     pub before: Provenance,
-    /// Most bytes per second on the wire, until the gate is closed.
+    /// Speed limit in bytes per second on the wire while the gate is open.
     pub speed: Option<NonZeroU64>,
-    /// How much is asked of the destination at once.
+    /// Limits of requests and of the data in flight.
     pub limits: Limits,
     /// Close the gate when the rest can be sent in this time.
     pub pause: Duration,
-    /// A destination that makes no progress for so long counts as lost.
+    /// A destination without progress for this time counts as lost.
     pub timeout: Duration,
 }
 
 impl Job {
-    /// A job with the usual limits: a pause of 100 ms, patience of 60 s.
+    /// A job with default limits: a pause of 100 ms, a timeout of 60 s.
     #[must_use]
     pub fn new(id: Id, size: u64, to: RemoteAddress, before: Provenance) -> Self {
         Self {
@@ -58,17 +57,17 @@ impl Job {
         }
     }
 
-    /// The question this job's source asks.
+    /// The question with which the source introduces itself.
     #[must_use]
     pub fn question(&self) -> Question {
         Question { size: self.size, id: self.id }
     }
 
-    /// The record that a note stands for, `when` being seconds since 1970; none: no record at all.
+    /// The record of this kind; `when` is in seconds since 1970. `None`: the disk had no record.
     #[must_use]
-    pub fn record(&self, note: RecordKind, when: u64) -> Option<Record> {
+    pub fn record(&self, kind: RecordKind, when: u64) -> Option<Record> {
         let (id, before, to) = (self.id, self.before, self.to.clone());
-        match note {
+        match kind {
             RecordKind::Before => before.record(),
             RecordKind::Departing => Some(Record::Departing { id, before, to, from: self.from }),
             RecordKind::Departed => Some(Record::Departed { id, when, to }),
@@ -76,10 +75,10 @@ impl Job {
     }
 }
 
-/// Which ownership record to make durable.
+/// The ownership records of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RecordKind {
-    /// What there was before this migration.
+    /// The record from before the migration.
     Before,
     /// The handover is about to be sent.
     Departing,
@@ -87,29 +86,29 @@ pub enum RecordKind {
     Departed,
 }
 
-/// The destination's properties that matter to a migration.
+/// The destination's export and its answer to the private option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DestinationInfo {
-    /// Bytes of its export.
+    /// Size of its export in bytes.
     pub size: u64,
-    /// It takes no writes.
+    /// Its export is read-only.
     pub read_only: bool,
-    /// It knows FLUSH.
+    /// It supports FLUSH.
     pub flush: bool,
-    /// What it takes.
+    /// Its capabilities.
     pub caps: Caps,
-    /// Its answer to the private option; none when it does not know the option.
+    /// Its answer to the private option; `None` if it does not support the option.
     pub answer: Option<Answer>,
 }
 
 impl DestinationInfo {
-    /// The name of the process, when it is one of ours and listens.
+    /// The token of the process, if it is a flexnbd that listens.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
         self.answer.and_then(|answer| answer.listening)
     }
 
-    /// Why this peer cannot take that disk.
+    /// Why the disk cannot be copied to this destination, if it cannot.
     pub(super) fn incompatibility(&self, job: &Job) -> Option<Trouble> {
         match self.answer {
             Some(Answer { listening: None, .. }) => return Some(Trouble::Serving),
@@ -131,22 +130,22 @@ impl DestinationInfo {
     }
 }
 
-/// Whether a handover arrived, according to the answer to a question.
+/// Whether a handover arrived, according to an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HandoverVerdict {
-    /// The destination has it.
+    /// The destination owns the disk.
     Arrived,
-    /// It has not arrived, and nothing that was sent so far can make it arrive.
+    /// The handover did not arrive, and no request sent so far can make it arrive.
     NotArrived,
     /// The server that answered does not know.
     Unknown,
 }
 
-/// What an answer says about a disk whose handover was sent to the process `token`; none when the
-/// source has been restarted and does not remember the token.
+/// Interprets the answer about a handover that was sent to the process `token`; `None` after a
+/// restart of the source, which does not store the token.
 ///
-/// A listening process that knows nothing of the migration proves nothing, since it may be
-/// receiving into another image; only the process that the handover was sent to does.
+/// *Nothing* from any other listening process proves nothing, because that process may receive into
+/// another image. From the process that the handover was sent to, it proves that it did not arrive.
 #[must_use]
 pub fn handover_verdict(answer: Option<&Answer>, token: Option<Token>) -> HandoverVerdict {
     match answer {
@@ -159,52 +158,52 @@ pub fn handover_verdict(answer: Option<&Answer>, token: Option<Token>) -> Handov
     }
 }
 
-/// What happened. Each is the result of the action before it.
+/// The result of an action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The first event of all.
+    /// The first event.
     Begin,
-    /// `Connect` succeeded.
+    /// `Connect` or `Ask` succeeded.
     Greeted(DestinationInfo),
-    /// `Connect` failed; nothing is left of the connection.
+    /// `Connect` or `Ask` failed; the new connection is closed.
     Unreachable(Trouble),
-    /// `Look`: the beginning of the range holds this.
+    /// `Look`: the content of the beginning of the range.
     Looked {
-        /// Starts where the range asked about starts; not empty.
+        /// Starts where the range of the action starts; not empty.
         range: Range,
-        /// What it holds.
+        /// Its content.
         content: Content,
     },
     /// `TakeDirty`: the run taken, and the bytes still marked.
     Taken {
-        /// None when nothing is marked from there on.
+        /// `None` if there are no marks from that byte on.
         run: Option<Range>,
         /// See [`crate::disk::dirty::DirtyBitmap::bytes`].
         left: u64,
     },
-    /// `Probe`: whether the requests have ended that were in flight at the last `Probe` that said so.
+    /// `Probe`: whether the requests have ended that were in flight at the last successful `Probe`.
     Visits {
         /// See [`crate::disk::Gate::turn_generation`].
         turned: bool,
     },
-    /// `Wait`: a reply came.
+    /// `Wait`: a reply was received.
     Reply {
-        /// The request it belongs to.
+        /// The cookie of its request.
         cookie: u64,
-        /// The NBD error, when it is one.
+        /// The NBD error, if any.
         error: Option<u32>,
     },
-    /// `Send` or `Wait`: the connection is no more, or never can be trusted again.
+    /// `Send` or `Wait`: the connection failed, or the destination broke the protocol.
     Lost(String),
-    /// `Send`: the connection is no more, and not a byte of the request went out.
+    /// `Send`: the connection failed before the first byte of the request was sent.
     Unsent(String),
-    /// `Look` or `Send`: a part of the disk cannot be read. The connection is closed then.
+    /// `Look` or `Send`: a part of the disk cannot be read. The connection is closed.
     Unreadable(String),
-    /// `Wait` is over: the time has come, or there is an order.
+    /// `Wait`: the time has come, or an operator's request was made.
     Tick,
     /// The action succeeded.
     Done,
-    /// The action failed here, not at the peer: why.
+    /// The action failed on this host, for this reason.
     Failed(String),
 }
 
@@ -231,63 +230,63 @@ impl Event {
     }
 }
 
-/// What the source is to do now; what comes of it is the next [`Event`].
+/// The next operation of the source. Its result, after the arrow, is the next [`Event`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Connect, haggle, ask the private question. When the answer is that the disk has arrived
-    /// there is no need to go on to the transmission phase. → `Greeted`, `Unreachable`
+    /// Connect, negotiate, and ask the private question. If the answer is that the disk has arrived,
+    /// the transmission phase is not needed. → `Greeted`, `Unreachable`
     Connect(Question),
-    /// The same on a second connection, which takes the place of the first once it is there: until
-    /// then a reply may yet come over the first. → `Greeted`, `Unreachable`
+    /// The same on a second connection, which replaces the first once it is established: until then
+    /// the first may still deliver a reply. → `Greeted`, `Unreachable`
     Ask(Question),
-    /// Find out what the beginning of this range holds: a hole, zeros or data. The answer may be
-    /// about any part of it, from its start on. All of the range is going to be sent, so that marks
-    /// in it are forgotten before it is read. → `Looked`, `Unreadable`,
-    /// `Failed` for want of memory
+    /// Find the content of the beginning of this range: a hole, zeros or data. The result covers a
+    /// part of any length. Clear the marks of that part before reading it: all of it will be sent.
+    /// → `Looked`, `Unreadable`, `Failed` for want of memory
     Look(Range),
     /// Take marks: [`crate::disk::dirty::DirtyBitmap::take_next`]. → `Taken`
     TakeDirty {
-        /// From this byte on.
+        /// Byte offset.
         from: u64,
-        /// At most so many bytes.
+        /// Most bytes to take.
         longest: u64,
     },
-    /// Send a request, reading the disk now. → `Done` (it is with the kernel), `Lost`, `Unsent`,
+    /// Send a request, and read the disk now. → `Done` (the kernel has it), `Lost`, `Unsent`,
     /// `Unreadable`, `Failed` as for `Look`
     Send(DestinationRequest),
-    /// Wait for a reply, an order or this time; a reply that is there comes first. → `Reply`, `Tick`, `Lost`
+    /// Wait for a reply, an operator's request, or this time. A reply already received comes first.
+    /// → `Reply`, `Tick`, `Lost`
     Wait {
         /// On the clock of `now`.
         until: Duration,
     },
-    /// Find out whether in-flight requests of clients are short. → `Visits`
+    /// Test whether in-flight requests of clients have ended. → `Visits`
     Probe,
-    /// Close the gate and wait until every visit is over. From then on the gate opens by itself at
-    /// [`super::machine::Machine::freeze_end`]. → `Done`; `Failed` when a visit does not end in this
-    /// time; the gate is open then.
+    /// Close the gate and wait for all visits. From then on the gate opens by itself at
+    /// [`super::machine::Machine::freeze_end`]. → `Done`; `Failed` if a visit lasts for longer than
+    /// this, and the gate is then open again.
     CloseGate {
         /// How long to wait.
         within: Duration,
     },
-    /// Let the gate not open by itself any more. → `Done`; `Failed` when it has.
+    /// Stop the gate from opening by itself. → `Done`; `Failed` if it has opened
     Seal,
     /// Open the gate; it may be open already. → `Done`
     OpenGate,
-    /// Delay every client's write by this from now on; zero stops throttling. → `Done`
+    /// Delay each write of clients by this from now on; zero stops throttling. → `Done`
     Throttle(Duration),
     /// Make the ownership record durable. → `Done`, `Failed`
     Record(RecordKind),
-    /// Delete the image, durably. → `Done`, `Failed`
+    /// Delete the image durably. → `Done`, `Failed`
     Unlink,
-    /// The destination owns the disk: end all sessions, without answering their in-flight requests.
+    /// The destination owns the disk: end all sessions, without replies to their in-flight requests.
     /// → `Done`
     Retire,
-    /// Close the connection, if there is one, without a DISC: for some destinations it would mean
+    /// Close the connection, if there is one, without a DISC: some destinations take a DISC to mean
     /// that the disk is complete. → `Done`
     HangUp,
-    /// Send DISC, if the transmission phase was reached, and close the connection; errors do not matter any more. → `Done`
+    /// Send DISC if the connection is in transmission phase, and close it; ignore errors. → `Done`
     Disconnect,
-    /// Over: do not ask again.
+    /// The migration has ended; there is no further step.
     End(Outcome),
 }
 
@@ -330,16 +329,16 @@ impl Action {
 /// A request to the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DestinationRequest {
-    /// Never used twice in a migration.
+    /// Unique within the migration.
     pub cookie: u64,
-    /// What to do there.
+    /// The request's type and data.
     pub kind: RequestKind,
 }
 
-/// What a request asks for.
+/// The requests of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestKind {
-    /// WRITE these bytes of the disk.
+    /// WRITE of these bytes of the disk.
     Write(Range),
     /// WRITE_ZEROES, holes allowed.
     Zero(Range),
@@ -347,13 +346,13 @@ pub enum RequestKind {
     Flush,
     /// The private HANDOVER.
     Handover(Handover),
-    /// DISC to a peer that knows no HANDOVER; it has no reply, and the connection stays open.
-    /// `Lost` must mean that it did not go out as a whole.
+    /// DISC to a peer without HANDOVER. It has no reply, and the connection stays open. `Lost` must
+    /// mean that it was not sent completely.
     Disconnect,
 }
 
 impl RequestKind {
-    /// The part of the disk that it copies.
+    /// The range of the disk that the request copies.
     #[must_use]
     pub fn range(&self) -> Option<Range> {
         match self {
@@ -373,83 +372,83 @@ impl RequestKind {
     }
 }
 
-/// What an operator wants, at any time.
+/// An operator's request to a running migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OperatorRequest {
-    /// End the migration; clients keep their disk here.
+    /// End the migration; the disk stays here.
     Break,
-    /// From now on at most so many bytes per second; none is no limit.
+    /// Set the speed limit in bytes per second; `None` means no limit.
     Speed(Option<NonZeroU64>),
 }
 
-/// `break` came after the handover was sent: the disk is no longer ours to keep.
+/// The `break` came after the handover was sent: the destination may own the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooLate;
 
 /// How a migration ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The destination has the disk.
+    /// The destination owns the disk.
     Arrived {
-        /// It said so; otherwise it does not know how to.
+        /// False for a destination that cannot acknowledge.
         acknowledged: bool,
     },
-    /// As ordered; we keep the disk.
+    /// An operator broke it off; the disk stays here.
     Broken,
-    /// The destination was never fit to take it; we keep the disk.
+    /// The disk cannot be moved there, or not from here; it stays here.
     Failed(Trouble),
 }
 
 /// An event for the log and for `mirror`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
-    /// The destination greeted us for the first time: `mirror` may answer.
+    /// The destination accepted the disk for the first time: `mirror` may answer.
     Started,
-    /// It does not go on just now, for another reason than before.
+    /// The copy stopped progressing, or the reason changed.
     Obstructed(Obstacle),
-    /// The same destination process is back: only what is missing is sent.
+    /// The same destination process is connected again: only the missing ranges are sent.
     Resumed,
-    /// Another destination process is there: from the beginning.
+    /// Another destination process is connected: the copy starts over.
     Restarted,
-    /// Each write is delayed by this, since the copy cannot catch up.
+    /// Each write of clients is delayed by this, because the copy does not converge.
     Throttled(Duration),
     /// Clients wait while the rest is sent.
     GateClosed,
-    /// The destination says that the disk has not arrived: handing over again.
+    /// The handover did not arrive, and is sent again.
     HandingOverAgain,
     /// An ownership record could not be written, or the image not deleted.
     RecordFailed(String),
 }
 
-/// Where a migration is, for `status`.
+/// The stage of a migration, for `status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Getting in touch.
+    /// Connecting, or waiting for the next attempt.
     Connecting,
     /// Copying while clients write.
     Copying,
     /// Copying the rest while clients wait.
     Closing,
-    /// The handover is under way.
+    /// The handover is being prepared, or was sent.
     HandingOver,
     /// The handover was sent, and its outcome is unknown.
     InDoubt,
-    /// The destination has the disk; leaving.
+    /// The destination owns the disk; this host cleans up.
     Leaving,
-    /// Over.
+    /// The migration has ended.
     Ended,
 }
 
-/// How far a migration is.
+/// The progress of a migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// The name of the copy that is being made ([`Job::id`]).
+    /// The id of the current copy ([`Job::id`]).
     pub id: Id,
-    /// Where it is.
+    /// The current stage.
     pub stage: Stage,
     /// Bytes of data per second, over the last two seconds.
     pub bytes_per_second: u64,
-    /// None when nothing moves.
+    /// `None` if the copy does not progress.
     pub seconds_left: Option<u64>,
     /// Bytes of the disk not acknowledged yet.
     pub bytes_left: u64,
@@ -457,11 +456,11 @@ pub struct Progress {
     pub speed_limit: Option<NonZeroU64>,
     /// Passes completed.
     pub passes: u64,
-    /// The delay of every client's write.
+    /// The delay of each write of clients.
     pub write_delay: Duration,
-    /// The record says *departing* although the disk stays: it could not be put back until now.
+    /// The disk stays, but its record still says *departing*: restoring it has failed so far.
     pub record_unrestored: bool,
-    /// Why it does not go on just now.
+    /// Why the copy does not progress at present.
     pub obstacle: Option<Obstacle>,
 }
 

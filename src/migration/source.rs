@@ -1,4 +1,4 @@
-//! The source's driver: executes the actions of [`super::machine`], one after another.
+//! The driver of the source: executes the actions of [`super::machine`], one after another.
 //! Never decides: the result of each action is the machine's next event.
 
 use super::job::{
@@ -29,28 +29,28 @@ use std::time::{Duration, Instant, SystemTime};
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 /// Granularity of zero detection in data, in bytes.
 const LOOK_BLOCK: u64 = 64 << 10;
-/// Bytes of a block that are read first; only if they are all zero is the rest read.
+/// Bytes read of each block first; if they are all zero, the whole block is read.
 const LOOK_SAMPLE: usize = 4096;
-/// Bytes of an extent that are examined before the next request is sent.
+/// Most bytes of an extent examined before the next request is sent.
 const LOOK_MAX: u64 = 8 << 20;
 
 /// Receives the source's reports. Must not block.
 pub trait Observer: Send {
-    /// Something happened to the copy with this id.
+    /// Reports news of the copy with this id.
     fn news(&self, id: Id, news: &News);
-    /// The destination owns the disk: end all sessions without answering them.
+    /// The destination owns the disk: end all sessions without replies to their requests.
     fn retire(&self);
 }
 
 /// The parameters of a migration.
 pub struct MigrationParams {
-    /// The disk; its gate is the source's from now on.
+    /// The disk. Only the source closes its gate from now on.
     pub disk: Arc<Disk>,
-    /// The store of its record, which also deletes the image if the job says so.
+    /// Stores the ownership record, and deletes the image if the job requires it.
     pub record_store: RecordStore,
-    /// The way to the destination.
+    /// The addresses of the connection.
     pub route: Route,
-    /// The operator's order.
+    /// The parameters of the machine.
     pub job: Job,
     /// Receives reports.
     pub observer: Box<dyn Observer>,
@@ -59,7 +59,7 @@ pub struct MigrationParams {
 /// A request, and the channel for its result.
 type Pending = (OperatorRequest, Sender<Result<(), TooLate>>);
 
-/// Control of a running migration: requests of operators in, progress and outcome out.
+/// The handle of a running migration: takes operators' requests, returns progress and outcome.
 #[derive(Debug)]
 pub struct MigrationHandle {
     requests: Mutex<VecDeque<Pending>>,
@@ -83,45 +83,45 @@ impl MigrationHandle {
     /// Makes a request and waits until the machine has taken it, or the migration has ended.
     ///
     /// # Errors
-    /// [`TooLate`] for a `break` when the disk is no longer ours to keep.
-    pub fn request(&self, order: OperatorRequest) -> Result<(), TooLate> {
-        let (taken, answer) = mpsc::channel();
-        lock(&self.requests).push_back((order, taken));
+    /// [`TooLate`] for a `break` after the handover was sent, or any request after the end.
+    pub fn request(&self, request: OperatorRequest) -> Result<(), TooLate> {
+        let (reply, result) = mpsc::channel();
+        lock(&self.requests).push_back((request, reply));
         if self.outcome().is_some() {
-            // The migration ended just before, and will take no more requests.
+            // The migration has just ended, and takes no more requests.
             lock(&self.requests).clear();
         }
         self.wake.wake();
-        // The sender is dropped when the migration ends before it takes the request.
-        answer.recv().unwrap_or(Err(TooLate))
+        // The sender is dropped if the migration ends before it takes the request.
+        result.recv().unwrap_or(Err(TooLate))
     }
 
     /// Requests a break without waiting until the machine has taken it.
     pub fn request_break(&self) {
-        let (taken, _) = mpsc::channel();
-        lock(&self.requests).push_back((OperatorRequest::Break, taken));
+        let (reply, _) = mpsc::channel();
+        lock(&self.requests).push_back((OperatorRequest::Break, reply));
         self.wake.wake();
     }
 
-    /// How far the migration was a moment ago.
+    /// The progress, at most [`PROGRESS_EVERY`] old while requests are sent; `None` before the start.
     #[must_use]
     pub fn progress(&self) -> Option<Progress> {
         lock(&self.progress).clone()
     }
 
-    /// How long it has been going on.
+    /// The time since the start.
     #[must_use]
     pub fn duration(&self) -> Duration {
         self.began.elapsed()
     }
 
-    /// How it ended, if it has.
+    /// The outcome, once the migration has ended.
     #[must_use]
     pub fn outcome(&self) -> Option<Outcome> {
         self.result().map(|(outcome, _)| outcome)
     }
 
-    /// How it ended and its statistics, if it has ended.
+    /// The outcome and statistics, once the migration has ended.
     #[must_use]
     pub fn result(&self) -> Option<(Outcome, MigrationStats)> {
         lock(&self.outcome).clone()
@@ -136,27 +136,27 @@ impl MigrationHandle {
 /// The statistics of a migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MigrationStats {
-    /// From its beginning to its end.
+    /// Time from start to end.
     pub duration: Duration,
     /// Bytes of data sent, including those sent again.
     pub bytes_sent: u64,
     /// Passes over the disk.
     pub passes: u64,
-    /// From the closing of the gate until the disk was known to be at the destination: how long
-    /// clients waited. Zero for a disk that stayed.
+    /// Time that clients waited: from the closing of the gate until the destination was known to own
+    /// the disk. Zero for a disk that stayed.
     pub pause: Duration,
 }
 
-/// Why a migration cannot even begin.
+/// Why a migration cannot start.
 #[derive(Debug)]
 pub enum StartFailure {
     /// The disk is too small.
     TooSmall(TooSmall),
-    /// The system has no memory or descriptor left.
+    /// No memory or no file descriptor is left.
     System(io::Error),
 }
 
-/// A migration under way.
+/// The source of one migration.
 pub struct Source {
     machine: Machine,
     disk: Arc<Disk>,
@@ -167,13 +167,13 @@ pub struct Source {
     handle: Arc<MigrationHandle>,
     clock: Instant,
     link: Option<Link>,
-    /// Since when the gate is closed, if it is.
+    /// When the gate was closed, if it is closed.
     gate_closed: Option<Instant>,
-    /// When the closed gate opens by itself, as the gate was told.
+    /// The expiry last set at the gate.
     freeze_end: Option<Duration>,
     progress_at: Duration,
-    /// The extent of data that was looked at last: on some file systems it takes long to find its
-    /// end. A part that has become a hole since is found to be zero.
+    /// Cache of the data extent examined last: some file systems take long to find its end. A part
+    /// that has become a hole since then is found to be zero.
     allocated: Range,
     reported_stage: Option<Stage>,
     stats: MigrationStats,
@@ -186,11 +186,11 @@ impl fmt::Debug for Source {
 }
 
 impl Source {
-    /// A migration that begins when it is run, and the handle it is reached at. From now on the
-    /// disk's changes are marked.
+    /// A migration that starts with [`Source::run`], and its handle. Changes of the disk are marked
+    /// from now on.
     ///
     /// # Errors
-    /// When it cannot begin.
+    /// See [`StartFailure`].
     pub fn new(params: MigrationParams) -> Result<(Self, Arc<MigrationHandle>), StartFailure> {
         let MigrationParams { disk, record_store, route, job, observer } = params;
         let machine = Machine::new(job, Duration::ZERO).map_err(StartFailure::TooSmall)?;
@@ -216,13 +216,13 @@ impl Source {
         Ok((source, handle))
     }
 
-    /// The name of the copy that is made first.
+    /// The id of the current copy; before [`Source::run`], of the first one.
     #[must_use]
     pub fn id(&self) -> Id {
         self.machine.job().id
     }
 
-    /// Moves the disk. Returns when that is done, broken off, or was never possible.
+    /// Moves the disk. Returns when the migration has ended.
     #[must_use]
     pub fn run(mut self) -> Outcome {
         let mut event = Event::Begin;
@@ -230,7 +230,7 @@ impl Source {
             self.take_requests();
             let now = self.clock.elapsed();
             let action = self.machine.step(now, event);
-            self.bound_freeze();
+            self.set_gate_expiry();
             self.report(now);
             event = match action {
                 Action::End(outcome) => {
@@ -239,12 +239,12 @@ impl Source {
                     self.handle.close(&outcome, self.stats(now));
                     return outcome;
                 }
-                action => self.carry_out(action),
+                action => self.execute(action),
             };
         }
     }
 
-    fn carry_out(&mut self, action: Action) -> Event {
+    fn execute(&mut self, action: Action) -> Event {
         match action {
             Action::Connect(question) | Action::Ask(question) => self.connect(&question),
             Action::Look(range) => self.look(range),
@@ -265,11 +265,11 @@ impl Source {
                 self.disk.set_write_delay(delay);
                 Event::Done
             }
-            Action::Record(note) => self.record(note),
+            Action::Record(kind) => self.record(kind),
             Action::Unlink => self.unlink(),
             Action::Retire => {
                 self.stats.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
-                // The server stops admitting clients before the gate lets the waiting ones go.
+                // First the server stops admitting clients; then the gate fails those that wait.
                 self.observer.retire();
                 self.disk.gate().retire();
                 Event::Done
@@ -284,12 +284,12 @@ impl Source {
                 }
                 Event::Done
             }
-            // `run` has taken this one.
+            // Handled by `run`.
             Action::End(_) => Event::Done,
         }
     }
 
-    /// The present connection stays until another replaces it.
+    /// Keeps the present connection until the new one replaces it.
     fn connect(&mut self, question: &Question) -> Event {
         let open = |route: &Route| Link::open(route, Some(question));
         let opened = match self.machine.stage() {
@@ -305,13 +305,12 @@ impl Source {
         }
     }
 
-    /// The content of the beginning of `range`. Zero blocks in data are detected by a sample first, so
-    /// that little of the data is read twice.
+    /// The content of the beginning of `range`.
     fn look(&mut self, range: Range) -> Event {
-        // The whole part will be sent, so its dirty marks of now are void. Not those at the time of
-        // sending: data that has become a hole by then must be examined again.
+        // The whole part will be sent, so its present marks are obsolete. Later marks must stay: data
+        // that becomes a hole before it is sent must be examined again.
         self.dirty.forget(range.split(LOOK_MAX).0);
-        match self.look_at(range) {
+        match self.leading_content(range) {
             Ok((range, content)) => Event::Looked { range, content },
             Err(error) => self.unreadable(range.offset(), &error),
         }
@@ -322,7 +321,7 @@ impl Source {
         read_error(self.record_store.path(), offset, error)
     }
 
-    fn look_at(&mut self, range: Range) -> io::Result<(Range, Content)> {
+    fn leading_content(&mut self, range: Range) -> io::Result<(Range, Content)> {
         let known = self.allocated;
         if !(known.offset() <= range.offset() && range.offset() < known.end()) {
             let extent = self.disk.copier().extent(range.offset())?;
@@ -341,6 +340,7 @@ impl Source {
         Ok((start.until(rest.offset()), content))
     }
 
+    /// Reads a sample first, so that little of the data is read twice.
     fn first_block_is_zero(&self, range: Range) -> io::Result<bool> {
         let copier = self.disk.copier();
         let length = first_block(range) as usize;
@@ -360,12 +360,12 @@ impl Source {
             return Event::Lost("there is no connection".to_owned());
         };
         let (disk, handle, machine) = (&self.disk, &self.handle, &mut self.machine);
-        let patience = machine.job().timeout;
+        let timeout = machine.job().timeout;
         let mut give_up = || {
             take_requests(handle, machine);
             machine.is_breaking()
         };
-        let sent = link.send(request, &disk.copier(), patience, &handle.wake, &mut give_up);
+        let sent = link.send(request, &disk.copier(), timeout, &handle.wake, &mut give_up);
         match sent {
             Ok(()) => {
                 match request.kind {
@@ -381,12 +381,12 @@ impl Source {
         }
     }
 
-    /// The fsync of the record, with the gate closed, also writes back dirty pages of the image on
+    /// The fsync of the record, behind the closed gate, also writes back dirty pages of the image on
     /// most file systems. Writing them back now, in parallel with the destination's flush, keeps
     /// the pause short.
     fn write_back(&self) {
         if self.gate_closed.is_none() {
-            // Clients get a failure with their next flush.
+            // The next flush of a client reports a failure.
             let _ = self.disk.write_back();
         }
     }
@@ -395,7 +395,7 @@ impl Source {
         let deadline = self.clock + until;
         let wake = &self.handle.wake;
         let Some(link) = &mut self.link else {
-            // The machine looks at the time again, however the wait ends.
+            // The machine checks the time itself, so the result of the wait does not matter.
             let _ = wait_readable(&[wake.as_fd()], Some(deadline));
             wake.clear();
             return Event::Tick;
@@ -418,16 +418,15 @@ impl Source {
         }
     }
 
-    /// Sets the time at which the gate opens by itself, so that clients wait no longer however long
-    /// the next action takes.
-    fn bound_freeze(&mut self) {
+    /// Sets the time at which the gate opens by itself, even during a long action.
+    fn set_gate_expiry(&mut self) {
         let end = self.machine.freeze_end().filter(|_| self.gate_closed.is_some());
         if end == self.freeze_end {
             return;
         }
         self.freeze_end = end;
         if let Some(end) = end {
-            // A gate that has opened already makes `Seal` fail before HANDOVER is sent.
+            // If the gate has opened already, `Seal` fails before HANDOVER is sent.
             let _ = self.disk.gate().expire_at(Some(self.clock + end));
         }
     }
@@ -440,27 +439,26 @@ impl Source {
         Event::Done
     }
 
-    fn record(&self, note: RecordKind) -> Event {
-        let record = self.record_of(note);
+    fn record(&self, kind: RecordKind) -> Event {
+        let record = self.new_record(kind);
         if let Err(error) = self.record_store.write(record.as_ref()) {
             return Event::Failed(error.to_string());
         }
-        // From the handover on the destination may serve the disk: this host admits no client that
-        // tries both.
-        if note == RecordKind::Departing {
+        // From the handover on the destination may serve the disk, so this host admits no clients.
+        if kind == RecordKind::Departing {
             self.disk.gate().set_parting(true);
         }
         Event::Done
     }
 
-    fn record_of(&self, note: RecordKind) -> Option<Record> {
+    fn new_record(&self, kind: RecordKind) -> Option<Record> {
         let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
-        self.machine.job().record(note, when)
+        self.machine.job().record(kind, when)
     }
 
     fn unlink(&self) -> Event {
-        let last = self.record_of(RecordKind::Departed);
-        let deleted = self.record_store.delete_image(last.as_ref(), self.machine.job().size);
+        let departed = self.new_record(RecordKind::Departed);
+        let deleted = self.record_store.delete_image(departed.as_ref(), self.machine.job().size);
         deleted.map_or_else(|error| Event::Failed(error.to_string()), |()| Event::Done)
     }
 
@@ -474,8 +472,8 @@ impl Source {
 
     fn report(&mut self, now: Duration) {
         let news: Vec<_> = std::iter::from_fn(|| self.machine.news()).collect();
-        // Before the news, since their observer may ask for the progress. At once for a new stage, which
-        // may last.
+        // The progress is updated before the news are reported, since the observer may read it; and
+        // at once for a new stage, which may last.
         let stage = Some(self.machine.stage());
         if !news.is_empty() || now >= self.progress_at || stage != self.reported_stage {
             (self.progress_at, self.reported_stage) = (now + PROGRESS_EVERY, stage);
@@ -487,22 +485,22 @@ impl Source {
     }
 }
 
-/// Asks the server at the end of `route` whether a disk has arrived.
+/// Asks the server at `route` whether a disk has arrived; `None` if it has no private option.
 ///
 /// # Errors
-/// When no server answers that could know.
+/// If no NBD server can be reached there, or it refuses the handshake.
 pub fn ask(route: &Route, question: &Question) -> Result<Option<Answer>, Trouble> {
     Link::ask(route, question)
 }
 
 fn take_requests(handle: &MigrationHandle, machine: &mut Machine) {
-    while let Some((order, taken)) = lock(&handle.requests).pop_front() {
-        // The caller may have gone away.
-        let _ = taken.send(machine.request(order));
+    while let Some((request, reply)) = lock(&handle.requests).pop_front() {
+        // `request_break` does not wait for the result.
+        let _ = reply.send(machine.request(request));
     }
 }
 
-/// The event of a failed read of the image: only a lack of memory is temporary.
+/// The event of a failed read of the image. Only a lack of memory is temporary.
 fn read_error(image: &Path, offset: u64, error: &io::Error) -> Event {
     let why = format!("cannot read {} at byte {offset}: {error}", image.display());
     let is_memory = error.kind() == io::ErrorKind::OutOfMemory;
@@ -513,8 +511,8 @@ fn first_block(range: Range) -> u64 {
     range.length().min(LOOK_BLOCK - range.offset() % LOOK_BLOCK)
 }
 
-/// Ends the wait of callers when the migration's thread has panicked.
 impl Drop for Source {
+    /// Ends the wait of callers if the migration's thread has panicked.
     fn drop(&mut self) {
         if self.handle.outcome().is_none() {
             let why = "the migration broke down; restart the server";
@@ -542,8 +540,8 @@ mod tests {
     fn request_after_the_end_is_too_late() {
         let handle = MigrationHandle::new().unwrap();
         handle.close(&Outcome::Broken, MigrationStats::default());
-        let (told, answer) = mpsc::channel();
-        std::thread::spawn(move || told.send(handle.request(OperatorRequest::Break)));
-        assert_eq!(answer.recv_timeout(Duration::from_secs(20)), Ok(Err(TooLate)));
+        let (sender, result) = mpsc::channel();
+        std::thread::spawn(move || sender.send(handle.request(OperatorRequest::Break)));
+        assert_eq!(result.recv_timeout(Duration::from_secs(20)), Ok(Err(TooLate)));
     }
 }

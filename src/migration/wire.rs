@@ -1,13 +1,12 @@
-//! What two flexnbd say to each other beyond the NBD protocol, as bytes.
-//! Never sends anything and never decides: every message has one form, fixed in size.
+//! Encodes and decodes the messages between two flexnbd that the NBD protocol does not have.
+//! Never sends and never decides; every message has one encoding, of fixed size.
 //!
 //! # The private option
 //!
 //! During option haggling, before `NBD_OPT_GO`, a source sends the option [`OPTION`] with a
-//! [`Question`] as its data. A server that does not know it answers `NBD_REP_ERR_UNSUP`, and
-//! the source goes on without. Ours answers with one reply of type [`REPLY`] holding an
-//! [`Answer`], then `NBD_REP_ACK`; or, while another migration is connected, with
-//! `NBD_REP_ERR_POLICY`.
+//! [`Question`] as its data. A server that does not support it replies `NBD_REP_ERR_UNSUP`, and
+//! the source continues without it. A flexnbd replies with one [`REPLY`] that holds an [`Answer`],
+//! then with `NBD_REP_ACK`; or with `NBD_REP_ERR_POLICY` while another migration is connected.
 //!
 //! | `Question` | bytes | | `Answer` | bytes |
 //! |---|---|---|---|---|
@@ -19,11 +18,11 @@
 //!
 //! # The private command
 //!
-//! On a connection that was introduced so, the request type [`COMMAND`] carries a payload, as
-//! `NBD_CMD_WRITE` does: its length field is [`Handover::LENGTH`] (with extended headers
-//! `NBD_CMD_FLAG_PAYLOAD_LEN` is set), its offset is 0, and a [`Handover`] follows: version
-//! (4 bytes), migration id (16), arrival token (16). The reply has no payload. Success means: the disk
-//! is durable at the destination, and recorded there as its own.
+//! After the private option, the request type [`COMMAND`] carries a payload as `NBD_CMD_WRITE` does:
+//! its length field is [`Handover::LENGTH`] (with extended headers `NBD_CMD_FLAG_PAYLOAD_LEN` is
+//! set), its offset is 0, and a [`Handover`] follows: version (4 bytes), migration id (16), arrival
+//! token (16). The reply has no payload. Success means that the disk is durable at the destination
+//! and recorded there as its own.
 //!
 //! All numbers are big-endian, as everywhere in NBD.
 
@@ -39,7 +38,7 @@ pub const COMMAND: u16 = crate::nbd::wire::PRIVATE_COMMAND;
 /// Version of the three messages.
 pub const VERSION: u32 = 1;
 
-/// The name of one destination process: 128 random bits, drawn when it starts.
+/// Identifies one destination process: 128 random bits, drawn when it starts.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Token(pub [u8; 16]);
 
@@ -49,46 +48,46 @@ impl fmt::Debug for Token {
     }
 }
 
-/// A source introduces itself, and asks whether its disk has arrived.
+/// Introduces a source, and asks whether its disk has arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// Bytes of the disk that is to be moved.
+    /// Size of the source's disk in bytes.
     pub size: u64,
-    /// The migration asked about.
+    /// The migration.
     pub id: Id,
 }
 
-/// What the other side is, and what it has of the migration asked about.
+/// Describes the answering process, and its copy of the migration's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// The token of a process that listens for a disk; none when it serves one.
+    /// The token of a process that listens for a disk; `None` if it serves one.
     pub listening: Option<Token>,
-    /// What it has.
+    /// The state of its copy.
     pub has: Has,
 }
 
-/// What a destination has of a migration's disk.
+/// The state of the destination's copy of a migration's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Has {
-    /// It knows nothing of that migration.
+    /// No copy, or one of another migration.
     Nothing,
-    /// An incomplete copy. Every earlier connection of that migration is closed for good: nothing
-    /// sent on it can make the disk arrive any more.
+    /// An incomplete copy. Every earlier connection of that migration is closed for good: no
+    /// request sent on one can make the disk arrive any more.
     Incomplete,
-    /// The whole disk, durably, and it is the destination's own.
+    /// The whole disk, durable and owned by the destination.
     Arrived,
 }
 
-/// The disk is complete: make it yours.
+/// Gives the complete disk to the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Handover {
-    /// The migration that is handed over.
+    /// The migration.
     pub id: Id,
-    /// The process it is handed over to.
+    /// The destination process.
     pub token: Token,
 }
 
-/// Why bytes are not the message they should be.
+/// Why a message is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
     /// The message ends too early.
@@ -100,7 +99,7 @@ pub enum WireError {
     /// An unknown version.
     #[error("a private message of version {0}; we know version {VERSION}")]
     Version(u32),
-    /// A field has a value that it cannot have.
+    /// A field has an invalid value.
     #[error("a private message with a value that cannot be")]
     Value,
 }
@@ -109,7 +108,7 @@ impl Question {
     /// Bytes of an encoded question.
     pub const LENGTH: usize = 28;
 
-    /// The question as option data.
+    /// Encodes the option data.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LENGTH] {
         let mut bytes = [0; Self::LENGTH];
@@ -119,10 +118,10 @@ impl Question {
         bytes
     }
 
-    /// The question that option data is.
+    /// Decodes the option data.
     ///
     /// # Errors
-    /// See [`WireError`]; the option is then to be answered with `NBD_REP_ERR_INVALID`.
+    /// See [`WireError`]; the reply is then `NBD_REP_ERR_INVALID`.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let mut fields = MessageReader::versioned(bytes)?;
         let size = u64::from_be_bytes(fields.take()?);
@@ -132,7 +131,7 @@ impl Question {
 }
 
 impl Answer {
-    /// Whether it says all there is to know: no connection for a copy needs to follow.
+    /// Whether no copy can follow: the process serves a disk, or the disk has arrived.
     #[must_use]
     pub fn is_final(&self) -> bool {
         self.listening.is_none() || self.has == Has::Arrived
@@ -143,7 +142,7 @@ impl Answer {
     const LISTENING: u8 = 1;
     const SERVING: u8 = 2;
 
-    /// The answer as option reply data.
+    /// Encodes the data of the option reply.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LENGTH] {
         let mut bytes = [0; Self::LENGTH];
@@ -156,10 +155,10 @@ impl Answer {
         bytes
     }
 
-    /// The answer that option reply data is.
+    /// Decodes the data of the option reply.
     ///
     /// # Errors
-    /// See [`WireError`]; a server that sent it cannot be trusted with a disk.
+    /// See [`WireError`]; no disk may then be copied to this server.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let mut fields = MessageReader::versioned(bytes)?;
         let [role, has, zero, nil] = fields.take()?;
@@ -186,7 +185,7 @@ impl Handover {
     /// Bytes of an encoded handover.
     pub const LENGTH: usize = 36;
 
-    /// The handover as request payload.
+    /// Encodes the payload of the request.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LENGTH] {
         let mut bytes = [0; Self::LENGTH];
@@ -196,10 +195,10 @@ impl Handover {
         bytes
     }
 
-    /// The handover that a request payload is.
+    /// Decodes the payload of the request.
     ///
     /// # Errors
-    /// See [`WireError`]; the request is then to be answered with `EINVAL`.
+    /// See [`WireError`]; the reply is then `EINVAL`.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let mut fields = MessageReader::versioned(bytes)?;
         let id = Id(fields.take()?);
@@ -212,7 +211,7 @@ impl Handover {
 struct MessageReader<'a>(&'a [u8]);
 
 impl<'a> MessageReader<'a> {
-    /// Starts at the version, which comes first in every message of any version.
+    /// Reads the version, which comes first in every message of any version.
     fn versioned(bytes: &'a [u8]) -> Result<Self, WireError> {
         let mut fields = Self(bytes);
         match u32::from_be_bytes(fields.take()?) {
@@ -241,8 +240,8 @@ mod tests {
         prop_oneof![Just(Has::Nothing), Just(Has::Incomplete), Just(Has::Arrived)]
     }
 
-    /// Reads back whole, is incomplete in every prefix, and too long with a byte more.
-    fn has_one_form<T: PartialEq + std::fmt::Debug>(
+    /// Decodes all bytes, every shorter prefix (incomplete), and one byte more (too long).
+    fn assert_fixed_size<T: PartialEq + std::fmt::Debug>(
         value: T,
         bytes: &[u8],
         decode: fn(&[u8]) -> Result<T, WireError>,
@@ -255,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_of_another_version_is_told_apart() {
+    fn message_of_another_version_is_detected() {
         let mut bytes = Handover { id: Id([1; 16]), token: Token([2; 16]) }.encode();
         bytes[3] = 2;
         assert_eq!(Handover::decode(&bytes), Err(WireError::Version(2)));
@@ -263,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_with_an_unknown_role_state_or_padding_is_refused() {
+    fn answer_with_unknown_role_state_or_padding_is_invalid() {
         let good = Answer { listening: Some(Token([7; 16])), has: Has::Arrived }.encode();
         for (at, value) in [(4, 0), (4, 3), (5, 3), (6, 1), (7, 1), (4, 2)] {
             let mut bad = good;
@@ -273,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bytes_are_those_of_the_description() {
+    fn encoding_matches_the_module_documentation() {
         let question = Question { size: 0x0102, id: Id([9; 16]) };
         let expected = [&[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 2][..], &[9; 16]].concat();
         assert_eq!(question.encode().as_slice(), expected);
@@ -283,21 +282,21 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_question_has_one_form(size: u64, id: [u8; 16]) {
+        fn question_decodes_at_its_size_only(size: u64, id: [u8; 16]) {
             let question = Question { size, id: Id(id) };
-            has_one_form(question, &question.encode(), Question::decode);
+            assert_fixed_size(question, &question.encode(), Question::decode);
         }
 
         #[test]
-        fn an_answer_has_one_form(token: Option<[u8; 16]>, has in any_has()) {
+        fn answer_decodes_at_its_size_only(token: Option<[u8; 16]>, has in any_has()) {
             let answer = Answer { listening: token.map(Token), has };
-            has_one_form(answer, &answer.encode(), Answer::decode);
+            assert_fixed_size(answer, &answer.encode(), Answer::decode);
         }
 
         #[test]
-        fn a_handover_has_one_form(id: [u8; 16], token: [u8; 16]) {
+        fn handover_decodes_at_its_size_only(id: [u8; 16], token: [u8; 16]) {
             let handover = Handover { id: Id(id), token: Token(token) };
-            has_one_form(handover, &handover.encode(), Handover::decode);
+            assert_fixed_size(handover, &handover.encode(), Handover::decode);
         }
 
         #[test]

@@ -1,4 +1,4 @@
-//! Which connection gets the slot, which loses it, and which handovers count.
+//! Which connection gets or loses the slot, and which handovers are accepted.
 
 use super::*;
 use crate::disk::ownership::{ForListen, for_listen};
@@ -39,14 +39,14 @@ fn fresh() -> Arrival {
     Arrival::new(TOKEN, None, Admits::Sources)
 }
 
-/// A source comes in on `connection`; which connections retire first.
-fn comes(arrival: &mut Arrival, connection: Connection, id: Id, silent: Duration) -> Vec<u64> {
+/// A source enters on `connection`; returns the connections to retire first.
+fn enters(arrival: &mut Arrival, connection: Connection, id: Id, silent: Duration) -> Vec<u64> {
     let answered = arrival.on_introduction(connection, &ask(id), silent);
     assert!(matches!(answered, ProbeDecision::Answer { .. }), "{answered:?}");
     arrival.enter(connection, silent).unwrap()
 }
 
-/// Takes a byte on `connection`.
+/// Executes a write on `connection`.
 fn writes(arrival: &mut Arrival, connection: Connection) {
     if let WritePermission::RecordFirst(Record::Incoming { id }) =
         arrival.on_write_request(connection)
@@ -56,7 +56,7 @@ fn writes(arrival: &mut Arrival, connection: Connection) {
     assert_eq!(arrival.on_write_request(connection), WritePermission::Go);
 }
 
-/// A destination that has taken a byte of `sender` on `connection`.
+/// A destination to which `sender` has written on `connection`.
 fn receiving(connection: Connection, sender: Sender) -> Arrival {
     let mut arrival = Arrival::new(TOKEN, None, policy(sender));
     if let Sender::Source(id) = sender {
@@ -82,14 +82,14 @@ fn first_byte_waits_for_the_record() {
 #[test]
 fn failed_record_refuses_every_write() {
     let mut arrival = fresh();
-    comes(&mut arrival, 1, ID, ALIVE);
+    enters(&mut arrival, 1, ID, ALIVE);
     arrival.on_write_request(1);
     arrival.on_recorded(Some(ID), false);
     assert_eq!(arrival.on_write_request(1), refused(AccessDenied::Failed));
 }
 
 #[test]
-fn a_client_without_introduction_is_never_admitted() {
+fn client_without_introduction_is_never_admitted() {
     let mut arrival = fresh();
     assert_eq!(
         arrival.may_enter(1, ALIVE),
@@ -97,7 +97,7 @@ fn a_client_without_introduction_is_never_admitted() {
         "before the first source"
     );
     assert_eq!(arrival.enter(1, ALIVE), Err(AccessDenied::NotIntroduced));
-    comes(&mut arrival, 2, ID, ALIVE);
+    enters(&mut arrival, 2, ID, ALIVE);
     assert_eq!(
         arrival.enter(1, WRITER_SILENCE),
         Err(AccessDenied::NotIntroduced),
@@ -126,13 +126,13 @@ fn another_source_is_refused_while_the_sender_is_active() {
         "connection 2 held nothing"
     );
     arrival.on_close(1);
-    assert_eq!(comes(&mut arrival, 4, OTHER, ALIVE), [0; 0]);
+    assert_eq!(enters(&mut arrival, 4, OTHER, ALIVE), [0; 0]);
 }
 
 #[test]
 fn another_source_gets_the_slot_of_a_silent_sender() {
     let mut arrival = receiving(1, Sender::Source(ID));
-    assert_eq!(comes(&mut arrival, 2, OTHER, SOURCE_SILENCE), [1], "it is closed first");
+    assert_eq!(enters(&mut arrival, 2, OTHER, SOURCE_SILENCE), [1], "it is closed first");
     for late in [arrival.on_write_request(1), arrival.on_write_request(1)] {
         assert_eq!(late, refused(AccessDenied::SlotTaken(2)));
     }
@@ -140,7 +140,8 @@ fn another_source_gets_the_slot_of_a_silent_sender() {
     arrival.on_close(1);
     let first = WritePermission::RecordFirst(Record::Incoming { id: Some(OTHER) });
     assert_eq!(arrival.on_write_request(2), first, "from the beginning");
-    // The first one learns that it has not arrived, and is let in when the seat is free.
+    // The first source gets the answer that its disk has not arrived, and enters once the slot is
+    // free.
     assert_eq!(arrival.on_introduction(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
     assert_eq!(arrival.enter(3, ALIVE), Err(AccessDenied::SlotTaken(2)));
     arrival.on_recorded(Some(OTHER), true);
@@ -153,7 +154,7 @@ fn another_source_gets_the_slot_of_a_silent_sender() {
 fn later_sources_wait_for_a_revoked_sender() {
     let mut arrival = receiving(1, Sender::Source(ID));
     assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
-    // Its requests did not end in time: the answer was not sent, and the source comes again.
+    // Its requests did not end in time: the answer was not sent, and the source connects again.
     arrival.on_close(2);
     assert_eq!(arrival.on_introduction(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[1]));
     assert_eq!(arrival.enter(3, ALIVE), Ok(vec![1]));
@@ -167,7 +168,7 @@ fn question_alone_holds_no_slot() {
     arrival.on_close(1);
     assert_eq!(arrival.on_introduction(2, &ask(OTHER), ALIVE), listening(Has::Nothing, &[]));
     assert_eq!(arrival.on_introduction(3, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
-    assert!(arrival.enter(3, ALIVE).is_ok(), "the question on 2 keeps nobody out");
+    assert!(arrival.enter(3, ALIVE).is_ok(), "the question on 2 took the slot");
     assert_eq!(arrival.enter(2, ALIVE), Err(AccessDenied::SlotTaken(3)));
 }
 
@@ -185,13 +186,13 @@ fn returning_source_closes_its_earlier_connection() {
     assert_eq!(
         arrival.on_write_request(1),
         refused(AccessDenied::NotSender),
-        "the seat stays lost"
+        "the slot stays lost"
     );
     assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse);
 }
 
 #[test]
-fn of_two_introductions_with_one_id_only_the_later_may_enter() {
+fn later_of_two_introductions_with_one_id_enters() {
     let mut arrival = fresh();
     arrival.on_introduction(1, &ask(ID), ALIVE);
     arrival.on_introduction(2, &ask(ID), ALIVE);
@@ -243,7 +244,7 @@ fn plain_writer_keeps_the_slot_until_silent_or_gone() {
     arrival.on_close(1);
     writes(&mut arrival, 2);
     arrival.on_close(2);
-    assert_eq!(comes(&mut arrival, 4, ID, ALIVE), [0; 0]);
+    assert_eq!(enters(&mut arrival, 4, ID, ALIVE), [0; 0]);
     assert_eq!(
         arrival.enter(5, ALIVE),
         Err(AccessDenied::SlotTaken(4)),
@@ -256,7 +257,7 @@ fn plain_client_without_writes_yields_to_a_source() {
     let mut arrival = Arrival::new(TOKEN, None, Admits::PlainWriter);
     arrival.enter(1, ALIVE).unwrap();
     assert_eq!(arrival.enter(2, JUST_ALIVE), Err(AccessDenied::SlotTaken(1)));
-    assert_eq!(comes(&mut arrival, 3, ID, ALIVE), [1], "its session is ended");
+    assert_eq!(enters(&mut arrival, 3, ID, ALIVE), [1], "its session is ended");
     assert_eq!(arrival.may_use(1), Err(AccessDenied::SlotTaken(3)));
 }
 
@@ -265,7 +266,7 @@ fn only_the_oldstyle_writer_uses_the_arriving_disk() {
     let mut arrival = Arrival::new(TOKEN, None, Admits::OldStyle);
     for connection in [1, 2] {
         arrival.enter(connection, ALIVE).unwrap();
-        assert_eq!(arrival.may_use(connection), Ok(()), "what was there before");
+        assert_eq!(arrival.may_use(connection), Ok(()), "the bytes from before");
     }
     writes(&mut arrival, 1);
     assert_eq!(arrival.enter(3, ALIVE), Ok(vec![]), "old style cannot refuse in the greeting");
@@ -275,7 +276,7 @@ fn only_the_oldstyle_writer_uses_the_arriving_disk() {
         assert_eq!(arrival.on_disconnect(other), ArrivalEnd::Nothing);
     }
     arrival.on_close(1);
-    assert_eq!(arrival.may_use(2), Err(AccessDenied::NotSender), "half a copy");
+    assert_eq!(arrival.may_use(2), Err(AccessDenied::NotSender), "an incomplete copy");
     writes(&mut arrival, 2);
     assert_eq!(arrival.enter(3, WRITER_SILENCE), Ok(vec![2]), "a silent writer is closed");
     assert_eq!(arrival.on_write_request(2), refused(AccessDenied::NotSender));
@@ -291,7 +292,7 @@ fn restarted(record: &Record, admits: Admits) -> Arrival {
 }
 
 #[test]
-fn a_restarted_old_style_destination_hides_half_a_copy() {
+fn restarted_oldstyle_destination_hides_an_incomplete_copy() {
     for id in [None, Some(ID)] {
         let mut arrival = restarted(&Record::Incoming { id }, Admits::OldStyle);
         arrival.enter(1, ALIVE).unwrap();
@@ -302,7 +303,7 @@ fn a_restarted_old_style_destination_hides_half_a_copy() {
 }
 
 #[test]
-fn a_plain_client_reads_half_a_copy_only_after_writing() {
+fn plain_client_reads_an_incomplete_copy_after_writing() {
     for id in [None, Some(ID)] {
         let mut arrival = restarted(&Record::Incoming { id }, Admits::PlainWriter);
         arrival.enter(1, ALIVE).unwrap();
@@ -311,7 +312,7 @@ fn a_plain_client_reads_half_a_copy_only_after_writing() {
         assert_eq!(arrival.may_use(1), Ok(()), "the writer");
         arrival.on_close(1);
         arrival.enter(2, ALIVE).unwrap();
-        assert_eq!(arrival.may_use(2), Err(AccessDenied::Incomplete), "another's");
+        assert_eq!(arrival.may_use(2), Err(AccessDenied::Incomplete), "of another client");
     }
     let mut arrival = Arrival::new(TOKEN, None, Admits::PlainWriter);
     arrival.enter(1, ALIVE).unwrap();
@@ -319,7 +320,7 @@ fn a_plain_client_reads_half_a_copy_only_after_writing() {
 }
 
 #[test]
-fn a_restarted_destination_knows_whose_copy_it_has() {
+fn restarted_destination_knows_the_id_of_its_copy() {
     let mut arrival = Arrival::new(TOKEN, Some(Some(ID)), Admits::Sources);
     assert_eq!(arrival.on_introduction(1, &ask(ID), ALIVE), listening(Has::Incomplete, &[]));
 }
@@ -339,7 +340,7 @@ fn handover_with_wrong_id_token_or_connection_is_refused() {
 #[test]
 fn handover_of_an_unwritten_disk_is_refused() {
     let mut arrival = fresh();
-    comes(&mut arrival, 1, ID, ALIVE);
+    enters(&mut arrival, 1, ID, ALIVE);
     assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse);
 }
 
@@ -349,7 +350,7 @@ fn no_question_is_answered_while_settling() {
     arrival.on_handover(1, &HANDOVER);
     let complete = ProbeDecision::Refuse(AccessDenied::Complete);
     assert_eq!(arrival.on_introduction(2, &ask(ID), WRITER_SILENCE), complete);
-    assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse, "said twice");
+    assert_eq!(arrival.on_handover(1, &HANDOVER), ArrivalEnd::Refuse, "the second handover");
     arrival.on_close(1);
     assert!(arrival.on_settled(true));
     assert_eq!(arrival.on_introduction(2, &ask(ID), ALIVE), listening(Has::Arrived, &[]));
@@ -383,10 +384,10 @@ fn number_of_remembered_senders_is_bounded() {
     let many = u8::try_from(FORMER_SENDERS_MAX).unwrap() + 1;
     for number in 0..many {
         let connection = Connection::from(number);
-        comes(&mut arrival, connection, Id([number; 16]), ALIVE);
+        enters(&mut arrival, connection, Id([number; 16]), ALIVE);
         arrival.on_close(connection);
     }
-    comes(&mut arrival, 200, Id([200; 16]), ALIVE);
+    enters(&mut arrival, 200, Id([200; 16]), ALIVE);
     assert_eq!(arrival.on_introduction(201, &ask(Id([1; 16])), ALIVE), taken(200));
     let last = arrival.on_introduction(201, &ask(Id([many - 1; 16])), ALIVE);
     assert_eq!(last, listening(Has::Nothing, &[]));

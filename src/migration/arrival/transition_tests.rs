@@ -1,5 +1,5 @@
-//! The table of transitions, `transitions.txt`: seeded random schedules ask an arrival everything
-//! that a server can ask it.
+//! The table of transitions, `transitions.txt`: seeded random schedules call every function of an
+//! arrival in random order.
 
 use super::*;
 use crate::transition_table::assert_accepted;
@@ -40,8 +40,8 @@ fn name(value: &impl std::fmt::Debug) -> String {
     text[..end].chars().filter(|c| !c.is_ascii_digit()).collect::<String>().replace("()", "")
 }
 
-/// Asks the arrival something; returns the event and the answer.
-fn ask(arrival: &mut Arrival, dice: &mut fastrand::Rng) -> (String, String) {
+/// Calls a random function of the arrival; returns the event and the answer.
+fn random_event(arrival: &mut Arrival, dice: &mut fastrand::Rng) -> (String, String) {
     let connection = dice.u64(1..4);
     let id = IDS[dice.usize(..2)];
     let silent = [Duration::ZERO, SOURCE_SILENCE, WRITER_SILENCE][dice.usize(..3)];
@@ -92,7 +92,7 @@ fn ask(arrival: &mut Arrival, dice: &mut fastrand::Rng) -> (String, String) {
     (format!("{event}({by})"), answer)
 }
 
-/// A request to write and, if it has to come first, the result of the record.
+/// A write and, if the record must be written first, the result of that.
 fn write(
     arrival: &mut Arrival,
     dice: &mut fastrand::Rng,
@@ -118,11 +118,11 @@ fn table() -> String {
         let mut rows: BTreeMap<[String; 3], BTreeSet<String>> = BTreeMap::new();
         for seed in 0..SCHEDULES {
             let mut dice = fastrand::Rng::with_seed(seed);
-            let holds = [None, Some(None), Some(Some(IDS[0]))][dice.usize(..3)];
-            let mut arrival = Arrival::new(TOKEN, holds, admits);
+            let copy = [None, Some(None), Some(Some(IDS[0]))][dice.usize(..3)];
+            let mut arrival = Arrival::new(TOKEN, copy, admits);
             for _ in 0..STEPS {
                 let before = state(&arrival).to_owned();
-                let (event, answer) = ask(&mut arrival, &mut dice);
+                let (event, answer) = random_event(&mut arrival, &mut dice);
                 let after = state(&arrival).to_owned();
                 rows.entry([before, event, after]).or_default().insert(answer);
             }
