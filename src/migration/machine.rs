@@ -1,40 +1,43 @@
-//! The source's side of a migration, from connecting to the end: event in, action out.
+//! The state machine of the source, from connecting to the end: event in, action out.
 //! Never connects, reads a clock, touches the disk or logs; [`Machine::step`] decides, the caller
 //! acts. `machine/transitions.txt` lists every transition; tests keep it true.
 //!
 //! ```text
-//!  Start ─▶ Connecting ─▶ Copying ⇄ Probing ─▶ ClosingGate ─▶ FinalCopy ─▶ Flushing ─▶ Recording ─▶ SealingGate ─▶ CheckingLink
-//!              │  ▲        │  ▲                 └───────────────┴────────────┴───────────┴────────────┴─┤              │
-//!              │  │        │  └──────── clients have waited long enough: gate, record ◀─────────────────┘              │
-//!     never    │  │        ▼ any trouble, or break                                                                     │
-//!      greeted │  └── BackingOff ◀────── Undoing ◀────────────────────────────────────────────────────────────────────┤
-//!              ▼       1 s                 │  link, gate, record, throttle       ▲                                     │
-//!         Ended(Failed)                    └─▶ Ended(Broken)                     │ "no"                                │
-//!                                                                                │                                     │
-//!  ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ point of no return ━━━━━━━━━━━━━━│━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━│━━━━━━━
-//!                                                                                │                                     ▼
-//!                                   Ended ◀─ Leaving ◀──────── "arrived" ──── InDoubt ◀────── no answer ────────── HandingOver
-//!                                               ▲                                └─ unreachable: asks every second     │
-//!                                               └──────────────────────── acknowledged ────────────────────────────────┘
+//!  Start ─▶ Connecting ◀──────────────────── 1 s ─────────────────── BackingOff
+//!               ▼                                                        ▲
+//!           Copying ⇄ Probing ─────────────── any trouble, or break ─▶ Undoing ─▶ Ended(Failed, Broken)
+//!               ▲        ▼                                             ▲ │  ▲
+//!               │   ClosingGate ──▶ FinalCopy ──▶ Flushing ────────────┤ │  │
+//!               │                                    ▼                 │ │  │
+//!               │   CheckingLink ◀─ SealingGate ◀─ Recording ──────────┘ │  │
+//!               │        │                                               │  │
+//!               └────────│──────────── gate closed for too long ─────────┘  │
+//!                        │                                                  │
+//!  ━━━━━━━━━━━━━━━━━━━━━━│━━━━━━━━━━━ point of no return ━━━━━━━━━━━━━━━━━━━│━━━━━━━━━━━━━━━━━━━
+//!                        ▼                                                  │
+//!                   HandingOver ─────── no acknowledgement ────▶ InDoubt ───┘ not arrived
+//!                        │ acknowledged                           │  └─ unknown: asks every second
+//!                        ▼                                        │
+//!           Ended ◀── Leaving ◀─────────────── arrived ───────────┘
 //! ```
 //!
-//! * Above the double line clients never notice a failure: all lead to `Undoing`, the one place
-//!   that takes back what was done: it drops the connection (without a DISC), opens the gate,
-//!   restores the record, and stops throttling, in this order. Then the machine retries after a
-//!   second, or ends.
-//! * Behind the closed gate every step is bounded in time ([`Machine::freeze_end`]), after which the
-//!   gate opens by itself, even if the machine is not asked by then. Only a sealed gate stays closed.
-//! * `HandingOver` means that HANDOVER may have reached the destination. The only ways out are its
-//!   acknowledgement, and an answer in `InDoubt`: *arrived* (leave), or *not arrived, and that
-//!   connection is closed for good* (hand over again; or undo, when the destination has lost the
-//!   copy or clients have waited for long). In all other cases the gate stays closed.
-//! * The record *departing* is durable before HANDOVER is sent, and where it cannot be written the
-//!   migration ends; *departed* (or the deletion of the image) comes after the acknowledgement.
-//! * A destination without the private option cannot acknowledge. To it: last write, FLUSH,
-//!   *departing*, deletion if ordered, DISC, *departed*. Its phase is `LegacyHandover`.
+//! * Above the double line failures cost clients no more than a pause. Every failure leads to
+//!   `Undoing`: it closes the connection (without a DISC), opens the gate, restores the record, and
+//!   stops throttling, in this order. Then the machine retries after a second, or ends.
+//! * Every step behind the closed gate has a time limit ([`Machine::freeze_end`]), at which the gate
+//!   opens by itself, even during an action. Only a sealed gate stays closed.
+//! * In `HandingOver`, HANDOVER may have reached the destination. The machine leaves this state only
+//!   by its acknowledgement, or by an answer in `InDoubt`: *arrived* (leave), or *not arrived, and
+//!   that connection is closed for good* (send another handover; or undo, if the destination has
+//!   lost the copy or clients have waited for long). In all other cases the gate stays closed.
+//! * The record *departing* is durable before HANDOVER is sent; if it cannot be written, the
+//!   migration ends. *Departed* (or the deletion of the image) follows the acknowledgement.
+//! * A destination without the private option cannot acknowledge. The phase is then
+//!   `LegacyHandover`, the order: last write, FLUSH, *departing*, deletion if requested, DISC,
+//!   *departed*.
 //!
-//! A file per group of phases holds the handlers. They share `context::Context`, return a
-//! `phase::Next` and never call those of another phase; [`Machine::step`] follows it.
+//! Each group of phases has a file with its handlers. They share `context::Context`, return a
+//! `phase::Next` and never call handlers of another phase; [`Machine::step`] executes the result.
 
 mod closing;
 mod connecting;
@@ -79,7 +82,7 @@ impl Machine {
         Ok(Self { phase: Phase::Start, context: Context::new(job, now), break_requested: false })
     }
 
-    /// The action that follows from `event`, the result of the action before.
+    /// The next action, after `event` as the result of the last one.
     pub fn step(&mut self, now: Duration, event: Event) -> Action {
         let handled = if self.break_requested && self.may_break() {
             self.break_requested = false;
@@ -134,7 +137,7 @@ impl Machine {
         }
     }
 
-    /// An operator's request, at any time between two steps; the next step carries it out.
+    /// Takes an operator's request between two steps; the next step executes it.
     ///
     /// # Errors
     /// [`TooLate`] for a `break` after the handover was sent.
@@ -147,7 +150,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Whether a `break` was requested that has not been carried out yet.
+    /// Whether a `break` was requested that has not been executed yet.
     #[must_use]
     pub fn is_breaking(&self) -> bool {
         self.break_requested
@@ -176,7 +179,7 @@ impl Machine {
         self.phase.name()
     }
 
-    /// How far the migration is.
+    /// The progress of the migration.
     #[must_use]
     pub fn progress(&self, now: Duration) -> Progress {
         let cx = &self.context;
@@ -198,7 +201,7 @@ impl Machine {
         }
     }
 
-    /// Where the migration is, for operators.
+    /// The stage of the migration, for operators.
     #[must_use]
     pub fn stage(&self) -> Stage {
         match &self.phase {
@@ -219,7 +222,7 @@ impl Machine {
         }
     }
 
-    /// Whether the disk is still ours to keep, and nothing ends the migration already.
+    /// Whether the disk is still ours, and the migration is not ending already.
     fn may_break(&self) -> bool {
         let is_too_late = matches!(
             self.phase,

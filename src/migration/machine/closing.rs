@@ -1,5 +1,5 @@
-//! Stop-and-copy: from the closing of the gate until it is sealed. Every step is bounded in time,
-//! after which clients go on; a failure other than that is undone like any other.
+//! Stop-and-copy: closes the gate, copies the rest, and seals the gate. Each step has a time limit,
+//! after which the gate opens and the copy continues; other failures end the attempt.
 
 use super::context::Context;
 use super::copying;
@@ -12,14 +12,14 @@ use crate::migration::job::{
 };
 use std::time::Duration;
 
-/// Clients' in-flight requests this old are reported as what keeps the gate open.
+/// In-flight requests of clients this old are reported as the obstacle.
 const REQUEST_REPORTED: Duration = Duration::from_secs(1);
 
 const NOT_SENT: &str = "what is left could not be sent while clients waited";
 const NOT_FLUSHED: &str = "the destination did not flush while clients waited";
 const NOT_RECORDED: &str = "the record could not be made durable while clients waited";
 
-/// The gate is still open, and the requests in flight were examined.
+/// The gate is open, and the in-flight requests of clients were probed.
 pub(super) fn probing(cx: &mut Context, now: Duration, link: LinkState, event: Event) -> Handled {
     let Event::Visits { turned } = event else { return Err(impossible(&event)) };
     Ok(match cx.probe.on_probe(now, turned) {
@@ -59,7 +59,7 @@ pub(super) fn closing(cx: &mut Context, now: Duration, link: LinkState, event: E
     }
 }
 
-/// Copies the rest while clients wait, but not for longer than they may.
+/// Copies the rest while clients wait, within the time limit.
 pub(super) fn copy_rest(cx: &mut Context, now: Duration, link: LinkState) -> Handled {
     if cx.is_overdue(now) {
         Ok(thaw(cx, now, link, NOT_SENT))
@@ -70,8 +70,8 @@ pub(super) fn copy_rest(cx: &mut Context, now: Duration, link: LinkState) -> Han
     }
 }
 
-/// The last dirty block is acknowledged. A destination of ours makes everything durable as part
-/// of the handover; any other gets a FLUSH.
+/// The last dirty block is acknowledged. A flexnbd makes the disk durable as part of the handover;
+/// any other destination gets a FLUSH.
 fn copied(cx: &mut Context, now: Duration, mut link: LinkState) -> Next {
     if let Some(freeze) = &mut cx.freeze {
         freeze.last_step();
@@ -109,7 +109,8 @@ pub(super) fn flushing(
     }
 }
 
-/// The destination has every byte. The record says so before any message does.
+/// The destination has every byte. The record *departing* must be durable before a message tells the
+/// destination so.
 fn flushed(cx: &mut Context, now: Duration, link: LinkState) -> Next {
     if cx.unlinked {
         return check_link(now, link);
@@ -122,7 +123,7 @@ pub(super) fn recording(cx: &mut Context, now: Duration, link: LinkState, event:
     match event {
         Event::Done if cx.is_overdue(now) => Ok(thaw(cx, now, link, NOT_RECORDED)),
         Event::Done => Ok(Next::Do(Phase::SealingGate(link), Action::Seal)),
-        // The fault is on this host: another copy would not help.
+        // The fault is on this host: another attempt would fail as well.
         Event::Failed(why) => {
             let failed = Outcome::Failed(Trouble::Record(why));
             Ok(Next::Undo(AfterUndo::End(failed)))
@@ -131,7 +132,7 @@ pub(super) fn recording(cx: &mut Context, now: Duration, link: LinkState, event:
     }
 }
 
-/// If the gate has not opened by itself since it was closed, it never does from now on.
+/// The gate no longer opens by itself, or it has opened.
 pub(super) fn sealing(cx: &mut Context, now: Duration, link: LinkState, event: Event) -> Handled {
     match event {
         Event::Done => {
@@ -145,13 +146,13 @@ pub(super) fn sealing(cx: &mut Context, now: Duration, link: LinkState, event: E
     }
 }
 
-/// Looks whether the destination has hung up. One that cannot acknowledge would lose the disk
-/// silently; any other would leave us in doubt for nothing.
+/// Checks that the destination has not closed the connection. A handover to one that cannot
+/// acknowledge would lose the disk silently; to any other, it would leave us in doubt.
 fn check_link(now: Duration, link: LinkState) -> Next {
     Next::Do(Phase::CheckingLink(link), Action::Wait { until: now })
 }
 
-/// Lets clients go on, and the copy with them; the connection is as good as it was.
+/// Opens the gate and continues to copy on the same connection.
 fn thaw(cx: &mut Context, now: Duration, link: LinkState, why: &'static str) -> Next {
     cx.report_obstacle(now, Obstacle::LastCopy(why));
     Next::Undo(AfterUndo::Resume(link))

@@ -1,5 +1,4 @@
-//! Connecting: whether the destination can take the disk, and whether it still has what it
-//! acknowledged.
+//! Connecting: whether the destination is compatible, and whether it still has the copy.
 
 use super::context::Context;
 use super::phase::{AfterUndo, Flush, Handled, LinkState, Next, Phase, WriteAccess, impossible};
@@ -23,7 +22,7 @@ pub(super) fn connecting(cx: &mut Context, now: Duration, event: Event) -> Handl
     }
 }
 
-/// Resumes the copy if this is the process that has it, else starts another.
+/// Resumes the copy if this is the process that has it, else starts a new copy.
 fn greeted(cx: &mut Context, now: Duration, peer: DestinationInfo) -> Next {
     let process = peer.token().map(|token| (token, peer.caps));
     let has_copy = peer.answer.is_some_and(|answer| answer.has == Has::Incomplete);
@@ -31,8 +30,8 @@ fn greeted(cx: &mut Context, now: Duration, peer: DestinationInfo) -> Next {
     if resumes {
         cx.plan.resume();
     } else if cx.copied_to.take().is_some() {
-        // Another process may have another image: each copy has an id of its own, so that an
-        // answer about one is never taken for an answer about another.
+        // Another process may have another image. Each copy has an id of its own, so that an answer
+        // about one copy is never taken for an answer about another.
         cx.job.id = cx.job.id.next();
         return Next::Undo(AfterUndo::Retry);
     } else {

@@ -1,5 +1,5 @@
-//! What the machine knows in every phase: the job, the plan, the pace, and what a failure would
-//! have to take back. Never enters a phase.
+//! The state that the machine has in every phase: job, plan, pace, and the effects that a failure
+//! must undo. Never enters a phase.
 
 use super::phase::{AfterUndo, Next};
 use crate::migration::freeze::{Backoff, Freeze, Probe};
@@ -13,8 +13,8 @@ use std::time::Duration;
 /// Time between one attempt and the next.
 pub const RETRY_EVERY: Duration = Duration::from_secs(1);
 
-/// Attempts to restore the record, one a second, before a migration that is ending gives up; one
-/// that continues never gives up.
+/// Attempts to restore the record, one a second, before a migration ends without. A migration that
+/// continues never gives up.
 pub const RECORD_TRIES: u32 = 4;
 
 /// An unchanged obstacle is reported again after this time.
@@ -26,8 +26,8 @@ pub(super) struct Context {
     pub(super) plan: CopyPlan,
     pub(super) speed: Speed,
     pub(super) meter: Meter,
-    /// Replies to requests up to this cookie do not count for the rate: those requests were large,
-    /// as in the first pass, and the remaining ones are small.
+    /// Replies to requests up to this cookie do not count for the rate: those requests are from the
+    /// first pass and large, all later ones are small.
     pub(super) measured_after: u64,
     pub(super) convergence: Convergence,
     pub(super) undo: Undo,
@@ -36,25 +36,25 @@ pub(super) struct Context {
     pub(super) backoff: Backoff,
     /// Set while the gate is closed or closing.
     pub(super) freeze: Option<Freeze>,
-    /// The process that holds what the plan counts as acknowledged.
+    /// The process that acknowledged the copied ranges, and its capabilities.
     pub(super) copied_to: Option<(Token, Caps)>,
     /// The write delay in force.
     pub(super) write_delay: Duration,
     pub(super) started: bool,
-    /// The image is deleted: the gate must not open again, and the copy has to arrive.
+    /// The image is deleted: the gate stays closed, and the machine retries until the copy arrives.
     pub(super) unlinked: bool,
     /// Why the copy does not progress at present.
     pub(super) obstacle: Option<Obstacle>,
     /// The obstacle reported last, and when.
     reported: Option<(Obstacle, Duration)>,
-    /// The failure of the copy was reported, its continuation not yet.
+    /// A failure of the copy was reported, and its continuation not yet.
     pub(super) interrupted: bool,
     pub(super) cookie: u64,
     pub(super) news: VecDeque<News>,
 }
 
-/// What a failure now would have to take back. Set when the action is ordered, not when it has
-/// succeeded: a half-done action is taken back, too.
+/// The effects that a failure must undo. Set before the action is executed, because a failed action
+/// may have had a part of its effect.
 #[derive(Debug, Default)]
 pub(super) struct Undo {
     pub(super) link: bool,
@@ -65,10 +65,10 @@ pub(super) struct Undo {
     pub(super) restoring: bool,
 }
 
-/// A record *departing* that could not be restored, although the disk stays.
+/// The disk stays, but restoring its record has failed: it still says *departing*.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct UnrestoredRecord {
-    /// When to try again.
+    /// Time of the next attempt.
     pub(super) at: Duration,
     pub(super) tries: u32,
 }
@@ -104,8 +104,8 @@ impl Context {
         self.cookie
     }
 
-    /// Reports why the copy does not progress, unless that was reported last. Returns whether it
-    /// reported.
+    /// Reports why the copy does not progress, unless the last report was the same. Returns whether
+    /// it was reported.
     pub(super) fn report_obstacle(&mut self, now: Duration, obstacle: Obstacle) -> bool {
         self.obstacle = Some(obstacle.clone());
         let is_old =
@@ -118,7 +118,7 @@ impl Context {
         true
     }
 
-    /// Every failure before the handover comes here: whether to try again.
+    /// Handles all failures before the handover: ends the migration or tries again.
     pub(super) fn on_trouble(&mut self, now: Duration, trouble: Trouble) -> Next {
         let cannot_be_read = matches!(trouble, Trouble::Unreadable(_)) && !self.unlinked;
         if !self.started || cannot_be_read {
@@ -128,14 +128,14 @@ impl Context {
         Next::Undo(AfterUndo::Retry)
     }
 
-    /// The destination acknowledged something: clients may wait a little longer.
+    /// The destination acknowledged a request: clients may wait longer.
     pub(super) fn extend_freeze(&mut self, now: Duration) {
         if let Some(freeze) = &mut self.freeze {
             freeze.progressed(now);
         }
     }
 
-    /// Whether clients have waited long enough.
+    /// Whether the time limit of the closed gate has passed.
     pub(super) fn is_overdue(&self, now: Duration) -> bool {
         self.freeze.is_some_and(|freeze| freeze.is_over(now))
     }
@@ -145,7 +145,7 @@ impl Context {
         self.freeze.and_then(|freeze| freeze.until()).map_or(until, |end| until.min(end))
     }
 
-    /// The gate was closed in vain: it stays open for a while.
+    /// Closing the gate has failed: delays the next attempt.
     pub(super) fn back_off(&mut self, now: Duration) {
         if let Some(freeze) = self.freeze.take() {
             self.backoff.failed(now, freeze.elapsed(now));
@@ -157,7 +157,8 @@ impl Context {
         self.unrestored.is_some_and(|record| now >= record.at)
     }
 
-    /// An action failed that the migration can end without. Returns whether it did.
+    /// Reports the failure, if any, of an action that the migration can end without. Returns whether
+    /// it failed.
     pub(super) fn report_failure(&mut self, failure: Option<String>) -> bool {
         let failed = failure.is_some();
         self.news.extend(failure.map(News::RecordFailed));

@@ -1,4 +1,4 @@
-//! Pre-copy: one request after the other, until what is left fits the pause.
+//! Pre-copy: sends requests until the rest can be sent within the pause.
 
 use super::context::Context;
 use super::phase::{AfterUndo, Flush, Handled, LinkState, Next, Phase, WriteAccess, link_trouble};
@@ -9,17 +9,17 @@ use crate::migration::plan::{CopyRequest, NextCopy};
 use crate::range::Range;
 use std::time::Duration;
 
-/// An early FLUSH shortens the last one only while it is no older than this.
+/// The gate may close for this time after an early FLUSH; later, the destination would have too much
+/// to flush again.
 const FLUSH_FRESH: Duration = Duration::from_secs(2);
-
-/// An early FLUSH that took longer than this is followed by another, which has less to do,
+/// An early FLUSH that took longer than this is repeated, since the next one has less to flush;
 const FLUSH_QUICK: Duration = Duration::from_millis(500);
-/// but by no more than this many.
+/// after this many slow ones in a row, the gate may close anyway.
 const SLOW_FLUSHES_MAX: u32 = 3;
 /// A FLUSH that takes longer than this is reported as an obstacle.
 const FLUSH_REPORTED: Duration = Duration::from_secs(5);
 
-/// The gate stays open while requests are outstanding on a link that has been silent for this long.
+/// The gate stays open if requests are in flight and no reply has come for this time.
 const SILENT: Duration = Duration::from_millis(500);
 
 /// Bytes of an extended request header on the wire; a compact one is shorter.
@@ -57,7 +57,7 @@ fn taken(cx: &mut Context, now: Duration, run: Option<Range>, left: u64) {
         cx.convergence.first_pass_ended(now, left, cx.job.size);
     }
     if is_first && left > 0 {
-        // From now on there are many small requests rather than few large ones.
+        // From now on requests are small and many, not large and few.
         cx.meter.restart(now);
         cx.measured_after = cx.cookie;
     }
@@ -66,7 +66,7 @@ fn taken(cx: &mut Context, now: Duration, run: Option<Range>, left: u64) {
     }
 }
 
-/// No reply came until now: is that too long?
+/// Fails if the destination has made no progress for the timeout of the job.
 fn check_progress(cx: &mut Context, now: Duration, link: &LinkState) -> Result<(), Trouble> {
     let awaiting = cx.plan.has_in_flight() || matches!(link.flush, Flush::Asked { .. });
     if matches!(link.flush, Flush::Asked { at, .. } if now >= at + FLUSH_REPORTED) {
@@ -111,7 +111,7 @@ fn flush_replied(cx: &mut Context, link: &mut LinkState, now: Duration, took: Du
     cx.plan.recheck_bitmap();
 }
 
-/// The next thing to do while the gate is open.
+/// The next action while the gate is open.
 pub(super) fn copy(cx: &mut Context, now: Duration, link: LinkState) -> Handled {
     if cx.write_delay != cx.convergence.delay() {
         Ok(throttle(cx, link))
@@ -124,7 +124,7 @@ pub(super) fn copy(cx: &mut Context, now: Duration, link: LinkState) -> Handled 
     }
 }
 
-/// The next request, or the next look for one.
+/// The next step of the plan.
 pub(super) fn proceed(
     cx: &mut Context,
     now: Duration,
@@ -144,7 +144,7 @@ pub(super) fn proceed(
     })
 }
 
-/// How long there can be nothing to do.
+/// How long to wait if no event comes.
 fn idle_until(cx: &Context, now: Duration, link: &LinkState) -> Duration {
     let flushing = matches!(link.flush, Flush::Asked { .. });
     let awaiting = flushing || cx.plan.has_in_flight();
@@ -157,7 +157,8 @@ fn idle_until(cx: &Context, now: Duration, link: &LinkState) -> Duration {
         }
     }
     until = cx.within_freeze(until);
-    // Dirty blocks must not accumulate during a long FLUSH or while the gate may not close.
+    // During a long FLUSH, or while the gate must stay open, dirty blocks are copied at short
+    // intervals so that they do not accumulate.
     let accumulates = flushing || now < cx.backoff.from();
     if accumulates { until.min(now + cx.job.pause) } else { until }
 }
@@ -169,7 +170,7 @@ fn stay(link: LinkState, access: WriteAccess, action: Action) -> Next {
     }
 }
 
-/// Sends a part of the copy, once the speed limit allows it.
+/// Sends a request of the copy as soon as the speed limit allows.
 fn send(
     cx: &mut Context,
     now: Duration,
@@ -206,11 +207,11 @@ fn has_caught_up(cx: &mut Context, now: Duration) -> bool {
     cx.plan.is_left_known() && cx.convergence.may_close_gate(now, left, cx.meter.link_rate(), limit)
 }
 
-/// What is left fits the pause. The gate closes once the destination has flushed the bulk and
-/// clients' in-flight requests are short.
+/// The rest can be sent within the pause. The gate closes once the destination has flushed the data
+/// so far, and the in-flight requests of clients are short.
 fn caught_up(cx: &mut Context, now: Duration, mut link: LinkState) -> Handled {
     let may_be_slow = link.slow_flushes >= SLOW_FLUSHES_MAX;
-    // A low speed limit lets us learn only now and then how much is left.
+    // Under a low speed limit the rest is known only at long intervals.
     let fresh = FLUSH_FRESH.max(cx.speed.chunk_duration() * 4);
     let is_ready = |at, took| now < at + fresh && (took <= FLUSH_QUICK || may_be_slow);
     match link.flush {
@@ -231,7 +232,7 @@ fn caught_up(cx: &mut Context, now: Duration, mut link: LinkState) -> Handled {
 
 fn probe(cx: &mut Context, now: Duration, link: LinkState) -> Handled {
     let is_silent = cx.plan.has_in_flight() && now >= link.last_progress + SILENT;
-    // Until then the destination gets a FLUSH now and then, which also shows it that we are alive.
+    // Meanwhile the repeated FLUSH shows the destination that this source is alive.
     if is_silent || now < cx.probe.due() || now < cx.backoff.from() {
         return proceed(cx, now, link, WriteAccess::Open);
     }

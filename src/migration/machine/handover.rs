@@ -1,5 +1,5 @@
-//! The handover, behind the sealed gate: sent, acknowledged or resolved, and what follows once the
-//! destination has the disk.
+//! The handover, behind the sealed gate: sends it, resolves doubt about its outcome, and cleans up
+//! once the destination owns the disk.
 
 use super::context::{Context, RETRY_EVERY};
 use super::phase::{
@@ -13,12 +13,12 @@ use crate::migration::job::{
 use crate::migration::wire::{Handover, Has, Token};
 use std::time::Duration;
 
-/// An acknowledgement that has not come after this time is asked for on a second connection.
+/// Without an acknowledgement after this time, the source asks on a second connection.
 pub const ASK_AFTER: Duration = Duration::from_secs(2);
 
 const ACKNOWLEDGED: Outcome = Outcome::Arrived { acknowledged: true };
 
-/// The connection was looked at for the last time.
+/// The connection was checked for the last time.
 pub(super) fn checking_link(
     cx: &mut Context,
     now: Duration,
@@ -61,7 +61,7 @@ pub(super) fn legacy(cx: &mut Context, link: LinkState, step: LegacyStep, event:
     }
 }
 
-// One of ours acknowledges, and answers questions about the handover.
+// A flexnbd acknowledges, and answers questions about the handover.
 
 fn hand_over(cx: &mut Context, now: Duration, token: Token) -> Next {
     let cookie = cx.next_cookie();
@@ -82,7 +82,7 @@ pub(super) fn handing_over(
         Event::Reply { cookie: answered, error: None } if answered == cookie => {
             leave(cx, ACKNOWLEDGED)
         }
-        // Not a byte of the handover left this host: there is no doubt.
+        // No byte of the handover was sent, so there is no doubt.
         Event::Unsent(why) => return Err(Trouble::Lost(why)),
         Event::Done | Event::Tick if now < ask_at => {
             Next::Do(Phase::HandingOver(sent), Action::Wait { until: ask_at })
@@ -100,7 +100,7 @@ pub(super) fn handing_over(
     })
 }
 
-/// Asks the destination whether the handover arrived. The first connection may still bring the
+/// Asks the destination whether the handover arrived. The first connection may still deliver the
 /// acknowledgement until the second replaces it.
 fn ask(cx: &mut Context, doubt: Doubt) -> Next {
     cx.undo.link = true;
@@ -112,7 +112,7 @@ fn ask(cx: &mut Context, doubt: Doubt) -> Next {
     Next::Do(Phase::InDoubt(doubt), action)
 }
 
-/// The acknowledgement did not come: asks until the destination knows.
+/// There was no acknowledgement: asks until the destination knows the outcome.
 pub(super) fn in_doubt(cx: &mut Context, now: Duration, doubt: Doubt, event: Event) -> Handled {
     let Doubt { token, awaited, ask_at } = doubt;
     let later = Doubt { ask_at: now + RETRY_EVERY, ..doubt };
@@ -136,8 +136,8 @@ pub(super) fn in_doubt(cx: &mut Context, now: Duration, doubt: Doubt, event: Eve
     })
 }
 
-/// The handover can no longer arrive. A process that still has the whole copy gets another, unless
-/// clients have waited for too long.
+/// The handover can no longer arrive. A process that still has the whole copy gets another handover,
+/// unless clients have waited for too long.
 fn not_arrived(cx: &mut Context, now: Duration, token: Token, peer: DestinationInfo) -> Handled {
     let complete = peer.answer.is_some_and(|answer| answer.has == Has::Incomplete);
     let in_time = cx.freeze.is_none_or(|freeze| freeze.elapsed(now) < FREEZE_MAX);
@@ -154,7 +154,7 @@ fn not_arrived(cx: &mut Context, now: Duration, token: Token, peer: DestinationI
     Err(Trouble::Lost(why.to_owned()))
 }
 
-// The destination has the disk.
+// The destination owns the disk.
 
 fn leave(cx: &mut Context, outcome: Outcome) -> Next {
     cx.obstacle = None;

@@ -1,32 +1,32 @@
-//! The phases of the machine and what belongs to each; what a handler returns.
+//! The phases of the machine with their data, and the result type of their handlers.
 //! Never decides: the handlers in the files beside this one do.
 
 use crate::migration::job::{Action, DestinationInfo, Event, Outcome, Trouble};
 use crate::migration::wire::Token;
 use std::time::Duration;
 
-/// Where the machine is, with the data of that phase only.
+/// A phase of the machine, with its data.
 #[derive(Clone, Debug)]
 pub(super) enum Phase {
     Start,
     Connecting,
     Copying(LinkState),
-    /// Clients' in-flight requests are examined before the gate closes.
+    /// The in-flight requests of clients are probed before the gate closes.
     Probing(LinkState),
     ClosingGate(LinkState),
-    /// The last copy, behind the closed gate.
+    /// The rest is copied behind the closed gate.
     FinalCopy(LinkState),
     Flushing(LinkState),
     /// The record *departing* is being made durable.
     Recording(LinkState),
     SealingGate(LinkState),
-    /// Last look at the connection before the handover.
+    /// The connection is checked for the last time before the handover.
     CheckingLink(LinkState),
     /// The handover to a destination that cannot acknowledge.
     LegacyHandover(LinkState, LegacyStep),
     HandingOver(SentHandover),
     InDoubt(Doubt),
-    /// The destination has the disk.
+    /// The destination owns the disk.
     Leaving(Leaving, Outcome),
     Undoing(AfterUndo),
     BackingOff {
@@ -36,7 +36,7 @@ pub(super) enum Phase {
 }
 
 impl Phase {
-    /// The name in logs of tests and in `transitions.txt`.
+    /// The name in traces of tests and in `transitions.txt`.
     pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Start => "Start",
@@ -85,7 +85,7 @@ pub(super) enum Flush {
     Done { at: Duration, took: Duration },
 }
 
-/// HANDOVER was sent, and may have arrived.
+/// HANDOVER was sent and may have arrived.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SentHandover {
     pub(super) token: Token,
@@ -110,7 +110,7 @@ pub(super) enum LegacyStep {
     Disconnecting,
 }
 
-/// What remains to be done once the destination has the disk.
+/// The steps of this host after the destination owns the disk.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Leaving {
     Retiring,
@@ -119,13 +119,13 @@ pub(super) enum Leaving {
     Disconnecting,
 }
 
-/// Where the machine goes once everything is taken back.
+/// The continuation after undoing.
 #[derive(Clone, Debug)]
 pub(super) enum AfterUndo {
     /// Another attempt after [`super::RETRY_EVERY`].
     Retry,
     End(Outcome),
-    /// Only the gate and the record are taken back: the copy goes on over this connection.
+    /// Only gate and record are restored: the copy continues on this connection.
     Resume(LinkState),
 }
 
@@ -136,21 +136,21 @@ pub(super) enum WriteAccess {
     Closed,
 }
 
-/// What follows from an event. Handlers return it instead of calling each other, so that each
-/// reads as rows of a table and the phases do not depend on one another.
+/// The reaction to an event. Handlers return it instead of calling each other, so that each reads
+/// as rows of a table and the phases do not depend on one another.
 pub(super) enum Next {
     /// Enter this phase and await the result of this action.
     Do(Phase, Action),
-    /// Go on copying over this link.
+    /// Continue to copy over this link.
     Copy(LinkState, WriteAccess),
-    /// Take back what was done.
+    /// Undo the effects of the attempt.
     Undo(AfterUndo),
 }
 
-/// What a handler returns. Trouble leads to the one place where failures are undone.
+/// The result of a handler. All failures lead to `Context::on_trouble`, and are undone.
 pub(super) type Handled = Result<Next, Trouble>;
 
-/// The trouble that an event stands for which is not the success that the phase awaits.
+/// The trouble that an unsuccessful event stands for.
 pub(super) fn link_trouble(event: Event) -> Trouble {
     match event {
         Event::Lost(why) | Event::Unsent(why) => Trouble::Lost(why),
@@ -163,8 +163,8 @@ pub(super) fn link_trouble(event: Event) -> Trouble {
     }
 }
 
-/// The only place for events that no action of the phase can have: a defect of the caller.
-/// Debug builds stop here; otherwise the attempt fails like any other, and is undone.
+/// The only place for events that cannot be the result of the phase's action: a defect of the caller.
+/// Debug builds panic; in others the attempt fails like any other, and is undone.
 pub(super) fn impossible(event: &Event) -> Trouble {
     debug_assert!(false, "{} is no result of the action", event.name());
     Trouble::Confused("an action ended in a way that it cannot end")

@@ -1,9 +1,9 @@
-//! Undoing: the one place that takes back what was done, after a failure, a break, or a closed gate
-//! that came to nothing.
+//! Rollback: the one place that undoes the effects of an attempt, after a failure, a break, or a
+//! closed gate that reached its time limit.
 //!
 //! The order is fixed: link, gate, record, throttle. The gate comes before the record, which may
-//! take long to write: no handover was sent, or the destination has said that it did not arrive, so
-//! the disk is ours whatever the record says.
+//! take long to write: no handover was sent, or the destination has answered that it did not arrive,
+//! so the disk is ours even while the record says *departing*.
 
 use super::context::{Context, RECORD_TRIES, RETRY_EVERY, UnrestoredRecord};
 use super::phase::{AfterUndo, Next, Phase, WriteAccess};
@@ -11,7 +11,7 @@ use crate::migration::job::{Action, Event, News, RecordKind};
 use crate::migration::pace::Convergence;
 use std::time::Duration;
 
-/// Begins to undo. Unless the copy goes on, its measurements are void.
+/// Begins to undo. Unless the copy continues on its connection, discards the measurements.
 pub(super) fn begin(cx: &mut Context, now: Duration, then: AfterUndo) -> Next {
     if !matches!(then, AfterUndo::Resume(_)) {
         cx.meter.link_lost();
@@ -26,7 +26,7 @@ pub(super) fn undoing(cx: &mut Context, now: Duration, then: AfterUndo, event: E
     next(cx, now, then)
 }
 
-/// The next thing to take back.
+/// Undoes the next effect.
 fn next(cx: &mut Context, now: Duration, then: AfterUndo) -> Next {
     let resumes = matches!(then, AfterUndo::Resume(_));
     let gives_up = matches!(then, AfterUndo::End(_)) && has_tried_enough(cx);
@@ -47,7 +47,7 @@ fn next(cx: &mut Context, now: Duration, then: AfterUndo) -> Next {
     Next::Do(Phase::Undoing(then), action)
 }
 
-/// If the record was being restored, `event` is the result.
+/// Takes `event` as the result of restoring the record, if that was the last action.
 pub(super) fn note_restored(cx: &mut Context, now: Duration, event: Event) {
     if !std::mem::take(&mut cx.undo.restoring) {
         return;

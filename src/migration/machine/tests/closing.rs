@@ -1,10 +1,10 @@
-//! The last copy: the gate opens again in time, and is closed when that is worth it.
+//! The last copy: when the gate closes, and when it opens again.
 
 use super::rig::*;
 use crate::migration::arrival::SOURCE_SILENCE;
 use crate::migration::freeze::{FREEZE_MAX, STALL_MAX};
 
-/// Behind the closed gate, with a request of the last copy on its way.
+/// A machine behind the closed gate, with a request of the last copy in flight.
 fn in_final_copy(peer: DestinationInfo) -> Rig {
     let mut rig = Rig::new(job(), peer);
     rig.until(is_closing);
@@ -30,7 +30,7 @@ fn silent_link_opens_the_gate_and_is_kept() {
     let opened = rig.now;
     rig.pending.push_back(rig.machine.context.cookie);
     rig.until(is_closing);
-    assert!(rig.now >= opened + 4 * STALL_MAX, "clients had to wait again too soon");
+    assert!(rig.now >= opened + 4 * STALL_MAX, "the gate closed again too soon");
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
     assert!(!rig.log.contains(&Action::HangUp), "the link was only slow");
     let reopened = rig.news().into_iter().filter(|news| matches!(news, News::Obstructed(_)));
@@ -71,7 +71,7 @@ fn dirty_blocks_are_copied_while_the_gate_backs_off() {
     }
     let (opened, mut last) = (rig.now, rig.now);
     while !is_closing(&rig.until(|action| is_closing(action) || is_take(action)).action) {
-        assert!(rig.now <= last + Duration::from_millis(200), "no look at the marks");
+        assert!(rig.now <= last + Duration::from_millis(200), "no marks were taken");
         last = rig.now;
         let event = rig.success();
         rig.give(event);
@@ -90,7 +90,7 @@ fn source_keeps_sending_while_the_gate_backs_off() {
         if let Action::Send(_) = rig.action {
             last = rig.now;
         }
-        assert!(rig.now < last + SOURCE_SILENCE, "it may lose its seat");
+        assert!(rig.now < last + SOURCE_SILENCE, "it may lose its slot");
         let event = rig.success();
         rig.give(event);
     }
@@ -143,7 +143,7 @@ fn late_record_is_restored_after_the_gate_opens() {
         rig.until(|action| *action == Action::Record(RecordKind::Departing));
         let end = rig.machine.freeze_end().unwrap();
         if expired {
-            // The gate has opened between the look at the time and the sealing.
+            // The gate opened after the machine compared the time, and before the sealing.
             assert_eq!(rig.give(Event::Done), &Action::Seal);
             rig.give(Event::Failed("the gate has opened by itself".to_owned()));
         } else {
@@ -174,7 +174,7 @@ fn failure_undoes_link_gate_and_record_in_order() {
     assert_eq!(rig.give(Event::Done), &Action::OpenGate);
     assert_eq!(rig.give(Event::Done), &Action::Record(RecordKind::Before));
     let failed = Outcome::Failed(Trouble::Record("disk full".to_owned()));
-    assert_eq!(rig.give(Event::Done), &Action::End(failed), "and nothing is tried again");
+    assert_eq!(rig.give(Event::Done), &Action::End(failed), "it retried");
 }
 
 #[test]
@@ -218,8 +218,8 @@ fn long_request_keeps_the_gate_open_and_is_reported() {
         assert!(!rig.log.iter().any(is_closing));
     }
     assert_eq!(rig.machine.progress(rig.now).obstacle.unwrap().word(), "requests");
-    let told = rig.news().into_iter().filter(|news| matches!(news, News::Obstructed(_)));
-    assert_eq!(told.count(), 1);
+    let reports = rig.news().into_iter().filter(|news| matches!(news, News::Obstructed(_)));
+    assert_eq!(reports.count(), 1);
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
 }
 
@@ -259,7 +259,7 @@ fn before() -> Action {
     Action::Record(RecordKind::Before)
 }
 
-/// The record *departing* is durable too late, and clients go on: it is being put back.
+/// The record *departing* is durable too late, and clients go on: the machine restores it.
 fn restoring_the_record() -> Rig {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(|action| *action == Action::Record(RecordKind::Departing));
@@ -294,7 +294,7 @@ fn unrestored_record_is_tried_again() {
         }
         rig.give(Event::Done);
         assert!(!rig.machine.progress(rig.now).record_unrestored);
-        assert_eq!(record_failures(&mut rig), 1, "it is told once");
+        assert_eq!(record_failures(&mut rig), 1, "reported more than once");
         assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });
     }
 }

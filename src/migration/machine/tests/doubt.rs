@@ -121,5 +121,5 @@ fn gate_stays_closed_while_in_doubt() {
     let news = rig.news();
     let doubt = |news: &&News| matches!(news, News::Obstructed(Obstacle::Acknowledgement(_)));
     let doubts = news.iter().filter(doubt).count();
-    assert_eq!((doubts, news.len()), (1, 3), "it is told once, not every second: {news:?}");
+    assert_eq!((doubts, news.len()), (1, 3), "reported more than once: {news:?}");
 }

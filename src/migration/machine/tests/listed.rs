@@ -1,4 +1,4 @@
-//! The rows of `transitions.txt`, and which of them a test passes through.
+//! The rows of `transitions.txt`, and those that a test passes through.
 
 use crate::migration::job::{Action, Event, RequestKind};
 use crate::migration::machine::Machine;
@@ -18,7 +18,8 @@ pub(super) fn step(machine: &mut Machine, now: Duration, event: Event) -> (Trans
     ([phase, event_name, next, name(next, &action)], action)
 }
 
-/// The name of an action in the table: which step of the copy comes next is the plan's decision.
+/// The name of an action in the table. The steps of the copy share one name, since the plan selects
+/// them.
 fn name(phase: &str, action: &Action) -> &'static str {
     let copies = match action {
         Action::Send(request) => request.kind.range().is_some(),
@@ -47,7 +48,7 @@ pub(super) fn assert_listed(transition: Transition) {
     assert!(listed.contains(transition.as_slice()), "{transition:?} is not in transitions.txt");
 }
 
-/// Whether an action can have this result, as [`Action`] documents it, with a connection or without.
+/// Whether an action can have this result according to [`Action`]; `is_connected`: there is a link.
 pub(super) fn is_result(action: &Action, event: &Event, is_connected: bool) -> bool {
     match action {
         Action::Connect(_) | Action::Ask(_) => {

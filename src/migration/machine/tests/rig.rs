@@ -1,4 +1,4 @@
-//! Drives a machine by successful events until a test takes over.
+//! Drives a machine with successful events until a test provides others.
 
 use super::listed::{Transition, assert_listed, is_result, step};
 pub(super) use crate::disk::ownership::{Id, Provenance, RemoteAddress};
@@ -36,21 +36,21 @@ pub(super) fn job() -> Job {
     Job::new(ID, SIZE, RemoteAddress::new("host 4779").unwrap(), Provenance::Adopted)
 }
 
-/// Answers every action with success, until a test takes over.
+/// Drives a machine: every action succeeds unless the test provides its result.
 pub(super) struct Rig {
     pub(super) machine: Machine,
     pub(super) now: Duration,
     pub(super) action: Action,
     pub(super) log: Vec<Action>,
-    /// Transitions on events that the action before can have as its result.
+    /// Transitions on possible results of the action before.
     pub(super) transitions: Vec<Transition>,
-    /// The table has to list them.
+    /// The transitions must be listed in the table.
     pub(super) is_checked: bool,
     pub(super) is_connected: bool,
     /// Requests without a reply.
     pub(super) pending: VecDeque<u64>,
     pub(super) peer: DestinationInfo,
-    /// Marks to be found, run by run.
+    /// Marks of the bitmap, run by run.
     pub(super) marks: VecDeque<Range>,
 }
 
@@ -93,7 +93,7 @@ impl Rig {
         &self.action
     }
 
-    /// What comes of the action when nothing goes wrong.
+    /// The successful result of the action.
     pub(super) fn success(&mut self) -> Event {
         match &self.action {
             Action::Connect(_) | Action::Ask(_) => Event::Greeted(self.peer),
@@ -124,7 +124,7 @@ impl Rig {
         }
     }
 
-    /// Goes on until the action is the one looked for.
+    /// Continues until the wanted action.
     pub(super) fn until(&mut self, wanted: impl Fn(&Action) -> bool) -> &mut Self {
         for _ in 0..20_000 {
             if wanted(&self.action) {
@@ -133,7 +133,10 @@ impl Rig {
             let event = self.success();
             self.give(event);
         }
-        panic!("never came to it; last: {:?}", self.log.iter().rev().take(9).collect::<Vec<_>>());
+        panic!(
+            "the action never came; last: {:?}",
+            self.log.iter().rev().take(9).collect::<Vec<_>>()
+        );
     }
 
     pub(super) fn until_end(&mut self) -> Outcome {
@@ -148,7 +151,7 @@ impl Rig {
         std::iter::from_fn(|| self.machine.news()).collect()
     }
 
-    /// The actions that matter to somebody else than the copier.
+    /// The actions other than those of the copy.
     pub(super) fn milestones(&self) -> Vec<String> {
         let name = |action: &Action| match action {
             Action::Look(_) | Action::TakeDirty { .. } | Action::Wait { .. } => None,

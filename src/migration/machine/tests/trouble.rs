@@ -1,4 +1,4 @@
-//! Failures before the handover: what is retried, what is reported, what ends the migration.
+//! Failures before the handover: retries, reports, and ends of the migration.
 
 use super::rig::*;
 
@@ -12,11 +12,11 @@ fn nothing_is_retried_before_the_first_greeting() {
 }
 
 #[test]
-fn unfit_destination_receives_no_data() {
+fn incompatible_destination_receives_no_data() {
     let block = Caps { block_min: 1 << 17, ..plain().caps };
     let odd_block = Caps { block_min: 3, ..plain().caps };
     let serving = Answer { listening: None, has: Has::Nothing };
-    let unfit = [
+    let incompatible = [
         (
             DestinationInfo { size: SIZE - 512, ..plain() },
             Trouble::Size { local: SIZE, remote: SIZE - 512 },
@@ -30,7 +30,7 @@ fn unfit_destination_receives_no_data() {
         (DestinationInfo { caps: block, ..plain() }, Trouble::BlockSize(1 << 17)),
         (DestinationInfo { caps: odd_block, ..plain() }, Trouble::BlockSize(3)),
     ];
-    for (peer, trouble) in unfit {
+    for (peer, trouble) in incompatible {
         let mut rig = Rig::new(job(), peer);
         assert_eq!(rig.until_end(), Outcome::Failed(trouble));
         assert_eq!(rig.written(), 0);
@@ -50,15 +50,18 @@ fn trouble_after_the_greeting_is_retried() {
         (Event::Reply { cookie: 4711, error: None }, Trouble::Cookie(4711)),
         (Event::Failed("no memory".to_owned()), Trouble::Local("no memory".to_owned())),
     ];
-    for (event, what) in troubles {
+    for (event, trouble) in troubles {
         let mut rig = Rig::new(job(), plain());
         rig.until(is_wait);
         assert_eq!(rig.give(event), &Action::HangUp);
-        assert_eq!(rig.machine.progress(rig.now).obstacle, Some(Obstacle::Trouble(what.clone())));
+        assert_eq!(
+            rig.machine.progress(rig.now).obstacle,
+            Some(Obstacle::Trouble(trouble.clone()))
+        );
         assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: false });
         assert_eq!(rig.machine.progress(rig.now).obstacle, None);
-        let told = [News::Started, obstructed(what), News::Restarted, News::GateClosed];
-        assert_eq!(rig.news(), told);
+        let expected = [News::Started, obstructed(trouble), News::Restarted, News::GateClosed];
+        assert_eq!(rig.news(), expected);
     }
 }
 
@@ -77,14 +80,14 @@ fn reason_is_reported_on_change_and_once_a_minute() {
         rig.give(Event::Unreachable(why));
     }
     assert!(attempts > 90);
-    let told = [
+    let expected = [
         News::Started,
         obstructed(Trouble::Lost("reset".to_owned())),
         obstructed(refused()),
         obstructed(busy()),
         obstructed(busy()),
     ];
-    assert_eq!(rig.news(), told);
+    assert_eq!(rig.news(), expected);
 }
 
 #[test]
@@ -98,8 +101,9 @@ fn rejection_is_reported_once_a_minute() {
     }
     let current = Some(Obstacle::Trouble(taken(29)));
     assert_eq!(rig.machine.progress(rig.now).obstacle, current);
-    let told = [News::Started, obstructed(Trouble::Lost("reset".to_owned())), obstructed(taken(0))];
-    assert_eq!(rig.news(), told);
+    let expected =
+        [News::Started, obstructed(Trouble::Lost("reset".to_owned())), obstructed(taken(0))];
+    assert_eq!(rig.news(), expected);
 }
 
 #[test]
@@ -109,10 +113,10 @@ fn failure_after_each_greeting_is_reported_once() {
         rig.until(is_wait).give(Event::Reply { cookie: 0, error: Some(28) });
         rig.until(|action| matches!(action, Action::Connect(_)));
     }
-    let told = [News::Started, obstructed(Trouble::Cookie(0)), News::Restarted];
-    let told_28 = [News::Started, obstructed(Trouble::ErrorReply(28)), News::Restarted];
+    let expected = [News::Started, obstructed(Trouble::Cookie(0)), News::Restarted];
+    let expected_28 = [News::Started, obstructed(Trouble::ErrorReply(28)), News::Restarted];
     let news = rig.news();
-    assert!(news == told || news == told_28, "{news:?}");
+    assert!(news == expected || news == expected_28, "{news:?}");
 }
 
 #[test]
@@ -157,7 +161,7 @@ fn silent_destination_is_lost_after_sixty_seconds() {
     rig.until(is_wait);
     let Action::Wait { until } = rig.action else { panic!("{:?}", rig.action) };
     rig.now = until - 2 * MS;
-    assert!(matches!(rig.give(Event::Tick), Action::TakeDirty { .. }), "it has a moment yet");
+    assert!(matches!(rig.give(Event::Tick), Action::TakeDirty { .. }), "two milliseconds early");
     rig.until(is_wait);
     rig.now = until;
     assert_eq!(rig.give(Event::Tick), &Action::HangUp);
