@@ -7,8 +7,8 @@
 use crate::nbd::Malformed;
 use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::client::{ClientHandshake, ClientOffer, ClientStep, HandshakeFailure};
-use crate::nbd::reply::{Dialect, Head};
-use crate::nbd::request::Header;
+use crate::nbd::reply::{Dialect, ReplyHeader};
+use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{
     CommandFlags, CommandKind, ErrorCode, PAYLOAD_LENGTH_DEFAULT, TransmissionFlags,
 };
@@ -166,12 +166,12 @@ impl Connection {
         self.send(payload)?;
         let mut reply = [0; REPLY_LENGTH];
         self.receive(&mut reply)?;
-        match Head::decode(&reply)? {
-            Some((Head::Simple { cookie, .. }, _)) if cookie != self.cookie => {
+        match ReplyHeader::decode(&reply)? {
+            Some((ReplyHeader::Simple { cookie, .. }, _)) if cookie != self.cookie => {
                 Err(ClientError::Protocol("a reply has another request's cookie"))
             }
-            Some((Head::Simple { error: 0, .. }, _)) => Ok(()),
-            Some((Head::Simple { error, .. }, _)) => {
+            Some((ReplyHeader::Simple { error: 0, .. }, _)) => Ok(()),
+            Some((ReplyHeader::Simple { error, .. }, _)) => {
                 Err(ClientError::Refused(ErrorCode::from_wire(error)))
             }
             _ => Err(ClientError::Protocol("a structured reply, which was not agreed on")),
@@ -187,9 +187,9 @@ impl Connection {
     }
 }
 
-fn header(kind: CommandKind, cookie: u64, offset: u64, length: u32) -> Header {
+fn header(kind: CommandKind, cookie: u64, offset: u64, length: u32) -> RequestHeader {
     let flags = CommandFlags::empty().bits();
-    Header { flags, kind: kind.number(), cookie, offset, length: u64::from(length) }
+    RequestHeader { flags, kind: kind.number(), cookie, offset, length: u64::from(length) }
 }
 
 /// Does the client's side of a handshake over a connected stream. Returns the answer to the
@@ -201,7 +201,7 @@ pub fn shake_hands(
 ) -> (Option<Vec<u8>>, Result<Agreement, ClientError>) {
     let mut handshake = ClientHandshake::new(offer);
     let agreed = converse(stream, &mut handshake, timeout);
-    (handshake.private_answer().map(<[u8]>::to_vec), agreed)
+    (handshake.private_reply().map(<[u8]>::to_vec), agreed)
 }
 
 /// Takes the server's bytes one at a time, so that nothing of what follows the handshake is taken
@@ -290,7 +290,7 @@ mod tests {
 
     fn reply(cookie: u64, error: u32) -> Vec<u8> {
         let mut out = Vec::new();
-        Head::Simple { cookie, error }.encode(&mut out);
+        ReplyHeader::Simple { cookie, error }.encode(&mut out);
         out
     }
 

@@ -8,8 +8,8 @@ use crate::client::{ClientError, shake_hands};
 use crate::disk::Copier;
 use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::client::ClientOffer;
-use crate::nbd::reply::{Dialect, Head};
-use crate::nbd::request::Header;
+use crate::nbd::reply::{Dialect, ReplyHeader};
+use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{CommandKind, PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
 use crate::net::{Address, Interest, Stream, Wake, connect};
 use crate::range::Range;
@@ -158,8 +158,8 @@ impl Link {
         wake: &Wake,
     ) -> Result<Option<(u64, Option<u32>)>, String> {
         loop {
-            match Head::decode(&self.received) {
-                Ok(Some((Head::Simple { cookie, error }, used))) => {
+            match ReplyHeader::decode(&self.received) {
+                Ok(Some((ReplyHeader::Simple { cookie, error }, used))) => {
                     self.received.drain(..used);
                     return Ok(Some((cookie, (error != 0).then_some(error))));
                 }
@@ -310,7 +310,7 @@ fn is_socket_error(error: &io::Error) -> bool {
         || error.raw_os_error().is_some_and(|errno| errors.contains(&errno))
 }
 
-fn header(request: &DestinationRequest) -> Header {
+fn header(request: &DestinationRequest) -> RequestHeader {
     let (kind, range) = match request.kind {
         RequestKind::Write(range) => (CommandKind::Write.number(), Some(range)),
         RequestKind::Zero(range) => (CommandKind::WriteZeroes.number(), Some(range)),
@@ -323,7 +323,7 @@ fn header(request: &DestinationRequest) -> Header {
         RequestKind::Handover(_) => Handover::LENGTH as u64,
         _ => range.map_or(0, |range| range.length()),
     };
-    Header { flags: 0, kind, cookie: request.cookie, offset, length }
+    RequestHeader { flags: 0, kind, cookie: request.cookie, offset, length }
 }
 
 fn destination_info(agreement: &Agreement, answer: Option<Answer>) -> DestinationInfo {

@@ -1,7 +1,7 @@
 //! Reads big-endian fields from the front of a byte slice.
-//! Never looks past the end: a field that is not all there is `None`.
+//! Never reads past the end: an incomplete field is `None`.
 
-/// A place in a message, moving forward.
+/// A read position in a message.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reader<'a> {
     bytes: &'a [u8],
@@ -18,7 +18,7 @@ impl<'a> Reader<'a> {
         self.at
     }
 
-    /// What has not been read yet.
+    /// The unread bytes.
     pub(super) fn rest(&self) -> &'a [u8] {
         &self.bytes[self.at..]
     }

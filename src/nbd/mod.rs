@@ -1,13 +1,13 @@
-//! The NBD protocol: bytes in, values out, for both roles.
-//! Knows no socket, file, clock, thread or log; a message that decodes is well formed.
+//! The NBD protocol, for both roles: converts between bytes and values.
+//! Never touches a socket, file, clock, thread or log. A message that decodes is well formed.
 //!
 //! The specification is `doc/proto.md` of NetworkBlockDevice/nbd; section names in this module's
-//! documentation refer to it. [`wire`] holds every number of it, once. A conversation begins with
-//! a [`handshake`] and goes on with [`request`]s and [`reply`]s.
+//! documentation refer to it. [`wire`] defines every number of it, once. A session begins with a
+//! [`handshake`] and continues with [`request`]s and [`reply`]s.
 //!
-//! Every decoder takes the bytes received so far. It answers `Ok(None)` while the message is
-//! incomplete, `Ok(Some((value, used)))` when it is whole, and `Err(Malformed)` as soon as it can
-//! no longer become a valid one. None of them panics or allocates by a length that a peer sent.
+//! Every decoder takes the bytes received so far. It returns `Ok(None)` while the message is
+//! incomplete, `Ok(Some((value, used)))` once it is complete, and `Err(Malformed)` as soon as it can
+//! no longer become valid. No decoder panics, or allocates by a length that a peer sent.
 
 mod bytes;
 pub mod handshake;
@@ -15,31 +15,24 @@ pub mod reply;
 pub mod request;
 pub mod wire;
 
-/// How many bytes a decoder used, and what they meant; `None` while more are needed.
+use thiserror::Error;
+
+/// A decoded value and the number of bytes it occupied; `None` while more bytes are needed.
 pub type Decoded<T> = Result<Option<(T, usize)>, Malformed>;
 
 /// Bytes that cannot become a valid message, whatever follows them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Malformed {
-    /// A message began with another number than its magic one: framing is lost.
+    /// A message does not begin with its magic number: framing is lost.
+    #[error("unexpected magic number {0:#x}")]
     Magic(u64),
-    /// A length that contradicts the message's type, or the lengths around it.
+    /// A length contradicts the type of the message, or the lengths around it.
+    #[error("impossible length {0}")]
     Length(u64),
-    /// A string that is too long, not UTF-8, or has a NUL in it.
+    /// A string is too long, not UTF-8, or contains NUL.
+    #[error("a string is too long or not valid UTF-8")]
     Text,
-    /// A field that must not be zero is.
+    /// A field is zero that must not be.
+    #[error("a field that must not be zero is zero")]
     Zero,
 }
-
-impl std::fmt::Display for Malformed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Magic(found) => write!(f, "unexpected magic number {found:#x}"),
-            Self::Length(found) => write!(f, "impossible length {found}"),
-            Self::Text => f.write_str("a string is too long or not valid UTF-8"),
-            Self::Zero => f.write_str("a field that must not be zero is zero"),
-        }
-    }
-}
-
-impl std::error::Error for Malformed {}

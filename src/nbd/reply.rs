@@ -1,5 +1,5 @@
-//! What a server answers during transmission: simple, structured and extended replies ⇄ bytes.
-//! Data itself never passes through here; only what stands around it does.
+//! Replies of the transmission phase: encodes and decodes simple, structured and extended replies.
+//! The data of a READ never passes through here, only its headers.
 
 use super::bytes::Reader;
 use super::wire::{
@@ -8,44 +8,44 @@ use super::wire::{
 };
 use super::{Decoded, Malformed};
 
-/// The form of replies and request headers that was agreed on in the handshake.
+/// The negotiated form of request headers and replies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
     /// Simple replies only.
     Simple,
-    /// Reads and block status are answered in structured chunks, the rest simply.
+    /// Structured chunks for READ and BLOCK_STATUS, simple replies for the rest.
     Structured,
-    /// Requests have 64-bit lengths and every reply is made of extended chunks.
+    /// Extended headers: requests have 64-bit lengths, and every reply consists of extended chunks.
     Extended,
 }
 
-/// What stands at the front of every reply or chunk.
+/// The header of a simple reply or of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Head {
-    /// A simple reply; behind it the data of a read, if the error is zero.
+pub enum ReplyHeader {
+    /// A simple reply. The data of a READ follows if the error is zero.
     Simple {
-        /// Of the request.
+        /// Cookie of the request.
         cookie: u64,
-        /// Zero, or an error as it stands on the wire.
+        /// Zero, or an error value, known or unknown.
         error: u32,
     },
-    /// A chunk, structured or extended; behind it `length` bytes of payload.
+    /// A structured or extended chunk. `length` bytes of payload follow.
     Chunk {
-        /// Of the request.
+        /// Cookie of the request.
         cookie: u64,
-        /// Whether this chunk is the last one of its reply.
+        /// Whether this is the last chunk of its reply.
         done: bool,
-        /// Number of the chunk's kind, also an unknown one.
+        /// Type of the chunk, known or unknown.
         kind: u16,
-        /// Of the payload in bytes; at most 2^32 - 1 in a structured chunk.
+        /// Length of the payload in bytes; at most 2^32 - 1 in a structured chunk.
         length: u64,
-        /// The request's offset; extended chunks repeat it.
+        /// Offset of the request; in extended chunks only.
         offset: Option<u64>,
     },
 }
 
-impl Head {
-    /// Appends the head.
+impl ReplyHeader {
+    /// Appends the header.
     pub fn encode(&self, out: &mut Vec<u8>) {
         match *self {
             Self::Simple { cookie, error } => {
@@ -71,20 +71,20 @@ impl Head {
         }
     }
 
-    /// The head at the front of `bytes`.
+    /// The header at the front of `bytes`.
     ///
     /// # Errors
-    /// When the bytes begin with no reply's magic number.
+    /// If the bytes do not begin with the magic number of a reply.
     pub fn decode(bytes: &[u8]) -> Decoded<Self> {
         let mut reader = Reader::new(bytes);
         let Some(magic) = reader.u32() else { return Ok(None) };
-        let head = match magic {
+        let header = match magic {
             SIMPLE_REPLY_MAGIC => Self::simple(&mut reader),
             STRUCTURED_REPLY_MAGIC => Self::chunk(&mut reader, false),
             EXTENDED_REPLY_MAGIC => Self::chunk(&mut reader, true),
             _ => return Err(Malformed::Magic(u64::from(magic))),
         };
-        Ok(head.map(|head| (head, reader.used())))
+        Ok(header.map(|header| (header, reader.used())))
     }
 
     fn simple(reader: &mut Reader<'_>) -> Option<Self> {
@@ -102,36 +102,36 @@ impl Head {
     }
 }
 
-/// The request that a reply belongs to, as far as replies repeat it.
+/// The fields of a request that its replies need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplyTo {
-    /// The client's name for the request.
+    /// Cookie of the request.
     pub cookie: u64,
-    /// The request's offset.
+    /// Offset of the request.
     pub offset: u64,
-    /// Whether structured replies answer it in chunks: reads and block status.
+    /// Whether structured replies to it are chunks: READ and BLOCK_STATUS.
     pub chunked: bool,
 }
 
-/// One extent of a metadata context: length in bytes, status flags.
+/// An extent of a metadata context: length in bytes, and status flags.
 pub type StatusExtent = (u64, u32);
 
-/// Longest length a 32-bit extent can report while its end stays a multiple of 4096.
-pub const STATUS_LENGTH_MAX: u64 = 0xffff_f000;
+/// Maximum length of a 32-bit extent in bytes: the largest multiple of 4096.
+pub const COMPACT_EXTENT_LENGTH_MAX: u64 = 0xffff_f000;
 
-/// Appending replies to `out`, in this dialect.
+/// Encodes replies in this dialect: appends them to `out`.
 impl Dialect {
-    /// Success, with nothing more to say.
+    /// Success, without content.
     pub fn success(self, to: ReplyTo, out: &mut Vec<u8>) {
-        if self.chunks(to) {
+        if self.uses_chunks(to) {
             self.chunk(to, true, ChunkKind::None, 0, out);
         } else {
-            Head::Simple { cookie: to.cookie, error: 0 }.encode(out);
+            ReplyHeader::Simple { cookie: to.cookie, error: 0 }.encode(out);
         }
     }
 
-    /// Failure. `at` names the failing byte of a request of which a part was answered already;
-    /// it and the message are told where the dialect has words for them.
+    /// Failure. `at` is the offset of the error, for a read that was replied to in part. Simple replies
+    /// omit it and the message.
     pub fn failure(
         self,
         to: ReplyTo,
@@ -140,15 +140,15 @@ impl Dialect {
         message: &str,
         out: &mut Vec<u8>,
     ) {
-        if !self.chunks(to) {
-            return Head::Simple { cookie: to.cookie, error: code.number() }.encode(out);
+        if !self.uses_chunks(to) {
+            return ReplyHeader::Simple { cookie: to.cookie, error: code.number() }.encode(out);
         }
         let message = &message.as_bytes()[..message.len().min(STRING_LENGTH_MAX)];
         let kind = at.map_or(ChunkKind::Error, |_| ChunkKind::ErrorOffset);
         let length = 6 + message.len() + at.map_or(0, |_| 8);
         self.chunk(to, true, kind, length as u64, out);
         out.extend_from_slice(&code.number().to_be_bytes());
-        // It fits: the message was cut to 4096 bytes above.
+        // It fits: the message has at most 4096 bytes.
         out.extend_from_slice(&(message.len() as u16).to_be_bytes());
         out.extend_from_slice(message);
         if let Some(at) = at {
@@ -156,20 +156,20 @@ impl Dialect {
         }
     }
 
-    /// What precedes `length` bytes of data from offset `at` on. A simple reply has one such
-    /// head for all data of the request.
-    pub fn data_head(self, to: ReplyTo, at: u64, length: u32, done: bool, out: &mut Vec<u8>) {
-        if self.chunks(to) {
+    /// The header of `length` bytes of data at offset `at`. A simple reply has one header for all data
+    /// of the request.
+    pub fn data_header(self, to: ReplyTo, at: u64, length: u32, done: bool, out: &mut Vec<u8>) {
+        if self.uses_chunks(to) {
             self.chunk(to, done, ChunkKind::OffsetData, 8 + u64::from(length), out);
             out.extend_from_slice(&at.to_be_bytes());
         } else {
-            Head::Simple { cookie: to.cookie, error: 0 }.encode(out);
+            ReplyHeader::Simple { cookie: to.cookie, error: 0 }.encode(out);
         }
     }
 
-    /// Length of what [`Dialect::data_head`] appends.
+    /// Length of [`Dialect::data_header`] in bytes.
     #[must_use]
-    pub const fn data_head_length(self) -> usize {
+    pub const fn data_header_length(self) -> usize {
         match self {
             Self::Simple => 16,
             Self::Structured => 28,
@@ -177,17 +177,17 @@ impl Dialect {
         }
     }
 
-    /// `length` zeros from offset `at` on; not in the simple dialect.
+    /// `length` zeroes at offset `at`, without their data. Not valid in simple replies.
     pub fn hole(self, to: ReplyTo, at: u64, length: u32, done: bool, out: &mut Vec<u8>) {
         self.chunk(to, done, ChunkKind::OffsetHole, 12, out);
         out.extend_from_slice(&at.to_be_bytes());
         out.extend_from_slice(&length.to_be_bytes());
     }
 
-    /// The extents of one metadata context, as the last chunk of the reply.
+    /// The extents of a metadata context, as the last chunk of the reply.
     ///
-    /// Where lengths have 32 bits, an extent that is longer is cut, and is the last one told:
-    /// what follows it would otherwise move.
+    /// Structured replies have 32-bit lengths: the first longer extent is clamped and ends the list,
+    /// because the offset of an extent is the sum of the lengths before it.
     pub fn status(self, to: ReplyTo, context: u32, extents: &[StatusExtent], out: &mut Vec<u8>) {
         if self == Self::Extended {
             let length = 8 + 16 * extents.len() as u64;
@@ -200,91 +200,99 @@ impl Dialect {
                 out.extend_from_slice(&u64::from(*flags).to_be_bytes());
             }
         } else {
-            let fitting = extents.iter().take_while(|(length, _)| *length <= STATUS_LENGTH_MAX);
-            let told = extents.len().min(fitting.count() + 1);
-            self.chunk(to, true, ChunkKind::BlockStatus, 4 + 8 * told as u64, out);
+            let fitting =
+                extents.iter().take_while(|(length, _)| *length <= COMPACT_EXTENT_LENGTH_MAX);
+            let count = extents.len().min(fitting.count() + 1);
+            self.chunk(to, true, ChunkKind::BlockStatus, 4 + 8 * count as u64, out);
             out.extend_from_slice(&context.to_be_bytes());
-            for (length, flags) in &extents[..told] {
-                // It fits: cut just here.
-                let length = (*length).min(STATUS_LENGTH_MAX) as u32;
+            for (length, flags) in &extents[..count] {
+                // It fits: it is clamped.
+                let length = (*length).min(COMPACT_EXTENT_LENGTH_MAX) as u32;
                 out.extend_from_slice(&length.to_be_bytes());
                 out.extend_from_slice(&flags.to_be_bytes());
             }
         }
     }
 
-    fn chunks(self, to: ReplyTo) -> bool {
+    fn uses_chunks(self, to: ReplyTo) -> bool {
         self == Self::Extended || (self == Self::Structured && to.chunked)
     }
 
     fn chunk(self, to: ReplyTo, done: bool, kind: ChunkKind, length: u64, out: &mut Vec<u8>) {
         let offset = (self == Self::Extended).then_some(to.offset);
-        Head::Chunk { cookie: to.cookie, done, kind: kind.number(), length, offset }.encode(out);
+        ReplyHeader::Chunk { cookie: to.cookie, done, kind: kind.number(), length, offset }
+            .encode(out);
     }
 }
 
-/// What a chunk says, without the data of [`ChunkKind::OffsetData`].
+/// A decoded chunk, without the data of [`ChunkKind::OffsetData`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Chunk {
-    /// Nothing more.
+    /// No content.
     None,
-    /// The rest of the payload is data from this offset on.
+    /// The rest of the payload is data.
     Data {
-        /// Of the first byte, on the disk.
+        /// Offset of the data on the disk, in bytes.
         offset: u64,
     },
-    /// These bytes are zero.
+    /// A range of zeroes.
     Hole {
-        /// Of the first byte, on the disk.
+        /// Offset on the disk, in bytes.
         offset: u64,
-        /// In bytes.
+        /// Length in bytes.
         length: u32,
     },
     /// Extents of a metadata context.
     Status {
-        /// Which one.
+        /// Id of the context.
         context: u32,
-        /// From the request's offset on.
+        /// Consecutive extents from the offset of the request on.
         extents: Vec<StatusExtent>,
     },
     /// The request failed.
     Error {
-        /// Why.
+        /// The error value.
         code: ErrorCode,
-        /// The server's words.
+        /// The message of the server; may be empty.
         message: String,
-        /// Where, if the server said it.
+        /// Offset of the error, if the server sent it.
         at: Option<u64>,
     },
 }
 
 impl Chunk {
-    /// How many bytes of payload must be at hand to decode a chunk of this kind and length: all,
-    /// but of data only what stands before it.
+    /// How many bytes of the payload are needed to decode a chunk of this kind and length: all, but
+    /// only the offset before the data.
     #[must_use]
     pub fn needed(kind: u16, length: u64) -> u64 {
         if kind == ChunkKind::OffsetData.number() { length.min(8) } else { length }
     }
 
-    /// The chunk of this kind and payload `length`, of whose payload the first
-    /// [`Chunk::needed`] bytes are `payload`.
+    /// Decodes a chunk of this kind and payload `length`, from the first [`Chunk::needed`] bytes of the
+    /// payload.
     ///
     /// # Errors
-    /// When the payload contradicts its kind, or the kind is unknown and not an error.
+    /// If the payload contradicts its kind, or the kind is unknown and not an error.
     pub fn decode(kind: u16, length: u64, payload: &[u8]) -> Result<Self, Malformed> {
-        let wrong = Malformed::Length(length);
+        let bad_length = Malformed::Length(length);
         let mut reader = Reader::new(payload);
         match ChunkKind::try_from(kind) {
             Ok(ChunkKind::None) if length == 0 => Ok(Self::None),
             Ok(ChunkKind::OffsetData) if length > 8 => {
-                Ok(Self::Data { offset: reader.u64().ok_or(wrong)? })
+                Ok(Self::Data { offset: reader.u64().ok_or(bad_length)? })
             }
-            Ok(ChunkKind::OffsetHole) if length == 12 => Self::hole(&mut reader).ok_or(wrong)?,
-            Ok(ChunkKind::BlockStatus) => Self::status(&mut reader).ok_or(wrong),
-            Ok(ChunkKind::BlockStatusExtended) => Self::status_extended(&mut reader).ok_or(wrong),
-            Ok(ChunkKind::ErrorOffset) => Self::error(&mut reader, true).ok_or(wrong)?,
-            _ if kind & CHUNK_ERROR_BIT != 0 => Self::error(&mut reader, false).ok_or(wrong)?,
-            _ => Err(wrong),
+            Ok(ChunkKind::OffsetHole) if length == 12 => {
+                Self::hole(&mut reader).ok_or(bad_length)?
+            }
+            Ok(ChunkKind::BlockStatus) => Self::status(&mut reader).ok_or(bad_length),
+            Ok(ChunkKind::BlockStatusExtended) => {
+                Self::status_extended(&mut reader).ok_or(bad_length)
+            }
+            Ok(ChunkKind::ErrorOffset) => Self::error(&mut reader, true).ok_or(bad_length)?,
+            _ if kind & CHUNK_ERROR_BIT != 0 => {
+                Self::error(&mut reader, false).ok_or(bad_length)?
+            }
+            _ => Err(bad_length),
         }
     }
 
@@ -299,17 +307,17 @@ impl Chunk {
         while !reader.rest().is_empty() {
             extents.push((u64::from(reader.u32()?), reader.u32()?));
         }
-        plausible(&extents).then_some(Self::Status { context, extents })
+        are_valid(&extents).then_some(Self::Status { context, extents })
     }
 
     fn status_extended(reader: &mut Reader<'_>) -> Option<Self> {
         let (context, count) = (reader.u32()?, reader.u32()?);
         let mut extents = Vec::new();
         while !reader.rest().is_empty() {
-            // Contexts whose flags need more than 32 bits are not among those we ask for.
+            // No context that we select has flags beyond 32 bits.
             extents.push((reader.u64()?, reader.u64()? as u32));
         }
-        (plausible(&extents) && extents.len() as u64 == u64::from(count))
+        (are_valid(&extents) && extents.len() as u64 == u64::from(count))
             .then_some(Self::Status { context, extents })
     }
 
@@ -326,7 +334,7 @@ impl Chunk {
     }
 }
 
-fn plausible(extents: &[StatusExtent]) -> bool {
+fn are_valid(extents: &[StatusExtent]) -> bool {
     !extents.is_empty() && extents.iter().all(|(length, _)| *length > 0)
 }
 
@@ -337,15 +345,17 @@ mod tests {
 
     const TO: ReplyTo = ReplyTo { cookie: 0x1122_3344_5566_7788, offset: 512, chunked: true };
 
-    fn chunk(bytes: &[u8]) -> (Head, Chunk) {
-        let (head, used) = Head::decode(bytes).unwrap().unwrap();
-        let Head::Chunk { kind, length, .. } = head else { panic!("not a chunk: {head:?}") };
+    fn chunk(bytes: &[u8]) -> Chunk {
+        let (header, used) = ReplyHeader::decode(bytes).unwrap().unwrap();
+        let ReplyHeader::Chunk { kind, length, .. } = header else {
+            panic!("not a chunk: {header:?}")
+        };
         let needed = usize::try_from(Chunk::needed(kind, length)).unwrap();
-        (head, Chunk::decode(kind, length, &bytes[used..][..needed]).unwrap())
+        Chunk::decode(kind, length, &bytes[used..][..needed]).unwrap()
     }
 
     #[test]
-    fn only_reads_and_block_status_get_structured_chunks_and_everything_gets_extended_ones() {
+    fn chunks_follow_the_dialect() {
         for (dialect, chunked, simple) in [
             (Dialect::Simple, true, true),
             (Dialect::Structured, false, true),
@@ -354,81 +364,88 @@ mod tests {
         ] {
             let mut out = Vec::new();
             dialect.success(ReplyTo { chunked, ..TO }, &mut out);
-            let head = Head::decode(&out).unwrap().unwrap().0;
-            assert_eq!(matches!(head, Head::Simple { error: 0, .. }), simple, "{dialect:?}");
+            let header = ReplyHeader::decode(&out).unwrap().unwrap().0;
+            assert_eq!(
+                matches!(header, ReplyHeader::Simple { error: 0, .. }),
+                simple,
+                "{dialect:?}"
+            );
         }
     }
 
     #[test]
-    fn a_failure_says_what_and_where_in_as_many_words_as_the_dialect_has() {
+    fn chunks_carry_message_and_offset_of_a_failure() {
         let mut out = Vec::new();
         Dialect::Simple.failure(TO, ErrorCode::Io, Some(9), "gone", &mut out);
         assert_eq!(
-            Head::decode(&out).unwrap().unwrap().0,
-            Head::Simple { cookie: TO.cookie, error: 5 }
+            ReplyHeader::decode(&out).unwrap().unwrap().0,
+            ReplyHeader::Simple { cookie: TO.cookie, error: 5 }
         );
         for dialect in [Dialect::Structured, Dialect::Extended] {
             for at in [None, Some(600)] {
                 let mut out = Vec::new();
                 dialect.failure(TO, ErrorCode::NoSpace, at, "full", &mut out);
-                let said = Chunk::Error { code: ErrorCode::NoSpace, message: "full".into(), at };
-                assert_eq!(chunk(&out).1, said);
+                let expected =
+                    Chunk::Error { code: ErrorCode::NoSpace, message: "full".into(), at };
+                assert_eq!(chunk(&out), expected);
             }
         }
     }
 
     #[test]
-    fn a_message_is_cut_at_the_string_limit_and_not_before() {
-        for (length, told) in [(STRING_LENGTH_MAX, STRING_LENGTH_MAX), (5000, STRING_LENGTH_MAX)] {
+    fn error_messages_are_truncated_to_4096_bytes() {
+        for length in [STRING_LENGTH_MAX, 5000] {
             let mut out = Vec::new();
             Dialect::Extended.failure(TO, ErrorCode::Io, None, &"x".repeat(length), &mut out);
-            let Chunk::Error { message, .. } = chunk(&out).1 else { panic!("not an error") };
-            assert_eq!(message.len(), told);
+            let Chunk::Error { message, .. } = chunk(&out) else { panic!("not an error") };
+            assert_eq!(message.len(), STRING_LENGTH_MAX);
         }
     }
 
     #[test]
-    fn a_data_head_has_the_length_it_says() {
+    fn data_header_length_matches_data_header() {
         for dialect in [Dialect::Simple, Dialect::Structured, Dialect::Extended] {
             let mut out = Vec::new();
-            dialect.data_head(TO, 512, 4096, true, &mut out);
-            assert_eq!(out.len(), dialect.data_head_length());
+            dialect.data_header(TO, 512, 4096, true, &mut out);
+            assert_eq!(out.len(), dialect.data_header_length());
         }
     }
 
     #[test]
-    fn an_extent_of_32_bits_ends_the_report_when_it_is_cut() {
-        let extents = [(STATUS_LENGTH_MAX, 0), (STATUS_LENGTH_MAX + 1, 3), (4096, 0)];
+    fn a_clamped_extent_is_the_last() {
+        let extents =
+            [(COMPACT_EXTENT_LENGTH_MAX, 0), (COMPACT_EXTENT_LENGTH_MAX + 1, 3), (4096, 0)];
         let mut out = Vec::new();
         Dialect::Structured.status(TO, 1, &extents, &mut out);
-        let expected = vec![(STATUS_LENGTH_MAX, 0), (STATUS_LENGTH_MAX, 3)];
-        assert_eq!(chunk(&out).1, Chunk::Status { context: 1, extents: expected });
+        let expected = vec![(COMPACT_EXTENT_LENGTH_MAX, 0), (COMPACT_EXTENT_LENGTH_MAX, 3)];
+        assert_eq!(chunk(&out), Chunk::Status { context: 1, extents: expected });
         let mut out = Vec::new();
         Dialect::Extended.status(TO, 1, &extents, &mut out);
-        assert_eq!(chunk(&out).1, Chunk::Status { context: 1, extents: extents.to_vec() });
+        assert_eq!(chunk(&out), Chunk::Status { context: 1, extents: extents.to_vec() });
     }
 
     #[test]
-    fn payloads_that_contradict_their_kind_are_malformed() {
-        let refused =
+    fn payloads_contradicting_their_kind_are_malformed() {
+        let malformed =
             |kind: u16, payload: &[u8]| Chunk::decode(kind, payload.len() as u64, payload).is_err();
-        assert!(refused(ChunkKind::None.number(), &[0]));
-        assert!(refused(ChunkKind::OffsetData.number(), &[0; 8]));
-        assert!(refused(ChunkKind::OffsetHole.number(), &[0; 12]));
-        assert!(refused(ChunkKind::BlockStatus.number(), &[0; 4]));
-        assert!(refused(ChunkKind::BlockStatus.number(), &[1; 11]));
-        assert!(refused(ChunkKind::BlockStatusExtended.number(), &[1; 24]));
-        assert!(refused(ChunkKind::Error.number(), &[0; 6]));
-        assert!(refused(ChunkKind::Error.number(), &[0, 0, 0, 5, 0, 9, 1]));
-        assert!(refused(77, &[]));
-        assert!(!refused(CHUNK_ERROR_BIT + 99, &[0, 0, 0, 5, 0, 0]));
+        assert!(malformed(ChunkKind::None.number(), &[0]));
+        assert!(malformed(ChunkKind::OffsetData.number(), &[0; 8]));
+        assert!(malformed(ChunkKind::OffsetHole.number(), &[0; 12]));
+        assert!(malformed(ChunkKind::BlockStatus.number(), &[0; 4]));
+        assert!(malformed(ChunkKind::BlockStatus.number(), &[1; 11]));
+        assert!(malformed(ChunkKind::BlockStatusExtended.number(), &[1; 24]));
+        assert!(malformed(ChunkKind::Error.number(), &[0; 6]));
+        assert!(malformed(ChunkKind::Error.number(), &[0, 0, 0, 5, 0, 9, 1]));
+        assert!(malformed(77, &[]));
+        assert!(!malformed(CHUNK_ERROR_BIT + 99, &[0, 0, 0, 5, 0, 0]));
     }
 
-    fn heads() -> impl Strategy<Value = Head> {
+    fn headers() -> impl Strategy<Value = ReplyHeader> {
         prop_oneof![
-            (any::<u64>(), any::<u32>()).prop_map(|(cookie, error)| Head::Simple { cookie, error }),
+            (any::<u64>(), any::<u32>())
+                .prop_map(|(cookie, error)| ReplyHeader::Simple { cookie, error }),
             (any::<u64>(), any::<bool>(), any::<u16>(), any::<u64>(), any::<Option<u64>>())
-                .prop_map(|(cookie, done, kind, length, offset)| Head::Chunk {
+                .prop_map(|(cookie, done, kind, length, offset)| ReplyHeader::Chunk {
                     cookie,
                     done,
                     kind,
@@ -440,33 +457,33 @@ mod tests {
 
     proptest! {
         #[test]
-        fn heads_round_trip_and_every_prefix_is_incomplete(head in heads()) {
+        fn headers_round_trip_and_prefixes_are_incomplete(header in headers()) {
             let mut bytes = Vec::new();
-            head.encode(&mut bytes);
+            header.encode(&mut bytes);
             for end in 0..bytes.len() {
-                prop_assert_eq!(Head::decode(&bytes[..end]), Ok(None));
+                prop_assert_eq!(ReplyHeader::decode(&bytes[..end]), Ok(None));
             }
-            prop_assert_eq!(Head::decode(&bytes), Ok(Some((head, bytes.len()))));
+            prop_assert_eq!(ReplyHeader::decode(&bytes), Ok(Some((header, bytes.len()))));
         }
 
         #[test]
-        fn status_and_holes_round_trip(
-            extents in prop::collection::vec((1..=STATUS_LENGTH_MAX, any::<u32>()), 1..40),
+        fn block_status_and_holes_round_trip(
+            extents in prop::collection::vec((1..=COMPACT_EXTENT_LENGTH_MAX, any::<u32>()), 1..40),
             at: u64, length in 1u32.., context: u32, extended: bool,
         ) {
             let dialect = if extended { Dialect::Extended } else { Dialect::Structured };
             let mut out = Vec::new();
             dialect.status(TO, context, &extents, &mut out);
-            prop_assert_eq!(chunk(&out).1, Chunk::Status { context, extents });
+            prop_assert_eq!(chunk(&out), Chunk::Status { context, extents });
             out.clear();
             dialect.hole(TO, at, length, false, &mut out);
-            prop_assert_eq!(chunk(&out).1, Chunk::Hole { offset: at, length });
+            prop_assert_eq!(chunk(&out), Chunk::Hole { offset: at, length });
         }
 
         #[test]
-        fn no_payload_makes_the_decoder_panic(kind: u16, payload: Vec<u8>, claimed: u64) {
+        fn decoders_never_panic(kind: u16, payload: Vec<u8>, claimed: u64) {
             let _ = Chunk::decode(kind, claimed, &payload);
-            let _ = Head::decode(&payload);
+            let _ = ReplyHeader::decode(&payload);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What a client asks during transmission: request headers ⇄ bytes, and headers → [`Request`]s.
-//! A [`Request`] that exists is one that this export can carry out: known, allowed and in range.
+//! Requests of the transmission phase: encodes and decodes headers, and checks them.
+//! A [`Request`] that exists is valid for its export: known, permitted and in range.
 
 use super::bytes::Reader;
 use super::reply::Dialect;
@@ -10,7 +10,7 @@ use super::wire::{
 use super::{Decoded, Malformed};
 use crate::range::Range;
 
-/// Length of a request header in bytes, without its payload.
+/// Length of a request header in bytes, without the payload.
 #[must_use]
 pub const fn header_length(dialect: Dialect) -> usize {
     match dialect {
@@ -19,23 +19,23 @@ pub const fn header_length(dialect: Dialect) -> usize {
     }
 }
 
-/// A request as it stands on the wire, not yet checked ("Request message").
+/// The header of a request as received, not yet checked ("Request message").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Header {
-    /// Flags, also unknown ones.
+pub struct RequestHeader {
+    /// Command flags, known or unknown.
     pub flags: u16,
-    /// Number of the command, also an unknown one.
+    /// Number of the command, known or unknown.
     pub kind: u16,
-    /// The client's name for this request; comes back in the reply.
+    /// Identifies the request in its replies.
     pub cookie: u64,
-    /// First byte asked for.
+    /// Start of the range, in bytes.
     pub offset: u64,
-    /// How many bytes; at most 2^32 - 1 without extended headers.
+    /// Length of the range or payload in bytes; at most 2^32 - 1 without extended headers.
     pub length: u64,
 }
 
-impl Header {
-    /// Appends the header. A length that a compact header cannot hold is cut to what it can.
+impl RequestHeader {
+    /// Appends the header. A length over the limit of a compact header is clamped to it.
     pub fn encode(&self, dialect: Dialect, out: &mut Vec<u8>) {
         let magic = match dialect {
             Dialect::Extended => EXTENDED_REQUEST_MAGIC,
@@ -58,7 +58,7 @@ impl Header {
     /// The header at the front of `bytes`.
     ///
     /// # Errors
-    /// When the bytes begin with another magic number.
+    /// If the bytes begin with another magic number.
     pub fn decode(dialect: Dialect, bytes: &[u8]) -> Decoded<Self> {
         let mut reader = Reader::new(bytes);
         let Some(magic) = reader.u32() else { return Ok(None) };
@@ -79,12 +79,12 @@ impl Header {
         Ok(header.map(|header| (header, reader.used())))
     }
 
-    /// How many bytes of payload follow the header, whether or not the request is a valid one.
+    /// Length of the payload after the header in bytes, whether or not the request is valid.
     ///
-    /// A write always has one, and so has the private command where it is understood. With extended
-    /// headers, any command has one under the flag `PAYLOAD_LEN`, also one that is refused for it.
-    /// A write should bear the flag there, too, but QEMU (seen in 10.0) sends it without, and with
-    /// its payload.
+    /// A write always has a payload, and so has the private command if it was negotiated. With extended
+    /// headers, every command with the flag `PAYLOAD_LEN` has one, even a command that the server
+    /// refuses for the flag. A write must have the flag there as well, but QEMU 10.0 sends its payload
+    /// without it.
     #[must_use]
     pub fn payload_length(&self, terms: &Terms) -> u64 {
         let announced = terms.dialect == Dialect::Extended
@@ -94,21 +94,21 @@ impl Header {
         if has_payload { self.length } else { 0 }
     }
 
-    /// What the client wants, or why it cannot have it.
+    /// Checks the request against the negotiated terms.
     ///
     /// # Errors
-    /// The code to answer with, and the reason for the log ("Error values", "Request types").
+    /// The error value of the reply, and the reason for the log ("Error values", "Request types").
     pub fn check(&self, terms: &Terms) -> Result<Request, RequestError> {
         if self.kind == PRIVATE_COMMAND {
-            return self.checked_private(terms);
+            return self.check_private(terms);
         }
         let kind = CommandKind::try_from(self.kind)
             .map_err(|_| RequestError::new(ErrorCode::Invalid, "unknown command"))?;
         if kind == CommandKind::Disconnect {
             return Ok(Request::Disconnect);
         }
-        let flags = self.checked_flags(kind, terms)?;
-        if writes(kind) && terms.read_only {
+        let flags = self.check_flags(kind, terms)?;
+        if is_write(kind) && terms.read_only {
             return Err(RequestError::new(ErrorCode::NotPermitted, "the export is read-only"));
         }
         if kind == CommandKind::Flush {
@@ -120,32 +120,28 @@ impl Header {
             return Err(RequestError::new(ErrorCode::Invalid, "longer than the largest payload"));
         }
         let range = Range::within(terms.size, self.offset, self.length).ok_or_else(|| {
-            RequestError::new(beyond_the_end(kind, terms), "beyond the end of the disk")
+            RequestError::new(out_of_range_error(kind, terms), "beyond the end of the disk")
         })?;
         if kind == CommandKind::BlockStatus && !terms.allocation_selected {
             return Err(RequestError::new(ErrorCode::Invalid, "no metadata context was selected"));
         }
-        Ok(request(kind, flags, range))
+        Ok(to_request(kind, flags, range))
     }
 
-    /// The length is that of the payload, the offset zero, and there are no flags but the one
-    /// that says so.
-    fn checked_private(&self, terms: &Terms) -> Result<Request, RequestError> {
+    /// Checks a private command: its length is that of the payload, its offset zero, and it has no flag
+    /// but `PAYLOAD_LEN`.
+    fn check_private(&self, terms: &Terms) -> Result<Request, RequestError> {
         let payload = self.payload_length(terms);
         let flags = self.flags & !CommandFlags::PAYLOAD_LEN.bits();
-        let fits = payload == self.length && payload <= PRIVATE_PAYLOAD_MAX;
-        if terms.private && fits && self.offset == 0 && flags == 0 {
+        let length_is_valid = payload == self.length && payload <= PRIVATE_PAYLOAD_MAX;
+        if terms.private && length_is_valid && self.offset == 0 && flags == 0 {
             Ok(Request::Private { length: payload })
         } else {
             Err(RequestError::new(ErrorCode::Invalid, "unknown command"))
         }
     }
 
-    fn checked_flags(
-        &self,
-        kind: CommandKind,
-        terms: &Terms,
-    ) -> Result<CommandFlags, RequestError> {
+    fn check_flags(&self, kind: CommandKind, terms: &Terms) -> Result<CommandFlags, RequestError> {
         CommandFlags::from_bits(self.flags)
             .filter(|flags| allowed_flags(kind, terms.dialect).contains(*flags))
             .ok_or_else(|| {
@@ -154,77 +150,77 @@ impl Header {
     }
 }
 
-/// What was agreed on in the handshake, against which requests are checked.
+/// The negotiated parameters against which requests are checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terms {
     /// Size of the export in bytes.
     pub size: u64,
-    /// Whether writing is refused.
+    /// Whether writes fail.
     pub read_only: bool,
-    /// How replies look.
+    /// The form of headers and replies.
     pub dialect: Dialect,
-    /// Whether `base:allocation` was selected.
+    /// Whether the client selected `base:allocation`.
     pub allocation_selected: bool,
-    /// Largest payload of a read or write, in bytes.
+    /// Maximum payload of a read or write, in bytes.
     pub payload_length_max: u32,
-    /// Whether the private command is understood: the client has introduced itself.
+    /// Whether the private command is valid: the private option was negotiated.
     pub private: bool,
-    /// Answer a read beyond the end with `ENOSPC`, as the original server did in old style.
+    /// Whether a read beyond the end fails with `ENOSPC`, as in oldstyle sessions of the original server.
     pub reads_beyond_end_are_no_space: bool,
 }
 
-/// A request that can be carried out. FUA is kept only where it means something.
+/// A valid request. Keeps FUA only for commands that write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// `NBD_CMD_READ`; in one chunk if `whole`.
+    /// `NBD_CMD_READ`.
     Read {
-        /// Where.
+        /// The bytes to read.
         range: Range,
-        /// `NBD_CMD_FLAG_DF` was set.
-        whole: bool,
+        /// `NBD_CMD_FLAG_DF`: reply with one content chunk.
+        dont_fragment: bool,
     },
     /// `NBD_CMD_WRITE`; the payload follows.
     Write {
-        /// Where.
+        /// The bytes to overwrite.
         range: Range,
-        /// Answer when it is on stable storage.
+        /// `NBD_CMD_FLAG_FUA`: reply only when the data is durable.
         durable: bool,
     },
     /// `NBD_CMD_FLUSH`.
     Flush,
     /// `NBD_CMD_TRIM`.
     Trim {
-        /// Where.
+        /// The bytes to discard.
         range: Range,
-        /// Answer when it is on stable storage.
+        /// `NBD_CMD_FLAG_FUA`: reply only when the change is durable.
         durable: bool,
     },
     /// `NBD_CMD_CACHE`.
     Cache {
-        /// Where.
+        /// The bytes to load.
         range: Range,
     },
     /// `NBD_CMD_WRITE_ZEROES`.
     WriteZeroes {
-        /// Where.
+        /// The bytes to zero.
         range: Range,
-        /// `NBD_CMD_FLAG_NO_HOLE` was set.
+        /// `NBD_CMD_FLAG_NO_HOLE`: do not deallocate.
         no_hole: bool,
-        /// `NBD_CMD_FLAG_FAST_ZERO` was set.
+        /// `NBD_CMD_FLAG_FAST_ZERO`: fail unless it is faster than a write.
         fast: bool,
-        /// Answer when it is on stable storage.
+        /// `NBD_CMD_FLAG_FUA`: reply only when the zeroes are durable.
         durable: bool,
     },
     /// `NBD_CMD_BLOCK_STATUS`.
     BlockStatus {
-        /// Where.
+        /// The bytes to describe.
         range: Range,
-        /// `NBD_CMD_FLAG_REQ_ONE` was set.
+        /// `NBD_CMD_FLAG_REQ_ONE`: reply with one extent.
         one: bool,
     },
     /// The private command of a migration; the payload follows.
     Private {
-        /// Of the payload in bytes.
+        /// Length of the payload in bytes.
         length: u64,
     },
     /// `NBD_CMD_DISC`.
@@ -232,44 +228,44 @@ pub enum Request {
 }
 
 impl Request {
-    /// Whether it changes the disk.
+    /// Whether the request modifies the disk.
     #[must_use]
     pub const fn writes(&self) -> bool {
         matches!(self, Self::Write { .. } | Self::Trim { .. } | Self::WriteZeroes { .. })
     }
 }
 
-/// Why a request is answered with an error.
+/// The reason why a request fails before its execution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestError {
-    /// What goes on the wire.
+    /// The error value of the reply.
     pub code: ErrorCode,
-    /// What goes into the log.
-    pub why: &'static str,
+    /// The reason, for the reply and the log.
+    pub reason: &'static str,
 }
 
 impl RequestError {
-    const fn new(code: ErrorCode, why: &'static str) -> Self {
-        Self { code, why }
+    const fn new(code: ErrorCode, reason: &'static str) -> Self {
+        Self { code, reason }
     }
 }
 
-const fn writes(kind: CommandKind) -> bool {
+const fn is_write(kind: CommandKind) -> bool {
     matches!(kind, CommandKind::Write | CommandKind::Trim | CommandKind::WriteZeroes)
 }
 
 fn allowed_flags(kind: CommandKind, dialect: Dialect) -> CommandFlags {
-    let own = match kind {
+    let specific = match kind {
         CommandKind::Read if dialect != Dialect::Simple => CommandFlags::DF,
         CommandKind::Write if dialect == Dialect::Extended => CommandFlags::PAYLOAD_LEN,
         CommandKind::WriteZeroes => CommandFlags::NO_HOLE | CommandFlags::FAST_ZERO,
         CommandKind::BlockStatus => CommandFlags::REQ_ONE,
         _ => CommandFlags::empty(),
     };
-    own | CommandFlags::FUA
+    specific | CommandFlags::FUA
 }
 
-fn beyond_the_end(kind: CommandKind, terms: &Terms) -> ErrorCode {
+fn out_of_range_error(kind: CommandKind, terms: &Terms) -> ErrorCode {
     match kind {
         CommandKind::Write | CommandKind::WriteZeroes => ErrorCode::NoSpace,
         CommandKind::Read if terms.reads_beyond_end_are_no_space => ErrorCode::NoSpace,
@@ -277,10 +273,12 @@ fn beyond_the_end(kind: CommandKind, terms: &Terms) -> ErrorCode {
     }
 }
 
-fn request(kind: CommandKind, flags: CommandFlags, range: Range) -> Request {
+fn to_request(kind: CommandKind, flags: CommandFlags, range: Range) -> Request {
     let durable = flags.contains(CommandFlags::FUA);
     match kind {
-        CommandKind::Read => Request::Read { range, whole: flags.contains(CommandFlags::DF) },
+        CommandKind::Read => {
+            Request::Read { range, dont_fragment: flags.contains(CommandFlags::DF) }
+        }
         CommandKind::Write => Request::Write { range, durable },
         CommandKind::Disconnect => Request::Disconnect,
         CommandKind::Flush => Request::Flush,
@@ -317,107 +315,125 @@ mod tests {
         }
     }
 
-    fn header(kind: CommandKind, flags: CommandFlags, offset: u64, length: u64) -> Header {
-        Header { flags: flags.bits(), kind: kind.number(), cookie: 7, offset, length }
+    fn header(kind: CommandKind, flags: CommandFlags, offset: u64, length: u64) -> RequestHeader {
+        RequestHeader { flags: flags.bits(), kind: kind.number(), cookie: 7, offset, length }
     }
 
-    fn code(header: Header, terms: &Terms) -> Option<ErrorCode> {
-        header.check(terms).err().map(|refusal| refusal.code)
+    fn error_of(header: RequestHeader, terms: &Terms) -> Option<ErrorCode> {
+        header.check(terms).err().map(|error| error.code)
     }
 
     #[test]
-    fn beyond_the_end_is_invalid_to_read_and_no_space_to_write() {
+    fn writes_beyond_the_end_fail_with_enospc_others_einval() {
         let terms = terms(Dialect::Simple);
-        let beyond = |kind| code(header(kind, CommandFlags::empty(), SIZE - 1, 2), &terms);
-        assert_eq!(beyond(CommandKind::Read), Some(ErrorCode::Invalid));
-        assert_eq!(beyond(CommandKind::Trim), Some(ErrorCode::Invalid));
-        assert_eq!(beyond(CommandKind::Cache), Some(ErrorCode::Invalid));
-        assert_eq!(beyond(CommandKind::BlockStatus), Some(ErrorCode::Invalid));
-        assert_eq!(beyond(CommandKind::Write), Some(ErrorCode::NoSpace));
-        assert_eq!(beyond(CommandKind::WriteZeroes), Some(ErrorCode::NoSpace));
-        let habit = Terms { reads_beyond_end_are_no_space: true, ..terms };
+        let error_at_end =
+            |kind| error_of(header(kind, CommandFlags::empty(), SIZE - 1, 2), &terms);
+        assert_eq!(error_at_end(CommandKind::Read), Some(ErrorCode::Invalid));
+        assert_eq!(error_at_end(CommandKind::Trim), Some(ErrorCode::Invalid));
+        assert_eq!(error_at_end(CommandKind::Cache), Some(ErrorCode::Invalid));
+        assert_eq!(error_at_end(CommandKind::BlockStatus), Some(ErrorCode::Invalid));
+        assert_eq!(error_at_end(CommandKind::Write), Some(ErrorCode::NoSpace));
+        assert_eq!(error_at_end(CommandKind::WriteZeroes), Some(ErrorCode::NoSpace));
+        let oldstyle = Terms { reads_beyond_end_are_no_space: true, ..terms };
         let read = header(CommandKind::Read, CommandFlags::empty(), SIZE, 1);
-        assert_eq!(code(read, &habit), Some(ErrorCode::NoSpace));
+        assert_eq!(error_of(read, &oldstyle), Some(ErrorCode::NoSpace));
     }
 
     #[test]
-    fn only_reads_and_writes_know_a_largest_payload() {
+    fn maximum_payload_applies_to_reads_and_writes_only() {
         let terms = terms(Dialect::Structured);
         let max = u64::from(terms.payload_length_max);
         for &kind in CommandKind::ALL {
-            let at_limit = code(header(kind, CommandFlags::empty(), 0, max), &terms);
-            let over = code(header(kind, CommandFlags::empty(), 0, max + 1), &terms);
+            let at_limit = error_of(header(kind, CommandFlags::empty(), 0, max), &terms);
+            let over_limit = error_of(header(kind, CommandFlags::empty(), 0, max + 1), &terms);
             assert_eq!(at_limit, None, "{kind:?}");
             let limited = matches!(kind, CommandKind::Read | CommandKind::Write);
-            assert_eq!(over, limited.then_some(ErrorCode::Invalid), "{kind:?}");
+            assert_eq!(over_limit, limited.then_some(ErrorCode::Invalid), "{kind:?}");
         }
     }
 
     #[test]
-    fn fua_is_accepted_on_every_command_and_other_flags_only_where_they_belong() {
+    fn commands_accept_fua_and_only_their_own_flags() {
         for dialect in [Dialect::Simple, Dialect::Structured] {
             let terms = terms(dialect);
             for &kind in CommandKind::ALL {
-                assert_eq!(code(header(kind, CommandFlags::FUA, 0, 1), &terms), None, "{kind:?}");
+                assert_eq!(
+                    error_of(header(kind, CommandFlags::FUA, 0, 1), &terms),
+                    None,
+                    "{kind:?}"
+                );
             }
-            let df = code(header(CommandKind::Read, CommandFlags::DF, 0, 1), &terms);
+            let df = error_of(header(CommandKind::Read, CommandFlags::DF, 0, 1), &terms);
             assert_eq!(df.is_none(), dialect == Dialect::Structured);
             let payload = header(CommandKind::Write, CommandFlags::PAYLOAD_LEN, 0, 1);
-            assert_eq!(code(payload, &terms), Some(ErrorCode::Invalid));
+            assert_eq!(error_of(payload, &terms), Some(ErrorCode::Invalid));
         }
-        let unknown =
-            Header { flags: 1 << 9, ..header(CommandKind::Flush, CommandFlags::empty(), 0, 0) };
-        assert_eq!(code(unknown, &terms(Dialect::Simple)), Some(ErrorCode::Invalid));
+        let unknown = RequestHeader {
+            flags: 1 << 9,
+            ..header(CommandKind::Flush, CommandFlags::empty(), 0, 0)
+        };
+        assert_eq!(error_of(unknown, &terms(Dialect::Simple)), Some(ErrorCode::Invalid));
     }
 
     #[test]
-    fn a_read_only_export_permits_no_change() {
+    fn a_read_only_export_refuses_writes() {
         let terms = Terms { read_only: true, ..terms(Dialect::Simple) };
         for &kind in CommandKind::ALL {
-            let refused = code(header(kind, CommandFlags::empty(), 0, 512), &terms);
-            assert_eq!(refused, writes(kind).then_some(ErrorCode::NotPermitted), "{kind:?}");
+            let error = error_of(header(kind, CommandFlags::empty(), 0, 512), &terms);
+            assert_eq!(error, is_write(kind).then_some(ErrorCode::NotPermitted), "{kind:?}");
         }
     }
 
     #[test]
-    fn an_extended_write_has_a_payload_with_and_without_the_flag_for_it() {
+    fn an_extended_write_has_a_payload_without_payload_len() {
         for flags in [CommandFlags::PAYLOAD_LEN, CommandFlags::empty()] {
             let write = header(CommandKind::Write, flags, 0, 512);
             assert_eq!(write.payload_length(&terms(Dialect::Extended)), 512);
-            assert_eq!(code(write, &terms(Dialect::Extended)), None);
+            assert_eq!(error_of(write, &terms(Dialect::Extended)), None);
         }
         let trim = header(CommandKind::Trim, CommandFlags::PAYLOAD_LEN, 0, 512);
         assert_eq!(trim.payload_length(&terms(Dialect::Extended)), 512);
-        assert_eq!(code(trim, &terms(Dialect::Extended)), Some(ErrorCode::Invalid));
-        let bare = header(CommandKind::Trim, CommandFlags::empty(), 0, 512);
-        assert_eq!(bare.payload_length(&terms(Dialect::Extended)), 0);
+        assert_eq!(error_of(trim, &terms(Dialect::Extended)), Some(ErrorCode::Invalid));
+        let without_flag = header(CommandKind::Trim, CommandFlags::empty(), 0, 512);
+        assert_eq!(without_flag.payload_length(&terms(Dialect::Extended)), 0);
     }
 
     #[test]
-    fn block_status_needs_a_context() {
+    fn block_status_needs_a_selected_context() {
         let terms = Terms { allocation_selected: false, ..terms(Dialect::Structured) };
         let status = header(CommandKind::BlockStatus, CommandFlags::empty(), 0, 512);
-        assert_eq!(code(status, &terms), Some(ErrorCode::Invalid));
+        assert_eq!(error_of(status, &terms), Some(ErrorCode::Invalid));
     }
 
     #[test]
-    fn an_unknown_command_is_refused_and_a_disconnect_never() {
-        let unknown = Header { kind: 99, ..header(CommandKind::Read, CommandFlags::empty(), 0, 0) };
-        assert_eq!(code(unknown, &terms(Dialect::Simple)), Some(ErrorCode::Invalid));
-        let odd = Header { kind: CommandKind::Disconnect.number(), flags: 0xffff, ..unknown };
-        assert_eq!(odd.check(&terms(Dialect::Simple)), Ok(Request::Disconnect));
+    fn unknown_commands_are_refused_disconnects_never() {
+        let unknown =
+            RequestHeader { kind: 99, ..header(CommandKind::Read, CommandFlags::empty(), 0, 0) };
+        assert_eq!(error_of(unknown, &terms(Dialect::Simple)), Some(ErrorCode::Invalid));
+        let unusual =
+            RequestHeader { kind: CommandKind::Disconnect.number(), flags: 0xffff, ..unknown };
+        assert_eq!(unusual.check(&terms(Dialect::Simple)), Ok(Request::Disconnect));
     }
 
     #[test]
-    fn the_private_command_exists_only_where_it_is_understood_and_is_short() {
-        let ask = |length| Header { flags: 0, kind: PRIVATE_COMMAND, cookie: 1, offset: 0, length };
-        let knows = Terms { private: true, ..terms(Dialect::Simple) };
-        assert_eq!(code(ask(36), &terms(Dialect::Simple)), Some(ErrorCode::Invalid));
-        assert_eq!(ask(36).check(&knows), Ok(Request::Private { length: 36 }));
-        assert_eq!(code(ask(PRIVATE_PAYLOAD_MAX), &knows), None);
-        assert_eq!(code(ask(PRIVATE_PAYLOAD_MAX + 1), &knows), Some(ErrorCode::Invalid));
-        assert_eq!(ask(36).payload_length(&knows), 36);
-        assert_eq!(ask(36).payload_length(&terms(Dialect::Simple)), 0);
+    fn the_private_command_is_valid_if_negotiated_and_short() {
+        let private = |length| RequestHeader {
+            flags: 0,
+            kind: PRIVATE_COMMAND,
+            cookie: 1,
+            offset: 0,
+            length,
+        };
+        let negotiated = Terms { private: true, ..terms(Dialect::Simple) };
+        assert_eq!(error_of(private(36), &terms(Dialect::Simple)), Some(ErrorCode::Invalid));
+        assert_eq!(private(36).check(&negotiated), Ok(Request::Private { length: 36 }));
+        assert_eq!(error_of(private(PRIVATE_PAYLOAD_MAX), &negotiated), None);
+        assert_eq!(
+            error_of(private(PRIVATE_PAYLOAD_MAX + 1), &negotiated),
+            Some(ErrorCode::Invalid)
+        );
+        assert_eq!(private(36).payload_length(&negotiated), 36);
+        assert_eq!(private(36).payload_length(&terms(Dialect::Simple)), 0);
     }
 
     fn dialects() -> impl Strategy<Value = Dialect> {
@@ -426,25 +442,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_round_trip_and_every_prefix_is_incomplete(
+        fn headers_round_trip_and_prefixes_are_incomplete(
             dialect in dialects(), flags: u16, kind: u16, cookie: u64, offset: u64, length: u64,
         ) {
             let length = if dialect == Dialect::Extended { length } else { length >> 32 };
-            let header = Header { flags, kind, cookie, offset, length };
+            let header = RequestHeader { flags, kind, cookie, offset, length };
             let mut bytes = Vec::new();
             header.encode(dialect, &mut bytes);
             prop_assert_eq!(bytes.len(), header_length(dialect));
             for end in 0..bytes.len() {
-                prop_assert_eq!(Header::decode(dialect, &bytes[..end]), Ok(None));
+                prop_assert_eq!(RequestHeader::decode(dialect, &bytes[..end]), Ok(None));
             }
-            prop_assert_eq!(Header::decode(dialect, &bytes), Ok(Some((header, bytes.len()))));
+            prop_assert_eq!(RequestHeader::decode(dialect, &bytes), Ok(Some((header, bytes.len()))));
         }
 
         #[test]
-        fn a_request_that_exists_is_in_range(
+        fn checked_requests_are_in_range(
             dialect in dialects(), flags: u16, kind in 0u16..9, offset: u64, length: u64,
         ) {
-            let header = Header { flags, kind, cookie: 0, offset, length };
+            let header = RequestHeader { flags, kind, cookie: 0, offset, length };
             if let Ok(
                 Request::Read { range, .. }
                 | Request::Write { range, .. }

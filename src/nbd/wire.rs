@@ -1,11 +1,12 @@
-//! Every number of the protocol, once: magics, flags, options, commands, errors.
-//! Knows no message layout; the sibling modules do.
+//! The numbers of the protocol, each defined once: magic numbers, flags, options, commands, errors.
+//! The sibling modules define the layout of the messages.
 
 use bitflags::bitflags;
+use thiserror::Error;
 
-/// First eight bytes of every server's greeting, `NBDMAGIC`.
+/// First eight bytes of every greeting: `NBDMAGIC`.
 pub const GREETING_MAGIC: u64 = 0x4e42_444d_4147_4943;
-/// Second eight bytes of an old-style greeting.
+/// Second eight bytes of an oldstyle greeting.
 pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 /// Second eight bytes of a newstyle greeting, and first eight of every option: `IHAVEOPT`.
 pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
@@ -22,109 +23,109 @@ pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 /// First four bytes of an extended reply chunk.
 pub const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
-/// Longest string in either direction ("Values", string length limit).
+/// Longest string in bytes ("Conventions").
 pub const STRING_LENGTH_MAX: usize = 4096;
-/// Zero bytes behind an old-style greeting, and behind `NBD_OPT_EXPORT_NAME` without
-/// `NO_ZEROES`.
+/// Number of zero bytes after an oldstyle greeting, and after the reply to `NBD_OPT_EXPORT_NAME`
+/// without `NO_ZEROES`.
 pub const RESERVED_ZEROES: usize = 124;
-/// The largest payload a client may send to, or ask of, a server that advertised no block sizes
-/// ("Block size constraints").
+/// Maximum payload of a READ or WRITE to a server that advertises no block sizes, in bytes ("Block
+/// size constraints").
 pub const PAYLOAD_LENGTH_DEFAULT: u32 = 32 << 20;
-/// Number of the private option with which a migration's source introduces itself, and of the
-/// reply to it; the specification assigns no such number.
+/// Number of the private option by which the source of a migration identifies itself, and type of the
+/// reply to it. The specification does not assign this number.
 pub const PRIVATE_OPTION: u32 = 0x464C_4558;
-/// Type of the private request with which a source hands its disk over.
+/// Type of the private request HANDOVER of a migration.
 pub const PRIVATE_COMMAND: u16 = 0x464C;
 /// Longest payload of a private request, in bytes.
 pub const PRIVATE_PAYLOAD_MAX: u64 = 256;
-/// The port registered for NBD.
+/// The port that IANA assigned to NBD.
 pub const PORT: u16 = 10809;
-/// The metadata context for holes and zeros.
+/// The metadata context that reports holes and zeros.
 pub const CONTEXT_ALLOCATION: &str = "base:allocation";
-/// Where [`CONTEXT_ALLOCATION`] lives; asking for it in a listing means all of it.
+/// The namespace of [`CONTEXT_ALLOCATION`]: a wildcard in `NBD_OPT_LIST_META_CONTEXT`.
 pub const CONTEXT_NAMESPACE: &str = "base:";
 
 bitflags! {
-    /// What the server can do during the handshake ("Handshake flags").
+    /// Capabilities of the server during the handshake ("Handshake flags").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct HandshakeFlags: u16 {
-        /// Options may be answered; without it only `NBD_OPT_EXPORT_NAME` exists.
+        /// The server replies to options; otherwise `NBD_OPT_EXPORT_NAME` is the only option.
         const FIXED_NEWSTYLE = 1;
-        /// The 124 zero bytes can be left out.
+        /// The server can omit the 124 zero bytes.
         const NO_ZEROES = 1 << 1;
     }
 
-    /// What the client wants of those ("Client flags").
+    /// The handshake flags that the client accepts ("Client flags").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct ClientFlags: u32 {
-        /// It speaks fixed newstyle.
+        /// The client supports fixed newstyle.
         const FIXED_NEWSTYLE = 1;
-        /// It does not want the 124 zero bytes.
+        /// The server must omit the 124 zero bytes.
         const NO_ZEROES = 1 << 1;
     }
 
-    /// What an export can do ("Transmission flags").
+    /// Capabilities of an export ("Transmission flags").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct TransmissionFlags: u16 {
-        /// The others mean something.
+        /// The other flags are valid; always set.
         const HAS_FLAGS = 1;
-        /// Writing is refused.
+        /// Write commands fail.
         const READ_ONLY = 1 << 1;
-        /// `NBD_CMD_FLUSH` is understood.
+        /// Supports `NBD_CMD_FLUSH`.
         const SEND_FLUSH = 1 << 2;
-        /// [`CommandFlags::FUA`] is understood.
+        /// Supports [`CommandFlags::FUA`].
         const SEND_FUA = 1 << 3;
-        /// Seeking costs.
+        /// Seeks are slow.
         const ROTATIONAL = 1 << 4;
-        /// `NBD_CMD_TRIM` is understood.
+        /// Supports `NBD_CMD_TRIM`.
         const SEND_TRIM = 1 << 5;
-        /// `NBD_CMD_WRITE_ZEROES` is understood.
+        /// Supports `NBD_CMD_WRITE_ZEROES`.
         const SEND_WRITE_ZEROES = 1 << 6;
-        /// [`CommandFlags::DF`] is understood; only with structured replies.
+        /// Supports [`CommandFlags::DF`]; only with structured replies or extended headers.
         const SEND_DF = 1 << 7;
-        /// A flush on one session covers writes answered on all.
+        /// A flush on one connection covers the completed writes of all.
         const CAN_MULTI_CONN = 1 << 8;
-        /// `NBD_CMD_CACHE` is understood.
+        /// Supports `NBD_CMD_CACHE`.
         const SEND_CACHE = 1 << 10;
-        /// [`CommandFlags::FAST_ZERO`] is understood.
+        /// Supports [`CommandFlags::FAST_ZERO`].
         const SEND_FAST_ZERO = 1 << 11;
     }
 
-    /// How a request is to be carried out ("Command flags").
+    /// Modifiers of a request ("Command flags").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct CommandFlags: u16 {
-        /// Answer only when the data is durable; accepted on every command.
+        /// Reply only when the data is durable; accepted on every command.
         const FUA = 1;
-        /// Zero without giving space back.
+        /// Write zeroes without deallocating.
         const NO_HOLE = 1 << 1;
-        /// Answer a read in one chunk.
+        /// Don't fragment: reply to a read with one content chunk.
         const DF = 1 << 2;
         /// Report one extent only.
         const REQ_ONE = 1 << 3;
-        /// Zero only if that is faster than writing zeros.
+        /// Write zeroes only if that is faster than `NBD_CMD_WRITE`.
         const FAST_ZERO = 1 << 4;
         /// The length is that of a payload; only with extended headers.
         const PAYLOAD_LEN = 1 << 5;
     }
 
-    /// What a reply chunk means for its reply ("Structured reply flags").
+    /// Flags of a reply chunk ("Structured reply flags").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct ChunkFlags: u16 {
-        /// It is the last one.
+        /// The last chunk of its reply.
         const DONE = 1;
     }
 
-    /// Status of an extent in [`CONTEXT_ALLOCATION`] ("Metadata contexts").
+    /// Status flags of an extent in [`CONTEXT_ALLOCATION`] ("`base:allocation` metadata context").
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Allocation: u32 {
-        /// Nothing is allocated there.
+        /// The extent is not allocated.
         const HOLE = 1;
-        /// It reads as zeros.
+        /// The extent reads as zeroes.
         const ZERO = 1 << 1;
     }
 }
 
-/// Declares an enum for numbers on the wire, each named once, and its conversion back.
+/// Defines an enum of numbers on the wire, with conversions in both directions.
 macro_rules! numbers {
     ($(#[$about:meta])* $name:ident: $int:ty { $($(#[$doc:meta])* $variant:ident = $value:expr,)* }) => {
         $(#[$about])*
@@ -133,7 +134,7 @@ macro_rules! numbers {
         pub enum $name { $($(#[$doc])* $variant = $value,)* }
 
         impl $name {
-            /// All of them, in the order of their definition.
+            /// All values, in the order of their definition.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
             /// The number on the wire.
@@ -144,7 +145,7 @@ macro_rules! numbers {
         }
 
         impl TryFrom<$int> for $name {
-            /// The number that has no name.
+            /// The unknown number.
             type Error = $int;
 
             fn try_from(number: $int) -> Result<Self, $int> {
@@ -155,27 +156,27 @@ macro_rules! numbers {
 }
 
 numbers! {
-    /// What a client may ask for during the handshake ("Option types").
+    /// Options of the handshake ("Option types").
     OptionKind: u32 {
-        /// Choose an export and go to transmission; no error can be told.
+        /// Select an export and enter the transmission phase; has no error reply.
         ExportName = 1,
-        /// Give up.
+        /// Abort the negotiation.
         Abort = 2,
-        /// Name the exports.
+        /// List the exports.
         List = 3,
-        /// Encrypt.
+        /// Initiate TLS.
         StartTls = 5,
         /// Describe an export.
         Info = 6,
-        /// Describe an export and go to transmission.
+        /// Describe an export and enter the transmission phase.
         Go = 7,
         /// Use structured replies.
         StructuredReply = 8,
-        /// Name the metadata contexts of an export.
+        /// List the metadata contexts of an export.
         ListMetaContext = 9,
         /// Select metadata contexts.
         SetMetaContext = 10,
-        /// Use 64-bit lengths and one reply form.
+        /// Use 64-bit lengths, and extended chunks for every reply.
         ExtendedHeaders = 11,
     }
 }
@@ -184,41 +185,41 @@ numbers! {
 const ERROR_BIT: u32 = 1 << 31;
 
 numbers! {
-    /// How a server answers an option ("Option reply types").
+    /// Replies to options ("Option reply types").
     OptionReplyKind: u32 {
-        /// Done.
+        /// The option is accepted; the last of its replies.
         Ack = 1,
-        /// One export's name.
+        /// An export of the list.
         Server = 2,
-        /// One piece of information about an export.
+        /// An item of information about an export.
         Info = 3,
-        /// One metadata context.
+        /// A metadata context.
         MetaContext = 4,
-        /// The option is not known.
+        /// The option is unknown.
         ErrUnsupported = ERROR_BIT + 1,
-        /// The option is not allowed.
+        /// The policy of the server forbids the option.
         ErrPolicy = ERROR_BIT + 2,
-        /// The option makes no sense.
+        /// The option is syntactically or semantically invalid.
         ErrInvalid = ERROR_BIT + 3,
-        /// The option is not possible on this machine.
+        /// The platform of the server does not support the option.
         ErrPlatform = ERROR_BIT + 4,
-        /// Only after `STARTTLS`.
+        /// The option requires TLS.
         ErrTlsRequired = ERROR_BIT + 5,
-        /// There is no such export.
+        /// The export does not exist.
         ErrUnknown = ERROR_BIT + 6,
-        /// The server is stopping.
+        /// The server is shutting down.
         ErrShutdown = ERROR_BIT + 7,
-        /// The client must ask for block sizes, and keep to them.
+        /// The client must request the block sizes, and comply with them.
         ErrBlockSizeRequired = ERROR_BIT + 8,
-        /// The option or its answer is too large.
+        /// The option or its reply is too large.
         ErrTooBig = ERROR_BIT + 9,
-        /// Only after `EXTENDED_HEADERS`.
+        /// The option requires extended headers, or contradicts them.
         ErrExtendedHeadersRequired = ERROR_BIT + 10,
     }
 }
 
 impl OptionReplyKind {
-    /// Whether this kind, known or not, says that an option failed.
+    /// Whether this kind, known or not, is an error.
     #[must_use]
     pub const fn is_error(number: u32) -> bool {
         number & ERROR_BIT != 0
@@ -226,49 +227,49 @@ impl OptionReplyKind {
 }
 
 numbers! {
-    /// What can be told about an export (`NBD_REP_INFO`).
+    /// Information about an export (`NBD_REP_INFO`).
     InfoKind: u16 {
         /// Size and transmission flags.
         Export = 0,
         /// Canonical name.
         Name = 1,
-        /// Words for people.
+        /// Description for display.
         Description = 2,
-        /// Smallest, preferred and largest block.
+        /// Minimum and preferred block size, and maximum payload.
         BlockSize = 3,
     }
 }
 
 numbers! {
-    /// What a client may ask for during transmission ("Request types").
+    /// Commands of the transmission phase ("Request types").
     CommandKind: u16 {
-        /// Bytes from the disk.
+        /// Read data.
         Read = 0,
-        /// Bytes to the disk.
+        /// Write the payload.
         Write = 1,
-        /// Goodbye.
+        /// Complete all requests, then close; has no reply.
         Disconnect = 2,
-        /// Make everything answered durable.
+        /// Make completed writes durable.
         Flush = 3,
-        /// These bytes are no longer needed.
+        /// Hint that the data is no longer needed.
         Trim = 4,
-        /// These bytes will be wanted soon.
+        /// Hint that the range will be accessed soon.
         Cache = 5,
-        /// Zeros to the disk.
+        /// Write zeroes.
         WriteZeroes = 6,
-        /// Which bytes are holes or zeros?
+        /// Query the extents of a metadata context.
         BlockStatus = 7,
     }
 }
 
 numbers! {
-    /// What a reply chunk holds ("Structured reply types").
+    /// Types of reply chunks ("Structured reply types").
     ChunkKind: u16 {
-        /// Nothing.
+        /// No content.
         None = 0,
         /// Data at an offset.
         OffsetData = 1,
-        /// Zeros at an offset.
+        /// Zeroes at an offset.
         OffsetHole = 2,
         /// Extents with 32-bit lengths.
         BlockStatus = 5,
@@ -285,32 +286,41 @@ numbers! {
 pub const CHUNK_ERROR_BIT: u16 = 1 << 15;
 
 numbers! {
-    /// The only errors that go over the wire ("Error values").
+    /// The error values of replies; no other `errno` goes over the wire ("Error values").
+    #[derive(Error)]
     ErrorCode: u32 {
-        /// Not permitted, as writing to a read-only export.
+        /// The operation is not permitted, such as a write to a read-only export.
+        #[error("operation not permitted (EPERM)")]
         NotPermitted = 1,
         /// The disk failed.
+        #[error("input/output error (EIO)")]
         Io = 5,
-        /// No memory.
+        /// Memory is exhausted.
+        #[error("out of memory (ENOMEM)")]
         NoMemory = 12,
-        /// The request makes no sense.
+        /// The request is invalid.
+        #[error("invalid request (EINVAL)")]
         Invalid = 22,
-        /// No space, or beyond the end.
+        /// The disk is full, or the range exceeds it.
+        #[error("no space, or beyond the end of the disk (ENOSPC)")]
         NoSpace = 28,
-        /// Too large to be answered in the form asked for.
+        /// The read is too long for one chunk.
+        #[error("too large (EOVERFLOW)")]
         Overflow = 75,
-        /// Not possible in the way asked for.
+        /// Writing zeroes would not be fast.
+        #[error("not supported (ENOTSUP)")]
         NotSupported = 95,
-        /// The server is stopping.
+        /// The server is shutting down.
+        #[error("the server is shutting down (ESHUTDOWN)")]
         Shutdown = 108,
     }
 }
 
 impl ErrorCode {
-    /// The protocol's word for an `errno` of Linux; whatever it has no word for is an I/O error.
+    /// Maps an `errno` of Linux to an error value; `EIO` unless there is a better one.
     ///
-    /// `ESHUTDOWN` is not among them: a disk does not say it, and a client that hears it gives up
-    /// instead of reconnecting.
+    /// Never returns `ESHUTDOWN`: no disk fails with it, and a client that receives it gives up instead
+    /// of reconnecting.
     #[must_use]
     pub const fn from_errno(errno: i32) -> Self {
         const EPERM: i32 = 1;
@@ -334,26 +344,10 @@ impl ErrorCode {
         }
     }
 
-    /// What a client makes of a number a server sent: unknown ones count as `EINVAL`
-    /// ("Error values").
+    /// The error value of a reply; an unknown one counts as `EINVAL` ("Error values").
     #[must_use]
     pub fn from_wire(number: u32) -> Self {
         Self::try_from(number).unwrap_or(Self::Invalid)
-    }
-}
-
-impl std::fmt::Display for ErrorCode {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::NotPermitted => "operation not permitted (EPERM)",
-            Self::Io => "input/output error (EIO)",
-            Self::NoMemory => "out of memory (ENOMEM)",
-            Self::Invalid => "invalid request (EINVAL)",
-            Self::NoSpace => "no space, or beyond the end of the disk (ENOSPC)",
-            Self::Overflow => "too large (EOVERFLOW)",
-            Self::NotSupported => "not supported (ENOTSUP)",
-            Self::Shutdown => "the server is shutting down (ESHUTDOWN)",
-        })
     }
 }
 
@@ -362,7 +356,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_codes_of_the_specification_leave_the_errno_table() {
+    fn errno_maps_to_an_error_of_the_specification() {
         for errno in 0..200 {
             let code = ErrorCode::from_errno(errno);
             assert_eq!(ErrorCode::try_from(code.number()), Ok(code));
@@ -374,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_come_back_as_what_they_were() {
+    fn numbers_round_trip() {
         for &kind in OptionKind::ALL {
             assert_eq!(OptionKind::try_from(kind.number()), Ok(kind));
         }

@@ -10,7 +10,7 @@ use super::transmission::Transmission;
 use crate::disk::inflight::Work;
 use crate::nbd::Malformed;
 use crate::nbd::reply::{Dialect, ReplyTo};
-use crate::nbd::request::{self, Header, Request, RequestError};
+use crate::nbd::request::{self, Request, RequestError, RequestHeader};
 use crate::nbd::wire::{CommandKind, ErrorCode};
 use crate::range::Range;
 use nix::errno::Errno;
@@ -31,7 +31,7 @@ impl Transmission<'_> {
 
     fn dispatch_request(&mut self) -> Result<bool, SessionEnd> {
         let dialect = self.terms.dialect;
-        let (header, used) = match Header::decode(dialect, self.inbox.bytes()) {
+        let (header, used) = match RequestHeader::decode(dialect, self.inbox.bytes()) {
             Ok(Some(decoded)) => decoded,
             Ok(None) => return Ok(false),
             Err(malformed) => return self.reject_malformed(malformed),
@@ -50,11 +50,11 @@ impl Transmission<'_> {
                     return Ok(false);
                 }
             }
-            Err(refusal) => {
+            Err(error) => {
                 if length > SKIPPED_PAYLOAD_MAX {
                     return Err(SessionEnd::PayloadTooLong(length));
                 }
-                self.worker.reject(to, refusal.code, refusal.why, &mut self.outbox);
+                self.worker.reject(to, error.code, error.reason, &mut self.outbox);
                 if length > 0 {
                     let purpose = PayloadPurpose::Skip { failed: None };
                     self.progress.payload = Some(Payload { to, remaining: length, purpose });
@@ -67,13 +67,13 @@ impl Transmission<'_> {
     }
 
     /// Checks a request against the protocol and the policy.
-    fn checked(&self, header: &Header) -> Result<Request, RequestError> {
+    fn checked(&self, header: &RequestHeader) -> Result<Request, RequestError> {
         let request = header.check(&self.terms)?;
         // The policy decides on these two when they are executed.
         if !matches!(request, Request::Private { .. } | Request::Disconnect) {
             let (policy, session) = (self.worker.policy, self.worker.session);
             let permitted = policy.permit(session, request.writes());
-            permitted.map_err(|(code, why)| RequestError { code, why })?;
+            permitted.map_err(|(code, reason)| RequestError { code, reason })?;
         }
         Ok(request)
     }
@@ -91,8 +91,8 @@ impl Transmission<'_> {
             self.check_client_is_connected()?;
         }
         match request {
-            Request::Read { range, whole } => {
-                let read = self.worker.read(to, range, whole, &mut self.outbox);
+            Request::Read { range, dont_fragment } => {
+                let read = self.worker.read(to, range, dont_fragment, &mut self.outbox);
                 self.progress.reads.extend(read);
             }
             Request::Write { range, durable: _ } if range.is_empty() => {
@@ -105,7 +105,7 @@ impl Transmission<'_> {
             }
             Request::Disconnect => {
                 self.worker.policy.on_disconnect(self.worker.session);
-                self.progress.end = Some(SessionEnd::Goodbye);
+                self.progress.end = Some(SessionEnd::Disconnected);
             }
             _ => return self.worker.answer(to, request, &mut self.outbox),
         }

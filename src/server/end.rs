@@ -11,7 +11,7 @@ use thiserror::Error;
 pub(super) enum SessionEnd {
     /// The client sent `NBD_CMD_DISC`.
     #[error("the client said goodbye")]
-    Goodbye,
+    Disconnected,
     /// The client sent `NBD_OPT_ABORT`.
     #[error("the client gave up the handshake")]
     Aborted,
@@ -64,7 +64,7 @@ impl SessionEnd {
     pub(super) fn is_trouble(&self) -> bool {
         !matches!(
             self,
-            Self::Goodbye
+            Self::Disconnected
                 | Self::Aborted
                 | Self::Closed
                 | Self::Requested(_)

@@ -10,8 +10,8 @@ use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
 use crate::disk::slow_backend::{Slow, SlowBackend};
 use crate::disk::{Backend, StillBusy};
 use crate::nbd::handshake::option::encode_option;
-use crate::nbd::reply::{Dialect, Head};
-use crate::nbd::request::Header;
+use crate::nbd::reply::{Dialect, ReplyHeader};
+use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND, PRIVATE_OPTION};
 use crate::net::Address;
 use crate::server::export_policy::{ExportPolicy, RecordingPolicy};
@@ -127,7 +127,7 @@ struct Client(TcpStream);
 impl Client {
     fn ask(&mut self, kind: CommandKind, flags: CommandFlags, at: u64, length: u64, cookie: u64) {
         let (flags, kind) = (flags.bits(), kind.number());
-        let header = Header { flags, kind, cookie, offset: at, length };
+        let header = RequestHeader { flags, kind, cookie, offset: at, length };
         let mut bytes = Vec::new();
         header.encode(Dialect::Simple, &mut bytes);
         self.0.write_all(&bytes).unwrap();
@@ -154,7 +154,8 @@ impl Client {
     fn reply(&mut self) -> (u64, u32) {
         let mut head = [0; 16];
         self.0.read_exact(&mut head).unwrap();
-        let Some((Head::Simple { cookie, error }, _)) = Head::decode(&head).unwrap() else {
+        let Some((ReplyHeader::Simple { cookie, error }, _)) = ReplyHeader::decode(&head).unwrap()
+        else {
             panic!("no simple reply: {head:?}")
         };
         (cookie, error)
@@ -342,7 +343,7 @@ fn disconnect_and_handover_wait_for_earlier_requests() {
     let fixture = fixture();
     let mut client = fixture.client_with_private_command();
     client.write(FUA, 0, &[1; 4096], 1);
-    let header = Header { flags: 0, kind: PRIVATE_COMMAND, cookie: 2, offset: 0, length: 4 };
+    let header = RequestHeader { flags: 0, kind: PRIVATE_COMMAND, cookie: 2, offset: 0, length: 4 };
     let mut bytes = Vec::new();
     header.encode(Dialect::Simple, &mut bytes);
     client.0.write_all(&bytes).unwrap();

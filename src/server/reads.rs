@@ -181,7 +181,7 @@ impl<'a> Worker<'a> {
         }
         let untried = rest.from(read.tried_to);
         if untried.is_empty() {
-            out.reply(|out| self.dialect.data_head(read.to, 0, 0, false, out));
+            out.reply(|out| self.dialect.data_header(read.to, 0, 0, false, out));
             read.announce(out);
             return ReadStep::Continue;
         }
@@ -232,7 +232,7 @@ impl<'a> Worker<'a> {
         // It fits: a piece has at most 1 MiB.
         let (at, length) = (piece.offset(), piece.length() as usize);
         let (dialect, to) = (self.dialect, read.to);
-        let head = |out: &mut Vec<u8>| dialect.data_head(to, at, length as u32, done, out);
+        let head = |out: &mut Vec<u8>| dialect.data_header(to, at, length as u32, done, out);
         let is_populated = read.is_populated(piece);
         if pinned::fits(piece) && self.disk.pins() {
             let may_block = self.inline_reads.may_block();

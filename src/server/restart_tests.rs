@@ -5,8 +5,8 @@ use super::{Server, ServerConfig, SessionSettings, StoredSessions, Style};
 use crate::disk::Disk;
 use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
 use crate::disk::{Access, FileBackend};
-use crate::nbd::reply::{Chunk, Dialect, Head};
-use crate::nbd::request::Header;
+use crate::nbd::reply::{Chunk, Dialect, ReplyHeader};
+use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
 use crate::net::{Address, Listener};
 use nix::libc::{EIO, ENOSPC};
@@ -166,7 +166,7 @@ impl Script {
     fn add_header(&mut self, kind: CommandKind, cookie: u64, offset: u64, length: u64) {
         let payload = kind == CommandKind::Write && self.dialect == Dialect::Extended;
         let flags = if payload { CommandFlags::PAYLOAD_LEN.bits() } else { 0 };
-        let header = Header { flags, kind: kind.number(), cookie, offset, length };
+        let header = RequestHeader { flags, kind: kind.number(), cookie, offset, length };
         header.encode(self.dialect, &mut self.bytes);
     }
 
@@ -205,14 +205,14 @@ impl Script {
         let mut open: BTreeMap<u64, u64> = BTreeMap::new();
         let mut answered = 0;
         while !received.is_empty() {
-            let (head, used) = Head::decode(received).unwrap().unwrap();
+            let (head, used) = ReplyHeader::decode(received).unwrap().unwrap();
             received = &received[used..];
             let (cookie, done) = match head {
-                Head::Simple { cookie, error } => {
+                ReplyHeader::Simple { cookie, error } => {
                     self.check_simple(cookie, error, &mut received);
                     (cookie, true)
                 }
-                Head::Chunk { cookie, done, kind, length, .. } => {
+                ReplyHeader::Chunk { cookie, done, kind, length, .. } => {
                     let (payload, rest) = received.split_at(length as usize);
                     received = rest;
                     let length = self.check_chunk(cookie, kind, payload);
@@ -349,7 +349,7 @@ fn a_write_failed_before_the_restart_is_answered_after_it() {
     client.read_exact(&mut [0; 152]).unwrap();
     faults.fail_every(Op::Write, ENOSPC);
     let kind = CommandKind::Write.number();
-    let header = Header { flags: 0, kind, cookie: 7, offset: 0, length: MIB };
+    let header = RequestHeader { flags: 0, kind, cookie: 7, offset: 0, length: MIB };
     let mut request = Vec::new();
     header.encode(Dialect::Simple, &mut request);
     request.resize(request.len() + MIB as usize, 0xaa);
@@ -362,8 +362,8 @@ fn a_write_failed_before_the_restart_is_answered_after_it() {
     client.write_all(after).unwrap();
     let mut reply = [0; 16];
     client.read_exact(&mut reply).unwrap();
-    let (head, _) = Head::decode(&reply).unwrap().unwrap();
-    assert_eq!(head, Head::Simple { cookie: 7, error: ErrorCode::NoSpace.number() });
+    let (head, _) = ReplyHeader::decode(&reply).unwrap().unwrap();
+    assert_eq!(head, ReplyHeader::Simple { cookie: 7, error: ErrorCode::NoSpace.number() });
     assert_eq!(server.client_count(), 1);
     server.stop(TIMEOUT);
 }

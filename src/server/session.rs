@@ -140,7 +140,8 @@ impl Session<'_> {
                 match self.handshake(&mut handshake, &mut inbox, &mut outbox) {
                     Ok(agreed) => {
                         let selected = agreed.allocation_context.is_some();
-                        let terms = self.terms(agreed.dialect, selected, handshake.is_introduced());
+                        let terms =
+                            self.terms(agreed.dialect, selected, handshake.private_negotiated());
                         (terms, SessionProgress::default())
                     }
                     Err(SessionEnd::Requested(StopRequest::Suspend)) => {
@@ -210,7 +211,7 @@ impl Session<'_> {
         outbox: &mut Outbox,
     ) -> Result<Option<Agreement>, SessionEnd> {
         loop {
-            let mut step = Ok((0, ServerStep::More));
+            let mut step = Ok((0, ServerStep::NeedInput));
             outbox.reply(|out| step = handshake.advance(inbox.bytes(), out));
             let (used, next) = step.map_err(SessionEnd::Misbehaved)?;
             inbox.consume(used);
@@ -219,7 +220,7 @@ impl Session<'_> {
                 self.registration.option_received(Instant::now());
             }
             match next {
-                ServerStep::More => return Ok(None),
+                ServerStep::NeedInput => return Ok(None),
                 ServerStep::PrivateOption(data) => {
                     let answer = self.probe(&data).map(|(data, is_source)| {
                         if is_source {
@@ -227,10 +228,10 @@ impl Session<'_> {
                         }
                         data
                     });
-                    outbox.reply(|out| handshake.answer_private(answer, out));
+                    outbox.reply(|out| handshake.reply_to_private_option(answer, out));
                 }
-                ServerStep::AdmissionRequired { to_enter } => {
-                    handshake.decide(self.check_policy(to_enter));
+                ServerStep::AdmissionRequired { enters_transmission } => {
+                    handshake.set_admission(self.check_policy(enters_transmission));
                 }
                 ServerStep::Aborted => return Err(SessionEnd::Aborted),
                 ServerStep::Transmission(agreement) => return Ok(Some(agreement)),

@@ -53,8 +53,8 @@ impl SessionProgress {
     /// Whether the next process can restore the session. It will observe the end of the stream again,
     /// but not a framing error.
     pub(super) fn can_be_suspended(&self) -> bool {
-        use SessionEnd::{Closed, Goodbye, Truncated};
-        matches!(self.end, None | Some(Goodbye | Closed | Truncated))
+        use SessionEnd::{Closed, Disconnected, Truncated};
+        matches!(self.end, None | Some(Disconnected | Closed | Truncated))
     }
 
     /// Saves the pending requests. The timeouts of `--killswitch` restart in the next process.
@@ -62,7 +62,7 @@ impl SessionProgress {
         snapshot::PendingSnapshot {
             payload: self.payload.map(Payload::save),
             reads: self.reads.into_iter().map(Read::save).collect(),
-            disconnect_received: matches!(self.end, Some(SessionEnd::Goodbye)),
+            disconnect_received: matches!(self.end, Some(SessionEnd::Disconnected)),
         }
     }
 
@@ -74,7 +74,7 @@ impl SessionProgress {
             None => None,
         };
         let reads = reads.into_iter().map(|read| Read::restore(read, size));
-        let end = disconnect_received.then_some(SessionEnd::Goodbye);
+        let end = disconnect_received.then_some(SessionEnd::Disconnected);
         Some(Self { payload, reads: reads.collect::<Option<_>>()?, end, ..Self::default() })
     }
 }

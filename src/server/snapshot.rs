@@ -244,9 +244,11 @@ impl From<ReplyFormSnapshot> for Dialect {
 
 impl From<HandshakePosition> for HandshakeSnapshot {
     fn from(position: HandshakePosition) -> Self {
-        let HandshakePosition { client, skipping, dialect, allocation_for, introduced } = position;
+        let HandshakePosition { client, skipping, dialect, allocation_for, private_negotiated } =
+            position;
         let client_flags = client.map(|flags| flags.bits());
-        Self { client_flags, skipping, form: dialect.into(), allocation_for, introduced }
+        let (form, introduced) = (dialect.into(), private_negotiated);
+        Self { client_flags, skipping, form, allocation_for, introduced }
     }
 }
 
@@ -263,7 +265,7 @@ impl HandshakeSnapshot {
             skipping,
             dialect: form.into(),
             allocation_for,
-            introduced,
+            private_negotiated: introduced,
         })
     }
 }

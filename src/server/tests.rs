@@ -10,8 +10,8 @@ use crate::client::{ClientError, Connection};
 use crate::disk::Disk;
 use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend};
 use crate::nbd::handshake::client::{ClientHandshake, ClientOffer, ClientStep};
-use crate::nbd::reply::{Chunk, Dialect, Head};
-use crate::nbd::request::Header;
+use crate::nbd::reply::{Chunk, Dialect, ReplyHeader};
+use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
 use crate::net::{Address, Stream, connect};
 use crate::server::export_policy::{ExportPolicy, RecordingPolicy};
@@ -101,16 +101,17 @@ struct Chunked {
 
 impl Chunked {
     fn ask(&mut self, kind: CommandKind, flags: CommandFlags, offset: u64, length: u64) {
-        let header = Header { flags: flags.bits(), kind: kind.number(), cookie: 7, offset, length };
+        let header =
+            RequestHeader { flags: flags.bits(), kind: kind.number(), cookie: 7, offset, length };
         let mut bytes = Vec::new();
         header.encode(self.dialect, &mut bytes);
         self.stream.write_all(&bytes).unwrap();
     }
 
-    fn head(&mut self) -> Head {
+    fn head(&mut self) -> ReplyHeader {
         let mut bytes = Vec::new();
         loop {
-            if let Some((head, _)) = Head::decode(&bytes).unwrap() {
+            if let Some((head, _)) = ReplyHeader::decode(&bytes).unwrap() {
                 return head;
             }
             let mut byte = [0];
@@ -123,7 +124,9 @@ impl Chunked {
     fn reply(&mut self) -> Vec<(Chunk, Vec<u8>)> {
         let mut all = Vec::new();
         loop {
-            let Head::Chunk { done, kind, length, .. } = self.head() else { panic!("no chunk") };
+            let ReplyHeader::Chunk { done, kind, length, .. } = self.head() else {
+                panic!("no chunk")
+            };
             let needed = Chunk::needed(kind, length) as usize;
             let mut payload = vec![0; length as usize];
             self.stream.read_exact(&mut payload).unwrap();
@@ -336,7 +339,7 @@ fn pipelining_two_hundred_requests_does_not_deadlock() {
     client.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
     client.read_exact(&mut [0; 10]).unwrap();
     let ask = |kind: CommandKind, cookie, length| {
-        let header = Header { flags: 0, kind: kind.number(), cookie, offset: 0, length };
+        let header = RequestHeader { flags: 0, kind: kind.number(), cookie, offset: 0, length };
         let mut bytes = Vec::new();
         header.encode(Dialect::Simple, &mut bytes);
         bytes
@@ -350,7 +353,9 @@ fn pipelining_two_hundred_requests_does_not_deadlock() {
     for _ in 0..200 {
         let mut head = [0; 16];
         client.read_exact(&mut head).unwrap();
-        let Some((Head::Simple { cookie, error: 0 }, _)) = Head::decode(&head).unwrap() else {
+        let Some((ReplyHeader::Simple { cookie, error: 0 }, _)) =
+            ReplyHeader::decode(&head).unwrap()
+        else {
             panic!("not a success: {head:?}")
         };
         if cookie < 1000 {

@@ -1,5 +1,6 @@
-//! The client's side of the handshake: bytes that arrived in, bytes to send out.
-//! Asks for what its user wishes, takes what the server has, and never asks the user again.
+//! The client's side of the handshake: takes received bytes, returns bytes to send.
+//! Requests the features of its offer, and uses those that the server supports, without asking its
+//! caller again.
 
 use super::super::Malformed;
 use super::super::bytes::Reader;
@@ -10,65 +11,52 @@ use super::super::wire::{
 };
 use super::option::{InfoRequest, MetaContextRequest, OptionReply, encode_option};
 use super::{Agreement, BlockSizes, Greeting, encode_client_flags};
+use thiserror::Error;
 
-/// What the user of a connection would like; only the export is insisted on.
+/// The features that a client requests. Only the export is mandatory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ClientOffer {
-    /// Name of the export; empty for the default one.
+    /// Name of the export; empty for the default export.
     pub export: String,
-    /// Replies in chunks.
+    /// Structured replies.
     pub structured: bool,
-    /// 64-bit lengths; implies chunks.
+    /// Extended headers; falls back to structured replies.
     pub extended: bool,
-    /// The allocation context; needs chunks.
+    /// The metadata context `base:allocation`; implies structured replies.
     pub allocation: bool,
     /// The private option, with this data.
     pub private: Option<Vec<u8>>,
-    /// Only that: once it is answered the handshake is aborted, as [`HandshakeFailure::Aborted`].
+    /// Nothing else: after the reply the handshake ends with [`HandshakeFailure::Aborted`].
     pub private_only: bool,
 }
 
-/// Why there will be no transmission phase.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The reason why a handshake does not reach the transmission phase.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum HandshakeFailure {
-    /// The first bytes are no NBD greeting.
+    /// The first bytes are not an NBD greeting.
+    #[error("what answers there is not an NBD server")]
     NotNbd,
-    /// The server broke the protocol.
+    /// The server sent a malformed message.
+    #[error("the server broke the NBD protocol: {0}")]
     Malformed(Malformed),
-    /// The server answered something else than what was asked.
+    /// The server sent a valid message at the wrong time.
+    #[error("the server broke the NBD protocol: {0}")]
     Unexpected(&'static str),
-    /// An export was named, but the server is of the old style and has only one, without a name.
+    /// The caller named an export, but an oldstyle server has only one, without a name.
+    #[error("the server speaks the old style of NBD, which has no export names")]
     NoExportNames,
-    /// The private option was answered, and nothing else was wished for.
+    /// The server replied to the private option, and the offer requests nothing else.
+    #[error("the handshake was aborted")]
     Aborted,
     /// The server refused the export.
+    #[error("{}{}", reason(*.number), in_parentheses(.message))]
     Refused {
         /// Number of the error.
         number: u32,
-        /// The server's words, perhaps none.
+        /// The message of the server; may be empty.
         message: String,
     },
 }
-
-impl std::fmt::Display for HandshakeFailure {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::NotNbd => f.write_str("what answers there is not an NBD server"),
-            Self::Malformed(what) => write!(f, "the server broke the NBD protocol: {what}"),
-            Self::Unexpected(what) => write!(f, "the server broke the NBD protocol: {what}"),
-            Self::Aborted => f.write_str("the handshake was aborted"),
-            Self::NoExportNames => {
-                f.write_str("the server speaks the old style of NBD, which has no export names")
-            }
-            Self::Refused { number, message } => {
-                f.write_str(reason(*number))?;
-                if message.is_empty() { Ok(()) } else { write!(f, " ({})", message.escape_debug()) }
-            }
-        }
-    }
-}
-
-impl std::error::Error for HandshakeFailure {}
 
 const OTHER_OPTION: &str = "it answered another option than the one asked";
 
@@ -82,67 +70,73 @@ fn reason(number: u32) -> &'static str {
     }
 }
 
-/// Where the handshake goes after some input was used.
+fn in_parentheses(message: &str) -> String {
+    if message.is_empty() { String::new() } else { format!(" ({})", message.escape_debug()) }
+}
+
+/// The next step of the handshake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClientStep {
-    /// More input is needed.
-    More,
-    /// The handshake is over; requests may be sent.
+    /// Call again with more input.
+    NeedInput,
+    /// The handshake is complete: the client may send requests.
     Transmission(Agreement),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ClientState {
+    /// Waits for the greeting.
     Greeting,
+    /// Waits for replies to the private option.
     Private,
-    Answer(OptionKind),
-    /// Waiting for what follows `NBD_OPT_EXPORT_NAME`, with this many zero bytes at its end.
-    Export {
-        zeroes: usize,
-    },
+    /// Waits for replies to this option.
+    Option(OptionKind),
+    /// Waits for the reply to `NBD_OPT_EXPORT_NAME`, which ends with this many zero bytes.
+    ExportName { zeroes: usize },
 }
 
-/// A handshake under way with one server.
+/// A handshake with one server.
 #[derive(Debug)]
 pub struct ClientHandshake {
-    wish: ClientOffer,
-    stage: ClientState,
+    offer: ClientOffer,
+    state: ClientState,
     no_zeroes: bool,
     dialect: Dialect,
     allocation_context: Option<u32>,
     export: Option<(u64, TransmissionFlags)>,
     block_sizes: Option<BlockSizes>,
-    private_answer: Option<Vec<u8>>,
+    private_reply: Option<Vec<u8>>,
 }
 
 impl ClientHandshake {
     /// A handshake that waits for the server's greeting.
     #[must_use]
-    pub fn new(wish: ClientOffer) -> Self {
+    pub fn new(offer: ClientOffer) -> Self {
         Self {
-            wish,
-            stage: ClientState::Greeting,
+            offer,
+            state: ClientState::Greeting,
             no_zeroes: false,
             dialect: Dialect::Simple,
             allocation_context: None,
             export: None,
             block_sizes: None,
-            private_answer: None,
+            private_reply: None,
         }
     }
 
-    /// What the server answered to the private option, if it knows it; also when the handshake
-    /// failed later.
+    /// Data of the reply to the private option, if the server supports it. Valid even if the handshake
+    /// fails later.
     #[must_use]
-    pub fn private_answer(&self) -> Option<&[u8]> {
-        self.private_answer.as_deref()
+    pub fn private_reply(&self) -> Option<&[u8]> {
+        self.private_reply.as_deref()
     }
 
-    /// Uses up the front of `input`, appends to `out` what is to be sent, and says how much was
-    /// used and what comes next. What was not used must be at the front of the next call's input.
+    /// Consumes messages from the front of `input`, and appends the bytes to send to `out`. Returns the
+    /// number of consumed bytes and the next step. The next call's input must begin with the first
+    /// unconsumed byte.
     ///
     /// # Errors
-    /// When there is no way to the transmission phase; the connection is to be closed.
+    /// If the handshake fails; the caller must close the connection.
     pub fn advance(
         &mut self,
         input: &[u8],
@@ -150,14 +144,16 @@ impl ClientHandshake {
     ) -> Result<(usize, ClientStep), HandshakeFailure> {
         let mut used = 0;
         loop {
-            let (step, next) = match self.stage {
+            let (step, next) = match self.state {
                 ClientState::Greeting => self.greeting(&input[used..], out)?,
-                ClientState::Private => self.private_reply(&input[used..], out)?,
-                ClientState::Answer(asked) => self.answer(asked, &input[used..], out)?,
-                ClientState::Export { zeroes } => self.export_reply(zeroes, &input[used..]),
+                ClientState::Private => self.private_option_reply(&input[used..], out)?,
+                ClientState::Option(kind) => self.option_reply(kind, &input[used..], out)?,
+                ClientState::ExportName { zeroes } => {
+                    self.export_name_reply(zeroes, &input[used..])
+                }
             };
             used += step;
-            if step == 0 || next != ClientStep::More {
+            if step == 0 || next != ClientStep::NeedInput {
                 return Ok((used, next));
             }
         }
@@ -171,10 +167,10 @@ impl ClientHandshake {
         let Some((greeting, used)) =
             Greeting::decode(input).map_err(|_| HandshakeFailure::NotNbd)?
         else {
-            return Ok((0, ClientStep::More));
+            return Ok((0, ClientStep::NeedInput));
         };
         match greeting {
-            Greeting::Oldstyle { .. } if !self.wish.export.is_empty() => {
+            Greeting::Oldstyle { .. } if !self.offer.export.is_empty() => {
                 Err(HandshakeFailure::NoExportNames)
             }
             Greeting::Oldstyle { size, flags } => {
@@ -188,58 +184,62 @@ impl ClientHandshake {
                 client.set(ClientFlags::NO_ZEROES, self.no_zeroes);
                 client.set(ClientFlags::FIXED_NEWSTYLE, fixed);
                 encode_client_flags(client, out);
-                match &self.wish.private {
+                match &self.offer.private {
                     Some(data) if fixed => {
                         encode_option(PRIVATE_OPTION, data, out);
-                        self.stage = ClientState::Private;
+                        self.state = ClientState::Private;
                     }
-                    _ if fixed => self.ask(self.first(), out),
-                    _ => self.ask(OptionKind::ExportName, out),
+                    _ if fixed => self.send_option(self.first_option(), out),
+                    _ => self.send_option(OptionKind::ExportName, out),
                 }
-                Ok((used, ClientStep::More))
+                Ok((used, ClientStep::NeedInput))
             }
         }
     }
 
-    /// The first option of the specification to ask for.
-    fn first(&self) -> OptionKind {
-        if self.wish.extended { OptionKind::ExtendedHeaders } else { self.after_extended_headers() }
+    /// The first option after the private one.
+    fn first_option(&self) -> OptionKind {
+        if self.offer.extended {
+            OptionKind::ExtendedHeaders
+        } else {
+            self.after_extended_headers()
+        }
     }
 
-    fn private_reply(
+    fn private_option_reply(
         &mut self,
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(usize, ClientStep), HandshakeFailure> {
         let decoded = OptionReply::decode(input).map_err(HandshakeFailure::Malformed)?;
-        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::More)) };
+        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::NeedInput)) };
         if option != PRIVATE_OPTION {
             return Err(HandshakeFailure::Unexpected(OTHER_OPTION));
         }
         match reply {
-            OptionReply::Other { number: PRIVATE_OPTION, data } => self.private_answer = Some(data),
-            OptionReply::Ack if self.wish.private_only => return Err(HandshakeFailure::Aborted),
-            OptionReply::Ack => self.ask(self.first(), out),
+            OptionReply::Other { number: PRIVATE_OPTION, data } => self.private_reply = Some(data),
+            OptionReply::Ack if self.offer.private_only => return Err(HandshakeFailure::Aborted),
+            OptionReply::Ack => self.send_option(self.first_option(), out),
             OptionReply::Error { number, .. }
                 if number == OptionReplyKind::ErrUnsupported.number() =>
             {
-                self.ask(self.first(), out);
+                self.send_option(self.first_option(), out);
             }
             OptionReply::Error { number, message } => {
                 return Err(HandshakeFailure::Refused { number, message });
             }
             _ => {}
         }
-        Ok((used, ClientStep::More))
+        Ok((used, ClientStep::NeedInput))
     }
 
-    fn ask(&mut self, kind: OptionKind, out: &mut Vec<u8>) {
+    fn send_option(&mut self, kind: OptionKind, out: &mut Vec<u8>) {
         let mut data = Vec::new();
-        let export = self.wish.export.clone();
+        let export = self.offer.export.clone();
         match kind {
             OptionKind::Go => {
-                let wanted = vec![InfoKind::BlockSize.number()];
-                InfoRequest { export, wanted }.encode(&mut data);
+                let requests = vec![InfoKind::BlockSize.number()];
+                InfoRequest { export, requests }.encode(&mut data);
             }
             OptionKind::SetMetaContext => {
                 let queries = vec![CONTEXT_ALLOCATION.to_owned()];
@@ -249,38 +249,38 @@ impl ClientHandshake {
             _ => {}
         }
         encode_option(kind.number(), &data, out);
-        self.stage = if kind == OptionKind::ExportName {
-            ClientState::Export { zeroes: if self.no_zeroes { 0 } else { RESERVED_ZEROES } }
+        self.state = if kind == OptionKind::ExportName {
+            ClientState::ExportName { zeroes: if self.no_zeroes { 0 } else { RESERVED_ZEROES } }
         } else {
-            ClientState::Answer(kind)
+            ClientState::Option(kind)
         };
     }
 
-    fn answer(
+    fn option_reply(
         &mut self,
-        asked: OptionKind,
+        kind: OptionKind,
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(usize, ClientStep), HandshakeFailure> {
         let decoded = OptionReply::decode(input).map_err(HandshakeFailure::Malformed)?;
-        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::More)) };
-        if option != asked.number() {
+        let Some(((option, reply), used)) = decoded else { return Ok((0, ClientStep::NeedInput)) };
+        if option != kind.number() {
             return Err(HandshakeFailure::Unexpected(OTHER_OPTION));
         }
-        let then = match (asked, reply) {
+        let next = match (kind, reply) {
             (_, OptionReply::Export { size, flags }) => {
                 self.export = Some((size, flags));
-                return Ok((used, ClientStep::More));
+                return Ok((used, ClientStep::NeedInput));
             }
             (_, OptionReply::BlockSize(sizes)) => {
                 self.block_sizes = Some(sizes);
-                return Ok((used, ClientStep::More));
+                return Ok((used, ClientStep::NeedInput));
             }
             (_, OptionReply::MetaContext { id, name }) => {
                 if name == CONTEXT_ALLOCATION {
                     self.allocation_context = Some(id);
                 }
-                return Ok((used, ClientStep::More));
+                return Ok((used, ClientStep::NeedInput));
             }
             (OptionKind::Go, OptionReply::Ack) => {
                 let missing =
@@ -288,37 +288,37 @@ impl ClientHandshake {
                 let (size, flags) = self.export.ok_or(missing)?;
                 return Ok((used, ClientStep::Transmission(self.agreement(size, flags, false))));
             }
-            (_, OptionReply::Ack) => self.accepted(asked),
-            (_, OptionReply::Error { number, message }) => self.declined(asked, number, message)?,
-            _ => return Ok((used, ClientStep::More)),
+            (_, OptionReply::Ack) => self.accepted(kind),
+            (_, OptionReply::Error { number, message }) => self.refused(kind, number, message)?,
+            _ => return Ok((used, ClientStep::NeedInput)),
         };
-        self.ask(then, out);
-        Ok((used, ClientStep::More))
+        self.send_option(next, out);
+        Ok((used, ClientStep::NeedInput))
     }
 
-    /// What to ask after the server accepted an option.
-    fn accepted(&mut self, asked: OptionKind) -> OptionKind {
-        match asked {
+    /// The next option after the server accepted `kind`.
+    fn accepted(&mut self, kind: OptionKind) -> OptionKind {
+        match kind {
             OptionKind::ExtendedHeaders => {
                 self.dialect = Dialect::Extended;
-                self.after_replies()
+                self.after_reply_options()
             }
             OptionKind::StructuredReply => {
                 self.dialect = Dialect::Structured;
-                self.after_replies()
+                self.after_reply_options()
             }
             _ => OptionKind::Go,
         }
     }
 
-    /// What to ask after the server declined an option; only the export itself must be had.
-    fn declined(
+    /// The next option after the server refused `kind`. Only a refused export ends the handshake.
+    fn refused(
         &mut self,
-        asked: OptionKind,
+        kind: OptionKind,
         number: u32,
         message: String,
     ) -> Result<OptionKind, HandshakeFailure> {
-        match asked {
+        match kind {
             OptionKind::ExtendedHeaders => Ok(self.after_extended_headers()),
             OptionKind::Go if number == OptionReplyKind::ErrUnsupported.number() => {
                 Ok(OptionKind::ExportName)
@@ -333,15 +333,15 @@ impl ClientHandshake {
     }
 
     fn after_extended_headers(&self) -> OptionKind {
-        let wanted = self.wish.structured || self.wish.extended || self.wish.allocation;
-        if wanted { OptionKind::StructuredReply } else { OptionKind::Go }
+        let needs_chunks = self.offer.structured || self.offer.extended || self.offer.allocation;
+        if needs_chunks { OptionKind::StructuredReply } else { OptionKind::Go }
     }
 
-    fn after_replies(&self) -> OptionKind {
-        if self.wish.allocation { OptionKind::SetMetaContext } else { OptionKind::Go }
+    fn after_reply_options(&self) -> OptionKind {
+        if self.offer.allocation { OptionKind::SetMetaContext } else { OptionKind::Go }
     }
 
-    fn export_reply(&mut self, zeroes: usize, input: &[u8]) -> (usize, ClientStep) {
+    fn export_name_reply(&mut self, zeroes: usize, input: &[u8]) -> (usize, ClientStep) {
         let mut reader = Reader::new(input);
         let reply = (|| {
             let size = reader.u64()?;
@@ -349,7 +349,7 @@ impl ClientHandshake {
             reader.take(zeroes)?;
             Some((size, flags))
         })();
-        let Some((size, flags)) = reply else { return (0, ClientStep::More) };
+        let Some((size, flags)) = reply else { return (0, ClientStep::NeedInput) };
         (reader.used(), ClientStep::Transmission(self.agreement(size, flags, false)))
     }
 

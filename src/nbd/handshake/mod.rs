@@ -1,12 +1,12 @@
-//! How a conversation begins: greeting, option haggling, agreement; as server and as client.
-//! Pure: both roles are fed the bytes that arrived and say which bytes to send.
+//! The handshake of both roles: greeting, option haggling, negotiated parameters.
+//! Pure: both roles take the received bytes, and return the bytes to send.
 //!
 //! ```text
 //! server                                      client
-//!   │ ── Greeting::Oldstyle {size, flags} ────▶ │   (old style: that was all)
+//!   │ ── Greeting::Oldstyle {size, flags} ────▶ │   (oldstyle: ends here)
 //!   │ ── Greeting::Newstyle {flags} ──────────▶ │
 //!   │ ◀────────────────────── client flags ──── │
-//!   │ ◀──────────────────────────── option ──── │   again and again,
+//!   │ ◀──────────────────────────── option ──── │   repeatedly,
 //!   │ ── option replies ──────────────────────▶ │   until GO or EXPORT_NAME succeeds
 //! ```
 
@@ -24,19 +24,19 @@ use super::wire::{
 };
 use super::{Decoded, Malformed};
 
-/// The server's first words ("Handshake").
+/// The greeting of the server ("Handshake").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Greeting {
-    /// One export, no options.
+    /// Oldstyle: one export, no options.
     Oldstyle {
-        /// Of the export, in bytes.
+        /// Size of the export in bytes.
         size: u64,
-        /// What the export can do.
+        /// Transmission flags of the export.
         flags: TransmissionFlags,
     },
-    /// Options follow.
+    /// Newstyle: option haggling follows.
     Newstyle {
-        /// What the server can do.
+        /// Handshake flags of the server.
         flags: HandshakeFlags,
     },
 }
@@ -59,10 +59,10 @@ impl Greeting {
         }
     }
 
-    /// The greeting at the front of `bytes`. Flags without a name are dropped.
+    /// The greeting at the front of `bytes`. Ignores unknown flags.
     ///
     /// # Errors
-    /// When the bytes are no NBD greeting.
+    /// If the bytes are not an NBD greeting.
     pub fn decode(bytes: &[u8]) -> Decoded<Self> {
         let mut reader = Reader::new(bytes);
         let Some(magic) = reader.u64() else { return Ok(None) };
@@ -82,14 +82,14 @@ impl Greeting {
 
     fn oldstyle(reader: &mut Reader<'_>) -> Option<Self> {
         let size = reader.u64()?;
-        // The upper half of these 32 bits were handshake flags; none was ever defined.
+        // The upper 16 of these 32 bits are handshake flags, which must all be clear in oldstyle.
         let flags = TransmissionFlags::from_bits_truncate((reader.u32()? & 0xffff) as u16);
         reader.take(RESERVED_ZEROES)?;
         Some(Self::Oldstyle { size, flags })
     }
 }
 
-/// Appends the client's answer to a newstyle greeting.
+/// Appends the client flags: the reply to a newstyle greeting.
 pub fn encode_client_flags(flags: ClientFlags, out: &mut Vec<u8>) {
     out.extend_from_slice(&flags.bits().to_be_bytes());
 }
@@ -97,30 +97,30 @@ pub fn encode_client_flags(flags: ClientFlags, out: &mut Vec<u8>) {
 /// Block sizes of an export in bytes ("Block size constraints").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockSizes {
-    /// Offsets and lengths are multiples of this.
+    /// Offsets and lengths are multiples of it.
     pub minimum: u32,
-    /// Fastest.
+    /// Aligned requests of at least this length are efficient.
     pub preferred: u32,
-    /// Largest payload.
+    /// Maximum payload.
     pub maximum: u32,
 }
 
-/// The id under which [`super::wire::CONTEXT_ALLOCATION`] is reported by our server.
+/// The id that our server assigns to [`super::wire::CONTEXT_ALLOCATION`].
 pub const ALLOCATION_CONTEXT_ID: u32 = 1;
 
-/// What both sides agreed on for the transmission phase.
+/// The negotiated parameters of the transmission phase.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agreement {
-    /// Of the export in bytes.
+    /// Size of the export in bytes.
     pub size: u64,
-    /// What the export can do.
+    /// Transmission flags of the export.
     pub flags: TransmissionFlags,
-    /// The form of requests and replies.
+    /// The form of request headers and replies.
     pub dialect: Dialect,
-    /// Id of the allocation context, if it was selected.
+    /// Id of the metadata context `base:allocation`, if it was selected.
     pub allocation_context: Option<u32>,
-    /// What the server said about block sizes, if it did.
+    /// The advertised block sizes, if any.
     pub block_sizes: Option<BlockSizes>,
-    /// Whether the server greeted in old style.
+    /// Whether the greeting was oldstyle.
     pub oldstyle: bool,
 }

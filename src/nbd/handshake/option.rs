@@ -1,5 +1,5 @@
-//! Options and the replies to them ⇄ bytes ("Option haggling").
-//! Knows their layout and what lengths they may have, not what they lead to.
+//! Encodes and decodes options and the replies to them ("Newstyle negotiation").
+//! Defines their layout and length limits, not their effect.
 
 use super::super::bytes::Reader;
 use super::super::wire::{
@@ -9,39 +9,39 @@ use super::super::wire::{
 use super::super::{Decoded, Malformed};
 use super::BlockSizes;
 
-/// Length of what precedes the data of every option.
-pub const OPTION_HEAD_LENGTH: usize = 16;
-/// Length of what precedes the data of every reply to an option.
-pub const OPTION_REPLY_HEAD_LENGTH: usize = 20;
-/// Longest data of an option that is looked at; more is read past and answered with an error.
+/// Length of the header of an option, in bytes.
+pub const OPTION_HEADER_LENGTH: usize = 16;
+/// Length of the header of a reply to an option, in bytes.
+pub const OPTION_REPLY_HEADER_LENGTH: usize = 20;
+/// Maximum data of an option that the server decodes. It skips longer data, and replies with an error.
 pub const OPTION_LENGTH_MAX: u32 = 64 << 10;
-/// Longest data of an option that is read past; more ends the session.
+/// Maximum data of an option that the server skips. Longer data ends the session.
 pub const OPTION_SKIP_LENGTH_MAX: u32 = 32 << 20;
-/// Longest data of a reply to an option that a client accepts.
+/// Maximum data of a reply to an option that the client accepts.
 pub const OPTION_REPLY_LENGTH_MAX: u32 = 64 << 10;
 
-/// Number and data length of an option.
+/// The header of an option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OptionHead {
-    /// Number, also an unknown one.
+pub struct OptionHeader {
+    /// Number of the option, known or unknown.
     pub number: u32,
-    /// Of the data that follows, in bytes.
+    /// Length of the data after the header, in bytes.
     pub length: u32,
 }
 
-impl OptionHead {
-    /// The head at the front of `bytes`.
+impl OptionHeader {
+    /// The header at the front of `bytes`.
     ///
     /// # Errors
-    /// When the bytes begin with another magic number.
+    /// If the bytes begin with another magic number.
     pub fn decode(bytes: &[u8]) -> Decoded<Self> {
         let mut reader = Reader::new(bytes);
         let Some(magic) = reader.u64() else { return Ok(None) };
         if magic != OPTION_MAGIC {
             return Err(Malformed::Magic(magic));
         }
-        let head = (|| Some(Self { number: reader.u32()?, length: reader.u32()? }))();
-        Ok(head.map(|head| (head, reader.used())))
+        let header = (|| Some(Self { number: reader.u32()?, length: reader.u32()? }))();
+        Ok(header.map(|header| (header, reader.used())))
     }
 }
 
@@ -49,16 +49,16 @@ impl OptionHead {
 pub fn encode_option(number: u32, data: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
     out.extend_from_slice(&number.to_be_bytes());
-    // Our options are short; one that was not would be cut consistently.
+    // Our options are short. A longer one would be truncated, header and data alike.
     let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
     out.extend_from_slice(&length.to_be_bytes());
     out.extend_from_slice(&data[..length as usize]);
 }
 
-/// Why the data of a known option cannot be used; how it is answered.
+/// The reason why the server refuses the data of a known option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OptionFault {
-    /// Lengths that do not add up, or text that is none: `NBD_REP_ERR_INVALID`.
+pub enum OptionError {
+    /// Contradictory lengths, or an invalid string: `NBD_REP_ERR_INVALID`.
     Invalid(&'static str),
     /// A string over 4096 bytes: `NBD_REP_ERR_TOO_BIG`.
     TooBig,
@@ -69,34 +69,34 @@ pub enum OptionFault {
 pub struct InfoRequest {
     /// Name of the export.
     pub export: String,
-    /// Numbers of what is asked for, also unknown ones.
-    pub wanted: Vec<u16>,
+    /// Kinds of the requested information, known or unknown.
+    pub requests: Vec<u16>,
 }
 
 impl InfoRequest {
     /// Appends the data.
     pub fn encode(&self, out: &mut Vec<u8>) {
         encode_string(&self.export, out);
-        out.extend_from_slice(&(self.wanted.len() as u16).to_be_bytes());
-        for number in &self.wanted {
+        out.extend_from_slice(&(self.requests.len() as u16).to_be_bytes());
+        for number in &self.requests {
             out.extend_from_slice(&number.to_be_bytes());
         }
     }
 
-    /// The request that is all of `data`.
+    /// Decodes all of `data`.
     ///
     /// # Errors
-    /// How the option is to be refused.
-    pub fn decode(data: &[u8]) -> Result<Self, OptionFault> {
+    /// If the data is invalid.
+    pub fn decode(data: &[u8]) -> Result<Self, OptionError> {
         let mut reader = Reader::new(data);
-        let export = string(&mut reader)?;
-        let short = OptionFault::Invalid("the option's length does not fit what it holds");
-        let count = reader.u16().ok_or(short)?;
+        let export = read_string(&mut reader)?;
+        let bad_length = OptionError::Invalid("the option's length does not fit what it holds");
+        let count = reader.u16().ok_or(bad_length)?;
         if reader.rest().len() != usize::from(count) * 2 {
-            return Err(short);
+            return Err(bad_length);
         }
-        let wanted = (0..count).map_while(|_| reader.u16()).collect();
-        Ok(Self { export, wanted })
+        let requests = (0..count).map_while(|_| reader.u16()).collect();
+        Ok(Self { export, requests })
     }
 }
 
@@ -105,7 +105,7 @@ impl InfoRequest {
 pub struct MetaContextRequest {
     /// Name of the export.
     pub export: String,
-    /// Names of contexts, or patterns.
+    /// Names of contexts, or wildcards.
     pub queries: Vec<String>,
 }
 
@@ -119,44 +119,44 @@ impl MetaContextRequest {
         }
     }
 
-    /// The request that is all of `data`.
+    /// Decodes all of `data`.
     ///
     /// # Errors
-    /// How the option is to be refused.
-    pub fn decode(data: &[u8]) -> Result<Self, OptionFault> {
+    /// If the data is invalid.
+    pub fn decode(data: &[u8]) -> Result<Self, OptionError> {
         let mut reader = Reader::new(data);
-        let export = string(&mut reader)?;
-        let short = OptionFault::Invalid("the option's length does not fit what it holds");
-        let count = reader.u32().ok_or(short)?;
+        let export = read_string(&mut reader)?;
+        let bad_length = OptionError::Invalid("the option's length does not fit what it holds");
+        let count = reader.u32().ok_or(bad_length)?;
         let mut queries = Vec::new();
         for _ in 0..count {
-            queries.push(string(&mut reader)?);
+            queries.push(read_string(&mut reader)?);
         }
-        if reader.rest().is_empty() { Ok(Self { export, queries }) } else { Err(short) }
+        if reader.rest().is_empty() { Ok(Self { export, queries }) } else { Err(bad_length) }
     }
 }
 
-/// The text that is all of `data`, as `NBD_OPT_EXPORT_NAME` has it.
+/// Decodes all of `data` as a string ("Conventions").
 ///
 /// # Errors
-/// When it is too long, not UTF-8, or has a NUL.
-pub fn decode_text(data: &[u8]) -> Result<String, OptionFault> {
+/// If it is too long, not UTF-8, or contains NUL.
+pub fn decode_string(data: &[u8]) -> Result<String, OptionError> {
     if data.len() > STRING_LENGTH_MAX {
-        return Err(OptionFault::TooBig);
+        return Err(OptionError::TooBig);
     }
     match std::str::from_utf8(data) {
         Ok(text) if !text.contains('\0') => Ok(text.to_owned()),
-        _ => Err(OptionFault::Invalid("a string is not valid UTF-8 without NUL")),
+        _ => Err(OptionError::Invalid("a string is not valid UTF-8 without NUL")),
     }
 }
 
-fn string(reader: &mut Reader<'_>) -> Result<String, OptionFault> {
-    let short = OptionFault::Invalid("the option's length does not fit what it holds");
-    let length = reader.u32().ok_or(short)? as usize;
+fn read_string(reader: &mut Reader<'_>) -> Result<String, OptionError> {
+    let bad_length = OptionError::Invalid("the option's length does not fit what it holds");
+    let length = reader.u32().ok_or(bad_length)? as usize;
     if length > reader.rest().len() {
-        return Err(short);
+        return Err(bad_length);
     }
-    decode_text(reader.take(length).ok_or(short)?)
+    decode_string(reader.take(length).ok_or(bad_length)?)
 }
 
 fn encode_string(text: &str, out: &mut Vec<u8>) {
@@ -164,58 +164,58 @@ fn encode_string(text: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(text.as_bytes());
 }
 
-/// One reply to an option.
+/// A reply to an option.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OptionReply {
-    /// Done.
+    /// The option is accepted; the last of its replies.
     Ack,
-    /// One export.
+    /// An export of the list.
     Server {
-        /// Its name.
+        /// Name of the export.
         name: String,
-        /// Words for people.
+        /// Description for display.
         description: String,
     },
-    /// What the export is.
+    /// Parameters of the export.
     Export {
-        /// In bytes.
+        /// Size in bytes.
         size: u64,
-        /// What it can do.
+        /// Transmission flags.
         flags: TransmissionFlags,
     },
-    /// Its canonical name.
+    /// Canonical name of the export.
     Name(String),
-    /// Words for people.
+    /// Description of the export, for display.
     Description(String),
-    /// Its block sizes.
+    /// Block sizes of the export.
     BlockSize(BlockSizes),
-    /// Information of a kind we do not know.
+    /// Information of an unknown kind.
     OtherInfo(u16),
     /// A metadata context.
     MetaContext {
-        /// Under which id it is reported.
+        /// Id of the context.
         id: u32,
-        /// Its name.
+        /// Name of the context.
         name: String,
     },
     /// The option failed.
     Error {
-        /// Number of the error, also an unknown one.
+        /// Number of the error, known or unknown.
         number: u32,
-        /// The server's words.
+        /// The message of the server; may be empty.
         message: String,
     },
-    /// A reply of a kind we do not know, with its data.
+    /// A reply of an unknown kind.
     Other {
         /// Number of the kind.
         number: u32,
-        /// Its data.
+        /// Data of the reply.
         data: Vec<u8>,
     },
 }
 
 impl OptionReply {
-    /// An error of a kind we know.
+    /// An error of a known kind.
     #[must_use]
     pub fn error(kind: OptionReplyKind, message: &str) -> Self {
         Self::Error { number: kind.number(), message: message.to_owned() }
@@ -242,15 +242,15 @@ impl OptionReply {
             }
             Self::Export { size, flags } => {
                 let data = [&size.to_be_bytes()[..], &flags.bits().to_be_bytes()].concat();
-                info(InfoKind::Export.number(), &data)
+                info_parts(InfoKind::Export.number(), &data)
             }
-            Self::Name(name) => info(InfoKind::Name.number(), name.as_bytes()),
-            Self::Description(text) => info(InfoKind::Description.number(), text.as_bytes()),
+            Self::Name(name) => info_parts(InfoKind::Name.number(), name.as_bytes()),
+            Self::Description(text) => info_parts(InfoKind::Description.number(), text.as_bytes()),
             Self::BlockSize(sizes) => {
                 let fields = [sizes.minimum, sizes.preferred, sizes.maximum];
-                info(InfoKind::BlockSize.number(), &fields.map(u32::to_be_bytes).concat())
+                info_parts(InfoKind::BlockSize.number(), &fields.map(u32::to_be_bytes).concat())
             }
-            Self::OtherInfo(number) => info(*number, &[]),
+            Self::OtherInfo(number) => info_parts(*number, &[]),
             Self::MetaContext { id, name } => {
                 let data = [&id.to_be_bytes()[..], name.as_bytes()].concat();
                 (OptionReplyKind::MetaContext.number(), data)
@@ -260,18 +260,18 @@ impl OptionReply {
         }
     }
 
-    /// The reply at the front of `bytes`, and the number of the option it answers.
+    /// The reply at the front of `bytes`, and the number of its option.
     ///
     /// # Errors
-    /// When it is no reply to an option, is too long, or contradicts its kind.
+    /// If the bytes are not a reply to an option, or the reply is too long or contradicts its kind.
     pub fn decode(bytes: &[u8]) -> Decoded<(u32, Self)> {
         let mut reader = Reader::new(bytes);
         let Some(magic) = reader.u64() else { return Ok(None) };
         if magic != OPTION_REPLY_MAGIC {
             return Err(Malformed::Magic(magic));
         }
-        let head = (|| Some((reader.u32()?, reader.u32()?, reader.u32()?)))();
-        let Some((option, number, length)) = head else { return Ok(None) };
+        let header = (|| Some((reader.u32()?, reader.u32()?, reader.u32()?)))();
+        let Some((option, number, length)) = header else { return Ok(None) };
         if length > OPTION_REPLY_LENGTH_MAX {
             return Err(Malformed::Length(u64::from(length)));
         }
@@ -281,29 +281,29 @@ impl OptionReply {
     }
 
     fn from_parts(number: u32, data: &[u8]) -> Result<Self, Malformed> {
-        let wrong = Malformed::Length(data.len() as u64);
+        let bad_length = Malformed::Length(data.len() as u64);
         if OptionReplyKind::is_error(number) {
             return Ok(Self::Error { number, message: lossy(data) });
         }
         let mut reader = Reader::new(data);
         match OptionReplyKind::try_from(number) {
             Ok(OptionReplyKind::Ack) if data.is_empty() => Ok(Self::Ack),
-            Ok(OptionReplyKind::Ack) => Err(wrong),
+            Ok(OptionReplyKind::Ack) => Err(bad_length),
             Ok(OptionReplyKind::Server) => {
-                let length = reader.u32().ok_or(wrong)? as usize;
-                let name = text(reader.take(length).ok_or(wrong)?)?;
+                let length = reader.u32().ok_or(bad_length)? as usize;
+                let name = reply_string(reader.take(length).ok_or(bad_length)?)?;
                 Ok(Self::Server { name, description: lossy(reader.rest()) })
             }
-            Ok(OptionReplyKind::Info) => Self::information(&mut reader).ok_or(wrong)?,
+            Ok(OptionReplyKind::Info) => Self::decode_info(&mut reader).ok_or(bad_length)?,
             Ok(OptionReplyKind::MetaContext) => {
-                let id = reader.u32().ok_or(wrong)?;
-                Ok(Self::MetaContext { id, name: text(reader.rest())? })
+                let id = reader.u32().ok_or(bad_length)?;
+                Ok(Self::MetaContext { id, name: reply_string(reader.rest())? })
             }
             _ => Ok(Self::Other { number, data: data.to_vec() }),
         }
     }
 
-    fn information(reader: &mut Reader<'_>) -> Option<Result<Self, Malformed>> {
+    fn decode_info(reader: &mut Reader<'_>) -> Option<Result<Self, Malformed>> {
         let number = reader.u16()?;
         let reply = match InfoKind::try_from(number) {
             Ok(InfoKind::Export) if reader.rest().len() == 10 => Self::Export {
@@ -316,7 +316,7 @@ impl OptionReply {
                 maximum: reader.u32()?,
             }),
             Ok(InfoKind::Export | InfoKind::BlockSize) => return None,
-            Ok(InfoKind::Name) => return Some(text(reader.rest()).map(Self::Name)),
+            Ok(InfoKind::Name) => return Some(reply_string(reader.rest()).map(Self::Name)),
             Ok(InfoKind::Description) => Self::Description(lossy(reader.rest())),
             Err(_) => Self::OtherInfo(number),
         };
@@ -324,12 +324,12 @@ impl OptionReply {
     }
 }
 
-fn info(number: u16, data: &[u8]) -> (u32, Vec<u8>) {
+fn info_parts(number: u16, data: &[u8]) -> (u32, Vec<u8>) {
     (OptionReplyKind::Info.number(), [&number.to_be_bytes()[..], data].concat())
 }
 
-fn text(data: &[u8]) -> Result<String, Malformed> {
-    decode_text(data).map_err(|_| Malformed::Text)
+fn reply_string(data: &[u8]) -> Result<String, Malformed> {
+    decode_string(data).map_err(|_| Malformed::Text)
 }
 
 fn lossy(data: &[u8]) -> String {
@@ -366,7 +366,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn option_replies_round_trip_and_every_prefix_is_incomplete(reply in replies(), option: u32) {
+        fn option_replies_round_trip_and_prefixes_are_incomplete(reply in replies(), option: u32) {
             let mut bytes = Vec::new();
             reply.encode(option, &mut bytes);
             for end in 0..bytes.len() {
@@ -378,10 +378,10 @@ mod tests {
 
         #[test]
         fn option_requests_round_trip(
-            export in "[a-zé/]{0,50}", wanted: Vec<u16>, queries in prop::collection::vec(".{0,20}", 0..9),
+            export in "[a-zé/]{0,50}", requests: Vec<u16>, queries in prop::collection::vec(".{0,20}", 0..9),
         ) {
             let queries: Vec<String> = queries.iter().map(|q| q.replace('\0', "")).collect();
-            let info = InfoRequest { export: export.clone(), wanted };
+            let info = InfoRequest { export: export.clone(), requests };
             let mut data = Vec::new();
             info.encode(&mut data);
             prop_assert_eq!(InfoRequest::decode(&data), Ok(info));
@@ -397,18 +397,18 @@ mod tests {
         }
 
         #[test]
-        fn option_heads_round_trip_and_every_prefix_is_incomplete(number: u32, data: Vec<u8>) {
+        fn option_headers_round_trip_and_prefixes_are_incomplete(number: u32, data: Vec<u8>) {
             let mut bytes = Vec::new();
             encode_option(number, &data, &mut bytes);
-            for end in 0..OPTION_HEAD_LENGTH {
-                prop_assert_eq!(OptionHead::decode(&bytes[..end]), Ok(None));
+            for end in 0..OPTION_HEADER_LENGTH {
+                prop_assert_eq!(OptionHeader::decode(&bytes[..end]), Ok(None));
             }
-            let head = OptionHead { number, length: data.len() as u32 };
-            prop_assert_eq!(OptionHead::decode(&bytes), Ok(Some((head, OPTION_HEAD_LENGTH))));
+            let header = OptionHeader { number, length: data.len() as u32 };
+            prop_assert_eq!(OptionHeader::decode(&bytes), Ok(Some((header, OPTION_HEADER_LENGTH))));
         }
 
         #[test]
-        fn no_bytes_make_a_decoder_panic(data: Vec<u8>, number: u32) {
+        fn decoders_never_panic(data: Vec<u8>, number: u32) {
             let _ = InfoRequest::decode(&data);
             let _ = MetaContextRequest::decode(&data);
             let _ = OptionReply::from_parts(number % 8, &data);
@@ -416,15 +416,15 @@ mod tests {
     }
 
     #[test]
-    fn a_string_of_the_longest_length_is_text_and_one_byte_more_is_too_big() {
-        assert!(decode_text(&[b'a'; STRING_LENGTH_MAX]).is_ok());
-        assert_eq!(decode_text(&[b'a'; STRING_LENGTH_MAX + 1]), Err(OptionFault::TooBig));
-        assert!(matches!(decode_text(b"a\0b"), Err(OptionFault::Invalid(_))));
-        assert!(matches!(decode_text(&[0xff]), Err(OptionFault::Invalid(_))));
+    fn strings_have_at_most_4096_bytes_of_utf8_without_nul() {
+        assert!(decode_string(&[b'a'; STRING_LENGTH_MAX]).is_ok());
+        assert_eq!(decode_string(&[b'a'; STRING_LENGTH_MAX + 1]), Err(OptionError::TooBig));
+        assert!(matches!(decode_string(b"a\0b"), Err(OptionError::Invalid(_))));
+        assert!(matches!(decode_string(&[0xff]), Err(OptionError::Invalid(_))));
     }
 
     #[test]
-    fn a_reply_over_the_limit_is_refused_before_its_data_arrives() {
+    fn a_too_long_reply_is_malformed_before_its_data_arrives() {
         for (length, incomplete) in
             [(OPTION_REPLY_LENGTH_MAX, true), (OPTION_REPLY_LENGTH_MAX + 1, false)]
         {

@@ -1,5 +1,5 @@
-//! The server's side of the handshake: bytes that arrived in, bytes to send out.
-//! Changes nothing outside itself, so that a client may vanish at any byte of it.
+//! The server's side of the handshake: takes received bytes, returns bytes to send.
+//! Has no effect outside itself: a client may disconnect after any byte.
 
 use super::super::reply::Dialect;
 use super::super::wire::{
@@ -7,212 +7,207 @@ use super::super::wire::{
     OptionReplyKind, PRIVATE_OPTION, RESERVED_ZEROES, STRING_LENGTH_MAX, TransmissionFlags,
 };
 use super::option::{
-    InfoRequest, MetaContextRequest, OPTION_LENGTH_MAX, OPTION_SKIP_LENGTH_MAX, OptionFault,
-    OptionHead, OptionReply, decode_text,
+    InfoRequest, MetaContextRequest, OPTION_HEADER_LENGTH, OPTION_LENGTH_MAX,
+    OPTION_SKIP_LENGTH_MAX, OptionError, OptionHeader, OptionReply, decode_string,
 };
 use super::{ALLOCATION_CONTEXT_ID, Agreement, BlockSizes, Greeting};
+use thiserror::Error;
 
-/// What a server offers.
+/// The export of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Export {
-    /// Its name; clients reach it under the empty name as well.
+    /// Name of the export. It is also the default export, with the empty name.
     pub name: String,
-    /// Words for people; may be empty.
+    /// Description for display; may be empty.
     pub description: String,
-    /// In bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Without [`TransmissionFlags::SEND_DF`], which depends on the client.
+    /// Transmission flags, without [`TransmissionFlags::SEND_DF`], which depends on the negotiation.
     pub flags: TransmissionFlags,
-    /// What clients should keep to.
+    /// Advertised block sizes.
     pub block_sizes: BlockSizes,
 }
 
-/// How a client broke the handshake so that the session must end.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A violation of the protocol by the client that ends the session.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ProtocolViolation {
-    /// It sent flags that do not exist.
+    /// The client set undefined client flags.
+    #[error("it sent unknown client flags {0:#x}")]
     UnknownClientFlags(u32),
-    /// An option did not begin as one: framing is lost.
-    NoOption(u64),
-    /// An option announced this many bytes, over [`OPTION_SKIP_LENGTH_MAX`].
+    /// An option has a wrong magic number: framing is lost.
+    #[error("it sent {0:#x} where an option should begin")]
+    BadOptionMagic(u64),
+    /// The data of an option has this length in bytes, over [`OPTION_SKIP_LENGTH_MAX`].
+    #[error("it announced an option of {0} bytes")]
     OptionTooLong(u32),
-    /// `NBD_OPT_EXPORT_NAME` for an export that does not exist, or a name that is none.
-    NoSuchExport,
-    /// `NBD_OPT_EXPORT_NAME` after extended headers were agreed on.
+    /// `NBD_OPT_EXPORT_NAME` with an invalid name, or the name of an unknown export.
+    #[error("it asked for an export that does not exist")]
+    UnknownExport,
+    /// `NBD_OPT_EXPORT_NAME` after extended headers were negotiated.
+    #[error("it sent NBD_OPT_EXPORT_NAME after extended headers")]
     ExportNameAfterExtendedHeaders,
-    /// An option that must be answered, from a client that does not know answers.
+    /// An option that needs a reply, from a client without fixed newstyle.
+    #[error("it sent option {0} without knowing fixed newstyle")]
     OptionBeforeFixedNewstyle(u32),
     /// `NBD_OPT_EXPORT_NAME` from a client that was refused admission.
+    #[error("it is not let in: {0}")]
     NotAdmitted(String),
 }
 
-impl std::fmt::Display for ProtocolViolation {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::UnknownClientFlags(flags) => write!(f, "it sent unknown client flags {flags:#x}"),
-            Self::NoOption(magic) => write!(f, "it sent {magic:#x} where an option should begin"),
-            Self::OptionTooLong(length) => write!(f, "it announced an option of {length} bytes"),
-            Self::NoSuchExport => f.write_str("it asked for an export that does not exist"),
-            Self::ExportNameAfterExtendedHeaders => {
-                f.write_str("it sent NBD_OPT_EXPORT_NAME after extended headers")
-            }
-            Self::OptionBeforeFixedNewstyle(number) => {
-                write!(f, "it sent option {number} without knowing fixed newstyle")
-            }
-            Self::NotAdmitted(why) => write!(f, "it is not let in: {why}"),
-        }
-    }
-}
-
-/// Where the handshake goes after some input was used.
+/// The next step of the handshake.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServerStep {
-    /// More input is needed.
-    More,
-    /// The handshake is over; requests follow.
+    /// Call again with more input.
+    NeedInput,
+    /// The handshake is complete: requests follow.
     Transmission(Agreement),
-    /// The client sent the private option, with this data: go on with
-    /// [`ServerHandshake::answer_private`].
+    /// The client sent the private option with this data. Continue with
+    /// [`ServerHandshake::reply_to_private_option`].
     PrivateOption(Vec<u8>),
-    /// The client wants to know about the export, or to enter the transmission phase. Go on after
-    /// [`ServerHandshake::decide`], with the same input.
+    /// The client requests the export. Call [`ServerHandshake::set_admission`], then continue with the
+    /// same input.
     AdmissionRequired {
-        /// It would be in the transmission phase.
-        to_enter: bool,
+        /// Whether the option enters the transmission phase, unlike `NBD_OPT_INFO`.
+        enters_transmission: bool,
     },
-    /// The client gave up: send what there is to send, then close.
+    /// The client sent `NBD_OPT_ABORT`. Send the pending replies, then close the connection.
     Aborted,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ServerState {
+    /// Waits for the client flags.
     ClientFlags,
+    /// Waits for an option.
     Options,
-    /// Reading past the data of an option that was answered already.
+    /// Skips this many bytes: data of an option that was replied to already.
     Skipping(u32),
 }
 
-/// A handshake under way with one client, in newstyle.
+/// A newstyle handshake with one client.
 #[derive(Debug)]
 pub struct ServerHandshake {
     export: Export,
-    stage: ServerState,
+    state: ServerState,
     client: ClientFlags,
     dialect: Dialect,
     /// Name of the export for which the allocation context was selected.
     allocation_for: Option<String>,
-    /// Whether the private option is known.
-    private: bool,
-    /// Whether it is decided for each client whether it gets at the export.
-    selective: bool,
-    /// Whether the client has sent it and had it answered.
-    introduced: bool,
-    /// Whether the client may have the export that it now asks for, or why not, once decided.
-    verdict: Option<Result<(), String>>,
+    /// Whether the server supports the private option.
+    private_enabled: bool,
+    /// Whether the private option was negotiated.
+    private_negotiated: bool,
+    /// Whether each request for the export needs admission.
+    admission_required: bool,
+    /// The decision on the current option, once made; the error is the reason for a refusal.
+    admission: Option<Result<(), String>>,
 }
 
-/// How far a handshake has come, so that another process can go on with it. Bytes that were not
-/// used yet are not part of it.
+/// The state of a handshake, from which another process can resume it. Unconsumed input is not part
+/// of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HandshakePosition {
-    /// What the client said first; none while it has not.
+    /// The client flags; `None` until they arrive.
     pub client: Option<ClientFlags>,
-    /// How much of an option's data is still to be read past.
+    /// How many bytes of the data of an option remain to be skipped.
     pub skipping: u32,
-    /// What was agreed on for requests and replies.
+    /// The negotiated form of request headers and replies.
     pub dialect: Dialect,
     /// Name of the export for which the allocation context was selected.
     pub allocation_for: Option<String>,
-    /// Whether the private option was answered.
-    pub introduced: bool,
+    /// Whether the private option was negotiated.
+    pub private_negotiated: bool,
 }
 
 impl ServerHandshake {
-    /// A handshake in which nothing has been said.
+    /// A handshake before the client flags.
     #[must_use]
     pub fn new(export: Export) -> Self {
         let (client, dialect) = (None, Dialect::Simple);
-        let (allocation_for, introduced) = (None, false);
+        let (allocation_for, private_negotiated) = (None, false);
         Self::resume(
             export,
-            HandshakePosition { client, skipping: 0, dialect, allocation_for, introduced },
+            HandshakePosition { client, skipping: 0, dialect, allocation_for, private_negotiated },
         )
     }
 
-    /// The handshake that has come to `position`; the greeting was said before, or is about to be.
+    /// Resumes a handshake at `position`. Does not send the greeting.
     #[must_use]
     pub fn resume(export: Export, position: HandshakePosition) -> Self {
-        let stage = match (position.client, position.skipping) {
+        let state = match (position.client, position.skipping) {
             (None, _) => ServerState::ClientFlags,
             (Some(_), 0) => ServerState::Options,
             (Some(_), left) => ServerState::Skipping(left),
         };
         Self {
             export,
-            stage,
+            state,
             client: position.client.unwrap_or(ClientFlags::empty()),
             dialect: position.dialect,
             allocation_for: position.allocation_for,
-            private: false,
-            selective: false,
-            introduced: position.introduced,
-            verdict: None,
+            private_enabled: false,
+            private_negotiated: position.private_negotiated,
+            admission_required: false,
+            admission: None,
         }
     }
 
-    /// How far it has come.
+    /// The state from which [`ServerHandshake::resume`] continues.
     #[must_use]
     pub fn position(&self) -> HandshakePosition {
         HandshakePosition {
-            client: (self.stage != ServerState::ClientFlags).then_some(self.client),
-            skipping: if let ServerState::Skipping(left) = self.stage { left } else { 0 },
+            client: (self.state != ServerState::ClientFlags).then_some(self.client),
+            skipping: if let ServerState::Skipping(left) = self.state { left } else { 0 },
             dialect: self.dialect,
             allocation_for: self.allocation_for.clone(),
-            introduced: self.introduced,
+            private_negotiated: self.private_negotiated,
         }
     }
 
-    /// Whether the client has introduced itself: the private option was answered, so that the
-    /// private command is understood.
+    /// Whether the private option was negotiated, so that the private command is valid.
     #[must_use]
-    pub fn is_introduced(&self) -> bool {
-        self.introduced
+    pub fn private_negotiated(&self) -> bool {
+        self.private_negotiated
     }
 
-    /// Enables the private option; without this call it is answered as unknown.
+    /// Enables the private option; otherwise it is an unknown option.
     pub fn enable_private_option(&mut self) {
-        self.private = true;
+        self.private_enabled = true;
     }
 
-    /// Requires a [decision](ServerHandshake::decide) before each access to the export.
+    /// Requires [admission](ServerHandshake::set_admission) for each request for the export.
     pub fn require_admission(&mut self) {
-        self.selective = true;
+        self.admission_required = true;
     }
 
-    /// Decides [`ServerStep::AdmissionRequired`]; the error is why not (`NBD_REP_ERR_POLICY`).
-    pub fn decide(&mut self, verdict: Result<(), String>) {
-        self.verdict = Some(verdict);
+    /// Decides [`ServerStep::AdmissionRequired`]. The error is the reason for `NBD_REP_ERR_POLICY`.
+    pub fn set_admission(&mut self, admission: Result<(), String>) {
+        self.admission = Some(admission);
     }
 
-    /// Answers the private option, after [`ServerStep::PrivateOption`].
-    pub fn answer_private(&mut self, answer: Result<Vec<u8>, OptionReply>, out: &mut Vec<u8>) {
-        match answer {
+    /// Replies to the private option, after [`ServerStep::PrivateOption`].
+    pub fn reply_to_private_option(
+        &mut self,
+        reply: Result<Vec<u8>, OptionReply>,
+        out: &mut Vec<u8>,
+    ) {
+        match reply {
             Ok(data) => {
-                self.introduced = true;
+                self.private_negotiated = true;
                 OptionReply::Other { number: PRIVATE_OPTION, data }.encode(PRIVATE_OPTION, out);
                 OptionReply::Ack.encode(PRIVATE_OPTION, out);
             }
-            Err(refusal) => refusal.encode(PRIVATE_OPTION, out),
+            Err(error) => error.encode(PRIVATE_OPTION, out),
         }
     }
 
-    /// What to say first.
+    /// Appends the newstyle greeting.
     pub fn greet(&self, out: &mut Vec<u8>) {
         let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
         Greeting::Newstyle { flags }.encode(out);
     }
 
-    /// All there is to the old style: what to say, and what it means.
+    /// Appends the oldstyle greeting, which is the whole handshake, and returns its parameters.
     pub fn greet_oldstyle(export: &Export, out: &mut Vec<u8>) -> Agreement {
         Greeting::Oldstyle { size: export.size, flags: export.flags }.encode(out);
         Agreement {
@@ -225,11 +220,12 @@ impl ServerHandshake {
         }
     }
 
-    /// Uses up the front of `input`, appends answers to `out`, and says how much was used and what
-    /// comes next. What was not used must be at the front of the next call's input.
+    /// Consumes messages from the front of `input`, and appends the replies to `out`. Returns the number
+    /// of consumed bytes and the next step. The next call's input must begin with the first unconsumed
+    /// byte.
     ///
     /// # Errors
-    /// When the session must end; what is in `out` need not be sent.
+    /// If the session must end; `out` need not be sent.
     pub fn advance(
         &mut self,
         input: &[u8],
@@ -239,19 +235,19 @@ impl ServerHandshake {
         loop {
             let rest = &input[used..];
             let before = used;
-            match self.stage {
+            match self.state {
                 ServerState::ClientFlags => used += self.client_flags(rest)?,
                 ServerState::Skipping(left) => used += self.skip(left, rest),
                 ServerState::Options => {
                     let (step, next) = self.option(rest, out)?;
                     used += step;
-                    if next != ServerStep::More {
+                    if next != ServerStep::NeedInput {
                         return Ok((used, next));
                     }
                 }
             }
             if used == before {
-                return Ok((used, ServerStep::More));
+                return Ok((used, ServerStep::NeedInput));
             }
         }
     }
@@ -261,14 +257,14 @@ impl ServerHandshake {
         let number = u32::from_be_bytes(*field);
         self.client =
             ClientFlags::from_bits(number).ok_or(ProtocolViolation::UnknownClientFlags(number))?;
-        self.stage = ServerState::Options;
+        self.state = ServerState::Options;
         Ok(field.len())
     }
 
     fn skip(&mut self, left: u32, input: &[u8]) -> usize {
         let step = input.len().min(left as usize);
         let left = left - step as u32;
-        self.stage = if left == 0 { ServerState::Options } else { ServerState::Skipping(left) };
+        self.state = if left == 0 { ServerState::Options } else { ServerState::Skipping(left) };
         step
     }
 
@@ -277,65 +273,69 @@ impl ServerHandshake {
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(usize, ServerStep), ProtocolViolation> {
-        let head = match OptionHead::decode(input) {
-            Ok(Some((head, _))) => head,
-            Ok(None) => return Ok((0, ServerStep::More)),
+        let header = match OptionHeader::decode(input) {
+            Ok(Some((header, _))) => header,
+            Ok(None) => return Ok((0, ServerStep::NeedInput)),
             Err(_) => {
                 let magic = input.first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
-                return Err(ProtocolViolation::NoOption(magic));
+                return Err(ProtocolViolation::BadOptionMagic(magic));
             }
         };
-        let kind = OptionKind::try_from(head.number);
+        let kind = OptionKind::try_from(header.number);
         if !self.client.contains(ClientFlags::FIXED_NEWSTYLE) && kind != Ok(OptionKind::ExportName)
         {
-            return Err(ProtocolViolation::OptionBeforeFixedNewstyle(head.number));
+            return Err(ProtocolViolation::OptionBeforeFixedNewstyle(header.number));
         }
-        let after_head = super::option::OPTION_HEAD_LENGTH;
-        if self.private && head.number == PRIVATE_OPTION && head.length <= OPTION_LENGTH_MAX {
-            let end = after_head + head.length as usize;
+        let data_start = OPTION_HEADER_LENGTH;
+        if self.private_enabled
+            && header.number == PRIVATE_OPTION
+            && header.length <= OPTION_LENGTH_MAX
+        {
+            let end = data_start + header.length as usize;
             let data =
-                input.get(after_head..end).map(|data| ServerStep::PrivateOption(data.to_vec()));
-            return Ok(data.map_or((0, ServerStep::More), |next| (end, next)));
+                input.get(data_start..end).map(|data| ServerStep::PrivateOption(data.to_vec()));
+            return Ok(data.map_or((0, ServerStep::NeedInput), |next| (end, next)));
         }
         if kind == Ok(OptionKind::Abort) {
-            // Whatever data it has does not matter any more.
-            OptionReply::Ack.encode(head.number, out);
-            return Ok((after_head, ServerStep::Aborted));
+            // The session ends here, so that its data need not be skipped.
+            OptionReply::Ack.encode(header.number, out);
+            return Ok((data_start, ServerStep::Aborted));
         }
-        if let Some(answer) = Self::answer_unread(kind, head)? {
-            answer.encode(head.number, out);
-            self.forget_contexts_on_failed_set(kind);
-            if head.length > 0 {
-                self.stage = ServerState::Skipping(head.length);
+        if let Some(reply) = Self::reply_without_data(kind, header)? {
+            reply.encode(header.number, out);
+            self.clear_contexts_on_set(kind);
+            if header.length > 0 {
+                self.state = ServerState::Skipping(header.length);
             }
-            return Ok((after_head, ServerStep::More));
+            return Ok((data_start, ServerStep::NeedInput));
         }
-        let end = after_head + head.length as usize;
-        let Some(data) = input.get(after_head..end) else { return Ok((0, ServerStep::More)) };
-        // Only known kinds get here: unknown ones were answered unread.
-        let next = kind.map_or(Ok(ServerStep::More), |kind| self.handle_option(kind, data, out))?;
+        let end = data_start + header.length as usize;
+        let Some(data) = input.get(data_start..end) else { return Ok((0, ServerStep::NeedInput)) };
+        // Unknown options do not get here: they were replied to without their data.
+        let next =
+            kind.map_or(Ok(ServerStep::NeedInput), |kind| self.handle_option(kind, data, out))?;
         let used = if matches!(next, ServerStep::AdmissionRequired { .. }) { 0 } else { end };
         Ok((used, next))
     }
 
-    /// The answer to an option whose data need not, or must not, be kept.
-    fn answer_unread(
+    /// The reply to an option whose data the server does not decode.
+    fn reply_without_data(
         kind: Result<OptionKind, u32>,
-        head: OptionHead,
+        header: OptionHeader,
     ) -> Result<Option<OptionReply>, ProtocolViolation> {
-        if head.length > OPTION_SKIP_LENGTH_MAX {
-            return Err(ProtocolViolation::OptionTooLong(head.length));
+        if header.length > OPTION_SKIP_LENGTH_MAX {
+            return Err(ProtocolViolation::OptionTooLong(header.length));
         }
         match kind {
-            Ok(OptionKind::ExportName) if head.length as usize > STRING_LENGTH_MAX => {
-                Err(ProtocolViolation::NoSuchExport)
+            Ok(OptionKind::ExportName) if header.length as usize > STRING_LENGTH_MAX => {
+                Err(ProtocolViolation::UnknownExport)
             }
             Ok(OptionKind::StartTls) => {
-                Ok(Some(refuse(OptionReplyKind::ErrUnsupported, "TLS is not supported")))
+                Ok(Some(error_reply(OptionReplyKind::ErrUnsupported, "TLS is not supported")))
             }
-            Err(_) => Ok(Some(refuse(OptionReplyKind::ErrUnsupported, "unknown option"))),
-            Ok(_) if head.length > OPTION_LENGTH_MAX => {
-                Ok(Some(refuse(OptionReplyKind::ErrTooBig, "the option is too long")))
+            Err(_) => Ok(Some(error_reply(OptionReplyKind::ErrUnsupported, "unknown option"))),
+            Ok(_) if header.length > OPTION_LENGTH_MAX => {
+                Ok(Some(error_reply(OptionReplyKind::ErrTooBig, "the option is too long")))
             }
             Ok(_) => Ok(None),
         }
@@ -357,10 +357,10 @@ impl ServerHandshake {
             OptionKind::ListMetaContext | OptionKind::SetMetaContext => {
                 self.meta_context(kind, data, out);
             }
-            // Answered before their data was looked at.
+            // Replied to without their data.
             OptionKind::Abort | OptionKind::StartTls => {}
         }
-        Ok(ServerStep::More)
+        Ok(ServerStep::NeedInput)
     }
 
     fn export_name(
@@ -371,13 +371,15 @@ impl ServerHandshake {
         if self.dialect == Dialect::Extended {
             return Err(ProtocolViolation::ExportNameAfterExtendedHeaders);
         }
-        let name = decode_text(data).map_err(|_| ProtocolViolation::NoSuchExport)?;
-        if !self.has(&name) {
-            return Err(ProtocolViolation::NoSuchExport);
+        let name = decode_string(data).map_err(|_| ProtocolViolation::UnknownExport)?;
+        if !self.is_export(&name) {
+            return Err(ProtocolViolation::UnknownExport);
         }
-        match self.verdict.take() {
-            None if self.selective => return Ok(ServerStep::AdmissionRequired { to_enter: true }),
-            Some(Err(why)) => return Err(ProtocolViolation::NotAdmitted(why)),
+        match self.admission.take() {
+            None if self.admission_required => {
+                return Ok(ServerStep::AdmissionRequired { enters_transmission: true });
+            }
+            Some(Err(reason)) => return Err(ProtocolViolation::NotAdmitted(reason)),
             None | Some(Ok(())) => {}
         }
         let agreement = self.agreement(&name);
@@ -392,7 +394,7 @@ impl ServerHandshake {
     fn list(&self, data: &[u8], out: &mut Vec<u8>) {
         let number = OptionKind::List.number();
         if !data.is_empty() {
-            return no_data().encode(number, out);
+            return data_not_allowed().encode(number, out);
         }
         let name = self.export.name.clone();
         let description = self.export.description.clone();
@@ -402,11 +404,11 @@ impl ServerHandshake {
 
     fn structured_reply(&mut self, data: &[u8]) -> OptionReply {
         if !data.is_empty() {
-            return no_data();
+            return data_not_allowed();
         }
         if self.dialect == Dialect::Extended {
             let kind = OptionReplyKind::ErrExtendedHeadersRequired;
-            return refuse(kind, "extended headers were agreed on already");
+            return error_reply(kind, "extended headers were agreed on already");
         }
         self.dialect = Dialect::Structured;
         OptionReply::Ack
@@ -414,7 +416,7 @@ impl ServerHandshake {
 
     fn extended_headers(&mut self, data: &[u8]) -> OptionReply {
         if !data.is_empty() {
-            return no_data();
+            return data_not_allowed();
         }
         self.dialect = Dialect::Extended;
         OptionReply::Ack
@@ -424,58 +426,64 @@ impl ServerHandshake {
         let number = kind.number();
         let request = match InfoRequest::decode(data) {
             Ok(request) => request,
-            Err(fault) => {
-                fault_reply(fault).encode(number, out);
-                return ServerStep::More;
+            Err(error) => {
+                option_error_reply(error).encode(number, out);
+                return ServerStep::NeedInput;
             }
         };
-        if !self.has(&request.export) {
-            no_such_export().encode(number, out);
-            return ServerStep::More;
+        if !self.is_export(&request.export) {
+            unknown_export().encode(number, out);
+            return ServerStep::NeedInput;
         }
-        match self.verdict.take() {
-            None if self.selective => {
-                return ServerStep::AdmissionRequired { to_enter: kind == OptionKind::Go };
+        match self.admission.take() {
+            None if self.admission_required => {
+                return ServerStep::AdmissionRequired {
+                    enters_transmission: kind == OptionKind::Go,
+                };
             }
-            Some(Err(why)) => {
-                refuse(OptionReplyKind::ErrPolicy, &why).encode(number, out);
-                return ServerStep::More;
+            Some(Err(reason)) => {
+                error_reply(OptionReplyKind::ErrPolicy, &reason).encode(number, out);
+                return ServerStep::NeedInput;
             }
             None | Some(Ok(())) => {}
         }
         let agreement = self.agreement(&request.export);
-        let wants = |info: InfoKind| request.wanted.contains(&info.number());
+        let is_requested = |info: InfoKind| request.requests.contains(&info.number());
         OptionReply::Export { size: agreement.size, flags: agreement.flags }.encode(number, out);
-        if wants(InfoKind::Name) {
+        if is_requested(InfoKind::Name) {
             OptionReply::Name(self.export.name.clone()).encode(number, out);
         }
-        if wants(InfoKind::Description) {
+        if is_requested(InfoKind::Description) {
             OptionReply::Description(self.export.description.clone()).encode(number, out);
         }
-        if wants(InfoKind::BlockSize) {
+        if is_requested(InfoKind::BlockSize) {
             OptionReply::BlockSize(self.export.block_sizes).encode(number, out);
         }
         OptionReply::Ack.encode(number, out);
-        if kind == OptionKind::Go { ServerStep::Transmission(agreement) } else { ServerStep::More }
+        if kind == OptionKind::Go {
+            ServerStep::Transmission(agreement)
+        } else {
+            ServerStep::NeedInput
+        }
     }
 
     fn meta_context(&mut self, kind: OptionKind, data: &[u8], out: &mut Vec<u8>) {
         let number = kind.number();
-        self.forget_contexts_on_failed_set(Ok(kind));
+        self.clear_contexts_on_set(Ok(kind));
         if self.dialect == Dialect::Simple {
             let message = "structured replies must be agreed on first";
-            return refuse(OptionReplyKind::ErrInvalid, message).encode(number, out);
+            return error_reply(OptionReplyKind::ErrInvalid, message).encode(number, out);
         }
         let request = match MetaContextRequest::decode(data) {
             Ok(request) => request,
-            Err(fault) => return fault_reply(fault).encode(number, out),
+            Err(error) => return option_error_reply(error).encode(number, out),
         };
-        if !self.has(&request.export) {
-            return no_such_export().encode(number, out);
+        if !self.is_export(&request.export) {
+            return unknown_export().encode(number, out);
         }
         let listing = kind == OptionKind::ListMetaContext;
         if selects_allocation(&request.queries, listing) {
-            // In a listing the id means nothing and is zero.
+            // The id is reserved in a listing, and should be zero.
             let id = if listing { 0 } else { ALLOCATION_CONTEXT_ID };
             let name = CONTEXT_ALLOCATION.to_owned();
             OptionReply::MetaContext { id, name }.encode(number, out);
@@ -486,14 +494,14 @@ impl ServerHandshake {
         OptionReply::Ack.encode(number, out);
     }
 
-    /// A new selection replaces the earlier one even when it fails.
-    fn forget_contexts_on_failed_set(&mut self, kind: Result<OptionKind, u32>) {
+    /// Clears the selected contexts: SET_META_CONTEXT replaces them even if it fails.
+    fn clear_contexts_on_set(&mut self, kind: Result<OptionKind, u32>) {
         if kind == Ok(OptionKind::SetMetaContext) {
             self.allocation_for = None;
         }
     }
 
-    fn has(&self, name: &str) -> bool {
+    fn is_export(&self, name: &str) -> bool {
         name.is_empty() || name == self.export.name
     }
 
@@ -513,26 +521,26 @@ impl ServerHandshake {
 }
 
 fn selects_allocation(queries: &[String], listing: bool) -> bool {
-    let whole_namespace = |query: &String| listing && query == CONTEXT_NAMESPACE;
+    let is_wildcard = |query: &String| listing && query == CONTEXT_NAMESPACE;
     (listing && queries.is_empty())
-        || queries.iter().any(|query| query == CONTEXT_ALLOCATION || whole_namespace(query))
+        || queries.iter().any(|query| query == CONTEXT_ALLOCATION || is_wildcard(query))
 }
 
-fn refuse(kind: OptionReplyKind, message: &str) -> OptionReply {
+fn error_reply(kind: OptionReplyKind, message: &str) -> OptionReply {
     OptionReply::error(kind, message)
 }
 
-fn no_data() -> OptionReply {
-    refuse(OptionReplyKind::ErrInvalid, "this option has no data")
+fn data_not_allowed() -> OptionReply {
+    error_reply(OptionReplyKind::ErrInvalid, "this option has no data")
 }
 
-fn no_such_export() -> OptionReply {
-    refuse(OptionReplyKind::ErrUnknown, "there is no export of that name")
+fn unknown_export() -> OptionReply {
+    error_reply(OptionReplyKind::ErrUnknown, "there is no export of that name")
 }
 
-fn fault_reply(fault: OptionFault) -> OptionReply {
-    match fault {
-        OptionFault::Invalid(why) => refuse(OptionReplyKind::ErrInvalid, why),
-        OptionFault::TooBig => refuse(OptionReplyKind::ErrTooBig, "a string is too long"),
+fn option_error_reply(error: OptionError) -> OptionReply {
+    match error {
+        OptionError::Invalid(reason) => error_reply(OptionReplyKind::ErrInvalid, reason),
+        OptionError::TooBig => error_reply(OptionReplyKind::ErrTooBig, "a string is too long"),
     }
 }

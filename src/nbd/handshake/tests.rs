@@ -1,4 +1,4 @@
-//! Both roles of the handshake against each other and against hand-made bytes.
+//! Tests both roles of the handshake against each other and against encoded messages.
 
 use super::super::reply::Dialect;
 use super::super::wire::*;
@@ -18,25 +18,28 @@ fn export() -> Export {
     }
 }
 
-/// A server in conversation: feed it bytes, get replies.
-struct Talk {
+/// A server in option haggling.
+struct Haggling {
     server: server::ServerHandshake,
     pending: Vec<u8>,
 }
 
-impl Talk {
-    fn with_flags(flags: u32) -> Self {
+impl Haggling {
+    fn with_client_flags(flags: u32) -> Self {
         Self {
             server: server::ServerHandshake::new(export()),
             pending: flags.to_be_bytes().to_vec(),
         }
     }
 
-    fn fixed() -> Self {
-        Self::with_flags(3)
+    fn fixed_newstyle() -> Self {
+        Self::with_client_flags(3)
     }
 
-    fn say(&mut self, bytes: &[u8]) -> Result<(Vec<u8>, server::ServerStep), ProtocolViolation> {
+    fn receive(
+        &mut self,
+        bytes: &[u8],
+    ) -> Result<(Vec<u8>, server::ServerStep), ProtocolViolation> {
         self.pending.extend_from_slice(bytes);
         let mut out = Vec::new();
         let (used, next) = self.server.advance(&self.pending, &mut out)?;
@@ -44,19 +47,23 @@ impl Talk {
         Ok((out, next))
     }
 
-    fn option(&mut self, number: u32, data: &[u8]) -> (Vec<OptionReply>, server::ServerStep) {
+    fn receive_option(
+        &mut self,
+        number: u32,
+        data: &[u8],
+    ) -> (Vec<OptionReply>, server::ServerStep) {
         let mut bytes = Vec::new();
         encode_option(number, data, &mut bytes);
-        let (out, next) = self.say(&bytes).unwrap();
+        let (out, next) = self.receive(&bytes).unwrap();
         (replies(number, &out), next)
     }
 
-    fn ask(&mut self, kind: OptionKind, data: &[u8]) -> Vec<OptionReply> {
-        self.option(kind.number(), data).0
+    fn replies_to(&mut self, kind: OptionKind, data: &[u8]) -> Vec<OptionReply> {
+        self.receive_option(kind.number(), data).0
     }
 
-    fn refusal(&mut self, kind: OptionKind, data: &[u8]) -> Option<OptionReplyKind> {
-        match self.ask(kind, data).last() {
+    fn error_of(&mut self, kind: OptionKind, data: &[u8]) -> Option<OptionReplyKind> {
+        match self.replies_to(kind, data).last() {
             Some(OptionReply::Error { number, .. }) => OptionReplyKind::try_from(*number).ok(),
             _ => None,
         }
@@ -65,18 +72,18 @@ impl Talk {
 
 fn replies(option: u32, mut bytes: &[u8]) -> Vec<OptionReply> {
     let mut all = Vec::new();
-    while let Some(((answered, reply), used)) = OptionReply::decode(bytes).unwrap() {
-        assert_eq!(answered, option);
+    while let Some(((replied_to, reply), used)) = OptionReply::decode(bytes).unwrap() {
+        assert_eq!(replied_to, option);
         all.push(reply);
         bytes = &bytes[used..];
     }
-    assert!(bytes.is_empty(), "half a reply");
+    assert!(bytes.is_empty(), "an incomplete reply");
     all
 }
 
 fn go(name: &str) -> Vec<u8> {
     let mut data = Vec::new();
-    InfoRequest { export: name.into(), wanted: vec![3, 3, 99, 1] }.encode(&mut data);
+    InfoRequest { export: name.into(), requests: vec![3, 3, 99, 1] }.encode(&mut data);
     data
 }
 
@@ -89,38 +96,41 @@ fn contexts(name: &str, queries: &[&str]) -> Vec<u8> {
 
 #[test]
 fn unknown_client_flags_end_the_session() {
-    assert_eq!(Talk::with_flags(4).say(&[]), Err(ProtocolViolation::UnknownClientFlags(4)));
+    assert_eq!(
+        Haggling::with_client_flags(4).receive(&[]),
+        Err(ProtocolViolation::UnknownClientFlags(4))
+    );
 }
 
 #[test]
-fn zeros_follow_an_export_name_unless_both_sides_do_without() {
+fn no_zeroes_omits_the_zeroes_after_export_name() {
     for (flags, zeroes) in [(0, 124), (1, 124), (2, 0), (3, 0)] {
         let mut option = Vec::new();
         encode_option(OptionKind::ExportName.number(), b"disk", &mut option);
-        let (out, next) = Talk::with_flags(flags).say(&option).unwrap();
+        let (out, next) = Haggling::with_client_flags(flags).receive(&option).unwrap();
         assert_eq!(out.len(), 10 + zeroes, "client flags {flags}");
         assert!(matches!(next, server::ServerStep::Transmission(_)));
     }
 }
 
 #[test]
-fn a_client_of_plain_newstyle_may_only_name_an_export() {
+fn without_fixed_newstyle_only_export_name_is_valid() {
     let mut option = Vec::new();
     encode_option(OptionKind::List.number(), &[], &mut option);
-    let refused = Talk::with_flags(0).say(&option);
-    assert_eq!(refused, Err(ProtocolViolation::OptionBeforeFixedNewstyle(3)));
+    let error = Haggling::with_client_flags(0).receive(&option);
+    assert_eq!(error, Err(ProtocolViolation::OptionBeforeFixedNewstyle(3)));
 }
 
 #[test]
-fn unknown_options_of_sane_length_are_read_and_answered() {
-    let mut talk = Talk::fixed();
+fn unknown_options_are_skipped_and_unsupported() {
+    let mut haggling = Haggling::fixed_newstyle();
     for length in [0, 5, OPTION_LENGTH_MAX as usize + 7] {
-        let (answers, next) = talk.option(4711, &vec![1; length]);
-        assert!(matches!(&answers[..], [OptionReply::Error { number, .. }]
+        let (replies, next) = haggling.receive_option(4711, &vec![1; length]);
+        assert!(matches!(&replies[..], [OptionReply::Error { number, .. }]
             if *number == OptionReplyKind::ErrUnsupported.number()));
-        assert_eq!(next, server::ServerStep::More);
+        assert_eq!(next, server::ServerStep::NeedInput);
     }
-    assert_eq!(talk.ask(OptionKind::StructuredReply, &[]), [OptionReply::Ack]);
+    assert_eq!(haggling.replies_to(OptionKind::StructuredReply, &[]), [OptionReply::Ack]);
 }
 
 #[test]
@@ -129,70 +139,73 @@ fn an_option_over_the_skip_limit_ends_the_session() {
         let mut head = OPTION_MAGIC.to_be_bytes().to_vec();
         head.extend_from_slice(&4711u32.to_be_bytes());
         head.extend_from_slice(&length.to_be_bytes());
-        assert_eq!(Talk::fixed().say(&head).is_err(), ends);
+        assert_eq!(Haggling::fixed_newstyle().receive(&head).is_err(), ends);
     }
 }
 
 #[test]
-fn a_known_option_of_the_longest_length_is_looked_at_and_a_longer_one_is_too_big() {
+fn too_long_known_options_are_too_big() {
     let filler = "x".repeat(OPTION_LENGTH_MAX as usize);
     let too_big = Some(OptionReplyKind::ErrTooBig);
     let invalid = Some(OptionReplyKind::ErrInvalid);
-    let mut talk = Talk::fixed();
-    assert_eq!(talk.refusal(OptionKind::List, filler.as_bytes()), invalid);
-    assert_eq!(talk.refusal(OptionKind::List, format!("{filler}x").as_bytes()), too_big);
+    let mut haggling = Haggling::fixed_newstyle();
+    assert_eq!(haggling.error_of(OptionKind::List, filler.as_bytes()), invalid);
+    assert_eq!(haggling.error_of(OptionKind::List, format!("{filler}x").as_bytes()), too_big);
 }
 
 #[test]
-fn names_up_to_4096_bytes_are_looked_up_and_longer_ones_refused() {
-    let mut talk = Talk::fixed();
+fn export_names_over_4096_bytes_are_too_big() {
+    let mut haggling = Haggling::fixed_newstyle();
     let unknown = go(&"n".repeat(STRING_LENGTH_MAX));
-    assert_eq!(talk.refusal(OptionKind::Info, &unknown), Some(OptionReplyKind::ErrUnknown));
+    assert_eq!(haggling.error_of(OptionKind::Info, &unknown), Some(OptionReplyKind::ErrUnknown));
     let longer = go(&"n".repeat(STRING_LENGTH_MAX + 1));
-    assert_eq!(talk.refusal(OptionKind::Info, &longer), Some(OptionReplyKind::ErrTooBig));
-    assert_eq!(talk.refusal(OptionKind::Go, &go("a\0")), Some(OptionReplyKind::ErrInvalid));
+    assert_eq!(haggling.error_of(OptionKind::Info, &longer), Some(OptionReplyKind::ErrTooBig));
+    assert_eq!(haggling.error_of(OptionKind::Go, &go("a\0")), Some(OptionReplyKind::ErrInvalid));
 }
 
 #[test]
 fn options_without_data_refuse_data() {
-    let mut talk = Talk::fixed();
+    let mut haggling = Haggling::fixed_newstyle();
     for kind in [OptionKind::List, OptionKind::StructuredReply, OptionKind::ExtendedHeaders] {
-        assert_eq!(talk.refusal(kind, b"x"), Some(OptionReplyKind::ErrInvalid), "{kind:?}");
+        assert_eq!(haggling.error_of(kind, b"x"), Some(OptionReplyKind::ErrInvalid), "{kind:?}");
     }
 }
 
 #[test]
-fn lengths_inside_an_option_must_add_up() {
-    let mut talk = Talk::fixed();
-    talk.ask(OptionKind::StructuredReply, &[]);
+fn options_with_contradictory_lengths_are_invalid() {
+    let mut haggling = Haggling::fixed_newstyle();
+    haggling.replies_to(OptionKind::StructuredReply, &[]);
     for data in [go("disk"), contexts("disk", &["base:allocation"])] {
         let kind = if data == go("disk") { OptionKind::Info } else { OptionKind::SetMetaContext };
         let short = &data[..data.len() - 1];
         let long = [&data[..], &[0]].concat();
-        assert_eq!(talk.refusal(kind, short), Some(OptionReplyKind::ErrInvalid));
-        assert_eq!(talk.refusal(kind, &long), Some(OptionReplyKind::ErrInvalid));
+        assert_eq!(haggling.error_of(kind, short), Some(OptionReplyKind::ErrInvalid));
+        assert_eq!(haggling.error_of(kind, &long), Some(OptionReplyKind::ErrInvalid));
     }
 }
 
 #[test]
-fn info_and_go_say_the_same() {
-    let mut talk = Talk::fixed();
-    let info = talk.ask(OptionKind::Info, &go("disk"));
-    let (answers, next) = talk.option(OptionKind::Go.number(), &go("disk"));
-    assert_eq!(info, answers);
+fn info_and_go_reply_the_same() {
+    let mut haggling = Haggling::fixed_newstyle();
+    let info = haggling.replies_to(OptionKind::Info, &go("disk"));
+    let (replies, next) = haggling.receive_option(OptionKind::Go.number(), &go("disk"));
+    assert_eq!(info, replies);
     assert_eq!(info.iter().filter(|r| matches!(r, OptionReply::BlockSize(_))).count(), 1);
     assert!(matches!(info[0], OptionReply::Export { size: 1_048_576, .. }));
     assert!(matches!(next, server::ServerStep::Transmission(_)));
 }
 
 #[test]
-fn contexts_are_listed_generously_and_selected_strictly() {
-    let mut talk = Talk::fixed();
+fn meta_context_wildcards_list_but_select_nothing() {
+    let mut haggling = Haggling::fixed_newstyle();
     let all = contexts("disk", &[]);
-    assert_eq!(talk.refusal(OptionKind::ListMetaContext, &all), Some(OptionReplyKind::ErrInvalid));
-    talk.ask(OptionKind::StructuredReply, &[]);
-    let told = |talk: &mut Talk, kind, queries: &[&str]| {
-        talk.ask(kind, &contexts("disk", queries)).len() - 1
+    assert_eq!(
+        haggling.error_of(OptionKind::ListMetaContext, &all),
+        Some(OptionReplyKind::ErrInvalid)
+    );
+    haggling.replies_to(OptionKind::StructuredReply, &[]);
+    let count = |haggling: &mut Haggling, kind, queries: &[&str]| {
+        haggling.replies_to(kind, &contexts("disk", queries)).len() - 1
     };
     for (queries, listed, set) in [
         (&[][..], 1, 0),
@@ -200,101 +213,106 @@ fn contexts_are_listed_generously_and_selected_strictly() {
         (&["base:allocation", "base:allocation"], 1, 1),
         (&["qemu:dirty-bitmap:x", "base:other"], 0, 0),
     ] {
-        assert_eq!(told(&mut talk, OptionKind::ListMetaContext, queries), listed, "{queries:?}");
-        assert_eq!(told(&mut talk, OptionKind::SetMetaContext, queries), set, "{queries:?}");
+        assert_eq!(
+            count(&mut haggling, OptionKind::ListMetaContext, queries),
+            listed,
+            "{queries:?}"
+        );
+        assert_eq!(count(&mut haggling, OptionKind::SetMetaContext, queries), set, "{queries:?}");
     }
 }
 
-fn agreed(talk: &mut Talk, name: &str) -> Agreement {
-    match talk.option(OptionKind::Go.number(), &go(name)).1 {
+fn enter(haggling: &mut Haggling, name: &str) -> Agreement {
+    match haggling.receive_option(OptionKind::Go.number(), &go(name)).1 {
         server::ServerStep::Transmission(agreement) => agreement,
-        next => panic!("no agreement but {next:?}"),
+        next => panic!("GO fails: {next:?}"),
     }
 }
 
 #[test]
-fn a_selection_is_bound_to_its_export_name_and_lost_by_a_failed_one() {
-    for (then, name, kept) in [
+fn meta_contexts_are_bound_to_their_export_name() {
+    for (later, name, selected) in [
         (None, "disk", true),
         (None, "", false),
         (Some(contexts("other", &["base:allocation"])), "disk", false),
         (Some(vec![1]), "disk", false),
         (Some(vec![1; OPTION_LENGTH_MAX as usize + 1]), "disk", false),
     ] {
-        let mut talk = Talk::fixed();
-        talk.ask(OptionKind::StructuredReply, &[]);
-        talk.ask(OptionKind::SetMetaContext, &contexts("disk", &["base:allocation"]));
-        if let Some(then) = then {
-            talk.ask(OptionKind::SetMetaContext, &then);
+        let mut haggling = Haggling::fixed_newstyle();
+        haggling.replies_to(OptionKind::StructuredReply, &[]);
+        haggling.replies_to(OptionKind::SetMetaContext, &contexts("disk", &["base:allocation"]));
+        if let Some(later) = later {
+            haggling.replies_to(OptionKind::SetMetaContext, &later);
         }
-        assert_eq!(agreed(&mut talk, name).allocation_context.is_some(), kept);
+        assert_eq!(enter(&mut haggling, name).allocation_context.is_some(), selected);
     }
 }
 
 #[test]
-fn extended_headers_imply_structured_replies_and_exclude_export_name() {
-    let mut talk = Talk::fixed();
-    assert_eq!(talk.ask(OptionKind::ExtendedHeaders, &[]), [OptionReply::Ack]);
+fn extended_headers_exclude_structured_reply_and_export_name() {
+    let mut haggling = Haggling::fixed_newstyle();
+    assert_eq!(haggling.replies_to(OptionKind::ExtendedHeaders, &[]), [OptionReply::Ack]);
     let required = Some(OptionReplyKind::ErrExtendedHeadersRequired);
-    assert_eq!(talk.refusal(OptionKind::StructuredReply, &[]), required);
+    assert_eq!(haggling.error_of(OptionKind::StructuredReply, &[]), required);
     let mut option = Vec::new();
     encode_option(OptionKind::ExportName.number(), b"disk", &mut option);
-    assert_eq!(talk.say(&option), Err(ProtocolViolation::ExportNameAfterExtendedHeaders));
+    assert_eq!(haggling.receive(&option), Err(ProtocolViolation::ExportNameAfterExtendedHeaders));
 }
 
 #[test]
 fn abort_is_acknowledged() {
-    let (answers, next) = Talk::fixed().option(OptionKind::Abort.number(), &[]);
-    assert_eq!((&answers[..], next), (&[OptionReply::Ack][..], server::ServerStep::Aborted));
+    let (replies, next) =
+        Haggling::fixed_newstyle().receive_option(OptionKind::Abort.number(), &[]);
+    assert_eq!((&replies[..], next), (&[OptionReply::Ack][..], server::ServerStep::Aborted));
 }
 
 #[test]
-fn dont_fragment_is_offered_only_with_structured_replies() {
+fn send_df_requires_structured_replies() {
     for structured in [false, true] {
-        let mut talk = Talk::fixed();
+        let mut haggling = Haggling::fixed_newstyle();
         if structured {
-            talk.ask(OptionKind::StructuredReply, &[]);
+            haggling.replies_to(OptionKind::StructuredReply, &[]);
         }
-        let flags = agreed(&mut talk, "").flags;
+        let flags = enter(&mut haggling, "").flags;
         assert_eq!(flags.contains(TransmissionFlags::SEND_DF), structured);
     }
 }
 
-/// Runs our client against our server, `step` bytes at a time.
-fn converse(wish: ClientOffer, step: usize) -> Result<(Agreement, Agreement), HandshakeFailure> {
+/// Runs our client against our server; passes at most `step` bytes at a time.
+fn negotiate(offer: ClientOffer, step: usize) -> Result<(Agreement, Agreement), HandshakeFailure> {
     let mut server = server::ServerHandshake::new(export());
-    let mut client = client::ClientHandshake::new(wish);
+    let mut client = client::ClientHandshake::new(offer);
     let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
     server.greet(&mut to_client);
     let (mut at_client, mut at_server) = (Vec::new(), Vec::new());
-    let (mut ours, mut theirs) = (None, None);
-    while ours.is_none() || theirs.is_none() {
+    let (mut client_agreement, mut server_agreement) = (None, None);
+    while client_agreement.is_none() || server_agreement.is_none() {
         let n = step.min(to_client.len());
         at_client.extend(to_client.drain(..n));
         let (used, next) = client.advance(&at_client, &mut to_server)?;
         at_client.drain(..used);
         if let client::ClientStep::Transmission(agreement) = next {
-            ours = Some(agreement);
+            client_agreement = Some(agreement);
         }
         let n = step.min(to_server.len());
         at_server.extend(to_server.drain(..n));
         let (used, next) = server.advance(&at_server, &mut to_client).unwrap();
         at_server.drain(..used);
         if let server::ServerStep::Transmission(agreement) = next {
-            theirs = Some(agreement);
+            server_agreement = Some(agreement);
         }
     }
-    Ok((ours.unwrap(), theirs.unwrap()))
+    Ok((client_agreement.unwrap(), server_agreement.unwrap()))
 }
 
 proptest! {
     #[test]
-    fn both_roles_agree_however_the_bytes_are_cut(
+    fn both_roles_agree_for_any_fragmentation(
         step in 1usize..200, structured: bool, extended: bool, allocation: bool, named: bool,
     ) {
         let export = if named { "disk".to_owned() } else { String::new() };
-        let wish = ClientOffer { export, structured, extended, allocation, ..ClientOffer::default() };
-        let (client, server) = converse(wish, step).unwrap();
+        let offer = ClientOffer { export, structured, extended, allocation, ..ClientOffer::default() };
+        let (client, server) = negotiate(offer, step).unwrap();
         prop_assert_eq!(&client, &server);
         let dialect = match (extended, structured || allocation) {
             (true, _) => Dialect::Extended,
@@ -306,7 +324,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_either_role_panic(bytes: Vec<u8>, greeted: bool) {
+    fn neither_role_panics_on_any_input(bytes: Vec<u8>, greeted: bool) {
         let mut server = server::ServerHandshake::new(export());
         let _ = server.advance(&bytes, &mut Vec::new());
         let mut input = Vec::new();
@@ -319,14 +337,14 @@ proptest! {
 }
 
 #[test]
-fn a_client_is_told_why_it_cannot_have_an_export() {
-    let wish = ClientOffer { export: "other".into(), ..ClientOffer::default() };
-    let failure = converse(wish, 1000).unwrap_err();
+fn client_reports_an_unknown_export() {
+    let offer = ClientOffer { export: "other".into(), ..ClientOffer::default() };
+    let failure = negotiate(offer, 1000).unwrap_err();
     assert!(failure.to_string().starts_with("the server has no export of that name"));
 }
 
 #[test]
-fn a_client_takes_the_old_style_as_it_comes() {
+fn client_accepts_oldstyle_without_an_export_name() {
     let mut greeting = Vec::new();
     let agreement = server::ServerHandshake::greet_oldstyle(&export(), &mut greeting);
     assert_eq!(greeting.len(), 152);
@@ -344,9 +362,9 @@ fn a_client_takes_the_old_style_as_it_comes() {
 }
 
 #[test]
-fn a_client_falls_back_where_the_server_knows_less() {
-    // A server that answers every option but EXPORT_NAME with ERR_UNSUP.
-    let wish = ClientOffer {
+fn client_falls_back_to_supported_options() {
+    // The server replies ERR_UNSUP to every option but EXPORT_NAME.
+    let offer = ClientOffer {
         export: "disk".into(),
         structured: true,
         extended: true,
@@ -354,10 +372,10 @@ fn a_client_falls_back_where_the_server_knows_less() {
         private: Some(vec![1]),
         private_only: false,
     };
-    let mut client = client::ClientHandshake::new(wish);
+    let mut client = client::ClientHandshake::new(offer);
     let mut input = Vec::new();
     Greeting::Newstyle { flags: HandshakeFlags::FIXED_NEWSTYLE }.encode(&mut input);
-    let mut asked = Vec::new();
+    let mut sent = Vec::new();
     loop {
         let mut out = Vec::new();
         let (used, next) = client.advance(&input, &mut out).unwrap();
@@ -366,25 +384,26 @@ fn a_client_falls_back_where_the_server_knows_less() {
             assert_eq!(agreement.dialect, Dialect::Simple);
             break;
         }
-        // The first answer has the client flags in front of its option.
-        let option = &out[if asked.is_empty() { 4 } else { 0 }..];
-        let head = OptionHead::decode(option).unwrap().unwrap().0;
-        asked.push(head.number);
-        if head.number == OptionKind::ExportName.number() {
+        // The client flags precede the first option.
+        let option = &out[if sent.is_empty() { 4 } else { 0 }..];
+        let header = OptionHeader::decode(option).unwrap().unwrap().0;
+        sent.push(header.number);
+        if header.number == OptionKind::ExportName.number() {
             input.extend_from_slice(&[0; 10 + RESERVED_ZEROES]);
         } else {
-            OptionReply::error(OptionReplyKind::ErrUnsupported, "").encode(head.number, &mut input);
+            OptionReply::error(OptionReplyKind::ErrUnsupported, "")
+                .encode(header.number, &mut input);
         }
     }
     use OptionKind::*;
     let options = [ExtendedHeaders, StructuredReply, Go, ExportName].map(OptionKind::number);
-    assert_eq!(asked, [&[PRIVATE_OPTION], &options[..]].concat());
-    assert_eq!(client.private_answer(), None);
+    assert_eq!(sent, [&[PRIVATE_OPTION], &options[..]].concat());
+    assert_eq!(client.private_reply(), None);
 }
 
 proptest! {
     #[test]
-    fn greetings_round_trip_and_every_prefix_is_incomplete(old: bool, size: u64, bits: u16) {
+    fn greetings_round_trip_and_prefixes_are_incomplete(old: bool, size: u64, bits: u16) {
         let greeting = if old {
             Greeting::Oldstyle { size, flags: TransmissionFlags::from_bits_truncate(bits) }
         } else {
@@ -400,7 +419,7 @@ proptest! {
 }
 
 #[test]
-fn what_is_no_greeting_is_refused_at_its_eighth_byte() {
+fn a_wrong_greeting_magic_fails_at_its_eighth_byte() {
     assert_eq!(Greeting::decode(b"HTTP/1."), Ok(None));
     assert!(Greeting::decode(b"HTTP/1.1").is_err());
     assert!(Greeting::decode(b"NBDMAGICHTTP/1.1").is_err());
@@ -408,26 +427,29 @@ fn what_is_no_greeting_is_refused_at_its_eighth_byte() {
 
 #[test]
 fn private_option_is_unsupported_unless_enabled() {
-    let introduced = |understands: bool| {
-        let mut talk = Talk::fixed();
-        if understands {
-            talk.server.enable_private_option();
+    let receive_private = |enabled: bool| {
+        let mut haggling = Haggling::fixed_newstyle();
+        if enabled {
+            haggling.server.enable_private_option();
         }
-        talk.option(PRIVATE_OPTION, b"who am I")
+        haggling.receive_option(PRIVATE_OPTION, b"who am I")
     };
-    assert_eq!(introduced(true), (vec![], server::ServerStep::PrivateOption(b"who am I".to_vec())));
+    assert_eq!(
+        receive_private(true),
+        (vec![], server::ServerStep::PrivateOption(b"who am I".to_vec()))
+    );
     let unsupported = OptionReplyKind::ErrUnsupported.number();
-    assert!(matches!(&introduced(false).0[..], [OptionReply::Error { number, .. }]
+    assert!(matches!(&receive_private(false).0[..], [OptionReply::Error { number, .. }]
         if *number == unsupported));
 }
 
 #[test]
-fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export() {
+fn client_keeps_the_private_reply_after_a_refused_export() {
     let mut server = server::ServerHandshake::new(export());
     server.enable_private_option();
     server.require_admission();
-    let wish = ClientOffer { private: Some(b"who".to_vec()), ..ClientOffer::default() };
-    let mut client = client::ClientHandshake::new(wish);
+    let offer = ClientOffer { private: Some(b"who".to_vec()), ..ClientOffer::default() };
+    let mut client = client::ClientHandshake::new(offer);
     let (mut to_client, mut to_server) = (Vec::new(), Vec::new());
     server.greet(&mut to_client);
     let failure = loop {
@@ -439,53 +461,53 @@ fn a_client_hears_the_answer_to_its_private_option_even_when_it_gets_no_export()
         to_server.drain(..used);
         match next {
             server::ServerStep::PrivateOption(data) => {
-                server.answer_private(Ok([&data[..], b"?"].concat()), &mut to_client);
+                server.reply_to_private_option(Ok([&data[..], b"?"].concat()), &mut to_client);
             }
-            server::ServerStep::AdmissionRequired { to_enter } => {
-                assert!(to_enter, "GO enters");
-                server.decide(Err("not now".to_owned()));
+            server::ServerStep::AdmissionRequired { enters_transmission } => {
+                assert!(enters_transmission, "GO enters the transmission phase");
+                server.set_admission(Err("not now".to_owned()));
             }
             _ => {}
         }
     };
     let policy = OptionReplyKind::ErrPolicy.number();
     assert_eq!(failure, HandshakeFailure::Refused { number: policy, message: "not now".into() });
-    assert_eq!(client.private_answer(), Some(&b"who?"[..]));
+    assert_eq!(client.private_reply(), Some(&b"who?"[..]));
 }
 
 #[test]
-fn each_wish_for_the_export_is_decided_anew() {
+fn each_request_for_the_export_needs_admission() {
     let mut server = server::ServerHandshake::new(export());
     server.require_admission();
     let mut bytes = vec![0, 0, 0, 3];
     for kind in [OptionKind::Info, OptionKind::Go, OptionKind::Go] {
         encode_option(kind.number(), &go(""), &mut bytes);
     }
-    let mut wishes = Vec::new();
-    let agreed = loop {
+    let mut requests = Vec::new();
+    let all_used = loop {
         let (used, next) = server.advance(&bytes, &mut Vec::new()).unwrap();
         bytes.drain(..used);
         match next {
-            server::ServerStep::AdmissionRequired { to_enter } => {
-                wishes.push(to_enter);
-                let admitted = wishes.len() == 3;
-                server.decide(if admitted { Ok(()) } else { Err("no".to_owned()) });
+            server::ServerStep::AdmissionRequired { enters_transmission } => {
+                requests.push(enters_transmission);
+                let admitted = requests.len() == 3;
+                server.set_admission(if admitted { Ok(()) } else { Err("no".to_owned()) });
             }
             server::ServerStep::Transmission(_) => break bytes.is_empty(),
             next => panic!("{next:?}"),
         }
     };
-    assert!(agreed, "all of it was used");
-    assert_eq!(wishes, [false, true, true]);
+    assert!(all_used, "unconsumed input after GO");
+    assert_eq!(requests, [false, true, true]);
 }
 
 #[test]
-fn what_follows_an_option_without_data_is_answered_without_further_bytes() {
-    for unread in [OptionKind::StartTls.number(), 4711] {
+fn options_in_one_segment_are_handled_in_one_call() {
+    for first in [OptionKind::StartTls.number(), 4711] {
         let mut bytes = Vec::new();
-        encode_option(unread, &[], &mut bytes);
+        encode_option(first, &[], &mut bytes);
         encode_option(OptionKind::Go.number(), &go(""), &mut bytes);
-        let (_, next) = Talk::fixed().say(&bytes).unwrap();
-        assert!(matches!(next, server::ServerStep::Transmission(_)), "option {unread}: {next:?}");
+        let (_, next) = Haggling::fixed_newstyle().receive(&bytes).unwrap();
+        assert!(matches!(next, server::ServerStep::Transmission(_)), "option {first}: {next:?}");
     }
 }
