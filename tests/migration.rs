@@ -125,7 +125,7 @@ fn allocated_zeros_become_holes_at_the_destination() {
     );
 }
 
-/// A `mirror` to a destination of `size` bytes is refused; the source goes on serving and migrates
+/// A `mirror` to a destination of `size` bytes is refused; the source still serves, and migrates
 /// to another destination afterwards.
 fn assert_size_is_refused(size: u64) {
     const SIZE: u64 = MIB;

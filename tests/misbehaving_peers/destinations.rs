@@ -52,7 +52,7 @@ impl Source {
     }
 }
 
-/// `mirror` must fail with a reply that begins with `words`; the source goes on serving.
+/// `mirror` must fail with a reply that begins with `words`; the source must still serve.
 fn assert_refused(misbehave: impl FnOnce(&mut Connection) + Send + 'static, words: &str) {
     let source = Source::new();
     let destination = FakeDestination::misbehave_first(SIZE, misbehave);

@@ -255,7 +255,7 @@ impl Clients {
         self.shared.log(role).replies.load(SeqCst)
     }
 
-    /// The first violation so far: a wrong reply, or two hosts that serve at once.
+    /// The first violation so far: a wrong reply, or two hosts that serve concurrently.
     pub fn violation(&self) -> Option<String> {
         let violations = self.shared.violations.lock().unwrap();
         violations.first().cloned().or_else(|| self.shared.both_serve())

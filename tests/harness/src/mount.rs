@@ -63,7 +63,7 @@ fn unmount_fuse(point: &Path) {
     assert!(unmounted, "{} cannot be unmounted: {}", point.display(), last.stderr);
 }
 
-/// A loop device over a file.
+/// A loop device backed by a file.
 pub struct Loop {
     device: Option<String>,
 }

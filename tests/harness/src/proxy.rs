@@ -58,7 +58,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Starts a proxy to this address, at an address of its own.
+    /// Starts a proxy to this address, at an unused address.
     pub fn to(to: SocketAddr, cut_at: CutAt) -> Proxy {
         Proxy::new(to, cut_at, None)
     }

@@ -253,7 +253,7 @@ impl Wire {
     #[track_caller]
     pub fn recv_greeting(&mut self) -> u16 {
         assert_eq!(self.recv_u64(), GREETING, "the greeting begins with NBDMAGIC");
-        assert_eq!(self.recv_u64(), I_HAVE_OPT, "a newstyle greeting goes on with IHAVEOPT");
+        assert_eq!(self.recv_u64(), I_HAVE_OPT, "the magic of newstyle");
         self.recv_u16()
     }
 

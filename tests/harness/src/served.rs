@@ -1,4 +1,4 @@
-//! A server over an image of its own, reached over TCP or a unix socket, newstyle or oldstyle.
+//! A server with its own image, reached over TCP or a unix socket, newstyle or oldstyle.
 
 use crate::{Builder, MIB, Server, sparse_image, temp_dir};
 use std::path::PathBuf;
@@ -22,7 +22,7 @@ pub enum Transport {
     Unix,
 }
 
-/// A server over an image, in a directory of their own.
+/// A server and its image, in a temporary directory.
 pub struct Served {
     /// The process.
     pub server: Server,

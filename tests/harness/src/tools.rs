@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 /// The variable in which cargo names the program under test, for the processes that it starts.
 const FLEXNBD: &str = "CARGO_BIN_EXE_flexnbd";
 
-/// The program under test: the one that cargo names, or the one that it has built beside the test
-/// binary when that is started by hand.
+/// The program under test: the path that cargo sets in the environment, or, for a test binary
+/// started by hand, the program of the same build.
 pub fn flexnbd() -> PathBuf {
     let beside = || {
         let test = std::env::current_exe().unwrap();

@@ -10,10 +10,10 @@ pub const TIMEOUT: Duration = Duration::from_secs(30);
 /// cannot wake the test.
 pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Polls `condition` until it is true; fails the test after [`TIMEOUT`], naming `what`.
+/// Polls `condition` until it is true. After [`TIMEOUT`] fails the test with the text `event`.
 #[track_caller]
-pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    assert!(poll_until(TIMEOUT, &mut condition), "waited {TIMEOUT:?} in vain for {what}");
+pub fn wait_until(event: &str, mut condition: impl FnMut() -> bool) {
+    assert!(poll_until(TIMEOUT, &mut condition), "waited {TIMEOUT:?} in vain for {event}");
 }
 
 /// Polls `condition` until it is true or `timeout` has passed. Returns whether it became true.
