@@ -1,5 +1,5 @@
 //! Images on common file systems, each mounted from its own file: a request changes only the bytes in
-//! its range, whatever the file system does. Every mount ends with its test.
+//! its range, on every file system. Every mount ends with its test.
 
 #![allow(
     clippy::unwrap_used,

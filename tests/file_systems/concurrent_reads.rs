@@ -9,7 +9,7 @@ use harness::{Builder, KIB, MIB, Transport, noise, sparse_image, temp_dir};
 const SIZE: u64 = 4 * MIB;
 /// Size of the disk that is migrated.
 const MIGRATED_SIZE: u64 = 16 * MIB;
-/// The first rate of the migration, in bytes per second: it takes longer than all changes do.
+/// The first rate of the migration, in bytes per second: slow enough to last longer than all changes.
 const RATE: u64 = MIB;
 
 /// Offset and length of the changes: inside a page, in the middle of a large folio, across several
@@ -24,11 +24,11 @@ const CHANGES: [(u64, u64); 7] = [
     (16_384, 32_768),
 ];
 const COMMANDS: [(u16, u16); 3] = [(TRIM, 0), (WRITE_ZEROES, 0), (WRITE_ZEROES, NO_HOLE)];
-/// Lengths of reads: around the threshold of sending without a copy, and above it.
+/// Lengths of reads: around the threshold for sending with sendfile(2), and above it.
 const LENGTHS: [u64; 3] = [64 * KIB, 200 * KIB, MIB];
 
-/// A reply waits in the socket while another client changes a part of its range, and is received
-/// afterwards.
+/// Another client changes a part of the range of a reply that is still in the socket; the reader
+/// receives the rest afterwards.
 fn reads_return_unchanged_bytes(kind: Kind, transport: Transport) {
     let Some(mounted) = Mounted::new(kind) else { return };
     let content = noise(SIZE as usize, 11);
@@ -52,14 +52,14 @@ fn reads_return_unchanged_bytes(kind: Kind, transport: Transport) {
                 // A unix socket buffers this much at once.
                 reader.wire.wait_for_bytes(30_000);
                 changer.ok(Request::new(command, offset, changed).flags(flags));
-                let asked = [(cookie, read)].into();
-                let data = reader.recv_reply(&asked).1.data;
-                let what = format!(
+                let requests = [(cookie, read)].into();
+                let data = reader.recv_reply(&requests).1.data;
+                let context = format!(
                     "{} {transport:?} {mode:?}: {length} bytes, command {command} flags {flags} at \
                      {offset} of {changed}",
                     kind.name
                 );
-                check(&data, &content, (offset, changed), &what);
+                assert_unchanged_outside(&data, &content, (offset, changed), &context);
                 let old = &content[offset as usize..][..changed as usize];
                 changer.ok(Request::write(offset, old));
             }
@@ -68,13 +68,18 @@ fn reads_return_unchanged_bytes(kind: Kind, transport: Transport) {
     assert!(changer.read(0, SIZE) == content, "{}: the old bytes were written back", kind.name);
 }
 
-/// Every byte has its old value, or is zero within the changed range.
+/// Asserts that every byte has its old value, or is zero within the changed range.
 #[track_caller]
-fn check(found: &[u8], content: &[u8], (offset, length): (u64, u64), what: &str) {
+fn assert_unchanged_outside(
+    data: &[u8],
+    content: &[u8],
+    (offset, length): (u64, u64),
+    context: &str,
+) {
     let changed = offset as usize..(offset + length) as usize;
-    let may_be = |at: usize| found[at] == content[at] || (found[at] == 0 && changed.contains(&at));
-    let wrong = (0..found.len()).find(|at| !may_be(*at));
-    assert_eq!(wrong, None, "the first wrong byte, {what}");
+    let may_be = |at: usize| data[at] == content[at] || (data[at] == 0 && changed.contains(&at));
+    let wrong = (0..data.len()).find(|at| !may_be(*at));
+    assert_eq!(wrong, None, "the first wrong byte, {context}");
 }
 
 #[test]
@@ -87,18 +92,19 @@ fn concurrent_changes_leave_other_bytes_over_unix() {
     KINDS.iter().for_each(|kind| reads_return_unchanged_bytes(*kind, Transport::Unix));
 }
 
-/// The disk migrates slowly while a client changes it, and then without a limit of the rate.
+/// The disk migrates at a low rate while a client changes it, and then without a limit.
 fn a_migration_copies_unchanged_bytes(kind: Kind) {
     let Some(mounted) = Mounted::new(kind) else { return };
     let content = noise(MIGRATED_SIZE as usize, 12);
-    let here = Host::new(mounted.path(), "here");
-    let there = Host::new(mounted.path(), "there");
-    std::fs::write(&here.image, &content).unwrap();
-    sparse_image(mounted.path(), "there.img", MIGRATED_SIZE);
-    let (mut listener, mut server) = (there.listen(), here.serve());
+    let source = Host::new(mounted.path(), "source");
+    let destination = Host::new(mounted.path(), "destination");
+    std::fs::write(&source.image, &content).unwrap();
+    sparse_image(mounted.path(), "destination.img", MIGRATED_SIZE);
+    let (mut listener, mut server) = (destination.listen(), source.serve());
     let mut changer = Session::open(server.endpoint(), Mode::Simple).unwrap();
     let rate = RATE.to_string();
-    let reply = here.mirror_to(there.address, &["exit", &here.address.ip().to_string(), &rate]);
+    let reply =
+        source.mirror_to(destination.address, &["exit", &source.address.ip().to_string(), &rate]);
     assert!(reply.starts_with("0:"), "{reply}");
     let mut commands = COMMANDS.iter().cycle();
     for part in 0..MIGRATED_SIZE / MIB {
@@ -111,9 +117,9 @@ fn a_migration_copies_unchanged_bytes(kind: Kind) {
         }
     }
     drop(changer);
-    here.command(&["mirror_max_bps", "0"]);
+    source.command(&["mirror_max_bps", "0"]);
     assert!(server.wait_for_end().success() && listener.wait_for_end().success());
-    let copy = std::fs::read(&there.image).unwrap();
+    let copy = std::fs::read(&destination.image).unwrap();
     let wrong = (0..copy.len()).find(|at| copy[*at] != content[*at]);
     assert_eq!(
         (copy.len() as u64, wrong),

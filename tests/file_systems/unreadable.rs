@@ -28,7 +28,7 @@ struct BadDisk {
 impl BadDisk {
     /// `None`, with a visible skip, where there are no loop devices.
     fn new() -> Option<BadDisk> {
-        if !require_root("a disk that cannot be read") {
+        if !require_root("an unreadable disk") {
             return None;
         }
         let dir = temp_dir();
@@ -54,16 +54,16 @@ impl Drop for BadDisk {
 }
 
 /// Reads of all lengths before, across and after the first unreadable byte.
-fn only_bad_reads_fail(session: &mut Session) {
-    let kinds = if session.mode == Mode::Simple { &[0][..] } else { &[0, DF] };
+fn assert_only_bad_reads_fail(session: &mut Session) {
+    let flag_sets = if session.mode == Mode::Simple { &[0][..] } else { &[0, DF] };
     for length in [512, 64 * KIB, 256 * KIB, MIB, MIB + 4096] {
-        for flags in kinds.iter().filter(|flags| **flags == 0 || length <= MIB) {
+        for flags in flag_sets.iter().filter(|flags| **flags == 0 || length <= MIB) {
             let read = |offset| Request::new(READ, offset, length).flags(*flags);
             let good = session.ok(read(BAD - length));
             assert!(good.data.iter().all(|byte| *byte == 0) && good.data.len() as u64 == length);
             for offset in [BAD - length / 2, BAD, SIZE - length] {
-                let answer = session.ask(read(offset));
-                assert_eq!(answer.error, EIO, "{length} bytes at {offset}, {:?}", session.mode);
+                let reply = session.ask(read(offset));
+                assert_eq!(reply.error, EIO, "{length} bytes at {offset}, {:?}", session.mode);
                 session.assert_in_sync();
             }
         }
@@ -73,33 +73,35 @@ fn only_bad_reads_fail(session: &mut Session) {
     session.ok(Request::new(READ, BAD - LONGEST, LONGEST));
     let _ = session.ask(Request::new(CACHE, BAD - MIB, 2 * MIB));
     let reads = (0..40).map(|at| Request::new(READ, BAD - MIB + at * 50 * KIB, 64 * KIB));
-    session.pipeline(reads, |read, answer| {
+    session.pipeline(reads, |read, reply| {
         let expected = if read.offset + read.length > BAD { EIO } else { 0 };
-        assert_eq!(answer.error, expected, "at {}", read.offset);
+        assert_eq!(reply.error, expected, "at {}", read.offset);
     });
     session.assert_in_sync();
 }
 
-fn only_bad_reads_fail_in_all_modes(server: &Server) {
+fn assert_only_bad_reads_fail_in_all_modes(server: &Server) {
     for mode in MODES {
-        only_bad_reads_fail(&mut Session::open(server.endpoint(), mode).unwrap());
+        assert_only_bad_reads_fail(&mut Session::open(server.endpoint(), mode).unwrap());
     }
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    let most: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
-    assert!(most * KIB <= MEMORY_MAX, "{most} KiB of memory");
+    let peak_kib: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(peak_kib * KIB <= MEMORY_MAX, "{peak_kib} KiB of memory");
 }
 
-fn odd(dir: &Path) -> PathBuf {
-    compile(dir, "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"])
+fn quirks_library(dir: &Path) -> PathBuf {
+    compile(dir, "tests/file_systems/quirks.c", &["-shared", "-fPIC", "-ldl"])
 }
 
 #[test]
 fn reads_of_a_bad_sector_fail_with_eio() {
     if let Some(disk) = BadDisk::new() {
-        only_bad_reads_fail_in_all_modes(&Builder::serve(&disk.device).args(["--quiet"]).start());
+        assert_only_bad_reads_fail_in_all_modes(
+            &Builder::serve(&disk.device).args(["--quiet"]).start(),
+        );
         let old = Builder::serve(&disk.device).args(["--quiet", "--oldstyle"]).start();
-        only_bad_reads_fail(&mut Session::open_oldstyle(old.endpoint()));
+        assert_only_bad_reads_fail(&mut Session::open_oldstyle(old.endpoint()));
     }
 }
 
@@ -108,7 +110,9 @@ fn reads_of_a_bad_sector_fail_without_io_uring() {
     let (Some(disk), true) = (BadDisk::new(), require_tool("cc")) else { return };
     let dir = temp_dir();
     let builder = Builder::serve(&disk.device).args(["--quiet"]);
-    only_bad_reads_fail_in_all_modes(&builder.env("LD_PRELOAD", odd(dir.path())).start());
+    assert_only_bad_reads_fail_in_all_modes(
+        &builder.env("LD_PRELOAD", quirks_library(dir.path())).start(),
+    );
 }
 
 #[test]
@@ -116,7 +120,9 @@ fn reads_of_a_bad_sector_fail_over_unix() {
     if let Some(disk) = BadDisk::new() {
         let dir = temp_dir();
         let builder = Builder::serve(&disk.device).args(["--quiet"]);
-        only_bad_reads_fail_in_all_modes(&builder.unix(&dir.path().join("nbd.sock")).start());
+        assert_only_bad_reads_fail_in_all_modes(
+            &builder.unix(&dir.path().join("nbd.sock")).start(),
+        );
     }
 }
 
@@ -128,7 +134,7 @@ fn reads_of_a_bad_sector_fail_under_fuse() {
     }
     let (Some(disk), dir) = (BadDisk::new(), temp_dir()) else { return };
     if File::options().read(true).write(true).open("/dev/fuse").is_err() {
-        return skip("a disk under FUSE", "/dev/fuse may not be opened");
+        return skip("a disk under FUSE", "/dev/fuse cannot be opened");
     }
     let (point, file) = (dir.path().join("point"), dir.path().join("point/disk"));
     std::fs::create_dir(&point).unwrap();
@@ -137,7 +143,7 @@ fn reads_of_a_bad_sector_fail_under_fuse() {
     let child = nbdfuse.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let _fuse = Fuse { child, point };
     wait_until("a file under FUSE", || file.exists());
-    only_bad_reads_fail_in_all_modes(&Builder::serve(&file).args(["--quiet"]).start());
+    assert_only_bad_reads_fail_in_all_modes(&Builder::serve(&file).args(["--quiet"]).start());
 }
 
 /// A FUSE mount; unmounted when dropped.
@@ -161,5 +167,5 @@ fn reads_beyond_a_truncated_file_fail_with_eio() {
     std::fs::write(&image, vec![0; SIZE as usize]).unwrap();
     let server = Builder::serve(&image).args(["--quiet"]).start();
     File::options().write(true).open(&image).unwrap().set_len(BAD).unwrap();
-    only_bad_reads_fail_in_all_modes(&server);
+    assert_only_bad_reads_fail_in_all_modes(&server);
 }

@@ -12,7 +12,7 @@ const SIZE: u64 = 4 * MIB;
 /// Offset and length of the changes: whole blocks, and ranges with partial blocks at the edges.
 const CHANGES: [(u64, u64); 3] = [(64 << 10, 128 << 10), (5000, 100_000), (MIB + 100, 300)];
 
-/// An image filled with noise, and the server that serves it.
+/// A server of an image filled with noise.
 struct Subject {
     server: Server,
     image: PathBuf,
@@ -33,8 +33,8 @@ impl Subject {
         Session::open(self.server.endpoint(), mode).unwrap()
     }
 
-    /// TRIM has no effect, WRITE_ZEROES writes, and a fast zero is refused.
-    fn assert_zeroes_by_writing(&self, what: &str) {
+    /// Asserts that TRIM has no effect, WRITE_ZEROES writes zeros, and a fast zero is refused.
+    fn assert_zeroes_by_writing(&self, context: &str) {
         for mode in [Mode::Simple, Mode::Structured] {
             let mut session = self.session(mode);
             for (offset, length) in CHANGES {
@@ -42,16 +42,19 @@ impl Subject {
                 let mut zeroed = self.content.clone();
                 zeroed[start..end].fill(0);
                 session.ok(Request::new(TRIM, offset, length));
-                assert!(session.read(0, SIZE) == self.content, "{what}: TRIM has no effect");
+                assert!(session.read(0, SIZE) == self.content, "{context}: TRIM has no effect");
                 for flags in [0, NO_HOLE, FUA] {
                     session.ok(Request::new(WRITE_ZEROES, offset, length).flags(flags));
-                    assert!(session.read(0, SIZE) == zeroed, "{what}: zeroed at {offset}, {flags}");
+                    assert!(
+                        session.read(0, SIZE) == zeroed,
+                        "{context}: zeroed at {offset}, {flags}"
+                    );
                     session.ok(Request::write(offset, &self.content[start..end]));
                 }
             }
             let fast = Request::new(WRITE_ZEROES, 64 << 10, 128 << 10).flags(FAST_ZERO);
             session.refused(fast, &[ENOTSUP]);
-            assert!(session.read(0, SIZE) == self.content, "{what}: refused without an effect");
+            assert!(session.read(0, SIZE) == self.content, "{context}: refused without an effect");
         }
     }
 }
@@ -62,7 +65,7 @@ fn zeros_are_written_where_fallocate_is_unsupported() {
         return;
     }
     let dir = harness::temp_dir();
-    let library = compile(dir.path(), "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"]);
+    let library = compile(dir.path(), "tests/file_systems/quirks.c", &["-shared", "-fPIC", "-ldl"]);
     let unsupported = [
         Errno::EOPNOTSUPP as i32,
         Errno::ENOSYS as i32,
@@ -77,8 +80,8 @@ fn zeros_are_written_where_fallocate_is_unsupported() {
     ];
     for number in unsupported {
         let number = number.to_string();
-        let odd = [("LD_PRELOAD", library.to_str().unwrap()), ("ODD_FALLOCATE", &number)];
-        let subject = Subject::new(dir.path(), &odd);
+        let quirks = [("LD_PRELOAD", library.to_str().unwrap()), ("QUIRK_FALLOCATE", &number)];
+        let subject = Subject::new(dir.path(), &quirks);
         subject.assert_zeroes_by_writing(&format!("error {number}"));
     }
 }
@@ -89,11 +92,11 @@ fn other_fallocate_errors_reach_the_client() {
         return;
     }
     let dir = harness::temp_dir();
-    let library = compile(dir.path(), "tests/file_systems/odd.c", &["-shared", "-fPIC", "-ldl"]);
+    let library = compile(dir.path(), "tests/file_systems/quirks.c", &["-shared", "-fPIC", "-ldl"]);
     for (errno, error) in [(Errno::ENOSPC, ENOSPC), (Errno::EIO, EIO), (Errno::EDQUOT, ENOSPC)] {
         let number = (errno as i32).to_string();
-        let odd = [("LD_PRELOAD", library.to_str().unwrap()), ("ODD_FALLOCATE", &number)];
-        let subject = Subject::new(dir.path(), &odd);
+        let quirks = [("LD_PRELOAD", library.to_str().unwrap()), ("QUIRK_FALLOCATE", &number)];
+        let subject = Subject::new(dir.path(), &quirks);
         let mut session = subject.session(Mode::Simple);
         for command in [TRIM, WRITE_ZEROES] {
             session.refused(Request::new(command, 0, MIB), &[error]);
@@ -102,12 +105,12 @@ fn other_fallocate_errors_reach_the_client() {
     }
 }
 
-/// With `io_uring`, where there is one. Punching an append-only file fails with EPERM; descriptors
+/// With io_uring where the kernel has it. Punching an append-only file fails with EPERM; descriptors
 /// that are already open can still write to it.
 fn punching_resumes_after_append_only(kind: Kind) {
     let Some(mounted) = Mounted::new(kind) else { return };
     let subject = Subject::new(mounted.path(), &[]);
-    let chattr = |how| Program::new("chattr").words(how).args([&subject.image]).ok();
+    let chattr = |mode| Program::new("chattr").words(mode).args([&subject.image]).ok();
     chattr("+a");
     subject.assert_zeroes_by_writing(kind.name);
     chattr("-a");
