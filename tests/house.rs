@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The floor of each room. A room may use rooms below it; those on one floor never use each other.
+/// The floor of each module. A module may use modules below it, never one on its own floor.
 const FLOORS: &[(&str, u32)] = &[
     ("human", 0),
     ("memory_reserve", 0),
@@ -32,7 +32,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("generator", 6),
 ];
 
-/// Files and rooms that only compute decisions, without I/O.
+/// Files and modules that only compute decisions, without I/O.
 const PURE: &[&str] = &[
     "milestones.rs",
     "range.rs",
@@ -105,7 +105,8 @@ fn sources() -> Vec<(PathBuf, String)> {
     found.iter().map(|path| (relative(path), fs::read_to_string(path).unwrap())).collect()
 }
 
-fn room(path: &Path) -> String {
+/// The top-level module of a file.
+fn top_module(path: &Path) -> String {
     let first = path.components().next().unwrap().as_os_str().to_str().unwrap();
     first.trim_end_matches(".rs").to_owned()
 }
@@ -120,17 +121,17 @@ fn is_test(path: &Path) -> bool {
 }
 
 #[test]
-fn rooms_use_only_rooms_below_them() {
+fn modules_use_only_modules_below_them() {
     let floors: BTreeMap<&str, u32> = FLOORS.iter().copied().collect();
     let mut seen = 0;
     for (path, text) in sources() {
-        let room = room(&path);
-        if room == "lib" || is_test(&path) {
+        let module = top_module(&path);
+        if module == "lib" || is_test(&path) {
             continue;
         }
-        let floor = floors.get(room.as_str());
+        let floor = floors.get(module.as_str());
         let floor =
-            floor.unwrap_or_else(|| panic!("{} is in no room with a floor", path.display()));
+            floor.unwrap_or_else(|| panic!("the module of {} has no floor", path.display()));
         let text = without_tests(&text);
         for used in text.split("crate::").skip(1).chain(text.split("flexnbd::").skip(1)) {
             let used: String =
@@ -138,8 +139,8 @@ fn rooms_use_only_rooms_below_them() {
             let Some(below) = floors.get(used.as_str()) else { continue };
             seen += 1;
             assert!(
-                below < floor || used == room,
-                "{} (floor {floor}) leans on {used} (floor {below})",
+                below < floor || used == module,
+                "{} (floor {floor}) uses {used} (floor {below})",
                 path.display()
             );
         }
@@ -166,9 +167,9 @@ fn pure_files_name_no_io() {
 fn only_sync_handles_lock_poisoning() {
     for (path, text) in sources() {
         // The global allocator uses no other module.
-        let excepted = path.ends_with("sync.rs") || path.ends_with("memory_reserve.rs");
+        let is_exception = path.ends_with("sync.rs") || path.ends_with("memory_reserve.rs");
         let found = text.contains("PoisonError");
-        assert!(!found || excepted, "{}: use crate::sync", path.display());
+        assert!(!found || is_exception, "{}: use crate::sync", path.display());
     }
 }
 

@@ -52,8 +52,8 @@ fn packaged_files_exist_and_all_units_are_packaged() {
         for entry in fs::read_dir(project_path(directory)).unwrap() {
             let path = entry.unwrap().path();
             let name = path.strip_prefix(project_path("")).unwrap().to_str().unwrap();
-            let packed = assets.iter().any(|(path, _)| *path == name);
-            assert!(path.is_dir() || packed, "{name} is not in the package");
+            let is_packaged = assets.iter().any(|(path, _)| *path == name);
+            assert!(path.is_dir() || is_packaged, "{name} is not in the package");
         }
     }
 }
@@ -223,8 +223,8 @@ fn sockets_stop_after_a_departed_image_was_deleted() {
         assert_eq!(host.calls_of_retire(result), "", "missing without a record: {result}");
     }
     let name = host.path("disk.img").display().to_string().replace('/', "%2F");
-    let note = host.root.path().join(name + ".departed");
-    fs::write(note, format!("flexnbd 1 {DEPARTED}\n")).unwrap();
+    let tombstone = host.root.path().join(name + ".departed");
+    fs::write(tombstone, format!("flexnbd 1 {DEPARTED}\n")).unwrap();
     assert_eq!(host.calls_of_retire("success"), STOP);
 }
 
@@ -278,9 +278,9 @@ fn sockets_stay_if_the_ownership_is_unknown() {
 #[test]
 fn tmpfiles_set_modes_of_state_and_socket_directories() {
     let lines = include_str!("../systemd/flexnbd.tmpfiles").lines();
-    let made: Vec<&str> = lines.filter(|line| !line.starts_with('#')).collect();
-    assert!(made.contains(&"d /run/flexnbd 0750 root flexnbd -"), "{made:?}");
-    assert!(made.contains(&"d /var/lib/flexnbd 0711 flexnbd flexnbd -"), "{made:?}");
+    let directories: Vec<&str> = lines.filter(|line| !line.starts_with('#')).collect();
+    assert!(directories.contains(&"d /run/flexnbd 0750 root flexnbd -"), "{directories:?}");
+    assert!(directories.contains(&"d /var/lib/flexnbd 0711 flexnbd flexnbd -"), "{directories:?}");
     for unit in [SERVICE, RECEIVER] {
         assert!(settings(unit, "[Service]").contains(&"StateDirectoryMode=0711"));
     }
@@ -291,7 +291,7 @@ fn tmpfiles_set_modes_of_state_and_socket_directories() {
 fn install_after_error(error: &str) -> (bool, String, usize) {
     let dir = temp_dir();
     let path = |name: &str| dir.path().join(name);
-    let log = path("asked").display().to_string();
+    let log = path("calls").display().to_string();
     let script = format!(
         "#!/bin/sh\necho \"$*\" >>{log}\n[ $(wc -l <{log}) = 1 ] || exit 0\n\
          echo \"{error}\" >&2\nexit 100\n"
@@ -313,6 +313,6 @@ fn install_after_error(error: &str) -> (bool, String, usize) {
 fn the_install_script_waits_for_apt_locks() {
     let lock = "E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7 (apt-get)";
     assert_eq!(install_after_error(lock), (true, String::new(), 3), "update twice, then install");
-    let (worked, stderr, count) = install_after_error("E: no network");
-    assert_eq!((worked, stderr.as_str(), count), (false, "E: no network\n", 1));
+    let (success, stderr, count) = install_after_error("E: no network");
+    assert_eq!((success, stderr.as_str(), count), (false, "E: no network\n", 1));
 }

@@ -20,7 +20,7 @@ fn fio_verifies_writes_of_four_connections() {
             serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
         let job = &report["jobs"][0];
         assert_eq!(job["error"], 0, "errors");
-        let bytes = |way: &str| job[way]["io_bytes"].as_u64().unwrap();
+        let bytes = |direction: &str| job[direction]["io_bytes"].as_u64().unwrap();
         assert_eq!(bytes("write"), 4 * (12 << 20), "bytes written");
         assert_eq!(bytes("read"), bytes("write"), "bytes verified");
         wait_until("the sessions to end", || served.server.resources().threads < 8);

@@ -39,12 +39,9 @@ fn nbdinfo_reports_the_abilities_of_the_export() {
     }
     for_each_transport_and_style(|served, style| {
         assert_eq!(nbdinfo("--size", served).ok(), "67108864\n");
-        for (question, new, old) in ABILITIES {
+        for (query, new, old) in ABILITIES {
             let is_able = if style == Style::New { new } else { old };
-            nbdinfo(question, served)
-                .run()
-                .ended_with(if is_able { 0 } else { 2 })
-                .prints_nothing();
+            nbdinfo(query, served).run().ended_with(if is_able { 0 } else { 2 }).prints_nothing();
         }
         let json = nbdinfo("--json", served).ok();
         let report: serde_json::Value = serde_json::from_str(&json).unwrap();

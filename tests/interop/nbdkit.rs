@@ -5,11 +5,11 @@ use harness::{
     Endpoint, MIB, Program, Served, allocated, for_each_transport_and_style, require_tools,
 };
 
-/// Runs nbdkit with these arguments, and nbdcopy from it to flexnbd (`to_us`) or back.
+/// Runs nbdkit with these arguments, and copies its disk to flexnbd (`to_flexnbd`) or the reverse.
 #[track_caller]
-fn copy(nbdkit: &str, served: &Served, to_us: bool) {
-    let ours = served.uri();
-    let (from, to) = if to_us { ("$uri", ours.as_str()) } else { (ours.as_str(), "$uri") };
+fn copy(nbdkit: &str, served: &Served, to_flexnbd: bool) {
+    let uri = served.uri();
+    let (from, to) = if to_flexnbd { ("$uri", uri.as_str()) } else { (uri.as_str(), "$uri") };
     let script = format!("nbdcopy --connections=4 --flush \"{from}\" \"{to}\"");
     Program::new("nbdkit").words("-U -").words(nbdkit).args(["--run", &script]).ok();
 }
@@ -23,10 +23,10 @@ fn the_nbdkit_pattern_is_copied_exactly() {
         copy("pattern size=48M", served, true);
         let bytes = std::fs::read(&served.image).unwrap();
         let (head, tail) = bytes.split_at(48 << 20);
-        // Each 8 bytes are their own offset, big-endian.
-        let fits = |(i, eight): (usize, &[u8])| eight == (i as u64 * 8).to_be_bytes();
-        assert!(head.chunks(8).enumerate().all(fits), "pattern");
-        assert!(tail.iter().all(|byte| *byte == 0), "zeroes behind the pattern");
+        // The pattern is its own offset, in 8 bytes, big-endian.
+        let is_offset = |(i, bytes): (usize, &[u8])| bytes == (i as u64 * 8).to_be_bytes();
+        assert!(head.chunks(8).enumerate().all(is_offset), "pattern");
+        assert!(tail.iter().all(|byte| *byte == 0), "zeros after the pattern");
     });
 }
 

@@ -66,7 +66,7 @@ fn qemu_img_converts_both_ways() {
     for_each_transport_and_style(|served, _| {
         let original = image_with_holes(served.dir.path(), "original");
         let (out, qcow) = (served.path("out"), served.path("out.qcow2"));
-        let convert = |way: &str| qemu_img("convert -m 8 -W").words(way);
+        let convert = |formats: &str| qemu_img("convert -m 8 -W").words(formats);
         convert("-n -f raw -O raw").args([&original]).args([served.uri()]).ok();
         assert_same_files(&original, &served.image);
         convert("-f raw -O raw").args([served.uri()]).args([&out]).ok();
@@ -88,15 +88,15 @@ fn qemu_img_maps_the_holes_of_the_file() {
         let map = |disk: &str| {
             let json = qemu_img("map -U -f raw --output=json").args([disk]).ok();
             let map: serde_json::Value = serde_json::from_str(&json).unwrap();
-            let spans = map.as_array().unwrap().iter();
-            spans
+            let extents = map.as_array().unwrap().iter();
+            extents
                 .map(|s| format!("{} {} {}", s["start"], s["length"], s["data"]))
                 .collect::<Vec<_>>()
         };
         let file = served.image.to_str().unwrap();
         assert_eq!(map(&served.uri()), map(file));
-        let strictly = qemu_img("compare -s -U -f raw -F raw").args([&served.uri(), file]).ok();
-        assert_eq!(strictly, "Images are identical.\n");
+        let output = qemu_img("compare -s -U -f raw -F raw").args([&served.uri(), file]).ok();
+        assert_eq!(output, "Images are identical.\n");
     }
 }
 
