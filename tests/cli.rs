@@ -6,7 +6,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
-    reason = "helpers of tests, too: what cannot go on fails the test"
+    reason = "a helper that cannot continue fails its test"
 )]
 
 #[path = "cli/addresses.rs"]
@@ -40,19 +40,21 @@ fn flags_of(server: &Server) -> String {
     server.endpoint().flags()
 }
 
-fn read(place: &str, from: u64, size: u64) -> Program {
-    Program::flexnbd(&format!("read {place} --from {from} --size {size}"))
+/// `flexnbd read` from the server that these options name.
+fn read(server: &str, from: u64, size: u64) -> Program {
+    Program::flexnbd(&format!("read {server} --from {from} --size {size}"))
 }
 
-fn write(place: &str, from: u64, data: &[u8]) -> Program {
+/// `flexnbd write` to the server that these options name.
+fn write(server: &str, from: u64, data: &[u8]) -> Program {
     let size = data.len();
-    Program::flexnbd(&format!("write {place} --from {from} --size {size}")).input(data)
+    Program::flexnbd(&format!("write {server} --from {from} --size {size}")).input(data)
 }
 
-/// flexnbd as user `nobody`, to whom permissions apply, from a copy that this user can execute.
+/// flexnbd as user `nobody`, who has no privileges, from a copy that this user can execute.
 /// `None`, with a skip line, unless the test runs as root.
 fn as_nobody(dir: &Path) -> Option<Program> {
-    if !require_root("what another user may not do") {
+    if !require_root("the permissions of another user") {
         return None;
     }
     let copy = dir.join("flexnbd");

@@ -5,7 +5,7 @@
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
-    reason = "helpers of tests, too: what cannot go on fails the test"
+    reason = "a helper that cannot continue fails its test"
 )]
 
 #[path = "manual/command_line.rs"]

@@ -7,37 +7,37 @@ use std::net::{Ipv6Addr, TcpListener};
 use std::os::unix::net::UnixListener;
 
 fn has_ipv6() -> bool {
-    let there = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
-    if !there {
+    let has_ipv6 = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
+    if !has_ipv6 {
         harness::skip("a test that needs IPv6", "this host has no ::1");
     }
-    there
+    has_ipv6
 }
 
-/// Serves on this address; returns which of `places` accept a client.
+/// Serves on this address with these ACL entries; returns at which of `targets` a client can read.
 #[track_caller]
-fn answers(address: &str, entries: &str, places: &[&str]) -> Vec<bool> {
+fn readable_at(address: &str, acl: &str, targets: &[&str]) -> Vec<bool> {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", MIB);
     let port = free_port();
     let serve = Program::flexnbd("serve --file").args([&image]);
-    let serve = serve.words(&format!("--addr {address} --port {port} {entries}"));
-    // The kernel's tables show the listening socket, whatever its address.
-    let up = || {
+    let serve = serve.words(&format!("--addr {address} --port {port} {acl}"));
+    // The kernel's socket tables show a listening socket (state 0A) on any address.
+    let is_listening = || {
         let port = format!(":{port:04X} ");
         ["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|table| {
             let text = std::fs::read_to_string(table).unwrap_or_default();
             text.lines().any(|line| line.contains(&port) && line.contains(" 0A "))
         })
     };
-    let server = serve.start_until(up);
-    let answered = |place: &&str| {
-        let arguments = format!("--addr {place} --port {port}");
+    let server = serve.start_until(is_listening);
+    let is_readable = |target: &&str| {
+        let arguments = format!("--addr {target} --port {port}");
         read(&arguments, 0, 512).run().status.success()
     };
-    let answers = places.iter().map(answered).collect();
+    let results = targets.iter().map(is_readable).collect();
     server.stop();
-    answers
+    results
 }
 
 #[test]
@@ -45,8 +45,8 @@ fn ipv6_addresses_work_with_and_without_brackets() {
     if !has_ipv6() {
         return;
     }
-    assert_eq!(answers("::1", "", &["::1", "[::1]", "127.0.0.1"]), [true, true, false]);
-    assert_eq!(answers("[::1]", "", &["::1"]), [true]);
+    assert_eq!(readable_at("::1", "", &["::1", "[::1]", "127.0.0.1"]), [true, true, false]);
+    assert_eq!(readable_at("[::1]", "", &["::1"]), [true]);
 }
 
 #[test]
@@ -54,9 +54,9 @@ fn the_ipv6_wildcard_address_includes_ipv4() {
     if !has_ipv6() {
         return;
     }
-    assert_eq!(answers("::", "", &["127.0.0.1", "::1"]), [true, true]);
-    assert_eq!(answers("::", "", &["localhost"]), [true], "over either address");
-    assert_eq!(answers("0.0.0.0", "", &["127.0.0.1", "::1"]), [true, false]);
+    assert_eq!(readable_at("::", "", &["127.0.0.1", "::1"]), [true, true]);
+    assert_eq!(readable_at("::", "", &["localhost"]), [true], "over either address");
+    assert_eq!(readable_at("0.0.0.0", "", &["127.0.0.1", "::1"]), [true, false]);
 }
 
 #[test]
@@ -64,14 +64,14 @@ fn ipv4_acl_entries_match_in_dual_stack() {
     if !has_ipv6() {
         return;
     }
-    assert_eq!(answers("::", "127.0.0.0/8", &["127.0.0.1", "::1"]), [true, false]);
-    assert_eq!(answers("::", "::1", &["127.0.0.1", "::1"]), [false, true]);
+    assert_eq!(readable_at("::", "127.0.0.0/8", &["127.0.0.1", "::1"]), [true, false]);
+    assert_eq!(readable_at("::", "::1", &["127.0.0.1", "::1"]), [false, true]);
 }
 
 #[test]
 fn default_deny_without_entries_admits_no_client() {
-    assert_eq!(answers("127.0.0.1", "--default-deny", &["127.0.0.1"]), [false]);
-    assert_eq!(answers("127.0.0.1", "--default-deny 127.0.0.1", &["127.0.0.1"]), [true]);
+    assert_eq!(readable_at("127.0.0.1", "--default-deny", &["127.0.0.1"]), [false]);
+    assert_eq!(readable_at("127.0.0.1", "--default-deny 127.0.0.1", &["127.0.0.1"]), [true]);
 }
 
 #[test]

@@ -89,7 +89,7 @@ fn status_can_be_json() {
 #[test]
 fn a_new_acl_closes_sessions_no_longer_admitted() {
     let controlled = ControlledServer::start(&["127.0.0.1"]);
-    let place = flags_of(&controlled.server);
+    let flags = flags_of(&controlled.server);
     let mut client = controlled.client();
     client.assert_in_sync();
     assert_eq!(controlled.command("acl", "127.0.0.1 192.0.2.0/24").ok(), "updated\n");
@@ -97,9 +97,9 @@ fn a_new_acl_closes_sessions_no_longer_admitted() {
     assert_eq!(controlled.command("acl", "192.0.2.0/24 2001:db8::/32").ok(), "updated\n");
     client.wire.expect_closed("no longer admitted");
     Wire::connect(controlled.server.endpoint()).expect_closed("not admitted");
-    read(&place, 0, 512).run().ended_with(1);
+    read(&flags, 0, 512).run().ended_with(1);
     controlled.command("acl", "0.0.0.0/0").run().succeeded();
-    read(&place, 0, 512).run().succeeded();
+    read(&flags, 0, 512).run().succeeded();
 }
 
 #[test]
@@ -196,12 +196,12 @@ fn replies_of_the_original_server_set_the_status() {
     let sock = dir.path().join("original.sock");
     let listener = UnixListener::bind(&sock).unwrap();
     let server = std::thread::spawn(move || {
-        for answer in ["0: pid=7 is_mirroring=false has_control=true\n", "3: not today\n"] {
+        for reply in ["0: pid=7 is_mirroring=false has_control=true\n", "3: not today\n"] {
             let (mut stream, _) = listener.accept().unwrap();
             let mut request = [0; 8];
             stream.read_exact(&mut request).unwrap();
             assert_eq!(&request, b"status\n\n");
-            stream.write_all(answer.as_bytes()).unwrap();
+            stream.write_all(reply.as_bytes()).unwrap();
         }
     });
     let status = command(&sock, "status", "").ok();
@@ -227,8 +227,8 @@ fn offline_status(arguments: &str, path: &Path) -> Program {
 fn offline_status_works_beside_a_running_server() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "a disk", 8 * MIB + 100);
-    let shown = image.display().to_string().replace(' ', "%20");
-    let expected = format!("image={shown} size=8388608 ownership=none\n");
+    let escaped = image.display().to_string().replace(' ', "%20");
+    let expected = format!("image={escaped} size=8388608 ownership=none\n");
     assert_eq!(offline_status("--file", &image).ok(), expected);
     let config = dir.path().join("disk.conf");
     std::fs::write(&config, format!("FILE={}\n", image.display())).unwrap();

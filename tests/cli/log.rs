@@ -15,10 +15,10 @@ fn level_of(line: &str, pid: u32) -> char {
         let (thread, rest) = rest.split_once(' ')?;
         let (file, rest) = rest.split_once(':')?;
         let (number, message) = rest.split_once(": ")?;
-        let numbers = milliseconds.parse::<u64>().is_ok() && number.parse::<u32>().is_ok();
-        let here = process == pid.to_string() && file.ends_with(".rs");
+        let are_numbers = milliseconds.parse::<u64>().is_ok() && number.parse::<u32>().is_ok();
+        let is_ours = process == pid.to_string() && file.ends_with(".rs");
         let level = level.parse().ok().filter(|l| "DIWEF".contains(*l))?;
-        (numbers && here && !thread.is_empty() && !message.is_empty()).then_some(level)
+        (are_numbers && is_ours && !thread.is_empty() && !message.is_empty()).then_some(level)
     };
     parts().unwrap_or_else(|| panic!("not a line of the log: {line}"))
 }
@@ -104,18 +104,18 @@ fn a_server_survives_a_closed_stderr() {
     let served = Served::with(&[]);
     drop(served.server);
     let port = harness::free_port();
-    let place = Endpoint::localhost(port);
-    let serve = Program::flexnbd("serve -v --file").args([&served.image]).words(&place.flags());
+    let endpoint = Endpoint::localhost(port);
+    let serve = Program::flexnbd("serve -v --file").args([&served.image]).words(&endpoint.flags());
     let mut child = serve.start(Stdio::null(), Stdio::null());
     drop(child.stderr.take());
-    let up = harness::poll_until(harness::TIMEOUT, || {
+    let is_up = harness::poll_until(harness::TIMEOUT, || {
         std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
     });
-    let outcomes = [(); 3].map(|()| read(&place.flags(), 0, 512).run());
+    let outcomes = [(); 3].map(|()| read(&endpoint.flags(), 0, 512).run());
     let is_running = child.try_wait().unwrap().is_none();
     child.kill().unwrap();
     child.wait().unwrap();
-    assert!(up && is_running);
+    assert!(is_up && is_running);
     for outcome in outcomes {
         outcome.succeeded();
     }

@@ -78,9 +78,9 @@ fn a_partial_last_sector_is_not_served() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 4096 + 511);
     let served = Served::existing(dir, image, Transport::Tcp, Style::New, &[]);
-    let place = flags_of(&served.server);
-    read(&place, 4095, 1).run().succeeded();
-    read(&place, 4096, 1).run().refused(1, &["4096"]);
+    let flags = flags_of(&served.server);
+    read(&flags, 4095, 1).run().succeeded();
+    read(&flags, 4096, 1).run().refused(1, &["4096"]);
     let log = served.server.stderr();
     assert_eq!(log.lines().count(), 1, "{log}");
     assert!(log.contains(":W:") && log.contains("not serving its last 511 bytes,"), "{log}");
@@ -120,7 +120,8 @@ fn a_disk_is_served_by_one_server_only() {
 fn an_unavailable_address_is_named_with_the_reason() {
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", 4096);
-    let serve = |place: &str| Program::flexnbd("serve --file").args([&image]).words(place).run();
+    let serve =
+        |address: &str| Program::flexnbd("serve --file").args([&image]).words(address).run();
     let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = taken.local_addr().unwrap().port();
     let here = format!("cannot listen on 127.0.0.1:{port}");
@@ -228,9 +229,9 @@ fn options_override_the_configuration_file() {
         format!("FILE={}/other\nADDR=192.0.2.1\nPORT=1\nREAD_ONLY=yes\n", dir.path().display());
     std::fs::write(&config, text).unwrap();
     let server = Builder::serve(&image).args(["--config"]).args([&config]).start();
-    let place = flags_of(&server);
-    read(&place, 0, 512).run().succeeded();
-    crate::write(&place, 0, b"x").run().refused(1, &["EPERM"]);
+    let flags = flags_of(&server);
+    read(&flags, 0, 512).run().succeeded();
+    crate::write(&flags, 0, b"x").run().refused(1, &["EPERM"]);
 }
 
 #[test]

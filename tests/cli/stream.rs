@@ -23,10 +23,10 @@ fn served() -> Served {
 
 #[track_caller]
 fn assert_bounded_memory(served: &Served, client: u32) {
-    for (who, pid) in [("client", client), ("server", served.server.pid())] {
+    for (program, pid) in [("client", client), ("server", served.server.pid())] {
         let peak = Resources::of(pid).rss_bytes_peak;
-        assert!(peak > 0, "the {who} runs");
-        assert!(peak < MEMORY_MAX, "peak of the {who}: {peak} bytes");
+        assert!(peak > 0, "the {program} runs");
+        assert!(peak < MEMORY_MAX, "peak of the {program}: {peak} bytes");
     }
 }
 

@@ -13,10 +13,10 @@ const LENGTH: usize = 1_000_003;
 
 /// Writes, reads back, and checks the image.
 #[track_caller]
-fn assert_round_trip(place: &str, image: &Path) {
+fn assert_round_trip(server: &str, image: &Path) {
     let data = noise(LENGTH, 6);
-    write(place, FROM, &data).run().succeeded().prints_nothing();
-    let outcome = read(place, FROM, LENGTH as u64).run();
+    write(server, FROM, &data).run().succeeded().prints_nothing();
+    let outcome = read(server, FROM, LENGTH as u64).run();
     assert_eq!(outcome.succeeded().stderr, "");
     assert!(outcome.stdout == data, "wrong data read back");
     assert!(read_at(image, FROM, LENGTH) == data, "wrong data in the image");
@@ -34,7 +34,7 @@ fn flexnbd_round_trips_over_every_transport_and_style() {
     });
 }
 
-fn place(transport: Transport, dir: &Path) -> Endpoint {
+fn endpoint(transport: Transport, dir: &Path) -> Endpoint {
     match transport {
         Transport::Tcp => Endpoint::localhost(free_port()),
         Transport::Unix => Endpoint::Unix(dir.join("peer.sock")),
@@ -43,13 +43,13 @@ fn place(transport: Transport, dir: &Path) -> Endpoint {
 
 /// Starts nbdkit with these arguments on either kind of socket.
 #[track_caller]
-pub(crate) fn nbdkit(place: Endpoint, arguments: &[&str]) -> Peer {
+pub(crate) fn nbdkit(endpoint: Endpoint, arguments: &[&str]) -> Peer {
     let nbdkit = Program::new("nbdkit").words("-f");
-    let nbdkit = match &place {
+    let nbdkit = match &endpoint {
         Endpoint::Tcp(address) => nbdkit.words(&format!("-i 127.0.0.1 -p {}", address.port())),
         Endpoint::Unix(path) => nbdkit.args(["-U"]).args([path]),
     };
-    nbdkit.args(arguments).serve_at(place)
+    nbdkit.args(arguments).serve_at(endpoint)
 }
 
 #[test]
@@ -61,8 +61,8 @@ fn nbdkit_round_trips_over_every_transport_and_style() {
         for style in ["--newstyle", "--oldstyle"] {
             let dir = temp_dir();
             let image = sparse_image(dir.path(), "image", 8 * MIB);
-            let place = place(transport, dir.path());
-            let peer = nbdkit(place, &[style, "file", image.to_str().unwrap()]);
+            let endpoint = endpoint(transport, dir.path());
+            let peer = nbdkit(endpoint, &[style, "file", image.to_str().unwrap()]);
             assert_round_trip(&peer.endpoint.flags(), &image);
             peer.stop();
         }
@@ -71,13 +71,13 @@ fn nbdkit_round_trips_over_every_transport_and_style() {
 
 /// Starts qemu-nbd with an export named `disk` on either kind of socket.
 #[track_caller]
-pub(crate) fn qemu_nbd(place: Endpoint, image: &Path) -> Peer {
+pub(crate) fn qemu_nbd(endpoint: Endpoint, image: &Path) -> Peer {
     let qemu_nbd = Program::new("qemu-nbd").words("-f raw -t -e 8 -x disk");
-    let qemu_nbd = match &place {
+    let qemu_nbd = match &endpoint {
         Endpoint::Tcp(address) => qemu_nbd.words(&format!("-b 127.0.0.1 -p {}", address.port())),
         Endpoint::Unix(path) => qemu_nbd.args(["-k"]).args([path]),
     };
-    qemu_nbd.args([image]).serve_at(place)
+    qemu_nbd.args([image]).serve_at(endpoint)
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn qemu_nbd_round_trips_over_every_transport() {
     for transport in [Transport::Tcp, Transport::Unix] {
         let dir = temp_dir();
         let image = sparse_image(dir.path(), "image", 8 * MIB);
-        let peer = qemu_nbd(place(transport, dir.path()), &image);
+        let peer = qemu_nbd(endpoint(transport, dir.path()), &image);
         assert_round_trip(&format!("{} --export disk", peer.endpoint.flags()), &image);
         let uri = peer.endpoint.uri_of("disk");
         assert_round_trip(&format!("--uri {uri}"), &image);
@@ -100,11 +100,11 @@ fn qemu_nbd_round_trips_over_every_transport() {
 #[test]
 fn exports_match_their_name_or_the_empty_name() {
     let served = Served::with(&["--export", "my disk"]);
-    let place = flags_of(&served.server);
-    let named = |name: &str| read(&place, 0, 512).args(["--export", name]).run();
+    let flags = flags_of(&served.server);
+    let named = |name: &str| read(&flags, 0, 512).args(["--export", name]).run();
     named("my disk").succeeded();
     named("").succeeded();
-    read(&place, 0, 512).run().succeeded();
+    read(&flags, 0, 512).run().succeeded();
     let refused = named("yours");
     refused.refused(1, &["flexnbd read: 127.0.0.1:", "no export of that name"]);
     assert!(refused.stdout.is_empty());
@@ -118,8 +118,8 @@ fn exports_match_their_name_or_the_empty_name() {
 #[test]
 fn bind_sets_the_source_address() {
     let served = Served::with(&["127.0.0.2"]);
-    let place = flags_of(&served.server);
-    let from = |address: &str| read(&place, 0, 512).args(["--bind", address]).run();
+    let flags = flags_of(&served.server);
+    let from = |address: &str| read(&flags, 0, 512).args(["--bind", address]).run();
     from("127.0.0.2").succeeded();
     // The server closes the connection without a greeting.
     from("127.0.0.1").refused(1, &["flexnbd read: 127.0.0.1:", "connection"]);
@@ -131,13 +131,13 @@ fn bind_sets_the_source_address() {
 #[test]
 fn writes_past_the_last_byte_are_refused() {
     let served = Served::with(&[]);
-    let place = flags_of(&served.server);
-    write(&place, 64 * MIB - 1, b"x").run().succeeded().prints_nothing();
+    let flags = flags_of(&served.server);
+    write(&flags, 64 * MIB - 1, b"x").run().succeeded().prints_nothing();
     assert_eq!(read_at(&served.image, 64 * MIB - 1, 1), b"x");
     let size = (64 * MIB).to_string();
-    write(&place, 64 * MIB, b"x").run().refused(1, &["flexnbd write: ", &size, "1 byte from"]);
-    write(&place, 64 * MIB - 1, b"xy").run().refused(1, &[&size]);
-    let read = read(&place, 64 * MIB - 1, 2).run();
+    write(&flags, 64 * MIB, b"x").run().refused(1, &["flexnbd write: ", &size, "1 byte from"]);
+    write(&flags, 64 * MIB - 1, b"xy").run().refused(1, &[&size]);
+    let read = read(&flags, 64 * MIB - 1, 2).run();
     assert!(read.refused(1, &["flexnbd read: ", &size]).stdout.is_empty());
     assert_eq!(served.server.stderr(), "", "the client sends no request");
 }

@@ -13,8 +13,8 @@ use std::process::Stdio;
 
 #[test]
 fn a_refused_connection_is_reported_once_with_address() {
-    let place = Endpoint::localhost(free_port());
-    let outcome = read(&place.flags(), 0, 512).run();
+    let endpoint = Endpoint::localhost(free_port());
+    let outcome = read(&endpoint.flags(), 0, 512).run();
     outcome.refused(1, &["flexnbd read: cannot connect to 127.0.0.1:", "refused"]);
     assert_eq!(outcome.stderr.matches("cannot connect").count(), 1, "{}", outcome.stderr);
     let dir = temp_dir();
@@ -24,13 +24,13 @@ fn a_refused_connection_is_reported_once_with_address() {
     assert_eq!(outcome.stderr.matches("cannot connect").count(), 1, "{}", outcome.stderr);
 }
 
-/// A server that sends `words` to one client and closes its side.
-fn scripted_server(words: &'static [u8]) -> (Endpoint, std::thread::JoinHandle<()>) {
+/// A server that sends these bytes to one client and then EOF.
+fn scripted_server(bytes: &'static [u8]) -> (Endpoint, std::thread::JoinHandle<()>) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     let thread = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
-        stream.write_all(words).unwrap();
+        stream.write_all(bytes).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         let _ = stream.read(&mut [0; 512]);
     });
@@ -41,14 +41,14 @@ fn scripted_server(words: &'static [u8]) -> (Endpoint, std::thread::JoinHandle<(
 fn servers_of_other_protocols_are_recognised() {
     let ssh = b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n";
     let unknown_magic = b"NBDMAGICSOMETHNG and so on and on and on and on";
-    for words in [&ssh[..], unknown_magic] {
-        let (place, thread) = scripted_server(words);
-        read(&place.flags(), 0, 512).run().refused(1, &["flexnbd read: 127.0.0.1:", "NBD"]);
+    for bytes in [&ssh[..], unknown_magic] {
+        let (endpoint, thread) = scripted_server(bytes);
+        read(&endpoint.flags(), 0, 512).run().refused(1, &["flexnbd read: 127.0.0.1:", "NBD"]);
         thread.join().unwrap();
     }
-    for words in [&b""[..], b"NBDMAGIC", b"NBDM"] {
-        let (place, thread) = scripted_server(words);
-        read(&place.flags(), 0, 512).run().refused(1, &["flexnbd read: 127.0.0.1:", "closed"]);
+    for bytes in [&b""[..], b"NBDMAGIC", b"NBDM"] {
+        let (endpoint, thread) = scripted_server(bytes);
+        read(&endpoint.flags(), 0, 512).run().refused(1, &["flexnbd read: 127.0.0.1:", "closed"]);
         thread.join().unwrap();
     }
 }
@@ -62,8 +62,8 @@ fn a_server_that_requires_tls_is_refused() {
     let keys = dir.path().join("keys.psk");
     std::fs::write(&keys, "me:00112233445566778899aabbccddeeff\n").unwrap();
     let keys = format!("--tls-psk={}", keys.display());
-    let place = Endpoint::Unix(dir.path().join("tls.sock"));
-    let peer = nbdkit(place, &["--tls=require", &keys, "memory", "size=1M"]);
+    let endpoint = Endpoint::Unix(dir.path().join("tls.sock"));
+    let peer = nbdkit(endpoint, &["--tls=require", &keys, "memory", "size=1M"]);
     read(&peer.endpoint.flags(), 0, 512).run().refused(1, &["flexnbd read: /", "TLS"]);
     write(&peer.endpoint.flags(), 0, b"x").run().refused(1, &["flexnbd write: /", "TLS"]);
 }
@@ -75,43 +75,43 @@ fn block_size_constraints_of_servers_are_respected() {
     }
     let dir = temp_dir();
     let image = sparse_image(dir.path(), "image", MIB);
-    let place = Endpoint::Unix(dir.path().join("nbdkit.sock"));
+    let endpoint = Endpoint::Unix(dir.path().join("nbdkit.sock"));
     let policy = ["blocksize-minimum=512", "blocksize-preferred=4K", "blocksize-maximum=64K"];
     let file = ["--filter=blocksize-policy", "file", image.to_str().unwrap()];
     let strict = ["blocksize-error-policy=error"];
-    let peer = nbdkit(place, &[&file[..], &policy[..], &strict[..]].concat());
-    let place = peer.endpoint.flags();
+    let peer = nbdkit(endpoint, &[&file[..], &policy[..], &strict[..]].concat());
+    let flags = peer.endpoint.flags();
     for (from, size) in [(0, 100), (1, 512), (512, 513)] {
-        let outcome = read(&place, from, size).run();
+        let outcome = read(&flags, from, size).run();
         outcome.refused(1, &["flexnbd read: ", "multiples of 512"]);
         assert!(outcome.stdout.is_empty());
     }
     // Longer than the server's maximum, so the client splits it.
     let data = noise(300 * KIB as usize, 9);
-    write(&place, 512, &data).run().succeeded().prints_nothing();
-    assert!(read(&place, 512, 300 * KIB).run().succeeded().stdout == data);
+    write(&flags, 512, &data).run().succeeded().prints_nothing();
+    assert!(read(&flags, 512, 300 * KIB).run().succeeded().stdout == data);
     assert!(read_at(&image, 512, data.len()) == data);
 }
 
 #[test]
 fn a_short_input_writes_nothing() {
     let served = Served::with(&[]);
-    let place = flags_of(&served.server);
-    let short = |input: &[u8]| write(&place, 0, &[0; 1000]).input(input).run();
+    let flags = flags_of(&served.server);
+    let write_1000 = |input: &[u8]| write(&flags, 0, &[0; 1000]).input(input).run();
     let message = "flexnbd write: standard input ended after 999 of 1000 bytes";
-    short(&[7; 999]).refused(1, &[message]);
-    short(b"").refused(1, &["after 0 of 1000 bytes"]);
+    write_1000(&[7; 999]).refused(1, &[message]);
+    write_1000(b"").refused(1, &["after 0 of 1000 bytes"]);
     assert_eq!(read_at(&served.image, 0, 1000), [0; 1000]);
-    short(&[7; 1001]).succeeded().prints_nothing();
+    write_1000(&[7; 1001]).succeeded().prints_nothing();
     assert_eq!(read_at(&served.image, 0, 1001), [vec![7; 1000], vec![0]].concat());
 }
 
 #[test]
 fn a_read_only_export_refuses_writes() {
     let served = Served::with(&["--read-only"]);
-    let place = flags_of(&served.server);
-    read(&place, 0, 512).run().succeeded();
-    write(&place, 0, b"x").run().refused(1, &["flexnbd write: 127.0.0.1:", "EPERM"]);
+    let flags = flags_of(&served.server);
+    read(&flags, 0, 512).run().succeeded();
+    write(&flags, 0, b"x").run().refused(1, &["flexnbd write: 127.0.0.1:", "EPERM"]);
     assert_eq!(read_at(&served.image, 0, 1), [0]);
 }
 

@@ -34,7 +34,7 @@ struct Machine {
 impl Machine {
     /// `None`, with a skip line, unless the test runs as root.
     fn new() -> Option<Self> {
-        if !require_root("what an ordinary user may do") {
+        if !require_root("an unprivileged user") {
             return None;
         }
         let dir = temp_dir();
@@ -50,8 +50,8 @@ impl Machine {
         Some(Self { dir })
     }
 
-    /// Runs `prepare` as root and then `script` as the user. `$I` is a directory for images: `$D/own`,
-    /// or `$D/plain`, which is without extended attributes. `$F` is the program, and `$(R)` the
+    /// Runs `prepare` as root and then `script` as the user. `$I` is the directory of images: `$D/own`,
+    /// or `$D/plain`, whose file system has no extended attributes. `$F` is the program, and `$(R)` the
     /// record file of `$I/disk.img` in the package's state directory.
     fn user(
         &self,
@@ -95,8 +95,8 @@ fn records_go_to_the_users_state_directory() {
     let Some(machine) = Machine::new() else { return };
     let outcome = machine.user((MODES[0], HOMES[0], "plain"), "", SERVE_AND_LISTEN);
     assert!(outcome.succeeded().text().contains("ownership=ours"));
-    let kept = machine.dir.path().join("home/.local/state/flexnbd");
-    let names: Vec<_> = std::fs::read_dir(&kept).unwrap().flatten().collect();
+    let state = machine.dir.path().join("home/.local/state/flexnbd");
+    let names: Vec<_> = std::fs::read_dir(&state).unwrap().flatten().collect();
     assert_eq!(names.len(), 2, "one record for each image: {names:?}");
 }
 

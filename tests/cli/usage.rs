@@ -67,7 +67,7 @@ fn every_usage_error_has_its_message() {
 fn help_describes_every_mode_on_stdout() {
     let all = Program::flexnbd("help").ok();
     for mode in ["serve", "read", "write", "acl", "status", "reload", "help"] {
-        assert!(all.contains(&format!("  {mode} ")), "{mode} is in: {all}");
+        assert!(all.contains(&format!("  {mode} ")), "no {mode} in: {all}");
         let one = Program::flexnbd(&format!("help {mode}")).ok();
         assert!(one.contains(&format!("Usage: flexnbd {mode}")), "{one}");
         assert_eq!(Program::flexnbd(&format!("{mode} --help")).ok(), one);
