@@ -32,7 +32,7 @@ fn mode(name: &str) -> Command {
     program.find_subcommand(name).unwrap_or_else(|| panic!("no mode {name}")).clone()
 }
 
-/// An argument as the page shows it: `-f, --file FILE`.
+/// An argument in the form of the page: `-f, --file FILE`.
 fn shown(arg: &Arg) -> String {
     let short = arg.get_short().map(|short| format!("-{short}"));
     let long = arg.get_long().map(|long| format!("--{long}"));
@@ -52,7 +52,7 @@ fn global() -> BTreeSet<String> {
     arguments(&program()).into_iter().filter(|option| option != version).collect()
 }
 
-/// The items of a section that are arguments, not keys.
+/// The items of a section that are arguments; others are keys.
 fn documented(page: &Page, place: &str) -> BTreeSet<String> {
     let items = page.items(place).into_iter().filter(|item| !item.starts_with("Va "));
     items.map(plain).collect()
@@ -90,11 +90,11 @@ fn global_options_have_their_own_section() {
 /// The options of a mode in the synopsis; a bundle such as `-qv` yields `-q` and `-v`.
 fn in_synopsis(page: &Page, name: &str) -> BTreeSet<String> {
     let lines: Vec<&str> = page.at("SYNOPSIS").collect();
-    let uses = lines.split(|line| *line == ".Nm");
+    let usages = lines.split(|line| *line == ".Nm");
     let with_name = format!(".Cm {name}");
-    let mut uses = uses.filter(|lines| lines.first() == Some(&with_name.as_str()));
-    let usage = uses.next().unwrap_or_else(|| panic!("the synopsis lacks {name}"));
-    assert!(uses.next().is_none(), "the synopsis shows {name} twice");
+    let mut usages = usages.filter(|lines| lines.first() == Some(&with_name.as_str()));
+    let usage = usages.next().unwrap_or_else(|| panic!("the synopsis lacks {name}"));
+    assert!(usages.next().is_none(), "the synopsis shows {name} twice");
     let mut found = BTreeSet::new();
     for line in usage {
         for flag in arguments_of("Fl", line) {
@@ -194,8 +194,8 @@ fn documented_limits_and_timeouts_match_the_program() {
         let constant = format!("const {name}: Duration = Duration::from_secs({seconds});");
         assert!(constants.contains(&constant), "there is no `{constant}`");
     }
-    let (most, patience) = (control::listener::CONNECTIONS_MAX, control::listener::TIMEOUT);
-    assert_eq!(documented_numbers("Control connections"), [most as u64, patience.as_secs()]);
+    let (most, timeout) = (control::listener::CONNECTIONS_MAX, control::listener::TIMEOUT);
+    assert_eq!(documented_numbers("Control connections"), [most as u64, timeout.as_secs()]);
     let (length, lines) = (control::command::LINE_BYTES_MAX, control::command::LINES_MAX);
     assert_eq!(documented_numbers("Control commands"), [length as u64, lines as u64]);
     assert_eq!(

@@ -71,7 +71,7 @@ fn load(mode: &str, text: &str) -> Config {
     }
 }
 
-/// Valid configurations; [`OTHER`] has a different value for each key.
+/// Valid configurations; [`OTHER_VALUES`] has a different value for each key.
 fn bases() -> [BTreeMap<&'static str, &'static str>; 2] {
     let open = BTreeMap::from([("FILE", "/dev/a"), ("ADDR", "::"), ("PORT", "7")]);
     let open = open.into_iter().chain([("IP_FILTER", "yes")]).collect::<BTreeMap<_, _>>();
@@ -79,7 +79,8 @@ fn bases() -> [BTreeMap<&'static str, &'static str>; 2] {
     [open, listed]
 }
 
-const OTHER: [(&str, &str); 17] = [
+/// Another valid value for each key.
+const OTHER_VALUES: [(&str, &str); 17] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
@@ -99,26 +100,26 @@ const OTHER: [(&str, &str); 17] = [
     ("AUTOSTART", "yes"),
 ];
 
-/// `yes` if setting `key` to this value changes the result of `look` for a configuration.
+/// `yes` if setting `key` to this value changes the result of `compute` for a configuration.
 fn uses<T: PartialEq>(
     (key, value): (&'static str, &'static str),
-    look: impl Fn(&str) -> T,
+    compute: impl Fn(&str) -> T,
 ) -> &'static str {
-    let makes_a_difference = bases().into_iter().any(|base| {
+    let is_used = bases().into_iter().any(|base| {
         let mut changed = base.clone();
         changed.insert(key, value);
-        look(&text(&base)) != look(&text(&changed))
+        compute(&text(&base)) != compute(&text(&changed))
     });
-    if makes_a_difference { "yes" } else { "no" }
+    if is_used { "yes" } else { "no" }
 }
 
 #[test]
-fn the_table_shows_who_uses_each_key() {
-    assert_eq!(BTreeSet::from(OTHER.map(|(key, _)| key)), BTreeSet::from(config::KEYS));
+fn the_table_shows_the_users_of_each_key() {
+    assert_eq!(BTreeSet::from(OTHER_VALUES.map(|(key, _)| key)), BTreeSet::from(config::KEYS));
     let page = page();
     let mut rows: Vec<&str> = page.items("USE OF EACH KEY");
     assert_eq!(rows.remove(0), "Em key Ta Cm serve Ta Cm listen Ta Em units Ta Cm reload");
-    let expected = OTHER.map(|other| {
+    let expected = OTHER_VALUES.map(|other| {
         let serve = uses(other, |text| load("serve", text));
         let listen = uses(other, |text| load("listen", text));
         let units = uses(other, |text| generate(text).files);
@@ -183,10 +184,10 @@ fn documented_autostart_values_are_accepted() {
     let items = page.items("KEYS/The service");
     let words: Vec<&str> = items.iter().filter_map(|item| item.strip_prefix("Li ")).collect();
     let read = |word: &&str| parsed(&format!("AUTOSTART={word}")).unwrap().autostart.unwrap();
-    let meant: Vec<settings::Autostart> = words.iter().map(read).collect();
+    let values: Vec<settings::Autostart> = words.iter().map(read).collect();
     let all = [settings::Autostart::No, settings::Autostart::Yes, settings::Autostart::OnDemand];
-    assert_eq!(meant, all);
-    assert_eq!(meant[0], settings::Autostart::default(), "the first is documented as the default");
+    assert_eq!(values, all);
+    assert_eq!(values[0], settings::Autostart::default(), "the first is documented as the default");
 }
 
 #[test]

@@ -99,7 +99,7 @@ fn page_titles_match_their_packaged_files() {
 }
 
 #[test]
-fn pages_refer_to_exactly_our_other_pages() {
+fn pages_refer_to_exactly_the_other_pages() {
     let all = manuals();
     let names: BTreeSet<String> = all.iter().map(Manual::name).collect();
     for manual in &all {

@@ -33,13 +33,13 @@ fn page() -> Page {
     Page::parse(&read(PAGE))
 }
 
-fn place() -> RemoteAddress {
+fn remote_address() -> RemoteAddress {
     RemoteAddress::new("PLACE").unwrap()
 }
 
 /// A job with the default limits.
 fn job() -> Job {
-    Job::new(ID, 1 << 30, place(), Provenance::Native)
+    Job::new(ID, 1 << 30, remote_address(), Provenance::Native)
 }
 
 /// The text of a section, on one line.
@@ -51,14 +51,14 @@ fn text(page: &Page, place: &str) -> String {
 fn documented_limits_match_the_program() {
     let page = page();
     let documented = |item: &str| numbers(&page.item_text("LIMITS", item));
-    let (usual, limits) = (job(), Limits::default());
-    let pause = u64::try_from(usual.pause.as_millis()).unwrap();
+    let (job, limits) = (job(), Limits::default());
+    let pause = u64::try_from(job.pause.as_millis()).unwrap();
     let (window, most) = (limits.window >> 20, limits.data_max >> 20);
     let delay_max = u64::try_from(write_throttle::DELAY_MAX.as_millis()).unwrap();
     assert_eq!(documented("Smallest disk"), [SIZE_MIN]);
     let aim = [pause / u64::from(SHORT_PAUSE_DIVISOR), pause, SHORT_PAUSE_ATTEMPT.as_secs()];
     assert_eq!(documented("Target of the pause"), aim);
-    assert_eq!(documented("Progress timeout"), [usual.timeout.as_secs()]);
+    assert_eq!(documented("Progress timeout"), [job.timeout.as_secs()]);
     assert_eq!(documented("Retry interval"), [RETRY_EVERY.as_secs()]);
     let requests = [window, limits.requests as u64, most, limits.zeroes as u64];
     assert_eq!(documented("Requests in flight"), requests);
@@ -83,18 +83,18 @@ fn documented_limits_match_the_program() {
 /// passes allowed without progress at the longest delay.
 fn convergence_delays() -> (Vec<Duration>, u64) {
     let mut convergence = Convergence::new(job().pause);
-    let (mut steps, mut at_the_last) = (Vec::new(), 0);
+    let (mut steps, mut passes_at_longest) = (Vec::new(), 0);
     for second in 0..100 {
         convergence.pass_ended(Duration::from_secs(second), 1 << 30, None);
         let delay = convergence.delay();
         if steps.last() != Some(&delay) {
             steps.push(delay);
-            at_the_last = 0;
+            passes_at_longest = 0;
         } else {
-            at_the_last += 1;
+            passes_at_longest += 1;
         }
         if convergence.may_close_gate(Duration::from_secs(second), 1 << 30, None, None) {
-            return (steps, at_the_last);
+            return (steps, passes_at_longest);
         }
     }
     panic!("convergence never gives up: {steps:?}");
@@ -102,28 +102,28 @@ fn convergence_delays() -> (Vec<Duration>, u64) {
 
 #[test]
 fn documented_writer_delays_match_the_program() {
-    let (steps, at_the_last) = convergence_delays();
+    let (steps, passes_at_longest) = convergence_delays();
     let steps: Vec<u64> =
         steps.iter().skip(1).map(|step| u64::try_from(step.as_micros()).unwrap()).collect();
     assert!(steps.windows(2).all(|pair| pair[1] == 2 * pair[0]), "not doubled: {steps:?}");
     let delay_max = u64::try_from(write_throttle::DELAY_MAX.as_millis()).unwrap();
-    let expected = [steps[0], steps[steps.len() - 1], delay_max, at_the_last];
+    let expected = [steps[0], steps[steps.len() - 1], delay_max, passes_at_longest];
     assert_eq!(numbers(&text(&page(), "SPEED/Convergence")), expected);
 }
 
 #[test]
 fn numbers_in_the_text_match_the_program() {
     let page = page();
-    let (pause, patience) = (job().pause.as_millis(), job().timeout.as_secs());
+    let (pause, timeout) = (job().pause.as_millis(), job().timeout.as_secs());
     let pause = u64::try_from(pause).unwrap();
     let catching_up = text(&page, "WHAT HAPPENS/Catching up");
     let aim = [pause / u64::from(SHORT_PAUSE_DIVISOR), SHORT_PAUSE_ATTEMPT.as_secs(), pause];
     assert_eq!(numbers(&catching_up), aim);
     let limit = page.item_text("ENVIRONMENT", "Ev FLEXNBD_MS_REQUEST_LIMIT_SECS");
-    assert_eq!(numbers(&limit), [patience, 1]);
+    assert_eq!(numbers(&limit), [timeout, 1]);
     let lost = "The connection is lost while copying, or the destination hangs";
     let lost = text(&page, &format!("WHEN SOMETHING GOES WRONG/{lost}"));
-    assert_eq!(numbers(&lost), [patience]);
+    assert_eq!(numbers(&lost), [timeout]);
     let doubt = [ASK_AFTER.as_secs(), FREEZE_MAX.as_secs()];
     assert_eq!(numbers(&text(&page, "IN DOUBT"))[..2], doubt);
     let last_copy = [
@@ -151,9 +151,14 @@ fn records() -> [(&'static str, Option<Record>); 7] {
         ("ours (adopted)", Some(Record::Ours(Provenance::Adopted))),
         (
             "departing",
-            Some(Record::Departing { id: ID, before: Provenance::Native, to: place(), from: None }),
+            Some(Record::Departing {
+                id: ID,
+                before: Provenance::Native,
+                to: remote_address(),
+                from: None,
+            }),
         ),
-        ("departed", Some(Record::Departed { id: ID, when: 1, to: place() })),
+        ("departed", Some(Record::Departed { id: ID, when: 1, to: remote_address() })),
     ]
 }
 
@@ -207,8 +212,11 @@ fn record_paths_match_the_program() {
     let directory = format!("Pa {}", state_directory::SHARED);
     let own = "Pa ~/.local/state/flexnbd".to_owned();
     assert_eq!(page.items("FILES"), [attribute, directory, own]);
-    let asks = format!("getfattr --only-values -n {} disk.img", record_store::ATTRIBUTE);
-    assert!(page.literal().iter().any(|line| line.ends_with(&asks)), "no example has `{asks}`");
+    let command = format!("getfattr --only-values -n {} disk.img", record_store::ATTRIBUTE);
+    assert!(
+        page.literal().iter().any(|line| line.ends_with(&command)),
+        "no example has `{command}`"
+    );
 }
 
 #[test]
@@ -266,7 +274,7 @@ fn without_numbers(text: &str) -> String {
     out.replace("migration ID", "migration N").replace("N-N-NTN:N:NZ", "TIME")
 }
 
-/// Every reason why a copy to a destination fails or stops.
+/// The message of every reason for which a copy fails or stops.
 fn troubles() -> Vec<String> {
     let reason = || "REASON".to_owned();
     let troubles = [
@@ -317,7 +325,7 @@ fn documented_nbd_error_numbers_match() {
 
 #[test]
 fn documented_image_refusals_match_the_messages() {
-    let (id, to) = (ID, place());
+    let (id, to) = (ID, remote_address());
     let refusals = [
         ownership::OwnershipRefusal::Incomplete,
         ownership::OwnershipRefusal::Departing { id, to: to.clone() },
@@ -430,10 +438,10 @@ fn documented_option_and_command_numbers_match() {
 fn commands() -> Vec<String> {
     let text = page().literal();
     let starts = text.iter().map(|line| line.strip_prefix("$ ").unwrap_or(line).trim());
-    let ours = starts.filter(|line| {
+    let commands = starts.filter(|line| {
         line.starts_with("flexnbd ") && !line.contains("flexnbd 1 ") && !line.contains("flexnbd 2 ")
     });
-    ours.map(|line| line.trim_end_matches("&&").trim().to_owned()).collect()
+    commands.map(|line| line.trim_end_matches("&&").trim().to_owned()).collect()
 }
 
 #[test]

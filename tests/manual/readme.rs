@@ -101,7 +101,7 @@ fn wait(mut child: Child) -> Option<ExitStatus> {
     receiver.recv_timeout(DEADLINE).ok()
 }
 
-/// Whether a line matches the expected one, where all white space is equal.
+/// Whether a line matches the expected one. Any white space matches any other.
 fn is_as_shown(line: &str, shown: &str) -> bool {
     let plain = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
     let (line, shown) = (plain(line), plain(shown));

@@ -69,7 +69,7 @@ impl Page {
             .map(|line| line.text.as_str())
     }
 
-    /// The lines in literal blocks; one that ends in `\` is joined with the next.
+    /// The lines in literal blocks; a line that ends in `\` is joined with the next.
     pub(crate) fn literal(&self) -> Vec<String> {
         let shown = self.0.iter().filter(|line| line.block.is_some());
         let text: Vec<&str> = shown.map(|line| line.text.as_str()).collect();
@@ -88,7 +88,7 @@ impl Page {
         blocks.into_values().collect()
     }
 
-    /// Every option that is named outside the synopsis, which has bundles of short options.
+    /// Every option named outside the synopsis, where short options are bundled.
     pub(crate) fn options(&self) -> BTreeSet<String> {
         let lines = self.0.iter().filter(|line| line.place != "SYNOPSIS" && line.block.is_none());
         lines

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 const PAGE: &str = "man/flexnbd.service.7";
 const SERVE: &str = "systemd/flexnbd@.service";
 const LISTEN: &str = "systemd/flexnbd-listen@.service";
-/// Documented settings for an operator's drop-in that our units do not have.
+/// Settings that the page documents for a drop-in of the operator; our units do not have them.
 const FOR_OPERATORS: [&str; 1] = ["FileDescriptorStorePreserve=yes"];
 
 fn page() -> Page {
@@ -121,9 +121,9 @@ fn generated_settings_match_the_documentation() {
             written.extend(generated.settings().into_iter().map(str::to_owned));
         }
         for setting in &documented {
-            let is_there = |line: &String| line.starts_with(setting);
+            let has_setting = |line: &String| line.starts_with(setting);
             assert!(
-                written.iter().any(is_there),
+                written.iter().any(has_setting),
                 "{item}: no generated line begins with {setting}"
             );
         }
@@ -224,18 +224,18 @@ fn documented_times_match_units_and_program() {
     let longest = format!("CLOSING_MAX: Duration = Duration::from_secs({});", stopping[1]);
     assert_eq!((stopping.len(), stopping[0]), (2, in_units("TimeoutStopSec")));
     assert!(module_source("daemon").contains(&longest), "there is no `{longest}`");
-    let alive = numbers(&text(&page, "STATUS AND WATCHDOG/Watchdog"));
-    assert_eq!(alive, [in_units("WatchdogSec"); 2]);
+    let watchdog = numbers(&text(&page, "STATUS AND WATCHDOG/Watchdog"));
+    assert_eq!(watchdog, [in_units("WatchdogSec"); 2]);
     let grace = page.at("RESTART AND UPGRADE/Who is disconnected all the same");
     let grace: Vec<u64> =
         grace.filter(|line| line.contains(" seconds")).flat_map(numbers).collect();
     let constant = format!("const DISK_GRACE: Duration = Duration::from_secs({});", grace[0]);
     assert!(module_source("daemon").contains(&constant), "there is no `{constant}`");
-    let asks = page.item_text(
+    let other_host = page.item_text(
         "WHEN A DISK CANNOT BE SERVED",
         "Only another host knows whether the disk has moved",
     );
-    for (seconds, name) in numbers(&asks).into_iter().zip(["FIRST", "MAX"]) {
+    for (seconds, name) in numbers(&other_host).into_iter().zip(["FIRST", "MAX"]) {
         let constant = format!("REFUSING_PAUSE_{name}: Duration = Duration::from_secs({seconds});");
         assert!(module_source("daemon").contains(&constant), "there is no `{constant}`");
     }
@@ -256,9 +256,9 @@ fn documented_instance_names_are_accepted() {
     // Backslashes are valid, for systemd's escapes, but not documented.
     let others = (0x20_u8..0x7f).map(char::from).filter(|c| !c.is_alphanumeric() && *c != '\\');
     for c in others {
-        let is_told = characters.contains(&c);
-        assert_eq!(unit::is_instance_name(&format!("a{c}b")), is_told, "{c}");
-        if is_told {
+        let is_documented = characters.contains(&c);
+        assert_eq!(unit::is_instance_name(&format!("a{c}b")), is_documented, "{c}");
+        if is_documented {
             assert!(format!("a{c}b").parse::<Instance>().is_ok(), "{c}");
         }
     }
@@ -380,18 +380,18 @@ fn exactly_the_packaged_files_are_listed() {
             let (from, to) = (parts.next()?, parts.next()?);
             let name = from.rsplit('/').next()?;
             let path = if to.ends_with('/') { format!("{to}{name}") } else { to.to_owned() };
-            (!UNLISTED_DIRECTORIES.iter().any(|usual| to.starts_with(usual)))
+            (!UNLISTED_DIRECTORIES.iter().any(|unlisted| to.starts_with(unlisted)))
                 .then(|| format!("/{path}"))
         })
         .collect();
     let page = page();
     let items = page.items("FILES").into_iter().map(|item| item.replace("Pa ", ""));
-    let (ours, theirs): (BTreeSet<String>, BTreeSet<String>) =
+    let (packaged, others): (BTreeSet<String>, BTreeSet<String>) =
         items.partition(|path| path.starts_with("/usr/"));
-    assert_eq!(ours, installed);
+    assert_eq!(packaged, installed);
     let socket = "NAME".parse::<Instance>().unwrap().socket().display().to_string();
     let expected = ["/etc/flexnbd/NAME.conf", "/var/lib/flexnbd", &socket];
-    assert_eq!(theirs, BTreeSet::from(expected.map(str::to_owned)));
+    assert_eq!(others, BTreeSet::from(expected.map(str::to_owned)));
     let control = values("systemd/flexnbd-control@.socket", "ListenStream");
     assert_eq!(control, [socket.replace("NAME", "%i")]);
     let directory = format!("d {} ", Path::new(&socket).parent().unwrap().display());
