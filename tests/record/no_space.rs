@@ -160,7 +160,7 @@ fn a_late_record_failure_ends_the_migration() {
     assert_eq!(source.record(), "departed");
 }
 
-/// The destination's file system fills up after the migration has begun: it exits with an error, and
+/// The destination's file system fills up after `listen` has started: `listen` exits with an error, and
 /// the source goes on serving.
 #[test]
 fn a_destination_without_record_space_exits_with_1() {

@@ -100,7 +100,7 @@ fn schedules_keep_the_five_invariants() {
     }
     println!("{count} schedules: {coverage:?}");
     println!("not in {}: {unlisted:?}", transitions::PATH);
-    // The table is filled from these seeds; other seeds may reach a rare row that it lacks.
+    // Unit tests and these seeds fill the table; other seeds may reach a rare row that it lacks.
     assert!(count > SCHEDULES || unlisted.is_empty(), "not in the table: {unlisted:?}");
     assert!(coverage.is_complete(), "the schedules do not cover every event: {coverage:?}");
 }
@@ -151,5 +151,5 @@ mutations! {
     taking_no_copy_for_not_arrived_is_caught: NoCopyMeansNotArrived breaks 2,
     resuming_with_another_destination_process_is_caught: ResumeAcrossTokens breaks 1,
     serving_an_incomplete_copy_is_caught: ServeIncomplete breaks 2,
-    trusting_a_record_not_durable_is_caught: TrustUnsyncedRecord breaks 3,
+    trusting_a_nondurable_record_is_caught: TrustUnsyncedRecord breaks 3,
 }

@@ -81,7 +81,7 @@ impl Coverage {
         }
     }
 
-    /// Whether every event was reached: schedules prove nothing about others.
+    /// Whether the schedules reached every event. They prove nothing about events they never reach.
     pub(crate) fn is_complete(&self) -> bool {
         let mut all = Self { ..*self };
         all.counts().iter().all(|count| **count > 0)
@@ -112,7 +112,7 @@ pub(crate) struct World {
     pub(crate) coverage: Coverage,
     /// The machine's transitions that its table lacks.
     pub(crate) unlisted: BTreeSet<Transition>,
-    /// The destination supports FLUSH. It must be durable without one, too.
+    /// The destination supports FLUSH. Its data must become durable even if the source sends none.
     pub(crate) destination_has_flush: bool,
     /// The average number of turns between faults.
     fault_interval: u64,
