@@ -6,8 +6,8 @@
 //! [`handshake`] and continues with [`request`]s and [`reply`]s.
 //!
 //! Every decoder takes the bytes received so far. It returns `Ok(None)` while the message is
-//! incomplete, `Ok(Some((value, used)))` once it is complete, and `Err(Malformed)` as soon as it can
-//! no longer become valid. No decoder panics, or allocates by a length that a peer sent.
+//! incomplete, `Ok(Some((value, used)))` once it is complete, and `Err(Malformed)` as soon as it
+//! can no longer become valid. No decoder panics, or allocates by a length that a peer sent.
 
 mod bytes;
 pub mod handshake;

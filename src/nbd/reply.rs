@@ -130,8 +130,8 @@ impl Dialect {
         }
     }
 
-    /// Failure. `at` is the offset of the error, for a read that was replied to in part. Simple replies
-    /// omit it and the message.
+    /// Failure. `at` is the offset of the error, for a read that was replied to in part. Simple
+    /// replies omit it and the message.
     pub fn failure(
         self,
         to: ReplyTo,
@@ -156,8 +156,8 @@ impl Dialect {
         }
     }
 
-    /// The header of `length` bytes of data at offset `at`. A simple reply has one header for all data
-    /// of the request.
+    /// The header of `length` bytes of data at offset `at`. A simple reply has one header for all
+    /// data of the request.
     pub fn data_header(self, to: ReplyTo, at: u64, length: u32, done: bool, out: &mut Vec<u8>) {
         if self.uses_chunks(to) {
             self.chunk(to, done, ChunkKind::OffsetData, 8 + u64::from(length), out);
@@ -186,8 +186,8 @@ impl Dialect {
 
     /// The extents of a metadata context, as the last chunk of the reply.
     ///
-    /// Structured replies have 32-bit lengths: the first longer extent is clamped and ends the list,
-    /// because the offset of an extent is the sum of the lengths before it.
+    /// Structured replies have 32-bit lengths: the first longer extent is clamped and ends the
+    /// list, because the offset of an extent is the sum of the lengths before it.
     pub fn status(self, to: ReplyTo, context: u32, extents: &[StatusExtent], out: &mut Vec<u8>) {
         if self == Self::Extended {
             let length = 8 + 16 * extents.len() as u64;
@@ -268,8 +268,8 @@ impl Chunk {
         if kind == ChunkKind::OffsetData.number() { length.min(8) } else { length }
     }
 
-    /// Decodes a chunk of this kind and payload `length`, from the first [`Chunk::needed`] bytes of the
-    /// payload.
+    /// Decodes a chunk of this kind and payload `length`, from the first [`Chunk::needed`] bytes of
+    /// the payload.
     ///
     /// # Errors
     /// If the payload contradicts its kind, or the kind is unknown and not an error.

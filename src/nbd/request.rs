@@ -81,10 +81,10 @@ impl RequestHeader {
 
     /// Length of the payload after the header in bytes, whether or not the request is valid.
     ///
-    /// A write always has a payload, and so has the private command if it was negotiated. With extended
-    /// headers, every command with the flag `PAYLOAD_LEN` has one, even a command that the server
-    /// refuses for the flag. A write must have the flag there as well, but QEMU 10.0 sends its payload
-    /// without it.
+    /// A write always has a payload, and so has the private command if it was negotiated. With
+    /// extended headers, every command with the flag `PAYLOAD_LEN` has one, even a command that the
+    /// server refuses for the flag. A write must have the flag there as well, but QEMU 10.0 sends
+    /// its payload without it.
     #[must_use]
     pub fn payload_length(&self, terms: &Terms) -> u64 {
         let announced = terms.dialect == Dialect::Extended
@@ -128,8 +128,8 @@ impl RequestHeader {
         Ok(to_request(kind, flags, range))
     }
 
-    /// Checks a private command: its length is that of the payload, its offset zero, and it has no flag
-    /// but `PAYLOAD_LEN`.
+    /// Checks a private command: its length is that of the payload, its offset zero, and it has no
+    /// flag but `PAYLOAD_LEN`.
     fn check_private(&self, terms: &Terms) -> Result<Request, RequestError> {
         let payload = self.payload_length(terms);
         let flags = self.flags & !CommandFlags::PAYLOAD_LEN.bits();
@@ -165,7 +165,8 @@ pub struct Terms {
     pub payload_length_max: u32,
     /// Whether the private command is valid: the private option was negotiated.
     pub private: bool,
-    /// Whether a read beyond the end fails with `ENOSPC`, as in oldstyle sessions of the original server.
+    /// Whether a read beyond the end fails with `ENOSPC`, as in oldstyle sessions of the original
+    /// server.
     pub reads_beyond_end_are_no_space: bool,
 }
 
@@ -453,7 +454,8 @@ mod tests {
             for end in 0..bytes.len() {
                 prop_assert_eq!(RequestHeader::decode(dialect, &bytes[..end]), Ok(None));
             }
-            prop_assert_eq!(RequestHeader::decode(dialect, &bytes), Ok(Some((header, bytes.len()))));
+            let decoded = RequestHeader::decode(dialect, &bytes);
+            prop_assert_eq!(decoded, Ok(Some((header, bytes.len()))));
         }
 
         #[test]

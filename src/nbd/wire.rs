@@ -31,8 +31,8 @@ pub const RESERVED_ZEROES: usize = 124;
 /// Maximum payload of a READ or WRITE to a server that advertises no block sizes, in bytes ("Block
 /// size constraints").
 pub const PAYLOAD_LENGTH_DEFAULT: u32 = 32 << 20;
-/// Number of the private option by which the source of a migration identifies itself, and type of the
-/// reply to it. The specification does not assign this number.
+/// Number of the private option by which the source of a migration identifies itself, and type of
+/// the reply to it. The specification does not assign this number.
 pub const PRIVATE_OPTION: u32 = 0x464C_4558;
 /// Type of the private request HANDOVER of a migration.
 pub const PRIVATE_COMMAND: u16 = 0x464C;
@@ -319,8 +319,8 @@ numbers! {
 impl ErrorCode {
     /// Maps an `errno` of Linux to an error value; `EIO` unless there is a better one.
     ///
-    /// Never returns `ESHUTDOWN`: no disk fails with it, and a client that receives it gives up instead
-    /// of reconnecting.
+    /// Never returns `ESHUTDOWN`: no disk fails with it, and a client that receives it gives up
+    /// instead of reconnecting.
     #[must_use]
     pub const fn from_errno(errno: i32) -> Self {
         const EPERM: i32 = 1;

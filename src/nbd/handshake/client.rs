@@ -124,16 +124,16 @@ impl ClientHandshake {
         }
     }
 
-    /// Data of the reply to the private option, if the server supports it. Valid even if the handshake
-    /// fails later.
+    /// Data of the reply to the private option, if the server supports it. Valid even if the
+    /// handshake fails later.
     #[must_use]
     pub fn private_reply(&self) -> Option<&[u8]> {
         self.private_reply.as_deref()
     }
 
-    /// Consumes messages from the front of `input`, and appends the bytes to send to `out`. Returns the
-    /// number of consumed bytes and the next step. The next call's input must begin with the first
-    /// unconsumed byte.
+    /// Consumes messages from the front of `input`, and appends the bytes to send to `out`. Returns
+    /// the number of consumed bytes and the next step. The next call's input must begin with the
+    /// first unconsumed byte.
     ///
     /// # Errors
     /// If the handshake fails; the caller must close the connection.

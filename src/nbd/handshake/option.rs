@@ -13,7 +13,8 @@ use super::BlockSizes;
 pub const OPTION_HEADER_LENGTH: usize = 16;
 /// Length of the header of a reply to an option, in bytes.
 pub const OPTION_REPLY_HEADER_LENGTH: usize = 20;
-/// Maximum data of an option that the server decodes. It skips longer data, and replies with an error.
+/// Maximum data of an option that the server decodes. It skips longer data, and replies with an
+/// error.
 pub const OPTION_LENGTH_MAX: u32 = 64 << 10;
 /// Maximum data of an option that the server skips. Longer data ends the session.
 pub const OPTION_SKIP_LENGTH_MAX: u32 = 32 << 20;
@@ -378,7 +379,8 @@ mod tests {
 
         #[test]
         fn option_requests_round_trip(
-            export in "[a-zé/]{0,50}", requests: Vec<u16>, queries in prop::collection::vec(".{0,20}", 0..9),
+            export in "[a-zé/]{0,50}", requests: Vec<u16>,
+            queries in prop::collection::vec(".{0,20}", 0..9),
         ) {
             let queries: Vec<String> = queries.iter().map(|q| q.replace('\0', "")).collect();
             let info = InfoRequest { export: export.clone(), requests };

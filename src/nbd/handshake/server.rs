@@ -22,7 +22,8 @@ pub struct Export {
     pub description: String,
     /// Size in bytes.
     pub size: u64,
-    /// Transmission flags, without [`TransmissionFlags::SEND_DF`], which depends on the negotiation.
+    /// Transmission flags, without [`TransmissionFlags::SEND_DF`], which depends on the
+    /// negotiation.
     pub flags: TransmissionFlags,
     /// Advertised block sizes.
     pub block_sizes: BlockSizes,
@@ -64,8 +65,8 @@ pub enum ServerStep {
     /// The client sent the private option with this data. Continue with
     /// [`ServerHandshake::reply_to_private_option`].
     PrivateOption(Vec<u8>),
-    /// The client requests the export. Call [`ServerHandshake::set_admission`], then continue with the
-    /// same input.
+    /// The client requests the export. Call [`ServerHandshake::set_admission`], then continue with
+    /// the same input.
     AdmissionRequired {
         /// Whether the option enters the transmission phase, unlike `NBD_OPT_INFO`.
         enters_transmission: bool,
@@ -220,9 +221,9 @@ impl ServerHandshake {
         }
     }
 
-    /// Consumes messages from the front of `input`, and appends the replies to `out`. Returns the number
-    /// of consumed bytes and the next step. The next call's input must begin with the first unconsumed
-    /// byte.
+    /// Consumes messages from the front of `input`, and appends the replies to `out`. Returns the
+    /// number of consumed bytes and the next step. The next call's input must begin with the first
+    /// unconsumed byte.
     ///
     /// # Errors
     /// If the session must end; `out` need not be sent.

@@ -311,7 +311,8 @@ proptest! {
         step in 1usize..200, structured: bool, extended: bool, allocation: bool, named: bool,
     ) {
         let export = if named { "disk".to_owned() } else { String::new() };
-        let offer = ClientOffer { export, structured, extended, allocation, ..ClientOffer::default() };
+        let default = ClientOffer::default();
+        let offer = ClientOffer { export, structured, extended, allocation, ..default };
         let (client, server) = negotiate(offer, step).unwrap();
         prop_assert_eq!(&client, &server);
         let dialect = match (extended, structured || allocation) {
@@ -332,7 +333,8 @@ proptest! {
             Greeting::Newstyle { flags: HandshakeFlags::all() }.encode(&mut input);
         }
         input.extend_from_slice(&bytes);
-        let _ = client::ClientHandshake::new(ClientOffer::default()).advance(&input, &mut Vec::new());
+        let mut client = client::ClientHandshake::new(ClientOffer::default());
+        let _ = client.advance(&input, &mut Vec::new());
     }
 }
 
