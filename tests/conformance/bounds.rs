@@ -1,18 +1,19 @@
-//! Requests that are refused: with which error, and that the session stays usable.
+//! Invalid requests: the error of their replies, and that the session remains usable.
 
 use crate::subject::{Ours, Subject};
 use harness::raw::*;
 use harness::session::{MODES, Mode, Request, Session};
 use harness::{GIB, MIB, noise, read_at};
 
-/// Largest READ and WRITE of flexnbd in bytes; in old style, that of the original flexnbd.
+/// Longest READ and WRITE of flexnbd in bytes; in old style the limit of the original flexnbd.
 const PAYLOAD_MAX: u64 = 64 * MIB;
 const OLD_STYLE_PAYLOAD_MAX: u64 = GIB;
 
-/// A payload up to this length should not count as denial of service ("Block size constraints").
+/// Payloads up to this length "SHOULD NOT be considered a denial of service attack" ("Block size
+/// constraints").
 const PORTABLE_PAYLOAD_MAX: u64 = 32 * MIB;
 
-/// The commands with a range and no payload, and the error for a range beyond the end.
+/// The commands with a range and without a payload, and the error for a range beyond the end.
 const RANGE_COMMANDS: [(u16, u32); 5] = [
     (READ, EINVAL),
     (TRIM, EINVAL),
@@ -41,7 +42,7 @@ fn out_of_bounds(size: u64) -> Vec<(u64, u64)> {
 
 /// "The server SHOULD return `NBD_ENOSPC` if it receives a write request including one or more
 /// sectors beyond the size of the device", and "`NBD_EINVAL` if it receives a read or trim request"
-/// there ("Error values"; for WRITE_ZEROES and BLOCK_STATUS, "Request types").
+/// there ("Error values"; "Request types" has the same for WRITE_ZEROES and BLOCK_STATUS).
 #[test]
 fn requests_beyond_the_end_are_refused() {
     let subject = Subject::any();
@@ -118,8 +119,8 @@ fn file_size_limit(pid: u32) -> u64 {
     line.split_whitespace().nth(3).unwrap().parse().unwrap()
 }
 
-/// A payload that consists of WRITE_ZEROES requests: a server that consumes too few bytes of it
-/// executes them, which shows in its replies and at the start of the disk.
+/// A payload that consists of WRITE_ZEROES requests. A server that skips too few bytes executes
+/// them, which is visible in its replies and at the start of the disk.
 fn payload_of_requests(mode: Mode, length: u64) -> Vec<u8> {
     let request = match mode {
         Mode::Extended => encode_extended_request(WRITE_ZEROES, 0, 0xdead, 0, 512),
@@ -132,7 +133,8 @@ fn payload_of_requests(mode: Mode, length: u64) -> Vec<u8> {
 }
 
 /// "The client MUST follow the request header with *length* number of bytes to be written to the
-/// device" ("Request types", WRITE): a server that refuses the request has to skip exactly these.
+/// device" ("Request types", WRITE). A server that refuses the request has to skip exactly these
+/// bytes.
 #[test]
 fn payloads_of_refused_writes_are_skipped_exactly() {
     let subject = Subject::any();
@@ -216,7 +218,9 @@ fn a_read_only_export_skips_payloads_exactly() {
     }
 }
 
-/// A request without payload may be longer than the maximum payload ("Block size constraints").
+/// The length of a command without payload, such as TRIM, may exceed the maximum payload: the
+/// server should not disconnect, but may reply with an error if the request needs too many
+/// resources ("Block size constraints"). This test is stricter: the request must succeed.
 #[test]
 fn requests_without_payload_may_span_the_disk() {
     let subject = Subject::any();
@@ -383,7 +387,7 @@ fn the_private_command_needs_the_private_option() {
 }
 
 #[test]
-fn the_private_command_of_a_source_is_refused() {
+fn handover_is_refused_unless_a_disk_is_arriving() {
     let Some(ours) = Ours::start("the private option", MIB, &[]) else { return };
     for mode in MODES {
         let mut wire = Wire::haggle(ours.endpoint(), FIXED_NEWSTYLE | NO_ZEROES);

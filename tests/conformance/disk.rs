@@ -1,4 +1,4 @@
-//! The effect of WRITE_ZEROES and TRIM on data and allocation, and the durability of FLUSH and FUA.
+//! Effects of WRITE_ZEROES and TRIM on data and allocation, and durability after FLUSH and FUA.
 
 use crate::subject::{Ours, Subject};
 use harness::raw::*;
@@ -220,8 +220,9 @@ fn flush_and_fua_leave_no_dirty_pages() {
     }
 }
 
-/// The specification leaves open what a failed FUA write means for earlier writes. This server
-/// treats its failed fsync like that of a FLUSH: earlier writes stay in doubt, and FLUSH fails.
+/// The specification defines FUA for the data of its own command ("Ordering of messages and
+/// writes"), and does not say what its failure means for earlier writes. flexnbd treats the failed
+/// fsync like that of a FLUSH: earlier writes may be lost, so that every later FLUSH fails.
 #[test]
 fn flush_fails_after_a_failed_fua() {
     let write = Request::write(4096, &[3; 4096]).flags(FUA);

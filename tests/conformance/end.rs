@@ -39,7 +39,7 @@ fn disc_closes_after_all_replies() {
         }
         bystander.ok(Request::new(WRITE_ZEROES, 4 * MIB, MIB));
     }
-    subject.still_serves();
+    subject.assert_serves();
 }
 
 /// "Either side MAY initiate a hard disconnect if it detects a violation by the other party of a
@@ -64,7 +64,7 @@ fn a_bad_request_magic_closes_the_connection() {
             }
         }
     }
-    subject.still_serves();
+    subject.assert_serves();
 }
 
 /// The original flexnbd replies before it closes, and its clients may depend on it.
@@ -83,9 +83,9 @@ fn old_style_replies_einval_to_a_bad_magic() {
 
 /// Receiving requests and sending replies must not wait for each other in a cycle.
 #[test]
-fn a_client_may_send_200_requests_unread() {
-    /// In sum more than the socket buffers of the kernel hold, so that the server has to receive
-    /// it.
+fn a_client_may_send_200_requests_before_reading() {
+    /// 100 payloads of this length exceed the socket buffers of the kernel, so that the server has
+    /// to receive them.
     const LENGTH: u64 = 256 * KIB;
     let subject = Subject::any();
     for mut session in subject.sessions() {
@@ -113,8 +113,9 @@ const LONG: (u64, u64) = (8, 4 * MIB);
 const SHORT: (u64, u64) = (40_000, 1);
 
 /// "On a server shutdown, the server SHOULD wait for inflight requests to be serviced prior to
-/// initiating a hard disconnect" ("Terminating the transmission phase"). It MAY reply ESHUTDOWN
-/// instead; flexnbd never does, since QEMU then fails the guest's I/O instead of reconnecting.
+/// initiating a hard disconnect" ("Terminating the transmission phase"). It may instead reply with
+/// errors, which should be ESHUTDOWN. flexnbd never does: QEMU then fails the guest's I/O instead
+/// of reconnecting.
 #[test]
 fn sigterm_completes_requests_in_flight() {
     for mode in MODES {

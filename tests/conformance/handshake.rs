@@ -51,9 +51,9 @@ fn no_zeroes_omits_the_padding() {
 }
 
 /// "The presence of the option length in every option allows the server to skip any options
-/// presented by the client that it does not understand" ("Newstyle negotiation"). To STARTTLS a
-/// server without TLS "MUST respond with `NBD_REP_ERR_POLICY` ..., `NBD_REP_ERR_UNSUP`" ("NOTLS
-/// mode").
+/// presented by the client that it does not understand" ("Newstyle negotiation"). A server without
+/// TLS replies to STARTTLS with ERR_POLICY, ERR_UNSUP "or another error explicitly permitted by
+/// this document" ("NOTLS mode").
 #[test]
 fn unknown_options_are_skipped() {
     let subject = Subject::any();
@@ -68,7 +68,7 @@ fn unknown_options_are_skipped() {
     assert!([REP_ERR_UNSUP, REP_ERR_POLICY].contains(&tls), "STARTTLS: {tls:#x}");
     wire.assert_haggling_in_sync();
     Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
-    subject.still_serves();
+    subject.assert_serves();
 }
 
 /// "... if a server believes a client's behaviour constitutes a denial of service, it MAY initiate
@@ -93,7 +93,7 @@ fn oversized_options_close_the_connection() {
     }
     let grown = memory_peak(&subject).saturating_sub(before);
     assert!(grown < 32 * MIB, "{grown} bytes allocated for announced lengths");
-    subject.still_serves();
+    subject.assert_serves();
 }
 
 /// Peak resident memory of flexnbd in bytes; 0 for a foreign server, where it is unknown.
@@ -119,10 +119,10 @@ fn invalid_export_names_are_refused() {
         let answer = wire.ask_final(option, &encode_go(&too_long, &[]));
         let refusals = [REP_ERR_INVALID, REP_ERR_TOO_BIG];
         assert!(refusals.contains(&answer), "a name of {} bytes: {answer:#x}", STRING_MAX + 1);
-        for wrong in [b"a\0b".as_slice(), b"\xff\xfe", b"\xed\xa0\x80"] {
-            let answer = wire.ask_final(option, &encode_go(wrong, &[]));
+        for name in [b"a\0b".as_slice(), b"\xff\xfe", b"\xed\xa0\x80"] {
+            let answer = wire.ask_final(option, &encode_go(name, &[]));
             let refusals = [REP_ERR_INVALID, REP_ERR_UNKNOWN];
-            assert!(refusals.contains(&answer), "name {wrong:02x?}: {answer:#x}");
+            assert!(refusals.contains(&answer), "name {name:02x?}: {answer:#x}");
         }
     }
     wire.assert_haggling_in_sync();
@@ -131,7 +131,7 @@ fn invalid_export_names_are_refused() {
         wire.send_option(OPT_EXPORT_NAME, &name);
         wire.expect_closed("EXPORT_NAME, which has no error reply, of an unknown export");
     }
-    subject.still_serves();
+    subject.assert_serves();
 }
 
 /// "The client MUST NOT send any additional data with the option, and the server SHOULD reject a
@@ -148,7 +148,7 @@ fn options_without_data_refuse_data() {
             assert!(refused, "option {option} with data: {answer:#x}");
         }
     }
-    list_names_an_export(&mut wire);
+    assert_list_names_an_export(&mut wire);
     Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
 }
 
@@ -164,13 +164,14 @@ fn abort_is_acknowledged_before_the_close() {
         assert_eq!(answer, REP_ACK, "ABORT with {length} bytes");
         wire.expect_closed("after ABORT");
     }
-    let mut impatient = subject.haggle();
-    impatient.send_option(OPT_ABORT, &[]);
-    impatient.reset();
-    subject.still_serves();
+    let mut wire = subject.haggle();
+    wire.send_option(OPT_ABORT, &[]);
+    wire.reset();
+    subject.assert_serves();
 }
 
-fn list_names_an_export(wire: &mut Wire) {
+#[track_caller]
+fn assert_list_names_an_export(wire: &mut Wire) {
     let (replies, last) = wire.ask(OPT_LIST, &[]);
     assert_eq!(last, REP_ACK, "LIST without data");
     let names: Vec<&[u8]> = replies
@@ -210,8 +211,8 @@ fn all_infos(wire: &mut Wire, option: u32, requests: &[u16]) -> Vec<OptionReply>
 }
 
 fn info_of(replies: &[OptionReply], kind: u16) -> Vec<&[u8]> {
-    let wanted = kind.to_be_bytes();
-    replies.iter().filter(|r| r.data[..2] == wanted).map(|r| &r.data[2..]).collect()
+    let prefix = kind.to_be_bytes();
+    replies.iter().filter(|r| r.data[..2] == prefix).map(|r| &r.data[2..]).collect()
 }
 
 fn check_infos(subject: &Subject, replies: &[OptionReply], requests: &[u16]) {
@@ -242,17 +243,17 @@ fn check_infos(subject: &Subject, replies: &[OptionReply], requests: &[u16]) {
 fn malformed_info_and_go_are_refused() {
     let subject = Subject::any();
     let mut wire = subject.haggle();
-    let good = encode_go(b"name", &[INFO_NAME, INFO_BLOCK_SIZE]);
+    let valid = encode_go(b"name", &[INFO_NAME, INFO_BLOCK_SIZE]);
     let with = |at: usize, bytes: &[u8]| {
-        let mut data = good.clone();
+        let mut data = valid.clone();
         data[at..at + bytes.len()].copy_from_slice(bytes);
         data
     };
-    let wrong = [
+    let malformed = [
         ("no data at all", Vec::new()),
-        ("only the length of a name", good[..4].to_vec()),
-        ("no count of requests", good[..8].to_vec()),
-        ("half a count of requests", good[..9].to_vec()),
+        ("only the length of a name", valid[..4].to_vec()),
+        ("no count of requests", valid[..8].to_vec()),
+        ("half a count of requests", valid[..9].to_vec()),
         ("a name longer than the option", with(0, &[0, 0, 0, 11])),
         ("a name that leaves no room for the count", with(0, &[0, 0, 0, 9])),
         ("a name of 4 GiB", with(0, &[0xff; 4])),
@@ -260,11 +261,11 @@ fn malformed_info_and_go_are_refused() {
         ("more requests announced than sent", with(8, &[0, 3])),
         ("fewer requests announced than sent", with(8, &[0, 1])),
         ("65535 requests", with(8, &[0xff, 0xff])),
-        ("half a request", good[..13].to_vec()),
-        ("a byte too many", [&good[..], &[0]].concat()),
+        ("half a request", valid[..13].to_vec()),
+        ("a byte too many", [&valid[..], &[0]].concat()),
     ];
     for option in [OPT_INFO, OPT_GO] {
-        for (what, data) in &wrong {
+        for (what, data) in &malformed {
             assert_eq!(wire.ask_final(option, data), REP_ERR_INVALID, "{what} in option {option}");
         }
     }
@@ -285,9 +286,9 @@ fn info_and_go_refuse_unknown_exports() {
     Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
 }
 
-/// "`NBD_FLAG_HAS_FLAGS`: MUST always be 1." DF: "MUST leave this flag clear if structured replies
-/// have not been negotiated." FAST_ZERO: "MUST set this transmission flag to 0 if
-/// `NBD_FLAG_SEND_WRITE_ZEROES` is not set" ("Transmission flags").
+/// "`NBD_FLAG_HAS_FLAGS`: MUST always be 1." `NBD_FLAG_SEND_DF` must be clear if neither structured
+/// replies nor extended headers were negotiated. `NBD_FLAG_SEND_FAST_ZERO`: "MUST set this
+/// transmission flag to 0 if `NBD_FLAG_SEND_WRITE_ZEROES` is not set" ("Transmission flags").
 #[test]
 fn transmission_flags_match_the_negotiated_mode() {
     let subject = Subject::any();
@@ -308,8 +309,10 @@ fn transmission_flags_match_the_negotiated_mode() {
     }
 }
 
-/// "This option MUST NOT be requested unless structured replies have been negotiated first. If a
-/// client attempts to do so, a server SHOULD send `NBD_REP_ERR_INVALID`" ("Option types").
+/// SET_META_CONTEXT "MUST NOT be requested unless structured replies" or extended headers "have
+/// been negotiated first. If a client attempts to do so, a server SHOULD send
+/// `NBD_REP_ERR_INVALID`" or `NBD_REP_ERR_EXT_HEADER_REQD` ("Option types"). A server that supports
+/// structured replies has no reason for the latter.
 #[test]
 fn set_meta_context_needs_structured_replies() {
     let subject = Subject::any();
@@ -375,18 +378,18 @@ fn meta_context_queries_select_their_matches() {
 fn malformed_meta_context_queries_are_refused() {
     let subject = Subject::any();
     let mut wire = structured(&subject);
-    let good = encode_meta(b"", &[ALLOCATION.as_bytes()]);
+    let valid = encode_meta(b"", &[ALLOCATION.as_bytes()]);
     let with = |at: usize, value: u32| {
-        let mut data = good.clone();
+        let mut data = valid.clone();
         data[at..at + 4].copy_from_slice(&value.to_be_bytes());
         data
     };
-    let wrong = [
+    let malformed = [
         ("no data at all", Vec::new()),
-        ("half a name length", good[..3].to_vec()),
-        ("a name and no count", good[..4].to_vec()),
-        ("a count and no query", good[..8].to_vec()),
-        ("half a query", good[..15].to_vec()),
+        ("half a name length", valid[..3].to_vec()),
+        ("a name and no count", valid[..4].to_vec()),
+        ("a count and no query", valid[..8].to_vec()),
+        ("half a query", valid[..15].to_vec()),
         ("a name longer than the option", with(0, 1000)),
         ("a name of 4 GiB", with(0, u32::MAX)),
         ("two queries announced", with(4, 2)),
@@ -395,10 +398,10 @@ fn malformed_meta_context_queries_are_refused() {
         ("a query longer than the option", with(8, 1000)),
         ("a query shorter than the option", with(8, 3)),
         ("a query of 4 GiB", with(8, u32::MAX)),
-        ("a byte too many", [&good[..], &[0]].concat()),
+        ("a byte too many", [&valid[..], &[0]].concat()),
     ];
     for option in [OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT] {
-        for (what, data) in &wrong {
+        for (what, data) in &malformed {
             assert_eq!(wire.ask_final(option, data), REP_ERR_INVALID, "{what} in option {option}");
         }
         let oversized = encode_meta(b"", &[&[b'q'; STRING_MAX + 1]]);
@@ -437,7 +440,7 @@ fn set_meta_context_replaces_the_previous_selection() {
     }
 }
 
-/// "A client MUST NOT send `NBD_CMD_BLOCK_STATUS` unless" the last SET_META_CONTEXT "referred to
+/// "A client MUST NOT send `NBD_CMD_BLOCK_STATUS` unless" its last SET_META_CONTEXT "referred to
 /// the same export name that was ultimately selected for transmission phase" ("Option types").
 #[test]
 fn meta_contexts_are_bound_to_the_export_name() {
@@ -461,7 +464,7 @@ fn meta_contexts_are_bound_to_the_export_name() {
 /// "When successful, this option takes precedence over structured replies" ("Option types",
 /// EXTENDED_HEADERS).
 #[test]
-fn extended_headers_replace_structured_replies_for_good() {
+fn extended_headers_take_precedence_over_structured_replies() {
     let subject = Subject::any();
     let Some(mut session) = subject.session(Mode::Extended) else { return };
     assert!(session.context.is_some(), "contexts without the option STRUCTURED_REPLY");

@@ -1,6 +1,6 @@
 //! Replies to READ and BLOCK_STATUS. `harness::session` checks every reply of every test: chunks
-//! are in range, do not overlap and cover the request. These tests use layouts that provoke
-//! mistakes.
+//! are in range, do not overlap and cover the request. These tests use layouts that are easy to get
+//! wrong.
 
 use crate::subject::{Ours, Subject};
 use harness::raw::*;
@@ -34,7 +34,7 @@ fn chunks_cover_the_read() {
     for mode in WITH_CHUNKS {
         let Some(mut session) = subject.session(mode) else { continue };
         let expected = write_layout(&mut session);
-        let spans = [
+        let ranges = [
             (0, 4 * MIB),
             (0, 1),
             (4 * MIB - 1, 1),
@@ -43,7 +43,7 @@ fn chunks_cover_the_read() {
             (MIB + 64 * KIB + 99, 2),
             (3 * MIB + 3, MIB - 3),
         ];
-        for (offset, length) in spans {
+        for (offset, length) in ranges {
             let data = session.read(offset, length);
             let same = data == expected[offset as usize..(offset + length) as usize];
             assert!(same, "{length} bytes at {offset} ({mode:?})");
@@ -184,9 +184,10 @@ fn map_extents(session: &mut Session, offset: u64, end: u64) -> Vec<(u64, u64)> 
     all
 }
 
-/// "`NBD_STATE_ZERO` (bit 1): if set, the block contents read as all zeroes" ("Metadata contexts").
+/// "`NBD_STATE_ZERO` (bit 1): if set, the block contents read as all zeroes"
+/// ("`base:allocation` metadata context").
 #[test]
-fn extents_called_zero_contain_no_data() {
+fn zero_extents_contain_no_data() {
     let subject = Subject::any();
     for mode in WITH_CHUNKS {
         let Some(mut session) = subject.session(mode) else { continue };

@@ -114,7 +114,7 @@ impl Subject {
 
     /// Fails unless a new client can read.
     #[track_caller]
-    pub(crate) fn still_serves(&self) {
+    pub(crate) fn assert_serves(&self) {
         let mut session = Session::open(self.endpoint(), Mode::Simple).unwrap();
         session.ok(Request::new(harness::raw::READ, 0, 4096));
     }
