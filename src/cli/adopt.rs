@@ -45,7 +45,8 @@ pub fn run(adopt: &Adopt) -> ExitCode {
 
 impl Adopt {
     fn execute(&self) -> Result<String, AdoptError> {
-        // Holds the image's lock until the record is written, so that no server starts from the old one.
+        // Holds the image's lock until the record is written, so that no server starts from the old
+        // one.
         let image = FileBackend::open(&self.file, Access { read_only: false })
             .map_err(|error| open_error(&self.file, error))?;
         let store = RecordStore::of(&image).map_err(io_error)?;
@@ -87,7 +88,7 @@ impl Adopt {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum ExistingRecord {
     Valid(Option<Record>),
-    /// One that cannot be parsed, or two that contradict each other.
+    /// A record that cannot be parsed, or two records that contradict each other.
     Damaged,
 }
 

@@ -1,5 +1,6 @@
 //! The configuration file: parses its text into [`Settings`].
-//! Pure: [`super::start`] reads the file. Unknown keys and invalid values are errors, never ignored.
+//! Pure: [`super::start`] reads the file. Unknown keys and invalid values are errors, never
+//! ignored.
 //!
 //! ```text
 //! # A comment has a line of its own.
@@ -94,8 +95,8 @@ pub fn parse(file: &Path, text: &str) -> Result<Settings, ConfigError> {
 
 /// Parses the valid lines of a configuration file, and returns its first error as well.
 ///
-/// For the generator, so that an instance keeps its units while an operator edits its file. A server
-/// must not start from a file with an error.
+/// For the generator, so that an instance keeps its units while an operator edits its file. A
+/// server must not start from a file with an error.
 #[must_use]
 pub fn salvage(file: &Path, text: &str) -> (Settings, Option<ConfigError>) {
     let mut settings = Settings::default();

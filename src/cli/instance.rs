@@ -1,6 +1,6 @@
-//! An instance of the service: its name, its control socket, and its configuration in `/etc/flexnbd`,
-//! which the generator turns into systemd units. Such a configuration may contain only paths and
-//! addresses that a unit file can express; [`check`] refuses all others.
+//! An instance of the service: its name, its control socket, and its configuration in
+//! `/etc/flexnbd`, which the generator turns into systemd units. Such a configuration may contain
+//! only paths and addresses that a unit file can express; [`check`] refuses all others.
 //! Pure, except that tests select another directory by an environment variable.
 
 use super::settings::Settings;
@@ -112,7 +112,8 @@ pub fn listen_address(settings: &Settings) -> Result<Option<String>, String> {
         Some(Address::Tcp(address)) => Ok(Some(address.to_string())),
         Some(Address::Unix(path)) => {
             let path = normalized_path(&path).map_err(|why| format!("ADDR: {why}"))?;
-            // `ListenStream=` takes no quotes: systemd would read \ as a continuation, and trim a space.
+            // `ListenStream=` takes no quotes: systemd would read \ as a continuation, and trim a
+            // space.
             if path.len() > SOCKET_PATH_BYTES_MAX || path.ends_with(['\\', ' ']) {
                 return Err(format!("ADDR: a socket unit cannot listen on {path}"));
             }

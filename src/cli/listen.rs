@@ -59,8 +59,8 @@ pub struct ListenFlags {
     #[arg(long, conflicts_with = "oldstyle")]
     plain: bool,
 
-    /// Whether to believe the file system where it says that FILE has holes: auto (where that is known
-    /// to be right), trust, or ignore [default: auto]
+    /// Whether to believe the file system where it says that FILE has holes: auto (where that is
+    /// known to be right), trust, or ignore [default: auto]
     #[arg(long, value_name = "POLICY", value_parser = parse_holes)]
     holes: Option<HolePolicy>,
 

@@ -1,5 +1,5 @@
 //! The command line: parses the arguments into one struct per command, and reports usage errors.
-//! Each mode has a file here; the modules below do its work.
+//! Each mode has a file; the modules on lower floors execute it.
 
 pub mod adopt;
 pub mod config;
@@ -57,7 +57,7 @@ pub const MODES: [&str; 12] = [
 /// A valid command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Invocation {
-    /// How much to log.
+    /// The log level.
     pub verbosity: Verbosity,
     /// The command.
     pub command: CliCommand,
@@ -82,7 +82,7 @@ pub enum CliCommand {
     Help(String),
 }
 
-/// Why a command line does not lead to a command.
+/// The result of a command line without a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EarlyExit {
     /// The text of `--help` or `--version`.

@@ -93,7 +93,7 @@ fn status_line(image: &Path, size: u64, record: Option<&Record>) -> String {
 
 fn describe_open_error(error: OpenError) -> String {
     match error {
-        // The error's own text advises to create the image, which `status` cannot do.
+        // The text of the error suggests `--create`, which `status` does not have.
         OpenError::Missing { path } => format!("{} does not exist", path.display()),
         error => error.to_string(),
     }

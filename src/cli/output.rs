@@ -1,4 +1,5 @@
-//! Writes the result of a command to standard output or standard error, and chooses the exit status.
+//! Writes the result of a command to standard output or standard error, and chooses the exit
+//! status.
 //! Never panics when the reader has closed its end.
 
 use crate::control::status::to_json;
@@ -17,7 +18,7 @@ pub(super) fn print(text: &str) -> ExitCode {
     let mut out = io::stdout().lock();
     match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
         Ok(()) => ExitCode::SUCCESS,
-        // The reader has closed the pipe on purpose; a message would only be noise.
+        // The reader has closed the pipe on purpose, so this is not an error to report.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(EXIT_FAILURE),
         Err(error) => {
             print_error(&format!("flexnbd: cannot write to standard output: {error}"), EXIT_FAILURE)
@@ -27,7 +28,7 @@ pub(super) fn print(text: &str) -> ExitCode {
 
 /// Prints one text to standard error, and returns `status`.
 pub(super) fn print_error(text: &str, status: u8) -> ExitCode {
-    // If standard error is closed, the exit status is all that is left.
+    // If standard error is closed, only the exit status can report the error.
     let _ = writeln!(io::stderr(), "{}", text.trim_end_matches('\n'));
     ExitCode::from(status)
 }

@@ -95,7 +95,7 @@ impl ProgressDisplay {
             return Self::Lines(LineFilter::default());
         }
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-        // The template is valid: a test parses it. indicatif's default would do as well.
+        // The template is valid: a test parses it. Otherwise indicatif's default is used.
         if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
             bar.set_style(style.progress_chars("=> "));
         }

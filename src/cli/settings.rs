@@ -1,5 +1,5 @@
-//! The settings of a server, given by flags or by a configuration file. Merges the two, the flags
-//! first. Pure: never reads a file, and never opens an image or a socket.
+//! The settings of a server, given by flags or by a configuration file; flags take precedence.
+//! Pure: never reads a file, and never opens an image or a socket.
 
 use super::size::parse_create;
 use super::uri::parse_export;
@@ -74,8 +74,8 @@ pub struct Settings {
     #[arg(long, value_name = "SECONDS", value_parser = parse_idle_exit)]
     pub idle_exit: Option<u64>,
 
-    /// Whether to believe the file system where it says that FILE has holes: auto (where that is known
-    /// to be right), trust, or ignore [default: auto]
+    /// Whether to believe the file system where it says that FILE has holes: auto (where that is
+    /// known to be right), trust, or ignore [default: auto]
     #[arg(long, value_name = "POLICY", value_parser = parse_holes)]
     pub holes: Option<HolePolicy>,
 
@@ -83,7 +83,7 @@ pub struct Settings {
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
     pub acl: Vec<String>,
 
-    /// When the service starts. Only the generator uses it: a process has started already.
+    /// When the service starts. Only the generator uses it.
     #[arg(skip)]
     pub autostart: Option<Autostart>,
 
@@ -119,11 +119,11 @@ pub enum ListenAddressError {
 }
 
 impl Settings {
-    /// These settings, with those that are missing taken from `fallback`. A switch is on if either
-    /// has it on; a non-empty ACL replaces the other as a whole.
+    /// Merges these settings with `fallback`, which provides missing values. A switch is on if
+    /// either has it on; a non-empty ACL replaces that of `fallback`.
     #[must_use]
     pub fn or(self, fallback: Self) -> Self {
-        // A unix socket has no port, so the fallback's port is not for it.
+        // A unix socket has no port, so the port of the fallback does not apply.
         let is_path = matches!(self.addr, Some(Host::Path(_)));
         let fallback_port = if is_path { None } else { fallback.port };
         Self {

@@ -211,7 +211,7 @@ fn flush(connection: &mut Connection) -> Result<(), ClientError> {
 fn report(mode: &str, transfer: &Transfer, outcome: Result<(), TransferError>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        // The reader has closed the pipe on purpose; a message would only be noise.
+        // The reader has closed the pipe on purpose, so this is not an error to report.
         Err(TransferError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             ExitCode::from(output::EXIT_FAILURE)
         }

@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_paths_are_percent_decode() {
+    fn names_and_paths_are_percent_decoded() {
         assert_eq!(parse("nbd://h/%C3%A4%20%23%2f"), host("h", 10809, "ä #/"));
         assert_eq!(parse("nbd+unix:///%3f?socket=/a%26b%3Dc"), unix("/a&b=c", "?"));
     }

@@ -1,5 +1,6 @@
 //! `flexnbd mirror --wait`: starts a migration and shows its progress until it ends.
-//! Never stops the migration: SIGINT ends only this process, which prints how to stop the migration.
+//! Never stops the migration: SIGINT ends only this process, which prints how to stop the
+//! migration.
 
 use super::output;
 use super::progress::{ProgressDisplay, StatusSample, describe_summary};
@@ -43,8 +44,8 @@ pub(super) fn run(socket: &Path, command: &Command) -> ExitCode {
     }
 }
 
-/// Prints on SIGINT, before it ends the process, that the migration continues. Must be called before
-/// any thread is started that does not block all signals, because threads inherit the mask.
+/// Prints on SIGINT, before it ends the process, that the migration continues. Must be called
+/// before any thread is started that does not block all signals, because threads inherit the mask.
 fn explain_interrupt(socket: &Path) {
     let mut interrupt = SigSet::empty();
     interrupt.add(Signal::SIGINT);
@@ -147,7 +148,8 @@ mod tests {
     use crate::control::{ControlSocket, Credentials, Operator};
     use std::sync::{Arc, Condvar, Mutex};
 
-    /// A server with a migration at 50 %, which ends with `reply` after `polls_wanted` status requests.
+    /// A server with a migration at 50 %, which ends with `reply` after `polls_wanted` status
+    /// requests.
     struct FakeServer {
         reply: Reply,
         polls: Mutex<u32>,

@@ -1,5 +1,6 @@
-//! The client of the control socket, of our servers and the original's: one command, one reply.
-//! Every wait has a deadline except that for the end of a migration. Never interprets the reply.
+//! The client of the control sockets of flexnbd and of the original flexnbd: one command, one
+//! reply. Every wait has a deadline, except the wait for the end of a migration.
+//! Never interprets the reply.
 
 use super::command::{Command, CommandEncodeError};
 use super::reply::{NotAReply, Reply};
@@ -12,13 +13,13 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Time limit for a reply. The reply to `mirror` comes when the destination has answered or failed to,
-/// which takes some 15 seconds.
+/// Time limit for a reply. The server replies to `mirror` when the destination has accepted or
+/// failed, which takes up to about 15 seconds.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest accepted reply in bytes.
 pub const REPLY_BYTES_MAX: usize = 64 * 1024;
 
-/// Sends `command` to the control socket at `path`, and returns the reply, if it comes within
+/// Sends `command` to the control socket at `path`, and returns the reply, if it is received within
 /// [`REPLY_TIMEOUT`].
 ///
 /// # Errors
@@ -38,8 +39,8 @@ pub fn ask_within(path: &Path, command: &Command, limit: Duration) -> Result<Rep
     exchange(path, command, deadline, Some(deadline)).map_err(|failure| at(path, failure))
 }
 
-/// As [`ask`], without a time limit once the command has been sent: for [`Command::MirrorWait`], whose
-/// reply comes when the migration has ended.
+/// As [`ask`], without a time limit once the command has been sent: for [`Command::MirrorWait`], to
+/// which the server replies when the migration has ended.
 ///
 /// # Errors
 ///
@@ -53,7 +54,8 @@ fn at(path: &Path, failure: AskFailure) -> AskError {
     AskError { path: path.to_owned(), failure }
 }
 
-/// Sends the command until `deadline` and receives the reply until `reply_deadline` (none: for ever).
+/// Sends the command until `deadline` and receives the reply until `reply_deadline` (`None`:
+/// without limit).
 fn exchange(
     path: &Path,
     command: &Command,
@@ -79,7 +81,7 @@ fn connect(path: &Path, deadline: Instant) -> Result<UnixStream, AskFailure> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
         let stream = UnixStream::from(socket);
-        // It also limits the wait for a place in the server's backlog.
+        // The timeout also limits the wait for a place in the server's backlog.
         stream.set_write_timeout(Some(time_until(deadline)?))?;
         socket::connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
         Ok(stream)
@@ -153,7 +155,7 @@ pub enum AskFailure {
     /// The path is not a socket.
     #[error("this is not a socket")]
     NotASocket,
-    /// The socket exists, but its server is gone.
+    /// The socket exists, but no process listens.
     #[error("nobody listens there; the server seems to have died")]
     NotListening,
     /// We have no permission to connect.

@@ -2,8 +2,8 @@
 //! Pure: no socket, clock or log. A command that parses is valid.
 //!
 //! On the wire a command is lines, each ended by LF, then an empty line: first the word, then one
-//! argument per line. The original's client sends an optional argument that was not given as an empty
-//! line, which so ends the command; bytes after the empty line are ignored.
+//! argument per line. The client of the original flexnbd sends an omitted optional argument as an
+//! empty line, which ends the command; bytes after the empty line are ignored.
 
 use super::reply::{MISSING_COMMAND, Reply, UNKNOWN_COMMAND};
 // Values only; `core` rather than `std` because this file opens no connections.
@@ -19,7 +19,7 @@ pub const LINES_MAX: usize = 4096;
 const MIRROR_ARGUMENTS_MAX: usize = 6;
 /// The last argument of `mirror` if it may move a disk without an ownership record.
 const NO_RECORD: &str = "no-record";
-/// ACL entries that the log shows.
+/// Most ACL entries shown in the log.
 const ENTRIES_SHOWN: usize = 8;
 
 /// A command of an operator.
@@ -45,23 +45,23 @@ pub enum Command {
     Reload,
 }
 
-/// Where and how to migrate.
+/// The destination and options of a migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mirror {
     /// The destination.
     pub to: SocketAddr,
-    /// What the source does once the disk has arrived.
+    /// The action of the source once the disk has arrived.
     pub action: ArrivalAction,
     /// The local address to connect from; an unspecified one (`0.0.0.0`, `::`) means any and is
     /// read as `None`.
     pub bind: Option<IpAddr>,
-    /// Speed limit, in bytes per second; `None` for none.
+    /// Speed limit, in bytes per second; `None` for no limit.
     pub max_bps: Option<u64>,
     /// Move the disk even if no ownership record can be kept.
     pub no_record: bool,
 }
 
-/// What the source does once its disk has arrived at the destination.
+/// The action of the source once its disk has arrived at the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ArrivalAction {
     /// Exit; the default of `mirror`.
@@ -69,7 +69,7 @@ pub enum ArrivalAction {
     Exit,
     /// Remove the image, then exit.
     Unlink,
-    /// Go on serving.
+    /// Continue to serve.
     Nothing,
 }
 
@@ -88,7 +88,8 @@ impl ArrivalAction {
 }
 
 impl Command {
-    /// Whether the command changes anything; such commands are logged with the client's credentials.
+    /// Whether the command changes anything; such commands are logged with the client's
+    /// credentials.
     #[must_use]
     pub fn changes_something(&self) -> bool {
         *self != Self::Status
@@ -134,8 +135,8 @@ impl Command {
     ///
     /// # Errors
     ///
-    /// Only for an ACL: an entry is empty, holds a line break or is longer than [`LINE_BYTES_MAX`], or
-    /// there are more than [`LINES_MAX`] − 1 entries.
+    /// Only for an ACL: an entry is empty, holds a line break or is longer than [`LINE_BYTES_MAX`],
+    /// or there are more than [`LINES_MAX`] − 1 entries.
     pub fn to_wire(&self) -> Result<Vec<u8>, CommandEncodeError> {
         let arguments = self.arguments();
         if arguments.len() >= LINES_MAX {

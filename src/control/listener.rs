@@ -1,11 +1,11 @@
-//! The serving side of the control socket: receives a command, has it executed, sends the reply.
+//! The serving side of the control socket: receives commands, passes them to the [`Operator`],
+//! sends the replies.
 //! Never decides what a command means, and never lets a slow client delay others.
 //!
-//! One thread accepts connections and keeps those that are silent, since any local user could open
-//! them in numbers; each of the others has a thread. All threads wait for their sockets and for the
-//! request to stop, whichever comes first. A file descriptor is kept in reserve, and without a
-//! thread left commands are executed one after another: operators get answers even when clients
-//! have used everything up.
+//! One thread accepts connections and keeps the silent ones, since any local user could open many;
+//! every other connection has a thread. All threads wait for their sockets and for the request to
+//! stop. A file descriptor is kept in reserve, and if no thread can be started, commands are
+//! executed one after another: operators get replies even when clients have used up all resources.
 
 use super::command::{Command, CommandError, Incoming};
 use super::reply::Reply;
@@ -30,20 +30,20 @@ use tracing::{debug, error, info, warn};
 pub const CONNECTIONS_MAX: usize = 16;
 /// Most silent connections; the oldest is closed for a new one.
 pub const SILENT_MAX: usize = 64;
-/// How long a connection may make no progress.
+/// A connection without progress for this time is closed.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
-/// The same for a connection that is served without a thread of its own, while others wait.
+/// The same for a connection without a thread of its own, while others wait.
 const TIMEOUT_WITHOUT_THREAD: Duration = Duration::from_secs(1);
 /// The reply to a command that would wait for a migration on the only thread.
 const NO_THREAD_TO_WAIT: &str =
     "the system has no thread left to wait in; mirror without waiting, and look at the status";
-/// Pause after a connection could not be accepted.
+/// Pause after accept(2) has failed.
 const ACCEPT_RETRY: Duration = Duration::from_secs(1);
 /// Most bytes after the command that are read before closing. Unread bytes would reset the
 /// connection, which looks like a failure to the client.
 const LEFTOVER_BYTES_MAX: usize = 1 << 20;
-/// How long a stopping server waits for a client that it has rejected to hang up. A client that is
-/// about to send its command can then send it, and reads the reply.
+/// How long a stopping server waits for a rejected client to close the connection. A client that is
+/// about to send its command can then send it, and read the reply.
 const REJECTED_LINGER: Duration = Duration::from_millis(250);
 
 /// Executes the commands of operators.
@@ -56,9 +56,9 @@ pub trait Operator: Send + Sync {
 /// The client's process and user, from the kernel (`SO_PEERCRED` of unix(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Credentials {
-    /// Process id, at the time of connecting.
+    /// The process id when it connected.
     pub pid: i32,
-    /// User id; none if the user is not in our user namespace.
+    /// The user id; `None` if the user is not in our user namespace.
     pub uid: Option<u32>,
 }
 
@@ -80,11 +80,11 @@ impl fmt::Display for Credentials {
 }
 
 impl ControlSocket {
-    /// Starts to serve, until the handle is stopped or dropped.
+    /// Starts the threads that serve the socket until the handle is stopped or dropped.
     ///
     /// # Errors
     ///
-    /// When the system has no thread or file descriptor left.
+    /// If no thread or file descriptor is left.
     pub fn start(self, operator: Arc<dyn Operator>) -> io::Result<Handle> {
         self.start_with_timeout(operator, TIMEOUT)
     }
@@ -104,7 +104,8 @@ impl ControlSocket {
     }
 }
 
-/// A control socket that is served. Dropping it is the same as [`Handle::stop`].
+/// The handle of a control socket that is being served. Dropping it is the same as
+/// [`Handle::stop`].
 #[derive(Debug)]
 pub struct Handle {
     state: Arc<ListenerState>,
@@ -113,7 +114,7 @@ pub struct Handle {
 
 impl Handle {
     /// Stops serving: waits for commands that are being executed, ends all other connections, and
-    /// removes the socket if we made it.
+    /// removes the socket file if [`ControlSocket::bind`] created it.
     pub fn stop(self) {
         drop(self);
     }
@@ -128,11 +129,11 @@ impl Drop for Handle {
     }
 }
 
-/// What all threads of a control socket share.
+/// The state that all threads of a control socket share.
 struct ListenerState {
     operator: Arc<dyn Operator>,
     timeout: Duration,
-    /// Set once and never cleared: stop.
+    /// Set once, to stop the threads; never cleared.
     stopping: Wake,
     /// Set whenever a slot is freed.
     freed: Wake,
@@ -196,9 +197,9 @@ fn accept_until_stopped(socket: &ControlSocket, state: &ListenerState) {
     });
 }
 
-/// Tells the clients that have connected that the server is stopping: a connection that is closed
-/// before it is accepted looks like a failure to its client. There are at most as many as the backlog
-/// holds. On a socket that the service manager keeps, they wait for the next process instead.
+/// Replies to all connected clients that the server is stopping: if a connection is closed before
+/// it is accepted, its client reports a failure. The backlog limits their number. Clients of an
+/// inherited socket stay in its backlog for the next process.
 fn reject_the_rest<'scope>(
     scope: &'scope Scope<'scope, '_>,
     socket: &'scope ControlSocket,
@@ -220,23 +221,23 @@ fn reject_the_rest<'scope>(
     }
 }
 
-/// What ended a wait of the accepting thread.
+/// The event that ended a wait of the accepting thread.
 enum WaitResult {
     Stop,
     /// A connection can be accepted.
     Arrival,
-    /// Some other event; look at everything again.
+    /// Another event; check all connections.
     Continue,
 }
 
-/// Accepted connections from which no byte has arrived. They have no thread.
+/// Accepted connections that have received no byte. They have no thread.
 #[derive(Default)]
 struct SilentClients {
     /// The oldest first.
     silent: VecDeque<Silent>,
-    /// A descriptor in reserve, closed when the process has no other one for an operator.
+    /// A reserve descriptor, closed to accept an operator when the process has no other left.
     spare: Option<Wake>,
-    /// Set when the system could not accept: no further attempt before this time.
+    /// Set after accept(2) has failed: no further attempt before this time.
     retry_at: Option<Instant>,
 }
 
@@ -246,8 +247,8 @@ struct Silent {
 }
 
 impl SilentClients {
-    /// Waits for a connection, for the first bytes of one, for a free slot, or for the timeout of the
-    /// oldest one.
+    /// Waits for a connection, for the first bytes of one, for a free slot, or for the timeout of
+    /// the oldest one.
     fn wait(&mut self, socket: &ControlSocket, state: &ListenerState) -> io::Result<WaitResult> {
         let now = Instant::now();
         self.retry_at = self.retry_at.filter(|retry_at| now < *retry_at);
@@ -298,7 +299,7 @@ impl SilentClients {
         }
     }
 
-    /// Closes the oldest connection from which nothing has arrived; false if there is none.
+    /// Closes the oldest connection that has received nothing; false if there is none.
     fn close_oldest(&mut self) -> bool {
         let oldest = self.silent.iter().position(|silent| !is_readable(&silent.stream));
         let Some(silent) = oldest.and_then(|oldest| self.silent.remove(oldest)) else {
@@ -308,8 +309,8 @@ impl SilentClients {
         true
     }
 
-    /// Takes the connections from which bytes have arrived, as many as there are free slots, and
-    /// closes those whose timeout has passed.
+    /// Takes connections that have received bytes, as many as there are free slots, and closes
+    /// those whose timeout has passed.
     fn take_ready(&mut self, state: &ListenerState) -> Vec<UnixStream> {
         let mut ready = Vec::new();
         for _ in 0..self.silent.len() {
@@ -338,13 +339,13 @@ impl Silent {
     }
 }
 
-/// Whether a socket has bytes, a connection or an end to read.
+/// Whether a socket is readable: it has bytes, a connection to accept, or the end of file.
 fn is_readable(socket: &impl AsFd) -> bool {
     wait_readable(&[socket.as_fd()], Some(Instant::now())).is_ok_and(|ready| ready[0])
 }
 
-/// Serves a connection on a thread of its own; or on this one if the system has none left, so that
-/// an operator can still ask for the status.
+/// Serves a connection on a thread of its own; or on this thread if none can be started, so that an
+/// operator can still ask for the status.
 fn serve_on_thread<'scope>(
     scope: &'scope Scope<'scope, '_>,
     stream: UnixStream,
@@ -366,7 +367,8 @@ fn serve_on_thread<'scope>(
     }
 }
 
-/// Whether an error of accept(2) or read(2) says nothing about the system or the connection.
+/// Whether an error of accept(2) or read(2) is transient: neither the system nor the connection has
+/// failed.
 fn is_transient(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
     matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
@@ -376,7 +378,7 @@ fn is_transient(error: &io::Error) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Thread {
     Own,
-    /// Other connections wait for it.
+    /// The accepting thread, for which other connections wait.
     Shared,
 }
 
@@ -414,7 +416,7 @@ fn serve(mut stream: &UnixStream, state: &ListenerState, timeout: Duration, thre
     }
 }
 
-/// What came from a client.
+/// The input of a client.
 enum Received {
     Command(Command),
     /// The client closed without sending a byte, as a probe for the server does.

@@ -71,12 +71,12 @@ impl Reply {
 
     /// Parses one line, with or without its line break.
     ///
-    /// The code must be a number and followed by a colon. The text may be missing, lack the space in
-    /// front, or not be UTF-8.
+    /// The code must be a number and followed by a colon. The text may be missing, lack the space
+    /// in front, or not be UTF-8.
     ///
     /// # Errors
     ///
-    /// [`NotAReply`] when the line does not begin with a number and a colon.
+    /// [`NotAReply`] if the line does not begin with a number and a colon.
     pub fn from_wire(line: &[u8]) -> Result<Self, NotAReply> {
         let line = String::from_utf8_lossy(line);
         let line = line.trim_end_matches(['\n', '\r']);
@@ -96,7 +96,7 @@ impl fmt::Display for Reply {
     }
 }
 
-/// A line that is no reply. Holds the line.
+/// A line that is not a reply. Holds the line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} does not begin with a number and a colon")]
 pub struct NotAReply(pub String);

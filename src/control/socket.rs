@@ -1,9 +1,9 @@
 //! The control socket in the file system: created, replaced if stale, removed.
 //! Never accepts a connection, and never touches a path that is not a socket.
 //!
-//! A socket is created under a temporary name in the same directory, with mode 0600 and listening, and
-//! only then renamed. So a client that finds it is answered, no other user can ever connect, and of
-//! two servers with the same path one fails.
+//! A socket is created under a temporary name in the same directory, with mode 0600 and listening,
+//! and only then renamed. A client that finds the socket therefore gets a reply, no other user can
+//! connect at any time, and of two servers with the same path one fails.
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
@@ -25,8 +25,8 @@ const ATTEMPTS_MAX: usize = 4;
 
 /// A control socket that listens but is not served yet; see [`ControlSocket::start`].
 ///
-/// Dropping one that [`ControlSocket::bind`] created removes its file, unless the path names another
-/// file by then.
+/// Dropping one that [`ControlSocket::bind`] created removes its file, unless the path names
+/// another file by then.
 #[derive(Debug)]
 pub struct ControlSocket {
     // The order matters: the file is removed while the socket is open, since no other file can have
@@ -73,7 +73,7 @@ impl ControlSocket {
     }
 
     /// Removes the file: no further client can connect, those in the backlog can still be accepted.
-    /// False for the service manager's socket, which outlives us.
+    /// Returns false for an inherited socket, which the service manager keeps.
     pub(super) fn hide(&self) -> bool {
         self.path.as_ref().inspect(|path| path.remove()).is_some()
     }
@@ -127,8 +127,7 @@ fn listen_at(temporary: &Path, path: &Path) -> Result<UnixListener, ControlSocke
     }
     let create = || -> nix::Result<OwnedFd> {
         let socket = stream_socket(SockFlag::SOCK_CLOEXEC)?;
-        // bind(2) gives the file the mode of the socket, so that other users can connect at no
-        // moment.
+        // bind(2) gives the file the mode of the socket, so that other users can never connect.
         fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR)?;
         socket::bind(socket.as_raw_fd(), &UnixAddr::new(temporary)?)?;
         socket::listen(&socket, Backlog::MAXCONN)?;
@@ -184,8 +183,8 @@ fn rename_into_place(temporary: &Path, path: &Path) -> Result<(), ControlSocketE
     Err(ControlSocketError::InUse { path: path.to_owned() })
 }
 
-/// Exchanges our socket with the stale one, then removes that. Exchanges them back if the file is not
-/// the one that was found stale.
+/// Exchanges our socket with the stale one, then removes the stale one. Exchanges them back if the
+/// file at the path is not the socket that was found stale.
 fn replace(temporary: &Path, path: &Path, stale: SocketIdentity) -> nix::Result<()> {
     rename(temporary, path, RenameFlags::RENAME_EXCHANGE)?;
     match SocketIdentity::of(temporary) {
@@ -204,8 +203,8 @@ fn replace(temporary: &Path, path: &Path, stale: SocketIdentity) -> nix::Result<
 
 fn rename(from: &Path, to: &Path, flags: RenameFlags) -> nix::Result<()> {
     match renameat2(AT_FDCWD, from, AT_FDCWD, to, flags) {
-        // A few file systems support no flags. Two servers that start at the same moment may then both
-        // take the path, and the later one keeps it.
+        // A few file systems support no flags. Two servers that start at the same moment may then
+        // both take the path, and the later one keeps it.
         Err(Errno::EINVAL) => renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::empty()),
         done => done,
     }
@@ -288,7 +287,7 @@ pub enum ControlSocketError {
     Io {
         /// The path.
         path: PathBuf,
-        /// What failed, as in "cannot …".
+        /// The operation that failed, after "cannot".
         doing: &'static str,
         /// The system's error.
         error: io::Error,

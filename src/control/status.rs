@@ -1,8 +1,9 @@
-//! The state of a server: [`Status`] ⇄ the line of `key=value` pairs in the reply to `status`. Pure.
+//! The state of a server: [`Status`] ⇄ the line of `key=value` pairs in the reply to `status`.
+//! Pure.
 //!
 //! No key or value holds a space: white space, control characters and `%` (and `=` in a key) are
-//! percent-encoded, as `%` and two hexadecimal digits for each byte. A reader that does not know
-//! that can still split at spaces and at the first `=`.
+//! percent-encoded, as `%` and two hexadecimal digits for each byte. A reader without decoding can
+//! still split at spaces and at the first `=`.
 
 use std::fmt;
 
@@ -12,9 +13,10 @@ pub const MIGRATION_STAGE: &str = "migration_stage";
 pub const MIGRATION_PASSES: &str = "migration_passes";
 /// Key of [`Status::extra`]: why the last migration failed, until another one starts.
 pub const MIGRATION_FAILED: &str = "migration_failed";
-/// Key of [`Status::extra`]: what the running migration waits for, one word; absent if it runs on.
+/// Key of [`Status::extra`]: the obstacle of the running migration, one word; absent if it
+/// progresses.
 pub const MIGRATION_WAITING: &str = "migration_waiting";
-/// Key of [`Status::extra`]: the same as a sentence.
+/// Key of [`Status::extra`]: the obstacle as a sentence.
 pub const MIGRATION_REASON: &str = "migration_reason";
 /// Key of [`Status::extra`]: the name of the image's ownership record, or `none`.
 pub const OWNERSHIP: &str = "ownership";
@@ -142,8 +144,8 @@ pub fn pairs(line: &str) -> Result<Vec<(String, String)>, StatusError> {
 }
 
 /// Converts a server's line to a JSON object with the keys in the same order. Whole and decimal
-/// numbers become numbers, `true` and `false` booleans, all else strings. Of a repeated key the first
-/// counts.
+/// numbers become numbers, `true` and `false` booleans, all other values strings. Of a repeated key
+/// the first is kept.
 ///
 /// # Errors
 ///
@@ -168,8 +170,7 @@ fn json_value(text: &str) -> String {
     if is_bare { text.to_owned() } else { json_string(text) }
 }
 
-/// Whether the text is certainly a number: identifiers such as `007`, `1e5` or one of 32 digits are
-/// none.
+/// Whether the text is certainly a number: identifiers such as `007`, `1e5` or 32 digits are not.
 fn is_number(text: &str) -> bool {
     let is_whole = |text: &str| text.parse().is_ok_and(|number: u64| number.to_string() == text);
     let unsigned = text.strip_prefix('-').unwrap_or(text);
@@ -243,17 +244,17 @@ impl Pairs {
     }
 }
 
-/// Why a line is no status or summary.
+/// Why a line is not a status or summary.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StatusError {
     /// This word has no `=`.
-    #[error("what the server tells cannot be read: {0:?} is not key=value")]
+    #[error("invalid reply from the server: {0:?} is not key=value")]
     NotAPair(String),
     /// This key is missing.
-    #[error("what the server tells cannot be read: {0} is missing")]
+    #[error("invalid reply from the server: {0} is missing")]
     Missing(&'static str),
     /// The value has the wrong type.
-    #[error("what the server tells cannot be read: {key} cannot be {value:?}")]
+    #[error("invalid reply from the server: {key} cannot be {value:?}")]
     BadValue {
         /// The key.
         key: &'static str,

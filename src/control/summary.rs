@@ -1,15 +1,16 @@
-//! The result of a migration: [`Summary`] ⇄ the `key=value` pairs in the reply to `mirror_wait`. Pure.
+//! The result of a migration: [`Summary`] ⇄ the `key=value` pairs in the reply to `mirror_wait`.
+//! Pure.
 
 use super::status::{Pairs, StatusError, pairs};
 use std::fmt;
 use std::time::Duration;
 
-/// A migration whose disk has moved. Encoded with times in whole milliseconds.
+/// The statistics of a successful migration. Times are encoded in whole milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Whether the destination acknowledged the disk; an old one cannot.
+    /// Whether the destination acknowledged the disk; the original flexnbd cannot.
     pub acknowledged: bool,
-    /// From the command to the end.
+    /// Time from the command to the end.
     pub duration: Duration,
     /// Bytes of data sent, including those sent again.
     pub bytes_sent: u64,

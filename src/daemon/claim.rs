@@ -1,6 +1,6 @@
-//! Claims the disk at start-up: opens or creates the image, reads its ownership record, asks another
-//! host where only that host knows the owner, and updates the record.
-//! Start-up asks everything about ownership here, once. Never serves the disk.
+//! Claims the disk at start-up: opens or creates the image, reads its ownership record, asks
+//! another host if only that host knows the owner, and updates the record. Start-up decides
+//! everything about ownership here, once. Never serves the disk.
 
 use super::config::{Config, ProcessRole, RecordPolicy};
 use super::handover_query::{HandoverQuery, QueryError, StartupQuery};
@@ -21,21 +21,21 @@ use std::sync::Arc;
 use std::time::SystemTime;
 use tracing::{info, warn};
 
-/// A disk, and what this process may do with it.
+/// A disk, and the use of it that its ownership permits to this process.
 pub(super) struct Claim {
     pub(super) disk: Arc<Disk>,
     pub(super) record_store: RecordStore,
     pub(super) ownership: Ownership,
 }
 
-/// Whose the disk is, according to the record and the role of the process.
+/// The owner of the disk, according to the record and the role of the process.
 pub(super) enum Ownership {
     /// Ours: serve it.
     Ours(Provenance),
     /// Another host's: receive it.
     Incoming {
-        /// The migration whose incomplete copy is in the image, if there is a copy; its id is `None`
-        /// if its sender was not a flexnbd.
+        /// The migration whose incomplete copy is in the image, if there is a copy; its id is
+        /// `None` if its sender was not a flexnbd.
         copy: Option<Option<Id>>,
         /// A second handle on the record, for `status`: the receiving side takes the first.
         status_store: RecordStore,
@@ -130,8 +130,8 @@ fn open_record_store(config: &Config, image: &FileBackend) -> Result<RecordStore
             file.display()
         );
     }
-    // When a service has ended, its unit looks up the record, even of a deleted image, and closes the
-    // sockets if the disk has moved.
+    // When a service has ended, its unit looks up the record, even of a deleted image, and closes
+    // the sockets if the disk has moved.
     let is_service = env::var_os(STATE_VARIABLE).is_some();
     if config.create.is_some() || is_service {
         record_store.leave_tombstone();
@@ -139,7 +139,8 @@ fn open_record_store(config: &Config, image: &FileBackend) -> Result<RecordStore
     Ok(record_store)
 }
 
-/// The provenance of the image, of `size` bytes, if its record or another host says that it is ours.
+/// The provenance of the image, of `size` bytes, if its record or another host says that it is
+/// ours.
 fn claim_to_serve(
     config: &Config,
     record_store: &RecordStore,
@@ -180,8 +181,7 @@ impl From<QueryError> for StartError {
     }
 }
 
-/// Puts back the record `before` the handover: the destination does not have the disk, and never
-/// will.
+/// Restores the record `before` of a handover that did not arrive, and can no longer arrive.
 fn record_stayed(
     record_store: &RecordStore,
     id: Id,
@@ -208,8 +208,8 @@ fn record_departed(
     Ok(OwnershipRefusal::Departed { id, when, to })
 }
 
-/// Records that a new image is incomplete until the incoming disk is here, so that no process serves
-/// the empty image, even if this one is killed. An image without such a record is deleted, unless
+/// Records that a new image is incomplete until the disk has arrived, so that no process serves the
+/// empty image, even if this one is killed. An image without such a record is deleted, unless
 /// records are optional.
 fn record_incoming(
     record_store: &RecordStore,

@@ -78,7 +78,7 @@ pub enum ProcessRole {
     },
 }
 
-/// Whether a disk may be moved if its ownership record cannot be kept.
+/// Whether a disk may be moved if its ownership record cannot be written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RecordPolicy {
     /// It may not.
@@ -88,16 +88,16 @@ pub enum RecordPolicy {
     Optional,
 }
 
-/// The end of an error message: what the operator can do if no ownership record can be kept.
+/// The end of an error message: advice for the operator if no ownership record can be kept.
 pub(super) const UNRECORDED_ADVICE: &str = "make room, or name another state directory in STATE_DIRECTORY; --no-record moves the disk \
      without a record";
 
 /// Which clients may connect. A reload replaces this part of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admission {
-    /// From which addresses.
+    /// The addresses of permitted clients.
     pub acl: Acl,
-    /// How many at a time.
+    /// Most clients at a time.
     pub clients_max: usize,
 }
 

@@ -22,14 +22,14 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 use tracing::info;
 
-/// How long sessions may take, when the server stops, to answer the requests that they have received.
+/// Time for sessions to answer the requests that they have received, when the server stops.
 const GRACE: Duration = Duration::from_secs(10);
 /// The same for sessions that wait for the disk, such as for a FLUSH of much dirty data.
 const DISK_GRACE: Duration = Duration::from_secs(60);
 /// Added to a time limit when it is announced to the service manager.
 const MARGIN: Duration = Duration::from_secs(5);
-/// How long closing may take: a command that waits for a destination's handshake, [`DISK_GRACE`], once
-/// more [`GRACE`] for the clients, and the time that the service manager takes to store the sessions.
+/// Time for closing: a command that waits for a destination's handshake, [`DISK_GRACE`], another
+/// [`GRACE`] for the clients, and the time in which the service manager stores the sessions.
 const CLOSING_MAX: Duration = Duration::from_secs(110);
 
 /// How a process ended.
@@ -44,14 +44,14 @@ pub enum ProcessEnd {
 /// Everything that is open while the process runs.
 pub(super) struct Process {
     pub(super) service: Arc<Service>,
-    /// The sending ends are in the threads that report events.
+    /// The threads that report events hold the sending ends.
     pub(super) events: Receiver<ProcessEvent>,
     pub(super) control: Option<Handle>,
     pub(super) notifier: ServiceManager,
     /// Keeps sessions for the next process.
     pub(super) store: FdStore,
     pub(super) disk: Arc<Disk>,
-    /// The image's path, for people.
+    /// The image's path, for messages.
     pub(super) image: String,
     pub(super) idle: Idle,
     pub(super) status: StatusReporter,
@@ -124,14 +124,14 @@ impl Process {
                 return Some(ProcessEnd::Badly(format!("no longer accepting clients: {why}")));
             }
             ProcessEvent::HealthCheck(number) => self.answer_health_check(number),
-            // The loop looks at the deadline of an idle process anyway.
+            // The loop checks the idle deadline after every event.
             ProcessEvent::CommandEnded => {}
         }
         None
     }
 
-    /// Whether the process has been idle up to its deadline. It accepts neither clients nor commands
-    /// any more then.
+    /// Whether the process has been idle up to its deadline. If so, it accepts neither clients nor
+    /// commands from now on.
     fn close_if_idle(&mut self) -> bool {
         let now = Instant::now();
         if self.idle.deadline(self.is_busy()).is_none_or(|deadline| now < deadline) {
@@ -158,8 +158,8 @@ impl Process {
         }
     }
 
-    /// Tells waiting operators and the status. The process ends if the disk has left, and goes on
-    /// otherwise.
+    /// Wakes the waiting operators, and updates the status. The process ends if the disk has left,
+    /// and continues otherwise.
     fn migration_ended(&mut self, outcome: &Outcome) -> Option<ProcessEnd> {
         self.service.waiters.migration_ended();
         self.status.migration_ended(outcome);
@@ -191,8 +191,8 @@ impl Process {
                 "received {signal} before the disk has arrived; what is here is incomplete"
             ));
         }
-        // Before looking for a migration: one that registers later finds this flag, and ends before
-        // it begins.
+        // Set before the search for a migration: one that registers later finds this flag, and ends
+        // before it begins.
         self.service.waiters.interrupt();
         match self.service.running_migration() {
             None => ProcessEnd::Well,
@@ -200,9 +200,9 @@ impl Process {
         }
     }
 
-    /// Abandons a migration, and waits until everything is as it was before or, if the handover has
-    /// been sent, until the disk has left. The wait is limited: the record tells the next process
-    /// what happened.
+    /// Abandons a migration, and waits until its effects are undone or, if the handover has been
+    /// sent, until the disk has left. The wait is limited: the next process reads the state from
+    /// the record.
     fn abandon(&mut self, migration: &MigrationHandle, signal: Signal) -> ProcessEnd {
         let status = "stopping: breaking the migration off, or finishing it";
         log_unsent(self.notifier.status(status));
@@ -231,8 +231,9 @@ impl Process {
 
     /// Closes the modules in order: control socket, server, sessions.
     ///
-    /// Sessions are stored for the next process, except while a disk is received, since its sessions
-    /// are the migration, and after a failed flush, of which the next process would not know.
+    /// Sessions are stored for the next process, except while a disk is received, since its
+    /// sessions are the migration, and after a failed flush, of which the next process would not
+    /// know.
     fn close(&mut self, end: &ProcessEnd) {
         let stores_sessions = !self.service.is_receiving() && self.disk.all_flushes_succeeded();
         log_unsent(self.notifier.stopping());
@@ -256,8 +257,7 @@ impl Process {
         }
     }
 
-    /// The end of the process, which is a good one if the disk has arrived or left during
-    /// [`Process::close`].
+    /// The end of the process: success if the disk has arrived or left during [`Process::close`].
     fn end_after_close(&self, end: ProcessEnd) -> ProcessEnd {
         let has_moved = |event| {
             matches!(

@@ -1,5 +1,5 @@
 //! The events of the process, and the types that other modules report them through.
-//! Never decides what follows from an event.
+//! Never decides the reaction to an event.
 
 use super::migration_log::MigrationLog;
 use crate::migration::destination::ArrivalResult;
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
-/// What the event loop reacts to.
+/// An event of the process.
 ///
 /// Senders ignore a closed channel: the event loop has ended then, and the process is about to.
 #[derive(Clone, Debug)]

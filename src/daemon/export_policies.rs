@@ -95,7 +95,7 @@ impl ExportPolicy for ReceivingPolicy {
 }
 
 impl ReceivingPolicy {
-    /// Why a session is denied something, for its client, and the session that holds the place
+    /// Why a session is denied something, for its client, and the session that holds the slot
     /// instead. `introduction` is the data that the session introduces itself with, if any.
     fn explain(
         &self,

@@ -1,6 +1,7 @@
-//! Asks the destination of an interrupted handover whether the disk has arrived there. That can take
-//! long, so a thread asks, while the process handles signals, feeds the watchdog and refuses clients.
-//! Never decides what follows from the answer.
+//! Asks the destination of an interrupted handover whether the disk has arrived there. That can
+//! take long, so a thread asks, while the process handles signals, feeds the watchdog and refuses
+//! clients.
+//! Never decides the reaction to the answer.
 
 use super::signals::Signals;
 use crate::disk::ownership::{Id, RemoteAddress};
@@ -42,8 +43,8 @@ pub(super) struct HandoverQuery {
 }
 
 impl HandoverQuery {
-    /// A question to `to`, asked from the local address `from` if there is one. `None` if `to` has no
-    /// address to connect to.
+    /// A question to `to`, asked from the local address `from` if there is one. `None` if `to` has
+    /// no address to connect to.
     pub(super) fn new(
         question: Question,
         to: &RemoteAddress,
@@ -125,7 +126,7 @@ pub(super) struct StartupQuery<'a> {
 }
 
 impl StartupQuery<'_> {
-    /// Whether the disk has arrived, as far as the destination says within a few attempts.
+    /// Whether the disk has arrived, according to the destination; asks a few times.
     pub(super) fn run(&self, query: &HandoverQuery) -> Result<HandoverVerdict, QueryError> {
         let HandoverQuery { to, question: Question { id, .. }, .. } = query;
         if let Some(answer) = self.answer.filter(|answer| answer.id == *id) {
@@ -150,7 +151,7 @@ impl StartupQuery<'_> {
                     "{to} does not say whether the disk has arrived there: {trouble}"
                 ),
                 // At the destination one process receives the disk and another one serves it.
-                // Between the two nothing listens, and nothing tells us for how long.
+                // Between the two, for an unknown time, no process listens.
                 _ => self.pause()?,
             }
         }
@@ -216,8 +217,8 @@ impl RepeatedQuery {
         self.running.as_ref().map(AsFd::as_fd)
     }
 
-    /// Starts an attempt that is due, and takes the answer of a running one. Returns the result once
-    /// the destination has given a verdict.
+    /// Starts an attempt that is due, and takes the answer of a running one. Returns the result
+    /// once the destination has given a verdict.
     pub(super) fn poll(&mut self, now: Instant) -> Option<QueryResult> {
         let Some(running) = &self.running else {
             if self.next_at <= now {

@@ -13,10 +13,10 @@ use nix::sys::stat::{SFlag, fstat};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
-/// Everything inherited, before it is known whether the process can serve.
+/// Everything that the process has inherited.
 ///
-/// It keeps the sockets and hands out copies, so that a start that failed can be repeated, and so that
-/// clients can be refused meanwhile.
+/// Keeps the sockets and returns copies, so that a failed start can be repeated, and clients be
+/// refused meanwhile.
 #[derive(Debug)]
 pub(super) struct Inherited {
     sockets: InheritedSockets,
@@ -25,9 +25,9 @@ pub(super) struct Inherited {
 }
 
 impl Inherited {
-    /// Takes over everything inherited, and the sessions that the last process has stored. Call this
-    /// once, before any thread starts: it reads and changes the environment, and threads inherit the
-    /// signal mask.
+    /// Takes over everything inherited, and the sessions that the last process has stored. Call
+    /// this once, before any thread starts: it reads and changes the environment, and threads
+    /// inherit the signal mask.
     pub(super) fn take() -> Result<(Self, StoredSessions), StartError> {
         let notifier = ServiceManager::from_env();
         let mut sockets = InheritedSockets::from_env();
@@ -39,7 +39,7 @@ impl Inherited {
         Ok((Self { sockets, notifier, signals }, sessions))
     }
 
-    /// Copies of the sockets, to serve on. A descriptor that is not what its name promises is an error.
+    /// Copies of the sockets, to serve on. A descriptor that does not match its name is an error.
     pub(super) fn sockets(&self) -> Result<InheritedSockets, StartError> {
         match self.sockets.bad.first() {
             Some(bad) => Err(StartError::Inherited(bad.to_string())),
@@ -67,8 +67,7 @@ impl Inherited {
     /// started this process for them.
     pub(super) fn has_connection_waiting(&self) -> bool {
         let InheritedSockets { nbd, control, bad, .. } = &self.sockets;
-        // A connection at a socket that cannot be used makes the service manager start the service
-        // again all the same.
+        // A connection at an unusable socket also makes the service manager start the service.
         let bad = bad.iter().filter_map(|bad| bad.descriptor.as_ref());
         let bad = bad.filter(|descriptor| can_poll(descriptor)).map(AsFd::as_fd);
         let control = control.as_ref().map(AsFd::as_fd);
@@ -76,7 +75,8 @@ impl Inherited {
         wait_readable(&sockets, Some(Instant::now())).is_ok_and(|ready| ready.contains(&true))
     }
 
-    /// Listeners of the bad descriptors that accept connections, such as a socket with a wrong name.
+    /// Listeners of the bad descriptors that accept connections, such as a socket with a wrong
+    /// name.
     pub(super) fn bad_listeners(&self) -> impl Iterator<Item = Listener> {
         let bad = self.sockets.bad.iter().filter_map(|bad| bad.descriptor.as_ref());
         let bad = bad.filter_map(|descriptor| descriptor.try_clone().ok());

@@ -6,8 +6,8 @@ use crate::migration::job::{News, Obstacle, Outcome, Progress};
 use crate::migration::source::MigrationStats;
 use tracing::{Span, error, error_span, info, warn};
 
-/// A migration, and the journal fields that all its entries share. The id is not among them: each copy
-/// that a migration begins has another one.
+/// A migration, and the journal fields that all its entries share. The id is not among them,
+/// because each copy of a migration has another one.
 #[derive(Clone, Debug)]
 pub(super) struct MigrationLog {
     /// The destination's address.
@@ -22,7 +22,7 @@ pub(super) struct MigrationLog {
 
 impl MigrationLog {
     pub(super) fn new(to: String, image: String, size: u64) -> Self {
-        // Of the highest level, so that no verbosity disables the span while it shows an entry.
+        // A span of the highest level: any verbosity that shows one of its entries enables it.
         let span = error_span!(
             parent: None, "migration", "flexnbd.destination" = to, "flexnbd.image" = image
         );

@@ -22,7 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use tracing::{info, warn};
 
-/// Everything that commands act on.
+/// The state that commands read and change.
 pub(super) struct Service {
     /// Bytes of the disk.
     pub(super) size: u64,
@@ -34,15 +34,16 @@ pub(super) struct Service {
     pub(super) notifier: ServiceManager,
 }
 
-/// What the process does with the disk.
+/// The role of the process for the disk.
 pub(super) enum DiskRole {
     /// It serves a disk that is ours, and can move it away.
     Serving(OutgoingMigrations),
-    /// It receives the disk, of which this is the record.
+    /// It receives the disk; this is the store of its record.
     Receiving(RecordStore),
 }
 
-/// Operators who wait for the end of a migration (`mirror --wait`), at most until the process stops.
+/// Operators who wait for the end of a migration (`mirror --wait`), at most until the process
+/// stops.
 #[derive(Debug, Default)]
 pub(super) struct MigrationWaiters {
     is_stopping: Mutex<bool>,
@@ -53,13 +54,14 @@ pub(super) struct MigrationWaiters {
 
 impl MigrationWaiters {
     pub(super) fn migration_ended(&self) {
-        // A waiter holds the lock from checking for a result until it sleeps, so it cannot miss this.
+        // A waiter holds the lock from checking for a result until it sleeps, so it cannot miss
+        // this.
         let _guard = lock(&self.is_stopping);
         self.changed.notify_all();
     }
 
-    /// Records that the process is about to stop: a migration abandoned from now on was not ended by
-    /// an operator.
+    /// Records that the process is about to stop: a migration abandoned from now on was not ended
+    /// by an operator.
     pub(super) fn interrupt(&self) {
         self.is_interrupted.store(true, Ordering::Release);
     }
@@ -125,7 +127,8 @@ impl Service {
         self.last_migration().filter(|migration| migration.outcome().is_none())
     }
 
-    /// Accepts neither clients nor commands any more, if there are none. Returns whether that is so.
+    /// Accepts neither clients nor commands any more, if there are none. Returns whether that is
+    /// so.
     pub(super) fn close_if_idle(&self) -> bool {
         let acceptor = self.server().acceptor_handle();
         self.commands.close_if_none(|| acceptor.close_if_empty())
@@ -153,8 +156,8 @@ impl Service {
         status
     }
 
-    /// The name of the image's record, if the last migration does not determine it. A served disk has
-    /// the record of its provenance, unless a migration could not put that back.
+    /// The name of the image's record, if the last migration does not determine it. A served disk
+    /// has the record of its provenance, unless a migration could not restore it.
     fn record_name(&self, migration: Option<&MigrationHandle>) -> &'static str {
         let record_store = match &self.role {
             DiskRole::Serving(outgoing) if outgoing::record_unrestored(migration) => {
@@ -191,8 +194,8 @@ impl Service {
         reply
     }
 
-    /// Reloads the configuration, as the command `reload` does, because of a signal. A thread of its
-    /// own does so, because reading the file may block while other signals arrive.
+    /// Reloads the configuration, as the command `reload` does, because of a signal. A thread of
+    /// its own does so, because reading the file may block while other signals arrive.
     pub(super) fn reload_in_thread(self: &Arc<Self>, signal: Signal) {
         let service = Arc::clone(self);
         let reload = move || {
@@ -231,7 +234,7 @@ impl Service {
         let prepared = PreparedMigration::new(&outgoing.context, record_store, shutdown, command)?;
         let handle = Arc::clone(&prepared.handle);
         // The event loop sets `is_interrupted` and then looks for a migration. So either it finds
-        // this one, or this one sees the flag.
+        // this migration, or this thread sees the flag.
         *lock(&outgoing.last) = Some(Arc::clone(&handle));
         if self.waiters.is_interrupted() {
             handle.request_break();
@@ -246,8 +249,8 @@ impl Service {
             Err(reply) => return reply,
         };
         let account = self.waiters.wait(|| migration.result());
-        // A migration that the stopping process breaks off must not be reported as broken off by
-        // `break`.
+        // If the stopping process breaks a migration off, the reply must not claim that a `break`
+        // did.
         let by_operator =
             |(outcome, _): &_| *outcome != Outcome::Broken || !self.waiters.is_interrupted();
         match account.filter(by_operator) {

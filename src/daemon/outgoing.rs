@@ -1,5 +1,5 @@
-//! Migrations to another host: an operator begins one, and a thread carries it out.
-//! Reports to the log what happens and to the event loop how it ended.
+//! Migrations to another host: an operator starts one, and a thread runs it. Reports news to the
+//! log, and the outcome to the event loop.
 
 use super::claim;
 use super::config::{RecordPolicy, UNRECORDED_ADVICE};
@@ -32,13 +32,13 @@ use std::thread;
 use std::time::Duration;
 use tracing::warn;
 
-/// The variable that sets how long a destination may make no progress, in seconds.
+/// The environment variable with the timeout of a destination without progress, in seconds.
 const TIMEOUT_VARIABLE: &str = "FLEXNBD_MS_REQUEST_LIMIT_SECS";
 
 /// The longest such timeout.
 const TIMEOUT_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// What every migration of the process needs.
+/// The resources that all migrations of the process share.
 pub(super) struct MigrationContext {
     pub(super) disk: Arc<Disk>,
     pub(super) image: PathBuf,
@@ -46,7 +46,7 @@ pub(super) struct MigrationContext {
     pub(super) events: Sender<ProcessEvent>,
 }
 
-/// What decides the reply to `mirror`.
+/// The result of a start, which decides the reply to `mirror`.
 enum StartResult {
     /// The destination has accepted the migration.
     Started,
@@ -69,7 +69,7 @@ impl StartingMigration {
     }
 }
 
-/// Forwards what happens during a migration to the log, the event loop and the waiting operator.
+/// Forwards the news of a migration to the log, the event loop and the waiting operator.
 struct Reporter {
     log: MigrationLog,
     start_result: Sender<StartResult>,
@@ -91,8 +91,9 @@ impl Observer for Reporter {
     }
 }
 
-/// Checks that the disk, the first `size` bytes of the image, can be moved as `command` says, before
-/// anything is sent. Returns a handle on the record, with space for the records of the migration.
+/// Checks that the disk, the first `size` bytes of the image, can be moved as `command` says,
+/// before anything is sent. Returns a handle on the record, with space for the records of the
+/// migration.
 pub(super) fn check(
     record_store: &RecordStore,
     size: u64,
@@ -111,7 +112,7 @@ pub(super) fn check(
     let record_store = claim::reserve_record(record_store, policy)
         .map_err(|error| Reply::refused(format!("{error}; {UNRECORDED_ADVICE}")))?;
     let image = record_store.path().display();
-    // From here on only the open file counts, so a path that cannot be checked is no error.
+    // Only the open file is moved, so a path that cannot be checked is no error.
     if let Ok(named) = record_store.path_target()
         && named != PathTarget::Same
     {
@@ -166,7 +167,7 @@ impl PreparedMigration {
         Ok(Self { source, handle, log, start_result, starting, events })
     }
 
-    /// Starts the thread that carries the migration out.
+    /// Starts the thread that runs the migration.
     pub(super) fn start(self) -> Result<StartingMigration, Reply> {
         let Self { source, handle, log, start_result, starting, events } = self;
         let _ = events.send(ProcessEvent::MigrationStarted(log.clone(), Arc::clone(&handle)));
@@ -259,7 +260,7 @@ pub(super) fn describe(
     }
 }
 
-/// Whether the disk has stayed here, and its record could not be put back so far.
+/// Whether the disk has stayed here, and its record could not be restored so far.
 pub(super) fn record_unrestored(migration: Option<&MigrationHandle>) -> bool {
     let progress = migration.and_then(MigrationHandle::progress);
     progress.is_some_and(|progress| progress.record_unrestored)
@@ -299,8 +300,8 @@ fn job(context: &MigrationContext, command: &Mirror) -> Result<Job, Reply> {
     Ok(job)
 }
 
-/// The value of [`TIMEOUT_VARIABLE`], if it is a number of seconds; at most [`TIMEOUT_MAX`], so that a
-/// deadline can be represented.
+/// The value of [`TIMEOUT_VARIABLE`], if it is a number of seconds; at most [`TIMEOUT_MAX`], so
+/// that a deadline can be represented.
 fn timeout(variable: Option<&str>) -> Option<Duration> {
     let seconds = variable.and_then(|seconds| seconds.parse().ok());
     seconds.filter(|seconds| *seconds > 0).map(|s| Duration::from_secs(s).min(TIMEOUT_MAX))
@@ -315,7 +316,8 @@ fn cannot_start(why: StartFailure) -> Reply {
     })
 }
 
-/// The reply about a migration that failed: first the words of the original flexnbd, then the cause.
+/// The reply about a migration that failed: first the words of the original flexnbd, then the
+/// cause.
 fn failed(trouble: &Trouble) -> Reply {
     let words = match trouble {
         Trouble::Connect(_) => "Mirror failed to connect",

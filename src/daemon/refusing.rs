@@ -1,9 +1,10 @@
-//! A process that cannot serve its disk, while clients wait at its sockets: it closes every connection
-//! and tells operators why, until a signal stops it or another host says that it may serve.
+//! A process that cannot serve its disk, while clients wait at its sockets: it closes every
+//! connection and tells operators why, until a signal stops it or another host says that it may
+//! serve.
 //! Never touches the disk, and never sends a client a byte.
 //!
-//! If the process ended, the service manager, which holds the sockets, would start it again for the same
-//! clients, and after some restarts the socket units would fail.
+//! If the process ended, the service manager, which holds the sockets, would start it again for the
+//! same clients, and after some restarts the socket units would fail.
 
 use super::config::ProcessRole;
 use super::event_loop::ProcessEnd;
@@ -26,10 +27,10 @@ use tracing::{error, info, warn};
 
 /// Refused clients get at most one line in the log in this time.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
-/// Pause after a connection could not be accepted, for lack of descriptors or memory.
+/// Pause after accept(2) has failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// What the process was started for, as far as that is known without a configuration.
+/// The role and the paths of the process, as far as known without a valid configuration.
 #[derive(Clone, Debug)]
 pub(super) struct ServerPurpose {
     pub(super) role: ProcessRole,
@@ -38,7 +39,7 @@ pub(super) struct ServerPurpose {
     pub(super) control: Option<PathBuf>,
 }
 
-/// How refusing clients ended.
+/// The reason for which refusing clients ended.
 pub(super) enum RefusalResult {
     /// The process ends.
     Ended(ProcessEnd),
@@ -75,9 +76,9 @@ fn stopped(signal: Signal) -> RefusalResult {
     RefusalResult::Ended(ProcessEnd::Well)
 }
 
-/// A disk that has moved away stays away, and its clients keep connecting. Any other error is more
-/// likely to be seen by an operator who starts the service and looks at the result, so the process
-/// stays only if a client or an operator has connected.
+/// A disk that has moved away stays away, and its clients keep connecting. An operator who starts
+/// the service sees any other error at once, so the process stays only if a client or an operator
+/// has connected.
 fn should_refuse_clients(
     inherited: &Inherited,
     purpose: &ServerPurpose,
@@ -189,7 +190,7 @@ impl RefusalLoop<'_> {
             }
             let pause = paused_until.filter(|until| now < *until);
             let feed_at = notifier.watchdog_interval().map(|interval| fed_at + interval);
-            // The loop is all that can get stuck, so each turn of it may feed the watchdog.
+            // The loop is the only part that can get stuck, so it feeds the watchdog itself.
             if feed_at.is_some_and(|feed_at| feed_at <= now) {
                 fed_at = now;
                 log_unsent(notifier.watchdog());

@@ -53,8 +53,8 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// Blocks every signal that the process handles, and ignores the redundant ones. Call this before
-    /// any thread starts: threads inherit the mask.
+    /// Blocks every signal that the process handles, and ignores the redundant ones. Call this
+    /// before any thread starts: threads inherit the mask.
     pub(super) fn block() -> io::Result<Self> {
         let hangup_ignored = is_ignored(libc::SIGHUP);
         let mut set = SigSet::empty();
@@ -114,8 +114,8 @@ fn ignore(number: libc::c_int) {
     unsafe { libc::signal(number, libc::SIG_IGN) };
 }
 
-/// Whether this signal is ignored. A new process inherits that, from `nohup` for `SIGHUP` and from a
-/// shell for the `SIGINT` of background jobs.
+/// Whether this signal is ignored. A new process inherits that, from `nohup` for `SIGHUP` and from
+/// a shell for the `SIGINT` of background jobs.
 #[must_use]
 pub fn is_ignored(number: libc::c_int) -> bool {
     // SAFETY: zeroes are a valid `sigaction`.

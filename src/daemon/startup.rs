@@ -1,4 +1,5 @@
-//! The start of a process, in one order: inherited, claim, sockets, server, control, watchdog, ready.
+//! The start of a process, in one order: inherited, claim, sockets, server, control, watchdog,
+//! ready.
 //! Never handles an event.
 
 use super::claim::{Claim, Ownership};
@@ -38,8 +39,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
-/// Serves or receives a disk until a signal, or the disk's move, ends the process. `reread` reads the
-/// configuration file again, if there is one.
+/// Serves or receives a disk until a signal, or the disk's move, ends the process. `reread` reads
+/// the configuration file again, if there is one.
 ///
 /// # Errors
 /// When the process cannot start, and no client waits to be refused.
@@ -58,7 +59,7 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
             Ok(Some(process)) => break process,
             Ok(None) => return Ok(ProcessEnd::Well),
             Err(error) => {
-                // Sessions of the last process end now, not when refusing ends.
+                // Ends the sessions of the last process now, before clients are refused.
                 startup.sessions = StoredSessions::default();
                 match refusing::run(&startup.inherited, &purpose, error)? {
                     RefusalResult::Ended(end) => return Ok(end),
@@ -77,18 +78,18 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
 /// Returns `None` at once if no client waits.
 #[must_use]
 pub fn refuse(role: ProcessRole, control: Option<PathBuf>, reason: &str) -> Option<ProcessEnd> {
-    // The caller reports the configuration; an error here matters less.
+    // The caller reports the invalid configuration, which matters more than an error here.
     let (inherited, _) = Inherited::take().ok()?;
     let purpose = ServerPurpose { role, image: None, control };
     let error = StartError::Configuration(reason.to_owned());
     match refusing::run(&inherited, &purpose, error).ok()? {
         RefusalResult::Ended(end) => Some(end),
-        // Such an error asks no other host.
+        // No other host is asked about an invalid configuration.
         RefusalResult::Answered(_) => None,
     }
 }
 
-/// What a start needs. It is kept over a start that failed, so that the next one can follow.
+/// The input of a start. It outlives a failed start, so that another can follow.
 struct Startup {
     config: Config,
     reread: Option<RereadConfig>,
@@ -100,8 +101,8 @@ struct Startup {
 }
 
 impl Startup {
-    /// Opens everything in order, and reports that the process is ready. `None` if there is nothing to
-    /// do: the disk has arrived already.
+    /// Opens everything in order, and reports that the process is ready. `None` if the disk has
+    /// arrived already.
     fn start(&mut self) -> Result<Option<Process>, StartError> {
         let inherited_sockets = self.inherited.sockets()?;
         let claim = Claim::acquire(&self.config, &self.inherited.startup_query(self.answer))?;
@@ -109,8 +110,8 @@ impl Startup {
         let (sender, events) = mpsc::channel();
         let Some(role) = Role::new(&self.config, claim, &sender)? else {
             warn!("{}: the disk has arrived already; not listening", self.config.image.display());
-            // A service that ends without READY=1 has failed for systemd, whatever its exit status,
-            // and units that wait for the arrival would not start.
+            // Without READY=1, systemd counts the service as failed, whatever its exit status, and
+            // does not start the units that wait for the arrival.
             log_unsent(self.inherited.notifier.ready());
             return Ok(None);
         };
@@ -127,7 +128,8 @@ impl Startup {
             commands: ActiveCommands::new(sender.clone()),
             notifier: notifier.clone(),
         });
-        // If one of these fails, the sockets must be free for refusing clients.
+        // If one of the next steps fails, the server is stopped, so that its sockets are free for
+        // refusing clients.
         let stop_server = |_: &StartError| service.server().stop(Duration::ZERO);
         let control = start_control(sockets.control, &service).inspect_err(stop_server)?;
         let watchdog = self.start_watchdog(&disk, &service, &sender).inspect_err(stop_server)?;
@@ -211,7 +213,7 @@ impl Startup {
     }
 }
 
-/// What serving and receiving differ in.
+/// The differences between serving and receiving.
 struct Role {
     /// For people: `serving` or `receiving`.
     verb: &'static str,
@@ -315,8 +317,8 @@ fn raise_descriptor_limit() {
 /// Makes glibc return large buffers to the kernel when they are freed.
 ///
 /// Session buffers are large, and live only while their session is busy. After the first free(3) of
-/// such a buffer glibc would raise its mmap threshold, and keep later ones in the arena of each thread
-/// (mallopt(3), `M_MMAP_THRESHOLD`).
+/// such a buffer glibc would raise its mmap threshold, and keep later ones in the arena of each
+/// thread (mallopt(3), `M_MMAP_THRESHOLD`).
 fn fix_mmap_threshold() {
     #[cfg(target_env = "gnu")]
     {

@@ -1,5 +1,5 @@
-//! What the process reports from time to time: its status to the service manager (`STATUS=` of
-//! sd_notify(3)), and the progress of a migration to the journal. Nothing else is periodic.
+//! Periodic reports: the status of the process to the service manager (`STATUS=` of sd_notify(3)),
+//! and the progress of a migration to the journal. Nothing else is periodic.
 //! Never reads a clock, and never wakes the process while nothing changes.
 
 mod text;

@@ -2,8 +2,8 @@
 //! because time has passed (sd_watchdog_enabled(3)).
 //!
 //! Twice in the watchdog's time limit each part that may get stuck gets a health check with a new
-//! number. When all parts have answered, the watchdog is fed. A part that does not answer starves it,
-//! and the service manager ends the process.
+//! number. When all parts have answered, the watchdog is fed. A part that does not answer starves
+//! it, and the service manager ends the process.
 
 use super::events::ProcessEvent;
 use crate::disk::{Disk, SECTOR};
@@ -19,7 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{error, info};
 
-/// How often in an interval to look for an answer that is missing.
+/// Checks for a missing answer per interval.
 const LOOKS_PER_INTERVAL: u32 = 8;
 
 /// The parts of the process that may get stuck.
@@ -71,9 +71,9 @@ impl HealthCheck {
         }
     }
 
-    /// Checks that a read of the disk returns, even with an error. The read bypasses the gate, which
-    /// may stay closed for long, and takes another sector each time, because the page cache has the
-    /// earlier ones.
+    /// Checks that a read of the disk returns, even with an error. The read bypasses the gate,
+    /// which may stay closed for long, and takes another sector each time, because the page cache
+    /// has the earlier ones.
     fn of_disk(disk: Arc<Disk>) -> io::Result<Self> {
         let (ask, asked) = mpsc::channel::<u64>();
         let answered = Arc::new(AtomicU64::new(0));
@@ -198,14 +198,15 @@ struct CheckSchedule {
     is_starving: bool,
 }
 
-/// What to do about the watchdog.
+/// The decision about the watchdog.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum WatchdogAction {
-    /// Nothing yet.
+    /// Wait.
     Wait,
     /// Feed it, and send the next health check.
     Feed { was_starving: bool },
-    /// Do not feed it, and look for the answer again soon. `is_new`: this is the first time in a row.
+    /// Do not feed it, and look for the answer again soon. `is_new`: this is the first time in a
+    /// row.
     Starve { is_new: bool },
 }
 

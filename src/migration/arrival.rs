@@ -1,5 +1,6 @@
 //! The state machine of the destination: which connection may write the incoming disk, and when the
-//! disk is ours. Never writes, connects or waits: the caller asks before it acts, and reports results.
+//! disk is ours. Never writes, connects or waits: the caller asks before it acts, and reports
+//! results.
 //!
 //! ```text
 //!                    first byte                     HANDOVER
@@ -13,14 +14,14 @@
 //!
 //! * The record *incoming* is durable before the first byte is written, so that an incomplete copy
 //!   is never served as a disk.
-//! * A source that introduces itself again closes its earlier connection for good: the caller
-//!   ends that connection and waits for its last request *before* it sends the answer. The same
-//!   holds for a source that takes the slot of a sender that was silent for too long. Neither loses
-//!   acknowledged data: without the slot the handover of the silent sender is refused, so its source
-//!   keeps and serves its disk.
-//! * HANDOVER is acknowledged after first the data and then the record *ours* are durable. If either
-//!   fails, the state of the medium is unknown: the process exits without a reply, and the next one
-//!   reads the record.
+//! * A source that introduces itself again closes its earlier connection for good: the caller ends
+//!   that connection and waits for its last request *before* it sends the answer. The same holds
+//!   for a source that takes the slot of a sender that was silent for too long. Neither loses
+//!   acknowledged data: without the slot the handover of the silent sender is refused, so its
+//!   source keeps and serves its disk.
+//! * HANDOVER is acknowledged after first the data and then the record *ours* are durable. If
+//!   either fails, the state of the medium is unknown: the process exits without a reply, and the
+//!   next one reads the record.
 //!
 //! `arrival/transitions.txt` lists every transition; a test keeps it true.
 
@@ -256,7 +257,8 @@ impl Arrival {
         }
     }
 
-    /// Whether `connection` may enter the transmission phase after the holder's silence of `silent`.
+    /// Whether `connection` may enter the transmission phase after the holder's silence of
+    /// `silent`.
     ///
     /// # Errors
     /// If it may not.
@@ -264,9 +266,9 @@ impl Arrival {
         self.check_entry(connection, silent).map(drop)
     }
 
-    /// `connection` is about to enter the transmission phase after the holder's silence of `silent`.
-    /// A newstyle connection then holds the slot. The caller first closes the returned connections
-    /// for good, and waits until their requests have ended.
+    /// `connection` is about to enter the transmission phase after the holder's silence of
+    /// `silent`. A newstyle connection then holds the slot. The caller first closes the returned
+    /// connections for good, and waits until their requests have ended.
     ///
     /// # Errors
     /// If it may not.

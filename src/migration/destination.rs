@@ -38,8 +38,8 @@ pub struct Destination {
     /// `None` if the image has no place for a record.
     record_store: Option<RecordStore>,
     arrival: Mutex<Arrival>,
-    /// Serializes settling. Lock order: a thread with I/O in flight never takes it, because the flush
-    /// under it waits for the I/O of all sessions.
+    /// Serializes settling. Lock order: a thread with I/O in flight never takes it, because the
+    /// flush under it waits for the I/O of all sessions.
     settling: Mutex<()>,
     observer: Box<dyn Fn(ArrivalResult) + Send + Sync>,
 }
@@ -54,8 +54,8 @@ impl std::fmt::Debug for Destination {
 }
 
 impl Destination {
-    /// A destination that receives into `disk`. It calls `observer` with the outcome, which must not
-    /// block.
+    /// A destination that receives into `disk`. It calls `observer` with the outcome, which must
+    /// not block.
     #[must_use]
     pub fn new(
         disk: Arc<Disk>,
@@ -204,8 +204,8 @@ impl Destination {
         }
     }
 
-    /// Makes the data durable, then the record; the disk is ours after both. Requests meanwhile fail
-    /// with [`AccessDenied::Complete`].
+    /// Makes the data durable, then the record; the disk is ours after both. Requests meanwhile
+    /// fail with [`AccessDenied::Complete`].
     fn settle(&self, record: &Record) -> bool {
         let settled = self.flush().and_then(|()| self.write_record(record));
         let mut arrival = self.lock();

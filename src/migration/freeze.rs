@@ -153,8 +153,8 @@ impl Probe {
         self.began.map_or(Duration::ZERO, |_| self.last + PROBE_EVERY)
     }
 
-    /// A probe found that the previous generation of visits has left, and a new one began (`turned`),
-    /// or that visits of the previous one are still inside.
+    /// A probe found that the previous generation of visits has left, and a new one began
+    /// (`turned`), or that visits of the previous one are still inside.
     pub fn on_probe(&mut self, now: Duration, turned: bool) -> FreezeDecision {
         self.last = now;
         let began = *self.began.get_or_insert(now);
@@ -264,7 +264,8 @@ mod tests {
         }
     }
 
-    /// Probes requests that take `age` each until the gate may close; returns when, and the decision.
+    /// Probes requests that take `age` each until the gate may close; returns when, and the
+    /// decision.
     fn probe(age: Duration) -> (Duration, FreezeDecision) {
         let (mut probe, mut now) = (Probe::default(), SECOND);
         let mut generation = now;

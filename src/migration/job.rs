@@ -233,8 +233,8 @@ impl Event {
 /// The next operation of the source. Its result, after the arrow, is the next [`Event`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Connect, negotiate, and ask the private question. If the answer is that the disk has arrived,
-    /// the transmission phase is not needed. → `Greeted`, `Unreachable`
+    /// Connect, negotiate, and ask the private question. If the answer is that the disk has
+    /// arrived, the transmission phase is not needed. → `Greeted`, `Unreachable`
     Connect(Question),
     /// The same on a second connection, which replaces the first once it is established: until then
     /// the first may still deliver a reply. → `Greeted`, `Unreachable`
@@ -278,8 +278,8 @@ pub enum Action {
     Record(RecordKind),
     /// Delete the image durably. → `Done`, `Failed`
     Unlink,
-    /// The destination owns the disk: end all sessions, without replies to their in-flight requests.
-    /// → `Done`
+    /// The destination owns the disk: end all sessions, without replies to their in-flight
+    /// requests. → `Done`
     Retire,
     /// Close the connection, if there is one, without a DISC: some destinations take a DISC to mean
     /// that the disk is complete. → `Done`

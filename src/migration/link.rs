@@ -120,8 +120,8 @@ impl Link {
         }
     }
 
-    /// Sends a request, and reads the disk for it. While the socket's buffer is full, `wake` interrupts
-    /// the wait, and the send fails if `give_up` then returns true.
+    /// Sends a request, and reads the disk for it. While the socket's buffer is full, `wake`
+    /// interrupts the wait, and the send fails if `give_up` then returns true.
     pub(super) fn send(
         &mut self,
         request: &DestinationRequest,
@@ -198,8 +198,8 @@ impl Link {
 }
 
 impl Drop for Link {
-    /// Requests of this connection must not arrive after those of the next one: without a reset, the
-    /// kernel would deliver them once the network is back.
+    /// Requests of this connection must not arrive after those of the next one: without a reset,
+    /// the kernel would deliver them once the network is back.
     fn drop(&mut self) {
         if self.unfinished {
             // Succeeds on a connected socket; another has no unsent bytes.

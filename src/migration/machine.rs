@@ -5,7 +5,7 @@
 //! ```text
 //!  Start ─▶ Connecting ◀──────────────────── 1 s ─────────────────── BackingOff
 //!               ▼                                                        ▲
-//!           Copying ⇄ Probing ─────────────── any trouble, or break ─▶ Undoing ─▶ Ended(Failed, Broken)
+//!           Copying ⇄ Probing ─────────────── any trouble, or break ─▶ Undoing ─▶ Ended
 //!               ▲        ▼                                             ▲ │  ▲
 //!               │   ClosingGate ──▶ FinalCopy ──▶ Flushing ────────────┤ │  │
 //!               │                                    ▼                 │ │  │
@@ -24,12 +24,12 @@
 //! * Above the double line failures cost clients no more than a pause. Every failure leads to
 //!   `Undoing`: it closes the connection (without a DISC), opens the gate, restores the record, and
 //!   stops throttling, in this order. Then the machine retries after a second, or ends.
-//! * Every step behind the closed gate has a time limit ([`Machine::freeze_end`]), at which the gate
-//!   opens by itself, even during an action. Only a sealed gate stays closed.
-//! * In `HandingOver`, HANDOVER may have reached the destination. The machine leaves this state only
-//!   by its acknowledgement, or by an answer in `InDoubt`: *arrived* (leave), or *not arrived, and
-//!   that connection is closed for good* (send another handover; or undo, if the destination has
-//!   lost the copy or clients have waited for long). In all other cases the gate stays closed.
+//! * Every step behind the closed gate has a time limit ([`Machine::freeze_end`]), at which the
+//!   gate opens by itself, even during an action. Only a sealed gate stays closed.
+//! * In `HandingOver`, HANDOVER may have reached the destination. The machine leaves this state
+//!   only by its acknowledgement, or by an answer in `InDoubt`: *arrived* (leave), or *not arrived,
+//!   and that connection is closed for good* (send another handover; or undo, if the destination
+//!   has lost the copy or clients have waited for long). In all other cases the gate stays closed.
 //! * The record *departing* is durable before HANDOVER is sent; if it cannot be written, the
 //!   migration ends. *Departed* (or the deletion of the image) follows the acknowledgement.
 //! * A destination without the private option cannot acknowledge. The phase is then

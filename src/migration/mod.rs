@@ -1,11 +1,11 @@
 //! Live migration: moves a disk to another host while its clients keep using it.
 //!
 //! The decisions are pure: [`machine`] is the state machine of the source, [`arrival`] that of the
-//! destination; [`plan`] selects the next range to copy, [`pace`] limits the speed, [`freeze`] bounds
-//! the time that clients wait, [`wire`] encodes the messages that NBD does not have. None of these
-//! connects, reads a clock, touches a disk or logs, so `tests/simulation` can run thousands of
-//! migrations. [`source`] carries out the machine's actions, over a [`link`]; [`destination`] asks
-//! the arrival before it acts.
+//! destination; [`plan`] selects the next range to copy, [`pace`] limits the speed, [`freeze`]
+//! bounds the time that clients wait, [`wire`] encodes the messages that NBD does not have. None of
+//! these connects, reads a clock, touches a disk or logs, so `tests/simulation` can run thousands
+//! of migrations. [`source`] carries out the machine's actions, over a [`link`]; [`destination`]
+//! asks the arrival before it acts.
 //!
 //! The source is a loop: the result of each action is the next event, and operators' requests are
 //! taken between two steps.

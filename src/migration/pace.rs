@@ -292,8 +292,8 @@ impl Convergence {
         self.compared.get_or_insert((now, u64::MAX));
     }
 
-    /// The whole disk of `size` bytes was sent once, and `dirty` bytes are marked again. If they are
-    /// nearly all, the next pass will be no shorter: this counts as a pass without progress.
+    /// The whole disk of `size` bytes was sent once, and `dirty` bytes are marked again. If they
+    /// are nearly all, the next pass will be no shorter: this counts as a pass without progress.
     pub fn first_pass_ended(&mut self, now: Duration, dirty: u64, size: u64) {
         let began = self.compared.map_or(now, |(at, _)| at);
         self.compared = Some((began, size));
@@ -303,8 +303,8 @@ impl Convergence {
         self.compared = None;
     }
 
-    /// Whether the gate may be closed with `left` bytes to send, at `link_rate` bytes per second. As
-    /// long as the gate is open, `limit` applies, in bytes per second.
+    /// Whether the gate may be closed with `left` bytes to send, at `link_rate` bytes per second.
+    /// As long as the gate is open, `limit` applies, in bytes per second.
     #[must_use]
     pub fn may_close_gate(
         &mut self,

@@ -227,8 +227,8 @@ impl CopyPlan {
         self.ready = (!known.is_empty()).then_some((known, content));
     }
 
-    /// Taking marks returned `run`, and left `dirty` bytes marked. Returns whether a pass with marks
-    /// has ended.
+    /// Taking marks returned `run`, and left `dirty` bytes marked. Returns whether a pass with
+    /// marks has ended.
     pub fn taken(&mut self, run: Option<Range>, dirty: u64) -> bool {
         (self.dirty, self.dirty_is_current) = (dirty, true);
         self.passes = self.passes.max(1);

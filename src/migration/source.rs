@@ -103,7 +103,8 @@ impl MigrationHandle {
         self.wake.wake();
     }
 
-    /// The progress, at most [`PROGRESS_EVERY`] old while requests are sent; `None` before the start.
+    /// The progress, at most [`PROGRESS_EVERY`] old while requests are sent; `None` before the
+    /// start.
     #[must_use]
     pub fn progress(&self) -> Option<Progress> {
         lock(&self.progress).clone()
@@ -142,8 +143,8 @@ pub struct MigrationStats {
     pub bytes_sent: u64,
     /// Passes over the disk.
     pub passes: u64,
-    /// Time that clients waited: from the closing of the gate until the destination was known to own
-    /// the disk. Zero for a disk that stayed.
+    /// Time that clients waited: from the closing of the gate until the destination was known to
+    /// own the disk. Zero for a disk that stayed.
     pub pause: Duration,
 }
 
@@ -307,8 +308,8 @@ impl Source {
 
     /// The content of the beginning of `range`.
     fn look(&mut self, range: Range) -> Event {
-        // The whole part will be sent, so its present marks are obsolete. Later marks must stay: data
-        // that becomes a hole before it is sent must be examined again.
+        // The whole part will be sent, so its present marks are obsolete. Later marks must stay:
+        // data that becomes a hole before it is sent must be examined again.
         self.dirty.forget(range.split(LOOK_MAX).0);
         match self.leading_content(range) {
             Ok((range, content)) => Event::Looked { range, content },
@@ -381,8 +382,8 @@ impl Source {
         }
     }
 
-    /// The fsync of the record, behind the closed gate, also writes back dirty pages of the image on
-    /// most file systems. Writing them back now, in parallel with the destination's flush, keeps
+    /// The fsync of the record, behind the closed gate, also writes back dirty pages of the image
+    /// on most file systems. Writing them back now, in parallel with the destination's flush, keeps
     /// the pause short.
     fn write_back(&self) {
         if self.gate_closed.is_none() {

@@ -18,11 +18,11 @@
 //!
 //! # The private command
 //!
-//! After the private option, the request type [`COMMAND`] carries a payload as `NBD_CMD_WRITE` does:
-//! its length field is [`Handover::LENGTH`] (with extended headers `NBD_CMD_FLAG_PAYLOAD_LEN` is
-//! set), its offset is 0, and a [`Handover`] follows: version (4 bytes), migration id (16), arrival
-//! token (16). The reply has no payload. Success means that the disk is durable at the destination
-//! and recorded there as its own.
+//! After the private option, the request type [`COMMAND`] carries a payload as `NBD_CMD_WRITE`
+//! does: its length field is [`Handover::LENGTH`] (with extended headers `NBD_CMD_FLAG_PAYLOAD_LEN`
+//! is set), its offset is 0, and a [`Handover`] follows: version (4 bytes), migration id (16),
+//! arrival token (16). The reply has no payload. Success means that the disk is durable at the
+//! destination and recorded there as its own.
 //!
 //! All numbers are big-endian, as everywhere in NBD.
 

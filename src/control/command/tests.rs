@@ -153,25 +153,25 @@ fn an_acl_that_cannot_be_encoded_is_refused() {
 }
 
 #[test]
-fn a_connection_that_ends_after_whole_lines_has_given_its_command() {
+fn end_of_file_after_whole_lines_ends_a_command() {
     assert_eq!(at_end(b"status\n"), Ok(Command::Status));
     assert_eq!(at_end(b"acl\n::1\n"), Ok(acl(&["::1"])));
     assert_eq!(at_end(b""), Err(CommandError::MissingCommand));
 }
 
 #[test]
-fn a_connection_that_ends_inside_a_line_has_not() {
+fn end_of_file_inside_a_line_is_an_error() {
     assert_eq!(at_end(b"status"), Err(CommandError::CutShort));
     assert_eq!(at_end(b"mirror\n10.0.0.1\n80"), Err(CommandError::CutShort));
 }
 
 #[test]
-fn what_follows_the_empty_line_is_not_looked_at() {
+fn bytes_after_the_empty_line_are_ignored() {
     assert_eq!(parse(b"status\n\nmirror\n\xff"), Ok(Some(Command::Status)));
 }
 
 #[test]
-fn a_log_shows_the_order_and_shortens_a_long_acl() {
+fn log_text_shortens_a_long_acl() {
     assert_eq!(acl(&["::1", "::2"]).to_string(), "acl ::1 ::2");
     assert_eq!(acl(&["::1"; 8]).to_string(), format!("acl{}", " ::1".repeat(8)));
     assert_eq!(acl(&["::1"; 9]).to_string(), format!("acl{} and 1 more", " ::1".repeat(8)));
@@ -222,7 +222,7 @@ proptest! {
     }
 
     #[test]
-    fn it_does_not_matter_how_the_bytes_are_cut(command in any_command(), step in 1usize..9) {
+    fn command_parses_however_its_bytes_are_split(command in any_command(), step in 1usize..9) {
         let wire = command.to_wire().unwrap();
         let mut incoming = Incoming::default();
         let mut got = Ok(None);
@@ -234,7 +234,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_reading_a_command_panic(bytes: Vec<u8>) {
+    fn parsing_never_panics(bytes: Vec<u8>) {
         let mut incoming = Incoming::default();
         if incoming.feed(&bytes) == Ok(None) {
             let _ = incoming.end();

@@ -109,8 +109,8 @@ pub(super) fn flushing(
     }
 }
 
-/// The destination has every byte. The record *departing* must be durable before a message tells the
-/// destination so.
+/// The destination has every byte. The record *departing* must be durable before a message tells
+/// the destination so.
 fn flushed(cx: &mut Context, now: Duration, link: LinkState) -> Next {
     if cx.unlinked {
         return check_link(now, link);

@@ -157,8 +157,8 @@ impl Context {
         self.unrestored.is_some_and(|record| now >= record.at)
     }
 
-    /// Reports the failure, if any, of an action that the migration can end without. Returns whether
-    /// it failed.
+    /// Reports the failure, if any, of an action that the migration can end without. Returns
+    /// whether it failed.
     pub(super) fn report_failure(&mut self, failure: Option<String>) -> bool {
         let failed = failure.is_some();
         self.news.extend(failure.map(News::RecordFailed));

@@ -9,8 +9,8 @@ use crate::migration::plan::{CopyRequest, NextCopy};
 use crate::range::Range;
 use std::time::Duration;
 
-/// The gate may close for this time after an early FLUSH; later, the destination would have too much
-/// to flush again.
+/// The gate may close for this time after an early FLUSH; later, the destination would have too
+/// much to flush again.
 const FLUSH_FRESH: Duration = Duration::from_secs(2);
 /// An early FLUSH that took longer than this is repeated, since the next one has less to flush;
 const FLUSH_QUICK: Duration = Duration::from_millis(500);

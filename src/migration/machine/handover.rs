@@ -136,8 +136,8 @@ pub(super) fn in_doubt(cx: &mut Context, now: Duration, doubt: Doubt, event: Eve
     })
 }
 
-/// The handover can no longer arrive. A process that still has the whole copy gets another handover,
-/// unless clients have waited for too long.
+/// The handover can no longer arrive. A process that still has the whole copy gets another
+/// handover, unless clients have waited for too long.
 fn not_arrived(cx: &mut Context, now: Duration, token: Token, peer: DestinationInfo) -> Handled {
     let complete = peer.answer.is_some_and(|answer| answer.has == Has::Incomplete);
     let in_time = cx.freeze.is_none_or(|freeze| freeze.elapsed(now) < FREEZE_MAX);

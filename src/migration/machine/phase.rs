@@ -163,8 +163,8 @@ pub(super) fn link_trouble(event: Event) -> Trouble {
     }
 }
 
-/// The only place for events that cannot be the result of the phase's action: a defect of the caller.
-/// Debug builds panic; in others the attempt fails like any other, and is undone.
+/// The only place for events that cannot be the result of the phase's action: a defect of the
+/// caller. Debug builds panic; in others the attempt fails like any other, and is undone.
 pub(super) fn impossible(event: &Event) -> Trouble {
     debug_assert!(false, "{} is no result of the action", event.name());
     Trouble::Confused("an action ended in a way that it cannot end")

@@ -2,8 +2,8 @@
 //! closed gate that reached its time limit.
 //!
 //! The order is fixed: link, gate, record, throttle. The gate comes before the record, which may
-//! take long to write: no handover was sent, or the destination has answered that it did not arrive,
-//! so the disk is ours even while the record says *departing*.
+//! take long to write: no handover was sent, or the destination has answered that it did not
+//! arrive, so the disk is ours even while the record says *departing*.
 
 use super::context::{Context, RECORD_TRIES, RETRY_EVERY, UnrestoredRecord};
 use super::phase::{AfterUndo, Next, Phase, WriteAccess};
