@@ -1,6 +1,7 @@
 //! Conformance suite for NBD servers, on the level of raw bytes. Each test opens with the sentence
-//! of the NBD specification (`doc/proto.md` of NetworkBlockDevice/nbd, section in parentheses) that
-//! it checks, where there is one.
+//! of the NBD specification that it checks, where there is one: `doc/proto.md` of
+//! NetworkBlockDevice/nbd, for extended headers on the branch `extension-ext-header`; section in
+//! parentheses.
 //!
 //! By default each test starts a flexnbd server. `FLEXNBD_CONFORMANCE_ADDR` selects another server
 //! by address and port (`127.0.0.1:10809`) or by the path of a unix socket. Its default export must

@@ -1,9 +1,10 @@
 //! The NBD protocol, for both roles: converts between bytes and values.
 //! Never touches a socket, file, clock, thread or log. A message that decodes is well formed.
 //!
-//! The specification is `doc/proto.md` of NetworkBlockDevice/nbd; section names in this module's
-//! documentation refer to it. [`wire`] defines every number of it, once. A session begins with a
-//! [`handshake`] and continues with [`request`]s and [`reply`]s.
+//! The specification is `doc/proto.md` of NetworkBlockDevice/nbd, for extended headers on the
+//! branch `extension-ext-header`; section names in this module's documentation refer to it.
+//! [`wire`] defines every number of it, once. A session begins with a [`handshake`] and continues
+//! with [`request`]s and [`reply`]s.
 //!
 //! Every decoder takes the bytes received so far. It returns `Ok(None)` while the message is
 //! incomplete, `Ok(Some((value, used)))` once it is complete, and `Err(Malformed)` as soon as it

@@ -286,9 +286,10 @@ fn info_and_go_refuse_unknown_exports() {
     Session::go(wire, Mode::Simple, None, b"").assert_in_sync();
 }
 
-/// "`NBD_FLAG_HAS_FLAGS`: MUST always be 1." `NBD_FLAG_SEND_DF` must be clear if neither structured
-/// replies nor extended headers were negotiated. `NBD_FLAG_SEND_FAST_ZERO`: "MUST set this
-/// transmission flag to 0 if `NBD_FLAG_SEND_WRITE_ZEROES` is not set" ("Transmission flags").
+/// "`NBD_FLAG_HAS_FLAGS`: MUST always be 1." `NBD_FLAG_SEND_DF`: "MUST leave this flag clear if
+/// structured replies have not been negotiated"; extended headers permit it as well.
+/// `NBD_FLAG_SEND_FAST_ZERO`: "MUST set this transmission flag to 0 if `NBD_FLAG_SEND_WRITE_ZEROES`
+/// is not set" ("Transmission flags").
 #[test]
 fn transmission_flags_match_the_negotiated_mode() {
     let subject = Subject::any();
@@ -309,10 +310,9 @@ fn transmission_flags_match_the_negotiated_mode() {
     }
 }
 
-/// SET_META_CONTEXT "MUST NOT be requested unless structured replies" or extended headers "have
-/// been negotiated first. If a client attempts to do so, a server SHOULD send
-/// `NBD_REP_ERR_INVALID`" or `NBD_REP_ERR_EXT_HEADER_REQD` ("Option types"). A server that supports
-/// structured replies has no reason for the latter.
+/// "This option MUST NOT be requested unless structured replies have been negotiated first. If a
+/// client attempts to do so, a server SHOULD send `NBD_REP_ERR_INVALID`" ("Option types"). Extended
+/// headers permit it as well.
 #[test]
 fn set_meta_context_needs_structured_replies() {
     let subject = Subject::any();

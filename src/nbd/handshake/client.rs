@@ -1,6 +1,5 @@
 //! The client's side of the handshake: takes received bytes, returns bytes to send.
-//! Requests the features of its offer, and uses those that the server supports, without asking its
-//! caller again.
+//! Requests the features of its offer, and uses the supported ones. Never asks its caller again.
 
 use super::super::Malformed;
 use super::super::bytes::Reader;
