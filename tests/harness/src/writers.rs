@@ -47,6 +47,8 @@ struct Shared {
     destination: Mutex<Option<Endpoint>>,
     began: Instant,
     acknowledged: AtomicU64,
+    /// Count of writers with at least one acknowledged write.
+    started: AtomicU64,
     connections: AtomicU64,
     /// When the latest write that the source acknowledged was sent, in nanoseconds since `began`.
     source_last_ns: AtomicU64,
@@ -100,6 +102,7 @@ impl Writers {
             destination: Mutex::new(None),
             began: Instant::now(),
             acknowledged: AtomicU64::new(0),
+            started: AtomicU64::new(0),
             connections: AtomicU64::new(0),
             source_last_ns: AtomicU64::new(0),
             destination_first_ns: AtomicU64::new(u64::MAX),
@@ -129,12 +132,21 @@ impl Writers {
         self.shared.acknowledged.load(Ordering::SeqCst)
     }
 
-    /// Waits for `more` acknowledged writes.
+    /// Waits for `more` acknowledged writes, and until every writer has an acknowledged write: on a
+    /// busy machine one writer could finish them all before another has connected.
     #[track_caller]
     pub fn wait_for_writes(&self, more: u64) {
         let target = self.acknowledged() + more;
-        let reached = poll_until(TIMEOUT, || self.acknowledged() >= target);
-        assert!(reached, "only {} of {target} writes are acknowledged", self.acknowledged());
+        let started = || self.shared.started.load(Ordering::SeqCst);
+        let reached =
+            poll_until(TIMEOUT, || self.acknowledged() >= target && started() == self.count);
+        assert!(
+            reached,
+            "{} of {target} writes are acknowledged, {} of {} writers have started",
+            self.acknowledged(),
+            started(),
+            self.count
+        );
     }
 
     /// Waits until the destination has acknowledged a write.
@@ -293,6 +305,7 @@ impl Writer {
 
     fn acknowledge(&mut self, index: usize, sent_ns: u64, at_source: bool) {
         self.blocks[index].acknowledged = self.blocks[index].attempted;
+        self.shared.started.fetch_add(u64::from(self.acknowledged == 0), Ordering::SeqCst);
         self.acknowledged += 1;
         self.shared.acknowledged.fetch_add(1, Ordering::SeqCst);
         if at_source {
