@@ -1,4 +1,4 @@
-//! The interface between a disk and whatever keeps its bytes.
+//! The interface between a disk and the storage of its bytes.
 //! Decides nothing, and checks no range: [`super::Disk`] has done that.
 
 use super::io_queue::{Call, IoQueue, Zeroing};

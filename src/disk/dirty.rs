@@ -1,7 +1,7 @@
 //! A bitmap of the blocks that changed since the migration's copier last read them.
 //! Records neither contents nor times, and never waits: marking is one atomic instruction per word.
 //!
-//! Two orders ensure that no change is missed. A writer marks *after* its bytes are written and
+//! The order of steps ensures that no change is missed. A writer marks *after* its bytes are written and
 //! *before* it replies; a copier takes the mark *first* and reads *second*. A change may then be
 //! copied twice, but is never lost.
 

@@ -3,7 +3,7 @@
 //!
 //! QEMU (block/file-posix.c) puts read locks, which any number of processes can hold, on single
 //! bytes: byte 100 + n means that the holder uses permission n, byte 200 + n that it does not share
-//! permission n. A process that finds a foreign lock on a byte that conflicts with its own gives up.
+//! permission n. A process gives up if another one has locked a byte that conflicts with its own.
 //! Both kinds belong to an open file description (`F_OFD_SETLK` of fcntl(2)) and last until its last
 //! descriptor is closed. The bytes need not exist.
 

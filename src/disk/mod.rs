@@ -6,7 +6,7 @@
 //! waits for all visits.
 //!
 //! A visit itself reads and writes bytes in the page cache. I/O that may take long, and everything
-//! durable, is submitted as an operation ([`inflight`]), which takes the visit along and executes
+//! durable, is submitted as an operation ([`inflight`]), which keeps the visit and executes
 //! asynchronously.
 
 mod backend;

@@ -7,8 +7,8 @@
 //!
 //! A plain write, which the session executes synchronously, only checks whether an overlapping change
 //! is in flight: one load of a counter while there is none. That suffices for files, because the
-//! kernel serializes writes of the same bytes. On a block device it does not, and a write that sleeps
-//! there for a dead session could end after one of a later session: plain writes are registered, too.
+//! kernel serializes writes of the same bytes. On a block device it does not: a delayed write of a dead session
+//! could end after a write of a later session, so plain writes are registered there, too.
 
 use super::io_queue::Notifier;
 use crate::range::Range;

@@ -5,7 +5,7 @@
 //!            first byte            handover acknowledged
 //!   none ───────────────▶ incoming ─────────────────────▶ ours (id)
 //!    │                        ▲                              │
-//!    │ before the handover    │ coming home                  │ before the handover
+//!    │ before the handover    │ received                     │ before the handover
 //!    ▼        acknowledged    │                              ▼
 //!   departing ────────────▶ departed                     departing …
 //!    │

@@ -3,7 +3,7 @@
 //!
 //! A regular file has its record in the extended attribute `user.flexnbd`, so that the record moves
 //! and disappears with the file. Where that is impossible (block devices, some file systems) or fails
-//! (a full file system), `state_file` stores it in the state directory.
+//! (a full file system), `state_entries` stores it in the state directory.
 //!
 //! All work goes through the open file. The image's path serves two purposes, to name the entry and
 //! to delete the image, and only after a comparison of device and inode.

@@ -3,7 +3,7 @@
 //!
 //! Services and root keep records in [`SHARED`]. Other users may not write there and have a state
 //! directory of their own (XDG Base Directory Specification, `$XDG_STATE_HOME`). A record in
-//! [`SHARED`] comes first for every user, since the service may have moved the disk away. So a
+//! [`SHARED`] takes precedence for every user, since the service may have moved the disk away. So a
 //! record stays in one directory as long as it exists, and a user who cannot write there cannot
 //! change it.
 

@@ -1,10 +1,10 @@
-//! Slots for connections in the handshake: which connection is evicted when all slots are taken.
+//! Slots for connections in the handshake: which connection is evicted when all slots are used.
 //! Pure: time is an argument, and the caller evicts.
 //!
 //! Any host can open connections and send nothing, so a silent connection must not keep its slot while
-//! others wait to be accepted. Silent connections are evicted first, among them those of the network
-//! with the most slots, among those the oldest. A connection that has sent an option has more time,
-//! and one that has identified itself as the source of a migration keeps its slot.
+//! others wait to be accepted. Silent connections are evicted first: of the network with the most
+//! slots, the oldest one. A connection that has sent an option has more time, and one that has
+//! identified itself as the source of a migration keeps its slot.
 
 use crate::net::Peer;
 use std::cmp::Reverse;
@@ -241,9 +241,8 @@ mod tests {
     }
 
     proptest! {
-        /// An acceptor behind whose backlog of silent connections, from few or many addresses, an
-        /// honest client waits. The client is accepted in time, and not evicted before its first
-        /// option.
+        /// An honest client waits behind a backlog of silent connections, from few or many addresses.
+        /// The acceptor accepts it in time, and does not evict it before its first option.
         #[test]
         fn silent_connections_delay_an_honest_client_only_briefly(
             silent in 0usize..1000,

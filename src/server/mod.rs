@@ -2,13 +2,13 @@
 //! Never decides who owns the disk ([`export_policy::ExportPolicy`] does), and never ends the process.
 //!
 //! [`Server`] is the handle that the daemon holds. One thread accepts clients (`accept`) within the
-//! limits (`sessions`, `slots`, `acl`). Each client has a thread that runs its `session`: handshake,
-//! then `transmission`, in whose loop requests are received (`inbox`), parsed and begun (`dispatch`),
-//! executed (`work`, `reads`) and answered (`outbox`). The server stops a session through `control`,
-//! and for a restart saves it as a `snapshot`.
+//! limits (`sessions`, `handshake_slots`, `acl`). Each client has a thread that runs its `session`:
+//! handshake, then `transmission`, in whose loop requests are received (`inbox`), parsed and begun
+//! (`dispatch`), executed (`executor`, `reads`) and answered (`outbox`). The server stops a session
+//! through `stop_request`, and for a restart saves it as a `snapshot`.
 //!
 //! ```text
-//! Server ─▶ accept ─▶ session ─▶ transmission ─▶ dispatch ─▶ work, reads ─▶ disk
+//! Server ─▶ accept ─▶ session ─▶ transmission ─▶ dispatch ─▶ executor, reads ─▶ disk
 //! ```
 
 mod accept;

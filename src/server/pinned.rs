@@ -4,7 +4,7 @@
 //! The pipe is filled before the reply's header is written: an error of the disk shows while filling,
 //! and data in the pipe is certain to be sent. Until the client has it, the data may still change,
 //! but only in bytes that a client changes meanwhile: only images on file systems with this property
-//! are pinned (`disk/file_backend_system`).
+//! are pinned (`disk/file_system`).
 
 use crate::net::Stream;
 use crate::range::Range;

@@ -22,7 +22,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use tracing::{error, info, warn};
 
-/// While some sessions wait for the disk, how often to check whether others have come to wait for
+/// While some sessions wait for the disk, how often to check whether others now wait for
 /// their clients.
 const RECHECK_INTERVAL: Duration = Duration::from_millis(500);
 

@@ -9,7 +9,7 @@ pub const HANDSHAKES_MAX: usize = 32;
 /// The longest duration of a handshake.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest duration of a handshake while [`HANDSHAKES_MAX`] are in progress and further clients
-/// wait to be accepted. Silent connections are evicted earlier (`slots`).
+/// wait to be accepted. Silent connections are evicted earlier (`handshake_slots`).
 pub const CONTENDED_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(1);
 /// With `--killswitch`: how long a request or reply may make no progress.
 pub const STALL_LIMIT: Duration = Duration::from_secs(120);
