@@ -1,8 +1,9 @@
 //! The images that the servers serve: full of data, one in memory and one on a disk.
 
+use super::Options;
 use super::cells::Temperature;
-use super::data::{PORTION, write_data};
-use super::{Error, Options};
+use crate::machine::{PORTION, write_data};
+use crate::report::Error;
 use memmap2::Mmap;
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
@@ -22,14 +23,14 @@ const RESIDENT_PART_MAX: f64 = 0.01;
 
 /// Makes the images when they are first needed; removes them when dropped.
 #[derive(Debug)]
-pub(super) struct Images {
-    pub(super) size: u64,
+pub(crate) struct Images {
+    pub(crate) size: u64,
     cached: (PathBuf, OnceCell<TempPath>),
     cold: (PathBuf, OnceCell<TempPath>),
 }
 
 impl Images {
-    pub(super) fn new(options: &Options) -> Result<Self, Error> {
+    pub(crate) fn new(options: &Options) -> Result<Self, Error> {
         let image = |directory: &Path, kind| {
             if !directory.is_dir() {
                 return Err(format!("no directory for the {kind} image: {}", directory.display()));
@@ -40,7 +41,7 @@ impl Images {
         Ok(Self { size: options.size << 20, cached, cold })
     }
 
-    pub(super) fn path(&self, temperature: Temperature) -> Result<&Path, Error> {
+    pub(crate) fn path(&self, temperature: Temperature) -> Result<&Path, Error> {
         let (path, file) =
             if temperature == Temperature::Cached { &self.cached } else { &self.cold };
         if file.get().is_none() {
@@ -53,7 +54,7 @@ impl Images {
     }
 
     /// Evicts the cold image from the page cache. Fails if the kernel keeps it.
-    pub(super) fn evict(&self) -> Result<(), Error> {
+    pub(crate) fn evict(&self) -> Result<(), Error> {
         let file = File::open(&self.cold.0)?;
         // The kernel does not evict dirty pages.
         file.sync_all()?;
@@ -67,7 +68,7 @@ impl Images {
 }
 
 /// Why a directory cannot hold the cold image, if so.
-pub(super) fn never_cold(directory: &Path) -> Option<&'static str> {
+pub(crate) fn never_cold(directory: &Path) -> Option<&'static str> {
     let is_tmpfs = statfs(directory).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC);
     is_tmpfs.then_some("a file in a tmpfs is never cold; name another directory with --dir")
 }

@@ -7,21 +7,21 @@ use std::fmt;
 const SEQUENTIAL_FROM: u32 = 256 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Cell {
+pub(crate) struct Cell {
     /// Length of a request, in bytes.
-    pub(super) block: u32,
-    pub(super) work: Work,
+    pub(crate) block: u32,
+    pub(crate) work: Work,
     /// Requests in flight in each session.
-    pub(super) depth: usize,
-    pub(super) sessions: usize,
-    pub(super) transport: Transport,
-    pub(super) temperature: Temperature,
-    pub(super) generator: Generator,
+    pub(crate) depth: usize,
+    pub(crate) sessions: usize,
+    pub(crate) transport: Transport,
+    pub(crate) temperature: Temperature,
+    pub(crate) generator: Generator,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Work {
+pub(crate) enum Work {
     Read,
     Write,
     #[serde(rename = "rw")]
@@ -30,7 +30,7 @@ pub(super) enum Work {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Transport {
+pub(crate) enum Transport {
     Tcp,
     Unix,
 }
@@ -38,14 +38,14 @@ pub(super) enum Transport {
 /// Whether the page cache holds the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Temperature {
+pub(crate) enum Temperature {
     Cached,
     Cold,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Generator {
+pub(crate) enum Generator {
     /// `raw.rs`.
     Raw,
     /// fio's nbd engine, which is libnbd.
@@ -53,7 +53,7 @@ pub(super) enum Generator {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Set {
+pub(crate) enum Set {
     /// Two cells, for a quick check
     Small,
     /// Every value of every axis, and every pair of values of two axes; less than ten minutes
@@ -63,18 +63,18 @@ pub(super) enum Set {
 }
 
 impl Cell {
-    pub(super) fn is_sequential(&self) -> bool {
+    pub(crate) fn is_sequential(&self) -> bool {
         self.block >= SEQUENTIAL_FROM
     }
 
     /// Length of a request in MiB or KiB, and the unit.
-    pub(super) fn block_in_units(&self) -> (u32, &'static str) {
+    pub(crate) fn block_in_units(&self) -> (u32, &'static str) {
         if self.block >= 1 << 20 { (self.block >> 20, "MiB") } else { (self.block >> 10, "KiB") }
     }
 }
 
 /// The value's name in cell names and in JSON.
-pub(super) fn word(value: impl Serialize) -> String {
+pub(crate) fn word(value: impl Serialize) -> String {
     let value = serde_json::to_value(value).unwrap_or_default();
     value.as_str().unwrap_or_default().to_owned()
 }
@@ -118,7 +118,7 @@ const DEFAULT: &str = "
 const SMALL: &str = "4k-randread-d32-s1-tcp-cached-raw 1m-read-d8-s1-tcp-cached-raw";
 
 impl Set {
-    pub(super) fn cells(self) -> Vec<Cell> {
+    pub(crate) fn cells(self) -> Vec<Cell> {
         let all = full();
         let named = |names: &str| {
             let cell = |name: &str| all.iter().find(|cell| cell.to_string() == name).copied();

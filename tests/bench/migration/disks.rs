@@ -1,17 +1,19 @@
 //! The images to migrate, and the files that receive them. Each migration needs new ones, because
 //! flexnbd does not serve a disk again that has departed.
 
-use super::data::{PORTION, write_data};
+use crate::machine::{PORTION, write_data};
+use crate::report::Error;
 use serde::Serialize;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use tempfile::TempDir;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     Dense,
     /// 1 MiB of data in every 4, holes between.
     #[value(name = "sparse25")]
@@ -25,7 +27,7 @@ pub(super) enum Kind {
 
 impl Kind {
     /// As in JSON and on the command line.
-    pub(super) fn word(self) -> String {
+    pub(crate) fn word(self) -> String {
         format!("{self:?}").to_lowercase()
     }
 
@@ -41,27 +43,27 @@ impl Kind {
     }
 
     /// Bytes that are neither in holes nor zero.
-    pub(super) fn data(self, size: u64) -> u64 {
+    pub(crate) fn data(self, size: u64) -> u64 {
         self.data_offsets(size).map(|offset| PORTION.min(size - offset)).sum()
     }
 
     /// Contiguous ranges of data.
-    pub(super) fn runs(self, size: u64) -> u64 {
+    pub(crate) fn runs(self, size: u64) -> u64 {
         if self == Self::Dense { 1 } else { self.data_offsets(size).count() as u64 }
     }
 }
 
 /// An image, and an empty file of the same size; removed when dropped.
 #[derive(Debug)]
-pub(super) struct Pair {
-    pub(super) source: PathBuf,
-    pub(super) destination: PathBuf,
+pub(crate) struct Pair {
+    pub(crate) source: PathBuf,
+    pub(crate) destination: PathBuf,
     _folder: TempDir,
 }
 
 impl Pair {
     /// Makes both and syncs them, so that write-back does not disturb the measurement.
-    pub(super) fn new(directory: &Path, kind: Kind, size: u64) -> io::Result<Self> {
+    pub(crate) fn new(directory: &Path, kind: Kind, size: u64) -> Result<Self, Error> {
         let folder = TempDir::with_prefix_in("flexnbd-bench-", directory)?;
         let [source, destination] = ["source", "destination"].map(|name| folder.path().join(name));
         let file = File::create(&source)?;
@@ -73,24 +75,20 @@ impl Pair {
         File::create(&destination)?.set_len(size)?;
         Ok(Self { source, destination, _folder: folder })
     }
+
+    pub(crate) fn has_equal_contents(&self) -> Result<bool, Error> {
+        let status =
+            Command::new("cmp").arg("-s").args([&self.source, &self.destination]).status()?;
+        match status.code() {
+            Some(0) => Ok(true),
+            Some(1) => Ok(false),
+            _ => Err(format!("cmp {status}").into()),
+        }
+    }
 }
 
 /// Bytes that a file occupies in its file system.
-pub(super) fn allocated(path: &Path) -> io::Result<u64> {
+pub(crate) fn allocated(path: &Path) -> io::Result<u64> {
     // stat(2) counts blocks of 512 bytes.
     Ok(fs::metadata(path)?.blocks() * 512)
-}
-
-pub(super) fn same(one: &Path, other: &Path) -> io::Result<bool> {
-    let (one, other) = (File::open(one)?, File::open(other)?);
-    let (mut left, mut right) = (Vec::new(), Vec::new());
-    loop {
-        left.clear();
-        right.clear();
-        (&one).take(PORTION).read_to_end(&mut left)?;
-        (&other).take(PORTION).read_to_end(&mut right)?;
-        if left != right || left.is_empty() {
-            return Ok(left == right);
-        }
-    }
 }

@@ -2,12 +2,12 @@
 //! and starts the server when a client connects.
 
 use super::cells::Temperature;
-use super::nbd::Address;
-use super::process::{PATIENCE, Process};
-use super::report::{figure, median, print_row};
 use super::servers::Server;
-use super::{Error, Options, Setup, pin_to};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use super::{Options, Setup, pin_to};
+use crate::nbd::Export;
+use crate::process::{PATIENCE, Process};
+use crate::report::{Error, figure, median, print_row};
+use flexnbd::net::{Address, wait_readable};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, TcpListener};
@@ -25,16 +25,16 @@ const SCRIPT: &str = "export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=nbd
 const GREETING_LENGTH: usize = 18;
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct ActivationRow {
+pub(crate) struct ActivationRow {
     #[serde(rename = "server")]
     name: String,
-    pub(super) ours: bool,
+    pub(crate) ours: bool,
     /// From before `connect(2)` to the greeting, in milliseconds.
-    pub(super) starts_ms: Vec<f64>,
+    pub(crate) starts_ms: Vec<f64>,
 }
 
 /// Measures every server that takes a socket; prints which ones fail.
-pub(super) fn measure(setup: &Setup) -> Result<Vec<ActivationRow>, Error> {
+pub(crate) fn measure(setup: &Setup) -> Result<Vec<ActivationRow>, Error> {
     let image = setup.images.path(Temperature::Cached)?;
     let row = |server: &Server| {
         let (name, ours) = (server.name.clone(), server.ours);
@@ -56,27 +56,26 @@ pub(super) fn measure(setup: &Setup) -> Result<Vec<ActivationRow>, Error> {
 
 fn measure_once(options: &Options, server: &[OsString]) -> Result<Duration, Error> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let address = Address::Tcp(listener.local_addr()?);
-    let mut command = Command::new("sh");
-    command.args(["-c", SCRIPT, "sh"]).args(server);
+    let export = Export { address: Address::Tcp(listener.local_addr()?), name: "" };
     pin_to(options.server_cpu);
     let client_cpu = options.client_cpu;
     let client = thread::spawn(move || -> Result<Duration, Error> {
         pin_to(client_cpu);
         let start = Instant::now();
-        address.connect()?.recv_exact(&mut [0; GREETING_LENGTH], PATIENCE)?;
+        export.connect()?.recv_exact(&mut [0; GREETING_LENGTH], PATIENCE)?;
         Ok(start.elapsed())
     });
-    let mut descriptors = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-    poll(&mut descriptors, PollTimeout::try_from(PATIENCE)?)?;
-    let process = Process::start(command, Stdio::from(OwnedFd::from(listener)));
+    wait_readable(&[listener.as_fd()], Some(Instant::now() + PATIENCE))?;
+    let mut command = Command::new("sh");
+    command.args(["-c", SCRIPT, "sh"]).args(server);
+    let process = Process::start(&mut command, Stdio::from(OwnedFd::from(listener)));
     let latency = client.join().map_err(|_| "the client panicked")?;
     pin_to(options.client_cpu);
     let process = process?;
     latency.map_err(|error| process.error(&format!("does not greet ({error})")))
 }
 
-pub(super) fn print(rows: &[ActivationRow]) {
+pub(crate) fn print(rows: &[ActivationRow]) {
     if rows.is_empty() {
         return;
     }

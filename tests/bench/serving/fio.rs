@@ -1,15 +1,17 @@
 //! The same loads from fio's nbd engine, which is libnbd: a client in real use.
 
 use super::cells::{Cell, Temperature, word};
-use super::process::find;
 use super::results::Sample;
 use super::servers::Running;
-use super::{Error, Options, Setup, usage};
+use super::usage::cpu_seconds;
+use super::{Options, Setup};
+use crate::process::find;
+use crate::report::Error;
 use serde_json::Value;
 use std::process::Command;
 
 /// Why this machine cannot measure cells with fio, if so.
-pub(super) fn obstacle() -> Option<&'static str> {
+pub(crate) fn obstacle() -> Option<&'static str> {
     if find("fio").is_none() {
         return Some("fio is not installed");
     }
@@ -19,29 +21,22 @@ pub(super) fn obstacle() -> Option<&'static str> {
     if has_nbd { None } else { Some("this fio has no nbd engine") }
 }
 
-pub(super) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sample, Error> {
+pub(crate) fn sample(cell: &Cell, setup: &Setup, server: &Running) -> Result<Sample, Error> {
     if cell.temperature == Temperature::Cold {
         setup.images.evict()?;
     }
-    let mut command = Command::new("fio");
-    command.args(arguments(cell, &setup.options, &server.export.uri()));
-    let cpu_before = usage::cpu_seconds(server.pid);
-    let output = command.output()?;
-    let server_cpu = usage::cpu_seconds(server.pid) - cpu_before;
+    let cpu_before = cpu_seconds(server.pid);
+    let arguments = arguments(cell, &setup.options, &server.export.uri());
+    let output = Command::new("fio").args(arguments).output()?;
+    let cpu = cpu_seconds(server.pid) - cpu_before;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
         return Err(format!("fio failed: {}", stderr.lines().next().unwrap_or_default()).into());
     }
-    let [requests, requests_per_sec, busy] =
-        parse(&output.stdout).ok_or("fio printed no figures")?;
-    Ok(Sample {
-        requests_per_sec,
-        mb_per_sec: requests_per_sec * f64::from(cell.block) / 1e6,
-        server_cpu_us_per_request: server_cpu * 1e6 / requests.max(1.0),
-        // fio prints the mean of its jobs, which share one CPU.
-        client_busy: busy * cell.sessions as f64,
-        rss_peak_mib: usage::memory_kib(server.pid, usage::RSS_PEAK) as f64 / 1024.0,
-    })
+    let [requests, per_sec, busy] = parse(&output.stdout).ok_or("fio printed no figures")?;
+    // fio prints the mean of its jobs, which share one CPU.
+    let client_busy = busy * cell.sessions as f64;
+    Ok(Sample::new(cell, server.pid, requests, per_sec, cpu, client_busy))
 }
 
 fn arguments(cell: &Cell, options: &Options, uri: &str) -> Vec<String> {
@@ -82,24 +77,4 @@ fn parse(output: &[u8]) -> Option<[f64; 3]> {
     let sum = |key: &str| Some(job["read"][key].as_f64()? + job["write"][key].as_f64()?);
     let busy = (job["usr_cpu"].as_f64()? + job["sys_cpu"].as_f64()?) / 100.0;
     Some([sum("total_ios")?, sum("iops")?, busy])
-}
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::*;
-
-    #[test]
-    fn figures_follow_warnings_and_errors_are_no_figures() {
-        let text = |error| {
-            format!(
-                "fio: a warning\n{{\"jobs\": [{{\"error\": {error}, \"usr_cpu\": 20.0, \
-                 \"sys_cpu\": 30.0, \"read\": {{\"iops\": 10.5, \"total_ios\": 20}}, \
-                 \"write\": {{\"iops\": 1.5, \"total_ios\": 2}}}}]}}"
-            )
-        };
-        assert_eq!(parse(text(0).as_bytes()), Some([22.0, 12.0, 0.5]));
-        assert_eq!(parse(text(5).as_bytes()), None);
-        assert_eq!(parse(b"nothing"), None);
-    }
 }

@@ -1,20 +1,20 @@
 //! Processor time and memory of a server's processes, from proc(5).
 
-use super::process::pid as id;
 use nix::time::clock_getcpuclockid;
-use nix::unistd::{SysconfVar, sysconf};
+use nix::unistd::{Pid, SysconfVar, sysconf};
 use std::fs;
 use std::time::Duration;
 
 /// A process and its descendants.
-fn tree(root: u32) -> Vec<u32> {
+fn tree(root: Pid) -> Vec<Pid> {
     let mut found = vec![root];
     let mut next = 0;
     while let Some(pid) = found.get(next).copied() {
         next += 1;
         for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
             let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
-            found.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+            let pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+            found.extend(pids.map(Pid::from_raw));
         }
     }
     found
@@ -22,9 +22,9 @@ fn tree(root: u32) -> Vec<u32> {
 
 /// User and system time of the process, its descendants and their exited children, in seconds. The
 /// kernel counts that of exited children in clock ticks of usually 10 ms.
-pub(super) fn cpu_seconds(root: u32) -> f64 {
+pub(crate) fn cpu_seconds(root: Pid) -> f64 {
     let ticks_per_sec = sysconf(SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100) as f64;
-    let own = |pid| Some(Duration::from(clock_getcpuclockid(id(pid)).ok()?.now().ok()?));
+    let own = |pid| Some(Duration::from(clock_getcpuclockid(pid).ok()?.now().ok()?));
     let exited = |pid| exited_ticks(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?);
     let seconds = |pid| {
         own(pid).unwrap_or_default().as_secs_f64() + exited(pid).unwrap_or(0) as f64 / ticks_per_sec
@@ -40,13 +40,13 @@ fn exited_ticks(stat: &str) -> Option<u64> {
 
 /// A figure of a process in `/proc`: the file and the key of its line.
 type Figure = (&'static str, &'static str);
-pub(super) const RSS_PEAK: Figure = ("status", "VmHWM:");
-pub(super) const RSS: Figure = ("smaps_rollup", "Rss:");
+pub(crate) const RSS_PEAK: Figure = ("status", "VmHWM:");
+pub(crate) const RSS: Figure = ("smaps_rollup", "Rss:");
 /// The proportional set size: memory that processes share is divided among them.
-pub(super) const PSS: Figure = ("smaps_rollup", "Pss:");
+pub(crate) const PSS: Figure = ("smaps_rollup", "Pss:");
 
 /// The sum over the process and its descendants, in KiB.
-pub(super) fn memory_kib(root: u32, (file, key): Figure) -> u64 {
+pub(crate) fn memory_kib(root: Pid, (file, key): Figure) -> u64 {
     let value = |pid| {
         let text = fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?;
         let line = text.lines().find_map(|line| line.strip_prefix(key))?;

@@ -1,23 +1,23 @@
 //! The systems that migrate a disk. The time excludes starting and stopping their servers.
 
-use super::Error;
-use super::disks::{self, Pair};
-use super::machine::version;
-use super::nbd::{Address, Export};
-use super::process::{PATIENCE, Process, find, free_port, wait_until};
+use super::disks::{Pair, allocated};
 use super::rates::Run;
+use crate::machine::version;
+use crate::nbd::Export;
+use crate::process::{FLEXNBD, Installed, Process, installed};
+use crate::report::Error;
 use flexnbd::control::command::{ArrivalAction, Mirror};
-use flexnbd::control::{Command as Order, Summary, ask_and_wait};
+use flexnbd::control::{Command as Order, Summary, ask, ask_within};
+use flexnbd::net::Address;
+use harness::free_port;
 use nix::sched::{CloneFlags, unshare};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::mpsc;
-use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -25,10 +25,10 @@ const MIGRATION_TIME_MAX: Duration = Duration::from_secs(600);
 /// Time limit for both sides to exit after the migration.
 const EXIT_TIME_MAX: Duration = Duration::from_secs(60);
 
-#[derive(Clone, Debug)]
-pub(super) struct System {
-    pub(super) name: String,
-    pub(super) version: String,
+#[derive(Debug)]
+pub(crate) struct System {
+    pub(crate) name: String,
+    pub(crate) version: String,
     method: Method,
     programs: Vec<PathBuf>,
 }
@@ -43,45 +43,32 @@ enum Method {
     Qemu,
 }
 
-/// Those of `names` that are installed, and other builds of flexnbd; prints which are missing.
-pub(super) fn installed(
-    names: &[String],
-    also: &[(String, PathBuf)],
-) -> Result<Vec<System>, Error> {
-    let mut systems = Vec::new();
-    for name in names {
-        let (method, programs): (_, &[&str]) = match name.as_str() {
-            "flexnbd" => (Method::Flexnbd, &[env!("CARGO_BIN_EXE_flexnbd")]),
-            "nbdcopy" => (Method::Nbdcopy { flush: false }, &["nbdcopy", "nbdkit"]),
-            "nbdcopy-flush" => (Method::Nbdcopy { flush: true }, &["nbdcopy", "nbdkit"]),
-            "qemu" => (Method::Qemu, &["qemu-storage-daemon", "qemu-nbd"]),
-            _ => return Err(format!("unknown system {name}").into()),
-        };
-        let found: Result<Vec<PathBuf>, &str> =
-            programs.iter().map(|program| find(program).ok_or(*program)).collect();
-        match found {
-            Ok(programs) => systems.push(System::new(name, method, programs)),
-            Err(missing) => println!("# skipped {name}: {missing} is not installed"),
-        }
-    }
-    let builds = also.iter();
-    systems
-        .extend(builds.map(|(name, path)| System::new(name, Method::Flexnbd, vec![path.clone()])));
-    if systems.is_empty() { Err("there is no system to measure".into()) } else { Ok(systems) }
+const SYSTEMS: [(&str, Method, &[&str]); 4] = [
+    ("flexnbd", Method::Flexnbd, &[FLEXNBD]),
+    ("nbdcopy", Method::Nbdcopy { flush: false }, &["nbdcopy", "nbdkit"]),
+    ("nbdcopy-flush", Method::Nbdcopy { flush: true }, &["nbdcopy", "nbdkit"]),
+    ("qemu", Method::Qemu, &["qemu-storage-daemon", "qemu-nbd"]),
+];
+
+/// The systems with these names, if they are installed, and other builds of flexnbd.
+pub(crate) fn systems(names: &[String], also: &[(String, PathBuf)]) -> Result<Vec<System>, Error> {
+    let system = |Installed { name, kind: method, programs }: Installed<Method>| System {
+        name,
+        version: version(&programs[0]),
+        method,
+        programs,
+    };
+    Ok(installed(names, also, &SYSTEMS)?.into_iter().map(system).collect())
 }
 
 impl System {
-    fn new(name: &str, method: Method, programs: Vec<PathBuf>) -> Self {
-        Self { name: name.to_owned(), version: version(&programs[0]), method, programs }
-    }
-
     /// The program, if it is a build of flexnbd.
-    pub(super) fn flexnbd(&self) -> Option<&Path> {
+    pub(crate) fn flexnbd(&self) -> Option<&Path> {
         (self.method == Method::Flexnbd).then_some(&self.programs[0])
     }
 
-    pub(super) fn migrate(&self, pair: &Pair, network: &Network) -> Result<Run, Error> {
-        let allocated_before = disks::allocated(&pair.source)?;
+    pub(crate) fn migrate(&self, pair: &Pair, network: &Network) -> Result<Run, Error> {
+        let allocated_before = allocated(&pair.source)?;
         let before = network.bytes();
         let program = &self.programs[0];
         let (elapsed, bytes_sent) = match self.method {
@@ -99,8 +86,8 @@ impl System {
             wire_bytes: wire_bytes.filter(|_| !matches!(self.method, Method::Nbdcopy { .. })),
             bytes_sent,
             allocated_before,
-            allocated_after: disks::allocated(&pair.destination)?,
-            same: disks::same(&pair.source, &pair.destination)?,
+            allocated_after: allocated(&pair.destination)?,
+            same: pair.has_equal_contents()?,
         })
     }
 }
@@ -115,7 +102,7 @@ fn copy(nbdcopy: &Path, nbdkit: &Path, flush: bool, pair: &Pair) -> Result<Durat
         let mut server = Command::new(nbdkit);
         server.args(["--foreground", "--exit-with-parent", "--unix"]).arg(&socket);
         let mut server = Process::start(server.arg("file").arg(image), Stdio::null())?;
-        wait_until(PATIENCE, || server.check().map(|()| socket.exists()))?;
+        server.wait_until(|| socket.exists())?;
         servers.push(server);
         command.arg(Export { address: Address::Unix(socket), name: "" }.uri());
     }
@@ -126,81 +113,93 @@ fn copy(nbdcopy: &Path, nbdkit: &Path, flush: bool, pair: &Pair) -> Result<Durat
 
 /// A source with the disk and a destination without, both running.
 #[derive(Debug)]
-pub(super) struct Sides {
-    source: Process,
-    destination: Process,
-    /// The address of the disk at the source.
-    pub(super) address: SocketAddr,
-    to: SocketAddr,
-    control: PathBuf,
+pub(crate) struct Sides {
+    source: Side,
+    destination: Side,
     /// Removed after the sides have exited.
     _folder: TempDir,
 }
 
+#[derive(Debug)]
+struct Side {
+    process: Process,
+    address: SocketAddr,
+    control: PathBuf,
+}
+
 #[derive(Clone, Copy, Debug)]
-pub(super) struct FlexnbdMoved {
-    pub(super) summary: Summary,
-    pub(super) ordered: Instant,
+pub(crate) struct FlexnbdMoved {
+    pub(crate) summary: Summary,
+    pub(crate) ordered: Instant,
     /// From the order until both sides have exited.
-    pub(super) elapsed: Duration,
+    pub(crate) elapsed: Duration,
+}
+
+impl Side {
+    /// Starts `serve` or `listen`, and waits until it replies on its control socket, which is after it
+    /// listens. A connection would not do: a destination may take the first client for its source.
+    fn start(program: &Path, mode: &str, image: &Path, folder: &Path) -> Result<Self, Error> {
+        let (address, control) = (free_address(), folder.join(mode));
+        let mut command = Command::new(program);
+        command.args([mode, "--quiet", "--addr", &address.ip().to_string()]);
+        command.args(["--port", &address.port().to_string(), "--file"]).arg(image);
+        command.arg("--sock").arg(&control);
+        // For records that cannot be kept with the image.
+        command.env("STATE_DIRECTORY", folder);
+        let mut process = Process::start(&mut command, Stdio::null())?;
+        process.wait_until(|| ask(&control, &Order::Status).is_ok())?;
+        Ok(Self { process, address, control })
+    }
 }
 
 impl Sides {
-    pub(super) fn start(program: &Path, pair: &Pair) -> Result<Self, Error> {
+    pub(crate) fn start(program: &Path, pair: &Pair) -> Result<Self, Error> {
         let folder = tempfile::tempdir()?;
-        let (address, to) = (free_port()?, free_port()?);
-        let control = folder.path().join("source.sock");
-        let side = |mode: &str, image: &Path, at: SocketAddr| {
-            let mut command = Command::new(program);
-            command.args([mode, "--quiet", "--addr", &at.ip().to_string()]);
-            command.args(["--port", &at.port().to_string(), "--file"]).arg(image);
-            // For records that cannot be kept with the image.
-            command.env("STATE_DIRECTORY", folder.path());
-            command
-        };
-        let mut serve = side("serve", &pair.source, address);
-        serve.arg("--sock").arg(&control);
-        let source = Process::start(serve, Stdio::null())?;
-        let destination = Process::start(side("listen", &pair.destination, to), Stdio::null())?;
-        // The control socket exists before the source listens.
-        wait_for_listener(address)?;
-        wait_for_listener(to)?;
-        Ok(Self { source, destination, address, to, control, _folder: folder })
+        let source = Side::start(program, "serve", &pair.source, folder.path())?;
+        let destination = Side::start(program, "listen", &pair.destination, folder.path())?;
+        Ok(Self { source, destination, _folder: folder })
+    }
+
+    /// The address of the disk at the source.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.source.address
     }
 
     /// Migrates the disk at no more than `max_bps` bytes per second.
-    pub(super) fn migrate(mut self, max_bps: Option<u64>) -> Result<FlexnbdMoved, Error> {
-        let (to, control) = (self.to, self.control.clone());
+    pub(crate) fn migrate(mut self, max_bps: Option<u64>) -> Result<FlexnbdMoved, Error> {
+        let (to, action) = (self.destination.address, ArrivalAction::Exit);
+        let mirror = Mirror { to, action, bind: None, max_bps, no_record: false };
         let ordered = Instant::now();
-        let (sender, answer) = mpsc::channel();
-        // In a thread, because `ask_and_wait` has no time limit.
-        thread::spawn(move || {
-            let mirror =
-                Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps, no_record: false };
-            let _ = sender.send(ask_and_wait(&control, &Order::MirrorWait(mirror)));
-        });
-        let reply = answer.recv_timeout(MIGRATION_TIME_MAX)??;
+        let order = Order::MirrorWait(mirror);
+        let reply = ask_within(&self.source.control, &order, MIGRATION_TIME_MAX)?;
         if !reply.is_success() {
             return Err(format!("the source answers: {}", reply.text()).into());
         }
         let summary = Summary::from_line(reply.text()).map_err(|error| error.to_string())?;
-        let source = self.source.wait_for_success(EXIT_TIME_MAX)?;
-        let destination = self.destination.wait_for_success(EXIT_TIME_MAX)?;
+        let source = self.source.process.wait_for_success(EXIT_TIME_MAX)?;
+        let destination = self.destination.process.wait_for_success(EXIT_TIME_MAX)?;
         Ok(FlexnbdMoved { summary, ordered, elapsed: source.max(destination) - ordered })
     }
+}
+
+fn free_address() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, free_port()).into()
 }
 
 /// qemu-storage-daemon mirrors the disk to qemu-nbd. The time ends when the job is ready, which is
 /// when QEMU could switch over.
 fn mirror(daemon: &Path, nbd: &Path, pair: &Pair) -> Result<Duration, Error> {
     let folder = tempfile::tempdir()?;
-    let to = free_port()?;
+    let to = free_address();
     let (host, port) = (to.ip().to_string(), to.port().to_string());
     let mut command = Command::new(nbd);
     command.args(["--format=raw", "--persistent", "--shared=0", "--cache=writeback"]);
     command.args(["--discard=unmap", "--detect-zeroes=unmap", "--aio=threads"]);
-    command.args(["--bind", &host, "--port", &port]).arg(&pair.destination);
-    let _destination = Process::start(command, Stdio::null())?;
+    // It writes the file after it listens.
+    let pid_file = folder.path().join("pid");
+    command.args(["--bind", &host, "--port", &port, "--pid-file"]).arg(&pid_file);
+    let mut destination = Process::start(command.arg(&pair.destination), Stdio::null())?;
+    destination.wait_until(|| pid_file.exists())?;
     let socket = folder.path().join("qmp");
     let mut command = Command::new(daemon);
     command.args(["--chardev", &format!("socket,id=c,path={},server=on,wait=off", value(&socket))]);
@@ -208,8 +207,8 @@ fn mirror(daemon: &Path, nbd: &Path, pair: &Pair) -> Result<Duration, Error> {
     let image = value(&pair.source);
     command.arg(format!("driver=file,node-name=file,filename={image},discard=unmap"));
     command.args(["--blockdev", "driver=raw,node-name=source,file=file"]);
-    let _source = Process::start(command, Stdio::null())?;
-    wait_for_listener(to)?;
+    let mut source = Process::start(&mut command, Stdio::null())?;
+    source.wait_until(|| UnixStream::connect(&socket).is_ok())?;
     let mut monitor = Monitor::connect(&socket)?;
     let is_return = |line: &Value| line.get("return").is_some();
     monitor.execute("qmp_capabilities", &json!({}), is_return)?;
@@ -236,7 +235,6 @@ struct Monitor {
 
 impl Monitor {
     fn connect(path: &Path) -> Result<Self, Error> {
-        wait_until(PATIENCE, || Ok(UnixStream::connect(path).is_ok()))?;
         let stream = UnixStream::connect(path)?;
         stream.set_read_timeout(Some(MIGRATION_TIME_MAX))?;
         Ok(Self { stream: BufReader::new(stream) })
@@ -268,15 +266,15 @@ impl Monitor {
 
 /// A network namespace of the benchmark's own, whose loopback counts only bytes of the migration.
 #[derive(Debug)]
-pub(super) struct Network {
+pub(crate) struct Network {
     /// Why the namespace is not the benchmark's own, if so.
-    pub(super) why_shared: Option<String>,
+    pub(crate) why_shared: Option<String>,
 }
 
 impl Network {
     /// Moves this thread, and threads and processes that it starts, into a new network namespace.
     /// Without root it stays in its own.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let enter = || -> Result<(), Error> {
             unshare(CloneFlags::CLONE_NEWNET)
                 .map_err(|error| format!("cannot make a network namespace ({error})"))?;
@@ -287,7 +285,7 @@ impl Network {
     }
 
     /// All bytes sent over loopback, headers of IP and TCP included, if only this benchmark sends.
-    pub(super) fn bytes(&self) -> Option<u64> {
+    pub(crate) fn bytes(&self) -> Option<u64> {
         if self.why_shared.is_some() {
             return None;
         }
@@ -295,44 +293,5 @@ impl Network {
         let line = devices.lines().find_map(|line| line.trim_start().strip_prefix("lo:"))?;
         // The ninth number is that of bytes sent.
         line.split_whitespace().nth(8)?.parse().ok()
-    }
-}
-
-/// Waits for a listener without connecting: a destination may take the first client for its source.
-fn wait_for_listener(address: SocketAddr) -> Result<(), Error> {
-    let port = format!(":{:04X}", address.port());
-    let is_listening = || {
-        let sockets = fs::read_to_string("/proc/thread-self/net/tcp")?;
-        Ok(sockets.lines().any(|line| {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            // 0A is TCP_LISTEN.
-            matches!(fields[..], [_, local, _, "0A", ..] if local.ends_with(&port))
-        }))
-    };
-    if wait_until(PATIENCE, is_listening)? {
-        Ok(())
-    } else {
-        Err(format!("nothing listens at {address}").into())
-    }
-}
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::super::disks::Kind;
-    use super::*;
-
-    #[test]
-    fn every_installed_system_moves_the_disk() {
-        let names = ["flexnbd", "nbdcopy", "nbdcopy-flush", "qemu"].map(str::to_owned);
-        let directory = tempfile::tempdir().unwrap();
-        for system in installed(&names, &[]).unwrap() {
-            let pair = Pair::new(directory.path(), Kind::Sparse25, 8 << 20).unwrap();
-            let run = system.migrate(&pair, &Network::new()).unwrap();
-            assert!(run.same, "{}", system.name);
-            for bytes in [run.wire_bytes, run.bytes_sent].into_iter().flatten() {
-                assert!(bytes >= 2 << 20, "{}: {run:?}", system.name);
-            }
-        }
     }
 }

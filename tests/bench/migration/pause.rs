@@ -1,11 +1,11 @@
 //! Effect of a migration on a client: the pause at the handover, and latency during the copy.
 //! Measures flexnbd only.
 
+use super::Options;
 use super::client::{Client, Completion, Pace};
-use super::disks::{self, Kind, Pair};
-use super::report::{Target, figure, median, percentile, print_row};
+use super::disks::{Kind, Pair};
 use super::systems::Sides;
-use super::{Error, Options};
+use crate::report::{Error, Target, figure, median, print_row};
 use serde::Serialize;
 use std::path::Path;
 use std::time::Instant;
@@ -13,12 +13,12 @@ use std::time::Instant;
 /// How many requests precede the migration, at a fixed rate and one at a time, which is faster.
 const REQUESTS_BEFORE: (usize, usize) = (2000, 10_000);
 /// The first requests find caches cold and do not count.
-const REQUESTS_WARMING: usize = 500;
+pub(crate) const REQUESTS_WARMING: usize = 500;
 /// The first column leaves room for the longer names of this table.
 const WIDTHS: [usize; 4] = [17, 12, 12, 12];
 
 #[derive(Debug, Serialize)]
-pub(super) struct Observation {
+pub(crate) struct Observation {
     /// From gate closed to acknowledged, as the source reports.
     pause_ms: u64,
     seconds: f64,
@@ -32,20 +32,20 @@ pub(super) struct Observation {
 }
 
 #[derive(Debug, PartialEq, Serialize)]
-struct Latencies {
+pub(crate) struct Latencies {
     requests: usize,
     p50_us: Option<f64>,
     p99_us: Option<f64>,
     worst_us: Option<f64>,
     /// All of them, in microseconds.
     #[serde(skip)]
-    all: Vec<f64>,
+    pub(crate) all: Vec<f64>,
 }
 
 /// All migrations under one load.
 #[derive(Debug, Serialize)]
-pub(super) struct PauseResult {
-    pub(super) system: String,
+pub(crate) struct PauseResult {
+    pub(crate) system: String,
     size: u64,
     load: String,
     writes_per_sec: Option<u32>,
@@ -60,7 +60,7 @@ pub(super) struct PauseResult {
 }
 
 /// The loads: the pace of the client, and the limit of the source in bytes per second.
-pub(super) fn loads(options: &Options) -> [(Pace, Option<u64>); 3] {
+pub(crate) fn loads(options: &Options) -> [(Pace, Option<u64>); 3] {
     let limit = Some(options.max_speed);
     let writes = Pace::PerSecond(options.writes_per_sec);
     [(writes, None), (Pace::OneByOne, None), (Pace::OneByOne, limit)]
@@ -78,7 +78,7 @@ fn measure_once(
         Pace::PerSecond(_) => REQUESTS_BEFORE.0,
         Pace::OneByOne => REQUESTS_BEFORE.1,
     };
-    let client = Client::start(sides.address, pace, requests_before)?;
+    let client = Client::start(sides.address(), pace, requests_before)?;
     let moved = sides.migrate(max_speed)?;
     let (before, during) = divide(&client.finish()?, moved.ordered);
     Ok(Observation {
@@ -86,7 +86,7 @@ fn measure_once(
         seconds: moved.elapsed.as_secs_f64(),
         passes: moved.summary.passes,
         acknowledged: moved.summary.acknowledged,
-        same: disks::same(&pair.source, &pair.destination)?,
+        same: pair.has_equal_contents()?,
         before,
         during,
     })
@@ -94,12 +94,19 @@ fn measure_once(
 
 /// Latencies of requests that ended before the order, and of those due after it. Requests in flight
 /// at the order belong to neither.
-fn divide(all: &[Completion], ordered: Instant) -> (Latencies, Latencies) {
+pub(crate) fn divide(all: &[Completion], ordered: Instant) -> (Latencies, Latencies) {
     let us = |one: &Completion| one.latency.as_secs_f64() * 1e6;
     let warm = all.iter().skip(REQUESTS_WARMING);
     let before = warm.filter(|one| one.due + one.latency < ordered).map(us).collect();
     let during = all.iter().filter(|one| one.due >= ordered).map(us).collect();
     (Latencies::new(before), Latencies::new(during))
+}
+
+/// The smallest value that `percent` of all values do not exceed.
+pub(crate) fn percentile(mut values: Vec<f64>, percent: usize) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let rank = (values.len() * percent).div_ceil(100);
+    values.get(rank.saturating_sub(1)).copied()
 }
 
 impl Latencies {
@@ -118,7 +125,7 @@ impl Latencies {
 
 impl PauseResult {
     /// Measures all migrations of a build of flexnbd under one load.
-    pub(super) fn measure(
+    pub(crate) fn measure(
         system: &str,
         program: &Path,
         load: (Pace, Option<u64>),
@@ -157,7 +164,7 @@ impl PauseResult {
         }
     }
 
-    pub(super) fn print(&self) {
+    pub(crate) fn print(&self) {
         let Some((median, worst)) = self.pause_ms_median.zip(self.pause_ms_worst) else { return };
         let (name, count, mib) = (&self.system, self.migrations.len(), self.size >> 20);
         println!("\n{name}: {count} migrations of {mib} MiB under {}", self.load);
@@ -176,7 +183,7 @@ impl PauseResult {
         }
     }
 
-    pub(super) fn target(&self) -> Option<Target> {
+    pub(crate) fn target(&self) -> Option<Target> {
         if self.writes_per_sec.is_some() {
             let (worst, median) = self.pause_ms_worst.zip(self.pause_ms_median)?;
             let of = "pause at the handover under writes at a fixed rate, worst";
@@ -189,37 +196,5 @@ impl PauseResult {
             Some(_) => "the same with --max-speed",
         };
         Some(Target::new(of, "≤ × 3.00", format!("× {ratio:.2}"), ratio <= 3.0))
-    }
-}
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::*;
-    use clap::Parser;
-    use std::time::Duration;
-
-    #[test]
-    fn a_request_in_flight_at_the_order_does_not_count() {
-        let start = Instant::now();
-        let millis = Duration::from_millis;
-        let one = |due, latency| Completion { due: start + millis(due), latency: millis(latency) };
-        let mut all = vec![one(0, 1); REQUESTS_WARMING];
-        all.extend([one(5, 1), one(9, 2), one(10, 3)]);
-        let (before, during) = divide(&all, start + millis(10));
-        assert_eq!((before.all, during.all), (vec![1000.0], vec![3000.0]));
-    }
-
-    #[test]
-    fn a_migration_under_each_load_is_observed() {
-        let directory = tempfile::tempdir().unwrap();
-        let dir = directory.path().to_str().unwrap();
-        let options = Options::parse_from(["migrate", "--pause-size=4M", "--dir", dir]);
-        for load in loads(&options) {
-            let program = Path::new(env!("CARGO_BIN_EXE_flexnbd"));
-            let seen = measure_once(program, load, &options).unwrap();
-            assert!(seen.same && seen.acknowledged && seen.passes > 0, "{load:?}: {seen:?}");
-            assert!(seen.before.requests > 0, "{load:?}");
-        }
     }
 }

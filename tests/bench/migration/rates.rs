@@ -1,7 +1,7 @@
 //! Migrations of one kind of image: the table, the targets and JSON.
 
 use super::disks::Kind;
-use super::report::{Target, figure, median, print_row};
+use crate::report::{Target, figure, median, print_row};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -9,34 +9,34 @@ const MIB: f64 = (1 << 20) as f64;
 const WIDTHS: [usize; 6] = [9, 9, 12, 10, 16, 9];
 
 #[derive(Clone, Copy, Debug, Default, Serialize)]
-pub(super) struct Run {
-    pub(super) seconds: f64,
+pub(crate) struct Run {
+    pub(crate) seconds: f64,
     /// Bytes over TCP, headers included, if they could be counted.
-    pub(super) wire_bytes: Option<u64>,
+    pub(crate) wire_bytes: Option<u64>,
     /// Bytes of data that the source reports as sent, if it reports them.
-    pub(super) bytes_sent: Option<u64>,
+    pub(crate) bytes_sent: Option<u64>,
     /// Bytes that the source's image and the destination's file occupy.
-    pub(super) allocated_before: u64,
-    pub(super) allocated_after: u64,
+    pub(crate) allocated_before: u64,
+    pub(crate) allocated_after: u64,
     /// Whether both have the same content afterwards.
-    pub(super) same: bool,
+    pub(crate) same: bool,
 }
 
 /// All migrations of one kind of image.
 #[derive(Debug, Serialize)]
-pub(super) struct KindResult {
-    pub(super) kind: Kind,
+pub(crate) struct KindResult {
+    pub(crate) kind: Kind,
     size: u64,
     data: u64,
     runs_of_data: u64,
     wire_bytes_max: f64,
     systems: Vec<SystemResult>,
     /// flexnbd's rate over that of each peer.
-    rate_against: BTreeMap<String, f64>,
+    pub(crate) rate_against: BTreeMap<String, f64>,
 }
 
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct SystemResult {
+pub(crate) struct SystemResult {
     system: String,
     #[serde(skip)]
     is_flexnbd: bool,
@@ -47,7 +47,7 @@ pub(super) struct SystemResult {
 }
 
 impl SystemResult {
-    pub(super) fn new(name: &str, is_flexnbd: bool, runs: Vec<Result<Run, String>>) -> Self {
+    pub(crate) fn new(name: &str, is_flexnbd: bool, runs: Vec<Result<Run, String>>) -> Self {
         let troubles = runs.iter().filter_map(|run| run.clone().err()).collect();
         let runs: Vec<Run> = runs.into_iter().flatten().collect();
         let seconds = median(runs.iter().map(|run| run.seconds));
@@ -57,7 +57,7 @@ impl SystemResult {
 }
 
 impl KindResult {
-    pub(super) fn new(kind: Kind, size: u64, systems: Vec<SystemResult>) -> Self {
+    pub(crate) fn new(kind: Kind, size: u64, systems: Vec<SystemResult>) -> Self {
         let (data, runs_of_data) = (kind.data(size), kind.runs(size));
         let wire_bytes_max = 1.02 * data as f64 + 1024.0 * runs_of_data as f64;
         let rate_against = BTreeMap::new();
@@ -70,11 +70,11 @@ impl KindResult {
         result
     }
 
-    pub(super) fn seconds(&self) -> Option<f64> {
+    pub(crate) fn seconds(&self) -> Option<f64> {
         self.systems.iter().find(|system| system.is_flexnbd)?.seconds
     }
 
-    pub(super) fn print(&self) {
+    pub(crate) fn print(&self) {
         let (kind, size, data) = (self.kind.word(), self.size as f64, self.data as f64);
         println!("\n{kind}: {:.0} MiB, {:.0} MiB of it data", size / MIB, data / MIB);
         let head = ["seconds", "MB/s", "wire MiB", "wire/data", "allocated MiB", "contents"];
@@ -103,7 +103,7 @@ impl KindResult {
     }
 
     /// The target for this kind. `dense` is flexnbd's median time for a dense image.
-    pub(super) fn target(&self, dense: Option<f64>) -> Option<Target> {
+    pub(crate) fn target(&self, dense: Option<f64>) -> Option<Target> {
         let of = match self.kind {
             Kind::Zeros => return None,
             Kind::Dense => {
@@ -124,28 +124,5 @@ impl KindResult {
         let seen = format!("{wire_mib:.2} of {max_mib:.2} MiB, × {ratio:.3} the data");
         let wanted = "≤ 1.02 × data + 1 KiB for each run of data";
         Some(Target::new(of, wanted, seen + &time.unwrap_or_default(), wire <= max))
-    }
-}
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::*;
-
-    #[test]
-    fn half_the_time_is_twice_the_rate_and_failed_runs_do_not_count() {
-        let system = |name: &str, seconds: &[f64]| {
-            let run = |seconds: &f64| Run { seconds: *seconds, ..Run::default() };
-            let runs = seconds.iter().map(|seconds| Ok(run(seconds)));
-            let runs = runs.chain([Err("died".to_owned())]).collect();
-            SystemResult::new(name, name == "flexnbd", runs)
-        };
-        let rates = |ours: &[f64]| {
-            let systems =
-                vec![system("flexnbd", ours), system("nbdcopy", &[4.0]), system("qemu", &[])];
-            KindResult::new(Kind::Dense, 1 << 20, systems).rate_against
-        };
-        assert_eq!(rates(&[9.0, 2.0, 1.0]), BTreeMap::from([("nbdcopy".to_owned(), 2.0)]));
-        assert_eq!(rates(&[]), BTreeMap::new());
     }
 }

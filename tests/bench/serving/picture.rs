@@ -1,8 +1,8 @@
 //! The picture in README.md: the ratio of each cell as a bar that begins at 1, in SVG.
 
-use super::Error;
 use super::cells::{Cell, Generator, Transport, Work, word};
 use super::results::{About, Ratio, Results};
+use crate::report::Error;
 use std::fs;
 use std::path::Path;
 
@@ -35,7 +35,7 @@ const FAINT: &str = "#59636E";
 /// The attribute of a text that ends at its position.
 const END: &str = r#"text-anchor="end""#;
 
-pub(super) fn draw(results: &Results, file: &Path) -> Result<(), Error> {
+pub(crate) fn draw(results: &Results, file: &Path) -> Result<(), Error> {
     let ratios = results.cells.iter().filter_map(|cell| Some((cell.cell, cell.ratio.as_ref()?)));
     let mut cells: Vec<(Cell, &Ratio)> = ratios.collect();
     if cells.is_empty() {

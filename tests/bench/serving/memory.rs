@@ -1,15 +1,12 @@
 //! Memory of idle servers: alone, per idle session, and for a disk of 1 TiB. Each session has read
 //! once, so that the server's buffers count.
 
+use super::Setup;
 use super::cells::{Temperature, Transport};
-use super::nbd::{REPLY_LENGTH, encode};
-use super::process::PATIENCE;
-use super::report::{figure, print_row};
 use super::servers::{Running, Server};
 use super::usage::{PSS, RSS, memory_kib};
-use super::{Error, Setup};
-use flexnbd::nbd::wire::CommandKind;
-use flexnbd::net::Stream;
+use crate::report::{Error, figure, print_row};
+use flexnbd::client::Connection;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -17,45 +14,45 @@ use std::thread;
 use std::time::Duration;
 use tempfile::NamedTempFile;
 
-pub(super) const SESSIONS: [usize; 2] = [100, 1000];
+pub(crate) const SESSIONS: [usize; 2] = [100, 1000];
 /// Size of the large disk in bytes. It is one hole.
 const LARGE: u64 = 1 << 40;
 /// How long a server is left alone before it counts as idle.
 const SETTLE: Duration = Duration::from_secs(2);
 /// How much each session reads, in bytes.
-const READ_LENGTH: usize = 4096;
+const READ_LENGTH: u32 = 4096;
 const WIDTHS: [usize; 6] = [9, 13, 9, 13, 9, 13];
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct MemoryRow {
+pub(crate) struct MemoryRow {
     #[serde(rename = "server")]
     name: String,
-    pub(super) ours: bool,
+    pub(crate) ours: bool,
     /// For the image of the cells.
-    pub(super) usual: Occupied,
+    pub(crate) usual: Occupied,
     /// For the large disk.
-    pub(super) large: Occupied,
+    pub(crate) large: Occupied,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Occupied {
+pub(crate) struct Occupied {
     /// Without any session.
-    pub(super) rss_idle_kib: Option<u64>,
-    pub(super) with_sessions: Vec<WithSessions>,
+    pub(crate) rss_idle_kib: Option<u64>,
+    pub(crate) with_sessions: Vec<WithSessions>,
     /// Why figures are missing.
     trouble: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct WithSessions {
+pub(crate) struct WithSessions {
     sessions: usize,
     rss_kib: u64,
     /// Growth of the proportional set size, which is fair to servers that fork.
-    pub(super) pss_per_session_kib: f64,
+    pub(crate) pss_per_session_kib: f64,
 }
 
 /// Measures each server once, because memory hardly varies.
-pub(super) fn measure(setup: &Setup) -> Result<Vec<MemoryRow>, Error> {
+pub(crate) fn measure(setup: &Setup) -> Result<Vec<MemoryRow>, Error> {
     // The default limit of open files is too low for a thousand sessions. Servers inherit it.
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
@@ -82,11 +79,11 @@ fn occupied(setup: &Setup, server: &Server, image: &Path, sessions: &[usize]) ->
         thread::sleep(SETTLE);
         occupied.rss_idle_kib = Some(memory_kib(running.pid, RSS));
         let pss_idle_kib = memory_kib(running.pid, PSS) as f64;
-        let mut open: Vec<Stream> = Vec::new();
+        let mut open: Vec<Connection> = Vec::new();
         for count in sessions {
             while open.len() < *count {
-                let stream = read_once(&running);
-                open.push(stream.map_err(|error| format!("session {}: {error}", open.len() + 1))?);
+                let session = read_once(&running);
+                open.push(session.map_err(|error| format!("session {}: {error}", open.len() + 1))?);
             }
             thread::sleep(SETTLE);
             let growth_kib = memory_kib(running.pid, PSS) as f64 - pss_idle_kib;
@@ -105,14 +102,13 @@ fn occupied(setup: &Setup, server: &Server, image: &Path, sessions: &[usize]) ->
     occupied
 }
 
-fn read_once(server: &Running) -> Result<Stream, Error> {
-    let (stream, _size) = server.export.open()?;
-    stream.send_all(&encode(CommandKind::Read, 0, 0, READ_LENGTH), PATIENCE)?;
-    stream.recv_exact(&mut [0; REPLY_LENGTH + READ_LENGTH], PATIENCE)?;
-    Ok(stream)
+fn read_once(server: &Running) -> Result<Connection, Error> {
+    let mut connection = server.export.open()?;
+    connection.read(0, READ_LENGTH, &mut |_| Ok(()))?;
+    Ok(connection)
 }
 
-pub(super) fn print(rows: &[MemoryRow]) {
+pub(crate) fn print(rows: &[MemoryRow]) {
     if rows.is_empty() {
         return;
     }

@@ -1,12 +1,13 @@
 //! The results of a run: tables, ratios, targets, and the JSON file, which can be read back.
 
-use super::Error;
 use super::activation::{self, ActivationRow};
 use super::cells::{Cell, Generator, word};
-use super::machine::Machine;
 use super::memory::{self, MemoryRow, SESSIONS};
-use super::report::{Target, figure, geometric_mean, median, print_row, print_targets};
 use super::servers::Server;
+use super::usage::{RSS_PEAK, memory_kib};
+use crate::machine::Machine;
+use crate::report::{Error, Target, figure, median, print_row, print_targets};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::Path;
@@ -16,44 +17,44 @@ const CLIENT_BUSY_MAX: f64 = 0.95;
 const WIDTHS: [usize; 6] = [11, 9, 12, 12, 12, 0];
 
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Results {
-    pub(super) about: About,
-    pub(super) cells: Vec<CellResult>,
-    pub(super) memory: Vec<MemoryRow>,
-    pub(super) activation: Vec<ActivationRow>,
+pub(crate) struct Results {
+    pub(crate) about: About,
+    pub(crate) cells: Vec<CellResult>,
+    pub(crate) memory: Vec<MemoryRow>,
+    pub(crate) activation: Vec<ActivationRow>,
     #[serde(skip_deserializing)]
-    pub(super) summary: Vec<Mean>,
+    pub(crate) summary: Vec<Mean>,
     #[serde(skip_deserializing)]
-    pub(super) targets: Vec<Target>,
+    pub(crate) targets: Vec<Target>,
 }
 
 /// The environment and options of the run.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct About {
-    pub(super) machine: Machine,
-    pub(super) servers: Vec<Server>,
+pub(crate) struct About {
+    pub(crate) machine: Machine,
+    pub(crate) servers: Vec<Server>,
     /// Version of fio, if any cell uses it.
-    pub(super) fio: Option<String>,
-    pub(super) rounds: u32,
-    pub(super) seconds: f64,
-    pub(super) image_mib: u64,
+    pub(crate) fio: Option<String>,
+    pub(crate) rounds: u32,
+    pub(crate) seconds: f64,
+    pub(crate) image_mib: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct CellResult {
+pub(crate) struct CellResult {
     name: String,
     sequential: bool,
     #[serde(flatten)]
-    pub(super) cell: Cell,
+    pub(crate) cell: Cell,
     servers: Vec<ServerResult>,
     /// Computed again when read: JSON has no infinity, the ratio of unmeasurably short times.
     #[serde(skip_deserializing)]
-    pub(super) ratio: Option<Ratio>,
+    pub(crate) ratio: Option<Ratio>,
 }
 
 /// One server in one cell.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct ServerResult {
+pub(crate) struct ServerResult {
     #[serde(rename = "server")]
     name: String,
     ours: bool,
@@ -64,50 +65,69 @@ pub(super) struct ServerResult {
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Round {
+pub(crate) enum Round {
     Measured(Sample),
     Failed(String),
 }
 
 /// The figures of one round.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-pub(super) struct Sample {
-    pub(super) requests_per_sec: f64,
+pub(crate) struct Sample {
+    pub(crate) requests_per_sec: f64,
     /// Millions of bytes.
-    pub(super) mb_per_sec: f64,
+    pub(crate) mb_per_sec: f64,
     /// User and system time of the server's processes, in microseconds.
-    pub(super) server_cpu_us_per_request: f64,
+    pub(crate) server_cpu_us_per_request: f64,
     /// Part of the time in which the client computed.
-    pub(super) client_busy: f64,
+    pub(crate) client_busy: f64,
     /// Peak resident size of the server's processes, in MiB.
-    pub(super) rss_peak_mib: f64,
+    pub(crate) rss_peak_mib: f64,
 }
 
 /// flexnbd against the best peer of a cell.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Ratio {
+pub(crate) struct Ratio {
     /// The peer with the highest median rate.
-    pub(super) peer: String,
+    pub(crate) peer: String,
     /// Median rate over that peer's. Above 1: flexnbd answers more requests.
-    pub(super) rate: f64,
+    pub(crate) rate: f64,
     /// The same in the worst and in the best round for flexnbd.
-    pub(super) rate_lowest: f64,
-    pub(super) rate_highest: f64,
+    pub(crate) rate_lowest: f64,
+    pub(crate) rate_highest: f64,
     /// Processor time per request over the lowest of any peer.
-    cpu: f64,
-    pub(super) limited_by_client: bool,
+    pub(crate) cpu: f64,
+    pub(crate) limited_by_client: bool,
 }
 
 /// The means of all cells with one generator.
 #[derive(Debug, Serialize)]
-pub(super) struct Mean {
-    pub(super) generator: Generator,
-    pub(super) cells: usize,
+pub(crate) struct Mean {
+    pub(crate) generator: Generator,
+    pub(crate) cells: usize,
     /// Geometric mean of the ratios.
-    pub(super) rate: f64,
+    pub(crate) rate: f64,
     rate_lowest: f64,
     /// `None` if a round's processor time was too short to measure.
     cpu: Option<f64>,
+}
+
+impl Sample {
+    pub(crate) fn new(
+        cell: &Cell,
+        server: Pid,
+        requests: f64,
+        requests_per_sec: f64,
+        server_cpu: f64,
+        client_busy: f64,
+    ) -> Self {
+        Self {
+            requests_per_sec,
+            mb_per_sec: requests_per_sec * f64::from(cell.block) / 1e6,
+            server_cpu_us_per_request: server_cpu * 1e6 / requests.max(1.0),
+            client_busy,
+            rss_peak_mib: memory_kib(server, RSS_PEAK) as f64 / 1024.0,
+        }
+    }
 }
 
 impl Round {
@@ -117,7 +137,7 @@ impl Round {
 }
 
 impl ServerResult {
-    pub(super) fn new(name: &str, ours: bool, rounds: Vec<Round>) -> Self {
+    pub(crate) fn new(name: &str, ours: bool, rounds: Vec<Round>) -> Self {
         let of = |figure: fn(&Sample) -> f64| {
             median(rounds.iter().filter_map(Round::sample).map(figure))
         };
@@ -133,12 +153,12 @@ impl ServerResult {
 }
 
 impl CellResult {
-    pub(super) fn new(cell: Cell, servers: Vec<ServerResult>) -> Self {
+    pub(crate) fn new(cell: Cell, servers: Vec<ServerResult>) -> Self {
         let (name, sequential, ratio) = (cell.to_string(), cell.is_sequential(), ratio(&servers));
         Self { name, sequential, cell, servers, ratio }
     }
 
-    pub(super) fn print(&self) {
+    pub(crate) fn print(&self) {
         println!("\n{}", self.name);
         print_row("", WIDTHS, ["requests/s", "MB/s", "CPU µs/req.", "client busy", "RSS MiB", ""]);
         for ServerResult { name, median, .. } in &self.servers {
@@ -167,7 +187,7 @@ impl CellResult {
 }
 
 /// The first flexnbd against the best peer; `None` without a result of both.
-fn ratio(servers: &[ServerResult]) -> Option<Ratio> {
+pub(crate) fn ratio(servers: &[ServerResult]) -> Option<Ratio> {
     let ours = servers.iter().find(|server| server.ours)?;
     let our_median = ours.median?;
     let peers = servers.iter().filter(|server| !server.ours);
@@ -191,7 +211,7 @@ fn ratio(servers: &[ServerResult]) -> Option<Ratio> {
 }
 
 impl Results {
-    pub(super) fn read(file: &Path) -> Result<Self, Error> {
+    pub(crate) fn read(file: &Path) -> Result<Self, Error> {
         let read = || -> Result<Self, Error> { Ok(serde_json::from_slice(&fs::read(file)?)?) };
         let mut results = read().map_err(|error| format!("{}: {error}", file.display()))?;
         for cell in &mut results.cells {
@@ -200,7 +220,7 @@ impl Results {
         Ok(results)
     }
 
-    pub(super) fn print_about(&self) {
+    pub(crate) fn print_about(&self) {
         let About { machine, servers, fio, rounds, seconds, image_mib } = &self.about;
         machine.print();
         for Server { name, version, usage, .. } in servers {
@@ -213,7 +233,7 @@ impl Results {
     }
 
     /// Computes the means and the targets that this run has figures for.
-    pub(super) fn summarize(&mut self) {
+    pub(crate) fn summarize(&mut self) {
         self.summary = means(&self.cells);
         self.targets = cell_targets(&self.cells);
         let ours = self.memory.iter().filter(|row| row.ours);
@@ -226,7 +246,7 @@ impl Results {
     }
 
     /// Prints everything except the cells.
-    pub(super) fn print(&self) {
+    pub(crate) fn print(&self) {
         memory::print(&self.memory);
         activation::print(&self.activation);
         if !self.summary.is_empty() {
@@ -266,7 +286,17 @@ fn ranked(cells: &[CellResult]) -> Vec<(Cell, &Ratio)> {
     ranked
 }
 
-fn means(cells: &[CellResult]) -> Vec<Mean> {
+/// The mean of ratios, for which twice and half as fast are opposites. `None` if a time was too short
+/// to measure.
+pub(crate) fn geometric_mean(values: &[f64]) -> Option<f64> {
+    if values.is_empty() || values.iter().any(|value| *value <= 0.0) {
+        return None;
+    }
+    let sum: f64 = values.iter().map(|value| value.ln()).sum();
+    Some((sum / values.len() as f64).exp())
+}
+
+pub(crate) fn means(cells: &[CellResult]) -> Vec<Mean> {
     let mean = |generator| {
         let mut ranked = ranked(cells);
         ranked.retain(|(cell, _)| cell.generator == generator);
@@ -289,12 +319,13 @@ fn cell_targets(cells: &[CellResult]) -> Vec<Target> {
         targets.push(Target::new(of, "≥ × 1.00", seen, reached == all));
     }
     for Mean { generator, rate, .. } in means(cells) {
-        let (of, min) = match generator {
-            Generator::Raw => ("rate, geometric mean of the cells of our own generator", 2.0),
-            Generator::Fio => ("rate, geometric mean of fio's cells", 1.5),
+        let (of, wanted, min) = match generator {
+            Generator::Raw => {
+                ("rate, geometric mean of the cells of our own generator", "≥ × 2.00", 2.0)
+            }
+            Generator::Fio => ("rate, geometric mean of fio's cells", "≥ × 1.50", 1.5),
         };
-        let wanted = format!("≥ × {min:.2}");
-        targets.push(Target::new(of, &wanted, format!("× {rate:.2}"), rate >= min));
+        targets.push(Target::new(of, wanted, format!("× {rate:.2}"), rate >= min));
     }
     let small = ranked.iter().filter(|(cell, _)| cell.block == 4096 && cell.depth == 32);
     let cpus: Vec<f64> = small.map(|(_, ratio)| ratio.cpu).collect();
@@ -326,60 +357,4 @@ fn memory_targets(row: &MemoryRow) -> Vec<Target> {
         targets.push(Target::new(of, wanted, seen, large <= usual + 256));
     }
     targets
-}
-
-#[cfg(test)]
-#[allow(unused)] // See peers.rs.
-mod tests {
-    use super::super::cells::Set;
-    use super::*;
-
-    /// A server with this processor time per request and these rates; 0 is a failed round.
-    fn server(name: &str, server_cpu_us_per_request: f64, rates: &[f64]) -> ServerResult {
-        let round = |rate: &f64| match *rate {
-            0.0 => Round::Failed("died".to_owned()),
-            requests_per_sec => Round::Measured(Sample {
-                requests_per_sec,
-                server_cpu_us_per_request,
-                ..Sample::default()
-            }),
-        };
-        ServerResult::new(name, name.starts_with("flexnbd"), rates.iter().map(round).collect())
-    }
-
-    #[test]
-    fn each_figure_has_its_own_best_peer() {
-        let ours = server("flexnbd", 2.0, &[300.0]);
-        let (nbdkit, qemu) = (server("nbdkit", 8.0, &[200.0]), server("qemu-nbd", 4.0, &[100.0]));
-        let found = ratio(&[ours.clone(), nbdkit, qemu]).unwrap();
-        assert_eq!((found.peer.as_str(), found.rate, found.cpu), ("nbdkit", 1.5, 0.5));
-        assert_eq!(ratio(&[ours.clone(), server("flexnbd-old", 1.0, &[6.0])]), None);
-        assert_eq!(ratio(&[ours, server("nbdkit", 1.0, &[0.0])]), None);
-    }
-
-    #[test]
-    fn the_spread_compares_measured_rounds_with_the_same_peer() {
-        let spread = |ours: &[f64]| {
-            let nbdkit = server("nbdkit", 1.0, &[10.0, 20.0, 10.0]);
-            let qemu = server("qemu-nbd", 1.0, &[1.0, 100.0, 1.0]);
-            let ratio = ratio(&[server("flexnbd", 1.0, ours), nbdkit, qemu]).unwrap();
-            (ratio.rate_lowest, ratio.rate, ratio.rate_highest)
-        };
-        assert_eq!(spread(&[30.0, 10.0, 20.0]), (0.5, 2.0, 3.0));
-        assert_eq!(spread(&[30.0, 0.0, 20.0]), (2.0, 2.5, 3.0));
-    }
-
-    #[test]
-    fn each_generator_has_its_own_mean() {
-        let small = Set::Small.cells()[0];
-        let fio = Cell { generator: Generator::Fio, ..small };
-        let cells = [(small, 4.0), (small, 1.0), (fio, 0.5)].map(|(cell, rate)| {
-            let servers = vec![server("flexnbd", 2.0, &[rate]), server("nbdkit", 4.0, &[1.0])];
-            CellResult::new(cell, servers)
-        });
-        let means: Vec<_> = means(&cells).iter().map(|mean| (mean.cells, mean.rate)).collect();
-        assert_eq!(means, [(2, 2.0), (1, 0.5)]);
-        let met: Vec<bool> = cell_targets(&cells).iter().map(|target| target.met).collect();
-        assert_eq!(met, [false, true, false, true]);
-    }
 }

@@ -1,0 +1,181 @@
+//! The servers: their command lines, and how they start and stop.
+//! All serve the same file through the page cache, on loopback or a unix socket, with their default
+//! settings except where those limit them (README.md, "How the peers are started").
+
+use super::cells::Transport;
+use crate::machine::version;
+use crate::nbd::Export;
+use crate::process::{FLEXNBD, Installed, PATIENCE, Process, installed};
+use crate::report::Error;
+use flexnbd::net::Address;
+use harness::{free_port, poll_until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use tempfile::TempDir;
+
+/// The only export of nbd-server; that of the others has no name.
+const EXPORT: &str = "disk";
+/// Any number of clients, the page cache as with the others, and holes for trimmed ranges.
+const QEMU_NBD: &str = "--format=raw --persistent --shared=0 --cache=writeback --discard=unmap";
+const QEMU_NBD_LISTEN: Option<[&str; 3]> = Some(["--bind", "--port", "--socket"]);
+
+/// How a server is started: its arguments before those for the address, and between them and the
+/// image; and the options for host, port and unix socket. nbd-server has none of these, but lines for
+/// its configuration file.
+type Kind = ([&'static str; 2], Option<[&'static str; 3]>);
+
+const KINDS: [(&str, Kind, &[&str]); 6] = [
+    (
+        "flexnbd",
+        // Accepts more clients than the benchmark opens.
+        (["serve --quiet --max-clients=2000", "--file"], Some(["--addr", "--port", "--addr"])),
+        &[FLEXNBD],
+    ),
+    (
+        "nbdkit",
+        (["--foreground --exit-with-parent", "file"], Some(["--ipaddr", "--port", "--unix"])),
+        &["nbdkit"],
+    ),
+    ("qemu-nbd", ([QEMU_NBD, "--aio=io_uring"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
+    ("qemu-nbd-threads", ([QEMU_NBD, "--aio=threads"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
+    ("nbd-server", (["", "splice=true\n"], None), &["nbd-server"]),
+    ("nbd-server-plain", (["", ""], None), &["nbd-server"]),
+];
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Server {
+    pub(crate) name: String,
+    /// Whether it is a build of flexnbd.
+    pub(crate) ours: bool,
+    pub(crate) version: String,
+    /// Its arguments, or its configuration, on one line.
+    pub(crate) usage: String,
+    #[serde(skip)]
+    program: PathBuf,
+    #[serde(skip)]
+    kind: Kind,
+}
+
+/// The servers with these names, if they are installed, and other builds of flexnbd.
+pub(crate) fn servers(names: &[String], also: &[(String, PathBuf)]) -> Result<Vec<Server>, Error> {
+    Ok(installed(names, also, &KINDS)?.into_iter().map(Server::new).collect())
+}
+
+impl Server {
+    fn new(Installed { name, kind, mut programs }: Installed<Kind>) -> Self {
+        let program = programs.swap_remove(0);
+        let (ours, version) = (kind == KINDS[0].1, version(&program));
+        let mut server = Self { name, ours, version, usage: String::new(), program, kind };
+        let image = Path::new("IMAGE");
+        server.usage = if server.forks() {
+            server.export_section(image).trim().replace('\n', " ")
+        } else {
+            server.arguments(image, &[]).join(" ".as_ref()).to_string_lossy().into_owned()
+        };
+        server
+    }
+
+    /// Whether it is nbd-server, which forks for each session, runs in the background, and is slow
+    /// to start: it makes Diffie-Hellman parameters before it listens.
+    pub(crate) fn forks(&self) -> bool {
+        self.kind.1.is_none()
+    }
+
+    /// The command line that serves `image` on a socket passed as systemd passes it, if possible.
+    pub(crate) fn activated(&self, image: &Path) -> Option<Vec<OsString>> {
+        let program = std::iter::once(self.program.clone().into_os_string());
+        (!self.forks()).then(|| program.chain(self.arguments(image, &[])).collect())
+    }
+
+    fn arguments(&self, image: &Path, listen: &[OsString]) -> Vec<OsString> {
+        let [before, after] = self.kind.0.map(|words| words.split(' ').map(OsString::from));
+        let listen = listen.iter().cloned();
+        before.chain(listen).chain(after).chain([image.into()]).collect()
+    }
+
+    /// The command line that serves `image` at `address`. nbd-server has its configuration file
+    /// and its process id in `folder`.
+    fn command(&self, image: &Path, address: &Address, folder: &Path) -> Result<Command, Error> {
+        let mut command = Command::new(&self.program);
+        let Some([host, port, path]) = self.kind.1 else {
+            let listen = match address {
+                Address::Tcp(at) => format!("listenaddr={}\nport={}", at.ip(), at.port()),
+                Address::Unix(path) => format!("unixsock={}", path.display()),
+            };
+            let text = format!("[generic]\n{listen}\n{}", self.export_section(image));
+            fs::write(folder.join("config"), text)?;
+            command.arg("-C").arg(folder.join("config")).arg("-p").arg(folder.join("pid"));
+            return Ok(command);
+        };
+        command.args(match address {
+            Address::Tcp(at) => {
+                let listen = [host, &at.ip().to_string(), port, &at.port().to_string()];
+                self.arguments(image, &listen.map(OsString::from))
+            }
+            Address::Unix(at) => self.arguments(image, &[path.into(), at.into()]),
+        });
+        Ok(command)
+    }
+
+    fn export_section(&self, image: &Path) -> String {
+        let (image, splice) = (image.display(), self.kind.0[1]);
+        format!("[{EXPORT}]\nexportname={image}\nflush=true\nfua=true\ntrim=true\n{splice}")
+    }
+}
+
+/// A server that accepts connections; stopped when dropped.
+#[derive(Debug)]
+pub(crate) struct Running {
+    /// The process that serves, or the parent of those that do.
+    pub(crate) pid: Pid,
+    pub(crate) export: Export,
+    process: Process,
+    _folder: TempDir,
+}
+
+impl Running {
+    /// Starts a server on an unused address and waits until it accepts connections.
+    pub(crate) fn start(
+        server: &Server,
+        image: &Path,
+        transport: Transport,
+    ) -> Result<Self, Error> {
+        let folder = tempfile::tempdir()?;
+        let address = match transport {
+            Transport::Tcp => Address::Tcp((Ipv4Addr::LOCALHOST, free_port()).into()),
+            Transport::Unix => Address::Unix(folder.path().join("socket")),
+        };
+        let mut command = server.command(image, &address, folder.path())?;
+        let pid_file = folder.path().join("pid");
+        let process = Process::start(&mut command, Stdio::null())?;
+        let export = Export { address, name: if server.forks() { EXPORT } else { "" } };
+        let mut running = Self { pid: process.pid, export, process, _folder: folder };
+        if server.forks() {
+            running.process.wait_for_success(PATIENCE)?;
+            running.process.wait_until(|| {
+                let text = fs::read_to_string(&pid_file).unwrap_or_default();
+                let pid = text.trim().parse().map(Pid::from_raw);
+                pid.map(|pid| running.pid = pid).is_ok()
+            })?;
+        }
+        running.process.wait_until(|| running.export.connect().is_ok())?;
+        Ok(running)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // The process in the background; `process` stops itself.
+        let in_background = self.pid != self.process.pid;
+        if in_background && kill(self.pid, Signal::SIGTERM).is_ok() {
+            let ended = poll_until(PATIENCE, || kill(self.pid, None).is_err());
+            let _ = (!ended).then(|| kill(self.pid, Signal::SIGKILL));
+        }
+    }
+}
