@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn force_replaces_a_damaged_record_but_no_newer_one() {
+    fn force_replaces_a_damaged_but_no_newer_record() {
         let copy = copy(None);
         xattr::set(&copy.file, ATTRIBUTE, b"nonsense").unwrap();
         assert!(matches!(copy.adopt(false), Err(AdoptError::Refused(_))));

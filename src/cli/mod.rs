@@ -219,7 +219,7 @@ struct VerbosityFlags {
     quiet: bool,
 }
 
-/// The options of one mode, with those that all modes have.
+/// The options of one mode, and the common ones.
 #[derive(clap::Args, Debug)]
 struct ModeFlags<T: clap::Args> {
     #[command(flatten)]

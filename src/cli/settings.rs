@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_path_takes_no_port_from_the_fallback() {
+    fn socket_path_takes_no_port_from_the_fallback() {
         let flags = Settings { addr: host("/run/x"), ..Settings::default() };
         let merged = flags.or(full("file", 2));
         assert_eq!(merged.address(), Ok(Some(Address::Unix("/run/x".into()))));

@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn an_invalid_value_in_the_file_is_a_config_error() {
+    fn invalid_value_in_the_file_is_a_config_error() {
         let request = serve(file("/a"), Some("disk.conf"));
         let expected = "disk.conf, line 1: PORT: `x` is not a port, a number up to 65535";
         let error = request.merge(Some("PORT=x\n"));

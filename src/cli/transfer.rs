@@ -116,7 +116,7 @@ enum TransferError {
     Server(ClientError),
     /// The range does not lie within the export; holds the export's size in bytes.
     BeyondTheEnd(u64),
-    /// Standard input ended or failed after `received` bytes, of which `written` were written.
+    /// Standard input ended or failed after `received` bytes; `written` of them were written.
     Input { received: u64, written: u64, error: Option<io::Error> },
     /// Writing to standard output failed.
     Output(io::Error),

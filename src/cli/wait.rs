@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_migration_that_ends_at_once_reports_its_start() {
+    fn short_migration_reports_its_start() {
         let done = Reply::success(Summary::default().to_string());
         assert_eq!(follow_fake(&done, 0), (vec!["Migration started".to_owned()], Ok(done)));
     }

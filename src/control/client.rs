@@ -156,7 +156,7 @@ pub enum AskFailure {
     #[error("this is not a socket")]
     NotASocket,
     /// The socket exists, but no process listens.
-    #[error("nobody listens there; the server seems to have died")]
+    #[error("no process listens there; the server seems to have died")]
     NotListening,
     /// We have no permission to connect.
     #[error("permission denied; only the server's user and root may control it")]

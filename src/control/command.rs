@@ -392,7 +392,7 @@ pub enum CommandEncodeError {
     /// This ACL entry is empty, holds a line break or is longer than [`LINE_BYTES_MAX`].
     #[error("{0:?} cannot be sent: an entry is one line of 1 to {LINE_BYTES_MAX} bytes")]
     BadEntry(String),
-    /// Number of ACL entries, of which at most [`LINES_MAX`] − 1 fit.
+    /// The number of ACL entries; at most [`LINES_MAX`] − 1 fit.
     #[error("{0} entries are too many, {max} can be sent", max = LINES_MAX - 1)]
     TooManyEntries(usize),
 }

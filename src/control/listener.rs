@@ -482,7 +482,7 @@ fn log_text(command: &str, from: Credentials, reply: &Reply) -> String {
     format!("control socket: {command:?} from {from}: answered {:?}", reply.to_string())
 }
 
-/// Sends the reply, reads what the client has sent after its command, and ends our side.
+/// Sends the reply, shuts down the sending side, and discards the bytes that follow the command.
 fn send_reply(stream: &mut &UnixStream, reply: &Reply, timeout: Duration) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_write_timeout(Some(timeout))?;
@@ -496,7 +496,7 @@ fn send_reply(stream: &mut &UnixStream, reply: &Reply, timeout: Duration) -> io:
     }
 }
 
-/// Reads and drops what the client sends, until it closes the connection or `limit` has passed.
+/// Discards the client's bytes until it closes the connection or `limit` has passed.
 fn drain_until_closed(stream: &mut &UnixStream, limit: Duration) -> io::Result<()> {
     let deadline = Instant::now() + limit;
     let mut buffer = [0; 4096];

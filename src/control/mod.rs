@@ -1,7 +1,6 @@
 //! The control socket, on which operators send commands: its protocol, its server, its client.
 //!
-//! Never decides what a command means to the server, which the [`Operator`] does, and never parses
-//! an access control list.
+//! Never executes a command, which the [`Operator`] does, and never parses an access control list.
 //!
 //! ```text
 //! client ──Command──▶ listener ──execute──▶ Operator

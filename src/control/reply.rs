@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn any_text_is_parsed_but_only_a_number_as_code() {
+    fn code_must_be_a_number_text_may_be_anything() {
         assert_eq!(Reply::from_wire(b"0:ok\n"), Ok(Reply::success("ok")));
         assert_eq!(Reply::from_wire(b"1:"), Ok(Reply::refused("")));
         assert_eq!(Reply::from_wire(b"1:  two spaces\r\n"), Ok(Reply::refused(" two spaces")));

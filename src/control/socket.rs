@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_is_not_the_stale_one_is_restored() {
+    fn socket_other_than_the_stale_one_is_restored() {
         let directory = directory();
         let (path, ours) = (directory.path().join("live"), directory.path().join("ours"));
         drop(UnixListener::bind(&path).unwrap());
@@ -426,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn a_temporary_file_of_a_dead_process_is_replaced() {
+    fn temporary_file_of_a_dead_process_is_replaced() {
         let directory = directory();
         let path = directory.path().join("control.sock");
         drop(UnixListener::bind(temporary_beside(&path).unwrap()).unwrap());

@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_percent_sign_that_escapes_nothing_stands_for_itself() {
+    fn percent_sign_without_digits_is_kept() {
         assert_eq!(
             pairs("a=100% b=%zz c=%4").unwrap(),
             [

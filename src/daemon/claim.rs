@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_created_to_receive_into_is_not_served() {
+    fn image_created_for_receiving_is_not_served() {
         let (_directory, image) = directory();
         let claimed = claim(LISTEN, &image).unwrap();
         assert!(matches!(claimed.ownership, Ownership::Incoming { copy: Some(None), .. }));
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_has_arrived_is_not_received_again() {
+    fn arrived_disk_is_not_received_again() {
         let (_directory, image) = directory();
         let claimed = claim(LISTEN, &image).unwrap();
         let arrived = Record::Ours(Provenance::Arrived(ID));

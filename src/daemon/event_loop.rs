@@ -232,8 +232,8 @@ impl Process {
     /// Closes the modules in order: control socket, server, sessions.
     ///
     /// Sessions are stored for the next process, except while a disk is received, since its
-    /// sessions are the migration, and after a failed flush, of which the next process would not
-    /// know.
+    /// sessions are the migration, and after a failed flush, because a snapshot does not hold that
+    /// failure.
     fn close(&mut self, end: &ProcessEnd) {
         let stores_sessions = !self.service.is_receiving() && self.disk.all_flushes_succeeded();
         log_unsent(self.notifier.stopping());

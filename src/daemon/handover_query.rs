@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_local_address_does_not_prevent_the_question() {
+    fn query_falls_back_to_any_local_address() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let to = RemoteAddress::new(&listener.local_addr().unwrap().to_string()).unwrap();
         // No host has it (RFC 5737).

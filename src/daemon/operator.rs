@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mirror_ordered_while_stopping_connects_nowhere() {
+    fn mirror_while_stopping_does_not_connect() {
         let directory = tempfile::tempdir_in("/var/tmp").unwrap();
         let (service, events) = service(&directory);
         service.waiters.interrupt();
@@ -357,15 +357,15 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_has_moved_is_not_moved_again() {
+    fn moved_disk_is_not_moved_again() {
         assert!(check_not_moved(None).is_ok());
         assert!(check_not_moved(Some(&Outcome::Broken)).is_ok());
         assert!(check_not_moved(Some(&Outcome::Arrived { acknowledged: true })).is_err());
         assert!(check_not_moved(Some(&Outcome::Arrived { acknowledged: false })).is_err());
     }
 
-    /// Starts a waiter, calls `wake` once the waiter has checked for a result, and returns what the
-    /// waiter got.
+    /// Starts a waiter, calls `wake` once the waiter has checked for a result, and returns the
+    /// waiter's result.
     fn wait_until(
         result: impl Fn() -> Option<u8> + Send,
         wake: impl FnOnce(&MigrationWaiters),

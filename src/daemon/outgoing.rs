@@ -321,7 +321,7 @@ fn cannot_start(why: StartFailure) -> Reply {
 fn failed(trouble: &Trouble) -> Reply {
     let words = match trouble {
         Trouble::Connect(_) => "Mirror failed to connect",
-        Trouble::Silent(_) => "Remote server failed to respond",
+        Trouble::NoGreeting(_) => "Remote server failed to respond",
         Trouble::Size { .. } => "Remote size does not match local size",
         Trouble::Record(_) => "Mirroring abandoned",
         _ => "Mirror was rejected",
@@ -337,7 +337,7 @@ mod tests {
     use crate::migration::job::RecordKind;
 
     #[test]
-    fn the_departing_record_keeps_the_address_bound_to() {
+    fn departing_record_keeps_the_bind_address() {
         let context = MigrationContext {
             disk: Arc::new(Disk::new(Box::new(MemoryBackend::new(1 << 20)), false)),
             image: PathBuf::new(),
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn the_timeout_variable_is_capped_and_must_be_a_number() {
+    fn timeout_variable_is_validated_and_capped() {
         assert_eq!(timeout(Some("7")), Some(Duration::from_secs(7)));
         let most = TIMEOUT_MAX.as_secs();
         assert_eq!(timeout(Some(&most.to_string())), Some(TIMEOUT_MAX));

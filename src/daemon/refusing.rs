@@ -268,7 +268,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refusals_are_logged_at_once_then_once_a_minute() {
+    fn refusals_are_logged_at_most_once_a_minute() {
         let peer: Peer = Peer::Tcp("192.0.2.1:4711".parse().unwrap());
         let mut refusals = RefusalLog::default();
         let start = Instant::now();

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn every_signal_that_would_end_the_process_has_a_meaning() {
+    fn every_fatal_signal_has_a_meaning() {
         use Signal::*;
         // Faults of the program, signals that cannot be blocked, job control, and signals whose
         // default action is to do nothing.

@@ -55,7 +55,7 @@ pub enum StartError {
 pub struct OwnershipDenial {
     /// A sentence for the operator.
     pub(super) why: String,
-    /// The migration that took the disk away, and its destination.
+    /// The migration that moved the disk away, and its destination.
     pub(super) departure: Option<(Id, RemoteAddress)>,
     /// The question whose answer decides whether the disk may be served, if it is in doubt.
     pub(super) query: Option<Box<HandoverQuery>>,

@@ -188,7 +188,7 @@ fn run(mut checks: Vec<HealthCheck>, interval: Duration, feed: &dyn Fn(), closed
     }
 }
 
-/// When to check the parts, and what follows from their answers. Pure.
+/// The schedule of health checks, and the decision that their answers lead to. Pure.
 #[derive(Clone, Copy, Debug)]
 struct CheckSchedule {
     interval: Duration,
@@ -242,7 +242,7 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_secs(20);
 
     #[test]
-    fn the_watchdog_is_fed_every_interval_if_all_answer() {
+    fn watchdog_is_fed_while_all_parts_answer() {
         let start = Instant::now();
         let mut schedule = CheckSchedule::new(8 * SECOND, start);
         assert_eq!(schedule.look(start + 7 * SECOND, true), WatchdogAction::Wait);
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_that_end_on_close_are_no_longer_checked() {
+    fn closing_parts_are_no_longer_checked() {
         let (watchdog, fed) = start(vec![check(u64::MAX, false), check(2, true)]);
         for _ in 0..2 {
             fed.recv_timeout(TIMEOUT).unwrap();

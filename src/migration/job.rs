@@ -113,7 +113,9 @@ impl DestinationInfo {
         match self.answer {
             Some(Answer { listening: None, .. }) => return Some(Trouble::Serving),
             Some(Answer { has: Has::Arrived, .. }) => {
-                return Some(Trouble::Confused("the destination claims to have the disk already"));
+                return Some(Trouble::Unexpected(
+                    "the destination claims to have the disk already",
+                ));
             }
             _ => {}
         }
@@ -395,14 +397,14 @@ pub enum Outcome {
     },
     /// An operator broke it off; the disk stays here.
     Broken,
-    /// The disk cannot be moved there, or not from here; it stays here.
+    /// The migration is impossible, for this reason; the disk stays here.
     Failed(Trouble),
 }
 
 /// An event for the log and for `mirror`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum News {
-    /// The destination accepted the disk for the first time: `mirror` may answer.
+    /// The destination accepted the migration for the first time: `mirror` may answer.
     Started,
     /// The copy stopped progressing, or the reason changed.
     Obstructed(Obstacle),

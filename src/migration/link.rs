@@ -353,13 +353,13 @@ fn decode_answer(answer: Option<Vec<u8>>) -> Result<Option<Answer>, Trouble> {
     answer
         .map(|data| Answer::decode(&data))
         .transpose()
-        .map_err(|_| Trouble::Confused("the destination's answer is of another version"))
+        .map_err(|_| Trouble::Unexpected("the destination's answer is of another version"))
 }
 
 fn handshake_trouble(error: ClientError) -> Trouble {
     match error {
         ClientError::Connection(error) if error.kind() == io::ErrorKind::TimedOut => {
-            Trouble::Silent(error.to_string())
+            Trouble::NoGreeting(error.to_string())
         }
         error => Trouble::Rejected(error.to_string()),
     }

@@ -270,7 +270,8 @@ impl Source {
             Action::Unlink => self.unlink(),
             Action::Retire => {
                 self.stats.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
-                // First the server stops admitting clients; then the gate fails those that wait.
+                // The server must stop admitting clients before the gate fails the waiting
+                // requests.
                 self.observer.retire();
                 self.disk.gate().retire();
                 Event::Done
@@ -517,7 +518,7 @@ impl Drop for Source {
     fn drop(&mut self) {
         if self.handle.outcome().is_none() {
             let why = "the migration broke down; restart the server";
-            self.handle.close(&Outcome::Failed(Trouble::Confused(why)), self.stats);
+            self.handle.close(&Outcome::Failed(Trouble::Unexpected(why)), self.stats);
         }
     }
 }

@@ -14,7 +14,7 @@ pub enum Trouble {
     Rejected(String),
     /// The destination accepted the connection and sent no NBD greeting.
     #[error("the destination did not greet us: {0}")]
-    Silent(String),
+    NoGreeting(String),
     /// The destination's export and our disk differ in size.
     #[error("the destination's disk has {remote} bytes, ours has {local}; make them equal")]
     Size {
@@ -37,7 +37,7 @@ pub enum Trouble {
     Lost(String),
     /// The destination acknowledged nothing for this time.
     #[error("the destination made no progress for {} s", .0.as_secs())]
-    Stuck(Duration),
+    NoProgress(Duration),
     /// The destination answered a request with this NBD error.
     #[error("the destination answered with NBD error {0}; see its log")]
     ErrorReply(u32),
@@ -55,7 +55,7 @@ pub enum Trouble {
     Unreadable(String),
     /// An event or a reply that cannot occur: a defect of the peer or of this program.
     #[error("{0}")]
-    Confused(&'static str),
+    Unexpected(&'static str),
 }
 
 /// Why a migration does not progress at present.
@@ -114,11 +114,11 @@ impl Trouble {
     fn word(&self) -> &'static str {
         match self {
             Self::Connect(_)
-            | Self::Silent(_)
+            | Self::NoGreeting(_)
             | Self::Lost(_)
-            | Self::Stuck(_)
+            | Self::NoProgress(_)
             | Self::Cookie(_)
-            | Self::Confused(_) => "link",
+            | Self::Unexpected(_) => "link",
             Self::Rejected(_)
             | Self::Size { .. }
             | Self::ReadOnly

@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn answer_with_unknown_role_state_or_padding_is_invalid() {
+    fn answer_with_an_invalid_field_is_refused() {
         let good = Answer { listening: Some(Token([7; 16])), has: Has::Arrived }.encode();
         for (at, value) in [(4, 0), (4, 3), (5, 3), (6, 1), (7, 1), (4, 2)] {
             let mut bad = good;

@@ -169,7 +169,7 @@ fn commands_without_a_server_name_the_reason() {
             command(sock, mode, arguments).run().refused(1, &[&start]);
         };
         assert_error(&none, "no such socket; is the server running?");
-        assert_error(&dead, "nobody listens there");
+        assert_error(&dead, "no process listens there");
         assert_error(&file, "this is not a socket");
     }
     let instance = Program::flexnbd("status --instance no-such-disk").run();

@@ -255,7 +255,7 @@ fn documented_obstacles_match_status() {
         Obstacle::Requests(String::new()),
         Obstacle::Flush,
         Obstacle::LastCopy(""),
-        Obstacle::Acknowledgement(Trouble::Stuck(ASK_AFTER)),
+        Obstacle::Acknowledgement(Trouble::NoProgress(ASK_AFTER)),
     ];
     let words = obstacles.map(|obstacle| format!("Li {}", obstacle.word()));
     assert_eq!(page().items("STAGES/Obstacles"), words);
@@ -280,13 +280,13 @@ fn troubles() -> Vec<String> {
     let troubles = [
         Trouble::Connect("cannot connect to ADDRESS: REASON".to_owned()),
         Trouble::Rejected(reason()),
-        Trouble::Silent(reason()),
+        Trouble::NoGreeting(reason()),
         Trouble::Size { local: 1, remote: 2 },
         Trouble::ReadOnly,
         Trouble::Serving,
         Trouble::BlockSize(512),
         Trouble::Lost(reason()),
-        Trouble::Stuck(Duration::from_secs(1)),
+        Trouble::NoProgress(Duration::from_secs(1)),
         Trouble::ErrorReply(5),
         Trouble::Cookie(1),
         Trouble::Record(reason()),

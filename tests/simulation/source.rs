@@ -579,7 +579,7 @@ impl World {
             Some(ToSource::Answer(answer)) => Some(Ok(answer)),
             Some(_) => Some(Err(Trouble::Rejected("busy".to_owned()))),
             None if connection.ended_for_source() || self.now >= deadline => {
-                Some(Err(Trouble::Silent("no greeting".to_owned())))
+                Some(Err(Trouble::NoGreeting("no greeting".to_owned())))
             }
             None => None,
         }

@@ -28,8 +28,8 @@ impl IdleStatus {
     }
 }
 
-/// `43 % copied, 112 MiB/s, about 12 s left`, and the obstacle, if there is one; or what the
-/// migration does instead of copying.
+/// `43 % copied, 112 MiB/s, about 12 s left`, and the obstacle, if there is one; or the stage of
+/// the migration, if it does not copy.
 pub(super) fn progress(size: u64, progress: Option<&Progress>) -> String {
     let Some(now) = progress else { return "connecting".to_owned() };
     match (now.stage, &now.obstacle) {

@@ -104,7 +104,7 @@ pub(super) fn flushing(
             let until = cx.within_freeze(stuck);
             Ok(Next::Do(Phase::Flushing(link), Action::Wait { until }))
         }
-        Event::Done | Event::Tick => Err(Trouble::Stuck(cx.job.timeout)),
+        Event::Done | Event::Tick => Err(Trouble::NoProgress(cx.job.timeout)),
         event => Err(link_trouble(event)),
     }
 }

@@ -73,7 +73,7 @@ fn check_progress(cx: &mut Context, now: Duration, link: &LinkState) -> Result<(
         cx.report_obstacle(now, Obstacle::Flush);
     }
     let stuck = awaiting && now >= link.last_progress + cx.job.timeout;
-    if stuck { Err(Trouble::Stuck(cx.job.timeout)) } else { Ok(()) }
+    if stuck { Err(Trouble::NoProgress(cx.job.timeout)) } else { Ok(()) }
 }
 
 fn replied(

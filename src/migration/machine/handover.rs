@@ -88,7 +88,7 @@ pub(super) fn handing_over(
             Next::Do(Phase::HandingOver(sent), Action::Wait { until: ask_at })
         }
         Event::Done | Event::Tick => {
-            let trouble = Trouble::Stuck(ASK_AFTER.min(cx.job.timeout));
+            let trouble = Trouble::NoProgress(ASK_AFTER.min(cx.job.timeout));
             cx.report_obstacle(now, Obstacle::Acknowledgement(trouble));
             ask(cx, Doubt { token, awaited: Some(cookie), ask_at: now })
         }

@@ -73,7 +73,7 @@ pub(super) struct LinkState {
     /// Time of the last reply, or of the first request after a pause.
     pub(super) last_progress: Duration,
     pub(super) flush: Flush,
-    /// Consecutive FLUSHes that took long.
+    /// Consecutive slow FLUSHes.
     pub(super) slow_flushes: u32,
 }
 
@@ -129,7 +129,7 @@ pub(super) enum AfterUndo {
     Resume(LinkState),
 }
 
-/// Whether clients may write while the copy goes on.
+/// Whether clients may write during the copy.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum WriteAccess {
     Open,
@@ -167,5 +167,5 @@ pub(super) fn link_trouble(event: Event) -> Trouble {
 /// caller. Debug builds panic; in others the attempt fails like any other, and is undone.
 pub(super) fn impossible(event: &Event) -> Trouble {
     debug_assert!(false, "{} is no result of the action", event.name());
-    Trouble::Confused("an action ended in a way that it cannot end")
+    Trouble::Unexpected("an action ended in a way that it cannot end")
 }

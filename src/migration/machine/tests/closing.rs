@@ -259,7 +259,7 @@ fn before() -> Action {
     Action::Record(RecordKind::Before)
 }
 
-/// The record *departing* is durable too late, and clients go on: the machine restores it.
+/// A machine that restores the record: *departing* was durable too late, and the gate has opened.
 fn restoring_the_record() -> Rig {
     let mut rig = Rig::new(job(), ours(TOKEN, Has::Nothing));
     rig.until(|action| *action == Action::Record(RecordKind::Departing));

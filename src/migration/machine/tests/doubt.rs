@@ -49,7 +49,7 @@ fn acknowledgement_counts_while_being_asked_for() {
         rig.pending.clear();
         rig.now += ASK_AFTER;
         assert!(matches!(rig.give(Event::Tick), Action::Ask(_)));
-        rig.give(Event::Unreachable(Trouble::Silent("it settles".to_owned())));
+        rig.give(Event::Unreachable(Trouble::NoGreeting("it settles".to_owned())));
     }
     assert_eq!(rig.give(Event::Reply { cookie, error: None }), &Action::Retire);
     assert_eq!(rig.until_end(), Outcome::Arrived { acknowledged: true });

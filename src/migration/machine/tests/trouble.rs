@@ -165,7 +165,7 @@ fn silent_destination_is_lost_after_sixty_seconds() {
     rig.until(is_wait);
     rig.now = until;
     assert_eq!(rig.give(Event::Tick), &Action::HangUp);
-    assert!(rig.news().contains(&obstructed(Trouble::Stuck(Duration::from_secs(60)))));
+    assert!(rig.news().contains(&obstructed(Trouble::NoProgress(Duration::from_secs(60)))));
 }
 
 #[test]
