@@ -1,6 +1,6 @@
-//! The state machine of the destination: which connection may write the incoming disk, and when the
-//! disk is ours. Never writes, connects or waits: the caller asks before it acts, and reports
-//! results.
+//! The state machine of the destination: which connection may write the incoming disk, and when
+//! the disk is ours.
+//! Never writes, connects or waits: the caller asks before it acts, and reports results.
 //!
 //! ```text
 //!                    first byte                     HANDOVER
@@ -16,9 +16,9 @@
 //!   is never served as a disk.
 //! * A source that introduces itself again closes its earlier connection for good: the caller ends
 //!   that connection and waits for its last request *before* it sends the answer. The same holds
-//!   for a source that takes the slot of a sender that was silent for too long. Neither loses
-//!   acknowledged data: without the slot the handover of the silent sender is refused, so its
-//!   source keeps and serves its disk.
+//!   for a source that takes the slot of a sender that was silent for too long. No acknowledged
+//!   data is lost, whether that sender is dead or slow: without the slot its handover is refused,
+//!   and its source keeps and serves its disk until a handover is acknowledged.
 //! * HANDOVER is acknowledged after first the data and then the record *ours* are durable. If
 //!   either fails, the state of the medium is unknown: the process exits without a reply, and the
 //!   next one reads the record.
@@ -338,8 +338,9 @@ impl Arrival {
     }
 
     /// Whether a request of `connection` that does not change the disk may be executed. Only the
-    /// holder of the slot reads an incomplete copy, and a plain client only after it has written.
-    /// Before any copy, any oldstyle client may become the writer, so all may read the image.
+    /// holder of the slot may read; a plain holder only after it has written, if the image holds an
+    /// incomplete copy. Any oldstyle client may become the writer, so all may read an image without
+    /// a copy until one of them writes.
     ///
     /// # Errors
     /// If it may not.

@@ -92,7 +92,8 @@ impl Link {
             .map_err(|error| Trouble::Connect(error.to_string()))?;
         // Setting an option fails only on a broken connection, which the handshake detects.
         let _ = stream.tune().and_then(|()| stream.limit_unsent());
-        // `sendfile(2)` has no flag for one call, and must not block on a destination that hangs.
+        // `sendfile(2)` must not block on a destination that hangs, and has no flag like
+        // MSG_DONTWAIT.
         stream.set_nonblocking().map_err(|error| Trouble::Local(error.to_string()))?;
         let private = question.map(|question| question.encode().to_vec());
         let offer = ClientOffer { private, ..ClientOffer::default() };

@@ -35,7 +35,7 @@ impl Default for Limits {
     }
 }
 
-/// A destination's minimum block size is at most this, in bytes.
+/// Largest supported minimum block size of a destination, in bytes.
 pub const BLOCK_MIN_MAX: u64 = 16 << 10;
 
 /// No more marks are taken while this many ranges wait for a request in flight.
@@ -56,7 +56,7 @@ pub struct Caps {
 /// The content of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Data.
+    /// Bytes to send as data.
     Data,
     /// A hole, or bytes that are all zero.
     Zeros,

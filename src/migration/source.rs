@@ -103,8 +103,7 @@ impl MigrationHandle {
         self.wake.wake();
     }
 
-    /// The progress, at most [`PROGRESS_EVERY`] old while requests are sent; `None` before the
-    /// start.
+    /// The progress when it was last updated; `None` before the start.
     #[must_use]
     pub fn progress(&self) -> Option<Progress> {
         lock(&self.progress).clone()
