@@ -88,8 +88,8 @@ fn first_line(program: impl AsRef<OsStr>, arguments: &[&str]) -> String {
     text.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default().to_owned()
 }
 
-/// Writes a portion of data without blocks of zeros at each of these offsets, up to `size`, and syncs
-/// the file.
+/// Writes a portion of data without blocks of zeros at each of these offsets, up to `size`. Syncs the
+/// file.
 pub(crate) fn write_data(
     file: &File,
     offsets: impl IntoIterator<Item = u64>,

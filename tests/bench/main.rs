@@ -1,5 +1,5 @@
-//! Tests that the benchmarks measure correctly. `cargo bench` runs the benchmarks themselves, from the
-//! roots peers.rs and migrate.rs; they have no test harness, so that all tests are here.
+//! Tests that the benchmarks measure correctly. `cargo bench` runs the benchmarks themselves, from
+//! the crate roots peers.rs and migrate.rs. These have no test harness, so all tests are here.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -1,5 +1,5 @@
-//! The programs to measure: which of them are installed, and their processes, which are stopped when
-//! dropped. Signals only processes that the benchmark started.
+//! The programs to measure: which are installed, and their processes, which stop when dropped.
+//! Signals only processes that the benchmark started.
 
 use crate::report::Error;
 use nix::sys::signal::{Signal, kill};
@@ -28,8 +28,8 @@ pub(crate) struct Installed<K> {
     pub(crate) programs: Vec<PathBuf>,
 }
 
-/// Those of `names` that are installed, and other builds of flexnbd; prints which are missing. Each of
-/// `kinds` is a name, a kind and its programs; flexnbd is the first one.
+/// The servers or systems in `names` that are installed, and other builds of flexnbd. Prints which
+/// are missing. Each entry of `kinds` is a name, a kind and its programs; the first is flexnbd.
 pub(crate) fn installed<K: Copy>(
     names: &[String],
     also: &[(String, PathBuf)],
@@ -38,7 +38,7 @@ pub(crate) fn installed<K: Copy>(
     let mut all = Vec::new();
     for name in names {
         let known = kinds.iter().find(|(known, ..)| known == name);
-        let (_, kind, programs) = *known.ok_or_else(|| format!("nothing is known as {name}"))?;
+        let (_, kind, programs) = *known.ok_or_else(|| format!("unknown name {name}"))?;
         let found = programs.iter().map(|program| find(program).ok_or(*program)).collect();
         match found {
             Ok(programs) => all.push(Installed { name: name.clone(), kind, programs }),

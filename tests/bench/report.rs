@@ -7,7 +7,7 @@ use std::path::Path;
 pub(crate) type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// Calls `measure` for each of `count` participants in each round; returns the results of each.
-/// Every round begins with another participant, so that a disturbance of the machine does not always
+/// Each round begins with another participant, so that a disturbance of the machine does not always
 /// hit the same one.
 pub(crate) fn in_turns<T>(
     rounds: u32,

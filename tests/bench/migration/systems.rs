@@ -136,8 +136,8 @@ pub(crate) struct FlexnbdMoved {
 }
 
 impl Side {
-    /// Starts `serve` or `listen`, and waits until it replies on its control socket, which is after it
-    /// listens. A connection would not do: a destination may take the first client for its source.
+    /// Starts `serve` or `listen`, and waits until it replies on its control socket; it listens by
+    /// then. Never connects to it: a destination may take the first client for its source.
     fn start(program: &Path, mode: &str, image: &Path, folder: &Path) -> Result<Self, Error> {
         let (address, control) = (free_address(), folder.join(mode));
         let mut command = Command::new(program);
@@ -209,16 +209,18 @@ fn mirror(daemon: &Path, nbd: &Path, pair: &Pair) -> Result<Duration, Error> {
     command.args(["--blockdev", "driver=raw,node-name=source,file=file"]);
     let mut source = Process::start(&mut command, Stdio::null())?;
     source.wait_until(|| UnixStream::connect(&socket).is_ok())?;
-    let mut monitor = Monitor::connect(&socket)?;
+    let monitor = UnixStream::connect(&socket)?;
+    monitor.set_read_timeout(Some(MIGRATION_TIME_MAX))?;
+    let mut monitor = BufReader::new(monitor);
     let is_return = |line: &Value| line.get("return").is_some();
-    monitor.execute("qmp_capabilities", &json!({}), is_return)?;
+    execute(&mut monitor, "qmp_capabilities", &json!({}), is_return)?;
     let start = Instant::now();
     let server = json!({ "type": "inet", "host": host, "port": port });
     let node = json!({ "driver": "nbd", "node-name": "target", "server": server, "export": "" });
-    monitor.execute("blockdev-add", &node, is_return)?;
+    execute(&mut monitor, "blockdev-add", &node, is_return)?;
     let job = json!({ "job-id": "move", "device": "source", "target": "target", "sync": "full" });
     // The event may precede the return.
-    monitor.execute("blockdev-mirror", &job, |line| line["event"] == "BLOCK_JOB_READY")?;
+    execute(&mut monitor, "blockdev-mirror", &job, |line| line["event"] == "BLOCK_JOB_READY")?;
     Ok(start.elapsed())
 }
 
@@ -227,39 +229,26 @@ fn value(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// A QMP connection: one JSON value per line.
-#[derive(Debug)]
-struct Monitor {
-    stream: BufReader<UnixStream>,
-}
-
-impl Monitor {
-    fn connect(path: &Path) -> Result<Self, Error> {
-        let stream = UnixStream::connect(path)?;
-        stream.set_read_timeout(Some(MIGRATION_TIME_MAX))?;
-        Ok(Self { stream: BufReader::new(stream) })
-    }
-
-    /// Executes a command and reads lines until one ends it; fails if the command or a job fails.
-    fn execute(
-        &mut self,
-        name: &str,
-        arguments: &Value,
-        ends: impl Fn(&Value) -> bool,
-    ) -> Result<(), Error> {
-        writeln!(self.stream.get_mut(), "{}", json!({ "execute": name, "arguments": arguments }))?;
-        loop {
-            let mut line = String::new();
-            self.stream.read_line(&mut line)?;
-            // Fails at the end of the stream, too.
-            let line: Value = serde_json::from_str(&line)?;
-            let failures = ["BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_JOB_CANCELLED"];
-            if line.get("error").is_some() || failures.iter().any(|event| line["event"] == *event) {
-                return Err(format!("qemu-storage-daemon: {name} failed: {line}").into());
-            }
-            if ends(&line) {
-                return Ok(());
-            }
+/// Executes a QMP command, one JSON value per line, and reads lines until one ends it. Fails if the
+/// command or a job fails.
+fn execute(
+    monitor: &mut BufReader<UnixStream>,
+    name: &str,
+    arguments: &Value,
+    ends: impl Fn(&Value) -> bool,
+) -> Result<(), Error> {
+    writeln!(monitor.get_mut(), "{}", json!({ "execute": name, "arguments": arguments }))?;
+    loop {
+        let mut line = String::new();
+        monitor.read_line(&mut line)?;
+        // Fails at the end of the stream, too.
+        let line: Value = serde_json::from_str(&line)?;
+        let failures = ["BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "BLOCK_JOB_CANCELLED"];
+        if line.get("error").is_some() || failures.iter().any(|event| line["event"] == *event) {
+            return Err(format!("qemu-storage-daemon: {name} failed: {line}").into());
+        }
+        if ends(&line) {
+            return Ok(());
         }
     }
 }

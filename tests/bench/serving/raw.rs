@@ -134,7 +134,7 @@ impl Session {
         }
     }
 
-    /// Parses the bytes after those of `partial`, which they begin with. A failed request is an error.
+    /// Parses received bytes, those of `partial` first. A failed request is an error.
     fn parse(&mut self, mut bytes: &[u8]) -> Result<u64, Error> {
         let mut complete = 0;
         loop {

@@ -286,8 +286,8 @@ fn ranked(cells: &[CellResult]) -> Vec<(Cell, &Ratio)> {
     ranked
 }
 
-/// The mean of ratios, for which twice and half as fast are opposites. `None` if a time was too short
-/// to measure.
+/// The mean of ratios, for which twice and half as fast are opposites. `None` if a ratio is 0, that
+/// of a time too short to measure.
 pub(crate) fn geometric_mean(values: &[f64]) -> Option<f64> {
     if values.is_empty() || values.iter().any(|value| *value <= 0.0) {
         return None;

@@ -26,22 +26,18 @@ const QEMU_NBD: &str = "--format=raw --persistent --shared=0 --cache=writeback -
 const QEMU_NBD_LISTEN: Option<[&str; 3]> = Some(["--bind", "--port", "--socket"]);
 
 /// How a server is started: its arguments before those for the address, and between them and the
-/// image; and the options for host, port and unix socket. nbd-server has none of these, but lines for
-/// its configuration file.
+/// image; and the options for host, port and unix socket. nbd-server has no such options; its second
+/// text is a line of its configuration file.
 type Kind = ([&'static str; 2], Option<[&'static str; 3]>);
 
+/// Accepts more clients than the benchmark opens.
+const OURS: Kind =
+    (["serve --quiet --max-clients=2000", "--file"], Some(["--addr", "--port", "--addr"]));
+const NBDKIT: Kind =
+    (["--foreground --exit-with-parent", "file"], Some(["--ipaddr", "--port", "--unix"]));
 const KINDS: [(&str, Kind, &[&str]); 6] = [
-    (
-        "flexnbd",
-        // Accepts more clients than the benchmark opens.
-        (["serve --quiet --max-clients=2000", "--file"], Some(["--addr", "--port", "--addr"])),
-        &[FLEXNBD],
-    ),
-    (
-        "nbdkit",
-        (["--foreground --exit-with-parent", "file"], Some(["--ipaddr", "--port", "--unix"])),
-        &["nbdkit"],
-    ),
+    ("flexnbd", OURS, &[FLEXNBD]),
+    ("nbdkit", NBDKIT, &["nbdkit"]),
     ("qemu-nbd", ([QEMU_NBD, "--aio=io_uring"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
     ("qemu-nbd-threads", ([QEMU_NBD, "--aio=threads"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
     ("nbd-server", (["", "splice=true\n"], None), &["nbd-server"]),
@@ -70,7 +66,7 @@ pub(crate) fn servers(names: &[String], also: &[(String, PathBuf)]) -> Result<Ve
 impl Server {
     fn new(Installed { name, kind, mut programs }: Installed<Kind>) -> Self {
         let program = programs.swap_remove(0);
-        let (ours, version) = (kind == KINDS[0].1, version(&program));
+        let (ours, version) = (kind == OURS, version(&program));
         let mut server = Self { name, ours, version, usage: String::new(), program, kind };
         let image = Path::new("IMAGE");
         server.usage = if server.forks() {
