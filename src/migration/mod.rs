@@ -15,9 +15,9 @@
 //! loop {
 //!     take_requests();
 //!     let action = machine.step(now(), event);
-//!     report(machine.news() …);
+//!     report(machine.news());
 //!     if let Action::End(outcome) = action { return outcome }
-//!     event = carry_out(action);
+//!     event = execute(action);
 //! }
 //! ```
 
