@@ -125,7 +125,7 @@ pub enum ArrivalEnd {
 }
 
 /// The state of one `listen` process.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Arrival {
     token: Token,
     admits: Admits,
@@ -193,6 +193,24 @@ impl Arrival {
             introduced: BTreeMap::new(),
             retiring: BTreeSet::new(),
             former_senders: VecDeque::new(),
+        }
+    }
+
+    /// The name of the state, for tests and their traces.
+    #[must_use]
+    pub fn state_name(&self) -> &'static str {
+        match self.state {
+            ArrivalState::Receiving(None) => "Waiting",
+            ArrivalState::Receiving(Some(slot)) => match (slot.sender, slot.wrote) {
+                (Sender::Source(_), false) => "Receiving(source)",
+                (Sender::Source(_), true) => "Receiving(source, wrote)",
+                (Sender::Plain, false) => "Receiving(plain)",
+                (Sender::Plain, true) => "Receiving(plain, wrote)",
+                (Sender::OldStyle, _) => "Receiving(old style, wrote)",
+            },
+            ArrivalState::Settling(_) => "Settling",
+            ArrivalState::Arrived(_) => "Arrived",
+            ArrivalState::Failed => "Failed",
         }
     }
 

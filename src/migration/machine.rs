@@ -59,7 +59,7 @@ use phase::{AfterUndo, Handled, Next, Phase, WriteAccess};
 use std::time::Duration;
 
 /// One migration, seen from its source.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Machine {
     phase: Phase,
     context: Context,

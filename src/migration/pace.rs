@@ -17,7 +17,7 @@ const CHUNKS_PER_SECOND: u64 = 64;
 /// The rate limiter of `--max-speed`: bounds the bytes on the wire in any interval of one second.
 ///
 /// A limit below [`CHUNK_MIN`] bytes per second is kept on average only.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Speed {
     limit: Option<NonZeroU64>,
     /// Times and bytes of the requests sent in the last second.
@@ -121,7 +121,7 @@ const SLOT: Duration = Duration::from_millis(250);
 const SLOTS: usize = 8;
 
 /// The rate at which the destination acknowledges requests, over the last two seconds.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Meter {
     slots: [MeterSlot; SLOTS],
     /// Number of the newest slot, counted from time zero.
@@ -269,7 +269,7 @@ pub const SHORT_PAUSE_DIVISOR: u32 = 4;
 pub const SHORT_PAUSE_ATTEMPT: Duration = SECOND;
 
 /// Decides when the copy has caught up with the writers, and throttles them if it does not.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Convergence {
     pause: Duration,
     /// When the rest could first have been sent within the pause.

@@ -92,7 +92,7 @@ pub struct CopyRequest {
 }
 
 /// The ranges of the disk that are in flight or not copied yet.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct CopyPlan {
     disk: Range,
     limits: Limits,

@@ -3,13 +3,13 @@
 use super::Mutation;
 use super::image::{Image, Stamp, block_indices};
 use super::network::{ToDestination, ToSource};
+use super::transitions::CheckedArrival;
 use super::world::{Host, World};
 use flexnbd::disk::ownership::{
     ForListen, ForServe, Id, Provenance, Record, for_listen, for_serve,
 };
 use flexnbd::migration::arrival::{
-    Admits, Arrival, ArrivalEnd, ProbeDecision, SOURCE_SILENCE, WritePermission,
-    answer_when_serving,
+    ArrivalEnd, ProbeDecision, SOURCE_SILENCE, WritePermission, answer_when_serving,
 };
 use flexnbd::migration::wire::{Answer, Handover, Has, Question, Token};
 use std::collections::BTreeMap;
@@ -39,7 +39,7 @@ pub(crate) enum DestinationProcess {
 
 #[derive(Debug)]
 pub(crate) struct Listen {
-    arrival: Arrival,
+    arrival: CheckedArrival,
     token: Token,
     /// The migration ID that each connection has introduced itself with.
     introduced: BTreeMap<usize, Id>,
@@ -124,7 +124,7 @@ impl World {
         self.destination.process_count += 1;
         let token = Token([self.destination.process_count; 16]);
         DestinationProcess::Listen(Box::new(Listen {
-            arrival: Arrival::new(token, incomplete_copy, Admits::Sources),
+            arrival: CheckedArrival::new(token, incomplete_copy, &self.unlisted),
             token,
             introduced: BTreeMap::new(),
             in_flight: Vec::new(),

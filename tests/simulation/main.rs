@@ -84,7 +84,7 @@ fn schedules_keep_the_five_invariants() {
         let mut world = World::new(seed, Mutation::None);
         world.verbose = true;
         world.run().unwrap_or_else(|broken| panic!("seed {seed}: {broken}"));
-        println!("not in {}: {:?}", transitions::PATH, world.unlisted);
+        assert_listed(&world.unlisted.take());
         return;
     }
     let count = env_number("FLEXNBD_SCHEDULES").unwrap_or(SCHEDULES);
@@ -96,13 +96,19 @@ fn schedules_keep_the_five_invariants() {
             panic!("FLEXNBD_SEED={seed}: {broken}");
         }
         coverage.add(&world.coverage);
-        unlisted.extend(world.unlisted);
+        unlisted.extend(world.unlisted.take());
     }
     println!("{count} schedules: {coverage:?}");
-    println!("not in {}: {unlisted:?}", transitions::PATH);
-    // Unit tests and these seeds fill the table; other seeds may reach a rare row that it lacks.
-    assert!(count > SCHEDULES || unlisted.is_empty(), "not in the table: {unlisted:?}");
+    assert_listed(&unlisted);
     assert!(coverage.is_complete(), "the schedules do not cover every event: {coverage:?}");
+}
+
+/// Fails for transitions outside the tables. The unit tests of machine and arrival explore all that
+/// are possible: a row is missing because the code changed (tests/README.md tells how to accept it)
+/// or because an exploration no longer reaches it.
+fn assert_listed(unlisted: &BTreeSet<String>) {
+    let rows: Vec<&str> = unlisted.iter().map(String::as_str).collect();
+    assert!(rows.is_empty(), "not in the tables of transitions:\n{}", rows.join("\n"));
 }
 
 /// Asserts that some schedule breaks the invariant with the mutation, and none without it.

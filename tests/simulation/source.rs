@@ -243,9 +243,8 @@ impl World {
         };
         migration.is_half_done = false;
         self.trace(|| format!("source: {event:?}"));
-        let (action, unlisted) = transitions::step(&mut migration.machine, self.now, event);
-        migration.action = action;
-        self.unlisted.extend(unlisted);
+        migration.action =
+            transitions::step(&mut migration.machine, self.now, event, &self.unlisted);
         self.trace(|| {
             format!("source: -> {} {:?}", migration.machine.phase_name(), migration.action)
         });

@@ -7,10 +7,9 @@ use super::destination::{Destination, DestinationProcess};
 use super::image::{Block, Image, Rng, Stamp};
 use super::network::Network;
 use super::source::{Source, SourceProcess};
-use super::transitions::Transition;
+use super::transitions::Unlisted;
 use flexnbd::disk::ownership::Record;
 use flexnbd::migration::job::Stage;
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// Turns with faults at the beginning of a schedule.
@@ -110,8 +109,8 @@ pub(crate) struct World {
     /// The destination has settled a handover.
     pub(crate) settled: bool,
     pub(crate) coverage: Coverage,
-    /// The machine's transitions that its table lacks.
-    pub(crate) unlisted: BTreeSet<Transition>,
+    /// Transitions of either side that its table lacks.
+    pub(crate) unlisted: Unlisted,
     /// The destination supports FLUSH. Its data must become durable even if the source sends none.
     pub(crate) destination_has_flush: bool,
     /// The average number of turns between faults.
@@ -148,7 +147,7 @@ impl World {
             source_lost_power: false,
             settled: false,
             coverage: Coverage::default(),
-            unlisted: BTreeSet::new(),
+            unlisted: Unlisted::default(),
             fault_interval,
             destination_has_flush: !rng.one_in(4),
             rng,

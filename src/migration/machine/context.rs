@@ -20,7 +20,7 @@ pub const RECORD_TRIES: u32 = 4;
 /// An unchanged obstacle is reported again after this time.
 const REPORT_AGAIN: Duration = Duration::from_secs(60);
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Context {
     pub(super) job: Job,
     pub(super) plan: CopyPlan,
@@ -55,7 +55,7 @@ pub(super) struct Context {
 
 /// The effects that a failure must undo. Set before the action is executed, because a failed action
 /// may have had a part of its effect.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Undo {
     pub(super) link: bool,
     pub(super) record: bool,

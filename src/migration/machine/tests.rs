@@ -2,6 +2,7 @@
 
 mod closing;
 mod doubt;
+mod exploration;
 mod legacy;
 mod listed;
 mod requests;
