@@ -1,24 +1,24 @@
-//! Real processes move a disk while they are killed, stopped and cut off, and while the medium of
-//! their records fails: nothing that a client saw acknowledged is lost, and never do both hosts
-//! serve the disk.
+//! Migrations between real processes under injected faults: processes are killed and stopped,
+//! the network is cut, system calls on records and image fail or stall. No acknowledged write is
+//! lost, and the two hosts never serve the disk at the same time.
 //!
-//! Each schedule is made from a seed, which every failure names. `FLEXNBD_SEED=N` runs that one,
-//! `FLEXNBD_SCHEDULES=N` so many, beginning with `FLEXNBD_SEED` or 1.
+//! A seed determines a schedule, and every failure names its seed. `FLEXNBD_SEED=N` runs schedule N
+//! alone; `FLEXNBD_SCHEDULES=N` runs N schedules, starting at seed `FLEXNBD_SEED` or 1.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "schedules/execution.rs"]
+mod execution;
 #[path = "schedules/faults.rs"]
 mod faults;
-#[path = "schedules/medium.rs"]
-mod medium;
 #[path = "schedules/operator.rs"]
 mod operator;
 #[path = "schedules/plan.rs"]
 mod plan;
-#[path = "schedules/schedule.rs"]
-mod schedule;
-#[path = "schedules/side.rs"]
-mod side;
+#[path = "schedules/storage.rs"]
+mod storage;
+#[path = "schedules/supervised_host.rs"]
+mod supervised_host;
 
 use harness::{env_number, require_tool};
 use plan::Plan;
@@ -26,25 +26,25 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Schedules, unless the environment says otherwise.
+/// The default number of schedules.
 const SCHEDULES: u64 = 24;
-/// Schedules under way at once: mostly they wait.
-const AT_ONCE: u64 = 8;
+/// Schedules that run concurrently; they mostly wait.
+const CONCURRENCY: u64 = 8;
 
-/// Carries it out, and takes a panic of the fixture for a failure like any other.
+/// Runs the schedule of a seed and prints its result. A panic of the fixture is a failure as well.
 fn passes(seed: u64) -> bool {
     let (plan, began) = (Plan::new(seed), Instant::now());
-    let lived = std::panic::catch_unwind(|| schedule::carry_out(&plan));
-    let failure = lived.unwrap_or_else(|_| Err(format!("seed {seed}: the test itself fails")));
-    match &failure {
+    let result = std::panic::catch_unwind(|| execution::execute(&plan));
+    let result = result.unwrap_or_else(|_| Err(format!("seed {seed}: the test itself panicked")));
+    match &result {
         Ok(()) => println!("seed {seed} passes after {:?}", began.elapsed()),
         Err(why) => println!("seed {seed} fails after {:?}\n{why}\n", began.elapsed()),
     }
-    failure.is_ok()
+    result.is_ok()
 }
 
 #[test]
-fn no_schedule_loses_writes_or_has_two_servers() {
+fn no_schedule_loses_a_write_or_serves_twice() {
     if !require_tool("cc") {
         return;
     }
@@ -55,7 +55,7 @@ fn no_schedule_loses_writes_or_has_two_servers() {
     let next = AtomicU64::new(first);
     let failed = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE.min(count) {
+        for _ in 0..CONCURRENCY.min(count) {
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Ordering::SeqCst);

@@ -2,23 +2,23 @@
  *
  *     faults RULES ring|no-ring PROGRAM ARGUMENT...
  *
- * A seccomp(2) filter hands the calls below to a supervising process, which looks into the file RULES at
- * each of them. Calls that the program makes without the C library are seen as well (a preloaded library
- * would miss them), but not what io_uring does by itself; with "no-ring" there is no io_uring. The program
- * keeps the process id. The supervisor ends with the last process that has the filter.
+ * A seccomp(2) filter passes the calls below to a supervising process, which reads the file RULES at each
+ * of them. The filter also sees calls that bypass the C library, which a preloaded library would miss. It
+ * does not see operations of io_uring; "no-ring" disables io_uring (ENOSYS). The program keeps its process
+ * id. The supervisor exits with the last process that has the filter.
  *
- * RULES has lines of four words, of which the first that fits a call counts:
+ * RULES has lines of four words; the first line that matches a call applies:
  *
  *     CALL ERRNO MILLISECONDS BYTES
  *
- * After so many milliseconds the call fails with that error, or, with 0, is carried out. CALL is one of
+ * After MILLISECONDS the call fails with ERRNO or, if ERRNO is 0, is executed. CALL is one of
  *
- *     set     an extended attribute of more than BYTES bytes is set, or one is removed
- *     get     an extended attribute is read
- *     name    a file is made or renamed
- *     write   20 to 600 bytes are written to a file whose path contains ".state/"
- *     sync    fsync(2), fdatasync(2)
- *     zero    fallocate(2)
+ *     setxattr   sets an extended attribute of more than BYTES bytes, or removes one
+ *     getxattr   reads an extended attribute
+ *     create     creates, links or renames a file
+ *     write      writes 20 to 600 bytes to a file whose path contains ".state/"
+ *     sync       fsync(2), fdatasync(2)
+ *     fallocate  fallocate(2)
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -40,10 +40,11 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Calls that wait for their time. A server has fewer threads. */
-#define WAITING_MAX 256
-#define RECORD_MIN 20
-#define RECORD_MAX 600
+/* Delayed calls at the same time. A server has fewer threads. */
+#define DELAYED_MAX 256
+/* The size of a record, in bytes. */
+#define RECORD_BYTES_MIN 20
+#define RECORD_BYTES_MAX 600
 
 #if defined __x86_64__
 #define ARCHITECTURE AUDIT_ARCH_X86_64
@@ -53,14 +54,15 @@
 #error "unknown architecture"
 #endif
 
-struct waiting {
+/* A call that the supervisor answers at `due_ms`. */
+struct delayed {
     uint64_t id;
     uint64_t due_ms;
     int error;
 };
 
-static struct waiting waiting[WAITING_MAX];
-static int waiting_count;
+static struct delayed delayed[DELAYED_MAX];
+static int delayed_count;
 static const char *rules_path;
 
 static void die(const char *what)
@@ -78,14 +80,15 @@ static uint64_t now_ms(void)
 
 #define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
 #define RETURN(what) BPF_STMT(BPF_RET | BPF_K, what)
-#define ON(call) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_##call, 0, 1), RETURN(SECCOMP_RET_USER_NOTIF)
-/* The low half of an argument, on a little-endian machine. */
-#define ON_CREATE(call, argument)                                          \
+#define NOTIFY(call) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_##call, 0, 1), RETURN(SECCOMP_RET_USER_NOTIF)
+/* Loads the low half of the flags, on a little-endian machine. */
+#define NOTIFY_IF_O_CREAT(call, argument)                                          \
     BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_##call, 0, 4), LOAD(argument), \
         BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, O_CREAT, 0, 1),               \
         RETURN(SECCOMP_RET_USER_NOTIF), RETURN(SECCOMP_RET_ALLOW)
 
-static int install(int has_ring)
+/* Installs the filter; returns the descriptor at which the supervisor receives the calls. */
+static int install_filter(int has_ring)
 {
     struct sock_filter filter[] = {
         LOAD(arch),
@@ -94,20 +97,20 @@ static int install(int has_ring)
         LOAD(nr),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_io_uring_setup, 0, 1),
         RETURN(has_ring ? SECCOMP_RET_ALLOW : SECCOMP_RET_ERRNO | ENOSYS),
-        ON(setxattr), ON(lsetxattr), ON(fsetxattr),
-        ON(removexattr), ON(lremovexattr), ON(fremovexattr),
-        ON(getxattr), ON(lgetxattr), ON(fgetxattr),
-        ON(renameat), ON(renameat2), ON(linkat),
-        ON(fsync), ON(fdatasync), ON(fallocate),
+        NOTIFY(setxattr), NOTIFY(lsetxattr), NOTIFY(fsetxattr),
+        NOTIFY(removexattr), NOTIFY(lremovexattr), NOTIFY(fremovexattr),
+        NOTIFY(getxattr), NOTIFY(lgetxattr), NOTIFY(fgetxattr),
+        NOTIFY(renameat), NOTIFY(renameat2), NOTIFY(linkat),
+        NOTIFY(fsync), NOTIFY(fdatasync), NOTIFY(fallocate),
 #ifdef __NR_rename
-        ON(rename),
-        ON_CREATE(open, args[1]),
+        NOTIFY(rename),
+        NOTIFY_IF_O_CREAT(open, args[1]),
 #endif
-        ON_CREATE(openat, args[2]),
+        NOTIFY_IF_O_CREAT(openat, args[2]),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_write, 0, 4),
         LOAD(args[2]),
-        BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, RECORD_MIN, 0, 2),
-        BPF_JUMP(BPF_JMP | BPF_JGT | BPF_K, RECORD_MAX, 1, 0),
+        BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, RECORD_BYTES_MIN, 0, 2),
+        BPF_JUMP(BPF_JMP | BPF_JGT | BPF_K, RECORD_BYTES_MAX, 1, 0),
         RETURN(SECCOMP_RET_USER_NOTIF),
         RETURN(SECCOMP_RET_ALLOW),
     };
@@ -120,7 +123,7 @@ static int install(int has_ring)
     return listener;
 }
 
-/* The name of a call in the rules, if it is one that they can be about. */
+/* The class of a call in the rules, or NULL if the rules do not cover it. */
 static const char *class_of(const struct seccomp_notif *call, uint64_t *bytes)
 {
     *bytes = UINT64_MAX;
@@ -129,20 +132,20 @@ static const char *class_of(const struct seccomp_notif *call, uint64_t *bytes)
     case __NR_lsetxattr:
     case __NR_fsetxattr:
         *bytes = call->data.args[3];
-        return "set";
+        return "setxattr";
     case __NR_removexattr:
     case __NR_lremovexattr:
     case __NR_fremovexattr:
-        return "set";
+        return "setxattr";
     case __NR_getxattr:
     case __NR_lgetxattr:
     case __NR_fgetxattr:
-        return "get";
+        return "getxattr";
     case __NR_fsync:
     case __NR_fdatasync:
         return "sync";
     case __NR_fallocate:
-        return "zero";
+        return "fallocate";
     case __NR_write: {
         char link[64], path[4096];
         snprintf(link, sizeof link, "/proc/%u/fd/%u", call->pid, (unsigned)call->data.args[0]);
@@ -151,7 +154,7 @@ static const char *class_of(const struct seccomp_notif *call, uint64_t *bytes)
         return strstr(path, ".state/") ? "write" : NULL;
     }
     default:
-        return "name";
+        return "create";
     }
 }
 
@@ -162,45 +165,46 @@ static void answer(int listener, uint64_t id, int error)
         reply.error = -error;
     else
         reply.flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE;
-    /* Of a thread that was killed, or of a call that a signal interrupted, nobody wants to hear. */
+    /* Fails if the thread was killed or a signal interrupted the call: then no caller waits. */
     ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &reply);
 }
 
-static void judge(int listener, const struct seccomp_notif *call)
+/* Answers a call by the rules, at once or later. */
+static void handle_call(int listener, const struct seccomp_notif *call)
 {
     uint64_t bytes;
     const char *class = class_of(call, &bytes);
     FILE *rules = class ? fopen(rules_path, "re") : NULL;
     char name[16];
-    int error = 0, delay = 0, found_error, found_delay;
-    unsigned long long longer;
-    while (rules && fscanf(rules, "%15s %d %d %llu", name, &found_error, &found_delay, &longer) == 4) {
-        if (strcmp(name, class) == 0 && bytes > longer) {
-            error = found_error;
-            delay = found_delay;
+    int error = 0, delay = 0, rule_error, rule_delay;
+    unsigned long long bytes_allowed_max;
+    while (rules && fscanf(rules, "%15s %d %d %llu", name, &rule_error, &rule_delay, &bytes_allowed_max) == 4) {
+        if (strcmp(name, class) == 0 && bytes > bytes_allowed_max) {
+            error = rule_error;
+            delay = rule_delay;
             break;
         }
     }
     if (rules)
         fclose(rules);
-    if (delay > 0 && waiting_count < WAITING_MAX)
-        waiting[waiting_count++] = (struct waiting){call->id, now_ms() + delay, error};
+    if (delay > 0 && delayed_count < DELAYED_MAX)
+        delayed[delayed_count++] = (struct delayed){call->id, now_ms() + delay, error};
     else
         answer(listener, call->id, error);
 }
 
-/* Milliseconds until the next call is due; -1 for never. */
+/* Answers the calls that are due. Returns the milliseconds until the next one; -1 without one. */
 static int answer_due(int listener)
 {
     uint64_t now = now_ms(), next = UINT64_MAX;
-    for (int i = 0; i < waiting_count;) {
-        if (waiting[i].due_ms <= now) {
-            answer(listener, waiting[i].id, waiting[i].error);
-            waiting[i] = waiting[--waiting_count];
+    for (int i = 0; i < delayed_count;) {
+        if (delayed[i].due_ms <= now) {
+            answer(listener, delayed[i].id, delayed[i].error);
+            delayed[i] = delayed[--delayed_count];
             continue;
         }
-        if (waiting[i].due_ms < next)
-            next = waiting[i].due_ms;
+        if (delayed[i].due_ms < next)
+            next = delayed[i].due_ms;
         i++;
     }
     return next == UINT64_MAX ? -1 : (int)(next - now);
@@ -217,12 +221,12 @@ static void supervise(int listener)
             struct seccomp_notif call;
             memset(&call, 0, sizeof call);
             if (ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, &call) == 0)
-                judge(listener, &call);
+                handle_call(listener, &call);
         }
     }
 }
 
-static int receive(int socket)
+static int receive_listener(int socket)
 {
     char byte, space[CMSG_SPACE(sizeof(int))];
     struct iovec one = {&byte, 1};
@@ -234,7 +238,7 @@ static int receive(int socket)
     return listener;
 }
 
-static void hand_on(int socket, int listener)
+static void send_listener(int socket, int listener)
 {
     char byte = 0, space[CMSG_SPACE(sizeof(int))] = {0};
     struct iovec one = {&byte, 1};
@@ -258,24 +262,24 @@ int main(int argc, char **argv)
     rules_path = argv[1];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0)
         die("faults: socketpair");
-    /* A grandchild: the program has no children that it does not know of. */
+    /* A grandchild supervises, so that the program gets no unexpected child. */
     pid_t child = fork();
     if (child < 0)
         die("faults: fork");
     if (child == 0) {
         if (fork() != 0)
             _exit(0);
-        int nothing = open("/dev/null", O_RDWR);
+        int null = open("/dev/null", O_RDWR);
         for (int fd = 0; fd < 3; fd++)
-            dup2(nothing, fd);
+            dup2(null, fd);
         close(pair[1]);
-        supervise(receive(pair[0]));
+        supervise(receive_listener(pair[0]));
         _exit(0);
     }
     waitpid(child, NULL, 0);
     close(pair[0]);
-    int listener = install(strcmp(argv[2], "ring") == 0);
-    hand_on(pair[1], listener);
+    int listener = install_filter(strcmp(argv[2], "ring") == 0);
+    send_listener(pair[1], listener);
     close(listener);
     close(pair[1]);
     execvp(argv[3], argv + 3);

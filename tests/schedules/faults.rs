@@ -1,30 +1,32 @@
-//! Makes system calls of a server fail, or wait, while it runs; see `faults.c`.
+//! Fault injection into the system calls of a running server; see `faults.c`.
 
 use crate::plan::{Call, Fault};
 use harness::{TempDir, compile, temp_dir};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// How long `fsync(2)` takes at least where a record is looked out for that lasts for a moment
-/// only: it is there from when it is set until it is durable and what follows is done.
-const SLOWLY: Fault = Fault { call: Call::Sync, errno: 0, delay_ms: 40, fits_bytes: 0 };
+/// A minimum duration of `fsync(2)` for schedules that react to the record *departing*. It exists
+/// only from its creation until the record is durable and the handover is done; the delay makes
+/// that long enough to be seen by polling.
+const SLOW_SYNC: Fault = Fault { call: Call::Sync, errno: 0, delay_ms: 40, bytes_allowed_max: 0 };
 
-/// The calls of one host's processes.
+/// The fault rules of one host's processes.
 pub(crate) struct Faults {
     rules: PathBuf,
+    /// A rule that every set ends with.
     always: Option<Fault>,
 }
 
 impl Faults {
-    /// Faults that are ordered by a file in that directory; none yet.
-    pub(crate) fn new(directory: &Path, name: &str, syncs_slowly: bool) -> Faults {
+    /// Creates the rules file `NAME.rules` in `directory`, without faults.
+    pub(crate) fn new(directory: &Path, name: &str, has_slow_sync: bool) -> Faults {
         let rules = directory.join(format!("{name}.rules"));
-        let faults = Faults { rules, always: syncs_slowly.then_some(SLOWLY) };
+        let faults = Faults { rules, always: has_slow_sync.then_some(SLOW_SYNC) };
         faults.set(&[]);
         faults
     }
 
-    /// From now on these, and no others.
+    /// Replaces the faults. The file is renamed into place, so that no reader sees half of it.
     pub(crate) fn set(&self, faults: &[Fault]) {
         let lines: String = faults.iter().chain(&self.always).map(line).collect();
         let new = self.rules.with_extension("new");
@@ -32,7 +34,7 @@ impl Faults {
         std::fs::rename(&new, &self.rules).unwrap();
     }
 
-    /// What executes its arguments so that they have these faults.
+    /// The command that executes its arguments under these rules.
     pub(crate) fn wrapper(&self, has_io_uring: bool) -> [String; 3] {
         let ring = if has_io_uring { "ring" } else { "no-ring" };
         [program().display().to_string(), self.rules.display().to_string(), ring.to_owned()]
@@ -40,20 +42,19 @@ impl Faults {
 }
 
 fn line(fault: &Fault) -> String {
-    let Fault { call, errno, delay_ms, fits_bytes } = fault;
+    let Fault { call, errno, delay_ms, bytes_allowed_max } = fault;
     let call = match call {
-        Call::Set => "set",
-        Call::Get => "get",
-        Call::Name => "name",
-        Call::Write => "write",
+        Call::SetXattr => "setxattr",
+        Call::GetXattr => "getxattr",
+        Call::CreateOrRename => "create",
+        Call::WriteRecord => "write",
         Call::Sync => "sync",
-        Call::Zero => "zero",
+        Call::Fallocate => "fallocate",
     };
-    // Without a length a call is longer than anything that fits.
-    format!("{call} {errno} {delay_ms} {fits_bytes}\n")
+    format!("{call} {errno} {delay_ms} {bytes_allowed_max}\n")
 }
 
-/// The program, compiled once.
+/// The path of the compiled `faults.c`; compiles it once.
 fn program() -> &'static Path {
     static PROGRAM: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
     let compiled = PROGRAM.get_or_init(|| {

@@ -1,5 +1,5 @@
-//! An operator who orders the migration until it is under way, again and again.
-//! Never waits for a process that is stopped longer than [`harness::TIMEOUT`].
+//! A simulated operator, who starts the migration whenever none runs.
+//! Waits at most [`harness::TIMEOUT`] for a stopped process.
 
 use harness::host::{Host, MIRROR_STARTED};
 use std::net::SocketAddr;
@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// Between two looks at the source.
-const LOOK: Duration = Duration::from_millis(100);
-/// Bytes per second of the copy: a good half second of it.
-const SPEED: &str = "8000000";
+/// The interval between two queries of the source's status.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// The speed limit of the copy, which then takes a little more than half a second.
+const COPY_BYTES_PER_SEC: &str = "8000000";
 
-/// An operator at work. Dropping it ends that.
+/// The operator's thread. Drop ends it.
 pub(crate) struct Operator {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -22,25 +22,25 @@ pub(crate) struct Operator {
 struct Shared {
     stop: AtomicBool,
     paused: AtomicBool,
-    call_off: AtomicBool,
-    news: Mutex<Vec<String>>,
+    abort_migration: AtomicBool,
+    log: Mutex<Vec<String>>,
 }
 
 impl Operator {
-    /// Of a disk that is served there and is to go there.
-    pub(crate) fn of(source: &Host, to: SocketAddr, unlink: bool) -> Operator {
+    /// Starts the operator, paused, of a disk that moves from `source` to the address `to`.
+    pub(crate) fn start(source: &Host, to: SocketAddr, unlink: bool) -> Operator {
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             paused: AtomicBool::new(true),
-            call_off: AtomicBool::new(false),
-            news: Mutex::default(),
+            abort_migration: AtomicBool::new(false),
+            log: Mutex::default(),
         });
         let (source, for_thread) = (source.clone(), Arc::clone(&shared));
-        let thread = thread::spawn(move || for_thread.work(&source, to, unlink));
+        let thread = thread::spawn(move || for_thread.run(&source, to, unlink));
         Operator { shared, thread: Some(thread) }
     }
 
-    pub(crate) fn pause(&mut self, paused: bool) {
+    pub(crate) fn set_paused(&mut self, paused: bool) {
         self.shared.paused.store(paused, SeqCst);
     }
 
@@ -48,14 +48,14 @@ impl Operator {
         self.shared.paused.load(SeqCst)
     }
 
-    /// Has the migration broken off that is under way; it is ordered again afterwards.
-    pub(crate) fn call_off(&self) {
-        self.shared.call_off.store(true, SeqCst);
+    /// Aborts the running migration; the operator then starts it again.
+    pub(crate) fn abort_migration(&self) {
+        self.shared.abort_migration.store(true, SeqCst);
     }
 
-    /// What there is to tell since the last time.
-    pub(crate) fn news(&self) -> Vec<String> {
-        std::mem::take(&mut self.shared.news.lock().unwrap())
+    /// Returns the commands and replies since the last call.
+    pub(crate) fn take_log(&self) -> Vec<String> {
+        std::mem::take(&mut self.shared.log.lock().unwrap())
     }
 }
 
@@ -69,24 +69,31 @@ impl Drop for Operator {
 }
 
 impl Shared {
-    fn work(&self, source: &Host, to: SocketAddr, unlink: bool) {
+    fn run(&self, source: &Host, to: SocketAddr, unlink: bool) {
         let (ip, port) = (to.ip().to_string(), to.port().to_string());
         let action = if unlink { "unlink" } else { "exit" };
         let mut last = String::new();
         while !self.stop.load(SeqCst) {
-            if self.call_off.swap(false, SeqCst) {
+            if self.abort_migration.swap(false, SeqCst) {
                 let reply = source.try_command(&["break"]);
-                self.news.lock().unwrap().push(format!("break: {reply:?}"));
+                self.log.lock().unwrap().push(format!("break: {reply:?}"));
             }
             if !self.paused.load(SeqCst) && source.status_of("is_mirroring") == "false" {
-                let reply = source.try_command(&["mirror", &ip, &port, action, "0.0.0.0", SPEED]);
-                let reply = reply.unwrap_or_else(|| "no answer".to_owned());
+                let reply = source.try_command(&[
+                    "mirror",
+                    &ip,
+                    &port,
+                    action,
+                    "0.0.0.0",
+                    COPY_BYTES_PER_SEC,
+                ]);
+                let reply = reply.unwrap_or_else(|| "no reply".to_owned());
                 if reply != last || reply == MIRROR_STARTED {
-                    self.news.lock().unwrap().push(format!("mirror: {reply}"));
+                    self.log.lock().unwrap().push(format!("mirror: {reply}"));
                     last = reply;
                 }
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 }
