@@ -144,7 +144,7 @@ fn messages_of_a_service_name_keys_and_file() {
     let place = manager.dir.path().to_owned();
     let manager = manager.env("FLEXNBD_CONFIGURATIONS", place);
     let dir = manager.dir.path().display();
-    let conf = |text: String| std::fs::write(manager.path("disk.conf"), text).unwrap();
+    let write_config = |text: String| std::fs::write(manager.path("disk.conf"), text).unwrap();
     for (text, reason) in [
         (format!("FILE={dir}/none\n"), "CREATE=SIZE in "),
         (format!("FILE={dir}/none\nPORT=7\n"), "/disk.conf: PORT needs ADDR as well"),
@@ -152,7 +152,7 @@ fn messages_of_a_service_name_keys_and_file() {
         (format!("FILE={dir}/none\nCREATE=1M\nADDR=::\nPORT=0\n"), "a port that is not 0"),
         ("FILE=none\nCREATE=1M\n".to_owned(), "FILE: none: a path in a unit begins with /"),
     ] {
-        conf(text);
+        write_config(text);
         let mut service = manager.start(
             Inherited::NbdAndControl,
             &format!("serve --config {dir}/disk.conf"),

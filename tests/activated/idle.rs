@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// The shortest idle time, one second.
+/// A server with the shortest idle time, one second.
 const SERVE: &str = "serve --idle-exit 1 --file";
 const SECOND: Duration = Duration::from_secs(1);
 

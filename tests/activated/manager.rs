@@ -29,6 +29,7 @@ pub(crate) enum Inherited {
     NbdAndControl,
 }
 
+/// The manager, with the sockets and the fd store that it passes to services.
 pub(crate) struct ServiceManager {
     pub(crate) dir: TempDir,
     nbd: TcpListener,
@@ -114,14 +115,14 @@ impl ServiceManager {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let inherit = move || {
             for (target, descriptor) in (FIRST_FD..).zip(&descriptors) {
-                // SAFETY: two integers; the copy is not closed on exec, and its place is free.
+                // SAFETY: dup2 takes two integers; the copy stays open on exec, and its number is free.
                 if unsafe { nix::libc::dup2(*descriptor, target) } < 0 {
                     return Err(std::io::Error::last_os_error());
                 }
             }
             Ok(())
         };
-        // SAFETY: it calls nothing but dup2, which is async-signal-safe.
+        // SAFETY: the closure calls nothing but dup2, which is async-signal-safe.
         unsafe { command.pre_exec(inherit) };
         let mut child = command.spawn().unwrap();
         let stderr = StderrReader::start(&mut child);

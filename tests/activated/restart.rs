@@ -45,36 +45,36 @@ fn restarts_preserve_sessions_with_requests_in_flight() {
     let mut clients = MODES.map(|mode| client(&manager, mode));
     let mut expected = vec![0; 8 * MIB as usize];
     for round in 0..8u64 {
-        let mut rests = Vec::new();
-        for (place, client) in clients.iter_mut().enumerate() {
-            let (offset, mut pending) = ((place as u64 * 2 + 1) * MIB, HashMap::new());
+        let mut unsent_parts = Vec::new();
+        for (index, client) in clients.iter_mut().enumerate() {
+            let (offset, mut pending) = ((index as u64 * 2 + 1) * MIB, HashMap::new());
             for step in 0..32 {
                 let request = Request::new(READ, offset - MIB + step * 16_384, 16_384);
                 let cookie = client.send(&request);
                 pending.insert(cookie, request);
             }
-            let data = noise(400_000, round * 3 + place as u64 + 1);
+            let data = noise(400_000, round * 3 + index as u64 + 1);
             expected[offset as usize..][..data.len()].copy_from_slice(&data);
             let request = Request::write(offset, &data);
             let (cookie, bytes) = client.encode(&request);
             let (before, after) = bytes.split_at(bytes.len() * (round as usize + 1) / 9);
             client.wire.send(before);
             pending.insert(cookie, request);
-            rests.push((pending, after.to_vec()));
+            unsent_parts.push((pending, after.to_vec()));
         }
         assert!(service.stop().success());
         assert_eq!(sessions(&manager).len(), 3, "{}", service.stderr());
         service = serve(&manager, &image);
         assert_eq!(manager.stored(), [] as [&str; 0], "removed before the first client is served");
-        for (client, (mut pending, rest)) in clients.iter_mut().zip(rests) {
-            client.wire.send(&rest);
+        for (client, (mut pending, unsent)) in clients.iter_mut().zip(unsent_parts) {
+            client.wire.send(&unsent);
             while !pending.is_empty() {
                 let (cookie, answer) = client.recv_reply(&pending);
                 let request = pending.remove(&cookie).unwrap();
                 assert_eq!(answer.error, 0);
                 if request.command != WRITE {
-                    let there = &expected[request.offset as usize..][..16_384];
-                    assert!(answer.data == there, "wrong data read in round {round}");
+                    let written = &expected[request.offset as usize..][..16_384];
+                    assert!(answer.data == written, "wrong data read in round {round}");
                 }
             }
         }
@@ -102,13 +102,13 @@ fn a_session_in_its_handshake_survives_a_restart() {
 fn a_crash_ends_sessions_for_good() {
     let (manager, image) = manager();
     let mut service = serve(&manager, &image);
-    let mut one = client(&manager, Mode::Structured);
+    let mut session = client(&manager, Mode::Structured);
     assert!(service.stop().success());
     let mut service = serve(&manager, &image);
-    one.assert_in_sync();
+    session.assert_in_sync();
     service.signal(Signal::SIGKILL);
     service.wait_for_exit();
-    one.wire.expect_closed("its server was killed");
+    session.wire.expect_closed("its server was killed");
     assert!(manager.stored().is_empty());
     let _service = serve(&manager, &image);
     client(&manager, Mode::Structured).assert_in_sync();
@@ -119,12 +119,12 @@ fn a_crash_ends_sessions_for_good() {
 fn closed_after(change: impl FnOnce(&ServiceManager, &Path)) -> String {
     let (manager, image) = manager();
     let mut service = serve(&manager, &image);
-    let mut one = client(&manager, Mode::Extended);
+    let mut session = client(&manager, Mode::Extended);
     assert!(service.stop().success());
     assert_eq!(sessions(&manager).len(), 1);
     change(&manager, &image);
     let mut service = serve(&manager, &image);
-    one.wire.expect_closed("it could not be restored");
+    session.wire.expect_closed("it could not be restored");
     client(&manager, Mode::Extended).assert_in_sync();
     assert!(manager.stored().is_empty());
     assert!(service.stop().success());
@@ -149,10 +149,11 @@ fn a_snapshot_of_another_version_closes_sessions() {
     assert!(log.contains("another version of the program"), "{log}");
 }
 
+/// A sealed memfd with these bytes, as the server stores its snapshot.
 fn sealed(bytes: &[u8]) -> OwnedFd {
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
-    let mut file = File::from(memfd_create(c"note", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+    let mut file = File::from(memfd_create(c"snapshot", MFdFlags::MFD_ALLOW_SEALING).unwrap());
     file.write_all(bytes).unwrap();
     fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::all())).unwrap();
     file.into()
@@ -186,10 +187,10 @@ fn a_full_fd_store_closes_sessions_cleanly() {
     let (manager, image) = manager();
     let manager = manager.env("FDSTORE", "1");
     let mut service = serve(&manager, &image);
-    let mut one = client(&manager, Mode::Simple);
-    one.assert_in_sync();
+    let mut session = client(&manager, Mode::Simple);
+    session.assert_in_sync();
     assert!(service.stop().success());
-    one.wire.expect_closed("the fd store is full");
+    session.wire.expect_closed("the fd store is full");
     assert!(manager.stored().is_empty());
 }
 
@@ -197,11 +198,11 @@ fn a_full_fd_store_closes_sessions_cleanly() {
 fn a_missing_disk_closes_stored_sessions() {
     let (manager, image) = manager();
     let mut service = serve(&manager, &image);
-    let mut one = client(&manager, Mode::Simple);
+    let mut session = client(&manager, Mode::Simple);
     assert!(service.stop().success());
     std::fs::rename(&image, manager.path("elsewhere")).unwrap();
     let mut service = manager.start(Inherited::Nbd, "serve --file", &[&image]);
     assert_eq!(service.wait_for_exit().code(), Some(78));
-    one.wire.expect_closed("its disk is gone");
+    session.wire.expect_closed("its disk is gone");
     wait_until("the store to be empty", || manager.stored().is_empty());
 }

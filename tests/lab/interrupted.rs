@@ -9,7 +9,7 @@ use harness::MIB;
 use harness::session::Mode;
 
 const SIZE: u64 = 64 * MIB;
-/// Copies more slowly than any step of a test takes.
+/// A speed limit at which a copy outlasts every step of a test.
 const SLOW: &str = "--max-speed 1M";
 
 #[test]

@@ -23,7 +23,7 @@ const SIZE: u64 = 64 * MIB;
 const PART: u64 = 16 * MIB;
 /// The part of the failover clients, in bytes.
 const FAILOVER_PART: Range<u64> = PART..PART + 4 * MIB;
-/// Copies more slowly than any step of a test takes.
+/// A speed limit at which a copy outlasts every step of a test.
 const SLOW: &str = "--max-speed 2M";
 const CONFIGURATION: &str = "/etc/flexnbd/disk.conf";
 /// Replies after which failover clients count as connected to the disk.

@@ -10,10 +10,10 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 
-/// Types of option replies.
+/// Types of option replies: NBD_REP_ACK, NBD_REP_ERR_POLICY.
 const ACK: u32 = 1;
 const POLICY: u32 = 0x8000_0002;
-/// Number of silent connections: so many blocked the previous server for a minute.
+/// The number of silent connections. This many blocked the previous server for a minute.
 const MANY: usize = 1000;
 
 fn server(flags: &str) -> (Server, TempDir) {

@@ -6,7 +6,7 @@ use harness::{Builder, KIB, MIB, Program, Server, noise, sparse_image, temp_dir,
 use nix::libc;
 use std::path::Path;
 
-/// The command of a shell that sets a limit and then executes the server.
+/// A shell command that sets a limit and then executes the server.
 fn limited(limit: &str) -> [String; 4] {
     ["sh", "-c", &format!("ulimit {limit} && exec \"$@\""), "sh"].map(str::to_owned)
 }
@@ -28,15 +28,15 @@ fn a_write_beyond_the_file_size_limit_is_enospc() {
     }
 }
 
-/// Limits the server's address space to its current size and `more` bytes.
-fn limit_memory(server: &Server, more: u64) {
+/// Limits the server's address space to its current size and `headroom_bytes`.
+fn limit_memory(server: &Server, headroom_bytes: u64) {
     let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
     let kib: u64 = line.split_whitespace().next().unwrap().parse().unwrap();
-    let most = kib * KIB + more;
-    let limit = libc::rlimit { rlim_cur: most, rlim_max: libc::RLIM_INFINITY };
+    let limit_bytes = kib * KIB + headroom_bytes;
+    let limit = libc::rlimit { rlim_cur: limit_bytes, rlim_max: libc::RLIM_INFINITY };
     let pid = server.pid().cast_signed();
-    // SAFETY: it reads `limit`, which outlives the call, and writes no old limit through null.
+    // SAFETY: prlimit reads `limit`, which outlives the call, and writes no old limit through null.
     let set =
         unsafe { libc::prlimit(pid, libc::RLIMIT_AS, &raw const limit, std::ptr::null_mut()) };
     assert_eq!(set, 0);
@@ -54,8 +54,8 @@ fn failed_allocations_end_one_session_at_most() {
     let mut first = Session::open(server.endpoint(), Mode::Structured).unwrap();
     first.ok(Request::write(0, &[7; 512]));
     // Threads, buffers and small allocations fail at different limits.
-    for more in [3 * MIB, 2 * MIB, MIB, 512 * KIB, 256 * KIB, 64 * KIB, 0] {
-        limit_memory(&server, more);
+    for headroom_bytes in [3 * MIB, 2 * MIB, MIB, 512 * KIB, 256 * KIB, 64 * KIB, 0] {
+        limit_memory(&server, headroom_bytes);
         // Each needs a thread, buffers, and a reply of 1 MiB in one piece.
         for _ in 0..16 {
             let Ok(mut wire) = Wire::try_connect(server.endpoint()) else { continue };
@@ -72,7 +72,7 @@ fn failed_allocations_end_one_session_at_most() {
             let _ = wire.try_send(&read);
             while matches!(wire.try_recv(&mut [0; 4096]), Ok(4096)) {}
         }
-        assert!(server.is_running(), "{more} bytes above the current size");
+        assert!(server.is_running(), "{headroom_bytes} bytes above the current size");
         Program::flexnbd("status").args(socket).ok();
         first.ok(Request::write(0, &[7; 512]));
     }

@@ -46,7 +46,7 @@ fn unused_signals_leave_sessions_open() {
         server.wait_for_stderr(&format!("received {signal}, which has no meaning here"));
     }
     for number in [libc::SIGRTMIN(), libc::SIGRTMAX(), libc::SIGXFSZ, libc::SIGPIPE] {
-        // SAFETY: it takes two integers; the first is the pid of a child that is not reaped yet.
+        // SAFETY: kill takes two integers; the first is the pid of a child that is not reaped yet.
         assert_eq!(unsafe { libc::kill(server.pid().cast_signed(), number) }, 0);
         session.ok(Request::write(0, &[1; 512]));
     }
