@@ -115,7 +115,7 @@ impl ServiceManager {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let inherit = move || {
             for (target, descriptor) in (FIRST_FD..).zip(&descriptors) {
-                // SAFETY: dup2 takes two integers; the copy stays open on exec, and its number is free.
+                // SAFETY: dup2 takes two integers; its copy stays open on exec, its number is free.
                 if unsafe { nix::libc::dup2(*descriptor, target) } < 0 {
                     return Err(std::io::Error::last_os_error());
                 }
@@ -221,7 +221,7 @@ fn receive(notify: &UnixDatagram, received: &Mutex<Received>) -> bool {
     let mut descriptors = Vec::new();
     for message in datagram.cmsgs().unwrap() {
         if let ControlMessageOwned::ScmRights(raw) = message {
-            // SAFETY: the kernel has just created these descriptors, and only this message has them.
+            // SAFETY: the kernel has just created these descriptors; only this message has them.
             descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
         }
     }
