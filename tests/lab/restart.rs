@@ -72,7 +72,8 @@ impl Load {
         }
     }
 
-    /// Sends a part of a write in each reply mode over each kind of socket; `round` selects how much.
+    /// Sends a part of a write in each reply mode over each kind of socket; `round` selects its
+    /// length.
     #[track_caller]
     fn begin_partial_writes(&self, round: usize) -> Vec<PartialWrite> {
         let header = |mode| if mode == Mode::Extended { 32 } else { 28 };

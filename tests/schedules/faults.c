@@ -82,9 +82,9 @@ static uint64_t now_ms(void)
 #define RETURN(what) BPF_STMT(BPF_RET | BPF_K, what)
 #define NOTIFY(call) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_##call, 0, 1), RETURN(SECCOMP_RET_USER_NOTIF)
 /* Loads the low half of the flags, on a little-endian machine. */
-#define NOTIFY_IF_O_CREAT(call, argument)                                          \
+#define NOTIFY_IF_O_CREAT(call, argument)                                   \
     BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_##call, 0, 4), LOAD(argument), \
-        BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, O_CREAT, 0, 1),               \
+        BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, O_CREAT, 0, 1),                \
         RETURN(SECCOMP_RET_USER_NOTIF), RETURN(SECCOMP_RET_ALLOW)
 
 /* Installs the filter; returns the descriptor at which the supervisor receives the calls. */
