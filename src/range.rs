@@ -79,6 +79,17 @@ impl Range {
         let end = self.end() & !(block - 1);
         if start < end { Self { offset: start, length: end - start } } else { self.split(0).0 }
     }
+
+    /// The smallest range around this one whose edges are multiples of `block`, a power of two, or the
+    /// end of a disk of `disk_size` bytes.
+    #[must_use]
+    pub fn aligned_around(&self, block: u64, disk_size: u64) -> Self {
+        debug_assert!(block.is_power_of_two());
+        let start = self.offset & !(block - 1);
+        let end = self.end().checked_next_multiple_of(block).unwrap_or(u64::MAX);
+        let end = end.min(disk_size).max(self.end());
+        Self { offset: start, length: end - start }
+    }
 }
 
 #[cfg(test)]
@@ -109,6 +120,21 @@ mod tests {
                 prop_assert_eq!(first.end(), rest.offset());
                 prop_assert_eq!(rest.end(), range.end());
                 prop_assert_eq!(range.until(at).length() + range.from(at).length(), range.length());
+            }
+        }
+
+        #[test]
+        fn aligned_range_around_is_minimal(
+            size in 0u64.., offset: u64, length: u64, shift in 0u32..20,
+        ) {
+            if let Some(range) = Range::within(size, offset, length) {
+                let block = 1u64 << shift;
+                let around = range.aligned_around(block, size);
+                prop_assert!(around.offset() <= range.offset() && around.end() >= range.end());
+                prop_assert_eq!(around.offset() % block, 0);
+                prop_assert!(around.end() % block == 0 || around.end() == size);
+                prop_assert!(range.offset() - around.offset() < block);
+                prop_assert!(around.end() - range.end() < block && around.end() <= size);
             }
         }
 

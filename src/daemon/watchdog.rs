@@ -236,7 +236,7 @@ impl CheckSchedule {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+    use crate::disk::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
 
     const SECOND: Duration = Duration::from_secs(1);
     const TIMEOUT: Duration = Duration::from_secs(20);
@@ -309,7 +309,7 @@ mod tests {
         // The health check bypasses the closed gate.
         disk.gate().close_and_drain(Instant::now() + TIMEOUT).unwrap();
         let check = HealthCheck::of_disk(Arc::clone(&disk)).unwrap();
-        faults.fail_every(Op::Read, nix::libc::EIO);
+        faults.fail_every(BackendCall::Read, nix::libc::EIO);
         let (_watchdog, fed) = start(vec![check]);
         for _ in 0..3 {
             fed.recv_timeout(TIMEOUT).unwrap();

@@ -1,7 +1,11 @@
 //! The interface between a disk and the storage of its bytes.
 //! Decides nothing, and checks no range: [`super::Disk`] has done that.
+//!
+//! [`Backend`] is what every backend has to do. What only some of them can do is an optional capability:
+//! [`PageCache`] for bytes that are in memory, [`SocketTransfer`] for sending without a copy.
 
-use super::io_queue::{Call, IoQueue, Zeroing};
+use super::detect_zeros;
+use super::io_queue::{IoQueue, Op, Zeroing};
 use crate::range::Range;
 use nix::errno::Errno;
 use std::io;
@@ -13,7 +17,8 @@ pub type Identity = (u64, u64);
 
 /// The storage of a disk: a file, a block device, or memory in tests.
 ///
-/// Many threads call it at once, and only with ranges inside [`Backend::size`].
+/// Many threads call it at once, and only with ranges inside [`Backend::size`]. Unless said otherwise,
+/// a call blocks until the device has executed it.
 pub trait Backend: Send + Sync + std::fmt::Debug {
     /// Size in bytes; it does not change while the image is open.
     fn size(&self) -> u64;
@@ -23,15 +28,20 @@ pub trait Backend: Send + Sync + std::fmt::Debug {
     }
     /// Fills `into` from `offset` on. A file that became shorter is an error, not a short read.
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
-    /// Reads like [`Backend::read`], but fails with `WouldBlock` instead of waiting for the device;
-    /// `into` may then hold anything.
-    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.read(offset, into)
-    }
-    /// Whether the range seems to be in the page cache: a guess from a few samples.
-    fn is_resident(&self, range: Range) -> bool {
+    /// Writes all of `data`; with `durable` returns only once it is on stable storage.
+    fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
+    /// Makes the range read as zeros.
+    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()>;
+    /// Deallocates as much of the range as it can; the bytes may read as anything afterwards.
+    fn trim(&self, range: Range) -> io::Result<()>;
+    /// Returns once everything written before the call is on stable storage.
+    fn flush(&self) -> io::Result<()>;
+    /// The extent that contains `offset`, from `offset` on.
+    fn extent(&self, offset: u64) -> io::Result<Extent>;
+    /// Hints that the range will be read soon.
+    fn prefetch(&self, range: Range) -> io::Result<()> {
         let _ = range;
-        true
+        Ok(())
     }
     /// An I/O queue for one session, created on the session's thread; `None` where I/O cannot be
     /// asynchronous. Each completion adds to the eventfd `notifier`.
@@ -39,53 +49,62 @@ pub trait Backend: Send + Sync + std::fmt::Debug {
         let _ = notifier;
         None
     }
-    /// Writes all of `data`; with `durable` returns only once it is on stable storage.
-    fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
-    /// Makes the range read as zeros.
-    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()>;
+    /// The unit of the device's I/O in bytes, a power of two: a change of a part of a unit reads and
+    /// writes the whole unit, and buffers of operations begin at a multiple of it. Two changes of one
+    /// unit never execute at the same time.
+    fn unit(&self) -> u64 {
+        1
+    }
     /// Whether the time that zeroing or trimming takes depends on the number of extents rather than
     /// of bytes, as in a file with `fallocate(2)`.
     fn zeroes_by_extent(&self, how: Zeroing) -> bool {
         let _ = how;
         false
     }
-    /// Deallocates as much of the range as it can; the bytes may read as anything afterwards.
-    fn trim(&self, range: Range) -> io::Result<()>;
-    /// Returns once everything written before the call is on stable storage.
-    fn flush(&self) -> io::Result<()>;
     /// Whether of two writes of the same bytes the one that begins later also ends later. The kernel
-    /// serializes writes to a file; on a block device one write may overtake another.
+    /// serializes buffered writes to a file; on a block device one write may overtake another.
     fn orders_writes(&self) -> bool {
         true
     }
-    /// Hints that the range will be read soon.
-    fn prefetch(&self, range: Range) -> io::Result<()>;
+    /// The cache in front of the device, if there is one. Without it, every read and write is an
+    /// operation in flight.
+    fn page_cache(&self) -> Option<&dyn PageCache> {
+        None
+    }
+    /// How to send bytes to a socket without copying them through this process, if that is possible.
+    fn socket_transfer(&self) -> Option<&dyn SocketTransfer> {
+        None
+    }
+}
+
+/// Capability: the backend keeps bytes in memory. [`Backend::write`] without `durable` then returns as
+/// soon as they are there, unless it has to read a block from the device first.
+pub trait PageCache {
+    /// Reads like [`Backend::read`], but fails with `WouldBlock` instead of waiting for the device;
+    /// `into` may then hold anything.
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+    /// Whether the range seems to be in memory: a guess from a few samples.
+    fn is_resident(&self, range: Range) -> bool {
+        let _ = range;
+        true
+    }
     /// Starts the write-back of dirty pages in the range, so that a later flush has less to do; does
     /// not wait for it. An error says nothing about the data: the next flush reports that.
     fn start_write_back(&self, range: Range) -> io::Result<()> {
         let _ = range;
         Ok(())
     }
-    /// The extent that contains `offset`, from `offset` on.
-    fn extent(&self, offset: u64) -> io::Result<Extent>;
-    /// Whether [`Backend::pin`] can be used: a page changes only in bytes that a client changes.
-    fn pins(&self) -> bool {
-        false
-    }
+}
+
+/// Capability: bytes go from the backend to a socket by reference.
+pub trait SocketTransfer {
     /// Moves exactly `length` bytes from `offset` on into a pipe that has room for them, by reference.
     /// May wait for the device. After an error the pipe may hold any part of them; `Unsupported`
     /// means that the caller has to read them instead.
-    fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
-        let _ = (offset, length, pipe);
-        Err(io::ErrorKind::Unsupported.into())
-    }
-    /// Sends at most `length` bytes from `offset` on to a socket without copying them through this
-    /// process, and returns how many it sent; does not wait for a non-blocking socket. `Unsupported`
-    /// where that is impossible.
-    fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
-        let _ = (offset, length, to);
-        Err(io::ErrorKind::Unsupported.into())
-    }
+    fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()>;
+    /// Sends at most `length` bytes from `offset` on to a socket, and returns how many it sent; does
+    /// not wait for a non-blocking socket. `Unsupported` where that is impossible.
+    fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize>;
 }
 
 /// A contiguous range that is either allocated or a hole.
@@ -97,15 +116,19 @@ pub struct Extent {
     pub allocated: bool,
 }
 
-/// Executes a call synchronously. Populating does nothing: a later read will wait instead.
-pub(super) fn execute(image: &dyn Backend, call: &Call) -> io::Result<()> {
-    match call {
-        Call::Populate(_) => Ok(()),
-        Call::Prefetch(range) => image.prefetch(*range),
-        Call::Write { offset, data } => image.write(*offset, data, true),
-        Call::Flush => image.flush(),
-        Call::Zero(range, how) => image.zero(*range, *how),
-        Call::Trim(range) => image.trim(*range),
+/// Executes an operation synchronously. A zeroing or trim is not made durable: `inflight` flushes
+/// after its last part.
+pub(super) fn execute(image: &dyn Backend, op: &mut Op) -> io::Result<()> {
+    match op {
+        Op::Read { offset, data } => image.read(*offset, data),
+        Op::Write { offset, data, durable: true } => image.write(*offset, data, true),
+        Op::Write { offset, data, durable: false } => {
+            detect_zeros::write_around_holes(image, *offset, data)
+        }
+        Op::Zero { range, how, durable: _ } => image.zero(*range, *how),
+        Op::Trim { range, durable: _ } => image.trim(*range),
+        Op::Flush => image.flush(),
+        Op::Cache(range) => image.prefetch(*range),
     }
 }
 

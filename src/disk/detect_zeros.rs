@@ -202,7 +202,9 @@ impl Map<'_> {
 #[cfg(test)]
 mod tests {
     use super::super::FileBackend;
-    use super::super::memory_backend::{FailingBackend, Faults, InMemory, MemoryBackend, Op};
+    use super::super::memory_backend::{
+        BackendCall, FailingBackend, Faults, InMemory, MemoryBackend,
+    };
     use super::*;
     use proptest::prelude::*;
     use std::sync::Arc;
@@ -248,7 +250,7 @@ mod tests {
         let (memory, image, faults) = counted(8);
         assert!(write_around_holes(&image, 0, &vec![0; 8 * ONE]).is_ok());
         assert_eq!(memory.allocated_blocks(), 0);
-        assert_eq!(faults.count(Op::Write), 0);
+        assert_eq!(faults.count(BackendCall::Write), 0);
     }
 
     #[test]
@@ -312,9 +314,9 @@ mod tests {
         let mut striped = vec![0; 64 * ONE];
         striped.chunks_mut(2 * ONE).for_each(|two| two[0] = 1);
         assert!(!leaves_gaps(&image, 0, &striped).unwrap());
-        assert_eq!((faults.count(Op::Write), faults.count(Op::Extent)), (0, 1));
+        assert_eq!((faults.count(BackendCall::Write), faults.count(BackendCall::Extent)), (0, 1));
         assert!(write_around_holes(&image, 0, &striped).is_ok());
-        assert_eq!((faults.count(Op::Write), faults.count(Op::Extent)), (1, 2));
+        assert_eq!((faults.count(BackendCall::Write), faults.count(BackendCall::Extent)), (1, 2));
         let mut found = vec![5; 64 * ONE];
         image.read(0, &mut found).unwrap();
         assert!(found == striped);
@@ -324,7 +326,7 @@ mod tests {
     fn data_without_zeros_looks_up_no_extent() {
         let (_, image, faults) = counted(4);
         assert!(write_around_holes(&image, 5, &vec![1; 3 * ONE]).is_ok());
-        assert_eq!((faults.count(Op::Extent), faults.count(Op::Write)), (0, 1));
+        assert_eq!((faults.count(BackendCall::Extent), faults.count(BackendCall::Write)), (0, 1));
     }
 
     #[test]
@@ -337,7 +339,7 @@ mod tests {
         assert!(!leaves_gaps(&image, 0, &[]).unwrap());
         memory.write(0, &vec![9; 3 * ONE], false).unwrap();
         assert!(!leaves_gaps(&image, 0, &data).unwrap());
-        assert_eq!(faults.count(Op::Write), 0);
+        assert_eq!(faults.count(BackendCall::Write), 0);
     }
 
     proptest! {

@@ -86,10 +86,17 @@ impl Disk {
         self.read_only
     }
 
-    /// Whether bytes can go to a socket without a copy in between ([`Backend::pin`]).
+    /// Whether the image has a page cache ([`Backend::page_cache`]). Without one, every read and write is
+    /// an operation in flight.
     #[must_use]
-    pub fn pins(&self) -> bool {
-        self.image.pins()
+    pub fn has_page_cache(&self) -> bool {
+        self.image.page_cache().is_some()
+    }
+
+    /// See [`Backend::unit`].
+    #[must_use]
+    pub fn unit(&self) -> u64 {
+        self.image.unit()
     }
 
     /// Whether every flush has succeeded so far.
@@ -165,6 +172,23 @@ impl Disk {
         Copier { image: &*self.image }
     }
 
+    /// The blocks that a write of `range` changes in part and that are not resident.
+    pub(super) fn cold_edges(&self, range: Range) -> impl Iterator<Item = Range> {
+        let cache = self.image.page_cache();
+        let cold_block = |at: u64| {
+            // First, because asking for a resident block starts the kernel's readahead.
+            if at.is_multiple_of(detect_zeros::BLOCK) {
+                return None;
+            }
+            let start = Range::whole(self.size()).from(at - at % detect_zeros::BLOCK);
+            let block = start.split(detect_zeros::BLOCK).0;
+            cache.is_some_and(|cache| !cache.is_resident(block)).then_some(block)
+        };
+        let first = cold_block(range.offset());
+        let last = cold_block(range.end()).filter(|last| first != Some(*last));
+        first.into_iter().chain(last)
+    }
+
     pub(super) fn mark(&self, range: Range) {
         if let Some(dirty) = &*sync::read(&self.dirty) {
             dirty.mark(range);
@@ -193,12 +217,13 @@ impl Copier<'_> {
         extents::extent_at(self.image, offset)
     }
 
-    /// See [`Backend::send`].
+    /// See [`super::SocketTransfer::send`].
     ///
     /// # Errors
-    /// The backend's or the socket's; `WouldBlock` when the socket is full.
+    /// The backend's or the socket's; `WouldBlock` when the socket is full; `Unsupported`.
     pub fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
-        self.image.send(offset, length, to)
+        let transfer = self.image.socket_transfer().ok_or(io::ErrorKind::Unsupported)?;
+        transfer.send(offset, length, to)
     }
 }
 
@@ -219,34 +244,34 @@ impl Visit<'_> {
     /// Also those of [`Visit::read`].
     pub fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let range = self.disk.range(offset, into.len() as u64)?;
-        if range.is_empty() { Ok(()) } else { self.disk.image.read_now(offset, into) }
+        match self.disk.image.page_cache() {
+            _ if range.is_empty() => Ok(()),
+            Some(cache) => cache.read_now(offset, into),
+            None => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    /// Whether [`Visit::pin`] can be used.
+    #[must_use]
+    pub fn pins(&self) -> bool {
+        self.disk.image.socket_transfer().is_some()
     }
 
     /// Whether `range` seems to be in the page cache: a guess from a few samples.
     #[must_use]
     pub fn is_resident(&self, range: Range) -> bool {
-        self.disk.image.is_resident(range)
+        self.disk.image.page_cache().is_some_and(|cache| cache.is_resident(range))
     }
 
-    /// The range to populate before a write of `range`, which would otherwise wait for the device:
-    /// non-resident blocks that the write changes only in part, and everything between them.
+    /// Whether a write of `range` has to be an operation in flight, because [`Visit::write`] would wait
+    /// for the device: without a page cache, or if a block that it changes in part is not resident.
     #[must_use]
-    pub fn cold_edges(&self, range: Range) -> Option<Range> {
-        let whole = Range::whole(self.disk.size());
-        let cold_block = |at: u64| {
-            let block = whole.from(at - at % detect_zeros::BLOCK).split(detect_zeros::BLOCK).0;
-            (!at.is_multiple_of(detect_zeros::BLOCK) && !self.disk.image.is_resident(block))
-                .then_some(block)
-        };
-        let edges = (cold_block(range.offset()), cold_block(range.end()));
-        match edges {
-            (Some(first), Some(last)) => Some(whole.from(first.offset()).until(last.end())),
-            (first, last) => first.or(last),
-        }
+    pub fn write_would_wait(&self, range: Range) -> bool {
+        !self.disk.has_page_cache() || self.disk.cold_edges(range).next().is_some()
     }
 
     /// Writes `data` to `offset`, leaving out zeros that would go into a hole. Waits for the device
-    /// only if a block at an edge is not resident ([`Visit::cold_edges`]).
+    /// only if a block at an edge is not resident ([`Visit::write_would_wait`]).
     ///
     /// # Errors
     /// `EPERM` on a read-only disk; `EINVAL` beyond the end; the backend's, after which any part of
@@ -278,14 +303,14 @@ impl Visit<'_> {
         flush_errors.check()
     }
 
-    /// Moves `length` bytes from `offset` on into a pipe; only if [`Disk::pins`]. See
-    /// [`Backend::pin`].
+    /// Moves `length` bytes from `offset` on into a pipe. See [`super::SocketTransfer::pin`].
     ///
     /// # Errors
-    /// `EINVAL` beyond the end; the backend's.
+    /// `EINVAL` beyond the end; the backend's; `Unsupported` unless [`Visit::pins`].
     pub fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
         self.disk.range(offset, length as u64)?;
-        self.disk.image.pin(offset, length, pipe)
+        let transfer = self.disk.image.socket_transfer().ok_or(io::ErrorKind::Unsupported)?;
+        transfer.pin(offset, length, pipe)
     }
 
     /// The extents of `range` in order, equal neighbours merged, clipped to it: at most `limit`,

@@ -93,7 +93,9 @@ pub(super) fn extent_at(image: &dyn Backend, offset: u64) -> io::Result<Extent> 
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory_backend::{FailingBackend, Faults, InMemory, MemoryBackend, Op};
+    use super::super::memory_backend::{
+        BackendCall, FailingBackend, Faults, InMemory, MemoryBackend,
+    };
     use super::*;
     use proptest::prelude::*;
     use std::sync::Arc;
@@ -158,7 +160,7 @@ mod tests {
             let error = extents(&image, Range::whole(3 * BLOCK), 9).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(nix::libc::EIO), "operation {nth}");
         }
-        assert_eq!(faults.count(Op::Extent), 1 + 2 + 3);
+        assert_eq!(faults.count(BackendCall::Extent), 1 + 2 + 3);
     }
 
     /// An image that reports the same extent for every offset.
@@ -236,7 +238,7 @@ mod tests {
             let image =
                 FailingBackend::new(MemoryBackend::new(blocks as u64 * BLOCK), faults.clone());
             let all = extents(&image, Range::whole(image.size()), 9).unwrap();
-            assert_eq!(faults.count(Op::Extent), lookups as u64);
+            assert_eq!(faults.count(BackendCall::Extent), lookups as u64);
             let covered = Range::whole(lookups as u64 * BLOCK);
             assert_eq!(all, [Extent { range: covered, allocated: false }]);
         }

@@ -1,7 +1,7 @@
 //! The backing file or block device: the calls that read, write, zero, trim and flush it.
 //! Never changes its size, never touches a byte outside the ranges it is given, and never logs.
 
-use super::backend::{Backend, Extent, Identity, errno_of};
+use super::backend::{Backend, Extent, Identity, PageCache, SocketTransfer, errno_of};
 use super::extents::SeekResult;
 use super::file_system::{self, FileSystem, HolePolicy};
 use super::io_queue::{IoQueue, Zeroing};
@@ -284,37 +284,6 @@ impl Backend for FileBackend {
         })
     }
 
-    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let unsupported = &self.unsupported.read_without_waiting;
-        if unsupported.load(Ordering::Relaxed) {
-            return self.read(offset, into);
-        }
-        match syscalls::read_without_waiting(&self.file, offset, into) {
-            Ok(count) if count == into.len() => Ok(()),
-            // Short: either the rest is not resident, or the file ended. A blocking read tells.
-            Ok(_) => Err(io::ErrorKind::WouldBlock.into()),
-            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
-                Some(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
-                    unsupported.store(true, Ordering::Relaxed);
-                    self.read(offset, into)
-                }
-                _ => Err(error),
-            },
-        }
-    }
-
-    /// Probes the first byte, which also starts the kernel's readahead as for a reader, and the last.
-    fn is_resident(&self, range: Range) -> bool {
-        if self.unsupported.read_without_waiting.load(Ordering::Relaxed) {
-            return true;
-        }
-        [range.offset(), range.end().saturating_sub(1)].into_iter().all(|at| {
-            let found = self.read_now(at, &mut [0]);
-            !found.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
-        })
-    }
-
     fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
         if self.unsupported.io_uring.load(Ordering::Relaxed) {
             return None;
@@ -383,44 +352,12 @@ impl Backend for FileBackend {
         posix_fadvise(&self.file, offset, length, advice).map_err(io::Error::from)
     }
 
-    fn start_write_back(&self, range: Range) -> io::Result<()> {
-        syscalls::start_write_back(&self.file, range)
+    fn page_cache(&self) -> Option<&dyn PageCache> {
+        Some(self)
     }
 
-    fn pins(&self) -> bool {
-        self.file_system.has_stable_pages
-    }
-
-    fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
-        let mut from = syscalls::to_off_t(offset)?;
-        let mut left = length;
-        while left > 0 {
-            let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
-            match splice(&self.file, Some(&mut from), pipe, None, left, flags) {
-                Ok(0) => return Err(self.shortened()),
-                Ok(count) => left -= count.min(left),
-                Err(Errno::EINTR) => {}
-                // The pipe is full, or this file does not support splice(2).
-                Err(Errno::EAGAIN | Errno::EINVAL | Errno::ENOSYS) => {
-                    return Err(io::ErrorKind::Unsupported.into());
-                }
-                Err(errno) => return Err(errno.into()),
-            }
-        }
-        Ok(())
-    }
-
-    fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
-        if !self.file_system.has_stable_pages {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
-        let mut from = syscalls::to_off_t(offset)?;
-        match sendfile(to, &self.file, Some(&mut from), length) {
-            Ok(0) => Err(self.shortened()),
-            Ok(count) => Ok(count),
-            Err(Errno::EINVAL | Errno::ENOSYS) => Err(io::ErrorKind::Unsupported.into()),
-            Err(errno) => Err(errno.into()),
-        }
+    fn socket_transfer(&self) -> Option<&dyn SocketTransfer> {
+        self.file_system.has_stable_pages.then_some(self)
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
@@ -445,6 +382,74 @@ impl Backend for FileBackend {
     }
 }
 
+impl PageCache for FileBackend {
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let unsupported = &self.unsupported.read_without_waiting;
+        if unsupported.load(Ordering::Relaxed) {
+            return self.read(offset, into);
+        }
+        match syscalls::read_without_waiting(&self.file, offset, into) {
+            Ok(count) if count == into.len() => Ok(()),
+            // Short: either the rest is not resident, or the file ended. A blocking read tells.
+            Ok(_) => Err(io::ErrorKind::WouldBlock.into()),
+            Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
+                Some(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
+                    unsupported.store(true, Ordering::Relaxed);
+                    self.read(offset, into)
+                }
+                _ => Err(error),
+            },
+        }
+    }
+
+    /// Probes the first byte, which also starts the kernel's readahead as for a reader, and the last.
+    fn is_resident(&self, range: Range) -> bool {
+        if self.unsupported.read_without_waiting.load(Ordering::Relaxed) {
+            return true;
+        }
+        [range.offset(), range.end().saturating_sub(1)].into_iter().all(|at| {
+            let found = self.read_now(at, &mut [0]);
+            !found.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        })
+    }
+
+    fn start_write_back(&self, range: Range) -> io::Result<()> {
+        syscalls::start_write_back(&self.file, range)
+    }
+}
+
+impl SocketTransfer for FileBackend {
+    fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
+        let mut from = syscalls::to_off_t(offset)?;
+        let mut left = length;
+        while left > 0 {
+            let flags = SpliceFFlags::SPLICE_F_NONBLOCK;
+            match splice(&self.file, Some(&mut from), pipe, None, left, flags) {
+                Ok(0) => return Err(self.shortened()),
+                Ok(count) => left -= count.min(left),
+                Err(Errno::EINTR) => {}
+                // The pipe is full, or this file does not support splice(2).
+                Err(Errno::EAGAIN | Errno::EINVAL | Errno::ENOSYS) => {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut from = syscalls::to_off_t(offset)?;
+        match sendfile(to, &self.file, Some(&mut from), length) {
+            Ok(0) => Err(self.shortened()),
+            Ok(count) => Ok(count),
+            Err(Errno::EINVAL | Errno::ENOSYS) => Err(io::ErrorKind::Unsupported.into()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
 impl RingFile for FileBackend {
     fn fd(&self) -> RawFd {
         self.file.as_raw_fd()
@@ -452,6 +457,14 @@ impl RingFile for FileBackend {
 
     fn writes_durably(&self) -> bool {
         !self.unsupported.durable_write.load(Ordering::Relaxed)
+    }
+
+    fn reads_ahead(&self) -> bool {
+        true
+    }
+
+    fn can_transfer(&self, _offset: u64, _length: usize) -> bool {
+        true
     }
 
     fn zero_call(&self, range: Range, how: Zeroing) -> Option<FallocateCall> {

@@ -1,72 +1,80 @@
 //! The in-flight operations of one session: asynchronous disk I/O, so that a slow request does not
 //! delay the requests behind it. Starts nothing by itself, and holds a bounded number of bytes.
 //!
-//! An operation is one [`Work`] and the backend calls that it takes. It holds its visit until it
-//! completes, so closing the gate waits for it. The bytes it changes are marked dirty after they are
-//! written and before the completion is reported.
+//! An operation goes through stages ([`Stage`]), and holds its visit from its start until it completes,
+//! so closing the gate waits for it. The bytes it changes are marked dirty after they are written and
+//! before the completion is reported. Three things are decided here:
 //!
-//! A change that overlaps an earlier one in flight, of any session, waits for it in a queue, without
-//! holding a visit. Zeroing and trimming run in parts ([`super::part_sizes`]); between two parts they
-//! give up the visit if the gate is closed. Waiting operations are dropped with their session.
+//! * Overlap: a change that overlaps an earlier one in flight, of any session, waits for it, without
+//!   holding a visit ([`super::overlap`]). Zeroing and trimming run in parts ([`super::part_sizes`]);
+//!   between two parts they give up the visit if the gate is closed. Waiting operations are dropped
+//!   with their session.
+//! * Budget: a session holds at most [`IN_FLIGHT_MAX`] operations and [`BYTES_MAX`] bytes.
+//! * Group commit: durable operations are batched until [`InFlight::submit`]. A single write uses
+//!   `RWF_DSYNC`, which does not flush unrelated data; two or more share one fsync.
 //!
-//! Group commit: durable operations are batched until [`InFlight::submit`]. A single write uses
-//! `RWF_DSYNC`, which does not flush unrelated data; two or more share one fsync.
-//!
-//! Where the backend provides no I/O queue, threads execute the same calls
+//! Where the backend provides no I/O queue, or that declines an operation, threads execute it
 //! (`disk/thread_pool`).
 
-use super::backend::{errno_of, execute};
+use super::backend::execute;
+use super::buffer::Buffer;
 use super::detect_zeros;
 use super::disk::{Disk, Visit};
-use super::flush_errors::ConcurrentFlushes;
-use super::io_queue::{Call, Completion, Notifier, Zeroing};
+use super::flush_errors::FlushGuard;
+use super::io_queue::{Completion, Notifier, Op, Zeroing};
 use super::overlap::Change;
 use super::part_sizes::PartSizes;
 use super::thread_pool::Completions;
 use super::write_behind::WriteBehind;
 use crate::range::Range;
 use nix::errno::Errno;
+use stage::{Operation, Queue, Stage};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
-pub use work::{BYTES_MAX, IN_FLIGHT_MAX, Work};
-use work::{Batched, Executor, NextStep, Operation, Queued};
 
 mod closing;
-mod work;
+mod commit;
+mod parts;
+mod stage;
+
+/// Most operations of one session in flight.
+pub const IN_FLIGHT_MAX: usize = 128;
+/// Most bytes of data that they hold; a single operation may hold more.
+pub const BYTES_MAX: usize = 2 << 20;
 
 /// The operations of one session. `T` is the caller's tag, returned with each outcome.
 ///
-/// Dropping it drops the operations that wait, and blocks until those in flight complete; a zeroing
+/// Dropping it drops the operations that wait, and blocks until those that execute complete; a zeroing
 /// or trim ends after its current part. Their outcomes are lost.
 #[derive(Debug)]
 pub struct InFlight<'a, T> {
     disk: &'a Disk,
     notifier: Arc<dyn Notifier>,
-    executor: Executor<'a>,
-    /// Results of calls that threads execute.
+    queue: Queue<'a>,
+    /// Results of operations that threads execute.
     completions: Arc<Completions>,
-    /// Calls given to threads whose completion has not been taken.
-    in_threads: usize,
+    /// Every operation that has not completed, in order of arrival.
+    operations: BTreeMap<u64, Operation<'a, T>>,
     next_key: u64,
-    /// Not started, or between two parts; in order of arrival.
-    waiting: VecDeque<Queued<'a, T>>,
-    /// By the key of the call in flight.
-    executing: BTreeMap<u64, Operation<'a, T>>,
-    /// Parts of zeroings and trims in flight.
+    /// Operations in [`Stage::Waiting`].
+    waiting: usize,
+    /// Operations in the queue or with a thread.
+    executing: usize,
+    /// Those of them with a thread.
+    in_threads: usize,
+    /// Operations in [`Stage::Batched`], in the order in which they got there.
+    commit_batch: Vec<u64>,
+    /// Operations in [`Stage::Verifying`].
+    verifying: Vec<u64>,
+    /// Operations in [`Stage::Part`].
     parts: usize,
     part_sizes: PartSizes,
     write_behind: WriteBehind,
-    /// Durable operations for the next commit.
-    commit_batch: Vec<Batched<'a, T>>,
-    /// Flushed successfully; a concurrent flush may still report a failure that concerns them.
-    awaiting_verdict: Vec<(ConcurrentFlushes, Operation<'a, T>)>,
-    completed: VecDeque<(T, io::Result<()>)>,
-    /// Operations that have not completed.
-    count: usize,
-    /// Bytes of data that they hold.
+    completed: VecDeque<(T, io::Result<Buffer>)>,
+    /// Bytes of data that the operations hold.
     bytes: usize,
     /// When the closing of the gate expires, and the gate has to be tried again.
     gate_expiry: Cell<Option<Instant>>,
@@ -80,19 +88,19 @@ impl<'a, T> InFlight<'a, T> {
         Self {
             disk,
             completions: Completions::new(&notifier),
-            in_threads: 0,
             notifier,
-            executor: Executor::Unknown,
+            queue: Queue::Unknown,
+            operations: BTreeMap::new(),
             next_key: 0,
-            waiting: VecDeque::new(),
+            waiting: 0,
+            executing: 0,
+            in_threads: 0,
+            commit_batch: Vec::new(),
+            verifying: Vec::new(),
             parts: 0,
             part_sizes: PartSizes::default(),
             write_behind: WriteBehind::default(),
-            executing: BTreeMap::new(),
-            commit_batch: Vec::new(),
-            awaiting_verdict: Vec::new(),
             completed: VecDeque::new(),
-            count: 0,
             bytes: 0,
             gate_expiry: Cell::new(None),
             closing: false,
@@ -102,27 +110,27 @@ impl<'a, T> InFlight<'a, T> {
     /// Whether all operations have completed and every outcome has been taken.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.count == 0 && self.completed.is_empty()
+        self.operations.is_empty() && self.completed.is_empty()
     }
 
     /// Whether all operations that started have completed and every outcome has been taken; others
     /// may still wait to start.
     #[must_use]
     pub fn is_quiescent(&self) -> bool {
-        self.count == self.waiting.len() && self.completed.is_empty()
+        self.operations.len() == self.waiting && self.completed.is_empty()
     }
 
     /// Whether an operation that holds this many bytes may begin.
     #[must_use]
     pub fn has_room(&self, bytes: usize) -> bool {
-        let is_free = self.count + self.completed.len() < IN_FLIGHT_MAX;
+        let is_free = self.operations.len() + self.completed.len() < IN_FLIGHT_MAX;
         is_free && (self.bytes == 0 || self.bytes + bytes <= BYTES_MAX)
     }
 
     /// Whether operations wait for an earlier change, for a part in flight, or for the gate.
     #[must_use]
     pub fn has_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+        self.waiting > 0
     }
 
     /// Whether no change in flight on the disk overlaps `range`, so that a change of it may start.
@@ -138,10 +146,12 @@ impl<'a, T> InFlight<'a, T> {
         self.disk.image.orders_writes()
     }
 
-    /// Registers a change that the caller executes itself, once [`Change::is_first`].
+    /// Registers a change that the caller executes itself, once [`Change::is_first`]. Changes of the same
+    /// unit of the device ([`super::Backend::unit`]) overlap.
     #[must_use]
     pub fn register_change(&self, range: Range) -> Change<'a> {
-        self.disk.overlaps.register(range, &self.notifier)
+        let units = range.aligned_around(self.disk.unit(), self.disk.size());
+        self.disk.overlaps.register(units, &self.notifier)
     }
 
     /// Records a non-durable write that the session executed itself; may start write-back.
@@ -162,36 +172,62 @@ impl<'a, T> InFlight<'a, T> {
     /// It fails with `EPERM` if it would change a read-only disk, with `EINVAL` beyond the end, with
     /// the error of the first failed flush if it is durable, or with the backend's error; then any
     /// part of the change may have been written.
-    pub fn begin(&mut self, visit: Visit<'a>, work: Work, token: T) {
-        let weight = if let Work::Write { data, .. } = &work { data.len() } else { 0 };
-        self.count += 1;
-        self.bytes += weight;
-        let queued = match self.check(&work) {
-            Ok(None) => Queued { token, work, change: None, weight },
-            Ok(Some(range)) if range.is_empty() => return self.complete(token, weight, Ok(())),
-            Ok(Some(range)) => {
-                let change = Some(self.register_change(range));
-                Queued { token, work, change, weight }
-            }
-            Err(error) => return self.complete(token, weight, Err(error)),
-        };
-        if self.may_start(&queued) {
-            self.start(visit, queued);
-        } else {
-            self.waiting.push_back(queued);
-        }
+    pub fn begin(&mut self, visit: Visit<'a>, op: Op, tag: T) {
+        self.insert(Some(visit), op, tag);
     }
 
-    fn may_start(&self, queued: &Queued<'a, T>) -> bool {
-        let how = match queued.work {
-            Work::Zero { how, .. } => Some(how),
-            Work::Trim { .. } => Some(Zeroing::default()),
+    /// Begins an operation without a visit, as [`InFlight::begin`] does: it starts once the gate is open.
+    pub fn begin_when_open(&mut self, op: Op, tag: T) {
+        self.insert(None, op, tag);
+    }
+
+    fn insert(&mut self, visit: Option<Visit<'a>>, op: Op, tag: T) {
+        let outcome = match self.check(&op) {
+            Ok(Some(range)) if range.is_empty() => Ok(Buffer::default()),
+            Ok(range) => {
+                let changed = range.filter(|_| op.changes());
+                let change = changed.map(|range| self.register_change(range));
+                let memory = op.memory();
+                let may_start = self.may_start(&op, change.as_ref());
+                let key = self.next_key;
+                self.next_key += 1;
+                self.bytes += memory;
+                self.waiting += 1;
+                let stage = Stage::Waiting(op);
+                self.operations.insert(key, Operation { tag, change, memory, stage });
+                if let Some(visit) = visit.filter(|_| may_start) {
+                    self.start(visit, key);
+                }
+                return;
+            }
+            Err(error) => Err(error),
+        };
+        self.completed.push_back((tag, outcome));
+    }
+
+    /// Validates an operation, and returns its range.
+    fn check(&self, op: &Op) -> io::Result<Option<Range>> {
+        let disk = self.disk;
+        let range = op.range(disk.size())?;
+        if op.changes() && disk.read_only {
+            return Err(Errno::EPERM.into());
+        }
+        if op.is_durable() {
+            disk.flush_errors.check()?;
+        }
+        Ok(range)
+    }
+
+    fn may_start(&self, op: &Op, change: Option<&Change<'a>>) -> bool {
+        let how = match op {
+            Op::Zero { how, .. } => Some(*how),
+            Op::Trim { .. } => Some(Zeroing::default()),
             _ => None,
         };
         let by_extent = |how| self.disk.image.zeroes_by_extent(how);
         let parts_max = |how| self.part_sizes.in_flight_max(by_extent(how));
         let has_slot = how.is_none_or(|how| self.parts < parts_max(how));
-        has_slot && queued.change.as_ref().is_none_or(Change::is_first)
+        has_slot && change.is_none_or(Change::is_first)
     }
 
     /// Requests a notification when the gate opens.
@@ -207,40 +243,40 @@ impl<'a, T> InFlight<'a, T> {
         self.gate_expiry.take()
     }
 
-    /// Starts the waiting operations that may start now.
-    fn start_waiting(&mut self) {
-        let mut at = 0;
-        while at < self.waiting.len() && !self.closing {
-            if !self.may_start(&self.waiting[at]) {
-                at += 1;
-                continue;
-            }
-            match self.disk.enter_if_open() {
-                Ok(Some(visit)) => {
-                    if let Some(queued) = self.waiting.remove(at) {
-                        self.start(visit, queued);
-                    }
-                }
-                Ok(None) => return self.notify_when_gate_opens(),
-                // The session finds out itself when it next enters the gate.
-                Err(_) => return,
-            }
-        }
-    }
-
     /// Starts and commits everything that has begun. Notifies if some of it completed synchronously.
     pub fn submit(&mut self) {
         self.start_waiting();
         self.commit();
-        if let Executor::Queue(queue) = &mut self.executor
+        if let Queue::Of(queue) = &mut self.queue
             && !queue.submit()
         {
             self.notifier.notify();
         }
     }
 
-    /// The next completed operation: the tag given to [`InFlight::begin`], and the outcome.
-    pub fn next_completed(&mut self) -> Option<(T, io::Result<()>)> {
+    /// Starts the waiting operations that may start now.
+    fn start_waiting(&mut self) {
+        let mut next = 0;
+        while self.waiting > 0 && !self.closing {
+            let mut later = self.operations.range(next..);
+            let found = later.find(|(_, operation)| match &operation.stage {
+                Stage::Waiting(op) => self.may_start(op, operation.change.as_ref()),
+                _ => false,
+            });
+            let Some((&key, _)) = found else { return };
+            match self.disk.enter_if_open() {
+                Ok(Some(visit)) => self.start(visit, key),
+                Ok(None) => return self.notify_when_gate_opens(),
+                // The session finds out itself when it next enters the gate.
+                Err(_) => return,
+            }
+            next = key + 1;
+        }
+    }
+
+    /// The next completed operation: the tag given to [`InFlight::begin`], and the outcome, with the
+    /// bytes of a read.
+    pub fn next_completed(&mut self) -> Option<(T, io::Result<Buffer>)> {
         if self.is_empty() {
             return None;
         }
@@ -251,16 +287,20 @@ impl<'a, T> InFlight<'a, T> {
         self.completed.pop_front()
     }
 
-    /// The next completed call.
     fn next_completion(&mut self) -> Option<Completion> {
         if self.in_threads > 0
             && let Some(completion) = self.completions.pop()
         {
             self.in_threads -= 1;
+            self.executing -= 1;
             return Some(completion);
         }
-        match &mut self.executor {
-            Executor::Queue(queue) if self.executing.len() > self.in_threads => queue.poll(),
+        match &mut self.queue {
+            Queue::Of(queue) if self.executing > self.in_threads => {
+                let completion = queue.poll()?;
+                self.executing -= 1;
+                Some(completion)
+            }
             _ => None,
         }
     }
@@ -271,324 +311,237 @@ impl<'a, T> InFlight<'a, T> {
         !self.completed.is_empty()
     }
 
-    /// Frees the I/O queue if nothing is in flight; the next call creates a new one.
+    /// Frees the I/O queue if nothing is in flight; the next operation creates a new one.
     pub fn shrink(&mut self) {
         if self.is_empty() {
-            self.executor = Executor::Unknown;
+            self.queue = Queue::Unknown;
         }
     }
 
     /// Whether there is no I/O queue to free.
     #[must_use]
     pub fn is_shrunk(&self) -> bool {
-        !matches!(self.executor, Executor::Queue(_))
+        !matches!(self.queue, Queue::Of(_))
     }
 
-    /// Validates an operation. Returns the range it changes, `None` if it changes nothing, and an
-    /// empty range if there is nothing to do.
-    fn check(&self, work: &Work) -> io::Result<Option<Range>> {
-        let disk = self.disk;
-        let within = |range: &Range| disk.range(range.offset(), range.length());
-        let (range, durable) = match work {
-            Work::Flush => return disk.flush_errors.check().map(|()| None),
-            Work::Populate(range) | Work::Prefetch(range) => {
-                let range = within(range)?;
-                return Ok(range.is_empty().then_some(range));
+    /// Starts a waiting operation.
+    fn start(&mut self, visit: Visit<'a>, key: u64) {
+        let Some(operation) = self.operations.get_mut(&key) else { return };
+        let Some(op) = operation.stage.take_waiting() else { return };
+        self.waiting -= 1;
+        match op {
+            Op::Flush => self.batch(visit, key, None),
+            Op::Zero { .. } | Op::Trim { .. } => self.start_part(visit, key, op),
+            Op::Write { offset, data, durable } => {
+                self.start_write(visit, key, offset, data, durable);
             }
-            Work::Write { offset, data, durable } => {
-                (disk.range(*offset, data.len() as u64)?, *durable)
-            }
-            Work::Zero { range, durable, .. } | Work::Trim { range, durable } => {
-                (within(range)?, *durable)
-            }
-        };
-        if disk.read_only {
-            return Err(Errno::EPERM.into());
-        }
-        if durable {
-            disk.flush_errors.check()?;
-        }
-        Ok(Some(range))
-    }
-
-    fn start(&mut self, visit: Visit<'a>, queued: Queued<'a, T>) {
-        let Queued { token, work, change, weight } = queued;
-        let (next_step, flush_guard, members) = (NextStep::Nothing, None, Vec::new());
-        let operation = Operation { token, visit, change, next_step, flush_guard, members, weight };
-        match work {
-            Work::Populate(range) => self.call(operation, Call::Populate(range)),
-            Work::Prefetch(range) => self.call(operation, Call::Prefetch(range)),
-            Work::Flush => self.commit_batch.push(Batched { operation, write: None }),
-            Work::Zero { range, how, durable } => {
-                let (part, range) = self.split_next(range, how);
-                // The first part decides whether it can be fast, before any byte has changed.
-                let later = Zeroing { only_if_fast: false, ..how };
-                let rest = Work::Zero { range, how: later, durable };
-                self.call_part(operation, Call::Zero(part, how), rest);
-            }
-            Work::Trim { range, durable } => {
-                let (part, range) = self.split_next(range, Zeroing::default());
-                self.call_part(operation, Call::Trim(part), Work::Trim { range, durable });
-            }
-            Work::Write { offset, data, durable } => {
-                self.start_write(operation, offset, data, durable);
+            Op::Read { .. } | Op::Cache(_) => {
+                self.execute(key, op, Stage::Executing { visit, durable: false });
             }
         }
-    }
-
-    fn split_next(&self, range: Range, how: Zeroing) -> (Range, Range) {
-        self.part_sizes.split_next(range, self.disk.image.zeroes_by_extent(how))
-    }
-
-    fn call_part(&mut self, mut operation: Operation<'a, T>, call: Call, rest: Work) {
-        self.parts += 1;
-        operation.next_step = NextStep::Rest { rest, since: Instant::now() };
-        self.call(operation, call);
     }
 
     fn start_write(
         &mut self,
-        mut operation: Operation<'a, T>,
+        visit: Visit<'a>,
+        key: u64,
         offset: u64,
-        data: Vec<u8>,
+        data: Buffer,
         durable: bool,
     ) {
+        let (image, cached) = (&*self.disk.image, self.disk.has_page_cache());
+        let gaps = (durable || !cached)
+            .then(|| detect_zeros::leaves_gaps(image, offset, &data))
+            .transpose();
+        let gaps = match gaps {
+            Ok(gaps) => gaps,
+            Err(error) => return self.finish(key, Err(error)),
+        };
         let range = Range::whole(self.disk.size()).from(offset).split(data.len() as u64).0;
-        let image = &*self.disk.image;
-        let gaps =
-            match durable.then(|| detect_zeros::leaves_gaps(image, offset, &data)).transpose() {
-                Ok(gaps) => gaps,
-                Err(error) => return self.finish(operation, Err(error)),
-            };
-        if let Some(edges) = operation.visit.cold_edges(range) {
-            operation.next_step = NextStep::Write { offset, data, durable };
-            self.call(operation, Call::Populate(edges));
+        let edges: VecDeque<Range> = self.disk.cold_edges(range).collect();
+        if !edges.is_empty() {
+            let write = Op::Write { offset, data, durable };
+            self.read_edges(visit, key, write, edges);
+        } else if !cached {
+            self.write_uncached(
+                visit,
+                key,
+                Op::Write { offset, data, durable },
+                gaps == Some(true),
+            );
         } else if gaps == Some(false) {
-            self.commit_batch.push(Batched { operation, write: Some((offset, data)) });
+            self.batch(visit, key, Some((offset, data)));
         } else {
-            self.write(operation, offset, &data, durable);
+            self.write(visit, key, offset, &data, durable);
+        }
+    }
+
+    /// Reads the next block that a write changes in part, or writes if there is none. A failure shows
+    /// when the block is written.
+    fn read_edges(&mut self, visit: Visit<'a>, key: u64, write: Op, mut edges: VecDeque<Range>) {
+        let Some(edge) = edges.pop_front() else {
+            if let Op::Write { offset, data, durable } = write {
+                self.write(visit, key, offset, &data, durable);
+            }
+            return;
+        };
+        // Fits: one block.
+        match Buffer::zeroed(edge.length() as usize, 1) {
+            Ok(data) => {
+                let read = Op::Read { offset: edge.offset(), data };
+                self.execute(key, read, Stage::ReadingEdges { visit, write, edges });
+            }
+            Err(error) => self.finish(key, Err(error)),
         }
     }
 
     /// Writes to the page cache, without waiting for the device.
-    fn write(&mut self, mut operation: Operation<'a, T>, offset: u64, data: &[u8], durable: bool) {
+    fn write(&mut self, visit: Visit<'a>, key: u64, offset: u64, data: &[u8], durable: bool) {
         let written = detect_zeros::write_around_holes(&*self.disk.image, offset, data);
-        self.mark(&mut operation);
+        self.mark(key);
         match written {
-            Ok(()) if durable => self.commit_batch.push(Batched { operation, write: None }),
+            Ok(()) if durable => self.batch(visit, key, None),
             outcome => {
                 let length = data.len() as u64;
                 self.record_write(Range::whole(self.disk.size()).from(offset).split(length).0);
-                self.finish(operation, outcome);
+                self.finish(key, outcome);
             }
         }
     }
 
-    /// Makes the batched operations durable.
-    fn commit(&mut self) {
-        let mut commit_batch = std::mem::take(&mut self.commit_batch);
-        if let [Batched { write: Some(_), .. }] = commit_batch[..]
-            && let Some(Batched { operation, write: Some((offset, data)) }) = commit_batch.pop()
+    /// Writes without a page cache. A thread leaves out zeros in holes, which takes several calls.
+    fn write_uncached(&mut self, visit: Visit<'a>, key: u64, mut write: Op, gaps: bool) {
+        if let Op::Write { durable, .. } = &mut write
+            && gaps
         {
-            return self.call(operation, Call::Write { offset, data });
+            let stage = Stage::Executing { visit, durable: std::mem::take(durable) };
+            self.set_stage(key, stage);
+            self.executing += 1;
+            return self.execute_in_thread(key, write);
         }
-        let mut written = Vec::new();
-        for Batched { mut operation, write } in commit_batch {
-            let outcome = write.map_or(Ok(()), |(offset, data)| {
-                let outcome = self.disk.image.write(offset, &data, false);
-                self.mark(&mut operation);
-                outcome
-            });
-            match outcome {
-                Ok(()) => written.push(operation),
-                Err(error) => self.finish(operation, Err(error)),
-            }
-        }
-        if let Some(mut operation) = written.pop() {
-            operation.members = written;
-            self.call(operation, Call::Flush);
+        let stage = if write.is_durable() {
+            Stage::WritingDurably { visit, guard: self.disk.flush_errors.begin_flush() }
+        } else {
+            Stage::Executing { visit, durable: false }
+        };
+        self.execute(key, write, stage);
+    }
+
+    fn set_stage(&mut self, key: u64, stage: Stage<'a>) {
+        if let Some(operation) = self.operations.get_mut(&key) {
+            operation.stage = stage;
         }
     }
 
-    /// Starts a call, asynchronously if possible.
-    fn call(&mut self, mut operation: Operation<'a, T>, call: Call) {
-        if matches!(call, Call::Flush | Call::Write { .. }) {
-            operation.flush_guard = Some(self.disk.flush_errors.begin_flush());
-        }
-        if matches!(self.executor, Executor::Unknown) {
-            self.executor = match self.disk.image.queue(self.notifier.as_eventfd()) {
-                Some(queue) => Executor::Queue(queue),
-                None => Executor::Threads,
+    /// Gives an operation to the I/O queue, or to a thread if that declines.
+    fn execute(&mut self, key: u64, op: Op, stage: Stage<'a>) {
+        self.set_stage(key, stage);
+        self.executing += 1;
+        if matches!(self.queue, Queue::Unknown) {
+            self.queue = match self.disk.image.queue(self.notifier.as_eventfd()) {
+                Some(queue) => Queue::Of(queue),
+                None => Queue::None,
             };
         }
-        let key = self.next_key;
-        self.next_key += 1;
-        self.executing.insert(key, operation);
-        let declined = match &mut self.executor {
-            Executor::Queue(queue) => queue.push(key, call).err(),
-            _ => Some(call),
+        let declined = match &mut self.queue {
+            Queue::Of(queue) => queue.push(key, op).err(),
+            _ => Some(op),
         };
-        if let Some(call) = declined {
-            self.call_in_thread(key, call);
+        if let Some(op) = declined {
+            self.execute_in_thread(key, op);
         }
     }
 
-    /// Gives a call that the I/O queue declined to a thread, or executes it here if there is no
-    /// thread. Populating is skipped: a later read waits instead.
-    fn call_in_thread(&mut self, key: u64, call: Call) {
+    /// Gives an operation to a thread, or executes it here if there is none.
+    fn execute_in_thread(&mut self, key: u64, op: Op) {
         let image = &self.disk.image;
-        let declined = match call {
-            Call::Populate(_) => Err(call),
-            call => self.disk.threads.execute(image, (key, call), &self.completions),
-        };
-        match declined {
-            Ok(()) => self.in_threads += 1,
-            Err(call) => {
-                let outcome = Some(execute(&**image, &call));
-                let completion = Completion { key, call, outcome };
-                match completion.call {
-                    Call::Populate(_) => return self.on_completion(completion),
-                    // Completes through the queue, not recursively, so that the session can do other
-                    // work between two parts.
-                    _ => self.completions.push(completion),
-                }
-                self.in_threads += 1;
-            }
+        self.in_threads += 1;
+        if let Err(mut op) = self.disk.threads.execute(image, (key, op), &self.completions) {
+            let outcome = Some(execute(&**image, &mut op));
+            // Completes through the queue, not recursively, so that the session can do other work
+            // between two parts.
+            self.completions.push(Completion { key, op, outcome });
         }
     }
 
-    /// Continues an operation after one of its calls.
+    /// Continues an operation after the queue or a thread has executed it, or a part of it.
     fn on_completion(&mut self, completion: Completion) {
-        let Completion { key, call, outcome } = completion;
-        let Some(outcome) = outcome else { return self.call_in_thread(key, call) };
-        let Some(mut operation) = self.executing.remove(&key) else { return };
-        match (call, outcome) {
-            (Call::Populate(_) | Call::Prefetch(_), outcome) => {
-                self.on_populated(operation, outcome);
+        let Completion { key, op, outcome } = completion;
+        let Some(outcome) = outcome else {
+            self.executing += 1;
+            return self.execute_in_thread(key, op);
+        };
+        let Some(operation) = self.operations.get_mut(&key) else { return };
+        match operation.stage.take() {
+            Stage::ReadingEdges { visit, write, edges } if !self.closing => {
+                self.read_edges(visit, key, write, edges);
             }
-            (Call::Flush, Ok(())) => {
-                self.write_behind.started();
-                self.on_durable(operation);
-            }
-            (Call::Flush, Err(error)) => self.fail_durable(operation, &error),
-            (Call::Write { .. }, Ok(())) => {
-                self.mark(&mut operation);
-                self.on_durable(operation);
-            }
-            // The error may be of the write or of the flush. A plain write tells which: if it
-            // succeeds, durability failed.
-            (Call::Write { offset, data }, Err(error)) => {
-                let written = self.disk.image.write(offset, &data, false);
-                self.mark(&mut operation);
-                match written {
-                    Ok(()) => self.fail_durable(operation, &error),
-                    Err(error) => self.finish(operation, Err(error)),
+            Stage::Executing { visit, durable } => {
+                self.mark(key);
+                match (op, outcome) {
+                    (_, Ok(())) if durable => self.batch(visit, key, None),
+                    (Op::Read { data, .. }, Ok(())) => self.finish_with(key, Ok(data)),
+                    (_, outcome) => self.finish(key, outcome),
                 }
             }
-            (Call::Zero(part, _) | Call::Trim(part), outcome) => {
-                self.on_part_completed(operation, part, outcome);
+            Stage::WritingDurably { visit, guard } => {
+                self.on_written_durably(visit, key, op, outcome, guard);
             }
+            Stage::Part { visit, rest, since } => {
+                self.on_part_completed(visit, key, (op, rest), since, outcome);
+            }
+            Stage::Flushing { visit, guard, members } => {
+                self.on_flushed(visit, key, members, outcome, guard);
+            }
+            // Nothing that waits has been executed.
+            _ => self.finish(key, outcome),
         }
     }
 
-    /// Continues after a part of a zeroing or trim.
-    fn on_part_completed(
+    fn on_written_durably(
         &mut self,
-        mut operation: Operation<'a, T>,
-        part: Range,
+        visit: Visit<'a>,
+        key: u64,
+        op: Op,
         outcome: io::Result<()>,
+        guard: FlushGuard<'a>,
     ) {
-        self.parts -= 1;
-        self.disk.mark(part);
-        let next_step = std::mem::replace(&mut operation.next_step, NextStep::Nothing);
-        let (Ok(()), NextStep::Rest { rest, since }) = (&outcome, next_step) else {
-            return self.finish(operation, outcome);
+        let Err(error) = outcome else {
+            self.mark(key);
+            drop(guard);
+            return self.verify(vec![(key, visit)]);
         };
-        self.part_sizes.record(part.length(), since.elapsed());
-        let (Work::Zero { range, durable, .. } | Work::Trim { range, durable }) = &rest else {
-            return self.finish(operation, outcome);
+        // The error may be of the write or of the flush. A plain write tells which: if it succeeds,
+        // durability failed.
+        let written = match &op {
+            Op::Write { offset, data, .. } => self.disk.image.write(*offset, data, false),
+            _ => Ok(()),
         };
-        if range.is_empty() {
-            operation.change = None;
-            if *durable {
-                self.commit_batch.push(Batched { operation, write: None });
-            } else {
-                self.finish(operation, Ok(()));
-            }
-        } else if self.closing {
-            self.finish(operation, Ok(()));
-        } else {
-            let Operation { token, visit, change, weight, .. } = operation;
-            let queued = Queued { token, work: rest, change, weight };
-            if self.disk.gate.is_open() && self.may_start(&queued) {
-                self.start(visit, queued);
-            } else {
-                // Leave the gate, so that closing it does not wait for the rest.
-                drop(visit);
-                self.waiting.push_front(queued);
-            }
+        self.mark(key);
+        let error = match written {
+            Ok(()) => self.disk.flush_errors.record(&error),
+            Err(error) => error,
+        };
+        drop(guard);
+        self.finish(key, Err(error));
+    }
+
+    fn finish(&mut self, key: u64, outcome: io::Result<()>) {
+        self.finish_with(key, outcome.map(|()| Buffer::default()));
+    }
+
+    fn finish_with(&mut self, key: u64, outcome: io::Result<Buffer>) {
+        if let Some(Operation { tag, memory, .. }) = self.operations.remove(&key) {
+            self.bytes -= memory;
+            self.completed.push_back((tag, outcome));
         }
-    }
-
-    /// Continues with the write that needed its edges populated.
-    fn on_populated(&mut self, mut operation: Operation<'a, T>, outcome: io::Result<()>) {
-        match std::mem::replace(&mut operation.next_step, NextStep::Nothing) {
-            NextStep::Write { offset, data, durable } if !self.closing => {
-                self.write(operation, offset, &data, durable);
-            }
-            _ => self.finish(operation, outcome),
-        }
-    }
-
-    /// Completes a durable operation after its fsync succeeded, once every concurrent fsync has
-    /// reported: the kernel may report a failure to one of them only.
-    fn on_durable(&mut self, mut operation: Operation<'a, T>) {
-        operation.flush_guard = None;
-        match self.disk.flush_errors.notify_after_concurrent(&self.notifier) {
-            None => self.finish(operation, self.disk.flush_errors.check()),
-            Some(others) => self.awaiting_verdict.push((others, operation)),
-        }
-    }
-
-    /// Completes flushed operations whose concurrent flushes have all reported.
-    fn complete_verified(&mut self) {
-        let flush_errors = &self.disk.flush_errors;
-        let mut at = 0;
-        while at < self.awaiting_verdict.len() {
-            if flush_errors.have_ended(self.awaiting_verdict[at].0) {
-                let (_, operation) = self.awaiting_verdict.swap_remove(at);
-                self.finish(operation, flush_errors.check());
-            } else {
-                at += 1;
-            }
-        }
-    }
-
-    /// Fails an operation whose data may not be durable, and every later durable one.
-    fn fail_durable(&mut self, operation: Operation<'a, T>, error: &io::Error) {
-        let first = self.disk.flush_errors.record(error);
-        self.finish(operation, Err(first));
-    }
-
-    fn finish(&mut self, operation: Operation<'a, T>, outcome: io::Result<()>) {
-        let errno = outcome.as_ref().err().map(errno_of);
-        for member in operation.members {
-            let outcome = errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
-            self.finish(member, outcome);
-        }
-        self.complete(operation.token, operation.weight, outcome);
-    }
-
-    fn complete(&mut self, token: T, weight: usize, outcome: io::Result<()>) {
-        self.count -= 1;
-        self.bytes -= weight;
-        self.completed.push_back((token, outcome));
     }
 
     /// Marks the changed range dirty, even after a partial write. Call it after writing: the copier
     /// takes the mark first and reads second, so it may send a change twice but never misses one.
-    fn mark(&self, operation: &mut Operation<'a, T>) {
-        if let Some(change) = operation.change.take() {
+    fn mark(&mut self, key: u64) {
+        let change = self.operations.get_mut(&key).and_then(|operation| operation.change.take());
+        if let Some(change) = change {
             self.disk.mark(change.range());
         }
     }

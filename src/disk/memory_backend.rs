@@ -1,7 +1,7 @@
 //! Backends for the tests of the whole crate: in memory, partly overridden, and with injected faults.
 //! Never in a released program.
 
-use super::backend::{Backend, Extent};
+use super::backend::{Backend, Extent, PageCache, SocketTransfer};
 use super::io_queue::Zeroing;
 use crate::range::Range;
 use std::collections::BTreeMap;
@@ -110,14 +110,20 @@ impl Backend for MemoryBackend {
         Ok(())
     }
 
-    fn prefetch(&self, _range: Range) -> io::Result<()> {
-        Ok(())
+    fn page_cache(&self) -> Option<&dyn PageCache> {
+        Some(self)
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         let allocated = self.blocks.lock().unwrap().contains_key(&(offset / BLOCK));
         let end = (offset / BLOCK + 1) * BLOCK;
         Ok(Extent { range: Range::whole(self.size).from(offset).until(end), allocated })
+    }
+}
+
+impl PageCache for MemoryBackend {
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.read(offset, into)
     }
 }
 
@@ -167,8 +173,8 @@ impl<T: InMemory> Backend for T {
         InMemory::orders_writes(self)
     }
 
-    fn prefetch(&self, range: Range) -> io::Result<()> {
-        self.memory().prefetch(range)
+    fn page_cache(&self) -> Option<&dyn PageCache> {
+        self.memory().page_cache()
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
@@ -178,7 +184,7 @@ impl<T: InMemory> Backend for T {
 
 /// An operation of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Op {
+pub(crate) enum BackendCall {
     Read,
     /// A non-durable write.
     Write,
@@ -200,10 +206,10 @@ pub(crate) struct Faults {
 
 #[derive(Debug, Default)]
 struct FaultPlan {
-    counts: BTreeMap<Op, u64>,
+    counts: BTreeMap<BackendCall, u64>,
     /// Operations until one fails, including that one, and its errno.
     nth: Option<(u64, i32)>,
-    every: BTreeMap<Op, i32>,
+    every: BTreeMap<BackendCall, i32>,
 }
 
 impl Faults {
@@ -213,7 +219,7 @@ impl Faults {
     }
 
     /// Makes every operation of this kind fail with `errno`, until [`Faults::heal`].
-    pub(crate) fn fail_every(&self, op: Op, errno: i32) {
+    pub(crate) fn fail_every(&self, op: BackendCall, errno: i32) {
         self.plan.lock().unwrap().every.insert(op, errno);
     }
 
@@ -225,7 +231,7 @@ impl Faults {
     }
 
     /// Operations of this kind so far, including failed ones.
-    pub(crate) fn count(&self, op: Op) -> u64 {
+    pub(crate) fn count(&self, op: BackendCall) -> u64 {
         self.plan.lock().unwrap().counts.get(&op).copied().unwrap_or(0)
     }
 
@@ -235,7 +241,7 @@ impl Faults {
     }
 
     /// Counts an operation, and fails it if a fault is due.
-    fn pass(&self, op: Op) -> io::Result<()> {
+    fn pass(&self, op: BackendCall) -> io::Result<()> {
         let mut plan = self.plan.lock().unwrap();
         *plan.counts.entry(op).or_insert(0) += 1;
         let nth = plan.nth.take();
@@ -268,17 +274,17 @@ impl Backend for FailingBackend {
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.faults.pass(Op::Read)?;
+        self.faults.pass(BackendCall::Read)?;
         self.image.read(offset, into)
     }
 
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
-        self.faults.pass(if durable { Op::DurableWrite } else { Op::Write })?;
+        self.faults.pass(if durable { BackendCall::DurableWrite } else { BackendCall::Write })?;
         self.image.write(offset, data, durable)
     }
 
     fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
-        self.faults.pass(Op::Zero)?;
+        self.faults.pass(BackendCall::Zero)?;
         self.image.zero(range, how)
     }
 
@@ -287,32 +293,59 @@ impl Backend for FailingBackend {
     }
 
     fn trim(&self, range: Range) -> io::Result<()> {
-        self.faults.pass(Op::Trim)?;
+        self.faults.pass(BackendCall::Trim)?;
         self.image.trim(range)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.faults.pass(Op::Flush)?;
+        self.faults.pass(BackendCall::Flush)?;
         self.image.flush()
     }
 
     fn prefetch(&self, range: Range) -> io::Result<()> {
-        self.faults.pass(Op::Prefetch)?;
+        self.faults.pass(BackendCall::Prefetch)?;
         self.image.prefetch(range)
     }
 
-    fn start_write_back(&self, range: Range) -> io::Result<()> {
-        self.faults.pass(Op::WriteBack)?;
-        self.image.start_write_back(range)
+    fn page_cache(&self) -> Option<&dyn PageCache> {
+        self.image.page_cache().map(|_| self as &dyn PageCache)
+    }
+
+    fn socket_transfer(&self) -> Option<&dyn SocketTransfer> {
+        Some(self)
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
-        self.faults.pass(Op::Extent)?;
+        self.faults.pass(BackendCall::Extent)?;
         self.image.extent(offset)
+    }
+}
+
+impl PageCache for FailingBackend {
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.faults.pass(BackendCall::Read)?;
+        match self.image.page_cache() {
+            Some(cache) => cache.read_now(offset, into),
+            None => Err(io::ErrorKind::WouldBlock.into()),
+        }
+    }
+
+    fn start_write_back(&self, range: Range) -> io::Result<()> {
+        self.faults.pass(BackendCall::WriteBack)?;
+        self.image.page_cache().map_or(Ok(()), |cache| cache.start_write_back(range))
+    }
+}
+
+impl SocketTransfer for FailingBackend {
+    fn pin(&self, _offset: u64, _length: usize, _pipe: BorrowedFd<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize> {
-        self.faults.pass(Op::Send)?;
-        self.image.send(offset, length, to)
+        self.faults.pass(BackendCall::Send)?;
+        match self.image.socket_transfer() {
+            Some(transfer) => transfer.send(offset, length, to),
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 }

@@ -10,6 +10,7 @@
 //! asynchronously.
 
 mod backend;
+mod buffer;
 mod deletion;
 mod detect_zeros;
 pub mod dirty;
@@ -42,14 +43,15 @@ mod thread_pool;
 mod uring;
 pub mod write_behind;
 
-pub use backend::{Backend, Extent, Identity, errno_of};
+pub use backend::{Backend, Extent, Identity, PageCache, SocketTransfer, errno_of};
+pub use buffer::Buffer;
 pub use deletion::{DeletionError, PathTarget};
 pub use detect_zeros::is_zero;
 pub use disk::{Copier, Disk, Visit};
 pub use file_backend::FileBackend;
 pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
-pub use io_queue::{Call, Completion, IoQueue, Notifier, Zeroing};
+pub use io_queue::{Completion, IoQueue, Notifier, Op, Zeroing};
 pub use lock::{Holders, LockKind};
 pub use open::{Access, OpenError, SECTOR, image_size};
 pub use overlap::Change;

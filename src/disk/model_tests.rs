@@ -1,10 +1,9 @@
 //! Random operations on every kind of image, compared with plain bytes in memory: a disk reads back
 //! the bytes that were written.
 
-use super::inflight::Work as DiskWork;
 use super::memory_backend::MemoryBackend;
 use super::tests::run as run_operation;
-use super::{Access, Backend, Disk, FileBackend, OpenError, Zeroing};
+use super::{Access, Backend, Disk, FileBackend, Op, OpenError, Zeroing};
 use crate::range::Range;
 use nix::errno::Errno;
 use proptest::prelude::*;
@@ -29,11 +28,11 @@ struct Step {
     offset: usize,
     length: usize,
     durable: bool,
-    work: Work,
+    work: Change,
 }
 
 #[derive(Clone, Debug)]
-enum Work {
+enum Change {
     /// Fills the range with this byte, which is often zero.
     Fill(u8),
     /// Writes zeros with one other byte somewhere.
@@ -47,11 +46,11 @@ fn step() -> impl Strategy<Value = Step> {
     let zeroing = any::<(bool, bool)>()
         .prop_map(|(keep_allocated, only_if_fast)| Zeroing { keep_allocated, only_if_fast });
     let work = prop_oneof![
-        4 => (0u8..3).prop_map(Work::Fill),
-        2 => (0..SIZE).prop_map(Work::Speckle),
-        3 => zeroing.prop_map(Work::Zero),
-        1 => Just(Work::Trim),
-        1 => Just(Work::Flush),
+        4 => (0u8..3).prop_map(Change::Fill),
+        2 => (0..SIZE).prop_map(Change::Speckle),
+        3 => zeroing.prop_map(Change::Zero),
+        1 => Just(Change::Trim),
+        1 => Just(Change::Flush),
     ];
     // Half of the offsets are aligned to sectors, as most clients' are.
     let place = prop_oneof![0..SIZE, (0..SIZE / 512).prop_map(|at| at * 512)];
@@ -70,15 +69,15 @@ fn execute(disk: &Disk, model: &mut [u8], step: &Step) -> io::Result<()> {
     let range = Range::within(SIZE as u64, offset, length).unwrap();
     let bytes = &mut model[step.offset..][..step.length];
     match step.work {
-        Work::Flush => return run_operation(disk, DiskWork::Flush),
-        Work::Fill(byte) => bytes.fill(byte),
-        Work::Speckle(at) => {
+        Change::Flush => return run_operation(disk, Op::Flush),
+        Change::Fill(byte) => bytes.fill(byte),
+        Change::Speckle(at) => {
             bytes.fill(0);
             if !bytes.is_empty() {
                 bytes[at % step.length] = 9;
             }
         }
-        Work::Zero(how) => match run_operation(disk, DiskWork::Zero { range, how, durable }) {
+        Change::Zero(how) => match run_operation(disk, Op::Zero { range, how, durable }) {
             Err(error) if how.only_if_fast => {
                 assert_eq!(error.raw_os_error(), Some(Errno::EOPNOTSUPP as i32));
                 return Ok(());
@@ -88,15 +87,15 @@ fn execute(disk: &Disk, model: &mut [u8], step: &Step) -> io::Result<()> {
                 return result;
             }
         },
-        Work::Trim => {
-            run_operation(disk, DiskWork::Trim { range, durable })?;
+        Change::Trim => {
+            run_operation(disk, Op::Trim { range, durable })?;
             // Trimmed bytes may read as anything, but must not change again.
             return disk.enter(&|| true).unwrap().read(offset, bytes);
         }
     }
     if durable || step.offset.is_multiple_of(2) {
-        let data = bytes.to_vec();
-        return run_operation(disk, DiskWork::Write { offset, data, durable });
+        let data = bytes.to_vec().into();
+        return run_operation(disk, Op::Write { offset, data, durable });
     }
     disk.enter(&|| true).unwrap().write(offset, bytes)
 }
@@ -200,8 +199,8 @@ fn zeros_written_into_holes_of_a_file_allocate_nothing() {
         Disk::new(Box::new(FileBackend::create(&path, 1 << 30, Access::default()).unwrap()), false);
     let visit = disk.enter(&|| true).unwrap();
     let blocks = || std::fs::metadata(&path).unwrap().blocks();
-    let write_durably = |offset, data| {
-        run_operation(&disk, DiskWork::Write { offset, data, durable: true }).unwrap();
+    let write_durably = |offset, data: Vec<u8>| {
+        run_operation(&disk, Op::Write { offset, data: data.into(), durable: true }).unwrap();
     };
     visit.write(12_345, &vec![0; 8 << 20]).unwrap();
     write_durably(1 << 29, vec![0; 1 << 20]);

@@ -1,8 +1,8 @@
-//! For tests: a backend whose I/O queue completes calls when the test says so, and a notifier that
+//! For tests: a backend whose I/O queue completes operations when the test says so, and a notifier that
 //! counts. Never in a released program.
 
-use super::backend::{Backend, Extent, execute};
-use super::io_queue::{Call, Completion, IoQueue, Notifier, Zeroing};
+use super::backend::{Backend, Extent, PageCache, execute};
+use super::io_queue::{Completion, IoQueue, Notifier, Op, Zeroing};
 use crate::range::Range;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::{BTreeSet, VecDeque};
@@ -71,7 +71,7 @@ struct SlowState {
 struct Started {
     queue: u64,
     key: u64,
-    call: Call,
+    op: Op,
     notifier: OwnedFd,
 }
 
@@ -87,11 +87,11 @@ struct SlowQueue<'a> {
     number: u64,
     notifier: OwnedFd,
     image: &'a SlowBackend,
-    waiting: Vec<(u64, Call)>,
+    waiting: Vec<(u64, Op)>,
 }
 
 impl Slow {
-    /// Only blocks populated from now on are resident.
+    /// Only blocks read by an operation from now on are resident.
     pub(crate) fn evict_all(&self) {
         let mut state = self.lock();
         (state.cold, state.resident) = (true, BTreeSet::new());
@@ -104,7 +104,7 @@ impl Slow {
             .wait_timeout_while(self.lock(), PATIENCE, |state| state.in_flight.len() < count);
         let state = waited.unwrap().0;
         let calls: Vec<_> =
-            state.in_flight.iter().map(|started| format!("{:?}", started.call)).collect();
+            state.in_flight.iter().map(|started| format!("{:?}", started.op)).collect();
         assert!(calls.len() >= count, "only {calls:?} of {count} calls are in flight");
         calls
     }
@@ -114,7 +114,7 @@ impl Slow {
         self.lock().in_flight.len()
     }
 
-    /// Completes all calls in flight, and from now on every call when it is submitted.
+    /// Completes all operations in flight, and from now on every call when it is submitted.
     pub(crate) fn complete_all(&self, image: &dyn Backend) {
         self.lock().completes_all = true;
         while self.count() > 0 {
@@ -137,32 +137,33 @@ impl Slow {
         self.lock().completes_all = false;
     }
 
-    /// Executes and completes the `nth` call in flight, counted from 0.
+    /// Executes and completes the `nth` operation in flight, counted from 0.
     pub(crate) fn complete(&self, nth: usize, image: &dyn Backend) {
-        let started = self.lock().in_flight.remove(nth).expect("so many are in flight");
-        let outcome = execute(image, &started.call);
+        let mut started = self.lock().in_flight.remove(nth).expect("so many are in flight");
+        let outcome = execute(image, &mut started.op);
         self.finish(started, Some(outcome));
     }
 
-    /// Fails the `nth` call in flight without executing it.
+    /// Fails the `nth` operation in flight without executing it.
     pub(crate) fn fail(&self, nth: usize, errno: i32) {
         let started = self.lock().in_flight.remove(nth).expect("so many are in flight");
         self.finish(started, Some(Err(io::Error::from_raw_os_error(errno))));
     }
 
-    /// Returns the `nth` call in flight as one that the queue cannot execute.
+    /// Returns the `nth` operation in flight as one that the queue cannot execute.
     pub(crate) fn decline(&self, nth: usize) {
         let started = self.lock().in_flight.remove(nth).expect("so many are in flight");
         self.finish(started, None);
     }
 
     fn finish(&self, started: Started, outcome: Option<io::Result<()>>) {
-        let Started { queue, key, call, notifier } = started;
+        let Started { queue, key, op, notifier } = started;
         let mut state = self.lock();
-        if let Call::Populate(range) = &call {
-            state.resident.extend(range.offset() / BLOCK..range.end().div_ceil(BLOCK));
+        if let Op::Read { offset, data } = &op {
+            let end = offset + data.len() as u64;
+            state.resident.extend(offset / BLOCK..end.div_ceil(BLOCK));
         }
-        state.completed.push_back((queue, Completion { key, call, outcome }));
+        state.completed.push_back((queue, Completion { key, op, outcome }));
         drop(state);
         nix::unistd::write(&notifier, &1u64.to_ne_bytes()).unwrap();
         self.changed.notify_all();
@@ -181,8 +182,8 @@ impl SlowBackend {
 }
 
 impl IoQueue for SlowQueue<'_> {
-    fn push(&mut self, key: u64, call: Call) -> Result<(), Call> {
-        self.waiting.push((key, call));
+    fn push(&mut self, key: u64, op: Op) -> Result<(), Op> {
+        self.waiting.push((key, op));
         Ok(())
     }
 
@@ -190,17 +191,17 @@ impl IoQueue for SlowQueue<'_> {
         let slow = &self.image.slow;
         let mut state = slow.lock();
         if state.rejects {
-            let returned = |(key, call)| (self.number, Completion { key, call, outcome: None });
+            let returned = |(key, op)| (self.number, Completion { key, op, outcome: None });
             state.completed.extend(self.waiting.drain(..).map(returned));
             return false;
         }
         drop(state);
-        for (key, call) in self.waiting.drain(..) {
+        for (key, op) in self.waiting.drain(..) {
             let notifier = self.notifier.try_clone().unwrap();
-            let started = Started { queue: self.number, key, call, notifier };
+            let mut started = Started { queue: self.number, key, op, notifier };
             let completes_all = slow.lock().completes_all;
             if completes_all {
-                let outcome = execute(&*self.image.image, &started.call);
+                let outcome = execute(&*self.image.image, &mut started.op);
                 slow.finish(started, Some(outcome));
             } else {
                 slow.lock().in_flight.push_back(started);
@@ -243,21 +244,6 @@ impl Backend for SlowBackend {
         self.image.read(offset, into)
     }
 
-    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let end = offset + into.len() as u64;
-        let state = self.slow.lock();
-        let mut blocks = offset / BLOCK..end.div_ceil(BLOCK);
-        if state.cold && !blocks.all(|block| state.resident.contains(&block)) {
-            return Err(io::ErrorKind::WouldBlock.into());
-        }
-        drop(state);
-        self.image.read(offset, into)
-    }
-
-    fn is_resident(&self, range: Range) -> bool {
-        self.read_now(range.offset(), &mut vec![0; range.length() as usize]).is_ok()
-    }
-
     fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
         let mut state = self.slow.lock();
         state.queues += 1;
@@ -289,11 +275,32 @@ impl Backend for SlowBackend {
         self.image.prefetch(range)
     }
 
-    fn start_write_back(&self, range: Range) -> io::Result<()> {
-        self.image.start_write_back(range)
+    fn page_cache(&self) -> Option<&dyn PageCache> {
+        self.image.page_cache().map(|_| self as &dyn PageCache)
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         self.image.extent(offset)
+    }
+}
+
+impl PageCache for SlowBackend {
+    fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let end = offset + into.len() as u64;
+        let state = self.slow.lock();
+        let mut blocks = offset / BLOCK..end.div_ceil(BLOCK);
+        if state.cold && !blocks.all(|block| state.resident.contains(&block)) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        drop(state);
+        self.image.read(offset, into)
+    }
+
+    fn is_resident(&self, range: Range) -> bool {
+        self.read_now(range.offset(), &mut vec![0; range.length() as usize]).is_ok()
+    }
+
+    fn start_write_back(&self, range: Range) -> io::Result<()> {
+        self.image.page_cache().map_or(Ok(()), |cache| cache.start_write_back(range))
     }
 }

@@ -1,7 +1,7 @@
 //! A disk in memory with injected faults: errors returned, and errors remembered.
 
-use super::inflight::{InFlight, Work};
-use super::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+use super::inflight::InFlight;
+use super::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
 use super::slow_backend::TestNotifier;
 use super::*;
 use crate::range::Range;
@@ -30,28 +30,32 @@ fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
 }
 
 /// Runs one operation to its completion, as on a backend without an I/O queue.
-pub(super) fn run(disk: &Disk, work: Work) -> io::Result<()> {
+pub(super) fn run(disk: &Disk, op: Op) -> io::Result<()> {
     let mut in_flight = InFlight::new(disk, Arc::new(TestNotifier::default()));
-    in_flight.begin(visit(disk), work, ());
+    in_flight.begin(visit(disk), op, ());
     loop {
         in_flight.submit();
         if let Some(((), outcome)) = in_flight.next_completed() {
-            return outcome;
+            return outcome.map(drop);
         }
         std::thread::yield_now();
     }
 }
 
-fn write(offset: u64, data: &[u8], durable: bool) -> Work {
-    Work::Write { offset, data: data.to_vec(), durable }
+fn write(offset: u64, data: &[u8], durable: bool) -> Op {
+    Op::Write { offset, data: data.to_vec().into(), durable }
 }
 
-fn zero(range: Range, durable: bool) -> Work {
-    Work::Zero { range, how: Zeroing::default(), durable }
+fn read(range: Range) -> Op {
+    Op::Read { offset: range.offset(), data: vec![0; range.length() as usize].into() }
 }
 
-fn trim(range: Range, durable: bool) -> Work {
-    Work::Trim { range, durable }
+fn zero(range: Range, durable: bool) -> Op {
+    Op::Zero { range, how: Zeroing::default(), durable }
+}
+
+fn trim(range: Range, durable: bool) -> Op {
+    Op::Trim { range, durable }
 }
 
 type Job = (&'static str, fn(&Disk) -> io::Result<()>);
@@ -61,7 +65,7 @@ const READS: [Job; 4] = [
     ("read", |disk| visit(disk).read(0, &mut [0; 8])),
     ("extent", |disk| visit(disk).extent(0).map(drop)),
     ("extents", |disk| visit(disk).extents(range(0, SIZE), 9).map(drop)),
-    ("prefetch", |disk| run(disk, Work::Prefetch(range(0, 8)))),
+    ("prefetch", |disk| run(disk, Op::Cache(range(0, 8)))),
 ];
 const CHANGES: [Job; 4] = [
     ("write", |disk| visit(disk).write(0, &[1; 8])),
@@ -70,7 +74,7 @@ const CHANGES: [Job; 4] = [
     ("trim", |disk| run(disk, trim(range(0, 8), false))),
 ];
 const DURABLE: [Job; 5] = [
-    ("flush", |disk| run(disk, Work::Flush)),
+    ("flush", |disk| run(disk, Op::Flush)),
     ("blocking flush", |disk| visit(disk).flush()),
     ("durable write", |disk| run(disk, write(0, &[1; 8], true))),
     ("durable zero", |disk| run(disk, zero(range(0, 8), true))),
@@ -102,8 +106,8 @@ fn a_single_fault_fails_a_single_job() {
 fn a_failed_flush_fails_all_later_durable_operations() {
     for (first, job) in DURABLE {
         let (disk, _, faults) = disk(false);
-        faults.fail_every(Op::Flush, EIO);
-        faults.fail_every(Op::DurableWrite, EIO);
+        faults.fail_every(BackendCall::Flush, EIO);
+        faults.fail_every(BackendCall::DurableWrite, EIO);
         assert_eq!(errno(job(&disk)), EIO, "{first}");
         faults.heal();
         let before = faults.total();
@@ -120,28 +124,28 @@ fn a_failed_flush_fails_all_later_durable_operations() {
 #[test]
 fn later_flushes_return_the_first_error() {
     let (disk, _, faults) = disk(false);
-    faults.fail_every(Op::Flush, ENOSPC);
+    faults.fail_every(BackendCall::Flush, ENOSPC);
     assert_eq!(errno(visit(&disk).flush()), ENOSPC);
-    faults.fail_every(Op::Flush, EIO);
+    faults.fail_every(BackendCall::Flush, EIO);
     assert_eq!(errno(visit(&disk).flush()), ENOSPC);
-    assert_eq!(faults.count(Op::Flush), 1, "later flushes do not reach the image");
+    assert_eq!(faults.count(BackendCall::Flush), 1, "later flushes do not reach the image");
 }
 
 #[test]
 fn a_full_file_system_is_no_failed_flush() {
     let (disk, _, faults) = disk(false);
-    faults.fail_every(Op::Write, ENOSPC);
-    faults.fail_every(Op::DurableWrite, ENOSPC);
+    faults.fail_every(BackendCall::Write, ENOSPC);
+    faults.fail_every(BackendCall::DurableWrite, ENOSPC);
     assert_eq!(errno(run(&disk, write(0, &[1; 8], true))), ENOSPC);
     faults.heal();
-    assert!(run(&disk, Work::Flush).is_ok());
+    assert!(run(&disk, Op::Flush).is_ok());
     assert!(run(&disk, write(0, &[1; 8], true)).is_ok());
 }
 
 #[test]
 fn a_write_that_failed_to_become_durable_is_written() {
     let (disk, memory, faults) = disk(false);
-    faults.fail_every(Op::DurableWrite, EIO);
+    faults.fail_every(BackendCall::DurableWrite, EIO);
     assert!(run(&disk, write(0, &[5; 3], true)).is_err());
     assert_eq!(memory.contents()[..4], [5, 5, 5, 0]);
 }
@@ -150,17 +154,17 @@ fn a_write_that_failed_to_become_durable_is_written() {
 fn durable_changes_without_a_durable_write_flush() {
     let (disk, memory, faults) = disk(false);
     run(&disk, write(0, &[0; 100], true)).unwrap();
-    assert_eq!((faults.count(Op::Flush), faults.count(Op::DurableWrite)), (1, 0));
+    assert_eq!((faults.count(BackendCall::Flush), faults.count(BackendCall::DurableWrite)), (1, 0));
     assert_eq!(memory.allocated_blocks(), 0);
     run(&disk, write(0, &[1; 100], true)).unwrap();
-    assert_eq!((faults.count(Op::Flush), faults.count(Op::DurableWrite)), (1, 1));
+    assert_eq!((faults.count(BackendCall::Flush), faults.count(BackendCall::DurableWrite)), (1, 1));
     run(&disk, zero(range(0, 9), true)).unwrap();
     run(&disk, trim(range(0, 9), true)).unwrap();
-    assert_eq!(faults.count(Op::Flush), 3);
+    assert_eq!(faults.count(BackendCall::Flush), 3);
     run(&disk, zero(range(0, 9), false)).unwrap();
     run(&disk, trim(range(0, 9), false)).unwrap();
     visit(&disk).write(0, &[0; 9]).unwrap();
-    assert_eq!(faults.count(Op::Flush), 3);
+    assert_eq!(faults.count(BackendCall::Flush), 3);
 }
 
 #[test]
@@ -193,13 +197,14 @@ fn access_ends_with_the_last_byte() {
     let beyond = range(SIZE - 1, 2);
     assert_eq!(errno(visit.extents(beyond, 9)), EINVAL);
     for work in [
-        Work::Populate(beyond),
-        Work::Prefetch(beyond),
+        read(beyond),
+        Op::Cache(beyond),
         trim(beyond, false),
         zero(beyond, false),
         write(SIZE - 1, &[1; 2], false),
     ] {
-        assert_eq!(errno(run(&disk, work.clone())), EINVAL, "{work:?}");
+        let text = format!("{work:?}");
+        assert_eq!(errno(run(&disk, work)), EINVAL, "{text}");
     }
     assert_eq!(faults.total(), before);
 }
@@ -209,13 +214,9 @@ fn empty_ranges_touch_nothing() {
     let (disk, _, faults) = disk(false);
     let (visit, none) = (visit(&disk), range(SIZE, 0));
     assert!(visit.read(SIZE, &mut []).is_ok() && visit.write(SIZE, &[]).is_ok());
-    for work in [
-        write(SIZE, &[], true),
-        zero(none, true),
-        trim(none, true),
-        Work::Prefetch(none),
-        Work::Populate(none),
-    ] {
+    for work in
+        [write(SIZE, &[], true), zero(none, true), trim(none, true), Op::Cache(none), read(none)]
+    {
         assert!(run(&disk, work).is_ok());
     }
     assert!(visit.extents(none, 9).unwrap().is_empty());
@@ -243,7 +244,7 @@ fn a_flush_waits_for_concurrent_failures() {
     std::thread::scope(|scope| {
         let flushes = [
             scope.spawn(|| visit(&disk).flush()),
-            scope.spawn(|| run(&disk, Work::Flush)),
+            scope.spawn(|| run(&disk, Op::Flush)),
             scope.spawn(|| run(&disk, write(0, &[1; 8], true))),
         ];
         disk.flush_errors.record(&io::Error::from_raw_os_error(EIO));

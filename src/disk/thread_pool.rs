@@ -3,7 +3,7 @@
 //! idle for [`IDLE`].
 
 use super::backend::{Backend, execute};
-use super::io_queue::{Call, Completion, Notifier};
+use super::io_queue::{Completion, Notifier, Op};
 use crate::memory_reserve::check_thread_headroom;
 use crate::range::Range;
 use crate::sync;
@@ -53,7 +53,7 @@ struct Task {
 
 #[derive(Debug)]
 enum TaskKind {
-    Call { key: u64, call: Call, to: Arc<Completions> },
+    Operation { key: u64, op: Op, to: Arc<Completions> },
     WriteBack(Range),
 }
 
@@ -66,19 +66,19 @@ pub(super) struct Completions {
 }
 
 impl ThreadPool {
-    /// Gives a call to a thread.
+    /// Gives an operation to a thread.
     ///
     /// # Errors
-    /// Returns the call if there is no thread and none can be started.
+    /// Returns the operation if there is no thread and none can be started.
     pub(super) fn execute(
         &self,
         image: &Arc<dyn Backend>,
-        (key, call): (u64, Call),
+        (key, op): (u64, Op),
         to: &Arc<Completions>,
-    ) -> Result<(), Call> {
-        let kind = TaskKind::Call { key, call, to: Arc::clone(to) };
+    ) -> Result<(), Op> {
+        let kind = TaskKind::Operation { key, op, to: Arc::clone(to) };
         match self.submit(Task { image: Arc::clone(image), kind }) {
-            Some(Task { kind: TaskKind::Call { call, .. }, .. }) => Err(call),
+            Some(Task { kind: TaskKind::Operation { op, .. }, .. }) => Err(op),
             _ => Ok(()),
         }
     }
@@ -162,22 +162,27 @@ impl Task {
     fn run(self) -> bool {
         let Self { image, kind } = self;
         match kind {
-            TaskKind::Call { key, call, to } => {
-                let result = catch_unwind(AssertUnwindSafe(|| execute(&*image, &call)));
+            TaskKind::Operation { key, mut op, to } => {
+                let result = catch_unwind(AssertUnwindSafe(|| execute(&*image, &mut op)));
                 let outcome = result.unwrap_or_else(|_| Err(io::Error::from(Errno::EIO)));
                 // Before the completion: the session, and the disk with it, may end as soon as it
                 // has that.
                 drop(image);
-                to.push(Completion { key, call, outcome: Some(outcome) });
+                to.push(Completion { key, op, outcome: Some(outcome) });
                 false
             }
             TaskKind::WriteBack(range) => {
                 // The next flush reports a failure.
-                let _ = catch_unwind(AssertUnwindSafe(|| image.start_write_back(range)));
+                let _ = catch_unwind(AssertUnwindSafe(|| write_back(&*image, range)));
                 true
             }
         }
     }
+}
+
+/// Starts a write-back where that is possible.
+fn write_back(image: &dyn Backend, range: Range) -> io::Result<()> {
+    image.page_cache().map_or(Ok(()), |cache| cache.start_write_back(range))
 }
 
 impl Completions {
@@ -211,7 +216,7 @@ impl Completions {
 
 #[cfg(test)]
 mod tests {
-    use super::super::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+    use super::super::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
     use super::super::slow_backend::TestNotifier;
     use super::*;
 
@@ -224,12 +229,12 @@ mod tests {
             Arc::new(FailingBackend::new(MemoryBackend::new(SIZE), Arc::clone(&faults)));
         let notifier = Arc::new(TestNotifier::default());
         let results = Completions::new(&(Arc::clone(&notifier) as Arc<dyn Notifier>));
-        faults.fail_every(Op::Flush, nix::libc::EIO);
+        faults.fail_every(BackendCall::Flush, nix::libc::EIO);
         let count = 3 * THREADS_MAX as u64;
         for key in 0..count {
-            let call =
-                if key.is_multiple_of(2) { Call::Flush } else { Call::Trim(Range::whole(SIZE)) };
-            assert!(threads.execute(&image, (key, call), &results).is_ok());
+            let trim = Op::Trim { range: Range::whole(SIZE), durable: false };
+            let op = if key.is_multiple_of(2) { Op::Flush } else { trim };
+            assert!(threads.execute(&image, (key, op), &results).is_ok());
         }
         assert!(threads.pool.lock().threads <= THREADS_MAX);
         let mut seen = std::collections::BTreeSet::new();
@@ -254,6 +259,6 @@ mod tests {
         while threads.pool.lock().write_back_pending {
             thread::yield_now();
         }
-        assert_eq!(faults.count(Op::WriteBack), 1);
+        assert_eq!(faults.count(BackendCall::WriteBack), 1);
     }
 }

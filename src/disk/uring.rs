@@ -1,8 +1,8 @@
 //! An I/O queue on a file or block device by `io_uring(7)`.
-//! Makes no decisions, and never looks at populated bytes. The kernel zeroes whole blocks; the
-//! edges of a zeroing are written synchronously afterwards.
+//! Makes no decisions, and never looks at bytes. The kernel zeroes whole blocks; the edges of a
+//! zeroing are written synchronously afterwards.
 
-use super::io_queue::{Call, Completion, IoQueue, Zeroing};
+use super::io_queue::{Completion, IoQueue, Op, Zeroing};
 use super::syscalls;
 use crate::range::Range;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
@@ -20,11 +20,12 @@ use std::time::Duration;
 const ENTRIES: u32 = 128;
 /// Most entries in flight: the size of the completion queue.
 const IN_KERNEL_MAX: usize = 2 * ENTRIES as usize;
-/// Longest range, in bytes, that is populated by reading it. A longer one is populated by
-/// `POSIX_FADV_WILLNEED`, and by reading its last byte to learn when it is resident, which saves
-/// copying bytes that are discarded. (With reads in steps of 128 KiB, a mix of 256 KiB and 1 MiB
-/// populates took a seventh longer.)
-const POPULATE_BY_READING_MAX: u64 = 64 << 10;
+/// Longest read, in bytes, without an advice before it. (Without `POSIX_FADV_WILLNEED` the kernel reads
+/// a longer one in steps of 128 KiB, one after another, and a mix of 256 KiB and 1 MiB reads took a
+/// seventh longer.)
+const READ_WITHOUT_ADVICE_MAX: usize = 64 << 10;
+/// Longest block of a file system, in bytes, whose edges are read before a zeroing.
+const EDGE_MAX: usize = 64 << 10;
 /// Most threads that the kernel may create for operations that block.
 const KERNEL_THREADS_MAX: u32 = 8;
 /// How long to wait before submitting again when the kernel is short of memory.
@@ -38,6 +39,11 @@ pub(super) trait RingFile {
     fn fd(&self) -> RawFd;
     /// Whether to try writes with `RWF_DSYNC`.
     fn writes_durably(&self) -> bool;
+    /// Whether the kernel reads ahead into its page cache when it is advised to.
+    fn reads_ahead(&self) -> bool;
+    /// Whether the kernel can read or write these bytes with a buffer that is aligned to
+    /// [`super::Backend::unit`].
+    fn can_transfer(&self, offset: u64, length: usize) -> bool;
     /// The call that makes the whole blocks of `range` read as zeros; the caller writes the rest
     /// afterwards ([`RingFile::zero_edges`]). `None` if there are no whole blocks, if it takes more
     /// than one call, or if the call turned out to be unsupported.
@@ -74,14 +80,14 @@ pub(super) struct Uring<'a> {
     /// Entries that the kernel has accepted and not completed.
     in_kernel: usize,
     completed: VecDeque<Completion>,
-    /// Scratch buffer of all populating reads; its bytes are never looked at.
+    /// Where the edges of zeroings are read to; its bytes are never looked at.
     scratch: Box<[MaybeUninit<u8>]>,
 }
 
 #[derive(Debug)]
 struct Submitted {
-    call: Call,
-    /// Bytes written so far.
+    op: Op,
+    /// Bytes read or written so far.
     done: usize,
 }
 
@@ -108,9 +114,8 @@ impl<'a> Uring<'a> {
     fn with(ring: IoUring, file: &'a dyn RingFile, notifier: BorrowedFd<'_>) -> io::Result<Self> {
         ring.submitter().register_eventfd(notifier.as_raw_fd())?;
         let mut scratch = Vec::new();
-        let length = POPULATE_BY_READING_MAX as usize;
-        scratch.try_reserve_exact(length).map_err(|_| io::Error::from(Errno::ENOMEM))?;
-        scratch.resize(length, MaybeUninit::uninit());
+        scratch.try_reserve_exact(EDGE_MAX).map_err(|_| io::Error::from(Errno::ENOMEM))?;
+        scratch.resize(EDGE_MAX, MaybeUninit::uninit());
         Ok(Self {
             file,
             ring,
@@ -124,49 +129,62 @@ impl<'a> Uring<'a> {
         })
     }
 
-    /// The entries that execute a call; `None` if the kernel cannot.
-    fn entries(&mut self, key: u64, call: &Call) -> Option<Vec<squeue::Entry>> {
-        match call {
-            Call::Populate(range) => Some(self.populate(key, *range)),
-            Call::Prefetch(range) => Some(vec![self.advice(*range).user_data(key)]),
-            Call::Write { offset, data } => {
-                self.file.writes_durably().then(|| vec![self.write(key, *offset, data)])
+    /// The entries that execute an operation; `None` if the kernel cannot.
+    fn entries(&mut self, key: u64, op: &mut Op) -> Option<Vec<squeue::Entry>> {
+        match op {
+            Op::Read { offset, data } => {
+                let can = self.file.can_transfer(*offset, data.len());
+                can.then(|| self.read(key, *offset, data))
             }
-            Call::Flush => {
+            Op::Cache(range) => Some(vec![self.advice(*range).user_data(key)]),
+            Op::Write { durable: true, .. } if !self.file.writes_durably() => None,
+            Op::Write { offset, data, durable } => {
+                let can = self.file.can_transfer(*offset, data.len());
+                can.then(|| vec![self.write(key, *offset, data, *durable)])
+            }
+            Op::Flush => {
                 let flush = opcode::Fsync::new(self.fd()).flags(types::FsyncFlags::DATASYNC);
                 Some(vec![flush.build().user_data(key)])
             }
-            Call::Zero(range, how) => {
+            Op::Zero { range, how, .. } => {
                 let step = self.file.zero_call(*range, *how)?;
-                // The edges are written synchronously afterwards; populate them, so that this does
-                // not wait for the device.
+                // The edges are written synchronously afterwards; read them, so that this does not
+                // wait for the device.
                 let edges = self.file.edges(*range);
                 let link = squeue::Flags::IO_HARDLINK;
-                let reads = edges.into_iter().map(|edge| self.read(IGNORED, edge).flags(link));
+                let reads = edges.into_iter().map(|edge| self.read_edge(edge).flags(link));
                 let mut entries: Vec<_> = reads.collect();
                 entries.push(self.fallocate(key, step));
                 Some(entries)
             }
-            Call::Trim(range) => {
+            Op::Trim { range, .. } => {
                 let step = self.file.trim_call(*range)?;
                 Some(vec![self.fallocate(key, step)])
             }
         }
     }
 
-    fn populate(&mut self, key: u64, range: Range) -> Vec<squeue::Entry> {
-        if range.length() <= POPULATE_BY_READING_MAX {
-            return vec![self.read(key, range)];
+    /// A read into `data`, which must not move or be freed until the entry completes.
+    fn read(&self, key: u64, offset: u64, data: &mut [u8]) -> Vec<squeue::Entry> {
+        let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
+        let read = opcode::Read::new(self.fd(), data.as_mut_ptr(), length).offset(offset);
+        let mut entries = Vec::new();
+        if data.len() > READ_WITHOUT_ADVICE_MAX && self.file.reads_ahead() {
+            let range = Range::whole(u64::MAX).from(offset).split(data.len() as u64).0;
+            // A hard link, so that the read is executed even if the advice fails.
+            let link = squeue::Flags::IO_HARDLINK;
+            entries.push(self.advice(range).user_data(IGNORED).flags(link));
         }
-        let advice = self.advice(range).user_data(IGNORED).flags(squeue::Flags::IO_LINK);
-        vec![advice, self.read(key, range.from(range.end() - 1))]
+        entries.push(read.build().user_data(key));
+        entries
     }
 
-    fn read(&mut self, key: u64, range: Range) -> squeue::Entry {
+    fn read_edge(&mut self, edge: Range) -> squeue::Entry {
         // Fits: at most the length of the scratch buffer.
-        let length = range.length().min(self.scratch.len() as u64) as u32;
+        let length = edge.length().min(self.scratch.len() as u64) as u32;
         let scratch = self.scratch.as_mut_ptr().cast();
-        opcode::Read::new(self.fd(), scratch, length).offset(range.offset()).build().user_data(key)
+        let read = opcode::Read::new(self.fd(), scratch, length).offset(edge.offset());
+        read.build().user_data(IGNORED)
     }
 
     fn advice(&self, range: Range) -> squeue::Entry {
@@ -177,10 +195,11 @@ impl<'a> Uring<'a> {
     }
 
     /// A write of `data`, which must not move or be freed until the entry completes.
-    fn write(&self, key: u64, offset: u64, data: &[u8]) -> squeue::Entry {
+    fn write(&self, key: u64, offset: u64, data: &[u8], durable: bool) -> squeue::Entry {
         let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
         let write = opcode::Write::new(self.fd(), data.as_ptr(), length).offset(offset);
-        write.rw_flags(libc::RWF_DSYNC).build().user_data(key)
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
+        write.rw_flags(flags).build().user_data(key)
     }
 
     fn fallocate(&self, key: u64, step: FallocateCall) -> squeue::Entry {
@@ -198,9 +217,9 @@ impl<'a> Uring<'a> {
         while self.in_ring + self.in_kernel < IN_KERNEL_MAX
             && let Some(entry) = self.queue.front()
         {
-            // SAFETY: the entry points to `scratch` or to the data of a call in `in_flight`, which
-            // are not moved or dropped before the entry completes: `on_result` removes the call only
-            // then, and `drop` waits for it or leaks both.
+            // SAFETY: the entry points to `scratch` or to the data of an operation in `in_flight`, whose
+            // memory is not moved, dropped or accessed before the entry completes: `on_result` removes
+            // the operation only then, and `drop` waits for it or leaks both.
             if unsafe { self.ring.submission().push(entry) }.is_err() {
                 break;
             }
@@ -224,13 +243,13 @@ impl<'a> Uring<'a> {
         }
     }
 
-    /// Fails all queued calls back to the caller: the kernel accepts no submissions and none are in
+    /// Returns all queued operations to the caller: the kernel accepts no submissions and none are in
     /// flight.
     fn fail_all(&mut self) {
         self.broken = true;
         self.queue.clear();
-        for (key, Submitted { call, .. }) in mem::take(&mut self.in_flight) {
-            self.completed.push_back(Completion { key, call, outcome: None });
+        for (key, Submitted { op, .. }) in mem::take(&mut self.in_flight) {
+            self.completed.push_back(Completion { key, op, outcome: None });
         }
     }
 
@@ -246,54 +265,56 @@ impl<'a> Uring<'a> {
         }
     }
 
-    /// Completes a call with the result of its last entry, or resubmits the rest of it.
+    /// Completes an operation with the result of its last entry, or resubmits the rest of it.
     fn on_result(&mut self, key: u64, submitted: Submitted, result: i32) {
-        let Submitted { call, mut done } = submitted;
+        let Submitted { op, done } = submitted;
         let errno = Errno::from_raw(result.saturating_neg().max(0));
-        let is_transient = matches!(errno, Errno::EINTR | Errno::EAGAIN);
-        if result < 0 && is_transient && !matches!(call, Call::Populate(_)) {
-            return self.resubmit(key, Submitted { call, done });
+        if result < 0 && matches!(errno, Errno::EINTR | Errno::EAGAIN) {
+            return self.resubmit(key, Submitted { op, done });
         }
-        let outcome = match (&call, result) {
-            // A failure shows when the range is read.
-            (Call::Populate(_), _) => Some(Ok(())),
-            (Call::Write { data, .. }, 1..) => {
-                done += result.unsigned_abs() as usize;
+        let outcome = match (&op, result) {
+            (Op::Read { data, .. } | Op::Write { data, .. }, 1..) => {
+                let done = done + result.unsigned_abs() as usize;
                 if done < data.len() {
-                    return self.resubmit(key, Submitted { call, done });
+                    return self.resubmit(key, Submitted { op, done });
                 }
                 Some(Ok(()))
             }
-            (Call::Write { .. }, 0) => Some(Err(io::ErrorKind::WriteZero.into())),
-            (Call::Zero(range, how), 0..) => Some(self.file.zero_edges(*range, how.keep_allocated)),
+            // The file became shorter; a blocking read tells.
+            (Op::Read { .. }, 0) => None,
+            (Op::Write { .. }, 0) => Some(Err(io::ErrorKind::WriteZero.into())),
+            (Op::Zero { range, how, .. }, 0..) => {
+                Some(self.file.zero_edges(*range, how.keep_allocated))
+            }
             (_, 0..) => Some(Ok(())),
-            (Call::Zero(..) | Call::Trim(_), _) if syscalls::is_unable(errno) => None,
+            (Op::Zero { .. } | Op::Trim { .. }, _) if syscalls::is_unable(errno) => None,
             _ if matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS) => None,
-            // The kernel could not create a thread (`TasksMax=`) and has not executed the call.
+            // The kernel could not create a thread (`TasksMax=`) and has not executed the operation.
             _ if errno == Errno::ECANCELED => None,
             _ => Some(Err(errno.into())),
         };
-        self.completed.push_back(Completion { key, call, outcome });
+        self.completed.push_back(Completion { key, op, outcome });
     }
 
-    /// Queues the rest of a call again, or returns the call if the kernel has turned out to be unable
+    /// Queues the rest of an operation again, or returns it if the kernel has turned out to be unable
     /// to execute it.
     fn resubmit(&mut self, key: u64, submitted: Submitted) {
-        let entries = match &submitted.call {
-            Call::Write { offset, data } => {
-                let rest = &data[submitted.done..];
-                Some(vec![self.write(key, offset + submitted.done as u64, rest)])
+        let Submitted { mut op, done } = submitted;
+        let entries = match &mut op {
+            Op::Write { offset, data, durable } => {
+                Some(vec![self.write(key, *offset + done as u64, &data[done..], *durable)])
             }
-            call => self.entries(key, call),
+            Op::Read { offset, data } => {
+                Some(self.read(key, *offset + done as u64, &mut data[done..]))
+            }
+            op => self.entries(key, op),
         };
         match entries {
             Some(entries) => {
                 self.queue.extend(entries);
-                self.in_flight.insert(key, submitted);
+                self.in_flight.insert(key, Submitted { op, done });
             }
-            None => {
-                self.completed.push_back(Completion { key, call: submitted.call, outcome: None });
-            }
+            None => self.completed.push_back(Completion { key, op, outcome: None }),
         }
     }
 }
@@ -312,13 +333,13 @@ fn supports_all(probe: &Probe) -> bool {
 }
 
 impl IoQueue for Uring<'_> {
-    fn push(&mut self, key: u64, call: Call) -> Result<(), Call> {
+    fn push(&mut self, key: u64, mut op: Op) -> Result<(), Op> {
         if self.broken {
-            return Err(call);
+            return Err(op);
         }
-        let Some(entries) = self.entries(key, &call) else { return Err(call) };
+        let Some(entries) = self.entries(key, &mut op) else { return Err(op) };
         self.queue.extend(entries);
-        self.in_flight.insert(key, Submitted { call, done: 0 });
+        self.in_flight.insert(key, Submitted { op, done: 0 });
         Ok(())
     }
 
@@ -414,8 +435,12 @@ mod tests {
         Uring::with(ring.ok()?, image, notifier.as_eventfd()).ok()
     }
 
-    fn write(byte: u8) -> Call {
-        Call::Write { offset: 0, data: vec![byte; 4096] }
+    fn write(byte: u8) -> Op {
+        Op::Write { offset: 0, data: vec![byte; 4096].into(), durable: true }
+    }
+
+    fn zero(range: Range) -> Op {
+        Op::Zero { range, how: Zeroing::default(), durable: false }
     }
 
     #[test]
@@ -423,7 +448,7 @@ mod tests {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Some(mut ring) = disabled(&image, &notifier) else { return };
         ring.push(1, write(1)).unwrap();
-        ring.push(2, Call::Flush).unwrap();
+        ring.push(2, Op::Flush).unwrap();
         assert!(!ring.submit(), "completed without a notification");
         for key in [1, 2] {
             let completion = ring.poll().unwrap();
@@ -445,7 +470,7 @@ mod tests {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         // As after a short write.
-        ring.resubmit(1, Submitted { call: write(1), done: 512 });
+        ring.resubmit(1, Submitted { op: write(1), done: 512 });
         ring.wait();
         let completion = ring.poll().expect("wait returned");
         assert!(
@@ -462,9 +487,9 @@ mod tests {
     fn ecanceled_returns_the_call_instead_of_failing_it() {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Some(mut ring) = disabled(&image, &notifier) else { return };
-        let zero = Call::Zero(Range::whole(4096), Zeroing::default());
-        for call in [Call::Flush, write(1), zero, Call::Prefetch(Range::whole(4096))] {
-            ring.on_result(1, Submitted { call, done: 0 }, -(Errno::ECANCELED as i32));
+        let zero = zero(Range::whole(4096));
+        for op in [Op::Flush, write(1), zero, Op::Cache(Range::whole(4096))] {
+            ring.on_result(1, Submitted { op, done: 0 }, -(Errno::ECANCELED as i32));
             assert!(ring.poll().unwrap().outcome.is_none());
         }
     }
@@ -474,21 +499,21 @@ mod tests {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Some(mut ring) = disabled(&image, &notifier) else { return };
         let range = Range::whole(4096);
-        let calls = || [Call::Zero(range, Zeroing::default()), Call::Trim(range)];
+        let operations = || [zero(range), Op::Trim { range, durable: false }];
         for errno in [Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ENODEV, Errno::EPERM, Errno::ESPIPE]
         {
-            for call in calls() {
-                ring.on_result(1, Submitted { call, done: 0 }, -(errno as i32));
+            for op in operations() {
+                ring.on_result(1, Submitted { op, done: 0 }, -(errno as i32));
                 assert!(ring.poll().unwrap().outcome.is_none(), "{errno}");
             }
         }
         for errno in [Errno::EIO, Errno::ENOSPC, Errno::EDQUOT] {
-            for call in calls() {
-                ring.on_result(1, Submitted { call, done: 0 }, -(errno as i32));
+            for op in operations() {
+                ring.on_result(1, Submitted { op, done: 0 }, -(errno as i32));
                 assert!(matches!(ring.poll().unwrap().outcome, Some(Err(_))), "{errno}");
             }
         }
-        ring.on_result(1, Submitted { call: Call::Flush, done: 0 }, -(Errno::EINVAL as i32));
+        ring.on_result(1, Submitted { op: Op::Flush, done: 0 }, -(Errno::EINVAL as i32));
         assert!(matches!(ring.poll().unwrap().outcome, Some(Err(_))), "a flush is no change");
     }
 
@@ -498,7 +523,7 @@ mod tests {
         let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         image.write(0, &[7; 40_000], false).unwrap();
         let range = Range::whole(30_001).from(101);
-        ring.push(1, Call::Zero(range, Zeroing::default())).unwrap();
+        ring.push(1, zero(range)).unwrap();
         ring.wait();
         assert!(matches!(ring.poll().unwrap().outcome, Some(Ok(()))));
         let (mut found, mut expected) = ([9; 40_000], [7; 40_000]);
@@ -512,8 +537,8 @@ mod tests {
         let (_folder, image) = image();
         let (image, notifier) = (image.without_support(), TestNotifier::default());
         let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
-        let zero = Call::Zero(Range::whole(4096), Zeroing::default());
-        ring.on_result(1, Submitted { call: zero, done: 0 }, -(Errno::EINTR as i32));
+        let zero = zero(Range::whole(4096));
+        ring.on_result(1, Submitted { op: zero, done: 0 }, -(Errno::EINTR as i32));
         assert!(ring.poll().unwrap().outcome.is_none());
     }
 

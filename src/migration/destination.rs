@@ -242,7 +242,8 @@ impl Destination {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::inflight::{InFlight, Work};
+    use crate::disk::Op;
+    use crate::disk::inflight::InFlight;
     use crate::disk::memory_backend::MemoryBackend;
     use crate::disk::ownership::Id;
     use crate::disk::slow_backend::{Slow, SlowBackend, TestNotifier};
@@ -276,7 +277,7 @@ mod tests {
             destination.permit(1, true).unwrap();
             // A reader connected earlier, and has a flush in flight.
             let mut in_flight = InFlight::new(&disk, Arc::new(TestNotifier::default()));
-            in_flight.begin(disk.enter(&|| true).unwrap(), Work::Flush, ());
+            in_flight.begin(disk.enter(&|| true).unwrap(), Op::Flush, ());
             in_flight.submit();
             let (refused, is_refused) = mpsc::channel();
             let handover = Handover { id: ID, token: TOKEN }.encode();

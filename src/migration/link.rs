@@ -370,7 +370,7 @@ fn handshake_trouble(error: ClientError) -> Trouble {
 mod tests {
     use super::*;
     use crate::disk::Disk;
-    use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+    use crate::disk::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
     use nix::libc::{EBADMSG, ECONNRESET, EIO, ENODATA, ENOMEM, EPIPE, ESTALE, ETIMEDOUT};
     use std::io::Read;
     use std::os::unix::net::UnixStream;
@@ -380,9 +380,9 @@ mod tests {
     /// if given, to a peer that has or has not closed the connection. Returns the bytes received.
     fn sent(send: i32, read: Option<i32>, is_open: bool) -> Result<Vec<u8>, SendError> {
         let faults = Arc::new(Faults::default());
-        faults.fail_every(Op::Send, send);
+        faults.fail_every(BackendCall::Send, send);
         if let Some(errno) = read {
-            faults.fail_every(Op::Read, errno);
+            faults.fail_every(BackendCall::Read, errno);
         }
         let image = FailingBackend::new(MemoryBackend::new(1 << 20), faults);
         let disk = Disk::new(Box::new(image), false);

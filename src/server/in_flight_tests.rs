@@ -6,7 +6,7 @@ use super::test_support::{
 use super::{Grace, Server, ServerConfig, SessionSettings, StoredSessions};
 use crate::disk::Disk;
 use crate::disk::inflight::{BYTES_MAX, IN_FLIGHT_MAX};
-use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+use crate::disk::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
 use crate::disk::slow_backend::{Slow, SlowBackend};
 use crate::disk::{Backend, StillBusy};
 use crate::nbd::handshake::option::encode_option;
@@ -191,7 +191,7 @@ fn slow_requests_do_not_delay_later_ones() {
     client.cache(5);
     fixture.slow.wait_for(5);
     client.assert_read_is_answered_first();
-    for (kind, cookie) in [("Prefetch", 5), ("Trim", 3)] {
+    for (kind, cookie) in [("Cache", 5), ("Trim", 3)] {
         fixture.complete_one(kind);
         assert_eq!(client.reply(), (cookie, 0));
     }
@@ -221,7 +221,7 @@ fn cold_reads_are_answered_as_their_data_arrives() {
     client.write(PLAIN, 4 * MIB, &[3; 4096], 3);
     assert_eq!(client.reply(), (3, 0));
     let loads = fixture.slow.wait_for(2);
-    assert!(loads.iter().all(|load| load.starts_with("Populate")), "{loads:?}");
+    assert!(loads.iter().all(|load| load.starts_with("Read")), "{loads:?}");
     fixture.complete(1);
     assert_eq!(client.reply(), (2, 0));
     assert!(client.data(100_000) == [2; 100_000]);
@@ -298,7 +298,7 @@ fn failed_operations_are_error_replies_in_a_live_session() {
     fixture.slow.wait_for(2);
     fixture.slow.fail(0, ENOSPC);
     assert_eq!(client.reply(), (1, ErrorCode::NoSpace.number()));
-    fixture.faults.fail_every(Op::Write, ENOSPC);
+    fixture.faults.fail_every(BackendCall::Write, ENOSPC);
     fixture.slow.fail(0, ENOSPC);
     assert_eq!(client.reply(), (2, ErrorCode::NoSpace.number()));
     assert_eq!(fixture.recorder.calls(), ["on_write_failure", "on_write_failure"]);
@@ -390,13 +390,13 @@ fn io_in_flight_stays_within_its_limits() {
     fixture.slow.evict_all();
     let sender = thread::spawn(move || {
         for cookie in 0..asked {
-            sending.write(PLAIN, cookie * EACH + 1, &vec![1; EACH as usize], cookie);
+            sending.write(PLAIN, cookie * EACH + 1, &vec![1; EACH as usize - 1], cookie);
         }
         for cookie in 0..2 * IN_FLIGHT_MAX as u64 {
             sending.cache(cookie);
         }
     });
-    // The blocks at the edges are populated first; until then the session keeps all of the data.
+    // The blocks at the edges are read first; until then the session keeps all of the data.
     let most = BYTES_MAX / EACH as usize;
     fixture.slow.wait_for(most);
     let_others_run();
@@ -478,7 +478,11 @@ fn a_reset_connection_ends_a_long_zeroing() {
     fixture.complete_one("Zero");
     fixture.complete_all();
     fixture.wait_for_clients(0);
-    assert!(fixture.faults.count(Op::Zero) < 3, "{} parts", fixture.faults.count(Op::Zero));
+    assert!(
+        fixture.faults.count(BackendCall::Zero) < 3,
+        "{} parts",
+        fixture.faults.count(BackendCall::Zero)
+    );
 }
 
 #[test]
@@ -487,12 +491,12 @@ fn write_back_starts_after_a_step_of_writes() {
     let mut client = fixture.client();
     let step = crate::disk::write_behind::STEP_BYTES;
     for at in 0..step / MIB {
-        assert_eq!(fixture.faults.count(Op::WriteBack), 0, "{at} MiB");
+        assert_eq!(fixture.faults.count(BackendCall::WriteBack), 0, "{at} MiB");
         client.write(PLAIN, at * MIB, &[1; MIB as usize], at);
         assert_eq!(client.reply(), (at, 0));
     }
-    wait_until("it never starts", || fixture.faults.count(Op::WriteBack) > 0);
-    assert_eq!(fixture.faults.count(Op::Flush), 0, "write-back is no flush");
+    wait_until("it never starts", || fixture.faults.count(BackendCall::WriteBack) > 0);
+    assert_eq!(fixture.faults.count(BackendCall::Flush), 0, "write-back is no flush");
 }
 
 #[test]

@@ -2,33 +2,22 @@
 //! Never decides who owns the disk ([`export_policy::ExportPolicy`] does), and never ends the process.
 //!
 //! [`Server`] is the handle that the daemon holds. One thread accepts clients (`accept`) within the
-//! limits (`sessions`, `handshake_slots`, `acl`). Each client has a thread that runs its `session`:
-//! handshake, then `transmission`, in whose loop requests are received (`inbox`), parsed and begun
-//! (`dispatch`), executed (`executor`, `reads`) and answered (`outbox`). The server stops a session
-//! through `stop_request`, and for a restart saves it as a `snapshot`.
+//! limits (`sessions`, `handshake_slots`, `acl`). Each client has a thread that runs its [`session`]. The
+//! server stops a session through `stop_request`, and for a restart saves it as a `snapshot`.
 //!
 //! ```text
-//! Server ─▶ accept ─▶ session ─▶ transmission ─▶ dispatch ─▶ executor, reads ─▶ disk
+//! Server ─▶ accept ─▶ session: driver ─▶ engine ─▶ disk
 //! ```
 
 mod accept;
 pub mod acl;
-mod dispatch;
 mod end;
 pub mod events;
-mod executor;
 pub mod export_policy;
 mod handshake_slots;
 mod heartbeat;
 #[cfg(test)]
 mod in_flight_tests;
-mod inbox;
-mod inline_reads;
-mod outbox;
-mod pinned;
-mod polling;
-mod reads;
-mod receive_delay;
 mod rejections;
 #[cfg(test)]
 mod restart_tests;
@@ -36,18 +25,15 @@ mod restart_tests;
 mod server;
 mod server_handles;
 pub mod session;
-mod session_state;
 mod sessions;
 mod settings;
 mod shared;
 mod snapshot;
-mod stall;
 mod stop_request;
 #[cfg(test)]
 mod test_support;
 #[cfg(test)]
 mod tests;
-mod transmission;
 pub mod write_throttle;
 
 pub use server::{Server, ServerConfig, StoredSessions};

@@ -3,7 +3,7 @@
 use super::test_support::{TIMEOUT, connect_tcp, listen, wait_for_clients, wait_until};
 use super::{Server, ServerConfig, SessionSettings, StoredSessions, Style};
 use crate::disk::Disk;
-use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+use crate::disk::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
 use crate::disk::{Access, FileBackend};
 use crate::nbd::reply::{Chunk, Dialect, ReplyHeader};
 use crate::nbd::request::RequestHeader;
@@ -347,7 +347,7 @@ fn a_write_failed_before_the_restart_is_answered_after_it() {
     let mut server = open(&disk, vec![listener], Style::Oldstyle, StoredSessions::default());
     let mut client = connect_tcp(&address);
     client.read_exact(&mut [0; 152]).unwrap();
-    faults.fail_every(Op::Write, ENOSPC);
+    faults.fail_every(BackendCall::Write, ENOSPC);
     let kind = CommandKind::Write.number();
     let header = RequestHeader { flags: 0, kind, cookie: 7, offset: 0, length: MIB };
     let mut request = Vec::new();
@@ -355,7 +355,7 @@ fn a_write_failed_before_the_restart_is_answered_after_it() {
     request.resize(request.len() + MIB as usize, 0xaa);
     let (before, after) = request.split_at(400 * 1024);
     client.write_all(before).unwrap();
-    wait_until("nothing is written", || faults.count(Op::Write) > 0);
+    wait_until("nothing is written", || faults.count(BackendCall::Write) > 0);
     let stored = server.suspend(1, TIMEOUT);
     faults.heal();
     let mut server = open(&disk, Vec::new(), Style::Oldstyle, stored);
@@ -377,7 +377,7 @@ fn no_session_is_suspended_after_a_failed_flush() {
     let mut server = open(&disk, vec![listener], Style::Oldstyle, StoredSessions::default());
     let _client = Wire::to(&address);
     wait_for_clients(&server, 1);
-    faults.fail_every(Op::Flush, EIO);
+    faults.fail_every(BackendCall::Flush, EIO);
     assert!(disk.enter(&|| false).unwrap().flush().is_err());
     let stored = server.suspend(1, TIMEOUT);
     assert!(stored.snapshot.is_empty() && stored.streams.is_empty());

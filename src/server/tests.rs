@@ -1,7 +1,8 @@
 //! Tests of a whole server over real sockets, on a memory disk with injected faults.
 
 use super::acl::Acl;
-use super::reads;
+use super::session::WHOLE_READ_MAX;
+
 use super::test_support::{
     TIMEOUT, connect_tcp, let_others_run, listen, wait_for_clients, wait_until,
 };
@@ -228,7 +229,7 @@ fn requests_before_end_of_stream_are_answered() {
     let mut client = fixture.chunked(false);
     const READS: usize = 6;
     for _ in 0..READS {
-        client.ask(CommandKind::Read, CommandFlags::DF, 0, reads::WHOLE_READ_MAX);
+        client.ask(CommandKind::Read, CommandFlags::DF, 0, WHOLE_READ_MAX);
     }
     client.ask(CommandKind::Flush, CommandFlags::empty(), 0, 0);
     client.stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -303,10 +304,10 @@ fn structured_reads_send_hole_chunks_except_with_df() {
             }
         }
         assert!(data[1 << 20..][..4096] == [9; 4096]);
-        client.ask(CommandKind::Read, CommandFlags::DF, 512 << 10, reads::WHOLE_READ_MAX);
+        client.ask(CommandKind::Read, CommandFlags::DF, 512 << 10, WHOLE_READ_MAX);
         let reply = client.reply();
         assert_eq!((reply.len(), reply[0].1.len()), (1, 1 << 20));
-        client.ask(CommandKind::Read, CommandFlags::DF, 0, reads::WHOLE_READ_MAX + 1);
+        client.ask(CommandKind::Read, CommandFlags::DF, 0, WHOLE_READ_MAX + 1);
         assert!(matches!(client.reply()[0].0, Chunk::Error { code: ErrorCode::Overflow, .. }));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::disk::Disk;
-use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+use crate::disk::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
 use crate::nbd::wire::PAYLOAD_LENGTH_DEFAULT;
 use crate::net::{Address, Listener};
 use crate::server::{Server, ServerConfig, SessionSettings, Style};
@@ -89,8 +89,8 @@ fn a_range_is_split_at_the_maximum_payload() {
 fn write_succeeds_only_after_a_flush() {
     let fixture = serve(Style::Newstyle);
     fixture.transfer(0, 3).write(&mut b"abc".as_slice()).unwrap();
-    assert!(fixture.faults.count(Op::Flush) > 0, "nothing was flushed");
-    fixture.faults.fail_every(Op::Flush, EIO);
+    assert!(fixture.faults.count(BackendCall::Flush) > 0, "nothing was flushed");
+    fixture.faults.fail_every(BackendCall::Flush, EIO);
     let transfer = fixture.transfer(0, 3);
     let text = error_text(&transfer, transfer.write(&mut b"abc".as_slice()));
     assert!(text.ends_with("the server answered: input/output error (EIO)"), "{text}");
@@ -138,7 +138,7 @@ fn a_range_beyond_the_end_reports_the_size() {
 #[test]
 fn a_disk_error_is_reported_as_the_servers_reply() {
     let fixture = serve(Style::Newstyle);
-    fixture.faults.fail_every(Op::Write, EIO);
+    fixture.faults.fail_every(BackendCall::Write, EIO);
     let transfer = fixture.transfer(0, 1);
     let text = error_text(&transfer, transfer.write(&mut b"x".as_slice()));
     let expected = format!("{}: the server answered: input/output error (EIO)", fixture.remote);

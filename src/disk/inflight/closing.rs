@@ -1,6 +1,7 @@
-//! The end of a session: drops the operations that wait, and blocks until those in flight complete.
+//! The end of a session: drops the operations that wait, and blocks until those that execute complete.
 
-use super::{Executor, InFlight};
+use super::InFlight;
+use super::stage::{Queue, Stage};
 use nix::errno::Errno;
 
 impl<T> InFlight<'_, T> {
@@ -8,29 +9,33 @@ impl<T> InFlight<'_, T> {
     /// visits are leaked on purpose: a gate that never drains is safer than one that closes before
     /// them. A lost flush counts as failed.
     fn abandon(&mut self) {
-        let mut abandoned = std::mem::take(&mut self.executing);
-        for operation in abandoned.values_mut().filter(|operation| operation.flush_guard.is_some())
-        {
-            let _ = self.disk.flush_errors.record(&Errno::EIO.into());
-            operation.flush_guard = None;
+        for (_, operation) in std::mem::take(&mut self.operations) {
+            std::mem::forget(operation.change);
+            match operation.stage {
+                Stage::WritingDurably { visit, guard } | Stage::Flushing { visit, guard, .. } => {
+                    let _ = self.disk.flush_errors.record(&Errno::EIO.into());
+                    drop(guard);
+                    std::mem::forget(visit);
+                }
+                stage => std::mem::forget(stage),
+            }
         }
-        std::mem::forget(abandoned);
     }
 }
 
 impl<T> Drop for InFlight<'_, T> {
     fn drop(&mut self) {
         self.closing = true;
-        self.waiting.clear();
-        while !self.executing.is_empty() {
+        self.operations.retain(|_, operation| !matches!(operation.stage, Stage::Waiting(_)));
+        while self.executing > 0 {
             if let Some(completion) = self.next_completion() {
                 self.on_completion(completion);
             } else if self.in_threads > 0 {
                 self.completions.wait();
-            } else if let Executor::Queue(queue) = &mut self.executor {
+            } else if let Queue::Of(queue) = &mut self.queue {
                 queue.submit();
                 queue.wait();
-                match queue.poll() {
+                match self.next_completion() {
                     Some(completion) => self.on_completion(completion),
                     None => return self.abandon(),
                 }

@@ -2,7 +2,7 @@
 //! when the test says so.
 
 use super::super::dirty::BLOCK;
-use super::super::memory_backend::{FailingBackend, Faults, MemoryBackend, Op};
+use super::super::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
 use super::super::part_sizes::PART_MIN;
 use super::super::slow_backend::{Slow, SlowBackend, TestNotifier};
 use super::super::{Backend, errno_of};
@@ -53,8 +53,8 @@ impl Fixture {
 }
 
 impl<'a> Session<'a> {
-    fn begin(&mut self, disk: &'a Disk, work: Work, token: u32) {
-        self.in_flight.begin(disk.enter(&|| true).unwrap(), work, token);
+    fn begin(&mut self, disk: &'a Disk, op: Op, token: u32) {
+        self.in_flight.begin(disk.enter(&|| true).unwrap(), op, token);
         self.in_flight.submit();
     }
 
@@ -62,7 +62,8 @@ impl<'a> Session<'a> {
     fn turn(&mut self) -> Option<(u32, Result<(), i32>)> {
         let completed = self.in_flight.next_completed();
         self.in_flight.submit();
-        completed.map(|(token, outcome)| (token, outcome.map_err(|error| errno_of(&error))))
+        completed
+            .map(|(token, outcome)| (token, outcome.map(drop).map_err(|error| errno_of(&error))))
     }
 }
 
@@ -70,12 +71,12 @@ fn range(offset: u64, length: u64) -> Range {
     Range::within(SIZE, offset, length).unwrap()
 }
 
-fn zero(offset: u64, length: u64) -> Work {
-    Work::Zero { range: range(offset, length), how: Zeroing::default(), durable: false }
+fn zero(offset: u64, length: u64) -> Op {
+    Op::Zero { range: range(offset, length), how: Zeroing::default(), durable: false }
 }
 
-fn write(offset: u64, byte: u8, length: usize) -> Work {
-    Work::Write { offset, data: vec![byte; length], durable: false }
+fn write(offset: u64, byte: u8, length: usize) -> Op {
+    Op::Write { offset, data: vec![byte; length].into(), durable: false }
 }
 
 #[test]
@@ -119,7 +120,7 @@ fn waiting_changes_of_a_dropped_session_are_never_executed() {
     assert!(new.notifier.count() > 0 && new.turn().is_none());
     let ends = [new.turn(), new.turn()];
     assert!(ends.contains(&Some((0, Ok(())))) && ends.contains(&Some((1, Ok(())))));
-    assert_eq!(fixture.faults.count(Op::Zero), started as u64);
+    assert_eq!(fixture.faults.count(BackendCall::Zero), started as u64);
     let contents = fixture.memory.contents();
     assert!(contents[..4096] == [7; 4096] && contents[23 * 4096..][..4096] == [7; 4096]);
     assert!(contents[22 * 4096..23 * 4096] == [1; 4096], "dropped");
@@ -132,7 +133,7 @@ fn a_gate_closes_between_two_parts() {
         let mut session = fixture.session();
         let dirty = fixture.disk.track().unwrap();
         let how = Zeroing::default();
-        let long = Work::Zero { range: range(512, SIZE - 512), how, durable };
+        let long = Op::Zero { range: range(512, SIZE - 512), how, durable };
         session.begin(&fixture.disk, long, 0);
         let first = fixture.slow.wait_for(1);
         assert!(!fixture.closes(), "a part is in flight");
@@ -159,8 +160,8 @@ fn a_gate_closes_between_two_parts() {
         let end = std::iter::from_fn(|| Some(session.turn())).take(1000).flatten().next();
         assert_eq!(end, Some((0, Ok(()))));
         assert_eq!(dirty.count() * BLOCK, SIZE);
-        assert!(fixture.faults.count(Op::Zero) > 2);
-        assert_eq!(fixture.faults.count(Op::Flush), u64::from(durable));
+        assert!(fixture.faults.count(BackendCall::Zero) > 2);
+        assert_eq!(fixture.faults.count(BackendCall::Flush), u64::from(durable));
     }
 }
 
@@ -168,7 +169,7 @@ fn a_gate_closes_between_two_parts() {
 fn a_long_trim_ends_with_the_first_failed_part() {
     let fixture = fixture();
     let mut session = fixture.session();
-    session.begin(&fixture.disk, Work::Trim { range: range(0, SIZE), durable: true }, 0);
+    session.begin(&fixture.disk, Op::Trim { range: range(0, SIZE), durable: true }, 0);
     fixture.complete(0);
     assert!(session.turn().is_none());
     fixture.slow.fail(0, EIO);
@@ -181,7 +182,7 @@ fn fast_zeroing_is_refused_by_its_first_part_only() {
     let fixture = fixture();
     let mut session = fixture.session();
     let how = Zeroing { only_if_fast: true, keep_allocated: false };
-    let fast = |offset| Work::Zero { range: range(offset, SIZE / 2), how, durable: false };
+    let fast = |offset| Op::Zero { range: range(offset, SIZE / 2), how, durable: false };
     session.begin(&fixture.disk, fast(PART_MIN - 1), 0);
     let calls = fixture.slow.wait_for(1);
     assert!(calls[0].contains("only_if_fast: true"), "{calls:?}");
@@ -276,10 +277,10 @@ proptest! {
                     let (offset, length) = (block * BLOCK, blocks * BLOCK);
                     let work = match kind {
                         0 => zero(offset, length),
-                        1 => Work::Trim { range: range(offset, length), durable: false },
-                        _ => Work::Write {
+                        1 => Op::Trim { range: range(offset, length), durable: false },
+                        _ => Op::Write {
                             offset, durable: kind == 3,
-                            data: next.to_le_bytes().repeat(length as usize / 4),
+                            data: next.to_le_bytes().repeat(length as usize / 4).into(),
                         },
                     };
                     let Ok(Some(visit)) = fixture.disk.enter_if_open() else { continue };

@@ -10,7 +10,7 @@ fn a_client_that_receives_no_replies_blocks_no_range() {
     fixture.slow.evict_all();
     let mut stalled = fixture.client();
     stalled.read(4 * MIB, MIB, 1);
-    fixture.complete_one("Populate");
+    fixture.complete_one("Read");
     assert_eq!(stalled.reply(), (1, 0));
     stalled.data(MIB);
     for cookie in 0..60 {
@@ -29,7 +29,7 @@ fn a_client_that_receives_no_replies_blocks_no_range() {
     stalled.write(PLAIN, 8 * MIB, &[2; 300 << 10], 3);
     fixture.slow.wait_for(61);
     for _ in 0..60 {
-        fixture.complete_one("Populate");
+        fixture.complete_one("Read");
     }
     fixture.complete_one("Write");
     let mut other = fixture.client();

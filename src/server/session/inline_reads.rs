@@ -1,7 +1,7 @@
-//! Whether a session reads cold data inline, blocking, or has it populated asynchronously first.
+//! Whether a session reads cold data inline, blocking, or loads it by an operation in flight.
 //! Pure: durations are arguments.
 //!
-//! Populating the page cache asynchronously costs more than a blocking read, and defeats the kernel's
+//! A load by an operation in flight costs more than a blocking read, and defeats the kernel's
 //! readahead for long reads. A blocking read, however, delays every request behind it. So a session
 //! blocks only on a disk whose last [`QUICK_LOADS_NEEDED`] loads were quick, and after one slow read no
 //! more until as many loads in a row were quick again.

@@ -12,7 +12,7 @@ pub(super) const CAPACITY: usize = 320 << 10;
 /// copy. Payloads are not aligned to pages: to write 256 KiB took 18.7 µs from the beginning of a page
 /// and 19.5 µs from 28 bytes behind it, where the first payload is.
 #[derive(Debug, Default)]
-pub(super) struct Inbox {
+pub(super) struct Rx {
     /// `None` while it is empty and the session idle. Mapped, because a failed `mmap` is an error
     /// that we can handle, whereas a failed allocation ends the process.
     buffer: Option<MmapMut>,
@@ -20,19 +20,19 @@ pub(super) struct Inbox {
     end: usize,
 }
 
-impl Inbox {
-    /// An inbox that contains these bytes. `None` if they are too many, or no memory is left.
+impl Rx {
+    /// An rx that contains these bytes. `None` if they are too many, or no memory is left.
     pub(super) fn restore(bytes: &[u8]) -> Option<Self> {
-        let mut inbox = Self::default();
+        let mut rx = Self::default();
         if bytes.len() > CAPACITY {
             return None;
         }
         if !bytes.is_empty() {
             let mut buffer = MmapMut::map_anon(CAPACITY).ok()?;
             buffer[..bytes.len()].copy_from_slice(bytes);
-            (inbox.buffer, inbox.end) = (Some(buffer), bytes.len());
+            (rx.buffer, rx.end) = (Some(buffer), bytes.len());
         }
-        Some(inbox)
+        Some(rx)
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn bytes_keep_their_order_with_any_consumption() {
         let (mut client, stream) = pair();
-        let mut inbox = Inbox::default();
+        let mut rx = Rx::default();
         let mut expected = 0u32;
         let mut sent = 0u32;
         for round in 1..2000usize {
@@ -107,46 +107,46 @@ mod tests {
                 sent += 1;
             }
             if sent > expected {
-                let _ = inbox.receive(&stream);
+                let _ = rx.receive(&stream);
             }
             for _ in 0..round % 41 {
-                let Some(field) = inbox.bytes().first_chunk::<4>() else { break };
+                let Some(field) = rx.bytes().first_chunk::<4>() else { break };
                 assert_eq!(u32::from_be_bytes(*field), expected);
                 expected += 1;
-                inbox.consume(4);
+                rx.consume(4);
             }
         }
         assert!(expected > 20_000);
     }
 
     #[test]
-    fn a_restored_inbox_continues_the_stream() {
+    fn a_restored_rx_continues_the_stream() {
         let (mut client, stream) = pair();
-        let mut inbox = Inbox::restore(b"abc").unwrap();
+        let mut rx = Rx::restore(b"abc").unwrap();
         client.write_all(b"def").unwrap();
-        inbox.consume(1);
-        inbox.receive(&stream).unwrap();
-        assert_eq!(inbox.bytes(), b"bcdef");
-        assert!(Inbox::restore(&[]).unwrap().is_shrunk());
-        assert!(Inbox::restore(&[0; CAPACITY]).unwrap().is_full());
-        assert!(Inbox::restore(&[0; CAPACITY + 1]).is_none());
+        rx.consume(1);
+        rx.receive(&stream).unwrap();
+        assert_eq!(rx.bytes(), b"bcdef");
+        assert!(Rx::restore(&[]).unwrap().is_shrunk());
+        assert!(Rx::restore(&[0; CAPACITY]).unwrap().is_full());
+        assert!(Rx::restore(&[0; CAPACITY + 1]).is_none());
     }
 
     #[test]
-    fn a_full_inbox_receives_nothing_and_an_empty_one_shrinks() {
+    fn a_full_rx_receives_nothing_and_an_empty_one_shrinks() {
         let (mut client, stream) = pair();
-        let mut inbox = Inbox::default();
-        while !inbox.is_full() {
+        let mut rx = Rx::default();
+        while !rx.is_full() {
             client.write_all(&[7; 4096]).unwrap();
-            inbox.receive(&stream).unwrap();
+            rx.receive(&stream).unwrap();
         }
-        assert_eq!(inbox.bytes().len(), CAPACITY);
-        let more = inbox.receive(&stream).unwrap_err();
+        assert_eq!(rx.bytes().len(), CAPACITY);
+        let more = rx.receive(&stream).unwrap_err();
         assert_eq!(more.kind(), io::ErrorKind::OutOfMemory);
-        inbox.shrink();
-        assert!(!inbox.is_shrunk());
-        inbox.consume(CAPACITY);
-        inbox.shrink();
-        assert!(inbox.is_shrunk());
+        rx.shrink();
+        assert!(!rx.is_shrunk());
+        rx.consume(CAPACITY);
+        rx.shrink();
+        assert!(rx.is_shrunk());
     }
 }

@@ -5,9 +5,9 @@
 //! disk is then read and appended piece by piece.
 
 use super::pinned::Pinned;
-use super::snapshot::UnsentSnapshot;
 use crate::net::Stream;
 use crate::range::Range;
+use crate::server::snapshot::UnsentSnapshot;
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -27,7 +27,7 @@ pub(super) const DEFERRED_MAX: usize = 64 << 10;
 
 /// A buffer between the execution of requests and the socket.
 #[derive(Debug)]
-pub(super) struct Outbox {
+pub(super) struct Tx {
     /// All bytes are initialized; those beyond `end` are free space.
     buffer: Vec<u8>,
     start: usize,
@@ -43,7 +43,7 @@ pub(super) struct Outbox {
     scratch: Vec<u8>,
 }
 
-impl Default for Outbox {
+impl Default for Tx {
     fn default() -> Self {
         Self {
             buffer: Vec::new(),
@@ -58,7 +58,7 @@ impl Default for Outbox {
     }
 }
 
-impl Outbox {
+impl Tx {
     /// Saves everything that was not sent. Fails if pinned data cannot be read or a reply is lost: the
     /// next process could not continue the stream.
     pub(super) fn save(mut self) -> io::Result<UnsentSnapshot> {
@@ -74,7 +74,7 @@ impl Outbox {
         Ok(UnsentSnapshot { bytes, announced: self.announced.into(), deferred: self.deferred })
     }
 
-    /// Restores an outbox on a disk of `size` bytes; `None` if the announced range exceeds it.
+    /// Restores an tx on a disk of `size` bytes; `None` if the announced range exceeds it.
     pub(super) fn restore(unsent: UnsentSnapshot, size: u64) -> Option<Self> {
         let UnsentSnapshot { bytes, announced, deferred } = unsent;
         let (end, announced) = (bytes.len(), announced.within(size)?);
@@ -112,7 +112,7 @@ impl Outbox {
         self.scratch = scratch;
     }
 
-    /// Appends bytes. If no memory is left, the next [`Outbox::send`] fails.
+    /// Appends bytes. If no memory is left, the next [`Tx::send`] fails.
     fn append(&mut self, bytes: &[u8]) {
         match self.reserve(bytes.len()) {
             Ok(space) => {
@@ -284,10 +284,10 @@ mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixStream;
 
-    fn sent(outbox: &mut Outbox) -> Vec<u8> {
+    fn sent(tx: &mut Tx) -> Vec<u8> {
         let (mut client, stream) = UnixStream::pair().unwrap();
         let stream = Stream::Unix(stream);
-        assert!(outbox.send(&stream).unwrap());
+        assert!(tx.send(&stream).unwrap());
         drop(stream);
         let mut all = Vec::new();
         client.read_to_end(&mut all).unwrap();
@@ -303,45 +303,45 @@ mod tests {
 
     #[test]
     fn replies_during_a_simple_read_are_deferred() {
-        let mut outbox = Outbox::default();
-        outbox.reply(|out| out.extend_from_slice(b"a"));
-        outbox.reply_with_data(|out| out.extend_from_slice(b"h"), 2, fill(b'1')).unwrap();
-        outbox.defer_replies();
-        outbox.reply(|out| out.extend_from_slice(b"late"));
-        outbox.try_fill(2, fill(b'x')).unwrap();
-        outbox.append_announced(2, fill(b'2')).unwrap();
-        assert!(!outbox.is_empty());
-        outbox.release_deferred();
-        assert_eq!(sent(&mut outbox), b"ah1122late");
-        assert!(outbox.is_empty());
+        let mut tx = Tx::default();
+        tx.reply(|out| out.extend_from_slice(b"a"));
+        tx.reply_with_data(|out| out.extend_from_slice(b"h"), 2, fill(b'1')).unwrap();
+        tx.defer_replies();
+        tx.reply(|out| out.extend_from_slice(b"late"));
+        tx.try_fill(2, fill(b'x')).unwrap();
+        tx.append_announced(2, fill(b'2')).unwrap();
+        assert!(!tx.is_empty());
+        tx.release_deferred();
+        assert_eq!(sent(&mut tx), b"ah1122late");
+        assert!(tx.is_empty());
     }
 
     #[test]
     fn a_failed_fill_appends_nothing() {
-        let mut outbox = Outbox::default();
+        let mut tx = Tx::default();
         let failing = |_: &mut [u8]| Err(io::Error::other("broken"));
-        assert!(outbox.reply_with_data(|out| out.extend_from_slice(b"h"), 9, failing).is_err());
-        outbox.reply(|out| out.extend_from_slice(b"error"));
-        assert_eq!(sent(&mut outbox), b"error");
+        assert!(tx.reply_with_data(|out| out.extend_from_slice(b"h"), 9, failing).is_err());
+        tx.reply(|out| out.extend_from_slice(b"error"));
+        assert_eq!(sent(&mut tx), b"error");
     }
 
     #[test]
-    fn the_outbox_is_full_exactly_at_its_limits() {
-        let mut outbox = Outbox::default();
-        outbox.append_announced(FULL - 1, fill(0)).unwrap();
-        assert!(!outbox.is_full());
-        outbox.append_announced(1, fill(0)).unwrap();
-        assert!(outbox.is_full() && !outbox.is_overfull());
-        outbox.defer_replies();
-        outbox.reply(|out| out.resize(DEFERRED_MAX - 1, 0));
-        assert!(!outbox.is_overfull());
-        outbox.reply(|out| out.push(0));
-        assert!(outbox.is_overfull());
-        outbox.release_deferred();
-        outbox.append_announced(OVERFULL - FULL - DEFERRED_MAX - 1, fill(0)).unwrap();
-        assert!(!outbox.is_overfull());
-        outbox.append_announced(1, fill(0)).unwrap();
-        assert!(outbox.is_overfull());
+    fn the_tx_is_full_exactly_at_its_limits() {
+        let mut tx = Tx::default();
+        tx.append_announced(FULL - 1, fill(0)).unwrap();
+        assert!(!tx.is_full());
+        tx.append_announced(1, fill(0)).unwrap();
+        assert!(tx.is_full() && !tx.is_overfull());
+        tx.defer_replies();
+        tx.reply(|out| out.resize(DEFERRED_MAX - 1, 0));
+        assert!(!tx.is_overfull());
+        tx.reply(|out| out.push(0));
+        assert!(tx.is_overfull());
+        tx.release_deferred();
+        tx.append_announced(OVERFULL - FULL - DEFERRED_MAX - 1, fill(0)).unwrap();
+        assert!(!tx.is_overfull());
+        tx.append_announced(1, fill(0)).unwrap();
+        assert!(tx.is_overfull());
     }
 
     fn pin(bytes: &[u8]) -> impl FnOnce(BorrowedFd<'_>) -> io::Result<()> + '_ {
@@ -353,89 +353,89 @@ mod tests {
 
     #[test]
     fn pinned_data_keeps_its_place_among_replies() {
-        let mut outbox = Outbox::default();
-        outbox.reply(|out| out.extend_from_slice(b"first"));
-        outbox.reply_with_pinned(|out| out.extend_from_slice(b"head"), 4, pin(b"data")).unwrap();
-        outbox.reply(|out| out.extend_from_slice(b"late"));
-        assert!(outbox.is_full() && outbox.has_bytes() && !outbox.is_empty());
-        assert_eq!(outbox.unsent(), 13);
-        assert_eq!(sent(&mut outbox), b"firstheaddatalate");
-        assert!(outbox.is_empty() && !outbox.is_full());
+        let mut tx = Tx::default();
+        tx.reply(|out| out.extend_from_slice(b"first"));
+        tx.reply_with_pinned(|out| out.extend_from_slice(b"head"), 4, pin(b"data")).unwrap();
+        tx.reply(|out| out.extend_from_slice(b"late"));
+        assert!(tx.is_full() && tx.has_bytes() && !tx.is_empty());
+        assert_eq!(tx.unsent(), 13);
+        assert_eq!(sent(&mut tx), b"firstheaddatalate");
+        assert!(tx.is_empty() && !tx.is_full());
     }
 
     #[test]
     fn pinned_data_is_saved_as_bytes() {
-        let mut outbox = Outbox::default();
-        outbox.reply_with_pinned(|out| out.extend_from_slice(b"head"), 4, pin(b"data")).unwrap();
-        outbox.reply(|out| out.extend_from_slice(b"late"));
-        let saved = outbox.save().unwrap();
+        let mut tx = Tx::default();
+        tx.reply_with_pinned(|out| out.extend_from_slice(b"head"), 4, pin(b"data")).unwrap();
+        tx.reply(|out| out.extend_from_slice(b"late"));
+        let saved = tx.save().unwrap();
         assert_eq!((&saved.bytes[..], &saved.deferred), (&b"headdatalate"[..], &None));
-        let mut outbox = Outbox::restore(saved, 512).unwrap();
-        assert_eq!(sent(&mut outbox), b"headdatalate");
+        let mut tx = Tx::restore(saved, 512).unwrap();
+        assert_eq!(sent(&mut tx), b"headdatalate");
     }
 
     #[test]
     fn try_fill_sends_nothing() {
-        let mut outbox = Outbox::default();
-        outbox.reply(|out| out.push(b'a'));
-        outbox.try_fill(100_000, fill(b'x')).unwrap();
-        assert!(outbox.try_fill(5, |_| Err(io::Error::other("broken"))).is_err());
-        outbox.reply(|out| out.push(b'b'));
-        assert_eq!(sent(&mut outbox), b"ab");
+        let mut tx = Tx::default();
+        tx.reply(|out| out.push(b'a'));
+        tx.try_fill(100_000, fill(b'x')).unwrap();
+        assert!(tx.try_fill(5, |_| Err(io::Error::other("broken"))).is_err());
+        tx.reply(|out| out.push(b'b'));
+        assert_eq!(sent(&mut tx), b"ab");
     }
 
     #[test]
     fn announced_data_precedes_later_replies() {
-        let mut outbox = Outbox::default();
+        let mut tx = Tx::default();
         let range = Range::within(1 << 30, 4096, 5).unwrap();
-        outbox.reply(|out| out.extend_from_slice(b"head"));
-        outbox.announce(range);
-        outbox.reply(|out| out.extend_from_slice(b"late"));
-        outbox.append_announced(2, fill(b'1')).unwrap();
-        assert!(outbox.append_announced(3, |_| Err(io::Error::other("broken"))).is_err());
-        assert_eq!(outbox.announced(), range.from(4098));
-        outbox.append_announced(3, fill(b'2')).unwrap();
-        assert!(outbox.announced().is_empty());
-        outbox.release_deferred();
-        assert_eq!(sent(&mut outbox), b"head11222late");
+        tx.reply(|out| out.extend_from_slice(b"head"));
+        tx.announce(range);
+        tx.reply(|out| out.extend_from_slice(b"late"));
+        tx.append_announced(2, fill(b'1')).unwrap();
+        assert!(tx.append_announced(3, |_| Err(io::Error::other("broken"))).is_err());
+        assert_eq!(tx.announced(), range.from(4098));
+        tx.append_announced(3, fill(b'2')).unwrap();
+        assert!(tx.announced().is_empty());
+        tx.release_deferred();
+        assert_eq!(sent(&mut tx), b"head11222late");
     }
 
     #[test]
-    fn a_restored_outbox_continues_the_stream() {
-        let mut outbox = Outbox::default();
+    fn a_restored_tx_continues_the_stream() {
+        let mut tx = Tx::default();
         let range = Range::within(1 << 30, 4096, 1 << 20).unwrap();
-        outbox.reply(|out| out.extend_from_slice(b"head"));
-        outbox.announce(range);
-        outbox.reply(|out| out.extend_from_slice(b"late"));
-        let saved = outbox.save().unwrap();
-        assert!(Outbox::restore(saved.clone(), range.end() - 1).is_none());
-        let mut outbox = Outbox::restore(saved, range.end()).unwrap();
-        assert_eq!(sent(&mut outbox), b"head");
-        assert_eq!(outbox.announced(), range);
-        outbox.append_announced(1 << 20, fill(0)).unwrap();
-        outbox.release_deferred();
-        outbox.reply(|out| out.extend_from_slice(b"new"));
-        let size = outbox.unsent() as usize;
+        tx.reply(|out| out.extend_from_slice(b"head"));
+        tx.announce(range);
+        tx.reply(|out| out.extend_from_slice(b"late"));
+        let saved = tx.save().unwrap();
+        assert!(Tx::restore(saved.clone(), range.end() - 1).is_none());
+        let mut tx = Tx::restore(saved, range.end()).unwrap();
+        assert_eq!(sent(&mut tx), b"head");
+        assert_eq!(tx.announced(), range);
+        tx.append_announced(1 << 20, fill(0)).unwrap();
+        tx.release_deferred();
+        tx.reply(|out| out.extend_from_slice(b"new"));
+        let size = tx.unsent() as usize;
         let (mut client, stream) = UnixStream::pair().unwrap();
         let reader = std::thread::spawn(move || {
             let mut all = vec![0; size];
             client.read_exact(&mut all).map(|()| all)
         });
         let stream = Stream::Unix(stream);
-        while !outbox.send(&stream).unwrap() {
+        while !tx.send(&stream).unwrap() {
             std::thread::yield_now();
         }
         assert_eq!(reader.join().unwrap().unwrap()[1 << 20..], *b"latenew");
     }
 
     #[test]
-    fn an_empty_outbox_shrinks() {
-        let mut outbox = Outbox::default();
-        outbox.reply(|out| out.push(1));
-        outbox.shrink();
-        assert!(!outbox.is_shrunk());
-        sent(&mut outbox);
-        outbox.shrink();
-        assert!(outbox.is_shrunk());
+    fn an_empty_tx_shrinks() {
+        let mut tx = Tx::default();
+        tx.reply(|out| out.push(1));
+        tx.shrink();
+        assert!(!tx.is_shrunk());
+        sent(&mut tx);
+        tx.shrink();
+        assert!(tx.is_shrunk());
     }
 }

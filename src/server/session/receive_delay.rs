@@ -1,6 +1,6 @@
 //! How long a session has kept received bytes waiting: if too long, the client may have given up and
 //! reconnected in the meantime.
-//! Reads only a coarse clock, which costs no system call.
+//! Pure: the time is an argument. A coarse clock suffices ([`coarse_now`]).
 
 use nix::time::{ClockId, clock_gettime};
 use std::time::Duration;
@@ -30,8 +30,8 @@ impl Default for ReceiveDelay {
 
 impl ReceiveDelay {
     /// The session has received bytes.
-    pub(super) fn received(&mut self) {
-        self.step(now());
+    pub(super) fn received(&mut self, now: Duration) {
+        self.step(now);
     }
 
     /// The session waits: with a backlog that it cannot begin now, or for new requests.
@@ -40,17 +40,7 @@ impl ReceiveDelay {
     }
 
     /// Whether the session must check, before it begins a change, that the client is still there.
-    pub(super) fn needs_check(&mut self) -> bool {
-        self.needs_check_at(now())
-    }
-
-    fn step(&mut self, now: Duration) {
-        let delayed = now.saturating_sub(self.last_step) > LATE_AFTER;
-        self.late |= delayed && !std::mem::take(&mut self.idle);
-        self.last_step = now;
-    }
-
-    fn needs_check_at(&mut self, now: Duration) -> bool {
+    pub(super) fn needs_check(&mut self, now: Duration) -> bool {
         self.step(now);
         let needed = self.late && now.saturating_sub(self.last_check) >= CHECK_INTERVAL;
         if needed {
@@ -58,9 +48,16 @@ impl ReceiveDelay {
         }
         needed
     }
+
+    fn step(&mut self, now: Duration) {
+        let delayed = now.saturating_sub(self.last_step) > LATE_AFTER;
+        self.late |= delayed && !std::mem::take(&mut self.idle);
+        self.last_step = now;
+    }
 }
 
-fn now() -> Duration {
+/// The time on a clock that is read without a system call.
+pub(super) fn coarse_now() -> Duration {
     // This fails only without such a clock; then all bytes are late.
     clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(Duration::MAX, Duration::from)
 }
@@ -77,10 +74,10 @@ mod tests {
         delay.waits(false);
         delay.step(START);
         for step in 1..100 {
-            assert!(!delay.needs_check_at(START + step * LATE_AFTER));
+            assert!(!delay.needs_check(START + step * LATE_AFTER));
         }
         delay.step(START + 99 * LATE_AFTER + LATE_AFTER + Duration::from_nanos(1));
-        assert!(delay.needs_check_at(START + 101 * LATE_AFTER));
+        assert!(delay.needs_check(START + 101 * LATE_AFTER));
     }
 
     #[test]
@@ -89,13 +86,13 @@ mod tests {
         delay.waits(false);
         delay.step(START);
         delay.waits(true);
-        assert!(delay.needs_check_at(START));
+        assert!(delay.needs_check(START));
         delay.step(START + LATE_AFTER);
-        assert!(delay.needs_check_at(START + LATE_AFTER), "received behind the backlog");
-        assert!(!delay.needs_check_at(START + LATE_AFTER), "checked just now");
-        assert!(delay.needs_check_at(START + LATE_AFTER + CHECK_INTERVAL));
+        assert!(delay.needs_check(START + LATE_AFTER), "received behind the backlog");
+        assert!(!delay.needs_check(START + LATE_AFTER), "checked just now");
+        assert!(delay.needs_check(START + LATE_AFTER + CHECK_INTERVAL));
         delay.waits(false);
         delay.step(START + 9 * LATE_AFTER);
-        assert!(!delay.needs_check_at(START + 10 * LATE_AFTER));
+        assert!(!delay.needs_check(START + 10 * LATE_AFTER));
     }
 }

@@ -1,20 +1,12 @@
 //! One client's session: handshake, then transmission, in a thread of its own.
 //! Ends for one reason, which it returns; the acceptor's code logs it.
 
-use super::end::SessionEnd;
-use super::executor::Worker;
-use super::export_policy::{ExportPolicy, GoReply, ProbeReply, SessionId};
-use super::inbox::Inbox;
-use super::outbox::Outbox;
-use super::polling::AdaptivePolling;
-use super::receive_delay::ReceiveDelay;
-use super::session_state::SessionProgress;
-use super::sessions::Registration;
-use super::settings::{SessionSettings, Style};
-use super::snapshot::{PhaseSnapshot, SessionSnapshot, TransmissionSnapshot};
-use super::stop_request::StopRequest;
-use super::transmission::Transmission;
-use crate::disk::Disk;
+use super::driver::Driver;
+use super::engine::{Clocks, Engine, EngineContext, Pending};
+use super::receive_delay::coarse_now;
+use super::rx::Rx;
+use super::tx::Tx;
+use crate::disk::{Disk, Notifier};
 use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::option::OptionReply;
 use crate::nbd::handshake::server::{Export, ServerHandshake, ServerStep};
@@ -22,7 +14,14 @@ use crate::nbd::reply::Dialect;
 use crate::nbd::request::Terms;
 use crate::nbd::wire::OptionReplyKind;
 use crate::net::{Interest, Peer, Stream};
+use crate::server::end::SessionEnd;
+use crate::server::export_policy::{ExportPolicy, GoReply, ProbeReply, SessionId};
+use crate::server::sessions::Registration;
+use crate::server::settings::{SessionSettings, Style};
+use crate::server::snapshot::{PhaseSnapshot, SessionSnapshot, TransmissionSnapshot};
+use crate::server::stop_request::StopRequest;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Largest payload in newstyle, in bytes. Twice the advertised maximum: some clients do not request
@@ -42,33 +41,33 @@ const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A connection, and all that its session needs.
 #[derive(Debug)]
-pub(super) struct Session<'a> {
-    pub(super) stream: Stream,
-    pub(super) peer: Peer,
-    pub(super) registration: Registration,
-    pub(super) disk: &'a Disk,
-    pub(super) policy: &'a dyn ExportPolicy,
-    pub(super) export: Export,
-    pub(super) settings: SessionSettings,
-    pub(super) cpus: usize,
+pub(in crate::server) struct Session<'a> {
+    pub(in crate::server) stream: Stream,
+    pub(in crate::server) peer: Peer,
+    pub(in crate::server) registration: Registration,
+    pub(in crate::server) disk: &'a Disk,
+    pub(in crate::server) policy: &'a dyn ExportPolicy,
+    pub(in crate::server) export: Export,
+    pub(in crate::server) settings: SessionSettings,
+    pub(in crate::server) cpus: usize,
 }
 
 /// The state that a session starts from, new or restored.
 struct SessionStart {
-    inbox: Inbox,
-    outbox: Outbox,
+    rx: Rx,
+    tx: Tx,
     phase: SessionPhase,
 }
 
 enum SessionPhase {
     Handshake(Box<ServerHandshake>),
-    Transmission(Terms, Box<SessionProgress>),
+    Transmission(Terms, Box<Pending>),
 }
 
 impl Session<'_> {
     /// Serves the client until the session ends, starting with the handshake or from a snapshot.
     /// Returns a snapshot if the end is [`SessionEnd::Suspended`].
-    pub(super) fn run(
+    pub(in crate::server) fn run(
         &self,
         snapshot: Option<SessionSnapshot>,
     ) -> (SessionEnd, Option<SessionSnapshot>) {
@@ -91,13 +90,13 @@ impl Session<'_> {
 
     /// The start of a new session. In newstyle the acceptor has greeted the client.
     fn start(&self) -> Result<SessionStart, SessionEnd> {
-        let (inbox, mut outbox) = (Inbox::default(), Outbox::default());
+        let (rx, mut tx) = (Rx::default(), Tx::default());
         let phase = match self.settings.style {
             Style::Oldstyle => {
                 self.check_policy(true).map_err(SessionEnd::Refused)?;
                 let mut greeting = Vec::new();
                 let agreement = ServerHandshake::greet_oldstyle(&self.export, &mut greeting);
-                outbox.reply(|out| out.extend_from_slice(&greeting));
+                tx.reply(|out| out.extend_from_slice(&greeting));
                 let terms = self.terms(agreement.dialect, false, false);
                 SessionPhase::Transmission(terms, Box::default())
             }
@@ -105,14 +104,14 @@ impl Session<'_> {
                 SessionPhase::Handshake(Box::new(ServerHandshake::new(self.export.clone())))
             }
         };
-        Ok(SessionStart { inbox, outbox, phase })
+        Ok(SessionStart { rx, tx, phase })
     }
 
     /// The start of a session from a snapshot; `None` if that does not fit this server.
     fn restore(&self, snapshot: SessionSnapshot) -> Option<SessionStart> {
         let size = self.export.size;
-        let inbox = Inbox::restore(&snapshot.inbox)?;
-        let outbox = Outbox::restore(snapshot.outbox, size)?;
+        let rx = Rx::restore(&snapshot.inbox)?;
+        let tx = Tx::restore(snapshot.outbox, size)?;
         let phase = match snapshot.phase {
             PhaseSnapshot::Handshake(handshake) => {
                 let handshake = ServerHandshake::resume(self.export.clone(), handshake.position()?);
@@ -125,31 +124,31 @@ impl Session<'_> {
                 pending,
             }) => {
                 let terms = self.terms(form.into(), allocation_selected, introduced);
-                let progress = SessionProgress::restore(pending, size)?;
-                SessionPhase::Transmission(terms, Box::new(progress))
+                let pending = Pending::restore(pending, size)?;
+                SessionPhase::Transmission(terms, Box::new(pending))
             }
         };
-        Some(SessionStart { inbox, outbox, phase })
+        Some(SessionStart { rx, tx, phase })
     }
 
     fn serve(&self, start: SessionStart) -> (SessionEnd, Option<SessionSnapshot>) {
-        let SessionStart { mut inbox, mut outbox, phase } = start;
-        let (terms, progress) = match phase {
-            SessionPhase::Transmission(terms, progress) => (terms, *progress),
+        let SessionStart { mut rx, mut tx, phase } = start;
+        let (terms, pending) = match phase {
+            SessionPhase::Transmission(terms, pending) => (terms, *pending),
             SessionPhase::Handshake(mut handshake) => {
-                match self.handshake(&mut handshake, &mut inbox, &mut outbox) {
+                match self.handshake(&mut handshake, &mut rx, &mut tx) {
                     Ok(agreed) => {
                         let selected = agreed.allocation_context.is_some();
                         let terms =
                             self.terms(agreed.dialect, selected, handshake.private_negotiated());
-                        (terms, SessionProgress::default())
+                        (terms, Pending::default())
                     }
                     Err(SessionEnd::Requested(StopRequest::Suspend)) => {
-                        return self.save_handshake(&handshake, &inbox, outbox);
+                        return self.save_handshake(&handshake, &rx, tx);
                     }
                     Err(end) => {
                         // Sends replies made before the end, such as the one to `NBD_OPT_ABORT`.
-                        let _ = outbox.send(&self.stream);
+                        let _ = tx.send(&self.stream);
                         return (end, None);
                     }
                 }
@@ -159,22 +158,22 @@ impl Session<'_> {
         if self.settings.style == Style::Newstyle && !self.registration.establish() {
             return (SessionEnd::Full, None);
         }
-        self.transmission(terms, inbox, outbox, progress).run()
+        self.transmission(terms, rx, tx, pending).run()
     }
 
     fn save_handshake(
         &self,
         handshake: &ServerHandshake,
-        inbox: &Inbox,
-        outbox: Outbox,
+        rx: &Rx,
+        tx: Tx,
     ) -> (SessionEnd, Option<SessionSnapshot>) {
-        let outbox = match outbox.save() {
+        let outbox = match tx.save() {
             Ok(outbox) => outbox,
             Err(error) => return (SessionEnd::Connection(error), None),
         };
         let snapshot = SessionSnapshot {
             session: self.registration.id,
-            inbox: inbox.bytes().to_vec(),
+            inbox: rx.bytes().to_vec(),
             outbox,
             phase: PhaseSnapshot::Handshake(handshake.position().into()),
         };
@@ -184,20 +183,20 @@ impl Session<'_> {
     fn handshake(
         &self,
         handshake: &mut ServerHandshake,
-        inbox: &mut Inbox,
-        outbox: &mut Outbox,
+        rx: &mut Rx,
+        tx: &mut Tx,
     ) -> Result<Agreement, SessionEnd> {
         let deadline = self.registration.since + self.settings.handshake_timeout;
         handshake.enable_private_option();
         handshake.require_admission();
         loop {
-            self.send_greeting(outbox, deadline)?;
-            self.receive_greeting(inbox, deadline)?;
+            self.send_greeting(tx, deadline)?;
+            self.receive_greeting(rx, deadline)?;
             // A client that sends without a pause never makes us wait, so that `wait` sees no timeout.
             if Instant::now() >= deadline {
                 return Err(SessionEnd::HandshakeTimeout);
             }
-            if let Some(agreement) = self.advance(handshake, inbox, outbox)? {
+            if let Some(agreement) = self.advance(handshake, rx, tx)? {
                 return Ok(agreement);
             }
         }
@@ -207,14 +206,14 @@ impl Session<'_> {
     fn advance(
         &self,
         handshake: &mut ServerHandshake,
-        inbox: &mut Inbox,
-        outbox: &mut Outbox,
+        rx: &mut Rx,
+        tx: &mut Tx,
     ) -> Result<Option<Agreement>, SessionEnd> {
         loop {
             let mut step = Ok((0, ServerStep::NeedInput));
-            outbox.reply(|out| step = handshake.advance(inbox.bytes(), out));
+            tx.reply(|out| step = handshake.advance(rx.bytes(), out));
             let (used, next) = step.map_err(SessionEnd::Misbehaved)?;
-            inbox.consume(used);
+            rx.consume(used);
             // The flags do not count: any client can send them.
             if used > CLIENT_FLAGS {
                 self.registration.option_received(Instant::now());
@@ -228,7 +227,7 @@ impl Session<'_> {
                         }
                         data
                     });
-                    outbox.reply(|out| handshake.reply_to_private_option(answer, out));
+                    tx.reply(|out| handshake.reply_to_private_option(answer, out));
                 }
                 ServerStep::AdmissionRequired { enters_transmission } => {
                     handshake.set_admission(self.check_policy(enters_transmission));
@@ -296,17 +295,17 @@ impl Session<'_> {
         self.registration.wait_for_end_of(holder, Instant::now() + HOLDER_END_TIMEOUT)
     }
 
-    fn send_greeting(&self, outbox: &mut Outbox, deadline: Instant) -> Result<(), SessionEnd> {
-        while !outbox.send(&self.stream).map_err(SessionEnd::Connection)? {
+    fn send_greeting(&self, tx: &mut Tx, deadline: Instant) -> Result<(), SessionEnd> {
+        while !tx.send(&self.stream).map_err(SessionEnd::Connection)? {
             self.wait(Interest { readable: false, writable: true }, deadline)?;
         }
         Ok(())
     }
 
-    fn receive_greeting(&self, inbox: &mut Inbox, deadline: Instant) -> Result<(), SessionEnd> {
+    fn receive_greeting(&self, rx: &mut Rx, deadline: Instant) -> Result<(), SessionEnd> {
         loop {
-            match inbox.receive(&self.stream) {
-                Ok(0) if inbox.bytes().is_empty() => return Err(SessionEnd::Closed),
+            match rx.receive(&self.stream) {
+                Ok(0) if rx.bytes().is_empty() => return Err(SessionEnd::Closed),
                 Ok(0) => return Err(SessionEnd::Truncated),
                 Ok(_) => {
                     self.registration.control.record_activity();
@@ -347,34 +346,19 @@ impl Session<'_> {
         }
     }
 
-    fn transmission(
-        &self,
-        terms: Terms,
-        inbox: Inbox,
-        outbox: Outbox,
-        progress: SessionProgress,
-    ) -> Transmission<'_> {
-        let who = (self.peer.to_string(), self.registration.id);
-        let control = &self.registration.control;
-        Transmission {
-            stream: &self.stream,
-            registration: &self.registration,
-            cpus: self.cpus,
-            worker: Worker::new(self.disk, control, self.policy, terms.dialect, who),
+    fn transmission(&self, terms: Terms, rx: Rx, tx: Tx, pending: Pending) -> Driver<'_> {
+        let context = EngineContext {
+            disk: self.disk,
+            policy: self.policy,
+            notifier: Arc::clone(&self.registration.control) as Arc<dyn Notifier>,
             terms,
             answers_malformed: self.settings.style == Style::Oldstyle,
-            stall_limit: self.settings.stall_limit,
-            inbox,
-            outbox,
-            progress,
-            stuck: false,
-            waiting_change: None,
-            delay: ReceiveDelay::default(),
-            written: 0,
-            unfinished: false,
-            begun: 0,
-            polling: AdaptivePolling::default(),
-        }
+            client: (self.peer.to_string(), self.registration.id),
+            clocks: Clocks { now: Instant::now, coarse: coarse_now },
+        };
+        let engine = Engine::new(context, rx, tx, pending);
+        let connection = (&self.stream, &self.registration);
+        Driver::new(connection, self.policy, self.cpus, self.settings.stall_limit, engine)
     }
 
     /// Lets the client receive the last replies: closing a socket with unread requests makes the

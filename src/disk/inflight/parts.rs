@@ -1,0 +1,78 @@
+//! Zeroing and trimming, part by part.
+
+use super::super::disk::Visit;
+use super::super::io_queue::{Op, Zeroing};
+use super::InFlight;
+use super::stage::Stage;
+use crate::range::Range;
+use std::io;
+use std::time::Instant;
+
+impl<'a, T> InFlight<'a, T> {
+    /// Starts the next part of a zeroing or trim.
+    pub(super) fn start_part(&mut self, visit: Visit<'a>, key: u64, op: Op) {
+        let (part, rest) = match op {
+            Op::Zero { range, how, durable } => {
+                let (part, range) = self.split_next(range, how);
+                // The first part decides whether it can be fast, before any byte has changed.
+                let later = Zeroing { only_if_fast: false, ..how };
+                let part = Op::Zero { range: part, how, durable: false };
+                (part, Op::Zero { range, how: later, durable })
+            }
+            Op::Trim { range, durable } => {
+                let (part, range) = self.split_next(range, Zeroing::default());
+                (Op::Trim { range: part, durable: false }, Op::Trim { range, durable })
+            }
+            other => (Op::Flush, other),
+        };
+        self.parts += 1;
+        self.execute(key, part, Stage::Part { visit, rest, since: Instant::now() });
+    }
+
+    fn split_next(&self, range: Range, how: Zeroing) -> (Range, Range) {
+        self.part_sizes.split_next(range, self.disk.image.zeroes_by_extent(how))
+    }
+
+    /// Continues after a part of a zeroing or trim.
+    pub(super) fn on_part_completed(
+        &mut self,
+        visit: Visit<'a>,
+        key: u64,
+        (part, rest): (Op, Op),
+        since: Instant,
+        outcome: io::Result<()>,
+    ) {
+        self.parts -= 1;
+        let size = self.disk.size();
+        let ranges = part.range(size).and_then(|part| Ok((part, rest.range(size)?)));
+        let Ok((Some(part), Some(left))) = ranges else { return self.finish(key, outcome) };
+        self.disk.mark(part);
+        if outcome.is_err() {
+            return self.finish(key, outcome);
+        }
+        self.part_sizes.record(part.length(), since.elapsed());
+        let Some(operation) = self.operations.get_mut(&key) else { return };
+        if left.is_empty() {
+            operation.change = None;
+            if rest.is_durable() {
+                self.batch(visit, key, None);
+            } else {
+                self.finish(key, Ok(()));
+            }
+        } else if self.closing {
+            self.finish(key, Ok(()));
+        } else {
+            let change = operation.change.take();
+            let starts = self.disk.gate.is_open() && self.may_start(&rest, change.as_ref());
+            if let Some(operation) = self.operations.get_mut(&key) {
+                operation.change = change;
+                operation.stage = Stage::Waiting(rest);
+                self.waiting += 1;
+            }
+            // Otherwise leaves the gate, so that closing it does not wait for the rest.
+            if starts {
+                self.start(visit, key);
+            }
+        }
+    }
+}

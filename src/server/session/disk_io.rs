@@ -1,0 +1,109 @@
+//! A session's access to the disk: the gate, and the operations in flight.
+//! Never waits: what is not possible now is a reason why the session is blocked.
+
+use super::reads::{Loading, Read};
+use crate::disk::inflight::InFlight;
+use crate::disk::{Disk, Notifier, Op, Visit};
+use crate::nbd::reply::ReplyTo;
+use crate::nbd::request::Request;
+use crate::range::Range;
+use crate::server::end::SessionEnd;
+use std::sync::Arc;
+
+/// The most bytes to read or write at once.
+pub(super) const PIECE: u64 = 256 << 10;
+/// Pieces end at multiples of this, so that the disk sees whole blocks.
+const BLOCK: u64 = 4096;
+
+/// The disk as one session sees it.
+#[derive(Debug)]
+pub(super) struct DiskIo<'a> {
+    pub(super) disk: &'a Disk,
+    pub(super) in_flight: InFlight<'a, Tag>,
+}
+
+/// What to do with a completion.
+#[derive(Debug)]
+pub(super) enum Tag {
+    /// Reply with its result.
+    Answer { to: ReplyTo, request: Request },
+    /// Continue this read with the loaded data.
+    Read(Read, Loading),
+    /// A piece of a long write, by the number of that write, is written.
+    Piece(u64),
+}
+
+/// Why an operation cannot begin now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Busy {
+    /// The gate is closed. The session is notified when it opens.
+    Gate,
+    /// An operation in flight has to complete first.
+    InFlight,
+}
+
+impl<'a> DiskIo<'a> {
+    pub(super) fn new(disk: &'a Disk, notifier: Arc<dyn Notifier>) -> Self {
+        Self { disk, in_flight: InFlight::new(disk, notifier) }
+    }
+
+    /// Enters the gate.
+    pub(super) fn visit(&self) -> Result<Result<Visit<'a>, Busy>, SessionEnd> {
+        match self.disk.enter_if_open() {
+            Ok(Some(visit)) => Ok(Ok(visit)),
+            Ok(None) => {
+                self.in_flight.notify_when_gate_opens();
+                Ok(Err(Busy::Gate))
+            }
+            Err(_) => Err(SessionEnd::DiskGone),
+        }
+    }
+
+    /// Fails if the disk is gone: operations that wait to start never will.
+    pub(super) fn check_disk(&self) -> Result<(), SessionEnd> {
+        match self.in_flight.has_waiting().then(|| self.disk.enter_if_open()) {
+            Some(Err(_)) => Err(SessionEnd::DiskGone),
+            _ => Ok(()),
+        }
+    }
+
+    /// Begins an operation whose result is the reply to a request.
+    pub(super) fn begin_answer(
+        &mut self,
+        to: ReplyTo,
+        request: Request,
+        op: Op,
+    ) -> Result<Result<(), Busy>, SessionEnd> {
+        let visit = match self.visit()? {
+            Ok(visit) => visit,
+            Err(busy) => return Ok(Err(busy)),
+        };
+        self.in_flight.begin(visit, op, Tag::Answer { to, request });
+        Ok(Ok(()))
+    }
+}
+
+/// Length of the next piece of `range`, which ends at a block boundary unless it is the last.
+pub(super) fn piece_length(range: Range) -> u64 {
+    if range.length() <= PIECE {
+        return range.length();
+    }
+    PIECE - (range.offset() % BLOCK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_end_at_block_boundaries_and_are_never_empty() {
+        for offset in [0, 1, 4095, 4096, 5000] {
+            let long = Range::within(1 << 40, offset, 1 << 30).unwrap();
+            let length = piece_length(long);
+            assert!(length > 0 && length <= PIECE);
+            assert_eq!((offset + length) % BLOCK, 0);
+            let short = Range::within(1 << 40, offset, 100).unwrap();
+            assert_eq!(piece_length(short), 100);
+        }
+    }
+}

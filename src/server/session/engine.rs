@@ -1,0 +1,581 @@
+//! The transmission phase of one session, without a socket: requests out of the receive buffer, replies
+//! into the send buffer. Does what is possible now, and says what it waits for ([`Blocked`]); never
+//! waits, receives or sends. Time comes in as clocks.
+//!
+//! Receiving and sending never wait for each other. While the client does not receive replies, reads
+//! wait in a queue and all other requests are executed; the session stops receiving only when the
+//! queue or the deferred replies reach their limits. That is back-pressure in bounded memory, and lets
+//! a client pipeline many requests before it receives the first reply.
+//!
+//! Requests do not wait for each other either: slow disk I/O is in flight while later requests are
+//! answered. Of two overlapping changes, whichever sessions they belong to, the later one waits within
+//! the in-flight I/O. These requests wait with everything behind them: a request that must come after
+//! all others; and every request while the in-flight I/O is at its limits or the gate is closed.
+
+use super::disk_io::{Busy, DiskIo, Tag};
+use super::reads::{Read, Reads};
+use super::receive_delay::ReceiveDelay;
+use super::replies::Replies;
+use super::rx::Rx;
+use super::tx::Tx;
+use super::writes::{PayloadStep, Purpose, Writes};
+use crate::disk::{Disk, Notifier, Op, Zeroing};
+use crate::nbd::Malformed;
+use crate::nbd::reply::{Dialect, ReplyTo};
+use crate::nbd::request::{self, Request, RequestError, RequestHeader, Terms};
+use crate::nbd::wire::{CommandKind, ErrorCode};
+use crate::range::Range;
+use crate::server::end::SessionEnd;
+use crate::server::export_policy::{ExportPolicy, HandoverReply, SessionId};
+use crate::server::snapshot::{
+    PendingSnapshot, PhaseSnapshot, SessionSnapshot, TransmissionSnapshot,
+};
+use crate::server::stop_request::StopRequest;
+use crate::server::write_throttle::Throttle;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The most extents in one reply; the client asks again for the rest. The specification allows 2^20,
+/// which would take 16 MiB.
+const EXTENTS_MAX: usize = 16 << 10;
+/// After so many written bytes, the session sends replies before it writes more, so that the client can
+/// process them meanwhile. (Writes of 4 KiB at depth 32 are answered 1.7 times as fast as without.)
+const WRITE_BATCH: u64 = 32 << 10;
+/// How many reads may wait for the client to receive replies.
+const READS_MAX: usize = 1024;
+/// Longest payload of a refused request that is skipped, in bytes.
+const SKIPPED_PAYLOAD_MAX: u64 = 1 << 32;
+
+/// What a session waits for when it can do no more.
+#[derive(Debug)]
+pub(super) enum Blocked {
+    /// Every request that has arrived is begun.
+    Input,
+    /// As [`Blocked::Input`]; in addition, reads wait until replies are sent.
+    InputWithReads,
+    /// Replies have to be sent before anything else is done.
+    Output,
+    /// There is more to do, after replies have been sent once.
+    Batch,
+    /// An operation in flight has to complete.
+    Completion,
+    /// The gate is closed. The session is notified when it opens.
+    Gate,
+    /// A migration delays this session's writes until then.
+    Throttle(Instant),
+    /// A change has waited long: its client must still be there ([`Engine::advance`] goes on).
+    PeerCheck,
+    /// The policy has to decide about a handover ([`Engine::on_handover_reply`]).
+    Handover(ReplyTo, Vec<u8>),
+    /// The session ends once all is completed and sent.
+    End,
+    /// The session is suspended once nothing is in flight.
+    Suspend,
+}
+
+/// The clocks of a session.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Clocks {
+    pub(super) now: fn() -> Instant,
+    /// Needs no system call, and is up to a tick late.
+    pub(super) coarse: fn() -> Duration,
+}
+
+/// What an engine needs besides its state.
+#[derive(Debug)]
+pub(super) struct EngineContext<'a> {
+    pub(super) disk: &'a Disk,
+    pub(super) policy: &'a dyn ExportPolicy,
+    pub(super) notifier: Arc<dyn Notifier>,
+    pub(super) terms: Terms,
+    /// Reply to a malformed request with an error before closing, as the original did.
+    pub(super) answers_malformed: bool,
+    /// For the log, and the session's id.
+    pub(super) client: (String, SessionId),
+    pub(super) clocks: Clocks,
+}
+
+/// The state of a session in the transmission phase that outlives the process.
+#[derive(Debug, Default)]
+pub(super) struct Pending {
+    writes: Writes,
+    reads: VecDeque<Read>,
+    end: Option<SessionEnd>,
+}
+
+/// One session's transmission phase.
+#[derive(Debug)]
+pub(super) struct Engine<'a> {
+    pub(super) rx: Rx,
+    pub(super) tx: Tx,
+    io: DiskIo<'a>,
+    replies: Replies<'a>,
+    reads: Reads,
+    writes: Writes,
+    policy: &'a dyn ExportPolicy,
+    session: SessionId,
+    terms: Terms,
+    answers_malformed: bool,
+    /// Why the session ends once all replies are sent.
+    end: Option<SessionEnd>,
+    stop: StopRequest,
+    delay: ReceiveDelay,
+    throttle: Throttle,
+    throttled_until: Option<Instant>,
+    started: Instant,
+    clocks: Clocks,
+    /// Requests begun since the session last waited for one.
+    begun: u32,
+    /// I/O has completed since the driver last asked.
+    has_completed: bool,
+}
+
+/// Result of one step.
+enum Step {
+    Progress,
+    NeedsInput,
+    Blocked(Blocked),
+}
+
+impl From<Busy> for Step {
+    fn from(busy: Busy) -> Self {
+        Self::Blocked(match busy {
+            Busy::Gate => Blocked::Gate,
+            Busy::InFlight => Blocked::Completion,
+        })
+    }
+}
+
+impl Pending {
+    /// Restores the state on a disk of `size` bytes; `None` if a range exceeds it.
+    pub(super) fn restore(saved: PendingSnapshot, size: u64) -> Option<Self> {
+        let PendingSnapshot { payload, reads, disconnect_received } = saved;
+        let writes = Writes::restore(payload, size)?;
+        let end = disconnect_received.then_some(SessionEnd::Disconnected);
+        Some(Self { writes, reads: Reads::restore(reads, size)?, end })
+    }
+}
+
+impl<'a> Engine<'a> {
+    pub(super) fn new(context: EngineContext<'a>, rx: Rx, tx: Tx, pending: Pending) -> Self {
+        let EngineContext { disk, policy, notifier, terms, answers_malformed, client, clocks } =
+            context;
+        let Pending { writes, reads, end } = pending;
+        let session = client.1;
+        Self {
+            rx,
+            tx,
+            io: DiskIo::new(disk, notifier),
+            replies: Replies::new(disk, policy, terms.dialect, client),
+            reads: Reads::new(reads, clocks.now),
+            writes,
+            policy,
+            session,
+            terms,
+            answers_malformed,
+            end,
+            stop: StopRequest::Serve,
+            delay: ReceiveDelay::default(),
+            throttle: Throttle::default(),
+            throttled_until: None,
+            started: (clocks.now)(),
+            clocks,
+            begun: 0,
+            has_completed: false,
+        }
+    }
+
+    /// Saves the session, which has no I/O in flight. Fails if replies cannot be saved. The timeouts of
+    /// `--killswitch` restart in the next process.
+    pub(super) fn save(self) -> io::Result<SessionSnapshot> {
+        let Terms { dialect, allocation_selected, private, .. } = self.terms;
+        Ok(SessionSnapshot {
+            session: self.session,
+            inbox: self.rx.bytes().to_vec(),
+            outbox: self.tx.save()?,
+            phase: PhaseSnapshot::Transmission(TransmissionSnapshot {
+                form: dialect.into(),
+                allocation_selected,
+                introduced: private,
+                pending: PendingSnapshot {
+                    payload: self.writes.save(),
+                    reads: self.reads.save(),
+                    disconnect_received: matches!(self.end, Some(SessionEnd::Disconnected)),
+                },
+            }),
+        })
+    }
+
+    /// Does everything that is possible now. Returns what it waits for, or the end of the session.
+    pub(super) fn advance(&mut self, stop: StopRequest) -> Result<Blocked, SessionEnd> {
+        self.stop = stop;
+        // First, so that no request that arrived after a stop request is answered.
+        match stop {
+            StopRequest::Serve | StopRequest::Suspend => {}
+            StopRequest::Finish => {
+                self.end.get_or_insert(SessionEnd::Requested(StopRequest::Finish));
+            }
+            request => return Err(SessionEnd::Requested(request)),
+        }
+        self.io.check_disk()?;
+        let blocked = self.work()?;
+        self.io.in_flight.submit();
+        let is_finishing = !matches!(stop, StopRequest::Serve | StopRequest::Suspend);
+        if is_finishing && matches!(blocked, Blocked::Gate) && self.io.in_flight.is_empty() {
+            return Err(SessionEnd::Requested(stop));
+        }
+        Ok(blocked)
+    }
+
+    fn work(&mut self) -> Result<Blocked, SessionEnd> {
+        self.writes.written = 0;
+        loop {
+            self.complete_requests();
+            if self.is_suspending() {
+                return Ok(Blocked::Suspend);
+            }
+            let rx_is_empty = self.rx.bytes().is_empty();
+            let (io, replies) = (&mut self.io, &mut self.replies);
+            if let Some(busy) = self.reads.answer(io, replies, &mut self.tx, rx_is_empty)? {
+                return Ok(match busy {
+                    Busy::Gate => Blocked::Gate,
+                    Busy::InFlight => Blocked::Completion,
+                });
+            }
+            if self.is_output_full() {
+                return Ok(Blocked::Output);
+            }
+            if self.ignores_input() {
+                return Ok(Blocked::End);
+            }
+            match self.dispatch()? {
+                Step::Progress if self.writes.written >= WRITE_BATCH => return Ok(Blocked::Batch),
+                Step::Progress => {}
+                Step::Blocked(blocked) => return Ok(blocked),
+                Step::NeedsInput if self.end.is_some() => return Ok(Blocked::End),
+                Step::NeedsInput if self.has_reads() => return Ok(Blocked::InputWithReads),
+                Step::NeedsInput => return Ok(Blocked::Input),
+            }
+        }
+    }
+
+    /// Answers the requests whose I/O has completed.
+    fn complete_requests(&mut self) {
+        while let Some((tag, outcome)) = self.io.in_flight.next_completed() {
+            self.has_completed = true;
+            match tag {
+                Tag::Answer { to, request } => {
+                    self.replies.complete(to, outcome.map(drop), request, &mut self.tx);
+                }
+                Tag::Read(read, loading) => self.reads.on_loaded(read, loading, outcome),
+                Tag::Piece(number) => {
+                    let (io, replies, tx) = (&mut self.io, &mut self.replies, &mut self.tx);
+                    self.writes.on_piece(number, outcome.map(drop), io, replies, tx);
+                }
+            }
+        }
+    }
+
+    /// Whether to begin no request, and to suspend as soon as no I/O is in flight. The next process
+    /// observes the end of the stream again, but not a framing error.
+    fn is_suspending(&self) -> bool {
+        use SessionEnd::{Closed, Disconnected, Truncated};
+        let can_be_suspended = matches!(self.end, None | Some(Disconnected | Closed | Truncated));
+        self.stop == StopRequest::Suspend && can_be_suspended
+    }
+
+    /// Whether no request may be begun before the client receives replies.
+    fn is_output_full(&self) -> bool {
+        self.tx.is_overfull() || self.reads.len() >= READS_MAX
+    }
+
+    /// Whether to ignore received bytes. After the request to finish, the received ones still count.
+    fn ignores_input(&self) -> bool {
+        !matches!(self.end, None | Some(SessionEnd::Requested(_)))
+    }
+
+    /// Whether reads wait for room in the send buffer.
+    pub(super) fn has_reads(&self) -> bool {
+        self.reads.len() > 0
+    }
+
+    /// Whether no operation is in flight.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.io.in_flight.is_empty()
+    }
+
+    /// Whether an outcome waits to be taken; there may be no further notification for it.
+    pub(super) fn has_completed(&self) -> bool {
+        self.io.in_flight.has_completed()
+    }
+
+    /// Whether I/O has completed since the last call.
+    pub(super) fn take_has_completed(&mut self) -> bool {
+        std::mem::take(&mut self.has_completed)
+    }
+
+    /// When to advance even without a notification: the closing of the gate may expire then.
+    pub(super) fn gate_expiry(&self) -> Option<Instant> {
+        self.io.in_flight.gate_expiry()
+    }
+
+    /// Whether a request or its payload has arrived in part.
+    pub(super) fn has_partial_request(&self) -> bool {
+        self.writes.is_arriving() || !self.rx.bytes().is_empty()
+    }
+
+    /// The reason to end, if everything is completed and sent.
+    pub(super) fn take_end(&mut self) -> Option<SessionEnd> {
+        let is_done = self.is_quiet() && !self.tx.has_bytes() && !self.has_reads();
+        if is_done { self.end.take() } else { None }
+    }
+
+    /// The reason to end, whatever is left to do.
+    pub(super) fn take_end_now(&mut self) -> Option<SessionEnd> {
+        self.end.take()
+    }
+
+    /// The client has closed its side of the connection.
+    pub(super) fn on_end_of_stream(&mut self) {
+        let truncated = self.has_partial_request();
+        self.end = Some(if truncated { SessionEnd::Truncated } else { SessionEnd::Closed });
+    }
+
+    /// Bytes have arrived.
+    pub(super) fn on_received(&mut self) {
+        self.delay.received((self.clocks.coarse)());
+    }
+
+    /// The session is about to wait; `has_backlog` if requests that have arrived cannot be begun.
+    pub(super) fn on_wait(&mut self, has_backlog: bool) {
+        self.delay.waits(has_backlog);
+    }
+
+    /// Requests begun since the last call.
+    pub(super) fn take_begun(&mut self) -> u32 {
+        std::mem::take(&mut self.begun)
+    }
+
+    /// Frees memory; the session is idle.
+    pub(super) fn shrink(&mut self) {
+        self.rx.shrink();
+        self.tx.shrink();
+        self.io.in_flight.shrink();
+    }
+
+    /// Whether there is memory to free once the session is idle.
+    pub(super) fn may_shrink(&self) -> bool {
+        let shrunk = self.rx.is_shrunk() && self.tx.is_shrunk() && self.io.in_flight.is_shrunk();
+        !shrunk && !self.tx.has_bytes() && self.is_quiet()
+    }
+
+    /// Begins the next request, or handles the next piece of a payload.
+    fn dispatch(&mut self) -> Result<Step, SessionEnd> {
+        if !self.writes.is_arriving() {
+            return self.dispatch_request();
+        }
+        if self.writes.is_next_change(&self.rx) && self.needs_peer_check() {
+            return Ok(Step::Blocked(Blocked::PeerCheck));
+        }
+        let (io, replies) = (&mut self.io, &mut self.replies);
+        Ok(match self.writes.advance(&mut self.rx, io, replies, &mut self.tx)? {
+            PayloadStep::Progress => Step::Progress,
+            PayloadStep::NeedsInput => Step::NeedsInput,
+            PayloadStep::Blocked(busy) => busy.into(),
+            PayloadStep::Private { to, data } => Step::Blocked(Blocked::Handover(to, data)),
+        })
+    }
+
+    /// Begins the next request. One that cannot be begun stays in the receive buffer.
+    fn dispatch_request(&mut self) -> Result<Step, SessionEnd> {
+        let dialect = self.terms.dialect;
+        let (header, used) = match RequestHeader::decode(dialect, self.rx.bytes()) {
+            Ok(Some(decoded)) => decoded,
+            Ok(None) => return Ok(Step::NeedsInput),
+            Err(malformed) => return self.reject_malformed(malformed),
+        };
+        let chunked = [CommandKind::Read.number(), CommandKind::BlockStatus.number()];
+        let to = ReplyTo {
+            cookie: header.cookie,
+            offset: header.offset,
+            chunked: chunked.contains(&header.kind),
+        };
+        let length = header.payload_length(&self.terms);
+        match self.checked(&header) {
+            Ok(request) => match self.begin(to, request)? {
+                Step::Progress => {}
+                blocked => return Ok(blocked),
+            },
+            Err(error) => {
+                if length > SKIPPED_PAYLOAD_MAX {
+                    return Err(SessionEnd::PayloadTooLong(length));
+                }
+                self.replies.reject(to, error.code, error.reason, &mut self.tx);
+                if length > 0 {
+                    self.writes.expect(to, length, Purpose::Skip { failed: None });
+                }
+            }
+        }
+        self.rx.consume(used);
+        self.begun = self.begun.saturating_add(1);
+        Ok(Step::Progress)
+    }
+
+    /// Checks a request against the protocol and the policy.
+    fn checked(&self, header: &RequestHeader) -> Result<Request, RequestError> {
+        let request = header.check(&self.terms)?;
+        // The policy decides on these two when they are executed.
+        if !matches!(request, Request::Private { .. } | Request::Disconnect) {
+            let permitted = self.policy.permit(self.session, request.writes());
+            permitted.map_err(|(code, reason)| RequestError { code, reason })?;
+        }
+        Ok(request)
+    }
+
+    /// Begins a request, or returns why that has no effect now.
+    fn begin(&mut self, to: ReplyTo, request: Request) -> Result<Step, SessionEnd> {
+        if !self.may_begin(request) {
+            return Ok(Step::Blocked(Blocked::Completion));
+        }
+        if request.writes() {
+            if let Some(until) = self.throttle() {
+                return Ok(Step::Blocked(Blocked::Throttle(until)));
+            }
+            // After the delay, during which the client may have disconnected.
+            if self.needs_peer_check() {
+                return Ok(Step::Blocked(Blocked::PeerCheck));
+            }
+        }
+        match request {
+            Request::Read { range, dont_fragment } => {
+                self.reads.begin(to, range, dont_fragment, &mut self.replies, &mut self.tx);
+            }
+            Request::Write { range, durable: _ } if range.is_empty() => {
+                self.replies.complete(to, Ok(()), request, &mut self.tx);
+            }
+            Request::Write { range, durable } => self.writes.expect_write(to, range, durable),
+            Request::Private { length } => {
+                self.writes.expect(to, length, Purpose::Private { data: Vec::new() });
+            }
+            Request::Disconnect => {
+                self.policy.on_disconnect(self.session);
+                self.end = Some(SessionEnd::Disconnected);
+            }
+            Request::Flush => return self.begin_op(to, request, Op::Flush),
+            Request::Trim { range, durable } => {
+                return self.begin_op(to, request, Op::Trim { range, durable });
+            }
+            Request::Cache { range } => return self.begin_op(to, request, Op::Cache(range)),
+            Request::WriteZeroes { range, no_hole, fast, durable } => {
+                let how = Zeroing { keep_allocated: no_hole, only_if_fast: fast };
+                return self.begin_op(to, request, Op::Zero { range, how, durable });
+            }
+            Request::BlockStatus { range, one } => return self.block_status(to, range, one),
+        }
+        Ok(Step::Progress)
+    }
+
+    /// Whether a request can begin beside the I/O in flight.
+    fn may_begin(&self, request: Request) -> bool {
+        let in_flight = &self.io.in_flight;
+        match request {
+            Request::Read { .. } => true,
+            // All earlier requests have to be completed.
+            Request::Private { .. } | Request::Disconnect => in_flight.is_empty(),
+            _ => in_flight.has_room(0),
+        }
+    }
+
+    fn begin_op(&mut self, to: ReplyTo, request: Request, op: Op) -> Result<Step, SessionEnd> {
+        Ok(self.io.begin_answer(to, request, op)?.map_or_else(Step::from, |()| Step::Progress))
+    }
+
+    fn block_status(&mut self, to: ReplyTo, range: Range, one: bool) -> Result<Step, SessionEnd> {
+        let visit = match self.io.visit()? {
+            Ok(visit) => visit,
+            Err(busy) => return Ok(busy.into()),
+        };
+        let limit = if one { 1 } else { EXTENTS_MAX };
+        match visit.extents(range, limit) {
+            Ok(extents) if !extents.is_empty() => {
+                self.replies.status(to, &extents, &mut self.tx);
+            }
+            outcome => {
+                let request = Request::BlockStatus { range, one };
+                self.replies.complete(to, outcome.map(drop), request, &mut self.tx);
+            }
+        }
+        Ok(Step::Progress)
+    }
+
+    /// Until when to delay a write, so that a migration converges. Only a stop request shortens a delay.
+    fn throttle(&mut self) -> Option<Instant> {
+        let wanted = self.io.disk.write_delay();
+        if wanted.is_zero() || self.stop != StopRequest::Serve {
+            self.throttled_until = None;
+            return None;
+        }
+        let now = (self.clocks.now)();
+        match self.throttled_until {
+            Some(until) if now < until => Some(until),
+            Some(_) => {
+                self.throttled_until = None;
+                None
+            }
+            None => {
+                let elapsed = now.saturating_duration_since(self.started);
+                let delay = self.throttle.delay(elapsed, wanted);
+                self.throttled_until = (!delay.is_zero()).then(|| now + delay);
+                self.throttled_until
+            }
+        }
+    }
+
+    /// Whether a change has waited so long that its client may have closed the connection and
+    /// reconnected: the change would overwrite its newer ones. Changes that did not wait are made even if
+    /// the connection is closed behind them.
+    fn needs_peer_check(&mut self) -> bool {
+        self.delay.needs_check((self.clocks.coarse)())
+    }
+
+    /// The policy's decision about a handover.
+    pub(super) fn on_handover_reply(
+        &mut self,
+        to: ReplyTo,
+        reply: HandoverReply,
+    ) -> Result<(), SessionEnd> {
+        match reply {
+            HandoverReply::Acknowledge => self.replies.succeed(to, &mut self.tx),
+            HandoverReply::Refuse(code) => {
+                let why = "not a handover of the migration that is under way";
+                self.replies.reject(to, code, why, &mut self.tx);
+            }
+            HandoverReply::Close => return Err(SessionEnd::Requested(StopRequest::Disconnect)),
+        }
+        Ok(())
+    }
+
+    /// Ends the session because framing is lost. In old style it first replies with an error, once as
+    /// many bytes as a request header have arrived.
+    fn reject_malformed(&mut self, malformed: Malformed) -> Result<Step, SessionEnd> {
+        let magic = match malformed {
+            Malformed::Magic(magic) => magic as u32,
+            _ => 0,
+        };
+        let end = SessionEnd::BadMagic(magic);
+        if !self.answers_malformed {
+            return Err(end);
+        }
+        let bytes = self.rx.bytes();
+        if bytes.len() < request::header_length(Dialect::Simple) {
+            return Ok(Step::NeedsInput);
+        }
+        let cookie = bytes[8..].first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
+        let to = ReplyTo { cookie, offset: 0, chunked: false };
+        self.replies.reject(to, ErrorCode::Invalid, "no request at all", &mut self.tx);
+        self.end = Some(end);
+        Ok(Step::Progress)
+    }
+}

@@ -1,0 +1,494 @@
+//! Replies to READ: piece by piece, holes as holes, and no header before its data is certain.
+//! Never waits for the client: the read continues when the client has received more. Reads what is in the
+//! page cache without blocking; the rest is loaded by an operation in flight, which returns the bytes.
+//!
+//! A piece is certain once it is read into the send buffer, or, if it is long and the image allows it, once
+//! the kernel has put references to its pages into a pipe (`splice(2)`). Only then is its header
+//! written: an error of the disk is an error reply, and the session continues. With structured replies
+//! a read is a sequence of such pieces, one chunk each. A simple reply has a single header and cannot
+//! carry an error behind it: up to [`BUFFERED_MAX`] bytes are buffered as a whole; a longer read is
+//! tried once from beginning to end ("Simple reply message"), then announced and read again. If the
+//! disk fails after that, the session ends, because the client would take any bytes for data.
+
+use super::disk_io::{Busy, DiskIo, Tag, piece_length};
+use super::inline_reads::InlineReads;
+use super::pinned;
+use super::replies::Replies;
+use super::tx::Tx;
+use crate::disk::{Buffer, Extent, Op, Visit};
+use crate::message_id;
+use crate::nbd::reply::{Dialect, ReplyTo};
+use crate::nbd::wire::ErrorCode;
+use crate::range::Range;
+use crate::server::end::SessionEnd;
+use crate::server::snapshot::ReadSnapshot;
+use nix::errno::Errno;
+use std::collections::VecDeque;
+use std::io;
+use std::time::Instant;
+
+/// Longest read with `NBD_CMD_FLAG_DF` (one chunk), in bytes.
+pub(in crate::server) const WHOLE_READ_MAX: u64 = 1 << 20;
+/// Shortest read whose range is checked for holes, in bytes.
+const HOLE_CHECK_MIN: u64 = 64 << 10;
+/// Longest simple reply that is buffered as a whole, in bytes.
+const BUFFERED_MAX: u64 = 1 << 20;
+/// How much of a long read is loaded at once, in bytes.
+const LOAD_MAX: u64 = 1 << 20;
+
+/// A read with a part still to be answered.
+#[derive(Debug)]
+pub(super) struct Read {
+    to: ReplyTo,
+    rest: Range,
+    /// The reply has to be one chunk (`NBD_CMD_FLAG_DF`).
+    whole: bool,
+    /// A part is answered.
+    begun: bool,
+    /// The rest of the data is announced in the send buffer.
+    announced: bool,
+    /// The read was tried up to this offset.
+    tried_to: u64,
+    /// Up to this offset it may be read blocking.
+    blocking_to: u64,
+    /// The result of the last load.
+    loaded: Option<Load>,
+}
+
+/// Bytes that an operation in flight has read, or its error.
+#[derive(Debug)]
+struct Load {
+    range: Range,
+    outcome: io::Result<Buffer>,
+}
+
+/// Result of one step of a read.
+#[derive(Debug)]
+enum ReadStep<'a> {
+    /// It is answered, with success or an error.
+    Answered,
+    /// A part is answered; continue unless the send buffer is full.
+    Continue,
+    /// This range has to be loaded first, by an operation in flight that takes the visit.
+    Cold(Visit<'a>, Range),
+    /// It has to wait.
+    Blocked(Busy),
+}
+
+/// A running load of a range for a read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Loading {
+    range: Range,
+    /// Bytes that the session was loading when this began, its own included.
+    in_flight: u64,
+    since: Instant,
+}
+
+/// The reads of one session that are not answered.
+#[derive(Debug)]
+pub(super) struct Reads {
+    queue: VecDeque<Read>,
+    inline: InlineReads,
+    /// A range found to be allocated. It may have become a hole since; then zeros are sent as data, which
+    /// is slower but correct.
+    allocated: Range,
+    /// Bytes that are being loaded.
+    loading: u64,
+    /// Measures how long the disk takes.
+    clock: fn() -> Instant,
+}
+
+impl Read {
+    fn save(self) -> ReadSnapshot {
+        let Self { to, rest, whole, begun, announced, .. } = self;
+        ReadSnapshot { to: to.into(), rest: rest.into(), whole, begun, announced }
+    }
+
+    /// Restores a read on a disk of `size` bytes; `None` if its range exceeds it.
+    fn restore(saved: ReadSnapshot, size: u64) -> Option<Self> {
+        let ReadSnapshot { to, rest, whole, begun, announced } = saved;
+        Some(Self { begun, announced, ..Self::new(to.into(), rest.within(size)?, whole) })
+    }
+
+    fn new(to: ReplyTo, rest: Range, whole: bool) -> Self {
+        let (begun, announced) = (false, false);
+        Self { to, rest, whole, begun, announced, tried_to: 0, blocking_to: 0, loaded: None }
+    }
+
+    /// Allows to read this range blocking.
+    fn allow_blocking(&mut self, range: Range) {
+        self.blocking_to = range.end();
+    }
+
+    /// Fills `data` with the bytes from `offset` on: the loaded ones, those in the page cache, or, where
+    /// that is allowed, from the device. Fails with `WouldBlock` if they have to be loaded.
+    fn fill(&mut self, visit: &Visit<'_>, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let end = offset + data.len() as u64;
+        if let Some(Load { range, outcome }) = &mut self.loaded
+            && range.offset() <= offset
+            && end <= range.end()
+        {
+            return match outcome {
+                Ok(bytes) => {
+                    // It fits: within the length of the loaded bytes.
+                    let start = (offset - range.offset()) as usize;
+                    data.copy_from_slice(&bytes[start..start + data.len()]);
+                    Ok(())
+                }
+                Err(error) => Err(std::mem::replace(error, io::ErrorKind::Other.into())),
+            };
+        }
+        self.loaded = None;
+        if end <= self.blocking_to {
+            visit.read(offset, data)
+        } else {
+            visit.read_now(offset, data)
+        }
+    }
+
+    /// Whether the bytes of `piece` are loaded, or may be read blocking.
+    fn is_certain(&self, piece: Range) -> bool {
+        let loaded = self.loaded.as_ref().map(|load| load.range);
+        piece.end() <= self.blocking_to || loaded.is_some_and(|range| piece.end() <= range.end())
+    }
+
+    fn announce(&mut self, out: &mut Tx) {
+        out.announce(self.rest);
+        self.answered(self.rest.length());
+        self.announced = true;
+    }
+
+    fn answered(&mut self, length: u64) {
+        self.rest = self.rest.split(length).1;
+        self.begun = true;
+    }
+}
+
+/// The content of one chunk.
+struct ChunkContent {
+    range: Range,
+    hole: bool,
+}
+
+impl Reads {
+    /// No reads. `clock` measures how long the disk takes.
+    pub(super) fn new(queue: VecDeque<Read>, clock: fn() -> Instant) -> Self {
+        let (inline, allocated) = (InlineReads::default(), Range::whole(0));
+        Self { queue, inline, allocated, loading: 0, clock }
+    }
+
+    /// Saves the reads. None of them may be loading.
+    pub(super) fn save(self) -> Vec<ReadSnapshot> {
+        self.queue.into_iter().map(Read::save).collect()
+    }
+
+    /// Restores reads on a disk of `size` bytes; `None` if a range exceeds it.
+    pub(super) fn restore(saved: Vec<ReadSnapshot>, size: u64) -> Option<VecDeque<Read>> {
+        saved.into_iter().map(|read| Read::restore(read, size)).collect()
+    }
+
+    /// The number of reads that wait in the queue; those that are loading do not count.
+    pub(super) fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Adds a read, or answers it at once, such as with an error.
+    pub(super) fn begin(
+        &mut self,
+        to: ReplyTo,
+        range: Range,
+        whole: bool,
+        replies: &mut Replies<'_>,
+        out: &mut Tx,
+    ) {
+        if whole && range.length() > WHOLE_READ_MAX {
+            replies.reject(to, ErrorCode::Overflow, "too long for one chunk", out);
+        } else if range.is_empty() {
+            replies.succeed(to, out);
+        } else {
+            self.queue.push_back(Read::new(to, range, whole));
+        }
+    }
+
+    /// Answers reads until the send buffer is full, or one has to wait. `rx_is_empty`: no request has
+    /// arrived behind them.
+    pub(super) fn answer<'a>(
+        &mut self,
+        io: &mut DiskIo<'a>,
+        replies: &mut Replies<'_>,
+        out: &mut Tx,
+        rx_is_empty: bool,
+    ) -> Result<Option<Busy>, SessionEnd> {
+        while !out.is_full()
+            && let Some(mut read) = self.queue.pop_front()
+        {
+            match self.advance(&mut read, io, replies, out)? {
+                ReadStep::Answered => {}
+                ReadStep::Continue => self.queue.push_front(read),
+                ReadStep::Blocked(busy) => {
+                    self.queue.push_front(read);
+                    return Ok(Some(busy));
+                }
+                ReadStep::Cold(visit, range) if self.may_block(io, out, rx_is_empty) => {
+                    drop(visit);
+                    self.read_inline(read, range, io, replies, out)?;
+                }
+                ReadStep::Cold(_, range) if !io.in_flight.has_room(range.length() as usize) => {
+                    self.queue.push_front(read);
+                    return Ok(Some(Busy::InFlight));
+                }
+                ReadStep::Cold(visit, range) => self.load(visit, range, read, io),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether to read cold data inline, blocking: the disk is fast, and the session has nothing else to
+    /// do.
+    fn may_block(&self, io: &DiskIo<'_>, out: &Tx, rx_is_empty: bool) -> bool {
+        let answered = io.in_flight.is_empty() && out.is_empty() && self.queue.is_empty();
+        self.inline.may_block() && answered && rx_is_empty
+    }
+
+    fn read_inline(
+        &mut self,
+        mut read: Read,
+        range: Range,
+        io: &DiskIo<'_>,
+        replies: &mut Replies<'_>,
+        out: &mut Tx,
+    ) -> Result<(), SessionEnd> {
+        read.allow_blocking(range);
+        let began = (self.clock)();
+        let step = self.advance(&mut read, io, replies, out)?;
+        let took = (self.clock)().saturating_duration_since(began);
+        self.inline.record_blocking_read(range.length(), took);
+        if !matches!(step, ReadStep::Answered) {
+            self.queue.push_front(read);
+        }
+        Ok(())
+    }
+
+    /// Begins to load data for a read, which continues when that completes.
+    fn load<'a>(&mut self, visit: Visit<'a>, range: Range, read: Read, io: &mut DiskIo<'a>) {
+        let (length, offset) = (range.length(), range.offset());
+        self.loading += length;
+        let loading = Loading { range, in_flight: self.loading, since: (self.clock)() };
+        // It fits: a load has at most 1 MiB. Without memory it has no bytes, and fails on completion.
+        let unit = io.disk.unit() as usize;
+        let data = Buffer::zeroed(length as usize, unit).unwrap_or_default();
+        io.in_flight.begin(visit, Op::Read { offset, data }, Tag::Read(read, loading));
+    }
+
+    /// Continues a read whose load has completed.
+    pub(super) fn on_loaded(
+        &mut self,
+        mut read: Read,
+        loading: Loading,
+        outcome: io::Result<Buffer>,
+    ) {
+        let Loading { range, in_flight, since } = loading;
+        self.loading -= range.length();
+        self.inline.record_load(in_flight, (self.clock)().saturating_duration_since(since));
+        let outcome = match outcome {
+            Ok(data) if data.len() as u64 != range.length() => Err(Errno::ENOMEM.into()),
+            outcome => outcome,
+        };
+        read.loaded = Some(Load { range, outcome });
+        // Before reads that hold no data yet, so that loaded data does not accumulate; but no reply may
+        // come between the pieces of another.
+        let at = self.queue.front().is_some_and(|first| first.announced).into();
+        self.queue.insert(at, read);
+    }
+
+    /// Answers the next piece of a read if its data is in memory.
+    fn advance<'a>(
+        &mut self,
+        read: &mut Read,
+        io: &DiskIo<'a>,
+        replies: &mut Replies<'_>,
+        out: &mut Tx,
+    ) -> Result<ReadStep<'a>, SessionEnd> {
+        if read.announced && out.announced().is_empty() {
+            read.announced = false;
+            out.release_deferred();
+            if read.rest.is_empty() {
+                if replies.dialect != Dialect::Simple {
+                    replies.succeed(read.to, out);
+                }
+                return Ok(ReadStep::Answered);
+            }
+        }
+        let visit = match io.visit()? {
+            Ok(visit) => visit,
+            Err(busy) => return Ok(ReadStep::Blocked(busy)),
+        };
+        if read.announced {
+            append_announced(&visit, out).map_err(SessionEnd::ReplyIncomplete)?;
+            Ok(ReadStep::Continue)
+        } else if replies.dialect == Dialect::Simple {
+            Ok(self.advance_simple(visit, read, replies, out))
+        } else {
+            Ok(self.advance_in_chunks(visit, read, replies, out))
+        }
+    }
+
+    fn advance_simple<'a>(
+        &mut self,
+        visit: Visit<'a>,
+        read: &mut Read,
+        replies: &mut Replies<'_>,
+        out: &mut Tx,
+    ) -> ReadStep<'a> {
+        let rest = read.rest;
+        if read.begun {
+            // By the previous process, which has sent the header.
+            read.announce(out);
+            return ReadStep::Continue;
+        }
+        if rest.length() <= BUFFERED_MAX {
+            if let Err(error) = self.append_piece(&visit, read, (rest, true), replies, out) {
+                return cold_or_failed(visit, read, (rest, &error), replies, out);
+            }
+            return ReadStep::Answered;
+        }
+        let untried = rest.from(read.tried_to);
+        if untried.is_empty() {
+            out.reply(|out| replies.dialect.data_header(read.to, 0, 0, false, out));
+            read.announce(out);
+            return ReadStep::Continue;
+        }
+        let piece = untried.split(piece_length(untried)).0;
+        let try_fill = |data: &mut [u8]| read.fill(&visit, piece.offset(), data);
+        if let Err(error) = out.try_fill(piece.length() as usize, try_fill) {
+            return cold_or_failed(visit, read, (piece, &error), replies, out);
+        }
+        read.tried_to = piece.end();
+        ReadStep::Continue
+    }
+
+    fn advance_in_chunks<'a>(
+        &mut self,
+        visit: Visit<'a>,
+        read: &mut Read,
+        replies: &mut Replies<'_>,
+        out: &mut Tx,
+    ) -> ReadStep<'a> {
+        let ChunkContent { range, hole } = match self.next_chunk(&visit, read) {
+            Ok(chunk) => chunk,
+            Err(error) => {
+                fail_read(read, read.rest, &error, replies, out);
+                return ReadStep::Answered;
+            }
+        };
+        let done = range.length() == read.rest.length();
+        if hole {
+            // It fits: a read has no more than 32 bits.
+            let (at, length) = (range.offset(), range.length() as u32);
+            out.reply(|out| replies.dialect.hole(read.to, at, length, done, out));
+        } else if let Err(error) = self.append_piece(&visit, read, (range, done), replies, out) {
+            return cold_or_failed(visit, read, (range, &error), replies, out);
+        }
+        read.answered(range.length());
+        if done { ReadStep::Answered } else { ReadStep::Continue }
+    }
+
+    /// Appends `piece` and its header to the send buffer. `WouldBlock` if it has to be loaded first.
+    fn append_piece(
+        &mut self,
+        visit: &Visit<'_>,
+        read: &mut Read,
+        (piece, done): (Range, bool),
+        replies: &Replies<'_>,
+        out: &mut Tx,
+    ) -> io::Result<()> {
+        // It fits: a piece has at most 1 MiB.
+        let (at, length) = (piece.offset(), piece.length() as usize);
+        let (dialect, to) = (replies.dialect, read.to);
+        let head = |out: &mut Vec<u8>| dialect.data_header(to, at, length as u32, done, out);
+        if pinned::fits(piece) && visit.pins() && read.loaded.is_none() {
+            let may_block = self.inline.may_block();
+            if !read.is_certain(piece) && !may_block && !visit.is_resident(piece) {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            let began = may_block.then(self.clock);
+            let outcome = out.reply_with_pinned(head, length, |pipe| visit.pin(at, length, pipe));
+            if let Some(began) = began {
+                let took = (self.clock)().saturating_duration_since(began);
+                self.inline.record_blocking_read(piece.length(), took);
+            }
+            match outcome {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                outcome => return outcome,
+            }
+        }
+        out.reply_with_data(head, length, |data| read.fill(visit, at, data))
+    }
+
+    /// The content of the next chunk of a read.
+    fn next_chunk(&mut self, visit: &Visit<'_>, read: &Read) -> io::Result<ChunkContent> {
+        let rest = read.rest;
+        if read.whole {
+            return Ok(ChunkContent { range: rest, hole: false });
+        }
+        let allocated = self.allocated;
+        if allocated.offset() <= rest.offset() && rest.offset() < allocated.end() {
+            return Ok(data_chunk(rest.until(allocated.end())));
+        }
+        if rest.length() < HOLE_CHECK_MIN && !read.begun {
+            return Ok(data_chunk(rest));
+        }
+        let Extent { range, allocated } = visit.extent(rest.offset())?;
+        let within = rest.until(range.end());
+        if !allocated {
+            return Ok(ChunkContent { range: within, hole: true });
+        }
+        self.allocated = range;
+        Ok(data_chunk(within))
+    }
+}
+
+/// The next step of a read after `piece` could not be read.
+fn cold_or_failed<'a>(
+    visit: Visit<'a>,
+    read: &mut Read,
+    (piece, error): (Range, &io::Error),
+    replies: &mut Replies<'_>,
+    out: &mut Tx,
+) -> ReadStep<'a> {
+    if error.kind() == io::ErrorKind::WouldBlock && !read.is_certain(piece) {
+        let next = read.rest.from(piece.offset()).split(piece.length().max(LOAD_MAX)).0;
+        return ReadStep::Cold(visit, next);
+    }
+    drop(visit);
+    fail_read(read, piece, error, replies, out);
+    ReadStep::Answered
+}
+
+fn fail_read(
+    read: &Read,
+    piece: Range,
+    error: &io::Error,
+    replies: &mut Replies<'_>,
+    out: &mut Tx,
+) {
+    let kind = message_id::REQUEST_FAILED;
+    let code = replies.log_error(kind, &format_args!("read of {piece:?}"), error);
+    // The offset makes the chunks before it valid, so it is given only if there are any.
+    let at = read.begun.then_some(piece.offset());
+    let dialect = replies.dialect;
+    out.reply(|out| dialect.failure(read.to, code, at, "", out));
+}
+
+/// A chunk with the first piece of `data`.
+fn data_chunk(data: Range) -> ChunkContent {
+    ChunkContent { range: data.split(piece_length(data)).0, hole: false }
+}
+
+/// Reads the next piece of the announced range.
+fn append_announced(visit: &Visit<'_>, out: &mut Tx) -> io::Result<()> {
+    let announced = out.announced();
+    let piece = announced.split(piece_length(announced)).0;
+    // It fits: a piece is at most 256 KiB.
+    out.append_announced(piece.length() as usize, |data| visit.read(piece.offset(), data))
+}
