@@ -4,8 +4,7 @@
 //! [`Backend`] is what every backend has to do. What only some of them can do is an optional capability:
 //! [`PageCache`] for bytes that are in memory, [`SocketTransfer`] for sending without a copy.
 
-use super::detect_zeros;
-use super::io_queue::{IoQueue, Op, Zeroing};
+use super::io_queue::{IoQueue, Zeroing};
 use crate::range::Range;
 use nix::errno::Errno;
 use std::io;
@@ -114,22 +113,6 @@ pub struct Extent {
     pub range: Range,
     /// False for a hole, which reads as zeros.
     pub allocated: bool,
-}
-
-/// Executes an operation synchronously. A zeroing or trim is not made durable: `inflight` flushes
-/// after its last part.
-pub(super) fn execute(image: &dyn Backend, op: &mut Op) -> io::Result<()> {
-    match op {
-        Op::Read { offset, data } => image.read(*offset, data),
-        Op::Write { offset, data, durable: true } => image.write(*offset, data, true),
-        Op::Write { offset, data, durable: false } => {
-            detect_zeros::write_around_holes(image, *offset, data)
-        }
-        Op::Zero { range, how, durable: _ } => image.zero(*range, *how),
-        Op::Trim { range, durable: _ } => image.trim(*range),
-        Op::Flush => image.flush(),
-        Op::Cache(range) => image.prefetch(*range),
-    }
 }
 
 /// The kernel's number for an error, or `EIO` for an error without one.

@@ -16,7 +16,7 @@
 //! Where the backend provides no I/O queue, or that declines an operation, threads execute it
 //! (`disk/thread_pool`).
 
-use super::backend::execute;
+use super::blocking::execute;
 use super::buffer::Buffer;
 use super::detect_zeros;
 use super::disk::{Disk, Visit};
@@ -28,7 +28,7 @@ use super::thread_pool::Completions;
 use super::write_behind::WriteBehind;
 use crate::range::Range;
 use nix::errno::Errno;
-use stage::{Operation, Queue, Stage};
+use stage::{OpQueue, Operation, Stage};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -53,7 +53,7 @@ pub const BYTES_MAX: usize = 2 << 20;
 pub struct InFlight<'a, T> {
     disk: &'a Disk,
     notifier: Arc<dyn Notifier>,
-    queue: Queue<'a>,
+    queue: OpQueue<'a>,
     /// Results of operations that threads execute.
     completions: Arc<Completions>,
     /// Every operation that has not completed, in order of arrival.
@@ -89,7 +89,7 @@ impl<'a, T> InFlight<'a, T> {
             disk,
             completions: Completions::new(&notifier),
             notifier,
-            queue: Queue::Unknown,
+            queue: OpQueue::Unknown,
             operations: BTreeMap::new(),
             next_key: 0,
             waiting: 0,
@@ -247,7 +247,7 @@ impl<'a, T> InFlight<'a, T> {
     pub fn submit(&mut self) {
         self.start_waiting();
         self.commit();
-        if let Queue::Of(queue) = &mut self.queue
+        if let OpQueue::Of(queue) = &mut self.queue
             && !queue.submit()
         {
             self.notifier.notify();
@@ -296,7 +296,7 @@ impl<'a, T> InFlight<'a, T> {
             return Some(completion);
         }
         match &mut self.queue {
-            Queue::Of(queue) if self.executing > self.in_threads => {
+            OpQueue::Of(queue) if self.executing > self.in_threads => {
                 let completion = queue.poll()?;
                 self.executing -= 1;
                 Some(completion)
@@ -314,14 +314,14 @@ impl<'a, T> InFlight<'a, T> {
     /// Frees the I/O queue if nothing is in flight; the next operation creates a new one.
     pub fn shrink(&mut self) {
         if self.is_empty() {
-            self.queue = Queue::Unknown;
+            self.queue = OpQueue::Unknown;
         }
     }
 
     /// Whether there is no I/O queue to free.
     #[must_use]
     pub fn is_shrunk(&self) -> bool {
-        !matches!(self.queue, Queue::Of(_))
+        !matches!(self.queue, OpQueue::Of(_))
     }
 
     /// Starts a waiting operation.
@@ -437,14 +437,14 @@ impl<'a, T> InFlight<'a, T> {
     fn execute(&mut self, key: u64, op: Op, stage: Stage<'a>) {
         self.set_stage(key, stage);
         self.executing += 1;
-        if matches!(self.queue, Queue::Unknown) {
+        if matches!(self.queue, OpQueue::Unknown) {
             self.queue = match self.disk.image.queue(self.notifier.as_eventfd()) {
-                Some(queue) => Queue::Of(queue),
-                None => Queue::None,
+                Some(queue) => OpQueue::Of(queue),
+                None => OpQueue::None,
             };
         }
         let declined = match &mut self.queue {
-            Queue::Of(queue) => queue.push(key, op).err(),
+            OpQueue::Of(queue) => queue.push(key, op).err(),
             _ => Some(op),
         };
         if let Some(op) = declined {

@@ -10,6 +10,7 @@
 //! asynchronously.
 
 mod backend;
+mod blocking;
 mod buffer;
 mod deletion;
 mod detect_zeros;

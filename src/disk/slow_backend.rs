@@ -1,7 +1,8 @@
 //! For tests: a backend whose I/O queue completes operations when the test says so, and a notifier that
 //! counts. Never in a released program.
 
-use super::backend::{Backend, Extent, PageCache, execute};
+use super::backend::{Backend, Extent, PageCache};
+use super::blocking::execute;
 use super::io_queue::{Completion, IoQueue, Notifier, Op, Zeroing};
 use crate::range::Range;
 use nix::sys::eventfd::{EfdFlags, EventFd};

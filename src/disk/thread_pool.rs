@@ -2,7 +2,8 @@
 //! Decides nothing. A thread starts when there is work and no thread is idle, and ends after being
 //! idle for [`IDLE`].
 
-use super::backend::{Backend, execute};
+use super::backend::Backend;
+use super::blocking::execute;
 use super::io_queue::{Completion, Notifier, Op};
 use crate::memory_reserve::check_thread_headroom;
 use crate::range::Range;

@@ -1,7 +1,7 @@
 //! The end of a session: drops the operations that wait, and blocks until those that execute complete.
 
 use super::InFlight;
-use super::stage::{Queue, Stage};
+use super::stage::{OpQueue, Stage};
 use nix::errno::Errno;
 
 impl<T> InFlight<'_, T> {
@@ -32,7 +32,7 @@ impl<T> Drop for InFlight<'_, T> {
                 self.on_completion(completion);
             } else if self.in_threads > 0 {
                 self.completions.wait();
-            } else if let Queue::Of(queue) = &mut self.queue {
+            } else if let OpQueue::Of(queue) = &mut self.queue {
                 queue.submit();
                 queue.wait();
                 match self.next_completion() {

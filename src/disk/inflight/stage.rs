@@ -26,7 +26,7 @@ use std::time::Instant;
 
 /// What executes operations.
 #[derive(Debug)]
-pub(super) enum Queue<'a> {
+pub(super) enum OpQueue<'a> {
     /// Chosen at the first operation.
     Unknown,
     /// The backend's I/O queue.

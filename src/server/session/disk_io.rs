@@ -1,7 +1,6 @@
 //! A session's access to the disk: the gate, and the operations in flight.
 //! Never waits: what is not possible now is a reason why the session is blocked.
 
-use super::reads::{Loading, Read};
 use crate::disk::inflight::InFlight;
 use crate::disk::{Disk, Notifier, Op, Visit};
 use crate::nbd::reply::ReplyTo;
@@ -27,8 +26,8 @@ pub(super) struct DiskIo<'a> {
 pub(super) enum Tag {
     /// Reply with its result.
     Answer { to: ReplyTo, request: Request },
-    /// Continue this read with the loaded data.
-    Read(Read, Loading),
+    /// Continue the read with this number: its data is loaded.
+    Load(u64),
     /// A piece of a long write, by the number of that write, is written.
     Piece(u64),
 }

@@ -99,7 +99,7 @@ pub(super) struct EngineContext<'a> {
 
 /// The state of a session in the transmission phase that outlives the process.
 #[derive(Debug, Default)]
-pub(super) struct Pending {
+pub(super) struct PendingRequests {
     writes: Writes,
     reads: VecDeque<Read>,
     end: Option<SessionEnd>,
@@ -148,7 +148,7 @@ impl From<Busy> for Step {
     }
 }
 
-impl Pending {
+impl PendingRequests {
     /// Restores the state on a disk of `size` bytes; `None` if a range exceeds it.
     pub(super) fn restore(saved: PendingSnapshot, size: u64) -> Option<Self> {
         let PendingSnapshot { payload, reads, disconnect_received } = saved;
@@ -159,10 +159,15 @@ impl Pending {
 }
 
 impl<'a> Engine<'a> {
-    pub(super) fn new(context: EngineContext<'a>, rx: Rx, tx: Tx, pending: Pending) -> Self {
+    pub(super) fn new(
+        context: EngineContext<'a>,
+        rx: Rx,
+        tx: Tx,
+        pending: PendingRequests,
+    ) -> Self {
         let EngineContext { disk, policy, notifier, terms, answers_malformed, client, clocks } =
             context;
-        let Pending { writes, reads, end } = pending;
+        let PendingRequests { writes, reads, end } = pending;
         let session = client.1;
         Self {
             rx,
@@ -269,7 +274,7 @@ impl<'a> Engine<'a> {
                 Tag::Answer { to, request } => {
                     self.replies.complete(to, outcome.map(drop), request, &mut self.tx);
                 }
-                Tag::Read(read, loading) => self.reads.on_loaded(read, loading, outcome),
+                Tag::Load(number) => self.reads.on_loaded(number, outcome),
                 Tag::Piece(number) => {
                     let (io, replies, tx) = (&mut self.io, &mut self.replies, &mut self.tx);
                     self.writes.on_piece(number, outcome.map(drop), io, replies, tx);

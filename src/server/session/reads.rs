@@ -23,7 +23,7 @@ use crate::range::Range;
 use crate::server::end::SessionEnd;
 use crate::server::snapshot::ReadSnapshot;
 use nix::errno::Errno;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::time::Instant;
 
@@ -76,8 +76,9 @@ enum ReadStep<'a> {
 }
 
 /// A running load of a range for a read.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Loading {
+#[derive(Debug)]
+struct Loading {
+    read: Read,
     range: Range,
     /// Bytes that the session was loading when this began, its own included.
     in_flight: u64,
@@ -92,6 +93,9 @@ pub(super) struct Reads {
     /// A range found to be allocated. It may have become a hole since; then zeros are sent as data, which
     /// is slower but correct.
     allocated: Range,
+    /// Reads that are loading, by the number of the load.
+    loads: BTreeMap<u64, Loading>,
+    next_load: u64,
     /// Bytes that are being loaded.
     loading: u64,
     /// Measures how long the disk takes.
@@ -174,7 +178,8 @@ impl Reads {
     /// No reads. `clock` measures how long the disk takes.
     pub(super) fn new(queue: VecDeque<Read>, clock: fn() -> Instant) -> Self {
         let (inline, allocated) = (InlineReads::default(), Range::whole(0));
-        Self { queue, inline, allocated, loading: 0, clock }
+        let (loads, next_load, loading) = (BTreeMap::new(), 0, 0);
+        Self { queue, inline, allocated, loads, next_load, loading, clock }
     }
 
     /// Saves the reads. None of them may be loading.
@@ -273,21 +278,19 @@ impl Reads {
     fn load<'a>(&mut self, visit: Visit<'a>, range: Range, read: Read, io: &mut DiskIo<'a>) {
         let (length, offset) = (range.length(), range.offset());
         self.loading += length;
-        let loading = Loading { range, in_flight: self.loading, since: (self.clock)() };
+        let (number, since) = (self.next_load, (self.clock)());
+        self.next_load += 1;
+        self.loads.insert(number, Loading { read, range, in_flight: self.loading, since });
         // It fits: a load has at most 1 MiB. Without memory it has no bytes, and fails on completion.
         let unit = io.disk.unit() as usize;
         let data = Buffer::zeroed(length as usize, unit).unwrap_or_default();
-        io.in_flight.begin(visit, Op::Read { offset, data }, Tag::Read(read, loading));
+        io.in_flight.begin(visit, Op::Read { offset, data }, Tag::Load(number));
     }
 
     /// Continues a read whose load has completed.
-    pub(super) fn on_loaded(
-        &mut self,
-        mut read: Read,
-        loading: Loading,
-        outcome: io::Result<Buffer>,
-    ) {
-        let Loading { range, in_flight, since } = loading;
+    pub(super) fn on_loaded(&mut self, number: u64, outcome: io::Result<Buffer>) {
+        let Some(loading) = self.loads.remove(&number) else { return };
+        let Loading { mut read, range, in_flight, since } = loading;
         self.loading -= range.length();
         self.inline.record_load(in_flight, (self.clock)().saturating_duration_since(since));
         let outcome = match outcome {

@@ -2,7 +2,7 @@
 //! Ends for one reason, which it returns; the acceptor's code logs it.
 
 use super::driver::Driver;
-use super::engine::{Clocks, Engine, EngineContext, Pending};
+use super::engine::{Clocks, Engine, EngineContext, PendingRequests};
 use super::receive_delay::coarse_now;
 use super::rx::Rx;
 use super::tx::Tx;
@@ -61,7 +61,7 @@ struct SessionStart {
 
 enum SessionPhase {
     Handshake(Box<ServerHandshake>),
-    Transmission(Terms, Box<Pending>),
+    Transmission(Terms, Box<PendingRequests>),
 }
 
 impl Session<'_> {
@@ -124,7 +124,7 @@ impl Session<'_> {
                 pending,
             }) => {
                 let terms = self.terms(form.into(), allocation_selected, introduced);
-                let pending = Pending::restore(pending, size)?;
+                let pending = PendingRequests::restore(pending, size)?;
                 SessionPhase::Transmission(terms, Box::new(pending))
             }
         };
@@ -141,7 +141,7 @@ impl Session<'_> {
                         let selected = agreed.allocation_context.is_some();
                         let terms =
                             self.terms(agreed.dialect, selected, handshake.private_negotiated());
-                        (terms, Pending::default())
+                        (terms, PendingRequests::default())
                     }
                     Err(SessionEnd::Requested(StopRequest::Suspend)) => {
                         return self.save_handshake(&handshake, &rx, tx);
@@ -346,7 +346,7 @@ impl Session<'_> {
         }
     }
 
-    fn transmission(&self, terms: Terms, rx: Rx, tx: Tx, pending: Pending) -> Driver<'_> {
+    fn transmission(&self, terms: Terms, rx: Rx, tx: Tx, pending: PendingRequests) -> Driver<'_> {
         let context = EngineContext {
             disk: self.disk,
             policy: self.policy,

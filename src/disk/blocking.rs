@@ -1,0 +1,22 @@
+//! Executes an operation synchronously: on a thread of the pool, or where there is no queue.
+
+use super::backend::Backend;
+use super::detect_zeros;
+use super::io_queue::Op;
+use std::io;
+
+/// Executes an operation synchronously. A zeroing or trim is not made durable: `inflight` flushes
+/// after its last part.
+pub(super) fn execute(image: &dyn Backend, op: &mut Op) -> io::Result<()> {
+    match op {
+        Op::Read { offset, data } => image.read(*offset, data),
+        Op::Write { offset, data, durable: true } => image.write(*offset, data, true),
+        Op::Write { offset, data, durable: false } => {
+            detect_zeros::write_around_holes(image, *offset, data)
+        }
+        Op::Zero { range, how, durable: _ } => image.zero(*range, *how),
+        Op::Trim { range, durable: _ } => image.trim(*range),
+        Op::Flush => image.flush(),
+        Op::Cache(range) => image.prefetch(*range),
+    }
+}
