@@ -1,7 +1,7 @@
 //! The in-flight operations of one session: asynchronous disk I/O, so that a slow request does not
 //! delay the requests behind it. Starts nothing by itself, and holds a bounded number of bytes.
 //!
-//! An operation goes through stages ([`Stage`]), and holds its visit from its start until it completes,
+//! An operation goes through stages ([`OpStage`]), and holds its visit from its start until it completes,
 //! so closing the gate waits for it. The bytes it changes are marked dirty after they are written and
 //! before the completion is reported. Three things are decided here:
 //!
@@ -28,7 +28,7 @@ use super::thread_pool::Completions;
 use super::write_behind::WriteBehind;
 use crate::range::Range;
 use nix::errno::Errno;
-use stage::{OpQueue, Operation, Stage};
+use stage::{OpQueue, OpStage, Operation};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -59,17 +59,17 @@ pub struct InFlight<'a, T> {
     /// Every operation that has not completed, in order of arrival.
     operations: BTreeMap<u64, Operation<'a, T>>,
     next_key: u64,
-    /// Operations in [`Stage::Waiting`].
+    /// Operations in [`OpStage::Waiting`].
     waiting: usize,
     /// Operations in the queue or with a thread.
     executing: usize,
     /// Those of them with a thread.
     in_threads: usize,
-    /// Operations in [`Stage::Batched`], in the order in which they got there.
+    /// Operations in [`OpStage::Batched`], in the order in which they got there.
     commit_batch: Vec<u64>,
-    /// Operations in [`Stage::Verifying`].
+    /// Operations in [`OpStage::Verifying`].
     verifying: Vec<u64>,
-    /// Operations in [`Stage::Part`].
+    /// Operations in [`OpStage::Part`].
     parts: usize,
     part_sizes: PartSizes,
     write_behind: WriteBehind,
@@ -193,7 +193,7 @@ impl<'a, T> InFlight<'a, T> {
                 self.next_key += 1;
                 self.bytes += memory;
                 self.waiting += 1;
-                let stage = Stage::Waiting(op);
+                let stage = OpStage::Waiting(op);
                 self.operations.insert(key, Operation { tag, change, memory, stage });
                 if let Some(visit) = visit.filter(|_| may_start) {
                     self.start(visit, key);
@@ -260,7 +260,7 @@ impl<'a, T> InFlight<'a, T> {
         while self.waiting > 0 && !self.closing {
             let mut later = self.operations.range(next..);
             let found = later.find(|(_, operation)| match &operation.stage {
-                Stage::Waiting(op) => self.may_start(op, operation.change.as_ref()),
+                OpStage::Waiting(op) => self.may_start(op, operation.change.as_ref()),
                 _ => false,
             });
             let Some((&key, _)) = found else { return };
@@ -336,7 +336,7 @@ impl<'a, T> InFlight<'a, T> {
                 self.start_write(visit, key, offset, data, durable);
             }
             Op::Read { .. } | Op::Cache(_) => {
-                self.execute(key, op, Stage::Executing { visit, durable: false });
+                self.execute(key, op, OpStage::Executing { visit, durable: false });
             }
         }
     }
@@ -389,7 +389,7 @@ impl<'a, T> InFlight<'a, T> {
         match Buffer::zeroed(edge.length() as usize, 1) {
             Ok(data) => {
                 let read = Op::Read { offset: edge.offset(), data };
-                self.execute(key, read, Stage::ReadingEdges { visit, write, edges });
+                self.execute(key, read, OpStage::ReadingEdges { visit, write, edges });
             }
             Err(error) => self.finish(key, Err(error)),
         }
@@ -414,27 +414,27 @@ impl<'a, T> InFlight<'a, T> {
         if let Op::Write { durable, .. } = &mut write
             && gaps
         {
-            let stage = Stage::Executing { visit, durable: std::mem::take(durable) };
+            let stage = OpStage::Executing { visit, durable: std::mem::take(durable) };
             self.set_stage(key, stage);
             self.executing += 1;
             return self.execute_in_thread(key, write);
         }
         let stage = if write.is_durable() {
-            Stage::WritingDurably { visit, guard: self.disk.flush_errors.begin_flush() }
+            OpStage::WritingDurably { visit, guard: self.disk.flush_errors.begin_flush() }
         } else {
-            Stage::Executing { visit, durable: false }
+            OpStage::Executing { visit, durable: false }
         };
         self.execute(key, write, stage);
     }
 
-    fn set_stage(&mut self, key: u64, stage: Stage<'a>) {
+    fn set_stage(&mut self, key: u64, stage: OpStage<'a>) {
         if let Some(operation) = self.operations.get_mut(&key) {
             operation.stage = stage;
         }
     }
 
     /// Gives an operation to the I/O queue, or to a thread if that declines.
-    fn execute(&mut self, key: u64, op: Op, stage: Stage<'a>) {
+    fn execute(&mut self, key: u64, op: Op, stage: OpStage<'a>) {
         self.set_stage(key, stage);
         self.executing += 1;
         if matches!(self.queue, OpQueue::Unknown) {
@@ -473,10 +473,10 @@ impl<'a, T> InFlight<'a, T> {
         };
         let Some(operation) = self.operations.get_mut(&key) else { return };
         match operation.stage.take() {
-            Stage::ReadingEdges { visit, write, edges } if !self.closing => {
+            OpStage::ReadingEdges { visit, write, edges } if !self.closing => {
                 self.read_edges(visit, key, write, edges);
             }
-            Stage::Executing { visit, durable } => {
+            OpStage::Executing { visit, durable } => {
                 self.mark(key);
                 match (op, outcome) {
                     (_, Ok(())) if durable => self.batch(visit, key, None),
@@ -484,13 +484,13 @@ impl<'a, T> InFlight<'a, T> {
                     (_, outcome) => self.finish(key, outcome),
                 }
             }
-            Stage::WritingDurably { visit, guard } => {
+            OpStage::WritingDurably { visit, guard } => {
                 self.on_written_durably(visit, key, op, outcome, guard);
             }
-            Stage::Part { visit, rest, since } => {
+            OpStage::Part { visit, rest, since } => {
                 self.on_part_completed(visit, key, (op, rest), since, outcome);
             }
-            Stage::Flushing { visit, guard, members } => {
+            OpStage::Flushing { visit, guard, members } => {
                 self.on_flushed(visit, key, members, outcome, guard);
             }
             // Nothing that waits has been executed.

@@ -1,7 +1,7 @@
 //! The end of a session: drops the operations that wait, and blocks until those that execute complete.
 
 use super::InFlight;
-use super::stage::{OpQueue, Stage};
+use super::stage::{OpQueue, OpStage};
 use nix::errno::Errno;
 
 impl<T> InFlight<'_, T> {
@@ -12,7 +12,8 @@ impl<T> InFlight<'_, T> {
         for (_, operation) in std::mem::take(&mut self.operations) {
             std::mem::forget(operation.change);
             match operation.stage {
-                Stage::WritingDurably { visit, guard } | Stage::Flushing { visit, guard, .. } => {
+                OpStage::WritingDurably { visit, guard }
+                | OpStage::Flushing { visit, guard, .. } => {
                     let _ = self.disk.flush_errors.record(&Errno::EIO.into());
                     drop(guard);
                     std::mem::forget(visit);
@@ -26,7 +27,7 @@ impl<T> InFlight<'_, T> {
 impl<T> Drop for InFlight<'_, T> {
     fn drop(&mut self) {
         self.closing = true;
-        self.operations.retain(|_, operation| !matches!(operation.stage, Stage::Waiting(_)));
+        self.operations.retain(|_, operation| !matches!(operation.stage, OpStage::Waiting(_)));
         while self.executing > 0 {
             if let Some(completion) = self.next_completion() {
                 self.on_completion(completion);

@@ -5,13 +5,13 @@ use super::super::disk::Visit;
 use super::super::flush_errors::FlushGuard;
 use super::super::io_queue::Op;
 use super::InFlight;
-use super::stage::Stage;
+use super::stage::OpStage;
 use std::io;
 
 impl<'a, T> InFlight<'a, T> {
     /// Has the next commit make an operation durable, and execute this write first.
     pub(super) fn batch(&mut self, visit: Visit<'a>, key: u64, write: Option<(u64, Buffer)>) {
-        self.set_stage(key, Stage::Batched { visit, write });
+        self.set_stage(key, OpStage::Batched { visit, write });
         self.commit_batch.push(key);
     }
 
@@ -22,12 +22,12 @@ impl<'a, T> InFlight<'a, T> {
         let mut written = Vec::new();
         for key in batch {
             let Some(operation) = self.operations.get_mut(&key) else { continue };
-            let Stage::Batched { visit, write } = operation.stage.take() else { continue };
+            let OpStage::Batched { visit, write } = operation.stage.take() else { continue };
             let outcome = match write {
                 Some((offset, data)) if is_single => {
                     let guard = self.disk.flush_errors.begin_flush();
                     let op = Op::Write { offset, data, durable: true };
-                    return self.execute(key, op, Stage::WritingDurably { visit, guard });
+                    return self.execute(key, op, OpStage::WritingDurably { visit, guard });
                 }
                 Some((offset, data)) => {
                     let outcome = self.disk.image.write(offset, &data, false);
@@ -44,11 +44,11 @@ impl<'a, T> InFlight<'a, T> {
         let Some((leader, visit)) = written.pop() else { return };
         let mut members = Vec::new();
         for (key, visit) in written {
-            self.set_stage(key, Stage::Joined { visit });
+            self.set_stage(key, OpStage::Joined { visit });
             members.push(key);
         }
         let guard = self.disk.flush_errors.begin_flush();
-        self.execute(leader, Op::Flush, Stage::Flushing { visit, guard, members });
+        self.execute(leader, Op::Flush, OpStage::Flushing { visit, guard, members });
     }
 
     pub(super) fn on_flushed(
@@ -72,7 +72,7 @@ impl<'a, T> InFlight<'a, T> {
         let mut flushed = Vec::new();
         for key in members {
             let operation = self.operations.get_mut(&key);
-            if let Some(Stage::Joined { visit }) = operation.map(|found| found.stage.take()) {
+            if let Some(OpStage::Joined { visit }) = operation.map(|found| found.stage.take()) {
                 flushed.push((key, visit));
             }
         }
@@ -88,7 +88,7 @@ impl<'a, T> InFlight<'a, T> {
             match flushes {
                 None => self.finish(key, self.disk.flush_errors.check()),
                 Some(flushes) => {
-                    self.set_stage(key, Stage::Verifying { _visit: visit, flushes });
+                    self.set_stage(key, OpStage::Verifying { _visit: visit, flushes });
                     self.verifying.push(key);
                 }
             }
@@ -102,7 +102,7 @@ impl<'a, T> InFlight<'a, T> {
             let key = self.verifying[at];
             let stage = self.operations.get(&key).map(|operation| &operation.stage);
             let waits = match stage {
-                Some(Stage::Verifying { flushes, .. }) => {
+                Some(OpStage::Verifying { flushes, .. }) => {
                     !self.disk.flush_errors.have_ended(*flushes)
                 }
                 _ => false,

@@ -3,7 +3,7 @@
 use super::super::disk::Visit;
 use super::super::io_queue::{Op, Zeroing};
 use super::InFlight;
-use super::stage::Stage;
+use super::stage::OpStage;
 use crate::range::Range;
 use std::io;
 use std::time::Instant;
@@ -26,7 +26,7 @@ impl<'a, T> InFlight<'a, T> {
             other => (Op::Flush, other),
         };
         self.parts += 1;
-        self.execute(key, part, Stage::Part { visit, rest, since: Instant::now() });
+        self.execute(key, part, OpStage::Part { visit, rest, since: Instant::now() });
     }
 
     fn split_next(&self, range: Range, how: Zeroing) -> (Range, Range) {
@@ -66,7 +66,7 @@ impl<'a, T> InFlight<'a, T> {
             let starts = self.disk.gate.is_open() && self.may_start(&rest, change.as_ref());
             if let Some(operation) = self.operations.get_mut(&key) {
                 operation.change = change;
-                operation.stage = Stage::Waiting(rest);
+                operation.stage = OpStage::Waiting(rest);
                 self.waiting += 1;
             }
             // Otherwise leaves the gate, so that closing it does not wait for the rest.

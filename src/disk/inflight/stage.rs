@@ -43,12 +43,12 @@ pub(super) struct Operation<'a, T> {
     pub(super) change: Option<Change<'a>>,
     /// Bytes of data that it holds.
     pub(super) memory: usize,
-    pub(super) stage: Stage<'a>,
+    pub(super) stage: OpStage<'a>,
 }
 
 /// The stage of an operation. All but the first and the last hold a visit.
 #[derive(Debug)]
-pub(super) enum Stage<'a> {
+pub(super) enum OpStage<'a> {
     /// Waits for an earlier change, for a part in flight, or for the gate.
     Waiting(Op),
     /// The blocks that a write changes in part are read into the page cache, so that the write does not
@@ -72,7 +72,7 @@ pub(super) enum Stage<'a> {
     Changing,
 }
 
-impl Stage<'_> {
+impl OpStage<'_> {
     pub(super) fn take(&mut self) -> Self {
         std::mem::replace(self, Self::Changing)
     }
