@@ -43,16 +43,21 @@
 //! # A request
 //!
 //! ```text
-//! systemd/sockets ─▶ daemon ─▶ server ─▶ session ─▶ nbd ─▶ disk ─▶ nbd ─▶ the client
-//!   (once)           (once)    accept,   receives   parse  gate,   encode
-//!                              acl       a batch           bytes
+//! systemd/sockets ─▶ daemon ─▶ server ─▶ driver ─▶ rx ─▶ engine ─▶ disk ─▶ engine ─▶ tx ─▶ driver
+//!   (once)           (once)    accept,   receives       parses    gate,    encodes       sends
+//!                              acl       a batch        (nbd)     bytes    (nbd)
 //! ```
+//!
+//! The engine of a session (`server/session/engine`) is a state machine without a socket: it does what is
+//! possible now, and says what it waits for. Its driver receives, sends and waits, and is the only
+//! place of a session that does.
 //!
 //! Decisions are pure: values in, values out, with time, randomness and I/O as arguments.
 //!
-//! Disk I/O that may block, or must be durable, runs asynchronously (`disk/inflight`): an operation
-//! becomes calls (`disk/io_queue`) to io_uring (`disk/uring`) or a thread (`disk/thread_pool`), the
-//! session continues with the next request, and the reply is sent out of order, at the completion. Of
+//! Disk I/O that may block, or must be durable, is an operation in flight (`disk/inflight`). The
+//! same `Op` (`disk/io_queue`) goes from the engine to io_uring (`disk/uring`) or a thread
+//! (`disk/thread_pool`) and back; a read returns with its bytes. The session continues with the next
+//! request meanwhile, and the reply is sent out of order, at the completion. Of
 //! two overlapping changes the earlier one is executed first, whichever sessions they belong to
 //! (`disk/overlap`).
 //!

@@ -1,12 +1,12 @@
 //! The in-flight operations of one session: asynchronous disk I/O, so that a slow request does not
 //! delay the requests behind it. Starts nothing by itself, and holds a bounded number of bytes.
 //!
-//! An operation goes through stages ([`OpStage`]), and holds its visit from its start until it completes,
+//! An operation goes through stages (`inflight/stage`), and holds its visit from its start until it completes,
 //! so closing the gate waits for it. The bytes it changes are marked dirty after they are written and
 //! before the completion is reported. Three things are decided here:
 //!
 //! * Overlap: a change that overlaps an earlier one in flight, of any session, waits for it, without
-//!   holding a visit ([`super::overlap`]). Zeroing and trimming run in parts ([`super::part_sizes`]);
+//!   holding a visit (`disk/overlap`). Zeroing and trimming run in parts ([`super::part_sizes`]);
 //!   between two parts they give up the visit if the gate is closed. Waiting operations are dropped
 //!   with their session.
 //! * Budget: a session holds at most [`IN_FLIGHT_MAX`] operations and [`BYTES_MAX`] bytes.

@@ -1,6 +1,6 @@
 //! One client's session.
 //!
-//! [`Session`] performs the handshake, and then has a driver run the engine of the transmission phase. The
+//! `Session` performs the handshake, and then has a driver run the engine of the transmission phase. The
 //! engine decides: requests in, operations on the disk and replies out, and what it waits for. The driver
 //! acts: it receives, sends and waits. Data flows
 //!
