@@ -15,6 +15,7 @@
 
 mod claim;
 mod config;
+mod degraded;
 mod event_loop;
 mod events;
 mod export_policies;
@@ -25,7 +26,7 @@ mod migration_log;
 mod operator;
 mod outgoing;
 mod random;
-mod refusing;
+
 pub mod signals;
 mod snapshot;
 mod sockets;

@@ -4,6 +4,7 @@
 
 use super::claim::{Claim, Ownership};
 use super::config::{Admission, Config, ProcessRole, RereadConfig};
+use super::degraded::{self, RefusalResult, ServerPurpose};
 use super::event_loop::{Process, ProcessEnd};
 use super::events::{ActiveCommands, ProcessEvent, ServerEventSender};
 use super::export_policies::{ReceivingPolicy, ServingPolicy};
@@ -13,7 +14,6 @@ use super::inherited::Inherited;
 use super::operator::{DiskRole, MigrationWaiters, OutgoingMigrations, Service};
 use super::outgoing::MigrationContext;
 use super::random;
-use super::refusing::{self, RefusalResult, ServerPurpose};
 use super::signals::{SignalAction, Signals};
 use super::sockets::Sockets;
 use super::start_error::StartError;
@@ -61,7 +61,7 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
             Err(error) => {
                 // Ends the sessions of the last process now, before clients are refused.
                 startup.sessions = StoredSessions::default();
-                match refusing::run(&startup.inherited, &purpose, error)? {
+                match degraded::run(&startup.inherited, &purpose, error)? {
                     RefusalResult::Ended(end) => return Ok(end),
                     RefusalResult::Answered(answer) => startup.answer = Some(answer),
                 }
@@ -82,7 +82,7 @@ pub fn refuse(role: ProcessRole, control: Option<PathBuf>, reason: &str) -> Opti
     let (inherited, _) = Inherited::take().ok()?;
     let purpose = ServerPurpose { role, image: None, control };
     let error = StartError::Configuration(reason.to_owned());
-    match refusing::run(&inherited, &purpose, error).ok()? {
+    match degraded::run(&inherited, &purpose, error).ok()? {
         RefusalResult::Ended(end) => Some(end),
         // No other host is asked about an invalid configuration.
         RefusalResult::Answered(_) => None,
