@@ -2,6 +2,7 @@
 //! Never waits for a peer, and never accesses bytes beyond the disk's end.
 
 use super::backend::{Backend, Extent, Identity};
+use super::backends::Backends;
 use super::dirty::DirtyBitmap;
 use super::flush_errors::FlushErrors;
 use super::gate::{Gate, NoEntry, Pass};
@@ -20,9 +21,9 @@ use std::time::Duration;
 /// A disk: an image behind a gate.
 #[derive(Debug)]
 pub struct Disk {
-    /// Declared before `image`, so dropped first: its drop waits until no thread uses the image.
+    /// Declared before `backends`, so dropped first: its drop waits until no thread uses the image.
     pub(super) threads: ThreadPool,
-    pub(super) image: Arc<dyn Backend>,
+    backends: Backends,
     pub(super) gate: Gate,
     pub(super) read_only: bool,
     pub(super) flush_errors: FlushErrors,
@@ -32,6 +33,22 @@ pub struct Disk {
     dirty: RwLock<Option<Arc<DirtyBitmap>>>,
     /// Delay of every write, in microseconds.
     write_delay_us: AtomicU64,
+}
+
+/// Why a backend cannot replace another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExchangeError {
+    /// The gate is open, or a visit is inside.
+    #[error("the disk is in use")]
+    GateOpen,
+    /// The sizes differ; in bytes.
+    #[error("the disk has {ours} bytes, and the other image {theirs}")]
+    Size {
+        /// Of the disk.
+        ours: u64,
+        /// Of the new backend.
+        theirs: u64,
+    },
 }
 
 /// A migration's view of the disk. It reads without passing the gate, because the migration itself
@@ -58,7 +75,7 @@ impl Disk {
     pub fn new(image: Box<dyn Backend>, read_only: bool) -> Self {
         Self {
             threads: ThreadPool::default(),
-            image: Arc::from(image),
+            backends: Backends::new(Arc::from(image)),
             gate: Gate::default(),
             read_only,
             flush_errors: FlushErrors::default(),
@@ -68,16 +85,35 @@ impl Disk {
         }
     }
 
+    /// The backend that keeps the bytes.
+    pub(super) fn image(&self) -> &Arc<dyn Backend> {
+        self.backends.current()
+    }
+
+    /// Has another backend keep the bytes, from the next visit on. The caller holds the gate closed, and
+    /// both backends have the same content. The old one is kept until the disk is dropped.
+    ///
+    /// # Errors
+    /// [`ExchangeError`]; then nothing has changed.
+    pub fn exchange(&self, backend: Box<dyn Backend>) -> Result<(), ExchangeError> {
+        let (ours, theirs) = (self.size(), backend.size());
+        if ours != theirs {
+            return Err(ExchangeError::Size { ours, theirs });
+        }
+        let exchange = || self.backends.push(Arc::from(backend));
+        self.gate.run_closed(exchange).ok_or(ExchangeError::GateOpen)
+    }
+
     /// Size in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.image.size()
+        self.image().size()
     }
 
     /// See [`Backend::identity`].
     #[must_use]
     pub fn identity(&self) -> Option<Identity> {
-        self.image.identity()
+        self.image().identity()
     }
 
     /// Whether changes are refused (`EPERM`).
@@ -90,13 +126,13 @@ impl Disk {
     /// an operation in flight.
     #[must_use]
     pub fn has_page_cache(&self) -> bool {
-        self.image.page_cache().is_some()
+        self.image().page_cache().is_some()
     }
 
     /// See [`Backend::unit`].
     #[must_use]
     pub fn unit(&self) -> u64 {
-        self.image.unit()
+        self.image().unit()
     }
 
     /// Whether every flush has succeeded so far.
@@ -163,18 +199,18 @@ impl Disk {
     /// The backend's. The kernel reports a failure once, so later flushes return it too.
     pub fn write_back(&self) -> io::Result<()> {
         let _guard = self.flush_errors.begin_flush();
-        self.image.flush().map_err(|error| self.flush_errors.record(&error))
+        self.image().flush().map_err(|error| self.flush_errors.record(&error))
     }
 
     /// The view of a migration.
     #[must_use]
     pub fn copier(&self) -> Copier<'_> {
-        Copier { image: &*self.image }
+        Copier { image: &**self.image() }
     }
 
     /// The blocks that a write of `range` changes in part and that are not resident.
     pub(super) fn cold_edges(&self, range: Range) -> impl Iterator<Item = Range> {
-        let cache = self.image.page_cache();
+        let cache = self.image().page_cache();
         let cold_block = |at: u64| {
             // First, because asking for a resident block starts the kernel's readahead.
             if at.is_multiple_of(detect_zeros::BLOCK) {
@@ -234,7 +270,7 @@ impl Visit<'_> {
     /// `EINVAL` beyond the end; the backend's (`UnexpectedEof` for a file cut short).
     pub fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let range = self.disk.range(offset, into.len() as u64)?;
-        if range.is_empty() { Ok(()) } else { self.disk.image.read(offset, into) }
+        if range.is_empty() { Ok(()) } else { self.disk.image().read(offset, into) }
     }
 
     /// Reads like [`Visit::read`], but fails with `WouldBlock` instead of waiting for the device;
@@ -244,7 +280,7 @@ impl Visit<'_> {
     /// Also those of [`Visit::read`].
     pub fn read_now(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let range = self.disk.range(offset, into.len() as u64)?;
-        match self.disk.image.page_cache() {
+        match self.disk.image().page_cache() {
             _ if range.is_empty() => Ok(()),
             Some(cache) => cache.read_now(offset, into),
             None => Err(io::ErrorKind::WouldBlock.into()),
@@ -254,13 +290,13 @@ impl Visit<'_> {
     /// Whether [`Visit::pin`] can be used.
     #[must_use]
     pub fn pins(&self) -> bool {
-        self.disk.image.socket_transfer().is_some()
+        self.disk.image().socket_transfer().is_some()
     }
 
     /// Whether `range` seems to be in the page cache: a guess from a few samples.
     #[must_use]
     pub fn is_resident(&self, range: Range) -> bool {
-        self.disk.image.page_cache().is_some_and(|cache| cache.is_resident(range))
+        self.disk.image().page_cache().is_some_and(|cache| cache.is_resident(range))
     }
 
     /// Whether a write of `range` has to be an operation in flight, because [`Visit::write`] would wait
@@ -281,7 +317,7 @@ impl Visit<'_> {
         if self.disk.read_only {
             return Err(Errno::EPERM.into());
         }
-        let written = detect_zeros::write_around_holes(&*self.disk.image, offset, data);
+        let written = detect_zeros::write_around_holes(&**self.disk.image(), offset, data);
         // Mark after writing, even after a partial write: the copier takes the mark first and reads
         // second, so it may send a change twice but never misses one.
         self.disk.mark(range);
@@ -309,7 +345,7 @@ impl Visit<'_> {
     /// `EINVAL` beyond the end; the backend's; `Unsupported` unless [`Visit::pins`].
     pub fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
         self.disk.range(offset, length as u64)?;
-        let transfer = self.disk.image.socket_transfer().ok_or(io::ErrorKind::Unsupported)?;
+        let transfer = self.disk.image().socket_transfer().ok_or(io::ErrorKind::Unsupported)?;
         transfer.pin(offset, length, pipe)
     }
 
@@ -320,7 +356,7 @@ impl Visit<'_> {
     /// `EINVAL` beyond the end; the backend's.
     pub fn extents(&self, range: Range, limit: usize) -> io::Result<Vec<Extent>> {
         let range = self.disk.range(range.offset(), range.length())?;
-        extents::extents(self.disk.image.as_ref(), range, limit)
+        extents::extents(self.disk.image().as_ref(), range, limit)
     }
 
     /// The image's extent that contains `offset`, from there on. The next one may be of the same
@@ -330,6 +366,6 @@ impl Visit<'_> {
     /// `EINVAL` at or beyond the end; the backend's.
     pub fn extent(&self, offset: u64) -> io::Result<Extent> {
         self.disk.range(offset, 1)?;
-        extents::extent_at(self.disk.image.as_ref(), offset)
+        extents::extent_at(self.disk.image().as_ref(), offset)
     }
 }

@@ -272,6 +272,15 @@ impl Gate {
         }
     }
 
+    /// Calls `change` if the gate is closed and no visit is inside, and keeps it closed meanwhile. Returns
+    /// `None`, without the call, if the gate is open or is about to open by itself.
+    pub fn run_closed<R>(&self, change: impl FnOnce() -> R) -> Option<R> {
+        let mut closing = self.lock();
+        self.expire(&mut closing);
+        let state = self.state.load(Ordering::Acquire);
+        (state & CLOSED != 0 && inside(state) == 0).then(change)
+    }
+
     /// Refuses all entry for good, also to waiting threads ([`NoEntry::Gone`]). Visits inside stay
     /// until they leave; [`Gate::close_and_drain`] waits for them, before or after this.
     pub fn retire(&self) {

@@ -16,6 +16,7 @@
 //! Where the backend provides no I/O queue, or that declines an operation, threads execute it
 //! (`disk/thread_pool`).
 
+use super::backend::Backend;
 use super::blocking::execute;
 use super::buffer::Buffer;
 use super::detect_zeros;
@@ -54,6 +55,8 @@ pub struct InFlight<'a, T> {
     disk: &'a Disk,
     notifier: Arc<dyn Notifier>,
     queue: OpQueue<'a>,
+    /// The image of that queue.
+    queue_image: Option<&'a Arc<dyn Backend>>,
     /// Results of operations that threads execute.
     completions: Arc<Completions>,
     /// Every operation that has not completed, in order of arrival.
@@ -90,6 +93,7 @@ impl<'a, T> InFlight<'a, T> {
             completions: Completions::new(&notifier),
             notifier,
             queue: OpQueue::Unknown,
+            queue_image: None,
             operations: BTreeMap::new(),
             next_key: 0,
             waiting: 0,
@@ -143,7 +147,7 @@ impl<'a, T> InFlight<'a, T> {
     /// that a plain write need not be registered.
     #[must_use]
     pub fn writes_are_ordered(&self) -> bool {
-        self.disk.image.orders_writes()
+        self.disk.image().orders_writes()
     }
 
     /// Registers a change that the caller executes itself, once [`Change::is_first`]. Changes of the same
@@ -159,7 +163,7 @@ impl<'a, T> InFlight<'a, T> {
         if let Some((start, end)) = self.write_behind.wrote(range) {
             let disk = self.disk;
             let span = Range::whole(disk.size()).from(start).until(end);
-            if disk.threads.start_write_back(&disk.image, span) {
+            if disk.threads.start_write_back(disk.image(), span) {
                 self.write_behind.started();
             }
         }
@@ -224,7 +228,7 @@ impl<'a, T> InFlight<'a, T> {
             Op::Trim { .. } => Some(Zeroing::default()),
             _ => None,
         };
-        let by_extent = |how| self.disk.image.zeroes_by_extent(how);
+        let by_extent = |how| self.disk.image().zeroes_by_extent(how);
         let parts_max = |how| self.part_sizes.in_flight_max(by_extent(how));
         let has_slot = how.is_none_or(|how| self.parts < parts_max(how));
         has_slot && change.is_none_or(Change::is_first)
@@ -349,7 +353,7 @@ impl<'a, T> InFlight<'a, T> {
         data: Buffer,
         durable: bool,
     ) {
-        let (image, cached) = (&*self.disk.image, self.disk.has_page_cache());
+        let (image, cached) = (&**self.disk.image(), self.disk.has_page_cache());
         let gaps = (durable || !cached)
             .then(|| detect_zeros::leaves_gaps(image, offset, &data))
             .transpose();
@@ -397,7 +401,7 @@ impl<'a, T> InFlight<'a, T> {
 
     /// Writes to the page cache, without waiting for the device.
     fn write(&mut self, visit: Visit<'a>, key: u64, offset: u64, data: &[u8], durable: bool) {
-        let written = detect_zeros::write_around_holes(&*self.disk.image, offset, data);
+        let written = detect_zeros::write_around_holes(&**self.disk.image(), offset, data);
         self.mark(key);
         match written {
             Ok(()) if durable => self.batch(visit, key, None),
@@ -437,8 +441,14 @@ impl<'a, T> InFlight<'a, T> {
     fn execute(&mut self, key: u64, op: Op, stage: OpStage<'a>) {
         self.set_stage(key, stage);
         self.executing += 1;
+        let image = self.disk.image();
+        // No operation is in the queue of an earlier image: it would have kept the gate from closing.
+        if !self.queue_image.is_some_and(|of| Arc::ptr_eq(of, image)) {
+            self.queue = OpQueue::Unknown;
+        }
         if matches!(self.queue, OpQueue::Unknown) {
-            self.queue = match self.disk.image.queue(self.notifier.as_eventfd()) {
+            self.queue_image = Some(image);
+            self.queue = match self.disk.image().queue(self.notifier.as_eventfd()) {
                 Some(queue) => OpQueue::Of(queue),
                 None => OpQueue::None,
             };
@@ -454,7 +464,7 @@ impl<'a, T> InFlight<'a, T> {
 
     /// Gives an operation to a thread, or executes it here if there is none.
     fn execute_in_thread(&mut self, key: u64, op: Op) {
-        let image = &self.disk.image;
+        let image = self.disk.image();
         self.in_threads += 1;
         if let Err(mut op) = self.disk.threads.execute(image, (key, op), &self.completions) {
             let outcome = Some(execute(&**image, &mut op));
@@ -514,7 +524,7 @@ impl<'a, T> InFlight<'a, T> {
         // The error may be of the write or of the flush. A plain write tells which: if it succeeds,
         // durability failed.
         let written = match &op {
-            Op::Write { offset, data, .. } => self.disk.image.write(*offset, data, false),
+            Op::Write { offset, data, .. } => self.disk.image().write(*offset, data, false),
             _ => Ok(()),
         };
         self.mark(key);

@@ -10,6 +10,7 @@
 //! asynchronously.
 
 mod backend;
+mod backends;
 mod blocking;
 mod buffer;
 mod deletion;
@@ -48,7 +49,7 @@ pub use backend::{Backend, Extent, Identity, PageCache, SocketTransfer, errno_of
 pub use buffer::Buffer;
 pub use deletion::{DeletionError, PathTarget};
 pub use detect_zeros::is_zero;
-pub use disk::{Copier, Disk, Visit};
+pub use disk::{Copier, Disk, ExchangeError, Visit};
 pub use file_backend::FileBackend;
 pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};

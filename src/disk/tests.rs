@@ -8,6 +8,7 @@ use crate::range::Range;
 use nix::libc::{EINVAL, EIO, ENOSPC, EPERM};
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 const SIZE: u64 = 64 * 1024;
 
@@ -253,4 +254,47 @@ fn a_flush_waits_for_concurrent_failures() {
             assert_eq!(errno(flush.join().unwrap()), EIO);
         }
     });
+}
+
+#[test]
+fn an_exchanged_backend_serves_from_the_next_visit_on() {
+    let (first, second) = (MemoryBackend::new(SIZE), MemoryBackend::new(SIZE));
+    let disk = Disk::new(Box::new(first.clone()), false);
+    let mut in_flight = InFlight::new(&disk, Arc::new(TestNotifier::default()));
+    in_flight.begin(visit(&disk), write(0, &[1; 512], true), ());
+    in_flight.submit();
+    while in_flight.next_completed().is_none() {
+        std::thread::yield_now();
+    }
+    second.write(0, &[2; 512], false).unwrap();
+    let exchange = || disk.exchange(Box::new(second.clone()));
+    assert_eq!(exchange(), Err(ExchangeError::GateOpen));
+    disk.gate().close_and_drain(Instant::now()).unwrap();
+    exchange().unwrap();
+    disk.gate().reopen();
+    let mut found = [0; 512];
+    visit(&disk).read(0, &mut found).unwrap();
+    assert_eq!(found, [2; 512]);
+    // The session's queue is of the new backend as well.
+    in_flight.begin(visit(&disk), write(512, &[3; 512], true), ());
+    in_flight.submit();
+    while in_flight.next_completed().is_none() {
+        std::thread::yield_now();
+    }
+    assert_eq!((first.contents()[512], second.contents()[512]), (0, 3));
+    assert_eq!(first.contents()[..512], [1; 512]);
+}
+
+#[test]
+fn a_backend_of_another_size_or_behind_an_open_gate_is_refused() {
+    let disk = Disk::new(Box::new(MemoryBackend::new(SIZE)), false);
+    let (ours, theirs) = (SIZE, SIZE - 512);
+    disk.gate().close_and_drain(Instant::now()).unwrap();
+    let refused = disk.exchange(Box::new(MemoryBackend::new(theirs)));
+    assert_eq!(refused, Err(ExchangeError::Size { ours, theirs }));
+    // The closing expires, so that sessions may be inside.
+    disk.gate().expire_at(Some(Instant::now())).unwrap();
+    let refused = disk.exchange(Box::new(MemoryBackend::new(SIZE)));
+    assert_eq!(refused, Err(ExchangeError::GateOpen));
+    assert!(disk.gate().is_open());
 }

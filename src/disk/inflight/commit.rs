@@ -30,7 +30,7 @@ impl<'a, T> InFlight<'a, T> {
                     return self.execute(key, op, OpStage::WritingDurably { visit, guard });
                 }
                 Some((offset, data)) => {
-                    let outcome = self.disk.image.write(offset, &data, false);
+                    let outcome = self.disk.image().write(offset, &data, false);
                     self.mark(key);
                     outcome
                 }

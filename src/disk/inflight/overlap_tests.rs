@@ -44,7 +44,7 @@ impl Fixture {
     }
 
     fn complete(&self, nth: usize) {
-        self.slow.complete(nth, &*self.disk.image);
+        self.slow.complete(nth, &**self.disk.image());
     }
 
     fn closes(&self) -> bool {
@@ -114,7 +114,7 @@ fn waiting_changes_of_a_dropped_session_are_never_executed() {
     new.begin(&fixture.disk, write(0, 7, 4096), 1);
     std::thread::scope(|scope| {
         let (slow, disk) = (&fixture.slow, &fixture.disk);
-        scope.spawn(move || (0..started).for_each(|_| slow.complete(0, &*disk.image)));
+        scope.spawn(move || (0..started).for_each(|_| slow.complete(0, &**disk.image())));
         drop(old);
     });
     assert!(new.notifier.count() > 0 && new.turn().is_none());
@@ -156,7 +156,7 @@ fn a_gate_closes_between_two_parts() {
         let before = session.notifier.count();
         fixture.disk.gate().reopen();
         assert!(session.notifier.count() > before, "woken to go on");
-        fixture.slow.complete_all(&*fixture.disk.image);
+        fixture.slow.complete_all(&**fixture.disk.image());
         let end = std::iter::from_fn(|| Some(session.turn())).take(1000).flatten().next();
         assert_eq!(end, Some((0, Ok(()))));
         assert_eq!(dirty.count() * BLOCK, SIZE);
@@ -193,7 +193,7 @@ fn fast_zeroing_is_refused_by_its_first_part_only() {
     session.turn();
     let calls = fixture.slow.wait_for(1);
     assert!(calls[0].contains("only_if_fast: false"), "the first part was fast: {calls:?}");
-    fixture.slow.complete_all(&*fixture.disk.image);
+    fixture.slow.complete_all(&**fixture.disk.image());
 }
 
 #[test]
@@ -303,7 +303,7 @@ proptest! {
                 }
                 Step::Reconnect(which) => {
                     let old = std::mem::replace(&mut sessions[which], fixture.session());
-                    fixture.slow.complete_all(&*fixture.disk.image);
+                    fixture.slow.complete_all(&**fixture.disk.image());
                     drop(old);
                     fixture.slow.block_all();
                     // Its unacknowledged changes may or may not have been executed.
@@ -321,7 +321,7 @@ proptest! {
         if closed {
             fixture.disk.gate().reopen();
         }
-        fixture.slow.complete_all(&*fixture.disk.image);
+        fixture.slow.complete_all(&**fixture.disk.image());
         for _ in 0..30 {
             settle(&mut sessions, &mut may_be, &mut sent);
         }

@@ -30,7 +30,7 @@ impl<'a, T> InFlight<'a, T> {
     }
 
     fn split_next(&self, range: Range, how: Zeroing) -> (Range, Range) {
-        self.part_sizes.split_next(range, self.disk.image.zeroes_by_extent(how))
+        self.part_sizes.split_next(range, self.disk.image().zeroes_by_extent(how))
     }
 
     /// Continues after a part of a zeroing or trim.

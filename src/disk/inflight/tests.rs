@@ -38,7 +38,7 @@ impl Fixture {
     }
 
     fn complete(&self, nth: usize) {
-        self.slow.complete(nth, &*self.disk.image);
+        self.slow.complete(nth, &**self.disk.image());
     }
 
     fn wait_until(&self, mut holds: impl FnMut() -> bool) {
@@ -149,7 +149,7 @@ fn changes_are_marked_after_writing_and_before_the_outcome() {
             assert_eq!(dirty.take_next(0, BLOCK), Some(range(0, BLOCK)), "{work}");
             assert_eq!(fails, outcome == Some((0, Err(ENOSPC))), "{work}");
             fixture.faults.heal();
-            fixture.slow.complete_all(&*fixture.disk.image);
+            fixture.slow.complete_all(&**fixture.disk.image());
             drop(in_flight);
             fixture.slow.block_all();
         }
@@ -168,8 +168,8 @@ fn dropping_waits_for_operations_and_marks_their_changes() {
         let ending = scope.spawn(|| {
             slow.wait_for(2);
             assert_eq!(disk.gate().close_and_drain(Instant::now()).unwrap_err().visits, 2);
-            slow.complete(1, &*disk.image);
-            slow.complete(0, &*disk.image);
+            slow.complete(1, &**disk.image());
+            slow.complete(0, &**disk.image());
         });
         drop(in_flight);
         ending.join().unwrap();
@@ -206,7 +206,7 @@ fn there_is_room_up_to_the_limits() {
         fixture.begin(&mut in_flight, Op::Flush, 0);
     }
     assert!(!in_flight.has_room(0));
-    fixture.slow.complete_all(&*fixture.disk.image);
+    fixture.slow.complete_all(&**fixture.disk.image());
     while next_outcome(&mut in_flight).is_some() {}
     fixture.slow.block_all();
 
@@ -406,4 +406,24 @@ fn a_write_reads_its_cold_edges_first() {
         fixture.memory.trim(range(0, 16384)).unwrap();
         fixture.slow.evict_all();
     }
+}
+
+#[test]
+fn the_queue_of_an_exchanged_backend_is_not_used_again() {
+    let fixture = fixture();
+    let mut in_flight = fixture.in_flight();
+    fixture.begin(&mut in_flight, write(0, 512), 0);
+    assert_eq!(fixture.slow.count(), 1);
+    fixture.complete(0);
+    assert_eq!(next_outcome(&mut in_flight), Some((0, Ok(()))));
+    let (memory, slow) = (MemoryBackend::new(SIZE), Arc::new(Slow::default()));
+    let other = SlowBackend::new(memory.clone(), Arc::clone(&slow));
+    fixture.disk.gate().close_and_drain(Instant::now()).unwrap();
+    fixture.disk.exchange(Box::new(other)).unwrap();
+    fixture.disk.gate().reopen();
+    fixture.begin(&mut in_flight, write(0, 512), 1);
+    assert_eq!((fixture.slow.count(), slow.count()), (0, 1));
+    slow.complete(0, &memory);
+    assert_eq!(next_outcome(&mut in_flight), Some((1, Ok(()))));
+    assert_eq!(memory.contents()[..512], [7; 512]);
 }
