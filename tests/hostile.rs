@@ -119,7 +119,7 @@ fn check_late_reader(subject: Subject) {
         assert!(session.read(8 * MIB + 199 * KIB, 64 * KIB) == noise(64 << 10, 3));
     }
     let peak = subject.server.resources().rss_bytes_peak;
-    let growth = peak - subject.before.rss_bytes;
+    let growth = peak.saturating_sub(subject.before.rss_bytes);
     assert!(
         growth < SESSION_MEMORY_BYTES_MAX,
         "growth of {growth} bytes for one client that does not read"
@@ -151,7 +151,7 @@ fn clients_that_never_read_use_bounded_memory() {
         other.ok(Request::write(i * 4096, &[1; 4096]));
         other.read(i * 4096, 4096);
     }
-    let growth = subject.server.resources().rss_bytes_peak - subject.before.rss_bytes;
+    let growth = subject.server.resources().rss_bytes_peak.saturating_sub(subject.before.rss_bytes);
     assert!(
         growth < 3 * SESSION_MEMORY_BYTES_MAX,
         "growth of {growth} bytes for three clients that do not read"
@@ -315,7 +315,7 @@ fn endless_handshakes_are_closed_at_the_deadline() {
             std::thread::park_timeout(Duration::from_millis(100));
         }
     });
-    let growth = subject.server.resources().rss_bytes_peak - subject.before.rss_bytes;
+    let growth = subject.server.resources().rss_bytes_peak.saturating_sub(subject.before.rss_bytes);
     assert!(
         growth < MEMORY_RETAINED_BYTES_MAX,
         "growth of {growth} bytes for two clients in option haggling"

@@ -333,7 +333,8 @@ pub struct Resources {
     pub descriptors: usize,
     /// Threads.
     pub threads: u64,
-    /// Resident memory.
+    /// Resident memory. The kernel updates its counters in batches, so that this and the peak may be
+    /// some pages lower than before.
     pub rss_bytes: u64,
     /// The peak of resident memory.
     pub rss_bytes_peak: u64,
