@@ -2,13 +2,13 @@
 //! Translates between the server and the migration, which do not know each other; decides nothing.
 
 use crate::disk::ownership::Provenance;
-use crate::migration::arrival::{self, AccessDenied, Sender, answer_when_serving};
+use crate::migration::arrival::{self, AccessDenied, Sender, WritePermission, answer_when_serving};
 use crate::migration::destination::{Destination, HandoverResult};
 use crate::migration::wire::{Question, WireError};
 use crate::nbd::handshake::option::OptionReply;
 use crate::nbd::wire::{ErrorCode, OptionReplyKind};
 use crate::server::export_policy::{
-    ExportPolicy, GoReply, HandoverReply, ProbeReply, SessionId, SessionsView,
+    ExportPolicy, GoReply, HandoverReply, Permit, ProbeReply, SessionId, SessionsView,
 };
 use std::io;
 
@@ -65,8 +65,18 @@ impl ExportPolicy for ReceivingPolicy {
         }
     }
 
-    fn permit(&self, session: SessionId, changes: bool) -> Result<(), (ErrorCode, &'static str)> {
-        self.0.permit(session, changes).map_err(|denied| (ErrorCode::NotPermitted, why(denied)))
+    fn permit(&self, session: SessionId, changes: bool) -> Permit {
+        match self.0.permit(session, changes) {
+            WritePermission::Go => Permit::Granted,
+            WritePermission::RecordFirst(_) => Permit::RecordFirst,
+            WritePermission::Refuse(denied) => {
+                Permit::Refused(ErrorCode::NotPermitted, why(denied))
+            }
+        }
+    }
+
+    fn record_change(&self, session: SessionId) {
+        self.0.record_change(session);
     }
 
     fn on_write_failure(&self, _session: SessionId, error: &io::Error) {
@@ -182,7 +192,8 @@ mod tests {
         receiving.go(1, true, &ActiveSessions);
         let why = refusal(&receiving);
         assert!(why.contains("after 5 s"), "nothing written: {why}");
-        receiving.permit(1, true).unwrap();
+        receiving.record_change(1);
+        assert_eq!(receiving.permit(1, true), Permit::Granted);
         let why = refusal(&receiving);
         assert!(why.contains("after 60 s"), "a writer: {why}");
     }

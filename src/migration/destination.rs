@@ -143,29 +143,28 @@ impl Destination {
         }
     }
 
-    /// Whether a request of this connection may be executed now; `changes`: it changes the disk.
-    /// Makes the record *incoming* durable before the first change.
-    ///
-    /// # Errors
-    /// If it may not.
-    pub fn permit(&self, connection: Connection, changes: bool) -> Result<(), AccessDenied> {
+    /// Whether a request of this connection may be executed now; `changes`: it changes the disk. Never
+    /// writes the record: [`Destination::record_change`] does, after [`WritePermission::RecordFirst`].
+    #[must_use]
+    pub fn permit(&self, connection: Connection, changes: bool) -> WritePermission {
         let mut arrival = self.lock();
-        if !changes {
-            return arrival.may_use(connection);
+        if changes {
+            return arrival.on_write_request(connection);
         }
-        loop {
-            match arrival.on_write_request(connection) {
-                WritePermission::Go => return Ok(()),
-                WritePermission::Refuse(denied) => return Err(denied),
-                WritePermission::RecordFirst(record) => {
-                    let written = self.write_record(&record);
-                    let id = if let Record::Incoming { id } = record { id } else { None };
-                    arrival.on_recorded(id, written.is_ok());
-                    if let Err(why) = written {
-                        (self.observer)(ArrivalResult::Failed(why));
-                    }
-                }
-            }
+        arrival.may_use(connection).map_or_else(WritePermission::Refuse, |()| WritePermission::Go)
+    }
+
+    /// Makes the record *incoming* durable before the first change of this connection.
+    pub fn record_change(&self, connection: Connection) {
+        let mut arrival = self.lock();
+        let WritePermission::RecordFirst(record) = arrival.on_write_request(connection) else {
+            return;
+        };
+        let written = self.write_record(&record);
+        let id = if let Record::Incoming { id } = record { id } else { None };
+        arrival.on_recorded(id, written.is_ok());
+        if let Err(why) = written {
+            (self.observer)(ArrivalResult::Failed(why));
         }
     }
 
@@ -274,7 +273,8 @@ mod tests {
             let question = Question { size: 1 << 20, id: ID }.encode();
             destination.on_introduction(1, &question, silence).unwrap();
             destination.enter(1, silence).unwrap();
-            destination.permit(1, true).unwrap();
+            destination.record_change(1);
+            assert_eq!(destination.permit(1, true), WritePermission::Go);
             // A reader connected earlier, and has a flush in flight.
             let mut in_flight = InFlight::new(&disk, Arc::new(TestNotifier::default()));
             in_flight.begin(disk.enter(&|| true).unwrap(), Op::Flush, ());
@@ -285,7 +285,8 @@ mod tests {
                 let destination = &destination;
                 let handover = scope.spawn(|| destination.on_handover(1, &handover));
                 let reader = scope.spawn(move || {
-                    while destination.permit(2, true) != Err(AccessDenied::Complete) {
+                    let refused_now = WritePermission::Refuse(AccessDenied::Complete);
+                    while destination.permit(2, true) != refused_now {
                         thread::yield_now();
                     }
                     refused.send(()).unwrap();

@@ -55,6 +55,17 @@ pub enum GoReply {
     },
 }
 
+/// Decision about a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Permit {
+    /// Execute it.
+    Granted,
+    /// Reply with this error; the reason is for the log.
+    Refused(ErrorCode, &'static str),
+    /// Call [`ExportPolicy::record_change`], then ask again.
+    RecordFirst,
+}
+
 /// Decision about the private command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HandoverReply {
@@ -77,13 +88,13 @@ pub trait ExportPolicy: Send + Sync + std::fmt::Debug {
         GoReply::Allow(Vec::new())
     }
     /// Whether a request may be executed, which then happens at once. `_changes` tells whether it
-    /// changes the disk.
-    ///
-    /// # Errors
-    /// The error to reply with, and its reason for the log.
-    fn permit(&self, _: SessionId, _changes: bool) -> Result<(), (ErrorCode, &'static str)> {
-        Ok(())
+    /// changes the disk. Never waits for a device.
+    fn permit(&self, _: SessionId, _changes: bool) -> Permit {
+        Permit::Granted
     }
+    /// Records that the session changes the disk, after [`Permit::RecordFirst`]. Waits until the record is
+    /// durable; a failure shows in the next [`ExportPolicy::permit`].
+    fn record_change(&self, _: SessionId) {}
     /// A request that changes the disk or makes it durable has failed.
     fn on_write_failure(&self, _session: SessionId, _error: &io::Error) {}
     /// The private command has arrived, and all earlier requests are completed.
@@ -137,9 +148,6 @@ impl ExportPolicy for RecordingPolicy {
     }
     fn go(&self, _: SessionId, _: bool, _: &dyn SessionsView) -> GoReply {
         GoReply::Allow(Vec::new())
-    }
-    fn permit(&self, _: SessionId, _: bool) -> Result<(), (ErrorCode, &'static str)> {
-        Ok(())
     }
     fn on_write_failure(&self, _: SessionId, _: &io::Error) {
         self.record("on_write_failure");

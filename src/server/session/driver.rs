@@ -112,6 +112,10 @@ impl<'a> Driver<'a> {
                 }
                 return Ok(Turn::Continue);
             }
+            Blocked::Record => {
+                self.policy.record_change(self.registration.id);
+                return Ok(Turn::Continue);
+            }
             Blocked::Handover(to, data) => {
                 let reply = self.policy.handover(self.registration.id, &data);
                 self.engine.on_handover_reply(to, reply)?;

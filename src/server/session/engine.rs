@@ -26,7 +26,7 @@ use crate::nbd::request::{self, Request, RequestError, RequestHeader, Terms};
 use crate::nbd::wire::{CommandKind, ErrorCode};
 use crate::range::Range;
 use crate::server::end::SessionEnd;
-use crate::server::export_policy::{ExportPolicy, HandoverReply, SessionId};
+use crate::server::export_policy::{ExportPolicy, HandoverReply, Permit, SessionId};
 use crate::server::snapshot::{
     PendingSnapshot, PhaseSnapshot, SessionSnapshot, TransmissionSnapshot,
 };
@@ -67,6 +67,8 @@ pub(super) enum Blocked {
     Throttle(Instant),
     /// A change has waited long: its client must still be there ([`Engine::advance`] goes on).
     PeerCheck,
+    /// The policy has to record that the session changes the disk.
+    Record,
     /// The policy has to decide about a handover ([`Engine::on_handover_reply`]).
     Handover(ReplyTo, Vec<u8>),
     /// The session ends once all is completed and sent.
@@ -408,8 +410,10 @@ impl<'a> Engine<'a> {
             chunked: chunked.contains(&header.kind),
         };
         let length = header.payload_length(&self.terms);
-        match self.checked(&header) {
-            Ok(request) => match self.begin(to, request)? {
+        let permitted = header.check(&self.terms).and_then(|request| self.permitted(request));
+        match permitted {
+            Ok(None) => return Ok(Step::Blocked(Blocked::Record)),
+            Ok(Some(request)) => match self.begin(to, request, self.rx.bytes().len() == used)? {
                 Step::Progress => {}
                 blocked => return Ok(blocked),
             },
@@ -428,19 +432,21 @@ impl<'a> Engine<'a> {
         Ok(Step::Progress)
     }
 
-    /// Checks a request against the protocol and the policy.
-    fn checked(&self, header: &RequestHeader) -> Result<Request, RequestError> {
-        let request = header.check(&self.terms)?;
+    /// The request, if the policy permits it; `None` if a record has to be written first.
+    fn permitted(&self, request: Request) -> Result<Option<Request>, RequestError> {
         // The policy decides on these two when they are executed.
-        if !matches!(request, Request::Private { .. } | Request::Disconnect) {
-            let permitted = self.policy.permit(self.session, request.writes());
-            permitted.map_err(|(code, reason)| RequestError { code, reason })?;
+        if matches!(request, Request::Private { .. } | Request::Disconnect) {
+            return Ok(Some(request));
         }
-        Ok(request)
+        match self.policy.permit(self.session, request.writes()) {
+            Permit::Granted => Ok(Some(request)),
+            Permit::RecordFirst => Ok(None),
+            Permit::Refused(code, reason) => Err(RequestError { code, reason }),
+        }
     }
 
-    /// Begins a request, or returns why that has no effect now.
-    fn begin(&mut self, to: ReplyTo, request: Request) -> Result<Step, SessionEnd> {
+    /// Begins a request, or returns why that has no effect now. `is_last`: no other has arrived.
+    fn begin(&mut self, to: ReplyTo, request: Request, is_last: bool) -> Result<Step, SessionEnd> {
         if !self.may_begin(request) {
             return Ok(Step::Blocked(Blocked::Completion));
         }
@@ -455,7 +461,9 @@ impl<'a> Engine<'a> {
         }
         match request {
             Request::Read { range, dont_fragment } => {
-                self.reads.begin(to, range, dont_fragment, &mut self.replies, &mut self.tx);
+                let (io, replies) = (&mut self.io, &mut self.replies);
+                let read = (to, range, dont_fragment);
+                self.reads.begin(read, io, replies, &mut self.tx, is_last)?;
             }
             Request::Write { range, durable: _ } if range.is_empty() => {
                 self.replies.complete(to, Ok(()), request, &mut self.tx);

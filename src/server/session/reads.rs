@@ -197,53 +197,78 @@ impl Reads {
         self.queue.len()
     }
 
-    /// Adds a read, or answers it at once, such as with an error.
+    /// Begins a read: answers it at once if its data is in memory and no other read waits, and otherwise adds
+    /// it to the queue. `is_last`: no request has arrived behind it.
     pub(super) fn begin(
         &mut self,
-        to: ReplyTo,
-        range: Range,
-        whole: bool,
+        (to, range, dont_fragment): (ReplyTo, Range, bool),
+        io: &mut DiskIo<'_>,
         replies: &mut Replies<'_>,
         out: &mut Tx,
-    ) {
-        if whole && range.length() > WHOLE_READ_MAX {
+        is_last: bool,
+    ) -> Result<(), SessionEnd> {
+        if dont_fragment && range.length() > WHOLE_READ_MAX {
             replies.reject(to, ErrorCode::Overflow, "too long for one chunk", out);
-        } else if range.is_empty() {
-            replies.succeed(to, out);
-        } else {
-            self.queue.push_back(Read::new(to, range, whole));
+            return Ok(());
         }
+        if range.is_empty() {
+            replies.succeed(to, out);
+            return Ok(());
+        }
+        let read = Read::new(to, range, dont_fragment);
+        if !self.queue.is_empty() || out.is_full() {
+            self.queue.push_back(read);
+            return Ok(());
+        }
+        // A read that has to wait is in the queue now, and says why when it is tried again.
+        self.step(read, io, replies, out, is_last).map(drop)
     }
 
     /// Answers reads until the send buffer is full, or one has to wait. `rx_is_empty`: no request has
     /// arrived behind them.
-    pub(super) fn answer<'a>(
+    pub(super) fn answer(
         &mut self,
-        io: &mut DiskIo<'a>,
+        io: &mut DiskIo<'_>,
         replies: &mut Replies<'_>,
         out: &mut Tx,
         rx_is_empty: bool,
     ) -> Result<Option<Busy>, SessionEnd> {
         while !out.is_full()
-            && let Some(mut read) = self.queue.pop_front()
+            && let Some(read) = self.queue.pop_front()
         {
-            match self.advance(&mut read, io, replies, out)? {
-                ReadStep::Answered => {}
-                ReadStep::Continue => self.queue.push_front(read),
-                ReadStep::Blocked(busy) => {
-                    self.queue.push_front(read);
-                    return Ok(Some(busy));
-                }
-                ReadStep::Cold(visit, range) if self.may_block(io, out, rx_is_empty) => {
-                    drop(visit);
-                    self.read_inline(read, range, io, replies, out)?;
-                }
-                ReadStep::Cold(_, range) if !io.in_flight.has_room(range.length() as usize) => {
-                    self.queue.push_front(read);
-                    return Ok(Some(Busy::InFlight));
-                }
-                ReadStep::Cold(visit, range) => self.load(visit, range, read, io),
+            if let Some(busy) = self.step(read, io, replies, out, rx_is_empty)? {
+                return Ok(Some(busy));
             }
+        }
+        Ok(None)
+    }
+
+    /// Answers the next piece of a read, or loads it. Puts what is left of the read at the front of the
+    /// queue, and returns why it has to wait.
+    fn step(
+        &mut self,
+        mut read: Read,
+        io: &mut DiskIo<'_>,
+        replies: &mut Replies<'_>,
+        out: &mut Tx,
+        rx_is_empty: bool,
+    ) -> Result<Option<Busy>, SessionEnd> {
+        match self.advance(&mut read, io, replies, out)? {
+            ReadStep::Answered => {}
+            ReadStep::Continue => self.queue.push_front(read),
+            ReadStep::Blocked(busy) => {
+                self.queue.push_front(read);
+                return Ok(Some(busy));
+            }
+            ReadStep::Cold(visit, range) if self.may_block(io, out, rx_is_empty) => {
+                drop(visit);
+                self.read_inline(read, range, io, replies, out)?;
+            }
+            ReadStep::Cold(_, range) if !io.in_flight.has_room(range.length() as usize) => {
+                self.queue.push_front(read);
+                return Ok(Some(Busy::InFlight));
+            }
+            ReadStep::Cold(visit, range) => self.load(visit, range, read, io),
         }
         Ok(None)
     }
