@@ -271,8 +271,8 @@ impl<'a, T> InFlight<'a, T> {
             match self.disk.enter_if_open() {
                 Ok(Some(visit)) => self.start(visit, key),
                 Ok(None) => return self.notify_when_gate_opens(),
-                // The session finds out itself when it next enters the gate.
-                Err(_) => return,
+                // The session finds out when it next enters the gate, which may be the only thing left.
+                Err(_) => return self.notifier.notify(),
             }
             next = key + 1;
         }

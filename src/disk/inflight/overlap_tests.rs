@@ -209,6 +209,17 @@ fn waiting_changes_never_start_on_a_retired_disk() {
     assert!(fixture.closes());
 }
 
+#[test]
+fn a_session_is_notified_that_its_operations_never_start() {
+    let fixture = fixture();
+    let mut session = fixture.session();
+    fixture.disk.gate().retire();
+    let before = session.notifier.count();
+    session.in_flight.begin_when_open(Op::Flush, 0);
+    session.in_flight.submit();
+    assert!(session.notifier.count() > before && session.in_flight.has_waiting());
+}
+
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// One step of several sessions.
