@@ -125,6 +125,7 @@ pub(super) struct Engine<'a> {
     stop: StopRequest,
     delay: ReceiveDelay,
     throttle: Throttle,
+    /// When the delay of the next request, a write, ends or has ended.
     throttled_until: Option<Instant>,
     started: Instant,
     clocks: Clocks,
@@ -231,7 +232,9 @@ impl<'a> Engine<'a> {
         self.io.in_flight.submit();
         let is_finishing = !matches!(stop, StopRequest::Serve | StopRequest::Suspend);
         if is_finishing && matches!(blocked, Blocked::Gate) && self.io.in_flight.is_empty() {
-            return Err(SessionEnd::Requested(stop));
+            // Not before the client has the replies to what was executed.
+            let end = SessionEnd::Requested(stop);
+            return if self.tx.has_bytes() { Ok(Blocked::Output) } else { Err(end) };
         }
         Ok(blocked)
     }
@@ -428,6 +431,7 @@ impl<'a> Engine<'a> {
             }
         }
         self.rx.consume(used);
+        self.throttled_until = None;
         self.begun = self.begun.saturating_add(1);
         Ok(Step::Progress)
     }
@@ -532,11 +536,8 @@ impl<'a> Engine<'a> {
         }
         let now = (self.clocks.now)();
         match self.throttled_until {
-            Some(until) if now < until => Some(until),
-            Some(_) => {
-                self.throttled_until = None;
-                None
-            }
+            // It stays, so that the write is not delayed again if something else keeps it waiting.
+            Some(until) => (now < until).then_some(until),
             None => {
                 let elapsed = now.saturating_duration_since(self.started);
                 let delay = self.throttle.delay(elapsed, wanted);
@@ -592,3 +593,6 @@ impl<'a> Engine<'a> {
         Ok(Step::Progress)
     }
 }
+
+#[cfg(test)]
+mod tests;

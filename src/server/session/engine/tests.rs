@@ -1,0 +1,104 @@
+//! The engine without a socket, on a clock that the test sets.
+
+use super::*;
+use crate::disk::memory_backend::MemoryBackend;
+use crate::disk::slow_backend::{Slow, SlowBackend, TestNotifier};
+use crate::net::Stream;
+use crate::server::export_policy::AllowAll;
+use crate::server::test_support::TIMEOUT;
+use std::cell::Cell;
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+const SIZE: u64 = 1 << 20;
+const DELAY: Duration = Duration::from_millis(50);
+
+thread_local! {
+    static BEGAN: Instant = Instant::now();
+    /// Time since then.
+    static ELAPSED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+fn advance_clock(by: Duration) {
+    ELAPSED.set(ELAPSED.get() + by);
+}
+
+fn clocks() -> Clocks {
+    Clocks { now: || BEGAN.with(|began| *began + ELAPSED.get()), coarse: || ELAPSED.get() }
+}
+
+fn engine<'a>(disk: &'a Disk, requests: &[u8]) -> Engine<'a> {
+    let terms = Terms {
+        size: disk.size(),
+        read_only: false,
+        dialect: Dialect::Simple,
+        allocation_selected: false,
+        private: false,
+        payload_length_max: 1 << 20,
+        reads_beyond_end_are_no_space: false,
+    };
+    let context = EngineContext {
+        disk,
+        policy: &AllowAll,
+        notifier: Arc::new(TestNotifier::default()),
+        terms,
+        answers_malformed: false,
+        client: (String::new(), 1),
+        clocks: clocks(),
+    };
+    let rx = Rx::restore(requests).unwrap();
+    Engine::new(context, rx, Tx::default(), PendingRequests::default())
+}
+
+fn request(kind: CommandKind, length: u64, cookie: u64) -> Vec<u8> {
+    let header = RequestHeader { flags: 0, kind: kind.number(), cookie, offset: 0, length };
+    let mut bytes = Vec::new();
+    header.encode(Dialect::Simple, &mut bytes);
+    bytes
+}
+
+#[test]
+fn a_throttled_write_is_delayed_only_once() {
+    let disk = Disk::new(Box::new(MemoryBackend::new(SIZE)), false);
+    let write = [request(CommandKind::Write, 512, 1), vec![7; 512]].concat();
+    let mut engine = engine(&disk, &write);
+    disk.set_write_delay(DELAY);
+    advance_clock(2 * DELAY);
+    let throttled = engine.advance(StopRequest::Serve);
+    assert!(matches!(throttled, Ok(Blocked::Throttle(_))), "{throttled:?}");
+    engine.on_wait(true);
+    advance_clock(DELAY);
+    let checked = engine.advance(StopRequest::Serve);
+    assert!(matches!(checked, Ok(Blocked::PeerCheck)), "{checked:?}");
+    // The check takes a moment, which is no reason to delay the write again.
+    advance_clock(Duration::from_millis(1));
+    let written = engine.advance(StopRequest::Serve);
+    assert!(matches!(written, Ok(Blocked::Input)), "{written:?}");
+    assert!(engine.tx.has_bytes());
+}
+
+#[test]
+fn a_session_finishes_at_a_closed_gate_after_its_last_reply() {
+    let (memory, slow) = (MemoryBackend::new(SIZE), Arc::new(Slow::default()));
+    let disk = Disk::new(Box::new(SlowBackend::new(memory.clone(), Arc::clone(&slow))), false);
+    let flush = |cookie| request(CommandKind::Flush, 0, cookie);
+    let mut engine = engine(&disk, &flush(1));
+    assert!(matches!(engine.advance(StopRequest::Serve), Ok(Blocked::Input)));
+    let (client, stream) =
+        UnixStream::pair().map(|(a, b)| (Stream::Unix(a), Stream::Unix(b))).unwrap();
+    thread::scope(|scope| {
+        let closing = scope.spawn(|| disk.gate().close_and_drain(Instant::now() + TIMEOUT));
+        while disk.gate().is_open() {
+            thread::yield_now();
+        }
+        client.send_all(&flush(2), TIMEOUT).unwrap();
+        assert_eq!(engine.rx.receive(&stream).unwrap(), flush(2).len());
+        slow.complete(0, &memory);
+        let finishing = engine.advance(StopRequest::Finish);
+        assert!(matches!(finishing, Ok(Blocked::Output)), "{finishing:?}");
+        closing.join().unwrap().unwrap();
+    });
+    assert!(engine.tx.send(&stream).unwrap());
+    let end = engine.advance(StopRequest::Finish);
+    assert!(matches!(end, Err(SessionEnd::Requested(StopRequest::Finish))), "{end:?}");
+}
