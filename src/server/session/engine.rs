@@ -248,14 +248,14 @@ impl<'a> Engine<'a> {
             }
             let rx_is_empty = self.rx.bytes().is_empty();
             let (io, replies) = (&mut self.io, &mut self.replies);
-            if let Some(busy) = self.reads.answer(io, replies, &mut self.tx, rx_is_empty)? {
-                return Ok(match busy {
-                    Busy::Gate => Blocked::Gate,
-                    Busy::InFlight => Blocked::Completion,
-                });
+            if !self.reads.answer(io, replies, &mut self.tx, rx_is_empty)? {
+                return Ok(Blocked::Gate);
             }
-            if self.is_output_full() {
+            if self.tx.is_overfull() {
                 return Ok(Blocked::Output);
+            }
+            if self.reads.len() >= READS_MAX {
+                return Ok(if self.has_reads() { Blocked::Output } else { Blocked::Completion });
             }
             if self.ignores_input() {
                 return Ok(Blocked::End);
@@ -296,11 +296,6 @@ impl<'a> Engine<'a> {
         self.stop == StopRequest::Suspend && can_be_suspended
     }
 
-    /// Whether no request may be begun before the client receives replies.
-    fn is_output_full(&self) -> bool {
-        self.tx.is_overfull() || self.reads.len() >= READS_MAX
-    }
-
     /// Whether to ignore received bytes. After the request to finish, the received ones still count.
     fn ignores_input(&self) -> bool {
         !matches!(self.end, None | Some(SessionEnd::Requested(_)))
@@ -308,7 +303,7 @@ impl<'a> Engine<'a> {
 
     /// Whether reads wait for room in the send buffer.
     pub(super) fn has_reads(&self) -> bool {
-        self.reads.len() > 0
+        self.reads.wait_for_output()
     }
 
     /// Whether no operation is in flight.

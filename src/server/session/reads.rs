@@ -89,6 +89,8 @@ struct Loading {
 #[derive(Debug)]
 pub(super) struct Reads {
     queue: VecDeque<Read>,
+    /// Bytes that the first read in the queue has to load once there is room for them in flight; otherwise 0.
+    awaited_room: usize,
     inline: InlineReads,
     /// A range found to be allocated. It may have become a hole since; then zeros are sent as data, which
     /// is slower but correct.
@@ -179,7 +181,7 @@ impl Reads {
     pub(super) fn new(queue: VecDeque<Read>, clock: fn() -> Instant) -> Self {
         let (inline, allocated) = (InlineReads::default(), Range::whole(0));
         let (loads, next_load, loading) = (BTreeMap::new(), 0, 0);
-        Self { queue, inline, allocated, loads, next_load, loading, clock }
+        Self { queue, awaited_room: 0, inline, allocated, loads, next_load, loading, clock }
     }
 
     /// Saves the reads. None of them may be loading.
@@ -195,6 +197,11 @@ impl Reads {
     /// The number of reads that wait in the queue; those that are loading do not count.
     pub(super) fn len(&self) -> usize {
         self.queue.len()
+    }
+
+    /// Whether reads wait in the queue for room in the send buffer, not in flight.
+    pub(super) fn wait_for_output(&self) -> bool {
+        !self.queue.is_empty() && self.awaited_room == 0
     }
 
     /// Begins a read: answers it at once if its data is in memory and no other read waits, and otherwise adds
@@ -224,23 +231,28 @@ impl Reads {
         self.step(read, io, replies, out, is_last).map(drop)
     }
 
-    /// Answers reads until the send buffer is full, or one has to wait. `rx_is_empty`: no request has
-    /// arrived behind them.
+    /// Answers reads until the send buffer is full, or one has to wait; false if it waits for the gate.
+    /// One that waits for room in flight continues after a completion, and requests behind it can begin
+    /// meanwhile. `rx_is_empty`: no request has arrived behind them.
     pub(super) fn answer(
         &mut self,
         io: &mut DiskIo<'_>,
         replies: &mut Replies<'_>,
         out: &mut Tx,
         rx_is_empty: bool,
-    ) -> Result<Option<Busy>, SessionEnd> {
+    ) -> Result<bool, SessionEnd> {
+        if self.awaited_room > 0 && !io.in_flight.has_room(self.awaited_room) {
+            return Ok(true);
+        }
+        self.awaited_room = 0;
         while !out.is_full()
             && let Some(read) = self.queue.pop_front()
         {
             if let Some(busy) = self.step(read, io, replies, out, rx_is_empty)? {
-                return Ok(Some(busy));
+                return Ok(busy != Busy::Gate);
             }
         }
-        Ok(None)
+        Ok(true)
     }
 
     /// Answers the next piece of a read, or loads it. Puts what is left of the read at the front of the
@@ -266,6 +278,7 @@ impl Reads {
             }
             ReadStep::Cold(_, range) if !io.in_flight.has_room(range.length() as usize) => {
                 self.queue.push_front(read);
+                self.awaited_room = range.length() as usize;
                 return Ok(Some(Busy::InFlight));
             }
             ReadStep::Cold(visit, range) => self.load(visit, range, read, io),
@@ -327,6 +340,7 @@ impl Reads {
         // come between the pieces of another.
         let at = self.queue.front().is_some_and(|first| first.announced).into();
         self.queue.insert(at, read);
+        self.awaited_room = 0;
     }
 
     /// Answers the next piece of a read if its data is in memory.

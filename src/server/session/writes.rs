@@ -194,18 +194,21 @@ impl Writes {
             return Ok(PayloadStep::NeedsInput);
         }
         let visit = match io.visit()? {
-            Ok(visit) if io.in_flight.has_room(length) => visit,
-            busy => {
-                self.expect_rest(to, (range, rest), durable, number);
-                return Ok(PayloadStep::Blocked(busy.err().unwrap_or(Busy::InFlight)));
-            }
+            Ok(visit) => visit,
+            Err(busy) => return Ok(self.wait_to_write(payload, busy)),
         };
         let data = &rx.bytes()[..length];
-        if piece == range {
+        let (is_single, skips) = (piece == range, self.has_failed(number));
+        let may_inline = !(skips || (is_single && durable));
+        let inline = if may_inline { write_inline(&visit, io, piece, data) } else { None };
+        if inline.is_some() {
+            self.written += piece.length();
+        } else if !(skips || io.in_flight.has_room(length)) {
+            return Ok(self.wait_to_write(payload, Busy::InFlight));
+        }
+        if is_single {
             let request = Request::Write { range, durable };
-            let inline = if durable { None } else { write_inline(&visit, io, piece, data) };
             if let Some(outcome) = inline {
-                self.written += piece.length();
                 replies.complete(to, outcome, request, tx);
             } else {
                 let op = write_op(io, piece, data, durable)?;
@@ -216,18 +219,12 @@ impl Writes {
         }
         let number = number.unwrap_or_else(|| self.begin_long(to, range, durable));
         let Some(long) = self.long.get_mut(&number) else { return Ok(PayloadStep::Progress) };
-        if long.failed.is_none() {
-            match write_inline(&visit, io, piece, data) {
-                Some(outcome) => {
-                    self.written += piece.length();
-                    long.failed = outcome.err();
-                }
-                None => {
-                    long.in_flight += 1;
-                    let op = write_op(io, piece, data, false)?;
-                    io.in_flight.begin(visit, op, Tag::Piece(number));
-                }
-            }
+        if let Some(outcome) = inline {
+            long.failed = outcome.err();
+        } else if !skips {
+            long.in_flight += 1;
+            let op = write_op(io, piece, data, false)?;
+            io.in_flight.begin(visit, op, Tag::Piece(number));
         }
         rx.consume(length);
         if then.is_empty() {
@@ -237,6 +234,21 @@ impl Writes {
             self.expect_rest(to, (range, then), durable, Some(number));
         }
         Ok(PayloadStep::Progress)
+    }
+
+    fn wait_to_write(
+        &mut self,
+        (to, ranges, durable, number): (ReplyTo, (Range, Range), bool, Option<u64>),
+        busy: Busy,
+    ) -> PayloadStep {
+        self.expect_rest(to, ranges, durable, number);
+        PayloadStep::Blocked(busy)
+    }
+
+    /// Whether a piece of this long write has failed, so that the rest is skipped.
+    fn has_failed(&self, number: Option<u64>) -> bool {
+        let long = number.and_then(|number| self.long.get(&number));
+        long.is_some_and(|long| long.failed.is_some())
     }
 
     fn begin_long(&mut self, to: ReplyTo, range: Range, durable: bool) -> u64 {

@@ -10,7 +10,7 @@ use std::cell::Cell;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-const SIZE: u64 = 1 << 20;
+const SIZE: u64 = 2 << 20;
 const DELAY: Duration = Duration::from_millis(50);
 
 thread_local! {
@@ -57,6 +57,10 @@ fn request(kind: CommandKind, length: u64, cookie: u64) -> Vec<u8> {
     bytes
 }
 
+fn pair() -> (Stream, Stream) {
+    UnixStream::pair().map(|(a, b)| (Stream::Unix(a), Stream::Unix(b))).unwrap()
+}
+
 #[test]
 fn a_throttled_write_is_delayed_only_once() {
     let disk = Disk::new(Box::new(MemoryBackend::new(SIZE)), false);
@@ -84,8 +88,7 @@ fn a_session_finishes_at_a_closed_gate_after_its_last_reply() {
     let flush = |cookie| request(CommandKind::Flush, 0, cookie);
     let mut engine = engine(&disk, &flush(1));
     assert!(matches!(engine.advance(StopRequest::Serve), Ok(Blocked::Input)));
-    let (client, stream) =
-        UnixStream::pair().map(|(a, b)| (Stream::Unix(a), Stream::Unix(b))).unwrap();
+    let (client, stream) = pair();
     thread::scope(|scope| {
         let closing = scope.spawn(|| disk.gate().close_and_drain(Instant::now() + TIMEOUT));
         while disk.gate().is_open() {
@@ -101,4 +104,37 @@ fn a_session_finishes_at_a_closed_gate_after_its_last_reply() {
     assert!(engine.tx.send(&stream).unwrap());
     let end = engine.advance(StopRequest::Finish);
     assert!(matches!(end, Err(SessionEnd::Requested(StopRequest::Finish))), "{end:?}");
+}
+
+#[test]
+fn requests_begin_while_a_read_waits_for_room_in_flight() {
+    let (memory, slow) = (MemoryBackend::new(SIZE), Arc::new(Slow::default()));
+    let disk = Disk::new(Box::new(SlowBackend::new(memory.clone(), Arc::clone(&slow))), false);
+    slow.evict_all();
+    // Two of them fill the room in flight.
+    const READ: u64 = 1 << 20;
+    let read = |cookie| request(CommandKind::Read, READ, cookie);
+    let write = [request(CommandKind::Write, 4096, 4), vec![7; 4096]].concat();
+    let mut engine = engine(&disk, &[read(1), read(2), read(3), write].concat());
+    let blocked = engine.advance(StopRequest::Serve);
+    assert!(matches!(blocked, Ok(Blocked::Input)), "{blocked:?}");
+    assert_eq!((slow.count(), engine.tx.unsent()), (2, 16), "the write is answered");
+    engine.on_end_of_stream();
+    // The driver must not advance again before a load completes.
+    let blocked = engine.advance(StopRequest::Serve);
+    assert!(matches!(blocked, Ok(Blocked::End)) && !engine.has_reads(), "{blocked:?}");
+    assert!(engine.take_end().is_none());
+    let (client, stream) = pair();
+    client.set_nonblocking().unwrap();
+    stream.set_nonblocking().unwrap();
+    let mut received = 0;
+    while engine.take_end().is_none() {
+        slow.complete_all(&memory);
+        engine.advance(StopRequest::Serve).unwrap();
+        engine.tx.send(&stream).unwrap();
+        while let Ok(count) = client.try_recv(&mut [0; 1 << 16]) {
+            received += count;
+        }
+    }
+    assert_eq!(received, 16 + 3 * (16 + READ as usize));
 }
