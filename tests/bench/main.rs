@@ -10,8 +10,8 @@ mod process;
 mod report;
 mod serving;
 
-use clap::Parser;
-use flexnbd::net::Stream;
+use clap::{Parser, ValueEnum};
+use flexnbd::net::{Address, Stream};
 use migration::client::Completion;
 use migration::disks::Kind;
 use migration::pause::{REQUESTS_WARMING, divide, percentile};
@@ -19,10 +19,15 @@ use migration::rates::{KindResult, Run, SystemResult};
 use report::median;
 use serde_json::Value;
 use serving::cells::{Cell, Generator, Set, Transport, Work};
+use serving::minimal;
 use serving::raw::{Picker, Session, Sessions, payload};
-use serving::results::{CellResult, Round, Sample, ServerResult, geometric_mean, means, ratio};
+use serving::results::{
+    CellResult, Round, Sample, ServerResult, geometric_mean, means, ratio, ratio_of_limit,
+};
+use serving::run_bench;
 use serving::servers::{Running, servers};
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -63,6 +68,16 @@ fn each_figure_has_its_own_best_peer() {
     assert_eq!((found.peer.as_str(), found.rate, found.cpu), ("nbdkit", 1.5, 0.5));
     assert!(ratio(&[ours.clone(), result("flexnbd-old", 1.0, &[6.0])]).is_none());
     assert!(ratio(&[ours, result("nbdkit", 1.0, &[0.0])]).is_none());
+}
+
+#[test]
+fn a_minimal_server_is_a_limit_and_no_peer() {
+    let results = [result("flexnbd", 2.0, &[300.0]), result("null", 1.0, &[400.0])];
+    assert!(ratio(&results).is_none());
+    let found = ratio_of_limit(&results).unwrap();
+    assert_eq!((found.peer.as_str(), found.rate, found.cpu), ("null", 0.75, 2.0));
+    let results = [results.to_vec(), vec![result("nbdkit", 4.0, &[100.0])]].concat();
+    assert_eq!(ratio(&results).unwrap().peer, "nbdkit");
 }
 
 #[test]
@@ -216,6 +231,39 @@ fn every_installed_server_serves_the_image_and_stops() {
     }
 }
 
+#[test]
+fn minimal_servers_send_the_image_and_discard_writes() {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let data = payload(3 << 20);
+    fs::write(image.path(), &data).unwrap();
+    for method in minimal::Method::value_variants() {
+        let socket = folder.path().join(format!("{method:?}"));
+        let name = method.to_possible_value().unwrap();
+        let words =
+            ["peers", minimal::WORD, "--method", name.get_name(), "--socket"].map(OsStr::new);
+        let words = words.into_iter().chain([socket.as_os_str(), OsStr::new("--file")]);
+        let words = words.chain([image.path().as_os_str()]).map(OsStr::to_owned).collect();
+        std::thread::spawn(move || run_bench("peers", words).unwrap());
+        let export = nbd::Export { address: Address::Unix(socket), name: "" };
+        assert!(harness::poll_until(process::PATIENCE, || export.connect().is_ok()));
+        let mut connection = export.open().unwrap();
+        connection.write(0, &[9; 300_000]).unwrap();
+        for (offset, length) in [(0, 3 << 20), (5000, 70_000), (1, 4096)] {
+            let mut seen = Vec::new();
+            let mut sink = |part: &[u8]| {
+                seen.extend_from_slice(part);
+                Ok(())
+            };
+            connection.read(offset, length, &mut sink).unwrap();
+            let same = seen == data[offset as usize..][..length as usize];
+            let constant = seen == vec![7; length as usize];
+            assert_eq!((same, constant), (name.get_name() != "null", name.get_name() == "null"));
+        }
+    }
+    assert_eq!(fs::read(image.path()).unwrap(), data);
+}
+
 /// Runs a benchmark whose options are in `words`; returns its figures.
 fn figures<O: Parser, T>(words: &str, run: impl Fn(O) -> Result<T, report::Error>) -> Value {
     let folder = tempfile::tempdir().unwrap();
@@ -233,6 +281,19 @@ fn both_generators_measure_the_server() {
         let figures = &cell["servers"][0]["rounds"][0]["measured"];
         assert!(figures["requests_per_sec"].as_f64() > Some(0.0), "{cell}");
         assert!(figures["client_busy"].as_f64() > Some(0.0), "{cell}");
+    }
+}
+
+#[test]
+fn the_sending_benchmark_measures_every_cell() {
+    let folder = tempfile::tempdir().unwrap();
+    let words = "sending --servers flexnbd --rounds 1 --seconds 0.05 --size 8 --dirs";
+    let words = words.split(' ').chain([folder.path().to_str().unwrap()]);
+    let results = serving::sending::run(serving::sending::Options::parse_from(words)).unwrap();
+    assert_eq!(results.len(), 3, "lengths");
+    for (server, figures) in results.iter().flat_map(CellResult::rates) {
+        let [middle, lowest, highest, _] = figures.unwrap();
+        assert!(0.0 < lowest && lowest <= middle && middle <= highest, "{server}: {middle}");
     }
 }
 

@@ -7,10 +7,8 @@ mod process;
 mod report;
 mod serving;
 
-use clap::Parser;
-
 fn main() {
-    if let Err(error) = serving::run(serving::Options::parse()) {
+    if let Err(error) = serving::run_bench("peers", std::env::args_os().collect()) {
         eprintln!("peers: {error}");
         std::process::exit(1);
     }

@@ -3,7 +3,7 @@
 
 use super::Setup;
 use super::cells::{Temperature, Transport};
-use super::servers::{Running, Server};
+use super::servers::{Running, Server, is_minimal};
 use super::usage::{PSS, RSS, memory_kib};
 use crate::report::{Error, figure, print_row};
 use flexnbd::client::Connection;
@@ -68,7 +68,7 @@ pub(crate) fn measure(setup: &Setup) -> Result<Vec<MemoryRow>, Error> {
         usual: occupied(setup, server, image, &SESSIONS),
         large: occupied(setup, server, large.path(), &SESSIONS[..1]),
     };
-    Ok(setup.servers.iter().map(row).collect())
+    Ok(setup.servers.iter().filter(|server| !is_minimal(&server.name)).map(row).collect())
 }
 
 /// Opens more and more sessions; keeps the figures of those that succeeded.

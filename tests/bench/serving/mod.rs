@@ -5,9 +5,11 @@ pub(crate) mod cells;
 mod fio;
 mod images;
 mod memory;
+pub(crate) mod minimal;
 mod picture;
 pub(crate) mod raw;
 pub(crate) mod results;
+pub(crate) mod sending;
 pub(crate) mod servers;
 mod usage;
 
@@ -22,9 +24,22 @@ use nix::unistd::Pid;
 use results::{About, CellResult, Results, Round, Sample, ServerResult};
 use servers::{Running, Server};
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 use std::time::{Duration, Instant};
+
+/// Runs `peers` or `sending` with these arguments, the program's name first, or, if they say so, a minimal
+/// server.
+pub(crate) fn run_bench(bench: &str, arguments: Vec<OsString>) -> Result<(), Error> {
+    match bench {
+        _ if arguments.get(1).is_some_and(|first| first == minimal::WORD) => {
+            minimal::run(&minimal::Options::parse_from(&arguments[1..]))
+        }
+        "sending" => sending::run(sending::Options::parse_from(arguments)).map(drop),
+        _ => run(Options::parse_from(arguments)),
+    }
+}
 
 /// Measures NBD servers side by side on this machine.
 #[derive(Debug, Parser)]

@@ -3,7 +3,7 @@
 use super::activation::{self, ActivationRow};
 use super::cells::{Cell, Generator, word};
 use super::memory::{self, MemoryRow, SESSIONS};
-use super::servers::Server;
+use super::servers::{Server, is_minimal};
 use super::usage::{RSS_PEAK, memory_kib};
 use crate::machine::Machine;
 use crate::report::{Error, Target, figure, median, print_row, print_targets};
@@ -50,6 +50,9 @@ pub(crate) struct CellResult {
     /// Computed again when read: JSON has no infinity, the ratio of unmeasurably short times.
     #[serde(skip_deserializing)]
     pub(crate) ratio: Option<Ratio>,
+    /// Against the minimal server, if one was measured.
+    #[serde(skip_deserializing)]
+    pub(crate) of_limit: Option<Ratio>,
 }
 
 /// One server in one cell.
@@ -87,7 +90,7 @@ pub(crate) struct Sample {
 /// flexnbd against the best peer of a cell.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Ratio {
-    /// The peer with the highest median rate.
+    /// The peer, or minimal server, with the highest median rate.
     pub(crate) peer: String,
     /// Median rate over that peer's. Above 1: flexnbd answers more requests.
     pub(crate) rate: f64,
@@ -154,8 +157,25 @@ impl ServerResult {
 
 impl CellResult {
     pub(crate) fn new(cell: Cell, servers: Vec<ServerResult>) -> Self {
-        let (name, sequential, ratio) = (cell.to_string(), cell.is_sequential(), ratio(&servers));
-        Self { name, sequential, cell, servers, ratio }
+        let (name, sequential) = (cell.to_string(), cell.is_sequential());
+        let (ratio, of_limit) = (ratio(&servers), ratio_of_limit(&servers));
+        Self { name, sequential, cell, servers, ratio, of_limit }
+    }
+
+    /// Each server's name, and its rate in requests per second (median, lowest and highest of the
+    /// rounds) and processor time per request in microseconds; `None` if it failed.
+    pub(crate) fn rates(&self) -> impl Iterator<Item = (&str, Option<[f64; 4]>)> {
+        self.servers.iter().map(|server| {
+            let rates = server.rounds.iter().filter_map(Round::sample).map(|s| s.requests_per_sec);
+            let figures = server.median.map(
+                |Sample { requests_per_sec: middle, server_cpu_us_per_request, .. }| {
+                    let (lowest, highest) =
+                        (rates.clone().fold(middle, f64::min), rates.fold(middle, f64::max));
+                    [middle, lowest, highest, server_cpu_us_per_request]
+                },
+            );
+            (server.name.as_str(), figures)
+        })
     }
 
     pub(crate) fn print(&self) {
@@ -177,9 +197,13 @@ impl CellResult {
             ];
             print_row(name, WIDTHS, cells);
         }
-        if let Some(Ratio { peer, rate, rate_lowest, rate_highest, cpu, .. }) = &self.ratio {
+        let others = [(&self.ratio, "the best"), (&self.of_limit, "the limit")];
+        for (ratio, what) in others {
+            let Some(Ratio { peer, rate, rate_lowest, rate_highest, cpu, .. }) = ratio else {
+                continue;
+            };
             println!(
-                "  flexnbd against {peer}, the best: rate × {rate:.2} (rounds: × {rate_lowest:.2} \
+                "  flexnbd against {peer}, {what}: rate × {rate:.2} (rounds: × {rate_lowest:.2} \
                  to × {rate_highest:.2}), processor time × {cpu:.2}"
             );
         }
@@ -188,9 +212,19 @@ impl CellResult {
 
 /// The first flexnbd against the best peer; `None` without a result of both.
 pub(crate) fn ratio(servers: &[ServerResult]) -> Option<Ratio> {
+    best_of(servers, |server| !is_minimal(&server.name))
+}
+
+/// The first flexnbd against the fastest minimal server; `None` without a result of both.
+pub(crate) fn ratio_of_limit(servers: &[ServerResult]) -> Option<Ratio> {
+    best_of(servers, |server| is_minimal(&server.name))
+}
+
+/// The first flexnbd against the best of some other servers.
+fn best_of(servers: &[ServerResult], of: fn(&ServerResult) -> bool) -> Option<Ratio> {
     let ours = servers.iter().find(|server| server.ours)?;
     let our_median = ours.median?;
-    let peers = servers.iter().filter(|server| !server.ours);
+    let peers = servers.iter().filter(|server| !server.ours && of(server));
     let peers: Vec<_> = peers.filter_map(|peer| Some((peer, peer.median?))).collect();
     let (best, best_median) = peers
         .iter()
@@ -216,6 +250,7 @@ impl Results {
         let mut results = read().map_err(|error| format!("{}: {error}", file.display()))?;
         for cell in &mut results.cells {
             cell.ratio = ratio(&cell.servers);
+            cell.of_limit = ratio_of_limit(&cell.servers);
         }
         Ok(results)
     }
@@ -236,6 +271,13 @@ impl Results {
     pub(crate) fn summarize(&mut self) {
         self.summary = means(&self.cells);
         self.targets = cell_targets(&self.cells);
+        let (all, lowest) = (self.rates_of_limit().count(), self.rates_of_limit().reduce(f64::min));
+        if let Some(lowest) = lowest {
+            let reached = self.rates_of_limit().filter(|rate| *rate >= 0.95).count();
+            let seen = format!("{reached} of {all} cells, × {lowest:.2} at worst");
+            let of = "rate in every cell against the limit";
+            self.targets.push(Target::new(of, "≥ × 0.95", seen, reached == all));
+        }
         let ours = self.memory.iter().filter(|row| row.ours);
         self.targets.extend(ours.flat_map(memory_targets));
         let ours = self.activation.iter().find(|row| row.ours);
@@ -243,6 +285,11 @@ impl Results {
             let of = "from connect to greeting under socket activation, median";
             self.targets.push(Target::new(of, "≤ 30 ms", format!("{ms:.1} ms"), ms <= 30.0));
         }
+    }
+
+    /// The rate of each cell over that of the minimal server.
+    fn rates_of_limit(&self) -> impl Iterator<Item = f64> {
+        self.cells.iter().filter_map(|cell| cell.of_limit.as_ref()).map(|ratio| ratio.rate)
     }
 
     /// Prints everything except the cells.
@@ -259,6 +306,11 @@ impl Results {
                 word(generator),
                 cpu.map_or("?".to_owned(), |mean| format!("{mean:.2}"))
             );
+        }
+        let of_limit: Vec<f64> = self.rates_of_limit().collect();
+        if let Some(mean) = geometric_mean(&of_limit) {
+            let cells = of_limit.len();
+            println!("  {cells:>10} cells: rate × {mean:.2} of the limit (geometric mean)");
         }
         let ranked = ranked(&self.cells);
         let below = ranked.iter().filter(|(_, ratio)| ratio.rate < 1.0);

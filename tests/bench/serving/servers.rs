@@ -3,6 +3,7 @@
 //! settings except where those limit them (README.md, "How the peers are started").
 
 use super::cells::Transport;
+use super::minimal;
 use crate::machine::version;
 use crate::nbd::Export;
 use crate::process::{FLEXNBD, Installed, PATIENCE, Process, installed};
@@ -35,14 +36,39 @@ const OURS: Kind =
     (["serve --quiet --max-clients=2000", "--file"], Some(["--addr", "--port", "--addr"]));
 const NBDKIT: Kind =
     (["--foreground --exit-with-parent", "file"], Some(["--ipaddr", "--port", "--unix"]));
-const KINDS: [(&str, Kind, &[&str]); 6] = [
+/// The names of the minimal servers that send the image, each by its method.
+const METHODS: [&str; 7] =
+    ["copy-64k", "copy-256k", "copy-1m", "splice-256k", "splice-1m", "sendfile", "mapping"];
+/// The minimal server without a disk, the limit of the others.
+const NULL: &str = "null";
+const KINDS: [(&str, Kind, &[&str]); 14] = [
     ("flexnbd", OURS, &[FLEXNBD]),
     ("nbdkit", NBDKIT, &["nbdkit"]),
     ("qemu-nbd", ([QEMU_NBD, "--aio=io_uring"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
     ("qemu-nbd-threads", ([QEMU_NBD, "--aio=threads"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
     ("nbd-server", (["", "splice=true\n"], None), &["nbd-server"]),
     ("nbd-server-plain", (["", ""], None), &["nbd-server"]),
+    (NULL, executed(["minimal-server --method=null", "--file"]), MINIMAL),
+    (METHODS[0], executed(["minimal-server --method=copy-64k", "--file"]), MINIMAL),
+    (METHODS[1], executed(["minimal-server --method=copy-256k", "--file"]), MINIMAL),
+    (METHODS[2], executed(["minimal-server --method=copy-1m", "--file"]), MINIMAL),
+    (METHODS[3], executed(["minimal-server --method=splice-256k", "--file"]), MINIMAL),
+    (METHODS[4], executed(["minimal-server --method=splice-1m", "--file"]), MINIMAL),
+    (METHODS[5], executed(["minimal-server --method=sendfile", "--file"]), MINIMAL),
+    (METHODS[6], executed(["minimal-server --method=mapping", "--file"]), MINIMAL),
 ];
+
+const MINIMAL: &[&str] = &[minimal::PROGRAM];
+
+/// A server that is this benchmark itself.
+const fn executed(words: [&'static str; 2]) -> Kind {
+    (words, Some(["--addr", "--port", "--socket"]))
+}
+
+/// Whether a server is a minimal one: a limit of the others, and no peer of flexnbd.
+pub(crate) fn is_minimal(name: &str) -> bool {
+    name == NULL || METHODS.contains(&name)
+}
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Server {
@@ -66,7 +92,9 @@ pub(crate) fn servers(names: &[String], also: &[(String, PathBuf)]) -> Result<Ve
 impl Server {
     fn new(Installed { name, kind, mut programs }: Installed<Kind>) -> Self {
         let program = programs.swap_remove(0);
-        let (ours, version) = (kind == OURS, version(&program));
+        let ours = kind == OURS;
+        let version =
+            if is_minimal(&name) { "of this benchmark".to_owned() } else { version(&program) };
         let mut server = Self { name, ours, version, usage: String::new(), program, kind };
         let image = Path::new("IMAGE");
         server.usage = if server.forks() {
@@ -86,7 +114,8 @@ impl Server {
     /// The command line that serves `image` on a socket passed as systemd passes it, if possible.
     pub(crate) fn activated(&self, image: &Path) -> Option<Vec<OsString>> {
         let program = std::iter::once(self.program.clone().into_os_string());
-        (!self.forks()).then(|| program.chain(self.arguments(image, &[])).collect())
+        (!self.forks() && !is_minimal(&self.name))
+            .then(|| program.chain(self.arguments(image, &[])).collect())
     }
 
     fn arguments(&self, image: &Path, listen: &[OsString]) -> Vec<OsString> {
