@@ -52,7 +52,7 @@ pub(super) struct Read {
     /// Up to this offset it may be read blocking.
     blocking_to: u64,
     /// The result of the last load.
-    loaded: Option<Load>,
+    loaded: Option<Box<Load>>,
 }
 
 /// Bytes that an operation in flight has read, or its error.
@@ -130,7 +130,7 @@ impl Read {
     /// that is allowed, from the device. Fails with `WouldBlock` if they have to be loaded.
     fn fill(&mut self, visit: &Visit<'_>, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let end = offset + data.len() as u64;
-        if let Some(Load { range, outcome }) = &mut self.loaded
+        if let Some(Load { range, outcome }) = self.loaded.as_deref_mut()
             && range.offset() <= offset
             && end <= range.end()
         {
@@ -335,7 +335,7 @@ impl Reads {
             Ok(data) if data.len() as u64 != range.length() => Err(Errno::ENOMEM.into()),
             outcome => outcome,
         };
-        read.loaded = Some(Load { range, outcome });
+        read.loaded = Some(Box::new(Load { range, outcome }));
         // Before reads that hold no data yet, so that loaded data does not accumulate; but no reply may
         // come between the pieces of another.
         let at = self.queue.front().is_some_and(|first| first.announced).into();
