@@ -43,6 +43,8 @@ pub(super) struct Operation<'a, T> {
     pub(super) change: Option<Change<'a>>,
     /// Bytes of data that it holds.
     pub(super) memory: usize,
+    /// Whether they are bytes to read.
+    pub(super) is_read: bool,
     pub(super) stage: OpStage<'a>,
 }
 

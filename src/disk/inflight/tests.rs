@@ -215,6 +215,14 @@ fn there_is_room_up_to_the_limits() {
     assert!(in_flight.has_room(512) && !in_flight.has_room(513));
     fixture.complete(0);
     assert!(next_outcome(&mut in_flight).is_some() && in_flight.has_room(usize::MAX));
+
+    assert!(in_flight.has_room_to_read(usize::MAX), "a single read may be of any length");
+    let length = READ_BYTES_MAX - 512;
+    fixture.begin(&mut in_flight, read(0, length as u64), 0);
+    assert!(in_flight.has_room_to_read(512) && !in_flight.has_room_to_read(513));
+    assert!(in_flight.has_room(BYTES_MAX), "reads take no room from writes");
+    fixture.complete(0);
+    assert!(next_outcome(&mut in_flight).is_some() && in_flight.has_room_to_read(usize::MAX));
 }
 
 #[test]

@@ -241,7 +241,7 @@ impl Reads {
         out: &mut Tx,
         rx_is_empty: bool,
     ) -> Result<bool, SessionEnd> {
-        if self.awaited_room > 0 && !io.in_flight.has_room(self.awaited_room) {
+        if self.awaited_room > 0 && !io.in_flight.has_room_to_read(self.awaited_room) {
             return Ok(true);
         }
         self.awaited_room = 0;
@@ -276,7 +276,7 @@ impl Reads {
                 drop(visit);
                 self.read_inline(read, range, io, replies, out)?;
             }
-            ReadStep::Cold(_, range) if !io.in_flight.has_room(range.length() as usize) => {
+            ReadStep::Cold(_, range) if !io.in_flight.has_room_to_read(range.length() as usize) => {
                 self.queue.push_front(read);
                 self.awaited_room = range.length() as usize;
                 return Ok(Some(Busy::InFlight));
@@ -335,6 +335,8 @@ impl Reads {
             Ok(data) if data.len() as u64 != range.length() => Err(Errno::ENOMEM.into()),
             outcome => outcome,
         };
+        // Its data is sent before room is awaited again.
+        self.awaited_room = 0;
         read.loaded = Some(Box::new(Load { range, outcome }));
         // Before reads that hold no data yet, so that loaded data does not accumulate; but no reply may
         // come between the pieces of another.

@@ -1,6 +1,7 @@
 //! The engine without a socket, on a clock that the test sets.
 
 use super::*;
+use crate::disk::inflight::READ_BYTES_MAX;
 use crate::disk::memory_backend::MemoryBackend;
 use crate::disk::slow_backend::{Slow, SlowBackend, TestNotifier};
 use crate::net::Stream;
@@ -111,14 +112,15 @@ fn requests_begin_while_a_read_waits_for_room_in_flight() {
     let (memory, slow) = (MemoryBackend::new(SIZE), Arc::new(Slow::default()));
     let disk = Disk::new(Box::new(SlowBackend::new(memory.clone(), Arc::clone(&slow))), false);
     slow.evict_all();
-    // Two of them fill the room in flight.
     const READ: u64 = 1 << 20;
+    let fitting = (READ_BYTES_MAX / READ as usize) as u64;
     let read = |cookie| request(CommandKind::Read, READ, cookie);
-    let write = [request(CommandKind::Write, 4096, 4), vec![7; 4096]].concat();
-    let mut engine = engine(&disk, &[read(1), read(2), read(3), write].concat());
+    let reads = (0..=fitting).flat_map(read);
+    let write = [request(CommandKind::Write, 4096, 99), vec![7; 4096]].concat();
+    let mut engine = engine(&disk, &reads.chain(write).collect::<Vec<u8>>());
     let blocked = engine.advance(StopRequest::Serve);
     assert!(matches!(blocked, Ok(Blocked::Input)), "{blocked:?}");
-    assert_eq!((slow.count(), engine.tx.unsent()), (2, 16), "the write is answered");
+    assert_eq!((slow.count() as u64, engine.tx.unsent()), (fitting, 16), "the write is answered");
     engine.on_end_of_stream();
     // The driver must not advance again before a load completes.
     let blocked = engine.advance(StopRequest::Serve);
@@ -136,5 +138,5 @@ fn requests_begin_while_a_read_waits_for_room_in_flight() {
             received += count;
         }
     }
-    assert_eq!(received, 16 + 3 * (16 + READ as usize));
+    assert_eq!(received as u64, 16 + (fitting + 1) * (16 + READ));
 }
