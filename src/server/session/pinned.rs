@@ -5,6 +5,12 @@
 //! and data in the pipe is certain to be sent. Until the client has it, the data may still change,
 //! but only in bytes that a client changes meanwhile: only images on file systems with this property
 //! are pinned (`disk/file_system`).
+//!
+//! `cargo bench --bench sending` compares the ways to send long reads. Of 64 KiB and 256 KiB, references
+//! cost less processor time than copies through a buffer (up to 3.5 times less) and than sending from a
+//! mapping, in memory and on ext4. `sendfile(2)` costs about as much, but can fail after the header. With
+//! 1 MiB the rates of all these ways vary more from run to run than from each other; pieces of 256 KiB and
+//! of 1 MiB were each ahead in some runs.
 
 use crate::net::Stream;
 use crate::range::Range;
