@@ -1,14 +1,16 @@
-//! Locks and waits that ignore poisoning.
+//! Locks and waits that ignore poisoning, and the atomics of the standard library.
+//!
+//! Modules that are checked by the models in `tests/models` import their locks and atomics from here:
+//! the models compile the same files with other ones.
 //!
 //! The standard library poisons a lock whose holder panics, because the value may be half changed. Code
 //! under our locks does not panic between two changes that belong together; and a panic ends only the
 //! thread of one session or one command, so the locks must stay usable for the other threads.
 
-use std::sync::{
-    Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-    WaitTimeoutResult,
-};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, WaitTimeoutResult};
 use std::time::Duration;
+
+pub use std::sync::{Condvar, Mutex, MutexGuard, atomic};
 
 /// Locks `mutex`, as [`Mutex::lock`] does.
 pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -5,10 +5,10 @@
 //! *before* it replies; a copier takes the mark *first* and reads *second*. A change may then be
 //! copied twice, but is never lost.
 
+use super::atomic_words::AtomicWords;
 use crate::range::Range;
-use memmap2::{MmapMut, MmapOptions};
+use crate::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::io;
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 /// Fewest bytes of the disk that one bit stands for: coarser marks multiply the traffic of small
 /// random writes.
@@ -231,33 +231,6 @@ impl DirtyBitmap {
 /// `count` ones from bit `from` on; `from + count` is at most 64.
 fn ones(from: u64, count: u64) -> u64 {
     if count == 0 { 0 } else { (u64::MAX >> (BITS - count)) << from }
-}
-
-/// Anonymous memory viewed as atomic words; untouched pages cost nothing.
-#[derive(Debug)]
-struct AtomicWords {
-    memory: MmapMut,
-    len: u64,
-}
-
-impl AtomicWords {
-    fn new(len: u64) -> io::Result<Self> {
-        let bytes = usize::try_from(len.max(1) * 8).map_err(io::Error::other)?;
-        let memory = MmapOptions::new().len(bytes).no_reserve_swap().map_anon()?;
-        Ok(Self { memory, len })
-    }
-
-    fn len(&self) -> u64 {
-        self.len
-    }
-
-    fn get(&self, index: u64) -> &AtomicU64 {
-        assert!(index < self.len, "block beyond the end of the bitmap");
-        // SAFETY: `index < len`, so the eight bytes lie inside the mapping, which lives as long
-        // as `self`; a mapping starts on a page boundary, so every word is aligned; and all accesses
-        // to these bytes go through the atomics returned here.
-        unsafe { &*self.memory.as_ptr().cast::<AtomicU64>().add(index as usize) }
-    }
 }
 
 #[cfg(test)]

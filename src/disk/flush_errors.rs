@@ -5,11 +5,11 @@
 
 use super::backend::errno_of;
 use super::io_queue::Notifier;
-use crate::sync;
+use crate::sync::atomic::{AtomicI32, Ordering};
+use crate::sync::{self, Condvar, Mutex, MutexGuard};
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 
 /// The outcome of a disk's flushes so far.
 #[derive(Debug, Default)]

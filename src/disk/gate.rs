@@ -7,9 +7,9 @@
 //! the gate itself, even if the closer's thread is blocked.
 
 use super::io_queue::Notifier;
-use crate::sync;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{self, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Set for good once the gate is retired.

@@ -9,6 +9,7 @@
 //! durable, is submitted as an operation ([`inflight`]), which keeps the visit and executes
 //! asynchronously.
 
+mod atomic_words;
 mod backend;
 mod backends;
 mod blocking;

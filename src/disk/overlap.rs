@@ -12,10 +12,10 @@
 
 use super::io_queue::Notifier;
 use crate::range::Range;
-use crate::sync;
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{self, Mutex, MutexGuard};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 /// The registered changes of one disk.
 #[derive(Debug, Default)]

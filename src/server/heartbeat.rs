@@ -1,7 +1,7 @@
 //! Liveness probe of the thread that accepts clients: the watchdog sends a number, the acceptor
 //! repeats it. Never waits.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// The numbers of the last request and of the last reply.
 #[derive(Debug, Default)]

@@ -3,10 +3,10 @@
 
 use crate::disk::Notifier;
 use crate::net::Wake;
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use nix::time::ClockId;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// What the server requests of a session, from the weakest to the strongest.
