@@ -1,5 +1,6 @@
 //! Tests that the benchmarks measure correctly. `cargo bench` runs the benchmarks themselves, from
-//! the crate roots peers.rs and migrate.rs. These have no test harness, so all tests are here.
+//! the crate roots peers.rs, sending.rs and migrate.rs. These have no test harness, so all tests are
+//! here.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
