@@ -85,6 +85,12 @@ impl Disk {
         }
     }
 
+    /// Starts no thread from now on; sessions execute what the I/O queue declines.
+    #[cfg(test)]
+    pub(crate) fn forbid_threads(&self) {
+        self.threads.forbid();
+    }
+
     /// The backend that keeps the bytes.
     pub(super) fn image(&self) -> &Arc<dyn Backend> {
         self.backends.current()

@@ -24,6 +24,8 @@ use super::detect_zeros;
 use super::disk::{Disk, Visit};
 use super::flush_errors::FlushGuard;
 use super::io_queue::{Completion, Notifier, Op, Zeroing};
+#[cfg(test)]
+use super::mutation::{self, Mutation};
 use super::overlap::Change;
 use super::part_sizes::PartSizes;
 use super::thread_pool::Completions;
@@ -240,6 +242,10 @@ impl<'a, T> InFlight<'a, T> {
     }
 
     fn may_start(&self, op: &Op, change: Option<&Change<'a>>) -> bool {
+        #[cfg(test)]
+        if mutation::is_active(Mutation::StartOverlapping) {
+            return true;
+        }
         let how = match op {
             Op::Zero { how, .. } => Some(*how),
             Op::Trim { .. } => Some(Zeroing::default()),
@@ -253,6 +259,10 @@ impl<'a, T> InFlight<'a, T> {
 
     /// Requests a notification when the gate opens.
     pub fn notify_when_gate_opens(&self) {
+        #[cfg(test)]
+        if mutation::is_active(Mutation::MissGate) {
+            return;
+        }
         self.gate_expiry.set(self.disk.gate.notify_when_open(&self.notifier));
     }
 
@@ -568,6 +578,8 @@ impl<'a, T> InFlight<'a, T> {
     /// takes the mark first and reads second, so it may send a change twice but never misses one.
     fn mark(&mut self, key: u64) {
         let change = self.operations.get_mut(&key).and_then(|operation| operation.change.take());
+        #[cfg(test)]
+        let change = change.filter(|_| !mutation::is_active(Mutation::ForgetMark));
         if let Some(change) = change {
             self.disk.mark(change.range());
         }

@@ -31,6 +31,8 @@ mod lock;
 pub(crate) mod memory_backend;
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+pub(crate) mod mutation;
 mod open;
 mod overlap;
 pub mod ownership;

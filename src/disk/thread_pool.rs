@@ -44,6 +44,9 @@ struct Tasks {
     idle: usize,
     /// Whether a write-back is queued or running.
     write_back_pending: bool,
+    /// No thread may start, so that the session executes everything itself.
+    #[cfg(test)]
+    forbidden: bool,
 }
 
 #[derive(Debug)]
@@ -98,9 +101,19 @@ impl ThreadPool {
         is_taken
     }
 
+    /// Starts no thread from now on.
+    #[cfg(test)]
+    pub(super) fn forbid(&self) {
+        self.pool.lock().forbidden = true;
+    }
+
     /// Gives a task to a thread; returns it if there is none.
     fn submit(&self, task: Task) -> Option<Task> {
         let mut state = self.pool.lock();
+        #[cfg(test)]
+        if state.forbidden {
+            return Some(task);
+        }
         if state.idle <= state.waiting.len() && state.threads < THREADS_MAX {
             let pool = Arc::clone(&self.pool);
             let thread = thread::Builder::new().name("disk".into()).stack_size(STACK);

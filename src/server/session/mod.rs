@@ -20,6 +20,8 @@ mod replies;
 mod rx;
 #[expect(clippy::module_inception, reason = "the file of the type `Session`")]
 mod session;
+#[cfg(test)]
+mod simulation_tests;
 mod stall;
 mod tx;
 mod writes;

@@ -15,6 +15,8 @@ use super::inline_reads::InlineReads;
 use super::pinned;
 use super::replies::Replies;
 use super::tx::Tx;
+#[cfg(test)]
+use crate::disk::mutation::{self, Mutation};
 use crate::disk::{Buffer, Extent, Op, Visit};
 use crate::message_id;
 use crate::nbd::reply::{Dialect, ReplyTo};
@@ -186,6 +188,11 @@ impl Reads {
 
     /// Saves the reads. None of them may be loading.
     pub(super) fn save(self) -> Vec<ReadSnapshot> {
+        #[cfg(test)]
+        if mutation::is_active(Mutation::DropLoadedRead) {
+            let kept = self.queue.into_iter().filter(|read| read.loaded.is_none());
+            return kept.map(Read::save).collect();
+        }
         self.queue.into_iter().map(Read::save).collect()
     }
 

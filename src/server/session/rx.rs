@@ -51,6 +51,23 @@ impl Rx {
     /// Errors: `WouldBlock` when nothing has arrived; `OutOfMemory` when the buffer is full or no memory
     /// is left; otherwise the connection is broken.
     pub(super) fn receive(&mut self, from: &Stream) -> io::Result<usize> {
+        let count = from.try_recv(self.space()?)?;
+        self.end += count;
+        Ok(count)
+    }
+
+    /// Puts as many of these bytes into the buffer as fit; returns how many.
+    #[cfg(test)]
+    pub(super) fn fill(&mut self, bytes: &[u8]) -> usize {
+        let space = self.space().unwrap();
+        let count = bytes.len().min(space.len());
+        space[..count].copy_from_slice(&bytes[..count]);
+        self.end += count;
+        count
+    }
+
+    /// The free space behind the bytes. Fails with `OutOfMemory` when there is none.
+    fn space(&mut self) -> io::Result<&mut [u8]> {
         if self.is_full() {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
@@ -62,9 +79,7 @@ impl Rx {
             buffer.copy_within(self.start.., 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        let count = from.try_recv(&mut buffer[self.end..])?;
-        self.end += count;
-        Ok(count)
+        Ok(&mut buffer[self.end..])
     }
 
     /// Whether bytes must be consumed before more can be received.

@@ -20,8 +20,9 @@ pub(super) const FULL: usize = 32 << 10;
 /// that is buffered as a whole, so that other requests are still answered beside it.
 pub(super) const OVERFULL: usize = (512 << 10) + (1 << 20);
 /// Smallest size of the buffer in bytes: large enough that the allocator returns it to the kernel when
-/// it is freed. (With 64 KiB an idle session kept 76 KiB, with this 18 KiB.)
-const BUFFER_MIN: usize = 320 << 10;
+/// it is freed. (With 64 KiB an idle session kept 76 KiB, with this 18 KiB.) Unit tests create thousands of
+/// buffers, and fill them slowly.
+const BUFFER_MIN: usize = if cfg!(test) { 8 << 10 } else { 320 << 10 };
 /// With this many bytes deferred behind a simple read, a session answers nothing more.
 pub(super) const DEFERRED_MAX: usize = 64 << 10;
 
@@ -240,6 +241,19 @@ impl Tx {
         }
         (self.start, self.end) = (0, 0);
         Ok(true)
+    }
+
+    /// Takes at most so many bytes to send; no data is pinned.
+    #[cfg(test)]
+    pub(super) fn take(&mut self, most: usize) -> Vec<u8> {
+        assert!(!self.out_of_memory && self.pinned.length() == 0);
+        let end = self.end.min(self.start.saturating_add(most));
+        let taken = self.buffer[self.start..end].to_vec();
+        self.start = end;
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+        taken
     }
 
     /// Frees the memory and the pipe if everything was sent.

@@ -8,6 +8,8 @@ use super::disk_io::{Busy, DiskIo, Tag, piece_length};
 use super::replies::Replies;
 use super::rx::Rx;
 use super::tx::Tx;
+#[cfg(test)]
+use crate::disk::mutation::{self, Mutation};
 use crate::disk::{Buffer, Op, Visit, errno_of};
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::Request;
@@ -285,6 +287,10 @@ impl Writes {
         tx: &mut Tx,
     ) {
         let is_done = |long: &LongWrite| long.is_complete && long.in_flight == 0;
+        #[cfg(test)]
+        let is_done = |long: &LongWrite| {
+            is_done(long) || (long.is_complete && mutation::is_active(Mutation::AnswerLongEarly))
+        };
         if !self.long.get(&number).is_some_and(is_done) {
             return;
         }
