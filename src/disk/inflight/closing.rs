@@ -1,4 +1,4 @@
-//! The end of a session: drops the operations that wait, and blocks until those that execute complete.
+//! The end of a session: drops waiting operations, and blocks until executing ones complete.
 
 use super::InFlight;
 use super::stage::{OpQueue, OpStage};

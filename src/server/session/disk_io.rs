@@ -1,5 +1,5 @@
 //! A session's access to the disk: the gate, and the operations in flight.
-//! Never waits: what is not possible now is a reason why the session is blocked.
+//! Never waits: an operation that cannot begin now returns the reason.
 
 use crate::disk::inflight::InFlight;
 use crate::disk::{Disk, Notifier, Op, Visit};

@@ -1,5 +1,5 @@
 //! The transmission phase of one session, without a socket: requests out of the receive buffer, replies
-//! into the send buffer. Does what is possible now, and says what it waits for ([`Blocked`]); never
+//! into the send buffer. Does everything possible now, and returns its reason to wait ([`Blocked`]); never
 //! waits, receives or sends. Time comes in as clocks.
 //!
 //! Receiving and sending never wait for each other. While the client does not receive replies, reads

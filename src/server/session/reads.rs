@@ -1,6 +1,6 @@
 //! Replies to READ: piece by piece, holes as holes, and no header before its data is certain.
-//! Never waits for the client: the read continues when the client has received more. Reads what is in the
-//! page cache without blocking; the rest is loaded by an operation in flight, which returns the bytes.
+//! Never waits for the client: the read continues when the client has received more. Reads bytes in
+//! the page cache without blocking; an operation in flight loads the others, and returns them.
 //!
 //! A piece is certain once it is read into the send buffer, or, if it is long and the image allows it, once
 //! the kernel has put references to its pages into a pipe (`splice(2)`). Only then is its header
@@ -201,7 +201,7 @@ impl Reads {
         saved.into_iter().map(|read| Read::restore(read, size)).collect()
     }
 
-    /// The number of reads that wait in the queue; those that are loading do not count.
+    /// The number of reads in the queue, without loading ones.
     pub(super) fn len(&self) -> usize {
         self.queue.len()
     }
@@ -262,8 +262,8 @@ impl Reads {
         Ok(true)
     }
 
-    /// Answers the next piece of a read, or loads it. Puts what is left of the read at the front of the
-    /// queue, and returns why it has to wait.
+    /// Answers the next piece of a read, or loads it. Puts the rest of the read at the front of the queue,
+    /// and returns why it has to wait.
     fn step(
         &mut self,
         mut read: Read,

@@ -1,4 +1,4 @@
-//! Replies to requests, and the log of those that failed.
+//! Replies to requests, and the log of failed ones.
 //! Never accesses the disk, except to ask whether a flush has failed before.
 
 use super::tx::Tx;
