@@ -1,4 +1,5 @@
 //! Explores the orders in which threads can execute shared code: see `tests/models/src/lib.rs`.
+//! loom itself reads `LOOM_LOCATION` and `LOOM_MAX_PREEMPTIONS`.
 
 use models::disk::{dirty_models, flush_models, gate_models, overlap_models};
 use models::server::{sessions_models, stop_models};
