@@ -126,13 +126,6 @@ impl<'a, T> InFlight<'a, T> {
         self.operations.is_empty() && self.completed.is_empty()
     }
 
-    /// Whether all operations that started have completed and every outcome has been taken; others
-    /// may still wait to start.
-    #[must_use]
-    pub fn is_quiescent(&self) -> bool {
-        self.operations.len() == self.waiting && self.completed.is_empty()
-    }
-
     /// Whether an operation that holds this many bytes to write may begin.
     #[must_use]
     pub fn has_room(&self, bytes: usize) -> bool {

@@ -232,7 +232,7 @@ impl<'a> Engine<'a> {
         self.io.in_flight.submit();
         let is_finishing = !matches!(stop, StopRequest::Serve | StopRequest::Suspend);
         if is_finishing && matches!(blocked, Blocked::Gate) && self.io.in_flight.is_empty() {
-            // Not before the client has the replies to what was executed.
+            // Not before the client has the replies to completed requests.
             let end = SessionEnd::Requested(stop);
             return if self.tx.has_bytes() { Ok(Blocked::Output) } else { Err(end) };
         }

@@ -349,7 +349,6 @@ impl Reads {
         // come between the pieces of another.
         let at = self.queue.front().is_some_and(|first| first.announced).into();
         self.queue.insert(at, read);
-        self.awaited_room = 0;
     }
 
     /// Answers the next piece of a read if its data is in memory.
