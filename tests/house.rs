@@ -46,6 +46,7 @@ const PURE: &[&str] = &[
     "server/session/inline_reads.rs",
     "server/handshake_slots.rs",
     "server/session/stall.rs",
+    "disk/op.rs",
     "disk/ownership.rs",
     "server/write_throttle.rs",
     "migration/arrival.rs",

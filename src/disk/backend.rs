@@ -4,7 +4,8 @@
 //! [`Backend`] is what every backend has to do. What only some of them can do is an optional capability:
 //! [`PageCache`] for bytes that are in memory, [`SocketTransfer`] for sending without a copy.
 
-use super::io_queue::{IoQueue, Zeroing};
+use super::io_queue::IoQueue;
+use super::op::Op;
 use crate::range::Range;
 use nix::errno::Errno;
 use std::io;
@@ -29,19 +30,13 @@ pub trait Backend: Send + Sync + std::fmt::Debug {
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
     /// Writes all of `data`; with `durable` returns only once it is on stable storage.
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()>;
-    /// Makes the range read as zeros.
-    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()>;
-    /// Deallocates as much of the range as it can; the bytes may read as anything afterwards.
-    fn trim(&self, range: Range) -> io::Result<()>;
+    /// Executes an operation for which there is no other method: a zeroing or trim, which need not be
+    /// durable, or a hint. `Unsupported` for one that the backend does not know.
+    fn execute(&self, op: &Op) -> io::Result<()>;
     /// Returns once everything written before the call is on stable storage.
     fn flush(&self) -> io::Result<()>;
     /// The extent that contains `offset`, from `offset` on.
     fn extent(&self, offset: u64) -> io::Result<Extent>;
-    /// Hints that the range will be read soon.
-    fn prefetch(&self, range: Range) -> io::Result<()> {
-        let _ = range;
-        Ok(())
-    }
     /// An I/O queue for one session, created on the session's thread; `None` where I/O cannot be
     /// asynchronous. Each completion adds to the eventfd `notifier`.
     fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
@@ -54,10 +49,10 @@ pub trait Backend: Send + Sync + std::fmt::Debug {
     fn unit(&self) -> u64 {
         1
     }
-    /// Whether the time that zeroing or trimming takes depends on the number of extents rather than
+    /// Whether the time that a divisible operation takes depends on the number of extents rather than
     /// of bytes, as in a file with `fallocate(2)`.
-    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
-        let _ = how;
+    fn works_by_extent(&self, op: &Op) -> bool {
+        let _ = op;
         false
     }
     /// Whether of two writes of the same bytes the one that begins later also ends later. The kernel

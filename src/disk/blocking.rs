@@ -2,7 +2,7 @@
 
 use super::backend::Backend;
 use super::detect_zeros;
-use super::io_queue::Op;
+use super::op::Op;
 use std::io;
 
 /// Executes an operation synchronously. A zeroing or trim is not made durable: `inflight` flushes
@@ -14,9 +14,7 @@ pub(super) fn execute(image: &dyn Backend, op: &mut Op) -> io::Result<()> {
         Op::Write { offset, data, durable: false } => {
             detect_zeros::write_around_holes(image, *offset, data)
         }
-        Op::Zero { range, how, durable: _ } => image.zero(*range, *how),
-        Op::Trim { range, durable: _ } => image.trim(*range),
         Op::Flush => image.flush(),
-        Op::Cache(range) => image.prefetch(*range),
+        other => image.execute(other),
     }
 }

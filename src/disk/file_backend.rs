@@ -4,7 +4,8 @@
 use super::backend::{Backend, Extent, Identity, PageCache, SocketTransfer, errno_of};
 use super::extents::SeekResult;
 use super::file_system::{self, FileSystem, HolePolicy};
-use super::io_queue::{IoQueue, Zeroing};
+use super::io_queue::IoQueue;
+use super::op::{Op, Zeroing};
 use super::open::{self, Access, FileKind, OpenError, SECTOR};
 use super::uring::{FallocateCall, RingFile, Uring};
 use super::{detect_zeros, extents, syscalls};
@@ -228,6 +229,49 @@ impl FileBackend {
         Ok(())
     }
 
+    /// Makes the range read as zeros.
+    pub(super) fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
+        let blocks = self.whole_blocks(range);
+        let cannot_be_fast =
+            how.only_if_fast && self.kind == FileKind::File && self.supports_none(how);
+        // Whole blocks first: if they cannot be zeroed fast, no byte has changed.
+        if !cannot_be_fast && (blocks.is_empty() || self.zero_by_kernel(blocks, how)?) {
+            return self.zero_edges(range, how.keep_allocated);
+        }
+        if how.only_if_fast {
+            return Err(Errno::EOPNOTSUPP.into());
+        }
+        self.write_zeros_outside_holes(range, how.keep_allocated)
+    }
+
+    /// Deallocates as much of the range as it can; the bytes may read as anything afterwards.
+    pub(super) fn trim(&self, range: Range) -> io::Result<()> {
+        let blocks = self.whole_blocks(range);
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        match self.kind {
+            FileKind::File => self.try_zero_method(ZeroMethod::PunchHole, blocks).map(drop),
+            FileKind::BlockDevice { .. } => match syscalls::discard(&self.file, blocks) {
+                Err(error) if syscalls::is_unable(errno(&error)) => Ok(()),
+                result => result,
+            },
+        }
+    }
+
+    /// Has the kernel read the range ahead.
+    pub(super) fn prefetch(&self, range: Range) -> io::Result<()> {
+        let (offset, length) =
+            (syscalls::to_off_t(range.offset())?, syscalls::to_off_t(range.length())?);
+        let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+        posix_fadvise(&self.file, offset, length, advice).map_err(io::Error::from)
+    }
+
+    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
+        let is_able = |method: &ZeroMethod| !self.unsupported_flag(*method).load(Ordering::Relaxed);
+        self.kind == FileKind::File && self.zero_methods(how).first().is_some_and(is_able)
+    }
+
     /// Writes with `RWF_DSYNC` while that is supported, and returns the data that is left.
     fn write_durably<'a>(&self, offset: u64, data: &'a [u8]) -> io::Result<&'a [u8]> {
         let mut rest = data;
@@ -303,53 +347,30 @@ impl Backend for FileBackend {
         self.flush()
     }
 
-    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
-        let blocks = self.whole_blocks(range);
-        let cannot_be_fast =
-            how.only_if_fast && self.kind == FileKind::File && self.supports_none(how);
-        // Whole blocks first: if they cannot be zeroed fast, no byte has changed.
-        if !cannot_be_fast && (blocks.is_empty() || self.zero_by_kernel(blocks, how)?) {
-            return self.zero_edges(range, how.keep_allocated);
+    fn execute(&self, op: &Op) -> io::Result<()> {
+        match op {
+            Op::Zero { range, how, .. } => self.zero(*range, *how),
+            Op::Trim { range, .. } => self.trim(*range),
+            Op::Cache(range) => self.prefetch(*range),
+            _ => Err(io::ErrorKind::Unsupported.into()),
         }
-        if how.only_if_fast {
-            return Err(Errno::EOPNOTSUPP.into());
+    }
+
+    fn works_by_extent(&self, op: &Op) -> bool {
+        match op {
+            Op::Zero { how, .. } => self.zeroes_by_extent(*how),
+            Op::Trim { .. } => self.zeroes_by_extent(Zeroing::default()),
+            _ => false,
         }
-        self.write_zeros_outside_holes(range, how.keep_allocated)
     }
 
     fn orders_writes(&self) -> bool {
         self.kind == FileKind::File
     }
 
-    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
-        let is_able = |method: &ZeroMethod| !self.unsupported_flag(*method).load(Ordering::Relaxed);
-        self.kind == FileKind::File && self.zero_methods(how).first().is_some_and(is_able)
-    }
-
-    fn trim(&self, range: Range) -> io::Result<()> {
-        let blocks = self.whole_blocks(range);
-        if blocks.is_empty() {
-            return Ok(());
-        }
-        match self.kind {
-            FileKind::File => self.try_zero_method(ZeroMethod::PunchHole, blocks).map(drop),
-            FileKind::BlockDevice { .. } => match syscalls::discard(&self.file, blocks) {
-                Err(error) if syscalls::is_unable(errno(&error)) => Ok(()),
-                result => result,
-            },
-        }
-    }
-
     fn flush(&self) -> io::Result<()> {
         // fdatasync suffices, because the size never changes.
         self.file.sync_data()
-    }
-
-    fn prefetch(&self, range: Range) -> io::Result<()> {
-        let (offset, length) =
-            (syscalls::to_off_t(range.offset())?, syscalls::to_off_t(range.length())?);
-        let advice = PosixFadviseAdvice::POSIX_FADV_WILLNEED;
-        posix_fadvise(&self.file, offset, length, advice).map_err(io::Error::from)
     }
 
     fn page_cache(&self) -> Option<&dyn PageCache> {

@@ -23,9 +23,10 @@ use super::buffer::Buffer;
 use super::detect_zeros;
 use super::disk::{Disk, Visit};
 use super::flush_errors::FlushGuard;
-use super::io_queue::{Completion, Notifier, Op, Zeroing};
+use super::io_queue::{Completion, Notifier};
 #[cfg(test)]
 use super::mutation::{self, Mutation};
+use super::op::Op;
 use super::overlap::Change;
 use super::part_sizes::PartSizes;
 use super::thread_pool::Completions;
@@ -239,14 +240,8 @@ impl<'a, T> InFlight<'a, T> {
         if mutation::is_active(Mutation::StartOverlapping) {
             return true;
         }
-        let how = match op {
-            Op::Zero { how, .. } => Some(*how),
-            Op::Trim { .. } => Some(Zeroing::default()),
-            _ => None,
-        };
-        let by_extent = |how| self.disk.image().zeroes_by_extent(how);
-        let parts_max = |how| self.part_sizes.in_flight_max(by_extent(how));
-        let has_slot = how.is_none_or(|how| self.parts < parts_max(how));
+        let parts_max = || self.part_sizes.in_flight_max(self.disk.image().works_by_extent(op));
+        let has_slot = !op.is_divisible() || self.parts < parts_max();
         has_slot && change.is_none_or(Change::is_first)
     }
 
@@ -355,12 +350,13 @@ impl<'a, T> InFlight<'a, T> {
         self.waiting -= 1;
         match op {
             Op::Flush => self.batch(visit, key, None),
-            Op::Zero { .. } | Op::Trim { .. } => self.start_part(visit, key, op),
+            op if op.is_divisible() => self.start_part(visit, key, op),
             Op::Write { offset, data, durable } => {
                 self.start_write(visit, key, offset, data, durable);
             }
-            Op::Read { .. } | Op::Cache(_) => {
-                self.execute(key, op, OpStage::Executing { visit, durable: false });
+            op => {
+                let durable = op.is_durable();
+                self.execute(key, op, OpStage::Executing { visit, durable });
             }
         }
     }

@@ -2,7 +2,7 @@
 //! Never in a released program.
 
 use super::backend::{Backend, Extent, PageCache, SocketTransfer};
-use super::io_queue::Zeroing;
+use super::op::{Op, Zeroing};
 use crate::range::Range;
 use std::collections::BTreeMap;
 use std::io;
@@ -51,6 +51,21 @@ impl MemoryBackend {
         })
     }
 
+    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
+        if how.keep_allocated {
+            return self.write(range.offset(), &vec![0; range.length() as usize], false);
+        }
+        let mut blocks = self.blocks.lock().unwrap();
+        for (block, place) in Self::parts(range) {
+            if place.len() as u64 == BLOCK {
+                blocks.remove(&block);
+            } else if let Some(bytes) = blocks.get_mut(&block) {
+                bytes[place].fill(0);
+            }
+        }
+        Ok(())
+    }
+
     fn range(&self, offset: u64, length: usize) -> Range {
         Range::within(self.size, offset, length as u64).expect("tests stay within the disk")
     }
@@ -87,23 +102,12 @@ impl Backend for MemoryBackend {
         Ok(())
     }
 
-    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
-        if how.keep_allocated {
-            return self.write(range.offset(), &vec![0; range.length() as usize], false);
+    fn execute(&self, op: &Op) -> io::Result<()> {
+        match op {
+            Op::Zero { range, how, .. } => self.zero(*range, *how),
+            Op::Trim { range, .. } => self.zero(*range, Zeroing::default()),
+            _ => Ok(()),
         }
-        let mut blocks = self.blocks.lock().unwrap();
-        for (block, place) in Self::parts(range) {
-            if place.len() as u64 == BLOCK {
-                blocks.remove(&block);
-            } else if let Some(bytes) = blocks.get_mut(&block) {
-                bytes[place].fill(0);
-            }
-        }
-        Ok(())
-    }
-
-    fn trim(&self, range: Range) -> io::Result<()> {
-        self.zero(range, Zeroing::default())
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -157,12 +161,8 @@ impl<T: InMemory> Backend for T {
         InMemory::write(self, offset, data)
     }
 
-    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
-        self.memory().zero(range, how)
-    }
-
-    fn trim(&self, range: Range) -> io::Result<()> {
-        self.memory().trim(range)
+    fn execute(&self, op: &Op) -> io::Result<()> {
+        self.memory().execute(op)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -283,28 +283,22 @@ impl Backend for FailingBackend {
         self.image.write(offset, data, durable)
     }
 
-    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
-        self.faults.pass(BackendCall::Zero)?;
-        self.image.zero(range, how)
+    fn execute(&self, op: &Op) -> io::Result<()> {
+        self.faults.pass(match op {
+            Op::Zero { .. } => BackendCall::Zero,
+            Op::Trim { .. } => BackendCall::Trim,
+            _ => BackendCall::Prefetch,
+        })?;
+        self.image.execute(op)
     }
 
-    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
-        self.image.zeroes_by_extent(how)
-    }
-
-    fn trim(&self, range: Range) -> io::Result<()> {
-        self.faults.pass(BackendCall::Trim)?;
-        self.image.trim(range)
+    fn works_by_extent(&self, op: &Op) -> bool {
+        self.image.works_by_extent(op)
     }
 
     fn flush(&self) -> io::Result<()> {
         self.faults.pass(BackendCall::Flush)?;
         self.image.flush()
-    }
-
-    fn prefetch(&self, range: Range) -> io::Result<()> {
-        self.faults.pass(BackendCall::Prefetch)?;
-        self.image.prefetch(range)
     }
 
     fn page_cache(&self) -> Option<&dyn PageCache> {

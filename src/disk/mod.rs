@@ -33,6 +33,7 @@ pub(crate) mod memory_backend;
 mod model_tests;
 #[cfg(test)]
 pub(crate) mod mutation;
+mod op;
 mod open;
 mod overlap;
 pub mod ownership;
@@ -56,8 +57,9 @@ pub use disk::{Copier, Disk, ExchangeError, Visit};
 pub use file_backend::FileBackend;
 pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
-pub use io_queue::{Completion, IoQueue, Notifier, Op, Zeroing};
+pub use io_queue::{Completion, IoQueue, Notifier};
 pub use lock::{Holders, LockKind};
+pub use op::{Op, Zeroing};
 pub use open::{Access, OpenError, SECTOR, image_size};
 pub use overlap::Change;
 

@@ -3,7 +3,8 @@
 
 use super::backend::{Backend, Extent, PageCache};
 use super::blocking::execute;
-use super::io_queue::{Completion, IoQueue, Notifier, Op, Zeroing};
+use super::io_queue::{Completion, IoQueue, Notifier};
+use super::op::Op;
 use crate::range::Range;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::{BTreeSet, VecDeque};
@@ -261,24 +262,16 @@ impl Backend for SlowBackend {
         self.image.write(offset, data, durable)
     }
 
-    fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
-        self.image.zero(range, how)
+    fn execute(&self, op: &Op) -> io::Result<()> {
+        self.image.execute(op)
     }
 
-    fn zeroes_by_extent(&self, how: Zeroing) -> bool {
-        self.image.zeroes_by_extent(how)
-    }
-
-    fn trim(&self, range: Range) -> io::Result<()> {
-        self.image.trim(range)
+    fn works_by_extent(&self, op: &Op) -> bool {
+        self.image.works_by_extent(op)
     }
 
     fn flush(&self) -> io::Result<()> {
         self.image.flush()
-    }
-
-    fn prefetch(&self, range: Range) -> io::Result<()> {
-        self.image.prefetch(range)
     }
 
     fn page_cache(&self) -> Option<&dyn PageCache> {

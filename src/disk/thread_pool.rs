@@ -4,7 +4,8 @@
 
 use super::backend::Backend;
 use super::blocking::execute;
-use super::io_queue::{Completion, Notifier, Op};
+use super::io_queue::{Completion, Notifier};
+use super::op::Op;
 use crate::memory_reserve::check_thread_headroom;
 use crate::range::Range;
 use crate::sync;

@@ -2,7 +2,8 @@
 //! Makes no decisions, and never looks at bytes. The kernel zeroes whole blocks; the edges of a
 //! zeroing are written synchronously afterwards.
 
-use super::io_queue::{Completion, IoQueue, Op, Zeroing};
+use super::io_queue::{Completion, IoQueue};
+use super::op::{Op, Zeroing};
 use super::syscalls;
 use crate::range::Range;
 use io_uring::{IoUring, Probe, opcode, squeue, types};

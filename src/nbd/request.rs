@@ -234,6 +234,13 @@ impl Request {
     pub const fn writes(&self) -> bool {
         matches!(self, Self::Write { .. } | Self::Trim { .. } | Self::WriteZeroes { .. })
     }
+
+    /// Whether `ENOTSUP` is no failure: the client tries something else then
+    /// (`NBD_CMD_FLAG_FAST_ZERO`).
+    #[must_use]
+    pub const fn may_be_unsupported(&self) -> bool {
+        matches!(self, Self::WriteZeroes { fast: true, .. })
+    }
 }
 
 /// The reason why a request fails before its execution.

@@ -89,6 +89,11 @@ bitflags! {
         const SEND_CACHE = 1 << 10;
         /// Supports [`CommandFlags::FAST_ZERO`].
         const SEND_FAST_ZERO = 1 << 11;
+        /// The commands that this server supports on every export.
+        const SERVED = Self::SEND_FLUSH.bits() | Self::SEND_FUA.bits() | Self::SEND_CACHE.bits();
+        /// The commands that it supports on a writable export as well.
+        const SERVED_WRITABLE =
+            Self::SEND_TRIM.bits() | Self::SEND_WRITE_ZEROES.bits() | Self::SEND_FAST_ZERO.bits();
     }
 
     /// Modifiers of a request ("Command flags").

@@ -34,17 +34,12 @@ impl ServerShared {
 /// The export of a disk. An `exclusive` one serves one client at a time, so that several connections
 /// are not offered (`NBD_FLAG_CAN_MULTI_CONN`).
 pub(super) fn export(disk: &Disk, name: &str, exclusive: bool) -> Export {
-    let mut flags = TransmissionFlags::HAS_FLAGS
-        | TransmissionFlags::SEND_FLUSH
-        | TransmissionFlags::SEND_FUA
-        | TransmissionFlags::SEND_CACHE;
+    let mut flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::SERVED;
     flags.set(TransmissionFlags::CAN_MULTI_CONN, !exclusive);
     flags |= if disk.read_only() {
         TransmissionFlags::READ_ONLY
     } else {
-        TransmissionFlags::SEND_TRIM
-            | TransmissionFlags::SEND_WRITE_ZEROES
-            | TransmissionFlags::SEND_FAST_ZERO
+        TransmissionFlags::SERVED_WRITABLE
     };
     Export {
         name: name.to_owned(),

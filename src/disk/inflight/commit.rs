@@ -3,9 +3,9 @@
 use super::super::buffer::Buffer;
 use super::super::disk::Visit;
 use super::super::flush_errors::FlushGuard;
-use super::super::io_queue::Op;
 #[cfg(test)]
 use super::super::mutation::{self, Mutation};
+use super::super::op::Op;
 use super::InFlight;
 use super::stage::OpStage;
 use std::io;

@@ -3,6 +3,7 @@
 
 use super::super::dirty::BLOCK;
 use super::super::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
+use super::super::op::Zeroing;
 use super::super::part_sizes::PART_MIN;
 use super::super::slow_backend::{Slow, SlowBackend, TestNotifier};
 use super::super::{Backend, errno_of};

@@ -1,36 +1,19 @@
 //! Zeroing and trimming, part by part.
 
 use super::super::disk::Visit;
-use super::super::io_queue::{Op, Zeroing};
+use super::super::op::Op;
 use super::InFlight;
 use super::stage::OpStage;
-use crate::range::Range;
 use std::io;
 use std::time::Instant;
 
 impl<'a, T> InFlight<'a, T> {
     /// Starts the next part of a zeroing or trim.
     pub(super) fn start_part(&mut self, visit: Visit<'a>, key: u64, op: Op) {
-        let (part, rest) = match op {
-            Op::Zero { range, how, durable } => {
-                let (part, range) = self.split_next(range, how);
-                // The first part decides whether it can be fast, before any byte has changed.
-                let later = Zeroing { only_if_fast: false, ..how };
-                let part = Op::Zero { range: part, how, durable: false };
-                (part, Op::Zero { range, how: later, durable })
-            }
-            Op::Trim { range, durable } => {
-                let (part, range) = self.split_next(range, Zeroing::default());
-                (Op::Trim { range: part, durable: false }, Op::Trim { range, durable })
-            }
-            other => (Op::Flush, other),
-        };
+        let by_extent = self.disk.image().works_by_extent(&op);
+        let (part, rest) = op.split(|range| self.part_sizes.split_next(range, by_extent));
         self.parts += 1;
         self.execute(key, part, OpStage::Part { visit, rest, since: Instant::now() });
-    }
-
-    fn split_next(&self, range: Range, how: Zeroing) -> (Range, Range) {
-        self.part_sizes.split_next(range, self.disk.image().zeroes_by_extent(how))
     }
 
     /// Continues after a part of a zeroing or trim.

@@ -18,7 +18,8 @@
 use super::super::buffer::Buffer;
 use super::super::disk::Visit;
 use super::super::flush_errors::{ConcurrentFlushes, FlushGuard};
-use super::super::io_queue::{IoQueue, Op};
+use super::super::io_queue::IoQueue;
+use super::super::op::Op;
 use super::super::overlap::Change;
 use crate::range::Range;
 use std::collections::VecDeque;

@@ -2,6 +2,7 @@
 
 use super::super::dirty::BLOCK;
 use super::super::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
+use super::super::op::Zeroing;
 use super::super::slow_backend::{Slow, SlowBackend, TestNotifier};
 use super::super::{Backend, StillBusy, errno_of};
 use super::*;
@@ -411,7 +412,7 @@ fn a_write_reads_its_cold_edges_first() {
         assert_eq!(fixture.memory.contents()[9099], 5);
         assert_eq!(fixture.memory.allocated_blocks(), 1, "the zeros filled a hole");
         fixture.memory.write(8192, &[0; 4096], false).unwrap();
-        fixture.memory.trim(range(0, 16384)).unwrap();
+        fixture.memory.execute(&Op::Trim { range: range(0, 16384), durable: false }).unwrap();
         fixture.slow.evict_all();
     }
 }

@@ -47,7 +47,9 @@ impl<'a> Replies<'a> {
     ) {
         let Err(error) = outcome else { return self.succeed(to, tx) };
         let concerns_policy = request.writes() || request == Request::Flush;
-        if concerns_policy && !is_not_fast(request, &error) {
+        let code = ErrorCode::from_errno(errno_of(&error));
+        let is_expected = request.may_be_unsupported() && code == ErrorCode::NotSupported;
+        if concerns_policy && !is_expected {
             self.policy.on_write_failure(self.session, &error);
         }
         let is_lost = request == Request::Flush && !self.disk.all_flushes_succeeded();
@@ -102,10 +104,4 @@ impl<'a> Replies<'a> {
             warn!("{client}: further failed requests are not logged");
         }
     }
-}
-
-/// Whether a request failed only because zeroing would not be fast (`NBD_CMD_FLAG_FAST_ZERO`).
-fn is_not_fast(request: Request, error: &io::Error) -> bool {
-    let code = ErrorCode::from_errno(errno_of(error));
-    matches!(request, Request::WriteZeroes { fast: true, .. }) && code == ErrorCode::NotSupported
 }

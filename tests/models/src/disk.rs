@@ -21,6 +21,8 @@ pub mod gate;
 pub mod gate_models;
 #[path = "../../../src/disk/io_queue.rs"]
 pub mod io_queue;
+#[path = "../../../src/disk/op.rs"]
+pub mod op;
 #[path = "../../../src/disk/overlap.rs"]
 pub mod overlap;
 pub mod overlap_models;

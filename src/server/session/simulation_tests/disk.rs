@@ -4,7 +4,7 @@
 use super::model::{CELL, Stamp};
 use crate::disk::inflight::{BYTES_MAX, IN_FLIGHT_MAX, READ_BYTES_MAX};
 use crate::disk::mutation::{Mutation, is_active};
-use crate::disk::{Backend, Completion, Extent, IoQueue, Op, PageCache, Zeroing};
+use crate::disk::{Backend, Completion, Extent, IoQueue, Op, PageCache};
 use crate::range::Range;
 use nix::errno::Errno;
 use std::io;
@@ -299,12 +299,11 @@ impl Backend for ScriptedDisk {
         self.state().write(offset, data, durable)
     }
 
-    fn zero(&self, range: Range, _: Zeroing) -> io::Result<()> {
-        self.state().punch(range)
-    }
-
-    fn trim(&self, range: Range) -> io::Result<()> {
-        self.state().punch(range)
+    fn execute(&self, op: &Op) -> io::Result<()> {
+        match op {
+            Op::Zero { range, .. } | Op::Trim { range, .. } => self.state().punch(*range),
+            _ => Ok(()),
+        }
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -337,7 +336,7 @@ impl Backend for ScriptedDisk {
         self.state().orders_writes
     }
 
-    fn zeroes_by_extent(&self, _: Zeroing) -> bool {
+    fn works_by_extent(&self, _: &Op) -> bool {
         true
     }
 
