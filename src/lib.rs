@@ -61,6 +61,10 @@
 //! two overlapping changes the earlier one is executed first, whichever sessions they belong to
 //! (`disk/overlap`).
 //!
+//! A command of the protocol is in six files: `nbd/wire` (its number and flags), `nbd/request` (its checks),
+//! `server/session/engine` (its operation), `disk/op` (that operation), `disk/file_backend` and
+//! `disk/uring` (its execution).
+//!
 //! A peer's fault ends that peer's session; our own fault propagates to `main`.
 //!
 //! # A restart
