@@ -26,6 +26,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const ZEROS_LENGTH: usize = 256 * 1024;
 static ZEROS: [u8; ZEROS_LENGTH] = [0; ZEROS_LENGTH];
 
+/// How much to read into the page cache at once without `io_uring(7)`, in bytes.
+const LOAD_STEP: usize = 32 << 10;
+
 /// An image in a regular file or on a block device.
 #[derive(Debug)]
 pub struct FileBackend {
@@ -272,6 +275,17 @@ impl FileBackend {
         self.kind == FileKind::File && self.zero_methods(how).first().is_some_and(is_able)
     }
 
+    /// Reads the range into the page cache.
+    fn load(&self, range: Range) -> io::Result<()> {
+        let (mut scratch, mut rest) = ([0; LOAD_STEP], range);
+        while !rest.is_empty() {
+            let (step, after) = rest.split(LOAD_STEP as u64);
+            self.read(step.offset(), &mut scratch[..step.length() as usize])?;
+            rest = after;
+        }
+        Ok(())
+    }
+
     /// Writes with `RWF_DSYNC` while that is supported, and returns the data that is left.
     fn write_durably<'a>(&self, offset: u64, data: &'a [u8]) -> io::Result<&'a [u8]> {
         let mut rest = data;
@@ -352,6 +366,7 @@ impl Backend for FileBackend {
             Op::Zero { range, how, .. } => self.zero(*range, *how),
             Op::Trim { range, .. } => self.trim(*range),
             Op::Cache(range) => self.prefetch(*range),
+            Op::Load(range) => self.load(*range),
             _ => Err(io::ErrorKind::Unsupported.into()),
         }
     }
@@ -480,8 +495,9 @@ impl RingFile for FileBackend {
         !self.unsupported.durable_write.load(Ordering::Relaxed)
     }
 
-    fn reads_ahead(&self) -> bool {
-        true
+    fn read_ahead(&self, range: Range) {
+        // A hint: an error shows when the range is read.
+        let _ = self.prefetch(range);
     }
 
     fn can_transfer(&self, _offset: u64, _length: usize) -> bool {

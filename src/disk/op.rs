@@ -49,6 +49,9 @@ pub enum Op {
     Flush,
     /// Starts readahead of the range, without waiting for it.
     Cache(Range),
+    /// Reads the range into the page cache, and completes once it is there: for bytes that are then sent
+    /// by reference. Only for a backend that has a page cache.
+    Load(Range),
 }
 
 impl Op {
@@ -61,9 +64,10 @@ impl Op {
             Self::Read { offset, data } | Self::Write { offset, data, .. } => {
                 (*offset, data.len() as u64)
             }
-            Self::Zero { range, .. } | Self::Trim { range, .. } | Self::Cache(range) => {
-                (range.offset(), range.length())
-            }
+            Self::Zero { range, .. }
+            | Self::Trim { range, .. }
+            | Self::Cache(range)
+            | Self::Load(range) => (range.offset(), range.length()),
             Self::Flush => return Ok(None),
         };
         Range::within(size, offset, length).map(Some).ok_or_else(|| Errno::EINVAL.into())
@@ -83,7 +87,7 @@ impl Op {
             | Self::Zero { durable, .. }
             | Self::Trim { durable, .. } => *durable,
             Self::Flush => true,
-            Self::Read { .. } | Self::Cache(_) => false,
+            Self::Read { .. } | Self::Cache(_) | Self::Load(_) => false,
         }
     }
 
@@ -114,11 +118,13 @@ impl Op {
         }
     }
 
-    /// Bytes of memory that it holds.
+    /// Bytes of memory that it holds, or that it takes in the page cache until they are sent.
     #[must_use]
     pub fn memory(&self) -> usize {
         match self {
             Self::Read { data, .. } | Self::Write { data, .. } => data.len(),
+            // It fits, as the bytes of a read do.
+            Self::Load(range) => range.length() as usize,
             _ => 0,
         }
     }

@@ -1,11 +1,12 @@
 //! For tests: a backend whose I/O queue completes operations when the test says so, and a notifier that
 //! counts. Never in a released program.
 
-use super::backend::{Backend, Extent, PageCache};
+use super::backend::{Backend, Extent, PageCache, SocketTransfer};
 use super::blocking::execute;
 use super::io_queue::{Completion, IoQueue, Notifier};
 use super::op::Op;
 use crate::range::Range;
+use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
@@ -72,6 +73,8 @@ struct SlowState {
     /// Only blocks in `resident` can be read without waiting.
     cold: bool,
     resident: BTreeSet<u64>,
+    /// Data can be sent by reference.
+    pins: bool,
 }
 
 #[derive(Debug)]
@@ -102,6 +105,11 @@ impl Slow {
     pub(crate) fn evict_all(&self) {
         let mut state = self.lock();
         (state.cold, state.resident) = (true, BTreeSet::new());
+    }
+
+    /// From now on data can be sent by reference; that fails if it would have to wait for the device.
+    pub(crate) fn allow_pinning(&self) {
+        self.lock().pins = true;
     }
 
     /// Waits until this many calls are in flight, and returns their debug texts.
@@ -166,9 +174,10 @@ impl Slow {
     fn finish(&self, started: Started, outcome: Option<io::Result<()>>) {
         let Started { queue, key, op, notifier } = started;
         let mut state = self.lock();
-        if let Op::Read { offset, data } = &op {
-            let end = offset + data.len() as u64;
-            state.resident.extend(offset / BLOCK..end.div_ceil(BLOCK));
+        if let Op::Read { .. } | Op::Load(_) = &op
+            && let Ok(Some(range)) = op.range(u64::MAX)
+        {
+            state.resident.extend(range.offset() / BLOCK..range.end().div_ceil(BLOCK));
         }
         state.completed.push_back((queue, Completion { key, op, outcome }));
         drop(state);
@@ -278,8 +287,25 @@ impl Backend for SlowBackend {
         self.image.page_cache().map(|_| self as &dyn PageCache)
     }
 
+    fn socket_transfer(&self) -> Option<&dyn SocketTransfer> {
+        self.slow.lock().pins.then_some(self as &dyn SocketTransfer)
+    }
+
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         self.image.extent(offset)
+    }
+}
+
+impl SocketTransfer for SlowBackend {
+    fn pin(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<()> {
+        let mut bytes = vec![0; length];
+        self.read_now(offset, &mut bytes).map_err(|_| Errno::EDEADLK)?;
+        assert_eq!(nix::unistd::write(pipe, &bytes), Ok(length));
+        Ok(())
+    }
+
+    fn send(&self, _: u64, _: usize, _: BorrowedFd<'_>) -> io::Result<usize> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

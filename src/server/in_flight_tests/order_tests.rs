@@ -5,6 +5,27 @@ use crate::disk::memory_backend::InMemory;
 use std::sync::{Condvar, Mutex};
 
 #[test]
+fn cold_data_is_loaded_in_flight_before_it_is_sent_by_reference() {
+    const LENGTH: u64 = 128 << 10;
+    let fixture = fixture();
+    let mut client = fixture.client();
+    fixture.memory.write(MIB, &[2; LENGTH as usize], false).unwrap();
+    fixture.slow.allow_pinning();
+    fixture.slow.evict_all();
+    client.read(MIB, LENGTH, 1);
+    let loads = fixture.slow.wait_for(1);
+    assert!(loads[0].starts_with("Load"), "{loads:?}");
+    fixture.complete(0);
+    assert_eq!(client.reply(), (1, 0));
+    assert!(client.data(LENGTH) == [2; LENGTH as usize]);
+    fixture.slow.evict_all();
+    client.read(MIB, LENGTH, 2);
+    fixture.slow.wait_for(1);
+    fixture.slow.fail(0, nix::libc::EIO);
+    assert_eq!(client.reply(), (2, 5));
+}
+
+#[test]
 fn a_client_that_receives_no_replies_blocks_no_range() {
     let fixture = fixture();
     fixture.slow.evict_all();

@@ -82,6 +82,8 @@ enum ReadStep<'a> {
 struct Loading {
     read: Read,
     range: Range,
+    /// Only into the page cache.
+    pins: bool,
     /// Bytes that the session was loading when this began, its own included.
     in_flight: u64,
     since: Instant,
@@ -321,30 +323,34 @@ impl Reads {
 
     /// Begins to load data for a read, which continues when that completes.
     fn load<'a>(&mut self, visit: Visit<'a>, range: Range, read: Read, io: &mut DiskIo<'a>) {
-        let (length, offset) = (range.length(), range.offset());
-        self.loading += length;
+        self.loading += range.length();
         let (number, since) = (self.next_load, (self.clock)());
         self.next_load += 1;
-        self.loads.insert(number, Loading { read, range, in_flight: self.loading, since });
-        // It fits: a load has at most 1 MiB. Without memory it has no bytes, and fails on completion.
-        let unit = io.disk.unit() as usize;
-        let data = Buffer::zeroed(length as usize, unit).unwrap_or_default();
-        io.in_flight.begin(visit, Op::Read { offset, data }, Tag::Load(number));
+        // Its data is sent by reference then (`append_piece`).
+        let pins = visit.pins() && range.length() >= pinned::PIN_MIN;
+        self.loads.insert(number, Loading { read, range, pins, in_flight: self.loading, since });
+        let op = if pins { Op::Load(range) } else { read_op(range, io.disk.unit()) };
+        io.in_flight.begin(visit, op, Tag::Load(number));
     }
 
     /// Continues a read whose load has completed.
     pub(super) fn on_loaded(&mut self, number: u64, outcome: io::Result<Buffer>) {
         let Some(loading) = self.loads.remove(&number) else { return };
-        let Loading { mut read, range, in_flight, since } = loading;
+        let Loading { mut read, range, pins, in_flight, since } = loading;
         self.loading -= range.length();
         self.inline.record_load(in_flight, (self.clock)().saturating_duration_since(since));
         let outcome = match outcome {
-            Ok(data) if data.len() as u64 != range.length() => Err(Errno::ENOMEM.into()),
-            outcome => outcome,
+            Ok(_) if pins => None,
+            Ok(data) if data.len() as u64 != range.length() => Some(Err(Errno::ENOMEM.into())),
+            outcome => Some(outcome),
         };
         // Its data is sent before room is awaited again.
         self.awaited_room = 0;
-        read.loaded = Some(Box::new(Load { range, outcome }));
+        match outcome {
+            Some(outcome) => read.loaded = Some(Box::new(Load { range, outcome })),
+            // The kernel may have dropped a few pages again.
+            None => read.allow_blocking(range),
+        }
         // Before reads that hold no data yet, so that loaded data does not accumulate; but no reply may
         // come between the pieces of another.
         let at = self.queue.front().is_some_and(|first| first.announced).into();
@@ -528,6 +534,12 @@ fn fail_read(
     let at = read.begun.then_some(piece.offset());
     let dialect = replies.dialect;
     out.reply(|out| dialect.failure(read.to, code, at, "", out));
+}
+
+/// Reads `range`, which has at most 1 MiB. Without memory it has no bytes, and fails on completion.
+fn read_op(range: Range, unit: u64) -> Op {
+    let data = Buffer::zeroed(range.length() as usize, unit as usize).unwrap_or_default();
+    Op::Read { offset: range.offset(), data }
 }
 
 /// A chunk with the first piece of `data`.

@@ -168,7 +168,7 @@ impl ScriptedState {
             Op::Write { offset, data, durable } => self.write(*offset, data, *durable),
             Op::Zero { range, .. } | Op::Trim { range, .. } => self.punch(*range),
             Op::Flush => self.flush(),
-            Op::Cache(_) => Ok(()),
+            Op::Cache(_) | Op::Load(_) => Ok(()),
         };
         started.outcome = Some(outcome);
         self.started.push(started);
