@@ -48,8 +48,8 @@
 //!                              acl       a batch        (nbd)     bytes    (nbd)
 //! ```
 //!
-//! The engine of a session (`server/session/engine`) is a state machine without a socket: it does what is
-//! possible now, and says what it waits for. Its driver receives, sends and waits, and is the only
+//! The handshake of a session and its engine (`server/session`) are state machines without a socket: they do
+//! what is possible now, and say what they wait for. The driver receives, sends and waits, and is the only
 //! place of a session that does.
 //!
 //! Decisions are pure: values in, values out, with time, randomness and I/O as arguments.

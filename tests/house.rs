@@ -41,6 +41,8 @@ const PURE: &[&str] = &[
     "server/acl.rs",
     "server/snapshot.rs",
     "server/session/engine.rs",
+    "server/session/handshake.rs",
+    "server/session/phase.rs",
     "server/session/writes.rs",
     "server/session/polling.rs",
     "server/session/inline_reads.rs",

@@ -6,7 +6,7 @@
 //! server stops a session through `stop_request`, and for a restart saves it as a `snapshot`.
 //!
 //! ```text
-//! Server ─▶ accept ─▶ session: driver ─▶ engine ─▶ disk
+//! Server ─▶ accept ─▶ session: driver ─▶ handshake, then engine ─▶ disk
 //! ```
 
 mod accept;

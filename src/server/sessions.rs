@@ -37,7 +37,7 @@ pub(super) struct Capacity {
 pub(super) struct Sessions {
     capacity: Capacity,
     inner: Mutex<SessionTable>,
-    /// Notified whenever a session is removed.
+    /// Notified whenever a session is removed, for the thread that stops the server.
     removed: Condvar,
     /// Wakes the acceptor: a slot or descriptor may be free, or the server is to stop.
     pub(super) acceptor_wake: Wake,
@@ -86,6 +86,8 @@ struct SessionEntry {
     peer: Peer,
     control: Arc<SessionControl>,
     slot: SlotKind,
+    /// It waits for the end of other sessions, and is woken when the next one ends.
+    awaits_others: bool,
 }
 
 /// The limit that a connection counts against.
@@ -271,7 +273,8 @@ impl Sessions {
     ) -> Result<Registration, AdmissionError> {
         let control = Arc::new(SessionControl::new().map_err(|_| AdmissionError::NoDescriptors)?);
         inner.next_id = inner.next_id.max(id.saturating_add(1));
-        let entry = SessionEntry { peer, control: Arc::clone(&control), slot };
+        let entry =
+            SessionEntry { peer, control: Arc::clone(&control), slot, awaits_others: false };
         inner.entries.insert(id, entry);
         self.events.clients_changed();
         let since = match slot {
@@ -343,16 +346,6 @@ impl Sessions {
         std::mem::take(&mut self.lock().suspended)
     }
 
-    /// Disconnects these sessions and waits for their end; false if one has not ended by `deadline`.
-    fn disconnect(&self, ids: &[u64], deadline: Instant) -> bool {
-        let inner = self.lock();
-        let displaced = ids.iter().filter_map(|id| inner.entries.get(id));
-        displaced.for_each(|entry| entry.control.request(StopRequest::Displaced));
-        drop(inner);
-        let gone = |entries: &Entries| !ids.iter().any(|id| entries.contains_key(id));
-        self.wait_until(gone, deadline)
-    }
-
     /// Disconnects the sessions that do not wait for the disk.
     pub(super) fn disconnect_waiting_for_client(&self) {
         let inner = self.lock();
@@ -368,12 +361,8 @@ impl Sessions {
 
     /// Waits until all sessions have ended; false if one has not by `deadline`.
     pub(super) fn wait_until_empty(&self, deadline: Instant) -> bool {
-        self.wait_until(BTreeMap::is_empty, deadline)
-    }
-
-    fn wait_until(&self, done: impl Fn(&Entries) -> bool, deadline: Instant) -> bool {
         let mut inner = self.lock();
-        while !done(&inner.entries) {
+        while !inner.entries.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return false;
@@ -437,6 +426,16 @@ impl SessionTable {
         )
     }
 
+    /// Whether `others` have ended. If not, the session `waiting` is woken when the next session ends, and
+    /// asks again.
+    fn have_ended(&mut self, waiting: u64, others: &[u64]) -> bool {
+        let have_ended = !others.iter().any(|id| self.entries.contains_key(id));
+        if let Some(entry) = self.entries.get_mut(&waiting) {
+            entry.awaits_others = !have_ended;
+        }
+        have_ended
+    }
+
     fn evict(&mut self, id: u64) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.control.request(StopRequest::Evict);
@@ -460,14 +459,19 @@ impl Registration {
         self.sessions.count()
     }
 
-    /// Disconnects other sessions and waits for their end; false if one has not ended by `deadline`.
-    pub(super) fn disconnect_others(&self, others: &[u64], deadline: Instant) -> bool {
-        others.is_empty() || self.sessions.disconnect(others, deadline)
+    /// Disconnects other sessions, and returns whether all of them have ended. If not, this session is woken
+    /// when the next one ends, and has to ask again.
+    pub(super) fn disconnect_others(&self, others: &[u64]) -> bool {
+        let mut inner = self.sessions.lock();
+        let displaced = others.iter().filter_map(|id| inner.entries.get(id));
+        displaced.for_each(|entry| entry.control.request(StopRequest::Displaced));
+        inner.have_ended(self.id, others)
     }
 
-    /// Waits for the end of another session; false if it has not ended by `deadline`.
-    pub(super) fn wait_for_end_of(&self, other: u64, deadline: Instant) -> bool {
-        self.sessions.wait_until(|entries| !entries.contains_key(&other), deadline)
+    /// Whether another session has ended. If not, this session is woken when the next one ends, and
+    /// has to ask again.
+    pub(super) fn has_ended(&self, other: u64) -> bool {
+        self.sessions.lock().have_ended(self.id, &[other])
     }
 
     /// All sessions, for the policy.
@@ -547,6 +551,11 @@ impl Drop for Registration {
     fn drop(&mut self) {
         let mut inner = self.sessions.lock();
         inner.entries.remove(&self.id);
+        for entry in inner.entries.values_mut() {
+            if std::mem::take(&mut entry.awaits_others) {
+                entry.control.wake.wake();
+            }
+        }
         drop(inner);
         self.sessions.events.clients_changed();
         self.sessions.removed.notify_all();

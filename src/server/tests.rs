@@ -6,7 +6,7 @@ use super::session::WHOLE_READ_MAX;
 use super::test_support::{
     TIMEOUT, connect_tcp, let_others_run, listen, wait_for_clients, wait_until,
 };
-use super::{Server, ServerConfig, SessionSettings, export_policy};
+use super::{Server, ServerConfig, SessionSettings, Style, export_policy};
 use crate::client::{ClientError, Connection};
 use crate::disk::Disk;
 use crate::disk::memory_backend::{FailingBackend, Faults, MemoryBackend};
@@ -15,11 +15,13 @@ use crate::nbd::reply::{Chunk, Dialect, ReplyHeader};
 use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode};
 use crate::net::{Address, Stream, connect};
-use crate::server::export_policy::{ExportPolicy, RecordingPolicy};
+use crate::server::export_policy::{
+    ExportPolicy, GoReply, ProbeReply, RecordingPolicy, SessionId, SessionsView,
+};
 use nix::libc::{EIO, ENOSPC};
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -498,4 +500,37 @@ fn close_if_empty_fails_while_a_client_is_connected() {
     assert_eq!(fixture.server.client_count(), 0);
     acceptor.probe(4711);
     assert_eq!(acceptor.answered(), 4711);
+}
+
+/// Admits one client at a time: the latest one.
+#[derive(Debug, Default)]
+struct LatestClient(Mutex<Vec<SessionId>>);
+
+impl ExportPolicy for LatestClient {
+    fn probe(&self, _: SessionId, _: &[u8], _: &dyn SessionsView) -> ProbeReply {
+        ProbeReply::Answer { data: Vec::new(), displaced: Vec::new(), is_source: false }
+    }
+
+    fn go(&self, session: SessionId, enters: bool, _: &dyn SessionsView) -> GoReply {
+        let mut admitted = self.0.lock().unwrap();
+        GoReply::Allow(if enters {
+            std::mem::replace(&mut admitted, vec![session])
+        } else {
+            vec![]
+        })
+    }
+}
+
+#[test]
+fn a_client_is_admitted_after_the_end_of_the_one_it_displaces() {
+    for style in [Style::Newstyle, Style::Oldstyle] {
+        let settings = SessionSettings { style, ..SessionSettings::default() };
+        let fixture = serve_with(Arc::new(LatestClient::default()), settings, 4);
+        let mut displaced = fixture.client();
+        read(&mut displaced, 0, 512).unwrap();
+        let mut latest = fixture.client();
+        assert_eq!(fixture.server.client_count(), 1, "{style:?}");
+        read(&mut latest, 0, 512).unwrap();
+        assert!(matches!(read(&mut displaced, 0, 512), Err(ClientError::Connection(_))));
+    }
 }

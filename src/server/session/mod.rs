@@ -1,17 +1,20 @@
 //! One client's session.
 //!
-//! `Session` performs the handshake, and then has a driver run the engine of the transmission phase. The
-//! engine decides: requests in, operations on the disk and replies out, and what it waits for. The driver
-//! acts: it receives, sends and waits. Data flows
+//! A session is a state machine, its [`phase`]: the [`handshake`], then the [`engine`] of the transmission phase.
+//! They decide: options and requests in, operations on the disk and replies out, and what they wait for.
+//! The [`driver`] acts: it receives, sends and waits, and asks the policy. Data flows
 //!
 //! ```text
+//!            ┌▶ handshake ─────────────────────────────────────────┐
 //! driver ─▶ rx ─▶ engine ─▶ reads, writes ─▶ disk_io ─▶ (disk) ─▶ replies ─▶ tx ─▶ driver
 //! ```
 
 mod disk_io;
 mod driver;
 mod engine;
+mod handshake;
 mod inline_reads;
+mod phase;
 mod pinned;
 mod polling;
 mod reads;
@@ -26,7 +29,7 @@ mod stall;
 mod tx;
 mod writes;
 
+pub use phase::{PAYLOAD_MAX, PAYLOAD_MAX_OLDSTYLE};
 #[cfg(test)]
 pub(super) use reads::WHOLE_READ_MAX;
 pub(super) use session::Session;
-pub use session::{PAYLOAD_MAX, PAYLOAD_MAX_OLDSTYLE};

@@ -3,6 +3,8 @@
 use super::super::events::IgnoreEvents;
 use super::super::handshake_slots::FIRST_OPTION_TIMEOUT;
 use super::*;
+use crate::net::wait_readable;
+use std::os::fd::AsFd;
 
 fn sessions(sessions: usize, handshakes: usize, entries: &[&str]) -> Arc<Sessions> {
     let capacity = Capacity { sessions, handshakes, handshake_timeout: Duration::from_secs(1) };
@@ -157,4 +159,31 @@ fn a_stopping_table_admits_no_client_and_waits_for_the_last() {
     let leaving = std::thread::spawn(move || drop(registration));
     assert!(sessions.wait_until_empty(Instant::now() + Duration::from_secs(10)));
     leaving.join().unwrap();
+}
+
+fn is_woken(registration: &Registration) -> bool {
+    let wake = &registration.control.wake;
+    let woken = wait_readable(&[wake.as_fd()], Some(Instant::now())).unwrap()[0];
+    wake.clear();
+    woken
+}
+
+#[test]
+fn a_session_is_woken_when_the_session_that_it_waits_for_ends() {
+    let sessions = sessions(9, 9, &[]);
+    let [displaced, holder, waiting, other] =
+        [(); 4].map(|()| sessions.admit(peer("192.0.2.1"), Instant::now()).unwrap());
+    let displaced_id = displaced.id;
+    assert!(!waiting.disconnect_others(&[displaced_id]));
+    assert_eq!(displaced.control.current(), StopRequest::Displaced);
+    assert!(!is_woken(&waiting));
+    drop(displaced);
+    assert!(is_woken(&waiting) && waiting.disconnect_others(&[displaced_id]));
+    let holder_id = holder.id;
+    assert!(!waiting.has_ended(holder_id));
+    assert_eq!(holder.control.current(), StopRequest::Serve, "it may go on");
+    drop(holder);
+    assert!(is_woken(&waiting) && waiting.has_ended(holder_id));
+    drop(other);
+    assert!(!is_woken(&waiting), "it waits no longer");
 }

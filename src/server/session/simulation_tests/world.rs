@@ -382,7 +382,7 @@ impl<'a> World<'a> {
         }
     }
 
-    /// One turn of a session, as `Driver::turn` does it.
+    /// One turn of a session, as `driver/transmission_turns` does it.
     fn turn(&mut self, at: usize) -> Result<Result<(), SessionEnd>, String> {
         let fragment = self.fragment(usize::MAX);
         let session = &mut self.sessions[at];

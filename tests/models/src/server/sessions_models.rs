@@ -103,18 +103,24 @@ pub fn new_list_reaches_every_session() {
     });
 }
 
-/// One session displaces another one and waits for its end, which nothing else requests.
+/// One session displaces another one and sleeps until its end, which nothing else requests.
 ///
-/// Found: a registration whose end does not notify `removed`; `disconnect` without a request; a wait that
-/// checks the table before it takes the lock.
+/// Found: a registration whose end does not wake the sessions that wait, or wakes them before it is
+/// removed; `disconnect_others` without a request; `have_ended` that sets `awaits_others` under another hold
+/// of the lock than it checks the table.
 pub fn displaced_session_ends() {
     explore(|| {
         let sessions = sessions();
         let (first, second) = (admit(&sessions).unwrap(), admit(&sessions).unwrap());
         let id = first.id;
         let displaced = thread::spawn(move || wait_for_stop(&first.control));
-        let displacing = thread::spawn(move || second.disconnect_others(&[id], far()));
-        assert!(displacing.join().unwrap());
+        let displacing = thread::spawn(move || {
+            while !second.disconnect_others(&[id]) {
+                second.control.wake.wait();
+                second.control.wake.clear();
+            }
+        });
+        displacing.join().unwrap();
         assert_eq!(displaced.join().unwrap(), StopRequest::Displaced);
         assert_eq!(sessions.count(), 0);
     });
