@@ -9,6 +9,8 @@
 
 #[path = "file_systems/concurrent_reads.rs"]
 mod concurrent_reads;
+#[path = "file_systems/direct.rs"]
+mod direct;
 #[path = "file_systems/holes.rs"]
 mod holes;
 #[path = "file_systems/mounted.rs"]

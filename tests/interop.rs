@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests and their helpers fail by panicking")]
 
+#[path = "interop/direct.rs"]
+mod direct;
 #[path = "interop/fio.rs"]
 mod fio;
 #[path = "interop/libnbd.rs"]

@@ -26,7 +26,7 @@ use strsim::levenshtein;
 
 /// All keys, named like the long options: in capitals, with `_` for `-`. The last two have no
 /// option, because they configure the service's units, not the process.
-pub const KEYS: [&str; 17] = [
+pub const KEYS: [&str; 18] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -41,6 +41,7 @@ pub const KEYS: [&str; 17] = [
     "MAX_CLIENTS",
     "IDLE_EXIT",
     "HOLES",
+    "DIRECT",
     "ACL",
     "AUTOSTART",
     "IP_FILTER",
@@ -174,6 +175,7 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "MAX_CLIENTS" => settings.max_clients = Some(parse_max_clients(value)?),
         "IDLE_EXIT" => settings.idle_exit = Some(parse_idle_exit(value)?),
         "HOLES" => settings.holes = Some(parse_holes(value)?),
+        "DIRECT" => settings.direct = parse_switch(value)?,
         "ACL" => settings.acl = parse_acl(value)?,
         "AUTOSTART" => settings.autostart = Some(parse_autostart(value)?),
         "IP_FILTER" => settings.ip_filter = parse_switch(value)?,
@@ -242,7 +244,7 @@ mod tests {
     fn every_key_sets_its_setting() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
             KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nPLAIN=yes\nMAX_CLIENTS=3\n\
-            IDLE_EXIT=60\nHOLES=trust\nACL=::/0\nAUTOSTART=on-demand\nIP_FILTER=yes\n";
+            IDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nACL=::/0\nAUTOSTART=on-demand\nIP_FILTER=yes\n";
         let expected = Settings {
             addr: Some("::1".parse().unwrap()),
             port: Some(7),
@@ -258,6 +260,7 @@ mod tests {
             max_clients: Some(3),
             idle_exit: Some(60),
             holes: Some(HolePolicy::Trust),
+            direct: true,
             acl: vec!["::/0".to_owned()],
             autostart: Some(Autostart::OnDemand),
             ip_filter: true,
@@ -397,6 +400,7 @@ mod tests {
             ("CREATE=1", "CREATE: `1` is not between 512 and"),
             ("MAX_CLIENTS=0", "MAX_CLIENTS: `0` is not a number from 1"),
             ("HOLES=yes", "HOLES: `yes` is none of auto, trust and ignore"),
+            ("DIRECT=perhaps", "DIRECT: `perhaps` is neither yes nor no"),
             ("IDLE_EXIT=0", "IDLE_EXIT: `0` is not a number of seconds from 1"),
             ("READ_ONLY=maybe", "READ_ONLY: `maybe` is neither yes nor no"),
             ("DEFAULT_DENY=", "DEFAULT_DENY: `` is neither yes nor no"),

@@ -64,6 +64,10 @@ pub struct ListenFlags {
     #[arg(long, value_name = "POLICY", value_parser = parse_holes)]
     holes: Option<HolePolicy>,
 
+    /// Read and write FILE past the page cache of this host (O_DIRECT)
+    #[arg(long)]
+    direct: bool,
+
     /// Read settings from this file, which may be that of `serve`.
     #[arg(
         long,
@@ -93,6 +97,7 @@ impl ListenFlags {
             oldstyle: self.oldstyle,
             plain: self.plain,
             holes: self.holes,
+            direct: self.direct,
             acl: self.acl,
             ..Settings::default()
         };

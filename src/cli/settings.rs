@@ -79,6 +79,10 @@ pub struct Settings {
     #[arg(long, value_name = "POLICY", value_parser = parse_holes)]
     pub holes: Option<HolePolicy>,
 
+    /// Read and write FILE past the page cache of this host (O_DIRECT)
+    #[arg(long)]
+    pub direct: bool,
+
     /// Addresses of clients to admit, IPv4 or IPv6, each with an optional /PREFIX
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
     pub acl: Vec<String>,
@@ -141,6 +145,7 @@ impl Settings {
             max_clients: self.max_clients.or(fallback.max_clients),
             idle_exit: self.idle_exit.or(fallback.idle_exit),
             holes: self.holes.or(fallback.holes),
+            direct: self.direct || fallback.direct,
             acl: if self.acl.is_empty() { fallback.acl } else { self.acl },
             autostart: self.autostart.or(fallback.autostart),
             ip_filter: self.ip_filter || fallback.ip_filter,
@@ -257,6 +262,7 @@ mod tests {
             plain: true,
             max_clients: Some(number.into()),
             holes: Some(if word == "flags" { HolePolicy::Trust } else { HolePolicy::Ignore }),
+            direct: true,
             idle_exit: Some(number.into()),
             acl: vec![word.to_owned()],
             autostart: Some(if word == "flags" { Autostart::Yes } else { Autostart::No }),

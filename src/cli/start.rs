@@ -104,6 +104,7 @@ impl StartRequest {
             killswitch: settings.killswitch,
             idle_exit: settings.idle_exit.map(Duration::from_secs),
             holes: settings.holes.unwrap_or_default(),
+            direct: settings.direct,
             admission: Admission { acl, clients_max },
         })
     }
@@ -177,7 +178,7 @@ mod tests {
     fn every_key_reaches_the_config() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
             READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nPLAIN=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\nHOLES=ignore\n\
-            ACL=::1\n";
+            DIRECT=yes\nACL=::1\n";
         let expected = Config {
             role: ProcessRole::Serve,
             config_file: Some("disk.conf".into()),
@@ -192,6 +193,7 @@ mod tests {
             killswitch: true,
             idle_exit: Some(Duration::from_secs(60)),
             holes: HolePolicy::Ignore,
+            direct: true,
             admission: Admission { acl: Acl::parse(&["::1"], true).unwrap(), clients_max: 3 },
         };
         let request = serve(Settings::default(), Some("disk.conf"));
@@ -201,7 +203,7 @@ mod tests {
     #[test]
     fn listen_ignores_keys_that_only_serve_uses() {
         let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n\
-            IDLE_EXIT=60\nPLAIN=1\n";
+            IDLE_EXIT=60\nPLAIN=1\nDIRECT=yes\n";
         let role =
             ProcessRole::Listen { overwrite: true, records: crate::daemon::RecordPolicy::Required };
         let request = StartRequest { role, ..serve(Settings::default(), Some("disk.conf")) };
@@ -212,7 +214,7 @@ mod tests {
             (role, "disk", admission)
         );
         assert_eq!((config.killswitch, config.read_only, config.idle_exit), (false, false, None));
-        assert!(config.plain);
+        assert!(config.plain && config.direct);
     }
 
     #[test]

@@ -57,7 +57,7 @@ const TRANSFER: &str = "--addr ::1 --port 7 --from 0 --size 1";
 fn every_long_option_of_serve_is_parsed() {
     let line = "serve --addr 127.0.0.1 --port 4777 --file /a --sock /b --default-deny --killswitch \
         --create 1G --read-only --export disk --oldstyle --max-clients 5 --idle-exit 60 --config /c \
-        --holes trust 192.0.2.1 ::1";
+        --holes trust --direct 192.0.2.1 ::1";
     let expected = settings::Settings {
         addr: Some("127.0.0.1".parse().unwrap()),
         port: Some(4777),
@@ -72,6 +72,7 @@ fn every_long_option_of_serve_is_parsed() {
         max_clients: Some(5),
         idle_exit: Some(60),
         holes: Some(crate::disk::HolePolicy::Trust),
+        direct: true,
         acl: vec!["192.0.2.1".to_owned(), "::1".to_owned()],
         ..settings::Settings::default()
     };
@@ -85,9 +86,9 @@ fn every_long_option_of_serve_is_parsed() {
 #[test]
 fn every_option_of_listen_is_parsed() {
     let long = "listen --addr 127.0.0.1 --port 4777 --file /a --sock /b --default-deny \
-        --create 1G --overwrite --export disk --oldstyle --config /c 192.0.2.1 ::1";
+        --create 1G --overwrite --export disk --oldstyle --direct --config /c 192.0.2.1 ::1";
     let short = "listen -l 127.0.0.1 -p 4777 -f /a -s /b -d --create 1G --overwrite \
-        --export disk --oldstyle --config /c 192.0.2.1 ::1";
+        --export disk --oldstyle --direct --config /c 192.0.2.1 ::1";
     let expected = settings::Settings {
         addr: Some("127.0.0.1".parse().unwrap()),
         port: Some(4777),
@@ -97,6 +98,7 @@ fn every_option_of_listen_is_parsed() {
         default_deny: true,
         export: Some("disk".to_owned()),
         oldstyle: true,
+        direct: true,
         acl: vec!["192.0.2.1".to_owned(), "::1".to_owned()],
         ..settings::Settings::default()
     };

@@ -11,12 +11,13 @@ use crate::disk::ownership::{
 };
 use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
 use crate::disk::state_directory::STATE_VARIABLE;
-use crate::disk::{Access, Disk, FileBackend};
+use crate::disk::{Access, Backend, DirectBackend, Disk, FileBackend};
 use crate::human::{counted, utc};
 use crate::message_id;
 use crate::migration::job::HandoverVerdict;
 use crate::migration::wire::Question;
 use std::env;
+use std::fs;
 use std::sync::Arc;
 use std::time::SystemTime;
 use tracing::{info, warn};
@@ -51,7 +52,7 @@ impl Claim {
         let image = open_image(config)?;
         let record_store = open_record_store(config, &image)?;
         let is_new = image.is_new();
-        let disk = Arc::new(Disk::new(Box::new(image), config.read_only));
+        let disk = Arc::new(Disk::new(backend_of(image, config)?, config.read_only));
         match config.role {
             ProcessRole::Serve => {
                 let provenance = claim_to_serve(config, &record_store, disk.size(), query)?;
@@ -118,6 +119,24 @@ fn open_image(config: &Config) -> Result<FileBackend, StartError> {
         );
     }
     Ok(image)
+}
+
+/// The backend that the configuration demands. A file that was created for it is removed again if
+/// that fails: the next start would take the empty image for the disk.
+fn backend_of(image: FileBackend, config: &Config) -> Result<Box<dyn Backend>, StartError> {
+    if !config.direct {
+        return Ok(Box::new(image));
+    }
+    let is_new = image.is_new();
+    let direct = DirectBackend::new(image, Access { read_only: config.read_only });
+    let direct = direct.map_err(|error| {
+        if is_new {
+            // A failure to remove it adds nothing to the error.
+            let _ = fs::remove_file(&config.image);
+        }
+        StartError::Image(error, config.config_file.clone())
+    })?;
+    Ok(Box::new(direct))
 }
 
 fn open_record_store(config: &Config, image: &FileBackend) -> Result<RecordStore, StartError> {

@@ -36,6 +36,8 @@ pub struct Config {
     pub idle_exit: Option<Duration>,
     /// Whether to trust the holes that the file system reports.
     pub holes: HolePolicy,
+    /// Access the image with `O_DIRECT`.
+    pub direct: bool,
     /// Which clients may connect.
     pub admission: Admission,
 }
@@ -58,6 +60,7 @@ impl Config {
             killswitch: false,
             idle_exit: None,
             holes: HolePolicy::Auto,
+            direct: false,
             admission: Admission { acl: Acl::default(), clients_max: 128 },
         }
     }

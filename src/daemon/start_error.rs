@@ -101,4 +101,5 @@ fn image_advice(error: &OpenError, config: Option<&Path>) -> String {
     let key = |key: &str| format!("{key} in {}", config.display());
     text.replace("--create SIZE", &key("CREATE=SIZE"))
         .replace("serve it with --read-only", &key("set READ_ONLY=yes"))
+        .replace("start without --direct", &key("set DIRECT=no"))
 }

@@ -8,7 +8,7 @@ use super::io_queue::IoQueue;
 use super::op::{Op, Zeroing};
 use super::open::{self, Access, FileKind, OpenError, SECTOR};
 use super::uring::{FallocateCall, RingFile, Uring};
-use super::{detect_zeros, extents, syscalls};
+use super::{extents, syscalls};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, fallocate, posix_fadvise};
@@ -22,9 +22,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Length of one write of zeros, in bytes.
-const ZEROS_LENGTH: usize = 256 * 1024;
-static ZEROS: [u8; ZEROS_LENGTH] = [0; ZEROS_LENGTH];
+mod zeros;
 
 /// How much to read into the page cache at once without `io_uring(7)`, in bytes.
 const LOAD_STEP: usize = 32 << 10;
@@ -134,6 +132,24 @@ impl FileBackend {
         &self.path
     }
 
+    /// The logical sector size of a block device, in bytes; none for a file.
+    pub(super) fn sector(&self) -> Option<u64> {
+        match self.kind {
+            FileKind::File => None,
+            FileKind::BlockDevice { sector } => Some(sector),
+        }
+    }
+
+    /// Block size of the file system in bytes, at least a page.
+    pub(super) fn block(&self) -> u64 {
+        self.file_system.block
+    }
+
+    /// Whether to use `io_uring(7)` where the kernel has it.
+    pub(super) fn allows_io_uring(&self) -> bool {
+        !self.unsupported.io_uring.load(Ordering::Relaxed)
+    }
+
     fn unsupported_flag(&self, method: ZeroMethod) -> &AtomicBool {
         match method {
             ZeroMethod::PunchHole => &self.unsupported.punch_hole,
@@ -204,47 +220,44 @@ impl FileBackend {
         Ok(false)
     }
 
-    /// Writes zeros over `range`, leaving out holes unless the range has to be `allocated`. Reads a
-    /// reported hole to be sure.
-    fn write_zeros_outside_holes(&self, range: Range, allocated: bool) -> io::Result<()> {
-        if allocated {
-            return self.write_zeros(range);
-        }
-        let mut rest = range;
-        while !rest.is_empty() {
-            let extent = extents::extent_at(self, rest.offset())?;
-            let (part, after) = rest.split(extent.range.length());
-            if extent.allocated || !detect_zeros::reads_as_zeros(self, part) {
-                self.write_zeros(part)?;
-            }
-            rest = after;
-        }
-        Ok(())
-    }
-
-    fn write_zeros(&self, range: Range) -> io::Result<()> {
-        let mut rest = range;
-        while !rest.is_empty() {
-            let (part, after) = rest.split(ZEROS.len() as u64);
-            self.file.write_all_at(&ZEROS[..part.length() as usize], part.offset())?;
-            rest = after;
-        }
-        Ok(())
-    }
-
-    /// Makes the range read as zeros.
-    pub(super) fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
+    /// Makes the range read as zeros; `through`, which has the same bytes, reads and writes those that the
+    /// kernel does not zero.
+    pub(super) fn zero_through(
+        &self,
+        through: &dyn Backend,
+        range: Range,
+        how: Zeroing,
+    ) -> io::Result<()> {
         let blocks = self.whole_blocks(range);
         let cannot_be_fast =
             how.only_if_fast && self.kind == FileKind::File && self.supports_none(how);
         // Whole blocks first: if they cannot be zeroed fast, no byte has changed.
         if !cannot_be_fast && (blocks.is_empty() || self.zero_by_kernel(blocks, how)?) {
-            return self.zero_edges(range, how.keep_allocated);
+            return self.zero_edges_through(through, range, how.keep_allocated);
         }
         if how.only_if_fast {
             return Err(Errno::EOPNOTSUPP.into());
         }
-        self.write_zeros_outside_holes(range, how.keep_allocated)
+        zeros::write_outside_holes(through, range, how.keep_allocated)
+    }
+
+    fn zero_edges_through(
+        &self,
+        through: &dyn Backend,
+        range: Range,
+        allocated: bool,
+    ) -> io::Result<()> {
+        let blocks = self.whole_blocks(range);
+        if blocks.is_empty() {
+            return zeros::write_outside_holes(through, range, allocated);
+        }
+        zeros::write_outside_holes(through, range.until(blocks.offset()), allocated)?;
+        zeros::write_outside_holes(through, range.from(blocks.end()), allocated)
+    }
+
+    /// Makes the range read as zeros.
+    pub(super) fn zero(&self, range: Range, how: Zeroing) -> io::Result<()> {
+        self.zero_through(self, range, how)
     }
 
     /// Deallocates as much of the range as it can; the bytes may read as anything afterwards.
@@ -301,7 +314,7 @@ impl FileBackend {
     }
 
     /// Returns `Ok` to try again, or to go on without durable writes.
-    fn after_durable_error(&self, error: io::Error) -> io::Result<()> {
+    pub(super) fn after_durable_error(&self, error: io::Error) -> io::Result<()> {
         match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EINTR) => Ok(()),
             Some(Errno::EOPNOTSUPP | Errno::ENOSYS) => {
@@ -317,7 +330,8 @@ impl FileBackend {
         if self.file.metadata()?.len() < self.size { Err(self.shortened()) } else { Ok(()) }
     }
 
-    fn shortened(&self) -> io::Error {
+    /// The error of a file that was cut short.
+    pub(super) fn shortened(&self) -> io::Error {
         let (path, size) = (self.path.display(), self.size);
         let message = format!("{path} has become shorter than the {size} bytes that are served");
         io::Error::new(io::ErrorKind::UnexpectedEof, message)
@@ -343,7 +357,7 @@ impl Backend for FileBackend {
     }
 
     fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
-        if self.unsupported.io_uring.load(Ordering::Relaxed) {
+        if !self.allows_io_uring() {
             return None;
         }
         Some(Box::new(Uring::new(self, notifier).ok()?))
@@ -495,6 +509,10 @@ impl RingFile for FileBackend {
         !self.unsupported.durable_write.load(Ordering::Relaxed)
     }
 
+    fn has_page_cache(&self) -> bool {
+        true
+    }
+
     fn read_ahead(&self, range: Range) {
         // A hint: an error shows when the range is read.
         let _ = self.prefetch(range);
@@ -527,12 +545,7 @@ impl RingFile for FileBackend {
     }
 
     fn zero_edges(&self, range: Range, allocated: bool) -> io::Result<()> {
-        let blocks = self.whole_blocks(range);
-        if blocks.is_empty() {
-            return self.write_zeros_outside_holes(range, allocated);
-        }
-        self.write_zeros_outside_holes(range.until(blocks.offset()), allocated)?;
-        self.write_zeros_outside_holes(range.from(blocks.end()), allocated)
+        self.zero_edges_through(self, range, allocated)
     }
 }
 

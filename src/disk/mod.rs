@@ -16,6 +16,7 @@ mod blocking;
 mod buffer;
 mod deletion;
 mod detect_zeros;
+mod direct_backend;
 pub mod dirty;
 #[expect(clippy::module_inception, reason = "the file of the type `Disk`")]
 mod disk;
@@ -53,6 +54,7 @@ pub use backend::{Backend, Extent, Identity, PageCache, SocketTransfer, errno_of
 pub use buffer::Buffer;
 pub use deletion::{DeletionError, PathTarget};
 pub use detect_zeros::is_zero;
+pub use direct_backend::DirectBackend;
 pub use disk::{Copier, Disk, ExchangeError, Visit};
 pub use file_backend::FileBackend;
 pub use file_system::HolePolicy;

@@ -3,7 +3,7 @@
 
 use super::memory_backend::MemoryBackend;
 use super::tests::run as run_operation;
-use super::{Access, Backend, Disk, FileBackend, Op, OpenError, Zeroing};
+use super::{Access, Backend, Buffer, Disk, FileBackend, Op, OpenError, Zeroing};
 use crate::range::Range;
 use nix::errno::Errno;
 use proptest::prelude::*;
@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
 
-const SIZE: usize = 80 * 1024;
+pub(super) const SIZE: usize = 80 * 1024;
 /// The unserved bytes behind the disk in its file, which must never change.
 const TAIL: [u8; 100] = [0xEE; 100];
 /// Random sequences of up to [`STEPS`] steps for each kind of image.
-const CASES: u32 = 40;
+pub(super) const CASES: u32 = 40;
 const STEPS: usize = 40;
 
 /// One request of a client.
@@ -94,7 +94,7 @@ fn execute(disk: &Disk, model: &mut [u8], step: &Step) -> io::Result<()> {
         }
     }
     if durable || step.offset.is_multiple_of(2) {
-        let data = bytes.to_vec().into();
+        let data = Buffer::copy_of(bytes, disk.unit() as usize).unwrap();
         return run_operation(disk, Op::Write { offset, data, durable });
     }
     disk.enter(&|| true).unwrap().write(offset, bytes)
@@ -122,7 +122,7 @@ fn check(image: Box<dyn Backend>, steps: &[Step]) -> Result<(), TestCaseError> {
 }
 
 /// Runs random steps on images that `make` creates; `after` checks the result.
-fn run(
+pub(super) fn run(
     cases: u32,
     make: impl Fn() -> Box<dyn Backend>,
     after: impl Fn() -> Result<(), TestCaseError>,
@@ -137,7 +137,11 @@ fn run(
 }
 
 /// Runs random steps on a new file in `folder` for each case.
-fn run_on_files(folder: &Path, configure: impl Fn(FileBackend) -> FileBackend) {
+pub(super) fn run_on_files(
+    cases: u32,
+    folder: &Path,
+    configure: impl Fn(FileBackend) -> Box<dyn Backend>,
+) {
     let path = folder.join("disk.img");
     let make = || {
         let file = File::create(&path).unwrap();
@@ -145,9 +149,9 @@ fn run_on_files(folder: &Path, configure: impl Fn(FileBackend) -> FileBackend) {
         drop(file);
         let image = FileBackend::open(&path, Access { read_only: false }).unwrap();
         assert_eq!((image.size(), image.unserved_tail()), (SIZE as u64, 100));
-        Box::new(configure(image)) as Box<dyn Backend>
+        configure(image)
     };
-    run(CASES, make, || {
+    run(cases, make, || {
         let bytes = std::fs::read(&path).unwrap();
         prop_assert!(bytes[SIZE..] == TAIL, "the unserved tail was touched");
         Ok(())
@@ -155,7 +159,7 @@ fn run_on_files(folder: &Path, configure: impl Fn(FileBackend) -> FileBackend) {
 }
 
 /// Reports a skipped test on the real stderr, which the test harness does not capture.
-fn skip(what: &str) {
+pub(super) fn skip(what: &str) {
     let _ = writeln!(io::stderr(), "SKIP {what}");
 }
 
@@ -176,19 +180,20 @@ fn a_disk_in_memory_reads_back_what_was_written() {
 
 #[test]
 fn a_file_reads_back_what_was_written() {
-    run_on_files(tempfile::tempdir().unwrap().path(), |image| image);
+    run_on_files(CASES, tempfile::tempdir().unwrap().path(), |image| Box::new(image));
 }
 
 #[test]
 fn a_file_in_shared_memory_reads_back_what_was_written() {
     in_shared_memory(|memory| {
-        run_on_files(tempfile::tempdir_in(memory).unwrap().path(), |image| image);
+        run_on_files(CASES, tempfile::tempdir_in(memory).unwrap().path(), |image| Box::new(image));
     });
 }
 
 #[test]
 fn a_file_without_optional_operations_reads_back_what_was_written() {
-    run_on_files(tempfile::tempdir().unwrap().path(), FileBackend::without_support);
+    let folder = tempfile::tempdir().unwrap();
+    run_on_files(CASES, folder.path(), |image| Box::new(image.without_support()));
 }
 
 #[test]
@@ -213,7 +218,7 @@ fn zeros_written_into_holes_of_a_file_allocate_nothing() {
 }
 
 /// A loop device on a file, detached when dropped.
-struct Loop {
+pub(super) struct Loop {
     device: PathBuf,
 }
 
@@ -244,7 +249,7 @@ impl Loop {
         Some(Self { device })
     }
 
-    fn open(&self) -> Result<FileBackend, OpenError> {
+    pub(super) fn open(&self) -> Result<FileBackend, OpenError> {
         FileBackend::open(&self.device, Access { read_only: false })
     }
 }
@@ -256,7 +261,7 @@ impl Drop for Loop {
 }
 
 /// A folder with a file of [`SIZE`] bytes, full of data, and its block device.
-fn loop_device(parent: &Path, sector: &str) -> Option<(TempDir, PathBuf, Loop)> {
+pub(super) fn loop_device(parent: &Path, sector: &str) -> Option<(TempDir, PathBuf, Loop)> {
     let folder = tempfile::tempdir_in(parent).unwrap();
     let file = folder.path().join("backing");
     std::fs::write(&file, vec![7; SIZE]).unwrap();

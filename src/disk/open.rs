@@ -116,6 +116,16 @@ pub enum OpenError {
         /// The error of the system call.
         source: io::Error,
     },
+    /// Its file system cannot bypass the page cache.
+    #[error(
+        "cannot open {path} with O_DIRECT: the file system does not support it; start without \
+         --direct",
+        path = .path.display()
+    )]
+    NoDirect {
+        /// The image.
+        path: PathBuf,
+    },
     /// Another system call failed.
     #[error("{path} cannot be opened: {source}", path = .path.display())]
     Other {
@@ -273,6 +283,7 @@ impl OpenError {
             Self::ReadOnlyFileSystem { .. } => Errno::EROFS,
             Self::TooSmall { .. } => Errno::EINVAL,
             Self::AlreadyServed { .. } => Errno::EBUSY,
+            Self::NoDirect { .. } => Errno::EOPNOTSUPP,
             Self::CannotCreate { source, .. }
             | Self::NotLocked { source, .. }
             | Self::Other { source, .. } => {

@@ -65,6 +65,22 @@ pub(super) fn sector_size(device: &File) -> io::Result<u64> {
     }
 }
 
+/// The alignment of memory and of offsets in the file that `O_DIRECT` demands, in bytes
+/// (`STATX_DIOALIGN`, statx(2)); zeros where it is impossible. `None` where the kernel does not tell:
+/// before Linux 6.1, and on some file systems.
+pub(super) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
+    let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    let (fd, mask) = (file.as_raw_fd(), libc::STATX_DIOALIGN);
+    // SAFETY: an empty path stands for the descriptor, open as long as `file`; the kernel writes one
+    // structure, and gets the address of one.
+    let result =
+        unsafe { libc::statx(fd, c"".as_ptr(), libc::AT_EMPTY_PATH, mask, found.as_mut_ptr()) };
+    // SAFETY: zeros are a valid value, which the kernel may have overwritten with another.
+    let found = unsafe { found.assume_init() };
+    let is_known = result == 0 && found.stx_mask & libc::STATX_DIOALIGN != 0;
+    is_known.then_some((found.stx_dio_mem_align, found.stx_dio_offset_align))
+}
+
 /// Discards `range`, whole sectors, of a block device (`BLKDISCARD`).
 pub(super) fn discard(device: &File, range: Range) -> io::Result<()> {
     const REQUEST: nix::sys::ioctl::ioctl_num_type = nix::request_code_none!(0x12, 119);

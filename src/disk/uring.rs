@@ -40,6 +40,8 @@ pub(super) trait RingFile {
     fn fd(&self) -> RawFd;
     /// Whether to try writes with `RWF_DSYNC`.
     fn writes_durably(&self) -> bool;
+    /// Whether to read into the kernel's page cache.
+    fn has_page_cache(&self) -> bool;
     /// Advises the kernel to read the range into its page cache, if it has one; does not wait for it.
     fn read_ahead(&self, range: Range);
     /// Whether the kernel can read or write these bytes with a buffer that is aligned to
@@ -137,7 +139,10 @@ impl<'a> Uring<'a> {
                 let can = self.file.can_transfer(*offset, data.len());
                 can.then(|| vec![self.read(key, *offset, data)])
             }
-            Op::Cache(range) => Some(vec![self.advice(*range).user_data(key)]),
+            Op::Cache(range) => {
+                let can = self.file.has_page_cache();
+                can.then(|| vec![self.advice(*range).user_data(key)])
+            }
             Op::Load(range) => Some(vec![self.load(key, *range)]),
             Op::Write { durable: true, .. } if !self.file.writes_durably() => None,
             Op::Write { offset, data, durable } => {
@@ -297,6 +302,8 @@ impl<'a> Uring<'a> {
             (_, 0..) => Some(Ok(())),
             (Op::Zero { .. } | Op::Trim { .. }, _) if syscalls::is_unable(errno) => None,
             _ if matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS) => None,
+            // An alignment that the kernel demands beyond the known one; a thread copies the bytes.
+            (Op::Read { .. } | Op::Write { .. }, _) if errno == Errno::EINVAL => None,
             // The kernel could not create a thread (`TasksMax=`) and has not executed the operation.
             _ if errno == Errno::ECANCELED => None,
             _ => Some(Err(errno.into())),
@@ -309,6 +316,12 @@ impl<'a> Uring<'a> {
     fn resubmit(&mut self, key: u64, submitted: Submitted) {
         let Submitted { mut op, done } = submitted;
         let entries = match &mut op {
+            // An I/O that ended within a unit cannot continue there.
+            Op::Write { offset, data, .. } | Op::Read { offset, data }
+                if !self.file.can_transfer(*offset + done as u64, data.len() - done) =>
+            {
+                None
+            }
             Op::Write { offset, data, durable } => {
                 Some(vec![self.write(key, *offset + done as u64, &data[done..], *durable)])
             }
@@ -423,6 +436,8 @@ impl std::fmt::Debug for Uring<'_> {
     }
 }
 
+#[cfg(test)]
+mod direct_tests;
 #[cfg(test)]
 mod tests {
     use super::super::slow_backend::TestNotifier;

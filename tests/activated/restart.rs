@@ -21,7 +21,11 @@ fn manager() -> (ServiceManager, PathBuf) {
 }
 
 fn serve(manager: &ServiceManager, image: &Path) -> Service {
-    let service = manager.start(Inherited::Nbd, "serve --file", &[image]);
+    serve_with(manager, image, "")
+}
+
+fn serve_with(manager: &ServiceManager, image: &Path, options: &str) -> Service {
+    let service = manager.start(Inherited::Nbd, &format!("serve {options} --file"), &[image]);
     manager.wait_for("READY=1");
     service
 }
@@ -40,8 +44,17 @@ fn sessions(manager: &ServiceManager) -> Vec<String> {
 
 #[test]
 fn restarts_preserve_sessions_with_requests_in_flight() {
+    restarts_preserve_requests("");
+}
+
+#[test]
+fn restarts_with_direct_io_preserve_sessions_with_requests_in_flight() {
+    restarts_preserve_requests("--direct");
+}
+
+fn restarts_preserve_requests(options: &str) {
     let (manager, image) = manager();
-    let mut service = serve(&manager, &image);
+    let mut service = serve_with(&manager, &image, options);
     let mut clients = MODES.map(|mode| client(&manager, mode));
     let mut expected = vec![0; 8 * MIB as usize];
     for round in 0..8u64 {
@@ -64,7 +77,7 @@ fn restarts_preserve_sessions_with_requests_in_flight() {
         }
         assert!(service.stop().success());
         assert_eq!(sessions(&manager).len(), 3, "{}", service.stderr());
-        service = serve(&manager, &image);
+        service = serve_with(&manager, &image, options);
         assert_eq!(manager.stored(), [] as [&str; 0], "removed before the first client is served");
         for (client, (mut pending, unsent)) in clients.iter_mut().zip(unsent_parts) {
             client.wire.send(&unsent);

@@ -1,5 +1,6 @@
 //! A file system in a file, unmounted when dropped.
 
+use harness::mount::Loop;
 use harness::{
     GIB, MIB, Program, TempDir, require_root, require_tool, skip, sparse_image, temp_dir,
 };
@@ -14,24 +15,43 @@ pub(crate) struct Kind {
     pub(crate) name: &'static str,
     /// The argument of `mount -t`.
     mount_type: &'static str,
-    /// The mkfs program and its arguments; empty for tmpfs.
+    /// The mkfs program and its arguments; empty for tmpfs and ramfs.
     mkfs: &'static str,
+    /// Logical sector size of the device, in bytes.
+    sector: u32,
+}
+
+impl Kind {
+    const fn new(name: &'static str, mount_type: &'static str, mkfs: &'static str) -> Kind {
+        Kind { name, mount_type, mkfs, sector: 512 }
+    }
 }
 
 /// The types under test. Those that the kernel cannot mount are skipped.
 pub(crate) const KINDS: [Kind; 7] = [
-    Kind { name: "xfs", mount_type: "xfs", mkfs: "mkfs.xfs -q" },
-    Kind { name: "xfs, 1 KiB blocks", mount_type: "xfs", mkfs: "mkfs.xfs -q -b size=1024" },
-    Kind { name: "xfs, 64 KiB blocks", mount_type: "xfs", mkfs: "mkfs.xfs -q -b size=65536" },
-    Kind { name: "btrfs", mount_type: "btrfs", mkfs: "mkfs.btrfs -q" },
-    Kind { name: "ext4", mount_type: "ext4", mkfs: "mkfs.ext4 -q -F -E lazy_itable_init=1" },
-    Kind { name: "ext4, 1 KiB blocks", mount_type: "ext4", mkfs: "mkfs.ext4 -q -F -b 1024" },
-    Kind { name: "tmpfs", mount_type: "tmpfs", mkfs: "" },
+    Kind::new("xfs", "xfs", "mkfs.xfs -q"),
+    Kind::new("xfs, 1 KiB blocks", "xfs", "mkfs.xfs -q -b size=1024"),
+    Kind::new("xfs, 64 KiB blocks", "xfs", "mkfs.xfs -q -b size=65536"),
+    Kind::new("btrfs", "btrfs", "mkfs.btrfs -q"),
+    Kind::new("ext4", "ext4", "mkfs.ext4 -q -F -E lazy_itable_init=1"),
+    Kind::new("ext4, 1 KiB blocks", "ext4", "mkfs.ext4 -q -F -b 1024"),
+    Kind::new("tmpfs", "tmpfs", ""),
 ];
+
+/// The same on a device that transfers at least 4096 bytes.
+pub(crate) const SECTORS_OF_4096: [Kind; 2] = [
+    Kind { name: "xfs, 4 KiB sectors", sector: 4096, ..KINDS[0] },
+    Kind { name: "ext4, 4 KiB sectors", sector: 4096, ..KINDS[4] },
+];
+
+/// Memory without direct I/O.
+pub(crate) const RAMFS: Kind = Kind::new("ramfs", "ramfs", "");
 
 /// A mounted file system; unmounted when dropped.
 pub(crate) struct Mounted {
     point: PathBuf,
+    /// Declared before the directory, which holds its file.
+    _device: Option<Loop>,
     _dir: TempDir,
 }
 
@@ -43,17 +63,27 @@ impl Mounted {
             return None;
         }
         let dir = fast_dir();
-        let (device, point) = (sparse_image(dir.path(), "device", SIZE), dir.path().join("point"));
+        let (file, point) = (sparse_image(dir.path(), "device", SIZE), dir.path().join("point"));
         std::fs::create_dir(&point).unwrap();
+        let with_device = !kind.mkfs.is_empty();
+        let attached = with_device.then(|| Loop::attach_with_sectors(&file, kind.sector));
+        let device = match &attached {
+            Some(None) => {
+                skip(kind.name, "there is no loop device");
+                return None;
+            }
+            Some(Some(device)) => device.path(),
+            None => &file,
+        };
         if let Some((program, arguments)) = kind.mkfs.split_once(' ') {
             if !require_tool(program) {
                 return None;
             }
-            Program::new(program).words(arguments).args([&device]).ok();
+            Program::new(program).words(arguments).args([device]).ok();
         }
-        let options = if kind.mkfs.is_empty() { "-o size=256m -t" } else { "-o loop -t" };
+        let options = if with_device { "-t" } else { "-o size=256m -t" };
         let mount = Program::new("mount").words(options).args([kind.mount_type]);
-        let outcome = mount.args([&device, &point]).run();
+        let outcome = mount.args([device, &point]).run();
         if !outcome.status.success() {
             // Only recent kernels mount block sizes above a page; CI mounts all others.
             let is_optional = kind.name.contains("64 KiB") || std::env::var_os("CI").is_none();
@@ -61,7 +91,7 @@ impl Mounted {
             skip(kind.name, &format!("it cannot be mounted: {}", outcome.stderr.trim()));
             return None;
         }
-        Some(Mounted { point, _dir: dir })
+        Some(Mounted { point, _device: attached.flatten(), _dir: dir })
     }
 
     pub(crate) fn path(&self) -> &Path {

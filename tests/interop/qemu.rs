@@ -26,36 +26,40 @@ fn qemu_io_reads_back_writes_zeroes_and_discards() {
     if !require_tool("qemu-io") {
         return;
     }
-    for_each_transport_and_style(|served, _| {
-        qemu_io(
-            served,
-            &[
-                "read -P 0 0 64M",
-                "write -P 7 64k 5M",
-                "write -f -P 8 33 1000",
-                "flush",
-                "read -P 7 64k 5M",
-                "read -P 8 33 1000",
-                "read -P 0 1033 64503",
-                "write -z 1M 1M",
-                "write -z -u 2M 1M",
-                "write -z -n -u 3M 4k",
-                "discard 4M 1M",
-                "read -P 0 1M 2M",
-                "read -P 0 3M 4k",
-                "read -P 0 4M 1M",
-                "read -P 7 3076k 1020k",
-                "aio_write -P 9 8M 4M",
-                "aio_write -P 10 12M 4M",
-                "aio_flush",
-                "read -P 9 8M 4M",
-                "read -P 10 12M 4M",
-            ],
-        );
-        let data = read_at(&served.image, 64 << 10, 4096);
-        assert_eq!((data[0], data[4095]), (7, 7), "data in the image");
-        assert_eq!(served.server.stderr(), "");
-    });
+    for_each_transport_and_style(|served, _| check_reads_after_changes(served));
+}
+
+/// Changes the disk in several ways, and reads each part back.
+#[track_caller]
+pub(crate) fn check_reads_after_changes(served: &Served) {
+    qemu_io(
+        served,
+        &[
+            "read -P 0 0 64M",
+            "write -P 7 64k 5M",
+            "write -f -P 8 33 1000",
+            "flush",
+            "read -P 7 64k 5M",
+            "read -P 8 33 1000",
+            "read -P 0 1033 64503",
+            "write -z 1M 1M",
+            "write -z -u 2M 1M",
+            "write -z -n -u 3M 4k",
+            "discard 4M 1M",
+            "read -P 0 1M 2M",
+            "read -P 0 3M 4k",
+            "read -P 0 4M 1M",
+            "read -P 7 3076k 1020k",
+            "aio_write -P 9 8M 4M",
+            "aio_write -P 10 12M 4M",
+            "aio_flush",
+            "read -P 9 8M 4M",
+            "read -P 10 12M 4M",
+        ],
+    );
+    let data = read_at(&served.image, 64 << 10, 4096);
+    assert_eq!((data[0], data[4095]), (7, 7), "data in the image");
+    assert_eq!(served.server.stderr(), "");
 }
 
 #[test]

@@ -80,11 +80,12 @@ fn bases() -> [BTreeMap<&'static str, &'static str>; 2] {
 }
 
 /// Another valid value for each key.
-const OTHER_VALUES: [(&str, &str); 17] = [
+const OTHER_VALUES: [(&str, &str); 18] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
     ("HOLES", "ignore"),
+    ("DIRECT", "yes"),
     ("ADDR", "::1"),
     ("PORT", "8"),
     ("EXPORT", "disk"),

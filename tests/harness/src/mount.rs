@@ -71,9 +71,21 @@ pub struct Loop {
 impl Loop {
     /// Attaches `file` to a free loop device. `None` where that is not permitted.
     pub fn attach(file: &Path) -> Option<Loop> {
-        let outcome = Program::new("losetup").words("--show -f").args([file]).run();
+        Loop::attach_with_sectors(file, 512)
+    }
+
+    /// Attaches `file` to a free loop device with logical sectors of this size, in bytes. `None` where
+    /// that is not permitted.
+    pub fn attach_with_sectors(file: &Path, bytes: u32) -> Option<Loop> {
+        let losetup = Program::new("losetup").words("--show -f --sector-size");
+        let outcome = losetup.args([bytes.to_string()]).args([file]).run();
         let device = outcome.status.success().then(|| outcome.text().trim().to_owned());
         device.map(|device| Loop { device: Some(device) })
+    }
+
+    /// The device.
+    pub fn path(&self) -> &Path {
+        self.device.as_deref().unwrap().as_ref()
     }
 
     /// Detaches the device, which must succeed.
