@@ -104,6 +104,8 @@ pub(super) struct Reads {
     next_load: u64,
     /// Bytes that are being loaded.
     loading: u64,
+    /// Data of an announced read is being loaded: no other read may be answered before it.
+    loads_announced: bool,
     /// Measures how long the disk takes.
     clock: fn() -> Instant,
 }
@@ -185,7 +187,18 @@ impl Reads {
     pub(super) fn new(queue: VecDeque<Read>, clock: fn() -> Instant) -> Self {
         let (inline, allocated) = (InlineReads::default(), Range::whole(0));
         let (loads, next_load, loading) = (BTreeMap::new(), 0, 0);
-        Self { queue, awaited_room: 0, inline, allocated, loads, next_load, loading, clock }
+        let (awaited_room, loads_announced) = (0, false);
+        Self {
+            queue,
+            awaited_room,
+            inline,
+            allocated,
+            loads,
+            next_load,
+            loading,
+            loads_announced,
+            clock,
+        }
     }
 
     /// Saves the reads. None of them may be loading.
@@ -210,7 +223,7 @@ impl Reads {
 
     /// Whether reads wait in the queue for room in the send buffer, not in flight.
     pub(super) fn wait_for_output(&self) -> bool {
-        !self.queue.is_empty() && self.awaited_room == 0
+        !self.queue.is_empty() && self.awaited_room == 0 && !self.loads_announced
     }
 
     /// Begins a read: answers it at once if its data is in memory and no other read waits, and otherwise adds
@@ -232,7 +245,7 @@ impl Reads {
             return Ok(());
         }
         let read = Read::new(to, range, dont_fragment);
-        if !self.queue.is_empty() || out.is_full() {
+        if self.loads_announced || !self.queue.is_empty() || out.is_full() {
             self.queue.push_back(read);
             return Ok(());
         }
@@ -254,7 +267,8 @@ impl Reads {
             return Ok(true);
         }
         self.awaited_room = 0;
-        while !out.is_full()
+        while !self.loads_announced
+            && !out.is_full()
             && let Some(read) = self.queue.pop_front()
         {
             if let Some(busy) = self.step(read, io, replies, out, rx_is_empty)? {
@@ -324,6 +338,7 @@ impl Reads {
     /// Begins to load data for a read, which continues when that completes.
     fn load<'a>(&mut self, visit: Visit<'a>, range: Range, read: Read, io: &mut DiskIo<'a>) {
         self.loading += range.length();
+        self.loads_announced |= read.announced;
         let (number, since) = (self.next_load, (self.clock)());
         self.next_load += 1;
         // Its data is sent by reference then (`append_piece`).
@@ -338,6 +353,7 @@ impl Reads {
         let Some(loading) = self.loads.remove(&number) else { return };
         let Loading { mut read, range, pins, in_flight, since } = loading;
         self.loading -= range.length();
+        self.loads_announced &= !read.announced;
         self.inline.record_load(in_flight, (self.clock)().saturating_duration_since(since));
         let outcome = match outcome {
             Ok(_) if pins => None,
@@ -353,7 +369,8 @@ impl Reads {
         }
         // Before reads that hold no data yet, so that loaded data does not accumulate; but no reply may
         // come between the pieces of another.
-        let at = self.queue.front().is_some_and(|first| first.announced).into();
+        let is_inside = |first: &Read| first.announced && !read.announced;
+        let at = self.queue.front().is_some_and(is_inside).into();
         self.queue.insert(at, read);
     }
 
@@ -380,8 +397,7 @@ impl Reads {
             Err(busy) => return Ok(ReadStep::Blocked(busy)),
         };
         if read.announced {
-            append_announced(&visit, out).map_err(SessionEnd::ReplyIncomplete)?;
-            Ok(ReadStep::Continue)
+            append_announced(visit, read, out)
         } else if replies.dialect == Dialect::Simple {
             Ok(self.advance_simple(visit, read, replies, out))
         } else {
@@ -547,10 +563,21 @@ fn data_chunk(data: Range) -> ChunkContent {
     ChunkContent { range: data.split(piece_length(data)).0, hole: false }
 }
 
-/// Reads the next piece of the announced range.
-fn append_announced(visit: &Visit<'_>, out: &mut Tx) -> io::Result<()> {
+/// Appends the next piece of the announced range, if it is in memory.
+fn append_announced<'a>(
+    visit: Visit<'a>,
+    read: &mut Read,
+    out: &mut Tx,
+) -> Result<ReadStep<'a>, SessionEnd> {
     let announced = out.announced();
     let piece = announced.split(piece_length(announced)).0;
+    let fill = |data: &mut [u8]| read.fill(&visit, piece.offset(), data);
     // It fits: a piece is at most 256 KiB.
-    out.append_announced(piece.length() as usize, |data| visit.read(piece.offset(), data))
+    match out.append_announced(piece.length() as usize, fill) {
+        Ok(()) => Ok(ReadStep::Continue),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock && !read.is_certain(piece) => {
+            Ok(ReadStep::Cold(visit, announced.split(LOAD_MAX).0))
+        }
+        Err(error) => Err(SessionEnd::ReplyIncomplete(error)),
+    }
 }

@@ -1,6 +1,7 @@
 //! The engine without a socket, on a clock that the test sets.
 
 use super::*;
+use crate::disk::Backend;
 use crate::disk::inflight::READ_BYTES_MAX;
 use crate::disk::memory_backend::MemoryBackend;
 use crate::disk::slow_backend::{Slow, SlowBackend, TestNotifier};
@@ -35,7 +36,7 @@ fn engine<'a>(disk: &'a Disk, requests: &[u8]) -> Engine<'a> {
         dialect: Dialect::Simple,
         allocation_selected: false,
         private: false,
-        payload_length_max: 1 << 20,
+        payload_length_max: SIZE as u32,
         reads_beyond_end_are_no_space: false,
     };
     let context = EngineContext {
@@ -105,6 +106,42 @@ fn a_session_finishes_at_a_closed_gate_after_its_last_reply() {
     assert!(engine.tx.send(&stream).unwrap());
     let end = engine.advance(StopRequest::Finish);
     assert!(matches!(end, Err(SessionEnd::Requested(StopRequest::Finish))), "{end:?}");
+}
+
+#[test]
+fn cold_data_of_an_announced_read_is_loaded_in_flight() {
+    let (memory, slow) = (MemoryBackend::new(SIZE), Arc::new(Slow::default()));
+    let contents: Vec<u8> = (0..SIZE).map(|at| (at / 4096) as u8).collect();
+    memory.write(0, &contents, false).unwrap();
+    let disk = Disk::new(Box::new(SlowBackend::new(memory.clone(), Arc::clone(&slow))), false);
+    let requests =
+        [request(CommandKind::Read, SIZE, 1), request(CommandKind::Read, 512, 2)].concat();
+    let mut engine = engine(&disk, &requests);
+    let (client, stream) = pair();
+    client.set_nonblocking().unwrap();
+    stream.set_nonblocking().unwrap();
+    // The data is in memory when the read is tried, and no longer when it is sent.
+    let blocked = engine.advance(StopRequest::Serve);
+    assert!(matches!(blocked, Ok(Blocked::InputWithReads | Blocked::Output)), "{blocked:?}");
+    let mut received = Vec::new();
+    let mut loads = 0;
+    while received.len() < 2 * 16 + SIZE as usize + 512 {
+        slow.evict_all();
+        engine.advance(StopRequest::Serve).unwrap();
+        engine.tx.send(&stream).unwrap();
+        while slow.count() > 0 {
+            assert!(!engine.has_reads(), "the driver must not advance before a completion");
+            slow.complete(0, &memory);
+            loads += 1;
+        }
+        let mut bytes = [0; 1 << 16];
+        while let Ok(count) = client.try_recv(&mut bytes) {
+            received.extend_from_slice(&bytes[..count]);
+        }
+    }
+    assert!(loads > 1, "{loads}");
+    let (first, second) = received.split_at(16 + SIZE as usize);
+    assert!(first[16..] == contents && second[16..] == contents[..512]);
 }
 
 #[test]
