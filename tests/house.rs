@@ -48,6 +48,7 @@ const PURE: &[&str] = &[
     "server/session/inline_reads.rs",
     "server/handshake_slots.rs",
     "server/session/stall.rs",
+    "disk/inflight/parts.rs",
     "disk/op.rs",
     "disk/ownership.rs",
     "server/write_throttle.rs",

@@ -227,6 +227,14 @@ impl Gate {
         }
     }
 
+    /// Begins to close the gate, as [`Gate::close_and_drain`] does before it waits. [`Gate::reopen`] undoes it.
+    #[cfg(test)]
+    pub(crate) fn begin_to_close(&self) {
+        let mut closing = self.lock();
+        closing.closers += 1;
+        self.state.fetch_or(CLOSED, Ordering::Relaxed);
+    }
+
     /// Sets when the gate, which the caller has closed, opens by itself; `None` for never. Only one
     /// of several closers may use this.
     ///

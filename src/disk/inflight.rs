@@ -40,9 +40,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
+mod budget;
 mod closing;
 mod commit;
 mod parts;
+#[cfg(test)]
+pub(crate) mod simulation;
 mod stage;
 
 /// Most operations of one session in flight.
@@ -92,11 +95,14 @@ pub struct InFlight<'a, T> {
     gate_expiry: Cell<Option<Instant>>,
     /// The session is gone, so nothing more is started.
     closing: bool,
+    /// Measures how long parts take.
+    clock: fn() -> Instant,
 }
 
 impl<'a, T> InFlight<'a, T> {
-    /// No operations yet. `notifier` is notified when one may have completed.
-    pub fn new(disk: &'a Disk, notifier: Arc<dyn Notifier>) -> Self {
+    /// No operations yet. `notifier` is notified when one may have completed; `clock` measures how long
+    /// the disk takes.
+    pub fn new(disk: &'a Disk, notifier: Arc<dyn Notifier>, clock: fn() -> Instant) -> Self {
         Self {
             disk,
             completions: Completions::new(&notifier),
@@ -118,6 +124,7 @@ impl<'a, T> InFlight<'a, T> {
             read_bytes: 0,
             gate_expiry: Cell::new(None),
             closing: false,
+            clock,
         }
     }
 
@@ -125,22 +132,6 @@ impl<'a, T> InFlight<'a, T> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.operations.is_empty() && self.completed.is_empty()
-    }
-
-    /// Whether an operation that holds this many bytes to write may begin.
-    #[must_use]
-    pub fn has_room(&self, bytes: usize) -> bool {
-        self.has_slot() && (self.bytes == 0 || self.bytes + bytes <= BYTES_MAX)
-    }
-
-    /// Whether a read of this many bytes may begin.
-    #[must_use]
-    pub fn has_room_to_read(&self, bytes: usize) -> bool {
-        self.has_slot() && (self.read_bytes == 0 || self.read_bytes + bytes <= READ_BYTES_MAX)
-    }
-
-    fn has_slot(&self) -> bool {
-        self.operations.len() + self.completed.len() < IN_FLIGHT_MAX
     }
 
     /// Whether operations wait for an earlier change, for a part in flight, or for the gate.
@@ -497,6 +488,10 @@ impl<'a, T> InFlight<'a, T> {
             self.executing += 1;
             return self.execute_in_thread(key, op);
         };
+        #[cfg(test)]
+        if key % 8 == 7 && mutation::is_active(Mutation::LoseCompletion) {
+            return;
+        }
         let Some(operation) = self.operations.get_mut(&key) else { return };
         match operation.stage.take() {
             OpStage::ReadingEdges { visit, write, edges } if !self.closing => {

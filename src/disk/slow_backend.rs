@@ -23,11 +23,6 @@ const BLOCK: u64 = 4096;
 pub(crate) struct TestNotifier(EventFd);
 
 impl TestNotifier {
-    /// Forgets its notifications.
-    pub(crate) fn take(&self) {
-        let _ = self.0.read();
-    }
-
     /// Notifications so far.
     pub(crate) fn count(&self) -> u64 {
         let count = self.0.read().unwrap_or(0);

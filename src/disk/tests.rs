@@ -32,7 +32,7 @@ fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
 
 /// Runs one operation to its completion, as on a backend without an I/O queue.
 pub(super) fn run(disk: &Disk, op: Op) -> io::Result<()> {
-    let mut in_flight = InFlight::new(disk, Arc::new(TestNotifier::default()));
+    let mut in_flight = InFlight::new(disk, Arc::new(TestNotifier::default()), Instant::now);
     in_flight.begin(visit(disk), op, ());
     loop {
         in_flight.submit();
@@ -260,7 +260,7 @@ fn a_flush_waits_for_concurrent_failures() {
 fn an_exchanged_backend_serves_from_the_next_visit_on() {
     let (first, second) = (MemoryBackend::new(SIZE), MemoryBackend::new(SIZE));
     let disk = Disk::new(Box::new(first.clone()), false);
-    let mut in_flight = InFlight::new(&disk, Arc::new(TestNotifier::default()));
+    let mut in_flight = InFlight::new(&disk, Arc::new(TestNotifier::default()), Instant::now);
     in_flight.begin(visit(&disk), write(0, &[1; 512], true), ());
     in_flight.submit();
     while in_flight.next_completed().is_none() {

@@ -251,6 +251,7 @@ mod tests {
     use nix::libc::EIO;
     use std::sync::mpsc;
     use std::thread;
+    use std::time::Instant;
 
     const TIMEOUT: Duration = Duration::from_secs(20);
     const ID: Id = Id([1; 16]);
@@ -276,7 +277,8 @@ mod tests {
             destination.record_change(1);
             assert_eq!(destination.permit(1, true), WritePermission::Go);
             // A reader connected earlier, and has a flush in flight.
-            let mut in_flight = InFlight::new(&disk, Arc::new(TestNotifier::default()));
+            let mut in_flight =
+                InFlight::new(&disk, Arc::new(TestNotifier::default()), Instant::now);
             in_flight.begin(disk.enter(&|| true).unwrap(), Op::Flush, ());
             in_flight.submit();
             let (refused, is_refused) = mpsc::channel();

@@ -106,7 +106,7 @@ proptest! {
         let content: Vec<u8> = (0..SIZE).map(|at| (at / 7 % 251) as u8).collect();
         image.write(0, &content, false).unwrap();
         let disk = Disk::new(Box::new(image), false);
-        let mut in_flight = InFlight::new(&disk, Arc::new(TestNotifier::default()));
+        let mut in_flight = InFlight::new(&disk, Arc::new(TestNotifier::default()), std::time::Instant::now);
         for (at, (offset, length, aligned)) in places.iter().enumerate() {
             let offset = if *aligned { offset - offset % 4096 } else { *offset };
             let length = if *aligned { length.next_multiple_of(4096) } else { *length };

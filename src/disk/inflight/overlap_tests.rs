@@ -39,7 +39,11 @@ impl Fixture {
     fn session(&self) -> Session<'_> {
         let notifier = Arc::new(TestNotifier::default());
         Session {
-            in_flight: InFlight::new(&self.disk, Arc::clone(&notifier) as Arc<dyn Notifier>),
+            in_flight: InFlight::new(
+                &self.disk,
+                Arc::clone(&notifier) as Arc<dyn Notifier>,
+                Instant::now,
+            ),
             notifier,
         }
     }

@@ -1,6 +1,8 @@
 //! Zeroing and trimming, part by part.
 
 use super::super::disk::Visit;
+#[cfg(test)]
+use super::super::mutation::{self, Mutation};
 use super::super::op::Op;
 use super::InFlight;
 use super::stage::OpStage;
@@ -13,7 +15,7 @@ impl<'a, T> InFlight<'a, T> {
         let by_extent = self.disk.image().works_by_extent(&op);
         let (part, rest) = op.split(|range| self.part_sizes.split_next(range, by_extent));
         self.parts += 1;
-        self.execute(key, part, OpStage::Part { visit, rest, since: Instant::now() });
+        self.execute(key, part, OpStage::Part { visit, rest, since: (self.clock)() });
     }
 
     /// Continues after a part of a zeroing or trim.
@@ -29,11 +31,14 @@ impl<'a, T> InFlight<'a, T> {
         let size = self.disk.size();
         let ranges = part.range(size).and_then(|part| Ok((part, rest.range(size)?)));
         let Ok((Some(part), Some(left))) = ranges else { return self.finish(key, outcome) };
+        #[cfg(test)]
+        let part = if mutation::is_active(Mutation::ForgetPart) { part.split(0).0 } else { part };
         self.disk.mark(part);
         if outcome.is_err() {
             return self.finish(key, outcome);
         }
-        self.part_sizes.record(part.length(), since.elapsed());
+        let took = (self.clock)().saturating_duration_since(since);
+        self.part_sizes.record(part.length(), took);
         let Some(operation) = self.operations.get_mut(&key) else { return };
         if left.is_empty() {
             operation.change = None;
@@ -46,7 +51,10 @@ impl<'a, T> InFlight<'a, T> {
             self.finish(key, Ok(()));
         } else {
             let change = operation.change.take();
-            let starts = self.disk.gate.is_open() && self.may_start(&rest, change.as_ref());
+            let is_open = self.disk.gate.is_open();
+            #[cfg(test)]
+            let is_open = is_open || mutation::is_active(Mutation::StayInside);
+            let starts = is_open && self.may_start(&rest, change.as_ref());
             if let Some(operation) = self.operations.get_mut(&key) {
                 operation.change = change;
                 operation.stage = OpStage::Waiting(rest);

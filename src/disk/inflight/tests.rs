@@ -30,7 +30,7 @@ fn fixture() -> Fixture {
 
 impl Fixture {
     fn in_flight(&self) -> InFlight<'_, u32> {
-        InFlight::new(&self.disk, Arc::clone(&self.notifier) as Arc<dyn Notifier>)
+        InFlight::new(&self.disk, Arc::clone(&self.notifier) as Arc<dyn Notifier>, Instant::now)
     }
 
     fn begin<'a>(&'a self, in_flight: &mut InFlight<'a, u32>, op: Op, token: u32) {

@@ -20,10 +20,14 @@ use super::rx::Rx;
 use super::tx::Tx;
 use super::writes::{PayloadStep, Purpose, Writes};
 use crate::disk::{Disk, Notifier, Op, Zeroing};
-use crate::nbd::Malformed;
-use crate::nbd::reply::{Dialect, ReplyTo};
-use crate::nbd::request::{self, Request, RequestError, RequestHeader, Terms};
-use crate::nbd::wire::{CommandKind, ErrorCode};
+#[cfg(test)]
+use crate::disk::{
+    inflight::InFlight,
+    mutation::{self, Mutation},
+};
+use crate::nbd::reply::ReplyTo;
+use crate::nbd::request::{Request, RequestError, RequestHeader, Terms};
+use crate::nbd::wire::CommandKind;
 use crate::range::Range;
 use crate::server::end::SessionEnd;
 use crate::server::export_policy::{ExportPolicy, HandoverReply, Permit, SessionId};
@@ -175,7 +179,7 @@ impl<'a> Engine<'a> {
         Self {
             rx,
             tx,
-            io: DiskIo::new(disk, notifier),
+            io: DiskIo::new(disk, notifier, clocks.now),
             replies: Replies::new(disk, policy, terms.dialect, client),
             reads: Reads::new(reads, clocks.now),
             writes,
@@ -225,6 +229,8 @@ impl<'a> Engine<'a> {
             StopRequest::Finish => {
                 self.end.get_or_insert(SessionEnd::Requested(StopRequest::Finish));
             }
+            #[cfg(test)]
+            _ if mutation::is_active(Mutation::LeaveLate) => {}
             request => return Err(SessionEnd::Requested(request)),
         }
         self.io.check_disk()?;
@@ -298,6 +304,12 @@ impl<'a> Engine<'a> {
 
     /// Whether to ignore received bytes. After the request to finish, the received ones still count.
     fn ignores_input(&self) -> bool {
+        #[cfg(test)]
+        if mutation::is_active(Mutation::AnswerDisconnected) {
+            return false;
+        } else if mutation::is_active(Mutation::FinishEarly) {
+            return self.end.is_some();
+        }
         !matches!(self.end, None | Some(SessionEnd::Requested(_)))
     }
 
@@ -309,6 +321,12 @@ impl<'a> Engine<'a> {
     /// Whether no operation is in flight.
     pub(super) fn is_quiet(&self) -> bool {
         self.io.in_flight.is_empty()
+    }
+
+    /// For the simulation.
+    #[cfg(test)]
+    pub(super) fn in_flight(&mut self) -> &mut InFlight<'a, Tag> {
+        &mut self.io.in_flight
     }
 
     /// Whether an outcome waits to be taken; there may be no further notification for it.
@@ -439,6 +457,8 @@ impl<'a> Engine<'a> {
         }
         match self.policy.permit(self.session, request.writes()) {
             Permit::Granted => Ok(Some(request)),
+            #[cfg(test)]
+            Permit::RecordFirst if mutation::is_active(Mutation::SkipRecord) => Ok(Some(request)),
             Permit::RecordFirst => Ok(None),
             Permit::Refused(code, reason) => Err(RequestError { code, reason }),
         }
@@ -494,6 +514,8 @@ impl<'a> Engine<'a> {
         let in_flight = &self.io.in_flight;
         match request {
             Request::Read { .. } => true,
+            #[cfg(test)]
+            Request::Disconnect if mutation::is_active(Mutation::DisconnectEarly) => true,
             // All earlier requests have to be completed.
             Request::Private { .. } | Request::Disconnect => in_flight.is_empty(),
             _ => in_flight.has_room(0),
@@ -565,29 +587,8 @@ impl<'a> Engine<'a> {
         }
         Ok(())
     }
-
-    /// Ends the session because framing is lost. In old style it first replies with an error, once as
-    /// many bytes as a request header have arrived.
-    fn reject_malformed(&mut self, malformed: Malformed) -> Result<Step, SessionEnd> {
-        let magic = match malformed {
-            Malformed::Magic(magic) => magic as u32,
-            _ => 0,
-        };
-        let end = SessionEnd::BadMagic(magic);
-        if !self.answers_malformed {
-            return Err(end);
-        }
-        let bytes = self.rx.bytes();
-        if bytes.len() < request::header_length(Dialect::Simple) {
-            return Ok(Step::NeedsInput);
-        }
-        let cookie = bytes[8..].first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes));
-        let to = ReplyTo { cookie, offset: 0, chunked: false };
-        self.replies.reject(to, ErrorCode::Invalid, "no request at all", &mut self.tx);
-        self.end = Some(end);
-        Ok(Step::Progress)
-    }
 }
 
+mod malformed;
 #[cfg(test)]
 mod tests;

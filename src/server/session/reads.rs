@@ -16,7 +16,7 @@ use super::pinned;
 use super::replies::Replies;
 use super::tx::Tx;
 #[cfg(test)]
-use crate::disk::mutation::{self, Mutation};
+use crate::disk::mutation::{Mutation, is_active};
 use crate::disk::{Buffer, Extent, Op, Visit};
 use crate::message_id;
 use crate::nbd::reply::{Dialect, ReplyTo};
@@ -144,6 +144,8 @@ impl Read {
                 Ok(bytes) => {
                     // It fits: within the length of the loaded bytes.
                     let start = (offset - range.offset()) as usize;
+                    #[cfg(test)]
+                    let start = if is_active(Mutation::MisplaceLoad) { 0 } else { start };
                     data.copy_from_slice(&bytes[start..start + data.len()]);
                     Ok(())
                 }
@@ -204,7 +206,7 @@ impl Reads {
     /// Saves the reads. None of them may be loading.
     pub(super) fn save(self) -> Vec<ReadSnapshot> {
         #[cfg(test)]
-        if mutation::is_active(Mutation::DropLoadedRead) {
+        if is_active(Mutation::DropLoadedRead) {
             let kept = self.queue.into_iter().filter(|read| read.loaded.is_none());
             return kept.map(Read::save).collect();
         }

@@ -2,6 +2,8 @@
 //! Never accesses the disk, except to ask whether a flush has failed before.
 
 use super::tx::Tx;
+#[cfg(test)]
+use crate::disk::mutation::{self, Mutation};
 use crate::disk::{Disk, Extent, errno_of};
 use crate::message_id;
 use crate::nbd::handshake::ALLOCATION_CONTEXT_ID;
@@ -59,6 +61,10 @@ impl<'a> Replies<'a> {
     }
 
     pub(super) fn succeed(&self, to: ReplyTo, tx: &mut Tx) {
+        #[cfg(test)]
+        if mutation::is_active(Mutation::AnswerTwice) {
+            tx.reply(|out| self.dialect.success(to, out));
+        }
         tx.reply(|out| self.dialect.success(to, out));
     }
 

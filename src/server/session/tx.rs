@@ -5,6 +5,8 @@
 //! disk is then read and appended piece by piece.
 
 use super::pinned::Pinned;
+#[cfg(test)]
+use crate::disk::mutation::{self, Mutation};
 use crate::net::Stream;
 use crate::range::Range;
 use crate::server::snapshot::UnsentSnapshot;
@@ -92,6 +94,10 @@ impl Tx {
 
     /// Whether to send before answering more reads.
     pub(super) fn is_full(&self) -> bool {
+        #[cfg(test)]
+        if mutation::is_active(Mutation::OverfillTx) {
+            return false;
+        }
         self.end - self.start >= FULL || self.pinned.length() > 0
     }
 

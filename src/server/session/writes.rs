@@ -79,6 +79,10 @@ pub(super) struct Writes {
 impl Writes {
     /// Saves the payload. No piece may be in flight.
     pub(super) fn save(mut self) -> Option<PayloadSnapshot> {
+        #[cfg(test)]
+        if mutation::is_active(Mutation::DropPayload) {
+            return None;
+        }
         let Payload { to, remaining, purpose } = self.arriving.take()?;
         let purpose = match purpose {
             Purpose::Write { range, rest, durable, number } => {
@@ -129,6 +133,10 @@ impl Writes {
 
     /// Expects the payload of a request.
     pub(super) fn expect(&mut self, to: ReplyTo, remaining: u64, purpose: Purpose) {
+        #[cfg(test)]
+        if matches!(purpose, Purpose::Skip { .. }) && mutation::is_active(Mutation::KeepPayload) {
+            return;
+        }
         self.arriving = Some(Payload { to, remaining, purpose });
     }
 
@@ -363,7 +371,10 @@ fn write_inline(
     piece: Range,
     data: &[u8],
 ) -> Option<io::Result<()>> {
-    if !io.in_flight.is_clear(piece) || visit.write_would_wait(piece) {
+    let is_clear = io.in_flight.is_clear(piece);
+    #[cfg(test)]
+    let is_clear = is_clear || mutation::is_active(Mutation::WriteBeside);
+    if !is_clear || visit.write_would_wait(piece) {
         return None;
     }
     let is_ordered = io.in_flight.writes_are_ordered();

@@ -5,6 +5,7 @@ use crate::disk::Backend;
 use crate::disk::inflight::READ_BYTES_MAX;
 use crate::disk::memory_backend::MemoryBackend;
 use crate::disk::slow_backend::{Slow, SlowBackend, TestNotifier};
+use crate::nbd::reply::Dialect;
 use crate::net::Stream;
 use crate::server::export_policy::AllowAll;
 use crate::server::test_support::TIMEOUT;

@@ -1,68 +1,144 @@
 //! A scripted client: sends requests of every kind, and checks that each is answered once and correctly.
 
-use super::disk::{fill, stamp_of};
-use super::model::{CELL, Model, Stamp};
+use super::model::{Model, Stamp, cell_size, fill, stamp_of};
+use super::policy::{REFUSED, ScriptedPolicy, handover_reply};
+use super::request::{Draft, Mix, changes};
 use crate::nbd::reply::{Chunk, Dialect, ReplyHeader};
-use crate::nbd::request::RequestHeader;
-use crate::nbd::wire::{CommandFlags, CommandKind};
+use crate::nbd::request::Terms;
+use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND};
+use crate::server::export_policy::HandoverReply;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// A request without a complete reply.
 #[derive(Debug)]
 struct Unanswered {
-    kind: CommandKind,
+    kind: u16,
+    flags: CommandFlags,
+    offset: u64,
     cells: Range<usize>,
     durable: bool,
     sent: u64,
+    /// Bytes that the client had sent with its end.
+    end: u64,
     /// Its number in the model, if it changes bytes.
     change: Option<usize>,
-    /// Cells that a reply has described.
+    /// Cells of a read that a reply has contained.
     received: Vec<bool>,
-    failed: bool,
+    /// The extents of its range have been received.
+    is_described: bool,
+    /// The error of its reply, if the request is invalid.
+    refusal: Option<ErrorCode>,
+    /// The error of its reply.
+    failed: Option<u32>,
+    /// The client has not sent all of it.
+    is_partial: bool,
+}
+
+/// How a client ends its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// Closes its side after the last request.
+    Close,
+    /// Closes its side in the middle of a request.
+    Truncate,
+    /// Sends `NBD_CMD_DISC`, and possibly requests behind it.
+    Disconnect,
+    /// Sends bytes that are no request.
+    Malformed,
+    /// Announces a payload that is too long to be skipped.
+    LongPayload,
+    /// Sends a handover that closes the session.
+    Handover,
+}
+
+/// What clients need to know of their schedule.
+pub(super) struct Script<'a> {
+    pub(super) rng: &'a mut fastrand::Rng,
+    pub(super) model: &'a mut Model,
+    pub(super) policy: &'a ScriptedPolicy,
+    pub(super) mix: Mix,
+    /// The next stamp that no cell has had.
+    pub(super) stamp: &'a mut Stamp,
+}
+
+/// Bytes on their way.
+#[derive(Debug, Default)]
+pub(super) struct ByteQueue {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl ByteQueue {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len() - self.start
+    }
+
+    pub(super) fn extend(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    pub(super) fn consume(&mut self, count: usize) {
+        self.start += count;
+        if self.start == self.bytes.len() {
+            self.bytes.clear();
+            self.start = 0;
+        }
+    }
+
+    /// Moves the first `count` bytes to another queue.
+    pub(super) fn pass(&mut self, count: usize, to: &mut Self) {
+        to.extend(&self.bytes()[..count]);
+        self.consume(count);
+    }
 }
 
 /// One client's connection.
 #[derive(Debug)]
 pub(super) struct ScriptedClient {
     session: u64,
-    dialect: Dialect,
+    pub(super) terms: Terms,
     /// Sent, and not received by the server.
-    pub(super) outgoing: Vec<u8>,
-    incoming: Vec<u8>,
+    pub(super) outgoing: ByteQueue,
+    pub(super) incoming: ByteQueue,
     unanswered: BTreeMap<u64, Unanswered>,
     next_cookie: u64,
-    /// It has sent the last request, or will close its side.
-    pub(super) is_closing: bool,
-    /// Errors are expected.
-    may_fail: bool,
+    /// Bytes of requests so far.
+    sent: u64,
+    /// It has sent the last request.
+    pub(super) ending: Option<Ending>,
+    /// The disk may fail.
+    pub(super) may_fail: bool,
     pub(super) answered: u64,
+    pub(super) refused: u64,
+    pub(super) invalid: u64,
 }
 
 impl ScriptedClient {
-    pub(super) fn new(session: u64, dialect: Dialect, may_fail: bool) -> Self {
-        let (outgoing, incoming, unanswered) = (Vec::new(), Vec::new(), BTreeMap::new());
-        let (next_cookie, is_closing, answered) = (1, false, 0);
+    pub(super) fn new(session: u64, terms: Terms, may_fail: bool) -> Self {
         Self {
             session,
-            dialect,
-            outgoing,
-            incoming,
-            unanswered,
-            next_cookie,
-            is_closing,
+            terms,
+            outgoing: ByteQueue::default(),
+            incoming: ByteQueue::default(),
+            unanswered: BTreeMap::new(),
+            next_cookie: 1,
+            sent: 0,
+            ending: None,
             may_fail,
-            answered,
+            answered: 0,
+            refused: 0,
+            invalid: 0,
         }
     }
 
-    pub(super) fn dialect(&self) -> Dialect {
-        self.dialect
-    }
-
-    /// How many requests are not answered.
+    /// How many requests have to be answered.
     pub(super) fn depth(&self) -> usize {
-        self.unanswered.len()
+        self.unanswered.values().filter(|request| !request.is_partial).count()
     }
 
     /// The requests that are not answered, for a message.
@@ -71,74 +147,173 @@ impl ScriptedClient {
         format!("session {}: {} requests: {first:?}", self.session, self.unanswered.len())
     }
 
+    /// Forgets the requests of which the server has received only a part, of so many bytes.
+    pub(super) fn forget_unreceived(&mut self, received: u64) {
+        self.unanswered
+            .values_mut()
+            .for_each(|request| request.is_partial |= request.end > received);
+    }
+
     /// Sends a request.
-    pub(super) fn request(&mut self, rng: &mut fastrand::Rng, model: &mut Model, stamp: Stamp) {
-        let kind = match rng.u8(..40) {
-            0..12 => CommandKind::Read,
-            12..26 => CommandKind::Write,
-            26..30 => CommandKind::Flush,
-            30..33 => CommandKind::Trim,
-            33..36 => CommandKind::WriteZeroes,
-            36 => CommandKind::Cache,
-            _ if self.dialect == Dialect::Simple => CommandKind::Read,
-            _ => CommandKind::BlockStatus,
+    pub(super) fn request(&mut self, script: &mut Script<'_>) {
+        let draft = if script.rng.u8(..10) == 0 {
+            Draft::invalid(script.rng, &self.terms, script.model)
+        } else {
+            Draft::valid(script.rng, &self.terms, script.model, script.mix)
         };
-        let cells = if kind == CommandKind::Flush { 0..0 } else { self.cells(rng, model) };
-        let stamp = match kind {
-            CommandKind::Write if rng.u8(..6) > 0 => stamp,
-            _ => 0,
-        };
-        let changes = [CommandKind::Write, CommandKind::Trim, CommandKind::WriteZeroes];
-        let change = changes.contains(&kind);
-        let change = change.then(|| model.on_sent(self.session, cells.clone(), stamp));
-        let durable = change.is_some() && rng.u8(..3) == 0;
-        let mut flags = CommandFlags::empty();
-        flags.set(CommandFlags::FUA, durable);
-        let payload = kind == CommandKind::Write && self.dialect == Dialect::Extended;
-        flags.set(CommandFlags::PAYLOAD_LEN, payload);
-        flags.set(CommandFlags::NO_HOLE, kind == CommandKind::WriteZeroes && rng.bool());
-        let is_whole = kind == CommandKind::Read && self.dialect != Dialect::Simple;
-        let is_whole = is_whole && cells.len() <= 2048 && rng.u8(..6) == 0;
-        flags.set(CommandFlags::DF, is_whole);
+        self.send(draft, script);
+    }
+
+    fn send(&mut self, draft: Draft, script: &mut Script<'_>) -> u64 {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
-        let (offset, length) = (cells.start as u64 * CELL, cells.len() as u64 * CELL);
-        let header =
-            RequestHeader { flags: flags.bits(), kind: kind.number(), cookie, offset, length };
-        header.encode(self.dialect, &mut self.outgoing);
-        if kind == CommandKind::Write {
-            let start = self.outgoing.len();
-            self.outgoing.resize(start + cells.len() * CELL as usize, 0);
-            fill(&mut self.outgoing[start..], stamp);
-        }
-        let (sent, received) = (model.tick(), vec![false; cells.len()]);
-        let failed = false;
-        let request = Unanswered { kind, cells, durable, sent, change, received, failed };
-        self.unanswered.insert(cookie, request);
-    }
-
-    /// The range of a request: mostly short, sometimes longer than one piece or load.
-    fn cells(&self, rng: &mut fastrand::Rng, model: &Model) -> Range<usize> {
-        let count = model.cell_count();
-        let longest = match rng.u8(..8) {
-            0 => count,
-            1 => 128,
-            _ => 20,
+        let cells = draft.cells();
+        let stamp = stamp_for(&draft, script);
+        let is_change = draft.refusal.is_none() && changes(draft.kind) && !cells.is_empty();
+        let change = is_change.then(|| script.model.on_sent(self.session, cells.clone(), stamp));
+        let mut bytes = Vec::new();
+        let refusal = self.encode(&draft, cookie, stamp, script, &mut bytes).or(draft.refusal);
+        self.outgoing.extend(&bytes);
+        self.sent += bytes.len() as u64;
+        let is_read = draft.kind == CommandKind::Read.number();
+        let request = Unanswered {
+            kind: draft.kind,
+            flags: draft.flags,
+            offset: draft.offset,
+            durable: is_change && draft.flags.contains(CommandFlags::FUA),
+            sent: script.model.tick(),
+            end: self.sent,
+            change,
+            received: if is_read { vec![false; cells.len()] } else { Vec::new() },
+            cells,
+            is_described: false,
+            refusal,
+            failed: None,
+            is_partial: false,
         };
-        let start = rng.usize(..count);
-        start..start + rng.usize(1..=longest.min(count - start))
+        self.unanswered.insert(cookie, request);
+        if self.ending == Some(Ending::Handover) {
+            // It has no reply.
+            self.unanswered.values_mut().next_back().unwrap().is_partial = true;
+        }
+        cookie
     }
 
-    /// Sends `NBD_CMD_DISC`.
-    pub(super) fn disconnect(&mut self) {
-        let kind = CommandKind::Disconnect.number();
-        let header = RequestHeader { flags: 0, kind, cookie: 0, offset: 0, length: 0 };
-        header.encode(self.dialect, &mut self.outgoing);
-        self.is_closing = true;
+    /// Encodes a request with its payload. Returns the error of the reply to a handover.
+    fn encode(
+        &mut self,
+        draft: &Draft,
+        cookie: u64,
+        stamp: Stamp,
+        script: &mut Script<'_>,
+        bytes: &mut Vec<u8>,
+    ) -> Option<ErrorCode> {
+        draft.encode(cookie, self.terms.dialect, bytes);
+        if !draft.has_payload {
+            return None;
+        }
+        let start = bytes.len();
+        bytes.resize(start + draft.length as usize, 0);
+        if draft.kind != PRIVATE_COMMAND || draft.refusal.is_some() {
+            fill(&mut bytes[start..], stamp);
+            return None;
+        }
+        let payload = &mut bytes[start..];
+        payload
+            .iter_mut()
+            .enumerate()
+            .for_each(|(nth, byte)| *byte = (cookie as usize ^ nth) as u8);
+        if let Some(first) = payload.first_mut() {
+            *first = [0, 0, 0, 1, 2][script.rng.usize(..5)];
+        }
+        script.policy.on_handover_sent(self.session, payload.to_vec());
+        match handover_reply(payload) {
+            HandoverReply::Acknowledge => None,
+            HandoverReply::Refuse(code) => Some(code),
+            HandoverReply::Close => {
+                self.ending = Some(Ending::Handover);
+                None
+            }
+        }
+    }
+
+    /// Sends its last bytes.
+    pub(super) fn end(&mut self, script: &mut Script<'_>) {
+        if self.ending.is_some() {
+            return;
+        }
+        let ending = match script.rng.u8(..12) {
+            0..4 => Ending::Close,
+            4..8 => Ending::Disconnect,
+            8..10 => Ending::Truncate,
+            10 if self.terms.dialect == Dialect::Extended => Ending::LongPayload,
+            _ => Ending::Malformed,
+        };
+        self.ending = Some(ending);
+        match ending {
+            Ending::Close | Ending::Handover => return,
+            Ending::Truncate => return self.send_partially(script),
+            Ending::Disconnect => {
+                let kind = CommandKind::Disconnect.number();
+                self.send_header(Draft { kind, ..no_request() });
+            }
+            Ending::Malformed => self.send_malformed(script),
+            Ending::LongPayload => {
+                let (kind, length) = (CommandKind::Write.number(), (1 << 32) + 1);
+                self.send_header(Draft { kind, length, ..no_request() });
+            }
+        }
+        // Nothing of this may be executed or answered.
+        for _ in 0..script.rng.u8(..3) {
+            let draft = Draft::valid(script.rng, &self.terms, script.model, Mix::Usual);
+            if draft.kind != PRIVATE_COMMAND {
+                let (stamp, mut bytes) = (stamp_for(&draft, script), Vec::new());
+                self.encode(&draft, u64::MAX, stamp, script, &mut bytes);
+                self.outgoing.extend(&bytes);
+            }
+        }
+    }
+
+    fn send_header(&mut self, draft: Draft) {
+        let mut bytes = Vec::new();
+        draft.encode(0, self.terms.dialect, &mut bytes);
+        self.outgoing.extend(&bytes);
+    }
+
+    fn send_malformed(&mut self, script: &mut Script<'_>) {
+        let replies = self.terms.reads_beyond_end_are_no_space;
+        let start = self.outgoing.bytes.len();
+        let refusal = Some(ErrorCode::Invalid);
+        let cookie = self.send(Draft { refusal, ..no_request() }, script);
+        self.outgoing.bytes[start] ^= 0xff;
+        // Only in old style it has a reply.
+        if !replies {
+            self.unanswered.remove(&cookie);
+        }
+    }
+
+    /// Sends the beginning of a write.
+    fn send_partially(&mut self, script: &mut Script<'_>) {
+        let is_write = |draft: &Draft| draft.kind == CommandKind::Write.number();
+        let draft = loop {
+            let draft = Draft::valid(script.rng, &self.terms, script.model, Mix::Usual);
+            if is_write(&draft) {
+                break draft;
+            }
+        };
+        let before = self.outgoing.len();
+        let cookie = self.send(draft, script);
+        let length = self.outgoing.len() - before;
+        let kept = self.outgoing.bytes.len() - script.rng.usize(1..length);
+        self.outgoing.bytes.truncate(kept);
+        if let Some(request) = self.unanswered.get_mut(&cookie) {
+            request.is_partial = true;
+        }
     }
 
     /// The connection is lost.
     pub(super) fn abandon(&mut self, model: &mut Model) {
+        self.incoming = ByteQueue::default();
         for (_, request) in std::mem::take(&mut self.unanswered) {
             if let Some(change) = request.change {
                 model.on_ended(change, false, false);
@@ -146,42 +321,47 @@ impl ScriptedClient {
         }
     }
 
-    /// Receives bytes, and checks the replies in them.
-    pub(super) fn receive(&mut self, bytes: &[u8], model: &mut Model) -> Result<(), String> {
-        self.incoming.extend_from_slice(bytes);
-        let mut used = 0;
-        loop {
-            let incoming = std::mem::take(&mut self.incoming);
-            let outcome = self.reply(&incoming[used..], model);
-            self.incoming = incoming;
-            match outcome? {
-                Some(count) => used += count,
-                None => break,
-            }
+    /// Checks the replies in the received bytes.
+    pub(super) fn receive(
+        &mut self,
+        model: &mut Model,
+        policy: &ScriptedPolicy,
+    ) -> Result<(), String> {
+        let mut incoming = std::mem::take(&mut self.incoming);
+        while let Some(count) = self.reply(incoming.bytes(), model, policy)? {
+            incoming.consume(count);
         }
-        self.incoming.drain(..used);
+        self.incoming = incoming;
         Ok(())
     }
 
     /// Handles the first reply or chunk, and returns its length; `None` if it is incomplete.
-    fn reply(&mut self, bytes: &[u8], model: &mut Model) -> Result<Option<usize>, String> {
+    fn reply(
+        &mut self,
+        bytes: &[u8],
+        model: &mut Model,
+        policy: &ScriptedPolicy,
+    ) -> Result<Option<usize>, String> {
         let header = ReplyHeader::decode(bytes).map_err(|error| format!("a reply: {error:?}"))?;
         let Some((header, used)) = header else { return Ok(None) };
         let (ReplyHeader::Simple { cookie, .. } | ReplyHeader::Chunk { cookie, .. }) = header;
         let rest = &bytes[used..];
         let request = self.unanswered.get_mut(&cookie);
-        let request = request.ok_or_else(|| format!("no request has the cookie {cookie}"))?;
+        let (session, ending) = (self.session, self.ending);
+        let request = request.ok_or_else(|| {
+            format!("session {session}, {ending:?}: {header:?} has the cookie of no request")
+        })?;
+        request.check_form(self.terms.dialect, &header)?;
         let (length, done) = match header {
             ReplyHeader::Simple { error, .. } => {
-                let has_data = request.kind == CommandKind::Read && error == 0;
-                let length = if has_data { request.cells.len() * CELL as usize } else { 0 };
+                let has_data = request.kind == CommandKind::Read.number() && error == 0;
+                let length = if has_data { request.cells.len() * cell_size() as usize } else { 0 };
                 if rest.len() < length {
                     return Ok(None);
                 }
-                request.failed = error != 0;
+                request.failed = (error != 0).then_some(error);
                 if has_data {
-                    let offset = request.cells.start as u64 * CELL;
-                    request.on_data(offset, &rest[..length], model)?;
+                    request.on_data(request.offset, &rest[..length], model)?;
                 }
                 (length, true)
             }
@@ -199,62 +379,129 @@ impl ScriptedClient {
         };
         if done && let Some(request) = self.unanswered.remove(&cookie) {
             self.answered += 1;
-            self.on_answered(&request, model)?;
+            match request.failed {
+                Some(code) => self.on_failed(&request, code, model, policy)?,
+                None => on_succeeded(&request, model)?,
+            }
         }
         Ok(Some(used + length))
     }
 
-    fn on_answered(&self, request: &Unanswered, model: &mut Model) -> Result<(), String> {
-        if let Some(change) = request.change {
-            let overwrites = !request.failed && request.kind != CommandKind::Trim;
-            model.on_ended(change, overwrites, request.durable && overwrites);
-        }
-        if !request.failed
-            && (request.durable || request.kind == CommandKind::Flush)
-            && !model.allows_flush(request.sent)
-        {
-            return Err(format!("{request:?} succeeds after a failed flush"));
-        }
-        if request.failed {
-            if request.kind == CommandKind::Flush {
-                model.on_flush_failed();
+    fn on_failed(
+        &mut self,
+        request: &Unanswered,
+        code: u32,
+        model: &mut Model,
+        policy: &ScriptedPolicy,
+    ) -> Result<(), String> {
+        let may_be_refused = match request.refusal {
+            Some(refusal) if refusal.number() == code => {
+                self.invalid += 1;
+                return Ok(());
             }
-            let answer = if self.may_fail { Ok(()) } else { Err(()) };
-            return answer.map_err(|()| format!("{request:?} fails"));
+            // The policy is asked first.
+            refusal => refusal.is_none_or(|refusal| refusal == ErrorCode::Overflow),
+        };
+        let is_slow = request.refusal.is_none()
+            && code == ErrorCode::NotSupported.number()
+            && request.flags.contains(CommandFlags::FAST_ZERO);
+        let is_refused = code == REFUSED.number() && may_be_refused && policy.may_refuse();
+        if is_slow || is_refused {
+            self.refused += u64::from(is_refused);
+            request.change.into_iter().for_each(|change| model.on_refused(change));
+            return Ok(());
         }
-        match request.kind {
-            CommandKind::Flush => model.on_flushed(request.sent),
-            CommandKind::Read | CommandKind::BlockStatus
-                if !request.received.iter().all(|received| *received) =>
-            {
-                return Err(format!("the reply to {request:?} is incomplete"));
-            }
-            _ => {}
+        if code != ErrorCode::Io.number() || request.refusal.is_some() || !self.may_fail {
+            return Err(format!("{request:?} fails"));
+        }
+        request.change.into_iter().for_each(|change| model.on_ended(change, false, false));
+        if request.kind == CommandKind::Flush.number() {
+            model.on_flush_failed();
         }
         Ok(())
     }
 }
 
+fn on_succeeded(request: &Unanswered, model: &mut Model) -> Result<(), String> {
+    if request.refusal.is_some() || request.is_partial {
+        return Err(format!("{request:?} succeeds"));
+    }
+    if let Some(change) = request.change {
+        let overwrites = request.kind != CommandKind::Trim.number();
+        model.on_ended(change, overwrites, request.durable && overwrites);
+    }
+    let is_flush = request.kind == CommandKind::Flush.number();
+    if (request.durable || is_flush) && !model.allows_flush(request.sent) {
+        return Err(format!("{request:?} succeeds after a failed flush"));
+    }
+    if is_flush {
+        model.on_flushed(request.sent);
+    }
+    let is_status = request.kind == CommandKind::BlockStatus.number();
+    let is_described = request.is_described || !is_status || request.cells.is_empty();
+    if !is_described || !request.received.iter().all(|received| *received) {
+        return Err(format!("the reply to {request:?} is incomplete"));
+    }
+    Ok(())
+}
+
+/// The stamp of a request's data.
+fn stamp_for(draft: &Draft, script: &mut Script<'_>) -> Stamp {
+    if draft.kind != CommandKind::Write.number() || script.rng.u8(..6) == 0 {
+        return 0;
+    }
+    *script.stamp += 1;
+    *script.stamp
+}
+
+fn no_request() -> Draft {
+    Draft {
+        kind: CommandKind::Read.number(),
+        flags: CommandFlags::empty(),
+        offset: 0,
+        length: 0,
+        has_payload: false,
+        refusal: None,
+    }
+}
+
 impl Unanswered {
+    /// Whether the reply has the negotiated form.
+    fn check_form(&self, dialect: Dialect, header: &ReplyHeader) -> Result<(), String> {
+        let chunked = [CommandKind::Read.number(), CommandKind::BlockStatus.number()];
+        let is_right = match (dialect, header) {
+            (Dialect::Simple, ReplyHeader::Simple { .. }) => true,
+            (Dialect::Structured, ReplyHeader::Simple { .. }) => !chunked.contains(&self.kind),
+            (Dialect::Structured, ReplyHeader::Chunk { offset, .. }) => {
+                chunked.contains(&self.kind) && offset.is_none()
+            }
+            (Dialect::Extended, ReplyHeader::Chunk { offset, .. }) => *offset == Some(self.offset),
+            _ => false,
+        };
+        if is_right { Ok(()) } else { Err(format!("{header:?} in reply to {self:?}")) }
+    }
+
     fn on_chunk(&mut self, chunk: Chunk, data: &[u8], model: &Model) -> Result<(), String> {
         match chunk {
             Chunk::None => Ok(()),
             Chunk::Data { offset } => self.on_data(offset, data, model),
             Chunk::Hole { offset, length } => {
-                self.on_data(offset, &vec![0; length as usize], model)
+                let first = (offset / cell_size()) as usize;
+                let count = (u64::from(length) / cell_size()) as usize;
+                (first..first + count).try_for_each(|cell| self.on_cell(cell, 0, model))
             }
             Chunk::Status { extents, .. } => self.on_status(&extents, model),
-            Chunk::Error { .. } => {
-                self.failed = true;
+            Chunk::Error { code, .. } => {
+                self.failed = Some(code.number());
                 Ok(())
             }
         }
     }
 
     fn on_status(&mut self, extents: &[(u64, u32)], model: &Model) -> Result<(), String> {
-        let mut offset = self.cells.start as u64 * CELL;
+        let mut offset = self.offset;
         for (length, flags) in extents {
-            let cells = (offset / CELL) as usize..((offset + length) / CELL) as usize;
+            let cells = (offset / cell_size()) as usize..((offset + length) / cell_size()) as usize;
             for cell in cells {
                 if *flags != 0 && !model.allows_read(cell, 0, self.sent) {
                     return Err(format!("cell {cell} is no hole for {self:?}"));
@@ -262,22 +509,27 @@ impl Unanswered {
             }
             offset += length;
         }
-        self.received.fill(true);
+        let is_all = offset == self.cells.end as u64 * cell_size();
+        let is_one = extents.len() == 1 && self.flags.contains(CommandFlags::REQ_ONE);
+        self.is_described = is_all || is_one;
         Ok(())
     }
 
     fn on_data(&mut self, offset: u64, data: &[u8], model: &Model) -> Result<(), String> {
-        for (cell, bytes) in ((offset / CELL) as usize..).zip(data.chunks_exact(CELL as usize)) {
-            let at = cell.checked_sub(self.cells.start);
-            let received = at.and_then(|at| self.received.get_mut(at));
-            match received {
-                Some(received) if !*received => *received = true,
-                _ => return Err(format!("cell {cell} is received twice or unasked: {self:?}")),
-            }
-            let stamp = stamp_of(bytes);
-            if !model.allows_read(cell, stamp, self.sent) {
-                return Err(format!("cell {cell} reads as {stamp} for {self:?}"));
-            }
+        let cells = (offset / cell_size()) as usize..;
+        cells
+            .zip(data.chunks_exact(cell_size() as usize))
+            .try_for_each(|(cell, bytes)| self.on_cell(cell, stamp_of(bytes), model))
+    }
+
+    fn on_cell(&mut self, cell: usize, stamp: Stamp, model: &Model) -> Result<(), String> {
+        let at = cell.checked_sub(self.cells.start);
+        match at.and_then(|at| self.received.get_mut(at)) {
+            Some(received) if !*received => *received = true,
+            _ => return Err(format!("cell {cell} is received twice or unasked: {self:?}")),
+        }
+        if !model.allows_read(cell, stamp, self.sent) {
+            return Err(format!("cell {cell} reads as {stamp} for {self:?}"));
         }
         Ok(())
     }

@@ -1,18 +1,56 @@
 //! A scripted disk: its I/O queues complete operations in any order, late, with errors, or not at all;
 //! it has a volatile and a durable image, and checks what is in flight.
 
-use super::model::{CELL, Stamp};
-use crate::disk::inflight::{BYTES_MAX, IN_FLIGHT_MAX, READ_BYTES_MAX};
+use super::model::{Stamp, cell_size, fill, stamp_of};
+use super::theme::Theme;
 use crate::disk::mutation::{Mutation, is_active};
-use crate::disk::{Backend, Completion, Extent, IoQueue, Op, PageCache};
+use crate::disk::{Backend, Completion, Extent, IoQueue, Notifier, Op, PageCache};
 use crate::range::Range;
+use crate::sync;
 use nix::errno::Errno;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 
 /// Unit of residency, in cells.
 const BLOCK: usize = 8;
+
+/// Of a file that the scripted disk never uses.
+static DESCRIPTOR: LazyLock<UnixStream> = LazyLock::new(|| UnixStream::pair().unwrap().0);
+
+/// Counts the notifications of one session.
+#[derive(Debug, Default)]
+pub(super) struct ScriptedNotifier {
+    pub(super) session: u64,
+    count: AtomicU64,
+}
+
+impl ScriptedNotifier {
+    pub(super) fn new(session: u64) -> Self {
+        Self { session, count: AtomicU64::new(0) }
+    }
+
+    /// Forgets its notifications.
+    pub(super) fn take(&self) {
+        self.count.store(0, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_notified(&self) -> bool {
+        self.count.load(Ordering::Relaxed) > 0
+    }
+}
+
+impl Notifier for ScriptedNotifier {
+    fn notify(&self) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn as_eventfd(&self) -> BorrowedFd<'_> {
+        DESCRIPTOR.as_fd()
+    }
+}
 
 /// An operation in a queue.
 #[derive(Debug)]
@@ -22,7 +60,7 @@ struct ScriptedOperation {
     op: Op,
     outcome: Option<io::Result<()>>,
     is_submitted: bool,
-    notifier: Arc<OwnedFd>,
+    notifier: Arc<ScriptedNotifier>,
 }
 
 /// The state of the disk, which the test controls.
@@ -37,17 +75,34 @@ pub(super) struct ScriptedState {
     /// Blocks in the page cache.
     resident: Vec<bool>,
     queues: u64,
+    /// The session that creates the next queue.
+    pub(super) current: Arc<ScriptedNotifier>,
     started: Vec<ScriptedOperation>,
-    completed: Vec<(u64, Completion)>,
+    /// The session, the queue and the completion.
+    completed: Vec<(u64, u64, Completion)>,
     /// One of so many operations fails; 0 for none.
-    pub(super) fault_interval: u32,
+    fault_interval: u32,
     /// One of so many operations is declined; 0 for none.
     decline_interval: u32,
-    is_cached: bool,
+    pub(super) is_cached: bool,
     orders_writes: bool,
     unit: u64,
+    /// Zeroing is no faster than writing.
+    is_zeroing_slow: bool,
+    works_by_extent: bool,
+    /// Queues may lose completions when their session has ended.
+    pub(super) loses: bool,
+    /// Operations that their session has abandoned, and whether a flush is among them.
+    pub(super) abandoned: u64,
+    pub(super) is_flush_lost: bool,
+    /// The gate is closing: no part of a zeroing or trim may start.
+    pub(super) is_closing: bool,
     /// The gate is closed: nothing may change.
     pub(super) is_frozen: bool,
+    /// Nothing may change before the policy has a record.
+    pub(super) awaits_record: bool,
+    /// Operations and writes that sessions have begun.
+    pub(super) begun: u64,
     /// The first promise that was broken.
     pub(super) broken: Option<String>,
     /// Most operations and bytes in one queue.
@@ -61,17 +116,18 @@ pub(super) struct ScriptedDisk(Arc<Mutex<ScriptedState>>);
 #[derive(Debug)]
 struct ScriptedQueue<'a> {
     number: u64,
-    notifier: Arc<OwnedFd>,
+    notifier: Arc<ScriptedNotifier>,
     disk: &'a ScriptedDisk,
 }
 
 fn cells(offset: u64, length: u64) -> std::ops::Range<usize> {
-    assert!(offset.is_multiple_of(CELL) && length.is_multiple_of(CELL), "{length} at {offset}");
-    (offset / CELL) as usize..((offset + length) / CELL) as usize
+    let size = cell_size();
+    assert!(offset.is_multiple_of(size) && length.is_multiple_of(size), "{length} at {offset}");
+    (offset / size) as usize..((offset + length) / size) as usize
 }
 
 impl ScriptedState {
-    fn break_promise(&mut self, what: String) {
+    pub(super) fn break_promise(&mut self, what: String) {
         self.broken.get_or_insert(what);
     }
 
@@ -91,6 +147,9 @@ impl ScriptedState {
         if self.is_frozen {
             self.break_promise(format!("cells {cells:?} change while the gate is closed"));
         }
+        if self.awaits_record {
+            self.break_promise(format!("cells {cells:?} change before the record"));
+        }
         for (cell, stamp) in cells.zip(stamps) {
             self.volatile[cell] = stamp;
             self.unflushed[cell] = true;
@@ -100,14 +159,15 @@ impl ScriptedState {
 
     fn read(&self, offset: u64, into: &mut [u8]) {
         let cells = cells(offset, into.len() as u64);
-        for (bytes, stamp) in into.chunks_exact_mut(CELL as usize).zip(&self.volatile[cells]) {
+        for (bytes, stamp) in into.chunks_exact_mut(cell_size() as usize).zip(&self.volatile[cells])
+        {
             fill(bytes, *stamp);
         }
     }
 
     fn read_device(&mut self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         if self.strikes(self.fault_interval) {
-            return Err(Errno::EIO.into());
+            return Err(self.error());
         }
         self.make_resident(cells(offset, into.len() as u64));
         self.read(offset, into);
@@ -120,9 +180,9 @@ impl ScriptedState {
         if fails {
             cells.end = self.rng.usize(cells.start..cells.end);
         }
-        self.change(cells.clone(), data.chunks_exact(CELL as usize).map(stamp_of));
+        self.change(cells.clone(), data.chunks_exact(cell_size() as usize).map(stamp_of));
         if fails {
-            return Err(Errno::EIO.into());
+            return Err(self.error());
         }
         self.make_resident(cells.clone());
         if durable && !is_active(Mutation::DropDurability) {
@@ -131,10 +191,28 @@ impl ScriptedState {
         Ok(())
     }
 
+    fn error(&mut self) -> io::Error {
+        [Errno::EIO, Errno::ECANCELED][self.rng.usize(..2)].into()
+    }
+
+    fn execute_without_data(&mut self, op: &Op) -> io::Result<()> {
+        match op {
+            Op::Zero { how, .. } if how.only_if_fast && self.is_zeroing_slow => {
+                Err(Errno::EOPNOTSUPP.into())
+            }
+            Op::Zero { range, .. } | Op::Trim { range, .. } => self.punch(*range),
+            Op::Load(range) => {
+                self.make_resident(cells(range.offset(), range.length()));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn punch(&mut self, range: Range) -> io::Result<()> {
         let cells = cells(range.offset(), range.length());
         if self.strikes(self.fault_interval) {
-            return Err(Errno::EIO.into());
+            return Err(self.error());
         }
         self.change(cells.clone(), std::iter::repeat(0));
         self.allocated[cells].fill(false);
@@ -153,7 +231,7 @@ impl ScriptedState {
     fn flush(&mut self) -> io::Result<()> {
         if self.strikes(self.fault_interval) {
             self.unflushed.fill(false);
-            return Err(Errno::EIO.into());
+            return Err(self.error());
         }
         if !is_active(Mutation::EmptyFlush) {
             self.write_back(0..self.volatile.len());
@@ -166,9 +244,8 @@ impl ScriptedState {
         let outcome = match &mut started.op {
             Op::Read { offset, data } => self.read_device(*offset, data),
             Op::Write { offset, data, durable } => self.write(*offset, data, *durable),
-            Op::Zero { range, .. } | Op::Trim { range, .. } => self.punch(*range),
             Op::Flush => self.flush(),
-            Op::Cache(_) | Op::Load(_) => Ok(()),
+            other => self.execute_without_data(other),
         };
         started.outcome = Some(outcome);
         self.started.push(started);
@@ -177,8 +254,8 @@ impl ScriptedState {
     fn complete(&mut self, at: usize) {
         let ScriptedOperation { queue, key, op, outcome, notifier, .. } =
             self.started.swap_remove(at);
-        self.completed.push((queue, Completion { key, op, outcome }));
-        nix::unistd::write(&*notifier, &1u64.to_ne_bytes()).unwrap();
+        self.completed.push((notifier.session, queue, Completion { key, op, outcome }));
+        notifier.notify();
     }
 
     /// Executes an operation, or delivers its completion. False if there is none.
@@ -186,6 +263,10 @@ impl ScriptedState {
         let submitted = self.started.iter().filter(|started| started.is_submitted).count();
         if submitted == 0 {
             return false;
+        }
+        // Slowly, so that sessions end with operations in flight.
+        if self.loses && self.rng.u8(..4) > 0 {
+            return true;
         }
         let nth = self.rng.usize(..submitted);
         let found =
@@ -208,61 +289,75 @@ impl ScriptedState {
         self.resident[block..block + length].fill(false);
     }
 
+    /// Whether operations may fail.
+    pub(super) fn may_fail(&self) -> bool {
+        self.fault_interval > 0 || self.loses
+    }
+
+    /// Whether a session has operations that it has not seen completed.
+    pub(super) fn is_busy(&self, session: u64) -> bool {
+        self.started.iter().any(|started| started.notifier.session == session)
+            || self.completed.iter().any(|(of, _, _)| *of == session)
+    }
+
+    /// The first operation in a queue that changes a byte of this range, or of a unit around it.
+    fn find_change(&self, range: Range) -> Option<&Op> {
+        let size = self.size();
+        let shares = |op: &Op| {
+            let other = op.range(size).ok().flatten().filter(|_| op.changes());
+            let other = other.map(|other| other.aligned_around(self.unit, size));
+            other.is_some_and(|other| range.offset() < other.end() && other.offset() < range.end())
+        };
+        self.started.iter().map(|started| &started.op).find(|op| !range.is_empty() && shares(op))
+    }
+
+    fn size(&self) -> u64 {
+        self.volatile.len() as u64 * cell_size()
+    }
+
+    /// A session writes without a queue.
+    fn check_write(&mut self, offset: u64, length: usize) {
+        self.begun += 1;
+        let range = Range::whole(self.size()).from(offset).split(length as u64).0;
+        if let Some(other) = self.find_change(range) {
+            let what =
+                format!("a write of {length} bytes at {offset} is executed beside {other:?}");
+            self.break_promise(what);
+        }
+    }
+
     fn check_started(&mut self, queue: u64, op: &Op) {
-        let size = self.volatile.len() as u64 * CELL;
-        let span = |op: &Op| {
-            let range = op.range(size).ok().flatten().filter(|_| op.changes())?;
-            Some(range.aligned_around(self.unit, size))
-        };
-        let overlaps = |one: Range, other: Range| {
-            one.offset() < other.end() && other.offset() < one.end() && !one.is_empty()
-        };
-        let found = span(op).and_then(|range| {
-            let mut others = self.started.iter().map(|started| &started.op);
-            others.find(|other| span(other).is_some_and(|other| overlaps(range, other)))
+        self.begun += 1;
+        let size = self.size();
+        let range = op.range(size).ok().flatten().filter(|_| op.changes());
+        let overlapping = range.and_then(|range| {
+            let other = self.find_change(range.aligned_around(self.unit, size))?;
+            Some(format!("{op:?} starts beside {other:?}"))
         });
-        let overlapping = found.map(|other| format!("{op:?} starts beside {other:?}"));
-        let own = || self.started.iter().filter(|started| started.queue == queue);
-        let bytes = |changes: bool| -> usize {
-            let ops = own().map(|started| &started.op).chain([op]);
-            ops.filter(|op| op.changes() == changes).map(Op::memory).sum()
-        };
-        // The limit of reads does not count the blocks at the edges of writes.
-        let (written, read) = (bytes(true), bytes(false));
-        let is_over = written > BYTES_MAX || read > READ_BYTES_MAX + IN_FLIGHT_MAX * 4096;
-        let count = own().count() + 1;
-        self.peak = (self.peak.0.max(count), self.peak.1.max(written + read));
         if let Some(what) = overlapping {
             self.break_promise(what);
         }
-        if count > IN_FLIGHT_MAX || is_over {
-            let bytes = written + read;
-            self.break_promise(format!("{count} operations of {bytes} bytes are in flight"));
+        if self.is_closing && matches!(op, Op::Zero { .. } | Op::Trim { .. }) {
+            self.break_promise(format!("{op:?} starts while the gate is closing"));
         }
-    }
-}
-
-/// The stamp of a cell's bytes.
-pub(super) fn stamp_of(bytes: &[u8]) -> Stamp {
-    let stamp = bytes.first_chunk().map_or(0, |first| u32::from_ne_bytes(*first));
-    assert!(bytes[4..] == bytes[..bytes.len() - 4], "a torn cell");
-    stamp
-}
-
-/// Fills one or more cells.
-pub(super) fn fill(bytes: &mut [u8], stamp: Stamp) {
-    bytes[..4].copy_from_slice(&stamp.to_ne_bytes());
-    let mut filled = 4;
-    while filled < bytes.len() {
-        let more = filled.min(bytes.len() - filled);
-        bytes.copy_within(..more, filled);
-        filled += more;
+        let own = self.started.iter().filter(|started| started.queue == queue);
+        let (count, bytes) = own.fold((1, op.memory()), |(count, bytes), started| {
+            (count + 1, bytes + started.op.memory())
+        });
+        self.peak = (self.peak.0.max(count), self.peak.1.max(bytes));
     }
 }
 
 impl ScriptedDisk {
-    /// A disk with this content.
-    pub(super) fn new(initial: &[Stamp], rng: &mut fastrand::Rng) -> Self {
+    /// A disk with this content. One that loses completions never fails otherwise.
+    pub(super) fn new(initial: &[Stamp], theme: Theme, rng: &mut fastrand::Rng) -> Self {
+        let loses = theme == Theme::Losses;
+        let fault_interval = match theme {
+            Theme::Losses => 0,
+            Theme::Flushes => 6,
+            _ if rng.u8(..3) == 0 => 12,
+            _ => 0,
+        };
         let count = initial.len();
         let is_cold = rng.bool();
         Self(Arc::new(Mutex::new(ScriptedState {
@@ -272,23 +367,26 @@ impl ScriptedDisk {
             unflushed: vec![false; count],
             allocated: initial.iter().map(|stamp| *stamp != 0).collect(),
             resident: vec![!is_cold; count.div_ceil(BLOCK)],
-            fault_interval: if rng.u8(..3) == 0 { 12 } else { 0 },
+            fault_interval,
             decline_interval: if rng.bool() { 10 } else { 0 },
-            is_cached: rng.u8(..3) > 0,
+            is_cached: !loses && rng.u8(..3) > 0,
             orders_writes: rng.bool(),
             unit: if rng.bool() { 1 } else { 4096 },
+            is_zeroing_slow: rng.u8(..4) == 0,
+            works_by_extent: rng.bool(),
+            loses,
             ..ScriptedState::default()
         })))
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, ScriptedState> {
-        self.0.lock().unwrap()
+        sync::lock(&self.0)
     }
 }
 
 impl Backend for ScriptedDisk {
     fn size(&self) -> u64 {
-        self.state().volatile.len() as u64 * CELL
+        self.state().size()
     }
 
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
@@ -296,14 +394,13 @@ impl Backend for ScriptedDisk {
     }
 
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
-        self.state().write(offset, data, durable)
+        let mut state = self.state();
+        state.check_write(offset, data.len());
+        state.write(offset, data, durable)
     }
 
     fn execute(&self, op: &Op) -> io::Result<()> {
-        match op {
-            Op::Zero { range, .. } | Op::Trim { range, .. } => self.state().punch(*range),
-            _ => Ok(()),
-        }
+        self.state().execute_without_data(op)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -312,19 +409,18 @@ impl Backend for ScriptedDisk {
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         let state = self.state();
-        let from = (offset / CELL) as usize;
+        let from = (offset / cell_size()) as usize;
         let allocated = state.allocated[from];
         let length = state.allocated[from..].iter().take_while(|is| **is == allocated).count();
-        let end = (from + length) as u64 * CELL;
-        let range = Range::whole(state.volatile.len() as u64 * CELL).from(offset).until(end);
+        let end = (from + length) as u64 * cell_size();
+        let range = Range::whole(state.size()).from(offset).until(end);
         Ok(Extent { range, allocated })
     }
 
-    fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
+    fn queue(&self, _: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
         let mut state = self.state();
         state.queues += 1;
-        let number = state.queues;
-        let notifier = Arc::new(notifier.try_clone_to_owned().unwrap());
+        let (number, notifier) = (state.queues, Arc::clone(&state.current));
         Some(Box::new(ScriptedQueue { number, notifier, disk: self }))
     }
 
@@ -337,7 +433,7 @@ impl Backend for ScriptedDisk {
     }
 
     fn works_by_extent(&self, _: &Op) -> bool {
-        true
+        self.state().works_by_extent
     }
 
     fn page_cache(&self) -> Option<&dyn PageCache> {
@@ -383,13 +479,16 @@ impl IoQueue for ScriptedQueue<'_> {
 
     fn poll(&mut self) -> Option<Completion> {
         let mut state = self.disk.state();
-        let at = state.completed.iter().position(|(queue, _)| *queue == self.number)?;
-        Some(state.completed.remove(at).1)
+        let at = state.completed.iter().position(|(_, queue, _)| *queue == self.number)?;
+        Some(state.completed.remove(at).2)
     }
 
     fn wait(&mut self) {
         let mut state = self.disk.state();
-        if state.completed.iter().any(|(queue, _)| *queue == self.number) {
+        if state.completed.iter().any(|(_, queue, _)| *queue == self.number) {
+            return;
+        }
+        if state.loses && state.rng.bool() {
             return;
         }
         let is_own = |started: &ScriptedOperation| started.queue == self.number;
@@ -402,5 +501,17 @@ impl IoQueue for ScriptedQueue<'_> {
             }
             state.complete(at);
         }
+    }
+}
+
+impl Drop for ScriptedQueue<'_> {
+    fn drop(&mut self) {
+        let mut state = self.disk.state();
+        let own = state.started.iter().filter(|started| started.queue == self.number);
+        let (count, is_durable) = own.fold((0, false), |(count, is_durable), started| {
+            (count + 1, is_durable || started.op.is_durable())
+        });
+        state.abandoned += count;
+        state.is_flush_lost |= is_durable;
     }
 }

@@ -4,13 +4,43 @@
 //! before it was sent, or was sent earlier by the same session: then the bytes of the other one must be
 //! gone once it is acknowledged. Changes of two sessions at the same time may take effect in either order.
 
+use std::cell::Cell;
 use std::ops::Range;
 
-/// Size of a cell in bytes: changes and reads consist of whole cells.
-pub(super) const CELL: u64 = 512;
+thread_local! {
+    static CELL_SIZE: Cell<u64> = const { Cell::new(512) };
+}
+
+/// Size of a cell in bytes: changes and reads consist of whole cells. It is constant in a schedule.
+pub(super) fn cell_size() -> u64 {
+    CELL_SIZE.get()
+}
+
+pub(super) fn set_cell_size(bytes: u64) {
+    CELL_SIZE.set(bytes);
+}
 
 /// What fills a cell; 0 for zeros.
 pub(super) type Stamp = u32;
+
+/// The stamp of a cell's bytes.
+pub(super) fn stamp_of(bytes: &[u8]) -> Stamp {
+    let stamp = bytes.first_chunk().map_or(0, |first| u32::from_ne_bytes(*first));
+    assert!(bytes[4..] == bytes[..bytes.len() - 4], "a torn cell");
+    stamp
+}
+
+/// Fills one or more cells.
+pub(super) fn fill(bytes: &mut [u8], stamp: Stamp) {
+    let Some(first) = bytes.first_chunk_mut() else { return };
+    *first = stamp.to_ne_bytes();
+    let mut filled = 4;
+    while filled < bytes.len() {
+        let more = filled.min(bytes.len() - filled);
+        bytes.copy_within(..more, filled);
+        filled += more;
+    }
+}
 
 /// A change that a client has sent.
 #[derive(Debug)]
@@ -23,6 +53,8 @@ struct SentChange {
     overwrites: bool,
     /// It was acknowledged as durable.
     durable: bool,
+    /// The reply says that it has changed nothing.
+    refused: bool,
 }
 
 /// The expected bytes.
@@ -41,7 +73,7 @@ pub(super) struct Model {
 
 impl Model {
     pub(super) fn new(initial: Vec<Stamp>) -> Self {
-        let cells = initial.iter().map(|_| Vec::new()).collect();
+        let cells = vec![Vec::new(); initial.len()];
         Self { time: 0, initial, changes: Vec::new(), cells, flushed: 0, flush_failed: None }
     }
 
@@ -58,8 +90,9 @@ impl Model {
     /// A client sends a change; returns its number.
     pub(super) fn on_sent(&mut self, session: u64, cells: Range<usize>, stamp: Stamp) -> usize {
         let (sent, ended, number) = (self.tick(), None, self.changes.len());
-        let (overwrites, durable) = (false, false);
-        self.changes.push(SentChange { session, stamp, sent, ended, overwrites, durable });
+        let (overwrites, durable, refused) = (false, false, false);
+        let change = SentChange { session, stamp, sent, ended, overwrites, durable, refused };
+        self.changes.push(change);
         self.cells[cells].iter_mut().for_each(|cell| cell.push(number));
         number
     }
@@ -69,6 +102,12 @@ impl Model {
         let time = self.tick();
         let change = &mut self.changes[number];
         (change.ended, change.overwrites, change.durable) = (Some(time), overwrites, durable);
+    }
+
+    /// A change was refused before any byte has changed.
+    pub(super) fn on_refused(&mut self, number: usize) {
+        self.on_ended(number, false, false);
+        self.changes[number].refused = true;
     }
 
     /// A FLUSH sent at this time has succeeded.
@@ -92,6 +131,11 @@ impl Model {
         self.allows(cell, stamp, |change| change.ended.is_some_and(|ended| ended < sent))
     }
 
+    /// The first cell that does not hold what a read would have to return now.
+    pub(super) fn find_wrong(&self, stamps: &[Stamp]) -> Option<usize> {
+        (0..stamps.len()).find(|cell| !self.allows_read(*cell, stamps[*cell], self.time + 1))
+    }
+
     /// The first cell whose durable bytes should have been replaced durably.
     pub(super) fn find_lost(&self, durable: &[Stamp]) -> Option<usize> {
         let counts = |change: &SentChange| {
@@ -107,7 +151,8 @@ impl Model {
         if stamp == self.initial[cell] && !changes().any(|change| later(&change)) {
             return true;
         }
-        changes().filter(|change| change.stamp == stamp).any(|change| {
+        let may_be = |change: &&SentChange| change.stamp == stamp && !change.refused;
+        changes().filter(may_be).any(|change| {
             !changes().filter(later).any(|later| {
                 change.ended.is_some_and(|ended| ended < later.sent)
                     || (later.session == change.session && change.sent < later.sent)
