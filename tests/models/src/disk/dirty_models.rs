@@ -58,23 +58,39 @@ fn block_range(block: u64) -> Range {
     Range::within(SIZE, block * BLOCK, BLOCK).unwrap()
 }
 
+/// Explores a writer beside the copier; afterwards the copier makes its last round.
+fn explore_writer(before: fn(&Disk), write: fn(&Disk), copy: fn(&Disk)) {
+    explore(move || {
+        let disk = Disk::new();
+        before(&disk);
+        let writer = {
+            let disk = Arc::clone(&disk);
+            thread::spawn(move || write(&disk))
+        };
+        copy(&disk);
+        writer.join().unwrap();
+        disk.finish();
+    });
+}
+
+/// Copies one run of marks.
+fn copy_run(disk: &Disk) {
+    disk.copy_next();
+}
+
+/// Writes a block and copies it, so that the summary has been set and cleared.
+fn write_and_copy(disk: &Disk) {
+    disk.write(0, 1);
+    disk.copy_next();
+}
+
 /// A writer changes a block twice while the copier takes marks. The mark after the second write may be
 /// set already when it is made.
 ///
 /// Found: `Relaxed` in `set_bits` or in the clearing of `clear_run`; a mark that is left out when the bit
 /// is set already (`set_bits` that loads first); marking before writing; reading before taking.
 pub fn change_is_never_missed() {
-    explore(|| {
-        let disk = Disk::new();
-        disk.write(0, 1);
-        let writer = {
-            let disk = Arc::clone(&disk);
-            thread::spawn(move || disk.write(0, 2))
-        };
-        disk.copy_next();
-        writer.join().unwrap();
-        disk.finish();
-    });
+    explore_writer(|disk| disk.write(0, 1), |disk| disk.write(0, 2), copy_run);
 }
 
 /// The summary says that a group has marks while it has none: the copier clears its bit while a writer
@@ -85,59 +101,33 @@ pub fn change_is_never_missed() {
 /// clearing; a summary that is set before the word. Not found, since the last round of the copier
 /// is ordered by other means: a weaker load of the summary in `find`, a weaker setting of its bit.
 pub fn mark_stays_in_the_summary() {
-    explore(|| {
-        let disk = Disk::new();
-        disk.write(0, 1);
-        disk.copy_next();
-        let writer = {
-            let disk = Arc::clone(&disk);
-            thread::spawn(move || disk.write(1, 2))
-        };
-        disk.copy_next();
-        writer.join().unwrap();
-        disk.finish();
-    });
+    explore_writer(write_and_copy, |disk| disk.write(1, 2), copy_run);
 }
 
 /// The copier's second search of a group finds one mark of two; the summary keeps the other one.
 ///
 /// Found: a second search that does not set the bit of the summary again.
 pub fn second_mark_stays_in_the_summary() {
-    explore(|| {
-        let disk = Disk::new();
-        disk.write(0, 1);
-        disk.copy_next();
-        let writer = {
-            let disk = Arc::clone(&disk);
-            thread::spawn(move || {
-                disk.write(0, 2);
-                disk.write(2, 1);
-            })
-        };
-        disk.copy_next();
-        writer.join().unwrap();
-        disk.finish();
-    });
+    let write_twice = |disk: &Disk| {
+        disk.write(0, 2);
+        disk.write(2, 1);
+    };
+    explore_writer(write_and_copy, write_twice, copy_run);
 }
 
 /// A copier that reads a range in any case forgets its marks first.
 ///
 /// Found: reading before forgetting; `Relaxed` in the clearing of `forget`.
 pub fn forgotten_mark_is_copied() {
-    explore(|| {
-        let disk = Disk::new();
-        let writer = {
-            let disk = Arc::clone(&disk);
-            thread::spawn(move || {
-                disk.write(0, 1);
-                disk.write(0, 2);
-            })
-        };
+    let write_twice = |disk: &Disk| {
+        disk.write(0, 1);
+        disk.write(0, 2);
+    };
+    let copy_range = |disk: &Disk| {
         disk.dirty.forget(block_range(0));
         disk.copy(block_range(0));
-        writer.join().unwrap();
-        disk.finish();
-    });
+    };
+    explore_writer(|_| (), write_twice, copy_range);
 }
 
 /// Two copiers and a run of blocks: each mark is taken once.
