@@ -217,9 +217,12 @@ fn only_writes_reach_the_image() {
 
 #[test]
 fn every_installed_server_serves_the_image_and_stops() {
-    let image = tempfile::NamedTempFile::new().unwrap();
+    // Not in memory, which some kernels cannot access directly.
+    let image = tempfile::NamedTempFile::new_in("/var/tmp").unwrap();
     image.as_file().set_len(1 << 20).unwrap();
-    let names = ["flexnbd", "nbdkit", "qemu-nbd", "nbd-server"].map(str::to_owned);
+    let names =
+        ["flexnbd", "flexnbd-direct", "nbdkit", "qemu-nbd", "qemu-nbd-direct", "nbd-server"];
+    let names = names.map(str::to_owned);
     for server in servers(&names, &[]).unwrap() {
         for transport in [Transport::Tcp, Transport::Unix] {
             let running = Running::start(&server, image.path(), transport).unwrap();

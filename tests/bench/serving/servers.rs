@@ -1,6 +1,7 @@
 //! The servers: their command lines, and how they start and stop.
-//! All serve the same file through the page cache, on loopback or a unix socket, with their default
-//! settings except where those limit them (README.md, "How the peers are started").
+//! All serve the same file on loopback or a unix socket, through the page cache unless their name says
+//! `direct`, with their default settings except where those limit them (README.md, "How the peers are
+//! started").
 
 use super::cells::Transport;
 use super::minimal;
@@ -24,6 +25,8 @@ use tempfile::TempDir;
 const EXPORT: &str = "disk";
 /// Any number of clients, the page cache as with the others, and holes for trimmed ranges.
 const QEMU_NBD: &str = "--format=raw --persistent --shared=0 --cache=writeback --discard=unmap";
+/// The same past the page cache.
+const QEMU_NBD_DIRECT: &str = "--format=raw --persistent --shared=0 --cache=none --discard=unmap";
 const QEMU_NBD_LISTEN: Option<[&str; 3]> = Some(["--bind", "--port", "--socket"]);
 
 /// How a server is started: its arguments before those for the address, and between them and the
@@ -34,6 +37,7 @@ type Kind = ([&'static str; 2], Option<[&'static str; 3]>);
 /// Accepts more clients than the benchmark opens.
 const OURS: Kind =
     (["serve --quiet --max-clients=2000", "--file"], Some(["--addr", "--port", "--addr"]));
+const OURS_DIRECT: Kind = (["serve --quiet --max-clients=2000 --direct", OURS.0[1]], OURS.1);
 const NBDKIT: Kind =
     (["--foreground --exit-with-parent", "file"], Some(["--ipaddr", "--port", "--unix"]));
 /// The names of the minimal servers that send the image, each by its method.
@@ -41,11 +45,13 @@ const METHODS: [&str; 7] =
     ["copy-64k", "copy-256k", "copy-1m", "splice-256k", "splice-1m", "sendfile", "mapping"];
 /// The minimal server without a disk, the limit of the others.
 const NULL: &str = "null";
-const KINDS: [(&str, Kind, &[&str]); 14] = [
+const KINDS: [(&str, Kind, &[&str]); 16] = [
     ("flexnbd", OURS, &[FLEXNBD]),
+    ("flexnbd-direct", OURS_DIRECT, &[FLEXNBD]),
     ("nbdkit", NBDKIT, &["nbdkit"]),
     ("qemu-nbd", ([QEMU_NBD, "--aio=io_uring"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
     ("qemu-nbd-threads", ([QEMU_NBD, "--aio=threads"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
+    ("qemu-nbd-direct", ([QEMU_NBD_DIRECT, "--aio=io_uring"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
     ("nbd-server", (["", "splice=true\n"], None), &["nbd-server"]),
     ("nbd-server-plain", (["", ""], None), &["nbd-server"]),
     (NULL, executed(["minimal-server --method=null", "--file"]), MINIMAL),
@@ -92,7 +98,7 @@ pub(crate) fn servers(names: &[String], also: &[(String, PathBuf)]) -> Result<Ve
 impl Server {
     fn new(Installed { name, kind, mut programs }: Installed<Kind>) -> Self {
         let program = programs.swap_remove(0);
-        let ours = kind == OURS;
+        let ours = kind == OURS || kind == OURS_DIRECT;
         let version =
             if is_minimal(&name) { "of this benchmark".to_owned() } else { version(&program) };
         let mut server = Self { name, ours, version, usage: String::new(), program, kind };
