@@ -41,6 +41,8 @@ const PURE: &[&str] = &[
     "server/acl.rs",
     "server/snapshot.rs",
     "server/session/engine.rs",
+    "server/session/engine/delays.rs",
+    "server/session/engine/malformed.rs",
     "server/session/handshake.rs",
     "server/session/phase.rs",
     "server/session/writes.rs",

@@ -56,6 +56,10 @@ pub(crate) enum Mutation {
     FinishEarly,
     /// A disconnect does not wait for the requests before it.
     DisconnectEarly,
+    /// The policy is asked about a handover before earlier requests are completed.
+    HandOverEarly,
+    /// The policy does not learn that a change has failed.
+    HideFailure,
     /// Requests after a disconnect are executed.
     AnswerDisconnected,
     /// A session does not notice that the disk is gone while its operations wait.

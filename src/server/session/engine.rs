@@ -516,6 +516,8 @@ impl<'a> Engine<'a> {
             Request::Read { .. } => true,
             #[cfg(test)]
             Request::Disconnect if mutation::is_active(Mutation::DisconnectEarly) => true,
+            #[cfg(test)]
+            Request::Private { .. } if mutation::is_active(Mutation::HandOverEarly) => true,
             // All earlier requests have to be completed.
             Request::Private { .. } | Request::Disconnect => in_flight.is_empty(),
             _ => in_flight.has_room(0),
@@ -544,33 +546,6 @@ impl<'a> Engine<'a> {
         Ok(Step::Progress)
     }
 
-    /// Until when to delay a write, so that a migration converges. Only a stop request shortens a delay.
-    fn throttle(&mut self) -> Option<Instant> {
-        let wanted = self.io.disk.write_delay();
-        if wanted.is_zero() || self.stop != StopRequest::Serve {
-            self.throttled_until = None;
-            return None;
-        }
-        let now = (self.clocks.now)();
-        match self.throttled_until {
-            // It stays, so that the write is not delayed again if something else keeps it waiting.
-            Some(until) => (now < until).then_some(until),
-            None => {
-                let elapsed = now.saturating_duration_since(self.started);
-                let delay = self.throttle.delay(elapsed, wanted);
-                self.throttled_until = (!delay.is_zero()).then(|| now + delay);
-                self.throttled_until
-            }
-        }
-    }
-
-    /// Whether a change has waited so long that its client may have closed the connection and
-    /// reconnected: the change would overwrite its newer ones. Changes that did not wait are made even if
-    /// the connection is closed behind them.
-    fn needs_peer_check(&mut self) -> bool {
-        self.delay.needs_check((self.clocks.coarse)())
-    }
-
     /// The policy's decision about a handover.
     pub(super) fn on_handover_reply(
         &mut self,
@@ -589,6 +564,7 @@ impl<'a> Engine<'a> {
     }
 }
 
+mod delays;
 mod malformed;
 #[cfg(test)]
 mod tests;

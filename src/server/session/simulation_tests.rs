@@ -121,6 +121,8 @@ mutations! {
     working_after_the_end_is_caught: LeaveLate breaks "it works after" in Any,
     finishing_without_replies_is_caught: FinishEarly breaks "without replies" in Any,
     disconnecting_with_operations_in_flight_is_caught: DisconnectEarly breaks "disconnect" in Any,
+    handing_over_with_operations_in_flight_is_caught: HandOverEarly breaks "a handover" in Any,
+    hiding_a_failure_from_the_policy_is_caught: HideFailure breaks "does not know" in Any,
     answering_after_a_disconnect_is_caught: AnswerDisconnected breaks "" in Any,
     an_empty_flush_is_caught: EmptyFlush breaks "is not durable" in Any,
     dropping_durability_is_caught: DropDurability breaks "is not durable" in Any,

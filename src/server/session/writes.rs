@@ -350,7 +350,10 @@ impl Writes {
         data.extend_from_slice(&rx.bytes()[..step]);
         rx.consume(step);
         let remaining = remaining - step as u64;
-        if remaining == 0 && io.in_flight.is_empty() {
+        let may_ask = io.in_flight.is_empty();
+        #[cfg(test)]
+        let may_ask = may_ask || mutation::is_active(Mutation::HandOverEarly);
+        if remaining == 0 && may_ask {
             return PayloadStep::Private { to, data };
         }
         self.expect(to, remaining, Purpose::Private { data });

@@ -415,7 +415,11 @@ impl ScriptedClient {
             return Err(format!("{request:?} fails"));
         }
         request.change.into_iter().for_each(|change| model.on_ended(change, false, false));
-        if request.kind == CommandKind::Flush.number() {
+        let is_flush = request.kind == CommandKind::Flush.number();
+        if (is_flush || changes(request.kind)) && !policy.knows_failure() {
+            return Err(format!("the policy does not know that {request:?} fails"));
+        }
+        if is_flush {
             model.on_flush_failed();
         }
         Ok(())

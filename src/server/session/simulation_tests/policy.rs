@@ -8,6 +8,7 @@ use crate::server::export_policy::{
 };
 use crate::sync;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
 use std::sync::{Mutex, MutexGuard};
 
 /// The error of requests that the policy refuses; nothing else replies with it.
@@ -26,6 +27,8 @@ struct PolicyState {
     /// Payloads of the private commands that each session has sent.
     handovers: BTreeMap<SessionId, VecDeque<Vec<u8>>>,
     disconnected: BTreeSet<SessionId>,
+    /// Failures of changes and flushes of which the clients do not know yet.
+    failures: u64,
 }
 
 /// The policy of one schedule.
@@ -54,6 +57,7 @@ impl ScriptedPolicy {
             failed: BTreeSet::new(),
             handovers: BTreeMap::new(),
             disconnected: BTreeSet::new(),
+            failures: 0,
             rng: rng.fork(),
         };
         image.state().awaits_record = needs_record;
@@ -73,6 +77,14 @@ impl ScriptedPolicy {
     /// A client sends the private command with this payload.
     pub(super) fn on_handover_sent(&self, session: SessionId, payload: Vec<u8>) {
         self.state().handovers.entry(session).or_default().push_back(payload);
+    }
+
+    /// A client receives the failure of a change or flush; false if the policy does not know of it.
+    pub(super) fn knows_failure(&self) -> bool {
+        let mut state = self.state();
+        let is_known = state.failures > 0;
+        state.failures = state.failures.saturating_sub(1);
+        is_known
     }
 
     fn check_idle(&self, session: SessionId, what: &str) {
@@ -107,6 +119,10 @@ impl ExportPolicy for ScriptedPolicy {
             state.needs_record = false;
             self.image.state().awaits_record = false;
         }
+    }
+
+    fn on_write_failure(&self, _: SessionId, _: &io::Error) {
+        self.state().failures += 1;
     }
 
     fn handover(&self, session: SessionId, payload: &[u8]) -> HandoverReply {

@@ -14,6 +14,8 @@ pub(super) enum Theme {
     Flushes,
     /// Completions are lost.
     Losses,
+    /// Sessions are saved and restored again and again.
+    Restarts,
 }
 
 impl Theme {
@@ -26,12 +28,14 @@ impl Theme {
             Self::Retired => (16, 3),
             Self::Flushes => (16, 5),
             Self::Losses => (16, 7),
+            Self::Restarts => (16, 9),
         }
     }
 
     /// The theme of a schedule.
     pub(super) fn of(seed: u64) -> Self {
-        let special = [Self::Large, Self::Zeroing, Self::Retired, Self::Flushes, Self::Losses];
+        use Theme::{Flushes, Large, Losses, Restarts, Retired, Zeroing};
+        let special = [Large, Zeroing, Retired, Flushes, Losses, Restarts];
         let of_seed = |theme: &Self| seed % theme.seeds().0 == theme.seeds().1;
         special.into_iter().find(of_seed).unwrap_or(Self::Any)
     }

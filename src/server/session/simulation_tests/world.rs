@@ -57,8 +57,7 @@ pub(super) struct World<'a> {
     gate: GateState,
     /// The gate may be retired.
     may_retire: bool,
-    /// Connections are lost often, and then completions.
-    loses: bool,
+    theme: Theme,
     is_oldstyle: bool,
     dirty: Arc<DirtyBitmap>,
     /// What the migration has copied.
@@ -113,7 +112,7 @@ pub(super) fn run(seed: u64) -> Result<Coverage, String> {
         pace,
         gate: GateState::Open,
         may_retire: theme == Theme::Retired || rng.u8(..32) == 0,
-        loses: theme == Theme::Losses,
+        theme,
         is_oldstyle: rng.u8(..6) == 0,
         dirty: disk.track().unwrap(),
         copy: initial,
@@ -179,9 +178,12 @@ impl<'a> World<'a> {
             }
             64 | 65 => self.sessions[at].request_stop(StopRequest::Suspend),
             66 if self.rng.u8(..3) == 0 => self.stop(at),
-            67 if self.loses || self.rng.u8(..4) == 0 => self.lose(at),
+            67 if self.theme == Theme::Losses || self.rng.u8(..4) == 0 => self.lose(at),
             68 if self.rng.u8(..4) == 0 => self.end(at),
             _ => {}
+        }
+        if self.theme == Theme::Restarts && self.rng.u8(..3) == 0 {
+            self.sessions[at].request_stop(StopRequest::Suspend);
         }
         self.observe_retired_gate();
         Ok(())
@@ -405,7 +407,7 @@ impl<'a> World<'a> {
     /// Drops the engine of a session that has ended, now or later.
     fn bury(&mut self, at: usize) {
         let Some(mut engine) = self.sessions[at].leaving.take() else { return };
-        let may_outlive = !self.loses && self.rng.u8(..4) > 0;
+        let may_outlive = self.theme != Theme::Losses && self.rng.u8(..4) > 0;
         if may_outlive && !engine.in_flight().close_without_waiting() {
             self.coverage.count(Reached::Outlived);
             self.outliving.push(engine);
