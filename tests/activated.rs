@@ -1,6 +1,6 @@
 //! flexnbd as a service: inherited sockets, messages to the service manager, sessions in the fd
 //! store, and the degraded service that cannot serve.
-//! Needs no service manager: the test is one (`activated/manager.rs`).
+//! Needs no service manager: the test is one (`harness/src/manager.rs`).
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
@@ -12,8 +12,6 @@ mod degraded;
 mod idle;
 #[path = "activated/in_doubt.rs"]
 mod in_doubt;
-#[path = "activated/manager.rs"]
-mod manager;
 #[path = "activated/notify.rs"]
 mod notify;
 #[path = "activated/restart.rs"]

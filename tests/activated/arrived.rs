@@ -1,6 +1,6 @@
 //! `listen` for a disk that has arrived already.
 
-use crate::manager::{Inherited, ServiceManager};
+use harness::manager::{Inherited, ServiceManager};
 use harness::{MIB, sparse_image};
 
 #[test]

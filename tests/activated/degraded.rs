@@ -1,7 +1,7 @@
 //! A service that cannot serve: it refuses clients that wait at its sockets, and exits at once if
 //! there are none.
 
-use crate::manager::{Inherited, Service, ServiceManager};
+use harness::manager::{Inherited, Service, ServiceManager};
 use harness::{MIB, restore_default_signals, sparse_image, wait_until};
 use nix::sys::signal::Signal;
 use std::io::{Read as _, Write as _};

@@ -1,6 +1,6 @@
 //! `--idle-exit`: when an idle service exits, and what counts as activity.
 
-use crate::manager::{Inherited, ServiceManager};
+use harness::manager::{Inherited, ServiceManager};
 use harness::{Builder, MIB, Server, sparse_image, temp_dir, wait_until, write_at};
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;

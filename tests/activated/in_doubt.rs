@@ -1,7 +1,7 @@
 //! A disk in doubt: only the destination knows whether it has arrived there, and may not answer.
 
 use crate::degraded::{assert_refused, client, record, send_command};
-use crate::manager::{Inherited, Service, ServiceManager};
+use harness::manager::{Inherited, Service, ServiceManager};
 use harness::{Builder, MIB, Server, poll_until, sparse_image};
 use nix::sys::signal::Signal;
 use std::io::Read as _;

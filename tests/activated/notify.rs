@@ -1,7 +1,7 @@
 //! Messages to the service manager: status, reload, and extensions of timeouts.
 
 use crate::degraded::{record, send_command};
-use crate::manager::{Inherited, ServiceManager};
+use harness::manager::{Inherited, ServiceManager};
 use harness::{Builder, KIB, MIB, sparse_image, temp_dir, wait_until, write_at};
 use std::io::Read as _;
 use std::net::TcpStream;

@@ -1,7 +1,7 @@
 //! Sessions that survive a restart: one process stores them in the fd store of the service manager,
 //! the next restores them.
 
-use crate::manager::{Inherited, Service, ServiceManager};
+use harness::manager::{Inherited, Service, ServiceManager};
 use harness::raw::{READ, WRITE};
 use harness::session::{Mode, Request, Session};
 use harness::{Endpoint, MIB, noise, read_at, sparse_image, wait_until};

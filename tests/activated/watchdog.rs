@@ -2,7 +2,7 @@
 //! manager restarts it.
 
 use crate::degraded::send_command;
-use crate::manager::{Inherited, ServiceManager};
+use harness::manager::{Inherited, ServiceManager};
 use harness::mount::mount_nbd_as_file;
 use harness::{Builder, GIB, MIB, require_tool, run, sparse_image, temp_dir, wait_until, write_at};
 use nix::sys::signal::Signal;

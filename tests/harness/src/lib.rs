@@ -13,6 +13,7 @@ mod endpoint;
 mod files;
 pub mod host;
 pub mod image;
+pub mod manager;
 pub mod mount;
 mod program;
 mod proto;

@@ -1,7 +1,7 @@
 //! A minimal service manager: passes sockets to the service, receives its notifications, and keeps
 //! its fd store for the next process. Never restarts a service by itself.
 
-use harness::{StderrReader, TIMEOUT, TempDir, poll_until, temp_dir, wait_until};
+use crate::{StderrReader, TIMEOUT, TempDir, poll_until, temp_dir, wait_until};
 use nix::cmsg_space;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
@@ -23,15 +23,19 @@ const FIRST_FD: RawFd = 200;
 
 /// The sockets that a service inherits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Inherited {
+pub enum Inherited {
+    /// None.
     Nothing,
+    /// The NBD socket.
     Nbd,
+    /// Both sockets.
     NbdAndControl,
 }
 
 /// The manager, with the sockets and the fd store that it passes to services.
-pub(crate) struct ServiceManager {
-    pub(crate) dir: TempDir,
+pub struct ServiceManager {
+    /// The directory of its sockets, and the state directory of services.
+    pub dir: TempDir,
     nbd: TcpListener,
     control: UnixListener,
     received: Arc<Mutex<Received>>,
@@ -51,8 +55,15 @@ const STOP_RECEIVING: &str = "STOP";
 /// A message of the test, behind all that services have sent.
 const FENCE: &str = "FENCE";
 
+impl Default for ServiceManager {
+    fn default() -> ServiceManager {
+        ServiceManager::new()
+    }
+}
+
 impl ServiceManager {
-    pub(crate) fn new() -> ServiceManager {
+    /// A manager with an empty fd store and unused sockets.
+    pub fn new() -> ServiceManager {
         let dir = temp_dir();
         let notify = UnixDatagram::bind(dir.path().join("notify")).unwrap();
         let received = Arc::default();
@@ -69,28 +80,29 @@ impl ServiceManager {
     }
 
     /// Sets an environment variable for the services started from now on.
-    pub(crate) fn env(mut self, name: &'static str, value: impl Into<OsString>) -> ServiceManager {
+    pub fn env(mut self, name: &'static str, value: impl Into<OsString>) -> ServiceManager {
         self.variables.push((name, value.into()));
         self
     }
 
     /// The address of the NBD socket.
-    pub(crate) fn address(&self) -> SocketAddr {
+    pub fn address(&self) -> SocketAddr {
         self.nbd.local_addr().unwrap()
     }
 
     /// The path of the control socket.
-    pub(crate) fn control(&self) -> PathBuf {
+    pub fn control(&self) -> PathBuf {
         self.dir.path().join("control.sock")
     }
 
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
+    /// A path in its directory.
+    pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// Starts `flexnbd LINE PATHS`, with the sockets and the fd store.
     #[track_caller]
-    pub(crate) fn start(&self, inherited: Inherited, line: &str, paths: &[&Path]) -> Service {
+    pub fn start(&self, inherited: Inherited, line: &str, paths: &[&Path]) -> Service {
         let (mut descriptors, mut names): (Vec<RawFd>, Vec<String>) = match inherited {
             Inherited::Nothing => (Vec::new(), Vec::new()),
             Inherited::Nbd => (vec![self.nbd.as_raw_fd()], vec!["nbd".to_owned()]),
@@ -102,7 +114,7 @@ impl ServiceManager {
         let received = self.received();
         descriptors.extend(received.store.values().map(OwnedFd::as_raw_fd));
         names.extend(received.store.keys().cloned());
-        let mut command = Command::new(env!("CARGO_BIN_EXE_flexnbd"));
+        let mut command = Command::new(crate::flexnbd());
         command.args(line.split_whitespace()).args(paths);
         command.envs(self.variables.iter().cloned());
         command.env("NOTIFY_SOCKET", self.path("notify"));
@@ -130,22 +142,22 @@ impl ServiceManager {
     }
 
     /// The next message, if one has arrived.
-    pub(crate) fn message(&self) -> Option<String> {
+    pub fn message(&self) -> Option<String> {
         self.received().messages.pop_front()
     }
 
     /// The names in the fd store.
-    pub(crate) fn stored(&self) -> Vec<String> {
+    pub fn stored(&self) -> Vec<String> {
         self.received().store.keys().cloned().collect()
     }
 
     /// Removes a descriptor from the fd store.
-    pub(crate) fn take_from_store(&self, name: &str) -> OwnedFd {
+    pub fn take_from_store(&self, name: &str) -> OwnedFd {
         self.received().store.remove(name).unwrap()
     }
 
     /// Adds a descriptor to the fd store.
-    pub(crate) fn store(&self, name: &str, descriptor: OwnedFd) {
+    pub fn store(&self, name: &str, descriptor: OwnedFd) {
         self.received().store.insert(name.to_owned(), descriptor);
     }
 
@@ -155,13 +167,13 @@ impl ServiceManager {
 
     /// Takes messages until one contains this line; returns them all.
     #[track_caller]
-    pub(crate) fn wait_for(&self, line: &str) -> Vec<String> {
+    pub fn wait_for(&self, line: &str) -> Vec<String> {
         self.wait_for_message(line, |message| message.lines().any(|received| received == line))
     }
 
     /// Takes messages until one reports a status that contains `part`; returns them all.
     #[track_caller]
-    pub(crate) fn wait_for_status(&self, part: &str) -> Vec<String> {
+    pub fn wait_for_status(&self, part: &str) -> Vec<String> {
         let matches = |message: &str| message.starts_with("STATUS=") && message.contains(part);
         self.wait_for_message(part, matches)
     }
@@ -183,7 +195,7 @@ impl ServiceManager {
     }
 
     /// Whether a connection to the control socket waits to be accepted.
-    pub(crate) fn control_connection_waits(&self) -> bool {
+    pub fn control_connection_waits(&self) -> bool {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut sources = [PollFd::new(self.control.as_fd(), PollFlags::POLLIN)];
         poll(&mut sources, PollTimeout::ZERO).unwrap() > 0
@@ -191,7 +203,7 @@ impl ServiceManager {
 
     /// All messages that were sent before this call.
     #[track_caller]
-    pub(crate) fn messages(&self) -> Vec<String> {
+    pub fn messages(&self) -> Vec<String> {
         // Datagrams keep their order, and the receiving thread may not have read the last ones.
         let socket = UnixDatagram::unbound().unwrap();
         socket.send_to(FENCE.as_bytes(), self.path("notify")).unwrap();
@@ -242,32 +254,36 @@ fn receive(notify: &UnixDatagram, received: &Mutex<Received>) -> bool {
 }
 
 /// A started service, which Drop kills.
-pub(crate) struct Service {
+pub struct Service {
     child: Child,
     stderr: StderrReader,
 }
 
 impl Service {
-    pub(crate) fn stderr(&self) -> String {
+    /// The text printed to stderr so far.
+    pub fn stderr(&self) -> String {
         self.stderr.text()
     }
 
-    pub(crate) fn pid(&self) -> u32 {
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub(crate) fn is_running(&mut self) -> bool {
+    /// Whether the process has not exited.
+    pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// Sends it a signal.
     #[track_caller]
-    pub(crate) fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }
 
     /// Waits for its exit and the end of its stderr.
     #[track_caller]
-    pub(crate) fn wait_for_exit(&mut self) -> ExitStatus {
+    pub fn wait_for_exit(&mut self) -> ExitStatus {
         let mut status = None;
         wait_until("the service to end", || {
             status = self.child.try_wait().unwrap();
@@ -277,8 +293,9 @@ impl Service {
         status.unwrap()
     }
 
+    /// Sends SIGTERM and waits for its exit.
     #[track_caller]
-    pub(crate) fn stop(&mut self) -> ExitStatus {
+    pub fn stop(&mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
         self.wait_for_exit()
     }
