@@ -123,20 +123,31 @@ impl Wire {
         }
     }
 
-    /// Receives exactly `length` bytes.
-    #[track_caller]
-    pub fn recv(&mut self, length: usize) -> Vec<u8> {
+    /// Receives exactly `length` bytes from a server that may close the connection. An error says how
+    /// many bytes it followed; that of a closed connection is `UnexpectedEof`.
+    pub fn try_recv_exact(&mut self, length: usize) -> io::Result<Vec<u8>> {
         let mut data = vec![0; length];
         let mut have = 0;
         while have < length {
-            match self.try_recv(&mut data[have..]) {
-                Ok(0) => panic!("the server closed after {have} of {length} bytes"),
-                Ok(n) => have += n,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => panic!("received {have} of {length} bytes, then: {e}"),
-            }
+            let error = match self.try_recv(&mut data[have..]) {
+                Ok(0) => io::Error::new(ErrorKind::UnexpectedEof, "the server closed"),
+                Ok(n) => {
+                    have += n;
+                    continue;
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                Err(e) => e,
+            };
+            let message = format!("received {have} of {length} bytes, then: {error}");
+            return Err(io::Error::new(error.kind(), message));
         }
-        data
+        Ok(data)
+    }
+
+    /// Receives exactly `length` bytes.
+    #[track_caller]
+    pub fn recv(&mut self, length: usize) -> Vec<u8> {
+        self.try_recv_exact(length).unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// Receives a big-endian number of 16 bits.

@@ -5,6 +5,7 @@
 use crate::Endpoint;
 use crate::raw::*;
 use std::collections::HashMap;
+use std::io;
 use std::ops::Range;
 
 /// The format of requests and replies.
@@ -278,26 +279,36 @@ impl Session {
     /// Receives the next complete reply to one of the pending requests, and returns its cookie.
     #[track_caller]
     pub fn recv_reply(&mut self, pending: &HashMap<u64, Request>) -> (u64, Reply) {
+        self.try_recv_reply(pending).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Receives the next complete reply from a server that may close the connection at any byte.
+    #[track_caller]
+    pub fn try_recv_reply(&mut self, pending: &HashMap<u64, Request>) -> io::Result<(u64, Reply)> {
         loop {
-            let magic = self.wire.recv_u32();
+            let magic = u32::from_be_bytes(self.recv_array()?);
             let (cookie, reply) = match (self.mode, magic) {
-                (Mode::Simple | Mode::Structured, SIMPLE_REPLY) => self.recv_simple(pending),
-                (Mode::Structured, STRUCTURED_REPLY) => self.recv_chunk(pending),
-                (Mode::Extended, EXTENDED_REPLY) => self.recv_chunk(pending),
+                (Mode::Simple | Mode::Structured, SIMPLE_REPLY) => self.recv_simple(pending)?,
+                (Mode::Structured, STRUCTURED_REPLY) => self.recv_chunk(pending)?,
+                (Mode::Extended, EXTENDED_REPLY) => self.recv_chunk(pending)?,
                 (mode, magic) => panic!("a reply with magic {magic:#x} in a {mode:?} session"),
             };
             if let Some(reply) = reply {
                 let known = reply.error == 0 || LISTED_ERRORS.contains(&reply.error);
                 assert!(known, "error {} is not an NBD error", reply.error);
-                return (cookie, reply);
+                return Ok((cookie, reply));
             }
         }
     }
 
+    fn recv_array<const N: usize>(&mut self) -> io::Result<[u8; N]> {
+        Ok(self.wire.try_recv_exact(N)?.try_into().unwrap())
+    }
+
     #[track_caller]
-    fn recv_simple(&mut self, pending: &HashMap<u64, Request>) -> (u64, Option<Reply>) {
-        let error = self.wire.recv_u32();
-        let cookie = self.wire.recv_u64();
+    fn recv_simple(&mut self, pending: &HashMap<u64, Request>) -> io::Result<(u64, Option<Reply>)> {
+        let error = u32::from_be_bytes(self.recv_array()?);
+        let cookie = u64::from_be_bytes(self.recv_array()?);
         let request = request_of(pending, cookie);
         let mut reply = Reply { error, ..Reply::default() };
         if self.mode != Mode::Simple {
@@ -307,30 +318,31 @@ impl Session {
                 "a simple reply to BLOCK_STATUS"
             );
         } else if request.command == READ && error == 0 {
-            reply.data = self.wire.recv(request.length as usize);
+            reply.data = self.wire.try_recv_exact(request.length as usize)?;
         }
-        (cookie, Some(reply))
+        Ok((cookie, Some(reply)))
     }
 
     #[track_caller]
-    fn recv_chunk(&mut self, pending: &HashMap<u64, Request>) -> (u64, Option<Reply>) {
-        let flags = self.wire.recv_u16();
+    fn recv_chunk(&mut self, pending: &HashMap<u64, Request>) -> io::Result<(u64, Option<Reply>)> {
+        let flags = u16::from_be_bytes(self.recv_array()?);
         assert_eq!(flags & !CHUNK_DONE, 0, "unknown chunk flags {flags:#x}");
-        let kind = self.wire.recv_u16();
-        let cookie = self.wire.recv_u64();
+        let kind = u16::from_be_bytes(self.recv_array()?);
+        let cookie = u64::from_be_bytes(self.recv_array()?);
         let request = request_of(pending, cookie);
         let length = if self.mode == Mode::Extended {
-            assert_eq!(self.wire.recv_u64(), request.offset, "a chunk repeats the offset");
-            self.wire.recv_u64()
+            let offset = u64::from_be_bytes(self.recv_array()?);
+            assert_eq!(offset, request.offset, "a chunk repeats the offset");
+            u64::from_be_bytes(self.recv_array()?)
         } else {
-            u64::from(self.wire.recv_u32())
+            u64::from(u32::from_be_bytes(self.recv_array()?))
         };
         assert!(length <= 128 << 20, "a chunk of {length} bytes");
-        let payload = self.wire.recv(length as usize);
+        let payload = self.wire.try_recv_exact(length as usize)?;
         let done = flags & CHUNK_DONE != 0;
         self.unfinished.entry(cookie).or_default().push(Chunk { done, kind, payload });
         let complete = done.then(|| self.unfinished.remove(&cookie).unwrap());
-        (cookie, complete.map(|chunks| assemble(self.mode, self.context, request, chunks)))
+        Ok((cookie, complete.map(|chunks| assemble(self.mode, self.context, request, chunks))))
     }
 }
 
