@@ -555,6 +555,10 @@ impl<'a, T> InFlight<'a, T> {
         if let Some(Operation { tag, memory, is_read, .. }) = self.operations.remove(&key) {
             *(if is_read { &mut self.read_bytes } else { &mut self.bytes }) -= memory;
             self.completed.push_back((tag, outcome));
+            #[cfg(test)]
+            if mutation::is_active(Mutation::KeepVisit) {
+                std::mem::forget(self.disk.enter_if_open());
+            }
         }
     }
 

@@ -12,6 +12,8 @@ pub(crate) enum Mutation {
     ForgetPart,
     /// A zeroing does not leave the gate between two parts.
     StayInside,
+    /// A visit stays inside after its operation has completed.
+    KeepVisit,
     /// A session has more operations in flight than it may.
     ExceedOperations,
     /// The operations of a session hold more bytes to write than they may.

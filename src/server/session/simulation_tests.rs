@@ -96,6 +96,7 @@ mutations! {
     forgetting_a_dirty_mark_is_caught: ForgetMark breaks "not marked dirty" in Any,
     forgetting_the_mark_of_a_part_is_caught: ForgetPart breaks "not marked dirty" in Any,
     staying_inside_between_parts_is_caught: StayInside breaks "gate is closing" in Zeroing,
+    keeping_a_visit_is_caught: KeepVisit breaks "closing the gate does not end" in Any,
     exceeding_the_operations_in_flight_is_caught: ExceedOperations breaks "the session holds" in Large,
     exceeding_the_bytes_in_flight_is_caught: ExceedBytes breaks "the session holds" in Large,
     losing_a_completion_is_caught: LoseCompletion breaks "not answered" in Any,

@@ -1,5 +1,5 @@
 //! A scripted disk: its I/O queues complete operations in any order, late, with errors, or not at all;
-//! it has a volatile and a durable image, and checks what is in flight.
+//! it has a volatile and a durable image, and checks the operations in flight.
 
 use super::model::{Stamp, cell_size, fill, stamp_of};
 use super::theme::Theme;

@@ -1,6 +1,6 @@
 //! The themes of schedules: what happens more often in some of them.
 
-/// What is special in a schedule, besides what its random numbers decide.
+/// A kind of schedule, in which some events are more frequent than in others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Theme {
     Any,

@@ -209,13 +209,16 @@ impl<'a> World<'a> {
 
     /// A gate that is closing must drain although no client does anything.
     fn drain(&mut self) -> Result<(), String> {
-        let mut idle = 0;
+        let (mut idle, mut rounds) = (0, 0);
         let gate = self.server.disk.gate();
-        while self.gate != GateState::Open && gate.is_occupied() && idle < 3 {
+        let is_draining = self.gate != GateState::Open;
+        while is_draining && gate.is_occupied() && idle < 3 && rounds < ROUNDS_MAX {
             idle = if self.advance_all(false)? { 0 } else { idle + 1 };
+            rounds += 1;
         }
         self.observe_retired_gate();
-        if idle == 3 && self.server.image.state().abandoned == 0 {
+        // An abandoned operation stays inside.
+        if is_draining && gate.is_occupied() && self.server.image.state().abandoned == 0 {
             return Err("closing the gate does not end".into());
         }
         Ok(())
