@@ -108,7 +108,7 @@ impl DirectBackend {
     /// A buffer for `length` bytes, whole units.
     fn bounce(&self, length: u64) -> io::Result<Buffer> {
         // They fit: a unit is at most 64 KiB, and the length at most 256 KiB.
-        Buffer::zeroed(length as usize, self.unit as usize)
+        Buffer::to_fill(length as usize, self.unit as usize)
     }
 
     /// Reads whole units into aligned memory, of which the file has to have at least `needed` bytes.

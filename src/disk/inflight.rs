@@ -321,17 +321,19 @@ impl<'a, T> InFlight<'a, T> {
         !self.completed.is_empty()
     }
 
-    /// Frees the I/O queue if nothing is in flight; the next operation creates a new one.
+    /// Frees the I/O queue and the spare buffers if nothing is in flight; the next operation creates new
+    /// ones.
     pub fn shrink(&mut self) {
         if self.is_empty() {
             self.queue = OpQueue::Unknown;
+            Buffer::free_spares();
         }
     }
 
-    /// Whether there is no I/O queue to free.
+    /// Whether there is neither an I/O queue nor a spare buffer to free.
     #[must_use]
     pub fn is_shrunk(&self) -> bool {
-        !matches!(self.queue, OpQueue::Of(_))
+        !matches!(self.queue, OpQueue::Of(_)) && !Buffer::has_spares()
     }
 
     /// Starts a waiting operation.

@@ -436,3 +436,13 @@ fn the_queue_of_an_exchanged_backend_is_not_used_again() {
     assert_eq!(next_outcome(&mut in_flight), Some((1, Ok(()))));
     assert_eq!(memory.contents()[..512], [7; 512]);
 }
+
+#[test]
+fn spare_buffers_are_freed_while_nothing_is_in_flight() {
+    let fixture = fixture();
+    let mut in_flight = fixture.in_flight();
+    drop(Buffer::to_fill(1 << 20, 4096).unwrap());
+    assert!(!in_flight.is_shrunk());
+    in_flight.shrink();
+    assert!(in_flight.is_shrunk());
+}

@@ -556,7 +556,7 @@ fn fail_read(
 
 /// Reads `range`, which has at most 1 MiB. Without memory it has no bytes, and fails on completion.
 fn read_op(range: Range, unit: u64) -> Op {
-    let data = Buffer::zeroed(range.length() as usize, unit as usize).unwrap_or_default();
+    let data = Buffer::to_fill(range.length() as usize, unit as usize).unwrap_or_default();
     Op::Read { offset: range.offset(), data }
 }
 
