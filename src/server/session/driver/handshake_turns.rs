@@ -114,3 +114,6 @@ fn receive(socket: &mut SessionSocket<'_>, handshake: &mut Handshake) -> Result<
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -105,9 +105,9 @@ pub fn new_list_reaches_every_session() {
 
 /// One session displaces another one and sleeps until its end, which nothing else requests.
 ///
-/// Found: a registration whose end does not wake the sessions that wait, or wakes them before it is
-/// removed; `disconnect_others` without a request; `have_ended` that sets `awaits_others` under another hold
-/// of the lock than it checks the table.
+/// Found: a registration whose end does not wake the sessions that wait, or wakes them under another hold
+/// of the lock, before it is removed; `disconnect_others` without a request; `have_ended` that sets
+/// `awaits_others` under another hold of the lock than it checks the table.
 pub fn displaced_session_ends() {
     explore(|| {
         let sessions = sessions();
