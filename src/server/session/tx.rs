@@ -10,6 +10,7 @@ use crate::disk::mutation::{self, Mutation};
 use crate::net::Stream;
 use crate::range::Range;
 use crate::server::snapshot::UnsentSnapshot;
+use memmap2::MmapMut;
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -21,18 +22,17 @@ pub(super) const FULL: usize = 32 << 10;
 /// With this many unsent bytes, a session answers nothing more. Greater than the longest simple reply
 /// that is buffered as a whole, so that other requests are still answered beside it.
 pub(super) const OVERFULL: usize = (512 << 10) + (1 << 20);
-/// Smallest size of the buffer in bytes: large enough that the allocator returns it to the kernel when
-/// it is freed. (With 64 KiB an idle session kept 76 KiB, with this 18 KiB.) Unit tests create thousands of
-/// buffers, and fill them slowly.
-const BUFFER_MIN: usize = if cfg!(test) { 8 << 10 } else { 320 << 10 };
+/// Unit of the buffer's size, in bytes.
+const BUFFER_UNIT: usize = 320 << 10;
 /// With this many bytes deferred behind a simple read, a session answers nothing more.
 pub(super) const DEFERRED_MAX: usize = 64 << 10;
 
 /// A buffer between the execution of requests and the socket.
 #[derive(Debug)]
 pub(super) struct Tx {
-    /// All bytes are initialized; those beyond `end` are free space.
-    buffer: Vec<u8>,
+    /// Those before `start` and from `end` on are free space. Mapped, so that only used pages take memory,
+    /// an idle session returns it, and a failure is an error that we can handle.
+    buffer: Option<MmapMut>,
     start: usize,
     end: usize,
     /// While the data of a simple read is incomplete: the replies to follow it.
@@ -49,7 +49,7 @@ pub(super) struct Tx {
 impl Default for Tx {
     fn default() -> Self {
         Self {
-            buffer: Vec::new(),
+            buffer: None,
             start: 0,
             end: 0,
             deferred: None,
@@ -73,15 +73,18 @@ impl Tx {
         if self.out_of_memory {
             return Err(Errno::ENOMEM.into());
         }
-        let bytes = self.buffer[self.start..self.end].to_vec();
+        let bytes = self.unsent_bytes().to_vec();
         Ok(UnsentSnapshot { bytes, announced: self.announced.into(), deferred: self.deferred })
     }
 
-    /// Restores an tx on a disk of `size` bytes; `None` if the announced range exceeds it.
+    /// Restores an tx on a disk of `size` bytes; `None` if the announced range exceeds it, or no
+    /// memory is left.
     pub(super) fn restore(unsent: UnsentSnapshot, size: u64) -> Option<Self> {
         let UnsentSnapshot { bytes, announced, deferred } = unsent;
-        let (end, announced) = (bytes.len(), announced.within(size)?);
-        Some(Self { buffer: bytes, end, deferred, announced, ..Self::default() })
+        let mut tx = Self { announced: announced.within(size)?, ..Self::default() };
+        tx.append(&bytes);
+        tx.deferred = deferred;
+        (!tx.out_of_memory).then_some(tx)
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -239,7 +242,7 @@ impl Tx {
     fn send_bytes(&mut self, to: &Stream) -> io::Result<bool> {
         let more = self.pinned.length() > 0;
         while self.start < self.end {
-            match to.try_send(&self.buffer[self.start..self.end], more) {
+            match to.try_send(self.unsent_bytes(), more) {
                 Ok(count) => self.start += count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) => return Err(error),
@@ -254,7 +257,7 @@ impl Tx {
     pub(super) fn take(&mut self, most: usize) -> Vec<u8> {
         assert!(!self.out_of_memory && self.pinned.length() == 0);
         let end = self.end.min(self.start.saturating_add(most));
-        let taken = self.buffer[self.start..end].to_vec();
+        let taken = self.unsent_bytes()[..end - self.start].to_vec();
         self.start = end;
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
@@ -265,7 +268,7 @@ impl Tx {
     /// Frees the memory and the pipe if everything was sent.
     pub(super) fn shrink(&mut self) {
         if self.is_empty() {
-            self.buffer = Vec::new();
+            self.buffer = None;
             self.scratch = Vec::new();
             self.pinned.shrink();
         }
@@ -273,7 +276,7 @@ impl Tx {
 
     /// Whether there is nothing to free.
     pub(super) fn is_shrunk(&self) -> bool {
-        self.buffer.is_empty() && self.pinned.is_shrunk()
+        self.buffer.is_none() && self.pinned.is_shrunk()
     }
 
     /// The number of bytes that can be sent, pinned ones included.
@@ -281,20 +284,27 @@ impl Tx {
         (self.end - self.start + self.pinned.length()) as u64
     }
 
+    fn unsent_bytes(&self) -> &[u8] {
+        self.buffer.as_deref().map_or(&[], |buffer| &buffer[self.start..self.end])
+    }
+
     /// Space for `length` bytes at the end.
     fn reserve(&mut self, length: usize) -> io::Result<&mut [u8]> {
-        if self.start > 0 && self.end + length > self.buffer.len() {
-            self.buffer.copy_within(self.start..self.end, 0);
+        if let Some(buffer) = &mut self.buffer
+            && self.start > 0
+            && self.end + length > buffer.len()
+        {
+            buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
         let needed = self.end + length;
-        if needed > self.buffer.len() {
-            let wanted = needed.max(BUFFER_MIN);
-            let more = wanted - self.buffer.len();
-            self.buffer.try_reserve(more).map_err(|_| Errno::ENOMEM)?;
-            self.buffer.resize(wanted, 0);
+        if needed > self.buffer.as_ref().map_or(0, |buffer| buffer.len()) {
+            let wanted = needed.next_multiple_of(BUFFER_UNIT);
+            let mut larger = MmapMut::map_anon(wanted).map_err(|_| Errno::ENOMEM)?;
+            larger[self.start..self.end].copy_from_slice(self.unsent_bytes());
+            self.buffer = Some(larger);
         }
-        Ok(&mut self.buffer[self.end..needed])
+        Ok(self.buffer.as_mut().map_or(&mut [], |buffer| &mut buffer[self.end..needed]))
     }
 }
 

@@ -96,7 +96,8 @@ impl fmt::Display for Cell {
 const DEFAULT: &str = "
     4k-randread-d1-s1-tcp-cached-raw 4k-randread-d32-s1-tcp-cached-raw
     4k-randwrite-d32-s1-tcp-cached-raw 4k-randrw-d8-s4-tcp-cached-raw
-    4k-randread-d1-s16-tcp-cached-raw 64k-randread-d8-s1-tcp-cached-raw
+    4k-randread-d1-s16-tcp-cached-raw 4k-randread-d4-s64-tcp-cached-raw
+    4k-randread-d1-s256-tcp-cached-raw 64k-randread-d8-s1-tcp-cached-raw
     64k-randrw-d32-s16-tcp-cached-raw 256k-read-d8-s4-tcp-cached-raw
     256k-write-d32-s1-tcp-cached-raw 1m-read-d8-s1-tcp-cached-raw
     1m-write-d8-s1-tcp-cached-raw 1m-rw-d1-s16-tcp-cached-raw
@@ -115,6 +116,8 @@ const DEFAULT: &str = "
     64k-randwrite-d1-s16-tcp-cold-fio 256k-write-d1-s4-unix-cold-fio
     1m-rw-d32-s16-unix-cold-fio
 ";
+/// Depth and number of sessions of the cells outside the grid.
+const MANY_SESSIONS: [(usize, usize); 2] = [(4, 64), (1, 256)];
 const SMALL: &str = "4k-randread-d32-s1-tcp-cached-raw 1m-read-d8-s1-tcp-cached-raw";
 
 impl Set {
@@ -155,5 +158,14 @@ fn full() -> Vec<Cell> {
             }
         }
     }
+    cells.extend(MANY_SESSIONS.map(|(depth, sessions)| Cell {
+        block: 4 << 10,
+        work: Work::Read,
+        depth,
+        sessions,
+        transport: Transport::Tcp,
+        temperature: Temperature::Cached,
+        generator: Generator::Raw,
+    }));
     cells
 }
