@@ -9,6 +9,7 @@
 //! driver ─▶ rx ─▶ engine ─▶ reads, writes ─▶ disk_io ─▶ (disk) ─▶ replies ─▶ tx ─▶ driver
 //! ```
 
+mod attached;
 mod disk_io;
 mod driver;
 mod engine;

@@ -2,13 +2,16 @@
 //! Never waits for the client: the read continues when the client has received more. Reads bytes in
 //! the page cache without blocking; an operation in flight loads the others, and returns them.
 //!
-//! A piece is certain once it is read into the send buffer, or, if it is long and the image allows it, once
-//! the kernel has put references to its pages into a pipe (`splice(2)`). Only then is its header
+//! A piece is certain once it is read into the send buffer, or, if it is long, once it is loaded into a
+//! buffer of its own, from which it is sent, or, if the image allows it, once the kernel has put
+//! references to its pages into a pipe (`splice(2)`). Only then is its header
 //! written: an error of the disk is an error reply, and the session continues. With structured replies
 //! a read is a sequence of such pieces, one chunk each. A simple reply has a single header and cannot
 //! carry an error behind it: up to [`BUFFERED_MAX`] bytes are buffered as a whole; a longer read is
 //! tried once from beginning to end ("Simple reply message"), then announced and read again. If the
 //! disk fails after that, the session ends, because the client would take any bytes for data.
+
+mod read;
 
 use super::disk_io::{Busy, DiskIo, Tag, piece_length};
 use super::inline_reads::InlineReads;
@@ -25,8 +28,11 @@ use crate::range::Range;
 use crate::server::end::SessionEnd;
 use crate::server::snapshot::ReadSnapshot;
 use nix::errno::Errno;
+use read::Load;
+pub(super) use read::Read;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Longest read with `NBD_CMD_FLAG_DF` (one chunk), in bytes.
@@ -37,32 +43,6 @@ const HOLE_CHECK_MIN: u64 = 64 << 10;
 const BUFFERED_MAX: u64 = 1 << 20;
 /// How much of a long read is loaded at once, in bytes.
 const LOAD_MAX: u64 = 1 << 20;
-
-/// A read with a part still to be answered.
-#[derive(Debug)]
-pub(super) struct Read {
-    to: ReplyTo,
-    rest: Range,
-    /// The reply has to be one chunk (`NBD_CMD_FLAG_DF`).
-    whole: bool,
-    /// A part is answered.
-    begun: bool,
-    /// The rest of the data is announced in the send buffer.
-    announced: bool,
-    /// The read was tried up to this offset.
-    tried_to: u64,
-    /// Up to this offset it may be read blocking.
-    blocking_to: u64,
-    /// The result of the last load.
-    loaded: Option<Box<Load>>,
-}
-
-/// Bytes that an operation in flight has read, or its error.
-#[derive(Debug)]
-struct Load {
-    range: Range,
-    outcome: io::Result<Buffer>,
-}
 
 /// Result of one step of a read.
 #[derive(Debug)]
@@ -108,74 +88,6 @@ pub(super) struct Reads {
     loads_announced: bool,
     /// Measures how long the disk takes.
     clock: fn() -> Instant,
-}
-
-impl Read {
-    fn save(self) -> ReadSnapshot {
-        let Self { to, rest, whole, begun, announced, .. } = self;
-        ReadSnapshot { to: to.into(), rest: rest.into(), whole, begun, announced }
-    }
-
-    /// Restores a read on a disk of `size` bytes; `None` if its range exceeds it.
-    fn restore(saved: ReadSnapshot, size: u64) -> Option<Self> {
-        let ReadSnapshot { to, rest, whole, begun, announced } = saved;
-        Some(Self { begun, announced, ..Self::new(to.into(), rest.within(size)?, whole) })
-    }
-
-    fn new(to: ReplyTo, rest: Range, whole: bool) -> Self {
-        let (begun, announced) = (false, false);
-        Self { to, rest, whole, begun, announced, tried_to: 0, blocking_to: 0, loaded: None }
-    }
-
-    /// Allows to read this range blocking.
-    fn allow_blocking(&mut self, range: Range) {
-        self.blocking_to = range.end();
-    }
-
-    /// Fills `data` with the bytes from `offset` on: the loaded ones, those in the page cache, or, where
-    /// that is allowed, from the device. Fails with `WouldBlock` if they have to be loaded.
-    fn fill(&mut self, visit: &Visit<'_>, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        let end = offset + data.len() as u64;
-        if let Some(Load { range, outcome }) = self.loaded.as_deref_mut()
-            && range.offset() <= offset
-            && end <= range.end()
-        {
-            return match outcome {
-                Ok(bytes) => {
-                    // It fits: within the length of the loaded bytes.
-                    let start = (offset - range.offset()) as usize;
-                    #[cfg(test)]
-                    let start = if is_active(Mutation::MisplaceLoad) { 0 } else { start };
-                    data.copy_from_slice(&bytes[start..start + data.len()]);
-                    Ok(())
-                }
-                Err(error) => Err(std::mem::replace(error, io::ErrorKind::Other.into())),
-            };
-        }
-        self.loaded = None;
-        if end <= self.blocking_to {
-            visit.read(offset, data)
-        } else {
-            visit.read_now(offset, data)
-        }
-    }
-
-    /// Whether the bytes of `piece` are loaded, or may be read blocking.
-    fn is_certain(&self, piece: Range) -> bool {
-        let loaded = self.loaded.as_ref().map(|load| load.range);
-        piece.end() <= self.blocking_to || loaded.is_some_and(|range| piece.end() <= range.end())
-    }
-
-    fn announce(&mut self, out: &mut Tx) {
-        out.announce(self.rest);
-        self.answered(self.rest.length());
-        self.announced = true;
-    }
-
-    fn answered(&mut self, length: u64) {
-        self.rest = self.rest.split(length).1;
-        self.begun = true;
-    }
 }
 
 /// The content of one chunk.
@@ -360,7 +272,7 @@ impl Reads {
         let outcome = match outcome {
             Ok(_) if pins => None,
             Ok(data) if data.len() as u64 != range.length() => Some(Err(Errno::ENOMEM.into())),
-            outcome => Some(outcome),
+            outcome => Some(outcome.map(Arc::new)),
         };
         // Its data is sent before room is awaited again.
         self.awaited_room = 0;
@@ -480,6 +392,10 @@ impl Reads {
         let (at, length) = (piece.offset(), piece.length() as usize);
         let (dialect, to) = (replies.dialect, read.to);
         let head = |out: &mut Vec<u8>| dialect.data_header(to, at, length as u32, done, out);
+        if let Some((bytes, part)) = read.loaded_part(piece) {
+            out.reply_with_loaded(head, bytes, part);
+            return Ok(());
+        }
         if pinned::fits(piece) && visit.pins() && read.loaded.is_none() {
             let may_block = self.inline.may_block();
             if !read.is_certain(piece) && !may_block && !visit.is_resident(piece) {

@@ -1,10 +1,11 @@
 //! Send buffer: replies that the client has not received yet.
 //! Keeps each reply contiguous: replies that complete while a simple read is being sent are deferred
-//! until it is complete. The data of a long read may follow the buffer by reference ([`Pinned`]). A
+//! until it is complete. The data of a long read may follow the buffer without a copy ([`Attached`]). A
 //! simple read that is too long for the buffer is announced by its header first; its range of the
 //! disk is then read and appended piece by piece.
 
-use super::pinned::Pinned;
+use super::attached::Attached;
+use crate::disk::Buffer;
 #[cfg(test)]
 use crate::disk::mutation::{self, Mutation};
 use crate::net::Stream;
@@ -14,6 +15,7 @@ use memmap2::MmapMut;
 use nix::errno::Errno;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 /// With this many unsent bytes, a session sends before it answers more reads. Larger batches need
 /// fewer calls, but the client could not process one batch while the session answers the next. (Reads
@@ -38,7 +40,7 @@ pub(super) struct Tx {
     /// While the data of a simple read is incomplete: the replies to follow it.
     deferred: Option<Vec<u8>>,
     /// Data that follows the buffer.
-    pinned: Pinned,
+    attached: Attached,
     /// The rest of the range that the header of a simple reply has announced, still to be read.
     announced: Range,
     /// A reply was lost because no memory was left: the session has to end.
@@ -53,7 +55,7 @@ impl Default for Tx {
             start: 0,
             end: 0,
             deferred: None,
-            pinned: Pinned::default(),
+            attached: Attached::default(),
             announced: Range::whole(0),
             out_of_memory: false,
             scratch: Vec::new(),
@@ -65,9 +67,9 @@ impl Tx {
     /// Saves everything that was not sent. Fails if pinned data cannot be read or a reply is lost: the
     /// next process could not continue the stream.
     pub(super) fn save(mut self) -> io::Result<UnsentSnapshot> {
-        if self.pinned.length() > 0 {
-            let pinned = self.pinned.drain()?;
-            self.append(&pinned);
+        if self.attached.length() > 0 {
+            let attached = self.attached.drain()?;
+            self.append(&attached);
             self.release_deferred();
         }
         if self.out_of_memory {
@@ -92,16 +94,16 @@ impl Tx {
     }
 
     pub(super) fn has_bytes(&self) -> bool {
-        self.start < self.end || self.pinned.length() > 0
+        self.start < self.end || self.attached.length() > 0
     }
 
     /// Whether to send before answering more reads.
     pub(super) fn is_full(&self) -> bool {
         #[cfg(test)]
         if mutation::is_active(Mutation::OverfillTx) {
-            return false;
+            return self.attached.length() > 0;
         }
-        self.end - self.start >= FULL || self.pinned.length() > 0
+        self.end - self.start >= FULL || self.attached.length() > 0
     }
 
     /// Whether to send before answering anything at all.
@@ -166,10 +168,23 @@ impl Tx {
         length: usize,
         fill: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
     ) -> io::Result<()> {
-        self.pinned.pin(length, fill)?;
+        self.attached.pin(length, fill)?;
         self.reply(head);
         self.defer_replies();
         Ok(())
+    }
+
+    /// Appends the header that `head` writes and these bytes of a buffer. Defers later replies until they are
+    /// sent.
+    pub(super) fn reply_with_loaded(
+        &mut self,
+        head: impl FnOnce(&mut Vec<u8>),
+        buffer: Arc<Buffer>,
+        part: std::ops::Range<usize>,
+    ) {
+        self.attached.put(buffer, part);
+        self.reply(head);
+        self.defer_replies();
     }
 
     /// Tries whether `fill` can fill `length` bytes, and discards them. Fails with the error of `fill`,
@@ -229,10 +244,10 @@ impl Tx {
         if !self.send_bytes(to)? {
             return Ok(false);
         }
-        if self.pinned.length() == 0 {
+        if self.attached.length() == 0 {
             return Ok(true);
         }
-        if !self.pinned.send(to)? {
+        if !self.attached.send(to)? {
             return Ok(false);
         }
         self.release_deferred();
@@ -240,7 +255,7 @@ impl Tx {
     }
 
     fn send_bytes(&mut self, to: &Stream) -> io::Result<bool> {
-        let more = self.pinned.length() > 0;
+        let more = self.attached.length() > 0;
         while self.start < self.end {
             match to.try_send(self.unsent_bytes(), more) {
                 Ok(count) => self.start += count,
@@ -255,12 +270,18 @@ impl Tx {
     /// Takes at most so many bytes to send; no data is pinned.
     #[cfg(test)]
     pub(super) fn take(&mut self, most: usize) -> Vec<u8> {
-        assert!(!self.out_of_memory && self.pinned.length() == 0);
+        assert!(!self.out_of_memory);
         let end = self.end.min(self.start.saturating_add(most));
-        let taken = self.unsent_bytes()[..end - self.start].to_vec();
+        let mut taken = self.unsent_bytes()[..end - self.start].to_vec();
         self.start = end;
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
+            if self.attached.length() > 0 {
+                taken.extend(self.attached.take(most - taken.len()));
+                if self.attached.length() == 0 {
+                    self.release_deferred();
+                }
+            }
         }
         taken
     }
@@ -270,18 +291,18 @@ impl Tx {
         if self.is_empty() {
             self.buffer = None;
             self.scratch = Vec::new();
-            self.pinned.shrink();
+            self.attached.shrink();
         }
     }
 
     /// Whether there is nothing to free.
     pub(super) fn is_shrunk(&self) -> bool {
-        self.buffer.is_none() && self.pinned.is_shrunk()
+        self.buffer.is_none() && self.attached.is_shrunk()
     }
 
     /// The number of bytes that can be sent, pinned ones included.
     pub(super) fn unsent(&self) -> u64 {
-        (self.end - self.start + self.pinned.length()) as u64
+        (self.end - self.start + self.attached.length()) as u64
     }
 
     fn unsent_bytes(&self) -> &[u8] {
