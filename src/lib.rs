@@ -56,7 +56,7 @@
 //!
 //! Disk I/O that may block, or must be durable, is an operation in flight (`disk/inflight`). The
 //! same `Op` (`disk/op`) goes from the engine to io_uring (`disk/uring`) or a thread
-//! (`disk/thread_pool`) and back; a read returns with its bytes. The session continues with the next
+//! (`disk/thread_pool`) and back; a read returns with its bytes, unless they are sent from the page cache. The session continues with the next
 //! request meanwhile, and the reply is sent out of order, at the completion. Of
 //! two overlapping changes the earlier one is executed first, whichever sessions they belong to
 //! (`disk/overlap`).

@@ -79,7 +79,8 @@ impl Buffer {
         let align = align.max(1);
         let room = length.checked_add(align - 1).ok_or(Errno::ENOMEM)?;
         let mut bytes = take_spare(room).unwrap_or_default();
-        if bytes.capacity() < room {
+        if bytes.capacity() < room && bytes.try_reserve_exact(room).is_err() {
+            Self::free_spares();
             bytes.try_reserve_exact(room).map_err(|_| Errno::ENOMEM)?;
         }
         let address = bytes.as_ptr().addr();

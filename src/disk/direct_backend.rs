@@ -1,11 +1,12 @@
 //! The same file or block device as a [`FileBackend`], read and written with `O_DIRECT` (open(2)), so
 //! that the page cache of this host does not hold what the clients cache already.
-//! Never changes the size of the image, and never leaves a page of it dirty.
+//! Never changes the size of the image, and never leaves a dirty page of it, unless the file system
+//! falls back to the page cache by itself.
 //!
 //! There are two descriptors of the same file. Bytes go through a second one, opened with `O_DIRECT`;
 //! extents, zeroing, trimming, locks and the checks of the file go through the first one, which needs no
 //! alignment. The kernel keeps the two coherent: a direct read writes dirty pages of its range back
-//! first, a direct write drops the pages of its range, and `fallocate(2)` waits for direct I/O.
+//! first, a direct write drops the pages of its range, and `fallocate(2)` on a file waits for direct I/O.
 //!
 //! # Alignment
 //!
@@ -328,8 +329,6 @@ impl RingFile for DirectBackend {
     fn has_page_cache(&self) -> bool {
         false
     }
-
-    fn read_ahead(&self, _range: Range) {}
 
     fn can_transfer(&self, offset: u64, length: usize) -> bool {
         self.is_aligned(offset, length) && offset + length as u64 <= self.tail()

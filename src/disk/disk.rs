@@ -49,6 +49,15 @@ pub enum ExchangeError {
         /// Of the new backend.
         theirs: u64,
     },
+    /// The unit of the new backend is larger ([`Backend::unit`]), but changes that wait are registered with
+    /// that of the old one; in bytes.
+    #[error("the disk is changed in units of {ours} bytes, and the other image of {theirs}")]
+    Unit {
+        /// Of the disk.
+        ours: u64,
+        /// Of the new backend.
+        theirs: u64,
+    },
 }
 
 /// A migration's view of the disk. It reads without passing the gate, because the migration itself
@@ -105,6 +114,10 @@ impl Disk {
         let (ours, theirs) = (self.size(), backend.size());
         if ours != theirs {
             return Err(ExchangeError::Size { ours, theirs });
+        }
+        let (ours, theirs) = (self.unit(), backend.unit());
+        if theirs > ours {
+            return Err(ExchangeError::Unit { ours, theirs });
         }
         let exchange = || self.backends.push(Arc::from(backend));
         self.gate.run_closed(exchange).ok_or(ExchangeError::GateOpen)

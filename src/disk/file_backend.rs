@@ -513,11 +513,6 @@ impl RingFile for FileBackend {
         true
     }
 
-    fn read_ahead(&self, range: Range) {
-        // A hint: an error shows when the range is read.
-        let _ = self.prefetch(range);
-    }
-
     fn can_transfer(&self, _offset: u64, _length: usize) -> bool {
         true
     }

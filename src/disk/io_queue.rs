@@ -12,7 +12,8 @@ pub struct Completion {
     pub key: u64,
     /// The operation itself; a read has its bytes.
     pub op: Op,
-    /// Its result; `None` if the queue cannot execute the operation and has changed nothing.
+    /// Its result; `None` if the queue cannot execute the operation, or only a part of it: then it has to
+    /// be executed as a whole.
     pub outcome: Option<io::Result<()>>,
 }
 

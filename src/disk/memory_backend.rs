@@ -139,6 +139,10 @@ pub(crate) trait InMemory: std::fmt::Debug + Send + Sync {
         true
     }
 
+    fn unit(&self) -> u64 {
+        1
+    }
+
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.memory().write(offset, data, false)
     }
@@ -171,6 +175,10 @@ impl<T: InMemory> Backend for T {
 
     fn orders_writes(&self) -> bool {
         InMemory::orders_writes(self)
+    }
+
+    fn unit(&self) -> u64 {
+        InMemory::unit(self)
     }
 
     fn page_cache(&self) -> Option<&dyn PageCache> {

@@ -1,7 +1,7 @@
 //! A disk in memory with injected faults: errors returned, and errors remembered.
 
 use super::inflight::InFlight;
-use super::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
+use super::memory_backend::{BackendCall, FailingBackend, Faults, InMemory, MemoryBackend};
 use super::slow_backend::TestNotifier;
 use super::*;
 use crate::range::Range;
@@ -285,6 +285,20 @@ fn an_exchanged_backend_serves_from_the_next_visit_on() {
     assert_eq!(first.contents()[..512], [1; 512]);
 }
 
+/// A disk in memory that is changed in units of 4 KiB.
+#[derive(Debug)]
+struct Coarse(MemoryBackend);
+
+impl InMemory for Coarse {
+    fn memory(&self) -> &MemoryBackend {
+        &self.0
+    }
+
+    fn unit(&self) -> u64 {
+        4096
+    }
+}
+
 #[test]
 fn a_backend_of_another_size_or_behind_an_open_gate_is_refused() {
     let disk = Disk::new(Box::new(MemoryBackend::new(SIZE)), false);
@@ -294,6 +308,9 @@ fn a_backend_of_another_size_or_behind_an_open_gate_is_refused() {
     assert_eq!(refused, Err(ExchangeError::Size { ours, theirs }));
     // The closing expires, so that sessions may be inside.
     disk.gate().expire_at(Some(Instant::now())).unwrap();
+    let coarse = Coarse(MemoryBackend::new(SIZE));
+    let refused = disk.exchange(Box::new(coarse));
+    assert_eq!(refused, Err(ExchangeError::Unit { ours: 1, theirs: 4096 }));
     let refused = disk.exchange(Box::new(MemoryBackend::new(SIZE)));
     assert_eq!(refused, Err(ExchangeError::GateOpen));
     assert!(disk.gate().is_open());

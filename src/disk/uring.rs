@@ -24,7 +24,7 @@ const IN_KERNEL_MAX: usize = 2 * ENTRIES as usize;
 /// Longest read, in bytes, without an advice before it. (Without `POSIX_FADV_WILLNEED` the kernel reads
 /// a longer one in steps of 128 KiB, one after another, and a mix of 256 KiB and 1 MiB reads took a
 /// seventh longer.)
-const READ_WITHOUT_ADVICE_MAX: usize = 64 << 10;
+const READ_WITHOUT_ADVICE_MAX: u64 = 64 << 10;
 /// Longest block of a file system, in bytes, whose edges are read before a zeroing.
 const EDGE_MAX: usize = 64 << 10;
 /// Most threads that the kernel may create for operations that block.
@@ -42,8 +42,6 @@ pub(super) trait RingFile {
     fn writes_durably(&self) -> bool;
     /// Whether to read into the kernel's page cache.
     fn has_page_cache(&self) -> bool;
-    /// Advises the kernel to read the range into its page cache, if it has one; does not wait for it.
-    fn read_ahead(&self, range: Range);
     /// Whether the kernel can read or write these bytes with a buffer that is aligned to
     /// [`super::Backend::unit`].
     fn can_transfer(&self, offset: u64, length: usize) -> bool;
@@ -92,6 +90,28 @@ struct Submitted {
     op: Op,
     /// Bytes read or written so far.
     done: usize,
+    /// Where an [`Op::Load`] reads to.
+    parts: ScratchParts,
+}
+
+/// The scratch memory of a ring, as many times as it takes for a range.
+#[derive(Default)]
+struct ScratchParts(Vec<libc::iovec>);
+
+impl ScratchParts {
+    fn cover(&mut self, length: u64, scratch: &mut [MaybeUninit<u8>]) {
+        let step = scratch.len() as u64;
+        let iov_base = scratch.as_mut_ptr().cast();
+        // They fit: at most the length of the scratch memory.
+        let part = |at: u64| libc::iovec { iov_base, iov_len: step.min(length - at) as usize };
+        self.0 = (0..length).step_by(scratch.len()).map(part).collect();
+    }
+}
+
+impl std::fmt::Debug for ScratchParts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} parts", self.0.len())
+    }
 }
 
 impl<'a> Uring<'a> {
@@ -133,17 +153,22 @@ impl<'a> Uring<'a> {
     }
 
     /// The entries that execute an operation; `None` if the kernel cannot.
-    fn entries(&mut self, key: u64, op: &mut Op) -> Option<Vec<squeue::Entry>> {
+    fn entries(
+        &mut self,
+        key: u64,
+        op: &mut Op,
+        parts: &mut ScratchParts,
+    ) -> Option<Vec<squeue::Entry>> {
         match op {
             Op::Read { offset, data } => {
                 let can = self.file.can_transfer(*offset, data.len());
-                can.then(|| vec![self.read(key, *offset, data)])
+                can.then(|| self.read(key, *offset, data))
             }
             Op::Cache(range) => {
                 let can = self.file.has_page_cache();
                 can.then(|| vec![self.advice(*range).user_data(key)])
             }
-            Op::Load(range) => Some(vec![self.load(key, *range)]),
+            Op::Load(range) => Some(self.load(key, *range, parts)),
             Op::Write { durable: true, .. } if !self.file.writes_durably() => None,
             Op::Write { offset, data, durable } => {
                 let can = self.file.can_transfer(*offset, data.len());
@@ -172,24 +197,31 @@ impl<'a> Uring<'a> {
     }
 
     /// A read into `data`, which must not move or be freed until the entry completes.
-    fn read(&self, key: u64, offset: u64, data: &mut [u8]) -> squeue::Entry {
+    fn read(&self, key: u64, offset: u64, data: &mut [u8]) -> Vec<squeue::Entry> {
         let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
         let read = opcode::Read::new(self.fd(), data.as_mut_ptr(), length).offset(offset);
-        if data.len() > READ_WITHOUT_ADVICE_MAX {
-            self.file.read_ahead(Range::whole(u64::MAX).from(offset).split(data.len() as u64).0);
-        }
-        read.build().user_data(key)
+        let range = Range::whole(u64::MAX).from(offset).split(data.len() as u64).0;
+        self.advised(range, read.build().user_data(key))
     }
 
-    /// A read of the last byte of a range that the kernel is advised to read. Waiting for one page takes
-    /// neither a thread of the kernel nor a copy. (A read into a buffer of this process took 1.7 times
-    /// the processor time for 64 KiB and 1.9 times for 256 KiB, advised by an entry before it:
-    /// `cargo bench --bench peers -- --only cold`.)
-    fn load(&mut self, key: u64, range: Range) -> squeue::Entry {
-        self.file.read_ahead(range);
-        let last = range.end().saturating_sub(1);
-        let read = opcode::Read::new(self.fd(), self.scratch.as_mut_ptr().cast(), 1).offset(last);
-        read.build().user_data(key)
+    /// A read of `range` that leaves its bytes in the page cache only: all of it goes into the same scratch
+    /// memory. (A read into a buffer of this process took 1.7 times the processor time for 64 KiB
+    /// and 1.9 times for 256 KiB: `cargo bench --bench peers -- --only cold`.)
+    fn load(&mut self, key: u64, range: Range, parts: &mut ScratchParts) -> Vec<squeue::Entry> {
+        parts.cover(range.length(), &mut self.scratch);
+        let (first, count) = (parts.0.as_ptr(), parts.0.len() as u32);
+        let read = opcode::Readv::new(self.fd(), first, count).offset(range.offset());
+        self.advised(range, read.build().user_data(key))
+    }
+
+    /// A read of `range`, behind an advice to the kernel if the range is long.
+    fn advised(&self, range: Range, read: squeue::Entry) -> Vec<squeue::Entry> {
+        if range.length() <= READ_WITHOUT_ADVICE_MAX || !self.file.has_page_cache() {
+            return vec![read];
+        }
+        // A hard link, so that the read is executed even if the advice fails.
+        let link = squeue::Flags::IO_HARDLINK;
+        vec![self.advice(range).user_data(IGNORED).flags(link), read]
     }
 
     fn read_edge(&mut self, edge: Range) -> squeue::Entry {
@@ -230,7 +262,7 @@ impl<'a> Uring<'a> {
         while self.in_ring + self.in_kernel < IN_KERNEL_MAX
             && let Some(entry) = self.queue.front()
         {
-            // SAFETY: the entry points to `scratch` or to the data of an operation in `in_flight`, whose
+            // SAFETY: the entry points to `scratch`, or to the data or parts of an operation in `in_flight`, whose
             // memory is not moved, dropped or accessed before the entry completes: `on_result` removes
             // the operation only then, and `drop` waits for it or leaks both.
             if unsafe { self.ring.submission().push(entry) }.is_err() {
@@ -280,16 +312,23 @@ impl<'a> Uring<'a> {
 
     /// Completes an operation with the result of its last entry, or resubmits the rest of it.
     fn on_result(&mut self, key: u64, submitted: Submitted, result: i32) {
-        let Submitted { op, done } = submitted;
+        let Submitted { op, done, parts } = submitted;
         let errno = Errno::from_raw(result.saturating_neg().max(0));
         if result < 0 && matches!(errno, Errno::EINTR | Errno::EAGAIN) {
-            return self.resubmit(key, Submitted { op, done });
+            return self.resubmit(key, Submitted { op, done, parts });
         }
         let outcome = match (&op, result) {
             (Op::Read { data, .. } | Op::Write { data, .. }, 1..) => {
                 let done = done + result.unsigned_abs() as usize;
                 if done < data.len() {
-                    return self.resubmit(key, Submitted { op, done });
+                    return self.resubmit(key, Submitted { op, done, parts });
+                }
+                Some(Ok(()))
+            }
+            (Op::Load(range), 1..) => {
+                let done = done + result.unsigned_abs() as usize;
+                if (done as u64) < range.length() {
+                    return self.resubmit(key, Submitted { op, done, parts });
                 }
                 Some(Ok(()))
             }
@@ -302,7 +341,7 @@ impl<'a> Uring<'a> {
             (_, 0..) => Some(Ok(())),
             (Op::Zero { .. } | Op::Trim { .. }, _) if syscalls::is_unable(errno) => None,
             _ if matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS) => None,
-            // An alignment that the kernel demands beyond the known one; a thread copies the bytes.
+            // The kernel refuses the alignment. A thread tries again, with aligned memory.
             (Op::Read { .. } | Op::Write { .. }, _) if errno == Errno::EINVAL => None,
             // The kernel could not create a thread (`TasksMax=`) and has not executed the operation.
             _ if errno == Errno::ECANCELED => None,
@@ -314,7 +353,7 @@ impl<'a> Uring<'a> {
     /// Queues the rest of an operation again, or returns it if the kernel has turned out to be unable
     /// to execute it.
     fn resubmit(&mut self, key: u64, submitted: Submitted) {
-        let Submitted { mut op, done } = submitted;
+        let Submitted { mut op, done, mut parts } = submitted;
         let entries = match &mut op {
             // An I/O that ended within a unit cannot continue there.
             Op::Write { offset, data, .. } | Op::Read { offset, data }
@@ -326,14 +365,18 @@ impl<'a> Uring<'a> {
                 Some(vec![self.write(key, *offset + done as u64, &data[done..], *durable)])
             }
             Op::Read { offset, data } => {
-                Some(vec![self.read(key, *offset + done as u64, &mut data[done..])])
+                Some(self.read(key, *offset + done as u64, &mut data[done..]))
             }
-            op => self.entries(key, op),
+            Op::Load(range) => {
+                let rest = range.from(range.offset() + done as u64);
+                Some(self.load(key, rest, &mut parts))
+            }
+            op => self.entries(key, op, &mut parts),
         };
         match entries {
             Some(entries) => {
                 self.queue.extend(entries);
-                self.in_flight.insert(key, Submitted { op, done });
+                self.in_flight.insert(key, Submitted { op, done, parts });
             }
             None => self.completed.push_back(Completion { key, op, outcome: None }),
         }
@@ -345,6 +388,7 @@ impl<'a> Uring<'a> {
 fn supports_all(probe: &Probe) -> bool {
     let codes = [
         opcode::Read::CODE,
+        opcode::Readv::CODE,
         opcode::Write::CODE,
         opcode::Fsync::CODE,
         opcode::Fallocate::CODE,
@@ -358,9 +402,10 @@ impl IoQueue for Uring<'_> {
         if self.broken {
             return Err(op);
         }
-        let Some(entries) = self.entries(key, &mut op) else { return Err(op) };
+        let mut parts = ScratchParts::default();
+        let Some(entries) = self.entries(key, &mut op, &mut parts) else { return Err(op) };
         self.queue.extend(entries);
-        self.in_flight.insert(key, Submitted { op, done: 0 });
+        self.in_flight.insert(key, Submitted { op, done: 0, parts });
         Ok(())
     }
 
@@ -459,6 +504,10 @@ mod tests {
         Uring::with(ring.ok()?, image, notifier.as_eventfd()).ok()
     }
 
+    fn submitted(op: Op) -> Submitted {
+        Submitted { op, done: 0, parts: ScratchParts::default() }
+    }
+
     fn write(byte: u8) -> Op {
         Op::Write { offset: 0, data: vec![byte; 4096].into(), durable: true }
     }
@@ -494,7 +543,7 @@ mod tests {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         // As after a short write.
-        ring.resubmit(1, Submitted { op: write(1), done: 512 });
+        ring.resubmit(1, Submitted { done: 512, ..submitted(write(1)) });
         ring.wait();
         let completion = ring.poll().expect("wait returned");
         assert!(
@@ -513,7 +562,7 @@ mod tests {
         let Some(mut ring) = disabled(&image, &notifier) else { return };
         let zero = zero(Range::whole(4096));
         for op in [Op::Flush, write(1), zero, Op::Cache(Range::whole(4096))] {
-            ring.on_result(1, Submitted { op, done: 0 }, -(Errno::ECANCELED as i32));
+            ring.on_result(1, submitted(op), -(Errno::ECANCELED as i32));
             assert!(ring.poll().unwrap().outcome.is_none());
         }
     }
@@ -527,17 +576,17 @@ mod tests {
         for errno in [Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ENODEV, Errno::EPERM, Errno::ESPIPE]
         {
             for op in operations() {
-                ring.on_result(1, Submitted { op, done: 0 }, -(errno as i32));
+                ring.on_result(1, submitted(op), -(errno as i32));
                 assert!(ring.poll().unwrap().outcome.is_none(), "{errno}");
             }
         }
         for errno in [Errno::EIO, Errno::ENOSPC, Errno::EDQUOT] {
             for op in operations() {
-                ring.on_result(1, Submitted { op, done: 0 }, -(errno as i32));
+                ring.on_result(1, submitted(op), -(errno as i32));
                 assert!(matches!(ring.poll().unwrap().outcome, Some(Err(_))), "{errno}");
             }
         }
-        ring.on_result(1, Submitted { op: Op::Flush, done: 0 }, -(Errno::EINVAL as i32));
+        ring.on_result(1, submitted(Op::Flush), -(Errno::EINVAL as i32));
         assert!(matches!(ring.poll().unwrap().outcome, Some(Err(_))), "a flush is no change");
     }
 
@@ -562,25 +611,39 @@ mod tests {
         let (image, notifier) = (image.without_support(), TestNotifier::default());
         let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         let zero = zero(Range::whole(4096));
-        ring.on_result(1, Submitted { op: zero, done: 0 }, -(Errno::EINTR as i32));
+        ring.on_result(1, submitted(zero), -(Errno::EINTR as i32));
         assert!(ring.poll().unwrap().outcome.is_none());
     }
 
     #[test]
-    fn a_load_completes_once_its_last_page_is_resident() {
-        const LENGTH: u64 = 256 << 10;
+    fn a_load_makes_every_page_resident() {
         let ((_folder, image), notifier) = (image(), TestNotifier::default());
         let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
         image.write(0, &[7; 1 << 20], true).unwrap();
-        let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
-        posix_fadvise(image.file(), 0, 0, advice).unwrap();
-        let range = Range::whole(1 << 20).from(4096).split(LENGTH).0;
-        ring.push(1, Op::Load(range)).unwrap();
+        let all = Range::whole(1 << 20);
+        for range in [all.from(4096).split(256 << 10).0, all, all.from(511).split(70_001).0] {
+            let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+            posix_fadvise(image.file(), 0, 0, advice).unwrap();
+            // Must not be taken for the whole range.
+            image.read(range.end() - 1, &mut [0]).unwrap();
+            ring.push(1, Op::Load(range)).unwrap();
+            ring.wait();
+            assert!(matches!(ring.poll().unwrap().outcome, Some(Ok(()))));
+            let mut bytes = vec![0; range.length() as usize];
+            image.page_cache().unwrap().read_now(range.offset(), &mut bytes).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_load_continues_where_it_stopped() {
+        let ((_folder, image), notifier) = (image(), TestNotifier::default());
+        let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
+        let load = || Op::Load(Range::whole(1 << 20));
+        ring.on_result(1, submitted(load()), 100_000);
         ring.wait();
         assert!(matches!(ring.poll().unwrap().outcome, Some(Ok(()))));
-        // The last page arrives last, or nearly so.
-        let last = range.from(range.end() - 4096);
-        assert!(image.page_cache().unwrap().is_resident(last));
+        ring.on_result(2, submitted(load()), 0);
+        assert!(ring.poll().unwrap().outcome.is_none());
     }
 
     #[test]

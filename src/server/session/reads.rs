@@ -1,6 +1,7 @@
 //! Replies to READ: piece by piece, holes as holes, and no header before its data is certain.
 //! Never waits for the client: the read continues when the client has received more. Reads bytes in
-//! the page cache without blocking; an operation in flight loads the others, and returns them.
+//! the page cache without blocking; an operation in flight loads the others, and returns them or leaves
+//! them in the page cache.
 //!
 //! A piece is certain once it is read into the send buffer, or, if it is long, once it is loaded into a
 //! buffer of its own, from which it is sent, or, if the image allows it, once the kernel has put
@@ -255,7 +256,7 @@ impl Reads {
         self.loads_announced |= read.announced;
         let (number, since) = (self.next_load, (self.clock)());
         self.next_load += 1;
-        // Its data is sent by reference then (`append_piece`).
+        // Long pieces are sent by reference (`append_piece`), and others read from the page cache.
         let pins = visit.pins() && range.length() >= pinned::PIN_MIN;
         self.loads.insert(number, Loading { read, range, pins, in_flight: self.loading, since });
         let op = if pins { Op::Load(range) } else { read_op(range, io.disk.unit()) };
@@ -278,7 +279,7 @@ impl Reads {
         self.awaited_room = 0;
         match outcome {
             Some(outcome) => read.loaded = Some(Box::new(Load { range, outcome })),
-            // The kernel may have dropped a few pages again.
+            // It is in the page cache, unless the kernel needs the memory.
             None => read.allow_blocking(range),
         }
         // Before reads that hold no data yet, so that loaded data does not accumulate; but no reply may

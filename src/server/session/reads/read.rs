@@ -24,7 +24,7 @@ pub(in crate::server::session) struct Read {
     pub(super) announced: bool,
     /// The read was tried up to this offset.
     pub(super) tried_to: u64,
-    /// Up to this offset it may be read blocking.
+    /// Up to this offset it may be read blocking, until it is announced.
     blocking_to: u64,
     /// The result of the last load.
     pub(super) loaded: Option<Box<Load>>,
@@ -54,7 +54,7 @@ impl Read {
         Self { to, rest, whole, begun, announced, tried_to: 0, blocking_to: 0, loaded: None }
     }
 
-    /// Allows to read this range blocking.
+    /// Allows to read up to the end of this range blocking.
     pub(super) fn allow_blocking(&mut self, range: Range) {
         self.blocking_to = range.end();
     }
@@ -110,6 +110,8 @@ impl Read {
         out.announce(self.rest);
         self.answered(self.rest.length());
         self.announced = true;
+        // Its data is read once more, from the beginning.
+        self.blocking_to = 0;
     }
 
     pub(super) fn answered(&mut self, length: u64) {
