@@ -205,8 +205,8 @@ impl<'a> Uring<'a> {
     }
 
     /// A read of `range` that leaves its bytes in the page cache only: all of it goes into the same scratch
-    /// memory. (A read into a buffer of this process took 1.7 times the processor time for 64 KiB
-    /// and 1.9 times for 256 KiB: `cargo bench --bench peers -- --only cold`.)
+    /// memory. (A read into a buffer of this process took 1.3 times the processor time for 64 KiB
+    /// and 1.5 times for 256 KiB: `cargo bench --bench peers -- --only cold`.)
     fn load(&mut self, key: u64, range: Range, parts: &mut ScratchParts) -> Vec<squeue::Entry> {
         parts.cover(range.length(), &mut self.scratch);
         let (first, count) = (parts.0.as_ptr(), parts.0.len() as u32);

@@ -463,7 +463,9 @@ impl Registration {
     /// when the next one ends, and has to ask again.
     pub(super) fn disconnect_others(&self, others: &[u64]) -> bool {
         let mut inner = self.sessions.lock();
-        let displaced = others.iter().filter_map(|id| inner.entries.get(id));
+        // Once: each request wakes the session, and it may be waiting for this one.
+        let to_displace = |entry: &&SessionEntry| entry.control.current() < StopRequest::Displaced;
+        let displaced = others.iter().filter_map(|id| inner.entries.get(id)).filter(to_displace);
         displaced.for_each(|entry| entry.control.request(StopRequest::Displaced));
         inner.have_ended(self.id, others)
     }

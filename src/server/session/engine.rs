@@ -258,7 +258,9 @@ impl<'a> Engine<'a> {
                 return Ok(Blocked::Gate);
             }
             if self.tx.is_overfull() {
-                return Ok(Blocked::Output);
+                // Without bytes to send, an operation loads the data that deferred replies wait for.
+                let has_bytes = self.tx.has_bytes();
+                return Ok(if has_bytes { Blocked::Output } else { Blocked::Completion });
             }
             if self.reads.len() >= READS_MAX {
                 return Ok(if self.has_reads() { Blocked::Output } else { Blocked::Completion });

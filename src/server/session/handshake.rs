@@ -11,8 +11,11 @@
 //! other sessions to end first: sessions that this one displaces, or one that is in the way and may
 //! just be ending. Neither a stop request nor the deadline of the handshake ends that wait, which has a deadline
 //! of its own: an earlier session of the same source may still be changing the disk, and the next one waits
-//! only for this one. Stop requests count once every option that has arrived is handled, so that a snapshot
-//! never has a decision to make.
+//! only for this one. A decision that begins after the deadline of the handshake waits for no session,
+//! because a client can send thousands of options at once.
+//!
+//! The requests to suspend and to finish count once every received option is handled, so that a snapshot never
+//! has a decision to make. Stronger ones count after each decision that has waited.
 
 use super::engine::Clocks;
 use super::rx::Rx;
@@ -91,7 +94,7 @@ pub(super) struct Handshake {
     /// The export in old style, whose greeting is the whole handshake.
     oldstyle: Option<Export>,
     state: HandshakeState,
-    /// The session has already waited for the session that is in the way of the current decision.
+    /// The current decision, or the last one, has waited for other sessions.
     has_waited: bool,
     progress: HandshakeProgress,
     deadline: Instant,
@@ -197,6 +200,10 @@ impl Handshake {
     /// the replies made before it are still to be sent, such as the one to `NBD_OPT_ABORT`.
     pub(super) fn advance(&mut self, stop: StopRequest) -> Result<HandshakeBlocked, SessionEnd> {
         if matches!(self.state, HandshakeState::Options) {
+            // A client can send thousands of options at once, each of which may need to wait.
+            if self.has_waited && stop >= StopRequest::NotAdmitted {
+                return Err(SessionEnd::Requested(stop));
+            }
             self.handle_options()?;
         }
         Ok(match &self.state {
@@ -292,20 +299,33 @@ impl Handshake {
         if sessions.is_empty() {
             return self.reply(granted);
         }
-        let until = self.now() + DISPLACED_END_TIMEOUT;
+        self.has_waited = true;
+        let until = self.now() + self.patience(DISPLACED_END_TIMEOUT);
         self.state = HandshakeState::Displacing { sessions, until, granted, refused };
     }
 
     fn refuse(&mut self, holder: Option<SessionId>, refused: Decision) {
         let state = std::mem::replace(&mut self.state, HandshakeState::Options);
+        let may_not_wait = self.has_waited || !self.may_wait();
         let (Some(session), HandshakeState::Deciding(subject), false) =
-            (holder, state, self.has_waited)
+            (holder, state, may_not_wait)
         else {
             return self.reply(refused);
         };
         self.has_waited = true;
         let until = self.now() + HOLDER_END_TIMEOUT;
         self.state = HandshakeState::AwaitingHolder { session, until, subject, refused };
+    }
+
+    /// How long to wait for other sessions.
+    fn patience(&self, timeout: Duration) -> Duration {
+        if self.may_wait() { timeout } else { Duration::ZERO }
+    }
+
+    /// Whether a decision may still wait for other sessions. The deadline is one for options, which old style
+    /// has none of.
+    fn may_wait(&self) -> bool {
+        self.oldstyle.is_some() || !self.is_late()
     }
 
     /// Whether the other sessions that this one waits for have ended. Returns false if it has to go on

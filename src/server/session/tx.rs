@@ -94,7 +94,8 @@ impl Tx {
     }
 
     pub(super) fn has_bytes(&self) -> bool {
-        self.start < self.end || self.attached.length() > 0
+        // The driver has to send, to find out that a reply is lost.
+        self.start < self.end || self.attached.length() > 0 || self.out_of_memory
     }
 
     /// Whether to send before answering more reads.
@@ -350,6 +351,13 @@ mod tests {
             data.fill(byte);
             Ok(())
         }
+    }
+
+    #[test]
+    fn a_lost_reply_counts_as_bytes_to_send() {
+        let mut tx = Tx { out_of_memory: true, ..Tx::default() };
+        assert!(tx.has_bytes());
+        assert!(tx.send(&Stream::Unix(UnixStream::pair().unwrap().0)).is_err());
     }
 
     #[test]

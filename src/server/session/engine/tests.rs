@@ -193,3 +193,24 @@ fn requests_begin_while_a_read_waits_for_room_in_flight() {
     }
     assert_eq!(received as u64, 16 + (fitting + 1) * (16 + READ));
 }
+
+#[test]
+fn deferred_replies_wait_for_a_loading_read_without_a_busy_loop() {
+    let (memory, slow) = (MemoryBackend::new(SIZE), Arc::new(Slow::default()));
+    let disk = Disk::new(Box::new(SlowBackend::new(memory.clone(), Arc::clone(&slow))), false);
+    // Beyond the end, so that each is answered at once.
+    let refused = (0..5000).flat_map(|cookie| request(CommandKind::Trim, 2 * SIZE, cookie));
+    let requests = [request(CommandKind::Read, SIZE, 1), refused.collect()].concat();
+    let mut engine = engine(&disk, &requests);
+    while slow.count() == 0 {
+        engine.advance(StopRequest::Serve).unwrap();
+        slow.evict_all();
+        engine.tx.take(usize::MAX);
+    }
+    for _ in 0..3 {
+        let blocked = engine.advance(StopRequest::Serve);
+        assert!(matches!(blocked, Ok(Blocked::Completion)), "{blocked:?}");
+        assert!(!engine.tx.has_bytes());
+    }
+    slow.complete_all(&memory);
+}

@@ -16,6 +16,11 @@ fn holder(scripted: &mut Scripted, expected: SessionId) -> Instant {
     }
 }
 
+fn refused_by(holder: SessionId) -> ProbeReply {
+    let reply = OptionReply::error(OptionReplyKind::ErrPolicy, "held");
+    ProbeReply::Refuse { reply, holder: Some(holder) }
+}
+
 /// Asserts that no stop request ends the wait.
 fn assert_goes_on_waiting(scripted: &mut Scripted) {
     for stop in [StopRequest::Suspend].into_iter().chain(STRONG) {
@@ -93,6 +98,39 @@ fn the_policy_releases_a_client_whose_predecessor_stays() {
     assert_eq!(scripted.calls, ["go", "release"]);
     assert_eq!(scripted.replies(), [(OptionKind::Go.number(), OptionReplyKind::ErrPolicy as u32)]);
     assert!(scripted.sent.ends_with(STILL_AT_WORK.as_bytes()));
+}
+
+#[test]
+fn decisions_after_the_deadline_wait_for_no_session() {
+    let options: Vec<_> = (0..3).map(|_| private()).chain([go(), go()]).collect();
+    let mut scripted = Scripted::newstyle(&after_flags(&options));
+    scripted.probes.push_back(refused_by(3));
+    holder(&mut scripted, 3);
+    advance_clock(HANDSHAKE_TIMEOUT);
+    assert!(scripted.handshake.on_others(false));
+    scripted.probes.extend([refused_by(3), displacing(&[3])]);
+    displaced(&mut scripted, &[3]);
+    assert!(scripted.handshake.on_others(false), "asked once");
+    scripted.gos.extend([held(3), GoReply::Allow(vec![3])]);
+    displaced(&mut scripted, &[3]);
+    assert!(scripted.handshake.on_others(false));
+    let end = scripted.run();
+    assert!(matches!(end, Err(SessionEnd::HandshakeTimeout)), "{end:?}");
+}
+
+#[test]
+fn a_strong_stop_request_counts_before_the_next_option() {
+    for stop in STRONG.into_iter().filter(|stop| *stop >= StopRequest::NotAdmitted) {
+        let mut scripted = Scripted::newstyle(&after_flags(&[private(), private()]));
+        scripted.probes.extend([refused_by(3), refused_by(3)]);
+        holder(&mut scripted, 3);
+        advance_clock(HOLDER_END_TIMEOUT);
+        assert!(scripted.handshake.on_others(false));
+        scripted.stop = stop;
+        let end = scripted.run();
+        assert!(matches!(end, Err(SessionEnd::Requested(found)) if found == stop), "{end:?}");
+        assert_eq!(scripted.calls, ["probe"]);
+    }
 }
 
 #[test]
