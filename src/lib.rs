@@ -49,7 +49,7 @@
 //! ```
 //!
 //! The handshake of a session and its engine (`server/session`) are state machines without a socket: they do
-//! what is possible now, and say what they wait for. The driver receives, sends and waits, and is the only
+//! all possible work, and return the reason to wait. The driver receives, sends and waits, and is the only
 //! place of a session that does.
 //!
 //! Decisions are pure: values in, values out, with time, randomness and I/O as arguments.

@@ -220,8 +220,8 @@ impl FileBackend {
         Ok(false)
     }
 
-    /// Makes the range read as zeros; `through`, which has the same bytes, reads and writes those that the
-    /// kernel does not zero.
+    /// Makes the range read as zeros. Where the kernel does not zero bytes, reads and writes them by
+    /// `through`, a backend of the same file.
     pub(super) fn zero_through(
         &self,
         through: &dyn Backend,

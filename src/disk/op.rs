@@ -1,6 +1,6 @@
 //! Operations: what a session has a disk do.
-//! Pure. A new command of the protocol gets a variant here; only those that can be divided, or that hold
-//! data, need more than that.
+//! Pure. A new command of the protocol gets a variant here. A divisible operation, or one that holds data,
+//! also gets a branch in the methods below.
 
 use super::buffer::Buffer;
 use crate::range::Range;

@@ -12,8 +12,8 @@ const LONG_HISTORIES: u64 = 100;
 const INITIAL: Operation =
     Operation { action: Action::Write, value: Value(0), invoked: 0, responded: 0, session: None };
 
-/// Whether operations can be executed one after the other: those that precede others before them, and
-/// each read after the write of its value. Tries all orders, and each subset of the possible writes.
+/// Whether there is a sequence of the operations in which each follows all that ended before it began, and
+/// each read follows the write of its value. Tries all orders, and each subset of the possible writes.
 fn is_linearizable(history: &[Operation]) -> bool {
     let (possible, certain): (Vec<Operation>, Vec<Operation>) =
         history.iter().partition(|operation| operation.action == Action::MayWrite);

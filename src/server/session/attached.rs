@@ -89,7 +89,7 @@ impl Attached {
         taken
     }
 
-    /// Frees what is empty.
+    /// Frees the pipe if it is empty.
     pub(super) fn shrink(&mut self) {
         self.pinned.shrink();
     }

@@ -122,7 +122,7 @@ impl Session {
         }
     }
 
-    /// Receives what has arrived; returns how many requests are complete.
+    /// Receives the bytes that have arrived; returns how many requests are complete.
     pub(crate) fn receive(&mut self, buffer: &mut [u8]) -> Result<u64, Error> {
         let kept = self.partial.len();
         buffer[..kept].copy_from_slice(&self.partial);

@@ -1,7 +1,7 @@
 //! A minimal service manager: passes sockets to the service, receives its notifications, and keeps
 //! its fd store for the next process. Never restarts a service by itself.
 
-use crate::{StderrReader, TIMEOUT, TempDir, poll_until, temp_dir, wait_until};
+use crate::{StderrReader, TIMEOUT, TempDir, poll_until, temp_dir};
 use nix::cmsg_space;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
@@ -284,13 +284,7 @@ impl Service {
     /// Waits for its exit and the end of its stderr.
     #[track_caller]
     pub fn wait_for_exit(&mut self) -> ExitStatus {
-        let mut status = None;
-        wait_until("the service to end", || {
-            status = self.child.try_wait().unwrap();
-            status.is_some()
-        });
-        self.stderr.wait();
-        status.unwrap()
+        self.stderr.wait_for_exit(&mut self.child)
     }
 
     /// Sends SIGTERM and waits for its exit.

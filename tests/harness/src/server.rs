@@ -117,6 +117,18 @@ pub struct StderrReader {
 }
 
 impl StderrReader {
+    /// Waits until a process exits, and for the end of its stderr, which this reads.
+    #[track_caller]
+    pub fn wait_for_exit(&mut self, child: &mut Child) -> ExitStatus {
+        let mut status = None;
+        wait_until("the process to end", || {
+            status = child.try_wait().unwrap();
+            status.is_some()
+        });
+        self.wait();
+        status.unwrap()
+    }
+
     /// Starts to read the stderr of a child, which must be a pipe.
     pub fn start(child: &mut Child) -> StderrReader {
         let mut pipe = child.stderr.take().unwrap();
@@ -202,13 +214,7 @@ impl Server {
     /// Waits until the process exits.
     #[track_caller]
     pub fn wait_for_end(&mut self) -> ExitStatus {
-        let mut status = None;
-        wait_until("the server to end", || {
-            status = self.child.try_wait().unwrap();
-            status.is_some()
-        });
-        self.stderr.wait();
-        status.unwrap()
+        self.stderr.wait_for_exit(&mut self.child)
     }
 
     /// Sends SIGTERM and waits until the process exits.

@@ -359,19 +359,23 @@ fn the_end_of_the_stream_tells_whether_an_option_is_cut_off() {
     assert!(matches!(scripted.handshake.end_of_stream(), SessionEnd::Truncated));
 }
 
+/// Asserts that the handshake is complete with simple replies, once the policy was asked, and that the
+/// request behind it is left.
+fn assert_complete_before_request(scripted: &mut Scripted) {
+    let simple = Dialect::Simple;
+    let negotiated = Negotiated { dialect: simple, allocation_selected: false, private: false };
+    assert_complete(scripted.run(), negotiated);
+    let left = (&scripted.calls[..], scripted.handshake.rx.bytes());
+    assert_eq!(left, (&["go"][..], &REQUEST[..]));
+}
+
 #[test]
 fn export_name_completes_a_handshake() {
     for (flags, zeros) in [(1, 124), (3, 0)] {
         let name = option(OptionKind::ExportName.number(), b"disk");
         let bytes = [vec![0, 0, 0, flags], name, REQUEST.to_vec()].concat();
         let mut scripted = Scripted::newstyle(&bytes);
-        let simple = Dialect::Simple;
-        let negotiated = Negotiated { dialect: simple, allocation_selected: false, private: false };
-        assert_complete(scripted.run(), negotiated);
-        assert_eq!(
-            (&scripted.calls[..], scripted.handshake.rx.bytes()),
-            (&["go"][..], &REQUEST[..])
-        );
+        assert_complete_before_request(&mut scripted);
         let sent = scripted.sent;
         assert_eq!((sent.len(), &sent[..8]), (10 + zeros, &export().size.to_be_bytes()[..]));
     }

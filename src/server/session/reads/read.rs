@@ -1,4 +1,5 @@
-//! One read: what is left to answer, and the bytes that are loaded for it.
+//! One read: the unanswered rest of its range, and the bytes that are loaded for it.
+//! Never accesses the disk but through the visit that it is given.
 
 use super::super::attached::LOADED_MIN;
 use super::super::tx::Tx;

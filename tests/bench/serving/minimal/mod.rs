@@ -140,7 +140,7 @@ impl<S: Socket> Session<S> {
         }
     }
 
-    /// Receives what has arrived, or waits for it; false at the end of the stream.
+    /// Receives the bytes that have arrived, or waits for some; false at the end of the stream.
     fn receive(&mut self) -> io::Result<bool> {
         self.input.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);

@@ -248,13 +248,7 @@ fn an_admitted_client_is_greeted_in_old_style() {
             assert!(scripted.handshake.on_others(true));
         }
         scripted.stop = StopRequest::Suspend;
-        let simple = Dialect::Simple;
-        let negotiated = Negotiated { dialect: simple, allocation_selected: false, private: false };
-        assert_complete(scripted.run(), negotiated);
-        assert_eq!(
-            (&scripted.calls[..], scripted.handshake.rx.bytes()),
-            (&["go"][..], &REQUEST[..])
-        );
+        assert_complete_before_request(&mut scripted);
         let greeting = scripted.sent;
         assert_eq!((greeting.len(), &greeting[..8]), (OLDSTYLE_GREETING, &b"NBDMAGIC"[..]));
     }
