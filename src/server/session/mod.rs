@@ -1,8 +1,8 @@
 //! One client's session.
 //!
-//! A session is a state machine, its [`phase`]: the [`handshake`], then the [`engine`] of the transmission phase.
+//! A session is a state machine, its `phase`: the `handshake`, then the `engine` of the transmission phase.
 //! They decide: options and requests in, operations on the disk and replies out, and what they wait for.
-//! The [`driver`] acts: it receives, sends and waits, and asks the policy. Data flows
+//! The `driver` acts: it receives, sends and waits, and asks the policy. Data flows
 //!
 //! ```text
 //!            ┌▶ handshake ─────────────────────────────────────────┐
