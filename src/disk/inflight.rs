@@ -199,7 +199,7 @@ impl<'a, T> InFlight<'a, T> {
                 let key = self.next_key;
                 self.next_key += 1;
                 let is_read = !op.changes();
-                *(if is_read { &mut self.read_bytes } else { &mut self.bytes }) += memory;
+                *self.bytes_held(is_read) += memory;
                 self.waiting += 1;
                 let stage = OpStage::Waiting(op);
                 self.operations.insert(key, Operation { tag, change, memory, is_read, stage });
@@ -555,7 +555,7 @@ impl<'a, T> InFlight<'a, T> {
 
     fn finish_with(&mut self, key: u64, outcome: io::Result<Buffer>) {
         if let Some(Operation { tag, memory, is_read, .. }) = self.operations.remove(&key) {
-            *(if is_read { &mut self.read_bytes } else { &mut self.bytes }) -= memory;
+            *self.bytes_held(is_read) -= memory;
             self.completed.push_back((tag, outcome));
             #[cfg(test)]
             if mutation::is_active(Mutation::KeepVisit) {

@@ -318,16 +318,9 @@ impl<'a> Uring<'a> {
             return self.resubmit(key, Submitted { op, done, parts });
         }
         let outcome = match (&op, result) {
-            (Op::Read { data, .. } | Op::Write { data, .. }, 1..) => {
+            (Op::Read { .. } | Op::Write { .. } | Op::Load(_), 1..) => {
                 let done = done + result.unsigned_abs() as usize;
-                if done < data.len() {
-                    return self.resubmit(key, Submitted { op, done, parts });
-                }
-                Some(Ok(()))
-            }
-            (Op::Load(range), 1..) => {
-                let done = done + result.unsigned_abs() as usize;
-                if (done as u64) < range.length() {
+                if done < op.memory() {
                     return self.resubmit(key, Submitted { op, done, parts });
                 }
                 Some(Ok(()))

@@ -21,6 +21,11 @@ impl<T> InFlight<'_, T> {
         self.has_slot() && (self.read_bytes == 0 || self.read_bytes + bytes <= READ_BYTES_MAX)
     }
 
+    /// Bytes that the operations read, or that they hold to write.
+    pub(super) fn bytes_held(&mut self, is_read: bool) -> &mut usize {
+        if is_read { &mut self.read_bytes } else { &mut self.bytes }
+    }
+
     fn has_slot(&self) -> bool {
         #[cfg(test)]
         if mutation::is_active(Mutation::ExceedOperations) {

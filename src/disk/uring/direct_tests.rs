@@ -2,6 +2,7 @@
 
 use super::super::slow_backend::TestNotifier;
 use super::super::{Access, Buffer, DirectBackend, FileBackend, Notifier};
+use super::tests::submitted;
 use super::*;
 use tempfile::TempDir;
 
@@ -39,14 +40,10 @@ fn a_direct_io_that_ends_within_a_unit_or_is_misaligned_is_returned() {
         (read(4096, 8192), misaligned),
         (write(), misaligned),
     ] {
-        ring.on_result(1, Submitted { op, done: 0, parts: ScratchParts::default() }, result);
+        ring.on_result(1, submitted(op), result);
         assert!(ring.poll().unwrap().outcome.is_none(), "{result}");
     }
-    ring.on_result(
-        1,
-        Submitted { op: read(4096, 8192), done: 0, parts: ScratchParts::default() },
-        4096,
-    );
+    ring.on_result(1, submitted(read(4096, 8192)), 4096);
     assert!(ring.poll().is_none(), "the rest is a whole unit, and is read");
     ring.wait();
     assert!(matches!(ring.poll().unwrap().outcome, Some(Ok(()))));

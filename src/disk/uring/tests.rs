@@ -19,7 +19,8 @@ fn disabled<'a>(image: &'a FileBackend, notifier: &TestNotifier) -> Option<Uring
     Uring::with(ring.ok()?, image, notifier.as_eventfd()).ok()
 }
 
-fn submitted(op: Op) -> Submitted {
+/// An operation of which nothing is done.
+pub(super) fn submitted(op: Op) -> Submitted {
     Submitted { op, done: 0, parts: ScratchParts::default() }
 }
 

@@ -1,7 +1,7 @@
-//! Drives one session: the only place that waits, receives and sends (`socket`), and that calls what may wait
-//! for a device. Decides nothing about options and requests: the [handshake](super::handshake) and the
-//! [engine](super::engine) do what is possible, and a turn of the driver (`handshake_turns`,
-//! `transmission_turns`) does what they wait for.
+//! Drives one session: the only place that waits, receives and sends (`socket`), and that calls functions
+//! of the policy that may wait for a device. Decides nothing about options and requests: the
+//! [handshake](super::handshake) and the [engine](super::engine) do that and return their reason to wait,
+//! and a turn of the driver (`handshake_turns`, `transmission_turns`) acts on it.
 
 mod handshake_turns;
 mod socket;
