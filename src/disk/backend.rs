@@ -5,7 +5,7 @@
 //! [`PageCache`] for bytes that are in memory, [`SocketTransfer`] for sending without a copy.
 
 use super::io_queue::IoQueue;
-use super::op::Op;
+use super::op::{Extent, Op};
 use crate::range::Range;
 use nix::errno::Errno;
 use std::io;
@@ -37,6 +37,12 @@ pub trait Backend: Send + Sync + std::fmt::Debug {
     fn flush(&self) -> io::Result<()>;
     /// The extent that contains `offset`, from `offset` on.
     fn extent(&self, offset: u64) -> io::Result<Extent>;
+    /// Whether to find extents may take long. A list of extents is an operation in flight then
+    /// ([`Op::Extents`]); otherwise the session's thread looks them up. Reads that look for holes call
+    /// [`Backend::extent`] in either case.
+    fn extents_wait(&self) -> bool {
+        false
+    }
     /// An I/O queue for one session, created on the session's thread; `None` where I/O cannot be
     /// asynchronous. Each completion adds to the eventfd `notifier`.
     fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
@@ -99,15 +105,6 @@ pub trait SocketTransfer {
     /// Sends at most `length` bytes from `offset` on to a socket, and returns how many it sent; does
     /// not wait for a non-blocking socket. `Unsupported` where that is impossible.
     fn send(&self, offset: u64, length: usize, to: BorrowedFd<'_>) -> io::Result<usize>;
-}
-
-/// A contiguous range that is either allocated or a hole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    /// Where.
-    pub range: Range,
-    /// False for a hole, which reads as zeros.
-    pub allocated: bool,
 }
 
 /// The kernel's number for an error, or `EIO` for an error without one.

@@ -2,6 +2,7 @@
 
 use super::backend::Backend;
 use super::detect_zeros;
+use super::extents::extents;
 use super::op::Op;
 use std::io;
 
@@ -15,6 +16,10 @@ pub(super) fn execute(image: &dyn Backend, op: &mut Op) -> io::Result<()> {
             detect_zeros::write_around_holes(image, *offset, data)
         }
         Op::Flush => image.flush(),
+        Op::Extents { range, limit, found } => {
+            *found = extents(image, *range, *limit)?;
+            Ok(())
+        }
         other => image.execute(other),
     }
 }

@@ -2,8 +2,9 @@
 //! that it reads as zeros.
 //! Never turns data into a hole, and never writes more often than the number of gaps plus one.
 
-use super::backend::{Backend, Extent};
+use super::backend::Backend;
 use super::extents::extent_at;
+use super::op::Extent;
 use crate::range::Range;
 use std::io;
 

@@ -18,9 +18,11 @@
 //!
 //! # What still waits
 //!
-//! On ext4, `lseek(2)` and direct reads wait while a direct write allocates blocks of the same file. So a
-//! request that asks for the holes of a sparse file waits in the session's thread, as long as the device takes
-//! for such a write (137 ms in the median beside a writer that a cgroup slowed to 1 MiB/s).
+//! On ext4, `lseek(2)` and direct reads wait while a direct write allocates blocks of the same file, as long
+//! as the device takes for such a write (137 ms in the median beside a writer that a cgroup slowed to
+//! 1 MiB/s). So a thread finds the extents that a client asks for ([`Backend::extents_wait`]). Two lookups
+//! of holes still wait in the session's thread: those of long reads with structured replies, and those of
+//! writes that contain blocks of zeros.
 //!
 //! # The end of the file
 //!
@@ -31,11 +33,11 @@
 //! direct I/O meets it. The tail begins at a block of the file system, so that it shares no page with
 //! bytes that are written directly: a page that is written back would restore the old bytes there.
 
-use super::backend::{Backend, Extent, Identity};
+use super::backend::{Backend, Identity};
 use super::buffer::Buffer;
 use super::file_backend::FileBackend;
 use super::io_queue::IoQueue;
-use super::op::{Op, Zeroing};
+use super::op::{Extent, Op, Zeroing};
 use super::open::{Access, OpenError};
 use super::syscalls;
 use super::uring::{FallocateCall, RingFile, Uring};
@@ -300,6 +302,10 @@ impl Backend for DirectBackend {
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         self.buffered.extent(offset)
+    }
+
+    fn extents_wait(&self) -> bool {
+        self.buffered.looks_for_holes()
     }
 
     fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {

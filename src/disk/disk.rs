@@ -1,11 +1,12 @@
 //! A disk: a backend behind a gate, with the state that all its sessions share.
 //! Never waits for a peer, and never accesses bytes beyond the disk's end.
 
-use super::backend::{Backend, Extent, Identity};
+use super::backend::{Backend, Identity};
 use super::backends::Backends;
 use super::dirty::DirtyBitmap;
 use super::flush_errors::FlushErrors;
 use super::gate::{Gate, NoEntry, Pass};
+use super::op::Extent;
 use super::overlap::OverlapTracker;
 use super::thread_pool::ThreadPool;
 use super::{detect_zeros, extents};
@@ -366,6 +367,13 @@ impl Visit<'_> {
         self.disk.range(offset, length as u64)?;
         let transfer = self.disk.image().socket_transfer().ok_or(io::ErrorKind::Unsupported)?;
         transfer.pin(offset, length, pipe)
+    }
+
+    /// Whether the extents of a range have to be found by an operation in flight ([`super::Op::Extents`]),
+    /// because [`Visit::extents`] may take long.
+    #[must_use]
+    pub fn extents_wait(&self) -> bool {
+        self.disk.image().extents_wait()
     }
 
     /// The extents of `range` in order, equal neighbours merged, clipped to it: at most `limit`,

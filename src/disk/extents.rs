@@ -2,7 +2,8 @@
 //! Never reports a hole that the image did not report, and never looks at bytes. An inconsistent answer
 //! counts as data to the end of the disk, so that it is requested once.
 
-use super::backend::{Backend, Extent};
+use super::backend::Backend;
+use super::op::Extent;
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::unistd::Whence;

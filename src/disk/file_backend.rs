@@ -1,11 +1,11 @@
 //! The backing file or block device: the calls that read, write, zero, trim and flush it.
 //! Never changes its size, never touches a byte outside the ranges it is given, and never logs.
 
-use super::backend::{Backend, Extent, Identity, PageCache, SocketTransfer, errno_of};
+use super::backend::{Backend, Identity, PageCache, SocketTransfer, errno_of};
 use super::extents::SeekResult;
 use super::file_system::{self, FileSystem, HolePolicy};
 use super::io_queue::IoQueue;
-use super::op::{Op, Zeroing};
+use super::op::{Extent, Op, Zeroing};
 use super::open::{self, Access, FileKind, OpenError, SECTOR};
 use super::uring::{FallocateCall, RingFile, Uring};
 use super::{extents, syscalls};
@@ -330,6 +330,12 @@ impl FileBackend {
         if self.file.metadata()?.len() < self.size { Err(self.shortened()) } else { Ok(()) }
     }
 
+    /// Whether the file system is asked for extents.
+    pub(super) fn looks_for_holes(&self) -> bool {
+        let is_trusted = self.kind == FileKind::File && self.file_system.reports_holes;
+        is_trusted && !self.unsupported.seek_data.load(Ordering::Relaxed)
+    }
+
     /// The error of a file that was cut short.
     pub(super) fn shortened(&self) -> io::Error {
         let (path, size) = (self.path.display(), self.size);
@@ -414,8 +420,7 @@ impl Backend for FileBackend {
         let rest = Range::whole(self.size).from(offset);
         let allocated = |range| Ok(Extent { range, allocated: true });
         let hole = |range| Ok(Extent { range, allocated: false });
-        let asks = self.kind == FileKind::File && self.file_system.reports_holes;
-        if !asks || self.unsupported.seek_data.load(Ordering::Relaxed) {
+        if !self.looks_for_holes() {
             return allocated(rest);
         }
         match extents::probe(rest, |offset, whence| seek(&self.file, offset, whence)) {

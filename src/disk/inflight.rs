@@ -26,7 +26,7 @@ use super::flush_errors::FlushGuard;
 use super::io_queue::{Completion, Notifier};
 #[cfg(test)]
 use super::mutation::{self, Mutation};
-use super::op::Op;
+use super::op::{Op, Returned};
 use super::overlap::Change;
 use super::part_sizes::PartSizes;
 use super::thread_pool::Completions;
@@ -52,7 +52,7 @@ mod stage;
 pub const IN_FLIGHT_MAX: usize = 128;
 /// Most bytes of data that they hold to write; a single operation may hold more.
 pub const BYTES_MAX: usize = 2 << 20;
-/// Most bytes of data that they read; a single operation may read more. Enough to keep a device with a
+/// Most bytes of data and of extents that they read; a single operation may read more. Enough to keep a device with a
 /// latency of 10 ms busy at 800 MB/s.
 pub const READ_BYTES_MAX: usize = 8 << 20;
 
@@ -86,7 +86,7 @@ pub struct InFlight<'a, T> {
     parts: usize,
     part_sizes: PartSizes,
     write_behind: WriteBehind,
-    completed: VecDeque<(T, io::Result<Buffer>)>,
+    completed: VecDeque<(T, io::Result<Returned>)>,
     /// Bytes of data that the operations hold to write.
     bytes: usize,
     /// Bytes of data that they read.
@@ -190,7 +190,7 @@ impl<'a, T> InFlight<'a, T> {
 
     fn insert(&mut self, visit: Option<Visit<'a>>, op: Op, tag: T) {
         let outcome = match self.check(&op) {
-            Ok(Some(range)) if range.is_empty() => Ok(Buffer::default()),
+            Ok(Some(range)) if range.is_empty() => Ok(Returned::Success),
             Ok(range) => {
                 let changed = range.filter(|_| op.changes());
                 let change = changed.map(|range| self.register_change(range));
@@ -284,9 +284,8 @@ impl<'a, T> InFlight<'a, T> {
         }
     }
 
-    /// The next completed operation: the tag given to [`InFlight::begin`], and the outcome, with the
-    /// bytes of a read.
-    pub fn next_completed(&mut self) -> Option<(T, io::Result<Buffer>)> {
+    /// The next completed operation: the tag given to [`InFlight::begin`], and the outcome.
+    pub fn next_completed(&mut self) -> Option<(T, io::Result<Returned>)> {
         if self.is_empty() {
             return None;
         }
@@ -501,11 +500,10 @@ impl<'a, T> InFlight<'a, T> {
             }
             OpStage::Executing { visit, durable } => {
                 self.mark(key);
-                match (op, outcome) {
-                    (_, Ok(())) if durable => self.batch(visit, key, None),
-                    (Op::Read { data, .. }, Ok(())) => self.finish_with(key, Ok(data)),
-                    (_, outcome) => self.finish(key, outcome),
+                if durable && outcome.is_ok() {
+                    return self.batch(visit, key, None);
                 }
+                self.finish_with(key, outcome.map(|()| op.into_returned()));
             }
             OpStage::WritingDurably { visit, guard } => {
                 self.on_written_durably(visit, key, op, outcome, guard);
@@ -550,10 +548,10 @@ impl<'a, T> InFlight<'a, T> {
     }
 
     fn finish(&mut self, key: u64, outcome: io::Result<()>) {
-        self.finish_with(key, outcome.map(|()| Buffer::default()));
+        self.finish_with(key, outcome.map(|()| Returned::Success));
     }
 
-    fn finish_with(&mut self, key: u64, outcome: io::Result<Buffer>) {
+    fn finish_with(&mut self, key: u64, outcome: io::Result<Returned>) {
         if let Some(Operation { tag, memory, is_read, .. }) = self.operations.remove(&key) {
             *self.bytes_held(is_read) -= memory;
             self.completed.push_back((tag, outcome));

@@ -1,8 +1,8 @@
 //! Backends for the tests of the whole crate: in memory, partly overridden, and with injected faults.
 //! Never in a released program.
 
-use super::backend::{Backend, Extent, PageCache, SocketTransfer};
-use super::op::{Op, Zeroing};
+use super::backend::{Backend, PageCache, SocketTransfer};
+use super::op::{Extent, Op, Zeroing};
 use crate::range::Range;
 use std::collections::BTreeMap;
 use std::io;

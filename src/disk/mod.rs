@@ -50,7 +50,7 @@ mod thread_pool;
 mod uring;
 pub mod write_behind;
 
-pub use backend::{Backend, Extent, Identity, PageCache, SocketTransfer, errno_of};
+pub use backend::{Backend, Identity, PageCache, SocketTransfer, errno_of};
 pub use buffer::Buffer;
 pub use deletion::{DeletionError, PathTarget};
 pub use detect_zeros::is_zero;
@@ -61,7 +61,7 @@ pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
 pub use io_queue::{Completion, IoQueue, Notifier};
 pub use lock::{Holders, LockKind};
-pub use op::{Op, Zeroing};
+pub use op::{Extent, Op, Returned, Zeroing};
 pub use open::{Access, OpenError, SECTOR, image_size};
 pub use overlap::Change;
 

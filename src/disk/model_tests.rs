@@ -2,8 +2,8 @@
 //! the bytes that were written.
 
 use super::memory_backend::MemoryBackend;
-use super::tests::run as run_operation;
-use super::{Access, Backend, Buffer, Disk, FileBackend, Op, OpenError, Zeroing};
+use super::tests::{run as run_operation, run_returning};
+use super::{Access, Backend, Buffer, Disk, FileBackend, Op, OpenError, Returned, Zeroing};
 use crate::range::Range;
 use nix::errno::Errno;
 use proptest::prelude::*;
@@ -113,7 +113,10 @@ fn check(image: Box<dyn Backend>, steps: &[Step]) -> Result<(), TestCaseError> {
         let differ = found.iter().zip(&model).position(|(found, model)| found != model);
         prop_assert_eq!(differ, None, "the disk differs after step {} ({:?})", at, step);
     }
-    let extents = visit.extents(Range::whole(SIZE as u64), usize::MAX).unwrap();
+    let range = Range::whole(SIZE as u64);
+    let extents = visit.extents(range, usize::MAX).unwrap();
+    let op = Op::Extents { range, limit: usize::MAX, found: Vec::new() };
+    prop_assert_eq!(run_returning(&disk, op).unwrap(), Returned::Extents(extents.clone()));
     for hole in extents.iter().filter(|extent| !extent.allocated) {
         let bytes = &model[hole.range.offset() as usize..hole.range.end() as usize];
         prop_assert!(bytes.iter().all(|byte| *byte == 0), "{:?} is not zero", hole);

@@ -36,6 +36,8 @@ pub(crate) enum Mutation {
     MissGate,
     /// A long write is answered when its data has arrived.
     AnswerLongEarly,
+    /// A block status is answered without its extents.
+    DropExtents,
     /// A request is answered twice.
     AnswerTwice,
     /// A read returns the beginning of the loaded bytes, whatever its offset.

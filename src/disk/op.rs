@@ -1,4 +1,4 @@
-//! Operations: what a session has a disk do.
+//! Operations: what a session has a disk do, and what they return.
 //! Pure. A new command of the protocol gets a variant here. A divisible operation, or one that holds data,
 //! also gets a branch in the methods below.
 
@@ -52,6 +52,49 @@ pub enum Op {
     /// Reads the range into the page cache, and completes once it is there: for bytes that are then sent
     /// by reference. Only for a backend that has a page cache.
     Load(Range),
+    /// Finds the extents of the range (`NBD_CMD_BLOCK_STATUS`). Only for a backend whose extents wait
+    /// ([`super::Backend::extents_wait`]).
+    Extents {
+        /// Where.
+        range: Range,
+        /// The most extents to find; at least one is found.
+        limit: usize,
+        /// Receives the extents: in order, without gaps, from the beginning of the range on. They may
+        /// end before the range does.
+        found: Vec<Extent>,
+    },
+}
+
+/// A contiguous range that is either allocated or a hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Where.
+    pub range: Range,
+    /// False for a hole, which reads as zeros.
+    pub allocated: bool,
+}
+
+/// What a completed operation returns.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub enum Returned {
+    /// Only that it has succeeded.
+    #[default]
+    Success,
+    /// The bytes of a read.
+    Bytes(Buffer),
+    /// The extents of a range that is not empty: at least one.
+    Extents(Vec<Extent>),
+}
+
+impl Returned {
+    /// The bytes of a read; none for any other operation.
+    #[must_use]
+    pub fn into_bytes(self) -> Buffer {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Success | Self::Extents(_) => Buffer::default(),
+        }
+    }
 }
 
 impl Op {
@@ -67,7 +110,8 @@ impl Op {
             Self::Zero { range, .. }
             | Self::Trim { range, .. }
             | Self::Cache(range)
-            | Self::Load(range) => (range.offset(), range.length()),
+            | Self::Load(range)
+            | Self::Extents { range, .. } => (range.offset(), range.length()),
             Self::Flush => return Ok(None),
         };
         Range::within(size, offset, length).map(Some).ok_or_else(|| Errno::EINVAL.into())
@@ -87,7 +131,7 @@ impl Op {
             | Self::Zero { durable, .. }
             | Self::Trim { durable, .. } => *durable,
             Self::Flush => true,
-            Self::Read { .. } | Self::Cache(_) | Self::Load(_) => false,
+            Self::Read { .. } | Self::Cache(_) | Self::Load(_) | Self::Extents { .. } => false,
         }
     }
 
@@ -118,16 +162,50 @@ impl Op {
         }
     }
 
-    /// Bytes of memory that it holds, or that it takes in the page cache until they are sent.
+    /// Bytes of memory that it holds, that its extents may take, or that it takes in the page cache until
+    /// they are sent.
     #[must_use]
     pub fn memory(&self) -> usize {
         match self {
             Self::Read { data, .. } | Self::Write { data, .. } => data.len(),
             // It fits, as the bytes of a read do.
             Self::Load(range) => range.length() as usize,
+            // An extent has at least one byte.
+            Self::Extents { range, limit, .. } => {
+                let count_max = usize::try_from(range.length()).unwrap_or(usize::MAX).min(*limit);
+                count_max.saturating_mul(size_of::<Extent>())
+            }
             _ => 0,
         }
     }
+
+    /// What it returns, once it is executed successfully.
+    #[must_use]
+    pub fn into_returned(self) -> Returned {
+        match self {
+            Self::Read { data, .. } => Returned::Bytes(data),
+            Self::Extents { range, limit, found } => {
+                Returned::Extents(checked(range, limit, found))
+            }
+            _ => Returned::Success,
+        }
+    }
+}
+
+/// `found`, if it describes `range` from its beginning on with at most `limit` extents, or one. Otherwise the
+/// range is data.
+fn checked(range: Range, limit: usize, found: Vec<Extent>) -> Vec<Extent> {
+    let mut at = range.offset();
+    let follows = |extent: &Extent| {
+        let is_next = extent.range.offset() == at && !extent.range.is_empty();
+        at = extent.range.end();
+        is_next
+    };
+    let is_consistent = !found.is_empty() && found.iter().all(follows);
+    if is_consistent && at <= range.end() && found.len() <= limit.max(1) {
+        return found;
+    }
+    vec![Extent { range, allocated: true }]
 }
 
 /// How to make a range read as zeros (NBD specification, `NBD_CMD_WRITE_ZEROES`).
@@ -158,6 +236,51 @@ mod tests {
         let (part, rest) = Op::Trim { range, durable: true }.split(halve);
         assert_eq!(part, Op::Trim { range: range.until(4), durable: false });
         assert_eq!(rest, Op::Trim { range: range.from(4), durable: true });
+    }
+
+    #[test]
+    fn memory_for_extents_is_bounded_by_limit_and_length() {
+        let memory = |length, limit| {
+            Op::Extents { range: Range::whole(length), limit, found: Vec::new() }.memory()
+        };
+        let each = size_of::<Extent>();
+        assert_eq!(
+            (memory(9, 10), memory(10, 10), memory(11, 10)),
+            (9 * each, 10 * each, 10 * each)
+        );
+        assert_eq!(memory(u64::MAX, usize::MAX), usize::MAX);
+    }
+
+    #[test]
+    fn inconsistent_lists_of_extents_are_data() {
+        let range = Range::whole(100).from(10).until(90);
+        let part = |start, end, allocated| Extent {
+            range: Range::whole(100).from(start).until(end),
+            allocated,
+        };
+        let data = vec![part(10, 90, true)];
+        let right = [
+            vec![part(10, 20, false)],
+            vec![part(10, 20, false), part(20, 90, true)],
+            vec![part(10, 20, true), part(20, 89, true)],
+        ];
+        for found in right {
+            assert_eq!(checked(range, 2, found.clone()), found);
+        }
+        assert_eq!(checked(range, 0, vec![part(10, 20, false)]), [part(10, 20, false)]);
+        let wrong = [
+            vec![],
+            vec![part(9, 20, false)],
+            vec![part(11, 20, false)],
+            vec![part(10, 91, false)],
+            vec![part(10, 10, false), part(10, 20, false)],
+            vec![part(10, 20, false), part(21, 30, true)],
+            vec![part(10, 20, false), part(19, 30, true)],
+            vec![part(10, 20, false), part(20, 30, true), part(30, 40, false)],
+        ];
+        for found in wrong {
+            assert_eq!(checked(range, 2, found.clone()), data, "{found:?}");
+        }
     }
 
     #[test]

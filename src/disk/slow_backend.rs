@@ -1,10 +1,10 @@
 //! For tests: a backend whose I/O queue completes operations when the test says so, and a notifier that
 //! counts. Never in a released program.
 
-use super::backend::{Backend, Extent, PageCache, SocketTransfer};
+use super::backend::{Backend, PageCache, SocketTransfer};
 use super::blocking::execute;
 use super::io_queue::{Completion, IoQueue, Notifier};
-use super::op::Op;
+use super::op::{Extent, Op};
 use crate::range::Range;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -70,6 +70,8 @@ struct SlowState {
     resident: BTreeSet<u64>,
     /// Data can be sent by reference.
     pins: bool,
+    /// Extents are found by operations in flight.
+    extents_wait: bool,
 }
 
 #[derive(Debug)]
@@ -105,6 +107,11 @@ impl Slow {
     /// From now on data can be sent by reference; that fails if it would have to wait for the device.
     pub(crate) fn allow_pinning(&self) {
         self.lock().pins = true;
+    }
+
+    /// From now on the extents of a range are found by an operation in flight.
+    pub(crate) fn delay_extents(&self) {
+        self.lock().extents_wait = true;
     }
 
     /// Waits until this many calls are in flight, and returns their debug texts.
@@ -288,6 +295,10 @@ impl Backend for SlowBackend {
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         self.image.extent(offset)
+    }
+
+    fn extents_wait(&self) -> bool {
+        self.slow.lock().extents_wait
     }
 }
 

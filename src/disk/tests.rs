@@ -32,12 +32,17 @@ fn errno<T: std::fmt::Debug>(result: io::Result<T>) -> i32 {
 
 /// Runs one operation to its completion, as on a backend without an I/O queue.
 pub(super) fn run(disk: &Disk, op: Op) -> io::Result<()> {
+    run_returning(disk, op).map(drop)
+}
+
+/// As [`run`]; returns what the operation does.
+pub(super) fn run_returning(disk: &Disk, op: Op) -> io::Result<Returned> {
     let mut in_flight = InFlight::new(disk, Arc::new(TestNotifier::default()), Instant::now);
     in_flight.begin(visit(disk), op, ());
     loop {
         in_flight.submit();
         if let Some(((), outcome)) = in_flight.next_completed() {
-            return outcome.map(drop);
+            return outcome;
         }
         std::thread::yield_now();
     }
@@ -51,6 +56,10 @@ fn read(range: Range) -> Op {
     Op::Read { offset: range.offset(), data: vec![0; range.length() as usize].into() }
 }
 
+fn extents(range: Range) -> Op {
+    Op::Extents { range, limit: 9, found: Vec::new() }
+}
+
 fn zero(range: Range, durable: bool) -> Op {
     Op::Zero { range, how: Zeroing::default(), durable }
 }
@@ -62,10 +71,11 @@ fn trim(range: Range, durable: bool) -> Op {
 type Job = (&'static str, fn(&Disk) -> io::Result<()>);
 
 /// Every request that a disk accepts; each takes one operation of the image.
-const READS: [Job; 4] = [
+const READS: [Job; 5] = [
     ("read", |disk| visit(disk).read(0, &mut [0; 8])),
     ("extent", |disk| visit(disk).extent(0).map(drop)),
     ("extents", |disk| visit(disk).extents(range(0, SIZE), 9).map(drop)),
+    ("extents in flight", |disk| run(disk, extents(range(0, SIZE)))),
     ("prefetch", |disk| run(disk, Op::Cache(range(0, 8)))),
 ];
 const CHANGES: [Job; 4] = [
@@ -200,6 +210,7 @@ fn access_ends_with_the_last_byte() {
     for work in [
         read(beyond),
         Op::Cache(beyond),
+        extents(beyond),
         trim(beyond, false),
         zero(beyond, false),
         write(SIZE - 1, &[1; 2], false),
@@ -215,10 +226,15 @@ fn empty_ranges_touch_nothing() {
     let (disk, _, faults) = disk(false);
     let (visit, none) = (visit(&disk), range(SIZE, 0));
     assert!(visit.read(SIZE, &mut []).is_ok() && visit.write(SIZE, &[]).is_ok());
-    for work in
-        [write(SIZE, &[], true), zero(none, true), trim(none, true), Op::Cache(none), read(none)]
-    {
-        assert!(run(&disk, work).is_ok());
+    for work in [
+        write(SIZE, &[], true),
+        zero(none, true),
+        trim(none, true),
+        Op::Cache(none),
+        read(none),
+        extents(none),
+    ] {
+        assert_eq!(run_returning(&disk, work).unwrap(), Returned::Success);
     }
     assert!(visit.extents(none, 9).unwrap().is_empty());
     assert_eq!(faults.total(), 0);

@@ -193,6 +193,7 @@ impl<'a> Uring<'a> {
                 let step = self.file.trim_call(*range)?;
                 Some(vec![self.fallocate(key, step)])
             }
+            Op::Extents { .. } => None,
         }
     }
 

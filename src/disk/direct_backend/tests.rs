@@ -4,7 +4,7 @@
 use super::super::inflight::InFlight;
 use super::super::model_tests::{self, CASES, in_shared_memory, run, run_on_files, skip};
 use super::super::slow_backend::TestNotifier;
-use super::super::{Disk, Op, errno_of};
+use super::super::{Disk, HolePolicy, Op, errno_of};
 use super::*;
 use proptest::prelude::*;
 use std::path::{Path, PathBuf};
@@ -90,7 +90,17 @@ fn a_block_device_reads_back_what_was_written_directly() {
         let Some((_folder, _file, device)) = made else { return };
         let open = || direct(device.open().unwrap()).unwrap();
         assert_eq!(open().unit(), sector);
+        assert!(!open().extents_wait(), "a device has no holes to look for");
         run(CASES / 4, || Box::new(open()), || Ok(()));
+    }
+}
+
+#[test]
+fn extents_wait_where_the_file_system_is_trusted() {
+    let Some((_folder, path, _)) = image() else { return };
+    for (policy, waits) in [(HolePolicy::Trust, true), (HolePolicy::Ignore, false)] {
+        let buffered = FileBackend::open(&path, Access::default()).unwrap().with_holes(policy);
+        assert_eq!(direct(buffered).unwrap().extents_wait(), waits, "{policy:?}");
     }
 }
 
@@ -117,7 +127,7 @@ proptest! {
         while left > 0 {
             in_flight.submit();
             if let Some(((_, offset), outcome)) = in_flight.next_completed() {
-                let data = outcome.unwrap();
+                let data = outcome.unwrap().into_bytes();
                 prop_assert!(data[..] == content[offset as usize..][..data.len()], "at {}", offset);
                 left -= 1;
             }

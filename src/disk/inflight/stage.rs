@@ -42,7 +42,7 @@ pub(super) struct Operation<'a, T> {
     pub(super) tag: T,
     /// Until the bytes are written.
     pub(super) change: Option<Change<'a>>,
-    /// Bytes of data that it holds.
+    /// Bytes that it holds ([`Op::memory`]).
     pub(super) memory: usize,
     /// Whether they are bytes to read.
     pub(super) is_read: bool,

@@ -4,7 +4,7 @@ use super::super::dirty::BLOCK;
 use super::super::memory_backend::{BackendCall, FailingBackend, Faults, MemoryBackend};
 use super::super::op::Zeroing;
 use super::super::slow_backend::{Slow, SlowBackend, TestNotifier};
-use super::super::{Backend, StillBusy, errno_of};
+use super::super::{Backend, Extent, StillBusy, errno_of};
 use super::*;
 use nix::libc::{EIO, ENOSPC};
 use std::time::Instant;
@@ -259,6 +259,27 @@ fn threads_execute_calls_that_the_queue_declines() {
     fixture.slow.decline(0);
     assert_eq!(fixture.end_of(&mut in_flight), (0, Ok(())));
     assert_eq!(fixture.faults.count(BackendCall::Flush), 1);
+}
+
+#[test]
+fn declined_extents_are_found_by_a_thread() {
+    let fixture = fixture();
+    let mut in_flight = fixture.in_flight();
+    fixture.memory.write(4096, &[1; 4096], false).unwrap();
+    let (range, limit) = (range(512, 8192), 2);
+    fixture.begin(&mut in_flight, Op::Extents { range, limit, found: Vec::new() }, 7);
+    assert!(fixture.gate_is_busy());
+    fixture.slow.decline(0);
+    let mut end = None;
+    fixture.wait_until(|| {
+        end = in_flight.next_completed();
+        end.is_some()
+    });
+    let (token, outcome) = end.unwrap();
+    let part = |start, end, allocated| Extent { range: range.from(start).until(end), allocated };
+    let found = vec![part(512, 4096, false), part(4096, 8192, true)];
+    assert_eq!((token, outcome.unwrap()), (7, Returned::Extents(found)));
+    assert!(in_flight.is_empty() && !fixture.gate_is_busy());
 }
 
 #[test]

@@ -19,7 +19,7 @@ use super::replies::Replies;
 use super::rx::Rx;
 use super::tx::Tx;
 use super::writes::{PayloadStep, Purpose, Writes};
-use crate::disk::{Disk, Notifier, Op, Zeroing};
+use crate::disk::{Disk, Notifier, Op, Returned, Zeroing};
 #[cfg(test)]
 use crate::disk::{
     inflight::InFlight,
@@ -28,7 +28,6 @@ use crate::disk::{
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::{Request, RequestError, RequestHeader, Terms};
 use crate::nbd::wire::CommandKind;
-use crate::range::Range;
 use crate::server::end::SessionEnd;
 use crate::server::export_policy::{ExportPolicy, HandoverReply, Permit, SessionId};
 use crate::server::snapshot::{
@@ -41,9 +40,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The most extents in one reply; the client asks again for the rest. The specification allows 2^20,
-/// which would take 16 MiB.
-const EXTENTS_MAX: usize = 16 << 10;
 /// After so many written bytes, the session sends replies before it writes more, so that the client can
 /// process them meanwhile. (Writes of 4 KiB at depth 32 are answered 1.7 times as fast as without.)
 const WRITE_BATCH: u64 = 32 << 10;
@@ -284,15 +280,27 @@ impl<'a> Engine<'a> {
         while let Some((tag, outcome)) = self.io.in_flight.next_completed() {
             self.has_completed = true;
             match tag {
-                Tag::Answer { to, request } => {
-                    self.replies.complete(to, outcome.map(drop), request, &mut self.tx);
+                Tag::Answer { to, request } => self.answer(to, request, outcome),
+                Tag::Load(number) => {
+                    self.reads.on_loaded(number, outcome.map(Returned::into_bytes));
                 }
-                Tag::Load(number) => self.reads.on_loaded(number, outcome),
                 Tag::Piece(number) => {
                     let (io, replies, tx) = (&mut self.io, &mut self.replies, &mut self.tx);
                     self.writes.on_piece(number, outcome.map(drop), io, replies, tx);
                 }
             }
+        }
+    }
+
+    /// Replies to a request with its outcome.
+    fn answer(&mut self, to: ReplyTo, request: Request, outcome: io::Result<Returned>) {
+        match outcome {
+            #[cfg(test)]
+            Ok(Returned::Extents(_)) if mutation::is_active(Mutation::DropExtents) => {
+                self.replies.succeed(to, &mut self.tx);
+            }
+            Ok(Returned::Extents(extents)) => self.replies.status(to, &extents, &mut self.tx),
+            outcome => self.replies.complete(to, outcome.map(drop), request, &mut self.tx),
         }
     }
 
@@ -530,24 +538,6 @@ impl<'a> Engine<'a> {
         Ok(self.io.begin_answer(to, request, op)?.map_or_else(Step::from, |()| Step::Progress))
     }
 
-    fn block_status(&mut self, to: ReplyTo, range: Range, one: bool) -> Result<Step, SessionEnd> {
-        let visit = match self.io.visit()? {
-            Ok(visit) => visit,
-            Err(busy) => return Ok(busy.into()),
-        };
-        let limit = if one { 1 } else { EXTENTS_MAX };
-        match visit.extents(range, limit) {
-            Ok(extents) if !extents.is_empty() => {
-                self.replies.status(to, &extents, &mut self.tx);
-            }
-            outcome => {
-                let request = Request::BlockStatus { range, one };
-                self.replies.complete(to, outcome.map(drop), request, &mut self.tx);
-            }
-        }
-        Ok(Step::Progress)
-    }
-
     /// The policy's decision about a handover.
     pub(super) fn on_handover_reply(
         &mut self,
@@ -566,6 +556,7 @@ impl<'a> Engine<'a> {
     }
 }
 
+mod block_status;
 mod delays;
 mod malformed;
 #[cfg(test)]

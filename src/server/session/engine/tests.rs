@@ -31,11 +31,16 @@ fn clocks() -> Clocks {
 }
 
 fn engine<'a>(disk: &'a Disk, requests: &[u8]) -> Engine<'a> {
+    engine_with(disk, Dialect::Simple, requests)
+}
+
+/// An engine that has received these requests. With structured replies it answers BLOCK_STATUS.
+pub(super) fn engine_with<'a>(disk: &'a Disk, dialect: Dialect, requests: &[u8]) -> Engine<'a> {
     let terms = Terms {
         size: disk.size(),
         read_only: false,
-        dialect: Dialect::Simple,
-        allocation_selected: false,
+        dialect,
+        allocation_selected: dialect != Dialect::Simple,
         private: false,
         payload_length_max: SIZE as u32,
         reads_beyond_end_are_no_space: false,

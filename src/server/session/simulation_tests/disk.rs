@@ -90,6 +90,8 @@ pub(super) struct ScriptedState {
     /// Zeroing is no faster than writing.
     is_zeroing_slow: bool,
     works_by_extent: bool,
+    /// Extents are found by operations in flight.
+    extents_wait: bool,
     /// Queues may lose completions when their session has ended.
     pub(super) loses: bool,
     /// Operations that their session has abandoned, and whether a flush is among them.
@@ -219,6 +221,28 @@ impl ScriptedState {
         Ok(())
     }
 
+    fn extent(&self, offset: u64) -> Extent {
+        let from = (offset / cell_size()) as usize;
+        let allocated = self.allocated[from];
+        let length = self.allocated[from..].iter().take_while(|is| **is == allocated).count();
+        let end = (from + length) as u64 * cell_size();
+        Extent { range: Range::whole(self.size()).from(offset).until(end), allocated }
+    }
+
+    fn find_extents(&mut self, range: Range, limit: usize) -> io::Result<Vec<Extent>> {
+        if self.strikes(self.fault_interval) {
+            return Err(self.error());
+        }
+        let (mut found, mut rest) = (Vec::new(), range);
+        while !rest.is_empty() && found.len() < limit {
+            let Extent { range: whole, allocated } = self.extent(rest.offset());
+            let (part, after) = rest.split(whole.length());
+            found.push(Extent { range: part, allocated });
+            rest = after;
+        }
+        Ok(found)
+    }
+
     fn write_back(&mut self, cells: std::ops::Range<usize>) {
         for cell in cells {
             if std::mem::take(&mut self.unflushed[cell]) {
@@ -245,6 +269,9 @@ impl ScriptedState {
             Op::Read { offset, data } => self.read_device(*offset, data),
             Op::Write { offset, data, durable } => self.write(*offset, data, *durable),
             Op::Flush => self.flush(),
+            Op::Extents { range, limit, found } => {
+                self.find_extents(*range, *limit).map(|extents| *found = extents)
+            }
             other => self.execute_without_data(other),
         };
         started.outcome = Some(outcome);
@@ -374,6 +401,7 @@ impl ScriptedDisk {
             unit: if rng.bool() { 1 } else { 4096 },
             is_zeroing_slow: rng.u8(..4) == 0,
             works_by_extent: rng.bool(),
+            extents_wait: is_cold,
             loses,
             ..ScriptedState::default()
         })))
@@ -408,13 +436,11 @@ impl Backend for ScriptedDisk {
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
-        let state = self.state();
-        let from = (offset / cell_size()) as usize;
-        let allocated = state.allocated[from];
-        let length = state.allocated[from..].iter().take_while(|is| **is == allocated).count();
-        let end = (from + length) as u64 * cell_size();
-        let range = Range::whole(state.size()).from(offset).until(end);
-        Ok(Extent { range, allocated })
+        Ok(self.state().extent(offset))
+    }
+
+    fn extents_wait(&self) -> bool {
+        self.state().extents_wait
     }
 
     fn queue(&self, _: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
