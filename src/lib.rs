@@ -63,7 +63,8 @@
 //!
 //! A command of the protocol is in six files: `nbd/wire` (its number and flags), `nbd/request` (its checks),
 //! `server/session/engine` (its operation), `disk/op` (that operation), `disk/file_backend` and
-//! `disk/uring` (its execution).
+//! `disk/uring` (its execution). One that a backend may lack is also a feature (`disk/features`), which
+//! `server/shared` offers to clients.
 //!
 //! A peer's fault ends that peer's session; our own fault propagates to `main`.
 //!

@@ -4,6 +4,7 @@
 //! [`Backend`] is what every backend has to do. What only some of them can do is an optional capability:
 //! [`PageCache`] for bytes that are in memory, [`SocketTransfer`] for sending without a copy.
 
+use super::features::Features;
 use super::io_queue::IoQueue;
 use super::op::{Extent, Op};
 use crate::range::Range;
@@ -25,6 +26,10 @@ pub trait Backend: Send + Sync + std::fmt::Debug {
     /// Tells this image from every other image of this host, where that is possible.
     fn identity(&self) -> Option<Identity> {
         None
+    }
+    /// What it can do, and the sizes of requests that suit it; they do not change while it is open.
+    fn features(&self) -> Features {
+        Features::default()
     }
     /// Fills `into` from `offset` on. A file that became shorter is an error, not a short read.
     fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;

@@ -4,6 +4,7 @@
 use super::backend::{Backend, Identity};
 use super::backends::Backends;
 use super::dirty::DirtyBitmap;
+use super::features::Features;
 use super::flush_errors::FlushErrors;
 use super::gate::{Gate, NoEntry, Pass};
 use super::op::Extent;
@@ -58,6 +59,14 @@ pub enum ExchangeError {
         ours: u64,
         /// Of the new backend.
         theirs: u64,
+    },
+    /// The new backend lacks what clients were offered.
+    #[error("the disk was offered with {ours}; the other image only has {theirs}")]
+    Features {
+        /// Of the disk.
+        ours: Features,
+        /// Of the new backend.
+        theirs: Features,
     },
 }
 
@@ -120,6 +129,10 @@ impl Disk {
         if theirs > ours {
             return Err(ExchangeError::Unit { ours, theirs });
         }
+        let (ours, theirs) = (self.features(), backend.features());
+        if !theirs.cover(&ours) {
+            return Err(ExchangeError::Features { ours, theirs });
+        }
         let exchange = || self.backends.push(Arc::from(backend));
         self.gate.run_closed(exchange).ok_or(ExchangeError::GateOpen)
     }
@@ -147,6 +160,12 @@ impl Disk {
     #[must_use]
     pub fn has_page_cache(&self) -> bool {
         self.image().page_cache().is_some()
+    }
+
+    /// See [`Backend::features`].
+    #[must_use]
+    pub fn features(&self) -> Features {
+        self.image().features()
     }
 
     /// See [`Backend::unit`].

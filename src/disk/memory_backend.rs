@@ -2,6 +2,7 @@
 //! Never in a released program.
 
 use super::backend::{Backend, PageCache, SocketTransfer};
+use super::features::Features;
 use super::op::{Extent, Op, Zeroing};
 use crate::range::Range;
 use std::collections::BTreeMap;
@@ -143,6 +144,10 @@ pub(crate) trait InMemory: std::fmt::Debug + Send + Sync {
         1
     }
 
+    fn features(&self) -> Features {
+        Features::default()
+    }
+
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.memory().write(offset, data, false)
     }
@@ -181,12 +186,30 @@ impl<T: InMemory> Backend for T {
         InMemory::unit(self)
     }
 
+    fn features(&self) -> Features {
+        InMemory::features(self)
+    }
+
     fn page_cache(&self) -> Option<&dyn PageCache> {
         self.memory().page_cache()
     }
 
     fn extent(&self, offset: u64) -> io::Result<Extent> {
         InMemory::extent(self, offset)
+    }
+}
+
+/// A disk in memory with other features.
+#[derive(Debug)]
+pub(crate) struct Featured(pub(crate) MemoryBackend, pub(crate) Features);
+
+impl InMemory for Featured {
+    fn memory(&self) -> &MemoryBackend {
+        &self.0
+    }
+
+    fn features(&self) -> Features {
+        self.1
     }
 }
 

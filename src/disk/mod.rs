@@ -21,6 +21,7 @@ pub mod dirty;
 #[expect(clippy::module_inception, reason = "the file of the type `Disk`")]
 mod disk;
 mod extents;
+mod features;
 mod file_backend;
 mod file_system;
 mod flush_errors;
@@ -56,6 +57,7 @@ pub use deletion::{DeletionError, PathTarget};
 pub use detect_zeros::is_zero;
 pub use direct_backend::DirectBackend;
 pub use disk::{Copier, Disk, ExchangeError, Visit};
+pub use features::{FeatureFlags, Features};
 pub use file_backend::FileBackend;
 pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};

@@ -1,7 +1,9 @@
 //! A disk in memory with injected faults: errors returned, and errors remembered.
 
 use super::inflight::InFlight;
-use super::memory_backend::{BackendCall, FailingBackend, Faults, InMemory, MemoryBackend};
+use super::memory_backend::{
+    BackendCall, FailingBackend, Faults, Featured, InMemory, MemoryBackend,
+};
 use super::slow_backend::TestNotifier;
 use super::*;
 use crate::range::Range;
@@ -313,6 +315,26 @@ impl InMemory for Coarse {
     fn unit(&self) -> u64 {
         4096
     }
+}
+
+#[test]
+fn a_backend_without_the_offered_features_is_refused() {
+    let file = Features::default();
+    let flags = file.flags.difference(FeatureFlags::TRIM);
+    let backend = |features| Box::new(Featured(MemoryBackend::new(SIZE), features));
+    let disk = Disk::new(backend(Features { flags, minimum_block: 512, ..file }), false);
+    let ours = disk.features();
+    assert_eq!(ours, Features { flags, minimum_block: 512, ..file });
+    disk.gate().close_and_drain(Instant::now()).unwrap();
+    let fewer = Features { flags: flags.difference(FeatureFlags::FLUSH), ..ours };
+    let coarser = Features { minimum_block: 1024, ..ours };
+    let shorter = Features { payload_max: file.payload_max - 512, ..ours };
+    for theirs in [fewer, coarser, shorter] {
+        let refused = disk.exchange(backend(theirs));
+        assert_eq!(refused, Err(ExchangeError::Features { ours, theirs }));
+    }
+    assert_eq!(disk.exchange(backend(file)), Ok(()));
+    assert_eq!(disk.features(), file);
 }
 
 #[test]

@@ -1,11 +1,11 @@
 //! Requests of the transmission phase: encodes and decodes headers, and checks them.
-//! A [`Request`] that exists is valid for its export: known, permitted and in range.
+//! A [`Request`] that exists is valid for its export: known, offered, permitted and in range.
 
 use super::bytes::Reader;
 use super::reply::Dialect;
 use super::wire::{
     CommandFlags, CommandKind, EXTENDED_REQUEST_MAGIC, ErrorCode, PRIVATE_COMMAND,
-    PRIVATE_PAYLOAD_MAX, REQUEST_MAGIC,
+    PRIVATE_PAYLOAD_MAX, REQUEST_MAGIC, TransmissionFlags,
 };
 use super::{Decoded, Malformed};
 use crate::range::Range;
@@ -108,8 +108,12 @@ impl RequestHeader {
             return Ok(Request::Disconnect);
         }
         let flags = self.check_flags(kind, terms)?;
-        if is_write(kind) && terms.read_only {
+        if is_write(kind) && terms.flags.contains(TransmissionFlags::READ_ONLY) {
             return Err(RequestError::new(ErrorCode::NotPermitted, "the export is read-only"));
+        }
+        if !terms.flags.contains(needed_flags(kind, flags)) {
+            let reason = "a command or flag that the export does not offer";
+            return Err(RequestError::new(ErrorCode::Invalid, reason));
         }
         if kind == CommandKind::Flush {
             return Ok(Request::Flush);
@@ -155,8 +159,9 @@ impl RequestHeader {
 pub struct Terms {
     /// Size of the export in bytes.
     pub size: u64,
-    /// Whether writes fail.
-    pub read_only: bool,
+    /// The transmission flags of the export: whether changes fail, and which commands and flags are
+    /// offered.
+    pub flags: TransmissionFlags,
     /// The form of headers and replies.
     pub dialect: Dialect,
     /// Whether the client selected `base:allocation`.
@@ -273,6 +278,21 @@ fn allowed_flags(kind: CommandKind, dialect: Dialect) -> CommandFlags {
     specific | CommandFlags::FUA
 }
 
+/// The transmission flags that an export has to have for this request ("Request types", "Command flags").
+fn needed_flags(kind: CommandKind, flags: CommandFlags) -> TransmissionFlags {
+    let mut needed = match kind {
+        CommandKind::Flush => TransmissionFlags::SEND_FLUSH,
+        CommandKind::Trim => TransmissionFlags::SEND_TRIM,
+        CommandKind::Cache => TransmissionFlags::SEND_CACHE,
+        CommandKind::WriteZeroes => TransmissionFlags::SEND_WRITE_ZEROES,
+        // DF and block status are negotiated with the dialect and the metadata context.
+        _ => TransmissionFlags::empty(),
+    };
+    needed.set(TransmissionFlags::SEND_FUA, flags.contains(CommandFlags::FUA));
+    needed.set(TransmissionFlags::SEND_FAST_ZERO, flags.contains(CommandFlags::FAST_ZERO));
+    needed
+}
+
 fn out_of_range_error(kind: CommandKind, terms: &Terms) -> ErrorCode {
     match kind {
         CommandKind::Write | CommandKind::WriteZeroes => ErrorCode::NoSpace,
@@ -314,7 +334,7 @@ mod tests {
     fn terms(dialect: Dialect) -> Terms {
         Terms {
             size: SIZE,
-            read_only: false,
+            flags: TransmissionFlags::all().difference(TransmissionFlags::READ_ONLY),
             dialect,
             allocation_selected: true,
             payload_length_max: 1 << 16,
@@ -385,10 +405,49 @@ mod tests {
 
     #[test]
     fn a_read_only_export_refuses_writes() {
-        let terms = Terms { read_only: true, ..terms(Dialect::Simple) };
+        let terms = terms(Dialect::Simple);
+        let flags = terms.flags.difference(TransmissionFlags::WRITABLE_ONLY);
+        let terms = Terms { flags: flags | TransmissionFlags::READ_ONLY, ..terms };
         for &kind in CommandKind::ALL {
             let error = error_of(header(kind, CommandFlags::empty(), 0, 512), &terms);
             assert_eq!(error, is_write(kind).then_some(ErrorCode::NotPermitted), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn commands_and_flags_that_are_not_offered_are_invalid() {
+        let without = |flag| {
+            let terms = terms(Dialect::Structured);
+            Terms { flags: terms.flags.difference(flag), ..terms }
+        };
+        let none = CommandFlags::empty();
+        let offers = [
+            (TransmissionFlags::SEND_FLUSH, CommandKind::Flush, none),
+            (TransmissionFlags::SEND_TRIM, CommandKind::Trim, none),
+            (TransmissionFlags::SEND_WRITE_ZEROES, CommandKind::WriteZeroes, none),
+            (TransmissionFlags::SEND_CACHE, CommandKind::Cache, none),
+            (TransmissionFlags::SEND_FUA, CommandKind::Write, CommandFlags::FUA),
+            (TransmissionFlags::SEND_FUA, CommandKind::Read, CommandFlags::FUA),
+            (TransmissionFlags::SEND_FAST_ZERO, CommandKind::WriteZeroes, CommandFlags::FAST_ZERO),
+        ];
+        for (offer, kind, flags) in offers {
+            let request = header(kind, flags, 0, 512);
+            assert_eq!(error_of(request, &without(offer)), Some(ErrorCode::Invalid), "{offer:?}");
+            let others = without(TransmissionFlags::all().difference(offer));
+            let needs_both = flags == CommandFlags::FAST_ZERO;
+            assert_eq!(error_of(request, &others).is_some(), needs_both, "{offer:?}");
+        }
+        let nothing = without(TransmissionFlags::all());
+        for &kind in CommandKind::ALL {
+            let is_offered = matches!(
+                kind,
+                CommandKind::Read
+                    | CommandKind::Write
+                    | CommandKind::BlockStatus
+                    | CommandKind::Disconnect
+            );
+            let error = error_of(header(kind, none, 0, 512), &nothing);
+            assert_eq!(error, (!is_offered).then_some(ErrorCode::Invalid), "{kind:?}");
         }
     }
 

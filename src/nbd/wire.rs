@@ -89,10 +89,8 @@ bitflags! {
         const SEND_CACHE = 1 << 10;
         /// Supports [`CommandFlags::FAST_ZERO`].
         const SEND_FAST_ZERO = 1 << 11;
-        /// The commands that this server supports on every export.
-        const SERVED = Self::SEND_FLUSH.bits() | Self::SEND_FUA.bits() | Self::SEND_CACHE.bits();
-        /// The commands that it supports on a writable export as well.
-        const SERVED_WRITABLE =
+        /// Commands and flags that this server offers on writable exports only.
+        const WRITABLE_ONLY =
             Self::SEND_TRIM.bits() | Self::SEND_WRITE_ZEROES.bits() | Self::SEND_FAST_ZERO.bits();
     }
 

@@ -5,7 +5,7 @@ use super::rejections::Rejections;
 use super::sessions::Sessions;
 use super::settings::SessionSettings;
 use super::snapshot::ExportFingerprint;
-use crate::disk::Disk;
+use crate::disk::{Disk, FeatureFlags};
 use crate::nbd::handshake::BlockSizes;
 use crate::nbd::handshake::server::Export;
 use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
@@ -31,21 +31,87 @@ impl ServerShared {
     }
 }
 
-/// The export of a disk. An `exclusive` one serves one client at a time, so that several connections
+/// The features of a disk, and the transmission flags that offer them.
+const OFFERS: &[(FeatureFlags, TransmissionFlags)] = &[
+    (FeatureFlags::FLUSH, TransmissionFlags::SEND_FLUSH),
+    (FeatureFlags::DURABLE, TransmissionFlags::SEND_FUA),
+    (FeatureFlags::TRIM, TransmissionFlags::SEND_TRIM),
+    (FeatureFlags::ZERO, TransmissionFlags::SEND_WRITE_ZEROES),
+    (FeatureFlags::FAST_ZERO, TransmissionFlags::SEND_FAST_ZERO),
+    (FeatureFlags::CACHE, TransmissionFlags::SEND_CACHE),
+    (FeatureFlags::MULTI_CONN, TransmissionFlags::CAN_MULTI_CONN),
+    (FeatureFlags::ROTATIONAL, TransmissionFlags::ROTATIONAL),
+];
+
+/// The export of a disk: what its backend can do. An `exclusive` one serves one client at a time, so that several connections
 /// are not offered (`NBD_FLAG_CAN_MULTI_CONN`).
 pub(super) fn export(disk: &Disk, name: &str, exclusive: bool) -> Export {
-    let mut flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::SERVED;
-    flags.set(TransmissionFlags::CAN_MULTI_CONN, !exclusive);
-    flags |= if disk.read_only() {
-        TransmissionFlags::READ_ONLY
-    } else {
-        TransmissionFlags::SERVED_WRITABLE
-    };
+    let features = disk.features();
+    let mut flags = TransmissionFlags::HAS_FLAGS;
+    for (feature, flag) in OFFERS {
+        flags.set(*flag, features.flags.contains(*feature));
+    }
+    if exclusive {
+        flags -= TransmissionFlags::CAN_MULTI_CONN;
+    }
+    if disk.read_only() {
+        flags -= TransmissionFlags::WRITABLE_ONLY;
+        flags |= TransmissionFlags::READ_ONLY;
+    }
     Export {
         name: name.to_owned(),
         description: String::new(),
         size: disk.size(),
         flags,
-        block_sizes: BlockSizes { minimum: 1, preferred: 4096, maximum: PAYLOAD_LENGTH_DEFAULT },
+        block_sizes: BlockSizes {
+            minimum: features.minimum_block,
+            preferred: features.preferred_block.max(features.minimum_block),
+            maximum: features.payload_max.min(PAYLOAD_LENGTH_DEFAULT),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::Features;
+    use crate::disk::memory_backend::{Featured, MemoryBackend};
+
+    fn export_of(features: Features, read_only: bool, exclusive: bool) -> Export {
+        let disk = Disk::new(Box::new(Featured(MemoryBackend::new(1 << 20), features)), read_only);
+        export(&disk, "disk", exclusive)
+    }
+
+    #[test]
+    fn a_file_is_offered_with_everything() {
+        let Export { flags, block_sizes, .. } = export_of(Features::default(), false, false);
+        assert_eq!(flags.bits(), 0b1101_0110_1101);
+        assert_eq!(block_sizes, BlockSizes { minimum: 1, preferred: 4096, maximum: 32 << 20 });
+        let read_only = export_of(Features::default(), true, false).flags;
+        assert_eq!(read_only.bits(), 0b0101_0000_1111);
+        let exclusive = export_of(Features::default(), false, true).flags;
+        assert_eq!(exclusive, flags - TransmissionFlags::CAN_MULTI_CONN);
+    }
+
+    #[test]
+    fn each_feature_is_offered_with_its_flag() {
+        for (feature, flag) in OFFERS {
+            let only = export_of(Features { flags: *feature, ..Features::default() }, false, false);
+            assert_eq!(only.flags, TransmissionFlags::HAS_FLAGS | *flag);
+        }
+        let covered = OFFERS.iter().map(|(feature, _)| *feature).collect::<FeatureFlags>();
+        assert_eq!(covered, FeatureFlags::all());
+    }
+
+    #[test]
+    fn advertised_block_sizes_stay_within_those_of_the_backend() {
+        let sizes = |minimum_block, payload_max| {
+            let features = Features { minimum_block, payload_max, ..Features::default() };
+            export_of(features, false, false).block_sizes
+        };
+        let limited = BlockSizes { minimum: 512, preferred: 4096, maximum: 1 << 20 };
+        assert_eq!(sizes(512, 1 << 20), limited);
+        let coarse = BlockSizes { minimum: 8192, preferred: 8192, maximum: 32 << 20 };
+        assert_eq!(sizes(8192, 64 << 20), coarse);
     }
 }

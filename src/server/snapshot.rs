@@ -9,6 +9,7 @@
 
 use super::settings::Style;
 use crate::disk::Identity;
+use crate::nbd::handshake::BlockSizes;
 use crate::nbd::handshake::server::{Export, HandshakePosition};
 use crate::nbd::reply::{Dialect, ReplyTo};
 use crate::nbd::wire::{ClientFlags, TransmissionFlags};
@@ -55,6 +56,29 @@ pub(super) struct ExportFingerprint {
     size: u64,
     flags: u16,
     oldstyle: bool,
+    /// Omitted if it is that of a file, because versions of this program that do not know the field
+    /// serve only files. So is the next one.
+    #[serde(default = "minimum_block_of_file", skip_serializing_if = "is_minimum_block_of_file")]
+    minimum_block: u32,
+    #[serde(default = "payload_max_of_file", skip_serializing_if = "is_payload_max_of_file")]
+    payload_max: u32,
+}
+
+/// The block sizes of files in bytes, as long as the version of the format stays.
+const fn minimum_block_of_file() -> u32 {
+    1
+}
+
+fn is_minimum_block_of_file(size: &u32) -> bool {
+    *size == minimum_block_of_file()
+}
+
+const fn payload_max_of_file() -> u32 {
+    32 << 20
+}
+
+fn is_payload_max_of_file(size: &u32) -> bool {
+    *size == payload_max_of_file()
 }
 
 /// One session. The caller stores its connection under the session's id.
@@ -272,8 +296,16 @@ impl HandshakeSnapshot {
 
 impl ExportFingerprint {
     pub(super) fn of(export: &Export, style: Style, disk: Option<Identity>) -> Self {
-        let (name, size) = (export.name.clone(), export.size);
-        Self { disk, name, size, flags: export.flags.bits(), oldstyle: style == Style::Oldstyle }
+        let BlockSizes { minimum, maximum, .. } = export.block_sizes;
+        Self {
+            disk,
+            name: export.name.clone(),
+            size: export.size,
+            flags: export.flags.bits(),
+            oldstyle: style == Style::Oldstyle,
+            minimum_block: minimum,
+            payload_max: maximum,
+        }
     }
 
     /// Checks that the export `now` can serve clients of this one. It may have more capabilities.
@@ -287,6 +319,8 @@ impl ExportFingerprint {
             (self.oldstyle != now.oldstyle, "the style of the handshake"),
             ((self.flags ^ now.flags) & read_only != 0, "whether the disk can be changed"),
             (capabilities & !now.flags != 0, "what can be done with the disk"),
+            (self.minimum_block < now.minimum_block, "the smallest block"),
+            (self.payload_max > now.payload_max, "the longest read or write"),
         ];
         match changes.into_iter().find(|(has_changed, _)| *has_changed) {
             Some((_, what)) => Err(SnapshotError::ExportChanged(what)),
@@ -339,7 +373,6 @@ mod golden_tests;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nbd::handshake::BlockSizes;
     use proptest::prelude::*;
 
     const SIZE: u64 = 1 << 20;
@@ -435,6 +468,18 @@ mod tests {
     }
 
     #[test]
+    fn block_sizes_other_than_those_of_files_are_saved() {
+        let mut coarse = export();
+        coarse.block_sizes = BlockSizes { minimum: 512, preferred: 4096, maximum: 1 << 20 };
+        let bytes = encode(fingerprint(&coarse), sessions()).unwrap();
+        assert_eq!(decode(&bytes, &fingerprint(&coarse)), Ok(sessions()));
+        assert_eq!(decoded(&bytes), Ok(sessions()), "finer blocks and longer requests");
+        let names = [&b"minimum_block"[..], b"payload_max"];
+        let has = |bytes: &[u8], name: &[u8]| bytes.windows(name.len()).any(|part| part == name);
+        assert!(names.iter().all(|name| has(&bytes, name) && !has(&encoded(), name)));
+    }
+
+    #[test]
     fn another_version_is_refused() {
         let mut bytes = encoded();
         for version in [0, VERSION - 1, VERSION + 1, u32::MAX] {
@@ -507,6 +552,10 @@ mod tests {
         assert_eq!(with(less), refused("what can be done with the disk"));
         let more = |export: &mut Export| export.flags |= TransmissionFlags::SEND_CACHE;
         assert_eq!(with(more), Ok(sessions()));
+        let coarse = |export: &mut Export| export.block_sizes.minimum = 2;
+        assert_eq!(with(coarse), refused("the smallest block"));
+        let short = |export: &mut Export| export.block_sizes.maximum -= 1;
+        assert_eq!(with(short), refused("the longest read or write"));
         let replaced = ExportFingerprint { disk: Some((8, 2)), ..fingerprint(&export()) };
         assert_eq!(decode(&encoded(), &replaced), refused("the disk itself"));
         let oldstyle =

@@ -118,7 +118,7 @@ impl<'a> SessionContext<'a> {
             notifier: Arc::clone(&self.notifier),
             terms: Terms {
                 size: self.export.size,
-                read_only: self.disk.read_only(),
+                flags: self.export.flags,
                 dialect,
                 allocation_selected,
                 private,

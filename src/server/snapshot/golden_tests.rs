@@ -50,7 +50,9 @@ const SIZE: u64 = 1 << 20;
 
 fn fingerprint() -> ExportFingerprint {
     let (disk, name) = (Some((8, 1)), "disk".to_owned());
-    ExportFingerprint { disk, name, size: SIZE, flags: 0x56d, oldstyle: false }
+    let (minimum_block, payload_max) = (minimum_block_of_file(), payload_max_of_file());
+    let (size, flags, oldstyle) = (SIZE, 0x56d, false);
+    ExportFingerprint { disk, name, size, flags, oldstyle, minimum_block, payload_max }
 }
 
 fn sessions() -> Vec<SessionSnapshot> {

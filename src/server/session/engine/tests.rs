@@ -6,6 +6,7 @@ use crate::disk::inflight::READ_BYTES_MAX;
 use crate::disk::memory_backend::MemoryBackend;
 use crate::disk::slow_backend::{Slow, SlowBackend, TestNotifier};
 use crate::nbd::reply::Dialect;
+use crate::nbd::wire::TransmissionFlags;
 use crate::net::Stream;
 use crate::server::export_policy::AllowAll;
 use crate::server::test_support::TIMEOUT;
@@ -38,7 +39,7 @@ fn engine<'a>(disk: &'a Disk, requests: &[u8]) -> Engine<'a> {
 pub(super) fn engine_with<'a>(disk: &'a Disk, dialect: Dialect, requests: &[u8]) -> Engine<'a> {
     let terms = Terms {
         size: disk.size(),
-        read_only: false,
+        flags: TransmissionFlags::all().difference(TransmissionFlags::READ_ONLY),
         dialect,
         allocation_selected: dialect != Dialect::Simple,
         private: false,

@@ -4,7 +4,7 @@ use super::model::{Model, cell_size};
 use crate::nbd::reply::Dialect;
 use crate::nbd::request::{RequestHeader, Terms};
 use crate::nbd::wire::{
-    CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND, PRIVATE_PAYLOAD_MAX,
+    CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND, PRIVATE_PAYLOAD_MAX, TransmissionFlags,
 };
 use crate::server::session::reads::WHOLE_READ_MAX;
 use std::ops::Range;
@@ -96,11 +96,8 @@ impl Draft {
             _ => CommandKind::Read,
         };
         let mut draft = Self::of(kind, terms, rng);
-        if terms.read_only && changes(draft.kind) {
-            draft.refusal = Some(ErrorCode::NotPermitted);
-        }
         if kind == CommandKind::Flush {
-            return draft;
+            return draft.checked(terms);
         }
         let mut cells = range(rng, model.cell_count(), mix, draft.kind);
         if matches!(kind, CommandKind::Read | CommandKind::Write) {
@@ -120,7 +117,33 @@ impl Draft {
         let is_whole = kind == CommandKind::Read && terms.dialect != Dialect::Simple;
         let is_whole = is_whole && draft.length <= WHOLE_READ_MAX && rng.u8(..6) == 0;
         draft.flags.set(CommandFlags::DF, is_whole);
-        draft
+        draft.checked(terms)
+    }
+
+    /// With the error that a command or flag has which the export does not offer.
+    fn checked(self, terms: &Terms) -> Self {
+        let needed = match CommandKind::try_from(self.kind) {
+            Ok(CommandKind::Flush) => TransmissionFlags::SEND_FLUSH,
+            Ok(CommandKind::Trim) => TransmissionFlags::SEND_TRIM,
+            Ok(CommandKind::WriteZeroes) => TransmissionFlags::SEND_WRITE_ZEROES,
+            Ok(CommandKind::Cache) => TransmissionFlags::SEND_CACHE,
+            _ => TransmissionFlags::empty(),
+        };
+        let modifiers = [
+            (CommandFlags::FUA, TransmissionFlags::SEND_FUA),
+            (CommandFlags::FAST_ZERO, TransmissionFlags::SEND_FAST_ZERO),
+        ];
+        let is_offered = terms.flags.contains(needed)
+            && modifiers.iter().all(|(modifier, needed)| {
+                !self.flags.contains(*modifier) || terms.flags.contains(*needed)
+            });
+        let is_forbidden = terms.flags.contains(TransmissionFlags::READ_ONLY) && changes(self.kind);
+        let refusal = match self.refusal {
+            _ if is_forbidden => Some(ErrorCode::NotPermitted),
+            _ if !is_offered => Some(ErrorCode::Invalid),
+            refusal => refusal,
+        };
+        Self { refusal, ..self }
     }
 
     fn private(rng: &mut fastrand::Rng, terms: &Terms) -> Self {
@@ -148,7 +171,7 @@ impl Draft {
                     return Self::beyond_end(rng, terms);
                 }
                 let flags = draft.flags | CommandFlags::DF;
-                Self { flags, length, refusal: Some(ErrorCode::Overflow), ..draft }
+                Self { flags, length, refusal: Some(ErrorCode::Overflow), ..draft }.checked(terms)
             }
             5 if terms.private => {
                 let length = PRIVATE_PAYLOAD_MAX + u64::from(rng.u8(1..9));
@@ -165,12 +188,11 @@ impl Draft {
         let offset = if rng.u8(..8) == 0 { u64::MAX - 100 } else { terms.size - inside };
         let length = inside + rng.u64(1..3) * cell_size();
         let refusal = match kind {
-            _ if terms.read_only && changes(kind.number()) => ErrorCode::NotPermitted,
             Write | WriteZeroes => ErrorCode::NoSpace,
             Read if terms.reads_beyond_end_are_no_space => ErrorCode::NoSpace,
             _ => ErrorCode::Invalid,
         };
-        Self { offset, length, refusal: Some(refusal), ..Self::of(kind, terms, rng) }
+        Self { offset, length, refusal: Some(refusal), ..Self::of(kind, terms, rng) }.checked(terms)
     }
 
     fn with_wrong_flag(rng: &mut fastrand::Rng, terms: &Terms, model: &Model) -> Self {
@@ -204,10 +226,9 @@ impl Draft {
 
     fn too_long(rng: &mut fastrand::Rng, terms: &Terms) -> Self {
         let kind = if rng.bool() { CommandKind::Read } else { CommandKind::Write };
-        let is_forbidden = terms.read_only && kind == CommandKind::Write;
-        let refusal = if is_forbidden { ErrorCode::NotPermitted } else { ErrorCode::Invalid };
         let length = u64::from(terms.payload_length_max) + rng.u64(1..2000);
-        Self { length, refusal: Some(refusal), ..Self::of(kind, terms, rng) }
+        let refusal = Some(ErrorCode::Invalid);
+        Self { length, refusal, ..Self::of(kind, terms, rng) }.checked(terms)
     }
 
     /// The cells that a valid request is for.

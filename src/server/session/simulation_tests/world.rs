@@ -12,6 +12,7 @@ use crate::disk::dirty::DirtyBitmap;
 use crate::disk::{Disk, Notifier};
 use crate::nbd::reply::Dialect;
 use crate::nbd::request::Terms;
+use crate::nbd::wire::TransmissionFlags;
 use crate::server::session::engine::Engine;
 use crate::server::stop_request::StopRequest;
 use std::sync::Arc;
@@ -121,6 +122,16 @@ pub(super) fn run(seed: u64) -> Result<Coverage, String> {
     };
     world.run()?;
     Ok(world.coverage)
+}
+
+/// The transmission flags of an export: all features, or some.
+fn offers(read_only: bool, rng: &mut fastrand::Rng) -> TransmissionFlags {
+    let mut flags = TransmissionFlags::all();
+    if rng.u8(..6) == 0 {
+        flags &= TransmissionFlags::from_bits_retain(rng.u16(..));
+    }
+    flags.set(TransmissionFlags::READ_ONLY, read_only);
+    flags
 }
 
 impl<'a> World<'a> {
@@ -294,7 +305,7 @@ impl<'a> World<'a> {
         let short = 32 * cell_size() as u32;
         let terms = Terms {
             size: self.server.disk.size(),
-            read_only: self.server.disk.read_only(),
+            flags: offers(self.server.disk.read_only(), rng),
             dialect,
             allocation_selected: dialect != Dialect::Simple && rng.u8(..8) > 0,
             private: !self.is_oldstyle && rng.u8(..3) == 0,
