@@ -6,14 +6,13 @@ use crate::host::{DISK, Host, IMAGE};
 use crate::package;
 use crate::session::in_lab;
 use harness::{MIB, require_tool, run};
-use std::path::Path;
 
 #[test]
 fn lintian_finds_no_error() {
     if !require_tool("lintian") || !require_tool("cargo-deb") {
         return;
     }
-    let deb = Path::new(&package::directory()).join("current.deb");
+    let deb = package::directory().join(harness::package::CURRENT);
     run(
         "lintian",
         &["--allow-root", "--fail-on=error", "--no-tag-display-limit", deb.to_str().unwrap()],

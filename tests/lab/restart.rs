@@ -5,8 +5,9 @@ use crate::connect::Reconnector;
 use crate::host::{DISK, Host};
 use crate::package;
 use crate::session::{in_lab, report};
-use crate::third_party::{Fio, Libnbd, Qemu};
+use crate::third_party::{Libnbd, Qemu, start_fio};
 use crate::verifier::{PartialWrite, Verifier, wait_for_replies};
+use harness::fio::Fio;
 use harness::session::{MODES, Mode, Request};
 use harness::{Endpoint, MIB, env_number, wait_until};
 use std::time::Duration;
@@ -54,8 +55,7 @@ impl Load {
         let names = ["IPv4", "IPv6", "a unix socket"];
         let reconnectors =
             names.into_iter().zip(endpoints.each_ref().map(Reconnector::start)).collect();
-        let (fio, libnbd) =
-            (Fio::start(&endpoints[0]), Libnbd::start(&endpoints[0], LIBNBD_OFFSET));
+        let (fio, libnbd) = (start_fio(&endpoints[0]), Libnbd::start(&endpoints[0], LIBNBD_OFFSET));
         Load { steady, reconnectors, fio, libnbd, qemu, endpoints }
     }
 

@@ -5,11 +5,9 @@
 //! Inside, it runs the test, whose network namespace contains only its hosts.
 
 use crate::package;
-use harness::{project_path, require_root, require_tools, skip};
-use std::any::type_name;
-use std::ffi::OsStr;
-use std::io::Write as _;
-use std::path::PathBuf;
+pub(crate) use harness::nested::report;
+use harness::{nested, project_path, require_root, require_tools, skip};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;
@@ -22,17 +20,13 @@ const PACKAGES: &str = "FLEXNBD_LAB_PACKAGES";
 const SESSIONS_MAX: usize = 2;
 /// Time limit of a test, which normally takes less than a minute.
 const LIMIT: Duration = Duration::from_secs(400);
-/// Prefix of a line that is printed even if the test passes.
-const REPORT_PREFIX: &str = "\u{2}report: ";
 
 /// The thread name of clients.
 const CLIENT: &str = "client";
 
 /// The programs that a lab and its clients consist of.
-const TOOLS: [&str; 16] = [
-    "cargo-deb",
+const TOOLS: [&str; 13] = [
     "dbus-daemon",
-    "dpkg-deb",
     "fio",
     "ip",
     "losetup",
@@ -42,7 +36,6 @@ const TOOLS: [&str; 16] = [
     "qemu-io",
     "qemu-storage-daemon",
     "setpriv",
-    "strip",
     "systemd-nspawn",
     "timeout",
     "unshare",
@@ -56,22 +49,13 @@ pub(crate) fn in_lab<F: FnOnce()>(body: F) {
         silence_client_panics();
         return body();
     }
-    let path = type_name::<F>();
-    let name = path.split_once("::").map_or(path, |(_, name)| name);
-    let name = name.strip_suffix("::{{closure}}").expect("the body is a closure of the test");
+    let name = nested::test_name::<F>();
     if !requirements_met(name) {
         return;
     }
     let packages = package::directory();
     let _slot = Slot::acquire();
-    let output = run_session(name, &packages);
-    let text = String::from_utf8_lossy(&output.stdout);
-    let text = format!("{text}{}", String::from_utf8_lossy(&output.stderr));
-    let passed = output.status.success() && text.contains("1 passed");
-    assert!(passed, "{name} exited with {}:\n{text}", output.status);
-    for line in text.lines().filter_map(|line| line.strip_prefix(REPORT_PREFIX)) {
-        let _ = writeln!(std::io::stderr(), "{name}: {line}");
-    }
+    nested::assert_passed(name, &run_session(name, &packages));
 }
 
 /// Spawns a client's thread. Its panics print nothing: the test decides whether they are failures.
@@ -88,11 +72,6 @@ fn silence_client_panics() {
             default_hook(panic);
         }
     }));
-}
-
-/// Prints a line that is shown even if the test passes.
-pub(crate) fn report(text: &str) {
-    println!("\n{REPORT_PREFIX}{text}");
 }
 
 /// Inside a session: the directory of the packages.
@@ -119,16 +98,16 @@ fn requirements_met(name: &str) -> bool {
         skip(name, "there are no loop devices");
         return false;
     }
-    require_tools(&TOOLS)
+    require_tools(&TOOLS) & require_tools(&harness::package::TOOLS)
 }
 
-fn run_session(name: &str, packages: &OsStr) -> Output {
+fn run_session(name: &str, packages: &Path) -> Output {
     let script = project_path("tests/lab/lab.sh");
     let limit = LIMIT.as_secs().to_string();
     let mut command = Command::new("timeout");
     command.args(["--kill-after=20", &limit]).arg(script).arg("run");
     command.arg(std::env::current_exe().unwrap());
-    command.args(["--exact", name, "--nocapture", "--test-threads=1"]);
+    command.args(nested::arguments(name));
     command.env(INSIDE, "1").env(PACKAGES, packages).stdin(Stdio::null());
     command.output().unwrap()
 }

@@ -1,69 +1,21 @@
 //! Third-party clients: fio, libnbd, and QEMU, which reconnects by itself.
 //! Checks what each program reports about its requests, besides its exit status.
 
+use harness::fio::Fio;
 use harness::{Endpoint, TIMEOUT, TempDir, poll_until, project_path, temp_dir, wait_until};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// fio: random writes over four connections, 32 in flight on each, continuously read back and
-/// verified.
-pub(crate) struct Fio {
-    child: Child,
-    dir: TempDir,
-}
-
-impl Fio {
-    /// Uses the first 128 MiB of the disk.
-    #[track_caller]
-    pub(crate) fn start(target: &Endpoint) -> Fio {
-        let dir = temp_dir();
-        let report = std::fs::File::create(dir.path().join("report")).unwrap();
-        let log = std::fs::File::create(dir.path().join("log")).unwrap();
-        let words = "--name=verify --ioengine=nbd --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 \
-             --size=16m --offset_increment=32m --numjobs=4 --iodepth=32 --verify=crc32c \
-             --verify_backlog=512 --verify_fatal=1 --verify_state_save=0 --group_reporting \
-             --time_based --runtime=3600 --output-format=json";
-        // fio uses all available CPU time; the server and our clients have priority.
-        let mut command = Command::new("nice");
-        command.arg("fio").args(words.split_whitespace()).arg(format!("--uri={}", target.uri()));
-        command.current_dir(dir.path()).stdin(Stdio::null()).stdout(report).stderr(log);
-        let fio = Fio { child: command.spawn().unwrap(), dir };
-        wait_until("fio to connect", || fio.log().matches("connected to NBD server").count() == 4);
-        fio
-    }
-
-    fn log(&self) -> String {
-        let file = |name: &str| std::fs::read_to_string(self.dir.path().join(name)).unwrap();
-        file("log") + &file("report")
-    }
-
-    /// Stops fio; fails if it reports an error. Returns a line with the number of requests and
-    /// the highest latency.
-    #[track_caller]
-    pub(crate) fn stop(mut self) -> String {
-        let early = self.child.try_wait().unwrap();
-        assert!(early.is_none(), "fio exited with {}: {}", early.unwrap(), self.log());
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT).unwrap();
-        wait_until("fio to end", || self.child.try_wait().unwrap().is_some());
-        let log = self.log();
-        let report = &log[log.find('{').unwrap_or_else(|| panic!("no report: {log}"))..];
-        let report: serde_json::Value = serde_json::from_str(report).unwrap();
-        let job = &report["jobs"][0];
-        assert_eq!(job["error"], 0, "{log}");
-        assert!(!log.contains("verify: bad"), "{log}");
-        let (wrote, read) = (&job["write"]["total_ios"], &job["read"]["total_ios"]);
-        assert!(read.as_u64().unwrap() > 0, "fio verified nothing: {log}");
-        let slowest = job["write"]["clat_ns"]["max"].as_f64().unwrap_or(0.0) / 1e6;
-        format!("fio: {wrote} writes, {read} verified, the slowest {slowest:.0} ms")
-    }
-}
-
-impl Drop for Fio {
-    fn drop(&mut self) {
-        kill_and_reap(&mut self.child);
-    }
+/// verified. Uses the first 128 MiB of the disk.
+#[track_caller]
+pub(crate) fn start_fio(target: &Endpoint) -> Fio {
+    let words = "--ioengine=nbd --bsrange=4k-64k --bs_unaligned=0 --size=16m --offset_increment=32m \
+         --numjobs=4 --iodepth=32";
+    let uri = format!("--uri={}", target.uri());
+    let fio = Fio::start(words.split_whitespace().chain([uri.as_str()]));
+    wait_until("fio to connect", || fio.log().matches("connected to NBD server").count() == 4);
+    fio
 }
 
 /// qemu-storage-daemon between a client and the server: it reconnects after a connection loss and

@@ -11,10 +11,13 @@
 pub mod clients;
 mod endpoint;
 mod files;
+pub mod fio;
 pub mod host;
 pub mod image;
 pub mod manager;
 pub mod mount;
+pub mod nested;
+pub mod package;
 mod program;
 mod proto;
 pub mod proxy;
