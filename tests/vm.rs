@@ -1,0 +1,24 @@
+//! The kernel's NBD client and the file systems on it, in virtual machines with Debian's kernel; and
+//! the installed package on a Debian with systemd and udev.
+//! Never touches the machine that runs the tests, whose kernel may lack the modules.
+//!
+//! Needs root, amd64 and the packages that `tests/run` installs. Measures nothing, since the
+//! processor is emulated.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+#[path = "vm/host.rs"]
+mod host;
+#[path = "vm/machine.rs"]
+mod machine;
+#[path = "vm/nbd_device.rs"]
+mod nbd_device;
+#[path = "vm/session.rs"]
+mod session;
+
+#[path = "vm/file_systems.rs"]
+mod file_systems;
+#[path = "vm/kernel_client.rs"]
+mod kernel_client;
+#[path = "vm/restart.rs"]
+mod restart;
