@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `ADDR` `PORT` | `ListenStream=` of `flexnbd@NAME.socket` |
 //! | `FILE` | sandbox exceptions of `flexnbd@NAME.service` and `flexnbd-listen@NAME.service` |
+//! | `FILE` | dependencies of `flexnbd-attach@NAME.service` |
 //! | `MAX_CLIENTS` | size of the service's file descriptor store |
 //! | `AUTOSTART` | links that start the instance, or its sockets, at boot |
 //! | `ACL` with `IP_FILTER` | `IPAddressAllow=` of the socket |
@@ -18,6 +19,10 @@
 //! client out until then. It also drops packets silently, while the server closes the connection and
 //! logs the peer. So the filter needs `IP_FILTER`.
 
+#[path = "generator/attach.rs"]
+mod attach;
+
+use attach::{attach, device_link};
 use flexnbd::cli::instance::Instance;
 use flexnbd::cli::settings::{Autostart, Settings};
 use flexnbd::cli::{config, instance};
@@ -157,11 +162,15 @@ fn generate(name: &str, file: &Path, text: Result<&str, String>) -> Generated {
         socket_address(&settings).map_err(|why| errors.push(in_file(why))).unwrap_or_default();
     let unused_socket = (!errors.is_empty()).then(|| format!("{RUN}/{name}.none"));
     let autostart = settings.autostart.unwrap_or_default();
+    let attachment = image.as_ref().map(|_| attach(name, "flexnbd")).unwrap_or_default();
+    let mut links = links(name, autostart);
+    links.extend(image.as_ref().map(|_| device_link(name)));
     let units = [
         (format!("flexnbd@{name}.socket.d"), socket(address.or(unused_socket), &settings)),
         (format!("flexnbd@{name}.service.d"), service(&settings, image.as_ref())),
         // The receiver writes, even if the disk is later served read-only.
         (format!("flexnbd-listen@{name}.service.d"), access(image.as_ref(), false)),
+        (format!("flexnbd-attach@{name}.service.d"), attachment),
         ("multi-user.target.d".to_owned(), boot(autostart, image.as_ref())),
     ];
     let files = units.into_iter().filter(|(_, lines)| !lines.is_empty());
@@ -169,7 +178,7 @@ fn generate(name: &str, file: &Path, text: Result<&str, String>) -> Generated {
     let path = |directory| format!("{directory}/00-flexnbd-{name}.conf");
     Generated {
         files: files.map(|(unit, lines)| (path(unit), drop_in(file, &lines))).collect(),
-        links: links(name, autostart),
+        links,
         error: errors.into_iter().next(),
     }
 }
@@ -517,7 +526,11 @@ mod tests {
 
     #[test]
     fn autostart_wants_the_service_or_its_sockets() {
-        let links = |autostart| generate_from(&format!("FILE=/a\nAUTOSTART={autostart}")).links;
+        let links = |autostart| {
+            let mut links = generate_from(&format!("FILE=/a\nAUTOSTART={autostart}")).links;
+            assert!(links.remove(&device_link("disk").0).is_some());
+            links
+        };
         let link =
             |path: &str, to: &str| (path.to_owned(), format!("/usr/lib/systemd/system/{to}"));
         let sockets = [
@@ -560,7 +573,10 @@ mod tests {
             path in "/[ -~\u{80}-\u{ff}\t\u{b}\u{85}]{0,30}",
         ) {
             let text = format!("ADDR='{path}'\nFILE='{path}'");
-            for line in generate_from(&text).files.values().flat_map(|text| text.lines()) {
+            let mut files = generate_from(&text).files;
+            // Has no value of the configuration.
+            files.retain(|path, _| !path.starts_with("flexnbd-attach@"));
+            for line in files.values().flat_map(|text| text.lines()) {
                 let known = ["# Made by", "[", "ListenStream=", "RequiresMountsFor=\"", "PrivateTmp=no",
                     "ReadWritePaths=\"-", "After=", "PrivateDevices=no", "DeviceAllow=\"",
                     "PrivateUsers=no", "SupplementaryGroups=disk", "BindPaths=\"-", "ProtectHome="];

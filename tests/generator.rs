@@ -104,7 +104,9 @@ fn files_below(directory: &Path) -> BTreeMap<String, String> {
 }
 
 /// The output for the valid configuration `a.conf`.
-const FILES_OF_A: [&str; 6] = [
+const FILES_OF_A: [&str; 8] = [
+    "dev-flexnbd-a.device.requires/flexnbd-attach@a.service",
+    "flexnbd-attach@a.service.d/00-flexnbd-a.conf",
     "flexnbd-listen@a.service.d/00-flexnbd-a.conf",
     "flexnbd@a.service.d/00-flexnbd-a.conf",
     "flexnbd@a.socket.d/00-flexnbd-a.conf",
@@ -118,15 +120,16 @@ fn configuration_generates_drop_ins_and_links() {
     let run = Configurations::new(&[("a.conf", VALID)]).run();
     assert_eq!((run.status, &run.errors[..]), (Some(0), &[][..]));
     assert!(run.files.keys().eq(FILES_OF_A), "{:?}", run.files);
-    assert!(run.text(FILES_OF_A[0]).contains("ReadWritePaths=\"-/srv/disks\"\n"));
-    assert!(run.text(FILES_OF_A[2]).contains("ListenStream=\nListenStream=[::]:10810\n"));
-    assert_eq!(run.text(FILES_OF_A[3]), "/usr/lib/systemd/system/flexnbd@.service");
+    assert!(run.text(FILES_OF_A[1]).contains("Requires=flexnbd@a.socket\n"));
+    assert!(run.text(FILES_OF_A[2]).contains("ReadWritePaths=\"-/srv/disks\"\n"));
+    assert!(run.text(FILES_OF_A[4]).contains("ListenStream=\nListenStream=[::]:10810\n"));
+    assert_eq!(run.text(FILES_OF_A[5]), "/usr/lib/systemd/system/flexnbd@.service");
 }
 
 #[test]
 fn links_point_to_templates_of_the_package() {
     let run = Configurations::new(&[("a.conf", VALID)]).run();
-    for link in &FILES_OF_A[3..] {
+    for link in FILES_OF_A[5..].iter().chain(&FILES_OF_A[..1]) {
         let template = run.text(link).strip_prefix("/usr/lib/systemd/system/").unwrap();
         let source = project_path("systemd").join(template);
         assert!(source.is_file(), "there is no {}", source.display());

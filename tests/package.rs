@@ -12,6 +12,7 @@ use tempfile::TempDir;
 
 const SERVICE: &str = include_str!("../systemd/flexnbd@.service");
 const RECEIVER: &str = include_str!("../systemd/flexnbd-listen@.service");
+const ATTACH: &str = include_str!("../systemd/flexnbd-attach@.service");
 const SOCKET: &str = include_str!("../systemd/flexnbd@.socket");
 const CONTROL: &str = include_str!("../systemd/flexnbd-control@.socket");
 
@@ -61,6 +62,7 @@ fn packaged_files_exist_and_all_units_are_packaged() {
 #[test]
 fn scripts_are_executable_and_valid_sh() {
     for script in [
+        "systemd/attach",
         "systemd/retire",
         "systemd/debian/postinst",
         "systemd/debian/prerm",
@@ -109,7 +111,7 @@ fn services_require_their_sockets_and_conflict() {
 
 #[test]
 fn units_have_no_start_limit() {
-    for unit in [SERVICE, RECEIVER, SOCKET, CONTROL] {
+    for unit in [SERVICE, RECEIVER, ATTACH, SOCKET, CONTROL] {
         assert!(settings(unit, "[Unit]").contains(&"StartLimitIntervalSec=0"));
     }
 }
@@ -273,6 +275,56 @@ fn sockets_stay_if_the_ownership_is_unknown() {
     let image = temp_dir();
     fs::write(host.path("disk.conf"), format!("FILE={}\n", image.path().display())).unwrap();
     assert_eq!(host.calls_of_retire("success"), "", "a directory");
+}
+
+/// Runs `attach start` for the instance `disk` with stubs of these programs; returns its stderr. It must
+/// fail, and reserve no device.
+#[track_caller]
+fn refusal_of_attach(socket_unit: &str, stubs: &[(&str, &str)]) -> String {
+    let dir = temp_dir();
+    let path = |name: &str| dir.path().join(name);
+    for name in ["bin", "devices"] {
+        fs::create_dir(path(name)).unwrap();
+    }
+    for (name, script) in stubs.iter().chain(&[("modprobe", "exit 0")]) {
+        let stub = path("bin").join(name);
+        fs::write(&stub, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&stub, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let mut attach = Command::new(project_path("systemd/attach"));
+    attach.args(["start", "disk", socket_unit]).env("FLEXNBD_DEVICES", path("devices"));
+    let output = attach.env("PATH", format!("{}:/usr/bin:/bin", path("bin").display())).output();
+    let output = output.unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert_eq!(fs::read_dir(path("devices")).unwrap().count(), 0, "it has reserved a device");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn a_disk_that_cannot_be_attached_is_explained() {
+    let unit = "flexnbd@disk.socket";
+    let client =
+        "echo 'Warning: the oldstyle protocol is no longer supported.'; echo 'E: no'; exit 1";
+    let client = ("nbd-client", client);
+    let tcp = ("systemctl", "echo '[::]:10809 (Stream)'");
+    let unix = ("systemctl", "echo '[::]:10809 (Stream)'; echo '/run/a b.nbd (Stream)'");
+    for (socket_unit, stubs, expected) in [
+        (unit, &[][..], "nbd-client is missing: install the package of that name\n"),
+        (
+            "",
+            &[client],
+            "flexnbd-attach@disk.service knows no socket: run systemctl daemon-reload; ",
+        ),
+        (
+            unit,
+            &[client, tcp],
+            "flexnbd@disk.socket has no unix socket: set ADDR=/run/flexnbd/disk.nbd ",
+        ),
+        (unit, &[client, unix], "nbd-client cannot connect to /run/a b.nbd: E: no\n"),
+    ] {
+        let stderr = refusal_of_attach(socket_unit, stubs);
+        assert!(stderr.starts_with(expected), "{stderr}");
+    }
 }
 
 #[test]

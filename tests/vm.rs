@@ -16,6 +16,10 @@ mod nbd_device;
 #[path = "vm/session.rs"]
 mod session;
 
+#[path = "vm/attach.rs"]
+mod attach;
+#[path = "vm/boot.rs"]
+mod boot;
 #[path = "vm/file_systems.rs"]
 mod file_systems;
 #[path = "vm/kernel_client.rs"]

@@ -85,7 +85,8 @@ fn settings_in(text: &str) -> BTreeSet<&str> {
 
 /// Configurations that together produce every setting of the generator, with the item of the page
 /// that describes the settings.
-const CONFIGURATIONS: [(&str, &str); 11] = [
+const CONFIGURATIONS: [(&str, &str); 12] = [
+    ("Va FILE", "FILE=/var/lib/flexnbd/a"),
     ("Va ADDR , PORT", "FILE=/var/lib/flexnbd/a\nADDR=::\nPORT=7"),
     ("Va FILE , No when it is a file", "FILE=/srv/a"),
     ("Va FILE , No when it is a file", "FILE=/home/a/b"),
@@ -164,7 +165,8 @@ fn documented_drop_in_names_match() {
         .collect();
     let name = format!("00{}", names[0].replace("NAME", INSTANCE));
     let generated = generate("FILE=/srv/a\nADDR=::\nPORT=7\n").files;
-    assert!(generated.keys().all(|path| path.ends_with(&name)), "{generated:?} without {name}");
+    let mut drop_ins = generated.keys().filter(|path| path.ends_with(".conf"));
+    assert!(drop_ins.all(|path| path.ends_with(&name)), "{generated:?} without {name}");
 }
 
 #[test]
@@ -243,6 +245,23 @@ fn documented_times_match_units_and_program() {
     let refusing = page.item_text("WHEN A DISK CANNOT BE SERVED", "A client waits");
     assert!(refusing.contains("no more than one in a minute"));
     assert!(module_source("daemon").contains(constant), "there is no `{constant}`");
+}
+
+#[test]
+fn documented_times_of_attached_devices_match() {
+    let page = page();
+    let script = read("systemd/attach");
+    let stop = numbers(&text(&page, "BLOCK DEVICES/Stop"));
+    let wait = format!("WAIT_SECS=${{FLEXNBD_ATTACH_WAIT_SECS:-{}}}\n", stop[0]);
+    assert!(script.contains(&wait), "no {wait}");
+    let failures = "BLOCK DEVICES/When the disk cannot be attached";
+    let start = numbers(&text(&page, failures));
+    let timeout = values("systemd/flexnbd-attach@.service", "TimeoutStartSec");
+    assert_eq!(timeout, [format!("{}s", start[0])]);
+    for line in page.at(failures).filter_map(|line| line.strip_prefix(".Dq ")) {
+        let message = line.trim_end_matches(" .").replace("flexnbd@disk.socket", "$1");
+        assert!(script.contains(&message), "{message}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ pub(crate) const DISK: &str = "flexnbd@disk.service";
 /// The port of the instance `disk`.
 pub(crate) const PORT: u16 = 10809;
 /// The number of journal lines to print when a test fails.
-const JOURNAL_LINES: u32 = 200;
+const JOURNAL_LINES: u32 = 60;
 
 /// The host that the test runs on, with the package installed.
 pub(crate) struct Host;
@@ -43,6 +43,20 @@ impl Host {
         let image = "FILE=/var/lib/flexnbd/disk.img\nCREATE=256M\n";
         self.configure("disk", &format!("{image}ADDR=127.0.0.1\nPORT={PORT}\n"));
         self.systemctl(&format!("start {DISK}"));
+    }
+
+    /// `active`, `inactive`, `failed`, `activating` …
+    #[track_caller]
+    pub(crate) fn state(&self, unit: &str) -> String {
+        self.show(unit, "ActiveState")
+    }
+
+    /// The messages of this boot from the program of this name, oldest first.
+    #[track_caller]
+    pub(crate) fn messages(&self, program: &str) -> Vec<String> {
+        ok("journalctl --sync");
+        let text = ok(&format!("journalctl --boot --identifier={program} --output=cat"));
+        text.lines().map(str::to_owned).collect()
     }
 
     #[track_caller]
