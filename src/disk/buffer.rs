@@ -14,8 +14,9 @@ use std::ops::{Deref, DerefMut};
 const SPARE_MIN: usize = 4 << 10;
 /// Most buffers that a thread keeps.
 const SPARES_MAX: usize = 64;
-/// Most bytes in the buffers that a thread keeps: two of the longest read.
-const SPARE_BYTES_MAX: usize = (2 << 20) + (128 << 10);
+/// Most bytes in the buffers that a thread keeps: those of all reads that a session may have in flight, with
+/// some room for their alignment.
+const SPARE_BYTES_MAX: usize = (8 << 20) + (128 << 10);
 
 thread_local! {
     static SPARES: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
@@ -61,6 +62,12 @@ impl Buffer {
         buffer.bytes.truncate(buffer.start);
         buffer.bytes.extend_from_slice(data);
         Ok(buffer)
+    }
+
+    /// Bytes of memory that it takes.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.bytes.capacity()
     }
 
     /// Frees the buffers that this thread keeps.

@@ -37,6 +37,7 @@ use stage::{OpQueue, OpStage, Operation};
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -318,6 +319,14 @@ impl<'a, T> InFlight<'a, T> {
     #[must_use]
     pub fn has_completed(&self) -> bool {
         !self.completed.is_empty()
+    }
+
+    /// A descriptor to wait for as for the notifier: when it is readable, an operation may have completed.
+    pub fn descriptor(&mut self) -> Option<BorrowedFd<'_>> {
+        match &mut self.queue {
+            OpQueue::Of(queue) if self.executing > self.in_threads => queue.descriptor(),
+            _ => None,
+        }
     }
 
     /// Frees the I/O queue and the spare buffers if nothing is in flight; the next operation creates new

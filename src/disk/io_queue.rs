@@ -33,6 +33,11 @@ pub trait IoQueue: std::fmt::Debug {
     /// Returns one completion, if there is one. Each later completion adds to the eventfd that the
     /// queue was created with.
     fn poll(&mut self) -> Option<Completion>;
+    /// A descriptor to wait for beside the eventfd, if there is one: when it is readable,
+    /// [`IoQueue::poll`] may have a completion. Calling this is a promise to poll after the wait.
+    fn descriptor(&mut self) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// Blocks until [`IoQueue::poll`] has a completion. Returns early if none will ever come.
     fn wait(&mut self);
 }

@@ -84,6 +84,8 @@ pub struct Ready {
     pub writable: bool,
     /// The [`Wake`] is set.
     pub woken: bool,
+    /// The other descriptor is readable ([`Stream::wait_also`]).
+    pub also: bool,
     /// The deadline has passed without an event.
     pub timed_out: bool,
 }
@@ -252,32 +254,40 @@ impl Stream {
         wake: Option<&Wake>,
         deadline: Option<Instant>,
     ) -> io::Result<Ready> {
-        let mut events = PollFlags::empty();
-        events.set(PollFlags::POLLIN, interest.readable);
-        events.set(PollFlags::POLLOUT, interest.writable);
-        let is_polled = !events.is_empty();
-        let mut fds = Vec::with_capacity(2);
-        fds.extend(is_polled.then(|| PollFd::new(self.as_fd(), events)));
-        fds.extend(wake.map(|wake| PollFd::new(wake.as_fd(), PollFlags::POLLIN)));
-        let timed_out = !poll_until(&mut fds, deadline)?;
-        let stream = if is_polled { happened(&fds[0]) } else { PollFlags::empty() };
-        let woken = wake.is_some() && !happened(&fds[usize::from(is_polled)]).is_empty();
-        Ok(Ready { woken, timed_out, ..ready(interest, stream) })
+        self.wait_also(interest, wake, None, deadline)
     }
 
-    /// Waits until the connection has ended in both directions (it is readable then), for `wake`, or
-    /// until `deadline`. The end of only the peer's side is no event.
+    /// Waits as [`Stream::wait`] does, and until `also` is readable.
     ///
     /// # Errors
     /// When `poll(2)` fails for lack of memory.
-    pub fn wait_for_hang_up(&self, wake: &Wake, deadline: Option<Instant>) -> io::Result<Ready> {
-        let mut fds = [
-            PollFd::new(self.as_fd(), PollFlags::empty()),
-            PollFd::new(wake.as_fd(), PollFlags::POLLIN),
-        ];
-        let timed_out = !poll_until(&mut fds, deadline)?;
-        let woken = !happened(&fds[1]).is_empty();
-        Ok(Ready { woken, timed_out, ..ready(Interest::default(), happened(&fds[0])) })
+    pub fn wait_also(
+        &self,
+        interest: Interest,
+        wake: Option<&Wake>,
+        also: Option<BorrowedFd<'_>>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Ready> {
+        let mut events = PollFlags::empty();
+        events.set(PollFlags::POLLIN, interest.readable);
+        events.set(PollFlags::POLLOUT, interest.writable);
+        let own = (!events.is_empty()).then(|| PollFd::new(self.as_fd(), events));
+        poll_all(own, interest, [wake.map(Wake::as_fd), also], deadline)
+    }
+
+    /// Waits until the connection has ended in both directions (it is readable then), for `wake`, until `also`
+    /// is readable, or until `deadline`. The end of only the peer's side is no event.
+    ///
+    /// # Errors
+    /// When `poll(2)` fails for lack of memory.
+    pub fn wait_for_hang_up(
+        &self,
+        wake: &Wake,
+        also: Option<BorrowedFd<'_>>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Ready> {
+        let own = Some(PollFd::new(self.as_fd(), PollFlags::empty()));
+        poll_all(own, Interest::default(), [Some(wake.as_fd()), also], deadline)
     }
 
     /// Whether the peer sends nothing after the bytes that have arrived: it has ended its side, or the
@@ -389,6 +399,27 @@ pub(super) fn unix_peer(stream: &UnixStream) -> Peer {
         }
         Err(_) => Peer::Unix { pid: None, uid: None },
     }
+}
+
+/// Polls a connection, unless it is of no interest, and two other descriptors for readability.
+fn poll_all(
+    own: Option<PollFd<'_>>,
+    interest: Interest,
+    others: [Option<BorrowedFd<'_>>; 2],
+    deadline: Option<Instant>,
+) -> io::Result<Ready> {
+    let [wake, also] = others.map(|fd| fd.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+    let are_polled = [own.is_some(), wake.is_some(), also.is_some()];
+    let mut fds = Vec::with_capacity(3);
+    fds.extend([own, wake, also].into_iter().flatten());
+    let timed_out = !poll_until(&mut fds, deadline)?;
+    let mut polled = fds.iter();
+    let [stream, wake, also] = are_polled.map(|is_polled| {
+        let fd = if is_polled { polled.next() } else { None };
+        fd.map_or(PollFlags::empty(), happened)
+    });
+    let (woken, also) = (!wake.is_empty(), !also.is_empty());
+    Ok(Ready { woken, also, timed_out, ..ready(interest, stream) })
 }
 
 /// Converts the `poll(2)` flags of a stream. Errors and hang-ups make it readable and writable.

@@ -170,10 +170,10 @@ fn a_half_closed_connection_is_not_hung_up() {
     assert!(!near.has_peer_ended().unwrap());
     far.shutdown(Shutdown::Write).unwrap();
     assert!(near.has_peer_ended().unwrap());
-    let waited = near.wait_for_hang_up(&wake, Some(Instant::now())).unwrap();
+    let waited = near.wait_for_hang_up(&wake, None, Some(Instant::now())).unwrap();
     assert!(waited.timed_out && !waited.readable, "it may still read");
     drop(far);
-    assert!(near.wait_for_hang_up(&wake, soon()).unwrap().readable);
+    assert!(near.wait_for_hang_up(&wake, None, soon()).unwrap().readable);
 }
 
 #[test]

@@ -37,6 +37,7 @@ use crate::server::stop_request::StopRequest;
 use crate::server::write_throttle::Throttle;
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -337,6 +338,11 @@ impl<'a> Engine<'a> {
     #[cfg(test)]
     pub(super) fn in_flight(&mut self) -> &mut InFlight<'a, Tag> {
         &mut self.io.in_flight
+    }
+
+    /// See [`InFlight::descriptor`].
+    pub(super) fn descriptor(&mut self) -> Option<BorrowedFd<'_>> {
+        self.io.in_flight.descriptor()
     }
 
     /// Whether an outcome waits to be taken; there may be no further notification for it.

@@ -7,6 +7,7 @@ use crate::server::session::rx::Rx;
 use crate::server::session::tx::Tx;
 use crate::server::stop_request::SessionControl;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 /// When fewer bytes than this arrived at once, the session does not try to receive more before it
@@ -74,10 +75,22 @@ impl<'a> SessionSocket<'a> {
         event: WaitFor,
         deadline: Option<Instant>,
     ) -> Result<Ready, SessionEnd> {
+        self.wait_also(event, None, deadline)
+    }
+
+    /// Waits as [`SessionSocket::wait`] does, and until `also` is readable.
+    pub(super) fn wait_also(
+        &mut self,
+        event: WaitFor,
+        also: Option<BorrowedFd<'_>>,
+        deadline: Option<Instant>,
+    ) -> Result<Ready, SessionEnd> {
         let wake = &self.control.wake;
         let ready = match event {
-            WaitFor::Client(interest) => self.stream.wait(interest, Some(wake), deadline),
-            WaitFor::HangUp => self.stream.wait_for_hang_up(wake, deadline),
+            WaitFor::Client(interest) => {
+                self.stream.wait_also(interest, Some(wake), also, deadline)
+            }
+            WaitFor::HangUp => self.stream.wait_for_hang_up(wake, also, deadline),
             WaitFor::WakeUp => self.stream.wait(Interest::default(), Some(wake), deadline),
         };
         let ready = ready.map_err(SessionEnd::Connection)?;

@@ -148,12 +148,12 @@ impl<'a> TransmissionTurns<'a> {
         let deadline = [deadline, engine.gate_expiry(), throttled].into_iter().flatten().min();
         let waits_for_client = interest != Interest::default();
         let event = if waits_for_client { WaitFor::Client(interest) } else { WaitFor::HangUp };
-        let ready = socket.wait(event, deadline)?;
+        let ready = socket.wait_also(event, engine.descriptor(), deadline)?;
         if ready.readable && !waits_for_client {
             // The connection is closed in both directions: no reply can arrive.
             return Err(engine.take_end_now().unwrap_or(SessionEnd::Truncated));
         }
-        if ready.woken {
+        if ready.woken || ready.also {
             return Ok(());
         }
         if ready.timed_out && stalled.is_some_and(|at| at <= Instant::now()) {
