@@ -1,11 +1,13 @@
 //! The two export policies: the disk is ours and is served, or it is incoming.
 //! Translates between the server and the migration, which do not know each other; decides nothing.
 
+use super::reconnecting_clients::ReconnectingClients;
 use crate::disk::ownership::Provenance;
 use crate::migration::arrival::{self, AccessDenied, Sender, WritePermission, answer_when_serving};
 use crate::migration::destination::{Destination, HandoverResult};
 use crate::migration::wire::{Question, WireError};
 use crate::nbd::handshake::option::OptionReply;
+use crate::nbd::introduction::Introduction;
 use crate::nbd::wire::{ErrorCode, OptionReplyKind};
 use crate::server::export_policy::{
     ExportPolicy, GoReply, HandoverReply, Permit, ProbeReply, SessionId, SessionsView,
@@ -14,17 +16,27 @@ use std::io;
 
 /// The policy of a disk that is ours.
 #[derive(Debug)]
-pub(super) struct ServingPolicy(pub(super) Provenance);
+pub(super) struct ServingPolicy {
+    pub(super) provenance: Provenance,
+    pub(super) clients: ReconnectingClients,
+}
 
 impl ExportPolicy for ServingPolicy {
-    fn probe(&self, _: SessionId, data: &[u8], _: &dyn SessionsView) -> ProbeReply {
+    fn probe(&self, session: SessionId, data: &[u8], _: &dyn SessionsView) -> ProbeReply {
+        if let Some(introduction) = Introduction::decode(data) {
+            return self.clients.introduce(session, introduction);
+        }
         match Question::decode(data) {
             Ok(question) => {
-                let data = answer_when_serving(self.0, &question).encode().to_vec();
+                let data = answer_when_serving(self.provenance, &question).encode().to_vec();
                 ProbeReply::Answer { data, displaced: Vec::new(), is_source: false }
             }
             Err(error) => invalid(error),
         }
+    }
+
+    fn on_session_end(&self, session: SessionId) {
+        self.clients.on_session_end(session);
     }
 }
 

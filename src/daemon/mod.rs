@@ -26,6 +26,7 @@ mod migration_log;
 mod operator;
 mod outgoing;
 mod random;
+mod reconnecting_clients;
 
 pub mod signals;
 mod snapshot;

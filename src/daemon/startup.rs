@@ -14,6 +14,7 @@ use super::inherited::Inherited;
 use super::operator::{DiskRole, MigrationWaiters, OutgoingMigrations, Service};
 use super::outgoing::MigrationContext;
 use super::random;
+use super::reconnecting_clients::ReconnectingClients;
 use super::signals::{SignalAction, Signals};
 use super::sockets::Sockets;
 use super::start_error::StartError;
@@ -236,7 +237,10 @@ impl Role {
                 let context = MigrationContext { disk, image, provenance, events };
                 Ok(Some(Self {
                     verb: "serving",
-                    policy: Arc::new(ServingPolicy(provenance)),
+                    policy: Arc::new(ServingPolicy {
+                        provenance,
+                        clients: ReconnectingClients::default(),
+                    }),
                     disk_role: DiskRole::Serving(OutgoingMigrations::new(context, record_store)),
                 }))
             }

@@ -12,6 +12,7 @@
 
 mod bytes;
 pub mod handshake;
+pub mod introduction;
 pub mod reply;
 pub mod request;
 pub mod wire;
