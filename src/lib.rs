@@ -9,7 +9,7 @@
 //! 6   main  generator                   programs; they never use each other
 //! 5   cli
 //! 4   daemon
-//! 3   server  migration
+//! 3   server  migration  upstream
 //! 2   client  control
 //! 1   nbd  disk  net  systemd
 //! 0   human  memory_reserve  message_id  milestones  range  small_file  sync  transition_table
@@ -31,6 +31,7 @@
 //! * [`control`]: the control socket: commands of operators, and their replies.
 //! * [`server`]: sessions of clients.
 //! * [`migration`]: moves the disk to another server; both sides.
+//! * [`upstream`]: another server's export as a backend of a disk, which may go away and come back.
 //! * [`daemon`]: one process: opens the modules, handles their events, closes them in order.
 //! * [`cli`]: the command line; one struct per command.
 //!
@@ -87,6 +88,7 @@
 //! | `client-N` | session N (`server/session`) | its socket, its completions, the gate |
 //! | `disk` | disk I/O where io_uring cannot be used, and write-back (`disk/thread_pool`) | work |
 //! | `control`, `control-client` | the control socket, and each of its clients | the sockets |
+//! | `upstream`, `upstream-N` | connects to another server's export, and receives from connection N (`upstream/link`) | its sockets, time |
 //! | `mirror` | one outgoing migration (`migration/source`) | the destination, the disk, its deadlines |
 //! | `pulse`, `pulse-disk` | the watchdog, and the read that it uses as a probe of the disk | time; the disk |
 //! | `reload`, `asking` | one reload; one question to another host | their answers |
@@ -107,6 +109,8 @@
 //! 6. The table in `server/sessions`. Under it `ServerEvents` are reported: their handlers only send.
 //! 7. Leaves: all other locks, such as those of overlap, flush errors, record store and queues. A thread
 //!    that holds one takes no other lock and waits only for the condition variable of that lock.
+//!
+//! `UpstreamLink::state` is a leaf, although a thread that holds it sends: its sockets do not block.
 //!
 //! The gate is not a lock, but threads wait for it as for one. A thread that enters it holds none of
 //! these locks except `settling`, since nothing closes the gate of an incoming disk. Closing the gate
@@ -148,3 +152,4 @@ pub mod sync;
 pub mod systemd;
 #[cfg(test)]
 mod transition_table;
+pub mod upstream;

@@ -73,6 +73,10 @@ message_ids! {
     SESSIONS_STORED = "db805586f4b14d62a28500274ae673bd";
     /// The sessions of the last process were restored.
     SESSIONS_RESUMED = "dabd1ac81b7d42a8b10fbe793b678108";
+    /// Connected to the server that has the disk of a proxy.
+    UPSTREAM_CONNECTED = "456e7ce779d04658add6f56a060b1f31";
+    /// The server that has the disk of a proxy is lost: clients wait until it, or another one, answers.
+    UPSTREAM_LOST = "0a478c46e1734e49a4db7967321fa84b";
     /// A part of the process makes no progress; the service manager will kill it.
     WATCHDOG = "61f1b18dda014ce5b766e4075bb63956";
 }

@@ -1,0 +1,129 @@
+//! The disk's view of an upstream, and its first connection.
+
+use super::connecting::connect_to;
+use super::link::{UpstreamHandle, UpstreamLink};
+use super::options::{UpstreamError, UpstreamEvents, UpstreamOptions, UpstreamTarget};
+use super::queue::UpstreamQueue;
+use crate::disk::{Backend, Buffer, Extent, Features, IoQueue, Op};
+use crate::nbd::wire::TransmissionFlags;
+use crate::range::Range;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+/// A disk that another server exports. Dropping it disconnects.
+#[derive(Debug)]
+pub struct UpstreamBackend(Arc<UpstreamLink>);
+
+/// Connects to the first target that gives us the disk, and keeps connected from then on: to any of them,
+/// as long as it has the same disk.
+///
+/// # Errors
+/// [`UpstreamError`] if no target has the disk.
+pub fn connect(
+    targets: Vec<UpstreamTarget>,
+    options: UpstreamOptions,
+    events: Arc<dyn UpstreamEvents>,
+) -> Result<(UpstreamBackend, UpstreamHandle), UpstreamError> {
+    let mut failures = Vec::new();
+    for (number, target) in targets.iter().enumerate() {
+        match connect_to(target, &options, (0, None)) {
+            Ok(connected) => {
+                let start = UpstreamLink::start(targets, options, events, (number, connected));
+                let link = start.map_err(|error| UpstreamError::System("start a thread", error))?;
+                return Ok((UpstreamBackend(Arc::clone(&link)), UpstreamHandle(link)));
+            }
+            Err(error) => failures.push((target.to_string(), error.to_string())),
+        }
+    }
+    Err(UpstreamError::Targets(failures))
+}
+
+impl UpstreamBackend {
+    /// Executes an operation, and blocks until it has completed: for as long as the server is lost.
+    fn run(&self, op: Op) -> io::Result<Op> {
+        let (id, _) = self.0.open_queue(None);
+        self.0.submit(id, std::iter::once((0, op)));
+        self.0.wait_for_completions(id, false);
+        let mut completions = VecDeque::new();
+        self.0.take_completions(id, &mut completions);
+        self.0.close_queue(id);
+        match completions.pop_front() {
+            Some(completion) => match completion.outcome {
+                Some(outcome) => outcome.map(|()| completion.op),
+                None => Err(io::ErrorKind::Unsupported.into()),
+            },
+            None => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    fn has(&self, flags: TransmissionFlags) -> bool {
+        self.0.terms().has(flags)
+    }
+}
+
+impl Backend for UpstreamBackend {
+    fn size(&self) -> u64 {
+        self.0.terms().size
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let data = Buffer::to_fill(into.len(), 1)?;
+        match self.run(Op::Read { offset, data })? {
+            Op::Read { data, .. } => into.copy_from_slice(&data),
+            _ => return Err(io::ErrorKind::Unsupported.into()),
+        }
+        Ok(())
+    }
+
+    fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
+        let data = Buffer::copy_of(data, 1)?;
+        let has_fua = self.has(TransmissionFlags::SEND_FUA);
+        self.run(Op::Write { offset, data, durable: durable && has_fua })?;
+        if durable && !has_fua { self.flush() } else { Ok(()) }
+    }
+
+    fn execute(&self, op: &Op) -> io::Result<()> {
+        let op = match *op {
+            Op::Zero { range, how, .. } => Op::Zero { range, how, durable: false },
+            Op::Trim { range, .. } => Op::Trim { range, durable: false },
+            Op::Cache(range) => Op::Cache(range),
+            _ => return Err(io::ErrorKind::Unsupported.into()),
+        };
+        self.run(op).map(drop)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.run(Op::Flush).map(drop)
+    }
+
+    /// Everything is allocated: whether it is, [`Op::Extents`] asks the server.
+    fn extent(&self, offset: u64) -> io::Result<Extent> {
+        Ok(Extent { range: Range::whole(self.size()).from(offset), allocated: true })
+    }
+
+    fn features(&self) -> Features {
+        self.0.terms().features()
+    }
+
+    fn extents_wait(&self) -> bool {
+        true
+    }
+
+    fn queue(&self, notifier: BorrowedFd<'_>) -> Option<Box<dyn IoQueue + '_>> {
+        let notifier = notifier.try_clone_to_owned().ok()?;
+        Some(Box::new(UpstreamQueue::new(&self.0, notifier)))
+    }
+
+    /// The server may execute overlapping requests in any order.
+    fn orders_writes(&self) -> bool {
+        false
+    }
+}
+
+impl Drop for UpstreamBackend {
+    fn drop(&mut self) {
+        UpstreamHandle(Arc::clone(&self.0)).close();
+    }
+}

@@ -1,0 +1,90 @@
+//! Connects to a target, and checks that it has the disk.
+//! Tries once.
+
+use super::connection::UpstreamConnection;
+use super::options::{TargetError, UpstreamOptions, UpstreamTarget};
+use super::terms::ServerTerms;
+use crate::client::shake_hands;
+use crate::nbd::handshake::client::ClientOffer;
+use crate::nbd::introduction::Introduction;
+use crate::nbd::wire::TransmissionFlags;
+use crate::net::{Address, Stream, connect};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Longest time for a connection or a handshake. A host that is down should not keep clients waiting for
+/// long if the disk has moved to another one.
+const ATTEMPT_TIMEOUT_MAX: Duration = Duration::from_secs(5);
+
+/// Connections to one server, ready for requests.
+#[derive(Debug)]
+pub(super) struct Connected {
+    pub(super) terms: ServerTerms,
+    pub(super) connections: Vec<Arc<UpstreamConnection>>,
+}
+
+/// Connects to a target: once, and more often if the server has `NBD_FLAG_CAN_MULTI_CONN` and accepts more
+/// connections. `promised` are the terms that the server has to keep; `generation` grows with every loss
+/// ([`Introduction`]).
+///
+/// # Errors
+/// When the target does not give us the disk.
+pub(super) fn connect_to(
+    target: &UpstreamTarget,
+    options: &UpstreamOptions,
+    (generation, promised): (u64, Option<&ServerTerms>),
+) -> Result<Connected, TargetError> {
+    let addresses = target.remote.resolve().map_err(TargetError::Connect)?;
+    let mut failure = None;
+    for address in addresses {
+        let (terms, stream) = match open(&address, target, options, generation) {
+            Ok(opened) => opened,
+            Err(error) => {
+                failure.get_or_insert(error);
+                continue;
+            }
+        };
+        if let Some(promised) = promised {
+            promised.check_replacement(&terms)?;
+        }
+        let mut streams = vec![stream];
+        while terms.has(TransmissionFlags::CAN_MULTI_CONN) && streams.len() < options.connections {
+            match open(&address, target, options, generation) {
+                Ok((same, stream)) if same == terms => streams.push(stream),
+                // One is enough; the server may limit its clients.
+                _ => break,
+            }
+        }
+        let connection = |(number, stream): (usize, Stream)| {
+            UpstreamConnection::new(stream, number, &terms).map(Arc::new)
+        };
+        let connections = streams.into_iter().enumerate().map(connection);
+        let connections = connections.collect::<Result<_, _>>().map_err(TargetError::Connect)?;
+        return Ok(Connected { terms, connections });
+    }
+    let none = || TargetError::Connect(io::Error::other("its name has no address"));
+    Err(failure.unwrap_or_else(none))
+}
+
+fn open(
+    address: &Address,
+    target: &UpstreamTarget,
+    options: &UpstreamOptions,
+    generation: u64,
+) -> Result<(ServerTerms, Stream), TargetError> {
+    let timeout = options.timeout.min(ATTEMPT_TIMEOUT_MAX);
+    let stream = connect(address, options.bind, timeout).map_err(TargetError::Connect)?;
+    // Setting an option fails only on a broken connection, which the handshake detects.
+    let _ = stream.tune();
+    let offer = ClientOffer {
+        export: target.export.clone(),
+        structured: true,
+        extended: true,
+        allocation: true,
+        private: options.client.map(|client| Introduction { client, generation }.encode()),
+        ..ClientOffer::default()
+    };
+    let agreement = shake_hands(&stream, offer, timeout).1?;
+    Ok((ServerTerms::of(&agreement), stream))
+}

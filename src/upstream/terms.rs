@@ -1,0 +1,220 @@
+//! What a server offers, and whether it can take the place of the first one.
+//! Pure.
+
+use crate::disk::{FeatureFlags, Features};
+use crate::nbd::handshake::Agreement;
+use crate::nbd::reply::Dialect;
+use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
+use thiserror::Error;
+
+/// The flags that our clients see. A server that lacks one of those of the first server cannot replace it.
+const PROMISED: TransmissionFlags = TransmissionFlags::SEND_FLUSH
+    .union(TransmissionFlags::SEND_FUA)
+    .union(TransmissionFlags::SEND_TRIM)
+    .union(TransmissionFlags::SEND_WRITE_ZEROES)
+    .union(TransmissionFlags::SEND_FAST_ZERO)
+    .union(TransmissionFlags::SEND_CACHE);
+
+/// The preferred block of a server that advertises none, in bytes ("Block size constraints").
+const BLOCK_PREFERRED: u32 = 4096;
+
+/// The terms of a connection to a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ServerTerms {
+    /// Size of the export in bytes.
+    pub(super) size: u64,
+    /// Transmission flags of the export.
+    pub(super) flags: TransmissionFlags,
+    /// The form of request headers and replies.
+    pub(super) dialect: Dialect,
+    /// Offsets and lengths are multiples of it.
+    pub(super) block_min: u32,
+    /// Aligned requests of at least this length are efficient, in bytes.
+    pub(super) block_preferred: u32,
+    /// Longest payload in bytes.
+    pub(super) payload_max: u32,
+    /// Id of the metadata context `base:allocation`, if it was selected.
+    pub(super) allocation_context: Option<u32>,
+}
+
+/// Why a server cannot take the place of the first one.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub(super) enum OtherDisk {
+    /// The size differs.
+    #[error("its disk has {theirs} bytes, and ours {ours}: it is another disk")]
+    Size {
+        /// Of the first server, in bytes.
+        ours: u64,
+        /// Of this one.
+        theirs: u64,
+    },
+    /// It does not permit writes.
+    #[error("its disk is read-only, and ours is not")]
+    ReadOnly,
+    /// It lacks commands that our clients may use.
+    #[error("it does not offer {0:?}, which our clients were offered")]
+    Flags(TransmissionFlags),
+    /// Its minimum block is larger.
+    #[error("it takes only multiples of {theirs} bytes, and our clients were told {ours}")]
+    Blocks {
+        /// Of the first server, in bytes.
+        ours: u32,
+        /// Of this one.
+        theirs: u32,
+    },
+}
+
+impl ServerTerms {
+    /// The terms of an agreement.
+    #[must_use]
+    pub(super) fn of(agreement: &Agreement) -> Self {
+        let blocks = agreement.block_sizes;
+        let payload_max = blocks.map_or(PAYLOAD_LENGTH_DEFAULT, |sizes| sizes.maximum);
+        let block_min = blocks.map_or(1, |sizes| sizes.minimum.max(1));
+        // A maximum below the minimum is nonsense; one block always has to fit.
+        let blocks_max = payload_max.min(PAYLOAD_LENGTH_DEFAULT) / block_min;
+        Self {
+            size: agreement.size,
+            flags: agreement.flags,
+            dialect: agreement.dialect,
+            block_min,
+            block_preferred: blocks.map_or(BLOCK_PREFERRED, |sizes| sizes.preferred.max(block_min)),
+            payload_max: blocks_max.max(1) * block_min,
+            allocation_context: agreement.allocation_context,
+        }
+    }
+
+    /// Whether it offers everything that a server with the terms `self` has offered.
+    ///
+    /// # Errors
+    /// [`OtherDisk`].
+    pub(super) fn check_replacement(&self, other: &Self) -> Result<(), OtherDisk> {
+        if other.size != self.size {
+            return Err(OtherDisk::Size { ours: self.size, theirs: other.size });
+        }
+        if other.is_read_only() && !self.is_read_only() {
+            return Err(OtherDisk::ReadOnly);
+        }
+        let missing = (self.flags & PROMISED) - other.flags;
+        if !missing.is_empty() {
+            return Err(OtherDisk::Flags(missing));
+        }
+        if other.block_min > self.block_min {
+            return Err(OtherDisk::Blocks { ours: self.block_min, theirs: other.block_min });
+        }
+        Ok(())
+    }
+
+    /// The features of a disk that the server exports.
+    #[must_use]
+    pub(super) fn features(&self) -> Features {
+        let mut flags = FeatureFlags::empty();
+        for (offered, feature) in [
+            (TransmissionFlags::SEND_FLUSH, FeatureFlags::FLUSH),
+            // A durable change may take a flush.
+            (TransmissionFlags::SEND_FUA | TransmissionFlags::SEND_FLUSH, FeatureFlags::DURABLE),
+            (TransmissionFlags::SEND_TRIM, FeatureFlags::TRIM),
+            (TransmissionFlags::SEND_WRITE_ZEROES, FeatureFlags::ZERO),
+            (TransmissionFlags::SEND_FAST_ZERO, FeatureFlags::FAST_ZERO),
+            (TransmissionFlags::SEND_CACHE, FeatureFlags::CACHE),
+            (TransmissionFlags::ROTATIONAL, FeatureFlags::ROTATIONAL),
+        ] {
+            flags.set(feature, self.has(offered));
+        }
+        // Of all sessions here, whatever the server offers: they share its connections, and there are
+        // several of them only if one flush covers all.
+        flags.insert(FeatureFlags::MULTI_CONN);
+        Features {
+            flags,
+            minimum_block: self.block_min,
+            preferred_block: self.block_preferred,
+            // Longer requests of clients are split.
+            payload_max: PAYLOAD_LENGTH_DEFAULT / self.block_min * self.block_min,
+        }
+    }
+
+    /// These terms without what the server with the terms `first` has not offered: our clients do not know
+    /// of it, and the server after this one need not have it.
+    #[must_use]
+    pub(super) fn limited_to(self, first: &Self) -> Self {
+        Self { flags: self.flags - (PROMISED - first.flags), ..self }
+    }
+
+    /// Whether it refuses changes.
+    #[must_use]
+    pub(super) fn is_read_only(&self) -> bool {
+        self.has(TransmissionFlags::READ_ONLY)
+    }
+
+    /// Whether it has all these flags.
+    #[must_use]
+    pub(super) fn has(&self, flags: TransmissionFlags) -> bool {
+        self.flags.contains(flags)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nbd::handshake::BlockSizes;
+
+    fn terms(change: impl FnOnce(&mut Agreement)) -> ServerTerms {
+        let mut agreement = Agreement {
+            size: 1 << 20,
+            flags: TransmissionFlags::all() - TransmissionFlags::READ_ONLY,
+            dialect: Dialect::Structured,
+            allocation_context: Some(1),
+            block_sizes: Some(BlockSizes { minimum: 512, preferred: 4096, maximum: 1 << 20 }),
+            oldstyle: false,
+        };
+        change(&mut agreement);
+        ServerTerms::of(&agreement)
+    }
+
+    #[test]
+    fn a_server_that_offers_less_cannot_replace_the_first() {
+        let first = terms(|_| {});
+        let check = |change: fn(&mut Agreement)| first.check_replacement(&terms(change));
+        assert_eq!(check(|_| {}), Ok(()));
+        assert_eq!(check(|other| other.flags |= TransmissionFlags::ROTATIONAL), Ok(()));
+        assert_eq!(check(|other| other.block_sizes = None), Ok(()));
+        let size = OtherDisk::Size { ours: 1 << 20, theirs: 1 << 21 };
+        assert_eq!(check(|other| other.size = 1 << 21), Err(size));
+        let read_only = check(|other| other.flags |= TransmissionFlags::READ_ONLY);
+        assert_eq!(read_only, Err(OtherDisk::ReadOnly));
+        let flags = TransmissionFlags::SEND_TRIM | TransmissionFlags::SEND_FUA;
+        let lacks = check(|other| {
+            other.flags -= TransmissionFlags::SEND_TRIM | TransmissionFlags::SEND_FUA;
+        });
+        assert_eq!(lacks, Err(OtherDisk::Flags(flags)));
+        let larger = check(|other| other.block_sizes.as_mut().unwrap().minimum = 4096);
+        assert_eq!(larger, Err(OtherDisk::Blocks { ours: 512, theirs: 4096 }));
+    }
+
+    #[test]
+    fn a_read_only_disk_may_become_writable() {
+        let first = terms(|terms| terms.flags |= TransmissionFlags::READ_ONLY);
+        assert_eq!(first.check_replacement(&terms(|_| {})), Ok(()));
+    }
+
+    #[test]
+    fn payloads_are_limited_by_the_server_and_by_the_specification() {
+        let payload_max = |sizes| terms(|terms| terms.block_sizes = sizes).payload_max;
+        let sizes = |minimum, maximum| Some(BlockSizes { minimum, preferred: 4096, maximum });
+        assert_eq!(payload_max(None), PAYLOAD_LENGTH_DEFAULT);
+        assert_eq!(payload_max(sizes(1, u32::MAX)), PAYLOAD_LENGTH_DEFAULT);
+        assert_eq!(payload_max(sizes(1, 65_536)), 65_536);
+        assert_eq!(payload_max(sizes(4096, 0)), 4096);
+        assert_eq!(payload_max(sizes(4096, 10_000)), 8192);
+        assert_eq!(terms(|terms| terms.block_sizes = sizes(0, 1)).block_min, 1);
+    }
+
+    #[test]
+    fn commands_that_the_first_server_lacks_are_not_used() {
+        let lacks = TransmissionFlags::SEND_TRIM | TransmissionFlags::ROTATIONAL;
+        let first = terms(|terms| terms.flags -= lacks);
+        let limited = terms(|_| {}).limited_to(&first);
+        assert_eq!(limited.flags, terms(|_| {}).flags - TransmissionFlags::SEND_TRIM);
+        assert_eq!(first.limited_to(&limited), first);
+    }
+}
