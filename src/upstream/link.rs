@@ -2,14 +2,17 @@
 //! Decides nothing about requests: the machine does.
 //!
 //! The thread `upstream` connects, and then receives from the first connection; each further connection has
-//! a thread of its own. Sessions send on their own threads, under the lock of [`LinkState`], as long as
+//! a thread of its own. Sessions send on their own threads, under the lock of [`LinkCore`], as long as
 //! the socket takes it; the thread of the connection sends the rest.
 
+mod core;
+
+use self::core::{LinkConnection, LinkCore, QueueState};
 use super::connecting::{Connected, connect_to};
 use super::connection::UpstreamConnection;
 use super::machine::UpstreamMachine;
 use super::options::{UpstreamEvents, UpstreamOptions, UpstreamState, UpstreamTarget};
-use super::read_ahead::{READ_AHEAD_OWNER, ReadAhead, ReadStep};
+use super::read_ahead::ReadAhead;
 use super::rotation::{DELAY_MAX, Rotation};
 use super::terms::ServerTerms;
 use super::tx::UpstreamTx;
@@ -17,7 +20,6 @@ use crate::disk::{Completion, Op};
 use crate::message_id;
 use crate::net::Interest;
 use crate::sync::{lock, wait, wait_timeout};
-use nix::unistd::write;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -35,7 +37,7 @@ const PROBE_TICKS: u32 = 4;
 /// An upstream: what its backend, its queues, its threads and its owner share.
 #[derive(Debug)]
 pub(super) struct UpstreamLink {
-    state: Mutex<LinkState>,
+    state: Mutex<LinkCore>,
     /// Notified when a completion of a queue with a waiter has arrived, and when the connection is lost
     /// or closed.
     changed: Condvar,
@@ -44,42 +46,6 @@ pub(super) struct UpstreamLink {
     targets: Vec<UpstreamTarget>,
     options: UpstreamOptions,
     events: Arc<dyn UpstreamEvents>,
-}
-
-#[derive(Debug)]
-struct LinkState {
-    machine: UpstreamMachine,
-    read_ahead: Option<ReadAhead>,
-    connections: Vec<LinkConnection>,
-    queues: HashMap<u64, QueueState>,
-    next_queue: u64,
-    /// Threads that wait for [`UpstreamLink::changed`].
-    waiters: usize,
-    /// Why the current connections are lost.
-    loss: Option<String>,
-    is_closed: bool,
-    target: usize,
-    since: Instant,
-    last_error: Option<String>,
-    reconnects: u64,
-}
-
-#[derive(Debug)]
-struct LinkConnection {
-    connection: Arc<UpstreamConnection>,
-    tx: UpstreamTx,
-    /// The socket takes no more for now; its thread waits for room.
-    is_blocked: bool,
-}
-
-#[derive(Debug, Default)]
-struct QueueState {
-    completions: VecDeque<Completion>,
-    /// Whether there are completions, for a look without the lock.
-    has_completions: Arc<AtomicBool>,
-    /// The eventfd of the session; `None` for a caller that waits.
-    notifier: Option<OwnedFd>,
-    notified: bool,
 }
 
 /// The owner's view of an upstream.
@@ -126,7 +92,7 @@ impl UpstreamLink {
         (target, first): (usize, Connected),
     ) -> io::Result<Arc<Self>> {
         let machine = UpstreamMachine::new(first.terms, options.unflushed_bytes_max);
-        let state = LinkState {
+        let state = LinkCore {
             machine,
             read_ahead: options.read_ahead.map(|bytes| ReadAhead::new(first.terms.size, bytes)),
             connections: Vec::new(),
@@ -262,7 +228,7 @@ impl UpstreamLink {
     }
 
     /// Sends what can be sent, and distributes what has completed.
-    fn finish(&self, mut state: MutexGuard<'_, LinkState>) {
+    fn finish(&self, mut state: MutexGuard<'_, LinkCore>) {
         state.send();
         state.distribute();
         let has_waiters = state.waiters > 0;
@@ -506,129 +472,5 @@ impl UpstreamLink {
             self.finish(state);
         }
         silent_ticks + 1
-    }
-}
-
-impl LinkState {
-    /// The connection for the requests of a queue, as the machine assigns them.
-    fn connection_number(&self, queue: u64) -> Option<usize> {
-        let count = self.connections.len() as u64;
-        // Fits: smaller than the number of connections.
-        queue.checked_rem(count).map(|number| number as usize)
-    }
-
-    /// The connections are lost, for this reason unless another one came first.
-    fn lose(&mut self, why: String) {
-        if self.loss.is_none() {
-            self.loss = Some(why);
-            self.connections.iter().for_each(|connection| connection.connection.wake.wake());
-        }
-    }
-
-    /// Sends messages until the sockets take no more.
-    fn send(&mut self) {
-        for number in 0..self.connections.len() {
-            if let Err(error) = self.send_over(number) {
-                return self.lose(error.to_string());
-            }
-        }
-    }
-
-    fn send_over(&mut self, number: usize) -> io::Result<()> {
-        let connection = &mut self.connections[number];
-        while !connection.is_blocked && self.loss.is_none() {
-            while !connection.tx.is_full()
-                && let Some(message) = self.machine.next_message(number)
-            {
-                if !message.is_of_session {
-                    // No session waits for its reply.
-                    connection.connection.end_session_receipt();
-                }
-                connection.tx.push(message);
-            }
-            if connection.tx.is_empty() {
-                return Ok(());
-            }
-            match connection.connection.stream.try_send_vectored(&connection.tx.slices()) {
-                Ok(count) => connection.tx.sent(count),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    connection.is_blocked = true;
-                    connection.connection.wake.wake();
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Begins an operation of a queue.
-    fn begin(&mut self, queue: u64, key: u64, op: Op) {
-        let Some(read_ahead) = &mut self.read_ahead else { return self.submit(queue, key, op) };
-        let (step, ahead) = read_ahead.begin(queue, key, op);
-        match step {
-            ReadStep::Complete(op) => {
-                self.complete(queue, Completion { key, op, outcome: Some(Ok(())) });
-            }
-            ReadStep::Wait => {}
-            ReadStep::Submit(op) => self.submit(queue, key, op),
-        }
-        // Behind what the session waits for.
-        if let Some((token, op)) = ahead {
-            self.submit(READ_AHEAD_OWNER, token, op);
-        }
-    }
-
-    fn submit(&mut self, queue: u64, key: u64, op: Op) {
-        if let Err(op) = self.machine.submit(queue, key, op) {
-            self.complete(queue, Completion { key, op, outcome: None });
-        }
-    }
-
-    /// Completes all operations of a queue if there is no connection. Returns whether it did.
-    fn cancel(&mut self, queue: u64) -> bool {
-        let is_cancelled = self.machine.cancel(queue);
-        if is_cancelled && let Some(read_ahead) = &mut self.read_ahead {
-            for completion in read_ahead.cancel(queue) {
-                self.complete(queue, completion);
-            }
-        }
-        is_cancelled
-    }
-
-    fn distribute(&mut self) {
-        while let Some((queue, completion)) = self.machine.next_completion() {
-            if queue == READ_AHEAD_OWNER {
-                self.read_ahead_arrived(completion);
-            } else {
-                self.complete(queue, completion);
-            }
-        }
-    }
-
-    fn read_ahead_arrived(&mut self, Completion { key, op, outcome }: Completion) {
-        let Some(read_ahead) = &mut self.read_ahead else { return };
-        let waited = read_ahead.arrived(key, op, matches!(outcome, Some(Ok(()))));
-        for (queue, completion) in waited {
-            match completion.outcome {
-                Some(_) => self.complete(queue, completion),
-                None => self.submit(queue, completion.key, completion.op),
-            }
-        }
-    }
-
-    fn complete(&mut self, queue: u64, completion: Completion) {
-        if let Some(read_ahead) = &mut self.read_ahead {
-            read_ahead.completed(queue, completion.key);
-        }
-        let Some(queue) = self.queues.get_mut(&queue) else { return };
-        queue.completions.push_back(completion);
-        queue.has_completions.store(true, Ordering::Relaxed);
-        if let Some(notifier) = &queue.notifier
-            && !queue.notified
-        {
-            queue.notified = true;
-            // Fails only with a full counter, and then the session is notified already.
-            let _ = write(notifier, &1_u64.to_ne_bytes());
-        }
     }
 }

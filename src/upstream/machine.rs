@@ -48,7 +48,7 @@ use request::{UpstreamRequest, UpstreamTask};
 use std::collections::{BTreeMap, VecDeque};
 
 pub(super) use answers::{Expected, LossReason};
-pub(super) use sending::{OutgoingMessage, Payload};
+pub(super) use sending::{OutgoingMessage, PayloadPart};
 
 /// The requests of all sessions to one server. See the module.
 #[derive(Debug)]

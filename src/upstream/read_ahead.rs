@@ -53,7 +53,7 @@ struct Fetch {
 
 /// What to do with an operation.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum ReadStep {
+pub(super) enum ReadAheadStep {
     /// It is answered.
     Complete(Op),
     /// It waits for a request that is under way.
@@ -69,18 +69,23 @@ impl ReadAhead {
     }
 
     /// An operation begins. Returns also what to read ahead, with its token.
-    pub(super) fn begin(&mut self, queue: u64, key: u64, op: Op) -> (ReadStep, Option<(u64, Op)>) {
+    pub(super) fn begin(
+        &mut self,
+        queue: u64,
+        key: u64,
+        op: Op,
+    ) -> (ReadAheadStep, Option<(u64, Op)>) {
         let range = op.range(self.size).ok().flatten();
         match (op, range) {
             (op, Some(range)) if op.changes() => {
                 self.changes.push((queue, key, range));
                 self.discard(range);
-                (ReadStep::Submit(op), None)
+                (ReadAheadStep::Submit(op), None)
             }
             (Op::Read { offset, data }, Some(range)) => {
                 self.read(queue, key, (offset, data), range)
             }
-            (op, _) => (ReadStep::Submit(op), None),
+            (op, _) => (ReadAheadStep::Submit(op), None),
         }
     }
 
@@ -145,7 +150,7 @@ impl ReadAhead {
         key: u64,
         (offset, mut data): (u64, Buffer),
         range: Range,
-    ) -> (ReadStep, Option<(u64, Op)>) {
+    ) -> (ReadAheadStep, Option<(u64, Op)>) {
         let stream = self.streams.entry(queue).or_default();
         stream.on_read(range, self.bytes_max);
         let inside = |fetch: &&mut Fetch| {
@@ -155,13 +160,13 @@ impl ReadAhead {
         let step = match stream.fetches.iter_mut().find(inside) {
             Some(Fetch { range: of, data: Some(bytes), .. }) => {
                 copy(*of, bytes, offset, &mut data);
-                ReadStep::Complete(Op::Read { offset, data })
+                ReadAheadStep::Complete(Op::Read { offset, data })
             }
             Some(fetch) => {
                 fetch.waiting.push((key, Op::Read { offset, data }));
-                ReadStep::Wait
+                ReadAheadStep::Wait
             }
-            None => ReadStep::Submit(Op::Read { offset, data }),
+            None => ReadAheadStep::Submit(Op::Read { offset, data }),
         };
         // What the session has read is not needed any more.
         stream.fetches.retain(|fetch| fetch.range.end() > range.end() || fetch.data.is_none());
@@ -280,7 +285,7 @@ mod tests {
         assert_eq!(place(&op), (1024, 512));
         // Before it has arrived, the read waits.
         let (step, more) = rig.begin(1, 7, read(1024, 512));
-        assert_eq!(step, ReadStep::Wait);
+        assert_eq!(step, ReadAheadStep::Wait);
         let done = rig.arrived(token, filled(op, 0), true);
         let [(1, Completion { key: 7, op, outcome: Some(Ok(())) })] = &done[..] else {
             panic!("{done:?}")
@@ -289,7 +294,7 @@ mod tests {
         let (token, op) = more.unwrap();
         rig.arrived(token, filled(op, 0), true);
         let (step, _) = rig.begin(1, 8, read(1536, 512));
-        assert_eq!(step, ReadStep::Complete(filled(read(1536, 512), 0)));
+        assert_eq!(step, ReadAheadStep::Complete(filled(read(1536, 512), 0)));
     }
 
     #[test]
@@ -300,7 +305,7 @@ mod tests {
         rig.begin(1, 7, read(1024, 512));
         let done = rig.arrived(token, op, false);
         assert!(matches!(&done[..], [(1, Completion { key: 7, outcome: None, .. })]), "{done:?}");
-        assert!(matches!(rig.begin(1, 8, read(1024, 512)).0, ReadStep::Submit(_)));
+        assert!(matches!(rig.begin(1, 8, read(1024, 512)).0, ReadAheadStep::Submit(_)));
     }
 
     #[test]
@@ -314,10 +319,10 @@ mod tests {
                 rig.arrived(token, op.take().unwrap(), true);
             }
             let write = Op::Write { offset: 1535, data: vec![1].into(), durable: false };
-            assert!(matches!(rig.begin(2, 1, write).0, ReadStep::Submit(_)));
+            assert!(matches!(rig.begin(2, 1, write).0, ReadAheadStep::Submit(_)));
             // Neither the old bytes, nor new ones while the change is under way.
             let (step, ahead) = rig.begin(1, 7, read(1024, 512));
-            assert!(matches!(step, ReadStep::Submit(_)), "{step:?}");
+            assert!(matches!(step, ReadAheadStep::Submit(_)), "{step:?}");
             if let Some(op) = op {
                 assert!(rig.arrived(token, op, true).is_empty());
             }

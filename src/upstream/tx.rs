@@ -1,7 +1,7 @@
 //! The bytes to be sent over one connection.
 //! Pure: the link sends what [`UpstreamTx::slices`] returns.
 
-use super::machine::{OutgoingMessage, Payload};
+use super::machine::{OutgoingMessage, PayloadPart};
 use crate::nbd::reply::Dialect;
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -30,7 +30,7 @@ pub(super) struct UpstreamTx {
 enum TxPiece {
     /// Headers, and short payloads.
     Bytes(Vec<u8>),
-    Payload(Payload),
+    Payload(PayloadPart),
 }
 
 impl TxPiece {
@@ -116,7 +116,7 @@ mod tests {
         let header = RequestHeader { flags: 0, kind: 1, cookie, offset: 7, length: length as u64 };
         let bytes: Vec<u8> = (0..length + 5).map(|at| (at as u64 * 7 + cookie) as u8).collect();
         let data = Arc::new(Buffer::from(bytes));
-        let payload = (length > 0).then_some(Payload { data, start: 5, length });
+        let payload = (length > 0).then_some(PayloadPart { data, start: 5, length });
         OutgoingMessage { header, payload, is_of_session: true }
     }
 

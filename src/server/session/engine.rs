@@ -340,7 +340,7 @@ impl<'a> Engine<'a> {
         &mut self.io.in_flight
     }
 
-    /// See [`InFlight::descriptor`].
+    /// See `InFlight::descriptor`.
     pub(super) fn descriptor(&mut self) -> Option<BorrowedFd<'_>> {
         self.io.in_flight.descriptor()
     }

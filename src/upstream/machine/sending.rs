@@ -24,14 +24,14 @@ pub(in crate::upstream) struct OutgoingMessage {
     /// Its header.
     pub(in crate::upstream) header: RequestHeader,
     /// The data of a write.
-    pub(in crate::upstream) payload: Option<Payload>,
+    pub(in crate::upstream) payload: Option<PayloadPart>,
     /// An operation of a session has caused it.
     pub(in crate::upstream) is_of_session: bool,
 }
 
 /// A part of a buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::upstream) struct Payload {
+pub(in crate::upstream) struct PayloadPart {
     /// The buffer.
     pub(in crate::upstream) data: Arc<Buffer>,
     /// The first byte in it.
@@ -40,7 +40,7 @@ pub(in crate::upstream) struct Payload {
     pub(in crate::upstream) length: usize,
 }
 
-impl Payload {
+impl PayloadPart {
     /// The bytes.
     #[must_use]
     pub(in crate::upstream) fn bytes(&self) -> &[u8] {
@@ -137,7 +137,7 @@ impl UpstreamMachine {
         let mut message = self.message(connection, kind, flags.bits(), part, Cause::Replay);
         if let UnflushedContent::Data { data, at } = content {
             // Fits: at most the longest payload.
-            message.payload = Some(Payload { data, start: at, length: part.length() as usize });
+            message.payload = Some(PayloadPart { data, start: at, length: part.length() as usize });
         }
         Some(message)
     }
@@ -251,9 +251,9 @@ fn command(request: &UpstreamRequest, terms: &ServerTerms) -> (CommandKind, Comm
     }
 }
 
-fn payload(request: &UpstreamRequest, part: Range) -> Option<Payload> {
+fn payload(request: &UpstreamRequest, part: Range) -> Option<PayloadPart> {
     let UpstreamTask::Write { range, data, .. } = &request.task else { return None };
     // Fit: inside the buffer.
     let start = (part.offset() - range.offset()) as usize;
-    Some(Payload { data: Arc::clone(data), start, length: part.length() as usize })
+    Some(PayloadPart { data: Arc::clone(data), start, length: part.length() as usize })
 }

@@ -1,0 +1,175 @@
+//! What the threads of an upstream share under one lock: the machine, the connections, and the queues.
+//! Never waits.
+
+use crate::disk::{Completion, Op};
+use crate::upstream::connection::UpstreamConnection;
+use crate::upstream::machine::UpstreamMachine;
+use crate::upstream::read_ahead::{READ_AHEAD_OWNER, ReadAhead, ReadAheadStep};
+use crate::upstream::tx::UpstreamTx;
+use nix::unistd::write;
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+#[derive(Debug)]
+pub(super) struct LinkCore {
+    pub(super) machine: UpstreamMachine,
+    pub(super) read_ahead: Option<ReadAhead>,
+    pub(super) connections: Vec<LinkConnection>,
+    pub(super) queues: HashMap<u64, QueueState>,
+    pub(super) next_queue: u64,
+    /// Threads that wait for `UpstreamLink::changed`.
+    pub(super) waiters: usize,
+    /// Why the current connections are lost.
+    pub(super) loss: Option<String>,
+    pub(super) is_closed: bool,
+    pub(super) target: usize,
+    pub(super) since: Instant,
+    pub(super) last_error: Option<String>,
+    pub(super) reconnects: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct LinkConnection {
+    pub(super) connection: Arc<UpstreamConnection>,
+    pub(super) tx: UpstreamTx,
+    /// The socket takes no more for now; its thread waits for room.
+    pub(super) is_blocked: bool,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct QueueState {
+    pub(super) completions: VecDeque<Completion>,
+    /// Whether there are completions, for a look without the lock.
+    pub(super) has_completions: Arc<AtomicBool>,
+    /// The eventfd of the session; `None` for a caller that waits.
+    pub(super) notifier: Option<OwnedFd>,
+    pub(super) notified: bool,
+}
+
+impl LinkCore {
+    /// The connection for the requests of a queue, as the machine assigns them.
+    pub(super) fn connection_number(&self, queue: u64) -> Option<usize> {
+        let count = self.connections.len() as u64;
+        // Fits: smaller than the number of connections.
+        queue.checked_rem(count).map(|number| number as usize)
+    }
+
+    /// The connections are lost, for this reason unless another one came first.
+    pub(super) fn lose(&mut self, why: String) {
+        if self.loss.is_none() {
+            self.loss = Some(why);
+            self.connections.iter().for_each(|connection| connection.connection.wake.wake());
+        }
+    }
+
+    /// Sends messages until the sockets take no more.
+    pub(super) fn send(&mut self) {
+        for number in 0..self.connections.len() {
+            if let Err(error) = self.send_over(number) {
+                return self.lose(error.to_string());
+            }
+        }
+    }
+
+    pub(super) fn send_over(&mut self, number: usize) -> io::Result<()> {
+        let connection = &mut self.connections[number];
+        while !connection.is_blocked && self.loss.is_none() {
+            while !connection.tx.is_full()
+                && let Some(message) = self.machine.next_message(number)
+            {
+                if !message.is_of_session {
+                    // No session waits for its reply.
+                    connection.connection.end_session_receipt();
+                }
+                connection.tx.push(message);
+            }
+            if connection.tx.is_empty() {
+                return Ok(());
+            }
+            match connection.connection.stream.try_send_vectored(&connection.tx.slices()) {
+                Ok(count) => connection.tx.sent(count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    connection.is_blocked = true;
+                    connection.connection.wake.wake();
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins an operation of a queue.
+    pub(super) fn begin(&mut self, queue: u64, key: u64, op: Op) {
+        let Some(read_ahead) = &mut self.read_ahead else { return self.submit(queue, key, op) };
+        let (step, ahead) = read_ahead.begin(queue, key, op);
+        match step {
+            ReadAheadStep::Complete(op) => {
+                self.complete(queue, Completion { key, op, outcome: Some(Ok(())) });
+            }
+            ReadAheadStep::Wait => {}
+            ReadAheadStep::Submit(op) => self.submit(queue, key, op),
+        }
+        // Behind what the session waits for.
+        if let Some((token, op)) = ahead {
+            self.submit(READ_AHEAD_OWNER, token, op);
+        }
+    }
+
+    pub(super) fn submit(&mut self, queue: u64, key: u64, op: Op) {
+        if let Err(op) = self.machine.submit(queue, key, op) {
+            self.complete(queue, Completion { key, op, outcome: None });
+        }
+    }
+
+    /// Completes all operations of a queue if there is no connection. Returns whether it did.
+    pub(super) fn cancel(&mut self, queue: u64) -> bool {
+        let is_cancelled = self.machine.cancel(queue);
+        if is_cancelled && let Some(read_ahead) = &mut self.read_ahead {
+            for completion in read_ahead.cancel(queue) {
+                self.complete(queue, completion);
+            }
+        }
+        is_cancelled
+    }
+
+    pub(super) fn distribute(&mut self) {
+        while let Some((queue, completion)) = self.machine.next_completion() {
+            if queue == READ_AHEAD_OWNER {
+                self.read_ahead_arrived(completion);
+            } else {
+                self.complete(queue, completion);
+            }
+        }
+    }
+
+    pub(super) fn read_ahead_arrived(&mut self, Completion { key, op, outcome }: Completion) {
+        let Some(read_ahead) = &mut self.read_ahead else { return };
+        let waited = read_ahead.arrived(key, op, matches!(outcome, Some(Ok(()))));
+        for (queue, completion) in waited {
+            match completion.outcome {
+                Some(_) => self.complete(queue, completion),
+                None => self.submit(queue, completion.key, completion.op),
+            }
+        }
+    }
+
+    pub(super) fn complete(&mut self, queue: u64, completion: Completion) {
+        if let Some(read_ahead) = &mut self.read_ahead {
+            read_ahead.completed(queue, completion.key);
+        }
+        let Some(queue) = self.queues.get_mut(&queue) else { return };
+        queue.completions.push_back(completion);
+        queue.has_completions.store(true, Ordering::Relaxed);
+        if let Some(notifier) = &queue.notifier
+            && !queue.notified
+        {
+            queue.notified = true;
+            // Fails only with a full counter, and then the session is notified already.
+            let _ = write(notifier, &1_u64.to_ne_bytes());
+        }
+    }
+}
