@@ -40,6 +40,6 @@ pub use server::{Server, ServerConfig, StoredSessions};
 pub use server_handles::{AcceptorHandle, ShutdownHandle};
 pub use settings::{
     CLIENTS_MAX, CONTENDED_HANDSHAKE_TIMEOUT, Grace, HANDSHAKE_TIMEOUT, HANDSHAKES_MAX,
-    STALL_LIMIT, SessionSettings, Style,
+    STALL_LIMIT, SessionSettings, Style, WhenFull,
 };
 pub use snapshot::VERSION as SNAPSHOT_VERSION;

@@ -8,7 +8,9 @@ use super::export_policy::ExportPolicy;
 use super::rejections::Rejections;
 use super::server_handles::{AcceptorHandle, ShutdownHandle};
 use super::sessions::{Capacity, Sessions, SuspendedSession};
-use super::settings::{CONTENDED_HANDSHAKE_TIMEOUT, Grace, HANDSHAKES_MAX, SessionSettings};
+use super::settings::{
+    CONTENDED_HANDSHAKE_TIMEOUT, Grace, HANDSHAKES_MAX, SessionSettings, WhenFull,
+};
 use super::shared::{ServerShared, export};
 use super::snapshot;
 use crate::disk::Disk;
@@ -48,6 +50,8 @@ pub struct ServerConfig<'a> {
     pub acl: Acl,
     /// The largest number of clients.
     pub clients_max: usize,
+    /// What becomes of clients beyond that number.
+    pub when_full: WhenFull,
     /// Settings of every session.
     pub settings: SessionSettings,
     /// Sessions of the previous process, to be restored.
@@ -67,6 +71,7 @@ impl ServerConfig<'static> {
             export_name: "disk",
             acl: Acl::default(),
             clients_max: 4,
+            when_full: WhenFull::Refuse,
             settings: SessionSettings::default(),
             stored: StoredSessions::default(),
             events: Arc::new(super::events::IgnoreEvents),
@@ -91,9 +96,10 @@ impl Server {
     /// When no descriptor or thread is left.
     pub fn start(config: ServerConfig<'_>) -> io::Result<Self> {
         let ServerConfig { listeners, disk, policy, export_name, .. } = config;
-        let ServerConfig { acl, clients_max, settings, stored, events, .. } = config;
+        let ServerConfig { acl, clients_max, when_full, settings, stored, events, .. } = config;
         let capacity = Capacity {
             sessions: clients_max,
+            waits_when_full: when_full == WhenFull::Wait,
             handshakes: HANDSHAKES_MAX,
             handshake_timeout: CONTENDED_HANDSHAKE_TIMEOUT,
         };

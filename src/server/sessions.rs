@@ -26,6 +26,8 @@ const EVICTED_MAX: usize = 16;
 pub(super) struct Capacity {
     /// Clients that have finished the handshake.
     pub(super) sessions: usize,
+    /// Further clients wait without a greeting, and connections in the handshake count as clients.
+    pub(super) waits_when_full: bool,
     /// Connections in the handshake, in addition.
     pub(super) handshakes: usize,
     /// The longest that a connection in the handshake keeps its slot while others wait.
@@ -237,6 +239,10 @@ impl Sessions {
         let inner = self.lock();
         let evicted = inner.entries.values().filter(|entry| entry.slot == SlotKind::Evicted);
         if evicted.count() >= EVICTED_MAX {
+            return AcceptReadiness::NotReady;
+        }
+        let waits = self.capacity.waits_when_full;
+        if waits && inner.entries.len() >= inner.sessions_max {
             return AcceptReadiness::NotReady;
         }
         match inner.slot_availability(self.capacity, now) {

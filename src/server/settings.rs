@@ -29,6 +29,17 @@ impl From<Duration> for Grace {
     }
 }
 
+/// What becomes of a client beyond the largest number of clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// It is disconnected.
+    #[default]
+    Refuse,
+    /// It stays in the socket's backlog, without a greeting, until another client has left.
+    /// Connections in the handshake count as clients.
+    Wait,
+}
+
 /// The handshake that the server offers (NBD specification, "Handshake").
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Style {

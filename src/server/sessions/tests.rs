@@ -6,9 +6,14 @@ use super::*;
 use crate::net::wait_readable;
 use std::os::fd::AsFd;
 
+fn capacity(sessions: usize, handshakes: usize) -> Capacity {
+    let handshake_timeout = Duration::from_secs(1);
+    Capacity { sessions, waits_when_full: false, handshakes, handshake_timeout }
+}
+
 fn sessions(sessions: usize, handshakes: usize, entries: &[&str]) -> Arc<Sessions> {
-    let capacity = Capacity { sessions, handshakes, handshake_timeout: Duration::from_secs(1) };
-    Sessions::new(capacity, Acl::parse(entries, false).unwrap(), Arc::new(IgnoreEvents)).unwrap()
+    let acl = Acl::parse(entries, false).unwrap();
+    Sessions::new(capacity(sessions, handshakes), acl, Arc::new(IgnoreEvents)).unwrap()
 }
 
 fn peer(address: &str) -> Peer {
@@ -39,6 +44,23 @@ fn clients_are_admitted_up_to_the_limit() {
     assert!(sessions.admit(peer("192.0.2.1"), now).is_ok());
     sessions.set_admission(Acl::default(), 1);
     assert_eq!(sessions.admit(peer("192.0.2.1"), now).unwrap_err(), AdmissionError::Full(1));
+}
+
+#[test]
+fn clients_beyond_the_limit_wait_if_told_to() {
+    let capacity = Capacity { waits_when_full: true, ..capacity(2, 16) };
+    let sessions = Sessions::new(capacity, Acl::default(), Arc::new(IgnoreEvents)).unwrap();
+    let now = Instant::now();
+    let first = sessions.admit(peer("192.0.2.1"), now).unwrap();
+    assert!(first.establish());
+    assert_eq!(sessions.accept_readiness(now), AcceptReadiness::Ready);
+    let _in_handshake = sessions.admit(peer("192.0.2.2"), now).unwrap();
+    assert_eq!(sessions.accept_readiness(now), AcceptReadiness::NotReady);
+    sessions.set_admission(Acl::default(), 3);
+    assert_eq!(sessions.accept_readiness(now), AcceptReadiness::Ready);
+    sessions.set_admission(Acl::default(), 2);
+    drop(first);
+    assert_eq!(sessions.accept_readiness(now), AcceptReadiness::Ready);
 }
 
 #[test]

@@ -22,8 +22,9 @@ impl ServerEvents for IgnoreEvents {
 }
 
 fn sessions() -> Arc<Sessions> {
+    let handshake_timeout = Duration::from_secs(3600);
     let capacity =
-        Capacity { sessions: 8, handshakes: 8, handshake_timeout: Duration::from_secs(3600) };
+        Capacity { sessions: 8, waits_when_full: false, handshakes: 8, handshake_timeout };
     Sessions::new(capacity, Acl::default(), Arc::new(IgnoreEvents)).unwrap()
 }
 

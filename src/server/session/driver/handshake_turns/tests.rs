@@ -38,7 +38,8 @@ thread_local! {
 
 fn sessions(most: usize) -> Arc<Sessions> {
     let handshake_timeout = Duration::from_secs(1);
-    let capacity = Capacity { sessions: most, handshakes: 9, handshake_timeout };
+    let capacity =
+        Capacity { sessions: most, waits_when_full: false, handshakes: 9, handshake_timeout };
     Sessions::new(capacity, Acl::default(), Arc::new(IgnoreEvents)).unwrap()
 }
 
