@@ -92,6 +92,7 @@
 //! | `mirror` | one outgoing migration (`migration/source`) | the destination, the disk, its deadlines |
 //! | `pulse`, `pulse-disk` | the watchdog, and the read that it uses as a probe of the disk | time; the disk |
 //! | `reload`, `asking` | one reload; one question to another host | their answers |
+//! | `connecting`, `flushing` | the first connection of a proxy, and its last flush (`daemon/proxying`) | the other server |
 //!
 //! Threads that a peer causes start only where memory is left ([`memory_reserve`]).
 //!

@@ -12,13 +12,14 @@
 //! ```
 //!
 //! White space around keys and values is ignored. A value may be quoted with `'` or `"`, without
-//! escapes. A switch is `yes`, `true`, `on` or `1`; or `no`, `false`, `off` or `0`.
+//! escapes. `TO` may be repeated, and may hold several URIs. A switch is `yes`, `true`, `on` or `1`; or `no`, `false`, `off` or `0`.
 
 use super::settings::{
-    Autostart, Settings, parse_acl_entry, parse_holes, parse_idle_exit, parse_max_clients,
+    Autostart, Settings, parse_acl_entry, parse_connections, parse_holes, parse_idle_exit,
+    parse_ip, parse_max_clients, parse_timeout,
 };
-use super::size::parse_create;
-use super::uri::parse_export;
+use super::size::{parse_cache, parse_create, parse_unflushed};
+use super::uri::{self, Target, parse_export};
 use crate::net::parse_port;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ use strsim::levenshtein;
 
 /// All keys, named like the long options: in capitals, with `_` for `-`. The last two have no
 /// option, because they configure the service's units, not the process.
-pub const KEYS: [&str; 18] = [
+pub const KEYS: [&str; 24] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -43,6 +44,12 @@ pub const KEYS: [&str; 18] = [
     "HOLES",
     "DIRECT",
     "ACL",
+    "TO",
+    "BIND",
+    "CACHE",
+    "UNFLUSHED",
+    "CONNECTIONS",
+    "TIMEOUT",
     "AUTOSTART",
     "IP_FILTER",
 ];
@@ -127,7 +134,8 @@ fn parse_line<'a>(
             None => ConfigReason::UnknownKey(key.to_owned()),
         });
     }
-    if let Some((_, earlier)) = seen.iter().find(|(other, _)| *other == key) {
+    let is_list = key == "TO";
+    if let Some((_, earlier)) = seen.iter().find(|(other, _)| *other == key && !is_list) {
         return Err(ConfigReason::Duplicate(key.to_owned(), *earlier));
     }
     seen.push((key, line));
@@ -177,6 +185,12 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "HOLES" => settings.holes = Some(parse_holes(value)?),
         "DIRECT" => settings.direct = parse_switch(value)?,
         "ACL" => settings.acl = parse_acl(value)?,
+        "TO" => settings.upstream.to.extend(parse_targets(value)?),
+        "BIND" => settings.upstream.bind = Some(parse_ip(value)?),
+        "CACHE" => settings.upstream.cache = Some(parse_cache(value).map_err(to_text)?),
+        "UNFLUSHED" => settings.upstream.unflushed = Some(parse_unflushed(value).map_err(to_text)?),
+        "CONNECTIONS" => settings.upstream.connections = Some(parse_connections(value)?),
+        "TIMEOUT" => settings.upstream.timeout = Some(parse_timeout(value)?),
         "AUTOSTART" => settings.autostart = Some(parse_autostart(value)?),
         "IP_FILTER" => settings.ip_filter = parse_switch(value)?,
         // A test compares this list with KEYS.
@@ -218,6 +232,13 @@ fn parse_acl(value: &str) -> Result<Vec<String>, String> {
     value.split(separator).filter(|entry| !entry.is_empty()).map(parse_acl_entry).collect()
 }
 
+/// Parses the URIs of the upstream, separated by white space. At least one.
+fn parse_targets(value: &str) -> Result<Vec<Target>, String> {
+    let targets: Vec<Target> =
+        value.split_whitespace().map(uri::parse).collect::<Result<_, _>>().map_err(to_text)?;
+    if targets.is_empty() { Err("there is no URI".to_owned()) } else { Ok(targets) }
+}
+
 /// The key to suggest for an unknown one.
 fn nearest_key(key: &str) -> Option<&'static str> {
     let key = key.to_ascii_uppercase().replace('-', "_");
@@ -229,8 +250,11 @@ fn nearest_key(key: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::proxy::ProxyFlags;
+    use crate::cli::settings::UpstreamSettings;
     use crate::disk::HolePolicy;
     use proptest::prelude::*;
+    use std::collections::BTreeSet;
 
     fn parse_text(text: &str) -> Result<Settings, String> {
         parse(Path::new("disk.conf"), text).map_err(to_text)
@@ -244,7 +268,9 @@ mod tests {
     fn every_key_sets_its_setting() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
             KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nPLAIN=yes\nMAX_CLIENTS=3\n\
-            IDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nACL=::/0\nAUTOSTART=on-demand\nIP_FILTER=yes\n";
+            IDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
+            BIND=::2\nCACHE=4K\nUNFLUSHED=1M\nCONNECTIONS=2\nTIMEOUT=9\nAUTOSTART=on-demand\n\
+            IP_FILTER=yes\n";
         let expected = Settings {
             addr: Some("::1".parse().unwrap()),
             port: Some(7),
@@ -262,6 +288,14 @@ mod tests {
             holes: Some(HolePolicy::Trust),
             direct: true,
             acl: vec!["::/0".to_owned()],
+            upstream: UpstreamSettings {
+                to: ["nbd://a", "nbd://b", "nbd://c"].map(|to| uri::parse(to).unwrap()).to_vec(),
+                bind: Some("::2".parse().unwrap()),
+                cache: Some(4096),
+                unflushed: Some(1 << 20),
+                connections: Some(2),
+                timeout: Some(9),
+            },
             autostart: Some(Autostart::OnDemand),
             ip_filter: true,
         };
@@ -273,16 +307,19 @@ mod tests {
 
     #[test]
     fn keys_correspond_to_options_except_the_units_keys() {
-        let command = <Settings as clap::Args>::augment_args(clap::Command::new("serve"));
+        let serve = <Settings as clap::Args>::augment_args(clap::Command::new("serve"));
+        let proxy = <ProxyFlags as clap::Args>::augment_args(clap::Command::new("proxy"));
         let name = |arg: &clap::Arg| arg.get_long().unwrap_or(arg.get_id().as_str()).to_owned();
-        let mut options: Vec<String> =
-            command.get_arguments().map(|arg| name(arg).to_uppercase().replace('-', "_")).collect();
-        let mut keys = KEYS.map(str::to_owned);
+        let key = |arg: &clap::Arg| name(arg).to_uppercase().replace('-', "_");
+        let mut options: BTreeSet<String> =
+            serve.get_arguments().chain(proxy.get_arguments()).map(key).collect();
+        // The original's way of TO, and the option that names the file.
+        for option in ["CONN_ADDR", "CONN_PORT", "CONFIG"] {
+            assert!(options.remove(option), "{option}");
+        }
         // PLAIN is an option of `listen` only.
         options.extend(["AUTOSTART", "IP_FILTER", "PLAIN"].map(str::to_owned));
-        options.sort_unstable();
-        keys.sort_unstable();
-        assert_eq!(options, keys);
+        assert_eq!(options, KEYS.map(str::to_owned).into());
     }
 
     #[test]
@@ -404,6 +441,13 @@ mod tests {
             ("IDLE_EXIT=0", "IDLE_EXIT: `0` is not a number of seconds from 1"),
             ("READ_ONLY=maybe", "READ_ONLY: `maybe` is neither yes nor no"),
             ("DEFAULT_DENY=", "DEFAULT_DENY: `` is neither yes nor no"),
+            ("TO=", "TO: there is no URI"),
+            ("TO=nbd://a b", "TO: `b` begins neither with nbd:// nor nbd+unix://"),
+            ("BIND=eth0", "BIND: `eth0` is not an IPv4 or IPv6 address"),
+            ("CACHE=17M", "CACHE: `17M` is not between 0 and 16777216"),
+            ("UNFLUSHED=1K", "UNFLUSHED: `1K` is not between 1048576 and"),
+            ("CONNECTIONS=17", "CONNECTIONS: `17` is not a number from 1 to 16"),
+            ("TIMEOUT=0", "TIMEOUT: `0` is not a number of seconds from 1"),
         ] {
             let error = refusal(line);
             assert!(error.starts_with(&format!("disk.conf, line 1: {message}")), "{error}");

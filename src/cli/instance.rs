@@ -4,7 +4,7 @@
 //! Pure, except that tests select another directory by an environment variable.
 
 use super::settings::Settings;
-use crate::net::Address;
+use crate::net::{Address, Remote};
 use crate::systemd::unit::normalized_path;
 use std::env;
 use std::path::{Path, PathBuf};
@@ -83,7 +83,10 @@ pub fn is_service_config(file: &Path) -> bool {
 /// A sentence for the operator that begins with the key.
 pub fn check(settings: &Settings) -> Result<(), String> {
     listen_address(settings)?;
-    image(settings)?;
+    if settings.upstream.to.is_empty() {
+        image(settings)?;
+    }
+    upstream_sockets(settings)?;
     match &settings.sock {
         Some(path) => normalized_path(path).map(drop).map_err(|why| format!("SOCK: {why}")),
         None => Ok(()),
@@ -97,6 +100,18 @@ pub fn check(settings: &Settings) -> Result<(), String> {
 pub fn image(settings: &Settings) -> Result<String, String> {
     let path = settings.file.as_deref().ok_or("there is no FILE=")?;
     normalized_path(path).map_err(|why| format!("FILE: {why}"))
+}
+
+/// The normalized paths of the upstream's unix sockets.
+///
+/// # Errors
+/// As [`check`].
+pub fn upstream_sockets(settings: &Settings) -> Result<Vec<String>, String> {
+    let paths = settings.upstream.to.iter().filter_map(|target| match &target.remote {
+        Remote::Unix(path) => Some(path),
+        Remote::Host { .. } => None,
+    });
+    paths.map(|path| normalized_path(path).map_err(|why| format!("TO: {why}"))).collect()
 }
 
 /// The value of `ListenStream=` in the socket unit; `None` if the configuration has no address.
@@ -141,6 +156,7 @@ mod tests {
             ("FILE=/a\nADDR=/a\\", "ADDR: a socket unit cannot listen on /a\\"),
             ("FILE=/a\nPORT=7", "PORT needs ADDR as well"),
             ("PORT=7\nADDR=::", "there is no FILE="),
+            ("TO=nbd+unix:///?socket=a", "TO: a: a path in a unit begins with /"),
         ] {
             assert_eq!(check_text(text), Err(refused.to_owned()), "{text}");
         }

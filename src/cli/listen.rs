@@ -3,9 +3,9 @@
 
 use super::settings::{Settings, parse_acl_entry, parse_holes};
 use super::size::parse_create;
-use super::start::StartRequest;
+use super::start::{ProcessRole, StartRequest};
 use super::uri::parse_export;
-use crate::daemon::{ProcessRole, RecordPolicy};
+use crate::daemon::RecordPolicy;
 use crate::disk::HolePolicy;
 use crate::net::{Host, parse_port};
 use std::path::PathBuf;

@@ -2,8 +2,8 @@
 //! migrates the disk.
 
 use super::operate::{CommandKind, OperatorCommand, ServerArgument};
+use super::settings::parse_ip;
 use super::size::parse_size;
-use super::transfer::parse_ip;
 use crate::control::command::{ArrivalAction, Mirror};
 use crate::net::{AddressError, parse_port};
 use std::net::{IpAddr, SocketAddr};

@@ -10,6 +10,7 @@ pub mod offline;
 pub mod operate;
 mod output;
 mod progress;
+pub mod proxy;
 pub mod serve;
 pub mod settings;
 pub mod size;
@@ -33,15 +34,16 @@ use offline::OfflineStatus;
 use operate::{CommandKind, OperatorCommand};
 use start::{StartRequest, StartRequestError};
 use status::StatusSubject;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 use transfer::Transfer;
 use usage::UsageError;
 
 /// The modes, in the order of the help text.
-pub const MODES: [&str; 12] = [
+pub const MODES: [&str; 13] = [
     "serve",
     "listen",
+    "proxy",
     "mirror",
     "mirror-speed",
     "break",
@@ -66,8 +68,8 @@ pub struct Invocation {
 /// A command with its arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CliCommand {
-    /// Serve a disk, or receive one.
-    Start(StartRequest),
+    /// Serve a disk, receive one, or pass one on.
+    Start(Box<StartRequest>),
     /// Copy from a server to standard output.
     Read(Transfer),
     /// Copy from standard input to a server.
@@ -110,10 +112,11 @@ pub fn run(arguments: impl Iterator<Item = OsString>) -> ExitCode {
 /// # Errors
 /// [`EarlyExit`].
 pub fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Invocation, EarlyExit> {
-    let arguments: Vec<OsString> = arguments.collect();
+    let arguments = proxy::rewrite(arguments.collect());
     let line = CommandLine::try_parse_from(&arguments)
         .map_err(|error| early_exit(&error, mode_of(&arguments)))?;
-    let (verbosity_after_mode, command) = line.mode.validate()?;
+    let program = arguments.first().map(OsString::as_os_str);
+    let (verbosity_after_mode, command) = line.mode.validate(program)?;
     // The last flag wins, and those after the mode come last.
     let verbosity =
         verbosity_after_mode.verbosity().or(line.verbosity.verbosity()).unwrap_or_default();
@@ -154,7 +157,8 @@ fn run_start(start: &StartRequest) -> ExitCode {
         Err(error) => {
             let (message_id, errno) = (error.message_id(), error.errno());
             fatal!(message_id, errno, "{error}");
-            ExitCode::from(output::EXIT_CONFIG)
+            let can_retry = error.is_transient();
+            ExitCode::from(if can_retry { output::EXIT_FAILURE } else { output::EXIT_CONFIG })
         }
     }
 }
@@ -163,7 +167,8 @@ fn run_start(start: &StartRequest) -> ExitCode {
 /// operator if there are none.
 fn report_invalid_start(start: &StartRequest, error: &StartRequestError) -> ExitCode {
     let (StartRequestError::Misuse(sentence) | StartRequestError::Config(sentence)) = error;
-    if let Some(end) = daemon::refuse(start.role, start.settings.sock.clone(), sentence) {
+    if let Some(end) = daemon::refuse(start.role.receives(), start.settings.sock.clone(), sentence)
+    {
         return report_end(&end);
     }
     match error {
@@ -240,6 +245,11 @@ enum Mode {
         override_usage = "flexnbd listen --file FILE [--addr ADDR --port PORT] [OPTION]... [ACL_ENTRY]..."
     )]
     Listen(ModeFlags<listen::ListenFlags>),
+    /// Pass on the disk of another server, and keep clients when that one is lost or moves the disk
+    #[command(
+        override_usage = "flexnbd proxy --to URI [--addr ADDR --port PORT] [OPTION]... [ACL_ENTRY]..."
+    )]
+    Proxy(ModeFlags<proxy::ProxyFlags>),
     /// Move the disk of a running server to another server, while clients use it
     #[command(override_usage = "flexnbd mirror --addr ADDR --port PORT --sock SOCK [OPTION]...")]
     Mirror(ModeFlags<mirror::MirrorFlags>),
@@ -294,17 +304,21 @@ impl VerbosityFlags {
 }
 
 impl Mode {
-    fn validate(self) -> Result<(VerbosityFlags, CliCommand), EarlyExit> {
+    fn validate(self, program: Option<&OsStr>) -> Result<(VerbosityFlags, CliCommand), EarlyExit> {
         let misuse = |mode| move |sentence| EarlyExit::Misuse(usage_error(Some(mode), sentence));
         let operate = |mode, command: Result<OperatorCommand, String>| {
             command.map(CliCommand::Operate).map_err(misuse(mode))
         };
         Ok(match self {
             Self::Serve(ModeFlags { flags, verbosity }) => {
-                (verbosity, CliCommand::Start(flags.into_request()))
+                (verbosity, CliCommand::Start(Box::new(flags.into_request())))
             }
             Self::Listen(ModeFlags { flags, verbosity }) => {
-                (verbosity, CliCommand::Start(flags.into_request()))
+                (verbosity, CliCommand::Start(Box::new(flags.into_request())))
+            }
+            Self::Proxy(ModeFlags { flags, verbosity }) => {
+                let request = flags.of_program(program).into_request();
+                (verbosity, CliCommand::Start(Box::new(request.map_err(misuse("proxy"))?)))
             }
             Self::Read(ModeFlags { flags, verbosity }) => {
                 (verbosity, CliCommand::Read(flags.validate().map_err(misuse("read"))?))

@@ -1,11 +1,11 @@
-//! `flexnbd status --file`: the status of a disk without a server. Reads the image's size and its
-//! ownership record; takes no lock and changes nothing.
+//! `flexnbd status --file` and `--config`: the status of a disk without a server. Reads the image's size
+//! and its ownership record; takes no lock and changes nothing. Connects to no upstream.
 
-use super::output;
 use super::settings::Settings;
-use super::start::StartRequest;
-use crate::control::status::{self, OWNERSHIP};
-use crate::daemon::ProcessRole;
+use super::start::{self, ProcessRole, StartRequest};
+use super::{config, output};
+use crate::control::status::{self, OWNERSHIP, UPSTREAM};
+use crate::daemon::DiskConfig;
 use crate::disk::ownership::Record;
 use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
 use crate::disk::{OpenError, image_size};
@@ -26,8 +26,16 @@ pub struct OfflineStatus {
 pub enum DiskArgument {
     /// The path of the image.
     File(PathBuf),
-    /// The path of the configuration file, whose `FILE` is the image.
+    /// The path of the configuration file, whose `FILE` is the image, or whose `TO` is the upstream.
     Config(PathBuf),
+}
+
+/// The disk that an argument selects.
+enum SelectedDisk {
+    /// The path of its image.
+    Image(PathBuf),
+    /// The addresses of its servers.
+    Upstream(Vec<String>),
 }
 
 /// Prints the status of the disk.
@@ -41,7 +49,13 @@ pub fn run(status: &OfflineStatus) -> ExitCode {
 
 impl OfflineStatus {
     fn render(&self) -> Result<String, String> {
-        let image = self.disk.image()?;
+        let image = match self.disk.select()? {
+            SelectedDisk::Image(image) => image,
+            SelectedDisk::Upstream(addresses) => {
+                let line = status::line(&[(UPSTREAM, addresses.join(","))]);
+                return output::format_status(&line, self.json);
+            }
+        };
         let to_text = |error: RecordStoreError| error.to_string();
         let (size, record) = match image_size(&image) {
             Ok(size) => {
@@ -58,19 +72,31 @@ impl OfflineStatus {
 }
 
 impl DiskArgument {
-    fn image(&self) -> Result<PathBuf, String> {
+    fn select(&self) -> Result<SelectedDisk, String> {
         let path = match self {
-            Self::File(image) => return Ok(image.clone()),
+            Self::File(image) => return Ok(SelectedDisk::Image(image.clone())),
             Self::Config(path) => path,
         };
-        // Every error that would prevent `serve` from starting is an error here as well, so that an
-        // operator can check a configuration before a restart.
+        // An error in the file is reported below.
+        let is_proxy = !config::salvage(path, &start::read(path)?).0.upstream.to.is_empty();
+        // Every error that would prevent the service from starting is an error here as well, so that
+        // an operator can check a configuration before a restart.
         let request = StartRequest {
-            role: ProcessRole::Serve,
+            role: if is_proxy {
+                ProcessRole::Proxy { single_client: false }
+            } else {
+                ProcessRole::Serve
+            },
             settings: Settings::default(),
             config_file: Some(path.clone()),
         };
-        request.load().map(|config| config.image).map_err(|error| error.to_string())
+        match request.load().map_err(|error| error.to_string())?.disk {
+            DiskConfig::Image(image) => Ok(SelectedDisk::Image(image.path)),
+            DiskConfig::Upstream(upstream) => {
+                let addresses = upstream.targets.iter().map(ToString::to_string);
+                Ok(SelectedDisk::Upstream(addresses.collect()))
+            }
+        }
     }
 }
 

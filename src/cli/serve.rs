@@ -1,8 +1,7 @@
 //! `flexnbd serve`: its flags. [`super::start`] checks them, and merges the configuration file.
 
 use super::settings::Settings;
-use super::start::StartRequest;
-use crate::daemon::ProcessRole;
+use super::start::{ProcessRole, StartRequest};
 use std::path::PathBuf;
 
 /// The flags of `serve`.

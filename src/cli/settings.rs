@@ -2,10 +2,11 @@
 //! Pure: never reads a file, and never opens an image or a socket.
 
 use super::size::parse_create;
-use super::uri::parse_export;
+use super::uri::{Target, parse_export};
 use crate::disk::HolePolicy;
-use crate::net::{Address, AddressError, Host, parse_port};
+use crate::net::{Address, AddressError, Host, parse_port, unbracket};
 use crate::server::acl::Acl;
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -15,6 +16,12 @@ pub const MAX_CLIENTS_RANGE: RangeInclusive<usize> = 1..=65_536;
 
 /// Range of `--idle-exit`, in seconds; a year at most.
 pub const IDLE_EXIT_RANGE: RangeInclusive<u64> = 1..=365 * 24 * 3600;
+
+/// Range of `--timeout` of `proxy`, in seconds; a year at most, so that a deadline can be represented.
+pub const TIMEOUT_RANGE: RangeInclusive<u64> = 1..=365 * 24 * 3600;
+
+/// Range of `--connections` of `proxy`.
+pub const CONNECTIONS_RANGE: RangeInclusive<usize> = 1..=16;
 
 /// The settings that the flags of `serve` and a configuration file share.
 ///
@@ -87,6 +94,10 @@ pub struct Settings {
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
     pub acl: Vec<String>,
 
+    /// The upstream; for `proxy` only.
+    #[arg(skip)]
+    pub upstream: UpstreamSettings,
+
     /// When the service starts. Only the generator uses it.
     #[arg(skip)]
     pub autostart: Option<Autostart>,
@@ -94,6 +105,53 @@ pub struct Settings {
     /// Whether the socket unit filters packets by the ACL as well. Only the generator uses it.
     #[arg(skip)]
     pub ip_filter: bool,
+}
+
+/// The settings of `proxy` about the server whose disk it passes on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UpstreamSettings {
+    /// The addresses of the disk, in the order in which to try them.
+    pub to: Vec<Target>,
+    /// Local address to connect from.
+    pub bind: Option<IpAddr>,
+    /// Size of the read-ahead in bytes; 0 for none.
+    pub cache: Option<u64>,
+    /// Most bytes of memory for changes that are not flushed.
+    pub unflushed: Option<u64>,
+    /// Most connections to one server.
+    pub connections: Option<usize>,
+    /// Seconds until a silent server counts as lost.
+    pub timeout: Option<u64>,
+}
+
+impl UpstreamSettings {
+    /// Merges these settings with `fallback`, which provides missing values. Addresses replace those
+    /// of `fallback`.
+    #[must_use]
+    pub fn or(self, fallback: Self) -> Self {
+        Self {
+            to: if self.to.is_empty() { fallback.to } else { self.to },
+            bind: self.bind.or(fallback.bind),
+            cache: self.cache.or(fallback.cache),
+            unflushed: self.unflushed.or(fallback.unflushed),
+            connections: self.connections.or(fallback.connections),
+            timeout: self.timeout.or(fallback.timeout),
+        }
+    }
+
+    /// The first key of the configuration file that is set, if one is.
+    #[must_use]
+    pub fn first_key(&self) -> Option<&'static str> {
+        let keys = [
+            ("TO", !self.to.is_empty()),
+            ("BIND", self.bind.is_some()),
+            ("CACHE", self.cache.is_some()),
+            ("UNFLUSHED", self.unflushed.is_some()),
+            ("CONNECTIONS", self.connections.is_some()),
+            ("TIMEOUT", self.timeout.is_some()),
+        ];
+        keys.into_iter().find_map(|(key, is_set)| is_set.then_some(key))
+    }
 }
 
 /// When the service of a configuration file starts.
@@ -147,6 +205,7 @@ impl Settings {
             holes: self.holes.or(fallback.holes),
             direct: self.direct || fallback.direct,
             acl: if self.acl.is_empty() { fallback.acl } else { self.acl },
+            upstream: self.upstream.or(fallback.upstream),
             autostart: self.autostart.or(fallback.autostart),
             ip_filter: self.ip_filter || fallback.ip_filter,
         }
@@ -163,6 +222,19 @@ impl Settings {
     #[must_use]
     pub fn for_serve(self) -> Self {
         Self { plain: false, ..self }
+    }
+
+    /// The first key of the configuration file that only an image has, if one is set.
+    #[must_use]
+    pub fn first_image_key(&self) -> Option<&'static str> {
+        let keys = [
+            ("FILE", self.file.is_some()),
+            ("CREATE", self.create.is_some()),
+            ("HOLES", self.holes.is_some()),
+            ("DIRECT", self.direct),
+            ("PLAIN", self.plain),
+        ];
+        keys.into_iter().find_map(|(key, is_set)| is_set.then_some(key))
     }
 
     /// The address to listen on; `None` if neither address nor port is given.
@@ -218,6 +290,37 @@ pub fn parse_idle_exit(text: &str) -> Result<u64, String> {
     })
 }
 
+/// Parses `--timeout` of `proxy`: a number of seconds within [`TIMEOUT_RANGE`].
+///
+/// # Errors
+/// A sentence for the operator.
+pub fn parse_timeout(text: &str) -> Result<u64, String> {
+    parse_digits(text).filter(|number| TIMEOUT_RANGE.contains(number)).ok_or_else(|| {
+        let (least, most) = (TIMEOUT_RANGE.start(), TIMEOUT_RANGE.end());
+        format!("`{text}` is not a number of seconds from {least} to {most}")
+    })
+}
+
+/// Parses `--connections` of `proxy`: a number within [`CONNECTIONS_RANGE`].
+///
+/// # Errors
+/// A sentence for the operator.
+pub fn parse_connections(text: &str) -> Result<usize, String> {
+    parse_digits(text).filter(|number| CONNECTIONS_RANGE.contains(number)).ok_or_else(|| {
+        let (least, most) = (CONNECTIONS_RANGE.start(), CONNECTIONS_RANGE.end());
+        format!("`{text}` is not a number from {least} to {most}")
+    })
+}
+
+/// Parses an IPv4 or IPv6 address, brackets allowed.
+///
+/// # Errors
+/// A sentence for the operator.
+pub fn parse_ip(text: &str) -> Result<IpAddr, String> {
+    let ip = unbracket(text).parse();
+    ip.map_err(|_| format!("`{text}` is not an IPv4 or IPv6 address"))
+}
+
 /// Parses `--holes`.
 ///
 /// # Errors
@@ -242,6 +345,7 @@ impl ListenAddressError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::uri;
 
     fn host(text: &str) -> Option<Host> {
         Some(text.parse().unwrap())
@@ -265,6 +369,14 @@ mod tests {
             direct: true,
             idle_exit: Some(number.into()),
             acl: vec![word.to_owned()],
+            upstream: UpstreamSettings {
+                to: vec![uri::parse(&format!("nbd://{word}")).unwrap()],
+                bind: Some(format!("192.0.2.{number}").parse().unwrap()),
+                cache: Some(number.into()),
+                unflushed: Some(number.into()),
+                connections: Some(number.into()),
+                timeout: Some(number.into()),
+            },
             autostart: Some(if word == "flags" { Autostart::Yes } else { Autostart::No }),
             ip_filter: true,
         }
@@ -308,6 +420,20 @@ mod tests {
         for text in ["0", "31536001", "", "never", "-1", "+1", " 1", "1s"] {
             let error = parse_idle_exit(text).unwrap_err();
             assert_eq!(error, format!("`{text}` is not a number of seconds from 1 to 31536000"));
+        }
+    }
+
+    #[test]
+    fn timeout_and_connections_have_ranges() {
+        assert_eq!((parse_timeout("1"), parse_timeout("31536000")), (Ok(1), Ok(31_536_000)));
+        for text in ["0", "31536001", "", "x"] {
+            let error = parse_timeout(text).unwrap_err();
+            assert_eq!(error, format!("`{text}` is not a number of seconds from 1 to 31536000"));
+        }
+        assert_eq!((parse_connections("1"), parse_connections("16")), (Ok(1), Ok(16)));
+        for text in ["0", "17", "", "x"] {
+            let error = parse_connections(text).unwrap_err();
+            assert_eq!(error, format!("`{text}` is not a number from 1 to 16"));
         }
     }
 

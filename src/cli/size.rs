@@ -12,6 +12,11 @@ pub const LENGTH_RANGE: RangeInclusive<u64> = 1..=1 << 30;
 /// Range of `--create`, in bytes: from one sector to the largest file offset.
 pub const CREATE_RANGE: RangeInclusive<u64> = 512..=i64::MAX as u64;
 
+/// Range of `--cache` of `proxy`, in bytes: memory for each client.
+pub const CACHE_RANGE: RangeInclusive<u64> = 0..=16 << 20;
+/// Range of `--unflushed` of `proxy`, in bytes.
+pub const UNFLUSHED_RANGE: RangeInclusive<u64> = 1 << 20..=1 << 40;
+
 /// An invalid number of bytes; holds the text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
@@ -68,6 +73,22 @@ pub fn parse_length(text: &str) -> Result<u64, SizeError> {
 /// [`SizeError`].
 pub fn parse_create(text: &str) -> Result<u64, SizeError> {
     parse_within(text, CREATE_RANGE)
+}
+
+/// Parses `--cache`: a number of bytes within [`CACHE_RANGE`].
+///
+/// # Errors
+/// [`SizeError`].
+pub fn parse_cache(text: &str) -> Result<u64, SizeError> {
+    parse_within(text, CACHE_RANGE)
+}
+
+/// Parses `--unflushed`: a number of bytes within [`UNFLUSHED_RANGE`].
+///
+/// # Errors
+/// [`SizeError`].
+pub fn parse_unflushed(text: &str) -> Result<u64, SizeError> {
+    parse_within(text, UNFLUSHED_RANGE)
 }
 
 fn parse_within(text: &str, range: RangeInclusive<u64>) -> Result<u64, SizeError> {
@@ -146,6 +167,16 @@ mod tests {
         assert_eq!(parse_create("512"), Ok(512));
         assert_eq!(parse_create("9223372036854775807"), Ok(i64::MAX as u64));
         assert!(matches!(parse_create("9223372036854775808"), Err(SizeError::OutOfRange(..))));
+    }
+
+    #[test]
+    fn cache_and_unflushed_have_ranges() {
+        assert_eq!((parse_cache("0"), parse_cache("16M")), (Ok(0), Ok(16 << 20)));
+        assert!(matches!(parse_cache("16777217"), Err(SizeError::OutOfRange(..))));
+        assert_eq!((parse_unflushed("1M"), parse_unflushed("1T")), (Ok(1 << 20), Ok(1 << 40)));
+        for text in ["1048575", "1099511627777"] {
+            assert!(matches!(parse_unflushed(text), Err(SizeError::OutOfRange(..))), "{text}");
+        }
     }
 
     proptest! {

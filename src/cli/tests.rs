@@ -3,9 +3,10 @@
 
 use super::offline::{DiskArgument, OfflineStatus};
 use super::operate::CommandKind;
+use super::start::ProcessRole;
 use super::*;
 use crate::control::command::{ArrivalAction, Mirror};
-use crate::daemon::{ProcessRole, RecordPolicy};
+use crate::daemon::RecordPolicy;
 use crate::net::Remote;
 
 fn parsed(line: &str) -> Result<Invocation, EarlyExit> {
@@ -22,7 +23,7 @@ fn command_of(line: &str) -> CliCommand {
 
 fn start_request(line: &str) -> StartRequest {
     match command_of(line) {
-        CliCommand::Start(request) => request,
+        CliCommand::Start(request) => *request,
         other => panic!("{line}: {other:?}"),
     }
 }
@@ -391,7 +392,7 @@ fn the_parsers_definition_is_consistent() {
 
 #[test]
 fn a_missing_or_unknown_mode_lists_all() {
-    let modes = "the modes are serve, listen, mirror, mirror-speed, break, read, write, acl, \
+    let modes = "the modes are serve, listen, proxy, mirror, mirror-speed, break, read, write, acl, \
         status, reload, adopt and help";
     for line in ["", "-q", "--verbose"] {
         assert_misuse(line, &format!("a mode is missing; {modes}"));

@@ -2,12 +2,13 @@
 //! input to it. Streams: never holds more than one request's data.
 
 use super::output;
+use super::settings::parse_ip;
 use super::size::{parse_from, parse_length};
 use super::uri::{self, Target, parse_export};
 use crate::client::{ClientError, Connection};
 use crate::human::counted;
 use crate::nbd::wire::ErrorCode;
-use crate::net::{Remote, Stream, connect, parse_port, unbracket};
+use crate::net::{Remote, Stream, connect, parse_port};
 use crate::range::Range;
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
@@ -262,11 +263,6 @@ fn parse_target(
             Err("the server is missing: give --addr and --port, or --uri".to_owned())
         }
     }
-}
-
-/// Parses an IPv4 or IPv6 address, with or without brackets.
-pub(super) fn parse_ip(text: &str) -> Result<IpAddr, String> {
-    unbracket(text).parse().map_err(|_| format!("`{text}` is not an IPv4 or IPv6 address"))
 }
 
 #[cfg(test)]

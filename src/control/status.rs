@@ -21,6 +21,19 @@ pub const MIGRATION_REASON: &str = "migration_reason";
 /// Key of [`Status::extra`]: the name of the image's ownership record, or `none`.
 pub const OWNERSHIP: &str = "ownership";
 
+/// Key of [`Status::extra`]: the address of the upstream that a proxy is or was last connected to.
+pub const UPSTREAM: &str = "upstream";
+/// Key of [`Status::extra`]: whether the proxy is connected to it.
+pub const UPSTREAM_CONNECTED: &str = "upstream_connected";
+/// Key of [`Status::extra`]: seconds since the connection to the upstream was made or lost.
+pub const UPSTREAM_SECONDS: &str = "upstream_seconds";
+/// Key of [`Status::extra`]: how often the proxy has connected again after a loss.
+pub const UPSTREAM_RECONNECTS: &str = "upstream_reconnects";
+/// Key of [`Status::extra`]: bytes that clients have written and the upstream has not flushed yet.
+pub const UNFLUSHED_BYTES: &str = "unflushed_bytes";
+/// Key of [`Status::extra`]: why the proxy is not connected; absent while it is.
+pub const UPSTREAM_ERROR: &str = "upstream_error";
+
 /// The reply to `status`, in the order of its keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {

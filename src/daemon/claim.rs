@@ -2,7 +2,7 @@
 //! another host if only that host knows the owner, and updates the record. Start-up decides
 //! everything about ownership here, once. Never serves the disk.
 
-use super::config::{Config, ProcessRole, RecordPolicy};
+use super::config::{ImageConfig, ReceivingConfig, RecordPolicy};
 use super::handover_query::{HandoverQuery, QueryError, StartupQuery};
 use super::start_error::{OwnershipDenial, StartError};
 use crate::disk::ownership::{
@@ -46,19 +46,22 @@ pub(super) enum Ownership {
 }
 
 impl Claim {
-    /// Opens the disk and claims it for the role of the process. The record may forbid that.
-    pub(super) fn acquire(config: &Config, query: &StartupQuery<'_>) -> Result<Self, StartError> {
+    /// Opens the image and claims it, to serve it or to receive into it. The record may forbid that.
+    pub(super) fn acquire(
+        config: &ImageConfig,
+        query: &StartupQuery<'_>,
+    ) -> Result<Self, StartError> {
         check_may_create(config)?;
         let image = open_image(config)?;
         let record_store = open_record_store(config, &image)?;
         let is_new = image.is_new();
         let disk = Arc::new(Disk::new(backend_of(image, config)?, config.read_only));
-        match config.role {
-            ProcessRole::Serve => {
+        match config.receiving {
+            None => {
                 let provenance = claim_to_serve(config, &record_store, disk.size(), query)?;
                 Ok(Self { disk, record_store, ownership: Ownership::Ours(provenance) })
             }
-            ProcessRole::Listen { overwrite, records } => {
+            Some(ReceivingConfig { overwrite, records, .. }) => {
                 if is_new {
                     record_incoming(&record_store, disk.size(), records)?;
                 }
@@ -79,19 +82,19 @@ impl Claim {
 
 /// Refuses to create an image (`--create`) where one was deleted when its disk moved away: clients
 /// would take the empty disk for theirs.
-fn check_may_create(config: &Config) -> Result<(), StartError> {
+fn check_may_create(config: &ImageConfig) -> Result<(), StartError> {
     let would_create =
-        config.create.is_some() && config.role == ProcessRole::Serve && !config.image.exists();
+        config.create.is_some() && config.receiving.is_none() && !config.path.exists();
     if !would_create {
         return Ok(());
     }
-    match read_tombstone(&config.image).map_err(StartError::Record)? {
+    match read_tombstone(&config.path).map_err(StartError::Record)? {
         Some(Record::Departed { id, when, to }) => {
             let why = format!(
                 "{} has moved to {to} and was deleted here (migration {id}, at {}), so that it is not \
                  made anew, empty. Use it there; for an empty disk in its place make the file \
                  yourself, with truncate(1), say",
-                config.image.display(),
+                config.path.display(),
                 utc(when)
             );
             let departure = Some((id, to));
@@ -101,11 +104,11 @@ fn check_may_create(config: &Config) -> Result<(), StartError> {
     }
 }
 
-fn open_image(config: &Config) -> Result<FileBackend, StartError> {
+fn open_image(config: &ImageConfig) -> Result<FileBackend, StartError> {
     let access = Access { read_only: config.read_only };
     let image = match config.create {
-        Some(size) => FileBackend::create(&config.image, size, access),
-        None => FileBackend::open(&config.image, access),
+        Some(size) => FileBackend::create(&config.path, size, access),
+        None => FileBackend::open(&config.path, access),
     };
     let image = image
         .map_err(|error| StartError::Image(error, config.config_file.clone()))?
@@ -114,7 +117,7 @@ fn open_image(config: &Config) -> Result<FileBackend, StartError> {
     if tail > 0 {
         warn!(
             "{}: not serving its last {}, which do not fill a sector of 512",
-            config.image.display(),
+            config.path.display(),
             counted(tail, "byte")
         );
     }
@@ -123,7 +126,7 @@ fn open_image(config: &Config) -> Result<FileBackend, StartError> {
 
 /// The backend that the configuration demands. A file that was created for it is removed again if
 /// that fails: the next start would take the empty image for the disk.
-fn backend_of(image: FileBackend, config: &Config) -> Result<Box<dyn Backend>, StartError> {
+fn backend_of(image: FileBackend, config: &ImageConfig) -> Result<Box<dyn Backend>, StartError> {
     if !config.direct {
         return Ok(Box::new(image));
     }
@@ -132,20 +135,20 @@ fn backend_of(image: FileBackend, config: &Config) -> Result<Box<dyn Backend>, S
     let direct = direct.map_err(|error| {
         if is_new {
             // A failure to remove it adds nothing to the error.
-            let _ = fs::remove_file(&config.image);
+            let _ = fs::remove_file(&config.path);
         }
         StartError::Image(error, config.config_file.clone())
     })?;
     Ok(Box::new(direct))
 }
 
-fn open_record_store(config: &Config, image: &FileBackend) -> Result<RecordStore, StartError> {
+fn open_record_store(config: &ImageConfig, image: &FileBackend) -> Result<RecordStore, StartError> {
     let mut record_store = RecordStore::of(image).map_err(StartError::Record)?;
     if let Some(file) = record_store.foreign_record() {
         warn!(
             "{}: the ownership record in {} is of another file, which had this path before, and \
              says nothing about this one",
-            config.image.display(),
+            config.path.display(),
             file.display()
         );
     }
@@ -161,7 +164,7 @@ fn open_record_store(config: &Config, image: &FileBackend) -> Result<RecordStore
 /// The provenance of the image, of `size` bytes, if its record or another host says that it is
 /// ours.
 fn claim_to_serve(
-    config: &Config,
+    config: &ImageConfig,
     record_store: &RecordStore,
     size: u64,
     startup_query: &StartupQuery<'_>,
@@ -252,7 +255,7 @@ fn record_incoming(
 
 /// Checks whether the record permits receiving into the image; a refusal is the error.
 fn claim_to_receive(
-    config: &Config,
+    config: &ImageConfig,
     record_store: &RecordStore,
     overwrite: bool,
 ) -> Result<ForListen, StartError> {
@@ -294,14 +297,14 @@ pub(super) fn reserve_record(
     }
 }
 
-fn denial(config: &Config, refusal: &OwnershipRefusal) -> OwnershipDenial {
+fn denial(config: &ImageConfig, refusal: &OwnershipRefusal) -> OwnershipDenial {
     let departure = match refusal {
         OwnershipRefusal::Departing { id, to } | OwnershipRefusal::Departed { id, to, .. } => {
             Some((*id, to.clone()))
         }
         OwnershipRefusal::Incomplete | OwnershipRefusal::Adopted => None,
     };
-    let why = refusal.explain(&config.image.display().to_string());
+    let why = refusal.explain(&config.path.display().to_string());
     OwnershipDenial { why, departure, query: None }
 }
 
@@ -312,8 +315,9 @@ mod tests {
     use crate::systemd::ServiceManager;
     use std::path::{Path, PathBuf};
 
-    const LISTEN: ProcessRole =
-        ProcessRole::Listen { overwrite: false, records: RecordPolicy::Required };
+    const SERVE: Option<ReceivingConfig> = None;
+    const LISTEN: Option<ReceivingConfig> =
+        Some(ReceivingConfig { overwrite: false, records: RecordPolicy::Required, plain: false });
     const ID: Id = Id([7; 16]);
 
     /// A directory for an image, on a file system that keeps records.
@@ -323,8 +327,8 @@ mod tests {
         (directory, image)
     }
 
-    fn claim(role: ProcessRole, image: &Path) -> Result<Claim, StartError> {
-        let config = Config { role, create: Some(4096), ..Config::serve(image) };
+    fn claim(receiving: Option<ReceivingConfig>, image: &Path) -> Result<Claim, StartError> {
+        let config = ImageConfig { receiving, create: Some(4096), ..ImageConfig::serve(image) };
         let (notifier, signals) = (ServiceManager::silent(), Signals::none());
         let query = StartupQuery { notifier: &notifier, signals: &signals, answer: None };
         Claim::acquire(&config, &query)
@@ -333,7 +337,7 @@ mod tests {
     #[test]
     fn a_disk_without_a_record_is_ours() {
         let (_directory, image) = directory();
-        let claim = claim(ProcessRole::Serve, &image).unwrap();
+        let claim = claim(SERVE, &image).unwrap();
         assert!(matches!(claim.ownership, Ownership::Ours(Provenance::Native)));
         assert_eq!(claim.disk.size(), 4096);
     }
@@ -345,7 +349,7 @@ mod tests {
         assert!(matches!(claimed.ownership, Ownership::Incoming { copy: Some(None), .. }));
         // The first claim locks the image.
         drop(claimed);
-        assert!(matches!(claim(ProcessRole::Serve, &image), Err(StartError::Ownership(_))));
+        assert!(matches!(claim(SERVE, &image), Err(StartError::Ownership(_))));
     }
 
     #[test]
@@ -358,21 +362,21 @@ mod tests {
         let claimed = claim(LISTEN, &image).unwrap();
         assert!(matches!(claimed.ownership, Ownership::AlreadyArrived));
         drop(claimed);
-        let claimed = claim(ProcessRole::Serve, &image).unwrap();
+        let claimed = claim(SERVE, &image).unwrap();
         assert!(matches!(claimed.ownership, Ownership::Ours(Provenance::Arrived(ID))));
     }
 
     #[test]
     fn a_disk_in_doubt_is_not_served() {
         let (_directory, image) = directory();
-        let claimed = claim(ProcessRole::Serve, &image).unwrap();
+        let claimed = claim(SERVE, &image).unwrap();
         // No address that could be asked.
         let to = RemoteAddress::new("/run/x").unwrap();
         let departing =
             Record::Departing { id: ID, before: Provenance::Native, to: to.clone(), from: None };
         claimed.record_store.write(Some(&departing)).unwrap();
         drop(claimed);
-        let Err(StartError::Ownership(denial)) = claim(ProcessRole::Serve, &image) else {
+        let Err(StartError::Ownership(denial)) = claim(SERVE, &image) else {
             panic!("claimed");
         };
         assert_eq!((denial.departure, denial.query), (Some((ID, to)), None));

@@ -2,44 +2,84 @@
 
 use crate::disk::HolePolicy;
 use crate::net::Address;
+use crate::server::WhenFull;
 use crate::server::acl::Acl;
+use crate::upstream::{UpstreamOptions, UpstreamTarget};
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// The options and configuration keys of a process that serves or receives a disk.
+/// The options and configuration keys of a process that serves, receives or passes on a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Whether to serve the disk or to receive it.
-    pub role: ProcessRole,
-    /// The configuration file, if there is one; error messages then name its keys, not options.
-    pub config_file: Option<PathBuf>,
+    /// The disk.
+    pub disk: DiskConfig,
     /// The address to listen on; not needed when sockets are inherited.
     pub address: Option<Address>,
-    /// The image file or block device.
-    pub image: PathBuf,
-    /// Size in bytes to create the image with if it does not exist.
-    pub create: Option<u64>,
-    /// Refuse writes.
-    pub read_only: bool,
     /// Name of the export; clients can also select it by the empty name.
     pub export: String,
     /// Use the oldstyle handshake.
     pub oldstyle: bool,
-    /// Also receive from one client that is not a flexnbd (`listen --plain`).
-    pub plain: bool,
     /// The path of the control socket; not needed when one is inherited.
     pub control: Option<PathBuf>,
     /// Disconnect clients that make no progress.
     pub killswitch: bool,
     /// End after this time without a client or a migration.
     pub idle_exit: Option<Duration>,
+    /// Which clients may connect.
+    pub admission: Admission,
+    /// What becomes of clients beyond the largest number.
+    pub when_full: WhenFull,
+}
+
+/// The disk of a process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskConfig {
+    /// An image on this host.
+    Image(ImageConfig),
+    /// The export of another server.
+    Upstream(UpstreamConfig),
+}
+
+/// An image, and how to use it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageConfig {
+    /// The image file or block device.
+    pub path: PathBuf,
+    /// The configuration file, if there is one; error messages then name its keys, not options.
+    pub config_file: Option<PathBuf>,
+    /// Size in bytes to create the image with if it does not exist.
+    pub create: Option<u64>,
+    /// Refuse writes.
+    pub read_only: bool,
     /// Whether to trust the holes that the file system reports.
     pub holes: HolePolicy,
     /// Access the image with `O_DIRECT`.
     pub direct: bool,
-    /// Which clients may connect.
-    pub admission: Admission,
+    /// How to receive the disk into the image; `None` to serve it.
+    pub receiving: Option<ReceivingConfig>,
+}
+
+/// How to receive a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReceivingConfig {
+    /// Also overwrite a disk that has arrived or was adopted.
+    pub overwrite: bool,
+    /// Whether an ownership record is required.
+    pub records: RecordPolicy,
+    /// Also receive from one client that is not a flexnbd (`listen --plain`).
+    pub plain: bool,
+}
+
+/// The export of another server, and how to use it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UpstreamConfig {
+    /// The addresses of the disk, at least one, in the order in which to try them.
+    pub targets: Vec<UpstreamTarget>,
+    /// The options of the connections.
+    pub options: UpstreamOptions,
+    /// Refuse writes.
+    pub read_only: bool,
 }
 
 #[cfg(test)]
@@ -47,38 +87,33 @@ impl Config {
     /// `serve --file IMAGE` without any other option.
     pub(crate) fn serve(image: impl Into<PathBuf>) -> Self {
         Self {
-            role: ProcessRole::Serve,
-            config_file: None,
+            disk: DiskConfig::Image(ImageConfig::serve(image)),
             address: None,
-            image: image.into(),
-            create: None,
-            read_only: false,
             export: String::new(),
             oldstyle: false,
-            plain: false,
             control: None,
             killswitch: false,
             idle_exit: None,
-            holes: HolePolicy::Auto,
-            direct: false,
             admission: Admission { acl: Acl::default(), clients_max: 128 },
+            when_full: WhenFull::Refuse,
         }
     }
 }
 
-/// The mode of a process.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ProcessRole {
-    /// It serves a disk (`flexnbd serve`).
-    #[default]
-    Serve,
-    /// It receives a disk (`flexnbd listen`).
-    Listen {
-        /// Also overwrite a disk that has arrived or was adopted.
-        overwrite: bool,
-        /// Whether an ownership record is required.
-        records: RecordPolicy,
-    },
+#[cfg(test)]
+impl ImageConfig {
+    /// The image of `serve --file IMAGE`.
+    pub(crate) fn serve(image: impl Into<PathBuf>) -> Self {
+        Self {
+            path: image.into(),
+            config_file: None,
+            create: None,
+            read_only: false,
+            holes: HolePolicy::Auto,
+            direct: false,
+            receiving: None,
+        }
+    }
 }
 
 /// Whether a disk may be moved if its ownership record cannot be written.

@@ -6,7 +6,6 @@
 //! If the process ended, the service manager, which holds the sockets, would start it again for the
 //! same clients, and after some restarts the socket units would fail.
 
-use super::config::ProcessRole;
 use super::event_loop::ProcessEnd;
 use super::handover_query::{QueryResult, RepeatedQuery};
 use super::inherited::Inherited;
@@ -30,10 +29,11 @@ const LOG_INTERVAL: Duration = Duration::from_secs(60);
 /// Pause after accept(2) has failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// The role and the paths of the process, as far as known without a valid configuration.
+/// The purpose and the paths of the process, as far as known without a valid configuration.
 #[derive(Clone, Debug)]
 pub(super) struct ServerPurpose {
-    pub(super) role: ProcessRole,
+    /// It receives a disk, and has no clients.
+    pub(super) receives: bool,
     pub(super) image: Option<PathBuf>,
     /// The path of a control socket to open if none is inherited.
     pub(super) control: Option<PathBuf>,
@@ -78,14 +78,15 @@ fn stopped(signal: Signal) -> RefusalResult {
 
 /// A disk that has moved away stays away, and its clients keep connecting. An operator who starts
 /// the service sees any other error at once, so the process stays only if a client or an operator
-/// has connected.
+/// has connected. After a transient error the service manager starts the process again, and clients
+/// wait in the sockets meanwhile.
 fn should_refuse_clients(
     inherited: &Inherited,
     purpose: &ServerPurpose,
     error: &StartError,
 ) -> bool {
-    let serves = purpose.role == ProcessRole::Serve && inherited.has_sockets();
-    serves && (matches!(error, StartError::Ownership(_)) || inherited.has_connection_waiting())
+    let refuses = !purpose.receives && !error.is_transient() && inherited.has_sockets();
+    refuses && (matches!(error, StartError::Ownership(_)) || inherited.has_connection_waiting())
 }
 
 fn refuse_clients(

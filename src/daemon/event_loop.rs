@@ -4,6 +4,7 @@
 use super::events::ProcessEvent;
 use super::idle::Idle;
 use super::operator::Service;
+use super::proxying;
 use super::snapshot;
 use super::status_reporter::StatusReporter;
 use super::watchdog::Watchdog;
@@ -14,7 +15,7 @@ use crate::message_id;
 use crate::migration::destination::ArrivalResult;
 use crate::migration::job::Outcome;
 use crate::migration::source::MigrationHandle;
-use crate::server::Grace;
+use crate::server::{Grace, StoredSessions};
 use crate::systemd::{FdStore, ServiceManager, log_unsent};
 use nix::sys::signal::Signal;
 use std::sync::Arc;
@@ -51,8 +52,8 @@ pub(super) struct Process {
     /// Keeps sessions for the next process.
     pub(super) store: FdStore,
     pub(super) disk: Arc<Disk>,
-    /// The image's path, for messages.
-    pub(super) image: String,
+    /// The image's path or the upstream's address, for messages.
+    pub(super) name: String,
     pub(super) idle: Idle,
     pub(super) status: StatusReporter,
     /// `None` if the service manager has no watchdog.
@@ -74,7 +75,8 @@ impl Process {
                 return ProcessEnd::Well;
             }
             let now = Instant::now();
-            self.status.report_if_due(now, self.service.server().client_count());
+            let clients = self.service.server().client_count();
+            self.status.report_if_due(now, clients, self.service.upstream());
             let deadlines = [self.idle.deadline(self.is_busy()), self.status.deadline(now)];
             if let Some(event) = self.next_event(deadlines.into_iter().flatten().min())
                 && let Some(end) = self.handle(event)
@@ -120,6 +122,7 @@ impl Process {
                 self.idle.restart(Instant::now());
                 self.status.mark_changed();
             }
+            ProcessEvent::UpstreamChanged => self.status.mark_changed(),
             ProcessEvent::AcceptFailed(why) => {
                 return Some(ProcessEnd::Badly(format!("no longer accepting clients: {why}")));
             }
@@ -174,7 +177,7 @@ impl Process {
         info!(
             message_id = message_id::ARRIVED,
             "flexnbd.migration" = migration,
-            "flexnbd.image" = self.image,
+            "flexnbd.image" = self.name,
             "flexnbd.bytes_total" = self.disk.size(),
             "the disk has arrived"
         );
@@ -229,7 +232,7 @@ impl Process {
         }
     }
 
-    /// Closes the modules in order: control socket, server, sessions.
+    /// Closes the modules in order: control socket, server, upstream, sessions.
     ///
     /// Sessions are stored for the next process, except while a disk is received, since its
     /// sessions are the migration, and after a failed flush, because a snapshot does not hold that
@@ -247,13 +250,25 @@ impl Process {
         self.service.waiters.interrupt();
         self.service.waiters.stop();
         drop(self.control.take());
+        let deadline = Instant::now() + DISK_GRACE;
+        let sessions = self.end_sessions(stores_sessions);
+        let sessions = match self.service.upstream() {
+            Some(upstream) => proxying::settle(upstream, &self.disk, sessions, deadline),
+            None => sessions,
+        };
+        snapshot::save(&self.store, &sessions);
+    }
+
+    /// Ends all sessions; with `stores`, suspends as many as the next process can get.
+    fn end_sessions(&self, stores: bool) -> StoredSessions {
         let mut server = self.service.server();
         let grace = Grace { clients: GRACE, disk: DISK_GRACE };
         match self.store.capacity() {
-            room if stores_sessions && room > 0 => {
-                snapshot::save(&self.store, &server.suspend(room, grace));
+            room if stores && room > 0 => server.suspend(room, grace),
+            _ => {
+                server.stop(grace);
+                StoredSessions::default()
             }
-            _ => server.stop(grace),
         }
     }
 

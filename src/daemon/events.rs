@@ -7,6 +7,7 @@ use crate::migration::job::Outcome;
 use crate::migration::source::MigrationHandle;
 use crate::server::events::ServerEvents;
 use crate::sync::lock;
+use crate::upstream::UpstreamEvents;
 use nix::sys::signal::Signal;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,6 +27,8 @@ pub(super) enum ProcessEvent {
     /// The process has received the disk, or cannot.
     ReceiveEnded(ArrivalResult),
     ClientsChanged,
+    /// The connection to the upstream has been made or lost.
+    UpstreamChanged,
     /// An operator's command has been carried out.
     CommandEnded,
     /// The server cannot accept clients any more, for this reason.
@@ -45,6 +48,16 @@ impl ServerEvents for ServerEventSender {
 
     fn accepting_failed(&self, why: &io::Error) {
         let _ = self.0.send(ProcessEvent::AcceptFailed(why.to_string()));
+    }
+}
+
+/// Sends the upstream's events to the event loop.
+#[derive(Debug)]
+pub(super) struct UpstreamEventSender(pub(super) Sender<ProcessEvent>);
+
+impl UpstreamEvents for UpstreamEventSender {
+    fn changed(&self) {
+        let _ = self.0.send(ProcessEvent::UpstreamChanged);
     }
 }
 

@@ -1,4 +1,5 @@
-//! The two export policies: the disk is ours and is served, or it is incoming.
+//! The three export policies: the disk is ours and is served, it is incoming, or it is that of
+//! another server.
 //! Translates between the server and the migration, which do not know each other; decides nothing.
 
 use super::reconnecting_clients::ReconnectingClients;
@@ -33,6 +34,33 @@ impl ExportPolicy for ServingPolicy {
             }
             Err(error) => invalid(error),
         }
+    }
+
+    fn on_session_end(&self, session: SessionId) {
+        self.clients.on_session_end(session);
+    }
+}
+
+/// The policy of a disk that is passed on from another server.
+#[derive(Debug)]
+pub(super) struct ProxyPolicy {
+    /// One client is served at a time, and others wait: its further connections would wait as well.
+    pub(super) is_exclusive: bool,
+    pub(super) clients: ReconnectingClients,
+}
+
+impl ExportPolicy for ProxyPolicy {
+    fn probe(&self, session: SessionId, data: &[u8], _: &dyn SessionsView) -> ProbeReply {
+        if let Some(introduction) = Introduction::decode(data) {
+            return self.clients.introduce(session, introduction);
+        }
+        let why = "this is a proxy, which neither receives a disk nor knows its owner";
+        let reply = OptionReply::error(OptionReplyKind::ErrPolicy, why);
+        ProbeReply::Refuse { reply, holder: None }
+    }
+
+    fn is_exclusive(&self) -> bool {
+        self.is_exclusive
     }
 
     fn on_session_end(&self, session: SessionId) {

@@ -1,4 +1,4 @@
-//! One process that serves or receives a disk: [`run`] starts the modules in order, handles their
+//! One process that serves, receives or proxies a disk: [`run`] starts the modules in order, handles their
 //! events one after another, and closes them in order.
 //! The only module that knows all others. Never talks to a client, and never parses a command line.
 //!
@@ -10,8 +10,8 @@
 //!                    degraded ─▶ end
 //! ```
 //!
-//! `startup` reads `claim → sockets → server → control → watchdog → ready`. `degraded` refuses
-//! clients while the disk cannot be served.
+//! `startup` reads `role → sockets → server → control → watchdog → ready`: a role is an image (`claim`) or
+//! an upstream (`proxying`). `degraded` refuses clients while the disk cannot be served.
 
 mod claim;
 mod config;
@@ -25,8 +25,10 @@ mod inherited;
 mod migration_log;
 mod operator;
 mod outgoing;
+mod proxying;
 mod random;
 mod reconnecting_clients;
+mod role;
 
 pub mod signals;
 mod snapshot;
@@ -36,7 +38,10 @@ mod startup;
 mod status_reporter;
 mod watchdog;
 
-pub use config::{Admission, Config, ProcessRole, RecordPolicy, RereadConfig};
+pub use config::{
+    Admission, Config, DiskConfig, ImageConfig, ReceivingConfig, RecordPolicy, RereadConfig,
+    UpstreamConfig,
+};
 pub use event_loop::ProcessEnd;
 pub use start_error::StartError;
 pub use startup::{refuse, run};

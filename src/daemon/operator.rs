@@ -4,6 +4,7 @@
 use super::config::{Admission, RereadConfig};
 use super::events::ActiveCommands;
 use super::outgoing::{self, MigrationContext, PreparedMigration};
+use super::proxying;
 use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
@@ -16,6 +17,7 @@ use crate::migration::source::MigrationHandle;
 use crate::server::Server;
 use crate::sync::{self, lock};
 use crate::systemd::{ServiceManager, log_unsent};
+use crate::upstream::UpstreamHandle;
 use nix::sys::signal::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -40,6 +42,8 @@ pub(super) enum DiskRole {
     Serving(OutgoingMigrations),
     /// It receives the disk; this is the store of its record.
     Receiving(RecordStore),
+    /// It passes on the disk of this upstream.
+    Proxying(UpstreamHandle),
 }
 
 /// Operators who wait for the end of a migration (`mirror --wait`), at most until the process
@@ -103,6 +107,15 @@ impl OutgoingMigrations {
     pub(super) fn new(context: MigrationContext, record_store: RecordStore) -> Self {
         Self { context, record_store, last: Mutex::default(), starting: Mutex::default() }
     }
+
+    /// The name of the image's record, if the last migration does not determine it. A served disk
+    /// has the record of its provenance, unless a migration could not restore it.
+    fn record_name(&self, migration: Option<&MigrationHandle>) -> &'static str {
+        if outgoing::record_unrestored(migration) {
+            return peek_name(&self.record_store);
+        }
+        name_of(self.context.provenance.record().as_ref())
+    }
 }
 
 impl Service {
@@ -114,11 +127,19 @@ impl Service {
         matches!(self.role, DiskRole::Receiving(_))
     }
 
+    /// The upstream whose disk the process passes on.
+    pub(super) fn upstream(&self) -> Option<&UpstreamHandle> {
+        match &self.role {
+            DiskRole::Proxying(upstream) => Some(upstream),
+            DiskRole::Serving(_) | DiskRole::Receiving(_) => None,
+        }
+    }
+
     /// The last migration, if there was one; it may have ended.
     fn last_migration(&self) -> Option<Arc<MigrationHandle>> {
         match &self.role {
             DiskRole::Serving(migrations) => lock(&migrations.last).clone(),
-            DiskRole::Receiving(_) => None,
+            DiskRole::Receiving(_) | DiskRole::Proxying(_) => None,
         }
     }
 
@@ -144,31 +165,23 @@ impl Service {
                 size: self.size,
                 clients_allowed: server.is_accepting(),
                 num_clients: server.client_count() as u64,
-                has_control: !self.is_receiving(),
+                has_control: matches!(self.role, DiskRole::Serving(_)),
                 ..Status::default()
             }
         };
-        let record = outgoing::describe(migration, &mut status)
-            .unwrap_or_else(|| self.record_name(migration));
+        let record = match &self.role {
+            DiskRole::Serving(outgoing) => outgoing::describe(migration, &mut status)
+                .unwrap_or_else(|| outgoing.record_name(migration)),
+            DiskRole::Receiving(record_store) => peek_name(record_store),
+            DiskRole::Proxying(upstream) => {
+                proxying::describe(&upstream.state(), &mut status);
+                return status;
+            }
+        };
         status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
         let running = migration.filter(|migration| migration.outcome().is_none());
         outgoing::describe_obstacle(running, &mut status);
         status
-    }
-
-    /// The name of the image's record, if the last migration does not determine it. A served disk
-    /// has the record of its provenance, unless a migration could not restore it.
-    fn record_name(&self, migration: Option<&MigrationHandle>) -> &'static str {
-        let record_store = match &self.role {
-            DiskRole::Serving(outgoing) if outgoing::record_unrestored(migration) => {
-                &outgoing.record_store
-            }
-            DiskRole::Serving(outgoing) => {
-                return name_of(outgoing.context.provenance.record().as_ref());
-            }
-            DiskRole::Receiving(record_store) => record_store,
-        };
-        record_store.peek().map_or("unknown", |record| name_of(record.as_ref()))
     }
 
     fn set_acl(&self, entries: &[String]) -> Reply {
@@ -217,9 +230,17 @@ impl Service {
     }
 
     fn mirror(&self, command: &Mirror) -> Result<Arc<MigrationHandle>, Reply> {
-        let DiskRole::Serving(outgoing) = &self.role else {
-            let why = "the disk has not arrived here, so it cannot be moved away";
-            return Err(Reply::refused(why));
+        let outgoing = match &self.role {
+            DiskRole::Serving(outgoing) => outgoing,
+            DiskRole::Receiving(_) => {
+                let why = "the disk has not arrived here, so it cannot be moved away";
+                return Err(Reply::refused(why));
+            }
+            DiskRole::Proxying(upstream) => {
+                let at = upstream.state().target;
+                let why = format!("this is a proxy; have the server at {at} move the disk");
+                return Err(Reply::refused(why));
+            }
         };
         let running = || Err(Reply::refused("mirror already running"));
         let Ok(_starting) = outgoing.starting.try_lock() else { return running() };
@@ -258,6 +279,11 @@ impl Service {
             None => Reply::refused("the server was stopped before the migration was over"),
         }
     }
+}
+
+/// The name of the record in the store.
+fn peek_name(record_store: &RecordStore) -> &'static str {
+    record_store.peek().map_or("unknown", |record| name_of(record.as_ref()))
 }
 
 fn name_of(record: Option<&Record>) -> &'static str {

@@ -35,6 +35,15 @@ pub(super) fn restore(stored: StoredDescriptors, notifier: &ServiceManager) -> S
     }
 }
 
+/// Stores sessions that this process has restored and not used.
+pub(super) fn save_again(notifier: &ServiceManager, sessions: &StoredSessions) {
+    let store = FdStore::from_env(notifier);
+    // Without a store there are none.
+    if store.capacity() > 0 {
+        save(&store, sessions);
+    }
+}
+
 /// Stores the sessions for the next process.
 pub(super) fn save(store: &FdStore, sessions: &StoredSessions) {
     let count = sessions.streams.len();

@@ -8,11 +8,13 @@ use crate::disk::ownership::{Id, RemoteAddress};
 use crate::disk::record_store::RecordStoreError;
 use crate::message_id;
 use crate::net::BindError;
+use crate::upstream::UpstreamError;
 use nix::sys::signal::Signal;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Why a process did not start. The operator has to change something first, except after a signal.
+/// Why a process did not start. The operator has to change something first, except after a signal and
+/// unless the error is [transient](StartError::is_transient).
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The configuration contradicts itself.
@@ -30,6 +32,9 @@ pub enum StartError {
     /// The ownership record forbids serving the image, or receiving into it.
     #[error("{}", .0.why)]
     Ownership(OwnershipDenial),
+    /// No upstream can be had at any of the addresses. Another start may succeed.
+    #[error("{0}")]
+    Upstream(UpstreamError),
     /// The address cannot be listened on.
     #[error("{0}")]
     Listen(BindError),
@@ -67,8 +72,15 @@ impl StartError {
     pub fn message_id(&self) -> &'static str {
         match self {
             Self::Ownership(_) => message_id::REFUSING_OWNERSHIP,
+            Self::Upstream(_) => message_id::FAILED,
             _ => message_id::REFUSING_CONFIGURATION,
         }
+    }
+
+    /// Whether a start can succeed later although the operator changes nothing.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Upstream(_))
     }
 
     /// The errno(3) value of the system call that failed, if one did.
@@ -87,6 +99,7 @@ impl StartError {
             | Self::Record(_)
             | Self::Unrecorded(_)
             | Self::Ownership(_)
+            | Self::Upstream(_)
             | Self::NoAddress
             | Self::Inherited(_)
             | Self::Interrupted(_) => None,

@@ -1,21 +1,18 @@
-//! The start of a process, in one order: inherited, claim, sockets, server, control, watchdog,
+//! The start of a process, in one order: inherited, role, sockets, server, control, watchdog,
 //! ready.
 //! Never handles an event.
 
-use super::claim::{Claim, Ownership};
-use super::config::{Admission, Config, ProcessRole, RereadConfig};
+use super::config::{Admission, Config, DiskConfig, RereadConfig};
 use super::degraded::{self, RefusalResult, ServerPurpose};
 use super::event_loop::{Process, ProcessEnd};
 use super::events::{ActiveCommands, ProcessEvent, ServerEventSender};
-use super::export_policies::{ReceivingPolicy, ServingPolicy};
 use super::handover_query::QueryResult;
 use super::idle::Idle;
 use super::inherited::Inherited;
-use super::operator::{DiskRole, MigrationWaiters, OutgoingMigrations, Service};
-use super::outgoing::MigrationContext;
-use super::random;
-use super::reconnecting_clients::ReconnectingClients;
+use super::operator::{DiskRole, MigrationWaiters, Service};
+use super::role::{Role, RoleInputs};
 use super::signals::{SignalAction, Signals};
+use super::snapshot;
 use super::sockets::Sockets;
 use super::start_error::StartError;
 use super::status_reporter::{IdleStatus, StatusReporter};
@@ -23,13 +20,8 @@ use super::watchdog::{Watchdog, WatchedParts};
 use crate::control::{ControlSocket, Handle, Operator};
 use crate::disk::Disk;
 use crate::message_id;
-use crate::migration::arrival::{Admits, Arrival};
-use crate::migration::destination::Destination;
-use crate::migration::wire::Token;
 use crate::net::Listener;
-use crate::server::export_policy::ExportPolicy;
 use crate::server::{STALL_LIMIT, Server, ServerConfig, SessionSettings, StoredSessions, Style};
-use crate::sync::lock;
 use crate::systemd::{FdStore, log_unsent};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
@@ -40,15 +32,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
-/// Serves or receives a disk until a signal, or the disk's move, ends the process. `reread` reads
+/// Serves, receives or proxies a disk until a signal, or the disk's move, ends the process. `reread` reads
 /// the configuration file again, if there is one.
 ///
 /// # Errors
 /// When the process cannot start, and no client waits to be refused.
 pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, StartError> {
+    let image = match &config.disk {
+        DiskConfig::Image(image) => Some(image),
+        DiskConfig::Upstream(_) => None,
+    };
     let purpose = ServerPurpose {
-        role: config.role,
-        image: Some(config.image.clone()),
+        receives: image.is_some_and(|image| image.receiving.is_some()),
+        image: image.map(|image| image.path.clone()),
         control: config.control.clone(),
     };
     let (inherited, sessions) = Inherited::take()?;
@@ -60,8 +56,13 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
             Ok(Some(process)) => break process,
             Ok(None) => return Ok(ProcessEnd::Well),
             Err(error) => {
+                let sessions = std::mem::take(&mut startup.sessions);
+                if matches!(error, StartError::Interrupted(_)) {
+                    // A start that a signal ends has not used them.
+                    snapshot::save_again(&startup.inherited.notifier, &sessions);
+                }
                 // Ends the sessions of the last process now, before clients are refused.
-                startup.sessions = StoredSessions::default();
+                drop(sessions);
                 match degraded::run(&startup.inherited, &purpose, error)? {
                     RefusalResult::Ended(end) => return Ok(end),
                     RefusalResult::Answered(answer) => startup.answer = Some(answer),
@@ -75,13 +76,13 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
 }
 
 /// Refuses clients and operators that wait at inherited sockets, for a process whose configuration
-/// cannot be used, for this reason. `control` is the path of the configured control socket.
-/// Returns `None` at once if no client waits.
+/// cannot be used, for this reason. `receives`: it was to receive a disk. `control` is the path of the
+/// configured control socket. Returns `None` at once if no client waits.
 #[must_use]
-pub fn refuse(role: ProcessRole, control: Option<PathBuf>, reason: &str) -> Option<ProcessEnd> {
+pub fn refuse(receives: bool, control: Option<PathBuf>, reason: &str) -> Option<ProcessEnd> {
     // The caller reports the invalid configuration, which matters more than an error here.
     let (inherited, _) = Inherited::take().ok()?;
-    let purpose = ServerPurpose { role, image: None, control };
+    let purpose = ServerPurpose { receives, image: None, control };
     let error = StartError::Configuration(reason.to_owned());
     match degraded::run(&inherited, &purpose, error).ok()? {
         RefusalResult::Ended(end) => Some(end),
@@ -106,11 +107,14 @@ impl Startup {
     /// arrived already.
     fn start(&mut self) -> Result<Option<Process>, StartError> {
         let inherited_sockets = self.inherited.sockets()?;
-        let claim = Claim::acquire(&self.config, &self.inherited.startup_query(self.answer))?;
-        let disk = Arc::clone(&claim.disk);
         let (sender, events) = mpsc::channel();
-        let Some(role) = Role::new(&self.config, claim, &sender)? else {
-            warn!("{}: the disk has arrived already; not listening", self.config.image.display());
+        let inputs = RoleInputs {
+            inherited: &self.inherited,
+            answer: self.answer,
+            has_sessions: !self.sessions.streams.is_empty(),
+            events: &sender,
+        };
+        let Some(role) = Role::open(&self.config, &inputs)? else {
             // Without READY=1, systemd counts the service as failed, whatever its exit status, and
             // does not start the units that wait for the arrival.
             log_unsent(self.inherited.notifier.ready());
@@ -118,36 +122,41 @@ impl Startup {
         };
         let sockets = Sockets::open(&self.config, inherited_sockets)?;
         let addresses = sockets.addresses();
-        let server = self.start_server(sockets.listeners, &disk, role.policy, &sender)?;
+        let server = self.start_server(sockets.listeners, &role, &sender)?;
+        let Role { verb, name, disk, disk_role, .. } = role;
         let notifier = self.inherited.notifier.clone();
         let service = Arc::new(Service {
             size: disk.size(),
             server: Mutex::new(server),
             reread: self.reread.take(),
-            role: role.disk_role,
+            role: disk_role,
             waiters: MigrationWaiters::default(),
             commands: ActiveCommands::new(sender.clone()),
             notifier: notifier.clone(),
         });
         // If one of the next steps fails, the server is stopped, so that its sockets are free for
         // refusing clients.
-        let stop_server = |_: &StartError| service.server().stop(Duration::ZERO);
+        let stop_server = |_: &StartError| {
+            service.server().stop(Duration::ZERO);
+            if let Some(upstream) = service.upstream() {
+                upstream.close();
+            }
+        };
         let control = start_control(sockets.control, &service).inspect_err(stop_server)?;
         let watchdog = self.start_watchdog(&disk, &service, &sender).inspect_err(stop_server)?;
         let signals = self.inherited.signals.clone();
         start_signal_thread(signals, sender, &service).inspect_err(stop_server)?;
-        let (image, size) = (self.config.image.display().to_string(), disk.size());
+        let size = disk.size();
         log_unsent(notifier.ready());
         info!(
             message_id = message_id::READY,
-            "flexnbd.image" = image,
+            "flexnbd.image" = name,
             "flexnbd.bytes_total" = size,
-            "{} {image} ({size} bytes) on {addresses}",
-            role.verb
+            "{verb} {name} ({size} bytes) on {addresses}"
         );
         let store = FdStore::from_env(&notifier);
         let idle = Idle::new(self.config.idle_exit, Instant::now());
-        let status = IdleStatus { verb: role.verb, image: image.clone(), size, addresses };
+        let status = IdleStatus { verb, disk: name.clone(), size, addresses };
         let status = StatusReporter::new(notifier.clone(), status);
         let process = Process {
             service,
@@ -156,7 +165,7 @@ impl Startup {
             notifier,
             store,
             disk,
-            image,
+            name,
             idle,
             status,
             watchdog,
@@ -167,8 +176,7 @@ impl Startup {
     fn start_server(
         &mut self,
         listeners: Vec<Listener>,
-        disk: &Arc<Disk>,
-        policy: Arc<dyn ExportPolicy>,
+        role: &Role,
         events: &Sender<ProcessEvent>,
     ) -> Result<Server, StartError> {
         let config = &self.config;
@@ -181,15 +189,16 @@ impl Startup {
         let Admission { acl, clients_max } = config.admission.clone();
         let server = ServerConfig {
             listeners,
-            disk: Arc::clone(disk),
-            policy,
+            disk: Arc::clone(&role.disk),
+            policy: Arc::clone(&role.policy),
             export_name: &config.export,
             acl,
             clients_max,
+            when_full: config.when_full,
             settings,
-            stored: match config.role {
-                ProcessRole::Serve => sessions,
-                ProcessRole::Listen { .. } => StoredSessions::default(),
+            stored: match role.disk_role {
+                DiskRole::Serving(_) | DiskRole::Proxying(_) => sessions,
+                DiskRole::Receiving(_) => StoredSessions::default(),
             },
             events: Arc::new(ServerEventSender(events.clone())),
         };
@@ -207,68 +216,11 @@ impl Startup {
         let parts = WatchedParts {
             acceptor: service.server().acceptor_handle(),
             events: events.clone(),
-            disk: Arc::clone(disk),
+            // A lost upstream is no fault of the proxy, whose clients wait for it.
+            disk: service.upstream().is_none().then(|| Arc::clone(disk)),
         };
         let feed = Box::new(move || log_unsent(notifier.watchdog()));
         Watchdog::start(parts, interval, feed).map(Some).map_err(no_thread)
-    }
-}
-
-/// The differences between serving and receiving.
-struct Role {
-    /// For people: `serving` or `receiving`.
-    verb: &'static str,
-    policy: Arc<dyn ExportPolicy>,
-    disk_role: DiskRole,
-}
-
-impl Role {
-    /// The role that follows from a claim; `None` if the disk has arrived already.
-    fn new(
-        config: &Config,
-        claim: Claim,
-        events: &Sender<ProcessEvent>,
-    ) -> Result<Option<Self>, StartError> {
-        let Claim { disk, record_store, ownership } = claim;
-        match ownership {
-            Ownership::AlreadyArrived => Ok(None),
-            Ownership::Ours(provenance) => {
-                let (image, events) = (config.image.clone(), events.clone());
-                let context = MigrationContext { disk, image, provenance, events };
-                Ok(Some(Self {
-                    verb: "serving",
-                    policy: Arc::new(ServingPolicy {
-                        provenance,
-                        clients: ReconnectingClients::default(),
-                    }),
-                    disk_role: DiskRole::Serving(OutgoingMigrations::new(context, record_store)),
-                }))
-            }
-            Ownership::Incoming { copy, status_store } => {
-                let token = random::bytes().map(Token).map_err(|error| {
-                    StartError::System("draw random numbers", io::Error::other(error))
-                })?;
-                let arrival = Arrival::new(token, copy, admits(config));
-                let events = Mutex::new(events.clone());
-                let report = Box::new(move |result| {
-                    let _ = lock(&events).send(ProcessEvent::ReceiveEnded(result));
-                });
-                let destination = Destination::new(disk, Some(record_store), arrival, report);
-                Ok(Some(Self {
-                    verb: "receiving",
-                    policy: Arc::new(ReceivingPolicy(destination)),
-                    disk_role: DiskRole::Receiving(status_store),
-                }))
-            }
-        }
-    }
-}
-
-fn admits(config: &Config) -> Admits {
-    match (config.oldstyle, config.plain) {
-        (true, _) => Admits::OldStyle,
-        (false, true) => Admits::PlainWriter,
-        (false, false) => Admits::Sources,
     }
 }
 

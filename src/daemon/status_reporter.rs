@@ -10,6 +10,7 @@ use crate::migration::job::{Outcome, Progress};
 use crate::migration::source::MigrationHandle;
 use crate::milestones::Milestones;
 use crate::systemd::{ServiceManager, log_unsent};
+use crate::upstream::UpstreamHandle;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 pub(super) use text::IdleStatus;
@@ -85,15 +86,22 @@ impl StatusReporter {
     }
 
     /// Sends the status and logs the progress, as far as they are due and have changed.
-    pub(super) fn report_if_due(&mut self, now: Instant, clients: usize) {
+    pub(super) fn report_if_due(
+        &mut self,
+        now: Instant,
+        clients: usize,
+        upstream: Option<&UpstreamHandle>,
+    ) {
         if self.deadline(now).is_none_or(|deadline| now < deadline) {
             return;
         }
         self.schedule.reported(now);
+        let upstream = upstream.map(UpstreamHandle::state);
+        let idle = || self.idle.describe(clients, upstream.as_ref());
         let status = match (&mut self.migration, &self.last_migration) {
             (Some(migration), _) => migration.report(now),
-            (None, None) => self.idle.describe(clients),
-            (None, Some(last)) => format!("{}; {last}", self.idle.describe(clients)),
+            (None, None) => idle(),
+            (None, Some(last)) => format!("{}; {last}", idle()),
         };
         if status != self.sent {
             log_unsent(self.notifier.status(&status));

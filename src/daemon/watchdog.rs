@@ -26,7 +26,8 @@ const LOOKS_PER_INTERVAL: u32 = 8;
 pub(super) struct WatchedParts {
     pub(super) acceptor: AcceptorHandle,
     pub(super) events: Sender<ProcessEvent>,
-    pub(super) disk: Arc<Disk>,
+    /// `None` if the disk may stop answering without a fault of this process or this host.
+    pub(super) disk: Option<Arc<Disk>>,
 }
 
 /// The health check of one part.
@@ -122,11 +123,13 @@ impl Watchdog {
         feed: Box<dyn Fn() + Send>,
     ) -> io::Result<Self> {
         let events_answered = Arc::new(AtomicU64::new(0));
-        let checks = vec![
+        let mut checks = vec![
             HealthCheck::of_acceptor(parts.acceptor),
             HealthCheck::of_events(parts.events, Arc::clone(&events_answered)),
-            HealthCheck::of_disk(parts.disk)?,
         ];
+        if let Some(disk) = parts.disk {
+            checks.push(HealthCheck::of_disk(disk)?);
+        }
         Self::start_checks(checks, events_answered, interval, feed)
     }
 

@@ -2,14 +2,16 @@
 
 use crate::human::{self, counted};
 use crate::migration::job::{Obstacle, Progress, Stage};
+use crate::upstream::UpstreamState;
 use std::time::Duration;
 
 /// The status while no migration runs.
 #[derive(Clone, Debug)]
 pub(in crate::daemon) struct IdleStatus {
-    /// `serving` or `receiving`.
+    /// `serving`, `receiving` or `proxying`.
     pub(in crate::daemon) verb: &'static str,
-    pub(in crate::daemon) image: String,
+    /// The image's path. An upstream tells its own address.
+    pub(in crate::daemon) disk: String,
     /// Bytes of the disk.
     pub(in crate::daemon) size: u64,
     /// The addresses that the server listens on.
@@ -17,14 +19,23 @@ pub(in crate::daemon) struct IdleStatus {
 }
 
 impl IdleStatus {
-    /// `serving /srv/disk.img (10 GiB) on [::]:10809, 3 clients`.
-    pub(super) fn describe(&self, clients: usize) -> String {
-        let Self { verb, image, size, addresses } = self;
+    /// `serving /srv/disk.img (10 GiB) on [::]:10809, 3 clients`; of an upstream its address, and
+    /// whether its connection is lost.
+    pub(super) fn describe(&self, clients: usize, upstream: Option<&UpstreamState>) -> String {
+        let Self { verb, disk, size, addresses } = self;
+        let disk = upstream.map_or(disk, |upstream| &upstream.target);
+        let lost = match upstream {
+            Some(UpstreamState { connected: false, last_error: Some(why), .. }) => {
+                format!("; the connection is lost: {why}")
+            }
+            Some(UpstreamState { connected: false, .. }) => "; the connection is lost".to_owned(),
+            _ => String::new(),
+        };
         let clients = match clients {
             0 => "no clients".to_owned(),
             count => counted(count, "client"),
         };
-        format!("{verb} {image} ({}) on {addresses}, {clients}", human::size(*size))
+        format!("{verb} {disk} ({}) on {addresses}, {clients}{lost}", human::size(*size))
     }
 }
 
@@ -81,14 +92,39 @@ mod tests {
     fn the_idle_status_counts_clients() {
         let status = IdleStatus {
             verb: "serving",
-            image: "/srv/disk.img".to_owned(),
+            disk: "/srv/disk.img".to_owned(),
             size: 10 << 30,
             addresses: "[::]:10809".to_owned(),
         };
         let start = "serving /srv/disk.img (10 GiB) on [::]:10809, ";
         for (count, clients) in [(0, "no clients"), (1, "1 client"), (3, "3 clients")] {
-            assert_eq!(status.describe(count), format!("{start}{clients}"));
+            assert_eq!(status.describe(count, None), format!("{start}{clients}"));
         }
+    }
+
+    #[test]
+    fn the_idle_status_of_a_proxy_shows_the_upstream() {
+        let status = IdleStatus {
+            verb: "proxying",
+            disk: "192.0.2.1:7".to_owned(),
+            size: 10 << 30,
+            addresses: "[::]:10809".to_owned(),
+        };
+        let mut upstream = UpstreamState {
+            target: "192.0.2.2:7".to_owned(),
+            connected: true,
+            since: Duration::ZERO,
+            last_error: None,
+            unflushed_bytes: 0,
+            reconnects: 0,
+        };
+        let text = "proxying 192.0.2.2:7 (10 GiB) on [::]:10809, 1 client";
+        assert_eq!(status.describe(1, Some(&upstream)), text);
+        upstream.connected = false;
+        let lost = format!("{text}; the connection is lost");
+        assert_eq!(status.describe(1, Some(&upstream)), lost);
+        upstream.last_error = Some("no route to host".to_owned());
+        assert_eq!(status.describe(1, Some(&upstream)), format!("{lost}: no route to host"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::io::Read as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -17,6 +17,7 @@ use std::time::Instant;
 
 /// The command line and environment of a server, before it is started.
 pub struct Builder {
+    program: PathBuf,
     arguments: Vec<OsString>,
     wrapper: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
@@ -31,8 +32,21 @@ impl Builder {
 
     /// `flexnbd MODE --file IMAGE`, such as `listen`, on a free port of 127.0.0.1.
     pub fn mode(mode: &str, image: &Path) -> Builder {
-        let arguments = vec![mode.into(), "--file".into(), image.into()];
-        Builder { arguments, wrapper: Vec::new(), environment: Vec::new(), endpoint: None }
+        Builder::new(crate::flexnbd(), vec![mode.into(), "--file".into(), image.into()])
+    }
+
+    /// `flexnbd proxy` on a free port of 127.0.0.1; the arguments must name the upstream.
+    pub fn proxy() -> Builder {
+        Builder::new(crate::flexnbd(), vec!["proxy".into()])
+    }
+
+    /// `flexnbd-proxy`, a link to the program, on a free port of 127.0.0.1.
+    pub fn proxy_by_name(link: &Path) -> Builder {
+        Builder::new(link.to_owned(), Vec::new())
+    }
+
+    fn new(program: PathBuf, arguments: Vec<OsString>) -> Builder {
+        Builder { program, arguments, wrapper: Vec::new(), environment: Vec::new(), endpoint: None }
     }
 
     /// Listens on this unix socket instead of a TCP port.
@@ -90,7 +104,7 @@ impl Builder {
 
     fn spawn_at(&self, endpoint: Endpoint) -> Server {
         let mut words: Vec<OsString> = self.wrapper.clone();
-        words.push(crate::flexnbd().into());
+        words.push(self.program.clone().into());
         words.extend(self.arguments.iter().cloned());
         words.push("--addr".into());
         match &endpoint {
