@@ -128,8 +128,12 @@ fn configuration_generates_drop_ins_and_links() {
 
 #[test]
 fn links_point_to_templates_of_the_package() {
-    let run = Configurations::new(&[("a.conf", VALID)]).run();
-    for link in FILES_OF_A[5..].iter().chain(&FILES_OF_A[..1]) {
+    let proxy = "TO=nbd://a\nAUTOSTART=yes\n";
+    let run = Configurations::new(&[("a.conf", VALID), ("b.conf", proxy)]).run();
+    let is_link = |path: &&str| path.contains(".wants/") || path.contains(".requires/");
+    let links: Vec<&str> = run.files.keys().map(String::as_str).filter(is_link).collect();
+    assert_eq!(links.len(), 8, "{links:?}");
+    for link in links {
         let template = run.text(link).strip_prefix("/usr/lib/systemd/system/").unwrap();
         let source = project_path("systemd").join(template);
         assert!(source.is_file(), "there is no {}", source.display());
@@ -217,21 +221,30 @@ fn unwritable_output_directory_is_an_error() {
 }
 
 #[test]
-fn packaged_example_is_valid_with_every_key() {
-    let example = include_str!("../systemd/examples/disk.conf");
-    let run = Configurations::new(&[("disk.conf", example)]).run();
-    assert_eq!((run.status, &run.errors[..]), (Some(0), &[][..]));
+fn packaged_examples_are_valid_and_have_every_key() {
+    let examples = [
+        include_str!("../systemd/examples/disk.conf"),
+        include_str!("../systemd/examples/proxy.conf"),
+    ];
     for key in flexnbd::cli::config::KEYS {
         let sets = |line: &str| line.trim_start_matches('#').starts_with(&format!("{key}="));
-        assert_eq!(example.lines().filter(|line| sets(line)).count(), 1, "{key}");
+        let count = |example: &str| example.lines().filter(|line| sets(line)).count();
+        let counts = examples.map(count);
+        // A proxy has addresses as well.
+        let in_one = if key == "ADDR" { counts == [1, 1] } else { counts[0] + counts[1] == 1 };
+        assert!(in_one, "{key}: {counts:?}");
     }
-    // Commented lines are valid, too.
-    let all: String = example
-        .lines()
-        .filter(|line| !line.starts_with("# "))
-        .map(|line| format!("{line}\n"))
-        .collect();
-    let all = all.replace('#', "").replace("SOCK=\n", "SOCK=/run/x\n");
-    let run = Configurations::new(&[("disk.conf", &all)]).run();
-    assert_eq!((run.status, &run.errors[..]), (Some(0), &[][..]), "{all}");
+    for example in examples {
+        let run = Configurations::new(&[("disk.conf", example)]).run();
+        assert_eq!((run.status, &run.errors[..]), (Some(0), &[][..]));
+        // Commented lines are valid, too.
+        let all: String = example
+            .lines()
+            .filter(|line| !line.starts_with("# "))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let all = all.replace('#', "").replace("SOCK=\n", "SOCK=/run/x\n");
+        let run = Configurations::new(&[("disk.conf", &all)]).run();
+        assert_eq!((run.status, &run.errors[..]), (Some(0), &[][..]), "{all}");
+    }
 }

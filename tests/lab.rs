@@ -39,5 +39,7 @@ mod migration;
 mod misconfigured;
 #[path = "lab/power_cuts.rs"]
 mod power_cuts;
+#[path = "lab/proxy.rs"]
+mod proxy;
 #[path = "lab/restart.rs"]
 mod restart;

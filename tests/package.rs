@@ -15,6 +15,9 @@ const RECEIVER: &str = include_str!("../systemd/flexnbd-listen@.service");
 const ATTACH: &str = include_str!("../systemd/flexnbd-attach@.service");
 const SOCKET: &str = include_str!("../systemd/flexnbd@.socket");
 const CONTROL: &str = include_str!("../systemd/flexnbd-control@.socket");
+const PROXY: &str = include_str!("../systemd/flexnbd-proxy@.service");
+const PROXY_SOCKET: &str = include_str!("../systemd/flexnbd-proxy@.socket");
+const PROXY_CONTROL: &str = include_str!("../systemd/flexnbd-proxy-control@.socket");
 
 /// The settings in a section of a unit, without comments.
 fn settings<'a>(unit: &'a str, section: &str) -> Vec<&'a str> {
@@ -111,7 +114,7 @@ fn services_require_their_sockets_and_conflict() {
 
 #[test]
 fn units_have_no_start_limit() {
-    for unit in [SERVICE, RECEIVER, ATTACH, SOCKET, CONTROL] {
+    for unit in [SERVICE, RECEIVER, ATTACH, SOCKET, CONTROL, PROXY, PROXY_SOCKET, PROXY_CONTROL] {
         assert!(settings(unit, "[Unit]").contains(&"StartLimitIntervalSec=0"));
     }
 }
@@ -119,12 +122,62 @@ fn units_have_no_start_limit() {
 #[test]
 fn socket_units_set_the_expected_descriptor_names() {
     use flexnbd::systemd::sockets::{CONTROL_NAME, NBD_NAME};
-    for (unit, name) in [(SOCKET, NBD_NAME), (CONTROL, CONTROL_NAME)] {
+    let sockets = [(SOCKET, NBD_NAME), (PROXY_SOCKET, NBD_NAME)];
+    let controls = [(CONTROL, CONTROL_NAME), (PROXY_CONTROL, CONTROL_NAME)];
+    for (unit, name) in sockets.into_iter().chain(controls) {
         let line = format!("FileDescriptorName={name}");
         assert!(settings(unit, "[Socket]").contains(&&*line), "{name}");
     }
     let path = "ListenStream=/run/flexnbd/%i.sock";
-    assert!(settings(CONTROL, "[Socket]").contains(&path), "the path that --instance uses");
+    for unit in [CONTROL, PROXY_CONTROL] {
+        assert!(settings(unit, "[Socket]").contains(&path), "the path that --instance uses");
+    }
+}
+
+#[test]
+fn the_sockets_of_a_proxy_are_those_of_a_disk() {
+    let of_disk = |text: &str| text.replace("flexnbd-proxy", "flexnbd");
+    for (proxy, disk) in [(PROXY_SOCKET, SOCKET), (PROXY_CONTROL, CONTROL)] {
+        for section in ["[Socket]", "[Install]"] {
+            assert_eq!(settings(&of_disk(proxy), section), settings(disk, section));
+        }
+    }
+}
+
+#[test]
+fn a_proxy_requires_its_sockets() {
+    let sockets = "flexnbd-proxy@%i.socket flexnbd-proxy-control@%i.socket";
+    assert!(settings(PROXY, "[Unit]").contains(&&*format!("Requires={sockets}")));
+    assert!(settings(PROXY, "[Service]").contains(&&*format!("Sockets={sockets}")));
+    assert!(settings(PROXY, "[Install]").contains(&&*format!("Also={sockets}")));
+}
+
+#[test]
+fn a_proxy_has_the_sandbox_of_a_server_without_images() {
+    // Settings that differ on purpose.
+    let differing = [
+        "ExecStart",
+        "ExecStopPost",
+        "Sockets",
+        "RestartSec",
+        "StateDirectory",
+        "StateDirectoryMode",
+    ];
+    let common = |unit| {
+        let mut all = settings(unit, "[Service]");
+        all.retain(|line| !differing.iter().any(|key| line.starts_with(&format!("{key}="))));
+        all
+    };
+    assert!(common(SERVICE).len() > 30);
+    assert_eq!(common(PROXY), common(SERVICE));
+}
+
+#[test]
+fn the_package_links_flexnbd_proxy_to_the_program() {
+    let link = r#"{ dest = "usr/bin/flexnbd-proxy", link_name = "flexnbd" },"#;
+    let manifest = include_str!("../Cargo.toml");
+    assert!(manifest.lines().any(|line| line.trim() == link));
+    assert!(assets().contains(&("target/release/flexnbd", "usr/bin/")));
 }
 
 /// A host with a stub of `systemctl` that records its arguments.

@@ -45,6 +45,7 @@ fn the_package_contains_the_manual_pages() {
         let host = Host::installed("a");
         for page in [
             "man1/flexnbd.1",
+            "man1/flexnbd-proxy.1",
             "man7/flexnbd-migration.7",
             "man7/flexnbd-release-notes.7",
             "man7/flexnbd.service.7",
@@ -53,6 +54,8 @@ fn the_package_contains_the_manual_pages() {
             host.ok(&format!("test -s /usr/share/man/{page}.gz"));
         }
         host.ok("test -s /usr/share/doc/flexnbd/examples/disk.conf");
+        assert_eq!(host.ok("readlink /usr/bin/flexnbd-proxy"), "flexnbd\n");
+        assert!(host.ok("flexnbd-proxy --help").contains("--conn-addr"));
     });
 }
 
