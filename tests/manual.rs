@@ -18,6 +18,8 @@ mod every_page;
 mod generator;
 #[path = "manual/migration.rs"]
 mod migration;
+#[path = "manual/proxy.rs"]
+mod proxy;
 #[path = "manual/readme.rs"]
 mod readme;
 #[path = "manual/release_notes.rs"]

@@ -7,7 +7,8 @@ use flexnbd::cli::{self, MODES, config, instance, settings, size, uri};
 use flexnbd::control::Status;
 use flexnbd::control::status::{
     MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE, MIGRATION_WAITING,
-    Migration, OWNERSHIP,
+    Migration, OWNERSHIP, UNFLUSHED_BYTES, UPSTREAM, UPSTREAM_CONNECTED, UPSTREAM_ERROR,
+    UPSTREAM_RECONNECTS, UPSTREAM_SECONDS,
 };
 use flexnbd::disk::{part_sizes, write_behind};
 use flexnbd::{control, net, server};
@@ -138,6 +139,12 @@ fn status_keys_match_the_server_in_order() {
         OWNERSHIP,
         MIGRATION_WAITING,
         MIGRATION_REASON,
+        UPSTREAM,
+        UPSTREAM_CONNECTED,
+        UPSTREAM_SECONDS,
+        UPSTREAM_RECONNECTS,
+        UNFLUSHED_BYTES,
+        UPSTREAM_ERROR,
     ];
     let extra = newer.map(|key| (key.to_owned(), String::new())).to_vec();
     let line = Status { migration: Some(migration), extra, ..Status::default() }.to_string();

@@ -4,11 +4,13 @@ use super::command_line::numbers;
 use super::generator::generate;
 use super::read;
 use super::roff::Page;
+use flexnbd::cli::proxy::ProxyFlags;
 use flexnbd::cli::settings::{self, Settings};
 use flexnbd::cli::start::StartRequest;
 use flexnbd::cli::{self, CliCommand, config, size};
-use flexnbd::daemon::Config;
+use flexnbd::daemon::{Config, DiskConfig};
 use flexnbd::server;
+use flexnbd::upstream::{CONNECTIONS_DEFAULT, UNFLUSHED_BYTES_DEFAULT, UPSTREAM_TIMEOUT_DEFAULT};
 use harness::project_path;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::net::SocketAddr;
@@ -56,36 +58,47 @@ fn text(lines: &BTreeMap<&str, &str>) -> String {
     lines.iter().map(|(key, value)| format!("{key}={value}\n")).collect()
 }
 
-/// The server configuration that a mode loads from this text.
-fn load(mode: &str, text: &str) -> Config {
+/// The server configuration that a mode loads from this text; `None` if it refuses the text.
+fn load(mode: &str, text: &str) -> Option<Config> {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("disk.conf");
     std::fs::write(&file, text).unwrap();
     let line = ["flexnbd", mode, "--config", file.to_str().unwrap()].map(Into::into);
     match cli::parse(line.into_iter()).unwrap().command {
-        // The path differs with every call.
         CliCommand::Start(start) => {
-            Config { config_file: None, ..StartRequest::load(&start).unwrap() }
+            let mut config = StartRequest::load(&start).ok()?;
+            if let DiskConfig::Image(image) = &mut config.disk {
+                // The path differs with every call.
+                image.config_file = None;
+            }
+            Some(config)
         }
         other => panic!("{mode} is {other:?}"),
     }
 }
 
 /// Valid configurations; [`OTHER_VALUES`] has a different value for each key.
-fn bases() -> [BTreeMap<&'static str, &'static str>; 2] {
+fn bases() -> [BTreeMap<&'static str, &'static str>; 3] {
     let open = BTreeMap::from([("FILE", "/dev/a"), ("ADDR", "::"), ("PORT", "7")]);
     let open = open.into_iter().chain([("IP_FILTER", "yes")]).collect::<BTreeMap<_, _>>();
     let listed = open.clone().into_iter().chain([("ACL", "::1")]).collect();
-    [open, listed]
+    let proxy = BTreeMap::from([("TO", "nbd://a"), ("ADDR", "::"), ("PORT", "7")]);
+    [open, listed, proxy]
 }
 
 /// Another valid value for each key.
-const OTHER_VALUES: [(&str, &str); 18] = [
+const OTHER_VALUES: [(&str, &str); 24] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
     ("HOLES", "ignore"),
     ("DIRECT", "yes"),
+    ("TO", "nbd+unix:///?socket=/tmp/a"),
+    ("BIND", "::1"),
+    ("CACHE", "4K"),
+    ("UNFLUSHED", "1M"),
+    ("CONNECTIONS", "2"),
+    ("TIMEOUT", "7"),
     ("ADDR", "::1"),
     ("PORT", "8"),
     ("EXPORT", "disk"),
@@ -104,12 +117,13 @@ const OTHER_VALUES: [(&str, &str); 18] = [
 /// `yes` if setting `key` to this value changes the result of `compute` for a configuration.
 fn uses<T: PartialEq>(
     (key, value): (&'static str, &'static str),
-    compute: impl Fn(&str) -> T,
+    compute: impl Fn(&str) -> Option<T>,
 ) -> &'static str {
     let is_used = bases().into_iter().any(|base| {
         let mut changed = base.clone();
         changed.insert(key, value);
-        compute(&text(&base)) != compute(&text(&changed))
+        let (before, after) = (compute(&text(&base)), compute(&text(&changed)));
+        before.is_some() && after.is_some() && before != after
     });
     if is_used { "yes" } else { "no" }
 }
@@ -119,13 +133,17 @@ fn the_table_shows_the_users_of_each_key() {
     assert_eq!(BTreeSet::from(OTHER_VALUES.map(|(key, _)| key)), BTreeSet::from(config::KEYS));
     let page = page();
     let mut rows: Vec<&str> = page.items("USE OF EACH KEY");
-    assert_eq!(rows.remove(0), "Em key Ta Cm serve Ta Cm listen Ta Em units Ta Cm reload");
+    assert_eq!(
+        rows.remove(0),
+        "Em key Ta Cm serve Ta Cm listen Ta Cm proxy Ta Em units Ta Cm reload"
+    );
     let expected = OTHER_VALUES.map(|other| {
         let serve = uses(other, |text| load("serve", text));
         let listen = uses(other, |text| load("listen", text));
-        let units = uses(other, |text| generate(text).files);
-        let reload = uses(other, |text| load("serve", text).admission);
-        format!("Va {} Ta {serve} Ta {listen} Ta {units} Ta {reload}", other.0)
+        let proxy = uses(other, |text| load("proxy", text));
+        let units = uses(other, |text| Some(generate(text).files));
+        let reload = uses(other, |text| Some(load("serve", text)?.admission));
+        format!("Va {} Ta {serve} Ta {listen} Ta {proxy} Ta {units} Ta {reload}", other.0)
     });
     assert_eq!(rows, expected);
 }
@@ -140,6 +158,18 @@ fn documented_ranges_match_the_program() {
     assert_eq!(documented("IDLE_EXIT"), [least, most]);
     assert_eq!(documented("CREATE"), [*size::CREATE_RANGE.start()]);
     assert_eq!(documented("PORT"), [u64::from(u16::MAX), 0]);
+    let (least, most) = (*size::CACHE_RANGE.start(), *size::CACHE_RANGE.end());
+    assert_eq!(documented("CACHE"), [least, most, 0]);
+    let (least, most) = (*size::UNFLUSHED_RANGE.start(), *size::UNFLUSHED_RANGE.end());
+    assert_eq!(documented("UNFLUSHED"), [least, most, UNFLUSHED_BYTES_DEFAULT]);
+    let connections = [
+        *settings::CONNECTIONS_RANGE.start(),
+        *settings::CONNECTIONS_RANGE.end(),
+        CONNECTIONS_DEFAULT,
+    ];
+    assert_eq!(documented("CONNECTIONS"), connections.map(|number| number as u64));
+    let (least, most) = (*settings::TIMEOUT_RANGE.start(), *settings::TIMEOUT_RANGE.end());
+    assert_eq!(documented("TIMEOUT"), [least, most, UPSTREAM_TIMEOUT_DEFAULT.as_secs()]);
     assert_eq!(documented("KILLSWITCH"), [server::STALL_LIMIT.as_secs()]);
     let longest = numbers(&description("EXPORT"))[0] as usize;
     assert!(parsed(&format!("EXPORT={}", "x".repeat(longest))).is_ok());
@@ -194,9 +224,11 @@ fn documented_autostart_values_are_accepted() {
 #[test]
 fn keys_without_an_option_are_documented() {
     let serve = <Settings as clap::Args>::augment_args(clap::Command::new("serve"));
+    let proxy = <ProxyFlags as clap::Args>::augment_args(clap::Command::new("proxy"));
     let name = |arg: &clap::Arg| arg.get_long().unwrap_or(arg.get_id().as_str()).to_owned();
+    let key = |arg: &clap::Arg| name(arg).to_uppercase().replace('-', "_");
     let mut options: Vec<String> =
-        serve.get_arguments().map(|arg| name(arg).to_uppercase().replace('-', "_")).collect();
+        serve.get_arguments().chain(proxy.get_arguments()).map(key).collect();
     // An option of `listen` only.
     options.push("PLAIN".to_owned());
     let without: BTreeSet<&str> =
@@ -263,8 +295,10 @@ fn the_generator_accepts_the_examples() {
     assert!(examples.len() >= 3, "only {examples:?} found");
     for example in &examples {
         assert_eq!(generate(example).errors, "", "{example}");
-        load("serve", example);
-        load("listen", example);
+        let is_proxy = example.contains("TO=");
+        for (mode, loads) in [("serve", !is_proxy), ("listen", !is_proxy), ("proxy", is_proxy)] {
+            assert_eq!(load(mode, example).is_some(), loads, "{mode}: {example}");
+        }
     }
     for lines in page.blocks("KEYS") {
         parsed(&lines).unwrap();

@@ -164,7 +164,7 @@ fn commands_in_examples_are_valid() {
     for manual in manuals() {
         for command in manual.commands() {
             for part in command.split(['|', '&']).map(str::trim) {
-                if part.starts_with("flexnbd ") {
+                if part.starts_with("flexnbd ") || part.starts_with("flexnbd-proxy ") {
                     assert_valid(part);
                     count += 1;
                 }

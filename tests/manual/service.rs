@@ -85,8 +85,8 @@ fn settings_in(text: &str) -> BTreeSet<&str> {
 
 /// Configurations that together produce every setting of the generator, with the item of the page
 /// that describes the settings.
-const CONFIGURATIONS: [(&str, &str); 12] = [
-    ("Va FILE", "FILE=/var/lib/flexnbd/a"),
+const CONFIGURATIONS: [(&str, &str); 14] = [
+    ("Va FILE , TO", "FILE=/var/lib/flexnbd/a"),
     ("Va ADDR , PORT", "FILE=/var/lib/flexnbd/a\nADDR=::\nPORT=7"),
     ("Va FILE , No when it is a file", "FILE=/srv/a"),
     ("Va FILE , No when it is a file", "FILE=/home/a/b"),
@@ -95,6 +95,8 @@ const CONFIGURATIONS: [(&str, &str); 12] = [
     ("Va FILE , No when it is a file", "FILE=/tmp/a"),
     ("Va FILE , No when it is a file", "FILE=/var/tmp/a"),
     ("Va FILE , No when it is a block device", "FILE=/dev/a"),
+    ("Va TO , No when it is a unix socket", "TO=nbd+unix:///?socket=/run/a/b"),
+    ("Va TO , No when it is a unix socket", "TO=nbd+unix:///?socket=/home/a/b"),
     ("Va MAX_CLIENTS , No when it is more than 1024", "FILE=/var/lib/flexnbd/a\nMAX_CLIENTS=2000"),
     ("Va AUTOSTART", "FILE=/dev/a\nAUTOSTART=yes"),
     ("Va IP_FILTER", "FILE=/var/lib/flexnbd/a\nIP_FILTER=yes\nACL=::1"),
@@ -363,13 +365,14 @@ fn exactly_the_variables_read_are_listed() {
     const DEPENDENCIES: [&str; 5] =
         ["LISTEN_FDS", "LISTEN_PID", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM"];
     /// Variables of the generator, of another page, or of the unit tests.
-    const UNLISTED: [&str; 6] = [
+    const UNLISTED: [&str; 7] = [
         "SYSTEMD_SCOPE",
         "FLEXNBD_CONFIGURATIONS",
         "FLEXNBD_MS_REQUEST_LIMIT_SECS",
         "XDG_STATE_HOME",
         "HOME",
         "FLEXNBD_ACCEPT",
+        "FLEXNBD_UPSTREAM_TIMEOUT",
     ];
     let page = page();
     let items = page.items("ENVIRONMENT").join(" , ");
@@ -383,7 +386,9 @@ fn exactly_the_variables_read_are_listed() {
     let expected: BTreeSet<&str> =
         read.into_iter().filter(|name| !UNLISTED.contains(name)).chain(DEPENDENCIES).collect();
     assert_eq!(listed, expected);
-    assert!(page.at("ENVIRONMENT").any(|line| line.contains(UNLISTED[2])));
+    for named in [UNLISTED[2], UNLISTED[6]] {
+        assert!(page.at("ENVIRONMENT").any(|line| line.contains(named)), "{named}");
+    }
 }
 
 #[test]
@@ -441,9 +446,9 @@ fn documented_status_texts_match_the_program() {
     let page = page();
     let quoted = page.at("STATUS AND WATCHDOG/Status").filter_map(|line| line.strip_prefix(".Dq "));
     let quoted: Vec<&str> = quoted.map(|line| line.trim_end_matches([' ', ',', '.'])).collect();
-    assert_eq!(quoted.len(), 6, "{quoted:?}");
+    assert_eq!(quoted.len(), 7, "{quoted:?}");
     // systemd writes the first and the last.
-    for words in &quoted[1..5] {
+    for words in &quoted[1..6] {
         assert!(source.contains(&format!("\"{words}")), "no text begins with `{words}`");
     }
     let shown = page.blocks("STATUS AND WATCHDOG").remove(0);
