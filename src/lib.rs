@@ -131,6 +131,8 @@
 //!   (a handover was begun), *departed* (another host owns the disk now).
 //! * **handover**: the request by which a source gives the disk away. **in doubt**: it was sent and its
 //!   outcome is unknown; neither side serves until that is resolved.
+//! * **relay**: after a handover, pass the requests of clients that have stayed at the source on to the
+//!   destination.
 //! * **provenance**: how a disk became ours: native; arrived, from a source that introduced itself;
 //!   received, from a sender that could not; or adopted, by an operator's command.
 

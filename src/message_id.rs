@@ -77,6 +77,12 @@ message_ids! {
     UPSTREAM_CONNECTED = "456e7ce779d04658add6f56a060b1f31";
     /// The server that has the disk of a proxy is lost: clients wait until it, or another one, answers.
     UPSTREAM_LOST = "0a478c46e1734e49a4db7967321fa84b";
+    /// The disk has moved, and the requests of clients that have stayed are passed on to it.
+    RELAYING = "81bd611128f7428496b60505b3e7eecf";
+    /// No requests are passed on any more: the clients have gone, or their time is over.
+    RELAY_ENDED = "c89e02dd49424740a7dd619c04af1d5e";
+    /// The disk has moved, and its clients could not be passed on: they are disconnected.
+    RELAY_FAILED = "c811c0a678a8464fb47b118cbc9f9100";
     /// A part of the process makes no progress; the service manager will kill it.
     WATCHDOG = "61f1b18dda014ce5b766e4075bb63956";
 }

@@ -16,7 +16,7 @@
 
 use super::settings::{
     Autostart, Settings, parse_acl_entry, parse_connections, parse_holes, parse_idle_exit,
-    parse_ip, parse_max_clients, parse_timeout,
+    parse_ip, parse_max_clients, parse_relay, parse_timeout,
 };
 use super::size::{parse_cache, parse_create, parse_unflushed};
 use super::uri::{self, Target, parse_export};
@@ -27,7 +27,7 @@ use strsim::levenshtein;
 
 /// All keys, named like the long options: in capitals, with `_` for `-`. The last two have no
 /// option, because they configure the service's units, not the process.
-pub const KEYS: [&str; 24] = [
+pub const KEYS: [&str; 25] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -43,6 +43,7 @@ pub const KEYS: [&str; 24] = [
     "IDLE_EXIT",
     "HOLES",
     "DIRECT",
+    "RELAY",
     "ACL",
     "TO",
     "BIND",
@@ -184,6 +185,7 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "IDLE_EXIT" => settings.idle_exit = Some(parse_idle_exit(value)?),
         "HOLES" => settings.holes = Some(parse_holes(value)?),
         "DIRECT" => settings.direct = parse_switch(value)?,
+        "RELAY" => settings.relay = Some(parse_relay(value)?),
         "ACL" => settings.acl = parse_acl(value)?,
         "TO" => settings.upstream.to.extend(parse_targets(value)?),
         "BIND" => settings.upstream.bind = Some(parse_ip(value)?),
@@ -252,6 +254,7 @@ mod tests {
     use super::*;
     use crate::cli::proxy::ProxyFlags;
     use crate::cli::settings::UpstreamSettings;
+    use crate::daemon::RelayDefault;
     use crate::disk::HolePolicy;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
@@ -268,7 +271,7 @@ mod tests {
     fn every_key_sets_its_setting() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
             KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nPLAIN=yes\nMAX_CLIENTS=3\n\
-            IDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
+            IDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nRELAY=yes\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
             BIND=::2\nCACHE=4K\nUNFLUSHED=1M\nCONNECTIONS=2\nTIMEOUT=9\nAUTOSTART=on-demand\n\
             IP_FILTER=yes\n";
         let expected = Settings {
@@ -287,6 +290,7 @@ mod tests {
             idle_exit: Some(60),
             holes: Some(HolePolicy::Trust),
             direct: true,
+            relay: Some(RelayDefault::Unlimited),
             acl: vec!["::/0".to_owned()],
             upstream: UpstreamSettings {
                 to: ["nbd://a", "nbd://b", "nbd://c"].map(|to| uri::parse(to).unwrap()).to_vec(),

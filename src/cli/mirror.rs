@@ -2,9 +2,10 @@
 //! migrates the disk.
 
 use super::operate::{CommandKind, OperatorCommand, ServerArgument};
-use super::settings::parse_ip;
+use super::settings::{parse_ip, parse_relay_for};
 use super::size::parse_size;
-use crate::control::command::{ArrivalAction, Mirror};
+use super::uri::{self, Target};
+use crate::control::command::{ArrivalAction, Mirror, RelayOptions, RelayRequest};
 use crate::net::{AddressError, parse_port};
 use std::net::{IpAddr, SocketAddr};
 
@@ -39,6 +40,24 @@ pub struct MirrorFlags {
     #[arg(long)]
     no_record: bool,
 
+    /// Keep the clients: once the disk has moved, pass their requests on to it, until the last one
+    /// leaves
+    #[arg(long)]
+    relay: bool,
+
+    /// The same for at most so many seconds
+    #[arg(long, value_name = "SECONDS", value_parser = parse_relay_for)]
+    relay_for: Option<u64>,
+
+    /// The same to this server and export, nbd://HOST[:PORT][/EXPORT] or
+    /// nbd+unix:///[EXPORT]?socket=PATH, if the disk is not served at ADDR and PORT
+    #[arg(long, value_name = "URI", value_parser = uri::parse)]
+    relay_to: Option<Target>,
+
+    /// Disconnect the clients, even if the server is configured to relay
+    #[arg(long, conflicts_with_all = ["relay", "relay_for", "relay_to"])]
+    no_relay: bool,
+
     /// Show progress until the migration ends; the exit status tells how
     #[arg(long)]
     wait: bool,
@@ -72,6 +91,7 @@ impl MirrorFlags {
             bind,
             max_bps: self.max_speed.filter(|limit| *limit > 0),
             no_record: self.no_record,
+            relay: relay_request(self.relay, self.no_relay, self.relay_for, self.relay_to),
         };
         Ok(OperatorCommand {
             socket: self.server.socket()?,
@@ -91,6 +111,24 @@ impl SpeedFlags {
             kind: CommandKind::MirrorSpeed(self.max_speed),
         })
     }
+}
+
+/// What the options say about the clients. Those about a relay imply it.
+fn relay_request(
+    relay: bool,
+    no_relay: bool,
+    seconds_max: Option<u64>,
+    to: Option<Target>,
+) -> RelayRequest {
+    if no_relay {
+        return RelayRequest::No;
+    }
+    if !relay && seconds_max.is_none() && to.is_none() {
+        return RelayRequest::AsConfigured;
+    }
+    let (to, export) =
+        to.map_or((None, String::new()), |target| (Some(target.remote), target.export));
+    RelayRequest::Yes(RelayOptions { seconds_max, to, export })
 }
 
 /// The address of a destination, which is always an IP address: the control protocol has no other.

@@ -148,14 +148,18 @@ impl LineFilter {
 
 /// The last line of the display: the outcome of the migration.
 pub(super) fn describe_summary(summary: &Summary) -> String {
-    let &Summary { acknowledged, duration, bytes_sent, passes, pause } = summary;
+    let &Summary { acknowledged, duration, bytes_sent, passes, pause, relayed_clients } = summary;
     let passes = if passes == 1 { "1 pass".to_owned() } else { format!("{passes} passes") };
     let doubt = match acknowledged {
         true => "",
         false => "; the destination cannot tell whether the disk has arrived, look there",
     };
+    let relay = relayed_clients.map_or_else(String::new, |clients| {
+        let clients = human::counted(clients, "client");
+        format!("; the source relays {clients}")
+    });
     format!(
-        "Migration finished: {} sent in {}, {passes}, clients paused for {}{doubt}",
+        "Migration finished: {} sent in {}, {passes}, clients paused for {}{relay}{doubt}",
         human::size(bytes_sent),
         human::duration(duration),
         human::duration(pause),
@@ -256,10 +260,13 @@ mod tests {
             bytes_sent: 100 << 20,
             passes: 3,
             pause: Duration::from_millis(12),
+            relayed_clients: None,
         };
         let expected = "Migration finished: 100 MiB sent in 12.3 s, 3 passes, clients paused for \
             12 ms";
         assert_eq!(describe_summary(&summary), expected);
+        let relayed = Summary { relayed_clients: Some(3), ..summary };
+        assert_eq!(describe_summary(&relayed), format!("{expected}; the source relays 3 clients"));
         let in_doubt = Summary { acknowledged: false, passes: 1, ..summary };
         assert!(describe_summary(&in_doubt).contains(", 1 pass, "));
         assert!(

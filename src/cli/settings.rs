@@ -3,6 +3,8 @@
 
 use super::size::parse_create;
 use super::uri::{Target, parse_export};
+use crate::control::command::RELAY_SECONDS_MAX;
+use crate::daemon::RelayDefault;
 use crate::disk::HolePolicy;
 use crate::net::{Address, AddressError, Host, parse_port, unbracket};
 use crate::server::acl::Acl;
@@ -10,6 +12,7 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 /// Range of `--max-clients`. Each client has a thread and a few file descriptors.
 pub const MAX_CLIENTS_RANGE: RangeInclusive<usize> = 1..=65_536;
@@ -89,6 +92,11 @@ pub struct Settings {
     /// Read and write FILE past the page cache of this host (O_DIRECT)
     #[arg(long)]
     pub direct: bool,
+
+    /// Whether clients stay when `mirror` moves the disk, and their requests are passed on to it: no, yes, or
+    /// for at most so many SECONDS; mirror's own options win [default: no]
+    #[arg(long, value_name = "POLICY", value_parser = parse_relay)]
+    pub relay: Option<RelayDefault>,
 
     /// Addresses of clients to admit, IPv4 or IPv6, each with an optional /PREFIX
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
@@ -204,6 +212,7 @@ impl Settings {
             idle_exit: self.idle_exit.or(fallback.idle_exit),
             holes: self.holes.or(fallback.holes),
             direct: self.direct || fallback.direct,
+            relay: self.relay.or(fallback.relay),
             acl: if self.acl.is_empty() { fallback.acl } else { self.acl },
             upstream: self.upstream.or(fallback.upstream),
             autostart: self.autostart.or(fallback.autostart),
@@ -215,7 +224,14 @@ impl Settings {
     /// serving only are ignored, not refused.
     #[must_use]
     pub fn for_listen(self) -> Self {
-        Self { killswitch: false, read_only: false, max_clients: None, idle_exit: None, ..self }
+        Self {
+            killswitch: false,
+            read_only: false,
+            max_clients: None,
+            idle_exit: None,
+            relay: None,
+            ..self
+        }
     }
 
     /// Clears the settings that `serve` ignores.
@@ -232,6 +248,7 @@ impl Settings {
             ("CREATE", self.create.is_some()),
             ("HOLES", self.holes.is_some()),
             ("DIRECT", self.direct),
+            ("RELAY", self.relay.is_some()),
             ("PLAIN", self.plain),
         ];
         keys.into_iter().find_map(|(key, is_set)| is_set.then_some(key))
@@ -288,6 +305,31 @@ pub fn parse_idle_exit(text: &str) -> Result<u64, String> {
         let (least, most) = (IDLE_EXIT_RANGE.start(), IDLE_EXIT_RANGE.end());
         format!("`{text}` is not a number of seconds from {least} to {most}")
     })
+}
+
+/// Parses `--relay` of `serve`: no, yes, or a number of seconds as for `--relay-for`.
+///
+/// # Errors
+/// A sentence for the operator.
+pub fn parse_relay(text: &str) -> Result<RelayDefault, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "yes" | "true" | "on" => Ok(RelayDefault::Unlimited),
+        "no" | "false" | "off" | "0" => Ok(RelayDefault::No),
+        _ => match parse_relay_for(text) {
+            Ok(seconds) => Ok(RelayDefault::AtMost(Duration::from_secs(seconds))),
+            Err(why) => Err(format!("{why}, nor yes nor no")),
+        },
+    }
+}
+
+/// Parses `--relay-for` of `mirror`: a number of seconds up to [`RELAY_SECONDS_MAX`].
+///
+/// # Errors
+/// A sentence for the operator.
+pub fn parse_relay_for(text: &str) -> Result<u64, String> {
+    parse_digits(text)
+        .filter(|number| (1..=RELAY_SECONDS_MAX).contains(number))
+        .ok_or_else(|| format!("`{text}` is not a number of seconds from 1 to {RELAY_SECONDS_MAX}"))
 }
 
 /// Parses `--timeout` of `proxy`: a number of seconds within [`TIMEOUT_RANGE`].
@@ -367,6 +409,7 @@ mod tests {
             max_clients: Some(number.into()),
             holes: Some(if word == "flags" { HolePolicy::Trust } else { HolePolicy::Ignore }),
             direct: true,
+            relay: Some(RelayDefault::AtMost(Duration::from_secs(number.into()))),
             idle_exit: Some(number.into()),
             acl: vec![word.to_owned()],
             upstream: UpstreamSettings {
@@ -411,6 +454,23 @@ mod tests {
             mismatch.to_string(),
             "--addr and --port: /x is the path of a unix socket, which has no port"
         );
+    }
+
+    #[test]
+    fn relay_is_a_switch_or_a_number_of_seconds() {
+        let at_most = |seconds| Ok(RelayDefault::AtMost(Duration::from_secs(seconds)));
+        assert_eq!(parse_relay("Yes"), Ok(RelayDefault::Unlimited));
+        assert_eq!(parse_relay("off"), Ok(RelayDefault::No));
+        assert_eq!(parse_relay("0"), Ok(RelayDefault::No));
+        assert_eq!(parse_relay("1"), at_most(1));
+        assert_eq!(parse_relay("31536000"), at_most(31_536_000));
+        for text in ["31536001", "", "maybe", "-1", "1s"] {
+            let why =
+                format!("`{text}` is not a number of seconds from 1 to 31536000, nor yes nor no");
+            assert_eq!(parse_relay(text), Err(why));
+        }
+        assert_eq!(parse_relay_for("31536000"), Ok(31_536_000));
+        assert!(parse_relay_for("0").is_err() && parse_relay_for("31536001").is_err());
     }
 
     #[test]

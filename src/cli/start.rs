@@ -191,6 +191,7 @@ impl StartRequest {
             holes: settings.holes.unwrap_or_default(),
             direct: settings.direct,
             receiving,
+            relay: settings.relay.unwrap_or_default(),
         }))
     }
 
@@ -279,6 +280,7 @@ pub(super) fn read(path: &Path) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::RelayDefault;
     use crate::disk::HolePolicy;
     use crate::net::Address;
     use nix::sys::stat::Mode;
@@ -312,7 +314,7 @@ mod tests {
     fn every_key_reaches_the_config() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
             READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nPLAIN=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\nHOLES=ignore\n\
-            DIRECT=yes\nACL=::1\n";
+            DIRECT=yes\nRELAY=60\nACL=::1\n";
         let expected = Config {
             disk: DiskConfig::Image(ImageConfig {
                 path: "/a".into(),
@@ -322,6 +324,7 @@ mod tests {
                 holes: HolePolicy::Ignore,
                 direct: true,
                 receiving: None,
+                relay: RelayDefault::AtMost(Duration::from_secs(60)),
             }),
             address: Some(Address::Tcp("[::]:7".parse().unwrap())),
             export: "disk".to_owned(),
@@ -339,7 +342,7 @@ mod tests {
     #[test]
     fn listen_ignores_keys_that_only_serve_uses() {
         let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n\
-            IDLE_EXIT=60\nPLAIN=1\nDIRECT=yes\n";
+            IDLE_EXIT=60\nPLAIN=1\nDIRECT=yes\nRELAY=yes\n";
         let records = RecordPolicy::Required;
         let role = ProcessRole::Listen { overwrite: true, records };
         let request = StartRequest { role, ..serve(Settings::default(), Some("disk.conf")) };
@@ -350,8 +353,8 @@ mod tests {
         let image = image(config);
         let receiving = ReceivingConfig { overwrite: true, records, plain: true };
         assert_eq!(
-            (image.receiving, image.read_only, image.direct),
-            (Some(receiving), false, true)
+            (image.receiving, image.read_only, image.direct, image.relay),
+            (Some(receiving), false, true, RelayDefault::No)
         );
     }
 

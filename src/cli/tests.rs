@@ -5,7 +5,7 @@ use super::offline::{DiskArgument, OfflineStatus};
 use super::operate::CommandKind;
 use super::start::ProcessRole;
 use super::*;
-use crate::control::command::{ArrivalAction, Mirror};
+use crate::control::command::{ArrivalAction, Mirror, RelayOptions, RelayRequest};
 use crate::daemon::RecordPolicy;
 use crate::net::Remote;
 
@@ -139,18 +139,24 @@ fn every_option_of_mirror_is_parsed() {
         bind: None,
         max_bps: None,
         no_record: false,
+        relay: RelayRequest::AsConfigured,
     };
     let full = Mirror {
         action: ArrivalAction::Unlink,
         bind: Some("192.0.2.9".parse().unwrap()),
         max_bps: Some(10 << 20),
         no_record: true,
+        relay: RelayRequest::Yes(RelayOptions {
+            seconds_max: Some(60),
+            to: Some(crate::net::Remote::Unix("/s".into())),
+            export: "disk".to_owned(),
+        }),
         ..plain("192.0.2.1:7")
     };
     let long = "mirror --addr 192.0.2.1 --port 7 --sock /x --unlink --bind 192.0.2.9 \
-        --max-speed 10M --no-record --wait";
-    let short =
-        "mirror -l 192.0.2.1 -p 7 -s /x -u -b 192.0.2.9 --max-speed 10485760 --no-record --wait";
+        --max-speed 10M --no-record --wait --relay-for 60 --relay-to nbd+unix:///disk?socket=/s";
+    let short = "mirror -l 192.0.2.1 -p 7 -s /x -u -b 192.0.2.9 --max-speed 10485760 --no-record --wait \
+        --relay --relay-for 60 --relay-to nbd+unix:///disk?socket=/s";
     for line in [long, short] {
         assert_eq!(
             operation(line),
@@ -162,6 +168,12 @@ fn every_option_of_mirror_is_parsed() {
         let kind = operation(&format!("mirror -l {address} -p 7 -s /x"));
         assert_eq!(kind, CommandKind::Mirror { mirror: plain("[::1]:7"), wait: false });
     }
+    let relay = |options: &str| match operation(&format!("mirror -l ::1 -p 7 -s /x {options}")) {
+        CommandKind::Mirror { mirror, .. } => mirror.relay,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(relay("--no-relay"), RelayRequest::No);
+    assert_eq!(relay("--relay"), RelayRequest::Yes(RelayOptions::default()));
     // No limit and any local address: the same as without these options.
     let kind = operation("mirror -l ::1 -p 7 -s /x --max-speed 0 -b ::");
     assert_eq!(kind, CommandKind::Mirror { mirror: plain("[::1]:7"), wait: false });

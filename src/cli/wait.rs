@@ -143,7 +143,7 @@ fn request_status(socket: &Path) -> Option<StatusSample> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::command::{ArrivalAction, Mirror};
+    use crate::control::command::{ArrivalAction, Mirror, RelayRequest};
     use crate::control::status::Migration;
     use crate::control::{ControlSocket, Credentials, Operator};
     use std::sync::{Arc, Condvar, Mutex};
@@ -200,6 +200,7 @@ mod tests {
             bind: None,
             max_bps: None,
             no_record: false,
+            relay: RelayRequest::AsConfigured,
         })
     }
 

@@ -5,19 +5,25 @@
 //! argument per line. The client of the original flexnbd sends an omitted optional argument as an
 //! empty line, which ends the command; bytes after the empty line are ignored.
 
+mod relay;
+
 use super::reply::{MISSING_COMMAND, Reply, UNKNOWN_COMMAND};
 // Values only; `core` rather than `std` because this file opens no connections.
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::fmt;
 use std::num::IntErrorKind;
 
+pub use relay::{RELAY_SECONDS_MAX, RelayOptions, RelayRequest};
+
 /// Longest line of a command, in bytes, its line break not counted.
 pub const LINE_BYTES_MAX: usize = 256;
 /// Most lines of a command: the word and its arguments, without the empty line.
 pub const LINES_MAX: usize = 4096;
 /// Most arguments that `mirror` takes.
-const MIRROR_ARGUMENTS_MAX: usize = 6;
-/// The last argument of `mirror` if it may move a disk without an ownership record.
+const MIRROR_ARGUMENTS_MAX: usize = 10;
+/// Position of the first of the words at the end of `mirror`'s arguments.
+const WORDS_AT: usize = 5;
+/// The word of `mirror` if it may move a disk without an ownership record; before all others.
 const NO_RECORD: &str = "no-record";
 /// Most ACL entries shown in the log.
 const ENTRIES_SHOWN: usize = 8;
@@ -59,6 +65,8 @@ pub struct Mirror {
     pub max_bps: Option<u64>,
     /// Move the disk even if no ownership record can be kept.
     pub no_record: bool,
+    /// What becomes of the clients.
+    pub relay: RelayRequest,
 }
 
 /// The action of the source once its disk has arrived at the destination.
@@ -188,15 +196,20 @@ impl Mirror {
         if arguments.len() > MIRROR_ARGUMENTS_MAX {
             return Err(CommandError::TooManyMirrorArguments);
         }
-        let no_record = argument(5).map_or(Ok(false), no_record)?;
+        let no_record = argument(WORDS_AT) == Some(NO_RECORD);
+        let mut relay = RelayRequest::default();
+        let words = arguments.iter().skip(WORDS_AT + usize::from(no_record));
+        words.clone().try_for_each(|word| relay.take(word))?;
+        let fills_place = arguments.len() > WORDS_AT;
         let limit = argument(4).map(max_bps).transpose()?;
         Ok(Self {
             to: destination(ip, port)?,
             action: argument(2).map_or(Ok(ArrivalAction::default()), action)?,
             bind: argument(3).map_or(Ok(None), bind)?,
-            // A limit of 0 before `no-record` fills the place of the fifth argument.
-            max_bps: limit.filter(|limit| *limit > 0 || !no_record),
+            // A limit of 0 before a word fills the place of the fifth argument.
+            max_bps: limit.filter(|limit| *limit > 0 || !fills_place),
             no_record,
+            relay,
         })
     }
 
@@ -208,14 +221,17 @@ impl Mirror {
         ];
         // Arguments are positional, and an empty one would end the command: before a limit, the
         // unspecified address stands for no bind address.
-        let limit = self.max_bps.or(self.no_record.then_some(0));
+        let mut words: Vec<String> =
+            self.no_record.then(|| NO_RECORD.to_owned()).into_iter().collect();
+        words.extend(self.relay.words());
+        let limit = self.max_bps.or((!words.is_empty()).then_some(0));
         match (self.bind, limit) {
             (Some(bind), _) => arguments.push(bind.to_string()),
             (None, Some(_)) => arguments.push(any_address_like(self.to.ip()).to_string()),
             (None, None) => {}
         }
         arguments.extend(limit.map(|limit| limit.to_string()));
-        arguments.extend(self.no_record.then(|| NO_RECORD.to_owned()));
+        arguments.append(&mut words);
         arguments
     }
 }
@@ -245,10 +261,6 @@ fn action(word: &str) -> Result<ArrivalAction, CommandError> {
 fn bind(ip: &str) -> Result<Option<IpAddr>, CommandError> {
     let ip: IpAddr = ip.parse().map_err(|_| CommandError::BadBindAddress)?;
     Ok((!ip.is_unspecified()).then_some(ip))
-}
-
-fn no_record(word: &str) -> Result<bool, CommandError> {
-    if word == NO_RECORD { Ok(true) } else { Err(CommandError::BadRecordWord) }
 }
 
 fn max_bps(number: &str) -> Result<u64, CommandError> {
@@ -362,9 +374,17 @@ pub enum CommandError {
     /// `mirror`: the address to connect from is invalid.
     #[error("bad bind address")]
     BadBindAddress,
-    /// `mirror`: the sixth argument is not `no-record`.
-    #[error("bad word: must be {NO_RECORD}, or not there")]
-    BadRecordWord,
+    /// `mirror`: the sixth argument or a later one is no word, or contradicts an earlier one.
+    #[error(
+        "bad word: must be {NO_RECORD}, no-relay, or relay with relay-for=, relay-to=, relay-export="
+    )]
+    BadMirrorWord,
+    /// `mirror`: the time to relay is invalid.
+    #[error("bad time to relay: must be 1 to {RELAY_SECONDS_MAX} seconds")]
+    BadRelaySeconds,
+    /// `mirror`: the address to relay to is invalid.
+    #[error("bad address to relay to: must be HOST:PORT or a path")]
+    BadRelayAddress,
     /// `mirror_max_bps` without a number.
     #[error("max_bps missing")]
     MaxBpsMissing,

@@ -31,6 +31,10 @@ pub const UPSTREAM_SECONDS: &str = "upstream_seconds";
 pub const UPSTREAM_RECONNECTS: &str = "upstream_reconnects";
 /// Key of [`Status::extra`]: bytes that clients have written and the upstream has not flushed yet.
 pub const UNFLUSHED_BYTES: &str = "unflushed_bytes";
+/// Key of [`Status::extra`]: the server that has the disk now, to which the requests of clients are passed on.
+pub const RELAYING_TO: &str = "relaying_to";
+/// Key of [`Status::extra`]: seconds until the clients that are left are disconnected; absent without a limit.
+pub const RELAY_SECONDS_LEFT: &str = "relay_seconds_left";
 /// Key of [`Status::extra`]: why the proxy is not connected; absent while it is.
 pub const UPSTREAM_ERROR: &str = "upstream_error";
 

@@ -18,13 +18,16 @@ pub struct Summary {
     pub passes: u64,
     /// How long clients were paused at the end.
     pub pause: Duration,
+    /// How many clients have stayed, and are passed on to the destination; `None` if none were to.
+    pub relayed_clients: Option<u64>,
 }
 
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "acknowledged={}", self.acknowledged)?;
         write!(f, " duration_ms={} bytes_sent={}", self.duration.as_millis(), self.bytes_sent)?;
-        write!(f, " passes={} pause_ms={}", self.passes, self.pause.as_millis())
+        write!(f, " passes={} pause_ms={}", self.passes, self.pause.as_millis())?;
+        self.relayed_clients.map_or(Ok(()), |clients| write!(f, " relayed_clients={clients}"))
     }
 }
 
@@ -42,6 +45,7 @@ impl Summary {
             bytes_sent: pairs.take("bytes_sent")?,
             passes: pairs.take("passes")?,
             pause: Duration::from_millis(pairs.take("pause_ms")?),
+            relayed_clients: pairs.take_optional("relayed_clients")?,
         })
     }
 }
@@ -59,9 +63,12 @@ mod tests {
             bytes_sent: 5,
             passes: 2,
             pause: Duration::from_micros(7_900),
+            relayed_clients: None,
         };
         let line = "acknowledged=true duration_ms=1234 bytes_sent=5 passes=2 pause_ms=7";
         assert_eq!(summary.to_string(), line);
+        let relayed = Summary { relayed_clients: Some(3), ..summary };
+        assert_eq!(relayed.to_string(), format!("{line} relayed_clients=3"));
     }
 
     #[test]
@@ -79,9 +86,11 @@ mod tests {
         #[test]
         fn every_summary_round_trips(
             acknowledged: bool, duration: u64, bytes_sent: u64, passes: u64, pause: u64,
+            relayed_clients: Option<u64>,
         ) {
             let (duration, pause) = (Duration::from_millis(duration), Duration::from_millis(pause));
-            let summary = Summary { acknowledged, duration, bytes_sent, passes, pause };
+            let summary =
+                Summary { acknowledged, duration, bytes_sent, passes, pause, relayed_clients };
             prop_assert_eq!(Summary::from_line(&summary.to_string()), Ok(summary));
             let newer = format!("{summary} newer=1");
             prop_assert_eq!(Summary::from_line(&newer), Ok(summary));

@@ -58,6 +58,20 @@ pub struct ImageConfig {
     pub direct: bool,
     /// How to receive the disk into the image; `None` to serve it.
     pub receiving: Option<ReceivingConfig>,
+    /// What becomes of the clients when the disk moves, unless the operator says otherwise.
+    pub relay: RelayDefault,
+}
+
+/// Whether clients stay when their disk moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RelayDefault {
+    /// They are disconnected.
+    #[default]
+    No,
+    /// They stay until they leave.
+    Unlimited,
+    /// They stay for at most so long.
+    AtMost(Duration),
 }
 
 /// How to receive a disk.
@@ -112,6 +126,7 @@ impl ImageConfig {
             holes: HolePolicy::Auto,
             direct: false,
             receiving: None,
+            relay: RelayDefault::No,
         }
     }
 }

@@ -5,7 +5,8 @@ use super::events::ProcessEvent;
 use super::idle::Idle;
 use super::operator::Service;
 use super::proxying;
-use super::snapshot;
+use super::relaying::ActiveRelay;
+use super::snapshot::{self, LeftSessions};
 use super::status_reporter::StatusReporter;
 use super::watchdog::Watchdog;
 use crate::control::Handle;
@@ -76,8 +77,17 @@ impl Process {
             }
             let now = Instant::now();
             let clients = self.service.server().client_count();
-            self.status.report_if_due(now, clients, self.service.upstream());
-            let deadlines = [self.idle.deadline(self.is_busy()), self.status.deadline(now)];
+            let relay = self.service.relay();
+            if let Some(relay) = relay.as_ref().filter(|relay| self.is_relay_over(relay, clients)) {
+                relay.log_end(clients);
+                return ProcessEnd::Well;
+            }
+            self.status.report_if_due(now, clients, self.service.upstream(), relay.is_some());
+            let deadlines = [
+                self.idle.deadline(self.is_busy()),
+                self.status.deadline(now),
+                relay.and_then(|relay| relay.deadline),
+            ];
             if let Some(event) = self.next_event(deadlines.into_iter().flatten().min())
                 && let Some(end) = self.handle(event)
             {
@@ -161,12 +171,19 @@ impl Process {
         }
     }
 
-    /// Wakes the waiting operators, and updates the status. The process ends if the disk has left,
-    /// and continues otherwise.
+    /// Whether the clients of the disk that has left have gone, or their time is over.
+    fn is_relay_over(&self, relay: &ActiveRelay, clients: usize) -> bool {
+        let has_ended = self.service.running_migration().is_none();
+        has_ended && (clients == 0 || relay.is_late(Instant::now()))
+    }
+
+    /// Wakes the waiting operators, and updates the status. The process ends if the disk has left without
+    /// its clients, and continues otherwise.
     fn migration_ended(&mut self, outcome: &Outcome) -> Option<ProcessEnd> {
         self.service.waiters.migration_ended();
         self.status.migration_ended(outcome);
-        matches!(outcome, Outcome::Arrived { .. }).then_some(ProcessEnd::Well)
+        let has_left = matches!(outcome, Outcome::Arrived { .. }) && self.service.relay().is_none();
+        has_left.then_some(ProcessEnd::Well)
     }
 
     fn report_arrival(&self, provenance: Provenance) {
@@ -215,10 +232,12 @@ impl Process {
         loop {
             match self.next_event(Some(deadline)) {
                 Some(ProcessEvent::MigrationEnded(outcome)) => {
-                    let interrupted = format!("received {signal} while the disk was being moved");
-                    return self
-                        .migration_ended(&outcome)
-                        .unwrap_or(ProcessEnd::Badly(interrupted));
+                    self.migration_ended(&outcome);
+                    if matches!(outcome, Outcome::Arrived { .. }) {
+                        return ProcessEnd::Well;
+                    }
+                    let why = format!("received {signal} while the disk was being moved");
+                    return ProcessEnd::Badly(why);
                 }
                 Some(ProcessEvent::HealthCheck(number)) => self.answer_health_check(number),
                 Some(_) => {}
@@ -235,10 +254,13 @@ impl Process {
     /// Closes the modules in order: control socket, server, upstream, sessions.
     ///
     /// Sessions are stored for the next process, except while a disk is received, since its
-    /// sessions are the migration, and after a failed flush, because a snapshot does not hold that
-    /// failure.
+    /// sessions are the migration, after a failed flush, because a snapshot does not hold that
+    /// failure, and after the time of a relay.
     fn close(&mut self, end: &ProcessEnd) {
-        let stores_sessions = !self.service.is_receiving() && self.disk.all_flushes_succeeded();
+        let relay = self.service.relay();
+        let stores_sessions = !self.service.is_receiving()
+            && self.disk.all_flushes_succeeded()
+            && !relay.is_some_and(|relay| relay.is_late(Instant::now()));
         log_unsent(self.notifier.stopping());
         log_unsent(self.notifier.extend_timeout(CLOSING_MAX));
         if let ProcessEnd::Badly(why) = end {
@@ -253,10 +275,11 @@ impl Process {
         let deadline = Instant::now() + DISK_GRACE;
         let sessions = self.end_sessions(stores_sessions);
         let sessions = match self.service.upstream() {
-            Some(upstream) => proxying::settle(upstream, &self.disk, sessions, deadline),
+            Some(upstream) => proxying::settle(&upstream, &self.disk, sessions, deadline),
             None => sessions,
         };
-        snapshot::save(&self.store, &sessions);
+        let relay = self.service.relay().map(|relay| relay.note(Instant::now()));
+        snapshot::save(&self.store, &LeftSessions { sessions, relay });
     }
 
     /// Ends all sessions; with `stores`, suspends as many as the next process can get.

@@ -4,10 +4,9 @@
 
 use super::handover_query::{QueryResult, StartupQuery};
 use super::signals::Signals;
-use super::snapshot;
+use super::snapshot::{self, LeftSessions};
 use super::start_error::StartError;
 use crate::net::{Listener, wait_readable};
-use crate::server::StoredSessions;
 use crate::systemd::{InheritedSockets, ServiceManager};
 use nix::sys::stat::{SFlag, fstat};
 use std::os::fd::{AsFd, OwnedFd};
@@ -28,7 +27,7 @@ impl Inherited {
     /// Takes over everything inherited, and the sessions that the last process has stored. Call
     /// this once, before any thread starts: it reads and changes the environment, and threads
     /// inherit the signal mask.
-    pub(super) fn take() -> Result<(Self, StoredSessions), StartError> {
+    pub(super) fn take() -> Result<(Self, LeftSessions), StartError> {
         let notifier = ServiceManager::from_env();
         let mut sockets = InheritedSockets::from_env();
         // Even if this process cannot use them: the client of a session that stays in the store

@@ -47,7 +47,7 @@ impl MigrationLog {
             News::Obstructed(Obstacle::Acknowledgement(_)) | News::RecordFailed(_) => {
                 error!(message_id = kind, "flexnbd.migration" = %id, "{line}");
             }
-            News::Obstructed(_) | News::Throttled(_) => {
+            News::Obstructed(_) | News::Throttled(_) | News::RelayFailed(_) => {
                 warn!(message_id = kind, "flexnbd.migration" = %id, "{line}");
             }
         }
@@ -110,6 +110,7 @@ fn news_message_id(news: &News) -> Option<&'static str> {
         News::Throttled(_) => message_id::MIGRATION_HELD_BACK,
         News::GateClosed => message_id::MIGRATION_GATE_CLOSED,
         News::RecordFailed(_) => message_id::MIGRATION_RECORD_FAILED,
+        News::RelayFailed(_) => message_id::RELAY_FAILED,
         // Follows an entry with MIGRATION_IN_DOUBT and precedes that of the verdict.
         News::HandingOverAgain => return None,
     })
@@ -128,5 +129,8 @@ fn describe(news: &News) -> String {
         News::GateClosed => "clients wait while the rest is sent".to_owned(),
         News::HandingOverAgain => "the disk has not arrived, handing over again".to_owned(),
         News::RecordFailed(why) => why.clone(),
+        News::RelayFailed(why) => format!(
+            "the disk is there, but its clients cannot be passed on and are disconnected: {why}"
+        ),
     }
 }

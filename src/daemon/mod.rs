@@ -10,8 +10,9 @@
 //!                    degraded ─▶ end
 //! ```
 //!
-//! `startup` reads `role → sockets → server → control → watchdog → ready`: a role is an image (`claim`) or
-//! an upstream (`proxying`). `degraded` refuses clients while the disk cannot be served.
+//! `startup` reads `role → sockets → server → control → watchdog → ready`: a role is an image (`claim`),
+//! an upstream (`proxying`), or the upstream that an image has moved to (`relaying`). `degraded` refuses
+//! clients while the disk cannot be served.
 
 mod claim;
 mod config;
@@ -28,6 +29,7 @@ mod outgoing;
 mod proxying;
 mod random;
 mod reconnecting_clients;
+mod relaying;
 mod role;
 
 pub mod signals;
@@ -39,8 +41,8 @@ mod status_reporter;
 mod watchdog;
 
 pub use config::{
-    Admission, Config, DiskConfig, ImageConfig, ReceivingConfig, RecordPolicy, RereadConfig,
-    UpstreamConfig,
+    Admission, Config, DiskConfig, ImageConfig, ReceivingConfig, RecordPolicy, RelayDefault,
+    RereadConfig, UpstreamConfig,
 };
 pub use event_loop::ProcessEnd;
 pub use start_error::StartError;

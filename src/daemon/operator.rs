@@ -5,6 +5,7 @@ use super::config::{Admission, RereadConfig};
 use super::events::ActiveCommands;
 use super::outgoing::{self, MigrationContext, PreparedMigration};
 use super::proxying;
+use super::relaying::{ActiveRelay, PlannedRelay, RelayPlan, RelaySlot};
 use crate::control::command::Mirror;
 use crate::control::status::OWNERSHIP;
 use crate::control::{Command, Credentials, Operator, Reply, Status};
@@ -12,7 +13,7 @@ use crate::disk::ownership::Record;
 use crate::disk::record_store::RecordStore;
 use crate::memory_reserve::check_thread_headroom;
 use crate::message_id;
-use crate::migration::job::Outcome;
+use crate::migration::job::{OfferedTerms, Outcome};
 use crate::migration::source::MigrationHandle;
 use crate::server::Server;
 use crate::sync::{self, lock};
@@ -22,7 +23,11 @@ use nix::sys::signal::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
+use std::time::Instant;
 use tracing::{info, warn};
+
+/// The reply about a disk that is no longer here.
+const MOVED_AWAY: &str = "the disk has moved away";
 
 /// The state that commands read and change.
 pub(super) struct Service {
@@ -44,6 +49,8 @@ pub(super) enum DiskRole {
     Receiving(RecordStore),
     /// It passes on the disk of this upstream.
     Proxying(UpstreamHandle),
+    /// It passes requests on to the disk, which an earlier process has moved away.
+    Relaying(ActiveRelay),
 }
 
 /// Operators who wait for the end of a migration (`mirror --wait`), at most until the process
@@ -53,7 +60,7 @@ pub(super) struct MigrationWaiters {
     is_stopping: Mutex<bool>,
     changed: Condvar,
     /// The process is about to stop, and abandons its migration.
-    is_interrupted: AtomicBool,
+    is_interrupted: Arc<AtomicBool>,
 }
 
 impl MigrationWaiters {
@@ -101,11 +108,19 @@ pub(super) struct OutgoingMigrations {
     last: Mutex<Option<Arc<MigrationHandle>>>,
     /// Locked while a migration starts; a second one is refused at once.
     starting: Mutex<()>,
+    /// Set once clients are passed on to the destination.
+    relay: RelaySlot,
 }
 
 impl OutgoingMigrations {
     pub(super) fn new(context: MigrationContext, record_store: RecordStore) -> Self {
-        Self { context, record_store, last: Mutex::default(), starting: Mutex::default() }
+        Self {
+            context,
+            record_store,
+            last: Mutex::default(),
+            starting: Mutex::default(),
+            relay: RelaySlot::default(),
+        }
     }
 
     /// The name of the image's record, if the last migration does not determine it. A served disk
@@ -128,10 +143,19 @@ impl Service {
     }
 
     /// The upstream whose disk the process passes on.
-    pub(super) fn upstream(&self) -> Option<&UpstreamHandle> {
+    pub(super) fn upstream(&self) -> Option<UpstreamHandle> {
         match &self.role {
-            DiskRole::Proxying(upstream) => Some(upstream),
-            DiskRole::Serving(_) | DiskRole::Receiving(_) => None,
+            DiskRole::Proxying(upstream) => Some(upstream.clone()),
+            _ => self.relay().map(|relay| relay.upstream),
+        }
+    }
+
+    /// The relay, if the disk has left and its clients have stayed.
+    pub(super) fn relay(&self) -> Option<ActiveRelay> {
+        match &self.role {
+            DiskRole::Serving(migrations) => lock(&migrations.relay).clone(),
+            DiskRole::Relaying(relay) => Some(relay.clone()),
+            DiskRole::Receiving(_) | DiskRole::Proxying(_) => None,
         }
     }
 
@@ -139,7 +163,7 @@ impl Service {
     fn last_migration(&self) -> Option<Arc<MigrationHandle>> {
         match &self.role {
             DiskRole::Serving(migrations) => lock(&migrations.last).clone(),
-            DiskRole::Receiving(_) | DiskRole::Proxying(_) => None,
+            DiskRole::Receiving(_) | DiskRole::Proxying(_) | DiskRole::Relaying(_) => None,
         }
     }
 
@@ -158,6 +182,7 @@ impl Service {
     fn status(&self) -> Status {
         let migration = self.last_migration();
         let migration = migration.as_deref();
+        let relay = self.relay();
         let mut status = {
             let server = self.server();
             Status {
@@ -165,7 +190,7 @@ impl Service {
                 size: self.size,
                 clients_allowed: server.is_accepting(),
                 num_clients: server.client_count() as u64,
-                has_control: matches!(self.role, DiskRole::Serving(_)),
+                has_control: matches!(self.role, DiskRole::Serving(_)) && relay.is_none(),
                 ..Status::default()
             }
         };
@@ -173,6 +198,7 @@ impl Service {
             DiskRole::Serving(outgoing) => outgoing::describe(migration, &mut status)
                 .unwrap_or_else(|| outgoing.record_name(migration)),
             DiskRole::Receiving(record_store) => peek_name(record_store),
+            DiskRole::Relaying(_) => "departed",
             DiskRole::Proxying(upstream) => {
                 proxying::describe(&upstream.state(), &mut status);
                 return status;
@@ -181,6 +207,9 @@ impl Service {
         status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
         let running = migration.filter(|migration| migration.outcome().is_none());
         outgoing::describe_obstacle(running, &mut status);
+        if let Some(relay) = relay {
+            relay.describe(Instant::now(), &mut status);
+        }
         status
     }
 
@@ -236,6 +265,7 @@ impl Service {
                 let why = "the disk has not arrived here, so it cannot be moved away";
                 return Err(Reply::refused(why));
             }
+            DiskRole::Relaying(_) => return Err(Reply::refused(MOVED_AWAY)),
             DiskRole::Proxying(upstream) => {
                 let at = upstream.state().target;
                 let why = format!("this is a proxy; have the server at {at} move the disk");
@@ -252,7 +282,17 @@ impl Service {
         let size = outgoing.context.disk.size();
         let record_store = outgoing::check(&outgoing.record_store, size, command)?;
         let shutdown = self.server().shutdown_handle();
-        let prepared = PreparedMigration::new(&outgoing.context, record_store, shutdown, command)?;
+        let relay = RelayPlan::of(command, outgoing.context.relay).map(|plan| {
+            let (flags, block_min) = self.server().offered();
+            PlannedRelay {
+                plan,
+                offered: OfferedTerms { flags, block_min: block_min.into() },
+                slot: Arc::clone(&outgoing.relay),
+                is_interrupted: Arc::clone(&self.waiters.is_interrupted),
+            }
+        });
+        let prepared =
+            PreparedMigration::new(&outgoing.context, record_store, shutdown, relay, command)?;
         let handle = Arc::clone(&prepared.handle);
         // The event loop sets `is_interrupted` and then looks for a migration. So either it finds
         // this migration, or this thread sees the flag.
@@ -275,7 +315,10 @@ impl Service {
         let by_operator =
             |(outcome, _): &_| *outcome != Outcome::Broken || !self.waiters.is_interrupted();
         match account.filter(by_operator) {
-            Some((outcome, stats)) => outgoing::end_reply(&outcome, &stats),
+            Some((outcome, stats)) => {
+                let relayed = self.relay().map(|_| self.server().client_count() as u64);
+                outgoing::end_reply(&outcome, &stats, relayed)
+            }
             None => Reply::refused("the server was stopped before the migration was over"),
         }
     }
@@ -293,7 +336,7 @@ fn name_of(record: Option<&Record>) -> &'static str {
 /// Checks that the last migration has not moved the disk away.
 fn check_not_moved(last: Option<&Outcome>) -> Result<(), Reply> {
     match last {
-        Some(Outcome::Arrived { .. }) => Err(Reply::refused("the disk has moved away")),
+        Some(Outcome::Arrived { .. }) => Err(Reply::refused(MOVED_AWAY)),
         _ => Ok(()),
     }
 }
@@ -323,7 +366,8 @@ impl Operator for Service {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::command::ArrivalAction;
+    use crate::control::command::{ArrivalAction, RelayRequest};
+    use crate::daemon::config::RelayDefault;
     use crate::daemon::events::ProcessEvent;
     use crate::disk::ownership::Provenance;
     use crate::disk::{Access, Disk, FileBackend};
@@ -349,6 +393,7 @@ mod tests {
             disk,
             image: path,
             provenance: Provenance::Native,
+            relay: RelayDefault::No,
             events: sender.clone(),
         };
         let service = Service {
@@ -371,8 +416,14 @@ mod tests {
         let destination = TcpListener::bind("127.0.0.1:0").unwrap();
         destination.set_nonblocking(true).unwrap();
         let to = destination.local_addr().unwrap();
-        let mirror =
-            Mirror { to, action: ArrivalAction::Exit, bind: None, max_bps: None, no_record: true };
+        let mirror = Mirror {
+            to,
+            action: ArrivalAction::Exit,
+            bind: None,
+            max_bps: None,
+            no_record: true,
+            relay: RelayRequest::No,
+        };
         let operator = Credentials { pid: 1, uid: None };
         assert!(!service.execute(Command::Mirror(mirror), operator).is_success());
         assert_eq!(destination.accept().unwrap_err().kind(), ErrorKind::WouldBlock);

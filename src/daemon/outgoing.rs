@@ -2,10 +2,11 @@
 //! log, and the outcome to the event loop.
 
 use super::claim;
-use super::config::{RecordPolicy, UNRECORDED_ADVICE};
+use super::config::{RecordPolicy, RelayDefault, UNRECORDED_ADVICE};
 use super::events::ProcessEvent;
 use super::migration_log::MigrationLog;
 use super::random;
+use super::relaying::{PlannedRelay, RelayedMigration};
 use crate::control::command::{ArrivalAction, Mirror};
 use crate::control::status::{
     MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE, MIGRATION_WAITING,
@@ -43,6 +44,8 @@ pub(super) struct MigrationContext {
     pub(super) disk: Arc<Disk>,
     pub(super) image: PathBuf,
     pub(super) provenance: Provenance,
+    /// What becomes of clients unless the operator says otherwise.
+    pub(super) relay: RelayDefault,
     pub(super) events: Sender<ProcessEvent>,
 }
 
@@ -142,13 +145,26 @@ impl PreparedMigration {
         context: &MigrationContext,
         record_store: RecordStore,
         shutdown: ShutdownHandle,
+        relay: Option<PlannedRelay>,
         command: &Mirror,
     ) -> Result<Self, Reply> {
         let (start_result, receiver) = mpsc::channel();
-        let job = job(context, command)?;
+        let mut job = job(context, command)?;
+        job.relay = relay.as_ref().map(PlannedRelay::terms);
         let image = context.image.display().to_string();
         let log = MigrationLog::new(command.to.to_string(), image, context.disk.size());
         let events = context.events.clone();
+        let relay = match relay {
+            None => None,
+            Some(relay) => Some(relay.connector(RelayedMigration {
+                image: log.image.clone(),
+                to: job.to.clone(),
+                read_only: context.disk.read_only(),
+                shutdown: shutdown.clone(),
+                events: events.clone(),
+                client: random::bytes().map_err(|error| Reply::refused(error.to_string()))?,
+            })),
+        };
         let reporter = Reporter {
             log: log.clone(),
             start_result: start_result.clone(),
@@ -161,6 +177,7 @@ impl PreparedMigration {
             route: Route { to: Address::Tcp(command.to), bind: command.bind },
             job,
             observer: Box::new(reporter),
+            relay: relay.map(|connector| Box::new(connector) as _),
         })
         .map_err(cannot_start)?;
         let starting = StartingMigration(receiver);
@@ -216,11 +233,17 @@ pub(super) fn set_speed(running: Option<&MigrationHandle>, limit: u64) -> Reply 
 }
 
 /// The reply to `mirror_wait` after a migration has ended.
-pub(super) fn end_reply(outcome: &Outcome, stats: &MigrationStats) -> Reply {
+/// With relay, these clients have stayed.
+pub(super) fn end_reply(
+    outcome: &Outcome,
+    stats: &MigrationStats,
+    relayed_clients: Option<u64>,
+) -> Reply {
     let &MigrationStats { duration, bytes_sent, passes, pause } = stats;
     match *outcome {
         Outcome::Arrived { acknowledged } => {
-            let summary = Summary { acknowledged, duration, bytes_sent, passes, pause };
+            let summary =
+                Summary { acknowledged, duration, bytes_sent, passes, pause, relayed_clients };
             Reply::success(summary.to_string())
         }
         Outcome::Broken => {
@@ -332,6 +355,7 @@ fn failed(trouble: &Trouble) -> Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::command::RelayRequest;
     use crate::disk::memory_backend::MemoryBackend;
     use crate::disk::ownership::Record;
     use crate::migration::job::RecordKind;
@@ -342,13 +366,20 @@ mod tests {
             disk: Arc::new(Disk::new(Box::new(MemoryBackend::new(1 << 20)), false)),
             image: PathBuf::new(),
             provenance: Provenance::Native,
+            relay: RelayDefault::No,
             events: mpsc::channel().0,
         };
         let recorded = |bind: Option<&str>| {
             let bind = bind.map(|ip| ip.parse().unwrap());
             let to = "192.0.2.1:7".parse().unwrap();
-            let command =
-                Mirror { to, action: ArrivalAction::Exit, bind, max_bps: None, no_record: false };
+            let command = Mirror {
+                to,
+                action: ArrivalAction::Exit,
+                bind,
+                max_bps: None,
+                no_record: false,
+                relay: RelayRequest::AsConfigured,
+            };
             let Ok(job) = job(&context, &command) else { panic!("no job") };
             match job.record(RecordKind::Departing, 0) {
                 Some(Record::Departing { from, .. }) => from.map(|ip| ip.to_string()),

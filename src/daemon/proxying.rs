@@ -43,8 +43,8 @@ const FLUSH_GRACE_MIN: Duration = Duration::from_secs(10);
 pub(super) enum Persistence {
     /// Once: the service manager repeats the start, and new clients wait in its sockets.
     Once,
-    /// Until one of them answers: sessions of the last process would end with a failed start.
-    UntilConnected,
+    /// Until one of them answers, or this time: sessions of the last process would end with a failed start.
+    Until(Option<Instant>),
 }
 
 /// A connection to the disk of another server.
@@ -80,7 +80,11 @@ pub(super) fn connect(
                 Some(Err(error)) => break error,
             }
         };
-        if persistence == Persistence::Once {
+        let gives_up = match persistence {
+            Persistence::Once => true,
+            Persistence::Until(end) => end.is_some_and(|end| end <= Instant::now()),
+        };
+        if gives_up {
             return Err(StartError::Upstream(error));
         }
         let why = error.to_string();

@@ -1,5 +1,5 @@
 //! What a process does with its disk: it serves an image, receives one, or passes on the disk of another
-//! server. Opens the disk; never serves it.
+//! server, to which it may have moved its own. Opens the disk; never serves it.
 
 use super::claim::{Claim, Ownership};
 use super::config::{Config, DiskConfig, ImageConfig, UpstreamConfig};
@@ -12,6 +12,7 @@ use super::outgoing::MigrationContext;
 use super::proxying::{self, Persistence};
 use super::random;
 use super::reconnecting_clients::ReconnectingClients;
+use super::relaying::{self, RelayNote};
 use super::start_error::StartError;
 use crate::disk::Disk;
 use crate::migration::arrival::{Admits, Arrival};
@@ -23,17 +24,20 @@ use crate::sync::lock;
 use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 use tracing::warn;
 
 /// The disk of a process, and everything that depends on what the process does with it.
 pub(super) struct Role {
-    /// For people: `serving`, `receiving` or `proxying`.
+    /// For people: `serving`, `receiving`, `proxying` or `relaying`.
     pub(super) verb: &'static str,
     /// The image's path or the upstream's address, for people.
     pub(super) name: String,
     pub(super) disk: Arc<Disk>,
     pub(super) policy: Arc<dyn ExportPolicy>,
     pub(super) disk_role: DiskRole,
+    /// Why no new clients are admitted, if none are.
+    pub(super) turned_away: Option<String>,
 }
 
 /// What a role is opened with, besides the configuration.
@@ -41,8 +45,10 @@ pub(super) struct RoleInputs<'a> {
     pub(super) inherited: &'a Inherited,
     /// The answer of another host about the image.
     pub(super) answer: Option<QueryResult>,
-    /// Clients of the last process wait for this one.
-    pub(super) has_sessions: bool,
+    /// The number of clients of the last process, which wait for this one.
+    pub(super) session_count: usize,
+    /// How the last process relayed their requests, if it did.
+    pub(super) relay: Option<&'a RelayNote>,
     pub(super) events: &'a Sender<ProcessEvent>,
 }
 
@@ -55,8 +61,13 @@ impl Role {
         match &config.disk {
             DiskConfig::Image(image) => {
                 let query = inputs.inherited.startup_query(inputs.answer);
-                let claim = Claim::acquire(image, &query)?;
-                Self::of_image(image, config.oldstyle, claim, inputs.events)
+                match Claim::acquire(image, &query) {
+                    Ok(claim) => Self::of_image(image, config.oldstyle, claim, inputs.events),
+                    Err(error) if image.receiving.is_none() => {
+                        Self::of_relay(image, inputs, error).map(Some)
+                    }
+                    Err(error) => Err(error),
+                }
             }
             DiskConfig::Upstream(upstream) => Self::of_upstream(config, upstream, inputs).map(Some),
         }
@@ -81,6 +92,7 @@ impl Role {
                     disk: Arc::clone(&disk),
                     image: image.path.clone(),
                     provenance,
+                    relay: image.relay,
                     events: events.clone(),
                 };
                 Ok(Some(Self {
@@ -92,6 +104,7 @@ impl Role {
                         clients: ReconnectingClients::default(),
                     }),
                     disk_role: DiskRole::Serving(OutgoingMigrations::new(context, record_store)),
+                    turned_away: None,
                 }))
             }
             Ownership::Incoming { copy, status_store } => {
@@ -111,9 +124,44 @@ impl Role {
                     disk,
                     policy: Arc::new(ReceivingPolicy(destination)),
                     disk_role: DiskRole::Receiving(status_store),
+                    turned_away: None,
                 }))
             }
         }
+    }
+
+    /// Goes on relaying for the sessions of the last process, if it relayed the disk whose departure is the
+    /// reason for the failed start. Otherwise returns that reason.
+    fn of_relay(
+        image: &ImageConfig,
+        inputs: &RoleInputs<'_>,
+        error: StartError,
+    ) -> Result<Self, StartError> {
+        let departure = relaying::departure(&image.path, &error);
+        let note = inputs.relay.filter(|_| inputs.session_count > 0);
+        let (Some((id, why)), Some(note)) = (departure, note) else { return Err(error) };
+        let Some(relay) = note.resumed(id, image.read_only, Instant::now()) else {
+            return Err(error);
+        };
+        let persistence = Persistence::Until(relay.deadline);
+        let connected =
+            proxying::connect(&relay.upstream, inputs.inherited, persistence, inputs.events);
+        let (backend, upstream) = match connected {
+            // The time of the relay is over.
+            Err(StartError::Upstream(_)) => return Err(error),
+            connected => connected?,
+        };
+        Ok(Self {
+            verb: "relaying",
+            name: image.path.display().to_string(),
+            disk: Arc::new(Disk::new(Box::new(backend), image.read_only)),
+            policy: Arc::new(ProxyPolicy {
+                is_exclusive: false,
+                clients: ReconnectingClients::default(),
+            }),
+            disk_role: DiskRole::Relaying(relay.begin(upstream, inputs.session_count)),
+            turned_away: Some(why),
+        })
     }
 
     fn of_upstream(
@@ -122,7 +170,7 @@ impl Role {
         inputs: &RoleInputs<'_>,
     ) -> Result<Self, StartError> {
         let persistence =
-            if inputs.has_sessions { Persistence::UntilConnected } else { Persistence::Once };
+            if inputs.session_count > 0 { Persistence::Until(None) } else { Persistence::Once };
         let (backend, handle) =
             proxying::connect(upstream, inputs.inherited, persistence, inputs.events)?;
         let read_only = upstream.read_only || handle.read_only();
@@ -135,6 +183,7 @@ impl Role {
                 clients: ReconnectingClients::default(),
             }),
             disk_role: DiskRole::Proxying(handle),
+            turned_away: None,
         })
     }
 }

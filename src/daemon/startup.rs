@@ -12,7 +12,7 @@ use super::inherited::Inherited;
 use super::operator::{DiskRole, MigrationWaiters, Service};
 use super::role::{Role, RoleInputs};
 use super::signals::{SignalAction, Signals};
-use super::snapshot;
+use super::snapshot::{self, LeftSessions};
 use super::sockets::Sockets;
 use super::start_error::StartError;
 use super::status_reporter::{IdleStatus, StatusReporter};
@@ -47,22 +47,22 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
         image: image.map(|image| image.path.clone()),
         control: config.control.clone(),
     };
-    let (inherited, sessions) = Inherited::take()?;
+    let (inherited, left) = Inherited::take()?;
     raise_descriptor_limit();
     fix_mmap_threshold();
-    let mut startup = Startup { config, reread, inherited, sessions, answer: None };
+    let mut startup = Startup { config, reread, inherited, left, answer: None };
     let process = loop {
         match startup.start() {
             Ok(Some(process)) => break process,
             Ok(None) => return Ok(ProcessEnd::Well),
             Err(error) => {
-                let sessions = std::mem::take(&mut startup.sessions);
+                let left = std::mem::take(&mut startup.left);
                 if matches!(error, StartError::Interrupted(_)) {
                     // A start that a signal ends has not used them.
-                    snapshot::save_again(&startup.inherited.notifier, &sessions);
+                    snapshot::save_again(&startup.inherited.notifier, &left);
                 }
                 // Ends the sessions of the last process now, before clients are refused.
-                drop(sessions);
+                drop(left);
                 match degraded::run(&startup.inherited, &purpose, error)? {
                     RefusalResult::Ended(end) => return Ok(end),
                     RefusalResult::Answered(answer) => startup.answer = Some(answer),
@@ -97,7 +97,7 @@ struct Startup {
     reread: Option<RereadConfig>,
     inherited: Inherited,
     /// Sessions of the last process; the first start takes them.
-    sessions: StoredSessions,
+    left: LeftSessions,
     /// The answer of another host, if a start failed for lack of it.
     answer: Option<QueryResult>,
 }
@@ -111,7 +111,8 @@ impl Startup {
         let inputs = RoleInputs {
             inherited: &self.inherited,
             answer: self.answer,
-            has_sessions: !self.sessions.streams.is_empty(),
+            session_count: self.left.sessions.streams.len(),
+            relay: self.left.relay.as_ref(),
             events: &sender,
         };
         let Some(role) = Role::open(&self.config, &inputs)? else {
@@ -180,7 +181,7 @@ impl Startup {
         events: &Sender<ProcessEvent>,
     ) -> Result<Server, StartError> {
         let config = &self.config;
-        let sessions = std::mem::take(&mut self.sessions);
+        let sessions = std::mem::take(&mut self.left.sessions);
         let settings = SessionSettings {
             style: if config.oldstyle { Style::Oldstyle } else { Style::Newstyle },
             stall_limit: config.killswitch.then_some(STALL_LIMIT),
@@ -197,9 +198,10 @@ impl Startup {
             when_full: config.when_full,
             settings,
             stored: match role.disk_role {
-                DiskRole::Serving(_) | DiskRole::Proxying(_) => sessions,
+                DiskRole::Serving(_) | DiskRole::Proxying(_) | DiskRole::Relaying(_) => sessions,
                 DiskRole::Receiving(_) => StoredSessions::default(),
             },
+            turned_away: role.turned_away.clone(),
             events: Arc::new(ServerEventSender(events.clone())),
         };
         Server::start(server).map_err(|error| StartError::System("start serving", error))

@@ -90,14 +90,18 @@ impl StatusReporter {
         &mut self,
         now: Instant,
         clients: usize,
-        upstream: Option<&UpstreamHandle>,
+        upstream: Option<UpstreamHandle>,
+        relays: bool,
     ) {
         if self.deadline(now).is_none_or(|deadline| now < deadline) {
             return;
         }
         self.schedule.reported(now);
-        let upstream = upstream.map(UpstreamHandle::state);
-        let idle = || self.idle.describe(clients, upstream.as_ref());
+        let upstream = upstream.map(|upstream| upstream.state());
+        let idle = || match &upstream {
+            Some(upstream) if relays => text::relay(clients, upstream),
+            upstream => self.idle.describe(clients, upstream.as_ref()),
+        };
         let status = match (&mut self.migration, &self.last_migration) {
             (Some(migration), _) => migration.report(now),
             (None, None) => idle(),

@@ -42,6 +42,10 @@ pub trait Backend: Send + Sync + std::fmt::Debug {
     fn flush(&self) -> io::Result<()>;
     /// The extent that contains `offset`, from `offset` on.
     fn extent(&self, offset: u64) -> io::Result<Extent>;
+    /// Whether the bytes are on another host, which may stop answering without a fault of this one.
+    fn is_remote(&self) -> bool {
+        false
+    }
     /// Whether to find extents may take long. A list of extents is an operation in flight then
     /// ([`Op::Extents`]); otherwise the session's thread looks them up. Reads that look for holes call
     /// [`Backend::extent`] in either case.

@@ -276,6 +276,12 @@ impl Disk {
 }
 
 impl Copier<'_> {
+    /// See [`Backend::is_remote`].
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        self.image.is_remote()
+    }
+
     /// Fills `into` from `offset` on.
     ///
     /// # Errors

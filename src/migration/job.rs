@@ -6,6 +6,7 @@ pub use super::trouble::{Obstacle, Trouble};
 use super::plan::{BLOCK_MIN_MAX, Caps, Content, Limits};
 use super::wire::{Answer, Handover, Has, Question, Token};
 use crate::disk::ownership::{Id, Provenance, Record, RemoteAddress};
+use crate::nbd::wire::TransmissionFlags;
 use crate::range::Range;
 use std::net::IpAddr;
 use std::num::NonZeroU64;
@@ -27,6 +28,9 @@ pub struct Job {
     pub from: Option<IpAddr>,
     /// Delete the image once the destination has it.
     pub unlink: bool,
+    /// What clients were offered, if they stay and are passed on to the destination. `None` ends their
+    /// sessions.
+    pub relay: Option<OfferedTerms>,
     /// Provenance of the disk before the migration, restored if it fails.
     pub before: Provenance,
     /// Speed limit in bytes per second on the wire while the gate is open.
@@ -49,6 +53,7 @@ impl Job {
             to,
             from: None,
             unlink: false,
+            relay: None,
             before,
             speed: None,
             limits: Limits::default(),
@@ -75,6 +80,43 @@ impl Job {
     }
 }
 
+/// What clients were offered, and the server that they are passed on to has to offer as well. The default is
+/// offered by every server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OfferedTerms {
+    /// The commands.
+    pub flags: TransmissionFlags,
+    /// The smallest block, in bytes.
+    pub block_min: u64,
+}
+
+impl Default for OfferedTerms {
+    fn default() -> Self {
+        Self { flags: TransmissionFlags::empty(), block_min: BLOCK_MIN_MAX }
+    }
+}
+
+impl OfferedTerms {
+    /// The flags that promise clients something; the others tell them how to use it.
+    const PROMISES: TransmissionFlags = TransmissionFlags::SEND_FLUSH
+        .union(TransmissionFlags::SEND_FUA)
+        .union(TransmissionFlags::SEND_TRIM)
+        .union(TransmissionFlags::SEND_WRITE_ZEROES)
+        .union(TransmissionFlags::SEND_FAST_ZERO)
+        .union(TransmissionFlags::SEND_CACHE);
+
+    /// What the destination lacks of them, if anything.
+    fn missing_at(&self, peer: &DestinationInfo) -> Option<Trouble> {
+        let missing = (self.flags & Self::PROMISES) - peer.flags;
+        if !missing.is_empty() {
+            let names: Vec<_> = missing.iter_names().map(|(name, _)| name).collect();
+            return Some(Trouble::Offers(names.join(", ")));
+        }
+        (peer.caps.block_min > self.block_min)
+            .then(|| Trouble::Offers(format!("blocks of {} bytes", self.block_min)))
+    }
+}
+
 /// The ownership records of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RecordKind {
@@ -95,6 +137,8 @@ pub struct DestinationInfo {
     pub read_only: bool,
     /// It supports FLUSH.
     pub flush: bool,
+    /// Its transmission flags.
+    pub flags: TransmissionFlags,
     /// Its capabilities.
     pub caps: Caps,
     /// Its answer to the private option; `None` if it does not support the option.
@@ -127,7 +171,8 @@ impl DestinationInfo {
         } else if self.read_only {
             Some(Trouble::ReadOnly)
         } else {
-            (!block_fits).then_some(Trouble::BlockSize(block))
+            let offers = || job.relay.and_then(|terms| terms.missing_at(self));
+            (!block_fits).then_some(Trouble::BlockSize(block)).or_else(offers)
         }
     }
 }
@@ -283,6 +328,14 @@ pub enum Action {
     /// The destination owns the disk: end all sessions, without replies to their in-flight
     /// requests. → `Done`
     Retire,
+    /// The clients at the closed gate stay. Connect to the server that has the disk; it must answer `proof`
+    /// with *arrived*. Have its disk take the place of the image, turn new clients away, and open the gate.
+    /// → `Done`; `Unreachable` if another attempt may succeed, and `Failed` if none can. Then nothing has
+    /// changed
+    Relay {
+        /// `None` for a server that cannot answer.
+        proof: Option<Question>,
+    },
     /// Close the connection, if there is one, without a DISC: some destinations take a DISC to mean
     /// that the disk is complete. → `Done`
     HangUp,
@@ -319,6 +372,7 @@ impl Action {
             Self::Record(RecordKind::Departed) => "Record(Departed)",
             Self::Unlink => "Unlink",
             Self::Retire => "Retire",
+            Self::Relay { .. } => "Relay",
             Self::HangUp => "HangUp",
             Self::Disconnect => "Disconnect",
             Self::End(Outcome::Arrived { .. }) => "End(Arrived)",
@@ -420,6 +474,8 @@ pub enum News {
     HandingOverAgain,
     /// An ownership record could not be written, or the image not deleted.
     RecordFailed(String),
+    /// Clients cannot be passed on to the destination, and are disconnected.
+    RelayFailed(String),
 }
 
 /// The stage of a migration, for `status`.

@@ -335,6 +335,7 @@ fn destination_info(agreement: &Agreement, answer: Option<Answer>) -> Destinatio
         size: agreement.size,
         read_only: has(TransmissionFlags::READ_ONLY),
         flush: has(TransmissionFlags::SEND_FLUSH),
+        flags: agreement.flags,
         caps: Caps {
             zeroes: has(TransmissionFlags::SEND_WRITE_ZEROES),
             block_min: sizes.map_or(1, |sizes| u64::from(sizes.minimum.max(1))),
@@ -347,7 +348,8 @@ fn destination_info(agreement: &Agreement, answer: Option<Answer>) -> Destinatio
 /// A server that answered the question and described no export.
 fn info_without_export(answer: Answer) -> DestinationInfo {
     let caps = Caps { zeroes: false, block_min: 1, data_max: u64::from(PAYLOAD_LENGTH_DEFAULT) };
-    DestinationInfo { size: 0, read_only: true, flush: false, caps, answer: Some(answer) }
+    let flags = TransmissionFlags::empty();
+    DestinationInfo { size: 0, read_only: true, flush: false, flags, caps, answer: Some(answer) }
 }
 
 fn decode_answer(answer: Option<Vec<u8>>) -> Result<Option<Answer>, Trouble> {

@@ -35,6 +35,8 @@
 //! * A destination without the private option cannot acknowledge. The phase is then
 //!   `LegacyHandover`, the order: last write, FLUSH, *departing*, deletion if requested, DISC,
 //!   *departed*.
+//! * With relay, `Leaving` opens the gate again, but only on the destination's disk, and only after
+//!   *departed* is durable ([`Action::Relay`]).
 //!
 //! Each group of phases has a file with its handlers. They share `context::Context`, return a
 //! `phase::Next` and never call handlers of another phase; [`Machine::step`] executes the result.
@@ -44,11 +46,13 @@ mod connecting;
 mod context;
 mod copying;
 mod handover;
+mod leaving;
 mod phase;
 mod undoing;
 
 pub use context::{RECORD_TRIES, RETRY_EVERY};
 pub use handover::ASK_AFTER;
+pub use leaving::{RELAY_RETRY_EVERY, RELAY_WAIT_MAX};
 
 use super::job::{
     Action, Event, Job, News, Obstacle, OperatorRequest, Outcome, Progress, SIZE_MIN, Stage,
@@ -112,7 +116,7 @@ impl Machine {
             Phase::LegacyHandover(link, step) => handover::legacy(cx, link, step, event),
             Phase::HandingOver(sent) => handover::handing_over(cx, now, sent, event),
             Phase::InDoubt(doubt) => handover::in_doubt(cx, now, doubt, event),
-            Phase::Leaving(step, outcome) => Ok(handover::leaving(cx, step, outcome, event)),
+            Phase::Leaving(step, outcome) => Ok(leaving::leaving(cx, now, step, outcome, event)),
             Phase::Undoing(then) => Ok(undoing::undoing(cx, now, then, event)),
             Phase::BackingOff { until } if now >= until => Ok(connecting::connect(cx)),
             Phase::BackingOff { until } => {

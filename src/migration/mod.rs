@@ -7,6 +7,9 @@
 //! of migrations. [`source`] carries out the machine's actions, over a [`link`]; [`destination`]
 //! asks the arrival before it acts.
 //!
+//! After the handover the sessions at the source end, or the source relays: the owner of the process connects
+//! to the destination's disk ([`relay`]), which takes the place of the image.
+//!
 //! The source is a loop: the result of each action is the next event, and operators' requests are
 //! taken between two steps.
 //!
@@ -30,6 +33,7 @@ pub mod machine;
 pub mod pace;
 pub mod plan;
 pub mod range_set;
+pub mod relay;
 pub mod source;
 pub mod trouble;
 pub mod wire;

@@ -8,6 +8,7 @@ use super::job::{
 use super::link::{Link, Route, SendError};
 use super::machine::{Machine, TooSmall};
 use super::plan::Content;
+use super::relay::{self, RelayConnector};
 use super::wire::{Answer, Question};
 use crate::disk::dirty::DirtyBitmap;
 use crate::disk::ownership::{Id, Record};
@@ -54,6 +55,8 @@ pub struct MigrationParams {
     pub job: Job,
     /// Receives reports.
     pub observer: Box<dyn Observer>,
+    /// Connects to the destination's disk, for a job with `relay`.
+    pub relay: Option<Box<dyn RelayConnector>>,
 }
 
 /// A request, and the channel for its result.
@@ -143,7 +146,7 @@ pub struct MigrationStats {
     /// Passes over the disk.
     pub passes: u64,
     /// Time that clients waited: from the closing of the gate until the destination was known to
-    /// own the disk. Zero for a disk that stayed.
+    /// own the disk, or until their requests were passed on to it. Zero for a disk that stayed.
     pub pause: Duration,
 }
 
@@ -164,6 +167,7 @@ pub struct Source {
     record_store: RecordStore,
     route: Route,
     observer: Box<dyn Observer>,
+    relay: Option<Box<dyn RelayConnector>>,
     handle: Arc<MigrationHandle>,
     clock: Instant,
     link: Option<Link>,
@@ -192,7 +196,7 @@ impl Source {
     /// # Errors
     /// See [`StartFailure`].
     pub fn new(params: MigrationParams) -> Result<(Self, Arc<MigrationHandle>), StartFailure> {
-        let MigrationParams { disk, record_store, route, job, observer } = params;
+        let MigrationParams { disk, record_store, route, job, observer, relay } = params;
         let machine = Machine::new(job, Duration::ZERO).map_err(StartFailure::TooSmall)?;
         let handle = MigrationHandle::new().map_err(StartFailure::System)?;
         let dirty = disk.track().map_err(StartFailure::System)?;
@@ -203,6 +207,7 @@ impl Source {
             record_store,
             route,
             observer,
+            relay,
             handle: Arc::clone(&handle),
             clock: Instant::now(),
             link: None,
@@ -268,13 +273,14 @@ impl Source {
             Action::Record(kind) => self.record(kind),
             Action::Unlink => self.unlink(),
             Action::Retire => {
-                self.stats.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
+                self.end_pause();
                 // The server must stop admitting clients before the gate fails the waiting
                 // requests.
                 self.observer.retire();
                 self.disk.gate().retire();
                 Event::Done
             }
+            Action::Relay { proof } => self.relay(proof.as_ref()),
             Action::HangUp => {
                 self.link = None;
                 Event::Done
@@ -438,6 +444,26 @@ impl Source {
             self.disk.gate().reopen();
         }
         Event::Done
+    }
+
+    /// The gate stays parting: it is open for the clients that are connected.
+    fn relay(&mut self, proof: Option<&Question>) -> Event {
+        let id = self.machine.job().id;
+        let Some(connector) = &mut self.relay else {
+            return Event::Failed("relaying was not prepared".to_owned());
+        };
+        if let Err(error) = relay::exchange(&self.disk, &mut **connector, id, proof) {
+            return error.into();
+        }
+        self.end_pause();
+        if self.gate_closed.take().is_some() {
+            self.disk.gate().reopen();
+        }
+        Event::Done
+    }
+
+    fn end_pause(&mut self) {
+        self.stats.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
     }
 
     fn record(&self, kind: RecordKind) -> Event {

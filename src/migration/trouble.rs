@@ -29,6 +29,12 @@ pub enum Trouble {
     /// The destination serves a disk of its own.
     #[error("the destination serves a disk of its own; start `flexnbd listen` there instead")]
     Serving,
+    /// Clients were offered what the destination does not offer, so that they cannot be passed on.
+    #[error(
+        "the destination does not offer what clients here were offered ({0}); move the disk without \
+         --relay"
+    )]
+    Offers(String),
     /// The destination's minimum block size does not divide our disk.
     #[error("the destination wants blocks of {0} bytes, which our disk is not made of")]
     BlockSize(u64),
@@ -76,6 +82,9 @@ pub enum Obstacle {
     /// The last copy could not be sent or recorded in the time that clients may wait.
     #[error("{0}; clients go on, and the last copy is tried again later")]
     LastCopy(&'static str),
+    /// The disk has left, and the destination does not serve it yet.
+    #[error("{0}; clients wait until the destination serves the disk")]
+    Relay(Trouble),
     /// The handover was not acknowledged.
     #[error(
         "the handover was not acknowledged ({0}); clients wait until the destination says whether \
@@ -95,6 +104,7 @@ impl Obstacle {
             Self::Requests(_) => "requests",
             Self::Flush => "flush",
             Self::LastCopy(_) => "last-copy",
+            Self::Relay(_) => "relay",
             Self::Acknowledgement(_) => "acknowledgement",
         }
     }
@@ -123,6 +133,7 @@ impl Trouble {
             | Self::Size { .. }
             | Self::ReadOnly
             | Self::Serving
+            | Self::Offers(_)
             | Self::BlockSize(_) => "refused",
             Self::ErrorReply(_) => "destination-error",
             Self::Local(_) | Self::Record(_) | Self::Unreadable(_) => "source-error",

@@ -210,7 +210,7 @@ fn accept(
         Ok((stream, peer)) => {
             let admitted = admit(shared, stream, peer, silent);
             let admitted =
-                admitted.inspect_err(|why| shared.rejections.log_refusal(&peer, *why)).ok();
+                admitted.inspect_err(|why| shared.rejections.log_refusal(&peer, why)).ok();
             Accepted::One(
                 admitted
                     .and_then(|(stream, registration)| greet(shared, stream, peer, registration)),

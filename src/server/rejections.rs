@@ -25,6 +25,8 @@ type RejectionLimit = LogLimit<(RejectReason, SourceNetwork)>;
 pub(super) enum RejectReason {
     Acl,
     Full,
+    /// The disk has left, and its clients stay.
+    TurnedAway,
     /// The server was stopping, or had no descriptors or threads left.
     Scarce,
     Handshake,
@@ -35,6 +37,7 @@ impl RejectReason {
         match self {
             Self::Acl => Some(message_id::CLIENT_NOT_ADMITTED),
             Self::Full => Some(message_id::CLIENT_LIMIT),
+            Self::TurnedAway => Some(message_id::CLIENTS_REFUSED),
             Self::Scarce | Self::Handshake => None,
         }
     }
@@ -45,6 +48,7 @@ impl fmt::Display for RejectReason {
         f.write_str(match self {
             Self::Acl => "the access control list does not admit them",
             Self::Full => "as many clients are connected as may be",
+            Self::TurnedAway => "no client is admitted any more",
             Self::Scarce => "the system gives no descriptors or threads, or the server is stopping",
             Self::Handshake => "they ended before the handshake did",
         })
@@ -53,10 +57,11 @@ impl fmt::Display for RejectReason {
 
 impl Rejections {
     /// Logs that a connection was closed before it was greeted.
-    pub(super) fn log_refusal(&self, peer: &Peer, why: AdmissionError) {
+    pub(super) fn log_refusal(&self, peer: &Peer, why: &AdmissionError) {
         let reason = match why {
             AdmissionError::Acl => RejectReason::Acl,
             AdmissionError::Full(_) => RejectReason::Full,
+            AdmissionError::TurnedAway(_) => RejectReason::TurnedAway,
             AdmissionError::Stopping | AdmissionError::NoDescriptors => RejectReason::Scarce,
         };
         if self.allows_line(reason, peer) {

@@ -16,6 +16,7 @@ use super::snapshot;
 use crate::disk::Disk;
 use crate::human::counted;
 use crate::message_id;
+use crate::nbd::wire::TransmissionFlags;
 use crate::net::{Listener, Stream};
 use std::collections::BTreeMap;
 use std::io;
@@ -56,6 +57,8 @@ pub struct ServerConfig<'a> {
     pub settings: SessionSettings,
     /// Sessions of the previous process, to be restored.
     pub stored: StoredSessions,
+    /// Why no other clients are admitted, if none are.
+    pub turned_away: Option<String>,
     /// The owner's callbacks.
     pub events: Arc<dyn ServerEvents>,
 }
@@ -74,6 +77,7 @@ impl ServerConfig<'static> {
             when_full: WhenFull::Refuse,
             settings: SessionSettings::default(),
             stored: StoredSessions::default(),
+            turned_away: None,
             events: Arc::new(super::events::IgnoreEvents),
         }
     }
@@ -96,7 +100,9 @@ impl Server {
     /// When no descriptor or thread is left.
     pub fn start(config: ServerConfig<'_>) -> io::Result<Self> {
         let ServerConfig { listeners, disk, policy, export_name, .. } = config;
-        let ServerConfig { acl, clients_max, when_full, settings, stored, events, .. } = config;
+        let ServerConfig {
+            acl, clients_max, when_full, settings, stored, turned_away, events, ..
+        } = config;
         let capacity = Capacity {
             sessions: clients_max,
             waits_when_full: when_full == WhenFull::Wait,
@@ -105,6 +111,9 @@ impl Server {
         };
         let export = export(&disk, export_name, policy.is_exclusive());
         let sessions = Sessions::new(capacity, acl, events)?;
+        if let Some(why) = &turned_away {
+            sessions.turn_away(why);
+        }
         let cpus = thread::available_parallelism().map_or(1, usize::from);
         let rejections = Rejections::default();
         let shared =
@@ -127,7 +136,7 @@ impl Server {
     /// Whether the server accepts clients.
     #[must_use]
     pub fn is_accepting(&self) -> bool {
-        !self.shared.sessions.is_stopping()
+        self.shared.sessions.is_accepting()
     }
 
     /// Replaces the entries of the access control list, and disconnects clients that the new list
@@ -148,6 +157,13 @@ impl Server {
     pub fn set_admission(&self, acl: Acl, clients_max: usize) {
         self.shared.sessions.set_admission(acl, clients_max);
         self.shared.disk.gate().nudge();
+    }
+
+    /// The transmission flags and the smallest block, in bytes, that clients were offered.
+    #[must_use]
+    pub fn offered(&self) -> (TransmissionFlags, u32) {
+        let export = &self.shared.export;
+        (export.flags, export.block_sizes.minimum)
     }
 
     /// A handle to the thread that accepts clients.

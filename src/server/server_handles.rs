@@ -34,7 +34,7 @@ impl AcceptorHandle {
     }
 }
 
-/// Ends all sessions of a server whose disk has left.
+/// Ends all sessions of a server whose disk has left, or keeps them and admits no more.
 #[derive(Clone, Debug)]
 pub struct ShutdownHandle(pub(super) Arc<Sessions>);
 
@@ -45,5 +45,16 @@ impl ShutdownHandle {
     pub fn shut_down(&self) {
         self.0.stop();
         self.0.disconnect_all();
+    }
+
+    /// Admits no more clients, for this reason. The connected ones stay.
+    pub fn turn_away(&self, why: &str) {
+        self.0.turn_away(why);
+    }
+
+    /// The number of connected clients, including those in the handshake.
+    #[must_use]
+    pub fn client_count(&self) -> usize {
+        self.0.count()
     }
 }

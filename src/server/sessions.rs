@@ -55,6 +55,8 @@ struct SessionTable {
     closed: bool,
     /// No connection is registered any more.
     stopping: bool,
+    /// Why no client is admitted any more, although the sessions go on.
+    turned_away: Option<Arc<str>>,
     /// The acceptor is accepting a connection that is not registered yet.
     accepting: bool,
     next_id: u64,
@@ -114,7 +116,7 @@ pub(super) enum AcceptReadiness {
 }
 
 /// Why a client is refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub(super) enum AdmissionError {
     #[error("the access control list does not admit it")]
     Acl,
@@ -123,6 +125,9 @@ pub(super) enum AdmissionError {
     Full(usize),
     #[error("the server is stopping")]
     Stopping,
+    /// The owner of the server admits none any more, for this reason.
+    #[error("{0}")]
+    TurnedAway(Arc<str>),
     #[error("no file descriptors are left")]
     NoDescriptors,
 }
@@ -160,6 +165,7 @@ impl Sessions {
             sessions_max: capacity.sessions,
             closed: false,
             stopping: false,
+            turned_away: None,
             accepting: false,
             next_id: 1,
             entries: BTreeMap::new(),
@@ -207,6 +213,9 @@ impl Sessions {
         let mut inner = self.lock();
         if inner.stopping {
             return Err(AdmissionError::Stopping);
+        }
+        if let Some(why) = &inner.turned_away {
+            return Err(AdmissionError::TurnedAway(Arc::clone(why)));
         }
         if !peer.ip().is_none_or(|ip| inner.acl.admits(ip)) {
             return Err(AdmissionError::Acl);
@@ -338,6 +347,11 @@ impl Sessions {
         self.acceptor_wake.wake();
     }
 
+    /// Admits no more clients, for this reason; the sessions go on.
+    pub(super) fn turn_away(&self, why: &str) {
+        self.lock().turned_away = Some(why.into());
+    }
+
     /// Registers no more clients, and requests all sessions to finish.
     pub(super) fn stop(&self) {
         let mut inner = self.lock();
@@ -378,8 +392,9 @@ impl Sessions {
         true
     }
 
-    pub(super) fn is_stopping(&self) -> bool {
-        self.lock().stopping
+    pub(super) fn is_accepting(&self) -> bool {
+        let inner = self.lock();
+        !inner.stopping && inner.turned_away.is_none()
     }
 
     pub(super) fn count(&self) -> usize {
@@ -512,9 +527,11 @@ impl Registration {
     }
 
     /// Why the client cannot leave the handshake now, if so.
-    pub(super) fn establish_refusal(&self) -> Option<&'static str> {
+    pub(super) fn establish_refusal(&self) -> Option<Arc<str>> {
         let inner = self.sessions.lock();
-        (!inner.may_establish(self.id)).then_some("as many clients are connected as may be")
+        let is_full = !inner.may_establish(self.id);
+        let full = || is_full.then(|| "as many clients are connected as may be".into());
+        inner.turned_away.clone().or_else(full)
     }
 
     /// Whether the handshake is over.

@@ -107,6 +107,10 @@ impl Backend for UpstreamBackend {
         self.0.terms().features()
     }
 
+    fn is_remote(&self) -> bool {
+        true
+    }
+
     fn extents_wait(&self) -> bool {
         true
     }

@@ -7,8 +7,8 @@ use flexnbd::cli::{self, MODES, config, instance, settings, size, uri};
 use flexnbd::control::Status;
 use flexnbd::control::status::{
     MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE, MIGRATION_WAITING,
-    Migration, OWNERSHIP, UNFLUSHED_BYTES, UPSTREAM, UPSTREAM_CONNECTED, UPSTREAM_ERROR,
-    UPSTREAM_RECONNECTS, UPSTREAM_SECONDS,
+    Migration, OWNERSHIP, RELAY_SECONDS_LEFT, RELAYING_TO, UNFLUSHED_BYTES, UPSTREAM,
+    UPSTREAM_CONNECTED, UPSTREAM_ERROR, UPSTREAM_RECONNECTS, UPSTREAM_SECONDS,
 };
 use flexnbd::disk::{part_sizes, write_behind};
 use flexnbd::{control, net, server};
@@ -139,6 +139,8 @@ fn status_keys_match_the_server_in_order() {
         OWNERSHIP,
         MIGRATION_WAITING,
         MIGRATION_REASON,
+        RELAYING_TO,
+        RELAY_SECONDS_LEFT,
         UPSTREAM,
         UPSTREAM_CONNECTED,
         UPSTREAM_SECONDS,

@@ -87,12 +87,13 @@ fn bases() -> [BTreeMap<&'static str, &'static str>; 3] {
 }
 
 /// Another valid value for each key.
-const OTHER_VALUES: [(&str, &str); 24] = [
+const OTHER_VALUES: [(&str, &str); 25] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
     ("HOLES", "ignore"),
     ("DIRECT", "yes"),
+    ("RELAY", "yes"),
     ("TO", "nbd+unix:///?socket=/tmp/a"),
     ("BIND", "::1"),
     ("CACHE", "4K"),

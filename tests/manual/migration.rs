@@ -15,7 +15,7 @@ use flexnbd::migration::freeze::{
     BACKOFF_FIRST, BACKOFF_MAX, DRAIN_MAX, DRAIN_MIN, FREEZE_MAX, OPEN_SHARE, STALL_MAX,
 };
 use flexnbd::migration::job::{Job, Obstacle, SIZE_MIN, Trouble};
-use flexnbd::migration::machine::{ASK_AFTER, RETRY_EVERY};
+use flexnbd::migration::machine::{ASK_AFTER, RELAY_RETRY_EVERY, RELAY_WAIT_MAX, RETRY_EVERY};
 use flexnbd::migration::pace::{CHUNK_MIN, Convergence, SHORT_PAUSE_ATTEMPT, SHORT_PAUSE_DIVISOR};
 use flexnbd::migration::plan::Limits;
 use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
@@ -69,6 +69,8 @@ fn documented_limits_match_the_program() {
         [FREEZE_MAX, STALL_MAX].map(|time| time.as_millis() as u64)
     );
     assert_eq!(documented("Acknowledgement"), [ASK_AFTER.as_secs()]);
+    let relay = [RELAY_WAIT_MAX.as_secs(), RELAY_RETRY_EVERY.as_millis() as u64];
+    assert_eq!(documented("Relay"), relay);
     assert_eq!(documented("Write delay"), [delay_max]);
     let marks = [dirty::BLOCK >> 10, dirty::BITMAP_MAX >> 20, dirty::FINE_MAX >> 40];
     assert_eq!(documented("Dirty bitmap"), marks);
@@ -256,6 +258,7 @@ fn documented_obstacles_match_status() {
         Obstacle::Flush,
         Obstacle::LastCopy(""),
         Obstacle::Acknowledgement(Trouble::NoProgress(ASK_AFTER)),
+        Obstacle::Relay(Trouble::Connect(String::new())),
     ];
     let words = obstacles.map(|obstacle| format!("Li {}", obstacle.word()));
     assert_eq!(page().items("STAGES/Obstacles"), words);
@@ -285,6 +288,7 @@ fn troubles() -> Vec<String> {
         Trouble::ReadOnly,
         Trouble::Serving,
         Trouble::BlockSize(512),
+        Trouble::Offers("WHAT".to_owned()),
         Trouble::Lost(reason()),
         Trouble::NoProgress(Duration::from_secs(1)),
         Trouble::ErrorReply(5),

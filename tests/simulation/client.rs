@@ -75,7 +75,10 @@ impl World {
     fn begin_write(&mut self, client: usize) -> bool {
         let host = match (self.source_serves(), self.destination_serves()) {
             (true, _) => Host::Source,
-            (_, true) => Host::Destination,
+            (_, true) => {
+                self.coverage.relayed_writes += u64::from(self.source_relays());
+                Host::Destination
+            }
             _ => return false,
         };
         if self.writes_left == 0 {

@@ -70,6 +70,8 @@ pub(crate) enum Mutation {
     ResumeAcrossTokens,
     /// A restarted destination serves an incomplete copy.
     ServeIncomplete,
+    /// A source that relays opens the gate on its own image.
+    RelayFromOwnImage,
     /// A restarted process acts on a record that may not be durable.
     TrustUnsyncedRecord,
 }
@@ -157,5 +159,6 @@ mutations! {
     taking_no_copy_for_not_arrived_is_caught: NoCopyMeansNotArrived breaks 2,
     resuming_with_another_destination_process_is_caught: ResumeAcrossTokens breaks 1,
     serving_an_incomplete_copy_is_caught: ServeIncomplete breaks 2,
+    relaying_from_the_own_image_is_caught: RelayFromOwnImage breaks 2,
     trusting_a_nondurable_record_is_caught: TrustUnsyncedRecord breaks 3,
 }

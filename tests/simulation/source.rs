@@ -10,11 +10,12 @@ use flexnbd::disk::dirty::{BLOCK, DirtyBitmap};
 use flexnbd::disk::ownership::{ForServe, Id, Provenance, Record, RemoteAddress, for_serve};
 use flexnbd::migration::job::{
     Action, DestinationInfo, DestinationRequest, Event, HandoverVerdict, Job, News, Obstacle,
-    OperatorRequest, Outcome, RecordKind, RequestKind, Trouble, handover_verdict,
+    OfferedTerms, OperatorRequest, Outcome, RecordKind, RequestKind, Trouble, handover_verdict,
 };
 use flexnbd::migration::machine::Machine;
 use flexnbd::migration::plan::{Caps, Content, Limits};
 use flexnbd::migration::wire::{Answer, Has, Question, Token};
+use flexnbd::nbd::wire::TransmissionFlags;
 use flexnbd::range::Range;
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub(crate) struct Source {
     gate_end: Option<Duration>,
     /// The freeze has expired.
     gate_expired: bool,
+    /// The destination's disk has taken the place of the image: clients of this host write to it.
+    pub(crate) relays: bool,
     /// Number of writes inside the gate.
     pub(crate) visits: usize,
     pub(crate) dirty: Option<DirtyBitmap>,
@@ -42,6 +45,8 @@ pub(crate) enum SourceProcess {
     /// Restarted with the record *departing*: asks the destination whether the disk has arrived, and
     /// does not serve.
     Asking(HandoverQuery),
+    /// The disk has left, and the process passes the requests of its clients on.
+    Relaying,
     /// Restarted with the record *departed*, or exited with success.
     Moved,
 }
@@ -54,6 +59,7 @@ impl Source {
             gate_closed: false,
             gate_end: None,
             gate_expired: false,
+            relays: false,
             visits: 0,
             dirty: None,
         }
@@ -94,10 +100,23 @@ pub(crate) struct HandoverQuery {
 const SECOND: Duration = Duration::from_secs(1);
 
 impl World {
-    /// Whether clients can write to the source.
+    /// Whether clients of the source get answers.
+    fn source_answers(&self) -> bool {
+        let answers = matches!(
+            self.source.process,
+            SourceProcess::Serving | SourceProcess::Migrating(_) | SourceProcess::Relaying
+        );
+        answers && !self.source.gate_closed
+    }
+
+    /// Whether clients can write to the source's image.
     pub(crate) fn source_serves(&self) -> bool {
-        matches!(self.source.process, SourceProcess::Serving | SourceProcess::Migrating(_))
-            && !self.source.gate_closed
+        self.source_answers() && !self.source.relays
+    }
+
+    /// Whether clients of the source can write to the destination's image.
+    pub(crate) fn source_relays(&self) -> bool {
+        self.source_answers() && self.source.relays && self.network.is_up
     }
 
     fn size(&self) -> u64 {
@@ -106,6 +125,7 @@ impl World {
 
     /// Starts the process, as `flexnbd serve`.
     pub(crate) fn start_source(&mut self) {
+        self.source.relays = false;
         if !self.source.image.exists.current {
             self.source.process = SourceProcess::Moved;
             return;
@@ -156,6 +176,7 @@ impl World {
         let data_max = BLOCK << self.rng.below(2);
         let job = Job {
             unlink: self.rng.one_in(3),
+            relay: self.rng.one_in(2).then(OfferedTerms::default),
             speed: NonZeroU64::new(self.rng.below(3) * 40 * BLOCK),
             limits: Limits {
                 data_max,
@@ -290,7 +311,8 @@ impl World {
             };
         }
         self.coverage.arrived += 1;
-        self.source.process = SourceProcess::Moved;
+        self.source.process =
+            if self.source.gate_closed { SourceProcess::Moved } else { SourceProcess::Relaying };
         let Image { record, exists, .. } = &self.source.image;
         let departed = matches!(record.durable, Some(Record::Departed { .. }));
         if exists.durable && !departed {
@@ -329,12 +351,51 @@ impl World {
                 self.check_destination_owns("sessions ended")?;
                 Some(Event::Done)
             }
+            Action::Relay { proof } => Some(self.relay(proof.is_some())?),
             Action::HangUp | Action::Disconnect => {
                 self.close_connection(migration.connection.take());
                 Some(Event::Done)
             }
             Action::End(_) => None,
         })
+    }
+
+    /// Connects to the destination for the clients that wait, and opens the gate.
+    fn relay(&mut self, has_proof: bool) -> Result<Event, String> {
+        let Image { record, exists, .. } = &self.source.image;
+        if exists.durable && !matches!(record.durable, Some(Record::Departed { .. })) {
+            return Err(
+                "(3) the source relays before its record says that the disk has left".into()
+            );
+        }
+        if !has_proof {
+            return Err("(4) the source relays to a destination that may not have the disk".into());
+        }
+        if self.faults_enabled && self.rng.one_in(20) {
+            return Ok(Event::Failed("it does not offer enough".to_owned()));
+        }
+        let is_ready = self.network.is_up && self.destination_serves();
+        if !is_ready {
+            self.coverage.relays_delayed += 1;
+            return Ok(Event::Unreachable(Trouble::Connect("refused".to_owned())));
+        }
+        self.coverage.relayed += 1;
+        self.source.relays = self.mutation != Mutation::RelayFromOwnImage;
+        self.source.open_gate();
+        Ok(Event::Done)
+    }
+
+    /// Restarts the process while it relays: the next one finds the record *departed*, and the note of the
+    /// last one.
+    pub(crate) fn restart_relay(&mut self) {
+        if !matches!(self.source.process, SourceProcess::Relaying) {
+            return;
+        }
+        self.start_source();
+        if matches!(self.source.process, SourceProcess::Moved) {
+            self.coverage.relays_restarted += 1;
+            (self.source.process, self.source.relays) = (SourceProcess::Relaying, true);
+        }
     }
 
     /// The first turn changes the image, the second makes the change durable: a power cut can occur
@@ -558,6 +619,7 @@ impl World {
             size: self.size(),
             read_only: false,
             flush: self.destination_has_flush,
+            flags: TransmissionFlags::empty(),
             caps: Caps { zeroes: true, block_min: BLOCK, data_max: 32 << 20 },
             answer: Some(answer),
         }
@@ -648,7 +710,10 @@ impl World {
                 [migration.connection, migration.second_connection]
             }
             SourceProcess::Asking(query) => [query.connection, None],
-            SourceProcess::Down | SourceProcess::Serving | SourceProcess::Moved => [None, None],
+            SourceProcess::Down
+            | SourceProcess::Serving
+            | SourceProcess::Relaying
+            | SourceProcess::Moved => [None, None],
         };
         for at in connections.into_iter().flatten() {
             if power_cut {

@@ -48,12 +48,16 @@ pub(crate) struct Coverage {
     pub(crate) final_copies_failed: u64,
     pub(crate) gates_expired: u64,
     pub(crate) asked_on_second_connection: u64,
+    pub(crate) relayed: u64,
+    pub(crate) relays_delayed: u64,
+    pub(crate) relays_restarted: u64,
+    pub(crate) relayed_writes: u64,
     pub(crate) data_blocks: u64,
     pub(crate) turns: u64,
 }
 
 impl Coverage {
-    fn counts(&mut self) -> [&mut u64; 15] {
+    fn counts(&mut self) -> [&mut u64; 19] {
         [
             &mut self.arrived,
             &mut self.not_arrived,
@@ -68,6 +72,10 @@ impl Coverage {
             &mut self.final_copies_failed,
             &mut self.gates_expired,
             &mut self.asked_on_second_connection,
+            &mut self.relayed,
+            &mut self.relays_delayed,
+            &mut self.relays_restarted,
+            &mut self.relayed_writes,
             &mut self.data_blocks,
             &mut self.turns,
         ]
@@ -211,7 +219,7 @@ impl World {
             SourceProcess::Down => {
                 matches!(self.source.image.record.current, Some(Record::Departing { .. }))
             }
-            SourceProcess::Serving | SourceProcess::Moved => false,
+            SourceProcess::Serving | SourceProcess::Relaying | SourceProcess::Moved => false,
         }
     }
 
@@ -238,7 +246,7 @@ impl World {
     }
 
     fn inject_fault(&mut self) -> Result<(), String> {
-        match self.rng.below(18) {
+        match self.rng.below(19) {
             0 => self.kill(Host::Source, false),
             1 => self.kill(Host::Source, true),
             2 => self.kill(Host::Destination, false),
@@ -258,6 +266,7 @@ impl World {
                 self.cut();
             }
             15 => self.destination_stalled = !self.destination_stalled,
+            16 => self.restart_relay(),
             _ => {
                 self.advance_time();
             }

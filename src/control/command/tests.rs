@@ -1,6 +1,7 @@
 //! Tests of `command.rs`.
 
 use super::*;
+use crate::net::Remote;
 use proptest::prelude::*;
 
 fn parse(wire: &[u8]) -> Result<Option<Command>, CommandError> {
@@ -20,6 +21,7 @@ fn mirror(to: &str) -> Mirror {
         bind: None,
         max_bps: None,
         no_record: false,
+        relay: RelayRequest::AsConfigured,
     }
 }
 
@@ -88,9 +90,9 @@ fn each_wrong_argument_has_its_own_error() {
         (b"mirror\n10.0.0.1\n1\nstay\n\n", CommandError::BadAction),
         (b"mirror\n10.0.0.1\n1\nexit\nhere\n\n", CommandError::BadBindAddress),
         (b"mirror\n10.0.0.1\n1\nexit\n::1\nfast\n\n", CommandError::MaxBpsNotANumber),
-        (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nmore\n\n", CommandError::BadRecordWord),
+        (b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nmore\n\n", CommandError::BadMirrorWord),
         (
-            b"mirror\n10.0.0.1\n1\nexit\n::1\n1\nno-record\nmore\n\n",
+            b"mirror\n10.0.0.1\n1\nexit\n::1\n1\n2\n3\n4\n5\n6\n7\n\n",
             CommandError::TooManyMirrorArguments,
         ),
         (b"mirror_max_bps\n\n", CommandError::MaxBpsMissing),
@@ -181,17 +183,32 @@ fn any_ip() -> impl Strategy<Value = IpAddr> {
     prop_oneof![any::<Ipv4Addr>().prop_map(IpAddr::V4), any::<Ipv6Addr>().prop_map(IpAddr::V6)]
 }
 
+fn any_relay() -> impl Strategy<Value = RelayRequest> {
+    let seconds = proptest::option::of(1..=RELAY_SECONDS_MAX);
+    let to = proptest::option::of("[a-z]{1,9}".prop_map(|host| Remote::Host { host, port: 7 }));
+    let options = (seconds, to, "[a-z =]{0,9}");
+    prop_oneof![
+        Just(RelayRequest::AsConfigured),
+        Just(RelayRequest::No),
+        options.prop_map(|(seconds_max, to, export)| {
+            RelayRequest::Yes(RelayOptions { seconds_max, to, export })
+        }),
+    ]
+}
+
 fn any_mirror() -> impl Strategy<Value = Mirror> {
     let bind = any_ip().prop_filter("unspecified means none", |ip| !ip.is_unspecified());
     let action = proptest::sample::select(&ArrivalAction::ALL[..]);
-    let limit = (any::<Option<u64>>(), any::<bool>());
+    let limit = (any::<Option<u64>>(), any::<bool>(), any_relay());
     (any_ip(), 1u16.., action, proptest::option::of(bind), limit).prop_map(
-        |(ip, port, action, bind, (max_bps, no_record))| Mirror {
+        |(ip, port, action, bind, (max_bps, no_record, relay))| Mirror {
             to: SocketAddr::new(ip, port),
             action,
             bind,
-            max_bps: max_bps.filter(|limit| *limit > 0 || !no_record),
+            max_bps: max_bps
+                .filter(|limit| *limit > 0 || !no_record && relay == RelayRequest::AsConfigured),
             no_record,
+            relay,
         },
     )
 }

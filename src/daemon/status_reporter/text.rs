@@ -24,18 +24,28 @@ impl IdleStatus {
     pub(super) fn describe(&self, clients: usize, upstream: Option<&UpstreamState>) -> String {
         let Self { verb, disk, size, addresses } = self;
         let disk = upstream.map_or(disk, |upstream| &upstream.target);
-        let lost = match upstream {
-            Some(UpstreamState { connected: false, last_error: Some(why), .. }) => {
-                format!("; the connection is lost: {why}")
-            }
-            Some(UpstreamState { connected: false, .. }) => "; the connection is lost".to_owned(),
-            _ => String::new(),
-        };
+        let lost = upstream.map(loss).unwrap_or_default();
         let clients = match clients {
             0 => "no clients".to_owned(),
             count => counted(count, "client"),
         };
         format!("{verb} {disk} ({}) on {addresses}, {clients}{lost}", human::size(*size))
+    }
+}
+
+/// `relaying 3 clients to 192.0.2.2:10809`, and whether the connection is lost.
+pub(super) fn relay(clients: usize, upstream: &UpstreamState) -> String {
+    format!("relaying {} to {}{}", counted(clients, "client"), upstream.target, loss(upstream))
+}
+
+/// That the connection to an upstream is lost, if it is.
+fn loss(upstream: &UpstreamState) -> String {
+    match upstream {
+        UpstreamState { connected: false, last_error: Some(why), .. } => {
+            format!("; the connection is lost: {why}")
+        }
+        UpstreamState { connected: false, .. } => "; the connection is lost".to_owned(),
+        _ => String::new(),
     }
 }
 
@@ -125,6 +135,10 @@ mod tests {
         assert_eq!(status.describe(1, Some(&upstream)), lost);
         upstream.last_error = Some("no route to host".to_owned());
         assert_eq!(status.describe(1, Some(&upstream)), format!("{lost}: no route to host"));
+        let lost = "relaying 3 clients to 192.0.2.2:7; the connection is lost: no route to host";
+        assert_eq!(relay(3, &upstream), lost);
+        upstream.connected = true;
+        assert_eq!(relay(1, &upstream), "relaying 1 client to 192.0.2.2:7");
     }
 
     #[test]

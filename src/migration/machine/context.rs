@@ -43,6 +43,8 @@ pub(super) struct Context {
     pub(super) started: bool,
     /// The image is deleted: the gate stays closed, and the machine retries until the copy arrives.
     pub(super) unlinked: bool,
+    /// Nothing on this host says any more that the disk is ours, durably.
+    pub(super) departed: bool,
     /// Why the copy does not progress at present.
     pub(super) obstacle: Option<Obstacle>,
     /// The obstacle reported last, and when.
@@ -90,6 +92,7 @@ impl Context {
             write_delay: Duration::ZERO,
             started: false,
             unlinked: false,
+            departed: false,
             obstacle: None,
             reported: None,
             interrupted: false,

@@ -1,14 +1,14 @@
-//! The handover, behind the sealed gate: sends it, resolves doubt about its outcome, and cleans up
-//! once the destination owns the disk.
+//! The handover, behind the sealed gate: sends it, and resolves doubt about its outcome.
 
 use super::context::{Context, RETRY_EVERY};
+use super::leaving::leave;
 use super::phase::{
-    Doubt, Handled, Leaving, LegacyStep, LinkState, Next, Phase, SentHandover, link_trouble,
+    Doubt, Handled, LegacyStep, LinkState, Next, Phase, SentHandover, link_trouble,
 };
 use crate::migration::freeze::FREEZE_MAX;
 use crate::migration::job::{
     Action, DestinationInfo, DestinationRequest, Event, HandoverVerdict, News, Obstacle, Outcome,
-    RecordKind, RequestKind, Trouble, handover_verdict,
+    RequestKind, Trouble, handover_verdict,
 };
 use crate::migration::wire::{Handover, Has, Token};
 use std::time::Duration;
@@ -152,34 +152,6 @@ fn not_arrived(cx: &mut Context, now: Duration, token: Token, peer: DestinationI
         (false, _) => "the destination has lost its copy",
     };
     Err(Trouble::Lost(why.to_owned()))
-}
-
-// The destination owns the disk.
-
-fn leave(cx: &mut Context, outcome: Outcome) -> Next {
-    cx.obstacle = None;
-    Next::Do(Phase::Leaving(Leaving::Retiring, outcome), Action::Retire)
-}
-
-pub(super) fn leaving(cx: &mut Context, step: Leaving, outcome: Outcome, event: Event) -> Next {
-    let failed = cx.report_failure(failure(event));
-    let hang_up = match outcome {
-        Outcome::Arrived { acknowledged: true } => Action::Disconnect,
-        _ => Action::HangUp,
-    };
-    let (step, action) = match step {
-        Leaving::Retiring if cx.unlinked => (Leaving::Disconnecting, hang_up),
-        Leaving::Retiring if cx.job.unlink => (Leaving::Unlinking, Action::Unlink),
-        Leaving::Unlinking if !failed => (Leaving::Disconnecting, hang_up),
-        Leaving::Retiring | Leaving::Unlinking => {
-            (Leaving::Recording, Action::Record(RecordKind::Departed))
-        }
-        Leaving::Recording => (Leaving::Disconnecting, hang_up),
-        Leaving::Disconnecting => {
-            return Next::Do(Phase::Ended(outcome.clone()), Action::End(outcome));
-        }
-    };
-    Next::Do(Phase::Leaving(step, outcome), action)
 }
 
 fn failure(event: Event) -> Option<String> {

@@ -57,6 +57,8 @@ impl Phase {
             Self::Leaving(Leaving::Unlinking, _) => "Leaving(Unlinking)",
             Self::Leaving(Leaving::Recording, _) => "Leaving(Recording)",
             Self::Leaving(Leaving::Disconnecting, _) => "Leaving(Disconnecting)",
+            Self::Leaving(Leaving::Relaying { .. }, _) => "Leaving(Relaying)",
+            Self::Leaving(Leaving::CuttingOff, _) => "Leaving(CuttingOff)",
             Self::Undoing(AfterUndo::Retry) => "Undoing(Retry)",
             Self::Undoing(AfterUndo::End(_)) => "Undoing(End)",
             Self::Undoing(AfterUndo::Resume(_)) => "Undoing(Resume)",
@@ -117,6 +119,12 @@ pub(super) enum Leaving {
     Unlinking,
     Recording,
     Disconnecting,
+    /// Connecting to the destination's disk for the clients that wait, up to this time.
+    Relaying {
+        until: Duration,
+    },
+    /// Clients cannot be passed on: their sessions end.
+    CuttingOff,
 }
 
 /// The continuation after undoing.

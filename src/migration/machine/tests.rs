@@ -5,6 +5,7 @@ mod doubt;
 mod exploration;
 mod legacy;
 mod listed;
+mod relay;
 mod requests;
 mod rig;
 mod transitions;

@@ -166,6 +166,21 @@ fn accepting_stops_only_without_clients_and_pending_accepts() {
 }
 
 #[test]
+fn clients_are_turned_away_while_the_sessions_go_on() {
+    let (sessions, now) = (sessions(2, 2, &[]), Instant::now());
+    let first = sessions.admit(peer("192.0.2.1"), now).unwrap();
+    let second = sessions.admit(peer("192.0.2.2"), now).unwrap();
+    assert!(first.establish() && sessions.is_accepting());
+    sessions.turn_away("the disk has moved");
+    assert!(!sessions.is_accepting());
+    let refused = sessions.admit(peer("192.0.2.3"), now).unwrap_err();
+    assert_eq!(refused.to_string(), "the disk has moved");
+    assert_eq!(second.establish_refusal().as_deref(), Some("the disk has moved"));
+    assert_eq!(first.control.current(), StopRequest::Serve);
+    assert!(sessions.restore(9, peer("192.0.2.4"), None).is_ok(), "of the last process");
+}
+
+#[test]
 fn a_stopping_table_admits_no_client_and_waits_for_the_last() {
     let sessions = sessions(9, 9, &[]);
     let registration = sessions.admit(peer("192.0.2.1"), Instant::now()).unwrap();

@@ -168,7 +168,14 @@ impl Sides {
     /// Migrates the disk at no more than `max_bps` bytes per second.
     pub(crate) fn migrate(mut self, max_bps: Option<u64>) -> Result<FlexnbdMoved, Error> {
         let (to, action) = (self.destination.address, ArrivalAction::Exit);
-        let mirror = Mirror { to, action, bind: None, max_bps, no_record: false };
+        let mirror = Mirror {
+            to,
+            action,
+            bind: None,
+            max_bps,
+            no_record: false,
+            relay: flexnbd::control::command::RelayRequest::AsConfigured,
+        };
         let ordered = Instant::now();
         let order = Order::MirrorWait(mirror);
         let reply = ask_within(&self.source.control, &order, MIGRATION_TIME_MAX)?;

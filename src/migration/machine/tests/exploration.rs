@@ -6,7 +6,7 @@ use super::listed::{Transition, is_result, step};
 use super::rig::*;
 use crate::migration::freeze::{FREEZE_MAX, FreezeDecision};
 use crate::migration::machine::context::Context;
-use crate::migration::machine::phase::{AfterUndo, Flush, LinkState, Phase};
+use crate::migration::machine::phase::{AfterUndo, Flush, Leaving, LinkState, Phase};
 use crate::migration::plan::NextCopy;
 use std::collections::{BTreeSet, HashSet};
 
@@ -46,7 +46,7 @@ struct Key {
     held: (&'static str, &'static str),
     record_tries: Option<u32>,
     /// What [`Context`] holds: to be undone, and known of the migration.
-    flags: [bool; 17],
+    flags: [bool; 19],
     copy: Option<CopyKey>,
 }
 
@@ -62,8 +62,8 @@ pub(super) fn explore() -> BTreeSet<Transition> {
     let mut transitions = BTreeSet::new();
     let mut visited = HashSet::new();
     let mut queue = VecDeque::new();
-    for unlink in [false, true] {
-        let (transition, state) = State::begin(unlink);
+    for (unlink, relays) in [(false, false), (true, false), (false, true), (true, true)] {
+        let (transition, state) = State::begin(unlink, relays);
         transitions.insert(transition);
         queue.push_back(state);
     }
@@ -101,8 +101,9 @@ fn destinations() -> Vec<DestinationInfo> {
 }
 
 impl State {
-    fn begin(unlink: bool) -> (Transition, Self) {
-        let job = Job { size: DISK_SIZE, unlink, timeout: TIMEOUT, ..job() };
+    fn begin(unlink: bool, relays: bool) -> (Transition, Self) {
+        let relay = relays.then(OfferedTerms::default);
+        let job = Job { size: DISK_SIZE, unlink, relay, timeout: TIMEOUT, ..job() };
         let now = Duration::from_secs(1);
         let mut machine = Machine::new(job, now).unwrap();
         let (transition, action) = step(&mut machine, now, Event::Begin);
@@ -120,6 +121,7 @@ impl State {
     fn events(&self) -> Vec<(Event, Duration)> {
         let due = match self.action {
             Action::Wait { until } => Some(until.saturating_sub(self.now)),
+            Action::Relay { .. } => Some(RELAY_WAIT_MAX),
             _ => None,
         };
         let delays: Vec<Duration> = DELAYS.into_iter().chain(due).collect();
@@ -148,6 +150,9 @@ impl State {
                 self.pending.iter().copied().map(reply).chain(unknown).collect()
             }
             Action::Probe => [false, true].map(|turned| Event::Visits { turned }).to_vec(),
+            Action::Relay { .. } => {
+                vec![Event::Done, Event::Unreachable(Trouble::Connect(why()))]
+            }
             _ => vec![Event::Done, Event::Unsent(why())],
         };
         results.extend([Event::Lost(why()), Event::Unreadable(why()), Event::Failed(why())]);
@@ -198,6 +203,8 @@ impl State {
                 cx.started,
                 cx.unlinked,
                 cx.job.unlink,
+                cx.job.relay.is_some(),
+                cx.departed,
                 cx.copied_to.is_some(),
                 cx.write_delay > Duration::ZERO,
                 cx.write_delay == cx.convergence.delay(),
@@ -244,6 +251,7 @@ fn held(phase: &Phase, now: Duration) -> (&'static str, &'static str) {
         Phase::InDoubt(doubt) => (doubt.awaited.map_or("", |_| "awaited"), due(doubt.ask_at)),
         Phase::BackingOff { until } => ("", due(*until)),
         Phase::Undoing(AfterUndo::End(Outcome::Broken)) => ("broken", ""),
+        Phase::Leaving(Leaving::Relaying { until }, _) => ("", due(*until)),
         Phase::Start
         | Phase::Connecting
         | Phase::Leaving(..)

@@ -73,6 +73,9 @@ pub(super) fn is_result(action: &Action, event: &Event, is_connected: bool) -> b
         Action::CloseGate { .. } | Action::Seal | Action::Record(_) | Action::Unlink => {
             matches!(event, Event::Done | Event::Failed(_))
         }
+        Action::Relay { .. } => {
+            matches!(event, Event::Done | Event::Unreachable(_) | Event::Failed(_))
+        }
         Action::OpenGate
         | Action::Throttle(_)
         | Action::Retire

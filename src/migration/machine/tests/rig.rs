@@ -4,14 +4,15 @@ use super::listed::{assert_listed, is_result, step};
 pub(super) use crate::disk::ownership::{Id, Provenance, RemoteAddress};
 pub(super) use crate::migration::job::{
     Action, DestinationInfo, DestinationRequest, Event, HandoverVerdict, Job, News, Obstacle,
-    OperatorRequest, Outcome, RecordKind, RequestKind, SIZE_MIN, Stage, TooLate, Trouble,
-    handover_verdict,
+    OfferedTerms, OperatorRequest, Outcome, RecordKind, RequestKind, SIZE_MIN, Stage, TooLate,
+    Trouble, handover_verdict,
 };
 pub(super) use crate::migration::machine::{
-    ASK_AFTER, Machine, RECORD_TRIES, RETRY_EVERY, TooSmall,
+    ASK_AFTER, Machine, RECORD_TRIES, RELAY_RETRY_EVERY, RELAY_WAIT_MAX, RETRY_EVERY, TooSmall,
 };
 pub(super) use crate::migration::plan::{Caps, Content};
 pub(super) use crate::migration::wire::{Answer, Handover, Has, Token};
+pub(super) use crate::nbd::wire::TransmissionFlags;
 pub(super) use crate::range::Range;
 pub(super) use std::collections::VecDeque;
 pub(super) use std::num::NonZeroU64;
@@ -29,7 +30,8 @@ pub(super) fn ours(token: Token, has: Has) -> DestinationInfo {
 
 pub(super) fn plain() -> DestinationInfo {
     let caps = Caps { zeroes: true, block_min: 512, data_max: 32 << 20 };
-    DestinationInfo { size: SIZE, read_only: false, flush: true, caps, answer: None }
+    let flags = TransmissionFlags::all() - TransmissionFlags::READ_ONLY;
+    DestinationInfo { size: SIZE, read_only: false, flush: true, flags, caps, answer: None }
 }
 
 pub(super) fn job() -> Job {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 /// All phases, in the order of the table.
-const PHASES: [&str; 23] = [
+const PHASES: [&str; 25] = [
     "Start",
     "Connecting",
     "Copying",
@@ -27,6 +27,8 @@ const PHASES: [&str; 23] = [
     "Leaving(Unlinking)",
     "Leaving(Recording)",
     "Leaving(Disconnecting)",
+    "Leaving(Relaying)",
+    "Leaving(CuttingOff)",
     "Undoing(Retry)",
     "Undoing(Resume)",
     "Undoing(End)",

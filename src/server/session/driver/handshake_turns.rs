@@ -85,10 +85,10 @@ impl HandshakeTurns<'_> {
         let Self { context: SessionContext { policy, disk, .. }, registration } = self;
         let refusal = registration.establish_refusal().or_else(|| {
             let is_parting = disk.gate().is_parting();
-            is_parting.then_some("the disk is being handed over to another host")
+            is_parting.then(|| "the disk is being handed over to another host".into())
         });
         match refusal {
-            Some(why) => GoReply::Refuse { why: why.to_owned(), holder: None },
+            Some(why) => GoReply::Refuse { why: why.to_string(), holder: None },
             None => policy.go(registration.id, enters, registration.sessions()),
         }
     }
