@@ -41,5 +41,7 @@ mod misconfigured;
 mod power_cuts;
 #[path = "lab/proxy.rs"]
 mod proxy;
+#[path = "lab/relay.rs"]
+mod relay;
 #[path = "lab/restart.rs"]
 mod restart;

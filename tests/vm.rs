@@ -24,5 +24,7 @@ mod boot;
 mod file_systems;
 #[path = "vm/kernel_client.rs"]
 mod kernel_client;
+#[path = "vm/relay.rs"]
+mod relay;
 #[path = "vm/restart.rs"]
 mod restart;

@@ -34,7 +34,7 @@ const TOOLS: [&str; 9] = [
 ];
 
 /// The programs of this machine that tests use in a machine of [`with_kernel`].
-const PROGRAMS: [&str; 11] = [
+const PROGRAMS: [&str; 12] = [
     "blkdiscard",
     "blockdev",
     "btrfs",
@@ -45,6 +45,7 @@ const PROGRAMS: [&str; 11] = [
     "mkfs.ext4",
     "mkfs.xfs",
     "nbd-client",
+    "nice",
     "xfs_repair",
 ];
 
