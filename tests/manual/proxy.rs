@@ -9,6 +9,8 @@ use flexnbd::control::status::{
     UNFLUSHED_BYTES, UPSTREAM, UPSTREAM_CONNECTED, UPSTREAM_ERROR, UPSTREAM_RECONNECTS,
     UPSTREAM_SECONDS,
 };
+use flexnbd::nbd::introduction::Introduction;
+use flexnbd::nbd::wire::PRIVATE_OPTION;
 use flexnbd::upstream::{CONNECTIONS_DEFAULT, UPSTREAM_TIMEOUT_DEFAULT};
 use std::collections::BTreeSet;
 
@@ -72,6 +74,37 @@ fn documented_grace_matches_the_program() {
     // The other number is the section of a page.
     let constant = format!("const DISK_GRACE: Duration = Duration::from_secs({});", stopping[1]);
     assert!(module_source("daemon").contains(&constant), "there is no `{constant}`");
+}
+
+#[test]
+fn documented_times_of_reconnecting_match() {
+    let page = page();
+    let times: Vec<u64> = page.at("THE UPSTREAM/When it is lost").flat_map(numbers).collect();
+    let upstream = module_source("upstream");
+    for (name, seconds) in ["DELAY_MAX", "ATTEMPT_TIMEOUT_MAX"].into_iter().zip(&times) {
+        let constant = format!("const {name}: Duration = Duration::from_secs({seconds});");
+        assert!(upstream.contains(&constant), "there is no `{constant}`");
+    }
+    assert_eq!(times.len(), 2);
+}
+
+#[test]
+fn the_documented_introduction_matches() {
+    let page = page();
+    let fields = page.items("PROTOCOL").split_off(1);
+    let field = |name: &str, bytes: std::ops::Range<usize>| {
+        format!("{} Ta {} Ta {name}", bytes.start, bytes.len())
+    };
+    let introduction = Introduction { client: [7; 16], generation: 0x0102_0304_0506_0708 };
+    let bytes = introduction.encode();
+    let version = u32::from_be_bytes(bytes[..4].try_into().unwrap());
+    assert_eq!(Introduction::reply(), version.to_be_bytes());
+    assert_eq!(bytes[4..12], introduction.generation.to_be_bytes());
+    assert_eq!(bytes[12..], introduction.client);
+    let version = format!("version, {version}");
+    let expected = [field(&version, 0..4), field("generation", 4..12), field("client", 12..28)];
+    assert_eq!(fields, expected);
+    assert!(read(PAGE).contains(&format!("0x{PRIVATE_OPTION:X}")));
 }
 
 #[test]
