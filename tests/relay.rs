@@ -215,6 +215,18 @@ fn clients_stay_when_the_image_is_deleted() {
 }
 
 #[test]
+fn without_clients_the_source_ends_at_once() {
+    let hosts = Hosts::new(2);
+    let mut source = hosts.hosts[0].serve();
+    let mut listening = hosts.hosts[1].listen();
+    hosts.hosts[0].mirror_to(hosts.hosts[1].address, &RELAY);
+    assert!(listening.wait_for_end().success(), "{}", listening.stderr());
+    assert!(source.wait_for_end().success(), "{}", source.stderr());
+    let log = source.stderr();
+    assert!(!log.contains("relaying") && !log.contains("cannot be passed on"), "{log}");
+}
+
+#[test]
 fn stopping_while_the_destination_does_not_serve_ends_well() {
     let hosts = Hosts::new(2);
     let mut source = hosts.hosts[0].serve();

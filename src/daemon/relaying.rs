@@ -203,6 +203,10 @@ pub(super) struct DestinationConnector {
 }
 
 impl RelayConnector for DestinationConnector {
+    fn has_clients(&self) -> bool {
+        self.migration.shutdown.client_count() > 0
+    }
+
     fn connect(&mut self, proof: Option<&Question>) -> Result<Box<dyn Backend>, RelayError> {
         if self.is_interrupted.load(Ordering::Acquire) {
             return Err(RelayError::Unsuitable("the process is stopping".to_owned()));

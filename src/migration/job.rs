@@ -330,8 +330,8 @@ pub enum Action {
     Retire,
     /// The clients at the closed gate stay. Connect to the server that has the disk; it must answer `proof`
     /// with *arrived*. Have its disk take the place of the image, turn new clients away, and open the gate.
-    /// → `Done`; `Unreachable` if another attempt may succeed, and `Failed` if none can. Then nothing has
-    /// changed
+    /// Without clients, do what `Retire` does. → `Done`; `Unreachable` if another attempt may succeed, and
+    /// `Failed` if none can. Then nothing has changed
     Relay {
         /// `None` for a server that cannot answer.
         proof: Option<Question>,

@@ -9,6 +9,9 @@ use std::fmt;
 
 /// Connects to the server that has the disk after the handover, on behalf of the clients that stay.
 pub trait RelayConnector: Send {
+    /// Whether a client is connected. No other is admitted any more.
+    fn has_clients(&self) -> bool;
+
     /// Connects once. The server must answer `proof` with *arrived*; without one, it cannot.
     ///
     /// # Errors

@@ -272,14 +272,7 @@ impl Source {
             }
             Action::Record(kind) => self.record(kind),
             Action::Unlink => self.unlink(),
-            Action::Retire => {
-                self.end_pause();
-                // The server must stop admitting clients before the gate fails the waiting
-                // requests.
-                self.observer.retire();
-                self.disk.gate().retire();
-                Event::Done
-            }
+            Action::Retire => self.retire(),
             Action::Relay { proof } => self.relay(proof.as_ref()),
             Action::HangUp => {
                 self.link = None;
@@ -446,12 +439,23 @@ impl Source {
         Event::Done
     }
 
+    fn retire(&mut self) -> Event {
+        self.end_pause();
+        // The server must stop admitting clients before the gate fails the waiting requests.
+        self.observer.retire();
+        self.disk.gate().retire();
+        Event::Done
+    }
+
     /// The gate stays parting: it is open for the clients that are connected.
     fn relay(&mut self, proof: Option<&Question>) -> Event {
         let id = self.machine.job().id;
         let Some(connector) = &mut self.relay else {
             return Event::Failed("relaying was not prepared".to_owned());
         };
+        if !connector.has_clients() {
+            return self.retire();
+        }
         if let Err(error) = relay::exchange(&self.disk, &mut **connector, id, proof) {
             return error.into();
         }

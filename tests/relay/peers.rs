@@ -3,21 +3,22 @@
 use crate::{Hosts, RELAY, SIZE};
 use harness::raw::FLUSH;
 use harness::session::{Mode, Request, Session};
-use harness::{
-    Endpoint, Program, free_port, noise, read_at, require_tools, sparse_file, wait_until,
-};
+use harness::{Endpoint, Program, free_port, noise, require_tools, sparse_file};
 
-/// Relays to a server that this command starts with the image and the port.
+/// Relays to a server that this command starts with the image or its size, and the port.
 fn relay_to(command: &str) {
     let hosts = Hosts::new(1);
     let directory = hosts.hosts[0].image.parent().unwrap().to_owned();
     let image = directory.join("theirs");
     sparse_file(&image, SIZE);
     let port = free_port();
-    let line = command.replace("IMAGE", image.to_str().unwrap()).replace("PORT", &port.to_string());
+    let line = command
+        .replace("IMAGE", image.to_str().unwrap())
+        .replace("PORT", &port.to_string())
+        .replace("SIZE", &SIZE.to_string());
     let (program, words) = line.split_once(' ').unwrap();
     let to = Endpoint::localhost(port);
-    let _server = Program::new(program).words(words).serve_at(to);
+    let _server = Program::new(program).words(words).serve_at(to.clone());
     let mut source = hosts.hosts[0].serve();
     let mut client = Session::open(&hosts.endpoint(0), Mode::Structured).unwrap();
     client.ok(Request::write(4096, b"before"));
@@ -30,7 +31,8 @@ fn relay_to(command: &str) {
     assert_eq!(client.read(4096, 6), b"before");
     drop(client);
     assert!(source.wait_for_end().success(), "{}", source.stderr());
-    wait_until("the data", || read_at(&image, 8192, 100_000) == data);
+    let mut other = Session::open(&to, Mode::Structured).unwrap();
+    assert!(other.read(8192, 100_000) == data);
     assert_eq!(hosts.hosts[0].record(), "departed");
 }
 
@@ -38,6 +40,13 @@ fn relay_to(command: &str) {
 fn clients_are_passed_on_to_qemu_nbd() {
     if require_tools(&["qemu-nbd"]) {
         relay_to("qemu-nbd -f raw -t -e 9 --discard=unmap -b 127.0.0.1 -p PORT IMAGE");
+    }
+}
+
+#[test]
+fn clients_are_passed_on_to_nbdkit() {
+    if require_tools(&["nbdkit"]) {
+        relay_to("nbdkit -f -i 127.0.0.1 -p PORT memory SIZE");
     }
 }
 
