@@ -1,12 +1,16 @@
 //! A proxy while its upstream is there: bytes, styles, exports, limits, and commands of operators.
 
+use crate::fake_upstream::FakeUpstream;
 use crate::{proxy_of, status, wait_for_status};
-use harness::raw::{BLOCK_STATUS, EPERM, FLUSH, FUA, READ_ONLY, TRIM, WRITE_ZEROES};
+use harness::raw::{
+    BLOCK_STATUS, EPERM, FLUSH, FUA, HAS_FLAGS, READ_ONLY, SEND_FLUSH, TRIM, WRITE, WRITE_ZEROES,
+};
 use harness::session::{MODES, Mode, Request, Session};
 use harness::{
-    Builder, Endpoint, MIB, Program, Server, TempDir, noise, read_at, sparse_image, temp_dir,
+    Builder, Endpoint, KIB, MIB, Program, Server, TempDir, noise, read_at, sparse_image, temp_dir,
     write_at,
 };
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -219,6 +223,54 @@ fn access_control_and_reload_work_as_for_a_server() {
     fs::write(&file, text).unwrap();
     assert_eq!(command(&sock, "reload").ok(), "reloaded\n");
     read().succeeded();
+}
+
+#[test]
+fn connections_limits_those_to_the_upstream() {
+    let dir = temp_dir();
+    let sock = dir.path().join("up.sock");
+    let upstream = Upstream::start(&format!("--sock {}", sock.display()));
+    upstream.server.wait_for_control(&sock);
+    for (options, expected) in [("", "4"), ("--connections 1", "1"), ("--connections 2", "2")] {
+        let proxy = proxy_of(&[upstream.endpoint()], options);
+        Session::open(proxy.endpoint(), Mode::Simple).unwrap().assert_in_sync();
+        assert_eq!(status(&sock)["num_clients"], expected, "{options}");
+        drop(proxy);
+        wait_for_status(&sock, "num_clients", "0");
+    }
+}
+
+#[test]
+fn the_proxy_flushes_when_the_unflushed_memory_is_full() {
+    let upstream = FakeUpstream::new(8 * MIB, HAS_FLAGS | SEND_FLUSH);
+    let endpoint = upstream.endpoint();
+    let starting = std::thread::spawn(move || proxy_of(&[&endpoint], "--unflushed 1M"));
+    let mut connection = upstream.accept();
+    let proxy = starting.join().unwrap();
+    let mut session = Session::open(proxy.endpoint(), Mode::Structured).unwrap();
+    let mut pending = HashMap::new();
+    for number in 0..8 {
+        let request = Request::write(number * 256 * KIB, &noise(256 << 10, number));
+        pending.insert(session.send(&request), request);
+    }
+    let (mut written, mut flushes) = (0, 0);
+    while written < 8 {
+        let request = connection.request();
+        match request.command {
+            FLUSH => flushes += 1,
+            command => {
+                assert_eq!(command, WRITE);
+                written += 1;
+            }
+        }
+        connection.answer(&request, b"");
+    }
+    assert!(flushes > 0, "no client has flushed");
+    while !pending.is_empty() {
+        let (cookie, reply) = session.recv_reply(&pending);
+        assert_eq!(reply.error, 0);
+        pending.remove(&cookie);
+    }
 }
 
 #[test]
