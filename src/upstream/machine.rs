@@ -186,12 +186,19 @@ impl UpstreamMachine {
         self.messages.values().any(|message| message.connection == connection)
     }
 
-    /// Whether a message of a connection has no reply that no session has caused.
+    /// Whether something has to arrive over a connection for which no session waits, or for which others wait
+    /// as well.
     #[must_use]
     pub(super) fn awaits_own_reply(&self, connection: usize) -> bool {
-        let is_own = |cause| !matches!(cause, Cause::Request(_));
+        let is_own = |cause| !self.is_of_session(cause);
         let mut messages = self.messages.values();
         messages.any(|message| message.connection == connection && is_own(message.cause))
+    }
+
+    /// Whether only the session that has caused a message waits for its reply. Before the machine serves,
+    /// all of them do, and the session may have ended.
+    fn is_of_session(&self, cause: Cause) -> bool {
+        self.stage == LinkStage::Serving && matches!(cause, Cause::Request(_))
     }
 
     /// Number of requests that were replied to, without replays and probes: a server that replies to nothing
