@@ -39,6 +39,7 @@ situations! {
     PowerCut: "The host of the server loses power.",
     Undone: "A power cut undoes changes.",
     Late: "Requests are executed after the connection is lost.",
+    Lingering: "A request of a lost connection is executed beside those of a new one.",
     Migrated: "The disk moves to another server.",
     ShutDown: "The server answers that it is shutting down.",
     Unreachable: "An address refuses the connection.",

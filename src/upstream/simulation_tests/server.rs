@@ -15,13 +15,27 @@ use std::ops::Range;
 /// A request that is not executed.
 #[derive(Debug)]
 pub(super) struct ReceivedRequest {
-    connection: usize,
+    /// `None` if it is lost.
+    connection: Option<usize>,
     header: RequestHeader,
     kind: CommandKind,
     cells: Range<usize>,
     values: Vec<CellValue>,
     cause: Cause,
     time: u64,
+}
+
+impl ReceivedRequest {
+    /// The cells that it changes.
+    fn changes(&self) -> Range<usize> {
+        use CommandKind::{Trim, Write, WriteZeroes};
+        let changes = matches!(self.kind, Write | WriteZeroes | Trim);
+        if changes { self.cells.clone() } else { 0..0 }
+    }
+}
+
+fn do_overlap(one: &Range<usize>, other: &Range<usize>) -> bool {
+    one.start < other.end && other.start < one.end
 }
 
 /// A request that was received, and has no reply.
@@ -117,6 +131,7 @@ impl ScriptedUpstream {
             let (start, length) = (header.offset as usize, header.length as usize);
             let cells = start / CELL..(start + length).div_ceil(CELL);
             let time = scene.image.tick();
+            let connection = Some(connection);
             let received = ReceivedRequest { connection, header, kind, cells, values, cause, time };
             self.check_blocks(&received)?;
             self.register(&received, scene)?;
@@ -137,7 +152,6 @@ impl ScriptedUpstream {
 
     /// Checks a request against those in flight.
     fn register(&mut self, request: &ReceivedRequest, scene: &mut Scene<'_>) -> Result<(), String> {
-        use CommandKind::{Trim, Write, WriteZeroes};
         let is_replay = request.cause == Cause::Replay;
         if is_replay {
             if self.has_served {
@@ -154,11 +168,8 @@ impl ScriptedUpstream {
                 return Err(format!("sent during the replay: {request:?}"));
             }
         }
-        let is_change = matches!(request.kind, Write | WriteZeroes | Trim);
-        let changes = if is_change { request.cells.clone() } else { 0..0 };
-        let overlaps = |other: &InFlightRequest| {
-            other.changes.start < changes.end && changes.start < other.changes.end
-        };
+        let changes = request.changes();
+        let overlaps = |other: &InFlightRequest| do_overlap(&other.changes, &changes);
         if self.in_flight.iter().any(overlaps) {
             return Err(format!("overlapping changes are in flight: {request:?}"));
         }
@@ -168,26 +179,23 @@ impl ScriptedUpstream {
 
     /// Executes one of the requests; false if there is none.
     pub(super) fn execute(&mut self, scene: &mut Scene<'_>) -> bool {
-        if self.received.is_empty() {
-            return false;
-        }
-        let mut nth = scene.rng.usize(..self.received.len());
-        if self.received[nth].kind == CommandKind::Flush && scene.rng.u8(..4) > 0 {
-            // A flush takes longer than others.
-            nth = scene.rng.usize(..self.received.len());
-        }
-        let request = self.received.swap_remove(nth);
+        let Some(request) = self.take_request(scene) else { return false };
+        let Some(connection) = request.connection else {
+            scene.coverage.count(UpstreamReached::Lingering);
+            self.answer(&request, scene);
+            return true;
+        };
         let may_misbehave = self.faults.misbehaves && scene.rng.u8(..6) == 0;
         if may_misbehave && self.outboxes.len() > 1 && scene.rng.bool() {
             // Replies to a request over another connection, and does not execute it.
             scene.coverage.count(UpstreamReached::Misbehaved);
-            let other = (request.connection + 1) % self.outboxes.len();
+            let other = (connection + 1) % self.outboxes.len();
             let mut reply = ScriptedReply::new(self.terms, other, request.header);
             reply.answer(ServerAnswer::Success, scene);
             self.replies.push(reply);
             return true;
         }
-        let mut reply = ScriptedReply::new(self.terms, request.connection, request.header);
+        let mut reply = ScriptedReply::new(self.terms, connection, request.header);
         reply.is_incomplete = may_misbehave;
         let answer = self.answer(&request, scene);
         let is_change = matches!(answer, ServerAnswer::Success) && !request.cells.is_empty();
@@ -195,6 +203,25 @@ impl ScriptedUpstream {
         reply.answer(answer, scene);
         self.replies.push(reply);
         true
+    }
+
+    /// A request to execute. Of overlapping changes, which come from several generations of connections, it
+    /// is the one that has arrived first.
+    fn take_request(&mut self, scene: &mut Scene<'_>) -> Option<ReceivedRequest> {
+        if self.received.is_empty() {
+            return None;
+        }
+        let mut nth = scene.rng.usize(..self.received.len());
+        if self.received[nth].kind == CommandKind::Flush && scene.rng.u8(..4) > 0 {
+            // A flush takes longer than others.
+            nth = scene.rng.usize(..self.received.len());
+        }
+        let changes = self.received[nth].changes();
+        let overlaps = |other: &&ReceivedRequest| do_overlap(&other.changes(), &changes);
+        let first = self.received.iter().filter(overlaps).min_by_key(|other| other.time);
+        let time = first.map_or(self.received[nth].time, |first| first.time);
+        let nth = self.received.iter().position(|request| request.time == time)?;
+        Some(self.received.swap_remove(nth))
     }
 
     fn answer(&self, request: &ReceivedRequest, scene: &mut Scene<'_>) -> ServerAnswer {
@@ -218,7 +245,9 @@ impl ScriptedUpstream {
             scene.model.distrusts_flushes = true;
         }
         match request.kind {
-            CommandKind::Read if fails && scene.rng.bool() => ServerAnswer::Error(ErrorCode::Io),
+            CommandKind::Read if fails && scene.rng.u8(..4) == 0 => {
+                ServerAnswer::Error(ErrorCode::Io)
+            }
             CommandKind::Read => {
                 let fails = fails.then_some(ErrorCode::Io);
                 ServerAnswer::Data(cells.map(|cell| scene.image.volatile(cell)).collect(), fails)
@@ -286,17 +315,28 @@ impl ScriptedUpstream {
     }
 
     /// The connections or the process are lost: some of the requests that were received are executed.
-    pub(super) fn end(mut self, scene: &mut Scene<'_>) {
+    /// Returns those that a process which goes on will execute beside the requests of new connections.
+    pub(super) fn end(mut self, goes_on: bool, scene: &mut Scene<'_>) -> Vec<ReceivedRequest> {
         let executes_all = scene.rng.bool();
-        while !self.received.is_empty() {
-            if executes_all || scene.rng.bool() {
+        let mut late = Vec::new();
+        while let Some(mut request) = self.take_request(scene) {
+            request.connection = None;
+            let changes = request.changes();
+            let waits = |other: &ReceivedRequest| do_overlap(&other.changes(), &changes);
+            let is_late = late.iter().any(waits) || scene.rng.bool();
+            if goes_on && !self.faults.is_leaving && is_late {
+                late.push(request);
+            } else if executes_all || scene.rng.bool() {
                 scene.coverage.count(UpstreamReached::Late);
-                self.execute(scene);
-            } else {
-                let nth = scene.rng.usize(..self.received.len());
-                self.received.swap_remove(nth);
+                self.answer(&request, scene);
             }
         }
+        late
+    }
+
+    /// The process has not executed these requests of lost connections.
+    pub(super) fn go_on(&mut self, late: Vec<ReceivedRequest>) {
+        self.received = late;
     }
 
     /// What it is doing, for a message.

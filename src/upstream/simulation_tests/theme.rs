@@ -30,7 +30,7 @@ impl UpstreamTheme {
             Self::Any => (1, 0),
             Self::Large => (16, 1),
             Self::Scarce => (8, 3),
-            Self::Errors => (16, 6),
+            Self::Errors => (8, 6),
             Self::Flushes => (16, 8),
             Self::Misbehaving => (16, 10),
             Self::Endings => (16, 12),
@@ -65,6 +65,7 @@ impl UpstreamTheme {
         match self {
             Self::Flushes => rng.u8(..2),
             Self::Scarce => rng.u8(2..5),
+            Self::Large => rng.u8(3..6),
             _ => rng.u8(..6),
         }
     }

@@ -5,7 +5,7 @@ use super::clients::{SimClients, SimKind, SimMix};
 use super::coverage::{UpstreamCoverage, UpstreamReached};
 use super::image::ScriptedImage;
 use super::scene::Scene;
-use super::server::{ScriptedUpstream, ServerFaults};
+use super::server::{ReceivedRequest, ScriptedUpstream, ServerFaults};
 use super::theme::{UpstreamTheme, first_terms, other_terms, replacement_terms};
 use super::wire::SimBytes;
 use crate::nbd::wire::TransmissionFlags;
@@ -69,6 +69,8 @@ pub(super) struct UpstreamWorld {
     /// The terms of the first server.
     first: ServerTerms,
     link: Option<SimLink>,
+    /// Requests of lost connections that the server goes on to execute.
+    late: Vec<ReceivedRequest>,
     rotation: Rotation,
     addresses: usize,
     /// The address of the disk.
@@ -107,6 +109,7 @@ pub(super) fn run(seed: u64) -> Result<UpstreamCoverage, String> {
         machine: UpstreamMachine::new(first, unflushed_max),
         first,
         link: None,
+        late: Vec::new(),
         rotation: Rotation::starting_at(addresses, 0),
         addresses,
         home: 0,
@@ -272,7 +275,7 @@ impl UpstreamWorld {
         self.receive_last()?;
         let Some(mut link) = self.link.take() else { return Ok(()) };
         let mut scene = scene!(self);
-        link.server.end(&mut scene);
+        self.late = link.server.end(loss == Loss::Connection, &mut scene);
         for connection in &mut link.connections {
             let is_direct = !connection.rx.needs_machine();
             self.coverage.count_if(is_direct, UpstreamReached::Abandoned);
@@ -346,7 +349,8 @@ impl UpstreamWorld {
             misbehaves: self.theme == UpstreamTheme::Misbehaving,
         };
         let faults = if self.is_settling { ServerFaults::default() } else { faults };
-        let server = ScriptedUpstream::new(terms, self.first.flags, count, faults);
+        let mut server = ScriptedUpstream::new(terms, self.first.flags, count, faults);
+        server.go_on(std::mem::take(&mut self.late));
         let connection = |number| SimConnection {
             tx: UpstreamTx::new(terms.dialect),
             rx: UpstreamRx::new(number, terms.dialect),
