@@ -25,7 +25,7 @@ pub(in crate::upstream) struct OutgoingMessage {
     pub(in crate::upstream) header: RequestHeader,
     /// The data of a write.
     pub(in crate::upstream) payload: Option<PayloadPart>,
-    /// An operation of a session has caused it.
+    /// Only the session that has caused it waits for its reply.
     pub(in crate::upstream) is_of_session: bool,
 }
 
@@ -196,7 +196,7 @@ impl UpstreamMachine {
         }
         let header =
             RequestHeader { flags: flags.bits(), kind: kind.number(), cookie, offset, length };
-        let is_of_session = matches!(cause, Cause::Request(_));
+        let is_of_session = self.is_of_session(cause);
         OutgoingMessage { header, payload: None, is_of_session }
     }
 }

@@ -388,6 +388,26 @@ fn a_probe_reads_one_block_while_connected() {
 }
 
 #[test]
+fn only_requests_while_serving_are_of_one_session() {
+    let mut machine = machine(WRITE);
+    let next = |machine: &mut UpstreamMachine| {
+        let message = machine.next_message(0).unwrap();
+        let (own, cookie) = (machine.awaits_own_reply(0), message.header.cookie);
+        machine.replied(0, cookie).unwrap();
+        assert_ne!(message.is_of_session, own);
+        (CommandKind::try_from(message.header.kind).unwrap(), own)
+    };
+    machine.submit(0, 0, write(0, BLOCK)).unwrap();
+    assert_eq!(next(&mut machine), (CommandKind::Write, false));
+    assert_eq!(next(&mut machine), (CommandKind::Flush, true));
+    machine.submit(0, 1, write(0, BLOCK)).unwrap();
+    assert_eq!(messages(&mut machine).len(), 1);
+    reconnect(&mut machine);
+    assert_eq!(next(&mut machine), (CommandKind::Write, true));
+    assert!(!machine.awaits_own_reply(0));
+}
+
+#[test]
 fn a_closed_machine_fails_everything() {
     let mut machine = machine(1 << 20);
     machine.submit(0, 0, read(0, BLOCK)).unwrap();
