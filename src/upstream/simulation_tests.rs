@@ -4,8 +4,9 @@
 //! of the same bytes never at once, since the disk orders them. A scripted server receives our bytes over
 //! one to four connections, executes requests in any order, and replies late, in every dialect and
 //! division. Each side receives the bytes in fragments. Connections are cut at any byte, server processes
-//! are killed, hosts lose power and with it everything that was not flushed, or a part of it; whatever
-//! the server has received may be executed or not. The disk moves to another server, which has other limits and
+//! are killed, hosts lose power and with it everything that was not flushed, or a part of it. Requests that
+//! the server has received then may be executed, or not, or later beside those of the next connections (in
+//! order of arrival where changes overlap). The disk moves to another server, which has other limits and
 //! another dialect; the old one answers that it is shutting down. Addresses refuse connections, or have
 //! another disk. Servers fail requests, flushes and replays, or break the protocol. Sessions end.
 //!
@@ -20,6 +21,12 @@
 //!
 //! ```text
 //! FLEXNBD_SEED=1234 cargo test --lib upstream::simulation_tests::schedules
+//! ```
+//!
+//! @FIGURE@ schedules take a minute on one processor core of a virtual machine:
+//!
+//! ```text
+//! FLEXNBD_SCHEDULES=@FIGURE2@ cargo test --release --lib upstream::simulation_tests::schedules -- --nocapture
 //! ```
 //!
 //! The mutations are mistakes that an engineer could make (`mutation`). A test for each asserts that

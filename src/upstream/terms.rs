@@ -54,7 +54,7 @@ pub(super) enum OtherDisk {
     /// It lacks commands that our clients may use.
     #[error("it does not offer {0:?}, which our clients were offered")]
     Flags(TransmissionFlags),
-    /// Its minimum block is larger.
+    /// Its minimum block does not divide ours.
     #[error("it takes only multiples of {theirs} bytes, and our clients were told {ours}")]
     Blocks {
         /// Of the first server, in bytes.
@@ -99,7 +99,7 @@ impl ServerTerms {
         if !missing.is_empty() {
             return Err(OtherDisk::Flags(missing));
         }
-        if other.block_min > self.block_min {
+        if !self.block_min.is_multiple_of(other.block_min) {
             return Err(OtherDisk::Blocks { ours: self.block_min, theirs: other.block_min });
         }
         Ok(())
@@ -189,6 +189,8 @@ mod tests {
         assert_eq!(lacks, Err(OtherDisk::Flags(flags)));
         let larger = check(|other| other.block_sizes.as_mut().unwrap().minimum = 4096);
         assert_eq!(larger, Err(OtherDisk::Blocks { ours: 512, theirs: 4096 }));
+        let odd = check(|other| other.block_sizes.as_mut().unwrap().minimum = 384);
+        assert_eq!(odd, Err(OtherDisk::Blocks { ours: 512, theirs: 384 }));
     }
 
     #[test]
