@@ -224,6 +224,21 @@ impl ScriptedUpstream {
         Some(self.received.swap_remove(nth))
     }
 
+    /// Whether to fail a request.
+    fn fails(&self, request: &ReceivedRequest, is_durable: bool, rng: &mut fastrand::Rng) -> bool {
+        // A server must remember the failure of a flush that it can report to no connection, as ours does:
+        // no client could find out.
+        let fails_flushes = self.faults.fails_flushes && request.connection.is_some();
+        match request.cause {
+            Cause::OwnFlush(_) => fails_flushes && rng.u8(..3) == 0,
+            _ if is_durable || request.kind == CommandKind::Flush => {
+                fails_flushes && rng.u8(..12) == 0
+            }
+            Cause::Replay => self.faults.fails && rng.u8(..3) == 0,
+            _ => self.faults.fails && rng.u8(..8) == 0,
+        }
+    }
+
     fn answer(&self, request: &ReceivedRequest, scene: &mut Scene<'_>) -> ServerAnswer {
         if self.faults.is_leaving {
             scene.coverage.count(UpstreamReached::ShutDown);
@@ -231,14 +246,7 @@ impl ScriptedUpstream {
         }
         let flags = CommandFlags::from_bits_truncate(request.header.flags);
         let is_durable = flags.contains(CommandFlags::FUA);
-        let fails = match request.cause {
-            Cause::OwnFlush(_) => self.faults.fails_flushes && scene.rng.u8(..3) == 0,
-            _ if is_durable || request.kind == CommandKind::Flush => {
-                self.faults.fails_flushes && scene.rng.u8(..12) == 0
-            }
-            Cause::Replay => self.faults.fails && scene.rng.u8(..3) == 0,
-            _ => self.faults.fails && scene.rng.u8(..8) == 0,
-        };
+        let fails = self.fails(request, is_durable, scene.rng);
         let cells = request.cells.clone();
         let error = if scene.rng.bool() { ErrorCode::Io } else { ErrorCode::NoSpace };
         if fails && is_durable {
@@ -320,11 +328,11 @@ impl ScriptedUpstream {
         let executes_all = scene.rng.bool();
         let mut late = Vec::new();
         while let Some(mut request) = self.take_request(scene) {
-            request.connection = None;
             let changes = request.changes();
             let waits = |other: &ReceivedRequest| do_overlap(&other.changes(), &changes);
             let is_late = late.iter().any(waits) || scene.rng.bool();
             if goes_on && !self.faults.is_leaving && is_late {
+                request.connection = None;
                 late.push(request);
             } else if executes_all || scene.rng.bool() {
                 scene.coverage.count(UpstreamReached::Late);
