@@ -196,9 +196,11 @@ impl UpstreamMachine {
     }
 
     /// Whether only the session that has caused a message waits for its reply. Before the machine serves,
-    /// all of them do, and the session may have ended.
+    /// all of them do; and no session waits for a change that an ended session has left behind.
     fn is_of_session(&self, cause: Cause) -> bool {
-        self.stage == LinkStage::Serving && matches!(cause, Cause::Request(_))
+        let Cause::Request(id) = cause else { return false };
+        let is_left = self.requests.get(&id).is_none_or(|request| request.is_cancelled);
+        self.stage == LinkStage::Serving && !is_left
     }
 
     /// Number of requests that were replied to, without replays and probes: a server that replies to nothing

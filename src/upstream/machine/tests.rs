@@ -420,3 +420,16 @@ fn a_closed_machine_fails_everything() {
     assert_eq!(completed(&mut machine), [(0, error), (1, error), (2, error)]);
     assert!(messages(&mut machine).is_empty() && !machine.is_connected());
 }
+
+#[test]
+fn no_session_waits_for_a_cancelled_change() {
+    let mut machine = machine(1 << 20);
+    machine.submit(1, 1, write(0, BLOCK)).unwrap();
+    assert!(machine.next_message(0).unwrap().is_of_session);
+    assert!(!machine.awaits_own_reply(0));
+    machine.lost();
+    assert!(machine.cancel(1));
+    machine.connected(terms(), 1);
+    assert!(!machine.next_message(0).unwrap().is_of_session, "it is sent again");
+    assert!(machine.awaits_own_reply(0));
+}
