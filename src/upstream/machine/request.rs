@@ -127,14 +127,17 @@ impl UpstreamTask {
         }
     }
 
-    fn into_op(self) -> Op {
+    fn into_op(self, is_failed: bool) -> Op {
         match self {
             Self::Read { range, data } => {
                 Op::Read { offset: range.offset(), data: data.unwrap_or_default() }
             }
             Self::Write { range, data, durable } => {
-                // Kept until it is flushed, unless this is the only reference.
-                let data = Arc::try_unwrap(data).unwrap_or_default();
+                // Kept until it is flushed, unless this is the only reference. After a failure the caller
+                // may write it again, although the server has failed it before all of it was sent.
+                let copy = |data: Arc<Buffer>| Buffer::copy_of(&data, 1).unwrap_or_default();
+                let shared = |data| if is_failed { copy(data) } else { Buffer::default() };
+                let data = Arc::try_unwrap(data).unwrap_or_else(shared);
                 Op::Write { offset: range.offset(), data, durable }
             }
             Self::Zero { range, how } => Op::Zero { range, how, durable: false },
@@ -197,7 +200,7 @@ impl UpstreamRequest {
             (None, UpstreamTask::Read { data: None, .. }) => Err(Errno::ENOMEM.into()),
             (None, _) => Ok(()),
         };
-        let op = self.task.into_op();
+        let op = self.task.into_op(error.is_some());
         (self.owner, Completion { key: self.key, op, outcome: Some(outcome) })
     }
 }

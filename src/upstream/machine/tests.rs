@@ -433,3 +433,15 @@ fn no_session_waits_for_a_cancelled_change() {
     assert!(!machine.next_message(0).unwrap().is_of_session, "it is sent again");
     assert!(machine.awaits_own_reply(0));
 }
+
+#[test]
+fn a_failed_write_keeps_its_data() {
+    let mut machine = machine(1 << 20);
+    machine.submit(1, 1, durable(0)).unwrap();
+    let message = machine.next_message(0).unwrap();
+    machine.store_error(0, message.header.cookie, Errno::EIO as i32).unwrap();
+    machine.replied(0, message.header.cookie).unwrap();
+    let (_, completion) = machine.next_completion().unwrap();
+    assert!(completion.outcome.unwrap().is_err());
+    assert_eq!(completion.op, durable(0), "although its message is not sent as a whole");
+}
