@@ -17,6 +17,10 @@ use std::time::Duration;
 /// long if the disk has moved to another one.
 const ATTEMPT_TIMEOUT_MAX: Duration = Duration::from_secs(5);
 
+/// Longest time for a further connection or its handshake. Some servers that limit their clients leave those
+/// beyond the limit waiting, while all requests wait for us.
+const FURTHER_TIMEOUT_MAX: Duration = Duration::from_secs(1);
+
 /// Connections to one server, ready for requests.
 #[derive(Debug)]
 pub(super) struct Connected {
@@ -33,24 +37,38 @@ pub(super) struct Connected {
 pub(super) fn connect_to(
     target: &UpstreamTarget,
     options: &UpstreamOptions,
-    (generation, promised): (u64, Option<&ServerTerms>),
+    promises: (u64, Option<&ServerTerms>),
 ) -> Result<Connected, TargetError> {
     let addresses = target.remote.resolve().map_err(TargetError::Connect)?;
+    connect_to_any(&addresses, target, options, promises)
+}
+
+/// Connects to the first of the target's addresses that has the disk.
+pub(super) fn connect_to_any(
+    addresses: &[Address],
+    target: &UpstreamTarget,
+    options: &UpstreamOptions,
+    (generation, promised): (u64, Option<&ServerTerms>),
+) -> Result<Connected, TargetError> {
     let mut failure = None;
     for address in addresses {
-        let (terms, stream) = match open(&address, target, options, generation) {
+        let timeout = options.timeout.min(ATTEMPT_TIMEOUT_MAX);
+        let opened = open(address, target, options, (generation, timeout));
+        let opened = opened.and_then(|(terms, stream)| {
+            promised.map_or(Ok(()), |promised| promised.check_replacement(&terms))?;
+            Ok((terms, stream))
+        });
+        let (terms, stream) = match opened {
             Ok(opened) => opened,
             Err(error) => {
                 failure.get_or_insert(error);
                 continue;
             }
         };
-        if let Some(promised) = promised {
-            promised.check_replacement(&terms)?;
-        }
         let mut streams = vec![stream];
+        let timeout = options.timeout.min(FURTHER_TIMEOUT_MAX);
         while terms.has(TransmissionFlags::CAN_MULTI_CONN) && streams.len() < options.connections {
-            match open(&address, target, options, generation) {
+            match open(address, target, options, (generation, timeout)) {
                 Ok((same, stream)) if same == terms => streams.push(stream),
                 // One is enough; the server may limit its clients.
                 _ => break,
@@ -71,9 +89,8 @@ fn open(
     address: &Address,
     target: &UpstreamTarget,
     options: &UpstreamOptions,
-    generation: u64,
+    (generation, timeout): (u64, Duration),
 ) -> Result<(ServerTerms, Stream), TargetError> {
-    let timeout = options.timeout.min(ATTEMPT_TIMEOUT_MAX);
     let stream = connect(address, options.bind, timeout).map_err(TargetError::Connect)?;
     // Setting an option fails only on a broken connection, which the handshake detects.
     let _ = stream.tune();

@@ -1,5 +1,7 @@
 //! The link with real sockets: a small server on a unix socket, which can be stopped and started.
 
+use super::connecting::connect_to_any;
+use super::terms::ServerTerms;
 use super::{UpstreamBackend, UpstreamError, UpstreamEvents, UpstreamHandle, UpstreamOptions};
 use super::{UpstreamTarget, connect};
 use crate::disk::{Backend, Disk, FeatureFlags, Op};
@@ -7,10 +9,10 @@ use crate::nbd::handshake::server::{Export, ServerHandshake, ServerStep};
 use crate::nbd::handshake::{Agreement, BlockSizes};
 use crate::nbd::reply::{Dialect, ReplyTo};
 use crate::nbd::request::RequestHeader;
-use crate::nbd::wire::{CommandKind, ErrorCode, TransmissionFlags};
-use crate::net::Remote;
+use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, TransmissionFlags};
+use crate::net::{Address, Remote};
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpListener};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -18,6 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 use tempfile::TempDir;
+
 
 const SIZE: usize = 1 << 20;
 /// Longest time for what a test waits for.
@@ -83,10 +86,10 @@ impl SmallServer {
         let parts = Arc::clone(&self.shared);
         thread::spawn(move || {
             for stream in listener.incoming() {
-                let stream = stream.unwrap();
+                let mut stream = stream.unwrap();
                 parts.streams.lock().unwrap().push(stream.try_clone().unwrap());
                 let parts = Arc::clone(&parts);
-                thread::spawn(move || parts.serve(stream));
+                thread::spawn(move || parts.serve(&mut stream));
             }
         });
     }
@@ -120,37 +123,13 @@ impl SmallServer {
 }
 
 impl ServerParts {
-    fn serve(&self, mut stream: UnixStream) -> Option<()> {
-        let mut handshake = ServerHandshake::new(self.export.clone());
-        let (mut out, mut input) = (Vec::new(), Vec::new());
-        handshake.greet(&mut out);
-        let agreement = loop {
-            stream.write_all(&out).ok()?;
-            out.clear();
-            let (used, next) = handshake.advance(&input, &mut out).ok()?;
-            input.drain(..used);
-            match next {
-                ServerStep::Transmission(agreement) => break agreement,
-                ServerStep::NeedInput if out.is_empty() => receive(&mut stream, &mut input).ok()?,
-                _ => {}
-            }
-        };
-        stream.write_all(&out).ok()?;
+    fn serve<S: Read + Write>(&self, stream: &mut S) -> Option<()> {
+        let (agreement, mut input) = agree(stream, &self.export)?;
         loop {
-            let Some((header, used)) = RequestHeader::decode(agreement.dialect, &input).ok()?
-            else {
-                receive(&mut stream, &mut input).ok()?;
-                continue;
-            };
-            let is_write = header.kind == CommandKind::Write.number();
-            let payload = if is_write { header.length as usize } else { 0 };
-            while input.len() < used + payload {
-                receive(&mut stream, &mut input).ok()?;
-            }
+            let (header, payload) = next_request(stream, &agreement, &mut input)?;
             self.commands.lock().unwrap().push(header.kind);
             self.arrived.notify_all();
-            let reply = self.execute(&agreement, header, &input[used..used + payload]);
-            input.drain(..used + payload);
+            let reply = self.execute(&agreement, header, &payload);
             stream.write_all(&reply).ok()?;
         }
     }
@@ -181,7 +160,48 @@ impl ServerParts {
     }
 }
 
-fn receive(stream: &mut UnixStream, input: &mut Vec<u8>) -> io::Result<()> {
+/// The server's side of a handshake. Returns also the bytes behind it.
+fn agree<S: Read + Write>(stream: &mut S, export: &Export) -> Option<(Agreement, Vec<u8>)> {
+    let mut handshake = ServerHandshake::new(export.clone());
+    let (mut out, mut input) = (Vec::new(), Vec::new());
+    handshake.greet(&mut out);
+    let agreement = loop {
+        stream.write_all(&out).ok()?;
+        out.clear();
+        let (used, next) = handshake.advance(&input, &mut out).ok()?;
+        input.drain(..used);
+        match next {
+            ServerStep::Transmission(agreement) => break agreement,
+            ServerStep::NeedInput if out.is_empty() => receive(stream, &mut input).ok()?,
+            _ => {}
+        }
+    };
+    stream.write_all(&out).ok()?;
+    Some((agreement, input))
+}
+
+/// The next request and its payload.
+fn next_request(
+    stream: &mut impl Read,
+    agreement: &Agreement,
+    input: &mut Vec<u8>,
+) -> Option<(RequestHeader, Vec<u8>)> {
+    loop {
+        if let Some((header, used)) = RequestHeader::decode(agreement.dialect, input).ok()? {
+            let is_write = header.kind == CommandKind::Write.number();
+            let end = used + if is_write { header.length as usize } else { 0 };
+            while input.len() < end {
+                receive(stream, input).ok()?;
+            }
+            let payload = input[used..end].to_vec();
+            input.drain(..end);
+            return Some((header, payload));
+        }
+        receive(stream, input).ok()?;
+    }
+}
+
+fn receive(stream: &mut impl Read, input: &mut Vec<u8>) -> io::Result<()> {
     let mut some = [0; 4096];
     match stream.read(&mut some)? {
         0 => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -307,6 +327,46 @@ fn the_disk_is_followed_to_another_address() {
     assert_eq!(&second.shared.disk.lock().unwrap()[..6], b"moved!");
     assert!(other_disk.shared.commands.lock().unwrap().is_empty());
     assert_eq!(upstream.handle.state().target, second.target().to_string());
+}
+
+#[test]
+fn another_disk_at_one_address_of_a_name_is_passed_over() {
+    let dir = dir();
+    let first = SmallServer::start(dir.path(), "a", SIZE);
+    let other_disk = SmallServer::start(dir.path(), "b", 2 * SIZE);
+    let options = UpstreamOptions::default();
+    let addresses = |servers: &[&SmallServer]| -> Vec<Address> {
+        servers.iter().map(|server| Address::Unix(server.path.clone())).collect()
+    };
+    let connect = |servers: &[&SmallServer], promised: Option<&ServerTerms>| {
+        connect_to_any(&addresses(servers), &first.target(), &options, (0, promised))
+    };
+    let promised = connect(&[&first], None).unwrap().terms;
+    assert_eq!(connect(&[&other_disk, &first], Some(&promised)).unwrap().terms, promised);
+    let error = connect(&[&other_disk], Some(&promised)).unwrap_err().to_string();
+    assert!(error.contains("another disk"), "{error}");
+}
+
+#[test]
+fn a_server_that_leaves_further_connections_waiting_is_used() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let dir = dir();
+    let parts = Arc::clone(&SmallServer::start(dir.path(), "a", SIZE).shared);
+    let target = tcp_target(&listener);
+    let (_end, ended) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        parts.serve(&mut stream);
+        let _ = ended.recv();
+    });
+    let upstream = Upstream::connect(vec![target]);
+    assert_eq!(upstream.read(0, 3).unwrap(), [0; 3]);
+}
+
+fn tcp_target(listener: &TcpListener) -> UpstreamTarget {
+    let address = listener.local_addr().unwrap();
+    let remote = Remote::Host { host: address.ip().to_string(), port: address.port() };
+    UpstreamTarget { remote, export: String::new() }
 }
 
 #[test]
