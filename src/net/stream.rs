@@ -203,6 +203,21 @@ impl Stream {
         Ok(())
     }
 
+    /// Ends the connection at once, although other threads may use it or wait for it, which closing would
+    /// wait for: over TCP with a reset, which also drops what is not sent (connect(2) with `AF_UNSPEC`). Over a
+    /// unix socket, sent data is already in the peer's buffer.
+    ///
+    /// # Errors
+    /// When the connection has already ended.
+    pub fn abort(&self) -> io::Result<()> {
+        let Self::Tcp(stream) = self else { return self.shutdown_both() };
+        let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
+        let length = size_of_val(&nowhere) as libc::socklen_t;
+        // SAFETY: the kernel reads `length` bytes of the address, which outlives the call.
+        let result = unsafe { libc::connect(stream.as_raw_fd(), &raw const nowhere, length) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
     /// Receives at most `into.len()` bytes that have arrived; 0 is the end of the stream (or an empty
     /// `into`).
     ///

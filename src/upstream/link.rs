@@ -16,7 +16,7 @@ use super::read_ahead::ReadAhead;
 use super::rotation::{DELAY_MAX, Rotation};
 use super::terms::ServerTerms;
 use super::tx::UpstreamTx;
-use crate::disk::{Completion, Op};
+use crate::disk::{Buffer, Completion, Op};
 use crate::message_id;
 use crate::net::Interest;
 use crate::sync::{lock, wait, wait_timeout};
@@ -150,7 +150,7 @@ impl UpstreamLink {
         let number = state.connection_number(id)?;
         let shares = |other: &u64| *other != id && state.connection_number(*other) == Some(number);
         let has_others = state.queues.keys().any(shares) || state.read_ahead.is_some();
-        if has_others || state.machine.awaits_own_reply(number) {
+        if has_others || state.loss.is_some() || state.machine.awaits_own_reply(number) {
             return None;
         }
         let connection = Arc::clone(&state.connections[number].connection);
@@ -305,9 +305,9 @@ impl UpstreamLink {
     /// The current connections are lost. Returns whether the server has answered; `None` if closed.
     fn end(&self, target: usize, old: Connected, replies: u64) -> Option<bool> {
         for connection in &old.connections {
-            // The old server process must not execute what is still in our send buffer. Both fail only on
-            // a broken connection.
-            let _ = connection.stream.reset_on_close();
+            // The old server process must not execute what is still in our send buffer. A session may
+            // wait for the socket, so dropping it would not do. Fails only on a broken connection.
+            let _ = connection.stream.abort();
         }
         let receiving = old.connections.iter().filter_map(|connection| lock(&connection.rx).take());
         let receiving: Vec<_> = receiving.collect();
@@ -417,6 +417,8 @@ impl UpstreamLink {
                 silent_ticks = if now == receipts { silent_ticks } else { 0 };
                 receipts = now;
                 silent_ticks = self.on_tick(number, silent_ticks);
+                // Those of changes that were flushed.
+                Buffer::free_spares();
                 if silent_ticks >= TICKS {
                     let seconds = self.options.timeout.as_secs_f32();
                     break format!("it has not answered for {seconds} s");

@@ -21,6 +21,7 @@ use std::thread;
 use std::time::Duration;
 use tempfile::TempDir;
 
+mod stress;
 
 const SIZE: usize = 1 << 20;
 /// Longest time for what a test waits for.
@@ -361,6 +362,32 @@ fn a_server_that_leaves_further_connections_waiting_is_used() {
     });
     let upstream = Upstream::connect(vec![target]);
     assert_eq!(upstream.read(0, 3).unwrap(), [0; 3]);
+}
+
+/// Until its socket is closed, the kernel would go on to send to the old server, which would execute it late.
+#[test]
+fn a_lost_connection_is_reset_although_a_session_waits_for_it() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let dir = dir();
+    let parts = Arc::clone(&SmallServer::start(dir.path(), "a", SIZE).shared);
+    let target = tcp_target(&listener);
+    let (sender, outcome) = mpsc::channel();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let (agreement, mut input) = agree(&mut stream, &parts.export).unwrap();
+        // The further connections, and then the target, are refused.
+        drop(listener);
+        while next_request(&mut stream, &agreement, &mut input).is_some() {}
+        sender.send(stream.take_error())
+    });
+    let upstream = Upstream::try_connect(vec![target], Duration::from_millis(200)).unwrap();
+    let notifier = nix::sys::eventfd::EventFd::new().unwrap();
+    let mut queue = upstream.backend.queue(notifier.as_fd()).unwrap();
+    queue.push(1, Op::Flush).unwrap();
+    queue.submit();
+    assert!(queue.descriptor().is_some(), "the session receives from the connection itself");
+    outcome.recv_timeout(DEADLINE).expect("the end of the connection").unwrap();
+    assert!(queue.descriptor().is_none(), "it is lost");
 }
 
 fn tcp_target(listener: &TcpListener) -> UpstreamTarget {

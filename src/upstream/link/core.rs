@@ -62,7 +62,11 @@ impl LinkCore {
     pub(super) fn lose(&mut self, why: String) {
         if self.loss.is_none() {
             self.loss = Some(why);
-            self.connections.iter().for_each(|connection| connection.connection.wake.wake());
+            for LinkConnection { connection, .. } in &self.connections {
+                // It stays readable until its thread has ended it, so no session may wait for it.
+                connection.session_receives.store(false, Ordering::Release);
+                connection.wake.wake();
+            }
         }
     }
 
