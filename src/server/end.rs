@@ -91,7 +91,7 @@ fn describe_request(request: StopRequest) -> &'static str {
     match request {
         StopRequest::NotAdmitted => "the access control list no longer admits the client",
         StopRequest::Evict => "the client was slow to greet and another one was waiting",
-        StopRequest::Displaced => "another connection has taken its place at the arriving disk",
+        StopRequest::Displaced => "another connection has taken its place",
         StopRequest::Serve
         | StopRequest::Suspend
         | StopRequest::Finish

@@ -55,6 +55,7 @@ pub(super) fn connect_to_any(
         let timeout = options.timeout.min(ATTEMPT_TIMEOUT_MAX);
         let opened = open(address, target, options, (generation, timeout));
         let opened = opened.and_then(|(terms, stream)| {
+            terms.check()?;
             promised.map_or(Ok(()), |promised| promised.check_replacement(&terms))?;
             Ok((terms, stream))
         });

@@ -12,7 +12,7 @@
 //! * `rx`, `tx`: bytes of replies and of requests. Pure.
 //! * `read_ahead`: what sequential reads will ask for next. Pure.
 //! * `rotation`: which address is next, and when. `terms`: whether a server has the same disk. Pure.
-//! * `link`: threads and sockets. `connecting`: the way to one of the latter, a `connection`. `backend`: the disk's view. `queue`: one session's.
+//! * `link`: threads and sockets. `connecting`: how to get a `connection`. `backend`: the disk's view. `queue`: one session's.
 //!
 //! # What a client may rely on
 //!
@@ -26,7 +26,8 @@
 //! A lost connection is reset, so that the old server process receives nothing more of it. Requests that it
 //! has received already may still be executing when the new connection sends them again, and could overwrite
 //! later ones. Our own server ends the old sessions first ([`crate::nbd::introduction`]). With others, only a
-//! request that they delay for longer than the reconnection takes could do harm.
+//! request that they delay for longer than the reconnection takes could do harm. And a server that reports a
+//! failed flush once may report it to a lost connection, which receives nothing; ours remembers it.
 
 mod backend;
 mod connecting;

@@ -74,6 +74,9 @@ impl UpstreamRx {
         }
         if self.start == self.end {
             (self.start, self.end) = (0, 0);
+            // After one long list of extents.
+            self.buffer.truncate(BUFFER_SIZE);
+            self.buffer.shrink_to_fit();
         }
         let end = self.buffer.len().min(self.end + self.room);
         &mut self.buffer[self.end..end]

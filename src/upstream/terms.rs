@@ -37,6 +37,9 @@ pub(super) struct ServerTerms {
     pub(super) allocation_context: Option<u32>,
 }
 
+/// Largest minimum block that is accepted, in bytes ("Block size constraints").
+const BLOCK_MIN_MAX: u32 = 64 << 10;
+
 /// Why a server cannot take the place of the first one.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub(super) enum OtherDisk {
@@ -54,6 +57,9 @@ pub(super) enum OtherDisk {
     /// It lacks commands that our clients may use.
     #[error("it does not offer {0:?}, which our clients were offered")]
     Flags(TransmissionFlags),
+    /// The specification does not permit its minimum block.
+    #[error("its minimum block of {0} bytes is not a power of two up to 65536")]
+    BlockMin(u32),
     /// Its minimum block does not divide ours.
     #[error("it takes only multiples of {theirs} bytes, and our clients were told {ours}")]
     Blocks {
@@ -82,6 +88,15 @@ impl ServerTerms {
             payload_max: blocks_max.max(1) * block_min,
             allocation_context: agreement.allocation_context,
         }
+    }
+
+    /// Whether a disk can be on this server.
+    ///
+    /// # Errors
+    /// [`OtherDisk::BlockMin`].
+    pub(super) fn check(&self) -> Result<(), OtherDisk> {
+        let is_valid = self.block_min.is_power_of_two() && self.block_min <= BLOCK_MIN_MAX;
+        if is_valid { Ok(()) } else { Err(OtherDisk::BlockMin(self.block_min)) }
     }
 
     /// Whether it offers everything that a server with the terms `self` has offered.
@@ -191,6 +206,20 @@ mod tests {
         assert_eq!(larger, Err(OtherDisk::Blocks { ours: 512, theirs: 4096 }));
         let odd = check(|other| other.block_sizes.as_mut().unwrap().minimum = 384);
         assert_eq!(odd, Err(OtherDisk::Blocks { ours: 512, theirs: 384 }));
+    }
+
+    #[test]
+    fn a_minimum_block_against_the_specification_is_refused() {
+        let check = |minimum| {
+            let sizes = BlockSizes { minimum, preferred: 4096, maximum: 1 << 25 };
+            terms(|terms| terms.block_sizes = Some(sizes)).check()
+        };
+        for minimum in [0, 1, 512, BLOCK_MIN_MAX] {
+            assert_eq!(check(minimum), Ok(()), "{minimum}");
+        }
+        for minimum in [3, 2 * BLOCK_MIN_MAX, 1 << 26] {
+            assert_eq!(check(minimum), Err(OtherDisk::BlockMin(minimum)));
+        }
     }
 
     #[test]
