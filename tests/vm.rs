@@ -24,6 +24,8 @@ mod boot;
 mod file_systems;
 #[path = "vm/kernel_client.rs"]
 mod kernel_client;
+#[path = "vm/proxy.rs"]
+mod proxy;
 #[path = "vm/relay.rs"]
 mod relay;
 #[path = "vm/restart.rs"]

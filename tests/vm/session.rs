@@ -50,7 +50,7 @@ const PROGRAMS: [&str; 12] = [
 ];
 
 /// The kernel modules that are loaded in a machine of [`with_kernel`].
-const MODULES: &str = "nbd xfs btrfs";
+const MODULES: &str = "nbd xfs btrfs sch_netem";
 
 /// Runs `body` as root in a machine that has a kernel, a file system in memory, and [`PROGRAMS`].
 /// `body` must be the closure of a test function that does nothing else: its type name yields the
