@@ -38,6 +38,8 @@ type Kind = ([&'static str; 2], Option<[&'static str; 3]>);
 const OURS: Kind =
     (["serve --quiet --max-clients=2000", "--file"], Some(["--addr", "--port", "--addr"]));
 const OURS_DIRECT: Kind = (["serve --quiet --max-clients=2000 --direct", OURS.0[1]], OURS.1);
+/// A proxy of another process of the same program, which serves the image over the same transport.
+const OURS_PROXY: Kind = (["proxy --quiet --max-clients=2000", "--to"], OURS.1);
 const NBDKIT: Kind =
     (["--foreground --exit-with-parent", "file"], Some(["--ipaddr", "--port", "--unix"]));
 /// The names of the minimal servers that send the image, each by its method.
@@ -45,9 +47,10 @@ const METHODS: [&str; 7] =
     ["copy-64k", "copy-256k", "copy-1m", "splice-256k", "splice-1m", "sendfile", "mapping"];
 /// The minimal server without a disk, the limit of the others.
 const NULL: &str = "null";
-const KINDS: [(&str, Kind, &[&str]); 16] = [
+const KINDS: [(&str, Kind, &[&str]); 17] = [
     ("flexnbd", OURS, &[FLEXNBD]),
     ("flexnbd-direct", OURS_DIRECT, &[FLEXNBD]),
+    ("flexnbd-proxy", OURS_PROXY, &[FLEXNBD]),
     ("nbdkit", NBDKIT, &["nbdkit"]),
     ("qemu-nbd", ([QEMU_NBD, "--aio=io_uring"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
     ("qemu-nbd-threads", ([QEMU_NBD, "--aio=threads"], QEMU_NBD_LISTEN), &["qemu-nbd"]),
@@ -102,7 +105,8 @@ impl Server {
         let version =
             if is_minimal(&name) { "of this benchmark".to_owned() } else { version(&program) };
         let mut server = Self { name, ours, version, usage: String::new(), program, kind };
-        let image = Path::new("IMAGE");
+        let image = if server.upstream().is_some() { "URI" } else { "IMAGE" };
+        let image = Path::new(image);
         server.usage = if server.forks() {
             server.export_section(image).trim().replace('\n', " ")
         } else {
@@ -117,10 +121,15 @@ impl Server {
         self.kind.1.is_none()
     }
 
+    /// The server of the image, if this one is a proxy.
+    fn upstream(&self) -> Option<Self> {
+        (self.kind == OURS_PROXY).then(|| Self { kind: OURS, ..self.clone() })
+    }
+
     /// The command line that serves `image` on a socket passed as systemd passes it, if possible.
     pub(crate) fn activated(&self, image: &Path) -> Option<Vec<OsString>> {
         let program = std::iter::once(self.program.clone().into_os_string());
-        (!self.forks() && !is_minimal(&self.name))
+        (!self.forks() && !is_minimal(&self.name) && self.upstream().is_none())
             .then(|| program.chain(self.arguments(image, &[])).collect())
     }
 
@@ -168,6 +177,8 @@ pub(crate) struct Running {
     pub(crate) export: Export,
     process: Process,
     _folder: TempDir,
+    /// The server of a proxy.
+    _upstream: Option<Box<Self>>,
 }
 
 impl Running {
@@ -182,11 +193,16 @@ impl Running {
             Transport::Tcp => Address::Tcp((Ipv4Addr::LOCALHOST, free_port()).into()),
             Transport::Unix => Address::Unix(folder.path().join("socket")),
         };
-        let mut command = server.command(image, &address, folder.path())?;
+        let upstream = server.upstream().map(|server| Self::start(&server, image, transport));
+        let upstream = upstream.transpose()?.map(Box::new);
+        let uri = upstream.as_ref().map(|upstream| PathBuf::from(uri(&upstream.export.address)));
+        let source = uri.as_deref().unwrap_or(image);
+        let mut command = server.command(source, &address, folder.path())?;
         let pid_file = folder.path().join("pid");
         let process = Process::start(&mut command, Stdio::null())?;
         let export = Export { address, name: if server.forks() { EXPORT } else { "" } };
-        let mut running = Self { pid: process.pid, export, process, _folder: folder };
+        let mut running =
+            Self { pid: process.pid, export, process, _folder: folder, _upstream: upstream };
         if server.forks() {
             running.process.wait_for_success(PATIENCE)?;
             running.process.wait_until(|| {
@@ -208,5 +224,13 @@ impl Drop for Running {
             let ended = poll_until(PATIENCE, || kill(self.pid, None).is_err());
             let _ = (!ended).then(|| kill(self.pid, Signal::SIGKILL));
         }
+    }
+}
+
+/// The default export at an address.
+fn uri(address: &Address) -> String {
+    match address {
+        Address::Tcp(at) => format!("nbd://{at}"),
+        Address::Unix(path) => format!("nbd+unix:///?socket={}", path.display()),
     }
 }
