@@ -22,7 +22,6 @@ use super::blocking::execute;
 use super::buffer::Buffer;
 use super::detect_zeros;
 use super::disk::{Disk, Visit};
-use super::flush_errors::FlushGuard;
 use super::io_queue::{Completion, Notifier};
 #[cfg(test)]
 use super::mutation::{self, Mutation};
@@ -517,6 +516,9 @@ impl<'a, T> InFlight<'a, T> {
             OpStage::WritingDurably { visit, guard } => {
                 self.on_written_durably(visit, key, op, outcome, guard);
             }
+            OpStage::WritingAgain { visit, guard, error } => {
+                self.on_written_again(visit, key, &error, outcome, guard);
+            }
             OpStage::Part { visit, rest, since } => {
                 self.on_part_completed(visit, key, (op, rest), since, outcome);
             }
@@ -526,34 +528,6 @@ impl<'a, T> InFlight<'a, T> {
             // Nothing that waits has been executed.
             _ => self.finish(key, outcome),
         }
-    }
-
-    fn on_written_durably(
-        &mut self,
-        visit: Visit<'a>,
-        key: u64,
-        op: Op,
-        outcome: io::Result<()>,
-        guard: FlushGuard<'a>,
-    ) {
-        let Err(error) = outcome else {
-            self.mark(key);
-            drop(guard);
-            return self.verify(vec![(key, visit)]);
-        };
-        // The error may be of the write or of the flush. A plain write tells which: if it succeeds,
-        // durability failed.
-        let written = match &op {
-            Op::Write { offset, data, .. } => self.disk.image().write(*offset, data, false),
-            _ => Ok(()),
-        };
-        self.mark(key);
-        let error = match written {
-            Ok(()) => self.disk.flush_errors.record(&error),
-            Err(error) => error,
-        };
-        drop(guard);
-        self.finish(key, Err(error));
     }
 
     fn finish(&mut self, key: u64, outcome: io::Result<()>) {

@@ -4,21 +4,22 @@ use super::connecting::connect_to_any;
 use super::terms::ServerTerms;
 use super::{UpstreamBackend, UpstreamError, UpstreamEvents, UpstreamHandle, UpstreamOptions};
 use super::{UpstreamTarget, connect};
-use crate::disk::{Backend, Disk, FeatureFlags, Op};
+use crate::disk::inflight::InFlight;
+use crate::disk::{Backend, Buffer, Disk, FeatureFlags, Notifier, Op};
 use crate::nbd::handshake::server::{Export, ServerHandshake, ServerStep};
 use crate::nbd::handshake::{Agreement, BlockSizes};
 use crate::nbd::reply::{Dialect, ReplyTo};
 use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, TransmissionFlags};
-use crate::net::{Address, Remote};
+use crate::net::{Address, Remote, Wake, wait_readable};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 mod stress;
@@ -36,6 +37,8 @@ enum Mood {
     /// Replies to everything but flushes.
     SlowFlush,
     Refuse(ErrorCode),
+    /// Refuses one request, and is silent then.
+    RefuseOne(ErrorCode),
 }
 
 /// A server with a disk in memory.
@@ -142,10 +145,16 @@ impl ServerParts {
         let to = ReplyTo { cookie: header.cookie, offset: header.offset, chunked };
         let place = header.offset as usize..(header.offset + header.length) as usize;
         let mut disk = self.disk.lock().unwrap();
-        match *self.mood.lock().unwrap() {
+        let mut mood = self.mood.lock().unwrap();
+        let current = *mood;
+        match current {
             Mood::Silent => {}
             Mood::SlowFlush if kind == CommandKind::Flush => {}
             Mood::Refuse(code) => dialect.failure(to, code, None, "", &mut out),
+            Mood::RefuseOne(code) => {
+                *mood = Mood::Silent;
+                dialect.failure(to, code, None, "", &mut out);
+            }
             Mood::Serve | Mood::SlowFlush if kind == CommandKind::Read => {
                 dialect.data_header(to, header.offset, header.length as u32, true, &mut out);
                 out.extend_from_slice(&disk[place]);
@@ -494,4 +503,49 @@ fn the_disk_takes_an_upstream() {
     assert_eq!((disk.size(), disk.has_page_cache()), (SIZE as u64, false));
     drop(disk);
     assert!(!handle.state().connected);
+}
+
+#[derive(Debug)]
+struct WakeNotifier(Wake);
+
+impl Notifier for WakeNotifier {
+    fn notify(&self) {
+        self.0.wake();
+    }
+
+    fn as_eventfd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// It is written again to tell a failed write from a failed flush.
+#[test]
+fn a_session_with_a_failed_durable_write_does_not_block() {
+    let dir = dir();
+    let server = SmallServer::start(dir.path(), "a", SIZE);
+    let upstream = Upstream::connect(vec![server.target()]);
+    server.set_mood(Mood::RefuseOne(ErrorCode::Io));
+    let (done, ended) = mpsc::channel();
+    let Upstream { backend, handle, .. } = upstream;
+    let backend = Arc::into_inner(backend).unwrap();
+    thread::spawn(move || {
+        let disk = Disk::new(Box::new(backend), false);
+        let notifier = Arc::new(WakeNotifier(Wake::new().unwrap()));
+        let mut in_flight = InFlight::new(&disk, Arc::clone(&notifier) as _, Instant::now);
+        let data = Buffer::zeroed(512, 1).unwrap();
+        let write = Op::Write { offset: 0, data, durable: true };
+        in_flight.begin(disk.enter_if_open().unwrap().unwrap(), write, ());
+        in_flight.submit();
+        assert!(wait_readable(&[notifier.as_eventfd()], None).unwrap()[0]);
+        assert!(in_flight.next_completed().is_none());
+        in_flight.submit();
+        done.send("at work").unwrap();
+        drop(in_flight);
+        done.send("ended")
+    });
+    assert_eq!(ended.recv_timeout(DEADLINE), Ok("at work"));
+    // The session ends with its connection.
+    server.stop();
+    assert_eq!(ended.recv_timeout(DEADLINE), Ok("ended"));
+    drop(handle);
 }

@@ -29,6 +29,7 @@ impl<T> InFlight<'_, T> {
             std::mem::forget(operation.change);
             match operation.stage {
                 OpStage::WritingDurably { visit, guard }
+                | OpStage::WritingAgain { visit, guard, .. }
                 | OpStage::Flushing { visit, guard, .. } => {
                     #[cfg(test)]
                     if mutation::is_active(Mutation::ForgetLostFlush) {

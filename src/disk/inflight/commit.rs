@@ -57,6 +57,48 @@ impl<'a, T> InFlight<'a, T> {
         self.execute(leader, Op::Flush, OpStage::Flushing { visit, guard, members });
     }
 
+    pub(super) fn on_written_durably(
+        &mut self,
+        visit: Visit<'a>,
+        key: u64,
+        op: Op,
+        outcome: io::Result<()>,
+        guard: FlushGuard<'a>,
+    ) {
+        let Err(error) = outcome else {
+            self.mark(key);
+            drop(guard);
+            return self.verify(vec![(key, visit)]);
+        };
+        // The error may be of the write or of the flush. A plain write tells which: if it succeeds,
+        // durability failed. It may take as long as any other write.
+        match op {
+            Op::Write { offset, data, .. } => {
+                let again = Op::Write { offset, data, durable: false };
+                self.execute(key, again, OpStage::WritingAgain { visit, guard, error });
+            }
+            _ => self.on_written_again(visit, key, &error, Ok(()), guard),
+        }
+    }
+
+    pub(super) fn on_written_again(
+        &mut self,
+        visit: Visit<'a>,
+        key: u64,
+        first: &io::Error,
+        outcome: io::Result<()>,
+        guard: FlushGuard<'a>,
+    ) {
+        self.mark(key);
+        let error = match outcome {
+            Ok(()) => self.disk.flush_errors.record(first),
+            Err(error) => error,
+        };
+        drop(guard);
+        self.finish(key, Err(error));
+        drop(visit);
+    }
+
     pub(super) fn on_flushed(
         &mut self,
         visit: Visit<'a>,

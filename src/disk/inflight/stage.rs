@@ -12,7 +12,8 @@
 //!                   │                            │ commit           │
 //!                   │                            ▼                  │
 //!                   └────────▶ WritingDurably  Flushing, Joined     │
-//!                                     └──────────┴──▶ Verifying ────┘
+//!                              │      └──────────┴──▶ Verifying ────┤
+//!                              └─▶ WritingAgain (failed) ───────────┘
 //! ```
 
 use super::super::buffer::Buffer;
@@ -23,6 +24,7 @@ use super::super::op::Op;
 use super::super::overlap::Change;
 use crate::range::Range;
 use std::collections::VecDeque;
+use std::io;
 use std::time::Instant;
 
 /// What executes operations.
@@ -61,6 +63,8 @@ pub(super) enum OpStage<'a> {
     Executing { visit: Visit<'a>, durable: bool },
     /// A single write executes that is durable by itself.
     WritingDurably { visit: Visit<'a>, guard: FlushGuard<'a> },
+    /// A single durable write has failed with this error. It executes again, not durable.
+    WritingAgain { visit: Visit<'a>, guard: FlushGuard<'a>, error: io::Error },
     /// A part of a zeroing or trim executes since this time; the rest may be empty.
     Part { visit: Visit<'a>, rest: Op, since: Instant },
     /// To be made durable by the next commit; first this write has to be executed.

@@ -2,12 +2,10 @@
 //! falls silent. Every operation completes in time and with the right bytes.
 
 use super::*;
-use crate::disk::{Buffer, IoQueue};
-use crate::net::{Wake, wait_readable};
+use crate::disk::IoQueue;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 const BLOCK: usize = 1024;
 /// Blocks of one session.
