@@ -5,7 +5,7 @@ use super::*;
 use crate::disk::IoQueue;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 const BLOCK: usize = 1024;
 /// Blocks of one session.
@@ -139,10 +139,16 @@ struct Client<'a> {
     longest: Duration,
     completed: usize,
     wakeups: usize,
+    /// Completed operations of all clients.
+    progress: &'a AtomicUsize,
 }
 
 impl<'a> Client<'a> {
-    fn new(backend: &'a UpstreamBackend, number: usize, seed: u64) -> Self {
+    fn new(
+        (backend, progress): (&'a UpstreamBackend, &'a AtomicUsize),
+        number: usize,
+        seed: u64,
+    ) -> Self {
         Self {
             backend,
             number,
@@ -155,6 +161,7 @@ impl<'a> Client<'a> {
             longest: Duration::ZERO,
             completed: 0,
             wakeups: 0,
+            progress,
         }
     }
 
@@ -275,6 +282,7 @@ impl<'a> Client<'a> {
         let (blocks, version, began) = self.in_flight.remove(&key).expect("completed twice");
         self.longest = self.longest.max(began.elapsed());
         self.completed += 1;
+        self.progress.fetch_add(1, Ordering::Relaxed);
         match op {
             Op::Read { data, .. } => self.check(blocks, data),
             Op::Write { .. } => {
@@ -324,8 +332,8 @@ struct Disturbance {
     clients: usize,
     options: UpstreamOptions,
     is_silent: bool,
-    /// Longest pause between two interruptions.
-    pause: Duration,
+    /// Mean number of operations between two interruptions.
+    pause: usize,
     operations: usize,
 }
 
@@ -335,17 +343,24 @@ fn run(seed: u64, disturbance: &Disturbance) {
     let events = Arc::new(Changes(Mutex::new(mpsc::channel().0)));
     let (backend, handle) = connect(vec![server.target()], options.clone(), events).unwrap();
     let (backend, done) = (&backend, &AtomicBool::new(false));
+    let progress = &AtomicUsize::new(0);
     let began = Instant::now();
-    let mut clients: Vec<_> =
-        (0..*clients).map(|number| Client::new(backend, number, seed + number as u64)).collect();
+    let mut clients: Vec<_> = (0..*clients)
+        .map(|number| Client::new((backend, progress), number, seed + number as u64))
+        .collect();
     thread::scope(|scope| {
         let work = clients.iter_mut().map(|client| scope.spawn(|| client.run(*operations)));
         let work: Vec<_> = work.collect();
         scope.spawn(|| {
             let mut rng = fastrand::Rng::with_seed(seed);
+            let mut next = 0;
             while !done.load(Ordering::Relaxed) {
-                thread::sleep(pause.mul_f64(rng.f64()));
-                server.interrupt(*is_silent && rng.bool(), rng.bool());
+                // A server that is lost before it has answered is connected to later and later.
+                if progress.load(Ordering::Relaxed) >= next {
+                    server.interrupt(*is_silent && rng.bool(), rng.bool());
+                    next = progress.load(Ordering::Relaxed) + rng.usize(1..2 * pause);
+                }
+                thread::sleep(Duration::from_micros(rng.u64(..5000)));
             }
         });
         let outcomes: Vec<_> = work.into_iter().map(|thread| thread.join()).collect();
@@ -388,7 +403,7 @@ fn sessions_live_through_cuts_and_power_losses() {
         for connections in [1, 2, 4] {
             let seed = 1000 * seed() + 100 * number as u64 + connections as u64;
             let options = without_ticks(connections, None);
-            let pause = Duration::from_millis(150);
+            let pause = 100;
             let operations = 2000;
             run(seed, &Disturbance { clients, options, is_silent: false, pause, operations });
         }
@@ -399,7 +414,7 @@ fn sessions_live_through_cuts_and_power_losses() {
 fn sessions_that_read_ahead_live_through_cuts() {
     for clients in [1, 4] {
         let options = without_ticks(2, Some(16 << 10));
-        let pause = Duration::from_millis(150);
+        let pause = 100;
         let seed = 1000 * seed() + clients as u64;
         run(seed, &Disturbance { clients, options, is_silent: false, pause, operations: 2000 });
     }
@@ -408,9 +423,9 @@ fn sessions_that_read_ahead_live_through_cuts() {
 #[test]
 fn sessions_live_through_silence() {
     for (clients, connections) in [(1, 1), (3, 2), (8, 4)] {
-        let timeout = Duration::from_millis(200);
+        let timeout = Duration::from_millis(500);
         let options = UpstreamOptions { connections, timeout, ..UpstreamOptions::default() };
-        let pause = Duration::from_millis(500);
+        let pause = 500;
         let seed = 1000 * seed() + clients as u64;
         run(seed, &Disturbance { clients, options, is_silent: true, pause, operations: 1000 });
     }
