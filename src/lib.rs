@@ -51,21 +51,21 @@
 //!
 //! The handshake of a session and its engine (`server/session`) are state machines without a socket: they do
 //! all possible work, and return the reason to wait. The driver receives, sends and waits, and is the only
-//! place of a session that does.
+//! place of a session that does; only the replies of an upstream may also be received where completions are
+//! taken (`upstream/queue`).
 //!
 //! Decisions are pure: values in, values out, with time, randomness and I/O as arguments.
 //!
-//! Disk I/O that may block, or must be durable, is an operation in flight (`disk/inflight`). The
-//! same `Op` (`disk/op`) goes from the engine to io_uring (`disk/uring`) or a thread
-//! (`disk/thread_pool`) and back; a read returns with its bytes, unless they are sent from the page cache. The session continues with the next
-//! request meanwhile, and the reply is sent out of order, at the completion. Of
-//! two overlapping changes the earlier one is executed first, whichever sessions they belong to
-//! (`disk/overlap`).
+//! Disk I/O that may block, or must be durable, is an operation in flight (`disk/inflight`). The same `Op`
+//! (`disk/op`) goes from the engine to io_uring (`disk/uring`) or a thread (`disk/thread_pool`) and back; a
+//! read returns with its bytes, unless they are sent from the page cache. The session continues with the
+//! next request meanwhile, and the reply is sent out of order, at the completion. Of two overlapping
+//! changes the earlier one is executed first, whichever sessions they belong to (`disk/overlap`).
 //!
-//! A command of the protocol is in six files: `nbd/wire` (its number and flags), `nbd/request` (its checks),
-//! `server/session/engine` (its operation), `disk/op` (that operation), `disk/file_backend` and
-//! `disk/uring` (its execution). One that a backend may lack is also a feature (`disk/features`), which
-//! `server/shared` offers to clients.
+//! A command of the protocol is in six files: `nbd/wire` (its number and flags), `nbd/request` (its
+//! checks), `server/session/engine` (its operation), `disk/op` (that operation), `disk/file_backend` and
+//! `disk/uring` (its execution); `upstream/machine` sends it on, where another server has the disk. One
+//! that a backend may lack is also a feature (`disk/features`), which `server/shared` offers to clients.
 //!
 //! A peer's fault ends that peer's session; our own fault propagates to `main`.
 //!
@@ -111,11 +111,13 @@
 //! 7. Leaves: all other locks, such as those of overlap, flush errors, record store and queues. A thread
 //!    that holds one takes no other lock and waits only for the condition variable of that lock.
 //!
-//! `UpstreamLink::state` is a leaf, although a thread that holds it sends: its sockets do not block.
+//! `UpstreamLink::state` is a leaf, although a thread that holds it sends: its sockets do not block. It is
+//! taken under `UpstreamConnection::rx`, which is a leaf otherwise.
 //!
 //! The gate is not a lock, but threads wait for it as for one. A thread that enters it holds none of
 //! these locks except `settling`, since nothing closes the gate of an incoming disk. Closing the gate
-//! waits for all visits; therefore a visit never waits for a peer.
+//! waits for all visits; therefore a visit never waits for a peer. One to an upstream does,
+//! so nothing closes the gate of a disk that is on another server.
 //!
 //! # Glossary
 //!
@@ -131,6 +133,7 @@
 //!   (a handover was begun), *departed* (another host owns the disk now).
 //! * **handover**: the request by which a source gives the disk away. **in doubt**: it was sent and its
 //!   outcome is unknown; neither side serves until that is resolved.
+//! * **upstream**: the server that has the disk of a proxy, or that a source relays to.
 //! * **relay**: after a handover, pass the requests of clients that have stayed at the source on to the
 //!   destination.
 //! * **provenance**: how a disk became ours: native; arrived, from a source that introduced itself;
