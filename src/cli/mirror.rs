@@ -49,9 +49,14 @@ pub struct MirrorFlags {
     #[arg(long, value_name = "SECONDS", value_parser = parse_relay_for)]
     relay_for: Option<u64>,
 
-    /// The same to this server and export, nbd://HOST[:PORT][/EXPORT] or
-    /// nbd+unix:///[EXPORT]?socket=PATH, if the disk is not served at ADDR and PORT
-    #[arg(long, value_name = "URI", value_parser = uri::parse)]
+    /// Where the destination serves the disk.
+    #[arg(
+        long,
+        value_name = "URI",
+        value_parser = uri::parse,
+        help = "The same to this server and export, nbd://HOST[:PORT][/EXPORT] or \
+                nbd+unix:///[EXPORT]?socket=PATH, if the disk is not served at ADDR and PORT"
+    )]
     relay_to: Option<Target>,
 
     /// Disconnect the clients, even if the server is configured to relay

@@ -45,9 +45,14 @@ pub struct ProxyFlags {
     #[arg(short = 'P', long, value_name = "CONN_PORT", value_parser = parse_port)]
     conn_port: Option<u16>,
 
-    /// Server and export to connect to, as a URI: nbd://HOST[:PORT][/EXPORT] or
-    /// nbd+unix:///[EXPORT]?socket=PATH; may be repeated, for a disk that can move
-    #[arg(long, value_name = "URI", value_parser = uri::parse)]
+    /// The servers that may have the disk.
+    #[arg(
+        long,
+        value_name = "URI",
+        value_parser = uri::parse,
+        help = "Server and export to connect to, as a URI: nbd://HOST[:PORT][/EXPORT] or \
+                nbd+unix:///[EXPORT]?socket=PATH; may be repeated, for a disk that can move"
+    )]
     to: Vec<Target>,
 
     /// Local address to connect from, for servers that look at it
