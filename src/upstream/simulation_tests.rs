@@ -52,7 +52,7 @@ const SCHEDULES: u64 = 4_000;
 /// Number of seeds within which every mutation must be found.
 const MUTANT_SEEDS: u64 = 50_000;
 
-fn env_number(name: &str) -> Option<u64> {
+pub(super) fn env_number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
 }

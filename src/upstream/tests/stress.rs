@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::disk::IoQueue;
+use crate::upstream::simulation_tests::env_number;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -388,7 +389,7 @@ fn run(seed: u64, disturbance: &Disturbance) {
 }
 
 fn seed() -> u64 {
-    std::env::var("FLEXNBD_STRESS_SEED").map_or(1, |seed| seed.parse().unwrap())
+    env_number("FLEXNBD_SEED").unwrap_or(1)
 }
 
 /// A reply that only the look at every tick finds would be late.
