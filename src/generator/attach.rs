@@ -11,8 +11,8 @@ const DEVICES: &str = "/dev/flexnbd";
 
 /// The settings of `flexnbd-attach@NAME.service`, whose disk `{unit}@NAME.service` serves.
 ///
-/// Requires the socket, which stays open while the service restarts. Of the service only a stop is
-/// propagated (`StopPropagatedFrom=`): `Requires=` would propagate a restart as well. The order of
+/// Requires the socket, which stays open while the service restarts, and not the service: systemd would
+/// propagate its restart, and systemd 257 does so for `StopPropagatedFrom=`, too. The order of
 /// `After=` is reversed at a stop, so the device is detached before its server ends.
 ///
 /// File systems and swap wait for `blockdev@DEVICE.target` (systemd.special(7)), so that they are
@@ -24,7 +24,6 @@ pub(crate) fn attach(name: &str, unit: &str) -> Vec<Line> {
     vec![
         ("Unit", format!("Requires={socket}")),
         ("Unit", format!("After={socket} {service}")),
-        ("Unit", format!("StopPropagatedFrom={service}")),
         ("Unit", format!("Wants={target}")),
         ("Unit", format!("Before={target}")),
         ("Service", format!("Environment=SOCKET_UNIT={socket}")),
@@ -54,13 +53,13 @@ mod tests {
     }
 
     #[test]
-    fn only_stops_of_the_service_are_propagated() {
+    fn restarts_of_the_service_are_not_propagated() {
         let lines = attach("disk", "flexnbd");
         let naming = |unit: &str| -> Vec<&str> {
             let names = lines.iter().filter(|(_, line)| line.ends_with(unit));
             names.map(|(_, line)| line.split('=').next().unwrap()).collect()
         };
-        assert_eq!(naming("flexnbd@disk.service"), ["After", "StopPropagatedFrom"]);
+        assert_eq!(naming("flexnbd@disk.service"), ["After"]);
         assert_eq!(naming("flexnbd@disk.socket"), ["Requires", "Environment"]);
     }
 }

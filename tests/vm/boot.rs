@@ -105,7 +105,7 @@ fn a_mounted_device_survives_restarts_and_a_reboot() {
         let stopping = position("stopping: received SIGTERM");
         assert!(unmounted < detached && detached < stopping, "{:#?}", &before[unmounted..]);
         // Unmounts and detaches first.
-        host.systemctl(&format!("stop {DISK}"));
+        host.systemctl("stop flexnbd@disk.socket");
         assert_eq!([host.state(MOUNT), host.state(ATTACH)], ["inactive", "inactive"]);
         ok("e2fsck -fn /var/lib/flexnbd/disk.img");
     });

@@ -62,6 +62,7 @@ make_kernel() {
     # Fails if the package lists are older than the newest kernel.
     fetch_kernel || { apt-get -qq update; fetch_kernel; } || die "apt has no kernel for virtual machines"
     dpkg -x ./*.deb root
+    [ -d root/lib ] || ln -s usr/lib root/lib   # since Debian 13
     depmod -b "$new/root" "$(ls root/lib/modules)"
     mv root/lib/modules ../modules
     mv root/boot/vmlinuz-* ../kernel
@@ -221,7 +222,7 @@ cmd_host() {
     shift $((OPTIND - 1)); [ $# -ge 1 ] || die "run what?"
     begin
     mkdir -p "$T/job"
-    modules virtio_blk virtio_pci
+    modules virtio_blk virtio_pci ext4
     cp "$1" "$T/job/script"; shift
     for file; do cp -r "$file" "$T/job/"; done
     mke2fs -q -F -t ext4 -d "$T/job" "$T/job.img" $(($(du -sm "$T/job" | cut -f1) + 32))M >/dev/null
@@ -229,7 +230,9 @@ cmd_host() {
 #!/bin/busybox sh
 busybox=/bin/busybox
 $busybox mount -t devtmpfs dev /dev
-for module in virtio_pci virtio_blk; do /bin/modprobe $module; done
+$busybox mount -t sysfs sys /sys   # tells modprobe that the kernel decompresses modules
+for module in virtio_pci virtio_blk ext4; do /bin/modprobe $module; done
+$busybox umount /sys
 $busybox mount -t ext4 /dev/vda /new && exec $busybox switch_root /new /sbin/init
 $busybox poweroff -f
 X
