@@ -18,6 +18,8 @@ mod session;
 
 #[path = "vm/attach.rs"]
 mod attach;
+#[path = "vm/attach_proxy.rs"]
+mod attach_proxy;
 #[path = "vm/boot.rs"]
 mod boot;
 #[path = "vm/file_systems.rs"]
