@@ -2,7 +2,7 @@
 //!
 //! A session that is the only one whose requests go over a connection receives from it itself: it waits for
 //! that socket beside its client's, which saves two switches between threads for each batch of replies.
-//! Otherwise, and if nobody has for a while, the connection's thread does.
+//! Otherwise, and when the session has not received for a while, the connection's thread does.
 
 use super::rx::UpstreamRx;
 use super::terms::ServerTerms;

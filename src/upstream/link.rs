@@ -158,7 +158,7 @@ impl UpstreamLink {
         Some(connection)
     }
 
-    /// Receives what has arrived on the connection of a queue, on the session's thread.
+    /// Receives the arrived replies on the connection of a queue, on the session's thread.
     pub(super) fn receive_for(&self, id: u64, connection: &UpstreamConnection) {
         // It takes the completions next.
         if let Some(queue) = lock(&self.state).queues.get_mut(&id) {
@@ -227,7 +227,7 @@ impl UpstreamLink {
         }
     }
 
-    /// Sends what can be sent, and distributes what has completed.
+    /// Sends messages until the sockets are full, and distributes completions.
     fn finish(&self, mut state: MutexGuard<'_, LinkCore>) {
         state.send();
         state.distribute();
@@ -305,7 +305,7 @@ impl UpstreamLink {
     /// The current connections are lost. Returns whether the server has answered; `None` if closed.
     fn end(&self, target: usize, old: Connected, replies: u64) -> Option<bool> {
         for connection in &old.connections {
-            // The old server process must not execute what is still in our send buffer. A session may
+            // The old server process must not execute requests that are still in our send buffer. A session may
             // wait for the socket, so dropping it would not do. Fails only on a broken connection.
             let _ = connection.stream.abort();
         }
@@ -378,7 +378,7 @@ impl UpstreamLink {
         (!state.is_closed).then_some(())
     }
 
-    /// Receives from a connection, and sends what its socket did not take at once, until it is lost.
+    /// Receives from a connection, and sends the bytes that its socket did not take at once, until it is lost.
     fn receive(&self, number: usize, current: &Connected) {
         let connection = &*current.connections[number];
         let tick = self.options.timeout / TICKS;

@@ -1,5 +1,5 @@
-//! The requests to the server: which are to be sent, which are unanswered, and what has to be sent again
-//! when the connection is lost and another one replaces it.
+//! The requests to the server: those to be sent, those without a reply, and those to be sent again when
+//! another connection replaces a lost one.
 //! Pure: no socket, no clock. The link sends what [`UpstreamMachine::next_message`] returns, and passes what
 //! it receives to `rx`, which calls the methods in `machine/answers`.
 //!
@@ -10,7 +10,7 @@
 //!      └───────────────────────────┴─────────── lost ───────────┴─────────────────────┘
 //! ```
 //!
-//! * Replaying: what was acknowledged and not flushed is written again, since the server may have lost it
+//! * Replaying: acknowledged changes that are not flushed are written again, since the server may have lost it
 //!   (a process that was killed has not, but a host without power has, and nothing tells them apart).
 //!   No other request is sent. These writes do not overlap, so any number of them is in flight.
 //! * Resending: the changes that were sent before and have no reply are sent again. They come after the
@@ -93,7 +93,7 @@ pub(super) struct UpstreamMachine {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LinkStage {
     Disconnected,
-    /// What is kept behind this offset has to be written again; this many messages have no reply.
+    /// The kept changes behind this offset have to be written again; this many messages have no reply.
     Replaying {
         offset: u64,
         unanswered: usize,

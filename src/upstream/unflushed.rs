@@ -1,4 +1,4 @@
-//! The changes that a server has acknowledged and not yet flushed: what has to be written again if that
+//! The changes that a server has acknowledged and not yet flushed. They have to be written again if that
 //! server is lost, because it may have kept them in memory only.
 //! Pure. Holds data by reference, and counts every byte that it keeps from being freed.
 
