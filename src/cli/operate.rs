@@ -168,18 +168,9 @@ pub fn run(command: &OperatorCommand) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::command::{ArrivalAction, RelayRequest};
 
     fn destination() -> Mirror {
-        let to = "[::1]:7".parse().unwrap();
-        Mirror {
-            to,
-            action: ArrivalAction::Exit,
-            bind: None,
-            max_bps: None,
-            no_record: false,
-            relay: RelayRequest::AsConfigured,
-        }
+        Mirror::plain("[::1]:7")
     }
 
     fn mirror(wait: bool) -> CommandKind {

@@ -133,14 +133,7 @@ fn operation(line: &str) -> CommandKind {
 
 #[test]
 fn every_option_of_mirror_is_parsed() {
-    let plain = |to: &str| Mirror {
-        to: to.parse().unwrap(),
-        action: ArrivalAction::Exit,
-        bind: None,
-        max_bps: None,
-        no_record: false,
-        relay: RelayRequest::AsConfigured,
-    };
+    let plain = Mirror::plain;
     let full = Mirror {
         action: ArrivalAction::Unlink,
         bind: Some("192.0.2.9".parse().unwrap()),

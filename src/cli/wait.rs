@@ -143,7 +143,7 @@ fn request_status(socket: &Path) -> Option<StatusSample> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::command::{ArrivalAction, Mirror, RelayRequest};
+    use crate::control::command::Mirror;
     use crate::control::status::Migration;
     use crate::control::{ControlSocket, Credentials, Operator};
     use std::sync::{Arc, Condvar, Mutex};
@@ -193,15 +193,7 @@ mod tests {
     }
 
     fn command() -> Command {
-        let to = "[::1]:7".parse().unwrap();
-        Command::MirrorWait(Mirror {
-            to,
-            action: ArrivalAction::Exit,
-            bind: None,
-            max_bps: None,
-            no_record: false,
-            relay: RelayRequest::AsConfigured,
-        })
+        Command::MirrorWait(Mirror::plain("[::1]:7"))
     }
 
     #[test]

@@ -69,6 +69,21 @@ pub struct Mirror {
     pub relay: RelayRequest,
 }
 
+#[cfg(test)]
+impl Mirror {
+    /// A migration to this address, without options.
+    pub(crate) fn plain(to: &str) -> Self {
+        Self {
+            to: to.parse().unwrap(),
+            action: ArrivalAction::Exit,
+            bind: None,
+            max_bps: None,
+            no_record: false,
+            relay: RelayRequest::AsConfigured,
+        }
+    }
+}
+
 /// The action of the source once its disk has arrived at the destination.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ArrivalAction {

@@ -355,7 +355,6 @@ fn failed(trouble: &Trouble) -> Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::command::RelayRequest;
     use crate::disk::memory_backend::MemoryBackend;
     use crate::disk::ownership::Record;
     use crate::migration::job::RecordKind;
@@ -371,15 +370,7 @@ mod tests {
         };
         let recorded = |bind: Option<&str>| {
             let bind = bind.map(|ip| ip.parse().unwrap());
-            let to = "192.0.2.1:7".parse().unwrap();
-            let command = Mirror {
-                to,
-                action: ArrivalAction::Exit,
-                bind,
-                max_bps: None,
-                no_record: false,
-                relay: RelayRequest::AsConfigured,
-            };
+            let command = Mirror { bind, ..Mirror::plain("192.0.2.1:7") };
             let Ok(job) = job(&context, &command) else { panic!("no job") };
             match job.record(RecordKind::Departing, 0) {
                 Some(Record::Departing { from, .. }) => from.map(|ip| ip.to_string()),

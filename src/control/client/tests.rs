@@ -1,7 +1,7 @@
 //! Tests of `client.rs` over real sockets.
 
 use super::*;
-use crate::control::command::{ArrivalAction, LINE_BYTES_MAX, LINES_MAX, Mirror, RelayRequest};
+use crate::control::command::{LINE_BYTES_MAX, LINES_MAX, Mirror};
 use crate::control::{ControlSocket, Credentials, Operator};
 use nix::sys::socket::Backlog;
 use std::os::unix::net::UnixListener;
@@ -132,15 +132,7 @@ fn a_missing_reply_is_a_timeout() {
 
 #[test]
 fn mirror_wait_ends_with_the_migration_or_the_server() {
-    let to = "10.0.0.1:1".parse().unwrap();
-    let mirror = Mirror {
-        to,
-        action: ArrivalAction::Exit,
-        bind: None,
-        max_bps: None,
-        no_record: false,
-        relay: RelayRequest::AsConfigured,
-    };
+    let mirror = Mirror::plain("10.0.0.1:1");
     let ask_server = |talk: fn(UnixStream)| {
         let directory = directory();
         let path = directory.path().join("control.sock");

@@ -14,17 +14,6 @@ fn at_end(wire: &[u8]) -> Result<Command, CommandError> {
     incoming.end()
 }
 
-fn mirror(to: &str) -> Mirror {
-    Mirror {
-        to: to.parse().unwrap(),
-        action: ArrivalAction::Exit,
-        bind: None,
-        max_bps: None,
-        no_record: false,
-        relay: RelayRequest::AsConfigured,
-    }
-}
-
 fn acl(entries: &[&str]) -> Command {
     Command::Acl { entries: entries.iter().map(|&entry| entry.to_owned()).collect() }
 }
@@ -34,7 +23,7 @@ fn commands_of_the_originals_client_are_parsed() {
     let bound = Mirror {
         action: ArrivalAction::Unlink,
         bind: Some("10.0.0.9".parse().unwrap()),
-        ..mirror("10.0.0.1:4777")
+        ..Mirror::plain("10.0.0.1:4777")
     };
     let cases: [(&[u8], Command); 7] = [
         (b"status\n\n", Command::Status),
@@ -42,7 +31,7 @@ fn commands_of_the_originals_client_are_parsed() {
         (b"acl\n\n", acl(&[])),
         (b"acl\n127.0.0.1\n10.0.0.0/8\n\n", acl(&["127.0.0.1", "10.0.0.0/8"])),
         // Without a bind address, its empty line ends the command; another one follows.
-        (b"mirror\n10.0.0.1\n4777\nexit\n\n\n", Command::Mirror(mirror("10.0.0.1:4777"))),
+        (b"mirror\n10.0.0.1\n4777\nexit\n\n\n", Command::Mirror(Mirror::plain("10.0.0.1:4777"))),
         (b"mirror\n10.0.0.1\n4777\nunlink\n10.0.0.9\n\n", Command::Mirror(bound)),
         (b"mirror_max_bps\n1048576\n\n", Command::MirrorMaxBps(1_048_576)),
     ];
@@ -53,13 +42,13 @@ fn commands_of_the_originals_client_are_parsed() {
 
 #[test]
 fn commands_are_encoded_as_the_originals_server_expects() {
-    let limited = Mirror { max_bps: Some(7), ..mirror("[::1]:4777") };
+    let limited = Mirror { max_bps: Some(7), ..Mirror::plain("[::1]:4777") };
     let cases: [(Command, &[u8]); 7] = [
         (Command::Status, b"status\n\n"),
         (Command::Break, b"break\n\n"),
-        (Command::MirrorWait(mirror("[::1]:1")), b"mirror_wait\n::1\n1\nexit\n\n"),
+        (Command::MirrorWait(Mirror::plain("[::1]:1")), b"mirror_wait\n::1\n1\nexit\n\n"),
         (acl(&["::1"]), b"acl\n::1\n\n"),
-        (Command::Mirror(mirror("10.0.0.1:4777")), b"mirror\n10.0.0.1\n4777\nexit\n\n"),
+        (Command::Mirror(Mirror::plain("10.0.0.1:4777")), b"mirror\n10.0.0.1\n4777\nexit\n\n"),
         // An empty line for the bind address would end the command before the limit.
         (Command::Mirror(limited), b"mirror\n::1\n4777\nexit\n::\n7\n\n"),
         (Command::MirrorMaxBps(0), b"mirror_max_bps\n0\n\n"),
@@ -73,7 +62,10 @@ fn commands_are_encoded_as_the_originals_server_expects() {
 
 #[test]
 fn mirror_without_an_action_exits() {
-    assert_eq!(parse(b"mirror\n10.0.0.1\n1\n\n"), Ok(Some(Command::Mirror(mirror("10.0.0.1:1")))));
+    assert_eq!(
+        parse(b"mirror\n10.0.0.1\n1\n\n"),
+        Ok(Some(Command::Mirror(Mirror::plain("10.0.0.1:1"))))
+    );
 }
 
 #[test]
