@@ -137,9 +137,7 @@ impl UpstreamLink {
         let flag = Arc::clone(&queue.has_completions);
         state.queues.insert(id, queue);
         // Its requests may share a connection with those of a session that receives.
-        if let Some(number) = state.connection_number(id) {
-            state.connections[number].connection.end_session_receipt();
-        }
+        state.end_session_receipt(id);
         (id, flag)
     }
 
@@ -182,9 +180,7 @@ impl UpstreamLink {
     /// Forgets a queue without operations.
     pub(super) fn close_queue(&self, id: u64) {
         let mut state = lock(&self.state);
-        if let Some(number) = state.connection_number(id) {
-            state.connections[number].connection.end_session_receipt();
-        }
+        state.end_session_receipt(id);
         state.queues.remove(&id);
         if let Some(read_ahead) = &mut state.read_ahead {
             read_ahead.cancel(id);
@@ -214,9 +210,7 @@ impl UpstreamLink {
     /// with all operations of the queue completed.
     pub(super) fn wait_for_completions(&self, id: u64, may_cancel: bool) {
         let mut state = lock(&self.state);
-        if let Some(number) = state.connection_number(id) {
-            state.connections[number].connection.end_session_receipt();
-        }
+        state.end_session_receipt(id);
         while state.queues.get(&id).is_some_and(|queue| queue.completions.is_empty()) {
             if may_cancel && state.cancel(id) {
                 return self.finish(state);

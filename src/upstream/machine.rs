@@ -10,8 +10,8 @@
 //!      └───────────────────────────┴─────────── lost ───────────┴─────────────────────┘
 //! ```
 //!
-//! * Replaying: acknowledged changes that are not flushed are written again, since the server may have lost it
-//!   (a process that was killed has not, but a host without power has, and nothing tells them apart).
+//! * Replaying: acknowledged changes that are not flushed are written again, since the server may have lost
+//!   them (a process that was killed has not, but a host without power has, and nothing tells them apart).
 //!   No other request is sent. These writes do not overlap, so any number of them is in flight.
 //! * Resending: the changes that were sent before and have no reply are sent again. They come after the
 //!   replay, which could undo them; and before reads, because an earlier read may have returned their
@@ -378,12 +378,16 @@ impl UpstreamMachine {
         unanswered == 0 && self.unflushed.next(offset).is_none()
     }
 
-    /// All messages of a request go over one connection, and all requests of a queue, so that a session
-    /// has a stream of its own where there are several.
+    /// The connection for all messages of a queue's requests, so that a session has a stream of its own where
+    /// there are several.
+    pub(super) fn connection_of(&self, owner: u64) -> usize {
+        // Fits: smaller than the number of connections.
+        (owner % self.connections.max(1) as u64) as usize
+    }
+
     fn make_ready(&mut self, id: u64) {
         let Some(request) = self.requests.get(&id) else { return };
-        // Fits: smaller than the number of connections.
-        let connection = (request.owner % self.connections as u64) as usize;
+        let connection = self.connection_of(request.owner);
         self.ready[connection].push_back(id);
     }
 

@@ -51,11 +51,16 @@ pub(super) struct QueueState {
 }
 
 impl LinkCore {
-    /// The connection for the requests of a queue, as the machine assigns them.
+    /// The connection for the requests of a queue, if there is one.
     pub(super) fn connection_number(&self, queue: u64) -> Option<usize> {
-        let count = self.connections.len() as u64;
-        // Fits: smaller than the number of connections.
-        queue.checked_rem(count).map(|number| number as usize)
+        (!self.connections.is_empty()).then(|| self.machine.connection_of(queue))
+    }
+
+    /// Has the thread of a queue's connection receive again.
+    pub(super) fn end_session_receipt(&self, queue: u64) {
+        if let Some(number) = self.connection_number(queue) {
+            self.connections[number].connection.end_session_receipt();
+        }
     }
 
     /// The connections are lost, for this reason unless another one came first.
