@@ -12,7 +12,7 @@
 //! 3   server  migration  upstream
 //! 2   client  control
 //! 1   nbd  disk  net  systemd
-//! 0   human  memory_reserve  message_id  milestones  range  small_file  sync  transition_table
+//! 0   human  memory_reserve  message_id  milestones  range  small_file  sync  schedules  transition_table
 //! ```
 //!
 //! * [`human`]: counts, sizes, times and percentages in texts for operators.
@@ -22,6 +22,7 @@
 //! * [`range`]: a byte range that can neither overflow nor leave its disk.
 //! * [`small_file`]: reads regular files of bounded size.
 //! * [`sync`]: locks and waits that ignore poisoning.
+//! * `schedules`: runs simulations from seeds; only in tests.
 //! * `transition_table`: compares decisions with their table in the source tree; only in tests.
 //! * [`nbd`]: the NBD protocol, both roles: bytes in, values out; pure.
 //! * [`disk`]: the image, its gate, its I/O, its ownership record.
@@ -152,6 +153,8 @@ pub mod milestones;
 pub mod nbd;
 pub mod net;
 pub mod range;
+#[cfg(test)]
+mod schedules;
 pub mod server;
 pub mod small_file;
 pub mod sync;

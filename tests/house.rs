@@ -18,6 +18,7 @@ const FLOORS: &[(&str, u32)] = &[
     ("small_file", 0),
     ("sync", 0),
     ("transition_table", 0),
+    ("schedules", 0),
     ("nbd", 1),
     ("disk", 1),
     ("net", 1),

@@ -21,7 +21,7 @@
 //! made everything acknowledged before durable, including what an earlier server had acknowledged and may
 //! have lost. If this process ends, its clients are disconnected, and everything flushed is durable.
 //!
-//! The disk must have no other writer: what is written again after a loss would overwrite its changes.
+//! The disk must have no other writer: a replay after a loss would overwrite its changes.
 //!
 //! A lost connection is reset, so that the old server process receives nothing more of it. Requests that it
 //! has received already may still be executing when the new connection sends them again, and could overwrite

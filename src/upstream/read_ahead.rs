@@ -94,8 +94,8 @@ impl ReadAhead {
         self.changes.retain(|(of, change, _)| (*of, *change) != (queue, key));
     }
 
-    /// What was read ahead has arrived, or failed. Returns the reads that have waited for it, by queue and
-    /// key; those that have no outcome have to be sent.
+    /// A request that reads ahead has completed. Returns the reads that have waited for it, by queue and key;
+    /// reads without an outcome have to be sent.
     pub(super) fn arrived(&mut self, token: u64, op: Op, is_read: bool) -> Vec<(u64, Completion)> {
         let Op::Read { data, .. } = op else { return Vec::new() };
         let find = |(queue, stream): (&u64, &mut ReadStream)| {
@@ -220,7 +220,7 @@ impl ReadStream {
     }
 }
 
-/// Copies a part of what was read ahead. It is inside.
+/// Copies a part of a range that was read ahead. The part is inside.
 fn copy(fetched: Range, bytes: &[u8], offset: u64, into: &mut [u8]) {
     let at = (offset - fetched.offset()) as usize;
     into.copy_from_slice(&bytes[at..at + into.len()]);

@@ -29,6 +29,7 @@
 //! schedules fail with it, and for the right reason.
 
 use crate::disk::mutation::{self, Mutation};
+use crate::schedules;
 use coverage::Coverage;
 use theme::Theme;
 
@@ -48,40 +49,23 @@ const SCHEDULES: u64 = 1_000;
 /// [`Mutation::SkipVerification`] in one of 1,000 schedules of its theme.
 const MUTANT_SEEDS: u64 = 50_000;
 
-fn env_number(name: &str) -> Option<u64> {
-    let text = std::env::var(name).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
-}
-
 #[test]
 fn schedules_keep_the_promises_of_a_session() {
-    if let Some(seed) = env_number("FLEXNBD_SEED") {
-        let coverage = world::run(seed).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
-        println!("seed {seed}: {coverage:?}");
-        return;
+    if let Some(all) = schedules::run_all(SCHEDULES, world::run, Coverage::add) {
+        assert!(all.missing().is_none(), "{:?} is not reached", all.missing());
     }
-    let count = env_number("FLEXNBD_SCHEDULES").unwrap_or(SCHEDULES);
-    let mut all = Coverage::default();
-    for seed in 0..count {
-        let coverage = world::run(seed).unwrap_or_else(|why| panic!("FLEXNBD_SEED={seed}: {why}"));
-        all.add(&coverage);
-    }
-    println!("{count} schedules: {all:?}");
-    assert!(all.missing().is_none(), "{:?} is not reached", all.missing());
 }
 
 /// Asserts that some schedule of a theme fails for this reason with the mutation, and not without it.
 fn assert_caught(mutation: Mutation, reason: &str, theme: Theme) {
     let (step, first) = theme.seeds();
-    let found = (0..MUTANT_SEEDS / step).map(|nth| nth * step + first).find_map(|seed| {
-        mutation::set(Some(mutation));
+    let seeds = (0..MUTANT_SEEDS / step).map(|nth| nth * step + first);
+    schedules::assert_caught(&mutation, reason, seeds, |seed, is_mutant| {
+        mutation::set(is_mutant.then_some(mutation));
         let outcome = world::run(seed);
         mutation::set(None);
-        let why = outcome.err()?;
-        (why.contains(reason) && world::run(seed).is_ok()).then_some((seed, why))
+        outcome
     });
-    let Some((seed, why)) = found else { panic!("{mutation:?} is not found") };
-    println!("{mutation:?}: seed {seed}: {why}");
 }
 
 macro_rules! mutations {

@@ -26,7 +26,7 @@ pub(super) struct UpstreamRequest {
     pub(super) unanswered: usize,
     /// The first error of a message.
     pub(super) error: Option<i32>,
-    /// For a flush: what was acknowledged when it was sent.
+    /// For a flush: the number of acknowledged changes when it was sent.
     pub(super) stamp: u64,
     /// Its memory ([`UpstreamTask::memory_kept`]) is reserved.
     pub(super) has_memory: bool,

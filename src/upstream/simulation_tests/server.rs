@@ -5,9 +5,9 @@ use super::cells::{CELL, CellValue, value_of};
 use super::coverage::UpstreamReached;
 use super::replying::{ScriptedReply, ServerAnswer};
 use super::scene::Scene;
-use super::wire::SimBytes;
 use crate::nbd::request::{RequestHeader, Terms};
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, TransmissionFlags};
+use crate::schedules::ByteQueue;
 use crate::upstream::machine::{Cause, UpstreamMachine};
 use crate::upstream::terms::ServerTerms;
 use std::ops::Range;
@@ -66,8 +66,8 @@ pub(super) struct ScriptedUpstream {
     terms: ServerTerms,
     /// Of the first server.
     promised: TransmissionFlags,
-    inboxes: Vec<SimBytes>,
-    pub(super) outboxes: Vec<SimBytes>,
+    inboxes: Vec<ByteQueue>,
+    pub(super) outboxes: Vec<ByteQueue>,
     received: Vec<ReceivedRequest>,
     in_flight: Vec<InFlightRequest>,
     replies: Vec<ScriptedReply>,
@@ -82,7 +82,7 @@ impl ScriptedUpstream {
         connections: usize,
         faults: ServerFaults,
     ) -> Self {
-        let boxes = || (0..connections).map(|_| SimBytes::default()).collect();
+        let boxes = || (0..connections).map(|_| ByteQueue::default()).collect();
         Self {
             terms,
             promised,

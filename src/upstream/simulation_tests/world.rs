@@ -7,9 +7,9 @@ use super::image::ScriptedImage;
 use super::scene::Scene;
 use super::server::{ReceivedRequest, ScriptedUpstream, ServerFaults};
 use super::theme::{UpstreamTheme, first_terms, other_terms, replacement_terms};
-use super::wire::SimBytes;
 use crate::nbd::wire::TransmissionFlags;
 use crate::range::Range;
+use crate::schedules::ByteQueue;
 use crate::upstream::machine::UpstreamMachine;
 use crate::upstream::rotation::Rotation;
 use crate::upstream::rx::UpstreamRx;
@@ -40,7 +40,7 @@ struct SimConnection {
     tx: UpstreamTx,
     rx: UpstreamRx,
     /// Sent, and not received by the server.
-    to_server: SimBytes,
+    to_server: ByteQueue,
     is_blocked: bool,
 }
 
@@ -354,7 +354,7 @@ impl UpstreamWorld {
         let connection = |number| SimConnection {
             tx: UpstreamTx::new(terms.dialect),
             rx: UpstreamRx::new(number, terms.dialect),
-            to_server: SimBytes::default(),
+            to_server: ByteQueue::default(),
             is_blocked: false,
         };
         let connections = (0..count).map(connection).collect();

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::disk::IoQueue;
-use crate::upstream::simulation_tests::env_number;
+use crate::schedules::env_number;
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -6,6 +6,7 @@ use super::request::{Draft, Mix, changes};
 use crate::nbd::reply::{Chunk, Dialect, ReplyHeader};
 use crate::nbd::request::Terms;
 use crate::nbd::wire::{CommandFlags, CommandKind, ErrorCode, PRIVATE_COMMAND};
+use crate::schedules::ByteQueue;
 use crate::server::export_policy::HandoverReply;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -60,41 +61,6 @@ pub(super) struct Script<'a> {
     pub(super) mix: Mix,
     /// The next stamp that no cell has had.
     pub(super) stamp: &'a mut Stamp,
-}
-
-/// Bytes on their way.
-#[derive(Debug, Default)]
-pub(super) struct ByteQueue {
-    bytes: Vec<u8>,
-    start: usize,
-}
-
-impl ByteQueue {
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.bytes[self.start..]
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.bytes.len() - self.start
-    }
-
-    pub(super) fn extend(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
-    }
-
-    pub(super) fn consume(&mut self, count: usize) {
-        self.start += count;
-        if self.start == self.bytes.len() {
-            self.bytes.clear();
-            self.start = 0;
-        }
-    }
-
-    /// Moves the first `count` bytes to another queue.
-    pub(super) fn pass(&mut self, count: usize, to: &mut Self) {
-        to.extend(&self.bytes()[..count]);
-        self.consume(count);
-    }
 }
 
 /// One client's connection.

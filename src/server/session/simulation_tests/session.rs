@@ -1,6 +1,6 @@
 //! A session of the simulation: its engine, the connection to its client, and what a driver does.
 
-use super::client::{ByteQueue, Ending, ScriptedClient};
+use super::client::{Ending, ScriptedClient};
 use super::coverage::{Coverage, Reached};
 use super::disk::{ScriptedDisk, ScriptedNotifier};
 use super::policy::ScriptedPolicy;
@@ -10,6 +10,7 @@ use crate::disk::mutation::{Mutation, is_active};
 use crate::disk::{Disk, Notifier};
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::Terms;
+use crate::schedules::ByteQueue;
 use crate::server::end::SessionEnd;
 use crate::server::export_policy::ExportPolicy;
 use crate::server::session::engine::{Blocked, Clocks, Engine, EngineContext, PendingRequests};

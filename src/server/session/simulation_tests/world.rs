@@ -1,6 +1,6 @@
 //! The world of one schedule: sessions on one disk, the gate, a migration's copier, and the clock.
 
-use super::client::{ByteQueue, Script};
+use super::client::Script;
 use super::coverage::{Coverage, Reached};
 use super::disk::ScriptedDisk;
 use super::model::{Model, Stamp, cell_size, set_cell_size};
@@ -13,6 +13,7 @@ use crate::disk::{Disk, Notifier};
 use crate::nbd::reply::Dialect;
 use crate::nbd::request::Terms;
 use crate::nbd::wire::TransmissionFlags;
+use crate::schedules::ByteQueue;
 use crate::server::session::engine::Engine;
 use crate::server::stop_request::StopRequest;
 use std::sync::Arc;
