@@ -47,6 +47,26 @@ pub(crate) fn assert_caught<Coverage>(
     println!("{mutation:?}: seed {seed}: {why}");
 }
 
+/// Defines `set` and `is_active` for the mutation that a thread makes, in the module of this enum.
+macro_rules! active_mutation {
+    ($visibility:vis $mutation:ty) => {
+        thread_local! {
+            static ACTIVE: std::cell::Cell<Option<$mutation>> = const { std::cell::Cell::new(None) };
+        }
+
+        /// Sets the mistake that this thread makes.
+        $visibility fn set(mutation: Option<$mutation>) {
+            ACTIVE.set(mutation);
+        }
+
+        /// Whether this thread makes this mistake.
+        $visibility fn is_active(mutation: $mutation) -> bool {
+            ACTIVE.get() == Some(mutation)
+        }
+    };
+}
+pub(crate) use active_mutation;
+
 /// Bytes on their way.
 #[derive(Debug, Default)]
 pub(crate) struct ByteQueue {

@@ -1,8 +1,6 @@
 //! For tests: mistakes built into the code on purpose, which the simulation of the session engine must
 //! find. Never in a released program.
 
-use std::cell::Cell;
-
 /// A mistake that an engineer could make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mutation {
@@ -78,16 +76,4 @@ pub(crate) enum Mutation {
     DropDurability,
 }
 
-thread_local! {
-    static ACTIVE: Cell<Option<Mutation>> = const { Cell::new(None) };
-}
-
-/// Sets the mistake that this thread makes.
-pub(crate) fn set(mutation: Option<Mutation>) {
-    ACTIVE.set(mutation);
-}
-
-/// Whether this thread makes this mistake.
-pub(crate) fn is_active(mutation: Mutation) -> bool {
-    ACTIVE.get() == Some(mutation)
-}
+crate::schedules::active_mutation!(pub(crate) Mutation);

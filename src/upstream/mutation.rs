@@ -1,8 +1,6 @@
 //! For tests: mistakes built into the code on purpose, which the simulation of the upstream machine must
 //! find. Never in a released program.
 
-use std::cell::Cell;
-
 /// A mistake that an engineer could make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum UpstreamMutation {
@@ -60,16 +58,4 @@ pub(super) enum UpstreamMutation {
     KeepBuffer,
 }
 
-thread_local! {
-    static ACTIVE: Cell<Option<UpstreamMutation>> = const { Cell::new(None) };
-}
-
-/// Sets the mistake that this thread makes.
-pub(super) fn set(mutation: Option<UpstreamMutation>) {
-    ACTIVE.set(mutation);
-}
-
-/// Whether this thread makes this mistake.
-pub(super) fn is_active(mutation: UpstreamMutation) -> bool {
-    ACTIVE.get() == Some(mutation)
-}
+crate::schedules::active_mutation!(pub(super) UpstreamMutation);
