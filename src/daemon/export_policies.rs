@@ -36,6 +36,14 @@ impl ExportPolicy for ServingPolicy {
         }
     }
 
+    fn introduction(&self, session: SessionId) -> Option<Introduction> {
+        self.clients.introduction(session)
+    }
+
+    fn restore_introduction(&self, session: SessionId, introduction: Introduction) {
+        self.clients.restore(session, introduction);
+    }
+
     fn on_session_end(&self, session: SessionId) {
         self.clients.on_session_end(session);
     }
@@ -61,6 +69,14 @@ impl ExportPolicy for ProxyPolicy {
 
     fn is_exclusive(&self) -> bool {
         self.is_exclusive
+    }
+
+    fn introduction(&self, session: SessionId) -> Option<Introduction> {
+        self.clients.introduction(session)
+    }
+
+    fn restore_introduction(&self, session: SessionId, introduction: Introduction) {
+        self.clients.restore(session, introduction);
     }
 
     fn on_session_end(&self, session: SessionId) {

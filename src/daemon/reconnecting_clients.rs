@@ -23,6 +23,16 @@ impl ReconnectingClients {
         ProbeReply::Answer { data: Introduction::reply(), displaced, is_source: false }
     }
 
+    /// The introduction of a session's client, if it has introduced itself.
+    pub(super) fn introduction(&self, session: SessionId) -> Option<Introduction> {
+        lock(&self.0).get(&session).copied()
+    }
+
+    /// A session of the previous process goes on.
+    pub(super) fn restore(&self, session: SessionId, introduction: Introduction) {
+        lock(&self.0).insert(session, introduction);
+    }
+
     /// The session has ended, with no request in flight.
     pub(super) fn on_session_end(&self, session: SessionId) {
         lock(&self.0).remove(&session);
@@ -54,5 +64,17 @@ mod tests {
         clients.on_session_end(1);
         assert_eq!(introduce(5, 7, 1), [2], "it has not ended yet");
         assert_eq!(introduce(6, 7, 0), none, "a late connection of an earlier generation");
+    }
+
+    #[test]
+    fn restored_session_is_one_of_its_client() {
+        let introduction = |generation| Introduction { client: [7; 16], generation };
+        let before = ReconnectingClients::default();
+        before.introduce(3, introduction(4));
+        assert_eq!((before.introduction(3), before.introduction(2)), (Some(introduction(4)), None));
+        let clients = ReconnectingClients::default();
+        clients.restore(3, introduction(4));
+        let reply = clients.introduce(5, introduction(5));
+        assert!(matches!(reply, ProbeReply::Answer { displaced, .. } if displaced == [3]));
     }
 }

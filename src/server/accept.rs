@@ -13,6 +13,7 @@ use super::stop_request::StopRequest;
 use crate::memory_reserve::check_thread_headroom;
 use crate::message_id;
 use crate::nbd::handshake::server::ServerHandshake;
+use crate::nbd::introduction::Introduction;
 use crate::net::{Listener, Peer, Stream, wait_readable};
 use nix::sys::resource::{Resource, getrlimit};
 use std::io;
@@ -32,6 +33,8 @@ const BATCH: usize = 64;
 const CLIENT_FLAGS: usize = 4;
 /// Length of the client flags and the header of the first option in bytes.
 const FLAGS_AND_OPTION_HEADER: i32 = 20;
+/// Why a session of the previous process is closed whose client has introduced itself in another way.
+const UNKNOWN_CLIENT: &str = "its client's introduction is in no form that this program knows";
 /// How many descriptors connections never take; a quarter of the limit if that is less.
 const DESCRIPTORS_RESERVED: u64 = 32;
 
@@ -298,6 +301,10 @@ pub(super) fn restore(
     SuspendedSession { snapshot, stream }: SuspendedSession,
 ) {
     let session = snapshot.session;
+    let introduction = snapshot.introduction.as_deref().map(Introduction::decode);
+    if introduction == Some(None) {
+        return warn!("flexnbd.session" = session, "closed a session taken over: {UNKNOWN_CLIENT}");
+    }
     let handshake_since = snapshot.is_in_handshake().then(Instant::now);
     let registered = stream.peer().map_err(|error| error.to_string()).and_then(|peer| {
         let registration = shared.sessions.restore(session, peer, handshake_since);
@@ -308,6 +315,10 @@ pub(super) fn restore(
     match registered {
         Ok((peer, registration)) => {
             registration.span.in_scope(|| info!("{peer} goes on"));
+            // Before the acceptor starts: the client may introduce a later connection at once.
+            if let Some(introduction) = introduction.flatten() {
+                shared.policy.restore_introduction(session, introduction);
+            }
             spawn_session(shared, stream, peer, registration, Some(snapshot));
         }
         Err(why) => warn!("flexnbd.session" = session, "closed a session taken over: {why}"),
@@ -356,7 +367,10 @@ fn run_session(
         settings: shared.settings,
         cpus: shared.cpus,
     };
-    let (end, snapshot) = session.run(snapshot);
+    let (end, mut snapshot) = session.run(snapshot);
+    if let Some(snapshot) = &mut snapshot {
+        snapshot.introduction = shared.policy.introduction(id).map(|saved| saved.encode());
+    }
     shared.policy.on_session_end(id);
     if session.registration.is_established() || matches!(end, SessionEnd::Suspended) {
         log_end(&session.peer, &end);

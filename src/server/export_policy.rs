@@ -3,6 +3,7 @@
 //! server another.
 
 use crate::nbd::handshake::option::OptionReply;
+use crate::nbd::introduction::Introduction;
 use crate::nbd::wire::ErrorCode;
 use crate::net::Peer;
 use std::io;
@@ -105,6 +106,14 @@ pub trait ExportPolicy: Send + Sync + std::fmt::Debug {
     fn on_disconnect(&self, _session: SessionId) {}
     /// The session has ended, with no request in flight.
     fn on_session_end(&self, _session: SessionId) {}
+    /// The introduction of the session's client, to be saved with a suspended session. Called before
+    /// [`ExportPolicy::on_session_end`].
+    fn introduction(&self, _session: SessionId) -> Option<Introduction> {
+        None
+    }
+    /// A session of the previous process goes on, whose client has introduced itself there. Called before
+    /// any client of this process can introduce itself.
+    fn restore_introduction(&self, _session: SessionId, _introduction: Introduction) {}
     /// Whether the policy admits one client at a time, so that the server must not offer several
     /// connections.
     fn is_exclusive(&self) -> bool {

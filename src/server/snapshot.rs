@@ -91,6 +91,10 @@ pub(super) struct SessionSnapshot {
     pub(super) inbox: Vec<u8>,
     pub(super) outbox: UnsentSnapshot,
     pub(super) phase: PhaseSnapshot,
+    /// The encoded introduction of its client. Omitted without one, as by versions of this program that
+    /// do not know the field.
+    #[serde(default, with = "serde_bytes", skip_serializing_if = "Option::is_none")]
+    pub(super) introduction: Option<Vec<u8>>,
 }
 
 /// Replies that are not sent: three parts, in this order.
@@ -421,6 +425,7 @@ mod tests {
                 inbox: vec![3; 70_000],
                 outbox: outbox.clone(),
                 phase: PhaseSnapshot::Transmission(serving(purpose)),
+                introduction: (session % 2 == 0).then(|| vec![4; 28]),
             })
             .collect();
         let handshake = HandshakeSnapshot {
@@ -436,6 +441,7 @@ mod tests {
             inbox,
             outbox,
             phase: PhaseSnapshot::Handshake(handshake),
+            introduction: None,
         });
         all
     }

@@ -4,7 +4,10 @@
 use crate::fake_upstream::{FakeConnection, FakeUpstream};
 use crate::serving::Upstream;
 use harness::manager::{Inherited, Service, ServiceManager};
-use harness::raw::{EIO, FLUSH, HAS_FLAGS, READ, SEND_FLUSH, WRITE};
+use harness::raw::{
+    EIO, FIXED_NEWSTYLE, FLUSH, HAS_FLAGS, NO_ZEROES, OPT_PRIVATE, READ, REP_ACK, SEND_FLUSH,
+    WRITE, Wire,
+};
 use harness::session::{MODES, Mode, Request, Session};
 use harness::{Builder, Endpoint, KIB, MIB, noise, read_at, wait_until};
 use nix::sys::signal::Signal;
@@ -107,6 +110,46 @@ fn sessions_are_stored_only_after_a_flush() {
     let read = connection.request();
     connection.answer(&read, &[7; 512]);
     assert_eq!(session.recv_reply(&HashMap::from([(cookie, request)])).1.data, [7; 512]);
+}
+
+/// A session of a client that introduces itself by these two numbers, as a proxy does.
+#[track_caller]
+fn introduced(server: &Endpoint, client: u8, generation: u64) -> Session {
+    let mut wire = Wire::haggle(server, FIXED_NEWSTYLE | NO_ZEROES);
+    let introduction = [&[0, 0, 0, 2][..], &generation.to_be_bytes(), &[client; 16]].concat();
+    assert_eq!(wire.ask_final(OPT_PRIVATE, &introduction), REP_ACK);
+    Session::go(wire, Mode::Simple, None, b"")
+}
+
+#[test]
+fn restored_sessions_end_when_their_client_reconnects() {
+    let (manager, upstream) = (manager(), Upstream::start(""));
+    for command in [
+        format!("serve -f {}", upstream.image_copy().display()),
+        format!("proxy --to {}", upstream.server.uri()),
+    ] {
+        let server = || {
+            let service = manager.start(Inherited::Nbd, &command, &[]);
+            manager.wait_for("READY=1");
+            service
+        };
+        let mut service = server();
+        let address = Endpoint::Tcp(manager.address());
+        let mut lost = introduced(&address, 7, 0);
+        let mut other = introduced(&address, 8, 0);
+        // The rest of the write may still arrive, after later writes of the client.
+        let (_, bytes) = lost.encode(&Request::write(MIB, &noise(4096, 1)));
+        lost.wire.send(&bytes[..4000]);
+        assert!(service.stop().success());
+        assert_eq!(stored(&manager), 2, "{}", service.stderr());
+        let mut service = server();
+        let mut again = introduced(&address, 7, 1);
+        lost.wire.expect_closed("its client has lost this connection");
+        other.assert_in_sync();
+        again.assert_in_sync();
+        drop((other, again));
+        assert!(service.stop().success());
+    }
 }
 
 #[test]

@@ -31,6 +31,13 @@ impl Upstream {
         Upstream { dir, image, server }
     }
 
+    /// A copy of its image, which no server has opened.
+    pub(crate) fn image_copy(&self) -> PathBuf {
+        let copy = self.dir.path().join("copy");
+        fs::copy(&self.image, &copy).unwrap();
+        copy
+    }
+
     pub(crate) fn endpoint(&self) -> &Endpoint {
         self.server.endpoint()
     }

@@ -214,6 +214,7 @@ impl<'a> Engine<'a> {
                     disconnect_received: matches!(self.end, Some(SessionEnd::Disconnected)),
                 },
             }),
+            introduction: None,
         })
     }
 

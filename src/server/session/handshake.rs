@@ -193,6 +193,7 @@ impl Handshake {
             inbox: self.rx.bytes().to_vec(),
             outbox: self.tx.save()?,
             phase: PhaseSnapshot::Handshake(self.protocol.position().into()),
+            introduction: None,
         })
     }
 

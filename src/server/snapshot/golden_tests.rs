@@ -129,6 +129,7 @@ fn sessions() -> Vec<SessionSnapshot> {
             inbox: b"request".to_vec(),
             outbox,
             phase,
+            introduction: None,
         })
         .collect()
 }
@@ -138,4 +139,15 @@ fn an_earlier_snapshot_decodes_and_encodes_to_the_same_bytes() {
     let bytes = encode(fingerprint(), sessions()).unwrap();
     assert!(bytes == GOLDEN, "it is now {}", bytes.escape_ascii());
     assert_eq!(decode(GOLDEN, &fingerprint()), Ok(sessions()));
+}
+
+#[test]
+fn an_introduction_is_a_byte_string_of_its_session() {
+    let mut introduced = sessions();
+    introduced.truncate(1);
+    introduced[0].introduction = Some(b"introduction".to_vec());
+    let bytes = encode(fingerprint(), introduced.clone()).unwrap();
+    let expected = b"\xacintroduction\xc4\x0cintroduction";
+    assert!(bytes.ends_with(expected), "it is {}", bytes.escape_ascii());
+    assert_eq!(decode(&bytes, &fingerprint()), Ok(introduced));
 }

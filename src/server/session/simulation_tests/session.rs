@@ -322,7 +322,7 @@ impl<'a> ScriptedSession<'a> {
     fn suspend(&mut self, server: ScriptedServer<'a>) -> Result<(), String> {
         let Some(engine) = self.engine.take() else { return Ok(()) };
         let snapshot = engine.save().map_err(|error| format!("the session is lost: {error}"))?;
-        let SessionSnapshot { session, inbox, outbox, phase } = pass_on(&snapshot);
+        let SessionSnapshot { session, inbox, outbox, phase, .. } = pass_on(&snapshot);
         let PhaseSnapshot::Transmission(saved) = phase else { return Err("a handshake".into()) };
         let TransmissionSnapshot { form, allocation_selected, introduced, pending } = saved;
         let size = server.disk.size();
