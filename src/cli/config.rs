@@ -27,7 +27,7 @@ use strsim::levenshtein;
 
 /// All keys, named like the long options: in capitals, with `_` for `-`. The last two have no
 /// option, because they configure the service's units, not the process.
-pub const KEYS: [&str; 25] = [
+pub const KEYS: [&str; 26] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -40,6 +40,7 @@ pub const KEYS: [&str; 25] = [
     "OLDSTYLE",
     "PLAIN",
     "MAX_CLIENTS",
+    "MAX_CLIENTS_PER_ADDRESS",
     "IDLE_EXIT",
     "HOLES",
     "DIRECT",
@@ -182,6 +183,9 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "OLDSTYLE" => settings.oldstyle = parse_switch(value)?,
         "PLAIN" => settings.plain = parse_switch(value)?,
         "MAX_CLIENTS" => settings.max_clients = Some(parse_max_clients(value)?),
+        "MAX_CLIENTS_PER_ADDRESS" => {
+            settings.max_clients_per_address = Some(parse_max_clients(value)?);
+        }
         "IDLE_EXIT" => settings.idle_exit = Some(parse_idle_exit(value)?),
         "HOLES" => settings.holes = Some(parse_holes(value)?),
         "DIRECT" => settings.direct = parse_switch(value)?,
@@ -271,7 +275,7 @@ mod tests {
     fn every_key_sets_its_setting() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
             KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nPLAIN=yes\nMAX_CLIENTS=3\n\
-            IDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nRELAY=yes\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
+            MAX_CLIENTS_PER_ADDRESS=2\nIDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nRELAY=yes\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
             BIND=::2\nCACHE=4K\nUNFLUSHED=1M\nCONNECTIONS=2\nTIMEOUT=9\nAUTOSTART=on-demand\n\
             IP_FILTER=yes\n";
         let expected = Settings {
@@ -287,6 +291,7 @@ mod tests {
             oldstyle: true,
             plain: true,
             max_clients: Some(3),
+            max_clients_per_address: Some(2),
             idle_exit: Some(60),
             holes: Some(HolePolicy::Trust),
             direct: true,
@@ -439,6 +444,7 @@ mod tests {
             ("SOCK=''", "SOCK: the path is empty"),
             ("CREATE=1P", "CREATE: `1P` is not a number of bytes"),
             ("CREATE=1", "CREATE: `1` is not between 512 and"),
+            ("MAX_CLIENTS_PER_ADDRESS=65537", "MAX_CLIENTS_PER_ADDRESS: `65537` is not a number"),
             ("MAX_CLIENTS=0", "MAX_CLIENTS: `0` is not a number from 1"),
             ("HOLES=yes", "HOLES: `yes` is none of auto, trust and ignore"),
             ("DIRECT=perhaps", "DIRECT: `perhaps` is neither yes nor no"),

@@ -112,6 +112,10 @@ pub struct ProxyFlags {
     #[arg(long, value_name = "N", value_parser = parse_max_clients)]
     max_clients: Option<usize>,
 
+    /// Admit at most N clients of one address at once [default: as --max-clients]
+    #[arg(long, value_name = "N", value_parser = parse_max_clients)]
+    max_clients_per_address: Option<usize>,
+
     /// End when there has been no client for so long
     #[arg(long, value_name = "SECONDS", value_parser = parse_idle_exit)]
     idle_exit: Option<u64>,
@@ -163,6 +167,7 @@ impl ProxyFlags {
             export: self.export,
             oldstyle: self.oldstyle,
             max_clients: self.max_clients,
+            max_clients_per_address: self.max_clients_per_address,
             idle_exit: self.idle_exit,
             acl: self.acl,
             upstream: UpstreamSettings {
@@ -233,10 +238,10 @@ mod tests {
         let long = "flexnbd proxy --addr 127.0.0.1 --port 7 --conn-addr ::1 --conn-port 8 \
             --to nbd://h/disk --bind ::2 --cache=8192 --unflushed 8M --connections 2 --timeout 9 \
             --sock /b --default-deny --killswitch --read-only --export disk --oldstyle \
-            --max-clients 5 --idle-exit 60 --config /c ::3";
+            --max-clients 5 --max-clients-per-address 4 --idle-exit 60 --config /c ::3";
         let short = "flexnbd proxy -l 127.0.0.1 -p 7 -C ::1 -P 8 --to nbd://h/disk -b ::2 -c8192 \
             --unflushed 8M --connections 2 --timeout 9 -s /b -dkr --export disk --oldstyle \
-            --max-clients 5 --idle-exit 60 --config /c ::3";
+            --max-clients 5 --max-clients-per-address 4 --idle-exit 60 --config /c ::3";
         let settings = Settings {
             addr: Some("127.0.0.1".parse().unwrap()),
             port: Some(7),
@@ -247,6 +252,7 @@ mod tests {
             export: Some("disk".to_owned()),
             oldstyle: true,
             max_clients: Some(5),
+            max_clients_per_address: Some(4),
             idle_exit: Some(60),
             acl: vec!["::3".to_owned()],
             upstream: UpstreamSettings {

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Range of `--max-clients`. Each client has a thread and a few file descriptors.
+/// Range of `--max-clients` and `--max-clients-per-address`. Each client has a thread and a few file descriptors.
 pub const MAX_CLIENTS_RANGE: RangeInclusive<usize> = 1..=65_536;
 
 /// Range of `--idle-exit`, in seconds; a year at most.
@@ -79,6 +79,10 @@ pub struct Settings {
     /// Admit at most N clients at once [default: 128]
     #[arg(long, value_name = "N", value_parser = parse_max_clients)]
     pub max_clients: Option<usize>,
+
+    /// Admit at most N clients of one address at once [default: as --max-clients]
+    #[arg(long, value_name = "N", value_parser = parse_max_clients)]
+    pub max_clients_per_address: Option<usize>,
 
     /// End when there has been neither a client nor a migration for so long
     #[arg(long, value_name = "SECONDS", value_parser = parse_idle_exit)]
@@ -209,6 +213,9 @@ impl Settings {
             oldstyle: self.oldstyle || fallback.oldstyle,
             plain: self.plain || fallback.plain,
             max_clients: self.max_clients.or(fallback.max_clients),
+            max_clients_per_address: self
+                .max_clients_per_address
+                .or(fallback.max_clients_per_address),
             idle_exit: self.idle_exit.or(fallback.idle_exit),
             holes: self.holes.or(fallback.holes),
             direct: self.direct || fallback.direct,
@@ -228,6 +235,7 @@ impl Settings {
             killswitch: false,
             read_only: false,
             max_clients: None,
+            max_clients_per_address: None,
             idle_exit: None,
             relay: None,
             ..self
@@ -285,7 +293,7 @@ fn parse_digits<N: FromStr>(text: &str) -> Option<N> {
     if is_digits { text.parse().ok() } else { None }
 }
 
-/// Parses `--max-clients`: a number within [`MAX_CLIENTS_RANGE`].
+/// Parses `--max-clients` or `--max-clients-per-address`: a number within [`MAX_CLIENTS_RANGE`].
 ///
 /// # Errors
 /// A sentence for the operator.
@@ -407,6 +415,7 @@ mod tests {
             oldstyle: true,
             plain: true,
             max_clients: Some(number.into()),
+            max_clients_per_address: Some(number.into()),
             holes: Some(if word == "flags" { HolePolicy::Trust } else { HolePolicy::Ignore }),
             direct: true,
             relay: Some(RelayDefault::AtMost(Duration::from_secs(number.into()))),

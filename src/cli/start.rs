@@ -11,7 +11,7 @@ use crate::daemon::{
 };
 use crate::net::Remote;
 use crate::server::acl::Acl;
-use crate::server::{CLIENTS_MAX, WhenFull};
+use crate::server::{CLIENTS_MAX, ClientLimits, WhenFull};
 use crate::small_file::{self, ReadError};
 use crate::upstream::{UpstreamOptions, UpstreamTarget};
 use std::env;
@@ -130,7 +130,8 @@ impl StartRequest {
             .map_err(|error| StartRequestError::Misuse(error.to_string()))?;
         let single = matches!(self.role, ProcessRole::Proxy { single_client: true })
             && settings.max_clients.is_none();
-        let clients_max = settings.max_clients.unwrap_or(if single { 1 } else { CLIENTS_MAX });
+        let clients = settings.max_clients.unwrap_or(if single { 1 } else { CLIENTS_MAX });
+        let per_address = settings.max_clients_per_address.unwrap_or(clients);
         let has_disk = settings.file.is_some() || !settings.upstream.to.is_empty();
         if let Some(file) = self.config_file.as_deref().filter(|file| is_service_config(file))
             && has_disk
@@ -150,7 +151,7 @@ impl StartRequest {
             control: settings.sock,
             killswitch: settings.killswitch,
             idle_exit: settings.idle_exit.map(Duration::from_secs),
-            admission: Admission { acl, clients_max },
+            admission: Admission { acl, limits: ClientLimits { clients, per_address } },
             when_full: if single { WhenFull::Wait } else { WhenFull::Refuse },
         })
     }
@@ -313,8 +314,8 @@ mod tests {
     #[test]
     fn every_key_reaches_the_config() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
-            READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nPLAIN=1\nMAX_CLIENTS=3\nIDLE_EXIT=60\nHOLES=ignore\n\
-            DIRECT=yes\nRELAY=60\nACL=::1\n";
+            READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nPLAIN=1\nMAX_CLIENTS=3\n\
+            MAX_CLIENTS_PER_ADDRESS=2\nIDLE_EXIT=60\nHOLES=ignore\nDIRECT=yes\nRELAY=60\nACL=::1\n";
         let expected = Config {
             disk: DiskConfig::Image(ImageConfig {
                 path: "/a".into(),
@@ -333,7 +334,10 @@ mod tests {
             killswitch: true,
             idle_exit: Some(Duration::from_secs(60)),
             when_full: WhenFull::Refuse,
-            admission: Admission { acl: Acl::parse(&["::1"], true).unwrap(), clients_max: 3 },
+            admission: Admission {
+                acl: Acl::parse(&["::1"], true).unwrap(),
+                limits: ClientLimits { clients: 3, per_address: 2 },
+            },
         };
         let request = serve(Settings::default(), Some("disk.conf"));
         assert_eq!(request.merge(Some(text), None), Ok(expected));
@@ -342,12 +346,13 @@ mod tests {
     #[test]
     fn listen_ignores_keys_that_only_serve_uses() {
         let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n\
-            IDLE_EXIT=60\nPLAIN=1\nDIRECT=yes\nRELAY=yes\n";
+            MAX_CLIENTS_PER_ADDRESS=2\nIDLE_EXIT=60\nPLAIN=1\nDIRECT=yes\nRELAY=yes\n";
         let records = RecordPolicy::Required;
         let role = ProcessRole::Listen { overwrite: true, records };
         let request = StartRequest { role, ..serve(Settings::default(), Some("disk.conf")) };
         let config = request.merge(Some(text), None).unwrap();
-        let admission = Admission { acl: Acl::parse(&["::1"], false).unwrap(), clients_max: 128 };
+        let admission =
+            Admission { acl: Acl::parse(&["::1"], false).unwrap(), limits: ClientLimits::of(128) };
         assert_eq!((config.export.as_str(), &config.admission), ("disk", &admission));
         assert_eq!((config.killswitch, config.idle_exit), (false, None));
         let image = image(config);
@@ -453,7 +458,7 @@ mod tests {
         let request = serve(file("/a"), path.to_str());
         for limit in [1, 2] {
             fs::write(&path, format!("MAX_CLIENTS={limit}\n")).unwrap();
-            assert_eq!(request.load().unwrap().admission.clients_max, limit);
+            assert_eq!(request.load().unwrap().admission.limits, ClientLimits::of(limit));
         }
     }
 
@@ -512,7 +517,7 @@ mod tests {
     fn flexnbd_proxy_admits_one_client_unless_told_otherwise() {
         let clients = |single_client, text: &str| {
             let config = proxy(single_client).merge(Some(text), None).unwrap();
-            (config.admission.clients_max, config.when_full)
+            (config.admission.limits.clients, config.when_full)
         };
         assert_eq!(clients(true, "TO=nbd://a\n"), (1, WhenFull::Wait));
         assert_eq!(clients(true, "TO=nbd://a\nMAX_CLIENTS=1\n"), (1, WhenFull::Refuse));

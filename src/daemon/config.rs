@@ -2,8 +2,8 @@
 
 use crate::disk::HolePolicy;
 use crate::net::Address;
-use crate::server::WhenFull;
 use crate::server::acl::Acl;
+use crate::server::{ClientLimits, WhenFull};
 use crate::upstream::{UpstreamOptions, UpstreamTarget};
 use std::fmt;
 use std::path::PathBuf;
@@ -108,7 +108,7 @@ impl Config {
             control: None,
             killswitch: false,
             idle_exit: None,
-            admission: Admission { acl: Acl::default(), clients_max: 128 },
+            admission: Admission { acl: Acl::default(), limits: ClientLimits::of(128) },
             when_full: WhenFull::Refuse,
         }
     }
@@ -150,8 +150,8 @@ pub(super) const UNRECORDED_ADVICE: &str = "make room, or name another state dir
 pub struct Admission {
     /// The addresses of permitted clients.
     pub acl: Acl,
-    /// Most clients at a time.
-    pub clients_max: usize,
+    /// The largest numbers of clients.
+    pub limits: ClientLimits,
 }
 
 /// Reads the configuration file again; the error is a message for the operator.

@@ -226,8 +226,8 @@ impl Service {
         };
         log_unsent(self.notifier.reloading());
         let reply = match reread() {
-            Ok(Admission { acl, clients_max }) => {
-                self.server().set_admission(acl, clients_max);
+            Ok(Admission { acl, limits }) => {
+                self.server().set_admission(acl, limits);
                 Reply::success("reloaded")
             }
             Err(why) => Reply::refused(why),

@@ -187,14 +187,14 @@ impl Startup {
             stall_limit: config.killswitch.then_some(STALL_LIMIT),
             ..SessionSettings::default()
         };
-        let Admission { acl, clients_max } = config.admission.clone();
+        let Admission { acl, limits } = config.admission.clone();
         let server = ServerConfig {
             listeners,
             disk: Arc::clone(&role.disk),
             policy: Arc::clone(&role.policy),
             export_name: &config.export,
             acl,
-            clients_max,
+            limits,
             when_full: config.when_full,
             settings,
             stored: match role.disk_role {

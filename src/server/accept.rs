@@ -375,6 +375,8 @@ fn run_session(
     if session.registration.is_established() || matches!(end, SessionEnd::Suspended) {
         log_end(&session.peer, &end);
     } else {
+        // A client that was answered with the limit leaves in its own way.
+        let end = session.registration.kept_out().map_or(end, SessionEnd::Full);
         shared.rejections.log_handshake_end(&session.peer, &end);
     }
     if let Some(snapshot) = snapshot {

@@ -1,6 +1,7 @@
 //! Why a session ended, for the one line that the log has about it.
 //! One variant for each way to end, so that a test can name exactly what it provokes.
 
+use super::client_limits::LimitReached;
 use super::stop_request::StopRequest;
 use crate::nbd::handshake::server::ProtocolViolation;
 use std::io;
@@ -23,9 +24,9 @@ pub(super) enum SessionEnd {
     Truncated,
     #[error("the client did not finish the handshake in time")]
     HandshakeTimeout,
-    /// The number of clients has reached its limit since this one began its handshake.
-    #[error("as many clients are connected as may be")]
-    Full,
+    /// The number of clients has reached this limit since this one began its handshake.
+    #[error("{0}")]
+    Full(LimitReached),
     #[error("the client broke the handshake: {0}")]
     Misbehaved(ProtocolViolation),
     /// A request has a wrong magic number: framing is lost.

@@ -11,6 +11,7 @@
 
 mod accept;
 pub mod acl;
+mod client_limits;
 mod end;
 pub mod events;
 pub mod export_policy;
@@ -36,6 +37,7 @@ mod test_support;
 mod tests;
 pub mod write_throttle;
 
+pub use client_limits::ClientLimits;
 pub use server::{Server, ServerConfig, StoredSessions};
 pub use server_handles::{AcceptorHandle, ShutdownHandle};
 pub use settings::{

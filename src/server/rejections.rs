@@ -1,6 +1,7 @@
 //! The log of connections that never became clients. Any host on the network can cause these lines,
 //! so a [`LogLimit`] bounds them by reason and source network, and counts the rest.
 
+use super::client_limits::LimitReached;
 use super::end::SessionEnd;
 use super::handshake_slots::SourceNetwork;
 use super::sessions::AdmissionError;
@@ -25,6 +26,7 @@ type RejectionLimit = LogLimit<(RejectReason, SourceNetwork)>;
 pub(super) enum RejectReason {
     Acl,
     Full,
+    AddressFull,
     /// The disk has left, and its clients stay.
     TurnedAway,
     /// The server was stopping, or had no descriptors or threads left.
@@ -36,9 +38,18 @@ impl RejectReason {
     fn message_id(self) -> Option<&'static str> {
         match self {
             Self::Acl => Some(message_id::CLIENT_NOT_ADMITTED),
-            Self::Full => Some(message_id::CLIENT_LIMIT),
+            Self::Full | Self::AddressFull => Some(message_id::CLIENT_LIMIT),
             Self::TurnedAway => Some(message_id::CLIENTS_REFUSED),
             Self::Scarce | Self::Handshake => None,
+        }
+    }
+}
+
+impl From<&LimitReached> for RejectReason {
+    fn from(limit: &LimitReached) -> Self {
+        match limit {
+            LimitReached::Clients => Self::Full,
+            LimitReached::PerAddress => Self::AddressFull,
         }
     }
 }
@@ -48,6 +59,7 @@ impl fmt::Display for RejectReason {
         f.write_str(match self {
             Self::Acl => "the access control list does not admit them",
             Self::Full => "as many clients are connected as may be",
+            Self::AddressFull => "as many clients of their address are connected as may be",
             Self::TurnedAway => "no client is admitted any more",
             Self::Scarce => "the system gives no descriptors or threads, or the server is stopping",
             Self::Handshake => "they ended before the handshake did",
@@ -73,7 +85,7 @@ impl Rejections {
     /// Logs why a session ended during its handshake. Called inside the session's span.
     pub(super) fn log_handshake_end(&self, peer: &Peer, end: &SessionEnd) {
         let reason = match end {
-            SessionEnd::Full => RejectReason::Full,
+            SessionEnd::Full(limit) => limit.into(),
             SessionEnd::Requested(StopRequest::NotAdmitted) => RejectReason::Acl,
             _ => RejectReason::Handshake,
         };

@@ -3,6 +3,7 @@
 
 use super::accept;
 use super::acl::{Acl, BadEntry};
+use super::client_limits::ClientLimits;
 use super::events::ServerEvents;
 use super::export_policy::ExportPolicy;
 use super::rejections::Rejections;
@@ -49,8 +50,8 @@ pub struct ServerConfig<'a> {
     pub export_name: &'a str,
     /// The addresses that may connect.
     pub acl: Acl,
-    /// The largest number of clients.
-    pub clients_max: usize,
+    /// The largest numbers of clients.
+    pub limits: ClientLimits,
     /// What becomes of clients beyond that number.
     pub when_full: WhenFull,
     /// Settings of every session.
@@ -73,7 +74,7 @@ impl ServerConfig<'static> {
             policy: Arc::new(super::export_policy::AllowAll),
             export_name: "disk",
             acl: Acl::default(),
-            clients_max: 4,
+            limits: ClientLimits::of(4),
             when_full: WhenFull::Refuse,
             settings: SessionSettings::default(),
             stored: StoredSessions::default(),
@@ -100,11 +101,10 @@ impl Server {
     /// When no descriptor or thread is left.
     pub fn start(config: ServerConfig<'_>) -> io::Result<Self> {
         let ServerConfig { listeners, disk, policy, export_name, .. } = config;
-        let ServerConfig {
-            acl, clients_max, when_full, settings, stored, turned_away, events, ..
-        } = config;
+        let ServerConfig { acl, limits, when_full, settings, stored, turned_away, events, .. } =
+            config;
         let capacity = Capacity {
-            sessions: clients_max,
+            clients: limits,
             waits_when_full: when_full == WhenFull::Wait,
             handshakes: HANDSHAKES_MAX,
             handshake_timeout: CONTENDED_HANDSHAKE_TIMEOUT,
@@ -152,10 +152,10 @@ impl Server {
     }
 
     /// Replaces the whole access control list, including the treatment of an empty one, and the
-    /// largest number of clients. Disconnects clients that the new list does not admit, but none
-    /// because of the number.
-    pub fn set_admission(&self, acl: Acl, clients_max: usize) {
-        self.shared.sessions.set_admission(acl, clients_max);
+    /// largest numbers of clients. Disconnects clients that the new list does not admit, but none
+    /// because of the numbers.
+    pub fn set_admission(&self, acl: Acl, limits: ClientLimits) {
+        self.shared.sessions.set_admission(acl, limits);
         self.shared.disk.gate().nudge();
     }
 

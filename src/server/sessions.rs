@@ -3,6 +3,7 @@
 //! a change of the list and its enforcement.
 
 use super::acl::{Acl, BadEntry};
+use super::client_limits::{ClientLimits, LimitReached};
 use super::events::ServerEvents;
 use super::export_policy::{SessionId, SessionsView};
 use super::handshake_slots::{self, HandshakeSlot, SlotAvailability, SourceNetwork};
@@ -16,7 +17,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use thiserror::Error;
-use tracing::{Span, info, info_span};
+use tracing::info_span;
+
+// A path that tests/models can follow, too.
+#[path = "sessions/registration.rs"]
+mod registration;
+
+pub(super) use registration::Registration;
 
 /// How many evicted connections may not have been closed yet before accepting pauses.
 const EVICTED_MAX: usize = 16;
@@ -25,7 +32,7 @@ const EVICTED_MAX: usize = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Capacity {
     /// Clients that have finished the handshake.
-    pub(super) sessions: usize,
+    pub(super) clients: ClientLimits,
     /// Further clients wait without a greeting, and connections in the handshake count as clients.
     pub(super) waits_when_full: bool,
     /// Connections in the handshake, in addition.
@@ -50,7 +57,7 @@ pub(super) struct Sessions {
 #[derive(Debug)]
 struct SessionTable {
     acl: Acl,
-    sessions_max: usize,
+    limits: ClientLimits,
     /// The acceptor has to stop. A connection that it has accepted may still be registered.
     closed: bool,
     /// No connection is registered any more.
@@ -92,6 +99,8 @@ struct SessionEntry {
     slot: SlotKind,
     /// It waits for the end of other sessions, and is woken when the next one ends.
     awaits_others: bool,
+    /// The limit that has kept it out.
+    kept_out: Option<LimitReached>,
 }
 
 /// The limit that a connection counts against.
@@ -120,7 +129,7 @@ pub(super) enum AcceptReadiness {
 pub(super) enum AdmissionError {
     #[error("the access control list does not admit it")]
     Acl,
-    /// The number of clients is at this limit, and one of them has the same address.
+    /// The number of clients is at its limit, and one of them has the same address.
     #[error("{}, which is the limit", clients_are_connected(*.0))]
     Full(usize),
     #[error("the server is stopping")]
@@ -140,20 +149,6 @@ fn clients_are_connected(count: usize) -> String {
     }
 }
 
-/// A client's entry in the table, which dropping this removes.
-#[derive(Debug)]
-pub(super) struct Registration {
-    sessions: Arc<Sessions>,
-    /// Id of the session, never used twice.
-    pub(super) id: u64,
-    /// When its handshake began, in this process.
-    pub(super) since: Instant,
-    /// Carries stop requests to the session.
-    pub(super) control: Arc<SessionControl>,
-    /// Gives the session's log lines their journal fields. The session's thread runs inside it.
-    pub(super) span: Span,
-}
-
 impl Sessions {
     pub(super) fn new(
         capacity: Capacity,
@@ -162,7 +157,7 @@ impl Sessions {
     ) -> io::Result<Arc<Self>> {
         let inner = SessionTable {
             acl,
-            sessions_max: capacity.sessions,
+            limits: capacity.clients,
             closed: false,
             stopping: false,
             turned_away: None,
@@ -221,7 +216,7 @@ impl Sessions {
             return Err(AdmissionError::Acl);
         }
         if inner.is_full() && inner.has_client_of(&peer) {
-            return Err(AdmissionError::Full(inner.sessions_max));
+            return Err(AdmissionError::Full(inner.limits.clients));
         }
         if let SlotAvailability::AfterEvicting(id) = inner.slot_availability(self.capacity, now) {
             inner.evict(id);
@@ -251,7 +246,7 @@ impl Sessions {
             return AcceptReadiness::NotReady;
         }
         let waits = self.capacity.waits_when_full;
-        if waits && inner.entries.len() >= inner.sessions_max {
+        if waits && inner.entries.len() >= inner.limits.clients {
             return AcceptReadiness::NotReady;
         }
         match inner.slot_availability(self.capacity, now) {
@@ -288,8 +283,9 @@ impl Sessions {
     ) -> Result<Registration, AdmissionError> {
         let control = Arc::new(SessionControl::new().map_err(|_| AdmissionError::NoDescriptors)?);
         inner.next_id = inner.next_id.max(id.saturating_add(1));
+        let (awaits_others, kept_out) = (false, None);
         let entry =
-            SessionEntry { peer, control: Arc::clone(&control), slot, awaits_others: false };
+            SessionEntry { peer, control: Arc::clone(&control), slot, awaits_others, kept_out };
         inner.entries.insert(id, entry);
         self.events.clients_changed();
         let since = match slot {
@@ -337,11 +333,11 @@ impl Sessions {
         Ok(())
     }
 
-    /// Replaces the whole access control list, and enforces it; replaces the largest number of
-    /// clients, which applies to new ones.
-    pub(super) fn set_admission(&self, acl: Acl, sessions_max: usize) {
+    /// Replaces the whole access control list, and enforces it; replaces the largest numbers of
+    /// clients, which apply to new ones.
+    pub(super) fn set_admission(&self, acl: Acl, limits: ClientLimits) {
         let mut inner = self.lock();
-        (inner.acl, inner.sessions_max) = (acl, sessions_max);
+        (inner.acl, inner.limits) = (acl, limits);
         inner.enforce_acl();
         drop(inner);
         self.acceptor_wake.wake();
@@ -413,7 +409,7 @@ impl SessionTable {
 
     /// Whether the number of clients is at its limit.
     fn is_full(&self) -> bool {
-        self.established().count() >= self.sessions_max
+        self.established().count() >= self.limits.clients
     }
 
     /// Whether an established client comes from the same network as this peer. A connection from
@@ -424,14 +420,22 @@ impl SessionTable {
         self.established().any(|entry| SourceNetwork::from(&entry.peer) == network)
     }
 
-    /// Whether this client may leave the handshake. A source always may: clients must not be able to
-    /// lock out the host that hands the disk over.
-    fn may_establish(&self, id: u64) -> bool {
-        match self.entries.get(&id).map(|entry| &entry.slot) {
-            Some(SlotKind::Handshake(handshake)) => handshake.is_source || !self.is_full(),
-            Some(SlotKind::Evicted | SlotKind::Established) => true,
-            None => false,
+    /// The limit that keeps this client in the handshake. A source always leaves it: clients must not be
+    /// able to lock out the host that hands the disk over. Its address may have clients of its own, so
+    /// that the limit of an address counts only here, not when a connection is accepted.
+    fn limit_reached(&self, id: u64) -> Option<LimitReached> {
+        let SlotKind::Handshake(handshake) = self.entries.get(&id)?.slot else { return None };
+        let established = self.established().map(|entry| SourceNetwork::from(&entry.peer));
+        if handshake.is_source { None } else { self.limits.reached(established, handshake.network) }
+    }
+
+    /// Notes and returns the limit that keeps this client in the handshake.
+    fn keep_out(&mut self, id: u64) -> Option<LimitReached> {
+        let limit = self.limit_reached(id);
+        if let Some(entry) = self.entries.get_mut(&id) {
+            entry.kept_out = limit;
         }
+        limit
     }
 
     fn slot_availability(&self, capacity: Capacity, now: Instant) -> SlotAvailability {
@@ -474,93 +478,6 @@ impl SessionTable {
     }
 }
 
-impl Registration {
-    /// The number of sessions, this one included.
-    pub(super) fn session_count(&self) -> usize {
-        self.sessions.count()
-    }
-
-    /// Disconnects other sessions, and returns whether all of them have ended. If not, this session is woken
-    /// when the next one ends, and has to ask again.
-    pub(super) fn disconnect_others(&self, others: &[u64]) -> bool {
-        let mut inner = self.sessions.lock();
-        // Once: each request wakes the session, and it may be waiting for this one.
-        let to_displace = |entry: &&SessionEntry| entry.control.current() < StopRequest::Displaced;
-        let displaced = others.iter().filter_map(|id| inner.entries.get(id)).filter(to_displace);
-        displaced.for_each(|entry| entry.control.request(StopRequest::Displaced));
-        inner.have_ended(self.id, others)
-    }
-
-    /// Whether another session has ended. If not, this session is woken when the next one ends, and
-    /// has to ask again.
-    pub(super) fn has_ended(&self, other: u64) -> bool {
-        self.sessions.lock().have_ended(self.id, &[other])
-    }
-
-    /// All sessions, for the policy.
-    pub(super) fn sessions(&self) -> &dyn SessionsView {
-        &*self.sessions
-    }
-
-    /// Removes the session, and keeps its snapshot for the next process.
-    pub(super) fn suspend(self, suspended: SuspendedSession) {
-        self.sessions.lock().suspended.push(suspended);
-    }
-
-    /// The client has sent a whole option.
-    pub(super) fn option_received(&self, now: Instant) {
-        self.update_handshake(|handshake| handshake.last_option = Some(now));
-    }
-
-    /// The client is the source of a migration, and accepted as such.
-    pub(super) fn mark_source(&self) {
-        self.update_handshake(|handshake| handshake.is_source = true);
-    }
-
-    fn update_handshake(&self, change: impl FnOnce(&mut HandshakeSlot)) {
-        let mut inner = self.sessions.lock();
-        if let Some(SessionEntry { slot: SlotKind::Handshake(handshake), .. }) =
-            inner.entries.get_mut(&self.id)
-        {
-            change(handshake);
-        }
-    }
-
-    /// Why the client cannot leave the handshake now, if so.
-    pub(super) fn establish_refusal(&self) -> Option<Arc<str>> {
-        let inner = self.sessions.lock();
-        let is_full = !inner.may_establish(self.id);
-        let full = || is_full.then(|| "as many clients are connected as may be".into());
-        inner.turned_away.clone().or_else(full)
-    }
-
-    /// Whether the handshake is over.
-    pub(super) fn is_established(&self) -> bool {
-        let inner = self.sessions.lock();
-        inner.entries.get(&self.id).is_some_and(|entry| entry.slot == SlotKind::Established)
-    }
-
-    /// Ends the handshake and frees its slot. False if the number of clients is at its limit, so that
-    /// the session has to end.
-    pub(super) fn establish(&self) -> bool {
-        let mut inner = self.sessions.lock();
-        if !inner.may_establish(self.id) {
-            return false;
-        }
-        let Some(entry) = inner.entries.get_mut(&self.id) else { return false };
-        let (peer, before) = (entry.peer, entry.slot);
-        if matches!(before, SlotKind::Handshake(_)) {
-            entry.slot = SlotKind::Established;
-        }
-        drop(inner);
-        if matches!(before, SlotKind::Handshake(_)) {
-            info!("{peer} connected");
-        }
-        self.sessions.acceptor_wake.wake();
-        true
-    }
-}
-
 impl SessionsView for Sessions {
     fn silence(&self, session: SessionId) -> Duration {
         let inner = self.lock();
@@ -569,22 +486,6 @@ impl SessionsView for Sessions {
 
     fn peer(&self, session: SessionId) -> Option<Peer> {
         self.lock().entries.get(&session).map(|entry| entry.peer)
-    }
-}
-
-impl Drop for Registration {
-    fn drop(&mut self) {
-        let mut inner = self.sessions.lock();
-        inner.entries.remove(&self.id);
-        for entry in inner.entries.values_mut() {
-            if std::mem::take(&mut entry.awaits_others) {
-                entry.control.wake.wake();
-            }
-        }
-        drop(inner);
-        self.sessions.events.clients_changed();
-        self.sessions.removed.notify_all();
-        self.sessions.acceptor_wake.wake();
     }
 }
 

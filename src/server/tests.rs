@@ -1,6 +1,7 @@
 //! Tests of a whole server over real sockets, on a memory disk with injected faults.
 
 use super::acl::Acl;
+use super::client_limits::ClientLimits;
 use super::session::WHOLE_READ_MAX;
 
 use super::test_support::{
@@ -49,7 +50,8 @@ fn serve_with(
     let disk = Arc::new(Disk::new(Box::new(image), false));
     let (listener, address) = listen();
     let allow_all = ServerConfig::allow_all(vec![listener], &disk);
-    let config = ServerConfig { policy, clients_max, settings, ..allow_all };
+    let limits = ClientLimits::of(clients_max);
+    let config = ServerConfig { policy, limits, settings, ..allow_all };
     let server = Server::start(config).unwrap();
     Fixture { server, address, disk, memory, faults }
 }
@@ -426,7 +428,9 @@ fn a_new_acl_ends_sessions_that_wait_at_the_gate() {
         // Usually the session then waits at the gate; it has to end in any case.
         let_others_run();
         if reload {
-            fixture.server.set_admission(Acl::parse(&["192.0.2.1"], false).unwrap(), 4);
+            fixture
+                .server
+                .set_admission(Acl::parse(&["192.0.2.1"], false).unwrap(), ClientLimits::of(4));
         } else {
             fixture.server.set_acl(&["192.0.2.1"]).unwrap();
         }

@@ -220,6 +220,7 @@ fn documented_option_ranges_match_the_program() {
     let (least, most) = (*settings::MAX_CLIENTS_RANGE.start(), *settings::MAX_CLIENTS_RANGE.end());
     let clients = [least, most, server::CLIENTS_MAX].map(|number| number as u64);
     assert_eq!(serve("Fl -max-clients Ar N"), clients);
+    assert_eq!(serve("Fl -max-clients-per-address Ar N")[..2], clients[..2]);
     let (least, most) = (*settings::IDLE_EXIT_RANGE.start(), *settings::IDLE_EXIT_RANGE.end());
     assert_eq!(serve("Fl -idle-exit Ar SECONDS"), [0, least, most]);
     assert_eq!(serve("Fl -create Ar SIZE"), [*size::CREATE_RANGE.start()]);

@@ -87,7 +87,7 @@ fn bases() -> [BTreeMap<&'static str, &'static str>; 3] {
 }
 
 /// Another valid value for each key.
-const OTHER_VALUES: [(&str, &str); 25] = [
+const OTHER_VALUES: [(&str, &str); 26] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
@@ -109,6 +109,7 @@ const OTHER_VALUES: [(&str, &str); 25] = [
     ("DEFAULT_DENY", "yes"),
     ("IP_FILTER", "no"),
     ("MAX_CLIENTS", "2000"),
+    ("MAX_CLIENTS_PER_ADDRESS", "2"),
     ("KILLSWITCH", "yes"),
     ("IDLE_EXIT", "7"),
     ("SOCK", "/run/x"),
@@ -155,6 +156,7 @@ fn documented_ranges_match_the_program() {
     let (least, most) = (*settings::MAX_CLIENTS_RANGE.start(), *settings::MAX_CLIENTS_RANGE.end());
     let clients = [least, most, server::CLIENTS_MAX].map(|number| number as u64);
     assert_eq!(documented("MAX_CLIENTS")[..3], clients);
+    assert_eq!(documented("MAX_CLIENTS_PER_ADDRESS")[..2], clients[..2]);
     let (least, most) = (*settings::IDLE_EXIT_RANGE.start(), *settings::IDLE_EXIT_RANGE.end());
     assert_eq!(documented("IDLE_EXIT"), [least, most]);
     assert_eq!(documented("CREATE"), [*size::CREATE_RANGE.start()]);

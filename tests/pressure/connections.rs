@@ -1,7 +1,7 @@
 //! Silent connections exclude no client, no source and no operator, and refused connections do not
 //! fill the log.
 
-use harness::raw::{OPT_GO, OPT_PRIVATE, Wire, encode_go};
+use harness::raw::{DISC, OPT_GO, OPT_PRIVATE, Wire, encode_go, encode_request, typical_handshake};
 use harness::session::{Mode, Request, Session};
 use harness::{
     Builder, Endpoint, KIB, Program, Server, TempDir, sparse_image, temp_dir, wait_until,
@@ -95,6 +95,31 @@ fn ownership_queries_are_answered_beyond_the_client_limit() {
     let query = [&1u32.to_be_bytes()[..], &(64 * KIB).to_be_bytes(), &[7; 16]].concat();
     assert_eq!(ask(OPT_PRIVATE, &query), ACK, "the query whether the disk has arrived");
     assert_eq!(ask(OPT_GO, &encode_go(b"", &[])), POLICY);
+}
+
+#[test]
+fn one_address_has_clients_up_to_its_limit() {
+    let (mut server, _dir) = server("--max-clients-per-address 2 --verbose");
+    let open = || Session::open(server.endpoint(), Mode::Simple).unwrap();
+    let mut clients = [open(), open()];
+    let mut third = Wire::haggle(server.endpoint(), 3);
+    assert_eq!(third.ask_final(OPT_GO, &encode_go(b"", &[])), POLICY);
+    drop(third);
+    let mut elsewhere = connect_from(Ipv4Addr::new(127, 0, 0, 2), server.endpoint());
+    elsewhere.read_exact(&mut [0; 18]).unwrap();
+    elsewhere.write_all(&typical_handshake()).unwrap();
+    elsewhere.write_all(&encode_request(DISC, 0, 1, 0, 0)).unwrap();
+    elsewhere.read_to_end(&mut Vec::new()).unwrap();
+    clients.iter_mut().for_each(Session::assert_in_sync);
+    drop(clients);
+    wait_until("the places of the closed sessions to be free", || {
+        Wire::haggle(server.endpoint(), 3).ask_final(OPT_GO, &encode_go(b"", &[])) == ACK
+    });
+    assert!(server.stop().success());
+    let log = server.stderr();
+    let refused = "as many clients of its address are connected as may be";
+    assert!(log.contains(refused), "{log}");
+    assert!(log.contains("127.0.0.2:"), "a client of another address: {log}");
 }
 
 #[test]

@@ -8,7 +8,12 @@ use std::os::fd::AsFd;
 
 fn capacity(sessions: usize, handshakes: usize) -> Capacity {
     let handshake_timeout = Duration::from_secs(1);
-    Capacity { sessions, waits_when_full: false, handshakes, handshake_timeout }
+    Capacity {
+        clients: ClientLimits::of(sessions),
+        waits_when_full: false,
+        handshakes,
+        handshake_timeout,
+    }
 }
 
 fn sessions(sessions: usize, handshakes: usize, entries: &[&str]) -> Arc<Sessions> {
@@ -17,7 +22,7 @@ fn sessions(sessions: usize, handshakes: usize, entries: &[&str]) -> Arc<Session
 }
 
 fn peer(address: &str) -> Peer {
-    Peer::Tcp(format!("{address}:4711").parse().unwrap())
+    Peer::Tcp((address.parse::<std::net::IpAddr>().unwrap(), 4711).into())
 }
 
 #[test]
@@ -26,24 +31,52 @@ fn clients_are_admitted_up_to_the_limit() {
     let now = Instant::now();
     let first = sessions.admit(peer("192.0.2.1"), now).unwrap();
     let second = sessions.admit(peer("192.0.2.1"), now).unwrap();
-    assert!(first.establish() && second.establish());
+    assert!(first.establish().is_ok() && second.establish().is_ok());
     assert_eq!(sessions.admit(peer("192.0.2.1"), now).unwrap_err(), AdmissionError::Full(2));
     let beyond = sessions.admit(peer("192.0.2.2"), now).unwrap();
-    assert!(!beyond.establish() && beyond.establish_refusal().is_some(), "it may only probe");
+    assert!(
+        beyond.establish().is_err() && beyond.establish_refusal().is_some(),
+        "it may only probe"
+    );
     beyond.mark_source();
     assert!(
-        beyond.establish_refusal().is_none() && beyond.establish(),
+        beyond.establish_refusal().is_none() && beyond.establish().is_ok(),
         "a source is admitted at the limit"
     );
     drop(beyond);
     drop(first);
     let third = sessions.admit(peer("192.0.2.1"), now).unwrap();
     assert_eq!((sessions.count(), third.id), (2, 4));
-    assert!(third.establish());
-    sessions.set_admission(Acl::default(), 3);
+    assert!(third.establish().is_ok());
+    sessions.set_admission(Acl::default(), ClientLimits::of(3));
     assert!(sessions.admit(peer("192.0.2.1"), now).is_ok());
-    sessions.set_admission(Acl::default(), 1);
+    sessions.set_admission(Acl::default(), ClientLimits::of(1));
     assert_eq!(sessions.admit(peer("192.0.2.1"), now).unwrap_err(), AdmissionError::Full(1));
+}
+
+#[test]
+fn clients_of_one_address_are_admitted_up_to_their_limit() {
+    let sessions = sessions(9, 16, &[]);
+    sessions.set_admission(Acl::default(), ClientLimits { clients: 9, per_address: 2 });
+    let admit = |address| sessions.admit(peer(address), Instant::now()).unwrap();
+    let first = admit("2001:db8::1");
+    let second = admit("2001:db8::2");
+    assert!(first.establish().is_ok() && second.establish().is_ok());
+    let third = admit("2001:db8::3");
+    assert_eq!(third.kept_out(), None);
+    let limit = LimitReached::PerAddress;
+    assert_eq!(third.establish_refusal().as_deref(), Some(limit.to_string().as_str()));
+    assert_eq!((third.establish(), third.kept_out()), (Err(limit), Some(limit)));
+    let elsewhere = admit("2001:db8:0:1::1");
+    assert!(elsewhere.establish().is_ok() && elsewhere.kept_out().is_none());
+    let source = admit("2001:db8::4");
+    source.mark_source();
+    assert!(source.establish_refusal().is_none() && source.establish().is_ok());
+    drop((first, source));
+    assert_eq!((third.establish(), third.kept_out()), (Ok(()), None));
+    let local = |_| sessions.admit(Peer::Unix { pid: None, uid: Some(0) }, Instant::now()).unwrap();
+    let local = [(); 3].map(local);
+    assert!(local.iter().all(|client| client.establish().is_ok()), "a socket has no address");
 }
 
 #[test]
@@ -52,13 +85,13 @@ fn clients_beyond_the_limit_wait_if_told_to() {
     let sessions = Sessions::new(capacity, Acl::default(), Arc::new(IgnoreEvents)).unwrap();
     let now = Instant::now();
     let first = sessions.admit(peer("192.0.2.1"), now).unwrap();
-    assert!(first.establish());
+    assert!(first.establish().is_ok());
     assert_eq!(sessions.accept_readiness(now), AcceptReadiness::Ready);
     let _in_handshake = sessions.admit(peer("192.0.2.2"), now).unwrap();
     assert_eq!(sessions.accept_readiness(now), AcceptReadiness::NotReady);
-    sessions.set_admission(Acl::default(), 3);
+    sessions.set_admission(Acl::default(), ClientLimits::of(3));
     assert_eq!(sessions.accept_readiness(now), AcceptReadiness::Ready);
-    sessions.set_admission(Acl::default(), 2);
+    sessions.set_admission(Acl::default(), ClientLimits::of(2));
     drop(first);
     assert_eq!(sessions.accept_readiness(now), AcceptReadiness::Ready);
 }
@@ -84,7 +117,7 @@ fn accepting_pauses_until_a_handshake_can_be_evicted() {
         sessions.accept_readiness(until),
         AcceptReadiness::ReadyAt(until + FIRST_OPTION_TIMEOUT)
     );
-    assert!(second.establish());
+    assert!(second.establish().is_ok());
     assert_eq!(sessions.accept_readiness(until), AcceptReadiness::Ready);
 }
 
@@ -109,14 +142,16 @@ fn only_sources_leave_the_handshake_beyond_the_limit() {
     let [first, second, source] =
         [(); 3].map(|()| sessions.admit(peer("192.0.2.1"), Instant::now()).unwrap());
     assert_eq!(second.establish_refusal(), None);
-    assert!(first.establish() && first.is_established());
+    assert!(first.establish().is_ok() && first.is_established());
     assert!(
-        second.establish_refusal().is_some() && !second.establish() && !second.is_established()
+        second.establish_refusal().is_some()
+            && second.establish().is_err()
+            && !second.is_established()
     );
     source.mark_source();
-    assert!(source.establish_refusal().is_none() && source.establish());
+    assert!(source.establish_refusal().is_none() && source.establish().is_ok());
     drop((first, source));
-    assert!(second.establish());
+    assert!(second.establish().is_ok());
 }
 
 #[test]
@@ -170,7 +205,7 @@ fn clients_are_turned_away_while_the_sessions_go_on() {
     let (sessions, now) = (sessions(2, 2, &[]), Instant::now());
     let first = sessions.admit(peer("192.0.2.1"), now).unwrap();
     let second = sessions.admit(peer("192.0.2.2"), now).unwrap();
-    assert!(first.establish() && sessions.is_accepting());
+    assert!(first.establish().is_ok() && sessions.is_accepting());
     sessions.turn_away("the disk has moved");
     assert!(!sessions.is_accepting());
     let refused = sessions.admit(peer("192.0.2.3"), now).unwrap_err();

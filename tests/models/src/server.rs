@@ -2,6 +2,8 @@
 
 #[path = "../../../src/server/acl.rs"]
 pub mod acl;
+#[path = "../../../src/server/client_limits.rs"]
+pub mod client_limits;
 #[path = "../../../src/server/events.rs"]
 pub mod events;
 #[path = "../../../src/server/handshake_slots.rs"]

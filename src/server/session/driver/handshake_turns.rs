@@ -95,8 +95,8 @@ impl HandshakeTurns<'_> {
 
     fn complete(&self, negotiated: Negotiated) -> Result<Turn, SessionEnd> {
         // In old style the first request ends the handshake.
-        if self.context.style == Style::Newstyle && !self.registration.establish() {
-            return Err(SessionEnd::Full);
+        if self.context.style == Style::Newstyle {
+            self.registration.establish().map_err(SessionEnd::Full)?;
         }
         Ok(Turn::Complete(negotiated))
     }

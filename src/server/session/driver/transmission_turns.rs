@@ -106,9 +106,13 @@ impl<'a> TransmissionTurns<'a> {
         match socket.receive(&mut engine.rx)? {
             None => return Ok(false),
             Some(0) => engine.on_end_of_stream(),
-            // In old style the first request ends the handshake.
-            Some(_) if is_first && !self.registration.establish() => return Err(SessionEnd::Full),
-            Some(_) => engine.on_received(),
+            Some(_) => {
+                if is_first {
+                    // In old style the first request ends the handshake.
+                    self.registration.establish().map_err(SessionEnd::Full)?;
+                }
+                engine.on_received();
+            }
         }
         Ok(true)
     }

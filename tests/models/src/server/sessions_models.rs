@@ -1,6 +1,7 @@
 //! Models of `src/server/sessions.rs`.
 
 use super::acl::Acl;
+use super::client_limits::ClientLimits;
 use super::events::ServerEvents;
 use super::sessions::{AdmissionError, Capacity, Registration, Sessions};
 use super::stop_models::wait_for_stop;
@@ -23,8 +24,8 @@ impl ServerEvents for IgnoreEvents {
 
 fn sessions() -> Arc<Sessions> {
     let handshake_timeout = Duration::from_secs(3600);
-    let capacity =
-        Capacity { sessions: 8, waits_when_full: false, handshakes: 8, handshake_timeout };
+    let clients = ClientLimits::of(8);
+    let capacity = Capacity { clients, waits_when_full: false, handshakes: 8, handshake_timeout };
     Sessions::new(capacity, Acl::default(), Arc::new(IgnoreEvents)).unwrap()
 }
 
@@ -35,7 +36,7 @@ fn admit(sessions: &Arc<Sessions>) -> Result<Registration, AdmissionError> {
 /// Admits a client and serves it until the session is to stop.
 fn serve(sessions: &Arc<Sessions>) -> Result<StopRequest, AdmissionError> {
     let registration = admit(sessions)?;
-    registration.establish();
+    registration.establish().unwrap();
     Ok(wait_for_stop(&registration.control))
 }
 

@@ -8,6 +8,7 @@ use crate::disk::slow_backend::TestNotifier;
 use crate::nbd::handshake::option::encode_option;
 use crate::nbd::wire::{OptionKind, PRIVATE_OPTION};
 use crate::net::{Peer, Stream};
+use crate::server::ClientLimits;
 use crate::server::acl::Acl;
 use crate::server::events::IgnoreEvents;
 use crate::server::export_policy::{
@@ -38,8 +39,12 @@ thread_local! {
 
 fn sessions(most: usize) -> Arc<Sessions> {
     let handshake_timeout = Duration::from_secs(1);
-    let capacity =
-        Capacity { sessions: most, waits_when_full: false, handshakes: 9, handshake_timeout };
+    let capacity = Capacity {
+        clients: ClientLimits::of(most),
+        waits_when_full: false,
+        handshakes: 9,
+        handshake_timeout,
+    };
     Sessions::new(capacity, Acl::default(), Arc::new(IgnoreEvents)).unwrap()
 }
 
