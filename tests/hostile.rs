@@ -302,7 +302,7 @@ fn flood_until_closed(target: &Endpoint, reads_replies: bool) {
 }
 
 #[test]
-fn endless_handshakes_are_closed_at_the_deadline() {
+fn floods_of_options_are_closed() {
     let subject = Subject::over_tcp();
     let target = subject.endpoint();
     std::thread::scope(|scope| {

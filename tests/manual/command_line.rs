@@ -11,6 +11,7 @@ use flexnbd::control::status::{
     UPSTREAM_CONNECTED, UPSTREAM_ERROR, UPSTREAM_RECONNECTS, UPSTREAM_SECONDS,
 };
 use flexnbd::disk::{part_sizes, write_behind};
+use flexnbd::nbd::handshake::option::{OPTIONS_LENGTH_MAX, OPTIONS_MAX};
 use flexnbd::{control, net, server};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -184,6 +185,8 @@ fn documented_limits_and_timeouts_match_the_program() {
         documented_numbers("Clients in the handshake"),
         [server::HANDSHAKES_MAX as u64, contended]
     );
+    let options = [u64::from(OPTIONS_MAX), OPTIONS_LENGTH_MAX / MIB];
+    assert_eq!(documented_numbers("Options of a handshake"), options);
     assert_eq!(documented_numbers("Handshake"), [server::HANDSHAKE_TIMEOUT.as_secs()]);
     assert_eq!(documented_numbers("Killswitch"), [server::STALL_LIMIT.as_secs()]);
     assert_eq!(documented_numbers("Payload"), [newstyle, oldstyle]);

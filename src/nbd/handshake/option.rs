@@ -18,6 +18,11 @@ pub const OPTION_REPLY_HEADER_LENGTH: usize = 20;
 pub const OPTION_LENGTH_MAX: u32 = 64 << 10;
 /// Maximum data of an option that the server skips. Longer data ends the session.
 pub const OPTION_SKIP_LENGTH_MAX: u32 = 32 << 20;
+/// Most options of one handshake; one more ends the session. Clients send about five, and those that list
+/// everything one for each export.
+pub const OPTIONS_MAX: u32 = 1024;
+/// Most bytes of data in all options of one handshake; more end the session.
+pub const OPTIONS_LENGTH_MAX: u64 = 2 * OPTION_SKIP_LENGTH_MAX as u64;
 /// Maximum data of a reply to an option that the client accepts.
 pub const OPTION_REPLY_LENGTH_MAX: u32 = 64 << 10;
 

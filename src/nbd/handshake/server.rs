@@ -8,7 +8,8 @@ use super::super::wire::{
 };
 use super::option::{
     InfoRequest, MetaContextRequest, OPTION_HEADER_LENGTH, OPTION_LENGTH_MAX,
-    OPTION_SKIP_LENGTH_MAX, OptionError, OptionHeader, OptionReply, decode_string,
+    OPTION_SKIP_LENGTH_MAX, OPTIONS_LENGTH_MAX, OPTIONS_MAX, OptionError, OptionHeader,
+    OptionReply, decode_string,
 };
 use super::{ALLOCATION_CONTEXT_ID, Agreement, BlockSizes, Greeting};
 use thiserror::Error;
@@ -41,6 +42,9 @@ pub enum ProtocolViolation {
     /// The data of an option has this length in bytes, over [`OPTION_SKIP_LENGTH_MAX`].
     #[error("it announced an option of {0} bytes")]
     OptionTooLong(u32),
+    /// The options exceed [`OPTIONS_MAX`] or [`OPTIONS_LENGTH_MAX`].
+    #[error("it sent more than {OPTIONS_MAX} options, or {OPTIONS_LENGTH_MAX} bytes in them")]
+    TooManyOptions,
     /// `NBD_OPT_EXPORT_NAME` with an invalid name, or the name of an unknown export.
     #[error("it asked for an export that does not exist")]
     UnknownExport,
@@ -102,10 +106,30 @@ pub struct ServerHandshake {
     admission_required: bool,
     /// The decision on the current option, once made; the error is the reason for a refusal.
     admission: Option<Result<(), String>>,
+    received: ReceivedOptions,
+}
+
+/// The options that a client has sent to this process.
+#[derive(Clone, Copy, Debug, Default)]
+struct ReceivedOptions {
+    count: u32,
+    /// Bytes of data in them.
+    length: u64,
+}
+
+impl ReceivedOptions {
+    /// These and one more; an error if they exceed a limit.
+    fn and(self, header: OptionHeader) -> Result<Self, ProtocolViolation> {
+        let (count, length) = (self.count + 1, self.length + u64::from(header.length));
+        if count > OPTIONS_MAX || length > OPTIONS_LENGTH_MAX {
+            return Err(ProtocolViolation::TooManyOptions);
+        }
+        Ok(Self { count, length })
+    }
 }
 
 /// The state of a handshake, from which another process can resume it. Unconsumed input is not part
-/// of it.
+/// of it, and the limits of options count anew.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HandshakePosition {
     /// The client flags; `None` until they arrive.
@@ -150,6 +174,7 @@ impl ServerHandshake {
             private_negotiated: position.private_negotiated,
             admission_required: false,
             admission: None,
+            received: ReceivedOptions::default(),
         }
     }
 
@@ -282,6 +307,20 @@ impl ServerHandshake {
                 return Err(ProtocolViolation::BadOptionMagic(magic));
             }
         };
+        let received = self.received.and(header)?;
+        let (used, next) = self.option_of(header, input, out)?;
+        if used > 0 {
+            self.received = received;
+        }
+        Ok((used, next))
+    }
+
+    fn option_of(
+        &mut self,
+        header: OptionHeader,
+        input: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(usize, ServerStep), ProtocolViolation> {
         let kind = OptionKind::try_from(header.number);
         if !self.client.contains(ClientFlags::FIXED_NEWSTYLE) && kind != Ok(OptionKind::ExportName)
         {

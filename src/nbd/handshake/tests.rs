@@ -144,6 +144,33 @@ fn an_option_over_the_skip_limit_ends_the_session() {
 }
 
 #[test]
+fn options_beyond_their_number_end_the_session() {
+    let mut haggling = Haggling::fixed_newstyle();
+    let mut option = Vec::new();
+    encode_option(OptionKind::List.number(), &[], &mut option);
+    for _ in 0..OPTIONS_MAX {
+        // In two parts, of which the first one does not count.
+        haggling.receive(&option[..15]).unwrap();
+        haggling.receive(&option[15..]).unwrap();
+    }
+    assert_eq!(haggling.receive(&option), Err(ProtocolViolation::TooManyOptions));
+}
+
+#[test]
+fn options_beyond_their_total_length_end_the_session() {
+    let skipped = vec![0; OPTION_SKIP_LENGTH_MAX as usize];
+    let mut haggling = Haggling::fixed_newstyle();
+    for _ in 0..OPTIONS_LENGTH_MAX / u64::from(OPTION_SKIP_LENGTH_MAX) {
+        let (replies, _) = haggling.receive_option(4711, &skipped);
+        assert!(matches!(&replies[..], [OptionReply::Error { .. }]), "{replies:?}");
+    }
+    assert_eq!(haggling.receive_option(OptionKind::List.number(), &[]).0.len(), 2);
+    let mut option = Vec::new();
+    encode_option(OptionKind::List.number(), b"x", &mut option);
+    assert_eq!(haggling.receive(&option), Err(ProtocolViolation::TooManyOptions));
+}
+
+#[test]
 fn too_long_known_options_are_too_big() {
     let filler = "x".repeat(OPTION_LENGTH_MAX as usize);
     let too_big = Some(OptionReplyKind::ErrTooBig);

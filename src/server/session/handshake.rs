@@ -12,7 +12,7 @@
 //! just be ending. Neither a stop request nor the deadline of the handshake ends that wait, which has a deadline
 //! of its own: an earlier session of the same source may still be changing the disk, and the next one waits
 //! only for this one. A decision that begins after the deadline of the handshake waits for no session,
-//! because a client can send thousands of options at once.
+//! because a client can send a thousand options at once.
 //!
 //! The requests to suspend and to finish count once every received option is handled, so that a snapshot never
 //! has a decision to make. Stronger ones count after each decision that has waited.
@@ -201,7 +201,7 @@ impl Handshake {
     /// the replies made before it are still to be sent, such as the one to `NBD_OPT_ABORT`.
     pub(super) fn advance(&mut self, stop: StopRequest) -> Result<HandshakeBlocked, SessionEnd> {
         if matches!(self.state, HandshakeState::Options) {
-            // A client can send thousands of options at once, each of which may need to wait.
+            // A client can send a thousand options at once, each of which may need to wait.
             if self.has_waited && stop >= StopRequest::NotAdmitted {
                 return Err(SessionEnd::Requested(stop));
             }
