@@ -22,7 +22,7 @@ use super::blocking::execute;
 use super::buffer::Buffer;
 use super::detect_zeros;
 use super::disk::{Disk, Visit};
-use super::io_queue::{Completion, Notifier};
+use super::io_queue::{Completion, Notifier, OpId};
 #[cfg(test)]
 use super::mutation::{self, Mutation};
 use super::op::{Op, Returned};
@@ -47,6 +47,9 @@ mod parts;
 #[cfg(test)]
 pub(crate) mod simulation;
 mod stage;
+mod tag;
+
+pub use tag::OpTag;
 
 /// Most operations of one session in flight.
 pub const IN_FLIGHT_MAX: usize = 128;
@@ -97,6 +100,51 @@ pub struct InFlight<'a, T> {
     closing: bool,
     /// Measures how long parts take.
     clock: fn() -> Instant,
+}
+
+impl<'a, T: OpTag> InFlight<'a, T> {
+    /// Begins an operation. It starts at the latest with the next [`InFlight::submit`], or, if an
+    /// earlier change overlaps it, once that has completed. The caller checks
+    /// [`InFlight::has_room`] or [`InFlight::has_room_to_read`] first.
+    ///
+    /// It fails with `EPERM` if it would change a read-only disk, with `EINVAL` beyond the end, with
+    /// the error of the first failed flush if it is durable, or with the backend's error; then any
+    /// part of the change may have been written.
+    pub fn begin(&mut self, visit: Visit<'a>, op: Op, tag: T) {
+        self.insert(Some(visit), op, tag);
+    }
+
+    /// Begins an operation without a visit, as [`InFlight::begin`] does: it starts once the gate is open.
+    pub fn begin_when_open(&mut self, op: Op, tag: T) {
+        self.insert(None, op, tag);
+    }
+
+    fn insert(&mut self, visit: Option<Visit<'a>>, op: Op, tag: T) {
+        let outcome = match self.check(&op) {
+            Ok(Some(range)) if range.is_empty() => Ok(Returned::Success),
+            Ok(range) => {
+                let changed = range.filter(|_| op.changes());
+                let change = changed.map(|range| self.register_change(range));
+                let memory = op.memory();
+                let may_start = self.may_start(&op, change.as_ref());
+                let key = self.next_key;
+                self.next_key += 1;
+                let is_read = !op.changes();
+                *self.bytes_held(is_read) += memory;
+                self.waiting += 1;
+                let stage = OpStage::Waiting(op);
+                let id = OpId { key, cookie: tag.cookie() };
+                let operation = Operation { tag, id, change, memory, is_read, stage };
+                self.operations.insert(key, operation);
+                if let Some(visit) = visit.filter(|_| may_start) {
+                    self.start(visit, key);
+                }
+                return;
+            }
+            Err(error) => Err(error),
+        };
+        self.completed.push_back((tag, outcome));
+    }
 }
 
 impl<'a, T> InFlight<'a, T> {
@@ -170,47 +218,6 @@ impl<'a, T> InFlight<'a, T> {
                 self.write_behind.started();
             }
         }
-    }
-
-    /// Begins an operation. It starts at the latest with the next [`InFlight::submit`], or, if an
-    /// earlier change overlaps it, once that has completed. The caller checks
-    /// [`InFlight::has_room`] or [`InFlight::has_room_to_read`] first.
-    ///
-    /// It fails with `EPERM` if it would change a read-only disk, with `EINVAL` beyond the end, with
-    /// the error of the first failed flush if it is durable, or with the backend's error; then any
-    /// part of the change may have been written.
-    pub fn begin(&mut self, visit: Visit<'a>, op: Op, tag: T) {
-        self.insert(Some(visit), op, tag);
-    }
-
-    /// Begins an operation without a visit, as [`InFlight::begin`] does: it starts once the gate is open.
-    pub fn begin_when_open(&mut self, op: Op, tag: T) {
-        self.insert(None, op, tag);
-    }
-
-    fn insert(&mut self, visit: Option<Visit<'a>>, op: Op, tag: T) {
-        let outcome = match self.check(&op) {
-            Ok(Some(range)) if range.is_empty() => Ok(Returned::Success),
-            Ok(range) => {
-                let changed = range.filter(|_| op.changes());
-                let change = changed.map(|range| self.register_change(range));
-                let memory = op.memory();
-                let may_start = self.may_start(&op, change.as_ref());
-                let key = self.next_key;
-                self.next_key += 1;
-                let is_read = !op.changes();
-                *self.bytes_held(is_read) += memory;
-                self.waiting += 1;
-                let stage = OpStage::Waiting(op);
-                self.operations.insert(key, Operation { tag, change, memory, is_read, stage });
-                if let Some(visit) = visit.filter(|_| may_start) {
-                    self.start(visit, key);
-                }
-                return;
-            }
-            Err(error) => Err(error),
-        };
-        self.completed.push_back((tag, outcome));
     }
 
     /// Validates an operation, and returns its range.
@@ -455,7 +462,9 @@ impl<'a, T> InFlight<'a, T> {
 
     /// Gives an operation to the I/O queue, or to a thread if that declines.
     fn execute(&mut self, key: u64, op: Op, stage: OpStage<'a>) {
-        self.set_stage(key, stage);
+        let Some(operation) = self.operations.get_mut(&key) else { return };
+        operation.stage = stage;
+        let id = operation.id;
         self.executing += 1;
         let image = self.disk.image();
         // No operation is in the queue of an earlier image: it would have kept the gate from closing.
@@ -470,7 +479,7 @@ impl<'a, T> InFlight<'a, T> {
             };
         }
         let declined = match &mut self.queue {
-            OpQueue::Of(queue) => queue.push(key, op).err(),
+            OpQueue::Of(queue) => queue.push(id, op).err(),
             _ => Some(op),
         };
         if let Some(op) = declined {

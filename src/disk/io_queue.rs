@@ -5,6 +5,23 @@ use super::op::Op;
 use std::io;
 use std::os::fd::BorrowedFd;
 
+/// How a caller names an operation of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpId {
+    /// Returned with the completion. Unique among the operations of the queue that have not completed.
+    pub key: u64,
+    /// The cookie of the client's request of which the operation is all or a part, for a queue that sends the
+    /// request on. It need not be unique: each client chooses its own.
+    pub cookie: Option<u64>,
+}
+
+impl From<u64> for OpId {
+    /// An operation that no client has requested.
+    fn from(key: u64) -> Self {
+        Self { key, cookie: None }
+    }
+}
+
 /// A completed operation.
 #[derive(Debug)]
 pub struct Completion {
@@ -26,7 +43,7 @@ pub trait IoQueue: std::fmt::Debug {
     ///
     /// # Errors
     /// Returns the operation if this queue cannot execute it.
-    fn push(&mut self, key: u64, op: Op) -> Result<(), Op>;
+    fn push(&mut self, id: OpId, op: Op) -> Result<(), Op>;
     /// Submits everything queued. Returns false if some operations completed synchronously, in which
     /// case no notification follows and the caller must poll.
     fn submit(&mut self) -> bool;

@@ -61,7 +61,7 @@ pub use features::{FeatureFlags, Features};
 pub use file_backend::FileBackend;
 pub use file_system::HolePolicy;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
-pub use io_queue::{Completion, IoQueue, Notifier};
+pub use io_queue::{Completion, IoQueue, Notifier, OpId};
 pub use lock::{Holders, LockKind};
 pub use op::{Extent, Op, Returned, Zeroing};
 pub use open::{Access, OpenError, SECTOR, image_size};

@@ -3,7 +3,7 @@
 
 use super::backend::{Backend, PageCache, SocketTransfer};
 use super::blocking::execute;
-use super::io_queue::{Completion, IoQueue, Notifier};
+use super::io_queue::{Completion, IoQueue, Notifier, OpId};
 use super::op::{Extent, Op};
 use crate::range::Range;
 use nix::errno::Errno;
@@ -200,8 +200,8 @@ impl SlowBackend {
 }
 
 impl IoQueue for SlowQueue<'_> {
-    fn push(&mut self, key: u64, op: Op) -> Result<(), Op> {
-        self.waiting.push((key, op));
+    fn push(&mut self, id: OpId, op: Op) -> Result<(), Op> {
+        self.waiting.push((id.key, op));
         Ok(())
     }
 

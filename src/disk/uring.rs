@@ -2,7 +2,7 @@
 //! Makes no decisions, and never looks at bytes. The kernel zeroes whole blocks; the edges of a
 //! zeroing are written synchronously afterwards.
 
-use super::io_queue::{Completion, IoQueue};
+use super::io_queue::{Completion, IoQueue, OpId};
 use super::op::{Op, Zeroing};
 use super::syscalls;
 use crate::range::Range;
@@ -392,7 +392,7 @@ fn supports_all(probe: &Probe) -> bool {
 }
 
 impl IoQueue for Uring<'_> {
-    fn push(&mut self, key: u64, mut op: Op) -> Result<(), Op> {
+    fn push(&mut self, OpId { key, .. }: OpId, mut op: Op) -> Result<(), Op> {
         if self.broken {
             return Err(op);
         }

@@ -44,7 +44,7 @@ impl UpstreamBackend {
     /// Executes an operation, and blocks until it has completed: for as long as the server is lost.
     fn run(&self, op: Op) -> io::Result<Op> {
         let (id, _) = self.0.open_queue(None);
-        self.0.submit(id, std::iter::once((0, op)));
+        self.0.submit(id, std::iter::once((0.into(), op)));
         self.0.wait_for_completions(id, false);
         let mut completions = VecDeque::new();
         self.0.take_completions(id, &mut completions);

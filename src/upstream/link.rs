@@ -16,7 +16,7 @@ use super::read_ahead::ReadAhead;
 use super::rotation::{DELAY_MAX, Rotation};
 use super::terms::ServerTerms;
 use super::tx::UpstreamTx;
-use crate::disk::{Buffer, Completion, Op};
+use crate::disk::{Buffer, Completion, Op, OpId};
 use crate::message_id;
 use crate::net::Interest;
 use crate::sync::{lock, wait, wait_timeout};
@@ -188,10 +188,10 @@ impl UpstreamLink {
     }
 
     /// Begins operations of a queue. One that no message can execute completes without an outcome.
-    pub(super) fn submit(&self, id: u64, operations: impl Iterator<Item = (u64, Op)>) {
+    pub(super) fn submit(&self, id: u64, operations: impl Iterator<Item = (OpId, Op)>) {
         let mut state = lock(&self.state);
-        for (key, op) in operations {
-            state.begin(id, key, op);
+        for (op_id, op) in operations {
+            state.begin(id, op_id, op);
         }
         self.finish(state);
     }

@@ -29,6 +29,10 @@
 //! A server reports a failed write-back to one of the flushes that it executes at the same time. So if
 //! the machine's own flush is in flight, a client's flush completes after it, and fails if it has failed.
 //!
+//! A request that goes out as a single message has the cookie of the client's own request, unless another
+//! message has it: then, and for everything else, the machine chooses one. Sent again, it has the same cookie
+//! as before. (Original flexnbd-proxy: its requests are the client's.)
+//!
 //! A session may end while there is no connection. Its changes that were sent before are sent again
 //! nevertheless: another session may have read their data.
 
@@ -40,15 +44,18 @@ mod sending;
 use super::mutation::{self, UpstreamMutation};
 use super::terms::ServerTerms;
 use super::unflushed::Unflushed;
-use crate::disk::{Completion, Op};
+use crate::disk::{Completion, Op, OpId};
 use crate::nbd::wire::TransmissionFlags;
 use crate::range::Range;
 use nix::errno::Errno;
 use request::{UpstreamRequest, UpstreamTask};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 pub(super) use answers::{Expected, LossReason};
 pub(super) use sending::{OutgoingMessage, PayloadPart};
+
+/// The first cookie that no client has chosen. Clients count from low numbers up, most of them.
+pub(super) const OWN_COOKIES: u64 = 1 << 63;
 
 /// The requests of all sessions to one server. See the module.
 #[derive(Debug)]
@@ -63,7 +70,10 @@ pub(super) struct UpstreamMachine {
     next_request: u64,
     /// Messages without a reply, by cookie.
     messages: BTreeMap<u64, SentMessage>,
+    /// The next cookie that no client has chosen.
     next_cookie: u64,
+    /// Cookies that no message has, and with which a request may be sent again.
+    kept_cookies: BTreeSet<u64>,
     /// Requests with messages to send, by connection.
     ready: Vec<VecDeque<u64>>,
     /// Requests that wait until the machine serves.
@@ -150,7 +160,8 @@ impl UpstreamMachine {
             requests: BTreeMap::new(),
             next_request: 0,
             messages: BTreeMap::new(),
-            next_cookie: 0,
+            next_cookie: OWN_COOKIES,
+            kept_cookies: BTreeSet::new(),
             ready: Vec::new(),
             later: VecDeque::new(),
             held: VecDeque::new(),
@@ -226,14 +237,14 @@ impl UpstreamMachine {
     ///
     /// # Errors
     /// The operation, if no message can execute it.
-    pub(super) fn submit(&mut self, owner: u64, key: u64, op: Op) -> Result<(), Op> {
+    pub(super) fn submit(&mut self, owner: u64, id: OpId, op: Op) -> Result<(), Op> {
         let has_fua = self.terms.has(TransmissionFlags::SEND_FUA);
         if !has_fua && self.keeps_changes() && matches!(op, Op::Write { durable: true, .. }) {
             // Takes a write and a flush.
             return Err(op);
         }
         let task = UpstreamTask::of(op, self.terms.size)?;
-        let request = UpstreamRequest::new(owner, key, task);
+        let request = UpstreamRequest::new(owner, id, task);
         let error = match self.stage {
             LinkStage::Closed => Some(Errno::ESHUTDOWN as i32),
             _ if request.task.is_durable() => self.flush_error,
@@ -301,6 +312,12 @@ impl UpstreamMachine {
             }
         }
         self.requests.values_mut().for_each(UpstreamRequest::restart);
+        let sent_before = self.requests.values().filter(|request| request.has_begun);
+        self.kept_cookies = sent_before.filter_map(|request| request.cookie).collect();
+        #[cfg(test)]
+        if mutation::is_active(UpstreamMutation::ForgetCookie) {
+            self.kept_cookies.clear();
+        }
         self.later = self.requests.keys().copied().collect();
     }
 
@@ -458,6 +475,12 @@ impl UpstreamMachine {
         self.messages.get(&cookie).map(|message| message.cause)
     }
 
+    /// The range of a request.
+    #[cfg(test)]
+    pub(super) fn range_of(&self, id: u64) -> Option<Range> {
+        self.requests.get(&id).map(|request| request.task.range())
+    }
+
     /// Whether a change waits for memory.
     #[cfg(test)]
     pub(super) fn holds_changes(&self) -> bool {
@@ -465,9 +488,11 @@ impl UpstreamMachine {
     }
 
     fn complete(&mut self, id: u64, error: Option<i32>) {
-        if let Some(request) = self.requests.remove(&id)
-            && !request.is_cancelled
-        {
+        let Some(request) = self.requests.remove(&id) else { return };
+        if let Some(cookie) = request.cookie.filter(|_| request.has_begun) {
+            self.kept_cookies.remove(&cookie);
+        }
+        if !request.is_cancelled {
             self.completed.push_back(request.complete(error));
         }
     }

@@ -46,6 +46,12 @@ pub(super) enum UpstreamMutation {
     UseUnpromised,
     /// A zeroing that is sent again may still fail because it is slow.
     StayFast,
+    /// A request gets its client's cookie although another message has it.
+    ReuseCookie,
+    /// A request that is sent again gets another cookie.
+    RenameResent,
+    /// A cookie is forgotten while its request waits to be sent again.
+    ForgetCookie,
     /// A reply is accepted over any connection.
     AcceptAnyCookie,
     /// A reply is accepted without its content.

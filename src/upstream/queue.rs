@@ -2,7 +2,7 @@
 
 use super::connection::UpstreamConnection;
 use super::link::UpstreamLink;
-use crate::disk::{Completion, IoQueue, Op};
+use crate::disk::{Completion, IoQueue, Op, OpId};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -14,7 +14,7 @@ pub(super) struct UpstreamQueue {
     link: Arc<UpstreamLink>,
     id: u64,
     /// Not submitted yet.
-    pushed: Vec<(u64, Op)>,
+    pushed: Vec<(OpId, Op)>,
     completed: VecDeque<Completion>,
     has_completions: Arc<AtomicBool>,
     /// Submitted, and not returned by `poll`.
@@ -43,8 +43,8 @@ impl UpstreamQueue {
 }
 
 impl IoQueue for UpstreamQueue {
-    fn push(&mut self, key: u64, op: Op) -> Result<(), Op> {
-        self.pushed.push((key, op));
+    fn push(&mut self, id: OpId, op: Op) -> Result<(), Op> {
+        self.pushed.push((id, op));
         Ok(())
     }
 

@@ -12,7 +12,8 @@
 //!
 //! Every step is checked: each operation completes exactly once, with the error that the server returned
 //! or with the right bytes (each cell is a linearizable register); what a FLUSH or FUA has acknowledged
-//! is durable on the current server and stays so; overlapping changes are never in flight together; a
+//! is durable on the current server and stays so; overlapping changes are never in flight together, and
+//! neither are equal cookies, although clients choose them; a request is sent again with its cookie; a
 //! replay consists of the last acknowledged changes and comes before everything else; the memory stays
 //! within its bound; the server receives nothing that the first one did not offer. At the end of a
 //! schedule, without further faults, everything completes.
@@ -103,6 +104,9 @@ mutations! {
     forgetting_cancelled_changes_is_caught: ForgetCancelled breaks "reads as" in Endings,
     using_unpromised_commands_is_caught: UseUnpromised breaks "does not offer" in Any,
     resending_a_fast_zeroing_is_caught: StayFast breaks "reads as" in Any,
+    reusing_a_cookie_in_flight_is_caught: ReuseCookie breaks "has a cookie in flight" in Any,
+    renaming_a_resent_request_is_caught: RenameResent breaks "another cookie" in Any,
+    forgetting_the_cookie_of_a_lost_request_is_caught: ForgetCookie breaks "another cookie" in Any,
     accepting_a_reply_over_another_connection_is_caught: AcceptAnyCookie breaks "" in Misbehaving,
     accepting_a_reply_without_content_is_caught: AcceptIncomplete breaks "reads as" in Misbehaving,
     passing_a_shutdown_to_clients_is_caught: PassShutdown breaks "ESHUTDOWN" in Any,

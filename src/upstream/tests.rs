@@ -392,7 +392,7 @@ fn a_lost_connection_is_reset_although_a_session_waits_for_it() {
     let upstream = Upstream::try_connect(vec![target], Duration::from_millis(200)).unwrap();
     let notifier = nix::sys::eventfd::EventFd::new().unwrap();
     let mut queue = upstream.backend.queue(notifier.as_fd()).unwrap();
-    queue.push(1, Op::Flush).unwrap();
+    queue.push(1.into(), Op::Flush).unwrap();
     queue.submit();
     assert!(queue.descriptor().is_some(), "the session receives from the connection itself");
     outcome.recv_timeout(DEADLINE).expect("the end of the connection").unwrap();
@@ -475,7 +475,7 @@ fn the_queue_of_an_ended_session_does_not_wait_for_a_lost_server() {
     thread::spawn(move || {
         let notifier = nix::sys::eventfd::EventFd::new().unwrap();
         let mut queue = backend.queue(notifier.as_fd()).unwrap();
-        queue.push(1, Op::Flush).unwrap();
+        queue.push(1.into(), Op::Flush).unwrap();
         queue.submit();
         drop(queue);
         done.send(())

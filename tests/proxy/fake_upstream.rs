@@ -23,7 +23,7 @@ pub(crate) struct FakeRequest {
     pub(crate) length: u32,
     /// The data of a write.
     pub(crate) payload: Vec<u8>,
-    cookie: u64,
+    pub(crate) cookie: u64,
 }
 
 impl FakeUpstream {

@@ -89,11 +89,11 @@ fn a_read_is_sent_again_when_the_upstream_dies() {
         let request = Request::new(READ, 0, BLOCK);
         let cookie = client.send(&request);
         let first = connection.request();
-        assert_eq!((first.command, first.offset), (READ, 0));
+        assert_eq!((first.command, first.offset, first.cookie), (READ, 0, cookie));
         drop(connection);
         let mut connection = upstream.accept();
         let again = connection.request();
-        assert_eq!((again.command, again.offset, again.length), (READ, 0, first.length));
+        assert_eq!(again, first);
         connection.answer(&again, &vec![0xff; again.length as usize]);
         let (answered, reply) = client.recv_reply(&HashMap::from([(cookie, request)]));
         assert_eq!((answered, reply.error), (cookie, 0));
@@ -111,14 +111,35 @@ fn a_write_is_sent_again_when_the_upstream_dies() {
         let cookie = client.send(&request);
         let first = connection.request();
         assert_eq!((first.command, first.offset, first.length), (WRITE, 0, BLOCK as u32));
+        assert_eq!(first.cookie, cookie);
         drop(connection);
         let mut connection = upstream.accept();
         let again = connection.request();
-        assert_eq!((again.command, again.offset, again.length), (WRITE, 0, BLOCK as u32));
-        assert!(again.payload == first.payload);
+        assert!(again == first, "{cookie:#x} becomes {:#x}", again.cookie);
         connection.answer(&again, b"");
         let (answered, reply) = client.recv_reply(&HashMap::from([(cookie, request)]));
         assert_eq!((answered, reply.error), (cookie, 0));
+    }
+}
+
+#[test]
+fn equal_handles_of_two_clients_differ_at_the_upstream() {
+    let link = Link::new();
+    let (_upstream, mut connection, proxy) = link.play_disk(MIB, "--max-clients=2");
+    let mut clients = [(); 2].map(|()| Session::open_oldstyle(proxy.endpoint()));
+    let requests = [0, BLOCK].map(|offset| Request::new(READ, offset, BLOCK));
+    let handles = [0, 1].map(|nth| clients[nth].send(&requests[nth]));
+    assert_eq!(handles[0], handles[1]);
+    let received = [connection.request(), connection.request()];
+    assert_ne!(received[0].cookie, received[1].cookie);
+    assert_eq!(received[0].cookie, handles[0], "the first one keeps its handle");
+    for request in received.iter().rev() {
+        connection.answer(request, &content(request.offset));
+    }
+    for (client, request) in clients.iter_mut().zip(requests) {
+        let expected = content(request.offset);
+        let (handle, reply) = client.recv_reply(&HashMap::from([(handles[0], request)]));
+        assert!(handle == handles[0] && reply.data == expected);
     }
 }
 

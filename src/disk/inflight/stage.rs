@@ -19,7 +19,7 @@
 use super::super::buffer::Buffer;
 use super::super::disk::Visit;
 use super::super::flush_errors::{ConcurrentFlushes, FlushGuard};
-use super::super::io_queue::IoQueue;
+use super::super::io_queue::{IoQueue, OpId};
 use super::super::op::Op;
 use super::super::overlap::Change;
 use crate::range::Range;
@@ -42,6 +42,8 @@ pub(super) enum OpQueue<'a> {
 #[derive(Debug)]
 pub(super) struct Operation<'a, T> {
     pub(super) tag: T,
+    /// How the I/O queue knows it.
+    pub(super) id: OpId,
     /// Until the bytes are written.
     pub(super) change: Option<Change<'a>>,
     /// Bytes that it holds ([`Op::memory`]).

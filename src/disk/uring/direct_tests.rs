@@ -57,10 +57,10 @@ fn a_direct_ring_declines_what_the_kernel_cannot_or_should_not_do() {
     let read = |offset, length| Op::Read { offset, data: Buffer::zeroed(length, 4096).unwrap() };
     for op in [read(512, 4096), read(0, 512), Op::Cache(Range::whole(4096)), zero(1, 8192)] {
         let name = format!("{op:?}");
-        assert!(ring.push(1, op).is_err(), "{name}");
+        assert!(ring.push(1.into(), op).is_err(), "{name}");
     }
     for op in [read(4096, 8192), zero(4096, 8192)] {
-        ring.push(1, op).unwrap();
+        ring.push(1.into(), op).unwrap();
         ring.wait();
         assert!(matches!(ring.poll().unwrap().outcome, Some(Ok(()))));
     }

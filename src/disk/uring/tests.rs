@@ -36,14 +36,14 @@ fn zero(range: Range) -> Op {
 fn rejected_calls_are_returned_and_never_executed_later() {
     let ((_folder, image), notifier) = (image(), TestNotifier::default());
     let Some(mut ring) = disabled(&image, &notifier) else { return };
-    ring.push(1, write(1)).unwrap();
-    ring.push(2, Op::Flush).unwrap();
+    ring.push(1.into(), write(1)).unwrap();
+    ring.push(2.into(), Op::Flush).unwrap();
     assert!(!ring.submit(), "completed without a notification");
     for key in [1, 2] {
         let completion = ring.poll().unwrap();
         assert!(completion.key == key && completion.outcome.is_none());
     }
-    assert_eq!(ring.push(3, write(3)), Err(write(3)));
+    assert_eq!(ring.push(3.into(), write(3)), Err(write(3)));
     // The data of the returned calls is freed: the kernel must not execute their entries.
     ring.ring.submitter().register_enable_rings().unwrap();
     assert!(ring.submit());
@@ -111,7 +111,7 @@ fn zeroing_with_unaligned_edges_is_exact() {
     let Ok(mut ring) = Uring::new(&image, notifier.as_eventfd()) else { return };
     image.write(0, &[7; 40_000], false).unwrap();
     let range = Range::whole(30_001).from(101);
-    ring.push(1, zero(range)).unwrap();
+    ring.push(1.into(), zero(range)).unwrap();
     ring.wait();
     assert!(matches!(ring.poll().unwrap().outcome, Some(Ok(()))));
     let (mut found, mut expected) = ([9; 40_000], [7; 40_000]);
@@ -141,7 +141,7 @@ fn a_load_makes_every_page_resident() {
         posix_fadvise(image.file(), 0, 0, advice).unwrap();
         // Must not be taken for the whole range.
         image.read(range.end() - 1, &mut [0]).unwrap();
-        ring.push(1, Op::Load(range)).unwrap();
+        ring.push(1.into(), Op::Load(range)).unwrap();
         ring.wait();
         assert!(matches!(ring.poll().unwrap().outcome, Some(Ok(()))));
         let mut bytes = vec![0; range.length() as usize];

@@ -1,7 +1,7 @@
 //! A session's access to the disk: the gate, and the operations in flight.
 //! Never waits: an operation that cannot begin now returns the reason.
 
-use crate::disk::inflight::InFlight;
+use crate::disk::inflight::{InFlight, OpTag};
 #[cfg(test)]
 use crate::disk::mutation::{self, Mutation};
 use crate::disk::{Disk, Notifier, Op, Visit};
@@ -29,10 +29,20 @@ pub(super) struct DiskIo<'a> {
 pub(super) enum Tag {
     /// Reply with its result.
     Answer { to: ReplyTo, request: Request },
-    /// Continue the read with this number: its data is loaded.
-    Load(u64),
+    /// Continue the read with this number, of a request that gets this reply: its data is loaded.
+    Load { number: u64, to: ReplyTo },
     /// A piece of a long write, by the number of that write, is written.
     Piece(u64),
+}
+
+impl OpTag for Tag {
+    fn cookie(&self) -> Option<u64> {
+        match self {
+            Self::Answer { to, .. } | Self::Load { to, .. } => Some(to.cookie),
+            // Many of them are in flight at once.
+            Self::Piece(_) => None,
+        }
+    }
 }
 
 /// Why an operation cannot begin now.

@@ -283,7 +283,7 @@ impl<'a> Engine<'a> {
             self.has_completed = true;
             match tag {
                 Tag::Answer { to, request } => self.answer(to, request, outcome),
-                Tag::Load(number) => {
+                Tag::Load { number, .. } => {
                     self.reads.on_loaded(number, outcome.map(Returned::into_bytes));
                 }
                 Tag::Piece(number) => {

@@ -258,9 +258,10 @@ impl Reads {
         self.next_load += 1;
         // Long pieces are sent by reference (`append_piece`), and others read from the page cache.
         let pins = visit.pins() && range.length() >= pinned::PIN_MIN;
+        let to = read.to;
         self.loads.insert(number, Loading { read, range, pins, in_flight: self.loading, since });
         let op = if pins { Op::Load(range) } else { read_op(range, io.disk.unit()) };
-        io.in_flight.begin(visit, op, Tag::Load(number));
+        io.in_flight.begin(visit, op, Tag::Load { number, to });
     }
 
     /// Continues a read whose load has completed.

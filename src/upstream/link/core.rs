@@ -1,7 +1,7 @@
 //! What the threads of an upstream share under one lock: the machine, the connections, and the queues.
 //! Never waits.
 
-use crate::disk::{Completion, Op};
+use crate::disk::{Completion, Op, OpId};
 use crate::upstream::connection::UpstreamConnection;
 use crate::upstream::machine::UpstreamMachine;
 use crate::upstream::read_ahead::{READ_AHEAD_OWNER, ReadAhead, ReadAheadStep};
@@ -112,25 +112,25 @@ impl LinkCore {
     }
 
     /// Begins an operation of a queue.
-    pub(super) fn begin(&mut self, queue: u64, key: u64, op: Op) {
-        let Some(read_ahead) = &mut self.read_ahead else { return self.submit(queue, key, op) };
-        let (step, ahead) = read_ahead.begin(queue, key, op);
+    pub(super) fn begin(&mut self, queue: u64, id: OpId, op: Op) {
+        let Some(read_ahead) = &mut self.read_ahead else { return self.submit(queue, id, op) };
+        let (step, ahead) = read_ahead.begin(queue, id.key, op);
         match step {
             ReadAheadStep::Complete(op) => {
-                self.complete(queue, Completion { key, op, outcome: Some(Ok(())) });
+                self.complete(queue, Completion { key: id.key, op, outcome: Some(Ok(())) });
             }
             ReadAheadStep::Wait => {}
-            ReadAheadStep::Submit(op) => self.submit(queue, key, op),
+            ReadAheadStep::Submit(op) => self.submit(queue, id, op),
         }
         // Behind what the session waits for.
         if let Some((token, op)) = ahead {
-            self.submit(READ_AHEAD_OWNER, token, op);
+            self.submit(READ_AHEAD_OWNER, token.into(), op);
         }
     }
 
-    pub(super) fn submit(&mut self, queue: u64, key: u64, op: Op) {
-        if let Err(op) = self.machine.submit(queue, key, op) {
-            self.complete(queue, Completion { key, op, outcome: None });
+    pub(super) fn submit(&mut self, queue: u64, id: OpId, op: Op) {
+        if let Err(op) = self.machine.submit(queue, id, op) {
+            self.complete(queue, Completion { key: id.key, op, outcome: None });
         }
     }
 
@@ -161,7 +161,7 @@ impl LinkCore {
         for (queue, completion) in waited {
             match completion.outcome {
                 Some(_) => self.complete(queue, completion),
-                None => self.submit(queue, completion.key, completion.op),
+                None => self.submit(queue, completion.key.into(), completion.op),
             }
         }
     }

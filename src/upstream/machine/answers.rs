@@ -327,6 +327,7 @@ impl UpstreamMachine {
         #[cfg(test)]
         let waits = waits && !mutation::is_active(UpstreamMutation::CompleteBesideFlush);
         if waits && error.is_none() {
+            self.kept_cookies.extend(request.cookie);
             return self.verifying.push(id);
         }
         if request.has_memory {

@@ -1,7 +1,7 @@
 //! A request to the server: an operation of a session, and how far it is executed.
 //! Pure.
 
-use crate::disk::{Buffer, Completion, Extent, Op, Zeroing};
+use crate::disk::{Buffer, Completion, Extent, Op, OpId, Zeroing};
 use crate::range::Range;
 #[cfg(test)]
 use crate::upstream::mutation::{self, UpstreamMutation};
@@ -17,6 +17,9 @@ pub(super) struct UpstreamRequest {
     pub(super) owner: u64,
     /// The key it was pushed with.
     pub(super) key: u64,
+    /// The cookie for its message, if it has a single one: the client's, and afterwards that with which it was
+    /// sent. `None` once it was sent in several.
+    pub(super) cookie: Option<u64>,
     pub(super) task: UpstreamTask,
     /// A message of it was sent, over any connection.
     pub(super) has_begun: bool,
@@ -151,10 +154,11 @@ impl UpstreamTask {
 
 impl UpstreamRequest {
     /// Nothing of it is sent yet.
-    pub(super) fn new(owner: u64, key: u64, task: UpstreamTask) -> Self {
+    pub(super) fn new(owner: u64, id: OpId, task: UpstreamTask) -> Self {
         Self {
             owner,
-            key,
+            key: id.key,
+            cookie: id.cookie,
             next: task.range().offset(),
             task,
             has_begun: false,

@@ -67,7 +67,9 @@ impl UpstreamMachine {
             self.probe_wanted = None;
             let block = Range::whole(self.terms.size).split(u64::from(self.terms.block_min)).0;
             if !block.is_empty() {
-                return Some(self.message(connection, CommandKind::Read, 0, block, Cause::Probe));
+                let cookie = self.own_cookie();
+                let command = (CommandKind::Read, CommandFlags::empty());
+                return Some(self.message(connection, cookie, command, block, Cause::Probe));
             }
         }
         match self.stage {
@@ -81,13 +83,9 @@ impl UpstreamMachine {
             if self.stage == LinkStage::Serving && self.own_flush == OwnFlush::Wanted {
                 self.own_flush = OwnFlush::InFlight;
                 let cause = Cause::OwnFlush(self.stamp);
-                return Some(self.message(
-                    connection,
-                    CommandKind::Flush,
-                    0,
-                    Range::whole(0),
-                    cause,
-                ));
+                let cookie = self.own_cookie();
+                let command = (CommandKind::Flush, CommandFlags::empty());
+                return Some(self.message(connection, cookie, command, Range::whole(0), cause));
             }
             let id = *self.ready.get(connection)?.front()?;
             match self.next_of(connection, id) {
@@ -134,7 +132,8 @@ impl UpstreamMachine {
             false => offset,
         };
         self.stage = LinkStage::Replaying { offset, unanswered: unanswered + 1 };
-        let mut message = self.message(connection, kind, flags.bits(), part, Cause::Replay);
+        let cookie = self.own_cookie();
+        let mut message = self.message(connection, cookie, (kind, flags), part, Cause::Replay);
         if let UnflushedContent::Data { data, at } = content {
             // Fits: at most the longest payload.
             message.payload = Some(PayloadPart { data, start: at, length: part.length() as usize });
@@ -161,36 +160,77 @@ impl UpstreamMachine {
             _ => part.end(),
         };
         request.unanswered += 1;
-        request.has_begun = true;
+        let is_single = part.offset() == range.offset() && request.next >= range.end();
         request.stamp = self.stamp;
         let payload = payload(request, part);
         if request.next >= range.end() {
             self.ready[connection].pop_front();
         }
+        let cookie = self.cookie_of_request(id, is_single);
         let cause = Cause::Request(id);
-        let mut message = self.message(connection, kind, flags.bits(), part, cause);
+        let mut message = self.message(connection, cookie, (kind, flags), part, cause);
         message.payload = payload;
         Some(NextStep::Send(message))
+    }
+
+    /// The cookie for the next message of a request, which is sent as a single one or in several.
+    fn cookie_of_request(&mut self, id: u64, is_single: bool) -> u64 {
+        let request = self.requests.get_mut(&id);
+        let (wanted, has_begun) = request.map_or((None, false), |request| {
+            (request.cookie.take(), std::mem::replace(&mut request.has_begun, true))
+        });
+        if has_begun && let Some(kept) = &wanted {
+            self.kept_cookies.remove(kept);
+        }
+        let wanted = wanted.filter(|_| is_single);
+        #[cfg(test)]
+        let wanted =
+            wanted.filter(|_| !(has_begun && mutation::is_active(UpstreamMutation::RenameResent)));
+        let cookie = match wanted.filter(|cookie| !self.is_cookie_used(*cookie)) {
+            Some(cookie) => cookie,
+            None => self.own_cookie(),
+        };
+        if is_single && let Some(request) = self.requests.get_mut(&id) {
+            request.cookie = Some(cookie);
+        }
+        cookie
+    }
+
+    /// A cookie of the machine's own.
+    fn own_cookie(&mut self) -> u64 {
+        loop {
+            let cookie = self.next_cookie;
+            self.next_cookie = cookie.wrapping_add(1);
+            if !self.is_cookie_used(cookie) {
+                return cookie;
+            }
+        }
+    }
+
+    fn is_cookie_used(&self, cookie: u64) -> bool {
+        #[cfg(test)]
+        if mutation::is_active(UpstreamMutation::ReuseCookie) {
+            return false;
+        }
+        self.messages.contains_key(&cookie) || self.kept_cookies.contains(&cookie)
     }
 
     /// Registers a message.
     fn message(
         &mut self,
         connection: usize,
-        kind: CommandKind,
-        flags: u16,
+        cookie: u64,
+        (kind, flags): (CommandKind, CommandFlags),
         range: Range,
         cause: Cause,
     ) -> OutgoingMessage {
-        let cookie = self.next_cookie;
-        self.next_cookie += 1;
         let sent = SentMessage { connection, range, cause, received: Vec::new(), error: None };
         self.messages.insert(cookie, sent);
         let (offset, length) = match kind {
             CommandKind::Flush => (0, 0),
             _ => (range.offset(), range.length()),
         };
-        let mut flags = CommandFlags::from_bits_retain(flags);
+        let mut flags = flags;
         if kind == CommandKind::Write && self.terms.dialect == Dialect::Extended {
             flags |= CommandFlags::PAYLOAD_LEN;
         }

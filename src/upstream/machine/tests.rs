@@ -103,13 +103,13 @@ fn reconnect(machine: &mut UpstreamMachine) {
 #[test]
 fn a_new_connection_begins_with_the_replay_then_changes_then_reads() {
     let mut machine = machine(1 << 20);
-    machine.submit(0, 0, write(0, BLOCK)).unwrap();
+    machine.submit(0, 0.into(), write(0, BLOCK)).unwrap();
     reply_to_all(&mut machine, None);
-    machine.submit(0, 1, read(8192, BLOCK)).unwrap();
-    machine.submit(0, 2, write(4096, BLOCK)).unwrap();
+    machine.submit(0, 1.into(), read(8192, BLOCK)).unwrap();
+    machine.submit(0, 2.into(), write(4096, BLOCK)).unwrap();
     assert_eq!(messages(&mut machine).len(), 2);
     reconnect(&mut machine);
-    machine.submit(0, 3, Op::Flush).unwrap();
+    machine.submit(0, 3.into(), Op::Flush).unwrap();
     assert_eq!(reply_to_all(&mut machine, None), [(CommandKind::Write, 0)]);
     assert_eq!(reply_to_all(&mut machine, None), [(CommandKind::Write, 4096)]);
     let rest = [(CommandKind::Read, 8192), (CommandKind::Flush, 0)];
@@ -121,7 +121,7 @@ fn a_new_connection_begins_with_the_replay_then_changes_then_reads() {
 #[test]
 fn a_failed_replay_ends_the_connection() {
     let mut machine = machine(1 << 20);
-    machine.submit(0, 0, write(0, BLOCK)).unwrap();
+    machine.submit(0, 0.into(), write(0, BLOCK)).unwrap();
     reply_to_all(&mut machine, None);
     reconnect(&mut machine);
     let cookie = messages(&mut machine)[0].3;
@@ -134,17 +134,17 @@ fn a_failed_replay_ends_the_connection() {
 fn changes_wait_at_the_bound_in_order_of_arrival() {
     for (bound, sent) in [(4 * WRITE, 4), (4 * WRITE - 1, 3)] {
         let mut machine = machine(bound);
-        (0..4).for_each(|key| machine.submit(0, key, write(key * 512, BLOCK)).unwrap());
+        (0..4).for_each(|key| machine.submit(0, key.into(), write(key * 512, BLOCK)).unwrap());
         assert_eq!(messages(&mut machine).len(), sent, "{bound}");
     }
     let mut machine = machine(2 * WRITE);
-    machine.submit(0, 0, write(0, BLOCK)).unwrap();
+    machine.submit(0, 0.into(), write(0, BLOCK)).unwrap();
     let first = messages(&mut machine)[0].3;
     // The second one fits only into empty memory; the third one would fit now.
-    machine.submit(0, 1, write(4096, 2 * BLOCK)).unwrap();
-    machine.submit(0, 2, write(512, BLOCK)).unwrap();
+    machine.submit(0, 1.into(), write(4096, 2 * BLOCK)).unwrap();
+    machine.submit(0, 2.into(), write(512, BLOCK)).unwrap();
     assert!(messages(&mut machine).is_empty() && machine.holds_changes());
-    machine.submit(0, 3, read(1 << 20, BLOCK)).unwrap();
+    machine.submit(0, 3.into(), read(1 << 20, BLOCK)).unwrap();
     assert_eq!(reply_to_all(&mut machine, None), [(CommandKind::Read, 1 << 20)]);
     machine.replied(0, first).unwrap();
     assert_eq!(reply_to_all(&mut machine, None), [(CommandKind::Flush, 0)]);
@@ -158,8 +158,8 @@ fn changes_wait_at_the_bound_in_order_of_arrival() {
 #[test]
 fn a_write_larger_than_the_bound_is_sent_alone() {
     let mut machine = machine(0);
-    machine.submit(0, 0, write(0, 8192)).unwrap();
-    machine.submit(0, 1, write(8192, BLOCK)).unwrap();
+    machine.submit(0, 0.into(), write(0, 8192)).unwrap();
+    machine.submit(0, 1.into(), write(8192, BLOCK)).unwrap();
     let parts = [(CommandKind::Write, 0), (CommandKind::Write, 4096)];
     assert_eq!(reply_to_all(&mut machine, None), parts);
     assert_eq!(reply_to_all(&mut machine, None), [(CommandKind::Flush, 0)]);
@@ -171,7 +171,7 @@ fn half_of_the_memory_causes_a_flush() {
     let used = BLOCK as u64 + SEGMENT_OVERHEAD;
     for (bound, flushes) in [(2 * used, true), (2 * used + 2, false)] {
         let mut machine = machine(bound);
-        machine.submit(0, 0, write(0, BLOCK)).unwrap();
+        machine.submit(0, 0.into(), write(0, BLOCK)).unwrap();
         reply_to_all(&mut machine, None);
         assert_eq!(machine.unflushed_memory(), used);
         assert_eq!(!messages(&mut machine).is_empty(), flushes, "{bound}");
@@ -181,8 +181,8 @@ fn half_of_the_memory_causes_a_flush() {
 #[test]
 fn zeros_and_trims_count_towards_the_bound() {
     let mut machine = machine(2 * SEGMENT_OVERHEAD);
-    machine.submit(0, 0, zero(4096, false)).unwrap();
-    machine.submit(0, 1, Op::Trim { range: range(8192, 512), durable: false }).unwrap();
+    machine.submit(0, 0.into(), zero(4096, false)).unwrap();
+    machine.submit(0, 1.into(), Op::Trim { range: range(8192, 512), durable: false }).unwrap();
     assert_eq!(reply_to_all(&mut machine, None), [(CommandKind::WriteZeroes, 0)]);
     assert_eq!(reply_to_all(&mut machine, None), [(CommandKind::Flush, 0)]);
     assert_eq!(reply_to_all(&mut machine, None), [(CommandKind::Trim, 8192)]);
@@ -191,9 +191,9 @@ fn zeros_and_trims_count_towards_the_bound() {
 #[test]
 fn nothing_is_kept_for_a_server_without_flush() {
     let mut machine = with_terms(lacking(TransmissionFlags::SEND_FLUSH), 0);
-    (0..4).for_each(|key| machine.submit(0, key, write(key * 512, BLOCK)).unwrap());
+    (0..4).for_each(|key| machine.submit(0, key.into(), write(key * 512, BLOCK)).unwrap());
     assert_eq!(reply_to_all(&mut machine, None).len(), 4);
-    machine.submit(0, 4, Op::Flush).unwrap();
+    machine.submit(0, 4.into(), Op::Flush).unwrap();
     assert!(messages(&mut machine).is_empty());
     assert_eq!((completed(&mut machine).len(), machine.unflushed_memory()), (5, 0));
 }
@@ -202,7 +202,7 @@ fn nothing_is_kept_for_a_server_without_flush() {
 fn requests_are_divided_at_the_limits_of_the_server() {
     let lengths = |terms, op| {
         let mut machine = with_terms(terms, 1 << 20);
-        machine.submit(0, 0, op).unwrap();
+        machine.submit(0, 0.into(), op).unwrap();
         let lengths: Vec<u64> = messages(&mut machine).iter().map(|sent| sent.2).collect();
         lengths
     };
@@ -221,7 +221,7 @@ fn requests_are_divided_at_the_limits_of_the_server() {
 #[test]
 fn the_first_failure_of_a_request_is_its_outcome() {
     let mut machine = machine(1 << 20);
-    machine.submit(0, 0, read(0, 3 * 4096)).unwrap();
+    machine.submit(0, 0.into(), read(0, 3 * 4096)).unwrap();
     let first = machine.next_message(0).unwrap().header.cookie;
     let second = machine.next_message(0).unwrap().header.cookie;
     machine.store_error(0, second, Errno::EIO as i32).unwrap();
@@ -240,17 +240,17 @@ fn fua_is_used_only_if_it_was_offered_at_first() {
         CommandFlags::from_bits_retain(header.flags)
     };
     let mut machine = machine(1 << 20);
-    machine.submit(0, 0, durable(0)).unwrap();
+    machine.submit(0, 0.into(), durable(0)).unwrap();
     assert_eq!(flags(&mut machine), CommandFlags::FUA);
 
     let mut machine = with_terms(lacking(TransmissionFlags::SEND_FUA), 1 << 20);
-    assert!(machine.submit(0, 0, durable(0)).is_err());
+    assert!(machine.submit(0, 0.into(), durable(0)).is_err());
     reconnect(&mut machine);
-    assert!(machine.submit(0, 1, durable(0)).is_err());
+    assert!(machine.submit(0, 1.into(), durable(0)).is_err());
 
     let neither = TransmissionFlags::SEND_FUA | TransmissionFlags::SEND_FLUSH;
     let mut machine = with_terms(lacking(neither), 1 << 20);
-    machine.submit(0, 0, durable(0)).unwrap();
+    machine.submit(0, 0.into(), durable(0)).unwrap();
     assert_eq!(flags(&mut machine), CommandFlags::empty());
 }
 
@@ -264,7 +264,7 @@ fn operations_that_no_message_can_execute_are_declined() {
         Op::Load(range(0, 512)),
         read(SIZE, 512),
     ] {
-        assert!(machine.submit(0, 0, op).is_err());
+        assert!(machine.submit(0, 0.into(), op).is_err());
     }
     assert!(messages(&mut machine).is_empty() && completed(&mut machine).is_empty());
 }
@@ -273,7 +273,7 @@ fn operations_that_no_message_can_execute_are_declined() {
 fn empty_operations_complete_without_a_message() {
     let mut machine = machine(1 << 20);
     for (key, op) in [read(512, 0), write(512, 0), zero(0, true)].into_iter().enumerate() {
-        machine.submit(0, key as u64, op).unwrap();
+        machine.submit(0, (key as u64).into(), op).unwrap();
     }
     assert!(messages(&mut machine).is_empty());
     assert_eq!(completed(&mut machine), [(0, None), (1, None), (2, None)]);
@@ -282,7 +282,7 @@ fn empty_operations_complete_without_a_message() {
 #[test]
 fn a_zeroing_that_is_sent_again_need_not_be_fast() {
     let mut machine = machine(1 << 20);
-    machine.submit(0, 0, zero(512, true)).unwrap();
+    machine.submit(0, 0.into(), zero(512, true)).unwrap();
     let is_fast = |machine: &mut UpstreamMachine| {
         let flags = machine.next_message(0).unwrap().header.flags;
         CommandFlags::from_bits_retain(flags).contains(CommandFlags::FAST_ZERO)
@@ -295,11 +295,11 @@ fn a_zeroing_that_is_sent_again_need_not_be_fast() {
 #[test]
 fn sent_changes_of_an_ended_session_are_sent_again() {
     let mut machine = machine(1 << 20);
-    machine.submit(1, 0, write(0, BLOCK)).unwrap();
-    machine.submit(1, 1, read(0, BLOCK)).unwrap();
+    machine.submit(1, 0.into(), write(0, BLOCK)).unwrap();
+    machine.submit(1, 1.into(), read(0, BLOCK)).unwrap();
     assert_eq!(messages(&mut machine).len(), 2);
-    machine.submit(1, 2, write(512, BLOCK)).unwrap();
-    machine.submit(2, 3, write(1024, BLOCK)).unwrap();
+    machine.submit(1, 2.into(), write(512, BLOCK)).unwrap();
+    machine.submit(2, 3.into(), write(1024, BLOCK)).unwrap();
     assert!(!machine.cancel(1));
     machine.lost();
     assert!(machine.cancel(1));
@@ -315,10 +315,10 @@ fn sent_changes_of_an_ended_session_are_sent_again() {
 fn durable_requests_complete_after_a_flush_beside_them() {
     for error in [None, Some(Errno::EIO as i32)] {
         let mut machine = machine(WRITE);
-        machine.submit(0, 0, write(0, BLOCK)).unwrap();
+        machine.submit(0, 0.into(), write(0, BLOCK)).unwrap();
         reply_to_all(&mut machine, None);
         let own = messages(&mut machine)[0].3;
-        machine.submit(0, 1, Op::Flush).unwrap();
+        machine.submit(0, 1.into(), Op::Flush).unwrap();
         let flush = messages(&mut machine)[0].3;
         machine.replied(0, flush).unwrap();
         assert_eq!(completed(&mut machine), [(0, None)]);
@@ -328,7 +328,7 @@ fn durable_requests_complete_after_a_flush_beside_them() {
         machine.replied(0, own).unwrap();
         assert_eq!(completed(&mut machine), [(1, error)]);
         // The failure stays.
-        machine.submit(0, 2, Op::Flush).unwrap();
+        machine.submit(0, 2.into(), Op::Flush).unwrap();
         reply_to_all(&mut machine, None);
         assert_eq!(completed(&mut machine), [(2, error)]);
     }
@@ -337,10 +337,10 @@ fn durable_requests_complete_after_a_flush_beside_them() {
 #[test]
 fn changes_after_a_flush_was_sent_are_kept() {
     let mut machine = machine(1 << 20);
-    machine.submit(0, 0, write(0, BLOCK)).unwrap();
+    machine.submit(0, 0.into(), write(0, BLOCK)).unwrap();
     reply_to_all(&mut machine, None);
-    machine.submit(0, 1, Op::Flush).unwrap();
-    machine.submit(0, 2, write(4096, BLOCK)).unwrap();
+    machine.submit(0, 1.into(), Op::Flush).unwrap();
+    machine.submit(0, 2.into(), write(4096, BLOCK)).unwrap();
     let sent = messages(&mut machine);
     machine.replied(0, sent[1].3).unwrap();
     machine.replied(0, sent[0].3).unwrap();
@@ -354,7 +354,7 @@ fn extents_without_a_limit_return_one() {
     let context = ServerTerms { allocation_context: Some(3), ..terms() };
     let mut machine = with_terms(context, 1 << 20);
     let op = Op::Extents { range: range(0, 1024), limit: 0, found: Vec::new() };
-    machine.submit(0, 0, op).unwrap();
+    machine.submit(0, 0.into(), op).unwrap();
     let cookie = messages(&mut machine)[0].3;
     machine.store_extents(0, cookie, (3, &[(512, 0), (512, 3)])).unwrap();
     // The extents of a lost reply do not count.
@@ -397,10 +397,10 @@ fn only_requests_while_serving_are_of_one_session() {
         assert_ne!(message.is_of_session, own);
         (CommandKind::try_from(message.header.kind).unwrap(), own)
     };
-    machine.submit(0, 0, write(0, BLOCK)).unwrap();
+    machine.submit(0, 0.into(), write(0, BLOCK)).unwrap();
     assert_eq!(next(&mut machine), (CommandKind::Write, false));
     assert_eq!(next(&mut machine), (CommandKind::Flush, true));
-    machine.submit(0, 1, write(0, BLOCK)).unwrap();
+    machine.submit(0, 1.into(), write(0, BLOCK)).unwrap();
     assert_eq!(messages(&mut machine).len(), 1);
     reconnect(&mut machine);
     assert_eq!(next(&mut machine), (CommandKind::Write, true));
@@ -410,12 +410,12 @@ fn only_requests_while_serving_are_of_one_session() {
 #[test]
 fn a_closed_machine_fails_everything() {
     let mut machine = machine(1 << 20);
-    machine.submit(0, 0, read(0, BLOCK)).unwrap();
+    machine.submit(0, 0.into(), read(0, BLOCK)).unwrap();
     messages(&mut machine);
     machine.close();
-    machine.submit(0, 1, Op::Flush).unwrap();
+    machine.submit(0, 1.into(), Op::Flush).unwrap();
     machine.connected(terms(), 1);
-    machine.submit(0, 2, write(0, BLOCK)).unwrap();
+    machine.submit(0, 2.into(), write(0, BLOCK)).unwrap();
     let error = Some(Errno::ESHUTDOWN as i32);
     assert_eq!(completed(&mut machine), [(0, error), (1, error), (2, error)]);
     assert!(messages(&mut machine).is_empty() && !machine.is_connected());
@@ -424,7 +424,7 @@ fn a_closed_machine_fails_everything() {
 #[test]
 fn no_session_waits_for_a_cancelled_change() {
     let mut machine = machine(1 << 20);
-    machine.submit(1, 1, write(0, BLOCK)).unwrap();
+    machine.submit(1, 1.into(), write(0, BLOCK)).unwrap();
     assert!(machine.next_message(0).unwrap().is_of_session);
     assert!(!machine.awaits_own_reply(0));
     machine.lost();
@@ -437,11 +437,82 @@ fn no_session_waits_for_a_cancelled_change() {
 #[test]
 fn a_failed_write_keeps_its_data() {
     let mut machine = machine(1 << 20);
-    machine.submit(1, 1, durable(0)).unwrap();
+    machine.submit(1, 1.into(), durable(0)).unwrap();
     let message = machine.next_message(0).unwrap();
     machine.store_error(0, message.header.cookie, Errno::EIO as i32).unwrap();
     machine.replied(0, message.header.cookie).unwrap();
     let (_, completion) = machine.next_completion().unwrap();
     assert!(completion.outcome.unwrap().is_err());
     assert_eq!(completion.op, durable(0), "although its message is not sent as a whole");
+}
+
+/// Cookies of all messages that the connection may get.
+fn cookies(machine: &mut UpstreamMachine) -> Vec<u64> {
+    messages(machine).into_iter().map(|(.., cookie)| cookie).collect()
+}
+
+fn requested(key: u64, cookie: u64) -> OpId {
+    OpId { key, cookie: Some(cookie) }
+}
+
+#[test]
+fn a_single_message_has_the_cookie_of_its_client() {
+    let mut machine = machine(1 << 20);
+    machine.submit(1, requested(0, 7), read(0, 4096)).unwrap();
+    machine.submit(1, requested(1, 8), read(0, 4097)).unwrap();
+    machine.submit(1, 2.into(), Op::Flush).unwrap();
+    machine.submit(1, requested(3, OWN_COOKIES + 3), write(0, BLOCK)).unwrap();
+    machine.submit(1, 4.into(), read(0, BLOCK)).unwrap();
+    // Two messages of a longer read, a flush without a client, and a read without one.
+    let own = OWN_COOKIES;
+    assert_eq!(cookies(&mut machine), [7, own, own + 1, own + 2, own + 3, own + 4]);
+}
+
+#[test]
+fn a_cookie_is_in_flight_once_and_may_be_used_again() {
+    let mut machine = machine(1 << 20);
+    machine.submit(1, requested(0, 7), read(0, BLOCK)).unwrap();
+    machine.submit(2, requested(1, 7), write(0, BLOCK)).unwrap();
+    assert_eq!(cookies(&mut machine), [7, OWN_COOKIES]);
+    machine.store_error(0, 7, Errno::EIO as i32).unwrap();
+    machine.replied(0, 7).unwrap();
+    machine.submit(2, requested(2, 7), write(512, BLOCK)).unwrap();
+    assert_eq!(cookies(&mut machine), [7]);
+    for cookie in [7, OWN_COOKIES] {
+        machine.replied(0, cookie).unwrap();
+    }
+    assert_eq!(completed(&mut machine), [(0, Some(Errno::EIO as i32)), (2, None), (1, None)]);
+}
+
+#[test]
+fn a_request_is_sent_again_with_its_cookie() {
+    let mut machine = machine(1 << 20);
+    machine.submit(1, requested(0, 7), read(0, BLOCK)).unwrap();
+    machine.submit(2, requested(1, 7), read(512, BLOCK)).unwrap();
+    machine.submit(2, 2.into(), read(1024, BLOCK)).unwrap();
+    let sent = cookies(&mut machine);
+    assert_eq!(sent, [7, OWN_COOKIES, OWN_COOKIES + 1]);
+    machine.lost();
+    // The change goes first, and may not take the cookie of a read that waits.
+    machine.submit(3, requested(3, 7), write(0, BLOCK)).unwrap();
+    machine.connected(terms(), 1);
+    assert_eq!(cookies(&mut machine), [&sent[..], &[OWN_COOKIES + 2]].concat());
+    for cookie in sent {
+        machine.store_error(0, cookie, Errno::EIO as i32).unwrap();
+        machine.replied(0, cookie).unwrap();
+    }
+    assert!(machine.kept_cookies.is_empty());
+}
+
+#[test]
+fn a_request_that_becomes_several_messages_gives_up_its_cookie() {
+    let mut machine = machine(1 << 20);
+    machine.submit(1, requested(0, 7), read(0, 4096)).unwrap();
+    assert_eq!(cookies(&mut machine), [7]);
+    machine.lost();
+    machine.connected(ServerTerms { payload_max: 2048, ..terms() }, 1);
+    assert_eq!(cookies(&mut machine), [OWN_COOKIES, OWN_COOKIES + 1]);
+    machine.submit(1, requested(1, 7), Op::Flush).unwrap();
+    assert_eq!(cookies(&mut machine), [7]);
+    assert!(machine.kept_cookies.is_empty());
 }

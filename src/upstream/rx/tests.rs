@@ -32,7 +32,7 @@ fn connected(dialect: Dialect) -> UpstreamMachine {
 
 /// Submits an operation, and returns what its replies need.
 fn send(machine: &mut UpstreamMachine, key: u64, op: Op) -> ReplyTo {
-    machine.submit(0, key, op).unwrap();
+    machine.submit(0, key.into(), op).unwrap();
     let header = machine.next_message(0).unwrap().header;
     ReplyTo { cookie: header.cookie, offset: header.offset, chunked: true }
 }

@@ -2,9 +2,10 @@
 
 use super::cells::{ANY, CELL, CellModel, CellValue, ChangeEnd, append, value_of};
 use super::coverage::{UpstreamCoverage, UpstreamReached};
-use crate::disk::{Buffer, Completion, Extent, Op, Zeroing};
+use crate::disk::{Buffer, Completion, Extent, Op, OpId, Zeroing};
 use crate::nbd::wire::TransmissionFlags;
 use crate::range::Range;
+use crate::upstream::machine::OWN_COOKIES;
 use nix::errno::Errno;
 use std::collections::BTreeMap;
 use std::ops::Range as Cells;
@@ -42,6 +43,8 @@ struct SimOp {
 #[derive(Debug, Default)]
 pub(super) struct SimQueue {
     pub(super) owner: u64,
+    /// The cookie of its next request.
+    next_cookie: u64,
     outstanding: BTreeMap<u64, SimOp>,
     /// It submits nothing more.
     pub(super) has_ended: bool,
@@ -99,7 +102,9 @@ impl SimClients {
     pub(super) fn add_queue(&mut self, rng: &mut fastrand::Rng) {
         let owner = self.next_owner;
         self.next_owner += rng.u64(1..4);
-        self.queues.push(SimQueue { owner, ..SimQueue::default() });
+        // Many clients count from 0; one chooses those of the machine.
+        let next_cookie = if rng.u8(..8) == 0 { OWN_COOKIES } else { 0 };
+        self.queues.push(SimQueue { owner, next_cookie, ..SimQueue::default() });
     }
 
     /// Operations that have not completed.
@@ -127,16 +132,25 @@ impl SimClients {
         is_free.then_some((kind, cells))
     }
 
-    /// Begins an operation. Returns its key, and itself.
+    /// The names of the next operation of a queue: a part of them has no cookie.
+    fn next_id(&mut self, queue: usize) -> OpId {
+        let key = self.next_key;
+        self.next_key += 1;
+        let queue = &mut self.queues[queue];
+        let cookie = (!key.is_multiple_of(8)).then_some(queue.next_cookie);
+        queue.next_cookie += 1;
+        OpId { key, cookie }
+    }
+
+    /// Begins an operation. Returns its names, and itself.
     pub(super) fn begin(
         &mut self,
         queue: usize,
         (kind, cells): (SimKind, Cells<usize>),
         model: &mut CellModel,
         disk: Range,
-    ) -> (u64, Op) {
-        let key = self.next_key;
-        self.next_key += 1;
+    ) -> (OpId, Op) {
+        let id = self.next_id(queue);
         let range = disk.from((cells.start * CELL) as u64).until((cells.end * CELL) as u64);
         let value = match kind {
             SimKind::Write { .. } => {
@@ -155,8 +169,8 @@ impl SimClients {
         }
         let sent = model.tick();
         let pending = SimOp { kind, cells, value, change, sent };
-        self.queues[queue].outstanding.insert(key, pending);
-        (key, op)
+        self.queues[queue].outstanding.insert(id.key, pending);
+        (id, op)
     }
 
     fn operation(&mut self, kind: SimKind, range: Range, value: CellValue) -> Op {

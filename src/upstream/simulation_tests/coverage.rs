@@ -23,6 +23,8 @@ situations! {
     OtherDialect: "The replacement speaks another dialect.",
     Replayed: "The server receives a replay.",
     Resent: "The server receives a change that was sent before.",
+    ClientCookie: "A request has the cookie that its client has chosen.",
+    OwnCookie: "A request of one message has a cookie that the machine has chosen.",
     Held: "A change waits for memory.",
     OwnFlush: "The machine flushes by itself.",
     OwnFlushFailed: "The machine's own flush fails.",

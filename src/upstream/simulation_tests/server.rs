@@ -173,7 +173,11 @@ impl ScriptedUpstream {
         if self.in_flight.iter().any(overlaps) {
             return Err(format!("overlapping changes are in flight: {request:?}"));
         }
-        self.in_flight.push(InFlightRequest { cookie: request.header.cookie, changes, is_replay });
+        let cookie = request.header.cookie;
+        if self.in_flight.iter().any(|other| other.cookie == cookie) {
+            return Err(format!("a request has a cookie in flight: {request:?}"));
+        }
+        self.in_flight.push(InFlightRequest { cookie, changes, is_replay });
         Ok(())
     }
 

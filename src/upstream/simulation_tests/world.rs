@@ -88,6 +88,8 @@ pub(super) struct UpstreamWorld {
     sent_writes: BTreeMap<CellValue, u64>,
     /// Values of the writes that were sent at any time.
     begun: BTreeSet<CellValue>,
+    /// Cookies of the requests that were sent as a single message, by their number in the machine.
+    cookies: BTreeMap<u64, u64>,
     /// Bytes that a socket takes.
     socket: usize,
     /// ServerFaults are over.
@@ -123,6 +125,7 @@ pub(super) fn run(seed: u64) -> Result<UpstreamCoverage, String> {
         unflushed_max,
         sent_writes: BTreeMap::new(),
         begun: BTreeSet::new(),
+        cookies: BTreeMap::new(),
         socket: [100, 2000, 1 << 20][rng.usize(..3)],
         is_settling: false,
         coverage: UpstreamCoverage::default(),
@@ -209,11 +212,11 @@ impl UpstreamWorld {
         let takes_two = draft.0 == SimKind::Write { durable: true }
             && self.first.has(TransmissionFlags::SEND_FLUSH)
             && !self.first.has(TransmissionFlags::SEND_FUA);
-        let (key, op) = self.clients.begin(queue, draft, &mut self.model, disk);
-        let declined = self.machine.submit(self.clients.queues[queue].owner, key, op).is_err();
+        let (id, op) = self.clients.begin(queue, draft, &mut self.model, disk);
+        let declined = self.machine.submit(self.clients.queues[queue].owner, id, op).is_err();
         if declined {
             self.coverage.count(UpstreamReached::Declined);
-            self.clients.decline(queue, key, &mut self.model);
+            self.clients.decline(queue, id.key, &mut self.model);
         }
         if declined == takes_two { Ok(()) } else { Err(format!("declined: {declined}")) }
     }

@@ -217,7 +217,7 @@ impl<'a> Client<'a> {
             let key = self.next_key;
             self.next_key += 1;
             self.in_flight.insert(key, (blocks, version, Instant::now()));
-            queue.push(key, op).unwrap();
+            queue.push(key.into(), op).unwrap();
             if self.rng.bool() {
                 queue.submit();
             }

@@ -4,7 +4,7 @@
 use super::model::{Stamp, cell_size, fill, stamp_of};
 use super::theme::Theme;
 use crate::disk::mutation::{Mutation, is_active};
-use crate::disk::{Backend, Completion, Extent, IoQueue, Notifier, Op, PageCache};
+use crate::disk::{Backend, Completion, Extent, IoQueue, Notifier, Op, OpId, PageCache};
 use crate::range::Range;
 use crate::sync;
 use nix::errno::Errno;
@@ -483,7 +483,7 @@ impl PageCache for ScriptedDisk {
 }
 
 impl IoQueue for ScriptedQueue<'_> {
-    fn push(&mut self, key: u64, op: Op) -> Result<(), Op> {
+    fn push(&mut self, OpId { key, .. }: OpId, op: Op) -> Result<(), Op> {
         let mut state = self.disk.state();
         let interval = state.decline_interval;
         if state.strikes(interval) {

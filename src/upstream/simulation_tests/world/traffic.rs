@@ -1,8 +1,9 @@
 //! The bytes between the machine and the servers of a schedule, as the link passes them.
 
 use super::{Loss, SimLink, UpstreamWorld};
+use crate::nbd::request::RequestHeader;
 use crate::nbd::wire::CommandKind;
-use crate::upstream::machine::{Cause, LossReason, OutgoingMessage};
+use crate::upstream::machine::{Cause, LossReason, OWN_COOKIES, OutgoingMessage};
 use crate::upstream::simulation_tests::cells::{CELL, CellValue, value_of};
 use crate::upstream::simulation_tests::coverage::UpstreamReached;
 use crate::upstream::simulation_tests::scene::Scene;
@@ -57,6 +58,9 @@ impl UpstreamWorld {
         let cause = self.machine.cause_of(message.header.cookie);
         self.coverage
             .count_if(matches!(cause, Some(Cause::OwnFlush(_))), UpstreamReached::OwnFlush);
+        if let Some(Cause::Request(id)) = cause {
+            self.check_cookie(id, &message.header)?;
+        }
         let Some(payload) = &message.payload else { return Ok(()) };
         if message.header.kind != CommandKind::Write.number() {
             return Err("a payload of no write".into());
@@ -75,6 +79,24 @@ impl UpstreamWorld {
             self.sent_writes.insert(value, size);
         }
         Ok(())
+    }
+
+    /// A request that is one message has the same cookie whenever it is sent.
+    fn check_cookie(&mut self, id: u64, header: &RequestHeader) -> Result<(), String> {
+        let range = self.machine.range_of(id).ok_or("a message of no request")?;
+        if (range.offset(), range.length()) != (header.offset, header.length) {
+            self.cookies.remove(&id);
+            return Ok(());
+        }
+        let is_own = header.cookie >= OWN_COOKIES;
+        self.coverage.count_if(!is_own, UpstreamReached::ClientCookie);
+        self.coverage.count_if(is_own, UpstreamReached::OwnCookie);
+        match self.cookies.insert(id, header.cookie) {
+            Some(before) if before != header.cookie => {
+                Err(format!("sent again with another cookie than {before}: {header:?}"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Passes completions to their sessions, and cancels those of ended sessions.
