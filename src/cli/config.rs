@@ -18,7 +18,7 @@ use super::settings::{
     Autostart, Settings, parse_acl_entry, parse_connections, parse_holes, parse_idle_exit,
     parse_ip, parse_max_clients, parse_relay, parse_timeout,
 };
-use super::size::{parse_cache, parse_create, parse_unflushed};
+use super::size::{parse_cache, parse_create, parse_payload_memory, parse_unflushed};
 use super::uri::{self, Target, parse_export};
 use crate::net::parse_port;
 use std::fmt;
@@ -27,7 +27,7 @@ use strsim::levenshtein;
 
 /// All keys, named like the long options: in capitals, with `_` for `-`. The last two have no
 /// option, because they configure the service's units, not the process.
-pub const KEYS: [&str; 26] = [
+pub const KEYS: [&str; 27] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -41,6 +41,7 @@ pub const KEYS: [&str; 26] = [
     "PLAIN",
     "MAX_CLIENTS",
     "MAX_CLIENTS_PER_ADDRESS",
+    "PAYLOAD_MEMORY",
     "IDLE_EXIT",
     "HOLES",
     "DIRECT",
@@ -186,6 +187,9 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "MAX_CLIENTS_PER_ADDRESS" => {
             settings.max_clients_per_address = Some(parse_max_clients(value)?);
         }
+        "PAYLOAD_MEMORY" => {
+            settings.payload_memory = Some(parse_payload_memory(value).map_err(to_text)?);
+        }
         "IDLE_EXIT" => settings.idle_exit = Some(parse_idle_exit(value)?),
         "HOLES" => settings.holes = Some(parse_holes(value)?),
         "DIRECT" => settings.direct = parse_switch(value)?,
@@ -275,7 +279,7 @@ mod tests {
     fn every_key_sets_its_setting() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
             KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nPLAIN=yes\nMAX_CLIENTS=3\n\
-            MAX_CLIENTS_PER_ADDRESS=2\nIDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nRELAY=yes\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
+            MAX_CLIENTS_PER_ADDRESS=2\nPAYLOAD_MEMORY=8M\nIDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nRELAY=yes\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
             BIND=::2\nCACHE=4K\nUNFLUSHED=1M\nCONNECTIONS=2\nTIMEOUT=9\nAUTOSTART=on-demand\n\
             IP_FILTER=yes\n";
         let expected = Settings {
@@ -292,6 +296,7 @@ mod tests {
             plain: true,
             max_clients: Some(3),
             max_clients_per_address: Some(2),
+            payload_memory: Some(8 << 20),
             idle_exit: Some(60),
             holes: Some(HolePolicy::Trust),
             direct: true,

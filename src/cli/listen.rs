@@ -73,8 +73,8 @@ pub struct ListenFlags {
         long,
         value_name = "FILE",
         help = "Read settings from this file, which may be that of serve: KEY=VALUE lines; flags \
-                win over it; IDLE_EXIT, KILLSWITCH, MAX_CLIENTS, MAX_CLIENTS_PER_ADDRESS and \
-                READ_ONLY mean nothing here"
+                win over it; IDLE_EXIT, KILLSWITCH, MAX_CLIENTS, MAX_CLIENTS_PER_ADDRESS, \
+                PAYLOAD_MEMORY and READ_ONLY mean nothing here"
     )]
     config: Option<PathBuf>,
 

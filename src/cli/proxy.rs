@@ -8,7 +8,7 @@ use super::settings::{
     Settings, UpstreamSettings, parse_acl_entry, parse_connections, parse_idle_exit, parse_ip,
     parse_max_clients, parse_timeout,
 };
-use super::size::{parse_cache, parse_unflushed};
+use super::size::{parse_cache, parse_payload_memory, parse_unflushed};
 use super::start::{ProcessRole, StartRequest};
 use super::uri::{self, Target, parse_export};
 use crate::net::{Host, Remote, parse_port};
@@ -116,6 +116,11 @@ pub struct ProxyFlags {
     #[arg(long, value_name = "N", value_parser = parse_max_clients)]
     max_clients_per_address: Option<usize>,
 
+    /// Use at most so much memory for the payloads of requests, besides 4 MiB for each client (K, M, G, T:
+    /// powers of 1024) [default: a quarter of the memory, at most 1G]
+    #[arg(long, value_name = "BYTES", value_parser = parse_payload_memory)]
+    payload_memory: Option<u64>,
+
     /// End when there has been no client for so long
     #[arg(long, value_name = "SECONDS", value_parser = parse_idle_exit)]
     idle_exit: Option<u64>,
@@ -168,6 +173,7 @@ impl ProxyFlags {
             oldstyle: self.oldstyle,
             max_clients: self.max_clients,
             max_clients_per_address: self.max_clients_per_address,
+            payload_memory: self.payload_memory,
             idle_exit: self.idle_exit,
             acl: self.acl,
             upstream: UpstreamSettings {
@@ -238,10 +244,10 @@ mod tests {
         let long = "flexnbd proxy --addr 127.0.0.1 --port 7 --conn-addr ::1 --conn-port 8 \
             --to nbd://h/disk --bind ::2 --cache=8192 --unflushed 8M --connections 2 --timeout 9 \
             --sock /b --default-deny --killswitch --read-only --export disk --oldstyle \
-            --max-clients 5 --max-clients-per-address 4 --idle-exit 60 --config /c ::3";
+            --max-clients 5 --max-clients-per-address 4 --payload-memory 8M --idle-exit 60 --config /c ::3";
         let short = "flexnbd proxy -l 127.0.0.1 -p 7 -C ::1 -P 8 --to nbd://h/disk -b ::2 -c8192 \
             --unflushed 8M --connections 2 --timeout 9 -s /b -dkr --export disk --oldstyle \
-            --max-clients 5 --max-clients-per-address 4 --idle-exit 60 --config /c ::3";
+            --max-clients 5 --max-clients-per-address 4 --payload-memory 8M --idle-exit 60 --config /c ::3";
         let settings = Settings {
             addr: Some("127.0.0.1".parse().unwrap()),
             port: Some(7),
@@ -253,6 +259,7 @@ mod tests {
             oldstyle: true,
             max_clients: Some(5),
             max_clients_per_address: Some(4),
+            payload_memory: Some(8 << 20),
             idle_exit: Some(60),
             acl: vec!["::3".to_owned()],
             upstream: UpstreamSettings {

@@ -1,7 +1,7 @@
 //! The settings of a server, given by flags or by a configuration file; flags take precedence.
 //! Pure: never reads a file, and never opens an image or a socket.
 
-use super::size::parse_create;
+use super::size::{parse_create, parse_payload_memory};
 use super::uri::{Target, parse_export};
 use crate::control::command::RELAY_SECONDS_MAX;
 use crate::daemon::RelayDefault;
@@ -83,6 +83,11 @@ pub struct Settings {
     /// Admit at most N clients of one address at once [default: as --max-clients]
     #[arg(long, value_name = "N", value_parser = parse_max_clients)]
     pub max_clients_per_address: Option<usize>,
+
+    /// Use at most so much memory for the payloads of requests, besides 4 MiB for each client (K, M, G, T:
+    /// powers of 1024) [default: a quarter of the memory, at most 1G]
+    #[arg(long, value_name = "BYTES", value_parser = parse_payload_memory)]
+    pub payload_memory: Option<u64>,
 
     /// End when there has been neither a client nor a migration for so long
     #[arg(long, value_name = "SECONDS", value_parser = parse_idle_exit)]
@@ -216,6 +221,7 @@ impl Settings {
             max_clients_per_address: self
                 .max_clients_per_address
                 .or(fallback.max_clients_per_address),
+            payload_memory: self.payload_memory.or(fallback.payload_memory),
             idle_exit: self.idle_exit.or(fallback.idle_exit),
             holes: self.holes.or(fallback.holes),
             direct: self.direct || fallback.direct,
@@ -236,6 +242,7 @@ impl Settings {
             read_only: false,
             max_clients: None,
             max_clients_per_address: None,
+            payload_memory: None,
             idle_exit: None,
             relay: None,
             ..self
@@ -416,6 +423,7 @@ mod tests {
             plain: true,
             max_clients: Some(number.into()),
             max_clients_per_address: Some(number.into()),
+            payload_memory: Some(number.into()),
             holes: Some(if word == "flags" { HolePolicy::Trust } else { HolePolicy::Ignore }),
             direct: true,
             relay: Some(RelayDefault::AtMost(Duration::from_secs(number.into()))),

@@ -17,6 +17,9 @@ pub const CACHE_RANGE: RangeInclusive<u64> = 0..=16 << 20;
 /// Range of `--unflushed` of `proxy`, in bytes.
 pub const UNFLUSHED_RANGE: RangeInclusive<u64> = 1 << 20..=1 << 40;
 
+/// Range of `--payload-memory`, in bytes.
+pub const PAYLOAD_MEMORY_RANGE: RangeInclusive<u64> = 1 << 20..=1 << 40;
+
 /// An invalid number of bytes; holds the text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
@@ -81,6 +84,14 @@ pub fn parse_create(text: &str) -> Result<u64, SizeError> {
 /// [`SizeError`].
 pub fn parse_cache(text: &str) -> Result<u64, SizeError> {
     parse_within(text, CACHE_RANGE)
+}
+
+/// Parses `--payload-memory`: a number of bytes within [`PAYLOAD_MEMORY_RANGE`].
+///
+/// # Errors
+/// [`SizeError`].
+pub fn parse_payload_memory(text: &str) -> Result<u64, SizeError> {
+    parse_within(text, PAYLOAD_MEMORY_RANGE)
 }
 
 /// Parses `--unflushed`: a number of bytes within [`UNFLUSHED_RANGE`].
@@ -167,6 +178,15 @@ mod tests {
         assert_eq!(parse_create("512"), Ok(512));
         assert_eq!(parse_create("9223372036854775807"), Ok(i64::MAX as u64));
         assert!(matches!(parse_create("9223372036854775808"), Err(SizeError::OutOfRange(..))));
+    }
+
+    #[test]
+    fn payload_memory_is_between_1m_and_1t() {
+        assert_eq!(parse_payload_memory("1M"), Ok(1 << 20));
+        assert_eq!(parse_payload_memory("1T"), Ok(1 << 40));
+        for text in ["0", "1048575", "1025G"] {
+            assert!(matches!(parse_payload_memory(text), Err(SizeError::OutOfRange(..))), "{text}");
+        }
     }
 
     #[test]

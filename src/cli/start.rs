@@ -153,6 +153,7 @@ impl StartRequest {
             idle_exit: settings.idle_exit.map(Duration::from_secs),
             admission: Admission { acl, limits: ClientLimits { clients, per_address } },
             when_full: if single { WhenFull::Wait } else { WhenFull::Refuse },
+            payload_memory: settings.payload_memory,
         })
     }
 
@@ -315,7 +316,7 @@ mod tests {
     fn every_key_reaches_the_config() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
             READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nPLAIN=1\nMAX_CLIENTS=3\n\
-            MAX_CLIENTS_PER_ADDRESS=2\nIDLE_EXIT=60\nHOLES=ignore\nDIRECT=yes\nRELAY=60\nACL=::1\n";
+            MAX_CLIENTS_PER_ADDRESS=2\nPAYLOAD_MEMORY=8M\nIDLE_EXIT=60\nHOLES=ignore\nDIRECT=yes\nRELAY=60\nACL=::1\n";
         let expected = Config {
             disk: DiskConfig::Image(ImageConfig {
                 path: "/a".into(),
@@ -334,6 +335,7 @@ mod tests {
             killswitch: true,
             idle_exit: Some(Duration::from_secs(60)),
             when_full: WhenFull::Refuse,
+            payload_memory: Some(8 << 20),
             admission: Admission {
                 acl: Acl::parse(&["::1"], true).unwrap(),
                 limits: ClientLimits { clients: 3, per_address: 2 },
@@ -346,7 +348,7 @@ mod tests {
     #[test]
     fn listen_ignores_keys_that_only_serve_uses() {
         let text = "FILE=/a\nEXPORT=disk\nACL=::1\nKILLSWITCH=1\nREAD_ONLY=1\nMAX_CLIENTS=3\n\
-            MAX_CLIENTS_PER_ADDRESS=2\nIDLE_EXIT=60\nPLAIN=1\nDIRECT=yes\nRELAY=yes\n";
+            MAX_CLIENTS_PER_ADDRESS=2\nPAYLOAD_MEMORY=8M\nIDLE_EXIT=60\nPLAIN=1\nDIRECT=yes\nRELAY=yes\n";
         let records = RecordPolicy::Required;
         let role = ProcessRole::Listen { overwrite: true, records };
         let request = StartRequest { role, ..serve(Settings::default(), Some("disk.conf")) };

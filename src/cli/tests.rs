@@ -58,7 +58,7 @@ const TRANSFER: &str = "--addr ::1 --port 7 --from 0 --size 1";
 fn every_long_option_of_serve_is_parsed() {
     let line = "serve --addr 127.0.0.1 --port 4777 --file /a --sock /b --default-deny --killswitch \
         --create 1G --read-only --export disk --oldstyle --max-clients 5 \
-        --max-clients-per-address 4 --idle-exit 60 --config /c --holes trust --direct 192.0.2.1 ::1";
+        --max-clients-per-address 4 --payload-memory 8M --idle-exit 60 --config /c --holes trust --direct 192.0.2.1 ::1";
     let expected = settings::Settings {
         addr: Some("127.0.0.1".parse().unwrap()),
         port: Some(4777),
@@ -72,6 +72,7 @@ fn every_long_option_of_serve_is_parsed() {
         oldstyle: true,
         max_clients: Some(5),
         max_clients_per_address: Some(4),
+        payload_memory: Some(8 << 20),
         idle_exit: Some(60),
         holes: Some(crate::disk::HolePolicy::Trust),
         direct: true,

@@ -35,6 +35,10 @@ pub const UNFLUSHED_BYTES: &str = "unflushed_bytes";
 pub const RELAYING_TO: &str = "relaying_to";
 /// Key of [`Status::extra`]: seconds until the clients that are left are disconnected; absent without a limit.
 pub const RELAY_SECONDS_LEFT: &str = "relay_seconds_left";
+/// Key of [`Status::extra`]: bytes of memory that payloads of requests take, beyond those of each client.
+pub const PAYLOAD_BYTES: &str = "payload_bytes";
+/// Key of [`Status::extra`]: the limit of these.
+pub const PAYLOAD_BYTES_MAX: &str = "payload_bytes_max";
 /// Key of [`Status::extra`]: why the proxy is not connected; absent while it is.
 pub const UPSTREAM_ERROR: &str = "upstream_error";
 

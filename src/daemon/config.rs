@@ -30,6 +30,8 @@ pub struct Config {
     pub admission: Admission,
     /// What becomes of clients beyond the largest number.
     pub when_full: WhenFull,
+    /// Most bytes for payloads of requests; `None` for a part of the memory.
+    pub payload_memory: Option<u64>,
 }
 
 /// The disk of a process.
@@ -110,6 +112,7 @@ impl Config {
             idle_exit: None,
             admission: Admission { acl: Acl::default(), limits: ClientLimits::of(128) },
             when_full: WhenFull::Refuse,
+            payload_memory: None,
         }
     }
 }

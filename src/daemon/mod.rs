@@ -14,6 +14,7 @@
 //! an upstream (`proxying`), or the upstream that an image has moved to (`relaying`). `degraded` refuses
 //! clients while the disk cannot be served.
 
+pub mod available_memory;
 mod claim;
 mod config;
 mod degraded;

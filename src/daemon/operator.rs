@@ -7,7 +7,7 @@ use super::outgoing::{self, MigrationContext, PreparedMigration};
 use super::proxying;
 use super::relaying::{ActiveRelay, PlannedRelay, RelayPlan, RelaySlot};
 use crate::control::command::Mirror;
-use crate::control::status::OWNERSHIP;
+use crate::control::status::{OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX};
 use crate::control::{Command, Credentials, Operator, Reply, Status};
 use crate::disk::ownership::Record;
 use crate::disk::record_store::RecordStore;
@@ -183,34 +183,49 @@ impl Service {
         let migration = self.last_migration();
         let migration = migration.as_deref();
         let relay = self.relay();
-        let mut status = {
+        let (mut status, payloads) = {
             let server = self.server();
-            Status {
+            let payloads = server.payloads();
+            let payloads =
+                [(PAYLOAD_BYTES, payloads.used()), (PAYLOAD_BYTES_MAX, payloads.limit())];
+            let status = Status {
                 pid: std::process::id(),
                 size: self.size,
                 clients_allowed: server.is_accepting(),
                 num_clients: server.client_count() as u64,
                 has_control: matches!(self.role, DiskRole::Serving(_)) && relay.is_none(),
                 ..Status::default()
-            }
+            };
+            (status, payloads)
         };
+        self.describe_role(migration, relay, &mut status);
+        let payloads = payloads.map(|(key, bytes)| (key.to_owned(), bytes.to_string()));
+        status.extra.extend(payloads);
+        status
+    }
+
+    /// Adds what the role of the disk has to say.
+    fn describe_role(
+        &self,
+        migration: Option<&MigrationHandle>,
+        relay: Option<ActiveRelay>,
+        status: &mut Status,
+    ) {
         let record = match &self.role {
-            DiskRole::Serving(outgoing) => outgoing::describe(migration, &mut status)
+            DiskRole::Serving(outgoing) => outgoing::describe(migration, status)
                 .unwrap_or_else(|| outgoing.record_name(migration)),
             DiskRole::Receiving(record_store) => peek_name(record_store),
             DiskRole::Relaying(_) => "departed",
             DiskRole::Proxying(upstream) => {
-                proxying::describe(&upstream.state(), &mut status);
-                return status;
+                return proxying::describe(&upstream.state(), status);
             }
         };
         status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
         let running = migration.filter(|migration| migration.outcome().is_none());
-        outgoing::describe_obstacle(running, &mut status);
+        outgoing::describe_obstacle(running, status);
         if let Some(relay) = relay {
-            relay.describe(Instant::now(), &mut status);
+            relay.describe(Instant::now(), status);
         }
-        status
     }
 
     fn set_acl(&self, entries: &[String]) -> Reply {

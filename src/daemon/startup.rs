@@ -2,6 +2,7 @@
 //! ready.
 //! Never handles an event.
 
+use super::available_memory::payload_memory_default;
 use super::config::{Admission, Config, DiskConfig, RereadConfig};
 use super::degraded::{self, RefusalResult, ServerPurpose};
 use super::event_loop::{Process, ProcessEnd};
@@ -195,6 +196,13 @@ impl Startup {
             export_name: &config.export,
             acl,
             limits,
+            payload_memory: config.payload_memory.unwrap_or_else(|| {
+                let unflushed = match &config.disk {
+                    DiskConfig::Upstream(upstream) => upstream.options.unflushed_bytes_max,
+                    DiskConfig::Image(_) => 0,
+                };
+                payload_memory_default(unflushed)
+            }),
             when_full: config.when_full,
             settings,
             stored: match role.disk_role {

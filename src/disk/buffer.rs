@@ -70,6 +70,12 @@ impl Buffer {
         self.bytes.capacity()
     }
 
+    /// Bytes in the buffers that this thread keeps.
+    #[must_use]
+    pub fn spare_memory() -> usize {
+        SPARES.with_borrow(|spares| spares.iter().map(Vec::capacity).sum())
+    }
+
     /// Frees the buffers that this thread keeps.
     pub fn free_spares() {
         SPARES.with_borrow_mut(|spares| *spares = Vec::new());
@@ -214,7 +220,7 @@ mod tests {
         Buffer::free_spares();
         let all: Vec<_> = (0..40).map(|_| Buffer::zeroed(256 << 10, 4096).unwrap()).collect();
         drop(all);
-        let kept = SPARES.with_borrow(|spares| spares.iter().map(Vec::capacity).sum::<usize>());
+        let kept = Buffer::spare_memory();
         assert!((SPARE_BYTES_MAX - (512 << 10)..=SPARE_BYTES_MAX).contains(&kept), "{kept}");
         Buffer::free_spares();
         drop(Buffer::zeroed(SPARE_MIN - 1, 1));

@@ -363,6 +363,7 @@ fn run_session(
         registration,
         disk: &shared.disk,
         policy: &*shared.policy,
+        payloads: &shared.payloads,
         export: shared.export.clone(),
         settings: shared.settings,
         cpus: shared.cpus,

@@ -19,6 +19,7 @@ mod handshake_slots;
 mod heartbeat;
 #[cfg(test)]
 mod in_flight_tests;
+pub mod payload_memory;
 mod rejections;
 #[cfg(test)]
 mod restart_tests;

@@ -6,6 +6,7 @@ use super::acl::{Acl, BadEntry};
 use super::client_limits::ClientLimits;
 use super::events::ServerEvents;
 use super::export_policy::ExportPolicy;
+use super::payload_memory::PayloadMemory;
 use super::rejections::Rejections;
 use super::server_handles::{AcceptorHandle, ShutdownHandle};
 use super::sessions::{Capacity, Sessions, SuspendedSession};
@@ -52,6 +53,8 @@ pub struct ServerConfig<'a> {
     pub acl: Acl,
     /// The largest numbers of clients.
     pub limits: ClientLimits,
+    /// Most bytes for payloads of requests beyond those of each session.
+    pub payload_memory: u64,
     /// What becomes of clients beyond that number.
     pub when_full: WhenFull,
     /// Settings of every session.
@@ -75,6 +78,7 @@ impl ServerConfig<'static> {
             export_name: "disk",
             acl: Acl::default(),
             limits: ClientLimits::of(4),
+            payload_memory: 1 << 30,
             when_full: WhenFull::Refuse,
             settings: SessionSettings::default(),
             stored: StoredSessions::default(),
@@ -101,8 +105,17 @@ impl Server {
     /// When no descriptor or thread is left.
     pub fn start(config: ServerConfig<'_>) -> io::Result<Self> {
         let ServerConfig { listeners, disk, policy, export_name, .. } = config;
-        let ServerConfig { acl, limits, when_full, settings, stored, turned_away, events, .. } =
-            config;
+        let ServerConfig {
+            acl,
+            limits,
+            payload_memory,
+            when_full,
+            settings,
+            stored,
+            turned_away,
+            events,
+            ..
+        } = config;
         let capacity = Capacity {
             clients: limits,
             waits_when_full: when_full == WhenFull::Wait,
@@ -115,9 +128,17 @@ impl Server {
             sessions.turn_away(why);
         }
         let cpus = thread::available_parallelism().map_or(1, usize::from);
-        let rejections = Rejections::default();
-        let shared =
-            Arc::new(ServerShared { disk, export, settings, policy, sessions, rejections, cpus });
+        let (payloads, rejections) = (PayloadMemory::new(payload_memory), Rejections::default());
+        let shared = Arc::new(ServerShared {
+            disk,
+            export,
+            settings,
+            policy,
+            sessions,
+            payloads,
+            rejections,
+            cpus,
+        });
         // Before the acceptor starts: the ids of new sessions must be greater than the restored ones.
         restore(&shared, stored);
         let for_acceptor = Arc::clone(&shared);
@@ -131,6 +152,12 @@ impl Server {
     #[must_use]
     pub fn client_count(&self) -> usize {
         self.shared.sessions.count()
+    }
+
+    /// Memory for payloads of requests.
+    #[must_use]
+    pub fn payloads(&self) -> &PayloadMemory {
+        &self.shared.payloads
     }
 
     /// Whether the server accepts clients.

@@ -1,6 +1,7 @@
 //! What the acceptor and all sessions of one server share.
 
 use super::export_policy::ExportPolicy;
+use super::payload_memory::PayloadMemory;
 use super::rejections::Rejections;
 use super::sessions::Sessions;
 use super::settings::SessionSettings;
@@ -19,6 +20,7 @@ pub(super) struct ServerShared {
     pub(super) settings: SessionSettings,
     pub(super) policy: Arc<dyn ExportPolicy>,
     pub(super) sessions: Arc<Sessions>,
+    pub(super) payloads: Arc<PayloadMemory>,
     pub(super) rejections: Rejections,
     /// How many threads can run at once.
     pub(super) cpus: usize,

@@ -7,11 +7,16 @@ use flexnbd::cli::{self, MODES, config, instance, settings, size, uri};
 use flexnbd::control::Status;
 use flexnbd::control::status::{
     MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE, MIGRATION_WAITING,
-    Migration, OWNERSHIP, RELAY_SECONDS_LEFT, RELAYING_TO, UNFLUSHED_BYTES, UPSTREAM,
-    UPSTREAM_CONNECTED, UPSTREAM_ERROR, UPSTREAM_RECONNECTS, UPSTREAM_SECONDS,
+    Migration, OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX, RELAY_SECONDS_LEFT, RELAYING_TO,
+    UNFLUSHED_BYTES, UPSTREAM, UPSTREAM_CONNECTED, UPSTREAM_ERROR, UPSTREAM_RECONNECTS,
+    UPSTREAM_SECONDS,
+};
+use flexnbd::daemon::available_memory::{
+    PAYLOAD_MEMORY_DEFAULT_MAX, PAYLOAD_MEMORY_DEFAULT_MIN, PAYLOAD_MEMORY_DIVISOR,
 };
 use flexnbd::disk::{part_sizes, write_behind};
 use flexnbd::nbd::handshake::option::{OPTIONS_LENGTH_MAX, OPTIONS_MAX};
+use flexnbd::server::payload_memory::OWN_MEMORY;
 use flexnbd::{control, net, server};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -148,6 +153,8 @@ fn status_keys_match_the_server_in_order() {
         UPSTREAM_RECONNECTS,
         UNFLUSHED_BYTES,
         UPSTREAM_ERROR,
+        PAYLOAD_BYTES,
+        PAYLOAD_BYTES_MAX,
     ];
     let extra = newer.map(|key| (key.to_owned(), String::new())).to_vec();
     let line = Status { migration: Some(migration), extra, ..Status::default() }.to_string();
@@ -197,6 +204,7 @@ fn documented_limits_and_timeouts_match_the_program() {
     );
     assert_eq!(documented_numbers("Vanished peer"), [net::PEER_TIMEOUT.as_secs()]);
     let mib = |bytes: u64| bytes / MIB;
+    assert_eq!(documented_numbers("Memory for payloads"), [mib(OWN_MEMORY)]);
     let (least, most) = (mib(part_sizes::PART_MIN), mib(part_sizes::PART_MAX));
     let by_extent = mib(part_sizes::PART_MAX_BY_EXTENT);
     assert_eq!(documented_numbers("Trims and zeroing"), [least, most, by_extent]);
@@ -216,6 +224,13 @@ fn documented_limits_and_timeouts_match_the_program() {
     );
 }
 
+/// The range and the default of `--payload-memory` in bytes, and the memory of each client in MiB.
+pub(crate) fn payload_memory() -> [u64; 6] {
+    let (least, most) = (*size::PAYLOAD_MEMORY_RANGE.start(), *size::PAYLOAD_MEMORY_RANGE.end());
+    let (part, at_most) = (PAYLOAD_MEMORY_DIVISOR, PAYLOAD_MEMORY_DEFAULT_MAX);
+    [least, most, OWN_MEMORY >> 20, part, PAYLOAD_MEMORY_DEFAULT_MIN, at_most]
+}
+
 #[test]
 fn documented_option_ranges_match_the_program() {
     let page = page();
@@ -224,6 +239,7 @@ fn documented_option_ranges_match_the_program() {
     let clients = [least, most, server::CLIENTS_MAX].map(|number| number as u64);
     assert_eq!(serve("Fl -max-clients Ar N"), clients);
     assert_eq!(serve("Fl -max-clients-per-address Ar N")[..2], clients[..2]);
+    assert_eq!(serve("Fl -payload-memory Ar BYTES"), payload_memory());
     let (least, most) = (*settings::IDLE_EXIT_RANGE.start(), *settings::IDLE_EXIT_RANGE.end());
     assert_eq!(serve("Fl -idle-exit Ar SECONDS"), [0, least, most]);
     assert_eq!(serve("Fl -create Ar SIZE"), [*size::CREATE_RANGE.start()]);

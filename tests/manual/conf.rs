@@ -87,7 +87,7 @@ fn bases() -> [BTreeMap<&'static str, &'static str>; 3] {
 }
 
 /// Another valid value for each key.
-const OTHER_VALUES: [(&str, &str); 26] = [
+const OTHER_VALUES: [(&str, &str); 27] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
@@ -110,6 +110,7 @@ const OTHER_VALUES: [(&str, &str); 26] = [
     ("IP_FILTER", "no"),
     ("MAX_CLIENTS", "2000"),
     ("MAX_CLIENTS_PER_ADDRESS", "2"),
+    ("PAYLOAD_MEMORY", "2M"),
     ("KILLSWITCH", "yes"),
     ("IDLE_EXIT", "7"),
     ("SOCK", "/run/x"),
@@ -157,6 +158,9 @@ fn documented_ranges_match_the_program() {
     let clients = [least, most, server::CLIENTS_MAX].map(|number| number as u64);
     assert_eq!(documented("MAX_CLIENTS")[..3], clients);
     assert_eq!(documented("MAX_CLIENTS_PER_ADDRESS")[..2], clients[..2]);
+    let without_section = documented("PAYLOAD_MEMORY").into_iter().filter(|number| *number != 1);
+    let payload_memory = super::command_line::payload_memory();
+    assert_eq!(without_section.collect::<Vec<_>>(), payload_memory);
     let (least, most) = (*settings::IDLE_EXIT_RANGE.start(), *settings::IDLE_EXIT_RANGE.end());
     assert_eq!(documented("IDLE_EXIT"), [least, most]);
     assert_eq!(documented("CREATE"), [*size::CREATE_RANGE.start()]);

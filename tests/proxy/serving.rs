@@ -170,6 +170,8 @@ fn status_describes_the_upstream() {
         "upstream_seconds",
         "upstream_reconnects",
         "unflushed_bytes",
+        "payload_bytes",
+        "payload_bytes_max",
     ];
     assert_eq!(keys, expected);
     let mut session = Session::open(proxy.endpoint(), Mode::Structured).unwrap();

@@ -21,6 +21,18 @@ impl<T> InFlight<'_, T> {
         self.has_slot() && (self.read_bytes == 0 || self.read_bytes + bytes <= READ_BYTES_MAX)
     }
 
+    /// Bytes of data that the operations hold to write.
+    #[must_use]
+    pub fn write_memory(&self) -> usize {
+        self.bytes
+    }
+
+    /// Bytes of data that they read.
+    #[must_use]
+    pub fn read_memory(&self) -> usize {
+        self.read_bytes
+    }
+
     /// Bytes that the operations read, or that they hold to write.
     pub(super) fn bytes_held(&mut self, is_read: bool) -> &mut usize {
         if is_read { &mut self.read_bytes } else { &mut self.bytes }

@@ -34,6 +34,12 @@ impl Attached {
         self.pinned.length() + self.loaded.as_ref().map_or(0, |loaded| loaded.unsent.len())
     }
 
+    /// Bytes of memory that only they keep in use.
+    pub(super) fn memory(&self) -> usize {
+        let last = self.loaded.as_ref().filter(|loaded| Arc::strong_count(&loaded.buffer) == 1);
+        self.pinned.length() + last.map_or(0, |loaded| loaded.buffer.len())
+    }
+
     /// See [`Pinned::pin`].
     pub(super) fn pin(
         &mut self,

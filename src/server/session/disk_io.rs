@@ -4,16 +4,19 @@
 use crate::disk::inflight::{InFlight, OpTag};
 #[cfg(test)]
 use crate::disk::mutation::{self, Mutation};
-use crate::disk::{Disk, Notifier, Op, Visit};
+use crate::disk::{Buffer, Disk, Notifier, Op, Visit};
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::Request;
 use crate::range::Range;
 use crate::server::end::SessionEnd;
+use crate::server::payload_memory::SessionMemory;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// The most bytes to read or write at once.
 pub(super) const PIECE: u64 = 256 << 10;
+/// The most bytes to load at once for one read.
+pub(super) const LOAD_MAX: usize = 1 << 20;
 /// Pieces end at multiples of this, so that the disk sees whole blocks.
 const BLOCK: u64 = 4096;
 
@@ -22,6 +25,9 @@ const BLOCK: u64 = 4096;
 pub(super) struct DiskIo<'a> {
     pub(super) disk: &'a Disk,
     pub(super) in_flight: InFlight<'a, Tag>,
+    memory: SessionMemory,
+    /// Bytes that were read and not sent when [`DiskIo::settle_memory`] was called.
+    loaded: usize,
 }
 
 /// What to do with a completion.
@@ -56,8 +62,52 @@ pub(super) enum Busy {
 
 impl<'a> DiskIo<'a> {
     /// `clock` measures how long the disk takes.
-    pub(super) fn new(disk: &'a Disk, notifier: Arc<dyn Notifier>, clock: fn() -> Instant) -> Self {
-        Self { disk, in_flight: InFlight::new(disk, notifier, clock) }
+    pub(super) fn new(
+        disk: &'a Disk,
+        notifier: Arc<dyn Notifier>,
+        memory: SessionMemory,
+        clock: fn() -> Instant,
+    ) -> Self {
+        let in_flight = InFlight::new(disk, notifier, clock);
+        Self { disk, in_flight, memory, loaded: 0 }
+    }
+
+    /// Whether a write of this many bytes may begin. One may always be in flight.
+    pub(super) fn has_room_to_write(&mut self, bytes: usize) -> bool {
+        let reads = self.in_flight.read_memory() + self.loaded;
+        self.in_flight.has_room(bytes)
+            && (self.in_flight.write_memory() == 0
+                || self.may_hold(bytes + LOAD_MAX.saturating_sub(reads)))
+    }
+
+    /// Whether a read of this many bytes may begin. One may always be in flight.
+    pub(super) fn has_room_to_read(&mut self, bytes: usize) -> bool {
+        // It fits: a piece is at most 256 KiB.
+        let piece = PIECE as usize;
+        self.in_flight.has_room_to_read(bytes)
+            && (self.in_flight.read_memory() == 0
+                || self.may_hold(bytes + piece.saturating_sub(self.in_flight.write_memory())))
+    }
+
+    /// Whether the payloads may take this many bytes more, after spare buffers are freed if need be.
+    fn may_hold(&mut self, more: usize) -> bool {
+        let wanted = (self.payloads() + more) as u64;
+        if self.memory.may_hold(wanted + Buffer::spare_memory() as u64) {
+            return true;
+        }
+        Buffer::free_spares();
+        self.memory.may_hold(wanted)
+    }
+
+    /// Counts the memory of the session, which holds `loaded` bytes that were read and are not sent.
+    pub(super) fn settle_memory(&mut self, loaded: usize) {
+        self.loaded = loaded;
+        self.may_hold(0);
+        self.memory.settle((self.payloads() + Buffer::spare_memory()) as u64);
+    }
+
+    fn payloads(&self) -> usize {
+        self.loaded + self.in_flight.write_memory() + self.in_flight.read_memory()
     }
 
     /// Enters the gate.

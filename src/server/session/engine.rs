@@ -30,6 +30,7 @@ use crate::nbd::request::{Request, RequestError, RequestHeader, Terms};
 use crate::nbd::wire::CommandKind;
 use crate::server::end::SessionEnd;
 use crate::server::export_policy::{ExportPolicy, HandoverReply, Permit, SessionId};
+use crate::server::payload_memory::SessionMemory;
 use crate::server::snapshot::{
     PendingSnapshot, PhaseSnapshot, SessionSnapshot, TransmissionSnapshot,
 };
@@ -92,6 +93,7 @@ pub(super) struct EngineContext<'a> {
     pub(super) disk: &'a Disk,
     pub(super) policy: &'a dyn ExportPolicy,
     pub(super) notifier: Arc<dyn Notifier>,
+    pub(super) memory: SessionMemory,
     pub(super) terms: Terms,
     /// Reply to a malformed request with an error before closing, as the original did.
     pub(super) answers_malformed: bool,
@@ -169,14 +171,22 @@ impl<'a> Engine<'a> {
         tx: Tx,
         pending: PendingRequests,
     ) -> Self {
-        let EngineContext { disk, policy, notifier, terms, answers_malformed, client, clocks } =
-            context;
+        let EngineContext {
+            disk,
+            policy,
+            notifier,
+            memory,
+            terms,
+            answers_malformed,
+            client,
+            clocks,
+        } = context;
         let PendingRequests { writes, reads, end } = pending;
         let session = client.1;
         Self {
             rx,
             tx,
-            io: DiskIo::new(disk, notifier, clocks.now),
+            io: DiskIo::new(disk, notifier, memory, clocks.now),
             replies: Replies::new(disk, policy, terms.dialect, client),
             reads: Reads::new(reads, clocks.now),
             writes,
@@ -234,6 +244,7 @@ impl<'a> Engine<'a> {
         self.io.check_disk()?;
         let blocked = self.work()?;
         self.io.in_flight.submit();
+        self.settle_memory();
         let is_finishing = !matches!(stop, StopRequest::Serve | StopRequest::Suspend);
         if is_finishing && matches!(blocked, Blocked::Gate) && self.io.in_flight.is_empty() {
             // Not before the client has the replies to completed requests.
@@ -403,6 +414,11 @@ impl<'a> Engine<'a> {
         self.rx.shrink();
         self.tx.shrink();
         self.io.in_flight.shrink();
+        self.settle_memory();
+    }
+
+    fn settle_memory(&mut self) {
+        self.io.settle_memory(self.tx.attached_memory() + self.reads.loaded_memory());
     }
 
     /// Whether there is memory to free once the session is idle.

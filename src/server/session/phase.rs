@@ -10,6 +10,7 @@ use crate::nbd::handshake::server::Export;
 use crate::nbd::request::Terms;
 use crate::server::end::SessionEnd;
 use crate::server::export_policy::{ExportPolicy, SessionId};
+use crate::server::payload_memory::{PayloadMemory, SessionMemory};
 use crate::server::settings::Style;
 use crate::server::snapshot::{PhaseSnapshot, SessionSnapshot};
 use std::sync::Arc;
@@ -30,6 +31,7 @@ pub(super) struct SessionContext<'a> {
     pub(super) export: &'a Export,
     pub(super) style: Style,
     pub(super) notifier: Arc<dyn Notifier>,
+    pub(super) payloads: &'a Arc<PayloadMemory>,
     /// For the log, and the session's id.
     pub(super) client: (String, SessionId),
     /// When a new or restored handshake times out.
@@ -116,6 +118,7 @@ impl<'a> SessionContext<'a> {
             disk: self.disk,
             policy: self.policy,
             notifier: Arc::clone(&self.notifier),
+            memory: SessionMemory::new(self.payloads),
             terms: Terms {
                 size: self.export.size,
                 flags: self.export.flags,

@@ -14,7 +14,7 @@
 
 mod read;
 
-use super::disk_io::{Busy, DiskIo, Tag, piece_length};
+use super::disk_io::{Busy, DiskIo, LOAD_MAX, Tag, piece_length};
 use super::inline_reads::InlineReads;
 use super::pinned;
 use super::replies::Replies;
@@ -42,8 +42,6 @@ pub(in crate::server) const WHOLE_READ_MAX: u64 = 1 << 20;
 const HOLE_CHECK_MIN: u64 = 64 << 10;
 /// Longest simple reply that is buffered as a whole, in bytes.
 const BUFFERED_MAX: u64 = 1 << 20;
-/// How much of a long read is loaded at once, in bytes.
-const LOAD_MAX: u64 = 1 << 20;
 
 /// Result of one step of a read.
 #[derive(Debug)]
@@ -136,6 +134,16 @@ impl Reads {
         self.queue.len()
     }
 
+    /// Bytes that are loaded for reads in the queue. Reads with loaded data are in front of the others, but for the
+    /// first one.
+    pub(super) fn loaded_memory(&self) -> usize {
+        let loads = self.queue.iter().enumerate().map_while(|(index, read)| {
+            let is_behind = index > 0 && read.loaded.is_none();
+            (!is_behind).then_some(read.loaded.as_deref())
+        });
+        loads.flatten().map(Load::memory).sum()
+    }
+
     /// Whether reads wait in the queue for room in the send buffer, not in flight.
     pub(super) fn wait_for_output(&self) -> bool {
         !self.queue.is_empty() && self.awaited_room == 0 && !self.loads_announced
@@ -178,7 +186,7 @@ impl Reads {
         out: &mut Tx,
         rx_is_empty: bool,
     ) -> Result<bool, SessionEnd> {
-        if self.awaited_room > 0 && !io.in_flight.has_room_to_read(self.awaited_room) {
+        if self.awaited_room > 0 && !io.has_room_to_read(self.awaited_room) {
             return Ok(true);
         }
         self.awaited_room = 0;
@@ -214,7 +222,7 @@ impl Reads {
                 drop(visit);
                 self.read_inline(read, range, io, replies, out)?;
             }
-            ReadStep::Cold(_, range) if !io.in_flight.has_room_to_read(range.length() as usize) => {
+            ReadStep::Cold(_, range) if !io.has_room_to_read(range.length() as usize) => {
                 self.queue.push_front(read);
                 self.awaited_room = range.length() as usize;
                 return Ok(Some(Busy::InFlight));
@@ -449,7 +457,7 @@ fn cold_or_failed<'a>(
     out: &mut Tx,
 ) -> ReadStep<'a> {
     if error.kind() == io::ErrorKind::WouldBlock && !read.is_certain(piece) {
-        let next = read.rest.from(piece.offset()).split(piece.length().max(LOAD_MAX)).0;
+        let next = read.rest.from(piece.offset()).split(piece.length().max(LOAD_MAX as u64)).0;
         return ReadStep::Cold(visit, next);
     }
     drop(visit);
@@ -496,7 +504,7 @@ fn append_announced<'a>(
     match out.append_announced(piece.length() as usize, fill) {
         Ok(()) => Ok(ReadStep::Continue),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock && !read.is_certain(piece) => {
-            Ok(ReadStep::Cold(visit, announced.split(LOAD_MAX).0))
+            Ok(ReadStep::Cold(visit, announced.split(LOAD_MAX as u64).0))
         }
         Err(error) => Err(SessionEnd::ReplyIncomplete(error)),
     }

@@ -10,6 +10,7 @@ use crate::nbd::handshake::server::Export;
 use crate::net::{Peer, Stream};
 use crate::server::end::SessionEnd;
 use crate::server::export_policy::ExportPolicy;
+use crate::server::payload_memory::PayloadMemory;
 use crate::server::sessions::Registration;
 use crate::server::settings::SessionSettings;
 use crate::server::snapshot::SessionSnapshot;
@@ -24,6 +25,7 @@ pub(in crate::server) struct Session<'a> {
     pub(in crate::server) registration: Registration,
     pub(in crate::server) disk: &'a Disk,
     pub(in crate::server) policy: &'a dyn ExportPolicy,
+    pub(in crate::server) payloads: &'a Arc<PayloadMemory>,
     pub(in crate::server) export: Export,
     pub(in crate::server) settings: SessionSettings,
     pub(in crate::server) cpus: usize,
@@ -56,6 +58,7 @@ impl Session<'_> {
             export: &self.export,
             style: settings.style,
             notifier: Arc::clone(&registration.control) as Arc<dyn Notifier>,
+            payloads: self.payloads,
             client: (peer.to_string(), registration.id),
             handshake_deadline: registration.since + settings.handshake_timeout,
             clocks: Clocks { now: Instant::now, coarse: coarse_now },

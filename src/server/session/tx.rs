@@ -25,7 +25,7 @@ pub(super) const FULL: usize = 32 << 10;
 /// that is buffered as a whole, so that other requests are still answered beside it.
 pub(super) const OVERFULL: usize = (512 << 10) + (1 << 20);
 /// Unit of the buffer's size, in bytes.
-const BUFFER_UNIT: usize = 320 << 10;
+pub(super) const BUFFER_UNIT: usize = 320 << 10;
 /// With this many bytes deferred behind a simple read, a session answers nothing more.
 pub(super) const DEFERRED_MAX: usize = 64 << 10;
 
@@ -299,6 +299,11 @@ impl Tx {
     /// Whether there is nothing to free.
     pub(super) fn is_shrunk(&self) -> bool {
         self.buffer.is_none() && self.attached.is_shrunk()
+    }
+
+    /// Bytes of memory that the data behind the buffer takes.
+    pub(super) fn attached_memory(&self) -> usize {
+        self.attached.memory()
     }
 
     /// The number of bytes that can be sent, pinned ones included.

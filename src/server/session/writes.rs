@@ -213,7 +213,7 @@ impl Writes {
         let inline = if may_inline { write_inline(&visit, io, piece, data) } else { None };
         if inline.is_some() {
             self.written += piece.length();
-        } else if !(skips || io.in_flight.has_room(length)) {
+        } else if !(skips || io.has_room_to_write(length)) {
             return Ok(self.wait_to_write(payload, Busy::InFlight));
         }
         if is_single {

@@ -10,7 +10,7 @@ use crate::server::session::disk_io::Tag;
 
 /// The most extents in one reply; the client asks again for the rest. The specification allows 2^20,
 /// which would take 16 MiB.
-const EXTENTS_MAX: usize = 16 << 10;
+pub(super) const EXTENTS_MAX: usize = 16 << 10;
 
 impl Engine<'_> {
     /// Begins a BLOCK_STATUS; with `one` the reply has a single extent (`NBD_CMD_FLAG_REQ_ONE`).
@@ -28,7 +28,7 @@ impl Engine<'_> {
         };
         if visit.extents_wait() {
             let op = Op::Extents { range, limit, found: Vec::new() };
-            if !self.io.in_flight.has_room_to_read(op.memory()) {
+            if !self.io.has_room_to_read(op.memory()) {
                 return Ok(Step::Blocked(Blocked::Completion));
             }
             self.io.in_flight.begin(visit, op, Tag::Answer { to, request });

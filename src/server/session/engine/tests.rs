@@ -9,6 +9,11 @@ use crate::nbd::reply::Dialect;
 use crate::nbd::wire::TransmissionFlags;
 use crate::net::Stream;
 use crate::server::export_policy::AllowAll;
+use crate::server::payload_memory::{BUFFERS_MAX, OWN_MEMORY, PayloadMemory};
+use crate::server::session::disk_io::{LOAD_MAX, PIECE};
+use crate::server::session::engine::block_status::EXTENTS_MAX;
+use crate::server::session::rx::CAPACITY;
+use crate::server::session::tx::{BUFFER_UNIT, DEFERRED_MAX, OVERFULL};
 use crate::server::test_support::TIMEOUT;
 use std::cell::Cell;
 use std::os::unix::net::UnixStream;
@@ -37,6 +42,16 @@ fn engine<'a>(disk: &'a Disk, requests: &[u8]) -> Engine<'a> {
 
 /// An engine that has received these requests. With structured replies it answers BLOCK_STATUS.
 pub(super) fn engine_with<'a>(disk: &'a Disk, dialect: Dialect, requests: &[u8]) -> Engine<'a> {
+    engine_within(&PayloadMemory::new(1 << 30), disk, dialect, requests)
+}
+
+/// The same, with this memory for payloads.
+fn engine_within<'a>(
+    payloads: &Arc<PayloadMemory>,
+    disk: &'a Disk,
+    dialect: Dialect,
+    requests: &[u8],
+) -> Engine<'a> {
     let terms = Terms {
         size: disk.size(),
         flags: TransmissionFlags::all().difference(TransmissionFlags::READ_ONLY),
@@ -50,6 +65,7 @@ pub(super) fn engine_with<'a>(disk: &'a Disk, dialect: Dialect, requests: &[u8])
         disk,
         policy: &AllowAll,
         notifier: Arc::new(TestNotifier::default()),
+        memory: SessionMemory::new(payloads),
         terms,
         answers_malformed: false,
         client: (String::new(), 1),
@@ -219,4 +235,50 @@ fn deferred_replies_wait_for_a_loading_read_without_a_busy_loop() {
         assert!(!engine.tx.has_bytes());
     }
     slow.complete_all(&memory);
+}
+
+/// How many of these reads are in flight at once, with this memory beyond that of the session.
+fn reads_in_flight(shared: u64) -> (usize, usize) {
+    const READS: usize = 4;
+    const READ: u64 = 64 << 10;
+    let (memory, slow) = (MemoryBackend::new(SIZE), Arc::new(Slow::default()));
+    let disk = Disk::new(Box::new(SlowBackend::new(memory.clone(), Arc::clone(&slow))), false);
+    slow.evict_all();
+    let payloads = PayloadMemory::new(shared);
+    let reads: Vec<u8> =
+        (0..READS as u64).flat_map(|cookie| request(CommandKind::Read, READ, cookie)).collect();
+    let mut engine = engine_within(&payloads, &disk, Dialect::Simple, &reads);
+    engine.advance(StopRequest::Serve).unwrap();
+    let (at_once, mut most) = (slow.count(), 0);
+    let (client, stream) = pair();
+    client.set_nonblocking().unwrap();
+    let mut received = 0;
+    while received < READS * (16 + READ as usize) {
+        most = most.max(slow.count());
+        slow.complete_all(&memory);
+        engine.advance(StopRequest::Serve).unwrap();
+        engine.tx.send(&stream).unwrap();
+        while let Ok(count) = client.try_recv(&mut [0; 1 << 16]) {
+            received += count;
+        }
+    }
+    engine.shrink();
+    assert_eq!(payloads.used(), 0);
+    (at_once, most)
+}
+
+#[test]
+fn a_session_without_shared_memory_reads_one_at_a_time() {
+    assert_eq!(reads_in_flight(0), (1, 1));
+    assert_eq!(reads_in_flight(1 << 30), (4, 4));
+}
+
+#[test]
+fn buffers_and_a_request_each_way_fit_in_a_sessions_memory() {
+    let longest_status = (EXTENTS_MAX * 16) as u64 + 64;
+    let unsent = OVERFULL as u64 + longest_status;
+    let deferred = DEFERRED_MAX as u64 + longest_status;
+    let sent = unsent.next_multiple_of(BUFFER_UNIT as u64);
+    assert!(CAPACITY as u64 + sent + deferred <= BUFFERS_MAX);
+    assert!(OWN_MEMORY - BUFFERS_MAX >= PIECE + LOAD_MAX as u64 + 2 * 4096);
 }

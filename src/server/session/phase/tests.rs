@@ -12,6 +12,7 @@ use crate::server::session::engine::Blocked;
 use crate::server::session::handshake::HandshakeBlocked;
 use crate::server::shared::export;
 use crate::server::stop_request::StopRequest;
+use std::sync::LazyLock;
 use std::time::Duration;
 
 const SIZE: u64 = 1 << 20;
@@ -20,6 +21,8 @@ const BLOCK: u64 = 512;
 const OPTIONS: [u32; 3] =
     [OptionKind::StructuredReply.number(), PRIVATE_OPTION, OptionKind::Go.number()];
 
+static PAYLOADS: LazyLock<Arc<PayloadMemory>> = LazyLock::new(|| PayloadMemory::new(1 << 30));
+
 fn context<'a>(disk: &'a Disk, export: &'a Export, style: Style) -> SessionContext<'a> {
     SessionContext {
         disk,
@@ -27,6 +30,7 @@ fn context<'a>(disk: &'a Disk, export: &'a Export, style: Style) -> SessionConte
         export,
         style,
         notifier: Arc::new(TestNotifier::default()),
+        payloads: &PAYLOADS,
         client: (String::new(), 7),
         handshake_deadline: Instant::now() + Duration::from_secs(3600),
         clocks: Clocks { now: Instant::now, coarse: || Duration::ZERO },

@@ -38,6 +38,13 @@ pub(super) struct Load {
     pub(super) outcome: io::Result<Arc<Buffer>>,
 }
 
+impl Load {
+    /// Bytes of memory that it holds.
+    pub(super) fn memory(&self) -> usize {
+        self.outcome.as_ref().map_or(0, |bytes| bytes.len())
+    }
+}
+
 impl Read {
     pub(super) fn save(self) -> ReadSnapshot {
         let Self { to, rest, whole, begun, announced, .. } = self;

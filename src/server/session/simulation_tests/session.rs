@@ -13,6 +13,7 @@ use crate::nbd::request::Terms;
 use crate::schedules::ByteQueue;
 use crate::server::end::SessionEnd;
 use crate::server::export_policy::ExportPolicy;
+use crate::server::payload_memory::{PayloadMemory, SessionMemory};
 use crate::server::session::engine::{Blocked, Clocks, Engine, EngineContext, PendingRequests};
 use crate::server::session::rx::Rx;
 use crate::server::session::tx::Tx;
@@ -55,6 +56,7 @@ pub(super) struct ScriptedServer<'a> {
     pub(super) disk: &'a Disk,
     pub(super) image: &'a ScriptedDisk,
     pub(super) policy: &'a ScriptedPolicy,
+    pub(super) payloads: &'a Arc<PayloadMemory>,
 }
 
 /// What a session waits for, as the driver does.
@@ -373,6 +375,7 @@ fn engine_of<'a>(
         disk: server.disk,
         policy: server.policy,
         notifier: Arc::clone(notifier) as Arc<dyn Notifier>,
+        memory: SessionMemory::new(server.payloads),
         terms,
         answers_malformed: terms.reads_beyond_end_are_no_space,
         client: (String::new(), id),

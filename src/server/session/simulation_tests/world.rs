@@ -14,6 +14,7 @@ use crate::nbd::reply::Dialect;
 use crate::nbd::request::Terms;
 use crate::nbd::wire::TransmissionFlags;
 use crate::schedules::ByteQueue;
+use crate::server::payload_memory::PayloadMemory;
 use crate::server::session::engine::Engine;
 use crate::server::stop_request::StopRequest;
 use std::sync::Arc;
@@ -100,9 +101,11 @@ pub(super) fn run(seed: u64) -> Result<Coverage, String> {
         image.state().is_cached = false;
     }
     let may_fail = image.state().may_fail();
+    // Sometimes no session has more than its own memory.
+    let payloads = PayloadMemory::new(if seed % 8 == 3 { 0 } else { u64::MAX });
     let mut world = World {
         may_fail,
-        server: ScriptedServer { disk: &disk, image: &image, policy: &policy },
+        server: ScriptedServer { disk: &disk, image: &image, policy: &policy, payloads: &payloads },
         model: Model::new(initial.clone()),
         sessions: Vec::new(),
         outliving: Vec::new(),

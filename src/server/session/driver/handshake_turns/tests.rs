@@ -14,6 +14,7 @@ use crate::server::events::IgnoreEvents;
 use crate::server::export_policy::{
     AllowAll, ExportPolicy, ProbeReply, RecordingPolicy, SessionId, SessionsView,
 };
+use crate::server::payload_memory::PayloadMemory;
 use crate::server::session::engine::Clocks;
 use crate::server::session::phase::SessionPhase;
 use crate::server::sessions::{Capacity, Sessions};
@@ -30,6 +31,7 @@ const LAG: Duration = Duration::from_secs(60);
 /// Longer than a session waits for others.
 const LATE: Duration = Duration::from_secs(5);
 
+static PAYLOADS: LazyLock<Arc<PayloadMemory>> = LazyLock::new(|| PayloadMemory::new(1 << 30));
 static BEGAN: LazyLock<Instant> = LazyLock::new(|| Instant::now().checked_sub(LAG).unwrap());
 
 thread_local! {
@@ -71,6 +73,7 @@ fn turns(
         export: &export,
         style: Style::Newstyle,
         notifier: Arc::new(TestNotifier::default()),
+        payloads: &PAYLOADS,
         client: (String::new(), registration.id),
         handshake_deadline: *BEGAN + LAG / 2,
         clocks: Clocks { now: || *BEGAN + ELAPSED.get(), coarse: || Duration::ZERO },
