@@ -1,5 +1,5 @@
-//! The kernel's NBD client and the file systems on it, in virtual machines with Debian's kernel; and
-//! the installed package on a Debian with systemd and udev.
+//! The kernel's NBD client and the file systems on it, in virtual machines with Debian's kernel; power
+//! cuts below the file systems of images; and the installed package on a Debian with systemd and udev.
 //! Never touches the machine that runs the tests, whose kernel may lack the modules.
 //!
 //! Needs root, amd64 and the packages that `tests/run` installs. Measures nothing, since the
@@ -9,6 +9,8 @@
 
 #[path = "vm/host.rs"]
 mod host;
+#[path = "vm/log_writes.rs"]
+mod log_writes;
 #[path = "vm/machine.rs"]
 mod machine;
 #[path = "vm/nbd_device.rs"]
@@ -22,6 +24,10 @@ mod attach;
 mod attach_proxy;
 #[path = "vm/boot.rs"]
 mod boot;
+#[path = "vm/crash.rs"]
+mod crash;
+#[path = "vm/crash_load.rs"]
+mod crash_load;
 #[path = "vm/file_systems.rs"]
 mod file_systems;
 #[path = "vm/kernel_client.rs"]

@@ -34,13 +34,16 @@ const TOOLS: [&str; 9] = [
 ];
 
 /// The programs of this machine that tests use in a machine of [`with_kernel`].
-const PROGRAMS: [&str; 12] = [
+const PROGRAMS: [&str; 15] = [
     "blkdiscard",
     "blockdev",
     "btrfs",
+    "cp",
+    "dmsetup",
     "e2fsck",
     "fio",
     "fstrim",
+    "losetup",
     "mkfs.btrfs",
     "mkfs.ext4",
     "mkfs.xfs",
@@ -50,7 +53,7 @@ const PROGRAMS: [&str; 12] = [
 ];
 
 /// The kernel modules that are loaded in a machine of [`with_kernel`].
-const MODULES: &str = "nbd xfs btrfs sch_netem";
+const MODULES: &str = "nbd xfs btrfs sch_netem loop dm_log_writes";
 
 /// Runs `body` as root in a machine that has a kernel, a file system in memory, and [`PROGRAMS`].
 /// `body` must be the closure of a test function that does nothing else: its type name yields the
