@@ -11,7 +11,7 @@
 //! 4   daemon
 //! 3   server  migration  upstream
 //! 2   client  control
-//! 1   nbd  disk  net  systemd
+//! 1   nbd  disk  net  sandbox  systemd
 //! 0   human  memory_reserve  message_id  milestones  range  small_file  sync  schedules  transition_table
 //! ```
 //!
@@ -27,6 +27,7 @@
 //! * [`nbd`]: the NBD protocol, both roles: bytes in, values out; pure.
 //! * [`disk`]: the image, its gate, its I/O, its ownership record.
 //! * [`net`]: sockets, with the options and waits that NBD needs.
+//! * [`sandbox`]: restricts the process to the files and system calls that it needs.
 //! * [`systemd`]: inherited sockets, notifications, the journal, the file descriptor store.
 //! * [`client`]: one connection to another server's export.
 //! * [`control`]: the control socket: commands of operators, and their replies.
@@ -153,6 +154,7 @@ pub mod milestones;
 pub mod nbd;
 pub mod net;
 pub mod range;
+pub mod sandbox;
 #[cfg(test)]
 mod schedules;
 pub mod server;

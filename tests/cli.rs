@@ -15,6 +15,8 @@ mod addresses;
 mod control;
 #[path = "cli/log.rs"]
 mod log;
+#[path = "cli/sandbox.rs"]
+mod sandbox;
 #[path = "cli/serve_refused.rs"]
 mod serve_refused;
 #[path = "cli/stream.rs"]

@@ -25,9 +25,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use strsim::levenshtein;
 
-/// All keys, named like the long options: in capitals, with `_` for `-`. The last two have no
-/// option, because they configure the service's units, not the process.
-pub const KEYS: [&str; 27] = [
+/// All keys, named like the long options: in capitals, with `_` for `-`; `SANDBOX` is the opposite of
+/// `--no-sandbox`. The last two have no option, because they configure the service's units, not the process.
+pub const KEYS: [&str; 29] = [
     "ADDR",
     "PORT",
     "FILE",
@@ -46,6 +46,8 @@ pub const KEYS: [&str; 27] = [
     "HOLES",
     "DIRECT",
     "RELAY",
+    "SANDBOX",
+    "USER",
     "ACL",
     "TO",
     "BIND",
@@ -194,6 +196,8 @@ fn set(settings: &mut Settings, key: &str, value: &str) -> Result<(), String> {
         "HOLES" => settings.holes = Some(parse_holes(value)?),
         "DIRECT" => settings.direct = parse_switch(value)?,
         "RELAY" => settings.relay = Some(parse_relay(value)?),
+        "SANDBOX" => settings.sandbox.no_sandbox = !parse_switch(value)?,
+        "USER" => settings.sandbox.user = Some(value.parse().map_err(to_text)?),
         "ACL" => settings.acl = parse_acl(value)?,
         "TO" => settings.upstream.to.extend(parse_targets(value)?),
         "BIND" => settings.upstream.bind = Some(parse_ip(value)?),
@@ -261,6 +265,7 @@ fn nearest_key(key: &str) -> Option<&'static str> {
 mod tests {
     use super::*;
     use crate::cli::proxy::ProxyFlags;
+    use crate::cli::sandbox::SandboxFlags;
     use crate::cli::settings::UpstreamSettings;
     use crate::daemon::RelayDefault;
     use crate::disk::HolePolicy;
@@ -279,7 +284,8 @@ mod tests {
     fn every_key_sets_its_setting() {
         let text = "ADDR=[::1]\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=yes\n\
             KILLSWITCH=on\nREAD_ONLY=1\nEXPORT=disk\nOLDSTYLE=True\nPLAIN=yes\nMAX_CLIENTS=3\n\
-            MAX_CLIENTS_PER_ADDRESS=2\nPAYLOAD_MEMORY=8M\nIDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nRELAY=yes\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
+            MAX_CLIENTS_PER_ADDRESS=2\nPAYLOAD_MEMORY=8M\nIDLE_EXIT=60\nHOLES=trust\nDIRECT=yes\nRELAY=yes\n\
+            SANDBOX=no\nUSER=a:b\nACL=::/0\nTO=nbd://a nbd://b\nTO=nbd://c\n\
             BIND=::2\nCACHE=4K\nUNFLUSHED=1M\nCONNECTIONS=2\nTIMEOUT=9\nAUTOSTART=on-demand\n\
             IP_FILTER=yes\n";
         let expected = Settings {
@@ -301,6 +307,7 @@ mod tests {
             holes: Some(HolePolicy::Trust),
             direct: true,
             relay: Some(RelayDefault::Unlimited),
+            sandbox: SandboxFlags { no_sandbox: true, user: Some("a:b".parse().unwrap()) },
             acl: vec!["::/0".to_owned()],
             upstream: UpstreamSettings {
                 to: ["nbd://a", "nbd://b", "nbd://c"].map(|to| uri::parse(to).unwrap()).to_vec(),
@@ -331,6 +338,7 @@ mod tests {
         for option in ["CONN_ADDR", "CONN_PORT", "CONFIG"] {
             assert!(options.remove(option), "{option}");
         }
+        assert!(options.remove("NO_SANDBOX") && options.insert("SANDBOX".to_owned()));
         // PLAIN is an option of `listen` only.
         options.extend(["AUTOSTART", "IP_FILTER", "PLAIN"].map(str::to_owned));
         assert_eq!(options, KEYS.map(str::to_owned).into());

@@ -1,6 +1,7 @@
 //! `flexnbd listen`: its flags, those of `serve` that apply while a disk is received, and its own.
 //! [`super::start`] checks them, and merges the configuration file.
 
+use super::sandbox::SandboxFlags;
 use super::settings::{Settings, parse_acl_entry, parse_holes};
 use super::size::parse_create;
 use super::start::{ProcessRole, StartRequest};
@@ -68,6 +69,9 @@ pub struct ListenFlags {
     #[arg(long)]
     direct: bool,
 
+    #[command(flatten)]
+    sandbox: SandboxFlags,
+
     /// Read settings from this file, which may be that of `serve`.
     #[arg(
         long,
@@ -99,6 +103,7 @@ impl ListenFlags {
             plain: self.plain,
             holes: self.holes,
             direct: self.direct,
+            sandbox: self.sandbox,
             acl: self.acl,
             ..Settings::default()
         };

@@ -11,6 +11,7 @@ pub mod operate;
 mod output;
 mod progress;
 pub mod proxy;
+pub mod sandbox;
 pub mod serve;
 pub mod settings;
 pub mod size;
@@ -133,6 +134,9 @@ impl Invocation {
     fn run(self) -> ExitCode {
         // Fails only at a second call in one process, and this is the only one.
         let _ = journal::init(self.verbosity);
+        if !matches!(self.command, CliCommand::Start(_)) {
+            journal::start_writer();
+        }
         daemon::signals::ignore_file_size_signal();
         match self.command {
             CliCommand::Start(start) => run_start(&start),
@@ -167,8 +171,9 @@ fn run_start(start: &StartRequest) -> ExitCode {
 /// operator if there are none.
 fn report_invalid_start(start: &StartRequest, error: &StartRequestError) -> ExitCode {
     let (StartRequestError::Misuse(sentence) | StartRequestError::Config(sentence)) = error;
-    if let Some(end) = daemon::refuse(start.role.receives(), start.settings.sock.clone(), sentence)
-    {
+    let (receives, control) = (start.role.receives(), start.settings.sock.clone());
+    let confinement = start.confinement(&start.settings);
+    if let Some(end) = daemon::refuse(receives, control, &confinement, sentence) {
         return report_end(&end);
     }
     match error {

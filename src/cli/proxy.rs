@@ -4,6 +4,7 @@
 //! Called as `flexnbd-proxy` the program is `flexnbd proxy` for one client at a time, as the original
 //! flexnbd-proxy was.
 
+use super::sandbox::SandboxFlags;
 use super::settings::{
     Settings, UpstreamSettings, parse_acl_entry, parse_connections, parse_idle_exit, parse_ip,
     parse_max_clients, parse_timeout,
@@ -125,6 +126,9 @@ pub struct ProxyFlags {
     #[arg(long, value_name = "SECONDS", value_parser = parse_idle_exit)]
     idle_exit: Option<u64>,
 
+    #[command(flatten)]
+    sandbox: SandboxFlags,
+
     /// Read settings from this file: KEY=VALUE lines, keys named like the long options (TO,
     /// MAX_CLIENTS); flags win over it
     #[arg(long, value_name = "FILE")]
@@ -175,6 +179,7 @@ impl ProxyFlags {
             max_clients_per_address: self.max_clients_per_address,
             payload_memory: self.payload_memory,
             idle_exit: self.idle_exit,
+            sandbox: self.sandbox,
             acl: self.acl,
             upstream: UpstreamSettings {
                 to,

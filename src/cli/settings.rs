@@ -1,6 +1,7 @@
 //! The settings of a server, given by flags or by a configuration file; flags take precedence.
 //! Pure: never reads a file, and never opens an image or a socket.
 
+use super::sandbox::SandboxFlags;
 use super::size::{parse_create, parse_payload_memory};
 use super::uri::{Target, parse_export};
 use crate::control::command::RELAY_SECONDS_MAX;
@@ -106,6 +107,10 @@ pub struct Settings {
     /// for at most so many SECONDS; mirror's own options win [default: no]
     #[arg(long, value_name = "POLICY", value_parser = parse_relay)]
     pub relay: Option<RelayDefault>,
+
+    /// How the process is confined.
+    #[command(flatten)]
+    pub sandbox: SandboxFlags,
 
     /// Addresses of clients to admit, IPv4 or IPv6, each with an optional /PREFIX
     #[arg(value_name = "ACL_ENTRY", value_parser = parse_acl_entry)]
@@ -226,6 +231,7 @@ impl Settings {
             holes: self.holes.or(fallback.holes),
             direct: self.direct || fallback.direct,
             relay: self.relay.or(fallback.relay),
+            sandbox: self.sandbox.or(fallback.sandbox),
             acl: if self.acl.is_empty() { fallback.acl } else { self.acl },
             upstream: self.upstream.or(fallback.upstream),
             autostart: self.autostart.or(fallback.autostart),
@@ -428,6 +434,7 @@ mod tests {
             direct: true,
             relay: Some(RelayDefault::AtMost(Duration::from_secs(number.into()))),
             idle_exit: Some(number.into()),
+            sandbox: SandboxFlags { no_sandbox: true, user: Some(word.parse().unwrap()) },
             acl: vec![word.to_owned()],
             upstream: UpstreamSettings {
                 to: vec![uri::parse(&format!("nbd://{word}")).unwrap()],

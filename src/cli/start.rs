@@ -6,8 +6,8 @@ use super::instance::{self, is_service_config};
 use super::settings::{ListenAddressError, Settings, UpstreamSettings, parse_timeout};
 use super::uri::Target;
 use crate::daemon::{
-    Admission, Config, DiskConfig, ImageConfig, ReceivingConfig, RecordPolicy, RereadConfig,
-    UpstreamConfig,
+    Admission, Config, ConfinementConfig, DiskConfig, ImageConfig, ReceivingConfig, RecordPolicy,
+    RereadConfig, UpstreamConfig,
 };
 use crate::net::Remote;
 use crate::server::acl::Acl;
@@ -144,6 +144,7 @@ impl StartRequest {
             .address()
             .map_err(|error| StartRequestError::Misuse(self.describe_address_error(&error)))?;
         Ok(Config {
+            confinement: self.confinement(&settings),
             disk: self.disk(&settings, timeout).map_err(StartRequestError::Misuse)?,
             address,
             export: settings.export.unwrap_or_default(),
@@ -155,6 +156,16 @@ impl StartRequest {
             when_full: if single { WhenFull::Wait } else { WhenFull::Refuse },
             payload_memory: settings.payload_memory,
         })
+    }
+
+    /// How the process with these settings is confined.
+    #[must_use]
+    pub fn confinement(&self, settings: &Settings) -> ConfinementConfig {
+        ConfinementConfig {
+            sandbox: !settings.sandbox.no_sandbox,
+            user: settings.sandbox.user.clone(),
+            read_again: self.config_file.clone().into_iter().collect(),
+        }
     }
 
     /// Refuses a configuration file of the other kind of service: one with an image for `proxy`, or
@@ -316,7 +327,8 @@ mod tests {
     fn every_key_reaches_the_config() {
         let text = "ADDR=::\nPORT=7\nFILE=/a\nCREATE=1M\nSOCK=/b\nDEFAULT_DENY=1\nKILLSWITCH=1\n\
             READ_ONLY=1\nEXPORT=disk\nOLDSTYLE=1\nPLAIN=1\nMAX_CLIENTS=3\n\
-            MAX_CLIENTS_PER_ADDRESS=2\nPAYLOAD_MEMORY=8M\nIDLE_EXIT=60\nHOLES=ignore\nDIRECT=yes\nRELAY=60\nACL=::1\n";
+            MAX_CLIENTS_PER_ADDRESS=2\nPAYLOAD_MEMORY=8M\nIDLE_EXIT=60\nHOLES=ignore\nDIRECT=yes\n\
+            RELAY=60\nSANDBOX=no\nUSER=a\nACL=::1\n";
         let expected = Config {
             disk: DiskConfig::Image(ImageConfig {
                 path: "/a".into(),
@@ -336,6 +348,11 @@ mod tests {
             idle_exit: Some(Duration::from_secs(60)),
             when_full: WhenFull::Refuse,
             payload_memory: Some(8 << 20),
+            confinement: ConfinementConfig {
+                sandbox: false,
+                user: Some("a".parse().unwrap()),
+                read_again: vec!["disk.conf".into()],
+            },
             admission: Admission {
                 acl: Acl::parse(&["::1"], true).unwrap(),
                 limits: ClientLimits { clients: 3, per_address: 2 },

@@ -42,6 +42,9 @@ pub const PAYLOAD_BYTES_MAX: &str = "payload_bytes_max";
 /// Key of [`Status::extra`]: why the proxy is not connected; absent while it is.
 pub const UPSTREAM_ERROR: &str = "upstream_error";
 
+/// Key of [`Status::extra`]: what confines the process, as one word.
+pub const SANDBOX: &str = "sandbox";
+
 /// The reply to `status`, in the order of its keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {

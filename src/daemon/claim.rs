@@ -3,6 +3,7 @@
 //! everything about ownership here, once. Never serves the disk.
 
 use super::config::{ImageConfig, ReceivingConfig, RecordPolicy};
+use super::confinement::Confinement;
 use super::handover_query::{HandoverQuery, QueryError, StartupQuery};
 use super::start_error::{OwnershipDenial, StartError};
 use crate::disk::ownership::{
@@ -47,13 +48,20 @@ pub(super) enum Ownership {
 
 impl Claim {
     /// Opens the image and claims it, to serve it or to receive into it. The record may forbid that.
+    /// Confines the process as soon as the image is open.
     pub(super) fn acquire(
         config: &ImageConfig,
         query: &StartupQuery<'_>,
+        confinement: &Confinement,
     ) -> Result<Self, StartError> {
         check_may_create(config)?;
         let image = open_image(config)?;
+        if image.is_new() {
+            confinement.give(&config.path)?;
+        }
+        confinement.switch_user()?;
         let record_store = open_record_store(config, &image)?;
+        confinement.enter_with_image(config, &record_store);
         let is_new = image.is_new();
         let disk = Arc::new(Disk::new(backend_of(image, config)?, config.read_only));
         match config.receiving {
@@ -311,6 +319,7 @@ fn denial(config: &ImageConfig, refusal: &OwnershipRefusal) -> OwnershipDenial {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::ConfinementConfig;
     use crate::daemon::signals::Signals;
     use crate::systemd::ServiceManager;
     use std::path::{Path, PathBuf};
@@ -331,7 +340,8 @@ mod tests {
         let config = ImageConfig { receiving, create: Some(4096), ..ImageConfig::serve(image) };
         let (notifier, signals) = (ServiceManager::silent(), Signals::none());
         let query = StartupQuery { notifier: &notifier, signals: &signals, answer: None };
-        Claim::acquire(&config, &query)
+        let unconfined = Confinement::refusing(&ConfinementConfig::default(), None);
+        Claim::acquire(&config, &query, &unconfined)
     }
 
     #[test]

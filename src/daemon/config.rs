@@ -2,6 +2,7 @@
 
 use crate::disk::HolePolicy;
 use crate::net::Address;
+use crate::sandbox::user::UserName;
 use crate::server::acl::Acl;
 use crate::server::{ClientLimits, WhenFull};
 use crate::upstream::{UpstreamOptions, UpstreamTarget};
@@ -32,6 +33,19 @@ pub struct Config {
     pub when_full: WhenFull,
     /// Most bytes for payloads of requests; `None` for a part of the memory.
     pub payload_memory: Option<u64>,
+    /// What the process may do.
+    pub confinement: ConfinementConfig,
+}
+
+/// How the process is confined.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConfinementConfig {
+    /// Restrict it to the files and system calls that it needs.
+    pub sandbox: bool,
+    /// The user that root becomes.
+    pub user: Option<UserName>,
+    /// The files that a reload reads again.
+    pub read_again: Vec<PathBuf>,
 }
 
 /// The disk of a process.
@@ -113,6 +127,7 @@ impl Config {
             admission: Admission { acl: Acl::default(), limits: ClientLimits::of(128) },
             when_full: WhenFull::Refuse,
             payload_memory: None,
+            confinement: ConfinementConfig { sandbox: true, ..ConfinementConfig::default() },
         }
     }
 }

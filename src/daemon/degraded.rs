@@ -6,6 +6,7 @@
 //! If the process ended, the service manager, which holds the sockets, would start it again for the
 //! same clients, and after some restarts the socket units would fail.
 
+use super::confinement::Confinement;
 use super::event_loop::ProcessEnd;
 use super::handover_query::{QueryResult, RepeatedQuery};
 use super::inherited::Inherited;
@@ -54,6 +55,7 @@ pub(super) enum RefusalResult {
 pub(super) fn run(
     inherited: &Inherited,
     purpose: &ServerPurpose,
+    confinement: &Confinement,
     error: StartError,
 ) -> Result<RefusalResult, StartError> {
     let notifier = &inherited.notifier;
@@ -62,6 +64,8 @@ pub(super) fn run(
         return Ok(stopped(signal));
     }
     if should_refuse_clients(inherited, purpose, &error) {
+        confinement.switch_user()?;
+        confinement.enter_without_image();
         return refuse_clients(inherited, purpose, &error);
     }
     log_unsent(notifier.status(&error.to_string()));

@@ -12,11 +12,13 @@
 //!
 //! `startup` reads `role → sockets → server → control → watchdog → ready`: a role is an image (`claim`),
 //! an upstream (`proxying`), or the upstream that an image has moved to (`relaying`). `degraded` refuses
-//! clients while the disk cannot be served.
+//! clients while the disk cannot be served. `confinement` restricts the process on the way, before any
+//! thread starts.
 
 pub mod available_memory;
 mod claim;
 mod config;
+mod confinement;
 mod degraded;
 mod event_loop;
 mod events;
@@ -42,8 +44,8 @@ mod status_reporter;
 mod watchdog;
 
 pub use config::{
-    Admission, Config, DiskConfig, ImageConfig, ReceivingConfig, RecordPolicy, RelayDefault,
-    RereadConfig, UpstreamConfig,
+    Admission, Config, ConfinementConfig, DiskConfig, ImageConfig, ReceivingConfig, RecordPolicy,
+    RelayDefault, RereadConfig, UpstreamConfig,
 };
 pub use event_loop::ProcessEnd;
 pub use start_error::StartError;

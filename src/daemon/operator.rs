@@ -7,7 +7,7 @@ use super::outgoing::{self, MigrationContext, PreparedMigration};
 use super::proxying;
 use super::relaying::{ActiveRelay, PlannedRelay, RelayPlan, RelaySlot};
 use crate::control::command::Mirror;
-use crate::control::status::{OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX};
+use crate::control::status::{OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX, SANDBOX};
 use crate::control::{Command, Credentials, Operator, Reply, Status};
 use crate::disk::ownership::Record;
 use crate::disk::record_store::RecordStore;
@@ -39,6 +39,8 @@ pub(super) struct Service {
     pub(super) waiters: MigrationWaiters,
     pub(super) commands: Arc<ActiveCommands>,
     pub(super) notifier: ServiceManager,
+    /// What confines the process, as a word.
+    pub(super) sandbox: &'static str,
 }
 
 /// The role of the process for the disk.
@@ -180,6 +182,12 @@ impl Service {
     }
 
     fn status(&self) -> Status {
+        let mut status = self.status_of_disk();
+        status.extra.push((SANDBOX.to_owned(), self.sandbox.to_owned()));
+        status
+    }
+
+    fn status_of_disk(&self) -> Status {
         let migration = self.last_migration();
         let migration = migration.as_deref();
         let relay = self.relay();
@@ -419,6 +427,7 @@ mod tests {
             waiters: MigrationWaiters::default(),
             commands: ActiveCommands::new(sender),
             notifier: ServiceManager::silent(),
+            sandbox: "off",
         };
         (service, events)
     }

@@ -3,6 +3,7 @@
 
 use super::claim::{Claim, Ownership};
 use super::config::{Config, DiskConfig, ImageConfig, UpstreamConfig};
+use super::confinement::Confinement;
 use super::events::ProcessEvent;
 use super::export_policies::{ProxyPolicy, ReceivingPolicy, ServingPolicy};
 use super::handover_query::QueryResult;
@@ -43,6 +44,8 @@ pub(super) struct Role {
 /// What a role is opened with, besides the configuration.
 pub(super) struct RoleInputs<'a> {
     pub(super) inherited: &'a Inherited,
+    /// Entered when the image is open.
+    pub(super) confinement: &'a Confinement,
     /// The answer of another host about the image.
     pub(super) answer: Option<QueryResult>,
     /// The number of clients of the last process, which wait for this one.
@@ -61,7 +64,7 @@ impl Role {
         match &config.disk {
             DiskConfig::Image(image) => {
                 let query = inputs.inherited.startup_query(inputs.answer);
-                match Claim::acquire(image, &query) {
+                match Claim::acquire(image, &query, inputs.confinement) {
                     Ok(claim) => Self::of_image(image, config.oldstyle, claim, inputs.events),
                     Err(error) if image.receiving.is_none() => {
                         Self::of_relay(image, inputs, error).map(Some)
@@ -69,7 +72,12 @@ impl Role {
                     Err(error) => Err(error),
                 }
             }
-            DiskConfig::Upstream(upstream) => Self::of_upstream(config, upstream, inputs).map(Some),
+            DiskConfig::Upstream(upstream) => {
+                // Connecting starts threads.
+                inputs.confinement.switch_user()?;
+                inputs.confinement.enter_without_image();
+                Self::of_upstream(config, upstream, inputs).map(Some)
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 use super::config::Config;
 use super::start_error::StartError;
 use crate::control::ControlSocket;
-use crate::net::Listener;
+use crate::net::{Address, Listener};
 use crate::systemd::InheritedSockets;
 use crate::systemd::sockets::InheritedListener;
 use std::os::fd::OwnedFd;
@@ -28,6 +28,19 @@ impl Sockets {
         let listeners = listeners(config, inherited.nbd)?;
         let control = control_socket(config, inherited.control)?;
         Ok(Self { listeners, control })
+    }
+
+    /// The paths at which [`Sockets::open`] makes sockets.
+    pub(super) fn paths_to_make<'a>(
+        config: &'a Config,
+        inherited: &InheritedSockets,
+    ) -> Vec<&'a Path> {
+        let nbd = match &config.address {
+            Some(Address::Unix(path)) if inherited.nbd.is_empty() => Some(path.as_path()),
+            _ => None,
+        };
+        let control = config.control.as_deref().filter(|_| inherited.control.is_none());
+        nbd.into_iter().chain(control).collect()
     }
 
     /// The addresses of the listeners, for people.

@@ -8,6 +8,7 @@ use crate::disk::ownership::{Id, RemoteAddress};
 use crate::disk::record_store::RecordStoreError;
 use crate::message_id;
 use crate::net::BindError;
+use crate::sandbox::user::UserError;
 use crate::upstream::UpstreamError;
 use nix::sys::signal::Signal;
 use std::io;
@@ -47,6 +48,17 @@ pub enum StartError {
     /// An inherited socket cannot be used.
     #[error("{0}")]
     Inherited(String),
+    /// The process cannot become the configured user.
+    #[error("{0}")]
+    User(UserError),
+    /// A new file cannot be given to the configured user.
+    #[error("cannot give {path} to the user of --user: {source}", path = .path.display())]
+    NotGiven {
+        /// The file.
+        path: PathBuf,
+        /// The error of the system call.
+        source: io::Error,
+    },
     /// A system call failed, while doing this.
     #[error("cannot {0}: {1}")]
     System(&'static str, io::Error),
@@ -94,7 +106,8 @@ impl StartError {
             }
             Self::Listen(error) => error.errno(),
             Self::Control(error) => error.errno(),
-            Self::System(_, error) => error.raw_os_error(),
+            Self::System(_, error) | Self::NotGiven { source: error, .. } => error.raw_os_error(),
+            Self::User(UserError::System(_, errno)) => Some(*errno as i32),
             Self::Configuration(_)
             | Self::Record(_)
             | Self::Unrecorded(_)
@@ -102,6 +115,7 @@ impl StartError {
             | Self::Upstream(_)
             | Self::NoAddress
             | Self::Inherited(_)
+            | Self::User(_)
             | Self::Interrupted(_) => None,
         }
     }

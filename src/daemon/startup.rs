@@ -3,7 +3,8 @@
 //! Never handles an event.
 
 use super::available_memory::payload_memory_default;
-use super::config::{Admission, Config, DiskConfig, RereadConfig};
+use super::config::{Admission, Config, ConfinementConfig, DiskConfig, RereadConfig};
+use super::confinement::Confinement;
 use super::degraded::{self, RefusalResult, ServerPurpose};
 use super::event_loop::{Process, ProcessEnd};
 use super::events::{ActiveCommands, ProcessEvent, ServerEventSender};
@@ -23,7 +24,7 @@ use crate::disk::Disk;
 use crate::message_id;
 use crate::net::Listener;
 use crate::server::{STALL_LIMIT, Server, ServerConfig, SessionSettings, StoredSessions, Style};
-use crate::systemd::{FdStore, log_unsent};
+use crate::systemd::{FdStore, InheritedSockets, log_unsent};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::io;
 use std::path::PathBuf;
@@ -51,7 +52,8 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
     let (inherited, left) = Inherited::take()?;
     raise_descriptor_limit();
     fix_mmap_threshold();
-    let mut startup = Startup { config, reread, inherited, left, answer: None };
+    let confinement = Confinement::plan(&config);
+    let mut startup = Startup { config, reread, inherited, confinement, left, answer: None };
     let process = loop {
         match startup.start() {
             Ok(Some(process)) => break process,
@@ -64,7 +66,7 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
                 }
                 // Ends the sessions of the last process now, before clients are refused.
                 drop(left);
-                match degraded::run(&startup.inherited, &purpose, error)? {
+                match degraded::run(&startup.inherited, &purpose, &startup.confinement, error)? {
                     RefusalResult::Ended(end) => return Ok(end),
                     RefusalResult::Answered(answer) => startup.answer = Some(answer),
                 }
@@ -80,16 +82,28 @@ pub fn run(config: Config, reread: Option<RereadConfig>) -> Result<ProcessEnd, S
 /// cannot be used, for this reason. `receives`: it was to receive a disk. `control` is the path of the
 /// configured control socket. Returns `None` at once if no client waits.
 #[must_use]
-pub fn refuse(receives: bool, control: Option<PathBuf>, reason: &str) -> Option<ProcessEnd> {
+pub fn refuse(
+    receives: bool,
+    control: Option<PathBuf>,
+    confinement: &ConfinementConfig,
+    reason: &str,
+) -> Option<ProcessEnd> {
+    let confinement = Confinement::refusing(confinement, control.as_deref());
     // The caller reports the invalid configuration, which matters more than an error here.
     let (inherited, _) = Inherited::take().ok()?;
     let purpose = ServerPurpose { receives, image: None, control };
     let error = StartError::Configuration(reason.to_owned());
-    match degraded::run(&inherited, &purpose, error).ok()? {
+    match degraded::run(&inherited, &purpose, &confinement, error).ok()? {
         RefusalResult::Ended(end) => Some(end),
         // No other host is asked about an invalid configuration.
         RefusalResult::Answered(_) => None,
     }
+}
+
+/// The sockets of a process, opened or not yet.
+enum PlannedSockets {
+    Open(Sockets),
+    Inherited(InheritedSockets),
 }
 
 /// The input of a start. It outlives a failed start, so that another can follow.
@@ -97,6 +111,8 @@ struct Startup {
     config: Config,
     reread: Option<RereadConfig>,
     inherited: Inherited,
+    /// Entered by the first start.
+    confinement: Confinement,
     /// Sessions of the last process; the first start takes them.
     left: LeftSessions,
     /// The answer of another host, if a start failed for lack of it.
@@ -107,10 +123,11 @@ impl Startup {
     /// Opens everything in order, and reports that the process is ready. `None` if the disk has
     /// arrived already.
     fn start(&mut self) -> Result<Option<Process>, StartError> {
-        let inherited_sockets = self.inherited.sockets()?;
+        let sockets = self.plan_sockets()?;
         let (sender, events) = mpsc::channel();
         let inputs = RoleInputs {
             inherited: &self.inherited,
+            confinement: &self.confinement,
             answer: self.answer,
             session_count: self.left.sessions.streams.len(),
             relay: self.left.relay.as_ref(),
@@ -122,7 +139,10 @@ impl Startup {
             log_unsent(self.inherited.notifier.ready());
             return Ok(None);
         };
-        let sockets = Sockets::open(&self.config, inherited_sockets)?;
+        let sockets = match sockets {
+            PlannedSockets::Open(sockets) => sockets,
+            PlannedSockets::Inherited(inherited) => self.open_sockets(inherited)?,
+        };
         let addresses = sockets.addresses();
         let server = self.start_server(sockets.listeners, &role, &sender)?;
         let Role { verb, name, disk, disk_role, .. } = role;
@@ -135,6 +155,7 @@ impl Startup {
             waiters: MigrationWaiters::default(),
             commands: ActiveCommands::new(sender.clone()),
             notifier: notifier.clone(),
+            sandbox: self.confinement.word(),
         });
         // If one of the next steps fails, the server is stopped, so that its sockets are free for
         // refusing clients.
@@ -173,6 +194,25 @@ impl Startup {
             watchdog,
         };
         Ok(Some(process))
+    }
+
+    /// Opens the sockets before all else if the process will become another user, since root may bind to
+    /// a port below 1024. Otherwise they are opened after the disk: clients connect when it can be served.
+    fn plan_sockets(&self) -> Result<PlannedSockets, StartError> {
+        let inherited = self.inherited.sockets()?;
+        self.confinement.find_user()?;
+        Ok(match self.confinement.will_switch_user() {
+            true => PlannedSockets::Open(self.open_sockets(inherited)?),
+            false => PlannedSockets::Inherited(inherited),
+        })
+    }
+
+    /// Opens the sockets, and gives their files to the user that the process will become.
+    fn open_sockets(&self, inherited: InheritedSockets) -> Result<Sockets, StartError> {
+        let paths = Sockets::paths_to_make(&self.config, &inherited);
+        let sockets = Sockets::open(&self.config, inherited)?;
+        paths.into_iter().try_for_each(|path| self.confinement.give(path))?;
+        Ok(sockets)
     }
 
     fn start_server(

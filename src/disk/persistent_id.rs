@@ -15,6 +15,7 @@ use nix::sys::statfs::{
 };
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use std::fs::{self, File, Metadata};
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -62,6 +63,24 @@ impl FileId {
     pub(super) fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether the regular file at `path` has this id. A sandbox may forbid to open it; then its time of
+    /// birth, in nanoseconds, must do without the generation.
+    pub(super) fn is_of(&self, path: &Path) -> bool {
+        match File::open(path) {
+            Ok(file) => Self::of(&file).as_ref() == Some(self),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                fs::metadata(path).is_ok_and(|found| self.has_birth_of(&found))
+            }
+            Err(_) => false,
+        }
+    }
+
+    fn has_birth_of(&self, found: &Metadata) -> bool {
+        let inode = format!("inode={}", found.ino());
+        let has_inode = self.0.split(',').any(|part| part == inode);
+        has_inode && birth(found).is_some_and(|birth| self.0.ends_with(&birth))
+    }
 }
 
 fn of_file(file: &File, found: &Metadata) -> Option<String> {
@@ -70,16 +89,22 @@ fn of_file(file: &File, found: &Metadata) -> Option<String> {
         return None;
     }
     let generation = syscalls::inode_generation(file).ok();
-    let born = found.created().ok().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+    let born = birth(found);
     let mut id = format!("inode={}", found.ino());
     if let Some(generation) = generation {
         id += &format!(",generation={generation}");
     }
-    if let Some(born) = born {
-        id += &format!(",born={}.{:09}", born.as_secs(), born.subsec_nanos());
+    if let Some(born) = &born {
+        id += born;
     }
     // A later file may get the same inode number.
     (generation.is_some() || born.is_some()).then_some(id)
+}
+
+/// The part of an id with the time of birth, if the file system keeps that.
+fn birth(found: &Metadata) -> Option<String> {
+    let born = found.created().ok()?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    Some(format!(",born={}.{:09}", born.as_secs(), born.subsec_nanos()))
 }
 
 fn device_directory(number: u64) -> PathBuf {

@@ -206,6 +206,18 @@ impl RecordStore {
         &self.path
     }
 
+    /// The state directory of the image.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        state_entries::directory_of(&self.default_path)
+    }
+
+    /// Makes the state directory, for a process that cannot make it later. A failure is reported when a
+    /// record is stored there.
+    pub fn make_directory(&self) {
+        let _ = fs::create_dir_all(self.directory());
+    }
+
     /// Makes [`RecordStore::delete_image`] leave a tombstone for [`read_tombstone`]. Needed with
     /// `--create`, which must not replace a disk that has moved away with an empty one, and by
     /// services, whose sockets must stop waiting for clients.
@@ -444,8 +456,8 @@ impl RecordStore {
             return false;
         };
         let is_same = (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino());
-        let id = || File::open(path).ok().and_then(|file| FileId::of(&file));
-        theirs.is_file() && !is_same && id() == self.id
+        let has_id = || self.id.as_ref().is_some_and(|id| id.is_of(path));
+        theirs.is_file() && !is_same && has_id()
     }
 
     /// Stores the record in an entry that only this file's path leads to, since the current entry
@@ -485,8 +497,7 @@ impl RecordStore {
     }
 
     fn reserve_entry(&self, is_needed: bool) -> Result<(), RecordStoreError> {
-        let directory = state_entries::directory_of(&self.default_path);
-        if !is_needed && !directory.exists() {
+        if !is_needed && !self.directory().exists() {
             return Ok(());
         }
         self.check_path()?;

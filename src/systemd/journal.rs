@@ -19,6 +19,7 @@
 
 use super::line::{self, FATAL, LineContext, Severity};
 use super::log_queue::{Queue, WriterStep};
+use crate::sync::lock;
 use libsystemd::logging::{SD_JOURNAL_SOCK_PATH, connected_to_journal};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -31,7 +32,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::Duration;
 use tracing::field::{Field, Value, Visit};
@@ -48,6 +49,8 @@ pub const FLUSH_MAX: Duration = Duration::from_secs(1);
 
 /// The queue of the writer thread, once there is one.
 static QUEUE: OnceLock<Arc<Queue<Message>>> = OnceLock::new();
+/// The writer thread that is not started yet.
+static WRITER: Mutex<Option<Writer>> = Mutex::new(None);
 /// There is no writer thread: each thread writes what it logs, to stderr.
 static WRITES_DIRECTLY: AtomicBool = AtomicBool::new(false);
 
@@ -82,12 +85,20 @@ pub enum LogTarget {
     Stderr,
 }
 
+/// What a writer thread is started with.
+#[derive(Clone, Copy, Debug)]
+struct Writer {
+    target: LogTarget,
+    threshold: Threshold,
+}
+
 /// The log was set up before; it stays as it was.
 #[derive(Debug, thiserror::Error)]
 #[error("the log was set up before")]
 pub struct AlreadySetUp;
 
-/// Sets up the log of the process, panics included. To be called once.
+/// Sets up the log of the process, panics included. To be called once. Messages are kept until
+/// [`start_writer`].
 ///
 /// # Errors
 ///
@@ -112,12 +123,21 @@ pub fn init(verbosity: Verbosity) -> Result<LogTarget, AlreadySetUp> {
     let subscriber = tracing_subscriber::registry().with(Collector { deliver }).with(threshold);
     tracing::subscriber::set_global_default(subscriber).map_err(|_| AlreadySetUp)?;
     std::panic::set_hook(Box::new(log_panic));
-    start_writer(queue, target, threshold);
+    *lock(&WRITER) = Some(Writer { target, threshold });
     Ok(target)
+}
+
+/// Starts the thread that writes the log, unless it runs. A process that confines itself does that
+/// before, because a thread keeps the rights with which it starts.
+pub fn start_writer() {
+    if let (Some(queue), Some(writer)) = (QUEUE.get(), lock(&WRITER).take()) {
+        spawn_writer(queue, writer);
+    }
 }
 
 /// Waits for the queue to be written, at most for [`FLUSH_MAX`]. To be called before the process ends.
 pub fn flush() {
+    start_writer();
     if let Some(queue) = QUEUE.get() {
         queue.flush(FLUSH_MAX);
     }
@@ -139,7 +159,7 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
 
 /// Starts the writer thread. It blocks all signals, so that they go to the threads that wait for them.
 /// If the system has no thread for it, the threads write directly; a server cannot work then anyway.
-fn start_writer(queue: &Arc<Queue<Message>>, target: LogTarget, threshold: Threshold) {
+fn spawn_writer(queue: &Arc<Queue<Message>>, Writer { target, threshold }: Writer) {
     let queue = Arc::clone(queue);
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
     let write = move || write_log(&queue, target, threshold);

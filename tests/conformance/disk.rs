@@ -143,6 +143,8 @@ fn with_failing_fsync(what: &str) -> Option<(Ours, PathBuf)> {
     let ours = Ours::start_with(what, 8 * MIB, |builder, _, dir| {
         let library = failing_fsync(dir.path());
         control = dir.path().to_owned();
+        // The library counts in a file of its own.
+        let builder = builder.args(["--no-sandbox"]);
         builder.env("LD_PRELOAD", library).env("FAILING_FSYNC_DIR", dir.path())
     })?;
     Some((ours, control))

@@ -42,6 +42,8 @@ fn units_with_a_file_verify_and_are_confined() {
         let host = Host::installed("a");
         host.configure_disk(SIZE);
         assert_verified(&host);
+        host.systemctl(&format!("start {DISK}"));
+        assert_eq!(host.disk_status("disk")["sandbox"], "landlock,seccomp");
         assert_exposed_at_most(&host, DISK, FILE_TENTHS);
         assert_exposed_at_most(&host, LISTEN, FILE_TENTHS);
     });

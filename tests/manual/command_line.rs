@@ -8,7 +8,7 @@ use flexnbd::control::Status;
 use flexnbd::control::status::{
     MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE, MIGRATION_WAITING,
     Migration, OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX, RELAY_SECONDS_LEFT, RELAYING_TO,
-    UNFLUSHED_BYTES, UPSTREAM, UPSTREAM_CONNECTED, UPSTREAM_ERROR, UPSTREAM_RECONNECTS,
+    SANDBOX, UNFLUSHED_BYTES, UPSTREAM, UPSTREAM_CONNECTED, UPSTREAM_ERROR, UPSTREAM_RECONNECTS,
     UPSTREAM_SECONDS,
 };
 use flexnbd::daemon::available_memory::{
@@ -155,6 +155,7 @@ fn status_keys_match_the_server_in_order() {
         UPSTREAM_ERROR,
         PAYLOAD_BYTES,
         PAYLOAD_BYTES_MAX,
+        SANDBOX,
     ];
     let extra = newer.map(|key| (key.to_owned(), String::new())).to_vec();
     let line = Status { migration: Some(migration), extra, ..Status::default() }.to_string();

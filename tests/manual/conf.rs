@@ -67,8 +67,9 @@ fn load(mode: &str, text: &str) -> Option<Config> {
     match cli::parse(line.into_iter()).unwrap().command {
         CliCommand::Start(start) => {
             let mut config = StartRequest::load(&start).ok()?;
+            // The path differs with every call.
+            config.confinement.read_again.clear();
             if let DiskConfig::Image(image) = &mut config.disk {
-                // The path differs with every call.
                 image.config_file = None;
             }
             Some(config)
@@ -87,7 +88,7 @@ fn bases() -> [BTreeMap<&'static str, &'static str>; 3] {
 }
 
 /// Another valid value for each key.
-const OTHER_VALUES: [(&str, &str); 27] = [
+const OTHER_VALUES: [(&str, &str); 29] = [
     ("FILE", "/dev/b"),
     ("CREATE", "1M"),
     ("READ_ONLY", "yes"),
@@ -114,6 +115,8 @@ const OTHER_VALUES: [(&str, &str); 27] = [
     ("KILLSWITCH", "yes"),
     ("IDLE_EXIT", "7"),
     ("SOCK", "/run/x"),
+    ("SANDBOX", "no"),
+    ("USER", "a"),
     ("AUTOSTART", "yes"),
 ];
 
@@ -236,8 +239,8 @@ fn keys_without_an_option_are_documented() {
     let key = |arg: &clap::Arg| name(arg).to_uppercase().replace('-', "_");
     let mut options: Vec<String> =
         serve.get_arguments().chain(proxy.get_arguments()).map(key).collect();
-    // An option of `listen` only.
-    options.push("PLAIN".to_owned());
+    // An option of `listen` only, and the opposite of `--no-sandbox`.
+    options.extend(["PLAIN", "SANDBOX"].map(str::to_owned));
     let without: BTreeSet<&str> =
         config::KEYS.into_iter().filter(|key| !options.iter().any(|known| known == key)).collect();
     let page = page();

@@ -172,6 +172,7 @@ fn status_describes_the_upstream() {
         "unflushed_bytes",
         "payload_bytes",
         "payload_bytes_max",
+        "sandbox",
     ];
     assert_eq!(keys, expected);
     let mut session = Session::open(proxy.endpoint(), Mode::Structured).unwrap();

@@ -1,7 +1,8 @@
-//! A file system on the kernel's client, which does not reconnect, while the service restarts.
+//! A file system on the kernel's client, which does not reconnect, while the service restarts, confined by
+//! Debian's kernel.
 
 use crate::host::{DISK, Host, PORT};
-use crate::machine::{KernelLog, ok};
+use crate::machine::{KernelLog, ok, sh};
 use crate::nbd_device::{DEVICE, NbdDevice};
 use crate::session::on_host;
 use harness::Endpoint;
@@ -22,6 +23,20 @@ fn start_fio() -> Fio {
     Fio::start(words.split_whitespace())
 }
 
+/// Fails unless the service is confined, and refuses to read a configuration in another directory, which its
+/// unit lets it read.
+#[track_caller]
+fn assert_confined() {
+    let status = ok("flexnbd status --instance disk");
+    assert!(status.contains(" sandbox=landlock,seccomp"), "{status}");
+    ok(
+        "cd /etc/flexnbd && mkdir -p /srv/other && mv disk.conf /srv/other && ln -s /srv/other/disk.conf .",
+    );
+    let (reloads, text) = sh("flexnbd reload --instance disk");
+    assert!(!reloads && text.contains("permission denied"), "{text}");
+    ok("mv /srv/other/disk.conf /etc/flexnbd/ && flexnbd reload --instance disk");
+}
+
 #[test]
 fn restarts_disturb_no_mounted_file_system() {
     on_host(|| {
@@ -38,6 +53,7 @@ fn restarts_disturb_no_mounted_file_system() {
             host.systemctl(&format!("restart {DISK}"));
             assert_ne!(host.pid(DISK), before, "it runs another process");
             fio.assert_running();
+            assert_confined();
         }
         device.wait_for_writes(WRITES);
         report(&fio.stop());
