@@ -76,6 +76,12 @@ impl Buffer {
         SPARES.with_borrow(|spares| spares.iter().map(Vec::capacity).sum())
     }
 
+    /// Whether it begins at a multiple of `align`.
+    #[must_use]
+    pub fn is_aligned_to(&self, align: usize) -> bool {
+        self.as_ptr().addr().is_multiple_of(align.max(1))
+    }
+
     /// Frees the buffers that this thread keeps.
     pub fn free_spares() {
         SPARES.with_borrow_mut(|spares| *spares = Vec::new());

@@ -44,6 +44,8 @@ pub(crate) enum Mutation {
     DropLoadedRead,
     /// A payload that is arriving is not saved.
     DropPayload,
+    /// A piece of a payload lacks the bytes that had arrived before it had a buffer of its own.
+    ForgetArrived,
     /// The payload of a rejected request is not skipped.
     KeepPayload,
     /// A session writes beside an overlapping change in flight.

@@ -28,6 +28,8 @@ pub(super) struct DiskIo<'a> {
     memory: SessionMemory,
     /// Bytes that were read and not sent when [`DiskIo::settle_memory`] was called.
     loaded: usize,
+    /// Bytes of the piece of a write that was arriving in a buffer of its own then.
+    arriving: usize,
 }
 
 /// What to do with a completion.
@@ -69,7 +71,7 @@ impl<'a> DiskIo<'a> {
         clock: fn() -> Instant,
     ) -> Self {
         let in_flight = InFlight::new(disk, notifier, clock);
-        Self { disk, in_flight, memory, loaded: 0 }
+        Self { disk, in_flight, memory, loaded: 0, arriving: 0 }
     }
 
     /// Whether a write of this many bytes may begin. One may always be in flight.
@@ -99,15 +101,17 @@ impl<'a> DiskIo<'a> {
         self.memory.may_hold(wanted)
     }
 
-    /// Counts the memory of the session, which holds `loaded` bytes that were read and are not sent.
-    pub(super) fn settle_memory(&mut self, loaded: usize) {
-        self.loaded = loaded;
+    /// Counts the memory of the session, which holds `loaded` bytes that were read and are not sent, and
+    /// `arriving` bytes for a piece of a write.
+    pub(super) fn settle_memory(&mut self, loaded: usize, arriving: usize) {
+        (self.loaded, self.arriving) = (loaded, arriving);
         self.may_hold(0);
         self.memory.settle((self.payloads() + Buffer::spare_memory()) as u64);
     }
 
     fn payloads(&self) -> usize {
-        self.loaded + self.in_flight.write_memory() + self.in_flight.read_memory()
+        let in_flight = self.in_flight.write_memory() + self.in_flight.read_memory();
+        self.loaded + self.arriving + in_flight
     }
 
     /// Enters the gate.

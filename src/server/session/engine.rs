@@ -212,7 +212,7 @@ impl<'a> Engine<'a> {
         let Terms { dialect, allocation_selected, private, .. } = self.terms;
         Ok(SessionSnapshot {
             session: self.session,
-            inbox: self.rx.bytes().to_vec(),
+            inbox: self.rx.save(),
             outbox: self.tx.save()?,
             phase: PhaseSnapshot::Transmission(TransmissionSnapshot {
                 form: dialect.into(),
@@ -261,7 +261,7 @@ impl<'a> Engine<'a> {
             if self.is_suspending() {
                 return Ok(Blocked::Suspend);
             }
-            let rx_is_empty = self.rx.bytes().is_empty();
+            let rx_is_empty = self.rx.is_empty();
             let (io, replies) = (&mut self.io, &mut self.replies);
             if !self.reads.answer(io, replies, &mut self.tx, rx_is_empty)? {
                 return Ok(Blocked::Gate);
@@ -374,7 +374,7 @@ impl<'a> Engine<'a> {
 
     /// Whether a request or its payload has arrived in part.
     pub(super) fn has_partial_request(&self) -> bool {
-        self.writes.is_arriving() || !self.rx.bytes().is_empty()
+        self.writes.is_arriving() || !self.rx.is_empty()
     }
 
     /// The reason to end, if everything is completed and sent.
@@ -418,7 +418,8 @@ impl<'a> Engine<'a> {
     }
 
     fn settle_memory(&mut self) {
-        self.io.settle_memory(self.tx.attached_memory() + self.reads.loaded_memory());
+        let loaded = self.tx.attached_memory() + self.reads.loaded_memory();
+        self.io.settle_memory(loaded, self.rx.piece_memory());
     }
 
     /// Whether there is memory to free once the session is idle.

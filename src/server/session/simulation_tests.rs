@@ -102,6 +102,7 @@ mutations! {
     keeping_a_rejected_payload_is_caught: KeepPayload breaks "BadMagic" in Any,
     dropping_a_loaded_read_is_caught: DropLoadedRead breaks "not answered" in Any,
     dropping_an_arriving_payload_is_caught: DropPayload breaks "" in Any,
+    forgetting_the_start_of_a_piece_is_caught: ForgetArrived breaks "" in Any,
     suspending_with_operations_in_flight_is_caught: SuspendBusy breaks "" in Any,
     missing_a_notification_is_caught: MissNotification breaks "not answered" in Any,
     changing_bytes_before_the_record_is_caught: SkipRecord breaks "before the record" in Any,

@@ -2,7 +2,8 @@
 //!
 //! A write of one piece is executed when its data has arrived: in the page cache if that cannot wait for
 //! the device, otherwise in flight. A longer one is executed piece by piece, so that a session holds no
-//! more than one piece of a client that sends slowly; it is answered when all pieces are written.
+//! more than one piece of a client that sends slowly; it is answered when all pieces are written. Where the
+//! disk has no page cache, a long piece arrives in the buffer of its operation.
 
 use super::disk_io::{Busy, DiskIo, Tag, piece_length};
 use super::replies::Replies;
@@ -10,7 +11,7 @@ use super::rx::Rx;
 use super::tx::Tx;
 #[cfg(test)]
 use crate::disk::mutation::{self, Mutation};
-use crate::disk::{Buffer, Op, Visit, errno_of};
+use crate::disk::{Op, Visit, errno_of};
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::Request;
 use crate::range::Range;
@@ -182,7 +183,7 @@ impl Writes {
         let Some(Payload { purpose: Purpose::Write { rest, .. }, .. }) = &self.arriving else {
             return false;
         };
-        rx.bytes().len() as u64 >= piece_length(*rest)
+        rx.arrived(piece_length(*rest) as usize).is_some()
     }
 
     /// Writes the next piece if it has completely arrived: the session must not hold a visit while it
@@ -199,15 +200,17 @@ impl Writes {
         let (piece, then) = rest.split(piece_length(rest));
         // It fits: a piece is at most 256 KiB.
         let length = piece.length() as usize;
-        if rx.bytes().len() < length {
+        let Some(data) = rx.arrived(length) else {
+            if !io.disk.has_page_cache() && io.has_room_to_write(length) {
+                rx.expect_piece(length, alignment(io));
+            }
             self.expect_rest(to, (range, rest), durable, number);
             return Ok(PayloadStep::NeedsInput);
-        }
+        };
         let visit = match io.visit()? {
             Ok(visit) => visit,
             Err(busy) => return Ok(self.wait_to_write(payload, busy)),
         };
-        let data = &rx.bytes()[..length];
         let (is_single, skips) = (piece == range, self.has_failed(number));
         let may_inline = !(skips || (is_single && durable));
         let inline = if may_inline { write_inline(&visit, io, piece, data) } else { None };
@@ -219,24 +222,26 @@ impl Writes {
         if is_single {
             let request = Request::Write { range, durable };
             if let Some(outcome) = inline {
+                rx.skip(length);
                 replies.complete(to, outcome, request, tx);
             } else {
-                let op = write_op(io, piece, data, durable)?;
+                let op = write_op(io, piece, rx, durable)?;
                 io.in_flight.begin(visit, op, Tag::Answer { to, request });
             }
-            rx.consume(length);
             return Ok(PayloadStep::Progress);
         }
         let number = number.unwrap_or_else(|| self.begin_long(to, range, durable));
         let Some(long) = self.long.get_mut(&number) else { return Ok(PayloadStep::Progress) };
-        if let Some(outcome) = inline {
-            long.failed = outcome.err();
-        } else if !skips {
+        if inline.is_none() && !skips {
             long.in_flight += 1;
-            let op = write_op(io, piece, data, false)?;
+            let op = write_op(io, piece, rx, false)?;
             io.in_flight.begin(visit, op, Tag::Piece(number));
+        } else {
+            rx.skip(length);
+            if let Some(outcome) = inline {
+                long.failed = outcome.err();
+            }
         }
-        rx.consume(length);
         if then.is_empty() {
             long.is_complete = true;
             self.answer_long(number, io, replies, tx);
@@ -390,11 +395,15 @@ fn write_inline(
     Some(outcome)
 }
 
-fn write_op(io: &DiskIo<'_>, piece: Range, data: &[u8], durable: bool) -> Result<Op, SessionEnd> {
-    // It fits: a unit is at most a block of the device.
-    let unit = io.disk.unit() as usize;
-    let data = Buffer::copy_of(data, unit).map_err(SessionEnd::Connection)?;
+fn write_op(io: &DiskIo<'_>, piece: Range, rx: &mut Rx, durable: bool) -> Result<Op, SessionEnd> {
+    // It fits: a piece is at most 256 KiB.
+    let data = rx.take(piece.length() as usize, alignment(io)).map_err(SessionEnd::Connection)?;
     Ok(Op::Write { offset: piece.offset(), data, durable })
+}
+
+fn alignment(io: &DiskIo<'_>) -> usize {
+    // It fits: a unit is at most a block of the device.
+    io.disk.unit() as usize
 }
 
 fn skip_failed(range: Range, durable: bool, error: &io::Error) -> PurposeSnapshot {

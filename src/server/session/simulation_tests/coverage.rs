@@ -18,6 +18,7 @@ situations! {
     Invalid: "An invalid request is answered with its error.",
     Malformed: "A session ends because bytes are no request.",
     Suspended: "A session is saved and restored.",
+    Direct: "A piece of a write arrives in the buffer of its operation.",
     Throttled: "A migration delays a write.",
     Recorded: "The policy records that the disk changes, or fails to.",
     HandedOver: "The policy decides about a handover.",

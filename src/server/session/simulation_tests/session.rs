@@ -173,6 +173,9 @@ impl<'a> ScriptedSession<'a> {
         if self.stop > StopRequest::Finish && (outcome.is_ok() || has_worked) {
             return Err(format!("it works after {:?}: {outcome:?}", self.stop));
         }
+        if engine.rx.has_piece() {
+            coverage.count(Reached::Direct);
+        }
         let blocked = match outcome {
             Ok(blocked) => blocked,
             Err(end) => return Ok(Err(end)),
