@@ -199,11 +199,18 @@ impl UpstreamLink {
     /// Moves the completions of a queue to `into`.
     pub(super) fn take_completions(&self, id: u64, into: &mut VecDeque<Completion>) {
         let mut state = lock(&self.state);
+        let mut writes = 0;
         if let Some(queue) = state.queues.get_mut(&id) {
             queue.has_completions.store(false, Ordering::Relaxed);
             queue.notified = false;
+            let is_write = |completion: &&Completion| matches!(completion.op, Op::Write { .. });
+            writes = queue.completions.iter().filter(is_write).count();
             into.append(&mut queue.completions);
         }
+        // As many as the writes have left here. Dropped on the session's thread, they are spares of that thread.
+        let spares: Vec<_> = (0..writes).map_while(|_| state.machine.take_spare()).collect();
+        drop(state);
+        drop(spares);
     }
 
     /// Blocks until a queue has completions. With `may_cancel`, returns also when the connection is lost,
@@ -461,6 +468,7 @@ impl UpstreamLink {
     fn on_tick(&self, number: usize, silent_ticks: u32) -> u32 {
         let mut state = lock(&self.state);
         if !state.machine.awaits_reply(number) {
+            state.machine.free_spares();
             return 0;
         }
         if silent_ticks + 1 == PROBE_TICKS {

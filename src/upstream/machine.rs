@@ -24,7 +24,8 @@
 //! Every acknowledged change without FUA is kept ([`Unflushed`]) until a FLUSH that was sent after the
 //! acknowledgement succeeds on the same connections. The memory for that is bounded: at half of the
 //! bound the machine flushes by itself, and at the bound it holds changes back, in order of arrival. A
-//! server without FLUSH cannot make anything durable, so nothing is kept for it.
+//! server without FLUSH cannot make anything durable, so nothing is kept for it. The buffers of flushed
+//! changes are kept for the writes to come, within the same bound.
 //!
 //! A server reports a failed write-back to one of the flushes that it executes at the same time. So if
 //! the machine's own flush is in flight, a client's flush completes after it, and fails if it has failed.
@@ -44,7 +45,7 @@ mod sending;
 use super::mutation::{self, UpstreamMutation};
 use super::terms::ServerTerms;
 use super::unflushed::Unflushed;
-use crate::disk::{Completion, Op, OpId};
+use crate::disk::{Buffer, Completion, Op, OpId};
 use crate::nbd::wire::TransmissionFlags;
 use crate::range::Range;
 use nix::errno::Errno;
@@ -183,6 +184,22 @@ impl UpstreamMachine {
     #[must_use]
     pub(super) fn unflushed_memory(&self) -> u64 {
         self.unflushed.memory()
+    }
+
+    /// Bytes of memory for the spare buffers of changes that are flushed.
+    #[cfg(test)]
+    pub(super) fn spare_memory(&self) -> u64 {
+        self.unflushed.spare_memory()
+    }
+
+    /// A spare buffer, for a write to come.
+    pub(super) fn take_spare(&mut self) -> Option<Buffer> {
+        self.unflushed.spares().take()
+    }
+
+    /// Frees the spare buffers.
+    pub(super) fn free_spares(&mut self) {
+        self.unflushed.spares().shrink_to(0);
     }
 
     /// Whether there is a connection.
@@ -444,6 +461,17 @@ impl UpstreamMachine {
             request.has_memory = true;
             self.reserved += bytes;
         }
+        self.limit_spares();
+    }
+
+    /// Frees the spare buffers for which there is no memory beside the changes.
+    fn limit_spares(&mut self) {
+        #[cfg(test)]
+        if mutation::is_active(UpstreamMutation::KeepSpares) {
+            return;
+        }
+        let used = self.unflushed.memory() + self.reserved;
+        self.unflushed.spares().shrink_to(self.unflushed_max.saturating_sub(used));
     }
 
     /// Sends changes for which there is memory again. Wants a flush if half of the memory is used or a

@@ -43,6 +43,7 @@ mod rotation;
 mod rx;
 #[cfg(test)]
 mod simulation_tests;
+mod spare_buffers;
 mod terms;
 #[cfg(test)]
 mod tests;

@@ -38,6 +38,8 @@ pub(super) enum UpstreamMutation {
     KeepHeld,
     /// Changes are sent without regard to memory.
     IgnoreBound,
+    /// Spare buffers are kept without regard to the changes that need their memory.
+    KeepSpares,
     /// Operations of an ended session complete while the server may execute them.
     CancelConnected,
     /// Changes of an ended session that a server may have executed are not sent again.

@@ -100,6 +100,7 @@ mutations! {
     waiting_for_a_lost_flush_is_caught: ForgetOwnFlush breaks "not completed" in Any,
     keeping_held_changes_is_caught: KeepHeld breaks "not completed" in Any,
     ignoring_the_memory_bound_is_caught: IgnoreBound breaks "bytes are used" in Any,
+    keeping_spare_buffers_is_caught: KeepSpares breaks "bytes are used" in Any,
     cancelling_executing_operations_is_caught: CancelConnected breaks "overlapping changes" in Any,
     forgetting_cancelled_changes_is_caught: ForgetCancelled breaks "reads as" in Endings,
     using_unpromised_commands_is_caught: UseUnpromised breaks "does not offer" in Any,

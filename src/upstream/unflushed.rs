@@ -4,6 +4,7 @@
 
 #[cfg(test)]
 use super::mutation::{self, UpstreamMutation};
+use super::spare_buffers::SpareBuffers;
 use crate::disk::Buffer;
 use crate::range::Range;
 use std::collections::{BTreeMap, HashMap};
@@ -17,11 +18,18 @@ pub(super) const SEGMENT_OVERHEAD: u64 = 256;
 pub(super) struct Unflushed {
     /// By the offset of the first byte. No two overlap.
     segments: BTreeMap<u64, Segment>,
-    /// Buffers that segments refer to, by id.
-    buffers: HashMap<u64, SegmentBuffer>,
-    next_buffer: u64,
-    /// Bytes of the buffers.
+    buffers: SegmentBuffers,
+}
+
+/// The buffers that segments refer to.
+#[derive(Debug, Default)]
+struct SegmentBuffers {
+    by_id: HashMap<u64, SegmentBuffer>,
+    next: u64,
+    /// Bytes that they take.
     bytes: u64,
+    /// Those to which no segment refers any more.
+    spares: SpareBuffers,
 }
 
 /// The content of a segment.
@@ -65,7 +73,18 @@ impl Unflushed {
     /// Bytes of memory that the segments take.
     #[must_use]
     pub(super) fn memory(&self) -> u64 {
-        self.bytes + self.segments.len() as u64 * SEGMENT_OVERHEAD
+        self.buffers.bytes + self.segments.len() as u64 * SEGMENT_OVERHEAD
+    }
+
+    /// The buffers of segments that are gone.
+    pub(super) fn spares(&mut self) -> &mut SpareBuffers {
+        &mut self.buffers.spares
+    }
+
+    /// Bytes of memory that those buffers take.
+    #[cfg(test)]
+    pub(super) fn spare_memory(&self) -> u64 {
+        self.buffers.spares.memory()
     }
 
     /// Whether there is no segment.
@@ -81,10 +100,7 @@ impl Unflushed {
         if length == 0 {
             return;
         }
-        let buffer = self.next_buffer;
-        self.next_buffer += 1;
-        self.bytes += data.capacity() as u64;
-        self.buffers.insert(buffer, SegmentBuffer { data, segments: 1 });
+        let buffer = self.buffers.add(data);
         let kind = SegmentKind::Data { buffer, at: 0 };
         self.segments.insert(offset, Segment { end: offset + length, stamp, kind });
     }
@@ -106,11 +122,10 @@ impl Unflushed {
     /// Everything acknowledged up to `stamp` is durable.
     pub(super) fn flushed(&mut self, stamp: u64) {
         let buffers = &mut self.buffers;
-        let bytes = &mut self.bytes;
         self.segments.retain(|_, segment| {
             let stays = segment.stamp > stamp;
             if !stays {
-                release(buffers, bytes, segment.kind);
+                buffers.release(segment.kind);
             }
             stays
         });
@@ -126,7 +141,7 @@ impl Unflushed {
         let content = match segment.kind {
             SegmentKind::Zeros { keep_allocated } => UnflushedContent::Zeros { keep_allocated },
             SegmentKind::Data { buffer, at } => {
-                let data = Arc::clone(&self.buffers.get(&buffer)?.data);
+                let data = Arc::clone(&self.buffers.by_id.get(&buffer)?.data);
                 // Fits: it is inside the buffer.
                 UnflushedContent::Data { data, at: at + (from - start) as usize }
             }
@@ -149,7 +164,7 @@ impl Unflushed {
                 return self.cut(first, start, end);
             }
             if let Some(segment) = self.segments.remove(&first) {
-                release(&mut self.buffers, &mut self.bytes, segment.kind);
+                self.buffers.release(segment.kind);
             }
         }
     }
@@ -161,7 +176,7 @@ impl Unflushed {
         let mut keep = |from: u64, to: u64| {
             let kind = match kind {
                 SegmentKind::Data { buffer, at } => {
-                    if let Some(shared) = self.buffers.get_mut(&buffer) {
+                    if let Some(shared) = self.buffers.by_id.get_mut(&buffer) {
                         shared.segments += 1;
                     }
                     #[cfg(test)]
@@ -183,18 +198,31 @@ impl Unflushed {
         if end < last {
             keep(end, last);
         }
-        release(&mut self.buffers, &mut self.bytes, kind);
+        self.buffers.release(kind);
     }
 }
 
-/// Frees the buffer of a segment that no longer exists, if no other segment refers to it.
-fn release(buffers: &mut HashMap<u64, SegmentBuffer>, bytes: &mut u64, kind: SegmentKind) {
-    let SegmentKind::Data { buffer, .. } = kind else { return };
-    let Some(shared) = buffers.get_mut(&buffer) else { return };
-    shared.segments -= 1;
-    if shared.segments == 0 {
-        *bytes -= shared.data.capacity() as u64;
-        buffers.remove(&buffer);
+impl SegmentBuffers {
+    /// Adds the buffer of a new segment. Returns its id.
+    fn add(&mut self, data: Arc<Buffer>) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        self.bytes += data.capacity() as u64;
+        self.by_id.insert(id, SegmentBuffer { data, segments: 1 });
+        id
+    }
+
+    /// Releases the buffer of a segment that no longer exists, if no other segment refers to it.
+    fn release(&mut self, kind: SegmentKind) {
+        let SegmentKind::Data { buffer, .. } = kind else { return };
+        let Some(shared) = self.by_id.get_mut(&buffer) else { return };
+        shared.segments -= 1;
+        if shared.segments == 0
+            && let Some(shared) = self.by_id.remove(&buffer)
+        {
+            self.bytes -= shared.data.capacity() as u64;
+            self.spares.put(shared.data);
+        }
     }
 }
 

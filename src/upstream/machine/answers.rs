@@ -293,6 +293,7 @@ impl UpstreamMachine {
                 self.unflushed.flushed(u64::MAX);
             }
         }
+        self.limit_spares();
         for id in std::mem::take(&mut self.verifying) {
             self.finish(id);
         }

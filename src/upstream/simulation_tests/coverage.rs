@@ -26,6 +26,7 @@ situations! {
     ClientCookie: "A request has the cookie that its client has chosen.",
     OwnCookie: "A request of one message has a cookie that the machine has chosen.",
     Held: "A change waits for memory.",
+    Spared: "A buffer of a flushed change is kept.",
     OwnFlush: "The machine flushes by itself.",
     OwnFlushFailed: "The machine's own flush fails.",
     FlushFailed: "A client's flush fails.",

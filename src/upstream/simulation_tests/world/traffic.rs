@@ -114,7 +114,19 @@ impl UpstreamWorld {
             }
         }
         self.clients.queues.retain(|queue| !queue.has_ended || queue.depth() > 0);
-        self.check_memory()
+        self.check_memory()?;
+        self.use_spares()
+    }
+
+    /// Sessions use a part of the spare buffers.
+    fn use_spares(&mut self) -> Result<(), String> {
+        let is_kept = self.machine.spare_memory() > 0;
+        self.coverage.count_if(is_kept, UpstreamReached::Spared);
+        if is_kept && self.operations_left.is_multiple_of(4) {
+            let spare = self.machine.take_spare().ok_or("memory of no spare buffer")?;
+            drop(spare);
+        }
+        Ok(())
     }
 
     fn drain_completions(&mut self) -> Result<(), String> {
@@ -133,7 +145,7 @@ impl UpstreamWorld {
     /// The memory of sent and unflushed changes is bounded, but for a single write.
     fn check_memory(&self) -> Result<(), String> {
         let sent: u64 = self.sent_writes.values().sum();
-        let used = self.machine.unflushed_memory() + sent;
+        let used = self.machine.unflushed_memory() + self.machine.spare_memory() + sent;
         let bound = self.unflushed_max.max(self.clients.buffer_max + 2 * SEGMENT_OVERHEAD);
         if used > bound && self.machine.keeps_changes() {
             return Err(format!("{used} bytes are used of {bound}"));
