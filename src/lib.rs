@@ -12,10 +12,11 @@
 //! 3   server  migration  upstream
 //! 2   client  control
 //! 1   nbd  disk  net  sandbox  systemd
-//! 0   human  memory_reserve  message_id  milestones  range  small_file  sync  schedules  transition_table
+//! 0   human  ids  memory_reserve  message_id  milestones  range  small_file  sync  schedules  transition_table
 //! ```
 //!
 //! * [`human`]: counts, sizes, times and percentages in texts for operators.
+//! * [`ids`]: ids of 128 random bits, such as that of a disk.
 //! * [`memory_reserve`]: the global allocator, with a reserve for small allocations.
 //! * [`message_id`]: the message ids of the journal.
 //! * [`milestones`]: the points of a copy's progress that get a line.
@@ -93,6 +94,7 @@
 //! | `upstream`, `upstream-N` | connects to another server's export, and receives from connection N (`upstream/link`) | its sockets, time |
 //! | `mirror` | one outgoing migration (`migration/source`) | the destination, the disk, its deadlines |
 //! | `pulse`, `pulse-disk` | the watchdog, and the read that it uses as a probe of the disk | time; the disk |
+//! | `disk-id` | makes the id of a disk durable that has just got one (`daemon/disk_identity`) | the disk |
 //! | `reload`, `asking` | one reload; one question to another host | their answers |
 //! | `connecting`, `flushing` | the first connection of a proxy, and its last flush (`daemon/proxying`) | the other server |
 //!
@@ -147,6 +149,7 @@ pub mod control;
 pub mod daemon;
 pub mod disk;
 pub mod human;
+pub mod ids;
 pub mod memory_reserve;
 pub mod message_id;
 pub mod migration;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 /// The floor of each module. A module may use modules below it, never one on its own floor.
 const FLOORS: &[(&str, u32)] = &[
     ("human", 0),
+    ("ids", 0),
     ("memory_reserve", 0),
     ("message_id", 0),
     ("milestones", 0),
@@ -40,6 +41,7 @@ const PURE: &[&str] = &[
     "milestones.rs",
     "range.rs",
     "human.rs",
+    "ids.rs",
     "nbd",
     "server/acl.rs",
     "server/snapshot.rs",
@@ -56,6 +58,7 @@ const PURE: &[&str] = &[
     "disk/inflight/parts.rs",
     "disk/op.rs",
     "disk/ownership.rs",
+    "disk/ownership/disk_id.rs",
     "server/write_throttle.rs",
     "migration/arrival.rs",
     "migration/job.rs",

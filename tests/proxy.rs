@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "proxy/disk_id.rs"]
+mod disk_id;
 #[path = "proxy/fake_upstream.rs"]
 mod fake_upstream;
 #[path = "proxy/lost.rs"]

@@ -5,6 +5,7 @@ use super::output;
 use crate::disk::ownership::{BadRecord, Provenance, Record, for_adopt};
 use crate::disk::record_store::{RecordStore, RecordStoreError};
 use crate::disk::{Access, FileBackend, OpenError};
+use crate::ids::DiskId;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -68,6 +69,10 @@ impl Adopt {
         if found == ExistingRecord::Valid(Some(record.clone())) {
             return Ok(format!("{image} is {} already; nothing changed", describe(&record)));
         }
+        let disk_id = disk_id(&store, &found)?;
+        if let Err(error) = store.write_disk_id(disk_id, Provenance::Adopted) {
+            tracing::warn!("proxies cannot recognize the disk by an id: {error}");
+        }
         store.write(Some(&record)).map_err(io_error)?;
         Ok(format!("{image} was {} and is now {}", found.describe(), describe(&record)))
     }
@@ -82,6 +87,18 @@ impl Adopt {
             }
         }
     }
+}
+
+/// The id that the disk keeps, or a new one: proxies that run must not go on with a copy which may differ from
+/// what their clients have seen.
+fn disk_id(store: &RecordStore, found: &ExistingRecord) -> Result<DiskId, AdoptError> {
+    let kept = match found {
+        ExistingRecord::Valid(None) => store.disk_id(Provenance::Native).map_err(io_error)?,
+        _ => None,
+    };
+    let mut new = [0; 16];
+    getrandom::fill(&mut new).map_err(|error| AdoptError::Io(error.to_string()))?;
+    Ok(kept.unwrap_or(DiskId(new)))
 }
 
 /// The record that the image has.

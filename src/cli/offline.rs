@@ -4,11 +4,12 @@
 use super::settings::Settings;
 use super::start::{self, ProcessRole, StartRequest};
 use super::{config, output};
-use crate::control::status::{self, OWNERSHIP, UPSTREAM};
+use crate::control::status::{self, DISK_ID, OWNERSHIP, UPSTREAM};
 use crate::daemon::DiskConfig;
-use crate::disk::ownership::Record;
+use crate::disk::ownership::{Provenance, Record};
 use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
 use crate::disk::{OpenError, image_size};
+use crate::ids::DiskId;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -57,17 +58,18 @@ impl OfflineStatus {
             }
         };
         let to_text = |error: RecordStoreError| error.to_string();
-        let (size, record) = match image_size(&image) {
+        let (size, record, disk_id) = match image_size(&image) {
             Ok(size) => {
-                (size, RecordStore::at(&image).and_then(|store| store.peek()).map_err(to_text)?)
+                let (record, disk_id) = read(&image).map_err(to_text)?;
+                (size, record, disk_id)
             }
             // A migration with --unlink may have deleted the image and left a tombstone.
             Err(error) => {
                 let tombstone = read_tombstone(&image).map_err(to_text)?;
-                (0, Some(tombstone.ok_or_else(|| describe_open_error(error))?))
+                (0, Some(tombstone.ok_or_else(|| describe_open_error(error))?), None)
             }
         };
-        output::format_status(&status_line(&image, size, record.as_ref()), self.json)
+        output::format_status(&status_line(&image, size, record.as_ref(), disk_id), self.json)
     }
 }
 
@@ -100,8 +102,28 @@ impl DiskArgument {
     }
 }
 
+/// The record of the image, and the id of the disk in it.
+fn read(image: &Path) -> Result<(Option<Record>, Option<DiskId>), RecordStoreError> {
+    let store = RecordStore::at(image)?;
+    let record = store.peek()?;
+    let provenance = match &record {
+        None => Provenance::Native,
+        Some(Record::Ours(provenance) | Record::Departing { before: provenance, .. }) => {
+            *provenance
+        }
+        Some(Record::Incoming { .. } | Record::Departed { .. }) => return Ok((record, None)),
+    };
+    let disk_id = store.disk_id(provenance)?;
+    Ok((record, disk_id))
+}
+
 /// The status line: the pairs that every disk has, then those of its record.
-fn status_line(image: &Path, size: u64, record: Option<&Record>) -> String {
+fn status_line(
+    image: &Path,
+    size: u64,
+    record: Option<&Record>,
+    disk_id: Option<DiskId>,
+) -> String {
     let mut pairs = vec![
         ("image", image.display().to_string()),
         ("size", size.to_string()),
@@ -114,6 +136,7 @@ fn status_line(image: &Path, size: u64, record: Option<&Record>) -> String {
         Some(Record::Departing { to, .. }) => pairs.push(("moving_to", to.to_string())),
         Some(Record::Incoming { .. } | Record::Ours(_)) | None => {}
     }
+    pairs.extend(disk_id.map(|id| (DISK_ID, id.to_string())));
     status::line(&pairs)
 }
 
@@ -128,12 +151,13 @@ fn describe_open_error(error: OpenError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::ownership::{Id, Provenance, RemoteAddress};
+    use crate::disk::ownership::{Id, RemoteAddress};
 
     #[test]
     fn each_record_has_its_pairs_without_spaces() {
         let (id, to) = (Id([7; 16]), RemoteAddress::new("192.0.2.7:10809").unwrap());
-        let line = |record: Option<Record>| status_line(Path::new("/a disk"), 512, record.as_ref());
+        let line =
+            |record: Option<Record>| status_line(Path::new("/a disk"), 512, record.as_ref(), None);
         let start = "image=/a%20disk size=512 ownership=";
         assert_eq!(line(None), format!("{start}none"));
         assert_eq!(line(Some(Record::Incoming { id: None })), format!("{start}incoming"));
@@ -145,5 +169,7 @@ mod tests {
         let departed = Record::Departed { id, when: 1_700_000_000, to };
         let expected = format!("{start}departed moved_to=192.0.2.7:10809 moved_at=1700000000");
         assert_eq!(line(Some(departed)), expected);
+        let with_id = status_line(Path::new("/a disk"), 512, None, Some(DiskId([0xab; 16])));
+        assert_eq!(with_id, format!("{start}none disk_id={}", "ab".repeat(16)));
     }
 }

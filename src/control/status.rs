@@ -21,6 +21,8 @@ pub const MIGRATION_REASON: &str = "migration_reason";
 /// Key of [`Status::extra`]: the name of the image's ownership record, or `none`.
 pub const OWNERSHIP: &str = "ownership";
 
+/// Key of [`Status::extra`]: the id of the disk, 32 hexadecimal digits; absent if it has none, or it is not known.
+pub const DISK_ID: &str = "disk_id";
 /// Key of [`Status::extra`]: the address of the upstream that a proxy is or was last connected to.
 pub const UPSTREAM: &str = "upstream";
 /// Key of [`Status::extra`]: whether the proxy is connected to it.

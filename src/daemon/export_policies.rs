@@ -2,30 +2,34 @@
 //! another server.
 //! Translates between the server and the migration, which do not know each other; decides nothing.
 
+use super::disk_identity::ServedDiskId;
 use super::reconnecting_clients::ReconnectingClients;
 use crate::disk::ownership::Provenance;
+use crate::ids::DiskId;
 use crate::migration::arrival::{self, AccessDenied, Sender, WritePermission, answer_when_serving};
 use crate::migration::destination::{Destination, HandoverResult};
-use crate::migration::wire::{Question, WireError};
+use crate::migration::wire::{DiskIdMessage, Question, WireError};
 use crate::nbd::handshake::option::OptionReply;
 use crate::nbd::introduction::Introduction;
 use crate::nbd::wire::{ErrorCode, OptionReplyKind};
 use crate::server::export_policy::{
     ExportPolicy, GoReply, HandoverReply, Permit, ProbeReply, SessionId, SessionsView,
 };
+use crate::upstream::UpstreamHandle;
 use std::io;
 
 /// The policy of a disk that is ours.
 #[derive(Debug)]
 pub(super) struct ServingPolicy {
     pub(super) provenance: Provenance,
+    pub(super) disk_id: ServedDiskId,
     pub(super) clients: ReconnectingClients,
 }
 
 impl ExportPolicy for ServingPolicy {
     fn probe(&self, session: SessionId, data: &[u8], _: &dyn SessionsView) -> ProbeReply {
         if let Some(introduction) = Introduction::decode(data) {
-            return self.clients.introduce(session, introduction);
+            return self.clients.introduce(session, introduction, self.disk_id.get());
         }
         match Question::decode(data) {
             Ok(question) => {
@@ -54,13 +58,14 @@ impl ExportPolicy for ServingPolicy {
 pub(super) struct ProxyPolicy {
     /// One client is served at a time, and others wait: its further connections would wait as well.
     pub(super) is_exclusive: bool,
+    pub(super) upstream: UpstreamHandle,
     pub(super) clients: ReconnectingClients,
 }
 
 impl ExportPolicy for ProxyPolicy {
     fn probe(&self, session: SessionId, data: &[u8], _: &dyn SessionsView) -> ProbeReply {
         if let Some(introduction) = Introduction::decode(data) {
-            return self.clients.introduce(session, introduction);
+            return self.clients.introduce(session, introduction, self.upstream.disk_id());
         }
         let why = "this is a proxy, which neither receives a disk nor knows its owner";
         let reply = OptionReply::error(OptionReplyKind::ErrPolicy, why);
@@ -90,6 +95,9 @@ pub(super) struct ReceivingPolicy(pub(super) Destination);
 
 impl ExportPolicy for ReceivingPolicy {
     fn probe(&self, session: SessionId, data: &[u8], others: &dyn SessionsView) -> ProbeReply {
+        if let Some(DiskIdMessage(id)) = DiskIdMessage::decode(data) {
+            return self.take_disk_id(session, id);
+        }
         match self.0.on_introduction(session, data, &|other| others.silence(other)) {
             Ok(arrival::ProbeDecision::Answer { answer, retire }) => ProbeReply::Answer {
                 data: answer.encode().to_vec(),
@@ -161,6 +169,16 @@ impl ExportPolicy for ReceivingPolicy {
 }
 
 impl ReceivingPolicy {
+    fn take_disk_id(&self, session: SessionId, id: DiskId) -> ProbeReply {
+        if self.0.on_disk_id(session, id) {
+            let data = DiskIdMessage::reply().to_vec();
+            return ProbeReply::Answer { data, displaced: Vec::new(), is_source: true };
+        }
+        let why = "only a source that has introduced itself tells the id of its disk";
+        let reply = OptionReply::error(OptionReplyKind::ErrInvalid, why);
+        ProbeReply::Refuse { reply, holder: None }
+    }
+
     /// Why a session is denied something, for its client, and the session that holds the slot
     /// instead. `introduction` is the data that the session introduces itself with, if any.
     fn explain(

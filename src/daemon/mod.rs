@@ -20,6 +20,7 @@ mod claim;
 mod config;
 mod confinement;
 mod degraded;
+mod disk_identity;
 mod event_loop;
 mod events;
 mod export_policies;

@@ -7,10 +7,11 @@ use super::outgoing::{self, MigrationContext, PreparedMigration};
 use super::proxying;
 use super::relaying::{ActiveRelay, PlannedRelay, RelayPlan, RelaySlot};
 use crate::control::command::Mirror;
-use crate::control::status::{OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX, SANDBOX};
+use crate::control::status::{DISK_ID, OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX, SANDBOX};
 use crate::control::{Command, Credentials, Operator, Reply, Status};
 use crate::disk::ownership::Record;
 use crate::disk::record_store::RecordStore;
+use crate::ids::DiskId;
 use crate::memory_reserve::check_thread_headroom;
 use crate::message_id;
 use crate::migration::job::{OfferedTerms, Outcome};
@@ -174,6 +175,16 @@ impl Service {
         self.last_migration().filter(|migration| migration.outcome().is_none())
     }
 
+    /// The id of the disk, if it is known.
+    fn disk_id(&self) -> Option<DiskId> {
+        match &self.role {
+            DiskRole::Serving(migrations) => migrations.context.disk_id.get(),
+            DiskRole::Receiving(_) => None,
+            DiskRole::Proxying(upstream) => upstream.disk_id(),
+            DiskRole::Relaying(relay) => relay.upstream.disk_id(),
+        }
+    }
+
     /// Accepts neither clients nor commands any more, if there are none. Returns whether that is
     /// so.
     pub(super) fn close_if_idle(&self) -> bool {
@@ -219,16 +230,19 @@ impl Service {
         relay: Option<ActiveRelay>,
         status: &mut Status,
     ) {
+        let disk_id = self.disk_id().map(|id| (DISK_ID.to_owned(), id.to_string()));
         let record = match &self.role {
             DiskRole::Serving(outgoing) => outgoing::describe(migration, status)
                 .unwrap_or_else(|| outgoing.record_name(migration)),
             DiskRole::Receiving(record_store) => peek_name(record_store),
             DiskRole::Relaying(_) => "departed",
             DiskRole::Proxying(upstream) => {
+                status.extra.extend(disk_id);
                 return proxying::describe(&upstream.state(), status);
             }
         };
         status.extra.push((OWNERSHIP.to_owned(), record.to_owned()));
+        status.extra.extend(disk_id);
         let running = migration.filter(|migration| migration.outcome().is_none());
         outgoing::describe_obstacle(running, status);
         if let Some(relay) = relay {
@@ -391,6 +405,7 @@ mod tests {
     use super::*;
     use crate::control::command::{ArrivalAction, RelayRequest};
     use crate::daemon::config::RelayDefault;
+    use crate::daemon::disk_identity::ServedDiskId;
     use crate::daemon::events::ProcessEvent;
     use crate::disk::ownership::Provenance;
     use crate::disk::{Access, Disk, FileBackend};
@@ -414,6 +429,7 @@ mod tests {
         let (sender, events) = mpsc::channel();
         let context = MigrationContext {
             disk,
+            disk_id: ServedDiskId::default(),
             image: path,
             provenance: Provenance::Native,
             relay: RelayDefault::No,

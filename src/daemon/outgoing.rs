@@ -3,6 +3,7 @@
 
 use super::claim;
 use super::config::{RecordPolicy, RelayDefault, UNRECORDED_ADVICE};
+use super::disk_identity::ServedDiskId;
 use super::events::ProcessEvent;
 use super::migration_log::MigrationLog;
 use super::random;
@@ -42,6 +43,7 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The resources that all migrations of the process share.
 pub(super) struct MigrationContext {
     pub(super) disk: Arc<Disk>,
+    pub(super) disk_id: ServedDiskId,
     pub(super) image: PathBuf,
     pub(super) provenance: Provenance,
     /// What becomes of clients unless the operator says otherwise.
@@ -176,6 +178,7 @@ impl PreparedMigration {
             record_store,
             route: Route { to: Address::Tcp(command.to), bind: command.bind },
             job,
+            disk_id: context.disk_id.get(),
             observer: Box::new(reporter),
             relay: relay.map(|connector| Box::new(connector) as _),
         })
@@ -363,6 +366,7 @@ mod tests {
     fn departing_record_keeps_the_bind_address() {
         let context = MigrationContext {
             disk: Arc::new(Disk::new(Box::new(MemoryBackend::new(1 << 20)), false)),
+            disk_id: ServedDiskId::default(),
             image: PathBuf::new(),
             provenance: Provenance::Native,
             relay: RelayDefault::No,

@@ -1,5 +1,6 @@
 //! Clients that introduce themselves ([`Introduction`]): which of the sessions belong to lost connections.
 
+use crate::ids::DiskId;
 use crate::nbd::introduction::Introduction;
 use crate::server::export_policy::{ProbeReply, SessionId};
 use crate::sync::lock;
@@ -12,7 +13,13 @@ pub(super) struct ReconnectingClients(Mutex<HashMap<SessionId, Introduction>>);
 
 impl ReconnectingClients {
     /// A client introduces itself over a new connection: its sessions of earlier generations end first.
-    pub(super) fn introduce(&self, session: SessionId, introduction: Introduction) -> ProbeReply {
+    /// It is told the id of the disk.
+    pub(super) fn introduce(
+        &self,
+        session: SessionId,
+        introduction: Introduction,
+        disk_id: Option<DiskId>,
+    ) -> ProbeReply {
         let mut sessions = lock(&self.0);
         sessions.insert(session, introduction);
         let is_lost = |other: &Introduction| {
@@ -20,7 +27,7 @@ impl ReconnectingClients {
         };
         let lost = sessions.iter().filter(|(_, other)| is_lost(other));
         let displaced = lost.map(|(session, _)| *session).collect();
-        ProbeReply::Answer { data: Introduction::reply(), displaced, is_source: false }
+        ProbeReply::Answer { data: Introduction::reply(disk_id), displaced, is_source: false }
     }
 
     /// The introduction of a session's client, if it has introduced itself.
@@ -48,7 +55,7 @@ mod tests {
         let clients = ReconnectingClients::default();
         let introduce = |session, client, generation| {
             let introduction = Introduction { client: [client; 16], generation };
-            match clients.introduce(session, introduction) {
+            match clients.introduce(session, introduction, None) {
                 ProbeReply::Answer { mut displaced, is_source: false, .. } => {
                     displaced.sort_unstable();
                     displaced
@@ -70,11 +77,11 @@ mod tests {
     fn restored_session_is_one_of_its_client() {
         let introduction = |generation| Introduction { client: [7; 16], generation };
         let before = ReconnectingClients::default();
-        before.introduce(3, introduction(4));
+        before.introduce(3, introduction(4), None);
         assert_eq!((before.introduction(3), before.introduction(2)), (Some(introduction(4)), None));
         let clients = ReconnectingClients::default();
         clients.restore(3, introduction(4));
-        let reply = clients.introduce(5, introduction(5));
+        let reply = clients.introduce(5, introduction(5), None);
         assert!(matches!(reply, ProbeReply::Answer { displaced, .. } if displaced == [3]));
     }
 }

@@ -4,6 +4,7 @@
 use super::claim::{Claim, Ownership};
 use super::config::{Config, DiskConfig, ImageConfig, UpstreamConfig};
 use super::confinement::Confinement;
+use super::disk_identity::ServedDiskId;
 use super::events::ProcessEvent;
 use super::export_policies::{ProxyPolicy, ReceivingPolicy, ServingPolicy};
 use super::handover_query::QueryResult;
@@ -96,8 +97,10 @@ impl Role {
                 Ok(None)
             }
             Ownership::Ours(provenance) => {
+                let disk_id = ServedDiskId::of(&record_store, provenance, image.read_only);
                 let context = MigrationContext {
                     disk: Arc::clone(&disk),
+                    disk_id: disk_id.clone(),
                     image: image.path.clone(),
                     provenance,
                     relay: image.relay,
@@ -109,6 +112,7 @@ impl Role {
                     disk,
                     policy: Arc::new(ServingPolicy {
                         provenance,
+                        disk_id,
                         clients: ReconnectingClients::default(),
                     }),
                     disk_role: DiskRole::Serving(OutgoingMigrations::new(context, record_store)),
@@ -165,6 +169,7 @@ impl Role {
             disk: Arc::new(Disk::new(Box::new(backend), image.read_only)),
             policy: Arc::new(ProxyPolicy {
                 is_exclusive: false,
+                upstream: upstream.clone(),
                 clients: ReconnectingClients::default(),
             }),
             disk_role: DiskRole::Relaying(relay.begin(upstream, inputs.session_count)),
@@ -188,6 +193,7 @@ impl Role {
             disk: Arc::new(Disk::new(Box::new(backend), read_only)),
             policy: Arc::new(ProxyPolicy {
                 is_exclusive: config.when_full == WhenFull::Wait,
+                upstream: handle.clone(),
                 clients: ReconnectingClients::default(),
             }),
             disk_role: DiskRole::Proxying(handle),

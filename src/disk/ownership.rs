@@ -20,7 +20,10 @@
 //!
 //! `ownership/decisions.txt` lists every decision; a test compares it with the code.
 
+pub mod disk_id;
+
 use crate::human::utc;
+use crate::ids;
 use std::fmt;
 use std::net::IpAddr;
 
@@ -46,10 +49,7 @@ impl Id {
     /// Parses exactly what [`Display`](fmt::Display) writes: 32 lower-case hexadecimal digits.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
-        let is_id = text.len() == 32 && text.bytes().all(is_digit);
-        let number = is_id.then(|| u128::from_str_radix(text, 16).ok())??;
-        Some(Self(number.to_be_bytes()))
+        ids::parse(text).map(Self)
     }
 
     /// The id of the next copy of the same migration.
@@ -61,7 +61,7 @@ impl Id {
 
 impl fmt::Display for Id {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", u128::from_be_bytes(self.0))
+        ids::write(self.0, f)
     }
 }
 

@@ -14,6 +14,8 @@
 //! in both directions: to the state directory when the entry appears, and back, once the attribute
 //! is durable, when the entry is removed.
 
+pub mod disk_id;
+
 use super::deletion::{self, DeletionError, PathTarget};
 use super::file_backend::FileBackend;
 use super::ownership::{BadRecord, RECORD_MAX, Record};
@@ -393,6 +395,7 @@ impl RecordStore {
         let spare = format!(".flexnbd-deleting-{}", found.ino());
         deletion::delete(&self.path, &self.image, spare.as_ref())
             .map_err(|why| RecordStoreError::NotDeleted { path: self.path.clone(), why })?;
+        self.remove_disk_id_entry()?;
         self.remove_entry()
     }
 

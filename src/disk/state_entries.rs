@@ -30,6 +30,8 @@ const NEW_SUFFIX: &str = "~new";
 const SPARE_SUFFIX: &str = "~spare";
 /// Suffix of a tombstone, which tells what became of a deleted image.
 const TOMBSTONE_SUFFIX: &str = ".departed";
+/// Prefix of the file with the id of a disk.
+const DISK_ID_PREFIX: &str = "disk-";
 /// Limit of entries for one path.
 const SAME_PATH_MAX: u32 = 100;
 /// Start of the second line, before the file id.
@@ -44,6 +46,13 @@ pub(super) struct StateEntry {
     /// The line with the record, line break included; the whole content if the entry is damaged.
     pub(super) line: Vec<u8>,
     id: Option<FileId>,
+}
+
+impl StateEntry {
+    /// Whether it is of the image with this file id; of one without an id, only the path tells.
+    pub(super) fn is_of(&self, id: Option<&FileId>) -> bool {
+        self.id.as_ref() == id
+    }
 }
 
 /// The search result for an image.
@@ -71,6 +80,13 @@ pub(super) fn default_path(state: &Path, image: &Path) -> PathBuf {
 /// Path of the tombstone for the image with this default path.
 pub(super) fn tombstone_path(default_path: &Path) -> PathBuf {
     with_suffix(default_path, TOMBSTONE_SUFFIX)
+}
+
+/// Path of the file with the id of the disk, beside the entry at `path`. Its name is not that of an entry.
+pub(super) fn disk_id_path(path: &Path) -> PathBuf {
+    let mut name = OsString::from(DISK_ID_PREFIX);
+    name.push(path.file_name().unwrap_or_default());
+    path.with_file_name(name)
 }
 
 /// The absolute path of the image with the entry at `path`.

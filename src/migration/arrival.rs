@@ -27,6 +27,7 @@
 
 use super::wire::{Answer, Handover, Has, Question, Token};
 use crate::disk::ownership::{Id, Provenance, Record};
+use crate::ids::DiskId;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -135,6 +136,8 @@ pub struct Arrival {
     /// The migration with which each connection introduced itself; of several connections with the
     /// same one, only the latest.
     introduced: BTreeMap<Connection, Id>,
+    /// The id of the disk, as the source on each of these connections has told it.
+    disk_ids: BTreeMap<Connection, DiskId>,
     /// Connections that have lost the slot, and may still have requests in flight.
     retiring: BTreeSet<Connection>,
     /// The migrations that hold or have held the slot, the latest first.
@@ -191,6 +194,7 @@ impl Arrival {
             state: ArrivalState::Receiving(None),
             copy: copy.map_or(RecordedCopy::Nothing, RecordedCopy::Of),
             introduced: BTreeMap::new(),
+            disk_ids: BTreeMap::new(),
             retiring: BTreeSet::new(),
             former_senders: VecDeque::new(),
         }
@@ -263,6 +267,22 @@ impl Arrival {
         self.introduced.insert(connection, id);
         let answer = Answer { listening: Some(self.token), has: self.has(id) };
         ProbeDecision::Answer { answer, retire: self.retiring() }
+    }
+
+    /// The source on `connection` tells the id of the disk. Returns whether it has introduced itself before,
+    /// as it has to.
+    pub fn on_disk_id(&mut self, connection: Connection, id: DiskId) -> bool {
+        let is_introduced = self.introduced.contains_key(&connection);
+        if is_introduced {
+            self.disk_ids.insert(connection, id);
+        }
+        is_introduced
+    }
+
+    /// The id of the disk that arrives over `connection`, if the source has told it.
+    #[must_use]
+    pub fn disk_id(&self, connection: Connection) -> Option<DiskId> {
+        self.disk_ids.get(&connection).copied()
     }
 
     fn has(&self, id: Id) -> Has {
@@ -456,6 +476,7 @@ impl Arrival {
     /// `connection` is closed, and its requests have ended.
     pub fn on_close(&mut self, connection: Connection) {
         self.introduced.remove(&connection);
+        self.disk_ids.remove(&connection);
         self.retiring.remove(&connection);
         if self.holder().is_some_and(|(holder, _)| holder == connection) {
             self.state = ArrivalState::Receiving(None);

@@ -8,9 +8,11 @@ use super::wire::{Handover, Question, WireError};
 use crate::disk::Disk;
 use crate::disk::ownership::{Provenance, Record};
 use crate::disk::record_store::RecordStore;
+use crate::ids::DiskId;
 use crate::sync;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
+use tracing::warn;
 
 /// The outcome of a reception, reported once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,6 +90,11 @@ impl Destination {
         let mut arrival = self.lock();
         let silent = self.silence_of_holder(&arrival, silence);
         Ok(arrival.on_introduction(connection, &question, silent))
+    }
+
+    /// The source on this connection tells the id of the disk; see [`Arrival::on_disk_id`].
+    pub fn on_disk_id(&self, connection: Connection, id: DiskId) -> bool {
+        self.lock().on_disk_id(connection, id)
     }
 
     /// Whether this connection may enter the transmission phase; see [`Arrival::may_enter`].
@@ -172,9 +179,14 @@ impl Destination {
     pub fn on_handover(&self, connection: Connection, payload: &[u8]) -> HandoverResult {
         let Ok(handover) = Handover::decode(payload) else { return HandoverResult::Refuse };
         let _settling = sync::lock(&self.settling);
-        let ending = self.lock().on_handover(connection, &handover);
+        let (ending, disk_id) = {
+            let mut arrival = self.lock();
+            (arrival.on_handover(connection, &handover), arrival.disk_id(connection))
+        };
         match ending {
-            ArrivalEnd::Settle(record) if self.settle(&record) => HandoverResult::Acknowledge,
+            ArrivalEnd::Settle(record) if self.settle(&record, disk_id) => {
+                HandoverResult::Acknowledge
+            }
             ArrivalEnd::Settle(_) => HandoverResult::NoReply,
             ArrivalEnd::Refuse | ArrivalEnd::Nothing => HandoverResult::Refuse,
         }
@@ -185,7 +197,7 @@ impl Destination {
         let _settling = sync::lock(&self.settling);
         let ending = self.lock().on_disconnect(connection);
         if let ArrivalEnd::Settle(record) = ending {
-            self.settle(&record);
+            self.settle(&record, None);
         }
     }
 
@@ -205,8 +217,11 @@ impl Destination {
 
     /// Makes the data durable, then the record; the disk is ours after both. Requests meanwhile
     /// fail with [`AccessDenied::Complete`].
-    fn settle(&self, record: &Record) -> bool {
-        let settled = self.flush().and_then(|()| self.write_record(record));
+    fn settle(&self, record: &Record, disk_id: Option<DiskId>) -> bool {
+        let settled = self.flush().and_then(|()| {
+            self.write_disk_id(record, disk_id);
+            self.write_record(record)
+        });
         let mut arrival = self.lock();
         let ours = arrival.on_settled(settled.is_ok());
         (self.observer)(match settled {
@@ -222,6 +237,16 @@ impl Destination {
     fn flush(&self) -> Result<(), String> {
         let visit = self.disk.enter(&|| true).map_err(|error| error.to_string())?;
         visit.flush().map_err(|error| format!("cannot make the disk durable: {error}"))
+    }
+
+    /// Stores the id of the disk before the record, which makes it count. Without it the disk has none.
+    fn write_disk_id(&self, record: &Record, disk_id: Option<DiskId>) {
+        let (Some(store), Some(id)) = (&self.record_store, disk_id) else { return };
+        if let Record::Ours(provenance) = record
+            && let Err(error) = store.write_disk_id(id, *provenance)
+        {
+            warn!("the disk has no id here, by which proxies recognize it: {error}");
+        }
     }
 
     fn write_record(&self, record: &Record) -> Result<(), String> {

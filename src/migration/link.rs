@@ -3,9 +3,10 @@
 
 use super::job::{DestinationInfo, DestinationRequest, RequestKind, Trouble};
 use super::plan::Caps;
-use super::wire::{Answer, COMMAND, Handover, Question};
+use super::wire::{Answer, COMMAND, DiskIdMessage, Handover, Question};
 use crate::client::{ClientError, shake_hands};
 use crate::disk::Copier;
+use crate::ids::DiskId;
 use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::client::ClientOffer;
 use crate::nbd::reply::{Dialect, ReplyHeader};
@@ -83,10 +84,12 @@ pub(super) struct Link {
 
 impl Link {
     /// Connects and negotiates, with the private option if there is a question. Returns no link if
-    /// the server answered the question finally and then refused the transmission phase.
+    /// the server answered the question finally and then refused the transmission phase. The disk has
+    /// this id, if it has one.
     pub(super) fn open(
         route: &Route,
         question: Option<&Question>,
+        disk_id: Option<DiskId>,
     ) -> Result<(Option<Self>, DestinationInfo), Trouble> {
         let stream = connect(&route.to, route.bind, CONNECT_TIMEOUT)
             .map_err(|error| Trouble::Connect(error.to_string()))?;
@@ -96,7 +99,8 @@ impl Link {
         // MSG_DONTWAIT.
         stream.set_nonblocking().map_err(|error| Trouble::Local(error.to_string()))?;
         let private = question.map(|question| question.encode().to_vec());
-        let offer = ClientOffer { private, ..ClientOffer::default() };
+        let private_more = disk_id.map(|id| DiskIdMessage(id).encode().to_vec());
+        let offer = ClientOffer { private, private_more, ..ClientOffer::default() };
         let (answer, agreed) = shake_hands(&stream, offer, HANDSHAKE_TIMEOUT);
         match (agreed, decode_answer(answer)?) {
             (Ok(agreement), answer) => {

@@ -14,6 +14,7 @@ use crate::disk::dirty::DirtyBitmap;
 use crate::disk::ownership::{Id, Record};
 use crate::disk::record_store::RecordStore;
 use crate::disk::{Disk, is_zero};
+use crate::ids::DiskId;
 use crate::net::{Wake, wait_readable};
 use crate::range::Range;
 use crate::sync::lock;
@@ -53,6 +54,8 @@ pub struct MigrationParams {
     pub route: Route,
     /// The parameters of the machine.
     pub job: Job,
+    /// The id of the disk, which the destination keeps.
+    pub disk_id: Option<DiskId>,
     /// Receives reports.
     pub observer: Box<dyn Observer>,
     /// Connects to the destination's disk, for a job with `relay`.
@@ -166,6 +169,7 @@ pub struct Source {
     dirty: Arc<DirtyBitmap>,
     record_store: RecordStore,
     route: Route,
+    disk_id: Option<DiskId>,
     observer: Box<dyn Observer>,
     relay: Option<Box<dyn RelayConnector>>,
     handle: Arc<MigrationHandle>,
@@ -196,7 +200,7 @@ impl Source {
     /// # Errors
     /// See [`StartFailure`].
     pub fn new(params: MigrationParams) -> Result<(Self, Arc<MigrationHandle>), StartFailure> {
-        let MigrationParams { disk, record_store, route, job, observer, relay } = params;
+        let MigrationParams { disk, record_store, route, job, disk_id, observer, relay } = params;
         let machine = Machine::new(job, Duration::ZERO).map_err(StartFailure::TooSmall)?;
         let handle = MigrationHandle::new().map_err(StartFailure::System)?;
         let dirty = disk.track().map_err(StartFailure::System)?;
@@ -206,6 +210,7 @@ impl Source {
             dirty,
             record_store,
             route,
+            disk_id,
             observer,
             relay,
             handle: Arc::clone(&handle),
@@ -291,7 +296,7 @@ impl Source {
 
     /// Keeps the present connection until the new one replaces it.
     fn connect(&mut self, question: &Question) -> Event {
-        let open = |route: &Route| Link::open(route, Some(question));
+        let open = |route: &Route| Link::open(route, Some(question), self.disk_id);
         let opened = match self.machine.stage() {
             Stage::InDoubt => self.route.with_bind_fallback(open),
             _ => open(&self.route),

@@ -16,6 +16,12 @@
 //! | | | | zero | 2 |
 //! | | | | arrival token (zeros when serving) | 16 |
 //!
+//! After an answer, the source sends the option once more with a [`DiskIdMessage`] as its data: version 3 (4
+//! bytes), and the id of the disk (16 bytes), which the destination keeps with its record. It is a message of
+//! its own because the others have no room, and every earlier flexnbd refuses one with more bytes. The reply
+//! is the version, 3. A destination that does not know this message replies `NBD_REP_ERR_INVALID`, and the
+//! source continues: the disk then has no id there.
+//!
 //! # The private command
 //!
 //! After the private option, the request type [`COMMAND`] carries a payload as `NBD_CMD_WRITE`
@@ -27,6 +33,7 @@
 //! All numbers are big-endian, as everywhere in NBD.
 
 use crate::disk::ownership::Id;
+use crate::ids::DiskId;
 use std::fmt;
 
 /// Number of the private option.
@@ -35,8 +42,10 @@ pub const OPTION: u32 = crate::nbd::wire::PRIVATE_OPTION;
 pub const REPLY: u32 = OPTION;
 /// Type of the private request that holds a [`Handover`].
 pub const COMMAND: u16 = crate::nbd::wire::PRIVATE_COMMAND;
-/// Version of the three messages.
+/// Version of the other three messages.
 pub const VERSION: u32 = 1;
+/// Version of [`DiskIdMessage`]. (Version 2 is a client's: `nbd/introduction`.)
+pub const DISK_ID_VERSION: u32 = 3;
 
 /// Identifies one destination process: 128 random bits, drawn when it starts.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -77,6 +86,10 @@ pub enum Has {
     /// The whole disk, durable and owned by the destination.
     Arrived,
 }
+
+/// Tells the destination the id of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskIdMessage(pub DiskId);
 
 /// Gives the complete disk to the destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,6 +194,33 @@ impl Answer {
     }
 }
 
+impl DiskIdMessage {
+    /// Bytes of an encoded message.
+    pub const LENGTH: usize = 20;
+
+    /// Encodes the option data.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::LENGTH] {
+        let mut bytes = [0; Self::LENGTH];
+        bytes[..4].copy_from_slice(&DISK_ID_VERSION.to_be_bytes());
+        bytes[4..].copy_from_slice(&self.0.0);
+        bytes
+    }
+
+    /// Decodes the option data; `None` for any other message.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let id = bytes.strip_prefix(&DISK_ID_VERSION.to_be_bytes())?;
+        Some(Self(DiskId(id.try_into().ok()?)))
+    }
+
+    /// The data of the reply.
+    #[must_use]
+    pub fn reply() -> [u8; 4] {
+        DISK_ID_VERSION.to_be_bytes()
+    }
+}
+
 impl Handover {
     /// Bytes of an encoded handover.
     pub const LENGTH: usize = 36;
@@ -278,6 +318,19 @@ mod tests {
         assert_eq!(question.encode().as_slice(), expected);
         let answer = Answer { listening: None, has: Has::Arrived };
         assert_eq!(answer.encode()[..8], [0, 0, 0, 1, 2, 2, 0, 0]);
+    }
+
+    #[test]
+    fn disk_id_decodes_at_its_size_only() {
+        let message = DiskIdMessage(DiskId([7; 16]));
+        let bytes = message.encode();
+        assert_eq!(bytes.as_slice(), [&[0, 0, 0, 3][..], &[7; 16]].concat());
+        assert_eq!(DiskIdMessage::decode(&bytes), Some(message));
+        assert_eq!(DiskIdMessage::decode(&bytes[..19]), None);
+        assert_eq!(DiskIdMessage::decode(&[&bytes[..], &[0]].concat()), None);
+        assert_eq!(Question::decode(&bytes), Err(WireError::Version(3)));
+        let question = Question { size: 1, id: Id([7; 16]) };
+        assert_eq!(DiskIdMessage::decode(&question.encode()), None);
     }
 
     proptest! {

@@ -316,9 +316,11 @@ impl ExportFingerprint {
     fn check_compatible(&self, now: &Self) -> Result<(), SnapshotError> {
         let read_only = TransmissionFlags::READ_ONLY.bits();
         let capabilities = self.flags & !read_only;
+        // That of a disk on another server may not be known.
+        let is_other_disk = self.disk.zip(now.disk).is_some_and(|(before, now)| before != now);
         let changes = [
             (self.size != now.size, "the size of the disk"),
-            (self.disk != now.disk, "the disk itself"),
+            (is_other_disk, "the disk itself"),
             (self.name != now.name, "the name of the export"),
             (self.oldstyle != now.oldstyle, "the style of the handshake"),
             ((self.flags ^ now.flags) & read_only != 0, "whether the disk can be changed"),
@@ -564,6 +566,8 @@ mod tests {
         assert_eq!(with(short), refused("the longest read or write"));
         let replaced = ExportFingerprint { disk: Some((8, 2)), ..fingerprint(&export()) };
         assert_eq!(decode(&encoded(), &replaced), refused("the disk itself"));
+        let unknown = ExportFingerprint { disk: None, ..fingerprint(&export()) };
+        assert_eq!(decode(&encoded(), &unknown), Ok(sessions()));
         let oldstyle =
             decode(&encoded(), &ExportFingerprint { oldstyle: true, ..fingerprint(&export()) });
         assert_eq!(oldstyle, refused("the style of the handshake"));

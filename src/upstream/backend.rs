@@ -4,7 +4,8 @@ use super::connecting::connect_to;
 use super::link::{UpstreamHandle, UpstreamLink};
 use super::options::{UpstreamError, UpstreamEvents, UpstreamOptions, UpstreamTarget};
 use super::queue::UpstreamQueue;
-use crate::disk::{Backend, Buffer, Extent, Features, IoQueue, Op};
+use crate::disk::{Backend, Buffer, Extent, Features, Identity, IoQueue, Op};
+use crate::ids::DiskId;
 use crate::nbd::wire::TransmissionFlags;
 use crate::range::Range;
 use std::collections::VecDeque;
@@ -105,6 +106,14 @@ impl Backend for UpstreamBackend {
 
     fn features(&self) -> Features {
         self.0.terms().features()
+    }
+
+    /// The two halves of the disk's id.
+    fn identity(&self) -> Option<Identity> {
+        let DiskId(id) = self.0.disk_id()?;
+        let (device, file) = id.split_at(8);
+        let number = |half: &[u8]| half.try_into().map(u64::from_be_bytes);
+        Some((number(device).ok()?, number(file).ok()?))
     }
 
     fn is_remote(&self) -> bool {

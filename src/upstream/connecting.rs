@@ -70,7 +70,7 @@ pub(super) fn connect_to_any(
         let timeout = options.timeout.min(FURTHER_TIMEOUT_MAX);
         while terms.has(TransmissionFlags::CAN_MULTI_CONN) && streams.len() < options.connections {
             match open(address, target, options, (generation, timeout)) {
-                Ok((same, stream)) if same == terms => streams.push(stream),
+                Ok((same, stream)) if terms.is_same(&same) => streams.push(stream),
                 // One is enough; the server may limit its clients.
                 _ => break,
             }
@@ -103,6 +103,7 @@ fn open(
         private: options.client.map(|client| Introduction { client, generation }.encode()),
         ..ClientOffer::default()
     };
-    let agreement = shake_hands(&stream, offer, timeout).1?;
-    Ok((ServerTerms::of(&agreement), stream))
+    let (reply, agreed) = shake_hands(&stream, offer, timeout);
+    let disk_id = reply.as_deref().and_then(Introduction::disk_id_in);
+    Ok((ServerTerms::of(&agreed?, disk_id), stream))
 }

@@ -17,6 +17,7 @@ use super::rotation::{DELAY_MAX, Rotation};
 use super::terms::ServerTerms;
 use super::tx::UpstreamTx;
 use crate::disk::{Buffer, Completion, Op, OpId};
+use crate::ids::DiskId;
 use crate::message_id;
 use crate::net::Interest;
 use crate::sync::{lock, wait, wait_timeout};
@@ -65,12 +66,19 @@ impl UpstreamHandle {
         let state = lock(&self.0.state);
         UpstreamState {
             target: self.0.targets[state.target].to_string(),
+            disk_id: state.machine.disk_id(),
             connected: state.machine.is_connected(),
             since: state.since.elapsed(),
             last_error: state.last_error.clone(),
             unflushed_bytes: state.machine.unflushed_memory(),
             reconnects: state.reconnects,
         }
+    }
+
+    /// The id of the disk, if a server has told it.
+    #[must_use]
+    pub fn disk_id(&self) -> Option<DiskId> {
+        self.0.disk_id()
     }
 
     /// Disconnects. Operations that have not completed fail with `ESHUTDOWN`, and so do later ones.
@@ -121,6 +129,11 @@ impl UpstreamLink {
             .name("upstream".into())
             .spawn(move || for_thread.run(target, first, replies))?;
         Ok(link)
+    }
+
+    /// The id of the disk, if a server has told it.
+    pub(super) fn disk_id(&self) -> Option<DiskId> {
+        lock(&self.state).machine.disk_id()
     }
 
     /// The terms of the first server.
@@ -347,7 +360,8 @@ impl UpstreamLink {
             self.pause(rotation.delay())?;
             let number = rotation.current();
             let target = &self.targets[number];
-            match connect_to(target, &self.options, (generation, Some(&self.terms))) {
+            let promised = ServerTerms { disk_id: self.disk_id(), ..self.terms };
+            match connect_to(target, &self.options, (generation, Some(&promised))) {
                 Ok(connected) => return Some((number, connected)),
                 Err(error) => {
                     let error = error.to_string();

@@ -46,6 +46,7 @@ use super::mutation::{self, UpstreamMutation};
 use super::terms::ServerTerms;
 use super::unflushed::Unflushed;
 use crate::disk::{Buffer, Completion, Op, OpId};
+use crate::ids::DiskId;
 use crate::nbd::wire::TransmissionFlags;
 use crate::range::Range;
 use nix::errno::Errno;
@@ -287,6 +288,12 @@ impl UpstreamMachine {
         self.completed.pop_front()
     }
 
+    /// The id of the disk, if a server has told it.
+    #[must_use]
+    pub(super) fn disk_id(&self) -> Option<DiskId> {
+        self.terms.disk_id
+    }
+
     /// Connections to a server with these terms replace the lost ones. The caller has compared the terms
     /// with those of the first server ([`ServerTerms::check_replacement`]).
     pub(super) fn connected(&mut self, terms: ServerTerms, connections: usize) {
@@ -301,6 +308,10 @@ impl UpstreamMachine {
             terms
         };
         self.terms = terms.limited_to(&self.terms);
+        #[cfg(test)]
+        if mutation::is_active(UpstreamMutation::ForgetDiskId) {
+            self.terms.disk_id = terms.disk_id;
+        }
         self.connections = connections.max(1);
         self.replies_before = self.replies;
         self.ready = vec![VecDeque::new(); self.connections];

@@ -54,6 +54,8 @@ pub(super) enum UpstreamMutation {
     RenameResent,
     /// A cookie is forgotten while its request waits to be sent again.
     ForgetCookie,
+    /// The id of the disk is forgotten when a server does not tell it.
+    ForgetDiskId,
     /// A reply is accepted over any connection.
     AcceptAnyCookie,
     /// A reply is accepted without its content.

@@ -2,6 +2,7 @@
 //! Only data.
 
 use crate::client::ClientError;
+use crate::ids::DiskId;
 use crate::net::Remote;
 use std::fmt;
 use std::io;
@@ -68,6 +69,8 @@ impl Default for UpstreamOptions {
 pub struct UpstreamState {
     /// Where the disk is, or was last.
     pub target: String,
+    /// The id of the disk, if a server has told it.
+    pub disk_id: Option<DiskId>,
     /// Whether it is connected.
     pub connected: bool,
     /// For how long it has been so.

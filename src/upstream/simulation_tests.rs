@@ -112,5 +112,6 @@ mutations! {
     accepting_a_reply_without_content_is_caught: AcceptIncomplete breaks "reads as" in Misbehaving,
     passing_a_shutdown_to_clients_is_caught: PassShutdown breaks "ESHUTDOWN" in Any,
     hiding_an_earlier_failure_is_caught: ForgetError breaks "reads as" in Errors,
+    forgetting_the_id_of_the_disk_is_caught: ForgetDiskId breaks "another disk is taken" in Any,
     keeping_the_buffer_of_a_lost_read_is_caught: KeepBuffer breaks "ENOMEM" in Large,
 }

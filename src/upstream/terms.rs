@@ -2,6 +2,7 @@
 //! Pure.
 
 use crate::disk::{FeatureFlags, Features};
+use crate::ids::DiskId;
 use crate::nbd::handshake::Agreement;
 use crate::nbd::reply::Dialect;
 use crate::nbd::wire::{PAYLOAD_LENGTH_DEFAULT, TransmissionFlags};
@@ -35,6 +36,9 @@ pub(super) struct ServerTerms {
     pub(super) payload_max: u32,
     /// Id of the metadata context `base:allocation`, if it was selected.
     pub(super) allocation_context: Option<u32>,
+    /// The id of the disk, if the server tells it. In terms that are promised: that which an earlier server
+    /// has told.
+    pub(super) disk_id: Option<DiskId>,
 }
 
 /// Largest minimum block that is accepted, in bytes ("Block size constraints").
@@ -50,6 +54,14 @@ pub(super) enum OtherDisk {
         ours: u64,
         /// Of this one.
         theirs: u64,
+    },
+    /// The ids of the disks differ.
+    #[error("its disk has the id {theirs}, and ours {ours}: it is another disk")]
+    Id {
+        /// That an earlier server has told.
+        ours: DiskId,
+        /// Of this one.
+        theirs: DiskId,
     },
     /// It does not permit writes.
     #[error("its disk is read-only, and ours is not")]
@@ -71,9 +83,9 @@ pub(super) enum OtherDisk {
 }
 
 impl ServerTerms {
-    /// The terms of an agreement.
+    /// The terms of an agreement with a server that tells this id of its disk.
     #[must_use]
-    pub(super) fn of(agreement: &Agreement) -> Self {
+    pub(super) fn of(agreement: &Agreement, disk_id: Option<DiskId>) -> Self {
         let blocks = agreement.block_sizes;
         let payload_max = blocks.map_or(PAYLOAD_LENGTH_DEFAULT, |sizes| sizes.maximum);
         let block_min = blocks.map_or(1, |sizes| sizes.minimum.max(1));
@@ -87,6 +99,7 @@ impl ServerTerms {
             block_preferred: blocks.map_or(BLOCK_PREFERRED, |sizes| sizes.preferred.max(block_min)),
             payload_max: blocks_max.max(1) * block_min,
             allocation_context: agreement.allocation_context,
+            disk_id,
         }
     }
 
@@ -107,6 +120,11 @@ impl ServerTerms {
         if other.size != self.size {
             return Err(OtherDisk::Size { ours: self.size, theirs: other.size });
         }
+        if let (Some(ours), Some(theirs)) = (self.disk_id, other.disk_id)
+            && ours != theirs
+        {
+            return Err(OtherDisk::Id { ours, theirs });
+        }
         if other.is_read_only() && !self.is_read_only() {
             return Err(OtherDisk::ReadOnly);
         }
@@ -118,6 +136,15 @@ impl ServerTerms {
             return Err(OtherDisk::Blocks { ours: self.block_min, theirs: other.block_min });
         }
         Ok(())
+    }
+
+    /// Whether a further connection to the same address has led to the same disk, on the same terms.
+    #[must_use]
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        // A server may get to know the id between two connections.
+        let disk_id = other.disk_id.or(self.disk_id);
+        Self { disk_id, ..*self } == Self { disk_id, ..*other }
+            && self.disk_id.is_none_or(|id| disk_id == Some(id))
     }
 
     /// The features of a disk that the server exports.
@@ -149,10 +176,11 @@ impl ServerTerms {
     }
 
     /// These terms without what the server with the terms `first` has not offered: our clients do not know
-    /// of it, and the server after this one need not have it.
+    /// of it, and the server after this one need not have it. A known id of the disk stays known.
     #[must_use]
     pub(super) fn limited_to(self, first: &Self) -> Self {
-        Self { flags: self.flags - (PROMISED - first.flags), ..self }
+        let disk_id = first.disk_id.or(self.disk_id);
+        Self { flags: self.flags - (PROMISED - first.flags), disk_id, ..self }
     }
 
     /// Whether it refuses changes.
@@ -183,7 +211,7 @@ mod tests {
             oldstyle: false,
         };
         change(&mut agreement);
-        ServerTerms::of(&agreement)
+        ServerTerms::of(&agreement, None)
     }
 
     #[test]
@@ -206,6 +234,38 @@ mod tests {
         assert_eq!(larger, Err(OtherDisk::Blocks { ours: 512, theirs: 4096 }));
         let odd = check(|other| other.block_sizes.as_mut().unwrap().minimum = 384);
         assert_eq!(odd, Err(OtherDisk::Blocks { ours: 512, theirs: 384 }));
+    }
+
+    #[test]
+    fn a_server_that_tells_another_id_cannot_replace_the_first() {
+        let (ours, theirs) = (DiskId([1; 16]), DiskId([2; 16]));
+        let with = |disk_id| ServerTerms { disk_id, ..terms(|_| {}) };
+        let other = Err(OtherDisk::Id { ours, theirs });
+        assert_eq!(with(Some(ours)).check_replacement(&with(Some(theirs))), other);
+        for (known, told) in
+            [(None, None), (None, Some(ours)), (Some(ours), None), (Some(ours), Some(ours))]
+        {
+            assert_eq!(with(known).check_replacement(&with(told)), Ok(()), "{known:?} {told:?}");
+            assert_eq!(with(told).limited_to(&with(known)).disk_id, known.or(told));
+        }
+    }
+
+    #[test]
+    fn further_connections_lead_to_the_same_disk() {
+        let with = |disk_id: Option<u8>| ServerTerms {
+            disk_id: disk_id.map(|id| DiskId([id; 16])),
+            ..terms(|_| {})
+        };
+        for (first, further, is_same) in [
+            (None, None, true),
+            (None, Some(1), true),
+            (Some(1), Some(1), true),
+            (Some(1), None, true),
+            (Some(1), Some(2), false),
+        ] {
+            assert_eq!(with(first).is_same(&with(further)), is_same, "{first:?} {further:?}");
+        }
+        assert!(!with(None).is_same(&terms(|other| other.size += 512)));
     }
 
     #[test]

@@ -4,12 +4,15 @@ use super::command_line::numbers;
 use super::roff::Page;
 use super::{assert_valid, module_source, read};
 use flexnbd::cli::MODES;
+use flexnbd::disk::ownership::disk_id::StoredDiskId;
 use flexnbd::disk::ownership::{
     self, BadRecord, ForListen, ForServe, Id, Provenance, RECORD_MAX, REMOTE_ADDRESS_MAX, Record,
     RemoteAddress, for_adopt, for_listen, for_serve,
 };
 use flexnbd::disk::record_store::RecordStoreError;
+use flexnbd::disk::record_store::disk_id::DISK_ID_ATTRIBUTE;
 use flexnbd::disk::{DeletionError, dirty, record_store, state_directory};
+use flexnbd::ids::DiskId;
 use flexnbd::migration::arrival::{SOURCE_SILENCE, WRITER_SILENCE};
 use flexnbd::migration::freeze::{
     BACKOFF_FIRST, BACKOFF_MAX, DRAIN_MAX, DRAIN_MIN, FREEZE_MAX, OPEN_SHARE, STALL_MAX,
@@ -18,7 +21,10 @@ use flexnbd::migration::job::{Job, Obstacle, SIZE_MIN, Trouble};
 use flexnbd::migration::machine::{ASK_AFTER, RELAY_RETRY_EVERY, RELAY_WAIT_MAX, RETRY_EVERY};
 use flexnbd::migration::pace::{CHUNK_MIN, Convergence, SHORT_PAUSE_ATTEMPT, SHORT_PAUSE_DIVISOR};
 use flexnbd::migration::plan::Limits;
-use flexnbd::migration::wire::{Answer, COMMAND, Handover, Has, OPTION, Question, Token, VERSION};
+use flexnbd::migration::wire::{
+    Answer, COMMAND, DISK_ID_VERSION, DiskIdMessage, Handover, Has, OPTION, Question, Token,
+    VERSION,
+};
 use flexnbd::nbd::wire::{ErrorCode, PRIVATE_PAYLOAD_MAX};
 use flexnbd::server::write_throttle;
 use std::time::Duration;
@@ -208,12 +214,27 @@ fn example_records_are_valid_and_cover_every_kind() {
 }
 
 #[test]
+fn example_of_a_stored_id_is_valid() {
+    let page = page();
+    let examples = page.literal();
+    let lines: Vec<_> = examples.iter().filter(|line| line.starts_with("disk ")).collect();
+    let [line] = lines[..] else { panic!("{lines:?}") };
+    let id = DiskId([0x11; 16]);
+    let stored =
+        StoredDiskId::decode(format!("{}\n", line.replace("ID", &id.to_string())).as_bytes());
+    assert_eq!(stored, Some(StoredDiskId { id, of: Some(Provenance::Native) }));
+    let command = format!("setfattr -x {DISK_ID_ATTRIBUTE} copy.img");
+    assert!(examples.iter().any(|line| line.ends_with(&command)), "no `{command}`");
+}
+
+#[test]
 fn record_paths_match_the_program() {
     let page = page();
     let attribute = format!("Va {}", record_store::ATTRIBUTE);
     let directory = format!("Pa {}", state_directory::SHARED);
     let own = "Pa ~/.local/state/flexnbd".to_owned();
-    assert_eq!(page.items("FILES"), [attribute, directory, own]);
+    let disk_id = format!("Va {DISK_ID_ATTRIBUTE}");
+    assert_eq!(page.items("FILES"), [attribute, disk_id, directory, own]);
     let command = format!("getfattr --only-values -n {} disk.img", record_store::ATTRIBUTE);
     assert!(
         page.literal().iter().any(|line| line.ends_with(&command)),
@@ -394,8 +415,8 @@ fn private_messages_match_the_documented_layout() {
     let page = page();
     let option = tables(&page, "PROTOCOL/The private option");
     let command = tables(&page, "PROTOCOL/The private command");
-    let ([question, answer], [handover]) = (&option[..], &command[..]) else {
-        panic!("the page must have three tables");
+    let ([question, answer, disk_id], [handover]) = (&option[..], &command[..]) else {
+        panic!("the page must have four tables");
     };
     let version = VERSION.to_be_bytes();
     let size = 0x0102_0304_0506_0708_u64;
@@ -415,6 +436,11 @@ fn private_messages_match_the_documented_layout() {
             [("version", &version), ("role", &[role]), ("state", &[state])];
         assert_fields(&Answer { listening, has }.encode(), answer, &[&start[..], &rest].concat());
     }
+    assert_fields(
+        &DiskIdMessage(DiskId([9; 16])).encode(),
+        disk_id,
+        &[("version", &DISK_ID_VERSION.to_be_bytes()), ("disk id", &[9; 16])],
+    );
     assert_fields(
         &Handover { id: ID, token: TOKEN }.encode(),
         handover,

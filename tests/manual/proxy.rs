@@ -9,6 +9,7 @@ use flexnbd::control::status::{
     UNFLUSHED_BYTES, UPSTREAM, UPSTREAM_CONNECTED, UPSTREAM_ERROR, UPSTREAM_RECONNECTS,
     UPSTREAM_SECONDS,
 };
+use flexnbd::ids::DiskId;
 use flexnbd::nbd::introduction::Introduction;
 use flexnbd::nbd::wire::PRIVATE_OPTION;
 use flexnbd::upstream::{CONNECTIONS_DEFAULT, UPSTREAM_TIMEOUT_DEFAULT};
@@ -98,7 +99,8 @@ fn the_documented_introduction_matches() {
     let introduction = Introduction { client: [7; 16], generation: 0x0102_0304_0506_0708 };
     let bytes = introduction.encode();
     let version = u32::from_be_bytes(bytes[..4].try_into().unwrap());
-    assert_eq!(Introduction::reply(), version.to_be_bytes());
+    assert_eq!(Introduction::reply(None), version.to_be_bytes());
+    assert_eq!(Introduction::reply(Some(DiskId([7; 16])))[4..], [7; 16]);
     assert_eq!(bytes[4..12], introduction.generation.to_be_bytes());
     assert_eq!(bytes[12..], introduction.client);
     let version = format!("version, {version}");

@@ -32,7 +32,9 @@ fn format_versions_match_the_program() {
     let records = format!("{} and {}", ownership::VERSION, ownership::VERSION_WITH_FROM);
     for (format, version) in [
         ("private messages", wire::VERSION.to_string()),
+        ("id of the disk", wire::DISK_ID_VERSION.to_string()),
         ("ownership record", records),
+        ("stored id", ownership::VERSION.to_owned()),
         ("session snapshot", SNAPSHOT_VERSION.to_string()),
     ] {
         assert!(formats().contains(&(format.to_owned(), version)), "{format} in {:?}", formats());

@@ -425,6 +425,22 @@ fn malformed_introductions_are_refused() {
 }
 
 #[test]
+fn disk_id_is_taken_from_introduced_sources_only() {
+    let listening = Listening::newstyle();
+    let mut wire = listening.haggle();
+    let disk_id = [&[0, 0, 0, 3][..], &[7; 16]].concat();
+    assert_eq!(wire.ask_final(OPT_PRIVATE, &disk_id), REP_ERR_INVALID, "before the introduction");
+    assert_eq!(wire.ask(OPT_PRIVATE, &introduction(MIGRATION_ID)).1, REP_ACK);
+    for bad in [&disk_id[..19], &[&disk_id[..], &[0]].concat()] {
+        assert_eq!(wire.ask_final(OPT_PRIVATE, bad), REP_ERR_INVALID, "{bad:02x?}");
+    }
+    let (replies, last) = wire.ask(OPT_PRIVATE, &disk_id);
+    assert_eq!((&replies[0].data[..], last), (&[0, 0, 0, 3][..], REP_ACK));
+    drop(wire);
+    listening.assert_still_waiting("");
+}
+
+#[test]
 fn handover_without_introduction_is_refused() {
     let listening = Listening::plain();
     let mut session = Session::open(&listening.endpoint(), Mode::Simple).unwrap();

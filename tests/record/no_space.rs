@@ -29,8 +29,9 @@ fn full_disk_is_recorded_in_state_directory(inode_bytes: u32) {
     let state = directory.path().join("state");
     fs::create_dir(&state).unwrap();
     let source = source.env("STATE_DIRECTORY", state.to_str().unwrap());
-    let (mut server, mut listener) = (source.serve(), destination.listen());
+    // Before the server starts, whose disk would get an id, and with it space for attributes.
     mount.fill();
+    let (mut server, mut listener) = (source.serve(), destination.listen());
     assert_eq!(source.mirror_to(destination.address, &[]), MIRROR_STARTED);
     assert!(server.wait_for_end().success(), "{}", server.stderr());
     assert!(listener.wait_for_end().success(), "{}", listener.stderr());
@@ -58,8 +59,8 @@ fn mirror_is_refused_when_no_record_can_be_kept() {
     let Some(mount) = Mount::ext4(directory.path(), 128) else { return };
     let (source, destination) = hosts(directory.path(), &mount.root);
     let source = source.env("STATE_DIRECTORY", UNUSABLE);
-    let (mut server, mut listener) = (source.serve(), destination.listen());
     mount.fill();
+    let (mut server, mut listener) = (source.serve(), destination.listen());
     for action in ["exit", "unlink"] {
         let reply = source.mirror_to(destination.address, &[action]);
         assert!(reply.starts_with("1: no ownership record can be kept"), "{reply}");
@@ -138,7 +139,10 @@ fn a_late_record_failure_ends_the_migration() {
     let (source, destination) = hosts(directory.path(), &mount.root);
     let source = source.env("STATE_DIRECTORY", UNUSABLE);
     write_at(&source.image, 0, &noise(2 * MIB as usize, 1));
+    mount.fill();
     let (mut server, _listener) = (source.serve(), destination.listen());
+    server.wait_for_stderr("proxies cannot recognize the disk by an id");
+    mount.free();
     assert_eq!(
         source.mirror_to(destination.address, &["exit", "0.0.0.0", "300000"]),
         MIRROR_STARTED

@@ -177,8 +177,8 @@ fn pair_without_attribute_space() -> Option<(Pair, Mount, PathBuf)> {
     image(&source, b"precious");
     image(&destination, b"old bytes");
     sparse_image(&mount.root, "unrelated.img", SIZE);
-    let (server, listener) = (source.serve(), destination.listen());
     mount.fill();
+    let (server, listener) = (source.serve(), destination.listen());
     Some((Pair { source, destination, server, listener, directory }, mount, state))
 }
 

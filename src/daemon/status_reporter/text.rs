@@ -121,6 +121,7 @@ mod tests {
             addresses: "[::]:10809".to_owned(),
         };
         let mut upstream = UpstreamState {
+            disk_id: None,
             target: "192.0.2.2:7".to_owned(),
             connected: true,
             since: Duration::ZERO,

@@ -25,6 +25,9 @@ pub struct ClientOffer {
     pub allocation: bool,
     /// The private option, with this data.
     pub private: Option<Vec<u8>>,
+    /// The private option once more, with this data, after a server has accepted it. Its reply does not
+    /// matter: not every server that knows the first message knows this one.
+    pub private_more: Option<Vec<u8>>,
     /// Nothing else: after the reply the handshake ends with [`HandshakeFailure::Aborted`].
     pub private_only: bool,
 }
@@ -88,6 +91,8 @@ enum ClientState {
     Greeting,
     /// Waits for replies to the private option.
     Private,
+    /// Waits for replies to the second private option.
+    PrivateMore,
     /// Waits for replies to this option.
     Option(OptionKind),
     /// Waits for the reply to `NBD_OPT_EXPORT_NAME`, which ends with this many zero bytes.
@@ -145,7 +150,9 @@ impl ClientHandshake {
         loop {
             let (step, next) = match self.state {
                 ClientState::Greeting => self.greeting(&input[used..], out)?,
-                ClientState::Private => self.private_option_reply(&input[used..], out)?,
+                ClientState::Private | ClientState::PrivateMore => {
+                    self.private_option_reply(&input[used..], out)?
+                }
                 ClientState::Option(kind) => self.option_reply(kind, &input[used..], out)?,
                 ClientState::ExportName { zeroes } => {
                     self.export_name_reply(zeroes, &input[used..])
@@ -215,10 +222,22 @@ impl ClientHandshake {
         if option != PRIVATE_OPTION {
             return Err(HandshakeFailure::Unexpected(OTHER_OPTION));
         }
+        let is_first = self.state == ClientState::Private;
         match reply {
-            OptionReply::Other { number: PRIVATE_OPTION, data } => self.private_reply = Some(data),
+            OptionReply::Other { number: PRIVATE_OPTION, data } if is_first => {
+                self.private_reply = Some(data);
+            }
             OptionReply::Ack if self.offer.private_only => return Err(HandshakeFailure::Aborted),
+            OptionReply::Ack if is_first && self.offer.private_more.is_some() => {
+                encode_option(
+                    PRIVATE_OPTION,
+                    self.offer.private_more.as_deref().unwrap_or_default(),
+                    out,
+                );
+                self.state = ClientState::PrivateMore;
+            }
             OptionReply::Ack => self.send_option(self.first_option(), out),
+            OptionReply::Error { .. } if !is_first => self.send_option(self.first_option(), out),
             OptionReply::Error { number, .. }
                 if number == OptionReplyKind::ErrUnsupported.number() =>
             {

@@ -399,6 +399,7 @@ fn client_falls_back_to_supported_options() {
         extended: true,
         allocation: true,
         private: Some(vec![1]),
+        private_more: Some(vec![2]),
         private_only: false,
     };
     let mut client = client::ClientHandshake::new(offer);
@@ -538,5 +539,36 @@ fn options_in_one_segment_are_handled_in_one_call() {
         encode_option(OptionKind::Go.number(), &go(""), &mut bytes);
         let (_, next) = Haggling::fixed_newstyle().receive(&bytes).unwrap();
         assert!(matches!(next, server::ServerStep::Transmission(_)), "option {first}: {next:?}");
+    }
+}
+
+/// The server's replies to the second private option do not matter.
+#[test]
+fn client_goes_on_whatever_the_second_private_reply() {
+    let kind = OptionReplyKind::ErrInvalid;
+    for second in [Ok(b"second".to_vec()), Err(OptionReply::error(kind, "unknown"))] {
+        let mut server = server::ServerHandshake::new(export());
+        server.enable_private_option();
+        let (private, private_more) = (Some(b"1".to_vec()), Some(b"2".to_vec()));
+        let offer = ClientOffer { private, private_more, ..ClientOffer::default() };
+        let mut client = client::ClientHandshake::new(offer);
+        let (mut to_client, mut to_server, mut received) = (Vec::new(), Vec::new(), Vec::new());
+        server.greet(&mut to_client);
+        loop {
+            let (used, next) = client.advance(&to_client, &mut to_server).unwrap();
+            to_client.drain(..used);
+            if matches!(next, client::ClientStep::Transmission(_)) {
+                break;
+            }
+            let (used, next) = server.advance(&to_server, &mut to_client).unwrap();
+            to_server.drain(..used);
+            if let server::ServerStep::PrivateOption(data) = next {
+                let reply = if data == b"1" { Ok(b"first".to_vec()) } else { second.clone() };
+                server.reply_to_private_option(reply, &mut to_client);
+                received.push(data);
+            }
+        }
+        assert_eq!(received, [b"1", b"2"]);
+        assert_eq!(client.private_reply(), Some(&b"first"[..]));
     }
 }

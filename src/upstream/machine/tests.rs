@@ -21,6 +21,7 @@ fn terms() -> ServerTerms {
         block_preferred: 4096,
         payload_max: 4096,
         allocation_context: None,
+        disk_id: None,
     }
 }
 

@@ -20,6 +20,7 @@ fn terms(dialect: Dialect) -> ServerTerms {
         block_preferred: 4096,
         payload_max: 1 << 20,
         allocation_context: (dialect != Dialect::Simple).then_some(CONTEXT),
+        disk_id: None,
     }
 }
 

@@ -47,6 +47,7 @@ situations! {
     ShutDown: "The server answers that it is shutting down.",
     Unreachable: "An address refuses the connection.",
     OtherDisk: "An address has another disk.",
+    OtherDiskId: "The other disk may differ in nothing but its id.",
     ReplayFailed: "The server fails a replay.",
     Misbehaved: "The server breaks the protocol.",
     Ended: "A session ends.",

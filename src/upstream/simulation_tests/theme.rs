@@ -1,6 +1,7 @@
 //! The themes of schedules, and the terms of their servers.
 
 use super::clients::SimMix;
+use crate::ids::DiskId;
 use crate::nbd::reply::Dialect;
 use crate::nbd::wire::TransmissionFlags as Flags;
 use crate::upstream::terms::ServerTerms;
@@ -94,6 +95,11 @@ const OPTIONAL: [Flags; 5] = [
     Flags::CAN_MULTI_CONN,
 ];
 
+/// The id of the disk, which some of its servers tell.
+const DISK_ID: DiskId = DiskId([1; 16]);
+/// The id of another disk.
+const OTHER_DISK_ID: DiskId = DiskId([2; 16]);
+
 /// The terms of the first server.
 pub(super) fn first_terms(cells: usize, rng: &mut fastrand::Rng) -> ServerTerms {
     let mut flags = Flags::HAS_FLAGS | Flags::SEND_FLUSH;
@@ -135,13 +141,15 @@ fn server_terms(cells: usize, given: Flags, of: u8, rng: &mut fastrand::Rng) -> 
         block_preferred: 4096,
         payload_max: [1024, 4096, 1 << 25, 1 << 25][rng.usize(..4)],
         allocation_context: has_context.then(|| rng.u32(..3)),
+        disk_id: rng.bool().then_some(DISK_ID),
     }
 }
 
-/// The terms of another disk.
+/// The terms of another disk. It may differ in nothing but its id if `first` has one.
 pub(super) fn other_terms(first: &ServerTerms, rng: &mut fastrand::Rng) -> ServerTerms {
     let terms = replacement_terms(first, rng);
-    match rng.u8(..3) {
+    match rng.u8(..4) {
+        3 if first.disk_id.is_some() => ServerTerms { disk_id: Some(OTHER_DISK_ID), ..terms },
         0 => ServerTerms { size: first.size + 512, ..terms },
         1 => ServerTerms { block_min: first.block_min * 2, ..terms },
         _ if first.flags.contains(Flags::SEND_FLUSH) => {

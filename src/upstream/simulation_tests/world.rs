@@ -66,7 +66,7 @@ pub(super) struct UpstreamWorld {
     theme: UpstreamTheme,
     rng: fastrand::Rng,
     machine: UpstreamMachine,
-    /// The terms of the first server.
+    /// The terms of the first server, and the id of the disk, once a server has told it.
     first: ServerTerms,
     link: Option<SimLink>,
     /// Requests of lost connections that the server goes on to execute.
@@ -332,14 +332,22 @@ impl UpstreamWorld {
         }
         self.coverage.count(UpstreamReached::OtherDisk);
         let other = other_terms(&self.first, &mut self.rng);
-        match self.first.check_replacement(&other) {
+        let has_other_id = other.disk_id.is_some_and(|id| self.first.disk_id != Some(id));
+        self.coverage.count_if(has_other_id, UpstreamReached::OtherDiskId);
+        match self.promised().check_replacement(&other) {
             Ok(()) => Err(format!("another disk is taken: {other:?}")),
             Err(_) => Ok(()),
         }
     }
 
+    /// What a server has to keep.
+    fn promised(&self) -> ServerTerms {
+        ServerTerms { disk_id: self.machine.disk_id(), ..self.first }
+    }
+
     fn begin_link(&mut self, terms: ServerTerms) -> Result<(), String> {
-        self.first.check_replacement(&terms).map_err(|why| format!("not taken: {why}"))?;
+        self.promised().check_replacement(&terms).map_err(|why| format!("not taken: {why}"))?;
+        self.first.disk_id = self.first.disk_id.or(terms.disk_id);
         let may_be_several = terms.has(TransmissionFlags::CAN_MULTI_CONN);
         let count = if may_be_several { self.rng.usize(1..=4) } else { 1 };
         self.coverage.count_if(count > 1, UpstreamReached::Several);

@@ -1,7 +1,7 @@
 //! One host of a migration: an image, an address, a control socket, an ownership record.
 //! Starts flexnbd there and sends it commands over the control socket. Never uses the library.
 
-use crate::{Builder, Endpoint, Server, TIMEOUT, poll_until, unused_loopback_address};
+use crate::{Builder, Endpoint, Program, Server, TIMEOUT, poll_until, unused_loopback_address};
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
@@ -143,6 +143,24 @@ impl Host {
         assert!(matched, "no {key}={value} within {TIMEOUT:?}; last status: {last:?}");
     }
 
+    /// The id of the disk in the image, which no process need serve; empty if it has none.
+    #[track_caller]
+    pub fn disk_id(&self) -> String {
+        let state = format!("{STATE_DIRECTORY}={}", self.state.display());
+        let status = Program::new("env").args([state.as_ref(), crate::flexnbd().as_os_str()]);
+        let text = status.words("status --file").args([&self.image]).ok();
+        let id = text.split_whitespace().find_map(|pair| pair.strip_prefix("disk_id="));
+        id.unwrap_or_default().to_owned()
+    }
+
+    /// Waits until the process that serves the image has given its disk an id, and returns that.
+    #[track_caller]
+    pub fn wait_for_disk_id(&self) -> String {
+        let has_id = poll_until(TIMEOUT, || !self.status_of("disk_id").is_empty());
+        assert!(has_id, "the disk has no id within {TIMEOUT:?}: {:?}", self.status());
+        self.status_of("disk_id")
+    }
+
     /// The state in the ownership record, such as `departed`; empty if there is no record.
     pub fn record(&self) -> String {
         // In the order of flexnbd, which prefers a record in the state directory.
@@ -152,12 +170,13 @@ impl Host {
         text.split_whitespace().nth(2).unwrap_or_default().to_owned()
     }
 
-    /// The newest record in the state directory, without temporary files and tombstones of deleted
-    /// images.
+    /// The newest record in the state directory, without ids of disks, temporary files and tombstones of
+    /// deleted images.
     fn record_in_state_directory(&self) -> Option<Vec<u8>> {
         let is_record = |path: &PathBuf| {
-            let name = path.to_string_lossy();
-            !["~new", "~spare", ".departed"].iter().any(|end| name.ends_with(end))
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with("%2F")
+                && !["~new", "~spare", ".departed"].iter().any(|end| name.ends_with(end))
         };
         let age = |path: &PathBuf| std::fs::metadata(path).and_then(|data| data.modified()).ok();
         let paths = std::fs::read_dir(&self.state).ok()?.flatten().map(|entry| entry.path());
