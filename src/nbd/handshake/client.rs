@@ -60,6 +60,9 @@ pub enum HandshakeFailure {
     },
 }
 
+/// Most characters of a server's message that are shown to an operator.
+pub(super) const MESSAGE_SHOWN_MAX: usize = 256;
+
 const OTHER_OPTION: &str = "it answered another option than the one asked";
 
 fn reason(number: u32) -> &'static str {
@@ -72,8 +75,16 @@ fn reason(number: u32) -> &'static str {
     }
 }
 
+/// The message of a server for an operator: without control characters, and no more of it than a line and a
+/// `status` have room for.
 fn in_parentheses(message: &str) -> String {
-    if message.is_empty() { String::new() } else { format!(" ({})", message.escape_debug()) }
+    let mut shown: String = message.chars().take(MESSAGE_SHOWN_MAX).collect();
+    let rest = if shown.len() < message.len() { " ..." } else { "" };
+    if shown.is_empty() {
+        return shown;
+    }
+    shown = shown.escape_debug().to_string();
+    format!(" ({shown}{rest})")
 }
 
 /// The next step of the handshake.

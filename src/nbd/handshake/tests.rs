@@ -572,3 +572,17 @@ fn client_goes_on_whatever_the_second_private_reply() {
         assert_eq!(client.private_reply(), Some(&b"first"[..]));
     }
 }
+
+#[test]
+fn a_servers_message_is_shown_up_to_its_limit() {
+    let shown = |length: usize| {
+        let message = "x".repeat(length);
+        HandshakeFailure::Refused { number: 0, message }.to_string()
+    };
+    let most = client::MESSAGE_SHOWN_MAX;
+    assert!(shown(most).ends_with("x)"));
+    assert!(shown(most + 1).ends_with("x ...)") && shown(most + 1).len() == shown(most).len() + 4);
+    assert_eq!(shown(65_536), shown(most + 1));
+    let control = HandshakeFailure::Refused { number: 0, message: "\x1b[2J\n".to_owned() };
+    assert_eq!(control.to_string(), "the server refused the export (\\u{1b}[2J\\n)");
+}
