@@ -96,6 +96,7 @@
 //! | `pulse`, `pulse-disk` | the watchdog, and the read that it uses as a probe of the disk | time; the disk |
 //! | `disk-id` | makes the id of a disk durable that has just got one (`daemon/disk_identity`) | the disk |
 //! | `reload`, `asking` | one reload; one question to another host | their answers |
+//! | `attempting`, `resolving` | one attempt to connect to an upstream (`upstream/attempts`), and its search for the address of a host | the other server; the resolver |
 //! | `connecting`, `flushing` | the first connection of a proxy, and its last flush (`daemon/proxying`) | the other server |
 //!
 //! Threads that a peer causes start only where memory is left ([`memory_reserve`]).

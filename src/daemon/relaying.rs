@@ -19,7 +19,7 @@ use crate::migration::link::Route;
 use crate::migration::relay::{RelayConnector, RelayError};
 use crate::migration::source::ask;
 use crate::migration::wire::{Answer, Has, Question};
-use crate::net::Remote;
+use crate::net::{Remote, resolve_within};
 use crate::server::ShutdownHandle;
 use crate::sync::lock;
 use crate::upstream::{self, UpstreamError, UpstreamHandle, UpstreamOptions, UpstreamTarget};
@@ -31,6 +31,9 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 use tracing::info;
+
+/// Longest time to find the address of the server, while clients wait.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Where the disk is served now, and for how long clients stay here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -249,7 +252,8 @@ impl DestinationConnector {
     fn check_arrived(&self, question: &Question) -> Result<(), RelayError> {
         let target = &self.plan.target;
         let not_yet = |why: String| RelayError::NotYet(format!("{target}: {why}"));
-        let addresses = target.remote.resolve().map_err(|error| not_yet(error.to_string()))?;
+        let addresses = resolve_within(&target.remote, RESOLVE_TIMEOUT)
+            .map_err(|error| not_yet(error.to_string()))?;
         let mut failure = not_yet("its name has no address".to_owned());
         for to in addresses {
             match ask(&Route { to, bind: self.plan.bind }, question) {

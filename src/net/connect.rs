@@ -1,5 +1,5 @@
-//! Connects to an address within a time limit.
-//! Tries once; whether to try again, and where, the caller decides.
+//! Connects to an address within a time limit, or to the first of several that accepts.
+//! Tries each once; whether to try again, and where, the caller decides.
 
 use super::wait::{happened, poll_until};
 use super::{Address, Stream};
@@ -15,25 +15,141 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+/// How long an address may be silent before the next one is tried beside it ("Happy Eyeballs", RFC 8305,
+/// Connection Attempt Delay).
+const SILENCE_MAX: Duration = Duration::from_millis(250);
+
 /// Connects to `address`, from the local address `from` if given, within `timeout`.
 ///
 /// # Errors
 /// `TimedOut` after `timeout`, `InvalidInput` if `from` is of the other family or the destination is a
 /// unix socket, or the system's error. The text names both addresses.
 pub fn connect(address: &Address, from: Option<IpAddr>, timeout: Duration) -> io::Result<Stream> {
-    let stream = match (address, from) {
-        (Address::Tcp(to), None) => connect_tcp(*to, None, timeout),
-        (Address::Tcp(to), Some(ip)) => match local_for(ip, *to) {
-            Ok(local) => connect_tcp(*to, Some(local), timeout),
-            Err(error) => Err(error),
-        },
-        (Address::Unix(path), None) => connect_unix(path, timeout),
-        (Address::Unix(_), Some(_)) => Err(invalid_input("a unix socket has no local address")),
-    };
-    stream.map_err(|error| with_addresses(&error, address, from))
+    let mut failure = None;
+    let connected = connect_first(std::slice::from_ref(address), from, timeout, |_, error| {
+        failure = Some(error);
+    });
+    let none = || io::ErrorKind::AddrNotAvailable.into();
+    connected.map(|(_, stream)| stream).ok_or_else(|| failure.unwrap_or_else(none))
 }
 
-fn connect_tcp(to: SocketAddr, from: Option<SocketAddr>, timeout: Duration) -> io::Result<Stream> {
+/// Connects to the first of several addresses that accepts, each within `timeout`. They are tried in their order: the
+/// next one after a failure at once, and after [`SILENCE_MAX`] beside those that have not answered. Returns
+/// its number; `None` if none accepts. `on_failure` gets the number and the error of each that has failed, as of
+/// [`connect`].
+pub fn connect_first(
+    addresses: &[Address],
+    from: Option<IpAddr>,
+    timeout: Duration,
+    mut on_failure: impl FnMut(usize, io::Error),
+) -> Option<(usize, Stream)> {
+    let mut fail = |number: usize, error: &io::Error| {
+        on_failure(number, with_addresses(error, &addresses[number], from));
+    };
+    let (mut next, mut silent_at) = (0, Instant::now());
+    let mut pending: Vec<PendingConnection> = Vec::new();
+    loop {
+        if next < addresses.len() && (pending.is_empty() || silent_at <= Instant::now()) {
+            let number = next;
+            next += 1;
+            silent_at = Instant::now() + SILENCE_MAX;
+            match begin(&addresses[number], from, timeout) {
+                Ok(Begun::Connected(stream)) => return Some((number, stream)),
+                Ok(Begun::Pending(stream)) => {
+                    let deadline = Instant::now().checked_add(timeout);
+                    pending.push(PendingConnection { number, stream, deadline });
+                }
+                Err(error) => {
+                    silent_at = Instant::now();
+                    fail(number, &error);
+                }
+            }
+            continue;
+        }
+        if pending.is_empty() {
+            return None;
+        }
+        let other = (next < addresses.len()).then_some(silent_at);
+        let deadline = pending.iter().filter_map(|one| one.deadline).chain(other).min();
+        let ended = match ended_at(&mut pending, deadline, timeout) {
+            Ok(ended) => ended,
+            Err(error) => {
+                pending.iter().for_each(|one| fail(one.number, &error));
+                return None;
+            }
+        };
+        for (number, outcome) in ended {
+            match outcome.and_then(connected) {
+                Ok(stream) => return Some((number, stream)),
+                Err(error) => {
+                    // The next one follows the last one, not one that has failed late.
+                    silent_at = if number + 1 == next { Instant::now() } else { silent_at };
+                    fail(number, &error);
+                }
+            }
+        }
+    }
+}
+
+/// A connection that the kernel is making.
+struct PendingConnection {
+    number: usize,
+    stream: TcpStream,
+    deadline: Option<Instant>,
+}
+
+/// A connection that was begun.
+enum Begun {
+    Connected(Stream),
+    Pending(TcpStream),
+}
+
+/// Begins to connect. A unix socket is connected, or not, when this returns, at most after `timeout`.
+fn begin(address: &Address, from: Option<IpAddr>, timeout: Duration) -> io::Result<Begun> {
+    match (address, from) {
+        (Address::Tcp(to), None) => begin_tcp(*to, None),
+        (Address::Tcp(to), Some(ip)) => begin_tcp(*to, Some(local_for(ip, *to)?)),
+        (Address::Unix(path), None) => connect_unix(path, timeout).map(Begun::Connected),
+        (Address::Unix(_), Some(_)) => Err(invalid_input("a unix socket has no local address")),
+    }
+}
+
+/// Waits until connections have been made or have failed, at most until then. Returns their numbers and outcomes,
+/// with those whose time is over.
+fn ended_at(
+    pending: &mut Vec<PendingConnection>,
+    deadline: Option<Instant>,
+    timeout: Duration,
+) -> io::Result<Vec<(usize, io::Result<TcpStream>)>> {
+    let mut fds: Vec<PollFd<'_>> =
+        pending.iter().map(|one| PollFd::new(one.stream.as_fd(), PollFlags::POLLOUT)).collect();
+    poll_until(&mut fds, deadline)?;
+    let ready: Vec<bool> = fds.iter().map(|fd| !happened(fd).is_empty()).collect();
+    let now = Instant::now();
+    let mut ended = Vec::new();
+    let mut ready = ready.into_iter();
+    for one in std::mem::take(pending) {
+        let is_late = one.deadline.is_some_and(|deadline| deadline <= now);
+        match (ready.next().unwrap_or(false), is_late) {
+            (true, _) => ended.push((one.number, Ok(one.stream))),
+            (false, true) => {
+                let late = io::Error::new(io::ErrorKind::TimedOut, no_answer(timeout));
+                ended.push((one.number, Err(late)));
+            }
+            (false, false) => pending.push(one),
+        }
+    }
+    Ok(ended)
+}
+
+/// The result of a connection that the kernel has made, or given up.
+fn connected(stream: TcpStream) -> io::Result<Stream> {
+    stream.take_error()?.map_or(Ok(()), Err)?;
+    stream.set_nonblocking(false)?;
+    Ok(Stream::over_tcp(stream))
+}
+
+fn begin_tcp(to: SocketAddr, from: Option<SocketAddr>) -> io::Result<Begun> {
     let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(family, SockType::Stream, flags, None)?;
@@ -42,22 +158,10 @@ fn connect_tcp(to: SocketAddr, from: Option<SocketAddr>, timeout: Duration) -> i
     }
     let stream = TcpStream::from(fd);
     match connect_socket(stream.as_raw_fd(), &SockaddrStorage::from(to)) {
-        Ok(()) => {}
-        Err(Errno::EINPROGRESS | Errno::EINTR) => finish(&stream, timeout)?,
-        Err(errno) => return Err(errno.into()),
+        Ok(()) => connected(stream).map(Begun::Connected),
+        Err(Errno::EINPROGRESS | Errno::EINTR) => Ok(Begun::Pending(stream)),
+        Err(errno) => Err(errno.into()),
     }
-    stream.set_nonblocking(false)?;
-    Ok(Stream::over_tcp(stream))
-}
-
-/// Waits for the result of a non-blocking connect.
-fn finish(stream: &TcpStream, timeout: Duration) -> io::Result<()> {
-    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
-    let deadline = Instant::now().checked_add(timeout);
-    if !poll_until(&mut fds, deadline)? || happened(&fds[0]).is_empty() {
-        return Err(io::Error::new(io::ErrorKind::TimedOut, no_answer(timeout)));
-    }
-    stream.take_error()?.map_or(Ok(()), Err)
 }
 
 /// A unix socket does not support non-blocking connects that complete later; the kernel limits the
@@ -121,7 +225,7 @@ fn with_addresses(error: &io::Error, address: &Address, from: Option<IpAddr>) ->
 
 #[cfg(test)]
 mod tests {
-    use super::{connect, local_for, time_value};
+    use super::{SILENCE_MAX, connect, connect_first, local_for, time_value};
     use crate::net::{Address, Listener, Stream};
     use nix::sys::socket::{getsockopt, sockopt};
     use nix::sys::time::TimeValLike;
@@ -222,6 +326,57 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
         listener
+    }
+
+    /// A TCP address that does not answer, and what keeps it so.
+    fn black_hole() -> (Address, (TcpListener, Vec<Stream>)) {
+        let listener = listener_with_short_backlog();
+        let to = Address::Tcp(listener.local_addr().unwrap());
+        let waiting = std::iter::from_fn(|| connect(&to, None, SHORT).ok()).collect();
+        (to, (listener, waiting))
+    }
+
+    /// The number of the first that accepts, and the failures before.
+    fn first(addresses: &[Address], timeout: Duration) -> (Option<usize>, Vec<(usize, ErrorKind)>) {
+        let mut failures = Vec::new();
+        let connected = connect_first(addresses, None, timeout, |number, error| {
+            failures.push((number, error.kind()));
+        });
+        (connected.map(|(number, _)| number), failures)
+    }
+
+    #[test]
+    fn silent_addresses_do_not_keep_the_next_ones_waiting() {
+        let (silent, _kept) = black_hole();
+        let (other, _also_kept) = black_hole();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let answers = Address::Tcp(listener.local_addr().unwrap());
+        // It would wait for an hour otherwise.
+        let hour = Duration::from_secs(3600);
+        assert_eq!(first(&[silent, other, answers], hour), (Some(2), vec![]));
+    }
+
+    #[test]
+    fn first_address_that_accepts_is_taken() {
+        let listeners = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [a, b] = listeners.each_ref().map(|to| Address::Tcp(to.local_addr().unwrap()));
+        assert_eq!(first(&[a, b.clone()], LONG), (Some(0), vec![]));
+        let refused = tcp("127.0.0.1:1");
+        let failures = vec![(0, ErrorKind::ConnectionRefused), (1, ErrorKind::NotFound)];
+        let unix = Address::Unix("/nowhere".into());
+        assert_eq!(first(&[refused.clone(), unix, b], LONG), (Some(2), failures));
+        assert_eq!(first(&[], LONG), (None, vec![]));
+        let failures = vec![(0, ErrorKind::ConnectionRefused); 1];
+        assert_eq!(first(&[refused], LONG), (None, failures));
+    }
+
+    #[test]
+    fn each_silent_address_has_its_own_timeout() {
+        let (silent, _kept) = black_hole();
+        let (other, _also_kept) = black_hole();
+        let timed_out = |number| (number, ErrorKind::TimedOut);
+        let ended = first(&[silent, other], SILENCE_MAX + SHORT);
+        assert_eq!(ended, (None, vec![timed_out(0), timed_out(1)]));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //!
 //! * [`Address`] is an address to listen on or to connect to, [`Remote`] the same with a host name.
 //! * [`Listener`] accepts, [`connect()`] connects; either gives a [`Stream`].
+//! * [`resolve_within`] finds the addresses of a host, and [`connect_first`] connects to the first of several.
 //! * [`Peer`] is the address or process of the client.
 //! * [`Wake`] wakes a waiting thread from another one.
 //!
@@ -14,6 +15,7 @@ mod bind_error;
 mod connect;
 mod listener;
 mod peer;
+mod resolve;
 mod stream;
 mod user;
 mod wait;
@@ -21,9 +23,10 @@ mod wake;
 
 pub use address::{Address, AddressError, Host, Remote, parse_port, resolve, unbracket};
 pub use bind_error::{BindError, BindReason};
-pub use connect::connect;
+pub use connect::{connect, connect_first};
 pub use listener::{BACKLOG, Listener};
 pub use peer::Peer;
+pub use resolve::resolve_within;
 pub use stream::{
     Interest, KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES_MAX, PEER_TIMEOUT, Ready, Stream,
 };

@@ -1,9 +1,11 @@
 //! The disk's view of an upstream, and its first connection.
 
-use super::connecting::connect_to;
+use super::attempts::{Attempts, AttemptsEvent};
+use super::connecting::{Connected, connect_to};
 use super::link::{UpstreamHandle, UpstreamLink};
 use super::options::{UpstreamError, UpstreamEvents, UpstreamOptions, UpstreamTarget};
 use super::queue::UpstreamQueue;
+use super::rotation::SILENCE_MAX;
 use crate::disk::{Backend, Buffer, Extent, Features, Identity, IoQueue, Op};
 use crate::ids::DiskId;
 use crate::nbd::wire::TransmissionFlags;
@@ -12,6 +14,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A disk that another server exports. Dropping it disconnects.
 #[derive(Debug)]
@@ -27,18 +30,36 @@ pub fn connect(
     options: UpstreamOptions,
     events: Arc<dyn UpstreamEvents>,
 ) -> Result<(UpstreamBackend, UpstreamHandle), UpstreamError> {
-    let mut failures = Vec::new();
-    for (number, target) in targets.iter().enumerate() {
-        match connect_to(target, &options, (0, None)) {
-            Ok(connected) => {
-                let start = UpstreamLink::start(targets, options, events, (number, connected));
-                let link = start.map_err(|error| UpstreamError::System("start a thread", error))?;
-                return Ok((UpstreamBackend(Arc::clone(&link)), UpstreamHandle(link)));
-            }
-            Err(error) => failures.push((target.to_string(), error.to_string())),
+    let first = connect_once(&targets, &options).map_err(UpstreamError::Targets)?;
+    let start = UpstreamLink::start(targets, options, events, first);
+    let link = start.map_err(|error| UpstreamError::System("start a thread", error))?;
+    Ok((UpstreamBackend(Arc::clone(&link)), UpstreamHandle(link)))
+}
+
+/// Connects to the first of the targets that gives us the disk, and returns its number. The error is why each
+/// does not.
+fn connect_once(
+    targets: &[UpstreamTarget],
+    options: &UpstreamOptions,
+) -> Result<(usize, Connected), Vec<(String, String)>> {
+    let attempts = Attempts::default();
+    let mut failures = vec![None; targets.len()];
+    let mut next = 0;
+    while failures.contains(&None) {
+        if let Some(target) = targets.get(next) {
+            let (target, options) = (target.clone(), options.clone());
+            attempts.start(next, move || connect_to(&target, &options, (0, None)));
+            next += 1;
+        }
+        let silent_at = (next < targets.len()).then(|| Instant::now() + SILENCE_MAX);
+        match attempts.wait(silent_at) {
+            AttemptsEvent::Ended(number, Ok(connected)) => return Ok((number, connected)),
+            AttemptsEvent::Ended(number, Err(error)) => failures[number] = Some(error.to_string()),
+            AttemptsEvent::Deadline | AttemptsEvent::Cancelled => {}
         }
     }
-    Err(UpstreamError::Targets(failures))
+    let reasons = targets.iter().zip(failures.into_iter().flatten());
+    Err(reasons.map(|(target, why)| (target.to_string(), why)).collect())
 }
 
 impl UpstreamBackend {

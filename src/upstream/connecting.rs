@@ -8,7 +8,8 @@ use crate::client::shake_hands;
 use crate::nbd::handshake::client::ClientOffer;
 use crate::nbd::introduction::Introduction;
 use crate::nbd::wire::TransmissionFlags;
-use crate::net::{Address, Stream, connect};
+use crate::net::{Address, Stream, connect, connect_first, resolve_within};
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,21 +40,34 @@ pub(super) fn connect_to(
     options: &UpstreamOptions,
     promises: (u64, Option<&ServerTerms>),
 ) -> Result<Connected, TargetError> {
-    let addresses = target.remote.resolve().map_err(TargetError::Connect)?;
+    let timeout = options.timeout.min(ATTEMPT_TIMEOUT_MAX);
+    let addresses = resolve_within(&target.remote, timeout).map_err(TargetError::Connect)?;
     connect_to_any(&addresses, target, options, promises)
 }
 
-/// Connects to the first of the target's addresses that has the disk.
+/// Connects to the first of the target's addresses that has the disk. One that does not answer does not keep the
+/// next ones waiting.
 pub(super) fn connect_to_any(
     addresses: &[Address],
     target: &UpstreamTarget,
     options: &UpstreamOptions,
     (generation, promised): (u64, Option<&ServerTerms>),
 ) -> Result<Connected, TargetError> {
-    let mut failure = None;
-    for address in addresses {
-        let timeout = options.timeout.min(ATTEMPT_TIMEOUT_MAX);
-        let opened = open(address, target, options, (generation, timeout));
+    let timeout = options.timeout.min(ATTEMPT_TIMEOUT_MAX);
+    let (mut failure, mut untried) = (None, addresses.to_vec());
+    loop {
+        let mut failed = Vec::new();
+        let connected = connect_first(&untried, options.bind, timeout, |number, error| {
+            failed.push(number);
+            failure.get_or_insert(TargetError::Connect(error));
+        });
+        let Some((number, stream)) = connected else { break };
+        let address = untried[number].clone();
+        let mut tried = failed.into_iter().chain([number]).collect::<BTreeSet<_>>();
+        while let Some(number) = tried.pop_last() {
+            untried.remove(number);
+        }
+        let opened = introduce(stream, target, options, (generation, timeout));
         let opened = opened.and_then(|(terms, stream)| {
             terms.check()?;
             promised.map_or(Ok(()), |promised| promised.check_replacement(&terms))?;
@@ -69,7 +83,7 @@ pub(super) fn connect_to_any(
         let mut streams = vec![stream];
         let timeout = options.timeout.min(FURTHER_TIMEOUT_MAX);
         while terms.has(TransmissionFlags::CAN_MULTI_CONN) && streams.len() < options.connections {
-            match open(address, target, options, (generation, timeout)) {
+            match open(&address, target, options, (generation, timeout)) {
                 Ok((same, stream)) if terms.is_same(&same) => streams.push(stream),
                 // One is enough; the server may limit its clients.
                 _ => break,
@@ -93,6 +107,16 @@ fn open(
     (generation, timeout): (u64, Duration),
 ) -> Result<(ServerTerms, Stream), TargetError> {
     let stream = connect(address, options.bind, timeout).map_err(TargetError::Connect)?;
+    introduce(stream, target, options, (generation, timeout))
+}
+
+/// Does the handshake.
+fn introduce(
+    stream: Stream,
+    target: &UpstreamTarget,
+    options: &UpstreamOptions,
+    (generation, timeout): (u64, Duration),
+) -> Result<(ServerTerms, Stream), TargetError> {
     // Setting an option fails only on a broken connection, which the handshake detects.
     let _ = stream.tune();
     let offer = ClientOffer {

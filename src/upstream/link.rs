@@ -8,26 +8,27 @@
 mod core;
 
 use self::core::{LinkConnection, LinkCore, QueueState};
+use super::attempts::{Attempts, AttemptsEvent};
 use super::connecting::{Connected, connect_to};
 use super::connection::UpstreamConnection;
 use super::machine::UpstreamMachine;
 use super::options::{UpstreamEvents, UpstreamOptions, UpstreamState, UpstreamTarget};
 use super::read_ahead::ReadAhead;
-use super::rotation::{DELAY_MAX, Rotation};
+use super::rotation::{DELAY_MAX, NextAttempt, Rotation};
 use super::terms::ServerTerms;
 use super::tx::UpstreamTx;
 use crate::disk::{Buffer, Completion, Op, OpId};
 use crate::ids::DiskId;
 use crate::message_id;
 use crate::net::Interest;
-use crate::sync::{lock, wait, wait_timeout};
+use crate::sync::{lock, wait};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tracing::{info, warn};
 
 /// A silent server is looked at this often within its timeout.
@@ -47,6 +48,8 @@ pub(super) struct UpstreamLink {
     targets: Vec<UpstreamTarget>,
     options: UpstreamOptions,
     events: Arc<dyn UpstreamEvents>,
+    /// The start of the time of [`Rotation`].
+    clock: Instant,
 }
 
 /// The owner's view of an upstream.
@@ -85,6 +88,9 @@ impl UpstreamHandle {
     pub fn close(&self) {
         let mut state = lock(&self.0.state);
         state.is_closed = true;
+        if let Some(attempts) = &state.attempts {
+            attempts.cancel();
+        }
         state.machine.close();
         state.lose("it is closed".to_owned());
         self.0.finish(state);
@@ -109,6 +115,7 @@ impl UpstreamLink {
             waiters: 0,
             loss: None,
             is_closed: false,
+            attempts: None,
             target,
             since: Instant::now(),
             last_error: None,
@@ -121,6 +128,7 @@ impl UpstreamLink {
             targets,
             options,
             events,
+            clock: Instant::now(),
         });
         // Before the first operation: without a connection, those of an ended session are cancelled.
         let replies = link.begin(target, &first).unwrap_or_default();
@@ -262,7 +270,7 @@ impl UpstreamLink {
             if answered || began.elapsed() >= DELAY_MAX {
                 rotation.on_success();
             } else {
-                rotation.on_failure();
+                rotation.on_failure(target, self.clock.elapsed());
             }
             let Some(connected) = self.reconnect(&mut rotation) else { return };
             (target, current) = connected;
@@ -352,45 +360,64 @@ impl UpstreamLink {
         Some(answered)
     }
 
-    /// Tries the targets in turn, until one gives us the disk. `None` if closed.
+    /// Connects again. `None` if closed.
     fn reconnect(&self, rotation: &mut Rotation) -> Option<(usize, Connected)> {
+        let attempts = Attempts::default();
+        let generation = {
+            let mut state = lock(&self.state);
+            if state.is_closed {
+                return None;
+            }
+            state.attempts = Some(attempts.clone());
+            state.reconnects
+        };
+        let connected = self.try_targets(rotation, &attempts, generation);
+        // Connections that are made from now on are closed.
+        lock(&self.state).attempts = None;
+        connected
+    }
+
+    /// Tries the targets until one gives us the disk. `None` if closed.
+    fn try_targets(
+        &self,
+        rotation: &mut Rotation,
+        attempts: &Attempts,
+        generation: u64,
+    ) -> Option<(usize, Connected)> {
         let mut reported: Vec<Option<String>> = vec![None; self.targets.len()];
-        let generation = lock(&self.state).reconnects;
         loop {
-            self.pause(rotation.delay())?;
-            let number = rotation.current();
-            let target = &self.targets[number];
-            let promised = ServerTerms { disk_id: self.disk_id(), ..self.terms };
-            match connect_to(target, &self.options, (generation, Some(&promised))) {
-                Ok(connected) => return Some((number, connected)),
-                Err(error) => {
-                    let error = error.to_string();
+            let deadline = match rotation.next(self.clock.elapsed()) {
+                NextAttempt::Start(number) => {
+                    let (target, options) = (self.targets[number].clone(), self.options.clone());
+                    let promised = ServerTerms { disk_id: self.disk_id(), ..self.terms };
+                    let connect =
+                        move || connect_to(&target, &options, (generation, Some(&promised)));
+                    rotation.on_start(number, self.clock.elapsed());
+                    attempts.start(number, connect);
+                    continue;
+                }
+                NextAttempt::WaitUntil(at) => Some(self.clock + at),
+                NextAttempt::Wait => None,
+            };
+            match attempts.wait(deadline) {
+                AttemptsEvent::Cancelled => return None,
+                AttemptsEvent::Deadline => {}
+                AttemptsEvent::Ended(number, Ok(connected)) => {
+                    rotation.on_connected(number);
+                    return Some((number, connected));
+                }
+                AttemptsEvent::Ended(number, Err(error)) => {
+                    rotation.on_failure(number, self.clock.elapsed());
+                    let (target, error) = (&self.targets[number], error.to_string());
                     // Once for each reason, not at every attempt.
                     if reported[number].as_ref() != Some(&error) {
                         warn!("{target} does not give us the disk: {error}");
                         reported[number] = Some(error.clone());
                     }
                     lock(&self.state).last_error = Some(format!("{target}: {error}"));
-                    rotation.on_failure();
                 }
             }
         }
-    }
-
-    /// Waits; `None` if closed.
-    fn pause(&self, delay: Duration) -> Option<()> {
-        let deadline = Instant::now() + delay;
-        let mut state = lock(&self.state);
-        state.waiters += 1;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if state.is_closed || left.is_zero() {
-                break;
-            }
-            state = wait_timeout(&self.changed, state, left).0;
-        }
-        state.waiters -= 1;
-        (!state.is_closed).then_some(())
     }
 
     /// Receives from a connection, and sends the bytes that its socket did not take at once, until it is lost.

@@ -12,7 +12,7 @@
 //! * `rx`, `tx`: bytes of replies and of requests. Pure.
 //! * `read_ahead`: what sequential reads will ask for next. Pure.
 //! * `rotation`: which address is next, and when. `terms`: whether a server has the same disk. Pure.
-//! * `link`: threads and sockets. `connecting`: how to get a `connection`. `backend`: the disk's view. `queue`: one session's.
+//! * `link`: threads and sockets. `attempts`, `connecting`: how to get a `connection`. `backend`: the disk's view. `queue`: one session's.
 //!
 //! # What a client may rely on
 //!
@@ -29,6 +29,7 @@
 //! request that they delay for longer than the reconnection takes could do harm. And a server that reports a
 //! failed flush once may report it to a lost connection, which receives nothing; ours remembers it.
 
+mod attempts;
 mod backend;
 mod connecting;
 mod connection;

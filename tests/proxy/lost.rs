@@ -14,7 +14,9 @@ use harness::{
     unused_loopback_address,
 };
 use nix::sys::signal::Signal;
+use nix::sys::socket::{Backlog, listen};
 use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 /// Pause between two batches of a writer.
@@ -89,6 +91,37 @@ fn a_silent_upstream_counts_as_lost() {
     assert_eq!((answered, reply.error), (cookie, 0));
     assert_eq!(read_at(&upstream.image, MIB, 5), b"hello");
     wait_for_status(&sock, "upstream_reconnects", "1");
+}
+
+/// An address that does not answer, as that of a host that is down; and what keeps it so.
+fn black_hole() -> (SocketAddr, (TcpListener, Vec<TcpStream>)) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let address = listener.local_addr().unwrap();
+    let fill = || TcpStream::connect_timeout(&address, Duration::from_millis(100)).ok();
+    let waiting = std::iter::from_fn(fill).collect();
+    (address, (listener, waiting))
+}
+
+#[test]
+fn an_address_that_is_silent_does_not_keep_others_waiting() {
+    let dir = temp_dir();
+    let (a, b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
+    stamped_image(&a.image, MIB);
+    let (silent, _kept) = black_hole();
+    let ends = [&a, &b].map(|host| Endpoint::Tcp(host.address));
+    let serving = a.serve();
+    let hole = Endpoint::Tcp(silent);
+    let proxy = proxy_of(&[&hole, &ends[0], &hole, &ends[1]], "");
+    let mut session = Session::open(proxy.endpoint(), Mode::Structured).unwrap();
+    session.assert_in_sync();
+    drop(serving);
+    std::fs::rename(&a.image, &b.image).unwrap();
+    let _serving = b.serve();
+    session.assert_in_sync();
+    let log = proxy.stderr();
+    let failed = format!("{silent} does not give us the disk");
+    assert!(!log.contains(&failed), "waited for it: {log}");
 }
 
 #[test]

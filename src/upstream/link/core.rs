@@ -2,6 +2,7 @@
 //! Never waits.
 
 use crate::disk::{Completion, Op, OpId};
+use crate::upstream::attempts::Attempts;
 use crate::upstream::connection::UpstreamConnection;
 use crate::upstream::machine::UpstreamMachine;
 use crate::upstream::read_ahead::{READ_AHEAD_OWNER, ReadAhead, ReadAheadStep};
@@ -26,6 +27,8 @@ pub(super) struct LinkCore {
     /// Why the current connections are lost.
     pub(super) loss: Option<String>,
     pub(super) is_closed: bool,
+    /// Those to connect again, the last ones.
+    pub(super) attempts: Option<Attempts>,
     pub(super) target: usize,
     pub(super) since: Instant,
     pub(super) last_error: Option<String>,

@@ -11,11 +11,12 @@ use crate::nbd::wire::TransmissionFlags;
 use crate::range::Range;
 use crate::schedules::ByteQueue;
 use crate::upstream::machine::UpstreamMachine;
-use crate::upstream::rotation::Rotation;
+use crate::upstream::rotation::{DELAY_MAX, NextAttempt, Rotation};
 use crate::upstream::rx::UpstreamRx;
 use crate::upstream::terms::ServerTerms;
 use crate::upstream::tx::UpstreamTx;
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 /// What a server needs, borrowed from the fields of a world.
 macro_rules! scene {
@@ -72,6 +73,10 @@ pub(super) struct UpstreamWorld {
     /// Requests of lost connections that the server goes on to execute.
     late: Vec<ReceivedRequest>,
     rotation: Rotation,
+    /// Every address is due at each attempt.
+    time: Duration,
+    /// The address of the last connection.
+    address: usize,
     addresses: usize,
     /// The address of the disk.
     home: usize,
@@ -113,6 +118,8 @@ pub(super) fn run(seed: u64) -> Result<UpstreamCoverage, String> {
         link: None,
         late: Vec::new(),
         rotation: Rotation::starting_at(addresses, 0),
+        time: Duration::ZERO,
+        address: 0,
         addresses,
         home: 0,
         image: ScriptedImage::new(&initial),
@@ -289,7 +296,7 @@ impl UpstreamWorld {
         if self.machine.replies() > link.replies {
             self.rotation.on_success();
         } else {
-            self.rotation.on_failure();
+            self.rotation.on_failure(self.address, self.time);
         }
         if loss == Loss::Power {
             self.lose_power()?;
@@ -321,11 +328,17 @@ impl UpstreamWorld {
     /// Tries the next address.
     fn connect(&mut self) -> Result<(), String> {
         let may_fail = !self.is_settling && self.rng.u8(..4) == 0;
-        if self.rotation.current() == self.home && !may_fail {
+        self.time += DELAY_MAX;
+        let next = self.rotation.next(self.time);
+        let NextAttempt::Start(address) = next else { return Err(format!("no address: {next:?}")) };
+        self.rotation.on_start(address, self.time);
+        if address == self.home && !may_fail {
+            self.rotation.on_connected(address);
+            self.address = address;
             let terms = replacement_terms(&self.first, &mut self.rng);
             return self.begin_link(terms);
         }
-        self.rotation.on_failure();
+        self.rotation.on_failure(address, self.time);
         if self.rng.bool() {
             self.coverage.count(UpstreamReached::Unreachable);
             return Ok(());
