@@ -23,6 +23,9 @@
 
 #[path = "generator/attach.rs"]
 mod attach;
+#[cfg(any(test, fuzzing))]
+#[path = "generator/fuzz_tests.rs"]
+pub(crate) mod fuzz_tests;
 #[path = "generator/sandbox.rs"]
 mod sandbox;
 #[cfg(test)]

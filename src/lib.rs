@@ -23,6 +23,7 @@
 //! * [`range`]: a byte range that can neither overflow nor leave its disk.
 //! * [`small_file`]: reads regular files of bounded size.
 //! * [`sync`]: locks and waits that ignore poisoning.
+//! * `fuzz_tests`: the fuzz targets; only in tests and for the fuzzer.
 //! * `schedules`: runs simulations from seeds; only in tests.
 //! * `transition_table`: compares decisions with their table in the source tree; only in tests.
 //! * [`nbd`]: the NBD protocol, both roles: bytes in, values out; pure.
@@ -149,6 +150,8 @@ pub mod client;
 pub mod control;
 pub mod daemon;
 pub mod disk;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz_tests;
 pub mod human;
 pub mod ids;
 pub mod memory_reserve;

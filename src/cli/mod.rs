@@ -3,6 +3,8 @@
 
 pub mod adopt;
 pub mod config;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
 pub mod instance;
 pub mod listen;
 pub mod mirror;

@@ -4,6 +4,9 @@
 //! [`Connection`] is the handshake of [`crate::nbd`] done over a [`Stream`], and requests in the
 //! simple dialect after it, in which the bytes of a read come in order and can be streamed.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
+
 use crate::nbd::Malformed;
 use crate::nbd::handshake::Agreement;
 use crate::nbd::handshake::client::{ClientHandshake, ClientOffer, ClientStep, HandshakeFailure};

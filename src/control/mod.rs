@@ -9,6 +9,8 @@
 
 pub mod client;
 pub mod command;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
 pub mod listener;
 pub mod reply;
 pub mod socket;

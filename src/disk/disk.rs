@@ -105,7 +105,7 @@ impl Disk {
     }
 
     /// Starts no thread from now on; sessions execute what the I/O queue declines.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn forbid_threads(&self) {
         self.threads.forbid();
     }

@@ -25,6 +25,8 @@ mod features;
 mod file_backend;
 mod file_system;
 mod flush_errors;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
 mod gate;
 pub mod inflight;
 mod io_queue;

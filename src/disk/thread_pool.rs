@@ -46,7 +46,7 @@ struct Tasks {
     /// Whether a write-back is queued or running.
     write_back_pending: bool,
     /// No thread may start, so that the session executes everything itself.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     forbidden: bool,
 }
 
@@ -103,7 +103,7 @@ impl ThreadPool {
     }
 
     /// Starts no thread from now on.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn forbid(&self) {
         self.pool.lock().forbidden = true;
     }
@@ -111,7 +111,7 @@ impl ThreadPool {
     /// Gives a task to a thread; returns it if there is none.
     fn submit(&self, task: Task) -> Option<Task> {
         let mut state = self.pool.lock();
-        #[cfg(test)]
+        #[cfg(any(test, fuzzing))]
         if state.forbidden {
             return Some(task);
         }

@@ -3,7 +3,7 @@
 //!
 //! The names of the device's units are escaped paths, which a template cannot form from its instance.
 
-use crate::{Line, TEMPLATES};
+use super::{Line, TEMPLATES};
 use flexnbd::systemd::unit::device_unit;
 
 /// Directory of the devices; `systemd/flexnbd.rules` makes links in it.

@@ -27,6 +27,8 @@
 pub mod arrival;
 pub mod destination;
 pub mod freeze;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
 pub mod job;
 pub mod link;
 pub mod machine;

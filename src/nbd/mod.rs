@@ -11,6 +11,8 @@
 //! can no longer become valid. No decoder panics, or allocates by a length that a peer sent.
 
 mod bytes;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
 pub mod handshake;
 pub mod introduction;
 pub mod reply;

@@ -8,6 +8,9 @@
 //! store, and waits for the confirmation, before they are used: after a crash they must not come back
 //! with a note that is no longer true.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
+
 use super::ServiceManager;
 use memmap2::Mmap;
 use nix::errno::Errno;

@@ -33,6 +33,8 @@ mod attempts;
 mod backend;
 mod connecting;
 mod connection;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
 mod link;
 mod machine;
 #[cfg(test)]

@@ -11,6 +11,8 @@
 //! ```
 
 pub mod client;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
 pub mod option;
 pub mod server;
 #[cfg(test)]

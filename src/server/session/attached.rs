@@ -82,7 +82,7 @@ impl Attached {
     }
 
     /// Takes at most so many bytes to send; none are pinned.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn take(&mut self, most: usize) -> Vec<u8> {
         assert_eq!(self.pinned.length(), 0);
         let Some(LoadedPart { buffer, unsent }) = &mut self.loaded else { return Vec::new() };

@@ -13,6 +13,8 @@ mod attached;
 mod disk_io;
 mod driver;
 mod engine;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz_tests;
 mod handshake;
 mod inline_reads;
 mod phase;

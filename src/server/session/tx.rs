@@ -269,7 +269,7 @@ impl Tx {
     }
 
     /// Takes at most so many bytes to send; no data is pinned.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn take(&mut self, most: usize) -> Vec<u8> {
         assert!(!self.out_of_memory);
         let end = self.end.min(self.start.saturating_add(most));
