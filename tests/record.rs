@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "record/disk_id.rs"]
+mod disk_id;
 #[path = "record/locks.rs"]
 mod locks;
 #[path = "record/mount.rs"]

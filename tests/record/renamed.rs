@@ -227,9 +227,7 @@ fn another_device_under_the_same_name_is_refused() {
         (Host::new(directory.path(), "a"), Host::new(directory.path(), "b"));
     let mut devices = Vec::new();
     for name in ["one", "two"] {
-        let file = sparse_image(directory.path(), name, SIZE);
-        let device = run("losetup", &["--show", "-f", file.to_str().unwrap()]);
-        devices.push(LoopDevice(device.trim().to_owned()));
+        devices.push(LoopDevice::of(&sparse_image(directory.path(), name, SIZE)));
     }
     source.image = directory.path().join("node");
     let make_node = |device: &LoopDevice| {
@@ -260,7 +258,14 @@ fn another_device_under_the_same_name_is_refused() {
 }
 
 /// A loop device; detached when dropped.
-struct LoopDevice(String);
+pub(crate) struct LoopDevice(pub(crate) String);
+
+impl LoopDevice {
+    pub(crate) fn of(file: &Path) -> LoopDevice {
+        let device = run("losetup", &["--show", "-f", file.to_str().unwrap()]);
+        LoopDevice(device.trim().to_owned())
+    }
+}
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
