@@ -1,7 +1,7 @@
 //! The paths that a confined process may use, and for what. Pure.
 //!
 //! A rule for a directory holds for all files below it. So an image has a rule of its own, and its directory
-//! only the rights that creating and deleting need.
+//! only the rights that creating and deleting need. No rule is for the root directory, and thus for all files.
 
 use std::path::{Path, PathBuf};
 
@@ -75,6 +75,8 @@ const COMMON: &[(&str, Grant)] = &[
     ("/dev/urandom", Grant::Read),
     // The limits of processors and memory.
     ("/proc/self/cgroup", Grant::Read),
+    // The names in a backtrace.
+    ("/proc/self/exe", Grant::Read),
     ("/sys/fs/cgroup", Grant::Read),
 ];
 
@@ -107,7 +109,11 @@ impl Needs {
     #[must_use]
     pub fn rules(&self) -> Vec<PathRule> {
         let mut rules = Vec::new();
-        let mut add = |path: &Path, grant| rules.push(PathRule { path: path.to_owned(), grant });
+        let mut add = |path: &Path, grant| {
+            if path != Path::new("/") {
+                rules.push(PathRule { path: path.to_owned(), grant });
+            }
+        };
         COMMON.iter().for_each(|(path, grant)| add(Path::new(path), *grant));
         if self.names != NameLookups::Never {
             LOOKUP.iter().for_each(|path| add(Path::new(path), Grant::Read));
@@ -116,7 +122,10 @@ impl Needs {
             add(Path::new(CONFIGURATION), Grant::Read);
         }
         self.sockets.iter().for_each(|socket| add(directory_of(socket), Grant::Sockets));
-        self.read_again.iter().for_each(|file| add(directory_of(file), Grant::Read));
+        self.read_again.iter().for_each(|file| {
+            add(file, Grant::Read);
+            add(directory_of(file), Grant::Read);
+        });
         if let Some(files) = &self.image {
             let access = if files.read_only { Grant::Read } else { Grant::ReadWrite };
             add(&files.image, access);
@@ -173,7 +182,17 @@ mod tests {
     fn sockets_and_files_grant_their_directories() {
         let sockets = vec!["/run/x/s".into(), "bare".into()];
         let needs = Needs { sockets, read_again: vec!["/etc/f/c".into()], ..Needs::default() };
-        assert_eq!(special(&needs), ["/run/x Sockets", ". Sockets", "/etc/f Read"]);
+        let rules = ["/run/x Sockets", ". Sockets", "/etc/f/c Read", "/etc/f Read"];
+        assert_eq!(special(&needs), rules);
+    }
+
+    #[test]
+    fn no_rule_is_for_the_root_directory() {
+        let mut needs = image(false, false);
+        needs.image.as_mut().unwrap().image = "/disk".into();
+        needs.sockets = vec!["/s".into()];
+        needs.read_again = vec!["/c".into()];
+        assert_eq!(special(&needs), ["/c Read", "/disk ReadWrite", "/var/lib/flexnbd Files"]);
     }
 
     #[test]
