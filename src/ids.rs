@@ -1,10 +1,10 @@
 //! Ids of 128 random bits, as text of 32 lower-case hexadecimal digits.
-//! Pure: who draws an id, and where it is kept, is not known here.
+//! Pure: draws no id, and keeps none.
 
 use std::fmt;
 
-/// The id of a disk, which it has on every host and at every address: a proxy recognizes the disk by it
-/// (`disk/ownership/disk_id` says who draws it and keeps it).
+/// The id of a disk, the same on every host and at every address: a proxy recognizes the disk by it.
+/// `disk/ownership/disk_id` describes its life.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct DiskId(pub [u8; 16]);
 

@@ -139,6 +139,7 @@
 //!   (a handover was begun), *departed* (another host owns the disk now).
 //! * **handover**: the request by which a source gives the disk away. **in doubt**: it was sent and its
 //!   outcome is unknown; neither side serves until that is resolved.
+//! * **disk id**: 128 random bits that move with a disk; a proxy recognizes the disk by them.
 //! * **upstream**: the server that has the disk of a proxy, or that a source relays to.
 //! * **relay**: after a handover, pass the requests of clients that have stayed at the source on to the
 //!   destination.

@@ -13,30 +13,29 @@
 //! disk into the image. Therefore the line names the provenance that the disk had when it was written, and
 //! counts only for an image whose record has the same one; each arrival has a provenance of its own.
 //!
-//! # Who draws it
+//! # Where it comes from
 //!
-//! * `serve`, for a disk that never moved, has no id yet, and may be changed. Only as an attribute: that is
-//!   part of the image. The state directory belongs to one host, while a block device may be shared by
-//!   several, which would draw different ids for one disk.
-//! * The source of a migration tells the id to the destination, which keeps it wherever it keeps the record.
-//! * `adopt --force`, for a copy that may differ from what clients have seen: a proxy that runs must not
-//!   go on with it. Without need for force an adopted disk keeps its id.
+//! * `serve` draws one for a disk that never moved, has none, and may be changed; and stores it only as an
+//!   attribute, which is part of the image. The state directory belongs to one host, but several hosts may share
+//!   a block device, and each would draw a different id for the same disk.
+//! * The source of a migration tells it to the destination.
+//! * `adopt --force` draws a new one: the copy may differ from the bytes that clients have seen, and a running
+//!   proxy must not continue with it. A disk that can be adopted without force keeps its id.
 //!
 //! A disk that has moved and came without an id (from an earlier program, or from one that is not flexnbd)
 //! gets none: it may have one elsewhere, under which a proxy knows it. Without an id everything is as it
 //! was before there were ids.
 //!
-//! A copy of the image file has the id if its attributes are copied as well (`cp -a`, `rsync -X`): whoever
-//! moves a disk by hand that way keeps its proxies, but a copy that is to be a disk of its own needs a new
-//! id, by removal of the attribute. A copy without attributes is another disk.
+//! A copy of the image file has the id if its attributes are copied as well (`cp -a`, `rsync -X`), so proxies
+//! accept a disk that an operator moves in that way. An operator who makes a second disk of the copy removes
+//! the attribute. A copy without attributes is another disk, and gets another id.
 //!
 //! # Durability
 //!
-//! An id that was offered to a client must not be lost in a power cut, since the disk would come back under
-//! another one, and proxies would refuse it. That of an arrived disk is durable before the record which
-//! makes it count. One that `serve` draws is written twice: first without a provenance, so that it does not
-//! count, and once that is durable with it. So a process that finds an id need not sync the image, which can take
-//! long.
+//! A power cut must not undo an id that a client knows: the disk would get another one, and proxies would
+//! refuse it. The id of an arrived disk is stored before the record, and counts with it. An id that `serve`
+//! draws is written twice: first without a provenance, which does not count, and with it once the first line
+//! is durable. So a process that finds an id need not sync the image, which can take long.
 
 use super::{Provenance, VERSION, decode_provenance, encode_provenance};
 use crate::ids::DiskId;
