@@ -129,8 +129,8 @@ fn sessions_are_not_restored_on_another_disk() {
     let _server = serve(&wrong);
     let service = start();
     session.wire.expect_closed("the disk is another one");
-    let log = service.stderr();
-    assert!(log.contains("the disk itself is not what their clients were told"), "{log}");
+    let why = "the disk itself is not what their clients were told";
+    wait_until("the reason in the log", || service.stderr().contains(why));
 }
 
 #[test]

@@ -93,6 +93,9 @@ fn a_silent_upstream_counts_as_lost() {
     wait_for_status(&sock, "upstream_reconnects", "1");
 }
 
+/// The attribute with the id of a disk.
+const DISK_ID_ATTRIBUTE: &str = "user.flexnbd.disk";
+
 /// An address that does not answer, as that of a host that is down; and what keeps it so.
 fn black_hole() -> (SocketAddr, (TcpListener, Vec<TcpStream>)) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -108,16 +111,20 @@ fn an_address_that_is_silent_does_not_keep_others_waiting() {
     let dir = temp_dir();
     let (a, b) = (Host::new(dir.path(), "a"), Host::new(dir.path(), "b"));
     stamped_image(&a.image, MIB);
+    drop(a.serve());
+    // The same disk for the proxy, already there when it is needed.
+    std::fs::copy(&a.image, &b.image).unwrap();
+    if let Ok(Some(id)) = xattr::get(&a.image, DISK_ID_ATTRIBUTE) {
+        xattr::set(&b.image, DISK_ID_ATTRIBUTE, &id).unwrap();
+    }
     let (silent, _kept) = black_hole();
     let ends = [&a, &b].map(|host| Endpoint::Tcp(host.address));
-    let serving = a.serve();
+    let (serving, _later) = (a.serve(), b.serve());
     let hole = Endpoint::Tcp(silent);
     let proxy = proxy_of(&[&hole, &ends[0], &hole, &ends[1]], "");
     let mut session = Session::open(proxy.endpoint(), Mode::Structured).unwrap();
     session.assert_in_sync();
     drop(serving);
-    std::fs::rename(&a.image, &b.image).unwrap();
-    let _serving = b.serve();
     session.assert_in_sync();
     let log = proxy.stderr();
     let failed = format!("{silent} does not give us the disk");
