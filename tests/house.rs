@@ -83,6 +83,7 @@ const PURE: &[&str] = &[
     "upstream/machine",
     "upstream/rotation.rs",
     "upstream/rx.rs",
+    "upstream/spare_buffers.rs",
     "upstream/terms.rs",
     "upstream/tx.rs",
     "upstream/unflushed.rs",
