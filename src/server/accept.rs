@@ -15,6 +15,7 @@ use crate::message_id;
 use crate::nbd::handshake::server::ServerHandshake;
 use crate::nbd::introduction::Introduction;
 use crate::net::{Listener, Peer, Stream, wait_readable};
+use crate::systemd::log_limit::PERIOD;
 use nix::sys::resource::{Resource, getrlimit};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -47,6 +48,21 @@ pub(super) fn accept_clients(shared: &Arc<ServerShared>, listeners: &[Listener])
     }
     silent.start_all(shared);
     shared.rejections.log_remaining_counts();
+    log_unlogged(shared, Instant::now() + PERIOD);
+}
+
+/// Logs how many sessions were not logged, and returns when to do so again.
+fn log_unlogged(shared: &ServerShared, now: Instant) -> Option<Instant> {
+    let (counts, due) = shared.sessions.take_unlogged(now);
+    for (network, count) in counts {
+        let origin = network.map_or_else(|| "elsewhere".to_owned(), |network| network.to_string());
+        warn!(
+            "flexnbd.client" = origin,
+            "flexnbd.clients" = count,
+            "{count} more sessions of {origin} began and were not logged"
+        );
+    }
+    due
 }
 
 fn accept_until_closed(
@@ -59,6 +75,7 @@ fn accept_until_closed(
         shared.sessions.heartbeat.answer();
         let now = Instant::now();
         let counts_due = shared.rejections.log_counts(now);
+        let unlogged_due = log_unlogged(shared, now);
         silent.close_ended(shared, now);
         let scarce = scarce_until.filter(|until| now < *until);
         let (accepts, ready_at) = match shared.sessions.accept_readiness(now) {
@@ -71,7 +88,10 @@ fn accept_until_closed(
         let mut descriptors: Vec<BorrowedFd<'_>> = vec![shared.sessions.acceptor_wake.as_fd()];
         descriptors.extend(accepted_from.iter().map(AsFd::as_fd));
         descriptors.extend(silent.descriptors());
-        let deadline = [ready_at, counts_due, silent.deadline(shared)].into_iter().flatten().min();
+        let deadline = [ready_at, counts_due, unlogged_due, silent.deadline(shared)]
+            .into_iter()
+            .flatten()
+            .min();
         let ready = wait_readable(&descriptors, deadline)?;
         if ready[0] {
             shared.sessions.acceptor_wake.clear();
@@ -374,7 +394,9 @@ fn run_session(
     }
     shared.policy.on_session_end(id);
     if session.registration.is_established() || matches!(end, SessionEnd::Suspended) {
-        log_end(&session.peer, &end);
+        if !session.registration.is_quiet() {
+            log_end(&session.peer, &end);
+        }
     } else {
         // A client that was answered with the limit leaves in its own way.
         let end = session.registration.kept_out().map_or(end, SessionEnd::Full);

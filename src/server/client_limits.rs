@@ -4,6 +4,10 @@
 use super::handshake_slots::SourceNetwork;
 use thiserror::Error;
 
+/// How many sessions of one network may begin in a minute before further ones are only counted, not logged. Far
+/// more than begin when a host with many clients starts.
+pub const SESSIONS_LOGGED_MAX: u64 = 300;
+
 /// The largest numbers of clients beyond the handshake. Changing them disconnects no client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClientLimits {

@@ -38,7 +38,7 @@ mod test_support;
 mod tests;
 pub mod write_throttle;
 
-pub use client_limits::ClientLimits;
+pub use client_limits::{ClientLimits, SESSIONS_LOGGED_MAX};
 pub use server::{Server, ServerConfig, StoredSessions};
 pub use server_handles::{AcceptorHandle, ShutdownHandle};
 pub use settings::{

@@ -3,7 +3,7 @@
 //! a change of the list and its enforcement.
 
 use super::acl::{Acl, BadEntry};
-use super::client_limits::{ClientLimits, LimitReached};
+use super::client_limits::{ClientLimits, LimitReached, SESSIONS_LOGGED_MAX};
 use super::events::ServerEvents;
 use super::export_policy::{SessionId, SessionsView};
 use super::handshake_slots::{self, HandshakeSlot, SlotAvailability, SourceNetwork};
@@ -12,6 +12,7 @@ use super::snapshot::SessionSnapshot;
 use super::stop_request::{SessionControl, StopRequest};
 use crate::net::{Peer, Stream, Wake};
 use crate::sync::{self, Condvar, Mutex, MutexGuard};
+use crate::systemd::log_limit::LogLimit;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
@@ -70,6 +71,8 @@ struct SessionTable {
     entries: Entries,
     /// The sessions suspended so far.
     suspended: Vec<SuspendedSession>,
+    /// Which sessions have lines in the log.
+    logged: LogLimit<SourceNetwork>,
 }
 
 /// Guard: the acceptor is accepting a connection.
@@ -101,6 +104,8 @@ struct SessionEntry {
     awaits_others: bool,
     /// The limit that has kept it out.
     kept_out: Option<LimitReached>,
+    /// Its client may cause no lines in the log: those of the same network have caused enough.
+    is_quiet: bool,
 }
 
 /// The limit that a connection counts against.
@@ -165,6 +170,7 @@ impl Sessions {
             next_id: 1,
             entries: BTreeMap::new(),
             suspended: Vec::new(),
+            logged: LogLimit::with_lines(SESSIONS_LOGGED_MAX),
         };
         let (inner, removed, heartbeat) = (Mutex::new(inner), Condvar::new(), Heartbeat::default());
         Ok(Arc::new(Self {
@@ -283,9 +289,14 @@ impl Sessions {
     ) -> Result<Registration, AdmissionError> {
         let control = Arc::new(SessionControl::new().map_err(|_| AdmissionError::NoDescriptors)?);
         inner.next_id = inner.next_id.max(id.saturating_add(1));
-        let (awaits_others, kept_out) = (false, None);
-        let entry =
-            SessionEntry { peer, control: Arc::clone(&control), slot, awaits_others, kept_out };
+        let entry = SessionEntry {
+            peer,
+            control: Arc::clone(&control),
+            slot,
+            awaits_others: false,
+            kept_out: None,
+            is_quiet: false,
+        };
         inner.entries.insert(id, entry);
         self.events.clients_changed();
         let since = match slot {
@@ -386,6 +397,15 @@ impl Sessions {
             inner = sync::wait_timeout(&self.removed, inner, left).0;
         }
         true
+    }
+
+    /// The sessions that were not logged in the periods that have ended, by network, and when to ask again.
+    pub(super) fn take_unlogged(
+        &self,
+        now: Instant,
+    ) -> (Vec<(Option<SourceNetwork>, u64)>, Option<Instant>) {
+        let mut inner = self.lock();
+        (inner.logged.take_counts(now), inner.logged.deadline())
     }
 
     pub(super) fn is_accepting(&self) -> bool {

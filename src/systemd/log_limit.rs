@@ -1,5 +1,5 @@
-//! Rate limit for log lines that unauthenticated clients cause: the first event of a kind gets a line at
-//! once, further ones a count per minute.
+//! Rate limit for log lines that clients cause: the first events of a kind get lines at once, further ones
+//! a count per minute.
 //! Pure: time is an argument. Never stores more than [`KINDS_MAX`] kinds.
 
 use std::collections::BTreeMap;
@@ -22,6 +22,8 @@ pub enum LogDecision {
 /// Counts of events by kind, such as a reason and an address.
 #[derive(Clone, Debug)]
 pub struct LogLimit<K> {
+    /// How many events of a kind get lines in a period without a count.
+    lines: u64,
     kinds: BTreeMap<K, SuppressedCount>,
     /// Events of kinds beyond [`KINDS_MAX`].
     others: Option<SuppressedCount>,
@@ -30,12 +32,32 @@ pub struct LogLimit<K> {
 #[derive(Clone, Copy, Debug)]
 struct SuppressedCount {
     logged_at: Instant,
+    logged: u64,
     counted: u64,
 }
 
 impl<K> Default for LogLimit<K> {
     fn default() -> Self {
-        Self { kinds: BTreeMap::new(), others: None }
+        Self::with_lines(1)
+    }
+}
+
+impl<K> LogLimit<K> {
+    /// A limit of so many lines for the events of a kind in a period.
+    #[must_use]
+    pub fn with_lines(lines: u64) -> Self {
+        Self { lines, kinds: BTreeMap::new(), others: None }
+    }
+}
+
+impl SuppressedCount {
+    fn record(&mut self, lines: u64) -> LogDecision {
+        if self.logged < lines {
+            self.logged += 1;
+            return LogDecision::Log;
+        }
+        self.counted = self.counted.saturating_add(1);
+        LogDecision::Count
     }
 }
 
@@ -43,19 +65,15 @@ impl<K: Ord> LogLimit<K> {
     /// Counts an event. A period lasts until [`LogLimit::take_counts`] is called after its end.
     pub fn record(&mut self, kind: K, now: Instant) -> LogDecision {
         if let Some(entry) = self.kinds.get_mut(&kind) {
-            entry.counted = entry.counted.saturating_add(1);
-            return LogDecision::Count;
+            return entry.record(self.lines);
         }
-        let fresh = SuppressedCount { logged_at: now, counted: 0 };
+        let fresh = SuppressedCount { logged_at: now, logged: 1, counted: 0 };
         if self.kinds.len() < KINDS_MAX {
             self.kinds.insert(kind, fresh);
             return LogDecision::Log;
         }
         match &mut self.others {
-            Some(entry) => {
-                entry.counted = entry.counted.saturating_add(1);
-                LogDecision::Count
-            }
+            Some(entry) => entry.record(self.lines),
             none => {
                 *none = Some(fresh);
                 LogDecision::Log
@@ -81,14 +99,14 @@ impl<K: Ord> LogLimit<K> {
         self.kinds.retain(|kind, entry| {
             if has_ended(entry) && entry.counted > 0 {
                 counts.push((Some(kind.clone()), entry.counted));
-                *entry = SuppressedCount { logged_at: now, counted: 0 };
+                *entry = SuppressedCount { logged_at: now, counted: 0, ..*entry };
             } else if has_ended(entry) {
                 return false;
             }
             true
         });
         if let Some(entry) = self.others.filter(has_ended) {
-            let again = SuppressedCount { logged_at: now, counted: 0 };
+            let again = SuppressedCount { logged_at: now, counted: 0, ..entry };
             self.others = (entry.counted > 0).then_some(again);
             counts.extend((entry.counted > 0).then_some((None, entry.counted)));
         }
@@ -119,6 +137,21 @@ mod tests {
         assert_eq!(limit.take_counts(start + 2 * PERIOD), [(Some("a"), 1)]);
         assert_eq!(limit.take_counts(start + 3 * PERIOD), []);
         assert_eq!(limit.deadline(), None);
+    }
+
+    #[test]
+    fn several_events_of_a_kind_can_have_lines() {
+        let start = Instant::now();
+        let mut limit = LogLimit::with_lines(3);
+        let decisions = [(); 5].map(|()| limit.record("a", start));
+        use LogDecision::{Count, Log};
+        assert_eq!(decisions, [Log, Log, Log, Count, Count]);
+        assert_eq!(limit.record("b", start), Log);
+        assert_eq!(limit.take_counts(start + PERIOD), [(Some("a"), 2)]);
+        assert_eq!(limit.record("a", start + PERIOD), Count, "a new period");
+        assert_eq!(limit.take_counts(start + 2 * PERIOD), [(Some("a"), 1)]);
+        assert_eq!(limit.take_counts(start + 3 * PERIOD), []);
+        assert_eq!(limit.record("a", start + 3 * PERIOD), Log);
     }
 
     #[test]

@@ -197,6 +197,7 @@ fn documented_limits_and_timeouts_match_the_program() {
     let options = [u64::from(OPTIONS_MAX), OPTIONS_LENGTH_MAX / MIB];
     assert_eq!(documented_numbers("Options of a handshake"), options);
     assert_eq!(documented_numbers("Handshake"), [server::HANDSHAKE_TIMEOUT.as_secs()]);
+    assert_eq!(documented_numbers("Lines in the log")[0], server::SESSIONS_LOGGED_MAX);
     assert_eq!(documented_numbers("Killswitch"), [server::STALL_LIMIT.as_secs()]);
     assert_eq!(documented_numbers("Payload"), [newstyle, oldstyle]);
     let (idle, every) = (net::KEEPALIVE_IDLE.as_secs(), net::KEEPALIVE_INTERVAL.as_secs());

@@ -1,7 +1,9 @@
 //! Silent connections exclude no client, no source and no operator, and refused connections do not
 //! fill the log.
 
-use harness::raw::{DISC, OPT_GO, OPT_PRIVATE, Wire, encode_go, encode_request, typical_handshake};
+use harness::raw::{
+    DISC, EINVAL, OPT_GO, OPT_PRIVATE, READ, Wire, encode_go, encode_request, typical_handshake,
+};
 use harness::session::{Mode, Request, Session};
 use harness::{
     Builder, Endpoint, KIB, Program, Server, TempDir, sparse_image, temp_dir, wait_until,
@@ -239,6 +241,28 @@ fn broken_handshakes_are_logged_once_and_then_counted() {
         "{log}"
     );
     assert_eq!(log.matches(" connected").count(), 1, "clients only: {log}");
+}
+
+#[test]
+fn sessions_beyond_their_limit_are_counted_in_the_log() {
+    const LOGGED: usize = 300;
+    const MORE: usize = 20;
+    let (mut server, _dir) = server("--verbose");
+    for _ in 0..LOGGED + MORE {
+        let mut session = Session::open(server.endpoint(), Mode::Simple).unwrap();
+        // Refused, with a line in the log.
+        session.refused(Request::new(READ, 64 * KIB, 1), &[EINVAL]);
+        let (_, disconnect) = session.encode_header(DISC, 0, 0, 0);
+        session.wire.send(&disconnect);
+        session.wire.expect_closed("DISC");
+    }
+    assert!(server.stop().success());
+    let log = server.stderr();
+    for part in [" connected", "refused a request", "the client said goodbye"] {
+        assert_eq!(log.matches(part).count(), LOGGED, "{part}");
+    }
+    let others = format!("{MORE} more sessions of 127.0.0.1 began and were not logged");
+    assert_eq!(log.matches(&others).count(), 1, "{}", log.lines().last().unwrap_or_default());
 }
 
 /// A connection from an address of the loopback network.

@@ -7,10 +7,10 @@ use harness::{
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::linux::fs::MetadataExt as _;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Child, Command, Stdio};
 
 /// More lines than the queue of the log, a pipe and the journal's socket buffer together.
@@ -20,7 +20,7 @@ const LINES: usize = 2400;
 struct UnreadLog {
     child: Child,
     target: Endpoint,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl UnreadLog {
@@ -33,11 +33,12 @@ impl UnreadLog {
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).arg(env!("CARGO_BIN_EXE_flexnbd"));
         command.args(["serve", "--verbose", "--addr", "127.0.0.1", "--port", &port.to_string()]);
+        command.arg("--sock").arg(dir.path().join("control.sock"));
         command.arg("--file").arg(image).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         adapt(&mut command);
         let child = command.spawn().unwrap();
         let target = Endpoint::Tcp((Ipv4Addr::LOCALHOST, port).into());
-        let server = UnreadLog { child, target, _dir: dir };
+        let server = UnreadLog { child, target, dir };
         let up = poll_until(TIMEOUT, || Wire::try_connect(&server.target).is_ok());
         assert!(up, "the server accepts no connection");
         server
@@ -47,9 +48,11 @@ impl UnreadLog {
     #[track_caller]
     fn assert_serves_while_the_log_blocks(&self) {
         let mut session = Session::open(&self.target, Mode::Simple).unwrap();
-        // Each logs that it connected and how it ended.
-        for _ in 0..LINES / 2 {
-            drop(Session::open(&self.target, Mode::Simple));
+        // The log has a line for each of these commands.
+        for _ in 0..LINES {
+            let mut control = UnixStream::connect(self.dir.path().join("control.sock")).unwrap();
+            control.write_all(b"acl\n\n").unwrap();
+            control.read_to_end(&mut Vec::new()).unwrap();
         }
         session.ok(Request::write(0, &[1; 512]));
         Session::open(&self.target, Mode::Structured).unwrap().ok(Request::write(0, &[1; 512]));

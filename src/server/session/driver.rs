@@ -59,6 +59,9 @@ impl<'a> Driver<'a> {
                 Ok(Turn::Continue) => {}
                 Ok(Turn::Complete(negotiated)) => {
                     phase = phase.into_transmission(self.context, negotiated);
+                    if let SessionPhase::Transmission(engine) = &mut phase {
+                        self.transmission.be_quiet_if_required(engine);
+                    }
                     // So that the engine tries to receive before its first wait.
                     socket.drained = false;
                 }

@@ -404,6 +404,11 @@ impl<'a> Engine<'a> {
         self.delay.waits(has_backlog);
     }
 
+    /// Its client may cause no lines in the log.
+    pub(super) fn be_quiet(&mut self) {
+        self.replies.be_quiet();
+    }
+
     /// Requests begun since the last call.
     pub(super) fn take_begun(&mut self) -> u32 {
         std::mem::take(&mut self.begun)

@@ -27,6 +27,8 @@ pub(super) struct Replies<'a> {
     /// For the log.
     client: String,
     failures: u32,
+    /// Requests that the client should not have sent are not logged.
+    is_quiet: bool,
 }
 
 impl<'a> Replies<'a> {
@@ -36,7 +38,12 @@ impl<'a> Replies<'a> {
         dialect: Dialect,
         (client, session): (String, SessionId),
     ) -> Self {
-        Self { dialect, disk, policy, session, client, failures: 0 }
+        Self { dialect, disk, policy, session, client, failures: 0, is_quiet: false }
+    }
+
+    /// Logs no more requests that the client should not have sent. Failures of the disk are still logged.
+    pub(super) fn be_quiet(&mut self) {
+        self.is_quiet = true;
     }
 
     /// Replies to a request with its result.
@@ -101,6 +108,9 @@ impl<'a> Replies<'a> {
 
     /// Logs a failed request, unless this session has reached its limit.
     fn log(&mut self, failure: Option<(&str, Option<i32>)>, what: std::fmt::Arguments<'_>) {
+        if self.is_quiet && failure.is_none() {
+            return;
+        }
         let (kind, errno) = failure.unzip();
         let errno = errno.flatten();
         self.failures = self.failures.saturating_add(1);

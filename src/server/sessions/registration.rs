@@ -1,9 +1,10 @@
 //! The entry of one session in the table, as the session sees it.
 
 use super::{
-    HandshakeSlot, LimitReached, SessionControl, SessionEntry, Sessions, SessionsView, SlotKind,
-    StopRequest, SuspendedSession,
+    HandshakeSlot, LimitReached, SessionControl, SessionEntry, SessionTable, Sessions,
+    SessionsView, SlotKind, StopRequest, SuspendedSession,
 };
+use crate::systemd::log_limit::LogDecision;
 use std::sync::Arc;
 use std::time::Instant;
 use tracing::{Span, info};
@@ -93,17 +94,26 @@ impl Registration {
         if let Some(limit) = inner.keep_out(self.id) {
             return Err(limit);
         }
-        let Some(entry) = inner.entries.get_mut(&self.id) else { return Ok(()) };
-        let (peer, before) = (entry.peer, entry.slot);
-        if matches!(before, SlotKind::Handshake(_)) {
+        let SessionTable { entries, logged, .. } = &mut *inner;
+        let Some(entry) = entries.get_mut(&self.id) else { return Ok(()) };
+        let peer = entry.peer;
+        let begins = matches!(entry.slot, SlotKind::Handshake(_));
+        if begins {
             entry.slot = SlotKind::Established;
+            entry.is_quiet = logged.record((&peer).into(), Instant::now()) == LogDecision::Count;
         }
+        let is_logged = begins && !entry.is_quiet;
         drop(inner);
-        if matches!(before, SlotKind::Handshake(_)) {
+        if is_logged {
             info!("{peer} connected");
         }
         self.sessions.acceptor_wake.wake();
         Ok(())
+    }
+
+    /// Whether the client may cause no lines in the log.
+    pub(in crate::server) fn is_quiet(&self) -> bool {
+        self.sessions.lock().entries.get(&self.id).is_some_and(|entry| entry.is_quiet)
     }
 
     /// The limit that has kept the client out, if one has.

@@ -24,3 +24,4 @@ pub mod range;
 pub mod server;
 pub mod shared;
 pub mod sync;
+pub mod systemd;

@@ -110,11 +110,19 @@ impl<'a> TransmissionTurns<'a> {
                 if is_first {
                     // In old style the first request ends the handshake.
                     self.registration.establish().map_err(SessionEnd::Full)?;
+                    self.be_quiet_if_required(engine);
                 }
                 engine.on_received();
             }
         }
         Ok(true)
+    }
+
+    /// Called once the client is established.
+    pub(super) fn be_quiet_if_required(&self, engine: &mut Engine<'_>) {
+        if self.registration.is_quiet() {
+            engine.be_quiet();
+        }
     }
 
     /// Waits for the client, a stop request, a completion or a timeout.
