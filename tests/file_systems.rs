@@ -11,6 +11,8 @@
 mod concurrent_reads;
 #[path = "file_systems/direct.rs"]
 mod direct;
+#[path = "file_systems/full.rs"]
+mod full;
 #[path = "file_systems/holes.rs"]
 mod holes;
 #[path = "file_systems/mounted.rs"]

@@ -153,7 +153,7 @@ impl DirectBackend {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if durable => self.buffered.after_durable_error(error)?,
-                Err(error) => return Err(error),
+                Err(error) => return Err(self.buffered.write_error(error)),
             }
         }
         Ok(())

@@ -16,7 +16,7 @@ use nix::fcntl::{SpliceFFlags, splice};
 use nix::sys::sendfile::sendfile;
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek as _, SeekFrom};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -321,7 +321,7 @@ impl FileBackend {
                 self.unsupported.durable_write.store(true, Ordering::Relaxed);
                 Ok(())
             }
-            _ => Err(error),
+            _ => Err(self.write_error(error)),
         }
     }
 
@@ -334,6 +334,14 @@ impl FileBackend {
     pub(super) fn looks_for_holes(&self) -> bool {
         let is_trusted = self.kind == FileKind::File && self.file_system.reports_holes;
         is_trusted && !self.unsupported.seek_data.load(Ordering::Relaxed)
+    }
+
+    /// The error of a write. The kernel answers one beyond the end of a device that has vanished or shrunk
+    /// with `ENOSPC`, as if the device were full.
+    pub(super) fn write_error(&self, error: io::Error) -> io::Error {
+        let is_device = self.kind != FileKind::File && errno(&error) == Errno::ENOSPC;
+        let is_short = || (&self.file).seek(SeekFrom::End(0)).is_ok_and(|end| end < self.size);
+        if is_device && is_short() { self.shortened() } else { error }
     }
 
     /// The error of a file that was cut short.
@@ -370,15 +378,13 @@ impl Backend for FileBackend {
     }
 
     fn write(&self, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
-        if !durable {
-            return self.file.write_all_at(data, offset);
-        }
-        let rest = self.write_durably(offset, data)?;
+        let rest = if durable { self.write_durably(offset, data)? } else { data };
         if rest.is_empty() {
             return Ok(());
         }
-        self.file.write_all_at(rest, offset + (data.len() - rest.len()) as u64)?;
-        self.flush()
+        let written = self.file.write_all_at(rest, offset + (data.len() - rest.len()) as u64);
+        written.map_err(|error| self.write_error(error))?;
+        if durable { self.flush() } else { Ok(()) }
     }
 
     fn execute(&self, op: &Op) -> io::Result<()> {

@@ -335,6 +335,8 @@ impl<'a> Uring<'a> {
             (_, 0..) => Some(Ok(())),
             (Op::Zero { .. } | Op::Trim { .. }, _) if syscalls::is_unable(errno) => None,
             _ if matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS) => None,
+            // The disk is full, or the device has become shorter; a blocking write tells.
+            (Op::Write { .. }, _) if errno == Errno::ENOSPC => None,
             // The kernel refuses the alignment. A thread tries again, with aligned memory.
             (Op::Read { .. } | Op::Write { .. }, _) if errno == Errno::EINVAL => None,
             // The kernel could not create a thread (`TasksMax=`) and has not executed the operation.
