@@ -43,7 +43,8 @@
 //! drop-ins for the units in `systemd/` from the configurations.
 //!
 //! `client` is below both the command line and the migration, because both connect to other servers. A
-//! module calls one that is not below it only through a trait: `ServerEvents`, `ExportPolicy`, `Notifier`.
+//! module calls one that is not below it only through a trait: `ServerEvents`, `ExportPolicy`, `Notifier`,
+//! `FlushObserver`.
 //!
 //! # A request
 //!
@@ -96,6 +97,7 @@
 //! | `mirror` | one outgoing migration (`migration/source`) | the destination, the disk, its deadlines |
 //! | `pulse`, `pulse-disk` | the watchdog, and the read that it uses as a probe of the disk | time; the disk |
 //! | `disk-id` | makes the id of a disk durable that has just got one (`daemon/disk_identity`) | the disk |
+//! | `recording` | writes a failed flush to the record (`daemon/flush_failure`) | the disk |
 //! | `reload`, `asking` | one reload; one question to another host | their answers |
 //! | `attempting`, `resolving` | one attempt to connect to an upstream (`upstream/attempts`), and its search for the address of a host | the other server; the resolver |
 //! | `connecting`, `flushing` | the first connection of a proxy, and its last flush (`daemon/proxying`) | the other server |

@@ -35,6 +35,8 @@ message_ids! {
     REQUEST_FAILED = "b53bc75f7db34a8395d5a5c504ee016e";
     /// Written data may not be on stable storage.
     FLUSH_FAILED = "66a1bc324731415088d115033e1eaf00";
+    /// In an earlier process a flush has failed: data may be lost.
+    FLUSH_FAILED_EARLIER = "b1f7c6a40c7d4d0f8a5a3f2e9c61d7e4";
     /// The access control list was replaced.
     ACL_REPLACED = "bab13319c1c84adbb70f03412c6418d2";
     /// The configuration file was reloaded.

@@ -6,6 +6,8 @@
 
 #[path = "record/disk_id.rs"]
 mod disk_id;
+#[path = "record/failed_flush.rs"]
+mod failed_flush;
 #[path = "record/locks.rs"]
 mod locks;
 #[path = "record/mount.rs"]

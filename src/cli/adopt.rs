@@ -5,6 +5,7 @@ use super::output;
 use crate::disk::ownership::{BadRecord, Provenance, Record, for_adopt};
 use crate::disk::record_store::{RecordStore, RecordStoreError};
 use crate::disk::{Access, FileBackend, OpenError};
+use crate::human::utc;
 use crate::ids::DiskId;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -130,6 +131,12 @@ fn describe(record: &Record) -> String {
         Record::Ours(Provenance::Adopted) => "adopted".to_owned(),
         Record::Ours(Provenance::Received) => "received from a source without a name".to_owned(),
         Record::Ours(Provenance::Arrived(id)) => format!("arrived with migration {id}"),
+        Record::FlushFailed { provenance, since } => {
+            let ours = provenance
+                .record()
+                .map_or_else(|| "ours (never moved)".to_owned(), |ours| describe(&ours));
+            return format!("{ours}, of which a flush failed at {}", utc(*since));
+        }
         Record::Departing { id, to, .. } | Record::Departed { id, to, .. } => {
             format!("to {to}, migration {id}")
         }

@@ -4,7 +4,7 @@
 use super::settings::Settings;
 use super::start::{self, ProcessRole, StartRequest};
 use super::{config, output};
-use crate::control::status::{self, DISK_ID, OWNERSHIP, UPSTREAM};
+use crate::control::status::{self, DISK_ID, FLUSH_FAILED, OWNERSHIP, UPSTREAM};
 use crate::daemon::DiskConfig;
 use crate::disk::ownership::{Provenance, Record};
 use crate::disk::record_store::{RecordStore, RecordStoreError, read_tombstone};
@@ -108,9 +108,11 @@ fn read(image: &Path) -> Result<(Option<Record>, Option<DiskId>), RecordStoreErr
     let record = store.peek()?;
     let provenance = match &record {
         None => Provenance::Native,
-        Some(Record::Ours(provenance) | Record::Departing { before: provenance, .. }) => {
-            *provenance
-        }
+        Some(
+            Record::Ours(provenance)
+            | Record::FlushFailed { provenance, .. }
+            | Record::Departing { before: provenance, .. },
+        ) => *provenance,
         Some(Record::Incoming { .. } | Record::Departed { .. }) => return Ok((record, None)),
     };
     let disk_id = store.disk_id(provenance)?;
@@ -133,6 +135,7 @@ fn status_line(
         Some(Record::Departed { when, to, .. }) => {
             pairs.extend([("moved_to", to.to_string()), ("moved_at", when.to_string())]);
         }
+        Some(Record::FlushFailed { since, .. }) => pairs.push((FLUSH_FAILED, since.to_string())),
         Some(Record::Departing { to, .. }) => pairs.push(("moving_to", to.to_string())),
         Some(Record::Incoming { .. } | Record::Ours(_)) | None => {}
     }

@@ -20,6 +20,8 @@ pub const MIGRATION_WAITING: &str = "migration_waiting";
 pub const MIGRATION_REASON: &str = "migration_reason";
 /// Key of [`Status::extra`]: the name of the image's ownership record, or `none`.
 pub const OWNERSHIP: &str = "ownership";
+/// Key of [`Status::extra`]: the time of the first failed flush in seconds since 1970, if one has failed.
+pub const FLUSH_FAILED: &str = "flush_failed";
 
 /// Key of [`Status::extra`]: the id of the disk, 32 hexadecimal digits; absent if it has none, or it is not known.
 pub const DISK_ID: &str = "disk_id";

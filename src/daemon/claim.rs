@@ -33,7 +33,11 @@ pub(super) struct Claim {
 /// The owner of the disk, according to the record and the role of the process.
 pub(super) enum Ownership {
     /// Ours: serve it.
-    Ours(Provenance),
+    Ours {
+        provenance: Provenance,
+        /// Time of a failed flush of an earlier process, in seconds since 1970.
+        flush_failed_at: Option<u64>,
+    },
     /// Another host's: receive it.
     Incoming {
         /// The migration whose incomplete copy is in the image, if there is a copy; its id is
@@ -67,7 +71,9 @@ impl Claim {
         match config.receiving {
             None => {
                 let provenance = claim_to_serve(config, &record_store, disk.size(), query)?;
-                Ok(Self { disk, record_store, ownership: Ownership::Ours(provenance) })
+                let flush_failed_at = settle_failed_flush(config, &record_store, &disk)?;
+                let ownership = Ownership::Ours { provenance, flush_failed_at };
+                Ok(Self { disk, record_store, ownership })
             }
             Some(ReceivingConfig { overwrite, records, .. }) => {
                 if is_new {
@@ -200,6 +206,34 @@ fn claim_to_serve(
             }
         }
     }
+}
+
+/// If a flush of an earlier process has failed, drops what the page cache has of the image, since some of
+/// it may not be on the disk: from now on clients read what the disk has. Returns the time of the failure.
+fn settle_failed_flush(
+    config: &ImageConfig,
+    record_store: &RecordStore,
+    disk: &Disk,
+) -> Result<Option<u64>, StartError> {
+    let Some(Record::FlushFailed { since, .. }) =
+        record_store.read().map_err(StartError::Record)?
+    else {
+        return Ok(None);
+    };
+    let image = config.path.display();
+    let dropped = disk.write_back().and_then(|()| record_store.drop_page_cache());
+    let failed = dropped.err().map(|error| {
+        format!(" The page cache of the image cannot be dropped ({error}), and may hold lost data.")
+    });
+    warn!(
+        message_id = message_id::FLUSH_FAILED_EARLIER,
+        "flexnbd.image" = %image,
+        "a flush of {image} failed at {}, so that data may be lost.{} Check the disk; when it is right, \
+         stop the server and run `flexnbd adopt -f {image}`",
+        utc(since),
+        failed.unwrap_or_default()
+    );
+    Ok(Some(since))
 }
 
 impl From<QueryError> for StartError {
@@ -348,7 +382,10 @@ mod tests {
     fn a_disk_without_a_record_is_ours() {
         let (_directory, image) = directory();
         let claim = claim(SERVE, &image).unwrap();
-        assert!(matches!(claim.ownership, Ownership::Ours(Provenance::Native)));
+        assert!(matches!(
+            claim.ownership,
+            Ownership::Ours { provenance: Provenance::Native, flush_failed_at: None }
+        ));
         assert_eq!(claim.disk.size(), 4096);
     }
 
@@ -373,7 +410,22 @@ mod tests {
         assert!(matches!(claimed.ownership, Ownership::AlreadyArrived));
         drop(claimed);
         let claimed = claim(SERVE, &image).unwrap();
-        assert!(matches!(claimed.ownership, Ownership::Ours(Provenance::Arrived(ID))));
+        assert!(matches!(
+            claimed.ownership,
+            Ownership::Ours { provenance: Provenance::Arrived(ID), .. }
+        ));
+    }
+
+    #[test]
+    fn a_disk_with_a_failed_flush_is_served() {
+        let (_directory, image) = directory();
+        let claimed = claim(SERVE, &image).unwrap();
+        let flush_failed = Record::FlushFailed { provenance: Provenance::Native, since: 7 };
+        claimed.record_store.write(Some(&flush_failed)).unwrap();
+        drop(claimed);
+        let claimed = claim(SERVE, &image).unwrap();
+        assert!(matches!(claimed.ownership, Ownership::Ours { flush_failed_at: Some(7), .. }));
+        assert_eq!(claimed.record_store.read().unwrap(), Some(flush_failed));
     }
 
     #[test]

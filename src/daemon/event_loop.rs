@@ -7,7 +7,7 @@ use super::operator::Service;
 use super::proxying;
 use super::relaying::ActiveRelay;
 use super::snapshot::{self, LeftSessions};
-use super::status_reporter::StatusReporter;
+use super::status_reporter::{Reported, StatusReporter};
 use super::watchdog::Watchdog;
 use crate::control::Handle;
 use crate::disk::Disk;
@@ -21,7 +21,7 @@ use crate::systemd::{FdStore, ServiceManager, log_unsent};
 use nix::sys::signal::Signal;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tracing::info;
 
 /// Time for sessions to answer the requests that they have received, when the server stops.
@@ -82,7 +82,7 @@ impl Process {
                 relay.log_end(clients);
                 return ProcessEnd::Well;
             }
-            self.status.report_if_due(now, clients, self.service.upstream(), relay.is_some());
+            self.report_status(now, clients, relay.is_some());
             let deadlines = [
                 self.idle.deadline(self.is_busy()),
                 self.status.deadline(now),
@@ -94,6 +94,12 @@ impl Process {
                 return end;
             }
         }
+    }
+
+    fn report_status(&mut self, now: Instant, clients: usize, relays: bool) {
+        let upstream = self.service.upstream();
+        let flush_failed_at = self.service.flush_failure().and_then(|failure| failure.since());
+        self.status.report_if_due(now, &Reported { clients, upstream, relays, flush_failed_at });
     }
 
     /// The next event; `None` at the deadline.
@@ -132,6 +138,7 @@ impl Process {
                 self.idle.restart(Instant::now());
                 self.status.mark_changed();
             }
+            ProcessEvent::FlushFailed => self.note_flush_failure(),
             ProcessEvent::UpstreamChanged => self.status.mark_changed(),
             ProcessEvent::AcceptFailed(why) => {
                 return Some(ProcessEnd::Badly(format!("no longer accepting clients: {why}")));
@@ -182,8 +189,15 @@ impl Process {
     fn migration_ended(&mut self, outcome: &Outcome) -> Option<ProcessEnd> {
         self.service.waiters.migration_ended();
         self.status.migration_ended(outcome);
+        self.note_flush_failure();
         let has_left = matches!(outcome, Outcome::Arrived { .. }) && self.service.relay().is_none();
         has_left.then_some(ProcessEnd::Well)
+    }
+
+    fn note_flush_failure(&mut self) {
+        let now = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
+        self.service.note_flush_failure(now);
+        self.status.mark_changed();
     }
 
     fn report_arrival(&self, provenance: Provenance) {
@@ -274,6 +288,11 @@ impl Process {
         drop(self.control.take());
         let deadline = Instant::now() + DISK_GRACE;
         let sessions = self.end_sessions(stores_sessions);
+        // One of the last requests may have been the first failure.
+        self.note_flush_failure();
+        if let Some(failure) = self.service.flush_failure() {
+            failure.wait_until_recorded(deadline);
+        }
         let sessions = match self.service.upstream() {
             Some(upstream) => proxying::settle(&upstream, &self.disk, sessions, deadline),
             None => sessions,

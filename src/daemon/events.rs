@@ -27,6 +27,8 @@ pub(super) enum ProcessEvent {
     /// The process has received the disk, or cannot.
     ReceiveEnded(ArrivalResult),
     ClientsChanged,
+    /// A flush of the disk has failed, for the first time.
+    FlushFailed,
     /// The connection to the upstream has been made or lost.
     UpstreamChanged,
     /// An operator's command has been carried out.

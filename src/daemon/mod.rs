@@ -24,6 +24,7 @@ mod disk_identity;
 mod event_loop;
 mod events;
 mod export_policies;
+mod flush_failure;
 mod handover_query;
 mod idle;
 mod inherited;

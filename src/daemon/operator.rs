@@ -3,11 +3,14 @@
 
 use super::config::{Admission, RereadConfig};
 use super::events::ActiveCommands;
+use super::flush_failure::FlushFailure;
 use super::outgoing::{self, MigrationContext, PreparedMigration};
 use super::proxying;
 use super::relaying::{ActiveRelay, PlannedRelay, RelayPlan, RelaySlot};
 use crate::control::command::Mirror;
-use crate::control::status::{DISK_ID, OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX, SANDBOX};
+use crate::control::status::{
+    DISK_ID, FLUSH_FAILED, OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX, SANDBOX,
+};
 use crate::control::{Command, Credentials, Operator, Reply, Status};
 use crate::disk::ownership::Record;
 use crate::disk::record_store::RecordStore;
@@ -107,6 +110,7 @@ pub(super) struct OutgoingMigrations {
     context: MigrationContext,
     /// Each migration has a handle of its own on the same record.
     record_store: RecordStore,
+    flush_failure: Arc<FlushFailure>,
     /// The last migration, which may have ended.
     last: Mutex<Option<Arc<MigrationHandle>>>,
     /// Locked while a migration starts; a second one is refused at once.
@@ -116,10 +120,15 @@ pub(super) struct OutgoingMigrations {
 }
 
 impl OutgoingMigrations {
-    pub(super) fn new(context: MigrationContext, record_store: RecordStore) -> Self {
+    pub(super) fn new(
+        context: MigrationContext,
+        record_store: RecordStore,
+        flush_failure: Arc<FlushFailure>,
+    ) -> Self {
         Self {
             context,
             record_store,
+            flush_failure,
             last: Mutex::default(),
             starting: Mutex::default(),
             relay: RelaySlot::default(),
@@ -132,7 +141,11 @@ impl OutgoingMigrations {
         if outgoing::record_unrestored(migration) {
             return peek_name(&self.record_store);
         }
-        name_of(self.context.provenance.record().as_ref())
+        match self.flush_failure.since() {
+            // Or not, if it could not be written.
+            Some(_) => peek_name(&self.record_store),
+            None => name_of(self.context.provenance.record().as_ref()),
+        }
     }
 }
 
@@ -185,6 +198,30 @@ impl Service {
         }
     }
 
+    /// Whether a flush of the image has failed, in this process or an earlier one.
+    pub(super) fn flush_failure(&self) -> Option<&Arc<FlushFailure>> {
+        match &self.role {
+            DiskRole::Serving(migrations) => Some(&migrations.flush_failure),
+            DiskRole::Receiving(_) | DiskRole::Proxying(_) | DiskRole::Relaying(_) => None,
+        }
+    }
+
+    /// Notes a failed flush, if there was one and the disk is here. Records it unless a migration runs,
+    /// which writes records: to be called again when it has ended.
+    pub(super) fn note_flush_failure(&self, now: u64) {
+        let DiskRole::Serving(migrations) = &self.role else { return };
+        let disk = &migrations.context.disk;
+        let outcome = self.last_migration().map(|migration| migration.outcome());
+        let has_left = matches!(outcome, Some(Some(Outcome::Arrived { .. })));
+        if disk.read_only() || disk.all_flushes_succeeded() || has_left || self.relay().is_some() {
+            return;
+        }
+        migrations.flush_failure.failed(now);
+        if self.running_migration().is_none() {
+            migrations.flush_failure.record(&migrations.record_store);
+        }
+    }
+
     /// Accepts neither clients nor commands any more, if there are none. Returns whether that is
     /// so.
     pub(super) fn close_if_idle(&self) -> bool {
@@ -220,6 +257,8 @@ impl Service {
         self.describe_role(migration, relay, &mut status);
         let payloads = payloads.map(|(key, bytes)| (key.to_owned(), bytes.to_string()));
         status.extra.extend(payloads);
+        let failed_at = self.flush_failure().and_then(|failure| failure.since());
+        status.extra.extend(failed_at.map(|since| (FLUSH_FAILED.to_owned(), since.to_string())));
         status
     }
 
@@ -316,6 +355,9 @@ impl Service {
         }
         let last_outcome = self.last_migration().and_then(|migration| migration.outcome());
         check_not_moved(last_outcome.as_ref())?;
+        if let Some(why) = outgoing.flush_failure.refusal() {
+            return Err(Reply::refused(why));
+        }
         let size = outgoing.context.disk.size();
         let record_store = outgoing::check(&outgoing.record_store, size, command)?;
         let shutdown = self.server().shutdown_handle();
@@ -439,7 +481,11 @@ mod tests {
             size: 4096,
             server: Mutex::new(server),
             reread: None,
-            role: DiskRole::Serving(OutgoingMigrations::new(context, record_store)),
+            role: DiskRole::Serving(OutgoingMigrations::new(
+                context,
+                record_store,
+                FlushFailure::new("image".to_owned(), Provenance::Native, None),
+            )),
             waiters: MigrationWaiters::default(),
             commands: ActiveCommands::new(sender),
             notifier: ServiceManager::silent(),

@@ -7,6 +7,7 @@ use super::confinement::Confinement;
 use super::disk_identity::ServedDiskId;
 use super::events::ProcessEvent;
 use super::export_policies::{ProxyPolicy, ReceivingPolicy, ServingPolicy};
+use super::flush_failure::{FlushFailure, FlushFailureSender};
 use super::handover_query::QueryResult;
 use super::inherited::Inherited;
 use super::operator::{DiskRole, OutgoingMigrations};
@@ -96,7 +97,9 @@ impl Role {
                 warn!("{name}: the disk has arrived already; not listening");
                 Ok(None)
             }
-            Ownership::Ours(provenance) => {
+            Ownership::Ours { provenance, flush_failed_at } => {
+                let failure = FlushFailure::new(name.clone(), provenance, flush_failed_at);
+                disk.observe_flushes(Arc::new(FlushFailureSender(events.clone())));
                 let disk_id = ServedDiskId::of(&record_store, provenance, image.read_only);
                 let context = MigrationContext {
                     disk: Arc::clone(&disk),
@@ -115,7 +118,11 @@ impl Role {
                         disk_id,
                         clients: ReconnectingClients::default(),
                     }),
-                    disk_role: DiskRole::Serving(OutgoingMigrations::new(context, record_store)),
+                    disk_role: DiskRole::Serving(OutgoingMigrations::new(
+                        context,
+                        record_store,
+                        failure,
+                    )),
                     turned_away: None,
                 }))
             }

@@ -31,6 +31,17 @@ pub(super) struct StatusReporter {
     sent: String,
 }
 
+/// What a report shows besides a migration.
+pub(super) struct Reported {
+    /// The number of clients.
+    pub(super) clients: usize,
+    pub(super) upstream: Option<UpstreamHandle>,
+    /// Whether requests are passed on to the upstream after the disk has left.
+    pub(super) relays: bool,
+    /// Time of the first failed flush in seconds since 1970.
+    pub(super) flush_failed_at: Option<u64>,
+}
+
 /// A running migration.
 #[derive(Debug)]
 struct MigrationStatus {
@@ -86,18 +97,13 @@ impl StatusReporter {
     }
 
     /// Sends the status and logs the progress, as far as they are due and have changed.
-    pub(super) fn report_if_due(
-        &mut self,
-        now: Instant,
-        clients: usize,
-        upstream: Option<UpstreamHandle>,
-        relays: bool,
-    ) {
+    pub(super) fn report_if_due(&mut self, now: Instant, reported: &Reported) {
         if self.deadline(now).is_none_or(|deadline| now < deadline) {
             return;
         }
         self.schedule.reported(now);
-        let upstream = upstream.map(|upstream| upstream.state());
+        let Reported { clients, relays, flush_failed_at, .. } = *reported;
+        let upstream = reported.upstream.as_ref().map(UpstreamHandle::state);
         let idle = || match &upstream {
             Some(upstream) if relays => text::relay(clients, upstream),
             upstream => self.idle.describe(clients, upstream.as_ref()),
@@ -107,6 +113,7 @@ impl StatusReporter {
             (None, None) => idle(),
             (None, Some(last)) => format!("{}; {last}", idle()),
         };
+        let status = status + &flush_failed_at.map(text::flush_failed).unwrap_or_default();
         if status != self.sent {
             log_unsent(self.notifier.status(&status));
             self.sent = status;

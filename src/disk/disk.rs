@@ -5,7 +5,7 @@ use super::backend::{Backend, Identity};
 use super::backends::Backends;
 use super::dirty::DirtyBitmap;
 use super::features::Features;
-use super::flush_errors::FlushErrors;
+use super::flush_errors::{FlushErrors, FlushObserver};
 use super::gate::{Gate, NoEntry, Pass};
 use super::op::Extent;
 use super::overlap::OverlapTracker;
@@ -178,6 +178,11 @@ impl Disk {
     #[must_use]
     pub fn all_flushes_succeeded(&self) -> bool {
         self.flush_errors.all_flushes_succeeded()
+    }
+
+    /// Has an observer told of the first flush that fails.
+    pub fn observe_flushes(&self, observer: Arc<dyn FlushObserver>) {
+        self.flush_errors.observe(observer);
     }
 
     /// The gate, for closing it.

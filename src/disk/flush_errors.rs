@@ -11,11 +11,18 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
+/// Is told of the first failed flush of a disk. Sessions call it: it must not block.
+pub trait FlushObserver: Send + Sync + std::fmt::Debug {
+    /// Written data may be lost, and every flush fails from now on.
+    fn flush_failed(&self);
+}
+
 /// The outcome of a disk's flushes so far.
 #[derive(Debug, Default)]
 pub(super) struct FlushErrors {
     /// The errno of the first failure; 0 while there is none.
     failure: AtomicI32,
+    observer: Mutex<Option<Arc<dyn FlushObserver>>>,
     in_flight: Mutex<InFlightFlushes>,
     /// For threads that block instead of waiting for a notification.
     ended: Condvar,
@@ -54,11 +61,22 @@ impl FlushErrors {
         }
     }
 
+    /// Has an observer told of the first failure from now on.
+    pub(super) fn observe(&self, observer: Arc<dyn FlushObserver>) {
+        *sync::lock(&self.observer) = Some(observer);
+    }
+
     /// Records a failure, and returns the first one, which every later flush returns too.
     pub(super) fn record(&self, error: &io::Error) -> io::Error {
         let (new, all) = (errno_of(error), Ordering::AcqRel);
         let first = match self.failure.compare_exchange(0, new, all, Ordering::Acquire) {
-            Ok(_) => new,
+            Ok(_) => {
+                let observer = sync::lock(&self.observer).clone();
+                if let Some(observer) = observer {
+                    observer.flush_failed();
+                }
+                new
+            }
             Err(first) => first,
         };
         io::Error::from_raw_os_error(first)
@@ -144,6 +162,27 @@ mod tests {
         assert_eq!(record(EIO), Some(ENOSPC));
         assert_eq!(flush_errors.check().unwrap_err().raw_os_error(), Some(ENOSPC));
         assert!(!flush_errors.all_flushes_succeeded());
+    }
+
+    #[derive(Debug, Default)]
+    struct CountFailures(std::sync::atomic::AtomicU32);
+
+    impl FlushObserver for CountFailures {
+        fn flush_failed(&self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn the_observer_is_told_of_the_first_failure() {
+        let flush_errors = FlushErrors::default();
+        let counter = Arc::new(CountFailures::default());
+        flush_errors.observe(Arc::clone(&counter) as _);
+        for errno in [EIO, ENOSPC] {
+            assert_eq!(counter.0.load(Ordering::Relaxed), u32::from(errno != EIO));
+            flush_errors.record(&io::Error::from_raw_os_error(errno));
+        }
+        assert_eq!(counter.0.load(Ordering::Relaxed), 1);
     }
 
     #[test]

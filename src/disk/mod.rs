@@ -62,6 +62,7 @@ pub use disk::{Copier, Disk, ExchangeError, Visit};
 pub use features::{FeatureFlags, Features};
 pub use file_backend::FileBackend;
 pub use file_system::HolePolicy;
+pub use flush_errors::FlushObserver;
 pub use gate::{Expired, Gate, NoEntry, Pass, StillBusy};
 pub use io_queue::{Completion, IoQueue, Notifier, OpId};
 pub use lock::{Holders, LockKind};

@@ -13,9 +13,9 @@
 //! ```
 //!
 //! The record is one line of text, `flexnbd 1 STATE key=value …`, ended by a newline, so that an
-//! operator can read it with `getfattr` or `cat`. Version 2 adds one field: the local address that
-//! the operator chose for a migration, in *departing*. Any other line than one that
-//! [`Record::encode`] writes is an error ([`BadRecord`]), and a disk with such a record is not
+//! operator can read it with `getfattr` or `cat`. Version 2 adds two fields: the local address that
+//! the operator chose for a migration, in *departing*, and the time of a failed flush, in *ours*. Any
+//! other line than one that [`Record::encode`] writes is an error ([`BadRecord`]), and a disk with such a record is not
 //! served.
 //!
 //! `ownership/decisions.txt` lists every decision; a test compares it with the code.
@@ -35,11 +35,11 @@ pub const REMOTE_ADDRESS_MAX: usize = 255;
 
 /// The first word of every record.
 const MAGIC: &str = "flexnbd";
-/// Version of every record that needs no [`VERSION_WITH_FROM`].
+/// Version of every record that needs no [`VERSION_2`].
 pub const VERSION: &str = "1";
-/// The version of a record with a local address. Programs that know only [`VERSION`] refuse the
-/// disk then, rather than ignore the address.
-pub const VERSION_WITH_FROM: &str = "2";
+/// The version of a record with a local address or a failed flush. Programs that know only [`VERSION`]
+/// refuse the disk then, rather than ignore that.
+pub const VERSION_2: &str = "2";
 
 /// The id of a migration: 128 random bits, chosen by its source.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -131,6 +131,14 @@ pub enum Record {
     },
     /// Complete, and served from here.
     Ours(Provenance),
+    /// The same, but a flush has failed: data that clients had written may be lost. Stays until an
+    /// operator adopts the disk, or another one is received in its place.
+    FlushFailed {
+        /// How the disk became ours.
+        provenance: Provenance,
+        /// Time of the first failure in seconds since 1970.
+        since: u64,
+    },
     /// In doubt: a handover was begun, and only the destination knows its outcome.
     Departing {
         /// The migration that hands it over.
@@ -161,6 +169,9 @@ impl Record {
             Self::Incoming { id: None } => "incoming id=-".to_owned(),
             Self::Incoming { id: Some(id) } => format!("incoming id={id}"),
             Self::Ours(provenance) => format!("ours title={}", encode_provenance(*provenance)),
+            Self::FlushFailed { provenance, since } => {
+                format!("ours title={} flush-failed={since}", encode_provenance(*provenance))
+            }
             Self::Departing { id, before, to, from } => {
                 let from = from.map_or_else(String::new, |ip| format!(" from={ip}"));
                 format!("departing id={id} before={}{from} to={to}", encode_provenance(*before))
@@ -172,7 +183,7 @@ impl Record {
 
     fn version(&self) -> &'static str {
         match self {
-            Self::Departing { from: Some(_), .. } => VERSION_WITH_FROM,
+            Self::Departing { from: Some(_), .. } | Self::FlushFailed { .. } => VERSION_2,
             _ => VERSION,
         }
     }
@@ -186,7 +197,7 @@ impl Record {
         let line = std::str::from_utf8(bytes).ok().and_then(|text| text.strip_suffix('\n'));
         let rest = line.and_then(|line| line.strip_prefix(MAGIC)?.strip_prefix(' '));
         let (version, body) = rest.and_then(|rest| rest.split_once(' ')).ok_or_else(garbage)?;
-        if ![VERSION, VERSION_WITH_FROM].contains(&version) {
+        if ![VERSION, VERSION_2].contains(&version) {
             let plain = version.len() <= 9 && version.bytes().all(|b| b.is_ascii_digit());
             return Err(if plain { BadRecord::Version(version.to_owned()) } else { garbage() });
         }
@@ -213,7 +224,7 @@ impl Record {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Incoming { .. } => "incoming",
-            Self::Ours(_) => "ours",
+            Self::Ours(_) | Self::FlushFailed { .. } => "ours",
             Self::Departing { .. } => "departing",
             Self::Departed { .. } => "departed",
         }
@@ -245,7 +256,13 @@ fn decode_body(body: &str) -> Option<Record> {
             "-" => Some(Record::Incoming { id: None }),
             id => Some(Record::Incoming { id: Some(Id::parse(id)?) }),
         },
-        "ours" => decode_provenance(rest.strip_prefix("title=")?)?.record(),
+        "ours" => match rest.strip_prefix("title=")?.split_once(' ') {
+            None => decode_provenance(rest.strip_prefix("title=")?)?.record(),
+            Some((provenance, failed)) => Some(Record::FlushFailed {
+                provenance: decode_provenance(provenance)?,
+                since: failed.strip_prefix("flush-failed=")?.parse().ok()?,
+            }),
+        },
         "departing" => {
             let (id, before, rest) = decode_id_and(rest, "before=")?;
             let (from, to) = match rest.strip_prefix("from=") {
@@ -333,7 +350,9 @@ pub enum ForServe {
 pub fn for_serve(record: Option<&Record>) -> ForServe {
     match record {
         None => ForServe::Serve(Provenance::Native),
-        Some(Record::Ours(provenance)) => ForServe::Serve(*provenance),
+        Some(Record::Ours(provenance) | Record::FlushFailed { provenance, .. }) => {
+            ForServe::Serve(*provenance)
+        }
         Some(Record::Incoming { .. }) => ForServe::Refuse(OwnershipRefusal::Incomplete),
         Some(Record::Departed { id, when, to }) => {
             ForServe::Refuse(OwnershipRefusal::Departed { id: *id, when: *when, to: to.clone() })
@@ -368,6 +387,9 @@ pub enum ForListen {
 #[must_use]
 pub fn for_listen(record: Option<&Record>, overwrite: bool) -> ForListen {
     match record {
+        Some(Record::FlushFailed { provenance, .. }) => {
+            for_listen(provenance.record().as_ref(), overwrite)
+        }
         None | Some(Record::Departed { .. } | Record::Ours(Provenance::Native)) => {
             ForListen::Accept { incomplete_copy: None }
         }
@@ -383,13 +405,17 @@ pub fn for_listen(record: Option<&Record>, overwrite: bool) -> ForListen {
 }
 
 /// Decides what `adopt` does with an image that has this record: returns the record to write.
-/// An image that is ours keeps its record, so that a source that asks for its disk still finds it.
+/// An image that is ours keeps its record, so that a source that asks for its disk still finds it. A
+/// failed flush is forgotten.
 ///
 /// # Errors
 /// Without `force`, when another host may hold the disk or this copy is incomplete.
 pub fn for_adopt(record: Option<&Record>, force: bool) -> Result<Record, OwnershipRefusal> {
     let refusal = match (record, for_serve(record)) {
         (Some(ours @ Record::Ours(_)), _) => return Ok(ours.clone()),
+        (Some(Record::FlushFailed { provenance, .. }), _) => {
+            return Ok(provenance.record().unwrap_or(Record::Ours(Provenance::Adopted)));
+        }
         (_, ForServe::Refuse(refusal) | ForServe::Ask { refusal, .. }) => refusal,
         (_, ForServe::Serve(_)) => return Ok(Record::Ours(Provenance::Adopted)),
     };

@@ -10,11 +10,11 @@
 //!
 //! # Two locations
 //!
-//! An entry whose file id matches takes precedence over the attribute. So a record moves atomically
-//! in both directions: to the state directory when the entry appears, and back, once the attribute
-//! is durable, when the entry is removed.
+//! An entry whose file id matches takes precedence over the attribute. So a record moves atomically: to
+//! the state directory when the entry appears, back when it is removed, once the attribute is durable.
 
 pub mod disk_id;
+mod page_cache;
 
 use super::deletion::{self, DeletionError, PathTarget};
 use super::file_backend::FileBackend;

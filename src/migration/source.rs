@@ -1,9 +1,11 @@
 //! The driver of the source: executes the actions of [`super::machine`], one after another.
 //! Never decides: the result of each action is the machine's next event.
 
+mod records;
+
 use super::job::{
-    Action, DestinationRequest, Event, Job, News, OperatorRequest, Outcome, Progress, RecordKind,
-    RequestKind, Stage, TooLate, Trouble,
+    Action, DestinationRequest, Event, Job, News, OperatorRequest, Outcome, Progress, RequestKind,
+    Stage, TooLate, Trouble,
 };
 use super::link::{Link, Route, SendError};
 use super::machine::{Machine, TooSmall};
@@ -11,7 +13,7 @@ use super::plan::Content;
 use super::relay::{self, RelayConnector};
 use super::wire::{Answer, Question};
 use crate::disk::dirty::DirtyBitmap;
-use crate::disk::ownership::{Id, Record};
+use crate::disk::ownership::Id;
 use crate::disk::record_store::RecordStore;
 use crate::disk::{Disk, is_zero};
 use crate::ids::DiskId;
@@ -25,7 +27,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 /// Interval at which the handle's progress is updated.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
@@ -361,6 +363,10 @@ impl Source {
     }
 
     fn send(&mut self, request: &DestinationRequest) -> Event {
+        let copies = !matches!(request.kind, RequestKind::Handover(_) | RequestKind::Disconnect);
+        if let Some(event) = self.flush_failure().filter(|_| copies) {
+            return event;
+        }
         let Some(link) = &mut self.link else {
             return Event::Lost("there is no connection".to_owned());
         };
@@ -473,29 +479,6 @@ impl Source {
 
     fn end_pause(&mut self) {
         self.stats.pause = self.gate_closed.map_or(Duration::ZERO, |since| since.elapsed());
-    }
-
-    fn record(&self, kind: RecordKind) -> Event {
-        let record = self.new_record(kind);
-        if let Err(error) = self.record_store.write(record.as_ref()) {
-            return Event::Failed(error.to_string());
-        }
-        // From the handover on the destination may serve the disk, so this host admits no clients.
-        if kind == RecordKind::Departing {
-            self.disk.gate().set_parting(true);
-        }
-        Event::Done
-    }
-
-    fn new_record(&self, kind: RecordKind) -> Option<Record> {
-        let when = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
-        self.machine.job().record(kind, when)
-    }
-
-    fn unlink(&self) -> Event {
-        let departed = self.new_record(RecordKind::Departed);
-        let deleted = self.record_store.delete_image(departed.as_ref(), self.machine.job().size);
-        deleted.map_or_else(|error| Event::Failed(error.to_string()), |()| Event::Done)
     }
 
     fn stats(&self, now: Duration) -> MigrationStats {

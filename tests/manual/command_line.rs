@@ -6,7 +6,7 @@ use clap::{Arg, Command};
 use flexnbd::cli::{self, MODES, config, instance, settings, size, uri};
 use flexnbd::control::Status;
 use flexnbd::control::status::{
-    DISK_ID, MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE,
+    DISK_ID, FLUSH_FAILED, MIGRATION_FAILED, MIGRATION_PASSES, MIGRATION_REASON, MIGRATION_STAGE,
     MIGRATION_WAITING, Migration, OWNERSHIP, PAYLOAD_BYTES, PAYLOAD_BYTES_MAX, RELAY_SECONDS_LEFT,
     RELAYING_TO, SANDBOX, UNFLUSHED_BYTES, UPSTREAM, UPSTREAM_CONNECTED, UPSTREAM_ERROR,
     UPSTREAM_RECONNECTS, UPSTREAM_SECONDS,
@@ -157,6 +157,7 @@ fn status_keys_match_the_server_in_order() {
         PAYLOAD_BYTES,
         PAYLOAD_BYTES_MAX,
         SANDBOX,
+        FLUSH_FAILED,
     ];
     let extra = newer.map(|key| (key.to_owned(), String::new())).to_vec();
     let line = Status { migration: Some(migration), extra, ..Status::default() }.to_string();

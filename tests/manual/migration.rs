@@ -316,6 +316,7 @@ fn troubles() -> Vec<String> {
         Trouble::Cookie(1),
         Trouble::Record(reason()),
         Trouble::Unreadable("cannot read IMAGE at byte 1: REASON".to_owned()),
+        Trouble::Unreadable("a flush of IMAGE has failed: data may be lost".to_owned()),
     ];
     troubles.iter().map(|trouble| without_numbers(&trouble.to_string())).collect()
 }

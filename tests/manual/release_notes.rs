@@ -29,7 +29,7 @@ fn formats() -> Vec<(String, String)> {
 
 #[test]
 fn format_versions_match_the_program() {
-    let records = format!("{} and {}", ownership::VERSION, ownership::VERSION_WITH_FROM);
+    let records = format!("{} and {}", ownership::VERSION, ownership::VERSION_2);
     for (format, version) in [
         ("private messages", wire::VERSION.to_string()),
         ("id of the disk", wire::DISK_ID_VERSION.to_string()),

@@ -38,6 +38,11 @@ pub(super) fn relay(clients: usize, upstream: &UpstreamState) -> String {
     format!("relaying {} to {}{}", counted(clients, "client"), upstream.target, loss(upstream))
 }
 
+/// That a flush has failed, at a time in seconds since 1970.
+pub(super) fn flush_failed(since: u64) -> String {
+    format!("; a flush failed at {}: data may be lost", human::utc(since))
+}
+
 /// That the connection to an upstream is lost, if it is.
 fn loss(upstream: &UpstreamState) -> String {
     match upstream {
@@ -140,6 +145,12 @@ mod tests {
         assert_eq!(relay(3, &upstream), lost);
         upstream.connected = true;
         assert_eq!(relay(1, &upstream), "relaying 1 client to 192.0.2.2:7");
+    }
+
+    #[test]
+    fn a_failed_flush_shows_its_time() {
+        let text = "; a flush failed at 2023-11-14T22:13:20Z: data may be lost";
+        assert_eq!(flush_failed(1_700_000_000), text);
     }
 
     #[test]

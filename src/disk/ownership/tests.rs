@@ -181,6 +181,27 @@ fn departing_record_without_local_address_has_version_1() {
 }
 
 #[test]
+fn disk_with_a_failed_flush_is_served_until_adopted() {
+    let record = Record::FlushFailed { provenance: Provenance::Arrived(ID), since: 1_700_000_000 };
+    let id = "abababababababababababababababab";
+    let text = format!("flexnbd 2 ours title={id} flush-failed=1700000000\n");
+    assert_eq!(record.encode(), text);
+    assert_eq!(Record::decode(text.as_bytes()), Ok(record.clone()));
+    for wrong in [
+        text.replace("flexnbd 2", "flexnbd 1"),
+        text.replace("failed=", "failed=0"),
+        text.replace(" flush-failed=1700000000", " flush-failed="),
+    ] {
+        let found = Record::decode(wrong.as_bytes());
+        assert!(found.is_err(), "{wrong:?} was read as {found:?}");
+    }
+    assert_eq!(for_serve(Some(&record)), ForServe::Serve(Provenance::Arrived(ID)));
+    assert_eq!(for_listen(Some(&record), false), ForListen::AlreadyArrived(Some(ID)));
+    let ours = Record::Ours(Provenance::Arrived(ID));
+    assert_eq!(for_adopt(Some(&record), false), Ok(ours), "provenance is lost");
+}
+
+#[test]
 fn remote_address_has_bounded_length_and_no_control_characters() {
     assert!(RemoteAddress::new(&"x".repeat(REMOTE_ADDRESS_MAX)).is_some());
     assert!(RemoteAddress::new(&"x".repeat(REMOTE_ADDRESS_MAX + 1)).is_none());
@@ -209,6 +230,8 @@ fn all_records() -> Vec<Option<Record>> {
     let mut records = vec![None];
     records.extend([None, Some(id)].map(|id| Some(Record::Incoming { id })));
     records.extend(provenances.map(|provenance| Some(Record::Ours(provenance))));
+    let since = 1_700_000_000;
+    records.extend(provenances.map(|provenance| Some(Record::FlushFailed { provenance, since })));
     for from in [None, Some(IpAddr::from([192, 0, 2, 9]))] {
         records.extend(
             provenances.map(|before| Some(Record::Departing { id, before, to: to.clone(), from })),
@@ -237,6 +260,9 @@ fn show_record(record: Option<&Record>) -> String {
         Some(Record::Incoming { id: None }) => "incoming".to_owned(),
         Some(Record::Incoming { id: Some(id) }) => format!("incoming with {}", show_id(*id)),
         Some(Record::Ours(provenance)) => format!("ours, {}", show_provenance(*provenance)),
+        Some(Record::FlushFailed { provenance, .. }) => {
+            format!("ours, {}, a flush failed", show_provenance(*provenance))
+        }
         Some(Record::Departing { id, before, to, from }) => {
             let from = from.map_or_else(String::new, |from| format!(" from {from}"));
             let before = show_provenance(*before);
@@ -333,6 +359,8 @@ fn any_record() -> impl Strategy<Value = Record> {
     prop_oneof![
         proptest::option::of(id()).prop_map(|id| Record::Incoming { id }),
         any_provenance().prop_filter_map("a provenance with a record", Provenance::record),
+        (any_provenance(), any::<u64>())
+            .prop_map(|(provenance, since)| Record::FlushFailed { provenance, since }),
         (id(), any_provenance(), to(), any::<Option<std::net::IpAddr>>())
             .prop_map(|(id, before, to, from)| Record::Departing { id, before, to, from }),
         (id(), any::<u64>(), to()).prop_map(|(id, when, to)| Record::Departed { id, when, to }),

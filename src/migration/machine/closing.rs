@@ -128,6 +128,7 @@ pub(super) fn recording(cx: &mut Context, now: Duration, link: LinkState, event:
             let failed = Outcome::Failed(Trouble::Record(why));
             Ok(Next::Undo(AfterUndo::End(failed)))
         }
+        Event::Unreadable(why) => Err(Trouble::Unreadable(why)),
         event => Err(impossible(&event)),
     }
 }

@@ -27,4 +27,5 @@ pub mod op;
 pub mod overlap;
 pub mod overlap_models;
 
+pub use flush_errors::FlushObserver;
 pub use io_queue::Notifier;
