@@ -141,6 +141,19 @@ mod tests {
     }
 
     #[test]
+    fn birth_identifies_a_file_that_cannot_be_opened() {
+        let [one, other] = [(); 2].map(|()| tempfile::NamedTempFile::new_in("/var/tmp").unwrap());
+        let id = FileId::of(one.as_file()).filter(|id| id.as_str().contains(",born="));
+        let Some(id) = id else {
+            eprintln!("skipped: the file system of /var/tmp keeps no times of birth");
+            return;
+        };
+        let has_birth = |file: &File| id.has_birth_of(&file.metadata().unwrap());
+        assert!(has_birth(one.as_file()) && !has_birth(other.as_file()));
+        assert!(id.is_of(one.path()) && !id.is_of(other.path()));
+    }
+
+    #[test]
     fn file_keeps_its_id_when_renamed_and_never_reuses_it() {
         let directory = tempfile::tempdir_in("/var/tmp").unwrap();
         let (path, moved) = (directory.path().join("a"), directory.path().join("b"));

@@ -4,8 +4,9 @@
 //! which they do not have after `EPERM`, and a new version of the C library that begins to use a new call
 //! still works. Nothing is killed, because clients depend on the process. The kernel logs each such call.
 //!
-//! Calls that are admitted whatever their arguments cost nothing on Linux 5.11 and later, which
-//! looks them up in a bitmap; only the others run the program. All calls of a request are of the first kind.
+//! Linux 5.11 and later looks up calls that are admitted whatever their arguments in a bitmap, and runs the
+//! program only for the others. All calls of a request are of the first kind. Its processor time,
+//! measured against `--no-sandbox` at depths 1 and 32, differs by no more than the noise of 2 %.
 
 use nix::libc;
 use seccompiler::{
