@@ -34,7 +34,7 @@ pub fn connect(address: &Address, from: Option<IpAddr>, timeout: Duration) -> io
 }
 
 /// Connects to the first of several addresses that accepts, each within `timeout`. They are tried in their order: the
-/// next one after a failure at once, and after [`SILENCE_MAX`] beside those that have not answered. Returns
+/// next one after a failure at once, and after `SILENCE_MAX` beside those that have not answered. Returns
 /// its number; `None` if none accepts. `on_failure` gets the number and the error of each that has failed, as of
 /// [`connect`].
 pub fn connect_first(
