@@ -22,6 +22,8 @@ mod session;
 mod attach;
 #[path = "vm/attach_proxy.rs"]
 mod attach_proxy;
+#[path = "vm/bad_disks.rs"]
+mod bad_disks;
 #[path = "vm/boot.rs"]
 mod boot;
 #[path = "vm/crash.rs"]

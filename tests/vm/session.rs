@@ -34,11 +34,12 @@ const TOOLS: [&str; 9] = [
 ];
 
 /// The programs of this machine that tests use in a machine of [`with_kernel`].
-const PROGRAMS: [&str; 15] = [
+const PROGRAMS: [&str; 16] = [
     "blkdiscard",
     "blockdev",
     "btrfs",
     "cp",
+    "debugfs",
     "dmsetup",
     "e2fsck",
     "fio",
@@ -60,6 +61,12 @@ const MODULES: &str = "nbd xfs btrfs sch_netem loop dm_log_writes";
 /// name of the test.
 #[track_caller]
 pub(crate) fn with_kernel<F: FnOnce()>(body: F) {
+    with_modules(MODULES, body);
+}
+
+/// The same with these kernel modules instead of [`MODULES`].
+#[track_caller]
+pub(crate) fn with_modules<F: FnOnce()>(modules: &str, body: F) {
     if is_inside() {
         return body();
     }
@@ -68,7 +75,7 @@ pub(crate) fn with_kernel<F: FnOnce()>(body: F) {
         return;
     }
     let mut command = vm("run");
-    command.args(["-s", LIMIT_SECS, "-k", MODULES, "-p", &PROGRAMS.join(" ")]);
+    command.args(["-s", LIMIT_SECS, "-k", modules, "-p", &PROGRAMS.join(" ")]);
     run_machine(command, name, &[]);
 }
 
