@@ -158,6 +158,7 @@ impl<'a> Execution<'a> {
             self.undo_due();
             self.supervise_source()?;
             self.supervise_destination()?;
+            self.adopt_after_failed_flush();
             let commands = self.operator.take_log();
             commands.into_iter().for_each(|command| self.append_log(&command));
             if let Some(violation) = self.clients.violation() {
@@ -287,6 +288,16 @@ impl<'a> Execution<'a> {
             self.destination.mode = Mode::Serve;
         }
         Ok(())
+    }
+
+    /// Does for the operator what the refusal of a migration says: a disk whose flush has failed moves only
+    /// once the operator has found it right.
+    fn adopt_after_failed_flush(&mut self) {
+        let has_faults = !self.pending.is_empty() || !self.undo.is_empty();
+        if !has_faults && self.source.has_failed_flush() {
+            let outcome = self.source.adopt();
+            self.append_log(&format!("the operator adopts the disk at the source: {outcome}"));
+        }
     }
 
     fn has_moved(&mut self) -> bool {

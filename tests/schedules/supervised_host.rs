@@ -4,9 +4,9 @@
 use crate::faults::Faults;
 use crate::plan::Plan;
 use crate::storage::Storage;
-use harness::Server;
 use harness::clients::Role;
 use harness::host::Host;
+use harness::{Program, Server};
 use nix::sys::signal::Signal;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
@@ -152,6 +152,23 @@ impl SupervisedHost {
         let mut server = self.server.take()?;
         let status = server.stop();
         Some((status, server.stderr()))
+    }
+
+    /// Whether a process serves a disk of which a flush has failed.
+    pub(crate) fn has_failed_flush(&mut self) -> bool {
+        self.mode == Mode::Serve
+            && self.is_running()
+            && self.host.record() == "ours"
+            && !self.host.status_of("flush_failed").is_empty()
+    }
+
+    /// Stops the server, adopts its disk, and starts it again. Returns what `adopt` prints.
+    pub(crate) fn adopt(&mut self) -> String {
+        self.stop();
+        self.mode = Mode::Serve;
+        let state = format!("STATE_DIRECTORY={}", self.host.state_directory().display());
+        let adopt = Program::new("env").args([state.as_ref(), harness::flexnbd().as_os_str()]);
+        adopt.words("adopt --file").args([&self.host.image]).ok()
     }
 
     /// The stderr of the running process so far.
